@@ -21,9 +21,7 @@ HEAD = (
     *("customer", "model", "method", "rank", "learning rate", "largest batch", "load", "GPUs"),
     *("hours", "dollars", "GiB LoRA", "GiB full", "warnings"),
 )
-NUMBERS = (
-    *("rank", "largest batch", "load", "hours", "dollars", "GiB LoRA", "GiB full", "warnings"),
-)
+NUMBERS = ("rank", "largest batch", "load", *HEAD[8:])
 BASIS = (
     "Memory and time are computed from shapes and data sheets: nine in ten published figures lie "
     f"within {MEMORY_ERROR:.0%} and {SPEED_ERROR:.0%}. Method, rank and learning rate rest on "
@@ -135,7 +133,7 @@ def markdown(found: Sequence[Advice | Failed], title: str) -> str:
         warnings=[
             (plain_text(name_of(a)), [plain_text(text) for text in said])
             for a in found
-            if (said := [a.error] if isinstance(a, Failed) else a.trace.warnings)
+            if (said := [a.error] if isinstance(a, Failed) else a.warnings)
         ],
     )
 
@@ -144,16 +142,15 @@ def html(found: Sequence[Advice | Failed], title: str) -> str:
     """Return the page in HTML: one file, without scripts."""
     t = totals(found)
     good = [a for a in found if isinstance(a, Advice)]
-    numbers = {(r.name, r.source, r.sure.value) for a in good for r in a.trace.reasons.values()}
+    numbers = {(r.name, r.source, r.sure.value) for a in good for r in a.reasons.values()}
     states = {(c.name, e, c.sure.value) for a in good for c in a.conditions for e in c.evidence}
     cards = []
     for a in found:
         card: dict[str, Any] = {"name": name_of(a), "kind": "error", "answer": a}
         if isinstance(a, Advice):
-            bits = a.trace.reasons.get("bits")
-            measured = bits is not None and bits.sure is Sure.MEASURED
+            measured = "bits" in a.reasons and a.reasons["bits"].sure is Sure.MEASURED
             card |= {"kind": a.choice.method, "p": a.plain(), "by": RULES[a.choice.by]}
-            card |= {"measured": measured}
+            card["measured"] = measured
         cards.append(card)
     return render(
         "advice.html",

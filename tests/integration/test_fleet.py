@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from lorasweep.cli.actions import act
-from lorasweep.cli.customers import members_of, plan_fleet
+from lorasweep.cli.customers import plan_fleet
 from lorasweep.customers.outcome import outcome_of
+from lorasweep.customers.runs import planned
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
@@ -386,8 +387,8 @@ def test_settings_of_fleets_are_refused_elsewhere(compose):
 
 def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(world, capsys):
     world.run("rates=3")
-    request = dataclasses.replace(world.request, points=world.request.points)
-    member = next(m for m in members_of(plan_fleet(request)) if m.name == "ann")
+    plan = plan_fleet(world.request)
+    member = next(m for m in planned(plan.members, plan.points) if m.name == "ann")
     store, ids = world.store, [p.id for p in member.points]
 
     class Planted:

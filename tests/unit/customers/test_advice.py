@@ -82,7 +82,7 @@ def test_data_are_counted_instead_of_stated(rows_file):
     assert said(examples=9, batch_size=None) != counted
     found = advice(**{**SFT, **free, "data": str(rows_file), "tokens_per_example": ""})
     assert found.work.tokens == 800 / 4
-    assert found.trace.reasons["tokens_per_example"].sure is Sure.ASSUMED
+    assert found.reasons["tokens_per_example"].sure is Sure.ASSUMED
     other, gone = answers_to({"data": str(rows_file), "examples": 9}, {"data": "no"})
     assert "9 stated" in other.error and "has 7 rows" in other.error
     assert "column data: " in gone.error
@@ -92,7 +92,7 @@ def test_data_are_counted_instead_of_stated(rows_file):
 
 
 def test_a_data_set_of_the_hub_is_not_counted():
-    warnings = advice(data="openai/gsm8k", examples=100).trace.warnings
+    warnings = advice(data="openai/gsm8k", examples=100).warnings
     assert any("openai/gsm8k" in text and "hub" in text for text in warnings)
 
 
@@ -119,7 +119,7 @@ def test_what_was_measured_of_the_data_and_the_model_is_taken(rows_file, tmp_pat
 
     def asks_to_measure():
         command = f"action=measure model=mine data={rows_file}"
-        return any(command in text for text in answer().trace.warnings)
+        return any(command in text for text in answer().warnings)
 
     assert asks_to_measure()
     sha256 = own.count(str(rows_file)).sha256[: own.DIGITS]
@@ -132,7 +132,7 @@ def test_what_was_measured_of_the_data_and_the_model_is_taken(rows_file, tmp_pat
     found = answer()
     assert (found.work.bits, found.work.bits_low, found.work.bits_high) == (9000, 8000, 10_000)
     assert found.work.tokens == 110 and not asks_to_measure()
-    reason = found.trace.reasons["bits"]
+    reason = found.reasons["bits"]
     assert reason.sure is Sure.MEASURED and "3 of 7 rows" in reason.source
     half = answer(epochs=0.5)
     assert (half.work.bits, half.work.bits_low, half.work.bits_high) == (4500, 4000, 5000)
@@ -146,7 +146,7 @@ def test_answers_and_errors_have_the_promised_keys():
 
 
 def test_every_number_has_a_formula_and_a_source():
-    reasons = advice(**SFT).trace.reasons
+    reasons = advice(**SFT).reasons
     wanted = (
         *("method", "load", "rank", "layers", "lr", "batch_size_max", "steps_min", "bits"),
         *("peak_gib_lora", "peak_gib_full", "hours_lora", "hours_full", "cost_usd_lora"),
@@ -173,10 +173,10 @@ def test_every_number_has_a_formula_and_a_source():
 )
 def test_each_wrong_habit_is_flagged_with_its_cost(columns, says):
     plan = {"examples": 50_000, "tokens_per_example": 300}
-    warned = " | ".join(advice(**plan, **columns).trace.warnings)
+    warned = " | ".join(advice(**plan, **columns).warnings)
     assert all(text in warned for text in says), warned
     good = advice(**plan, layers="all", rank=16, lr=3e-4, batch_size=32)
-    assert "habit" not in " ".join(good.trace.warnings)
+    assert "habit" not in " ".join(good.warnings)
 
 
 def test_conditions_are_met_missed_or_unknown():

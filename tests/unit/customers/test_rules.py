@@ -14,7 +14,7 @@ from lorasweep.customers.evidence import (
     published,
     read_kept,
 )
-from lorasweep.customers.rules import batches, capacity, rates
+from lorasweep.customers.rules import capacity, rates, workload
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.model import ModelSpec
@@ -66,7 +66,7 @@ def test_bits_are_those_of_the_rows_that_are_trained_on():
     for a in (few, many):
         assert (a.choice.method, a.choice.rank, a.work.bits) == ("lora", 16, few.work.bits)
         assert (a.work.bits_high, a.choice.load) == (few.work.bits_high, few.choice.load)
-    formulas = [a.trace.reasons["bits"].formula for a in (few, many)]
+    formulas = [a.reasons["bits"].formula for a in (few, many)]
     assert formulas[0].startswith("examples x tokens_per_example")
     assert formulas[1].startswith("rows trained on (3,200 of 1,000,000 examples) x tokens")
     # further epochs add nothing, and half an epoch sees half of the rows
@@ -96,7 +96,7 @@ def at_load(rank, load, value):
 
 
 def mapped(*points):
-    kept = Kept(regrets=points, hidden={"tiny128": 128})
+    kept = Kept(regrets=list(points), hidden={"tiny128": 128})
     return dataclasses.replace(known(None), kept=kept)
 
 
@@ -133,7 +133,7 @@ def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else
     found = advice(world, **columns, bits_per_token=bits / 1000, max_regret=5.5)
     assert (found.choice.by, found.choice.method, found.choice.rank) == ("map", "lora", 8)
     assert "rank 8 4 [3, 5]" in found.choice.why and "rank 4 9 [8, 10]" in found.choice.why
-    assert found.trace.reasons["method"].sure is Sure.MEASURED
+    assert found.reasons["method"].sure is Sure.MEASURED
     for allowed, method in ((2, "full"), (4, "open")):
         a = advice(world, **columns, bits_per_token=bits / 1000, max_regret=allowed)
         assert (a.choice.method, a.choice.by) == (method, "map")
@@ -193,7 +193,7 @@ MISTRAL |= {"head_size": 128, "mlp_size": 14336, "vocab_size": 32000}
 def test_short_runs_may_want_a_higher_rate():
     short, long = advice(examples=1000, steps=30), advice(examples=1000, steps=300)
     assert short.rate.high == pytest.approx(1.5 * long.rate.high)
-    assert any("below 100 the study saw" in w for w in short.trace.warnings)
+    assert any("below 100 the study saw" in w for w in short.warnings)
 
 
 # ---------------------------------------------------------------- batches
@@ -201,17 +201,17 @@ def test_short_runs_may_want_a_higher_rate():
 
 def test_the_cost_of_a_batch_is_a_known_line():
     """Slower by exp(-0.1) for each of two doublings, over e^5 updates: 100 x 0.2 / 5 = 4%."""
-    assert batches.regret_of_batch(128, 128 * math.exp(5), -0.1) == pytest.approx(4.0)
-    assert batches.regret_of_batch(32, 1e6, -0.1) == batches.regret_of_batch(512, 1e6, 0.1) == 0
+    assert workload.regret_of_batch(128, 128 * math.exp(5), -0.1) == pytest.approx(4.0)
+    assert workload.regret_of_batch(32, 1e6, -0.1) == workload.regret_of_batch(512, 1e6, 0.1) == 0
 
 
 def test_the_largest_batch_obeys_the_allowed_regret():
-    effects = Kept(batch_effects=(("tiny", -0.05), ("other", 0.02)))
+    effects = Kept(batch_effects=[("tiny", -0.05), ("other", 0.02)])
     world = dataclasses.replace(known(None), kept=effects)
     for allowed in (1, 2, 5):
         most = advice(world, examples=10**6, max_regret=allowed).batches.largest
-        assert batches.regret_of_batch(most, 1e6, -0.05) <= allowed
-        assert batches.regret_of_batch(2 * most, 1e6, -0.05) > allowed
+        assert workload.regret_of_batch(most, 1e6, -0.05) <= allowed
+        assert workload.regret_of_batch(2 * most, 1e6, -0.05) > allowed
     assert advice(world, examples=100, max_regret=0.1).batches.largest == 32
     assert advice(known(None), examples=10**6, max_regret=50).batches.largest == 32  # nothing kept
 
