@@ -24,8 +24,7 @@ HEAD = ("base", "customers", "runs", "packs", "together", "alone", "times")
 
 def customer_counts(request: Request, store: RunStore) -> dict[str, int]:
     """Count a fleet's customers by outcome."""
-    fleet = planned(request.members, request.points)
-    return counts(outcome_of(m, store) for m in fleet)
+    return counts([outcome_of(m, store) for m in planned(request.members, request.points)])
 
 
 def here(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:

@@ -165,26 +165,23 @@ def cells(outcome: Outcome) -> list[str]:
 def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
     """Return the customers of each group, by index in `found`, without empty groups."""
     trained = {k: o for k, o in enumerate(found) if o.spec is not None}
-    verdicts = {k: o.verdict for k, o in trained.items() if o.gain is not None}
-    of = {v: [k for k, mine in verdicts.items() if mine == v] for v in (GAINED, WORSE, UNKNOWN)}
+    held = [k for k, o in trained.items() if o.gain is not None]
+    of = {v: [k for k in held if found[k].verdict == v] for v in (GAINED, WORSE, UNKNOWN)}
     groups = {
         "without an adapter": [k for k in range(len(found)) if k not in trained],
         "gained, on test rows": of[GAINED],
         "got worse, on test rows": of[WORSE],
         "not known: the interval of the gain holds 0, or there is none": of[UNKNOWN],
-        "not known, as no row was held out": [k for k in trained if k not in verdicts],
+        "not known, as no row was held out": [k for k in trained if k not in held],
         "best learning rate at the edge of those tried": [k for k, o in trained.items() if o.edge],
-        "more data than the rank has capacity for": [
-            k for k, o in trained.items() if o.room and o.member.rows.held_out
-        ],
+        "more data than the rank has capacity for": [k for k in held if found[k].room],
     }
     return {says: group for says, group in groups.items() if group}
 
 
 def summary_lines(found: Sequence[Outcome]) -> list[str]:
     """Return the number of customers by result."""
-    groups = _groups(found)
-    groups.pop("without an adapter", None)
+    groups = {k: v for k, v in _groups(found).items() if k != "without an adapter"}
     return [counts_line(counts(found)), *(f"{len(g)} {says}" for says, g in groups.items())]
 
 
@@ -200,11 +197,9 @@ def _page(found: Sequence[Outcome], title: str, earlier: dict[str, dict[str, Any
             cards.append({"error": o.problem, "earlier": earlier.get(o.member.folder)})
         else:
             note = f"folder {o.member.folder}, run {o.spec.id}"
-            cards.append({"error": "", "facts": list(_facts(o)), "note": note})
-    groups = []
-    for says, group in _groups(found).items():
-        few = 2 * len(group) <= len(found)  # names of most customers would say little
-        groups.append((says, group, group[:NAMED] if few else []))
+            cards.append({"error": "", "facts": _facts(o), "note": note})
+    few = len(found) / 2  # names of most customers would say little
+    groups = [(says, g, g[:NAMED] if len(g) <= few else []) for says, g in _groups(found).items()]
     return render(
         "fleet.html",
         title=title,

@@ -18,11 +18,10 @@ from lorasweep.errors import SpecError
 FOLDER = "settle"
 STEPS = 1000
 """Most updates of the sweep: what tinker-cookbook asks for where possible."""
-RATES, APART = 5, 2
-ALLOWED = 5
-"""Accepted regret of LoRA in the claim, percent of the gain: the analysis has this one limit."""
-POINTS = 3
-"""Hundredths of the reward that count as no difference, as in sweeps/rl.yaml."""
+LIMITS = {"rates": 5, "apart": 2, "allowed": 5, "points": 3, "group": GROUP}
+"""Learning rates of a curve and the factor between them; accepted regret of LoRA in the claim, in
+percent of the gain (the analysis has this one limit); hundredths of the reward that count as no
+difference, as in sweeps/rl.yaml; samples of a problem in RL."""
 RL_FACTOR = 3.0
 """Between the middle learning rates in reinforcement learning: public sweeps say 2 to 4 (zhu)."""
 FACTOR = 10.0
@@ -59,11 +58,7 @@ def write(advice: Advice, folder: Path) -> list[str]:
         ranks=sorted({low, rank}),
         lora=lora,
         full=full,
-        rates=RATES,
-        apart=APART,
-        allowed=ALLOWED,
-        points=POINTS,
-        group=GROUP,
+        **LIMITS,
     )
     files = {f"sweep/{name}.yaml": sweep, f"dataset/{name}.yaml": _text(dataset)}
     if not in_catalogue:

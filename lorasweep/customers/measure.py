@@ -89,12 +89,9 @@ def one_pass(spec: RunSpec, data: Data) -> RunSpec:
 
 
 def codes_of(specs: Sequence[RunSpec], base: Sequence[Any], store: RunStore) -> list[Code]:
-    """Return the codes of the runs that did not diverge.
+    """Return the codes of the runs that did not diverge, from their records of each batch's mean.
 
-    Args:
-        specs: the runs.
-        base: each batch under the base model, with its tokens and nats.
-        store: has their records: the mean over each batch's tokens.
+    `base`: each batch under the base model, with its tokens and nats.
 
     Raises:
         TrainingError: a run failed, or all diverged.

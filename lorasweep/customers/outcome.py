@@ -1,7 +1,7 @@
 """Choose each customer's learning rate on validation rows, and measure its gain on test rows."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,18 +220,15 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
     return Outcome(member, tried, None, {}, problem)
 
 
-def counts(found: Iterable[Outcome]) -> dict[str, int]:
+def counts(found: Sequence[Outcome]) -> dict[str, int]:
     """Count customers: all, those with an adapter, not trained yet, and with an error."""
-    given = list(found)
-    trained = sum(o.spec is not None for o in given)
-    open_ = sum(o.open for o in given)
-    errors = len(given) - trained - open_
-    return {"customers": len(given), "adapters": trained, "open": open_, "errors": errors}
+    trained, open_ = sum(o.spec is not None for o in found), sum(o.open for o in found)
+    errors = len(found) - trained - open_
+    return {"customers": len(found), "adapters": trained, "open": open_, "errors": errors}
 
 
 def counts_line(values: Mapping[str, int]) -> str:
     """Return the counts of customers in words."""
     return (
-        f"{values['customers']} customers: {values['adapters']} adapters, {values['open']} not "
-        f"trained yet, {values['errors']} with errors"
-    )
+        "{customers} customers: {adapters} adapters, {open} not trained yet, {errors} with errors"
+    ).format(**values)

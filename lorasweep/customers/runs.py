@@ -139,26 +139,27 @@ class Setup:
         Raises:
             SpecError: adapters cannot be trained with it.
         """
-        base = self.base
+        base, stops = self.base, self.base.early_stopping
         if not isinstance(base.method, LoRA) or base.objective != "sft":
-            raise SpecError(
+            problem = (
                 f"method={base.method.name} objective={base.objective}: a fleet trains adapters on "
                 "given answers. Set method=lora and objective=sft."
             )
-        if self.rates != 1 and not 3 <= self.rates <= MOST_RATES:
-            raise SpecError(
+        elif self.rates != 1 and not 3 <= self.rates <= MOST_RATES:
+            problem = (
                 f"rates={self.rates}. Expected advised, or the number of learning rates around the "
                 f"advised one: 3 to {MOST_RATES}."
             )
-        if base.early_stopping < 0:
-            raise SpecError(
-                f"early_stopping={base.early_stopping}. Expected 0 (off), or the number of "
-                "evaluations in a row without improvement after which a run ends: 2 or 3."
+        elif stops < 0:
+            problem = (
+                f"early_stopping={stops}. Expected 0 (off), or the number of evaluations in a row "
+                "without improvement after which a run ends: 2 or 3."
             )
-        if self.instead_of_full not in ("", "lora"):
-            raise SpecError(
-                f"instead_of_full={self.instead_of_full!r}. Allowed: lora, or leave it out."
-            )
+        elif self.instead_of_full not in ("", "lora"):
+            problem = f"instead_of_full={self.instead_of_full!r}. Allowed: lora, or leave it out."
+        else:
+            return
+        raise SpecError(problem)
 
 
 def build_runs(customers: Iterable[Customer | Failed], known: Known, setup: Setup) -> list[Member]:

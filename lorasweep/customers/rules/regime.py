@@ -38,15 +38,7 @@ class Condition:
 def conditions_of(
     case: Case, work: Workload, choice: Choice, rate: Rate, batches: Batches
 ) -> list[Condition]:
-    """Return every condition with its state in the customer's plan, or in what is advised.
-
-    Args:
-        case: the customer.
-        work: what is trained on.
-        choice: the advised method and rank.
-        rate: LoRA's learning rate.
-        batches: limits of the batch.
-    """
+    """Return every condition with its state in the plan, or in what is advised; `rate`: LoRA's."""
     c, kept = case.customer, case.known.kept
     regime = kept.about("regime", "low", "fits", "beyond")
     if c.task == "rl":

@@ -52,7 +52,6 @@ def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps():
     data = load.load(spec, [], llama_like())
     assert (data.n_train, len(data.validation), len(data.test)) == (4, 10, 10)
     assert data.commit == COMMIT
-
     found = read(f"{TULU}@{COMMIT}")
     spec = found.dataset
     assert (spec.format, spec.mask, spec.test_split) == ("messages", "last_assistant", "train")

@@ -32,7 +32,8 @@ def setup(spec, rates=3, instead="", **more):
 
 
 def plan(rows, rates=3, instead="", planner=None, **fields):
-    shared = setup(tiny_spec(method=LoRA(rank=16), **fields), rates, instead, planner=planner)
+    spec = tiny_spec(**{"method": LoRA(rank=16), **fields})
+    shared = setup(spec, rates, instead, planner=planner)
     known = Known(catalogue.models(CONF), catalogue.machines(CONF))
     customers = check_rows([Row(f"row {k}", r) for k, r in enumerate(rows, 2)])
     return build_runs(customers, known, shared)
@@ -127,16 +128,12 @@ def test_full_is_an_error_unless_lora_is_asked_for(base, tmp_path):
         *(({"rates": rates}, "3 to 9") for rates in (0, 2, 10, -3)),
         ({"instead": "yes"}, "Allowed: lora"),
         ({"early_stopping": -1}, "early_stopping=-1"),
+        ({"method": FullFT()}, "method=lora"),
     ],
 )
 def test_settings_that_no_fleet_has_are_refused(settings, says):
     with pytest.raises(SpecError, match=says):
         plan([], **settings)
-
-
-def test_other_methods_are_refused():
-    with pytest.raises(SpecError, match="method=lora"):
-        setup(tiny_spec(method=FullFT()))
 
 
 def test_a_base_of_more_than_one_gpu_is_its_customers_error(base, tmp_path):
