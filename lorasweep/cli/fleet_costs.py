@@ -93,7 +93,8 @@ def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dic
     """Return the counts of customers, the rows, and the sum of the rows."""
     alone = [r["alone_s"] for r in rows]
     sums = {k: sum(r[k] for r in rows) for k in ("customers", "runs", "packs", "together_s")}
-    total = {"base": "total", **sums, "alone_s": None if None in alone else sum(alone)}
+    total: dict[str, Any] = {"base": "total", **sums}
+    total["alone_s"] = None if None in alone else sum(alone)
     total["ratio"] = _ratio(total["alone_s"], total["together_s"])
     return {"customers": customer_counts(request, store), "bases": rows, "total": total}
 

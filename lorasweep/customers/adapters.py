@@ -176,13 +176,13 @@ def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
         "best learning rate at the edge of those tried": [k for k, o in trained.items() if o.edge],
         "more data than the rank has capacity for": [k for k in held if found[k].room],
     }
-    return {says: group for says, group in groups.items() if group}
+    return {label: group for label, group in groups.items() if group}
 
 
 def summary_lines(found: Sequence[Outcome]) -> list[str]:
     """Return the number of customers by result."""
     groups = {k: v for k, v in _groups(found).items() if k != "without an adapter"}
-    return [counts_line(counts(found)), *(f"{len(g)} {says}" for says, g in groups.items())]
+    return [counts_line(counts(found)), *(f"{len(g)} {label}" for label, g in groups.items())]
 
 
 def _page(found: Sequence[Outcome], title: str, earlier: dict[str, dict[str, Any]]) -> str:
@@ -199,7 +199,7 @@ def _page(found: Sequence[Outcome], title: str, earlier: dict[str, dict[str, Any
             note = f"folder {o.member.folder}, run {o.spec.id}"
             cards.append({"error": "", "facts": _facts(o), "note": note})
     few = len(found) / 2  # names of most customers would say little
-    groups = [(says, g, g[:NAMED] if len(g) <= few else []) for says, g in _groups(found).items()]
+    groups = [(label, g, g[:NAMED] if len(g) <= few else []) for label, g in _groups(found).items()]
     return render(
         "fleet.html",
         title=title,

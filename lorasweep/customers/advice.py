@@ -120,7 +120,13 @@ def advise(c: Customer, known: Known) -> Advice:
     costs = costs_of(case, choice.rank, work, hardware)
     note_habits(case, work, choice, lora, batches)
     conditions = conditions_of(case, work, choice, lora, batches)
-    found = {"work": work, "choice": choice, "rate": rate, "batches": batches, "costs": costs}
+    found: dict[str, Any] = {
+        "work": work,
+        "choice": choice,
+        "rate": rate,
+        "batches": batches,
+        "costs": costs,
+    }
     return Advice(**vars(case), **found, conditions=conditions)
 
 

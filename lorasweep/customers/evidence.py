@@ -146,23 +146,14 @@ class MeasuredRegret(NamedTuple):
     """Percent of full fine-tuning's gain."""
 
 
-class Optimum(NamedTuple):
-    """The best learning rate of one curve."""
-
-    model: str
-    method: str
-    dataset: str
-    scale: str
-    rate: Interval
-
-
 @dataclass(frozen=True)
 class Kept:
     """What the rules use of the kept results."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     regrets: list[MeasuredRegret] = field(default_factory=list)
-    optima: list[Optimum] = field(default_factory=list)
+    best_rates: dict[tuple[str, str], list[tuple[str, Interval]]] = field(default_factory=dict)
+    """(Model, method) -> scale and data set, and the best learning rate measured there."""
     batch_effects: list[tuple[str, float]] = field(default_factory=list)
     """Scale, and change of ln(LoRA's speed over full fine-tuning's) per doubling of the batch."""
     hidden: dict[str, int] = field(default_factory=dict)
@@ -203,11 +194,10 @@ def read_kept(folder: Path, hidden: dict[str, int]) -> Kept:
         if sweep == "regime":
             kept.regrets.extend(_regrets(answer["cells"]))
         elif sweep == "lr_ratio":
-            kept.optima.extend(
-                Optimum(c["model"], c["method"], c["dataset"], scale, rate)
-                for c in answer["curves"]
-                if (rate := _interval({**c, "value": c["best_lr"]}))
-            )
+            for c in answer["curves"]:
+                if rate := _interval({**c, "value": c["best_lr"]}):
+                    rates = kept.best_rates.setdefault((c["model"], c["method"]), [])
+                    rates.append((f"{scale} on {c['dataset']}", rate))
         elif sweep == "batch_size":  # the effect at the highest rank
             effects = (answer.get("batch_effect") or {}).items()
             found = [(int(r), e["value"]) for r, e in effects if e["value"] is not None]

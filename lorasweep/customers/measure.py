@@ -141,14 +141,14 @@ def information(
     plain, online = code_length(as_is, best.nats, [b.tokens for b in base], left)
     online = {k: v if v is None else v + which for k, v in online.items()}
     sums = {"as_is": sum(as_is), "prequential": sum(best.nats) + which}
-    known = None
+    known: dict[str, Any] | None = None
     if data.bits is not None and data.entropy_floor_nats is not None:
         # the length of the code above the entropy of the rows is the cost of learning them
         bits, entropy = data.bits(tokens), tokens * data.entropy_floor_nats
         above = {k: (nats - entropy) / math.log(2) for k, nats in sums.items()}
         ratio = above["prequential"] / bits["generator"] if bits["generator"] else None
-        known = {"bits": bits, **{f"{k}_above_entropy": v for k, v in above.items()}}
-        known["ratio"] = ratio
+        costs = {f"{k}_above_entropy": v for k, v in above.items()}
+        known = {"bits": bits, **costs, "ratio": ratio}
     return {
         "model": spec.model.name,
         "dataset": spec.dataset.name,

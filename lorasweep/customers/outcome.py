@@ -34,9 +34,9 @@ class Outcome:
     member: Member
     tried: list[Tried]
     spec: RunSpec | None
-    """The chosen run; None: there is none to choose."""
+    """The chosen run; None: none can be chosen."""
     result: dict[str, Any]
-    """Its result; empty without one."""
+    """The result of that run; empty without one."""
     problem: str
     """Why there is no adapter; empty if there is one."""
 

@@ -41,8 +41,8 @@ def amount(value: float | None) -> str:
     return "<0.01" if value is not None and value < 0.01 else short(value)
 
 
-def of_all(counts: Mapping[str, int | None]) -> str:
-    """Format how many were measured, and of how many where that is known."""
+def counted(counts: Mapping[str, int | None]) -> str:
+    """Format the number measured, and the number of all where it is known."""
     of = "" if counts["all"] is None else f" of {counts['all']:,}"
     return f"{counts['measured']:,}{of}"
 
@@ -59,7 +59,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "of_all": of_all}
+    filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "counted": counted}
     found.filters |= {**filters, "repr": repr, "dollars": "${:,.0f}".format}
     return found
 
@@ -70,7 +70,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text as a terminal may show it: without control characters."""
+    """Replace control characters, which a terminal would obey."""
     return "".join(ch if ch.isprintable() else "?" for ch in text)
 
 

@@ -26,8 +26,7 @@ LONGEST_EXAMPLE = 131_072
 MOST_TOKENS = 1e13
 """Tokens in total above which a row is refused: more than base models are pretrained on."""
 SLACK = 0.1
-"""Share by which steps x batch size may differ from examples x epochs: a last batch, skipped rows.
-"""
+"""Share by which steps x batch size may differ from examples x epochs, as for skipped rows."""
 FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
 """Starts of cells that spreadsheets compute (OWASP, CSV injection)."""
 THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
@@ -38,43 +37,47 @@ INF = float("inf")
 
 
 class Column(NamedTuple):
-    """What a column holds, and its range."""
+    """The type, range and meaning of a column."""
 
     kind: type
     low: float = 0.0
     high: float = INF
-    says: str = ""
+    meaning: str = ""
 
 
-def _of(kind: type, low: float, high: float, says: str, default: Any = None) -> Any:
+def _column(kind: type, low: float, high: float, meaning: str, default: Any = None) -> Any:
     """Declare a field of Customer that is a column."""
-    return field(default=default, metadata={"column": Column(kind, low, high, says)})
+    return field(default=default, metadata={"column": Column(kind, low, high, meaning)})
 
 
 @dataclass(frozen=True)
 class Customer:
     """One row, with types. None: not stated."""
 
-    name: str = _of(str, 0, INF, "any name")
-    model: str = _of(str, 0, INF, "a name of conf/model or the hub, or a config.json")
-    task: str = _of(str, 0, INF, "sft or rl")
-    examples: int | None = _of(int, 1, INF, "rows; in RL, problems")
-    tokens_per_example: float | None = _of(float, 1, INF, "mean tokens of a row that bear loss")
-    bits_per_token: float | None = _of(float, 1e-6, 20, "information in such a token")
-    max_length: int | None = _of(int, 4, INF, "tokens of the longest row")
-    data: str | None = _of(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
-    epochs: float | None = _of(float, 1e-6, 1e6, "passes over the rows")
-    batch_size: int | None = _of(int, 1, 1e7, "rows of an update; in RL, episodes")
-    steps: int | None = _of(int, 1, 1e9, "updates")
-    episodes: int | None = _of(int, 1, INF, "samples in RL, all problems and passes")
-    hardware: str | None = _of(str, 0, INF, "a name of conf/hardware")
-    gpus: int | None = _of(int, 1, 512, "available GPUs")
-    price_per_gpu_h: float | None = _of(float, 1e-6, 1e4, "dollars")
-    adapters_served: int = _of(int, 1, 1e6, "adapters served at once on this model", 1)
-    max_regret: float = _of(float, 1e-6, 100, "regret of LoRA, % of full fine-tuning's gain", 2.0)
-    layers: str | None = _of(str, 0, INF, "planned: attention, mlp, unembedding, joined by +, all")
-    rank: int | None = _of(int, 1, 1e5, "planned")
-    lr: float | None = _of(float, 1e-12, 1e3, "planned, of LoRA")
+    name: str = _column(str, 0, INF, "any name")
+    model: str = _column(str, 0, INF, "a name of conf/model or the hub, or a config.json")
+    task: str = _column(str, 0, INF, "sft or rl")
+    examples: int | None = _column(int, 1, INF, "rows; in RL, problems")
+    tokens_per_example: float | None = _column(float, 1, INF, "mean tokens of a row that bear loss")
+    bits_per_token: float | None = _column(float, 1e-6, 20, "information in such a token")
+    max_length: int | None = _column(int, 4, INF, "tokens of the longest row")
+    data: str | None = _column(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
+    epochs: float | None = _column(float, 1e-6, 1e6, "passes over the rows")
+    batch_size: int | None = _column(int, 1, 1e7, "rows of an update; in RL, episodes")
+    steps: int | None = _column(int, 1, 1e9, "updates")
+    episodes: int | None = _column(int, 1, INF, "samples in RL, all problems and passes")
+    hardware: str | None = _column(str, 0, INF, "a name of conf/hardware")
+    gpus: int | None = _column(int, 1, 512, "available GPUs")
+    price_per_gpu_h: float | None = _column(float, 1e-6, 1e4, "dollars")
+    adapters_served: int = _column(int, 1, 1e6, "adapters served at once on this model", 1)
+    max_regret: float = _column(
+        float, 1e-6, 100, "LoRA's regret, % of full fine-tuning's gain", 2.0
+    )
+    layers: str | None = _column(
+        str, 0, INF, "planned: attention, mlp, unembedding joined by +, all"
+    )
+    rank: int | None = _column(int, 1, 1e5, "planned")
+    lr: float | None = _column(float, 1e-12, 1e3, "planned, of LoRA")
     shape: tuple[tuple[str, int | bool], ...] = ()
     """Columns of SHAPE that were filled, by name."""
     where: str = "customer"
@@ -89,7 +92,7 @@ SHAPE = {
     "head_size": Column(int, 1, 1e4, "width of a head"),
     "mlp_size": Column(int, 1, 1e6, "width of the MLP, of one expert if there are any"),
     "vocab_size": Column(int, 2, 1e7, "vocabulary"),
-    "tied": Column(bool, says="embedding and unembedding are one matrix"),
+    "tied": Column(bool, meaning="embedding and unembedding are one matrix"),
     "n_experts": Column(int, 0, 1e4, "experts of a layer"),
     "n_active_experts": Column(int, 0, 1e4, "experts that a token passes through"),
 }
@@ -260,7 +263,7 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
             except ValueError as error:
                 problems.append(f"column {column}: {error}")
     missing = [c for c in REQUIRED if str(row.get(c) or "").strip() == ""]
-    problems += [f"column {c}: missing. It holds {COLUMNS[c].says}." for c in missing]
+    problems += [f"column {c}: missing. It holds {COLUMNS[c].meaning}." for c in missing]
     if problems:
         raise RowError(*problems)
     shape = tuple((name, values.pop(name)) for name in SHAPE if name in values)
@@ -272,7 +275,7 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
 
 def _value(column: str, raw: Any) -> Any:
     """Convert a cell; ValueError says what is wrong with it."""
-    kind, low, high, says = COLUMNS[column]
+    kind, low, high, meaning = COLUMNS[column]
     text = str(raw).strip()
     if isinstance(raw, str) and FORMULA.match(raw):
         raise ValueError(
@@ -295,18 +298,18 @@ def _value(column: str, raw: Any) -> Any:
             raise ValueError(f"expected true or false, got {text!r}.")
         return text.lower() in YES
     if isinstance(raw, bool):
-        raise ValueError(f"expected a number ({says}), got {raw}.")
+        raise ValueError(f"expected a number ({meaning}), got {raw}.")
     try:
         number = float(text.replace(",", "") if THOUSANDS.match(text) else text)
     except ValueError:
         raise ValueError(
-            f"expected a number ({says}), got {text!r}. Write it out, as 50000 or 5e4."
+            f"expected a number ({meaning}), got {text!r}. Write it out, as 50000 or 5e4."
         ) from None
     if kind is int and number % 1:
-        raise ValueError(f"expected a whole number ({says}), got {text!r}.")
+        raise ValueError(f"expected a whole number ({meaning}), got {text!r}.")
     if not low <= number <= high:
         most = "" if high == INF else f" and at most {high:g}"
-        raise ValueError(f"expected a number of at least {low:g}{most} ({says}), got {text!r}.")
+        raise ValueError(f"expected a number of at least {low:g}{most} ({meaning}), got {text!r}.")
     return kind(number)
 
 

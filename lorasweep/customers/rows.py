@@ -119,7 +119,11 @@ def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
         raise DataError(f"{path}: a name without '=' and ',' is expected. Rename the file.")
     test = folder / "test.jsonl"
     there = path.is_dir() and test.is_file()
-    place = {"location": str(folder), "revision": "", "test_split": "test" if there else split}
+    place: dict[str, Any] = {
+        "location": str(folder),
+        "revision": "",
+        "test_split": "test" if there else split,
+    }
     spec = dataclasses.replace(spec, **place, **form)
     rows = _texts(spec, sources.jsonl_rows(folder / f"{split}.jsonl"))
     tested = _texts(spec, sources.jsonl_rows(test)) if there else None

@@ -38,8 +38,8 @@ from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
 
 APART = 3.0
-"""Factor between the learning rates that are tried: any other is within 1.7 of one of them, and
-those of public grids are as far apart (rules/rates.py, STEP)."""
+"""Factor between the learning rates that are tried, as in public grids (rules/rates.py, STEP): any
+learning rate between them is within a factor 1.7 of one."""
 MOST_RATES = 9
 FORM = {"template", "render", "mask"}
 """Fields of a data set that a fleet takes from the command line."""

@@ -268,7 +268,7 @@ def test_data_that_break_between_plan_and_training_fail_their_customer_alone(wor
     assert not (world.folder / "bob").exists() and "but the revision" in world.page
 
 
-def test_plan_and_status_are_of_the_customers(world, tmp_path, capsys, compose):
+def test_plan_and_status_are_of_the_customers(world, capsys, compose):
     request = compose("action=plan", "customers=customers.yaml", "format=json", "rates=advised")
     assert act(request) == 0
     found = json.loads(capsys.readouterr().out)
@@ -277,7 +277,7 @@ def test_plan_and_status_are_of_the_customers(world, tmp_path, capsys, compose):
     shown = json.loads(capsys.readouterr().out)
     assert {"ann", "bob", "few", "eve"} < {a["arm"] for a in shown["arms"]}
     assert shown["customers"] == found["fleet"]["customers"]
-    assert found["fleet"]["customers"] == {"customers": 5, "adapters": 0, "open": 5, "errors": 0}
+    assert shown["customers"] == {"customers": 5, "adapters": 0, "open": 5, "errors": 0}
 
 
 def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
@@ -286,12 +286,10 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     request = compose("action=plan", *options)
     assert act(request) == 0
     untimed = capsys.readouterr().out
-    assert "5 customers: 0 adapters, 5 not trained yet, 0 with errors" in untimed
     assert "alone is not known" in untimed and "action=measure_packs" in untimed
-    runs = plan_fleet(request)
-    for point in runs.points:
-        machine, exec_ = detect.this_machine(), runs.exec
-        path = measured_path(Path(exec_.runs_dir), point.spec, machine, exec_)
+    specs, exec_ = [p.spec for p in plan_fleet(request).points], plan_fleet(request).exec
+    for spec in specs:
+        path = measured_path(Path(exec_.runs_dir), spec, detect.this_machine(), exec_)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step_s": {"1": 0.3, "4": 0.1}}))
     assert act(dataclasses.replace(request, format="json")) == 0
@@ -299,8 +297,8 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     four, one = found["bases"]
     assert (four["customers"], four["packs"]) == (4, 1) and four["ratio"] == pytest.approx(3)
     assert (one["customers"], one["packs"]) == (1, 1) and one["ratio"] == pytest.approx(1)
-    whole, steps = found["total"], sum(p.spec.steps for p in runs.points)
-    evaluated = sum(p.spec.steps * run_flops(p.spec) / train_flops(p.spec) for p in runs.points)
+    whole, steps = found["total"], sum(s.steps for s in specs)
+    evaluated = sum(s.steps * run_flops(s) / train_flops(s) for s in specs)
     assert whole["alone_s"] == pytest.approx(0.3 * evaluated) and evaluated > steps
     assert whole["together_s"] == four["together_s"] + one["together_s"] < whole["alone_s"]
     assert act(compose("action=plan", "hardware=h100", "precision=bf16", *options)) == 0
@@ -376,18 +374,15 @@ def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(wor
         found = outcome_of(member, Planted(losses))
         assert found.spec.id == ids[chosen] and found.edge == edge and found.gain < 0
         assert [t.validation for t in found.tried] == losses
-    for before, error, says in (
-        (9.5, 0.1, "gained"),
-        (9.2, 0.1, "not known"),
-        (8.5, 0.1, "got worse"),
-        (8.5, None, "not known"),
-    ):
+    verdicts = {9.5: "gained", 9.2: "not known", 8.5: "got worse"}
+    for before, verdict in verdicts.items():
         # 4 rows: Student's t of 3 degrees of freedom is 3.18
-        result = {"nll_start": before, "test_nll": 9.0, "gain_se": error, "n_test": 4}
+        result = {"nll_start": before, "test_nll": 9.0, "gain_se": 0.1, "n_test": 4}
         judged = dataclasses.replace(found, result=found.result | result)
-        assert judged.verdict == says
-        if error:
-            assert judged.interval == pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
+        assert judged.verdict == verdict
+        assert judged.interval == pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
+    judged = dataclasses.replace(judged, result=judged.result | {"gain_se": None})
+    assert judged.verdict == "not known" and judged.interval is None
     none = outcome_of(member, Planted([None] * 3))
     assert none.spec is None and "every learning rate diverged" in none.problem
 

@@ -40,22 +40,22 @@ class Arm:
 
     trained: int
     """Parameters."""
-    gpus: int | None
-    """All available GPUs, or the fewest that hold it."""
-    fits: bool
-    """Whether the customer's GPUs hold it."""
-    why: str
-    """Why it fits nowhere, and what would help."""
-    peak_gib: float | None
-    """Expected peak of one GPU."""
-    step_s: float | None
-    hours: float | None
-    """Wall time of the updates."""
-    cost_usd: float | None
     file_mib: float
     """What is shipped: an adapter, or the whole model."""
     serving_gib: float
     """Weights in memory to serve all of the customer's adapters, or copies."""
+    why: str = ""
+    """Why it fits nowhere, and what would help."""
+    gpus: int | None = None
+    """All available GPUs, or the fewest that hold it."""
+    fits: bool = False
+    """Whether the customer's GPUs hold it."""
+    peak_gib: float | None = None
+    """Expected peak of one GPU."""
+    step_s: float | None = None
+    hours: float | None = None
+    """Wall time of the updates."""
+    cost_usd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,30 +108,26 @@ def costs_of(case: Case, rank: int, work: Workload, hardware: Hardware) -> Costs
 
 def _arm(case: Case, rank: int, work: Workload, hardware: Hardware) -> Arm:
     """Return what LoRA of a rank costs, or with rank 0 full fine-tuning; note and warn."""
-    c, base = case.customer, case.model.n_params
+    c, base, price = case.customer, case.model.n_params, hardware.price_per_gpu_h
     model = replace(case.model, weights_dtype="bf16")  # as frozen on GPUs
     n = trained(case.model, rank) if rank else base
     served = base + c.adapters_served * n if rank else c.adapters_served * n
+    files = (WORD * n / 2**20, WORD * served / 2**30)
     found = _placed(model, work, _Machine(hardware), rank, c.gpus)
-    gpus = peak = step_s = hours = cost = None
-    why = ""
     if isinstance(found, Misfit):
-        why = f"{found.why}. Give {found.remedy}"
+        arm = Arm(n, *files, why=f"{found.why}. Give {found.remedy}")
     else:
-        gpus, peak = found.layout.gpus, found.memory_gib
+        gpus = found.layout.gpus
         parts = step_parts(_load(model, rank), found.layout, work.row_tokens, hardware)
         step_s = step_seconds(parts)
         if c.task == "rl":  # a serving engine on the same GPUs samples an update's completions
             group = min(GROUP, work.batch_size)
             lengths = (work.row_tokens - work.tokens, work.tokens)
             step_s += served_s(model, hardware, gpus, work.batch_size, group, *lengths)
-        if work.steps is not None:
-            hours = step_s * work.steps / 3600
-            if hardware.price_per_gpu_h is not None:
-                cost = hours * gpus * hardware.price_per_gpu_h
-    fits = gpus is not None and gpus <= (c.gpus or MOST_GPUS)
-    files = (WORD * n / 2**20, WORD * served / 2**30)
-    arm = Arm(n, gpus, fits, why, peak, step_s, hours, cost, *files)
+        hours = None if work.steps is None else step_s * work.steps / 3600
+        cost = None if hours is None or price is None else hours * gpus * price
+        fits = gpus <= (c.gpus or MOST_GPUS)
+        arm = Arm(n, *files, "", gpus, fits, found.memory_gib, step_s, hours, cost)
     _note_arm(case, "lora" if rank else "full", arm, work, hardware)
     return arm
 

@@ -84,11 +84,10 @@ def _measured(case: Case, method: str) -> dict[str, float]:
     """Return the ends of the measured best learning rates of this very model; empty without any."""
     arm = "fullft" if method == "full" else "lora"
     found: dict[str, float] = {}
-    for o in case.known.kept.optima:
-        if case.customer.task == "sft" and o.model == case.model.name and o.method == arm:
-            where = f"lr_ratio at {o.scale} on {o.dataset}"
-            ends = {"low end": o.rate.low, "best": o.rate.value, "high end": o.rate.high}
-            found |= {f"{where}, {end}": v for end, v in ends.items() if v is not None}
+    if case.customer.task == "sft":
+        for where, rate in case.known.kept.best_rates.get((case.model.name, arm), ()):
+            ends = {"low end": rate.low, "best": rate.value, "high end": rate.high}
+            found |= {f"lr_ratio at {where}, {k}": v for k, v in ends.items() if v is not None}
     return found
 
 

@@ -65,7 +65,8 @@ def workload_of(case: Case) -> Workload:
     """
     c = case.customer
     examples: float | None = c.examples
-    counted = measured = None
+    counted: own.Counted | None = None
+    measured: Measured | None = None
     if c.data is not None and own.is_on_hub(c.data):
         case.warn("on_hub", data=c.data)
     elif c.data is not None:
@@ -133,8 +134,9 @@ def _lengths(
     case: Case, counted: own.Counted | None, measured: Measured | None
 ) -> tuple[float, float, int]:
     """Return the mean tokens that bear loss, the mean tokens computed, and the longest row."""
-    c, inputs = case.customer, dict[str, Any]()
+    c = case.customer
     length, tokens = c.max_length, c.tokens_per_example
+    inputs: dict[str, Any] = {}
     if tokens is None and measured is not None:
         tokens = measured.tokens_per_example
         case.note("tokens_per_example", tokens, "measured", where=measured.where)
