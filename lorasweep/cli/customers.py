@@ -181,15 +181,11 @@ def plan_fleet(request: Request) -> Request:
 
 
 def fleet(request: Request, store: RunStore, train: Callable[[Request, RunStore], int]) -> int:
-    """Train an adapter for each customer of a table; return the exit status.
+    """Train an adapter for each customer of a table, or of a plan; return the exit status.
 
     The status is 1 if a customer could not be planned or got no adapter; those whose runs wait in
-    jobs of a cluster do not count.
-
-    Args:
-        request: names the table, or holds the runs as planned.
-        store: keeps the runs.
-        train: trains the missing runs of a request, here or on a cluster; returns an exit status.
+    jobs of a cluster do not count. `train`: trains the missing runs of a request, here or on a
+    cluster, and returns an exit status.
     """
     plan = plan_fleet(request)
     if plan.points and train(plan, store) == STOPPED:

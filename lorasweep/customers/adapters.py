@@ -52,12 +52,33 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     found = [_export(o, store, folder, save) if o.spec else o for o in found]
     now = {o.member.folder for o in found if o.spec is not None}
-    earlier = {}
+    earlier: dict[str, dict[str, Any]] = {}  # facts of adapters that are not of this table's state
     for path in sorted(folder.glob(f"*/{FACTS}")):
         if path.parent.name not in now and not path.parent.name.startswith("."):
             with suppress(OSError, ValueError):
                 earlier[path.parent.name] = json.loads(path.read_text())
-    page = _page(found, title, earlier)
+    cards: list[dict[str, Any]] = []
+    for o in found:
+        if o.spec is None:
+            cards.append({"error": o.problem, "earlier": earlier.get(o.member.folder)})
+        else:
+            note = f"folder {o.member.folder}, run {o.spec.id}"
+            cards.append({"error": "", "facts": _facts(o), "note": note})
+    few = len(found) / 2  # names of most customers would say little
+    names = [o.member.name or "?" for o in found]
+    gone = earlier.keys() - {o.member.folder for o in found}
+    page = render(
+        "fleet.html",
+        title=title,
+        counts=counts_line(counts(found)),
+        groups=[(k, g, g[:NAMED] if len(g) <= few else []) for k, g in _groups(found).items()],
+        head=HEAD,
+        numbers=NUMBERS,
+        names=names,
+        rows=[cells(o) for o in found],
+        cards=cards,
+        gone=[str(earlier[f].get("name")) for f in sorted(gone)],
+    )
     files.write_atomic(folder / PAGE, page.encode(errors="replace"))
     return found
 
@@ -99,7 +120,7 @@ def _write(outcome: Outcome, store: RunStore, folder: Path, facts: str, save: Wr
     card = render(
         "card.md",
         head=yaml.safe_dump(head, sort_keys=False),
-        name=plain_text(outcome.name),
+        name=plain_text(outcome.member.name),
         facts=[(name, plain_text(text)) for name, text in _facts(outcome)],
     )
     # text that UTF-8 cannot hold is written with question marks
@@ -114,7 +135,7 @@ def _write(outcome: Outcome, store: RunStore, folder: Path, facts: str, save: Wr
         shutil.rmtree(partial)
 
 
-# ---------------------------------------------------------------- cards, table and page
+# ---------------------------------------------------------------- cards and table
 
 
 def _facts(outcome: Outcome) -> list[tuple[str, str]]:
@@ -183,32 +204,3 @@ def summary_lines(found: Sequence[Outcome]) -> list[str]:
     """Return the number of customers by result."""
     groups = {k: v for k, v in _groups(found).items() if k != "without an adapter"}
     return [counts_line(counts(found)), *(f"{len(g)} {label}" for label, g in groups.items())]
-
-
-def _page(found: Sequence[Outcome], title: str, earlier: dict[str, dict[str, Any]]) -> str:
-    """Return the page in HTML: one file, without scripts.
-
-    `earlier`: the facts of adapters that are not of this table's state, by folder.
-    """
-    folders = {o.member.folder for o in found}
-    cards: list[dict[str, Any]] = []
-    for o in found:
-        if o.spec is None:
-            cards.append({"error": o.problem, "earlier": earlier.get(o.member.folder)})
-        else:
-            note = f"folder {o.member.folder}, run {o.spec.id}"
-            cards.append({"error": "", "facts": _facts(o), "note": note})
-    few = len(found) / 2  # names of most customers would say little
-    groups = [(label, g, g[:NAMED] if len(g) <= few else []) for label, g in _groups(found).items()]
-    return render(
-        "fleet.html",
-        title=title,
-        counts=counts_line(counts(found)),
-        groups=groups,
-        head=HEAD,
-        numbers=NUMBERS,
-        names=[o.name or "?" for o in found],
-        rows=[cells(o) for o in found],
-        cards=cards,
-        gone=[str(facts.get("name")) for f, facts in earlier.items() if f not in folders],
-    )

@@ -107,10 +107,18 @@ def advise(c: Customer, known: Known) -> Advice:
     """Answer one customer.
 
     Raises:
-        RowError: the model, the hardware or the data are not known.
+        RowError: the model, the hardware or the data are not known, or the model cannot have the
+            planned rank or layers.
     """
     case = Case(c, shape_of(c, known.models), known)
-    _check_plan(case)
+    if c.rank is not None or c.layers is not None:
+        layers = c.layers or LAYERS
+        smallest = max(1, case.model.n_active_experts) if "mlp" in parse_layers(layers) else 1
+        try:
+            LoRA(rank=c.rank or smallest, layers=layers).check(case.model)
+        except SpecError as error:
+            text = str(error).replace("method.", "")
+            raise RowError(f"column {'rank' if c.rank else 'layers'}: {text}") from None
     hardware = hardware_of(case)
     work = workload_of(case)
     choice = choose(case, work)
@@ -128,20 +136,6 @@ def advise(c: Customer, known: Known) -> Advice:
         "costs": costs,
     }
     return Advice(**vars(case), **found, conditions=conditions)
-
-
-def _check_plan(case: Case) -> None:
-    """Refuse a planned rank or planned layers that the model cannot have."""
-    c, model = case.customer, case.model
-    if c.rank is None and c.layers is None:
-        return
-    layers = c.layers or LAYERS
-    smallest = max(1, model.n_active_experts) if "mlp" in parse_layers(layers) else 1
-    try:
-        LoRA(rank=c.rank or smallest, layers=layers).check(model)
-    except SpecError as error:
-        text = str(error).replace("method.", "")
-        raise RowError(f"column {'rank' if c.rank else 'layers'}: {text}") from None
 
 
 def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice | Failed]:

@@ -173,11 +173,9 @@ class Kept:
 
 
 def read_kept(folder: Path, hidden: dict[str, int]) -> Kept:
-    """Read the kept results; empty where there are none, as in an installed package.
+    """Read */results.json of a folder; empty where there are none, as in an installed package.
 
-    Args:
-        folder: holds a folder for each answer, with results.json.
-        hidden: hidden size of each known model, by name.
+    `hidden`: hidden size of each known model, by name.
     """
     kept = Kept(hidden=hidden)
     for path in sorted(folder.glob("*/results.json")):

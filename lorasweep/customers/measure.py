@@ -123,7 +123,7 @@ def information(
     Args:
         spec: the run, at the middle learning rate.
         data: its rows.
-        codes: those of the runs that did not diverge.
+        codes: of the runs that did not diverge.
         base: each batch under the base model.
         tried: number of learning rates.
         code_length: extrapolates to all rows.

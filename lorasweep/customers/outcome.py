@@ -41,11 +41,6 @@ class Outcome:
     """Why there is no adapter; empty if there is one."""
 
     @property
-    def name(self) -> str:
-        """The customer's name."""
-        return self.member.name
-
-    @property
     def base(self) -> str:
         """The public name of the base: that of the hub, or of its folder, without its path."""
         model = self.member.points[0].spec.model

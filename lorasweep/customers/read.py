@@ -45,7 +45,7 @@ class Column(NamedTuple):
     meaning: str = ""
 
 
-def _column(kind: type, low: float, high: float, meaning: str, default: Any = None) -> Any:
+def _col(kind: type, low: float, high: float, meaning: str, default: Any = None) -> Any:
     """Declare a field of Customer that is a column."""
     return field(default=default, metadata={"column": Column(kind, low, high, meaning)})
 
@@ -54,30 +54,26 @@ def _column(kind: type, low: float, high: float, meaning: str, default: Any = No
 class Customer:
     """One row, with types. None: not stated."""
 
-    name: str = _column(str, 0, INF, "any name")
-    model: str = _column(str, 0, INF, "a name of conf/model or the hub, or a config.json")
-    task: str = _column(str, 0, INF, "sft or rl")
-    examples: int | None = _column(int, 1, INF, "rows; in RL, problems")
-    tokens_per_example: float | None = _column(float, 1, INF, "mean tokens of a row that bear loss")
-    bits_per_token: float | None = _column(float, 1e-6, 20, "information in such a token")
-    max_length: int | None = _column(int, 4, INF, "tokens of the longest row")
-    data: str | None = _column(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
-    epochs: float | None = _column(float, 1e-6, 1e6, "passes over the rows")
-    batch_size: int | None = _column(int, 1, 1e7, "rows of an update; in RL, episodes")
-    steps: int | None = _column(int, 1, 1e9, "updates")
-    episodes: int | None = _column(int, 1, INF, "samples in RL, all problems and passes")
-    hardware: str | None = _column(str, 0, INF, "a name of conf/hardware")
-    gpus: int | None = _column(int, 1, 512, "available GPUs")
-    price_per_gpu_h: float | None = _column(float, 1e-6, 1e4, "dollars")
-    adapters_served: int = _column(int, 1, 1e6, "adapters served at once on this model", 1)
-    max_regret: float = _column(
-        float, 1e-6, 100, "LoRA's regret, % of full fine-tuning's gain", 2.0
-    )
-    layers: str | None = _column(
-        str, 0, INF, "planned: attention, mlp, unembedding joined by +, all"
-    )
-    rank: int | None = _column(int, 1, 1e5, "planned")
-    lr: float | None = _column(float, 1e-12, 1e3, "planned, of LoRA")
+    name: str = _col(str, 0, INF, "any name")
+    model: str = _col(str, 0, INF, "a name of conf/model or the hub, or a config.json")
+    task: str = _col(str, 0, INF, "sft or rl")
+    examples: int | None = _col(int, 1, INF, "rows; in RL, problems")
+    tokens_per_example: float | None = _col(float, 1, INF, "mean tokens of a row that bear loss")
+    bits_per_token: float | None = _col(float, 1e-6, 20, "information in such a token")
+    max_length: int | None = _col(int, 4, INF, "tokens of the longest row")
+    data: str | None = _col(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
+    epochs: float | None = _col(float, 1e-6, 1e6, "passes over the rows")
+    batch_size: int | None = _col(int, 1, 1e7, "rows of an update; in RL, episodes")
+    steps: int | None = _col(int, 1, 1e9, "updates")
+    episodes: int | None = _col(int, 1, INF, "samples in RL, all problems and passes")
+    hardware: str | None = _col(str, 0, INF, "a name of conf/hardware")
+    gpus: int | None = _col(int, 1, 512, "available GPUs")
+    price_per_gpu_h: float | None = _col(float, 1e-6, 1e4, "dollars")
+    adapters_served: int = _col(int, 1, 1e6, "adapters served at once on this model", 1)
+    max_regret: float = _col(float, 1e-6, 100, "LoRA's regret, % of full fine-tuning's gain", 2.0)
+    layers: str | None = _col(str, 0, INF, "planned: attention, mlp, unembedding joined by +, all")
+    rank: int | None = _col(int, 1, 1e5, "planned")
+    lr: float | None = _col(float, 1e-12, 1e3, "planned, of LoRA")
     shape: tuple[tuple[str, int | bool], ...] = ()
     """Columns of SHAPE that were filled, by name."""
     where: str = "customer"
@@ -243,11 +239,7 @@ def check_rows(rows: Iterable[Row]) -> list[Customer | Failed]:
 
 
 def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
-    """Read one row.
-
-    Args:
-        row: values by column, as text or as YAML has them.
-        where: its place in the table.
+    """Read one row: values by column, as text or as YAML has them; `where`: its place.
 
     Raises:
         RowError: the row is wrong; all its problems, each with its column.

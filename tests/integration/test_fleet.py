@@ -232,7 +232,7 @@ def test_early_stopping_survives_a_kill(world, odd, tmp_path):
     assert same_adapters(tmp_path / "killed", tmp_path / "runs")
 
 
-def test_nothing_of_one_customers_rows_is_in_what_others_get(world, tmp_path):
+def test_no_row_of_a_customer_reaches_another(world, tmp_path):
     """Folders, run folders with logs and records, and errors; the page escapes their names."""
     write_rows(tmp_path / "loud.jsonl", 30, "Yes")
     with (tmp_path / "loud.jsonl").open("a") as rows:
@@ -306,7 +306,7 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     assert "in time of one GPU" in on_gpus and "by the times of steps" in on_gpus
 
 
-def test_what_has_no_adapter_now_keeps_the_folder_that_it_has(world, tmp_path):
+def test_customers_without_an_adapter_keep_their_earlier_folder(world, tmp_path):
     """A customer whose new rows break, and one that leaves the table; the page says so."""
     assert world.run("rates=advised") == 0
     (tmp_path / "bob.jsonl").write_text("{")
@@ -319,7 +319,7 @@ def test_what_has_no_adapter_now_keeps_the_folder_that_it_has(world, tmp_path):
     assert (world.folder / "few/adapter_model.safetensors").is_file()
 
 
-def test_what_is_wrong_with_a_row_is_said_once_and_a_base_is_its_customers_matter(
+def test_each_error_is_printed_once_and_a_broken_base_fails_only_its_customers(
     world, tmp_path, capsys
 ):
     half = tmp_path / "half"
@@ -345,12 +345,12 @@ def test_what_is_wrong_with_a_row_is_said_once_and_a_base_is_its_customers_matte
         (["action=run", "customers=''", "rates=5"], "only for action=measure and action=fleet"),
     ],
 )
-def test_what_a_fleet_does_not_do_is_refused_before_it_reads_rows(world, options, says):
+def test_settings_without_meaning_in_a_fleet_are_refused(world, options, says):
     with pytest.raises(SpecError, match=says):
         world.run(*options)
 
 
-def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(world, capsys):
+def test_the_lower_of_equal_rates_is_chosen_and_diverged_runs_are_skipped(world, capsys):
     world.run("rates=3")
     plan = plan_fleet(world.request)
     member = next(m for m in planned(plan.members, plan.points) if m.name == "ann")
@@ -455,7 +455,7 @@ def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
 def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
     world, tmp_path, capsys
 ):
-    """Its runs keep their ids (tests/unit/fleet/test_members.py), although its folder names no rules:
+    """Its runs keep their ids (tests/unit/customers/test_runs.py), although its folder names no rules:
     nothing is trained again, and the prompt form of its scale is kept from then on."""
     of_scale = {"template": "Question: {prompt}\nAnswer: ", "render": "role_eos"}
     rules = {**of_scale, "mask": None, "split": "row", "layers": "attention+mlp+unembedding"}
@@ -487,7 +487,7 @@ TEMPLATE = (
 )
 
 
-def test_the_form_is_the_bases_and_never_the_scales_and_one_that_is_named_is_kept(
+def test_the_prompt_form_comes_from_the_base_or_the_command_line_and_is_kept(
     world, bases, tmp_path
 ):
     instruct = shutil.copytree(bases[0], tmp_path / "instruct")

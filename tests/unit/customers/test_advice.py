@@ -102,7 +102,7 @@ def measured(folder, sha256, model="mine", **whole):
     write_json(folder / f"information/{model}.json", [found])
 
 
-def test_what_was_measured_of_the_data_and_the_model_is_taken(rows_file, tmp_path):
+def test_measured_bits_of_the_same_data_and_model_are_used(rows_file, tmp_path):
     columns = {"examples": "", "tokens_per_example": "", "data": str(rows_file)}
 
     def answer(**more):

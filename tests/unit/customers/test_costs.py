@@ -44,7 +44,7 @@ def test_full_fine_tuning_takes_more_gpus_and_more_of_their_time():
     assert a.costs.flops_ratio == pytest.approx(0.672, abs=0.002)
 
 
-def test_all_gpus_at_hand_are_used_and_too_few_are_said():
+def test_all_available_gpus_are_used_and_too_few_give_a_warning():
     one, eight = advice(examples=10_000), advice(examples=10_000, gpus=8)
     assert eight.costs.lora.gpus == 8 == eight.costs.full.gpus
     assert eight.costs.lora.hours < one.costs.lora.hours / 4

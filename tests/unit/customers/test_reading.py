@@ -110,7 +110,7 @@ def test_yaml_holds_a_list_and_an_entry_that_is_none_is_an_error_of_its_own(tmp_
         read_customers(tmp_path / "f.csv")
 
 
-def test_one_wrong_row_stops_no_other(tmp_path):
+def test_a_wrong_row_does_not_affect_others(tmp_path):
     text = (
         "name,model,task,examples,hardware\n"
         "a,qwen3-8b,sft,1000,\n"

@@ -130,7 +130,7 @@ def test_full_is_an_error_unless_lora_is_asked_for(row, data):
         ({"method": FullFT()}, "method=lora"),
     ],
 )
-def test_settings_that_no_fleet_has_are_refused(settings, says):
+def test_settings_that_cannot_train_a_fleet_are_refused(settings, says):
     with pytest.raises(SpecError, match=says):
         plan([], **settings)
 
@@ -146,7 +146,7 @@ def test_a_base_of_more_than_one_gpu_is_its_customers_error(row, data):
 # ---------------------------------------------------------------- fleets of earlier versions
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden/fleet_ids.json").read_text())
-THEN = {
+EARLIER = {
     "tiny": ("{prompt}\n", "role_eos"),
     "small": ("Question: {prompt}\nAnswer: ", "role_eos"),
     "paper": ("{prompt}\n", "role_colon"),
@@ -183,14 +183,14 @@ def ids(customers, scale, rules):
     return {f"{scale}/{m.name}": [p.id for p in m.points] for m in found}
 
 
-def test_runs_by_the_rules_of_then_have_the_ids_of_then(customers):
+def test_runs_by_the_earlier_rules_keep_their_ids(customers):
     found = {}
-    for scale, (template, render) in THEN.items():
+    for scale, (template, render) in EARLIER.items():
         found |= ids(customers, scale, Rules(template, render, split=BY_ROW))
     assert found == GOLDEN
 
 
-def test_by_todays_rules_only_what_they_concern_has_another_id(customers):
+def test_todays_rules_change_only_the_ids_they_concern(customers):
     """At scale tiny the plain form was that of then; rows that share prompts, and those of a test
     file, are divided in another way."""
     found = ids(customers, "tiny", Rules())
