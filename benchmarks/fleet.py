@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import fleet_page, fleet_table, harness
 from benchmarks.harness import Figures, Log, command, cpu_s
-from lorasweep.cli.customers import members_of, plan_fleet
+from lorasweep.cli.customers import plan_fleet
 from lorasweep.config.compose import compose_request
-from lorasweep.customers.runs import Member
+from lorasweep.customers.runs import Member, planned
 from lorasweep.data.load import load as load_data
 from lorasweep.launch.process import WAIT_POLICY
 from lorasweep.models.load import tokenizer_of
@@ -145,7 +145,8 @@ def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _members(asked: Sequence[str]) -> list[Member]:
-    found = members_of(plan_fleet(compose_request(["action=plan", *asked])))
+    request = plan_fleet(compose_request(["action=plan", *asked]))
+    found = planned(request.members, request.points)
     members = [m for m in found if not m.problem]
     if len(members) < len(found):
         raise RuntimeError(f"customers that cannot be planned: {len(found) - len(members)}")

@@ -16,7 +16,7 @@ from benchmarks.harness import RESULTS, render, table
 from lorasweep.config import catalogue
 from lorasweep.config.folders import conf_dir
 from lorasweep.customers.advice import Advice, advise
-from lorasweep.customers.evidence import Case, Known, Trace
+from lorasweep.customers.evidence import Case, Known
 from lorasweep.customers.read import customer_of
 from lorasweep.customers.rules.rates import STEP, Rate, rate_of
 
@@ -80,7 +80,7 @@ def rates() -> Iterator[Judged]:
 
 
 def _rate(advice: Advice, world: Known, method: str) -> Rate:
-    case = Case(advice.customer, advice.model, world, Trace())
+    case = Case(advice.customer, advice.model, world)
     return rate_of(case, method, advice.choice.rank, advice.work)
 
 

@@ -11,21 +11,12 @@ from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.progress import Display
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
-from lorasweep.customers import adapters, customer_sweep, fleet_page, pages
+from lorasweep.customers import adapters, customer_sweep, pages, runs
 from lorasweep.customers import measure as measuring
 from lorasweep.customers.advice import Advice, answers, plain_of
 from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
 from lorasweep.customers.outcome import Outcome, outcome_of
-from lorasweep.customers.read import Customer, Failed, Row, check_rows, expected, read_customers
-from lorasweep.customers.runs import (
-    Member,
-    data_dirs,
-    fleet_folder,
-    fleet_name,
-    fleet_of,
-    planned,
-    write_rules,
-)
+from lorasweep.customers.read import Failed, Row, check_rows, expected, read_customers
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch import local
 from lorasweep.launch.slurm import submissions
@@ -66,7 +57,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
 def advise(request: Request) -> int:
     """Answer the customers of a request; return 1 if a row could not be answered."""
-    found = answers(_customers(request), known(request))
+    if bool(request.customers) == bool(request.customer):
+        raise SpecError(
+            "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
+            "+customer.model=llama-3.1-8b +customer.task=sft +customer.examples=50000. "
+            + ("Give one of the two." if request.customers else expected())
+        )
+    if request.customers:
+        table = read_customers(Path(request.customers))
+    else:
+        table = check_rows([Row("customer", {"name": "customer", **request.customer})])
+    found = answers(table, known(request))
     if request.why or request.write_sweep:
         return _one(request, found)
     title = Path(request.customers).stem if request.customers else "customer"
@@ -74,7 +75,14 @@ def advise(request: Request) -> int:
     if not out and request.format != "json":
         out = str(Path(request.exec.reports_dir) / f"advice-{title}.html")
     if out:
-        _write(Path(out), found, title)
+        path, writers = Path(out), {".html": pages.html, ".md": pages.markdown}
+        if path.suffix not in writers:
+            raise SpecError(f"out={out}: expected a file that ends in {' or '.join(writers)}.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(writers[path.suffix](found, title))
+        except OSError as error:
+            raise SpecError(f"out={out}: {error}") from None
     if request.format == "json":
         print(json.dumps([plain_of(a) for a in found]))
     else:
@@ -84,18 +92,6 @@ def advise(request: Request) -> int:
         lines += [f"page: {out}. Reasons: why=NAME. A sweep that resolves it: write_sweep=NAME"]
         print("\n".join(lines))
     return 1 if any(isinstance(a, Failed) for a in found) else 0
-
-
-def _customers(request: Request) -> list[Customer | Failed]:
-    if bool(request.customers) == bool(request.customer):
-        raise SpecError(
-            "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
-            "+customer.model=llama-3.1-8b +customer.task=sft +customer.examples=50000. "
-            + ("Give one of the two." if request.customers else expected())
-        )
-    if request.customers:
-        return read_customers(Path(request.customers))
-    return check_rows([Row("customer", {"name": "customer", **request.customer})])
 
 
 def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
@@ -110,21 +106,10 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
     if request.write_sweep:
         print("\n".join(customer_sweep.write(mine, Path(request.out or customer_sweep.FOLDER))))
     elif request.format == "json":
-        print(json.dumps([reason.plain() for reason in mine.trace.reasons.values()]))
+        print(json.dumps([reason.plain() for reason in mine.reasons.values()]))
     else:
         print(pages.render("reasons.txt", a=mine).rstrip())
     return 0
-
-
-def _write(path: Path, found: Sequence[Advice | Failed], title: str) -> None:
-    writers = {".html": pages.html, ".md": pages.markdown}
-    if path.suffix not in writers:
-        raise SpecError(f"out={path}: expected a file that ends in {' or '.join(writers)}.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(writers[path.suffix](found, title))
-    except OSError as error:
-        raise SpecError(f"out={path}: {error}") from None
 
 
 # ---------------------------------------------------------------- action=measure
@@ -175,71 +160,60 @@ def plan_fleet(request: Request) -> Request:
     if request.members:
         return request
     customers = read_customers(Path(request.customers))
-    rules, members = fleet_of(request, customers, known(request))
+    rules, members = runs.fleet_of(request, customers, known(request))
     for m in members:
         if m.problem:
             print(f"error in {pages.printable(m.problem)}", file=sys.stderr)
+    folder, dirs = runs.fleet_folder(request), runs.data_dirs(request)
     if request.action == "fleet":
-        write_rules(fleet_folder(request), rules)
-    dirs = data_dirs(request)
+        runs.write_rules(folder, rules)
     return dataclasses.replace(
         request,
         action="run" if request.action == "fleet" else request.action,
-        out=str(fleet_folder(request)),
+        out=str(folder),
         exec=dataclasses.replace(
             request.exec, data_dir=dirs, keep_weights=True, skip_broken_data=True
         ),
         points=[p for m in members for p in m.points],
-        sweep_name=fleet_name(request),
+        sweep_name=runs.fleet_name(request),
         members=[m.plain() for m in members],
     )
 
 
-def members_of(request: Request) -> list[Member]:
-    """Return the customers whose runs a planned request has."""
-    return planned(request.members, request.points)
-
-
 def fleet(request: Request, store: RunStore, train: Callable[[Request, RunStore], int]) -> int:
-    """Train an adapter for each customer of a table; return the exit status.
+    """Train an adapter for each customer of a table, or of a plan; return the exit status.
 
     The status is 1 if a customer could not be planned or got no adapter; those whose runs wait in
-    jobs of a cluster do not count.
-
-    Args:
-        request: names the table, or holds the runs as planned.
-        store: keeps the runs.
-        train: trains the missing runs of a request, here or on a cluster; returns an exit status.
+    jobs of a cluster do not count. `train`: trains the missing runs of a request, here or on a
+    cluster, and returns an exit status.
     """
-    runs = plan_fleet(request)
-    if runs.points and train(runs, store) == STOPPED:
+    plan = plan_fleet(request)
+    if plan.points and train(plan, store) == STOPPED:
         return STOPPED
-    outcomes = [outcome_of(member, store) for member in members_of(runs)]
-    waiting = _waiting(runs, outcomes, store)
-    folder, title = Path(runs.out), Path(runs.customers).stem
+    outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, plan.points)]
+    waiting = _waiting(outcomes, store) if plan.cluster.kind == "slurm" else 0
+    folder, title = Path(plan.out), Path(plan.customers).stem
     outcomes = adapters.export(outcomes, store, folder, title, write_adapter)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
-    if runs.mirror == "wandb":
+    if plan.mirror == "wandb":
         from lorasweep.tracking.wandb import mirror
 
-        mirror(chosen, store, runs.sweep_name or "")
-    if runs.format != "json":
-        rows = [fleet_page.cells(o) for o in outcomes]
+        mirror(chosen, store, plan.sweep_name or "")
+    if plan.format != "json":
+        rows = [adapters.cells(o) for o in outcomes]
         for row, o in zip(rows, outcomes, strict=True):
             if o.member.problem:
                 row[-1] = f"{o.member.where}: see above"
-        lines = _table(fleet_page.HEAD, rows, fleet_page.NUMBERS)
-        print("\n".join([*lines, "", *fleet_page.summary_lines(outcomes)]))
+        lines = _table(adapters.HEAD, rows, adapters.NUMBERS)
+        print("\n".join([*lines, "", *adapters.summary_lines(outcomes)]))
         print(f"adapters, cards and the page: {folder / adapters.PAGE}")
     elif not waiting:
         print(json.dumps([o.plain() for o in outcomes]))
     return 0 if len(chosen) + waiting == len(outcomes) else 1
 
 
-def _waiting(runs: Request, outcomes: Sequence[Outcome], store: RunStore) -> int:
+def _waiting(outcomes: Sequence[Outcome], store: RunStore) -> int:
     """Count the customers whose unfinished runs are all in jobs of a cluster."""
-    if runs.cluster.kind != "slurm":
-        return 0
     queue = submissions.look(store.root)
     there = queue.covered().keys() | queue.unknown_runs()
     open_ = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]

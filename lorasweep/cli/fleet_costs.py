@@ -12,7 +12,7 @@ from lorasweep.plan.forecast import Forecaster
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import run_flops, updates_with_evaluations
 from lorasweep.plan.plan import Plan
-from lorasweep.plan.throughput import ThroughputTable, shape_of
+from lorasweep.plan.throughput import shape_of
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
@@ -24,8 +24,7 @@ HEAD = ("base", "customers", "runs", "packs", "together", "alone", "times")
 
 def customer_counts(request: Request, store: RunStore) -> dict[str, int]:
     """Count a fleet's customers by outcome."""
-    fleet = planned(request.members, request.points)
-    return counts(outcome_of(m, store) for m in fleet)
+    return counts([outcome_of(m, store) for m in planned(request.members, request.points)])
 
 
 def here(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
@@ -33,13 +32,12 @@ def here(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
 
     `alone_s` is None where no step of runs like these was timed outside of a pack.
     """
-    known, rows = plan.throughputs, []
+    rows = []
     for base, points in _by_base(plan.todo).items():
         ids = {p.id for p in points}
         packs = [p for p in plan.packs if p.points[0].id in ids]
         sizes = {p.id: len(pack.points) for pack in packs for p in pack.points}
-        together = _timed_s(points, known, sizes, plan.workers)
-        alone = _timed_s(points, known, {}, plan.workers)
+        together, alone = _timed_s(points, plan, sizes), _timed_s(points, plan, {})
         if together is None:
             share = sum(run_flops(p.spec) for p in points) / plan.flops
             together = plan.hours * 3600 * share
@@ -95,24 +93,22 @@ def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dic
     """Return the counts of customers, the rows, and the sum of the rows."""
     alone = [r["alone_s"] for r in rows]
     sums = {k: sum(r[k] for r in rows) for k in ("customers", "runs", "packs", "together_s")}
-    total = {"base": "total", **sums, "alone_s": None if None in alone else sum(alone)}
-    return {
-        "customers": customer_counts(request, store),
-        "bases": rows,
-        "total": _with_ratio(total),
-    }
+    total: dict[str, Any] = {"base": "total", **sums}
+    total["alone_s"] = None if None in alone else sum(alone)
+    total["ratio"] = _ratio(total["alone_s"], total["together_s"])
+    return {"customers": customer_counts(request, store), "bases": rows, "total": total}
 
 
 def _row(
     base: str, points: Sequence[Point], packs: int, together: float, alone: float | None
 ) -> dict[str, Any]:
     n = {"customers": len({p.arm for p in points}), "runs": len(points), "packs": packs}
-    return _with_ratio({"base": base, **n, "together_s": together, "alone_s": alone})
+    times = {"together_s": together, "alone_s": alone, "ratio": _ratio(alone, together)}
+    return {"base": base, **n, **times}
 
 
-def _with_ratio(row: dict[str, Any]) -> dict[str, Any]:
-    known = row["alone_s"] is not None and row["together_s"]
-    return {**row, "ratio": row["alone_s"] / row["together_s"] if known else None}
+def _ratio(alone: float | None, together: float) -> float | None:
+    return alone / together if alone is not None and together else None
 
 
 def _by_base(points: Iterable[Point]) -> dict[str, list[Point]]:
@@ -127,17 +123,15 @@ def _by_base(points: Iterable[Point]) -> dict[str, list[Point]]:
     return names
 
 
-def _timed_s(
-    points: Iterable[Point], known: ThroughputTable, sizes: Mapping[str, int], workers: int
-) -> float | None:
+def _timed_s(points: Iterable[Point], plan: Plan, sizes: Mapping[str, int]) -> float | None:
     """Return the seconds of runs on all workers, in packs of these sizes (alone without one).
 
     None if their steps were not timed.
     """
     total = 0.0
     for p in points:
-        found, size = known.of(p.spec), sizes.get(p.id, 1)
+        found, size = plan.throughputs.of(p.spec), sizes.get(p.id, 1)
         if found is None or (size == 1 and 1 not in found.step_s):
             return None
         total += found.at(size) * updates_with_evaluations(p.spec)
-    return total / workers
+    return total / plan.workers

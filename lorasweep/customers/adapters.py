@@ -9,9 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.customers import fleet_page
-from lorasweep.customers.outcome import Outcome
+import yaml
+
+from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
+from lorasweep.customers.pages import plain_text, render
 from lorasweep.errors import ModelError
+from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 
@@ -19,6 +22,23 @@ ADAPTER = "adapter_model.safetensors"
 CARD, FACTS, PAGE = "README.md", "facts.json", "index.html"
 WriteAdapter = Callable[..., None]
 """(folder, spec, weights, commit of the base, its name): writes a folder that PEFT loads."""
+NUMBERS = ("gain", "before", "after", "learning rate", "tried", "rows", "held out", "rank")
+HEAD = ("customer", *NUMBERS, "notes")
+NAMED = 12
+"""Customers of a group that the page names; the table has all."""
+MASKS = {
+    "completion": "every answer",
+    "last_assistant": "the last answer of a conversation",
+    "all": "all text",
+}
+FORMS = {
+    "chat_template": "the chat template of the base",
+    "role_eos": "'Role: ' before each message",
+    "role_colon": "'Role:' before each message",
+}
+
+
+# ---------------------------------------------------------------- folders
 
 
 def export(
@@ -31,7 +51,34 @@ def export(
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = [_export(o, store, folder, save) if o.spec else o for o in found]
-    page = fleet_page.page(found, title, _earlier(folder, found))
+    now = {o.member.folder for o in found if o.spec is not None}
+    earlier: dict[str, dict[str, Any]] = {}  # facts of adapters that are not of this table's state
+    for path in sorted(folder.glob(f"*/{FACTS}")):
+        if path.parent.name not in now and not path.parent.name.startswith("."):
+            with suppress(OSError, ValueError):
+                earlier[path.parent.name] = json.loads(path.read_text())
+    cards: list[dict[str, Any]] = []
+    for o in found:
+        if o.spec is None:
+            cards.append({"error": o.problem, "earlier": earlier.get(o.member.folder)})
+        else:
+            note = f"folder {o.member.folder}, run {o.spec.id}"
+            cards.append({"error": "", "facts": _facts(o), "note": note})
+    few = len(found) / 2  # names of most customers would say little
+    names = [o.member.name or "?" for o in found]
+    gone = earlier.keys() - {o.member.folder for o in found}
+    page = render(
+        "fleet.html",
+        title=title,
+        counts=counts_line(counts(found)),
+        groups=[(k, g, g[:NAMED] if len(g) <= few else []) for k, g in _groups(found).items()],
+        head=HEAD,
+        numbers=NUMBERS,
+        names=names,
+        rows=[cells(o) for o in found],
+        cards=cards,
+        gone=[str(earlier[f].get("name")) for f in sorted(gone)],
+    )
     files.write_atomic(folder / PAGE, page.encode(errors="replace"))
     return found
 
@@ -67,8 +114,16 @@ def _write(outcome: Outcome, store: RunStore, folder: Path, facts: str, save: Wr
         )
     partial = folder.with_name(f".{folder.name}.{os.getpid()}-{os.urandom(3).hex()}")
     save(partial, spec, weights, outcome.result.get("base_commit"), outcome.base)
+    on_hub = spec.model.source == "hub"  # else hubs would link to another model
+    head: dict[str, Any] = {"base_model": outcome.base} if on_hub else {}
+    head |= {"library_name": "peft", "tags": ["lora"]}
+    card = render(
+        "card.md",
+        head=yaml.safe_dump(head, sort_keys=False),
+        name=plain_text(outcome.member.name),
+        facts=[(name, plain_text(text)) for name, text in _facts(outcome)],
+    )
     # text that UTF-8 cannot hold is written with question marks
-    card = fleet_page.card(outcome)
     (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
     (partial / FACTS).write_text(facts)
     shutil.rmtree(folder, ignore_errors=True)
@@ -80,12 +135,72 @@ def _write(outcome: Outcome, store: RunStore, folder: Path, facts: str, save: Wr
         shutil.rmtree(partial)
 
 
-def _earlier(folder: Path, found: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
-    """Return the facts of adapters in the folder that are not of this table's state, by folder."""
-    now = {o.member.folder for o in found if o.spec is not None}
-    earlier = {}
-    for path in sorted(folder.glob(f"*/{FACTS}")):
-        if path.parent.name not in now and not path.parent.name.startswith("."):
-            with suppress(OSError, ValueError):
-                earlier[path.parent.name] = json.loads(path.read_text())
-    return earlier
+# ---------------------------------------------------------------- cards and table
+
+
+def _facts(outcome: Outcome) -> list[tuple[str, str]]:
+    """Return the facts of a trained adapter: name and text, each a line of templates/facts.txt."""
+    p, member = outcome.plain(), outcome.member
+    form, model = FORMS[p["render"]], member.points[0].spec.model
+    if p["template"] is not None:
+        plain = p["render"] == FIRST_RENDER
+        form = f"{p['template']!r}" if plain else f"{form}, with {p['template']!r} as the message"
+    words = {"rows": member.rows, "model": model, "form": form, "mask": MASKS[p["mask"]]}
+    facts = (line.partition(": ") for line in render("facts.txt", p=p, **words).split("\n") if line)
+    return [(name, fact) for name, _, fact in facts]
+
+
+def cells(outcome: Outcome) -> list[str]:
+    """Return the row of a table, under HEAD."""
+    p = outcome.plain()
+    if outcome.spec is None:
+        return [p["name"] or "?", *[""] * (len(HEAD) - 2), p["error"]]
+    held_out = outcome.member.rows.held_out
+    notes = [n for n in (outcome.room, outcome.edge and f"{outcome.edge} learning rate") if n]
+    if (p["steps_done"] or p["steps"]) < p["steps"]:
+        notes.append(f"ended early, after {p['steps_done']} of {p['steps']} updates")
+    gain = "?"
+    if outcome.gain is not None:
+        if outcome.verdict != GAINED:
+            worse = outcome.verdict == WORSE
+            notes.append(WORSE if worse else "whether it gained is not known")
+        gain = f"{outcome.gain:+.3f}"
+        if outcome.interval is not None:
+            gain += f" ± {outcome.interval[1] - outcome.gain:.3f}"
+    if p["advised"] == "full":
+        notes.append("the adviser says full fine-tuning")
+    return [
+        p["name"],
+        gain,
+        f"{p['loss_before']:.3f}",
+        f"{p['loss_after']:.3f}",
+        f"{p['lr']:g}",
+        str(len(outcome.tried)),
+        f"{p['n_train']:,}",
+        f"{p['n_validation']} + {p['n_test']}" if held_out else "none",
+        str(p["rank"]),
+        ", ".join(notes),
+    ]
+
+
+def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
+    """Return the customers of each group, by index in `found`, without empty groups."""
+    trained = {k: o for k, o in enumerate(found) if o.spec is not None}
+    held = [k for k, o in trained.items() if o.gain is not None]
+    of = {v: [k for k in held if found[k].verdict == v] for v in (GAINED, WORSE, UNKNOWN)}
+    groups = {
+        "without an adapter": [k for k in range(len(found)) if k not in trained],
+        "gained, on test rows": of[GAINED],
+        "got worse, on test rows": of[WORSE],
+        "not known: the interval of the gain holds 0, or there is none": of[UNKNOWN],
+        "not known, as no row was held out": [k for k in trained if k not in held],
+        "best learning rate at the edge of those tried": [k for k, o in trained.items() if o.edge],
+        "more data than the rank has capacity for": [k for k in held if found[k].room],
+    }
+    return {label: group for label, group in groups.items() if group}
+
+
+def summary_lines(found: Sequence[Outcome]) -> list[str]:
+    """Return the number of customers by result."""
+    groups = {k: v for k, v in _groups(found).items() if k != "without an adapter"}
+    return [counts_line(counts(found)), *(f"{len(g)} {label}" for label, g in groups.items())]

@@ -1,18 +1,17 @@
 """The answer to one customer, and to a table of them."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.customers.evidence import Case, Known, Trace
+from lorasweep.customers.evidence import Case, Known
 from lorasweep.customers.read import Customer, Failed, RowError, shape_of
-from lorasweep.customers.rules.batches import Batches, batches_of
 from lorasweep.customers.rules.capacity import LAYERS, Choice, choose
 from lorasweep.customers.rules.costs import Arm, Costs, costs_of, hardware_of
 from lorasweep.customers.rules.rates import ALPHA, Rate, rate_of
-from lorasweep.customers.rules.regime import Condition, Found, conditions_of, note_habits
-from lorasweep.customers.rules.workload import Workload, workload_of
+from lorasweep.customers.rules.regime import Condition, conditions_of, note_habits
+from lorasweep.customers.rules.workload import Batches, Workload, batches_of, workload_of
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import parse_layers
@@ -32,7 +31,7 @@ OF_ARM = ("gpus", "fits", "peak_gib", "hours", "cost_usd", "serving_gib")
 """Fields of both methods in an answer, as gpus_lora and gpus_full."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Advice(Case):
     """The answer to one customer."""
 
@@ -50,17 +49,16 @@ class Advice(Case):
         return self.customer.name
 
     @property
-    def in_catalogue(self) -> bool:
-        """Whether the model is described by a file of the configuration."""
-        return bool(self.model.revision or self.model.recipe)
+    def chosen(self) -> Arm:
+        """The costs of the advised method; LoRA's where it is open."""
+        return self.costs.full if self.choice.method == "full" else self.costs.lora
 
     def plain(self) -> dict[str, Any]:
         """Return the answer as JSON values."""
-        costs, choice = self.costs, self.choice
+        costs, choice, rate, work = self.costs, self.choice, self.rate, self.work
         arms = {"lora": costs.lora, "full": costs.full}
-        chosen = arms["full" if choice.method == "full" else "lora"]
         both = {f"{key}_{name}": getattr(arm, key) for name, arm in arms.items() for key in OF_ARM}
-        reasons = [r for name, r in self.trace.reasons.items() if name in SURE_OF]
+        reasons = [r for name, r in self.reasons.items() if name in SURE_OF]
         return {
             "name": self.name,
             "model": self.model.name,
@@ -71,27 +69,27 @@ class Advice(Case):
             "layers": LAYERS,
             "rank": choice.rank,
             "alpha": ALPHA,
-            "lr": self.rate.rate,
-            "lr_low": self.rate.low,
-            "lr_high": self.rate.high,
-            "lr_source": self.rate.source,
-            "batch_size": self.work.batch_size,
+            "lr": rate.rate,
+            "lr_low": rate.low,
+            "lr_high": rate.high,
+            "lr_source": rate.source,
+            "batch_size": work.batch_size,
             "batch_size_max": self.batches.largest,
-            "steps": self.work.steps,
+            "steps": work.steps,
             "steps_min": self.batches.steps_min,
-            "bits": self.work.bits,
+            "bits": work.bits,
             "load": choice.load,
             "gpu": costs.hardware.name,
-            "gpus": chosen.gpus,
-            "hours": chosen.hours,
-            "cost_usd": chosen.cost_usd,
+            "gpus": self.chosen.gpus,
+            "hours": self.chosen.hours,
+            "cost_usd": self.chosen.cost_usd,
             "flops_ratio": costs.flops_ratio,
             "adapter_mib": costs.lora.file_mib,
             "model_gib": costs.full.file_mib / 1024,
-            "serving_gib": chosen.serving_gib,
+            "serving_gib": self.chosen.serving_gib,
             **both,
             "regime": [condition.plain() for condition in self.conditions],
-            "warnings": self.trace.warnings,
+            "warnings": self.warnings,
             "evidence": list(dict.fromkeys(f"{r.name}: {r.source}" for r in reasons)),
             "sure": {r.name: r.sure.name.lower() for r in reasons},
             "error": None,
@@ -109,10 +107,18 @@ def advise(c: Customer, known: Known) -> Advice:
     """Answer one customer.
 
     Raises:
-        RowError: the model, the hardware or the data are not known.
+        RowError: the model, the hardware or the data are not known, or the model cannot have the
+            planned rank or layers.
     """
-    case = Case(c, shape_of(c, known.models), known, Trace())
-    _check_plan(case)
+    case = Case(c, shape_of(c, known.models), known)
+    if c.rank is not None or c.layers is not None:
+        layers = c.layers or LAYERS
+        smallest = max(1, case.model.n_active_experts) if "mlp" in parse_layers(layers) else 1
+        try:
+            LoRA(rank=c.rank or smallest, layers=layers).check(case.model)
+        except SpecError as error:
+            text = str(error).replace("method.", "")
+            raise RowError(f"column {'rank' if c.rank else 'layers'}: {text}") from None
     hardware = hardware_of(case)
     work = workload_of(case)
     choice = choose(case, work)
@@ -120,32 +126,16 @@ def advise(c: Customer, known: Known) -> Advice:
     rate = rate_of(case, "full", choice.rank, work) if choice.method == "full" else lora
     batches = batches_of(case, work)
     costs = costs_of(case, choice.rank, work, hardware)
-    found = Found(work, choice, lora, batches)
-    note_habits(case, found)
-    conditions = conditions_of(case, found)
-    return Advice(
-        **vars(case),
-        work=work,
-        choice=choice,
-        rate=rate,
-        batches=batches,
-        costs=costs,
-        conditions=conditions,
-    )
-
-
-def _check_plan(case: Case) -> None:
-    """Refuse a planned rank or planned layers that the model cannot have."""
-    c, model = case.customer, case.model
-    if c.rank is None and c.layers is None:
-        return
-    layers = c.layers or LAYERS
-    smallest = max(1, model.n_active_experts) if "mlp" in parse_layers(layers) else 1
-    try:
-        LoRA(rank=c.rank or smallest, layers=layers).check(model)
-    except SpecError as error:
-        text = str(error).replace("method.", "")
-        raise RowError(f"column {'rank' if c.rank else 'layers'}: {text}") from None
+    note_habits(case, work, choice, lora, batches)
+    conditions = conditions_of(case, work, choice, lora, batches)
+    found: dict[str, Any] = {
+        "work": work,
+        "choice": choice,
+        "rate": rate,
+        "batches": batches,
+        "costs": costs,
+    }
+    return Advice(**vars(case), **found, conditions=conditions)
 
 
 def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice | Failed]:
@@ -159,15 +149,12 @@ def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice
     return found
 
 
-def totals(found: Iterable[Advice | Failed]) -> Mapping[str, Any]:
+def totals(found: Iterable[Advice | Failed]) -> dict[str, Any]:
     """Sum a table up: how many of each method, and what each choice for everyone would cost."""
     given = list(found)
     good = [a for a in given if isinstance(a, Advice)]
     counts = Counter(a.choice.method for a in good)
     both = [a for a in good if None not in (a.costs.lora.cost_usd, a.costs.full.cost_usd)]
-
-    def chosen(a: Advice) -> Arm:
-        return a.costs.full if a.choice.method == "full" else a.costs.lora
 
     def cost(arms: Iterable[Arm]) -> float:
         return float(sum(arm.cost_usd or 0.0 for arm in arms))
@@ -178,9 +165,9 @@ def totals(found: Iterable[Advice | Failed]) -> Mapping[str, Any]:
         "customers": len(given),
         **{method: counts[method] for method in ("lora", "full", "open")},
         "errors": len(given) - len(good),
-        "cost_usd": cost(chosen(a) for a in good),
+        "cost_usd": cost(a.chosen for a in good),
         "comparable": len(both),
-        "cost_usd_of_these": cost(chosen(a) for a in both),
+        "cost_usd_of_these": cost(a.chosen for a in both),
         "cost_usd_lora": cost(a.costs.lora for a in both),
         "cost_usd_full": cost(a.costs.full for a in both),
         "serving_gib_lora": (sum(bases.values()) + adapters) / 1024,

@@ -18,11 +18,10 @@ from lorasweep.errors import SpecError
 FOLDER = "settle"
 STEPS = 1000
 """Most updates of the sweep: what tinker-cookbook asks for where possible."""
-RATES, APART = 5, 2
-ALLOWED = 5
-"""Accepted regret of LoRA in the claim, percent of the gain: the analysis has this one limit."""
-POINTS = 3
-"""Hundredths of the reward that count as no difference, as in sweeps/rl.yaml."""
+LIMITS = {"rates": 5, "apart": 2, "allowed": 5, "points": 3, "group": GROUP}
+"""Learning rates of a curve and the factor between them; accepted regret of LoRA in the claim, in
+percent of the gain (the analysis has this one limit); hundredths of the reward that count as no
+difference, as in sweeps/rl.yaml; samples of a problem in RL."""
 RL_FACTOR = 3.0
 """Between the middle learning rates in reinforcement learning: public sweeps say 2 to 4 (zhu)."""
 FACTOR = 10.0
@@ -41,19 +40,30 @@ def write(advice: Advice, folder: Path) -> list[str]:
         SpecError: nothing verifies the answers in a customer's rows, or the files cannot be
             written.
     """
-    c = advice.customer
+    c, model, rank = advice.customer, advice.model, advice.choice.rank
     name, rewarded = f"settle_{plain_name(c.name)}", c.task == "rl"
+    in_catalogue = bool(model.revision or model.recipe)
+    lora, full = middle_rates(advice)
+    low = max((r for r in ranks_of(model) if r < rank), default=rank)
     dataset = _dataset(advice, name)
-    files = {
-        f"sweep/{name}.yaml": _sweep(advice, name),
-        f"dataset/{name}.yaml": _text(dataset),
-    }
-    if not advice.in_catalogue:
-        shape = {
-            key: value
-            for key, value in advice.model.plain().items()
-            if key not in ("attention", "mlp", "unembedding", "recipe")
-        }
+    sweep = render(
+        "sweep.yaml",
+        name=name,
+        rewarded=rewarded,
+        method=advice.choice.method,
+        model=model.name if in_catalogue else name,
+        steps=min(advice.work.steps or STEPS, STEPS),
+        batch_size=advice.work.batch_size,
+        max_length=advice.work.max_length,
+        ranks=sorted({low, rank}),
+        lora=lora,
+        full=full,
+        **LIMITS,
+    )
+    files = {f"sweep/{name}.yaml": sweep, f"dataset/{name}.yaml": _text(dataset)}
+    if not in_catalogue:
+        derived = ("attention", "mlp", "unembedding", "recipe")
+        shape = {k: v for k, v in model.plain().items() if k not in derived}
         files[f"model/{name}.yaml"] = _text({**shape, "name": name})
     try:
         for path, text in files.items():
@@ -86,30 +96,6 @@ def _text(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _sweep(advice: Advice, name: str) -> str:
-    rank = advice.choice.rank
-    lora, full = middle_rates(advice)
-    low = max((r for r in ranks_of(advice.model) if r < rank), default=rank)
-    return render(
-        "sweep.yaml",
-        name=name,
-        rewarded=advice.customer.task == "rl",
-        method=advice.choice.method,
-        model=advice.model.name if advice.in_catalogue else name,
-        steps=min(advice.work.steps or STEPS, STEPS),
-        batch_size=advice.work.batch_size,
-        max_length=advice.work.max_length,
-        ranks=sorted({low, rank}),
-        lora=lora,
-        full=full,
-        rates=RATES,
-        apart=APART,
-        allowed=ALLOWED,
-        points=POINTS,
-        group=GROUP,
-    )
-
-
 def middle_rates(advice: Advice) -> tuple[float, float]:
     """Return the middle learning rates of LoRA and of full fine-tuning."""
     rate, full = advice.rate.rate, advice.choice.method == "full"
@@ -117,7 +103,7 @@ def middle_rates(advice: Advice) -> tuple[float, float]:
         return (RL_FACTOR * rate, rate) if full else (rate, rate / RL_FACTOR)
     if full:
         return FACTOR * rate, rate
-    family, published = family_of(advice.model), advice.published
+    family, published = family_of(advice.model), advice.known.published
     law = law_rate(published, family, advice.model.hidden_size, "full") if family else None
     return rate, law or rate / FACTOR
 
@@ -129,13 +115,12 @@ def _dataset(advice: Advice, name: str) -> dict[str, Any]:
         SpecError: answers are to be rewarded, and nothing verifies them.
     """
     c = advice.customer
-    values: dict[str, Any] = {"max_length": advice.work.max_length, "n_test": 512}
-    values["n_test_curve"] = 64
+    sizes = {"max_length": advice.work.max_length, "n_test": 512, "n_test_curve": 64}
     if c.data is None:
         form = {"format": "messages", "mask": "last_assistant", "too_long": "cut_or_skip"}
-        values = {"name": name, "source": "jsonl", "location": name, **form, **values}
+        values = {"name": name, "source": "jsonl", "location": name, **form, **sizes}
     else:
-        found = {**own.dataset_of(c.data, name).plain(), **values}
+        found = {**own.dataset_of(c.data, name).plain(), **sizes}
         values = {k: v for k, v in found.items() if v not in ({}, "", None)}
     if c.task != "rl":
         return values

@@ -19,8 +19,6 @@ from lorasweep.customers.read import Customer, Models
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.model import ModelSpec
 
-# ---------------------------------------------------------------- the trace of an answer
-
 
 class Sure(StrEnum):
     """Confidence in a number, from highest to lowest."""
@@ -48,14 +46,6 @@ class Reason:
     def plain(self) -> dict[str, Any]:
         """Return the reason as JSON values."""
         return {**vars(self), "inputs": dict(self.inputs), "sure": self.sure.name.lower()}
-
-
-@dataclass
-class Trace:
-    """The reasons of one answer, in the order in which they were found."""
-
-    reasons: dict[str, Reason] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
 
 
 def shown(value: Any) -> str:
@@ -95,19 +85,9 @@ class Published:
 
         return Published({name: left(entry) for name, entry in self.values.items()})
 
-    def where(self, source: str) -> str:
-        """Return a source in words."""
-        return self.values["sources"][source]
-
     def entries(self, name: str, **wanted: Any) -> list[dict[str, Any]]:
         """List the entries of one kind that have the wanted values."""
         return [e for e in self.values[name] if all(e.get(k) == v for k, v in wanted.items())]
-
-    def best_rate(self, location: str, rank: int) -> float | None:
-        """Return a model's best learning rate in the public sweep, at the rank nearest to this."""
-        table = self.values["best_rates"]
-        found = (table or {"models": {}})["models"].get(location)
-        return found[min(found, key=lambda r: abs(r - rank))] if found else None
 
 
 @cache
@@ -166,24 +146,15 @@ class MeasuredRegret(NamedTuple):
     """Percent of full fine-tuning's gain."""
 
 
-class Optimum(NamedTuple):
-    """The best learning rate of one curve."""
-
-    model: str
-    method: str
-    dataset: str
-    scale: str
-    rate: Interval
-
-
 @dataclass(frozen=True)
 class Kept:
     """What the rules use of the kept results."""
 
-    verdicts: tuple[Verdict, ...] = ()
-    regrets: tuple[MeasuredRegret, ...] = ()
-    optima: tuple[Optimum, ...] = ()
-    batch_effects: tuple[tuple[str, float], ...] = ()
+    verdicts: list[Verdict] = field(default_factory=list)
+    regrets: list[MeasuredRegret] = field(default_factory=list)
+    best_rates: dict[tuple[str, str], list[tuple[str, Interval]]] = field(default_factory=dict)
+    """(Model, method) -> scale and data set, and the best learning rate measured there."""
+    batch_effects: list[tuple[str, float]] = field(default_factory=list)
     """Scale, and change of ln(LoRA's speed over full fine-tuning's) per doubling of the batch."""
     hidden: dict[str, int] = field(default_factory=dict)
     """Hidden size of the models that the results are about."""
@@ -202,28 +173,34 @@ class Kept:
 
 
 def read_kept(folder: Path, hidden: dict[str, int]) -> Kept:
-    """Read the kept results; empty where there are none, as in an installed package.
+    """Read */results.json of a folder; empty where there are none, as in an installed package.
 
-    Args:
-        folder: holds a folder for each answer, with results.json.
-        hidden: hidden size of each known model, by name.
+    `hidden`: hidden size of each known model, by name.
     """
-    answers = []
+    kept = Kept(hidden=hidden)
     for path in sorted(folder.glob("*/results.json")):
         try:
-            answers.append(json.loads(path.read_text()))
+            answer = json.loads(path.read_text())
         except (OSError, ValueError):
             continue  # an answer that is being written, or is broken, says nothing
-    by_sweep: dict[str, list[dict[str, Any]]] = {}
-    for a in answers:
-        by_sweep.setdefault(a.get("sweep", ""), []).append(a)
-    return Kept(
-        verdicts=tuple(v for a in answers for v in _verdicts(a)),
-        regrets=tuple(r for a in by_sweep.get("regime", ()) for r in _regrets(a)),
-        optima=tuple(o for a in by_sweep.get("lr_ratio", ()) for o in _optima(a)),
-        batch_effects=tuple(e for a in by_sweep.get("batch_size", ()) for e in _effects(a)),
-        hidden=hidden,
-    )
+        sweep, scale = answer.get("sweep", ""), answer.get("scale", "")
+        for v in answer["verdicts"]:
+            if not any(gate["code"] == "WITHDRAWN" for gate in v.get("gates", ())):
+                where = (sweep, scale, v["claim"], v["group"], v["outcome"])
+                exploratory = bool(v.get("exploratory"))
+                kept.verdicts.append(Verdict(*where, _interval(v["estimate"]), exploratory))
+        if sweep == "regime":
+            kept.regrets.extend(_regrets(answer["cells"]))
+        elif sweep == "lr_ratio":
+            for c in answer["curves"]:
+                if rate := _interval({**c, "value": c["best_lr"]}):
+                    rates = kept.best_rates.setdefault((c["model"], c["method"]), [])
+                    rates.append((f"{scale} on {c['dataset']}", rate))
+        elif sweep == "batch_size":  # the effect at the highest rank
+            effects = (answer.get("batch_effect") or {}).items()
+            found = [(int(r), e["value"]) for r, e in effects if e["value"] is not None]
+            kept.batch_effects.extend([(scale, max(found)[1])] if found else [])
+    return kept
 
 
 def _interval(found: dict[str, Any] | None) -> Interval | None:
@@ -232,37 +209,14 @@ def _interval(found: dict[str, Any] | None) -> Interval | None:
     return Interval(found["value"], found.get("low"), found.get("high"))
 
 
-def _verdicts(answer: dict[str, Any]) -> Iterator[Verdict]:
-    for v in answer["verdicts"]:
-        if any(gate["code"] == "WITHDRAWN" for gate in v.get("gates", ())):
-            continue
-        where = (answer["sweep"], answer["scale"], v["claim"], v["group"], v["outcome"])
-        yield Verdict(*where, _interval(v["estimate"]), bool(v.get("exploratory")))
-
-
-def _regrets(answer: dict[str, Any]) -> Iterator[MeasuredRegret]:
-    for condition in answer["cells"]:
+def _regrets(conditions: Iterable[dict[str, Any]]) -> Iterator[MeasuredRegret]:
+    for condition in conditions:
         model = condition["cell"].partition(",")[0]
         for r in condition["ranks"]:
             regret = _interval(r["regret_percent"])
             load = (r.get("loads") or {}).get(FIRST_PASS)
             if load and regret is not None and regret.low is not None:
                 yield MeasuredRegret(model, int(r["rank"]), load, regret)
-
-
-def _optima(answer: dict[str, Any]) -> Iterator[Optimum]:
-    for c in answer["curves"]:
-        if c["best_lr"] is not None:
-            rate = Interval(c["best_lr"], c["low"], c["high"])
-            yield Optimum(c["model"], c["method"], c["dataset"], answer["scale"], rate)
-
-
-def _effects(answer: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the batch effect at the highest rank."""
-    by_rank = answer.get("batch_effect") or {}
-    found = [(int(r), e["value"]) for r, e in by_rank.items() if e["value"] is not None]
-    if found:
-        yield answer["scale"], max(found)[1]
 
 
 # ---------------------------------------------------------------- measured data sets
@@ -300,13 +254,9 @@ def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], Measured]
             rows, tokens = value["rows"], value["loss_tokens"]
             if whole["value"] is None or not value["rows_sha256"]:
                 continue
-            measured = Measured(
-                tokens["all"] / rows["all"],
-                whole["value"],
-                whole["low"],
-                whole["high"],
-                f"action=measure, {rows['measured']:,} of {rows['all']:,} rows ({path})",
-            )
+            bits = (whole[key] for key in ("value", "low", "high"))
+            where = f"action=measure, {rows['measured']:,} of {rows['all']:,} rows ({path})"
+            measured = Measured(tokens["all"] / rows["all"], *bits, where)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # being written, or broken: it says nothing
         found.setdefault((value["rows_sha256"], value["model"]), measured)
@@ -341,12 +291,14 @@ def _texts(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One customer as every rule is given it; the rules add to its trace."""
+    """One customer as every rule is given it; the rules add reasons and warnings."""
 
     customer: Customer
     model: ModelSpec
     known: Known
-    trace: Trace
+    reasons: dict[str, Reason] = field(default_factory=dict)
+    """In the order in which they were found."""
+    warnings: list[str] = field(default_factory=list)
 
     def note(
         self,
@@ -367,23 +319,12 @@ class Case:
         """
         key = name.removesuffix("_lora").removesuffix("_full")
         entry = _texts("formulas")[f"{key}.{variant}" if variant else key]
-        words = {**self.published.values["sources"], **words}
+        words = {**self.known.published.values["sources"], **words}
         formula, source = (entry[k].format(**words) for k in ("formula", "source"))
-        sure = Sure[entry["sure"]]
-        self.trace.reasons[name] = Reason(name, value, formula, inputs or {}, source, sure)
-
-    @property
-    def kept(self) -> Kept:
-        """The kept results."""
-        return self.known.kept
-
-    @property
-    def published(self) -> Published:
-        """The published figures."""
-        return self.known.published
+        self.reasons[name] = Reason(name, value, formula, inputs or {}, source, Sure[entry["sure"]])
 
     def warn(self, name: str, /, **words: Any) -> None:
         """Record a warning of rules/warnings.yaml, once."""
         text = _texts("warnings")[name].format(**words)
-        if text not in self.trace.warnings:
-            self.trace.warnings.append(text)
+        if text not in self.warnings:
+            self.warnings.append(text)

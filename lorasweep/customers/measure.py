@@ -7,9 +7,8 @@ prequential code (Dawid 1984), whose length is what the training itself records.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorasweep.customers.pages import render
 from lorasweep.data import own, sources
@@ -32,8 +31,7 @@ CodeLength = Callable[..., list[dict[str, float | None]]]
 """(nats under the base model, nats online, tokens, tokens left) -> the nats of all rows of each."""
 
 
-@dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
     """One run's code."""
 
     run: str
@@ -91,12 +89,9 @@ def one_pass(spec: RunSpec, data: Data) -> RunSpec:
 
 
 def codes_of(specs: Sequence[RunSpec], base: Sequence[Any], store: RunStore) -> list[Code]:
-    """Return the codes of the runs that did not diverge.
+    """Return the codes of the runs that did not diverge, from their records of each batch's mean.
 
-    Args:
-        specs: the runs.
-        base: each batch under the base model, with its tokens and nats.
-        store: has their records: the mean over each batch's tokens.
+    `base`: each batch under the base model, with its tokens and nats.
 
     Raises:
         TrainingError: a run failed, or all diverged.
@@ -128,28 +123,40 @@ def information(
     Args:
         spec: the run, at the middle learning rate.
         data: its rows.
-        codes: those of the runs that did not diverge.
+        codes: of the runs that did not diverge.
         base: each batch under the base model.
         tried: number of learning rates.
         code_length: extrapolates to all rows.
     """
     best = min(codes, key=lambda code: sum(code.nats))
     rows, tokens = spec.steps * spec.batch_size, sum(b.tokens for b in base)
-    all_tokens = _loss_tokens(spec, data)
-    which = math.log(tried)
+    all_tokens = None  # of a generator without end
+    if data.n_train is not None:
+        starts = range(0, data.n_train, TOGETHER)
+        parts = (data.train(spec.seed, k, min(TOGETHER, data.n_train - k)) for k in starts)
+        all_tokens = sum(int(row.loss.sum()) for part in parts for row in part)
     left = None if all_tokens is None else all_tokens - tokens
+    which = math.log(tried)
     as_is = [b.nats for b in base]
     plain, online = code_length(as_is, best.nats, [b.tokens for b in base], left)
     online = {k: v if v is None else v + which for k, v in online.items()}
-    sums = sum(as_is), sum(best.nats) + which
+    sums = {"as_is": sum(as_is), "prequential": sum(best.nats) + which}
+    known: dict[str, Any] | None = None
+    if data.bits is not None and data.entropy_floor_nats is not None:
+        # the length of the code above the entropy of the rows is the cost of learning them
+        bits, entropy = data.bits(tokens), tokens * data.entropy_floor_nats
+        above = {k: (nats - entropy) / math.log(2) for k, nats in sums.items()}
+        ratio = above["prequential"] / bits["generator"] if bits["generator"] else None
+        costs = {f"{k}_above_entropy": v for k, v in above.items()}
+        known = {"bits": bits, **costs, "ratio": ratio}
     return {
         "model": spec.model.name,
         "dataset": spec.dataset.name,
         "rows": {"measured": rows, "all": data.n_train},
         "loss_tokens": {"measured": tokens, "all": all_tokens},
-        "as_is": _units(sums[0], plain, rows, tokens),
-        "prequential": _units(sums[1], online, rows, tokens),
-        "known": _known(data, tokens, sums),
+        "as_is": _units(sums["as_is"], plain, rows, tokens),
+        "prequential": _units(sums["prequential"], online, rows, tokens),
+        "known": known,
         "settings": {
             "method": spec.method.plain(),
             "batch_size": spec.batch_size,
@@ -168,17 +175,6 @@ def rows_sha256(spec: RunSpec, data_dirs: list[str]) -> str | None:
     return sources.find_jsonl(spec.dataset, spec.dataset.train_split, data_dirs)[1][: own.DIGITS]
 
 
-def _loss_tokens(spec: RunSpec, data: Data) -> int | None:
-    """Count the loss tokens of all rows; None for a generator without end."""
-    if data.n_train is None:
-        return None
-    total = 0
-    for start in range(0, data.n_train, TOGETHER):
-        rows = data.train(spec.seed, start, min(TOGETHER, data.n_train - start))
-        total += sum(int(row.loss.sum()) for row in rows)
-    return total
-
-
 def _units(nats: float, length: dict[str, float | None], rows: int, tokens: int) -> dict[str, Any]:
     """Return a summed loss in nats and bits: a token, an example, in all, and of all rows."""
     return {
@@ -192,42 +188,21 @@ def _units(nats: float, length: dict[str, float | None], rows: int, tokens: int)
     }
 
 
-def _known(data: Data, tokens: int, sums: tuple[float, float]) -> dict[str, Any] | None:
-    """Compare the code with what is known of generated data; None for others.
-
-    Its length above the entropy of the rows is the cost of learning them.
-    """
-    if data.bits is None or data.entropy_floor_nats is None:
-        return None
-    known = data.bits(tokens)
-    above = [(nats - tokens * data.entropy_floor_nats) / math.log(2) for nats in sums]
-    return {
-        "bits": known,
-        "as_is_above_entropy": above[0],
-        "prequential_above_entropy": above[1],
-        "ratio": above[1] / known["generator"] if known["generator"] else None,
-    }
-
-
-# ---------------------------------------------------------------- text
-
 NAMES = {"as_is": "under the base model", "prequential": "online, during training"}
 
 
 def text_of(found: dict[str, Any], path: Path) -> str:
     """Return the result for the terminal; `path`: the file that keeps it."""
-    head = ["", "", "a token", "an example", "these rows", "all rows [95%]"]
-    rows = [_row(found, name, unit) for name in NAMES for unit in ("bits", "nats")]
-    table = "\n".join(aligned([head, *rows]))
+    rows = [["", "", "a token", "an example", "these rows", "all rows [95%]"]]
+    for key, name in NAMES.items():
+        for unit in ("bits", "nats"):
+            values = found[key][unit]
+            whole, text = values["all"], "-"
+            if whole["value"] is not None:
+                text = f"{whole['value']:,.0f}"
+                if whole["low"] != whole["high"]:
+                    text += f" [{whole['low']:,.0f}, {whole['high']:,.0f}]"
+            per_token, per_example = f"{values['per_token']:.3f}", f"{values['per_example']:,.1f}"
+            rows.append([name, unit, per_token, per_example, f"{values['measured']:,.0f}", text])
+    table = "\n".join(aligned(rows))
     return render("measured.txt", found=found, table=table, ln2=math.log(2), path=path)
-
-
-def _row(found: dict[str, Any], name: str, unit: str) -> list[str]:
-    values = found[name][unit]
-    whole, text = values["all"], "-"
-    if whole["value"] is not None:
-        text = f"{whole['value']:,.0f}"
-        if whole["low"] != whole["high"]:
-            text += f" [{whole['low']:,.0f}, {whole['high']:,.0f}]"
-    per_token, per_example = f"{values['per_token']:.3f}", f"{values['per_example']:,.1f}"
-    return [NAMES[name], unit, per_token, per_example, f"{values['measured']:,.0f}", text]

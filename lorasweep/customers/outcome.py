@@ -1,7 +1,7 @@
 """Choose each customer's learning rate on validation rows, and measure its gain on test rows."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,11 @@ class Outcome:
     member: Member
     tried: list[Tried]
     spec: RunSpec | None
-    """The chosen run; None: there is none to choose."""
+    """The chosen run; None: none can be chosen."""
     result: dict[str, Any]
-    """Its result; empty without one."""
+    """The result of that run; empty without one."""
     problem: str
     """Why there is no adapter; empty if there is one."""
-
-    @property
-    def name(self) -> str:
-        """The customer's name."""
-        return self.member.name
 
     @property
     def base(self) -> str:
@@ -107,12 +102,11 @@ class Outcome:
     @property
     def stopping(self) -> str:
         """When and why training ended; empty if it was to make all its updates."""
-        spec = self.member.points[0].spec
-        patience, steps = spec.early_stopping, spec.steps
+        spec, done = self.member.points[0].spec, self.result.get("steps_done")
+        patience, steps, best = spec.early_stopping, spec.steps, self.result.get("best_step")
         if not patience:
             why = self.member.not_early
             return f"left out, so it made all {steps} updates: {why}" if why else ""
-        done, best = self.result.get("steps_done"), self.result.get("best_step")
         if done is None:
             return ""
         if done >= steps:
@@ -133,9 +127,8 @@ class Outcome:
             return {"name": m.name, "folder": None, "error": m.problem}
         first, advised, rows = m.points[0].spec, m.advised, m.rows
         data, method = rows.dataset, first.method
-        if data.source == "hub":
-            source = f"{data.location}{f':{data.config}' if data.config else ''}"
-        else:  # without the path of its folder
+        source = f"{data.location}{f':{data.config}' if data.config else ''}"
+        if data.source != "hub":  # without the path of its folder
             source = f"{Path(data.location).name}/{data.train_split}.jsonl".lstrip("/")
         return {
             "name": m.name,
@@ -203,40 +196,34 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
         if loss is not None:
             found.append((loss, p.spec.lr, p.spec, result))
     open_ = [t for t in tried if t.state not in FINAL]
-    if open_ or not found:
-        return Outcome(member, tried, None, {}, _problem(tried, open_, store))
-    _, _, spec, result = min(found, key=lambda f: f[:2])
-    return Outcome(member, tried, spec, result, "")
-
-
-def _problem(tried: list[Tried], open_: list[Tried], store: RunStore) -> str:
     failed = next((t for t in open_ if t.state == "failed"), None)
     if failed is not None:
-        return f"{store.failure(failed.run)} (run {failed.run}; try again: exec.retry=true)"
-    if not open_:
-        return f"every learning rate diverged: {', '.join(f'{t.lr:g}' for t in tried)}"
-    text = f"not trained yet: {len(open_)} of {len(tried)} runs"
-    killed = max(store.failures(t.run) for t in open_)
-    if killed:
-        text += (
-            f"; a process that trained one was killed, {killed} times (out of memory? Try fewer "
-            "exec.workers)"
-        )
-    return text
+        problem = f"{store.failure(failed.run)} (run {failed.run}; try again: exec.retry=true)"
+    elif open_:
+        problem = f"not trained yet: {len(open_)} of {len(tried)} runs"
+        killed = max(store.failures(t.run) for t in open_)
+        if killed:
+            problem += (
+                f"; a process that trained one was killed, {killed} times (out of memory? Try "
+                "fewer exec.workers)"
+            )
+    elif not found:
+        problem = f"every learning rate diverged: {', '.join(f'{t.lr:g}' for t in tried)}"
+    else:
+        _, _, spec, result = min(found, key=lambda f: f[:2])
+        return Outcome(member, tried, spec, result, "")
+    return Outcome(member, tried, None, {}, problem)
 
 
-def counts(found: Iterable[Outcome]) -> dict[str, int]:
+def counts(found: Sequence[Outcome]) -> dict[str, int]:
     """Count customers: all, those with an adapter, not trained yet, and with an error."""
-    given = list(found)
-    trained = sum(o.spec is not None for o in given)
-    open_ = sum(o.open for o in given)
-    errors = len(given) - trained - open_
-    return {"customers": len(given), "adapters": trained, "open": open_, "errors": errors}
+    trained, open_ = sum(o.spec is not None for o in found), sum(o.open for o in found)
+    errors = len(found) - trained - open_
+    return {"customers": len(found), "adapters": trained, "open": open_, "errors": errors}
 
 
 def counts_line(values: Mapping[str, int]) -> str:
     """Return the counts of customers in words."""
     return (
-        f"{values['customers']} customers: {values['adapters']} adapters, {values['open']} not "
-        f"trained yet, {values['errors']} with errors"
-    )
+        "{customers} customers: {adapters} adapters, {open} not trained yet, {errors} with errors"
+    ).format(**values)

@@ -21,9 +21,7 @@ HEAD = (
     *("customer", "model", "method", "rank", "learning rate", "largest batch", "load", "GPUs"),
     *("hours", "dollars", "GiB LoRA", "GiB full", "warnings"),
 )
-NUMBERS = (
-    *("rank", "largest batch", "load", "hours", "dollars", "GiB LoRA", "GiB full", "warnings"),
-)
+NUMBERS = ("rank", "largest batch", "load", *HEAD[8:])
 BASIS = (
     "Memory and time are computed from shapes and data sheets: nine in ten published figures lie "
     f"within {MEMORY_ERROR:.0%} and {SPEED_ERROR:.0%}. Method, rank and learning rate rest on "
@@ -43,8 +41,8 @@ def amount(value: float | None) -> str:
     return "<0.01" if value is not None and value < 0.01 else short(value)
 
 
-def of_all(counts: Mapping[str, int | None]) -> str:
-    """Format how many were measured, and of how many where that is known."""
+def counted(counts: Mapping[str, int | None]) -> str:
+    """Format the number measured, and the number of all where it is known."""
     of = "" if counts["all"] is None else f" of {counts['all']:,}"
     return f"{counts['measured']:,}{of}"
 
@@ -61,7 +59,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "of_all": of_all}
+    filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "counted": counted}
     found.filters |= {**filters, "repr": repr, "dollars": "${:,.0f}".format}
     return found
 
@@ -72,7 +70,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text as a terminal may show it: without control characters."""
+    """Replace control characters, which a terminal would obey."""
     return "".join(ch if ch.isprintable() else "?" for ch in text)
 
 
@@ -135,7 +133,7 @@ def markdown(found: Sequence[Advice | Failed], title: str) -> str:
         warnings=[
             (plain_text(name_of(a)), [plain_text(text) for text in said])
             for a in found
-            if (said := [a.error] if isinstance(a, Failed) else a.trace.warnings)
+            if (said := [a.error] if isinstance(a, Failed) else a.warnings)
         ],
     )
 
@@ -144,16 +142,15 @@ def html(found: Sequence[Advice | Failed], title: str) -> str:
     """Return the page in HTML: one file, without scripts."""
     t = totals(found)
     good = [a for a in found if isinstance(a, Advice)]
-    numbers = {(r.name, r.source, r.sure.value) for a in good for r in a.trace.reasons.values()}
+    numbers = {(r.name, r.source, r.sure.value) for a in good for r in a.reasons.values()}
     states = {(c.name, e, c.sure.value) for a in good for c in a.conditions for e in c.evidence}
     cards = []
     for a in found:
         card: dict[str, Any] = {"name": name_of(a), "kind": "error", "answer": a}
         if isinstance(a, Advice):
-            bits = a.trace.reasons.get("bits")
-            measured = bits is not None and bits.sure is Sure.MEASURED
+            measured = "bits" in a.reasons and a.reasons["bits"].sure is Sure.MEASURED
             card |= {"kind": a.choice.method, "p": a.plain(), "by": RULES[a.choice.by]}
-            card |= {"measured": measured}
+            card["measured"] = measured
         cards.append(card)
     return render(
         "advice.html",

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,55 +26,54 @@ LONGEST_EXAMPLE = 131_072
 MOST_TOKENS = 1e13
 """Tokens in total above which a row is refused: more than base models are pretrained on."""
 SLACK = 0.1
-"""Share by which steps x batch size may differ from examples x epochs: a last batch, skipped rows.
-"""
+"""Share by which steps x batch size may differ from examples x epochs, as for skipped rows."""
 FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
 """Starts of cells that spreadsheets compute (OWASP, CSV injection)."""
 THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 
 
+INF = float("inf")
+
+
 class Column(NamedTuple):
-    """What a column holds, and its range."""
+    """The type, range and meaning of a column."""
 
     kind: type
     low: float = 0.0
-    high: float = float("inf")
-    says: str = ""
+    high: float = INF
+    meaning: str = ""
 
 
-def _of(kind: type, low: float, high: float, says: str, default: Any = None) -> Any:
+def _col(kind: type, low: float, high: float, meaning: str, default: Any = None) -> Any:
     """Declare a field of Customer that is a column."""
-    return field(default=default, metadata={"column": Column(kind, low, high, says)})
-
-
-INF = float("inf")
+    return field(default=default, metadata={"column": Column(kind, low, high, meaning)})
 
 
 @dataclass(frozen=True)
 class Customer:
     """One row, with types. None: not stated."""
 
-    name: str = _of(str, 0, INF, "any name")
-    model: str = _of(str, 0, INF, "a name of conf/model or the hub, or a config.json")
-    task: str = _of(str, 0, INF, "sft or rl")
-    examples: int | None = _of(int, 1, INF, "rows; in RL, problems")
-    tokens_per_example: float | None = _of(float, 1, INF, "mean tokens of a row that bear loss")
-    bits_per_token: float | None = _of(float, 1e-6, 20, "information in such a token")
-    max_length: int | None = _of(int, 4, INF, "tokens of the longest row")
-    data: str | None = _of(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
-    epochs: float | None = _of(float, 1e-6, 1e6, "passes over the rows")
-    batch_size: int | None = _of(int, 1, 1e7, "rows of an update; in RL, episodes")
-    steps: int | None = _of(int, 1, 1e9, "updates")
-    episodes: int | None = _of(int, 1, INF, "samples in RL, all problems and passes")
-    hardware: str | None = _of(str, 0, INF, "a name of conf/hardware")
-    gpus: int | None = _of(int, 1, 512, "available GPUs")
-    price_per_gpu_h: float | None = _of(float, 1e-6, 1e4, "dollars")
-    adapters_served: int = _of(int, 1, 1e6, "adapters served at once on this model", 1)
-    max_regret: float = _of(float, 1e-6, 100, "regret of LoRA, % of full fine-tuning's gain", 2.0)
-    layers: str | None = _of(str, 0, INF, "planned: attention, mlp, unembedding, joined by +, all")
-    rank: int | None = _of(int, 1, 1e5, "planned")
-    lr: float | None = _of(float, 1e-12, 1e3, "planned, of LoRA")
+    name: str = _col(str, 0, INF, "any name")
+    model: str = _col(str, 0, INF, "a name of conf/model or the hub, or a config.json")
+    task: str = _col(str, 0, INF, "sft or rl")
+    examples: int | None = _col(int, 1, INF, "rows; in RL, problems")
+    tokens_per_example: float | None = _col(float, 1, INF, "mean tokens of a row that bear loss")
+    bits_per_token: float | None = _col(float, 1e-6, 20, "information in such a token")
+    max_length: int | None = _col(int, 4, INF, "tokens of the longest row")
+    data: str | None = _col(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
+    epochs: float | None = _col(float, 1e-6, 1e6, "passes over the rows")
+    batch_size: int | None = _col(int, 1, 1e7, "rows of an update; in RL, episodes")
+    steps: int | None = _col(int, 1, 1e9, "updates")
+    episodes: int | None = _col(int, 1, INF, "samples in RL, all problems and passes")
+    hardware: str | None = _col(str, 0, INF, "a name of conf/hardware")
+    gpus: int | None = _col(int, 1, 512, "available GPUs")
+    price_per_gpu_h: float | None = _col(float, 1e-6, 1e4, "dollars")
+    adapters_served: int = _col(int, 1, 1e6, "adapters served at once on this model", 1)
+    max_regret: float = _col(float, 1e-6, 100, "LoRA's regret, % of full fine-tuning's gain", 2.0)
+    layers: str | None = _col(str, 0, INF, "planned: attention, mlp, unembedding joined by +, all")
+    rank: int | None = _col(int, 1, 1e5, "planned")
+    lr: float | None = _col(float, 1e-12, 1e3, "planned, of LoRA")
     shape: tuple[tuple[str, int | bool], ...] = ()
     """Columns of SHAPE that were filled, by name."""
     where: str = "customer"
@@ -90,7 +88,7 @@ SHAPE = {
     "head_size": Column(int, 1, 1e4, "width of a head"),
     "mlp_size": Column(int, 1, 1e6, "width of the MLP, of one expert if there are any"),
     "vocab_size": Column(int, 2, 1e7, "vocabulary"),
-    "tied": Column(bool, says="embedding and unembedding are one matrix"),
+    "tied": Column(bool, meaning="embedding and unembedding are one matrix"),
     "n_experts": Column(int, 0, 1e4, "experts of a layer"),
     "n_active_experts": Column(int, 0, 1e4, "experts that a token passes through"),
 }
@@ -168,12 +166,12 @@ def _csv(path: Path, text: str) -> list[Row]:
     delimiter = max(",;\t", key=head.count)  # as spreadsheets of other languages write it
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     rows: list[Row] = []
-    header: list[str] | None = None
+    header: list[str] = []
     try:
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
-            if header is None:
+            if not header:
                 header = [cell.strip() for cell in cells]
                 _check_header(path, header)
                 continue
@@ -189,11 +187,11 @@ def _csv(path: Path, text: str) -> list[Row]:
 
 def _check_header(path: Path, names: list[str]) -> None:
     """Refuse a header that would be misread: a misspelt column would count as not stated."""
-    for name in names:
-        if name not in COLUMNS:
-            raise SpecError(f"customers={path}: {unknown('column', name, COLUMNS)}")
+    odd = next((name for name in names if name not in COLUMNS), None)
     twice = sorted({name for name in names if names.count(name) > 1})
     missing = [name for name in REQUIRED if name not in names]
+    if odd is not None:
+        raise SpecError(f"customers={path}: {unknown('column', odd, COLUMNS)}")
     if twice or missing:
         what = f"column {twice[0]} twice" if twice else f"no column {', '.join(missing)}"
         raise SpecError(f"customers={path}: {what}. {expected()}")
@@ -206,15 +204,13 @@ def _yaml(path: Path, text: str) -> list[Row]:
         raise SpecError(f"customers={path}: not valid YAML: {error}") from None
     if isinstance(found, dict) and set(found) == {"customers"}:
         found = found["customers"]
-    if found is None:
-        return []
-    if not isinstance(found, list):
+    if not isinstance(found, list | None):
         raise SpecError(f"customers={path}: expected a list with an entry for each customer.")
     return [
         Row(f"entry {k}", entry)
         if isinstance(entry, dict)
         else Row(f"entry {k}", {}, f"expected columns and values, got {entry!r}.")
-        for k, entry in enumerate(found, 1)
+        for k, entry in enumerate(found or [], 1)
     ]
 
 
@@ -224,17 +220,17 @@ def _yaml(path: Path, text: str) -> list[Row]:
 def check_rows(rows: Iterable[Row]) -> list[Customer | Failed]:
     """Return each row's customer, or what is wrong with the row."""
     found: list[Customer | Failed] = []
-    seen: Counter[str] = Counter()
+    seen: set[str] = set()
     for row in rows:
         try:
             if row.problem:
                 raise RowError(row.problem)
             c = customer_of(row.values, row.where)
-            seen[c.name] += 1
-            if seen[c.name] > 1:
+            if c.name in seen:
                 raise RowError(
                     f"column name: {c.name!r} was used by an earlier row. Use a unique name."
                 )
+            seen.add(c.name)
             found.append(c)
         except RowError as error:
             name = str(row.values.get("name") or "").strip()
@@ -243,11 +239,7 @@ def check_rows(rows: Iterable[Row]) -> list[Customer | Failed]:
 
 
 def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
-    """Read one row.
-
-    Args:
-        row: values by column, as text or as YAML has them.
-        where: its place in the table.
+    """Read one row: values by column, as text or as YAML has them; `where`: its place.
 
     Raises:
         RowError: the row is wrong; all its problems, each with its column.
@@ -262,20 +254,20 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
                 values[column] = _value(column, raw)
             except ValueError as error:
                 problems.append(f"column {column}: {error}")
-    missing = [c for c in REQUIRED if c not in values and str(row.get(c) or "").strip() == ""]
-    problems += [f"column {c}: missing. It holds {COLUMNS[c].says}." for c in missing]
-    if not problems:
-        shape = tuple((name, values.pop(name)) for name in SHAPE if name in values)
-        customer = Customer(**values, shape=shape, where=where)
-        problems = list(_contradictions(customer))
-        if not problems:
-            return customer
-    raise RowError(*problems)
+    missing = [c for c in REQUIRED if str(row.get(c) or "").strip() == ""]
+    problems += [f"column {c}: missing. It holds {COLUMNS[c].meaning}." for c in missing]
+    if problems:
+        raise RowError(*problems)
+    shape = tuple((name, values.pop(name)) for name in SHAPE if name in values)
+    customer = Customer(**values, shape=shape, where=where)
+    if found := list(_contradictions(customer)):
+        raise RowError(*found)
+    return customer
 
 
 def _value(column: str, raw: Any) -> Any:
     """Convert a cell; ValueError says what is wrong with it."""
-    kind, low, high, says = COLUMNS[column]
+    kind, low, high, meaning = COLUMNS[column]
     text = str(raw).strip()
     if isinstance(raw, str) and FORMULA.match(raw):
         raise ValueError(
@@ -298,19 +290,18 @@ def _value(column: str, raw: Any) -> Any:
             raise ValueError(f"expected true or false, got {text!r}.")
         return text.lower() in YES
     if isinstance(raw, bool):
-        raise ValueError(f"expected a number ({says}), got {raw}.")
-    plain = text.replace(",", "") if THOUSANDS.match(text) else text
+        raise ValueError(f"expected a number ({meaning}), got {raw}.")
     try:
-        number = float(plain)
+        number = float(text.replace(",", "") if THOUSANDS.match(text) else text)
     except ValueError:
         raise ValueError(
-            f"expected a number ({says}), got {text!r}. Write it out, as 50000 or 5e4."
+            f"expected a number ({meaning}), got {text!r}. Write it out, as 50000 or 5e4."
         ) from None
     if kind is int and number % 1:
-        raise ValueError(f"expected a whole number ({says}), got {text!r}.")
+        raise ValueError(f"expected a whole number ({meaning}), got {text!r}.")
     if not low <= number <= high:
-        most = "" if high == float("inf") else f" and at most {high:g}"
-        raise ValueError(f"expected a number of at least {low:g}{most} ({says}), got {text!r}.")
+        most = "" if high == INF else f" and at most {high:g}"
+        raise ValueError(f"expected a number of at least {low:g}{most} ({meaning}), got {text!r}.")
     return kind(number)
 
 
@@ -375,27 +366,30 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
     stated = dict(c.shape)
     path = Path(c.model).expanduser()
     config = path / "config.json" if path.is_dir() else path
+    missing = [n for n in NEEDED if n not in stated]
     if config.suffix == ".json":
         model = _of_config(config)
     elif c.model.lower() in models:
         model = models[c.model.lower()]()
-    else:
-        missing = [n for n in NEEDED if n not in stated]
-        if not missing:
-            return _build(c.model, stated)
-        names = (name for name in models if "/" not in name)
-        what = unknown("model", c.model, names)
+    elif missing:
+        what = unknown("model", c.model, (name for name in models if "/" not in name))
         if stated:
             what = f"{c.model!r} is not in the catalogue, and its shape is incomplete."
         raise RowError(
             f"column model: {what} Give the path of its config.json as model, or fill the columns "
             f"{', '.join(missing)}."
         )
-    wrong = [n for n, v in stated.items() if getattr(model, n) != v]
+    else:
+        return _build(c.model, stated)
+    wrong = {n: getattr(model, n) for n, v in stated.items() if getattr(model, n) != v}
     if wrong:
-        remedy = "Leave it out, or give the model another name."
-        has = {n: f"{stated[n]}, but {c.model} has {getattr(model, n)}" for n in wrong}
-        raise RowError(*(f"column {n}: {text}. {remedy}" for n, text in has.items()))
+        raise RowError(
+            *(
+                f"column {n}: {stated[n]}, but {c.model} has {has}. Leave it out, or give the "
+                "model another name."
+                for n, has in wrong.items()
+            )
+        )
     return model
 
 
@@ -411,9 +405,8 @@ def _of_config(path: Path) -> ModelSpec:
     config = {**config, **config.get("text_config", {})}
     stated: dict[str, Any] = {}
     for name, keys in CONFIG_KEYS.items():
-        found = next((config[k] for k in keys if config.get(k) is not None), None)
-        if found is not None:
-            stated[name] = found
+        found = [config[k] for k in keys if config.get(k) is not None]
+        stated |= {name: found[0]} if found else {}
     if config.get("head_dim"):
         stated["head_size"] = config["head_dim"]
     elif stated.get("hidden_size") and stated.get("n_heads"):
@@ -424,24 +417,22 @@ def _of_config(path: Path) -> ModelSpec:
         names = ", ".join(" or ".join(CONFIG_KEYS.get(n, (n,))) for n in missing)
         raise RowError(f"column model: {path} lacks {names}.")
     folder = path.absolute().parent
-    more = {"source": "folder", "location": str(folder)}
-    qwen3, dtype = "qwen3" in str(config.get("model_type", "")), _weights_dtype(folder, config)
-    return _build(folder.name, stated, **more, qk_norm=qwen3, weights_dtype=dtype)
-
-
-def _weights_dtype(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the type of a model's weights from its config.json, else from its weight files.
-
-    Without either it is bf16, in which models are published.
-    """
-    stated = config.get("dtype") or config.get("torch_dtype")
-    if stated is not None:
-        return "bf16" if "bfloat16" in str(stated) else "fp32"
-    headers = [safetensors_header(path) for path in sorted(folder.glob("model*.safetensors"))]
-    tensors = [t for header in headers if header for t in header[0].values()]
-    # norms are often kept in fp32 beside matrices in bf16
-    fp32 = any(len(t["shape"]) > 1 and t["dtype"] != "BF16" for t in tensors)
-    return "fp32" if fp32 else "bf16"
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype is not None:
+        bf16 = "bfloat16" in str(dtype)
+    else:  # read from the weights; without any it is bf16, in which models are published
+        headers = [safetensors_header(file) for file in sorted(folder.glob("model*.safetensors"))]
+        tensors = [t for header in headers if header for t in header[0].values()]
+        # norms are often kept in fp32 beside matrices in bf16
+        bf16 = all(len(t["shape"]) < 2 or t["dtype"] == "BF16" for t in tensors)
+    return _build(
+        folder.name,
+        stated,
+        source="folder",
+        location=str(folder),
+        qk_norm="qwen3" in str(config.get("model_type", "")),
+        weights_dtype="bf16" if bf16 else "fp32",
+    )
 
 
 def _build(name: str, stated: Mapping[str, Any], **more: Any) -> ModelSpec:

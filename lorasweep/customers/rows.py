@@ -117,10 +117,14 @@ def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
     folder, split = (path, "train") if path.is_dir() else (path.parent, path.stem)
     if set("=,") & set(split):
         raise DataError(f"{path}: a name without '=' and ',' is expected. Rename the file.")
-    spec = dataclasses.replace(spec, location=str(folder), revision="", **form)
     test = folder / "test.jsonl"
     there = path.is_dir() and test.is_file()
-    spec = dataclasses.replace(spec, test_split="test" if there else split)
+    place: dict[str, Any] = {
+        "location": str(folder),
+        "revision": "",
+        "test_split": "test" if there else split,
+    }
+    spec = dataclasses.replace(spec, **place, **form)
     rows = _texts(spec, sources.jsonl_rows(folder / f"{split}.jsonl"))
     tested = _texts(spec, sources.jsonl_rows(test)) if there else None
     found = _divide(spec, rows, tested, str(test), rules.split)
@@ -156,59 +160,57 @@ def _divide(
             "learning rate, test rows measure the gain. Add rows, or remove them: training rows "
             "are then held out."
         )
-    # few updates on few rows: learning curves that nobody reads would cost as much as the training
-    spec = dataclasses.replace(spec, n_test_curve=0)
+    changes: dict[str, Any]
     if tested is None and n_pool < FEWEST:
-        spec, n_train = dataclasses.replace(spec, n_test=len(rows)), len(rows)
+        changes, n_train = {"n_test": len(rows)}, len(rows)
     elif split == BY_ROW or (tested is None and not same_prompt):
-        spec, n_train = _as_before(spec, rows, tested, repeated > 0)
+        # by the whole text, the rule of earlier versions; where no prompt has two answers, this is
+        # the division of the training file by prompt, row for row
+        texts = [r.whole for r in rows]
+        if tested is not None:
+            held = {r.whole for r in tested}
+            first = min(len(held) // 2, MOST)
+            changes = {"n_validation": first, "n_test": len(held) - first}
+        else:
+            each = _share(len(set(texts)))
+            held = set(load.held_out(texts, 2 * each))
+            changes = {"holdout": 2 * each, "n_validation": each, "n_test": each}
+        changes["unseen_rows"] = repeated > 0
+        n_train = sum(row not in held for row in texts)
     else:
-        spec, n_train = _by_units(spec, rows, tested)
+        changes, n_train = _by_units(spec, rows, tested)
     if not n_train:
         raise DataError(
             f"every row of {spec.train_split} stands in {test}, too. Add rows to train on, or "
             "remove the held-out rows."
         )
+    # few updates on few rows: learning curves that nobody reads would cost as much as the training
+    spec = dataclasses.replace(spec, n_test_curve=0, **changes)
     left_out = len(rows) - n_train if tested is not None else 0
     return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out)
 
 
-def _as_before(
-    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, repeated: bool
-) -> tuple[DatasetSpec, int]:
-    """Divide rows by their whole text, the rule of earlier versions: duplicates stay in one split.
-
-    Where no prompt has two answers, and rows are held out of the training file, this is the
-    division by prompt, row for row. Returns the data set and the number of training rows.
-    """
-    texts = [r.whole for r in rows]
-    if tested is not None:
-        held = {r.whole for r in tested}
-        first = min(len(held) // 2, MOST)
-        changes: dict[str, Any] = {"n_validation": first, "n_test": len(held) - first}
-    else:
-        each = max(LEAST, min(len(set(texts)) // SHARE, MOST))
-        changes = {"holdout": 2 * each, "n_validation": each, "n_test": each}
-        held = set(load.held_out(texts, 2 * each))
-    spec = dataclasses.replace(spec, **changes, unseen_rows=repeated)
-    return spec, sum(row not in held for row in texts)
+def _share(units: int) -> int:
+    """Return how many of so many rows or prompts are for validation, and for test as many."""
+    return max(LEAST, min(units // SHARE, MOST))
 
 
 def _by_units(
     spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None
-) -> tuple[DatasetSpec, int]:
+) -> tuple[dict[str, Any], int]:
     """Divide rows so that no prompt is in two splits, or no row where prompts are too few.
 
     Too few: fewer than FEWEST in rows of which some share one, or dividing by them would leave
-    less than LEFT of the training rows. Returns the data set and the number of training rows.
+    less than LEFT of the training rows. Returns fields of the data set, and the number of training
+    rows.
     """
     pool = rows if tested is None else tested
     for by in SPLITS if spec.mask != "all" else (BY_ROW,):
-        units = [r.prompt if by == BY_PROMPT else r.whole for r in pool]
+        of, units = ([r.prompt if by == BY_PROMPT else r.whole for r in x] for x in (rows, pool))
         groups = load.divided(units, [r.whole for r in pool])
         sizes = [len(group) for group in groups]
         if tested is None:
-            each = max(LEAST, min(len(groups) // SHARE, MOST))
+            each = _share(len(groups))
             first = _fitting(sizes[:each])
             last = _fitting(sizes[first : first + each])
             held = {units[k] for group in groups[: first + last] for k in group}
@@ -217,18 +219,18 @@ def _by_units(
             last = _fitting(sizes[first:])
             held = set(units)
         n_validation, n_test = sum(sizes[:first]), sum(sizes[first : first + last])
-        holdout = n_validation + n_test if tested is None else 0
-        n_train = sum((r.prompt if by == BY_PROMPT else r.whole) not in held for r in rows)
+        n_train = sum(unit not in held for unit in of)
         enough = len(groups) >= FEWEST or len(groups) == len({r.whole for r in pool})
         if enough and n_train >= LEFT * len(rows):
             break
-    split: dict[str, Any] = {"n_validation": n_validation, "n_test": n_test, "holdout": holdout}
-    return dataclasses.replace(spec, held_out_by=by, **split), n_train
+    holdout = n_validation + n_test if tested is None else 0
+    sizes_of = {"n_validation": n_validation, "n_test": n_test, "holdout": holdout}
+    return {"held_out_by": by, **sizes_of}, n_train
 
 
 def _fitting(sizes: Sequence[int], most: int = MOST) -> int:
     """Return how many units, from the first one, have at most so many rows in all: at least 1."""
-    totals = list(itertools.accumulate(sizes))
+    totals = itertools.accumulate(sizes)
     return max(1, sum(total <= most for total in totals))
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorasweep.customers.advice import Advice, advise
+from lorasweep.customers.advice import advise
 from lorasweep.customers.customer_sweep import middle_rates, plain_name
 from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
@@ -38,8 +38,8 @@ from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
 
 APART = 3.0
-"""Factor between the learning rates that are tried: any other is within 1.7 of one of them, and
-those of public grids are as far apart (rules/rates.py, STEP)."""
+"""Factor between the learning rates that are tried, as in public grids (rules/rates.py, STEP): any
+learning rate between them is within a factor 1.7 of one."""
 MOST_RATES = 9
 FORM = {"template", "render", "mask"}
 """Fields of a data set that a fleet takes from the command line."""
@@ -139,26 +139,27 @@ class Setup:
         Raises:
             SpecError: adapters cannot be trained with it.
         """
-        base = self.base
+        base, stops = self.base, self.base.early_stopping
         if not isinstance(base.method, LoRA) or base.objective != "sft":
-            raise SpecError(
+            problem = (
                 f"method={base.method.name} objective={base.objective}: a fleet trains adapters on "
                 "given answers. Set method=lora and objective=sft."
             )
-        if self.rates != 1 and not 3 <= self.rates <= MOST_RATES:
-            raise SpecError(
+        elif self.rates != 1 and not 3 <= self.rates <= MOST_RATES:
+            problem = (
                 f"rates={self.rates}. Expected advised, or the number of learning rates around the "
                 f"advised one: 3 to {MOST_RATES}."
             )
-        if base.early_stopping < 0:
-            raise SpecError(
-                f"early_stopping={base.early_stopping}. Expected 0 (off), or the number of "
-                "evaluations in a row without improvement after which a run ends: 2 or 3."
+        elif stops < 0:
+            problem = (
+                f"early_stopping={stops}. Expected 0 (off), or the number of evaluations in a row "
+                "without improvement after which a run ends: 2 or 3."
             )
-        if self.instead_of_full not in ("", "lora"):
-            raise SpecError(
-                f"instead_of_full={self.instead_of_full!r}. Allowed: lora, or leave it out."
-            )
+        elif self.instead_of_full not in ("", "lora"):
+            problem = f"instead_of_full={self.instead_of_full!r}. Allowed: lora, or leave it out."
+        else:
+            return
+        raise SpecError(problem)
 
 
 def build_runs(customers: Iterable[Customer | Failed], known: Known, setup: Setup) -> list[Member]:
@@ -166,18 +167,18 @@ def build_runs(customers: Iterable[Customer | Failed], known: Known, setup: Setu
     found = []
     for c in customers:
         try:
-            found.append(c if isinstance(c, Failed) else _member(c, known, setup))
+            if not isinstance(c, Failed):
+                found.append(_member(c, known, setup))
+                continue
+            failed = c
         except (RowError, SpecError) as error:
-            problems = getattr(error, "problems", [str(error)])
-            found.append(Failed(c.where, c.name, problems))
-    return [
-        Member(f.where, f.name, folder_of(f.name), f.error) if isinstance(f, Failed) else f
-        for f in found
-    ]
+            failed = Failed(c.where, c.name, getattr(error, "problems", [str(error)]))
+        found.append(Member(failed.where, failed.name, folder_of(failed.name), failed.error))
+    return found
 
 
 def _member(c: Customer, known: Known, setup: Setup) -> Member:
-    """Read and tokenize a customer's rows, take advice, and make the runs.
+    """Read and tokenize a customer's rows, take advice, and make a run for each learning rate.
 
     Raises:
         RowError, SpecError: they cannot be trained.
@@ -194,8 +195,9 @@ def _member(c: Customer, known: Known, setup: Setup) -> Member:
         tokenizer = setup.tokenizer_of(model)
     except ModelError as error:
         raise RowError(f"column model: {error}") from None
+    folder = folder_of(c.name)
     try:
-        rows = rows_of(folder_of(c.name), c.data, setup.rules, tokenizer)
+        rows = rows_of(folder, c.data, setup.rules, tokenizer)
         rows, tokens = with_lengths(rows, tokenizer, c.max_length, setup.data_dirs)
     except (DataError, OSError) as error:
         raise RowError(f"column data: {error}") from None
@@ -205,28 +207,18 @@ def _member(c: Customer, known: Known, setup: Setup) -> Member:
         "max_length": c.max_length or rows.dataset.max_length,
         "tokens_per_example": c.tokens_per_example or round(tokens, 1),
     }
-    if rows.dataset.source == "hub":  # counted here, as the adviser does not use the network
+    on_hub = rows.dataset.source == "hub"
+    if on_hub:  # counted here, as the adviser does not use the network
         counted |= {"examples": c.examples or rows.n_train, "data": None}
     advice = advise(dataclasses.replace(c, **counted), known)
-    points, not_early = _points(advice, rows, setup)
-    warnings = advice.trace.warnings
-    if rows.dataset.source != "hub":  # a card names no folder of this machine
-        warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
-    choice, source = advice.choice, advice.rate.source
-    advised = Advised(choice.method, choice.why, choice.rank, choice.load, source, warnings)
-    return Member(c.where, c.name, folder_of(c.name), "", advised, rows, points, not_early)
-
-
-def _points(advice: Advice, rows: Rows, setup: Setup) -> tuple[list[Point], str]:
-    """Return a run for each learning rate, and why early stopping is left out if it is."""
-    choice, work, c, base = advice.choice, advice.work, advice.customer, setup.base
+    choice, batch, base = advice.choice, advice.work.batch_size, setup.base
     if choice.method == "full" and setup.instead_of_full != "lora":
         raise RowError(
             f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
             f"train LoRA of rank {choice.rank} nevertheless; its card will say so."
         )
     size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": setup.rules.layers}
-    steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / work.batch_size))
+    steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / batch))
     rate, patience = middle_rates(advice)[0], base.early_stopping
     not_early = why_not_early(patience, steps, rows.dataset.n_validation) if patience else ""
     spec = dataclasses.replace(
@@ -234,19 +226,23 @@ def _points(advice: Advice, rows: Rows, setup: Setup) -> tuple[list[Point], str]
         model=advice.model,
         dataset=rows.dataset,
         method=dataclasses.replace(base.method, **size),
-        batch_size=work.batch_size,
+        batch_size=batch,
         steps=steps,
         lr=rate,
         early_stopping=0 if not_early else patience,
     )
     tried = setup.rates if rows.held_out else 1
     rates = [rate] if tried == 1 else around(rate, tried, APART)
-    specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
-    for spec in specs:
-        validate(spec)
+    points = [Point(folder, dataclasses.replace(spec, lr=lr)) for lr in rates]
+    for p in points:
+        validate(p.spec)
     if setup.planner is not None:
-        _check_one_gpu(specs[0], setup.planner)
-    return [Point(folder_of(c.name), spec) for spec in specs], not_early
+        _check_one_gpu(points[0].spec, setup.planner)
+    warnings = advice.warnings
+    if not on_hub:  # a card names no folder of this machine
+        warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
+    why = (choice.method, choice.why, choice.rank, choice.load, advice.rate.source)
+    return Member(c.where, c.name, folder, "", Advised(*why, warnings), rows, points, not_early)
 
 
 def _check_one_gpu(spec: RunSpec, planner: Forecaster) -> None:
@@ -293,8 +289,8 @@ def fleet_of(
     there = set() if kept else set(RunStore(request.exec.runs_dir).existing())
     if not there:
         return rules, found
-    of_scale = {"template": spec.dataset.template, "render": spec.dataset.render}
-    past = dataclasses.replace(rules, **of_scale, split=BY_ROW)
+    data = spec.dataset
+    past = dataclasses.replace(rules, template=data.template, render=data.render, split=BY_ROW)
     then = members(past)
     now, before = ({p.id for m in fleet for p in m.points} for fleet in (found, then))
     if (before - now).isdisjoint(there):
@@ -315,21 +311,21 @@ def _given(request: Request) -> dict[str, Any]:
         SpecError: a setting of the data set would have no effect.
     """
     keys, spec = set(request.given), request.points[0].spec
-    asked = {k.removeprefix("dataset.") for k in keys if k.startswith("dataset.")}
-    if asked - FORM:
+    data, named = spec.dataset, {k[len("dataset.") :] for k in keys if k.startswith("dataset.")}
+    if named - FORM:
         raise SpecError(
-            f"dataset.{min(asked - FORM)} has no effect in a fleet, whose rows the table names. "
+            f"dataset.{min(named - FORM)} has no effect in a fleet, whose rows the table names. "
             f"Allowed: {', '.join(f'dataset.{name}' for name in sorted(FORM))}; of one customer "
             "the column max_length."
         )
-    form = asked & {"template", "render"} | ({"template", "render"} if "dataset" in keys else set())
     found: dict[str, Any] = {}
-    if form:
-        found["render"] = spec.dataset.render if "render" in form else FIRST_RENDER
+    if "dataset" in keys or named - {"mask"}:
+        whole = "dataset" in keys
+        found["render"] = data.render if whole or "render" in named else FIRST_RENDER
         by_default = PLAIN if found["render"] == FIRST_RENDER else CHAT
-        found["template"] = spec.dataset.template if "template" in form else by_default
-    if "mask" in asked:
-        found["mask"] = spec.dataset.mask
+        found["template"] = data.template if whole or "template" in named else by_default
+    if "mask" in named:
+        found["mask"] = data.mask
     if "method.layers" in keys:
         found["layers"] = spec.method.plain()["layers"]
     return found
@@ -390,23 +386,21 @@ def read_rules(folder: Path) -> Rules | None:
     path = folder / RULES
     if not path.exists():
         return None
-    remedy = (
-        "It says how this fleet's rows are read. Get it back as it was, name another folder with "
-        "out=DIR, or delete it, and runs by other rules are trained again."
-    )
     try:
         found = Rules(**json.loads(path.read_text()))
-        known = found.split in SPLITS and (found.render is None) == (found.template is None)
         parse_layers(found.layers)
+        if found.split not in SPLITS or (found.render is None) != (found.template is None):
+            raise ValueError(f"{json.dumps(vars(found))} is not known")
+        return found
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise SpecError(f"{path} cannot be read ({error}). {remedy}") from None
-    if not known:
-        raise SpecError(f"{path}: {json.dumps(dataclasses.asdict(found))} is not known. {remedy}")
-    return found
+        raise SpecError(
+            f"{path} cannot be read ({error}). It says how this fleet's rows are read. Get it back "
+            "as it was, name another folder with out=DIR, or delete it, and runs by other rules "
+            "are trained again."
+        ) from None
 
 
 def write_rules(folder: Path, rules: Rules) -> None:
     """Keep the rules in a fleet's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(rules), indent=1)
-    files.write_atomic(folder / RULES, text.encode())
+    files.write_atomic(folder / RULES, json.dumps(vars(rules), indent=1).encode())

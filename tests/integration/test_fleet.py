@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from lorasweep.cli.actions import act
-from lorasweep.cli.customers import members_of, plan_fleet
+from lorasweep.cli.customers import plan_fleet
 from lorasweep.customers.outcome import outcome_of
+from lorasweep.customers.runs import planned
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
@@ -21,7 +22,7 @@ from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
-from tests.customers import make_base, write_rows
+from tests.customers import make_base, write_json, write_rows
 from tests.integration.test_interruptions import start, wait_for
 
 SECRET = "zanzibar 7351"
@@ -54,25 +55,39 @@ def world(bases, tmp_path, monkeypatch, compose):
         folder = tmp_path / "reports/fleet-customers"
 
         def write(self, **more):
-            table = [
+            self.table = [
                 {"name": n, "model": str(b / "config.json"), "task": "sft", "data": d, "epochs": e}
                 for n, (b, d, e) in {**rows, **more}.items()
                 if b is not None
             ]
-            (tmp_path / "customers.yaml").write_text(json.dumps(table))
+            self.set_table(*self.table)
 
-        def compose(self, *more):
-            return compose("action=fleet", "customers=customers.yaml", "exec.workers=1", *more)
+        def set_table(self, *rows):
+            (tmp_path / "customers.yaml").write_text(json.dumps(rows))  # which is YAML, too
 
         def run(self, *more, trainer=None):
-            request = self.compose(*more)
-            self.store = RunStore(request.exec.runs_dir)
-            self.request = request
-            return act(request, trainer or TorchTrainer())
+            fleet = ("action=fleet", "customers=customers.yaml", "exec.workers=1")
+            self.request = compose(*fleet, *more)
+            self.store = RunStore(self.request.exec.runs_dir)
+            return act(self.request, trainer or TorchTrainer())
+
+        def trained(self, *more):
+            """Names of the customers that a run of the command trains."""
+            trainer = Counting()
+            assert self.run(*more, trainer=trainer) == 0
+            return [name for name, _, _ in trainer.asked]
 
         def facts(self, name):
             return json.loads((self.folder / name / "facts.json").read_text())
 
+        def card(self, name):
+            return (self.folder / name / "README.md").read_text()
+
+        @property
+        def page(self):
+            return (self.folder / "index.html").read_text()
+
+        @property
         def runs(self):
             return {i: self.store.result(i) for i in self.store.existing()}
 
@@ -89,11 +104,6 @@ def same_adapters(one, other):
         a, b = load_file(path), load_file(other / path.relative_to(one))
         assert all(torch.equal(a[name], b[name]) for name in a)
     return True
-
-
-def set_table(folder, *rows):
-    """Write the table of customers as JSON, which is YAML, too."""
-    (folder / "customers.yaml").write_text(json.dumps(rows))
 
 
 class Counting(TorchTrainer):
@@ -114,14 +124,10 @@ class Counting(TorchTrainer):
 def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
     world, tmp_path, capsys
 ):
-    trainer = Counting()
-    assert world.run(trainer=trainer) == 0
-    assert len(trainer.asked) == 13  # three rates for four customers, one for the few rows
+    assert len(world.trained()) == 13  # three rates for four customers, one for the few rows
     printed = capsys.readouterr().out
-    assert (
-        "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
-        and "too few different rows" in printed
-    )
+    assert "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
+    assert "too few different rows" in printed
     ann = world.facts("ann")
     losses = {t["lr"]: t["validation"] for t in ann["tried"]}
     assert ann["lr"] == min(losses, key=lambda lr: (losses[lr], lr)) and len(losses) == 3
@@ -131,26 +137,20 @@ def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
     assert low < ann["gain"] < high and ann["gained"] == ("gained" if low > 0 else "not known")
     assert f"{ann['gain']:+.3f} ± {high - ann['gain']:.3f}" in printed
     assert (ann["n_train"], ann["n_validation"], ann["n_test"]) == (32, 4, 4)
-    few = world.facts("few")
-    assert (
-        few["gain"] is None
-        and "nothing is known of the gain" in (world.folder / "few/README.md").read_text()
-    )
+    assert world.facts("few")["gain"] is None
+    assert "nothing is known of the gain" in world.card("few")
     # weights are kept of what was chosen, and of nothing else
     kept = {p.parent.name for p in world.store.root.glob("*/weights.safetensors")}
     facts = [json.loads(p.read_text()) for p in world.folder.glob("*/facts.json")]
     assert kept == {f["run"] for f in facts} and len(facts) == 5
 
     before = {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")}
-    again = Counting()
-    assert world.run(trainer=again) == 0 and not again.asked
+    assert not world.trained()
     assert {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")} == before
 
     write_rows(tmp_path / "bob.jsonl", 25, "Yes! {k}", question="Is it late? {k}")
     world.write(zoe=(None, None, None))
-    changed = Counting()
-    assert world.run(trainer=changed) == 0
-    assert {name for name, _, _ in changed.asked} == {"bob"} and len(changed.asked) == 3
+    assert world.trained() == ["bob"] * 3
     untouched = {p for p, t in before.items() if p.stat().st_mtime_ns == t}
     assert before.keys() - untouched == {p for p in before if p.parent.name == "bob"}
 
@@ -164,7 +164,7 @@ def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world, t
     assert world.run(*settings, trainer=rest) == 0
     assert any(resumed for _, _, resumed in rest.asked)
     assert same_adapters(tmp_path / "whole/fleet-customers", world.folder)
-    assert not any(r["resumed_in_other_company"] for r in world.runs().values() if r)
+    assert not any(r["resumed_in_other_company"] for r in world.runs.values() if r)
 
 
 @pytest.fixture
@@ -172,15 +172,14 @@ def odd(world, tmp_path):
     """A customer whose held-out rows are of another kind: their loss rises while it learns."""
     write_rows(tmp_path / "odd/train.jsonl", 20, "aaaa bbbb {k}")
     write_rows(tmp_path / "odd/test.jsonl", 16, "zz", start=100)
-    table = json.loads((tmp_path / "customers.yaml").read_text())
-    return {**table[0], "data": "odd", "epochs": 39}, table[2]
+    return {**world.table[0], "data": "odd", "epochs": 39}, world.table[2]
 
 
 def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_update(
     world, odd, tmp_path
 ):
     """The second customer has too few rows to hold any out."""
-    set_table(tmp_path, *odd)
+    world.set_table(*odd)
     settings = ("precision=fp64", "early_stopping=2")
     assert world.run(*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
     assert world.run(*settings, "exec.checkpoint_s=0", trainer=Counting(stop_at=5)) == 130
@@ -189,19 +188,18 @@ def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_upd
     ann, few = world.facts("ann"), world.facts("few")
     assert ann["steps_done"] < ann["steps"] and ann["best_step"] < ann["steps_done"]
     said = f"ended after update {ann['steps_done']} of {ann['steps']}, as 2 evaluations in a row"
-    page = (world.folder / "index.html").read_text()
-    assert said in (world.folder / "ann/README.md").read_text() and said in page
-    assert f"ended early, after {ann['steps_done']} of {ann['steps']} updates" in page
+    assert said in world.card("ann") and said in world.page
+    assert f"ended early, after {ann['steps_done']} of {ann['steps']} updates" in world.page
     assert few["early_stopping"].startswith("left out") and "best_step" in few
-    assert "4 are the fewest" in (world.folder / "few/README.md").read_text()
+    assert "4 are the fewest" in world.card("few")
 
 
 @pytest.mark.slow
 @pytest.mark.full
-def test_early_stopping_survives_a_kill(odd, tmp_path):
+def test_early_stopping_survives_a_kill(world, odd, tmp_path):
     """A command killed with -9 between the best evaluation of a run and its end, and asked again:
     weights, results and what was decided are the same, bit for bit."""
-    set_table(tmp_path, odd[0])
+    world.set_table(odd[0])
     # one learning rate: of several, one may end before the kill, and the pack is then another
     fleet = ("action=fleet", "customers=customers.yaml", "early_stopping=3", "rates=advised")
     arguments = (*fleet, "exec.workers=1", "exec.threads=1", "exec.checkpoint_s=0.01")
@@ -234,17 +232,14 @@ def test_early_stopping_survives_a_kill(odd, tmp_path):
     assert same_adapters(tmp_path / "killed", tmp_path / "runs")
 
 
-def test_nothing_of_one_customers_rows_is_in_what_others_get(world, tmp_path):
+def test_no_row_of_a_customer_reaches_another(world, tmp_path):
     """Folders, run folders with logs and records, and errors; the page escapes their names."""
     write_rows(tmp_path / "loud.jsonl", 30, "Yes")
     with (tmp_path / "loud.jsonl").open("a") as rows:
         rows.write(f'{{"prompt": "{SECRET}"\n')
-    table = json.loads((tmp_path / "customers.yaml").read_text())
-    row = {"model": table[0]["model"], "task": "sft", "epochs": 1}
-    loud, second = (
-        {"name": n, "data": d, **row} for n, d in (("loud", "loud.jsonl"), ("ann", "owner"))
-    )
-    set_table(tmp_path, *table, loud, second)
+    row = {"model": world.table[0]["model"], "task": "sft", "epochs": 1}
+    wrong = ({"name": "loud", "data": "loud.jsonl"}, {"name": "ann", "data": "owner"})
+    world.set_table(*world.table, *({**row, **columns} for columns in wrong))
     assert world.run() == 1
     (owner,) = [p for p in world.folder.iterdir() if p.name.startswith("img_src")]
     for path in [p for p in tmp_path.rglob("*") if p.is_file() and "owner" not in p.parts]:
@@ -255,27 +250,25 @@ def test_nothing_of_one_customers_rows_is_in_what_others_get(world, tmp_path):
     assert len(others) == 4
     for path in [q for p in others for q in p.iterdir()]:
         assert b"onerror" not in path.read_bytes() and b"owner" not in path.read_bytes()
-    page = (world.folder / "index.html").read_text()
+    page, card = world.page, (owner / "README.md").read_text()
     assert "<img" not in page and "&lt;img src=x onerror" in page and "<script" not in page
     assert "http" not in page.split("<main>")[1] and "loud.jsonl:31: not a JSON row" in page
-    card = (owner / "README.md").read_text()
     assert "<img" not in card and "rows of owner/train.jsonl" in card
 
 
 def test_data_that_break_between_plan_and_training_fail_their_customer_alone(world, tmp_path):
     class Breaking(TorchTrainer):
-        def _load_data(self, spec, exec_, base):
+        def data(self, spec, exec_, base=None):
             if spec.dataset.name == "bob":
                 (tmp_path / "bob.jsonl").write_text("{")
-            return super()._load_data(spec, exec_, base)
+            return super().data(spec, exec_, base)
 
     assert world.run(trainer=Breaking()) == 1
     assert {p.name for p in world.folder.iterdir() if p.is_dir()} >= {"ann", "few", "eve"}
-    assert not (world.folder / "bob").exists()
-    assert "but the revision" in (world.folder / "index.html").read_text()
+    assert not (world.folder / "bob").exists() and "but the revision" in world.page
 
 
-def test_plan_and_status_are_of_the_customers(world, tmp_path, capsys, compose):
+def test_plan_and_status_are_of_the_customers(world, capsys, compose):
     request = compose("action=plan", "customers=customers.yaml", "format=json", "rates=advised")
     assert act(request) == 0
     found = json.loads(capsys.readouterr().out)
@@ -284,7 +277,7 @@ def test_plan_and_status_are_of_the_customers(world, tmp_path, capsys, compose):
     shown = json.loads(capsys.readouterr().out)
     assert {"ann", "bob", "few", "eve"} < {a["arm"] for a in shown["arms"]}
     assert shown["customers"] == found["fleet"]["customers"]
-    assert found["fleet"]["customers"] == {"customers": 5, "adapters": 0, "open": 5, "errors": 0}
+    assert shown["customers"] == {"customers": 5, "adapters": 0, "open": 5, "errors": 0}
 
 
 def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
@@ -293,12 +286,10 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     request = compose("action=plan", *options)
     assert act(request) == 0
     untimed = capsys.readouterr().out
-    assert "5 customers: 0 adapters, 5 not trained yet, 0 with errors" in untimed
     assert "alone is not known" in untimed and "action=measure_packs" in untimed
-    runs = plan_fleet(request)
-    for point in runs.points:
-        machine, exec_ = detect.this_machine(), runs.exec
-        path = measured_path(Path(exec_.runs_dir), point.spec, machine, exec_)
+    specs, exec_ = [p.spec for p in plan_fleet(request).points], plan_fleet(request).exec
+    for spec in specs:
+        path = measured_path(Path(exec_.runs_dir), spec, detect.this_machine(), exec_)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step_s": {"1": 0.3, "4": 0.1}}))
     assert act(dataclasses.replace(request, format="json")) == 0
@@ -306,8 +297,8 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     four, one = found["bases"]
     assert (four["customers"], four["packs"]) == (4, 1) and four["ratio"] == pytest.approx(3)
     assert (one["customers"], one["packs"]) == (1, 1) and one["ratio"] == pytest.approx(1)
-    whole, steps = found["total"], sum(p.spec.steps for p in runs.points)
-    evaluated = sum(p.spec.steps * run_flops(p.spec) / train_flops(p.spec) for p in runs.points)
+    whole, steps = found["total"], sum(s.steps for s in specs)
+    evaluated = sum(s.steps * run_flops(s) / train_flops(s) for s in specs)
     assert whole["alone_s"] == pytest.approx(0.3 * evaluated) and evaluated > steps
     assert whole["together_s"] == four["together_s"] + one["together_s"] < whole["alone_s"]
     assert act(compose("action=plan", "hardware=h100", "precision=bf16", *options)) == 0
@@ -315,29 +306,26 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     assert "in time of one GPU" in on_gpus and "by the times of steps" in on_gpus
 
 
-def test_what_has_no_adapter_now_keeps_the_folder_that_it_has(world, tmp_path):
+def test_customers_without_an_adapter_keep_their_earlier_folder(world, tmp_path):
     """A customer whose new rows break, and one that leaves the table; the page says so."""
     assert world.run("rates=advised") == 0
     (tmp_path / "bob.jsonl").write_text("{")
     world.write(few=(None, None, None))
     assert world.run("rates=advised") == 1
-    page = (world.folder / "index.html").read_text()
+    page = world.page
     assert "4 customers: 3 adapters, 0 not trained yet, 1 with errors" in page
-    assert (
-        "holds an earlier adapter, of another state" in page and world.facts("bob")["run"] in page
-    )
+    assert "earlier adapter, of another state" in page and world.facts("bob")["run"] in page
     assert "No longer in the table, with a folder that stays until you delete it: few." in page
     assert (world.folder / "few/adapter_model.safetensors").is_file()
 
 
-def test_what_is_wrong_with_a_row_is_said_once_and_a_base_is_its_customers_matter(
+def test_each_error_is_printed_once_and_a_broken_base_fails_only_its_customers(
     world, tmp_path, capsys
 ):
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half/config.json").write_text(
-        (Path(json.loads((tmp_path / "customers.yaml").read_text())[0]["model"])).read_text()
-    )
-    world.write(lost=(tmp_path / "half", "ann.jsonl", 1), gone=(tmp_path / "half", "no.jsonl", 1))
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copy(world.table[0]["model"], half)
+    world.write(lost=(half, "ann.jsonl", 1), gone=(half, "no.jsonl", 1))
     assert world.run("rates=advised") == 1
     printed = capsys.readouterr()
     assert printed.err.count("no model.safetensors") == 2 and "no model" not in printed.out
@@ -345,49 +333,27 @@ def test_what_is_wrong_with_a_row_is_said_once_and_a_base_is_its_customers_matte
     assert "7 customers: 5 adapters, 0 not trained yet, 2 with errors" in printed.out
 
 
-def test_what_a_customer_gets_names_no_folder_of_the_machine(world, bases, tmp_path):
-    world.write(apart=(bases[0], str(tmp_path / "ann.jsonl"), 2))
-    assert world.run("rates=advised") == 0
-    for path in world.folder.glob("*/*"):
-        assert str(tmp_path).encode() not in path.read_bytes(), path
-        assert b"pytest-of" not in path.read_bytes(), path
-    config = json.loads((world.folder / "ann/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == world.facts("ann")["base"]
-    assert "a copy of your own" in (world.folder / "ann/README.md").read_text()
-
-
 @pytest.mark.parametrize(
     "options, says",
     [
-        (["rates=2"], "3 to 9"),
-        (["method=fullft"], "method=lora"),
         (["exec.world_size=2"], "in one process"),
-        (["instead_of_full=yes"], "Allowed: lora"),
-        (["early_stopping=-1"], "early_stopping=-1. Expected 0"),
         (["early_stopping=2", "objective=policy_gradient"], "objective=sft"),
+        (["rates=many"], "rates='many'"),
+        (["+sweep=lr_ratio"], "Leave"),
+        (["customers=''"], "customers=FILE"),
+        (["action=export"], "only for action=advise"),
+        (["action=run", "customers=''", "rates=5"], "only for action=measure and action=fleet"),
     ],
 )
-def test_what_a_fleet_does_not_do_is_refused_before_it_reads_rows(world, options, says):
+def test_settings_without_meaning_in_a_fleet_are_refused(world, options, says):
     with pytest.raises(SpecError, match=says):
         world.run(*options)
 
 
-def test_settings_of_fleets_are_refused_elsewhere(compose):
-    for options, says in (
-        (["action=fleet"], "customers=FILE"),
-        (["action=fleet", "customers=a.csv", "rates=many"], "rates='many'"),
-        (["rates=5"], "only for action=measure and action=fleet"),
-        (["action=export", "customers=a.csv"], "only for action=advise"),
-        (["action=fleet", "customers=a.csv", "+sweep=lr_ratio"], "Leave"),
-    ):
-        with pytest.raises(SpecError, match=says):
-            compose(*options)
-
-
-def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(world, capsys):
+def test_the_lower_of_equal_rates_is_chosen_and_diverged_runs_are_skipped(world, capsys):
     world.run("rates=3")
-    request = dataclasses.replace(world.request, points=world.request.points)
-    member = next(m for m in members_of(plan_fleet(request)) if m.name == "ann")
+    plan = plan_fleet(world.request)
+    member = next(m for m in planned(plan.members, plan.points) if m.name == "ann")
     store, ids = world.store, [p.id for p in member.points]
 
     class Planted:
@@ -408,28 +374,32 @@ def test_of_equal_losses_the_lower_rate_is_chosen_and_a_diverged_one_is_none(wor
         found = outcome_of(member, Planted(losses))
         assert found.spec.id == ids[chosen] and found.edge == edge and found.gain < 0
         assert [t.validation for t in found.tried] == losses
-    for before, error, says in (
-        (9.5, 0.1, "gained"),
-        (9.2, 0.1, "not known"),
-        (8.5, 0.1, "got worse"),
-        (8.5, None, "not known"),
-    ):
+    verdicts = {9.5: "gained", 9.2: "not known", 8.5: "got worse"}
+    for before, verdict in verdicts.items():
         # 4 rows: Student's t of 3 degrees of freedom is 3.18
-        result = {"nll_start": before, "test_nll": 9.0, "gain_se": error, "n_test": 4}
+        result = {"nll_start": before, "test_nll": 9.0, "gain_se": 0.1, "n_test": 4}
         judged = dataclasses.replace(found, result=found.result | result)
-        assert judged.verdict == says
-        if error:
-            assert judged.interval == pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
+        assert judged.verdict == verdict
+        assert judged.interval == pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
+    judged = dataclasses.replace(judged, result=judged.result | {"gain_se": None})
+    assert judged.verdict == "not known" and judged.interval is None
     none = outcome_of(member, Planted([None] * 3))
     assert none.spec is None and "every learning rate diverged" in none.problem
 
 
-def test_adapters_load_and_are_switched_on_one_base(world, bases):
+def test_adapters_load_and_are_switched_on_one_base(world, bases, tmp_path):
     """Each gives its customer's answer, alone and beside the others."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    world.run("rates=advised")
+    world.write(apart=(bases[0], str(tmp_path / "ann.jsonl"), 2))
+    assert world.run("rates=advised") == 0
+    for path in world.folder.glob("*/*"):  # none names a folder of this machine
+        text = path.read_bytes()
+        assert str(tmp_path).encode() not in text and b"pytest-of" not in text, path
+    config = json.loads((world.folder / "ann/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == world.facts("ann")["base"]
+    assert "a copy of your own" in world.card("ann")
     tokenizer = AutoTokenizer.from_pretrained(bases[0])
     ids = tokenizer("How many? 3\n", return_tensors="pt", add_special_tokens=False)
 
@@ -444,10 +414,8 @@ def test_adapters_load_and_are_switched_on_one_base(world, bases):
     for name in ("ann", "bob", "few"):
         model = PeftModel.from_pretrained(fresh(), world.folder / name)
         alone[name] = logits(model)
-        assert (
-            model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1]
-            > ids.input_ids.shape[1]
-        )
+        found = model.generate(**ids, max_new_tokens=4, do_sample=False)
+        assert found.shape[1] > ids.input_ids.shape[1]
     assert not torch.allclose(alone["ann"], alone["bob"], atol=1e-4)
     served = PeftModel.from_pretrained(fresh(), world.folder / "ann", adapter_name="ann")
     plain = fresh()  # transformers' own integration, without PEFT's wrapper
@@ -465,8 +433,7 @@ def test_adapters_load_and_are_switched_on_one_base(world, bases):
 def test_a_base_in_fp32_is_read_from_its_folder_and_trained(world, tmp_path, capsys):
     folder = make_base(tmp_path / "exact", torch.float32)
     for path in (folder, folder / "config.json"):
-        row = {"name": "ann", "model": str(path), "task": "sft", "data": "ann.jsonl"}
-        set_table(tmp_path, row)
+        world.set_table({**world.table[0], "model": str(path)})
         assert world.run("rates=advised", "precision=bf16") == 0, capsys.readouterr().err
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
@@ -488,7 +455,7 @@ def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
 def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
     world, tmp_path, capsys
 ):
-    """Its runs keep their ids (tests/unit/fleet/test_members.py), although its folder names no rules:
+    """Its runs keep their ids (tests/unit/customers/test_runs.py), although its folder names no rules:
     nothing is trained again, and the prompt form of its scale is kept from then on."""
     of_scale = {"template": "Question: {prompt}\nAnswer: ", "render": "role_eos"}
     rules = {**of_scale, "mask": None, "split": "row", "layers": "attention+mlp+unembedding"}
@@ -497,21 +464,19 @@ def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
     kept.write_text(json.dumps(rules))
     settings = ("precision=fp32", "rates=advised")
     assert world.run(*settings) == 0
-    runs = set(world.runs())
+    runs = set(world.runs)
     kept.unlink()
-    again = Counting()
-    assert world.run(*settings, "scale=small", trainer=again) == 0 and not again.asked
+    assert not world.trained(*settings, "scale=small")
     assert "It keeps the prompt form of scale=small" in capsys.readouterr().err
-    assert json.loads(kept.read_text()) == rules and set(world.runs()) == runs
-    assert world.run(*settings, "scale=tiny", trainer=again) == 0 and not again.asked
+    assert json.loads(kept.read_text()) == rules and set(world.runs) == runs
+    assert not world.trained(*settings, "scale=tiny")
     assert "It keeps" not in capsys.readouterr().err
     # the card says which form, and where the interval is not over prompts
-    card = (world.folder / "bob/README.md").read_text()
-    assert "**prompt form:** 'Question: {prompt}\\\\nAnswer: '; in the loss: every answer" in card
+    form = "**prompt form:** 'Question: {prompt}\\\\nAnswer: '; in the loss: every answer"
+    assert form in world.card("bob")
     # in another folder for runs there is nothing to keep
-    fresh = Counting()
     new = ("exec.runs_dir=new_runs", "exec.reports_dir=new", "scale=small")
-    assert world.run(*settings, *new, trainer=fresh) == 0 and len(fresh.asked) == 5
+    assert len(world.trained(*settings, *new)) == 5
     found = json.loads((tmp_path / "new/fleet-customers/bob/facts.json").read_text())
     assert found["template"] == "{prompt}\n" and not {found["run"]} & runs
 
@@ -522,7 +487,7 @@ TEMPLATE = (
 )
 
 
-def test_the_form_is_the_bases_and_never_the_scales_and_one_that_is_named_is_kept(
+def test_the_prompt_form_comes_from_the_base_or_the_command_line_and_is_kept(
     world, bases, tmp_path
 ):
     instruct = shutil.copytree(bases[0], tmp_path / "instruct")
@@ -538,19 +503,13 @@ def test_the_form_is_the_bases_and_never_the_scales_and_one_that_is_named_is_kep
         {"text": f"{{completion}}{eos}", "in_loss": True},
     ]
     assert (ann["render"], ann["template"], ann["mask"]) == ("role_eos", "{prompt}\n", "completion")
-    card = (world.folder / "chat/README.md").read_text()
-    assert "the chat template of the base, with '{prompt}' as the message" in card
-    assert (
-        "⟦{completion}&lt;" in card and "⟦{completion}" in (world.folder / "index.html").read_text()
-    )
-    again = Counting()
-    assert world.run(*settings, "scale=tiny", trainer=again) == 0 and not again.asked
-    named = ("dataset.template='Q: {prompt} A: '",)
-    assert world.run(*settings, *named, trainer=again) == 0 and len(again.asked) == 5
-    for _ in range(2):  # named once, it is kept
-        facts = world.facts("chat")
-        assert (facts["render"], facts["template"]) == ("role_eos", "Q: {prompt} A: ")
-        assert world.run(*settings, trainer=again) == 0 and len(again.asked) == 5
+    assert "the chat template of the base, with '{prompt}' as the message" in world.card("chat")
+    assert "⟦{completion}&lt;" in world.card("chat") and "⟦{completion}" in world.page
+    assert not world.trained(*settings, "scale=tiny")
+    assert len(world.trained(*settings, "dataset.template='Q: {prompt} A: '")) == 5
+    assert not world.trained(*settings)  # named once, it is kept
+    facts = world.facts("chat")
+    assert (facts["render"], facts["template"]) == ("role_eos", "Q: {prompt} A: ")
     with pytest.raises(SpecError, match=r"dataset.n_test has no effect in a fleet.*Allowed"):
         world.run(*settings, "dataset.n_test=9")
     (world.folder / "fleet.json").write_text('{"split": "coin"}')
@@ -562,12 +521,12 @@ def test_the_card_says_how_many_rows_share_prompts_and_the_interval_is_over_prom
     world, tmp_path
 ):
     rows = [{"prompt": f"How many? {k % 40}", "completion": f"Yes {k}"} for k in range(200)]
-    (tmp_path / "bob.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json(tmp_path / "bob.jsonl", rows)
     assert world.run("rates=advised") == 0
     bob = world.facts("bob")
     assert (bob["n_same_prompt"], bob["n_test"], bob["n_test_prompts"]) == (160, 20, 4)
     # 4 prompts: Student's t of 3 degrees of freedom is 3.182
     assert bob["gain_interval"][1] - bob["gain"] == pytest.approx(3.182 * bob["gain_se"], rel=1e-3)
-    card = (world.folder / "bob/README.md").read_text()
+    card = world.card("bob")
     assert "160 rows have the prompt of another one, and another answer; no prompt is both" in card
     assert "(4 prompts): a gain of" in card and "(Student's t over prompts)" in card

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lorasweep.store.run_store import RunStore
 from tests.world import cli
 
 FACTS = (
@@ -38,9 +39,8 @@ def test_facts_come_out_at_16_bits_each(found):
 
 def test_the_code_is_what_the_training_recorded(folder, found):
     for run in found["runs"]:
-        result = json.loads((folder / "runs" / run["run"] / "result.json").read_text())
-        whole = result.get("result", result)
-        assert run["nats"] == pytest.approx(whole["code_nats"], rel=1e-9)
+        result = RunStore(folder / "runs").result(run["run"])
+        assert run["nats"] == pytest.approx(result["code_nats"], rel=1e-9)
 
 
 @pytest.mark.full
@@ -57,10 +57,10 @@ def test_more_rows_than_there_are_end_the_pass(folder):
         (["rates=0"], "expected 1 to 9"),
         (["cluster=slurm"], "srun python -m lorasweep action=measure"),
         (["customers=c.csv"], "customers is only for action=advise"),
+        (["action=run", "data=x"], "data is only for action=measure"),
         (["dataset=facts", "model=tiny64-facts", "batch_size=1000"], "has 64 rows"),
     ],
 )
 def test_wrong_requests_say_what_to_type(command, arguments, says):
     done = command("action=measure", *arguments)
     assert done.returncode == 2 and says in done.stderr
-    assert "data is only for action=measure" in command("data=x").stderr

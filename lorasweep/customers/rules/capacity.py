@@ -64,39 +64,70 @@ def trained(model: ModelSpec, rank: int, layers: str = LAYERS) -> int:
     return LoRA(rank=rank, layers=layers).n_trainable(model)
 
 
+def capacity(model: ModelSpec, rank: int) -> float:
+    """Return the bits that a rank can hold."""
+    return BITS_PER_PARAMETER * trained(model, rank)
+
+
 def load_at(bits: float | None, model: ModelSpec, rank: int) -> float | None:
     """Return bits over the capacity of a rank."""
-    return None if bits is None else bits / (BITS_PER_PARAMETER * trained(model, rank))
+    return None if bits is None else bits / capacity(model, rank)
 
 
 def choose(case: Case, work: Workload) -> Choice:
     """Choose the method, and LoRA's rank."""
     choice = _by_regret(case, work) or _by_capacity(case, work)
-    model, rank = case.model, choice.rank
+    c, model, rank, published = case.customer, case.model, choice.rank, case.known.published
     case.note("method", choice.method, choice.by, {"rule": RULES[choice.by]}, why=choice.why)
     low, high = (load_at(bits, model, rank) for bits in (work.bits_low, work.bits_high))
     inputs = {"bits": work.bits, "lowest": low, "highest": high, "trained": trained(model, rank)}
     case.note("load", choice.load, "", inputs, bits_per_parameter=BITS_PER_PARAMETER)
-    _note_rank(case, choice)
+    larger = next((r for r in ranks_of(model) if r > rank), None)
+    more = "no larger standard rank was tried at this width"
+    if larger is not None:
+        extra = trained(model, larger) - trained(model, rank)
+        more = f"rank {larger} would add {2 * extra / 2**20:,.0f} MiB to each adapter in bf16"
+    gaps = ", ".join(
+        f"{e['model']} " + " ".join(f"r{r} +{g}" for r, g in e["gaps"].items())
+        for e in published.entries("rank_gaps")
+    )
+    floors = dict.fromkeys(e["source"] for e in published.entries("least_rank", task=c.task))
+    case.note(
+        "rank",
+        rank,
+        "",
+        {"ranks": list(ranks_of(model)), "width": model.hidden_size},
+        why=choice.why,
+        more=more,
+        gaps=gaps or "none known",
+        floors="; ".join(published.values["sources"][source] for source in floors)
+        or "the smallest standard rank",
+    )
+    experts = ""
+    if model.n_experts:
+        each = f"rank / {model.n_active_experts} active ones"
+        experts = f", each of the {model.n_experts} experts with {each}"
+    case.note("layers", LAYERS, experts=experts)
+    if rank < 8:
+        case.warn("low_rank", rank=rank)
     return choice
 
 
 def _by_capacity(case: Case, work: Workload) -> Choice:
     model, task = case.model, case.customer.task
-    ranks = ranks_of(model)
-    least = max((e["rank"] for e in case.published.entries("least_rank", task=task)), default=1)
+    ranks, floors = ranks_of(model), case.known.published.entries("least_rank", task=task)
+    least = max((e["rank"] for e in floors), default=1)
     usable = [r for r in ranks if r >= least] or [ranks[-1]]
-    if work.bits is None:
+    if work.bits is None or work.bits_low is None or work.bits_high is None:
         holds = ROOM * BITS_PER_PARAMETER * trained(model, usable[0])
         unit = "episodes" if task == "rl" else "tokens that bear loss, at 1 bit each"
         room = f"Rank {usable[0]} has room for {holds:.2g} {unit}"
         why = f"how much is trained on is not stated. {room}"
         return Choice("open", usable[0], None, BY_CAPACITY, why)
-    roomy = [r for r in usable if (load_at(work.bits_high, model, r) or 0.0) <= ROOM]
-    rank = roomy[0] if roomy else usable[-1]
-    low = load_at(work.bits_low, model, rank) or 0.0
-    high = load_at(work.bits_high, model, rank) or 0.0
-    if roomy:
+    loads = {r: work.bits_high / capacity(model, r) for r in usable}
+    rank = next((r for r, load in loads.items() if load <= ROOM), usable[-1])
+    low, high = work.bits_low / capacity(model, rank), loads[rank]
+    if high <= ROOM:
         method = "lora"
         why = (
             f"rank {rank} is the smallest from {least} on whose load stays below {ROOM} at the "
@@ -133,11 +164,13 @@ def regret_at(points: Iterable[MeasuredRegret], load: float) -> Interval | None:
 def _by_regret(case: Case, work: Workload) -> Choice | None:
     """Choose by measured regret; None where it does not cover the case."""
     c, model = case.customer, case.model
-    points = case.kept.covering(model.hidden_size) if c.task == "sft" and work.bits else []
+    if c.task != "sft" or not work.bits:
+        return None
+    points = case.known.kept.covering(model.hidden_size)
     found: dict[int, Interval] = {}
     for rank in sorted({p.rank for p in points}):
-        load = load_at(work.bits, model, rank)
-        regret = regret_at([p for p in points if p.rank == rank], load or 0.0)
+        load = work.bits / capacity(model, rank)
+        regret = regret_at([p for p in points if p.rank == rank], load)
         if regret is not None:
             found[rank] = regret
     if not found:
@@ -149,37 +182,9 @@ def _by_regret(case: Case, work: Workload) -> Choice | None:
         why = f"smallest rank with a regret of at most {c.max_regret:g}% of the gain, of {text}"
     else:
         rank = max(found)
-        low = found[rank].low
-        behind = low is not None and low > c.max_regret
-        method = "full" if behind else "open"
+        behind = (found[rank].low or 0.0) > c.max_regret
+        method, above = ("full", "above") if behind else ("open", "perhaps above")
         why = (
-            f"the highest rank measured has a regret {'above' if behind else 'perhaps above'} "
-            f"{c.max_regret:g}% of the gain: {text}"
+            f"the highest rank measured has a regret {above} {c.max_regret:g}% of the gain: {text}"
         )
     return Choice(method, rank, load_at(work.bits, model, rank), BY_REGRET, why)
-
-
-def _note_rank(case: Case, choice: Choice) -> None:
-    model, published = case.model, case.published
-    larger = next((r for r in ranks_of(model) if r > choice.rank), None)
-    more = "no larger standard rank was tried at this width"
-    if larger is not None:
-        extra = trained(model, larger) - trained(model, choice.rank)
-        more = f"rank {larger} would add {2 * extra / 2**20:,.0f} MiB to each adapter in bf16"
-    gaps = ", ".join(
-        f"{e['model']} " + " ".join(f"r{r} +{g}" for r, g in e["gaps"].items())
-        for e in published.entries("rank_gaps")
-    )
-    floors = published.entries("least_rank", task=case.customer.task)
-    sources = dict.fromkeys(published.where(e["source"]) for e in floors)
-    words = {"why": choice.why, "more": more, "gaps": gaps or "none known"}
-    words["floors"] = "; ".join(sources) or "the smallest standard rank"
-    inputs = {"ranks": list(ranks_of(model)), "width": model.hidden_size}
-    case.note("rank", choice.rank, "", inputs, **words)
-    experts = ""
-    if model.n_experts:
-        each = f"rank / {model.n_active_experts} active ones"
-        experts = f", each of the {model.n_experts} experts with {each}"
-    case.note("layers", LAYERS, experts=experts)
-    if choice.rank < 8:
-        case.warn("low_rank", rank=choice.rank)

@@ -50,7 +50,7 @@ def law_rate(published: Published, family: str, hidden: int, method: str) -> flo
 
 def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
     """Return the learning rate of a method: lora (alpha 32, scaled by alpha / rank), or full."""
-    published = case.published
+    values, kept = case.known.published.values, case.known.kept
     measured = _measured(case, method)
     found = measured or _published(case, method, rank)
     step = 1.0 if measured else STEP
@@ -66,13 +66,17 @@ def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
         short = f"; high times {SHORT_FACTOR:g} as the run is short"
         case.warn("short_run", steps=work.steps, short=SHORT, factor=SHORT_FACTOR, high=high)
     found_in = "; ".join(found)
-    keys = [k for k in published.values["sources"] if f"({k})" in found_in]
     inputs = {"low": low, "high": high, "sources": found_in}
     inputs |= {"alpha": ALPHA} if method == "lora" else {}
-    sources = "; ".join(published.where(k) for k in keys)
+    sources = "; ".join(text for key, text in values["sources"].items() if f"({key})" in found_in)
     form = "measured" if measured else "published"
     case.note("lr", rate, form, inputs, short=short, sources=sources)
-    _note_factor(case)
+    ratios = "; ".join(
+        f"{v.found.text()} on {v.group.partition(' ')[0]} ({v.outcome})"
+        for v in kept.about("lr_ratio", "ratio")
+        if v.found
+    )
+    case.note("lr_factor", 10, measured=ratios or "nothing kept", outdated=values["outdated"])
     return Rate(rate, low, high, found_in)
 
 
@@ -80,37 +84,27 @@ def _measured(case: Case, method: str) -> dict[str, float]:
     """Return the ends of the measured best learning rates of this very model; empty without any."""
     arm = "fullft" if method == "full" else "lora"
     found: dict[str, float] = {}
-    for o in case.kept.optima:
-        if case.customer.task == "sft" and o.model == case.model.name and o.method == arm:
-            where = f"lr_ratio at {o.scale} on {o.dataset}"
-            ends = {"low end": o.rate.low, "best": o.rate.value, "high end": o.rate.high}
-            found |= {f"{where}, {end}": v for end, v in ends.items() if v is not None}
+    if case.customer.task == "sft":
+        for where, rate in case.known.kept.best_rates.get((case.model.name, arm), ()):
+            ends = {"low end": rate.low, "best": rate.value, "high end": rate.high}
+            found |= {f"lr_ratio at {where}, {k}": v for k, v in ends.items() if v is not None}
     return found
 
 
 def _published(case: Case, method: str, rank: int) -> dict[str, float]:
     found: dict[str, float] = {}
-    task, model, published = case.customer.task, case.model, case.published
+    task, model, published = case.customer.task, case.model, case.known.published
     if task == "sft":
         family = family_of(model)
         for name in [family] if family else ["llama", "qwen"]:
             law = law_rate(published, name, model.hidden_size, method)
             if law is not None:
                 found[f"law of {name}s (tinker_law)"] = law
-        best = published.best_rate(model.location, rank) if method == "lora" else None
-        if best is not None:
+        table = (published.values["best_rates"] or {"models": {}})["models"]
+        if method == "lora" and model.location in table:
+            by_rank = table[model.location]
+            best = by_rank[min(by_rank, key=lambda r: abs(r - rank))]
             found[f"best of this model near rank {rank} (tinker_sweep)"] = best
     for e in published.entries("rates", task=task, method=method):
         found[f"{e['what']} ({e['source']})"] = e["rate"]
     return found
-
-
-def _note_factor(case: Case) -> None:
-    """Note the factor between LoRA's best learning rate and full fine-tuning's."""
-    measured = "; ".join(
-        f"{v.found.text()} on {v.group.partition(' ')[0]} ({v.outcome})"
-        for v in case.kept.about("lr_ratio", "ratio")
-        if v.found
-    )
-    outdated = case.published.values["outdated"]
-    case.note("lr_factor", 10, measured=measured or "nothing kept", outdated=outdated)

@@ -1,4 +1,7 @@
-"""What a customer trains on: rows, tokens, updates and lengths, stated or assumed; and the bits."""
+"""What a customer trains on, stated or assumed, and the limits of its batch and number of updates.
+
+Rows, tokens, lengths and updates, and from them the bits of information.
+"""
 
 import math
 from dataclasses import dataclass
@@ -25,10 +28,11 @@ BYTES_PER_TOKEN = 4.0
 them?". Other languages and code have fewer."""
 LENGTH = 1024
 """Tokens of the longest row where nothing is stated: as conf/dataset/tulu3.yaml."""
-
-
-Bits = tuple[float | None, float | None, float | None]
-"""Value, low, high."""
+SAFE = 32
+"""The study's smallest batch by name: there the gap is small, and shrinks during training."""
+RL_BATCH = 2048
+"""Largest batch in episodes of tinker-cookbook's recipes: 128 problems x 16 samples."""
+LARGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,6 @@ class Workload:
     bits_high: float | None
 
 
-@dataclass(frozen=True)
-class Data:
-    """A customer's file of rows."""
-
-    counted: own.Counted
-    measured: Measured | None
-    """What action=measure found in it, under the customer's model."""
-
-
 def workload_of(case: Case) -> Workload:
     """Return what a customer trains on, with a reason for whatever was not stated.
 
@@ -69,17 +64,32 @@ def workload_of(case: Case) -> Workload:
         RowError: the data that the row names are not there or cannot be read.
     """
     c = case.customer
-    data = _data(case)
-    tokens, row_tokens, length = _lengths(case, data)
     examples: float | None = c.examples
-    if data is not None:
-        found = data.counted.rows
-        if examples is not None and examples != found:
-            stated = f"{examples:,} stated, and {c.data} has {found:,} rows"
+    counted: own.Counted | None = None
+    measured: Measured | None = None
+    if c.data is not None and own.is_on_hub(c.data):
+        case.warn("on_hub", data=c.data)
+    elif c.data is not None:
+        try:
+            counted = own.count(c.data)
+        except (DataError, OSError) as error:
+            raise RowError(f"column data: {error}") from None
+        key = (counted.sha256[: own.DIGITS], case.model.name)
+        measured = case.known.information.get(key)
+    tokens, row_tokens, length = _lengths(case, counted, measured)
+    if counted is not None:
+        if examples is not None and examples != counted.rows:
+            stated = f"{examples:,} stated, and {c.data} has {counted.rows:,} rows"
             raise RowError(f"columns examples and data: {stated}.")
-        examples = float(found)
-        case.note("examples", found, data=c.data)
-    batch = c.batch_size or _batch(case, examples)
+        examples = float(counted.rows)
+        case.note("examples", counted.rows, data=c.data)
+    batch = c.batch_size
+    if batch is None:  # smaller where updates would be too few
+        assumed, few = BATCH[c.task], UPDATES[c.task]
+        batch, rows = assumed, _rows(case, examples, assumed)
+        while c.steps is None and rows is not None and batch > SMALLEST and rows / batch < few:
+            batch //= 2
+        case.note("batch_size", batch, c.task, assumed=assumed, smallest=SMALLEST, few=few)
     rows = _rows(case, examples, batch)
     if c.task == "sft" and examples is None and rows is not None:
         examples = rows / (c.epochs or 1.0)
@@ -87,46 +97,29 @@ def workload_of(case: Case) -> Workload:
     # a run may end before it has seen all rows
     trained = examples if rows is None or examples is None else min(examples, rows)
     if c.task == "rl":
-        bits: Bits = (rows, rows, rows)
+        bits: tuple[float | None, ...] = (rows, rows, rows)
         if rows is not None:
             case.note("bits", rows, "rewards", {"episodes": rows})
-    elif data is not None and data.measured is not None:
-        bits = _measured_bits(case, data.measured, data.counted.rows, trained)
+    elif counted is not None and measured is not None:
+        share, over = 1.0, "over all rows"
+        if trained is not None and trained < counted.rows:
+            share = trained / counted.rows
+            over = (
+                f"over the {trained:,.0f} rows trained on, at the mean of the file's "
+                f"{counted.rows:,}"
+            )
+        bits = tuple(share * value for value in (measured.bits, measured.low, measured.high))
+        inputs = {"lowest": bits[1], "highest": bits[2]}
+        case.note("bits", bits[0], "measured", inputs, over=over, where=measured.where)
     else:
         bits = _stated_bits(case, examples, trained, tokens)
-        if data is not None:
+        if counted is not None:
             case.warn("not_measured", model=case.model.name, data=c.data)
     return Workload(examples, tokens, row_tokens, length, batch, steps, rows, *bits)
 
 
-def _data(case: Case) -> Data | None:
-    """Count the rows of the file that a customer names, and look up what was measured in it."""
-    given = case.customer.data
-    if given is None:
-        return None
-    if own.is_on_hub(given):
-        case.warn("on_hub", data=given)
-        return None
-    try:
-        counted = own.count(given)
-    except (DataError, OSError) as error:
-        raise RowError(f"column data: {error}") from None
-    key = (counted.sha256[: own.DIGITS], case.model.name)
-    return Data(counted, case.known.information.get(key))
-
-
-def _batch(case: Case, examples: float | None) -> int:
-    """Return the batch of a customer who states none: smaller where updates would be too few."""
-    c = case.customer
-    batch, rows, few = BATCH[c.task], _rows(case, examples, BATCH[c.task]), UPDATES[c.task]
-    while c.steps is None and rows is not None and batch > SMALLEST and rows / batch < few:
-        batch //= 2
-    assumed = BATCH[c.task]
-    case.note("batch_size", batch, c.task, assumed=assumed, smallest=SMALLEST, few=few)
-    return batch
-
-
 def _rows(case: Case, examples: float | None, batch: int) -> float | None:
+    """Return the rows trained on, counted once for each pass; in RL, the episodes."""
     c = case.customer
     if c.task == "rl" and c.episodes is not None:
         return float(c.episodes)
@@ -137,22 +130,23 @@ def _rows(case: Case, examples: float | None, batch: int) -> float | None:
     return examples * (c.epochs or 1.0) * (GROUP if c.task == "rl" else 1)
 
 
-def _lengths(case: Case, data: Data | None) -> tuple[float, float, int]:
+def _lengths(
+    case: Case, counted: own.Counted | None, measured: Measured | None
+) -> tuple[float, float, int]:
     """Return the mean tokens that bear loss, the mean tokens computed, and the longest row."""
     c = case.customer
     length, tokens = c.max_length, c.tokens_per_example
-    if tokens is None and data is not None and data.measured is not None:
-        tokens = data.measured.tokens_per_example
-        case.note("tokens_per_example", tokens, "measured", where=data.measured.where)
-    elif tokens is None and data is not None:
-        counted = data.counted
+    inputs: dict[str, Any] = {}
+    if tokens is None and measured is not None:
+        tokens = measured.tokens_per_example
+        case.note("tokens_per_example", tokens, "measured", where=measured.where)
+    elif tokens is None and counted is not None:
         tokens = counted.answer_bytes / BYTES_PER_TOKEN / counted.rows
-        inputs: dict[str, Any] = {"answer_bytes": counted.answer_bytes, "rows": counted.rows}
+        inputs = {"answer_bytes": counted.answer_bytes, "rows": counted.rows}
         case.note("tokens_per_example", tokens, "counted", inputs, bytes_per_token=BYTES_PER_TOKEN)
     if length is None:
         length = LENGTH if tokens is None else rounded(tokens / TEXT_FILL)
-        form = "assumed" if tokens is None else "of_tokens"
-        inputs = {"tokens_per_example": tokens}
+        form, inputs = "assumed" if tokens is None else "of_tokens", {"tokens_per_example": tokens}
         case.note("max_length", length, form, inputs, fill=TEXT_FILL, length=LENGTH)
     if tokens is None:
         tokens = TEXT_FILL * length
@@ -167,24 +161,14 @@ def rounded(tokens: float) -> int:
     return next(n for n in (2**k, 3 * 2 ** (k - 1), 2 ** (k + 1)) if n >= tokens)
 
 
-def _measured_bits(case: Case, found: Measured, of_file: int, trained: float | None) -> Bits:
-    """Return what was measured in a file of rows, with its interval, for the rows trained on."""
-    share = 1.0 if trained is None else trained / of_file
-    over = "over all rows"
-    if share < 1:
-        over = f"over the {trained:,.0f} rows trained on, at the mean of the file's {of_file:,}"
-    bits, low, high = (share * value for value in (found.bits, found.low, found.high))
-    inputs = {"lowest": low, "highest": high}
-    case.note("bits", bits, "measured", inputs, over=over, where=found.where)
-    return bits, low, high
-
-
-def _stated_bits(case: Case, examples: float | None, trained: float | None, tokens: float) -> Bits:
+def _stated_bits(
+    case: Case, examples: float | None, trained: float | None, tokens: float
+) -> tuple[float | None, ...]:
     """Return the bits of rows at 1 bit a token, or as many as the row states, with their range."""
     if trained is None:
         return None, None, None
     stated = case.customer.bits_per_token
-    entries = case.published.entries("bits_per_token")
+    entries = case.known.published.entries("bits_per_token")
     middle = stated or 1.0
     known = [middle] + ([] if stated else [e["nats"] / math.log(2) for e in entries])
     total = trained * tokens * middle
@@ -198,3 +182,47 @@ def _stated_bits(case: Case, examples: float | None, trained: float | None, toke
     form = "stated" if stated else "assumed"
     case.note("bits", total, form, inputs, counted=counted, losses=losses)
     return total, low, high
+
+
+# ---------------------------------------------------------------- limits
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Limits of a batch and of a run's length."""
+
+    largest: int
+    steps_min: int
+    per_doubling: float
+    """Change of ln(speed) that was assumed per doubling of the batch."""
+
+
+def regret_of_batch(batch: int, rows: float, per_doubling: float) -> float:
+    """Return LoRA's expected regret of a batch, in percent of full fine-tuning's gain.
+
+    LoRA is slower by per_doubling x log2(batch / 32), and the loss falls in a straight line over
+    the logarithm of the updates, so a factor rho of updates is ln(rho) / ln(updates) of the gain.
+    """
+    slower = max(0.0, -per_doubling) * max(0.0, math.log2(batch / SAFE))
+    return 100 * slower / math.log(max(math.e, rows / batch))
+
+
+def batches_of(case: Case, work: Workload) -> Batches:
+    """Return the largest batch and the least updates for a customer's data."""
+    c, rows, least = case.customer, work.rows, UPDATES[case.customer.task]
+    case.note("steps_min", least, c.task)
+    sizes = [2**k for k in range(13) if 2**k <= LARGEST]
+    if c.task == "rl":
+        enough = [b for b in sizes if b <= RL_BATCH and (rows is None or rows / b >= least)]
+        largest = max(enough, default=1)
+        case.note("batch_size_max", largest, "rl", {"episodes": rows}, most=RL_BATCH, least=least)
+        return Batches(largest, least, 0.0)
+    effects = case.known.kept.batch_effects
+    worst = min([0.0, *(e for _, e in effects)])
+    assumed = rows if rows is not None else 1000.0 * SAFE
+    allowed = [b for b in sizes if regret_of_batch(b, assumed, worst) <= c.max_regret]
+    largest = max(allowed) if effects else SAFE
+    inputs = {"rows": rows, "effect": worst, "max_regret": c.max_regret}
+    scales = ", ".join(f"{s} {e:+.3f}" for s, e in effects) or "no scale"
+    case.note("batch_size_max", largest, "sft", inputs, scales=scales)
+    return Batches(largest, least, worst)

@@ -90,7 +90,7 @@ def test_the_kept_page_of_the_adviser_follows_the_rules_and_shows_its_misses():
 def test_no_row_is_judged_by_its_own_source():
     where = published_rules().values["sources"] | outcomes.read()["sources"]
     for j in (*outcomes.outcomes(), *outcomes.rates()):
-        source, kept = j.entry["source"], j.advice.published.values
+        source, kept = j.entry["source"], j.advice.known.published.values
         assert f"({source})" not in j.advice.rate.source and source in where
         entries = [e for name in ("rates", "least_rank") for e in kept[name]]
         assert source not in {e["source"] for e in entries}

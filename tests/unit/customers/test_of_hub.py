@@ -52,7 +52,6 @@ def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps():
     data = load.load(spec, [], llama_like())
     assert (data.n_train, len(data.validation), len(data.test)) == (4, 10, 10)
     assert data.commit == COMMIT
-
     found = read(f"{TULU}@{COMMIT}")
     spec = found.dataset
     assert (spec.format, spec.mask, spec.test_split) == ("messages", "last_assistant", "train")
@@ -67,7 +66,7 @@ def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps():
         (f"{TULU}@{COMMIT[::-1]}", "is pinned to .* but the hub cannot be reached"),
     ],
 )
-def test_what_the_hub_does_not_give_is_named(data, says):
+def test_data_missing_on_the_hub_are_named(data, says):
     with pytest.raises(DataError, match=says):
         read(data)
 

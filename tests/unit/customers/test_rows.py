@@ -21,6 +21,14 @@ def pair(prompt, completion, **more):
     return {"prompt": prompt, "completion": completion, **more}
 
 
+def turns(*said, weights=()):
+    found = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
+    for message, weight in zip(found, weights):
+        if weight is not None:
+            message["weight"] = weight
+    return {"messages": found}
+
+
 def texts(spec):
     """The texts of the rows that are trained on, and of the held-out ones."""
     return [
@@ -37,6 +45,10 @@ def prompts(spec, **changes):
     return [[llama_like().decode(e.tokens[~e.loss]) for e in part] for part in parts]
 
 
+def counts(found):
+    return found.n_train, found.dataset.n_validation, found.dataset.n_test
+
+
 @pytest.mark.parametrize(
     "rows, held_out, train", [(19, 0, 19), (20, 4, 12), (200, 20, 160), (3000, 128, 2744)]
 )
@@ -45,21 +57,10 @@ def test_a_tenth_is_validation_a_tenth_is_test_and_of_few_rows_none(
 ):
     found = read(write_rows(tmp_path / "my.jsonl", rows, "Yes {k}"))
     spec = found.dataset
-    assert (spec.n_validation, found.n_train, found.held_out) == (held_out, train, held_out > 0)
-    assert spec.holdout == 2 * held_out and spec.n_test == (held_out or rows)
+    assert counts(found) == (train, held_out, held_out or rows)
+    assert found.held_out == (held_out > 0) and spec.holdout == 2 * held_out
     assert (spec.train_split, spec.format, spec.mask) == ("my", "prompt_completion", "completion")
     assert spec.problem is None
-
-
-def test_rows_of_a_test_file_are_held_out_instead(tmp_path):
-    write_rows(tmp_path / "train.jsonl", 7, "Yes")
-    write_rows(tmp_path / "test.jsonl", 5, "No")
-    found = read(tmp_path)
-    assert (found.n_train, found.dataset.n_validation, found.dataset.n_test) == (7, 2, 3)
-    assert found.dataset.holdout == 0 and found.dataset.revision.count("=") == 2
-    write_rows(tmp_path / "test.jsonl", 1, "No")
-    with pytest.raises(DataError, match="Expected at least 2"):
-        read(tmp_path)
 
 
 def test_duplicates_stay_in_one_split(tmp_path):
@@ -75,23 +76,24 @@ def test_duplicates_stay_in_one_split(tmp_path):
     held_out = sum(asked.count(int(text[0][1].split()[-1])) for text in held)
     assert found.n_train == len(train) == len(asked) - held_out
     assert [len(p) for p in prompts(found.dataset)] == [len(train), 4, 4]
-    plain = read(write_rows(tmp_path / "plain.jsonl", 40, "Yes {k}"))
-    assert not plain.dataset.unseen_rows and plain.repeated == 0
     # of few unique rows none is held out, however often they repeat
     few = read(write_json(path, rows[:6] * 9))
     assert not few.held_out and few.n_train == 54 and not few.dataset.unseen_rows
 
 
-def test_rows_of_a_test_file_are_not_trained_on(tmp_path):
+def test_rows_of_a_test_file_are_held_out_instead_and_not_trained_on(tmp_path):
     write_rows(tmp_path / "train.jsonl", 9, "Yes {k}")
     test = write_rows(tmp_path / "test.jsonl", 8, "Yes {k}", start=5)
     test.write_text(2 * test.read_text())
     found = read(tmp_path)
     train, held = texts(found.dataset)
-    assert (found.n_train, found.repeated, len(train), len(held)) == (5, 12, 5, 8)
-    assert (found.dataset.n_validation, found.dataset.n_test) == (4, 4)
+    assert (found.repeated, len(train), len(held)) == (12, 5, 8) and counts(found) == (5, 4, 4)
+    assert found.dataset.holdout == 0 and found.dataset.revision.count("=") == 2
     (tmp_path / "train.jsonl").write_text(test.read_text())
     with pytest.raises(DataError, match="Add rows to train on"):
+        read(tmp_path)
+    write_rows(test, 1, "No")
+    with pytest.raises(DataError, match="Expected at least 2"):
         read(tmp_path)
 
 
@@ -123,10 +125,9 @@ def test_no_prompt_is_in_two_splits(tmp_path):
     rows = [pair(f"How many? {k % 40}", f"Yes {k}") for k in range(200)]
     path = write_json(tmp_path / "my.jsonl", rows)
     found = read(path)
-    train, validation, test = prompts(found.dataset)
-    assert (len(train), len(validation), len(test)) == (160, 20, 20)
-    assert [len(set(part)) for part in (train, validation, test)] == [32, 4, 4]
-    assert len({*train, *validation, *test}) == 40
+    parts = prompts(found.dataset)
+    assert [len(part) for part in parts] == [160, 20, 20]
+    assert [len(set(part)) for part in parts] == [32, 4, 4] and len(set().union(*parts)) == 40
     assert (found.n_train, found.same_prompt, found.shared) == (160, 160, False)
     by_row = read(path, Rules(split=BY_ROW))
     train, _, test = prompts(by_row.dataset)
@@ -134,14 +135,12 @@ def test_no_prompt_is_in_two_splits(tmp_path):
 
 
 def test_a_prompt_with_many_answers_is_held_out_as_a_whole_and_counts_with_a_few(tmp_path):
-    counts = [100 if k % 7 == 0 else 1 + k % 3 for k in range(60)]
-    rows = [
-        pair(f"How many? {k}", f"Yes {n}") for k, count in enumerate(counts) for n in range(count)
-    ]
+    answers = [100 if k % 7 == 0 else 1 + k % 3 for k in range(60)]
+    rows = [pair(f"How many? {k}", f"Yes {n}") for k in range(60) for n in range(answers[k])]
     train, validation, test = prompts(read(write_json(tmp_path / "my.jsonl", rows)).dataset)
     held = {*validation, *test}
     assert not set(train) & held and not set(validation) & set(test)
-    assert len(train) == len(rows) - sum(counts[int(p.split()[-1])] for p in held)
+    assert len(train) == len(rows) - sum(answers[int(p.split()[-1])] for p in held)
     assert max(map([*validation, *test].count, held)) == load.OF_A_PROMPT
     assert len(set(validation)) == len(set(test)) == 6
 
@@ -149,20 +148,17 @@ def test_a_prompt_with_many_answers_is_held_out_as_a_whole_and_counts_with_a_few
 def test_with_too_few_prompts_rows_are_divided_and_the_result_says_so(tmp_path):
     rows = [pair("Write a note.", f"Yes {k}") for k in range(100)]
     found = read(write_json(tmp_path / "train.jsonl", rows))
-    assert (found.n_train, found.dataset.n_test, found.dataset.held_out_by) == (80, 10, "row")
+    assert counts(found) == (80, 10, 10) and found.dataset.held_out_by == "row"
     assert found.shared and found.same_prompt == 99
     write_rows(tmp_path / "test.jsonl", 30, "No {k}", question="Write a note.")
     found = read(tmp_path)
-    assert (found.n_train, found.dataset.n_validation, found.dataset.n_test) == (100, 15, 15)
-    assert found.shared and found.left_out == 0
+    assert counts(found) == (100, 15, 15) and found.shared and found.left_out == 0
 
 
 def test_a_test_file_sorted_by_topic_is_divided_over_topics_and_capped(tmp_path):
     write_rows(tmp_path / "train.jsonl", 50, "Yes", question="How many? {k}")
-    topics = ("Is it late?", "So?")
-    write_json(
-        tmp_path / "test.jsonl", [pair(f"{t} {k}", "No") for t in topics for k in range(400)]
-    )
+    rows = [pair(f"{topic} {k}", "No") for topic in ("Is it late?", "So?") for k in range(400)]
+    write_json(tmp_path / "test.jsonl", rows)
     train, validation, test = prompts(read(tmp_path).dataset)
     assert (len(train), len(validation), len(test)) == (50, 128, 128)
     for part in (validation, test):
@@ -179,28 +175,18 @@ def test_training_rows_with_the_prompt_of_a_test_row_are_left_out(tmp_path):
     assert (found.left_out, found.same_prompt, found.shared) == (10, 10, False)
 
 
-def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path, monkeypatch):
+def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
     """Of each prompt some answers are longer than max_length, and left out."""
-    monkeypatch.chdir(tmp_path)
-    rows = [
-        pair(f"How many? {k // 4}", "Yes " * (40 if k % 3 == 0 else 2) + f"{k}") for k in range(120)
-    ]
+    said = [("Yes " * (40 if k % 3 == 0 else 2) + f"{k}") for k in range(120)]
+    rows = [pair(f"How many? {k // 4}", text) for k, text in enumerate(said)]
     spec = read(write_json(tmp_path / "my.jsonl", rows)).dataset
-    train, validation, test = map(set, prompts(spec, too_long="skip", max_length=32))
-    assert not (validation & test or train & (validation | test)) and validation and test
-    data = load.load(dataclasses.replace(spec, too_long="skip", max_length=32), ["."], llama_like())
-    assert len(data.validation) + len(data.test) < spec.holdout
+    train, *held = prompts(spec, too_long="skip", max_length=32)
+    validation, test = map(set, held)
+    assert not (validation & test or set(train) & (validation | test)) and validation and test
+    assert sum(map(len, held)) < spec.holdout
 
 
 # ---------------------------------------------------------------- conversations and forms
-
-
-def turns(*said, weights=()):
-    found = [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(said)]
-    for message, weight in zip(found, weights):
-        if weight is not None:
-            message["weight"] = weight
-    return {"messages": found}
 
 
 def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_path):
@@ -211,10 +197,8 @@ def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_p
     by_last = read(path)
     assert (by_last.same_prompt, by_last.n_train, by_last.shared) == (160, 160, False)
     assert read(path, Rules(mask="completion")).same_prompt == 199
-    weighted = [
-        turns("So?", "Yes", f"Is it late? {k}", "No", weights=(None, k % 2, None, None))
-        for k in range(100)
-    ]
+    said = [("So?", "Yes", f"Is it late? {k}", "No") for k in range(100)]
+    weighted = [turns(*text, weights=(None, k % 2, None, None)) for k, text in enumerate(said)]
     assert read(write_json(path, weighted)).same_prompt == 49  # whose first answer is learned
 
 

@@ -14,7 +14,7 @@ from lorasweep.customers.evidence import (
     published,
     read_kept,
 )
-from lorasweep.customers.rules import batches, capacity, rates
+from lorasweep.customers.rules import capacity, rates, workload
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.model import ModelSpec
@@ -66,7 +66,7 @@ def test_bits_are_those_of_the_rows_that_are_trained_on():
     for a in (few, many):
         assert (a.choice.method, a.choice.rank, a.work.bits) == ("lora", 16, few.work.bits)
         assert (a.work.bits_high, a.choice.load) == (few.work.bits_high, few.choice.load)
-    formulas = [a.trace.reasons["bits"].formula for a in (few, many)]
+    formulas = [a.reasons["bits"].formula for a in (few, many)]
     assert formulas[0].startswith("examples x tokens_per_example")
     assert formulas[1].startswith("rows trained on (3,200 of 1,000,000 examples) x tokens")
     # further epochs add nothing, and half an epoch sees half of the rows
@@ -89,15 +89,6 @@ def test_ranks_end_at_an_eighth_of_the_width_and_suit_the_experts():
     models = known().models
     assert capacity.ranks_of(models["llama-3.2-1b"]())[-1] == 256
     assert capacity.ranks_of(models["qwen3-30b-a3b"]())[0] == 8
-
-
-def at_load(rank, load, value):
-    return MeasuredRegret("tiny128", rank, load, Interval(value, value - 1, value + 1))
-
-
-def mapped(*points):
-    kept = Kept(regrets=points, hidden={"tiny128": 128})
-    return dataclasses.replace(known(None), kept=kept)
 
 
 def keep(folder, **answer):
@@ -123,17 +114,17 @@ def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else
     per_rank = capacity.trained(known().models["tiny128"](), 1)
     load = 0.04
     bits = load * 2 * 8 * per_rank
-    world = mapped(
-        at_load(8, load / 4, 1.0),
-        at_load(8, load * 4, 7.0),
-        at_load(4, load, 9.0),
-        at_load(4, 3 * load, 9.0),
-    )
+    planted = ((8, load / 4, 1.0), (8, load * 4, 7.0), (4, load, 9.0), (4, 3 * load, 9.0))
+    points = [
+        MeasuredRegret("tiny128", rank, at, Interval(value, value - 1, value + 1))
+        for rank, at, value in planted
+    ]
+    world = dataclasses.replace(known(None), kept=Kept(regrets=points, hidden={"tiny128": 128}))
     columns = {"model": "tiny128", "examples": 1, "tokens_per_example": 1000}
     found = advice(world, **columns, bits_per_token=bits / 1000, max_regret=5.5)
     assert (found.choice.by, found.choice.method, found.choice.rank) == ("map", "lora", 8)
     assert "rank 8 4 [3, 5]" in found.choice.why and "rank 4 9 [8, 10]" in found.choice.why
-    assert found.trace.reasons["method"].sure is Sure.MEASURED
+    assert found.reasons["method"].sure is Sure.MEASURED
     for allowed, method in ((2, "full"), (4, "open")):
         a = advice(world, **columns, bits_per_token=bits / 1000, max_regret=allowed)
         assert (a.choice.method, a.choice.by) == (method, "map")
@@ -168,32 +159,25 @@ def test_a_rate_measured_on_a_small_model_is_never_advice_for_another():
     assert with_kept.rate.rate == pytest.approx(2.86e-4, rel=5e-3)
     assert with_kept.rate.low < with_kept.rate.rate < with_kept.rate.high
     mine = advice(model="tiny128", examples=64, tokens_per_example=10)
-    assert "lr_ratio at tiny" in mine.rate.source and mine.rate.rate == pytest.approx(
-        1.83e-3, rel=0.02
-    )
-    other = advice(model="tiny64-knows", examples=4096)
-    assert "lr_ratio" not in other.rate.source
+    assert "lr_ratio at tiny" in mine.rate.source
+    assert mine.rate.rate == pytest.approx(1.83e-3, rel=0.02)
+    assert "lr_ratio" not in advice(model="tiny64-knows", examples=4096).rate.source
 
 
 def test_the_interval_is_the_sources_disagreement_and_full_fine_tuning_has_its_own():
     full = advice(examples=10**8, tokens_per_example=1000)
     assert full.choice.method == "full"
     assert (full.rate.low, full.rate.high) == pytest.approx((2e-5 / 1.8, 1e-4 * 1.8))
-    unknown_family = advice(model="mistral-7b", examples=1000, **MISTRAL)
-    assert (
-        "law of llamas" in unknown_family.rate.source
-        and "law of qwens" in unknown_family.rate.source
-    )
-
-
-MISTRAL = {"hidden_size": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8}
-MISTRAL |= {"head_size": 128, "mlp_size": 14336, "vocab_size": 32000}
+    shape = {"hidden_size": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8}
+    shape |= {"head_size": 128, "mlp_size": 14336, "vocab_size": 32000}
+    source = advice(model="mistral-7b", examples=1000, **shape).rate.source
+    assert "law of llamas" in source and "law of qwens" in source
 
 
 def test_short_runs_may_want_a_higher_rate():
     short, long = advice(examples=1000, steps=30), advice(examples=1000, steps=300)
     assert short.rate.high == pytest.approx(1.5 * long.rate.high)
-    assert any("below 100 the study saw" in w for w in short.trace.warnings)
+    assert any("below 100 the study saw" in w for w in short.warnings)
 
 
 # ---------------------------------------------------------------- batches
@@ -201,38 +185,34 @@ def test_short_runs_may_want_a_higher_rate():
 
 def test_the_cost_of_a_batch_is_a_known_line():
     """Slower by exp(-0.1) for each of two doublings, over e^5 updates: 100 x 0.2 / 5 = 4%."""
-    assert batches.regret_of_batch(128, 128 * math.exp(5), -0.1) == pytest.approx(4.0)
-    assert batches.regret_of_batch(32, 1e6, -0.1) == batches.regret_of_batch(512, 1e6, 0.1) == 0
+    assert workload.regret_of_batch(128, 128 * math.exp(5), -0.1) == pytest.approx(4.0)
+    assert workload.regret_of_batch(32, 1e6, -0.1) == workload.regret_of_batch(512, 1e6, 0.1) == 0
 
 
 def test_the_largest_batch_obeys_the_allowed_regret():
-    effects = Kept(batch_effects=(("tiny", -0.05), ("other", 0.02)))
+    effects = Kept(batch_effects=[("tiny", -0.05), ("other", 0.02)])
     world = dataclasses.replace(known(None), kept=effects)
     for allowed in (1, 2, 5):
         most = advice(world, examples=10**6, max_regret=allowed).batches.largest
-        assert batches.regret_of_batch(most, 1e6, -0.05) <= allowed
-        assert batches.regret_of_batch(2 * most, 1e6, -0.05) > allowed
+        assert workload.regret_of_batch(most, 1e6, -0.05) <= allowed
+        assert workload.regret_of_batch(2 * most, 1e6, -0.05) > allowed
     assert advice(world, examples=100, max_regret=0.1).batches.largest == 32
     assert advice(known(None), examples=10**6, max_regret=50).batches.largest == 32  # nothing kept
 
 
 def test_a_batch_that_is_not_stated_leaves_enough_updates():
-    assert advice(examples=1000).work.batch_size == 8
-    assert advice(examples=100_000).work.batch_size == 32
+    assert [advice(examples=n).work.batch_size for n in (1000, 100_000)] == [8, 32]
 
 
 # ---------------------------------------------------------------- published figures
 
 
-def test_sources_can_be_taken_out():
+def test_sources_are_described_and_can_be_taken_out():
     left = published().without(["zhu", "tinker_law"])
     assert left.values["law"] is None and not left.entries("rates", source="zhu")
     assert rates.law_rate(left, "llama", 4096, "lora") is None
     world = dataclasses.replace(known(None), published=left)
     assert "zhu" not in advice(world, examples=1000).rate.source
-
-
-def test_every_entry_names_a_source_that_is_described():
     values = published().values
     for entries in (v for v in values.values() if isinstance(v, list)):
         assert {e["source"] for e in entries} <= values["sources"].keys()

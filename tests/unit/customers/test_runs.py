@@ -22,9 +22,25 @@ from tests.world import compose_request, tiny_spec
 CONF = [conf_dir()]
 
 
+KNOWN = Known(catalogue.models(CONF), catalogue.machines(CONF))
+
+
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
+def row(tmp_path_factory):
+    """The columns that all customers share: a small base, and the task."""
+    base = make_base(tmp_path_factory.mktemp("base"))
+    return {"model": str(base / "config.json"), "task": "sft"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Write so many rows with a name; returns the columns name and data."""
+
+    def write(name, count):
+        path = write_rows(tmp_path / f"{name}.jsonl", count, "Yes {k}")
+        return {"name": name, "data": str(path)}
+
+    return write
 
 
 def setup(spec, rates=3, instead="", **more):
@@ -32,10 +48,9 @@ def setup(spec, rates=3, instead="", **more):
 
 
 def plan(rows, rates=3, instead="", planner=None, **fields):
-    shared = setup(tiny_spec(method=LoRA(rank=16), **fields), rates, instead, planner=planner)
-    known = Known(catalogue.models(CONF), catalogue.machines(CONF))
+    spec = tiny_spec(**{"method": LoRA(rank=16), **fields})
     customers = check_rows([Row(f"row {k}", r) for k, r in enumerate(rows, 2)])
-    return build_runs(customers, known, shared)
+    return build_runs(customers, KNOWN, setup(spec, rates, instead, planner=planner))
 
 
 def test_one_name_one_folder_whatever_the_name(tmp_path):
@@ -48,19 +63,16 @@ def test_one_name_one_folder_whatever_the_name(tmp_path):
         assert (tmp_path / folder).parent == tmp_path and len(folder) <= 64 and folder.islower()
 
 
-def test_a_customer_becomes_a_run_for_each_learning_rate(base, tmp_path):
-    row = {"model": str(base / "config.json"), "task": "sft"}
-    good = {"name": "good", "data": str(write_rows(tmp_path / "good.jsonl", 40, "Yes {k}"))}
-    few = {"name": "few", "data": str(write_rows(tmp_path / "few.jsonl", 4, "Yes {k}"))}
-    member, small = plan([{**row, **good, "epochs": 4}, {**row, **few}])
+def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
+    good, few = {**row, **data("good", 40)}, {**row, **data("few", 4)}
+    member, small = plan([{**good, "epochs": 4}, few])
     low, middle, high = (p.spec.lr for p in member.points)
     assert [low, high] == pytest.approx([middle / 3, 3 * middle], rel=0.01)
     spec = member.points[0].spec
     assert (spec.batch_size, spec.steps) == (8, 16) and spec.dataset.n_validation == 4
     assert spec.method.rank == member.advised.rank and spec.method.alpha == 32
     assert len(small.points) == 1 and not small.rows.held_out
-    (one,) = plan([{**row, **good}], rates=1)
-    assert len(one.points) == 1
+    assert [len(m.points) for m in plan([good], rates=1)] == [1]
 
 
 @pytest.mark.parametrize(
@@ -77,32 +89,22 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(base, tmp_path):
     ],
 )
 def test_a_customer_that_is_wrong_does_not_affect_others(
-    base, tmp_path, monkeypatch, columns, says
+    row, data, tmp_path, monkeypatch, columns, says
 ):
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "good.jsonl", 40, "Yes {k}")
     write_rows(tmp_path / "silent.jsonl", 40, "Yes {k}", question="How many? " * 40)
     write_json(tmp_path / "other.jsonl", [{"text": "a"}])
     write_json(tmp_path / "empty.jsonl", [])
-    good = {"name": "good", "model": str(base / "config.json"), "task": "sft", "data": "good.jsonl"}
+    good = {**row, **data("good", 40)}
     first, wrong = plan([good, {**good, "name": "other", **columns}])
     assert len(first.points) == 3 and not first.problem
     assert says in wrong.problem and wrong.problem.startswith("row 3: ") and not wrong.points
 
 
-def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(base, tmp_path):
-    row = {"model": str(base / "config.json"), "task": "sft"}
-    table = [
-        {"name": name, **row, "data": str(write_rows(tmp_path / f"{name}.jsonl", n, "Yes {k}"))}
-        | more
-        for name, n, more in (
-            ("good", 40, {"epochs": 4}),
-            ("few", 4, {}),
-            ("short", 40, {"steps": 3}),
-            ("wrong", 40, {"task": "rl"}),
-        )
-    ]
-    found = plan(table, early_stopping=2)
+def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(row, data):
+    table = [data("good", 40) | {"epochs": 4}, data("few", 4), data("short", 40) | {"steps": 3}]
+    table.append(data("wrong", 40) | {"task": "rl"})
+    found = plan([{**row, **columns} for columns in table], early_stopping=2)
     good, few, short, _ = found
     assert {p.spec.early_stopping for p in good.points} == {2} and not good.not_early
     assert {p.spec.early_stopping for m in (few, short) for p in m.points} == {0}
@@ -111,13 +113,11 @@ def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(
     assert planned(values, [p for m in found for p in m.points]) == found
 
 
-def test_full_is_an_error_unless_lora_is_asked_for(base, tmp_path):
-    data = write_rows(tmp_path / "my.jsonl", 300, "Yes {k}")
-    row = {"name": "big", "model": str(base / "config.json"), "task": "sft", "data": str(data)}
-    row["bits_per_token"] = 20
-    (refused,) = plan([row])
+def test_full_is_an_error_unless_lora_is_asked_for(row, data):
+    big = {**row, **data("big", 300), "bits_per_token": 20}
+    (refused,) = plan([big])
     assert "the adviser says full" in refused.problem and "instead_of_full=lora" in refused.problem
-    (asked,) = plan([row], instead="lora")
+    (asked,) = plan([big], instead="lora")
     assert asked.advised.method == "full" and asked.points[0].spec.method.name == "lora"
 
 
@@ -127,23 +127,18 @@ def test_full_is_an_error_unless_lora_is_asked_for(base, tmp_path):
         *(({"rates": rates}, "3 to 9") for rates in (0, 2, 10, -3)),
         ({"instead": "yes"}, "Allowed: lora"),
         ({"early_stopping": -1}, "early_stopping=-1"),
+        ({"method": FullFT()}, "method=lora"),
     ],
 )
-def test_settings_that_no_fleet_has_are_refused(settings, says):
+def test_settings_that_cannot_train_a_fleet_are_refused(settings, says):
     with pytest.raises(SpecError, match=says):
         plan([], **settings)
 
 
-def test_other_methods_are_refused():
-    with pytest.raises(SpecError, match="method=lora"):
-        setup(tiny_spec(method=FullFT()))
-
-
-def test_a_base_of_more_than_one_gpu_is_its_customers_error(base, tmp_path):
-    row = {"task": "sft", "data": str(write_rows(tmp_path / "my.jsonl", 40, "Yes {k}"))}
-    small = {"name": "small", "model": str(base / "config.json"), **row}
-    large = {"name": "large", "model": "llama-3.1-70b", **row}
-    planner = Forecaster(catalogue.machines(CONF)["h100"](), compose_request([]).exec)
+def test_a_base_of_more_than_one_gpu_is_its_customers_error(row, data):
+    small = {**row, **data("small", 40)}
+    planner = Forecaster(KNOWN.machines["h100"](), compose_request([]).exec)
+    large = {**small, "name": "large", "model": "llama-3.1-70b"}
     fits, refused = plan([small, large], planner=planner, precision="bf16")
     assert fits.points and "llama-3.1-70b takes" in refused.problem
 
@@ -151,7 +146,7 @@ def test_a_base_of_more_than_one_gpu_is_its_customers_error(base, tmp_path):
 # ---------------------------------------------------------------- fleets of earlier versions
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden/fleet_ids.json").read_text())
-THEN = {
+EARLIER = {
     "tiny": ("{prompt}\n", "role_eos"),
     "small": ("Question: {prompt}\nAnswer: ", "role_eos"),
     "paper": ("{prompt}\n", "role_colon"),
@@ -172,11 +167,9 @@ def customers(tmp_path, monkeypatch):
     write_json(Path("bob.jsonl"), shared)
     write_rows(Path("own/train.jsonl"), 30, "Yes {k}")
     write_rows(Path("own/test.jsonl"), 9, "Yes {k}", start=100)
-    turns = [
-        [{"role": "user", "content": f"So? {k}"}, {"role": "assistant", "content": f"No {k}"}]
-        for k in range(25)
-    ]
-    write_json(Path("chat.jsonl"), [{"messages": t} for t in turns])
+    turns = [(("user", f"So? {k}"), ("assistant", f"No {k}")) for k in range(25)]
+    chats = [[{"role": role, "content": text} for role, text in t] for t in turns]
+    write_json(Path("chat.jsonl"), [{"messages": chat} for chat in chats])
     write_rows(Path("few.jsonl"), 5, "Yes {k}")
     row = {"model": "smollm2-135m", "task": "sft", "epochs": 2}
     data = {n: f"{n}.jsonl" for n in ("ann", "bob", "chat", "few")} | {"own": "own"}
@@ -186,19 +179,18 @@ def customers(tmp_path, monkeypatch):
 def ids(customers, scale, rules):
     options = ["action=fleet", "customers=c.csv", f"scale={scale}", "precision=fp32"]
     shared = setup(compose_request(options).points[0].spec, rules=rules)
-    known = Known(catalogue.models(CONF), catalogue.machines(CONF))
-    found = build_runs(customers, known, shared)
+    found = build_runs(customers, KNOWN, shared)
     return {f"{scale}/{m.name}": [p.id for p in m.points] for m in found}
 
 
-def test_runs_by_the_rules_of_then_have_the_ids_of_then(customers):
+def test_runs_by_the_earlier_rules_keep_their_ids(customers):
     found = {}
-    for scale, (template, render) in THEN.items():
+    for scale, (template, render) in EARLIER.items():
         found |= ids(customers, scale, Rules(template, render, split=BY_ROW))
     assert found == GOLDEN
 
 
-def test_by_todays_rules_only_what_they_concern_has_another_id(customers):
+def test_todays_rules_change_only_the_ids_they_concern(customers):
     """At scale tiny the plain form was that of then; rows that share prompts, and those of a test
     file, are divided in another way."""
     found = ids(customers, "tiny", Rules())
