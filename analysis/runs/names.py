@@ -15,14 +15,8 @@ ALIASES = {
         "lr": ("learning_rate", "learningrate", "peak_lr", "max_lr"),
         "rank": ("lora_r", "lora_rank", "r"),
         "test_nll": (
-            "eval_loss",
-            "test_loss",
-            "val_loss",
-            "valid_loss",
-            "validation_loss",
-            "loss",
-            "nll",
-            "eval_nll",
+            *("eval_loss", "test_loss", "val_loss", "valid_loss", "validation_loss"),
+            *("loss", "nll", "eval_nll"),
         ),
         "model": ("model_id", "model_name", "base_model", "model_name_or_path"),
         "status": ("state",),
@@ -88,17 +82,16 @@ def in_words(text: str) -> str:
     """
 
     def words(found: re.Match[str]) -> str:
-        pairs = (part.partition("=") for part in found[2].split(", "))
-        return f"{found[1]} ({', '.join(_parameter(key, value) for key, _, value in pairs)})"
+        said = []
+        for key, _, value in (part.partition("=") for part in found[2].split(", ")):
+            what = SHARES.get(key)
+            if what is None:
+                said.append(f"{key.replace('_', ' ')} {value}")
+            elif float(value) == 0:
+                said.append(f"no new {what}")
+            else:
+                share = 100 * float(value)
+                said.append(f"all {what} new" if share == 100 else f"{share:g}% of the {what} new")
+        return f"{found[1]} ({', '.join(said)})"
 
     return _PARAMETERS.sub(words, text)
-
-
-def _parameter(key: str, value: str) -> str:
-    what = SHARES.get(key)
-    if what is None:
-        return f"{key.replace('_', ' ')} {value}"
-    share = float(value)
-    if share == 0:
-        return f"no new {what}"
-    return f"all {what} new" if share == 1 else f"{100 * share:g}% of the {what} new"

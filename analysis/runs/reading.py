@@ -82,6 +82,9 @@ def read(
 ) -> Reading:
     """Read a table of runs made by any program.
 
+    Without a method, a run with a rank is lora and one with an empty rank is full fine-tuning,
+    which has no rank, alpha or layers.
+
     Args:
         path: the file, one run per row.
         mapping: column in the file -> the analysis's name for it.
@@ -102,7 +105,16 @@ def read(
     for column in [c for c in TEXTS if c in table.columns]:
         text = _words(table[column])
         table[column] = text.where(text != "", np.nan)
-    table = _with_methods(table)
+    if "rank" not in table.columns:
+        table["rank"] = np.nan
+    name = _words(table["method"]) if "method" in table.columns else pd.Series("", table.index)
+    name = name.str.lower().map(lambda v: METHODS.get(v, v))
+    table["method"] = name.where(name != "", np.where(table["rank"].isna(), "fullft", "lora"))
+    unranked = (table["method"] == "lora") & table["rank"].isna()
+    why = "a lora run without a rank. Fill it in, or leave method empty if it is full fine-tuning."
+    _refuse(table, unranked, "rank", why)
+    for column in [c for c in ("rank", "alpha", "layers") if c in table.columns]:
+        table[column] = table[column].where(table["method"] != "fullft")
     table = _with_status(table, notes)
     sign = -1 if higher else 1
     _check_values(table, higher)
@@ -158,30 +170,6 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
             f"two columns are called {twice[0]!r} after mapping. Drop one, or map only one of them."
         )
     return table.copy()
-
-
-def _with_methods(table: pd.DataFrame) -> pd.DataFrame:
-    """Fill in method and rank.
-
-    Without a method, a run with a rank is lora and one with an empty rank is full fine-tuning,
-    which has no rank, alpha or layers.
-    """
-    if "rank" not in table.columns:
-        table["rank"] = np.nan
-    if "method" not in table.columns:
-        table["method"] = ""
-    name = _words(table["method"]).str.lower().map(lambda v: METHODS.get(v, v))
-    table["method"] = name.where(name != "", np.where(table["rank"].isna(), "fullft", "lora"))
-    _refuse(
-        table,
-        (table["method"] == "lora") & table["rank"].isna(),
-        "rank",
-        "a lora run without a rank. Fill it in, or leave method empty if it is full fine-tuning.",
-    )
-    full = table["method"] == "fullft"
-    for column in [c for c in ("rank", "alpha", "layers") if c in table.columns]:
-        table[column] = table[column].where(~full)
-    return table
 
 
 def _with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:

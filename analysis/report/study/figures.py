@@ -222,11 +222,21 @@ def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
             where = (str(optima[0].curve.key["model"]), a.setting(group))
             if full is None or not lora or where in chosen:
                 continue
-            highest = max(lora, key=lambda o: o.curve.key["rank"])
-            label = f"{where[0]}, rank {highest.curve.key['rank']:g}, {WORDS[where[1]]}"
-            curve = _rate_curve(highest, full, label)
-            if curve is not None:
-                chosen[where] = curve
+            o = max(lora, key=lambda o: o.curve.key["rank"])
+            best, unit, rates = o.best_nll, full.best_lr.value, o.curve.unbroken
+            if best is None or unit is None or not len(rates):
+                continue
+            lr = np.exp(np.linspace(rates[0], rates[-1], 200))
+            if (fitted := o.predict(lr)) is not None:
+                label = f"{where[0]}, rank {o.curve.key['rank']:g}, {WORDS[where[1]]}"
+                (tried, losses), percent = rate_means(o.curve), 100 / (o.curve.nll_start - best)
+                chosen[where] = RateCurve(
+                    label,
+                    np.exp(tried) / unit,
+                    percent * (losses - best),
+                    lr / unit,
+                    percent * (fitted - best),
+                )
     return list(chosen.values())
 
 
@@ -237,22 +247,6 @@ def has_rate_curves(answers: Sequence[Answer]) -> bool:
         for a in answers
         if a.sweep == "lr_ratio"
     )
-
-
-def _rate_curve(lora: Optimum, full: Optimum, label: str) -> RateCurve | None:
-    """Compare the losses of one rank with its lowest fitted one; None without a fit of both."""
-    c, best, unit = lora.curve, lora.best_nll, full.best_lr.value
-    rates = c.unbroken
-    if best is None or unit is None or not len(rates):
-        return None
-    lr = np.exp(np.linspace(rates[0], rates[-1], 200))
-    fitted = lora.predict(lr)
-    if fitted is None:
-        return None
-    tried, losses = rate_means(c)
-    percent = 100 / (c.nll_start - best)
-    fits = lr / unit, percent * (fitted - best)
-    return RateCurve(label, np.exp(tried) / unit, percent * (losses - best), *fits)
 
 
 # ---------------------------------------------------------------- speed of each rank
