@@ -117,17 +117,9 @@ def random_effects(
     half = stats.t.ppf(0.5 + level / 2, k - 1) * error
     ahead = stats.t.ppf(0.5 + level / 2, max(k - 2, 1)) * math.sqrt(tau2 + error**2)
     typical = (k - 1) / ((1 / v).sum() - (1 / v**2).sum() / (1 / v).sum())
-    return RandomEffects(
-        mean,
-        mean - half,
-        mean + half,
-        math.sqrt(tau2),
-        tau2 / (tau2 + typical),
-        float(stats.chi2.sf(q(0.0), k - 1)),
-        mean - ahead,
-        mean + ahead,
-        k,
-    )
+    share, p_equal = tau2 / (tau2 + typical), float(stats.chi2.sf(q(0.0), k - 1))
+    ends, next_ends = (mean - half, mean + half), (mean - ahead, mean + ahead)
+    return RandomEffects(mean, *ends, math.sqrt(tau2), share, p_equal, *next_ends, k)
 
 
 @dataclass(frozen=True)

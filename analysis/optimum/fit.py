@@ -176,7 +176,8 @@ def _optimum(
     median = float(posterior.quantile(0.5))
     # The minimum of a least-squares cubic through the five rates around the best one.
     at = slice(min(max(0, best - 2), max(0, len(rates) - 5)), max(best + 3, 5))
-    u, vertex = rates[at] - rates[best], None
+    u = rates[at] - rates[best]
+    vertex: float | None = None
     if len(u) >= 4:
         slope = np.polyder(np.polyfit(u, means[at], 3))
         roots = [r.real for r in np.roots(slope) if abs(r.imag) < 1e-12]
@@ -202,23 +203,11 @@ def _optimum(
         stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
         draws, ends = np.exp(posterior.draws(stream)), (math.exp(low), math.exp(high))
         answer = Estimate(math.exp(median), *ends, draws=draws, level=level)
-    flags = (
-        *few,
-        *(() if known else ("no_variance",)),
-        *(() if agrees else ("checks_disagree",)),
-        *answer.flags,
-    )
-    return Optimum(
-        curve,
-        estimate(answer, flags),
-        lowest,
-        flags,
-        None if vertex is None else math.exp(vertex),
-        pooled,
-        0 if below == above else -1 if below else 1,
-        posterior,
-        likelihood,
-    )
+    doubts = {"no_variance": known, "checks_disagree": agrees}
+    flags = (*few, *(flag for flag, is_fine in doubts.items() if not is_fine), *answer.flags)
+    found, cubic = estimate(answer, flags), None if vertex is None else math.exp(vertex)
+    side = 0 if below == above else -1 if below else 1
+    return Optimum(curve, found, lowest, flags, cubic, pooled, side, posterior, likelihood)
 
 
 def _bound_at_end(

@@ -109,7 +109,8 @@ def _key(key: dict[str, Any]) -> tuple:
 
 def _curve(o: Optimum, within: float) -> dict[str, Any]:
     key, e, sign, x = o.curve.key, o.best_lr, o.curve.shown.sign, o.curve.unbroken
-    fit, best = None, o.best_nll
+    fit: dict[str, list[float]] | None = None
+    best = o.best_nll
     if o.shape is not None and len(x):
         lr = np.exp(np.linspace(x.min(), x.max(), _FIT_POINTS))
         fit = {

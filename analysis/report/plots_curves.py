@@ -45,9 +45,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
             for k, o in enumerate(members):
                 _fitted(ax, o, names[id(o)], k, broken, limit)
             ax.set(
-                xscale="log",
-                xlabel="learning rate",
-                ylabel=f"{shown.label}, seeds at their mean",
+                xscale="log", xlabel="learning rate", ylabel=f"{shown.label}, seeds at their mean"
             )
             ax.set_title(title(members[0].curve), fontsize=10)
             ax.set_ylim(top=limit)

@@ -21,9 +21,8 @@ from analysis.questions.registry import analyse
 from analysis.report import interactive, plots, plots_curves
 from analysis.report.text import aligned, plain, rendered, text_hash
 from analysis.runs.learning_curves import by_run
-from analysis.runs.lr_curves import full_names
+from analysis.runs.lr_curves import full_names, in_words
 from analysis.runs.metric import NLL, as_losses
-from analysis.runs.names import in_words
 from analysis.runs.table import write
 
 NOT_JUDGED = (
@@ -66,15 +65,8 @@ def judge_and_report(
     write(table, folder / "table.parquet")
     results = write_answer(found, table, question, folder)
     title = f"{question['name']} at scale {question['scale']}: {question['question']}"
-    interactive.write(
-        folder / "report.html",
-        title,
-        as_losses(table),
-        found.optima,
-        found.ratios,
-        found.verdicts,
-        WITHIN,
-    )
+    shown = (found.optima, found.ratios, found.verdicts, WITHIN)
+    interactive.write(folder / "report.html", title, as_losses(table), *shown)
     if as_json:
         return json.dumps({**results, "report": str(folder / "report.md")})
     out = [question["question"], ""]

@@ -4,6 +4,7 @@ Curves of loss over updates are in `learning_curves`.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.runs.metric import NLL, Shown, collapsed, shown
-from analysis.runs.names import in_words
 from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
+_PARAMETERS = re.compile(r"(\w+)\((\w+=[^()]+)\)")
+SHARES = {"rule_shift": "rules", "new_exceptions": "exceptions"}
+"""Parameters of generators that are the share of something that is new."""
 IN_NAME = ("method", "rank", "expert_rank", "expert_outer")
 """Settings that are part of a curve's name."""
 
@@ -89,15 +92,19 @@ class LrCurve:
 
         And the objective, if it is not the likelihood of given answers.
         """
-        shown = [f"{self.key['model']} on {self.key['dataset']}"]
-        if _known(self.key.get("objective")):
-            shown.append(str(self.key["objective"]).replace("_", " "))
-        shown += [
-            f"{text} {int(self.key[k])}"
-            for k, text in (("batch_size", "batch"), ("steps", "steps"))
-            if _known(self.key.get(k))
+        steps = self.key.get("steps")
+        return self.place(self.key["dataset"], f"steps {int(steps)}" if _known(steps) else "")
+
+    def place(self, dataset: str, length: str) -> str:
+        """Name model, data set, objective, batch size and length; what is unknown is left out."""
+        objective, batch = self.key.get("objective"), self.key.get("batch_size")
+        words = [
+            f"{self.key['model']} on {dataset}",
+            str(objective).replace("_", " ") if _known(objective) else "",
+            f"batch {int(batch)}" if _known(batch) else "",
+            length,
         ]
-        return ", ".join(shown)
+        return ", ".join(filter(None, words))
 
 
 def title(curve: LrCurve, length: bool = True) -> str:
@@ -108,16 +115,34 @@ def title(curve: LrCurve, length: bool = True) -> str:
     Args:
         length: say how many updates the runs have.
     """
-    words = [f"{curve.key['model']} on {in_words(str(curve.key['dataset']))}"]
-    if _known(curve.key.get("objective")):
-        words.append(str(curve.key["objective"]).replace("_", " "))
-    if _known(curve.key.get("batch_size")):
-        words.append(f"batch {int(curve.key['batch_size'])}")
+    updates = ""
     if length and _known(curve.key.get("steps")):
         steps = int(curve.key["steps"])
-        words.append(f"first {steps} of {curve.cut_from}" if curve.cut_from else str(steps))
-        words[-1] += " updates"
-    return ", ".join(words)
+        updates = f"first {steps} of {curve.cut_from}" if curve.cut_from else f"{steps}"
+        updates += " updates"
+    return curve.place(in_words(str(curve.key["dataset"])), updates)
+
+
+def in_words(text: str) -> str:
+    """Return a text in which the parameters behind a data set's name are words.
+
+    "dialect(new_exceptions=0, rule_shift=1)" is "dialect (no new exceptions, all rules new)".
+    """
+
+    def words(found: re.Match[str]) -> str:
+        said = []
+        for key, _, value in (part.partition("=") for part in found[2].split(", ")):
+            what = SHARES.get(key)
+            if what is None:
+                said.append(f"{key.replace('_', ' ')} {value}")
+            elif float(value) == 0:
+                said.append(f"no new {what}")
+            else:
+                share = 100 * float(value)
+                said.append(f"all {what} new" if share == 100 else f"{share:g}% of the {what} new")
+        return f"{found[1]} ({', '.join(said)})"
+
+    return _PARAMETERS.sub(words, text)
 
 
 def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
@@ -160,11 +185,11 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
             )
         )
 
-    def place(c: LrCurve) -> tuple[str, bool, str, float]:
+    def order(c: LrCurve) -> tuple[str, bool, str, float]:
         rank = float(c.key["rank"]) if _known(c.key.get("rank")) else 0.0
         return c.group, c.key["method"] != "fullft", c.key["method"], rank
 
-    return sorted(found, key=place)
+    return sorted(found, key=order)
 
 
 def _known(value: Any) -> bool:

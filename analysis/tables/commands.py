@@ -32,9 +32,8 @@ def _whole(value: Any) -> int | None:
 
 def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:
     """Fit every curve of a table, with noise and misfit pooled over the table."""
-    shown = (
-        NLL if reading.metric == LOSS else Shown(reading.metric, reading.sign, reading.metric, "")
-    )
+    name = reading.metric
+    shown = NLL if name == LOSS else Shown(name, reading.sign, name, "")
     curves = [replace(c, shown=shown) for c in lr_curves(reading.table)]
     return fit_all(curves, share=share)
 
@@ -55,12 +54,10 @@ def fit(reading: Reading, within: float = WITHIN, share: bool = False) -> list[d
                 "dataset": key.get("dataset"),
                 **{k: _whole(key.get(k)) for k in ("rank", "batch_size")},
                 **{k: plain(key.get(k)) for k in ("layers", "alpha")},
-                "n": len(o.curve.x),
-                "n_usable": int(o.curve.usable.sum()),
+                **{"n": len(o.curve.x), "n_usable": int(o.curve.usable.sum())},
                 **{"best_lr": e.value, "low": e.low, "high": e.high},
                 "best_nll": None if o.best_nll is None else o.best_nll * reading.sign,
-                "metric": reading.metric,
-                "flags": list(o.flags),
+                **{"metric": reading.metric, "flags": list(o.flags)},
                 "band": None if band is None else list(band),
             }
         )
@@ -119,14 +116,9 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     independent = len({id(full) for _, _, full in groups}) == len(overall)
     p = pool_ratios(overall) if independent else None
     pooled = p and {
-        "ratio": math.exp(p.mean),
-        "low": math.exp(p.low),
-        "high": math.exp(p.high),
-        "groups": p.k,
-        "spread": math.exp(p.tau),
-        "i2": p.i2,
-        "low_next": math.exp(p.low_next),
-        "high_next": math.exp(p.high_next),
+        **{"ratio": math.exp(p.mean), "low": math.exp(p.low), "high": math.exp(p.high)},
+        **{"groups": p.k, "spread": math.exp(p.tau), "i2": p.i2},
+        **{"low_next": math.exp(p.low_next), "high_next": math.exp(p.high_next)},
     }
     return {"ratios": rows, "pooled": pooled, "metric": reading.metric}
 
@@ -144,17 +136,15 @@ def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum
     for group, members in groups.items():
         full = [o for o in members if o.curve.key["method"] == "fullft"]
         variants: dict[str, list[Optimum]] = {}
-        for o in members:
-            if o.curve.key["method"] == "lora":
-                variants.setdefault(o.curve.variant, []).append(o)
+        for o in (o for o in members if o.curve.key["method"] == "lora"):
+            variants.setdefault(o.curve.variant, []).append(o)
         if len(full) > 1:
             raise TableError(
                 f"{group}: {len(full)} full fine-tuning curves (they differ in scope, schedule or "
                 "precision), but a ratio needs one. Keep one per table."
             )
-        for variant, lora in variants.items():
-            if full:
-                out.append((group if len(variants) == 1 else f"{group}; {variant}", lora, full[0]))
+        for variant, lora in variants.items() if full else ():
+            out.append((group if len(variants) == 1 else f"{group}; {variant}", lora, full[0]))
     return out
 
 
@@ -210,12 +200,9 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
             {
                 "group": group,
                 **{"slope": d.slope.value, "low": d.slope.low, "high": d.slope.high},
-                "p_slope": d.p_slope,
-                "p_equal": d.p_equal,
-                "ranks": list(tried),
-                "best_tried": best,
-                "known": len(known),
-                "bounds": len(members) - len(known),
+                **{"p_slope": d.p_slope, "p_equal": d.p_equal},
+                **{"ranks": list(tried), "best_tried": best},
+                **{"known": len(known), "bounds": len(members) - len(known)},
                 "flags": [*d.slope.flags, *left_out],
             }
         )
@@ -238,11 +225,8 @@ def drift_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = False) -> None:
     """Write an interactive page about a table of runs."""
     optima = optima_of(reading, share)
-    ratios = [
-        (group, o.curve.name, ratio_of([o], full))
-        for group, lora, full in arms_of(optima)
-        for o in lora
-    ]
+    arms = [(g, o, full) for g, lora, full in arms_of(optima) for o in lora]
+    ratios = [(group, o.curve.name, ratio_of([o], full)) for group, o, full in arms]
     title = f"{path.stem}: {len(reading.table)} runs"
     interactive.write(path, title, reading.table, optima, ratios, (), within)
 

@@ -183,8 +183,8 @@ class Answer:
         said = [f"{names} on {' and '.join(sorted(table['dataset'].unique()))}"]
         for column, what in SPANS.items():
             if table[column].notna().any():
-                ends = dict.fromkeys(f"{v:,g}" for v in (table[column].min(), table[column].max()))
-                said.append(f"{what} {' to '.join(ends)}")
+                span = dict.fromkeys(f"{v:,g}" for v in (table[column].min(), table[column].max()))
+                said.append(f"{what} {' to '.join(span)}")
         ends = {int(c["steps"]) for c in self.results.get("curves") or [] if c.get("steps")}
         if table["steps"].nunique() == 1 and ends and max(ends) < table["steps"].max():
             said[-1] += f" (judged after {max(ends)}, before the task was solved)"

@@ -115,25 +115,16 @@ def scale_for(v: Verdict) -> Scale:
     to = scale_of(v.log)
     expected = to(v.expected)
     below, above = expected - to(v.margin[0]), to(v.margin[1]) - expected
-    reaches = _reach(below, above), _reach(above, below)
+    reaches: list[float | None] = []  # distances of the ends; None where the end is open
+    for distance, other in ((below, above), (above, below)):
+        # Next to a distance of 0, an end is open beyond a distance of 1 in the claim's own unit.
+        is_open = distance > (OPEN * other if other else 1.0)
+        reaches.append(None if is_open else distance)
     known = [r for r in reaches if r]
-    other = known[0] if known else DOUBLE if v.log else WITHIN
-    low, high = (r or other for r in reaches)
-    band = (
-        -math.inf if reaches[0] is None else -reaches[0] / low,
-        math.inf if reaches[1] is None else reaches[1] / high,
-    )
-    return Scale(expected, (low, high), band, v.log)
-
-
-def _reach(distance: float, other: float) -> float | None:
-    """Return the distance of a margin's end from the claim's value; None if the end is open.
-
-    Args:
-        other: distance of the other end. If that is 0, an end counts as open beyond a distance of 1
-            in the claim's own unit.
-    """
-    return None if distance > (OPEN * other if other else 1.0) else distance
+    unit = known[0] if known else DOUBLE if v.log else WITHIN
+    units = (reaches[0] or unit, reaches[1] or unit)
+    low, high = (math.inf if r is None else r / u for r, u in zip(reaches, units))
+    return Scale(expected, units, (-low, high), v.log)
 
 
 @dataclass(frozen=True)
@@ -230,13 +221,8 @@ def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
             if (fitted := o.predict(lr)) is not None:
                 label = f"{where[0]}, rank {o.curve.key['rank']:g}, {WORDS[where[1]]}"
                 (tried, losses), percent = rate_means(o.curve), 100 / (o.curve.nll_start - best)
-                chosen[where] = RateCurve(
-                    label,
-                    np.exp(tried) / unit,
-                    percent * (losses - best),
-                    lr / unit,
-                    percent * (fitted - best),
-                )
+                runs, fits = percent * (losses - best), percent * (fitted - best)
+                chosen[where] = RateCurve(label, np.exp(tried) / unit, runs, lr / unit, fits)
     return list(chosen.values())
 
 

@@ -44,7 +44,7 @@ def by_subject(answers: Sequence[Answer]) -> dict[str, str]:
     ]
     worse = found(answers, "layers", "attention_worse")
     alone, mlp = "Adapters on attention alone", "learn more slowly than on the MLP alone"
-    findings = {
+    texts = {
         "regret": _regret(answers),
         "capacity": _capacity(answers),
         "learning_rates": " ".join(filter(None, learning_rates)) if ratio and order else "",
@@ -73,7 +73,7 @@ def by_subject(answers: Sequence[Answer]) -> dict[str, str]:
             with_unit(number, FULL),
         ),
     }
-    return {subject: text for subject, text in findings.items() if text}
+    return {subject: text for subject, text in texts.items() if text}
 
 
 def sentences(answers: Sequence[Answer]) -> list[str]:
@@ -223,7 +223,7 @@ def _regret(answers: Sequence[Answer]) -> str:
         return ""
 
     def by_place(verdicts: Found, start: str, also: str = "") -> list[str]:
-        places: dict[str, list[str]] = {}
+        by_base: dict[str, list[str]] = {}
         for a, v in verdicts:
             conditions: list[dict[str, Any]] = a.results["cells"]
             condition = next((c for c in conditions if c["cell"] == v.group), {})
@@ -234,10 +234,10 @@ def _regret(answers: Sequence[Answer]) -> str:
                 base = condition["cell"].partition(",")[0]
                 place = f"{base} (rank {row['rank']}, {condition['updates']} updates{size})"
                 regret = with_unit(percent, "%")(estimate_of(row["regret_percent"]))
-                places.setdefault(place, []).append(regret)
+                by_base.setdefault(place, []).append(regret)
         return [
             f"{start} on {place}{also} was {listed(values)} of full fine-tuning's gain"
-            for place, values in places.items()
+            for place, values in by_base.items()
         ]
 
     controls = [

@@ -27,17 +27,11 @@ from analysis.questions.registry import analyse, question_named
 from analysis.report import plots, plots_study
 from analysis.report.report import added_after, band_text, command_of, write_answer
 from analysis.report.study import figures
-from analysis.report.study.answers import (
-    Answer,
-    estimate_of,
-    pooled,
-    read_answers,
-    within,
-)
+from analysis.report.study.answers import Answer, estimate_of, pooled, read_answers, within
 from analysis.report.study.findings import HEADLINES, by_subject, sentences
 from analysis.report.study.ledger import ledger
 from analysis.report.text import Rows, rendered, text_hash, with_block
-from analysis.runs.names import in_words
+from analysis.runs.lr_curves import in_words
 from analysis.runs.table import read as read_table
 
 REGRET, FOREST, RATES, SPEED = "regret.png", "forest.png", "rates.png", "speed.png"
@@ -242,8 +236,8 @@ def verdict_row(a: Answer, v: Verdict) -> list[str]:
 
 def in_order(kept: Path) -> list[Path]:
     """Return the folders of all kept answers; one that shows others' answers comes after them."""
-    folders = sorted(p.parent for p in kept.glob("*/table.parquet"))
-    question = {f: json.loads((f / "question.json").read_text()) for f in folders}
+    question = {p.parent: json.loads(p.read_text()) for p in sorted(kept.glob("*/question.json"))}
+    folders = list(question)
     shows = {f: question_named(question[f]["analysis"]).shows for f in folders}
     graph = {f: [g for g in folders if question[g]["name"] in shows[f]] for f in folders}
     return list(TopologicalSorter(graph).static_order())
