@@ -48,23 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TableError as error:
         print(f"analysis: {error}", file=sys.stderr)
     except OSError as error:
-        print(
-            f"analysis: {error.filename} cannot be written or read: {error.strerror}",
-            file=sys.stderr,
-        )
+        what = f"{error.filename} cannot be written or read: {error.strerror}"
+        print(f"analysis: {what}", file=sys.stderr)
     return 2
 
 
-# ---------------------------------------------------------------- a table of runs
+def _parser(command: str, out: str, reports: bool = True, **look: Any) -> argparse.ArgumentParser:
+    """Return a parser with the options that all commands share; `out` is the help of --out."""
+    look = {"formatter_class": argparse.RawDescriptionHelpFormatter, **look}
+    parser = argparse.ArgumentParser(prog=f"lorasweep-analysis {command}".strip(), **look)
+    if reports:
+        where = os.environ.get("LORASWEEP_REPORTS", "reports")
+        parser.add_argument("--reports-dir", default=where, type=Path)
+    parser.add_argument("--out", type=Path, help=out)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser
 
 
 def _run_table_command(argv: Sequence[str]) -> int:
     """Run `fit`, `ratio`, `drift`, `law` or `html` on a file."""
-    parser = argparse.ArgumentParser(
-        prog=f"lorasweep-analysis {argv[0]}",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _parser(argv[0], "write the JSON (or the page) here", reports=False, epilog=EPILOG)
     add = parser.add_argument
     add("command", help=argparse.SUPPRESS)
     add(
@@ -83,13 +86,11 @@ def _run_table_command(argv: Sequence[str]) -> int:
     add("--within", type=float, default=0.01, help=within)
     share = "use a model's other ranks as a prior for the shape of each curve"
     add("--share", action="store_true", help=share)
-    add("--out", type=Path, help="write the JSON (or the page) here")
-    add("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
 
     from analysis.runs import reading
     from analysis.runs.table import TableError
-    from analysis.tables import commands, laws
+    from analysis.tables import commands
 
     if not args.within > 0:
         raise TableError(
@@ -119,7 +120,7 @@ def _run_table_command(argv: Sequence[str]) -> int:
     elif args.command == "drift":
         lines = commands.drift_lines(result := commands.drifts(table, args.share))
     else:
-        lines = laws.law_lines(result := laws.law(table, args.share))
+        lines = commands.law_lines(result := commands.law(table, args.share))
     text = json.dumps(result, indent=1)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,69 +129,42 @@ def _run_table_command(argv: Sequence[str]) -> int:
     return 0
 
 
-# ---------------------------------------------------------------- the study's table
-
-
 def _study(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="lorasweep-analysis study", description="One table of all claims."
-    )
-    parser.add_argument(
-        "--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="write study.md (Markdown with figures) into this folder",
-    )
+    """Print one table of all claims, or render all kept results again."""
+    out = "write study.md (Markdown with figures) into this folder"
+    parser = _parser("study", out, description="One table of all claims.")
     parser.add_argument(
         "--write",
         action="store_true",
         help="render all kept answers, analysis/results/README.md and the findings in README.md "
         "again, from the kept tables (two minutes)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
 
-    from analysis.report import kept
     from analysis.report.study import answers, page
     from analysis.report.text import aligned
 
     if args.write:
-        kept.render_all(KEPT, ROOT / "README.md")
+        page.render_all(KEPT, ROOT / "README.md")
         return 0
     found = answers.read_answers([args.reports_dir, KEPT])
-    rows = answers.rows_of(found)
+    head, *rows = answers.rows_of(found)
     if args.out:
         page.write(found, args.out / "study.md")
-    print(
-        json.dumps([dict(zip(rows[0], r)) for r in rows[1:]], indent=1)
-        if args.json
-        else "\n".join(aligned(rows))
-    )
+    objects = [dict(zip(head, row)) for row in rows]
+    print(json.dumps(objects, indent=1) if args.json else "\n".join(aligned([head, *rows])))
     return 0
 
 
-# ---------------------------------------------------------------- a sweep's report
-
-
 def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
-    parser = argparse.ArgumentParser(
-        prog="lorasweep-analysis",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Judge a sweep again and report it, or suggest runs for it."""
+    out = "folder to write to; default: the report's folder"
+    parser = _parser("", out, description=__doc__, epilog=EPILOG)
     parser.add_argument("sweep", help="name of the sweep, e.g. lr_ratio; or a command, see below")
     parser.add_argument("--scale", help=SCALE_HELP)
     parser.add_argument(
-        "--reports-dir", default=os.environ.get("LORASWEEP_REPORTS", "reports"), type=Path
-    )
-    parser.add_argument(
         "--table", type=Path, help=".parquet or .csv, one run per row; default: the report's own"
     )
-    parser.add_argument("--out", type=Path, help="folder to write to; default: the report's folder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     args = parser.parse_args(argv)
     if args.table and not args.out and not suggest:
         parser.error("--table needs --out FOLDER, so that no other report is overwritten")
@@ -207,13 +181,10 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
         print(judge_and_report(table, question, args.out or folder, args.json, KEPT))
         return 0
     wanted = next_runs.suggest(analyse(table, question, KEPT))
-    if args.json:
-        print(json.dumps([s.plain() for s in wanted], indent=1))
-    else:
-        print(
-            "\n".join(next_runs.lines(wanted))
-            or "nothing to add: every claim is decided, or more runs cannot help"
-        )
+    nothing = "nothing to add: every claim is decided, or more runs cannot help"
+    objects = [s.plain() for s in wanted]
+    text = "\n".join(next_runs.lines(wanted)) or nothing
+    print(json.dumps(objects, indent=1) if args.json else text)
     return 0
 
 
@@ -228,17 +199,14 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
     from analysis.runs.table import TableError
 
     found = [p.parent for root in (reports, KEPT) for p in root.glob("*/question.json")]
-    names = {p.name for p in found}
-    wanted = [
-        p
-        for p in found
-        if (p.name == f"{sweep}-{scale}" if scale else p.name.startswith(f"{sweep}-"))
-    ]
+    names = sorted({p.name for p in found})
+    known = f"{sweep}-{scale or ''}"
+    wanted = [p for p in found if p.name == known or (not scale and p.name.startswith(known))]
     if not wanted:
         at = f" at scale {scale!r}" if scale else ""
         raise TableError(
             f"no report of sweep {sweep!r}{at} in {reports.absolute()}. "
-            f"There are: {', '.join(sorted(names)) or '(none)'}. "
+            f"There are: {', '.join(names) or '(none)'}. "
             f"Run it first: python -m lorasweep +sweep={sweep}. "
             "For a table of runs: python -m analysis fit FILE"
         )

@@ -21,7 +21,7 @@ from analysis.inference.meta import random_effects
 from analysis.measures.ratio import MIN_RANK
 from analysis.runs import reading
 from analysis.runs.lr_curves import lr_curves
-from analysis.tables import commands, laws
+from analysis.tables import commands
 from benchmarks import harness
 
 DRIFT_MARGIN = 0.099
@@ -156,7 +156,7 @@ def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> dict[str, Any]
 
 
 def _law(sweep: reading.Reading) -> dict[str, Any]:
-    law = laws.law(sweep)
+    law = commands.law(sweep)
     costs = [c for c in law["published_regret"] if c["percent"] is not None]
     values = [c["percent"] for c in costs]
     head = "family|LR at hidden 2000 [95%]|exponent [95%]|models|regret of this law, %|flags"

@@ -61,7 +61,7 @@ def of_all(
     error, degrees = _scatter(base, tokens, left, size)
     per_token = base.sum() / tokens.sum() + error * rng.standard_t(degrees, N_DRAWS)
     rest = left * per_token
-    low_share, line = _line(base, code, tokens, at, left, rng)
+    low_share, line = _continued(base, code, tokens, left, rng)
     late = at >= (1 - 1 / LATE) * tokens.sum()
     error, degrees = _scatter(code[late], base[late], left, size)
     level = float(code[late].sum() / base[late].sum())
@@ -88,33 +88,25 @@ def _scatter(part: np.ndarray, whole: np.ndarray, left: float, unit: float) -> t
     return spread * math.sqrt(1 / n + unit / left), n - 1
 
 
-def _line(
-    base: np.ndarray,
-    code: np.ndarray,
-    tokens: np.ndarray,
-    at: np.ndarray,
-    left: float,
-    rng: np.random.Generator,
+def _continued(
+    base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
     """Draw the mean share over further rows if the straight line continues; return its middle."""
-    total = float(tokens.sum())
+    at, total = np.cumsum(tokens), float(tokens.sum())
     used = at >= total / FITTED
-    x = np.log(at[used] / total)
-    share = np.maximum(code[used] / base[used], 1e-12)
+    x, share = np.log(at[used] / total), np.maximum(code[used] / base[used], 1e-12)
     found = stats.linregress(x, np.log(share))
     residual = np.log(share) - found.intercept - found.slope * x
     degrees = len(x) - 2
     spread = math.sqrt(float((residual**2).sum()) / degrees)
     wide = float(((x - x.mean()) ** 2).sum())
     t = rng.standard_t(degrees, (2, N_DRAWS))
-    middle = float(np.log(share).mean()) + spread / math.sqrt(len(x)) * t[0]
-    slope = STEEPER * np.minimum(0.0, found.slope + spread / math.sqrt(wide) * t[1])
-    ends = np.log1p(left / total)
-    ahead = (np.arange(64) + 0.5) / 64 * ends  # midpoints in ln(rows), weighted by the rows there
-    weight = np.exp(ahead) / np.exp(ahead).sum()
     # the mean of the logarithm lies below the logarithm of the mean by half the variance
-    middle += spread**2 / 2
+    centre, below = float(np.log(share).mean()), spread**2 / 2
+    middle = centre + spread / math.sqrt(len(x)) * t[0] + below
+    slope = STEEPER * np.minimum(0.0, found.slope + spread / math.sqrt(wide) * t[1])
+    ahead = (np.arange(64) + 0.5) / 64 * np.log1p(left / total)  # midpoints in ln(rows)
+    weight = np.exp(ahead) / np.exp(ahead).sum()  # by the rows there
     drawn = np.exp(middle[:, None] + slope[:, None] * (ahead - x.mean())) @ weight
-    slope_ = min(0.0, float(found.slope))
-    line = np.exp(np.log(share).mean() + spread**2 / 2 + slope_ * (ahead - x.mean())) @ weight
+    line = np.exp(centre + below + min(0.0, float(found.slope)) * (ahead - x.mean())) @ weight
     return drawn, float(line)

@@ -84,8 +84,24 @@ def judge(
         why = f"{shown} crosses the margin's edge"
     if outcome == "UNDECIDED":
         remedied = remedy(gates, unread)
-        if not remedied:
-            remedied, missing = _needed(estimate, low, high, seeds, log)
+        spread = estimate.spread or Spread(seeds)
+        # A value may be over more seeds than the two rates around the optimum have.
+        now = min(seeds, spread.n) if spread.of == SEEDS and seeds else spread.n
+        if remedied:
+            pass
+        elif estimate.value is None:
+            remedied = "optima with intervals in every curve"
+        elif not estimate.has_interval():
+            remedied, missing = f"at least {MIN_SEEDS} {spread.of}", max(MIN_SEEDS - now, 1)
+        else:
+            to = scale_of(log)
+            ends, margin = [to(v) for v in estimate.interval], (to(low), to(high))
+            n = needed(spread, to(estimate.value), ends, margin, estimate.level, MIN_SEEDS)
+            if n is None:
+                rates = " and learning rates around the best ones" if spread.shared else ""
+                remedied = f"more than {MAX_NEEDED} {spread.of}{rates}"
+            else:
+                remedied, missing = f"about {n} {spread.of} (now {now})", n - now
     return Verdict(
         claim=name,
         group=group,
@@ -144,23 +160,3 @@ def scale_of(log: bool) -> Callable[[float], float]:
     The logarithm of a ratio of 0 is -infinity.
     """
     return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float
-
-
-def _needed(
-    estimate: Estimate, low: float, high: float, seeds: int, log: bool
-) -> tuple[str, int | None]:
-    """Say how many units decide the claim, and count how many of them are missing."""
-    spread = estimate.spread or Spread(seeds)
-    # A value may be over more seeds than the two rates around the optimum have.
-    now = min(seeds, spread.n) if spread.of == SEEDS and seeds else spread.n
-    if estimate.value is None:
-        return "optima with intervals in every curve", None
-    if not estimate.has_interval():
-        return f"at least {MIN_SEEDS} {spread.of}", max(MIN_SEEDS - now, 1)
-    to = scale_of(log)
-    interval, margin = [to(v) for v in estimate.interval], (to(low), to(high))
-    n = needed(spread, to(estimate.value), interval, margin, estimate.level, MIN_SEEDS)
-    if n is None:
-        rates = " and learning rates around the best ones" if spread.shared else ""
-        return f"more than {MAX_NEEDED} {spread.of}{rates}", None
-    return f"about {n} {spread.of} (now {now})", n - now

@@ -69,17 +69,15 @@ class Outlook:
             interval = f"expected interval {value} +- {number(half, 2)}"
         low, high = self.margin
         margin = f"[{'..' if low <= -FAR else f'{low:g}'}, {'..' if high >= FAR else f'{high:g}'}]"
-        return f"{start}{interval} within {margin}: {self._end()}"
-
-    def _end(self) -> str:
+        text = f"{start}{interval} within {margin}: "
         if self.can_decide:
             stated = ", though its file says `underpowered`" if self.underpowered else ""
-            return f"can decide{stated}"
+            return f"{text}can decide{stated}"
         enough = f"more than {MAX_NEEDED}" if self.needed is None else f"{self.needed}"
         why = f"needs {enough} {self.units} (planned {self.planned})"
         if self.needed is None and self.room == 0:
             why = "the expected value lies on the margin's end"
-        return f"cannot decide: {why}{', as its file says' if self.underpowered else ''}"
+        return f"{text}cannot decide: {why}{', as its file says' if self.underpowered else ''}"
 
 
 def outlook(

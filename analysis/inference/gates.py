@@ -67,12 +67,7 @@ class Gate:
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON; `code` is the code's name, not its sentence."""
-        return {
-            "code": self.code.name,
-            "subject": self.subject,
-            "place": self.place,
-            "flags": list(self.flags),
-        }
+        return {**vars(self), "code": self.code.name, "flags": list(self.flags)}
 
 
 def gate_of(plain: dict[str, Any]) -> Gate:

@@ -1,4 +1,4 @@
-"""Meta-analysis: drift with the rank, homogeneity, pooling over models, and meta-regression.
+"""Meta-analysis: drift with the rank, pooling over models, meta-regression, correlation in groups.
 
 Works on equally likely values (draws) of each quantity, so that asymmetric intervals stay
 asymmetric.
@@ -117,17 +117,9 @@ def random_effects(
     half = stats.t.ppf(0.5 + level / 2, k - 1) * error
     ahead = stats.t.ppf(0.5 + level / 2, max(k - 2, 1)) * math.sqrt(tau2 + error**2)
     typical = (k - 1) / ((1 / v).sum() - (1 / v**2).sum() / (1 / v).sum())
-    return RandomEffects(
-        mean,
-        mean - half,
-        mean + half,
-        math.sqrt(tau2),
-        tau2 / (tau2 + typical),
-        float(stats.chi2.sf(q(0.0), k - 1)),
-        mean - ahead,
-        mean + ahead,
-        k,
-    )
+    share, p_equal = tau2 / (tau2 + typical), float(stats.chi2.sf(q(0.0), k - 1))
+    ends, next_ends = (mean - half, mean + half), (mean - ahead, mean + ahead)
+    return RandomEffects(mean, *ends, math.sqrt(tau2), share, p_equal, *next_ends, k)
 
 
 @dataclass(frozen=True)
@@ -196,3 +188,31 @@ def meta_regression(
     beta, inverse, q = solve(tau2)
     cov = inverse * max(q / df, 1.0) if df > 0 else inverse
     return MetaRegression(beta, cov, math.sqrt(tau2), df, n)
+
+
+def within_groups(groups: Sequence[Sequence[tuple[float, float]]], of: str) -> Estimate:
+    """Return Spearman's correlation of pairs about their group's means, with its interval.
+
+    Subtracting the means of k groups is a partial correlation given k - 1 indicators of a group.
+    Fisher's z = atanh(r) of a partial correlation given q variables among n pairs has the variance
+    1 / (n - q - 3) (Fisher, Metron 3, 1924): so 1 / (n - k - 2), n - 6 for four groups. For ranks
+    it is 1 + r^2 / 2 times as large (Bonett & Wright, Psychometrika 65, 2000).
+
+    No value where n - k - 2 is below 1.
+
+    Args:
+        groups: (x, y) of every pair, by group; groups of one pair do not count.
+        of: what a pair is, for people.
+    """
+    known = [np.asarray(g, float) for g in groups if len(g) > 1]
+    n = sum(map(len, known))
+    left = n - len(known) - 2
+    if left < 1:
+        return Estimate(None, n=n)
+    x, y = np.concatenate([g - g.mean(0) for g in known]).T
+    r = float(stats.spearmanr(x, y).statistic)
+    error = math.sqrt((1 + r**2 / 2) / left)
+    even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
+    z = math.atanh(min(max(r, -0.999), 0.999)) + stats.norm.ppf(even) * error
+    spread = Spread(n, of, (Part(error * math.sqrt(n), math.inf),))
+    return from_draws(np.tanh(z), n, spread=spread)

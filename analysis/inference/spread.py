@@ -60,17 +60,6 @@ class Spread:
         """Return the spread with one more error that all units share."""
         return dataclasses.replace(self, shared=math.hypot(self.shared, error))
 
-    def of_interval(self, half: float, level: float) -> "Spread":
-        """Return the spread itself, or without parts one with this half-width and a known variance.
-
-        Args:
-            half: half the width of the present interval.
-        """
-        if self.parts:
-            return self
-        sd = half * math.sqrt(max(self.n, 1)) / float(stats.norm.ppf(0.5 + level / 2))
-        return Spread(max(self.n, 1), self.of, (Part(sd, math.inf),))
-
 
 def needed(
     spread: Spread,
@@ -104,7 +93,10 @@ def needed(
     below, above = value - interval[0], interval[1] - value
     if not (below > 0 and above > 0 and math.isfinite(below + above)):
         return None
-    spread = spread.of_interval((below + above) / 2, level)
+    if not spread.parts:  # only the interval is known: it has one variance, that counts as known
+        units = max(spread.n, 1)
+        sd = (below + above) / 2 * math.sqrt(units) / float(stats.norm.ppf(0.5 + level / 2))
+        spread = Spread(units, spread.of, (Part(sd, math.inf),))
     half_now, *_ = spread.at(spread.n, level)
     # Distances to the margin's ends, on the scale of the units' errors.
     to_low = (value - margin[0]) * half_now / (below if value >= margin[0] else above)

@@ -9,7 +9,6 @@ its noise has neither value nor bound.
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -61,7 +60,7 @@ def fit_sweeps(
     """
     trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
     groups = [
-        _group(i, {k: curves[k] for k in part})
+        _Group(i, {k: curves[k] for k in part})
         for i, curves in enumerate(trimmed)
         for part in pools(curves)
     ]
@@ -80,29 +79,23 @@ def fit_sweeps(
     return [[optima[k] for k in range(len(optima))] for optima in found]
 
 
-@dataclass
 class _Group:
-    """Curves of one sweep with a common noise level, by index in the sweep."""
+    """Curves of one sweep with a common noise level, by index in the sweep.
 
-    sweep: int
-    curves: dict[int, LrCurve]
-    weights: dict[int, np.ndarray]
-    growth: float
-    likelihoods: dict[int, Likelihood]
-    """Likelihoods of the curves with enough rates for a fit."""
+    `likelihoods` holds the curves with enough rates for a fit.
+    """
+
+    def __init__(self, sweep: int, curves: dict[int, LrCurve]) -> None:
+        self.sweep, self.curves = sweep, curves
+        weights = weights_of(list(curves.values()))
+        self.growth = growth_of(list(curves.values()), weights)
+        self.weights = dict(zip(curves, weights))
+        self.fit([k for k, c in curves.items() if n_rates(c) >= MIN_RATES])
 
     def fit(self, members: Sequence[int]) -> None:
-        self.likelihoods = {
+        self.likelihoods: dict[int, Likelihood] = {
             k: of_curve(self.curves[k], self.growth, self.weights[k]) for k in members
         }
-
-
-def _group(sweep: int, curves: dict[int, LrCurve]) -> _Group:
-    weights = weights_of(list(curves.values()))
-    growth = growth_of(list(curves.values()), weights)
-    group = _Group(sweep, curves, dict(zip(curves, weights)), growth, {})
-    group.fit([k for k, c in curves.items() if n_rates(c) >= MIN_RATES])
-    return group
 
 
 def _shape_priors(
@@ -180,72 +173,47 @@ def _optimum(
         bracket = estimate(Estimate(math.exp(value), math.exp(low), math.exp(high)), flags)
         return Optimum(curve, bracket, lowest, flags, None, pooled, 0, posterior, likelihood)
     low, high = (float(v) for v in posterior.quantile(np.array([0.5 - level / 2, 0.5 + level / 2])))
-    vertex = _cubic_vertex(rates, means, best)
-    # The cubic's minimum lies in the interval or near the posterior's median.
+    median = float(posterior.quantile(0.5))
+    # The minimum of a least-squares cubic through the five rates around the best one.
+    at = slice(min(max(0, best - 2), max(0, len(rates) - 5)), max(best + 3, 5))
+    u = rates[at] - rates[best]
+    vertex: float | None = None
+    if len(u) >= 4:
+        slope = np.polyder(np.polyfit(u, means[at], 3))
+        roots = [r.real for r in np.roots(slope) if abs(r.imag) < 1e-12]
+        flat = [r for r in roots if np.polyval(np.polyder(slope), r) > 0]
+        vertex = float(rates[best] + flat[0]) if flat and u[0] <= flat[0] <= u[-1] else None
     agrees = vertex is not None and (
-        low <= vertex <= high
-        or abs(vertex - float(posterior.quantile(0.5))) <= math.log(CHECK_RATIO)
+        low <= vertex <= high or abs(vertex - median) <= math.log(CHECK_RATIO)
     )
-    answer = _value_or_bound(posterior, (low, high), rates, curve, known, level)
-    flags = (
-        *few,
-        *(() if known else ("no_variance",)),
-        *(() if agrees else ("checks_disagree",)),
-        *answer.flags,
-    )
-    return Optimum(
-        curve,
-        estimate(answer, flags),
-        lowest,
-        flags,
-        None if vertex is None else math.exp(vertex),
-        pooled,
-        0 if (low < rates[0]) == (high > rates[-1]) else -1 if low < rates[0] else 1,
-        posterior,
-        likelihood,
-    )
-
-
-def _value_or_bound(
-    posterior: Posterior,
-    ends: tuple[float, float],
-    rates: np.ndarray,
-    curve: LrCurve,
-    known: bool,
-    level: float,
-) -> Estimate:
-    """Return a value with an interval, or a bound if the interval extends beyond the rates tried.
-
-    Args:
-        ends: of the interval, ln(lr).
-        rates: usable rates, ln(lr), rising.
-        known: whether the noise is known; if not, there is no interval.
-        level: of the interval.
-    """
-    low, high = ends
-    open_low, open_high = low < rates[0], high > rates[-1]
-    if not (open_low or open_high):
-        value = math.exp(float(posterior.quantile(0.5)))
-        if not known:
-            return Estimate(value, level=level)
+    below, above = low < rates[0], high > rates[-1]
+    if below and above:
+        answer = Estimate(None, flags=("flat",), level=level)
+    elif below:
+        end = math.exp(high) if known else None
+        answer = Estimate(None, None, end, flags=("at_edge",), level=level)
+    elif above:
+        start, (end, flag) = math.exp(low) if known else None, _upper_end(curve)
+        answer = Estimate(None, start, end, flags=(flag,), level=level)
+    elif not known:
+        answer = Estimate(math.exp(median), level=level)
+    else:
         # A random stream derived from the curve's settings, the same on every machine.
         name = repr(sorted((k, str(v)) for k, v in curve.key.items()))
         stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        draws = np.exp(posterior.draws(stream))
-        return Estimate(value, math.exp(low), math.exp(high), draws=draws, level=level)
-    if open_low and open_high:
-        return Estimate(None, flags=("flat",), level=level)
-    if open_low:
-        end = math.exp(high) if known else None
-        return Estimate(None, None, end, flags=("at_edge",), level=level)
-    start, (end, flag) = math.exp(low) if known else None, _upper_end(curve)
-    return Estimate(None, start, end, flags=(flag,), level=level)
+        draws, ends = np.exp(posterior.draws(stream)), (math.exp(low), math.exp(high))
+        answer = Estimate(math.exp(median), *ends, draws=draws, level=level)
+    doubts = {"no_variance": known, "checks_disagree": agrees}
+    flags = (*few, *(flag for flag, is_fine in doubts.items() if not is_fine), *answer.flags)
+    found, cubic = estimate(answer, flags), None if vertex is None else math.exp(vertex)
+    side = 0 if below == above else -1 if below else 1
+    return Optimum(curve, found, lowest, flags, cubic, pooled, side, posterior, likelihood)
 
 
 def _bound_at_end(
     curve: LrCurve, rates: np.ndarray, best: int, posterior: Posterior | None
 ) -> Estimate:
-    """Return a bound if the best rate is the first or the last one tried.
+    """Return a bound, where the best rate is the first or the last one tried.
 
     On the inner side the bound is the neighbouring rate, or further if the noise allows it; on the
     outer side it is the first rate that diverged, if there is one.
@@ -275,21 +243,3 @@ def _upper_end(curve: LrCurve) -> tuple[float | None, str]:
     """Return the lowest rate that diverged above the usable ones, and the flag of a bound there."""
     end = first_diverged(curve)
     return (math.exp(end), "bounded_by_divergence") if math.isfinite(end) else (None, "at_edge")
-
-
-def _cubic_vertex(rates: np.ndarray, means: np.ndarray, best: int) -> float | None:
-    """Return the minimum, in ln(lr), of a least-squares cubic; None if it has none inside.
-
-    The cubic is fitted to the five rates around the best one.
-    """
-    at = slice(min(max(0, best - 2), max(0, len(rates) - 5)), max(best + 3, 5))
-    x, y = rates[at] - rates[best], means[at]
-    if len(x) < 4:
-        return None
-    slope = np.polyder(np.polyfit(x, y, 3))
-    flat = [
-        r.real
-        for r in np.roots(slope)
-        if abs(r.imag) < 1e-12 and np.polyval(np.polyder(slope), r.real) > 0
-    ]
-    return float(rates[best] + flat[0]) if flat and x[0] <= flat[0] <= x[-1] else None

@@ -66,13 +66,27 @@ def weigh(
         shape_priors: by sweep and curve.
         misfit: take the level of valley.TAUS nearest to this as known.
     """
-    sigmas = [_sigmas(s) for s in sweeps]
+    sigmas = []  # noise levels to average over, by sweep
+    for sweep in sweeps:
+        df = sum(e.df for e in sweep)
+        if not sweep:
+            sigmas.append(np.ones(1))
+        elif df >= 10:  # enough repeats: near their spread
+            noise = math.sqrt(max(sum(e.squares for e in sweep) / df, 1e-18))
+            sigmas.append(noise * np.exp(np.linspace(-2.5, 2.5, 5) / math.sqrt(2 * df)))
+        else:
+            scale = float(np.median([np.ptp(e.loss) for e in sweep])) or 1e-6
+            sigmas.append(scale * np.geomspace(1e-4, 0.5, 12))
     flat = [e for sweep in sweeps for e in sweep]
     own = [levels for sweep, levels in zip(sweeps, sigmas) for _ in sweep]
     priors: list[ShapePrior | None] = [None] * len(flat)
     if shape_priors is not None:
         priors = [prior for row in shape_priors for prior in row]
-    grids = [_near(e) for e in flat]
+    grids = []  # minima to try: from two rates below the best one to two above
+    for e in flat:
+        low = e.x[e.best - 2] if e.best >= 2 else e.x[0] - _PAD
+        high = e.x[e.best + 2] if e.best + 2 < len(e.x) else e.x[-1] + _PAD
+        grids.append(np.linspace(low, min(high, e.first_diverged), _STEPS))
     logs = _all_logs(flat, grids, own, priors)
     for wide in (False, True):
         found, start = [], 0
@@ -85,39 +99,12 @@ def weigh(
         if wide or not again:
             break
         for k in again:
-            grids[k] = _everywhere(flat[k])
-        wider = _all_logs(
-            [flat[k] for k in again],
-            [grids[k] for k in again],
-            [own[k] for k in again],
-            [priors[k] for k in again],
-        )
+            low, high = flat[k].x[0] - _PAD, flat[k].x[-1] + _PAD
+            grids[k] = np.linspace(low, min(high, flat[k].first_diverged), 2 * _STEPS)
+        wider = _all_logs(*([values[k] for k in again] for values in (flat, grids, own, priors)))
         for k, log in zip(again, wider):
             logs[k] = log
     return found
-
-
-def _sigmas(sweep: Sequence[Likelihood]) -> np.ndarray:
-    """Return the noise levels to average over: near the repeats' spread, if there are enough."""
-    if not sweep:
-        return np.ones(1)
-    df = sum(e.df for e in sweep)
-    if df >= 10:
-        noise = math.sqrt(max(sum(e.squares for e in sweep) / df, 1e-18))
-        return noise * np.exp(np.linspace(-2.5, 2.5, 5) / math.sqrt(2 * df))
-    scale = float(np.median([np.ptp(e.loss) for e in sweep])) or 1e-6
-    return scale * np.geomspace(1e-4, 0.5, 12)
-
-
-def _everywhere(e: Likelihood) -> np.ndarray:
-    return np.linspace(e.x[0] - _PAD, min(e.x[-1] + _PAD, e.first_diverged), 2 * _STEPS)
-
-
-def _near(e: Likelihood) -> np.ndarray:
-    """Return the minima to try: from two rates below the best one to two above."""
-    low = e.x[e.best - 2] if e.best >= 2 else e.x[0] - _PAD
-    high = e.x[e.best + 2] if e.best + 2 < len(e.x) else e.x[-1] + _PAD
-    return np.linspace(low, min(high, e.first_diverged), _STEPS)
 
 
 def _all_logs(
@@ -143,17 +130,12 @@ def _all_logs(
             z = np.array([likelihoods[k].root @ likelihoods[k].loss for k in part])
             noise = np.array([sigmas[k] for k in part])
             for k, log in zip(part, valley.log_likelihood(t, z, noise, shape_priors[members[0]])):
-                out[k] = log + _inside(likelihoods[k], grids[k], sigmas[k])[:, None, :]
+                # Outside the bracket no minimum is possible: the random curvature would allow a
+                # second, lower one at another tried rate.
+                ends = np.array([likelihoods[k].bracket(float(s)) for s in sigmas[k]])
+                inside = (grids[k] >= ends[:, :1]) & (grids[k] <= ends[:, 1:])
+                out[k] = log + np.where(inside, 0.0, _NEVER)[:, None, :]
     return out
-
-
-def _inside(e: Likelihood, m: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """Return 0 where a minimum is possible at a noise level, else a large negative number, [S, M].
-
-    Without this, the random curvature would allow a second, lower minimum at another tried rate.
-    """
-    ends = [e.bracket(float(s)) for s in sigmas]
-    return np.array([np.where((m >= low) & (m <= high), 0.0, _NEVER) for low, high in ends])
 
 
 def _pool(

@@ -126,9 +126,8 @@ def _tables(x_key: bytes, root_key: bytes, m_key: bytes, d: int) -> Tables:
     root = np.frombuffer(root_key).reshape(d, len(x))
     spread, axes = np.linalg.eigh(root @ misfit(x, m, _A) @ root.T)
     shape = linex(x - m[:, None, None], _A[:, None]) @ root.T
-    return Tables(
-        m, axes.swapaxes(-1, -2), np.maximum(spread, 0.0), np.einsum("maij,mai->maj", axes, shape)
-    )
+    turn, along = axes.swapaxes(-1, -2), np.einsum("maij,mai->maj", axes, shape)
+    return Tables(m, turn, np.maximum(spread, 0.0), along)
 
 
 def log_likelihood(
@@ -186,10 +185,10 @@ class Shape:
         """Return the loss at ln(lr) = x minus the minimum, in nats."""
         x = np.asarray(x, float)
         both = np.concatenate([self.x, x])
-        cross = misfit(both, np.array([self.m]), np.array([self.a]))[0, 0][
-            len(self.x) :, : len(self.x)
-        ]
-        return self.c * linex(x - self.m, self.a) + (self.tau * self.c) ** 2 * cross @ self.pull
+        cov, n = misfit(both, np.array([self.m]), np.array([self.a]))[0, 0], len(self.x)
+        return (
+            self.c * linex(x - self.m, self.a) + (self.tau * self.c) ** 2 * cov[n:, :n] @ self.pull
+        )
 
 
 def likeliest(

@@ -22,8 +22,8 @@ from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures.next_runs import Suggestion, lines, suggest
 from analysis.measures.regret import Gap
 from analysis.optimum.optimum import Optimum, seeds_at_best
+from analysis.runs.prefixes import task_problems
 from analysis.runs.table import TableError
-from analysis.runs.task import task_problems
 
 Rows = list[list[str]]
 UNKNOWN = Estimate(None)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.correlation import within_groups
 from analysis.inference.estimate import Estimate, exp_of, number, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
+from analysis.inference.meta import within_groups
 from analysis.inference.seeds import PooledVariance
 from analysis.measures.at_best import AtBest, is_finite, losses_at_best, over_seeds, pooled_over
 from analysis.measures.qualify import stalled

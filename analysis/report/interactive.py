@@ -46,23 +46,39 @@ def write(
         ratios: (group, name, LoRA / FullFT) for the forest plot.
         within: extra loss allowed in the low-regret band.
     """
-    where = {_key(o.curve.key): k for k, o in enumerate(optima)}
-    used = {
-        k: {round(float(v), 9) for v in o.curve.x[o.curve.usable]} for k, o in enumerate(optima)
-    }
     learned = learning_curves(table).query("step >= 1").dropna(subset="test_nll")
     points = {
-        run: [list(p) for p in zip(c["step"].tolist(), c["test_nll"].tolist())]
+        run: list(zip(c["step"].tolist(), c["test_nll"].tolist()))
         for run, c in learned.groupby("run")
     }
+    where = {_key(o.curve.key): k for k, o in enumerate(optima)}
+    used = [{round(float(v), 9) for v in o.curve.x[o.curve.usable]} for o in optima]
+    runs = []
+    for run, row in zip(table.index, table.to_dict("records")):
+        curve = where.get(_key({k: row[k] for k in CURVE_KEYS if k in row}))
+        sign = 1 if curve is None else optima[curve].curve.shown.sign
+        nll, is_used = _plain(row.get("test_nll")), False
+        if curve is not None and row["status"] == "done":
+            is_used = round(math.log(row["lr"]), 9) in used[curve]
+        others = [k for k in row if k not in _DETAILS and k not in _LONG]
+        details = {k: _plain(row[k]) for k in (*_DETAILS, *others) if k in row}
+        runs.append(
+            {
+                "curve": curve,
+                "lr": float(row["lr"]),
+                "seed": _plain(row.get("seed")),
+                "status": str(row["status"]),
+                "nll": None if nll is None else sign * nll,
+                "fitted": is_used,
+                "learned": [[step, sign * value] for step, value in points.get(run, ())],
+                "details": {k: v for k, v in details.items() if v is not None},
+            }
+        )
     data = {
         "title": title,
         "within": within,
         "curves": [_curve(o, within) for o in optima],
-        "runs": [
-            _run(row, points.get(run, []), where, used, optima)
-            for run, row in zip(table.index, table.to_dict("records"))
-        ],
+        "runs": runs,
         "ratios": [
             {"group": g, "name": n, "value": e.value, "low": e.low, "high": e.high}
             for g, n, e in ratios
@@ -87,66 +103,27 @@ def write(
     path.write_text(page)
 
 
+def _key(key: dict[str, Any]) -> tuple:
+    return tuple(sorted((k, "" if v is None or v != v else str(v)) for k, v in key.items()))
+
+
 def _curve(o: Optimum, within: float) -> dict[str, Any]:
-    key, e, band, sign = o.curve.key, o.best_lr, o.band(within), o.curve.shown.sign
-    x = o.curve.unbroken
-    fit = None
+    key, e, sign, x = o.curve.key, o.best_lr, o.curve.shown.sign, o.curve.unbroken
+    fit: dict[str, list[float]] | None = None
+    best = o.best_nll
     if o.shape is not None and len(x):
         lr = np.exp(np.linspace(x.min(), x.max(), _FIT_POINTS))
         fit = {
             "lr": [float(f"{v:.5g}") for v in lr],
             "nll": [float(f"{sign * v:.6g}") for v in o.predict(lr)],
         }
-    best = o.best_nll
     return {
-        "name": o.curve.name,
-        "group": o.curve.group,
-        "metric": o.curve.shown.label,
-        "sign": sign,
-        "model": str(key["model"]),
-        "rank": _plain(key.get("rank")),
-        "method": str(key["method"]),
-        "batch_size": _plain(key.get("batch_size")),
-        "best_lr": e.value,
-        "low": e.low,
-        "high": e.high,
+        **{"name": o.curve.name, "group": o.curve.group, "metric": o.curve.shown.label},
+        **{"sign": sign, "model": str(key["model"]), "rank": _plain(key.get("rank"))},
+        **{"method": str(key["method"]), "batch_size": _plain(key.get("batch_size"))},
+        **{"best_lr": e.value, "low": e.low, "high": e.high},
         "best_nll": None if best is None or not math.isfinite(best) else sign * best,
-        "flags": list(o.flags),
-        "band": band,
-        "fit": fit,
-    }
-
-
-def _key(key: dict[str, Any]) -> tuple:
-    return tuple(sorted((k, "" if v is None or v != v else str(v)) for k, v in key.items()))
-
-
-def _run(
-    row: dict[str, Any],
-    points: list[list[float]],
-    where: dict[tuple, int],
-    used: dict[int, set[float]],
-    optima: Sequence[Optimum],
-) -> dict[str, Any]:
-    curve = where.get(_key({k: row[k] for k in CURVE_KEYS if k in row}))
-    sign = 1 if curve is None else optima[curve].curve.shown.sign
-    nll = _plain(row.get("test_nll"))
-    fitted = (
-        curve is not None
-        and row["status"] == "done"
-        and round(math.log(row["lr"]), 9) in used[curve]
-    )
-    others = [k for k in row if k not in _DETAILS and k not in _LONG]
-    details = {k: _plain(row[k]) for k in (*_DETAILS, *others) if k in row}
-    return {
-        "curve": curve,
-        "lr": float(row["lr"]),
-        "seed": _plain(row.get("seed")),
-        "status": str(row["status"]),
-        "nll": None if nll is None else sign * nll,
-        "fitted": fitted,
-        "learned": [[step, sign * value] for step, value in points],
-        "details": {k: v for k, v in details.items() if v is not None},
+        **{"flags": list(o.flags), "band": o.band(within), "fit": fit},
     }
 
 

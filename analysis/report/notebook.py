@@ -42,11 +42,7 @@ def table(folder: Path) -> pd.DataFrame:
 
 def answer(folder: Path) -> Analysis:
     """Fit and judge a result's runs under its question."""
-    return analyse(table(folder), _question(folder), RESULTS)
-
-
-def _question(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "question.json").read_text())
+    return analyse(table(folder), json.loads((folder / "question.json").read_text()), RESULTS)
 
 
 def _frame(rows: Sequence[Sequence[str]]) -> pd.DataFrame:
@@ -61,7 +57,8 @@ def optima(found: Analysis) -> pd.DataFrame:
 
 def verdicts(found: Analysis, folder: Path) -> pd.DataFrame:
     """Return one row per claim."""
-    return _frame(report.verdict_rows(found.verdicts, _question(folder)))
+    question = json.loads((folder / "question.json").read_text())
+    return _frame(report.verdict_rows(found.verdicts, question))
 
 
 def section(found: Analysis, title: str) -> pd.DataFrame:
@@ -81,12 +78,12 @@ def suggestions(found: Analysis) -> pd.DataFrame:
 
 def lr_against_nll(found: Analysis) -> Any:
     """Show NLL over learning rate with fits and intervals."""
-    return _shown(lambda path: plots_curves.lr_against_nll(found.optima, path))
+    return _shown(plots_curves.lr_against_nll, found.optima)
 
 
 def learning_curves(runs: pd.DataFrame, found: Analysis) -> Any:
     """Show held-out NLL over updates."""
-    return _shown(lambda path: plots_curves.learning(runs, found.optima, path))
+    return _shown(plots_curves.learning, runs, found.optima)
 
 
 def study() -> pd.DataFrame:
@@ -101,10 +98,10 @@ def page(name: str) -> Any:
     return Markdown((RESULTS / name).read_text())
 
 
-def _shown(draw: Callable[[Path], None]) -> Any:
+def _shown(draw: Callable[..., None], *values: Any) -> Any:
     from IPython.display import Image
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "figure.png"
-        draw(path)
+        draw(*values, path)
         return Image(path.read_bytes())

@@ -26,6 +26,13 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 """Okabe & Ito's palette, distinguishable for colour-blind readers. Black is full fine-tuning."""
 MARKERS = "osD^vP*"
 DPI = 100
+MANY = 3
+"""A legend with more entries is placed below the axes, as is that of a panel with horizontal lines,
+which would cross it."""
+PLAIN = 1e5
+"""Numbers from 1 up to this are written out at the ticks of a logarithmic axis."""
+ARROW = 24
+"""Length of an arrow, in points."""
 INPUTS = "Inputs"
 """Name of the PNG text chunk with the hash of a figure's inputs."""
 _STYLE: dict[str, Any] = {
@@ -83,35 +90,33 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
     """
     rows, columns = grid_of(len(parts))
     size = (4.8 * columns if columns > 1 else 7.2, 4.1 * rows)
-    with drawn(path, inputs, rows, columns, size, len(parts), bbox_inches="tight") as (
-        fig,
-        axes,
-    ):
+    with drawn(path, inputs, rows, columns, size, len(parts), bbox_inches="tight") as (fig, axes):
         used = list(zip(axes, parts))
         for ax, panel in used:
-            _panel(ax, panel)
+            _draw(ax, panel)
         for ax, panel in used:
             lows, highs = zip(*(other.get_ylim() for other, p in used if p.y == panel.y))
             ax.set_ylim(min(lows), max(highs))
         for ax, panel in used:
-            _ticks(ax, panel)
+            _label_ticks(ax, panel)
         labels = [ax.get_legend_handles_labels()[1] for ax, _ in used]
         shared = len(used) > 1 and all(mine == labels[0] for mine in labels)
-        for ax, panel in used if not shared else ():
-            _legend(ax, panel)
+        look: dict[str, Any] = {"frameon": False, "fontsize": 8}
+        below: dict[str, Any] = {**look, "loc": "upper center", "ncol": 2}
+        for (ax, panel), mine in zip(used, labels) if not shared else ():
+            if len(mine) > MANY or panel.lines:
+                lines = max((t.count("\n") for _, t in panel.ticks or ()), default=0)
+                ax.legend(bbox_to_anchor=(0.5, -0.19 - 0.07 * lines), **below)
+            elif mine:
+                ax.legend(**look)
         fig.tight_layout()
         if shared and labels[0]:
-            look: dict[str, Any] = {"frameon": False, "fontsize": 8, "loc": "upper center"}
             handles = axes[0].get_legend_handles_labels()[0]
-            fig.legend(handles, labels[0], bbox_to_anchor=(0.5, 0.0), ncol=2, **look)
+            fig.legend(handles, labels[0], bbox_to_anchor=(0.5, 0.0), **below)
 
 
-MANY = 3
-"""A legend with more entries is placed below the axes, as is that of a panel with horizontal lines,
-which would cross it."""
-
-
-def _panel(ax: Axes, panel: Panel) -> None:
+def _draw(ax: Axes, panel: Panel) -> None:
+    """Draw a panel's band, lines and series, and set its scales."""
     if panel.band is not None:
         low, high = panel.band
         label = f"margin {low:g} to {high:g}"
@@ -122,23 +127,47 @@ def _panel(ax: Axes, panel: Panel) -> None:
         _series(ax, series, k)
     ax.set(xlabel=panel.x, ylabel=panel.y)
     ax.set_title(panel.title, fontsize=10)
-    _scales(ax, panel)
+    positive = [float(v) for s in panel.series for v in s.y if v is not None and v > 0]
+    if panel.log_x and positive:  # an empty panel cannot have a log scale
+        ax.set_xscale("log")
+    if panel.log_y and positive and panel.linear_below:
+        ax.set_yscale("symlog", linthresh=panel.linear_below)
+        ax.set_ylim(-panel.linear_below, 4 * max(positive))
+    elif panel.log_y and positive:
+        ax.set_yscale("log")
+    if panel.y_range != (None, None):
+        ax.set_ylim(*panel.y_range)
 
 
-def _legend(ax: Axes, panel: Panel) -> None:
-    labels = ax.get_legend_handles_labels()[1]
-    if len(labels) > MANY or panel.lines:
-        lines = max((t.count("\n") for _, t in panel.ticks or ()), default=0)
-        below = (0.5, -0.19 - 0.07 * lines)
-        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=below, ncol=2)
-    elif labels:
-        ax.legend(frameon=False, fontsize=8)
+def _label_ticks(ax: Axes, panel: Panel) -> None:
+    def plain(value: float, _: float) -> str:
+        return f"{value:g}"
+
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "log" and high < 100 * low:
+        # Less than two decades: label minor ticks with plain numbers too.
+        ax.yaxis.set_major_formatter(plain)
+        if high >= 6 * low:
+            subs = (2, 3, 5, 7) if high < 20 * low else (2, 5)
+            ax.yaxis.set_minor_locator(LogLocator(subs=subs))
+        ax.yaxis.set_minor_formatter(plain)
+    elif ax.get_yscale() == "log" and low >= 1 and high < PLAIN:
+        ax.yaxis.set_major_formatter(plain)
+    if panel.ticks is not None:
+        ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
+        ax.xaxis.set_minor_locator(NullLocator())
+    elif ax.get_xscale() == "log":
+        left, right = ax.get_xlim()
+        if right < 10 * left:  # otherwise labelled in powers of ten, over each other
+            ax.xaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5, 7)))
+            ax.xaxis.set_minor_formatter(plain)
+        ax.xaxis.set_major_formatter(plain)
 
 
 def _series(ax: Axes, s: Series, k: int) -> None:
     index = k if s.colour is None else s.colour
     colour = index if isinstance(index, str) else COLOURS[index % len(COLOURS)]
-    x, y = np.asarray(s.x, float), _numbers(s.y)
+    x, y = np.asarray(s.x, float), np.array(s.y, float)  # None becomes NaN
     bounds = np.asarray(s.bounds, int) if len(s.bounds) else np.zeros(len(x), int)
     style = s.style.replace("o", MARKERS[k % len(MARKERS)])
     look: dict[str, Any] = {"color": colour, "lw": s.width, "ms": s.size, "alpha": s.alpha}
@@ -146,17 +175,13 @@ def _series(ax: Axes, s: Series, k: int) -> None:
     for side in (-1, 1):
         arrows(ax, x[bounds == side], y[bounds == side], (0, side), colour)
     if len(s.low):
-        low, high = _numbers(s.low), _numbers(s.high)
+        low, high = np.array(s.low, float), np.array(s.high, float)
         # A range without a value in it is drawn from its middle.
         middle = np.where(np.isfinite(y), y, (low + high) / 2)
         reach = np.clip(np.stack([middle - low, high - middle]), 0, None)
         bars = np.where(np.isfinite(reach), reach, 0)
         bars[:, (bounds != 0) & ~(np.isfinite(low) & np.isfinite(high))] = 0
         ax.errorbar(x, middle, yerr=bars, fmt="none", ecolor=colour, capsize=3, lw=1.2)
-
-
-ARROW = 24
-"""Length of an arrow, in points."""
 
 
 def arrows(
@@ -175,52 +200,3 @@ def arrows(
             end = (ARROW * side[0], ARROW * side[1])
             where: Any = {"xycoords": "data", "textcoords": "offset points"}
             ax.annotate("", at, end, arrowprops=way, **where)
-
-
-def _numbers(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([np.nan if v is None else v for v in values], float)
-
-
-def _scales(ax: Axes, panel: Panel) -> None:
-    positive = any(v is not None and v > 0 for s in panel.series for v in s.y)
-    if panel.log_x and positive:  # an empty panel cannot have a log scale
-        ax.set_xscale("log")
-    if panel.log_y and positive and panel.linear_below:
-        ax.set_yscale("symlog", linthresh=panel.linear_below)
-        ax.set_ylim(
-            -panel.linear_below, 4 * max(max(map(float, s.y), default=0.0) for s in panel.series)
-        )
-    elif panel.log_y and positive:
-        ax.set_yscale("log")
-    if panel.y_range != (None, None):
-        ax.set_ylim(*panel.y_range)
-
-
-PLAIN = 1e5
-"""Numbers from 1 up to this are written out at the ticks of a logarithmic axis."""
-
-
-def _ticks(ax: Axes, panel: Panel) -> None:
-    low, high = ax.get_ylim()
-    if ax.get_yscale() == "log" and high < 100 * low:
-        # Less than two decades: label minor ticks with plain numbers too.
-        ax.yaxis.set_major_formatter(_plain_number)
-        if high >= 6 * low:
-            subs = (2, 3, 5, 7) if high < 20 * low else (2, 5)
-            ax.yaxis.set_minor_locator(LogLocator(subs=subs))
-        ax.yaxis.set_minor_formatter(_plain_number)
-    elif ax.get_yscale() == "log" and low >= 1 and high < PLAIN:
-        ax.yaxis.set_major_formatter(_plain_number)
-    if panel.ticks is not None:
-        ax.set_xticks([v for v, _ in panel.ticks], [t for _, t in panel.ticks])
-        ax.xaxis.set_minor_locator(NullLocator())
-    elif ax.get_xscale() == "log":
-        left, right = ax.get_xlim()
-        if right < 10 * left:  # otherwise labelled in powers of ten, over each other
-            ax.xaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5, 7)))
-            ax.xaxis.set_minor_formatter(_plain_number)
-        ax.xaxis.set_major_formatter(_plain_number)
-
-
-def _plain_number(value: float, _: float) -> str:
-    return f"{value:g}"

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from analysis.inference.estimate import Estimate, rate, with_interval
+from analysis.inference.estimate import rate, with_interval
 from analysis.optimum.likelihood import rate_means, without_shifts
 from analysis.optimum.optimum import Optimum
 from analysis.report.plots import COLOURS, MARKERS, arrows, drawn, grid_of
@@ -20,6 +21,7 @@ from analysis.runs.lr_curves import full_names, runs_of, title
 
 BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
 """A legend below its axes."""
+Panels = list[tuple[Axes, list[Optimum]]]
 
 
 def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
@@ -30,89 +32,41 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
     there are hollow. A bound of an optimum is an arrow. Groups of one model and data set share
     their axes; so do all rewards of a model.
     """
-    groups = _groups(optima)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
-    rows, columns, size = _layout(groups)
-    with drawn(path, inputs, rows, columns, size, len(groups)) as (fig, axes):
-        for ax, members in zip(axes, groups.values()):
-            top = _top([o for o in optima if _scale(o) == _scale(members[0])])
-            shown = members[0].curve.shown
+    with _panels(optima, path, inputs) as (fig, panels, _):
+        for ax, members in panels:
+            alike = [without_shifts(o.curve)[1] for o in optima if _scale(o) == _scale(members[0])]
+            y, shown = np.concatenate(alike), members[0].curve.shown
+            # Above all usable points: the height of diverged runs, and the axis limit.
+            broken, limit = 1.0, 1.1
+            if len(y):
+                span = max(float(y.max() - y.min()), 1e-3)
+                broken, limit = float(y.max()) + 0.08 * span, float(y.max()) + 0.14 * span
             for k, o in enumerate(members):
-                colour, again = _look(k)
-                marker = MARKERS[(colour + again) % len(MARKERS)]
-                _fitted(ax, o, names[id(o)], COLOURS[colour], marker, top)
+                _fitted(ax, o, names[id(o)], k, broken, limit)
             ax.set(
-                xscale="log",
-                xlabel="learning rate",
-                ylabel=f"{shown.label}, seeds at their mean",
+                xscale="log", xlabel="learning rate", ylabel=f"{shown.label}, seeds at their mean"
             )
             ax.set_title(title(members[0].curve), fontsize=10)
-            ax.set_ylim(top=top[1])
+            ax.set_ylim(top=limit)
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.legend(**BELOW)
-        _same_axes(axes, groups)
+        _same_axes(panels)
         fig.tight_layout()
 
 
-def _look(k: int) -> tuple[int, int]:
-    """Return the colour's index of a group's k-th curve, and how many curves have had it before.
+def _fitted(ax: Axes, o: Optimum, label: str, k: int, broken: float, limit: float) -> None:
+    """Draw the k-th curve of a group with its fit and best rate.
 
-    Only the first one, full fine-tuning, is black.
+    The best rate is drawn with its interval, the range it lies in, or an arrow from its bound.
+
+    Args:
+        broken: height of the runs that are not fitted.
+        limit: of the axis; the fit ends there.
     """
-    again, colour = divmod(k - 1, len(COLOURS) - 1)
-    return (0, 0) if k == 0 else (1 + colour, again)
-
-
-def _scale(o: Optimum) -> tuple[Any, ...]:
-    """Return what panels with the same axes agree in: rewards compare across data sets."""
-    key, shown = o.curve.key, o.curve.shown
-    return (shown, key["model"]) if shown.sign < 0 else (shown, key["model"], key["dataset"])
-
-
-def _same_axes(axes: Sequence[Axes], groups: dict[str, list[Optimum]]) -> None:
-    """Give comparable panels the same limits, and show each loss as the metric it was made of."""
-    alike: dict[tuple[Any, ...], list[Axes]] = {}
-    for ax, members in zip(axes, groups.values()):
-        alike.setdefault(_scale(members[0]), []).append(ax)
-    for (metric, *_), mine in alike.items():
-        x, y = (list(zip(*v)) for v in zip(*((a.get_xlim(), a.get_ylim()) for a in mine)))
-        low, high = min(y[0]), max(y[1])
-        room = 0.02 * (high - low) if len(mine) > 1 else 0.0
-        for ax in mine:
-            ax.set(xlim=(min(x[0]), max(x[1])), ylim=(low - room, high))
-            if metric.sign < 0:
-                ax.invert_yaxis()
-                ax.yaxis.set_major_formatter(lambda loss, _: f"{0.0 - loss:g}")
-
-
-def _groups(optima: Sequence[Optimum]) -> dict[str, list[Optimum]]:
-    found: dict[str, list[Optimum]] = {}
-    for o in optima:
-        found.setdefault(o.curve.group, []).append(o)
-    return found
-
-
-def _layout(groups: dict[str, list[Optimum]]) -> tuple[int, int, tuple[float, float]]:
-    """Return rows, columns and the figure's size, with room for legends below the axes."""
-    rows, columns = grid_of(len(groups))
-    height = 4.2 + 0.19 * max(map(len, groups.values()))
-    return rows, columns, (7.4 * columns, height * rows)
-
-
-def _top(members: Sequence[Optimum]) -> tuple[float, float]:
-    """Return the height for diverged runs and the axis limit, above all usable points."""
-    y = np.concatenate([without_shifts(o.curve)[1] for o in members])
-    if not len(y):
-        return 1.0, 1.1
-    span = max(float(y.max() - y.min()), 1e-3)
-    return float(y.max()) + 0.08 * span, float(y.max()) + 0.14 * span
-
-
-def _fitted(
-    ax: Axes, o: Optimum, label: str, colour: str, marker: str, top: tuple[float, float]
-) -> None:
-    c, e = o.curve, o.best_lr
-    lr = np.exp(c.x)
+    index, again = _look(k)
+    colour, marker = COLOURS[index], MARKERS[(index + again) % len(MARKERS)]
+    c, e, height = o.curve, o.best_lr, o.best_nll
     known = any(v is not None for v in (e.value, e.low, e.high))
     if known:
         label += f": best {with_interval(e, rate)}"
@@ -124,21 +78,17 @@ def _fitted(
     look: dict[str, Any] = {"color": colour, "ms": 5, "alpha": 0.8}
     ax.plot(np.exp(x[plain]), y[plain], marker, label=label, **look)
     ax.plot(np.exp(x[~plain]), y[~plain], marker, mfc="none", **look)
-    bad = ~c.usable
-    ax.plot(lr[bad], np.full(bad.sum(), top[0]), "x", color=colour, ms=7, mew=2)
+    bad = np.exp(c.x[~c.usable])
+    ax.plot(bad, np.full(len(bad), broken), "x", color=colour, ms=7, mew=2)
     if len(rates) > 1:
         span = np.geomspace(rates[0], rates[-1], 200)
         fitted = o.predict(span)
         if fitted is not None:
-            shown = fitted <= top[1]
+            shown = fitted <= limit
             ax.plot(span[shown], fitted[shown], "-", color=colour, lw=1.3)
-    if known and o.best_nll is not None:
-        _best(ax, e, o.best_nll, colour)
-
-
-def _best(ax: Axes, e: Estimate, height: float, colour: str) -> None:
-    """Draw a best rate with its interval, the range it lies in, or an arrow from its bound."""
-    look: dict[str, Any] = {"color": colour, "ms": 14, "mew": 2, "capsize": 4, "zorder": 5}
+    if not known or height is None:
+        return
+    look = {"color": colour, "ms": 14, "mew": 2, "capsize": 4, "zorder": 5}
     if e.low is not None and e.high is not None:
         at = e.value or math.sqrt(e.low * e.high)
         reach = [[at - e.low], [e.high - at]]
@@ -157,15 +107,27 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
     Every run is a thin line; the run at each curve's best tried rate is thick.
     """
     learned = by_run(table)
-    groups = _groups(optima)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
-    rows, columns, size = _layout(groups)
-    with drawn(path, inputs, rows, columns, size, len(groups)) as (fig, axes):
-        for ax, members in zip(axes, groups.values()):
+    with _panels(optima, path, inputs) as (fig, panels, height):
+        for ax, members in panels:
             for k, o in enumerate(members):
                 colour, again = _look(k)
-                dash = ("-", "--", ":")[again % 3]
-                _learned(ax, o, names[id(o)], table, learned, COLOURS[colour], dash)
+                x, y = rate_means(o.curve)
+                best = np.exp(x[np.argmin(y)]) if len(y) else None
+                key, cut_from = o.curve.key, o.curve.cut_from
+                if cut_from:  # the table is of the whole runs
+                    whole = dataclasses.replace(o.curve, key={**key, "steps": cut_from})
+                runs = runs_of(table, whole if cut_from else o.curve)
+                labelled = False
+                for run, lr in runs.loc[runs.index.isin(list(learned)), "lr"].items():
+                    points = learned[run][learned[run]["step"] >= 1]
+                    points = points[points["step"] <= key["steps"]] if cut_from else points
+                    is_best = best is not None and np.isclose(lr, best, rtol=1e-6)
+                    look: dict[str, Any] = {"lw": 2 if is_best else 0.5}
+                    look |= {"alpha": 1.0 if is_best else 0.2, "ls": ("-", "--", ":")[again % 3]}
+                    if is_best and not labelled:
+                        look["label"], labelled = f"{names[id(o)]}, lr {rate(lr)}", True
+                    ax.plot(points["step"], points["test_nll"], color=COLOURS[colour], **look)
             limit, shown = np.nanmax([o.curve.nll_start for o in members]), members[0].curve.shown
             if np.isfinite(limit):
                 ax.axhline(limit, color="grey", lw=0.8, ls=":", label="before training")
@@ -174,38 +136,56 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
             ax.set(xscale="log", xlabel="updates", ylabel=shown.label)
             ax.set_title(title(members[0].curve), fontsize=10)
             ax.legend(**BELOW)
-        _same_axes(axes, groups)
+        _same_axes(panels)
         fig.suptitle(
             "thin: every run; thick: best tried rate (the last evaluation uses more held-out rows)",
             fontsize=9,
-            y=1 - 0.08 / size[1],
+            y=1 - 0.08 / height,
             va="top",
         )
-        fig.tight_layout(rect=(0, 0, 1, 1 - 0.3 / size[1]))
+        fig.tight_layout(rect=(0, 0, 1, 1 - 0.3 / height))
 
 
-def _learned(
-    ax: Axes,
-    o: Optimum,
-    name: str,
-    table: pd.DataFrame,
-    learned: dict[object, pd.DataFrame],
-    colour: str,
-    dash: str,
-) -> None:
-    x, y = rate_means(o.curve)
-    best = np.exp(x[np.argmin(y)]) if len(y) else None
-    runs = runs_of(table, o.curve)
-    if o.curve.cut_from:  # the table is of the whole runs
-        whole = {**o.curve.key, "steps": o.curve.cut_from}
-        runs = runs_of(table, dataclasses.replace(o.curve, key=whole))
-    steps = o.curve.key.get("steps")
-    labelled = False
-    for run, lr in runs.loc[runs.index.isin(list(learned)), "lr"].items():
-        points = learned[run][learned[run]["step"] >= 1]
-        points = points[points["step"] <= steps] if o.curve.cut_from else points
-        is_best = best is not None and np.isclose(lr, best, rtol=1e-6)
-        look: dict[str, Any] = {"lw": 2, "alpha": 1.0} if is_best else {"lw": 0.5, "alpha": 0.2}
-        if is_best and not labelled:
-            look["label"], labelled = f"{name}, lr {rate(lr)}", True
-        ax.plot(points["step"], points["test_nll"], color=colour, ls=dash, **look)
+@contextmanager
+def _panels(
+    optima: Sequence[Optimum], path: Path, inputs: str
+) -> Iterator[tuple[Any, Panels, float]]:
+    """Yield a figure, the axes of each group of curves, and the height with room for legends."""
+    groups: dict[str, list[Optimum]] = {}
+    for o in optima:
+        groups.setdefault(o.curve.group, []).append(o)
+    rows, columns = grid_of(len(groups))
+    size = (7.4 * columns, (4.2 + 0.19 * max(map(len, groups.values()))) * rows)
+    with drawn(path, inputs, rows, columns, size, len(groups)) as (fig, axes):
+        yield fig, list(zip(axes, groups.values())), size[1]
+
+
+def _look(k: int) -> tuple[int, int]:
+    """Return the colour's index of a group's k-th curve, and how many curves have had it before.
+
+    Only the first one, full fine-tuning, is black.
+    """
+    again, colour = divmod(k - 1, len(COLOURS) - 1)
+    return (0, 0) if k == 0 else (1 + colour, again)
+
+
+def _scale(o: Optimum) -> tuple[Any, ...]:
+    """Return what panels with the same axes agree in: rewards compare across data sets."""
+    key, shown = o.curve.key, o.curve.shown
+    return (shown, key["model"]) if shown.sign < 0 else (shown, key["model"], key["dataset"])
+
+
+def _same_axes(panels: Panels) -> None:
+    """Give comparable panels the same limits, and show each loss as the metric it was made of."""
+    alike: dict[tuple[Any, ...], list[Axes]] = {}
+    for ax, members in panels:
+        alike.setdefault(_scale(members[0]), []).append(ax)
+    for (metric, *_), mine in alike.items():
+        x, y = (list(zip(*v)) for v in zip(*((a.get_xlim(), a.get_ylim()) for a in mine)))
+        low, high = min(y[0]), max(y[1])
+        room = 0.02 * (high - low) if len(mine) > 1 else 0.0
+        for ax in mine:
+            ax.set(xlim=(min(x[0]), max(x[1])), ylim=(low - room, high))
+            if metric.sign < 0:
+                ax.invert_yaxis()
+                ax.yaxis.set_major_formatter(lambda loss, _: f"{0.0 - loss:g}")

@@ -39,7 +39,13 @@ def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
     with drawn(path, inputs, 1, 3, size, sharey=True) as (fig, axes):
         for ax, setting in zip(axes, Setting):
             for row, top, height in zip(rows, tops, heights):
-                _claim(ax, row, setting, top, height)
+                low, high = (min(max(end, -6), 6) for end in row.band)
+                y = [top, top + height]
+                ax.fill_between([low, high], *y, color=MARGIN, alpha=0.15, lw=0, zorder=0)
+                ax.plot([0, 0], y, color=MARGIN, lw=0.8, zorder=0)
+                marks = row.marks.get(setting, [])
+                for k, mark in enumerate(marks):
+                    _mark(ax, mark, top + height * (k + 0.5) / len(marks), TONES[setting])
             ax.set(xlim=(-5, 5), ylim=(tops[-1], 0), xticks=(-3, -1, 1, 3))
             ax.set_title(WORDS[setting], fontsize=10, color=TONES[setting], weight="bold")
             ax.grid(visible=False)
@@ -53,20 +59,13 @@ def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
             "0: the claim's value; green: its margin, from -1 to 1 where it has ends"
         )
         fig.tight_layout(rect=(0, 0.35 / size[1], 1, 1), w_pad=0.6)
-        fig.legend(handles=_keys(), loc="lower center", ncol=5, frameon=False, fontsize=8)
+        keys = [Line2D([], [], label=text, **_symbol(k, COLOURS[0])) for k, text in LABELS.items()]
+        keys.append(Line2D([], [], lw=3, label="pale: exploratory", color=_paler(COLOURS[0])))
+        fig.legend(handles=keys, loc="lower center", ncol=5, frameon=False, fontsize=8)
 
 
-def _claim(ax: Axes, row: Row, setting: Setting, top: float, height: float) -> None:
-    low, high = (min(max(end, -6), 6) for end in row.band)
-    ax.fill_between([low, high], top, top + height, color=MARGIN, alpha=0.15, lw=0, zorder=0)
-    ax.plot([0, 0], [top, top + height], color=MARGIN, lw=0.8, zorder=0)
-    marks = row.marks.get(setting, [])
-    for k, mark in enumerate(marks):
-        y = top + height * (k + 0.5) / len(marks)
-        _mark(ax, mark, y, TONES[setting] if mark.outcome else COLOURS[0])
-
-
-def _mark(ax: Axes, mark: Mark, y: float, colour: str) -> None:
+def _mark(ax: Axes, mark: Mark, y: float, tone: str) -> None:
+    colour = tone if mark.outcome else COLOURS[0]
     colour = _paler(colour) if mark.exploratory else colour
     low, high, value = (min(max(x, -EDGE), EDGE) for x in (mark.low, mark.high, mark.value))
     if math.isfinite(mark.low):
@@ -91,14 +90,6 @@ def _symbol(outcome: str, colour: str) -> dict[str, Any]:
     }
 
 
-def _keys() -> list[Line2D]:
-    keys = [
-        Line2D([], [], label=label, **_symbol(outcome, COLOURS[0]))
-        for outcome, label in LABELS.items()
-    ]
-    return [*keys, Line2D([], [], lw=3, label="pale: exploratory", color=_paler(COLOURS[0]))]
-
-
 def _paler(colour: str) -> str:
     red, green, blue = (1 - PALE * (1 - part) for part in to_rgb(colour))
     return to_hex((red, green, blue))
@@ -111,7 +102,10 @@ APART = 0.015
 
 
 def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
-    """Draw one line for each condition; the symbol is the base, the colour the data set."""
+    """Draw one line for each condition; the symbol is the base, the colour the data set.
+
+    A regret below the axis shows the upper end of its interval only.
+    """
     bases = list(dict.fromkeys(line.base for line in lines))
     ranks = sorted({rank for line in lines for rank in line.regrets})
     with drawn(path, inputs, 1, 1, (8.0, 6.0)) as (fig, (ax,)):
@@ -120,7 +114,16 @@ def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> Non
         for k, line in enumerate(lines, 1):
             marker = MARKERS[bases.index(line.base) % len(MARKERS)]
             shift = 1 + APART * (k - (len(lines) + 1) / 2)
-            _over_rank(ax, line, shift, COLOURS[k % len(COLOURS)], marker)
+            look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "lw": 1.2, "ms": 6}
+            known = [(rank * shift, e, float(e.value or 0.0)) for rank, e in line.regrets.items()]
+            for x, e, value in known:
+                ends = (max(value if v is None else v, LOWEST) for v in (e.low, e.high))
+                ax.plot([x, x], list(ends), "-_", **look)
+            shown = [(x, v) for x, _, v in known if v >= LOWEST]
+            below = [x for x, _, v in known if v < LOWEST]
+            ax.plot(*zip(*shown), f"{marker}-", label=line.name, **look)
+            end = {"mec": look["color"], "mfc": "white", "ms": 7, "ls": "none"}
+            ax.plot(below, [LOWEST] * len(below), "v", **end)
         ax.set(xscale="log", yscale="log")
         highest = max(e.high or float(e.value or 0) for x in lines for e in x.regrets.values())
         ax.set_ylim(0.8 * LOWEST, 1.3 * max(highest, limit))
@@ -132,20 +135,6 @@ def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> Non
         ax.set_ylabel("regret, % of full fine-tuning's gain")
         ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
         fig.tight_layout()
-
-
-def _over_rank(ax: Axes, line: Line, shift: float, colour: str, marker: str) -> None:
-    """Draw one condition; a regret below the axis shows the upper end of its interval only."""
-    known = [(rank * shift, e, float(e.value or 0.0)) for rank, e in line.regrets.items()]
-    for x, e, value in known:
-        low, high = (
-            max(v if end is None else end, LOWEST) for v, end in ((value, e.low), (value, e.high))
-        )
-        ax.plot([x, x], [low, high], "-_", color=colour, lw=1.2, ms=6)
-    shown = [(x, v) for x, _, v in known if v >= LOWEST]
-    below = [x for x, _, v in known if v < LOWEST]
-    ax.plot(*zip(*shown), f"{marker}-", color=colour, ms=6, lw=1.2, label=line.name)
-    ax.plot(below, [LOWEST] * len(below), "v", mfc="white", mec=colour, ms=7, ls="none")
 
 
 TEN = 10.0

@@ -21,9 +21,8 @@ from analysis.questions.registry import analyse
 from analysis.report import interactive, plots, plots_curves
 from analysis.report.text import aligned, plain, rendered, text_hash
 from analysis.runs.learning_curves import by_run
-from analysis.runs.lr_curves import full_names
+from analysis.runs.lr_curves import full_names, in_words
 from analysis.runs.metric import NLL, as_losses
-from analysis.runs.names import in_words
 from analysis.runs.table import write
 
 NOT_JUDGED = (
@@ -66,15 +65,8 @@ def judge_and_report(
     write(table, folder / "table.parquet")
     results = write_answer(found, table, question, folder)
     title = f"{question['name']} at scale {question['scale']}: {question['question']}"
-    interactive.write(
-        folder / "report.html",
-        title,
-        as_losses(table),
-        found.optima,
-        found.ratios,
-        found.verdicts,
-        WITHIN,
-    )
+    shown = (found.optima, found.ratios, found.verdicts, WITHIN)
+    interactive.write(folder / "report.html", title, as_losses(table), *shown)
     if as_json:
         return json.dumps({**results, "report": str(folder / "report.md")})
     out = [question["question"], ""]
@@ -83,7 +75,13 @@ def judge_and_report(
     for section in found.sections:
         if section.rows:
             out += [section.title, *aligned(section.rows), ""]
-    out += [_verdict_line(v) for v in found.verdicts]
+    for v in found.verdicts:
+        margin, primary = f"[{v.margin[0]:g}, {v.margin[1]:g}]", " (primary)" if v.primary else ""
+        out.append(
+            f"{v.shown}: {v.claim} ({v.group}) {with_interval(v.estimate)}, expected "
+            f"{v.expected:g} within {margin}{primary}: {v.why}"
+            + (f". Needed: {v.needed}" if v.needed else "")
+        )
     out += ["", f"report: {folder / 'report.html'} (interactive), {folder / 'report.md'}"]
     return "\n".join(out)
 
@@ -164,6 +162,22 @@ def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> st
     for v in found.verdicts:
         if v.exploratory:
             exploratory.setdefault(v.exploratory, {})[v.claim] = None
+    noise = []  # of the first curve of each metric
+    pooled = [o for o in found.optima if o.pooled is not None]
+    for metric, o in {o.curve.shown: o for o in reversed(pooled)}.items():
+        what, side = (metric.unit, "top") if metric.sign > 0 else (f" of {metric.name}", "bottom")
+        broke = "diverged" if metric.sign > 0 else "collapsed"
+        known = (
+            f"Noise of one run, pooled over the sweep: {o.pooled.noise:.2g}{what} at the optimum, "
+            f"{o.pooled.df} degrees of freedom. Model error of the curvature: "
+            f"{100 * o.pooled.misfit:.0f}%. "
+        )
+        noise.append(
+            f"{known if o.pooled.df else ''}Crosses at the {side} are runs that were not fitted: "
+            f"they {broke}, ended no better than the untrained model, or have a higher learning "
+            "rate than such a run. A fitted line ends before the first learning rate with such a "
+            "run; the other runs from there on are hollow symbols."
+        )
     text = rendered(
         "report.md",
         question={"source": "", "withdrawn": "", "rounds": 1, **question},
@@ -171,11 +185,11 @@ def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> st
         verdicts=verdict_rows(found.verdicts, question),
         has_primary=any(v.primary for v in found.verdicts),
         added=added_after(question),
-        level=_level(question),
+        level=f"{100 * look_level(int(question.get('rounds', 1))):.3g}%",
         sections=found.sections,
         optima=optima_rows(found.optima) if found.optima else None,
         metrics=" or ".join(dict.fromkeys(o.curve.shown.name for o in found.optima)),
-        noise=_noise(found.optima),
+        noise=noise,
         has_curves=bool(found.optima) and bool(by_run(table)),
         conditions=_conditions(found.optima, table),
         runs=len(table),
@@ -183,6 +197,35 @@ def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> st
         command=command_of(question),
     )
     return in_words(text)
+
+
+def _conditions(optima: Sequence[Optimum], table: pd.DataFrame) -> list[str]:
+    """List the conditions under which the numbers hold."""
+    out = [
+        f"{label}: {', '.join(sorted(str(v) for v in table[column].dropna().unique()))}"
+        for column, label in CONDITIONS.items()
+        if column in table
+    ]
+    out.append(
+        "LoRA's initialisation, unless stated otherwise: A uniform in +-1/sqrt(d_in), B zero; "
+        "one learning rate for both; AdamW"
+    )
+    where = "{model} on {dataset}"
+    tasks = {(where.format(**o.curve.key), o.curve.shown): o.curve for o in optima}
+    for (task, metric), c in tasks.items():
+        start, floor = number(metric.sign * c.nll_start, 5), number(c.floor, 5)
+        of_task = f", floor of the task {floor}" if metric.sign > 0 else ""
+        out.append(f"{task}: {metric.name} before training {start}{of_task}")
+    if rows := _held_out(table):
+        out.append(f"held-out rows: {rows}")
+    if "base_sha256" in table:
+        bases = table[["model", "base_sha256"]].dropna().drop_duplicates().values
+        out.append(f"base weights, sha256: {', '.join(f'{m} {sha[:12]}' for m, sha in bases)}")
+    if "data_sha256" in table:
+        seen = table[["model", "dataset", "data_sha256"]].dropna().drop_duplicates().values
+        if len(seen):
+            out.append("data, sha256: " + ", ".join(f"{d} for {m} {s[:12]}" for m, d, s in seen))
+    return out
 
 
 def added_after(question: dict[str, Any]) -> list[str]:
@@ -196,24 +239,10 @@ def command_of(question: dict[str, Any]) -> str:
     return shlex.join(["python", "-m", "lorasweep", *words, *question.get("changes", [])])
 
 
-def _level(question: dict[str, Any]) -> str:
-    """Return the level of a question's intervals, in percent."""
-    return f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
-
-
-def _verdict_line(v: Verdict) -> str:
-    measured, (low, high) = with_interval(v.estimate), v.margin
-    primary = " (primary)" if v.primary else ""
-    line = (
-        f"{v.shown}: {v.claim} ({v.group}) {measured}, expected {v.expected:g} within "
-        f"[{low:g}, {high:g}]{primary}: {v.why}"
-    )
-    return line + (f". Needed: {v.needed}" if v.needed else "")
-
-
 def verdict_rows(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[list[str]]:
     """Return one row per verdict, after the head."""
-    head = ["claim", "model and data", "verdict", f"measured [{_level(question)}]", "expected"]
+    level = f"{100 * look_level(int(question.get('rounds', 1))):.3g}%"
+    head = ["claim", "model and data", "verdict", f"measured [{level}]", "expected"]
     return [
         [*head, "margin", "why", "needed"],
         *(
@@ -259,55 +288,6 @@ def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
 def band_text(band: Sequence[float] | None) -> str:
     """Format a band of learning rates."""
     return "-" if not band else f"{rate(band[0])} to {rate(band[1])}"
-
-
-def _noise(optima: Sequence[Optimum]) -> list[str]:
-    """Describe the noise of the first curve of each metric, and the runs that were not fitted."""
-    out = []
-    for metric, o in {o.curve.shown: o for o in reversed(optima) if o.pooled is not None}.items():
-        what, side = (metric.unit, "top") if metric.sign > 0 else (f" of {metric.name}", "bottom")
-        broke = "diverged" if metric.sign > 0 else "collapsed"
-        noise = (
-            f"Noise of one run, pooled over the sweep: {o.pooled.noise:.2g}{what} at the optimum, "
-            f"{o.pooled.df} degrees of freedom. Model error of the curvature: "
-            f"{100 * o.pooled.misfit:.0f}%. "
-        )
-        out.append(
-            f"{noise if o.pooled.df else ''}Crosses at the {side} are runs that were not fitted: "
-            f"they {broke}, ended no better than the untrained model, or have a higher learning "
-            "rate than such a run. A fitted line ends before the first learning rate with such a "
-            "run; the other runs from there on are hollow symbols."
-        )
-    return out
-
-
-def _conditions(optima: Sequence[Optimum], table: pd.DataFrame) -> list[str]:
-    """List the conditions under which the numbers hold."""
-    out = []
-    for column, label in CONDITIONS.items():
-        if column in table:
-            values = sorted(str(v) for v in table[column].dropna().unique())
-            out.append(f"{label}: {', '.join(values)}")
-    out.append(
-        "LoRA's initialisation, unless stated otherwise: A uniform in +-1/sqrt(d_in), B zero; "
-        "one learning rate for both; AdamW"
-    )
-    where = "{model} on {dataset}"
-    tasks = {(where.format(**o.curve.key), o.curve.shown): o.curve for o in optima}
-    for (task, metric), c in tasks.items():
-        start, floor = number(metric.sign * c.nll_start, 5), number(c.floor, 5)
-        of_task = f", floor of the task {floor}" if metric.sign > 0 else ""
-        out.append(f"{task}: {metric.name} before training {start}{of_task}")
-    if rows := _held_out(table):
-        out.append(f"held-out rows: {rows}")
-    if "base_sha256" in table:
-        bases = table[["model", "base_sha256"]].dropna().drop_duplicates().values
-        out.append(f"base weights, sha256: {', '.join(f'{m} {sha[:12]}' for m, sha in bases)}")
-    if "data_sha256" in table:
-        seen = table[["model", "dataset", "data_sha256"]].dropna().drop_duplicates().values
-        if len(seen):
-            out.append("data, sha256: " + ", ".join(f"{d} for {m} {s[:12]}" for m, d, s in seen))
-    return out
 
 
 def _held_out(table: pd.DataFrame) -> str:

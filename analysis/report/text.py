@@ -1,6 +1,5 @@
 """Text of reports: tables for a terminal or in Markdown, templates, and hashes of inputs."""
 
-import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -24,12 +23,7 @@ def markdown(rows: Rows) -> list[str]:
 
 def rendered(template: str, **values: Any) -> str:
     """Fill a template of analysis/report/templates; values are escaped in .html templates only."""
-    return _environment().get_template(template).render(values)
-
-
-@functools.cache
-def _environment() -> Environment:
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("analysis.report"),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
@@ -37,9 +31,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    made.filters["table"] = lambda rows: "\n".join(markdown(rows))
-    return made
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters["table"] = lambda rows: "\n".join(markdown(rows))
+    return environment.get_template(template).render(values)
 
 
 def with_block(text: str, begin: str, end: str, lines: Sequence[str]) -> str:

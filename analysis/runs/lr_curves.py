@@ -3,6 +3,8 @@
 Curves of loss over updates are in `learning_curves`.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.runs.metric import NLL, Shown, collapsed, shown
-from analysis.runs.names import in_words
 from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
+_PARAMETERS = re.compile(r"(\w+)\((\w+=[^()]+)\)")
+SHARES = {"rule_shift": "rules", "new_exceptions": "exceptions"}
+"""Parameters of generators that are the share of something that is new."""
 IN_NAME = ("method", "rank", "expert_rank", "expert_outer")
 """Settings that are part of a curve's name."""
 
@@ -88,15 +92,19 @@ class LrCurve:
 
         And the objective, if it is not the likelihood of given answers.
         """
-        shown = [f"{self.key['model']} on {self.key['dataset']}"]
-        if _known(self.key.get("objective")):
-            shown.append(str(self.key["objective"]).replace("_", " "))
-        shown += [
-            f"{text} {int(self.key[k])}"
-            for k, text in (("batch_size", "batch"), ("steps", "steps"))
-            if _known(self.key.get(k))
+        steps = self.key.get("steps")
+        return self.place(self.key["dataset"], f"steps {int(steps)}" if _known(steps) else "")
+
+    def place(self, dataset: str, length: str) -> str:
+        """Name model, data set, objective, batch size and length; what is unknown is left out."""
+        objective, batch = self.key.get("objective"), self.key.get("batch_size")
+        words = [
+            f"{self.key['model']} on {dataset}",
+            str(objective).replace("_", " ") if _known(objective) else "",
+            f"batch {int(batch)}" if _known(batch) else "",
+            length,
         ]
-        return ", ".join(shown)
+        return ", ".join(filter(None, words))
 
 
 def title(curve: LrCurve, length: bool = True) -> str:
@@ -107,71 +115,85 @@ def title(curve: LrCurve, length: bool = True) -> str:
     Args:
         length: say how many updates the runs have.
     """
-    words = [f"{curve.key['model']} on {in_words(str(curve.key['dataset']))}"]
-    if _known(curve.key.get("objective")):
-        words.append(str(curve.key["objective"]).replace("_", " "))
-    if _known(curve.key.get("batch_size")):
-        words.append(f"batch {int(curve.key['batch_size'])}")
+    updates = ""
     if length and _known(curve.key.get("steps")):
         steps = int(curve.key["steps"])
-        words.append(f"first {steps} of {curve.cut_from}" if curve.cut_from else str(steps))
-        words[-1] += " updates"
-    return ", ".join(words)
+        updates = f"first {steps} of {curve.cut_from}" if curve.cut_from else f"{steps}"
+        updates += " updates"
+    return curve.place(in_words(str(curve.key["dataset"])), updates)
+
+
+def in_words(text: str) -> str:
+    """Return a text in which the parameters behind a data set's name are words.
+
+    "dialect(new_exceptions=0, rule_shift=1)" is "dialect (no new exceptions, all rules new)".
+    """
+
+    def words(found: re.Match[str]) -> str:
+        said = []
+        for key, _, value in (part.partition("=") for part in found[2].split(", ")):
+            what = SHARES.get(key)
+            if what is None:
+                said.append(f"{key.replace('_', ' ')} {value}")
+            elif float(value) == 0:
+                said.append(f"no new {what}")
+            else:
+                share = 100 * float(value)
+                said.append(f"all {what} new" if share == 100 else f"{share:g}% of the {what} new")
+        return f"{found[1]} ({', '.join(said)})"
+
+    return _PARAMETERS.sub(words, text)
 
 
 def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
     """Split a table into curves, full fine-tuning first, then by rank."""
     check(table)
     keys = [k for k in CURVE_KEYS if k in table.columns]
-    found = [_curve(dict(zip(keys, key)), part) for key, part in table.groupby(keys, dropna=False)]
+    found = []
+    for key, part in table.groupby(keys, dropna=False):
+        part = part.sort_values(["lr", "seed"])
+        y, lr = part["test_nll"].astype(float).to_numpy(), part["lr"].astype(float).to_numpy()
+        start, floor, cut_from = (
+            part[c].astype(float).to_numpy() if c in part else np.full(len(part), np.nan)
+            for c in ("nll_start", "floor_nats", CUT_FROM)
+        )
+        done = (part["status"] == "done").to_numpy() & np.isfinite(y) & ~collapsed(part).to_numpy()
+        usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
+        whole = [v for v in np.unique(lr) if usable[lr == v].all()]
+        if whole:
+            # Runs that survive above the first rate at which one diverged are not fitted.
+            best = min(whole, key=lambda v: y[lr == v].mean())
+            broken = lr[~usable & (lr > best)]
+            usable &= lr < (broken.min() if len(broken) else np.inf)
+        nll_start, lowest = (
+            float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else math.nan
+            for v in (start, floor)
+        )
+        updates = np.nanmax([0.0, *cut_from])
+        found.append(
+            LrCurve(
+                key=dict(zip(keys, key)),
+                x=np.log(lr),
+                y=np.where(done, y, np.nan),
+                seed=part["seed"].astype(int).to_numpy(),
+                block=part["block" if "block" in part else "seed"].astype(int).to_numpy(),
+                usable=usable,
+                nll_start=nll_start,
+                floor=lowest,
+                cut_from=int(updates) if updates and updates > part["steps"].max() else None,
+                shown=shown(part),
+            )
+        )
 
-    def place(c: LrCurve) -> tuple[str, bool, str, float]:
+    def order(c: LrCurve) -> tuple[str, bool, str, float]:
         rank = float(c.key["rank"]) if _known(c.key.get("rank")) else 0.0
         return c.group, c.key["method"] != "fullft", c.key["method"], rank
 
-    return sorted(found, key=place)
-
-
-def _curve(key: dict[str, Any], part: pd.DataFrame) -> LrCurve:
-    part = part.sort_values(["lr", "seed"])
-    block = "block" if "block" in part else "seed"
-    y = part["test_nll"].astype(float).to_numpy()
-    start = _floats(part, "nll_start")
-    done = (part["status"] == "done").to_numpy() & np.isfinite(y) & ~collapsed(part).to_numpy()
-    usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
-    lr = part["lr"].astype(float).to_numpy()
-    whole = [v for v in np.unique(lr) if usable[lr == v].all()]
-    if whole:
-        # Runs that survive above the first rate at which one diverged are not fitted.
-        best = min(whole, key=lambda v: y[lr == v].mean())
-        broken = lr[~usable & (lr > best)]
-        usable &= lr < (broken.min() if len(broken) else np.inf)
-    cut_from = np.nanmax([0.0, *_floats(part, CUT_FROM)])
-    return LrCurve(
-        key=key,
-        x=np.log(lr),
-        y=np.where(done, y, np.nan),
-        seed=part["seed"].astype(int).to_numpy(),
-        block=part[block].astype(int).to_numpy(),
-        usable=usable,
-        nll_start=_mean(start),
-        floor=_mean(_floats(part, "floor_nats")),
-        cut_from=int(cut_from) if cut_from and cut_from > part["steps"].max() else None,
-        shown=shown(part),
-    )
-
-
-def _floats(part: pd.DataFrame, column: str) -> np.ndarray:
-    return part[column].astype(float).to_numpy() if column in part else np.full(len(part), np.nan)
+    return sorted(found, key=order)
 
 
 def _known(value: Any) -> bool:
     return value is not None and value == value
-
-
-def _mean(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else float("nan")
 
 
 def runs_of(table: pd.DataFrame, curve: LrCurve) -> pd.DataFrame:
@@ -186,28 +208,25 @@ def runs_of(table: pd.DataFrame, curve: LrCurve) -> pd.DataFrame:
 def full_names(curves: Sequence[LrCurve]) -> list[str]:
     """Name curves by method, rank, and the settings in which they differ from each other."""
     keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, *IN_NAME)]
-    lora = [c for c in curves if c.key["method"] == "lora"]
-    full = [c for c in curves if c.key["method"] == "fullft"]
-    of_lora = [k for k in keys if _differ(k, lora)]
-    scopes = {(c.key.get("scope"), c.key.get("layers")) for c in full}
+    values: dict[tuple[str, str], set[str]] = {}
+    scopes = set()
+    for c in curves:
+        if c.key["method"] == "fullft":
+            scopes.add((c.key.get("scope"), c.key.get("layers")))
+        elif c.key["method"] == "lora":
+            # Curves of one objective are compared: other objectives have other settings.
+            for k in keys:
+                values.setdefault((k, str(c.key.get("objective"))), set()).add(str(c.key[k]))
+    differing = {k for (k, _), found in values.items() if len(found) > 1}
+    of_lora = [k for k in keys if k in differing]
     of_full = ["scope", "layers"] if len(scopes) > 1 else []
     names = []
     for c in curves:
-        shown = {k: c.key[k] for k in (of_lora if c.key["method"] == "lora" else of_full)}
-        settings = [_setting(k, v) for k, v in shown.items() if _known(v)]
+        settings = []
+        for k in of_lora if c.key["method"] == "lora" else of_full:
+            value = c.key[k]
+            if _known(value):
+                text = f"{value:g}" if isinstance(value, float) else str(value)
+                settings.append(text if k == "layers" and text == value else f"{k} {text}")
         names.append(", ".join([c.name, *settings]))
     return names
-
-
-def _differ(key: str, curves: Sequence[LrCurve]) -> bool:
-    """Return whether curves of one objective differ in a setting; other objectives have others."""
-    found: dict[str, set[str]] = {}
-    for c in curves:
-        found.setdefault(str(c.key.get("objective")), set()).add(str(c.key[key]))
-    return any(len(values) > 1 for values in found.values())
-
-
-def _setting(key: str, value: Any) -> str:
-    if isinstance(value, float):
-        return f"{key} {value:g}"
-    return str(value) if key == "layers" else f"{key} {value}"

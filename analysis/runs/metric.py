@@ -57,41 +57,43 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
     """
     if "metric" not in table.columns or table["metric"].isna().all():
         return table
-    _check_groups(table)
-    rows = [_as_loss(row) for row in table.to_dict("records")]
+    objective = table["objective"].fillna("") if "objective" in table.columns else ""
+    groups = [table["model"], table["dataset"], pd.Series(objective, table.index)]
+    for (model, dataset, _), metrics in table["metric"].fillna(LOSS).groupby(groups):
+        if metrics.nunique() > 1:
+            raise TableError(
+                f"the runs of {model!r} on {dataset!r} are measured by {metrics.nunique()} metrics "
+                f"({', '.join(sorted(metrics.unique()))}), which cannot share a curve. Analyse "
+                "them apart."
+            )
+    rows = []
+    for row in table.to_dict("records"):
+        result = json.loads(row["result"])
+        metric = result.get("metric")
+        if metric is None:
+            rows.append(row)
+            continue
+        curve = [_with_loss(point, metric) for point in result.get("curve") or []]
+        changed = _with_loss({**result, "curve": curve}, metric)
+        start = curve[0].get(LOSS) if curve else None
+        of_start = {} if start is None else {START: start}
+        row = {**row, LOSS: changed.get(LOSS), **of_start}
+        if metric["higher_is_better"]:
+            # On the same held-out rows: the last evaluation may use more rows, and then also has
+            # the loss on the earlier ones.
+            rewards = [-p.get(f"{LOSS}_curve", p[LOSS]) for p in curve if p.get(LOSS) is not None]
+            lost = bool(rewards) and rewards[-1] < COLLAPSED_SHARE * max(rewards)
+            row[COLLAPSED] = row["status"] == "diverged" or lost
+        result = json.dumps({**changed, **of_start}, sort_keys=True)
+        rows.append({**row, "result": result})
     return pd.DataFrame(rows, index=table.index)
 
 
-def _as_loss(row: dict[str, Any]) -> dict[str, Any]:
-    result = json.loads(row["result"])
-    if "metric" not in result:
-        return row
-    metric = result["metric"]
+def _with_loss(values: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with the metric also as a loss, negative where higher is better."""
     name, sign = metric["name"], -1.0 if metric["higher_is_better"] else 1.0
-
-    def losses(values: dict[str, Any]) -> dict[str, Any]:
-        of = ((LOSS, name), (f"{LOSS}_curve", f"{name}_curve"))
-        return values | {to: sign * values[k] for to, k in of if values.get(k) is not None}
-
-    curve = [losses(point) for point in result.get("curve") or []]
-    changed = losses({**result, "curve": curve})
-    start = curve[0].get(LOSS) if curve else None
-    of_start = {} if start is None else {START: start}
-    row = {**row, LOSS: changed.get(LOSS), **of_start}
-    if metric["higher_is_better"]:
-        row[COLLAPSED] = row["status"] == "diverged" or _lost_its_best(curve)
-    return {**row, "result": json.dumps({**changed, **of_start}, sort_keys=True)}
-
-
-def _lost_its_best(curve: list[dict[str, Any]]) -> bool:
-    """Return whether a reward ended below COLLAPSED_SHARE of its best, on the same held-out rows.
-
-    Args:
-        curve: evaluations as losses. The last one may be on more rows; it then also has the loss
-            on the earlier rows.
-    """
-    rewards = [-p.get(f"{LOSS}_curve", p[LOSS]) for p in curve if p.get(LOSS) is not None]
-    return bool(rewards) and rewards[-1] < COLLAPSED_SHARE * max(rewards)
+    of = ((LOSS, name), (f"{LOSS}_curve", f"{name}_curve"))
+    return values | {to: sign * values[k] for to, k in of if values.get(k) is not None}
 
 
 def collapsed(runs: pd.DataFrame) -> pd.Series:
@@ -99,16 +101,3 @@ def collapsed(runs: pd.DataFrame) -> pd.Series:
     if COLLAPSED not in runs.columns:
         return pd.Series(False, runs.index)
     return runs[COLLAPSED].eq(True)
-
-
-def _check_groups(table: pd.DataFrame) -> None:
-    named = table["metric"].fillna(LOSS)
-    objective = table["objective"].fillna("") if "objective" in table.columns else ""
-    groups = [table["model"], table["dataset"], pd.Series(objective, table.index)]
-    for (model, dataset, _), metrics in named.groupby(groups):
-        if metrics.nunique() > 1:
-            raise TableError(
-                f"the runs of {model!r} on {dataset!r} are measured by {metrics.nunique()} metrics "
-                f"({', '.join(sorted(metrics.unique()))}), which cannot share a curve. Analyse "
-                "them apart."
-            )

@@ -1,19 +1,65 @@
 """Read other people's tables of runs; refuse a bad one with a message that names row and column.
 
-Knows file formats and how cells are converted. Column names used elsewhere are in `names`. Rows are
-counted from 1, in column `_row`.
+Knows file formats, the names that others use for columns and values, and how cells are converted.
+Rows are counted from 1, in column `_row`.
 """
 
+import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from analysis.runs.names import METHODS, NEEDED, OPTIONAL, STATUS, did_you_mean, missing
 from analysis.runs.table import TableError
 
+NEEDED = ("model", "lr", "test_nll")
+OPTIONAL = (
+    *("method", "rank", "status", "dataset", "batch_size", "seed", "hidden_size", "layers"),
+    *("alpha", "steps", "nll_start", "scope", "schedule", "precision"),
+)
+ALIASES = {
+    theirs: name
+    for name, all_theirs in {
+        "lr": ("learning_rate", "learningrate", "peak_lr", "max_lr"),
+        "rank": ("lora_r", "lora_rank", "r"),
+        "test_nll": (
+            *("eval_loss", "test_loss", "val_loss", "valid_loss", "validation_loss"),
+            *("loss", "nll", "eval_nll"),
+        ),
+        "model": ("model_id", "model_name", "base_model", "model_name_or_path"),
+        "status": ("state",),
+        "method": ("tuning", "peft_type"),
+        "alpha": ("lora_alpha",),
+        "batch_size": ("bs", "global_batch_size"),
+        "steps": ("max_steps", "n_steps"),
+        "seed": ("random_seed",),
+        "hidden_size": ("hidden", "width", "d_model"),
+        "layers": ("target_modules",),
+        "dataset": ("dataset_name", "task"),
+    }.items()
+    for theirs in all_theirs
+}
+"""Column names in use elsewhere: suggested in error messages, never mapped silently."""
+STATUS = {
+    **dict.fromkeys(("done", "finished", "completed", "complete", "success", "ok"), "done"),
+    **dict.fromkeys(("diverged", "nan", "inf"), "diverged"),
+    **dict.fromkeys(
+        ("failed", "crashed", "killed", "preempted", "running", "stopped", "cancelled"), "failed"
+    ),
+}
+"""Words for how a run ended, including W&B's. Failed runs are left out: a failure does not
+show whether the learning rate was good."""
+METHODS = dict.fromkeys(
+    (
+        *("full", "fft", "full_ft", "full-ft"),
+        *("full_finetuning", "full-finetuning", "full fine-tuning", "sft_full"),
+    ),
+    "fullft",
+)
+"""Other names of full fine-tuning."""
 WHOLE = ("rank", "seed", "batch_size", "steps", "hidden_size")
 NUMBERS = (
     *WHOLE,
@@ -82,6 +128,9 @@ def read(
 ) -> Reading:
     """Read a table of runs made by any program.
 
+    Without a method, a run with a rank is lora and one with an empty rank is full fine-tuning,
+    which has no rank, alpha or layers.
+
     Args:
         path: the file, one run per row.
         mapping: column in the file -> the analysis's name for it.
@@ -102,7 +151,16 @@ def read(
     for column in [c for c in TEXTS if c in table.columns]:
         text = _words(table[column])
         table[column] = text.where(text != "", np.nan)
-    table = _with_methods(table)
+    if "rank" not in table.columns:
+        table["rank"] = np.nan
+    name = _words(table["method"]) if "method" in table.columns else pd.Series("", table.index)
+    name = name.str.lower().map(lambda v: METHODS.get(v, v))
+    table["method"] = name.where(name != "", np.where(table["rank"].isna(), "fullft", "lora"))
+    unranked = (table["method"] == "lora") & table["rank"].isna()
+    why = "a lora run without a rank. Fill it in, or leave method empty if it is full fine-tuning."
+    _refuse(table, unranked, "rank", why)
+    for column in [c for c in ("rank", "alpha", "layers") if c in table.columns]:
+        table[column] = table[column].where(table["method"] != "fullft")
     table = _with_status(table, notes)
     sign = -1 if higher else 1
     _check_values(table, higher)
@@ -122,19 +180,37 @@ def read(
 # ---------------------------------------------------------------- columns
 
 
+def missing(column: str, names: list[str]) -> str:
+    """Return the error message for a missing column, with the likeliest of the existing names."""
+    aliases = [n for n in names if ALIASES.get(n.lower().replace(" ", "_")) == column]
+    likely = aliases or difflib.get_close_matches(column, names, 1, 0.5)
+    hint = (
+        f" It may be {likely[0]!r}: add --map {likely[0]}={column}."
+        if likely
+        else f" Map one to it: --map YOUR_COLUMN={column}."
+    )
+    return f"there is no column {column!r}.{hint} The file has: {', '.join(names)}."
+
+
+def did_you_mean(name: str, names: Iterable[object]) -> str:
+    """Suggest the most similar name, as a sentence; empty if none is similar."""
+    close = difflib.get_close_matches(name, list(map(str, names)), 1, 0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -> pd.DataFrame:
+    """Rename columns, and raise TableError for a name that is unknown, missing or twice there."""
     known, there = (*NEEDED, *OPTIONAL), list(table.columns)
     for theirs, column in mapping.items():
-        if theirs not in there:
-            raise TableError(
-                f"--map {theirs}={column}: the file has no column {theirs!r}."
-                f"{did_you_mean(theirs, there)} It has: {', '.join(there)}."
-            )
-        if column not in known:
-            raise TableError(
-                f"--map {theirs}={column}: the analysis has no column {column!r}."
-                f"{did_you_mean(column, known)} Use one of: {', '.join(known)}."
-            )
+        for name, whose, names, say in (
+            (theirs, "file", there, "It has"),
+            (column, "analysis", known, "Use one of"),
+        ):
+            if name not in names:
+                raise TableError(
+                    f"--map {theirs}={column}: the {whose} has no column {name!r}."
+                    f"{did_you_mean(name, names)} {say}: {', '.join(names)}."
+                )
     if higher is not None:
         if higher not in there:
             raise TableError(
@@ -160,62 +236,36 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
     return table.copy()
 
 
-def _with_methods(table: pd.DataFrame) -> pd.DataFrame:
-    """Fill in method and rank.
-
-    Without a method, a run with a rank is lora and one with an empty rank is full fine-tuning,
-    which has no rank, alpha or layers.
-    """
-    if "rank" not in table.columns:
-        table["rank"] = np.nan
-    if "method" not in table.columns:
-        table["method"] = ""
-    name = _words(table["method"]).str.lower().map(lambda v: METHODS.get(v, v))
-    table["method"] = name.where(name != "", np.where(table["rank"].isna(), "fullft", "lora"))
-    _refuse(
-        table,
-        (table["method"] == "lora") & table["rank"].isna(),
-        "rank",
-        "a lora run without a rank. Fill it in, or leave method empty if it is full fine-tuning.",
-    )
-    full = table["method"] == "fullft"
-    for column in [c for c in ("rank", "alpha", "layers") if c in table.columns]:
-        table[column] = table[column].where(~full)
-    return table
-
-
 def _with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """Reduce status to done or diverged, and drop failed and unfinished runs.
 
     A failed run does not show whether its learning rate was good.
     """
-    if "status" not in table.columns:
-        table["status"] = "done"
-    else:
+    word = pd.Series("", table.index)
+    if "status" in table.columns:
         word = _words(table["status"]).str.lower()
-        known = f"{{value}} is not known. Use one of {', '.join(STATUS)}."
-        _refuse(table.assign(status=word), ~word.isin([*STATUS, ""]), "status", known)
-        table["status"] = word.map(lambda v: STATUS.get(v, "done"))
-        empty = (table["status"] == "done") & table["test_nll"].isna() & (word != "")
-        ended = repr(next(iter(word[empty]), ""))
-        why = (
-            f"empty, although the run's status is {ended}. "
-            "Fill it in, or set status to diverged or failed."
-        )
-        _refuse(table, empty, "test_nll", why)
-    out = table["status"] == "failed"
-    if out.any():
-        notes.append(
-            f"{int(out.sum())} run(s) that failed or did not end are left out "
-            f"(row {_rows_of(table, out)})."
-        )
+    known = f"{{value}} is not known. Use one of {', '.join(STATUS)}."
+    _refuse(table.assign(status=word), ~word.isin([*STATUS, ""]), "status", known)
+    table["status"] = word.map(lambda v: STATUS.get(v, "done"))
     empty = (table["status"] == "done") & table["test_nll"].isna()
-    if empty.any():
-        notes.append(
-            f"{int(empty.sum())} run(s) without a value in column test_nll and without a status "
-            f"are left out (row {_rows_of(table, empty)}): it is unknown whether they diverged."
-        )
-    return table[~out & ~empty].copy()
+    ended = repr(next(iter(word[empty & (word != "")]), ""))
+    why = (
+        f"empty, although the run's status is {ended}. "
+        "Fill it in, or set status to diverged or failed."
+    )
+    _refuse(table, empty & (word != ""), "test_nll", why)
+    failed = table["status"] == "failed"
+    for out, what, why in (
+        (failed, "run(s) that failed or did not end are left out ", ""),
+        (
+            empty,
+            "run(s) without a value in column test_nll and without a status are left out ",
+            ": it is unknown whether they diverged",
+        ),
+    ):
+        if out.any():
+            notes.append(f"{int(out.sum())} {what}(row {_rows_of(table, out)}){why}.")
+    return table[~failed & ~empty].copy()
 
 
 def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFrame:
@@ -230,16 +280,9 @@ def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFram
     others = [c for c in OPTIONAL if c in table.columns and c not in not_keys]
     keys = ["model", "method", "rank", "lr", *others]
     if "seed" not in table.columns or table["seed"].isna().all():
-        table["block"] = 0
-        table["seed"] = table.groupby(keys, dropna=False).cumcount()
-        return table
-    _refuse(
-        table,
-        table["seed"].isna(),
-        "seed",
-        "empty, though other rows have one. Fill it in, or drop the column: repeats are then "
-        "numbered as seeds.",
-    )
+        return table.assign(block=0, seed=table.groupby(keys, dropna=False).cumcount())
+    why = "empty, though other rows have one. Fill it in, or drop the column: repeats are then "
+    _refuse(table, table["seed"].isna(), "seed", f"{why}numbered as seeds.")
     same = table.duplicated([*keys, "seed", "test_nll", "status"], keep="first")
     if same.any():
         notes.append(
@@ -257,12 +300,11 @@ def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFram
         f"result, such as rows {one:.0f} and {two:.0f} in column test_nll "
         f"({sign * a:g}, {sign * b:g}): taken as repeats."
     )
-    table["block"] = table["seed"].astype(int)
-    table["seed"] = table.groupby(keys, dropna=False).cumcount()
-    return table
+    number = table.groupby(keys, dropna=False).cumcount()
+    return table.assign(block=table["seed"].astype(int), seed=number)
 
 
-# ---------------------------------------------------------------- cells
+# ---------------------------------------------------------------- values
 
 
 def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:
@@ -311,39 +353,25 @@ def _check_values(table: pd.DataFrame, higher: str | None) -> None:
     Args:
         higher: the metric's name if higher is better, else None.
     """
-    lr = table["lr"]
+    lr, done = table["lr"], table[table["status"] == "done"]
+    value = done["test_nll"]
     for bad, why in ((lr.isna(), "empty"), (~(lr > 0), "not above 0"), (np.isinf(lr), "infinite")):
         _refuse(table, bad, "lr", f"{why}. Every run needs its learning rate.")
     if (lr >= 1).any() or lr.max() / lr.min() > MAX_RATE_SPAN:
-        _refuse(
-            table,
-            table.index == lr.idxmax(),
-            "lr",
-            f"{{value}} next to {lr.min():g} looks like mixed units. Give every learning rate as "
-            "the optimizer's plain number.",
-        )
+        why = f"{{value}} next to {lr.min():g} looks like mixed units. Give every learning rate as "
+        _refuse(table, table.index == lr.idxmax(), "lr", f"{why}the optimizer's plain number.")
     low = "{value} is below 1. Leave it empty for full fine-tuning."
     _refuse(table, table["rank"] < 1, "rank", low)
-    done = table[table["status"] == "done"]
-    value = done["test_nll"]
     _refuse(done, np.isinf(value), "test_nll", "infinite. Set status to diverged.")
+    _refuse(table, _words(table["model"]) == "", "model", "empty.")
     if not higher:
-        _refuse(
-            done,
-            value == value[value < 0].min(),
-            "test_nll",
-            "{value} is below 0, but a loss in nats per token cannot be negative. If higher is "
-            "better, give the metric's column: --higher COLUMN.",
-        )
-    elif (
-        len(value)
-        and value.min() >= 0
-        and value.max() > 1.5
-        and (value <= 1).mean() > 0.2
-        and (value > 1.5).mean() > 0.2
-    ):
+        why = "{value} is below 0, but a loss in nats per token cannot be negative. If higher is "
+        why += "better, give the metric's column: --higher COLUMN."
+        _refuse(done, value == value[value < 0].min(), "test_nll", why)
+        return
+    both = (value <= 1).mean() > 0.2 and (value > 1.5).mean() > 0.2
+    if len(value) and value.min() >= 0 and both:
         raise TableError(
             f"row {table.at[value.idxmax(), '_row']}, column {higher}: {value.max():g} next to "
             "values of at most 1 looks like mixed units (percent and fractions)."
         )
-    _refuse(table, _words(table["model"]) == "", "model", "empty.")

@@ -47,8 +47,9 @@ def check(table: pd.DataFrame) -> None:
     """Check that a table can be analysed.
 
     Raises:
-        TableError: columns are missing, a lora run has no rank, a run is repeated, one model name
-            stands for different base weights, or one data set's name for different data.
+        TableError: columns are missing, a lora run has no rank, a run is repeated, a fingerprint of
+            data is missing, one model name stands for different base weights, or one data set's
+            name for different data.
     """
     missing = [c for c in REQUIRED if c not in table.columns]
     if missing:
@@ -78,20 +79,19 @@ def check(table: pd.DataFrame) -> None:
                     f"base weights (sha256 {shown}), which cannot share a curve. Retrain the "
                     "smaller part, or give each base its own model name."
                 )
-    if "data_sha256" in table.columns and table["data_sha256"].notna().any():
-        _check_data(table)
+    if "data_sha256" not in table.columns or table["data_sha256"].isna().all():
+        return
 
+    def some(runs: pd.DataFrame) -> str:
+        by_id = "run_id" in runs.columns
+        names = [str(v) for v in (runs["run_id"] if by_id else runs.index)]
+        more = ", ..." if len(names) > 3 else ""
+        return f"{'runs' if by_id else 'rows'} {', '.join(names[:3])}{more}"
 
-def _check_data(table: pd.DataFrame) -> None:
-    """Check that every run has the fingerprint of its data, and each model and data set one.
-
-    Raises:
-        TableError: a fingerprint is missing, or a model and data set have two.
-    """
     unknown = table["data_sha256"].isna()
     if unknown.any():
         raise TableError(
-            f"{int(unknown.sum())} of {len(table)} runs ({_some_runs(table[unknown])}) have no "
+            f"{int(unknown.sum())} of {len(table)} runs ({some(table[unknown])}) have no "
             "fingerprint of their data (column data_sha256). Train them again in a fresh run "
             "folder (exec.runs_dir=FOLDER), or drop these runs, or drop the column if the table "
             "was not made by lorasweep."
@@ -103,14 +103,6 @@ def _check_data(table: pd.DataFrame) -> None:
             fewest = part[part["data_sha256"] == counts.index[-1]]
             raise TableError(
                 f"the runs of {model!r} on {dataset!r} were trained on {len(counts)} different "
-                f"data sets of that name (sha256 {shown}; {_some_runs(fewest)}), "
-                "which cannot share a curve. Train the smaller part again, or give each data set "
-                "its own name."
+                f"data sets of that name (sha256 {shown}; {some(fewest)}), which cannot share a "
+                "curve. Train the smaller part again, or give each data set its own name."
             )
-
-
-def _some_runs(runs: pd.DataFrame) -> str:
-    """Name up to three runs."""
-    by_id = "run_id" in runs.columns
-    names = [str(v) for v in (runs["run_id"] if by_id else runs.index)]
-    return f"{'runs' if by_id else 'rows'} {', '.join(names[:3])}" + (", ..." * (len(names) > 3))

@@ -1,10 +1,10 @@
-"""The commands `fit`, `ratio`, `drift` and `html` on a table of runs made by any program.
+"""The commands `fit`, `ratio`, `drift`, `law` and `html` on a table of runs made by any program.
 
 They take a Reading and return plain values and lines of text; they read no file and print nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import numpy as np
 
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.inference.meta import drift
-from analysis.measures.ratio import gaps, pool_ratios, ratio_of
+from analysis.measures import lr_law
+from analysis.measures.ratio import Ratio, gaps, pool_ratios, ratio_law, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import lowest_loss, rate_means
 from analysis.optimum.optimum import WITHIN, Optimum
@@ -25,11 +26,14 @@ from analysis.runs.reading import Reading
 from analysis.runs.table import TableError
 
 
+def _whole(value: Any) -> int | None:
+    return None if value is None or value != value else int(value)
+
+
 def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:
     """Fit every curve of a table, with noise and misfit pooled over the table."""
-    shown = (
-        NLL if reading.metric == LOSS else Shown(reading.metric, reading.sign, reading.metric, "")
-    )
+    name = reading.metric
+    shown = NLL if name == LOSS else Shown(name, reading.sign, name, "")
     curves = [replace(c, shown=shown) for c in lr_curves(reading.table)]
     return fit_all(curves, share=share)
 
@@ -48,22 +52,16 @@ def fit(reading: Reading, within: float = WITHIN, share: bool = False) -> list[d
             {
                 **{k: key[k] for k in ("model", "method")},
                 "dataset": key.get("dataset"),
-                **{k: _int(key.get(k)) for k in ("rank", "batch_size")},
+                **{k: _whole(key.get(k)) for k in ("rank", "batch_size")},
                 **{k: plain(key.get(k)) for k in ("layers", "alpha")},
-                "n": len(o.curve.x),
-                "n_usable": int(o.curve.usable.sum()),
+                **{"n": len(o.curve.x), "n_usable": int(o.curve.usable.sum())},
                 **{"best_lr": e.value, "low": e.low, "high": e.high},
                 "best_nll": None if o.best_nll is None else o.best_nll * reading.sign,
-                "metric": reading.metric,
-                "flags": list(o.flags),
+                **{"metric": reading.metric, "flags": list(o.flags)},
                 "band": None if band is None else list(band),
             }
         )
     return rows
-
-
-def _int(value: Any) -> int | None:
-    return None if value is None or value != value else int(value)
 
 
 def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[str]:
@@ -106,7 +104,7 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
             rows.append(
                 {
                     "group": group,
-                    "rank": _int(o.curve.key.get("rank")),
+                    "rank": _whole(o.curve.key.get("rank")),
                     "alpha": plain(o.curve.key.get("alpha")),
                     **{"ratio": e.value, "low": e.low, "high": e.high},
                     "gap": None if g.value is None else g.value * reading.sign,
@@ -118,14 +116,9 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     independent = len({id(full) for _, _, full in groups}) == len(overall)
     p = pool_ratios(overall) if independent else None
     pooled = p and {
-        "ratio": math.exp(p.mean),
-        "low": math.exp(p.low),
-        "high": math.exp(p.high),
-        "groups": p.k,
-        "spread": math.exp(p.tau),
-        "i2": p.i2,
-        "low_next": math.exp(p.low_next),
-        "high_next": math.exp(p.high_next),
+        **{"ratio": math.exp(p.mean), "low": math.exp(p.low), "high": math.exp(p.high)},
+        **{"groups": p.k, "spread": math.exp(p.tau), "i2": p.i2},
+        **{"low_next": math.exp(p.low_next), "high_next": math.exp(p.high_next)},
     }
     return {"ratios": rows, "pooled": pooled, "metric": reading.metric}
 
@@ -143,17 +136,15 @@ def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum
     for group, members in groups.items():
         full = [o for o in members if o.curve.key["method"] == "fullft"]
         variants: dict[str, list[Optimum]] = {}
-        for o in members:
-            if o.curve.key["method"] == "lora":
-                variants.setdefault(o.curve.variant, []).append(o)
+        for o in (o for o in members if o.curve.key["method"] == "lora"):
+            variants.setdefault(o.curve.variant, []).append(o)
         if len(full) > 1:
             raise TableError(
                 f"{group}: {len(full)} full fine-tuning curves (they differ in scope, schedule or "
                 "precision), but a ratio needs one. Keep one per table."
             )
-        for variant, lora in variants.items():
-            if full:
-                out.append((group if len(variants) == 1 else f"{group}; {variant}", lora, full[0]))
+        for variant, lora in variants.items() if full else ():
+            out.append((group if len(variants) == 1 else f"{group}; {variant}", lora, full[0]))
     return out
 
 
@@ -209,12 +200,9 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
             {
                 "group": group,
                 **{"slope": d.slope.value, "low": d.slope.low, "high": d.slope.high},
-                "p_slope": d.p_slope,
-                "p_equal": d.p_equal,
-                "ranks": list(tried),
-                "best_tried": best,
-                "known": len(known),
-                "bounds": len(members) - len(known),
+                **{"p_slope": d.p_slope, "p_equal": d.p_equal},
+                **{"ranks": list(tried), "best_tried": best},
+                **{"known": len(known), "bounds": len(members) - len(known)},
                 "flags": [*d.slope.flags, *left_out],
             }
         )
@@ -237,10 +225,120 @@ def drift_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = False) -> None:
     """Write an interactive page about a table of runs."""
     optima = optima_of(reading, share)
-    ratios = [
-        (group, o.curve.name, ratio_of([o], full))
-        for group, lora, full in arms_of(optima)
-        for o in lora
-    ]
+    arms = [(g, o, full) for g, lora, full in arms_of(optima) for o in lora]
+    ratios = [(group, o.curve.name, ratio_of([o], full)) for group, o, full in arms]
     title = f"{path.stem}: {len(reading.table)} runs"
     interactive.write(path, title, reading.table, optima, ratios, (), within)
+
+
+# ---------------------------------------------------------------- laws of the best learning rate
+
+
+def law(reading: Reading, share: bool = False) -> dict[str, Any]:
+    """Return the laws of the rate and of the ratio, and the regret of the published formula.
+
+    The law of the rate is fitted by family, both by loss and by optima.
+
+    Raises:
+        TableError: no model has a hidden size.
+    """
+    table = reading.table
+    if "hidden_size" not in table.columns or not table["hidden_size"].notna().any():
+        raise TableError(
+            "the law needs a column hidden_size (the model's width). Add it, or map it: "
+            "--map d_model=hidden_size."
+        )
+    widths = table.dropna(subset=["hidden_size"]).groupby("model")["hidden_size"]
+    hidden = widths.first().astype(float).to_dict()
+    parts = lr_curves(table)
+    optima = fit_all(parts, share=share)
+    costs = []
+    for c in parts:
+        lr = lr_law.published(c, hidden.get(c.key["model"], math.nan))
+        if lr is not None:
+            cost = {"lr": lr, "percent": lr_law.regret(c, lr).percent}
+            costs.append({"model": c.key["model"], "curve": c.name, **cost})
+    log_ratios = []
+    for _, lora, full in arms_of(optima):
+        known = [o for o in lora if o.best_lr.draws is not None]
+        h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
+        if known and full.best_lr.draws is not None and h and a is not None and a == a:
+            # One row per model and alpha: its ranks share full fine-tuning's curve.
+            logs = np.log(ratio_of(known, full).draws)
+            log_ratios.append(
+                Ratio(full.curve.key["model"], h, float(a), float(logs.mean()), float(logs.std()))
+            )
+    fitted = ratio_law(log_ratios) if len(log_ratios) >= 2 else None
+    by_both = {
+        "by_loss": lr_law.by_loss(parts, hidden),
+        "by_optima": lr_law.by_optima(optima, hidden),
+    }
+    return {
+        **{
+            how: [
+                {
+                    "family": v.family,
+                    "method": v.method,
+                    "lr_at_2000": v.at_2000.plain(),
+                    "p": v.p.plain(),
+                    "models": v.n_models,
+                    "regret_percent": v.regret,
+                    "flags": list(v.flags),
+                }
+                for v in found
+            ]
+            for how, found in by_both.items()
+        },
+        "published_regret": costs,
+        "ratio_law": fitted
+        and {
+            "ratio_at_1000_32": fitted.at_reference.plain(),
+            "p": fitted.p.plain(),
+            "q": fitted.q.plain(),
+            "spread": math.exp(fitted.tau),
+            "rivals": fitted.rivals,
+            "flags": list(fitted.flags),
+            "n": len(log_ratios),
+        },
+        "models_without_hidden_size": sorted(set(table["model"]) - set(hidden)),
+    }
+
+
+def law_lines(result: dict[str, Any]) -> list[str]:
+    """Format the laws for the terminal."""
+
+    def shown(plain: dict[str, Any], write: Callable[[float | None], str] = number) -> str:
+        return with_interval(Estimate(plain["value"], plain["low"], plain["high"]), write)
+
+    head = ["family", "method", "fitted by", "LR at hidden 2000 [95%]", "exponent p [95%]"]
+    rows = [[*head, "models", "regret %", "flags"]]
+    for how in ("by_loss", "by_optima"):
+        for v in result[how]:
+            names = [v["family"], v["method"], how.replace("by_", "")]
+            numbers = [shown(v["lr_at_2000"], rate), shown(v["p"]), str(v["models"])]
+            flags = ", ".join(v["flags"]) or "-"
+            rows.append([*names, *numbers, number(v["regret_percent"]), flags])
+    out = aligned(rows)
+    costs = result["published_regret"]
+    known = [c["percent"] for c in costs if c["percent"] is not None]
+    if costs:
+        mean = number(float(np.mean(known)) if known else None)
+        out.append(
+            f"published formula: regret {mean}% on average, at most "
+            f"{number(max(known) if known else None)}%, over {len(known)} of {len(costs)} curves "
+            "where its rate lies within those tried"
+        )
+    if fitted := result["ratio_law"]:
+        p, q, at = (shown(fitted[k]) for k in ("p", "q", "ratio_at_1000_32"))
+        flags = f"; {', '.join(fitted['flags'])}" if fitted["flags"] else ""
+        out.append(
+            f"ratio = {at} x (hidden/1000)^p x (alpha/32)^q, p {p}, q {q} "
+            f"({fitted['n']} ratios{flags})"
+        )
+        for name, value in fitted["rivals"].items():
+            rejected = " (rejected)" if value is not None and value < 0.05 else ""
+            out.append(f"  {name}: {'no test' if value is None else f'p {value:.2g}{rejected}'}")
+    without = result["models_without_hidden_size"]
+    if without:
+        out.append(f"without a hidden size, left out: {', '.join(without)}")
+    return out

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from analysis.questions.registry import analyse
-from analysis.report import kept, report
+from analysis.report import report
 from analysis.report.plots import INPUTS
 from analysis.report.study import answers, page
 from analysis.report.text import text_hash
@@ -136,7 +136,7 @@ def test_an_answer_that_shows_another_is_stale_once_that_one_changes(tmp_path):
         for shown in ("results.json", "table.parquet"):
             shutil.copy(folder / shown, tmp_path / folder.name / shown)
     other, mine = tmp_path / "lr_ratio-small", tmp_path / "lr_scale-tiny"
-    assert kept.in_order(tmp_path) == [other, mine]
+    assert page.in_order(tmp_path) == [other, mine]
     results = _json(other / "results.json")
     where = "smollm2-135m-instruct on gsm8k (small)"
     (ratio,) = (r["ratio"] for r in results["ratios"] if r["rank"] is None)
@@ -151,7 +151,7 @@ def test_an_answer_that_shows_another_is_stale_once_that_one_changes(tmp_path):
     assert differing_text(report.render(stale, question, table), (mine / "report.md").read_text())
     # Rendered by one command, the other first, all of it is right again: the figure too.
     (mine / "old.png").write_bytes(b"")
-    kept.render(tmp_path)
+    page.render_answers(tmp_path)
     again = _json(mine / "results.json")
     assert again["outside"][where]["value"] == pytest.approx(12.7, abs=0.05)
     assert _inputs(mine / "law.png") == report.inputs_hash(

@@ -1,6 +1,7 @@
 """The interactive report in a real browser: from disk, without network, with thousands of runs and
 hostile names."""
 
+import itertools
 import json
 import math
 import os
@@ -25,30 +26,17 @@ HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.h
 
 
 def runs(models, ranks, n_lrs=7, seeds=1, batches=(8,)):
-    rng = np.random.default_rng(0)
-    rows = []
-    for model in models:
-        for batch in batches:
-            for rank in ranks:
-                best = 1e-4 * (1 if rank is None else 8)
-                for k in range(n_lrs):
-                    lr = float(f"{best * 2.0 ** (k - n_lrs // 2) * 1.1:.3g}")
-                    for seed in range(seeds):
-                        nll = 2 + 0.1 * math.log(lr / best) ** 2 + rng.normal(0, 1e-3)
-                        curve = [{"step": s, "test_nll": nll + 1 / s} for s in (1, 2, 4, 8, 16)]
-                        rows.append(
-                            {
-                                "run_id": f"r{len(rows):05d}",
-                                "model": model,
-                                "rank": rank,
-                                "lr": lr,
-                                "seed": seed,
-                                "batch_size": batch,
-                                "status": "diverged" if k == n_lrs - 1 else "done",
-                                "test_nll": nll,
-                                "result": json.dumps({"curve": curve}),
-                            }
-                        )
+    rng, rows = np.random.default_rng(0), []
+    for model, batch, rank, k in itertools.product(models, batches, ranks, range(n_lrs)):
+        best = 1e-4 * (1 if rank is None else 8)
+        lr = float(f"{best * 2.0 ** (k - n_lrs // 2) * 1.1:.3g}")
+        shared = {"model": model, "rank": rank, "lr": lr, "batch_size": batch}
+        shared["status"] = "diverged" if k == n_lrs - 1 else "done"
+        for seed in range(seeds):
+            nll = 2 + 0.1 * math.log(lr / best) ** 2 + rng.normal(0, 1e-3)
+            curve = [{"step": s, "test_nll": nll + 1 / s} for s in (1, 2, 4, 8, 16)]
+            own = {"run_id": f"r{len(rows):05d}", "seed": seed, "test_nll": nll}
+            rows.append({**own, **shared, "result": json.dumps({"curve": curve})})
     return pd.DataFrame(rows)
 
 
@@ -59,18 +47,10 @@ def browser():
 
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-sync",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--window-size=1280,1600",
-    ):
-        options.add_argument(flag)
+    off = ("gpu", "quic", "sync", "background-networking", "component-update")
+    flags = ("headless=new", "no-sandbox", "no-first-run", "window-size=1280,1600")
+    for flag in (*flags, *(f"disable-{feature}" for feature in off)):
+        options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     yield driver
@@ -106,8 +86,12 @@ def quiet(browser):
             )
 
 
-def count(browser):
-    return browser.execute_script("return document.getElementById('count').textContent")
+def text_of(browser, element):
+    return browser.execute_script(f"return document.getElementById('{element}').textContent")
+
+
+def how_many(browser, selector):
+    return browser.execute_script(f"return document.querySelectorAll('{selector}').length")
 
 
 def choose(browser, key, value, times):
@@ -121,29 +105,17 @@ def choose(browser, key, value, times):
 
 def test_it_opens_from_disk_and_filters(browser, tmp_path):
     opened(browser, tmp_path, runs(["a/one", "b/two"], [None, 4, 16], batches=(8, 32)))
-    assert count(browser) == "12 curves, 84 runs"
-    assert (
-        browser.execute_script("return document.querySelectorAll('#lr-plot .points path').length")
-        >= 84
-    )
-    assert (
-        browser.execute_script(
-            "return document.querySelectorAll('#forest-plot .points path').length"
-        )
-        == 8
-    )
+    assert text_of(browser, "count") == "12 curves, 84 runs"
+    assert how_many(browser, "#lr-plot .points path") >= 84
+    assert how_many(browser, "#forest-plot .points path") == 8
     choose(browser, "rank", "4", 2)
-    assert count(browser) == "4 curves, 28 runs"
+    assert text_of(browser, "count") == "4 curves, 28 runs"
     choose(browser, "model", "b/two", 3)
     choose(browser, "batch_size", "32", 4)
-    assert count(browser) == "1 curves, 7 runs"
-    assert "lora r4" in browser.execute_script(
-        "return document.getElementById('curve-table').textContent"
-    )
+    assert text_of(browser, "count") == "1 curves, 7 runs"
+    assert "lora r4" in text_of(browser, "curve-table")
     choose(browser, "rank", "null", 5)
-    assert "fullft" in browser.execute_script(
-        "return document.getElementById('curve-table').textContent"
-    )
+    assert "fullft" in text_of(browser, "curve-table")
     quiet(browser)
 
 
@@ -175,13 +147,10 @@ def test_it_is_usable_with_5000_runs(browser, tmp_path):
     table = runs([f"m{k}" for k in range(10)], [None, 1, 2, 4, 8, 16, 32, 64], n_lrs=9, seeds=7)
     assert len(table) >= 5000
     opened(browser, tmp_path, table)
-    assert count(browser) == f"80 curves, {len(table)} runs"
-    assert (
-        browser.execute_script("return document.querySelectorAll('#run-table tbody tr').length")
-        == 100
-    )
+    assert text_of(browser, "count") == f"80 curves, {len(table)} runs"
+    assert how_many(browser, "#run-table tbody tr") == 100
     choose(browser, "model", "m3", 2)
-    assert count(browser) == "8 curves, 504 runs"
+    assert text_of(browser, "count") == "8 curves, 504 runs"
     quiet(browser)
 
 
@@ -190,13 +159,9 @@ def test_names_are_text_and_nothing_else(browser, tmp_path):
     table["run_id"] = [f"{HOSTILE}{k}" for k in range(len(table))]
     opened(browser, tmp_path, table)
     assert browser.execute_script("return window.hacked") is None
-    assert browser.execute_script("return document.querySelectorAll('img').length") == 0
-    assert HOSTILE in browser.execute_script(
-        "return document.getElementById('curve-table').textContent"
-    )
+    assert how_many(browser, "img") == 0
+    assert HOSTILE in text_of(browser, "curve-table")
     browser.execute_script("document.querySelector('#run-table tbody tr').click()")
-    assert HOSTILE in browser.execute_script(
-        "return document.getElementById('details').textContent"
-    )
+    assert HOSTILE in text_of(browser, "details")
     assert browser.execute_script("return window.hacked") is None
     quiet(browser)

@@ -136,8 +136,17 @@ class Answer:
     def _settings(self) -> list[tuple[str, tuple[Setting, tuple[str, ...]]]]:
         """The setting of each model and data set, and the names of the data set in groups."""
         datasets = self.runs["spec"].map(lambda spec: json.dumps(json.loads(spec)["dataset"]))
-        known = set(zip(self.runs["model"], datasets))
-        return [(model, _setting_of(json.loads(dataset))) for model, dataset in known]
+        found = []
+        for model, text in set(zip(self.runs["model"], datasets)):
+            dataset = json.loads(text)
+            novelty = novelty_of(dataset)
+            names: tuple[str, ...] = (f" on {dataset['name']}", f", {dataset['name']}")
+            setting = Setting.BEYOND if dataset["source"] == GENERATED else Setting.REAL
+            if novelty is not None:
+                setting = Setting.IN_REGIME if novelty.low else Setting.BEYOND
+                names = (*names, f", {novelty.name}")
+            found.append((model, (setting, names)))
+        return found
 
     @functools.cached_property
     def runs(self) -> pd.DataFrame:
@@ -168,40 +177,19 @@ class Answer:
             return "-"
         full = table[table["method"] == "fullft"]
         sizes = full.groupby("model")["n_trainable"].max() if "n_trainable" in full else {}
-        models = [
-            f"{m} ({_millions(sizes[m])} parameters)" if m in sizes else m for m in self.bases
-        ]
+        millions = {m: f"{n / 1e6:{'.2g' if n < 1e8 else '.0f'}}M" for m, n in sizes.items()}
+        models = [f"{m} ({millions[m]} parameters)" if m in millions else m for m in self.bases]
         names = f"{len(models)} bases" if len(models) > 3 else " and ".join(models)
         said = [f"{names} on {' and '.join(sorted(table['dataset'].unique()))}"]
-        said += [
-            f"{what} {_span(table[column])}"
-            for column, what in SPANS.items()
-            if table[column].notna().any()
-        ]
+        for column, what in SPANS.items():
+            if table[column].notna().any():
+                span = dict.fromkeys(f"{v:,g}" for v in (table[column].min(), table[column].max()))
+                said.append(f"{what} {' to '.join(span)}")
         ends = {int(c["steps"]) for c in self.results.get("curves") or [] if c.get("steps")}
         if table["steps"].nunique() == 1 and ends and max(ends) < table["steps"].max():
             said[-1] += f" (judged after {max(ends)}, before the task was solved)"
         rows = self.results.get("held_out")
         return ", ".join([*said, *([f"held-out rows {rows}"] if rows else [])])
-
-
-def _setting_of(dataset: dict[str, Any]) -> tuple[Setting, tuple[str, ...]]:
-    """Return a data set's setting, and what follows the model's name in a verdict's group."""
-    novelty = novelty_of(dataset)
-    names = (f" on {dataset['name']}", f", {dataset['name']}")
-    if novelty is not None:
-        setting = Setting.IN_REGIME if novelty.low else Setting.BEYOND
-        return setting, (*names, f", {novelty.name}")
-    return (Setting.BEYOND if dataset["source"] == GENERATED else Setting.REAL), names
-
-
-def _millions(n: float) -> str:
-    return f"{n / 1e6:.2g}M" if n < 1e8 else f"{n / 1e6:.0f}M"
-
-
-def _span(values: pd.Series) -> str:
-    low, high = values.min(), values.max()
-    return f"{low:,g}" if low == high else f"{low:,g} to {high:,g}"
 
 
 # ---------------------------------------------------------------- read
@@ -220,7 +208,18 @@ def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) 
                 continue
             results = json.loads(path.read_text())
             question = json.loads((path.parent / "question.json").read_text())
-            verdicts = [_verdict(v) for v in results["verdicts"]]
+            verdicts = [
+                Verdict(
+                    **{
+                        **plain,
+                        "estimate": estimate_of(plain["estimate"]),
+                        "margin": tuple(plain["margin"]),
+                        # older results hold no gates
+                        "gates": tuple(map(gate_of, plain.get("gates", ()))),
+                    }
+                )
+                for plain in results["verdicts"]
+            ]
             found.setdefault(path.parent.name, Answer(path.parent, results, question, verdicts))
 
     def place(a: Answer) -> tuple[int, str, str]:
@@ -233,18 +232,6 @@ def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) 
 def estimate_of(plain: dict[str, Any]) -> Estimate:
     """Read an estimate from results.json."""
     return Estimate(**{**plain, "flags": tuple(plain["flags"])})
-
-
-def _verdict(plain: dict[str, Any]) -> Verdict:
-    """Read a verdict from results.json; older ones hold no gates."""
-    return Verdict(
-        **{
-            **plain,
-            "estimate": estimate_of(plain["estimate"]),
-            "margin": tuple(plain["margin"]),
-            "gates": tuple(map(gate_of, plain.get("gates", ()))),
-        }
-    )
 
 
 HEAD = ("claim", "scale", "expected", "measured [interval]", "verdict", "runs", "still needed")
@@ -306,47 +293,42 @@ def pooled(answers: Sequence[Answer]) -> list[Pooled]:
     An estimate that a gate forbids to judge, such as a best rate at an edge, is left out. Of
     several answers on one base the one with the most runs counts. Exploratory and confirmatory
     verdicts are never mixed.
+
+    The level is the widest of the single ones, so that interim analyses stay paid for. An
+    interval's half-width counts as a Normal one. At few seeds it is Student's, so the single errors
+    are taken too large rather than too small.
     """
     found: dict[tuple, dict[str, tuple[Answer, Verdict]]] = {}
     for a in sorted(answers, key=lambda a: -int(a.results.get("runs", 0))):
         claims = [v.claim for v in a.verdicts]
         for v in a.verdicts:
-            if claims.count(v.claim) == 1 and len(a.bases) == 1 and _has_spread(v):
+            e, to = v.estimate, scale_of(v.log)
+            # A bound, or an exact count, has no error that could be averaged.
+            unknown = e.value is None or not e.has_interval() or AT_LEAST in e.flags
+            if unknown or not -math.inf < to(e.interval[0]) < to(e.interval[1]):
+                continue
+            if claims.count(v.claim) == 1 and len(a.bases) == 1:
                 scale, setting = a.results["scale"].partition("_")[0], a.setting(v.group)
                 key = (a.sweep, v.claim, scale, setting, bool(v.exploratory))
                 mine, base = found.setdefault(key, {}), a.bases[0]
                 if base not in mine or (mine[base][1].gates and not v.gates):
                     mine[base] = (a, v)
-    return [_pool(mine) for mine in found.values() if len(mine) >= MIN_BASES]
-
-
-def _has_spread(v: Verdict) -> bool:
-    """Return whether a verdict has an interval of its value, not of a bound or a count."""
-    e, to = v.estimate, scale_of(v.log)
-    if e.value is None or not e.has_interval() or AT_LEAST in e.flags:
-        return False
-    low, high = map(to, e.interval)
-    return math.isfinite(low) and low < high
-
-
-def _pool(by_base: dict[str, tuple[Answer, Verdict]]) -> Pooled:
-    """Pool estimates at the widest of their levels, so that interim analyses stay paid for.
-
-    An interval's half-width counts as a Normal one. At few seeds it is Student's, so the single
-    errors are taken too large rather than too small.
-    """
-    judged = {base: one for base, one in by_base.items() if not one[1].gates}
-    left_out = tuple(sorted(by_base.keys() - judged.keys()))
-    bases, one = tuple(sorted(judged)), next(iter((judged or by_base).values()))
-    if len(judged) < MIN_BASES:
-        return Pooled(bases, Estimate(None), one, left_out)
-    values, errors = [], []
-    level = max(v.estimate.level for _, v in judged.values())
-    for _, v in judged.values():
-        to = scale_of(v.log)
-        low, high = map(to, v.estimate.interval)
-        values.append(to(float(v.estimate.value or 0.0)))
-        errors.append((high - low) / 2 / float(stats.norm.ppf(0.5 + v.estimate.level / 2)))
-    over = random_effects(values, errors, level)
-    estimate = Estimate(over.mean, over.low, over.high, over.k, level=level)
-    return Pooled(bases, exp_of(estimate) if one[1].log else estimate, one, left_out)
+    out = []
+    for by_base in (mine for mine in found.values() if len(mine) >= MIN_BASES):
+        judged = {base: one for base, one in by_base.items() if not one[1].gates}
+        left_out = tuple(sorted(by_base.keys() - judged.keys()))
+        bases, one = tuple(sorted(judged)), next(iter((judged or by_base).values()))
+        if len(judged) < MIN_BASES:
+            out.append(Pooled(bases, Estimate(None), one, left_out))
+            continue
+        to, estimates = scale_of(one[1].log), [v.estimate for _, v in judged.values()]
+        level = max(e.level for e in estimates)
+        widths = [to(e.interval[1]) - to(e.interval[0]) for e in estimates]
+        errors = [
+            width / 2 / float(stats.norm.ppf(0.5 + e.level / 2))
+            for width, e in zip(widths, estimates)
+        ]
+        over = random_effects([to(float(e.value or 0.0)) for e in estimates], errors, level)
+        estimate = Estimate(over.mean, over.low, over.high, over.k, level=level)
+        out.append(Pooled(bases, exp_of(estimate) if one[1].log else estimate, one, left_out))
+    return out

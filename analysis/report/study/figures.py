@@ -115,25 +115,16 @@ def scale_for(v: Verdict) -> Scale:
     to = scale_of(v.log)
     expected = to(v.expected)
     below, above = expected - to(v.margin[0]), to(v.margin[1]) - expected
-    reaches = _reach(below, above), _reach(above, below)
+    reaches: list[float | None] = []  # distances of the ends; None where the end is open
+    for distance, other in ((below, above), (above, below)):
+        # Next to a distance of 0, an end is open beyond a distance of 1 in the claim's own unit.
+        is_open = distance > (OPEN * other if other else 1.0)
+        reaches.append(None if is_open else distance)
     known = [r for r in reaches if r]
-    other = known[0] if known else DOUBLE if v.log else WITHIN
-    low, high = (r or other for r in reaches)
-    band = (
-        -math.inf if reaches[0] is None else -reaches[0] / low,
-        math.inf if reaches[1] is None else reaches[1] / high,
-    )
-    return Scale(expected, (low, high), band, v.log)
-
-
-def _reach(distance: float, other: float) -> float | None:
-    """Return the distance of a margin's end from the claim's value; None if the end is open.
-
-    Args:
-        other: distance of the other end. If that is 0, an end counts as open beyond a distance of 1
-            in the claim's own unit.
-    """
-    return None if distance > (OPEN * other if other else 1.0) else distance
+    unit = known[0] if known else DOUBLE if v.log else WITHIN
+    units = (reaches[0] or unit, reaches[1] or unit)
+    low, high = (math.inf if r is None else r / u for r, u in zip(reaches, units))
+    return Scale(expected, units, (-low, high), v.log)
 
 
 @dataclass(frozen=True)
@@ -222,11 +213,16 @@ def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
             where = (str(optima[0].curve.key["model"]), a.setting(group))
             if full is None or not lora or where in chosen:
                 continue
-            highest = max(lora, key=lambda o: o.curve.key["rank"])
-            label = f"{where[0]}, rank {highest.curve.key['rank']:g}, {WORDS[where[1]]}"
-            curve = _rate_curve(highest, full, label)
-            if curve is not None:
-                chosen[where] = curve
+            o = max(lora, key=lambda o: o.curve.key["rank"])
+            best, unit, rates = o.best_nll, full.best_lr.value, o.curve.unbroken
+            if best is None or unit is None or not len(rates):
+                continue
+            lr = np.exp(np.linspace(rates[0], rates[-1], 200))
+            if (fitted := o.predict(lr)) is not None:
+                label = f"{where[0]}, rank {o.curve.key['rank']:g}, {WORDS[where[1]]}"
+                (tried, losses), percent = rate_means(o.curve), 100 / (o.curve.nll_start - best)
+                runs, fits = percent * (losses - best), percent * (fitted - best)
+                chosen[where] = RateCurve(label, np.exp(tried) / unit, runs, lr / unit, fits)
     return list(chosen.values())
 
 
@@ -237,22 +233,6 @@ def has_rate_curves(answers: Sequence[Answer]) -> bool:
         for a in answers
         if a.sweep == "lr_ratio"
     )
-
-
-def _rate_curve(lora: Optimum, full: Optimum, label: str) -> RateCurve | None:
-    """Compare the losses of one rank with its lowest fitted one; None without a fit of both."""
-    c, best, unit = lora.curve, lora.best_nll, full.best_lr.value
-    rates = c.unbroken
-    if best is None or unit is None or not len(rates):
-        return None
-    lr = np.exp(np.linspace(rates[0], rates[-1], 200))
-    fitted = lora.predict(lr)
-    if fitted is None:
-        return None
-    tried, losses = rate_means(c)
-    percent = 100 / (c.nll_start - best)
-    fits = lr / unit, percent * (fitted - best)
-    return RateCurve(label, np.exp(tried) / unit, percent * (losses - best), *fits)
 
 
 # ---------------------------------------------------------------- speed of each rank

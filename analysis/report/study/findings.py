@@ -16,39 +16,72 @@ from analysis.report.study.answers import Answer, Setting, estimate_of
 from analysis.report.study.figures import BATCHES, CONTROL, REGIME, conditions_of, controls_of
 
 FULL = " times full fine-tuning's"
+HEADLINES = ("regret", "learning_rates", "speed")
+"""Subjects of the findings on the project's front page."""
 EIGHTH = 8
 """The claims of `regime` are about ranks of this fraction of the width."""
 Found = list[tuple[Answer, Verdict]]
 Show = Callable[[Estimate], str]
 
 
-def sentences(answers: Sequence[Answer]) -> list[str]:
-    """Return the findings, the one about the regime first."""
-    written = (
-        _regime(answers),
-        _room(answers),
-        _learning_rates(answers),
-        of_claim(
+def by_subject(answers: Sequence[Answer]) -> dict[str, str]:
+    """Return the findings by their subject, the one about the regime first.
+
+    A finding without an answer is left out.
+    """
+
+    def inverse(e: Estimate) -> Estimate:
+        low, value, high = (None if v is None else 1 / v for v in (e.high, e.value, e.low))
+        return Estimate(value, low, high, e.n)
+
+    ratio, order = found(answers, "lr_ratio", "ratio"), found(answers, "lr_ratio", "order")
+    cost = found(answers, "lr_ratio", "ten_times")
+    rates, ten = "LoRA's best learning rate is", "of the order of ten times full fine-tuning's"
+    learning_rates = [
+        f"{lead(order, f'{rates} {ten}', f'{rates} not {ten}')}.",
+        each(ratio, "The ratio was", with_unit(number)),
+        each(cost, "Regret at exactly ten times was", with_unit(percent, "% of the gain")),
+    ]
+    worse = found(answers, "layers", "attention_worse")
+    alone, mlp = "Adapters on attention alone", "learn more slowly than on the MLP alone"
+    texts = {
+        "regret": _regret(answers),
+        "capacity": _capacity(answers),
+        "learning_rates": " ".join(filter(None, learning_rates)) if ratio and order else "",
+        "speed": of_claim(
             found(answers, "rank", "parity"),
             "LoRA's highest rank learns as fast as full fine-tuning",
             "Even LoRA's highest rank learns more slowly than full fine-tuning",
             "The number of updates to the same loss was",
-            lambda e: with_unit(number, FULL)(_inverse(e)),
+            lambda e: with_unit(number, FULL)(inverse(e)),
         ),
-        _batches(answers),
-        _layers(answers),
-        _rewards(answers),
-        of_claim(
+        "batches": _batches(answers),
+        "layers": of_claim(
+            worse,
+            f"{alone} {mlp}",
+            f"{alone} do not {mlp}",
+            "At equal parameters the ratio of their speeds was",
+            with_unit(number),
+            partly=f"{alone} {mlp} on {count(worse, 'SUPPORTED')} of {len(worse)} tasks",
+        ),
+        "rewards": _rewards(answers),
+        "work": of_claim(
             found(answers, "compute", "flops_to_loss"),
             "LoRA saves a third of the work",
             "LoRA does not save a third of the work",
             "The number of operations to the same loss was",
             with_unit(number, FULL),
         ),
-    )
+    }
+    return {subject: text for subject, text in texts.items() if text}
+
+
+def sentences(answers: Sequence[Answer]) -> list[str]:
+    """Return all findings, then the answers that are withdrawn."""
     withdrawn = {a.sweep: why for a in answers if (why := a.question.get("withdrawn"))}
-    return [text for text in written if text] + [
-        f"**The answer of `{sweep}` is withdrawn**: {why}." for sweep, why in withdrawn.items()
+    return [
+        *by_subject(answers).values(),
+        *(f"**The answer of `{name}` is withdrawn**: {why}." for name, why in withdrawn.items()),
     ]
 
 
@@ -171,11 +204,6 @@ def percent(value: float) -> str:
     return fixed(value, 1)
 
 
-def change(slope: float) -> str:
-    """Show the change of a ratio in percent, from a slope of its logarithm."""
-    return signed(100 * math.expm1(slope))
-
-
 def listed(words: Sequence[str]) -> str:
     """Join words by commas and a last "and"."""
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
@@ -188,57 +216,53 @@ def _span(values: Sequence[float]) -> str:
 # ---------------------------------------------------------------- findings with more than one claim
 
 
-def _regime(answers: Sequence[Answer]) -> str:
+def _regret(answers: Sequence[Answer]) -> str:
     """Report the regret of ranks of an eighth of the width, by base, rank and length."""
     low, beyond = found(answers, REGIME, "low"), found(answers, REGIME, "beyond")
     if not low:
         return ""
+
+    def by_place(verdicts: Found, start: str, also: str = "") -> list[str]:
+        by_base: dict[str, list[str]] = {}
+        for a, v in verdicts:
+            conditions: list[dict[str, Any]] = a.results["cells"]
+            condition = next((c for c in conditions if c["cell"] == v.group), {})
+            width = a.runs["hidden_size"].max()
+            row = next((r for r in condition.get("ranks", ()) if r["rank"] >= width / EIGHTH), None)
+            if row is not None:
+                size = f" of {condition['batch_size']}" if condition.get("batch_size") else ""
+                base = condition["cell"].partition(",")[0]
+                place = f"{base} (rank {row['rank']}, {condition['updates']} updates{size})"
+                regret = with_unit(percent, "%")(estimate_of(row["regret_percent"]))
+                by_base.setdefault(place, []).append(regret)
+        return [
+            f"{start} on {place}{also} was {listed(values)} of full fine-tuning's gain"
+            for place, values in by_base.items()
+        ]
+
     controls = [
         (line, a)
         for line, a in controls_of(answers)
         if max(line.regrets) * EIGHTH == a.runs["hidden_size"].max()
     ]
     rank, new = "A rank of an eighth of the width has", "where only rules are new"
-    said = [
-        lead(
-            [*low, *found([a for _, a in controls], BATCHES, f"at_{CONTROL}")],
-            f"{rank} no regret {new}",
-            f"{rank} regret {new}",
-            f"{rank} no regret {new}, on some bases and data sets",
-        ),
-        *_regrets(low),
+    start = lead(
+        [*low, *found([a for _, a in controls], BATCHES, f"at_{CONTROL}")],
+        f"{rank} no regret {new}",
+        f"{rank} regret {new}",
+        f"{rank} no regret {new}, on some bases and data sets",
+    )
+    tops = [(line, max(line.regrets)) for line, _ in controls]
+    of_controls = [
+        f"On {line.base} (rank {top}, {line.updates} updates of {line.batch_size}) it was "
+        f"{with_unit(percent, '%')(line.regrets[top])}"
+        for line, top in tops
     ]
-    for line, _ in controls:
-        top = max(line.regrets)
-        said.append(
-            f"On {line.base} (rank {top}, {line.updates} updates of {line.batch_size}) it was "
-            f"{with_unit(percent, '%')(line.regrets[top])}"
-        )
-    return ". ".join([*said, *_regrets(beyond, ", where lists are new too,")]) + "."
+    lists = by_place(beyond, "Regret", ", where lists are new too,")
+    return ". ".join([start, *by_place(low, "Its regret"), *of_controls, *lists]) + "."
 
 
-def _regrets(verdicts: Found, also: str = "") -> list[str]:
-    """Return a sentence for each base, rank and length, with the regret on each data set."""
-    by_place: dict[str, list[str]] = {}
-    for a, v in verdicts:
-        conditions: list[dict[str, Any]] = a.results["cells"]
-        condition = next((c for c in conditions if c["cell"] == v.group), {})
-        width = a.runs["hidden_size"].max()
-        row = next((r for r in condition.get("ranks", ()) if r["rank"] >= width / EIGHTH), None)
-        if row is not None:
-            size = f" of {condition['batch_size']}" if condition.get("batch_size") else ""
-            base = condition["cell"].partition(",")[0]
-            place = f"{base} (rank {row['rank']}, {condition['updates']} updates{size})"
-            regret = with_unit(percent, "%")(estimate_of(row["regret_percent"]))
-            by_place.setdefault(place, []).append(regret)
-    start = "Regret" if also else "Its regret"
-    return [
-        f"{start} on {place}{also} was {listed(values)} of full fine-tuning's gain"
-        for place, values in by_place.items()
-    ]
-
-
-def _room(answers: Sequence[Answer]) -> str:
+def _capacity(answers: Sequence[Answer]) -> str:
     """Report the load of the needed rank by every count, of conditions of one base and length."""
     known = [
         c
@@ -267,31 +291,13 @@ def _room(answers: Sequence[Answer]) -> str:
     )
 
 
-def _learning_rates(answers: Sequence[Answer]) -> str:
-    ratio, order = found(answers, "lr_ratio", "ratio"), found(answers, "lr_ratio", "order")
-    if not ratio or not order:
-        return ""
-    rates = "LoRA's best learning rate is"
-    ten = "of the order of ten times full fine-tuning's"
-    start = lead(order, f"{rates} {ten}", f"{rates} not {ten}")
-    said = f"{start}. {each(ratio, 'The ratio was', with_unit(number))}"
-    cost = found(answers, "lr_ratio", "ten_times")
-    show = with_unit(percent, "% of the gain")
-    return said + (f" {each(cost, 'Regret at exactly ten times was', show)}" if cost else "")
-
-
-def _inverse(e: Estimate) -> Estimate:
-    low, value, high = (None if v is None else 1 / v for v in (e.high, e.value, e.low))
-    return Estimate(value, low, high, e.n)
-
-
 def _batches(answers: Sequence[Answer]) -> str:
     said = of_claim(
         found(answers, "batch_size", "penalty"),
         "Large batches slow LoRA more than full fine-tuning",
         "Large batches do not slow LoRA more than full fine-tuning",
         "With each doubling LoRA's speed relative to full fine-tuning changed by",
-        with_unit(change, "%"),
+        with_unit(lambda slope: signed(100 * math.expm1(slope)), "%"),
     )
     control = found(answers, BATCHES, f"at_{CONTROL}")
     if said and control and count(control, "SUPPORTED") < len(control):
@@ -302,19 +308,6 @@ def _batches(answers: Sequence[Answer]) -> str:
             f"{CONTROL}, {has} regret as well."
         )
     return said
-
-
-def _layers(answers: Sequence[Answer]) -> str:
-    worse = found(answers, "layers", "attention_worse")
-    alone, mlp = "Adapters on attention alone", "learn more slowly than on the MLP alone"
-    return of_claim(
-        worse,
-        f"{alone} {mlp}",
-        f"{alone} do not {mlp}",
-        "At equal parameters the ratio of their speeds was",
-        with_unit(number),
-        partly=f"{alone} {mlp} on {count(worse, 'SUPPORTED')} of {len(worse)} tasks",
-    )
 
 
 def _rewards(answers: Sequence[Answer]) -> str:

@@ -47,44 +47,43 @@ def sentences() -> dict[str, list[Sentence]]:
 
 def ledger(answers: Sequence[Answer]) -> list[list[str]]:
     """Return the ledger's rows, one sentence a row after the head."""
-    judged = {_name(a, v): a.says(v.claim) for a in answers for v in a.single}
+    judged = [(f"{a.sweep}: {v.claim}", a, v) for a in answers for v in a.single]
     blocks = sentences()
     named = {claim for block in blocks.values() for s in block for claim in s.claims}
-    others = [
-        Sentence(f"{says[0].upper()}{says[1:]}", (claim,))
-        for claim, says in judged.items()
-        if claim not in named
-    ]
+    says = {name: a.says(v.claim) for name, a, v in judged if name not in named}
+    others = [Sentence(f"{text[0].upper()}{text[1:]}", (name,)) for name, text in says.items()]
     rows = [["sentence", *WORDS.values()]]
     for title, block in {**blocks, **({OTHERS: others} if others else {})}.items():
         rows.append([f"**{title}**", *("" for _ in Setting)])
         for s in block:
-            rows.append([f"{s.says} ({s.note})" if s.note else s.says, *_outcomes(answers, s)])
+            by_setting: dict[Setting, list[tuple[Answer, Verdict]]] = {}
+            for name, a, v in judged:
+                if name in s.claims:
+                    by_setting.setdefault(a.setting(v.group), []).append((a, v))
+            cells = [_counted(by_setting.get(k, []), s) for k in Setting]
+            untested = [NOT_TESTED, *cells[1:]]
+            rows.append([f"{s.says} ({s.note})" if s.note else s.says])
+            rows[-1] += cells if by_setting else untested
     return rows
 
 
-def _name(a: Answer, v: Verdict) -> str:
-    return f"{a.sweep}: {v.claim}"
-
-
-def _outcomes(answers: Sequence[Answer], sentence: Sentence) -> list[str]:
-    """Return the outcomes in each setting, or that the sentence was not tested."""
-    by_setting: dict[Setting, list[tuple[Answer, Verdict]]] = {}
-    for a in answers:
-        for v in a.single:
-            if _name(a, v) in sentence.claims:
-                by_setting.setdefault(a.setting(v.group), []).append((a, v))
-    if not by_setting:
-        return [NOT_TESTED, *("" for _ in list(Setting)[1:])]
-    return [_in_setting(by_setting.get(s, []), sentence) for s in Setting]
-
-
-def _in_setting(judged: Sequence[tuple[Answer, Verdict]], sentence: Sentence) -> str:
+def _counted(judged: Sequence[tuple[Answer, Verdict]], sentence: Sentence) -> str:
     """Count the outcomes in one setting with their scales, confirmatory ones first."""
+
+    def outcome(v: Verdict) -> str:
+        if v.is_withdrawn:
+            return WITHDRAWN
+        if not sentence.at_most:
+            return BETTER if v.is_better else v.outcome
+        e, most = v.estimate, v.margin[1]
+        if v.gates or e.low is None or e.high is None or AT_LEAST in e.flags:
+            return "UNDECIDED"
+        return "SUPPORTED" if e.high <= most else "REFUTED" if e.low > most else "UNDECIDED"
+
     by_mark: dict[bool, list[tuple[Answer, str]]] = {}
     for a, v in judged:
         explores = bool(v.exploratory) and not v.is_withdrawn
-        by_mark.setdefault(explores, []).append((a, _outcome(v, sentence)))
+        by_mark.setdefault(explores, []).append((a, outcome(v)))
     lines = []
     for explores, mine in sorted(by_mark.items()):
         counts = Counter(outcome for _, outcome in mine)
@@ -99,14 +98,3 @@ def _in_setting(judged: Sequence[tuple[Answer, Verdict]], sentence: Sentence) ->
         shown = dict.fromkeys(f"{float(f'{r:.2g}'):,g}" for r in (min(known), max(known)))
         lines.append(f"at {' to '.join(shown)} parameters an episode")
     return "<br>".join(lines)
-
-
-def _outcome(v: Verdict, sentence: Sentence) -> str:
-    if v.is_withdrawn:
-        return WITHDRAWN
-    if not sentence.at_most:
-        return BETTER if v.is_better else v.outcome
-    e, most = v.estimate, v.margin[1]
-    if v.gates or e.low is None or e.high is None or AT_LEAST in e.flags:
-        return "UNDECIDED"
-    return "SUPPORTED" if e.high <= most else "REFUTED" if e.low > most else "UNDECIDED"

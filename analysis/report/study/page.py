@@ -1,13 +1,16 @@
 """Write the pages over all answers: analysis/results/README.md, and a study's own page.
 
-First the findings, then the figures and the ledger, then one table for each question. The text is
-in `analysis/report/templates/study.md`; no measured number is typed by hand.
+`python -m analysis study --write` renders everything that is kept again from its tables: answers,
+the study page, and the findings in README.md. Tables and questions never change, and nothing is
+trained. First the findings, then the figures and the ledger, then one table for each question. The
+text is in `analysis/report/templates/study.md`; no measured number is typed by hand.
 """
 
+import json
 import os
 from collections.abc import Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
 
 from analysis.inference.estimate import (
     BETTER,
@@ -20,21 +23,16 @@ from analysis.inference.estimate import (
     with_interval,
 )
 from analysis.measures.regret import COUNTS
+from analysis.questions.registry import analyse, question_named
 from analysis.report import plots, plots_study
-from analysis.report.report import added_after, band_text, command_of
+from analysis.report.report import added_after, band_text, command_of, write_answer
 from analysis.report.study import figures
-from analysis.report.study.answers import (
-    Answer,
-    Pooled,
-    estimate_of,
-    pooled,
-    read_answers,
-    within,
-)
-from analysis.report.study.findings import sentences
+from analysis.report.study.answers import Answer, estimate_of, pooled, read_answers, within
+from analysis.report.study.findings import HEADLINES, by_subject, sentences
 from analysis.report.study.ledger import ledger
 from analysis.report.text import Rows, rendered, text_hash, with_block
-from analysis.runs.names import in_words
+from analysis.runs.lr_curves import in_words
+from analysis.runs.table import read as read_table
 
 REGRET, FOREST, RATES, SPEED = "regret.png", "forest.png", "rates.png", "speed.png"
 BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
@@ -88,6 +86,43 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
     by_question: dict[str, list[Answer]] = {}
     for a in answers:
         by_question.setdefault(a.question["question"], []).append(a)
+    questions = []
+    for mine in by_question.values():
+        asked, shown = mine[0].question, []
+        for a in mine:
+            here = os.path.relpath(a.folder, folder)
+            # A sweep file may have changed since an early answer: its command is in the history.
+            command = "" if "fingerprint_stamped" in a.question else f", `{command_of(a.question)}`"
+            links = f"[report]({here}/report.md), [table]({here}/table.parquet){command}"
+            runs = f"{a.results.get('runs', 0):,} runs, {a.trained}"
+            shown.append(f"`{a.results['scale']}`: {runs} ({links})")
+        averages = []
+        for p in (p for p in over_bases if p.one[0].sweep == mine[0].sweep):
+            says, margin = p.one[0].says(p.one[1].claim), within(p.one[1])
+            gated = f" ({len(p.left_out)} not to be judged: {', '.join(p.left_out)})"
+            value = f"{says}; {with_interval(p.estimate)}, margin {margin}"
+            averages.append(
+                f"No average over bases{gated}: {says}"
+                if p.estimate.value is None
+                else f"Average over {', '.join(p.bases)}{gated if p.left_out else ''}: {value}"
+            )
+        head = ["claim", "scale", "measured", "margin", "verdict", "notes"]
+        questions.append(
+            {
+                "title": asked["question"],
+                "source": f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(),
+                "withdrawn": asked.get("withdrawn"),
+                "answers": shown,
+                "averages": averages,
+                "verdicts": [head, *(verdict_row(a, v) for a in mine for v in a.verdicts)],
+                "figures": [
+                    (caption[0].upper() + caption[1:], os.path.relpath(a.folder / name, folder))
+                    for a in mine
+                    for name, caption in a.results.get("figures") or []
+                    if (a.folder / name).is_file()
+                ],
+            }
+        )
     text = rendered(
         "study.md",
         kept=kept,
@@ -103,21 +138,16 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
         ledger=ledger(answers),
         added=[(a.folder.name, line) for a in answers for line in added_after(a.question)],
         best_rates=best_rates(answers),
-        questions=[_question(mine, over_bases, folder) for mine in by_question.values()],
+        questions=questions,
     )
     return in_words(text)
 
 
 def readme(text: str, kept: Path) -> str:
-    """Return the project's README with its findings rendered again from the kept results."""
-    answers, root = read_answers([kept]), "analysis/results/"
-    lines = [f"{k}. {sentence}" for k, sentence in enumerate(sentences(answers), 1)]
-    figure = (
-        f"![regret over rank, by condition]({root}{REGRET})"
-        if figures.regret_lines(answers)
-        else f"![the study's claims in units of their margins]({root}{FOREST})"
-    )
-    return with_block(text, BEGIN, END, [*lines, "", figure])
+    """Return the project's README with its three findings rendered again from kept results."""
+    known = by_subject(read_answers([kept]))
+    headlines = [known[subject] for subject in HEADLINES if subject in known]
+    return with_block(text, BEGIN, END, [f"{k}. {line}" for k, line in enumerate(headlines, 1)])
 
 
 # ---------------------------------------------------------------- tables
@@ -131,7 +161,7 @@ def bits_rows(answers: Sequence[Answer]) -> Rows:
     head = ["data set", "updates", "needed rank [95%]"]
     head += [f"{what} by {words}" for what in ("bits", "load") for words in COUNTS.values()]
     rows = [head]
-    for c in _with_bits(answers):
+    for c in (c for c in figures.conditions_of(answers) if c.get("bits")):
         bits = [c["bits"].get(count) for count in COUNTS]
         loads = [with_interval(estimate_of(c["loads_needed"][count])) for count in COUNTS]
         rank = with_interval(estimate_of(c["rank_interpolated"]))
@@ -144,16 +174,12 @@ def load_rows(answers: Sequence[Answer]) -> Rows:
     """Return the load of every rank by every count, with its regret, after the head."""
     head = [f"load by {words}" for words in COUNTS.values()]
     rows = [["data set", "updates", "rank", *head, "regret, % of the gain [95%]"]]
-    for c in _with_bits(answers):
+    for c in (c for c in figures.conditions_of(answers) if c.get("bits")):
         for r in c["ranks"]:
             loads = [number(r["loads"].get(count)) for count in COUNTS]
             regret = with_interval(estimate_of(r["regret_percent"]))
             rows.append([c["cell"], str(c["updates"]), str(r["rank"]), *loads, regret])
     return rows if len(rows) > 1 else []
-
-
-def _with_bits(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    return [c for c in figures.conditions_of(answers) if c.get("bits")]
 
 
 def best_rates(answers: Sequence[Answer]) -> Rows:
@@ -183,52 +209,6 @@ def best_rates(answers: Sequence[Answer]) -> Rows:
     return rows if len(rows) > 1 else []
 
 
-# ---------------------------------------------------------------- one table a question
-
-
-def _question(mine: Sequence[Answer], over_bases: Sequence[Pooled], folder: Path) -> dict[str, Any]:
-    """Return what the page shows of one question: its answers, averages, verdicts and figures."""
-    asked = mine[0].question
-    shown = []
-    for a in mine:
-        here = os.path.relpath(a.folder, folder)
-        # A sweep file may have changed since an early answer: its command is in the history.
-        command = "" if "fingerprint_stamped" in a.question else f", `{command_of(a.question)}`"
-        links = f"[report]({here}/report.md), [table]({here}/table.parquet){command}"
-        runs = f"{a.results.get('runs', 0):,} runs, {a.trained}"
-        shown.append(f"`{a.results['scale']}`: {runs} ({links})")
-    images = [
-        (caption[0].upper() + caption[1:], os.path.relpath(a.folder / name, folder))
-        for a in mine
-        for name, caption in a.results.get("figures") or []
-        if (a.folder / name).is_file()
-    ]
-    return {
-        "title": asked["question"],
-        "source": f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(),
-        "withdrawn": asked.get("withdrawn"),
-        "answers": shown,
-        "averages": [_average(p) for p in over_bases if p.one[0].sweep == mine[0].sweep],
-        "verdicts": [
-            ["claim", "scale", "measured", "margin", "verdict", "notes"],
-            *(verdict_row(a, v) for a in mine for v in a.verdicts),
-        ],
-        "figures": images,
-    }
-
-
-def _average(pool: Pooled) -> str:
-    a, v = pool.one
-    gated = f"{len(pool.left_out)} not to be judged: {', '.join(pool.left_out)}"
-    if pool.estimate.value is None:
-        return f"No average over bases ({gated}): {a.says(v.claim)}"
-    without = f" ({gated})" if pool.left_out else ""
-    return (
-        f"Average over {', '.join(pool.bases)}{without}: {a.says(v.claim)}; "
-        f"{with_interval(pool.estimate)}, margin {within(v)}"
-    )
-
-
 def verdict_row(a: Answer, v: Verdict) -> list[str]:
     """Return one verdict as a row of its question's table, with all that qualifies it."""
     where = f", {v.group}" if len({w.group for w in a.verdicts}) > 1 else ""
@@ -249,3 +229,32 @@ def verdict_row(a: Answer, v: Verdict) -> list[str]:
         f"**{v.shown}**",
         "; ".join(filter(None, notes)),
     ]
+
+
+# ---------------------------------------------------------------- everything that is kept
+
+
+def in_order(kept: Path) -> list[Path]:
+    """Return the folders of all kept answers; one that shows others' answers comes after them."""
+    question = {p.parent: json.loads(p.read_text()) for p in sorted(kept.glob("*/question.json"))}
+    folders = list(question)
+    shows = {f: question_named(question[f]["analysis"]).shows for f in folders}
+    graph = {f: [g for g in folders if question[g]["name"] in shows[f]] for f in folders}
+    return list(TopologicalSorter(graph).static_order())
+
+
+def render_answers(kept: Path) -> None:
+    """Judge the kept tables again and write their results, reports and figures."""
+    for folder in in_order(kept):
+        table = read_table(folder / "table.parquet")
+        question = json.loads((folder / "question.json").read_text())
+        for figure in folder.glob("*.png"):
+            figure.unlink()
+        write_answer(analyse(table, question, kept), table, question, folder)
+
+
+def render_all(kept: Path, front_page: Path) -> None:
+    """Render the kept answers, the page over them, and the findings in the project's README."""
+    render_answers(kept)
+    write(read_answers([kept]), kept / "README.md", True)
+    front_page.write_text(readme(front_page.read_text(), kept))

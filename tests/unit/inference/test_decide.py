@@ -65,22 +65,6 @@ def test_a_refutation_on_the_better_side_says_so(better, centre, said):
     assert found.outcome == "REFUTED" and ("better side" in found.why) == said
 
 
-def test_three_looks_at_the_margins_edge_err_in_five_percent():
-    """The truth is at the margin's edge, and the error falls from look to look."""
-    rng = np.random.default_rng(0)
-    wrong = 0
-    for _ in range(2000):
-        sums, n = 0.0, 0
-        for _ in range(3):
-            sums, n = sums + rng.normal(math.log(14.1), 0.15), n + 1
-            mean, se = sums / n, 0.15 / math.sqrt(n)
-            half = se * 2.2889  # normal quantile of Pocock's level
-            if mean + half <= math.log(14.1) and mean - half >= math.log(7.1):
-                wrong += 1
-                break
-    assert wrong / 2000 <= 0.032  # one side of 5%
-
-
 def test_the_p_value_is_the_level_at_which_it_is_decided():
     values = np.exp(draws(math.log(10), 0.1, 1))
     p = p_value(values, 7.1, 14.1)
@@ -112,8 +96,3 @@ def test_where_likely_rates_say_nothing_there_is_no_interval():
     assert not one_in_four.has_interval() and "unread_at_likely_rates" in one_in_four.flags
     judged = judge("c", {"margin": [-1, 1], "expected": 0}, "g", one_in_four, [], 3, False)
     assert judged.outcome == "UNDECIDED" and judged.needed == REMEDIES["unread_at_likely_rates"]
-
-
-def test_estimates_are_plain_without_their_draws():
-    e = from_draws(draws(0, 1, 0), 5)
-    assert "draws" not in e.plain() and Estimate(**{**e.plain(), "flags": ()}).value == e.value

@@ -5,10 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from analysis.inference.correlation import within_groups
 from analysis.inference.decide import judge
 from analysis.inference.estimate import Estimate
-from analysis.inference.meta import meta_regression
+from analysis.inference.meta import meta_regression, within_groups
 from analysis.inference.seeds import PooledVariance, from_sample
 from analysis.inference.spread import SEEDS, Part, Spread, needed
 

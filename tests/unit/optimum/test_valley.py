@@ -20,14 +20,11 @@ from benchmarks.calibration.generators import FAMILIES, Design, plant
 from tests.world import ROOT
 
 
-def test_linex_is_smooth_through_zero():
+def test_linex_is_the_double_integral_of_its_curvature():
     u = np.linspace(-3, 3, 13)
     assert np.allclose(valley.linex(u, 1e-9), u * u / 2)
     above, below = valley.linex(u, 1e-3 * 1.0001), valley.linex(u, 1e-3 * 0.9999)
-    assert np.allclose(above, below, rtol=1e-3, atol=1e-6)
-
-
-def test_linex_is_the_double_integral_of_its_curvature():
+    assert np.allclose(above, below, rtol=1e-3, atol=1e-6)  # where the series takes over
     for a in (-0.7, 0.4, 1.3):
         for x in (-1.5, 0.8):
             value, _ = integrate.quad(lambda t, x=x, a=a: (x - t) * math.exp(a * t), 0, x)
@@ -50,11 +47,14 @@ def test_the_misfits_covariance_is_the_curvatures_integrated_twice():
     found = valley.misfit(np.array([x1, x2]), np.array([m]), np.array([a]))[0, 0]
     assert found[0, 1] == pytest.approx(value, rel=0.05)  # the product is a sum over 100 points
     assert np.linalg.eigvalsh(found).min() > 0
-
-
-def test_the_misfit_neither_lifts_nor_tilts_the_minimum():
+    # It neither lifts nor tilts the minimum.
     near = valley.misfit(np.array([0.0, 1e-3, 1.0]), np.array([0.0]), np.array([0.5]))[0, 0]
     assert near[0, 0] == 0 and near[1, 1] < 1e-9 * near[2, 2]
+
+
+def curve_of(x, y, seed, rank=4.0, start=math.nan):
+    key = {"model": "m", "dataset": "d", "method": "lora", "rank": rank}
+    return LrCurve(key, x, y, seed, seed, np.ones(len(x), bool), start, math.nan)
 
 
 def unsteady_sweep(broken):
@@ -66,9 +66,7 @@ def unsteady_sweep(broken):
         y = 2.0 + 0.1 * (x - math.log(1e-3)) ** 2 + 0.004 * rng.standard_normal(18)
         if k == 0 and broken:
             y[15] += 0.4
-        seed = np.tile(np.arange(3), 6)
-        key = {"model": "m", "dataset": "d", "method": "lora", "rank": float(2**k)}
-        out.append(LrCurve(key, x, y, seed, seed, np.ones(18, bool), 3.5, math.nan))
+        out.append(curve_of(x, y, np.tile(np.arange(3), 6), float(2**k), 3.5))
     return out
 
 
@@ -124,8 +122,9 @@ def test_curves_fitted_together_are_the_curves_fitted_one_sweep_at_a_time():
             assert a.best_lr.low == pytest.approx(b.best_lr.low, rel=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "linex")) for f in FAMILIES]
+)
 def test_intervals_hold_planted_truths(family):
     """A small calibration of each family (the full one: make calibrate), at three noises."""
     rng = np.random.default_rng(11)
@@ -201,10 +200,7 @@ def test_a_collapse_that_nobody_flagged_leaves_the_optimum_alone():
         x = np.tile(np.arange(7) * math.log(2), 3)
         y = 1 + 0.1 * valley.linex(x - 1.7, 0.5) + 1e-3 * rng.standard_normal(21)
         y[x > 5.9 * math.log(2)] += rise
-        seed = np.repeat(np.arange(3), 7)
-        key = {"model": "m", "dataset": "d", "method": "lora", "rank": 4.0}
-        curve = LrCurve(key, x, y, seed, seed, np.ones(21, bool), math.nan, math.nan)
-        e = fit_all([curve])[0].best_lr
+        e = fit_all([curve_of(x, y, np.repeat(np.arange(3), 7))])[0].best_lr
         assert e.low < math.exp(1.7) < e.high and e.high / e.low < 1.8
 
 

@@ -9,19 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.runs.reading import read
-from analysis.runs.table import TableError
-from analysis.tables import commands
 from tests.tables import planted, run, write
 from tests.world import ROOT
 
 EVIDENCE = Path(os.environ.get("LORASWEEP_TEST_EVIDENCE", "/nonexistent"))
-
-
-needs_evidence = pytest.mark.skipif(
-    not (EVIDENCE / "tulu3_lora_sweep.csv").is_file(),
-    reason="LORASWEEP_TEST_EVIDENCE names no folder with the public tables",
-)
 
 
 def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
@@ -50,12 +41,8 @@ def test_ratio_and_drift_come_back(tmp_path, capsys, name):
     (row,) = json.loads(text)
     assert row["low"] < 0 < row["high"] and row["ranks"] == [4, 16]
     assert run(capsys, "drift", path)[0] == 0
-
-
-def test_two_models_are_pooled(tmp_path, capsys):
-    one, two = planted(), planted(ratio=9.0)
-    two["model"] = "n"
-    code, text, _ = run(capsys, "ratio", write(tmp_path, pd.concat([one, two])), "--json")
+    both = pd.concat([planted(), planted(ratio=9.0).assign(model="n")])
+    code, text, _ = run(capsys, "ratio", write(tmp_path, both, name), "--json")
     pooled = json.loads(text)["pooled"]
     assert code == 0 and pooled["groups"] == 2 and pooled["low"] < 9.5 < pooled["high"]
 
@@ -70,6 +57,12 @@ def test_law_needs_a_width_and_then_speaks(tmp_path, capsys):
     assert run(capsys, "law", write(tmp_path, table))[0] == 0
     code, _, err = run(capsys, "law", write(tmp_path, planted()))
     assert code == 2 and "hidden_size" in err
+    one, widths = planted(ranks=(4,), higher=True), (1024, 2048, 4096, 8192)
+    table = pd.concat([one.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
+    code, text, _ = run(capsys, "law", write(tmp_path, table), "--higher", "test_nll", "--json")
+    (law,) = json.loads(text)["by_loss"]
+    assert code == 0 and law["regret_percent"] >= 0
+    assert law["lr_at_2000"]["value"] == pytest.approx(1.3e-3, rel=0.2)
 
 
 def test_a_metric_that_is_better_when_higher(tmp_path, capsys):
@@ -138,17 +131,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     assert code == 2 and str(tmp_path / "file") in err
 
 
-def test_a_law_of_a_metric_that_is_better_when_higher(tmp_path, capsys):
-    one = planted(ranks=(4,), higher=True)
-    widths = (1024, 2048, 4096, 8192)
-    table = pd.concat([one.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
-    code, text, _ = run(capsys, "law", write(tmp_path, table), "--higher", "test_nll", "--json")
-    (law,) = json.loads(text)["by_loss"]
-    assert code == 0 and law["regret_percent"] >= 0
-    assert law["lr_at_2000"]["value"] == pytest.approx(1.3e-3, rel=0.2)
-
-
-@needs_evidence
+@pytest.mark.skipif(
+    not (EVIDENCE / "tulu3_lora_sweep.csv").is_file(),
+    reason="LORASWEEP_TEST_EVIDENCE names no folder with the public tables",
+)
 def test_public_tables_give_what_the_kept_page_says():
     from benchmarks.public_evidence import render
 
@@ -160,13 +146,3 @@ def test_public_tables_give_what_the_kept_page_says():
         # Printed digits differ between processors.
         near = "." in old and float(new) == pytest.approx(float(old), rel=0.02, abs=2e-4)
         assert new == old or near, (new, old)
-
-
-@needs_evidence
-def test_best_rates_at_an_edge_are_bounds_in_the_public_sweep():
-    rows = commands.fit(read(EVIDENCE / "tulu3_lora_sweep.csv"))
-    one_b = [r for r in rows if r["model"] == "meta-llama/Llama-3.2-1B"]
-    assert len(one_b) == 4 and all(r["best_lr"] is None and r["low"] >= 2.9e-4 for r in one_b)
-    assert [r["high"] for r in one_b] == pytest.approx([3e-3] * 4)
-    with pytest.raises(TableError, match="no fullft"):
-        commands.ratio(read(EVIDENCE / "tulu3_lora_sweep.csv"))

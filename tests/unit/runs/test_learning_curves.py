@@ -21,8 +21,4 @@ def test_a_curve_is_read_to_its_end_where_the_same_rows_were_evaluated_there(at_
     curve = [{"step": s, "test_nll": y} for s, y in POINTS]
     curve[-1] |= at_end
     table = pd.DataFrame([{"result": json.dumps({"curve": curve})}])
-    assert same_rows(by_run(table)[0]) == wanted
-
-
-def test_without_a_curve_there_are_no_points():
-    assert same_rows(None) == []
+    assert same_rows(by_run(table)[0]) == wanted and same_rows(None) == []
