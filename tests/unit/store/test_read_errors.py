@@ -131,10 +131,7 @@ READERS = {
         lambda r: r.store.failures(r.id("failed")),
         lambda r: r.store.claim(r.specs["failed"]),
     ),
-    "spec.json": (
-        lambda r: r.store.spec(r.id("done")),
-        lambda r: r.store.claim(r.specs["failed"]),
-    ),
+    "spec.json": (lambda r: r.store.spec(r.id("done")), lambda r: r.store.claim(r.specs["failed"])),
     "env.json": (lambda r: r.store.layout(r.id("done")),),
     "metrics.jsonl": (
         lambda r: r.store.records(r.id("done")),
@@ -156,10 +153,7 @@ READERS = {
     "ended.json": (lambda r: submissions.read_all(r.store.root),),
     ".slurm": (lambda r: submissions.read_all(r.store.root),),
     "jobs": (lambda r: Submission(r.submission, {}, []).complete(ARRAY, "12"),),
-    "looks.json": (
-        lambda r: looks.read(r.looks),
-        lambda r: looks.note_look(r.looks, "x", 1),
-    ),
+    "looks.json": (lambda r: looks.read(r.looks), lambda r: looks.note_look(r.looks, "x", 1)),
     "released": (lambda r: Lock(r.lock).acquire(0, print),),
     "lock": (lambda r: Lock(r.lock).acquire(0, print),),
 }
