@@ -48,7 +48,11 @@ def read(
     # in a folder of its own, since in one with the sticky bit nobody replaces another user's file
     path = root / ".index" / "runs.json"
     if not known:
-        known |= _load(path)
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            stored = json.loads(path.read_bytes())
+            runs, fields = stored["runs"], len(Entry._fields)
+            if stored["version"] == VERSION and all(len(e) == fields for e in runs.values()):
+                known |= runs
     found: dict[str, Entry] = {}
     behind = 0
     prefix = f"{root}{os.sep}"
@@ -85,13 +89,3 @@ def read(
             path.parent.mkdir(exist_ok=True)
             files.write_atomic(path, json.dumps({"version": VERSION, "runs": known}).encode())
     return found
-
-
-def _load(path: Path) -> dict[str, list[Any]]:
-    try:
-        stored = json.loads(path.read_bytes())
-        runs, fields = stored["runs"], len(Entry._fields)
-        valid = stored["version"] == VERSION and all(len(e) == fields for e in runs.values())
-        return runs if valid else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}

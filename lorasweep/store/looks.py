@@ -47,7 +47,7 @@ def note_look(path: Path, claims_hash: str, planned: int) -> None:
     if files.status(path) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         first = {"claims_hash": claims_hash, "planned": planned, "rounds": []}
-        files.create_once(path, _content(first))
+        files.create_once(path, json.dumps(first, indent=1).encode())
 
 
 def append(
@@ -87,11 +87,7 @@ def append(
         record["rounds"].append({"round": so_far + 1, "runs": list(runs)})
         if not looks.points(record["rounds"][-1:], known):
             raise SpecError("every run of that round is already part of the sweep: nothing to add.")
-        files.write_atomic(path, _content(record))
+        files.write_atomic(path, json.dumps(record, indent=1).encode())
         return so_far + 1
     finally:
         lock.release()
-
-
-def _content(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=1) + "\n").encode()

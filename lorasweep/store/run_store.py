@@ -96,17 +96,13 @@ class RunStore:
 
     def existing(self) -> set[str]:
         """Return the ids that have a folder, from one directory scan."""
-        try:
+
+        def scan() -> set[str]:
             return {
                 e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")
             }
-        except FileNotFoundError:
-            return set()
-        except OSError as error:
-            raise StoreError(
-                f"run folder {self.root} cannot be read ({error.strerror}). Choose another: "
-                "exec.runs_dir=FOLDER, or set LORASWEEP_RUNS."
-            ) from None
+
+        return files.patiently(self.root, scan) or set()
 
     # ------------------------------------------------------------ reading
 
@@ -192,16 +188,12 @@ class RunStore:
         except OSError:
             return {}
 
-    def records(self, rid: str) -> list[Record]:
-        """Return the records of a run, without an incomplete last line."""
-        return self._records_from(rid, 0)
-
     def recent_records(self, rid: str) -> list[Record]:
         """Return about the last 60 records of a run."""
-        return self._records_from(rid, max(0, self.records_size(rid) - RECENT_BYTES))
+        return self.records(rid, max(0, self.records_size(rid) - RECENT_BYTES))
 
-    def _records_from(self, rid: str, start: int) -> list[Record]:
-        """Return the records from byte `start` on, without incomplete lines."""
+    def records(self, rid: str, start: int = 0) -> list[Record]:
+        """Return the records of a run from byte `start` on, without incomplete lines."""
         path = self._records_path(rid)
 
         def lines() -> list[bytes]:
@@ -228,8 +220,8 @@ class RunStore:
         spec = files.read_json(self.folder(rid) / "spec.json")
         if spec is None:
             raise StoreError(
-                f"{self.folder(rid)}/spec.json is missing or damaged. Run the sweep again to "
-                "rewrite it, or delete the folder."
+                f"{self.folder(rid)}/spec.json is missing or damaged. Run the sweep again, or "
+                "delete the folder."
             )
         return spec
 
@@ -280,17 +272,13 @@ class RunStore:
         return self._dead.get(rid) != attempt and self._liveness.alive(self.attempt(rid, attempt))
 
     def owns(self, rid: str, attempt: int) -> bool:
-        """Return whether `attempt` is still the latest.
-
-        If not, another process took over and this one must stop.
-        """
+        """Return whether `attempt` is still the latest; if not, another process took over."""
         return self.last_attempt(rid) == attempt
 
     def write_env(self, rid: str, attempt: int, env: dict[str, Any]) -> None:
         """Record where an attempt runs."""
-        files.write_atomic(
-            self.attempt(rid, attempt) / "env.json", json.dumps(env, indent=1).encode()
-        )
+        content = json.dumps(env, indent=1).encode()
+        files.write_atomic(self.attempt(rid, attempt) / "env.json", content)
 
     def log(self, rid: str, attempt: int, text: str) -> None:
         """Append a line to an attempt's log."""
@@ -299,7 +287,7 @@ class RunStore:
     def record(self, rid: str, *new: Record) -> None:
         """Append records, in one write. Values that are not finite are written as null."""
         if new:
-            text = "".join(_finite_json(record) + "\n" for record in new)
+            text = "".join(json.dumps(_finite(r), allow_nan=False) + "\n" for r in new)
             files.append(self._records_path(rid), text.encode())
 
     def records_size(self, rid: str) -> int:
@@ -321,7 +309,8 @@ class RunStore:
             raise ValueError(f"a run ends as one of {FINAL}, got {state!r}")
         if self.records_size(rid):
             self.sync_records(rid)
-        body = json.loads(_finite_json({"run_id": rid, "state": state, **result}))
+        # through JSON, so that the checksum is that of the values read back
+        body = json.loads(json.dumps(_finite({"run_id": rid, "state": state, **result})))
         content = json.dumps({"sha256": checksum(body), "result": body}).encode()
         first = files.create_once(self._result_path(rid), content)
         shutil.rmtree(self.folder(rid) / "checkpoint", ignore_errors=True)
@@ -367,12 +356,8 @@ def _checked(content: bytes | None) -> Result | None:
         return None
 
 
-def _finite_json(value: dict[str, Any]) -> str:
-    """Return values as JSON; numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
 def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, which JSON has."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -20,26 +20,9 @@ _LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "
 """Fields of LoRA that old specs do not have, with the values that reproduce the old behaviour."""
 _OF_EXPERTS = {"expert_rank": "active", "expert_alpha": None, "expert_outer": "own"}
 """Fields of LoRA that only models with experts have a value of, with their defaults."""
-_RESULT_COLUMNS = (
-    "test_nll",
-    "test_bpb",
-    "nll_start",
-    "floor_nats",
-    "train_nll",
-    "steps_done",
-    "tokens",
-    "n_trainable",
-    "norm_a",
-    "norm_b",
-    "norm_delta",
-    "retain_nll",
-    "retain_start",
-    "step_s",
-    "base_sha256",
-    "data_sha256",
-    "wall_s",
-    "imported",
-)
+_RESULT_COLUMNS = ["test_nll", "test_bpb", "nll_start", "floor_nats", "train_nll", "steps_done"]
+_RESULT_COLUMNS += ["tokens", "n_trainable", "norm_a", "norm_b", "norm_delta", "retain_nll"]
+_RESULT_COLUMNS += ["retain_start", "step_s", "base_sha256", "data_sha256", "wall_s", "imported"]
 
 
 def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.DataFrame":

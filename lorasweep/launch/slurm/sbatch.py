@@ -7,8 +7,7 @@ the path of a JSON file; its return value is ignored.
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,13 @@ def submit(described: Description) -> str:
 
     array, folder = described.array, described.folder
     tasks = [str(folder / "tasks" / f"{k}.json") for k in range(array.first, array.first + array.n)]
-    with _outside_jobs(), files.own_only():
+    # Inside a job, sbatch would pass the job's variables on to the new job, which then has two
+    # memory limits, and submitit would confuse the two job ids.
+    names = [k for k in os.environ if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_"))]
+    hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
+    with ExitStack() as stack:
+        stack.callback(os.environ.update, hidden)
+        stack.enter_context(files.own_only())
         executor = submitit.SlurmExecutor(folder=folder / "jobs")
         executor.update_parameters(
             job_name=array.name,
@@ -144,18 +149,3 @@ def write_script(described: Description) -> Path:
     with files.own_only():
         files.write_atomic(path, "\n".join(lines).encode())
     return path
-
-
-@contextmanager
-def _outside_jobs() -> Iterator[None]:
-    """Hide the Slurm job that this process may be part of.
-
-    Otherwise sbatch would pass its variables on to the new job, which then has two memory limits,
-    and submitit would confuse the two job ids.
-    """
-    names = [k for k in os.environ if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_"))]
-    hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)

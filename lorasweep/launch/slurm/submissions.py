@@ -287,10 +287,24 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
         return queue
     strays = {j.name: j.array for j in queue.strays}
     changed = False
-    for submission in queue.submissions:
-        for array in submission.arrays:
-            changed |= _settle(submission, array, strays, notify)
-    _note_ends(queue)
+    for s in queue.submissions:
+        for array in s.arrays:
+            if array.job is None and (not array.abandoned or array.name in strays):
+                changed |= _settle(s, array, strays.get(array.name), notify)
+    live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
+    names = {a.name: s.name for s in queue.submissions for a in s.arrays}
+    live |= {names[j.name] for j in queue.strays}
+    for s in list(queue.submissions):  # record how jobs ended, if none is live
+        if s.name in live or not all(a.job or a.abandoned for a in s.arrays):
+            continue
+        n_jobs = sum(a.n for a in s.arrays if a.job)
+        ends = client.ended(str(a.job) for a in s.arrays if a.job)
+        young = time.time() - s.record["created_s"] < GIVE_UP_S
+        if young and (len(ends) < n_jobs or any(a.abandoned for a in s.arrays)):
+            continue  # accounting is still behind
+        with suppress(OSError):  # a full disk: it is queried again later
+            _write_note(s.folder, "ended.json", {k: asdict(end) for k, end in ends.items()})
+        queue.submissions.remove(s)
     jobs = [*(j for _, _, j in queue.live()), *queue.follows.values()]
     stuck = [j.label for j in jobs if j.stuck]
     if stuck:
@@ -299,11 +313,11 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     return look(runs_dir) if changed else queue
 
 
-def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify) -> bool:
-    """Record what happened to an array without a recorded job; return whether that was open."""
-    if array.job is not None or (array.abandoned and array.name not in strays):
-        return False
-    number = strays.get(array.name)
+def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> bool:
+    """Record what happened to an array without a recorded job; return False if it is still open.
+
+    `number`: its live job that is not recorded.
+    """
     if number is None:
         accounted = client.named(array.name)
         number = accounted[0].partition("_")[0] if accounted else None
@@ -324,25 +338,6 @@ def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify)
             (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)  # planned again
     note_array(s.folder, array.part, number)
     return True
-
-
-def _note_ends(queue: Queue) -> None:
-    """Record how jobs ended, for submissions without live jobs."""
-    live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
-    names = {a.name: s.name for s in queue.submissions for a in s.arrays}
-    live |= {names[j.name] for j in queue.strays}
-    for s in list(queue.submissions):
-        if s.name in live or not all(a.job or a.abandoned for a in s.arrays):
-            continue
-        n_jobs = sum(a.n for a in s.arrays if a.job)
-        ends = client.ended(str(a.job) for a in s.arrays if a.job)
-        young = time.time() - s.record["created_s"] < GIVE_UP_S
-        if young and (len(ends) < n_jobs or any(a.abandoned for a in s.arrays)):
-            continue  # accounting is still behind
-        content = {label: asdict(end) for label, end in ends.items()}
-        with suppress(OSError):  # a full disk: it is queried again later
-            _write_note(s.folder, "ended.json", content)
-        queue.submissions.remove(s)
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:

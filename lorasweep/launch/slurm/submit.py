@@ -115,7 +115,14 @@ def submit(
         outcome = Outcome(planning.work_of(request, store, now, queue))
         work, ids = outcome.work, {p.id for p in request.points}
         if request.prune:
-            outcome.pruned = _prune(queue, work.removed, notify)
+            outcome.pruned = work.n_removed
+            empty = []  # waiting tasks without other runs
+            for s in [s for s in queue.submissions if s.name in work.removed]:
+                submissions.withdraw(s, work.removed[s.name])
+                waiting = [(k, j) for t, k, j in queue.live() if t is s and j.state == "PENDING"]
+                empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
+            if empty and (denied := client.cancel(empty)):
+                notify(f"some jobs could not be cancelled; they will find nothing to do ({denied})")
         jobs: list[Jobs] = []
         if work.todo:
             jobs = planning.jobs_of(request, store, work.todo, now, partition)
@@ -217,10 +224,8 @@ def write_submission(
         skip = str(submissions.note(folder, "withdrawn.json"))
         common = {"requeues": requeues, "skip": skip, "trainer": follow_up.trainer}
         for k, task in enumerate(tasks):
-            specs = [p.spec.plain() for p in task.points]
-            write(
-                f"tasks/{k}.json", {"runs": specs, "exec": dataclasses.asdict(task.exec), **common}
-            )
+            specs, settings = [p.spec.plain() for p in task.points], dataclasses.asdict(task.exec)
+            write(f"tasks/{k}.json", {"runs": specs, "exec": settings, **common})
         if any(a.part == FOLLOW for a in arrays):
             again = {"action": "run", "format": "text", "watch": False, "prune": False}
             write("request.json", {**request.plain(), **again})
@@ -261,23 +266,16 @@ def _submit_follow_up(
 ) -> str | None:
     """Submit a follow-up job for these arrays and the sweep's other live jobs.
 
-    It replaces older follow-up jobs of the same runs, which are cancelled. Returns why Slurm
-    refused it, or None.
+    Older follow-up jobs of the same runs are cancelled. Returns why Slurm refused it, or None.
     """
-    others = {
-        a.label(k)
-        for s, k, _ in queue.live()
-        if s.record["sweep"] == request.title
-        for a in s.arrays
-        if a.job and a.first <= k < a.first + a.n and a.part != FOLLOW
-    }
+    others = {j.label for s, _, j in queue.live() if s.record["sweep"] == request.title}
     cluster = request.cluster
     partition = cluster.follow_partition or cluster.partition
     small = dataclasses.replace(cluster, gpus=0, partition=partition)
     needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
-    after = tuple(sorted({*numbers, *others}))
+    described = Description(folder, follow, needed, small, code, tuple(sorted({*numbers, *others})))
     try:
-        number = sbatch.submit(Description(folder, follow, needed, small, code, after))
+        number = sbatch.submit(described)
     except ClusterError as error:
         submissions.note_array(folder, FOLLOW, None)
         return f"no follow-up job: {error}"
@@ -304,24 +302,11 @@ def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Jo
 # ---------------------------------------------------------------- cancel
 
 
-def _prune(queue: Queue, removed: dict[str, list[str]], notify: Notify) -> int:
-    """Withdraw queued runs, and cancel waiting tasks without other runs; return how many runs."""
-    empty = []
-    for s in [s for s in queue.submissions if s.name in removed]:
-        submissions.withdraw(s, removed[s.name])
-        waiting = [(k, j) for owner, k, j in queue.live() if owner is s and j.state == "PENDING"]
-        empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
-    if empty and (denied := client.cancel(empty)):
-        notify(f"some jobs could not be cancelled; they will find nothing to do ({denied})")
-    return sum(map(len, removed.values()))
-
-
 def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
     """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
 
     Finished runs are kept, and running ones write a checkpoint first. A submission belongs to the
-    sweep if it has the same name and runs in common: with another number of steps the same sweep
-    has other runs.
+    sweep if the name is the same and it has some of these runs (other settings, other runs).
 
     Raises:
         ClusterError: there is no Slurm here, or some jobs belong to other users.
@@ -369,7 +354,7 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
     """Check that other machines can see the run folder.
 
     Raises:
-        ClusterError: it is local to this machine, and a node is another machine.
+        ClusterError: the folder is local to this machine, and a node is another machine.
     """
     if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}:
         return
@@ -378,15 +363,14 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
     file_system = max(above, key=lambda m: len(m[0]), default=("/", ""))[1]
     local = next((f for f in LOCAL_FOLDERS if folder.is_relative_to(f)), None)
     if file_system in LOCAL_FILE_SYSTEMS:
-        why = f"it is a {file_system} of this machine"
-    elif local:
-        why = f"{local} is local to this machine"
-    else:
+        local = f"its {file_system}"
+    if not local:
         return
     raise ClusterError(
-        f"run folder {folder}: {why}, so the nodes ({', '.join(sorted(hosts)[:3])}, ...) cannot "
-        "see it. Set exec.runs_dir=FOLDER (or LORASWEEP_RUNS) to a shared file system. If this one "
-        "is shared, set cluster.shared=true."
+        f"run folder {folder}: {local} is local to this machine, so the nodes "
+        f"({', '.join(sorted(hosts)[:3])}, ...) cannot see it. Set "
+        "exec.runs_dir=FOLDER (or LORASWEEP_RUNS) to a shared file system. If this one is shared, "
+        "set cluster.shared=true."
     )
 
 
@@ -394,7 +378,7 @@ def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
     """Check that the disk has room for all results and the checkpoints of `at_once` packs.
 
     Raises:
-        StoreError: it has not; the message gives the space needed.
+        StoreError: the disk is too small; the message gives the space needed.
     """
     checkpoints = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
     results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
@@ -409,10 +393,9 @@ def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
 
 
 def watch_others(store: RunStore, points: list[Point], notify: Notify) -> None:
-    """Watch the heartbeats of runs that other machines seem to train, until it is clear.
+    """Watch the heartbeats of owners that neither this machine nor Slurm knows.
 
-    Only for owners that neither this machine nor Slurm knows: a dead one would keep its runs
-    forever.
+    Ends when it is clear which are alive: a dead one would keep its runs forever.
     """
     running = [i for i, s in store.states(p.id for p in points).items() if s == "running"]
     unsure = store.unsure(running)
