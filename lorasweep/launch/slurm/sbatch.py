@@ -67,7 +67,7 @@ class Description:
     def setup(self) -> list[str]:
         """Return the shell lines before the job's command.
 
-        They end the job if its folder or its code is not what was submitted, and make it run the
+        They end the job if its folder or code was changed after the submission, and make it run the
         snapshot, not code in its current folder.
         """
         code = shlex.quote(str(self.code.folder))
@@ -136,10 +136,8 @@ def write_script(described: Description) -> Path:
         **({"array": f"0-{array.n - 1}%{min(array.n, cluster.parallel)}"} if array.n > 1 else {}),
         **described.options(),
     }
-    flags = [
-        f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}")
-        for k, v in options.items()
-    ]
+    texts = {k: "" if v is True else f"={shlex.quote(str(v))}" for k, v in options.items()}
+    flags = [f"#SBATCH --{k}{text}" for k, text in texts.items()]
     number = f'"$(({array.first} + ${{SLURM_ARRAY_TASK_ID:-0}}))"'
     task = f"{shlex.quote(str(folder / 'tasks'))}/{number}.json"
     python = f"{shlex.quote(sys.executable)} -u -m lorasweep.launch.slurm.job"

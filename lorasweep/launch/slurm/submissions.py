@@ -117,12 +117,8 @@ class Queue:
 
     def live(self) -> list[tuple[Submission, int, client.Job]]:
         """List the tasks that are running or may still run."""
-        return [
-            (s, k, j)
-            for s in self.submissions
-            for k, j in sorted(self.jobs.get(s.name, {}).items())
-            if j.live
-        ]
+        jobs = ((s, sorted(self.jobs.get(s.name, {}).items())) for s in self.submissions)
+        return [(s, k, j) for s, own in jobs for k, j in own if j.live]
 
     def unknown_runs(self) -> set[str]:
         """Return the runs in jobs that this Slurm does not show."""
@@ -130,9 +126,8 @@ class Queue:
 
     def covered(self) -> dict[str, client.Job]:
         """Map each run in a live task to its job."""
-        return {
-            rid: job for s, k, job in self.live() for rid in s.tasks[k] if rid not in s.withdrawn
-        }
+        live = self.live()
+        return {rid: j for s, k, j in live for rid in s.tasks[k] if rid not in s.withdrawn}
 
 
 def home(runs_dir: Path) -> Path:
@@ -326,10 +321,9 @@ def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> 
         notify(f"adopted job {number} of {s.name}, from a command that died after submitting it")
     elif number is not None:
         notify(f"cancelled job {number} of {s.name}, from a command that died while submitting it")
-        denied = client.cancel([number])
-        if denied:
-            user = s.record["user"]
-            notify(f"  it could not be cancelled: it belongs to {user}, and will fail ({denied})")
+        if denied := client.cancel([number]):
+            owner = s.record["user"]
+            notify(f"  it could not be cancelled: it belongs to {owner}, and will fail ({denied})")
         number = None
     elif is_script and time.time() - s.record["created_s"] < GIVE_UP_S:
         return False  # its user may be about to submit it
@@ -346,17 +340,13 @@ def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
     `owners`: run id -> owner.json.
     """
     jobs = {rid: o["slurm"]["job"] for rid, o in owners.items() if o.get("slurm")}
-    if not jobs:
-        return {}
-    try:
-        ends = client.by_number(jobs.values())
-    except ClusterError:
-        return {}
-    logs = {a.job: s for s in read_all(runs_dir, over=True) for a in s.arrays if a.job}
+    ends: dict[str, tuple[str, client.Ended]] = {}
+    with suppress(ClusterError):
+        ends = client.by_number(jobs.values()) if jobs else {}
+    submitted = read_all(runs_dir, over=True) if ends else []
+    owner = {a.job: s for s in submitted for a in s.arrays if a.job}
     found = {}
-    for rid, job in jobs.items():
-        if job in ends:
-            label, end = ends[job]
-            owner = logs.get(label.partition("_")[0])
-            found[rid] = end.cause() + (f"; log {owner.log(label)}" if owner else "")
+    for rid, (label, end) in ((rid, ends[job]) for rid, job in jobs.items() if job in ends):
+        s = owner.get(label.partition("_")[0])
+        found[rid] = end.cause() + (f"; log {s.log(label)}" if s else "")
     return found

@@ -185,9 +185,23 @@ def _submit(
             outcome.refused = str(error)
             break
         submissions.note_array(folder, d.array.part, numbers[-1])
-    if cluster.follow:
-        refusal = _submit_follow_up(request, folder, arrays[-1], code, queue, numbers)
-        outcome.refused = refusal or outcome.refused
+    if cluster.follow:  # a follow-up job for these arrays and the sweep's other live jobs
+        others = {j.label for s, _, j in queue.live() if s.record["sweep"] == request.title}
+        after = tuple(sorted({*numbers, *others}))
+        partition = cluster.follow_partition or cluster.partition
+        small = dataclasses.replace(cluster, gpus=0, partition=partition)
+        needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
+        try:
+            last = sbatch.submit(Description(folder, arrays[-1], needed, small, code, after))
+        except ClusterError as error:
+            submissions.note_array(folder, FOLLOW, None)
+            outcome.refused = f"no follow-up job: {error}"
+        else:
+            submissions.note_array(folder, FOLLOW, last)
+            ids = {p.id for p in request.points}
+            old = [j.id for served, j in _followers(queue, request) if served <= ids]
+            if old:  # replaced by the new one
+                client.cancel(old)  # another user's cannot be cancelled, and does no harm
     if numbers:
         n_tasks = sum(a.n for a in arrays[: len(numbers)])
         outcome.n_submitted += sum(len(t.points) for t in tasks[:n_tasks])
@@ -204,7 +218,7 @@ def write_submission(
     follow_up: FollowUp,
     code: Snapshot,
 ) -> None:
-    """Write the file of each task and of the follow-up job, a manifest of them all, and the record.
+    """Write the file of each task and of the follow-up job, a manifest of them, and the record.
 
     Raises:
         ClusterError: others could write them, whatever mode this process gives them.
@@ -233,9 +247,8 @@ def write_submission(
             write(f"tasks/{len(tasks)}.json", {**last, **dataclasses.asdict(follow_up)})
         write(guard.MANIFEST, dict(sums))
         files.sync(folder / "tasks")
-        manifest = folder / guard.MANIFEST
-        problem = guard.untrusted(map(str, (folder, folder / "tasks", manifest)))
-        if problem:
+        written = (folder, folder / "tasks", folder / guard.MANIFEST)
+        if problem := guard.untrusted(map(str, written)):
             raise ClusterError(
                 f"{problem}, so others could make your jobs run their code. Choose a run folder on "
                 "a file system that keeps permissions: exec.runs_dir=FOLDER."
@@ -253,50 +266,12 @@ def write_submission(
         )
 
 
-# ---------------------------------------------------------------- the follow-up job
-
-
-def _submit_follow_up(
-    request: Request,
-    folder: Path,
-    follow: Array,
-    code: Snapshot,
-    queue: Queue,
-    numbers: Sequence[str],
-) -> str | None:
-    """Submit a follow-up job for these arrays and the sweep's other live jobs.
-
-    Older follow-up jobs of the same runs are cancelled. Returns why Slurm refused it, or None.
-    """
-    others = {j.label for s, _, j in queue.live() if s.record["sweep"] == request.title}
-    cluster = request.cluster
-    partition = cluster.follow_partition or cluster.partition
-    small = dataclasses.replace(cluster, gpus=0, partition=partition)
-    needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
-    described = Description(folder, follow, needed, small, code, tuple(sorted({*numbers, *others})))
-    try:
-        number = sbatch.submit(described)
-    except ClusterError as error:
-        submissions.note_array(folder, FOLLOW, None)
-        return f"no follow-up job: {error}"
-    submissions.note_array(folder, FOLLOW, number)
-    ids = {p.id for p in request.points}
-    old = [j.id for served, j in _followers(queue, request) if served <= ids]
-    if old:
-        client.cancel(old)  # another user's cannot be cancelled, and does no harm
-    return None
-
-
 def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Job]]:
     """List this sweep's other live follow-up jobs, each with its runs."""
     mine = os.environ.get("SLURM_JOB_ID")
-    served = {
-        s.name: set(s.record["asked"])
-        for s in queue.submissions
-        if s.record["sweep"] == request.title
-    }
-    jobs = [(n, j) for n, j in queue.follows.items() if j.live and j.id != mine]
-    return [(served[n], j) for n, j in jobs if n in served]
+    same = [s for s in queue.submissions if s.record["sweep"] == request.title]
+    found = [(set(s.record["asked"]), queue.follows.get(s.name)) for s in same]
+    return [(served, j) for served, j in found if j and j.live and j.id != mine]
 
 
 # ---------------------------------------------------------------- cancel
