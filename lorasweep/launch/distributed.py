@@ -40,12 +40,9 @@ COMMUNICATION = ("gloo", "NCCL", "Broken pipe", "recvBytes", "TCPStore")
 def check_world_size(
     specs: Sequence[RunSpec], exec_: Exec, cluster: Cluster, hardware: Hardware
 ) -> None:
-    """Check that runs can be trained by exec.world_size processes each.
+    """Check that exec.world_size processes can train each run; raise SpecError if not.
 
     `hardware`: this machine, which counts unless jobs of a cluster train them.
-
-    Raises:
-        SpecError: they cannot.
     """
     size = exec_.world_size
     for spec in specs:

@@ -127,8 +127,7 @@ def layout(folder: Path) -> tuple[str, ...]:
 def load(folder: Path, step: int) -> State | None:
     """Load the checkpoint of `step`; None if it is missing or its checksum is wrong.
 
-    Raises:
-        StoreError: it cannot be read now.
+    Raises StoreError if it cannot be read now.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -102,8 +102,7 @@ def this_process() -> dict[str, Any]:
 def read_owner(attempt: Path) -> dict[str, Any]:
     """Return the owner of an attempt folder; empty if it is not there or damaged.
 
-    Raises:
-        OSError: it cannot be read at present, as on a network that fails for a moment.
+    Raises OSError if it cannot be read at present, as when a network fails for a moment.
     """
     try:
         return json.loads((attempt / "owner.json").read_bytes())

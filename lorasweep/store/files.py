@@ -30,8 +30,7 @@ PAUSES_S = (0.1, 0.5, 2.0)
 def patiently(path: Path, read: Callable[[], T]) -> T | None:
     """Return what `read` returns; None if there is no such file or folder.
 
-    Raises:
-        StoreError: it fails for another reason, also when tried again.
+    Raises StoreError if it fails for another reason, also when tried again.
     """
     for pause in (*PAUSES_S, None):
         try:

@@ -25,11 +25,7 @@ def path_of(runs_dir: str | Path, title: str) -> Path:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rounds recorded after the first.
-
-    Raises:
-        StoreError: the file is damaged, or cannot be read now.
-    """
+    """Return the rounds recorded after the first; raise StoreError if that fails."""
     content = files.read(path)
     if content is None:
         return []
@@ -37,8 +33,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         return json.loads(content)["rounds"]
     except (ValueError, KeyError, TypeError):
         raise StoreError(
-            f"{path} is damaged. Restore it, or delete it to forget the sweep's further rounds "
-            "(their runs are kept)."
+            f"{path} is damaged. Restore it, or delete it to forget its rounds (runs are kept)."
         ) from None
 
 
@@ -63,10 +58,7 @@ def append(
         StoreError: another process holds the lock of the looks.
     """
     if files.status(path) is None:
-        raise SpecError(
-            "the sweep has no answer yet, so no round can follow. Run it first, without "
-            "action=extend."
-        )
+        raise SpecError("the sweep has no answer yet. Run it first, without action=extend.")
     lock = Lock(path.parent / "lock")
     lock.acquire(LOCK_S, lambda holder: None)
     try:

@@ -56,10 +56,9 @@ class RunStore:
         self._known: dict[str, list[Any]] = {}
 
     def prepare(self) -> None:
-        """Create the folder and test that it is writable.
+        """Create the folder and test that it is writable, and of this train_version.
 
-        Raises:
-            StoreError: it cannot be written, is damaged, or belongs to another train_version.
+        Raises StoreError if not.
         """
         mark = self.root / "store.json"
         try:
@@ -82,8 +81,7 @@ class RunStore:
         if version != TRAIN_VERSION:
             raise StoreError(
                 f"run folder {self.root} was written with train_version {version}; this lorasweep "
-                f"has version {TRAIN_VERSION}, and the two are never mixed. Use another folder: "
-                "exec.runs_dir=FOLDER."
+                f"has version {TRAIN_VERSION}. Use another folder: exec.runs_dir=FOLDER."
             )
 
     def folder(self, rid: str) -> Path:
@@ -212,11 +210,7 @@ class RunStore:
         return found
 
     def spec(self, rid: str) -> dict[str, Any]:
-        """Return the canonical spec of a run as a dict.
-
-        Raises:
-            StoreError: it cannot be read.
-        """
+        """Return the canonical spec of a run as a dict; raise StoreError if there is none."""
         spec = files.read_json(self.folder(rid) / "spec.json")
         if spec is None:
             raise StoreError(

@@ -107,11 +107,7 @@ def _batches(items: Iterable[str]) -> Iterator[list[str]]:
 
 
 def run(*command: str) -> str:
-    """Run one of Slurm's commands and return its output.
-
-    Raises:
-        ClusterError: it failed (with its error message) or did not answer after a few tries.
-    """
+    """Run one of Slurm's commands and return its output; raise ClusterError if it fails."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(FILTERS)}
     for wait in (*PAUSES_S, None):
         how: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
@@ -136,11 +132,7 @@ def run(*command: str) -> str:
 
 
 def require() -> None:
-    """Check that jobs can be submitted from here.
-
-    Raises:
-        ClusterError: they cannot.
-    """
+    """Check that jobs can be submitted from here; raise ClusterError if not."""
     conf = os.environ.get("SLURM_CONF")
     if conf and not Path(conf).is_file():  # otherwise every command waits a minute first
         raise ClusterError(

@@ -67,11 +67,7 @@ class Signals:
 
 
 def run(path: str) -> None:
-    """Do the task in the file at `path`.
-
-    Raises:
-        LorasweepError: the job must end as FAILED.
-    """
+    """Do the task in the file at `path`; raise LorasweepError if the job must end as FAILED."""
     signals = Signals()
     try:
         task = json.loads(Path(path).read_bytes())

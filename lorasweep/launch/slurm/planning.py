@@ -115,10 +115,9 @@ def cluster_of(request: Request) -> Cluster:
 def jobs_of(
     request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
 ) -> list[Jobs]:
-    """Group runs into packs, and packs into jobs: lists of jobs that need the same.
+    """Group runs into packs, and packs into jobs that need the same.
 
-    Raises:
-        SpecError: runs that do not fit on any number of GPUs.
+    Raises SpecError for runs that do not fit on any number of GPUs.
     """
     cluster, hardware, precision = cluster_of(request), now.hardware, todo[0].spec.precision
     measured = now.measured_flops_s

@@ -185,11 +185,7 @@ def check(cluster: Cluster) -> None:
 
 
 def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> None:
-    """Check that a node of the partition is large enough for a job.
-
-    Raises:
-        ClusterError: none is; the message names the setting to change.
-    """
+    """Check that the partition's nodes are large enough for a job; raise ClusterError if not."""
     p, limit = partition, f"a node of partition {partition.name!r} has at most"
     problems = (
         (
@@ -201,8 +197,7 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
         ),
         (
             needed.gpus > p.gpus,
-            f"cluster.gpus={needed.gpus}, but {limit} {p.gpus}. Set cluster.gpus to {p.gpus} or "
-            "fewer; the runs are spread over more jobs.",
+            f"cluster.gpus={needed.gpus}, but {limit} {p.gpus}. Set cluster.gpus to at most that.",
         ),
         (
             needed.cpus > p.cpus,
@@ -212,15 +207,13 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
         ),
         (
             needed.mem_gib * 1024 > p.memory_mib,
-            f"a job needs {needed.mem_gib:g} GiB, but {limit} {p.memory_mib / 1024:.1f}. Set "
-            "cluster.mem_gib, lower exec.pack_size or exec.micro_batch_size, or choose another "
-            "partition.",
+            f"a job needs {needed.mem_gib:g} GiB, but {limit} {p.memory_mib / 1024:.1f}. Lower "
+            "cluster.mem_gib, exec.pack_size or exec.micro_batch_size, or change the partition.",
         ),
         (
             needed.time_min > p.time_min,
             f"cluster.time_min={needed.time_min}, but partition {p.name!r} allows at most "
-            f"{p.time_min:g}. Lower it: a job that reaches its limit requeues itself and loses "
-            "nothing.",
+            f"{p.time_min:g}. Lower it: a job at its limit requeues itself and loses nothing.",
         ),
         (
             needed.time_min * 60 <= cluster.warn_s,

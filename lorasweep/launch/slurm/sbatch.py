@@ -85,11 +85,7 @@ class Description:
 
 
 def submit(described: Description) -> str:
-    """Submit an array through submitit and return its Slurm id.
-
-    Raises:
-        ClusterError: Slurm refused it, with Slurm's error message.
-    """
+    """Submit an array through submitit and return its id; raise ClusterError if refused."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 

@@ -326,11 +326,7 @@ def mounts() -> list[tuple[str, str]]:
 
 
 def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[str, str]]) -> None:
-    """Check that other machines can see the run folder.
-
-    Raises:
-        ClusterError: the folder is local to this machine, and a node is another machine.
-    """
+    """Check that the nodes `hosts` can see the run folder; raise ClusterError if not."""
     if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}:
         return
     folder = folder.resolve()
@@ -350,11 +346,7 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
 
 
 def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
-    """Check that the disk has room for all results and the checkpoints of `at_once` packs.
-
-    Raises:
-        StoreError: the disk is too small; the message gives the space needed.
-    """
+    """Check that all results and `at_once` packs' checkpoints fit; raise StoreError if not."""
     checkpoints = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
     results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
     need = sum(checkpoints[:at_once]) + results
