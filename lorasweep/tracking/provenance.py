@@ -12,7 +12,7 @@ from typing import Any
 
 import lorasweep
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+PACKAGES: tuple[str, ...] = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 PACKAGES += ("hydra-core", "omegaconf")
 SLURM = {
     "job": "SLURM_JOB_ID",
