@@ -2,7 +2,7 @@
 
 A worker is one process of `lorasweep.launch.worker` with a JSON job file, or exec.world_size
 processes that train each run together, here or on the nodes of a Slurm job. Two commands for the
-same sweep share its runs: each waits for the runs that the other has claimed.
+same sweep share the runs: each waits for the runs that the other has claimed.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def run_points(
     `patience_s`: how long to wait without progress when only runs of other processes are left.
     `skip`: a file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
-    `plan`: that of these points on this machine, if it was just made.
+    `plan`: the plan of these points on this machine, if it was just made.
 
     Raises:
         Stopped: Ctrl-C, or a signal that stopped the workers.

@@ -1,8 +1,8 @@
 """Who works on a run or holds a lock, and whether that process is still alive.
 
-Clocks of two machines are never compared. On the same machine, boot id, process id and start time
-decide. On another machine the scheduler decides if the owner is one of its jobs; otherwise the
-owner is alive if its heartbeat changes while this process watches.
+On the same machine, boot id, process id and start time decide. On another machine the scheduler
+decides if the owner is one of its jobs; otherwise the owner is alive if its heartbeat changes while
+this process watches. Clocks of two machines are never compared.
 """
 
 import json

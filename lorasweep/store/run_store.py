@@ -127,8 +127,8 @@ class RunStore:
     def result(self, rid: str) -> Result | None:
         """Return the result of a finished run; None if it is missing or damaged.
 
-        Here and below, StoreError is raised where a file cannot be read now: then the state of the
-        run is unknown, and it is neither free nor finished.
+        Here and below, StoreError is raised if a file cannot be read now: the run's state is
+        unknown then, neither free nor finished.
         """
         return _checked(files.read(self._result_path(rid)))
 
@@ -206,10 +206,7 @@ class RunStore:
         return found
 
     def unsure(self, ids: Iterable[str]) -> list[str]:
-        """List the runs among `ids` that only seem to be running.
-
-        Their owners are on other machines, and nothing here shows yet whether they are alive.
-        """
+        """List the runs among `ids` whose owners are elsewhere and not yet known to be alive."""
         last = [(i, self.last_attempt(i)) for i in ids]
         return [i for i, n in last if n is not None and not self._liveness.sure(self.attempt(i, n))]
 
@@ -232,10 +229,7 @@ class RunStore:
         return sum(e is None or e["state"] == "failed" for e in ends)
 
     def end(self, rid: str, attempt: int) -> dict[str, Any] | None:
-        """Return how an attempt ended: {state: stopped | failed, cause}.
-
-        None if it is still running or was killed.
-        """
+        """Return how an attempt ended, {state: stopped | failed, cause}; None if it has no end."""
         return files.read_json(self.attempt(rid, attempt) / "end.json")
 
     def failure(self, rid: str) -> str:
@@ -385,10 +379,7 @@ class RunStore:
         return self.finish(rid, result["state"], {**result, "imported": True})
 
     def write_end(self, rid: str, attempt: int, state: str, cause: str) -> None:
-        """Record how an attempt ended without a result.
-
-        `state` is 'stopped' (it can be resumed) or 'failed' (an accident).
-        """
+        """Record how an attempt ended without a result: 'stopped' (to be resumed) or 'failed'."""
         content = json.dumps({"state": state, "cause": cause}).encode()
         files.write_atomic(self.attempt(rid, attempt) / "end.json", content)
 

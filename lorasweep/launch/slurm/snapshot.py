@@ -33,11 +33,9 @@ def take(root: Path) -> Snapshot:
     """Copy the running code into a folder in `root`, and return it.
 
     Nothing is copied if the snapshot exists, or if this code is a snapshot itself. A snapshot has
-    the packages, the configuration, and `snapshot.json`: the commit, and the files that differ from
-    it.
+    the packages, the configuration, and `snapshot.json`: the commit, and the files edited since.
 
     Raises:
-        OSError: it cannot be written.
         ClusterError: the snapshot exists, and was changed or could be changed by others.
     """
     here = Path(__file__).resolve().parents[3]
@@ -75,8 +73,7 @@ def _name(sha256: str) -> str:
 
 
 def _checked(folder: Path, sha256: str) -> Snapshot:
-    problem = guard.code_problem(str(folder), sha256)
-    if problem:
+    if problem := guard.code_problem(str(folder), sha256):
         raise ClusterError(
             f"code snapshot {folder} is refused: {problem}. Whoever did so could run code as you. "
             f"Find out who, then delete it (rm -r {folder}) and run the command again."

@@ -292,19 +292,15 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
     ids = {p.id for p in request.points}
     with submissions.locked(store.root, notify):
         queue = submissions.reconcile(store.root, notify)
-        mine = {
-            s.name: s
-            for s in queue.submissions
-            if s.record["sweep"] == request.title and not ids.isdisjoint(s.record["asked"])
-        }
+        same = [s for s in queue.submissions if s.record["sweep"] == request.title]
+        mine = {s.name: s for s in same if not ids.isdisjoint(s.record["asked"])}
         live = [(s, k, j) for s, k, j in queue.live() if s.name in mine]
         follows = [j.label for n, j in queue.follows.items() if n in mine and j.live]
         withdrawn = {r for s, _, _ in live for r in s.withdrawn}
         runs = {r for s, k, _ in live for r in s.tasks[k]} - withdrawn
         ending = [r for r in runs if store.state(r) not in FINAL]
         labels = [*follows, *(j.label for _, _, j in live)]
-        denied = client.cancel(labels) if labels else None
-        if denied:
+        if denied := client.cancel(labels):
             users = ", ".join(sorted({s.record["user"] for s in mine.values()}))
             raise ClusterError(
                 f"some jobs could not be cancelled: {denied}. The jobs belong to {users}; each "
@@ -335,14 +331,12 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
     local = next((f for f in LOCAL_FOLDERS if folder.is_relative_to(f)), None)
     if file_system in LOCAL_FILE_SYSTEMS:
         local = f"its {file_system}"
-    if not local:
-        return
-    raise ClusterError(
-        f"run folder {folder}: {local} is local to this machine, so the nodes "
-        f"({', '.join(sorted(hosts)[:3])}, ...) cannot see it. Set "
-        "exec.runs_dir=FOLDER (or LORASWEEP_RUNS) to a shared file system. If this one is shared, "
-        "set cluster.shared=true."
-    )
+    if local:
+        raise ClusterError(
+            f"run folder {folder}: {local} is local to this machine, so the nodes "
+            f"({', '.join(sorted(hosts)[:3])}, ...) cannot see it. Set exec.runs_dir=FOLDER (or "
+            "LORASWEEP_RUNS) to a shared file system. If this is one, set cluster.shared=true."
+        )
 
 
 def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
