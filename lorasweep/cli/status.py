@@ -19,8 +19,7 @@ from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops
 from lorasweep.plan.plan import Plan, make_plan
-from lorasweep.store.index import Entry
-from lorasweep.store.run_store import RunStore
+from lorasweep.store.run_store import Entry, RunStore
 from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names

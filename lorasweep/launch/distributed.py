@@ -1,8 +1,8 @@
 """Several processes train one run: process 0 leads, the others follow.
 
-Process 0 owns the run folder and decides; what it decides, every process does at the same update.
-After each update it orders the others to write a checkpoint, continue or end. Before that, all
-processes learn whether one of them was stopped. Torch is imported inside functions.
+Process 0 owns the run folder. After each update all processes learn whether one of them was
+stopped; then process 0 orders the others to write a checkpoint, continue or end. Torch is imported
+inside functions.
 """
 
 import dataclasses
@@ -40,12 +40,9 @@ COMMUNICATION = ("gloo", "NCCL", "Broken pipe", "recvBytes", "TCPStore")
 def check_world_size(
     specs: Sequence[RunSpec], exec_: Exec, cluster: Cluster, hardware: Hardware
 ) -> None:
-    """Check that runs can be trained by exec.world_size processes each.
+    """Check that exec.world_size processes can train each run; raise SpecError if not.
 
     `hardware`: this machine, which counts unless jobs of a cluster train them.
-
-    Raises:
-        SpecError: they cannot.
     """
     size = exec_.world_size
     for spec in specs:
@@ -83,7 +80,6 @@ class Leader:
     def __init__(self, trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
         self._trainer, self._mesh, self._stop = trainer, mesh, stop
         self._events: Generator[Event, None, None] | None = None
-        self._run: tuple[RunSpec, Exec]
         self.broken = False
         """A training failed here: the others wait for it, so nothing more can be trained."""
 
@@ -102,13 +98,26 @@ class Leader:
         states: dict[str, State] | None = resume and {
             i: {"tensors": {}, "meta": s["meta"], "path": s["path"]} for i, s in resume.items()
         }
-        self._run = (pack[0], exec_)
-        with _with_others(*self._run):
+
+        def write(run: str, tensors: "dict[str, Tensor]", folder: Path) -> dict[str, str]:
+            from lorasweep.models.sharding import write_tensors
+
+            with _with_others(pack[0], exec_):
+                self._mesh.broadcast((WRITE, run, folder))
+                return write_tensors(folder, tensors, self._mesh)
+
+        def snapshot(held: Callable[[], dict[str, State]]) -> dict[str, State]:
+            return {
+                i: {"tensors": {}, "meta": s["meta"], "write": partial(write, i, s["tensors"])}
+                for i, s in held().items()
+            }
+
+        with _with_others(pack[0], exec_):
             self._mesh.broadcast(([s.plain() for s in pack], dataclasses.asdict(exec_), states))
             self.broken = True
             for event in self._trainer(pack, exec_, states):
                 self._stop.set = self._mesh.any(self._stop.set)
-                event.snapshot = partial(self._states, event.snapshot)
+                event.snapshot = partial(snapshot, event.snapshot)
                 try:
                     yield event
                 except GeneratorExit:
@@ -117,19 +126,6 @@ class Leader:
                     raise
                 self._mesh.broadcast((GO, event.dropped, None))
             self.broken = False
-
-    def _states(self, held: Callable[[], dict[str, State]]) -> dict[str, State]:
-        return {
-            i: {"tensors": {}, "meta": s["meta"], "write": partial(self._write, i, s["tensors"])}
-            for i, s in held().items()
-        }
-
-    def _write(self, run: str, tensors: "dict[str, Tensor]", folder: Path) -> dict[str, str]:
-        from lorasweep.models.sharding import write_tensors
-
-        with _with_others(*self._run):
-            self._mesh.broadcast((WRITE, run, folder))
-            return write_tensors(folder, tensors, self._mesh)
 
     def leave(self) -> None:
         """End a training that is not over, in all processes."""

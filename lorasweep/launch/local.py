@@ -2,7 +2,7 @@
 
 A worker is one process of `lorasweep.launch.worker` with a JSON job file, or exec.world_size
 processes that train each run together, here or on the nodes of a Slurm job. Two commands for the
-same sweep share its runs: each waits for the runs that the other has claimed.
+same sweep share the runs: each waits for the runs that the other has claimed.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,13 @@ def run_points(
     `patience_s`: how long to wait without progress when only runs of other processes are left.
     `skip`: a file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
-    `plan`: that of these points on this machine, if it was just made.
+    `plan`: the plan of these points on this machine, if it was just made.
 
     Raises:
         Stopped: Ctrl-C, or a signal that stopped the workers.
     """
     hardware = detect.this_machine()
-    command = _Command(store, exec_, report, n_nodes)
+    limits = Limits()
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
     while True:
@@ -81,16 +82,18 @@ def run_points(
         others = {p.id for p in now.todo if now.states[p.id] == "running"}
         if mine:
             if trainer is None or isinstance(trainer, str):
-                command.run(now, trainer=trainer, skip=skip)
+                settings = {"trainer": trainer, "skip": skip}
+                _run_workers(now, store, exec_, report, limits, n_nodes, **settings)
             else:
                 for pack in now.packs:
                     specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
-                    execute(specs, exec_, store, trainer, report, StopFlag(), rows, command.limits)
+                    execute(specs, exec_, store, trainer, report, StopFlag(), rows, limits)
             # Not tried again: failed runs, and runs whose worker was killed too often.
-            states = store.states(p.id for p in mine)
-            tried |= {i for i, s in states.items() if s == "failed"}
-            killed = [i for i, s in states.items() if s == "interrupted"]
-            tried |= {i for i in killed if store.failures(i) >= exec_.max_attempts}
+            tried |= {
+                i
+                for i, s in store.states(p.id for p in mine).items()
+                if s == "failed" or (s == "interrupted" and store.failures(i) >= exec_.max_attempts)
+            }
             quiet_since = time.monotonic()
         elif others:
             if others != held:
@@ -102,85 +105,76 @@ def run_points(
             return
 
 
-@dataclass
-class _Command:
-    """What stays the same while a command starts workers again and again."""
-
-    store: RunStore
-    exec: Exec
-    report: Report
-    n_nodes: int
-    limits: Limits = field(default_factory=Limits)
-
-    def run(self, plan: Plan, **settings: Any) -> None:
-        """Start the workers with one job file, report their events, and wait for all of them."""
-        path, sha256 = self._write_job(plan, settings)
-        log = path.with_suffix(".log")
-        workers = Workers(
-            [str(path), sha256], log, plan.threads, self.exec.world_size, self.n_nodes
+def _run_workers(
+    plan: Plan,
+    store: RunStore,
+    exec_: Exec,
+    report: Report,
+    limits: Limits,
+    n_nodes: int,
+    **settings: Any,
+) -> None:
+    """Start workers with one job file, report their events, and wait for all of them."""
+    packs = []
+    for pack in plan.packs:
+        limit = limits.of(pack.points[0].spec)
+        packs.append(
+            {
+                "runs": [p.spec.plain() for p in pack.points],
+                "micro_batch_size": pack.micro_batch_size,
+                "most_rows": limit.rows,
+                "forward_parts": limit.forward_parts,
+            }
         )
-        try:
-            workers.start(min(plan.workers, len(plan.packs)), plan.workers)
-            error = workers.pass_on(self.report)
-            codes = workers.wait()
-        except KeyboardInterrupt:
-            workers.stop()
-            raise Stopped from None
-        if error:
-            raise TrainingError(error)
-        if STOPPED in codes:
-            raise Stopped
-        crashed = [c for c in codes if c != 0]
-        # A worker killed by a signal (code below 0) leaves interrupted runs, which are tried again.
-        if crashed and all(c > 0 for c in crashed) and not workers.shortages:
-            tail = log.read_text(errors="replace").splitlines()[-8:]
-            raise TrainingError("\n".join([f"a worker crashed. The end of its log, {log}:", *tail]))
-        path.unlink(missing_ok=True)
-        log.unlink(missing_ok=True)
-        for rid, shortage in workers.shortages.items():
-            spec = next(p.spec for p in plan.todo if p.id == rid)
-            end_shortage(spec, shortage, self.exec, self.store, self.limits, self.report)
-
-    def _write_job(self, plan: Plan, settings: dict[str, Any]) -> tuple[Path, str]:
-        """Write the job file for the workers; return its path and SHA-256."""
-        packs = []
-        for pack in plan.packs:
-            limit = self.limits.of(pack.points[0].spec)
-            packs.append(
-                {
-                    "runs": [p.spec.plain() for p in pack.points],
-                    "micro_batch_size": pack.micro_batch_size,
-                    "most_rows": limit.rows,
-                    "forward_parts": limit.forward_parts,
-                }
-            )
-        # A worker has not watched other machines' heartbeats, so it gets the list of dead owners.
-        ended = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
-        job = {
-            "packs": packs,
-            "exec": {**asdict(self.exec), "threads": plan.threads, "workers": plan.workers},
-            "dead": {i: self.store.last_attempt(i) for i in ended},
-            **settings,
-        }
-        content = json.dumps(job).encode()
-        path = self.store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.json"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            files.write_atomic(path, content)
-        except OSError as error:
-            raise StoreError(
-                f"{path} cannot be written ({error.strerror}). Free some space, then run the "
-                "command again."
-            ) from None
-        return path, hashlib.sha256(content).hexdigest()
+    # A worker has not watched other machines' heartbeats, so it gets the list of dead owners.
+    ended = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
+    job = {
+        "packs": packs,
+        "exec": {**asdict(exec_), "threads": plan.threads, "workers": plan.workers},
+        "dead": {i: store.last_attempt(i) for i in ended},
+        **settings,
+    }
+    content = json.dumps(job).encode()
+    path = store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.json"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        files.write_atomic(path, content)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written ({error.strerror}). Free some space, then run the "
+            "command again."
+        ) from None
+    log, arguments = path.with_suffix(".log"), [str(path), hashlib.sha256(content).hexdigest()]
+    workers = Workers(arguments, log, plan.threads, exec_.world_size, n_nodes)
+    try:
+        workers.start(min(plan.workers, len(plan.packs)), plan.workers)
+        error_event = workers.pass_on(report)
+        codes = workers.wait()
+    except KeyboardInterrupt:
+        workers.stop()
+        raise Stopped from None
+    if error_event:
+        raise TrainingError(error_event)
+    if STOPPED in codes:
+        raise Stopped
+    crashed = [c for c in codes if c != 0]
+    # A worker killed by a signal (code below 0) leaves interrupted runs, which are tried again.
+    if crashed and all(c > 0 for c in crashed) and not workers.shortages:
+        tail = log.read_text(errors="replace").splitlines()[-8:]
+        raise TrainingError("\n".join([f"a worker crashed. The end of its log, {log}:", *tail]))
+    path.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    for rid, shortage in workers.shortages.items():
+        spec = next(p.spec for p in plan.todo if p.id == rid)
+        end_shortage(spec, shortage, exec_, store, limits, report)
 
 
 def end_shortage(
     spec: RunSpec, shortage: Shortage, exec_: Exec, store: RunStore, limits: Limits, report: Report
 ) -> None:
-    """End the attempt at a run whose processes are gone because the memory of one ran out.
+    """End the attempt at a run whose processes ended because the memory of one ran out.
 
-    The next attempt holds less at once. If it cannot, the run has failed.
+    The next attempt holds less at once. If that is impossible, the run has failed.
     """
     n = store.last_attempt(spec.id)
     if n is None or store.state(spec.id) != "interrupted" or not store.owns(spec.id, n):
@@ -206,8 +200,9 @@ class Workers:
     def __init__(
         self, job: list[str], log: Path, threads: int, world_size: int, n_nodes: int = 1
     ) -> None:
-        """Set up; `job`: the arguments of launch/worker but the last, `log`: for what it prints.
+        """Set up.
 
+        `job`: arguments of launch/worker, without the last. `log`: file for error messages.
         `n_nodes`: nodes of this Slurm job, over which the processes of a worker are spread.
         """
         self._job, self._log, self._world_size, self._nodes = job, log, world_size, n_nodes
@@ -218,17 +213,35 @@ class Workers:
         """Run id -> what a worker of several processes reported when its memory ran out."""
 
     def start(self, number: int, shares: int) -> None:
-        """Start `number` workers, each on one of `shares` shares of the GPUs."""
+        """Start `number` workers, each on one of `shares` shares of the GPUs.
+
+        On several nodes srun starts the processes, the same number on each node, beside the job's
+        own task, so that a process that dies does not end the job. Each sees all GPUs of its node
+        and takes the one with the number LOCAL_RANK.
+        """
+        size, srun = self._world_size, ""
+        if self._nodes > 1:
+            srun = (
+                f"srun --overlap --nodes={self._nodes} --ntasks={size} "
+                f"--ntasks-per-node={size // self._nodes} --distribution=block "
+                f"--wait={LAST_S:.0f} --kill-on-bad-exit=0 --export=ALL --unbuffered"
+            )
         with open(self._log, "ab") as errors:
             for k in range(number):
-                before, environments = self._commands(devices_of(k, shares))
+                environments = [devices_of(k, shares)]
+                if self._nodes > 1:
+                    environments = [_address(socket.gethostname(), size)]
+                elif size > 1:
+                    shared = {**environments[0], **_address("127.0.0.1", size)}
+                    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
+                    environments = [{**shared, **rank} for rank in ranks]
                 worker = [sys.executable, "-m", "lorasweep.launch.worker", *self._job, str(k)]
                 group: list[subprocess.Popen] = []
                 self._groups.append(group)
                 for more in environments:
                     group.append(
                         subprocess.Popen(
-                            [*before, *worker],
+                            [*srun.split(), *worker],
                             stdout=subprocess.PIPE,
                             stderr=errors,
                             text=True,
@@ -237,28 +250,23 @@ class Workers:
                     )
         for group in self._groups:
             for process in group:
-                arguments = (process, group, self._events)
-                threading.Thread(target=_read, args=arguments, daemon=True).start()
+                threading.Thread(target=self._read, args=(process, group), daemon=True).start()
 
-    def _commands(self, devices: dict[str, str]) -> tuple[list[str], list[dict[str, str]]]:
-        """Return the prefix of a worker's command, and the environment of each process to start.
-
-        On several nodes srun starts the processes, the same number on each node, beside the job's
-        own task, so that a process that dies does not end the job. Each sees all GPUs of its node
-        and takes the one with the number LOCAL_RANK.
-        """
-        size = self._world_size
-        if self._nodes > 1:
-            srun = (
-                f"srun --overlap --nodes={self._nodes} --ntasks={size} "
-                f"--ntasks-per-node={size // self._nodes} --distribution=block "
-                f"--wait={LAST_S:.0f} --kill-on-bad-exit=0 --export=ALL --unbuffered"
-            )
-            return srun.split(), [_address(socket.gethostname(), size)]
-        if size == 1:
-            return [], [devices]
-        shared = {**devices, **_address("127.0.0.1", size)}
-        return [], [{**shared, "RANK": str(k), "LOCAL_RANK": str(k)} for k in range(size)]
+    def _read(self, process: subprocess.Popen, group: list[subprocess.Popen]) -> None:
+        """Queue a process's events. After it ends, end the processes that wait for it."""
+        assert process.stdout is not None
+        for line in process.stdout:
+            with suppress(ValueError):  # not an event
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    self._events.put(event)
+        code, first = process.wait(), process is group[0]
+        for other in group if code or first else ():
+            try:
+                other.wait(LAST_S if first else 0)
+            except subprocess.TimeoutExpired:
+                other.kill()
+        self._events.put(None)
 
     def pass_on(self, report: Callable[[dict[str, Any]], None]) -> str | None:
         """Report events until every process has ended; return the last error event, or None."""
@@ -276,10 +284,9 @@ class Workers:
         return error
 
     def wait(self) -> list[int]:
-        """Wait for all processes; return the exit status of each worker.
+        """Wait for all processes; return the exit status of each worker, negative after a signal.
 
-        It is that of the first process, or, if this was killed because another one failed, the
-        other's; negative if a signal ended it.
+        That is the first process's status, or another's if the first was killed because of it.
         """
         codes = [[process.wait() for process in group] for group in self._groups]
         if self._nodes > 1:
@@ -311,27 +318,3 @@ def devices_of(worker: int, workers: int) -> dict[str, str]:
     share = max(1, len(devices) // workers)
     mine = [devices[(worker * share + i) % len(devices)] for i in range(share)]
     return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
-
-
-def _read(
-    process: subprocess.Popen,
-    group: list[subprocess.Popen],
-    events: "queue.Queue[dict[str, Any] | None]",
-) -> None:
-    """Put a process's events into the queue. After it ends, end the processes that wait for it."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.put(event)
-    code = process.wait()
-    first = process is group[0]
-    for other in group if code or first else ():
-        try:
-            other.wait(LAST_S if first else 0)
-        except subprocess.TimeoutExpired:
-            other.kill()
-    events.put(None)

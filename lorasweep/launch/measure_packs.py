@@ -1,17 +1,17 @@
-"""Measure step times alone and in packs, for action=measure_packs.
+"""Measure step times alone and in packs, for action=measure_packs and the planner.
 
     python -m lorasweep.launch.measure_packs JOB.json
 
     {"exec": {...}, "shapes": [{"spec": {...}, "path": FILE}, ...]}
 
-Takes about BUDGET_S seconds per shape, more than it saves in a short sweep, so it runs only on
-request. The planner uses the results (plan/throughput.py).
+Runs only on request: a short sweep saves less than the BUDGET_S seconds per shape that it takes.
 """
 
 import dataclasses
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -62,10 +62,8 @@ def measure_packs(
     """
     shapes = list({shape_of(s): s for s in specs}.values())
     lock = Lock(store.root / ".calibration" / "lock")
-    lock.acquire(
-        60 + BUDGET_S * len(shapes),
-        lambda holder: report(f"waiting for the measurement by {holder}"),
-    )
+    wait_s = 60 + BUDGET_S * len(shapes)
+    lock.acquire(wait_s, lambda holder: report(f"waiting for the measurement by {holder}"))
     try:
         known = ThroughputTable(store, hardware, exec_)
         unknown = [s for s in shapes if known.of(s) is None]
@@ -80,13 +78,10 @@ def measure_packs(
             "shapes": [{"spec": s.plain(), "path": str(p)} for p, s in missing.items()],
         }
         files.write_atomic(path, json.dumps(job).encode())
+        command = [sys.executable, "-m", "lorasweep.launch.measure_packs", str(path)]
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "lorasweep.launch.measure_packs", str(path)],
-                env=worker_environment(threads=1),
-                text=True,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                command, env=worker_environment(threads=1), text=True, capture_output=True
             )
         finally:
             path.unlink(missing_ok=True)
@@ -134,8 +129,7 @@ def measure(
             if size == 1 or not is_out_of_memory(error):
                 raise
             break  # the times of smaller sizes are kept
-        kept = sorted(times[WARM:])
-        found[size] = kept[len(kept) // 2]
+        found[size] = statistics.median_high(times[WARM:])
         took = time.monotonic() - started
         left -= took
         if left < 2 * took or found[size] > 1.05 * min(found.values()):

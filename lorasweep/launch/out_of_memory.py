@@ -63,13 +63,18 @@ class Shortage:
         phase = phase_of(error)
         return cls(rows, forward_parts, asked, phase.name, phase.divisible)
 
+    @property
+    def request(self) -> str:
+        """Size of the request, as part of a message."""
+        return f" (asked for {self.asked})" if self.asked else ""
+
     def retry_text(self, spec: RunSpec, n_runs: int, instead: str) -> str:
         """Say that `n_runs` runs like `spec` do not fit, and what is tried instead."""
         learning = self.phase == LEARNING
         where = "" if learning else f" in {self.phase}"
         held = f" with {self.rows} row(s) of each at a time" if learning else ""
         return (
-            f"out of memory{where}{_request(self.asked)}: {n_runs} run(s) of {spec.model.name}"
+            f"out of memory{where}{self.request}: {n_runs} run(s) of {spec.model.name}"
             f"{held} do not fit. Resuming from the last checkpoint with {instead}."
         )
 
@@ -80,15 +85,11 @@ class Shortage:
             processes = f", on {world_size} processes"
             more = "more processes (exec.world_size), exec.activation_checkpointing=true, "
         return (
-            f"out of memory{_request(self.asked)}: {spec.model.name} with {spec.method.name} does "
+            f"out of memory{self.request}: {spec.model.name} with {spec.method.name} does "
             f"not fit, alone{processes} and one row of at most {spec.dataset.max_length} tokens at "
             f"a time. Choose {more}a smaller model=, a smaller dataset.max_length, or a device "
             "with more memory (action=plan shows the expected memory), then add exec.retry=true."
         )
-
-
-def _request(asked: str) -> str:
-    return f" (asked for {asked})" if asked else ""
 
 
 class OutOfMemoryTogether(ModelError):
@@ -99,8 +100,7 @@ class OutOfMemoryTogether(ModelError):
 
     def __init__(self, run: str, shortage: Shortage) -> None:
         """Hold the id of the run, and what ran out."""
-        asked = _request(shortage.asked)
-        super().__init__(f"out of memory{asked} in one of the processes of a run")
+        super().__init__(f"out of memory{shortage.request} in one of the processes of a run")
         self.run, self.shortage = run, shortage
 
 

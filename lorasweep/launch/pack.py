@@ -1,8 +1,8 @@
 """Train one pack: claim its runs, train them in the memory there is, record how each ended.
 
-Read it from top to bottom: `execute` claims the runs and handles errors, `_Pack` trains in as many
-attempts as the memory needs, `_Attempt` trains once from the last checkpoint and records the events
-of the trainer. Refuses to know how anything is trained.
+`execute` claims the runs and handles errors, `_Pack` trains in as many attempts as the memory
+needs, `_Attempt` trains once from the last checkpoint and records the trainer's events. Refuses to
+know how anything is trained.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import DataError, ModelError, SpecError, StoreError
@@ -25,7 +24,6 @@ from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
-from lorasweep.store.checkpoint import State
 from lorasweep.store.claims import Heartbeat
 from lorasweep.store.run_store import Record, RunStore
 from lorasweep.tracking import provenance
@@ -35,15 +33,13 @@ CHECKPOINT_SHARE = 20
 """Checkpoints are at least this many times their own cost apart, so they take at most 5% of the
 time."""
 LOOK_S = 5.0
-"""Seconds between checks of who owns the runs; new records are written then, too. On a network file
-system each costs a round trip a run, about a millisecond, so neither is done at every update. A
-process that is alive loses a claim only after SILENCE_S, so a few seconds of training more are
-little."""
+"""Seconds between checks of who owns the runs; new records are written then, too. Neither is done
+at every update, because on a network file system each costs about a millisecond a run. A process
+loses a claim only after SILENCE_S, so a few seconds more of training are little."""
 ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
-"""Key in env.json and result.json: the run was resumed in a different pack, with another
-micro-batch, another part of sampling and evaluation at once, or on another number of processes. The
-name is old, because kept results have it."""
+"""Key in env.json and result.json: the run was resumed in a different pack, or with another
+ROWS, PROCESSES or PARTS. Kept results have this old name."""
 NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
 """Errors that no data set causes: of the command, the base, the run folder, the machine."""
 
@@ -76,7 +72,9 @@ def execute(
     try:
         runs = claimed.claim(pack)
         if runs:
-            heartbeat = Heartbeat(claimed.folders)
+            heartbeat = Heartbeat(
+                lambda: [store.attempt(rid, n) for rid, n in list(claimed.attempts.items())]
+            )
             claimed.train(runs, micro_batch_size, (limits or Limits()).of(runs[0]))
     except Stopped:
         claimed.end_all("stopped", "asked to stop")
@@ -123,10 +121,6 @@ class _Pack:
             elif not self.attempts:
                 return []
         return [s for s in pack if s.id in self.attempts]
-
-    def folders(self) -> list[Path]:
-        """Return the folders of the attempts, for their heartbeats."""
-        return [self.store.attempt(rid, n) for rid, n in list(self.attempts.items())]
 
     def owns(self, rid: str) -> bool:
         """Return whether a run is still this process's; if not, drop it and end the attempt."""
@@ -179,8 +173,7 @@ class _Pack:
         """
         parts = [runs]
         while parts:
-            part = parts.pop(0)
-            part = [s for s in part if self.store.result(s.id) is None and self.owns(s.id)]
+            part = [s for s in parts.pop(0) if not self.store.result(s.id) and self.owns(s.id)]
             if not part:
                 continue
             if limit.runs is not None and len(part) > limit.runs:
@@ -214,7 +207,7 @@ class _Pack:
     ) -> tuple[Shortage, str] | None:
         """Train; return what did not fit into the memory and the traceback, None if all did.
 
-        The attempt and its error are dropped here, because they hold tensors.
+        A function, so that nothing keeps the attempt and its error, which hold tensors.
         """
         attempt = _Attempt(self, part, planned_rows, limit)
         try:
@@ -240,18 +233,16 @@ class _Pack:
             return [part]
         datasets = list(dict.fromkeys(s.dataset.canonical for s in part))
         if len(datasets) == 1:
-            cause = str(error)
-            if not isinstance(error, DataError):
-                cause = f"{type(error).__name__}: {cause}"
+            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
             for spec in part:
-                self.fail(spec, cause, "".join(traceback.format_exception(error)))
+                self.fail(spec, f"{kind}{error}", "".join(traceback.format_exception(error)))
             return []
-        first = datasets[: len(datasets) // 2]
-        halves: tuple[list[RunSpec], list[RunSpec]] = ([], [])
+        halves: list[list[RunSpec]] = [[], []]
         for spec in part:
             self.log(spec, "this pack failed: half of its data sets are trained separately")
-            halves[spec.dataset.canonical not in first].append(spec)
-        return list(halves)
+            second = spec.dataset.canonical in datasets[len(datasets) // 2 :]
+            halves[second].append(spec)
+        return halves
 
 
 # ---------------------------------------------------------------- train once, and record
@@ -263,47 +254,37 @@ class _Attempt:
     def __init__(
         self, pack: _Pack, runs: list[RunSpec], planned_rows: int | None, limit: Limit
     ) -> None:
-        """Load the latest common checkpoint of the runs, and cut their records back to it."""
+        """Load the latest common checkpoint of the runs, and cut their records back to it.
+
+        The settings are those of the checkpoint, unless others are given or they are too large.
+        """
         self.pack, self.store, self.runs = pack, pack.store, runs
-        self.ids = [s.id for s in runs]
-        self.live = list(self.ids)
-        self.unwritten: dict[str, list[Record]] = {i: [] for i in self.ids}
-        self.states = self._load()
-        self.different_pack = False
-        self.exec = self._settings(planned_rows, limit)
-        self.wall_s = dict.fromkeys(self.ids, 0.0)
-        if self.states:
-            self.wall_s = {i: self.states[i]["meta"]["wall_s"] for i in self.ids}
-
-    def _load(self) -> dict[str, State] | None:
-        store, folders = self.store, {i: self.store.folder(i) / "checkpoint" for i in self.ids}
+        store, ids = pack.store, [s.id for s in runs]
+        self.ids, self.live = ids, list(ids)
+        self.unwritten: dict[str, list[Record]] = {i: [] for i in ids}
+        folders = {i: store.folder(i) / "checkpoint" for i in ids}
         states = checkpoint.load_pack(folders)
-        if states and any(
-            states[i]["meta"]["records_size"] > store.records_size(i) for i in self.ids
-        ):
+        if states and any(states[i]["meta"]["records_size"] > store.records_size(i) for i in ids):
             states = None  # a power failure lost records from before the checkpoint
-        for i in self.ids:
-            store.cut_records(i, states[i]["meta"]["records_size"] if states else 0)
-            checkpoint.keep_only(folders[i], states[i]["meta"]["step"] if states else None)
-        return states
-
-    def _settings(self, planned_rows: int | None, limit: Limit) -> Exec:
-        """Return the settings to train with: those of the checkpoint, unless given or too large."""
-        exec_ = self.pack.exec
-        metas = [self.states[i]["meta"] for i in self.ids] if self.states else []
-        rows = exec_.micro_batch_size or (metas[0][ROWS] if metas else planned_rows)
+        metas = {i: states[i]["meta"] for i in ids} if states else {}
+        for i in ids:
+            store.cut_records(i, metas[i]["records_size"] if metas else 0)
+            checkpoint.keep_only(folders[i], metas[i]["step"] if metas else None)
+        self.states = states
+        self.wall_s = {i: metas[i]["wall_s"] if metas else 0.0 for i in ids}
+        self.different_pack = False
+        exec_, first = pack.exec, metas.get(ids[0])
+        rows = exec_.micro_batch_size or (first[ROWS] if first else planned_rows)
         if limit.rows is not None:
             rows = min(limit.rows, rows or limit.rows)
-        parts = max(exec_.forward_parts, limit.forward_parts)
-        if not metas:
-            return dataclasses.replace(exec_, micro_batch_size=rows, forward_parts=parts)
-        before = (metas[0][ROWS], metas[0].get(PROCESSES, 1), metas[0].get(PARTS, 1))
-        parts = max(parts, before[2])
-        self.different_pack = (rows, exec_.world_size, parts) != before or any(
-            m["layout"] != self.ids or m.get(RESUMED_WITH_DIFFERENT_PACK) for m in metas
-        )
-        threads = metas[0]["threads"]
-        return dataclasses.replace(
+        parts, threads = max(exec_.forward_parts, limit.forward_parts), exec_.threads
+        if first:
+            before = (first[ROWS], first.get(PROCESSES, 1), first.get(PARTS, 1))
+            parts, threads = max(parts, before[2]), first["threads"]
+            self.different_pack = (rows, exec_.world_size, parts) != before or any(
+                m["layout"] != ids or m.get(RESUMED_WITH_DIFFERENT_PACK) for m in metas.values()
+            )
+        self.exec = dataclasses.replace(
             exec_, threads=threads, micro_batch_size=rows, forward_parts=parts
         )
 
@@ -328,7 +309,7 @@ class _Attempt:
             raise
 
     def _train(self) -> None:
-        report, stop = self.pack.report, self.pack.stop
+        stop = self.pack.stop
         saved_at = looked_at = counted_at = time.monotonic()
         save_s = 0.0
         for number, event in enumerate(self.pack.trainer(self.runs, self.exec, self.states)):
@@ -340,7 +321,7 @@ class _Attempt:
                 self.unwritten[i].append(event.records[i])
             counted_at = now
             self._finish(event)
-            report({"runs": self.live, "step": event.step})
+            self.pack.report({"runs": self.live, "step": event.step})
             due = now - saved_at > max(self.exec.checkpoint_s, CHECKPOINT_SHARE * save_s)
             if self.live and (due or stop.set):
                 self._save(event)

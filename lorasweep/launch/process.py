@@ -55,11 +55,9 @@ def die_with_parent() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory.
+    """Make glibc keep freed memory, which the next step allocates again.
 
-    A step frees and allocates the same gigabytes again, and each page that was returned to the
-    system costs a page fault. With this, the elementwise passes of a step take half the time
-    (LOG.md).
+    Without the page faults, the elementwise passes of a step take half the time (LOG.md).
     """
     if sys.platform != "linux":
         return

@@ -111,20 +111,42 @@ class TorchTrainer:
     def data(self, spec: RunSpec, exec_: Exec, base: "Base | None" = None) -> "Data":
         """Load the rows of a run. `base` has the tokenizer; None: the run's base is loaded.
 
+        The fingerprint of the data is recorded in the run folder, or compared with the recorded
+        one: the analysis refuses two data sets under one name, but only after they were trained.
+
         Raises:
-            DataError: the data cannot be used, or differ from those that the run folder knows.
+            DataError: the data cannot be used, or have changed.
         """
         from lorasweep.data.load import load
 
         base = base or self._load_base(spec, exec_)
-        key = (spec.dataset, spec.draw)
-        if key not in self._data:
-            root = Path(exec_.runs_dir)
-            cache = str(root / TOKENS)
-            data = load(spec.dataset, exec_.data_dir, base.tokenizer, cache, spec.draw)
-            _check_same_data(root, spec, data.sha256)
-            self._data[key] = data
-        return self._data[key]
+        cached = (spec.dataset, spec.draw)
+        if cached in self._data:
+            return self._data[cached]
+        root = Path(exec_.runs_dir)
+        data = load(spec.dataset, exec_.data_dir, base.tokenizer, str(root / TOKENS), spec.draw)
+        if data.sha256 is None or not root.is_dir():
+            return self._data.setdefault(cached, data)
+        key = hashlib.sha256(f"{spec.model.canonical}{spec.dataset.canonical}".encode()).hexdigest()
+        path = root / FINGERPRINTS / f"{key[:16]}.json"
+        mine = {"model": spec.model.name, "dataset": spec.dataset.name, "data_sha256": data.sha256}
+        known = files.read_json(path)
+        if known is None:
+            try:
+                path.parent.mkdir(exist_ok=True)
+                files.create_once(path, json.dumps(mine).encode())
+            except OSError as error:  # a folder that is only read: no run is trained there
+                if error.errno not in files.READ_ONLY:
+                    raise
+            known = files.read_json(path) or mine  # another process may have been faster
+        if (before := known["data_sha256"]) != data.sha256:
+            raise DataError(
+                f"dataset {spec.dataset.name!r}: the data have changed since runs in {root} were "
+                f"trained on them (fingerprint {before[:12]} then, {data.sha256[:12]} now). "
+                f"Restore the old data, or use a new run folder (exec.runs_dir={root}-2), or give "
+                f"the new data another name. If no run was trained on the old data, delete {path}."
+            )
+        return self._data.setdefault(cached, data)
 
     def _load_base(self, spec: RunSpec, exec_: Exec) -> "Base":
         import torch
@@ -140,7 +162,12 @@ class TorchTrainer:
             return self._base
         self._base, self._data = None, {}  # one base in memory at a time
         if self._mesh is None or self._mesh.rank == 0:
-            pretrain.ensure(spec.model, exec_.models_dir, self._check_stop)
+
+            def check_stop(step: int, nll: float) -> None:
+                if self._stop.set:
+                    raise Stopped
+
+            pretrain.ensure(spec.model, exec_.models_dir, check_stop)
         try:
             self._base = models.load(spec.model, exec_.models_dir, spec.precision, self._mesh)
         except Exception as error:
@@ -158,10 +185,6 @@ class TorchTrainer:
             # without the unembedding, which is computed in chunks
             self._base.model.base_model.compile(dynamic=True)
         return self._base
-
-    def _check_stop(self, step: int, nll: float) -> None:
-        if self._stop.set:
-            raise Stopped
 
 
 def finetune(
@@ -190,37 +213,3 @@ def finetune(
         by_run, pack[0].precision, micro_batch_size, join_rows, forward_parts
     )
     return train(pack, base, objective, resume)
-
-
-def _check_same_data(root: Path, spec: RunSpec, sha256: str | None) -> None:
-    """Record the fingerprint of a run's data, or compare it with the recorded one.
-
-    The analysis would refuse to judge the runs of two data sets under one name, but only after they
-    were trained. Does nothing outside a run folder, and for data without a fingerprint. In a folder
-    that this user may only read nothing is recorded, because no run of it is trained there.
-
-    Raises:
-        DataError: the data have changed.
-    """
-    if sha256 is None or not root.is_dir():
-        return
-    key = hashlib.sha256(f"{spec.model.canonical}{spec.dataset.canonical}".encode()).hexdigest()
-    path = root / FINGERPRINTS / f"{key[:16]}.json"
-    mine = {"model": spec.model.name, "dataset": spec.dataset.name, "data_sha256": sha256}
-    known = files.read_json(path)
-    if known is None:
-        try:
-            path.parent.mkdir(exist_ok=True)
-            files.create_once(path, json.dumps(mine).encode())
-        except OSError as error:
-            if error.errno not in files.READ_ONLY:
-                raise
-        known = files.read_json(path) or mine  # another process may have been faster
-    before = known["data_sha256"]
-    if before != sha256:
-        raise DataError(
-            f"dataset {spec.dataset.name!r}: the data have changed since runs in {root} were "
-            f"trained on them (fingerprint {before[:12]} then, {sha256[:12]} now). Restore the old "
-            f"data, or use a new run folder (exec.runs_dir={root}-2), or give the new data another "
-            f"name. If no run was trained on the old data, delete {path}."
-        )

@@ -55,49 +55,41 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
     stop.install()
     content = Path(job_path).read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
-        print(
-            json.dumps(
-                {"error": f"{job_path} was changed after it was written. Run the command again."}
-            ),
-            flush=True,
-        )
+        error = f"{job_path} was changed after it was written. Run the command again."
+        print(json.dumps({"error": error}), flush=True)
         return REFUSED
     job = json.loads(content)
     store = RunStore(job["exec"]["runs_dir"], dead=job.get("dead"), jobs=RunningJobs())
     files.share_as(store.root)
     try:
-        if job["exec"]["world_size"] > 1:
-            _run_together(job, first, store, stop)
-        else:
+        if job["exec"]["world_size"] == 1:
             _run(job, first, store, trainer_named(job.get("trainer"), stop), stop)
+            return 0
+        from lorasweep.models.sharding import Mesh
+
+        for name, given in SLURM_RANKS.items():
+            if name not in os.environ:
+                os.environ[name] = os.environ[given]
+        mesh = Mesh.join()
+        trainer = trainer_named(job.get("trainer"), stop, mesh)
+        if mesh.rank:
+            follow(trainer, mesh, stop)
+            return 0
+        leader = Leader(trainer, mesh, stop)
+        try:
+            _run(job, first, store, leader, stop)
+        finally:
+            leader.dismiss()
     except Stopped:
         return STOPPED
-    except OutOfMemoryTogether as error:
-        event = {"run": error.run, "out_of_memory": asdict(error.shortage)}
+    except OutOfMemoryTogether as together:
+        event = {"run": together.run, "out_of_memory": asdict(together.shortage)}
         print(json.dumps(event), flush=True)
         return OUT_OF_MEMORY
-    except LorasweepError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
+    except LorasweepError as refusal:
+        print(json.dumps({"error": str(refusal)}), flush=True)
         return REFUSED
     return 0
-
-
-def _run_together(job: dict[str, Any], first: int, store: RunStore, stop: StopFlag) -> None:
-    """Train with the other processes: process 0 like any worker, the others as it orders."""
-    from lorasweep.models.sharding import Mesh
-
-    for name, given in SLURM_RANKS.items():
-        if name not in os.environ:
-            os.environ[name] = os.environ[given]
-    mesh = Mesh.join()
-    trainer = trainer_named(job.get("trainer"), stop, mesh)
-    if mesh.rank:
-        return follow(trainer, mesh, stop)
-    leader = Leader(trainer, mesh, stop)
-    try:
-        _run(job, first, store, leader, stop)
-    finally:
-        leader.dismiss()
 
 
 def _run(

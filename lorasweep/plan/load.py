@@ -6,7 +6,7 @@ Memory and time are computed from the same numbers.
 from dataclasses import dataclass
 
 from lorasweep.spec.method import Method
-from lorasweep.spec.model import LAYER_SETS, Matrix, ModelSpec
+from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
 from lorasweep.spec.run import RunSpec
 
 TEXT_FILL = 0.4
@@ -154,7 +154,7 @@ def load_of(model: ModelSpec, method: Method) -> Load:
         whole=whole,
         flops=method.step_flops(model, 1),
         adapted=() if whole else model.matrices(layers),
-        inputs=frozenset(name for layer_set in layers for name in getattr(model, layer_set)),
+        inputs=frozenset(name for s in layers if s != ROUTER for name in getattr(model, s)),
     )
 
 

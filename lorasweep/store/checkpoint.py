@@ -57,11 +57,10 @@ def save(folder: Path, state: State) -> None:
     if "write" in state:
         path.unlink(missing_ok=True)
         parts.mkdir()
-        made: dict[str, Any] = {FILES: state["write"](parts)}
+        meta = {**state["meta"], FILES: state["write"](parts)}
     else:
         _save_file(state["tensors"], path)
-        made = {"sha256": _sha256(path)}
-    meta = {**state["meta"], **made}
+        meta = {**state["meta"], "sha256": _sha256(path)}
     files.write_atomic(folder / f"{slot}.json", json.dumps(meta).encode())
 
 
@@ -128,8 +127,7 @@ def layout(folder: Path) -> tuple[str, ...]:
 def load(folder: Path, step: int) -> State | None:
     """Load the checkpoint of `step`; None if it is missing or its checksum is wrong.
 
-    Raises:
-        StoreError: it cannot be read now.
+    Raises StoreError if it cannot be read now.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,8 +1,8 @@
 """Who works on a run or holds a lock, and whether that process is still alive.
 
-Clocks of two machines are never compared. On the same machine, boot id, process id and start time
-decide. On another machine the scheduler decides if the owner is one of its jobs; otherwise the
-owner is alive if its heartbeat changes while this process watches.
+On the same machine, boot id, process id and start time decide. On another machine the scheduler
+decides if the owner is one of its jobs; otherwise the owner is alive if its heartbeat changes while
+this process watches. Clocks of two machines are never compared.
 """
 
 import json
@@ -53,21 +53,17 @@ def host() -> str:
 
 
 @cache
-def pid_namespace() -> str:
-    """Identify the namespace of process ids: each container of a machine has its own."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+def machine() -> dict[str, str]:
+    """Identify this boot of this machine, and this namespace of process ids.
 
-
-@cache
-def boot_id() -> str:
-    """Identify this boot of this machine; empty if the system does not provide it."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
+    Each container of a machine has such a namespace. Empty where the system does not say.
+    """
+    boot = space = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+    return {"boot": boot, "space": space}
 
 
 def start_time(pid: int) -> str:
@@ -92,13 +88,7 @@ def start_time(pid: int) -> str:
 def this_process() -> dict[str, Any]:
     """Return the owner record of this process."""
     pid = os.getpid()
-    owner = {
-        "host": host(),
-        "boot": boot_id(),
-        "space": pid_namespace(),
-        "pid": pid,
-        "started": start_time(pid),
-    }
+    owner: dict[str, Any] = {"host": host(), **machine(), "pid": pid, "started": start_time(pid)}
     job = os.environ.get("SLURM_JOB_ID")
     if job and os.environ.get(JOB_VARIABLE):
         owner["slurm"] = {
@@ -112,8 +102,7 @@ def this_process() -> dict[str, Any]:
 def read_owner(attempt: Path) -> dict[str, Any]:
     """Return the owner of an attempt folder; empty if it is not there or damaged.
 
-    Raises:
-        OSError: it cannot be read at present, as on a network that fails for a moment.
+    Raises OSError if it cannot be read at present, as when a network fails for a moment.
     """
     try:
         return json.loads((attempt / "owner.json").read_bytes())
@@ -145,12 +134,11 @@ class Liveness:
         The owner of an attempt never changes, so each is read once.
         """
         new = set()
-        for attempt in attempts:
-            if attempt not in self._known:
-                with suppress(OSError):
-                    owner = read_owner(attempt)
-                    if owner.get("slurm") and owner.get("host") != host():
-                        new.add(attempt)
+        for attempt in set(attempts) - self._known:
+            with suppress(OSError):
+                owner = read_owner(attempt)
+                if owner.get("slurm") and owner.get("host") != host():
+                    new.add(attempt)
         self._known |= new
         if new and self._jobs:
             self._jobs.refresh()
@@ -166,7 +154,7 @@ class Liveness:
             return None
         if not owner:
             return False  # damaged: an attempt and its owner are created in one step
-        here = {"host": host(), "boot": boot_id(), "space": pid_namespace()}
+        here = {"host": host(), **machine()}
         if all(owner.get(k, v) == v for k, v in here.items()):
             started = start_time(owner["pid"])
             if not started or UNKNOWN not in (started, owner["started"]):
@@ -213,17 +201,18 @@ class Heartbeat:
 
     def __init__(self, folders: Callable[[], Iterable[Path]]) -> None:
         """Start; `folders` returns the folders of the claims, which may change."""
-        self._folders, self._done = folders, threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
+        self._done = done = threading.Event()
 
-    def _beat(self) -> None:
-        beat = 0
-        while not self._done.wait(HEARTBEAT_S if beat else 0):
-            beat += 1
-            for folder in self._folders():
-                with suppress(OSError):  # the work itself meets the same error and reports it
-                    (folder / "heartbeat").write_text(str(beat))
+        def work() -> None:
+            beat = 0
+            while not done.wait(HEARTBEAT_S if beat else 0):
+                beat += 1
+                for folder in folders():
+                    with suppress(OSError):  # the work itself meets the same error and reports it
+                        (folder / "heartbeat").write_text(str(beat))
+
+        self._thread = threading.Thread(target=work, daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Stop, and wait for the thread."""
@@ -241,7 +230,7 @@ class Lock:
         """Name the folder; `jobs` knows which holders are running jobs of a cluster."""
         self._folder = folder
         self._liveness = Liveness(jobs)
-        self._claim: Path | None = None
+        self._claim = folder
 
     def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
         """Take the lock, and wait for its holder if there is one.
@@ -259,17 +248,23 @@ class Lock:
             held = self._folder / str(last)
             released = files.status(held / "released") is not None
             if last == 0 or released or not self._liveness.alive(held):
-                if self._try(last + 1):
-                    return
+                self._claim = self._folder / str(last + 1)
+                owner = {"owner.json": json.dumps(this_process()).encode()}
+                if files.create_folder_once(self._claim, owner):
+                    if files.highest_number(self._folder) == last + 1:
+                        self._heartbeat = Heartbeat(lambda: [self._claim])
+                        return
+                    # Others took and released the lock meanwhile. A later holder may delete this.
+                    shutil.rmtree(self._claim, ignore_errors=True)
                 continue
             try:
-                owner = read_owner(held)
+                found = read_owner(held)
             except OSError as error:
                 holder = f"a process whose name cannot be read ({error.strerror})"
             else:
-                if not owner:
+                if not found:
                     continue  # released in the meantime
-                holder = f"process {owner['pid']} on {owner['host']}"
+                holder = f"process {found['pid']} on {found['host']}"
             if not announced:
                 waiting(holder)
                 announced = True
@@ -280,21 +275,8 @@ class Lock:
                 )
             time.sleep(LOCK_POLL_S)
 
-    def _try(self, number: int) -> bool:
-        claim = self._folder / str(number)
-        owner = json.dumps(this_process()).encode()
-        if not files.create_folder_once(claim, {"owner.json": owner}):
-            return False
-        if files.highest_number(self._folder) != number:
-            # Others took and released the lock in between. A later holder may delete this, too.
-            shutil.rmtree(claim, ignore_errors=True)
-            return False
-        self._claim, self._heartbeat = claim, Heartbeat(lambda: [claim])
-        return True
-
     def release(self) -> None:
         """Release the lock, and delete the claims of earlier holders."""
-        assert self._claim is not None, "release without acquire"
         self._heartbeat.stop()
         files.write_atomic(self._claim / "released", b"")
         for name in files.names(self._folder):

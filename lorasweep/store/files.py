@@ -1,9 +1,9 @@
 """Durable file operations, and reads that tell "not there" from "cannot be read now".
 
 Everything that the store writes goes through these functions. A reader sees the old or the new
-content of a file, never a part of it. A network file system may fail for a moment: a read is tried
-again, and in the end raises, so that nobody takes a run for free or a checkpoint for lost because
-of it. Tests replace `os` in this module to make each operation fail in turn.
+content of a file, never a part of it. A read that fails is tried again, and in the end raises, so
+that nobody takes a run for free or a checkpoint for lost. Tests replace `os` in this module to make
+each operation fail in turn.
 """
 
 import errno
@@ -30,8 +30,7 @@ PAUSES_S = (0.1, 0.5, 2.0)
 def patiently(path: Path, read: Callable[[], T]) -> T | None:
     """Return what `read` returns; None if there is no such file or folder.
 
-    Raises:
-        StoreError: it fails for another reason, also when tried again.
+    Raises StoreError if it fails for another reason, also when tried again.
     """
     for pause in (*PAUSES_S, None):
         try:

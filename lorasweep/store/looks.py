@@ -25,11 +25,7 @@ def path_of(runs_dir: str | Path, title: str) -> Path:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rounds recorded after the first.
-
-    Raises:
-        StoreError: the file is damaged, or cannot be read now.
-    """
+    """Return the rounds recorded after the first; raise StoreError if that fails."""
     content = files.read(path)
     if content is None:
         return []
@@ -37,8 +33,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         return json.loads(content)["rounds"]
     except (ValueError, KeyError, TypeError):
         raise StoreError(
-            f"{path} is damaged. Restore it, or delete it to forget the sweep's further rounds "
-            "(their runs are kept)."
+            f"{path} is damaged. Restore it, or delete it to forget its rounds (runs are kept)."
         ) from None
 
 
@@ -47,7 +42,7 @@ def note_look(path: Path, claims_hash: str, planned: int) -> None:
     if files.status(path) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         first = {"claims_hash": claims_hash, "planned": planned, "rounds": []}
-        files.create_once(path, _content(first))
+        files.create_once(path, json.dumps(first, indent=1).encode())
 
 
 def append(
@@ -63,10 +58,7 @@ def append(
         StoreError: another process holds the lock of the looks.
     """
     if files.status(path) is None:
-        raise SpecError(
-            "the sweep has no answer yet, so no round can follow. Run it first, without "
-            "action=extend."
-        )
+        raise SpecError("the sweep has no answer yet. Run it first, without action=extend.")
     lock = Lock(path.parent / "lock")
     lock.acquire(LOCK_S, lambda holder: None)
     try:
@@ -87,11 +79,7 @@ def append(
         record["rounds"].append({"round": so_far + 1, "runs": list(runs)})
         if not looks.points(record["rounds"][-1:], known):
             raise SpecError("every run of that round is already part of the sweep: nothing to add.")
-        files.write_atomic(path, _content(record))
+        files.write_atomic(path, json.dumps(record, indent=1).encode())
         return so_far + 1
     finally:
         lock.release()
-
-
-def _content(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=1) + "\n").encode()

@@ -17,12 +17,14 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorasweep.errors import StoreError
+from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import TRAIN_VERSION, RunSpec
-from lorasweep.store import claims, files, index
+from lorasweep.store import claims, files
 
 STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
 """States of a run, computed from its folder and never stored. missing: not started. interrupted:
@@ -34,6 +36,24 @@ Result = dict[str, Any]
 """How a run ended and what it measured: JSON values, at least `run_id` and `state`."""
 RECENT_BYTES = 2**14
 """Bytes that `recent_records` reads; a record has about 250."""
+
+INDEX_VERSION = 3
+
+
+class Entry(NamedTuple):
+    """The part of a result that the index of finished runs keeps."""
+
+    size: int
+    mtime_ns: int
+    state: str
+    metric: str
+    """Name of the metric that the run is judged by."""
+    higher_is_better: bool
+    value: float | None
+    wall_s: float | None
+    threads: int | None
+    data_sha256: str | None
+    """Fingerprint of the data; None for results of versions without one."""
 
 
 class RunStore:
@@ -56,10 +76,9 @@ class RunStore:
         self._known: dict[str, list[Any]] = {}
 
     def prepare(self) -> None:
-        """Create the folder and test that it is writable.
+        """Create the folder and test that it is writable, and of this train_version.
 
-        Raises:
-            StoreError: it cannot be written, is damaged, or belongs to another train_version.
+        Raises StoreError if not.
         """
         mark = self.root / "store.json"
         try:
@@ -82,8 +101,7 @@ class RunStore:
         if version != TRAIN_VERSION:
             raise StoreError(
                 f"run folder {self.root} was written with train_version {version}; this lorasweep "
-                f"has version {TRAIN_VERSION}, and the two are never mixed. Use another folder: "
-                "exec.runs_dir=FOLDER."
+                f"has version {TRAIN_VERSION}. Use another folder: exec.runs_dir=FOLDER."
             )
 
     def folder(self, rid: str) -> Path:
@@ -96,25 +114,21 @@ class RunStore:
 
     def existing(self) -> set[str]:
         """Return the ids that have a folder, from one directory scan."""
-        try:
+
+        def scan() -> set[str]:
             return {
                 e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")
             }
-        except FileNotFoundError:
-            return set()
-        except OSError as error:
-            raise StoreError(
-                f"run folder {self.root} cannot be read ({error.strerror}). Choose another: "
-                "exec.runs_dir=FOLDER, or set LORASWEEP_RUNS."
-            ) from None
+
+        return files.patiently(self.root, scan) or set()
 
     # ------------------------------------------------------------ reading
 
     def result(self, rid: str) -> Result | None:
         """Return the result of a finished run; None if it is missing or damaged.
 
-        Here and below, StoreError is raised where a file cannot be read now: then the state of the
-        run is unknown, and it is neither free nor finished.
+        Here and below, StoreError is raised if a file cannot be read now: the run's state is
+        unknown then, neither free nor finished.
         """
         return _checked(files.read(self._result_path(rid)))
 
@@ -143,15 +157,56 @@ class RunStore:
             for i in ids
         }
 
-    def finished(self, ids: Iterable[str]) -> dict[str, index.Entry]:
-        """Return the index entries of the finished runs among `ids`."""
-        return index.read(self.root, ids, self.result, self._known)
+    def finished(self, ids: Iterable[str]) -> dict[str, Entry]:
+        """Return the index entries of the finished runs among `ids`.
+
+        The index is a cache, `.index/runs.json` in the run folder, so that ten thousand runs are
+        counted in a fraction of a second. It is rebuilt from the results if it is missing, damaged
+        or out of date. Results are written once: an entry is valid while the size and modification
+        time of its result.json stay the same.
+        """
+        # in a folder of its own, since in one with the sticky bit nobody replaces another's file
+        path, known = self.root / ".index" / "runs.json", self._known
+        if not known:
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                stored = json.loads(path.read_bytes())
+                runs, fields = stored["runs"], len(Entry._fields)
+                if stored["version"] == INDEX_VERSION:
+                    known |= runs if all(len(e) == fields for e in runs.values()) else {}
+        found: dict[str, Entry] = {}
+        behind, prefix = 0, f"{self.root}{os.sep}"
+        for rid in ids:
+            result_path = f"{prefix}{rid}{os.sep}result.json"
+            try:
+                stat = os.stat(result_path)
+            except files.NOT_THERE:
+                continue
+            except OSError:
+                again = files.status(Path(result_path))
+                if again is None:
+                    continue
+                stat = again
+            entry = known.get(rid)
+            if entry is None or entry[0] != stat.st_size or entry[1] != stat.st_mtime_ns:
+                body = self.result(rid)
+                if body is None:
+                    continue  # damaged: not finished
+                metric = metric_of(body)
+                judged = (metric.name, metric.higher_is_better, metric.value(body))
+                rest = map(body.get, ("wall_s", "threads", "data_sha256"))
+                entry = [stat.st_size, stat.st_mtime_ns, body["state"], *judged, *rest]
+                known[rid] = entry
+                behind += 1
+            found[rid] = Entry(*entry)
+        if behind > 20 + len(known) // 50:
+            with suppress(OSError):  # a full disk or another user's folder: fine for a cache
+                path.parent.mkdir(exist_ok=True)
+                content = json.dumps({"version": INDEX_VERSION, "runs": known})
+                files.write_atomic(path, content.encode())
+        return found
 
     def unsure(self, ids: Iterable[str]) -> list[str]:
-        """List the runs among `ids` that only seem to be running.
-
-        Their owners are on other machines, and nothing here shows yet whether they are alive.
-        """
+        """List the runs among `ids` whose owners are elsewhere and not yet known to be alive."""
         last = [(i, self.last_attempt(i)) for i in ids]
         return [i for i, n in last if n is not None and not self._liveness.sure(self.attempt(i, n))]
 
@@ -174,10 +229,7 @@ class RunStore:
         return sum(e is None or e["state"] == "failed" for e in ends)
 
     def end(self, rid: str, attempt: int) -> dict[str, Any] | None:
-        """Return how an attempt ended: {state: stopped | failed, cause}.
-
-        None if it is still running or was killed.
-        """
+        """Return how an attempt ended, {state: stopped | failed, cause}; None if it has no end."""
         return files.read_json(self.attempt(rid, attempt) / "end.json")
 
     def failure(self, rid: str) -> str:
@@ -192,16 +244,12 @@ class RunStore:
         except OSError:
             return {}
 
-    def records(self, rid: str) -> list[Record]:
-        """Return the records of a run, without an incomplete last line."""
-        return self._records_from(rid, 0)
-
     def recent_records(self, rid: str) -> list[Record]:
         """Return about the last 60 records of a run."""
-        return self._records_from(rid, max(0, self.records_size(rid) - RECENT_BYTES))
+        return self.records(rid, max(0, self.records_size(rid) - RECENT_BYTES))
 
-    def _records_from(self, rid: str, start: int) -> list[Record]:
-        """Return the records from byte `start` on, without incomplete lines."""
+    def records(self, rid: str, start: int = 0) -> list[Record]:
+        """Return the records of a run from byte `start` on, without incomplete lines."""
         path = self._records_path(rid)
 
         def lines() -> list[bytes]:
@@ -220,16 +268,12 @@ class RunStore:
         return found
 
     def spec(self, rid: str) -> dict[str, Any]:
-        """Return the canonical spec of a run as a dict.
-
-        Raises:
-            StoreError: it cannot be read.
-        """
+        """Return the canonical spec of a run as a dict; raise StoreError if there is none."""
         spec = files.read_json(self.folder(rid) / "spec.json")
         if spec is None:
             raise StoreError(
-                f"{self.folder(rid)}/spec.json is missing or damaged. Run the sweep again to "
-                "rewrite it, or delete the folder."
+                f"{self.folder(rid)}/spec.json is missing or damaged. Run the sweep again, or "
+                "delete the folder."
             )
         return spec
 
@@ -280,17 +324,13 @@ class RunStore:
         return self._dead.get(rid) != attempt and self._liveness.alive(self.attempt(rid, attempt))
 
     def owns(self, rid: str, attempt: int) -> bool:
-        """Return whether `attempt` is still the latest.
-
-        If not, another process took over and this one must stop.
-        """
+        """Return whether `attempt` is still the latest; if not, another process took over."""
         return self.last_attempt(rid) == attempt
 
     def write_env(self, rid: str, attempt: int, env: dict[str, Any]) -> None:
         """Record where an attempt runs."""
-        files.write_atomic(
-            self.attempt(rid, attempt) / "env.json", json.dumps(env, indent=1).encode()
-        )
+        content = json.dumps(env, indent=1).encode()
+        files.write_atomic(self.attempt(rid, attempt) / "env.json", content)
 
     def log(self, rid: str, attempt: int, text: str) -> None:
         """Append a line to an attempt's log."""
@@ -299,7 +339,7 @@ class RunStore:
     def record(self, rid: str, *new: Record) -> None:
         """Append records, in one write. Values that are not finite are written as null."""
         if new:
-            text = "".join(_finite_json(record) + "\n" for record in new)
+            text = "".join(json.dumps(_finite(r), allow_nan=False) + "\n" for r in new)
             files.append(self._records_path(rid), text.encode())
 
     def records_size(self, rid: str) -> int:
@@ -321,7 +361,8 @@ class RunStore:
             raise ValueError(f"a run ends as one of {FINAL}, got {state!r}")
         if self.records_size(rid):
             self.sync_records(rid)
-        body = json.loads(_finite_json({"run_id": rid, "state": state, **result}))
+        # through JSON, so that the checksum is that of the values read back
+        body = json.loads(json.dumps(_finite({"run_id": rid, "state": state, **result})))
         content = json.dumps({"sha256": checksum(body), "result": body}).encode()
         first = files.create_once(self._result_path(rid), content)
         shutil.rmtree(self.folder(rid) / "checkpoint", ignore_errors=True)
@@ -338,10 +379,7 @@ class RunStore:
         return self.finish(rid, result["state"], {**result, "imported": True})
 
     def write_end(self, rid: str, attempt: int, state: str, cause: str) -> None:
-        """Record how an attempt ended without a result.
-
-        `state` is 'stopped' (it can be resumed) or 'failed' (an accident).
-        """
+        """Record how an attempt ended without a result: 'stopped' (to be resumed) or 'failed'."""
         content = json.dumps({"state": state, "cause": cause}).encode()
         files.write_atomic(self.attempt(rid, attempt) / "end.json", content)
 
@@ -367,12 +405,8 @@ def _checked(content: bytes | None) -> Result | None:
         return None
 
 
-def _finite_json(value: dict[str, Any]) -> str:
-    """Return values as JSON; numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
 def _finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, which JSON has."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

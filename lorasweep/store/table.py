@@ -20,26 +20,9 @@ _LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "
 """Fields of LoRA that old specs do not have, with the values that reproduce the old behaviour."""
 _OF_EXPERTS = {"expert_rank": "active", "expert_alpha": None, "expert_outer": "own"}
 """Fields of LoRA that only models with experts have a value of, with their defaults."""
-_RESULT_COLUMNS = (
-    "test_nll",
-    "test_bpb",
-    "nll_start",
-    "floor_nats",
-    "train_nll",
-    "steps_done",
-    "tokens",
-    "n_trainable",
-    "norm_a",
-    "norm_b",
-    "norm_delta",
-    "retain_nll",
-    "retain_start",
-    "step_s",
-    "base_sha256",
-    "data_sha256",
-    "wall_s",
-    "imported",
-)
+_RESULT_COLUMNS = ["test_nll", "test_bpb", "nll_start", "floor_nats", "train_nll", "steps_done"]
+_RESULT_COLUMNS += ["tokens", "n_trainable", "norm_a", "norm_b", "norm_delta", "retain_nll"]
+_RESULT_COLUMNS += ["retain_start", "step_s", "base_sha256", "data_sha256", "wall_s", "imported"]
 
 
 def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.DataFrame":
@@ -64,11 +47,7 @@ def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.Dat
 
 
 def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """Return one run as a row of the table.
-
-    Raises:
-        StoreError: it was trained with another train_version.
-    """
+    """Return one run as a row of the table; raise StoreError if of another train_version."""
     if spec.get("train_version") != TRAIN_VERSION:
         raise StoreError(
             f"run {result.get('run_id')} was trained with train_version "
@@ -108,7 +87,7 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     path = Path(path)
     if not path.is_file():
         raise StoreError(
-            f"no table {path}. Give table=FILE, a .parquet or .csv file made by `action=export`."
+            f"no table {path}. Give table=FILE, a .parquet or .csv of `action=export`."
         )
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
@@ -118,33 +97,26 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
         ) from None
     if not {"spec", "result"} <= set(table.columns):
         raise StoreError(
-            f"{path} has no columns 'spec' and 'result'. Only tables from `action=export` can be "
-            "imported."
+            f"{path} has no columns 'spec' and 'result'. Import only tables of `action=export`."
         )
     rows: dict[str, tuple[RunSpec, dict[str, Any]]] = {}
     for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
+        row = f"{path}, row {number}:"
         try:
             spec, result = spec_from(json.loads(spec_text)), json.loads(result_text)
             validate(spec)
             rid, named = spec.id, result["run_id"]
         except (ValueError, TypeError, KeyError) as error:
-            raise StoreError(
-                f"{path}, row {number}: not a run ({error}). Correct or remove the row."
-            ) from None
+            raise StoreError(f"{row} not a run ({error}). Correct or remove the row.") from None
         if rid != named:
+            raise StoreError(f"{row} the spec belongs to run {rid}, the result to run {named}.")
+        if (state := result.get("state")) not in FINAL:
             raise StoreError(
-                f"{path}, row {number}: the spec belongs to run {rid}, the result to run {named}. "
-                "Remove the row."
-            )
-        if result.get("state") not in FINAL:
-            raise StoreError(
-                f"{path}, row {number}: the state of run {rid} is {result.get('state')!r}. Only "
-                f"finished runs can be imported ({' or '.join(FINAL)}). Remove the row."
+                f"{row} the state of run {rid} is {state!r}. Only finished runs can be imported "
+                f"({' or '.join(FINAL)}). Remove the row."
             )
         if rows.setdefault(rid, (spec, result))[1] != result:
-            raise StoreError(
-                f"{path}, row {number}: run {rid} has another result in an earlier row. Keep one."
-            )
+            raise StoreError(f"{row} run {rid} has another result in an earlier row. Keep one.")
     store = RunStore(runs_dir)
     store.prepare()
     return sum(store.put(spec, result) for spec, result in rows.values())

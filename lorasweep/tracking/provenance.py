@@ -12,16 +12,8 @@ from typing import Any
 
 import lorasweep
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "numpy",
-    "safetensors",
-    "hydra-core",
-    "omegaconf",
-)
+PACKAGES: tuple[str, ...] = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+PACKAGES += ("hydra-core", "omegaconf")
 SLURM = {
     "job": "SLURM_JOB_ID",
     "array": "SLURM_ARRAY_JOB_ID",
@@ -71,9 +63,8 @@ def code() -> dict[str, Any]:
 
 def edited() -> list[str]:
     """List the files that differ from the checkout's commit; empty for an installed package."""
-    return [
-        line.split(maxsplit=1)[1] for line in (_git("status", "--porcelain") or "").splitlines()
-    ]
+    lines = (_git("status", "--porcelain") or "").splitlines()
+    return [line.split(maxsplit=1)[1] for line in lines]
 
 
 def processor() -> str:
@@ -82,9 +73,8 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
-    )
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "")
 
 
 def _git(*args: str) -> str | None:

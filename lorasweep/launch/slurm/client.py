@@ -12,24 +12,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from lorasweep.errors import ClusterError, unknown
 from lorasweep.spec.execution import Cluster
 
-ENDED = frozenset(
-    [
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-        "TIMEOUT",
-    ]
-)
+ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
 """States of a job that will not run again. In any other state it may; a requeued job is PENDING."""
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
 """Reasons with which Slurm holds a job after a failed start. Jobs that a user or administrator
@@ -95,7 +94,7 @@ class Ended:
         hint = ""
         if self.state == "FAILED" and self.exit in ("0:9", "9:0", "137:0"):
             hint = ": killed, perhaps by a memory limit"
-        if self.state == "OUT_OF_MEMORY":
+        elif self.state == "OUT_OF_MEMORY":
             hint = ": set more memory (cluster.mem_gib) or smaller packs (exec.pack_size)"
         node = f" on {self.node}" if self.node else ""
         return f"Slurm: {self.state} (exit {self.exit}{node}){hint}"
@@ -108,22 +107,12 @@ def _batches(items: Iterable[str]) -> Iterator[list[str]]:
 
 
 def run(*command: str) -> str:
-    """Run one of Slurm's commands and return its output.
-
-    Raises:
-        ClusterError: it failed (with its error message) or did not answer after a few tries.
-    """
+    """Run one of Slurm's commands and return its output; raise ClusterError if it fails."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(FILTERS)}
     for wait in (*PAUSES_S, None):
+        how: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
         try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-                stdin=subprocess.DEVNULL,
-                env=env,
-            )
+            done = subprocess.run(command, **how, timeout=TIMEOUT_S, env=env)
         except FileNotFoundError:
             raise ClusterError(
                 f"no Slurm here: {command[0]} is not on the PATH. Run the command on the cluster's "
@@ -143,11 +132,7 @@ def run(*command: str) -> str:
 
 
 def require() -> None:
-    """Check that jobs can be submitted from here.
-
-    Raises:
-        ClusterError: they cannot.
-    """
+    """Check that jobs can be submitted from here; raise ClusterError if not."""
     conf = os.environ.get("SLURM_CONF")
     if conf and not Path(conf).is_file():  # otherwise every command waits a minute first
         raise ClusterError(
@@ -282,27 +267,21 @@ def partitions() -> dict[str, Partition]:
     for line in run("sinfo", "-a", "-h", "-N", "-O", fields).splitlines():
         name, cpus, memory, gres, limit, host = (cell.strip() for cell in line.split("|")[:6])
         name, default = name.rstrip("*"), name.endswith("*")
+        # GPUs are listed as gpu:2, or gpu:a100:4(S:0-1), or gpu:a:1,gpu:b:2
+        kinds = [item.partition("(")[0].split(":") for item in gres.split(",")]
+        counts = [rest[-1] if rest else "" for kind, *rest in kinds if kind == "gpu"]
+        gpus = sum(int(count) if count.isdigit() else 1 for count in counts)
         before = found.get(name, Partition(name, default, 0, 0, 0, 0.0, frozenset(), 0))
         found[name] = replace(
             before,
             cpus=max(int(cpus), before.cpus),
             memory_mib=max(int(memory), before.memory_mib),
-            gpus=max(_gpus(gres), before.gpus),
+            gpus=max(gpus, before.gpus),
             time_min=_minutes(limit),
             hosts=before.hosts | {host},
             nodes=before.nodes + 1,
         )
     return found
-
-
-def _gpus(gres: str) -> int:
-    """Count the GPUs in a node's GRES: gpu:2, gpu:a100:4(S:0-1), gpu:a:1,gpu:b:2."""
-    total = 0
-    for item in gres.split(","):
-        kind, *rest = item.partition("(")[0].split(":")
-        if kind == "gpu":
-            total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
-    return total
 
 
 def _minutes(limit: str) -> float:
@@ -330,13 +309,11 @@ def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
                 unknown("partition", cluster.partition, known) + " Set cluster.partition."
             )
         return known[cluster.partition]
-    default = next((p for p in known.values() if p.default), None)
-    if default is None:
-        raise ClusterError(
-            "the cluster has no default partition. Set cluster.partition to one of: "
-            f"{', '.join(sorted(known))}."
-        )
-    return default
+    for partition in known.values():
+        if partition.default:
+            return partition
+    names = ", ".join(sorted(known))
+    raise ClusterError(f"the cluster has no default partition. Set cluster.partition to: {names}.")
 
 
 # ---------------------------------------------------------------- owners of runs
@@ -368,9 +345,9 @@ class RunningJobs:
     ) -> bool | None:
         """Return whether a job is still running in its `restart`-th execution.
 
-        None if Slurm does not answer, hides it, or it belongs to another cluster. `known_before`:
-        the job was known before the last `refresh`, so if that did not list it, it has ended.
-        Otherwise it may have started since, and Slurm is queried again.
+        None if Slurm does not answer, hides the job, or the job belongs to another cluster.
+        `known_before`: the job was known before the last `refresh`, so if that did not list it, it
+        has ended. Otherwise it may have started since, and Slurm is queried again.
         """
         if (job, restart) in self._dead:
             return False

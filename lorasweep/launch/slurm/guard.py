@@ -74,22 +74,20 @@ def job_problem(folder: str, expected: str, task: int) -> str | None:
     label = f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
     pickled = os.path.join(jobs, f"{label}_submitted.pkl")
     paths = [folder, os.path.join(folder, "tasks"), jobs, manifest]
-    problem = untrusted([*paths, *filter(os.path.lexists, [pickled])])
-    if problem is None and sha256(manifest) != expected:
-        return f"{manifest} was changed after the job was submitted"
-    if problem is not None:
+    if problem := untrusted([*paths, *filter(os.path.lexists, [pickled])]):
         return problem
+    if sha256(manifest) != expected:
+        return f"{manifest} was changed after the job was submitted"
     with open(manifest, encoding="utf-8") as file:
         sums = json.load(file)
     for name in {f"tasks/{task}.json", *(n for n in sums if "/" not in n)}:
         path = os.path.join(folder, name)
         if not os.path.lexists(path):
             return f"{path} is not there"
-        problem = untrusted([path])
-        if problem is None and sha256(path) != sums.get(name):
-            problem = f"{path} was changed after the job was submitted"
-        if problem is not None:
+        if problem := untrusted([path]):
             return problem
+        if sha256(path) != sums.get(name):
+            return f"{path} was changed after the job was submitted"
     return None
 
 

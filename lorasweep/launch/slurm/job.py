@@ -17,9 +17,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lorasweep.errors import ClusterError, LorasweepError
@@ -34,15 +34,14 @@ from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 
 PATIENCE_S = claims.SILENCE_S + 2 * claims.HEARTBEAT_S
-"""How long a job waits for runs that another process holds: long enough to see that it is dead."""
+"""Seconds that a job waits for runs of another process: long enough to see that it is dead."""
 FOLLOW_PAUSES_S = (30.0, 60.0, 120.0, 240.0)
-"""Pauses between the tries of the follow-up job, when Slurm does not answer or refuses, or the lock
-is held."""
+"""Pauses between tries of the follow-up job: Slurm refuses, or the lock is held."""
 TRY_AGAIN, INTERRUPTED = 75, 130
 """Exit statuses of the follow-up command: another try may help (EX_TEMPFAIL); a signal came."""
 LISTEN_S = 1.0
-"""Seconds within which signals of the same cause arrive. USR2 alone means a time limit, USR2 and
-TERM mean preemption or cancellation."""
+"""Seconds within which signals of the same cause arrive. USR2 alone means a time limit; USR2 with
+TERM means preemption or cancellation."""
 CLOSE_S = 20.0
 """Seconds that the follow-up command may take to stop: less than the 30 s (KillWait) after which
 Slurm kills the job."""
@@ -57,10 +56,10 @@ class Signals:
     def __init__(self) -> None:
         self.got: set[int] = set()
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._take)
+            signal.signal(number, lambda number, frame: self._take(number))
         signal.signal(signal.SIGCONT, lambda number, frame: None)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _take(self, number: int) -> None:
         first = not self.got
         self.got.add(number)
         if first:
@@ -68,11 +67,7 @@ class Signals:
 
 
 def run(path: str) -> None:
-    """Do the task in the file at `path`.
-
-    Raises:
-        LorasweepError: the job must end as FAILED.
-    """
+    """Do the task in the file at `path`; raise LorasweepError if the job must end as FAILED."""
     signals = Signals()
     try:
         task = json.loads(Path(path).read_bytes())
@@ -83,9 +78,17 @@ def run(path: str) -> None:
         ) from None
     try:
         if "follow" in task:
-            return _follow(path, task)
+            return _follow([sys.executable, *task["command"], path])
         _train(task)
-        _release_stuck(Path(path).parent.parent)
+        submission = submissions.read(Path(path).parent.parent)
+        if submission is not None:
+            with suppress(ClusterError):
+                # jobs that Slurm holds would wait until somebody runs the sweep's command
+                held = [j for j in client.queue([a.name for a in submission.arrays]) if j.stuck]
+                labels = [j.label for j in held]
+                if held:
+                    _print(f"released, as their nodes failed at the start: {', '.join(labels)}")
+                    client.release(labels)
     except (Stopped, KeyboardInterrupt):
         time.sleep(LISTEN_S)
         names = ", ".join(signal.Signals(n).name for n in sorted(signals.got))
@@ -93,8 +96,15 @@ def run(path: str) -> None:
             f"stopped by {names or 'a signal to its workers'}; finished runs are kept, the others "
             "resume from their checkpoints"
         )
-        if signals.got == {signal.SIGUSR2}:
-            _requeue(task)
+        if signals.got != {signal.SIGUSR2}:
+            return
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        if restarts >= task["requeues"]:
+            return _print(f"not queued again: cluster.requeues={task['requeues']} is reached")
+        command = ["scontrol", "requeue", str(os.environ.get("SLURM_JOB_ID"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        _print(f"queued again: {done.stderr.strip() or 'yes'}")
+        time.sleep(REQUEUE_S)
 
 
 def _train(task: dict[str, Any]) -> None:
@@ -119,38 +129,23 @@ def _train(task: dict[str, Any]) -> None:
     _print("over: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
 
 
-def _release_stuck(folder: Path) -> None:
-    """Release other jobs of this submission that Slurm holds after a failed start.
+def _follow(command: list[str]) -> None:
+    """Run the follow-up command in a separate process.
 
-    Otherwise they would wait until somebody runs the sweep's command.
+    A signal to this process stops the command first: it may hold the lock of the run folder, or be
+    between an sbatch and its record.
     """
-    submission = submissions.read(folder)
-    if submission is None:
-        return
-    try:
-        held = [j.label for j in client.queue([a.name for a in submission.arrays]) if j.stuck]
-    except ClusterError:
-        return
-    if held:
-        _print(f"released, as their nodes failed at the start: {', '.join(held)}")
-        client.release(held)
-
-
-def _requeue(task: dict[str, Any]) -> None:
-    """Requeue this job, unless it has used all its requeues. A failure is only printed."""
-    job, before = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    if before >= task["requeues"]:
-        _print(f"not queued again: cluster.requeues={task['requeues']} is reached")
-        return
-    done = subprocess.run(["scontrol", "requeue", str(job)], capture_output=True, text=True)
-    _print(f"queued again: {done.stderr.strip() or 'yes'}")
-    time.sleep(REQUEUE_S)
-
-
-def _follow(path: str, task: dict[str, Any]) -> None:
-    """Run the follow-up command on this task file, in a separate process."""
     for pause in (*FOLLOW_PAUSES_S, None):
-        code = _status_of([sys.executable, *task["command"], path])
+        process = subprocess.Popen(command)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            try:
+                process.wait(CLOSE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
         if code == 0:
             return
         if code < 0 or code == INTERRUPTED:
@@ -159,23 +154,6 @@ def _follow(path: str, task: dict[str, Any]) -> None:
             raise LorasweepError(f"the follow-up command ended with status {code}: see above.")
         _print(f"next try in {pause:.0f} s")
         time.sleep(pause)
-
-
-def _status_of(command: list[str]) -> int:
-    """Run a command and return its exit status; a signal to this process stops the command first.
-
-    It may hold the lock of the run folder, or be between an sbatch and its record.
-    """
-    process = subprocess.Popen(command)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        try:
-            process.wait(CLOSE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
 
 
 if __name__ == "__main__":

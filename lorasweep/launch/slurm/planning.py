@@ -33,7 +33,7 @@ class Work:
     """Runs that wait in live jobs."""
     running: int
     covered: bool
-    """True: at least one unfinished run is in a live job, queued or running."""
+    """Whether at least one unfinished run is in a live job, queued or running."""
     exhausted: list[Point]
     """Runs that were killed exec.max_attempts times. They are not submitted again."""
     removed: dict[str, list[str]]
@@ -51,13 +51,9 @@ def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
     """Compare a plan with the queue: which runs to submit, and which are already in jobs."""
     states, covered, unknown = now.states, queue.covered(), queue.unknown_runs()
     waiting = [p for p in now.todo if states[p.id] != "running"]
-    todo: list[Point] = []
-    exhausted: list[Point] = []
-    for p in waiting:
-        if p.id not in covered and p.id not in unknown:
-            killed = states[p.id] == "interrupted"
-            often = killed and store.failures(p.id) >= request.exec.max_attempts
-            (exhausted if often else todo).append(p)
+    free = [p for p in waiting if p.id not in covered and p.id not in unknown]
+    killed = {p.id for p in free if states[p.id] == "interrupted"}
+    exhausted = {i for i in killed if store.failures(i) >= request.exec.max_attempts}
     removed: dict[str, list[str]] = {}
     wanted = {p.id for p in now.points}
     for s, k, _ in queue.live():
@@ -67,11 +63,11 @@ def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
             if not_started:
                 removed.setdefault(s.name, []).extend(not_started)
     return Work(
-        todo=todo,
+        todo=[p for p in free if p.id not in exhausted],
         queued=sum(p.id in covered for p in waiting),
         running=sum(s == "running" for s in states.values()),
         covered=any(p.id in covered for p in now.todo),
-        exhausted=exhausted,
+        exhausted=[p for p in free if p.id in exhausted],
         removed=removed,
         unknown_runs=sum(p.id in unknown for p in now.todo),
     )
@@ -109,7 +105,7 @@ def hardware_of(request: Request) -> Hardware:
 
 
 def cluster_of(request: Request) -> Cluster:
-    """Return the cluster's settings. Jobs that are planned for GPUs ask for at least one."""
+    """Return the cluster's settings; jobs that are planned for GPUs request at least one."""
     cluster = request.cluster
     if cluster.gpus or not (request.hardware and hardware_of(request).has_speeds):
         return cluster
@@ -119,10 +115,9 @@ def cluster_of(request: Request) -> Cluster:
 def jobs_of(
     request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
 ) -> list[Jobs]:
-    """Group runs into packs, and packs into jobs: lists of jobs that need the same.
+    """Group runs into packs, and packs into jobs that need the same.
 
-    Raises:
-        SpecError: runs that do not fit on any number of GPUs.
+    Raises SpecError for runs that do not fit on any number of GPUs.
     """
     cluster, hardware, precision = cluster_of(request), now.hardware, todo[0].spec.precision
     measured = now.measured_flops_s
@@ -139,14 +134,14 @@ def jobs_of(
             threads = threads or cluster.cpus  # the job sees the cores of one node
         workers = resources.workers_of(cluster, size)
         exec_ = dataclasses.replace(chosen, workers=workers, threads=threads)
-        packs = make_packs(points, now.states, store, exec_, hardware, now.throughputs)
-        for task in resources.group(packs, cluster, measured or size * assumed, size):
+        made = make_packs(points, now.states, store, exec_, hardware, now.throughputs)
+        for task in resources.group(made, cluster, measured or size * assumed, size):
             key = (size, resources.memory_class(task, cluster))
             found.setdefault(key, []).append(Task(task, exec_))
     jobs = []
     for (size, _), tasks in sorted(found.items()):
-        packs_of_tasks, flops_s = [t.packs for t in tasks], measured or size * assumed
-        needed = resources.resources_for(packs_of_tasks, cluster, flops_s, partition, size)
+        packs, flops_s = [t.packs for t in tasks], measured or size * assumed
+        needed = resources.resources_for(packs, cluster, flops_s, partition, size)
         jobs.append(Jobs(tasks, needed))
     return jobs
 

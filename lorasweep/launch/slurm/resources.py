@@ -1,6 +1,5 @@
 """Group packs into jobs, and compute the resources of a job. Pure."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -14,19 +13,8 @@ from lorasweep.spec.execution import Cluster, Exec
 KINDS = ("local", "slurm")
 POSITIVE = ("cpus", "parallel", "warn_s", "work_min", "work_max", "follow_min")
 POSITIVE_OR_NONE = ("workers", "mem_gib", "time_min", "runs_per_job", "gpus_per_node")
-RESERVED_OPTIONS = frozenset(
-    [
-        "job-name",
-        "array",
-        "output",
-        "error",
-        "signal",
-        "dependency",
-        "nodes",
-        "ntasks-per-node",
-        "requeue",
-    ]
-)
+RESERVED_OPTIONS = {"job-name", "array", "output", "error", "signal", "dependency", "nodes"}
+RESERVED_OPTIONS |= {"ntasks-per-node", "requeue"}
 """sbatch options that lorasweep sets itself, because records and jobs depend on them."""
 UNSAFE = re.compile(r"""['"`\\$;<>\x00-\x1f\x7f]""")
 """Characters that no setting in a script may have: a newline ends the line of an option, and the
@@ -154,30 +142,25 @@ def _bytes(pack: Pack, cluster: Cluster, processes: int) -> float:
 
 
 def check(cluster: Cluster) -> None:
-    """Check a cluster's settings.
-
-    Raises:
-        ClusterError: one is wrong on any cluster.
-    """
+    """Check a cluster's settings; raise ClusterError if one is wrong on any cluster."""
     c = cluster
     if c.kind not in KINDS:
         raise ClusterError(unknown("cluster.kind", c.kind, KINDS))
     if c.kind == "local":
         return
-    named = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
+    named = vars(c)
     texts = {name: value for name, value in named.items() if isinstance(value, str)}
     texts |= {f"options.{name}": value for name, value in c.options.items()}
     for name, value in texts.items():
         if UNSAFE.search(value) or UNSAFE.search(name) or " " in name:
             raise ClusterError(
-                f"cluster.{name}={value!r} has a quote, a newline or another character that a "
-                "shell could read as a command. Leave it out."
+                f"cluster.{name}={value!r} has a character that a shell could read as a command, "
+                "such as a quote or a newline. Leave it out."
             )
     for line in c.setup:  # shell lines of the user
         if re.search(r"[\x00-\x08\n-\x1f]", line):
             raise ClusterError(
-                f"cluster.setup has {line!r}: a newline or a control character. Give one list "
-                "entry a line."
+                f"cluster.setup has {line!r} with a control character. Give one entry a line."
             )
     for name in (*POSITIVE, *POSITIVE_OR_NONE):
         optional, value = name in POSITIVE_OR_NONE, named[name]
@@ -185,31 +168,24 @@ def check(cluster: Cluster) -> None:
             default = ", or null for the default" if optional else ""
             raise ClusterError(f"cluster.{name}={value}: expected a number above 0{default}.")
     for name in sorted(set(c.options) & RESERVED_OPTIONS):
-        raise ClusterError(
-            f"cluster.options.{name} is reserved: lorasweep sets it itself. Leave it out."
-        )
+        raise ClusterError(f"cluster.options.{name} is reserved: lorasweep sets it. Leave it out.")
     if c.gpus < 0 or c.requeues < 0:
         raise ClusterError(
             f"cluster.gpus={c.gpus}, cluster.requeues={c.requeues}: expected 0 or more."
         )
     if c.work_max < c.work_min:
         raise ClusterError(
-            f"cluster.work_max={c.work_max:g} is below cluster.work_min={c.work_min:g} minutes. "
-            "Raise the first or lower the second."
+            f"cluster.work_max={c.work_max:g} must not be below cluster.work_min={c.work_min:g}."
         )
     if c.gpus and c.workers and c.gpus % c.workers:
         raise ClusterError(
-            f"cluster.gpus={c.gpus} is not a multiple of cluster.workers={c.workers}: each worker "
-            "gets the same number of GPUs. Change one of them."
+            f"cluster.gpus={c.gpus} must be a multiple of cluster.workers={c.workers}: each worker "
+            "gets the same number of GPUs."
         )
 
 
 def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> None:
-    """Check that a node of the partition is large enough for a job.
-
-    Raises:
-        ClusterError: none is; the message names the setting to change.
-    """
+    """Check that the partition's nodes are large enough for a job; raise ClusterError if not."""
     p, limit = partition, f"a node of partition {partition.name!r} has at most"
     problems = (
         (
@@ -221,8 +197,7 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
         ),
         (
             needed.gpus > p.gpus,
-            f"cluster.gpus={needed.gpus}, but {limit} {p.gpus}. Set cluster.gpus to {p.gpus} or "
-            "fewer; the runs are spread over more jobs.",
+            f"cluster.gpus={needed.gpus}, but {limit} {p.gpus}. Set cluster.gpus to at most that.",
         ),
         (
             needed.cpus > p.cpus,
@@ -232,15 +207,13 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
         ),
         (
             needed.mem_gib * 1024 > p.memory_mib,
-            f"a job needs {needed.mem_gib:g} GiB, but {limit} {p.memory_mib / 1024:.1f}. Set "
-            "cluster.mem_gib, lower exec.pack_size or exec.micro_batch_size, or choose another "
-            "partition.",
+            f"a job needs {needed.mem_gib:g} GiB, but {limit} {p.memory_mib / 1024:.1f}. Lower "
+            "cluster.mem_gib, exec.pack_size or exec.micro_batch_size, or change the partition.",
         ),
         (
             needed.time_min > p.time_min,
             f"cluster.time_min={needed.time_min}, but partition {p.name!r} allows at most "
-            f"{p.time_min:g}. Lower it: a job that reaches its limit requeues itself and loses "
-            "nothing.",
+            f"{p.time_min:g}. Lower it: a job at its limit requeues itself and loses nothing.",
         ),
         (
             needed.time_min * 60 <= cluster.warn_s,
@@ -254,14 +227,9 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
 
 
 def check_pack_size(exec_: Exec, cluster: Cluster) -> None:
-    """Check that a pack fits into a job, if the user set the sizes of both.
-
-    Raises:
-        ClusterError: it does not.
-    """
+    """Check that a pack fits into a job, if both sizes are set; raise ClusterError if not."""
     if exec_.pack_size and cluster.runs_per_job and exec_.pack_size > cluster.runs_per_job:
         raise ClusterError(
-            f"exec.pack_size={exec_.pack_size} is above cluster.runs_per_job="
-            f"{cluster.runs_per_job}, but a pack must fit into a job. Lower the first or raise the "
-            "second."
+            f"exec.pack_size={exec_.pack_size} must be at most cluster.runs_per_job="
+            f"{cluster.runs_per_job}: a pack must fit into a job."
         )

@@ -7,8 +7,7 @@ the path of a JSON file; its return value is ignored.
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ class Description:
     def setup(self) -> list[str]:
         """Return the shell lines before the job's command.
 
-        They end the job if its folder or its code is not what was submitted, and make it run the
+        They end the job if its folder or code was changed after the submission, and make it run the
         snapshot, not code in its current folder.
         """
         code = shlex.quote(str(self.code.folder))
@@ -86,17 +85,19 @@ class Description:
 
 
 def submit(described: Description) -> str:
-    """Submit an array through submitit and return its Slurm id.
-
-    Raises:
-        ClusterError: Slurm refused it, with Slurm's error message.
-    """
+    """Submit an array through submitit and return its id; raise ClusterError if refused."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     array, folder = described.array, described.folder
     tasks = [str(folder / "tasks" / f"{k}.json") for k in range(array.first, array.first + array.n)]
-    with _outside_jobs(), files.own_only():
+    # Inside a job, sbatch would pass the job's variables on to the new job, which then has two
+    # memory limits, and submitit would confuse the two job ids.
+    names = [k for k in os.environ if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_"))]
+    hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
+    with ExitStack() as stack:
+        stack.callback(os.environ.update, hidden)
+        stack.enter_context(files.own_only())
         executor = submitit.SlurmExecutor(folder=folder / "jobs")
         executor.update_parameters(
             job_name=array.name,
@@ -131,10 +132,8 @@ def write_script(described: Description) -> Path:
         **({"array": f"0-{array.n - 1}%{min(array.n, cluster.parallel)}"} if array.n > 1 else {}),
         **described.options(),
     }
-    flags = [
-        f"#SBATCH --{k}" + ("" if v is True else f"={shlex.quote(str(v))}")
-        for k, v in options.items()
-    ]
+    texts = {k: "" if v is True else f"={shlex.quote(str(v))}" for k, v in options.items()}
+    flags = [f"#SBATCH --{k}{text}" for k, text in texts.items()]
     number = f'"$(({array.first} + ${{SLURM_ARRAY_TASK_ID:-0}}))"'
     task = f"{shlex.quote(str(folder / 'tasks'))}/{number}.json"
     python = f"{shlex.quote(sys.executable)} -u -m lorasweep.launch.slurm.job"
@@ -144,18 +143,3 @@ def write_script(described: Description) -> Path:
     with files.own_only():
         files.write_atomic(path, "\n".join(lines).encode())
     return path
-
-
-@contextmanager
-def _outside_jobs() -> Iterator[None]:
-    """Hide the Slurm job that this process may be part of.
-
-    Otherwise sbatch would pass its variables on to the new job, which then has two memory limits,
-    and submitit would confuse the two job ids.
-    """
-    names = [k for k in os.environ if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_"))]
-    hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)

@@ -33,11 +33,9 @@ def take(root: Path) -> Snapshot:
     """Copy the running code into a folder in `root`, and return it.
 
     Nothing is copied if the snapshot exists, or if this code is a snapshot itself. A snapshot has
-    the packages, the configuration, and `snapshot.json`: the commit, and the files that differ from
-    it.
+    the packages, the configuration, and `snapshot.json`: the commit, and the files edited since.
 
     Raises:
-        OSError: it cannot be written.
         ClusterError: the snapshot exists, and was changed or could be changed by others.
     """
     here = Path(__file__).resolve().parents[3]
@@ -47,7 +45,26 @@ def take(root: Path) -> Snapshot:
     sha256 = guard.digest_of({t.as_posix(): guard.sha256(str(s)) for s, t in _files(here)})
     if not (root / _name(sha256)).is_dir():
         with files.own_only():
-            sha256 = _copy(here, root)
+            partial = root / f".copy.{os.getpid()}.{os.urandom(3).hex()}"
+            files.own_folder(partial)
+            for source, target in _files(here):
+                path = partial / target
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, path)
+                files.sync(path)
+            sha256 = guard.digest(str(partial))  # of the copy: files may be edited meanwhile
+            folder = root / _name(sha256)
+            copied = (*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/")
+            edited = [f for f in provenance.edited() if f.startswith(copied)]
+            about = {**provenance.code(), "snapshot": folder.name, "edited": edited}
+            files.write_atomic(partial / guard.ABOUT, json.dumps(about, indent=1).encode())
+            try:
+                os.rename(partial, folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+                shutil.rmtree(partial)  # another command was faster, with the same content
+            files.sync(root)
     return _checked(root / _name(sha256), sha256)
 
 
@@ -56,38 +73,12 @@ def _name(sha256: str) -> str:
 
 
 def _checked(folder: Path, sha256: str) -> Snapshot:
-    problem = guard.code_problem(str(folder), sha256)
-    if problem:
+    if problem := guard.code_problem(str(folder), sha256):
         raise ClusterError(
             f"code snapshot {folder} is refused: {problem}. Whoever did so could run code as you. "
             f"Find out who, then delete it (rm -r {folder}) and run the command again."
         )
     return Snapshot(folder, sha256)
-
-
-def _copy(here: Path, root: Path) -> str:
-    """Copy the code; return the digest of the copy, because files may be edited during it."""
-    partial = root / f".copy.{os.getpid()}.{os.urandom(3).hex()}"
-    files.own_folder(partial)
-    for source, target in _files(here):
-        path = partial / target
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, path)
-        files.sync(path)
-    sha256 = guard.digest(str(partial))
-    folder = root / _name(sha256)
-    copied = (*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/")
-    edited = [f for f in provenance.edited() if f.startswith(copied)]
-    about = {**provenance.code(), "snapshot": folder.name, "edited": edited}
-    files.write_atomic(partial / guard.ABOUT, json.dumps(about, indent=1).encode())
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(partial)  # another command was faster, with the same content
-    files.sync(root)
-    return sha256
 
 
 def describe(snapshot: Snapshot) -> str:

@@ -117,12 +117,8 @@ class Queue:
 
     def live(self) -> list[tuple[Submission, int, client.Job]]:
         """List the tasks that are running or may still run."""
-        return [
-            (s, k, j)
-            for s in self.submissions
-            for k, j in sorted(self.jobs.get(s.name, {}).items())
-            if j.live
-        ]
+        jobs = ((s, sorted(self.jobs.get(s.name, {}).items())) for s in self.submissions)
+        return [(s, k, j) for s, own in jobs for k, j in own if j.live]
 
     def unknown_runs(self) -> set[str]:
         """Return the runs in jobs that this Slurm does not show."""
@@ -130,9 +126,8 @@ class Queue:
 
     def covered(self) -> dict[str, client.Job]:
         """Map each run in a live task to its job."""
-        return {
-            rid: job for s, k, job in self.live() for rid in s.tasks[k] if rid not in s.withdrawn
-        }
+        live = self.live()
+        return {rid: j for s, k, j in live for rid in s.tasks[k] if rid not in s.withdrawn}
 
 
 def home(runs_dir: Path) -> Path:
@@ -287,10 +282,24 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
         return queue
     strays = {j.name: j.array for j in queue.strays}
     changed = False
-    for submission in queue.submissions:
-        for array in submission.arrays:
-            changed |= _settle(submission, array, strays, notify)
-    _note_ends(queue)
+    for s in queue.submissions:
+        for array in s.arrays:
+            if array.job is None and (not array.abandoned or array.name in strays):
+                changed |= _settle(s, array, strays.get(array.name), notify)
+    live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
+    names = {a.name: s.name for s in queue.submissions for a in s.arrays}
+    live |= {names[j.name] for j in queue.strays}
+    for s in list(queue.submissions):  # record how jobs ended, if none is live
+        if s.name in live or not all(a.job or a.abandoned for a in s.arrays):
+            continue
+        n_jobs = sum(a.n for a in s.arrays if a.job)
+        ends = client.ended(str(a.job) for a in s.arrays if a.job)
+        young = time.time() - s.record["created_s"] < GIVE_UP_S
+        if young and (len(ends) < n_jobs or any(a.abandoned for a in s.arrays)):
+            continue  # accounting is still behind
+        with suppress(OSError):  # a full disk: it is queried again later
+            _write_note(s.folder, "ended.json", {k: asdict(end) for k, end in ends.items()})
+        queue.submissions.remove(s)
     jobs = [*(j for _, _, j in queue.live()), *queue.follows.values()]
     stuck = [j.label for j in jobs if j.stuck]
     if stuck:
@@ -299,11 +308,11 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     return look(runs_dir) if changed else queue
 
 
-def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify) -> bool:
-    """Record what happened to an array without a recorded job; return whether that was open."""
-    if array.job is not None or (array.abandoned and array.name not in strays):
-        return False
-    number = strays.get(array.name)
+def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> bool:
+    """Record what happened to an array without a recorded job; return False if it is still open.
+
+    `number`: its live job that is not recorded.
+    """
     if number is None:
         accounted = client.named(array.name)
         number = accounted[0].partition("_")[0] if accounted else None
@@ -312,10 +321,9 @@ def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify)
         notify(f"adopted job {number} of {s.name}, from a command that died after submitting it")
     elif number is not None:
         notify(f"cancelled job {number} of {s.name}, from a command that died while submitting it")
-        denied = client.cancel([number])
-        if denied:
-            user = s.record["user"]
-            notify(f"  it could not be cancelled: it belongs to {user}, and will fail ({denied})")
+        if denied := client.cancel([number]):
+            owner = s.record["user"]
+            notify(f"  it could not be cancelled: it belongs to {owner}, and will fail ({denied})")
         number = None
     elif is_script and time.time() - s.record["created_s"] < GIVE_UP_S:
         return False  # its user may be about to submit it
@@ -326,42 +334,19 @@ def _settle(s: Submission, array: Array, strays: dict[str, str], notify: Notify)
     return True
 
 
-def _note_ends(queue: Queue) -> None:
-    """Record how jobs ended, for submissions without live jobs."""
-    live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
-    names = {a.name: s.name for s in queue.submissions for a in s.arrays}
-    live |= {names[j.name] for j in queue.strays}
-    for s in list(queue.submissions):
-        if s.name in live or not all(a.job or a.abandoned for a in s.arrays):
-            continue
-        n_jobs = sum(a.n for a in s.arrays if a.job)
-        ends = client.ended(str(a.job) for a in s.arrays if a.job)
-        young = time.time() - s.record["created_s"] < GIVE_UP_S
-        if young and (len(ends) < n_jobs or any(a.abandoned for a in s.arrays)):
-            continue  # accounting is still behind
-        content = {label: asdict(end) for label, end in ends.items()}
-        with suppress(OSError):  # a full disk: it is queried again later
-            _write_note(s.folder, "ended.json", content)
-        queue.submissions.remove(s)
-
-
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Map run ids to how the Slurm jobs that owned them ended, with their logs.
 
     `owners`: run id -> owner.json.
     """
     jobs = {rid: o["slurm"]["job"] for rid, o in owners.items() if o.get("slurm")}
-    if not jobs:
-        return {}
-    try:
-        ends = client.by_number(jobs.values())
-    except ClusterError:
-        return {}
-    logs = {a.job: s for s in read_all(runs_dir, over=True) for a in s.arrays if a.job}
+    ends: dict[str, tuple[str, client.Ended]] = {}
+    with suppress(ClusterError):
+        ends = client.by_number(jobs.values()) if jobs else {}
+    submitted = read_all(runs_dir, over=True) if ends else []
+    owner = {a.job: s for s in submitted for a in s.arrays if a.job}
     found = {}
-    for rid, job in jobs.items():
-        if job in ends:
-            label, end = ends[job]
-            owner = logs.get(label.partition("_")[0])
-            found[rid] = end.cause() + (f"; log {owner.log(label)}" if owner else "")
+    for rid, (label, end) in ((rid, ends[job]) for rid, job in jobs.items() if job in ends):
+        s = owner.get(label.partition("_")[0])
+        found[rid] = end.cause() + (f"; log {s.log(label)}" if s else "")
     return found

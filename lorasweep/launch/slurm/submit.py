@@ -115,7 +115,14 @@ def submit(
         outcome = Outcome(planning.work_of(request, store, now, queue))
         work, ids = outcome.work, {p.id for p in request.points}
         if request.prune:
-            outcome.pruned = _prune(queue, work.removed, notify)
+            outcome.pruned = work.n_removed
+            empty = []  # waiting tasks without other runs
+            for s in [s for s in queue.submissions if s.name in work.removed]:
+                submissions.withdraw(s, work.removed[s.name])
+                waiting = [(k, j) for t, k, j in queue.live() if t is s and j.state == "PENDING"]
+                empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
+            if empty and (denied := client.cancel(empty)):
+                notify(f"some jobs could not be cancelled; they will find nothing to do ({denied})")
         jobs: list[Jobs] = []
         if work.todo:
             jobs = planning.jobs_of(request, store, work.todo, now, partition)
@@ -178,9 +185,23 @@ def _submit(
             outcome.refused = str(error)
             break
         submissions.note_array(folder, d.array.part, numbers[-1])
-    if cluster.follow:
-        refusal = _submit_follow_up(request, folder, arrays[-1], code, queue, numbers)
-        outcome.refused = refusal or outcome.refused
+    if cluster.follow:  # a follow-up job for these arrays and the sweep's other live jobs
+        others = {j.label for s, _, j in queue.live() if s.record["sweep"] == request.title}
+        after = tuple(sorted({*numbers, *others}))
+        partition = cluster.follow_partition or cluster.partition
+        small = dataclasses.replace(cluster, gpus=0, partition=partition)
+        needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
+        try:
+            last = sbatch.submit(Description(folder, arrays[-1], needed, small, code, after))
+        except ClusterError as error:
+            submissions.note_array(folder, FOLLOW, None)
+            outcome.refused = f"no follow-up job: {error}"
+        else:
+            submissions.note_array(folder, FOLLOW, last)
+            ids = {p.id for p in request.points}
+            old = [j.id for served, j in _followers(queue, request) if served <= ids]
+            if old:  # replaced by the new one
+                client.cancel(old)  # another user's cannot be cancelled, and does no harm
     if numbers:
         n_tasks = sum(a.n for a in arrays[: len(numbers)])
         outcome.n_submitted += sum(len(t.points) for t in tasks[:n_tasks])
@@ -197,7 +218,7 @@ def write_submission(
     follow_up: FollowUp,
     code: Snapshot,
 ) -> None:
-    """Write the file of each task and of the follow-up job, a manifest of them all, and the record.
+    """Write the file of each task and of the follow-up job, a manifest of them, and the record.
 
     Raises:
         ClusterError: others could write them, whatever mode this process gives them.
@@ -217,10 +238,8 @@ def write_submission(
         skip = str(submissions.note(folder, "withdrawn.json"))
         common = {"requeues": requeues, "skip": skip, "trainer": follow_up.trainer}
         for k, task in enumerate(tasks):
-            specs = [p.spec.plain() for p in task.points]
-            write(
-                f"tasks/{k}.json", {"runs": specs, "exec": dataclasses.asdict(task.exec), **common}
-            )
+            specs, settings = [p.spec.plain() for p in task.points], dataclasses.asdict(task.exec)
+            write(f"tasks/{k}.json", {"runs": specs, "exec": settings, **common})
         if any(a.part == FOLLOW for a in arrays):
             again = {"action": "run", "format": "text", "watch": False, "prune": False}
             write("request.json", {**request.plain(), **again})
@@ -228,9 +247,8 @@ def write_submission(
             write(f"tasks/{len(tasks)}.json", {**last, **dataclasses.asdict(follow_up)})
         write(guard.MANIFEST, dict(sums))
         files.sync(folder / "tasks")
-        manifest = folder / guard.MANIFEST
-        problem = guard.untrusted(map(str, (folder, folder / "tasks", manifest)))
-        if problem:
+        written = (folder, folder / "tasks", folder / guard.MANIFEST)
+        if problem := guard.untrusted(map(str, written)):
             raise ClusterError(
                 f"{problem}, so others could make your jobs run their code. Choose a run folder on "
                 "a file system that keeps permissions: exec.runs_dir=FOLDER."
@@ -248,80 +266,22 @@ def write_submission(
         )
 
 
-# ---------------------------------------------------------------- the follow-up job
-
-
-def _submit_follow_up(
-    request: Request,
-    folder: Path,
-    follow: Array,
-    code: Snapshot,
-    queue: Queue,
-    numbers: Sequence[str],
-) -> str | None:
-    """Submit a follow-up job for these arrays and the sweep's other live jobs.
-
-    It replaces older follow-up jobs of the same runs, which are cancelled. Returns why Slurm
-    refused it, or None.
-    """
-    others = {
-        a.label(k)
-        for s, k, _ in queue.live()
-        if s.record["sweep"] == request.title
-        for a in s.arrays
-        if a.job and a.first <= k < a.first + a.n and a.part != FOLLOW
-    }
-    cluster = request.cluster
-    partition = cluster.follow_partition or cluster.partition
-    small = dataclasses.replace(cluster, gpus=0, partition=partition)
-    needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
-    after = tuple(sorted({*numbers, *others}))
-    try:
-        number = sbatch.submit(Description(folder, follow, needed, small, code, after))
-    except ClusterError as error:
-        submissions.note_array(folder, FOLLOW, None)
-        return f"no follow-up job: {error}"
-    submissions.note_array(folder, FOLLOW, number)
-    ids = {p.id for p in request.points}
-    old = [j.id for served, j in _followers(queue, request) if served <= ids]
-    if old:
-        client.cancel(old)  # another user's cannot be cancelled, and does no harm
-    return None
-
-
 def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Job]]:
     """List this sweep's other live follow-up jobs, each with its runs."""
     mine = os.environ.get("SLURM_JOB_ID")
-    served = {
-        s.name: set(s.record["asked"])
-        for s in queue.submissions
-        if s.record["sweep"] == request.title
-    }
-    jobs = [(n, j) for n, j in queue.follows.items() if j.live and j.id != mine]
-    return [(served[n], j) for n, j in jobs if n in served]
+    same = [s for s in queue.submissions if s.record["sweep"] == request.title]
+    found = [(set(s.record["asked"]), queue.follows.get(s.name)) for s in same]
+    return [(served, j) for served, j in found if j and j.live and j.id != mine]
 
 
 # ---------------------------------------------------------------- cancel
-
-
-def _prune(queue: Queue, removed: dict[str, list[str]], notify: Notify) -> int:
-    """Withdraw queued runs, and cancel waiting tasks without other runs; return how many runs."""
-    empty = []
-    for s in [s for s in queue.submissions if s.name in removed]:
-        submissions.withdraw(s, removed[s.name])
-        waiting = [(k, j) for owner, k, j in queue.live() if owner is s and j.state == "PENDING"]
-        empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
-    if empty and (denied := client.cancel(empty)):
-        notify(f"some jobs could not be cancelled; they will find nothing to do ({denied})")
-    return sum(map(len, removed.values()))
 
 
 def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
     """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
 
     Finished runs are kept, and running ones write a checkpoint first. A submission belongs to the
-    sweep if it has the same name and runs in common: with another number of steps the same sweep
-    has other runs.
+    sweep if the name is the same and it has some of these runs (other settings, other runs).
 
     Raises:
         ClusterError: there is no Slurm here, or some jobs belong to other users.
@@ -332,19 +292,15 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
     ids = {p.id for p in request.points}
     with submissions.locked(store.root, notify):
         queue = submissions.reconcile(store.root, notify)
-        mine = {
-            s.name: s
-            for s in queue.submissions
-            if s.record["sweep"] == request.title and not ids.isdisjoint(s.record["asked"])
-        }
+        same = [s for s in queue.submissions if s.record["sweep"] == request.title]
+        mine = {s.name: s for s in same if not ids.isdisjoint(s.record["asked"])}
         live = [(s, k, j) for s, k, j in queue.live() if s.name in mine]
         follows = [j.label for n, j in queue.follows.items() if n in mine and j.live]
         withdrawn = {r for s, _, _ in live for r in s.withdrawn}
         runs = {r for s, k, _ in live for r in s.tasks[k]} - withdrawn
         ending = [r for r in runs if store.state(r) not in FINAL]
         labels = [*follows, *(j.label for _, _, j in live)]
-        denied = client.cancel(labels) if labels else None
-        if denied:
+        if denied := client.cancel(labels):
             users = ", ".join(sorted({s.record["user"] for s in mine.values()}))
             raise ClusterError(
                 f"some jobs could not be cancelled: {denied}. The jobs belong to {users}; each "
@@ -366,11 +322,7 @@ def mounts() -> list[tuple[str, str]]:
 
 
 def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[str, str]]) -> None:
-    """Check that other machines can see the run folder.
-
-    Raises:
-        ClusterError: it is local to this machine, and a node is another machine.
-    """
+    """Check that the nodes `hosts` can see the run folder; raise ClusterError if not."""
     if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}:
         return
     folder = folder.resolve()
@@ -378,24 +330,17 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
     file_system = max(above, key=lambda m: len(m[0]), default=("/", ""))[1]
     local = next((f for f in LOCAL_FOLDERS if folder.is_relative_to(f)), None)
     if file_system in LOCAL_FILE_SYSTEMS:
-        why = f"it is a {file_system} of this machine"
-    elif local:
-        why = f"{local} is local to this machine"
-    else:
-        return
-    raise ClusterError(
-        f"run folder {folder}: {why}, so the nodes ({', '.join(sorted(hosts)[:3])}, ...) cannot "
-        "see it. Set exec.runs_dir=FOLDER (or LORASWEEP_RUNS) to a shared file system. If this one "
-        "is shared, set cluster.shared=true."
-    )
+        local = f"its {file_system}"
+    if local:
+        raise ClusterError(
+            f"run folder {folder}: {local} is local to this machine, so the nodes "
+            f"({', '.join(sorted(hosts)[:3])}, ...) cannot see it. Set exec.runs_dir=FOLDER (or "
+            "LORASWEEP_RUNS) to a shared file system. If this is one, set cluster.shared=true."
+        )
 
 
 def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
-    """Check that the disk has room for all results and the checkpoints of `at_once` packs.
-
-    Raises:
-        StoreError: it has not; the message gives the space needed.
-    """
+    """Check that all results and `at_once` packs' checkpoints fit; raise StoreError if not."""
     checkpoints = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
     results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
     need = sum(checkpoints[:at_once]) + results
@@ -409,10 +354,9 @@ def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
 
 
 def watch_others(store: RunStore, points: list[Point], notify: Notify) -> None:
-    """Watch the heartbeats of runs that other machines seem to train, until it is clear.
+    """Watch the heartbeats of owners that neither this machine nor Slurm knows.
 
-    Only for owners that neither this machine nor Slurm knows: a dead one would keep its runs
-    forever.
+    Ends when it is clear which are alive: a dead one would keep its runs forever.
     """
     running = [i for i, s in store.states(p.id for p in points).items() if s == "running"]
     unsure = store.unsure(running)

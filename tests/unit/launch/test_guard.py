@@ -24,16 +24,9 @@ ARRAY = submissions.Array("0", "s-0", 0, 1)
 
 
 @pytest.fixture
-def shared(tmp_path):
+def shared(group_folder):
     """A run folder that its group may write, with the umask of a command that works in it."""
-    before = os.umask(0o022)
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    runs.chmod(0o2775)
-    store = RunStore(runs)
-    store.prepare()
-    yield store
-    os.umask(before)
+    return group_folder()
 
 
 @pytest.fixture
@@ -188,9 +181,6 @@ def test_a_group_shares_the_notes_and_nothing_that_a_job_runs(described, shared,
             with pytest.raises(PermissionError):
                 harm()
 
-    if os.geteuid() == 0:
-        for path in (shared.root, *shared.root.rglob("*")):
-            os.chown(path, -1, OTHER_USER)
     as_another_user(tmp_path, second_user)
     (found,) = submissions.read_all(shared.root)
     assert found.arrays[0].job == "13" and found.withdrawn == {"x"}

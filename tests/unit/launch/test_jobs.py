@@ -2,8 +2,6 @@
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from lorasweep.plan.plan import make_plan
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import checkpoint, claims
 from lorasweep.store.run_store import RunStore
-from tests.world import ROOT
+from tests.world import ROOT, cli
 
 GPUS = Partition("gpu", True, 64, 512_000, 8, 2880.0, frozenset({"n1"}))
 NODES = dataclasses.replace(GPUS, cpus=128, memory_mib=2_000_000, nodes=4)
@@ -63,17 +61,12 @@ def test_a_job_requests_what_its_packs_need(packs):
 
 
 @pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"gpus": 9}, "cluster.gpus=9.* 8"),
-        ({"cpus": 65}, "65 CPU cores.* 64"),
-        ({"mem_gib": 600}, "600 GiB.* 500"),
-        ({"time_min": 9999}, "cluster.time_min=9999.* 2880"),
-    ],
+    ("setting", "value", "limit"),
+    [("gpus", 9, "8"), ("cpus", 65, "64"), ("mem_gib", 600, "500"), ("time_min", 9999, "2880")],
 )
-def test_jobs_that_fit_no_node_are_refused(given, message):
-    cluster = slurm_cluster(**given)
-    with pytest.raises(ClusterError, match=message):
+def test_jobs_that_fit_no_node_are_refused(setting, value, limit):
+    cluster = slurm_cluster(**{setting: value})
+    with pytest.raises(ClusterError, match=f"{value}.* {limit}"):
         resources.check_fits(resources.resources_for([], cluster, 1.0, GPUS), cluster, GPUS)
 
 
@@ -167,12 +160,10 @@ def test_settings_without_a_meaning_are_refused(compose, given, message):
         compose("+sweep=lr_ratio", "cluster=slurm", given)
 
 
-def test_the_profiles_compose():
+def test_the_profiles_compose(tmp_path):
     for path in sorted((ROOT / "slurm/cluster").glob("*.yaml")):
-        command = [sys.executable, "-m", "lorasweep", "--config-dir", str(ROOT / "slurm")]
-        command += ["+sweep=lr_ratio", f"cluster={path.stem}", "--cfg", "job"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and f"name: {path.stem}" in done.stdout, done.stderr
+        given = ("--config-dir", ROOT / "slurm", "+sweep=lr_ratio", f"cluster={path.stem}")
+        assert f"name: {path.stem}" in cli(*given, "--cfg", "job", cwd=tmp_path).stdout
 
 
 # ---------------------------------------------------------------- before a submission

@@ -132,11 +132,7 @@ def test_between_two_checks_an_update_touches_no_file(tmp_path, clock, monkeypat
 
 def test_a_stop_takes_effect_after_the_update(tmp_path, clock):
     store, spec, stop = RunStore(tmp_path), tiny_spec(), StopFlag()
-
-    def before(step, *_):
-        stop.set = step == 7
-
-    trainer = Scripted(50, before)
+    trainer = Scripted(50, lambda step, *_: setattr(stop, "set", step == 7))
     with pytest.raises(Stopped):
         train(store, [spec], trainer, stop=stop)
     assert trainer.updates[spec.id] == steps_of(store, spec.id) == list(range(1, 8))

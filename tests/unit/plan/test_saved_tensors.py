@@ -117,3 +117,11 @@ def test_with_checkpointing_a_layer_saves_its_input_in_fp32(method, precision):
     spec = SHAPES["grouped queries"]
     saved = a_token_and_layer(spec, METHODS[method], precision, True)
     assert saved == planned(spec, METHODS[method], precision, True) == 4 * 256
+
+
+def test_adapters_of_a_router_are_planned():
+    """A router is a layer set, but its matrix has no name among the model's."""
+    spec = SHAPES["experts"]
+    load = load_of(spec, LoRA(rank=8, layers="attention+router"))
+    assert load.n_adapters == 5 * spec.n_layers
+    assert load.inputs == load_of(spec, METHODS["lora of attention"]).inputs

@@ -5,8 +5,7 @@ import builtins
 import errno
 import io
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from lorasweep.launch.slurm.submissions import Array, Submission
 from lorasweep.launch.worker import skipped
 from lorasweep.store import checkpoint, claims, files, looks
 from lorasweep.store.claims import Lock
-from lorasweep.store.run_store import RunStore
 from tests.unit.launch.trainers import Scripted, steps_of, train
 from tests.world import tiny_spec
 
@@ -64,29 +62,9 @@ def state(step):
     return {"tensors": tensors, "meta": {**meta, "micro_batch_size": None}}
 
 
-@dataclass
-class Runs:
-    """A store with one run in each of some states, a submission, a record of looks and a lock."""
-
-    store: RunStore
-    specs: dict
-    submission: Path
-    lock: Path
-
-    def id(self, kind):
-        return self.specs[kind].id
-
-    @property
-    def slots(self):
-        return self.store.folder(self.id("running")) / "checkpoint"
-
-    @property
-    def looks(self):
-        return self.store.root / "looks.json"
-
-
 @pytest.fixture
 def runs(store, tmp_path):
+    """A store with one run in each of some states, a submission, a record of looks and a lock."""
     kinds = ("done", "running", "failed", "damaged")
     specs = {kind: tiny_spec(seed=k) for k, kind in enumerate(kinds)}
     for kind, spec in specs.items():
@@ -99,16 +77,19 @@ def runs(store, tmp_path):
             store.finish(spec.id, "done", RESULT)
     path = store.folder(specs["damaged"].id) / "result.json"
     path.write_bytes(path.read_bytes()[:-9])
-    folder = submissions.home(store.root) / "s"
-    found = Runs(store, specs, folder, tmp_path / "lock")
+    slots = store.folder(specs["running"].id) / "checkpoint"
     for step in (3, 4):
-        checkpoint.save(found.slots, state(step))
+        checkpoint.save(slots, state(step))
+    folder = submissions.home(store.root) / "s"
     (folder / "jobs").mkdir(parents=True)
     (folder / "jobs" / "12_submitted.pkl").write_bytes(b"")
     submissions.write_record(folder, "t", [], [["x"]], [ARRAY])
     submissions.note_array(folder, "0", "12")
     submissions.withdraw(submissions.read(folder), ["x"])
     submissions.note(folder, "ended.json").write_text("{}")
+    paths = {"slots": slots, "submission": folder, "lock": tmp_path / "lock"}
+    found = SimpleNamespace(store=store, specs=specs, looks=store.root / "looks.json", **paths)
+    found.id = {kind: spec.id for kind, spec in specs.items()}
     looks.note_look(found.looks, "x", 2)
     Lock(found.lock).acquire(5, print)
     return found
@@ -116,29 +97,26 @@ def runs(store, tmp_path):
 
 READERS = {
     "result.json": (
-        lambda r: r.store.state(r.id("done")),
-        lambda r: r.store.states([r.id("done")]),
+        lambda r: r.store.state(r.id["done"]),
+        lambda r: r.store.states([r.id["done"]]),
         lambda r: r.store.claim(r.specs["done"]),
         lambda r: r.store.claim(r.specs["damaged"]),
     ),
     "attempts": (
-        lambda r: r.store.state(r.id("running")),
+        lambda r: r.store.state(r.id["running"]),
         lambda r: r.store.claim(r.specs["running"]),
-        lambda r: r.store.owns(r.id("running"), 1),
+        lambda r: r.store.owns(r.id["running"], 1),
     ),
     "end.json": (
-        lambda r: r.store.states([r.id("failed")]),
-        lambda r: r.store.failures(r.id("failed")),
+        lambda r: r.store.states([r.id["failed"]]),
+        lambda r: r.store.failures(r.id["failed"]),
         lambda r: r.store.claim(r.specs["failed"]),
     ),
-    "spec.json": (
-        lambda r: r.store.spec(r.id("done")),
-        lambda r: r.store.claim(r.specs["failed"]),
-    ),
-    "env.json": (lambda r: r.store.layout(r.id("done")),),
+    "spec.json": (lambda r: r.store.spec(r.id["done"]), lambda r: r.store.claim(r.specs["failed"])),
+    "env.json": (lambda r: r.store.layout(r.id["done"]),),
     "metrics.jsonl": (
-        lambda r: r.store.records(r.id("done")),
-        lambda r: r.store.records_size(r.id("done")),
+        lambda r: r.store.records(r.id["done"]),
+        lambda r: r.store.records_size(r.id["done"]),
     ),
     "a.json": (
         lambda r: checkpoint.load_pack({"x": r.slots}),
@@ -156,10 +134,7 @@ READERS = {
     "ended.json": (lambda r: submissions.read_all(r.store.root),),
     ".slurm": (lambda r: submissions.read_all(r.store.root),),
     "jobs": (lambda r: Submission(r.submission, {}, []).complete(ARRAY, "12"),),
-    "looks.json": (
-        lambda r: looks.read(r.looks),
-        lambda r: looks.note_look(r.looks, "x", 1),
-    ),
+    "looks.json": (lambda r: looks.read(r.looks), lambda r: looks.note_look(r.looks, "x", 1)),
     "released": (lambda r: Lock(r.lock).acquire(0, print),),
     "lock": (lambda r: Lock(r.lock).acquire(0, print),),
 }
@@ -183,7 +158,7 @@ def test_a_read_error_is_raised_and_nothing_follows_from_it(runs, tmp_path, fail
 
 def test_a_read_that_fails_for_a_moment_is_tried_again(runs, failing):
     failing("result.json", errno.ESTALE, 2)
-    assert runs.store.state(runs.id("done")) == "done"
+    assert runs.store.state(runs.id["done"]) == "done"
     failing("b.safetensors", errno.EIO, 1)
     assert checkpoint.load_pack({"x": runs.slots})["x"]["meta"]["step"] == 4
     failing("array-0.json", errno.EMFILE, 2)
@@ -249,7 +224,7 @@ def test_an_owner_that_cannot_be_read_is_not_called_dead(runs, failing):
 
 
 def test_a_heartbeat_that_cannot_be_read_is_no_silence(runs, change_owner, monkeypatch, failing):
-    rid = runs.id("running")
+    rid = runs.id["running"]
     attempt, clock, liveness = runs.store.attempt(rid, 1), [0.0], claims.Liveness()
     change_owner(rid, host="elsewhere")
     monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])

@@ -5,8 +5,6 @@ import errno
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,7 +13,8 @@ import torch
 from lorasweep.errors import StoreError
 from lorasweep.store import checkpoint, claims, files
 from lorasweep.store.run_store import RunStore
-from tests.world import ROOT, tiny_spec
+from tests.unit.launch.trainers import steps_of
+from tests.world import tiny_spec
 
 RESULT = {
     "nll_start": 3.0,
@@ -37,10 +36,6 @@ def work(store, spec):
     for step in (1, 2, 3):
         store.record(rid, {"step": step, "train_nll": 3.0 - step / 10})
     return store.finish(rid, "done", RESULT)
-
-
-def steps_of(records):
-    return [r["step"] for r in records]
 
 
 class FaultyOS:
@@ -98,7 +93,7 @@ def test_any_file_operation_may_fail_and_the_run_still_ends_exactly_once(tmp_pat
         assert state in ("missing", "interrupted", "done"), (at, state)
         assert work(store, spec) == (state != "done")  # never twice
         assert store.state(rid) == "done" and store.result(rid)["test_nll"] == 2.5
-        assert steps_of(store.records(rid)) == [1, 2, 3]
+        assert steps_of(store, rid) == [1, 2, 3]
         if not reached:
             assert at > 20
             return
@@ -136,14 +131,6 @@ def test_a_damaged_result_is_not_done_and_is_kept(store, change_owner, damage):
     assert list(path.parent.glob("result.damaged-*.json"))
 
 
-def test_an_incomplete_last_record_is_ignored(store):
-    spec = tiny_spec()
-    work(store, spec)
-    path = store.folder(spec.id) / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-5])
-    assert steps_of(store.records(spec.id)) == [1, 2]
-
-
 def test_recent_records_are_read_from_the_end(store):
     spec = tiny_spec()
     store.claim(spec)
@@ -154,6 +141,7 @@ def test_recent_records_are_read_from_the_end(store):
             assert store.recent_records(spec.id) == store.records(spec.id)
     with open(store.folder(spec.id) / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 501, "tra')
+    # the incomplete last record is ignored
     recent, all_records = store.recent_records(spec.id), store.records(spec.id)
     assert 20 < len(recent) < len(all_records) == 500
     assert recent == all_records[-len(recent) :]
@@ -196,22 +184,23 @@ def test_many_processes_claim_each_run_once(tmp_path):
     assert sorted(won) == sorted(s.id for s in specs)
 
 
+def claim_and_wait(store, spec):
+    store.claim(spec)
+    time.sleep(60)
+
+
 def test_a_killed_owner_is_recognised_and_an_owner_elsewhere_is_watched(
     store, change_owner, monkeypatch
 ):
     spec = tiny_spec()
     rid = spec.id
-    code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from lorasweep.store.run_store import RunStore; from tests.world import tiny_spec\n"
-        f"RunStore({str(store.root)!r}).claim(tiny_spec()); print('ok', flush=True)\n"
-        "time.sleep(60)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "ok\n"
+    child = multiprocessing.get_context("fork").Process(target=claim_and_wait, args=(store, spec))
+    child.start()
+    while store.state(rid) == "missing":
+        time.sleep(0.01)
     assert store.state(rid) == "running" and store.claim(spec) is None
     child.kill()
-    child.wait()
+    child.join()
     assert store.state(rid) == "interrupted"
     # on another machine only the heartbeat's content counts, by our own clock
     change_owner(rid, boot="other", host="elsewhere")
