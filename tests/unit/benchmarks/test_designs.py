@@ -18,7 +18,7 @@ from benchmarks.calibration.designs import (
 )
 from benchmarks.calibration.generators import Design, plant
 from benchmarks.calibration.run import CLAIM
-from lorasweep.sweep.replicates import _around_the_best
+from lorasweep.sweep.replicates import lrs_around_optimum
 
 
 @pytest.mark.parametrize("around", [1, 2, 3, 4])
@@ -28,19 +28,9 @@ def test_fresh_seeds_get_the_rates_that_a_sweep_gives_them(around):
         curves, _ = plant("linex", design, np.random.default_rng(around))
         for c in curves:
             assert len(c.x) == design.runs == 7 + 2 * around
-            first = {x: [x] for x in c.x[c.seed == 0]}
             loss = dict(zip(c.x[c.seed == 0], c.y[c.seed == 0]))
             for seed in (1, 2):
-                assert list(c.x[c.seed == seed]) == _wanted(first, around, loss)
-
-
-def _wanted(by_rate, n, loss):
-    class Run:
-        def __init__(self, x):
-            self.id = x
-
-    runs = {x: [Run(x)] for x in by_rate}
-    return _around_the_best(runs, n, loss.get)
+                assert list(c.x[c.seed == seed]) == lrs_around_optimum(loss, around)
 
 
 def test_paired_seeds_shift_all_curves_alike():
