@@ -38,7 +38,7 @@ def test_a_command_line_that_changes_the_runs_changes_title_and_looks(
 
 
 def test_two_changes_have_two_titles_whatever_their_order(compose):
-    first, second = "steps=500", "batch_size=4"
+    first, second = "steps=500", "weight_decay=0.1"
     both = [compose(*ASKED, *order).title for order in ((first, second), (second, first))]
     assert both[0] == both[1] != compose(*ASKED, first).title
 
