@@ -57,7 +57,7 @@ def make(folder, models, datasets):
     wanted |= {(d.test_location, "", d.test_revision) for d in datasets if d.test_location}
     for location, configs, revision in sorted(wanted):
         for config in configs.split("+"):
-            _download(folder, location, config or "default", revision, ROWS[location]())
+            download(folder, location, config or "default", revision, ROWS[location]())
     return {
         "HF_HUB_CACHE": str(folder / "hub"),
         "HF_DATASETS_CACHE": str(folder / "datasets"),
@@ -114,7 +114,7 @@ ROWS = {
 """Of each data set, by split; those with more than one configuration have the same in each."""
 
 
-def _download(folder, location, config, revision, splits):
+def download(folder, location, config, revision, splits):
     """Leave what `datasets` leaves of a data set that was downloaded and read."""
     import datasets
     from datasets.naming import camelcase_to_snakecase

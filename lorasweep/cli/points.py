@@ -4,8 +4,7 @@ from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
-from lorasweep.sweep.looks import points as points_of_rounds
-from lorasweep.sweep.replicates import second_stage
+from lorasweep.sweep.replicates import added_points, second_stage
 from lorasweep.sweep.request import Request
 
 
@@ -21,7 +20,7 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
     if request.sweep is None:
         return points
     rounds = looks.read(looks.path_of(store.root, request.title))
-    return points + points_of_rounds(rounds, points)
+    return points + added_points(rounds, points)
 
 
 def _two_stages(request: Request, store: RunStore) -> list[Point]:

@@ -6,22 +6,24 @@ Without torch, so that composing works on a login node.
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config.actions import Action, check_action
+from lorasweep.config.actions import check_action
 from lorasweep.config.folders import conf_dir, exec_of
-from lorasweep.config.ignored import refuse_overwritten, refuse_shadows
-from lorasweep.config.loader import install, without_hydra
+from lorasweep.config.loader import ScaleLoader, install, without_hydra
 from lorasweep.config.schema import FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.launch.slurm.resources import check as check_cluster
@@ -34,8 +36,8 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Cluster
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
-from lorasweep.sweep.grid import Point, around, expand, geom
-from lorasweep.sweep.question import check_directions, check_sweep
+from lorasweep.sweep.grid import Point, around, expand, fields_of, geom
+from lorasweep.sweep.question import Sweep, axes_of, check_directions, check_sweep
 from lorasweep.sweep.request import HASH_DIGITS, Request, runs_hash
 
 REQUEST_KEYS = (
@@ -80,16 +82,27 @@ def shipped_model(name: str) -> ModelSpec:
 
 def compose_request(overrides: Sequence[str]) -> Request:
     """Return the request of `python -m lorasweep OVERRIDES`, for other programs."""
-    from hydra import initialize_config_dir
-    from hydra.types import RunMode
+    with composer() as compose:
+        return compose(overrides)
+
+
+@contextmanager
+def composer() -> Iterator[Callable[[Sequence[str]], Request]]:
+    """Open Hydra for many command lines, which share the models and data sets looked up."""
+
+    def compose(overrides: Sequence[str]) -> Request:
+        cfg = _loader().load_configuration("config", list(overrides), run_mode=RunMode.RUN)
+        HydraConfig.instance().set_config(cfg)
+        return request(without_hydra(cfg))
 
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        cfg = loader.load_configuration("config", list(overrides), run_mode=RunMode.RUN)
-        HydraConfig.instance().set_config(cfg)
-        return request(without_hydra(cfg))
+        yield compose
+
+
+def _loader() -> ScaleLoader:
+    return GlobalHydra.instance().config_loader()  # type: ignore[return-value]
 
 
 def request(cfg: DictConfig, settings: Any = None) -> Request:
@@ -102,57 +115,81 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     """
     if settings is None:
         settings = HydraConfig.get()
-        _looked_up.clear()
     overrides = list(settings.overrides.task)
     sources = settings.runtime.config_sources
-    refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
+    _refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
     config = _object(cfg)
     for name, allowed in (("format", FORMATS), ("mirror", MIRRORS)):
-        _one_of(name, getattr(config, name), allowed)
+        if getattr(config, name) not in allowed:
+            raise SpecError(unknown(name, getattr(config, name), allowed))
+    if isinstance(config.rates, str) and config.rates != "advised":
+        raise SpecError(f"rates={config.rates!r}. Expected a number, or for a fleet advised.")
+    hardware = {} if config.hardware == {"name": detect.NAME} else config.hardware
     exec_ = exec_of(dataclasses.asdict(config.exec))
     cluster = Cluster(**dataclasses.asdict(config.cluster))
     check_cluster(cluster)
     check_pack_size(exec_, cluster)
     sweep_name = settings.runtime.choices.get("sweep")
     action = check_action(config, sweep_name)
+    if hardware:
+        machine = from_plain(hardware).name
+        if "hardware" not in action.reads and config.cluster.kind != "slurm":
+            raise SpecError(
+                f"hardware={machine} with action={action.name}: only action=plan, action=advise "
+                "and cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
+            )
     common = {
         **{name: getattr(config, name) for name in REQUEST_KEYS},
-        "rates": _rates(config.rates),
+        "rates": 1 if config.rates == "advised" else config.rates,
         "scale": config.scale.name,
         "exec": exec_,
         "cluster": cluster,
-        "hardware": _hardware(action, config),
+        "hardware": hardware,
         "folders": [s.path for s in sources if s.schema == "file"],
         "given": [text.lstrip("+~").partition("=")[0] for text in overrides],
     }
     base = _run_spec(config)
     if sweep_name is None:
-        return Request(**common, sweep_name=None, sweep=None, points=_single(action, config, base))
+        if config.prune and not config.customers:
+            raise SpecError(
+                "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
+                "+sweep=NAME, or customers=FILE."
+            )
+        if action.needs_run and not config.customers:  # else it is no run, or each customer's start
+            validate(base)
+        points = [Point(base.method.name, base)] if action.needs_run else []
+        return Request(**common, sweep_name=None, sweep=None, points=points)
     sweep = config.sweep
     check_sweep(sweep_name, sweep, option_names("model"))
     if sweep.parts:
-        own = (f"+sweep={sweep_name}", "sweep.parts=")
-        rest = [o for o in overrides if not o.startswith(own)]
-        parts = [part for name in sweep.parts for part in _part(rest, name)]
-        return Request(
-            **common,
-            sweep_name=sweep_name,
-            sweep=sweep,
-            points=[],
-            parts=parts,
-            changed=_changed_parts(parts, overrides),
-        )
-    refuse_overwritten(overrides, sweep_name, sweep)
-    files: DictConfig = GlobalHydra.instance().config_loader().as_in_files  # type: ignore[attr-defined]
-    alone = _sets_only_itself(sweep_name, sources)
+        parts = _parts(sweep_name, sweep, overrides)
+        found = Request(**common, sweep_name=sweep_name, sweep=sweep, points=[], parts=parts)
+        if any(p.changed for p in parts) or any("sweep.parts=" in o for o in overrides):
+            titles = "\n".join(p.title for p in parts)
+            found.changed = hashlib.sha256(titles.encode()).hexdigest()[:HASH_DIGITS]
+        return found
+    _refuse_overwritten(overrides, sweep_name, sweep)
+    in_files = _loader().as_in_files  # before the next composition replaces it
+    # with `@package _global_` or a defaults list, a user's sweep may also set models or data sets
+    candidates = (
+        Path(s.path, "sweep", f"{sweep_name}.yaml") for s in sources if s.schema == "file"
+    )
+    file = next((path for path in candidates if path.is_file()), None)
+    alone = file is not None and not SETS_MORE.search(file.read_text())
     points = _expand(config, overrides, alone)
     check_directions(sweep_name, sweep, {p.spec.objective for p in points})
-    request = Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
+    found = Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
     changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
     asked = runs_hash(points, sweep)
-    if changes and asked != _hash_in_files(files, changes, overrides, alone):
-        request.changed, request.changes = asked, changes
-    return request
+    stated = ""
+    if changes and not any(o.startswith(CHOOSE_PARTS) for o in changes):  # in_files has these, too
+        with suppress(SpecError):  # complete only with the command line, as a sweep of any model
+            config = _object(in_files)
+            files = [o for o in overrides if o.startswith(SELECT_FILES)]
+            stated = runs_hash(_expand(config, files, alone), config.sweep)
+    if changes and asked != stated:
+        found.changed, found.changes = asked, changes
+    return found
 
 
 def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point]:
@@ -161,62 +198,38 @@ def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point
     if alone:  # leave it out, as composing it takes longest
         files = [o for o in files if not o.startswith("+sweep=")]
 
-    def look_up(group: str) -> Callable[[str], Any]:
+    def look_up(group: str, cls: type[ModelSpec] | type[DatasetSpec], name: str) -> Any:
         of_group = [o for o in overrides if o.lstrip("+~").startswith(f"{group}.")]
-        return _lookup(group, [*files, *of_group])
+        known, key = _loader().looked_up, (group, name, *files, *of_group)
+        if key not in known:
+            try:
+                chosen = [*files, *of_group, f"{group}={name}"]
+                cfg = hydra_compose("config", overrides=chosen)
+            except Exception as error:
+                names = option_names(group)
+                if name not in names:
+                    raise SpecError(unknown(group, str(name), names)) from None
+                raise SpecError(f"{group} {name!r}: {error}") from None
+            known[key] = build(cls, dataclasses.asdict(_object(cfg[group])))
+        return known[key]
 
-    return expand(_run_spec(config), config.sweep, look_up("model"), look_up("dataset"))
-
-
-def _hash_in_files(
-    files: DictConfig, changes: Sequence[str], overrides: Sequence[str], alone: bool
-) -> str:
-    """Return the hash of the runs that the sweep's files ask for; empty if it is not known."""
-    if any(o.startswith(CHOOSE_PARTS) for o in changes):  # `files` holds these choices
-        return ""
-    try:
-        config = _object(files)
-        points = _expand(config, [o for o in overrides if o.startswith(SELECT_FILES)], alone)
-    except SpecError:  # complete only with the command line, as a sweep of any model
-        return ""
-    return runs_hash(points, config.sweep)
+    models = partial(look_up, "model", ModelSpec)
+    return expand(_run_spec(config), config.sweep, models, partial(look_up, "dataset", DatasetSpec))
 
 
-def _single(action: Action, config: Config, run: RunSpec) -> list[Point]:
-    """Return the run of a command without a sweep; none for actions on the whole store."""
-    if config.prune and not config.customers:
-        raise SpecError(
-            "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
-            "+sweep=NAME, or customers=FILE."
-        )
-    if not action.needs_run:
-        return []
-    if not config.customers:  # each customer's runs are made of it
-        validate(run)
-    return [Point(run.method.name, run)]
-
-
-def _changed_parts(parts: Sequence[Request], overrides: Sequence[str]) -> str:
-    """Return a hash of the parts if the command line changed them or their runs, else ''."""
-    if not any(p.changed for p in parts) and not any("sweep.parts=" in o for o in overrides):
-        return ""
-    titles = "\n".join(p.title for p in parts)
-    return hashlib.sha256(titles.encode()).hexdigest()[:HASH_DIGITS]
-
-
-def _part(overrides: list[str], name: str) -> list[Request]:
-    """Compose one part of a sweep that consists of sweeps, with the rest of the command line.
-
-    Empty if the part does not have this scale.
-    """
-    names = option_names("sweep")
-    if name not in names:
-        raise SpecError(unknown("sweep", name, names))
-    with suppress(NotAtScale):
-        part = [*overrides, f"+sweep={name}"]
-        cfg = hydra_compose("config", overrides=part, return_hydra_config=True)
-        return [request(without_hydra(cfg), cfg.hydra)]
-    return []
+def _parts(sweep_name: str, sweep: Sweep, overrides: Sequence[str]) -> list[Request]:
+    """Compose the parts of a sweep that have this scale, with the rest of the command line."""
+    own = (f"+sweep={sweep_name}", "sweep.parts=")
+    rest = [o for o in overrides if not o.startswith(own)]
+    names, parts = option_names("sweep"), []
+    for name in sweep.parts:
+        if name not in names:
+            raise SpecError(unknown("sweep", name, names))
+        with suppress(NotAtScale):
+            part = [*rest, f"+sweep={name}"]
+            cfg = hydra_compose("config", overrides=part, return_hydra_config=True)
+            parts.append(request(without_hydra(cfg), cfg.hydra))
+    return parts
 
 
 def _object(cfg: DictConfig) -> Any:
@@ -242,67 +255,36 @@ def _run_spec(config: Config) -> RunSpec:
     return spec_from({key: values[key] for key in keys})
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SpecError(unknown(name, value, allowed))
+def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
+    """Refuse values on the command line that the sweep's axes replace."""
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        axis = key.removeprefix("method.")
+        arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes_of(axes))]
+        shared = axis in fields_of(sweep.axes)
+        in_arms = bool(arms) and not key.startswith("sweep.")
+        if key != "method" and not shared and not in_arms:
+            continue
+        if axis in sweep.axes:
+            hint = f"Write sweep.axes.{axis}=[...] instead."
+        elif arms:
+            hint = f"Write sweep.arms.{arms[0]}.{axis}=[...] instead."
+        else:
+            hint = "Remove an arm with ~sweep.arms.NAME instead."
+        raise SpecError(f"{text!r} has no effect: the grid of sweep {name!r} sets {axis!r}. {hint}")
 
 
-def _hardware(action: Action, config: Config) -> dict[str, Any]:
-    """Check and return the chosen hardware; empty for this machine."""
-    if config.hardware == {"name": detect.NAME}:
-        return {}
-    name = from_plain(config.hardware).name
-    if "hardware" not in action.reads and config.cluster.kind != "slurm":
-        raise SpecError(
-            f"hardware={name} with action={action.name}: only action=plan, action=advise and "
-            "cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
-        )
-    return config.hardware
-
-
-def _rates(value: int | str) -> int:
-    """Return how many learning rates are tried; `advised`, of a fleet, is one."""
-    if isinstance(value, str) and value != "advised":
-        raise SpecError(f"rates={value!r}. Expected a number, or for a fleet advised.")
-    return 1 if isinstance(value, str) else value
-
-
-def _sets_only_itself(sweep_name: str, sources: Iterable[Any]) -> bool:
-    """Return whether a sweep's file sets only the sweep, as the shipped ones do.
-
-    With `@package _global_` or a defaults list, a user's file may also set fields of models or data
-    sets.
-    """
-    files = (Path(s.path, "sweep", f"{sweep_name}.yaml") for s in sources if s.schema == "file")
-    found = next((path for path in files if path.is_file()), None)
-    return found is not None and not SETS_MORE.search(found.read_text())
-
-
-_looked_up: dict[tuple[str, ...], Any] = {}
-"""Specs of names on axes, which the parts of a sweep share. Emptied at the start of a command."""
-
-
-def _lookup(group: str, overrides: list[str]) -> Callable[[str], Any]:
-    """Return a function from a name on an axis to its spec. Each name is composed once."""
-    cls = {"model": ModelSpec, "dataset": DatasetSpec}[group]
-
-    def look(name: str) -> Any:
-        key = (group, name, *overrides)
-        if key not in _looked_up:
-            _looked_up[key] = spec_named(name)
-        return _looked_up[key]
-
-    def spec_named(name: str) -> Any:
-        try:
-            cfg = hydra_compose("config", overrides=[*overrides, f"{group}={name}"])
-        except Exception as error:
-            names = option_names(group)
-            if name not in names:
-                raise SpecError(unknown(group, str(name), names)) from None
-            raise SpecError(f"{group} {name!r}: {error}") from None
-        return build(cls, dataclasses.asdict(_object(cfg[group])))
-
-    return look
+def _refuse_shadows(user_folders: list[Path]) -> None:
+    """Refuse files in --config-dir with the name of a shipped file, which Hydra would use."""
+    shipped = conf_dir()
+    for folder in user_folders:
+        for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else []:
+            relative = path.relative_to(folder)
+            if (shipped / relative).exists() and not path.samefile(shipped / relative):
+                raise SpecError(
+                    f"{path} has the name of a shipped file and would be ignored. Rename it, "
+                    f"for example to {relative.with_stem('my_' + relative.stem)}."
+                )
 
 
 def option_names(group: str) -> list[str]:

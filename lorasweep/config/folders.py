@@ -38,18 +38,14 @@ def exec_of(values: dict[str, Any]) -> Exec:
     exec_ = Exec(**values)
     for problem in exec_.problems():
         raise SpecError(problem)
-    folders: dict[str, Any] = {name: _folder(exec_, name) for name in ENVIRONMENT}
+    folders: dict[str, Any] = {}
+    for name, variable in ENVIRONMENT.items():
+        value, default = getattr(exec_, name), getattr(Exec(), name)
+        given = os.environ.get(variable)
+        if value == default and given:
+            value = given.split(os.pathsep) if isinstance(default, list) else given
+        folders[name] = _absolute(value) if isinstance(value, str) else [*map(_absolute, value)]
     return dataclasses.replace(exec_, **folders)
-
-
-def _folder(exec_: Exec, name: str) -> str | list[str]:
-    value, default = getattr(exec_, name), getattr(Exec(), name)
-    from_environment = os.environ.get(ENVIRONMENT[name])
-    if value == default and from_environment:
-        value = from_environment
-        if isinstance(default, list):
-            value = from_environment.split(os.pathsep)
-    return _absolute(value) if isinstance(value, str) else [_absolute(p) for p in value]
 
 
 def _absolute(path: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import hydra._internal.hydra as hydra_internal
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lorasweep.errors import NotAtScale, SpecError
 from lorasweep.sweep.question import Sweep
@@ -49,17 +49,42 @@ class ScaleLoader(ConfigLoaderImpl):
     as_in_files: DictConfig
     """The last configuration of a sweep as its files state it, without changes of single keys."""
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.looked_up: dict[tuple[str, ...], Any] = {}
+        """Specs of names on axes, by group, name and overrides."""
+
     def _load_single_config(self, default: Any, repo: Any) -> Any:
         loaded = super()._load_single_config(default, repo)
         group, _, name = str(default.config_path).partition("/")
-        if group in RENAMED:
-            _refuse_renamed(group, name, loaded.config)
+        if group not in RENAMED:
+            return loaded
+        values: Any = OmegaConf.to_container(loaded.config, resolve=False)
+        for old, new in RENAMED[group].items():
+            *path, key = old.split(".")
+            nodes = [values.get(group)]  # loaded configurations are below their package
+            for step in path:
+                found = [n for n in nodes if isinstance(n, dict)]
+                nodes = [v for n in found for k, v in n.items() if step in ("*", k)]
+            if any(isinstance(n, dict) and key in n for n in nodes):
+                where = ".".join([group, *path, key]).replace("*", "NAME")
+                raise SpecError(f"{group} {name!r}: {where} is now {new}. See docs/own.md.")
         return loaded
 
     def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
         cfg = super()._compose_config_from_defaults_list(defaults, repo)
-        if cfg.sweep.scales:
-            _merge_scale(cfg)
+        blocks, scale = cfg.sweep.scales, cfg.scale
+        if blocks:
+            names = [name for name in (scale.extends, scale.name) if name in blocks]
+            if not names:
+                raise NotAtScale(
+                    f"this sweep has no scale {scale.name!r}. Its file has: {', '.join(blocks)}."
+                )
+            values: Any = OmegaConf.to_container(cfg.sweep, resolve=False)
+            by_scale = values.pop("scales")
+            for name in names:
+                values = _merged(values, by_scale[name])
+            cfg.sweep = OmegaConf.merge(OmegaConf.structured(Sweep), values)
         if cfg.sweep.arms:
             self.as_in_files = without_hydra(cfg)
         return cfg
@@ -75,39 +100,11 @@ def install() -> None:
     hydra_internal.ConfigLoaderImpl = ScaleLoader  # type: ignore[misc]
 
 
-def _merge_scale(cfg: DictConfig) -> None:
-    blocks, scale = cfg.sweep.scales, cfg.scale
-    names = [name for name in (scale.extends, scale.name) if name in blocks]
-    if not names:
-        raise NotAtScale(
-            f"this sweep has no scale {scale.name!r}. Its file has: {', '.join(blocks)}."
-        )
-    values: Any = OmegaConf.to_container(cfg.sweep, resolve=False)
-    by_scale = values.pop("scales")
-    for name in names:
-        values = _merged(values, by_scale[name])
-    cfg.sweep = OmegaConf.merge(OmegaConf.structured(Sweep), values)
-
-
 def _merged(top: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
     """Merge plain mappings. OmegaConf's merge would also merge into what `${...}` refers to."""
-    both = {k: _merged(top[k], v) for k, v in block.items() if _is_mapping(top.get(k), v)}
+    both = {
+        k: _merged(top[k], v)
+        for k, v in block.items()
+        if isinstance(v, dict) and isinstance(top.get(k), dict)
+    }
     return {**top, **block, **both}
-
-
-def _is_mapping(*values: Any) -> bool:
-    return all(isinstance(v, dict) for v in values)
-
-
-def _refuse_renamed(group: str, name: str, config: Container) -> None:
-    """Raise SpecError for a key of version 0.1 in the file of an option."""
-    values: Any = OmegaConf.to_container(config, resolve=False)
-    for old, new in RENAMED[group].items():
-        *path, key = old.split(".")
-        nodes = [values.get(group)]  # loaded configurations are below their package
-        for step in path:
-            found = [n for n in nodes if isinstance(n, dict)]
-            nodes = [v for n in found for k, v in n.items() if step in ("*", k)]
-        if any(isinstance(n, dict) and key in n for n in nodes):
-            where = ".".join([group, *path, key]).replace("*", "NAME")
-            raise SpecError(f"{group} {name!r}: {where} is now {new}. See docs/own.md.")

@@ -8,7 +8,6 @@ import functools
 import operator
 import types
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,33 +19,26 @@ FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
 
 
-def _writable(value: type) -> Any:
+@functools.cache
+def writable(value: type) -> Any:
     """Make a writable copy of a frozen dataclass, with its YAML keys, for OmegaConf to fill."""
+
+    def kind_of(kind: Any) -> Any:
+        if isinstance(kind, types.UnionType):
+            return functools.reduce(operator.or_, map(kind_of, kind.__args__))
+        return writable(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else kind
+
     hints = typing.get_type_hints(value)
     members = []
     for f in dataclasses.fields(value):
-        default = f.default_factory
-        if isinstance(default, type) and dataclasses.is_dataclass(default):
-            default = writable(default)
-        given = (
-            {"default": f.default}
-            if default is dataclasses.MISSING
-            else {"default_factory": default}
-        )
-        members.append(
-            (f.metadata.get("key", f.name), _writable_type(hints[f.name]), field(**given))
-        )
+        factory = f.default_factory
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            factory = writable(factory)
+        missing = factory is dataclasses.MISSING
+        given = {"default": f.default} if missing else {"default_factory": factory}
+        members.append((f.metadata.get("key", f.name), kind_of(hints[f.name]), field(**given)))
     bases = tuple(writable(b) for b in value.__bases__ if dataclasses.is_dataclass(b))
     return dataclasses.make_dataclass(value.__name__, members, bases=bases)
-
-
-writable: Callable[[type], Any] = functools.cache(_writable)
-
-
-def _writable_type(kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):
-        return functools.reduce(operator.or_, map(_writable_type, kind.__args__))
-    return writable(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else kind
 
 
 @dataclass

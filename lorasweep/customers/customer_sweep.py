@@ -11,8 +11,7 @@ from lorasweep.customers.pages import render
 from lorasweep.customers.rules.capacity import ranks_of
 from lorasweep.customers.rules.rates import family_of, law_rate
 from lorasweep.customers.rules.workload import GROUP
-from lorasweep.data import own
-from lorasweep.data.verifiers import reading
+from lorasweep.data import own, rewards
 from lorasweep.errors import SpecError
 
 FOLDER = "settle"
@@ -129,9 +128,9 @@ def _dataset(advice: Advice, name: str) -> dict[str, Any]:
     if c.data is not None:  # by the first row
         spec = own.dataset_of(c.data)
         gold = own.first_answer(spec, c.data)
-        integer = reading.integer(gold) is not None
+        integer = rewards.integer(gold) is not None
         verifier = "integer" if integer else "math"
-        if spec.format != form["format"] or not (integer or reading.boxed(gold) is not None):
+        if spec.format != form["format"] or not (integer or rewards.boxed(gold) is not None):
             raise SpecError(
                 f"write_sweep={c.name}: nothing verifies the answers in {c.data}. Expected two "
                 "columns, such as prompt and completion, and completions that end in a whole "

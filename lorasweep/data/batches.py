@@ -69,17 +69,13 @@ def collate(examples: Sequence[Example], join_rows: bool = False) -> Batch:
     following = _widen(np.concatenate(targets).astype(np.int64)[None], width)
     weight = _widen(np.ones((1, count), dtype=np.float32), width)
     n_tokens = sum(len(e.tokens) for e in examples)
-    truth = _joined([e.truth for e in examples if e.truth is not None], len(examples))
+    truth: Truth | None = None
+    truths = [e.truth for e in examples if e.truth is not None]
+    if truths and len(truths) == len(examples):
+        p, changed = zip(*((t.probabilities, t.changed) for t in truths))
+        truth = Truth(np.concatenate(p), np.concatenate(changed))
     rows = (tuple(lengths),)
     return Batch(tokens[None], rows, loss_at, following, weight, (n_tokens,), truth, join_rows)
-
-
-def _joined(truths: Sequence[Truth], n_examples: int) -> Truth | None:
-    """Join the truths of examples; None if an example has none."""
-    if not truths or len(truths) < n_examples:
-        return None
-    p, changed = zip(*((t.probabilities, t.changed) for t in truths))
-    return Truth(np.concatenate(p), np.concatenate(changed))
 
 
 def merge(parts: Sequence[Batch]) -> Batch:
@@ -108,8 +104,7 @@ def joined(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     Tokens [N, X], loss positions, targets and weights [N, M], and the position of each token in its
     row [N, X], which transformers uses to keep attention inside a row.
     """
-    at = [np.concatenate([np.arange(n) for n in lengths]) for lengths in batch.lengths]
-    rows = np.stack(at)
+    rows = np.stack([np.concatenate([*map(np.arange, own)]) for own in batch.lengths])
     return batch.tokens_NX, batch.loss_positions_NM, batch.targets_NM, batch.weight_NM, rows
 
 
@@ -155,19 +150,16 @@ def eval_batches(
 
     The order is that of `by_length`.
     """
-    order = by_length(examples)
-    batches: list[Batch] = []
-    group: list[int] = []
+    groups: list[list[Example]] = [[]]
     total = 0
-    for i in order:
-        length = _up(len(examples[i].tokens))
-        if group and total + length > n_tokens:
-            batches.append(collate([examples[j] for j in group], join_rows))
-            group, total = [], 0
-        group.append(i)
+    for example in (examples[i] for i in by_length(examples)):
+        length = _up(len(example.tokens))
+        if groups[-1] and total + length > n_tokens:
+            groups.append([])
+            total = 0
+        groups[-1].append(example)
         total += length
-    batches.append(collate([examples[j] for j in group], join_rows))
-    return batches
+    return [collate(group, join_rows) for group in groups]
 
 
 def by_length(examples: Sequence[Example]) -> list[int]:

@@ -6,6 +6,7 @@ Example i of (data set, split, seed) is the same for every method and learning r
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -126,17 +127,14 @@ def shuffled(
     spec: DatasetSpec, rows: Sequence[Example]
 ) -> Callable[[int, int, int], list[Example]]:
     """Serve rows in a new order each epoch. The order depends only on data set, split and seed."""
-    orders: dict[tuple[int, int], np.ndarray] = {}
+
+    @cache
+    def order(seed: int, epoch: int) -> np.ndarray:
+        return stream("data", spec.name, spec.train_split, seed, epoch).permutation(len(rows))
 
     def train(seed: int, start: int, count: int) -> list[Example]:
-        picked = []
-        for i in range(start, start + count):
-            epoch, k = divmod(i, len(rows))
-            if (seed, epoch) not in orders:
-                rng = stream("data", spec.name, spec.train_split, seed, epoch)
-                orders[seed, epoch] = rng.permutation(len(rows))
-            picked.append(rows[orders[seed, epoch][k]])
-        return picked
+        indices = (divmod(i, len(rows)) for i in range(start, start + count))
+        return [rows[order(seed, epoch)[k]] for epoch, k in indices]
 
     return train
 
@@ -150,18 +148,14 @@ def generated(
     """
     if spec.n_train is not None:
         return shuffled(spec, draw(stream("data", spec.name, split, "rows"), spec.n_train))
-    kept: dict[tuple[int, int], list[Example]] = {}
+
+    @lru_cache(64)
+    def rows_of(seed: int, chunk: int) -> list[Example]:
+        return draw(stream("data", spec.name, split, seed, chunk), CHUNK)
 
     def train(seed: int, start: int, count: int) -> list[Example]:
-        picked = []
-        for i in range(start, start + count):
-            chunk, k = divmod(i, CHUNK)
-            if (seed, chunk) not in kept:
-                while len(kept) >= 64:
-                    kept.pop(next(iter(kept)))
-                kept[seed, chunk] = draw(stream("data", spec.name, split, seed, chunk), CHUNK)
-            picked.append(kept[seed, chunk][k])
-        return picked
+        indices = (divmod(i, CHUNK) for i in range(start, start + count))
+        return [rows_of(seed, chunk)[k] for chunk, k in indices]
 
     return train
 
@@ -170,7 +164,17 @@ def fingerprint(*parts: str | np.ndarray | Sequence[Example]) -> str:
     """Return the SHA-256 of texts, of arrays, and of examples' token ids and loss masks."""
     digest = hashlib.sha256()
     for part in parts:
-        for array in _arrays(part):
+        arrays: list[np.ndarray]
+        if isinstance(part, str):
+            arrays = [np.frombuffer(part.encode(), dtype=np.uint8)]
+        elif isinstance(part, np.ndarray):
+            arrays = [part]
+        else:
+            arrays = [np.array([len(e.tokens) for e in part], dtype="<i8")]
+            if len(part):
+                arrays.append(np.concatenate([e.tokens for e in part]).astype("<i4"))
+                arrays.append(np.concatenate([e.loss for e in part]))
+        for array in arrays:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
@@ -189,15 +193,3 @@ def of_generator(data: Data, *distribution: str | np.ndarray) -> str:
 def rounded(probabilities: np.ndarray) -> np.ndarray:
     """Round to 3 digits (float16), because processors differ in the last digits of a product."""
     return probabilities.astype("<f2")
-
-
-def _arrays(part: str | np.ndarray | Sequence[Example]) -> list[np.ndarray]:
-    if isinstance(part, str):
-        return [np.frombuffer(part.encode(), dtype=np.uint8)]
-    if isinstance(part, np.ndarray):
-        return [part]
-    lengths = np.array([len(e.tokens) for e in part], dtype="<i8")
-    if not len(part):
-        return [lengths]
-    tokens = np.concatenate([e.tokens for e in part]).astype("<i4")
-    return [lengths, tokens, np.concatenate([e.loss for e in part])]

@@ -1,6 +1,8 @@
 """Read the content of a row of text: its prompt, its completion, its messages, and their masks.
 
-Knows the formats of rows; knows neither where rows are from nor how they become tokens.
+Knows the formats of rows; knows neither where rows are from nor how they become tokens. Functions
+that take a row raise DataError, with file and line, if a column of its format is missing or a
+weight is neither 0 nor 1.
 """
 
 from collections.abc import Sequence
@@ -38,25 +40,48 @@ def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
     """Return the (role, content) of a row's messages.
 
     A prompt in its template is the user's message, and the completion its answer.
-
-    Raises:
-        DataError: a column of the format is missing; the message names file and line.
     """
-    if spec.format in LISTS:
-        return _listed(spec, row, where)
-    prompt, completion = prompt_and_completion(spec, row, where)
-    return [("user", prompt), ("assistant", completion)]
+    name = spec.format
+    if name not in LISTS:
+        prompt, completion = prompt_and_completion(spec, row, where)
+        return [("user", prompt), ("assistant", completion)]
+    speaker, content = LISTS[name]
+    messages = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise DataError(
+            f"{where}: format={name} expects a list {name!r} of {{{speaker}, {content}}}. Correct "
+            "the row, or set another format."
+        )
+    found = [(text_of(m, speaker, where), text_of(m, content, where)) for m in messages]
+    if name == "conversations":
+        for who, _ in found:
+            if who not in SPEAKERS:
+                raise DataError(
+                    f"{where}: a message is from {who!r}. Allowed: {', '.join(SPEAKERS)}. Correct "
+                    "the row, or write it as format=messages."
+                )
+        found = [(SPEAKERS[who], text) for who, text in found]
+    for k, (message, (role, _)) in enumerate(zip(messages, found)):
+        weight, field = message.get(WEIGHT), f"{where}: {name}[{k}].{WEIGHT}"
+        if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+            raise DataError(
+                f"{field} is {weight!r}. Allowed: 0 (the answer is not learned), 1 (it is), or no "
+                f"{WEIGHT}. Correct the row."
+            )
+        if weight == 1 and role != "assistant" and spec.mask != "all":
+            raise DataError(
+                f"{field} is 1 on a message of role {role!r}. With mask={spec.mask} only answers "
+                f"of the assistant are learned. Remove the {WEIGHT}, or set mask=all."
+            )
+    return found
 
 
 def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
-    """Return for each of a row's messages whether it is in the loss, by its weight and the mask.
-
-    Raises:
-        DataError: a column of the format is missing, or a weight is neither 0 nor 1.
-    """
+    """Return for each of a row's messages whether it is in the loss, by its weight and the mask."""
     messages = messages_of(spec, row, where)
     listed = row[spec.format] if spec.format in LISTS else [{}] * len(messages)
-    return counted(messages, [_weight(m) for m in listed], spec.mask)
+    weights = [m.get(WEIGHT) for m in listed]
+    return counted(messages, [None if w is None else int(w) for w in weights], spec.mask)
 
 
 def counted(messages: Sequence[Message], weights: Sequence[int | None], mask: str) -> list[bool]:
@@ -73,21 +98,13 @@ def counted(messages: Sequence[Message], weights: Sequence[int | None], mask: st
 
 
 def prompt_and_completion(spec: DatasetSpec, row: Any, where: str) -> tuple[str, str]:
-    """Return the prompt in its template and the completion of a row with two columns.
-
-    Raises:
-        DataError: a column is missing; the message names file and line.
-    """
+    """Return the prompt in its template and the completion of a row with two columns."""
     prompt = spec.template.replace("{prompt}", text_of(row, spec.prompt_field, where))
     return prompt, text_of(row, spec.completion_field, where)
 
 
 def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
-    """Return the messages before a row's first answer: equal for rows with the same prompt.
-
-    Raises:
-        DataError: a column of the format is missing; the message names file and line.
-    """
+    """Return the messages before a row's first answer: equal for rows with the same prompt."""
     messages = messages_of(spec, row, where)
     roles = [role for role, _ in messages]
     return tuple(messages[: roles.index("assistant")] if "assistant" in roles else messages)
@@ -99,9 +116,6 @@ def prompt_of(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
     If only the last answer of a conversation is in the loss, its prompt is the whole conversation
     before that answer, not the first question alone. If all answers are in the loss, rows that
     share the messages before any answer also share those before the first one.
-
-    Raises:
-        DataError: a column of the format is missing; the message names file and line.
     """
     messages, learned = messages_of(spec, row, where), in_loss(spec, row, where)
     return tuple(messages[: learned.index(True)] if True in learned else messages)
@@ -120,46 +134,3 @@ def text_of(row: Any, name: str, where: str) -> str:
             "completion_field and answer_field in the dataset file."
         )
     return row[name]
-
-
-def _listed(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
-    name = spec.format
-    speaker, content = LISTS[name]
-    messages = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise DataError(
-            f"{where}: format={name} expects a list {name!r} of {{{speaker}, {content}}}. Correct "
-            "the row, or set another format."
-        )
-    found = [(text_of(m, speaker, where), text_of(m, content, where)) for m in messages]
-    if name == "conversations":
-        strange = next((who for who, _ in found if who not in SPEAKERS), None)
-        if strange is not None:
-            raise DataError(
-                f"{where}: a message is from {strange!r}. Allowed: {', '.join(SPEAKERS)}. Correct "
-                "the row, or write it as format=messages."
-            )
-        found = [(SPEAKERS[who], text) for who, text in found]
-    for k, (message, (role, _)) in enumerate(zip(messages, found)):
-        _check_weight(spec, f"{where}: {name}[{k}].{WEIGHT}", role, message)
-    return found
-
-
-def _weight(message: dict[str, Any]) -> int | None:
-    """Return 0 or 1; None for a message without a weight (in a table: null)."""
-    weight = message.get(WEIGHT)
-    return None if weight is None else int(weight)
-
-
-def _check_weight(spec: DatasetSpec, field: str, role: str, message: dict[str, Any]) -> None:
-    weight = message.get(WEIGHT)
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise DataError(
-            f"{field} is {weight!r}. Allowed: 0 (the answer is not learned), 1 (it is), or no "
-            f"{WEIGHT}. Correct the row."
-        )
-    if weight == 1 and role != "assistant" and spec.mask != "all":
-        raise DataError(
-            f"{field} is 1 on a message of role {role!r}. With mask={spec.mask} only answers of "
-            f"the assistant are learned. Remove the {WEIGHT}, or set mask=all."
-        )

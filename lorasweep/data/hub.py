@@ -11,13 +11,17 @@ from lorasweep.spec.revision import is_commit
 
 
 class _Place(NamedTuple):
-    """The location of the rows of a split."""
+    """Where the rows of a split are."""
 
     location: str
     configs: tuple[str, ...]
     revision: str
     split: str
     """Split of the hub; with a holdout, training and held-out rows are parts of it."""
+
+    @property
+    def splits(self) -> list[str]:
+        return self.split.split("+")
 
 
 def _place(spec: DatasetSpec, held_out: bool) -> _Place:
@@ -43,7 +47,26 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
     identity = f"{place.location}/{'+'.join(place.configs)}@{commit}[{place.split}]"
     if spec.holdout:
         identity += f" {'first' if held_out else 'without the first'} {spec.holdout} shuffled"
-    return Source(identity, commit, lambda: _rows(spec, held_out, place, builders))
+
+    def rows() -> Iterator[Row]:
+        import datasets
+
+        parts = []
+        for builder in builders:
+            _check_splits(spec, place, _counts(spec, place, builder))
+            parts.append(builder.as_dataset(split=place.split))
+            _check_columns(spec, place, parts[-1].column_names)
+        found = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        if spec.holdout:
+            # mixtures are sorted by source: without a shuffle, all held-out rows share a source
+            found = found.shuffle(seed=0)
+            n = spec.holdout
+            found = found.select(range(n) if held_out else range(n, len(found)))
+        part = spec.test_split if held_out else spec.train_split
+        for number, row in enumerate(found):
+            yield f"{place.location}[{part}] row {number}", row
+
+    return Source(identity, commit, rows)
 
 
 def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
@@ -71,14 +94,11 @@ def fetch(spec: DatasetSpec) -> int:
         for config in place.configs:
             builder = _builder(spec, place, config)
             _check_described(spec, place, builder)
-            splits = _prepared(spec, place, builder)
+            splits = _counts(spec, place, builder)
+            _check_splits(spec, place, splits)
             _check_columns(spec, place, list(builder.info.features))
-            rows |= {(place.location, config, name): splits[name] for name in _names(place)}
+            rows |= {(place.location, config, name): splits[name] for name in place.splits}
     return sum(rows.values())
-
-
-def _names(place: _Place) -> list[str]:
-    return place.split.split("+")
 
 
 def _builder(spec: DatasetSpec, place: _Place, config: str) -> Any:
@@ -103,7 +123,6 @@ def _builder(spec: DatasetSpec, place: _Place, config: str) -> Any:
 
 
 def _check_described(spec: DatasetSpec, place: _Place, builder: Any) -> None:
-    """Check splits and columns as far as the card of the data set describes them."""
     info = builder.info
     if info.features is not None:
         _check_columns(spec, place, list(info.features))
@@ -124,15 +143,14 @@ def _check_columns(spec: DatasetSpec, place: _Place, found: Sequence[str]) -> No
 
 
 def _check_splits(spec: DatasetSpec, place: _Place, counts: dict[str, int]) -> None:
-    """Check that the named splits exist and have enough rows. `counts`: rows by split."""
-    for name in _names(place):
+    for name in place.splits:
         if name not in counts:
             raise DataError(
                 f"dataset {spec.name!r}: {place.location} has no split {name!r}. Found: "
                 f"{', '.join(counts)}. Set train_split and test_split to these, or holdout=ROWS "
                 "to hold rows of the training split out."
             )
-    rows = sum(counts[name] for name in _names(place))
+    rows = sum(counts[name] for name in place.splits)
     if not rows:
         raise DataError(
             f"dataset {spec.name!r}: {place.location}[{place.split}] has no rows. Name a split "
@@ -145,35 +163,8 @@ def _check_splits(spec: DatasetSpec, place: _Place, counts: dict[str, int]) -> N
         )
 
 
-def _rows(
-    spec: DatasetSpec, held_out: bool, place: _Place, builders: Sequence[Any]
-) -> Iterator[Row]:
-    import datasets
-
-    parts = []
-    for builder in builders:
-        _prepared(spec, place, builder)
-        parts.append(builder.as_dataset(split=place.split))
-        _check_columns(spec, place, parts[-1].column_names)
-    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    if spec.holdout:
-        # mixtures are sorted by source: without a shuffle, all held-out rows share a source
-        rows = rows.shuffle(seed=0)
-        test = range(spec.holdout)
-        rows = rows.select(test if held_out else range(len(test), len(rows)))
-    part = spec.test_split if held_out else spec.train_split
-    for number, row in enumerate(rows):
-        yield f"{place.location}[{part}] row {number}", row
-
-
-def _prepared(spec: DatasetSpec, place: _Place, builder: Any) -> dict[str, int]:
-    """Download the rows, unless they are cached, and check the splits; return rows by split."""
-    known = _counts(spec, place, builder)
-    _check_splits(spec, place, known)
-    return known
-
-
 def _counts(spec: DatasetSpec, place: _Place, builder: Any) -> dict[str, int]:
+    """Download the rows, unless they are cached; return the number of rows by split."""
     try:
         builder.download_and_prepare()
         return {name: split.num_examples for name, split in builder.info.splits.items()}

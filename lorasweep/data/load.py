@@ -77,19 +77,18 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
     Raises:
         DataError: they are missing, or not the pinned ones.
     """
-    if spec.held_out_by:
-        return _held_out_by_unit(spec, data_dirs)
-    if spec.unseen_rows and spec.holdout:
-        train, held_out = _distinct_holdout(spec, data_dirs)
-    else:
+    split_off = spec.unseen_rows and bool(spec.holdout)
+    if not spec.held_out_by and not split_off:
         train, held_out = (_found(spec, part, data_dirs) for part in (False, True))
-    if spec.unseen_rows and not spec.holdout:
-        held_out = dataclasses.replace(
-            held_out,
-            identity=f"{held_out.identity} without repetitions",
-            rows=partial(_distinct, spec, held_out),
-        )
-        train = _without(spec, train, held_out, content_of, "rows")
+        if spec.unseen_rows:
+            identity = f"{held_out.identity} without repetitions"
+            rows = partial(_distinct, spec, held_out.rows)
+            held_out = dataclasses.replace(held_out, identity=identity, rows=rows)
+            train = _without(spec, train, held_out, content_of, "rows")
+    else:
+        whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
+        divide = _by_unit if spec.held_out_by else _by_content
+        train, held_out = divide(spec, whole, data_dirs)
     if spec.unseen_prompts:
         train = _without(spec, train, held_out, fields.opening, "prompts")
     return train, held_out
@@ -101,9 +100,8 @@ def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sourc
     return sources.of_jsonl(spec, held_out, data_dirs)
 
 
-def _held_out_by_unit(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
+def _by_unit(spec: DatasetSpec, whole: Source, data_dirs: Sequence[str]) -> tuple[Source, Source]:
     """Hold rows out in a shuffled order; leave out training rows that share a unit with them."""
-    whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
     pool = whole if spec.holdout else _found(spec, True, data_dirs)
 
     def tested() -> tuple[list[Row], list[Hashable]]:
@@ -125,51 +123,40 @@ def _held_out_by_unit(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Sour
     )
 
 
-def _distinct_holdout(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
+def _by_content(spec: DatasetSpec, whole: Source, _: Sequence[str]) -> tuple[Source, Source]:
     """Hold out rows that differ in content; train on all rows with other contents."""
-    whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
 
-    def read() -> tuple[list[Row], list[Hashable], list[Hashable]]:
+    def read(held: bool) -> Iterator[Row]:
         given = list(whole.rows())
         contents = [content_of(spec, row, where) for where, row in given]
-        return given, contents, held_out(contents, spec.holdout)
-
-    def trained() -> Iterator[Row]:
-        given, contents, held = read()
-        seen = set(held)
-        yield from (row for row, content in zip(given, contents) if content not in seen)
-
-    def tested() -> Iterator[Row]:
-        given, contents, held = read()
-        first = {content: k for k, content in reversed(list(enumerate(contents)))}
-        yield from (given[first[content]] for content in held)
+        chosen = held_out(contents, spec.holdout)
+        if held:
+            first = {content: k for k, content in reversed(list(enumerate(contents)))}
+            yield from (given[first[content]] for content in chosen)
+        else:
+            seen = set(chosen)
+            yield from (row for row, content in zip(given, contents) if content not in seen)
 
     train, test = (
         dataclasses.replace(
-            whole, identity=f"{whole.identity} {part} {spec.holdout} that differ", rows=rows
+            whole,
+            identity=f"{whole.identity} {part} {spec.holdout} that differ",
+            rows=partial(read, held),
         )
-        for part, rows in (("without the first", trained), ("first", tested))
+        for part, held in (("without the first", False), ("first", True))
     )
     return train, test
 
 
 def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return the unit of held_out_by: rows that share one are never on both sides.
-
-    Raises:
-        DataError: a column of the format is missing; the message names file and line.
-    """
+    """Return the unit of held_out_by: rows that share one are never on both sides."""
     if spec.held_out_by == "prompt":
         return fields.prompt_of(spec, row, where)
     return content_of(spec, row, where)
 
 
 def content_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return all messages of a row, by which duplicates are found.
-
-    Raises:
-        DataError: a column of the format is missing; the message names file and line.
-    """
+    """Return all messages of a row, by which duplicates are found."""
     return tuple(fields.messages_of(spec, row, where))
 
 
@@ -193,9 +180,9 @@ def held_out(contents: Sequence[T], n: int) -> list[T]:
     return [distinct[k] for k in sources.holdout_order(len(distinct))[:n]]
 
 
-def _distinct(spec: DatasetSpec, source: Source) -> Iterator[Row]:
+def _distinct(spec: DatasetSpec, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
     seen = set()
-    for where, row in source.rows():
+    for where, row in rows():
         content = content_of(spec, row, where)
         if content not in seen:
             seen.add(content)

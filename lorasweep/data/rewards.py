@@ -3,6 +3,7 @@
 A completion is right (1) or wrong (0); one that cannot be read counts as wrong, and separately.
 """
 
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
@@ -12,12 +13,13 @@ import numpy as np
 from lorasweep.data.examples import CHUNK, Data, Example, Rewards, answer_of, prompt_of
 from lorasweep.data.synthetic.generators import GENERATORS, generator
 from lorasweep.data.verifiers import math_checks
-from lorasweep.data.verifiers.reading import boxed, integer
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import VERIFIERS, DatasetSpec
 
 TURN = "User:"
-"""Text that ends a completion in the form `text.role_colon`."""
+"""Text that ends a completion with render=role_colon."""
+BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+NUMBER = re.compile(r"([-+]?\d+)(\.0*)?")
 
 
 def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
@@ -35,9 +37,20 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
     whole_completion = bool(spec.answer_field)
 
     def of_texts(texts: Sequence[tuple[str, str]]) -> list[float | None]:
-        if spec.verifier == "integer":
-            return [_same(integer(gold), integer(answer)) for gold, answer in texts]
-        return _of_math(texts, whole_completion)
+        found: list[float | None] = [None] * len(texts)
+        readable = {}
+        for k, (gold, answer) in enumerate(texts):
+            if spec.verifier == "integer":
+                if (number := integer(answer)) is not None:
+                    found[k] = float(number == integer(gold))
+                continue
+            wanted, given = gold if whole_completion else boxed(gold), boxed(answer)
+            if wanted is not None and given is not None:
+                readable[k] = (wanted, given)
+        verdicts = math_checks.check(list(readable.values())) if readable else []
+        for k, verdict in zip(readable, verdicts, strict=True):
+            found[k] = verdict
+        return found
 
     def of_all(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
         return of_texts([(text(answer_of(row)), text(answer)) for row, answer in pairs])
@@ -48,24 +61,6 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
         return of_texts([(gold, f"\\boxed{{{gold}}}" if in_box else gold) for gold in own])
 
     return Rewards(of_all, tuple(ends), of_gold=of_gold)
-
-
-def _same(gold: Decimal | None, answer: Decimal | None) -> float | None:
-    return None if answer is None else float(answer == gold)
-
-
-def _of_math(texts: Sequence[tuple[str, str]], whole_completion: bool) -> list[float | None]:
-    """Compare the last boxes of completions with those of gold answers, or with whole ones."""
-    found: list[float | None] = [None] * len(texts)
-    readable = {}
-    for k, (gold, answer) in enumerate(texts):
-        wanted, given = gold if whole_completion else boxed(gold), boxed(answer)
-        if wanted is not None and given is not None:
-            readable[k] = (wanted, given)
-    found_of = math_checks.check(list(readable.values()))
-    for k, verdict in zip(readable, found_of, strict=True):
-        found[k] = verdict
-    return found
 
 
 def check_available(spec: DatasetSpec) -> None:
@@ -101,28 +96,63 @@ def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
     """
     assert data.rewards is not None
     first = data.train(0, 0, data.n_train or CHUNK)
+    reward = data.rewards.of
+    of_gold = data.rewards.of_gold or (lambda own: reward([(r, answer_of(r)) for r in own]))
     for split, rows in (("held-out", data.test), ("training", first)):
-        _check(f"dataset {spec.name!r}, {split} row", spec, rows, data.rewards, max_new_tokens)
-
-
-def _check(
-    where: str, spec: DatasetSpec, rows: Sequence[Example], rewards: Rewards, max_new_tokens: int
-) -> None:
-    lengths = [len(prompt_of(row)) for row in rows]
-    longest = max(lengths, default=0)
-    if longest + max_new_tokens > spec.max_length:
-        room = spec.max_length - longest
-        less = f", or max_new_tokens={room} at most" if room > 0 else ""
-        raise DataError(
-            f"{where} {lengths.index(longest)}: its prompt, the longest, has {longest} tokens, "
-            f"which with max_new_tokens={max_new_tokens} is more than max_length={spec.max_length}."
-            f" Set dataset.max_length={longest + max_new_tokens}{less}."
-        )
-    of_gold = rewards.of_gold or (lambda own: rewards.of([(r, answer_of(r)) for r in own]))
-    for k, found in enumerate(of_gold(rows)):
-        if found != 1.0:
+        where = f"dataset {spec.name!r}, {split} row"
+        lengths = [len(prompt_of(row)) for row in rows]
+        longest = max(lengths, default=0)
+        if longest + max_new_tokens > spec.max_length:
+            room = spec.max_length - longest
+            less = f", or max_new_tokens={room} at most" if room > 0 else ""
             raise DataError(
-                f"{where} {k}: its own gold answer cannot be read or is not rewarded "
-                f"(verifier={spec.verifier or 'exact'}, {len(answer_of(rows[k]))} tokens). Correct "
-                "the row, raise dataset.max_length so that it is not cut, or set too_long=skip."
+                f"{where} {lengths.index(longest)}: its prompt, the longest, has {longest} tokens, "
+                f"which with max_new_tokens={max_new_tokens} is more than max_length="
+                f"{spec.max_length}. Set dataset.max_length={longest + max_new_tokens}{less}."
             )
+        for k, found in enumerate(of_gold(rows)):
+            if found != 1.0:
+                raise DataError(
+                    f"{where} {k}: its own gold answer cannot be read or is not rewarded "
+                    f"(verifier={spec.verifier or 'exact'}, {len(answer_of(rows[k]))} tokens). "
+                    "Correct the row, raise dataset.max_length so that it is not cut, or set "
+                    "too_long=skip."
+                )
+
+
+def integer(text: str) -> Decimal | None:
+    """Return the whole number behind the last '####' of a solution, or in its last box, or None.
+
+    Commas, dollar signs, spaces and a final full stop are ignored. It is a Decimal, exact for any
+    number of digits: Python refuses to read an int of over 4,300.
+    """
+    found = marked(text) or boxed(text) or ""
+    number = NUMBER.fullmatch(re.sub(r"[,$\s]|\\\$", "", found).removesuffix("."))
+    return Decimal(number[1]) if number else None
+
+
+def marked(solution: str) -> str | None:
+    """Return the text behind the last '####' (GSM8K's form) without commas; None without a mark."""
+    _, mark, rest = solution.rpartition("####")
+    lines = rest.strip().splitlines()
+    return lines[0].strip().replace(",", "") if mark and lines else None
+
+
+def boxed(solution: str) -> str | None:
+    r"""Return the content of the last \boxed{...}, or the word behind \boxed: MATH's form.
+
+    None if there is no box, or if its braces do not match.
+    """
+    found = list(BOX.finditer(solution))
+    if not found:
+        return None
+    rest = solution[found[-1].end() :]
+    if not rest.startswith("{"):
+        word = re.match(r"[^\s$]+", rest)
+        return word.group() if word else None
+    depth = 0
+    for brace in re.finditer(r"(?<!\\)[{}]", rest):  # not \{ and \}, which are signs of a set
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return rest[1 : brace.start()].strip()
+    return None

@@ -15,8 +15,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -81,12 +81,33 @@ def kept(path: Path, make: Callable[[], Rows]) -> Rows:
     """
     rows = read(path)
     if rows is None:
-        if not _writable(path.parent):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
             return make()
-        with _locked(path.with_suffix(".lock")):
+        if not os.access(path.parent, os.W_OK):
+            return make()
+        with path.with_suffix(".lock").open("ab") as lock:
+            # on a file system without locks, two processes may do the same work
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
             rows = read(path)
             if rows is None:
-                _write(path, make())
+                made = make()
+                head = {"rows": len(made), "tokens": len(made.tokens), "sha256": made.sha256}
+                partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}")
+                try:
+                    with partial.open("wb") as file:
+                        file.write(json.dumps(head).encode().ljust(HEADER))
+                        for array in (made.ends, made.n_bytes, made.tokens, made.loss):
+                            file.write(array.data)
+                        file.flush()
+                        os.fsync(file.fileno())
+                    os.replace(partial, path)
+                finally:
+                    partial.unlink(missing_ok=True)
                 rows = read(path)
     if rows is None:
         raise OSError(f"{path} was damaged while it was written; check the disk")
@@ -108,42 +129,3 @@ def read(path: Path) -> Rows | None:
         return None
     rows = Rows([whole[a:b].view(t) for a, b, t in zip(ends, ends[1:], DTYPES)])
     return rows if rows.sha256 == head["sha256"] else None
-
-
-def _writable(folder: Path) -> bool:
-    """Create a folder; return whether this user may write in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        return False
-    return os.access(folder, os.W_OK)
-
-
-def _write(path: Path, rows: Rows) -> None:
-    head = {"rows": len(rows), "tokens": len(rows.tokens), "sha256": rows.sha256}
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(json.dumps(head).encode().ljust(HEADER))
-            for array in (rows.ends, rows.n_bytes, rows.tokens, rows.loss):
-                file.write(array.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file until the process ends.
-
-    On a file system without locks, two processes may do the same work; the rename keeps the file
-    whole.
-    """
-    with path.open("ab") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +27,8 @@ TOGETHER = 256
 VERSION = 2
 """Raised when the same rows are tokenized in another way, so that kept files are made again."""
 NOT_IN_ROWS = (
-    "name",
-    "revision",
-    "test_revision",
-    "n_train",
-    "n_test",
-    "n_test_curve",
-    "n_validation",
-    "unseen_rows",
-    "answer_field",
-    "verifier",
+    *("name", "revision", "test_revision", "n_train", "n_test", "n_test_curve"),
+    *("n_validation", "unseen_rows", "answer_field", "verifier"),
 )
 """Fields that change no row, or that the source's identity covers (revisions, left-out rows)."""
 DATE = "26 Jul 2024"
@@ -56,99 +48,6 @@ class Part(NamedTuple):
     """Whether the end-of-sequence token follows, in the loss or not as the text."""
 
 
-def role_colon(
-    messages: Sequence[Message], in_loss: Sequence[bool], heads: bool, bos: str | None
-) -> list[Part]:
-    """Render as 'Role:' and ' content' with a blank line, the form of the study's base models.
-
-    The answer with its space and its blank line is in the loss; if it is the last message, so is
-    the 'User:' that ends sampling. As `RoleColonRenderer` in
-    github.com/thinking-machines-lab/tinker-cookbook.
-
-    Args:
-        in_loss: for each message, whether it is learned.
-        heads: whether 'Role:' is learned, too.
-        bos: text of the beginning-of-sequence token, which comes first if the tokenizer has one.
-    """
-    parts = [Part(bos, False)] if bos else []
-    for (role, content), learned in zip(messages, in_loss, strict=True):
-        parts.append(Part(f"{role.capitalize()}:", heads))
-        parts.append(Part(f" {content}\n\n", learned))
-    if messages and messages[-1][0] == "assistant":
-        parts.append(Part("User:", in_loss[-1]))
-    return parts
-
-
-def role_eos(
-    messages: Sequence[Message], in_loss: Sequence[bool], heads: bool, bos: str | None
-) -> list[Part]:
-    """Render as 'Role: ' and 'content'; the end-of-sequence token ends an answer.
-
-    Arguments as for `role_colon`. Other messages end with a blank line. There is no
-    beginning-of-sequence token.
-    """
-    parts: list[Part] = []
-    for (role, content), learned in zip(messages, in_loss, strict=True):
-        answer = role == "assistant"
-        parts.append(Part(f"{role.capitalize()}: ", heads))
-        parts.append(Part(content, learned, eos=answer))
-        if not answer:
-            parts.append(Part("\n\n", heads and learned))
-    return parts
-
-
-def chat_template(
-    messages: Sequence[Message],
-    in_loss: Sequence[bool],
-    heads: bool,
-    apply: Callable[[Sequence[Message], bool], str],
-    eos: str,
-) -> list[Part]:
-    """Render as a tokenizer's chat template does, for instruct models.
-
-    An answer is the text that the template adds for it, without line ends behind the
-    end-of-sequence token. Text after the last answer in the loss is left out, unless `heads`.
-
-    Args:
-        in_loss: for each message, whether it is learned.
-        heads: whether the text between messages is learned, too.
-        apply: (messages, whether an answer is to follow) -> text.
-        eos: text of the end-of-sequence token.
-
-    Raises:
-        ValueError: the template changes earlier text when messages are added.
-    """
-    parts: list[Part] = []
-    done = ""
-    for i, learned in enumerate(in_loss):
-        if learned == heads:  # the text around it is in the loss as it is: there is no border
-            continue
-        before = apply(messages[:i], messages[i][0] == "assistant")
-        after = apply(messages[: i + 1], False)
-        if not before.startswith(done) or not after.startswith(before):
-            raise ValueError(f"message {i + 1} changes the text before it")
-        answer = after[len(before) :]
-        ended = bool(eos) and answer.rstrip("\n").endswith(eos)
-        said = answer.rstrip("\n").removesuffix(eos) if ended else answer
-        parts += [Part(before[len(done) :], heads), Part(said, learned, eos=ended)]
-        done = before + said + (eos if ended else "")
-    if heads:
-        whole = apply(messages, False)
-        if not whole.startswith(done):
-            raise ValueError("a message that is not learned is changed by what follows")
-        parts.append(Part(whole[len(done) :], True))
-    return parts
-
-
-RENDERERS: dict[
-    str, Callable[[Sequence[Message], Sequence[bool], bool, str | None], list[Part]]
-] = {
-    "role_colon": role_colon,
-    "role_eos": role_eos,
-}
-"""By name, as `render` in a dataset file; `chat_template` needs a tokenizer as well."""
-
-
 def examples(
     spec: DatasetSpec, split: str, source: Source, tokenizer: Any, limit: int | None, cache: str
 ) -> Rows:
@@ -166,8 +65,7 @@ def examples(
         if spec.too_long == "cut":
             given = itertools.islice(given, limit)  # rows beyond need not be readable
         first = list(itertools.islice(given, 1))
-        given = itertools.chain(first, given)
-        usable = (e for e in _tokenized(spec, given, tokenizer) if e is not None)
+        usable = _tokenized(spec, itertools.chain(first, given), tokenizer)
         found = Rows.of(itertools.islice(usable, limit))
         if not found:
             raise DataError(
@@ -182,9 +80,11 @@ def examples(
             )
         return found
 
-    described = _tokenizer_sha256(tokenizer)
-    if not cache or described is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not cache or backend is None:
         return make()
+    content = json.dumps([backend.to_str(), tokenizer.bos_token, tokenizer.eos_token_id])
+    described = hashlib.sha256(content.encode()).hexdigest()
     how = {k: v for k, v in dataclasses.asdict(spec).items() if k not in NOT_IN_ROWS}
     if spec.render == "chat_template":
         how["chat_template"] = tokenizer.chat_template
@@ -204,96 +104,126 @@ def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None
     sources.check_holdout(spec, path, sum(1 for _ in checked))
 
 
-def _tokenizer_sha256(tokenizer: Any) -> str | None:
-    """Hash the content of a tokenizer of the `tokenizers` library; None for any other."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    text = json.dumps([backend.to_str(), tokenizer.bos_token, tokenizer.eos_token_id])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _tokenized(spec: DatasetSpec, given: Iterable[Row], tokenizer: Any) -> Iterator[Example | None]:
-    """Tokenize rows part by part, so that the loss mask falls on token borders.
-
-    None for a row that `too_long` leaves out.
-    """
-    left = iter(given)
-    while together := list(itertools.islice(left, TOGETHER)):
+def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Iterator[Example]:
+    """Tokenize rows part by part, except those that `too_long` leaves out."""
+    while together := list(itertools.islice(given, TOGETHER)):
         of_rows = [parts_of(spec, row, where, tokenizer) for where, row in together]
         texts = [part.text for parts in of_rows for part in parts]
         pieces = iter(tokenizer(texts, add_special_tokens=False).input_ids)
         for (where, _), parts in zip(together, of_rows):
-            own = list(itertools.islice(pieces, len(parts)))
-            yield _example(spec, parts, own, tokenizer, where)
-
-
-def _example(
-    spec: DatasetSpec, parts: Sequence[Part], pieces: list[list[int]], tokenizer: Any, where: str
-) -> Example | None:
-    """Join the token ids of a row's parts, and cut it to max_length or leave it out (None)."""
-    ids: list[int] = []
-    loss: list[bool] = []
-    for part, piece in zip(parts, pieces):
-        ids += [*piece, tokenizer.eos_token_id] if part.eos else piece
-        loss += [part.in_loss] * (len(ids) - len(loss))
-    n_bytes = sum(len(part.text.encode()) for part in parts if part.in_loss)
-    cut = len(ids) > spec.max_length
-    if cut and spec.too_long == "skip":
-        return None
-    tokens = np.array(ids[: spec.max_length], dtype=np.int32)
-    mask = np.array(loss[: spec.max_length], dtype=bool)
-    if len(mask):
-        mask[0] = False  # nothing predicts the first token
-    if not mask.any():
-        if cut and spec.too_long == "cut_or_skip":
-            return None
-        remedy = "raise max_length, change the mask, or set too_long=cut_or_skip"
-        raise DataError(
-            f"{where}: no token counts in the loss (mask={spec.mask}, {len(ids)} tokens"
-            + (
-                f", max_length={spec.max_length}). Remove the row, {remedy}."
-                if cut
-                else "). Remove the row, add an answer, change the mask, or set the weight of an "
-                "answer to 1."
-            )
-        )
-    if cut:  # count the bytes of the part that was kept, so that bits per byte are right
-        kept = [t for t, m in zip(tokens, mask) if m]
-        n_bytes = len(tokenizer.decode(kept, skip_special_tokens=True).encode())
-    return Example(tokens=tokens, loss=mask, n_bytes=n_bytes)
+            ids: list[int] = []
+            loss: list[bool] = []
+            for part, piece in zip(parts, pieces):
+                ids += [*piece, tokenizer.eos_token_id] if part.eos else piece
+                loss += [part.in_loss] * (len(ids) - len(loss))
+            n_bytes = sum(len(part.text.encode()) for part in parts if part.in_loss)
+            cut = len(ids) > spec.max_length
+            if cut and spec.too_long == "skip":
+                continue
+            tokens = np.array(ids[: spec.max_length], dtype=np.int32)
+            mask = np.array(loss[: spec.max_length], dtype=bool)
+            mask[:1] = False  # nothing predicts the first token
+            if not mask.any():
+                if cut and spec.too_long == "cut_or_skip":
+                    continue
+                length, remedy = (
+                    "",
+                    "add an answer, or set the weight of an answer to 1",
+                )
+                if cut:
+                    length = f", max_length={spec.max_length}"
+                    remedy = "raise max_length, change the mask, or set too_long=cut_or_skip"
+                raise DataError(
+                    f"{where}: no token counts in the loss (mask={spec.mask}, {len(ids)} tokens"
+                    f"{length}). Remove the row, {remedy}."
+                )
+            if cut:  # count the bytes that were kept, so that bits per byte are right
+                n_bytes = len(tokenizer.decode(tokens[mask], skip_special_tokens=True).encode())
+            yield Example(tokens=tokens, loss=mask, n_bytes=n_bytes)
 
 
 def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Part]:
-    """Render a row as text.
+    """Render a row as text, in the form `spec.render`.
+
+    With mask=all, the text between messages is learned, too.
+
+    role_colon: 'Role:' and ' content' with a blank line, the form of the study's base models, as
+    `RoleColonRenderer` in github.com/thinking-machines-lab/tinker-cookbook. An answer is learned
+    with its space and its blank line; if it is the last message, so is the 'User:' that ends
+    sampling. The beginning-of-sequence token comes first if the tokenizer has one.
+
+    role_eos: 'Role: ' and 'content'. The end-of-sequence token ends an answer, and a blank line
+    other messages. There is no beginning-of-sequence token.
+
+    chat_template: as the tokenizer's chat template does, for instruct models. An answer is the text
+    that the template adds for it, without line ends behind the end-of-sequence token. Text after
+    the last answer in the loss is left out, unless mask=all.
 
     Raises:
         DataError: a column of the format is missing, or the tokenizer's chat template refuses the
             row.
     """
+    heads = spec.mask == "all"
     if spec.format == "prompt_completion" and spec.render == FIRST_RENDER:
         prompt, completion = fields.prompt_and_completion(spec, row, where)
-        return [Part(prompt, spec.mask == "all"), Part(completion, True, eos=True)]
-    messages, heads = fields.messages_of(spec, row, where), spec.mask == "all"
-    in_loss = fields.in_loss(spec, row, where)
-    if spec.render != "chat_template":
-        return RENDERERS[spec.render](messages, in_loss, heads, tokenizer.bos_token)
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose an "
-            "instruct model, or set render=role_colon."
-        )
+        return [Part(prompt, heads), Part(completion, True, eos=True)]
+    messages, in_loss = fields.messages_of(spec, row, where), fields.in_loss(spec, row, where)
+    if spec.render == "chat_template":
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose "
+                "an instruct model, or set render=role_colon."
+            )
+        try:
+            return _chat_parts(messages, in_loss, heads, tokenizer)
+        except Exception as error:  # templates raise what they like
+            raise DataError(
+                f"{where}: the tokenizer's chat template does not take the row with mask="
+                f"{spec.mask} ({error}). Remove the row, set mask=last_assistant, or set "
+                "render=role_colon."
+            ) from error
+    colon = spec.render == "role_colon"
+    parts = [Part(tokenizer.bos_token, False)] if colon and tokenizer.bos_token else []
+    for (role, content), learned in zip(messages, in_loss, strict=True):
+        head, answer = f"{role.capitalize()}:", role == "assistant"
+        if colon:
+            parts += [Part(head, heads), Part(f" {content}\n\n", learned)]
+        else:
+            parts += [Part(f"{head} ", heads), Part(content, learned, eos=answer)]
+            parts += [] if answer else [Part("\n\n", heads and learned)]
+    if colon and messages and messages[-1][0] == "assistant":
+        parts.append(Part("User:", in_loss[-1]))
+    return parts
 
-    def apply(messages: Sequence[Message], open_: bool) -> str:
+
+def _chat_parts(
+    messages: Sequence[Message], in_loss: Sequence[bool], heads: bool, tokenizer: Any
+) -> list[Part]:
+    """Render by the chat template. `heads`: whether the text between messages is learned, too."""
+
+    def apply(messages: Sequence[Message], is_open: bool) -> str:
         given = [{"role": role, "content": content} for role, content in messages]
         return tokenizer.apply_chat_template(
-            given, tokenize=False, add_generation_prompt=open_, date_string=DATE
+            given, tokenize=False, add_generation_prompt=is_open, date_string=DATE
         )
 
-    try:
-        return chat_template(messages, in_loss, heads, apply, tokenizer.eos_token or "")
-    except Exception as error:  # templates raise what they like
-        raise DataError(
-            f"{where}: the tokenizer's chat template does not take the row with mask={spec.mask} "
-            f"({error}). Remove the row, set mask=last_assistant, or set render=role_colon."
-        ) from error
+    parts: list[Part] = []
+    done, eos = "", tokenizer.eos_token or ""
+    for i, learned in enumerate(in_loss):
+        if learned == heads:  # the text around it is in the loss as it is: there is no border
+            continue
+        before = apply(messages[:i], messages[i][0] == "assistant")
+        after = apply(messages[: i + 1], False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise ValueError(f"message {i + 1} changes the text before it")
+        answer = after[len(before) :]
+        ended = bool(eos) and answer.rstrip("\n").endswith(eos)
+        said = answer.rstrip("\n").removesuffix(eos) if ended else answer
+        parts += [Part(before[len(done) :], heads), Part(said, learned, eos=ended)]
+        done = before + said + (eos if ended else "")
+    if heads:
+        whole = apply(messages, False)
+        if not whole.startswith(done):
+            raise ValueError("a message that is not learned is changed by what follows")
+        parts.append(Part(whole[len(done) :], True))
+    return parts

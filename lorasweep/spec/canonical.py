@@ -8,7 +8,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, cached_property
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
@@ -56,7 +56,8 @@ def later(value: Any) -> Any:
     return dataclasses.field(default=value, metadata={"added": value})
 
 
-def _fields(cls: type) -> tuple[Field, ...]:
+@cache
+def fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
     Field metadata: `key` and `stored` where they differ from the Python name; `added` is the past
@@ -72,12 +73,9 @@ def _fields(cls: type) -> tuple[Field, ...]:
     return tuple(found)
 
 
-def _sorted_fields(cls: type) -> tuple[Field, ...]:
-    return tuple(sorted(_fields(cls), key=lambda f: f.stored))
-
-
-fields: Callable[[type], tuple[Field, ...]] = cache(_fields)
-_by_stored: Callable[[type], tuple[Field, ...]] = cache(_sorted_fields)
+@cache
+def _by_stored(cls: type) -> tuple[Field, ...]:
+    return tuple(sorted(fields(cls), key=lambda f: f.stored))
 
 
 class Value:

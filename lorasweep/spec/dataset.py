@@ -4,24 +4,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lorasweep.spec.canonical import Value, fields, not_allowed
+from lorasweep.spec.canonical import Value, fields, later, not_allowed
 
-DATASET_SOURCES = ("hub", "jsonl", "synthetic")
-FORMATS = ("prompt_completion", "messages", "conversations", "tokens")
-MASKS = ("completion", "last_assistant", "all")
-RENDERS = ("role_colon", "role_eos", "chat_template")
+VERIFIERS = ("", "integer", "math")
 FIRST_RENDER = "role_eos"
 """The only form of messages before `render` was a setting."""
-VERIFIERS = ("", "integer", "math")
-HELD_OUT_BY = ("", "prompt", "row")
+CHOICES = {
+    "source": ("hub", "jsonl", "synthetic"),
+    "format": ("prompt_completion", "messages", "conversations", "tokens"),
+    "mask": ("completion", "last_assistant", "all"),
+    "render": ("role_colon", FIRST_RENDER, "chat_template"),
+    "too_long": ("cut", "cut_or_skip", "skip"),
+    "verifier": VERIFIERS,
+    "held_out_by": ("", "prompt", "row"),
+}
+"""Allowed values of fields."""
 OF_TEXT = (
     *("render", "too_long", "unseen_prompts", "unseen_rows"),
     *("answer_field", "verifier", "held_out_by"),
 )
 """Fields that apply to text only; generators draw tokens."""
-TOO_LONG = ("cut", "cut_or_skip", "skip")
-FIRST_TOO_LONG = "cut"
-"""The treatment of long rows before `too_long` was a setting."""
 
 
 @dataclass(frozen=True)
@@ -62,137 +64,111 @@ class DatasetSpec(Value):
     evaluation between start and end, unless a run may end early."""
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"stored": "knobs"})
     """Settings of a synthetic generator."""
-    holdout: int = field(default=0, metadata={"added": 0})
+    holdout: int = later(0)
     """Rows held out from the training split of a data set that has no test split: the first rows
     after a shuffle. 0: use test_split."""
-    n_retain: int = field(default=0, metadata={"added": 0})
+    n_retain: int = later(0)
     """Rows of pretraining data (for facts: of facts that are never trained) that are evaluated once
     at the end, to measure forgetting."""
-    exact_loss: bool = field(default=False, metadata={"added": False})
+    exact_loss: bool = later(False)
     """Whether held-out losses are taken over the true distribution of every next symbol instead of
     one sampled symbol: the same mean with less noise. Only where the generator knows it."""
-    draw_by_seed: bool = field(default=False, metadata={"added": False})
+    draw_by_seed: bool = later(False)
     """Whether each seed gets another draw of the generator. All draws have the same parameters, so
     the runs still form one curve."""
 
-    render: str = field(default=FIRST_RENDER, metadata={"added": FIRST_RENDER})
+    render: str = later(FIRST_RENDER)
     """How messages become text. role_colon: the study's form for base models, 'Role: content' and a
     blank line, which ends an answer. role_eos: the same words; the EOS token ends an answer.
     chat_template: the form of the tokenizer, for instruct models. With format=prompt_completion and
     not role_eos, the prompt in its template is a user message, and the completion the answer."""
-    too_long: str = field(default=FIRST_TOO_LONG, metadata={"added": FIRST_TOO_LONG})
+    too_long: str = later("cut")
     """Rows above max_length. cut: cut on the right; an error if no loss token is left. cut_or_skip:
     the same, but rows without a loss token are left out. skip: longer rows are left out."""
-    test_location: str = field(default="", metadata={"added": ""})
+    test_location: str = later("")
     """Data set of the hub with the test_split; empty: location."""
-    test_revision: str = field(default="", metadata={"added": ""})
+    test_revision: str = later("")
     """The revision of test_location."""
-    unseen_prompts: bool = field(default=False, metadata={"added": False})
+    unseen_prompts: bool = later(False)
     """Whether training rows with the prompt of a held-out row are left out."""
-    unseen_rows: bool = field(default=False, metadata={"added": False})
+    unseen_rows: bool = later(False)
     """Whether duplicates (equal messages, or prompt and completion) stay on one side: held-out
     duplicates count once, training duplicates of held-out rows are left out, and a holdout is drawn
     from distinct rows."""
-    answer_field: str = field(default="", metadata={"added": ""})
+    answer_field: str = later("")
     """Column of the gold answer; empty: it is in the completion, behind '####' or boxed."""
-    n_validation: int = field(default=0, metadata={"added": 0})
+    n_validation: int = later(0)
     """Validation rows: the first held-out rows. They are evaluated at the end, and before the end
     instead of the first n_test_curve (unless that is 0). The next n_test rows are test rows."""
-    verifier: str = field(default="", metadata={"added": ""})
+    verifier: str = later("")
     """How a completion is compared with the gold answer. integer: whole numbers, behind the last
     '####' or in the last box (GSM8K). math: contents of the last boxes, by math-verify (MATH,
     DeepMath); if the completion is the answer_field, the whole gold answer; a completion without a
-    box is unread. Empty: not at all; generators have verifiers of their own."""
-    held_out_by: str = field(default="", metadata={"added": ""})
+    box is unread. Empty: not at all; generators have their own verifiers."""
+    held_out_by: str = later("")
     """How rows are held out. prompt: rows with the same prompt (the messages before the first one
     in the loss) are all training, all validation or all test rows, and the error of a gain is
     computed over prompts. row: the same for duplicates. Both shuffle, test splits too, and leave
     out training rows with a held-out prompt or row. Empty: by rows; a test split in its order."""
 
     def problems(self) -> Iterator[str]:
-        where = f"dataset {self.name!r}: "
-        choices = {
-            "source": DATASET_SOURCES,
-            "format": FORMATS,
-            "mask": MASKS,
-            "render": RENDERS,
-            "too_long": TOO_LONG,
-            "verifier": VERIFIERS,
-            "held_out_by": HELD_OUT_BY,
-        }
-        for name, allowed in choices.items():
+        return (f"dataset {self.name!r}: {problem}" for problem in self._problems())
+
+    def _problems(self) -> Iterator[str]:
+        synthetic = self.source == "synthetic"
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                yield not_allowed(where + name, getattr(self, name), allowed)
-        for f in fields(type(self)) if self.source == "synthetic" else ():
-            if f.name in OF_TEXT and getattr(self, f.name) != f.past:
-                yield (
-                    f"{where}{f.key}={getattr(self, f.name)!r} has no effect with "
-                    "source=synthetic. Leave it out."
-                )
-        yield from self._problems_of_text(where)
-        if not self.location:
+                yield not_allowed(name, getattr(self, name), allowed)
+        for f in fields(type(self)) if synthetic else ():
+            if f.name in OF_TEXT and (value := getattr(self, f.name)) != f.past:
+                yield f"{f.key}={value!r} has no effect with source=synthetic. Leave it out."
+        if self.verifier and self.answer_field not in ("", self.completion_field):
             yield (
-                f"{where}location is missing. Set it to a hub name, a generator, or a folder under "
-                "exec.data_dir."
+                f"verifier={self.verifier} reads the gold answer out of the completion. Set "
+                f"completion_field={self.answer_field}, which is answer_field, or leave that out."
             )
-        if self.max_length < 4:
-            yield f"{where}max_length={self.max_length}: expected at least 4 tokens."
-        yield from self._problems_of_held_out_rows(where)
-        if self.n_retain < 0:
-            yield f"{where}n_retain={self.n_retain}: expected 0 or more rows."
-        if self.n_retain and self.source != "synthetic":
+        location, revision = f"test_location={self.test_location!r}", self.test_revision
+        if self.test_location and (self.source != "hub" or self.holdout):
+            yield f"{location}: only for source=hub without a holdout. Leave it out."
+        if revision and not self.test_location:
             yield (
-                f"{where}n_retain={self.n_retain}: only synthetic data sets know what the base was "
+                f"test_revision={revision!r}: there is no test_location, so revision pins both "
+                "splits. Leave it out."
+            )
+        if not self.location:
+            where = "a hub name, a generator, or a folder under exec.data_dir"
+            yield f"location is missing. Set it to {where}."
+        if self.max_length < 4:
+            yield f"max_length={self.max_length}: expected at least 4 tokens."
+        for name in ("unseen_rows", "unseen_prompts") if self.held_out_by else ():
+            if getattr(self, name):
+                yield f"{name}=true: held_out_by={self.held_out_by} implies it. Leave it out."
+        if self.held_out_by == "prompt" and self.mask == "all":
+            yield (
+                "held_out_by=prompt: with mask=all every token is learned, so rows have no prompt. "
+                "Set held_out_by=row, or another mask."
+            )
+        if self.n_test < 1:
+            yield f"n_test={self.n_test}: expected at least 1 row."
+        if not 0 <= self.n_test_curve <= self.n_test:
+            yield f"n_test_curve={self.n_test_curve}: expected 0 to n_test={self.n_test} rows."
+        n = self.n_validation
+        if n < 0 or (n and synthetic):
+            yield f"n_validation={n}: expected 0 or more rows, and 0 with source=synthetic."
+        if self.holdout != 0 and (synthetic or self.holdout < n + self.n_test):
+            yield (
+                f"holdout={self.holdout}: expected 0, or for source=hub and source=jsonl at least "
+                f"n_validation + n_test = {n + self.n_test} rows."
+            )
+        if self.n_retain < 0:
+            yield f"n_retain={self.n_retain}: expected 0 or more rows."
+        if self.n_retain and not synthetic:
+            yield (
+                f"n_retain={self.n_retain}: only synthetic data sets know what the base was "
                 "pretrained on. Leave it at 0."
             )
         for name in ("exact_loss", "draw_by_seed"):
             if getattr(self, name) and self.location != "dialect":
-                yield f"{where}{name}=true: only the generator dialect can. Set it to false."
+                yield f"{name}=true: only the generator dialect can. Set it to false."
         if self.n_train is not None and self.n_train < 1:
-            yield f"{where}n_train={self.n_train}: expected at least 1 row, or null for all."
-
-    def _problems_of_text(self, where: str) -> Iterator[str]:
-        if self.verifier and self.answer_field not in ("", self.completion_field):
-            yield (
-                f"{where}verifier={self.verifier} reads the gold answer out of the completion. Set "
-                f"completion_field={self.answer_field}, which is answer_field, or leave that out."
-            )
-        if self.test_location and (self.source != "hub" or self.holdout):
-            yield (
-                f"{where}test_location={self.test_location!r}: only for source=hub without a "
-                "holdout. Leave it out."
-            )
-        if self.test_revision and not self.test_location:
-            yield (
-                f"{where}test_revision={self.test_revision!r}: there is no test_location, so "
-                "revision pins both splits. Leave it out."
-            )
-
-    def _problems_of_held_out_rows(self, where: str) -> Iterator[str]:
-        for name in ("unseen_rows", "unseen_prompts"):
-            if self.held_out_by and getattr(self, name):
-                yield (
-                    f"{where}{name}=true: held_out_by={self.held_out_by} implies it. Leave it out."
-                )
-        if self.held_out_by == "prompt" and self.mask == "all":
-            yield (
-                f"{where}held_out_by=prompt: with mask=all every token is learned, so rows have no "
-                "prompt. Set held_out_by=row, or another mask."
-            )
-        if self.n_test < 1:
-            yield f"{where}n_test={self.n_test}: expected at least 1 row."
-        if not 0 <= self.n_test_curve <= self.n_test:
-            yield (
-                f"{where}n_test_curve={self.n_test_curve}: expected 0 to n_test={self.n_test} rows."
-            )
-        if self.n_validation < 0 or (self.n_validation and self.source == "synthetic"):
-            yield (
-                f"{where}n_validation={self.n_validation}: expected 0 or more rows, and 0 with "
-                "source=synthetic."
-            )
-        held_out = self.n_validation + self.n_test
-        if self.holdout != 0 and (self.source == "synthetic" or self.holdout < held_out):
-            yield (
-                f"{where}holdout={self.holdout}: expected 0, or for source=hub and source=jsonl at "
-                f"least n_validation + n_test = {held_out} rows."
-            )
+            yield f"n_train={self.n_train}: expected at least 1 row, or null for all."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method(Value):
-    """Fields of a method. Each subclass has a file of its own, with its `name` as file name."""
+    """Fields of a method. Each subclass has a separate file, named by its `name`."""
 
     WHERE: ClassVar[str] = "method."
     name: str = "???"

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.canonical import Value, not_allowed
+from lorasweep.spec.canonical import Value, later, not_allowed
 
 LAYER_SETS = ("attention", "mlp", "unembedding")
 ROUTER = "router"
@@ -96,12 +96,12 @@ class ModelSpec(Value):
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     unembedding: tuple[str, ...] = ("lm_head",)
     recipe: Recipe | None = None
-    weights_dtype: str = field(default="fp32", metadata={"added": "fp32"})
+    weights_dtype: str = later("fp32")
     """Type of the published weights, fp32 or bf16. With precision=bf16, frozen matrices that were
     published in bf16 stay in bf16: half the memory, the same numbers."""
-    n_experts: int = field(default=0, metadata={"added": 0})
+    n_experts: int = later(0)
     """Experts in the MLP of every layer, with separate matrices; 0: a dense MLP."""
-    n_active_experts: int = field(default=0, metadata={"added": 0})
+    n_active_experts: int = later(0)
     """Experts that the router chooses for a token."""
 
     def matrices(self, layers: tuple[str, ...]) -> tuple[Matrix, ...]:
@@ -188,35 +188,33 @@ class ModelSpec(Value):
         return self.n_matmul_params + embedding + norms + head_norms
 
     def problems(self) -> Iterator[str]:
-        where = f"model {self.name!r}: "
+        return (f"model {self.name!r}: {problem}" for problem in self._problems())
+
+    def _problems(self) -> Iterator[str]:
         if self.source not in MODEL_SOURCES:
-            yield not_allowed(where + "source", self.source, MODEL_SOURCES)
+            yield not_allowed("source", self.source, MODEL_SOURCES)
         if self.weights_dtype not in WEIGHTS_DTYPES:
-            yield not_allowed(where + "weights_dtype", self.weights_dtype, WEIGHTS_DTYPES)
+            yield not_allowed("weights_dtype", self.weights_dtype, WEIGHTS_DTYPES)
         heads = ("n_heads", "n_kv_heads", "head_size")
         for name in ("hidden_size", "n_layers", *heads, "mlp_size", "vocab_size"):
             if getattr(self, name) < 1:
-                yield f"{where}{name}={getattr(self, name)}: expected at least 1."
+                yield f"{name}={getattr(self, name)}: expected at least 1."
         if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:
+            yield f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}."
+        n, active = self.n_experts, self.n_active_experts
+        if n < 0 or not min(n, 1) <= active <= n:
             yield (
-                f"{where}n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}."
+                f"n_active_experts={active} of n_experts={n}: expected 1 to n_experts, or 0 of 0 "
+                "for a dense MLP."
             )
-        if (
-            self.n_experts < 0
-            or not min(self.n_experts, 1) <= self.n_active_experts <= self.n_experts
-        ):
-            yield (
-                f"{where}n_active_experts={self.n_active_experts} of n_experts={self.n_experts}: "
-                "expected 1 to n_experts, or 0 of 0 for a dense MLP."
-            )
-        if self.n_experts and self.mlp != EXPERT_MATRICES:
-            yield f"{where}mlp={list(self.mlp)}: experts have {list(EXPERT_MATRICES)}."
+        if n and self.mlp != EXPERT_MATRICES:
+            yield f"mlp={list(self.mlp)}: experts have {list(EXPERT_MATRICES)}."
         if self.source == "recipe" and self.recipe is None:
-            yield f"{where}source=recipe needs a `recipe:` block."
+            yield "source=recipe needs a `recipe:` block."
         if self.source != "recipe" and self.recipe is not None:
-            yield f"{where}has a `recipe:` block, so it needs source=recipe, not {self.source!r}."
+            yield f"has a `recipe:` block, so it needs source=recipe, not {self.source!r}."
         if self.source != "recipe" and not self.location:
             yield (
-                f"{where}location is missing. Set it to a hub name, or to a file or folder under "
+                "location is missing. Set it to a hub name, or to a file or folder under "
                 "exec.models_dir."
             )

@@ -6,20 +6,13 @@ never hashed.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
 from lorasweep.errors import SpecError, unknown
-from lorasweep.spec.canonical import (
-    Value,
-    build,
-    canonical_text,
-    fields,
-    later,
-    not_allowed,
-)
+from lorasweep.spec.canonical import Value, build, canonical_text, fields, later, not_allowed
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import Method
@@ -29,10 +22,14 @@ from lorasweep.spec.model import ModelSpec
 TRAIN_VERSION = 1
 """Increase it when the training maths changes: old results then no longer count as done."""
 
-PRECISIONS = ("fp32", "bf16", "fp64")
-SCHEDULES = ("constant", "linear", "cosine")
-REWARD_SCALES = ("none", "group")
-RATIO_LEVELS = ("token", "sequence")
+CHOICES = {
+    "precision": ("fp32", "bf16", "fp64"),
+    "schedule": ("constant", "linear", "cosine"),
+    "objective": tuple(METRICS),
+    "reward_scale": ("none", "group"),
+    "ratio_level": ("token", "sequence"),
+}
+"""Allowed values of fields."""
 OF_SAMPLING = (
     *("group_size", "max_new_tokens", "reward_scale"),
     *("ratio_level", "clip_ratio", "kl_weight"),
@@ -129,32 +126,45 @@ class RunSpec(Value):
         ):
             if not valid:
                 yield f"{name}={getattr(self, name)}: expected {expected}."
-        for name, allowed in (
-            ("precision", PRECISIONS),
-            ("schedule", SCHEDULES),
-            ("objective", tuple(METRICS)),
-            ("reward_scale", REWARD_SCALES),
-            ("ratio_level", RATIO_LEVELS),
-        ):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 yield not_allowed(name, getattr(self, name), allowed)
-        yield from _unused(self) if self.objective == "sft" else _of_rewards(self)
+        if self.objective == "sft":
+            for f in fields(RunSpec):
+                if f.name in OF_SAMPLING and getattr(self, f.name) != f.past:
+                    yield (
+                        f"{f.name}={getattr(self, f.name)} has no effect with objective=sft. Leave "
+                        "it out, or set objective=policy_gradient."
+                    )
+        else:
+            yield from _problems_of_sampling(self)
         if self.train_version != TRAIN_VERSION:
             yield (
                 f"train_version={self.train_version}: this lorasweep has version {TRAIN_VERSION}. "
                 "Leave train_version out, or install the lorasweep that trained the run."
             )
-        yield from _of_early_stopping(self)
-        if self.dataset.n_validation and self.objective != "sft":
+        n, rows = self.early_stopping, self.dataset.n_validation
+        if n < 0:
+            yield f"early_stopping={n}: expected 0 (off), or a number of evaluations."
+        elif n and self.objective != "sft":
             yield (
-                f"dataset.n_validation={self.dataset.n_validation} has no effect with objective="
-                f"{self.objective}. Set it to 0."
+                f"early_stopping={n} with objective={self.objective}: it has no validation "
+                "prompts, and rewards of few completions are noisy. Set it to 0."
+            )
+        elif n and (why := why_not_early(n, self.steps, rows)):
+            yield (
+                f"early_stopping={n} with dataset.n_validation={rows} and steps={self.steps}: "
+                f"{why}. Set it to 0, or give more."
+            )
+        if rows and self.objective != "sft":
+            yield (
+                f"dataset.n_validation={rows} has no effect with objective={self.objective}. Set "
+                "it to 0."
             )
         yield from filter(None, (self.model.problem, self.dataset.problem))
 
 
-def _of_rewards(spec: RunSpec) -> Iterator[str]:
-    """Yield problems of the fields of a run that is rewarded."""
+def _problems_of_sampling(spec: RunSpec) -> Iterator[str]:
     if spec.group_size < 2:
         yield (
             f"group_size={spec.group_size} with objective={spec.objective}: the baseline of a "
@@ -175,32 +185,6 @@ def _of_rewards(spec: RunSpec) -> Iterator[str]:
         yield f"clip_ratio={spec.clip_ratio}: expected a number above 0, or null for no clipping."
     if spec.kl_weight < 0:
         yield f"kl_weight={spec.kl_weight}: expected 0 or more."
-
-
-def _of_early_stopping(spec: RunSpec) -> Iterator[str]:
-    """Yield problems of early stopping."""
-    n = spec.early_stopping
-    if n < 0:
-        yield f"early_stopping={n}: expected 0 (off), or a number of evaluations."
-    elif n and spec.objective != "sft":
-        yield (
-            f"early_stopping={n} with objective={spec.objective}: it has no validation prompts, "
-            "and rewards of few completions are noisy. Set it to 0."
-        )
-    elif n and (why := why_not_early(n, spec.steps, spec.dataset.n_validation)):
-        yield (
-            f"early_stopping={n} with dataset.n_validation={spec.dataset.n_validation} and steps="
-            f"{spec.steps}: {why}. Set it to 0, or give more."
-        )
-
-
-def _unused(spec: RunSpec) -> Iterator[str]:
-    for f in fields(RunSpec):
-        if f.name in OF_SAMPLING and getattr(spec, f.name) != f.past:
-            yield (
-                f"{f.name}={getattr(spec, f.name)} has no effect with objective={spec.objective}. "
-                "Leave it out, or set objective=policy_gradient."
-            )
 
 
 def snap_lr(lr: float) -> float:
@@ -248,10 +232,8 @@ def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
     return dataclasses.replace(spec, method=method, **of_spec)
 
 
-def _axis_fields(cls: type) -> dict[str, str]:
+@cache
+def _axes(cls: type) -> dict[str, str]:
     """Map each key that may be an axis to its field."""
     no_axes = ("name", "method", "train_version")
     return {f.key: f.name for f in fields(cls) if f.name not in no_axes}
-
-
-_axes: Callable[[type], dict[str, str]] = cache(_axis_fields)

@@ -1,7 +1,7 @@
 """Record the looks at a sweep's answer (interim analyses).
 
 One JSON file per request, `<runs_dir>/.rounds/<title>.json`, holds the claims of the first answer
-and the rounds of runs that were added later. `sweep.looks` turns rounds into runs.
+and the rounds of runs that were added later. `sweep.replicates` turns rounds into runs.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.store import files
 from lorasweep.store.claims import SILENCE_S, Lock
-from lorasweep.sweep import looks
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.replicates import added_points
 
 LOCK_S = SILENCE_S + 30
 """Seconds to wait for the lock: longer than a dead holder on another machine keeps it."""
@@ -77,7 +77,7 @@ def append(
                 "rounds before the first run of a new sweep: sweep.rounds, at most 5."
             )
         record["rounds"].append({"round": so_far + 1, "runs": list(runs)})
-        if not looks.points(record["rounds"][-1:], known):
+        if not added_points(record["rounds"][-1:], known):
             raise SpecError("every run of that round is already part of the sweep: nothing to add.")
         files.write_atomic(path, json.dumps(record, indent=1).encode())
         return so_far + 1

@@ -74,12 +74,27 @@ def expand(
     """
     points: dict[str, Point] = {}
     problems: list[str] = []
-    named = _NamedParts(model, dataset)
+    look_up: dict[str, Callable[[str], Any]] = {"model": model, "dataset": dataset}
+    # one object per name: it is checked and encoded once for thousands of runs
+    with_params: dict[str, DatasetSpec] = {}
+
+    def named(start: RunSpec, values: Axes) -> Axes:
+        """Return `values` with names and generator parameters replaced by specs."""
+        values = {k: look_up[k](v) if k in look_up else v for k, v in values.items()}
+        params = values.pop(GENERATOR_PARAMS, None)
+        if params:
+            data = values.get("dataset", start.dataset)
+            name = f"{data.name}({', '.join(f'{k}={v:g}' for k, v in sorted(params.items()))})"
+            if name not in with_params:
+                merged = {**data.generator_params, **params}
+                with_params[name] = dataclasses.replace(data, name=name, generator_params=merged)
+            values["dataset"] = with_params[name]
+        return values
+
     for arm, axes in sweep.arms.items():
         cls = method_class(axes["method"])
-        start = base
-        if type(base.method) is not cls:
-            start = dataclasses.replace(base, method=cls())
+        same = type(base.method) is cls
+        start = base if same else dataclasses.replace(base, method=cls())
         found = assignments({**sweep.axes, **axes_of(axes)})
         if len(found) > MAX_RUNS:
             raise SpecError(
@@ -88,10 +103,11 @@ def expand(
             )
         for values in found:
             try:
-                spec = with_axes(start, named.put_into(start, values))
+                spec = with_axes(start, named(start, values))
                 validate(spec)
             except SpecError as error:
-                problems.append(f"arm {arm!r}, point {_shown(values)}: {error}")
+                shown = ", ".join(f"{k}={v}" for k, v in values.items())
+                problems.append(f"arm {arm!r}, point {shown}: {error}")
                 if len(problems) >= MAX_PROBLEMS:
                     raise SpecError("\n".join([*problems, "..."])) from None
                 continue
@@ -108,8 +124,7 @@ def assignments(axes: Axes) -> list[dict[str, Any]]:
 
     An axis is a list of values, or one value. A value that is a mapping sets more than one field,
     and is a product itself: `cell: [{steps: 800, lr: [1e-3, 2e-3]}, {steps: 200, lr: [2e-3]}]` has
-    three values. The exception is the axis `generator_params`, whose
-    values are mappings.
+    three values. The exception is the axis `generator_params`, whose values are mappings.
     """
     size = math.prod(len(v) if isinstance(v, list) else 1 for v in axes.values())
     if size > MAX_RUNS:
@@ -132,47 +147,10 @@ def fields_of(axes: Axes) -> set[str]:
     """Return the fields that axes set, including those inside mappings."""
     found = set()
     for name, values in axes.items():
-        inner = [
-            v
-            for v in (values if isinstance(values, list) else [values])
-            if isinstance(v, dict) and name != GENERATOR_PARAMS
-        ]
-        found |= set().union(*(fields_of(v) for v in inner)) if inner else {name}
+        given = values if isinstance(values, list) else [values]
+        inner = [v for v in given if isinstance(v, dict) and name != GENERATOR_PARAMS]
+        found |= set().union(*map(fields_of, inner)) if inner else {name}
     return found
-
-
-class _NamedParts:
-    """The models and data sets of an expansion, one object per name.
-
-    Each is checked and encoded once for thousands of runs.
-    """
-
-    def __init__(
-        self, model: Callable[[str], ModelSpec], dataset: Callable[[str], DatasetSpec]
-    ) -> None:
-        self._look_up: dict[str, Callable[[str], Any]] = {"model": model, "dataset": dataset}
-        self._with_params: dict[str, DatasetSpec] = {}
-
-    def put_into(self, start: RunSpec, values: Axes) -> Axes:
-        """Return `values` with names and generator parameters replaced by specs."""
-        values = {k: self._look_up[k](v) if k in self._look_up else v for k, v in values.items()}
-        if GENERATOR_PARAMS in values:
-            params = values.pop(GENERATOR_PARAMS)
-            if params:
-                values["dataset"] = self._dataset(values.get("dataset", start.dataset), params)
-        return values
-
-    def _dataset(self, data: DatasetSpec, params: dict[str, float]) -> DatasetSpec:
-        shown = ", ".join(f"{k}={v:g}" for k, v in sorted(params.items()))
-        name = f"{data.name}({shown})"
-        if name not in self._with_params:
-            merged = {**data.generator_params, **params}
-            self._with_params[name] = dataclasses.replace(data, name=name, generator_params=merged)
-        return self._with_params[name]
-
-
-def _shown(values: Axes) -> str:
-    return ", ".join(f"{k}={v}" for k, v in values.items())
 
 
 def curve_key(point: Point) -> tuple[str, str]:

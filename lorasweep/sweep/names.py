@@ -20,23 +20,7 @@ def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> d
     Arm and learning rate are always part of a name. A field of a method is compared among the arms
     that have it. `only`: the ids to name; None: all.
     """
-    varied = _varied(points)
-    named = {}
-    for p in points:
-        if only is None or p.id in only:
-            f = _fields(p)
-            shown = [
-                f"r{f[k]}" if k == "rank" else f"{k}={f[k]}"
-                for k in varied
-                if k in f and k != "seed"
-            ]
-            seed = [f"seed={p.spec.seed}"] if "seed" in varied or len(points) == 1 else []
-            named[p.id] = " ".join([p.arm, *shown, f"lr={p.spec.lr:g}", *seed])
-    return named
-
-
-def _varied(points: Sequence[Point]) -> list[str]:
-    """List the fields that differ, column by column: a sweep may have ten thousand runs."""
+    # column by column, by distinct objects: a sweep may have ten thousand runs
     found: dict[str, set[Any]] = {}
     specs = [p.spec for p in points]
     for name, _ in specs[0].values() if specs else ():
@@ -48,13 +32,21 @@ def _varied(points: Sequence[Point]) -> list[str]:
     for method in {id(s.method): s.method for s in specs}.values():
         for key, value in _of_method(method).items():
             found.setdefault(key, set()).add(str(value))
-    return [k for k in dict.fromkeys((*FIRST, *found)) if len(found.get(k, ())) > 1]
-
-
-def _fields(point: Point) -> dict[str, Any]:
-    spec = point.spec
-    names = {"model": spec.model.name, "dataset": spec.dataset.name}
-    return {**dict(spec.values()), **_of_method(spec.method), **names}
+    varied = [k for k in dict.fromkeys((*FIRST, *found)) if len(found.get(k, ())) > 1]
+    shows_seed = "seed" in varied or len(points) == 1
+    named = {}
+    for p in points:
+        if only is None or p.id in only:
+            parts = {"model": p.spec.model.name, "dataset": p.spec.dataset.name}
+            f = {**dict(p.spec.values()), **_of_method(p.spec.method), **parts}
+            shown = [
+                f"r{f[k]}" if k == "rank" else f"{k}={f[k]}"
+                for k in varied
+                if k in f and k != "seed"
+            ]
+            seed = [f"seed={p.spec.seed}"] if shows_seed else []
+            named[p.id] = " ".join([p.arm, *shown, f"lr={p.spec.lr:g}", *seed])
+    return named
 
 
 def _of_method(method: Method) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Claim:
     Not hashed."""
 
     def at(self, scale: str) -> "Power":
-        """Return what is stated of the claim's power at a scale."""
+        """Return the numbers that a power calculation needs at a scale."""
         both = [self.planning.get(k, Planning()) for k in (scale, ALL_SCALES)]
         sd, units = (
             next((v for p in both if (v := getattr(p, name)) is not None), None)
@@ -133,7 +133,7 @@ class Sweep:
     """Scale name -> {axes, arms, replicate}. The block of the chosen scale is merged over the keys
     above, before the command line (config/loader.py). Empty: the sweep is the same at any scale."""
     parts: list[str] = field(default_factory=list)
-    """Sweeps that run one after another, instead of arms of its own. Used by +sweep=study."""
+    """Sweeps that run one after another, instead of arms. Used by +sweep=study."""
 
 
 STORED_KEYS = {
@@ -217,12 +217,12 @@ def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
     Raises:
         SpecError: it is not.
     """
-    for problem in _problems(sweep, models):
+    if problem := next(_problems(sweep, models), None):
         raise SpecError(f"sweep {name!r}{problem}")
 
 
 def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
-    """Yield each problem as the rest of a sentence that starts with the sweep's name."""
+    """Yield the rest of sentences that start with the sweep's name."""
     if not sweep.question:
         yield " has no question. Write `question: ...` at the top of its file."
     if sweep.parts:

@@ -1,9 +1,14 @@
-"""The second stage of a sweep: fresh seeds at the learning rates around each curve's optimum."""
+"""Later runs of a sweep: fresh seeds around each optimum, and runs added after an interim analysis.
+
+The analysis decides which runs to add; `store.looks` records them.
+"""
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from lorasweep.spec.run import validate
 from lorasweep.sweep.grid import Point, curve_key
 from lorasweep.sweep.question import Replicates
 
@@ -24,12 +29,29 @@ def second_stage(
     for (arm, _), by_lr in curves.items():
         if replicate.arms and arm not in replicate.arms:
             continue
-        for lr in _around_the_best(by_lr, replicate.n_lrs, loss):
+        means = {}  # infinity if any run diverged
+        for lr, own in by_lr.items():
+            found = [math.inf if (v := loss(p.id)) is None else v for p in own]
+            means[lr] = sum(found) / len(found) if all(map(math.isfinite, found)) else math.inf
+        for lr in lrs_around_optimum(means, replicate.n_lrs):
             for seed in replicate.seeds:
                 spec = dataclasses.replace(by_lr[lr][0].spec, seed=seed)
                 extra.setdefault(spec.id, Point(arm, spec))
     known = {p.id for p in points}
     return [p for p in extra.values() if p.id not in known]
+
+
+def lrs_around_optimum(losses: dict[float, float], n: int) -> list[float]:
+    """Return `n` neighbouring learning rates around the one with the lowest loss.
+
+    If `n` is even, one more lies above it than below. Empty if no loss is finite.
+    """
+    lrs = sorted(losses)
+    if not any(map(math.isfinite, losses.values())):
+        return []
+    best = lrs.index(min(lrs, key=losses.__getitem__))
+    first = min(max(0, best - (n - 1) // 2), max(0, len(lrs) - n))
+    return lrs[first : first + n]
 
 
 def planned_seeds(points: Sequence[Point], replicate: Replicates) -> int:
@@ -41,23 +63,18 @@ def planned_seeds(points: Sequence[Point], replicate: Replicates) -> int:
     return max(map(len, seeds.values()))
 
 
-def _around_the_best(
-    by_lr: dict[float, list[Point]], n_lrs: int, loss: Callable[[str], float | None]
-) -> list[float]:
-    """Return `n_lrs` neighbouring learning rates around the one with the lowest mean loss.
+def added_points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Point]:
+    """Return the runs of recorded rounds: each is a known run with another learning rate and seed.
 
-    If the number is even, one more lies above it than below. Empty if all runs diverged.
+    A recorded run is left out if the run that it was derived from is not in `known`: the sweep was
+    edited, or only a part of it was requested.
     """
-    lrs = sorted(by_lr)
-    scores = [_mean([loss(p.id) for p in by_lr[lr]]) for lr in lrs]
-    if not any(map(math.isfinite, scores)):
-        return []
-    best = min(range(len(lrs)), key=scores.__getitem__)
-    first = min(max(0, best - (n_lrs - 1) // 2), max(0, len(lrs) - n_lrs))
-    return lrs[first : first + n_lrs]
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    """Return the mean; infinity if any run diverged."""
-    usable = [v for v in values if v is not None and math.isfinite(v)]
-    return sum(usable) / len(usable) if usable and len(usable) == len(values) else math.inf
+    by_id = {p.id: p for p in known}
+    extra: dict[str, Point] = {}
+    for entry in (e for r in rounds for e in r["runs"]):
+        like = by_id.get(entry["like"])
+        if like is not None:
+            spec = dataclasses.replace(like.spec, lr=entry["lr"], seed=entry["seed"])
+            validate(spec)
+            extra.setdefault(spec.id, Point(like.arm, spec))
+    return [p for p in extra.values() if p.id not in by_id]

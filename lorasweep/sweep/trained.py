@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.spec.method import Method
-from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
+from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
 from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
 
@@ -41,18 +41,16 @@ def trained_by_set(method: Method, model: ModelSpec) -> list[Trained]:
             only: dict[str, Any] = {"layers": layer_set}
             trained = dataclasses.replace(method, **only).n_trainable(model)
             ranks = {r for m in matrices if (r := method.rank_of(m)) is not None}
-        count, shapes = sum(m.count for m in matrices), dict.fromkeys(map(_shape, matrices))
-        found.append(
-            Trained(layer_set, count, tuple(shapes), tuple(sorted(ranks)), trained, weights)
+        shapes = dict.fromkeys(
+            f"{m.d_in}x{m.d_out}"
+            + (f" of {m.n_experts} experts, {m.n_active} active" if m.n_experts > 1 else "")
+            for m in matrices
         )
+        count, in_order = sum(m.count for m in matrices), tuple(sorted(ranks))
+        found.append(Trained(layer_set, count, tuple(shapes), in_order, trained, weights))
     trained, weights = method.n_trainable(model), model.n_params
     rest = trained - sum(f.trained for f in found), weights - sum(f.weights for f in found)
     return [*found, Trained(REST, 0, (), (), *rest)]
-
-
-def _shape(m: Matrix) -> str:
-    experts = f" of {m.n_experts} experts, {m.n_active} active" if m.n_experts > 1 else ""
-    return f"{m.d_in}x{m.d_out}{experts}"
 
 
 def kinds_of(points: Iterable[Point]) -> list[tuple[ModelSpec, Method]]:
@@ -63,25 +61,20 @@ def kinds_of(points: Iterable[Point]) -> list[tuple[ModelSpec, Method]]:
 
 def trained_text(points: Sequence[Point]) -> str:
     """Write a table for each kind of run."""
-    return "\n\n".join(_table(model, method) for model, method in kinds_of(points))
-
-
-def _table(model: ModelSpec, method: Method) -> str:
-    rows = [HEAD]
-    for f in trained_by_set(method, model):
-        shown = str(f.matrices) if f.matrices else "-"
-        ranks = ", ".join(map(str, f.ranks)) or "-"
-        trained = f"{f.trained:,}" if f.trained else "frozen"
-        rows.append((f.layer_set, shown, ", ".join(f.shapes), ranks, trained, f"{f.weights:,}"))
-    total = f"{method.n_trainable(model):,}"
-    rows.append(("total", "", "", "", total, f"{model.n_params:,}"))
-    fields = ", ".join(f"{k}={v}" for k, v in method.plain().items() if k != "name")
-    return "\n".join(
-        [
-            f"{method.name} on {model.name} ({fields})",
-            *(f"  {line}" for line in aligned(rows, numbers=(1, 3, 4, 5))),
-        ]
-    )
+    tables = []
+    for model, method in kinds_of(points):
+        rows = [HEAD]
+        for f in trained_by_set(method, model):
+            shown = str(f.matrices) if f.matrices else "-"
+            ranks = ", ".join(map(str, f.ranks)) or "-"
+            trained = f"{f.trained:,}" if f.trained else "frozen"
+            rows.append((f.layer_set, shown, ", ".join(f.shapes), ranks, trained, f"{f.weights:,}"))
+        total = f"{method.n_trainable(model):,}"
+        rows.append(("total", "", "", "", total, f"{model.n_params:,}"))
+        fields = ", ".join(f"{k}={v}" for k, v in method.plain().items() if k != "name")
+        lines = [f"  {line}" for line in aligned(rows, numbers=(1, 3, 4, 5))]
+        tables.append("\n".join([f"{method.name} on {model.name} ({fields})", *lines]))
+    return "\n\n".join(tables)
 
 
 def trained_plain(points: Sequence[Point]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
 """Generators of data whose true distribution is known.
 
-Refuses to know what is trained on them.
+Refuses to know models and training.
 """

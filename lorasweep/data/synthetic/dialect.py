@@ -14,19 +14,11 @@ Shapes: V symbols; a table P_VVVV is P(next | a, b, c).
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 
-from lorasweep.data.examples import (
-    Data,
-    Example,
-    Truth,
-    generated,
-    of_generator,
-    rounded,
-)
+from lorasweep.data.examples import Data, Example, Truth, generated, of_generator, rounded
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -34,7 +26,7 @@ from lorasweep.spec.streams import stream
 VOCAB = 32
 DEFAULTS = {
     "rule_shift": 0.5,  # fraction of symbols with changed feature rows
-    "shift_rank": 0.0,  # rank of the change; 0: the rows are drawn anew
+    "shift_rank": 0.0,  # rank of the change; 0: the rows are drawn again
     "shift_nats": 0.3,  # with shift_rank: KL from the dialect to the language, nats per symbol
     "new_exceptions": 0.3,  # fraction of the exceptions that are replaced
     "exceptions": 0.3,  # fraction of contexts with a memorised next symbol
@@ -60,7 +52,8 @@ def load(spec: DatasetSpec, draw: int | None = None) -> Data:
     """
     where = f"dataset {spec.name!r}"
     table = transition(spec.generator_params, where, draw)
-    language = transition(_language(spec.generator_params), where)
+    unshifted = {"rule_shift": 0.0, "new_exceptions": 0.0}
+    language = transition({**spec.generator_params, **unshifted}, where)
     length = spec.max_length
 
     def sequences(rng: np.random.Generator, count: int, table: np.ndarray = table) -> list[Example]:
@@ -69,10 +62,7 @@ def load(spec: DatasetSpec, draw: int | None = None) -> Data:
         loss[:3] = False  # the first symbols have no full context
         return [Example(tokens=row, loss=loss) for row in tokens]
 
-    retain: list[Example] = []
-    if spec.n_retain:
-        retain = sequences(stream("data", spec.name, "retain"), spec.n_retain, language)
-
+    retain = sequences(stream("data", spec.name, "retain"), spec.n_retain, language)
     test = sequences(stream("data", spec.name, spec.test_split), spec.n_test)
     rows = np.stack([e.tokens for e in test])
     contexts = (rows[:, :-3], rows[:, 1:-2], rows[:, 2:-1])
@@ -93,18 +83,14 @@ def load(spec: DatasetSpec, draw: int | None = None) -> Data:
         entropy_floor_nats=float(floor.mean()),
         bits=lambda n_tokens: bits(spec.generator_params, n_tokens, draw),
     )
-    sha256 = of_generator(data, rounded(table)) if draw is None else _sha256(spec)
+    sha256 = of_generator(data, rounded(table)) if draw is None else _first_sha256(spec)
     return dataclasses.replace(data, sha256=sha256)
 
 
 @cache
-def _sha256(spec: DatasetSpec) -> str | None:
+def _first_sha256(spec: DatasetSpec) -> str | None:
     """Return the fingerprint of the first draw, which stands for all draws of its parameters."""
     return load(spec).sha256
-
-
-def _language(params: dict[str, float]) -> dict[str, float]:
-    return {**params, "rule_shift": 0.0, "new_exceptions": 0.0}
 
 
 def check(spec: DatasetSpec) -> None:
@@ -168,22 +154,16 @@ def parts_of(params: dict[str, float], draw: int | None = None, where: str = "di
     replaced = new.random((v, v, v)) < k["new_exceptions"]
     memorised = np.where(replaced, new.integers(v, size=(v, v, v)), memorised)
     parts = Parts(k, feats, out, zipf, is_exception, is_exception & replaced, memorised)
-    return _moved(parts, shifted, changes) if changes and len(shifted) else parts
-
-
-def _moved(parts: Parts, shifted: np.ndarray, changes: Sequence[np.ndarray]) -> Parts:
-    """Add the changes to the shifted rows, scaled to a distance of shift_nats.
-
-    The KL grows about with the square of a small scale, so each step multiplies the scale by the
-    root of what is missing.
-    """
-    # the new exceptions are in both tables: they have a distance of their own
-    before = _table(parts)
-    scale, wanted = 1.0, parts.k["shift_nats"]
+    if not changes or not len(shifted):
+        return parts
+    # Add the changes to the shifted rows, scaled to a distance of shift_nats. The KL grows about
+    # with the square of a small scale, so each step multiplies the scale by the root of the ratio.
+    before = _table(parts)  # with the new exceptions, which do not count in shift_nats
+    scale, wanted = 1.0, k["shift_nats"]
     for _ in range(MAX_SCALE_STEPS):
         feats = [table.copy() for table in parts.feats_VF]
-        for table, change in zip(feats, changes):
-            table[shifted] += scale * change
+        for features, change in zip(feats, changes):
+            features[shifted] += scale * change
         moved = dataclasses.replace(parts, feats_VF=feats)
         got = distance(_table(moved), before)
         if abs(got / wanted - 1) < SCALE_PRECISION:
@@ -256,10 +236,7 @@ def bits(params: dict[str, float], n_tokens: int, draw: int | None = None) -> di
         which -= math.lgamma(n_exceptions - count + 1)
         return count * math.log2(VOCAB) + which / math.log(2)
 
-    return {
-        "generator": rule + of_exceptions(len(shares)),
-        "learnable": rule + of_exceptions(seen),
-    }
+    return {"generator": rule + of_exceptions(len(shares)), "learnable": rule + of_exceptions(seen)}
 
 
 def _checked(params: dict[str, float], where: str) -> dict[str, float]:

@@ -52,11 +52,7 @@ BANDIT_LENGTH = 1 + KEY + 1
 
 
 def check_facts(spec: DatasetSpec) -> None:
-    """Check the generator parameters and the row length.
-
-    Raises:
-        DataError: one is unknown or out of range.
-    """
+    """Check the generator parameters and the row length."""
     where, params = f"dataset {spec.name!r}: ", parameters(spec, FACTS)
     count, fresh, row = params["facts"], params["fresh"], spec.max_length // FACT
     if spec.max_length % FACT:
@@ -120,6 +116,10 @@ def load_facts(spec: DatasetSpec) -> Data:
                 shown_values[here] = rng.integers(VALUES, size=(row, VALUE))
         return _rows(shown_keys, shown_values, spec)
 
+    def bits(n_tokens: int) -> dict[str, float]:
+        """Return the information in the values of the facts seen in loss tokens, in bits."""
+        return {"generator": min(count, n_tokens // VALUE) * VALUE * math.log2(VALUES)}
+
     shown = stream("data", spec.name, spec.test_split).permutation(count)[: spec.n_test * row]
     data = Data(
         train,
@@ -127,15 +127,10 @@ def load_facts(spec: DatasetSpec) -> Data:
         n_train=count // row,
         retain=_rows(keys[count:], values[count:], spec),
         entropy_floor_nats=0.0,
-        bits=None if params["fresh"] or spec.mask == "all" else lambda n: _bits(count, n),
+        bits=None if params["fresh"] or spec.mask == "all" else bits,
     )
     distribution = (f"fresh {params['fresh']}", keys[:count], values[:count])
     return dataclasses.replace(data, sha256=of_generator(data, *distribution))
-
-
-def _bits(count: int, n_tokens: int) -> dict[str, float]:
-    """Return the information in the values of the facts seen in `n_tokens` loss tokens, in bits."""
-    return {"generator": min(count, n_tokens // VALUE) * VALUE * math.log2(VALUES)}
 
 
 def _rows(keys: np.ndarray, values: np.ndarray, spec: DatasetSpec) -> list[Example]:
@@ -148,11 +143,7 @@ def _rows(keys: np.ndarray, values: np.ndarray, spec: DatasetSpec) -> list[Examp
 
 
 def check_bandit(spec: DatasetSpec) -> None:
-    """Check the generator parameters and the row length.
-
-    Raises:
-        DataError: one is unknown or out of range.
-    """
+    """Check the generator parameters and the row length."""
     where, contexts = f"dataset {spec.name!r}: ", parameters(spec, BANDIT)["contexts"]
     if not 1 <= contexts <= KEYS**KEY or contexts % 1:
         raise DataError(

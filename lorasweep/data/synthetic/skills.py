@@ -47,11 +47,7 @@ LONGEST_WORDS = len("sverse ") + LENGTHS[-1] + len(">") + LENGTHS[-1] + len("\n"
 
 
 def check_skills(spec: DatasetSpec) -> None:
-    """Check the generator parameters and the row length.
-
-    Raises:
-        DataError: one is unknown or out of range.
-    """
+    """Check the generator parameters and the row length."""
     difficulty = parameters(spec, SKILLS)["difficulty"]
     if difficulty not in DIFFICULTIES:
         raise DataError(
@@ -61,11 +57,7 @@ def check_skills(spec: DatasetSpec) -> None:
 
 
 def check_words(spec: DatasetSpec) -> None:
-    """Check that there are no generator parameters, and the row length.
-
-    Raises:
-        DataError: there is one, or rows would be cut.
-    """
+    """Check that there are no generator parameters, and the row length."""
     parameters(spec, {})
     _check_length(spec, LONGEST_WORDS)
 
@@ -87,18 +79,18 @@ def load_skills(spec: DatasetSpec) -> Data:
     difficulty = int(parameters(spec, SKILLS)["difficulty"])
 
     def draw(rng: np.random.Generator, count: int, difficulty: int = difficulty) -> list[Example]:
-        return [_example(*instance(rng, difficulty), spec) for _ in range(count)]
+        rows = []
+        for _ in range(count):
+            prompt, answer = instance(rng, difficulty)
+            tokens = encoded(f"{prompt}{answer}\n"[: spec.max_length])
+            loss = np.arange(len(tokens)) >= (1 if spec.mask == "all" else len(prompt))
+            rows.append(Example(tokens=tokens, loss=loss, n_bytes=int(loss.sum())))
+        return rows
 
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
-    retain: list[Example] = []
-    if spec.n_retain:
-        retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0])
-    data = Data(
-        train=generated(spec, spec.train_split, draw),
-        test=test,
-        n_train=spec.n_train,
-        retain=retain,
-    )
+    retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0])
+    train = generated(spec, spec.train_split, draw)
+    data = Data(train, test, n_train=spec.n_train, retain=retain)
     return dataclasses.replace(data, sha256=of_generator(data, f"difficulty {difficulty}"))
 
 
@@ -125,12 +117,6 @@ def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
 def encoded(text: str) -> np.ndarray:
     """Return the symbols of a text, int32."""
     return np.array([_INDEX[c] for c in text], dtype=np.int32)
-
-
-def _example(prompt: str, answer: str, spec: DatasetSpec) -> Example:
-    tokens = encoded(f"{prompt}{answer}\n"[: spec.max_length])
-    loss = np.arange(len(tokens)) >= (1 if spec.mask == "all" else len(prompt))
-    return Example(tokens=tokens, loss=loss, n_bytes=int(loss.sum()))
 
 
 def load_words(spec: DatasetSpec) -> Data:

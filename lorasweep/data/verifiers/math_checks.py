@@ -62,20 +62,21 @@ class MathChecks:
         Raises:
             DataError: no process can be started.
         """
+
+        def checked(pair: tuple[str, str]) -> float | None:
+            worker = self._free.get()
+            try:
+                return VERDICTS.get(worker.answer(json.dumps(pair)))
+            finally:
+                self._free.put(worker)
+
         new = [p for p in dict.fromkeys(pairs) if p not in self._known]
         known = {p: self._known[p] for p in pairs if p in self._known}
-        known.update(zip(new, self._threads.map(self._checked, new)))
+        known.update(zip(new, self._threads.map(checked, new)))
         if len(self._known) > MOST_KNOWN:
             self._known.clear()
         self._known.update(known)
         return [known[p] for p in pairs]
-
-    def _checked(self, pair: tuple[str, str]) -> float | None:
-        worker = self._free.get()
-        try:
-            return VERDICTS.get(worker.answer(json.dumps(pair)))
-        finally:
-            self._free.put(worker)
 
 
 @cache

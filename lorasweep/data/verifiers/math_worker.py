@@ -43,7 +43,7 @@ def main(limit_s: int) -> None:
     """Answer until standard input ends. A pair that takes over `limit_s` ends the process."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    logging.disable()  # math-verify warns at every call that it has no time limit of its own
+    logging.disable()  # math-verify warns at every call that no time limit is set
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print("ready", file=out, flush=True)
     for line in sys.stdin:

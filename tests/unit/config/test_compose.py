@@ -6,9 +6,7 @@ import yaml
 
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import DataError, LorasweepError, ModelError, SpecError
-from lorasweep.sweep.grid import expand
-from lorasweep.sweep.question import Sweep
-from tests.world import ROOT, tiny_spec
+from tests.world import ROOT
 
 
 @pytest.mark.parametrize("group", ["model", "dataset"])
@@ -20,14 +18,9 @@ def test_every_model_and_data_set_is_described_in_full(compose, group):
 
 
 def test_a_grid_may_be_changed_from_the_command_line(compose):
-    request = compose(
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "sweep.arms.lora.rank=[1,2]",
-        "sweep.arms.lora.lr=[1e-3,2e-3]",
-        "+sweep.axes.batch_size=[2,4]",
-        "~sweep.arms.fullft",
-    )
+    lora = ("sweep.arms.lora.rank=[1,2]", "sweep.arms.lora.lr=[1e-3,1.0001e-3,2e-3]")  # 2, snapped
+    rest = ("+sweep.axes.batch_size=[2,4]", "~sweep.arms.fullft")
+    request = compose("+sweep=lr_ratio", "scale=smoke", *lora, *rest)
     assert len(request.points) == 8
     assert {p.spec.method.rank for p in request.points} == {1, 2}
     request = compose("+sweep=lr_ratio", "scale=smoke", "sweep.arms.lora.lr=${geom:1e-4,1e-3,2}")
@@ -44,29 +37,19 @@ def test_a_grid_may_be_changed_from_the_command_line(compose):
         (["+sweep=lr_ratio", "sweep.axes.dataset=[dialekt]"], "Did you mean 'dialect'"),
         (["+sweep=lr_ratio", "sweep.arms.lora.method=loro"], "Did you mean 'lora'"),
         (["+sweep=lr_ratio", "+sweep.arms.lora.rnak=[1]"], "Did you mean 'rank'"),
-        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[]"], "empty"),
         (["+sweep=lr_ratio", "scale=smoke", "sweep.axes.seed=[]"], "empty"),
         (["+sweep=large_batches", "scale=paper"], "no scale 'paper'. Its file has: smoke, tiny"),
-        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[0.0]"], "lr=0.0"),
         (["+sweep=lr_ratio", "sweep.arms.lora.lr=[-1e-3]"], "lr=-0.001"),
-        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[nan]"], "lr: expected a finite number, got nan"),
-        (
-            ["+sweep=lr_ratio", "sweep.arms.lora.lr=[fast]"],
-            "lr: expected a finite number, got 'fast'",
-        ),
-        (["+sweep=lr_ratio", "sweep.arms.lora.rank=[0,4]"], "rank=0"),
+        (["+sweep=lr_ratio", "sweep.arms.lora.lr=[fast]"], "expected a finite number, got 'fast'"),
         (["+sweep=lr_ratio", "sweep.arms.lora.rank=[64]"], "from 1 to 32"),
         (["+sweep=lr_ratio", "+sweep.arms.lora.layers=[heads]"], "attention, mlp, unembedding"),
         (["+sweep=lr_ratio", "sweep.claims.ratio.margin=[3]"], "margin"),
-        (["lr=0"], "lr=0"),
         (["lr=1e9"], "between"),
-        (["steps=0"], "steps"),
         (["action=go"], "Available: adapter"),
         (["format=xml"], "json"),
         (["mirror=tensorboard"], "wandb"),
         (["exec.pack_size=0"], "pack_size"),
         (["exec.workers=0"], "workers"),
-        (["method.rank=999"], "rank=999"),
         (["dataset.n_test_curve=9999"], "n_test"),
     ],
 )
@@ -121,12 +104,9 @@ def test_the_keys_of_an_old_data_set_are_refused_with_the_new_ones(compose, tmp_
     [
         ["rank=4"],
         ["lr=abc"],
-        ["steps=1.5"],
-        ["model=none"],
         ["scale=huge"],
         ["method=fullft", "method.rank=3"],
         ["+sweep=nothing"],
-        ["exec.threads=two"],
     ],
 )
 def test_unknown_keys_groups_and_types_are_hydras_errors(compose, overrides):
@@ -152,8 +132,3 @@ def test_missing_weights_and_data_say_how_to_get_them(compose, tmp_path):
 def test_data_that_the_model_has_no_symbols_for_is_refused(compose):
     with pytest.raises(SpecError, match="48 symbols"):
         check_available(compose("dataset=skills", "model=tiny64"))
-
-
-def test_expand_drops_duplicates():
-    sweep = Sweep(arms={"a": {"method": "lora", "rank": [4], "lr": [1e-3, 1.0001e-3]}})
-    assert len(expand(tiny_spec(), sweep, None, None)) == 1

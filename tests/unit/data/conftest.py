@@ -4,33 +4,39 @@ import pytest
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """`hub(name, rows)` leaves a data set, rows: {configuration: {split: rows}}; returns its path."""
+def offline(tmp_path, monkeypatch):
+    """Give `datasets` an empty cache and no network; return the cache."""
     import datasets
-    import yaml
     from huggingface_hub import constants
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
+    return tmp_path / "datasets"
+
+
+@pytest.fixture
+def hub(tmp_path, offline):
+    """`hub(name, rows)` leaves a data set, rows: {configuration: {split: rows}}; returns its path."""
+
+    import datasets
+    import yaml
 
     def made(name, content, described=True):
         folder = tmp_path / name
         configs, infos = [], []
         for config, splits in content.items():
-            files = []
+            files, counts = [], []
             features = datasets.Dataset.from_list(next(r for r in splits.values() if r)).features
+            (folder / config).mkdir(parents=True, exist_ok=True)
             for split, rows in splits.items():
                 path = f"{config}/{split}-00000-of-00001.parquet"
-                (folder / config).mkdir(parents=True, exist_ok=True)
                 columns = {name: [row[name] for row in rows] for name in features}
                 datasets.Dataset.from_dict(columns, features).to_parquet(folder / path)
                 files.append({"split": split, "path": path})
+                counts.append({"name": split, "num_examples": len(rows), "num_bytes": 1})
             configs.append({"config_name": config, "data_files": files})
-            counts = [
-                {"name": s, "num_examples": len(r), "num_bytes": 1} for s, r in splits.items()
-            ]
             named = {"config_name": config, "features": features._to_yaml_list()}
             infos.append({**named, "splits": counts})
         card = {"configs": configs, **({"dataset_info": infos} if described else {})}

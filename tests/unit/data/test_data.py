@@ -1,6 +1,5 @@
 """Data: order, masks, padding, generators with known entropy, and rows that must be refused."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -9,10 +8,10 @@ import pytest
 from lorasweep.data import load as data
 from lorasweep.data.batches import collate, merge, padded
 from lorasweep.data.examples import Example
-from lorasweep.data.synthetic import dialect, skills
+from lorasweep.data.synthetic import skills
 from lorasweep.errors import DataError
 from lorasweep.spec.streams import stream
-from tests.world import compose_request, tiny_spec
+from tests.unit.data.shipped import shipped
 
 
 class Letters:
@@ -33,17 +32,9 @@ def jsonl(tmp_path, rows, **changes):
     for split in ("train", "test"):
         text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows)
         (folder / f"{split}.jsonl").write_text(text + "\n")
-    spec = compose_request(["dataset=gsm8k"]).points[0].spec.dataset
-    spec = dataclasses.replace(
-        spec,
-        name="mine",
-        location="mine",
-        revision="",
-        prompt_field="prompt",
-        completion_field="completion",
-        template="{prompt}|",
-        **changes,
-    )
+    mine = {"name": "mine", "location": "mine", "revision": "", "template": "{prompt}|"}
+    names = {"prompt_field": "prompt", "completion_field": "completion"}
+    spec = shipped("gsm8k", **mine, **names, **changes)
     return data.load(spec, [str(tmp_path)], Letters())
 
 
@@ -58,14 +49,8 @@ def test_the_loss_looks_at_the_completion_and_its_end(tmp_path):
 
 
 def test_messages_train_the_assistant_only(tmp_path):
-    row = {
-        "messages": [
-            {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": "yes"},
-            {"role": "user", "content": "so"},
-            {"role": "assistant", "content": "no"},
-        ]
-    }
+    said = ("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
     last = jsonl(tmp_path, [row], format="messages", mask="last_assistant").test[0]
     every = jsonl(tmp_path, [row], format="messages").test[0]
     assert bytes(last.tokens[last.loss].tolist()) == b"no\0"
@@ -101,14 +86,10 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, words):
 
 def test_a_file_other_than_the_pinned_one_is_refused(tmp_path):
     jsonl(tmp_path, ROWS)
-    spec = compose_request(["dataset=gsm8k"]).points[0].spec.dataset
     with pytest.raises(DataError, match="pins"):
-        data.load(dataclasses.replace(spec, location="mine"), [str(tmp_path)], Letters())
-
-
-def test_text_without_a_tokenizer_is_refused():
+        data.load(shipped("gsm8k", location="mine"), [str(tmp_path)], Letters())
     with pytest.raises(DataError, match="no tokenizer"):
-        data.load(compose_request(["dataset=gsm8k"]).points[0].spec.dataset, [])
+        data.load(shipped("gsm8k"), [])
 
 
 def test_padding_never_bears_loss_and_loss_positions_predict_the_next_token():
@@ -117,65 +98,36 @@ def test_padding_never_bears_loss_and_loss_positions_predict_the_next_token():
         Example(np.arange(1, 21, dtype=np.int32), np.arange(20) == 19),
     ]
     b = collate(examples)
-    assert (
-        b.tokens_NX.shape == (1, 48)
-        and b.lengths == ((16, 32),)
-        and b.loss_positions_NM.shape == (1, 16)
-    )
-    assert b.n_loss == 4 and b.tokens_N == (25,)
-    assert (
-        list(b.tokens_NX[0, b.loss_positions_NM[0, :4] + 1])
-        == list(b.targets_NM[0, :4])
-        == [2, 3, 5, 20]
-    )
+    assert b.tokens_NX.shape == (1, 48) and b.loss_positions_NM.shape == (1, 16)
+    assert b.lengths == ((16, 32),) and b.n_loss == 4 and b.tokens_N == (25,)
+    following = b.tokens_NX[0, b.loss_positions_NM[0, :4] + 1]
+    assert list(following) == list(b.targets_NM[0, :4]) == [2, 3, 5, 20]
     assert not b.weight_NM[0, 4:].any()
 
 
-def test_members_are_filled_up_and_the_padded_form_says_the_same():
+@pytest.mark.parametrize(
+    ("lengths", "filled"),
+    [
+        (((5, 20), (40, 3)), ((16, 32, 16), (48, 16))),
+        (((64, 64), (16,) * 5), ((64, 64), (16,) * 5 + (48,))),
+    ],
+)
+def test_runs_are_filled_up_and_the_padded_form_says_the_same(lengths, filled):
     rng = np.random.default_rng(0)
-
-    def rows(*lengths):
-        return [
-            Example(rng.integers(1, 9, size=n).astype(np.int32), np.arange(n) > 1) for n in lengths
-        ]
-
-    parts = [collate(rows(5, 20)), collate(rows(40, 3))]
+    rows = [
+        [Example(rng.integers(1, 9, size=n).astype(np.int32), np.arange(n) > 1) for n in own]
+        for own in lengths
+    ]
+    parts = [collate(own) for own in rows]
     b = merge(parts)
-    assert b.lengths == ((16, 32, 16), (48, 16)) and b.tokens_NX.shape == (2, 64)
-    assert b.n_loss == sum(p.n_loss for p in parts) and b.tokens_N == (25, 43)
+    assert b.lengths == filled and b.n_loss == sum(p.n_loss for p in parts)
+    assert b.tokens_N == tuple(map(sum, lengths))
     tokens, positions, targets, weight = padded(b)
-    assert (
-        tokens.shape == (4, 48) and weight.sum() == b.n_loss
-    )  # two rows a member: filler is left out
-    assert [int((row > 0).sum()) for row in tokens] == [5, 20, 40, 3]
-    real = weight > 0
-    rows_, _ = np.nonzero(real)
-    assert list(tokens[rows_, positions[real] + 1]) == list(targets[real])
-
-
-def test_members_of_different_numbers_of_rows_have_a_padded_form_too():
-    def rows(count, length):
-        tokens = np.arange(1, length + 1, dtype=np.int32)
-        return collate([Example(tokens, tokens > 1)] * count)
-
-    b = merge([rows(2, 64), rows(5, 16)])
-    tokens, positions, targets, weight = padded(b)
-    assert tokens.shape == (10, 64) and weight.sum() == b.n_loss
-    assert [int((row > 0).sum()) for row in tokens] == [64] * 2 + [0] * 3 + [16] * 5
+    most = max(map(len, lengths))  # filler is left out; a run with fewer rows gets empty ones
+    expected = [n for own in lengths for n in (*own, *[0] * (most - len(own)))]
+    assert [int((row > 0).sum()) for row in tokens] == expected and weight.sum() == b.n_loss
     row_of, column = np.nonzero(weight)
     assert list(tokens[row_of, positions[row_of, column] + 1]) == list(targets[row_of, column])
-
-
-def test_dialect_is_a_distribution_and_its_floor_is_its_entropy():
-    table = dialect.transition({})
-    assert np.allclose(table.sum(-1), 1) and table.min() >= 0
-    loaded = data.load(dataclasses.replace(tiny_spec().dataset, n_test=2048, max_length=64), [])
-    rows = np.stack([e.tokens for e in loaded.test])
-    p = table[rows[:, :-3], rows[:, 1:-2], rows[:, 2:-1]]
-    entropy = float(-(p * np.log(np.maximum(p, 1e-300))).sum(-1).mean())
-    assert loaded.entropy_floor_nats == pytest.approx(
-        entropy, abs=0.01
-    )  # sampled against exact, over the same contexts
 
 
 def test_skills_have_right_answers():
@@ -194,5 +146,5 @@ def test_skills_have_right_answers():
 
 
 def test_streams_are_named():
-    assert stream("a", 1).integers(1 << 30) == stream("a", 1).integers(1 << 30)
-    assert stream("a", 1).integers(1 << 30) != stream("a", 2).integers(1 << 30)
+    first, again, other = (stream("a", n).integers(1 << 30) for n in (1, 1, 2))
+    assert first == again != other

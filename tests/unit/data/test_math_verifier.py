@@ -1,4 +1,4 @@
-"""Mathematical answers are compared in processes of their own, which end with a check that hangs."""
+"""Mathematical answers are compared in separate processes; one that hangs is ended."""
 
 import dataclasses
 import os
@@ -20,11 +20,13 @@ from lorasweep.data.verifiers.math_checks import MathChecks
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.bpe import llama_like
+from tests.small_hub import deep
+from tests.unit.data.shipped import composed, shipped
 from tests.unit.data.test_rewards import PIECES
 from tests.unit.data.test_study_data import load, problem, spec_of
-from tests.world import compose_request
 
 HANGS = r"\binom{10000000}{5000000}"
+DIGITS = "9" * 4400
 TOWER = "9^{9^{9^{9}}}"
 
 
@@ -73,15 +75,13 @@ def checks():
         (r"\infty", "-\\infty", 0.0),
         ("7", "", None),
         ("", "7", None),
+        ("7", DIGITS, 0.0),
+        (DIGITS, DIGITS, 1.0),
+        (DIGITS, "7", 0.0),
     ],
 )
 def test_answers_are_right_wrong_or_unread(checks, gold, answer, verdict):
     assert checks.check([(gold, answer)]) == [verdict]
-
-
-def test_numbers_of_very_many_digits_are_compared(checks):
-    digits = "9" * 4400
-    assert checks.check([("7", digits), (digits, digits), (digits, "7")]) == [0.0, 1.0, 0.0]
 
 
 @settings(max_examples=40, deadline=None)
@@ -130,9 +130,8 @@ def test_a_verifier_that_does_not_start_is_said(monkeypatch):
     with pytest.raises(DataError, match="does not start"):
         MathChecks(1).check([("1", "1")])
     monkeypatch.setattr(math_checks.importlib.util, "find_spec", lambda name: None)
-    spec = compose_request(["dataset=math_reward"]).points[0].spec.dataset
     with pytest.raises(DataError, match=r"math-verify.*pip install 'lorasweep\[rl\]'"):
-        rewards.check_available(spec)
+        rewards.check_available(shipped("math_reward"))
 
 
 # ---------------------------------------------------------------- the study's data sets
@@ -146,10 +145,6 @@ def given(loaded, row, *texts):
     return loaded.rewards.of([(row, encoded(text)) for text in texts])
 
 
-def subjects(name, rows):
-    return {kind: {"train": rows(kind, 0), "test": rows(kind, 9)} for kind in name.split("+")}
-
-
 def math(hub, name="MATH", wrong=None):
     def rows(kind, k):
         own = [problem(f"{k + i}", kind) for i in range(2)]
@@ -158,30 +153,19 @@ def math(hub, name="MATH", wrong=None):
     spec = spec_of("math_reward", "")
     held_out = [{"problem": "Why?", "solution": r"It is late: $\boxed{x^2 + 1}$", "answer": "no"}]
     where = hub(f"{name}500", {"default": {"test": held_out}})
-    content = subjects(spec.config, rows)
-    return spec_of(
-        "math_reward", hub(name, content), test_location=where, test_revision="", n_test=1
-    )
+    kinds = spec.config.split("+")
+    path = hub(name, {kind: {"train": rows(kind, 0), "test": rows(kind, 9)} for kind in kinds})
+    return spec_of("math_reward", path, test_location=where, test_revision="", n_test=1)
 
 
 def test_an_answer_to_math_is_what_stands_in_its_last_box(hub):
     spec = math(hub)
     loaded = load(spec, llama_like())
     (row,) = loaded.test
-    said = [
-        r"so \boxed{1 + x^2}",
-        r"\boxed{3} no, \boxed{x^2+1}." + "\n\nUser:",
-        r"\boxed{x^2}",
-        "x^2 + 1",
-        r"\boxed{x^2",
-    ]
-    assert given(loaded, row, *said) == [1.0, 1.0, 0.0, None, None]
-    ids = llama_like()
-    assert loaded.rewards.ends == (
-        (ids.eos_token_id,),
-        tuple(ids("User:", add_special_tokens=False).input_ids),
-    )
-    end = loaded.rewards.ends[1]
+    said = [r"so \boxed{1 + x^2}", r"\boxed{3} no, \boxed{x^2+1}." + "\n\nUser:", r"\boxed{x^2}"]
+    assert given(loaded, row, *said, "x^2 + 1", r"\boxed{x^2") == [1.0, 1.0, 0.0, None, None]
+    end = tuple(encoded("User:"))
+    assert loaded.rewards.ends == ((llama_like().eos_token_id,), end)
     assert tuple(answer_of(row)[-len(end) :]) == end
     rewards.check_rows(spec, loaded, 512)
     assert len(prompt_of(row)) + len(answer_of(row)) == len(row.tokens)
@@ -194,17 +178,9 @@ def test_a_gold_answer_that_cannot_be_read_is_named(hub):
         rewards.check_rows(spec, loaded, 512)
 
 
-def deep(k, answer):
-    more = {"difficulty": 5.0, "topic": "made"}
-    return {
-        **{"question": f"So {k}?", "final_answer": answer, **more},
-        **{f"r1_solution_{i}": f"Yes {i}" for i in (1, 2, 3)},
-    }
-
-
 def test_the_gold_answer_of_deepmath_is_a_column_and_needs_no_box(hub):
     answers = [r"\dfrac{\pi}{2}", "Yes", r"\infty", "0", "(0, 1)", "7"]
-    rows = [deep(k, a) for k, a in enumerate(answers)]
+    rows = [{**deep(k), "final_answer": answer} for k, answer in enumerate(answers)]
     path = hub("deep", {"default": {"train": rows}})
     spec = spec_of("deepmath_reward", path, n_test=2, holdout=2)
     loaded = load(spec, llama_like())
@@ -214,24 +190,25 @@ def test_the_gold_answer_of_deepmath_is_a_column_and_needs_no_box(hub):
         box = rf"<think> </think> \boxed{{{gold}}}" + "\n\n"
         # a sampled answer needs one, also if it is the gold answer's very text
         assert given(loaded, row, box, r"\boxed{-123}", gold, "") == [1.0, 0.0, None, None]
-    empty = hub("none", {"default": {"train": [*rows, deep(9, " ")]}})
+    empty = hub("none", {"default": {"train": [*rows, {**rows[0], "final_answer": " "}]}})
     spec = spec_of("deepmath_reward", empty, n_test=2, holdout=2)
     with pytest.raises(DataError, match=r"row \d+: its own gold answer cannot be read"):
         rewards.check_rows(spec, load(spec, llama_like()), 8192)
 
 
 def test_a_gold_answer_that_the_reward_would_not_read_is_refused():
-    spec = compose_request(["dataset=deepmath"]).points[0].spec
-    deepmath = dataclasses.replace(spec.dataset, verifier="math")
+    spec = dataclasses.replace(composed("deepmath"), dataset=shipped("deepmath", verifier="math"))
     with pytest.raises(SpecError, match="completion_field=final_answer"):
-        validate(dataclasses.replace(spec, dataset=deepmath))
+        validate(spec)
 
 
 def test_gsm8k_with_the_studys_prompt_is_read_in_a_box_or_behind_its_mark(hub):
     rows = [{"question": "So?", "answer": f"It is <<2*3=6>>6.\n#### {n}"} for n in ("6", "1,200")]
-    spec = spec_of("gsm8k_boxed_reward", hub("gsm8k", {"main": {"train": rows, "test": rows}}))
-    spec = dataclasses.replace(spec, n_test=2)
+    where = hub("gsm8k", {"main": {"train": rows, "test": rows}})
+    spec = spec_of("gsm8k_boxed_reward", where, n_test=2)
     loaded = load(spec, llama_like())
     rewards.check_rows(spec, loaded, 256)
+    learned = llama_like().decode(answer_of(loaded.test[0]))
+    assert learned == " It is <<2*3=6>>6.\n#### 6\n\nUser:"
     said = (r"it is \boxed{1200}" + "\n\nUser:", "#### 1,200", r"\boxed{12}", "1200")
     assert given(loaded, loaded.test[1], *said) == [1.0, 1.0, 0.0, None]

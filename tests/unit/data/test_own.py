@@ -1,4 +1,4 @@
-"""Somebody's own rows: the usual forms are told, counted and tokenized; others are named."""
+"""Rows without a data set file: the usual forms are recognised and counted, others refused."""
 
 import json
 
@@ -9,15 +9,13 @@ from lorasweep.data.load import check_available
 from lorasweep.errors import DataError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "héllo"}]}
-FORMS = {
-    "messages": CHAT,
-    "conversations": {
-        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "héllo"}]
-    },
-    "question": {"question": "Hi", "answer": "héllo", "id": 3},
-    "instruction": {"instruction": "Hi", "output": "héllo"},
-    "prompt": {"prompt": "Hi", "completion": "héllo"},
-}
+FORMS = (
+    CHAT,
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "héllo"}]},
+    {"question": "Hi", "answer": "héllo", "id": 3},
+    {"instruction": "Hi", "output": "héllo"},
+    {"prompt": "Hi", "completion": "héllo"},
+)
 
 
 def written(path, *rows):
@@ -25,9 +23,9 @@ def written(path, *rows):
     return str(path)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_usual_forms_are_read_and_counted(tmp_path, form):
-    given = written(tmp_path / "train.jsonl", FORMS[form], FORMS[form])
+@pytest.mark.parametrize("row", FORMS, ids=lambda row: next(iter(row)))
+def test_the_usual_forms_are_read_and_counted(tmp_path, row):
+    given = written(tmp_path / "train.jsonl", row, row)
     spec = own.dataset_of(given)
     check_available(spec, ["."])
     assert spec.problem is None and own.dataset_of(str(tmp_path)) == spec
@@ -43,13 +41,8 @@ def test_held_out_rows_are_those_beside_it(tmp_path):
     assert alone.name.startswith("support-")
     written(tmp_path / "test.jsonl", CHAT)
     assert own.dataset_of(given).test_split == "test"
-
-
-def test_other_content_is_another_data_set(tmp_path):
-    given = written(tmp_path / "train.jsonl", CHAT)
-    before = own.dataset_of(given)
-    written(tmp_path / "train.jsonl", CHAT, CHAT)
-    assert own.dataset_of(given).name != before.name
+    written(tmp_path / "support.jsonl", CHAT, CHAT)
+    assert own.dataset_of(given).name != alone.name
 
 
 @pytest.mark.parametrize(
@@ -68,9 +61,6 @@ def test_what_cannot_be_read_is_named(tmp_path, name, text, says):
         own.dataset_of(str(tmp_path / name))
     with pytest.raises(DataError, match="no file"):
         own.dataset_of(str(tmp_path / "gone"))
-
-
-def test_a_later_row_of_another_form_is_named_with_its_line(tmp_path):
     given = written(tmp_path / "train.jsonl", CHAT, {"prompt": "a", "completion": "b"})
     with pytest.raises(DataError, match=r"train\.jsonl:2"):
         own.count(given)

@@ -1,7 +1,6 @@
 """Messages as text, token by token, on tokenizers that split as Llama 3's and Qwen's do."""
 
 import copy
-import dataclasses
 import json
 
 import pytest
@@ -11,7 +10,8 @@ from lorasweep.data import load as data
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.bpe import llama_like, qwen_like
-from tests.world import compose_request, tiny_spec
+from tests.unit.data.shipped import shipped
+from tests.world import tiny_spec
 
 TURNS = [
     {"role": "user", "content": "Is it late?"},
@@ -27,10 +27,8 @@ def tokens_of(tmp_path, tokenizer, messages=TURNS, **changes):
     for split in ("train", "test"):
         row = json.dumps({"messages": messages})
         (tmp_path / "mine" / f"{split}.jsonl").write_text(row + "\n")
-    spec = dataclasses.replace(
-        compose_request(["dataset=tulu3"]).points[0].spec.dataset,
-        **{"source": "jsonl", "location": "mine", "holdout": 0, "revision": "", **changes},
-    )
+    mine = {"source": "jsonl", "location": "mine", "holdout": 0, "revision": ""}
+    spec = shipped("tulu3", **mine, **changes)
     e = data.load(spec, [str(tmp_path)], tokenizer).test[0]
     words = tokenizer.convert_ids_to_tokens(e.tokens.tolist())
     shown = [w.replace("Ġ", "_").replace("Ċ", "/") for w in words]
@@ -113,21 +111,6 @@ def weighted(*weights, turns=TURNS):
             "[<|endoftext|>]",
         ),
         (
-            "completion",
-            (0, 1, ..., 0),
-            "Assistant : [_Yes] [,] [_it] [_is] [.//] User : _So ? _ 3 4 5 // Assistant : _No !// "
-            "User :",
-            "_ [Yes] [,] [_it] [_is] [.] [<|endoftext|>] User : _ S o ? _ 3 4 5 // Assistant : _ No "
-            "! <|endoftext|>",
-        ),
-        (
-            "last_assistant",  # the last one that is not left out
-            (..., ..., ..., 0),
-            "Assistant : [_Yes] [,] [_it] [_is] [.//] User : _So ? _ 3 4 5 // Assistant : _No !// "
-            "User :",
-            None,
-        ),
-        (
             "last_assistant",  # and each one that is put in
             (None, 1.0, None, None),
             "Assistant : [_Yes] [,] [_it] [_is] [.//] User : _So ? _ 3 4 5 // Assistant : [_No] "
@@ -172,13 +155,8 @@ def test_weights_in_a_chat_template_are_those_of_the_texts_characters(tmp_path, 
     given = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     reference = [inside[start] for start, _ in given.offset_mapping]
     reference[0] = False
-    _, row = tokens_of(
-        tmp_path,
-        tokenizer,
-        weighted(..., weights[0], ..., weights[1]),
-        mask=mask,
-        render="chat_template",
-    )
+    turns = weighted(..., weights[0], ..., weights[1])
+    _, row = tokens_of(tmp_path, tokenizer, turns, mask=mask, render="chat_template")
     n = len(row.tokens)  # what follows the last answer in the loss is left out
     assert row.tokens.tolist() == given.input_ids[:n] and row.loss.tolist() == reference[:n]
     assert not any(reference[n:])
@@ -224,26 +202,17 @@ def test_a_template_that_rewrites_what_came_before_trains_the_last_answer_only(t
         chat(tmp_path, FORGETS, "completion")
     with pytest.raises(DataError, match="render=chat_template, but the tokenizer has none"):
         chat(tmp_path, None, "completion")
-    refuses = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="roles must alternate"):
-        chat(tmp_path, refuses, "completion")
-
-
-def test_a_template_with_a_date_writes_the_same_one_every_day(tmp_path):
+        chat(tmp_path, "{{ raise_exception('roles must alternate') }}", "completion")
+    # a date is the same one every day
     assert chat(tmp_path, "{{ date_string }}" + CHAT, "all")[0].startswith("26 Jul 2024")
 
 
 def test_the_form_of_messages_is_part_of_a_run_and_checked_before_it_starts():
-    def with_data(**changes):
-        return dataclasses.replace(spec, dataset=dataclasses.replace(spec.dataset, **changes))
-
-    spec = dataclasses.replace(
-        tiny_spec(), dataset=compose_request(["dataset=tulu3"]).points[0].spec.dataset
-    )
-    before = with_data(render="role_eos")
-    assert "render" not in before.plain()["dataset"] and before.id != spec.id
+    before = tiny_spec(dataset=shipped("tulu3", render="role_eos"))
+    assert "render" not in before.plain()["dataset"]
+    assert before.id != tiny_spec(dataset=shipped("tulu3")).id
     with pytest.raises(SpecError, match=r"render='chatml'. Allowed: role_colon, role_eos, chat"):
-        validate(with_data(render="chatml"))
-    synthetic = dataclasses.replace(tiny_spec().dataset, render="role_colon")
+        validate(tiny_spec(dataset=shipped("tulu3", render="chatml")))
     with pytest.raises(SpecError, match="render='role_colon' has no effect with source=synthetic"):
-        validate(dataclasses.replace(spec, dataset=synthetic))
+        validate(tiny_spec(dataset=shipped("dialect", render="role_colon")))

@@ -1,4 +1,4 @@
-"""Data sets whose answers are rewarded: what is right, what cannot be read, and what is refused."""
+"""Rewarded data sets: right, wrong and unreadable answers, and settings that are refused."""
 
 import dataclasses
 from decimal import Decimal
@@ -12,21 +12,15 @@ from lorasweep.config.preflight import check_available
 from lorasweep.data import load as data
 from lorasweep.data import rewards
 from lorasweep.data.examples import answer_of, prompt_of
-from lorasweep.data.verifiers.reading import boxed, integer, marked
+from lorasweep.data.rewards import boxed, integer, marked
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
+from tests.unit.data.shipped import shipped
 from tests.unit.data.test_data import jsonl
-from tests.world import compose_request, tiny_spec
-
-
-def dataset(name, **changes):
-    model = {"bandit": "tiny64-knows", "words": "tiny64-skills"}[name]
-    spec = compose_request([f"model={model}", f"dataset={name}"]).points[0].spec.dataset
-    return dataclasses.replace(spec, **changes)
 
 
 def test_every_context_has_one_hidden_label_of_sixteen_and_comes_once_an_epoch():
-    loaded = data.load(dataset("bandit", generator_params={"contexts": 4096}), [])
+    loaded = data.load(shipped("bandit", generator_params={"contexts": 4096}), [])
     rows = loaded.test
     assert len({tuple(prompt_of(r)) for r in rows}) == loaded.n_train == len(rows) == 4096
     labels = np.array([answer_of(r)[0] for r in rows])
@@ -34,9 +28,9 @@ def test_every_context_has_one_hidden_label_of_sixteen_and_comes_once_an_epoch()
     assert len(counts) == 16 and ((counts - 256) ** 2 / 256).sum() < 37.7  # chi2(15), p = .001
     epoch = loaded.train(3, 0, 4096)
     assert {tuple(r.tokens) for r in epoch} == {tuple(r.tokens) for r in rows}
-    fewer = data.load(dataset("bandit", generator_params={"contexts": 64}), [])
+    fewer = data.load(shipped("bandit", generator_params={"contexts": 64}), [])
     assert all((a.tokens == b.tokens).all() for a, b in zip(fewer.test, rows))
-    other = data.load(dataset("bandit", generator_params={"set": 1}), [])
+    other = data.load(shipped("bandit", generator_params={"set": 1}), [])
     assert other.sha256 != fewer.sha256
     of = loaded.rewards.of
     assert sum(of([(rows[0], np.array([a])) for a in range(48)])) == 1.0
@@ -44,7 +38,7 @@ def test_every_context_has_one_hidden_label_of_sixteen_and_comes_once_an_epoch()
 
 
 def test_a_word_is_answered_by_its_skill_and_ends_its_line():
-    loaded = data.load(dataset("words"), [])
+    loaded = data.load(shipped("words"), [])
     text = "\n abcdefghijklmnopqrstuvwxyz0123456789+-*=:>.?"
     for row in loaded.test[:200]:
         word, letters = "".join(text[t] for t in prompt_of(row)).removesuffix(">").split()
@@ -53,7 +47,7 @@ def test_a_word_is_answered_by_its_skill_and_ends_its_line():
         assert answer == "".join(skill) + "\n" and len(letters) in (4, 5)
         given = [(row, answer_of(row)), (row, answer_of(row)[:-1])]  # with and without its end
         assert loaded.rewards.of(given) == [1.0, 0.0]
-    rewards.check_rows(dataset("words"), loaded, 6)
+    rewards.check_rows(shipped("words"), loaded, 6)
 
 
 @pytest.mark.parametrize(
@@ -63,17 +57,17 @@ def test_a_word_is_answered_by_its_skill_and_ends_its_line():
         ("#### 1,234", 1234),
         (r"is \boxed{\$18.}", 18),
         ("#### $-5.00", -5),
-        ("#### 1/2", None),
-        ("#### 0.5", None),
-        ("seven", None),
-        ("#### 7 apples", None),
-        (r"\boxed{7", None),
         ("#### -0", 0),
         ("#### \u0663", 3),
-        ("#### \u00b2", None),
-        ("#### 1e9", None),
-        ("#### inf", None),
-        ("####\u2028", None),
+        ("seven", None),
+        (r"\boxed{7", None),
+        *(
+            (f"#### {t}", None)
+            for t in ("1/2", "0.5", "7 apples", "\u00b2", "1e9", "inf", "\u2028")
+        ),
+        # int() refuses more than 4,300 digits
+        ("#### " + "9" * 4400, Decimal("9" * 4400)),
+        (r"\boxed{" * 5000 + "7" + "}" * 5000, 7),
     ],
 )
 def test_whole_numbers_are_read_exactly(text, number):
@@ -84,14 +78,8 @@ def test_marks_and_boxes_are_read():
     assert boxed(r"\boxed{1} or \boxed{\{2, 3\}}.") == r"\{2, 3\}"
     assert boxed(r"so $\boxed 7$") == "7" and boxed(r"\fbox{a{b}c}") == "a{b}c"
     assert boxed(r"\boxed{\frac{1}{2}") is None and boxed("none") is None
-    assert marked("a #### 1\n#### 2,000 \n") == "2000" and marked("none ####") is None
-
-
-def test_long_and_deep_texts_are_read():
-    """int() refuses more than 4,300 digits."""
-    assert integer("#### " + "9" * 4400) == Decimal("9" * 4400)
-    assert integer(r"\boxed{" * 5000 + "7" + "}" * 5000) == 7
     assert boxed(r"\boxed" + "{" * 5000 + "7" + "}" * 5000) == "{" * 4999 + "7" + "}" * 4999
+    assert marked("a #### 1\n#### 2,000 \n") == "2000" and marked("none ####") is None
 
 
 PIECES = st.sampled_from(
@@ -128,7 +116,7 @@ def test_text_is_rewarded_by_its_number_and_a_gold_answer_must_be_readable(tmp_p
         return loaded.rewards.of([(row, np.array(list(text.encode())))])[0]
 
     assert (of("#### 1000"), of("#### 1"), of("one")) == (1.0, 0.0, None)
-    spec = dataclasses.replace(tiny_spec().dataset, verifier="integer", max_length=64)
+    spec = shipped("gsm8k", verifier="integer", max_length=64)
     rewards.check_rows(spec, loaded, 16)
     with pytest.raises(
         DataError, match=r"row 0: its prompt, the longest, has 3 tokens.*Set dataset.max_length=65"

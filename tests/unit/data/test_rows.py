@@ -1,16 +1,18 @@
-"""Text is tokenized once and then mapped from a file, which is believed only while it is whole."""
+"""Text is tokenized once, then mapped from a file; a damaged file is written again."""
 
 import dataclasses
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from lorasweep.data import load as data
 from lorasweep.data import rows
+from lorasweep.data.examples import Example
 from tests.bpe import qwen_like
-from tests.world import compose_request
+from tests.unit.data.shipped import shipped
 
 
 class Counting:
@@ -30,9 +32,8 @@ class Counting:
 def world(tmp_path):
     """A data set of 600 rows; `load(...)` with a fresh tokenizer says how many texts it was given."""
     (tmp_path / "mine").mkdir()
-    spec = compose_request(["dataset=gsm8k"]).points[0].spec.dataset
     names = {"prompt_field": "p", "completion_field": "c", "location": "mine", "revision": ""}
-    spec = dataclasses.replace(spec, name="mine", n_test=8, n_test_curve=8, **names)
+    spec = shipped("gsm8k", name="mine", n_test=8, n_test_curve=8, **names)
 
     def write(answer="Yes"):
         lines = [json.dumps({"p": f"So? {i}", "c": answer}) for i in range(600)]
@@ -102,18 +103,14 @@ def test_processes_that_need_the_same_file_at_once_make_it_once(tmp_path):
 
     def make():
         made.append(1)
-        example = data.text.Example(np.arange(5, dtype=np.int32), np.arange(5) > 2, 3)
+        example = Example(np.arange(5, dtype=np.int32), np.arange(5) > 2, 3)
         return rows.Rows.of([example] * 100)
 
-    def work():
+    def work(_):
         start.wait()
-        found.append(rows.kept(tmp_path / "a" / "x.rows", make))
+        return rows.kept(tmp_path / "a" / "x.rows", make)
 
-    found = []
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(4)))
     assert len(made) == 1 and {r.sha256 for r in found} == {make().sha256}
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"x.rows", "x.lock"}

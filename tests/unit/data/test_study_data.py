@@ -12,14 +12,14 @@ from lorasweep.data import load as data
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.bpe import llama_like, qwen_like
-from tests.world import compose_request, tiny_spec
+from tests.small_hub import thought, tulu
+from tests.unit.data.shipped import shipped
+from tests.world import tiny_spec
 
 
 def spec_of(name, location, **changes):
     """A shipped data set, but with the rows of a folder."""
-    spec = compose_request([f"dataset={name}"]).points[0].spec.dataset
-    changes = {"n_test_curve": 1, "revision": "", **changes}
-    return dataclasses.replace(spec, location=location, **changes)
+    return shipped(name, location=location, **{"n_test_curve": 1, "revision": "", **changes})
 
 
 def load(spec, tokenizer=None):
@@ -31,19 +31,6 @@ def shown(example, tokenizer=None):
     """The text of a row, and of what is in its loss."""
     decode = (tokenizer or qwen_like()).decode
     return decode(example.tokens), decode(example.tokens[example.loss])
-
-
-def tulu(k):
-    user, answer = {"role": "user", "content": f"So? {k}"}, {"role": "assistant", "content": "No"}
-    last = {"role": "assistant", "content": f"Yes {k}"}
-    return {"id": f"{k}", "messages": [user, answer, user, last], "source": "made"}
-
-
-def thought(question, k):
-    said = [("human", f"Why {question}?"), ("gpt", f"<think>So {k}</think> Yes")]
-    conversations = [{"from": who, "value": text} for who, text in said]
-    row = {"difficulty": 7, "source": "made", "domain": "math"}
-    return {**row, "conversations": conversations}
 
 
 def problem(k, kind):
@@ -91,15 +78,12 @@ def list_of(loaded, count=None):
 
 
 def test_the_subset_of_the_batch_size_question_is_the_first_10000_rows_of_the_larger_one():
-    small, large = (
-        compose_request([f"dataset={name}"]).points[0].spec.dataset
-        for name in ("openthoughts3_10k", "openthoughts3")
-    )
+    small, large = shipped("openthoughts3_10k"), shipped("openthoughts3")
     assert (small.n_train, large.n_train) == (10_000, 384_000)
     assert dataclasses.replace(small, name=large.name, n_train=large.n_train) == large
 
 
-def math_spec(hub, **changes):
+def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(hub):
     kinds = spec_of("math", "").config.split("+")
     content = {
         kind: {s: [problem(f"{k}{i}{s[1]}", kind) for i in range(4)] for s in ("train", "test")}
@@ -112,14 +96,9 @@ def math_spec(hub, **changes):
         }
         for row in (content["algebra"]["test"][1], content["geometry"]["train"][2])
     ]
-    spec = spec_of("math", hub("math", content), test_revision="", n_test=2)
     where = hub("math500", {"default": {"test": held_out}})
-    return dataclasses.replace(spec, test_location=where, **changes)
-
-
-def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(hub):
-    spec = math_spec(hub)
-    loaded = load(spec)
+    here = {"test_location": where, "test_revision": "", "n_test": 2}
+    loaded = load(spec_of("math", hub("math", content), **here))
     assert loaded.n_train == 7 * 2 * 4 - 2 and len(loaded.test) == 2
     asked = [{shown(e)[0].split("How many")[2] for e in p} for p in (loaded.test, list_of(loaded))]
     assert len(asked[1]) == 54 and not asked[0] & asked[1]
@@ -127,13 +106,6 @@ def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(h
     ask = "How many 01e? Write the final answer in \\boxed{}."
     assert text.endswith(f"User: {ask}\n\nAssistant:{trained}")
     assert trained.endswith("\\boxed{\\frac{01e}{2}}$\n\nUser:")
-
-
-def test_gsm8k_trains_the_whole_solution(hub):
-    rows = [{"question": "So?", "answer": f"It is <<2*3=6>>6.\n#### {n}"} for n in ("6", "1,200")]
-    path = hub("gsm8k", {"main": {"train": rows, "test": rows[:1]}})
-    loaded = load(spec_of("gsm8k_boxed", path, n_test=1))
-    assert shown(loaded.test[0])[1] == " It is <<2*3=6>>6.\n#### 6\n\nUser:"
 
 
 @pytest.mark.parametrize("described", [True, False])
@@ -206,32 +178,27 @@ def test_long_rows_are_cut_or_left_out(hub):
     spec = spec_of("tulu3", path, max_length=24, holdout=0, n_test=4)
     with pytest.raises(DataError, match=r"row 1: no token counts.*set too_long=cut_or_skip"):
         load(dataclasses.replace(spec, too_long="cut"))
-    cut, skipped = (
-        load(dataclasses.replace(spec, too_long=how)) for how in ("cut_or_skip", "skip")
-    )
-    assert [len(e.tokens) for e in list_of(cut)] == [13, 24, 14]
-    assert [len(e.tokens) for e in list_of(skipped)] == [13, 14]
-    two = load(dataclasses.replace(spec, n_train=2))
-    assert [len(e.tokens) for e in list_of(two)] == [13, 24]  # rows left out do not count
+    for changes, lengths in (
+        ({"too_long": "cut_or_skip"}, [13, 24, 14]),
+        ({"too_long": "skip"}, [13, 14]),
+        ({"n_train": 2}, [13, 24]),  # rows left out do not count
+    ):
+        loaded = load(dataclasses.replace(spec, **changes))
+        assert [len(e.tokens) for e in list_of(loaded)] == lengths
     with pytest.raises(DataError, match=r"no rows can be used \(too_long=skip, max_length=4"):
         load(dataclasses.replace(spec, too_long="skip", max_length=4))
 
 
 def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
-    spec = tiny_spec()
-
-    def change(dataset, **changes):
-        return dataclasses.replace(spec, dataset=dataclasses.replace(dataset, **changes))
-
-    text = compose_request(["dataset=gsm8k"]).points[0].spec.dataset
+    stored = tiny_spec(dataset=shipped("gsm8k")).plain()["dataset"]
     for name in ("too_long", "unseen_prompts", "answer_field", "test_location", "test_revision"):
-        assert name not in change(text).plain()["dataset"]
+        assert name not in stored
     for changes, words in (
         ({"too_long": "drop"}, "too_long='drop'. Allowed: cut, cut_or_skip, skip"),
         ({"test_location": "a/b"}, "test_location='a/b': only for source=hub"),
         ({"test_revision": "main"}, "there is no test_location"),
     ):
         with pytest.raises(SpecError, match=words):
-            validate(change(text, **changes))
+            validate(tiny_spec(dataset=shipped("gsm8k", **changes)))
     with pytest.raises(SpecError, match="too_long='skip' has no effect with source=synthetic"):
-        validate(change(spec.dataset, too_long="skip"))
+        validate(tiny_spec(dataset=shipped("dialect", too_long="skip")))

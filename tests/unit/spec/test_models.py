@@ -73,20 +73,15 @@ def test_tokens_pass_through_the_active_experts_only():
     adapters = (LoRA(rank=8).step_flops(model, 1) - 4 * model.n_active_params) / 6
     of_experts = 48 * 8 * 3 * (2048 + 768)  # 8 experts of rank 1 in each of 48 layers
     assert adapters == of_experts + 8 * (835_584 + 153_984)
-
-
-def test_a_dense_model_is_one_where_every_token_passes_through_all():
-    model = tiny_spec().model
-    assert model.n_active_params == model.n_matmul_params
-    assert "n_experts" not in model.canonical and "n_active_experts" not in model.canonical
+    dense = tiny_spec().model
+    assert dense.n_active_params == dense.n_matmul_params
+    assert "n_experts" not in dense.canonical and "n_active_experts" not in dense.canonical
 
 
 @pytest.mark.parametrize("rank", [1, 4, 12])
 def test_a_rank_that_experts_cannot_share_is_refused(rank):
     spec = dataclasses.replace(tiny_spec(), model=model_of("qwen3-30b-a3b-base"))
-    with pytest.raises(
-        SpecError, match=r"rank/8 by method.expert_rank=active\. Expected a multiple of 8: 8, 16"
-    ):
+    with pytest.raises(SpecError, match=r"expert_rank=active\. Expected a multiple of 8: 8, 16"):
         validate(dataclasses.replace(spec, method=LoRA(rank=rank)))
     validate(dataclasses.replace(spec, method=LoRA(rank=rank, layers="attention")))
 

@@ -18,9 +18,7 @@ def test_a_request_of_version_0_1_is_read(compose):
     asked = compose("+sweep=large_batches", "scale=tiny")
     stored = json.loads(json.dumps(asked.plain()))
     claim = stored["sweep"]["claims"]["at_32"]
-    assert (
-        claim["whose"] == "popular" and claim["sd"] == {"tiny": 0.0027} and claim["units"] is None
-    )
+    assert [claim[k] for k in ("whose", "sd", "units")] == ["popular", {"tiny": 0.0027}, None]
     stored["sweep"]["at"] = {"tiny": {"ranks": [8]}}
     for axes in stored["sweep"]["arms"].values():
         axes["added_after"] = {"tiny": axes["added_after"], "small": {"what": "x", "why": "y"}}
@@ -29,14 +27,10 @@ def test_a_request_of_version_0_1_is_read(compose):
 
 
 def test_names_say_what_differs_and_no_more(compose):
-    points = compose("+sweep=lr_ratio", "scale=smoke").points
+    asked = ("+sweep=lr_ratio", "scale=smoke")
+    points = compose(*asked).points
     assert set(run_names(points).values()) >= {"fullft lr=0.002", "lora lr=0.005"}
-    more = compose(
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "sweep.arms.lora.rank=[2,4]",
-        "+sweep.axes.batch_size=[4,8]",
-    ).points
-    assert "lora r2 batch_size=4 lr=0.005" in run_names(more).values() and len(
-        set(run_names(more).values())
-    ) == len(more)
+    more = ("sweep.arms.lora.rank=[2,4]", "+sweep.axes.batch_size=[4,8]")
+    points = compose(*asked, *more).points
+    names = set(run_names(points).values())
+    assert "lora r2 batch_size=4 lr=0.005" in names and len(names) == len(points)

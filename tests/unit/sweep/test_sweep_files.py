@@ -8,9 +8,11 @@ import re
 import pytest
 import yaml
 
-from lorasweep.errors import NotAtScale
+from lorasweep.config.compose import composer
+from lorasweep.errors import NotAtScale, SpecError
+from lorasweep.sweep.grid import assignments, fields_of
 from lorasweep.sweep.request import question
-from tests.world import ROOT, cli, compose_request
+from tests.world import ROOT, compose_request
 
 SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
 SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "study")
@@ -20,25 +22,42 @@ EXPLORATORY = ("layers-small", "lr_ratio-small")
 """Kept answers from before the claims of today were stated."""
 
 
-@pytest.mark.parametrize("sweep", SWEEPS)
-def test_every_sweep_has_the_recorded_runs_and_questions_at_every_scale(sweep):
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_sweep_has_the_recorded_runs_and_questions(scale):
     """A changed id means that finished runs stop counting as done."""
-    found = {}
-    for scale in SCALES:
-        try:
-            request = compose_request([f"+sweep={sweep}", f"scale={scale}"])
-        except NotAtScale as error:
-            assert "Its file has: smoke" in str(error)
-            continue
-        runs = sorted((p.arm, p.id) for p in request.points)
-        assert len({p.id for p in request.points}) == len(runs)
-        found[f"{sweep}-{scale}"] = {
-            "runs": len(runs),
-            "sha256": hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:16],
-            "replicate": dataclasses.asdict(request.sweep.replicate),
-        }
-        compare_with_kept(question(request), KEPT / f"{sweep}-{scale}" / "question.json")
-    assert found == {k: v for k, v in GOLDEN.items() if k.rpartition("-")[0] == sweep}
+    found, points = {}, {}
+    with composer() as compose:
+        for sweep in SWEEPS:
+            try:
+                request = compose([f"+sweep={sweep}", f"scale={scale}"])
+            except NotAtScale as error:
+                assert "Its file has: smoke" in str(error)
+                continue
+            points[sweep] = request.points
+            runs = sorted((p.arm, p.id) for p in request.points)
+            assert len({p.id for p in request.points}) == len(runs)
+            found[f"{sweep}-{scale}"] = {
+                "runs": len(runs),
+                "sha256": hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:16],
+                "replicate": dataclasses.asdict(request.sweep.replicate),
+            }
+            compare_with_kept(question(request), KEPT / f"{sweep}-{scale}" / "question.json")
+        if scale == "smoke":
+            known = {p.id for p in points["rank"]}
+            for sweep in ("short_runs", "compute"):
+                mine = {p.id for p in points[sweep] if not p.arm.endswith("_more")}
+                assert len(mine & known) >= len(mine) / 2
+        if scale.startswith("tiny"):
+            compare_shared(points, compose(["+sweep=regime", "scale=tiny"]).points)
+    assert found == {k: v for k, v in GOLDEN.items() if k.rpartition("-")[2] == scale}
+
+
+def compare_shared(points, regime):
+    """A run is known by its spec alone, so what `regime` has trained is not trained again."""
+    known = {p.id for p in regime}
+    for sweep, arms in (("rank", "fullft lora common"), ("short_runs", "fullft lora fullft_more")):
+        mine = {p.id for p in points[sweep] if p.arm in arms.split() and p.spec.seed == 100}
+        assert mine <= known and len(mine) >= 10
 
 
 def compare_with_kept(today, path):
@@ -60,12 +79,6 @@ def compare_with_kept(today, path):
     assert kept.get("added_after", []) == today["added_after"]
 
 
-def test_the_command_names_the_scales_of_a_sweep(tmp_path):
-    done = cli("+sweep=large_batches", "scale=paper", "action=plan", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "Its file has: smoke, tiny" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_no_shipped_sweep_says_that_runs_were_added_and_judges_as_if_they_were_planned():
     """In words, beside `rounds: 1`."""
     words = re.compile(r"added\b.*\b(after|when)\b.*\b(look|seen|decided)", re.IGNORECASE)
@@ -76,22 +89,25 @@ def test_no_shipped_sweep_says_that_runs_were_added_and_judges_as_if_they_were_p
             assert int(yaml.safe_load(text).get("rounds", 1)) >= 2, path.name
 
 
-def test_the_study_consists_of_sweeps_that_share_runs():
-    request = compose_request(["+sweep=study", "scale=smoke"])
-    assert request.title == "study-smoke"
-    parts = {part.sweep_name: part.points for part in request.parts}
-    assert list(parts) == request.sweep.parts and all(parts.values())
-    known = {p.id for p in parts["rank"]}
-    for name in ("short_runs", "compute"):
-        mine = {p.id for p in parts[name] if not p.arm.endswith("_more")}
-        assert len(mine & known) >= len(mine) / 2
+def test_axes_of_mappings_set_several_fields_and_are_products_themselves():
+    axes = {
+        "seed": [0, 1],
+        "cell": [
+            {"batch_size": 4, "lr": [1, 2]},
+            {"batch_size": 16, "lr": 3, "generator_params": {"facts": 8}},
+        ],
+    }
+    found = assignments(axes)
+    assert len(found) == 6 and {"seed": 1, "batch_size": 4, "lr": 2} in found
+    assert {"seed": 0, "batch_size": 16, "lr": 3, "generator_params": {"facts": 8}} in found
+    assert fields_of(axes) == {"seed", "batch_size", "lr", "generator_params"}
+    with pytest.raises(SpecError, match="batch_size"):  # set inside such a mapping
+        compose_request(["+sweep=batch_size", "scale=smoke", "batch_size=8"])
+    points = compose_request(["+sweep=capacity", "scale=smoke"]).points
+    assert {p.spec.dataset.name for p in points} == {"facts(facts=64)"}
+    assert {p.spec.dataset.generator_params["facts"] for p in points} == {64}
 
 
-@pytest.mark.parametrize("scale", ["tiny", "tiny_beyond"])
-def test_sweeps_share_the_runs_of_a_condition_of_regime(scale):
-    """A run is known by its spec alone, so what `regime` has trained is not trained again."""
-    known = {p.id for p in compose_request(["+sweep=regime", "scale=tiny"]).points}
-    for sweep, arms in (("rank", "fullft lora common"), ("short_runs", "fullft lora fullft_more")):
-        asked = compose_request([f"+sweep={sweep}", f"scale={scale}"]).points
-        mine = {p.id for p in asked if p.arm in arms.split() and p.spec.seed == 100}
-        assert mine <= known and len(mine) >= 10
+def test_the_study_consists_of_all_sweeps():
+    parts = yaml.safe_load((ROOT / "sweeps" / "study.yaml").read_text())["parts"]
+    assert sorted(parts) == SWEEPS
