@@ -120,38 +120,30 @@ def step_parts(
     moved += model.n_layers * layer_bytes(load, word, stream) * (PASSES + again)
     state = sum(STATE_BYTES[states])
     kernels = KERNELS * model.n_layers + ADAPTER_KERNELS * load.n_adapters
+    communication = 0.0
+    if layout.gpus > 1 and hardware.link_bytes_s is not None:
+        # every weight is gathered twice, and gradients are reduced: within a node a GPU receives
+        # all but its own part; between nodes, a node all but its own, over all its GPUs
+        gathered = 2 * word * model.n_params + STATE_BYTES[states][1] * load.trained
+        inside = min(layout.gpus, hardware.gpus_per_node)
+        communication = gathered * (inside - 1) / inside / (LINK_SHARE * hardware.link_bytes_s)
+        nodes = layout.gpus / inside
+        if nodes > 1 and hardware.network_bytes_s is not None:
+            between = gathered * (nodes - 1) / nodes / inside
+            communication = max(communication, between / (LINK_SHARE * hardware.network_bytes_s))
     return {
         "products": tokens * flops / _products_flops_s(hardware, precision, share),
         "attention": tokens * scores / attention,
         "activations": tokens * moved / bandwidth,
         "optimizer": 2 * state * n_runs * load.trained / layout.gpus / bandwidth,
         "launch": layout.accumulation * kernels * (3 + again) * LAUNCH_S,
-        "communication": layout.accumulation
-        * _communication_s(load, layout.gpus, hardware, states, word),
+        "communication": layout.accumulation * communication,
     }
 
 
 def step_seconds(parts: dict[str, float]) -> float:
     """Add up the components of an update."""
     return max(sum(parts.values()) - parts["launch"], parts["launch"])
-
-
-def _communication_s(load: Load, gpus: int, hardware: Hardware, states: str, word: int) -> float:
-    """Seconds of a forward and backward pass's collectives.
-
-    Every weight is gathered twice, and gradients are reduced. Within a node a GPU receives
-    all but its own part; between nodes, each node receives all but its own, over all its GPUs.
-    """
-    if gpus == 1 or hardware.link_bytes_s is None:
-        return 0.0
-    gathered = 2 * word * load.model.n_params + STATE_BYTES[states][1] * load.trained
-    inside = min(gpus, hardware.gpus_per_node)
-    seconds = gathered * (inside - 1) / inside / (LINK_SHARE * hardware.link_bytes_s)
-    nodes = gpus / inside
-    if nodes > 1 and hardware.network_bytes_s is not None:
-        between = gathered * (nodes - 1) / nodes / inside
-        seconds = max(seconds, between / (LINK_SHARE * hardware.network_bytes_s))
-    return seconds
 
 
 # ---------------------------------------------------------------- sampling
@@ -167,10 +159,11 @@ def sampling_s(
     if not answers:
         return 0.0
     model, precision = load.model, spec.precision
-    word, found = WORD_BYTES[precision], rounds_of(spec, hardware, n_runs, gpus, answers, group)
+    word = WORD_BYTES[precision]
+    at_once, rounds = rounds_of(spec, hardware, n_runs, gpus, answers, group)
     bandwidth = hardware.bandwidth_bytes_s or float("inf")
     speed = _products_flops_s(hardware, precision)
-    rows = n_runs * found.rows
+    rows = n_runs * at_once
     prompt, answer = prompt_tokens(spec), completion_tokens(spec)
     alive = rows * answer / spec.max_new_tokens  # on average over the tokens of a round
     weights = float(word * read_params(model, alive))
@@ -182,7 +175,7 @@ def sampling_s(
     kernels = KERNELS * model.n_layers + ADAPTER_KERNELS * load.n_adapters + DRAW_KERNELS
     token_s = max(memory, products, kernels * LAUNCH_S)
     prefill_s = 2.0 * model.n_active_params * rows / group * prompt / speed
-    return found.number * (prefill_s + spec.max_new_tokens * token_s)
+    return rounds * (prefill_s + spec.max_new_tokens * token_s)
 
 
 def evaluation_s(load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int) -> float:

@@ -4,7 +4,6 @@ import pytest
 
 from lorasweep.cli import answer, finished_runs
 from lorasweep.cli.actions import act
-from lorasweep.cli.answer import NextRound
 from lorasweep.cli.finished_runs import train_again
 from lorasweep.errors import StoreError, TrainingError
 from lorasweep.store.run_store import RunStore
@@ -70,7 +69,7 @@ def test_runs_of_known_data_are_continued(compose, trainer):
 def test_no_round_is_added_to_kept_curves(old, compose, monkeypatch):
     request = compose(*SWEEP, "action=extend")
     runs = [{"like": request.points[0].id, "lr": 1e-3, "seed": 9}]
-    monkeypatch.setattr(finished_runs.answer, "next_round", lambda *_: NextRound(runs, []))
+    monkeypatch.setattr(finished_runs.answer, "next_round", lambda *_: (runs, []))
     with pytest.raises(StoreError, match=ADVICE):
         act(request, old)
     assert not (RunStore(request.exec.runs_dir).root / ".rounds").exists()

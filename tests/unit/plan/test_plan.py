@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lorasweep.cli.plan_text import plan_text
+from lorasweep.cli.plans import plan_text
 from lorasweep.errors import SpecError
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.fullft import FullFT

@@ -57,16 +57,15 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
     for n_runs in (1, 4):
         prompts = [[np.zeros(768 - 256, dtype=int)]] * n_runs
         at_once = sampling._at_once(model, prompts, 256, "bf16")
-        rounds = memory.rounds_of(spec, card(), n_runs, 1, 2048, 16)
-        assert rounds.rows == at_once // 16 * 16 > 0
-        assert rounds.rows * rounds.number >= 2048
+        rows, rounds = memory.rounds_of(spec, card(), n_runs, 1, 2048, 16)
+        assert rows == at_once // 16 * 16 > 0 and rows * rounds >= 2048
     assert sampling._at_once(model, [[np.zeros(2, dtype=int)]], 1, "bf16") == sampling.ROWS
 
 
 def test_keys_and_values_of_the_answers_at_once_are_part_of_the_peak():
     spec = gsm8k()
     assert shapes.cache_bytes(spec.model, 2) == 2 * 32 * 8 * 128 * 2
-    rows = memory.rounds_of(spec, card(), 1, 1, 2048, 16).rows
+    rows, _ = memory.rounds_of(spec, card(), 1, 1, 2048, 16)
     parts = memory.sampling_memory(load_of(spec.model, spec.method), spec, card(), 1, 1, 2)
     assert parts["keys and values"] == rows * 768 * 131_072 <= 0.3 * 79.6 * 2**30
     assert parts["frozen weights"] == 2 * 8_030_261_248
