@@ -40,30 +40,19 @@ def test_a_kept_table_is_judged_again_without_training(old, compose):
     assert act(compose(*SWEEP), old) == 0 and not old.trained
 
 
-@pytest.mark.parametrize("action", ["run", "plan"])
-def test_a_kept_curve_is_not_continued(old, compose, action):
-    with pytest.raises(StoreError, match=ADVICE):
-        act(compose(*SWEEP, MORE, f"action={action}"), old)
-    assert not old.trained
+STUDY = ("+sweep=study", "sweep.parts=[rank,lr_ratio]", "scale=smoke", "format=json")
 
 
-def test_a_sweep_of_sweeps_is_checked_before_its_first_part_starts(old, compose):
-    parts = ("+sweep=study", "sweep.parts=[rank,lr_ratio]")
-    request = compose(*parts, "scale=smoke", "format=json", MORE)
+@pytest.mark.parametrize("asked", [SWEEP, (*SWEEP, "action=plan"), STUDY])
+def test_a_kept_curve_is_not_continued_and_no_part_of_a_study_starts(old, compose, asked):
     with pytest.raises(StoreError, match=ADVICE):
-        act(request, old)
+        act(compose(*asked, MORE), old)
     assert not old.trained
 
 
 def test_another_curve_beside_kept_ones_is_trained(old, compose):
     assert act(compose(*SWEEP, "sweep.arms.lora.rank=[4,8]"), old) == 0
     assert len(old.trained) == 3
-
-
-def test_runs_of_known_data_are_continued(compose, trainer):
-    assert act(compose(*SWEEP), trainer) == 0
-    assert act(compose(*SWEEP, MORE), trainer) == 0
-    assert len(trainer.trained) == 12
 
 
 def test_no_round_is_added_to_kept_curves(old, compose, monkeypatch):
@@ -76,14 +65,14 @@ def test_no_round_is_added_to_kept_curves(old, compose, monkeypatch):
 
 
 def test_the_check_costs_little(compose, fake_trainer, monkeypatch):
-    """Keys of curves are made only where a fingerprint is missing, results are read only once."""
+    """Where no fingerprint is missing, no keys of curves are made, and runs are continued."""
     from lorasweep.plan import plan
 
     trainer = fake_trainer(lambda spec: 2.0)
     assert act(compose(*SWEEP), trainer) == 0
     request = compose(*SWEEP, MORE)
     monkeypatch.setattr(plan, "curve_key", None)
-    plan.refuse_mixing(request.points, RunStore(request.exec.runs_dir), request.exec)
+    assert act(request, trainer) == 0 and len(trainer.trained) == 12
 
 
 def test_a_run_is_not_trained_again_on_other_data(compose, trainer):

@@ -1,5 +1,4 @@
-"""Runs on data sets of their own are packed together where each fills little, and bounded by the
-longest."""
+"""Runs on several data sets share packs where each data set fills little of one."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What sampling answers takes: components by hand, and the plan of runs that are rewarded."""
+"""Memory and time of sampling completions: components by hand, and the plan of RL runs."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorasweep.config.compose import shipped_model
 from lorasweep.plan import load as shapes
 from lorasweep.plan import memory, time
 from lorasweep.plan.hardware import Hardware
@@ -114,16 +115,14 @@ def test_on_a_cpu_keys_and_values_are_part_of_the_peak_too():
 
 
 def test_more_gpus_share_the_answers_and_a_pack_shares_the_weights():
-    spec = gsm8k()
     # 9 rounds of 15 prompts or fewer, and 3
-    assert seconds(spec, gpus=1) / seconds(spec, gpus=4) == pytest.approx(3)
+    assert seconds(gsm8k(), gpus=1) / seconds(gsm8k(), gpus=4) == pytest.approx(3)
     few = gsm8k(batch_size=32)
     assert seconds(few, n_runs=4) < 1.1 * seconds(few)
 
 
 def test_of_experts_those_that_are_hit_are_read():
-    spec = compose_request(["model=qwen3-30b-a3b-base", "scale=paper"]).points[0].spec
-    model = spec.model
+    model = shipped_model("qwen3-30b-a3b-base")
     assert shapes.read_params(model, 1) == pytest.approx(model.n_active_params)
     assert shapes.read_params(model, 1e4) == pytest.approx(model.n_matmul_params)
     assert model.n_active_params < shapes.read_params(model, 8) < model.n_matmul_params
@@ -154,8 +153,7 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
 
 def test_the_plan_of_the_studys_rewards_says_what_sampling_takes(command):
     asked = ("+sweep=rl", "scale=paper", "action=plan", "hardware=h100")
-    out = json.loads(command(*asked, "format=json").stdout)
-    (rl,) = (row for row in out["sweeps"] if row["name"] == "rl")
+    (rl,) = json.loads(command(*asked, "format=json").stdout)["sweeps"]
     assert rl["runs"] == 3 * 3 * 7 + 3 * 3 * 3 * 2 and rl["fits"] and rl["gpus_a_run"] == [1, 8]
     assert 0.5 < rl["gpu_hours_of_sampling"] / rl["gpu_hours"] < 1
     assert f"{rl['gpu_hours_of_sampling']:,.0f} of the GPU-hours" in command(*asked).stdout
