@@ -20,6 +20,7 @@ from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.plan import detect
 from lorasweep.plan.forecast import Forecast, Forecaster, hours_of, without_too_large
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import run_flops
 from lorasweep.plan.packing import forward_tokens
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.plan import Plan, make_plan, refuse_mixing, summary
@@ -295,11 +296,16 @@ def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
         "micro_batch": ends([w.layout.rows for w in wheres]),
         "memory_gib": max((w.memory_gib for w in wheres), default=None),
         "tokens": found.tokens,
-        "flops": found.flops,
+        "flops": sum(n * run_flops(kind.spec) for kind, _, n in placed),
         "tokens_s": ends([w.tokens / w.seconds / w.layout.gpus for w in wheres]),
         "gpu_hours": found.gpu_hours,
-        "gpu_hours_by_formulas_alone": found.expert_hours,
-        "gpu_hours_of_sampling": found.sampling_hours,
+        # no published measurement covers models with experts, and sampling
+        "gpu_hours_by_formulas_alone": sum(
+            hours_of(*entry) for entry in placed if entry[0].spec.model.n_experts
+        ),
+        "gpu_hours_of_sampling": sum(
+            hours_of(k, where, n) * where.sampling_s / where.seconds for k, where, n in placed
+        ),
         # on all GPUs of the hardware, or on those of the largest run if it has more
         "days": found.gpu_hours / 24 / max(hardware.gpus, largest),
         "cost_usd": cost(found.gpu_hours),

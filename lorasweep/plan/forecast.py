@@ -1,7 +1,7 @@
-"""What sweeps take on GPUs with a data sheet: where each kind of run is placed, and the sums.
+"""Forecast sweeps on GPUs with a data sheet: place each kind of run, and add up what they take.
 
-Also, before runs start on such GPUs: how each is trained, which are left out, which are refused.
-Runs that sweeps share count once in a total.
+Before runs start on such GPUs, also choose their settings, leave out those that are too large, and
+refuse those that do not fit.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasweep.errors import SpecError
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import mean_length, run_flops
+from lorasweep.plan.load import mean_length
 from lorasweep.plan.packing import GPU_SIZES
 from lorasweep.plan.placement import FORWARD_TOKENS, Misfit, Placement, place
 from lorasweep.plan.throughput import Shape, shape_of
@@ -95,24 +95,9 @@ class Forecast:
         return sum(hours_of(*entry) for entry in self.placed())
 
     @property
-    def expert_hours(self) -> float:
-        """GPU-hours of models with experts, which no published measurement covers."""
-        return sum(hours_of(*entry) for entry in self.placed() if entry[0].spec.model.n_experts)
-
-    @property
-    def sampling_hours(self) -> float:
-        """GPU-hours of sampling, which no published measurement covers."""
-        return sum(hours_of(k, w, n) * w.sampling_s / w.seconds for k, w, n in self.placed())
-
-    @property
     def tokens(self) -> float:
         """Tokens that the runs train on."""
         return sum(n * where.tokens / kind.pack_size for kind, where, n in self.placed())
-
-    @property
-    def flops(self) -> float:
-        """Operations of the runs."""
-        return sum(n * run_flops(kind.spec) for kind, _, n in self.placed())
 
     def stage_hours(self) -> tuple[float, float]:
         """Return the GPU-hours of the first stage and of the second."""
@@ -134,7 +119,7 @@ class Forecaster:
         self._kinds: dict[Shape, Kind] = {}
 
     def forecast(self, name: str, points: Sequence[Point], second: Replicates) -> Forecast:
-        """Return what a sweep takes: its grid, and the fresh seeds of its second stage."""
+        """Forecast a sweep: its grid, and the fresh seeds of its second stage."""
         runs = {p.id: self.kind(p.spec) for p in points}
         first = frozenset(runs)
         curves: dict[tuple[str, str], list[Point]] = {}

@@ -1,4 +1,4 @@
-"""Place a pack on GPUs: the fewest that hold it, rows a forward pass, and what that takes."""
+"""Place a pack on GPUs: the fewest that hold it, rows a forward pass, memory and time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ PER_TOKEN = (
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a pack trains, and what it takes."""
+    """Where a pack trains, and its memory and time."""
 
     layout: Layout
     memory: dict[str, float]
@@ -37,7 +37,7 @@ class Placement:
     step: dict[str, float]
     """Expected seconds of an update of all runs in the pack, by component."""
     step_s: float
-    """The same in all."""
+    """Seconds of an update."""
     seconds: float
     """Expected seconds of the pack, evaluations included."""
     tokens: float

@@ -188,36 +188,24 @@ def summary(plan: Plan) -> dict[str, Any]:
 # ---------------------------------------------------------------- curves without a fingerprint
 
 
-def refuse_mixing(points: Sequence[Point], store: RunStore, exec_: Exec) -> None:
-    """Check that the missing runs of a sweep continue no curve of unknown data.
+def refuse_mixing(
+    points: Sequence[Point], store: RunStore, exec_: Exec, more: Iterable[Point] | None = None
+) -> None:
+    """Check that runs to train continue no curve of unknown data.
+
+    Args:
+        points: the runs of a sweep.
+        more: runs to add to them; None: those of `points` that are missing.
 
     Raises:
-        StoreError: they do.
+        StoreError: some runs do.
     """
-    unknown = _of_unknown_data(points, store)
-    if unknown:
-        states = store.states(p.id for p in points)
-        _refuse(unknown, _runs_to_do(points, states, store, exec_), store)
-
-
-def refuse_extending(points: Sequence[Point], more: Iterable[Point], store: RunStore) -> None:
-    """Check that `more` runs, of curves of `points`, continue no curve of unknown data.
-
-    Raises:
-        StoreError: they do.
-    """
-    _refuse(_of_unknown_data(points, store), more, store)
-
-
-def _of_unknown_data(points: Iterable[Point], store: RunStore) -> list[Point]:
-    by_id = {p.id: p for p in points}
-    finished = store.finished(by_id)
-    return [by_id[i] for i, entry in finished.items() if entry.data_sha256 is None]
-
-
-def _refuse(unknown: Sequence[Point], more: Iterable[Point], store: RunStore) -> None:
+    finished = store.finished(p.id for p in points)
+    unknown = [p for p in points if p.id in finished and finished[p.id].data_sha256 is None]
     if not unknown:
         return
+    if more is None:
+        more = _runs_to_do(points, store.states(p.id for p in points), store, exec_)
     curves = {curve_key(p) for p in unknown}
     mixed = [p for p in more if curve_key(p) in curves]
     if mixed:
