@@ -124,7 +124,7 @@ def train_again(
     Returns how it compares, its state at the end, and its result.
 
     Raises:
-        TrainingError: the data or the base are others than those of the finished run.
+        TrainingError: the data or the base have changed since the finished run.
     """
     before = store.result(spec.id) or {}
     state = ""
@@ -289,12 +289,11 @@ def verify(request: Request, store: RunStore) -> int:
     if quiet:
         rows = [{**asdict(c), "difference": c.difference} for c in compared]
         print(json.dumps({"runs": rows, "noise_floor": floor, "differing": differing}))
-        return int(bool(differing))
-    noise = "no condition has two seeds"
-    if floor is not None:
-        noise = f"standard deviation between seeds {floor:.1e} nats"
-    gaps = [abs(c.difference) for c in compared if c.difference is not None]
-    print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
+    else:
+        known = f"standard deviation between seeds {floor or 0.0:.1e} nats"
+        noise = "no condition has two seeds" if floor is None else known
+        gaps = [abs(c.difference) for c in compared if c.difference is not None]
+        print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
     return int(bool(differing))
 
 

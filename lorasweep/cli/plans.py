@@ -215,7 +215,7 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
 
 
 def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
-    """Print what sweeps take on GPUs, a line a sweep; never asks about this machine."""
+    """Print what sweeps take on GPUs, a line a sweep, without looking at this machine."""
     planner, found, prices = Forecaster(hardware, request.exec), [], []
     for part in request.parts or [request]:
         states = store.states(p.id for p in part.points)

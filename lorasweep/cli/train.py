@@ -218,7 +218,7 @@ def _train(
     if plan.todo and not quiet:
         _warn_of_claims(request)
     try:
-        while plan.todo:  # the first stage, then what its results ask for
+        while plan.todo:  # the first stage, then the second, whose runs its results choose
             notify(plan_text(request, plan))
             with Display(plan.todo, quiet) as display:
                 local.run_points(points, store, request.exec, display.event, trainer, plan=plan)

@@ -202,7 +202,7 @@ def settings_of(
     """Group runs by the settings that the plan chooses for them; what the user set stays.
 
     These are the number of processes, the size of packs, rows a forward pass, and whether
-    activations are computed again. Without the figures that `Hardware.has_speeds` asks for nothing
+    activations are computed again. Without the figures that `Hardware.has_speeds` needs nothing
     is chosen.
 
     Raises:

@@ -201,7 +201,7 @@ def memory_parts(
     """Return the peak bytes of learning on one GPU by component.
 
     Args:
-        load: what one run asks.
+        load: of one run.
         row_tokens: tokens of the longest row.
         n_runs: runs of the pack, which share a frozen base.
         states: precision of what is trained.
@@ -210,7 +210,7 @@ def memory_parts(
         start_bytes: bytes per trained weight of the base, if it is kept to measure the change.
         stream: bytes of a number of the residual stream (see `layer_bytes`).
         whole_logits: the logits of all tokens at once instead of a chunk of them.
-        process: include what a process holds before its first tensor.
+        process: include a process's memory before its first tensor.
     """
     model, n = load.model, layout.gpus
     tokens = n_runs * layout.rows * row_tokens
@@ -267,16 +267,16 @@ def _outer_bytes(load: Load, weight: int, frozen_bytes: int) -> float:
 
 
 def rounds_of(
-    spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, answers: int, group: int
+    spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, completions: int, group: int
 ) -> tuple[int, int]:
-    """Return how a GPU draws `answers` completions of each of `n_runs` runs; groups stay whole.
+    """Return how a GPU draws the completions of each of `n_runs` runs; groups stay whole.
 
     The result: completions of one run at once, and the number of such rounds.
     """
     each = cache_bytes(spec.model, WORD_BYTES[spec.precision]) * spec.dataset.max_length
     room = CACHE_SHARE * (hardware.gpu_memory_gib or 0) * 2**30
     prompts = max(1, min(ROWS, int(room / (n_runs * each))) // group)
-    share = -(-(answers // group) // gpus)  # prompts of one GPU
+    share = -(-(completions // group) // gpus)  # prompts of one GPU
     return min(prompts, share) * group, -(-share // prompts)
 
 

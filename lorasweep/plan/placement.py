@@ -84,7 +84,7 @@ def place(
 
     Args:
         specs: the pack's runs, of one shape but for their ranks.
-        hardware: with the figures that `Hardware.has_speeds` asks for.
+        hardware: with the figures that `Hardware.has_speeds` needs.
         rows: rows a forward pass, run and GPU; None: chosen.
         most_gpus: largest number of GPUs tried.
         gpus: this number of GPUs, which divides the batch; None: chosen.

@@ -38,9 +38,8 @@ def gsm8k(method="lora", **changes):
 
 
 def seconds(spec, answers=None, gpus=1, n_runs=1, group=16, hardware=None):
-    load = load_of(spec.model, spec.method)
-    answers = answers or spec.batch_size
-    return time.sampling_s(load, spec, hardware or card(), n_runs, gpus, answers, group)
+    count = (n_runs, gpus, answers or spec.batch_size, group)
+    return time.sampling_s(load_of(spec.model, spec.method), spec, hardware or card(), *count)
 
 
 def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
@@ -143,8 +142,7 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
     found = place([spec], card())
     rest = {k: v for k, v in found.step.items() if k != "sampling"}
     assert found.step_s == pytest.approx(step_seconds(rest) + found.step["sampling"])
-    load = load_of(spec.model, spec.method)
-    evaluation = time.evaluation_s(load, spec, card(), 1, 1)
+    evaluation = time.evaluation_s(load_of(spec.model, spec.method), spec, card(), 1, 1)
     assert found.seconds == pytest.approx(spec.steps * found.step_s + evaluation)
     assert found.sampling_s == pytest.approx(spec.steps * found.step["sampling"] + evaluation)
     given = dataclasses.replace(spec, objective="sft", group_size=0, max_new_tokens=0)
