@@ -290,8 +290,9 @@ def verify(request: Request, store: RunStore) -> int:
         rows = [{**asdict(c), "difference": c.difference} for c in compared]
         print(json.dumps({"runs": rows, "noise_floor": floor, "differing": differing}))
     else:
-        known = f"standard deviation between seeds {floor or 0.0:.1e} nats"
-        noise = "no condition has two seeds" if floor is None else known
+        noise = "no condition has two seeds"
+        if floor is not None:
+            noise = f"standard deviation between seeds {floor:.1e} nats"
         gaps = [abs(c.difference) for c in compared if c.difference is not None]
         print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
     return int(bool(differing))
