@@ -61,7 +61,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     }
     entries = store.finished(states)
     by_arm: dict[str, Counter[str]] = {}
-    best: dict[str, tuple[float, str]] = {}  # signed so that lower is better, and the run
+    best: dict[str, tuple[float, str]] = {}  # by arm: metric, signed so that lower is better; run
     for p in plan.points:
         by_arm.setdefault(p.arm, Counter())[states[p.id]] += 1
         e = entries.get(p.id)
@@ -209,11 +209,12 @@ def _job_lines(status: dict[str, Any]) -> list[str]:
     lines = []
     if status["jobs"]:
         lines.append(f"  jobs: {len(started)} running, {waiting.total()} waiting")
-        lines += _cut(
-            f"    {j['job']:10} {j['state']:10} {j['node']:8} {j['over']}/{j['runs']} runs finished"
-            f"{', restart ' + str(j['restarts']) if j['restarts'] else ''}  {j['log']}"
-            for j in started
-        )
+        rows = []
+        for j in started:
+            again = f", restart {j['restarts']}" if j["restarts"] else ""
+            over = f"{j['over']}/{j['runs']} runs finished{again}"
+            rows.append(f"    {j['job']:10} {j['state']:10} {j['node']:8} {over}  {j['log']}")
+        lines += _cut(rows)
         lines += [f"    {n} waiting: {reason}" for reason, n in waiting.items()]
     if status["follows"]:
         lines.append(
