@@ -26,8 +26,9 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
         def loss(rid: str) -> float | None:
             metric = metric_of(results[rid])
             value = metric.value(results[rid])
-            done = value is not None and results[rid].get("state") == "done"
-            return metric.loss(value) if done else None
+            if value is None or results[rid].get("state") != "done":
+                return None
+            return metric.loss(value)
 
         points += second_stage(over, request.sweep.replicate, loss)
     rounds = looks.read(looks.path_of(store.root, request.title))

@@ -152,7 +152,8 @@ def _problems(
     causes = submissions.causes(store.root, owners)
     problems = []
     for i in bad:
-        log, tail = store.folder(i) / f"attempts/{store.last_attempt(i)}/log.txt", []
+        log = store.folder(i) / f"attempts/{store.last_attempt(i)}/log.txt"
+        tail: list[str] = []
         with suppress(OSError):
             tail = log.read_text(errors="replace").splitlines()[-TAIL:]
         cause = store.failure(i) or causes.get(i, "killed, cause unknown" if i in owners else "")
