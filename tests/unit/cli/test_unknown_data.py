@@ -1,5 +1,7 @@
 """Curves without a data fingerprint are judged as they are, and never continued."""
 
+import shutil
+
 import pytest
 
 from lorasweep.cli import answer, finished_runs
@@ -40,13 +42,19 @@ def test_a_kept_table_is_judged_again_without_training(old, compose):
     assert act(compose(*SWEEP), old) == 0 and not old.trained
 
 
-STUDY = ("+sweep=study", "sweep.parts=[rank,lr_ratio]", "scale=smoke", "format=json")
-
-
-@pytest.mark.parametrize("asked", [SWEEP, (*SWEEP, "action=plan"), STUDY])
-def test_a_kept_curve_is_not_continued_and_no_part_of_a_study_starts(old, compose, asked):
+@pytest.mark.parametrize("action", ["run", "plan"])
+def test_a_kept_curve_is_not_continued(old, compose, action):
     with pytest.raises(StoreError, match=ADVICE):
-        act(compose(*asked, MORE), old)
+        act(compose(*SWEEP, MORE, f"action={action}"), old)
+    assert not old.trained
+
+
+def test_a_sweep_of_sweeps_is_checked_before_its_first_part_starts(old, compose):
+    request = compose("+sweep=study", "sweep.parts=[rank,lr_ratio]", *SWEEP[1:])
+    lost = request.parts[1].points[0].id
+    shutil.rmtree(RunStore(request.exec.runs_dir).folder(lost))
+    with pytest.raises(StoreError, match=ADVICE):
+        act(request, old)
     assert not old.trained
 
 
