@@ -87,9 +87,12 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
 
 @pytest.mark.full
 def test_rounds_are_not_extended_under_other_margins(compose, fake_trainer):
-    valley = Valley(10, noise=0.02)
-    grid = ("sweep.arms.lora.rank=[4]", "sweep.replicate.seeds=[1,2]", *valley.rates())
-    base, trainer = [*SMOKE, *grid], fake_trainer(valley.nll)
+    grid = (
+        *("sweep.arms.lora.rank=[4]", "sweep.replicate.seeds=[1,2]"),
+        "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]",
+        "sweep.arms.lora.lr=[3e-3,6e-3,1.2e-2,2.4e-2,4.8e-2]",
+    )
+    base, trainer = [*SMOKE, *grid], fake_trainer(Valley(10, noise=0.02).nll)
     for extra in ([], ["action=extend"], []):
         assert act(compose(*base, *extra), trainer) == 0
     with pytest.raises(Exception, match="claims, margins or rounds were changed"):
