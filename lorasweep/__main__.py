@@ -34,22 +34,13 @@ def main() -> None:
             "-m (Hydra multirun) is not supported: use a sweep instead, +sweep=NAME. "
             "See `python -m lorasweep --help`."
         )
-    _run_hydra()
 
-
-def _fail(message: str) -> NoReturn:
-    print(f"lorasweep: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _run_hydra() -> None:
     import hydra
     from hydra.errors import HydraException
     from yaml import YAMLError
 
     from lorasweep.cli.help import help_template
     from lorasweep.config import compose
-    from lorasweep.config.folders import conf_dir
     from lorasweep.errors import LorasweepError
 
     compose.register(help_template)
@@ -71,6 +62,11 @@ def _run_hydra() -> None:
         _fail(f"a configuration file is not valid YAML: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"lorasweep: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _act(cfg: "DictConfig") -> None:

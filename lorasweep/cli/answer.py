@@ -4,10 +4,9 @@
 tables, plain values and paths; the caller decides where results are.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +51,12 @@ def check_claims(sweep: Sweep | None) -> None:
             )
 
 
-SMALLER = ("small", "tiny")
-"""Scales whose spread between seeds stands in for that of a larger one."""
-
-
-def outlooks(points: Sequence[Point], sweep: Sweep | None, scale: str) -> "list[Outlook]":
+def outlooks(
+    points: Sequence[Point], sweep: Sweep | None, *scales: str
+) -> "list[tuple[str, Outlook]]":
     """Return for every claim whether the planned runs can decide it, before any training.
+
+    Each comes with the scale that its spread between seeds is from: the first that states one.
 
     Args:
         points: the first stage's runs.
@@ -65,20 +64,8 @@ def outlooks(points: Sequence[Point], sweep: Sweep | None, scale: str) -> "list[
     Raises:
         SpecError: the sweep claims something that its analysis does not measure.
     """
-    return [o for _, o in _outlooks(points, sweep, [scale])] if sweep else []
-
-
-def outlooks_of(points: Sequence[Point], sweep: Sweep, scale: str) -> "list[tuple[str, Outlook]]":
-    """Return the outlooks of a sweep with, for each, the scale that its spread is from.
-
-    A claim without a spread at `scale` takes that of the largest smaller scale that states one.
-    """
-    return _outlooks(points, sweep, [scale, *SMALLER])
-
-
-def _outlooks(
-    points: Sequence[Point], sweep: Sweep, scales: Sequence[str]
-) -> "list[tuple[str, Outlook]]":
+    if sweep is None:
+        return []
     check_claims(sweep)
     from analysis.inference.design import outlook
     from analysis.questions.registry import question_named
@@ -124,17 +111,13 @@ def claims_hash(question: dict[str, Any]) -> str:
     return question_hash(question)
 
 
-@dataclass(frozen=True)
-class NextRound:
-    """The most useful runs to add, and why."""
+def next_round(
+    table: "pd.DataFrame", question: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Suggest runs to add to a finished sweep, and why; none if every claim is decided.
 
-    runs: list[dict[str, Any]]
-    """Each {like: id of a finished run, lr, seed}: that run with another learning rate and seed."""
-    lines: list[str]
-
-
-def next_round(table: "pd.DataFrame", question: dict[str, Any]) -> NextRound:
-    """Suggest runs to add to a finished sweep; none if every claim is decided.
+    Each run is {like: id of a finished run, lr, seed}: that run with another learning rate and
+    seed. The reasons are lines of text.
 
     Raises:
         StoreError: the runs cannot be judged together.
@@ -150,7 +133,7 @@ def next_round(table: "pd.DataFrame", question: dict[str, Any]) -> NextRound:
             for s in wanted
             for seed in s.seeds
         ]
-    return NextRound(runs, lines(wanted))
+    return runs, lines(wanted)
 
 
 @contextmanager
@@ -165,31 +148,21 @@ def _table_errors() -> Iterator[None]:
         ) from None
 
 
-@dataclass(frozen=True)
-class Qualification:
-    """Whether tasks are suitable for questions about learning rates."""
+def qualify(table: "pd.DataFrame") -> tuple[dict[str, bool], list[dict[str, Any]], list[str]]:
+    """Judge tasks from finished runs of full fine-tuning and of LoRA's highest rank.
 
-    verdict: dict[str, bool]
-    """Model and data set -> whether it qualifies."""
-    checks: list[dict[str, Any]]
-    lines: list[str]
-
-
-def qualify(table: "pd.DataFrame") -> Qualification:
-    """Judge tasks from finished runs of full fine-tuning and of LoRA's highest rank."""
+    Returns whether each model and data set is suitable for questions about learning rates, the
+    checks as JSON values, and the checks as lines of text.
+    """
     from analysis.measures import qualify as tasks
     from analysis.report.text import aligned
 
     checks = tasks.qualify(table)
-    plain = [dataclasses.asdict(c) for c in checks]
-    return Qualification(tasks.verdict(checks), plain, aligned(tasks.rows(checks)))
+    return tasks.verdict(checks), [asdict(c) for c in checks], aligned(tasks.rows(checks))
 
 
 def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
-    """Write the page of the answers in `reports/TITLE`, and return its table as lines.
-
-    The page is `reports/title/study.md`.
-    """
+    """Write the page of all answers, `reports/title/study.md`; return its table as lines."""
     from analysis.report.study import answers, page
     from analysis.report.text import aligned
 
@@ -202,9 +175,7 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
 def code_length(
     base: Sequence[float], code: Sequence[float], tokens: Sequence[int], left: int | None
 ) -> list[dict[str, float | None]]:
-    """Return the nats of all rows, under the base model and online during training.
-
-    Each has value, low and high.
+    """Return value, low and high of the nats of all rows: under the base, and online in training.
 
     Args:
         base: nats of each measured batch under the base model.

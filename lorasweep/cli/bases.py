@@ -26,33 +26,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; compare with the shipped weights"
     )
     given = parser.parse_args(arguments)
-    wrong = [name for name in given.names if not _remake(name, given.check)]
-    if wrong:
-        print(f"retraining gave another loss for: {', '.join(wrong)}")
-    return int(bool(wrong))
 
-
-def _remake(name: str, check: bool) -> bool:
-    """Retrain one base; save it, or compare its loss with the loss of the shipped weights."""
     from lorasweep.models.load import SHIPPED, load, recipe_file_name
     from lorasweep.train import pretrain
 
-    spec = shipped_model(name)
-    assert spec.recipe is not None
-    model, nll = pretrain.pretrain(spec, _print_progress)
-    print(f"{name}: NLL {nll:.4f}")
-    if not check:
-        pretrain.save(model, SHIPPED / recipe_file_name(spec))
-        return True
-    shipped = load(spec, []).model.cpu()
-    shipped_nll = pretrain.held_out_nll(shipped, pretrain.pretraining_data(spec.recipe))
-    print(f"{name}: NLL of the shipped weights {shipped_nll:.4f}")
-    return abs(nll - shipped_nll) <= TOLERANCE_NATS
+    def report(step: int, nll: float) -> None:
+        if step % 100 == 0:
+            print(f"  update {step}: {nll:.4f}", flush=True)
 
-
-def _print_progress(step: int, nll: float) -> None:
-    if step % 100 == 0:
-        print(f"  update {step}: {nll:.4f}", flush=True)
+    wrong = []
+    for name in given.names:
+        spec = shipped_model(name)
+        assert spec.recipe is not None
+        model, nll = pretrain.pretrain(spec, report)
+        print(f"{name}: NLL {nll:.4f}")
+        if not given.check:
+            pretrain.save(model, SHIPPED / recipe_file_name(spec))
+            continue
+        shipped = load(spec, []).model.cpu()
+        shipped_nll = pretrain.held_out_nll(shipped, pretrain.pretraining_data(spec.recipe))
+        print(f"{name}: NLL of the shipped weights {shipped_nll:.4f}")
+        if abs(nll - shipped_nll) > TOLERANCE_NATS:
+            wrong.append(name)
+    if wrong:
+        print(f"retraining gave another loss for: {', '.join(wrong)}")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

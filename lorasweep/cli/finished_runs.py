@@ -1,7 +1,7 @@
 """The actions on finished runs: export, import, adapter, verify, extend.
 
 Verify and adapter train finished runs again, alone, and compare the results with the noise between
-seeds. What a difference means for a claim is not judged here.
+seeds.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
-from lorasweep.plan.plan import refuse_extending
+from lorasweep.plan.plan import refuse_mixing
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
@@ -124,32 +124,36 @@ def train_again(
     Returns how it compares, its state at the end, and its result.
 
     Raises:
-        TrainingError: the data or the base are others than those of the finished run.
+        TrainingError: the data or the base have changed since the finished run.
     """
     before = store.result(spec.id) or {}
     state = ""
     final: dict[str, Any] = {}
     at_end: State = {"tensors": {}, "meta": {}}
     for event in trainer([spec], dataclasses.replace(exec_, **store.layout(spec.id)), None):
-        if spec.id in event.ended:
-            state, final = event.ended[spec.id]
-            for key, what in (("data_sha256", "other data"), ("base_sha256", "another base")):
-                then, here = before.get(key), final.get(key)
-                if then and here and then != here:
-                    raise TrainingError(
-                        f"run {spec.id} was trained on {what} (fingerprint {then}) than is there "
-                        f"now ({here}), so it cannot be trained again. Get back what it was "
-                        "trained on."
-                    )
-            at_end = event.snapshot()[spec.id]
+        if spec.id not in event.ended:
+            continue
+        state, final = event.ended[spec.id]
+        for key, what in (("data_sha256", "other data"), ("base_sha256", "another base")):
+            then, here = before.get(key), final.get(key)
+            if then and here and then != here:
+                raise TrainingError(
+                    f"run {spec.id} was trained on {what} (fingerprint {then}) than is there now "
+                    f"({here}), so it cannot be trained again. Get back what it was trained on."
+                )
+        at_end = event.snapshot()[spec.id]
     name = metric_of(before).name
     pairs = [(a[name], b[name]) for a, b in zip(before["curve"], final["curve"])]
     gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
     done = state == before["state"] == "done"
-    recorded, alone = (before[name], final[name]) if done else (None, None)
-    worst = max(gaps, default=None) if done else None
-    same = state == before["state"]
-    comparison = Comparison(spec.id, before.get("pack_size"), recorded, alone, same, worst)
+    comparison = Comparison(
+        run=spec.id,
+        pack_size=before.get("pack_size"),
+        recorded=before[name] if done else None,
+        alone=final[name] if done else None,
+        same_state=state == before["state"],
+        curve_difference=max(gaps, default=None) if done else None,
+    )
     return comparison, at_end, final
 
 
@@ -167,9 +171,8 @@ def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
         "GPU": (env.get("gpu"), next((gpu.name for gpu in detect.gpus()), None)),
         "backend": (env.get("backend", backend), backend),
         "lorasweep": (env["lorasweep"], here["lorasweep"]),
+        **{n: (env["packages"].get(n), here["packages"][n]) for n in ("torch", "transformers")},
     }
-    for name in ("torch", "transformers"):
-        pairs[name] = (env["packages"].get(name), here["packages"][name])
     found = [
         f"{name} {then or 'none'} then, {now or 'none'} now"
         for name, (then, now) in pairs.items()
@@ -190,11 +193,11 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
 
     The weights of runs are not kept (a sweep has thousands), so the run is trained again, alone,
     with the same threads and micro-batch. The result is the same up to rounding; if the run was
-    trained alone on the same processor, it is the same bit for bit (tests). With a sweep, the noise
-    is that between the seeds of its runs.
+    trained alone on the same processor, it is the same bit for bit (tests).
 
     Raises:
-        TrainingError: it ends elsewhere than the recorded run, by more than the noise.
+        TrainingError: it ends elsewhere than the recorded run, by more than the noise between the
+            seeds of the sweep's runs.
     """
     if not request.run or not request.out:
         raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
@@ -212,8 +215,9 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
     bound = request.max_difference
     if bound is None:
         points = all_points(request, store) if request.sweep and not request.parts else []
-        floor = noise_floor(points, store)
-        bound = NO_FLOOR_NATS if floor is None else floor
+        bound = noise_floor(points, store)
+    if bound is None:
+        bound = NO_FLOOR_NATS
     causes = changed_circumstances(spec.id, store, final["backend"])
     why = "; ".join(causes) or "no recorded difference: threads, code edits and drivers remain"
     outcome = f"trained again: {_outcome(comparison)}"
@@ -263,12 +267,12 @@ def verify(request: Request, store: RunStore) -> int:
     if request.sample < 1:
         raise SpecError(f"sample={request.sample}: expected at least 1 run.")
     points, quiet = all_points(request, store), request.format == "json"
-    trained_here = []
-    for p in points:
-        result = store.result(p.id)
-        if result is not None and not result.get("imported"):
-            alone = result.get("pack_size", 1) == 1
-            trained_here.append((alone, stream("verify", p.id).random(), p.spec))
+    finished = [(result, p) for p in points if (result := store.result(p.id)) is not None]
+    trained_here = [
+        (result.get("pack_size", 1) == 1, stream("verify", p.id).random(), p.spec)
+        for result, p in finished
+        if not result.get("imported")
+    ]
     if not trained_here:
         raise SpecError(
             f"no run of this sweep was trained to the end in {store.root}. Run the sweep first."
@@ -285,12 +289,12 @@ def verify(request: Request, store: RunStore) -> int:
     if quiet:
         rows = [{**asdict(c), "difference": c.difference} for c in compared]
         print(json.dumps({"runs": rows, "noise_floor": floor, "differing": differing}))
-        return int(bool(differing))
-    noise = "no condition has two seeds"
-    if floor is not None:
-        noise = f"standard deviation between seeds {floor:.1e} nats"
-    gaps = [abs(c.difference) for c in compared if c.difference is not None]
-    print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
+    else:
+        noise = "no condition has two seeds"
+        if floor is not None:
+            noise = f"standard deviation between seeds {floor:.1e} nats"
+        gaps = [abs(c.difference) for c in compared if c.difference is not None]
+        print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
     return int(bool(differing))
 
 
@@ -314,18 +318,14 @@ def extend(request: Request, store: RunStore) -> int:
             "action=extend."
         )
     asked = question(request)
-    wanted = answer.next_round(load_runs(store.root, [p.id for p in points]), asked)
-    if not wanted.runs:
+    runs, lines = answer.next_round(load_runs(store.root, [p.id for p in points]), asked)
+    if not runs:
         print("nothing to add: every claim is decided, or more runs cannot help")
         return 0
-    by_id = {p.id: p for p in points}
-    refuse_extending(points, [by_id[run["like"]] for run in wanted.runs], store)
+    like = {run["like"] for run in runs}
+    refuse_mixing(points, store, request.exec, [p for p in points if p.id in like])
     path = looks.path_of(store.root, request.title)
-    number = looks.append(path, wanted.runs, answer.claims_hash(asked), points)
-    lines = [
-        *wanted.lines,
-        f"round {number}: {len(wanted.runs)} runs added; run the command without action=extend to "
-        "train them",
-    ]
-    print("\n".join(lines))
+    number = looks.append(path, runs, answer.claims_hash(asked), points)
+    print(*lines, sep="\n")
+    print(f"round {number}: {len(runs)} runs added; run the command without action=extend to train")
     return 0

@@ -6,12 +6,12 @@ Starts nothing but the measurement of packs and downloads.
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from lorasweep.cli import answer, fleet_costs
-from lorasweep.cli.plan_text import forecast_text, plan_text, queue_lines
 from lorasweep.cli.points import all_points
-from lorasweep.cli.progress import notifier
+from lorasweep.cli.progress import duration, notifier
 from lorasweep.config import preflight
 from lorasweep.errors import SpecError
 from lorasweep.launch.measure_packs import measure_packs
@@ -20,9 +20,18 @@ from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.plan import detect
 from lorasweep.plan.forecast import Forecast, Forecaster, hours_of, without_too_large
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import run_flops
+from lorasweep.plan.packing import forward_tokens
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
-from lorasweep.plan.plan import make_plan, refuse_mixing, summary
+from lorasweep.plan.plan import Plan, make_plan, refuse_mixing, summary
+from lorasweep.plan.throughput import shape_of
+from lorasweep.plan.time import TRAINING_SHARE
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.revision import is_unpinned
 from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.sweep.aligned import aligned
+from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
 from lorasweep.sweep.trained import trained_plain, trained_text
@@ -30,6 +39,18 @@ from lorasweep.sweep.trained import trained_plain, trained_text
 OUTLOOK_RUNS = 2000
 """Number of runs above which action=plan does not say what claims can be decided. Loading the
 analysis takes a second, longer than planning; the start of the runs says it."""
+SMALLER = ("small", "tiny")
+"""Scales whose spread between seeds stands in for that of a larger one."""
+BASIS = {
+    "measured": "from finished runs",
+    "calibrated": "from measured step times",
+    "assumed": "from an assumed speed",
+}
+"""Where the expected time comes from."""
+HEAD = (
+    *("sweep", "runs", "packs", "jobs", "GPUs a run", "rows a pass", "GiB a GPU", "tokens"),
+    *("FLOPs", "tokens/s a GPU", "GPU-hours", "days", "dollars"),
+)
 
 
 def show(request: Request, store: RunStore) -> int:
@@ -43,26 +64,25 @@ def show(request: Request, store: RunStore) -> int:
     queue = planning.difference(request, store, plan)
     outlooks = []
     if len(plan.points) <= OUTLOOK_RUNS:
-        outlooks = answer.outlooks(request.points, request.sweep, request.scale)
+        found = answer.outlooks(request.points, request.sweep, request.scale)
+        outlooks = [outlook for _, outlook in found]
     fleet = {"fleet": fleet_costs.here(request, store, plan)} if request.members else {}
     if request.format == "json":
         name = {"sweep": request.sweep_name, "scale": request.scale}
-        claims = {"claims": [found.plain() for found in outlooks]} if outlooks else {}
+        claims = {"claims": [o.plain() for o in outlooks]} if outlooks else {}
         print(json.dumps({**name, **summary(plan), **queue, **claims, **fleet}))
         return 0
     lines = [plan_text(request, plan), *queue_lines(queue)]
     if request.members:
         lines += ["", *fleet_costs.lines(fleet["fleet"], f"on {plan.workers} worker(s)")]
-    print("\n".join([*lines, *(found.line() for found in outlooks)]))
+    print("\n".join([*lines, *(o.line() for o in outlooks)]))
     return 0
 
 
 def layers(request: Request, store: RunStore) -> int:
     """Print what each kind of run trains, by layer set."""
-    if request.format == "json":
-        print(json.dumps({"sweep": request.sweep_name, "kinds": trained_plain(request.points)}))
-    else:
-        print(trained_text(request.points))
+    plain = {"sweep": request.sweep_name, "kinds": trained_plain(request.points)}
+    print(json.dumps(plain) if request.format == "json" else trained_text(request.points))
     return 0
 
 
@@ -79,8 +99,7 @@ def measure(request: Request, store: RunStore) -> int:
     states = store.states(p.id for p in points)
     missing = [p.spec for p in points if states[p.id] == "missing"]
     if missing:
-        machine = detect.this_machine()
-        measure_packs(missing, store, request.exec, machine, notifier(request))
+        measure_packs(missing, store, request.exec, detect.this_machine(), notifier(request))
     return show(request, store)
 
 
@@ -90,19 +109,132 @@ def fetch(request: Request, store: RunStore) -> int:
     return 0
 
 
+def plan_text(request: Request, plan: Plan) -> str:
+    """Return the plan as text: a summary, arms, packs, and remarks."""
+    values = summary(plan)
+    runs, cost = values["runs"], values["cost"]
+    name = request.sweep_name or "single run"
+    if request.sweep_name and request.sweep:
+        name = f"sweep {name}, scale {request.scale}"
+    if plan.hardware.name != detect.NAME:
+        name += f", on {plan.hardware.name}"
+    states = ", ".join(f"{n} {s}" for s, n in plan.counts().items())
+    lines = [
+        f"{name}: {runs['total']} runs ({states}); {runs['todo']} to do in {cost['packs']} packs "
+        f"on {cost['workers']} worker(s) x {cost['threads']} thread(s), about "
+        f"{duration(cost['hours'] * 3600)} ({BASIS[cost['basis']]}), {cost['flops']:.2g} FLOPs, "
+        f"memory up to {cost['memory_gib']:.1f} GiB, checkpoints up to "
+        f"{cost['checkpoint_gib']:.1f} GiB"
+    ]
+    for a in values["arms"]:
+        rank = f" rank {a['rank']}" if a["rank"] else ""
+        lines.append(
+            f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, "
+            f"{a['n_trainable']:,} trained parameters"
+        )
+    packs: dict[str, None] = {}  # kinds that differ only in their data have the same line
+    for pack in {shape_of(pack.points[-1].spec): pack for pack in plan.packs}.values():
+        spec, n = pack.points[-1].spec, len(pack.points)
+        if spec.method.MAX_PACK is not None:
+            continue
+        rank = f" rank {spec.method.rank}" if hasattr(spec.method, "rank") else ""
+        speed = plan.throughputs.of(spec)
+        if request.exec.pack_size is not None:
+            why = "exec.pack_size"
+        elif speed is None:
+            why = (
+                f"up to {forward_tokens(plan.hardware)} tokens per forward pass; not measured here"
+            )
+        else:
+            ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.step_s.items()))
+            pays = ": packing does not pay" if speed.measured and speed.best_size() == 1 else ""
+            why = f"{'measured' if speed.measured else 'recorded'} per step and run: {ms}{pays}"
+        packs[
+            f"  packs of {spec.method.name}{rank} on {spec.model.name}: {n} run(s), "
+            f"{pack.micro_batch_size} rows of each per forward pass ({why})"
+        ] = None
+    lines += [*packs, *unpinned_lines(plan.points)]
+    slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
+    if plan.todo and slow_bf16 and plan.points[0].spec.precision == "bf16":
+        lines.append(
+            "  this processor has no bf16 instructions: an update takes about 50 times as long as "
+            "in fp32; add precision=fp32 (other run ids), or use a processor or a GPU with bf16"
+        )
+    if request.sweep and request.sweep.replicate.seeds:
+        second = request.sweep.replicate
+        arms = f" of {', '.join(second.arms)}" if second.arms else ""
+        lines.append(
+            f"  second stage{arms}, when the first stage of a curve has finished: seeds "
+            f"{second.seeds} at the {second.n_lrs} best learning rates"
+        )
+    return "\n".join(lines)
+
+
+def unpinned_lines(points: Sequence[Point]) -> list[str]:
+    """Return a line for every model and data set whose content on the hub can change."""
+    models = {p.spec.model.name: p.spec.model for p in points}
+    datasets = {p.spec.dataset.name: p.spec.dataset for p in points}
+    parts: list[tuple[str, ModelSpec | DatasetSpec]] = [
+        *(("model", model) for model in models.values()),
+        *(("dataset", dataset) for dataset in datasets.values()),
+    ]
+    return [
+        f"  {kind} {part.name} ({part.location}) names no commit of the hub: the newest one is "
+        f"taken and recorded with the results; pin it with {kind}.revision=COMMIT"
+        for kind, part in parts
+        if is_unpinned(part)
+    ]
+
+
+def queue_lines(difference: dict[str, Any]) -> list[str]:
+    """Return what a submission would change in the queue, as lines; empty without a cluster."""
+    if not difference:
+        return []
+    queue = difference["queue"]
+    lines = [f"  to submit: {queue['to_submit']} runs"] if "jobs" in queue else []
+    for job in queue.get("jobs", ()):
+        nodes = f"{job['nodes']} nodes, on each " if job["nodes"] > 1 else ""
+        gpus = f", {job['gpus']} GPU(s)" if job["gpus"] else ""
+        lines.append(
+            f"    {job['jobs']} job(s), each with {nodes}{job['cpus']} CPU core(s){gpus}, "
+            f"{job['mem_gib']:g} GiB and at most {job['time_min']} min"
+        )
+    if queue["queued"]:
+        lines.append(f"  {queue['queued']} runs are already queued")
+    if queue["removed"]:
+        lines.append(
+            f"  {queue['removed']} queued run(s) of this sweep are no longer part of this command "
+            "line: prune=true cancels them"
+        )
+    if "unknown" in queue:
+        lines.append(f"  queued runs are unknown: {queue['unknown']}")
+    return lines
+
+
 # ---------------------------------------------------------------- on GPUs with a data sheet
 
 
 def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
-    """Print what sweeps take on GPUs, a line a sweep; never asks about this machine."""
-    planner, work_max = Forecaster(hardware, request.exec), request.cluster.work_max
-    parts = request.parts or [request]
-    found = [_forecast(planner, part, store) for part in parts]
-    total = planner.total(found)
-    prices = [_prices(part, f) for part, f in zip(parts, found, strict=True)]
-    queue = _queue_on_gpus(request, store, hardware)
+    """Print what sweeps take on GPUs, a line a sweep, without looking at this machine."""
+    planner, found, prices = Forecaster(hardware, request.exec), [], []
+    for part in request.parts or [request]:
+        states = store.states(p.id for p in part.points)
+        missing = [p for p in part.points if states[p.id] not in FINAL]
+        second = part.sweep.replicate if part.sweep else Replicates()
+        found.append(planner.forecast(part.sweep_name or "run", missing, second))
+        prices.append(_prices(part, found[-1]))
+    found.append(planner.total(found))
+    values = [forecast_plain(f, request.cluster.work_max) for f in found]
+    queue: dict[str, Any] = {}
+    if request.cluster.kind == "slurm" and not request.parts:
+        points = without_too_large(request.points, hardware, request.exec)
+        # the forecast says which runs fit nowhere, and why
+        with suppress(SpecError):
+            if points:
+                plan = make_plan(points, store, request.exec, hardware)
+                asked = dataclasses.replace(request, points=points)
+                queue = planning.difference(asked, store, plan)
     fleet = {"fleet": fleet_costs.on_gpus(request, store, hardware)} if request.members else {}
-    values = [forecast_plain(f, work_max) for f in [*found, total]]
     if request.format == "json":
         machine = {name: getattr(hardware, name) for name in ("name", "gpus", "price_per_gpu_h")}
         errors = {"memory": MEMORY_ERROR, "speed": SPEED_ERROR}
@@ -110,36 +242,11 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         sweeps = [{**v, "claims": p} for v, p in zip(values, prices)]
         print(json.dumps({**about, "sweeps": sweeps, "total": values[-1], **queue, **fleet}))
         return 0
-    lines = forecast_text(request, hardware, values, prices) + queue_lines(queue)
+    lines = _forecast_lines(request, hardware, values, prices) + queue_lines(queue)
     if request.members:
         lines += ["", *fleet_costs.lines(fleet["fleet"], "in time of one GPU")]
     print("\n".join(lines))
     return 0
-
-
-def _forecast(planner: Forecaster, request: Request, store: RunStore) -> Forecast:
-    """Forecast the unfinished runs of one sweep, or the single run."""
-    states = store.states(p.id for p in request.points)
-    missing = [p for p in request.points if states[p.id] not in FINAL]
-    second = request.sweep.replicate if request.sweep else Replicates()
-    return planner.forecast(request.sweep_name or "run", missing, second)
-
-
-def _queue_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> dict[str, Any]:
-    """Return what a submission would change in the queue of the cluster.
-
-    Empty for a study of several sweeps, without a cluster, and if runs fit nowhere.
-    """
-    if request.parts or request.cluster.kind != "slurm":
-        return {}
-    points = without_too_large(request.points, hardware, request.exec)
-    if not points:
-        return {}
-    try:
-        plan = make_plan(points, store, request.exec, hardware)
-        return planning.difference(dataclasses.replace(request, points=points), store, plan)
-    except SpecError:
-        return {}  # the forecast says which runs fit nowhere, and why
 
 
 def _prices(request: Request, found: Forecast) -> list[dict[str, Any]]:
@@ -151,15 +258,14 @@ def _prices(request: Request, found: Forecast) -> list[dict[str, Any]]:
         return []
     first, second = found.stage_hours()
     seeds, runs = len(request.sweep.replicate.seeds), len(found.runs)
-    prices = []
-    for scale, outlook in answer.outlooks_of(request.points, request.sweep, request.scale):
+    prices, scales = [], (request.scale, *SMALLER)
+    for scale, outlook in answer.outlooks(request.points, request.sweep, *scales):
         price: dict[str, Any] = {"claim": outlook.claim, "spread_from": scale}
         names = ("half_width", "planned", "needed", "units", "can_decide")
         price |= {name: getattr(outlook, name) for name in names}
         if outlook.needed is not None and outlook.units == "seeds" and seeds:
             more = max(0, outlook.needed - 1) / seeds  # one seed is the first stage's
-            fresh = runs - len(found.first)
-            price["runs"] = len(found.first) + round(more * fresh)
+            price["runs"] = len(found.first) + round(more * (runs - len(found.first)))
             price["gpu_hours"] = first + more * second
         elif outlook.needed is not None:
             share = outlook.needed / max(1, outlook.planned)
@@ -178,20 +284,28 @@ def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
     def cost(hours: float) -> float | None:
         return None if hardware.price_per_gpu_h is None else hours * hardware.price_per_gpu_h
 
+    def ends(values: Sequence[float]) -> list[float] | None:
+        return [min(values), max(values)] if values else None
+
     return {
         "name": found.name,
         "runs": found.n_runs,
         "packs": found.packs,
         "jobs": found.jobs(work_max_min),
-        "gpus_a_run": _ends([w.layout.gpus for w in wheres]),
-        "micro_batch": _ends([w.layout.rows for w in wheres]),
+        "gpus_a_run": ends([w.layout.gpus for w in wheres]),
+        "micro_batch": ends([w.layout.rows for w in wheres]),
         "memory_gib": max((w.memory_gib for w in wheres), default=None),
         "tokens": found.tokens,
-        "flops": found.flops,
-        "tokens_s": _ends([w.tokens / w.seconds / w.layout.gpus for w in wheres]),
+        "flops": sum(n * run_flops(kind.spec) for kind, _, n in placed),
+        "tokens_s": ends([w.tokens / w.seconds / w.layout.gpus for w in wheres]),
         "gpu_hours": found.gpu_hours,
-        "gpu_hours_by_formulas_alone": found.expert_hours,
-        "gpu_hours_of_sampling": found.sampling_hours,
+        # no published measurement covers models with experts, and sampling
+        "gpu_hours_by_formulas_alone": sum(
+            hours_of(*entry) for entry in placed if entry[0].spec.model.n_experts
+        ),
+        "gpu_hours_of_sampling": sum(
+            hours_of(k, where, n) * where.sampling_s / where.seconds for k, where, n in placed
+        ),
         # on all GPUs of the hardware, or on those of the largest run if it has more
         "days": found.gpu_hours / 24 / max(hardware.gpus, largest),
         "cost_usd": cost(found.gpu_hours),
@@ -213,5 +327,90 @@ def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
     }
 
 
-def _ends(values: Sequence[float]) -> list[float] | None:
-    return [min(values), max(values)] if values else None
+def _forecast_lines(
+    request: Request,
+    hardware: Hardware,
+    values: Sequence[dict[str, Any]],
+    prices: Sequence[Sequence[dict[str, Any]]],
+) -> list[str]:
+    """Return the lines of a plan for GPUs.
+
+    Args:
+        values: a forecast for each sweep, and last the total (`forecast_plain`).
+        prices: what deciding each claim of each sweep costs.
+    """
+    total, usd = values[-1], hardware.price_per_gpu_h
+
+    def dollars(hours: float) -> str:
+        return "" if usd is None else f", ${hours * usd:,.0f}"
+
+    rows = [_row(v) for v in (values if len(values) > 2 else values[:1])]  # one sweep is the total
+    name = request.sweep_name or "run"
+    lines = [f"{name}, scale {request.scale}, on {hardware.gpus} x {hardware.gpu_name}", ""]
+    lines += [*aligned([HEAD, *rows], range(1, len(HEAD))), ""]
+    for left in total["left_out"]:
+        lines.append(
+            f"left out, as a run takes {left['gpus_a_run']} GPUs (exec.max_gpus=N allows more): "
+            f"{left['kind']}, {left['runs']} runs, {left['gpu_hours']:,.0f} GPU-hours"
+            f"{dollars(left['gpu_hours'])}"
+        )
+    for m in total["misfits"]:
+        lines.append(f"does not fit: {m['kind']}, {m['runs']} runs: {m['why']}. Give {m['remedy']}")
+    lines += unpinned_lines([p for part in request.parts or [request] for p in part.points])
+    assumed = (
+        "none stated" if usd is None else f"${usd:g} a GPU and hour (hardware.price_per_gpu_h=N)"
+    )
+    lines += [
+        f"price assumed: {assumed}. Runs that sweeps share are trained once and count once in the "
+        "total. Fresh seeds of the second stage are included, further looks are not.",
+        f"nothing was measured on {hardware.name}: memory and time are computed from shapes and "
+        "its data sheet. Of published measurements of dense models nine in ten lie within "
+        f"{MEMORY_ERROR:.0%} of such a memory and {SPEED_ERROR:.0%} of such a speed "
+        "(analysis/results/plan); they fix one constant, the share of the attainable speed that "
+        f"products reach ({TRAINING_SHARE:g}). Models with experts "
+        f"({total['gpu_hours_by_formulas_alone']:,.0f} GPU-hours) and the memory of full "
+        "fine-tuning rest on formulas alone.",
+    ]
+    if total["gpu_hours_of_sampling"]:
+        lines.append(
+            f"sampling completions takes {total['gpu_hours_of_sampling']:,.0f} of the GPU-hours, "
+            "by formulas alone: through transformers' forward pass, a token of all completions at "
+            "a time, mostly bound by the launch of kernels. A serving engine would take less; none "
+            "is used."
+        )
+    if any(prices):
+        lines += ["", "until an answer is expected, alone:"]
+    for name, p in ((v["name"], p) for v, some in zip(values, prices) for p in some):
+        if p["can_decide"] is None:
+            price = "not known: no spread between seeds stated"
+        elif "gpu_hours" not in p:
+            price = "no number of seeds that would fit its margin was found"
+        else:
+            price = (
+                f"{p['needed']} {p['units']} (planned {p['planned']}): {p['runs']:,} runs, "
+                f"{p['gpu_hours']:,.0f} GPU-hours{dollars(p['gpu_hours'])}, by the spread at "
+                f"{p['spread_from']}"
+            )
+        lines.append(f"  {name}: {p['claim']}: {price}")
+    return lines
+
+
+def _row(values: dict[str, Any]) -> tuple[str, ...]:
+    def ends(key: str) -> str:
+        if values[key] is None:
+            return "-"
+        low, high = (f"{value:,.0f}" for value in values[key])
+        return low if low == high else f"{low} to {high}"
+
+    memory, cost = values["memory_gib"], values["cost_usd"]
+    return (
+        values["name"],
+        *(f"{values[key]:,}" for key in ("runs", "packs", "jobs")),
+        *(ends(key) for key in ("gpus_a_run", "micro_batch")),
+        "-" if memory is None else f"{memory:.0f}",
+        *(f"{values[key]:.2g}" for key in ("tokens", "flops")),
+        ends("tokens_s"),
+        f"{values['gpu_hours']:,.0f}",
+        f"{values['days']:.1f}",
+        "-" if cost is None else f"{cost:,.0f}",
+    )

@@ -9,39 +9,29 @@ from lorasweep.sweep.request import Request
 
 
 def all_points(request: Request, store: RunStore) -> list[Point]:
-    """Return the sweep's runs.
-
-    These are the first stage, the second stage of curves with a finished first stage, and the runs
-    of further rounds.
-    """
+    """Return a sweep's runs: first stage, second stage of finished curves, and added rounds."""
     if request.parts:
         return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
-    points = _two_stages(request, store)
+    points = list(request.points)
     if request.sweep is None:
         return points
+    if request.sweep.replicate.seeds:
+        results = {p.id: store.result(p.id) or {} for p in points}
+        curves: dict[tuple[str, str], list[Point]] = {}
+        for p in points:
+            curves.setdefault(curve_key(p), []).append(p)
+        over = [p for curve in curves.values() if all(results[q.id] for q in curve) for p in curve]
+
+        def loss(rid: str) -> float | None:
+            metric = metric_of(results[rid])
+            value = metric.value(results[rid])
+            if value is None or results[rid].get("state") != "done":
+                return None
+            return metric.loss(value)
+
+        points += second_stage(over, request.sweep.replicate, loss)
     rounds = looks.read(looks.path_of(store.root, request.title))
     return points + added_points(rounds, points)
-
-
-def _two_stages(request: Request, store: RunStore) -> list[Point]:
-    points = list(request.points)
-    second = request.sweep.replicate if request.sweep else None
-    if second is None or not second.seeds:
-        return points
-    results = {p.id: store.result(p.id) for p in points}
-    by_curve: dict[tuple[str, str], list[Point]] = {}
-    for p in points:
-        by_curve.setdefault(curve_key(p), []).append(p)
-    over = [p for curve in by_curve.values() if all(results[q.id] for q in curve) for p in curve]
-
-    def loss(rid: str) -> float | None:
-        result = results[rid] or {}
-        value = metric_of(result).value(result)
-        if value is None or result.get("state") != "done":
-            return None
-        return metric_of(result).loss(value)
-
-    return points + second_stage(over, second, loss)
 
 
 def qualifying(points: list[Point]) -> list[Point]:

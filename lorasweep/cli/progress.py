@@ -78,22 +78,19 @@ class Display:
             self._first.setdefault(rid, 0.0)
             self._share[rid] = 1.0
             self._ended += 1
-            self.line(self._outcome(event))
+            head = f"[{self._ended:>3}/{len(self._points)}] {self._names[rid]:32} {rid}"
+            if event["ended"] == "failed":
+                self.line(f"{head}  FAILED: {event['cause']}")
+            else:
+                value, spent = event.get("value"), duration(event["wall_s"])
+                measure = "" if value is None else f"  {event['measure']} {value:.4f}"
+                self.line(f"{head}  {event['ended']:8}{measure}  {spent}  ({self._left()})")
         self._bar.update(
             self._task,
             completed=self._done(),
             left=self._left(),
             description=f"{self._ended}/{len(self._points)} runs",
         )
-
-    def _outcome(self, event: dict[str, Any]) -> str:
-        name = f"{self._names[event['run']]:32} {event['run']}"
-        head = f"[{self._ended:>3}/{len(self._points)}] {name}"
-        if event["ended"] == "failed":
-            return f"{head}  FAILED: {event['cause']}"
-        value = event.get("value")
-        measure = "" if value is None else f"  {event['measure']} {value:.4f}"
-        return f"{head}  {event['ended']:8}{measure}  {duration(event['wall_s'])}  ({self._left()})"
 
     def _done(self) -> float:
         return sum(self._work[i] * s for i, s in self._share.items()) / self._total

@@ -4,21 +4,20 @@ Works wherever the run folder is visible. With access to Slurm, it also shows jo
 """
 
 import json
-import math
 import sys
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from lorasweep.cli import fleet_costs
 from lorasweep.cli.points import all_points
 from lorasweep.cli.progress import duration
 from lorasweep.launch.slurm import submissions
-from lorasweep.launch.slurm.submissions import Queue
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops
-from lorasweep.plan.plan import Plan, make_plan
+from lorasweep.plan.plan import make_plan
 from lorasweep.store.run_store import Entry, RunStore
 from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
@@ -31,7 +30,7 @@ COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "mi
 SHOWN = 20
 """Largest number of lines each for running runs, jobs and problems."""
 TAIL = 5
-"""Lines of a log that are part of a problem."""
+"""Lines of a log that a problem includes."""
 WATCH_S = 5.0
 WINDOW_S = 1800.0
 """The speed counts the runs that finished within this time before the latest one."""
@@ -60,25 +59,41 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         for i, s in plan.states.items()
     }
     entries = store.finished(states)
-    best = {a: _best(plan.points, entries, a) for a in dict.fromkeys(p.arm for p in plan.points)}
+    by_arm: dict[str, Counter[str]] = {}
+    best: dict[str, tuple[float, str]] = {}  # by arm: metric, signed so that lower is better; run
+    for p in plan.points:
+        by_arm.setdefault(p.arm, Counter())[states[p.id]] += 1
+        e = entries.get(p.id)
+        if e is not None and e.state == "done" and e.value is not None:
+            found = (-e.value if e.higher_is_better else e.value, p.id)
+            best[p.arm] = min(found, best.get(p.arm, found))
     named = {i for i, s in states.items() if s in ("running", "failed", "diverged", "interrupted")}
     names = run_names(plan.points, named | {i for _, i in best.values()})
 
-    def best_plain(found: tuple[float, str]) -> dict[str, Any] | None:
-        run = found[1]
-        if not run:
+    def best_plain(found: tuple[float, str] | None) -> dict[str, Any] | None:
+        if found is None:
             return None
-        e = entries[run]
-        return {"run": run, "name": names[run], "metric": e.metric, e.metric: e.value}
+        e = entries[found[1]]
+        return {"run": found[1], "name": names[found[1]], "metric": e.metric, e.metric: e.value}
 
-    by_arm: dict[str, Counter[str]] = {arm: Counter() for arm in best}
-    for p in plan.points:
-        by_arm[p.arm][states[p.id]] += 1
     running = {p.id: p for p in plan.points if states[p.id] == "running"}
     steps = {i: (store.recent_records(i) or [{"step": 0}])[-1]["step"] for i in running}
     flops_left = plan.flops - sum(
         run_flops(p.spec) * steps[i] / p.spec.steps for i, p in running.items()
     )
+    finished = [p for p in plan.points if p.id in entries]
+    flops_done = sum(run_flops(p.spec) for p in finished)
+    rate = _rate_per_h(entries)
+    if rate and plan.todo and queue.live():  # by the recent speed of the jobs
+        left_s = flops_left / (flops_done / len(finished)) / rate * 3600
+    else:
+        left_s = plan.hours * 3600 * (flops_left / plan.flops if plan.flops else 0.0)
+    on_gpus = request.cluster.gpus > 0
+    spent = ((e.wall_s or 0.0) * (1 if on_gpus else e.threads or 1) for e in entries.values())
+    used = sum(spent) / 3600
+    left: float | None = 0.0
+    if flops_left:
+        left = used * flops_left / flops_done if flops_done else None
     mine = {s.name for s in queue.submissions if s.record["sweep"] == request.title}
     return {
         "sweep": request.sweep_name,
@@ -86,54 +101,36 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         "customers": fleet_costs.customer_counts(request, store) if request.members else None,
         "runs": {"total": len(plan.points), "todo": len(plan.todo), **Counter(states.values())},
         "arms": [
-            {"arm": a, "runs": c.total(), **c, "best": best_plain(best[a])}
+            {"arm": a, "runs": c.total(), **c, "best": best_plain(best.get(a))}
             for a, c in by_arm.items()
         ],
-        "best": best_plain(min(best.values(), default=(math.inf, ""))),
-        "left_s": _left_s(plan, flops_left, entries, queue),
-        "rate_per_h": _rate_per_h(entries),
-        "hours": _hours(request, plan, entries, flops_left),
+        "best": best_plain(min(best.values(), default=None)),
+        "left_s": left_s,
+        "rate_per_h": rate,
+        "hours": {"of": "GPU" if on_gpus else "core", "used": used, "left": left},
         "running": [
             {"run": i, "name": names[i], "step": steps[i], "steps": p.spec.steps}
             for i, p in running.items()
         ],
         "problems": _problems(store, plan.points, states, names),
-        "jobs": _jobs(queue, {p.id for p in plan.points}, entries),
+        "jobs": [
+            {
+                "job": j.label,
+                "state": j.state,
+                "reason": j.reason,
+                "node": j.node,
+                "restarts": j.restarts,
+                "runs": len(s.tasks[k]),
+                "over": sum(r in entries for r in s.tasks[k]),
+                "log": str(s.log(j.label)),
+            }
+            for s, k, j in queue.live()
+            if not states.keys().isdisjoint(s.tasks[k])
+        ],
         "follows": [j.label for name, j in queue.follows.items() if j.live and name in mine],
         "slurm": queue.unavailable,
         "unrecorded": len(queue.strays),
     }
-
-
-def _jobs(queue: Queue, ids: set[str], entries: dict[str, Entry]) -> list[dict[str, Any]]:
-    """Describe the live jobs with any of these runs."""
-    return [
-        {
-            "job": j.label,
-            "state": j.state,
-            "reason": j.reason,
-            "node": j.node,
-            "restarts": j.restarts,
-            "runs": len(s.tasks[k]),
-            "over": sum(r in entries for r in s.tasks[k]),
-            "log": str(s.log(j.label)),
-        }
-        for s, k, j in queue.live()
-        if ids & set(s.tasks[k])
-    ]
-
-
-def _best(points: list[Point], entries: dict[str, Entry], arm: str) -> tuple[float, str]:
-    """Return an arm's best final metric, signed so that lower is better, and its run.
-
-    (inf, "") if no run is done.
-    """
-    mine = ((entries[p.id], p.id) for p in points if p.arm == arm and p.id in entries)
-    usable = ((e, e.value, i) for e, i in mine if e.state == "done")
-    return min(
-        ((-v if e.higher_is_better else v, i) for e, v, i in usable if v is not None),
-        default=(math.inf, ""),
-    )
 
 
 def _rate_per_h(entries: dict[str, Entry]) -> float | None:
@@ -142,34 +139,6 @@ def _rate_per_h(entries: dict[str, Entry]) -> float | None:
     if len(recent) < 3 or recent[0] == recent[-1]:
         return None
     return 3600 * (len(recent) - 1) / (recent[0] - recent[-1])
-
-
-def _left_s(plan: Plan, flops_left: float, entries: dict[str, Entry], queue: Queue) -> float:
-    """Estimate the time left: from the recent speed if jobs are live, else from the local plan."""
-    if not plan.todo:
-        return 0.0
-    rate = _rate_per_h(entries)
-    if rate and queue.live():
-        done = [p for p in plan.points if p.id in entries]
-        mean = sum(run_flops(p.spec) for p in done) / len(done)
-        return flops_left / mean / rate * 3600
-    return plan.hours * 3600 * (flops_left / plan.flops if plan.flops else 0.0)
-
-
-def _hours(
-    request: Request, plan: Plan, entries: dict[str, Entry], flops_left: float
-) -> dict[str, Any]:
-    """Return the hours used by finished runs, and the hours left.
-
-    GPU hours if the jobs have GPUs, else core hours.
-    """
-    share = 1.0 if request.cluster.gpus else None
-    used = sum((e.wall_s or 0.0) * (share or e.threads or 1) for e in entries.values()) / 3600
-    left: float | None = 0.0
-    if flops_left:
-        done = sum(run_flops(p.spec) for p in plan.points if p.id in entries)
-        left = used * flops_left / done if done else None
-    return {"of": "GPU" if share else "core", "used": used, "left": left}
 
 
 def _problems(
@@ -182,18 +151,14 @@ def _problems(
     causes = submissions.causes(store.root, owners)
     problems = []
     for i in bad:
-        log = store.folder(i) / "attempts" / str(store.last_attempt(i)) / "log.txt"
+        log = store.folder(i) / f"attempts/{store.last_attempt(i)}/log.txt"
+        tail: list[str] = []
+        with suppress(OSError):
+            tail = log.read_text(errors="replace").splitlines()[-TAIL:]
         cause = store.failure(i) or causes.get(i, "killed, cause unknown" if i in owners else "")
         problem = {"run": i, "name": names[i], "state": states[i], "cause": cause}
-        problems.append({**problem, "log": str(log), "tail": _tail(log)})
+        problems.append({**problem, "log": str(log), "tail": tail})
     return problems
-
-
-def _tail(path: Path) -> list[str]:
-    try:
-        return path.read_text(errors="replace").splitlines()[-TAIL:]
-    except OSError:
-        return []
 
 
 # ---------------------------------------------------------------- text
@@ -221,44 +186,40 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
         left = "" if hours["left"] is None else f", about {hours['left']:.3g} left"
         lines.append(f"  {hours['of']}-hours: {hours['used']:.3g} used{left}")
     lines += _cut(
-        [
-            f"  running  {r['name']:32} {r['run']}  step {r['step']}/{r['steps']}"
-            for r in status["running"]
-        ]
+        f"  running  {r['name']:32} {r['run']}  step {r['step']}/{r['steps']}"
+        for r in status["running"]
     )
     lines += _job_lines(status)
-    lines += _cut([_problem_text(problem) for problem in status["problems"]])
+    problems = []
+    for p in status["problems"]:
+        text = f"  {p['state']:11} {p['name']:32} {p['run']}  {p['cause']}"
+        if p["state"] != "diverged":
+            tail = (f"              | {line}" for line in p["tail"][-2:])
+            text = "\n".join([text, f"              log {p['log']}", *tail])
+        problems.append(text)
+    lines += _cut(problems)
     if runs.get("failed"):
         lines.append("  try failed runs again: exec.retry=true")
     return "\n".join(lines)
 
 
-def _problem_text(problem: dict[str, Any]) -> str:
-    line = f"  {problem['state']:11} {problem['name']:32} {problem['run']}  {problem['cause']}"
-    if problem["state"] == "diverged":
-        return line
-    tail = (f"              | {text}" for text in problem["tail"][-2:])
-    return "\n".join([line, f"              log {problem['log']}", *tail])
-
-
 def _job_lines(status: dict[str, Any]) -> list[str]:
     started = [j for j in status["jobs"] if j["state"] != "PENDING"]
-    waiting = [j for j in status["jobs"] if j["state"] == "PENDING"]
+    waiting = Counter(j["reason"] for j in status["jobs"] if j["state"] == "PENDING")
     lines = []
     if status["jobs"]:
-        lines.append(f"  jobs: {len(started)} running, {len(waiting)} waiting")
+        lines.append(f"  jobs: {len(started)} running, {waiting.total()} waiting")
+        rows = []
         for j in started:
             again = f", restart {j['restarts']}" if j["restarts"] else ""
             over = f"{j['over']}/{j['runs']} runs finished{again}"
-            lines.append(f"    {j['job']:10} {j['state']:10} {j['node']:8} {over}  {j['log']}")
-        lines = [*lines[:1], *_cut(lines[1:])]
-        for reason, n in Counter(j["reason"] for j in waiting).items():
-            lines.append(f"    {n} waiting: {reason}")
+            rows.append(f"    {j['job']:10} {j['state']:10} {j['node']:8} {over}  {j['log']}")
+        lines += _cut(rows)
+        lines += [f"    {n} waiting: {reason}" for reason, n in waiting.items()]
     if status["follows"]:
-        follows = ", ".join(status["follows"])
         lines.append(
-            f"  follow-up job {follows}: it submits what is missing when the others end, and "
-            "finally writes the answer"
+            f"  follow-up job {', '.join(status['follows'])}: it submits what is missing when the "
+            "others end, and finally writes the answer"
         )
     if status["slurm"]:
         lines.append(f"  queued runs are not shown: {status['slurm']}")
@@ -270,7 +231,8 @@ def _job_lines(status: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _cut(lines: list[str]) -> list[str]:
+def _cut(lines: Iterable[str]) -> list[str]:
+    lines = list(lines)
     if len(lines) <= SHOWN:
         return lines
     return [*lines[:SHOWN], f"    ... and {len(lines) - SHOWN} more (format=json lists all)"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.cli import answer
-from lorasweep.cli.plan_text import plan_text, unpinned_lines
+from lorasweep.cli.plans import plan_text, unpinned_lines
 from lorasweep.cli.points import all_points, qualifying
 from lorasweep.cli.progress import Display, notifier
 from lorasweep.config.preflight import check_available
@@ -60,18 +60,57 @@ def run(
 ) -> int:
     """Train what is missing, judge and report; on a cluster, submit it and report later."""
     trained = _train(request, store, trainer, follow)
+    points, as_json = trained.points, request.format == "json"
     if trained.waiting or trained.status == STOPPED:
         return trained.status
-    _print_failures(trained.points, store)
+    names = run_names(points)
+    for i, state in sorted(store.states(p.id for p in points).items(), key=lambda s: s[1]):
+        if state == "failed":
+            log = f"{store.folder(i)}/attempts/{store.last_attempt(i)}/log.txt"
+            print(
+                f"run {i} ({names[i]}) failed: {store.failure(i)}. Log: {log}. "
+                "Try again: exec.retry=true",
+                file=sys.stderr,
+            )
+        elif state == "interrupted":
+            print(
+                f"run {i} ({names[i]}) did not finish: its process was killed {store.failures(i)} "
+                "times (out of memory?). Try fewer workers (exec.workers) or a smaller "
+                "exec.micro_batch_size, and a larger exec.max_attempts.",
+                file=sys.stderr,
+            )
     if request.mirror == "wandb":
         from lorasweep.tracking.wandb import mirror
 
-        mirror(trained.points, store, request.sweep_name or "single")
+        mirror(points, store, request.sweep_name or "single")
     if request.sweep_name is None:
-        _print_single(request, store, trained.points[0])
-    else:
-        _judge_and_report(request, store, trained.points)
+        _print_single(store, points[0], as_json)
+        return trained.status
+    finished = [p.id for p in points if store.result(p.id)]
+    if not finished:
+        print("no run has finished, so there is no answer yet", file=sys.stderr)
+        return trained.status
+    asked, folder = question(request), Path(request.exec.reports_dir) / request.title
+    print(answer.judge(load_runs(store.root, finished), asked, folder, as_json=as_json))
+    path = looks.path_of(store.root, request.title)
+    looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
     return trained.status
+
+
+def _print_single(store: RunStore, point: Point, as_json: bool) -> None:
+    result = store.result(point.id)
+    if result is None:
+        return
+    if as_json:
+        print(json.dumps({k: v for k, v in result.items() if k != "curve"}))
+        return
+    metric, measure = metric_of(result), ""
+    value = metric.value(result)
+    if value is not None:
+        start = metric.value(result["curve"][0])
+        measure = f", {metric.label} {value:.4f} (from {start:.4f})"
+    name = run_names([point])[point.id]
+    print(f"run {point.id} ({name}): {result['state']}{measure}. Folder: {store.folder(point.id)}")
 
 
 def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
@@ -88,24 +127,20 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
     if trained.status == STOPPED:
         return STOPPED
     finished = [p.id for p in trained.points if store.result(p.id)]
-    found = answer.qualify(load_runs(store.root, finished))
-    content = {
-        "sweep": request.sweep_name,
-        "scale": request.scale,
-        "qualified": found.verdict,
-        "checks": found.checks,
-    }
+    qualified, checks, lines = answer.qualify(load_runs(store.root, finished))
+    content: dict[str, Any] = {"sweep": request.sweep_name, "scale": request.scale}
+    content |= {"qualified": qualified, "checks": checks}
     path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     if request.format == "json":
         print(json.dumps(content))
     else:
-        print("\n".join(found.lines))
-        for group, ok in found.verdict.items():
+        print("\n".join(lines))
+        for group, ok in qualified.items():
             print(f"{group}: {'qualifies' if ok else 'DOES NOT QUALIFY'}")
         print(f"saved: {path}")
-    return 0 if all(found.verdict.values()) else 1
+    return 0 if all(qualified.values()) else 1
 
 
 def train_runs(
@@ -116,8 +151,7 @@ def train_runs(
 ) -> int:
     """Train the missing runs of a request, here or as jobs of a cluster.
 
-    Here it returns when every run has ended; on a cluster it submits what is missing and returns at
-    once. It prints neither an answer nor which runs failed.
+    On a cluster it submits them and returns at once. It prints neither an answer nor which failed.
 
     Returns:
         0: all ended, or wait in jobs. 1: some failed or were killed. STOPPED: the user stopped it.
@@ -163,13 +197,6 @@ def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
     refuse_mixing(points, store, request.exec)
 
 
-def _warn_of_claims(request: Request) -> None:
-    """Print a warning for every claim that the planned runs cannot decide."""
-    for outlook in answer.outlooks(request.points, request.sweep, request.scale):
-        if outlook.warns:
-            notifier(request)(outlook.line())
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -186,19 +213,12 @@ def _train(
     check(request, store, points)
     if request.cluster.kind == "slurm":
         return _train_on_cluster(request, store, trainer, follow)
-    return _train_here(request, store, points, trainer)
-
-
-def _train_here(
-    request: Request, store: RunStore, points: list[Point], trainer: Trainer | str | None
-) -> Trained:
-    """Run what is missing on this machine: the first stage, then what its results ask for."""
     notify, quiet = notifier(request), request.format == "json"
     plan = make_plan(points, store, request.exec, detect.this_machine())
     if plan.todo and not quiet:
         _warn_of_claims(request)
     try:
-        while plan.todo:
+        while plan.todo:  # the first stage, then the second, whose runs its results choose
             notify(plan_text(request, plan))
             with Display(plan.todo, quiet) as display:
                 local.run_points(points, store, request.exec, display.event, trainer, plan=plan)
@@ -214,6 +234,13 @@ def _train_here(
         )
         return Trained(points, STOPPED)
     return Trained(points, _status(points, store))
+
+
+def _warn_of_claims(request: Request) -> None:
+    """Print a warning for every claim that the planned runs cannot decide."""
+    for _, outlook in answer.outlooks(request.points, request.sweep, request.scale):
+        if outlook.warns:
+            notifier(request)(outlook.line())
 
 
 def _status(points: Sequence[Point], store: RunStore) -> int:
@@ -246,30 +273,26 @@ def _train_on_cluster(
             )
     following = FollowUp(FOLLOW_COMMAND, trainer if isinstance(trainer, str) else None, idle)
     done = submit(request, store, lambda: runs_of(request, store), notify, following)
-    waiting = done.waiting
+    waiting, work = done.waiting, done.work
     if request.format == "json" and (waiting or done.n_submitted):
-        print(json.dumps(_submitted_plain(done)))
+        values = {
+            "submitted": done.n_submitted,
+            "queued": done.queued,
+            "running": work.running,
+            "removed": work.n_removed,
+            "pruned": done.pruned,
+            "refused": done.refused,
+            "unknown": work.unknown_runs,
+            "exhausted": len(work.exhausted),
+            "scripts": [str(p) for p in done.scripts],
+            "jobs": [a.job for s in done.submitted for a in s.arrays if a.job],
+        }
+        print(json.dumps(values))
         waiting = True
     else:
         _print_submitted(request, store, done)
     points = runs_of(request, store)
     return Trained(points, 0 if waiting else _status(points, store), waiting)
-
-
-def _submitted_plain(done: Outcome) -> dict[str, Any]:
-    work = done.work
-    return {
-        "submitted": done.n_submitted,
-        "queued": done.queued,
-        "running": work.running,
-        "removed": work.n_removed,
-        "pruned": done.pruned,
-        "refused": done.refused,
-        "unknown": work.unknown_runs,
-        "exhausted": len(work.exhausted),
-        "scripts": [str(p) for p in done.scripts],
-        "jobs": [a.job for s in done.submitted for a in s.arrays if a.job],
-    }
 
 
 def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
@@ -281,25 +304,25 @@ def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
         print(f"submitted {done.n_submitted} runs: {jobs}; records and logs in {s.folder}")
     for script in done.scripts:
         print(f"submit it yourself: sbatch {script}")
+    warnings = []
     if done.refused:
-        print(
+        warnings.append(
             f"Slurm did not accept all jobs: {done.refused}\n"
-            "The rest is submitted when jobs have ended, or when you run the command again",
-            file=sys.stderr,
+            "The rest is submitted when jobs have ended, or when you run the command again"
         )
     if work.unknown_runs:
-        print(
+        warnings.append(
             f"{work.unknown_runs} runs may be in jobs of another cluster, or in jobs of another "
             "user that Slurm hides: run the command there, or as that user. If those jobs are "
-            f"gone, delete their folders in {store.root}/.slurm",
-            file=sys.stderr,
+            f"gone, delete their folders in {store.root}/.slurm"
         )
     if work.exhausted:
-        print(
+        warnings.append(
             f"{len(work.exhausted)} runs were killed {request.exec.max_attempts} times and are not "
-            "submitted again: see the causes with action=status, then raise exec.max_attempts",
-            file=sys.stderr,
+            "submitted again: see the causes with action=status, then raise exec.max_attempts"
         )
+    for warning in warnings:
+        print(warning, file=sys.stderr)
     if done.pruned:
         print(f"cancelled {done.pruned} queued run(s) that are no longer part of this command line")
     elif work.n_removed:
@@ -327,54 +350,3 @@ def cancel_jobs(request: Request, store: RunStore) -> int:
     else:
         print("nothing to cancel")
     return 0
-
-
-# ---------------------------------------------------------------- after training
-
-
-def _print_failures(points: Sequence[Point], store: RunStore) -> None:
-    states, names = store.states(p.id for p in points), run_names(points)
-    for i in (i for i, s in states.items() if s == "failed"):
-        log = f"{store.folder(i)}/attempts/{store.last_attempt(i)}/log.txt"
-        print(
-            f"run {i} ({names[i]}) failed: {store.failure(i)}. Log: {log}. "
-            "Try again: exec.retry=true",
-            file=sys.stderr,
-        )
-    for i in (i for i, s in states.items() if s == "interrupted"):
-        print(
-            f"run {i} ({names[i]}) did not finish: its process was killed {store.failures(i)} "
-            "times (out of memory?). Try fewer workers (exec.workers) or a smaller "
-            "exec.micro_batch_size, and a larger exec.max_attempts.",
-            file=sys.stderr,
-        )
-
-
-def _judge_and_report(request: Request, store: RunStore, points: Sequence[Point]) -> None:
-    """Judge the finished runs, print the answer, write the report and record the look."""
-    finished = [p.id for p in points if store.result(p.id)]
-    if not finished:
-        print("no run has finished, so there is no answer yet", file=sys.stderr)
-        return
-    asked = question(request)
-    folder = Path(request.exec.reports_dir) / request.title
-    table = load_runs(store.root, finished)
-    print(answer.judge(table, asked, folder, as_json=request.format == "json"))
-    path = looks.path_of(store.root, request.title)
-    looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
-
-
-def _print_single(request: Request, store: RunStore, point: Point) -> None:
-    result = store.result(point.id)
-    if result is None:
-        return
-    if request.format == "json":
-        print(json.dumps({k: v for k, v in result.items() if k != "curve"}))
-        return
-    metric, measure = metric_of(result), ""
-    value = metric.value(result)
-    if value is not None:
-        start = metric.value(result["curve"][0])
-        measure = f", {metric.label} {value:.4f} (from {start:.4f})"
-    name = run_names([point])[point.id]
-    print(f"run {point.id} ({name}): {result['state']}{measure}. Folder: {store.folder(point.id)}")

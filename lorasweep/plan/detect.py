@@ -80,15 +80,11 @@ def fast_bf16() -> bool | None:
 
 
 def devices() -> tuple[str, ...]:
-    """List the GPUs by their names for CUDA_VISIBLE_DEVICES.
-
-    Without nvidia-smi, inside a Slurm job, these are the job's GPUs.
-    """
+    """List the GPUs' names for CUDA_VISIBLE_DEVICES; without nvidia-smi, those of the Slurm job."""
     found = tuple(gpu.uuid for gpu in gpus())
     if found or "SLURM_JOB_ID" not in os.environ:
         return found
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return tuple(n.strip() for n in given if n.strip())
+    return tuple(_names(os.environ.get("CUDA_VISIBLE_DEVICES", "")))
 
 
 @cache
@@ -114,12 +110,12 @@ def visible(table: str, wanted: str | None) -> tuple[Gpu, ...]:
     `wanted` is CUDA_VISIBLE_DEVICES: numbers, or prefixes of uuids; None: all.
     """
     rows = [[cell.strip() for cell in row] for row in csv.reader(table.splitlines()) if row]
-    found = [
-        (index, Gpu(uuid, name, int(mib) * 2**20))
-        for index, uuid, name, mib in rows
-        if mib.isdigit()
-    ]
+    found = {i: Gpu(uuid, name, int(mib) * 2**20) for i, uuid, name, mib in rows if mib.isdigit()}
     if wanted is None:
-        return tuple(gpu for _, gpu in found)
-    names = [n.strip() for n in wanted.split(",") if n.strip()]
-    return tuple(gpu for n in names for index, gpu in found if n == index or gpu.uuid.startswith(n))
+        return tuple(found.values())
+    names = _names(wanted)
+    return tuple(g for n in names for i, g in found.items() if n == i or g.uuid.startswith(n))
+
+
+def _names(devices: str) -> list[str]:
+    return [name.strip() for name in devices.split(",") if name.strip()]

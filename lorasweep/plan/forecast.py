@@ -1,19 +1,18 @@
-"""What sweeps take on GPUs with a data sheet: where each kind of run is placed, and the sums.
+"""Forecast sweeps on GPUs with a data sheet: place each kind of run, and add up what they take.
 
-Also, before runs start on such GPUs: how each is trained, which are left out, which are refused.
-Runs that sweeps share count once in a total.
+Before runs start on such GPUs, also choose their settings, leave out those that are too large, and
+refuse those that do not fit.
 """
 
-import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lorasweep.errors import SpecError
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import mean_length, run_flops
+from lorasweep.plan.load import mean_length
 from lorasweep.plan.packing import GPU_SIZES
 from lorasweep.plan.placement import FORWARD_TOKENS, Misfit, Placement, place
 from lorasweep.plan.throughput import Shape, shape_of
@@ -96,24 +95,9 @@ class Forecast:
         return sum(hours_of(*entry) for entry in self.placed())
 
     @property
-    def expert_hours(self) -> float:
-        """GPU-hours of models with experts, which no published measurement covers."""
-        return sum(hours_of(*entry) for entry in self.placed() if entry[0].spec.model.n_experts)
-
-    @property
-    def sampling_hours(self) -> float:
-        """GPU-hours of sampling, which no published measurement covers."""
-        return sum(hours_of(k, w, n) * w.sampling_s / w.seconds for k, w, n in self.placed())
-
-    @property
     def tokens(self) -> float:
         """Tokens that the runs train on."""
         return sum(n * where.tokens / kind.pack_size for kind, where, n in self.placed())
-
-    @property
-    def flops(self) -> float:
-        """Operations of the runs."""
-        return sum(n * run_flops(kind.spec) for kind, _, n in self.placed())
 
     def stage_hours(self) -> tuple[float, float]:
         """Return the GPU-hours of the first stage and of the second."""
@@ -135,10 +119,19 @@ class Forecaster:
         self._kinds: dict[Shape, Kind] = {}
 
     def forecast(self, name: str, points: Sequence[Point], second: Replicates) -> Forecast:
-        """Return what a sweep takes: its grid, and the fresh seeds of its second stage."""
+        """Forecast a sweep: its grid, and the fresh seeds of its second stage."""
         runs = {p.id: self.kind(p.spec) for p in points}
         first = frozenset(runs)
-        runs |= {key: self.kind(spec) for key, spec in _fresh(points, second)}
+        curves: dict[tuple[str, str], list[Point]] = {}
+        for p in points:
+            if not second.arms or p.arm in second.arms:
+                curves.setdefault(curve_key(p), []).append(p)
+        # which learning rates fresh seeds get is not known yet, but their number is
+        for (_, curve), some in curves.items():
+            n_lrs = min(second.n_lrs, len({p.spec.lr for p in some}))
+            for seed in sorted(set(second.seeds) - {p.spec.seed for p in some}):
+                kind = self.kind(some[0].spec)
+                runs |= {f"{curve} {seed} {number}": kind for number in range(n_lrs)}
         return Forecast(name, self.hardware, runs, first)
 
     def total(self, parts: Iterable[Forecast]) -> Forecast:
@@ -159,14 +152,14 @@ class Forecaster:
         early = spec.early_stopping > 0
         key = (*shape_of(spec), rows, early, spec.steps, spec.schedule, trained)
         if key not in self._kinds:
-            self._kinds[key] = self._placed(spec)
+            self._kinds[key] = self._make_kind(spec)
         return self._kinds[key]
 
     def kinds(self, points: Iterable[Point]) -> list[Kind]:
         """List the kinds of runs, each once."""
         return list(dict.fromkeys(self.kind(p.spec) for p in points))
 
-    def _placed(self, spec: RunSpec) -> Kind:
+    def _make_kind(self, spec: RunSpec) -> Kind:
         if spec.precision not in self.hardware.matmul_flops_s:
             raise SpecError(
                 f"hardware {self.hardware.name!r} has no speed in {spec.precision}. Add "
@@ -194,22 +187,6 @@ class Forecaster:
         return Kind(spec, 1, alone, left_out)
 
 
-def _fresh(points: Sequence[Point], second: Replicates) -> Iterator[tuple[str, RunSpec]]:
-    """Yield the runs of the second stage: each with a key, and a run that costs the same.
-
-    Which learning rates they get is not known before the first stage has finished; their number is.
-    """
-    curves: dict[tuple[str, str], list[Point]] = {}
-    for p in points:
-        if not second.arms or p.arm in second.arms:
-            curves.setdefault(curve_key(p), []).append(p)
-    for (_, curve), runs in curves.items():
-        n_lrs = len({p.spec.lr for p in runs})
-        for seed in sorted(set(second.seeds) - {p.spec.seed for p in runs}):
-            for number in range(min(second.n_lrs, n_lrs)):
-                yield f"{curve} {seed} {number}", runs[0].spec
-
-
 # ---------------------------------------------------------------- before runs start
 
 
@@ -225,7 +202,7 @@ def settings_of(
     """Group runs by the settings that the plan chooses for them; what the user set stays.
 
     These are the number of processes, the size of packs, rows a forward pass, and whether
-    activations are computed again. Without the figures that `Hardware.has_speeds` asks for nothing
+    activations are computed again. Without the figures that `Hardware.has_speeds` needs nothing
     is chosen.
 
     Raises:
@@ -243,10 +220,7 @@ def settings_of(
         key = (layout.gpus, kind.pack_size, layout.rows, layout.checkpointing)
         groups.setdefault(key, []).append(point)
     names = ("world_size", "pack_size", "micro_batch_size", "activation_checkpointing")
-    found = [
-        (dataclasses.replace(exec_, **dict(zip(names, key, strict=True))), some)
-        for key, some in groups.items()
-    ]
+    found = [(replace(exec_, **dict(zip(names, key))), some) for key, some in groups.items()]
     _refuse(problem for chosen, _ in found for problem in chosen.problems())
     return found
 
@@ -257,11 +231,8 @@ def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> No
     Raises:
         SpecError: some do not; the message says which, and what would make them fit.
     """
-    how: dict[str, Any] = {
-        "gpus": exec_.world_size,
-        "checkpointing": (exec_.activation_checkpointing,),
-        "join_rows": exec_.join_rows,
-    }
+    how: dict[str, Any] = {"gpus": exec_.world_size, "join_rows": exec_.join_rows}
+    how["checkpointing"] = (exec_.activation_checkpointing,)
     kinds = Forecaster(hardware, exec_).kinds(points)
     _refuse(place([kind.spec], hardware, exec_.micro_batch_size, **how) for kind in kinds)
 
@@ -269,13 +240,9 @@ def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> No
 def _refuse(problems: Iterable[Placement | Misfit | str]) -> None:
     lines = [f"  {problem}" for problem in problems if not isinstance(problem, Placement)]
     if lines:
-        raise SpecError(
-            "\n".join(
-                [
-                    "runs that cannot be trained with these settings, and nothing was started:",
-                    *lines,
-                    "  Or choose larger GPUs (hardware=...), or leave the runs out: "
-                    "exec.max_gpus=N, ~sweep.arms.NAME or sweep.axes.model=[...].",
-                ]
-            )
+        head = "runs that cannot be trained with these settings, and nothing was started:"
+        advice = (
+            "  Or choose larger GPUs (hardware=...), or leave the runs out: exec.max_gpus=N, "
+            "~sweep.arms.NAME or sweep.axes.model=[...]."
         )
+        raise SpecError("\n".join([head, *lines, advice]))

@@ -16,7 +16,7 @@ POSITIVE = (
     "price_per_gpu_h",
 )
 FOR_SPEED = ("matmul_flops_s", "bandwidth_bytes_s")
-"""What a GPU's file must tell so that the speed of training can be computed."""
+"""Figures from which the speed of training on a GPU is computed."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Hardware(Value):
         return self.gpus > 0 and all(getattr(self, name) for name in FOR_SPEED)
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong: numbers without a meaning, and figures that a plan needs."""
+        """Yield what is wrong: impossible numbers, and missing figures that a plan needs."""
         if self.name == "???":
             yield "hardware.name is missing. Write `name: ...` at the top of its file."
         if self.gpus < 0:
@@ -90,8 +90,7 @@ def from_plain(values: dict[str, Any]) -> Hardware:
     """Make a Hardware from the values of a file in conf/hardware.
 
     Raises:
-        SpecError: an unknown field, a value that is not valid, or a figure that a plan needs is
-            missing.
+        SpecError: a field is unknown or not valid, or a figure that a plan needs is missing.
     """
     hardware = build(Hardware, values)
     if hardware.problem:

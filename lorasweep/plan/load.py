@@ -1,6 +1,6 @@
-"""What a run asks of any machine: tokens, operations, weights, activations. From shapes alone.
+"""Tokens, operations, weights and activations of a run, from shapes alone.
 
-Memory and time are computed from the same numbers.
+Memory and time are computed from these numbers, on any machine.
 """
 
 from dataclasses import dataclass
@@ -54,9 +54,9 @@ def evaluated_completions(spec: RunSpec) -> list[int]:
     return [every, *[few] * CURVE_POINTS, every, few] if few else [every, every]
 
 
-def sampling_flops(spec: RunSpec, answers: int, prompts: int) -> float:
-    """Estimate the operations of sampling: a forward pass over prompts and completions."""
-    tokens = prompts * prompt_tokens(spec) + answers * completion_tokens(spec)
+def sampling_flops(spec: RunSpec, completions: int, prompts: int) -> float:
+    """Estimate the operations of a forward pass over prompts and their completions."""
+    tokens = prompts * prompt_tokens(spec) + completions * completion_tokens(spec)
     return 2.0 * spec.model.n_active_params * tokens
 
 
@@ -88,7 +88,7 @@ def updates_with_evaluations(spec: RunSpec) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """What training a method on a model asks, in weights and operations a token."""
+    """Weights, and operations a token, of training a method on a model."""
 
     model: ModelSpec
     trained: int
@@ -145,7 +145,7 @@ class Load:
 
 
 def load_of(model: ModelSpec, method: Method) -> Load:
-    """Return what training `method` on `model` asks."""
+    """Return the Load of training `method` on `model`."""
     whole = method.MAX_PACK == 1
     layers = method.target_layers() or LAYER_SETS
     return Load(

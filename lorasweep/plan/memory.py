@@ -98,7 +98,7 @@ def pack_bytes(
 def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) -> dict[str, float]:
     """Return the peak bytes of a process that trains `n_runs` runs like `spec`, by component.
 
-    That of learning, or of sampling completions if it is higher.
+    It is the peak of learning, or of sampling completions if that is higher.
     """
     load, word = load_of(spec.model, spec.method), WORD_BYTES[spec.precision]
     states = "fp64" if spec.precision == "fp64" else "fp32"
@@ -123,7 +123,12 @@ def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) 
     if hardware.gpus:
         sampling = sampling_memory(load, spec, hardware, n_runs, layout.gpus, held)
     else:
-        sampling = parts | {"activations": 0.0, **_cpu_sampling(spec, n_runs, word)}
+        rows = n_runs * min(ROWS, max([spec.batch_size, *evaluated_completions(spec)]))
+        sampling = parts | {
+            "activations": 0.0,
+            "keys and values": rows * spec.dataset.max_length * cache_bytes(spec.model, word),
+            "logits": float(rows * DRAW_PEAK_BYTES * spec.model.vocab_size),
+        }
     return max(parts, sampling, key=lambda found: sum(found.values()))
 
 
@@ -157,16 +162,13 @@ def _state(
 def _cpu_memory(
     load: Load, spec: RunSpec, layout: Layout, n_runs: int, states: str, held: int
 ) -> dict[str, float]:
-    """Return the peak bytes of learning on a CPU: what the hand-written passes keep."""
+    """Return the peak bytes of learning with the passes written for a CPU."""
     model, word, length = load.model, WORD_BYTES[spec.precision], mean_length(spec)
     exact = STATE_BYTES[states][0]
     peak = 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
     tokens = n_runs * layout.rows * length * peak
-    copies = 0  # bytes for each weight of a product
-    if word == 2 and (load.whole or held > word):
-        copies += 2
-    if word == 2 and not load.whole:
-        copies += 2  # frozen weights are also kept transposed
+    # a bf16 copy of wider weights; frozen weights are also kept transposed
+    copies = 2 * (word == 2) * ((load.whole or held > word) + (not load.whole))
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
     scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
     layer = 2 * h * exact + word * (4 * h + 2 * kv + 4 * f + scores)
@@ -176,14 +178,6 @@ def _cpu_memory(
         # a chunk of logits, their logarithms, gradients and temporaries
         "logits": min(CPU_CHUNK_BYTES, 5 * exact * tokens * model.vocab_size),
         "process": float(CPU_PROCESS_BYTES),
-    }
-
-
-def _cpu_sampling(spec: RunSpec, n_runs: int, word: int) -> dict[str, float]:
-    rows = n_runs * min(ROWS, max([spec.batch_size, *evaluated_completions(spec)]))
-    return {
-        "keys and values": rows * spec.dataset.max_length * cache_bytes(spec.model, word),
-        "logits": float(rows * DRAW_PEAK_BYTES * spec.model.vocab_size),
     }
 
 
@@ -207,7 +201,7 @@ def memory_parts(
     """Return the peak bytes of learning on one GPU by component.
 
     Args:
-        load: what one run asks.
+        load: of one run.
         row_tokens: tokens of the longest row.
         n_runs: runs of the pack, which share a frozen base.
         states: precision of what is trained.
@@ -216,7 +210,7 @@ def memory_parts(
         start_bytes: bytes per trained weight of the base, if it is kept to measure the change.
         stream: bytes of a number of the residual stream (see `layer_bytes`).
         whole_logits: the logits of all tokens at once instead of a chunk of them.
-        process: include what a process holds before its first tensor.
+        process: include a process's memory before its first tensor.
     """
     model, n = load.model, layout.gpus
     tokens = n_runs * layout.rows * row_tokens
@@ -229,33 +223,39 @@ def memory_parts(
     logits = tokens * model.vocab_size
     if not whole_logits:
         logits = min(logits, max(CHUNK_LOGITS, n_runs * layout.rows * model.vocab_size))
+    masks = 0.0
+    if layout.joined and layout.rows > 1:
+        # transformers makes a mask of a byte an entry that keeps joined rows apart, and torch's
+        # attention one in the type of the products at every call, which that layer keeps. Read
+        # from their code, and seen on a CPU; its flash attention would need none
+        masks = float(n_runs * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
     parts = _state(load, n_runs, states, frozen_bytes, start_bytes, n) | {
         "activations": tokens * (inputs + layers * kept + last),
         "gradients of activations": word / 2 * tokens * (4 * h + 4 * model.mlp_size),
-        "attention masks": _masks(layout, row_tokens, n_runs, layers, word),
+        "attention masks": masks,
         "logits": word / 2 * LOGIT_BYTES * logits,
-        "copies and buffers": _buffers(load, layout, n_runs, states, word, frozen_bytes),
     }
-    if n > 1:
-        # the embedding's gradient comes last, when activations have left their room to it
-        left = parts["activations"] + parts["attention masks"] + parts["logits"]
-        embedding = STATE_BYTES[states][1] * (load.outer_trained - load.head_trained)
-        parts["copies and buffers"] += max(0.0, embedding - left)
+    weight, gradient, _ = STATE_BYTES[states]
+    adapters = 0 if load.whole else n_runs * load.trained
+    if n == 1:  # a product has a copy of every weight that is wider than it
+        trained = min(load.trained, model.n_matmul_params) if load.whole else 0
+        frozen = (model.n_matmul_params - trained) * (frozen_bytes > word)
+        # of frozen weights and adapters only in layers whose activations are kept
+        live = 1 / model.n_layers if layout.checkpointing else 1
+        copies = trained * (weight > word) + live * (frozen + adapters * (weight > word))
+        parts["copies and buffers"] = word * copies
+    else:  # two layers are whole at a time, and always what is outside the layers
+        outer = _outer_bytes(load, weight, frozen_bytes) + gradient * load.head_trained
+        added = adapters / model.n_layers
+        changed = load.layer_params if load.whole else added
+        whole = outer + 2 * word * (load.layer_params + added) + (word + gradient) * changed
+        # the embedding's gradient comes last, when activations have freed their memory
+        freed = parts["activations"] + masks + parts["logits"]
+        embedding = gradient * (load.outer_trained - load.head_trained)
+        parts["copies and buffers"] = whole + max(0.0, embedding - freed)
     if process:
         parts["process"] = PROCESS_BYTES + (NCCL_BYTES if n > 1 else 0)
     return parts
-
-
-def _masks(layout: Layout, row_tokens: int, n_runs: int, layers: int, word: int) -> float:
-    """Bytes of the masks that keep joined rows apart; alone, a row needs none.
-
-    transformers makes one of a byte an entry, and torch's attention one in the type of the products
-    at every call, which that layer keeps for its backward pass. Read from their code, and seen on a
-    CPU; its flash attention would need none.
-    """
-    if not layout.joined or layout.rows == 1:
-        return 0.0
-    return float(n_runs * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
 
 
 def _outer_bytes(load: Load, weight: int, frozen_bytes: int) -> float:
@@ -266,48 +266,18 @@ def _outer_bytes(load: Load, weight: int, frozen_bytes: int) -> float:
     return weight * load.outer_trained + frozen_bytes * (load.outer_params - load.outer_trained)
 
 
-def _buffers(
-    load: Load, layout: Layout, n_runs: int, states: str, word: int, frozen_bytes: int
-) -> float:
-    """Bytes of copies: weights as products take them, whole layers, gradients on their way.
-
-    On one GPU, a product has a copy of every weight that is wider than it; of frozen weights and of
-    adapters only in layers that are kept. Sharded, two layers are whole at a time, and what is
-    outside the layers all the time, in the backward pass with the unembedding's gradient.
-    """
-    model, (weight, gradient, _) = load.model, STATE_BYTES[states]
-    adapters = 0 if load.whole else n_runs * load.trained
-    if layout.gpus == 1:
-        trained = min(load.trained, model.n_matmul_params) if load.whole else 0
-        frozen = (model.n_matmul_params - trained) * (frozen_bytes > word)
-        copies = trained * (weight > word)
-        live = 1 / model.n_layers if layout.checkpointing else 1
-        return word * (copies + live * (frozen + adapters * (weight > word)))
-    outer = _outer_bytes(load, weight, frozen_bytes) + gradient * load.head_trained
-    added = adapters / model.n_layers
-    changed = load.layer_params if load.whole else added
-    return outer + 2 * word * (load.layer_params + added) + (word + gradient) * changed
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """How the completions of an update are drawn on one GPU."""
-
-    rows: int
-    """Completions of one run at once."""
-    number: int
-    """Rounds, one after another."""
-
-
 def rounds_of(
-    spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, answers: int, group: int
-) -> Rounds:
-    """Return how `answers` completions of each of `n_runs` runs are drawn; groups stay whole."""
+    spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, completions: int, group: int
+) -> tuple[int, int]:
+    """Return how a GPU draws the completions of each of `n_runs` runs; groups stay whole.
+
+    The result: completions of one run at once, and the number of such rounds.
+    """
     each = cache_bytes(spec.model, WORD_BYTES[spec.precision]) * spec.dataset.max_length
     room = CACHE_SHARE * (hardware.gpu_memory_gib or 0) * 2**30
     prompts = max(1, min(ROWS, int(room / (n_runs * each))) // group)
-    share = -(-(answers // group) // gpus)  # prompts of one GPU
-    return Rounds(min(prompts, share) * group, -(-share // prompts))
+    share = -(-(completions // group) // gpus)  # prompts of one GPU
+    return min(prompts, share) * group, -(-share // prompts)
 
 
 def sampling_memory(
@@ -320,7 +290,8 @@ def sampling_memory(
     """
     model, word = load.model, WORD_BYTES[spec.precision]
     states = "fp64" if spec.precision == "fp64" else "fp32"
-    rows = n_runs * rounds_of(spec, hardware, n_runs, gpus, spec.batch_size, spec.group_size).rows
+    at_once, _ = rounds_of(spec, hardware, n_runs, gpus, spec.batch_size, spec.group_size)
+    rows = n_runs * at_once
     whole = float(word * load.trained * load.whole)
     if gpus > 1:
         outer = _outer_bytes(load, STATE_BYTES[states][0], held)

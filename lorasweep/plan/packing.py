@@ -1,8 +1,7 @@
 """Decide which runs train together: packs, their sizes, and the number of workers."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorasweep.plan.hardware import Hardware
@@ -82,7 +81,7 @@ ALONE = ("model", "dataset", "method", "lr", "seed", "steps", "early_stopping")
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:
     """Return what the runs of one pack have in common.
 
-    They differ only in lr, seed, steps, early stopping, the method's packed fields and, if no
+    They may differ in lr, seed, steps, early stopping, the method's packed fields and, if no
     completions are sampled, in their data sets. Losses over true distributions are computed for all
     or for none.
     """
@@ -177,30 +176,27 @@ def make_packs(
         # are padded and the pack stays full longer
         runs.sort(key=lambda p: (_rank(p), mean_length(p.spec), p.spec.steps))
         chunks += split(runs, size)
-    packs = (_pack(c, exec_, hardware, known) for c in chunks)
+    shared, packs = (exec_.world_size, exec_.activation_checkpointing, exec_.join_rows), []
+    for points in chunks:
+        # memory is that of the largest rank, with the longest rows, with early stopping if any
+        spec, n = max(points, key=_rank).spec, len(points)
+        longest = max((p.spec for p in points), key=mean_length)
+        if mean_length(longest) != mean_length(spec):
+            spec = replace(spec, dataset=longest.dataset)
+        patience = max(p.spec.early_stopping for p in points)
+        if patience != spec.early_stopping:
+            spec = replace(spec, early_stopping=patience)
+        found, seconds = known.of(spec), None
+        if found is not None:
+            seconds = found.at(n) * sum(updates_with_evaluations(p.spec) for p in points)
+        rows = exec_.micro_batch_size or micro_batch(spec, n, hardware, *shared)
+        memory = pack_bytes(n, spec, hardware, rows, *shared)
+        packs.append(Pack(points, rows, sum(run_flops(p.spec) for p in points), seconds, memory))
     return sorted(packs, key=lambda pack: -pack.flops)
 
 
 def _rank(point: Point) -> int:
     return getattr(point.spec.method, "rank", 0)
-
-
-def _pack(points: list[Point], exec_: Exec, hardware: Hardware, known: ThroughputTable) -> Pack:
-    # memory is that of the largest rank, with the longest rows, with early stopping if one has it
-    spec, n = max(points, key=_rank).spec, len(points)
-    longest = max((p.spec for p in points), key=mean_length)
-    if mean_length(longest) != mean_length(spec):
-        spec = dataclasses.replace(spec, dataset=longest.dataset)
-    patience = max(p.spec.early_stopping for p in points)
-    if patience != spec.early_stopping:
-        spec = dataclasses.replace(spec, early_stopping=patience)
-    found, seconds = known.of(spec), None
-    if found is not None:
-        seconds = found.at(n) * sum(updates_with_evaluations(p.spec) for p in points)
-    shared = (exec_.world_size, exec_.activation_checkpointing, exec_.join_rows)
-    rows = exec_.micro_batch_size or micro_batch(spec, n, hardware, *shared)
-    flops = sum(run_flops(p.spec) for p in points)
-    return Pack(points, rows, flops, seconds, pack_bytes(n, spec, hardware, rows, *shared))
 
 
 def workers_and_threads(packs: Sequence[Pack], exec_: Exec, hardware: Hardware) -> tuple[int, int]:

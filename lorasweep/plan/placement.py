@@ -1,7 +1,7 @@
-"""Place a pack on GPUs: the fewest that hold it, rows a forward pass, and what that takes."""
+"""Place a pack on GPUs: the fewest that hold it, rows a forward pass, memory and time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import (
@@ -22,18 +22,14 @@ MOST_GPUS = 512
 FORWARD_TOKENS = 32768
 """Most tokens of a forward pass and GPU: more gain nothing."""
 PER_TOKEN = (
-    "keys and values",
-    "activations",
-    "gradients of activations",
-    "attention masks",
-    "logits",
+    *("keys and values", "activations", "gradients of activations", "attention masks", "logits"),
 )
 """Components of memory that shorter rows make smaller."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a pack trains, and what it takes."""
+    """Where a pack trains, and its memory and time."""
 
     layout: Layout
     memory: dict[str, float]
@@ -41,7 +37,7 @@ class Placement:
     step: dict[str, float]
     """Expected seconds of an update of all runs in the pack, by component."""
     step_s: float
-    """The same in all."""
+    """Seconds of an update."""
     seconds: float
     """Expected seconds of the pack, evaluations included."""
     tokens: float
@@ -88,51 +84,45 @@ def place(
 
     Args:
         specs: the pack's runs, of one shape but for their ranks.
-        hardware: with the figures that `Hardware.has_speeds` asks for.
+        hardware: with the figures that `Hardware.has_speeds` needs.
         rows: rows a forward pass, run and GPU; None: chosen.
         most_gpus: largest number of GPUs tried.
         gpus: this number of GPUs, which divides the batch; None: chosen.
         checkpointing: whether activations may be kept, computed again, or both.
         join_rows: rows of a forward pass lie end to end (see Exec).
     """
-    batch_size = specs[-1].batch_size
+    spec, n_runs = specs[-1], len(specs)
+    room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
+    most_rows = max(1, FORWARD_TOKENS // (n_runs * spec.dataset.max_length))
     powers = (2**k for k in range(most_gpus.bit_length()))
-    numbers = [gpus] if gpus else [n for n in powers if n <= most_gpus and batch_size % n == 0]
+    numbers = [gpus] if gpus else [n for n in powers if n <= most_gpus and spec.batch_size % n == 0]
     for n in numbers:
-        one_row = [Layout(n, 1, again, joined=join_rows) for again in checkpointing]
-        layouts = [_largest_pass(specs, layout, rows, hardware) for layout in one_row]
-        found = [_placement(specs, layout, hardware) for layout in layouts if layout is not None]
+        share, found = spec.batch_size // n, []
+        divisors = [k for k in range(min(share, most_rows), 0, -1) if share % k == 0]
+        for again in checkpointing:
+            for k in divisors if rows is None else [min(rows, share)]:  # the largest that fits
+                layout = Layout(n, k, again, -(-share // k), join_rows)
+                memory = pack_memory(n_runs, spec, hardware, layout)
+                if sum(memory.values()) <= room:
+                    found.append(_placement(specs, layout, memory, hardware))
+                    break
         if found:
             return min(found, key=lambda p: p.step_s)
     tried = Layout(numbers[-1], rows or 1, checkpointing[-1])
-    misfit = _misfit(specs, tried, hardware, most_gpus)
+    misfit = _misfit(spec, tried, pack_memory(n_runs, spec, hardware, tried), hardware, most_gpus)
     if not gpus and not rows:
         return misfit
     other = place(specs, hardware, None, most_gpus, join_rows=join_rows)
     if isinstance(other, Misfit):
         return misfit
-    again = " exec.activation_checkpointing=true" if other.layout.checkpointing else ""
+    again_too = " exec.activation_checkpointing=true" if other.layout.checkpointing else ""
     settings = f"exec.world_size={other.layout.gpus} exec.micro_batch_size={other.layout.rows}"
-    return Misfit(misfit.why, settings + again)
+    return Misfit(misfit.why, settings + again_too)
 
 
-def _largest_pass(
-    specs: Sequence[RunSpec], one_row: Layout, asked: int | None, hardware: Hardware
-) -> Layout | None:
-    """Return the layout with the largest forward pass that fits; None if none does."""
-    spec, n_runs = specs[-1], len(specs)
-    room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
-    share = spec.batch_size // one_row.gpus
-    most = max(1, FORWARD_TOKENS // (n_runs * spec.dataset.max_length))
-    divisors = (n for n in range(min(share, most), 0, -1) if share % n == 0)
-    for rows in divisors if asked is None else [min(asked, share)]:
-        layout = replace(one_row, rows=rows, accumulation=-(-share // rows))
-        if sum(pack_memory(n_runs, spec, hardware, layout).values()) <= room:
-            return layout
-    return None
-
-
-def _placement(specs: Sequence[RunSpec], layout: Layout, hardware: Hardware) -> Placement:
+def _placement(
+    specs: Sequence[RunSpec], layout: Layout, memory: dict[str, float], hardware: Hardware
+) -> Placement:
     spec, n_runs, gpus = specs[-1], len(specs), layout.gpus
     load, length = load_of(spec.model, spec.method), mean_length(spec)
     step = step_parts(load, layout, length, hardware, spec.precision, n_runs)
@@ -149,7 +139,7 @@ def _placement(specs: Sequence[RunSpec], layout: Layout, hardware: Hardware) -> 
         evaluated = evaluation_s(load, spec, hardware, n_runs, gpus)
     return Placement(
         layout=layout,
-        memory=pack_memory(n_runs, spec, hardware, layout),
+        memory=memory,
         step=step,
         step_s=step_s,
         seconds=step_s * sum(updates) / n_runs + evaluated,
@@ -158,23 +148,23 @@ def _placement(specs: Sequence[RunSpec], layout: Layout, hardware: Hardware) -> 
     )
 
 
-def _misfit(specs: Sequence[RunSpec], tried: Layout, hardware: Hardware, most_gpus: int) -> Misfit:
+def _misfit(
+    spec: RunSpec, tried: Layout, memory: dict[str, float], hardware: Hardware, most_gpus: int
+) -> Misfit:
     """Say what is missing with the layout that takes least."""
-    spec, gpus = specs[-1], tried.gpus
-    memory = pack_memory(len(specs), spec, hardware, tried)
     need = sum(memory.values()) * (1 + MEMORY_ERROR) / 2**30
     largest = max(memory, key=lambda name: memory[name])
     why = (
-        f"{spec.method.name} of {spec.model.name} takes {need:.0f} GiB a GPU on {gpus} GPU(s), "
-        f"{tried.rows} row(s) of {spec.dataset.max_length:,} tokens a forward pass and activations "
-        f"{'computed again' if tried.checkpointing else 'kept'} ({largest} "
+        f"{spec.method.name} of {spec.model.name} takes {need:.0f} GiB a GPU on {tried.gpus} "
+        f"GPU(s), {tried.rows} row(s) of {spec.dataset.max_length:,} tokens a forward pass and "
+        f"activations {'computed again' if tried.checkpointing else 'kept'} ({largest} "
         f"{memory[largest] / 2**30:.0f} GiB), and {hardware.name} has "
         f"{hardware.gpu_memory_gib:.0f} GiB"
     )
     state = sum(memory[name] for name in memory if name not in PER_TOKEN) / 2**30
-    if gpus < min(most_gpus, spec.batch_size):
+    if tried.gpus < min(most_gpus, spec.batch_size):
         remedy = f"a batch_size that a larger power of two divides ({spec.batch_size} given)"
-    elif gpus >= most_gpus:
+    elif tried.gpus >= most_gpus:
         remedy = f"more than {most_gpus} GPU(s) a run"
     elif state < (hardware.gpu_memory_gib or 0) / (1 + MEMORY_ERROR):
         remedy = f"a dataset.max_length below {spec.dataset.max_length}"

@@ -63,14 +63,14 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     """
     points = list(points)
     states = store.states(p.id for p in points)
-    todo = runs_to_do(points, states, store, exec_)
+    todo = _runs_to_do(points, states, store, exec_)
     begun = [p for p in points if states[p.id] != "missing"]
     known = ThroughputTable(store, hardware, exec_, begun)
     free = [p for p in todo if states[p.id] != "running"]
     packs = make_packs(free, states, store, exec_, hardware, known)
     workers, threads = workers_and_threads(packs, exec_, hardware)
     flops = sum(run_flops(p.spec) for p in todo)
-    timed = timed_runs(points, states, store)
+    timed = _timed_runs(points, states, store)
     times = [pack.seconds for pack in packs if pack.seconds is not None]
     if timed and hardware.processor is not None:  # they do not predict another machine
         seconds, basis = measured_seconds((p.spec for p in todo), timed) / workers, "measured"
@@ -98,37 +98,30 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     )
 
 
-def runs_to_do(
-    points: list[Point], states: dict[str, str], store: RunStore, exec_: Exec
+def _runs_to_do(
+    points: Sequence[Point], states: dict[str, str], store: RunStore, exec_: Exec
 ) -> list[Point]:
     """Return the runs to train: those not finished; failed ones only with exec.retry."""
-
-    def wanted(rid: str) -> bool:
-        if states[rid] != "failed":
-            return states[rid] not in FINAL
-        return exec_.retry and store.failures(rid) < exec_.max_attempts
-
-    return [p for p in points if wanted(p.id)]
+    failed = [p.id for p in points if states[p.id] == "failed"] if exec_.retry else []
+    again = {i for i in failed if store.failures(i) < exec_.max_attempts}
+    return [p for p in points if p.id in again or states[p.id] not in (*FINAL, "failed")]
 
 
 Timed = tuple[RunSpec, float]
 """A finished run, and the seconds it took."""
 
 
-def timed_runs(
+def _timed_runs(
     points: Sequence[Point], states: dict[str, str], store: RunStore
 ) -> dict[tuple[str, str], list[Timed]]:
-    """Return finished runs by method and precision, RATED_RUNS of each, spread over the grid.
-
-    Runs of another store are left out.
-    """
+    """Return finished runs of this store by method and precision, RATED_RUNS of each."""
     done: dict[tuple[str, str], list[Point]] = {}
     for p in points:
         if states[p.id] == "done":
             done.setdefault((p.spec.method.name, p.spec.precision), []).append(p)
     found: dict[tuple[str, str], list[Timed]] = {}
     for key, runs in done.items():
-        for p in runs[:: -(-len(runs) // RATED_RUNS)]:
+        for p in runs[:: -(-len(runs) // RATED_RUNS)]:  # spread over the grid
             result = store.result(p.id) or {}
             if result.get("wall_s") and not result.get("imported"):
                 found.setdefault(key, []).append((p.spec, result["wall_s"]))
@@ -178,10 +171,16 @@ def summary(plan: Plan) -> dict[str, Any]:
         }
         for p in plan.packs
     ]
-    cost: dict[str, Any] = {name: getattr(plan, name) for name in ("flops", "hours", "basis")}
-    cost["packs"] = len(plan.packs)
-    names = ("workers", "threads", "checkpoint_gib", "memory_gib")
-    cost |= {name: getattr(plan, name) for name in names}
+    cost = {
+        "flops": plan.flops,
+        "hours": plan.hours,
+        "basis": plan.basis,
+        "packs": len(plan.packs),
+        "workers": plan.workers,
+        "threads": plan.threads,
+        "checkpoint_gib": plan.checkpoint_gib,
+        "memory_gib": plan.memory_gib,
+    }
     runs = {"total": len(plan.points), "todo": len(plan.todo), **plan.counts()}
     return {"runs": runs, "arms": list(arms.values()), "packs": packs, "cost": cost}
 
@@ -189,36 +188,24 @@ def summary(plan: Plan) -> dict[str, Any]:
 # ---------------------------------------------------------------- curves without a fingerprint
 
 
-def refuse_mixing(points: Sequence[Point], store: RunStore, exec_: Exec) -> None:
-    """Check that the missing runs of a sweep continue no curve of unknown data.
+def refuse_mixing(
+    points: Sequence[Point], store: RunStore, exec_: Exec, more: Iterable[Point] | None = None
+) -> None:
+    """Check that runs to train continue no curve of unknown data.
+
+    Args:
+        points: the runs of a sweep.
+        more: runs to add to them; None: those of `points` that are missing.
 
     Raises:
-        StoreError: they do.
+        StoreError: some runs do.
     """
-    unknown = _of_unknown_data(points, store)
-    if unknown:
-        states = store.states(p.id for p in points)
-        _refuse(unknown, runs_to_do(list(points), states, store, exec_), store)
-
-
-def refuse_extending(points: Sequence[Point], more: Iterable[Point], store: RunStore) -> None:
-    """Check that `more` runs, of curves of `points`, continue no curve of unknown data.
-
-    Raises:
-        StoreError: they do.
-    """
-    _refuse(_of_unknown_data(points, store), more, store)
-
-
-def _of_unknown_data(points: Iterable[Point], store: RunStore) -> list[Point]:
-    by_id = {p.id: p for p in points}
-    finished = store.finished(by_id)
-    return [by_id[i] for i, entry in finished.items() if entry.data_sha256 is None]
-
-
-def _refuse(unknown: Sequence[Point], more: Iterable[Point], store: RunStore) -> None:
+    finished = store.finished(p.id for p in points)
+    unknown = [p for p in points if p.id in finished and finished[p.id].data_sha256 is None]
     if not unknown:
         return
+    if more is None:
+        more = _runs_to_do(points, store.states(p.id for p in points), store, exec_)
     curves = {curve_key(p) for p in unknown}
     mixed = [p for p in more if curve_key(p) in curves]
     if mixed:

@@ -14,6 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -107,18 +108,14 @@ class ThroughputTable:
         """Return the step times of runs like `spec`; None if none are known."""
         shape = shape_of(spec)
         if shape not in self._known:
-            self._known[shape] = self._measured(spec) or self._recorded(shape)
+            step_s: dict[int, float] = {}
+            if self._exec.world_size == 1:  # measured in one process
+                path = measured_path(self._store.root, spec, self._hardware, self._exec)
+                with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+                    found = json.loads(path.read_bytes())["step_s"]
+                    step_s = {int(n): float(s) for n, s in found.items()}
+            self._known[shape] = Throughput(step_s, True) if step_s else self._recorded(shape)
         return self._known[shape]
-
-    def _measured(self, spec: RunSpec) -> Throughput | None:
-        if self._exec.world_size > 1:
-            return None  # measured in one process
-        path = measured_path(self._store.root, spec, self._hardware, self._exec)
-        try:
-            step_s = {int(n): float(s) for n, s in json.loads(path.read_bytes())["step_s"].items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            return None
-        return Throughput(step_s, True) if step_s else None
 
     def _recorded(self, shape: Shape) -> Throughput | None:
         if self._by_shape is None:
@@ -128,35 +125,48 @@ class ThroughputTable:
         ids = self._by_shape.get(shape, [])
         times: dict[int, list[float]] = {}
         for rid in ids[:: -(-len(ids) // SAMPLE) or 1]:  # spread over the grid
-            found = self._step_time(rid)
+            env = self._store.env(rid)
+            found = self._step_time(rid, env) if self._comparable(env) else None
             if found:
-                times.setdefault(found[0], []).append(found[1])
+                step, step_s = found
+                # the runs of the pack that were still training
+                size = sum(self._end(other) >= step for other in env["pack"])
+                times.setdefault(size, []).append(step_s)
         if not times:
             return None
         return Throughput({n: statistics.median(s) for n, s in times.items()}, False)
 
-    def _step_time(self, rid: str) -> tuple[int, float] | None:
-        """Return (pack size, seconds per step) that a run recorded; None if not comparable."""
-        env = self._store.env(rid)
-        if not _comparable(env, self._hardware, self._exec):
-            return None
+    def _comparable(self, env: dict[str, Any]) -> bool:
+        """Return whether an attempt ran under the conditions of this plan."""
+        hardware, exec_ = self._hardware, self._exec
+        # threads per worker when every worker has a pack
+        share = (hardware.cores or 1) // hardware.gpus if hardware.gpus else 1
+        return (
+            bool(env)  # empty if the run was imported
+            and hardware.processor is not None
+            and (env.get("processor"), env.get("gpu")) == (hardware.processor, hardware.gpu_name)
+            and env.get("compile", False) == exec_.compile
+            and env.get("processes", 1) == exec_.world_size
+            and env.get("threads") == (exec_.threads or max(1, share))
+            and exec_.micro_batch_size in (None, env.get("micro_batch_size"))
+            and not env.get("resumed_in_other_company")  # the pack changed
+        )
+
+    def _step_time(self, rid: str, env: dict[str, Any]) -> tuple[float, float] | None:
+        """Return (an update, seconds per step around it) that a run recorded; None if too few."""
         since = env.get("resumed_from_step") or 0
         result = self._store.result(rid)
         if result is not None:
             done, step_s = result.get("steps_done", 0), result.get("step_s")
             if step_s is None or done - since < FEWEST_STEPS:
                 return None  # it diverged, or this attempt was short
-            return self._size_at((since + done) / 2, env["pack"]), step_s
+            return (since + done) / 2, step_s
         records = self._store.recent_records(rid)
         recent = [r for r in records if r["step"] > since and "step_s" in r]
         if len(recent) < FEWEST_STEPS:
             return None
         step_s = statistics.median(r["step_s"] for r in recent[1:])
-        return self._size_at(recent[len(recent) // 2]["step"], env["pack"]), step_s
-
-    def _size_at(self, step: float, pack: Iterable[str]) -> int:
-        """Count the runs of a pack that were still training at `step`."""
-        return sum(self._end(rid) >= step for rid in pack)
+        return recent[len(recent) // 2]["step"], step_s
 
     def _end(self, rid: str) -> float:
         """Return a run's last step; infinity while it is training."""
@@ -164,24 +174,3 @@ class ThroughputTable:
             result = self._store.result(rid)
             self._ends[rid] = math.inf if result is None else result.get("steps_done", math.inf)
         return self._ends[rid]
-
-
-def _comparable(env: dict[str, Any], hardware: Hardware, exec_: Exec) -> bool:
-    """Return whether an attempt ran under the conditions of this plan.
-
-    That means the same processor and GPU model, the same setting of exec.compile, as many processes
-    a run, the same threads per worker, the micro-batch that the user set (if any), and the same
-    pack from start to end.
-    """
-    # threads per worker when every worker has a pack
-    share = (hardware.cores or 1) // hardware.gpus if hardware.gpus else 1
-    return (
-        bool(env)  # empty if the run was imported
-        and hardware.processor is not None
-        and (env.get("processor"), env.get("gpu")) == (hardware.processor, hardware.gpu_name)
-        and env.get("compile", False) == exec_.compile
-        and env.get("processes", 1) == exec_.world_size
-        and env.get("threads") == (exec_.threads or max(1, share))
-        and exec_.micro_batch_size in (None, env.get("micro_batch_size"))
-        and not env.get("resumed_in_other_company")
-    )

@@ -1,15 +1,15 @@
-"""Seconds of training and sampling, by component, from shapes and what is known of the hardware.
+"""Seconds of training and sampling, by component, from shapes and the hardware's data sheet.
 
-For GPUs with a data sheet one constant is from neither: the share of the attainable speed that the
-products of a training step reach. It is the median over published measurements
-(analysis/results/plan/README.md), and the same for an A100 and an H100. Communication is added in
-full: to assume that it hides behind the products fits the published figures worse. For other
-hardware a speed per core is assumed until runs were measured.
+One constant is fitted: the share of a GPU's attainable speed that the products of a training step
+reach. It is the median over published measurements (analysis/results/plan/README.md), and the same
+for an A100 and an H100. Communication is added in full: assuming that it overlaps with the products
+fits the published figures worse. Without a data sheet a speed per core is assumed until runs were
+measured.
 
-Sampling is done by transformers' forward pass with its cache (train/sampling.py). Decoding a token
-reads every weight once for all completions, and their keys and values; it computes little. So its
-time is that of memory, of products where many completions are drawn at once, or of the processor
-that launches the kernels, whichever is longest. Nothing of it was measured on a GPU.
+Sampling uses transformers' forward pass with its cache (train/sampling.py). Decoding a token reads
+every weight once for all completions, and their keys and values; it computes little. A token takes
+the longest of three times: of memory, of products (with many completions at once), or of launching
+kernels. No sampling was measured on a GPU.
 """
 
 from lorasweep.plan.hardware import Hardware
@@ -120,14 +120,24 @@ def step_parts(
     moved += model.n_layers * layer_bytes(load, word, stream) * (PASSES + again)
     state = sum(STATE_BYTES[states])
     kernels = KERNELS * model.n_layers + ADAPTER_KERNELS * load.n_adapters
+    communication = 0.0
+    if layout.gpus > 1 and hardware.link_bytes_s is not None:
+        # every weight is gathered twice, and gradients are reduced: within a node a GPU receives
+        # all but its own part; between nodes, a node all but its own, over all its GPUs
+        gathered = 2 * word * model.n_params + STATE_BYTES[states][1] * load.trained
+        inside = min(layout.gpus, hardware.gpus_per_node)
+        communication = gathered * (inside - 1) / inside / (LINK_SHARE * hardware.link_bytes_s)
+        nodes = layout.gpus / inside
+        if nodes > 1 and hardware.network_bytes_s is not None:
+            between = gathered * (nodes - 1) / nodes / inside
+            communication = max(communication, between / (LINK_SHARE * hardware.network_bytes_s))
     return {
         "products": tokens * flops / _products_flops_s(hardware, precision, share),
         "attention": tokens * scores / attention,
         "activations": tokens * moved / bandwidth,
         "optimizer": 2 * state * n_runs * load.trained / layout.gpus / bandwidth,
         "launch": layout.accumulation * kernels * (3 + again) * LAUNCH_S,
-        "communication": layout.accumulation
-        * _communication_s(load, layout.gpus, hardware, states, word),
+        "communication": layout.accumulation * communication,
     }
 
 
@@ -136,60 +146,49 @@ def step_seconds(parts: dict[str, float]) -> float:
     return max(sum(parts.values()) - parts["launch"], parts["launch"])
 
 
-def _communication_s(load: Load, gpus: int, hardware: Hardware, states: str, word: int) -> float:
-    """Seconds of a forward and backward pass's collectives.
-
-    Every weight is gathered twice, and gradients are reduced. Within a node a GPU receives
-    all but its own part; between nodes, each node receives all but its own, over all its GPUs.
-    """
-    if gpus == 1 or hardware.link_bytes_s is None:
-        return 0.0
-    gathered = 2 * word * load.model.n_params + STATE_BYTES[states][1] * load.trained
-    inside = min(gpus, hardware.gpus_per_node)
-    seconds = gathered * (inside - 1) / inside / (LINK_SHARE * hardware.link_bytes_s)
-    nodes = gpus / inside
-    if nodes > 1 and hardware.network_bytes_s is not None:
-        between = gathered * (nodes - 1) / nodes / inside
-        seconds = max(seconds, between / (LINK_SHARE * hardware.network_bytes_s))
-    return seconds
-
-
 # ---------------------------------------------------------------- sampling
 
 
 def sampling_s(
-    load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, answers: int, group: int
+    load: Load,
+    spec: RunSpec,
+    hardware: Hardware,
+    n_runs: int,
+    gpus: int,
+    completions: int,
+    group: int,
 ) -> float:
-    """Return the seconds to draw `answers` completions of each of `n_runs` runs, `group` a prompt.
+    """Return the seconds to draw `completions` of each of `n_runs` runs, `group` a prompt.
 
-    Some completion of a round has max_new_tokens; the others end before, and are left out then.
+    Some completion of a round has max_new_tokens; the others end before, and are then left out.
     """
-    if not answers:
+    if not completions:
         return 0.0
     model, precision = load.model, spec.precision
-    word, found = WORD_BYTES[precision], rounds_of(spec, hardware, n_runs, gpus, answers, group)
+    word = WORD_BYTES[precision]
+    at_once, rounds = rounds_of(spec, hardware, n_runs, gpus, completions, group)
     bandwidth = hardware.bandwidth_bytes_s or float("inf")
     speed = _products_flops_s(hardware, precision)
-    rows = n_runs * found.rows
-    prompt, answer = prompt_tokens(spec), completion_tokens(spec)
-    alive = rows * answer / spec.max_new_tokens  # on average over the tokens of a round
+    rows = n_runs * at_once
+    prompt, completion = prompt_tokens(spec), completion_tokens(spec)
+    alive = rows * completion / spec.max_new_tokens  # on average over the tokens of a round
     weights = float(word * read_params(model, alive))
     if load.whole and gpus == 1 and word == 2:
         weights += CAST_BYTES * load.trained
-    cache = CACHE_PASSES * cache_bytes(model, word) * (prompt + answer / 2)
+    cache = CACHE_PASSES * cache_bytes(model, word) * (prompt + completion / 2)
     products = 2.0 * model.n_active_params * alive / speed
     memory = (weights + alive * (cache + DRAW_BYTES * model.vocab_size)) / bandwidth
     kernels = KERNELS * model.n_layers + ADAPTER_KERNELS * load.n_adapters + DRAW_KERNELS
     token_s = max(memory, products, kernels * LAUNCH_S)
     prefill_s = 2.0 * model.n_active_params * rows / group * prompt / speed
-    return found.number * (prefill_s + spec.max_new_tokens * token_s)
+    return rounds * (prefill_s + spec.max_new_tokens * token_s)
 
 
 def evaluation_s(load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int) -> float:
     """Return the seconds to draw the completions of held-out prompts over a whole run."""
     return sum(
-        sampling_s(load, spec, hardware, n_runs, gpus, answers, 1)
-        for answers in evaluated_completions(spec)
+        sampling_s(load, spec, hardware, n_runs, gpus, completions, 1)
+        for completions in evaluated_completions(spec)
     )
 
 
@@ -197,12 +196,12 @@ def served_s(
     model: ModelSpec,
     hardware: Hardware,
     gpus: int,
-    answers: int,
+    completions: int,
     group: int,
     prompt: float,
-    answer: float,
+    completion: float,
 ) -> float:
-    """Return the seconds in which a serving engine draws `answers` completions in bf16, at best.
+    """Return the least seconds in which a serving engine draws `completions` in bf16.
 
     It splits the weights over the GPUs, reads a prompt once for its group, and a finished
     completion makes room for the next one. A token takes the time to read weights, keys and values,
@@ -211,16 +210,16 @@ def served_s(
 
     Args:
         prompt: mean tokens of a prompt.
-        answer: mean tokens of a completion.
+        completion: mean tokens of a completion.
     """
     memory = gpus * SERVED_SHARE * (hardware.gpu_memory_gib or 0) * 2**30
-    rows = (memory - 2 * model.n_params) / (cache_bytes(model, 2) * (prompt + answer))
+    rows = (memory - 2 * model.n_params) / (cache_bytes(model, 2) * (prompt + completion))
     if rows < 1:
         return float("inf")
-    rows = min(rows, answers)
+    rows = min(rows, completions)
     bandwidth = gpus * (hardware.bandwidth_bytes_s or float("inf"))
-    cache = rows * cache_bytes(model, 2) * (prompt + answer / 2)
+    cache = rows * cache_bytes(model, 2) * (prompt + completion / 2)
     reads = (2 * read_params(model, rows) + cache) / bandwidth
     products = 2.0 * model.n_active_params / (gpus * _products_flops_s(hardware, "bf16"))
-    prefill_s = products * prompt * answers / group
-    return answers / rows * answer * max(reads, products * rows) + prefill_s
+    prefill_s = products * prompt * completions / group
+    return completions / rows * completion * max(reads, products * rows) + prefill_s

@@ -36,44 +36,37 @@ UNKNOWN = {
 )
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, sweep, scale):
-    """Change `sweep.replicate.seeds`, the claim's `sd` where it was measured anew, or `underpowered`."""
+    """If not: change `sweep.replicate.seeds`, the claim's `sd`, or `underpowered`."""
     try:
         request = compose(f"+sweep={sweep}", f"scale={scale}")
     except NotAtScale:
         return
-    found = answer.outlooks(request.points, request.sweep, scale)
+    found = [o for _, o in answer.outlooks(request.points, request.sweep, scale)]
     wrong = [o.line() for o in found if o.warns or (o.can_decide and o.underpowered)]
     assert len(found) == len(request.sweep.claims) and not wrong, wrong
     if scale == "tiny":
         assert [o.claim for o in found if o.can_decide is None] == UNKNOWN.get(sweep, [])
 
 
-PLAN = (
-    *("+sweep=lr_ratio", "scale=smoke", "action=plan", "sweep.rounds=1"),
-    *(
+def test_the_plan_holds_each_claims_expected_interval_against_its_margin(command):
+    plan = (
+        *("+sweep=lr_ratio", "scale=smoke", "action=plan", "sweep.rounds=1"),
         "++sweep.claims.ratio.planning={smoke: {sd: 0.12}, tiny: {sd: 9}}",
         "++sweep.claims.ratio.underpowered=false",
-    ),
-)
-
-
-def test_the_plan_holds_each_claims_expected_interval_against_its_margin(command):
+    )
     enough = "sweep.replicate.seeds=[1,2,3,4,5]"
-    text = command(*PLAN, enough).stdout
+    text = command(*plan, enough).stdout
     assert "claim ratio: expected interval 10 [8.82, 11.3] within [7.1, 14.1]: can decide" in text
     assert "claim ten_times: not known: no sd stated" in text
-    few = command(*PLAN, "sweep.replicate.seeds=[1,2]").stdout
+    few = command(*plan, "sweep.replicate.seeds=[1,2]").stdout
     assert "warning, claim ratio: " in few and "cannot decide: needs 4 seeds (planned 3)" in few
-    claims = json.loads(command(*PLAN, enough, "format=json").stdout)["claims"]
-    ratio, *_, parity = claims
+    ratio, *_, parity = json.loads(command(*plan, enough, "format=json").stdout)["claims"]
     assert (ratio["planned"], ratio["can_decide"], parity["can_decide"]) == (6, True, None)
     assert ratio["half_width"] < ratio["room"]
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_a_run_begins_with_a_warning_of_a_claim_that_it_cannot_decide(
-    compose, fake_trainer, capsys, known
-):
+def test_a_run_warns_of_a_claim_that_it_cannot_decide(compose, fake_trainer, capsys, known):
     request = compose(
         "+sweep=lr_ratio",
         "scale=smoke",

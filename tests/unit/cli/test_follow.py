@@ -9,7 +9,6 @@ import time
 import pytest
 
 from lorasweep.cli import actions
-from lorasweep.cli.train import FOLLOW_COMMAND
 from lorasweep.errors import ClusterError, GaveUp, SpecError, StoreError
 from lorasweep.launch.slurm import job
 from tests.world import ROOT
@@ -69,7 +68,3 @@ def test_a_follow_up_job_that_is_stopped_releases_its_lock_first(tmp_path):
     printed, _ = following.communicate(timeout=30)
     assert following.returncode == 0 and "stopped by SIGTERM" in printed
     assert (tmp_path / "lock" / "1" / "released").exists()
-
-
-def test_the_command_of_a_follow_up_job_is_known_to_the_command_line():
-    assert FOLLOW_COMMAND[-3:] == ("-m", "lorasweep", "--follow")

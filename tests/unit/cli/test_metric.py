@@ -1,4 +1,4 @@
-"""A metric of which more is better: the second stage and the status take it so."""
+"""A metric of which higher is better, in the second stage, the status and the noise floor."""
 
 from lorasweep.cli.finished_runs import noise_floor
 from lorasweep.cli.points import all_points

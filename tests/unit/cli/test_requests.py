@@ -38,32 +38,22 @@ def refused(done, *words):
         (["table=x.csv"], "action=export and action=import"),
         ([*SWEEP, "action=plan", "out=x"], "action=adapter"),
         (["--follow"], "--follow"),
+        ([*SWEEP, "exec.runs_dir=file/runs"], "cannot be written"),
     ],
 )
 def test_wrong_requests_end_with_status_2_and_start_nothing(command, tmp_path, arguments, words):
+    (tmp_path / "file").write_text("")
     refused(command(*arguments), words)
     assert not list(tmp_path.glob("runs/*/spec.json"))
-
-
-def test_an_unwritable_run_folder_is_refused(command, tmp_path):
-    (tmp_path / "file").write_text("")
-    refused(command(*SWEEP, f"exec.runs_dir={tmp_path}/file/runs"), "cannot be written")
 
 
 def test_every_action_has_a_function_and_stands_in_the_help(command, tmp_path):
     assert functions().keys() == ACTIONS.keys()
     text, short = command("--help").stdout, command().stdout
-    for words in (
-        "sweep: batch_size, capacity",
-        "scale: paper, small",
-        "method: fullft, lora",
-        "${geom:1e-4,1e-2,4}",
-        "exec.runs_dir",
-        *(f"\n  {a.name} {a.example}".rstrip() for a in ACTIONS.values()),
-    ):
+    groups = ("sweep: batch_size, capacity", "method: fullft, lora", "${geom:1e-4,1e-2,4}")
+    for words in (*groups, *(f"\n  {a.name} {a.example}".rstrip() for a in ACTIONS.values())):
         assert words in text
-    assert "+sweep=lr_ratio action=plan" in short and "capacity, compute" in short
-    assert all(name in short for name in ACTIONS) and len(short.splitlines()) < 30
+    assert "capacity, compute" in short and all(name in short for name in ACTIONS)
     assert list(tmp_path.iterdir()) == []  # nothing is dropped into the current folder
 
 
@@ -96,11 +86,11 @@ def test_settings_of_a_users_sweep_file_hold_for_models_and_data_on_its_axes(com
     text = yaml.safe_dump({"dataset": {"max_length": 32}, "sweep": sweep})
     mine = own(tmp_path, "sweep/short.yaml", "# @package _global_\n" + text)
     arguments = (*mine, "+sweep=short", "scale=smoke", "action=plan", "format=json")
-    flops = [
+    given, same, longer = (
         json.loads(command(*arguments, *more).stdout)["cost"]["flops"]
         for more in ((), ("dataset.max_length=32",), ("dataset.max_length=64",))
-    ]
-    assert flops[0] == flops[1] < flops[2]
+    )
+    assert given == same < longer
 
 
 def test_an_unreadable_row_is_named_before_anything_starts(command, tmp_path):

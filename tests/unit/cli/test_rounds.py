@@ -12,32 +12,36 @@ from tests.planted import Valley, analysed
 pytestmark = pytest.mark.slow  # fits hundreds of curves
 
 
+SMOKE = ("+sweep=lr_ratio", "scale=smoke")
+
+
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     monkeypatch.setattr(answer, "judge", analysed)
 
 
-def test_the_second_stage_brings_fresh_seeds_at_the_three_best_rates(compose, fake_trainer):
+@pytest.mark.parametrize(
+    ("change", "trained"),
+    [
+        ("sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]", 5 + 3 + 2 * 3 * 2),
+        ("sweep.replicate.arms=[lora]", 3 + 3 + 3 * 2),  # fresh seeds for LoRA only
+    ],
+)
+def test_fresh_seeds_train_at_the_three_best_rates_of_each_arm_that_is_named(
+    compose, fake_trainer, change, trained
+):
     trainer = fake_trainer(Valley(3).nll)
-    rates = "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]"
-    act(compose("+sweep=lr_ratio", "scale=smoke", "sweep.replicate.seeds=[5,6]", rates), trainer)
-    assert len(trainer.trained) == 5 + 3 + 2 * 3 * 2
-
-
-def test_fresh_seeds_go_only_to_the_arms_that_are_named(compose, fake_trainer):
-    trainer = fake_trainer(Valley(3).nll)
-    arguments = ("+sweep=lr_ratio", "scale=smoke", "sweep.replicate.seeds=[5,6]", "format=json")
-    act(compose(*arguments, "sweep.replicate.arms=[lora]"), trainer)
-    assert len(trainer.trained) == 3 + 3 + 3 * 2  # two curves, then two seeds at LoRA's three rates
-    with pytest.raises(SpecError, match=r"second\.arms names 'lorra'.*fullft"):
-        compose(*arguments, "sweep.replicate.arms=[lorra]")
+    act(compose(*SMOKE, "sweep.replicate.seeds=[5,6]", change), trainer)
+    assert len(trainer.trained) == trained
+    with pytest.raises(SpecError, match=r"arms names 'lorra'.*fullft"):
+        compose(*SMOKE, "sweep.replicate.seeds=[5,6]", "sweep.replicate.arms=[lorra]")
 
 
 def test_a_failed_run_is_named_kept_apart_and_tried_again_only_on_request(
     compose, capsys, fake_trainer
 ):
     trainer = fake_trainer(Valley(3).nll, fail=lambda s: s.method.name == "lora" and s.lr == 5e-3)
-    arguments = ("+sweep=lr_ratio", "scale=smoke", "exec.pack_size=1")
+    arguments = (*SMOKE, "exec.pack_size=1")
     assert act(compose(*arguments), trainer) == 1
     errors = capsys.readouterr().err
     assert "planted failure" in errors and "exec.retry=true" in errors
@@ -54,7 +58,7 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
     """An open claim, its suggested runs as round 2, and no fourth look."""
     valley = Valley(10, noise=0.05)
     grid = ("sweep.arms.lora.rank=[4,8]", "sweep.replicate.seeds=[1,2,3]", "sweep.rounds=3")
-    base = ["+sweep=lr_ratio", "scale=smoke", "format=json", *grid, *valley.rates()]
+    base = [*SMOKE, "format=json", *grid, *valley.rates()]
     trainer = fake_trainer(valley.nll)
     run, extend = compose(*base), compose(*base, "action=extend")
     with pytest.raises(Exception, match="have not finished"):
@@ -83,15 +87,12 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
 
 @pytest.mark.full
 def test_rounds_are_not_extended_under_other_margins(compose, fake_trainer):
-    base = [
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "sweep.arms.lora.rank=[4]",
-        "sweep.replicate.seeds=[1,2]",
+    grid = (
+        *("sweep.arms.lora.rank=[4]", "sweep.replicate.seeds=[1,2]"),
         "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]",
         "sweep.arms.lora.lr=[3e-3,6e-3,1.2e-2,2.4e-2,4.8e-2]",
-    ]
-    trainer = fake_trainer(Valley(10, noise=0.02).nll)
+    )
+    base, trainer = [*SMOKE, *grid], fake_trainer(Valley(10, noise=0.02).nll)
     for extra in ([], ["action=extend"], []):
         assert act(compose(*base, *extra), trainer) == 0
     with pytest.raises(Exception, match="claims, margins or rounds were changed"):

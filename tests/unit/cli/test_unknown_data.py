@@ -1,10 +1,11 @@
 """Curves without a data fingerprint are judged as they are, and never continued."""
 
+import shutil
+
 import pytest
 
 from lorasweep.cli import answer, finished_runs
 from lorasweep.cli.actions import act
-from lorasweep.cli.answer import NextRound
 from lorasweep.cli.finished_runs import train_again
 from lorasweep.errors import StoreError, TrainingError
 from lorasweep.store.run_store import RunStore
@@ -49,8 +50,9 @@ def test_a_kept_curve_is_not_continued(old, compose, action):
 
 
 def test_a_sweep_of_sweeps_is_checked_before_its_first_part_starts(old, compose):
-    parts = ("+sweep=study", "sweep.parts=[rank,lr_ratio]")
-    request = compose(*parts, "scale=smoke", "format=json", MORE)
+    request = compose("+sweep=study", "sweep.parts=[rank,lr_ratio]", *SWEEP[1:])
+    lost = request.parts[1].points[0].id
+    shutil.rmtree(RunStore(request.exec.runs_dir).folder(lost))
     with pytest.raises(StoreError, match=ADVICE):
         act(request, old)
     assert not old.trained
@@ -61,30 +63,24 @@ def test_another_curve_beside_kept_ones_is_trained(old, compose):
     assert len(old.trained) == 3
 
 
-def test_runs_of_known_data_are_continued(compose, trainer):
-    assert act(compose(*SWEEP), trainer) == 0
-    assert act(compose(*SWEEP, MORE), trainer) == 0
-    assert len(trainer.trained) == 12
-
-
 def test_no_round_is_added_to_kept_curves(old, compose, monkeypatch):
     request = compose(*SWEEP, "action=extend")
     runs = [{"like": request.points[0].id, "lr": 1e-3, "seed": 9}]
-    monkeypatch.setattr(finished_runs.answer, "next_round", lambda *_: NextRound(runs, []))
+    monkeypatch.setattr(finished_runs.answer, "next_round", lambda *_: (runs, []))
     with pytest.raises(StoreError, match=ADVICE):
         act(request, old)
     assert not (RunStore(request.exec.runs_dir).root / ".rounds").exists()
 
 
 def test_the_check_costs_little(compose, fake_trainer, monkeypatch):
-    """Keys of curves are made only where a fingerprint is missing, results are read only once."""
+    """Where no fingerprint is missing, no keys of curves are made, and runs are continued."""
     from lorasweep.plan import plan
 
     trainer = fake_trainer(lambda spec: 2.0)
     assert act(compose(*SWEEP), trainer) == 0
     request = compose(*SWEEP, MORE)
     monkeypatch.setattr(plan, "curve_key", None)
-    plan.refuse_mixing(request.points, RunStore(request.exec.runs_dir), request.exec)
+    assert act(request, trainer) == 0 and len(trainer.trained) == 12
 
 
 def test_a_run_is_not_trained_again_on_other_data(compose, trainer):

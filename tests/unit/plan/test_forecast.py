@@ -7,13 +7,8 @@ import pytest
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.forecast import (
-    Forecaster,
-    hours_of,
-    refuse_unfit,
-    settings_of,
-    without_too_large,
-)
+from lorasweep.plan import forecast as planning
+from lorasweep.plan.forecast import Forecaster, hours_of, refuse_unfit, settings_of
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.placement import Misfit
 from lorasweep.spec.execution import Exec
@@ -22,7 +17,6 @@ from lorasweep.sweep.question import Replicates
 from tests.unit.plan.test_placement import card, spec_of
 
 RATES = (1e-4, 2e-4, 4e-4)
-NONE = Replicates()
 
 
 def points(arm, method, model="llama-3.1-8b", seeds=(0,), **changes):
@@ -33,12 +27,8 @@ def points(arm, method, model="llama-3.1-8b", seeds=(0,), **changes):
     ]
 
 
-def planner(**settings):
-    return Forecaster(card(), Exec(**settings))
-
-
-def forecast(runs, second=NONE, **settings):
-    return planner(**settings).forecast("mine", runs, second)
+def forecast(runs, second=None, **settings):
+    return Forecaster(card(), Exec(**settings)).forecast("mine", runs, second or Replicates())
 
 
 def test_a_sweep_takes_what_its_runs_take_alone():
@@ -53,7 +43,7 @@ def test_a_sweep_takes_what_its_runs_take_alone():
 
 
 def test_ways_to_share_a_rank_among_experts_cost_apart():
-    made = planner()
+    made = Forecaster(card(), Exec())
     kinds = [
         made.kind(spec_of("qwen3-30b-a3b-base", LoRA(rank=128, expert_rank=way)))
         for way in ("active", "all", "whole")
@@ -74,7 +64,7 @@ def test_fresh_seeds_of_the_second_stage_are_counted_once():
 
 
 def test_runs_that_sweeps_share_count_once_in_a_total():
-    made = planner()
+    made = Forecaster(card(), Exec())
     second = Replicates(seeds=[1], n_lrs=1)
     one = made.forecast("one", points("lora", LoRA(rank=16)), second)
     two = made.forecast("two", points("other", LoRA(rank=16), steps=10), second)
@@ -84,12 +74,12 @@ def test_runs_that_sweeps_share_count_once_in_a_total():
 
 
 def test_small_batches_train_in_packs_over_one_base():
-    found = forecast(points("lora", LoRA(rank=16), batch_size=8))
-    ((kind, where, _),) = found.placed()
-    assert kind.pack_size > 1 and found.packs == 1
-    alone = forecast(points("lora", LoRA(rank=16), batch_size=8), pack_size=1)
-    assert alone.packs == 3 and alone.gpu_hours >= found.gpu_hours
-    assert where.memory["frozen weights"] == alone.placed()[0][1].memory["frozen weights"]
+    runs = points("lora", LoRA(rank=16), batch_size=8)
+    found, alone = forecast(runs), forecast(runs, pack_size=1)
+    ((kind, where, _),), ((_, apart, _),) = found.placed(), alone.placed()
+    assert kind.pack_size > 1 and (found.packs, alone.packs) == (1, 3)
+    assert alone.gpu_hours >= found.gpu_hours
+    assert where.memory["frozen weights"] == apart.memory["frozen weights"]
 
 
 def test_runs_beyond_max_gpus_are_priced_apart():
@@ -106,14 +96,12 @@ def test_runs_beyond_the_limit_are_left_out_and_others_must_fit_as_they_are_trai
     small = points("lora", LoRA(rank=16))
     large = points("lora", LoRA(rank=16), "llama-3.1-70b")
     full = points("fullft", FullFT())
-    assert without_too_large([*small, *large], card(), Exec(max_gpus=1)) == small
-    assert without_too_large([*small, *large], card(), Exec()) == [*small, *large]
+    assert planning.without_too_large([*small, *large], card(), Exec(max_gpus=1)) == small
+    assert planning.without_too_large([*small, *large], card(), Exec()) == [*small, *large]
     refuse_unfit(small, card(), Exec())
     with pytest.raises(SpecError, match=r"lora of llama-3.1-70b takes .* exec.world_size=4"):
         refuse_unfit(large, card(), Exec())
-    with pytest.raises(
-        SpecError, match=r"fits with exec\.world_size=4 .*exec\.activation_checkpointing=true"
-    ):
+    with pytest.raises(SpecError, match=r"world_size=4 .*activation_checkpointing=true"):
         refuse_unfit([*small, *full], card(), Exec())
     refuse_unfit(full, card(), Exec(world_size=4, activation_checkpointing=True))
 
@@ -124,7 +112,7 @@ def test_settings_are_the_plans_unless_the_user_set_them():
     assert (adapters, full) == (runs[:3], runs[3:]) and one.runs_dir == "mine"
     assert (one.world_size, four.world_size, four.activation_checkpointing) == (1, 4, True)
     for spec, exec_ in ((adapters[0].spec, one), (full[0].spec, four)):
-        layout = planner().kind(spec).place.layout
+        layout = Forecaster(card(), Exec()).kind(spec).place.layout
         assert (exec_.micro_batch_size, exec_.world_size) == (layout.rows, layout.gpus)
     ((eight, both),) = settings_of(runs, card(), Exec(world_size=8, micro_batch_size=1))
     assert both == runs and (eight.world_size, eight.micro_batch_size) == (8, 1)

@@ -1,5 +1,4 @@
-"""Runs on data sets of their own are packed together where each fills little, and bounded by the
-longest."""
+"""Runs on several data sets share packs where each data set fills little of one."""
 
 import dataclasses
 
@@ -18,14 +17,14 @@ from tests.world import tiny_spec
 CPU = Hardware("cpu", processor="a processor", cores=2, memory_gib=16.0, fast_bf16=True)
 
 
-def runs(count, rates=3, lengths=(64,), steps=(8,), **changes):
+def runs(count, rates=3, lengths=(64,), steps=(8,)):
     """`rates` runs of each of `count` customers."""
     found = []
     for k in range(count):
         rows = {"max_length": lengths[k % len(lengths)], "n_test": 4, "n_test_curve": 4}
         dataset = DatasetSpec(name=f"c{k}", source="jsonl", location=f"c{k}", **rows)
         fixed = {"method": LoRA(rank=4), "batch_size": 4, "steps": steps[k % len(steps)]}
-        spec = tiny_spec(dataset=dataset, **fixed, **changes)
+        spec = tiny_spec(dataset=dataset, **fixed)
         found += [Point(f"c{k}", dataclasses.replace(spec, lr=1e-3 * 2**j)) for j in range(rates)]
     return found
 

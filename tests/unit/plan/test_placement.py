@@ -43,16 +43,13 @@ def test_states_take_sixteen_bytes_a_trained_parameter_and_are_split():
     parts = memory_parts(lora, Layout(1, 1, True), 1024, n_runs=2)
     assert parts["frozen weights"] == 2 * 8_030_261_248
     assert parts["moments"] == 2 * 8 * 704_970_752
+    few, many = (memory_parts(LLAMA, Layout(1, rows), 1024)["logits"] for rows in (64, 128))
+    assert few == many  # a chunk, whatever the batch
 
 
-def test_a_layer_keeps_what_its_code_keeps():
+def test_a_layer_of_a_model_in_bf16_keeps_one_input_for_three_matrices_and_one_for_two():
+    """Models in fp32: test_saved_tensors.py."""
     h, kv, f = 4096, 1024, 14336
-    # two norms in fp32 with what their weights need, and a cast for each of five matrices
-    assert layer_bytes(LLAMA) == 2 * 8 * h + 5 * 2 * h + 4 * (h + kv) + 8 * f
-    attention = load_of(LLAMA.model, LoRA(rank=1, layers="attention"))
-    # frozen inputs are not kept
-    assert layer_bytes(attention) == 2 * 4 * h + 3 * 2 * h + 4 * (h + kv) + 6 * f
-    # others hold the model in bf16: one input for three matrices, and one for two
     assert layer_bytes(LLAMA, stream=2) == 2 * 6 * h + 2 * 2 * h + 4 * (h + kv) + 8 * f
     whole = memory_parts(LLAMA, Layout(1, 2, False), 1000)["activations"]
     again = memory_parts(LLAMA, Layout(1, 2, True), 1000)["activations"]
@@ -61,13 +58,11 @@ def test_a_layer_keeps_what_its_code_keeps():
 
 
 def test_copies_are_of_what_products_take_in_another_type():
-    """Of Llama-3.1-8B: 6,979,321,856 weights in layers, 1,050,939,392 outside."""
-
     def copies(load, gpus, **how):
         return memory_parts(load, Layout(gpus, 1, False), 1024, **how)["copies and buffers"]
 
     lora = load_of(LLAMA.model, LoRA(rank=256))
-    layer, outer = 6_979_321_856 / 32, 1_050_939_392
+    layer, outer = 6_979_321_856 / 32, 1_050_939_392  # weights of a layer and outside the layers
     assert copies(LLAMA, 1) == 2 * 7_504_658_432
     assert copies(lora, 1, n_runs=2) == 2 * 2 * 704_970_752  # bf16 of the adapters
     assert copies(lora, 1, frozen_bytes=4) == 2 * (7_504_658_432 + 704_970_752)
@@ -110,12 +105,8 @@ def test_an_update_takes_its_products_at_the_share_of_the_peak_and_more():
     assert two["communication"] == pytest.approx(2 * wires / 2 / (0.8 * 4.5e11))
     across = step_parts(LLAMA, dataclasses.replace(layout, gpus=16), 1024, card())
     assert across["communication"] > 1.7 * two["communication"]
-
-
-def test_launching_kernels_bounds_small_forward_passes_from_below():
-    lora = load_of(LLAMA.model, LoRA(rank=1))
-    parts = step_parts(lora, Layout(1, 1, False), 4, card())
-    assert step_seconds(parts) == parts["launch"]
+    tiny = step_parts(load_of(LLAMA.model, LoRA(rank=1)), Layout(1, 1, False), 4, card())
+    assert step_seconds(tiny) == tiny["launch"]
 
 
 @pytest.mark.parametrize(
@@ -145,9 +136,9 @@ def test_a_run_gets_the_fewest_gpus_that_hold_it(model, method, name, gpus):
 def test_what_fits_nowhere_says_what_would():
     long = dataclasses.replace(paper().dataset, max_length=2_000_000)
     found = place([spec_of(method=FullFT(), dataset=long)], card())
-    assert isinstance(found, Misfit) and "a dataset.max_length below 2000000" in found.remedy
     assert "fullft of llama-3.1-8b takes" in found.why and "h100 has 80 GiB" in found.why
-    found = place([spec_of("llama-3.1-70b", FullFT(), batch_size=12)], card())
-    assert "a batch_size that a larger power of two divides (12 given)" in found.remedy
-    found = place([spec_of(method=FullFT())], card(), most_gpus=2)
-    assert "more than 2 GPU(s) a run" in found.remedy
+    odd = place([spec_of("llama-3.1-70b", FullFT(), batch_size=12)], card())
+    few = place([spec_of(method=FullFT())], card(), most_gpus=2)
+    remedies = ("max_length below 2000000", "power of two divides (12 given)", "more than 2 GPU(s)")
+    for misfit, words in zip((found, odd, few), remedies, strict=True):
+        assert isinstance(misfit, Misfit) and words in misfit.remedy

@@ -1,4 +1,4 @@
-"""What sampling answers takes: components by hand, and the plan of runs that are rewarded."""
+"""Memory and time of sampling completions: components by hand, and the plan of RL runs."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorasweep.config.compose import shipped_model
 from lorasweep.plan import load as shapes
 from lorasweep.plan import memory, time
 from lorasweep.plan.hardware import Hardware
@@ -37,9 +38,8 @@ def gsm8k(method="lora", **changes):
 
 
 def seconds(spec, answers=None, gpus=1, n_runs=1, group=16, hardware=None):
-    load = load_of(spec.model, spec.method)
-    answers = answers or spec.batch_size
-    return time.sampling_s(load, spec, hardware or card(), n_runs, gpus, answers, group)
+    count = (n_runs, gpus, answers or spec.batch_size, group)
+    return time.sampling_s(load_of(spec.model, spec.method), spec, hardware or card(), *count)
 
 
 def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
@@ -57,16 +57,15 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
     for n_runs in (1, 4):
         prompts = [[np.zeros(768 - 256, dtype=int)]] * n_runs
         at_once = sampling._at_once(model, prompts, 256, "bf16")
-        rounds = memory.rounds_of(spec, card(), n_runs, 1, 2048, 16)
-        assert rounds.rows == at_once // 16 * 16 > 0
-        assert rounds.rows * rounds.number >= 2048
+        rows, rounds = memory.rounds_of(spec, card(), n_runs, 1, 2048, 16)
+        assert rows == at_once // 16 * 16 > 0 and rows * rounds >= 2048
     assert sampling._at_once(model, [[np.zeros(2, dtype=int)]], 1, "bf16") == sampling.ROWS
 
 
 def test_keys_and_values_of_the_answers_at_once_are_part_of_the_peak():
     spec = gsm8k()
     assert shapes.cache_bytes(spec.model, 2) == 2 * 32 * 8 * 128 * 2
-    rows = memory.rounds_of(spec, card(), 1, 1, 2048, 16).rows
+    rows, _ = memory.rounds_of(spec, card(), 1, 1, 2048, 16)
     parts = memory.sampling_memory(load_of(spec.model, spec.method), spec, card(), 1, 1, 2)
     assert parts["keys and values"] == rows * 768 * 131_072 <= 0.3 * 79.6 * 2**30
     assert parts["frozen weights"] == 2 * 8_030_261_248
@@ -115,16 +114,14 @@ def test_on_a_cpu_keys_and_values_are_part_of_the_peak_too():
 
 
 def test_more_gpus_share_the_answers_and_a_pack_shares_the_weights():
-    spec = gsm8k()
     # 9 rounds of 15 prompts or fewer, and 3
-    assert seconds(spec, gpus=1) / seconds(spec, gpus=4) == pytest.approx(3)
+    assert seconds(gsm8k(), gpus=1) / seconds(gsm8k(), gpus=4) == pytest.approx(3)
     few = gsm8k(batch_size=32)
     assert seconds(few, n_runs=4) < 1.1 * seconds(few)
 
 
 def test_of_experts_those_that_are_hit_are_read():
-    spec = compose_request(["model=qwen3-30b-a3b-base", "scale=paper"]).points[0].spec
-    model = spec.model
+    model = shipped_model("qwen3-30b-a3b-base")
     assert shapes.read_params(model, 1) == pytest.approx(model.n_active_params)
     assert shapes.read_params(model, 1e4) == pytest.approx(model.n_matmul_params)
     assert model.n_active_params < shapes.read_params(model, 8) < model.n_matmul_params
@@ -145,8 +142,7 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
     found = place([spec], card())
     rest = {k: v for k, v in found.step.items() if k != "sampling"}
     assert found.step_s == pytest.approx(step_seconds(rest) + found.step["sampling"])
-    load = load_of(spec.model, spec.method)
-    evaluation = time.evaluation_s(load, spec, card(), 1, 1)
+    evaluation = time.evaluation_s(load_of(spec.model, spec.method), spec, card(), 1, 1)
     assert found.seconds == pytest.approx(spec.steps * found.step_s + evaluation)
     assert found.sampling_s == pytest.approx(spec.steps * found.step["sampling"] + evaluation)
     given = dataclasses.replace(spec, objective="sft", group_size=0, max_new_tokens=0)
@@ -155,8 +151,7 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
 
 def test_the_plan_of_the_studys_rewards_says_what_sampling_takes(command):
     asked = ("+sweep=rl", "scale=paper", "action=plan", "hardware=h100")
-    out = json.loads(command(*asked, "format=json").stdout)
-    (rl,) = (row for row in out["sweeps"] if row["name"] == "rl")
+    (rl,) = json.loads(command(*asked, "format=json").stdout)["sweeps"]
     assert rl["runs"] == 3 * 3 * 7 + 3 * 3 * 3 * 2 and rl["fits"] and rl["gpus_a_run"] == [1, 8]
     assert 0.5 < rl["gpu_hours_of_sampling"] / rl["gpu_hours"] < 1
     assert f"{rl['gpu_hours_of_sampling']:,.0f} of the GPU-hours" in command(*asked).stdout

@@ -1,11 +1,11 @@
-"""The activations that the plan of a GPU's memory counts, held to what torch saves for the backward
-pass of transformers' models: distinct storages, by bytes, without parameters and buffers."""
+"""Planned activations on a GPU equal what torch saves for the backward pass of transformers' models:
+distinct storages, by bytes, without parameters and buffers."""
 
 import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -15,6 +15,7 @@ from lorasweep.models.targets import find_targets, use_grouped_experts
 from lorasweep.plan.load import WORD_BYTES, load_of
 from lorasweep.plan.memory import Layout, memory_parts
 from lorasweep.spec.model import ModelSpec
+from tests.small_hub import config_of
 
 LLAMA = ModelSpec(
     name="small", source="folder", hidden_size=256, n_layers=2, n_heads=4, n_kv_heads=4,
@@ -38,24 +39,10 @@ METHODS = {
 ROWS = 2
 
 
-def transformers_model(spec):
-    """Build a model of this shape, with weights of fp32."""
-    kind = Qwen3MoeConfig if spec.n_experts else Qwen3Config if spec.qk_norm else LlamaConfig
-    names = {"hidden_size": "hidden_size", "intermediate_size": "mlp_size", "head_dim": "head_size",
-             "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
-             "num_key_value_heads": "n_kv_heads", "vocab_size": "vocab_size"}  # fmt: skip
-    if spec.n_experts:
-        names |= {"moe_intermediate_size": "mlp_size", "num_experts": "n_experts"}
-        names["num_experts_per_tok"] = "n_active_experts"
-    config = kind(**{theirs: getattr(spec, ours) for theirs, ours in names.items()})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    use_grouped_experts(model, spec)
-    return model
-
-
 def saved_bytes(spec, method, precision, checkpointing, length):
-    """Return the bytes that a forward pass saves for the backward pass."""
-    model, saved = transformers_model(spec), {}
+    """Return the bytes that a forward pass of a model with fp32 weights saves for the backward."""
+    model, saved = AutoModelForCausalLM.from_config(config_of(spec), dtype=torch.float32).eval(), {}
+    use_grouped_experts(model, spec)
     method.attach(model, find_targets(model, spec, method.target_layers()), [method], [0])
     if checkpointing:
         compute_again(model)
@@ -76,25 +63,16 @@ def saved_bytes(spec, method, precision, checkpointing, length):
     return sum(storage.nbytes() for storage in saved.values())
 
 
-def a_token_and_layer(spec, method, precision, checkpointing):
+def planned_bytes(spec, method, precision, checkpointing, length):
+    layout, word = Layout(1, ROWS, checkpointing), WORD_BYTES[precision]
+    return memory_parts(load_of(spec, method), layout, length, word=word)["activations"]
+
+
+def a_token_and_layer(count, spec, *how):
     """Return the bytes of one more token in one more layer: copies of weights cancel out."""
-    found = {}
-    for layers in (2, 3):
-        deeper = dataclasses.replace(spec, n_layers=layers)
-        same = (deeper, method, precision, checkpointing)
-        found[layers] = (saved_bytes(*same, 128) - saved_bytes(*same, 64)) / (64 * ROWS)
-    return found[3] - found[2]
-
-
-def planned(spec, method, precision, checkpointing):
-    """Return the bytes that one more layer adds to the plan's activations, a token."""
-    found = {}
-    for layers in (2, 3):
-        load = load_of(dataclasses.replace(spec, n_layers=layers), method)
-        layout = Layout(1, ROWS, checkpointing)
-        parts = memory_parts(load, layout, 64, word=WORD_BYTES[precision])
-        found[layers] = parts["activations"] / (64 * ROWS)
-    return found[3] - found[2]
+    deep = (dataclasses.replace(spec, n_layers=n) for n in (2, 3))
+    two, three = ((count(s, *how, 128) - count(s, *how, 64)) / (64 * ROWS) for s in deep)
+    return three - two
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,10 +80,10 @@ def planned(spec, method, precision, checkpointing):
     ("shape", "precision"), [*((shape, "bf16") for shape in SHAPES), ("grouped queries", "fp32")]
 )
 def test_the_plan_counts_what_a_layer_saves(shape, method, precision):
-    """What it leaves out: logarithms of attention's sums, and what an adapter has of its rank."""
-    spec = SHAPES[shape]
-    saved = a_token_and_layer(spec, METHODS[method], precision, False)
-    assert planned(spec, METHODS[method], precision, False) == pytest.approx(saved, rel=0.03)
+    """Left out are the logarithms of attention's sums, and activations of an adapter's rank."""
+    how = (SHAPES[shape], METHODS[method], precision, False)
+    saved = a_token_and_layer(saved_bytes, *how)
+    assert a_token_and_layer(planned_bytes, *how) == pytest.approx(saved, rel=0.03)
     if (shape, precision) == ("llama", "bf16"):
         # added up by hand, the row sums of attention and the ranks too
         assert {"lora": 13_192, "full": 15_128}.get(method, saved) == saved
@@ -114,9 +92,9 @@ def test_the_plan_counts_what_a_layer_saves(shape, method, precision):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_with_checkpointing_a_layer_saves_its_input_in_fp32(method, precision):
-    spec = SHAPES["grouped queries"]
-    saved = a_token_and_layer(spec, METHODS[method], precision, True)
-    assert saved == planned(spec, METHODS[method], precision, True) == 4 * 256
+    how = (SHAPES["grouped queries"], METHODS[method], precision, True)
+    saved = a_token_and_layer(saved_bytes, *how)
+    assert saved == a_token_and_layer(planned_bytes, *how) == 4 * 256
 
 
 def test_adapters_of_a_router_are_planned():
