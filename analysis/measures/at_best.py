@@ -314,7 +314,8 @@ def losses_at(o: Optimum | None, lrs: Sequence[float]) -> AtLr:
     """
     if o is None or not lrs:
         return AtLr(AtBest({}), [], [])
-    c, found, near = o.curve, [], []
+    c, near = o.curve, []
+    found: list[dict[int, float]] = []
     read_at: set[float] = set()
     heights = {x: float(np.mean(c.y[c.usable & (c.x == x)])) for x in c.x[c.usable]}
     for at in map(math.log, lrs):

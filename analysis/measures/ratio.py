@@ -90,9 +90,12 @@ def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
     pooled = pooled_over(fresh)
     found = []
     for o, v in zip(lora, fresh):
-        known = o.best_nll is not None and full.best_nll is not None
-        of_minima = Estimate(o.best_nll - full.best_nll if known else None)
-        found.append(over_seeds(v, pooled) if len(v.best) > 1 else of_minima)
+        if len(v.best) > 1:
+            found.append(over_seeds(v, pooled))
+        elif o.best_nll is None or full.best_nll is None:
+            found.append(Estimate(None))
+        else:
+            found.append(Estimate(o.best_nll - full.best_nll))
     return found
 
 

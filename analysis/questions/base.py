@@ -135,7 +135,7 @@ class Analysis:
 
 
 def panel_over(
-    x: str, title: str, y: str, estimates: Mapping[str, Mapping[float, Estimate]], **look: Any
+    x: str, title: str, y: str, estimates: Mapping[str, Mapping[Any, Estimate]], **look: Any
 ) -> Panel:
     """Draw lines of estimates over a logarithmic x, with a tick at each of its values.
 

@@ -114,6 +114,15 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
 # ---------------------------------------------------------------- estimands
 
 
+def _over_allowed(reading: str) -> base.Estimand[Experts]:
+    return base.Estimand(
+        f"over_allowed_{reading}",
+        lambda c: c.gaps[reading].over_allowed() if reading in c.gaps else None,
+        lambda c: base.gates_on_gap(c.gaps[reading]),
+        absent=lambda c: c.absent(reading),
+    )
+
+
 def _dividing(c: Experts) -> Estimate | None:
     """Return what dividing the rank loses minus what is allowed, in nats."""
     divided, whole = c.gaps.get("active"), c.gaps.get("whole")
@@ -143,7 +152,7 @@ def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
     """Return for each model and data set the readings, what they train, and token counts."""
     out = []
     for c in found:
-        rows = []
+        rows: list[list[Any]] = []
         for reading, o in c.readings.items():
             gap, trained = c.gaps.get(reading), runs_of(c.runs, o.curve)["n_trainable"].mean()
             lr, ratio = with_interval(o.best_lr, rate), c.ratio(reading, c.whole)
@@ -157,12 +166,12 @@ def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
             "reading | trained parameters | load | best LR [95%] | ratio to FullFT's [95%] | "
             "gap (nats) [95%] | regret, % of the gain [95%]"
         )
-        load = (
+        text = [
             "Load: bits of what is new over 2 bits for each trained parameter, where it is known."
-        )
+        ]
         title, caption = f"Readings of the rank, {c.name}", "regret of each reading of the rank"
         figure = "readings.png" if c.gaps else ""
-        out.append(base.Section(title, base.table(head, rows), [load], figure, panels, caption))
+        out.append(base.Section(title, base.table(head, rows), text, figure, panels, caption))
         out.append(_counts(c))
         rows = []
         for name, o in (("full fine-tuning", c.whole), *c.readings.items()):
@@ -223,16 +232,7 @@ def measures(found: Sequence[Experts], asked: base.Asked) -> dict[str, Any]:
 
 QUESTION = base.Question[Experts](
     estimands=[
-        *(
-            base.Estimand(
-                f"over_allowed_{r}",
-                lambda c, r=r: c.gaps[r].over_allowed() if r in c.gaps else None,
-                lambda c, r=r: base.gates_on_gap(c.gaps[r]),
-                absent=lambda c, r=r: c.absent(r),
-            )
-            for r in READINGS
-            if r != "divided_alpha"
-        ),
+        *(_over_allowed(r) for r in READINGS if r != "divided_alpha"),
         base.Estimand(
             "divided_over_allowed",
             _dividing,

@@ -192,6 +192,16 @@ def measures(found: Sequence[Settings], asked: base.Asked) -> dict[str, Any]:
     return {"drifts": {r: e.plain() for r, e in c.drifts.items()}}
 
 
+def _drift(name: str, rule: str) -> base.Estimand[Settings]:
+    """Return the drift under a scaling rule."""
+    return base.Estimand(
+        name,
+        lambda c: c.drifts[rule] if c.rules[rule] else None,
+        lambda c: base.gates_on(c.rules[rule]),
+        absent=f"scaling {rule}",
+    )
+
+
 QUESTION = base.Question[Settings](
     estimands=[
         base.Estimand(
@@ -204,19 +214,9 @@ QUESTION = base.Question[Settings](
             lambda c: exactly(min(by.values()), len(by)) if (by := c.twins.broken) else None,
             absent="broken twins",
         ),
-        *(
-            base.Estimand(
-                name,
-                lambda c, rule=rule: c.drifts[rule] if c.rules[rule] else None,
-                lambda c, rule=rule: base.gates_on(c.rules[rule]),
-                absent=f"scaling {rule}",
-            )
-            for name, rule in (
-                ("drift_alpha_over_rank", "rank"),
-                ("drift_alpha_over_root", "sqrt_rank"),
-                ("drift_alpha", "none"),
-            )
-        ),
+        _drift("drift_alpha_over_rank", "rank"),
+        _drift("drift_alpha_over_root", "sqrt_rank"),
+        _drift("drift_alpha", "none"),
         base.Estimand("start_b_gap", lambda c: c.start_gap, absent="start=b"),
     ],
     conditions=conditions,

@@ -304,14 +304,14 @@ def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
     for t in tasks:
         rows = []
         for a in t.arms:
-            speed, gap = None, None
+            of_full, gap = None, None
             if t.whole is not None and a is not t.whole:
-                speed = t.speed(a)
+                of_full = t.speed(a)
                 gap = None if a.nll is None or t.whole.nll is None else a.nll - t.whole.nll
             name = f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
             name = "full fine-tuning" if a is t.whole else name
             shown = [number(a.nll, 5), signed(gap), a.share]
-            rows.append([name, f"{a.n_trainable:,}", speed, *shown])
+            rows.append([name, f"{a.n_trainable:,}", of_full, *shown])
         out.append(
             base.Section(t.name, base.table(f"{head} | share of the squared gradient", rows))
         )

@@ -222,12 +222,12 @@ def sections(found: Sequence[Variant], asked: base.Asked) -> list[base.Section]:
         title = f"Published laws of the ratio, {c.name}, alpha {c.alpha:g}"
         shown = base.table("law | predicts | inside the interval", rows)
         out.append(base.Section(title, shown))
-    rows = []
+    ratios: list[list[Any]] = []
     for r in (r for c in found for r in c.ratios):
         between = f" [{signed(r.gap.low)}, {signed(r.gap.high)}]" if r.gap.has_interval() else ""
         regrets = [signed(r.regrets.get(rule)) for rule in RULES]
-        shown = [r.ratio, signed(r.gap.value) + between, r.rho, *regrets]
-        rows.append([r.name, r.group, f"{r.alpha:g}", *shown])
+        gap = signed(r.gap.value) + between
+        ratios.append([r.name, r.group, f"{r.alpha:g}", r.ratio, gap, r.rho, *regrets])
     head = (
         "LoRA / FullFT | model and data | alpha | ratio [95%] | NLL gap | rho [95%] | "
         "regret of FullFT's LR | regret of 10x FullFT's LR"
@@ -255,7 +255,7 @@ def sections(found: Sequence[Variant], asked: base.Asked) -> list[base.Section]:
         "Regret: NLL lost by a rule of thumb against the tuned LoRA LR. rho: full fine-tuning's "
         "updates to LoRA's loss over LoRA's updates.",
     ]
-    return [*out, base.Section("LoRA against full fine-tuning", base.table(head, rows), notes)]
+    return [*out, base.Section("LoRA against full fine-tuning", base.table(head, ratios), notes)]
 
 
 def measures(found: Sequence[Variant], asked: base.Asked) -> dict[str, Any]:

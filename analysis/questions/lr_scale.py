@@ -215,7 +215,7 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Pan
     names = ", ".join(dict.fromkeys(o.where.partition(" on ")[0] for o in others))
     sizes, ratios = [o.hidden for o in others], [o.ratio for o in others]
     star: dict[str, Any] = {"style": "*", "colour": 3, "size": 9}
-    hiddens = [float(c.hidden) for c in (*bases, *beyond)]
+    hiddens = [*(float(c.hidden) for c in bases), *(float(o.hidden) for o in beyond)]
     grid = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20).tolist()
     over_hidden = [
         line("a base", (c for c in bases if c.alpha == mid), "hidden", 0, "o"),

@@ -301,15 +301,10 @@ def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
     panels = [base.panel_of(title, "share", shares, (-0.05, 0.05))]
     table = base.table(head, rows)
     costs = base.Section("Recipes", table, [text], "recipes.png", panels, caption)
-    rows = [
-        [
-            o.curve.name,
-            with_interval(o.best_lr, rate),
-            number(o.best_nll, 5),
-            ", ".join(o.flags) or "-",
-        ]
-        for o in c.few
-    ]
+    rows = []
+    for o in c.few:
+        lr, flags = with_interval(o.best_lr, rate), ", ".join(o.flags) or "-"
+        rows.append([o.curve.name, lr, number(o.best_nll, 5), flags])
     few = base.table("curve | best LR [95%] | best NLL | flags", rows) if c.few_ends else []
     return [costs, base.Section("Few rows, many epochs", few), _forgotten(c)]
 
@@ -361,20 +356,22 @@ def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:
     return {"shares": {e.name: (e.measure(c) or base.UNKNOWN).plain() for e in QUESTION.estimands}}
 
 
+def _cost(name: str) -> base.Estimand[Recipes]:
+    """Return what a recipe loses."""
+    return base.Estimand(
+        name,
+        lambda c: c.recipes[name].share,
+        lambda c: base.gates_on(c.rests),
+        margin_gates=lambda c, margin: at_best.gates_on_cost(
+            (r := c.recipes[name]).optimum, r.at, r.share, margin[1]
+        ),
+    )
+
+
 PRETRAINING = "the pretraining task"
 QUESTION = base.Question[Recipes](
     estimands=[
-        *(
-            base.Estimand(
-                name,
-                lambda c, name=name: c.recipes[name].share,
-                lambda c: base.gates_on(c.rests),
-                margin_gates=lambda c, margin, name=name: at_best.gates_on_cost(
-                    c.recipes[name].optimum, c.recipes[name].at, c.recipes[name].share, margin[1]
-                ),
-            )
-            for name in RECIPES
-        ),
+        *map(_cost, RECIPES),
         base.Estimand(
             "small_data_rank",
             Recipes.few_speed,

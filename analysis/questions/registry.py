@@ -58,7 +58,8 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         # A withdrawn claim is UNDECIDED, whatever was measured; one that `stands` is not withdrawn.
         if question.get("withdrawn") and not claim.get("stands"):
             gates = (Gate(GateCode.WITHDRAWN, question["withdrawn"]), *v.gates)
-            said = {"why": "; ".join(g.sentence for g in gates), "needed": remedy(gates)}
-            v = dataclasses.replace(v, outcome="UNDECIDED", gates=gates, missing=None, **said)
+            why, needed = "; ".join(g.sentence for g in gates), remedy(gates)
+            v = dataclasses.replace(v, outcome="UNDECIDED", why=why, needed=needed)
+            v = dataclasses.replace(v, gates=gates, missing=None)
         verdicts.append(v)
     return dataclasses.replace(found, verdicts=verdicts)
