@@ -524,12 +524,9 @@ class Question(Generic[C]):
                 e = estimands[claim["estimand"]]
                 if e.applies(c) and model not in claim.get("not_on", ()):
                     v = _judged(c, e, name, claim, asked.level)
-                    if e.each:
-                        part = estimands[e.each]
-                        v = _over_parts(
-                            v, [_judged(p, part, name, claim, asked.level) for p in c.parts]
-                        )
-                    found.append(v)
+                    part, parts = estimands.get(e.each), c.parts if e.each else ()
+                    each = [_judged(p, part, name, claim, asked.level) for p in parts if part]
+                    found.append(_over_parts(v, each))
         for name, claim in claims.items():
             e = estimands[claim["estimand"]]
             if not any(e.applies(c) for c in conditions):

@@ -206,15 +206,11 @@ def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
     """Return the effects by rank, and the regrets by batch and rank."""
     (c,) = found
     examples, gaps = c.at_equal_examples
+    each = [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
+    percents = [at_level(g.percent(), asked.level).plain() for _, g in each]
     regrets = [
-        {
-            "batch_size": batch,
-            "updates": examples // batch,
-            "rank": g.rank,
-            "regret_percent": at_level(g.percent(), asked.level).plain(),
-        }
-        for batch, of_ranks in gaps.items()
-        for g in of_ranks
+        {"batch_size": b, "updates": examples // b, "rank": g.rank, "regret_percent": percent}
+        for (b, g), percent in zip(each, percents)
     ]
     effects = {str(r): e.plain() for r, e in c.effects.items()}
     return {"batch_effect": effects, "regrets": regrets}

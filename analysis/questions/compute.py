@@ -167,8 +167,7 @@ class Arms(base.TwoArms):
     @property
     def ends(self) -> list[Optimum]:
         """Full fine-tuning's optimum at the goal, and the highest rank's where it reaches it."""
-        aim = self.goal[0]
-        return [*([aim] if aim else []), self.reached[self.top].optimum]
+        return [o for o in (self.goal[0], self.reached[self.top].optimum) if o is not None]
 
     @property
     def seeds(self) -> int:
@@ -187,9 +186,8 @@ class Arms(base.TwoArms):
 
     def gates_on_time(self) -> list[Gate]:
         """Return a gate if an arm's update times vary too much to reflect only the method."""
-        arms = [self.seconds("fullft"), self.seconds("lora", self.top)]
-        apart = [float(np.quantile(v, 0.9) / np.quantile(v, 0.1)) for v in arms if v]
-        most = max(apart, default=1.0)
+        arms = [v for v in (self.seconds("fullft"), self.seconds("lora", self.top)) if v]
+        most = max((float(np.quantile(v, 0.9) / np.quantile(v, 0.1)) for v in arms), default=1.0)
         return [] if most <= QUIET else [Gate(GateCode.BUSY, f"{most:.2g}")]
 
 

@@ -404,9 +404,7 @@ def _everywhere(
         worst,
         lambda c: [g for t in c.tasks for g in t.named(each.gates(t))],
         applies=_is_all,
-        seeds=lambda c: base.fewest_seeds(
-            base.distinct(o for t in c.tasks for o in t.of_pair(which))
-        ),
+        seeds=lambda c: base.fewest_seeds([o for t in c.tasks for o in t.of_pair(which)]),
         each=each.name,
     )
 

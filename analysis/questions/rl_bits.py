@@ -36,18 +36,15 @@ Bits = dict[int, Estimate]
 """By rank, 0 for full fine-tuning."""
 
 
-def known_share(nll: float) -> float:
-    """Return the share of a label's bits that is known, from its NLL in nats."""
-    return 1 - nll / math.log(ACTIONS)
-
-
 def share_known(o: Optimum) -> AtBest[float]:
     """Return the share of the labels' bits that is known at the best stable LR, by seed.
 
     It is 1 where the parabola is below a loss of 0.
     """
     found = stable(o.curve)
-    return AtBest({}) if found is None else found.loss.map(lambda nll: min(1, known_share(nll)))
+    if found is None:
+        return AtBest({})
+    return found.loss.map(lambda nll: min(1, 1 - nll / math.log(ACTIONS)))
 
 
 @dataclass(frozen=True)
@@ -238,7 +235,6 @@ def measures(found: Sequence[Contexts], asked: base.Asked) -> dict[str, Any]:
 
 def _points(name: str, applies: Callable[[Contexts], bool]) -> base.Estimand[Contexts]:
     """Return how far rank 1 is behind, on the contexts for which something holds."""
-
     return base.Estimand(
         name,
         lambda c: c.points(1) if c.is_complete else None,
