@@ -205,6 +205,15 @@ def ask(sweep, world, specs, folder: Path | None = None, claims=None):
     return out, {v["claim"]: v for v in out["verdicts"]}
 
 
+def check(found, **expected):
+    """Compare verdicts by claim with what is expected: an outcome, a value, or both."""
+    for claim, wanted in expected.items():
+        v = found[claim]
+        for w in wanted if isinstance(wanted, tuple) else (wanted,):
+            got = v["outcome"] if isinstance(w, str) else v["estimate"]["value"]
+            assert got == w, (claim, v["why"])
+
+
 def analysed(table, question, folder, as_json):
     """What `lorasweep.cli.answer.judge` returns as JSON, without a report's files and figures."""
     found = analyse(table, question, answer.KEPT)

@@ -47,20 +47,17 @@ class AtBest(Generic[T]):
     best: dict[int, T]
     draws: tuple[dict[int, T], ...] = ()
 
+    def each(self, f: Callable[[dict[int, T]], dict[int, U]]) -> "AtBest[U]":
+        """Apply f to the values by seed, at the optimum and at every draw."""
+        return AtBest(f(self.best), tuple(map(f, self.draws)))
+
     def map(self, f: Callable[[T], U]) -> "AtBest[U]":
         """Apply f to every seed's value."""
-        return AtBest(
-            {s: f(v) for s, v in self.best.items()},
-            tuple({s: f(v) for s, v in w.items()} for w in self.draws),
-        )
+        return self.each(lambda by_seed: {s: f(v) for s, v in by_seed.items()})
 
     def without(self, seeds: Collection[int | None]) -> "AtBest[T]":
         """Leave out seeds."""
-
-        def rest(by_seed: dict[int, T]) -> dict[int, T]:
-            return {s: v for s, v in by_seed.items() if s not in seeds}
-
-        return AtBest(rest(self.best), tuple(map(rest, self.draws)))
+        return self.each(lambda by_seed: {s: v for s, v in by_seed.items() if s not in seeds})
 
     def paired(self, other: "AtBest[U]", f: Callable[[T, U], V]) -> "AtBest[V]":
         """Apply f to the values of the seeds that both have.
@@ -95,9 +92,8 @@ def over_seeds(
     shifts = [float(np.mean(m)) for m in moved if m and np.isfinite(m).all()]
     sample = [best[s] for s in sorted(best)]
     if sample and len(shifts) < (1 - UNREAD) * len(values.draws):
-        return Estimate(
-            float(np.mean(sample)), n=len(sample), flags=(*flags, "unread_at_likely_rates")
-        )
+        flags = (*flags, "unread_at_likely_rates")
+        return Estimate(float(np.mean(sample)), n=len(sample), flags=flags)
     return from_sample(sample, pooled=pooled, shifts=shifts, flags=flags)
 
 
@@ -119,21 +115,18 @@ def is_finite(values: AtBest[float]) -> bool:
 # ---------------------------------------------------------------- at the optimum
 
 
-def lr_draws(o: Optimum, which: int) -> list[float]:
-    """Draw N_LR_DRAWS equally likely optimal learning rates; none if there is no interval.
+def best_and_draws(o: Optimum, which: int) -> list[float]:
+    """Return the optimal learning rate, and N_LR_DRAWS equally likely draws of it.
+
+    Empty if it is unknown, and without draws if there is no interval.
 
     Args:
         which: index of the curve, which seeds the random order.
     """
     if o.best_lr.value is None or o.best_lr.draws is None:
-        return []
+        return [] if o.best_lr.value is None else [o.best_lr.value]
     lrs = np.quantile(o.best_lr.draws, (np.arange(N_LR_DRAWS) + 0.5) / N_LR_DRAWS)
-    return [float(v) for v in np.random.default_rng([20251126, which]).permutation(lrs)]
-
-
-def best_and_draws(o: Optimum, which: int) -> list[float]:
-    """Return the optimal learning rate and its draws; empty if it is unknown."""
-    return [] if o.best_lr.value is None else [o.best_lr.value, *lr_draws(o, which)]
+    return [o.best_lr.value, *np.random.default_rng([20251126, which]).permutation(lrs).tolist()]
 
 
 def values_at_best(
@@ -177,10 +170,20 @@ def parts_at_best(
         read: the parts of a run's loss, which add up to it; empty if they are not known.
     """
     runs = [_runs_values(table, o, read) for o in optima]
-    return [
-        _above_valley(o, k, mine, _shares_of_height(mine) if mine else {})
-        for k, (o, mine) in enumerate(zip(optima, runs))
-    ]
+    found = []
+    for k, (o, mine) in enumerate(zip(optima, runs)):
+        # How much each part rises where the loss rises by 1, over the LRs of a seed, by least
+        # squares: these shares add up to 1.
+        names = list(next(iter(next(iter(mine.values())).values()))) if mine else []
+        seeds = [np.array([[v[n] for n in names] for v in lrs.values()]) for lrs in mine.values()]
+        rise = np.concatenate([parts - parts.mean(0) for parts in seeds] or [np.zeros((0, 0))])
+        total = rise.sum(1)
+        if total @ total > 0:
+            share = dict(zip(names, (total @ rise / (total @ total)).tolist()))
+        else:
+            share = dict.fromkeys(names, 1 / max(len(names), 1))
+        found.append(_above_valley(o, k, mine, share))
+    return found
 
 
 def _runs_values(table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], Values]) -> ByLr:
@@ -221,23 +224,6 @@ def _above_valley(o: Optimum, which: int, runs: ByLr, share: Values) -> AtBest[V
     return AtBest(best, tuple(draws))
 
 
-def _shares_of_height(runs: ByLr) -> Values:
-    """Return how much each part rises where the loss rises by 1, over the LRs of a seed.
-
-    By least squares, so the shares add up to 1.
-    """
-    names = list(next(iter(next(iter(runs.values())).values())))
-    deviations = []
-    for by_lr in runs.values():
-        parts = np.array([[v[n] for n in names] for v in by_lr.values()])
-        deviations.append(parts - parts.mean(0))
-    rise = np.concatenate(deviations)
-    total = rise.sum(1)
-    if not total @ total > 0:
-        return dict.fromkeys(names, 1 / len(names))
-    return dict(zip(names, (total @ rise / (total @ total)).tolist()))
-
-
 def _losses(o: Optimum) -> dict[int, dict[float, float]]:
     """Return the losses of a curve's usable runs by seed and ln(lr)."""
     out: dict[int, dict[float, float]] = {}
@@ -255,27 +241,21 @@ def _interpolated(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
         for x, y in of_seed.items():
             by_lr.setdefault(x, []).append(y)
     heights = {x: float(np.mean(ys)) for x, ys in by_lr.items()}
-    best, *draws = (
-        {s: mixed(runs[s], w) for s, w in _weights_by_seed(runs, math.log(lr), heights).items()}
-        for lr in best_and_draws(o, which)
-    )
+    common = set.intersection(*(set(lrs) for lrs in runs.values()))
+
+    def at(x: float) -> dict[int, Values]:
+        # If the LRs that all seeds have lie on both sides of the optimum, only those are used, so
+        # that all seeds are treated equally; else each seed uses its own.
+        if common and min(common) <= x <= max(common):
+            share = weights(list(common), x, heights)
+            return {s: mixed(lrs, share) for s, lrs in runs.items()}
+        own = {s: weights(list(lrs), x, heights) for s, lrs in runs.items()}
+        # A seed is left out if it has neither LRs on both sides nor one within NEAR.
+        near = {s: w for s, w in own.items() if len(w) > 1 or abs(next(iter(w)) - x) <= NEAR}
+        return {s: mixed(runs[s], w) for s, w in near.items()}
+
+    best, *draws = (at(math.log(lr)) for lr in best_and_draws(o, which))
     return AtBest(best, tuple(draws))
-
-
-def _weights_by_seed(
-    runs: ByLr, at: float, heights: Mapping[float, float]
-) -> dict[int, dict[float, float]]:
-    """Return the interpolation weights of the learning rates, by seed.
-
-    If the learning rates that all seeds have lie on both sides of the optimum, only those are used,
-    so that all seeds are treated equally; else each seed uses its own. A seed is left out if it has
-    neither learning rates on both sides nor one within NEAR.
-    """
-    common = set.intersection(*(set(by_lr) for by_lr in runs.values()))
-    if common and min(common) <= at <= max(common):
-        return dict.fromkeys(runs, weights(list(common), at, heights))
-    own = {seed: weights(list(by_lr), at, heights) for seed, by_lr in runs.items()}
-    return {seed: w for seed, w in own.items() if len(w) > 1 or abs(next(iter(w)) - at) <= NEAR}
 
 
 def mixed(by_lr: Mapping[float, Values], share: Mapping[float, float]) -> Values:
@@ -285,12 +265,8 @@ def mixed(by_lr: Mapping[float, Values], share: Mapping[float, float]) -> Values
         by_lr: ln(lr) -> name -> value.
         share: ln(lr) -> weight.
     """
-    names = set.intersection(*(set(by_lr[x]) for x in share))
-    return {
-        n: sum(w * by_lr[x][n] for x, w in share.items())
-        for n in by_lr[next(iter(share))]
-        if n in names
-    }
+    names = [n for n in by_lr[next(iter(share))] if all(n in by_lr[x] for x in share)]
+    return {n: sum(w * by_lr[x][n] for x, w in share.items()) for n in names}
 
 
 def weights(
@@ -306,10 +282,8 @@ def weights(
         tried: ln(lr) of the runs.
         heights: ln(lr) -> loss.
     """
-    below, above = (
-        sorted((x for x in tried if x <= at), reverse=True),
-        sorted(x for x in tried if x > at),
-    )
+    below = sorted((x for x in tried if x <= at), reverse=True)
+    above = sorted(x for x in tried if x > at)
     nearest = min(tried, key=lambda x: abs(x - at))
     if not below or not above or abs(nearest - at) < 1e-6:
         return {nearest: 1.0}
@@ -338,33 +312,34 @@ def losses_at(o: Optimum | None, lrs: Sequence[float]) -> AtLr:
     Args:
         lrs: the prescribed learning rate, then equally likely draws of it.
     """
-    found = [_losses_at(o, at) for at in lrs] if o is not None else []
-    if not found:
+    if o is None or not lrs:
         return AtLr(AtBest({}), [], [])
-    losses = AtBest(found[0][0], tuple(by_seed for by_seed, *_ in found[1:]))
-    return AtLr(losses, sorted(found[0][1]), [near for *_, near in found])
-
-
-def _losses_at(o: Optimum, at: float) -> tuple[dict[int, float], set[float], bool]:
-    c, losses, used, near = o.curve, {}, set(), False
+    c, near = o.curve, []
+    found: list[dict[int, float]] = []
+    read_at: set[float] = set()
     heights = {x: float(np.mean(c.y[c.usable & (c.x == x)])) for x in c.x[c.usable]}
-    for seed in sorted(set(c.seed)):
-        of_seed = c.seed == seed
-        mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
-        found = weights(list(mine), math.log(at), {x: heights.get(x, math.inf) for x in mine})
-        broken = not all(mine[x][1] for x in found)
-        if len(found) == 1 or broken:  # at a tried LR, outside them, or next to a diverged one
-            nearest = min(mine, key=lambda x: abs(x - math.log(at)))
-            if abs(nearest - math.log(at)) > NEAR:
-                continue
-            found, near = {nearest: 1.0}, near or (broken and mine[nearest][1])
-        # After a diverged run one would keep the base model, so the whole gain is lost.
-        losses[int(seed)] = sum(
-            w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
-            for x, w in found.items()
-        )
-        used |= {math.exp(x) for x in found}
-    return losses, used, near
+    for at in map(math.log, lrs):
+        losses: dict[int, float] = {}
+        near.append(False)
+        for seed in sorted(set(c.seed)):
+            of_seed = c.seed == seed
+            mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
+            shares = weights(list(mine), at, {x: heights.get(x, math.inf) for x in mine})
+            broken = not all(mine[x][1] for x in shares)
+            if len(shares) == 1 or broken:  # at a tried LR, outside them, or by a diverged one
+                nearest = min(mine, key=lambda x: abs(x - at))
+                if abs(nearest - at) > NEAR:
+                    continue
+                shares, near[-1] = {nearest: 1.0}, near[-1] or (broken and mine[nearest][1])
+            # After a diverged run one would keep the base model, so the whole gain is lost.
+            losses[int(seed)] = sum(
+                w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
+                for x, w in shares.items()
+            )
+            if not found:
+                read_at |= {math.exp(x) for x in shares}
+        found.append(losses)
+    return AtLr(AtBest(found[0], tuple(found[1:])), sorted(read_at), near)
 
 
 def cost_of(at: AtLr, cost: AtBest[float], pooled: PooledVariance | None = None) -> Estimate:

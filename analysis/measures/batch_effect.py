@@ -60,7 +60,12 @@ def prefixes_of(table: pd.DataFrame) -> list[Prefix]:
     """
     table = on_curve_rows(table.reset_index(drop=True))
     found = []
-    for step in _common_steps(table):
+    batches: dict[int, set[int]] = {}  # by number of updates
+    for run, curve in by_run(table).items():
+        if table.at[run, "status"] == "done":
+            for step in curve["step"]:
+                batches.setdefault(int(step), set()).add(int(table.at[run, "batch_size"]))
+    for step in sorted(s for s, b in batches.items() if s >= EARLIEST and len(b) > 1):
         part = _after(table, step)
         # Draws of the optimum depend on a curve's place in the list: small batches, which are seen
         # longest, come first, so that a curve's draws at all lengths are in the same order.
@@ -73,16 +78,6 @@ def prefixes_of(table: pd.DataFrame) -> list[Prefix]:
                 key = o.curve.key
                 found.append(Prefix(int(key["batch_size"]), step, int(key["rank"]), o, other, logs))
     return sorted(found, key=lambda p: (p.rank, p.batch, p.steps))
-
-
-def _common_steps(table: pd.DataFrame) -> list[int]:
-    """List the evaluated numbers of updates, from EARLIEST on, that two batch sizes share."""
-    batches: dict[int, set[int]] = {}
-    for run, curve in by_run(table).items():
-        if table.at[run, "status"] == "done":
-            for step in curve["step"]:
-                batches.setdefault(int(step), set()).add(int(table.at[run, "batch_size"]))
-    return sorted(s for s, b in batches.items() if s >= EARLIEST and len(b) > 1)
 
 
 def _after(table: pd.DataFrame, step: int) -> pd.DataFrame:
@@ -105,13 +100,11 @@ def effect_of(prefixes: Sequence[Prefix]) -> AtBest[float]:
     steps = [p.steps for p in prefixes]
 
     def slopes(by_prefix: Sequence[dict[int, float]]) -> dict[int, float]:
-        found = {}
-        for seed in sorted(set().union(*by_prefix)):
-            logs = np.array([v.get(seed, math.nan) for v in by_prefix])
-            b = within(steps, batches, logs)
-            if b is not None:
-                found[seed] = b
-        return found
+        found = {
+            seed: within(steps, batches, np.array([v.get(seed, math.nan) for v in by_prefix]))
+            for seed in sorted(set().union(*by_prefix))
+        }
+        return {seed: b for seed, b in found.items() if b is not None}
 
     n = max((len(p.logs.draws) for p in prefixes), default=0)
     draws = [[p.logs.draws[k] if p.logs.draws else p.logs.best for p in prefixes] for k in range(n)]
@@ -140,9 +133,8 @@ def effect(prefixes: Sequence[Prefix]) -> Estimate:
 def difference(high: Sequence[Prefix], low: Sequence[Prefix]) -> Estimate:
     """Return b of one rank minus that of another, paired by seed, where both were measured."""
     both = {(p.batch, p.steps) for p in high} & {(p.batch, p.steps) for p in low}
-    one, other = (
-        effect_of([p for p in part if (p.batch, p.steps) in both]) for part in (high, low)
-    )
+    shared = ([p for p in part if (p.batch, p.steps) in both] for part in (high, low))
+    one, other = map(effect_of, shared)
     return over_seeds(one.minus(other))
 
 

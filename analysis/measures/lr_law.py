@@ -99,19 +99,19 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
         hidden: model -> hidden size.
     """
     laws = []
-    for name, method, members in _families(curves, hidden):
+    groups: dict[tuple[str, str], list[LrCurve]] = {}
+    for c in curves:
+        if hidden.get(c.key["model"], math.nan) > 0 and len(np.unique(c.x[c.usable])) >= 2:
+            groups.setdefault((family(c.key["model"]), c.key["method"]), []).append(c)
+    for (name, method), members in sorted(groups.items()):
         sizes = np.array([hidden[c.key["model"]] for c in members])
         models = sorted({c.key["model"] for c in members})
         n, one_size, enough = len(members), len(set(sizes)) < 2, len(models) >= 4
         ps = np.array([0.0]) if one_size else _P
         lrs = np.concatenate([c.x[c.usable] for c in members])
         ks = np.linspace(lrs.min() - 1, lrs.max() + 1, _N_K)
-        loss = np.array(
-            [
-                _beyond(c, ks[None, :] + ps[:, None] * math.log(REFERENCE / h)).ravel()
-                for c, h in zip(members, sizes)
-            ]
-        )
+        logs = [ks[None, :] + ps[:, None] * math.log(REFERENCE / h) for h in sizes]
+        loss = np.array([_extrapolated(c, x).ravel() for c, x in zip(members, logs)])
         owner = np.array([models.index(c.key["model"]) for c in members])
         best = int(np.argmin(loss.sum(0)))
         k, p = ks[best % _N_K], ps[best // _N_K]
@@ -134,17 +134,7 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     return laws
 
 
-def _families(
-    curves: Sequence[LrCurve], hidden: dict[str, float]
-) -> list[tuple[str, str, list[LrCurve]]]:
-    groups: dict[tuple[str, str], list[LrCurve]] = {}
-    for c in curves:
-        if hidden.get(c.key["model"], math.nan) > 0 and len(np.unique(c.x[c.usable])) >= 2:
-            groups.setdefault((family(c.key["model"]), c.key["method"]), []).append(c)
-    return [(*key, members) for key, members in sorted(groups.items())]
-
-
-def _beyond(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
+def _extrapolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
     lrs, means = rate_means(curve)
     inside = np.interp(ln_lr, lrs, means)
     left = max((means[0] - means[1]) / (lrs[1] - lrs[0]), 0.0) * np.maximum(lrs[0] - ln_lr, 0)

@@ -41,12 +41,10 @@ class Suggestion:
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain values."""
-        rank = self.curve.key.get("rank")
+        c, rank = self.curve, self.curve.key.get("rank")
         return {
-            "curve": self.curve.name,
-            "group": self.curve.group,
-            "variant": self.curve.variant,
-            "method": self.curve.key["method"],
+            **{"curve": c.name, "group": c.group, "variant": c.variant},
+            "method": c.key["method"],
             "rank": None if rank is None or rank != rank else int(rank),
             "lr": self.lr,
             "seeds": list(self.seeds),
@@ -55,19 +53,14 @@ class Suggestion:
 
 
 class Judged(Protocol):
-    """The parts of a question's analysis that suggestions are made from."""
+    """The parts of a question's analysis that suggestions are made from; see `Analysis`."""
 
     @property
-    def verdicts(self) -> list[Verdict]:
-        """Verdicts on all claims."""
-
+    def verdicts(self) -> list[Verdict]: ...
     @property
-    def members(self) -> dict[str, list[Optimum]]:
-        """Curves on which a verdict rests, by the verdict's group."""
-
+    def members(self) -> dict[str, list[Optimum]]: ...
     @property
-    def of_rates(self) -> bool:
-        """Whether the claims are about optimal learning rates themselves."""
+    def of_rates(self) -> bool: ...
 
 
 def suggest(found: Judged) -> list[Suggestion]:
@@ -86,33 +79,22 @@ def suggest(found: Judged) -> list[Suggestion]:
             for o in found.members.get(verdict.group, [])
             if not lora_only or o.curve.key["method"] == "lora"
         ]
-        gated = [s for o in curves for s in _open_gates(o)]
-        wanted += gated or _more(verdict, curves, found.of_rates)
+        spread = verdict.estimate.spread
+        if gated := [s for o in curves for s in _open_gates(o)]:
+            wanted += gated
+        elif found.of_rates and spread is None:  # of learning rates: LRs and seeds narrow it
+            wanted += _narrow(verdict, curves)
+        elif spread is None or spread.of == SEEDS:  # else over other units, such as layer sets
+            n = min(verdict.missing or MAX_NEW_SEEDS, MAX_NEW_SEEDS)
+            wanted += [s for o in curves for s in _more_seeds(o, n, "narrows it")]
     merged: dict[tuple[int, float], Suggestion] = {}
     for s in wanted:
         known = merged.get((id(s.curve), s.lr))
-        seeds = {*(known.seeds if known else ()), *s.seeds} - _tried(s.curve, s.lr)
+        tried = s.curve.seed[np.abs(s.curve.x - math.log(s.lr)) < 2e-3].tolist()
+        seeds = {*(known.seeds if known else ()), *s.seeds} - set(tried)
         if seeds:
             merged[id(s.curve), s.lr] = dataclasses.replace(known or s, seeds=tuple(sorted(seeds)))
     return list(merged.values())
-
-
-def _more(verdict: Verdict, curves: Sequence[Optimum], of_rates: bool) -> list[Suggestion]:
-    """Suggest the runs that narrow an estimate: LRs and seeds if it is of LRs, else seeds.
-
-    None if its interval is over other units, such as layer sets.
-    """
-    spread = verdict.estimate.spread
-    if of_rates and spread is None:
-        return _narrow(verdict, curves)
-    if spread is not None and spread.of != SEEDS:
-        return []
-    n = min(verdict.missing or MAX_NEW_SEEDS, MAX_NEW_SEEDS)
-    return [s for o in curves for s in _more_seeds(o, n, "narrows it")]
-
-
-def _tried(curve: LrCurve, lr: float) -> set[int]:
-    return {int(s) for s in curve.seed[np.abs(curve.x - math.log(lr)) < 2e-3]}
 
 
 def _make(o: Optimum, lr: float, seeds: Iterable[int], why: str) -> Suggestion:
@@ -126,32 +108,27 @@ def _open_gates(o: Optimum) -> list[Suggestion]:
     optimum.
     """
     x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
-    seed = [_grid_seed(o)]
+    seeds, counts = np.unique(o.curve.seed, return_counts=True)
+
+    def at(logs: Iterable[float], why: str) -> list[Suggestion]:
+        return [_make(o, math.exp(v), [seeds[int(np.argmax(counts))]], why) for v in logs]
+
     if not len(x):
-        return [
-            _make(o, math.exp(every[0] - k * math.log(2)), seed, "every learning rate broke down")
-            for k in (1, 2, 3)
-        ]
+        below = (every[0] - k * math.log(2) for k in (1, 2, 3))
+        return at(below, "every learning rate broke down")
     step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
     first_diverged = min(every[every > x[-1]], default=math.inf)
     side = o.open_side
     if side > 0 and math.isfinite(first_diverged):
-        why = "between the best learning rate and the first that breaks down"
-        return [
-            _make(o, math.exp(x[-1] + (first_diverged - x[-1]) * k / 3), seed, why) for k in (1, 2)
-        ]
+        thirds = (x[-1] + (first_diverged - x[-1]) * k / 3 for k in (1, 2))
+        return at(thirds, "between the best learning rate and the first that breaks down")
     if side:
         end = x[-1] if side > 0 else every[0]
-        why = "beyond the edge of the learning rates tried"
-        return [_make(o, math.exp(end + side * k * step), seed, why) for k in (1, 2)]
+        beyond = (end + side * k * step for k in (1, 2))
+        return at(beyond, "beyond the edge of the learning rates tried")
     if "few_points" in o.flags or "no_variance" in o.flags:
-        best = float(
-            x[int(np.argmin([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]))]
-        )
-        return [
-            _make(o, math.exp(best + k * step / 2), seed, "more learning rates around the best one")
-            for k in (-1, 1)
-        ]
+        best = float(x[int(np.argmin(_means(o, x)))])
+        return at((best - step / 2, best + step / 2), "more learning rates around the best one")
     have = seeds_at_best(o)
     if have < MIN_SEEDS:
         return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
@@ -160,9 +137,8 @@ def _open_gates(o: Optimum) -> list[Suggestion]:
     return []
 
 
-def _grid_seed(o: Optimum) -> int:
-    seeds, counts = np.unique(o.curve.seed, return_counts=True)
-    return int(seeds[int(np.argmax(counts))])
+def _means(o: Optimum, x: np.ndarray) -> list[float]:
+    return [float(o.curve.y[o.curve.usable & (o.curve.x == v)].mean()) for v in x]
 
 
 def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
@@ -173,8 +149,7 @@ def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
 def _around(o: Optimum) -> np.ndarray:
     """Return the N_AROUND tried learning rates around the optimum, in ln(lr)."""
     x = np.unique(o.curve.x[o.curve.usable])
-    means = [o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x]
-    at = math.log(o.best_lr.value) if o.best_lr.value else x[int(np.argmin(means))]
+    at = math.log(o.best_lr.value) if o.best_lr.value else x[int(np.argmin(_means(o, x)))]
     first = int(np.argmin(np.abs(x - at))) - N_AROUND // 2
     first = min(max(first, 0), max(len(x) - N_AROUND, 0))
     return x[first : first + N_AROUND]
@@ -191,7 +166,21 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     known = [o for o in curves if o.best_lr.draws is not None]
     if not known or len(known) < len(curves) or verdict.estimate.value is None:
         return []
-    weight = _weights(verdict, known)
+    # The weight of each curve's ln(best LR): in a mean over LoRA's against full fine-tuning, or in
+    # a slope over log2(rank).
+    if verdict.log:
+        n_lora = sum(o.curve.key["method"] == "lora" for o in known)
+        shares = [1.0 if o.curve.key["method"] == "fullft" else 1.0 / n_lora for o in known]
+    else:
+        x = np.log2([float(o.curve.key["rank"]) for o in known])
+        shares = ((x - x.mean()) / (float(((x - x.mean()) ** 2).sum()) or 1.0)).tolist()
+    weight = dict(zip(map(id, known), shares))
+    # The standard error at which the interval clears the margin's nearest edge with POWER. In ln
+    # for ratios; the errors of optima are taken to be normal.
+    to, level = scale_of(verdict.log), verdict.estimate.level
+    room = min(abs(to(verdict.estimate.value) - to(edge)) for edge in verdict.margin)
+    reach = stats.norm.ppf(0.5 + level / 2) + stats.norm.ppf(POWER)
+    target = max(room / float(reach), 1e-4)
     plan = {id(o): (0, False) for o in known}
     cache: dict[tuple[int, int, bool], float] = {}
 
@@ -202,7 +191,6 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
             cache[key] = (weight[id(o)] * now * _expected(o, n, lrs) / _expected(o, 0, False)) ** 2
         return cache[key]
 
-    target = _target(verdict)
     first = True
     while first or math.sqrt(sum(variance(o, *plan[id(o)]) for o in known)) > target:
         steps = []
@@ -217,49 +205,20 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
             break
         _, which, then = max(steps)
         plan[which], first = then, False
-    return [s for o in known for s in _planned(o, *plan[id(o)])]
-
-
-def _planned(o: Optimum, n: int, lrs: bool) -> list[Suggestion]:
     out = []
-    if lrs:
-        seeds = sorted(set(o.curve.seed), key=lambda s: -(o.curve.seed == s).sum())[:MIN_SEEDS]
-        out += [
-            _make(o, math.exp(v), seeds, "halfway between the learning rates around the optimum")
-            for v in _halfway(o)
-        ]
-    return out + (_more_seeds(o, n, "narrows the optimum") if n else [])
-
-
-def _weights(verdict: Verdict, known: Sequence[Optimum]) -> dict[int, float]:
-    """Return the weight of each curve's ln(best LR) in the estimand.
-
-    The estimand is a mean over LoRA's curves against full fine-tuning, or a slope over log2(rank).
-    """
-    if verdict.log:
-        n = sum(o.curve.key["method"] == "lora" for o in known)
-        return {id(o): 1.0 if o.curve.key["method"] == "fullft" else 1.0 / n for o in known}
-    x = np.log2([float(o.curve.key["rank"]) for o in known])
-    spread = float(((x - x.mean()) ** 2).sum()) or 1.0
-    return {id(o): float(v - x.mean()) / spread for o, v in zip(known, x)}
+    for o in known:
+        n, lrs = plan[id(o)]
+        if lrs:
+            seeds = sorted(set(o.curve.seed), key=lambda s: -(o.curve.seed == s).sum())[:MIN_SEEDS]
+            why = "halfway between the learning rates around the optimum"
+            out += [_make(o, math.exp(v), seeds, why) for v in _halfway(o)]
+        out += _more_seeds(o, n, "narrows the optimum") if n else []
+    return out
 
 
 def _halfway(o: Optimum) -> np.ndarray:
     x = _around(o)
     return (x[1:] + x[:-1]) / 2
-
-
-def _target(verdict: Verdict) -> float:
-    """Return the standard error at which the interval clears the margin's nearest edge with POWER.
-
-    In ln for ratios. The errors of optima are taken to be normal.
-    """
-    e, to = verdict.estimate, scale_of(verdict.log)
-    assert e.value is not None
-    value = to(e.value)
-    room = min(abs(value - to(edge)) for edge in verdict.margin)
-    reach = stats.norm.ppf(0.5 + e.level / 2) + stats.norm.ppf(POWER)
-    return max(room / float(reach), 1e-4)
 
 
 def _expected(o: Optimum, n: int, lrs: bool) -> float:
@@ -286,8 +245,8 @@ def _expected(o: Optimum, n: int, lrs: bool) -> float:
 
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:
     """Format suggestions as lines of text."""
-    out = []
-    for s in suggestions:
-        seeds = ", ".join(map(str, s.seeds))
-        out.append(f"{s.curve.name} ({s.curve.group}): lr {s.lr:g}, seeds {seeds}: {s.why}")
-    return out
+    return [
+        f"{s.curve.name} ({s.curve.group}): lr {s.lr:g}, seeds {', '.join(map(str, s.seeds))}: "
+        f"{s.why}"
+        for s in suggestions
+    ]

@@ -8,7 +8,6 @@ UNDECIDED (task). Noise is only a warning, since it already widens the interval.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from analysis.inference.seeds import from_sample
 from analysis.measures.speed import curves_at_best
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
+from analysis.runs.learning_curves import Points
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import MIN_GAIN, MIN_REST, gain_in_noise
 
@@ -47,83 +47,53 @@ class Check:
 def qualify(table: pd.DataFrame) -> list[Check]:
     """Check every model and data set (batch and updates) of a table."""
     optima = fit_all(lr_curves(table))
-    points = [found.best for found in curves_at_best(table, optima)]
-    found: list[Check] = []
+    points = dict(zip(map(id, optima), curves_at_best(table, optima)))
+    found = []
     for group in dict.fromkeys(o.curve.group for o in optima):
-        mine = [(o, p) for o, p in zip(optima, points) if o.curve.group == group]
-        found += _group(group, [o for o, _ in mine], [p for _, p in mine])
+        mine = [o for o in optima if o.curve.group == group]
+        start, floor = mine[0].curve.nll_start, mine[0].curve.floor
+        lowest = min((o.best_nll for o in mine if o.best_nll is not None), default=math.nan)
+        noise = mine[0].pooled.noise if mine[0].pooled else math.nan
+        gain, left = gain_in_noise(start, lowest, noise), (lowest - floor) / (start - floor)
+        shown = f"{number(gain)} standard deviations of the difference between two runs"
+        enough = None if math.isnan(gain) else gain >= MIN_GAIN
+        found.append(Check(group, "to be learned", shown, f"{MIN_GAIN:g} or more", enough))
+        shown = f"{number(left)} of that is left at the best"
+        enough = None if math.isnan(left) else left >= MIN_REST
+        found.append(Check(group, "not solved", shown, f"{MIN_REST} or more", enough))
+        for o in mine:
+            found += _of_curve(o, points[id(o)].best)
     return found
 
 
-def _group(group: str, optima: Sequence[Optimum], points: Sequence[Any]) -> list[Check]:
-    start, floor = optima[0].curve.nll_start, optima[0].curve.floor
-    lowest = min((o.best_nll for o in optima if o.best_nll is not None), default=math.nan)
-    left = (lowest - floor) / (start - floor)
-    noise = optima[0].pooled.noise if optima[0].pooled else math.nan
-    gain = gain_in_noise(start, lowest, noise)
-    shown = f"{number(gain)} standard deviations of the difference between two runs"
-    checks = [
-        Check(group, "to be learned", shown, f"{MIN_GAIN:g} or more", _at_least(gain, MIN_GAIN)),
-        Check(
-            group,
-            "not solved",
-            f"{number(left)} of that is left at the best",
-            f"{MIN_REST} or more",
-            _at_least(left, MIN_REST),
-        ),
-    ]
-    for o, mine in zip(optima, points):
-        checks += _of_curve(group, o, mine)
-    return checks
-
-
-def _at_least(value: float, least: float) -> bool | None:
-    return None if math.isnan(value) else value >= least
-
-
-def _of_curve(group: str, o: Optimum, points: dict[int, Any]) -> list[Check]:
-    slope = _still(points)
+def _of_curve(o: Optimum, points: dict[int, Points]) -> list[Check]:
+    """Check that a curve still learns, that its optimum is inside, and that its noise is small."""
+    slope, share = _last_gain(points), math.nan
     edge = [f for f in o.flags if f in EDGES]
-    rise = _rise(o)
-    share = math.nan
-    if rise is not None and o.likelihood is not None and o.pooled is not None and o.pooled.df:
-        share = o.pooled.noise / rise
+    known = o.likelihood is not None and o.best_lr.value is not None
+    if known and o.shape is not None and o.pooled is not None and o.pooled.df:
+        factor_2 = o.shape.m + math.log(2) * np.array([-1, 1])
+        share = o.pooled.noise / float(np.mean(o.shape.height(factor_2)))
+    learns = None if slope.value is None else not _has_stalled(slope)
+    small = None if math.isnan(share) else share <= MAX_NOISE
+    gain = f"{with_interval(slope)} nats in the last doubling"
+    noise, needed = f"{number(share)} of the rise a factor 2 off", f"{MAX_NOISE} or less"
+    place, group, name = ", ".join(edge) or "inside", o.curve.group, o.curve.name
     return [
-        Check(
-            group,
-            f"still learning, {o.curve.name}",
-            f"{with_interval(slope)} nats in the last doubling",
-            "above 0",
-            None if slope.value is None else not _has_stalled(slope),
-        ),
-        Check(
-            group,
-            f"one minimum inside, {o.curve.name}",
-            ", ".join(edge) or "inside",
-            "inside",
-            not edge,
-        ),
-        Check(
-            group,
-            f"noise is small, {o.curve.name}",
-            f"{number(share)} of the rise a factor 2 off",
-            f"{MAX_NOISE} or less",
-            None if math.isnan(share) else share <= MAX_NOISE,
-            True,
-        ),
+        Check(group, f"still learning, {name}", gain, "above 0", learns),
+        Check(group, f"one minimum inside, {name}", place, "inside", not edge),
+        Check(group, f"noise is small, {name}", noise, needed, small, True),
     ]
 
 
-def _last_doubling(points: Sequence[tuple[float, float]]) -> float | None:
-    """Return the loss at half the last step minus that at the last step; None if unknown."""
-    found = dict(points)
-    last = max(found, default=0)
-    return found[last / 2] - found[last] if last / 2 in found else None
-
-
-def _still(points: dict[int, Any]) -> Estimate:
-    """Return what the last doubling of the updates gains, in nats, over the seeds."""
-    return from_sample([g for p in points.values() if (g := _last_doubling(p)) is not None])
+def _last_gain(points: dict[int, Points]) -> Estimate:
+    """Return what the last doubling of the updates gains, in nats, over the seeds that know it."""
+    gains = []
+    for found in map(dict, points.values()):
+        last = max(found, default=0)
+        if last / 2 in found:
+            gains.append(found[last / 2] - found[last])
+    return from_sample(gains)
 
 
 def _has_stalled(gain: Estimate) -> bool:
@@ -132,19 +102,11 @@ def _has_stalled(gain: Estimate) -> bool:
     return least is not None and least <= 0
 
 
-def _rise(o: Optimum) -> float | None:
-    if o.shape is None or o.best_lr.value is None:
-        return None
-    return float(
-        np.mean(o.shape.height(np.array([o.shape.m - math.log(2), o.shape.m + math.log(2)])))
-    )
-
-
-def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Any]]) -> list[Gate]:
+def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Points]]) -> list[Gate]:
     """Return a gate for each curve that has stopped learning by the end of its runs."""
     found = []
     for o, mine in zip(optima, points):
-        gain = _still(mine)
+        gain = _last_gain(mine)
         if _has_stalled(gain):
             last = with_interval(gain)
             why = f"{o.curve.name} gains {last} nats in the last doubling, not clearly any"

@@ -88,16 +88,15 @@ def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
     at = dict(zip(map(id, [full, *lora]), losses_at_best([full, *lora])))
     fresh = [at[id(o)].minus(at[id(full)]).without({_grid_seed(o), _grid_seed(full)}) for o in lora]
     pooled = pooled_over(fresh)
-    return [
-        over_seeds(v, pooled) if len(v.best) > 1 else _of_minima(o, full)
-        for o, v in zip(lora, fresh)
-    ]
-
-
-def _of_minima(lora: Optimum, full: Optimum) -> Estimate:
-    if lora.best_nll is None or full.best_nll is None:
-        return Estimate(None)
-    return Estimate(lora.best_nll - full.best_nll)
+    found = []
+    for o, v in zip(lora, fresh):
+        if len(v.best) > 1:
+            found.append(over_seeds(v, pooled))
+        elif o.best_nll is None or full.best_nll is None:
+            found.append(Estimate(None))
+        else:
+            found.append(Estimate(o.best_nll - full.best_nll))
+    return found
 
 
 def _grid_seed(o: Optimum) -> int | None:
@@ -161,40 +160,32 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     Args:
         wider: more bases, used only to estimate the variance between bases.
     """
-    alpha = _one_alpha(ratios)
+    tried = {r.alpha for r in ratios}
+    bases_at = {a: len({r.base for r in ratios if r.alpha == a}) for a in sorted(tried)}
+    alpha = ALPHA if ALPHA in tried else max(bases_at, key=lambda a: bases_at[a], default=ALPHA)
     many = _at(alpha, [*ratios, *(r for r in wider if r not in ratios)])
     rows = _at(alpha, ratios)
-    width, found_q = _regress(rows, _regress(many)), _alphas(ratios)
+    width, found_q = _regress(rows, _regress(many)), _within_bases(ratios)
     flags = []
     if width is None:
-        flags.append(
-            "hidden size does not vary" if len({r.hidden for r in rows}) < 2 else "too few ratios"
-        )
+        one_size = len({r.hidden for r in rows}) < 2
+        flags.append("hidden size does not vary" if one_size else "too few ratios")
     if found_q is None:
         flags.append("alpha does not vary")
     p = width.term(1) if width else Estimate(None, n=len(rows))
     q = found_q.term(0) if found_q else Estimate(None, n=len(rows))
     start = width.term(0) if width else Estimate(None)
     level = dataclasses.replace(exp_of(start), n=len(rows))
-    rivals = {name: _p_of(width, found_q, *claim) for name, claim in RIVALS.items()}
-    return RatioLaw(
-        level,
-        p,
-        q,
-        width.tau if width else 0.0,
-        len(rows),
-        found_q.n if found_q else 0,
-        rivals,
-        tuple(flags),
-    )
-
-
-def _one_alpha(ratios: Sequence[Ratio]) -> float:
-    """Return ALPHA, or if it was not tried the alpha that most bases have."""
-    count = {
-        a: len({r.base for r in ratios if r.alpha == a}) for a in sorted({r.alpha for r in ratios})
-    }
-    return ALPHA if ALPHA in count else max(count, key=lambda a: count[a], default=ALPHA)
+    rivals: dict[str, float | None] = {}
+    for name, (of_width, of_alpha) in RIVALS.items():
+        found = [
+            None if width is None else width.p_of([1], [of_width]),
+            None if found_q is None or of_alpha is None else found_q.p_of([0], [of_alpha]),
+        ]
+        known = [v for v in found if v is not None]  # Bonferroni
+        rivals[name] = min(1.0, len(known) * min(known)) if known else None
+    tau, n_q = width.tau if width else 0.0, found_q.n if found_q else 0
+    return RatioLaw(level, p, q, tau, len(rows), n_q, rivals, tuple(flags))
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
@@ -214,12 +205,11 @@ def _regress(rows: Sequence[Ratio], wider: MetaRegression | None = None) -> Meta
     if len({r.hidden for r in rows}) < 2:
         return None
     design = np.stack([np.ones(len(rows)), np.log([r.hidden / 1000 for r in rows])], 1)
-    return meta_regression(
-        np.array([r.log for r in rows]), np.array([r.error**2 for r in rows]), design, wider
-    )
+    logs, errors = (np.array([getattr(r, k) for r in rows]) for k in ("log", "error"))
+    return meta_regression(logs, errors**2, design, wider)
 
 
-def _alphas(ratios: Sequence[Ratio]) -> MetaRegression | None:
+def _within_bases(ratios: Sequence[Ratio]) -> MetaRegression | None:
     """Average over bases the slope of ln ratio over ln(alpha); None if no base has two alphas."""
     slopes, variances = [], []
     for base in sorted({r.base for r in ratios}):
@@ -229,20 +219,6 @@ def _alphas(ratios: Sequence[Ratio]) -> MetaRegression | None:
         if (spread := float((w * off**2).sum())) > 1e-12:
             slopes.append(float((w * off * [r.log for r in mine]).sum()) / spread)
             variances.append(1 / spread)
-    return (
-        meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))
-        if slopes
-        else None
-    )
-
-
-def _p_of(
-    width: MetaRegression | None, alpha: MetaRegression | None, p: float, q: float | None
-) -> float | None:
-    """Return the p-value of a law's exponents: the smallest known one, Bonferroni-corrected."""
-    of_each = [
-        None if width is None else width.p_of([1], [p]),
-        None if alpha is None or q is None else alpha.p_of([0], [q]),
-    ]
-    known = [v for v in of_each if v is not None]
-    return min(1.0, len(known) * min(known)) if known else None
+    if not slopes:
+        return None
+    return meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))

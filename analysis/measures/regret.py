@@ -19,14 +19,7 @@ from scipy.interpolate import PchipInterpolator
 from analysis.inference.estimate import Estimate
 from analysis.inference.seeds import PooledVariance
 from analysis.measures import at_best
-from analysis.measures.at_best import (
-    AtBest,
-    is_finite,
-    losses_at_best,
-    mean_of,
-    over_seeds,
-    pooled_over,
-)
+from analysis.measures.at_best import AtBest, is_finite, losses_at_best, mean_of, over_seeds
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import runs_of
 
@@ -149,7 +142,7 @@ def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
     """
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
     found = _against_full(table, optima, lora)
-    pooled = pooled_over(g.nats for g in found)
+    pooled = at_best.pooled_over(g.nats for g in found)
     return [
         replace(g, rank=int(g.lora.curve.key["rank"]), load=load_of(table, g.lora), pooled=pooled)
         for g in found
@@ -163,18 +156,16 @@ def controls_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
         table: as of `gaps_of`.
         optima: of these runs.
     """
-    return _against_full(table, optima, [o for o in optima if _is_restricted(o)])
-
-
-def _is_restricted(o: Optimum) -> bool:
-    return o.curve.key["method"] == "fullft" and o.curve.key.get("scope") == "matrices"
+    full = (o for o in optima if o.curve.key["method"] == "fullft")
+    return _against_full(table, optima, [o for o in full if o.curve.key.get("scope") == "matrices"])
 
 
 def _against_full(
     table: pd.DataFrame, optima: Sequence[Optimum], others: Sequence[Optimum]
 ) -> list[Gap]:
     """Compare curves with full fine-tuning of everything; empty without it."""
-    whole = [o for o in optima if o.curve.key["method"] == "fullft" and not _is_restricted(o)]
+    full_ft = (o for o in optima if o.curve.key["method"] == "fullft")
+    whole = [o for o in full_ft if o.curve.key.get("scope") != "matrices"]
     if not whole:
         return []
     losses = dict(zip(map(id, optima), losses_at_best(optima)))
@@ -185,10 +176,7 @@ def _against_full(
 
 def gain_from(start: Mapping[int, float], losses: AtBest[float]) -> AtBest[float]:
     """Return what was gained over the loss before training, by seed, in nats."""
-    return AtBest(
-        {s: start[s] - v for s, v in losses.best.items()},
-        tuple({s: start[s] - v for s, v in w.items()} for w in losses.draws),
-    )
+    return losses.each(lambda by_seed: {s: start[s] - v for s, v in by_seed.items()})
 
 
 def starts_of(table: pd.DataFrame) -> dict[int, float]:
@@ -205,7 +193,26 @@ def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
             depend on the arm that is judged.
     """
     found = {} if (known := _generator_bits(table)) is None else {GENERATOR: known}
-    (codes,) = at_best.values_at_best(table, [full], _code_bits)
+
+    def read(run: pd.Series) -> dict[str, float]:
+        """Return the bits of a run's first pass over its rows; empty if not recorded."""
+        result, data = json.loads(run["result"]), json.loads(run["spec"])["dataset"]
+        seen = int(run["batch_size"]) * int(run["steps"])
+        rows = min(seen, int(result.get("n_train") or seen))
+        points = [*result.get("curve", ()), {**result, "examples": seen}]
+        at_end = (p["code_nats"] for p in points if p.get("examples") == rows and "code_nats" in p)
+        nats = next(at_end, math.nan)
+        if not math.isfinite(nats):
+            return {}
+        bits = {FIRST_PASS: nats / math.log(2)}
+        # Per token, of the held-out rows: only generated data have one.
+        floor = result.get("floor_nats")
+        if floor is not None and novelty_of(data) is not None:
+            tokens = rows * (int(data["max_length"]) - UNSCORED)
+            bits[ABOVE_FLOOR] = (nats - tokens * floor) / math.log(2)
+        return bits
+
+    (codes,) = at_best.values_at_best(table, [full], read)
     for count in (FIRST_PASS, ABOVE_FLOOR):
         by_seed = [v[count] for v in codes.best.values() if count in v]
         if by_seed:
@@ -214,32 +221,9 @@ def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
 
 
 def _generator_bits(table: pd.DataFrame) -> float | None:
-    known = [
-        bits for r in table["result"] if (bits := json.loads(r).get("bits_generator")) is not None
-    ]
+    every = [json.loads(r).get("bits_generator") for r in table["result"]]
+    known = [bits for bits in every if bits is not None]
     return float(np.mean(known)) if known else None
-
-
-def _code_bits(run: pd.Series) -> dict[str, float]:
-    """Return the bits of a run's first pass over its rows; empty if they were not recorded.
-
-    The entropy per token is that of the held-out rows, so only generated data have one.
-    """
-    result, data = json.loads(run["result"]), json.loads(run["spec"])["dataset"]
-    seen = int(run["batch_size"]) * int(run["steps"])
-    rows = min(seen, int(result.get("n_train") or seen))
-    points = [*result.get("curve", ()), {**result, "examples": seen}]
-    nats = next(
-        (p["code_nats"] for p in points if p.get("examples") == rows and "code_nats" in p), None
-    )
-    if nats is None or not math.isfinite(nats):
-        return {}
-    found = {FIRST_PASS: nats / math.log(2)}
-    floor = result.get("floor_nats")
-    if floor is not None and novelty_of(data) is not None:
-        tokens = rows * (int(data["max_length"]) - UNSCORED)
-        found[ABOVE_FLOOR] = (nats - tokens * floor) / math.log(2)
-    return found
 
 
 def loads_of(table: pd.DataFrame, o: Optimum, bits: Mapping[str, float]) -> dict[str, float]:
@@ -270,23 +254,22 @@ def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
     Each part is its share of the contexts times its gap in nats, by seed; together they are the
     gap. Empty if the losses were not measured apart, or there is only one kind of contexts.
     """
-    lora, full = at_best.parts_at_best(table, [gap.lora, gap.full], _parts)
-    found = {
-        part: lora.map(lambda v, p=part: v.get(p, math.nan)).minus(  # type: ignore[misc]
-            full.map(lambda v, p=part: v.get(p, math.nan))  # type: ignore[misc]
-        )
-        for part in PARTS
-    }
+
+    def read(row: pd.Series) -> dict[str, float]:
+        result = json.loads(row["result"])
+        share = result.get("changed_share")
+        if share is None or not 0 < share < 1:
+            return {}
+        shares = zip(PARTS, (share, 1 - share))
+        return {part: share * result[f"test_nll_{part}"] for part, share in shares}
+
+    lora, full = at_best.parts_at_best(table, [gap.lora, gap.full], read)
+
+    def difference(part: str) -> AtBest[float]:
+        return lora.paired(full, lambda a, b: a.get(part, math.nan) - b.get(part, math.nan))
+
+    found = {part: difference(part) for part in PARTS}
     return found if all(map(is_finite, found.values())) else {}
-
-
-def _parts(row: pd.Series) -> dict[str, float]:
-    result = json.loads(row["result"])
-    share = result.get("changed_share")
-    if share is None or not 0 < share < 1:
-        return {}
-    shares = dict(zip(PARTS, (share, 1 - share)))
-    return {part: shares[part] * result[f"test_nll_{part}"] for part in PARTS}
 
 
 @dataclass(frozen=True)
@@ -336,15 +319,13 @@ def rank_needed_by_seed(gaps: Mapping[int, Gap]) -> AtBest[float]:
 
     def read(values: Sequence[Mapping[int, float]]) -> dict[int, float]:
         seeds = set.intersection(*(set(v) for v in values)) if values else set()
-        return {
-            s: crossing([*map(math.log2, ranks)], [v[s] for v in values]) for s in sorted(seeds)
-        }
+        return {s: crossing(np.log2(ranks), [v[s] for v in values]) for s in sorted(seeds)}
 
     draws = tuple(read(v) for v in zip(*(o.draws for o in over)))
     return AtBest(read([o.best for o in over]), draws)
 
 
-def crossing(x: Sequence[float], y: Sequence[float]) -> float:
+def crossing(x: Sequence[float] | np.ndarray, y: Sequence[float]) -> float:
     """Return where y last falls to 0, by a monotone cubic between the points.
 
     Negative infinity if all of y lies below 0, infinity if the last of y lies above.

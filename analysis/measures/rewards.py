@@ -65,83 +65,62 @@ class Stable:
     """ln of the tried learning rates next to the tops of N_LR_DRAWS bootstrap samples."""
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The runs at the learning rates at which all seeds ran."""
-
-    seeds: list[int]
-    x: np.ndarray
-    """ln(lr), rising [lrs]."""
-    loss: np.ndarray
-    """[lrs, seeds]; 0 where the run broke down."""
-    left: np.ndarray
-    """1.0 where the run did not break down, else 0.0 [lrs, seeds]."""
-    start: float
-    """Loss before training; NaN if unknown."""
-
-
 def stable(curve: LrCurve) -> Stable | None:
     """Find the best stable learning rate of a curve; None if there is none."""
-    grid = _grid(curve)
-    n = len(grid.seeds)
-    (at,), _ = _tops(grid, np.ones((1, n)))
-    if math.isnan(at):
-        return None
-    draws = np.random.default_rng([20251127, n]).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    tops, weights = _tops(grid, draws)
-    found = np.isfinite(tops)  # in some samples no learning rate is stable
-    tops, weights, times = tops[found], weights[found], draws[found]
-    means, own = _losses(grid)
-    choice = (times - times.mean(0)).T @ (weights @ means) / len(times)
-    by_seed = weights.mean(0) @ own + n * (choice - choice.mean())
-    return Stable(
-        _nearest(grid.x, np.array([at]))[0],
-        AtBest(dict(zip(grid.seeds, by_seed.tolist()))),
-        _nearest(grid.x, tops[:N_LR_DRAWS]),
-    )
-
-
-def _grid(curve: LrCurve) -> _Grid:
-    found = {
+    runs = {
         (round(float(x), 6), int(s)): math.nan if broke else float(y)
         for x, s, y, broke in zip(curve.x, curve.seed, curve.y, curve.broke_down)
     }
-    seeds = sorted({s for _, s in found})
-    lrs = sorted({x for x, _ in found})
-    x = [a for a in lrs if all((a, s) in found for s in seeds)]
-    loss = np.array([[found[a, s] for s in seeds] for a in x]).reshape(len(x), len(seeds))
-    left = np.isfinite(loss) * 1.0
-    return _Grid(seeds, np.array(x), np.nan_to_num(loss, nan=0.0), left, curve.nll_start)
+    seeds = sorted({s for _, s in runs})
+    lrs = [a for a in sorted({x for x, _ in runs}) if all((a, s) in runs for s in seeds)]
+    loss = np.array([[runs[a, s] for s in seeds] for a in lrs]).reshape(len(lrs), len(seeds))
+    left, x, n = np.isfinite(loss) * 1.0, np.array(lrs), len(seeds)
+    loss, start = np.nan_to_num(loss, nan=0.0), curve.nll_start
+    (at,), _ = _tops(x, loss, left, start, np.ones((1, n)))
+    if math.isnan(at):
+        return None
+    draws = np.random.default_rng([20251127, n]).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    tops, weights = _tops(x, loss, left, start, draws)
+    found = np.isfinite(tops)  # in some samples no learning rate is stable
+    tops, weights, times = tops[found], weights[found], draws[found]
+    # The mean loss at each LR over the runs that are left, and each seed's part of it. A seed that
+    # broke down at an LR has the mean there. The parts' mean is the mean loss; their spread is as
+    # large as that of so many fewer runs.
+    count = np.maximum(left.sum(1, keepdims=True), 1)
+    means = loss.sum(1, keepdims=True) / count
+    own = means + left * (loss - means) * n / count
+    choice = (times - times.mean(0)).T @ (weights @ means[:, 0]) / len(times)
+    by_seed = weights.mean(0) @ own + n * (choice - choice.mean())
+
+    def nearest(to: np.ndarray) -> np.ndarray:
+        return x[np.abs(x[:, None] - to).argmin(0)]
+
+    loss_by_seed = AtBest(dict(zip(seeds, by_seed.tolist())))
+    return Stable(nearest(np.array([at]))[0], loss_by_seed, nearest(tops[:N_LR_DRAWS]))
 
 
-def _losses(grid: _Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean loss at each LR over the runs that are left, and each seed's part of it.
-
-    A seed that broke down at an LR has the mean there. The parts' mean is the mean loss; their
-    spread is as large as that of so many fewer runs [lrs], [lrs, seeds].
-    """
-    left = np.maximum(grid.left.sum(1, keepdims=True), 1)
-    means = grid.loss.sum(1, keepdims=True) / left
-    own = means + grid.left * (grid.loss - means) * len(grid.seeds) / left
-    return means[:, 0], own
-
-
-def _tops(grid: _Grid, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _tops(
+    x: np.ndarray, loss: np.ndarray, left: np.ndarray, start: float, times: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Choose the stable LRs and find the top of the parabola, in each sample of the seeds.
 
     Returns ln(lr) of the tops, NaN where no LR is stable [samples], and the weights of the LRs'
     means in the parabola's height there [samples, lrs].
 
     Args:
+        x: ln(lr) of the learning rates at which all seeds ran, rising [lrs].
+        loss: [lrs, seeds]; 0 where the run broke down.
+        left: 1.0 where the run did not break down, else 0.0 [lrs, seeds].
+        start: loss before training; NaN if unknown.
         times: how often a sample has each seed [samples, seeds].
     """
-    at, weights = np.full(len(times), math.nan), np.zeros((len(times), len(grid.x)))
-    left = grid.left @ times.T  # runs that did not break down [lrs, samples]
-    steady = left >= (1 - MAX_COLLAPSED) * times.sum(1) - 1e-9
-    means = np.where(steady, grid.loss @ times.T / np.maximum(left, 1), math.inf)
+    at, weights = np.full(len(times), math.nan), np.zeros((len(times), len(x)))
+    count = left @ times.T  # runs that did not break down [lrs, samples]
+    steady = count >= (1 - MAX_COLLAPSED) * times.sum(1) - 1e-9
+    means = np.where(steady, loss @ times.T / np.maximum(count, 1), math.inf)
     lowest = np.where(steady.any(0), means.min(0, initial=math.inf), 0.0)
     # NaN if the start is unknown: the comparison is then False.
-    used = steady & ~(means > lowest + (1 - KEPT) * (grid.start - lowest))
+    used = steady & ~(means > lowest + (1 - KEPT) * (start - lowest))
     for pattern in np.unique(used.T, axis=0):
         mine = np.flatnonzero((pattern == used.T).all(1))
         lrs = np.flatnonzero(pattern)
@@ -151,7 +130,7 @@ def _tops(grid: _Grid, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         firsts = np.clip(best - WINDOW // 2, 0, max(0, len(lrs) - WINDOW))
         for first in np.unique(firsts):
             here, window = mine[firsts == first], lrs[first : first + WINDOW]
-            top, share = _bottoms(grid.x[window], means[np.ix_(window, here)])
+            top, share = _bottoms(x[window], means[np.ix_(window, here)])
             at[here], weights[np.ix_(here, window)] = top, share
     return at, weights
 
@@ -172,10 +151,6 @@ def _bottoms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     height = line[0] + (line[1] + line[2] * tried) * tried
     at = tried[height.argmin(0), np.arange(y.shape[1])]
     return at + middle, np.stack([at**k for k in powers], 1) @ fit
-
-
-def _nearest(x: np.ndarray, at: np.ndarray) -> np.ndarray:
-    return x[np.abs(x[:, None] - at).argmin(0)]
 
 
 def values_at_stable(
@@ -284,10 +259,22 @@ def range_ratio(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
     interval is the jackknife's over these seeds, of the logarithm: Student's, of the pseudo-values
     (Miller, Biometrika 61, 1974).
     """
-    seeds = sorted(_complete(lora) & _complete(full))
+    both = [
+        {(x, int(s)): y for x, s, y in zip(o.curve.x, o.curve.seed, o.curve.y)}
+        for o in (lora, full)
+    ]
+    lrs = [sorted({x for x, _ in runs}) for runs in both]
+    seeds = sorted(
+        s
+        for s in {s for runs in both for _, s in runs}
+        if all((x, s) in runs for runs, xs in zip(both, lrs) for x in xs)
+    )
     if len(seeds) < MIN_SEEDS:
         return Estimate(None), [Gate(GateCode.FEW_SEEDS, len(seeds), "all rates: ")]
-    grids = [_rewards(o, seeds) for o in (lora, full)]
+    grids = [  # ln(lr) [n] and rewards [n, seeds]; a run that broke down has none
+        (np.array(xs), np.nan_to_num(-np.array([[runs[x, s] for s in seeds] for x in xs]), nan=0.0))
+        for runs, xs in zip(both, lrs)
+    ]
 
     def log_ratio(rows: list[int]) -> tuple[float, bool]:
         (a, b, open_a), (c, d, open_c) = (good_range(x, r[:, rows].mean(1)) for x, r in grids)
@@ -299,17 +286,3 @@ def range_ratio(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
     estimate = exp_of(from_sample(pseudo_values(whole, rest)))
     open_gate = Gate(GateCode.FLAGGED, place="range of good rates: ", flags=("at_edge",))
     return estimate, [open_gate] if is_open else []
-
-
-def _complete(o: Optimum) -> set[int]:
-    """Return the seeds that ran at all learning rates of a curve."""
-    of_lr = [set(map(int, o.curve.seed[o.curve.x == x])) for x in np.unique(o.curve.x)]
-    return set.intersection(*of_lr) if of_lr else set()
-
-
-def _rewards(o: Optimum, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return ln(lr) [n] and rewards [n, seeds]; a run that broke down has none."""
-    x = np.unique(o.curve.x)
-    found = {(a, int(s)): y for a, s, y in zip(o.curve.x, o.curve.seed, o.curve.y)}
-    reward = -np.array([[found[a, s] for s in seeds] for a in x])
-    return x, np.nan_to_num(reward, nan=0.0)

@@ -54,15 +54,12 @@ def steps_to_reach(points: Points, loss: float) -> float | None:
     Args:
         points: [(step, held-out loss), ...].
     """
-    before: tuple[float, float] | None = None
-    for step, value in points:
-        if value <= loss:
-            if before is None or before[1] <= value:
-                return step
-            share = (before[1] - loss) / (before[1] - value)
-            return math.exp(math.log(before[0]) + share * (math.log(step) - math.log(before[0])))
-        before = (step, value)
-    return None
+    k = next((k for k, (_, value) in enumerate(points) if value <= loss), None)
+    if not k:  # never, or at the first evaluation
+        return None if k is None else points[0][0]
+    (first, above), (step, value) = points[k - 1 : k + 1]
+    share = (above - loss) / (above - value)
+    return math.exp(math.log(first) + share * (math.log(step) - math.log(first)))
 
 
 def _reach(one: Points, other: Points) -> tuple[float, int]:
@@ -359,25 +356,18 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
         r: np.mean([np.var(c, 0, ddof=1) for c in seeds.values()], 0) for r, seeds in drawn.items()
     }
     band = {r: 1.96 * np.sqrt(spread[r] + spread[top]) for r in drawn}
-    ranks = [_apart(r, drawn, band[r], top, steps) for r in sorted(drawn.keys() - {top})]
+    apart = {
+        r: [seeds[s].mean(0) - drawn[top][s].mean(0) for s in sorted(seeds.keys() & drawn[top])]
+        for r, seeds in sorted(drawn.items())
+        if r != top
+    }
+    mean = {r: np.mean(by_seed, 0) for r, by_seed in apart.items()}
+    ranks = [Apart(r, m, band[r], _leaves(m, band[r], steps)) for r, m in mean.items()]
     first = _first_to_leave(drawn, band, steps)
-    growth = _growth(drawn[min(drawn)], drawn[top], steps)
-    return Start(float(lrs[0]), top, steps, ranks, first, growth)
-
-
-def _apart(rank: int, drawn: Draws, band: np.ndarray, top: int, steps: Sequence[float]) -> Apart:
-    both = sorted(drawn[rank].keys() & drawn[top].keys())
-    apart = np.mean([drawn[rank][s].mean(0) - drawn[top][s].mean(0) for s in both], 0)
-    return Apart(rank, apart, band, _leaves(apart, band, steps))
-
-
-def _growth(
-    low: dict[int, np.ndarray], high: dict[int, np.ndarray], steps: Sequence[float]
-) -> Estimate:
-    """Return the slope of low's loss minus high's over log2(step): least squares, by seed."""
+    # Least squares over log2(step), by seed.
     x = np.log2(steps) - np.mean(np.log2(steps))
-    both = sorted(low.keys() & high.keys())
-    return from_sample([float(x @ (low[s].mean(0) - high[s].mean(0)) / (x @ x)) for s in both])
+    growth = from_sample([float(x @ v / (x @ x)) for v in apart[min(apart)]])
+    return Start(float(lrs[0]), top, steps, ranks, first, growth)
 
 
 def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:

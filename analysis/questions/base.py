@@ -8,7 +8,7 @@ estimand is one `Estimand` in its question's module.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,9 @@ from typing import Any, Generic, TypeVar
 import pandas as pd
 
 from analysis.inference.decide import holm, judge, look_level
-from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
+from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, number, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
-from analysis.measures.next_runs import Suggestion, lines, suggest
+from analysis.measures.next_runs import lines, suggest
 from analysis.measures.regret import Gap
 from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.runs.prefixes import task_problems
@@ -66,20 +66,18 @@ class Series:
 
         A bound is drawn where it lies, as an arrow to the side on which the value is.
         """
-        bounds = [_bound(e) for e in estimates]
+        bounds = [
+            int(AT_LEAST in e.flags)
+            if e.value is not None or e.has_interval()
+            else (e.low is not None) - (e.high is not None)
+            for e in estimates
+        ]
         y = [
             e.value if e.value is not None else e.low if b > 0 else e.high if b else None
             for e, b in zip(estimates, bounds)
         ]
         low, high = ([getattr(e, k) for e in estimates] for k in ("low", "high"))
         return cls(label, list(x), y, low, high, bounds=bounds, **style)
-
-
-def _bound(e: Estimate) -> int:
-    """Return the side of a one-sided bound: 1 if the value is above, -1 below, 0 without one."""
-    if e.value is not None or e.has_interval():
-        return int(AT_LEAST in e.flags)
-    return (e.low is not None) - (e.high is not None)
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,55 @@ class Analysis:
     """(group, name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
 
 
+def panel_over(
+    x: str, title: str, y: str, estimates: Mapping[str, Mapping[Any, Estimate]], **look: Any
+) -> Panel:
+    """Draw lines of estimates over a logarithmic x, with a tick at each of its values.
+
+    Args:
+        estimates: label of a line -> x -> estimate.
+        look: other fields of `Panel`.
+    """
+    series = [Series.of(label, of, list(of.values())) for label, of in estimates.items()]
+    ticks = [(float(v), f"{v:g}") for v in sorted({v for of in estimates.values() for v in of})]
+    return Panel(title, x, y, series, log_x=True, **{"ticks": ticks, **look})
+
+
+def panel_of(
+    title: str, y: str, estimates: Mapping[str, Estimate], band: tuple[float, float]
+) -> Panel:
+    """Draw estimates side by side, each above its name."""
+    found = list(estimates.values())
+    points = Series.of("", range(len(found)), found, style="o", colour=1)
+    ticks = [(float(k), name) for k, name in enumerate(estimates)]
+    return Panel(title, "", y, [points], band=band, ticks=ticks)
+
+
+def table(head: str, rows: Iterable[Sequence[Any]]) -> Rows:
+    """Return the rows of a section's table, as text.
+
+    Args:
+        head: names of the columns, with " | " between them.
+        rows: text, whole numbers, numbers, estimates (shown with their intervals), or None.
+    """
+
+    def text(v: Any) -> str:
+        if isinstance(v, str | int):
+            return str(v)
+        return with_interval(v) if isinstance(v, Estimate) else number(v)
+
+    return [head.split(" | "), *([text(v) for v in row] for row in rows)]
+
+
 # ---------------------------------------------------------------- curves
+
+
+def by_group(optima: Iterable[Optimum]) -> dict[str, list[Optimum]]:
+    """Return the optima by group (model, data set, batch and updates), in order."""
+    found: dict[str, list[Optimum]] = {}
+    for o in optima:
+        found.setdefault(o.curve.group, []).append(o)
+    return found
 
 
 def full_of(optima: Sequence[Optimum]) -> Optimum | None:
@@ -416,14 +462,40 @@ class Question(Generic[C]):
         if len(tasks) < 2:
             return self._analyse(Asked(question, table, kept))
         found = {k: self._analyse(Asked(question, runs, kept)) for k, runs in tasks.items()}
-        return _joined(found, question)
+        sections = []
+        for k, (name, one) in enumerate(found.items()):
+            for s in one.sections:
+                figure = s.figure and f"{Path(s.figure).stem}_{k + 1}{Path(s.figure).suffix}"
+                title = f"{s.title}: {name}"
+                sections.append(dataclasses.replace(s, title=title, figure=figure))
+        each = list(found.values())
+        read = [one.measures.pop("read", {}) for one in each]
+        common = {k: v for k, v in read[0].items() if all(r.get(k) == v for r in read)}
+        # Their primary claims are one family of hypotheses: a verdict that Holm's correction takes
+        # away within its task is taken away in the whole, too.
+        return Analysis(
+            optima=[o for one in each for o in one.optima],
+            verdicts=correct([v for one in each for v in one.verdicts], question),
+            sections=sections,
+            measures={"tasks": {k: one.measures for k, one in found.items()}, "read": common},
+            members={group: curves for one in each for group, curves in one.members.items()},
+            of_rates=self.of_rates,
+            ratios=[ratio for one in each for ratio in one.ratios],
+        )
 
     def _analyse(self, asked: Asked) -> Analysis:
         conditions = self.conditions(asked.table)
         whole, shown = [c for c in conditions if not c.missing], [c for c in conditions if c.shown]
         measures = self.measures(shown, asked) if shown else {}
         if any(e.read for e in self.estimands):
-            measures["read"] = self._read(whole, asked.question)
+            claimed = {claim["estimand"] for claim in asked.question["claims"].values()}
+            measures["read"] = read = {}
+            for e in self.estimands:
+                if e.read is None or e.name not in claimed:
+                    continue
+                said = {e.read(c) for c in whole if e.applies(c)} - {""}
+                if len(said) == 1:
+                    read[e.name] = said.pop()
         found = Analysis(
             optima=distinct(o for c in conditions for o in c.optima),
             verdicts=correct(self._verdicts(conditions, asked), asked.question),
@@ -434,7 +506,12 @@ class Question(Generic[C]):
             ratios=[(c.name, name, ratio) for c in shown for name, ratio in self.ratios(c)],
         )
         if self.of_rates and (wanted := suggest(found)):
-            found.sections.append(_next_runs(wanted))
+            text = (
+                "Runs most likely to decide the open claims (`action=extend` adds them as the "
+                "sweep's next round):"
+            )
+            listed = [text, "", *(f"- {line}" for line in lines(wanted))]
+            found.sections.append(Section("Next runs", text=listed))
         return found
 
     def _verdicts(self, conditions: Sequence[C], asked: Asked) -> list[Verdict]:
@@ -447,37 +524,15 @@ class Question(Generic[C]):
                 e = estimands[claim["estimand"]]
                 if e.applies(c) and model not in claim.get("not_on", ()):
                     v = _judged(c, e, name, claim, asked.level)
-                    if e.each:
-                        part = estimands[e.each]
-                        v = _over_parts(
-                            v, [_judged(p, part, name, claim, asked.level) for p in c.parts]
-                        )
-                    found.append(v)
+                    part, parts = estimands.get(e.each), c.parts if e.each else ()
+                    each = [_judged(p, part, name, claim, asked.level) for p in parts if part]
+                    found.append(_over_parts(v, each))
         for name, claim in claims.items():
             e = estimands[claim["estimand"]]
             if not any(e.applies(c) for c in conditions):
                 gates = [Gate(GateCode.NO_CELL)]
                 found.append(judge(name, claim, NO_CELL, UNKNOWN, gates, 0, e.log, asked.level))
         return found
-
-    def _read(self, conditions: Sequence[C], question: dict[str, Any]) -> dict[str, str]:
-        """Return where each claimed estimand was measured, if all conditions say the same."""
-        claimed = {claim["estimand"] for claim in question["claims"].values()}
-        found = {}
-        for e in self.estimands:
-            if e.read is not None and e.name in claimed:
-                said = {e.read(c) for c in conditions if e.applies(c)} - {""}
-                if len(said) == 1:
-                    found[e.name] = said.pop()
-        return found
-
-
-def _next_runs(wanted: Sequence[Suggestion]) -> Section:
-    text = (
-        "Runs most likely to decide the open claims (`action=extend` adds them as the sweep's next "
-        "round):"
-    )
-    return Section("Next runs", text=[text, "", *(f"- {line}" for line in lines(wanted))])
 
 
 def _judged(c: Any, e: Estimand[Any], name: str, claim: dict[str, Any], level: float) -> Verdict:
@@ -514,29 +569,3 @@ def _over_parts(v: Verdict, each: Sequence[Verdict]) -> Verdict:
 def correct(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[Verdict]:
     """Correct the primary claims of all conditions for multiplicity (Holm)."""
     return holm(verdicts, 1 - look_level(int(question.get("rounds", 1))))
-
-
-def _joined(found: dict[str, Analysis], question: dict[str, Any]) -> Analysis:
-    """Join the analyses of several tasks. Their primary claims are one family of hypotheses.
-
-    A verdict that Holm's correction takes away within its task is taken away in the whole, too.
-    """
-    sections = []
-    for k, (name, one) in enumerate(found.items()):
-        for s in one.sections:
-            figure = s.figure and f"{Path(s.figure).stem}_{k + 1}{Path(s.figure).suffix}"
-            sections.append(dataclasses.replace(s, title=f"{s.title}: {name}", figure=figure))
-    read = [one.measures.get("read", {}) for one in found.values()]
-    common = {k: v for k, v in read[0].items() if all(r.get(k) == v for r in read)}
-    measures = {
-        name: {k: v for k, v in one.measures.items() if k != "read"} for name, one in found.items()
-    }
-    return Analysis(
-        optima=[o for one in found.values() for o in one.optima],
-        verdicts=correct([v for one in found.values() for v in one.verdicts], question),
-        sections=sections,
-        measures={"tasks": measures, "read": common},
-        members={group: curves for one in found.values() for group, curves in one.members.items()},
-        of_rates=any(one.of_rates for one in found.values()),
-        ratios=[ratio for one in found.values() for ratio in one.ratios],
-    )

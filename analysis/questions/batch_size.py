@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.inference.decide import at_level
-from analysis.inference.estimate import Estimate, number, with_interval
+from analysis.inference.estimate import Estimate, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import batch_effect
 from analysis.measures.at_best import mean_of
@@ -45,14 +45,16 @@ class Batches(base.Condition):
         return batch_effect.prefixes_of(self.runs)
 
     @cached_property
-    def _usable(self) -> list[batch_effect.Prefix]:
-        return [
+    def by_rank_usable(self) -> dict[int, list[batch_effect.Prefix]]:
+        """The prefixes with known optima and a value of rho, by rank."""
+        known = [
             p for p in self.prefixes if not p.bound and not base.gates_on_speed([p.full, p.lora])
         ]
+        return {r: [p for p in known if p.rank == r] for r in self.ranks}
 
     def usable(self, *ranks: int) -> list[batch_effect.Prefix]:
-        """Return the prefixes of ranks with known optima and a value of rho."""
-        return [p for p in self._usable if p.rank in ranks]
+        """Return the usable prefixes of these ranks."""
+        return [p for r in dict.fromkeys(ranks) for p in self.by_rank_usable.get(r, ())]
 
     @cached_property
     def effects(self) -> dict[int, Estimate]:
@@ -62,11 +64,9 @@ class Batches(base.Condition):
     def difference(self) -> Estimate:
         """Return the effect at the highest rank minus that at the lowest."""
         low, high = self.ranks[0], self.ranks[-1]
-        return (
-            batch_effect.difference(self.usable(high), self.usable(low))
-            if low < high
-            else base.UNKNOWN
-        )
+        if low == high:
+            return base.UNKNOWN
+        return batch_effect.difference(self.usable(high), self.usable(low))
 
     def gates_on_difference(self) -> list[Gate]:
         """List the gates of both ranks."""
@@ -123,26 +123,24 @@ def conditions(table: pd.DataFrame) -> list[Batches]:
     return [Batches(f"{key['model']} on {key['dataset']}", table, optima)]
 
 
-def _range(used: Sequence[batch_effect.Prefix]) -> str:
-    """Describe the batches and numbers of updates of prefixes."""
-    if not used:
-        return "no prefix"
-    batches, steps = ({getattr(p, k) for p in used} for k in ("batch", "steps"))
-    return f"batches of {min(batches)} to {max(batches)} after {min(steps)} to {max(steps)} updates"
-
-
 def _where(c: Batches) -> str:
     """Describe where the effect was measured, with the other ranks' effects."""
     if not c.ranks:
         return ""
     *others, top = c.ranks
+    place = "no prefix"
+    if used := c.usable(top):
+        batches, steps = ({getattr(p, k) for p in used} for k in ("batch", "steps"))
+        place = (
+            f"batches of {min(batches)} to {max(batches)} after {min(steps)} to {max(steps)} "
+            "updates"
+        )
     effects = (f"rank {r}: {with_interval(c.effects[r])}" for r in others)
-    return "; ".join([f"rank {top}, {_range(c.usable(top))}", *effects])
+    return "; ".join([f"rank {top}, {place}", *effects])
 
 
 def _over_allowed(batch: int) -> base.Estimand[Batches]:
     """Return the regret minus what is allowed at a batch size."""
-
     return base.Estimand(
         f"over_allowed_at_{batch}",
         lambda c: gap.over_allowed() if (gap := c.gap_at(batch)) else None,
@@ -159,19 +157,13 @@ def _over_allowed(batch: int) -> base.Estimand[Batches]:
 def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     """Return rho at equal updates, regret at equal examples, and their figure."""
     (c,) = found
-    panels = [*(_panel(c, r) for r in c.ranks), _regret_panel(c)]
-    caption = "step efficiency over updates by batch, and regret over the batch"
-    figure = base.Section("Batch size", figure="batch.png", panels=panels, caption=caption)
-    return [_at_equal_updates(c), _at_equal_examples(c), figure]
-
-
-def _at_equal_updates(c: Batches) -> base.Section:
     batches = sorted({p.batch for p in c.prefixes})
-    rows = [["rank", "updates", *(f"rho at batch {b} [95%]" for b in batches)]]
+    rows: list[list[Any]] = []
     for rank in c.ranks:
-        used = {(p.steps, p.batch): with_interval(p.rho) for p in c.usable(rank)}
+        used = {(p.steps, p.batch): p.rho for p in c.usable(rank)}
         for steps in sorted({s for s, _ in used}):
-            rows.append([str(rank), str(steps), *(used.get((steps, b), "-") for b in batches)])
+            rows.append([rank, steps, *(used.get((steps, b)) for b in batches)])
+    head = " | ".join(["rank", "updates", *(f"rho at batch {b} [95%]" for b in batches)])
     effects = "; ".join(f"rank {r} {with_interval(e)}" for r, e in c.effects.items())
     text = [
         "Change of ln(rho) per doubling of the batch, between batches after equally many updates: "
@@ -179,71 +171,46 @@ def _at_equal_updates(c: Batches) -> base.Section:
         "A batch is left out where its optimal learning rates, after so many updates, are not "
         "between those tried, or have fewer seeds than a verdict needs.",
     ]
-    return base.Section("At equal updates", rows, text)
-
-
-def _at_equal_examples(c: Batches) -> base.Section:
+    equal_updates = base.Section("At equal updates", base.table(head, rows), text)
     examples, gaps = c.at_equal_examples
-    rows = [["batch", "updates", "rank", "gain of FullFT", "regret, % of the gain [95%]"]]
-    for batch, g in ((b, g) for b, of_ranks in gaps.items() for g in of_ranks):
-        shown = [number(mean_of(g.gain)), with_interval(g.percent())]
-        rows.append([str(batch), str(examples // batch), str(g.rank), *shown])
-    text = (
+    each = [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
+    rows = [[b, examples // b, g.rank, mean_of(g.gain), g.percent()] for b, g in each]
+    said = (
         f"After {examples:,} examples at every batch. Regret: LoRA's loss minus full fine-tuning's,"
         f" in percent of what full fine-tuning gains; up to {ALLOWED:.0%} counts as none."
     )
-    return base.Section("At equal examples", rows, [text])
-
-
-def _panel(c: Batches, rank: int) -> base.Panel:
-    used = c.usable(rank)
-    of_batch = {b: [p for p in used if p.batch == b] for b in sorted({p.batch for p in used})}
-    return base.Panel(
-        f"rank {rank}",
-        "updates",
-        "rho: FullFT's updates / LoRA's",
-        [
-            base.Series.of(f"batch {b}", [p.steps for p in mine], [p.rho for p in mine])
-            for b, mine in of_batch.items()
-        ],
-        log_x=True,
-        log_y=True,
-        lines={"full fine-tuning": 1.0},
-    )
-
-
-def _regret_panel(c: Batches) -> base.Panel:
-    examples, gaps = c.at_equal_examples
-    by_rank: dict[int, dict[int, Estimate]] = {}
-    for batch, g in ((b, g) for b, of_ranks in gaps.items() for g in of_ranks):
-        by_rank.setdefault(g.rank, {})[batch] = g.percent()
-    return base.Panel(
-        f"after {examples:,} examples",
-        "batch size (sequences)",
-        "regret, % of full fine-tuning's gain",
-        [
-            base.Series.of(f"rank {rank}", list(mine), list(mine.values()))
-            for rank, mine in sorted(by_rank.items())
-        ],
-        log_x=True,
-        band=(0.0, 100 * ALLOWED),
-        ticks=[(float(b), str(b)) for b in gaps],
-    )
+    head = "batch | updates | rank | gain of FullFT | regret, % of the gain [95%]"
+    equal_examples = base.Section("At equal examples", base.table(head, rows), [said])
+    panels = []
+    for rank in c.ranks:
+        rho: dict[int, dict[float, Estimate]] = {}
+        for p in c.usable(rank):
+            rho.setdefault(p.batch, {})[p.steps] = p.rho
+        lines = {f"batch {b}": rho[b] for b in sorted(rho)}
+        y = "rho: FullFT's updates / LoRA's"
+        look = {"ticks": None, "log_y": True, "lines": {"full fine-tuning": 1.0}}
+        panels.append(base.panel_over("updates", f"rank {rank}", y, lines, **look))
+    regrets: dict[int, dict[float, Estimate]] = {}
+    for batch, g in each:
+        regrets.setdefault(g.rank, {})[batch] = g.percent()
+    lines = {f"rank {r}": regrets[r] for r in sorted(regrets)}
+    title, y = f"after {examples:,} examples", "regret, % of full fine-tuning's gain"
+    band = (0.0, 100 * ALLOWED)
+    panels.append(base.panel_over("batch size (sequences)", title, y, lines, band=band))
+    caption = "step efficiency over updates by batch, and regret over the batch"
+    figure = base.Section("Batch size", figure="batch.png", panels=panels, caption=caption)
+    return [equal_updates, equal_examples, figure]
 
 
 def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
     """Return the effects by rank, and the regrets by batch and rank."""
     (c,) = found
     examples, gaps = c.at_equal_examples
+    each = [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
+    percents = [at_level(g.percent(), asked.level).plain() for _, g in each]
     regrets = [
-        {
-            "batch_size": batch,
-            "updates": examples // batch,
-            "rank": g.rank,
-            "regret_percent": at_level(g.percent(), asked.level).plain(),
-        }
-        for batch, of_ranks in gaps.items()
-        for g in of_ranks
+        {"batch_size": b, "updates": examples // b, "rank": g.rank, "regret_percent": percent}
+        for (b, g), percent in zip(each, percents)
     ]
     effects = {str(r): e.plain() for r, e in c.effects.items()}
     return {"batch_effect": effects, "regrets": regrets}

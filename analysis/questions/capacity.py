@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import AT_LEAST, Estimate, exactly, number, rate, with_interval
+from analysis.inference.estimate import AT_LEAST, Estimate, exactly, rate
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
 from analysis.questions import base
@@ -147,9 +147,8 @@ class Facts(base.Condition):
             return base.missing("fullft to certify the task")
         if max(stored) >= PLAUSIBLE:
             return []
-        share, needed = f"{max(stored):.0%}", f"{PLAUSIBLE:.0%}"
-        why = f"full fine-tuning stores {share} of the bits, {needed} needed"
-        return [Gate(GateCode.TASK, why)]
+        share = f"{max(stored):.0%} of the bits, {PLAUSIBLE:.0%} needed"
+        return [Gate(GateCode.TASK, f"full fine-tuning stores {share}")]
 
     def gates_on_most(self) -> list[Gate]:
         """List the gates of the load with the most bits per parameter.
@@ -162,14 +161,13 @@ class Facts(base.Condition):
             gates.append(Gate(GateCode.FEW_SEEDS, len(best.bits), place))
         if best.at_edge:
             gates.append(Gate(GateCode.FLAGGED, place=place, flags=("at_edge",)))
-        same = [c for c in self.of_lora if c.facts == best.facts]
-        fewer = [c for c in same if c.exposures < best.exposures]
-        if fewer:
-            before = max(fewer, key=lambda c: c.exposures)
+        same = (c for c in self.of_lora if c.facts == best.facts)
+        fewer = (c for c in same if c.exposures < best.exposures)
+        if before := max(fewer, key=lambda c: c.exposures, default=None):
             gain = 1 - np.mean(before.bits) / np.mean(best.bits)
             if gain > CONVERGED:
-                last = f"{best.exposures:.0f} exposures still add {gain:.0%}"
-                why = f"{last} to {before.exposures:.0f}"
+                last, before_it = f"{best.exposures:.0f}", f"{before.exposures:.0f}"
+                why = f"{last} exposures still add {gain:.0%} to {before_it}"
                 gates.append(Gate(GateCode.NOT_CONVERGED, why))
         return gates
 
@@ -194,15 +192,16 @@ def conditions(table: pd.DataFrame) -> list[Facts]:
 def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
     """Return the bits stored at every load, and their figure."""
     (c,) = found
-    head = ["arm", "facts", "load at 2 bits", "exposures", "best LR tried", "bits stored [95%]"]
-    rows = [[*head, "of all", "bits / parameter", "bits known of unseen facts"]]
+    head = (
+        "arm | facts | load at 2 bits | exposures | best LR tried | bits stored [95%] | of all | "
+        "bits / parameter | bits known of unseen facts"
+    )
+    rows: list[list[Any]] = []
     for v in c.loads:
         lr = rate(v.lr) + (" (edge)" if v.at_edge else "")
-        settings = [v.method, str(v.facts), number(v.load), number(v.exposures), lr]
-        stored = [with_interval(from_sample(v.bits)), f"{v.share:.0%}"]
-        per_parameter = number(float(np.mean(v.bits)) / v.parameters)
-        unseen = number(max(v.unseen)) if v.unseen else "-"
-        rows.append([*settings, *stored, per_parameter, unseen])
+        per_parameter, unseen = np.mean(v.bits) / v.parameters, max(v.unseen, default=None)
+        stored = [from_sample(v.bits), f"{v.share:.0%}", per_parameter, unseen]
+        rows.append([v.method, v.facts, v.load, v.exposures, lr, *stored])
     text = [f"Effective parameters of the adapter: {v.parameters:,}." for v in c.of_lora[:1]]
     text.append(
         "A model that is sure of a wrong value has a high NLL, so the bits known of facts that "
@@ -210,34 +209,32 @@ def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
         "update shows 128 facts: with few facts, each comes more than once in an update, and many "
         "exposures take few updates."
     )
-    caption = "bits stored per parameter, over load and exposures"
-    panels = _panels(c.of_lora, asked.margin("bits_per_parameter"))
-    return [base.Section("Loads", rows, text, "capacity.png", panels, caption)]
 
+    def line(mine: list[Load], x: str) -> dict[float, Estimate]:
+        found = {}
+        for v in sorted(mine, key=lambda v: getattr(v, x)):
+            # At an edge of the learning rates tried, more bits may be stored beyond it.
+            flags = (AT_LEAST,) if v.at_edge else ()
+            found[getattr(v, x)] = from_sample([b / v.parameters for b in v.bits], flags=flags)
+        return found
 
-def _panels(loads: Sequence[Load], margin: tuple[float, float] | None) -> list[base.Panel]:
-    def line(label: str, mine: list[Load], x: list[float]) -> base.Series:
-        # At an edge of the learning rates tried, more bits may be stored beyond it.
-        flags = [(AT_LEAST,) if c.at_edge else () for c in mine]
-        shares = [[b / c.parameters for b in c.bits] for c in mine]
-        return base.Series.of(label, x, [from_sample(v, flags=f) for v, f in zip(shares, flags)])
-
-    by_exposure, by_load = [], []
-    for n in sorted({c.facts for c in loads}):
-        mine = sorted((c for c in loads if c.facts == n), key=lambda c: c.exposures)
-        label = f"{n} facts, load {mine[0].load:.2g}"
-        by_exposure.append(line(label, mine, [c.exposures for c in mine]))
-    for e in sorted({round(c.exposures, -1) for c in loads}):
-        mine = sorted((c for c in loads if round(c.exposures, -1) == e), key=lambda c: c.facts)
+    by_exposure, by_load = {}, {}
+    for n in sorted({v.facts for v in c.of_lora}):
+        mine = [v for v in c.of_lora if v.facts == n]
+        by_exposure[f"{n} facts, load {mine[0].load:.2g}"] = line(mine, "exposures")
+    for e in sorted({round(v.exposures, -1) for v in c.of_lora}):
+        mine = [v for v in c.of_lora if round(v.exposures, -1) == e]
         if len(mine) > 1:
-            by_load.append(line(f"{e:g} exposures", mine, [c.load for c in mine]))
-    y = "bits stored / effective parameter"
-    look: dict[str, Any] = {"log_x": True, "lines": {"2 bits": 2.0}, "y_range": (-0.3, 2.9)}
+            by_load[f"{e:g} exposures"] = line(mine, "load")
+    look: dict[str, Any] = {"lines": {"2 bits": 2.0}, "ticks": None, "y_range": (-0.3, 2.9)}
+    y, look["band"] = "bits stored / effective parameter", asked.margin("bits_per_parameter")
     load = "bits to store / (2 bits x parameters)"
-    return [
-        base.Panel("by exposures", "exposures of each fact", y, by_exposure, band=margin, **look),
-        base.Panel("by load", load, y, by_load, band=margin, **look),
+    panels = [
+        base.panel_over("exposures of each fact", "by exposures", y, by_exposure, **look),
+        base.panel_over(load, "by load", y, by_load, **look),
     ]
+    caption = "bits stored per parameter, over load and exposures"
+    return [base.Section("Loads", base.table(head, rows), text, "capacity.png", panels, caption)]
 
 
 def measures(found: Sequence[Facts], asked: base.Asked) -> dict[str, Any]:

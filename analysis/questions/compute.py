@@ -10,7 +10,7 @@ which it reaches that loss.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,15 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import (
-    Estimate,
-    exactly,
-    exp_of,
-    from_draws,
-    number,
-    rate,
-    with_interval,
-)
+from analysis.inference.estimate import Estimate, exactly, exp_of, from_draws, rate, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, pooled_over, values_at_best
 from analysis.measures.speed import curves_at_best, log_rho, rho
@@ -120,6 +112,13 @@ class Arms(base.TwoArms):
         of one length, including full fine-tuning's, are fitted together, so that they share one
         noise level.
         """
+
+        def lowest(o: Optimum) -> float:
+            """Return the loss at the optimum; without one, the lowest mean at a usable LR."""
+            c = o.curve
+            means = (float(np.mean(c.y[c.usable & (c.x == x)])) for x in set(c.x[c.usable]))
+            return min(means, default=np.inf) if o.best_nll is None else o.best_nll
+
         at_goal = [points[-1][1] for points in self.goal[1].best.values()]
         loss = float(np.mean(at_goal)) if at_goal else -np.inf
         found: dict[int, Reached] = {}
@@ -127,7 +126,7 @@ class Arms(base.TwoArms):
         for length in seen:
             optima = fit_all(lr_curves(at_step(self.runs, length)))
             there = {
-                r: k for k, o in enumerate(optima) if (r := base.rank_of(o)) and _lowest(o) <= loss
+                r: k for k, o in enumerate(optima) if (r := base.rank_of(o)) and lowest(o) <= loss
             }
             if there.keys() - found.keys():
                 twice = next((s for s in seen if s >= 2 * length), seen[-1])
@@ -154,7 +153,7 @@ class Arms(base.TwoArms):
         for rank, o in self.lora.items():
             row = runs_of(self.runs, o.curve).iloc[0]
             operations = exactly(flops_ratio(json.loads(row["spec"]), int(row["n_trainable"])))
-            seconds = _ratio_of_times(self.seconds("lora", rank), self.seconds("fullft"))
+            seconds = ratio_of_times(self.seconds("lora", rank), self.seconds("fullft"))
             steps = rho(goal, reached[rank].points, pooled)  # LoRA's over full fine-tuning's
             found[rank] = {
                 "flops_per_step": operations,
@@ -168,8 +167,7 @@ class Arms(base.TwoArms):
     @property
     def ends(self) -> list[Optimum]:
         """Full fine-tuning's optimum at the goal, and the highest rank's where it reaches it."""
-        aim = self.goal[0]
-        return [*([aim] if aim else []), self.reached[self.top].optimum]
+        return [o for o in (self.goal[0], self.reached[self.top].optimum) if o is not None]
 
     @property
     def seeds(self) -> int:
@@ -178,11 +176,8 @@ class Arms(base.TwoArms):
     def gates_to_loss(self) -> list[Gate]:
         """List the gates of the costs to the common loss."""
         aim, goal = self.goal
-        gates = (
-            base.gates_on_speed(self.ends)
-            if aim
-            else base.missing("full fine-tuning's shorter runs")
-        )
+        shorter = "full fine-tuning's shorter runs"
+        gates = base.gates_on_speed(self.ends) if aim else base.missing(shorter)
         highest = self.reached[self.top].points.best
         both = highest.keys() & goal.best.keys()
         if any(highest[s][-1][1] > goal.best[s][-1][1] for s in both):
@@ -191,22 +186,12 @@ class Arms(base.TwoArms):
 
     def gates_on_time(self) -> list[Gate]:
         """Return a gate if an arm's update times vary too much to reflect only the method."""
-        arms = [self.seconds("fullft"), self.seconds("lora", self.top)]
-        apart = [float(np.quantile(v, 0.9) / np.quantile(v, 0.1)) for v in arms if v]
-        most = max(apart, default=1.0)
+        arms = [v for v in (self.seconds("fullft"), self.seconds("lora", self.top)) if v]
+        most = max((float(np.quantile(v, 0.9) / np.quantile(v, 0.1)) for v in arms), default=1.0)
         return [] if most <= QUIET else [Gate(GateCode.BUSY, f"{most:.2g}")]
 
 
-def _lowest(o: Optimum) -> float:
-    """Return the loss at a curve's optimum; without one, the lowest mean at a usable LR."""
-    if o.best_nll is not None:
-        return o.best_nll
-    c = o.curve
-    means = (float(np.mean(c.y[c.usable & (c.x == x)])) for x in set(c.x[c.usable]))
-    return min(means, default=np.inf)
-
-
-def _ratio_of_times(a: list[float], b: list[float]) -> Estimate:
+def ratio_of_times(a: list[float], b: list[float]) -> Estimate:
     """Return the ratio of two arms' 10% quantiles of time, bootstrapped over runs."""
     if len(a) < MIN_RUNS or len(b) < MIN_RUNS:
         return base.UNKNOWN
@@ -238,45 +223,37 @@ def conditions(table: pd.DataFrame) -> list[Arms]:
 def sections(found: Sequence[Arms], asked: base.Asked) -> list[base.Section]:
     """Return the costs by rank, and their figure."""
     (c,) = found
-    head = ["rank", "operations per update", "seconds per update [95%]"]
-    head += ["optimal LR to FullFT's loss [95%]", "of runs of", "updates to it [95%]"]
-    rows = [[*head, "operations to it [95%]", "seconds to it [95%]"]]
+    head = (
+        "rank | operations per update | seconds per update [95%] | optimal LR to FullFT's loss "
+        "[95%] | of runs of | updates to it [95%] | operations to it [95%] | seconds to it [95%]"
+    )
+    rows = []
     for rank, cost in c.costs.items():
         reached = c.reached[rank]
-        operations, seconds = number(cost["flops_per_step"].value), cost["seconds_per_step"]
-        shown = [with_interval(cost[k]) for k in ("steps", "flops_to_loss", "seconds_to_loss")]
-        lr = with_interval(reached.optimum.best_lr, rate)
-        rows.append(
-            [str(rank), operations, with_interval(seconds), lr, str(reached.length), *shown]
-        )
-    text = (
+        lr, length = with_interval(reached.optimum.best_lr, rate), reached.length
+        to_loss = [cost[k] for k in ("steps", "flops_to_loss", "seconds_to_loss")]
+        operations = cost["flops_per_step"].value
+        rows.append([rank, operations, cost["seconds_per_step"], lr, length, *to_loss])
+    text = [
         f"The claims are judged at rank {c.top}. The loss to be reached is full fine-tuning's "
         f"after {c.short} updates; if a rank does not reach it, the lowest loss that both reach. "
         "Each method uses the learning rate that is optimal for runs of the length at which it "
         "reaches that loss. Peak memory is measured in the benchmark and compared with the plan's "
-        "estimate."
-    )
+        "estimate.",
+        *([c.note] if c.note else []),
+    ]
     names = {
         "flops_per_step": "operations per update",
         "seconds_per_step": "seconds per update",
         "flops_to_loss": "operations to FullFT's loss",
         "seconds_to_loss": "seconds to FullFT's loss",
     }
-    ranks = sorted(c.costs)
-    panel = base.Panel(
-        title(c.reached[c.top].optimum.curve, length=False),
-        "rank",
-        "LoRA / FullFT",
-        [base.Series.of(name, ranks, [c.costs[r][k] for r in ranks]) for k, name in names.items()],
-        log_x=True,
-        log_y=True,
-        band=(0.6, 0.75),
-        ticks=[(r, str(r)) for r in ranks],
-        lines={"equal": 1.0},
-    )
-    notes = [text, c.note] if c.note else [text]
+    heading = title(c.reached[c.top].optimum.curve, length=False)
+    lines = {name: {r: c.costs[r][k] for r in sorted(c.costs)} for k, name in names.items()}
+    look = {"log_y": True, "band": (0.6, 0.75), "lines": {"equal": 1.0}}
+    panel = base.panel_over("rank", heading, "LoRA / FullFT", lines, **look)
     caption = "operations and seconds, LoRA over full fine-tuning"
-    return [base.Section("Compute", rows, notes, "compute.png", [panel], caption)]
+    return [base.Section("Compute", base.table(head, rows), text, "compute.png", [panel], caption)]
 
 
 def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
@@ -286,39 +263,26 @@ def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
     return {"compute": costs, "lengths": {str(rank): r.length for rank, r in c.reached.items()}}
 
 
-def _to_loss(c: Arms) -> str:
-    return f"rank {c.top}, the loss of full fine-tuning after {c.short} of {c.last} updates"
+def _cost(
+    name: str, gates: Callable[[Arms], Sequence[Gate]], place: str = ""
+) -> base.Estimand[Arms]:
+    """Return a cost of the highest rank relative to full fine-tuning's."""
+    return base.Estimand(
+        name,
+        lambda c: c.costs[c.top][name],
+        gates,
+        log=True,
+        read=lambda c: f"rank {c.top}" + place.format(c),
+    )
 
 
+TO_LOSS = ", the loss of full fine-tuning after {0.short} of {0.last} updates"
 QUESTION = base.Question[Arms](
     estimands=[
-        base.Estimand(
-            "flops_per_step",
-            lambda c: c.costs[c.top]["flops_per_step"],
-            log=True,
-            read=lambda c: f"rank {c.top}",
-        ),
-        base.Estimand(
-            "seconds_per_step",
-            lambda c: c.costs[c.top]["seconds_per_step"],
-            Arms.gates_on_time,
-            log=True,
-            read=lambda c: f"rank {c.top}",
-        ),
-        base.Estimand(
-            "flops_to_loss",
-            lambda c: c.costs[c.top]["flops_to_loss"],
-            Arms.gates_to_loss,
-            log=True,
-            read=_to_loss,
-        ),
-        base.Estimand(
-            "seconds_to_loss",
-            lambda c: c.costs[c.top]["seconds_to_loss"],
-            lambda c: c.gates_to_loss() + c.gates_on_time(),
-            log=True,
-            read=_to_loss,
-        ),
+        _cost("flops_per_step", lambda c: []),
+        _cost("seconds_per_step", Arms.gates_on_time),
+        _cost("flops_to_loss", Arms.gates_to_loss, TO_LOSS),
+        _cost("seconds_to_loss", lambda c: c.gates_to_loss() + c.gates_on_time(), TO_LOSS),
     ],
     conditions=conditions,
     sections=sections,

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, number, rate, signed, with_interval
-from analysis.inference.gates import Gate
+from analysis.inference.estimate import Estimate, rate, signed, with_interval
 from analysis.measures.at_best import over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import ALLOWED, Gap, gaps_of
@@ -32,6 +31,8 @@ READINGS = {
     "shared": "the whole rank, one factor shared",
     "divided_alpha": "rank / active experts, alpha divided too",
 }
+BOTH = ("active", "whole")
+"""Readings whose comparison shows what dividing the rank loses."""
 MATRICES = 3
 """Of an expert: gate, up and down. Each has one side of the hidden size."""
 
@@ -82,15 +83,23 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
     """Sort every model and data set's curves by reading.
 
     Raises:
-        TableError: two curves have one reading.
+        TableError: two curves have one reading, or a curve has no experts.
     """
-    optima, found = fit_all(lr_curves(table)), []
-    for group in dict.fromkeys(o.curve.group for o in optima):
-        mine = [o for o in optima if o.curve.group == group]
+    found = []
+    for group, mine in base.by_group(fit_all(lr_curves(table))).items():
         full = base.full_of([o for o in mine if o.curve.key.get("scope") != "matrices"])
         lora: dict[str, Optimum] = {}
         for o in base.lora_of(mine):
-            reading = _reading(o)
+            key = o.curve.key
+            if key.get("expert_rank") not in ("active", "all", "whole"):
+                raise TableError(
+                    f"{group}: {o.curve.name} does not tell the rank of its experts (column "
+                    "expert_rank: active, all or whole). Ask this of a model with experts, and of "
+                    "its MLP."
+                )
+            reading = "shared" if key["expert_outer"] == "shared" else str(key["expert_rank"])
+            if key["expert_alpha"] != key["alpha"]:
+                reading = "divided_alpha"
             if reading in lora:
                 raise TableError(
                     f"{group}: two curves of the reading {READINGS[reading]!r}. Compare one rank, "
@@ -100,18 +109,6 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
         runs = pd.concat([runs_of(table, o.curve) for o in mine])
         found.append(Experts(group, runs, mine, full, {r: lora[r] for r in READINGS if r in lora}))
     return found
-
-
-def _reading(o: Optimum) -> str:
-    key = o.curve.key
-    if key.get("expert_rank") not in ("active", "all", "whole"):
-        raise TableError(
-            f"{o.curve.group}: {o.curve.name} does not tell the rank of its experts (column "
-            "expert_rank: active, all or whole). Ask this of a model with experts, and of its MLP."
-        )
-    if key["expert_alpha"] != key["alpha"]:
-        return "divided_alpha"
-    return "shared" if key["expert_outer"] == "shared" else str(key["expert_rank"])
 
 
 # ---------------------------------------------------------------- estimands
@@ -135,11 +132,6 @@ def _dividing(c: Experts) -> Estimate | None:
     return over_seeds(lost.paired(divided.gain, lambda nats, gain: nats - ALLOWED * gain))
 
 
-def _gates_on_dividing(c: Experts) -> list[Gate]:
-    both = [base.gates_on_gap(c.gaps[r]) for r in ("active", "whole")]
-    return list(dict.fromkeys(gate for gates in both for gate in gates))
-
-
 def _ratio(
     name: str, reading: str, other: Callable[[Experts], Optimum | None]
 ) -> base.Estimand[Experts]:
@@ -158,40 +150,44 @@ def _ratio(
 
 def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
     """Return for each model and data set the readings, what they train, and token counts."""
-    return [s for c in found for s in (_readings(c), _counts(c), _tokens(c))]
-
-
-def _readings(c: Experts) -> base.Section:
-    head = ["reading", "trained parameters", "load", "best LR [95%]", "ratio to FullFT's [95%]"]
-    rows: base.Rows = [[*head, "gap (nats) [95%]", "regret, % of the gain [95%]"]]
-    for reading, o in c.readings.items():
-        gap = c.gaps.get(reading)
-        trained = runs_of(c.runs, o.curve)["n_trainable"].mean()
-        load, lr = number(gap.load if gap else None), with_interval(o.best_lr, rate)
-        ratio = with_interval(c.ratio(reading, c.whole) or base.UNKNOWN)
-        nats = with_interval(gap.mean(), signed) if gap else "-"
-        percent = with_interval(gap.percent()) if gap else "-"
-        rows.append([READINGS[reading], f"{trained:,.0f}", load, lr, ratio, nats, percent])
-    regrets = [g.percent() for g in c.gaps.values()]
-    ticks = [(float(k), textwrap.fill(READINGS[r], 15)) for k, r in enumerate(c.gaps)]
-    series = [base.Series.of("", range(len(regrets)), regrets, style="o", colour=1)]
-    heading, band = "each at its optimal LR", (-100 * ALLOWED, 100 * ALLOWED)
-    panel = base.Panel(heading, "", "regret, % of FullFT's gain", series, band=band, ticks=ticks)
-    text = ["Load: bits of what is new over 2 bits for each trained parameter, where it is known."]
-    return base.Section(
-        f"Readings of the rank, {c.name}",
-        rows,
-        text,
-        "readings.png" if c.gaps else "",
-        [panel] if c.gaps else [],
-        "regret of each reading of the rank",
-    )
+    out = []
+    for c in found:
+        rows: list[list[Any]] = []
+        for reading, o in c.readings.items():
+            gap, trained = c.gaps.get(reading), runs_of(c.runs, o.curve)["n_trainable"].mean()
+            lr, ratio = with_interval(o.best_lr, rate), c.ratio(reading, c.whole)
+            regret = [with_interval(gap.mean(), signed), gap.percent()] if gap else [None, None]
+            load = gap.load if gap else None
+            rows.append([READINGS[reading], f"{trained:,.0f}", load, lr, ratio, *regret])
+        regrets = {textwrap.fill(READINGS[r], 15): g.percent() for r, g in c.gaps.items()}
+        y, band = "regret, % of FullFT's gain", (-100 * ALLOWED, 100 * ALLOWED)
+        panels = [base.panel_of("each at its optimal LR", y, regrets, band)] if c.gaps else []
+        head = (
+            "reading | trained parameters | load | best LR [95%] | ratio to FullFT's [95%] | "
+            "gap (nats) [95%] | regret, % of the gain [95%]"
+        )
+        text = [
+            "Load: bits of what is new over 2 bits for each trained parameter, where it is known."
+        ]
+        title, caption = f"Readings of the rank, {c.name}", "regret of each reading of the rank"
+        figure = "readings.png" if c.gaps else ""
+        out.append(base.Section(title, base.table(head, rows), text, figure, panels, caption))
+        out.append(_counts(c))
+        rows = []
+        for name, o in (("full fine-tuning", c.whole), *c.readings.items()):
+            for layer, shares in enumerate([] if o is None else c.token_shares(o)):
+                three = (f"{v:.1%}" for v in (min(shares), max(shares), 1 / len(shares)))
+                rows.append([READINGS.get(name, name), layer, *three])
+        head = "curve | layer | fewest tokens per expert | most | if all were equal"
+        text = ["Shares of a layer's training tokens, mean over the runs of a curve."]
+        out.append(base.Section("Tokens per expert", base.table(head, rows) if rows else [], text))
+    return out
 
 
 def _counts(c: Experts) -> base.Section:
     """Count what is trained in the experts, and in a dense MLP as wide as the active ones."""
-    head = ["reading", "rank of an expert", "trained in the experts", "per weight"]
-    rows: base.Rows = [[*head, "that a token uses"]]
+    head = "reading | rank of an expert | trained in the experts | per weight | that a token uses"
+    rows: list[list[Any]] = []
     for reading, o in c.readings.items():
         model, method = c.settings(o)
         h, i, layers = model["hidden_size"], model["mlp_size"], model["n_layers"]
@@ -202,30 +198,16 @@ def _counts(c: Experts) -> base.Section:
         own = o.curve.key["expert_outer"] == "own"
         whole, used = (per_rank * (count * i + (count if own else 1) * h) for count in (n, k))
         weights = layers * MATRICES * h * i
-        ratio = number(whole / (n * weights))
-        rows.append([READINGS[reading], str(rank), f"{whole:,}", ratio, f"{used:,}"])
+        rows.append([READINGS[reading], rank, f"{whole:,}", whole / (n * weights), f"{used:,}"])
     if c.readings:
         dense = layers * MATRICES * int(method["rank"]) * (h + k * i)
-        ratio = number(dense / (k * weights))
         name = "a dense MLP as wide as the active experts"
-        rows.append([name, str(method["rank"]), f"{dense:,}", ratio, f"{dense:,}"])
+        rows.append([name, method["rank"], f"{dense:,}", dense / (k * weights), f"{dense:,}"])
     text = [
         "Per weight: trained parameters over the weights of the experts. The study divides the "
         "rank to have the same ratio as in dense models."
     ]
-    return base.Section("What is trained in the experts", rows, text)
-
-
-def _tokens(c: Experts) -> base.Section:
-    """Show how unevenly tokens are spread over experts, whose adapters they train."""
-    rows: base.Rows = [["curve", "layer", "fewest tokens per expert", "most", "if all were equal"]]
-    named = [("full fine-tuning", c.whole), *((READINGS[r], o) for r, o in c.readings.items())]
-    for name, o in named:
-        for layer, shares in enumerate([] if o is None else c.token_shares(o)):
-            low, high, equal = (f"{v:.1%}" for v in (min(shares), max(shares), 1 / len(shares)))
-            rows.append([name, str(layer), low, high, equal])
-    text = ["Shares of a layer's training tokens, mean over the runs of a curve."]
-    return base.Section("Tokens per expert", rows if len(rows) > 1 else [], text)
+    return base.Section("What is trained in the experts", base.table(head, rows), text)
 
 
 def measures(found: Sequence[Experts], asked: base.Asked) -> dict[str, Any]:
@@ -254,8 +236,8 @@ QUESTION = base.Question[Experts](
         base.Estimand(
             "divided_over_allowed",
             _dividing,
-            _gates_on_dividing,
-            absent=lambda c: c.absent("active", "whole"),
+            lambda c: list(dict.fromkeys(g for r in BOTH for g in base.gates_on_gap(c.gaps[r]))),
+            absent=lambda c: c.absent(*BOTH),
         ),
         _ratio("lr_ratio", "active", lambda c: c.whole),
         _ratio("rate_of_whole", "whole", lambda c: c.readings.get("active")),

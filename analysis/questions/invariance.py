@@ -40,48 +40,35 @@ class Twins:
         """Largest difference of each true pair's held-out NLL at any step, in nats."""
         self.broken: dict[str, float] = {}
         """The same by what breaks the symmetry, over its pairs."""
-        self.rows: base.Rows = [
-            ["one", "other", "what acts", "should be", "largest difference (nats)"]
-        ]
+        self.rows: list[list[str]] = []
         self.series: list[base.Series] = []
         learned = by_run(proofs)
         keys = [str(twin_key(r)) for _, r in proofs.iterrows()]
-        for _, part in proofs.groupby(keys) if len(proofs) else ():
-            for (_, a), (_, b) in itertools.combinations(part.iterrows(), 2):
-                if (acts := _acting(a, b)) is not None:
-                    x, y = (learned[r.name]["test_nll"].to_numpy() for r in (a, b))
-                    steps = learned[a.name]["step"].tolist()
-                    self._add(a, b, acts, steps, np.abs(x - y), a["seed"] == proofs["seed"].min())
-
-    def _add(
-        self,
-        a: pd.Series,
-        b: pd.Series,
-        acts: str,
-        steps: list[int],
-        off: np.ndarray,
-        shown: bool,
-    ) -> None:
-        one, most = acts == "nothing", float(off.max())
-        if one:
-            self.held.append(most)
-        else:
-            self.broken[acts] = max(self.broken.get(acts, 0.0), most)
-        if shown:
-            expected = "equal" if one else "different"
-            self.rows.append([_settings(a), _settings(b), acts, expected, f"{most:.2g}"])
-            label, colour = ("", "grey") if one else (acts, None)
-            self.series.append(base.Series(label, steps[1:], off[1:].tolist(), colour=colour))
-
-    @property
-    def largest(self) -> Estimate | None:
-        """The largest difference of true twins."""
-        return exactly(max(self.held), len(self.held)) if self.held else None
-
-    @property
-    def smallest_broken(self) -> Estimate | None:
-        """The smallest difference over the ways of breaking the symmetry."""
-        return exactly(min(self.broken.values()), len(self.broken)) if self.broken else None
+        pairs = [
+            pair
+            for _, part in (proofs.groupby(keys) if len(proofs) else ())
+            for pair in itertools.combinations((r for _, r in part.iterrows()), 2)
+        ]
+        for a, b in pairs:
+            if (acts := broken_by(a, b)) is None:
+                continue
+            off = np.abs(np.subtract(*(learned[r.name]["test_nll"].to_numpy() for r in (a, b))))
+            one, most = acts == "nothing", float(off.max())
+            if one:
+                self.held.append(most)
+            else:
+                self.broken[acts] = max(self.broken.get(acts, 0.0), most)
+            if a["seed"] == proofs["seed"].min():
+                settings = [
+                    f"alpha {r['alpha']:g}, init {r['init_scale']:g}, LR_A {r['lr']:g}, "
+                    f"LR_B {r['lr'] * r['lr_b_ratio']:g}, eps {r['eps']:g}"
+                    for r in (a, b)
+                ]
+                expected = "equal" if one else "different"
+                self.rows.append([*settings, acts, expected, f"{most:.2g}"])
+                label, colour = ("", "grey") if one else (acts, None)
+                steps = learned[a.name]["step"].tolist()[1:]
+                self.series.append(base.Series(label, steps, off[1:].tolist(), colour=colour))
 
 
 def twin_key(row: pd.Series) -> tuple[float, ...]:
@@ -95,7 +82,7 @@ def twin_key(row: pd.Series) -> tuple[float, ...]:
     return tuple(float(f"{v:.9g}") for v in shared)
 
 
-def _acting(a: pd.Series, b: pd.Series) -> str | None:
+def broken_by(a: pd.Series, b: pd.Series) -> str | None:
     """Return what breaks the symmetry of two runs: 'nothing', 'eps', 'decay' or 'clipping'.
 
     None if the two are not a pair.
@@ -103,23 +90,15 @@ def _acting(a: pd.Series, b: pd.Series) -> str | None:
     clip = [None if pd.isna(r["clip_norm"]) else r["clip_norm"] for r in (a, b)]
     if a["weight_decay"] != b["weight_decay"] or clip[0] != clip[1]:
         return None
-    if a["weight_decay"]:
-        return "decay" if a["eps"] == b["eps"] else None
-    if clip[0] is not None:
-        return "clipping" if a["eps"] == b["eps"] else None
+    same_eps = a["eps"] == b["eps"]
+    if a["weight_decay"] or clip[0] is not None:
+        return ("decay" if a["weight_decay"] else "clipping") if same_eps else None
     p = b["init_scale"] / a["init_scale"]
     q = p * b["lr_b_ratio"] / a["lr_b_ratio"]
     tiny = max(a["eps"], b["eps"]) < 1e-20
     if tiny or (math.isclose(p, q) and math.isclose(a["eps"], b["eps"] * p)):
         return "nothing"
-    return "eps" if a["eps"] == b["eps"] else None
-
-
-def _settings(row: pd.Series) -> str:
-    return (
-        f"alpha {row['alpha']:g}, init {row['init_scale']:g}, LR_A {row['lr']:g}, "
-        f"LR_B {row['lr'] * row['lr_b_ratio']:g}, eps {row['eps']:g}"
-    )
+    return "eps" if same_eps else None
 
 
 class Settings(base.Condition):
@@ -180,43 +159,31 @@ def sections(found: Sequence[Settings], asked: base.Asked) -> list[base.Section]
         linear_below=LAST_BITS,
     )
     caption = "difference of twins' held-out loss over the run"
-    twins = base.Section("Twins", c.twins.rows, [text], "twins.png", [panel], caption)
-    rows: base.Rows = []
+    head = "one | other | what acts | should be | largest difference (nats)"
+    rows = base.table(head, c.twins.rows)
+    twins = base.Section("Twins", rows, [text], "twins.png", [panel], caption)
+    each = [(rule, o) for rule, of_rule in c.rules.items() for o in of_rule]
+    rows = base.table(
+        "scaling | rank | best LR [95%] | best NLL",
+        [
+            [RULES[r], base.rank_of(o), with_interval(o.best_lr, rate), number(o.best_nll, 5)]
+            for r, o in each
+        ],
+    )
+    slopes = [
+        f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}."
+        for r, e in c.drifts.items()
+    ]
+    lrs = {RULES[r]: {base.rank_of(o): o.best_lr for o in v} for r, v in c.rules.items()}
+    panel = base.panel_over("rank", "optimal LR by rank", "best LoRA LR", lrs, log_y=True)
+    caption = "optimal LR by rank and scaling rule"
+    rules = base.Section("Scaling rules", rows, slopes, "rules.png", [panel], caption)
+    rows = []
     if c.starts is not None and c.start_gap is not None:
         rows = [["random", "best LR [95%]", "best NLL", "gap [95%]"]]
         for name, o, gap in zip("AB", c.starts, ["-", with_interval(c.start_gap, signed)]):
             rows.append([name, with_interval(o.best_lr, rate), number(o.best_nll, 5), gap])
-    return [twins, _rules(c), base.Section("B random instead of A", rows)]
-
-
-def _rules(c: Settings) -> base.Section:
-    rows = [["scaling", "rank", "best LR [95%]", "best NLL"]]
-    for rule, o in ((rule, o) for rule, found in c.rules.items() for o in found):
-        lr = with_interval(o.best_lr, rate)
-        rows.append([RULES[rule], str(base.rank_of(o)), lr, number(o.best_nll, 5)])
-    text = [
-        f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}."
-        for r, e in c.drifts.items()
-    ]
-    panel = base.Panel(
-        "optimal LR by rank",
-        "rank",
-        "best LoRA LR",
-        [
-            base.Series.of(
-                RULES[r], [o.curve.key["rank"] for o in found], [o.best_lr for o in found]
-            )
-            for r, found in c.rules.items()
-        ],
-        log_x=True,
-        log_y=True,
-        ticks=[
-            (float(k), str(k))
-            for k in sorted({base.rank_of(o) for v in c.rules.values() for o in v})
-        ],
-    )
-    caption = "optimal LR by rank and scaling rule"
-    return base.Section("Scaling rules", rows, text, "rules.png", [panel], caption)
+    return [twins, rules, base.Section("B random instead of A", rows)]
 
 
 def measures(found: Sequence[Settings], asked: base.Asked) -> dict[str, Any]:
@@ -237,9 +204,15 @@ def _drift(name: str, rule: str) -> base.Estimand[Settings]:
 
 QUESTION = base.Question[Settings](
     estimands=[
-        base.Estimand("twin_difference", lambda c: c.twins.largest, absent="twins"),
         base.Estimand(
-            "broken_difference", lambda c: c.twins.smallest_broken, absent="broken twins"
+            "twin_difference",
+            lambda c: exactly(max(c.twins.held), len(c.twins.held)) if c.twins.held else None,
+            absent="twins",
+        ),
+        base.Estimand(
+            "broken_difference",
+            lambda c: exactly(min(by.values()), len(by)) if (by := c.twins.broken) else None,
+            absent="broken twins",
         ),
         _drift("drift_alpha_over_rank", "rank"),
         _drift("drift_alpha_over_root", "sqrt_rank"),

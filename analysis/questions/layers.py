@@ -6,6 +6,7 @@ and so do claims about all tasks. Full fine-tuning of the same matrices shows wh
 order comes from the location.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, exp_of, number, signed, with_interval
+from analysis.inference.estimate import Estimate, exp_of, number, signed
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import within_groups
 from analysis.inference.seeds import PooledVariance
-from analysis.measures.at_best import AtBest, is_finite, losses_at_best, over_seeds, pooled_over
+from analysis.measures.at_best import (
+    AtBest,
+    is_finite,
+    losses_at_best,
+    mean_of,
+    over_seeds,
+    pooled_over,
+)
 from analysis.measures.qualify import stalled
 from analysis.measures.regret import Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, rho
@@ -195,24 +203,18 @@ class AllTasks(base.Condition):
         for t in (t for t in self.tasks if t.pairs and t.whole):
             equal, joint = (p.arms for p in t.pairs)
             arms = [a for a in (*equal, joint[1]) if a.share]
-            speeds = [_mean_log(log_rho(a.points, t.whole.points).best) for a in arms]
-            found.append([(math.log(a.share), v) for a, v in zip(arms, speeds) if v is not None])
+            speeds = [log_rho(a.points, t.whole.points) for a in arms]
+            known = [(math.log(a.share), mean_of(v)) for a, v in zip(arms, speeds) if is_finite(v)]
+            found.append(known)
         return within_groups(found, "layer sets over all tasks")
 
     def gates_on_trace(self) -> list[Gate]:
         """List what forbids a verdict about the correlation."""
-        trace, gates = self.trace(), []
-        if trace.value is None:
-            why = f"{trace.n} layer sets over all tasks are too few to correlate"
-            gates = [Gate(GateCode.TASK, why)]
+        trace, why = self.trace(), "layer sets over all tasks are too few to correlate"
+        gates = [Gate(GateCode.TASK, f"{trace.n} {why}")] if trace.value is None else []
         for t in self.tasks:
             gates += t.named(t.gates_on_rho(t.rests, t.ratios))
         return gates
-
-
-def _mean_log(logs: dict[int, float]) -> float | None:
-    known = [v for v in logs.values() if math.isfinite(v)]
-    return float(np.mean(known)) if known and len(known) == len(logs) else None
 
 
 def equal_pair(adapted: Sequence[Arm]) -> tuple[Arm, Arm] | None:
@@ -233,22 +235,21 @@ def equal_pair(adapted: Sequence[Arm]) -> tuple[Arm, Arm] | None:
 def conditions(table: pd.DataFrame) -> list[Task | AllTasks]:
     """Split a table into tasks and arms, and join all tasks."""
     optima = fit_all(lr_curves(table))
-    points, losses = curves_at_best(table, optima), losses_at_best(optima)
-    shares = _gradient_shares(table)
+    points = dict(zip(map(id, optima), curves_at_best(table, optima)))
+    losses = dict(zip(map(id, optima), losses_at_best(optima)))
+    shares = gradient_shares(table)
     tasks = []
-    for group in dict.fromkeys(o.curve.group for o in optima):
+    for group, curves in base.by_group(optima).items():
         whole, start = None, {}
         restricted: list[Arm] = []
         adapted: list[Arm] = []
-        for o, p, ends in zip(optima, points, losses):
-            if o.curve.group != group:
-                continue
+        for o in curves:
             key, share = o.curve.key, shares.get(group, {})
             layers = EVERY_LAYER if key["layers"] == "all" else str(key["layers"])
             total = sum(share.get(s, math.nan) for s in layers.split("+")) if share else None
             runs, is_full = runs_of(table, o.curve), key["method"] == "fullft"
             rank, n = None if is_full else int(key["rank"]), int(runs["n_trainable"].iloc[0])
-            arm = Arm(o, layers, rank, n, p, ends, total)
+            arm = Arm(o, layers, rank, n, points[id(o)], losses[id(o)], total)
             if is_full and key.get("scope") == "all":
                 whole, start = arm, starts_of(runs)
             else:
@@ -262,7 +263,7 @@ def conditions(table: pd.DataFrame) -> list[Task | AllTasks]:
     ]
 
 
-def _gradient_shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+def gradient_shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Return the share of the squared gradient at step 0 by group and layer set.
 
     A mean over full fine-tuning's runs.
@@ -283,23 +284,7 @@ def _gradient_shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
     """Return the comparisons over tasks, every task's arms, and their figure."""
-    caption = "step efficiency by layer set and task"
-    panels = [_panel(t) for t in tasks]
-    figure = base.Section("Layer sets", figure="layers.png", panels=panels, caption=caption)
-    return [_over_tasks(tasks), *(_arms(t) for t in tasks), figure]
-
-
-def _over_tasks(tasks: Sequence[Task]) -> base.Section:
-    rows = [
-        [
-            "task",
-            "rho attention / rho mlp, equal parameters [95%]",
-            "rho mlp / rho attention+mlp, equal rank [95%]",
-            "attention's loss less mlp's, % of FullFT's gain [95%]",
-            "mlp's loss less attention+mlp's, % [95%]",
-            "the same order under full fine-tuning of the matrices",
-        ]
-    ]
+    rows = []
     for t in (t for t in tasks if t.pairs):
         nll = {a.layers: a.nll for a in t.restricted}
         attention, mlp, same = nll.get("attention"), nll.get("mlp"), "-"
@@ -307,30 +292,35 @@ def _over_tasks(tasks: Sequence[Task]) -> base.Section:
         if attention is not None and mlp is not None and speed is not None:
             agrees = "yes" if (attention > mlp) == (speed < 1) else "no"
             same = f"{agrees}: attention {signed(attention - mlp)} nats against mlp"
-        shown = [*t.ratios, *(p.gap.percent() for p in t.pairs)]
-        rows.append([t.name, *map(with_interval, shown), same])
+        rows.append([t.name, *t.ratios, *(p.gap.percent() for p in t.pairs), same])
+    head = (
+        "task | rho attention / rho mlp, equal parameters [95%] | rho mlp / rho attention+mlp, "
+        "equal rank [95%] | attention's loss less mlp's, % of FullFT's gain [95%] | mlp's loss "
+        "less attention+mlp's, % [95%] | the same order under full fine-tuning of the matrices"
+    )
     text = "A claim about all tasks is judged by the task that is worst for it."
-    return base.Section("Over the tasks", rows, [text])
-
-
-def _arms(t: Task) -> base.Section:
-    head = ["arm", "trained parameters", "rho [95%]", "best NLL", "gap to FullFT (nats)"]
-    rows: base.Rows = [[*head, "share of the squared gradient"]]
-    for a in t.arms:
-        speed, gap = "-", None
-        if t.whole is not None and a is not t.whole:
-            speed = with_interval(t.speed(a))
-            gap = None if a.nll is None or t.whole.nll is None else a.nll - t.whole.nll
-        name = f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
-        name = "full fine-tuning" if a is t.whole else name
-        n, share = f"{a.n_trainable:,}", number(a.share)
-        rows.append([name, n, speed, number(a.nll, 5), signed(gap), share])
-    return base.Section(t.name, rows)
+    out = [base.Section("Over the tasks", base.table(head, rows), [text])]
+    head = "arm | trained parameters | rho [95%] | best NLL | gap to FullFT (nats)"
+    for t in tasks:
+        rows = []
+        for a in t.arms:
+            of_full, gap = None, None
+            if t.whole is not None and a is not t.whole:
+                of_full = t.speed(a)
+                gap = None if a.nll is None or t.whole.nll is None else a.nll - t.whole.nll
+            name = f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
+            name = "full fine-tuning" if a is t.whole else name
+            shown = [number(a.nll, 5), signed(gap), a.share]
+            rows.append([name, f"{a.n_trainable:,}", of_full, *shown])
+        out.append(
+            base.Section(t.name, base.table(f"{head} | share of the squared gradient", rows))
+        )
+    caption, panels = "step efficiency by layer set and task", [_panel(t) for t in tasks]
+    return [*out, base.Section("Layer sets", [], [], "layers.png", panels, caption)]
 
 
 def _panel(t: Task) -> base.Panel:
     here = [s for s in SETS if any(a.layers == s for a in (*t.adapted, *t.restricted))]
-    order = {s: k for k, s in enumerate(here)}
     highest = {a.layers: max(b.rank for b in t.adapted if b.layers == a.layers) for a in t.adapted}
     low = min((a.rank for a in t.adapted), default=0)
     raised = [a for a in t.adapted if a.rank == highest[a.layers] and a.rank > low]
@@ -341,11 +331,10 @@ def _panel(t: Task) -> base.Panel:
     }
     series = []
     for side, (label, arms) in enumerate(kinds.items()):
-        shown = [(order[a.layers], t.speed(a)) for a in arms if a.layers in order and t.whole]
-        shown = sorted(shown, key=lambda x: x[0])
-        apart = 0.16 * (side - 1)  # so that intervals do not cover each other
-        x, speeds = [k + apart for k, _ in shown], [e for _, e in shown]
-        series.append(base.Series.of(label, x, speeds, style="o"))
+        arms = sorted((a for a in arms if a.layers in here), key=lambda a: here.index(a.layers))
+        # Side by side, so that intervals do not cover each other.
+        x = [here.index(a.layers) + 0.16 * (side - 1) for a in arms if t.whole]
+        series.append(base.Series.of(label, x, [t.speed(a) for a in arms if t.whole], style="o"))
     short = [
         s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+")
         for s in here
@@ -375,10 +364,6 @@ def measures(tasks: Sequence[Task], asked: base.Asked) -> dict[str, Any]:
 # ---------------------------------------------------------------- estimands
 
 
-def _is_task(c: base.Condition) -> bool:
-    return isinstance(c, Task)
-
-
 def _is_all(c: base.Condition) -> bool:
     return isinstance(c, AllTasks)
 
@@ -390,20 +375,17 @@ def _speed(name: str, which: int) -> base.Estimand[Any]:
         lambda t: t.ratios[which] if t.pairs else None,
         lambda t: t.gates_on_rho(t.of_pair(which), t.ratios[which : which + 1]),
         ABSENT,
-        applies=_is_task,
+        applies=lambda c: isinstance(c, Task),
         seeds=lambda t: base.fewest_seeds(t.of_pair(which)),
     )
 
 
 def _loss(name: str, which: int) -> base.Estimand[Any]:
     """Return the gap in loss of a pair minus what is allowed."""
-    return base.Estimand(
-        name,
-        lambda t: t.pairs[which].gap.over_allowed() if t.pairs else None,
-        lambda t: t.gates_on_gap(which),
-        ABSENT,
-        applies=_is_task,
-        seeds=lambda t: base.fewest_seeds(t.of_pair(which)),
+    return dataclasses.replace(
+        _speed(name, which),
+        measure=lambda t: t.pairs[which].gap.over_allowed() if t.pairs else None,
+        gates=lambda t: t.gates_on_gap(which),
     )
 
 
@@ -422,9 +404,7 @@ def _everywhere(
         worst,
         lambda c: [g for t in c.tasks for g in t.named(each.gates(t))],
         applies=_is_all,
-        seeds=lambda c: base.fewest_seeds(
-            base.distinct(o for t in c.tasks for o in t.of_pair(which))
-        ),
+        seeds=lambda c: base.fewest_seeds([o for t in c.tasks for o in t.of_pair(which)]),
         each=each.name,
     )
 
@@ -439,10 +419,7 @@ QUESTION = base.Question[Any](
         _everywhere("attention_everywhere", 0, max, ATTENTION),
         _everywhere("mlp_everywhere", 1, min, MLP),
         base.Estimand(
-            "trace_correlation",
-            AllTasks.trace,
-            AllTasks.gates_on_trace,
-            applies=_is_all,
+            "trace_correlation", AllTasks.trace, AllTasks.gates_on_trace, applies=_is_all
         ),
     ],
     conditions=conditions,

@@ -186,8 +186,7 @@ def conditions(table: pd.DataFrame) -> list[Variant]:
     sizes = table["hidden_size"].fillna(0) if "hidden_size" in table else pd.Series(0, table.index)
     widths = dict(zip(table["model"], sizes.astype(int)))
     found = []
-    for group in dict.fromkeys(o.curve.group for o in optima):
-        mine = [o for o in optima if o.curve.group == group]
+    for group, mine in base.by_group(optima).items():
         full = [o for o in mine if o.curve.key["method"] == "fullft"]
         if len(full) > 1:
             raise TableError(
@@ -198,37 +197,9 @@ def conditions(table: pd.DataFrame) -> list[Variant]:
         for variant in variants:
             name = group if len(variants) == 1 else f"{group}; {variant}"
             arms = [*full, *(o for o in base.lora_of(mine) if o.curve.variant == variant)]
-            found.append(
-                Variant(name, table, arms, widths.get(arms[0].curve.key["model"], 0), points)
-            )
+            width = widths.get(arms[0].curve.key["model"], 0)
+            found.append(Variant(name, table, arms, width, points))
     return found
-
-
-def _laws(c: Variant) -> list[base.Section]:
-    head = ["law", "predicts", "inside the interval"]
-    rows = [[k, number(v), _inside(v, c.ratio)] for k, v in c.laws.items()]
-    title = f"Published laws of the ratio, {c.name}, alpha {c.alpha:g}"
-    return [base.Section(title, [head, *rows])] if c.high and rows else []
-
-
-def _inside(value: float, e: Estimate) -> str:
-    if e.value is None or e.low is None or e.high is None:
-        return "-"
-    return "yes" if e.low <= value <= e.high else "no"
-
-
-def _ratio_rows(found: Sequence[Variant]) -> base.Rows:
-    head = ["LoRA / FullFT", "model and data", "alpha", "ratio [95%]", "NLL gap", "rho [95%]"]
-    rows = [[*head, "regret of FullFT's LR", "regret of 10x FullFT's LR"]]
-    for r in (r for c in found for r in c.ratios):
-        shown = [with_interval(r.ratio), _gap(r.gap), with_interval(r.rho)]
-        regrets = [signed(r.regrets.get(rule)) for rule in RULES]
-        rows.append([r.name, r.group, f"{r.alpha:g}", *shown, *regrets])
-    return rows
-
-
-def _gap(e: Estimate) -> str:
-    return signed(e.value) + (f" [{signed(e.low)}, {signed(e.high)}]" if e.has_interval() else "")
 
 
 def _pooled(found: Sequence[Variant]) -> RandomEffects | None:
@@ -240,37 +211,51 @@ def _pooled(found: Sequence[Variant]) -> RandomEffects | None:
     return None if of_variants else pool_ratios([c.ratio for c in found if not c.missing])
 
 
-def _notes(found: Sequence[Variant]) -> list[str]:
+def sections(found: Sequence[Variant], asked: base.Asked) -> list[base.Section]:
+    """Return the published laws, and the table of ratios."""
     out = []
+    for c in (c for c in found if c.high and c.laws):
+        rows, known = [], c.ratio.value is not None and c.ratio.has_interval()
+        for law, value in c.laws.items():
+            inside = known and c.ratio.interval[0] <= value <= c.ratio.interval[1]
+            rows.append([law, value, "yes" if inside else "no" if known else "-"])
+        title = f"Published laws of the ratio, {c.name}, alpha {c.alpha:g}"
+        shown = base.table("law | predicts | inside the interval", rows)
+        out.append(base.Section(title, shown))
+    ratios: list[list[Any]] = []
+    for r in (r for c in found for r in c.ratios):
+        between = f" [{signed(r.gap.low)}, {signed(r.gap.high)}]" if r.gap.has_interval() else ""
+        regrets = [signed(r.regrets.get(rule)) for rule in RULES]
+        gap = signed(r.gap.value) + between
+        ratios.append([r.name, r.group, f"{r.alpha:g}", r.ratio, gap, r.rho, *regrets])
+    head = (
+        "LoRA / FullFT | model and data | alpha | ratio [95%] | NLL gap | rho [95%] | "
+        "regret of FullFT's LR | regret of 10x FullFT's LR"
+    )
+    notes = []
     for c in (c for c in found if not c.missing):
         tests, d = "", c.drift
         if d.p_slope is not None:
             tests = f" (no slope: p {d.p_slope:.2g}; all ranks equal: p {d.p_equal:.2g})"
         slope = with_interval(d.slope)
-        out.append(f"Drift of ln(best LR) per doubling of the rank, {c.name}: {slope}{tests}.")
+        notes.append(f"Drift of ln(best LR) per doubling of the rank, {c.name}: {slope}{tests}.")
     if (p := _pooled(found)) is not None:
         logs = (p.mean, p.low, p.high, p.tau, p.low_next, p.high_next)
         mean, low, high, between, low_next, high_next = (number(math.exp(v)) for v in logs)
-        out += [
+        notes += [
             "",
             f"Ratio pooled over {p.k} groups (random effects): {mean} [{low}, {high}]. Between "
             f"groups it varies by a factor {between}; the next group would lie in "
             f"[{low_next}, {high_next}].",
         ]
-    return [
-        *out,
+    notes += [
         "",
         "Gap: lowest LoRA NLL minus lowest full fine-tuning NLL, nats per token. It has an "
         "interval where two fresh seeds are paired, each arm interpolated to its optimal LR. "
         "Regret: NLL lost by a rule of thumb against the tuned LoRA LR. rho: full fine-tuning's "
         "updates to LoRA's loss over LoRA's updates.",
     ]
-
-
-def sections(found: Sequence[Variant], asked: base.Asked) -> list[base.Section]:
-    """Return the published laws, and the table of ratios."""
-    laws = [s for c in found for s in _laws(c)]
-    return [*laws, base.Section("LoRA against full fine-tuning", _ratio_rows(found), _notes(found))]
+    return [*out, base.Section("LoRA against full fine-tuning", base.table(head, ratios), notes)]
 
 
 def measures(found: Sequence[Variant], asked: base.Asked) -> dict[str, Any]:
@@ -282,24 +267,14 @@ def measures(found: Sequence[Variant], asked: base.Asked) -> dict[str, Any]:
         for r in c.ratios
     ]
     drifts = {
-        c.name: {
-            "slope": c.drift.slope.plain(),
-            "p_slope": c.drift.p_slope,
-            "p_equal": c.drift.p_equal,
-        }
+        c.name: {"slope": d.slope.plain(), "p_slope": d.p_slope, "p_equal": d.p_equal}
         for c in found
         if not c.missing
+        for d in [c.drift]
     }
     pooled = _pooled(found)
-    return {
-        "ratios": ratios,
-        "drift": drifts,
-        "pooled": None if pooled is None else dataclasses.asdict(pooled),
-    }
-
-
-def _rank(c: Variant) -> str:
-    return f"rank {c.top}"
+    pooled_plain = None if pooled is None else dataclasses.asdict(pooled)
+    return {"ratios": ratios, "drift": drifts, "pooled": pooled_plain}
 
 
 QUESTION = base.Question[Variant](
@@ -320,14 +295,14 @@ QUESTION = base.Question[Variant](
             Variant.gates_on_speed,
             log=True,
             seeds=lambda c: base.fewest_seeds(c.ends),
-            read=lambda c: f"{_rank(c)}, to update {read_to([c.points[id(o)] for o in c.ends])}",
+            read=lambda c: f"rank {c.top}, to update {read_to([c.points[id(o)] for o in c.ends])}",
         ),
         base.Estimand(
             "over_allowed_top_rank",
             lambda c: c.gaps[c.top].over_allowed(),
             lambda c: base.gates_on_gap(c.gaps[c.top]),
             seeds=lambda c: base.fewest_seeds(c.ends),
-            read=_rank,
+            read=lambda c: f"rank {c.top}",
         ),
         base.Estimand(
             "ten_times_regret",
@@ -337,7 +312,7 @@ QUESTION = base.Question[Variant](
             margin_gates=lambda c, margin: at_best.gates_on_cost(
                 c.by_rank[c.top], *c.at_ten_times, margin[1]
             ),
-            read=_rank,
+            read=lambda c: f"rank {c.top}",
         ),
     ],
     conditions=conditions,

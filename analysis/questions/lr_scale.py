@@ -7,7 +7,7 @@ models with equal loss before fine-tuning. Both sets are found from the table.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,25 +129,18 @@ def conditions(table: pd.DataFrame) -> list[Bases]:
     for lora in (o for o in base.lora_of(optima) if o.curve.group in full):
         row = models.loc[lora.curve.key["model"]]
         recipe = json.loads(row["spec"])["model"].get("recipe")
-        found.append(
-            Base(
-                lora.curve.key["model"],
-                int(row["hidden_size"]),
-                float(lora.curve.key["alpha"]),
-                float(recipe["steps"] * recipe["batch_size"] * recipe["length"])
-                if recipe
-                else None,
-                float(row.get("retain_start", math.nan)),
-                lora,
-                full[lora.curve.group],
-            )
-        )
+        size, alpha = int(row["hidden_size"]), float(lora.curve.key["alpha"])
+        tokens = None
+        if recipe:
+            tokens = float(recipe["steps"] * recipe["batch_size"] * recipe["length"])
+        nll, of_full = float(row.get("retain_start", math.nan)), full[lora.curve.group]
+        found.append(Base(lora.curve.key["model"], size, alpha, tokens, nll, lora, of_full))
     return [Bases(str(table["dataset"].iloc[0]), table, optima, found)]
 
 
-def elsewhere(models: Sequence[str], kept: Path | None) -> list[Elsewhere]:
-    """Return the ratios in kept results of `lr_ratio` about models other than `models`."""
-    found = []
+def elsewhere(bases: Sequence[Base], kept: Path | None) -> list[Elsewhere]:
+    """Return the ratios in kept results of `lr_ratio` about models other than these."""
+    found, models = [], {b.model for b in bases}
     for path in sorted(kept.glob("lr_ratio-*/results.json")) if kept else ():
         results = json.loads(path.read_text())
         widths = pd.read_parquet(path.parent / "table.parquet", columns=["model", "hidden_size"])
@@ -166,50 +159,41 @@ def elsewhere(models: Sequence[str], kept: Path | None) -> list[Elsewhere]:
 # ---------------------------------------------------------------- the report
 
 
-def _beyond(c: Bases, asked: base.Asked) -> list[Elsewhere]:
-    return elsewhere([b.model for b in c.bases], asked.kept)
-
-
 def sections(found: Sequence[Bases], asked: base.Asked) -> list[base.Section]:
     """Return the laws, the ratios they are fitted to, and other sweeps' ratios."""
     (c,) = found
-    beyond = _beyond(c, asked)
-    out = [_law_section(c.laws), _ratio_section(c.bases, beyond)]
-    if beyond:
-        head = ["not fitted", "hidden", "alpha", "ratio [95%]"]
-        rows = [[o.where, str(o.hidden), f"{o.alpha:g}", with_interval(o.ratio)] for o in beyond]
-        out.append(base.Section("Other sweeps' ratios, not fitted", [head, *rows]))
-    return out
-
-
-def _law_section(laws: dict[str, RatioLaw]) -> base.Section:
-    head = ["bases", "how many", "exponent of the hidden size [95%]", "of alpha [95%]"]
-    rows = [[*head, "bases with more than one alpha", "published laws, p-value"]]
-    for name, law in laws.items():
+    rows: list[list[Any]] = []
+    for name, law in c.laws.items():
         tests = "; ".join(f"{rival}: {number(p, 2)}" for rival, p in law.rivals.items()) or "-"
-        exponents = [with_interval(law.p), with_interval(law.q)]
-        rows.append([name, str(law.bases), *exponents, str(law.bases_q), tests])
+        rows.append([name, law.bases, law.p, law.q, law.bases_q, tests])
+    head = (
+        "bases | how many | exponent of the hidden size [95%] | of alpha [95%] | "
+        "bases with more than one alpha | published laws, p-value"
+    )
     text = (
         "ln ratio = a + p ln(hidden) + q ln(alpha). p is fitted at alpha 32 with one row per base; "
         "q within bases. Intervals are Student's over bases, with the variance of all bases "
         "together. A law with a p-value below 0.05 is rejected. A law that does not depend on "
         "alpha is tested by its p only; the level a is not tested."
     )
-    return base.Section("The law of the ratio", rows, [text])
-
-
-def _ratio_section(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> base.Section:
-    head = ["base", "hidden", "alpha", "base NLL", "pretraining tokens", "best FullFT LR"]
+    out = [base.Section("The law of the ratio", base.table(head, rows), [text])]
+    rows = []
+    for b in c.bases:
+        tokens = "-" if not b.tokens else f"{b.tokens:.2g}"
+        lrs = [with_interval(o.best_lr, rate) for o in (b.full, b.lora)]
+        settings = [b.model, b.hidden, f"{b.alpha:g}", number(b.base_nll, 4), tokens]
+        rows.append([*settings, *lrs, b.ratio, *rivals(b.hidden, b.alpha).values()])
+    head = "base | hidden | alpha | base NLL | pretraining tokens | best FullFT LR | best LoRA LR"
     laws = [name.partition(" (")[0] for name in rivals(64, 32.0)]
-    rows = [[*head, "best LoRA LR", "ratio [95%]", *laws]]
-    for c in bases:
-        tokens = "-" if not c.tokens else f"{c.tokens:.2g}"
-        lrs = [with_interval(o.best_lr, rate) for o in (c.full, c.lora)]
-        predicted = [number(v) for v in rivals(c.hidden, c.alpha).values()]
-        settings = [c.model, str(c.hidden), f"{c.alpha:g}", number(c.base_nll, 4), tokens]
-        rows.append([*settings, *lrs, with_interval(c.ratio), *predicted])
+    shown = base.table(" | ".join([head, "ratio [95%]", *laws]), rows)
+    beyond = elsewhere(c.bases, asked.kept)
     caption = "the ratio over alpha and hidden size, with published laws"
-    return base.Section("Ratios", rows, [], "law.png", _panels(bases, beyond), caption)
+    out.append(base.Section("Ratios", shown, [], "law.png", _panels(c.bases, beyond), caption))
+    if beyond:
+        rows = [[o.where, o.hidden, f"{o.alpha:g}", o.ratio] for o in beyond]
+        shown = base.table("not fitted | hidden | alpha | ratio [95%]", rows)
+        out.append(base.Section("Other sweeps' ratios, not fitted", shown))
+    return out
 
 
 def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Panel]:
@@ -217,39 +201,51 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Pan
     # Shifted a little, so that the bases' markers do not overlap.
     shift = {m: 1.035 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)}
 
-    def line(label: str, part: Sequence[Base], x: str, colour: int, style: str) -> base.Series:
+    def line(label: str, part: Iterable[Base], x: str, colour: int, style: str) -> base.Series:
         known = sorted(part, key=lambda c: getattr(c, x))
         at = [getattr(c, x) * shift[c.model] for c in known]
         return base.Series.of(label, at, [c.ratio for c in known], style=style, colour=colour)
 
     over_alpha = [
-        line(m, [c for c in bases if c.model == m], "alpha", k, "o-") for k, m in enumerate(models)
+        line(m, (c for c in bases if c.model == m), "alpha", k, "o-") for k, m in enumerate(models)
     ]
     alphas = sorted({c.alpha for c in bases})
     mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]  # of the laws' lines
-    over_hidden = [line("a base", [c for c in bases if c.alpha == mid], "hidden", 0, "o")]
     others = [o for o in beyond if o.alpha == 32.0]
     names = ", ".join(dict.fromkeys(o.where.partition(" on ")[0] for o in others))
     sizes, ratios = [o.hidden for o in others], [o.ratio for o in others]
     star: dict[str, Any] = {"style": "*", "colour": 3, "size": 9}
-    over_hidden.append(base.Series.of(f"not fitted: {names}", sizes, ratios, **star))
-    hiddens = [float(c.hidden) for c in bases] + [float(o.hidden) for o in beyond]
-    grid = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20)
-    for k, name in enumerate(rivals(64, 32.0)):
-        label = f"{name.partition(' (')[0]}, alpha {mid:g}"
-        heights, style = [rivals(h, mid)[name] for h in grid], ("--", ":", "-.", "-")[k % 4]
-        law = base.Series(label, list(grid), heights, style=style, colour="grey", width=1.1)
-        over_hidden.append(law)
-    of_alpha = [(a, f"{a:g}") for a in alphas]
-    of_hidden = [(h, f"{h:g}") for h in sorted(set(hiddens))]
-    at_mid = f"by hidden size at alpha {mid:g}, with laws"
+    hiddens = [*(float(c.hidden) for c in bases), *(float(o.hidden) for o in beyond)]
+    grid = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20).tolist()
+    over_hidden = [
+        line("a base", (c for c in bases if c.alpha == mid), "hidden", 0, "o"),
+        base.Series.of(f"not fitted: {names}", sizes, ratios, **star),
+        *(
+            base.Series(
+                f"{name.partition(' (')[0]}, alpha {mid:g}",
+                grid,
+                [rivals(h, mid)[name] for h in grid],
+                style=("--", ":", "-.", "-")[k % 4],
+                colour="grey",
+                width=1.1,
+            )
+            for k, name in enumerate(rivals(64, 32.0))
+        ),
+    ]
+    by_hidden = f"by hidden size at alpha {mid:g}, with laws"
     return [
         base.Panel(
-            title, x, "best LoRA LR / best FullFT LR", series, ticks=ticks, log_x=True, log_y=True
+            title,
+            x,
+            "best LoRA LR / best FullFT LR",
+            series,
+            ticks=[(v, f"{v:g}") for v in sorted(set(values))],
+            log_x=True,
+            log_y=True,
         )
-        for title, x, series, ticks in (
-            ("by alpha, bases side by side", "alpha", over_alpha, of_alpha),
-            (at_mid, "hidden size", over_hidden, of_hidden),
+        for title, x, series, values in (
+            ("by alpha, bases side by side", "alpha", over_alpha, alphas),
+            (by_hidden, "hidden size", over_hidden, hiddens),
         )
     ]
 
@@ -258,7 +254,7 @@ def measures(found: Sequence[Bases], asked: base.Asked) -> dict[str, Any]:
     """Return the laws, and other sweeps' ratios."""
     (c,) = found
     return {
-        "outside": {o.where: o.ratio.plain() for o in _beyond(c, asked)},
+        "outside": {o.where: o.ratio.plain() for o in elsewhere(c.bases, asked.kept)},
         "laws": {
             n: {"p": w.p.plain(), "q": w.q.plain(), "rivals": w.rivals} for n, w in c.laws.items()
         },

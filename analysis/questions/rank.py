@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, number, rate, signed, with_interval
+from analysis.inference.estimate import Estimate, number, rate, signed
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, pooled_over
 from analysis.measures.qualify import stalled
@@ -126,9 +126,8 @@ class Ranks(base.TwoArms):
             for r, d in self.departures.items()
             if d.best and np.mean([v.at_once for v in d.best.values()]) > 0.5
         ]
-        if len(self.departures) - len(gone) > 1:
-            return []
-        return [Gate(GateCode.NO_ORDER, ", ".join(gone))]
+        some = len(self.departures) - len(gone) > 1
+        return [] if some else [Gate(GateCode.NO_ORDER, ", ".join(gone))]
 
     @cached_property
     def start(self) -> Start | None:
@@ -159,12 +158,6 @@ def conditions(table: pd.DataFrame) -> list[Ranks]:
 # ---------------------------------------------------------------- the report
 
 
-def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
-    """Return when ranks fall behind, and how they start."""
-    (c,) = found
-    return [_behind(c), _start(c.start)]
-
-
 def _shown(d: Departure) -> str:
     """Format the step from which a curve is behind, or the bound on it."""
     if d.never:
@@ -172,13 +165,15 @@ def _shown(d: Departure) -> str:
     return f"< {number(d.high)}" if d.at_once else number(d.high)
 
 
-def _behind(c: Ranks) -> base.Section:
+def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
+    """Return when ranks fall behind, and how they start."""
+    (c,) = found
     envelopes = {r: envelope(c.runs, o) for r, o in c.by_rank.items()}
-    rows: base.Rows = [["rank", "behind from step, by seed", "of the envelopes", "rho [95%]"]]
+    rows = []
     for rank, by_seed in c.departures.items():
         of_seeds = ", ".join(map(_shown, by_seed.best.values()))
         of_envelope = departure(envelopes[rank], envelopes[0], c.full.curve.nll_start)
-        rows.append([str(rank), of_seeds, _shown(of_envelope), with_interval(c.speed[rank])])
+        rows.append([rank, of_seeds, _shown(of_envelope), c.speed[rank]])
     every = [d for by_seed in c.departures.values() for d in by_seed.best.values()]
     never, at_once = sum(d.never for d in every), sum(d.at_once for d in every)
     text = [
@@ -190,39 +185,37 @@ def _behind(c: Ranks) -> base.Section:
         f"{DEPARTED:.0%} of full fine-tuning's gain over the whole run. rho: full fine-tuning's "
         f"updates to the rank's last loss, over the rank's own. Curves end at update {c.last}.",
     ]
-    caption = (
-        "learning curves by rank: at the optimal LR, mean over seeds; and the lowest loss over LRs"
-    )
-    panels = _panels(c, envelopes)
-    return base.Section("Falling behind", rows, text, "departures.png", panels, caption)
-
-
-def _panels(c: Ranks, envelopes: dict[int, Points]) -> list[base.Panel]:
     single, lowest = [], []
     for r, o in c.by_rank.items():
         curves = [dict(p) for p in c.points[r].best.values()]
         steps = sorted({s for curve in curves for s in curve})
         mean = [float(np.mean([v[s] for v in curves if s in v])) for s in steps]
         single.append(base.Series(o.curve.name, steps, mean))
-        points = envelopes[r]
-        lowest.append(base.Series(o.curve.name, [s for s, _ in points], [v for _, v in points]))
+        points = dict(envelopes[r])
+        lowest.append(base.Series(o.curve.name, list(points), list(points.values())))
     y = "held-out NLL (nats per token)"
-    titles = {
-        "runs at the optimal LR, mean over seeds": single,
-        "envelopes: lowest over all LRs, one seed": lowest,
-    }
-    return [base.Panel(title, "updates", y, series, log_x=True) for title, series in titles.items()]
+    panels = [
+        base.Panel(title, "updates", y, series, log_x=True)
+        for title, series in (
+            ("runs at the optimal LR, mean over seeds", single),
+            ("envelopes: lowest over all LRs, one seed", lowest),
+        )
+    ]
+    caption = (
+        "learning curves by rank: at the optimal LR, mean over seeds; and the lowest loss over LRs"
+    )
+    shown = base.table("rank | behind from step, by seed | of the envelopes | rho [95%]", rows)
+    behind = base.Section("Falling behind", shown, text, "departures.png", panels, caption)
+    return [behind, _start(c.start)]
 
 
 def _start(start: Start | None) -> base.Section:
     if start is None:
         return base.Section("The start")
-    head = ["rank", "leaves the band at step", "difference at the first step (nats)", "band there"]
-    rows, series = [head], []
+    rows, series = [], []
     for k, r in enumerate(start.ranks, 1):
-        leaves = "never" if math.isinf(r.leaves) else number(r.leaves)
-        first, width = float(r.difference[0]), float(r.band[0])
-        rows.append([str(r.rank), leaves, signed(first), signed(width)])
+        leaves = "never" if math.isinf(r.leaves) else r.leaves
+        rows.append([r.rank, leaves, signed(float(r.difference[0])), signed(float(r.band[0]))])
         steps, band = [*start.steps, math.nan, *start.steps], [*r.band, math.nan, *-r.band]
         label = f"95% of redraws, rank {r.rank}"
         series += [
@@ -230,11 +223,11 @@ def _start(start: Start | None) -> base.Section:
             base.Series(label, steps, band, style=":", colour=k, alpha=0.7),
         ]
     title = f"one LR for all ranks ({start.lr:g}), mean over seeds and draws"
-    panel = base.Panel(
-        title, "updates", f"NLL - NLL of rank {start.top} (nats)", series, log_x=True
-    )
+    y = f"NLL - NLL of rank {start.top} (nats)"
+    panel = base.Panel(title, "updates", y, series, log_x=True)
+    head = "rank | leaves the band at step | difference at the first step (nats) | band there"
     caption = "ranks against redraws of A, at one LR"
-    return base.Section("The start", rows, [], "start.png", [panel], caption)
+    return base.Section("The start", base.table(head, rows), [], "start.png", [panel], caption)
 
 
 def measures(found: Sequence[Ranks], asked: base.Asked) -> dict[str, Any]:

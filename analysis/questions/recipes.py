@@ -108,10 +108,8 @@ class Recipes(base.Condition):
     def recipes(self) -> dict[str, Recipe]:
         """What each recipe loses as a share of tuned LoRA's gain."""
         one, rank = self.one, float(self.tuned.curve.key["rank"])
-        of_full, of_tuned = (
-            at_best.best_and_draws(self.full, 1),
-            at_best.best_and_draws(self.tuned, 0),
-        )
+        of_full = at_best.best_and_draws(self.full, 1)
+        of_tuned = at_best.best_and_draws(self.tuned, 0)
         attention = one(method="lora", layers="attention", schedule="constant")
         arms: dict[str, tuple[Optimum | None, list[float]]] = {
             "attention_at_full_lr": (attention, of_full),
@@ -157,9 +155,8 @@ class Recipes(base.Condition):
     @cached_property
     def retained(self) -> dict[int, at_best.AtBest[Losses]]:
         """Losses on both tasks at the optimum, by the curve's id."""
-        return dict(
-            zip(map(id, self.main), at_best.values_at_best(self.runs, self.main, losses_of))
-        )
+        found = at_best.values_at_best(self.runs, self.main, losses_of)
+        return dict(zip(map(id, self.main), found))
 
     def lost(self, o: Optimum) -> at_best.AtBest[float]:
         """Return the increase of the loss on the pretraining task at a curve's optimum."""
@@ -170,9 +167,8 @@ class Recipes(base.Condition):
         """What tuned LoRA forgets over what full fine-tuning forgets."""
         if not self.is_retained:
             return None
-        return at_best.over_seeds(
-            self.lost(self.tuned).paired(self.lost(self.full), lambda x, y: x / y)
-        )
+        tuned, full = self.lost(self.tuned), self.lost(self.full)
+        return at_best.over_seeds(tuned.paired(full, lambda x, y: x / y))
 
     @cached_property
     def equal(self) -> at_best.AtBest[Losses]:
@@ -238,35 +234,25 @@ def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> at_
     if full_lr is None:
         return at_best.AtBest({})
 
+    def where_equal(path: dict[float, Losses], mine: Losses) -> Losses:
+        """Return the losses at the lowest equal LR, interpolated in ln(lr); empty without one."""
+        by_lr = {math.log(lr): v for lr, v in path.items()}
+        heights = {x: v["test"] for x, v in by_lr.items()}
+        before: Losses = {}
+        for x in np.linspace(min(by_lr), math.log(full_lr), STEPS):
+            here = at_best.mixed(by_lr, at_best.weights(list(by_lr), float(x), heights))
+            if here["test"] <= mine["test"]:
+                return {**here, "lr": math.exp(x), "lora": mine["lost"]} if before else {}
+            before = here
+        return {}
+
     def equal(by_seed: dict[int, Losses]) -> dict[int, Losses]:
-        found = {
-            s: _where_equal(paths[s], full_lr, mine) for s, mine in by_seed.items() if paths.get(s)
-        }
+        found = {s: where_equal(paths[s], v) for s, v in by_seed.items() if paths.get(s)}
         return {s: v for s, v in found.items() if v}
 
     best = equal(runs.best)
     draws = (w if w.keys() == best.keys() else {} for w in map(equal, runs.draws))
     return at_best.AtBest(best, tuple(draws))
-
-
-def _where_equal(path: dict[float, Losses], best: float, mine: Losses) -> Losses:
-    """Return full fine-tuning's losses at the lowest LR at which it has learned as much as LoRA.
-
-    Interpolated in ln(lr), up to the optimum; empty if there is no such learning rate.
-
-    Args:
-        path: full fine-tuning's losses by learning rate.
-        mine: LoRA's losses.
-    """
-    by_lr = {math.log(lr): v for lr, v in path.items()}
-    heights = {x: v["test"] for x, v in by_lr.items()}
-    before: Losses = {}
-    for x in np.linspace(min(by_lr), math.log(best), STEPS):
-        here = at_best.mixed(by_lr, at_best.weights(list(by_lr), float(x), heights))
-        if here["test"] <= mine["test"]:
-            return {**here, "lr": math.exp(x), "lora": mine["lost"]} if before else {}
-        before = here
-    return {}
 
 
 def conditions(table: pd.DataFrame) -> list[Recipes]:
@@ -288,54 +274,46 @@ def conditions(table: pd.DataFrame) -> list[Recipes]:
 def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
     """Return the recipes' costs, few rows, and what is forgotten."""
     (c,) = found
-    rows: base.Rows = []
-    if c.few_ends:
-        rows = [["curve", "best LR [95%]", "best NLL", "flags"]]
-        for o in c.few:
-            lr, flags = with_interval(o.best_lr, rate), ", ".join(o.flags) or "-"
-            rows.append([o.curve.name, lr, number(o.best_nll, 5), flags])
-    return [_costs(c), base.Section("Few rows, many epochs", rows), _forgotten(c)]
-
-
-def _costs(c: Recipes) -> base.Section:
-    head = ["recipe", "LR", "read at", "regret (nats)", "share of tuned LoRA's gain [95%]"]
-    rows: base.Rows = [[*head, "seeds", "at its own optimal LR (nats)"]]
+    rows: list[list[Any]] = []
     for name, r in c.recipes.items():
-        o, share, own = r.optimum, r.share, None
+        o, share, own, near = r.optimum, r.share, None, []
         if o is not None and o.best_nll is not None and o is not c.tuned:
             own = o.best_nll - c.tuned.best_nll
-        lr = rate(r.lrs[0]) if r.lrs else "-"
+        if any(r.at.near_diverged):
+            of_draws = f"{np.mean(r.at.near_diverged):.0%}"
+            near = [f"next to an LR that diverged, in {of_draws} of the posterior draws"]
+        read_at = ", ".join([*map(rate, r.at.read_at), *near]) or "-"
         nats = signed(None if share.value is None else share.value * c.gain)
-        shown = [with_interval(share), str(share.n), signed(own)]
-        rows.append([name.replace("_", " "), lr, _read_at(r.at), nats, *shown])
+        lr, name = rate(r.lrs[0]) if r.lrs else "-", name.replace("_", " ")
+        rows.append([name, lr, read_at, nats, share, share.n, signed(own)])
+    head = (
+        "recipe | LR | read at | regret (nats) | share of tuned LoRA's gain [95%] | seeds | "
+        "at its own optimal LR (nats)"
+    )
     text = (
         f"Tuned LoRA (rank {float(c.tuned.curve.key['rank']):g}) gains {number(c.gain)} nats over "
         "the base. A recipe whose LR was not tried is interpolated in ln(lr) between the LRs "
         "around it. Next to an LR that diverged the nearest LR counts, and the recipe loses at "
         "least that much."
     )
-    shares = [r.share for r in c.recipes.values()]
-    bars = base.Series.of("", range(len(shares)), shares, style="o", colour=1)
-    ticks = [(float(i), RECIPES[k]) for i, k in enumerate(c.recipes)]
-    title, margin = "regret as a share of tuned LoRA's gain", (-0.05, 0.05)
-    panel = base.Panel(title, "", "share", [bars], band=margin, ticks=ticks)
-    return base.Section("Recipes", rows, [text], "recipes.png", [panel], "regret of recipes")
-
-
-def _read_at(at: at_best.AtLr) -> str:
-    near = []
-    if any(at.near_diverged):
-        share = f"{np.mean(at.near_diverged):.0%}"
-        near = [f"next to an LR that diverged, in {share} of the posterior draws"]
-    return ", ".join([*map(rate, at.read_at), *near]) or "-"
+    shares = {RECIPES[k]: r.share for k, r in c.recipes.items()}
+    title, caption = "regret as a share of tuned LoRA's gain", "regret of recipes"
+    panels = [base.panel_of(title, "share", shares, (-0.05, 0.05))]
+    table = base.table(head, rows)
+    costs = base.Section("Recipes", table, [text], "recipes.png", panels, caption)
+    rows = []
+    for o in c.few:
+        lr, flags = with_interval(o.best_lr, rate), ", ".join(o.flags) or "-"
+        rows.append([o.curve.name, lr, number(o.best_nll, 5), flags])
+    few = base.table("curve | best LR [95%] | best NLL | flags", rows) if c.few_ends else []
+    return [costs, base.Section("Few rows, many epochs", few), _forgotten(c)]
 
 
 def _forgotten(c: Recipes) -> base.Section:
     title = "What is forgotten"
     if not c.is_retained:
         return base.Section(title)
-    head = ["curve", "at LR", "test NLL on the new task", "NLL on the pretraining task", "before"]
-    rows: base.Rows = [[*head, "forgotten (nats) [95%]"]]
+    rows: list[list[Any]] = []
     series: list[base.Series] = []
     pooled = at_best.pooled_over(c.lost(o) for o in c.main)
     for o, name in zip(c.main, full_names([o.curve for o in c.main])):
@@ -343,32 +321,33 @@ def _forgotten(c: Recipes) -> base.Section:
         if not runs:
             continue
         mean = {k: float(np.mean([v[k] for v in runs])) for k in LOSSES}
-        forgotten = with_interval(at_best.over_seeds(c.lost(o), pooled))
+        forgotten = at_best.over_seeds(c.lost(o), pooled)
         losses = [number(mean[k], 4) for k in LOSSES]
         rows.append([name, rate(o.best_lr.value), *losses, forgotten])
-        if o in (c.full, c.tuned):
-            series += _path(o.curve.name, frontier(c.runs, o), mean, len(series))
+        if o in (c.full, c.tuned):  # over the LRs, and at the optimum
+            path, colour = frontier(c.runs, o).values(), len(series)
+            learned, left = ([v[k] for v in path] for k in ("test", "after"))
+            star: dict[str, Any] = {"style": "*", "colour": colour, "size": 15}
+            at = [mean["test"]], [mean["after"]]
+            series += [
+                base.Series(f"{o.curve.name}, low to high LR", learned, left, colour=colour),
+                base.Series(f"{o.curve.name} at its optimal LR", *at, **star),
+            ]
     for seed, v in c.equal.best.items():
         name = (
             "full fine-tuning at the lower LR at which it has learned as much as tuned LoRA: seed "
             f"{seed}, for which LoRA forgot {number(v['lora'])}"
         )
         losses = [number(v[k], 4) for k in LOSSES]
-        rows.append([name, rate(v["lr"]), *losses, number(v["lost"])])
-    learned, kept = "test NLL on the new task (nats)", "NLL on the pretraining task (nats)"
-    panel = base.Panel("one point per LR, mean over seeds", learned, kept, series)
+        rows.append([name, rate(v["lr"]), *losses, v["lost"]])
+    x, y = "test NLL on the new task (nats)", "NLL on the pretraining task (nats)"
+    panels = [base.Panel("one point per LR, mean over seeds", x, y, series)] if series else []
     caption = "loss on the pretraining task, against the loss on the new one"
-    return base.Section(title, rows, [], "retention.png", [panel] if series else [], caption)
-
-
-def _path(name: str, path: dict[float, Losses], mean: Losses, colour: int) -> list[base.Series]:
-    """Return series of a curve's losses on both tasks, over its LRs and at its optimum."""
-    learned, left = ([v[k] for v in path.values()] for k in ("test", "after"))
-    star: dict[str, Any] = {"style": "*", "colour": colour, "size": 15}
-    return [
-        base.Series(f"{name}, low to high LR", learned, left, colour=colour),
-        base.Series(f"{name} at its optimal LR", [mean["test"]], [mean["after"]], **star),
-    ]
+    head = (
+        "curve | at LR | test NLL on the new task | NLL on the pretraining task | before | "
+        "forgotten (nats) [95%]"
+    )
+    return base.Section(title, base.table(head, rows), [], "retention.png", panels, caption)
 
 
 def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:
@@ -377,14 +356,14 @@ def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:
     return {"shares": {e.name: (e.measure(c) or base.UNKNOWN).plain() for e in QUESTION.estimands}}
 
 
-def _recipe(name: str) -> base.Estimand[Recipes]:
-    """Return a recipe's cost."""
+def _cost(name: str) -> base.Estimand[Recipes]:
+    """Return what a recipe loses."""
     return base.Estimand(
         name,
         lambda c: c.recipes[name].share,
         lambda c: base.gates_on(c.rests),
         margin_gates=lambda c, margin: at_best.gates_on_cost(
-            c.recipes[name].optimum, c.recipes[name].at, c.recipes[name].share, margin[1]
+            (r := c.recipes[name]).optimum, r.at, r.share, margin[1]
         ),
     )
 
@@ -392,7 +371,7 @@ def _recipe(name: str) -> base.Estimand[Recipes]:
 PRETRAINING = "the pretraining task"
 QUESTION = base.Question[Recipes](
     estimands=[
-        *(_recipe(name) for name in RECIPES),
+        *map(_cost, RECIPES),
         base.Estimand(
             "small_data_rank",
             Recipes.few_speed,

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import at_level
-from analysis.inference.estimate import Estimate, number, signed, with_interval
+from analysis.inference.estimate import Estimate, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
@@ -187,12 +187,9 @@ class Data(base.Condition):
     @cached_property
     def needed(self) -> regret.Needed:
         """The smallest rank with no regret; a rank that must not be judged tells nothing."""
-        return regret.rank_needed(
-            {
-                r: base.UNKNOWN if base.gates_on_gap(g) else g.over_allowed()
-                for r, g in self.last.items()
-            }
-        )
+        judged = {r: g for r, g in self.last.items() if not base.gates_on_gap(g)}
+        over = {r: judged[r].over_allowed() if r in judged else base.UNKNOWN for r in self.last}
+        return regret.rank_needed(over)
 
 
 def _log_needed(gaps: Gaps) -> AtBest[float]:
@@ -238,13 +235,13 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
             again = _by_rank(regret.gaps_of(same, fit_all(lr_curves(same))))
         novelty = regret.novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
         bits = regret.bits_of(runs, next(iter(last.values())).full) if last else {}
-        name = novelty.name if novelty else runs["dataset"].iloc[0]
-        name = f"{runs['model'].iloc[0]}, {name}"
+        new = novelty.name if novelty else runs["dataset"].iloc[0]
+        name = f"{runs['model'].iloc[0]}, {new}"
         found.append(Data(name, runs, optima, novelty, last, first, again, bits))
     # Conditions that share a name, such as those of other lengths, have their full titles instead.
     times = Counter(c.name for c in found)
     found = [c if times[c.name] == 1 else replace(c, name=title(c.optima[0].curve)) for c in found]
-    found = sorted(found, key=lambda c: (c.model, _highest_load(c)))
+    found.sort(key=lambda c: (c.model, max((g.load or 0.0 for g in c.last.values()), default=0.0)))
     bases = []
     for model in dict.fromkeys(c.model for c in found):
         mine = [c for c in found if c.model == model and c.is_new and c.last]
@@ -263,105 +260,108 @@ def _by_rank(gaps: Sequence[regret.Gap]) -> Gaps:
     return found
 
 
-def _highest_load(c: Data) -> float:
-    return max((g.load for g in c.last.values() if g.load is not None), default=0.0)
-
-
 # ---------------------------------------------------------------- the report
 
 
 def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
     """Return regret over rank, capacity, growth, the parts of the gap, and controls."""
-    out = [_over_rank(found), _capacity(found), _over_updates(found), _by_context(found)]
-    return out + _controls(found)
-
-
-def _over_rank(found: Sequence[Data]) -> base.Section:
-    head = ["condition", "updates", "rank", "gain of FullFT", "regret, % of the gain [95%]"]
-    rows: base.Rows = [head]
+    out = [_over_rank(found), _capacity(found), _over_updates(found)]
+    rows: list[list[Any]] = []
     for c in found:
-        for r, g in c.last.items():
-            gain = number(mean_of(g.gain))
-            rows.append([c.name, str(c.steps), str(r), gain, with_interval(g.percent())])
-    text = [
-        f"Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
-        f"fine-tuning gains; up to {regret.ALLOWED:.0%} counts as none.",
-        *(f"{c.name}: {said}." for c in found if (said := _needed_text(c))),
+        for r, parts in ((r, parts) for r, parts in c.parts_of_gap.items() if parts):
+            shown = [with_interval(over_seeds(parts[k]), signed) for k in regret.PARTS]
+            rows.append([c.name, r, *shown])
+    text = (
+        "What the contexts whose next symbols are new, and those where nothing is new, add to the "
+        "gap, in nats: the share of the contexts times the gap on them, interpolated to the "
+        "optimal LRs."
+    )
+    table = base.table("condition | rank | changed contexts [95%] | unchanged contexts [95%]", rows)
+    out.append(base.Section("Where the gap is", table, [text]))
+    rows = [
+        [c.name, g.lora.curve.key["layers"], with_interval(g.mean(), signed)]
+        for c in found
+        for g in c.controls
     ]
-    panels = [_regret_panel(found)]
-    return base.Section("Regret over rank", rows, text, "regret.png", panels, "regret over rank")
-
-
-def _needed_text(c: Data) -> str:
-    """Say which rank is needed, as a range of ranks tried and interpolated; empty if unknown."""
-    if str(c.needed) == "-":
-        return ""
-    said, e = f"the smallest rank with no regret is {c.needed}", c.rank_needed
-    return said if e.value is None else f"{said}; interpolated {with_interval(e)}"
+    if rows:
+        head = "condition | full fine-tuning of | its loss less that of everything [95%]"
+        text = (
+            "Full fine-tuning of the matrices that LoRA adapts, and nothing else: its regret is "
+            "due to which matrices are trained, not to the rank."
+        )
+        out.append(base.Section("Controls", base.table(head, rows), [text]))
+    return out
 
 
 LINEAR = 1.0
 """Percent of the gain below which the axis is linear, so that 0 and less have a place."""
 
 
-def _regret_panel(found: Sequence[Data]) -> base.Panel:
-    """Draw a line per condition; where nothing is new there is hardly a gain to compare with."""
-    series = []
-    for c in (c for c in found if c.novelty is None or not c.novelty.nothing):
-        known = {r: e for r, g in c.last.items() if (e := g.percent()).value is not None}
-        if known:
-            name = f"{c.name}, {c.steps} updates"
-            series.append(base.Series.of(name, list(known), list(known.values())))
-    ranks = sorted({int(r) for s in series for r in s.x})
-    lows = [v for s in series for v in s.low if v is not None]
-    return base.Panel(
-        "each rank and full fine-tuning at their optimal LRs",
+def _over_rank(found: Sequence[Data]) -> base.Section:
+    text = [
+        "Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
+        f"fine-tuning gains; up to {regret.ALLOWED:.0%} counts as none."
+    ]
+    rows: list[list[Any]] = []
+    lines = {}
+    for c in found:
+        regrets = {r: g.percent() for r, g in c.last.items()}
+        rows += [[c.name, c.steps, r, mean_of(g.gain), regrets[r]] for r, g in c.last.items()]
+        if str(c.needed) != "-":  # a range of ranks tried, and interpolated
+            rank = c.rank_needed
+            between = "" if rank.value is None else f"; interpolated {with_interval(rank)}"
+            text.append(f"{c.name}: the smallest rank with no regret is {c.needed}{between}.")
+        # Where nothing is new there is hardly a gain to compare with.
+        known = {r: e for r, e in regrets.items() if e.value is not None}
+        if known and (c.novelty is None or not c.novelty.nothing):
+            lines[f"{c.name}, {c.steps} updates"] = known
+    lows = [e.low for line in lines.values() for e in line.values() if e.low is not None]
+    panel = base.panel_over(
         "rank",
+        "each rank and full fine-tuning at their optimal LRs",
         "regret, % of full fine-tuning's gain",
-        series,
-        log_x=True,
+        lines,
         log_y=True,
         linear_below=LINEAR,
         lines={f"counts as none: {regret.ALLOWED:.0%}": 100 * regret.ALLOWED},
-        ticks=[(float(r), str(r)) for r in ranks],
         y_range=(1.5 * min([-LINEAR, *lows]), None),
     )
+    head = "condition | updates | rank | gain of FullFT | regret, % of the gain [95%]"
+    title, shown = "Regret over rank", base.table(head, rows)
+    return base.Section(title, shown, text, "regret.png", [panel], "regret over rank")
 
 
 def _capacity(found: Sequence[Data]) -> base.Section:
     """Show the bits of each condition and the load of each rank, by every count."""
-    head = [f"load by {words}" for words in regret.COUNTS.values()]
-    rows: base.Rows = [["condition", "updates", "rank", *head, "regret, % of the gain [95%]"]]
-    for c in found:
-        for r, g in c.last.items():
-            loads = [number(c.loads[r].get(count)) for count in regret.COUNTS]
-            rows.append([c.name, str(c.steps), str(r), *loads, with_interval(g.percent())])
-        if (rank := c.rank_needed).value is not None:
-            loads = [with_interval(c.load_needed(count)) for count in regret.COUNTS]
-            allowed = f"{100 * regret.ALLOWED:g}"
-            rows.append([c.name, str(c.steps), number(rank.value), *loads, allowed])
+    loads = " | ".join(f"load by {words}" for words in regret.COUNTS.values())
+    rows: list[list[Any]] = []
     text = [
         f"Load: bits over {regret.BITS_PER_PARAMETER:g} bits for each trained parameter. The "
         "generator's bits are the free numbers of what is new, and the fewest that suffice. The "
         "first pass, the study's count, is the summed loss of full fine-tuning over the training "
         "rows, each before it is learned from: an upper bound. Its entropy cannot be learned away; "
         "the rest is the cost of learning. The last line of each data set is at the interpolated "
-        f"rank that has a regret of {regret.ALLOWED:.0%}.",
-        *(f"{c.name}: {_bits_text(c)}." for c in found if c.bits),
+        f"rank that has a regret of {regret.ALLOWED:.0%}."
     ]
-    return base.Section("Capacity for what is new", rows, text)
-
-
-def _bits_text(c: Data) -> str:
-    rows = int(c.one("batch_size")) * c.steps
-    counted = ", ".join(f"{w} {c.bits[k]:,.0f}" for k, w in regret.COUNTS.items() if k in c.bits)
-    return f"bits of {rows:,} rows: {counted}"
+    for c in found:
+        for r, g in c.last.items():
+            of_rank = [c.loads[r].get(count) for count in regret.COUNTS]
+            rows.append([c.name, c.steps, r, *of_rank, g.percent()])
+        if (rank := c.rank_needed).value is not None:
+            needed = [c.load_needed(count) for count in regret.COUNTS]
+            allowed = f"{100 * regret.ALLOWED:g}"
+            rows.append([c.name, c.steps, rank.value, *needed, allowed])
+        if c.bits:
+            known = {words: c.bits[k] for k, words in regret.COUNTS.items() if k in c.bits}
+            counted = ", ".join(f"{words} {bits:,.0f}" for words, bits in known.items())
+            n = int(c.one("batch_size")) * c.steps
+            text.append(f"{c.name}: bits of {n:,} rows: {counted}.")
+    shown = base.table(f"condition | updates | rank | {loads} | regret, % of the gain [95%]", rows)
+    return base.Section("Capacity for what is new", shown, text)
 
 
 def _over_updates(found: Sequence[Data]) -> base.Section:
-    head = ["condition", "rank", f"gap at {FIRST} updates [95%]", "at the last [95%]", "growth"]
-    rows: base.Rows = [head]
-    panels = []
+    rows, panels = [], []
     for c in found:
         series = []
         for k, (r, g) in enumerate(c.last_on_first_rows.items(), 1):
@@ -369,118 +369,84 @@ def _over_updates(found: Sequence[Data]) -> base.Section:
                 continue
             estimates = [c.first[r].mean(), g.mean()]
             shown = [*estimates, regret.growth(c.first[r], g)]
-            rows.append([c.name, str(r), *(with_interval(e, signed) for e in shown)])
+            rows.append([c.name, r, *(with_interval(e, signed) for e in shown)])
             series.append(base.Series.of(f"rank {r}", [FIRST, c.steps], estimates, colour=k))
         if series:
-            y = "LoRA's loss - full fine-tuning's (nats)"
-            lines = {"full fine-tuning": 0.0}
+            y, lines = "LoRA's loss - full fine-tuning's (nats)", {"full fine-tuning": 0.0}
             ticks = [(float(n), str(n)) for n in (FIRST, c.steps)]
-            panels.append(
-                base.Panel(c.name, "updates", y, series, log_x=True, lines=lines, ticks=ticks)
-            )
+            look: dict[str, Any] = {"log_x": True, "lines": lines, "ticks": ticks}
+            panels.append(base.Panel(c.name, "updates", y, series, **look))
     text = [
         "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. Both "
         "gaps are on the same held-out rows."
     ]
-    caption = "the gap in nats after few and after many updates"
-    return base.Section("Speed or capacity", rows, text, "growth.png", panels, caption)
-
-
-def _by_context(found: Sequence[Data]) -> base.Section:
-    rows: base.Rows = [["condition", "rank", "changed contexts [95%]", "unchanged contexts [95%]"]]
-    for c in found:
-        for r, parts in c.parts_of_gap.items():
-            if parts:
-                shown = [with_interval(over_seeds(parts[k]), signed) for k in regret.PARTS]
-                rows.append([c.name, str(r), *shown])
-    text = [
-        "What the contexts whose next symbols are new, and those where nothing is new, add to the "
-        "gap, in nats: the share of the contexts times the gap on them, interpolated to the "
-        "optimal LRs."
-    ]
-    return base.Section("Where the gap is", rows, text)
-
-
-def _controls(found: Sequence[Data]) -> list[base.Section]:
-    """Show the controls, which have no rank; no section without any."""
-    rows: base.Rows = [
-        ["condition", "full fine-tuning of", "its loss less that of everything [95%]"]
-    ]
-    rows += [
-        [c.name, str(g.lora.curve.key["layers"]), with_interval(g.mean(), signed)]
-        for c in found
-        for g in c.controls
-    ]
-    text = [
-        "Full fine-tuning of the matrices that LoRA adapts, and nothing else: its regret is due to "
-        "which matrices are trained, not to the rank."
-    ]
-    return [base.Section("Controls", rows, text)] if len(rows) > 1 else []
+    head = f"condition | rank | gap at {FIRST} updates [95%] | at the last [95%] | growth"
+    caption, table = "the gap in nats after few and after many updates", base.table(head, rows)
+    return base.Section("Speed or capacity", table, text, "growth.png", panels, caption)
 
 
 def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
-    """Return loads, gaps and regrets by condition and rank."""
-    return {"cells": [_plain(c, asked.level) for c in found]}
-
-
-def _plain(c: Data, level: float) -> dict[str, Any]:
-    """Return plain values; regrets with the interval at which verdicts are given."""
-    return {
-        "cell": c.name,
-        "batch_size": int(c.one("batch_size")),
-        "updates": c.steps,
-        "bits": c.bits,
-        "rank_interpolated": c.rank_needed.plain(),
-        "loads_needed": {k: c.load_needed(k).plain() for k in regret.COUNTS},
-        "rank_needed": [c.needed.above, None if math.isinf(c.needed.up_to) else c.needed.up_to],
-        "ranks": [
-            {
-                "rank": r,
-                "load": g.load,
-                "loads": c.loads[r],
-                "gain_nats": mean_of(g.gain) if g.gain.best else None,
-                "gap_nats": g.mean().plain(),
-                "parts_nats": {k: mean_of(v) for k, v in c.parts_of_gap[r].items()},
-                "regret_percent": at_level(g.percent(), level).plain(),
-                "gap_nats_first": c.first[r].mean().plain() if r in c.first else None,
-            }
-            for r, g in c.last.items()
-        ],
-    }
+    """Return loads, gaps and regrets by condition and rank, at the level of the verdicts."""
+    cells = [
+        {
+            "cell": c.name,
+            "batch_size": int(c.one("batch_size")),
+            "updates": c.steps,
+            "bits": c.bits,
+            "rank_interpolated": c.rank_needed.plain(),
+            "loads_needed": {k: c.load_needed(k).plain() for k in regret.COUNTS},
+            "rank_needed": [c.needed.above, None if math.isinf(c.needed.up_to) else c.needed.up_to],
+            "ranks": [
+                {
+                    "rank": r,
+                    "load": g.load,
+                    "loads": c.loads[r],
+                    "gain_nats": mean_of(g.gain) if g.gain.best else None,
+                    "gap_nats": g.mean().plain(),
+                    "parts_nats": {k: mean_of(v) for k, v in c.parts_of_gap[r].items()},
+                    "regret_percent": at_level(g.percent(), asked.level).plain(),
+                    "gap_nats_first": c.first[r].mean().plain() if r in c.first else None,
+                }
+                for r, g in c.last.items()
+            ],
+        }
+        for c in found
+    ]
+    return {"cells": cells}
 
 
 # ---------------------------------------------------------------- estimands
 
 
-def _on(applies: Callable[[Data], bool]) -> Callable[[base.Condition], bool]:
-    """Return whether a condition is a data set with both arms for which something holds."""
-    return lambda c: isinstance(c, Data) and not c.missing and applies(c)
+def _estimand(
+    name: str,
+    applies: Callable[[Data], bool],
+    measure: Callable[[Data], Estimate],
+    gates: Callable[[Data], Sequence[Gate]] = Data.gates_at_eighth,
+    read: str = "",
+) -> base.Estimand[Any]:
+    """Return an estimand of the data sets with both arms for which something holds."""
+    return base.Estimand(
+        name,
+        measure,
+        gates,
+        applies=lambda c: isinstance(c, Data) and not c.missing and applies(c),
+        read=(lambda c: read) if read else None,
+    )
 
 
 def _at(rank_of: Callable[[Data], int | None], name: str) -> base.Estimand[Any]:
     """Return the regret minus what is allowed at a rank chosen by its load."""
 
     def gap(c: Data) -> regret.Gap:
-        rank = rank_of(c)
-        assert rank is not None
-        return c.last[rank]
+        return c.last[rank_of(c) or 0]
 
-    return base.Estimand(
+    return _estimand(
         name,
+        lambda c: c.is_new and rank_of(c) is not None,
         lambda c: gap(c).over_allowed(),
         lambda c: base.gates_on_gap(gap(c)),
-        applies=_on(lambda c: c.is_new and rank_of(c) is not None),
     )
-
-
-def _is_low_or_incomplete(c: base.Condition) -> bool:
-    return isinstance(c, Data) and (bool(c.missing) or c.is_low)
-
-
-def _apart(c: Data) -> Estimate:
-    """Return what unchanged contexts add to the gap minus what changed ones add, in nats."""
-    parts = c.parts_of_gap[c.eighth]
-    return over_seeds(parts["unchanged"].minus(parts["changed"]))
 
 
 def _gates_apart(c: Data) -> list[Gate]:
@@ -503,54 +469,50 @@ QUESTION = base.Question[Any](
             "over_allowed_low",
             lambda c: c.gap.over_allowed(),
             Data.gates_at_eighth,
-            applies=_is_low_or_incomplete,
+            applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
             read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
         ),
-        base.Estimand(
+        _estimand(
             "over_allowed_beyond",
+            lambda c: c.is_new and not c.is_low,
             lambda c: c.gap.over_allowed(),
-            Data.gates_at_eighth,
-            applies=_on(lambda c: c.is_new and not c.is_low),
         ),
         _at(lambda c: c.fitting, "over_allowed_fitting"),
         _at(lambda c: c.overfull, "over_allowed_overfull"),
-        base.Estimand(
+        _estimand(
             "gap_growth",
-            lambda c: regret.growth(*c.growing),
+            lambda c: c.is_new and c.growing is not None,
+            lambda c: regret.growth(c.first[min(c.last)], c.last_on_first_rows[min(c.last)]),
             _gates_on_growth,
-            applies=_on(lambda c: c.is_new and c.growing is not None),
-            read=lambda c: f"smallest rank, update {FIRST} to the last",
+            f"smallest rank, update {FIRST} to the last",
         ),
-        base.Estimand(
-            "gap_low",
-            lambda c: c.gap.mean(),
-            Data.gates_at_eighth,
-            applies=_on(lambda c: c.is_low),
-        ),
-        base.Estimand(
+        _estimand("gap_low", lambda c: c.is_low, lambda c: c.gap.mean()),
+        _estimand(
             "gap_nothing",
+            lambda c: c.novelty is not None and c.novelty.nothing,
             lambda c: c.gap.mean(),
             # Five percent of almost no gain would ask for an error that no number of seeds reaches.
             lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
-            applies=_on(lambda c: c.novelty is not None and c.novelty.nothing),
         ),
-        base.Estimand(
+        _estimand(
             "gap_matrices",
+            lambda c: c.is_low and bool(c.controls),
             lambda c: c.controls[0].mean(),
             lambda c: base.gates_on_gap(c.controls[0]),
-            applies=_on(lambda c: c.is_low and bool(c.controls)),
         ),
-        base.Estimand(
+        _estimand(
             "unchanged_minus_changed",
-            _apart,
+            lambda c: c.is_low and bool(c.parts_of_gap[c.eighth]),
+            lambda c: over_seeds(
+                (parts := c.parts_of_gap[c.eighth])["unchanged"].minus(parts["changed"])
+            ),
             _gates_apart,
-            applies=_on(lambda c: c.is_low and bool(c.parts_of_gap[c.eighth])),
         ),
-        base.Estimand(
+        _estimand(
             "over_allowed_real",
+            lambda c: c.novelty is None,
             lambda c: c.gap.over_allowed(),
             lambda c: base.gates_on_gap(c.gap),
-            applies=_on(lambda c: c.novelty is None),
         ),
         base.Estimand(
             "rank_by_updates",

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.inference.estimate import Verdict
 from analysis.inference.gates import Gate, GateCode, remedy
 from analysis.questions.base import Analysis, Question
 from analysis.runs.metric import as_losses
@@ -51,20 +50,16 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         TableError: the runs cannot be judged together.
     """
     found = question_named(question["analysis"]).analyse(as_losses(table), question, kept)
-    return dataclasses.replace(found, verdicts=[_marked(v, question) for v in found.verdicts])
-
-
-def _marked(v: Verdict, question: dict[str, Any]) -> Verdict:
-    """Mark a verdict as the sweep's file says: exploratory, or withdrawn.
-
-    A withdrawn one is UNDECIDED, whatever was measured; a claim that `stands` is not withdrawn.
-    """
-    why = question["claims"][v.claim].get("exploratory") or {}
-    v = dataclasses.replace(v, exploratory=why.get(question.get("scale"), ""))
-    if not question.get("withdrawn") or question["claims"][v.claim].get("stands"):
-        return v
-    gates = (Gate(GateCode.WITHDRAWN, question["withdrawn"]), *v.gates)
-    sentences = "; ".join(g.sentence for g in gates)
-    return dataclasses.replace(
-        v, outcome="UNDECIDED", why=sentences, gates=gates, needed=remedy(gates), missing=None
-    )
+    verdicts = []
+    for v in found.verdicts:
+        claim = question["claims"][v.claim]
+        why = (claim.get("exploratory") or {}).get(question.get("scale"), "")
+        v = dataclasses.replace(v, exploratory=why)
+        # A withdrawn claim is UNDECIDED, whatever was measured; one that `stands` is not withdrawn.
+        if question.get("withdrawn") and not claim.get("stands"):
+            gates = (Gate(GateCode.WITHDRAWN, question["withdrawn"]), *v.gates)
+            why, needed = "; ".join(g.sentence for g in gates), remedy(gates)
+            v = dataclasses.replace(v, outcome="UNDECIDED", why=why, needed=needed)
+            v = dataclasses.replace(v, gates=gates, missing=None)
+        verdicts.append(v)
+    return dataclasses.replace(found, verdicts=verdicts)

@@ -30,9 +30,8 @@ from analysis.runs.metric import COLLAPSED_SHARE
 START, MOST = (0.05, 0.4), 0.9
 """Rewards of a task that can tell methods apart: before training, and the highest at the end."""
 HEAD = (
-    *("curve", "best LR [95%]", "reward, points [95%]", "collapsed there"),
-    *("behind FullFT, points [95%]",),
-    *("ratio of best LRs [95%]", "good LRs", "range over FullFT's [95%]"),
+    "curve | best LR [95%] | reward, points [95%] | collapsed there | behind FullFT, points [95%] "
+    "| ratio of best LRs [95%] | good LRs | range over FullFT's [95%]"
 )
 CAPTION = "reward over episodes by rank"
 HOW = (
@@ -106,9 +105,8 @@ class Rewarded(base.Condition):
 
 def conditions(table: pd.DataFrame) -> list[Rewarded]:
     """Return every model and data set."""
-    optima = fit_all(lr_curves(table))
-    groups = dict.fromkeys(o.curve.group for o in optima)
-    return [Rewarded(g, table, [o for o in optima if o.curve.group == g]) for g in groups]
+    groups = base.by_group(fit_all(lr_curves(table)))
+    return [Rewarded(name, table, optima) for name, optima in groups.items()]
 
 
 # ---------------------------------------------------------------- the report
@@ -143,21 +141,18 @@ def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
     return base.Panel(title, "episodes", "held-out reward", series, log_x=True, lines=lines)
 
 
-def compared(c: Rewarded) -> list[list[str]]:
+def compared(c: Rewarded) -> list[list[Any]]:
     """Return a row of HEAD for each curve, full fine-tuning's first."""
     rows = []
     for rank, o in c.by_rank.items():
         band = o.band(rewards.GOOD)
         good = "-" if band is None else " to ".join(map(rate, band))
-        row = [o.curve.name, with_interval(o.best_lr, rate)]
-        row.append(with_interval(over_seeds(rewards.reward_of(o))))
-        row.append("{} of {}".format(*rewards.collapsed_at_best(o.curve)))
-        if rank not in c.behind:
-            rows.append([*row, "-", "-", good, "-"])
-            continue
-        points, ratio = over_seeds(c.behind[rank]), c.ratio(rank)
-        width = with_interval(c.ranges[rank][0])
-        rows.append([*row, with_interval(points), with_interval(ratio), good, width])
+        points, ratio, width = None, None, None
+        if rank in c.behind:
+            points, ratio, width = over_seeds(c.behind[rank]), c.ratio(rank), c.ranges[rank][0]
+        collapsed = "{} of {}".format(*rewards.collapsed_at_best(o.curve))
+        lr, reward = with_interval(o.best_lr, rate), over_seeds(rewards.reward_of(o))
+        rows.append([o.curve.name, lr, reward, collapsed, points, ratio, good, width])
     return rows
 
 
@@ -168,7 +163,7 @@ def sections(found: Sequence[Rewarded], asked: base.Asked) -> list[base.Section]
         key = c.optima[0].curve.key
         panel = progress(f"{key['model']} on {key['dataset']}", c, sorted(c.curves))
         figure = "rewards.png" if k == 1 else f"rewards_{k}.png"
-        rows = [list(HEAD), *compared(c)]
+        rows = base.table(HEAD, compared(c))
         out.append(base.Section(f"Rewards, {c.name}", rows, [HOW], figure, [panel], CAPTION))
     return out
 

@@ -36,18 +36,15 @@ Bits = dict[int, Estimate]
 """By rank, 0 for full fine-tuning."""
 
 
-def known_share(nll: float) -> float:
-    """Return the share of a label's bits that is known, from its NLL in nats."""
-    return 1 - nll / math.log(ACTIONS)
-
-
 def share_known(o: Optimum) -> AtBest[float]:
     """Return the share of the labels' bits that is known at the best stable LR, by seed.
 
     It is 1 where the parabola is below a loss of 0.
     """
     found = stable(o.curve)
-    return AtBest({}) if found is None else found.loss.map(lambda nll: min(1, known_share(nll)))
+    if found is None:
+        return AtBest({})
+    return found.loss.map(lambda nll: min(1, 1 - nll / math.log(ACTIONS)))
 
 
 @dataclass(frozen=True)
@@ -93,17 +90,24 @@ class Contexts(Rewarded):
     @cached_property
     def episode(self) -> Bits:
         """Bits learned per sampled completion, over a whole run."""
-        learned = {
-            r: values_at_stable(self.runs, o.curve, _learned) for r, o in self.by_rank.items()
-        }
-        return {r: exp_of(over_seeds(v.map(lambda v: v["bits"]))) for r, v in learned.items()}
+
+        def learned(run: pd.Series) -> dict[str, float]:
+            bits = json.loads(run["result"]).get("bits_per_answer")
+            return {"bits": math.log(bits)} if bits else {}
+
+        runs = {r: values_at_stable(self.runs, o.curve, learned) for r, o in self.by_rank.items()}
+        return {r: exp_of(over_seeds(v.map(lambda v: v["bits"]))) for r, v in runs.items()}
 
     @cached_property
     def bits(self) -> Bits:
         """Bits learned from rewards: the least information that reaches the reward."""
-        keys = {r: o.curve.key for r, o in self.by_rank.items()}
-        completions = {r: int(k["batch_size"]) * int(k["steps"]) for r, k in keys.items()}
-        return {r: _scaled(e, completions[r]) for r, e in self.episode.items()}
+        found = {}
+        for r, e in self.episode.items():
+            key = self.by_rank[r].curve.key
+            n = int(key["batch_size"]) * int(key["steps"])  # completions
+            low, value, high = (None if v is None else n * v for v in (e.low, e.value, e.high))
+            found[r] = Estimate(value, low, high, e.n, e.flags)
+        return found
 
     @cached_property
     def supervised_bits(self) -> Bits:
@@ -130,34 +134,18 @@ class Contexts(Rewarded):
         return [*seeds, *(g for g in gates_on_stable(learning) if g not in seeds)]
 
 
-def _learned(run: pd.Series) -> dict[str, float]:
-    """Return ln(bits learned per sampled completion) of a run; empty if it learned none."""
-    bits = json.loads(run["result"]).get("bits_per_answer")
-    return {"bits": math.log(bits)} if bits else {}
-
-
-def _scaled(e: Estimate, factor: float) -> Estimate:
-    low, value, high = (None if v is None else factor * v for v in (e.low, e.value, e.high))
-    return Estimate(value, low, high, e.n, e.flags)
-
-
-def _contexts(table: pd.DataFrame, o: Optimum) -> int:
-    """Return the number of contexts of a curve's data.
+def conditions(table: pd.DataFrame) -> list[Contexts]:
+    """Return every number of contexts, rising.
 
     Raises:
-        TableError: they are not a bandit's.
+        TableError: data are not a bandit's.
     """
-    data = json.loads(runs_of(table, o.curve)["spec"].iloc[0])["dataset"]
-    if data["location"] != "bandit":
-        raise TableError(f"{data['name']!r} has no known bits. Ask this of dataset=bandit.")
-    return int(data["knobs"]["contexts"])
-
-
-def conditions(table: pd.DataFrame) -> list[Contexts]:
-    """Return every number of contexts, rising."""
     by_contexts: dict[int, list[Optimum]] = {}
     for o in fit_all(lr_curves(table)):
-        by_contexts.setdefault(_contexts(table, o), []).append(o)
+        data = json.loads(runs_of(table, o.curve)["spec"].iloc[0])["dataset"]
+        if data["location"] != "bandit":
+            raise TableError(f"{data['name']!r} has no known bits. Ask this of dataset=bandit.")
+        by_contexts.setdefault(int(data["knobs"]["contexts"]), []).append(o)
     found = []
     for n, optima in sorted(by_contexts.items()):
         rewarded = [o for o in optima if o.curve.key.get("objective") == "policy_gradient"]
@@ -172,62 +160,55 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
 
 def sections(found: Sequence[Contexts], asked: base.Asked) -> list[base.Section]:
     """Return rewards by contexts and rank, and the bits learned."""
-    rows: base.Rows = [["contexts", "load of rank 1", *HEAD]]
-    for c in found:
-        rows += [[str(c.contexts), number(c.load), *row] for row in compared(c)]
+    rows = [[c.contexts, c.load, *row] for c in found for row in compared(c)]
+    head = f"contexts | load of rank 1 | {HEAD}"
     text = f"Load: bits of the labels over 2 bits for each parameter of rank 1. {HOW}"
     run = [c for c in found if c.by_rank]
     ranks = sorted({r for c in run for r in c.curves})
     panels = [progress(f"{c.contexts} contexts", c, ranks) for c in run]
-    return [base.Section("Rewards", rows, [text], "rewards.png", panels, CAPTION), _bits(found)]
-
-
-def _bits(found: Sequence[Contexts]) -> base.Section:
-    head = ["contexts", "bits of the labels", "curve", "from rewards [95%]"]
-    rows: base.Rows = [[*head, "bits an episode [95%]", "by cross-entropy [95%]"]]
+    table = base.table(head, rows)
+    rewarded = base.Section("Rewards", table, [text], "rewards.png", panels, CAPTION)
+    rows = []
     for c in found:
         for rank in sorted(c.bits.keys() | c.supervised_bits.keys()):
-            name = f"lora r{rank}" if rank else "fullft"
-            row = [str(c.contexts), str(LABEL_BITS * c.contexts), name]
             gained, supervised = (
-                with_interval(of.get(rank, base.UNKNOWN), _whole)
+                with_interval(of[rank], lambda v: number(v) if v is None else f"{v:,.0f}")
+                if rank in of
+                else None
                 for of in (c.bits, c.supervised_bits)
             )
-            rows.append(
-                [*row, gained, with_interval(c.episode.get(rank, base.UNKNOWN)), supervised]
-            )
-    text = [
+            name, labels = f"lora r{rank}" if rank else "fullft", LABEL_BITS * c.contexts
+            rows.append([c.contexts, labels, name, gained, c.episode.get(rank), supervised])
+    head = (
+        "contexts | bits of the labels | curve | from rewards [95%] | bits an episode [95%] | "
+        "by cross-entropy [95%]"
+    )
+    said = (
         "From rewards: the least information about the labels that reaches the mean reward (the "
         "rate-distortion function of a uniform source), so a lower bound. By cross-entropy: the "
         "labels' bits minus the loss on them."
-    ]
-    return base.Section("Bits", rows, text, "bits.png", [_panel(found)], "bits gained")
-
-
-def _whole(value: float | None) -> str:
-    return number(value) if value is None else f"{value:,.0f}"
+    )
+    table, panels = base.table(head, rows), [_panel(found)]
+    return [rewarded, base.Section("Bits", table, [said], "bits.png", panels, "bits gained")]
 
 
 def _panel(found: Sequence[Contexts]) -> base.Panel:
     """Draw bits gained over bits needed; a rank has one colour, rewarded and supervised."""
     needed = [float(LABEL_BITS * c.contexts) for c in found]
-
-    def line(of: Callable[[Contexts], Bits], rank: int, label: str, **look: Any) -> base.Series:
-        mine = [(x, of(c)[rank]) for x, c in zip(needed, found) if rank in of(c)]
-        x, bits = [x for x, _ in mine], [e for _, e in mine]
-        return base.Series.of(label, x, bits, colour=ranks.index(rank), **look)
-
     ranks = sorted({r for c in found for r in c.bits.keys() | c.supervised_bits.keys()})
-    series = [line(lambda c: c.bits, r, name_of(r), style="o-") for r in ranks]
-    series += [
-        line(lambda c: c.supervised_bits, r, f"{name_of(r)}, supervised", style="+--", size=8)
-        for r in sorted({r for c in found for r in c.supervised_bits})
-    ]
+    series = []
+    for supervised in (False, True):
+        each = [c.supervised_bits if supervised else c.bits for c in found]
+        look: dict[str, Any] = {"style": "+--", "size": 8} if supervised else {"style": "o-"}
+        for r in ranks if not supervised else sorted({r for bits in each for r in bits}):
+            mine = {x: bits[r] for x, bits in zip(needed, each) if r in bits}
+            label = name_of(r) + (", supervised" if supervised else "")
+            colour = ranks.index(r)
+            series.append(base.Series.of(label, mine, list(mine.values()), colour=colour, **look))
     series.append(base.Series("all of them", needed, needed, style=":", colour="grey"))
     capacity = [LABEL_BITS * c.contexts / c.load for c in found if c.load]
-    lines = {}
-    if capacity:
-        lines = {"capacity of rank 1, 2 bits a parameter": float(np.mean(capacity))}
+    name = "capacity of rank 1, 2 bits a parameter"
+    lines = {name: float(np.mean(capacity))} if capacity else {}
     x, title = "bits needed: those of the labels", "each at its best stable LR"
     return base.Panel(title, x, "bits gained", series, log_x=True, log_y=True, lines=lines)
 
@@ -254,7 +235,6 @@ def measures(found: Sequence[Contexts], asked: base.Asked) -> dict[str, Any]:
 
 def _points(name: str, applies: Callable[[Contexts], bool]) -> base.Estimand[Contexts]:
     """Return how far rank 1 is behind, on the contexts for which something holds."""
-
     return base.Estimand(
         name,
         lambda c: c.points(1) if c.is_complete else None,

@@ -14,14 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import (
-    Estimate,
-    exp_of,
-    from_draws,
-    number,
-    rate,
-    with_interval,
-)
+from analysis.inference.estimate import Estimate, exp_of, from_draws, rate, with_interval
 from analysis.measures.at_best import AtBest, over_seeds, pooled_over, values_at_best
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.optimum.fit import fit_all
@@ -105,6 +98,13 @@ class Lengths(base.TwoArms):
     def rests(self) -> list[Optimum]:
         return [*self.short.optima, *self.long.optima]
 
+    def short_over_long(self) -> Estimate:
+        """Return the ratio at the short horizon over that at the long one."""
+        short, long = self.short.ratio, self.long.ratio
+        if short.draws is None or long.draws is None:
+            return base.UNKNOWN
+        return from_draws(short.draws / long.draws, short.n + long.n)
+
     @cached_property
     def ends(self) -> list[Optimum]:
         """The optima of whole runs."""
@@ -113,7 +113,19 @@ class Lengths(base.TwoArms):
     @cached_property
     def spectra(self) -> list[Spectra]:
         """The norms of the optima of whole runs; growth and movement only for LoRA."""
-        found = [v.map(_by_matrix) for v in values_at_best(self.whole, self.ends, _log_spectra)]
+
+        def logs(row: pd.Series) -> dict[tuple[str, str], float]:
+            """Return logarithms by matrix and part: they interpolate well between LRs."""
+            norms = json.loads(row["result"]).get("spectra") or {}
+            return {(m, k): math.log(v) for m, by in norms.items() for k, v in by.items() if v > 0}
+
+        def by_matrix(values: dict[tuple[str, str], float]) -> Norms:
+            out: Norms = {}
+            for (matrix, part), v in values.items():
+                out.setdefault(matrix, {})[part] = math.exp(v)
+            return out
+
+        found = [v.map(by_matrix) for v in values_at_best(self.whole, self.ends, logs)]
         none: AtBest[Norms] = AtBest({})
         is_lora = [o.curve.key["method"] == "lora" for o in self.ends]
         full = next((v for v, lora in zip(found, is_lora) if not lora), none)
@@ -129,37 +141,13 @@ class Lengths(base.TwoArms):
     @property
     def of_top(self) -> Spectra | None:
         """The norms of the highest rank; None if they were not recorded."""
-        known = [
-            s
-            for o, s in zip(self.ends, self.spectra)
-            if o.curve.key["method"] == "lora" and s.by_seed
-        ]
+        every = zip(self.ends, self.spectra)
+        known = [s for o, s in every if base.rank_of(o) and s.by_seed]
         return known[-1] if known else None
 
     @property
     def end(self) -> str:
         return f"highest rank, after {self.whole['steps'].max():g} updates"
-
-
-def _log_spectra(row: pd.Series) -> dict[tuple[str, str], float]:
-    """Return the logarithms of a run's spectral norms by (matrix, a, b or delta).
-
-    Logarithms interpolate well between learning rates.
-    """
-    spectra = json.loads(row["result"]).get("spectra") or {}
-    return {
-        (matrix, what): math.log(v)
-        for matrix, norms in spectra.items()
-        for what, v in norms.items()
-        if v > 0
-    }
-
-
-def _by_matrix(logs: dict[tuple[str, str], float]) -> Norms:
-    out: Norms = {}
-    for (matrix, what), v in logs.items():
-        out.setdefault(matrix, {})[what] = math.exp(v)
-    return out
 
 
 def _median_log(a: Norms, of: str, b: Norms, over: str) -> float:
@@ -178,60 +166,48 @@ def conditions(table: pd.DataFrame) -> list[Lengths]:
     return [Lengths(optima[0].curve.group, part, optima, table, horizons, note)]
 
 
-def _over(a: Estimate, b: Estimate) -> Estimate:
-    if a.draws is None or b.draws is None:
-        return base.UNKNOWN
-    return from_draws(a.draws / b.draws, a.n + b.n)
-
-
 # ---------------------------------------------------------------- the report
 
 
 def sections(found: Sequence[Lengths], asked: base.Asked) -> list[base.Section]:
     """Return the ratio by horizon, and the spectral norms."""
     (c,) = found
-    return [_horizons(c), _norms(c)]
-
-
-def _horizons(c: Lengths) -> base.Section:
-    of_lora = [f"best LR, {o.curve.name}" for o in c.long.lora]
-    rows: base.Rows = [["updates", "best FullFT LR", *of_lora, "ratio [95%]"]]
+    rows: list[list[Any]] = []
     for h in c.horizons:
         of_full = with_interval(h.full.best_lr, rate) if h.full else "-"
         lrs = [with_interval(o.best_lr, rate) for o in h.lora]
-        rows.append([str(h.step), of_full, *lrs, with_interval(h.ratio)])
-    text = (
+        rows.append([h.step, of_full, *lrs, h.ratio])
+    of_lora = [f"best LR, {o.curve.name}" for o in c.long.lora]
+    head = " | ".join(["updates", "best FullFT LR", *of_lora, "ratio [95%]"])
+    text = [
         f"Short: {c.short.step} updates; long: {c.long.step}. The ratio is over the ranks of "
-        f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones."
-    )
-    line = base.Series.of(
-        "ratio", [h.step for h in c.horizons], [h.ratio for h in c.horizons], colour=1
-    )
+        f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones.",
+        *([c.note] if c.note else []),
+    ]
+    steps, ratios = [h.step for h in c.horizons], [h.ratio for h in c.horizons]
     panel = base.Panel(
         f"{title(c.optima[0].curve, length=False)}: beginnings of the same runs",
         "updates",
         "best LoRA LR / best FullFT LR",
-        [line],
+        [base.Series.of("ratio", steps, ratios, colour=1)],
         log_x=True,
         log_y=True,
         lines={"the study, long runs: 10": 10.0, "the study, short runs: 15": 15.0},
     )
-    notes = [text, c.note] if c.note else [text]
-    caption = "ratio of the optimal LRs over the length of the run"
-    return base.Section("The ratio by horizon", rows, notes, "horizons.png", [panel], caption)
-
-
-def _norms(c: Lengths) -> base.Section:
+    caption, name = "ratio of the optimal LRs over the length of the run", "The ratio by horizon"
+    table = base.table(head, rows)
+    by_horizon = base.Section(name, table, text, "horizons.png", [panel], caption)
     known = [(o, s) for o, s in zip(c.ends, c.spectra) if s.by_seed]
-    head = ["curve", "spectral norm of A", "of B", "of the change"]
-    rows: base.Rows = [[*head, "B / A [95%]", "change / FullFT's [95%]"]]
+    rows = []
     for o, s in known:
-        norms = [number(s.median(part)) for part in ("a", "b", "delta")]
-        rows.append([o.curve.name, *norms, with_interval(s.growth), with_interval(s.movement)])
-    caption = "spectral norms of the change, by matrix"
-    panels = _matrices(known)
-    heading = "Spectral norms at the optimal LRs"
-    return base.Section(heading, rows, figure="norms.png", panels=panels, caption=caption)
+        norms = [s.median(part) for part in ("a", "b", "delta")]
+        rows.append([o.curve.name, *norms, s.growth, s.movement])
+    head = (
+        "curve | spectral norm of A | of B | of the change | B / A [95%] | change / FullFT's [95%]"
+    )
+    name, caption = "Spectral norms at the optimal LRs", "spectral norms of the change, by matrix"
+    table, panels = base.table(head, rows), _matrices(known)
+    return [by_horizon, base.Section(name, table, [], "norms.png", panels, caption)]
 
 
 def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[base.Panel]:
@@ -273,7 +249,7 @@ QUESTION = base.Question[Lengths](
     estimands=[
         base.Estimand(
             "short_over_long",
-            lambda c: _over(c.short.ratio, c.long.ratio),
+            Lengths.short_over_long,
             lambda c: base.gates_on(c.rests),
             log=True,
             read=lambda c: f"{c.short.step} updates against {c.long.step}",
@@ -289,10 +265,7 @@ QUESTION = base.Question[Lengths](
             "movement_ratio",
             lambda c: c.of_top.movement if c.of_top else base.UNKNOWN,
             lambda c: base.gates_on(
-                [
-                    *(o for o in c.ends if o.curve.key["method"] == "fullft"),
-                    *base.lora_of(c.ends, MIN_RANK),
-                ]
+                [o for o in c.ends if not base.rank_of(o)] + base.lora_of(c.ends, MIN_RANK)
             ),
             log=True,
             read=lambda c: c.end,

@@ -13,9 +13,8 @@ def test_weights_are_lagranges_and_keep_away_from_a_cliff():
     for heights in ({x: -x for x in tried}, {x: x for x in tried}):
         found = weights(tried, at, heights)
         assert len(found) == 3 and sum(found.values()) == pytest.approx(1)
-        assert sum(w * (x - 1) ** 2 for x, w in found.items()) == pytest.approx(
-            (at - 1) ** 2
-        )  # exact for parabolas
+        parabola = sum(w * (x - 1) ** 2 for x, w in found.items())
+        assert parabola == pytest.approx((at - 1) ** 2)
     assert min(found) == tried[0]  # the loss falls towards lower rates, so the third one lies there
     assert weights(tried, math.log(0.5e-3), heights) == {tried[0]: 1.0}
     assert weights(tried, tried[1], heights) == {tried[1]: 1.0}

@@ -21,13 +21,7 @@ def planted_curves(p, at=5e-4, widths=(512, 1024, 2048, 4096, 8192), noise=1e-4)
         for rank in (8, 16):
             x = best + rng.uniform(-0.3, 0.3) + (np.arange(7) - 3) * math.log(2)
             y = 2 + 0.1 * linex(x - best, 0.5) + noise * rng.standard_normal(7)
-            key = {
-                "model": model,
-                "dataset": "d",
-                "method": "lora",
-                "rank": float(rank),
-                "alpha": 32.0,
-            }
+            key = {"model": model, "dataset": "d", "method": "lora", "rank": float(rank)}
             zero = np.zeros(7, int)
             curves.append(LrCurve(key, x, y, zero, zero, np.ones(7, bool), math.nan, math.nan))
     return curves, hidden

@@ -22,11 +22,11 @@ CLAIM = {"estimand": "rho", "expected": 1, "margin": [0.9, 1.11]}
 def optimum():
     """One curve with three seeds at every rate and a sure optimum."""
     rng = np.random.default_rng(0)
-    losses = table(
-        lambda lr, s: 2 + 0.1 * math.log(lr / 8e-4) ** 2 + 1e-3 * rng.standard_normal(),
-        seeds=(0, 1, 2),
-    )
-    (found,) = fit_all(lr_curves(losses))
+
+    def loss(lr, seed):
+        return 2 + 0.1 * math.log(lr / 8e-4) ** 2 + 1e-3 * rng.standard_normal()
+
+    (found,) = fit_all(lr_curves(table(loss, seeds=(0, 1, 2))))
     return found
 
 
@@ -47,7 +47,6 @@ def test_as_many_seeds_are_suggested_as_the_claim_lacks(optimum):
 
 def test_no_run_of_the_grid_adds_layer_sets(optimum):
     draws = 1 + 0.2 * np.random.default_rng(1).standard_normal(4000)
-    verdict = judge(
-        "c", CLAIM, "g", from_draws(draws, 12, spread=Spread(12, "layer sets")), [], 3, False
-    )
+    estimate = from_draws(draws, 12, spread=Spread(12, "layer sets"))
+    verdict = judge("c", CLAIM, "g", estimate, [], 3, False)
     assert "layer sets" in verdict.needed and asked(optimum, verdict) == []

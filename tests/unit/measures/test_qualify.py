@@ -41,10 +41,7 @@ def test_runs_are_cut_where_their_task_is_over(rank_answer):
     learned = GAIN * math.log2(1 + 40)  # so that a fifth is left near step 40
     part, said = while_unsolved(plain.assign(floor_nats=START - learned / 0.8))
     assert set(part["steps"]) == {32} and said.startswith("Cut at 32 of 96 updates")
-    assert (
-        while_unsolved(plain.assign(floor_nats=0.0))[1] == ""
-        and while_unsolved(plain.assign(floor_nats=3.39))[1] == ""
-    )
+    assert {while_unsolved(plain.assign(floor_nats=v))[1] for v in (0.0, 3.39)} == {""}
 
 
 def test_a_task_is_fit_by_its_gain_over_the_noise_and_by_what_is_left():

@@ -68,9 +68,14 @@ def test_a_ratio_of_two_brackets_is_bracketed():
 # ---------------------------------------------------------------- the law
 
 
-def bases(rng, seeds, sd):
-    """(name, hidden size, what it differs by from its width's mean) of base models."""
-    return [(f"{h}-{s}", h, rng.normal(0, sd)) for h in (64, 128, 256) for s in range(seeds)]
+def ratios(rng, seeds, sd, alphas, error, log):
+    """Ratios `log(width, alpha)` of base models, which differ by `sd` from their width's mean."""
+    bases = [(f"{h}-{s}", h, rng.normal(0, sd)) for h in (64, 128, 256) for s in range(seeds)]
+    return [
+        Ratio(base, h, a, off + log(h, a) + rng.normal(0, error), error)
+        for base, h, off in bases
+        for a in alphas
+    ]
 
 
 @pytest.mark.parametrize(
@@ -88,13 +93,7 @@ def test_the_ratios_law_tells_rivals_apart(p, q, name):
     def log(h, a):
         return 1.0 + p * math.log(h / 1000) + q * math.log(a / 32)
 
-    law = ratio_law(
-        [
-            Ratio(b, h, a, log(h, a) + u + rng.normal(0, 0.05), 0.05)
-            for b, h, u in bases(rng, 3, 0.03)
-            for a in (8, 32, 128)
-        ]
-    )
+    law = ratio_law(ratios(rng, 3, 0.03, (8, 32, 128), 0.05, log))
     assert law.bases == law.bases_q == 9
     assert law.p.low < p < law.p.high and law.q.low < q < law.q.high
     assert law.rivals[name] > 0.05
@@ -107,13 +106,7 @@ def test_several_alphas_or_data_sets_of_one_base_are_one_witness_of_its_width(al
     """Bases that differ by 0.3 beyond their width: 95% intervals of p hold the truth."""
     rng, held = np.random.default_rng(9), 0
     for _ in range(300):
-        law = ratio_law(
-            [
-                Ratio(b, h, a, u - math.log(a) + rng.normal(0, 0.02), 0.02)
-                for b, h, u in bases(rng, 2, 0.3)
-                for a in alphas
-            ]
-        )
+        law = ratio_law(ratios(rng, 2, 0.3, alphas, 0.02, lambda h, a: -math.log(a)))
         held += law.p.low <= 0 <= law.p.high
     assert law.bases == 6 and 0.9 < held / 300 < 0.98
 

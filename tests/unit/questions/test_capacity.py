@@ -8,7 +8,7 @@ import pytest
 from analysis.questions import capacity
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from tests.planted import World, around, ask, base, runs
+from tests.planted import World, around, ask, base, check, runs
 
 pytestmark = pytest.mark.slow  # composes configurations
 ONE = LoRA(rank=1, layers="attention")
@@ -35,9 +35,7 @@ def test_capacity(bits, outcome, tmp_path):
     ]
     world = Facts(more=lambda s: {"retain_nll": 3.0, "retain_start": math.log(16)})
     _, found = ask("capacity", world, specs, tmp_path if bits == 2 else None)
-    assert found["two_bits"]["outcome"] == outcome
-    assert found["two_bits"]["estimate"]["value"] == pytest.approx(bits, rel=0.05)
-    assert found["no_leak"]["outcome"] == "SUPPORTED"
+    check(found, two_bits=(outcome, pytest.approx(bits, rel=0.05)), no_leak="SUPPORTED")
 
 
 def test_effective_parameters_count_each_matrix_once():

@@ -10,18 +10,8 @@ from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA as Lora
-from tests.planted import (
-    FULL,
-    GAIN,
-    LORA,
-    World,
-    around,
-    ask,
-    base,
-    kept_question,
-    planted_table,
-    runs,
-)
+from tests import planted
+from tests.planted import FULL, GAIN, LORA, World, ask, base, check, kept_question, planted_table
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 TOKENS = [[10, 20, 30, 40], [25, 25, 25, 25]]
@@ -37,7 +27,11 @@ METHODS = {
 def reading_runs(readings=METHODS):
     spec = base("tiny64-experts", "dialect_smoke")
     arms = [(FullFT(), FULL), *((METHODS[r], LORA) for r in readings)]
-    return [s for method, best in arms for s in runs(spec, method, around(best), steps=64)]
+    return [
+        s
+        for method, best in arms
+        for s in planted.runs(spec, method, planted.around(best), steps=64)
+    ]
 
 
 class Readings(World):
@@ -68,8 +62,8 @@ def test_planted_gaps_and_optima_come_back():
     refuted = {"all_experts", "ratio", "same_scale"}  # planted ratio: 2
     outcomes = {name: v["outcome"] for name, v in verdicts.items()}
     assert outcomes == {k: "REFUTED" if k in refuted else "SUPPORTED" for k in outcomes}
-    for name, value in (("ratio", 2), ("one_rate", 1), ("same_scale", 2)):
-        assert verdicts[name]["estimate"]["value"] == pytest.approx(value, rel=0.15)
+    ratios = {"ratio": 2, "one_rate": 1, "same_scale": 2}
+    check(verdicts, **{name: pytest.approx(v, rel=0.15) for name, v in ratios.items()})
     (found,) = out["cells"].values()
     assert found["all"]["regret_percent"]["value"] == pytest.approx(10, abs=0.5)
     assert found["all"]["token_shares"][0] == pytest.approx([0.1, 0.2, 0.3, 0.4])
@@ -91,9 +85,9 @@ def test_the_experts_adapters_are_counted_as_they_are_trained():
 
 def test_a_missing_arm_leaves_its_claims_open():
     _, verdicts = ask("experts", Readings({}, {}), reading_runs(["whole"]))
-    assert verdicts["whole"]["outcome"] == "SUPPORTED"
+    check(verdicts, whole="SUPPORTED")
     for name in ("active", "dividing", "ratio", "one_rate"):
-        assert verdicts[name]["outcome"] == "UNDECIDED"
+        check(verdicts, **{name: "UNDECIDED"})
         assert verdicts[name]["why"] == "no curve of rank / active experts"
 
 
@@ -107,6 +101,7 @@ def test_a_curve_is_named_by_how_its_experts_get_their_rank():
 
 
 def test_a_dense_model_is_refused():
-    table = planted_table(World(), runs(base(dataset="dialect_smoke"), Lora(rank=4), [LORA]))
+    dense = planted.runs(base(dataset="dialect_smoke"), Lora(rank=4), [LORA])
+    table = planted_table(World(), dense)
     with pytest.raises(TableError, match="does not tell the rank of its experts"):
         QUESTION.analyse(table, kept_question("experts"))

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lorasweep.methods.lora import LoRA as Lora
-from tests.planted import LORA, World, around, ask, base, runs
+from tests.planted import LORA, World, around, ask, base, check, runs
 
 pytestmark = pytest.mark.slow  # fits a dozen curves
 B_BEHIND = 0.03
@@ -52,12 +52,9 @@ def setting_runs(twins=True):
 @pytest.mark.parametrize(("broken", "outcome"), [(1e-3, "SUPPORTED"), (1e-9, "REFUTED")])
 def test_twins_rules_and_starts_come_back(broken, outcome, tmp_path):
     _, found = ask("invariance", Rules(broken), setting_runs(), tmp_path if broken > 1e-6 else None)
-    assert found["twins"]["outcome"] == "SUPPORTED"
-    assert found["breakers"]["outcome"] == outcome
-    assert found["rank_free"]["outcome"] == "SUPPORTED"
-    assert found["rank_free_root"]["estimate"]["value"] == pytest.approx(-math.log(2) / 2, abs=0.05)
-    assert found["start_b"]["outcome"] == "REFUTED"
-    assert found["start_b"]["estimate"]["value"] == pytest.approx(B_BEHIND, abs=1e-3)
+    check(found, twins="SUPPORTED", breakers=outcome, rank_free="SUPPORTED")
+    check(found, rank_free_root=pytest.approx(-math.log(2) / 2, abs=0.05))
+    check(found, start_b=("REFUTED", pytest.approx(B_BEHIND, abs=1e-3)))
 
 
 def test_without_twins_their_claims_stay_open():

@@ -6,7 +6,7 @@ import pytest
 
 from analysis.questions.layers import PARAMETERS_AGREE
 from lorasweep.methods.lora import LoRA as Lora
-from tests.planted import GAIN, LORA, World, arms, around, ask, base, runs
+from tests.planted import GAIN, LORA, World, arms, around, ask, base, check, runs
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 STEPS = 96
@@ -31,19 +31,15 @@ def speeds(attention):
 
 @pytest.mark.parametrize(("attention", "outcome"), [(0.4, "SUPPORTED"), (0.85, "REFUTED")])
 def test_layer_sets(attention, outcome, tmp_path):
-    world, folder = World(lambda s: speeds(attention)[s.method.layers]), None
-    if outcome == "SUPPORTED":
-        folder = tmp_path
+    world = World(lambda s: speeds(attention)[s.method.layers])
+    folder = tmp_path if outcome == "SUPPORTED" else None
     _, found = ask("layers", world, layer_runs("tiny64"), folder)
-    assert found["attention_worse"]["outcome"] == outcome
-    assert found["attention_worse"]["estimate"]["value"] == pytest.approx(attention / 0.8, rel=0.05)
-    assert found["mlp_is_enough"]["outcome"] == "SUPPORTED"
+    check(found, attention_worse=(outcome, pytest.approx(attention / 0.8, rel=0.05)))
+    check(found, mlp_is_enough="SUPPORTED", mlp_loses_nothing="SUPPORTED")
     lost = math.log2((1 + STEPS * 0.8) / (1 + STEPS * attention))  # in doublings of the updates
     allowed = 0.05 * math.log2(1 + STEPS)
-    gap = found["attention_loses"]["estimate"]["value"] / GAIN
-    assert gap == pytest.approx(lost - allowed, abs=0.03)
-    assert found["attention_loses"]["outcome"] == outcome
-    assert found["mlp_loses_nothing"]["outcome"] == "SUPPORTED"
+    gap = pytest.approx((lost - allowed) * GAIN, abs=0.03 * GAIN)
+    check(found, attention_loses=(outcome, gap))
 
 
 def test_a_claim_about_all_tasks_is_supported_only_if_it_holds_on_each():
@@ -54,7 +50,7 @@ def test_a_claim_about_all_tasks_is_supported_only_if_it_holds_on_each():
     worse = [v for v in out["verdicts"] if v["claim"] == "attention_worse"]
     outcomes = {v["group"].split()[0]: v["outcome"] for v in worse}
     assert outcomes == {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
-    assert found["attention_everywhere"]["outcome"] == "REFUTED"
+    check(found, attention_everywhere="REFUTED")
     assert found["attention_everywhere"]["why"].startswith("by task: REFUTED on 1, SUPPORTED on 1")
 
 

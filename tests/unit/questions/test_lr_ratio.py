@@ -11,7 +11,7 @@ from analysis.__main__ import main
 from analysis.optimum.valley import linex
 from analysis.questions.lr_ratio import QUESTION
 from analysis.runs.table import TableError
-from tests.planted import FULL_BEST, START, Valley, arms, ask, base, kept_question
+from tests.planted import FULL_BEST, START, Valley, arms, ask, base, check, kept_question
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 GAINED = START - 2.0
@@ -60,8 +60,7 @@ def test_a_planted_drift_comes_back(drift, outcome):
     claim = {"estimand": "lr_drift_per_doubling", "expected": 0, "margin": [-0.099, 0.099]}
     valley = Valley(3, noise=2e-4, steep=0.3, drift=drift)
     _, found = ask_ratio(valley, claims={"order": claim})
-    assert found["order"]["outcome"] == outcome
-    assert found["order"]["estimate"]["value"] == pytest.approx(drift * math.log(2), abs=0.1)
+    check(found, order=(outcome, pytest.approx(drift * math.log(2), abs=0.1)))
 
 
 def test_a_cliff_just_right_of_the_optimum_gives_a_bound_and_no_verdict():
@@ -95,7 +94,7 @@ def test_an_optimum_off_the_grid_is_a_bound_answered_by_lrs_beyond_it(tmp_path, 
 @pytest.mark.parametrize(("noise", "seeds"), [(5e-4, (0,)), (0.04, range(5))])
 def test_one_seed_or_much_noise_leaves_it_undecided(noise, seeds):
     _, found = ask_ratio(Valley(10, noise=noise), seeds)
-    assert found["ratio"]["outcome"] == "UNDECIDED"
+    check(found, ratio="UNDECIDED")
     if len(seeds) == 1:
         assert "seed" in found["ratio"]["why"] and "seeds" in found["ratio"]["needed"]
         assert "FEW_SEEDS_AT_RECIPE" in {g["code"] for g in found["ten_times"]["gates"]}
@@ -106,17 +105,17 @@ def test_what_ten_times_full_fine_tunings_lr_costs(ratio, outcome):
     """At a planted ratio of 3 that LR is 3.3 times LoRA's optimum."""
     valley = Valley(ratio)
     lost = 0.16 * float(linex(np.array(math.log(10 / ratio)), valley.steep))
-    found = ask_ratio(valley)[1]["ten_times"]
-    assert found["outcome"] == outcome, found["why"]
+    _, verdicts = ask_ratio(valley)
+    check(verdicts, ten_times=outcome)
+    found = verdicts["ten_times"]
     assert found["estimate"]["low"] <= 100 * lost / GAINED <= found["estimate"]["high"]
 
 
 @pytest.mark.parametrize(("behind", "outcome"), [(0.0, "SUPPORTED"), (0.1, "REFUTED")])
 def test_the_regret_of_the_highest_rank(behind, outcome):
     """Behind by a tenth of the gain, where a twentieth is allowed; rank 4 does not count."""
-    found = ask_ratio(Valley(3, behind={4: 0.3 * GAINED, 16: behind * GAINED}))[1]["no_regret"]
-    assert found["outcome"] == outcome, found["why"]
-    assert found["estimate"]["value"] == pytest.approx((behind - 0.05) * GAINED, abs=2e-3)
+    _, found = ask_ratio(Valley(3, behind={4: 0.3 * GAINED, 16: behind * GAINED}))
+    check(found, no_regret=(outcome, pytest.approx((behind - 0.05) * GAINED, abs=2e-3)))
 
 
 def test_a_claim_about_an_unknown_estimand_is_refused():

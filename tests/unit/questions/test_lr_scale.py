@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.planted import World, arms, ask, base
+from tests.planted import World, arms, ask, base, check
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 BASES = ("tiny64-3m", "tiny64", "tiny64-s1", "tiny128-3m", "tiny128-4m", "tiny256-3m")
@@ -24,7 +24,5 @@ def test_the_law_of_the_ratio(power, outcome, tmp_path):
     world = World(best=best, more=lambda s: {"retain_start": 2.0, "retain_nll": 2.1})
     folder = tmp_path if power else None
     out, found = ask("lr_scale", world, specs.values(), folder)
-    assert found["hidden"]["outcome"] == outcome
-    assert found["hidden"]["estimate"]["value"] == pytest.approx(power, abs=0.15)
-    assert found["alpha"]["outcome"] == "SUPPORTED"
+    check(found, hidden=(outcome, pytest.approx(power, abs=0.15)), alpha="SUPPORTED")
     assert "smollm2-135m-instruct on gsm8k (small)" in out["outside"]  # a marker, from what is kept

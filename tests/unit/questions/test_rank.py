@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lorasweep.methods.lora import LoRA
-from tests.planted import FULL, LORA, World, arms, ask, base, runs
+from tests.planted import FULL, LORA, World, arms, ask, base, check, runs
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 RULES = {"rule_shift": 0.25, "new_exceptions": 0.0}
@@ -27,9 +27,8 @@ def test_parity_and_the_steps_from_which_ranks_are_behind(top, outcome, tmp_path
     rho = {1: 0.1, 4: 0.3, 8: top}
     world, folder = World(lambda s: rho[s.method.rank]), tmp_path if top == 1 else None
     out, found = ask("rank", world, rank_runs(steps=384), folder)
-    assert found["parity"]["outcome"] == outcome, found["parity"]["why"]
-    assert found["parity"]["estimate"]["value"] == pytest.approx(top, rel=0.05)
-    assert found["start_popular"]["outcome"] == "REFUTED"  # rank 1 is apart at once
+    check(found, parity=(outcome, pytest.approx(top, rel=0.05)))
+    check(found, start_popular="REFUTED")  # rank 1 is apart at once
     left = out["departures"]
     assert max(left["1"]) <= min(left["4"])
     assert all(v is None for v in left["8"]) == (top == 1.0)
@@ -39,13 +38,13 @@ def test_an_optimum_between_tried_lrs_is_interpolated():
     between = {"fullft": 2.1e-3, "lora": 4.4e-3}  # tried: 1.6e-3, 3.2e-3, 6.4e-3
     rho, best = {1: 0.2, 4: 0.8}, lambda spec, step: between[spec.method.name]
     _, found = ask("rank", World(lambda s: rho[s.method.rank], best), rank_runs((1, 4), 384))
-    assert found["parity"]["estimate"]["value"] == pytest.approx(0.8, rel=0.03)
+    check(found, parity=pytest.approx(0.8, rel=0.03))
 
 
 def test_ranks_that_are_all_behind_at_once_have_no_order():
     world = World(lambda s: 0.05 * s.method.rank)
     _, found = ask("rank", world, rank_runs((1, 4), 384))
-    assert found["order"]["outcome"] == "UNDECIDED"
+    check(found, order="UNDECIDED")
     assert [g["code"] for g in found["order"]["gates"]] == ["NO_ORDER"]
 
 
@@ -61,24 +60,20 @@ def test_ranks_that_are_all_behind_at_once_have_no_order():
 def test_the_slope_over_ranks_is_judged_in_its_regime(slope, params, claim, other, outcome):
     world = World(lambda s: 0.5 * s.method.rank ** (slope / math.log(2)))
     _, found = ask("rank", world, rank_runs(**params))
-    assert found[claim]["outcome"] == outcome, found[claim]["why"]
-    assert found[claim]["estimate"]["value"] == pytest.approx(slope, abs=0.03)
+    check(found, **{claim: (outcome, pytest.approx(slope, abs=0.03))})
     assert [g["code"] for g in found[other]["gates"]] == ["NO_CELL"]
 
 
 @pytest.mark.parametrize(("factor", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])
 def test_whether_rank_1_has_a_lower_optimal_lr_comes_back(factor, outcome):
     def best(spec, step):
-        if spec.method.name == "fullft":
-            return FULL
-        return LORA / factor if spec.method.rank == 1 else LORA
+        rank = getattr(spec.method, "rank", 0)
+        return LORA / (factor if rank == 1 else 1) if rank else FULL
 
     _, found = ask("rank", World(lambda s: 0.5, best=best), rank_runs(**RULES))
-    assert found["rank_1_lower"]["outcome"] == outcome, found["rank_1_lower"]["why"]
-    assert found["rank_1_lower"]["estimate"]["value"] == pytest.approx(factor, rel=0.1)
+    check(found, rank_1_lower=(outcome, pytest.approx(factor, rel=0.1)))
     # A line over ln(1 + updates) is nearly one over ln(updates), and ranks of one speed stay equal.
-    assert found["straight"]["outcome"] == "SUPPORTED"
-    assert found["straight"]["estimate"]["value"] == pytest.approx(1.1, abs=0.1)
+    check(found, straight=("SUPPORTED", pytest.approx(1.1, abs=0.1)))
 
 
 def test_the_difference_of_two_ranks_grows_at_the_planted_slope():
@@ -90,8 +85,7 @@ def test_the_difference_of_two_ranks_grows_at_the_planted_slope():
             return super().loss(spec, step) + (0.02 * math.log2(step) if behind else 0.0)
 
     _, found = ask("rank", Grows(lambda s: 1.0), rank_runs())
-    assert found["grows"]["outcome"] == "SUPPORTED", found["grows"]["why"]
-    assert found["grows"]["estimate"]["value"] == pytest.approx(0.02, abs=1e-3)
+    check(found, grows=("SUPPORTED", pytest.approx(0.02, abs=1e-3)))
 
 
 def test_each_model_is_compared_with_full_fine_tuning_of_itself():
@@ -99,10 +93,8 @@ def test_each_model_is_compared_with_full_fine_tuning_of_itself():
     world = World(lambda s: {1: 0.1, 8: top[s.model.name]}[s.method.rank])
     out, _ = ask("rank", world, rank_runs((1, 8), 384, models=top))
     parity = {v["group"].split()[0]: v for v in out["verdicts"] if v["claim"] == "parity"}
-    outcomes = {m: v["outcome"] for m, v in parity.items()}
-    assert outcomes == {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
-    values = {m: v["estimate"]["value"] for m, v in parity.items()}
-    assert values == pytest.approx(top, rel=0.05)
+    outcomes = {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
+    check(parity, **{m: (outcomes[m], pytest.approx(top[m], rel=0.05)) for m in top})
     assert {name.split()[0] for name in out["tasks"]} == set(top)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lorasweep.methods.lora import LoRA as Lora
-from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, runs
+from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, check, runs
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 STEPS, RANK = 96, 8
@@ -29,12 +29,10 @@ def test_recipes(tmp_path):
 
     world = World(lambda s: 1.0 if s.method.rank == RANK else 0.6, more=more)
     _, found = ask("recipes", world, recipe_runs(), tmp_path)
-    assert found["alpha_twice_rank"]["outcome"] == "SUPPORTED"  # the same loss
+    check(found, alpha_twice_rank="SUPPORTED", small_data_rank="REFUTED")  # of alpha: the same loss
     lost = CURVATURE * math.log(2e-4 / LORA) ** 2 / (GAIN * math.log2(STEPS + 1))
-    assert found["default_rate"]["outcome"] == "REFUTED"
-    assert found["default_rate"]["estimate"]["value"] == pytest.approx(lost, rel=0.05)
-    assert found["retention"]["estimate"]["value"] == pytest.approx(0.4)
-    assert found["small_data_rank"]["outcome"] == "REFUTED"
+    check(found, default_rate=("REFUTED", pytest.approx(lost, rel=0.05)))
+    check(found, retention=pytest.approx(0.4))
 
 
 def test_forgetting_is_compared_where_both_have_learned_as_much():
@@ -47,6 +45,5 @@ def test_forgetting_is_compared_where_both_have_learned_as_much():
 
     rho = 2.0 ** -(CURVATURE * math.log(4) ** 2 / GAIN)
     _, found = ask("recipes", World(lambda s: rho, more=more), recipe_runs())
-    assert found["retention"]["estimate"]["value"] == pytest.approx(1.0, rel=0.1)
-    assert found["retention_equal"]["estimate"]["value"] == pytest.approx(2.0, rel=0.1)
-    assert found["retention_equal"]["outcome"] == "REFUTED"
+    check(found, retention=pytest.approx(1.0, rel=0.1))
+    check(found, retention_equal=("REFUTED", pytest.approx(2.0, rel=0.1)))

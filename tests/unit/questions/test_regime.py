@@ -17,10 +17,8 @@ pytestmark = pytest.mark.slow  # fits dozens of curves
 LOW = {"rule_shift": 0.25, "shift_rank": 2, "new_exceptions": 0.0}
 BEYOND = {"rule_shift": 0.25, "shift_rank": 8, "new_exceptions": 0.3}
 NULL = {"rule_shift": 0.0, "new_exceptions": 0.0}
-IN_LOW, IN_BEYOND = (
-    "8 symbols, change of rank 2",
-    "8 symbols, change of rank 8 + 30% new exceptions",
-)
+IN_LOW = "8 symbols, change of rank 2"
+IN_BEYOND = "8 symbols, change of rank 8 + 30% new exceptions"
 SHARE = 0.4
 """Share of changed contexts."""
 BATCH = 4
@@ -63,14 +61,11 @@ class Gaps(World):
         common = self.nll(spec) - behind
         shares = {"changed": SHARE, "unchanged": 1 - SHARE}
         is_new = spec.plain()["dataset"]["knobs"]["rule_shift"] > 0
-        return {
-            "bits_generator": self.bits * is_new,
-            "changed_share": SHARE,
-            **{
-                f"test_nll_{k}": common + (behind / share if k == self.part else 0.0)
-                for k, share in shares.items()
-            },
+        parts = {
+            f"test_nll_{k}": common + (behind / share if k == self.part else 0.0)
+            for k, share in shares.items()
         }
+        return {"bits_generator": self.bits * is_new, "changed_share": SHARE, **parts}
 
 
 def condition(out, name=IN_LOW):
@@ -111,10 +106,8 @@ def test_the_boundary_comes_back_by_condition_and_rank():
 def test_claims_about_the_regime_can_be_refuted():
     """Rank 8 loses a tenth where only rules are new, nothing where exceptions are; the gap shrinks."""
 
-    def gap(rank, step, exceptions):
-        return 0.0 if exceptions else 0.25 - 0.05 * math.log2(step / 64)
-
-    out = ask_regime(Gaps(gap), LOW, BEYOND)
+    world = Gaps(lambda r, step, new: 0.0 if new else 0.25 - 0.05 * math.log2(step / 64))
+    out = ask_regime(world, LOW, BEYOND)
     assert verdicts(out, "low") == {IN_LOW: "REFUTED"} == verdicts(out, "better")
     assert verdicts(out, "beyond") == {IN_BEYOND: "REFUTED"}
     assert verdicts(out, "growth")[IN_LOW] == "REFUTED"

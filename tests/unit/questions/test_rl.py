@@ -6,7 +6,7 @@ import pytest
 
 from analysis.report.study import page
 from analysis.report.study.answers import read_answers
-from tests.planted import Rewards, arms, ask, base
+from tests.planted import Rewards, arms, ask, base, check
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 START = Rewards.start_reward
@@ -46,11 +46,9 @@ def test_planted_differences_come_back(rho, ratio, bends, outcomes, tmp_path):
     claims = ("rank_1", "top_rank", "ratio", "wider", "progress")
     assert tuple(found[c]["outcome"] for c in claims) == outcomes
     planted = 6 * math.log2((1 + 64 * rho) / 65)
-    assert found["rank_1"]["estimate"]["value"] == pytest.approx(planted, abs=0.5)
-    assert found["ratio"]["estimate"]["value"] == pytest.approx(ratio, rel=0.1)
-    assert found["progress"]["estimate"]["value"] == pytest.approx(rho, rel=0.1)
+    check(found, rank_1=pytest.approx(planted, abs=0.5), ratio=pytest.approx(ratio, rel=0.1))
     wider = math.sqrt(bends[0] / bends[1])
-    assert found["wider"]["estimate"]["value"] == pytest.approx(wider, rel=0.2)
+    check(found, progress=pytest.approx(rho, rel=0.1), wider=pytest.approx(wider, rel=0.2))
     (behind,) = out["points_behind"].values()
     assert set(behind) == {"1", "8"}
     if rho < 1:  # with a report, in rewards and not in losses
@@ -82,12 +80,12 @@ def test_of_the_base_that_solves_the_task_only_progress_is_asked():
     judged = {(v["claim"], v["group"].split(" on ")[0]): v for v in out["verdicts"]}
     of_rewards = ("rank_1", "top_rank", "ratio", "wider")
     assert set(judged) == {*((c, first) for c in (*of_rewards, "progress")), ("progress", second)}
-    for at, value in ((("rank_1", first), -12), (("progress", second), 0.5)):
-        assert judged[at]["outcome"] == "REFUTED"
-        assert judged[at]["estimate"]["value"] == pytest.approx(value, rel=0.1)
+    for (claim, model), value in {("rank_1", first): -12, ("progress", second): 0.5}.items():
+        verdict = {claim: judged[claim, model]}
+        check(verdict, **{claim: ("REFUTED", pytest.approx(value, rel=0.1))})
 
 
 def test_without_rank_1_the_claims_about_it_stay_open():
     _, found = ask("rl", world(1, 2, 0.03, 0.03), rl_runs(2, ranks=(8,)))
     assert found["rank_1"]["why"] == "no curve of lora r1"
-    assert found["top_rank"]["outcome"] == "SUPPORTED"
+    check(found, top_rank="SUPPORTED")

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from analysis.questions.rl_bits import known_share
 from lorasweep.train.objectives.rollouts import bits_learned
 from tests.planted import Rewards, arms, ask, base
 
@@ -79,8 +78,11 @@ def test_rank_1_behaves_as_its_capacity_says(tmp_path):
     refuted = {(c, n) for c in ("one_bit", "ratio") for n in (64, 4096)}  # planted ratio: 4
     outcomes = dict.fromkeys(supported, "SUPPORTED") | dict.fromkeys(refuted, "REFUTED")
     assert {k: v["outcome"] for k, v in found.items()} == outcomes
-    assert found["behind", 4096]["estimate"]["value"] == pytest.approx(-30, abs=0.5)
-    assert found["taught", 64]["estimate"]["value"] == pytest.approx(-1, abs=0.3)
+    planted = {
+        ("behind", 4096): pytest.approx(-30, abs=0.5),
+        ("taught", 64): pytest.approx(-1, abs=0.3),
+    }
+    assert {k: found[k]["estimate"]["value"] for k in planted} == planted
     small, large = out["cells"]
     assert small["load"] == pytest.approx(4 * 64 / (2 * 5232)) and large["load"] > 1
     bits = 4096 * bits_learned(0.6, 16)
@@ -109,8 +111,3 @@ def test_without_rank_1_or_the_control_claims_stay_open():
     out, found = ask("rl_bits", world, bit_runs([64], [4], supervised=False))
     assert {v["outcome"] for v in out["verdicts"]} == {"UNDECIDED"}
     assert found["tie"]["why"] == "no curve of lora r1"
-
-
-def test_the_share_of_a_label_that_is_known():
-    assert known_share(math.log(16)) == 0 and known_share(0.0) == 1
-    assert known_share(math.log(4)) == pytest.approx(0.5)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.planted import FULL, LORA, World, arms, ask, base
+from tests.planted import FULL, LORA, World, arms, ask, base, check
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
@@ -20,7 +20,5 @@ def test_short_runs_and_norms(factor, outcome, tmp_path):
     specs = arms(base(dataset="dialect_smoke"), (4, 8), steps=384)
     folder = tmp_path if outcome == "SUPPORTED" else None
     _, found = ask("short_runs", World(best=best, more=more), specs, folder)
-    assert found["short_over_long"]["outcome"] == outcome
-    assert found["short_over_long"]["estimate"]["value"] == pytest.approx(factor, rel=0.15)
-    assert found["b_grows"]["estimate"]["value"] == pytest.approx(2.0)
-    assert found["same_movement"]["estimate"]["value"] == pytest.approx(1.5)
+    check(found, short_over_long=(outcome, pytest.approx(factor, rel=0.15)))
+    check(found, b_grows=pytest.approx(2.0), same_movement=pytest.approx(1.5))
