@@ -7,6 +7,7 @@ Shapes: N runs of the pack.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
@@ -58,7 +59,8 @@ def train(
         computed_by = backend(model, mesh.size)
         optimizer = AdamW.start(trainables, pack, mesh)
         evaluator = Evaluator(model, objective, trainables, mesh)
-        progress = {run.id: Progress.start(measures) for run, measures in zip(runs, at_start)}
+        none = {"step": 0, "examples": 0, "tokens": 0}
+        progress = {run.id: Progress([none | first]) for run, first in zip(runs, at_start)}
         evaluations = {run.id: set(eval_steps(run.steps, run.has_curve)) for run in runs}
         first_step = step = 0
         if resume is not None:
@@ -126,11 +128,20 @@ def train(
                 for i, (measures, n_items) in evaluator.measure(runs, ids, final).items():
                     measured[i] = measures
                     records[i] |= {**measures, "test_items": n_items}
-                    progress[i].point(records[i], tuple(measures))
+                    names = ("step", "examples", "tokens", *measures)
+                    progress[i].curve.append({name: records[i][name] for name in names})
                     if not math.isfinite(measures[metric.name]):
                         diverged.add(i)
             last |= stop_early(step, runs, due - diverged, progress, optimizer, metric)
-            restored = restore_best(step, runs, last - diverged, progress, optimizer)
+            back = [
+                k
+                for k, run in enumerate(runs)
+                if run.early_stopping
+                and run.id in last - diverged
+                and progress[run.id].best.step != step
+            ]
+            optimizer.restore_best(back)
+            restored = {runs[k].id for k in back}
             for i, (measures, _) in evaluator.measure(runs, restored, True).items():
                 measured[i] = measures
             done = last - diverged
@@ -154,8 +165,11 @@ def train(
                     **({"base_commit": base.commit} if base.commit else {}),
                 }
                 if run.id in done:
-                    result |= {**measured[run.id], **progress[run.id].stopping_facts()}
-                    result["step_s"] = progress[run.id].median_step_s()
+                    result |= measured[run.id]
+                    result["step_s"] = statistics.median_high(progress[run.id].step_s)
+                    if progress[run.id].best.step:  # the update whose weights are kept
+                        result["best_step"] = progress[run.id].best.step
+                        result["early_stopping_rule"] = EARLY_STOPPING_RULE
                 ended[run.id] = ("done" if run.id in done else "diverged", result)
 
             def snapshot(step: int = step, runs: list[RunSpec] = runs) -> dict[str, State]:
@@ -207,29 +221,24 @@ class Evaluator:
 
         `runs`: all of the pack. `final`: on all held-out items, else on a part.
         """
+        # On a CPU one pass measures the runs of one data set: the rows of others would be padded to
+        # the longest (1.4 times the tokens of a hundred customers, LOG.md), and a larger pass is
+        # hardly faster. On a GPU one pass measures all runs. Assumption: there small passes cost
+        # more than padding.
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        groups: dict[str, list[int]] = {}
+        for k, run in enumerate(runs):
+            if run.id in ids:
+                groups.setdefault(run.dataset.canonical if on_cpu else "", []).append(k)
         measured: dict[str, tuple[Record, int]] = {}
         norms = self.trainables.norms() if ids else []
-        for at in self._together(runs, ids):
+        for at in groups.values():
             some = [runs[k] for k in at]
             with phase(EVALUATION), self.trainables.only(at):
                 found = self.mesh.run(self.objective.evaluate, self.model, some, final)
             for k, run, e in zip(at, some, found):
                 measured[run.id] = {**e.measures, **norms[k]}, e.n_items
         return measured
-
-    def _together(self, runs: Sequence[RunSpec], ids: set[str]) -> list[list[int]]:
-        """Return the runs to measure, grouped by forward pass.
-
-        On a CPU runs of one data set: the held-out rows of others would be padded to the most and
-        longest (1.4 times the tokens of a hundred customers, LOG.md), and a larger pass is hardly
-        faster. On a GPU all. Assumption: there small passes cost more than padding.
-        """
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        groups: dict[str, list[int]] = {}
-        for k, run in enumerate(runs):
-            if run.id in ids:
-                groups.setdefault(run.dataset.canonical if on_cpu else "", []).append(k)
-        return list(groups.values())
 
     def at_end(self, runs: Sequence[RunSpec], ids: set[str]) -> dict[str, Record]:
         """Return the final measures of the finished runs `ids`, and their spectra."""
@@ -257,11 +266,6 @@ class Progress:
     best: Best = field(default_factory=Best)
     """The best evaluation of a run that may end early."""
 
-    @classmethod
-    def start(cls, measures: Record) -> "Progress":
-        """Start with the measures before training."""
-        return cls([{"step": 0, "examples": 0, "tokens": 0, **measures}])
-
     def load(self, meta: dict[str, Any]) -> None:
         """Restore the values of a checkpoint."""
         self.curve, self.tokens = list(meta["curve"]), meta["tokens"]
@@ -277,12 +281,6 @@ class Progress:
         """Return the tokens of each expert for a result; nothing without experts."""
         return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
 
-    def stopping_facts(self) -> dict[str, int]:
-        """Return a result's entries about early stopping: the update whose weights are kept."""
-        if not self.best.step:
-            return {}
-        return {"best_step": self.best.step, "early_stopping_rule": EARLY_STOPPING_RULE}
-
     def add(self, n_tokens: int, seconds: float, expert_tokens: list[list[int]]) -> None:
         """Count an update; `expert_tokens`: its tokens by layer and expert."""
         self.tokens += n_tokens
@@ -291,15 +289,6 @@ class Progress:
         self.expert_tokens = [
             [a + b for a, b in zip(*layers)] for layers in zip(before, expert_tokens)
         ]
-
-    def point(self, record: Record, measures: tuple[str, ...]) -> None:
-        """Add an evaluation to the learning curve."""
-        names = ("step", "examples", "tokens", *measures)
-        self.curve.append({name: record[name] for name in names})
-
-    def median_step_s(self) -> float:
-        """Return the median seconds of an update."""
-        return sorted(self.step_s)[len(self.step_s) // 2]
 
 
 def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, float]:
@@ -345,20 +334,3 @@ def stop_early(
             points[-1].setdefault(metric.on_part, points[-1][metric.name])
             ending.add(run.id)
     return ending
-
-
-def restore_best(
-    step: int,
-    runs: Sequence[RunSpec],
-    ending: set[str],
-    progress: Mapping[str, Progress],
-    optimizer: AdamW,
-) -> set[str]:
-    """Restore the best weights of runs that end after update `step`; return the restored runs."""
-    back = [
-        k
-        for k, run in enumerate(runs)
-        if run.early_stopping and run.id in ending and progress[run.id].best.step != step
-    ]
-    optimizer.restore_best(back)
-    return {runs[k].id for k in back}

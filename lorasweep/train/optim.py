@@ -29,15 +29,6 @@ def lr_factor(spec: RunSpec, step: int) -> float:
     return 1.0 - done if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _ratios(trainables: Parameters, params: Tensors) -> Tensors:
-    return {
-        name: torch.tensor(trainables.lr_ratios(name), dtype=torch.float64)
-        .to(local(p))
-        .view(-1, 1, 1)
-        for name, p in params.items()
-    }
-
-
 def _gradient(p: torch.Tensor) -> torch.Tensor:
     assert p.grad is not None, "a trained tensor has no gradient"
     return local(p.grad)
@@ -55,11 +46,18 @@ class AdamW:
     params: Tensors
     exp_avg: Tensors
     exp_avg_sq: Tensors
-    ratios: Tensors
-    """Learning rate factors of the runs that each tensor holds, [n, 1, 1], on its device."""
     mesh: Mesh = field(default_factory=Mesh)
     best: Tensors = field(default_factory=dict)
     """Weights of the best evaluation of each run; empty if no run may end early."""
+
+    def __post_init__(self) -> None:
+        """Copy the learning rate factors of the runs in each tensor to its device, [n, 1, 1]."""
+        self.ratios = {
+            n: torch.tensor(self.trainables.lr_ratios(n), dtype=torch.float64)
+            .to(local(p))
+            .view(-1, 1, 1)
+            for n, p in self.params.items()
+        }
 
     @classmethod
     def start(
@@ -72,8 +70,7 @@ class AdamW:
             {n: torch.zeros_like(p) for n, p in params.items() if wanted}
             for wanted in (True, True, early)
         )
-        ratios = _ratios(trainables, params)
-        return cls(trainables, list(specs), params, m, v, ratios, mesh or Mesh(), best)
+        return cls(trainables, list(specs), params, m, v, mesh or Mesh(), best)
 
     def keep(self, runs: list[int]) -> None:
         """Drop the parameters and moments of all runs but `runs` (increasing indices)."""
@@ -84,7 +81,7 @@ class AdamW:
             {new: held[old][rows].clone() for new, (old, rows) in came_from.items() if held}
             for held in (self.exp_avg, self.exp_avg_sq, self.best)
         )
-        self.ratios = _ratios(self.trainables, self.params)
+        self.__post_init__()
 
     def keep_best(self, runs: list[int]) -> None:
         """Keep the present weights of these runs as their best."""

@@ -8,7 +8,7 @@ Shapes: N runs of the pack.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -138,21 +138,21 @@ class SupervisedFineTuning:
         With several processes, neighbouring micro-batches have the same number of rows, one for
         each process.
         """
-        rows = [self._rows(run, step) for run in runs]
-        for run, own in zip(runs, rows):
+        processes, by_run = self._mesh.size, []
+        for run in runs:
+            size = run.batch_size
+            rows = processes * min(self._micro_batch_size or size, size // processes)
+            examples = self._data[run.id].train(run.seed, step * size, size)
+            examples = sorted(examples, key=lambda e: len(e.tokens))
+            parts = [examples[k : k + rows] for k in range(0, size, rows)]
+            own = [
+                collate(part[k : k + len(part) // processes], self._join_rows)
+                for part in parts
+                for k in range(0, len(part), len(part) // processes)
+            ]
             self._n_loss[run.id] = sum(b.n_loss for b in own)
-        return [merge(parts) for parts in zip(*rows)]
-
-    def _rows(self, run: RunSpec, step: int) -> list[Batch]:
-        size = run.batch_size
-        processes = self._mesh.size
-        rows = processes * min(self._micro_batch_size or size, size // processes)
-        examples = self._data[run.id].train(run.seed, step * size, size)
-        examples = sorted(examples, key=lambda e: len(e.tokens))
-        parts = [examples[k : k + rows] for k in range(0, size, rows)]
-        shares = [(part, len(part) // processes) for part in parts]
-        batches = [part[k : k + n] for part, n in shares for k in range(0, len(part), n)]
-        return [collate(batch, self._join_rows) for batch in batches]
+            by_run.append(own)
+        return [merge(parts) for parts in zip(*by_run)]
 
     def weights(self, batch: Batch) -> torch.Tensor:
         """Count each run's loss tokens, [N]."""
@@ -196,8 +196,9 @@ class SupervisedFineTuning:
         if final and (any(validations) or any(len(f) < len(t) for f, t in zip(firsts, tests))):
             at_first = self._measure(model, firsts, [False] * len(firsts))
         for run, test, measures, first in zip(runs, tests, found, at_first):
-            bytes_per_token = _bytes_per_token(test)
-            if bytes_per_token is not None:
+            n_bytes = [e.n_bytes for e in test if e.n_bytes is not None]
+            if len(n_bytes) == len(test) and any(n_bytes):  # all rows are text
+                bytes_per_token = sum(n_bytes) / sum(int(e.loss.sum()) for e in test)
                 measures["test_bpb"] = measures[self.metric.name] / math.log(2) / bytes_per_token
             if final:
                 measures[self.metric.on_part] = first[self.metric.name]
@@ -270,15 +271,10 @@ class SupervisedFineTuning:
 
     def state(self, run_id: str) -> dict[str, Any]:
         """Return the state of the divergence rule, the code length, and the data's fingerprint."""
+        judged, code_nats = self._divergence[run_id], self._code_nats[run_id]
+        state = {"above": judged.above, "first_nll": judged.first, "code_nats": code_nats}
         known = run_id not in self._unknown_start
-        sha256 = {DATA_SHA256: self._data[run_id].sha256} if known else {}
-        judged = self._divergence[run_id]
-        return {
-            "above": judged.above,
-            "first_nll": judged.first,
-            "code_nats": self._code_nats[run_id],
-            **sha256,
-        }
+        return state | ({DATA_SHA256: self._data[run_id].sha256} if known else {})
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`, and check the data.
@@ -319,9 +315,24 @@ def _prompts(run: RunSpec, examples: Sequence[Example]) -> list[int] | None:
     return prompts_of([examples[i] for i in by_length(examples)])
 
 
-def _bytes_per_token(examples: Sequence[Example]) -> float | None:
-    """Return UTF-8 bytes per loss token; None if the tokens are not text or the text is empty."""
-    n_bytes = [e.n_bytes for e in examples if e.n_bytes is not None]
-    if len(n_bytes) < len(examples):
-        return None
-    return sum(n_bytes) / sum(int(e.loss.sum()) for e in examples) or None
+class FirstLoss(NamedTuple):
+    """The loss of one update's rows under the base."""
+
+    nats: float
+    """Summed NLL of the loss tokens."""
+    tokens: int
+    """Number of loss tokens."""
+
+
+@torch.no_grad()
+def first_pass(
+    spec: RunSpec, base: "Base", data: Data, micro_batch_size: int | None = None
+) -> list[FirstLoss]:
+    """Return the loss of every batch of a supervised run under the base, before any update."""
+    objective = SupervisedFineTuning({spec.id: data}, spec.precision, micro_batch_size)
+    found = []
+    for step in range(spec.steps):
+        parts = objective.batches(base.model, step, [spec])
+        nats = sum(float(objective.loss(base.model, part).double().sum()) for part in parts)
+        found.append(FirstLoss(nats, sum(part.n_loss for part in parts)))
+    return found

@@ -240,7 +240,7 @@ def test_patience_begins_after_a_tenth_of_the_updates():
 
 
 def test_an_old_checkpoint_resumes_without_counts_of_its_first_evaluations():
-    progress = Progress.start({"test_nll": 3.0})
+    progress = Progress([])
     curve = [{"step": s, "test_nll": 3.0} for s in (0, 1, 2, 3)]
     progress.load({"curve": curve, "tokens": 5, "best": [2.0, 1, 2]})
     assert (progress.best.loss, progress.best.step) == (2.0, 1)
