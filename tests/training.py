@@ -7,16 +7,18 @@ weights `moved` by one unit in the last place, which stand for another processor
 held to the difference that moved weights make to it.
 """
 
-import copy
 import dataclasses
+from copy import deepcopy
 
 import torch
+import transformers
 
 from lorasweep.data import load as data
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.targets import find_targets
+from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.streams import stream
 from tests.world import tiny_spec
 
@@ -25,6 +27,25 @@ ROUNDING = {1: 1e-12, 10: 1e-10}
 EPS = 1e-3
 """Adam's eps in such runs. An update is lr * m / (sqrt(v) + eps), so at 1e-8 a gradient entry that is
 zero but for rounding (1e-17) moves its weight by 1e-9 of the others' change, or by as much as they."""
+
+
+SMALL = ModelSpec(
+    **{"name": "small", "source": "hub", "location": "nobody/small", "vocab_size": 20},
+    **{"n_layers": 1, "hidden_size": 16, "mlp_size": 24},
+    **{"n_heads": 2, "n_kv_heads": 1, "head_size": 8},
+)
+
+
+def family_model(family, **changes):
+    """A random model of a family of transformers, in eval mode: two layers of width 16."""
+    torch.manual_seed(0)
+    shape = {
+        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+    }
+    config = getattr(transformers, f"{family}Config")(**{**shape, **changes})
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
 def small_world(**changes):
@@ -37,10 +58,7 @@ def small_world(**changes):
 def copied(snapshot):
     """A snapshot that later updates do not change."""
     return {
-        i: {
-            "tensors": {n: t.clone() for n, t in s["tensors"].items()},
-            "meta": copy.deepcopy(s["meta"]),
-        }
+        i: {"tensors": {n: t.clone() for n, t in s["tensors"].items()}, "meta": deepcopy(s["meta"])}
         for i, s in snapshot.items()
     }
 
@@ -77,7 +95,7 @@ def moved(base, seed=0):
     lower, at random."""
     if not isinstance(base, torch.nn.Module):
         return dataclasses.replace(base, model=moved(base.model, seed), at_start={})
-    model = copy.deepcopy(base)
+    model = deepcopy(base)
     with torch.no_grad():
         for name, p in model.named_parameters():
             up = torch.from_numpy(stream("moved", seed, name).random(tuple(p.shape)) < 0.5)

@@ -26,12 +26,11 @@ from lorasweep.data.examples import Data, Example, Rewards
 from lorasweep.data.rewards import check_available, check_rows, prompt_of
 from lorasweep.errors import DataError, ModelError
 from lorasweep.models.forward import check_rows_stay_apart
-from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.train.events import Record
-from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, refuse_other_data
+from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, OnData
 from lorasweep.train.objectives.nll import token_log_p
 from lorasweep.train.objectives.rollouts import (
     Rollouts,
@@ -62,27 +61,14 @@ ROUNDING = 1e-5
 fp32."""
 
 
-class PolicyGradient:
+class PolicyGradient(OnData):
     """Policy gradient on sampled completions; each run has a data set that rewards them."""
 
     metric = METRICS["policy_gradient"]
 
-    def __init__(
-        self,
-        data: Mapping[str, Data],
-        precision: str,
-        micro_batch_size: int | None = None,
-        join_rows: bool = False,
-        forward_parts: int = 1,
-    ) -> None:
-        """Set up the objective.
-
-        `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: completions
-        per run and forward pass of the learner; None: all of an update. `join_rows`,
-        `forward_parts`: see Exec.
-        """
-        self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
-        self._join_rows, self._forward_parts = join_rows, forward_parts
+    def __init__(self, data: Mapping[str, Data], *settings: Any, **more: Any) -> None:
+        """Set up the objective with the arguments of OnData."""
+        super().__init__(data, *settings, **more)
         self._signals = {run_id: Signal() for run_id in data}
         self._reference: nn.Module | None = None
         self._pack: Sequence[RunSpec] = ()
@@ -90,7 +76,6 @@ class PolicyGradient:
         self._sampled_per_s = math.nan
         self._gap_NK: list[tuple[torch.Tensor, torch.Tensor]] = []
         """For each micro-batch and run the summed log p_sampler - log p_learner, and its tokens."""
-        self._mesh = Mesh()
 
     def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
         """Check the data, and measure the base's reward on each data set, once.
@@ -274,16 +259,13 @@ class PolicyGradient:
 
     def facts(self, run: RunSpec) -> Record:
         """Return the reward before training, the best one, and facts about the data set."""
-        signal, data = self._signals[run.id], self._data[run.id]
+        signal = self._signals[run.id]
         return {
             "reward_start": signal.reward_start,
             "best_reward": signal.state()["best_reward"],
             "collapsed": signal.collapsed,
             "answers": signal.completions,
-            "n_test": len(data.test),
-            "n_train": data.n_train,
-            DATA_SHA256: data.sha256,
-            **({"data_commit": data.commit} if data.commit else {}),
+            **self.data_facts(run),
         }
 
     def state(self, run_id: str) -> dict[str, Any]:
@@ -296,7 +278,7 @@ class PolicyGradient:
         Raises:
             DataError: the run was started on other data.
         """
-        refuse_other_data(run_id, state[DATA_SHA256], self._data[run_id].sha256)
+        self.refuse_other_data(run_id, state[DATA_SHA256])
         self._signals[run_id].load(state)
 
 

@@ -16,11 +16,10 @@ import torch
 from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merge
 from lorasweep.data.examples import Data, Example, prompts_of
 from lorasweep.models.forward import check_rows_stay_apart
-from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import EVALUATION, Record, phase
-from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, refuse_other_data
+from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, OnData
 from lorasweep.train.objectives.nll import (
     evaluate,
     evaluate_exact,
@@ -54,12 +53,11 @@ class Divergence:
     DIVERGED_PATIENCE updates in a row. Relative, because an absolute bound would mean something
     else for every model.
 
-    The base's NLL is the larger of two that no update has changed yet: of the first update's rows,
-    whose loss is taken before the weights change, and of the held-out rows. The first covers
-    training rows that are harder than the held-out ones. Later losses cannot be the reference: a
-    learning rate that is far too high shows in the second one, and a mean over a few would hide it.
-    The held-out rows cover a small first batch that happens to be easy. Too much caution costs
-    time; a false call costs the run.
+    The base's NLL is the larger of two: of the first update's rows, before the weights change, and
+    of the held-out rows. The first covers training rows that are harder than the held-out ones, the
+    second a small first batch that happens to be easy. Later losses cannot be the reference: a
+    learning rate that is far too high shows in the second one. Too much caution costs time; a false
+    call costs the run.
     """
 
     held_out: float
@@ -78,26 +76,14 @@ class Divergence:
         return self.above >= DIVERGED_PATIENCE
 
 
-class SupervisedFineTuning:
+class SupervisedFineTuning(OnData):
     """Supervised fine-tuning on examples with a loss mask; each run has a data set."""
 
     metric = METRICS["sft"]
 
-    def __init__(
-        self,
-        data: Mapping[str, Data],
-        precision: str,
-        micro_batch_size: int | None = None,
-        join_rows: bool = False,
-        forward_parts: int = 1,
-    ) -> None:
-        """Set up the objective.
-
-        `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: sequences per
-        run and forward pass; None: all of an update. `join_rows`, `forward_parts`: see Exec.
-        """
-        self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
-        self._join_rows, self._forward_parts = join_rows, forward_parts
+    def __init__(self, data: Mapping[str, Data], *settings: Any, **more: Any) -> None:
+        """Set up the objective with the arguments of OnData."""
+        super().__init__(data, *settings, **more)
         self._start: dict[str, Record] = {}
         self._start_rows: dict[str, np.ndarray | None] = {}
         self._retain_start: dict[str, float] = {}
@@ -106,8 +92,7 @@ class SupervisedFineTuning:
         """Runs whose checkpoint has no fingerprint of their data."""
         self._code_nats = dict.fromkeys(data, 0.0)
         self._n_loss: dict[str, int] = {}
-        self._eval_tokens = max(1, EVAL_TOKENS // forward_parts)
-        self._mesh = Mesh()
+        self._eval_tokens = max(1, EVAL_TOKENS // self._forward_parts)
         self._eval_batches: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
@@ -260,11 +245,9 @@ class SupervisedFineTuning:
         return {
             "nll_start": self._start[run.id][self.metric.name],
             "floor_nats": data.entropy_floor_nats,
-            "n_test": len(data.test),
+            **self.data_facts(run),
+            **({DATA_SHA256: None} if run.id in self._unknown_start else {}),
             **({"n_test_prompts": len(set(prompts))} if prompts else {}),
-            "n_train": data.n_train,
-            DATA_SHA256: None if run.id in self._unknown_start else data.sha256,
-            **({"data_commit": data.commit} if data.commit else {}),
             **floors(data.test, "floor"),
             **{f"bits_{measure}": value for measure, value in bits.items()},
         }
@@ -293,7 +276,7 @@ class SupervisedFineTuning:
         if DATA_SHA256 not in state:
             self._unknown_start.add(run_id)
         else:
-            refuse_other_data(run_id, state[DATA_SHA256], self._data[run_id].sha256)
+            self.refuse_other_data(run_id, state[DATA_SHA256])
 
     def _batched(self, examples: Sequence[Example]) -> list[Batch]:
         """Group held-out examples into batches, once for all evaluations."""

@@ -19,25 +19,12 @@ from lorasweep.models import load as models
 from lorasweep.models.forward import autocast, hold_in_bf16
 from lorasweep.models.load import empty_model
 from lorasweep.models.targets import find_targets, use_grouped_experts
-from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.streams import stream
-from tests.training import EPS, ROUNDING, apart, moved, pack_of, run, state_of, worst
+from tests.training import EPS, ROUNDING, SMALL, apart, moved, pack_of, run, state_of, worst
 from tests.world import tiny_spec
 
-SHAPE = ModelSpec(
-    name="small-experts",
-    source="hub",
-    location="nobody/small-experts",
-    hidden_size=16,
-    n_layers=2,
-    n_heads=2,
-    n_kv_heads=1,
-    head_size=8,
-    mlp_size=24,
-    vocab_size=20,
-    qk_norm=True,
-    n_experts=4,
-    n_active_experts=2,
+SHAPE = dataclasses.replace(
+    SMALL, name="small-experts", n_layers=2, qk_norm=True, n_experts=4, n_active_experts=2
 )
 EXPERTS = "model.layers.1.mlp.experts"
 
