@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,8 +59,8 @@ def train(
         device = next(model.parameters()).device
         computed_by = backend(model, mesh.size)
         optimizer = AdamW.start(trainables, pack, mesh)
-        evaluator = Evaluator(model, objective, trainables, mesh)
-        none = {"step": 0, "examples": 0, "tokens": 0}
+        held_out = partial(measure, model, objective, trainables, mesh)
+        none: Record = {"step": 0, "examples": 0, "tokens": 0}
         progress = {run.id: Progress([none | first]) for run, first in zip(runs, at_start)}
         evaluations = {run.id: set(eval_steps(run.steps, run.has_curve)) for run in runs}
         first_step = step = 0
@@ -125,7 +126,7 @@ def train(
             measured: dict[str, Record] = {}
             due = {run.id for run in runs if step in evaluations[run.id]} - diverged
             for final, ids in ((True, due & last), (False, due - last)):
-                for i, (measures, n_items) in evaluator.measure(runs, ids, final).items():
+                for i, (measures, n_items) in held_out(runs, ids, final).items():
                     measured[i] = measures
                     records[i] |= {**measures, "test_items": n_items}
                     names = ("step", "examples", "tokens", *measures)
@@ -142,11 +143,17 @@ def train(
             ]
             optimizer.restore_best(back)
             restored = {runs[k].id for k in back}
-            for i, (measures, _) in evaluator.measure(runs, restored, True).items():
+            for i, (measures, _) in held_out(runs, restored, True).items():
                 measured[i] = measures
             done = last - diverged
-            for i, found in evaluator.at_end(runs, done).items():
-                measured[i] |= found
+            at = [k for k, run in enumerate(runs) if run.id in done]
+            if at:
+                finished = [runs[k] for k in at]
+                with phase(EVALUATION), trainables.only(at):
+                    more = mesh.run(objective.at_end, model, finished)
+                    spectra = trainables.spectra()
+                for run, found, norms_by_matrix in zip(finished, more, spectra):
+                    measured[run.id] |= {**found, "spectra": norms_by_matrix}
             ended: dict[str, tuple[str, Record]] = {}
             for k, run in enumerate(runs):
                 if run.id not in diverged | last:
@@ -205,51 +212,37 @@ def train(
 # ---------------------------------------------------------------- parts of the loop
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """Measures the runs of a pack on held-out items: only those that are due."""
+def measure(
+    model: "nn.Module",
+    objective: Objective[Any],
+    trainables: Trainables,
+    mesh: Mesh,
+    runs: Sequence[RunSpec],
+    ids: set[str],
+    final: bool,
+) -> dict[str, tuple[Record, int]]:
+    """Return the held-out measures of the runs `ids`, with weight norms, and the number of items.
 
-    model: "nn.Module"
-    objective: Objective[Any]
-    trainables: Trainables
-    mesh: Mesh
-
-    def measure(
-        self, runs: Sequence[RunSpec], ids: set[str], final: bool
-    ) -> dict[str, tuple[Record, int]]:
-        """Return the measures of the runs `ids` with their weight norms, and the number of items.
-
-        `runs`: all of the pack. `final`: on all held-out items, else on a part.
-        """
-        # On a CPU one pass measures the runs of one data set: the rows of others would be padded to
-        # the longest (1.4 times the tokens of a hundred customers, LOG.md), and a larger pass is
-        # hardly faster. On a GPU one pass measures all runs. Assumption: there small passes cost
-        # more than padding.
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        groups: dict[str, list[int]] = {}
-        for k, run in enumerate(runs):
-            if run.id in ids:
-                groups.setdefault(run.dataset.canonical if on_cpu else "", []).append(k)
-        measured: dict[str, tuple[Record, int]] = {}
-        norms = self.trainables.norms() if ids else []
-        for at in groups.values():
-            some = [runs[k] for k in at]
-            with phase(EVALUATION), self.trainables.only(at):
-                found = self.mesh.run(self.objective.evaluate, self.model, some, final)
-            for k, run, e in zip(at, some, found):
-                measured[run.id] = {**e.measures, **norms[k]}, e.n_items
-        return measured
-
-    def at_end(self, runs: Sequence[RunSpec], ids: set[str]) -> dict[str, Record]:
-        """Return the final measures of the finished runs `ids`, and their spectra."""
-        at = [k for k, run in enumerate(runs) if run.id in ids]
-        if not at:
-            return {}
+    `runs`: all of the pack. `final`: on all held-out items, else on a part.
+    """
+    # On a CPU one pass measures the runs of one data set: the rows of others would be padded to
+    # the longest (1.4 times the tokens of a hundred customers, LOG.md), and a larger pass is
+    # hardly faster. On a GPU one pass measures all runs. Assumption: there small passes cost
+    # more than padding.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    groups: dict[str, list[int]] = {}
+    for k, run in enumerate(runs):
+        if run.id in ids:
+            groups.setdefault(run.dataset.canonical if on_cpu else "", []).append(k)
+    measured: dict[str, tuple[Record, int]] = {}
+    norms = trainables.norms() if ids else []
+    for at in groups.values():
         some = [runs[k] for k in at]
-        with phase(EVALUATION), self.trainables.only(at):
-            more = self.mesh.run(self.objective.at_end, self.model, some)
-            spectra = self.trainables.spectra()
-        return {run.id: {**a, "spectra": b} for run, a, b in zip(some, more, spectra)}
+        with phase(EVALUATION), trainables.only(at):
+            found = mesh.run(objective.evaluate, model, some, final)
+        for k, run, e in zip(at, some, found):
+            measured[run.id] = {**e.measures, **norms[k]}, e.n_items
+    return measured
 
 
 @dataclass

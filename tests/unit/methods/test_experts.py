@@ -327,14 +327,8 @@ def test_peft_computes_what_was_trained(tmp_path, norms_in_float64, outer):
     """The file's round trip: all layer sets and the router, an alpha of the experts' own."""
     from peft import PeftModel
 
-    method = LoRA(
-        rank=4,
-        layers="attention+mlp+unembedding+router",
-        alpha=8.0,
-        expert_alpha=6.0,
-        expert_outer=outer,
-        scaling_by="sqrt_rank",
-    )
+    layers, rule = "attention+mlp+unembedding+router", {"scaling_by": "sqrt_rank"}
+    method = LoRA(rank=4, alpha=8.0, layers=layers, expert_alpha=6.0, expert_outer=outer, **rule)
     model = moe().float()
     state = state_of(attached([method], model))
     scalings = (method.scaling, 4, method.scaling_of_experts(SHAPE))

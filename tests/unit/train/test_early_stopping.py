@@ -28,14 +28,8 @@ def customer(spec, name, longest, steps, patience=2, rate=1e-2, train=6):
     """A run on few rows of noise, which it can only memorise; other rows of noise are held out."""
     dataset = dataclasses.replace(
         spec.dataset,
-        name=name,
-        source="jsonl",
-        location=name,
-        format="prompt_completion",
-        generator_params={},
-        holdout=20,
-        n_validation=8,
-        n_test=12,
+        **{"name": name, "source": "jsonl", "location": name, "format": "prompt_completion"},
+        **{"generator_params": {}, "holdout": 20, "n_validation": 8, "n_test": 12},
         n_test_curve=0,
     )
     data = Data(
@@ -140,9 +134,8 @@ def test_the_best_evaluation_is_kept(pack, together):
         since = len([s for s in evaluated if s > found["best_step"] and s >= run.steps / 10])
         assert found["early_stopping_rule"] == 2
         early = found["steps_done"] < run.steps
-        assert early == (since == run.early_stopping) and evaluated == [
-            s for s in eval_steps(run.steps) if s <= found["steps_done"]
-        ]
+        assert early == (since == run.early_stopping)
+        assert evaluated == [s for s in eval_steps(run.steps) if s <= found["steps_done"]]
         assert "test_nll_curve" in found["curve"][-1]
 
 
@@ -193,7 +186,7 @@ def test_wrong_input_is_refused(world):
     for changes, says in (
         ({"early_stopping": -1}, "expected 0"),
         ({"early_stopping": 2, "dataset": few}, "4 are the fewest"),
-        ({"early_stopping": 2, "dataset": spec.dataset}, "0 held-out rows"),
+        ({"early_stopping": 2, "dataset": spec.dataset}, "dataset.n_validation=0"),
         ({"early_stopping": 3, "steps": 4}, "of the 4 evaluations of 4 updates at most 3 count"),
         ({"early_stopping": 7, "steps": 128}, "before 128/10 updates"),
         ({"objective": "policy_gradient", "group_size": 2, "max_new_tokens": 4}, "rewards"),

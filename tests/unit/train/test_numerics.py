@@ -10,7 +10,7 @@ import torch
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from tests.training import EPS, ROUNDING, apart, moved, run, small_world, state_at, worst
+from tests.training import EPS, ROUNDING, apart, moved, run, small_world, worst
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,6 @@ def test_a_diverging_run_leaves_and_disturbs_no_other(world):
     for weights in (base, moved(base)):
         alone, _ = run([calm], weights, dataset)
         assert worst(alone[calm.id], together[calm.id]) < ROUNDING[10]
-
-
-def test_resumed_run_is_bit_identical(world):
-    spec, base, dataset = world
-    whole, _ = run([spec], base, dataset)
-    rest, _ = run([spec], base, dataset, resume=state_at(3, [spec], base, dataset))
-    for name, tensor in whole[spec.id]["tensors"].items():
-        assert torch.equal(tensor, rest[spec.id]["tensors"][name]), name
 
 
 @pytest.mark.numerics
