@@ -10,10 +10,12 @@ held to the difference that moved weights make to it.
 import dataclasses
 from copy import deepcopy
 
+import numpy as np
 import torch
 import transformers
 
 from lorasweep.data import load as data
+from lorasweep.data.examples import Data, Example, shuffled
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
@@ -53,6 +55,37 @@ def small_world(**changes):
     given = {"precision": "fp64", "method": LoRA(rank=4), "lr": 5e-3, "steps": 6, "eps": EPS}
     spec = tiny_spec(**{**given, **changes})
     return spec, models.load(spec.model, [], spec.precision), data.load(spec.dataset, [])
+
+
+def ragged(vocab=32, longest=60):
+    """Rows of 5 to `longest` tokens, the second half of each bearing loss."""
+
+    def row(*names):
+        rng = stream(*names)
+        tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
+        return Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
+
+    def rows(seed, start, count):
+        return [row("ragged", seed, start + k) for k in range(count)]
+
+    return Data(rows, rows(-1, 0, 12), None)
+
+
+def noise_rows(name, count, longest, split):
+    """Rows of 5 to `longest` of the symbols 0 to 30, the last two thirds of each bearing loss."""
+    rng = stream(name, split)
+    found = []
+    for _ in range(count):
+        tokens = rng.integers(0, 31, rng.integers(5, longest + 1)).astype(np.int32)
+        found.append(Example(tokens, np.arange(len(tokens)) > len(tokens) // 3))
+    return found
+
+
+def noise(dataset, longest, **counts):
+    """Data of noise_rows, named by the data set: so many rows of train, test and validation."""
+    rows = {split: noise_rows(dataset.name, n, longest, split) for split, n in counts.items()}
+    train = shuffled(dataset, rows["train"])
+    return Data(train, rows["test"], counts["train"], validation=rows["validation"])
 
 
 def copied(snapshot):

@@ -6,7 +6,7 @@ Memory and time are computed from the same numbers.
 from dataclasses import dataclass
 
 from lorasweep.spec.method import Method
-from lorasweep.spec.model import LAYER_SETS, Matrix, ModelSpec
+from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
 from lorasweep.spec.run import RunSpec
 
 TEXT_FILL = 0.4
@@ -154,7 +154,11 @@ def load_of(model: ModelSpec, method: Method) -> Load:
         whole=whole,
         flops=method.step_flops(model, 1),
         adapted=() if whole else model.matrices(layers),
-        inputs=frozenset(name for layer_set in layers for name in getattr(model, layer_set)),
+        inputs=frozenset(
+            name
+            for layer_set in layers
+            for name in ((ROUTER,) if layer_set == ROUTER else getattr(model, layer_set))
+        ),
     )
 
 
@@ -193,7 +197,8 @@ def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
     kept += word * f * ((3 if "gate_proj" in model.mlp else 1) + ("down_proj" in needs))
     if model.n_experts:
         # results of each expert, its inputs if they are needed, and the router's
-        kept += word * h * (active * (1 + bool(needs & MLP_INPUTS)) + load.norms_trained)
+        router = load.norms_trained or ROUTER in needs
+        kept += word * h * (active * (1 + bool(needs & MLP_INPUTS)) + router)
     return float(kept)
 
 

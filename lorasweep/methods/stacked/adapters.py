@@ -118,12 +118,9 @@ class StackedAdapters:
                 random = (a if method.random_factor == "a" else b)[k]
                 bound = 1 / math.sqrt(random.shape[-1])
                 for e, one in enumerate(random):
-                    names: list[str | int] = [
-                        "init",
-                        self._seeds[run],
-                        name if len(random) == 1 else f"{name}.{e}",
-                    ]
-                    rng = stream(*names, *([method.init_seed] if method.init_seed else []))
+                    own = name if len(random) == 1 else f"{name}.{e}"
+                    more = [method.init_seed] if method.init_seed else []
+                    rng = stream("init", self._seeds[run], own, *more)
                     one.copy_(torch.from_numpy(rng.uniform(-bound, bound, size=tuple(one.shape))))
                 random.mul_(method.init_scale)
             for found, factor in zip(factors, (a, b)):

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from lorasweep.data.examples import Data, shuffled
 from lorasweep.errors import SpecError
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
@@ -15,8 +14,7 @@ from lorasweep.plan.packing import pack_key
 from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
 from lorasweep.spec.run import validate
 from lorasweep.train.loop import Progress
-from tests.training import ROUNDING, copied, moved, small_world, worst
-from tests.unit.train.test_packs import rows_of
+from tests.training import ROUNDING, copied, moved, noise, small_world, worst
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +30,8 @@ def customer(spec, name, longest, steps, patience=2, rate=1e-2, train=6):
         **{"generator_params": {}, "holdout": 20, "n_validation": 8, "n_test": 12},
         n_test_curve=0,
     )
-    data = Data(
-        shuffled(dataset, rows_of(name, train, longest, "train")),
-        rows_of(name, 12, longest, "test"),
-        train,
-        validation=rows_of(name, 8, longest, "validation"),
-    )
     changes = {"dataset": dataset, "steps": steps, "lr": rate, "early_stopping": patience}
+    data = noise(dataset, longest, train=train, test=12, validation=8)
     return dataclasses.replace(spec, **changes), data
 
 

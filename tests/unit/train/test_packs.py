@@ -10,29 +10,24 @@ import pytest
 import torch
 
 from lorasweep.data import load as data_sets
-from lorasweep.data.examples import Data, Example, shuffled
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.spec.streams import stream
 from lorasweep.train.objectives import nll, sft
-from tests.training import ROUNDING, copied, family_model, moved, run, small_world, worst
+from tests.training import (
+    ROUNDING,
+    copied,
+    family_model,
+    moved,
+    noise,
+    noise_rows,
+    ragged,
+    run,
+    small_world,
+    worst,
+)
 from tests.world import tiny_spec
-
-
-def ragged(vocab=32, longest=60):
-    """Rows of 5 to `longest` tokens, the second half of each bearing loss."""
-
-    def row(*names):
-        rng = stream(*names)
-        tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
-        return Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
-
-    def rows(seed, start, count):
-        return [row("ragged", seed, start + k) for k in range(count)]
-
-    return Data(rows, rows(-1, 0, 12), None)
 
 
 @pytest.fixture(scope="module")
@@ -180,28 +175,14 @@ def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64, oth
 CUSTOMERS = {"few": (5, 12, 3), "many": (40, 30, 9), "long": (12, 70, 6), "one": (1, 20, 7)}
 """Name: training rows, longest row, steps."""
 SECRET = 31
-"""A symbol that only the rows of one customer hold."""
-
-
-def rows_of(name, count, longest, split):
-    rng = stream(name, split)
-    found = []
-    for _ in range(count):
-        tokens = rng.integers(0, SECRET, rng.integers(5, longest + 1)).astype(np.int32)
-        found.append(Example(tokens, np.arange(len(tokens)) > len(tokens) // 3))
-    return found
+"""A symbol of the vocabulary that `noise` leaves out: only the rows of one customer hold it."""
 
 
 def customer(spec, name):
     """A customer's run, and its data."""
     count, longest, steps = CUSTOMERS[name]
     dataset = dataclasses.replace(spec.dataset, name=name, n_test=4, n_test_curve=2)
-    data = Data(
-        shuffled(dataset, rows_of(name, count, longest, "train")),
-        rows_of(name, 4, longest, "test"),
-        count,
-        validation=rows_of(name, 3, longest, "validation"),
-    )
+    data = noise(dataset, longest, train=count, test=4, validation=3)
     rates = {"few": 1e-3, "many": 2e-3, "long": 4e-3, "one": 2e-3}
     rank = 8 if name == "one" else 4
     changes = {"dataset": dataset, "steps": steps, "lr": rates[name], "method": LoRA(rank=rank)}
@@ -235,7 +216,7 @@ def test_each_data_set_trains_and_measures_as_alone_until_it_is_done(fleet, rows
 def test_validation_rows_are_measured_during_training_and_test_rows_only_at_the_end(fleet):
     base, pack, data = fleet
     one, last = pack[1], []
-    for test in (data[one.id].test, rows_of("other", 4, 30, "test")):
+    for test in (data[one.id].test, noise_rows("other", 4, 30, "test")):
         base.at_start.clear()
         _, records = run([one], base, {one.id: dataclasses.replace(data[one.id], test=test)})
         last.append(records[one.id])
