@@ -105,7 +105,8 @@ def _problems(folder: Path) -> tuple[str | None, str | None]:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     there = [folder / name for name in names if (folder / name).is_file()]
     absent = [name for name in names if not (folder / name).is_file()]
-    damaged = missing = None
+    damaged: str | None = None
+    missing: str | None = None
     for path in there:
         size, header = path.stat().st_size, safetensors_header(path)
         if damaged is None and (header is None or size != header[1]):

@@ -8,6 +8,7 @@ in float64.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -150,9 +151,9 @@ class AdamW:
             if clip[0] != 1.0:
                 torch._foreach_mul_(grads, clip[0])
             steps = [torch.tensor(float(step + 1), device=p.device) for p in params]
-            shared = {k: getattr(first, k) for k in ("beta1", "beta2", "weight_decay", "eps")}
-            off = {"amsgrad": False, "maximize": False}
-            torch._fused_adamw_(params, grads, m, v, [], steps, lr=lr[0], **shared, **off)
+            shared: dict[str, Any] = {"amsgrad": False, "maximize": False}
+            shared |= {k: getattr(first, k) for k in ("beta1", "beta2", "weight_decay", "eps")}
+            torch._fused_adamw_(params, grads, m, v, [], steps, lr=lr[0], **shared)
             return
         fix1, fix2 = 1 - first.beta1 ** (step + 1), math.sqrt(1 - first.beta2 ** (step + 1))
         lr_N11, clip_N11 = (

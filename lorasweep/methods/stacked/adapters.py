@@ -61,7 +61,7 @@ class StackedAdapters:
                 ranks, scalings = zip(*((m.rank, m.scaling) for m in methods))
                 sides = (module.weight.shape[1], module.weight.shape[0])
                 made = self._made(name, module.weight, sides, ranks, scalings)
-                stacked = StackedRouter if isinstance(target, Router) else StackedLinear
+                stacked: Any = StackedRouter if isinstance(target, Router) else StackedLinear
                 self._factors[name] = stacked(module, *made)
                 _replace(base, name, self._factors[name])
                 continue
@@ -70,7 +70,7 @@ class StackedAdapters:
             scalings = tuple(m.expert_scaling(r) for m, r in zip(methods, ranks))
             # a shared factor is the one on the hidden side
             inner, outer = n_experts, 1 if methods[0].expert_outer == "shared" else n_experts
-            parts = {}
+            parts: dict[str, Factors] = {}
             for part, sides, stacks in (
                 ("gate_proj", (hidden, width), (outer, inner)),
                 ("up_proj", (hidden, width), (outer, inner)),

@@ -137,7 +137,8 @@ class OnData:
             data: run id -> the run's data set; runs may share one.
             micro_batch_size: sequences (rows or completions) per run and forward pass with
                 gradients; None: all of an update.
-            join_rows: see Exec, as for `forward_parts`.
+            join_rows: see Exec.
+            forward_parts: see Exec.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
         self._join_rows, self._forward_parts, self._mesh = join_rows, forward_parts, Mesh()
@@ -145,7 +146,11 @@ class OnData:
     def data_facts(self, run: RunSpec) -> Record:
         """Return facts about the run's data set that every result contains."""
         data = self._data[run.id]
-        facts = {"n_test": len(data.test), "n_train": data.n_train, DATA_SHA256: data.sha256}
+        facts: Record = {
+            "n_test": len(data.test),
+            "n_train": data.n_train,
+            DATA_SHA256: data.sha256,
+        }
         return facts | ({"data_commit": data.commit} if data.commit else {})
 
     def refuse_other_data(self, run_id: str, then: str | None) -> None:

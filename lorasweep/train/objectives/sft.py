@@ -255,7 +255,7 @@ class SupervisedFineTuning(OnData):
     def state(self, run_id: str) -> dict[str, Any]:
         """Return the state of the divergence rule, the code length, and the data's fingerprint."""
         judged, code_nats = self._divergence[run_id], self._code_nats[run_id]
-        state = {"above": judged.above, "first_nll": judged.first, "code_nats": code_nats}
+        state: Record = {"above": judged.above, "first_nll": judged.first, "code_nats": code_nats}
         known = run_id not in self._unknown_start
         return state | ({DATA_SHA256: self._data[run_id].sha256} if known else {})
 
