@@ -60,7 +60,9 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
         rounds = memory.rounds_of(spec, card(), n_runs, 1, 2048, 16)
         assert rounds.rows == at_once // 16 * 16 > 0
         assert rounds.rows * rounds.number >= 2048
-    assert sampling.completions_at_once(model, [[np.zeros(2, dtype=int)]], 1, "bf16") == sampling.ROWS
+    assert (
+        sampling.completions_at_once(model, [[np.zeros(2, dtype=int)]], 1, "bf16") == sampling.ROWS
+    )
 
 
 def test_keys_and_values_of_the_answers_at_once_are_part_of_the_peak():
