@@ -7,16 +7,20 @@ weights `moved` by one unit in the last place, which stand for another processor
 held to the difference that moved weights make to it.
 """
 
-import copy
 import dataclasses
+from copy import deepcopy
 
+import numpy as np
 import torch
+import transformers
 
 from lorasweep.data import load as data
+from lorasweep.data.examples import Data, Example, shuffled
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.targets import find_targets
+from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.streams import stream
 from tests.world import tiny_spec
 
@@ -27,6 +31,25 @@ EPS = 1e-3
 zero but for rounding (1e-17) moves its weight by 1e-9 of the others' change, or by as much as they."""
 
 
+SMALL = ModelSpec(
+    **{"name": "small", "source": "hub", "location": "nobody/small", "vocab_size": 20},
+    **{"n_layers": 1, "hidden_size": 16, "mlp_size": 24},
+    **{"n_heads": 2, "n_kv_heads": 1, "head_size": 8},
+)
+
+
+def family_model(family, **changes):
+    """A random model of a family of transformers, in eval mode: two layers of width 16."""
+    torch.manual_seed(0)
+    shape = {
+        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+    }
+    config = getattr(transformers, f"{family}Config")(**{**shape, **changes})
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
 def small_world(**changes):
     """A run in float64 on the shipped base with short sequences, its base and its rows."""
     given = {"precision": "fp64", "method": LoRA(rank=4), "lr": 5e-3, "steps": 6, "eps": EPS}
@@ -34,13 +57,41 @@ def small_world(**changes):
     return spec, models.load(spec.model, [], spec.precision), data.load(spec.dataset, [])
 
 
+def ragged(vocab=32, longest=60):
+    """Rows of 5 to `longest` tokens, the second half of each bearing loss."""
+
+    def row(*names):
+        rng = stream(*names)
+        tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
+        return Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
+
+    def rows(seed, start, count):
+        return [row("ragged", seed, start + k) for k in range(count)]
+
+    return Data(rows, rows(-1, 0, 12), None)
+
+
+def noise_rows(name, count, longest, split):
+    """Rows of 5 to `longest` of the symbols 0 to 30, the last two thirds of each bearing loss."""
+    rng = stream(name, split)
+    found = []
+    for _ in range(count):
+        tokens = rng.integers(0, 31, rng.integers(5, longest + 1)).astype(np.int32)
+        found.append(Example(tokens, np.arange(len(tokens)) > len(tokens) // 3))
+    return found
+
+
+def noise(dataset, longest, **counts):
+    """Data of noise_rows, named by the data set: so many rows of train, test and validation."""
+    rows = {split: noise_rows(dataset.name, n, longest, split) for split, n in counts.items()}
+    train = shuffled(dataset, rows["train"])
+    return Data(train, rows["test"], counts["train"], validation=rows["validation"])
+
+
 def copied(snapshot):
     """A snapshot that later updates do not change."""
     return {
-        i: {
-            "tensors": {n: t.clone() for n, t in s["tensors"].items()},
-            "meta": copy.deepcopy(s["meta"]),
-        }
+        i: {"tensors": {n: t.clone() for n, t in s["tensors"].items()}, "meta": deepcopy(s["meta"])}
         for i, s in snapshot.items()
     }
 
@@ -77,7 +128,7 @@ def moved(base, seed=0):
     lower, at random."""
     if not isinstance(base, torch.nn.Module):
         return dataclasses.replace(base, model=moved(base.model, seed), at_start={})
-    model = copy.deepcopy(base)
+    model = deepcopy(base)
     with torch.no_grad():
         for name, p in model.named_parameters():
             up = torch.from_numpy(stream("moved", seed, name).random(tuple(p.shape)) < 0.5)

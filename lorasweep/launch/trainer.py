@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from lorasweep.data.examples import Data
     from lorasweep.models.load import Base
     from lorasweep.models.sharding import Mesh
-    from lorasweep.train.first_pass import Batch
     from lorasweep.train.objectives.base import Objective
+    from lorasweep.train.objectives.sft import FirstLoss
 
 TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, which all workers share."""
@@ -100,9 +100,9 @@ class TorchTrainer:
         rows = exec_.micro_batch_size
         yield from finetune(pack, base, data, rows, resume, exec_.join_rows, exec_.forward_parts)
 
-    def first_pass(self, spec: RunSpec, exec_: Exec) -> "list[Batch]":
+    def first_pass(self, spec: RunSpec, exec_: Exec) -> "list[FirstLoss]":
         """Return the loss of every batch of a run under the base model, without training."""
-        from lorasweep.train.first_pass import first_pass
+        from lorasweep.train.objectives.sft import first_pass
 
         base = self._load_base(spec, exec_)
         rows = exec_.micro_batch_size or EVAL_ROWS

@@ -136,7 +136,7 @@ class _WholeModel:
     def spectra(self) -> list[dict[str, dict[str, float]]]:
         import torch
 
-        from lorasweep.methods.stacked.spectral import spectral_norm
+        from lorasweep.methods.stacked.adapters import spectral_norm
 
         matrices = {n: p for n, p in self.parameters().items() if p.dim() > 1}
         norms = [spectral_norm(whole(p.detach() - self._start[n])) for n, p in matrices.items()]

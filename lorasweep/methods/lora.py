@@ -60,15 +60,8 @@ class LoRA(Method):
     expert_outer: str = later("own")
     """Factor on the hidden side: each expert's 'own', or one 'shared' by a layer (Tinker)."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
-        "alpha",
-        "rank",
-        "scaling_by",
-        "init_scale",
-        "lr_b_ratio",
-        "random_factor",
-        "init_seed",
-        "expert_rank",
-        "expert_alpha",
+        *("alpha", "rank", "scaling_by", "init_scale", "lr_b_ratio", "random_factor", "init_seed"),
+        *("expert_rank", "expert_alpha"),
     )
 
     @property
@@ -140,9 +133,7 @@ class LoRA(Method):
             raise SpecError(
                 f"method.init_seed={self.init_seed}: expected a whole number from 0 to 2^31 - 1."
             )
-        self._check_experts(model, [m for m in matrices if m.n_experts > 1])
-
-    def _check_experts(self, model: ModelSpec, experts: Sequence[Matrix]) -> None:
+        experts = [m for m in matrices if m.n_experts > 1]
         if not experts:
             past = {f.name: f.metadata["added"] for f in fields(self) if "added" in f.metadata}
             for name in ("expert_rank", "expert_alpha", "expert_outer"):
@@ -157,8 +148,7 @@ class LoRA(Method):
             raise SpecError(
                 f"method.expert_alpha={self.expert_alpha}: expected a number above 0 and below 1e6."
             )
-        m = experts[0]
-        divisor = self._divisor(m.n_experts, m.n_active)
+        divisor = self._divisor(experts[0].n_experts, experts[0].n_active)
         if self.rank % divisor:
             raise SpecError(
                 f"method.rank={self.rank} on model {model.name!r} with layers {self.layers}: every "

@@ -81,17 +81,14 @@ def are_bf16(values: torch.Tensor) -> bool:
 
 def norms_in_float64(model: nn.Module) -> None:
     """Compute RMS norms in float64: transformers' go through float32 whatever their input."""
+
+    def rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+        return module.weight * (x * scale)
+
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = partial(_rms_norm, module)
-
-
-def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
-    return module.weight * (x * scale)
-
-
-# ---------------------------------------------------------------- two halves
+            module.forward = partial(rms_norm, module)
 
 
 def hidden_states(

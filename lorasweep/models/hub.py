@@ -5,7 +5,7 @@ torch.
 """
 
 import json
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lorasweep.errors import ModelError
@@ -35,25 +35,23 @@ def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
     """
     from huggingface_hub import constants, hf_hub_download
 
+    revision = spec.revision or None
     try:
-        folder = Path(
-            hf_hub_download(spec.location, "config.json", revision=spec.revision or None)
-        ).parent
+        folder = Path(hf_hub_download(spec.location, "config.json", revision=revision)).parent
     except Exception as error:
         raise _unavailable(spec, error) from error
-    problem = next(_damaged(folder), None)
-    if problem:
-        again = f"hf download {spec.location} --revision {spec.revision or 'main'} --force-download"
+    damaged, missing = _problems(folder)
+    if damaged:
+        again = f"hf download {spec.location} --revision {revision or 'main'} --force-download"
         raise ModelError(
-            f"model {spec.name!r}: {problem}. Download it again: {again} --exclude 'original/*'"
+            f"model {spec.name!r}: {damaged}. Download it again: {again} --exclude 'original/*'"
         )
-    problem = next(_missing(folder), None)
-    if problem and (needed or constants.HF_HUB_OFFLINE):
+    if missing and (needed or constants.HF_HUB_OFFLINE):
         raise ModelError(
-            f"model {spec.name!r}: {folder} has {problem}. To download all that the runs need, "
+            f"model {spec.name!r}: {folder} has {missing}. To download all that the runs need, "
             "give the same command with action=fetch on a machine that reaches the hub."
         )
-    return None if problem else folder
+    return None if missing else folder
 
 
 def check_folder(spec: ModelSpec, folder: Path) -> None:
@@ -62,9 +60,11 @@ def check_folder(spec: ModelSpec, folder: Path) -> None:
     Raises:
         ModelError: they are not; the message names the file.
     """
-    for problem in (*_damaged(folder), *_missing(folder)):
+    damaged, missing = _problems(folder)
+    if damaged or missing:
         raise ModelError(
-            f"model {spec.name!r}: {folder} has {problem}. Copy the files again from their source."
+            f"model {spec.name!r}: {folder} has {damaged or missing}. Copy the files again from "
+            "their source."
         )
 
 
@@ -95,37 +95,27 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
     return folder, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _missing(folder: Path) -> Iterator[str]:
-    """Describe missing files of weights. Only safetensors are checked."""
-    if list(folder.glob("pytorch_model*.bin*")):
-        return
-    names = _weights(folder)
+def _problems(folder: Path) -> tuple[str | None, str | None]:
+    """Describe a damaged and a missing file of weights. Only safetensors are checked.
+
+    A file is damaged if its length differs from its header.
+    """
+    names = [SINGLE]
+    with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    there = [folder / name for name in names if (folder / name).is_file()]
     absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        yield f"{len(names) - len(absent)} of {len(names)} files of weights: no {absent[0]}"
-
-
-def _damaged(folder: Path) -> Iterator[str]:
-    """Describe files of weights whose length differs from their header."""
-    for path in (folder / name for name in _weights(folder)):
-        if not path.is_file():
-            continue
+    damaged: str | None = None
+    missing: str | None = None
+    for path in there:
         size, header = path.stat().st_size, safetensors_header(path)
-        if header is None or size != header[1]:
-            yield (
-                f"an incomplete file of weights: {path} has {size:,} bytes, "
-                + (f"and its header says {header[1]:,}" if header else "and no readable header")
+        if damaged is None and (header is None or size != header[1]):
+            damaged = f"an incomplete file of weights: {path} has {size:,} bytes, " + (
+                f"and its header says {header[1]:,}" if header else "and no readable header"
             )
-
-
-def _weights(folder: Path) -> list[str]:
-    index = folder / INDEX
-    if not index.is_file():
-        return [SINGLE]
-    try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError):
-        return [SINGLE]  # an unreadable index counts as none
+    if absent and not list(folder.glob("pytorch_model*.bin*")):
+        missing = f"{len(there)} of {len(names)} files of weights: no {absent[0]}"
+    return damaged, missing
 
 
 def _unavailable(spec: ModelSpec, error: Exception) -> ModelError:

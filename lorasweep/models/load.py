@@ -126,6 +126,49 @@ def load(
     return Base(model, tokenizer, digest, commit=commit, mesh=mesh)
 
 
+def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
+    """Read a model and its tokenizer from their source; from the hub also the commit.
+
+    A model of the hub is loaded from the commit that `revision` stands for (empty: the newest one),
+    even if a newer one appears in between.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import cached_file, extract_commit_hash
+
+    if spec.source == "recipe":
+        path = find_recipe_weights(spec, models_dirs)
+        if path is None:
+            raise ModelError(
+                f"model {spec.name!r}: no weights {recipe_file_name(spec)} in "
+                f"{', '.join(models_dirs) or 'any folder'}. Pretrain it first: "
+                "lorasweep.train.pretrain.ensure(spec, models_dirs)."
+            )
+        model = empty_model(spec)
+        state = {k: v.float() for k, v in load_file(path).items()}
+        model.load_state_dict(state, strict=not spec.tied)
+        return model, None, None
+    name, commit = spec.location, None
+    try:
+        if spec.source == "hub":
+            config = cached_file(name, "config.json", revision=spec.revision or None)
+            commit = extract_commit_hash(config, None)
+            if commit is None:
+                raise OSError(f"{config} is in no folder named by a commit")
+        else:
+            name = str((_converted if spec.source == "gguf" else find)(spec, models_dirs))
+        model = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(name, revision=commit), commit
+    except OSError as error:
+        if spec.source != "hub":
+            raise
+        raise ModelError(
+            f"model {spec.name!r}: cannot load {name!r} from the hub ({error}). Check the network "
+            "and access rights, or use local weights: a model file in conf/model with "
+            "source=folder."
+        ) from error
+
+
 def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
     """Load a model's tokenizer without its weights; None if it has none.
 
@@ -142,31 +185,6 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
         )
     folder = _converted(spec, models_dirs) if spec.source == "gguf" else find(spec, models_dirs)
     return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
-    """Read a model and its tokenizer from their source; from the hub also the commit."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if spec.source == "recipe":
-        return _from_recipe(spec, models_dirs), None, None
-    name, commit = spec.location, None
-    try:
-        if spec.source == "hub":
-            commit = _commit_of(spec)
-        else:
-            local = _converted if spec.source == "gguf" else find
-            name = str(local(spec, models_dirs))
-        model = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name, revision=commit), commit
-    except OSError as error:
-        if spec.source != "hub":
-            raise
-        raise ModelError(
-            f"model {spec.name!r}: cannot load {spec.location!r} from the hub ({error}). Check the "
-            "network and access rights, or use local weights: a model file in conf/model with "
-            "source=folder."
-        ) from error
 
 
 def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
@@ -191,20 +209,6 @@ def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
     if precision == "fp64":
         norms_in_float64(model)
     return model
-
-
-def _commit_of(spec: ModelSpec) -> str:
-    """Return the hub's commit that `revision` stands for (empty: the newest one).
-
-    Everything is loaded from this commit, even if a newer one appears in between.
-    """
-    from transformers.utils import cached_file, extract_commit_hash
-
-    path = cached_file(spec.location, "config.json", revision=spec.revision or None)
-    commit = extract_commit_hash(path, None)
-    if commit is None:
-        raise OSError(f"{path} is in no folder named by a commit")
-    return commit
 
 
 def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
@@ -338,19 +342,3 @@ def empty_model(spec: ModelSpec) -> "PreTrainedModel":
             norm_topk_prob=True,
         )
     )
-
-
-def _from_recipe(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
-    from safetensors.torch import load_file
-
-    path = find_recipe_weights(spec, models_dirs)
-    if path is None:
-        raise ModelError(
-            f"model {spec.name!r}: no weights {recipe_file_name(spec)} in "
-            f"{', '.join(models_dirs) or 'any folder'}. Pretrain it first: "
-            "lorasweep.train.pretrain.ensure(spec, models_dirs)."
-        )
-    model = empty_model(spec)
-    state = {k: v.float() for k, v in load_file(path).items()}
-    model.load_state_dict(state, strict=not spec.tied)
-    return model

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -108,18 +109,16 @@ class Mesh:
 
     def broadcast(self, value: Any = None) -> Any:
         """Return process 0's value in every process."""
-        if not self.devices:
-            return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        if self.devices:
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes."""
-        found: list[Any] = [None] * self.size
-        if not self.devices:
-            return [value]
-        dist.all_gather_object(found, value)
+        found: list[Any] = [value] * self.size
+        if self.devices:
+            dist.all_gather_object(found, value)
         return found
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
@@ -158,16 +157,33 @@ def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str
         ModelError: the number of processes does not fit the model.
     """
     assert mesh.devices is not None
-    whole = dict(_tensors(model)) if mesh.rank == 0 else {}
-    whole = {name: t.detach() for name, t in whole.items()}
-    tied = _tied(model)
+    whole = {name: t.detach() for name, t in _tensors(model)} if mesh.rank == 0 else {}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(p), []).append((module, name))
+
+    def placement(p: nn.Parameter) -> Shard | None:
+        # None: split along the first axis. A stack of one run cannot be split along it, and FSDP2
+        # requires that the number of processes divides any other axis.
+        if p.dim() < 3 or p.shape[0] > 1:
+            return None
+        fitting = [axis for axis in range(1, p.dim()) if p.shape[axis] % mesh.size == 0]
+        if not fitting:
+            raise ModelError(
+                f"exec.world_size={mesh.size} divides no side of an adapter {tuple(p.shape[1:])}, "
+                "so it cannot be split. Choose a number that divides the model's width, such as a "
+                "power of 2."
+            )
+        return Shard(max(fitting, key=lambda axis: p.shape[axis]))
+
     ignored = {p for p in model.parameters() if p.dim() < 2 and not p.requires_grad}
-    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     common: dict[str, Any] = {
         "mesh": mesh.devices,
         "ignored_params": ignored,
-        "shard_placement_fn": lambda p: _placement(p, mesh.size),
+        "shard_placement_fn": placement,
     }
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in blocks(model):
         for part in block.modules():
@@ -182,12 +198,25 @@ def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str
         split.set_force_sum_reduction_for_comms(True)
     if mesh.rank:
         entry.to_empty(device=mesh.device)
-        for first, *others in tied:
+        for first, *others in owners.values():  # tie the shared parameters again
             for module, name in others:
                 setattr(module, name, getattr(*first))
     else:
-        _move_whole(entry, mesh.device)
-    _fill(model, whole, mesh)
+        for _, tensor in _tensors(entry):
+            if not isinstance(tensor, DTensor):  # FSDP2 moves the others
+                tensor.data = tensor.data.to(mesh.device)
+    with torch.no_grad():  # copy process 0's values into every process's part
+        for name, tensor in _tensors(model):
+            if mesh.rank == 0:
+                values = whole.pop(name).to(mesh.device)
+            else:
+                values = torch.empty(tensor.shape, dtype=tensor.dtype, device=mesh.device)
+            if isinstance(tensor, DTensor):
+                parts = distribute_tensor(values, mesh.devices, tensor.placements)
+                local(tensor).copy_(local(parts))
+            else:
+                dist.broadcast(values, src=0)
+                tensor.copy_(values)
     trainables.refresh()
     guard(model, trainables, mesh, [])
     return Mesh(mesh.rank, mesh.devices, entry)
@@ -230,15 +259,9 @@ def layers_together(model: Any) -> Iterator[None]:
 
 def compute_again(model: nn.Module) -> None:
     """Keep only the input of each layer, and recompute its activations in the backward pass."""
+    again = {"use_reentrant": False, "preserve_rng_state": False}
     for block in blocks(model):
-        forward = block.forward
-
-        def again(*args: Any, forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
-            return checkpoint(
-                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
-
-        block.forward = again
+        block.forward = partial(checkpoint, block.forward, **again)
 
 
 def _split(entry: nn.Module) -> list[FSDPModule]:
@@ -248,56 +271,6 @@ def _split(entry: nn.Module) -> list[FSDPModule]:
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """List parameters and buffers by name, each once."""
     return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """List the parameters that modules share, as (module, name) each."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(p), []).append((module, name))
-    return [found for found in owners.values() if len(found) > 1]
-
-
-def _placement(p: nn.Parameter, size: int) -> Shard | None:
-    """Choose the axis along which a tensor is split; None: the first.
-
-    The first axis of a stack of one run cannot be split. FSDP2 requires that the size divides any
-    other axis.
-    """
-    if p.dim() < 3 or p.shape[0] > 1:
-        return None
-    fitting = [axis for axis in range(1, p.dim()) if p.shape[axis] % size == 0]
-    if not fitting:
-        raise ModelError(
-            f"exec.world_size={size} divides no side of an adapter {tuple(p.shape[1:])}, so it "
-            "cannot be split. Choose a number that divides the model's width, such as a power of 2."
-        )
-    return Shard(max(fitting, key=lambda axis: p.shape[axis]))
-
-
-def _move_whole(entry: nn.Module, device: torch.device) -> None:
-    """Move tensors that are not split to the device; FSDP2 moves the others."""
-    for _, tensor in _tensors(entry):
-        if not isinstance(tensor, DTensor):
-            tensor.data = tensor.data.to(device)
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, whole: dict[str, torch.Tensor], mesh: Mesh) -> None:
-    """Copy process 0's values, by name, into every process's part."""
-    assert mesh.devices is not None
-    for name, tensor in _tensors(model):
-        if mesh.rank == 0:
-            values = whole.pop(name).to(mesh.device)
-        else:
-            values = torch.empty(tensor.shape, dtype=tensor.dtype, device=mesh.device)
-        if isinstance(tensor, DTensor):
-            placements = tensor.placements
-            local(tensor).copy_(local(distribute_tensor(values, mesh.devices, placements)))
-        else:
-            dist.broadcast(values, src=0)
-            tensor.copy_(values)
 
 
 def guard(model: nn.Module, trained: "Parameters", mesh: Mesh, measures: Sequence[float]) -> None:

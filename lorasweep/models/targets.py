@@ -6,6 +6,7 @@ parameter of that router.
 Shapes: N runs of a pack, E experts.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,60 +28,50 @@ def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> 
     Raises:
         ModelError: a module is missing, or is of another kind or shape than described.
     """
-    found: dict[str, Target] = {}
-    for layer_set in layers:
-        names, count = spec.modules(layer_set)
-        matching = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in names}
-        targets = {n: _target(m, spec, layer_set) for n, m in matching.items()}
-        known = {n: t for n, t in targets.items() if t is not None}
-        wrong = sorted(matching.keys() - known.keys())
-        if wrong or len(matching) != count:
-            raise ModelError(
-                f"model {spec.name!r}: layer set {layer_set!r}: expected {count} modules named "
-                f"{sorted(names)} that are {_kind(spec, layer_set)}, found {len(matching)}, of "
-                f"which something else: {wrong[:3] or 'none'}. Correct the model's file in "
-                "conf/model (a model with experts needs n_experts and n_active_experts), or leave "
-                "this layer set out of method.layers."
-            )
-        found |= known
-    return found
+    n_experts, hidden, width = spec.n_experts, spec.hidden_size, spec.mlp_size
+    gate_up, down = (n_experts, 2 * width, hidden), (n_experts, hidden, width)
 
-
-def _kind(spec: ModelSpec, layer_set: str) -> str:
-    experts, hidden, width = spec.n_experts, spec.hidden_size, spec.mlp_size
-    if layer_set == ROUTER:
-        return f"routers with weight [{experts}, {hidden}]"
-    if layer_set == "mlp" and experts:
-        return (
-            f"experts with gate_up_proj [{experts}, {2 * width}, {hidden}], gate before up, and "
-            f"down_proj [{experts}, {hidden}, {width}], without biases"
-        )
-    return "nn.Linear"
-
-
-def _target(module: Any, spec: ModelSpec, layer_set: str) -> Target | None:
-    """Return the target that a module is for its layer set; None for another kind or shape."""
-    experts, hidden, width = spec.n_experts, spec.hidden_size, spec.mlp_size
-
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(module: nn.Module, name: str) -> tuple[int, ...]:
         p = getattr(module, name, None)
         return tuple(p.shape) if isinstance(p, nn.Parameter) else ()
 
-    if layer_set == ROUTER:
-        return Router(module) if shape("weight") == (experts, hidden) else None
-    if layer_set == "mlp" and experts:
+    def target(module: Any, layer_set: str) -> Target | None:
+        """Return None for a module of another kind or shape."""
+        if layer_set == ROUTER:
+            return Router(module) if shape(module, "weight") == (n_experts, hidden) else None
+        if layer_set != "mlp" or not n_experts:
+            return module if isinstance(module, nn.Linear) else None
         fits = (
-            shape("gate_up_proj") == (experts, 2 * width, hidden)
-            and shape("down_proj") == (experts, hidden, width)
+            (shape(module, "gate_up_proj"), shape(module, "down_proj")) == (gate_up, down)
             and len(list(module.parameters())) == 2
             and not getattr(module, "is_transposed", False)
             and getattr(module, "is_concatenated", True)
         )
         return Experts(module, spec.n_active_experts) if fits else None
-    return module if isinstance(module, nn.Linear) else None
 
-
-# ---------------------------------------------------------------- experts
+    kinds = {ROUTER: f"routers with weight {[n_experts, hidden]}"}
+    if n_experts:
+        kinds["mlp"] = (
+            f"experts with gate_up_proj {[*gate_up]}, gate before up, and down_proj {[*down]}, "
+            "without biases"
+        )
+    found: dict[str, Target] = {}
+    for layer_set in layers:
+        names, count = spec.modules(layer_set)
+        matching = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in names}
+        targets = {n: target(m, layer_set) for n, m in matching.items()}
+        known = {n: t for n, t in targets.items() if t is not None}
+        wrong = sorted(matching.keys() - known.keys())
+        if wrong or len(matching) != count:
+            raise ModelError(
+                f"model {spec.name!r}: layer set {layer_set!r}: expected {count} modules named "
+                f"{sorted(names)} that are {kinds.get(layer_set, 'nn.Linear')}, found "
+                f"{len(matching)}, of which something else: {wrong[:3] or 'none'}. Correct the "
+                "model's file in conf/model (a model with experts needs n_experts and "
+                "n_active_experts), or leave this layer set out of method.layers."
+            )
+        found |= known
+    return found
 
 
 def use_grouped_experts(model: Any, spec: ModelSpec) -> None:
@@ -108,29 +99,27 @@ class ExpertTokens:
 
     def __init__(self, model: Any) -> None:
         named = model.named_modules()
-        self._layers = [m for n, m in named if n.rpartition(".")[2] == "experts"]
-        self._found: list[list[torch.Tensor]] = [[] for _ in self._layers]
+        layers = [m for n, m in named if n.rpartition(".")[2] == "experts"]
+        self._found: list[list[torch.Tensor]] = [[] for _ in layers]
         self._hooks = [
-            m.register_forward_pre_hook(self._counter(found))
-            for m, found in zip(self._layers, self._found)
+            m.register_forward_pre_hook(partial(self._count, found))
+            for m, found in zip(layers, self._found)
         ]
 
-    def _counter(self, found: list[torch.Tensor]) -> Any:
-        def count(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            in_backward = torch._C._current_graph_task_id() != -1
-            if in_backward or not torch.is_grad_enabled():
-                return
-            adapted = isinstance(module, StackedExperts)
-            n_runs, base = (module.n_runs, module.base) if adapted else (1, module)
-            chosen, n_experts = args[1].view(n_runs, -1), len(base.down_proj)
-            ones = torch.ones_like(chosen)
-            found.append(chosen.new_zeros(n_runs, n_experts).scatter_add_(1, chosen, ones))
-
-        return count
+    @staticmethod
+    def _count(found: list[torch.Tensor], module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward or not torch.is_grad_enabled():
+            return
+        adapted = isinstance(module, StackedExperts)
+        n_runs, base = (module.n_runs, module.base) if adapted else (1, module)
+        chosen = args[1].view(n_runs, -1)
+        counts = chosen.new_zeros(n_runs, len(base.down_proj))
+        found.append(counts.scatter_add_(1, chosen, torch.ones_like(chosen)))
 
     def take(self, n_runs: int, mesh: Mesh) -> list[list[list[int]]]:
         """Return each run's counts since the last call, by layer and expert, of all processes."""
-        if not self._layers:
+        if not self._found:
             return [[]] * n_runs
         by_layer = torch.stack([torch.stack(found).sum(0) for found in self._found])
         for found in self._found:

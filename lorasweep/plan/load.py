@@ -154,7 +154,11 @@ def load_of(model: ModelSpec, method: Method) -> Load:
         whole=whole,
         flops=method.step_flops(model, 1),
         adapted=() if whole else model.matrices(layers),
-        inputs=frozenset(name for s in layers if s != ROUTER for name in getattr(model, s)),
+        inputs=frozenset(
+            name
+            for layer_set in layers
+            for name in ((ROUTER,) if layer_set == ROUTER else getattr(model, layer_set))
+        ),
     )
 
 
@@ -193,7 +197,8 @@ def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
     kept += word * f * ((3 if "gate_proj" in model.mlp else 1) + ("down_proj" in needs))
     if model.n_experts:
         # results of each expert, its inputs if they are needed, and the router's
-        kept += word * h * (active * (1 + bool(needs & MLP_INPUTS)) + load.norms_trained)
+        router = load.norms_trained or ROUTER in needs
+        kept += word * h * (active * (1 + bool(needs & MLP_INPUTS)) + router)
     return float(kept)
 
 

@@ -44,7 +44,8 @@ CPU_FRAGMENTATION = 1.4
 (launch/process.py), and not every new tensor fits into one. Measured on two processors: 1.2 to 1.8,
 varying from run to run (LOG.md)."""
 CPU_CHUNK_BYTES = 320 * 2**20
-"""Largest size of a chunk of the unembedding: logits, their logarithms and temporaries."""
+"""Bytes of the logits computed at once (train/objectives/nll.py, LOGITS): five fp32 numbers for
+each of 2^24, namely logits, their logarithms, gradients and temporaries."""
 
 # ---- sampling (train/sampling.py)
 ROWS = 1024
@@ -162,12 +163,13 @@ def _state(
 def _cpu_memory(
     load: Load, spec: RunSpec, layout: Layout, n_runs: int, states: str, held: int
 ) -> dict[str, float]:
-    """Return the peak bytes of learning with the passes written for a CPU."""
+    """Return the peak bytes of learning on a CPU."""
     model, word, length = load.model, WORD_BYTES[spec.precision], mean_length(spec)
     exact = STATE_BYTES[states][0]
     peak = 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
     tokens = n_runs * layout.rows * length * peak
-    # a bf16 copy of wider weights; frozen weights are also kept transposed
+    # A bf16 copy of wider weights. The second term is a margin: passes that are gone also kept frozen
+    # weights transposed.
     copies = 2 * (word == 2) * ((load.whole or held > word) + (not load.whole))
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
     scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)

@@ -30,7 +30,8 @@ class Exec:
     backward pass is not. It is doubled where their memory runs out."""
     join_rows: bool = False
     """Join the rows of a forward pass into one sequence per run of the pack, without attention from
-    row to row, instead of padding each to the longest. For long rows of different lengths.
+    row to row, instead of padding each to the longest. For long rows of different lengths, on GPUs
+    and CPUs.
     transformers' sdpa then holds a mask of X * X bytes for X tokens, and in bf16 one of twice that
     in each layer whose activations are kept; its flash attention none."""
     world_size: int = 1
@@ -38,11 +39,12 @@ class Exec:
     one: the model is spread over them (FSDP2), and runs are not packed. One: with cluster=slurm and
     a hardware, the plan chooses, for each run what it needs."""
     activation_checkpointing: bool = False
-    """Keep the input of each layer only, and compute its activations again in the backward pass:
-    a third more operations, much less memory. False: with cluster=slurm and a hardware, the plan
-    chooses."""
+    """Keep the input of each layer only, and compute its activations again in the backward pass, on
+    GPUs and CPUs: a third more operations, much less memory. False: with cluster=slurm and a
+    hardware, the plan chooses."""
     compile: bool = False
-    """Use torch.compile. Not verified on a GPU yet; on a CPU compiling takes minutes."""
+    """Use torch.compile, on GPUs and CPUs. Not verified on a GPU yet; on a CPU compiling takes
+    minutes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     keep_weights: bool = False

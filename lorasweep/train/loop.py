@@ -7,9 +7,11 @@ Shapes: N runs of the pack.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,8 +59,9 @@ def train(
         device = next(model.parameters()).device
         computed_by = backend(model, mesh.size)
         optimizer = AdamW.start(trainables, pack, mesh)
-        evaluator = Evaluator(model, objective, trainables, mesh)
-        progress = {run.id: Progress.start(measures) for run, measures in zip(runs, at_start)}
+        held_out = partial(measure, model, objective, trainables, mesh)
+        none: Record = {"step": 0, "examples": 0, "tokens": 0}
+        progress = {run.id: Progress([none | first]) for run, first in zip(runs, at_start)}
         evaluations = {run.id: set(eval_steps(run.steps, run.has_curve)) for run in runs}
         first_step = step = 0
         if resume is not None:
@@ -123,19 +126,34 @@ def train(
             measured: dict[str, Record] = {}
             due = {run.id for run in runs if step in evaluations[run.id]} - diverged
             for final, ids in ((True, due & last), (False, due - last)):
-                for i, (measures, n_items) in evaluator.measure(runs, ids, final).items():
+                for i, (measures, n_items) in held_out(runs, ids, final).items():
                     measured[i] = measures
                     records[i] |= {**measures, "test_items": n_items}
-                    progress[i].point(records[i], tuple(measures))
+                    names = ("step", "examples", "tokens", *measures)
+                    progress[i].curve.append({name: records[i][name] for name in names})
                     if not math.isfinite(measures[metric.name]):
                         diverged.add(i)
             last |= stop_early(step, runs, due - diverged, progress, optimizer, metric)
-            restored = restore_best(step, runs, last - diverged, progress, optimizer)
-            for i, (measures, _) in evaluator.measure(runs, restored, True).items():
+            back = [
+                k
+                for k, run in enumerate(runs)
+                if run.early_stopping
+                and run.id in last - diverged
+                and progress[run.id].best.step != step
+            ]
+            optimizer.restore_best(back)
+            restored = {runs[k].id for k in back}
+            for i, (measures, _) in held_out(runs, restored, True).items():
                 measured[i] = measures
             done = last - diverged
-            for i, found in evaluator.at_end(runs, done).items():
-                measured[i] |= found
+            at = [k for k, run in enumerate(runs) if run.id in done]
+            if at:
+                finished = [runs[k] for k in at]
+                with phase(EVALUATION), trainables.only(at):
+                    more = mesh.run(objective.at_end, model, finished)
+                    spectra = trainables.spectra()
+                for run, found, norms_by_matrix in zip(finished, more, spectra):
+                    measured[run.id] |= {**found, "spectra": norms_by_matrix}
             ended: dict[str, tuple[str, Record]] = {}
             for k, run in enumerate(runs):
                 if run.id not in diverged | last:
@@ -154,8 +172,11 @@ def train(
                     **({"base_commit": base.commit} if base.commit else {}),
                 }
                 if run.id in done:
-                    result |= {**measured[run.id], **progress[run.id].stopping_facts()}
-                    result["step_s"] = progress[run.id].median_step_s()
+                    result |= measured[run.id]
+                    result["step_s"] = statistics.median_high(progress[run.id].step_s)
+                    if progress[run.id].best.step:  # the update whose weights are kept
+                        result["best_step"] = progress[run.id].best.step
+                        result["early_stopping_rule"] = EARLY_STOPPING_RULE
                 ended[run.id] = ("done" if run.id in done else "diverged", result)
 
             def snapshot(step: int = step, runs: list[RunSpec] = runs) -> dict[str, State]:
@@ -191,56 +212,37 @@ def train(
 # ---------------------------------------------------------------- parts of the loop
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """Measures the runs of a pack on held-out items: only those that are due."""
+def measure(
+    model: "nn.Module",
+    objective: Objective[Any],
+    trainables: Trainables,
+    mesh: Mesh,
+    runs: Sequence[RunSpec],
+    ids: set[str],
+    final: bool,
+) -> dict[str, tuple[Record, int]]:
+    """Return the held-out measures of the runs `ids`, with weight norms, and the number of items.
 
-    model: "nn.Module"
-    objective: Objective[Any]
-    trainables: Trainables
-    mesh: Mesh
-
-    def measure(
-        self, runs: Sequence[RunSpec], ids: set[str], final: bool
-    ) -> dict[str, tuple[Record, int]]:
-        """Return the measures of the runs `ids` with their weight norms, and the number of items.
-
-        `runs`: all of the pack. `final`: on all held-out items, else on a part.
-        """
-        measured: dict[str, tuple[Record, int]] = {}
-        norms = self.trainables.norms() if ids else []
-        for at in self._together(runs, ids):
-            some = [runs[k] for k in at]
-            with phase(EVALUATION), self.trainables.only(at):
-                found = self.mesh.run(self.objective.evaluate, self.model, some, final)
-            for k, run, e in zip(at, some, found):
-                measured[run.id] = {**e.measures, **norms[k]}, e.n_items
-        return measured
-
-    def _together(self, runs: Sequence[RunSpec], ids: set[str]) -> list[list[int]]:
-        """Return the runs to measure, grouped by forward pass.
-
-        On a CPU runs of one data set: the held-out rows of others would be padded to the most and
-        longest (1.4 times the tokens of a hundred customers, LOG.md), and a larger pass is hardly
-        faster. On a GPU all. Assumption: there small passes cost more than padding.
-        """
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        groups: dict[str, list[int]] = {}
-        for k, run in enumerate(runs):
-            if run.id in ids:
-                groups.setdefault(run.dataset.canonical if on_cpu else "", []).append(k)
-        return list(groups.values())
-
-    def at_end(self, runs: Sequence[RunSpec], ids: set[str]) -> dict[str, Record]:
-        """Return the final measures of the finished runs `ids`, and their spectra."""
-        at = [k for k, run in enumerate(runs) if run.id in ids]
-        if not at:
-            return {}
+    `runs`: all of the pack. `final`: on all held-out items, else on a part.
+    """
+    # On a CPU one pass measures the runs of one data set: the rows of others would be padded to
+    # the longest (1.4 times the tokens of a hundred customers, LOG.md), and a larger pass is
+    # hardly faster. On a GPU one pass measures all runs. Assumption: there small passes cost
+    # more than padding.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    groups: dict[str, list[int]] = {}
+    for k, run in enumerate(runs):
+        if run.id in ids:
+            groups.setdefault(run.dataset.canonical if on_cpu else "", []).append(k)
+    measured: dict[str, tuple[Record, int]] = {}
+    norms = trainables.norms() if ids else []
+    for at in groups.values():
         some = [runs[k] for k in at]
-        with phase(EVALUATION), self.trainables.only(at):
-            more = self.mesh.run(self.objective.at_end, self.model, some)
-            spectra = self.trainables.spectra()
-        return {run.id: {**a, "spectra": b} for run, a, b in zip(some, more, spectra)}
+        with phase(EVALUATION), trainables.only(at):
+            found = mesh.run(objective.evaluate, model, some, final)
+        for k, run, e in zip(at, some, found):
+            measured[run.id] = {**e.measures, **norms[k]}, e.n_items
+    return measured
 
 
 @dataclass
@@ -257,11 +259,6 @@ class Progress:
     best: Best = field(default_factory=Best)
     """The best evaluation of a run that may end early."""
 
-    @classmethod
-    def start(cls, measures: Record) -> "Progress":
-        """Start with the measures before training."""
-        return cls([{"step": 0, "examples": 0, "tokens": 0, **measures}])
-
     def load(self, meta: dict[str, Any]) -> None:
         """Restore the values of a checkpoint."""
         self.curve, self.tokens = list(meta["curve"]), meta["tokens"]
@@ -277,12 +274,6 @@ class Progress:
         """Return the tokens of each expert for a result; nothing without experts."""
         return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
 
-    def stopping_facts(self) -> dict[str, int]:
-        """Return a result's entries about early stopping: the update whose weights are kept."""
-        if not self.best.step:
-            return {}
-        return {"best_step": self.best.step, "early_stopping_rule": EARLY_STOPPING_RULE}
-
     def add(self, n_tokens: int, seconds: float, expert_tokens: list[list[int]]) -> None:
         """Count an update; `expert_tokens`: its tokens by layer and expert."""
         self.tokens += n_tokens
@@ -291,15 +282,6 @@ class Progress:
         self.expert_tokens = [
             [a + b for a, b in zip(*layers)] for layers in zip(before, expert_tokens)
         ]
-
-    def point(self, record: Record, measures: tuple[str, ...]) -> None:
-        """Add an evaluation to the learning curve."""
-        names = ("step", "examples", "tokens", *measures)
-        self.curve.append({name: record[name] for name in names})
-
-    def median_step_s(self) -> float:
-        """Return the median seconds of an update."""
-        return sorted(self.step_s)[len(self.step_s) // 2]
 
 
 def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, float]:
@@ -345,20 +327,3 @@ def stop_early(
             points[-1].setdefault(metric.on_part, points[-1][metric.name])
             ending.add(run.id)
     return ending
-
-
-def restore_best(
-    step: int,
-    runs: Sequence[RunSpec],
-    ending: set[str],
-    progress: Mapping[str, Progress],
-    optimizer: AdamW,
-) -> set[str]:
-    """Restore the best weights of runs that end after update `step`; return the restored runs."""
-    back = [
-        k
-        for k, run in enumerate(runs)
-        if run.early_stopping and run.id in ending and progress[run.id].best.step != step
-    ]
-    optimizer.restore_best(back)
-    return {runs[k].id for k in back}

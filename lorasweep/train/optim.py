@@ -8,6 +8,7 @@ in float64.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -29,15 +30,6 @@ def lr_factor(spec: RunSpec, step: int) -> float:
     return 1.0 - done if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _ratios(trainables: Parameters, params: Tensors) -> Tensors:
-    return {
-        name: torch.tensor(trainables.lr_ratios(name), dtype=torch.float64)
-        .to(local(p))
-        .view(-1, 1, 1)
-        for name, p in params.items()
-    }
-
-
 def _gradient(p: torch.Tensor) -> torch.Tensor:
     assert p.grad is not None, "a trained tensor has no gradient"
     return local(p.grad)
@@ -55,11 +47,18 @@ class AdamW:
     params: Tensors
     exp_avg: Tensors
     exp_avg_sq: Tensors
-    ratios: Tensors
-    """Learning rate factors of the runs that each tensor holds, [n, 1, 1], on its device."""
     mesh: Mesh = field(default_factory=Mesh)
     best: Tensors = field(default_factory=dict)
     """Weights of the best evaluation of each run; empty if no run may end early."""
+
+    def __post_init__(self) -> None:
+        """Copy the learning rate factors of the runs in each tensor to its device, [n, 1, 1]."""
+        self.ratios = {
+            n: torch.tensor(self.trainables.lr_ratios(n), dtype=torch.float64)
+            .to(local(p))
+            .view(-1, 1, 1)
+            for n, p in self.params.items()
+        }
 
     @classmethod
     def start(
@@ -72,8 +71,7 @@ class AdamW:
             {n: torch.zeros_like(p) for n, p in params.items() if wanted}
             for wanted in (True, True, early)
         )
-        ratios = _ratios(trainables, params)
-        return cls(trainables, list(specs), params, m, v, ratios, mesh or Mesh(), best)
+        return cls(trainables, list(specs), params, m, v, mesh or Mesh(), best)
 
     def keep(self, runs: list[int]) -> None:
         """Drop the parameters and moments of all runs but `runs` (increasing indices)."""
@@ -84,7 +82,7 @@ class AdamW:
             {new: held[old][rows].clone() for new, (old, rows) in came_from.items() if held}
             for held in (self.exp_avg, self.exp_avg_sq, self.best)
         )
-        self.ratios = _ratios(self.trainables, self.params)
+        self.__post_init__()
 
     def keep_best(self, runs: list[int]) -> None:
         """Keep the present weights of these runs as their best."""
@@ -153,21 +151,9 @@ class AdamW:
             if clip[0] != 1.0:
                 torch._foreach_mul_(grads, clip[0])
             steps = [torch.tensor(float(step + 1), device=p.device) for p in params]
-            torch._fused_adamw_(
-                params,
-                grads,
-                m,
-                v,
-                [],
-                steps,
-                lr=lr[0],
-                beta1=first.beta1,
-                beta2=first.beta2,
-                weight_decay=first.weight_decay,
-                eps=first.eps,
-                amsgrad=False,
-                maximize=False,
-            )
+            shared: dict[str, Any] = {"amsgrad": False, "maximize": False}
+            shared |= {k: getattr(first, k) for k in ("beta1", "beta2", "weight_decay", "eps")}
+            torch._fused_adamw_(params, grads, m, v, [], steps, lr=lr[0], **shared)
             return
         fix1, fix2 = 1 - first.beta1 ** (step + 1), math.sqrt(1 - first.beta2 ** (step + 1))
         lr_N11, clip_N11 = (

@@ -45,6 +45,8 @@ ROWS = 1024
 CACHE_SHARE = 0.3
 """Share of a GPU's memory for the keys and values of all completions at once. Of the whole memory,
 not of the free memory, so that a resumed run draws as many at once as before."""
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""Names of a forward pass's argument for keys and values: from transformers 5.24 on, and before."""
 
 
 @torch.no_grad()
@@ -68,13 +70,31 @@ def sample(
         ends: token sequences that end a completion; none: all have the most tokens.
         forward_parts: see Exec.
     """
-    group = uniforms_NAL.shape[1] // len(prompts[0])
+    n_prompts = len(prompts[0])
+    total, longest = uniforms_NAL.shape[1:]
+    group = total // n_prompts
     if mesh is not None and mesh.size > 1:
-        return _shared(model, prompts, uniforms_NAL, ends, precision, mesh, forward_parts)
-    most = min(_at_once(model, prompts, uniforms_NAL.shape[2], precision), uniforms_NAL.shape[1])
+        # a pack of one run: each process samples every size-th prompt, and repetitions do not count
+        mine = [k % n_prompts for k in mesh.turns(n_prompts)]
+        uniforms = uniforms_NAL.reshape(n_prompts, group, -1)[mine].reshape(1, -1, longest)
+        own = [[prompts[0][k] for k in mine]]
+        with layers_together(model):
+            (found,) = sample(model, own, uniforms, ends, precision, None, forward_parts)
+        parts = mesh.gather(found)
+        firsts = [(k % mesh.size, k // mesh.size * group) for k in range(n_prompts)]
+        where = [(parts[process], first + i) for process, first in firsts for i in range(group)]
+        return [
+            replace(
+                _joined(parts),
+                tokens=[part.tokens[a] for part, a in where],
+                log_p=[part.log_p[a] for part, a in where],
+                ended=np.array([part.ended[a] for part, a in where]),
+            )
+        ]
+    most = min(completions_at_once(model, prompts, longest, precision), total)
     size = max(1, most // forward_parts // group)
     with phase(SAMPLING, divisible=size > 1):
-        parts = [
+        by_part = [
             _together(
                 model,
                 [own[k : k + size] for own in prompts],
@@ -82,12 +102,14 @@ def sample(
                 ends,
                 precision,
             )
-            for k in range(0, len(prompts[0]), size)
+            for k in range(0, n_prompts, size)
         ]
-    return [_joined(own) for own in zip(*parts)]
+    return [_joined(own) for own in zip(*by_part)]
 
 
-def _at_once(model: Any, prompts: Sequence[Sequence[np.ndarray]], most: int, precision: str) -> int:
+def completions_at_once(
+    model: Any, prompts: Sequence[Sequence[np.ndarray]], most: int, precision: str
+) -> int:
     """Return the completions of a run that are sampled at once; on a GPU, as its memory allows."""
     device = next(model.parameters()).device
     if device.type != "cuda":
@@ -101,36 +123,6 @@ def _at_once(model: Any, prompts: Sequence[Sequence[np.ndarray]], most: int, pre
     return min(ROWS, int(room / (len(prompts) * longest * token)))
 
 
-def _shared(
-    model: "nn.Module",
-    prompts: Sequence[Sequence[np.ndarray]],
-    uniforms_NAL: np.ndarray,
-    ends: Sequence[Sequence[int]],
-    precision: str,
-    mesh: Mesh,
-    forward_parts: int,
-) -> list[Completions]:
-    """Sample every size-th prompt of one run in each process; a repetition does not count."""
-    (own,), group = prompts, uniforms_NAL.shape[1] // len(prompts[0])
-    mine = [k % len(own) for k in mesh.turns(len(own))]
-    uniforms = uniforms_NAL.reshape(len(own), group, -1)[mine].reshape(1, len(mine) * group, -1)
-    share = [[own[k] for k in mine]]
-    with layers_together(model):
-        (found,) = sample(model, share, uniforms, ends, precision, None, forward_parts)
-    parts = mesh.gather(found)
-    firsts = [(k % mesh.size, k // mesh.size * group) for k in range(len(own))]
-    where = [(process, first + i) for process, first in firsts for i in range(group)]
-    joined = _joined(parts)
-    return [
-        replace(
-            joined,
-            tokens=[parts[p].tokens[a] for p, a in where],
-            log_p=[parts[p].log_p[a] for p, a in where],
-            ended=np.array([parts[p].ended[a] for p, a in where]),
-        )
-    ]
-
-
 def _together(
     model: "nn.Module",
     prompts: Sequence[Sequence[np.ndarray]],
@@ -140,11 +132,10 @@ def _together(
 ) -> list[Completions]:
     n, completions, most = uniforms_NAL.shape
     group = completions // len(prompts[0])
-    device = next(model.parameters()).device
-    draw = _Draw(torch.from_numpy(uniforms_NAL).reshape(n * completions, most).to(device), ends)
-    tokens, mask = _padded_left([p for own in prompts for p in own], device)
-    step = _Steps(model, precision, tokens, mask, group, most > 1)
-    alive_R = draw.first(step.logits)
+    step = _Steps(model, precision, [p for own in prompts for p in own], group, most > 1)
+    uniforms_RL = torch.from_numpy(uniforms_NAL).reshape(n * completions, most)
+    draw = _Draw(uniforms_RL.to(step.index.device), ends)
+    alive_R = draw.next(step.logits, 0, step.index, torch.ones_like(step.index, dtype=torch.bool))
     for t in range(1, most):
         if not bool(alive_R.any()):
             break
@@ -167,95 +158,61 @@ def _joined(parts: Sequence[Completions]) -> Completions:
     )
 
 
-def _padded_left(
-    rows: Sequence[np.ndarray], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the rows as [rows, T] and the mask of their tokens; None if they are equally long."""
-    longest = max(map(len, rows))
-    tokens = np.zeros((len(rows), longest), dtype=np.int64)
-    mask = np.zeros_like(tokens)
-    for k, row in enumerate(rows):
-        tokens[k, longest - len(row) :] = row
-        mask[k, longest - len(row) :] = 1
-    equal = bool(mask.all())
-    return torch.from_numpy(tokens).to(device), None if equal else torch.from_numpy(mask).to(device)
-
-
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""Names of a forward pass's argument for keys and values: from transformers 5.24 on, and before."""
-
-
-def _cache_argument(model: Any) -> str:
-    """Return the name under which the model's forward pass takes keys and values.
-
-    A name that it does not take would be passed on unused, and every token be drawn as if it were
-    the first of its row.
-
-    Raises:
-        ModelError: it takes neither of the known ones.
-    """
-    taken = inspect.signature(model.forward).parameters
-    for name in CACHE_ARGUMENTS:
-        if name in taken:
-            return name
-    raise ModelError(
-        f"{type(model).__name__}.forward takes no cache of keys and values: none of its arguments "
-        f"is named {' or '.join(CACHE_ARGUMENTS)}, so completions cannot be sampled. Use "
-        "objective=sft, or another model."
-    )
-
-
-def _new_cache(model: Any, precision: str) -> Any:
-    """Return an empty cache of transformers that holds numbers in the type of the products.
-
-    Under autocast rotated keys are fp32, and before transformers 5.24 values take the type of the
-    keys. Attention rounds both to bf16 at every token, so to round keys when they are stored
-    changes no number, and the cache is half as large (from 5.24 on two thirds).
-    """
-    from transformers import DynamicCache
-
-    dtype = COMPUTE_DTYPES[precision]
-
-    class Cache(DynamicCache):
-        def update(
-            self,
-            key_states: torch.Tensor,
-            value_states: torch.Tensor,
-            layer_idx: int,
-            *args: Any,
-            **kwargs: Any,
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            keys, values = key_states.to(dtype), value_states.to(dtype)
-            return super().update(keys, values, layer_idx, *args, **kwargs)
-
-    return Cache(config=model.config)
-
-
 class _Steps:
     """The forward passes: the prompts once, then one token of every completion at a time."""
 
     def __init__(
-        self,
-        model: Any,
-        precision: str,
-        tokens: torch.Tensor,
-        mask: torch.Tensor | None,
-        group: int,
-        more: bool,
+        self, model: Any, precision: str, rows: Sequence[np.ndarray], group: int, more: bool
     ) -> None:
-        """Read the prompts; `more`: completions may have more than one token."""
-        self._model, self._precision = model, precision
-        self._mask, self._cache = mask, _new_cache(model, precision) if more else None
-        self._name = _cache_argument(model)
-        self._length = tokens.shape[1]
-        at = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+        """Read the prompts `rows`; `more`: completions may have more than one token.
+
+        Raises:
+            ModelError: the forward pass takes no cache of a known name. Another name would be
+                ignored, and every token be drawn as if it were the first of its row.
+        """
+        from transformers import DynamicCache
+
+        device, dtype = next(model.parameters()).device, COMPUTE_DTYPES[precision]
+
+        class Cache(DynamicCache):
+            """A cache of transformers that holds numbers in the type of the products.
+
+            Under autocast rotated keys are fp32, and before transformers 5.24 values take the type
+            of the keys. Attention rounds both to bf16 at every token, so to round keys when they
+            are stored changes no number, and the cache is half as large (from 5.24 on two thirds).
+            """
+
+            def update(
+                self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+            ) -> Any:
+                return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
+
+        taken = inspect.signature(model.forward).parameters
+        names = [name for name in CACHE_ARGUMENTS if name in taken]
+        if not names:
+            raise ModelError(
+                f"{type(model).__name__}.forward takes no cache of keys and values: none of its "
+                f"arguments is named {' or '.join(CACHE_ARGUMENTS)}, so completions cannot be "
+                "sampled. Use objective=sft, or another model."
+            )
+        self._model, self._precision, self._name = model, precision, names[0]
+        self._length = max(map(len, rows))
+        tokens = np.zeros((len(rows), self._length), dtype=np.int64)
+        mask = np.zeros_like(tokens)
+        for k, row in enumerate(rows):  # padded on the left
+            tokens[k, self._length - len(row) :] = row
+            mask[k, self._length - len(row) :] = 1
+        self._mask = None if mask.all() else torch.from_numpy(mask).to(device)
+        self._cache = Cache(config=model.config) if more else None
+        at = None if self._mask is None else (self._mask.cumsum(1) - 1).clamp(min=0)
         self._next_at = None if at is None else at[:, -1:].repeat_interleave(group, 0) + 1
-        self.logits = self._forward(tokens, at)
-        self.index = torch.arange(len(tokens) * group, device=tokens.device)
+        self.logits = self._forward(torch.from_numpy(tokens).to(device), at)
+        self.index = torch.arange(len(tokens) * group, device=device)
         """Numbers of the completions that are still computed, in the order of the rows."""
         if self._cache is not None:
             self._cache.batch_repeat_interleave(group)
-            self._mask = None if mask is None else mask.repeat_interleave(group, 0)
+            if self._mask is not None:
+                self._mask = self._mask.repeat_interleave(group, 0)
 
     def _forward(self, tokens: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
         with autocast(self._precision, tokens.device):
@@ -301,18 +258,12 @@ class _Draw:
     def __init__(self, uniforms_RL: torch.Tensor, ends: Sequence[Sequence[int]]) -> None:
         self._uniforms, device = uniforms_RL, uniforms_RL.device
         self._ends = [torch.tensor(list(end), device=device) for end in ends]
-        rows, most = uniforms_RL.shape
-        self.tokens = torch.zeros(rows, most, dtype=torch.int64, device=device)
-        self._log_p = torch.zeros(rows, most, dtype=torch.float64, device=device)
-        self._entropy = torch.zeros(rows, most, dtype=torch.float64, device=device)
-        self._length = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._largest = torch.zeros(rows, dtype=torch.float64, device=device)
-
-    def first(self, logits: torch.Tensor) -> torch.Tensor:
-        """Draw the first token of every completion from the prompts' `logits` [N * P, V]."""
-        every = torch.arange(len(self.tokens), device=logits.device)
-        return self.next(logits, 0, every, torch.ones_like(self._ended))
+        self.tokens = torch.zeros_like(uniforms_RL, dtype=torch.int64)
+        self._log_p = torch.zeros_like(uniforms_RL)
+        self._entropy = torch.zeros_like(uniforms_RL)
+        self._largest = torch.zeros_like(uniforms_RL[:, 0])
+        self._length = torch.zeros_like(self.tokens[:, 0])
+        self._ended = torch.zeros_like(self._length, dtype=torch.bool)
 
     def next(
         self, logits: torch.Tensor, t: int, index: torch.Tensor, alive: torch.Tensor
@@ -349,20 +300,15 @@ class _Draw:
 
     def of_runs(self, n: int) -> list[Completions]:
         """Return the completions of each of the n runs."""
-        tokens, log_p, entropy, length, ended, largest = (
-            x.view(n, -1, *x.shape[1:]).cpu().numpy()
-            for x in (
-                *(self.tokens, self._log_p, self._entropy),
-                *(self._length, self._ended, self._largest),
-            )
-        )
+        held = self.tokens, self._log_p, self._entropy, self._length, self._ended, self._largest
+        by_run = zip(*(x.view(n, -1, *x.shape[1:]).cpu().numpy() for x in held))
         return [
             Completions(
-                [row[:m].astype(np.int32) for row, m in zip(tokens[k], length[k])],
-                [row[:m] for row, m in zip(log_p[k], length[k])],
-                float(entropy[k].sum() / length[k].sum()),
-                float(largest[k].max()),
-                ended[k],
+                [row[:m].astype(np.int32) for row, m in zip(tokens, length)],
+                [row[:m] for row, m in zip(log_p, length)],
+                float(entropy.sum() / length.sum()),
+                float(largest.max()),
+                ended,
             )
-            for k in range(n)
+            for tokens, log_p, entropy, length, ended, largest in by_run
         ]

@@ -6,7 +6,8 @@ Refuses to know the training loop and any field of LoRA but those of an adapter.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,12 +18,15 @@ from lorasweep.methods.stacked.modules import (
     StackedLinear,
     StackedRouter,
 )
-from lorasweep.methods.stacked.spectral import factor_norms
 from lorasweep.methods.trainables import Experts, Router, Target
 from lorasweep.spec.streams import stream
 
 if TYPE_CHECKING:
     from lorasweep.methods.lora import LoRA
+
+
+BLOCK = 8192
+"""Rows that are held in float64 at once by `spectral_norm`."""
 
 
 class StackedAdapters:
@@ -43,7 +47,7 @@ class StackedAdapters:
         kaiming_uniform with a = sqrt(5). B is zero.
         """
         self._base, self._methods, self._seeds = base, list(methods), list(seeds)
-        self._originals = {
+        self._originals: dict[str, Any] = {
             n: t if isinstance(t, nn.Linear) else t.module for n, t in targets.items()
         }
         self._factors: dict[str, Factors] = {}
@@ -52,40 +56,31 @@ class StackedAdapters:
         for p in base.parameters():
             p.requires_grad_(False)
         for name, target in targets.items():
-            if isinstance(target, Experts):
-                factors = self._of_experts(name, target)
-                _replace(base, name, StackedExperts(target.module, **factors))
-                self._factors |= {f"{name}.{part}": f for part, f in factors.items()}
-            else:
-                self._factors[name] = self._of_matrix(name, target)
+            module = self._originals[name]
+            if not isinstance(target, Experts):
+                ranks, scalings = zip(*((m.rank, m.scaling) for m in methods))
+                sides = (module.weight.shape[1], module.weight.shape[0])
+                made = self._made(name, module.weight, sides, ranks, scalings)
+                stacked: Any = StackedRouter if isinstance(target, Router) else StackedLinear
+                self._factors[name] = stacked(module, *made)
                 _replace(base, name, self._factors[name])
+                continue
+            n_experts, hidden, width = module.down_proj.shape
+            ranks = tuple(m.expert_rank_of(n_experts, target.n_active) for m in methods)
+            scalings = tuple(m.expert_scaling(r) for m, r in zip(methods, ranks))
+            # a shared factor is the one on the hidden side
+            inner, outer = n_experts, 1 if methods[0].expert_outer == "shared" else n_experts
+            parts: dict[str, Factors] = {}
+            for part, sides, stacks in (
+                ("gate_proj", (hidden, width), (outer, inner)),
+                ("up_proj", (hidden, width), (outer, inner)),
+                ("down_proj", (width, hidden), (inner, outer)),
+            ):
+                in_state = f"{name}.{part}"
+                made = self._made(in_state, module.down_proj, sides, ranks, scalings, stacks)
+                parts[part] = self._factors[in_state] = Factors(*made, *stacks)
+            _replace(base, name, StackedExperts(module, **parts))
         self.refresh()
-
-    def _of_matrix(self, name: str, target: nn.Linear | Router) -> StackedLinear | StackedRouter:
-        weight = (target.module if isinstance(target, Router) else target).weight
-        ranks, scalings = zip(*((m.rank, m.scaling) for m in self._methods))
-        made = self._made(name, weight, (weight.shape[1], weight.shape[0]), ranks, scalings)
-        if isinstance(target, Router):
-            return StackedRouter(target.module, *made)
-        return StackedLinear(target, *made)
-
-    def _of_experts(self, name: str, target: Experts) -> dict[str, Factors]:
-        """Make the factors of a layer's experts. A shared factor is the one on the hidden side."""
-        down = target.module.down_proj
-        n_experts, hidden, width = down.shape
-        ranks = [m.expert_rank_of(n_experts, target.n_active) for m in self._methods]
-        scalings = [m.expert_scaling(r) for m, r in zip(self._methods, ranks)]
-        shared = self._methods[0].expert_outer == "shared"
-        outer, inner = 1 if shared else n_experts, n_experts
-        found = {}
-        for part, sides, stacks in (
-            ("gate_proj", (hidden, width), (outer, inner)),
-            ("up_proj", (hidden, width), (outer, inner)),
-            ("down_proj", (width, hidden), (inner, outer)),
-        ):
-            made = self._made(f"{name}.{part}", down, sides, ranks, scalings, stacks)
-            found[part] = Factors(*made, *stacks)
-        return found
 
     def _made(
         self,
@@ -99,20 +94,38 @@ class StackedAdapters:
         """Make the arguments of Factors, on the device of `weight`, trained in fp32 at least.
 
         `sides`: inputs and outputs of each matrix. `stacks`: how many matrices each factor is for.
+
+        One factor is drawn in float64, uniform in +-1/sqrt(its inputs); the other is zero. A is
+        drawn row by row, so the A of a smaller rank is the first rows of the A of a larger rank.
+        Each matrix of a stack has a separate stream. On the device 'meta' nothing is drawn: a
+        process that gets its values from another one need not.
         """
-        spans = _equal_spans(ranks)
-        master = torch.promote_types(weight.dtype, torch.float32)
-        like = torch.empty(0, device=weight.device, dtype=master)
-        a: list[torch.Tensor] = []
-        b: list[torch.Tensor] = []
-        for s in spans:
-            drawn = [
-                _start(m, seed, name, ranks[s.start], sides, stacks, weight.device)
-                for m, seed in zip(self._methods[s], self._seeds[s])
-            ]
-            a.append(nn.Parameter(torch.stack([x for x, _ in drawn]).to(like)))
-            b.append(nn.Parameter(torch.stack([x for _, x in drawn]).to(like)))
-        return spans, a, b, torch.tensor(scalings, dtype=torch.float64).to(like)
+        (n_in, n_out), (of_a, of_b) = sides, stacks
+        on_meta = weight.device.type == "meta"
+        spans: list[slice] = []
+        factors: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        like = weight.new_empty(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for rank, neighbours in groupby(range(len(ranks)), key=ranks.__getitem__):
+            runs = list(neighbours)
+            spans.append(slice(runs[0], runs[-1] + 1))
+            shapes = (len(runs), of_a, rank, n_in), (len(runs), of_b, n_out, rank)
+            a, b = (
+                torch.zeros(s, dtype=torch.float64, device="meta" if on_meta else None)
+                for s in shapes
+            )
+            for k, run in enumerate(runs if not on_meta else ()):
+                method = self._methods[run]
+                random = (a if method.random_factor == "a" else b)[k]
+                bound = 1 / math.sqrt(random.shape[-1])
+                for e, one in enumerate(random):
+                    own = name if len(random) == 1 else f"{name}.{e}"
+                    more = [method.init_seed] if method.init_seed else []
+                    rng = stream("init", self._seeds[run], own, *more)
+                    one.copy_(torch.from_numpy(rng.uniform(-bound, bound, size=tuple(one.shape))))
+                random.mul_(method.init_scale)
+            for found, factor in zip(factors, (a, b)):
+                found.append(nn.Parameter(factor.flatten(1, 2).to(like)))
+        return spans, *factors, torch.tensor(scalings, dtype=torch.float64).to(like)
 
     def refresh(self) -> None:
         self._named = {}
@@ -197,44 +210,58 @@ class StackedAdapters:
             _replace(self._base, name, module)
 
 
-def _equal_spans(values: Sequence[int]) -> list[slice]:
-    """Split into spans of equal neighbours: [4, 4, 16] -> [0:2], [2:3]."""
-    starts = [i for i, v in enumerate(values) if i == 0 or v != values[i - 1]]
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(values)])]
-
-
-def _start(
-    method: "LoRA",
-    seed: int,
-    name: str,
-    rank: int,
-    sides: tuple[int, int],
-    stacks: tuple[int, int],
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one run's A [E r, I] and B [E O, r] in float64; E is in `stacks`, 1 for no stack.
-
-    One of them is uniform in +-1/sqrt(its inputs), the other zero. A is drawn row by row, so the A
-    of a smaller rank is the first rows of the A of a larger rank. Each matrix of a stack has a
-    separate stream. On the device 'meta' nothing is drawn: a process that gets its values from
-    another one need not.
-    """
-    (n_in, n_out), (of_a, of_b) = sides, stacks
-    drawn_on = device if device.type == "meta" else None
-    a = torch.zeros(of_a, rank, n_in, dtype=torch.float64, device=drawn_on)
-    b = torch.zeros(of_b, n_out, rank, dtype=torch.float64, device=drawn_on)
-    if drawn_on:
-        return a.flatten(0, 1), b.flatten(0, 1)
-    random = a if method.random_factor == "a" else b
-    bound = 1 / math.sqrt(random.shape[-1])
-    for e, one in enumerate(random):
-        names: list[str | int] = ["init", seed, name if len(random) == 1 else f"{name}.{e}"]
-        rng = stream(*names, *([method.init_seed] if method.init_seed else []))
-        one.copy_(torch.from_numpy(rng.uniform(-bound, bound, size=tuple(one.shape))))
-    random.mul_(method.init_scale)
-    return a.flatten(0, 1), b.flatten(0, 1)
-
-
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(root.get_submodule(parent) if parent else root, last, module)
+
+
+# ---------------------------------------------------------------- spectral norms
+# |M|^2 is the largest eigenvalue of the smaller of M M' and M' M, in float64. Squaring halves the
+# digits of small singular values, not of the largest: its relative error is about k * 1e-16 for a
+# Gram matrix [k, k]. Nothing here copies to the host.
+
+
+def largest_singular(gram_kk: torch.Tensor) -> torch.Tensor:
+    """Return the square root of the largest eigenvalue of each Gram matrix [..., k, k].
+
+    NaN where a matrix is not finite: a run may have broken down while others of its pack end well.
+    """
+    finite = gram_kk.isfinite().all(-1).all(-1)
+    safe = torch.where(finite[..., None, None], gram_kk, 0.0)
+    roots = torch.linalg.eigvalsh(safe)[..., -1].clamp_min(0).sqrt()
+    return torch.where(finite, roots, torch.nan)
+
+
+@torch.no_grad()
+def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the largest singular value of a matrix, as a float64 tensor without dimensions.
+
+    A stack of matrices [E, ...] counts as one block-diagonal matrix.
+    """
+    if matrix.dim() == 3:
+        return torch.stack([spectral_norm(m) for m in matrix]).amax()
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    blocks = (rows.double() for rows in tall.split(BLOCK))
+    return largest_singular(torch.stack([rows.mT @ rows for rows in blocks]).sum(0))
+
+
+@torch.no_grad()
+def factor_norms(
+    a_nErI: torch.Tensor, b_nEOr: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return |A|, |B| and |B A| of each run, [n] each, from products r x r.
+
+    The E pairs of a run count as one block-diagonal matrix; E may be 1 in either factor, which
+    all pairs then share. |B A|^2 is the largest eigenvalue of S (B'B) S' with A A' = S' S. Its
+    relative error is about r * 1e-16 * (|A| |B| / |B A|)^2.
+    """
+    a, b = a_nErI.double(), b_nEOr.double()
+    gram_a, gram_b = a @ a.mT, b.mT @ b
+    finite = gram_a.isfinite().all(-1).all(-1)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, gram_a, 0.0))
+    s = values.clamp_min(0).sqrt()[..., None] * vectors.mT
+    both = torch.where(finite, s @ gram_b @ s.mT, torch.nan)
+    norm_a, norm_b, norm_delta = (
+        largest_singular(gram).amax(1) for gram in (gram_a, gram_b, (both + both.mT) / 2)
+    )
+    return norm_a, norm_b, norm_delta

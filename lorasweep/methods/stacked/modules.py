@@ -139,29 +139,23 @@ class StackedExperts(nn.Module):
         return experts_forward(self.base, x_XH, chosen_Xk, weight_Xk, self)
 
 
-class _SortedAdapters:
-    """Adapters of one stack of matrices, for pairs sorted by expert and run."""
+def _adapted(
+    factors: Factors, n_experts: int, x_SK: torch.Tensor, run_S: torch.Tensor, ends_G: torch.Tensor
+) -> torch.Tensor:
+    """Return scaling B A x of a stack of matrices, [S, O], for pairs sorted by expert and run.
 
-    def __init__(
-        self, factors: Factors, n_experts: int, run_S: torch.Tensor, dtype: torch.dtype
-    ) -> None:
-        """Pad all ranks to the largest, and to rows that are aligned: zeros add nothing."""
-        step = max(1, ALIGNED_BYTES // dtype.itemsize)
-        largest = max(b.shape[-1] for b in factors.B)
-        rank = -(-largest // step) * step
-        parts = []
-        for _, a, b in factors.of_matrices():
-            more = rank - b.shape[-1]
-            parts.append((F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))))
-        a, b = (torch.cat(p).to(dtype).transpose(0, 1) for p in zip(*parts))  # [E, N, ...]
-        self.a_GrK, self.b_GOr = (
-            t.expand(n_experts, *t.shape[1:]).reshape(-1, *t.shape[2:]) for t in (a, b)
-        )
-        self.scaling_S1 = factors.scaling_N[run_S][:, None]
-
-    def __call__(self, x_SK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
-        low = grouped_product(x_SK, self.a_GrK, ends_G)
-        return grouped_product((low * self.scaling_S1).to(low.dtype), self.b_GOr, ends_G)
+    All ranks are padded to the largest, and to rows that are aligned: zeros add nothing.
+    """
+    step = max(1, ALIGNED_BYTES // x_SK.element_size())
+    rank = -(-max(b.shape[-1] for b in factors.B) // step) * step
+    parts = []
+    for _, a, b in factors.of_matrices():
+        more = rank - b.shape[-1]
+        parts.append((F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))))
+    a, b = (torch.cat(p).to(x_SK.dtype).transpose(0, 1) for p in zip(*parts))  # [E, N, ...]
+    a_GrK, b_GOr = (t.expand(n_experts, *t.shape[1:]).reshape(-1, *t.shape[2:]) for t in (a, b))
+    low = grouped_product(x_SK, a_GrK, ends_G) * factors.scaling_N[run_S][:, None]
+    return grouped_product(low.to(x_SK.dtype), b_GOr, ends_G)
 
 
 def grouped_product(x_SK: torch.Tensor, w_GOK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
@@ -196,16 +190,14 @@ def experts_forward(
     x_SH = x_XH.to(dtype)[order_S // k]
     with torch.autocast(kind, enabled=False):
         y = grouped_product(x_SH, experts.gate_up_proj.to(dtype), ends_E)
+        sorted_by = groups_S % n_runs, ends_G
         if adapters is not None:
-            gate, up, down = (
-                _SortedAdapters(factors, n_experts, groups_S % n_runs, dtype)
-                for factors in (adapters.gate_proj, adapters.up_proj, adapters.down_proj)
-            )
-            y = y + torch.cat([gate(x_SH, ends_G), up(x_SH, ends_G)], -1)
+            pair = adapters.gate_proj, adapters.up_proj
+            y = y + torch.cat([_adapted(f, n_experts, x_SH, *sorted_by) for f in pair], -1)
         inner = experts._apply_gate(y)  # the model's own activation
         out = grouped_product(inner, experts.down_proj.to(dtype), ends_E)
         if adapters is not None:
-            out = out + down(inner, ends_G)
+            out = out + _adapted(adapters.down_proj, n_experts, inner, *sorted_by)
         out = out * weight_Xk.flatten()[order_S][:, None]
         back = torch.empty_like(order_S).scatter_(
             0, order_S, torch.arange(len(order_S), device=order_S.device)

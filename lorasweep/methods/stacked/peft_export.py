@@ -44,7 +44,7 @@ def save_peft(
     """
     from safetensors.torch import save_file
 
-    of_experts = {n: t for n, t in state.items() if _is_expert(n)}
+    of_experts = {n: t for n, t in state.items() if n.split(".")[-3:-2] == ["experts"]}
     tensors, ranks = _experts(of_experts, n_experts)
     modules, parameters = set(), set(ranks)
     for name in state.keys() - of_experts.keys():
@@ -68,9 +68,9 @@ def save_peft(
         "use_rslora": False,
     }
     if parameters:
-        config["target_parameters"] = sorted(parameters)
-        config["rank_pattern"] = ranks
-        config["alpha_pattern"] = {k: expert_scaling * r for k, r in ranks.items()}
+        alphas = {k: expert_scaling * r for k, r in ranks.items()}
+        config |= {"target_parameters": sorted(parameters), "rank_pattern": ranks}
+        config |= {"alpha_pattern": alphas}
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model"
     written = {f"{prefix}.{n}.weight": t.detach().cpu().contiguous() for n, t in tensors.items()}
@@ -78,68 +78,50 @@ def save_peft(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-def _is_expert(name: str) -> bool:
-    return name.split(".")[-3:-2] == ["experts"]
-
-
 def _experts(state: State, n_experts: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Return the factors of all layers' experts in PEFT's layout, and the rank of each parameter.
 
     PEFT has one pair for gate and up: A of both one above the other, B block-diagonal. It holds A
     as rows (expert, rank) and B as columns (rank, expert): the expert slowest in one, fastest in
-    the other. The module of down wraps that of gate and up.
+    the other. The module of down wraps that of gate and up. Each expert's change, as PEFT reads the
+    layout, is compared with the product of its own factors.
     """
     found: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for experts in dict.fromkeys(n.rsplit(".", 2)[0] for n in state):
-        of = {part: _pair(state, f"{experts}.{part}_proj", n_experts) for part in _PARTS}
-        (a_gate, b_gate), (a_up, b_up), down = (of[part] for part in _PARTS)
-        rank = b_gate.shape[-1]
+        hidden = state[f"{experts}.gate_proj.A"].shape[-1]
+        pairs, products = [], []
+        for part in ("gate", "up", "down"):
+            a, b = (state[f"{experts}.{part}_proj.{which}"] for which in "AB")
+            rank = b.shape[-1]
+            # a shared factor, which is on the hidden side, is repeated for each expert
+            of_a = 1 if part != "down" and len(a) == rank else n_experts
+            of_b = 1 if part == "down" and len(b) == hidden else n_experts
+            a_ErI = a.unflatten(0, (of_a, -1)).expand(n_experts, -1, -1)
+            b_EOr = b.unflatten(0, (of_b, -1)).expand(n_experts, -1, -1)
+            pairs.append((a_ErI, b_EOr))
+            products.append(b_EOr.double() @ a_ErI.double())
+        (a_gate, b_gate), (a_up, b_up), down = pairs
         ranks = {"mlp.experts.gate_up_proj": 2 * rank, "mlp.experts.down_proj": rank}
-        b_both = [F.pad(b_gate, (0, rank)), F.pad(b_up, (rank, 0))]
-        both = torch.cat([a_gate, a_up], 1), torch.cat(b_both, 1)
-        for where, (a_ErI, b_EOr) in ((f"{experts}.base_layer", both), (experts, down)):
-            found[f"{where}.lora_A"] = a_ErI.flatten(0, 1)
-            found[f"{where}.lora_B"] = b_EOr.permute(1, 2, 0).flatten(1)
-        _check(experts, of, found)
+        b_both = torch.cat([F.pad(b_gate, (0, rank)), F.pad(b_up, (rank, 0))], 1)
+        both = torch.cat([a_gate, a_up], 1), b_both
+        for where, (a_ErI, b_EOr), whole in (
+            (f"{experts}.base_layer", both, torch.cat(products[:2], 1)),
+            (experts, down, products[2]),
+        ):
+            a, b = a_ErI.flatten(0, 1), b_EOr.permute(1, 2, 0).flatten(1)
+            found[f"{where}.lora_A"], found[f"{where}.lora_B"] = a, b
+            read_a = a.double().unflatten(0, (n_experts, -1))
+            read_b = b.double().unflatten(1, (-1, n_experts))
+            for e in range(n_experts):
+                read, own = read_b[:, :, e] @ read_a[e], whole[e]
+                if not torch.allclose(read, own, rtol=0, atol=TOLERANCE * float(own.abs().max())):
+                    raise ModelError(
+                        f"{where}: in PEFT's layout the change of expert {e} differs from training "
+                        f"by up to {float((read - own).abs().max()):.1e}. Nothing was written. "
+                        "This is a bug in lorasweep: report it."
+                    )
     return found, ranks
 
 
 _PARTS = ("gate", "up", "down")
-
-
-def _pair(state: State, name: str, n_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A [E, r, I] and B [E, O, r] of every expert; a shared factor is repeated."""
-    a, b = state[f"{name}.A"], state[f"{name}.B"]
-    rank, down = b.shape[-1], name.endswith("down_proj")
-    of_a = 1 if not down and len(a) == rank else n_experts
-    # down's B has the rows of the hidden side, as many as gate's A has columns
-    hidden = state[f"{name.rpartition('.')[0]}.gate_proj.A"].shape[-1]
-    of_b = 1 if down and len(b) == hidden else n_experts
-    stacks = a.unflatten(0, (of_a, -1)), b.unflatten(0, (of_b, -1))
-    return stacks[0].expand(n_experts, -1, -1), stacks[1].expand(n_experts, -1, -1)
-
-
-def _check(experts: str, of: dict[str, tuple[torch.Tensor, torch.Tensor]], found: State) -> None:
-    """Compare each expert's change, as PEFT reads the layout, with the product of its own factors.
-
-    Raises:
-        ModelError: they differ.
-    """
-    n_experts = len(of["down"][0])
-    want = {part: b.double() @ a.double() for part, (a, b) in of.items()}
-    for where, whole in (
-        (f"{experts}.base_layer", torch.cat([want["gate"], want["up"]], 1)),
-        (experts, want["down"]),
-    ):
-        a, b = found[f"{where}.lora_A"].double(), found[f"{where}.lora_B"].double()
-        a_ErI = a.reshape(n_experts, -1, a.shape[-1])
-        b_OrE = b.reshape(len(b), -1, n_experts)
-        for e in range(n_experts):
-            read, own = b_OrE[:, :, e] @ a_ErI[e], whole[e]
-            if not torch.allclose(read, own, rtol=0, atol=TOLERANCE * float(own.abs().max())):
-                raise ModelError(
-                    f"{where}: in PEFT's layout the change of expert {e} differs from training by "
-                    f"up to {float((read - own).abs().max()):.1e}. Nothing was written. This is a "
-                    "bug in lorasweep: report it."
-                )

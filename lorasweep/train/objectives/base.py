@@ -3,13 +3,15 @@
 Shapes: N runs of the pack, in the order of `runs`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from lorasweep.data.examples import Data
 from lorasweep.errors import DataError
+from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
@@ -118,15 +120,49 @@ class Objective(Protocol[BatchT]):
         """Restore the values of `state`; the dict also holds those of the loop."""
 
 
-def refuse_other_data(run_id: str, then: str | None, now: str | None) -> None:
-    """Check that a run resumes with the data that it was started on, by their fingerprints.
+class OnData:
+    """An objective whose runs have data sets."""
 
-    Raises:
-        DataError: the data differ.
-    """
-    if then != now:
-        raise DataError(
-            f"run {run_id} was started on other data (fingerprint {then}) than are there now "
-            f"({now}). Restore those data, or delete the folder {run_id} in the run folder, which "
-            "starts the run from the beginning."
-        )
+    def __init__(
+        self,
+        data: Mapping[str, Data],
+        precision: str,
+        micro_batch_size: int | None = None,
+        join_rows: bool = False,
+        forward_parts: int = 1,
+    ) -> None:
+        """Set up the objective.
+
+        Args:
+            data: run id -> the run's data set; runs may share one.
+            micro_batch_size: sequences (rows or completions) per run and forward pass with
+                gradients; None: all of an update.
+            join_rows: see Exec.
+            forward_parts: see Exec.
+        """
+        self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
+        self._join_rows, self._forward_parts, self._mesh = join_rows, forward_parts, Mesh()
+
+    def data_facts(self, run: RunSpec) -> Record:
+        """Return facts about the run's data set that every result contains."""
+        data = self._data[run.id]
+        facts: Record = {
+            "n_test": len(data.test),
+            "n_train": data.n_train,
+            DATA_SHA256: data.sha256,
+        }
+        return facts | ({"data_commit": data.commit} if data.commit else {})
+
+    def refuse_other_data(self, run_id: str, then: str | None) -> None:
+        """Check that a run resumes with the data that it was started on, by their fingerprints.
+
+        Raises:
+            DataError: the data differ.
+        """
+        now = self._data[run_id].sha256
+        if then != now:
+            raise DataError(
+                f"run {run_id} was started on other data (fingerprint {then}) than are there now "
+                f"({now}). Restore those data, or delete the folder {run_id} in the run folder, "
+                "which starts the run from the beginning."
+            )

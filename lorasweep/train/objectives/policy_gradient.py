@@ -26,12 +26,11 @@ from lorasweep.data.examples import Data, Example, Rewards
 from lorasweep.data.rewards import check_available, check_rows, prompt_of
 from lorasweep.errors import DataError, ModelError
 from lorasweep.models.forward import check_rows_stay_apart
-from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.train.events import Record
-from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, refuse_other_data
+from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, OnData
 from lorasweep.train.objectives.nll import token_log_p
 from lorasweep.train.objectives.rollouts import (
     Rollouts,
@@ -40,7 +39,7 @@ from lorasweep.train.objectives.rollouts import (
     held_out_rewards,
     reward_groups,
 )
-from lorasweep.train.sampling import Completions, sample
+from lorasweep.train.sampling import sample
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,27 +61,14 @@ ROUNDING = 1e-5
 fp32."""
 
 
-class PolicyGradient:
+class PolicyGradient(OnData):
     """Policy gradient on sampled completions; each run has a data set that rewards them."""
 
     metric = METRICS["policy_gradient"]
 
-    def __init__(
-        self,
-        data: Mapping[str, Data],
-        precision: str,
-        micro_batch_size: int | None = None,
-        join_rows: bool = False,
-        forward_parts: int = 1,
-    ) -> None:
-        """Set up the objective.
-
-        `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: completions
-        per run and forward pass of the learner; None: all of an update. `join_rows`,
-        `forward_parts`: see Exec.
-        """
-        self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
-        self._join_rows, self._forward_parts = join_rows, forward_parts
+    def __init__(self, data: Mapping[str, Data], *settings: Any, **more: Any) -> None:
+        """Set up the objective with the arguments of OnData."""
+        super().__init__(data, *settings, **more)
         self._signals = {run_id: Signal() for run_id in data}
         self._reference: nn.Module | None = None
         self._pack: Sequence[RunSpec] = ()
@@ -90,7 +76,6 @@ class PolicyGradient:
         self._sampled_per_s = math.nan
         self._gap_NK: list[tuple[torch.Tensor, torch.Tensor]] = []
         """For each micro-batch and run the summed log p_sampler - log p_learner, and its tokens."""
-        self._mesh = Mesh()
 
     def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
         """Check the data, and measure the base's reward on each data set, once.
@@ -124,41 +109,30 @@ class PolicyGradient:
         first = runs[0]  # the shape of an update is the same for all runs of a pack
         n_prompts = first.batch_size // first.group_size
         rows_N = [self._data[r.id].train(r.seed, step * n_prompts, n_prompts) for r in runs]
-        groups_N = []
-        for run, rows, completions in zip(runs, rows_N, self._sampled(model, step, rows_N)):
-            groups, record = reward_groups(
-                rows, completions, self._rewards_of(run), run.reward_scale
-            )
+        started, shape = time.perf_counter(), (first.batch_size, first.max_new_tokens)
+        uniforms_NAL = np.stack([stream("sample", r.seed, step).random(shape) for r in runs])
+        prompts_N = [[prompt_of(row) for row in rows] for rows in rows_N]
+        ends, how = self._data[first.id].rewards.ends, (self._precision, self._mesh)
+        completions_N = self._mesh.run(
+            sample, model, prompts_N, uniforms_NAL, ends, *how, self._forward_parts
+        )
+        seconds = time.perf_counter() - started
+        self._sampled_per_s = sum(len(t) for own in completions_N for t in own.tokens) / seconds
+        groups_N, kept_N = [], []
+        for run, rows, completions in zip(runs, rows_N, completions_N):
+            rewards = self._rewards_of(run)
+            groups, record = reward_groups(rows, completions, rewards, run.reward_scale)
             record["largest_logit"] = completions.largest_logit
             self._signals[run.id].note(record, run.batch_size)
             groups_N.append(groups)
-        kept_N = [
-            [g for g in groups if run.kl_weight or any(c.advantage for c in g.completions)]
-            for run, groups in zip(runs, groups_N)
-        ]
+            kept_N.append(
+                [g for g in groups if run.kl_weight or any(c.advantage for c in g.completions)]
+            )
         if not any(kept_N):
             kept_N[0] = groups_N[0][:1]  # an update without any gradient is an update all the same
         share = -(-first.batch_size // self._mesh.size)
         most = min(self._micro_batch_size or share, share)
         return collate_rollouts(kept_N, most, first.batch_size, self._join_rows, self._mesh.size)
-
-    def _sampled(
-        self, model: "nn.Module", step: int, rows_N: Sequence[Sequence[Example]]
-    ) -> list[Completions]:
-        """Sample the completions of all runs, and time it."""
-        started, first = time.perf_counter(), self._pack[0]
-        shape = (first.batch_size, first.max_new_tokens)
-        uniforms_NAL = np.stack([stream("sample", r.seed, step).random(shape) for r in self._pack])
-        prompts_N = [[prompt_of(row) for row in rows] for rows in rows_N]
-        ends = self._data[first.id].rewards.ends
-        found = self._mesh.run(
-            sample,
-            *(model, prompts_N, uniforms_NAL, ends),
-            *(self._precision, self._mesh, self._forward_parts),
-        )
-        seconds = time.perf_counter() - started
-        self._sampled_per_s = sum(len(t) for own in found for t in own.tokens) / seconds
-        return found
 
     def _rewards_of(self, run: RunSpec) -> Rewards:
         """Return the rewards of a run; of several processes one computes them for all.
@@ -180,6 +154,8 @@ class PolicyGradient:
     def loss(self, model: "nn.Module", batch: Rollouts) -> torch.Tensor:
         """Return the summed loss of each run, [N].
 
+        Also note the KL from sampler to learner, and check that both are one policy.
+
         Raises:
             ModelError: in fp32 the learner is not the policy that sampled the first completions.
         """
@@ -189,23 +165,19 @@ class PolicyGradient:
         sampler, advantage, weight = (torch.from_numpy(a).to(log_p_NM) for a in arrays)
         completion = torch.from_numpy(batch.completion_NM).to(log_p_NM.device)
         gap_NM = log_p_NM - sampler
-        self._check_ratios(gap_NM.detach() * weight, weight)
-        loss_NM = surrogate(
-            gap_NM, advantage, completion, weight, first.ratio_level, first.clip_ratio
-        )
+        noted_NM = gap_NM.detach() * weight
+        self._gap_NK.append((-noted_NM.sum(1), weight.sum(1)))
+        if self._precision != "bf16":
+            for run, off in zip(self._pack, noted_NM.abs().amax(1).expm1().tolist()):
+                self._signals[run.id].check_sampler(run, off)
+        how = (first.ratio_level, first.clip_ratio)
+        loss_NM = surrogate(gap_NM, advantage, completion, weight, *how)
         if first.kl_weight:
             with torch.no_grad():
                 reference = token_log_p(self._reference, batch.batch, self._precision)
             away = reference - log_p_NM
             loss_NM = loss_NM + first.kl_weight * (away.exp() - away - 1) * weight
         return loss_NM.sum(1)
-
-    def _check_ratios(self, gap_NM: torch.Tensor, weight_NM: torch.Tensor) -> None:
-        """Note the KL from sampler to learner, and check that both are one policy."""
-        self._gap_NK.append((-gap_NM.sum(1), weight_NM.sum(1)))
-        if self._precision != "bf16":
-            for run, off in zip(self._pack, gap_NM.abs().amax(1).expm1().tolist()):
-                self._signals[run.id].check_sampler(run, off)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
         """Return the record of this update.
@@ -287,16 +259,13 @@ class PolicyGradient:
 
     def facts(self, run: RunSpec) -> Record:
         """Return the reward before training, the best one, and facts about the data set."""
-        signal, data = self._signals[run.id], self._data[run.id]
+        signal = self._signals[run.id]
         return {
             "reward_start": signal.reward_start,
-            "best_reward": signal.best_known,
+            "best_reward": signal.state()["best_reward"],
             "collapsed": signal.collapsed,
             "answers": signal.completions,
-            "n_test": len(data.test),
-            "n_train": data.n_train,
-            DATA_SHA256: data.sha256,
-            **({"data_commit": data.commit} if data.commit else {}),
+            **self.data_facts(run),
         }
 
     def state(self, run_id: str) -> dict[str, Any]:
@@ -309,7 +278,7 @@ class PolicyGradient:
         Raises:
             DataError: the run was started on other data.
         """
-        refuse_other_data(run_id, state[DATA_SHA256], self._data[run_id].sha256)
+        self.refuse_other_data(run_id, state[DATA_SHA256])
         self._signals[run_id].load(state)
 
 
@@ -351,11 +320,6 @@ class Signal:
     def collapsed(self) -> bool:
         """Whether the run is far worse than the base was."""
         return self.below >= COLLAPSED_PATIENCE
-
-    @property
-    def best_known(self) -> float | None:
-        """The highest held-out reward; None before the first evaluation."""
-        return _finite(self.best)
 
     def note(self, record: Record, completions: int) -> None:
         """Add an update's record of so many completions."""
@@ -412,13 +376,13 @@ class Signal:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return the counts, as JSON values."""
+        """Return the counts, as JSON values; None before the first of a kind."""
+        rewards = {"first_reward": self.first_reward, "best_reward": self.best}
         return {
             "below": self.below,
             "answers": self.completions,
             "rewarded": self.rewarded,
-            "first_reward": _finite(self.first_reward),
-            "best_reward": self.best_known,
+            **{name: x if math.isfinite(x) else None for name, x in rewards.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -434,10 +398,6 @@ class Signal:
         if "first_reward" not in state and self.completions:
             first, self.below = self.rewarded / self.completions, 0
         self.first_reward = -math.inf if first is None else first
-
-
-def _finite(reward: float) -> float | None:
-    return reward if math.isfinite(reward) else None
 
 
 def surrogate(

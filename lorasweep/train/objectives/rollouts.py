@@ -197,7 +197,21 @@ def collate_rollouts(
     `groups_N`: the groups of each run that have a gradient; a run without any takes part with no
     weight. `episodes`: completions of a run in the update.
     """
-    parts_N = [_parts(groups, rows) for groups in groups_N]
+
+    def longest(group: Group) -> int:
+        return len(group.prompt) + max(len(c.tokens) for c in group.completions)
+
+    parts_N: list[list[list[Group]]] = []
+    for groups in groups_N:  # split into parts of at most `rows` completions, or of one group
+        parts: list[list[Group]] = []
+        count = 0
+        for group in sorted(groups, key=longest):
+            if not parts or count + len(group.completions) > rows:
+                parts.append([])
+                count = 0
+            parts[-1].append(group)
+            count += len(group.completions)
+        parts_N.append(parts)
     some = next((parts[0] for parts in parts_N if parts), None)
     if some is None:
         raise ValueError("no run has a group")
@@ -209,27 +223,17 @@ def collate_rollouts(
             else _without_signal(some, join_rows, weight=False)
             for parts in parts_N
         ]
-        micro_batches.append(_merged(own, episodes if k == 0 else 0))
+        batch = merge([p.batch for p in own])
+        width = batch.weight_NM.shape[1]
+        sampler, advantage, completion = (
+            np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]))) for r in rows_NM])
+            for rows_NM in zip(*((p.sampler_NM, p.advantage_NM, p.completion_NM) for p in own))
+        )
+        divisor = episodes if k == 0 else 0
+        micro_batches.append(Rollouts(batch, sampler, advantage, completion, divisor))
     while len(micro_batches) % processes:  # a process without a micro-batch gets one
         micro_batches.append(_without_signal(some, join_rows, weight=True))
     return micro_batches
-
-
-def _parts(groups: Sequence[Group], rows: int) -> list[list[Group]]:
-    """Split a run's groups into parts of at most `rows` completions, at least one group each."""
-
-    def longest(group: Group) -> int:
-        return len(group.prompt) + max(len(c.tokens) for c in group.completions)
-
-    parts: list[list[Group]] = []
-    count = 0
-    for group in sorted(groups, key=longest):
-        if not parts or count + len(group.completions) > rows:
-            parts.append([])
-            count = 0
-        parts[-1].append(group)
-        count += len(group.completions)
-    return parts
 
 
 def _without_signal(groups: Sequence[Group], join_rows: bool, weight: bool) -> Rollouts:
@@ -243,10 +247,10 @@ def _without_signal(groups: Sequence[Group], join_rows: bool, weight: bool) -> R
 def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
     """Collate the completions of one run."""
     tokens: list[np.ndarray] = []
-    firsts: list[int] = []
     completions: list[Completion] = []
+    firsts: list[int] = []
     lengths: list[int] = []
-    n_tokens = at = 0
+    n_tokens = 0
     for group in groups:
         # the last token is predicted, and nothing is predicted from it
         sharing: dict[bytes, list[Completion]] = {}
@@ -254,12 +258,11 @@ def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
             sharing.setdefault(completion.tokens[:-1].tobytes(), []).append(completion)
         for own in sharing.values():
             row = np.concatenate([group.prompt, own[0].tokens[:-1]])
-            firsts += [at + len(group.prompt) - 1] * len(own)
+            firsts += [sum(lengths) + len(group.prompt) - 1] * len(own)
             completions += own
             lengths.append(-(-len(row) // PAD_TO) * PAD_TO)
             tokens.append(np.pad(row, (0, lengths[-1] - len(row))))
             n_tokens += len(row)
-            at += lengths[-1]
     sizes = np.array([len(c.tokens) for c in completions])
     count = int(sizes.sum())
     within = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -284,16 +287,3 @@ def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
         wide(np.repeat(range(len(completions)), sizes)),
         0,
     )
-
-
-def _merged(parts: Sequence[Rollouts], episodes: int) -> Rollouts:
-    """Stack the micro-batches of runs, each filled up to the longest."""
-    batch = merge([p.batch for p in parts])
-    width = batch.weight_NM.shape[1]
-
-    def stacked(name: str) -> np.ndarray:
-        rows = [getattr(p, name) for p in parts]
-        return np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]))) for r in rows])
-
-    sampler, advantage, completion = map(stacked, ("sampler_NM", "advantage_NM", "completion_NM"))
-    return Rollouts(batch, sampler, advantage, completion, episodes)

@@ -8,7 +8,7 @@ Shapes: N runs of the pack.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ import torch
 from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merge
 from lorasweep.data.examples import Data, Example, prompts_of
 from lorasweep.models.forward import check_rows_stay_apart
-from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import EVALUATION, Record, phase
-from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, refuse_other_data
+from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, OnData
 from lorasweep.train.objectives.nll import (
     evaluate,
     evaluate_exact,
@@ -54,12 +53,11 @@ class Divergence:
     DIVERGED_PATIENCE updates in a row. Relative, because an absolute bound would mean something
     else for every model.
 
-    The base's NLL is the larger of two that no update has changed yet: of the first update's rows,
-    whose loss is taken before the weights change, and of the held-out rows. The first covers
-    training rows that are harder than the held-out ones. Later losses cannot be the reference: a
-    learning rate that is far too high shows in the second one, and a mean over a few would hide it.
-    The held-out rows cover a small first batch that happens to be easy. Too much caution costs
-    time; a false call costs the run.
+    The base's NLL is the larger of two: of the first update's rows, before the weights change, and
+    of the held-out rows. The first covers training rows that are harder than the held-out ones, the
+    second a small first batch that happens to be easy. Later losses cannot be the reference: a
+    learning rate that is far too high shows in the second one. Too much caution costs time; a false
+    call costs the run.
     """
 
     held_out: float
@@ -78,26 +76,14 @@ class Divergence:
         return self.above >= DIVERGED_PATIENCE
 
 
-class SupervisedFineTuning:
+class SupervisedFineTuning(OnData):
     """Supervised fine-tuning on examples with a loss mask; each run has a data set."""
 
     metric = METRICS["sft"]
 
-    def __init__(
-        self,
-        data: Mapping[str, Data],
-        precision: str,
-        micro_batch_size: int | None = None,
-        join_rows: bool = False,
-        forward_parts: int = 1,
-    ) -> None:
-        """Set up the objective.
-
-        `data`: run id -> the run's data set; runs may share one. `micro_batch_size`: sequences per
-        run and forward pass; None: all of an update. `join_rows`, `forward_parts`: see Exec.
-        """
-        self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
-        self._join_rows, self._forward_parts = join_rows, forward_parts
+    def __init__(self, data: Mapping[str, Data], *settings: Any, **more: Any) -> None:
+        """Set up the objective with the arguments of OnData."""
+        super().__init__(data, *settings, **more)
         self._start: dict[str, Record] = {}
         self._start_rows: dict[str, np.ndarray | None] = {}
         self._retain_start: dict[str, float] = {}
@@ -106,8 +92,7 @@ class SupervisedFineTuning:
         """Runs whose checkpoint has no fingerprint of their data."""
         self._code_nats = dict.fromkeys(data, 0.0)
         self._n_loss: dict[str, int] = {}
-        self._eval_tokens = max(1, EVAL_TOKENS // forward_parts)
-        self._mesh = Mesh()
+        self._eval_tokens = max(1, EVAL_TOKENS // self._forward_parts)
         self._eval_batches: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
@@ -138,21 +123,21 @@ class SupervisedFineTuning:
         With several processes, neighbouring micro-batches have the same number of rows, one for
         each process.
         """
-        rows = [self._rows(run, step) for run in runs]
-        for run, own in zip(runs, rows):
+        processes, by_run = self._mesh.size, []
+        for run in runs:
+            size = run.batch_size
+            rows = processes * min(self._micro_batch_size or size, size // processes)
+            examples = self._data[run.id].train(run.seed, step * size, size)
+            examples = sorted(examples, key=lambda e: len(e.tokens))
+            parts = [examples[k : k + rows] for k in range(0, size, rows)]
+            own = [
+                collate(part[k : k + len(part) // processes], self._join_rows)
+                for part in parts
+                for k in range(0, len(part), len(part) // processes)
+            ]
             self._n_loss[run.id] = sum(b.n_loss for b in own)
-        return [merge(parts) for parts in zip(*rows)]
-
-    def _rows(self, run: RunSpec, step: int) -> list[Batch]:
-        size = run.batch_size
-        processes = self._mesh.size
-        rows = processes * min(self._micro_batch_size or size, size // processes)
-        examples = self._data[run.id].train(run.seed, step * size, size)
-        examples = sorted(examples, key=lambda e: len(e.tokens))
-        parts = [examples[k : k + rows] for k in range(0, size, rows)]
-        shares = [(part, len(part) // processes) for part in parts]
-        batches = [part[k : k + n] for part, n in shares for k in range(0, len(part), n)]
-        return [collate(batch, self._join_rows) for batch in batches]
+            by_run.append(own)
+        return [merge(parts) for parts in zip(*by_run)]
 
     def weights(self, batch: Batch) -> torch.Tensor:
         """Count each run's loss tokens, [N]."""
@@ -196,8 +181,9 @@ class SupervisedFineTuning:
         if final and (any(validations) or any(len(f) < len(t) for f, t in zip(firsts, tests))):
             at_first = self._measure(model, firsts, [False] * len(firsts))
         for run, test, measures, first in zip(runs, tests, found, at_first):
-            bytes_per_token = _bytes_per_token(test)
-            if bytes_per_token is not None:
+            n_bytes = [e.n_bytes for e in test if e.n_bytes is not None]
+            if len(n_bytes) == len(test) and any(n_bytes):  # all rows are text
+                bytes_per_token = sum(n_bytes) / sum(int(e.loss.sum()) for e in test)
                 measures["test_bpb"] = measures[self.metric.name] / math.log(2) / bytes_per_token
             if final:
                 measures[self.metric.on_part] = first[self.metric.name]
@@ -259,26 +245,19 @@ class SupervisedFineTuning:
         return {
             "nll_start": self._start[run.id][self.metric.name],
             "floor_nats": data.entropy_floor_nats,
-            "n_test": len(data.test),
+            **self.data_facts(run),
+            **({DATA_SHA256: None} if run.id in self._unknown_start else {}),
             **({"n_test_prompts": len(set(prompts))} if prompts else {}),
-            "n_train": data.n_train,
-            DATA_SHA256: None if run.id in self._unknown_start else data.sha256,
-            **({"data_commit": data.commit} if data.commit else {}),
             **floors(data.test, "floor"),
             **{f"bits_{measure}": value for measure, value in bits.items()},
         }
 
     def state(self, run_id: str) -> dict[str, Any]:
         """Return the state of the divergence rule, the code length, and the data's fingerprint."""
+        judged, code_nats = self._divergence[run_id], self._code_nats[run_id]
+        state: Record = {"above": judged.above, "first_nll": judged.first, "code_nats": code_nats}
         known = run_id not in self._unknown_start
-        sha256 = {DATA_SHA256: self._data[run_id].sha256} if known else {}
-        judged = self._divergence[run_id]
-        return {
-            "above": judged.above,
-            "first_nll": judged.first,
-            "code_nats": self._code_nats[run_id],
-            **sha256,
-        }
+        return state | ({DATA_SHA256: self._data[run_id].sha256} if known else {})
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`, and check the data.
@@ -297,7 +276,7 @@ class SupervisedFineTuning:
         if DATA_SHA256 not in state:
             self._unknown_start.add(run_id)
         else:
-            refuse_other_data(run_id, state[DATA_SHA256], self._data[run_id].sha256)
+            self.refuse_other_data(run_id, state[DATA_SHA256])
 
     def _batched(self, examples: Sequence[Example]) -> list[Batch]:
         """Group held-out examples into batches, once for all evaluations."""
@@ -319,9 +298,24 @@ def _prompts(run: RunSpec, examples: Sequence[Example]) -> list[int] | None:
     return prompts_of([examples[i] for i in by_length(examples)])
 
 
-def _bytes_per_token(examples: Sequence[Example]) -> float | None:
-    """Return UTF-8 bytes per loss token; None if the tokens are not text or the text is empty."""
-    n_bytes = [e.n_bytes for e in examples if e.n_bytes is not None]
-    if len(n_bytes) < len(examples):
-        return None
-    return sum(n_bytes) / sum(int(e.loss.sum()) for e in examples) or None
+class FirstLoss(NamedTuple):
+    """The loss of one update's rows under the base."""
+
+    nats: float
+    """Summed NLL of the loss tokens."""
+    tokens: int
+    """Number of loss tokens."""
+
+
+@torch.no_grad()
+def first_pass(
+    spec: RunSpec, base: "Base", data: Data, micro_batch_size: int | None = None
+) -> list[FirstLoss]:
+    """Return the loss of every batch of a supervised run under the base, before any update."""
+    objective = SupervisedFineTuning({spec.id: data}, spec.precision, micro_batch_size)
+    found = []
+    for step in range(spec.steps):
+        parts = objective.batches(base.model, step, [spec])
+        nats = sum(float(objective.loss(base.model, part).double().sum()) for part in parts)
+        found.append(FirstLoss(nats, sum(part.n_loss for part in parts)))
+    return found

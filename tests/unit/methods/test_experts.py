@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from lorasweep.data.examples import Data, Example
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -19,25 +18,12 @@ from lorasweep.models import load as models
 from lorasweep.models.forward import autocast, hold_in_bf16
 from lorasweep.models.load import empty_model
 from lorasweep.models.targets import find_targets, use_grouped_experts
-from lorasweep.spec.model import ModelSpec
-from lorasweep.spec.streams import stream
-from tests.training import EPS, ROUNDING, apart, moved, pack_of, run, state_of, worst
+from lorasweep.plan.load import layer_bytes, load_of
+from tests.training import EPS, ROUNDING, SMALL, apart, moved, pack_of, ragged, run, state_of, worst
 from tests.world import tiny_spec
 
-SHAPE = ModelSpec(
-    name="small-experts",
-    source="hub",
-    location="nobody/small-experts",
-    hidden_size=16,
-    n_layers=2,
-    n_heads=2,
-    n_kv_heads=1,
-    head_size=8,
-    mlp_size=24,
-    vocab_size=20,
-    qk_norm=True,
-    n_experts=4,
-    n_active_experts=2,
+SHAPE = dataclasses.replace(
+    SMALL, name="small-experts", n_layers=2, qk_norm=True, n_experts=4, n_active_experts=2
 )
 EXPERTS = "model.layers.1.mlp.experts"
 
@@ -181,6 +167,14 @@ def test_the_router_and_the_readings_belong_to_models_with_experts():
     assert "expert" not in plain
 
 
+def test_the_plan_counts_the_input_of_an_adapted_router():
+    layers = ("attention", "attention+router")
+    without, with_router = (
+        layer_bytes(load_of(SHAPE, LoRA(rank=4, layers=names))) for names in layers
+    )
+    assert with_router - without == 2 * SHAPE.hidden_size
+
+
 def test_a_set_that_matches_nothing_is_refused():
     dense_shape = dataclasses.replace(SHAPE, n_experts=0, n_active_experts=0)
     wider = dataclasses.replace(SHAPE, mlp_size=32)
@@ -199,17 +193,7 @@ def test_a_set_that_matches_nothing_is_refused():
 
 
 def rows():
-    """Rows of 5 to 30 tokens, the second half of each bearing loss."""
-
-    def row(*names):
-        rng = stream(*names)
-        tokens = rng.integers(0, SHAPE.vocab_size, size=rng.integers(5, 31)).astype(np.int32)
-        return Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
-
-    def many(seed, start, count):
-        return [row("experts", seed, start + k) for k in range(count)]
-
-    return Data(many, many(-1, 0, 6), None)
+    return ragged(SHAPE.vocab_size, 30)
 
 
 def based():
@@ -340,14 +324,8 @@ def test_peft_computes_what_was_trained(tmp_path, norms_in_float64, outer):
     """The file's round trip: all layer sets and the router, an alpha of the experts' own."""
     from peft import PeftModel
 
-    method = LoRA(
-        rank=4,
-        layers="attention+mlp+unembedding+router",
-        alpha=8.0,
-        expert_alpha=6.0,
-        expert_outer=outer,
-        scaling_by="sqrt_rank",
-    )
+    layers, rule = "attention+mlp+unembedding+router", {"scaling_by": "sqrt_rank"}
+    method = LoRA(rank=4, alpha=8.0, layers=layers, expert_alpha=6.0, expert_outer=outer, **rule)
     model = moe().float()
     state = state_of(attached([method], model))
     scalings = (method.scaling, 4, method.scaling_of_experts(SHAPE))

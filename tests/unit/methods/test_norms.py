@@ -10,7 +10,7 @@ from lorasweep.data.batches import eval_batches
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.methods.stacked.spectral import spectral_norm
+from lorasweep.methods.stacked.adapters import spectral_norm
 from lorasweep.train.objectives.nll import evaluate
 from lorasweep.train.optim import AdamW
 from tests.training import pack_of, small_world, state_of
@@ -102,7 +102,7 @@ def test_full_fine_tuning_equals_a_decomposition(world, copies, perturbed):
 
 def test_a_spectral_norm_where_digits_are_hard_to_keep(monkeypatch):
     """Two nearly equal largest values, a condition of 1e12, more rows than one block."""
-    monkeypatch.setattr("lorasweep.methods.stacked.spectral.BLOCK", 16)
+    monkeypatch.setattr("lorasweep.methods.stacked.adapters.BLOCK", 16)
     left, right = (torch.linalg.qr(torch.randn(n, 30).double()).Q for n in (50, 40))
     values = torch.logspace(0, -12, 30, dtype=torch.float64)
     values[1] = 1 - 1e-9

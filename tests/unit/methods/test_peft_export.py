@@ -15,25 +15,8 @@ from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.lora import SCALINGS, LoRA
 from lorasweep.methods.stacked.peft_export import save_peft
 from lorasweep.models.load import empty_model
-from lorasweep.spec.model import ModelSpec
 from lorasweep.store.run_store import RunStore
-from tests.training import attached, state_of
-
-
-def small(tied):
-    return ModelSpec(
-        name="small",
-        source="hub",
-        location="nobody/small",
-        hidden_size=16,
-        n_layers=1,
-        n_heads=2,
-        n_kv_heads=1,
-        head_size=8,
-        mlp_size=24,
-        vocab_size=20,
-        tied=tied,
-    )
+from tests.training import SMALL, attached, state_of
 
 
 @pytest.mark.parametrize("layers", ["all", "attention"])
@@ -41,12 +24,13 @@ def small(tied):
 @pytest.mark.parametrize("scaling_by", SCALINGS)
 def test_peft_computes_the_logits_that_were_trained(tmp_path, scaling_by, tied, layers):
     torch.manual_seed(0)
-    base = empty_model(small(tied)).double()
+    shape = dataclasses.replace(SMALL, tied=tied)
+    base = empty_model(shape).double()
     tokens = torch.randint(20, (2, 9))
     for rank in (1, 3, 4):
         method = LoRA(rank=rank, alpha=5.0, layers=layers, scaling_by=scaling_by)
         model = copy.deepcopy(base)
-        trainables = attached(method, model, small(tied))
+        trainables = attached(method, model, shape)
         with torch.no_grad():
             for p in trainables.parameters().values():
                 p.normal_(0, 0.5)

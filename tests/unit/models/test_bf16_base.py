@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 import torch
-import transformers
 
 from lorasweep.data import load as data
 from lorasweep.data.batches import collate, merge
@@ -17,7 +16,7 @@ from lorasweep.models.forward import autocast, hold_in_bf16
 from lorasweep.models.load import empty_model, weights_sha256
 from lorasweep.spec.run import validate
 from lorasweep.train.objectives.nll import nll_sums
-from tests.training import attached, run
+from tests.training import attached, family_model, run
 from tests.world import compose_request, tiny_spec
 
 
@@ -34,22 +33,9 @@ def world():
 
 def of_family(family, tied):
     """A random model of bf16 numbers, held in fp32 and in bf16."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=32,
-        tie_word_embeddings=tied,
-        pad_token_id=None,
-    )
-    wide = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for p in wide.parameters():
-            p.copy_(p.bfloat16())
+    wide = family_model(family, tie_word_embeddings=tied)
+    for p in wide.parameters():
+        p.data = p.data.bfloat16().float()
     narrow = copy.deepcopy(wide)
     hold_in_bf16(narrow)
     return wide, narrow

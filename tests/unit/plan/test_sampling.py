@@ -56,10 +56,11 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
     )
     for n_runs in (1, 4):
         prompts = [[np.zeros(768 - 256, dtype=int)]] * n_runs
-        at_once = sampling._at_once(model, prompts, 256, "bf16")
+        at_once = sampling.completions_at_once(model, prompts, 256, "bf16")
         rows, rounds = memory.rounds_of(spec, card(), n_runs, 1, 2048, 16)
         assert rows == at_once // 16 * 16 > 0 and rows * rounds >= 2048
-    assert sampling._at_once(model, [[np.zeros(2, dtype=int)]], 1, "bf16") == sampling.ROWS
+    one = [[np.zeros(2, dtype=int)]]
+    assert sampling.completions_at_once(model, one, 1, "bf16") == sampling.ROWS
 
 
 def test_keys_and_values_of_the_answers_at_once_are_part_of_the_peak():

@@ -14,7 +14,7 @@ from lorasweep.models.sharding import compute_again
 from lorasweep.models.targets import find_targets, use_grouped_experts
 from lorasweep.plan.load import WORD_BYTES, load_of
 from lorasweep.plan.memory import Layout, memory_parts
-from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.model import ROUTER, ModelSpec
 from tests.small_hub import config_of
 
 LLAMA = ModelSpec(
@@ -98,8 +98,8 @@ def test_with_checkpointing_a_layer_saves_its_input_in_fp32(method, precision):
 
 
 def test_adapters_of_a_router_are_planned():
-    """A router is a layer set, but its matrix has no name among the model's."""
+    """A router is a layer set, but its matrix has no name among the model's: its set names it."""
     spec = SHAPES["experts"]
     load = load_of(spec, LoRA(rank=8, layers="attention+router"))
     assert load.n_adapters == 5 * spec.n_layers
-    assert load.inputs == load_of(spec, METHODS["lora of attention"]).inputs
+    assert load.inputs == load_of(spec, METHODS["lora of attention"]).inputs | {ROUTER}

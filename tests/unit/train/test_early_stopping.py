@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from lorasweep.data.examples import Data, shuffled
 from lorasweep.errors import SpecError
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
@@ -15,8 +14,7 @@ from lorasweep.plan.packing import pack_key
 from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
 from lorasweep.spec.run import validate
 from lorasweep.train.loop import Progress
-from tests.training import ROUNDING, copied, moved, small_world, worst
-from tests.unit.train.test_packs import rows_of
+from tests.training import ROUNDING, copied, moved, noise, small_world, worst
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +26,12 @@ def customer(spec, name, longest, steps, patience=2, rate=1e-2, train=6):
     """A run on few rows of noise, which it can only memorise; other rows of noise are held out."""
     dataset = dataclasses.replace(
         spec.dataset,
-        name=name,
-        source="jsonl",
-        location=name,
-        format="prompt_completion",
-        generator_params={},
-        holdout=20,
-        n_validation=8,
-        n_test=12,
+        **{"name": name, "source": "jsonl", "location": name, "format": "prompt_completion"},
+        **{"generator_params": {}, "holdout": 20, "n_validation": 8, "n_test": 12},
         n_test_curve=0,
     )
-    data = Data(
-        shuffled(dataset, rows_of(name, train, longest, "train")),
-        rows_of(name, 12, longest, "test"),
-        train,
-        validation=rows_of(name, 8, longest, "validation"),
-    )
     changes = {"dataset": dataset, "steps": steps, "lr": rate, "early_stopping": patience}
+    data = noise(dataset, longest, train=train, test=12, validation=8)
     return dataclasses.replace(spec, **changes), data
 
 
@@ -140,9 +127,8 @@ def test_the_best_evaluation_is_kept(pack, together):
         since = len([s for s in evaluated if s > found["best_step"] and s >= run.steps / 10])
         assert found["early_stopping_rule"] == 2
         early = found["steps_done"] < run.steps
-        assert early == (since == run.early_stopping) and evaluated == [
-            s for s in eval_steps(run.steps) if s <= found["steps_done"]
-        ]
+        assert early == (since == run.early_stopping)
+        assert evaluated == [s for s in eval_steps(run.steps) if s <= found["steps_done"]]
         assert "test_nll_curve" in found["curve"][-1]
 
 
@@ -193,7 +179,7 @@ def test_wrong_input_is_refused(world):
     for changes, says in (
         ({"early_stopping": -1}, "expected 0"),
         ({"early_stopping": 2, "dataset": few}, "4 are the fewest"),
-        ({"early_stopping": 2, "dataset": spec.dataset}, "0 held-out rows"),
+        ({"early_stopping": 2, "dataset": spec.dataset}, "dataset.n_validation=0"),
         ({"early_stopping": 3, "steps": 4}, "of the 4 evaluations of 4 updates at most 3 count"),
         ({"early_stopping": 7, "steps": 128}, "before 128/10 updates"),
         ({"objective": "policy_gradient", "group_size": 2, "max_new_tokens": 4}, "rewards"),
@@ -240,7 +226,7 @@ def test_patience_begins_after_a_tenth_of_the_updates():
 
 
 def test_an_old_checkpoint_resumes_without_counts_of_its_first_evaluations():
-    progress = Progress.start({"test_nll": 3.0})
+    progress = Progress([])
     curve = [{"step": s, "test_nll": 3.0} for s in (0, 1, 2, 3)]
     progress.load({"curve": curve, "tokens": 5, "best": [2.0, 1, 2]})
     assert (progress.best.loss, progress.best.step) == (2.0, 1)

@@ -18,22 +18,10 @@ from lorasweep.models.forward import check_rows_stay_apart, logits_of
 from lorasweep.plan import memory
 from lorasweep.spec.execution import Exec
 from lorasweep.train.objectives import nll
-from tests.training import EPS, ROUNDING, apart
+from tests.training import EPS, ROUNDING, apart, family_model
 from tests.world import tiny_spec
 
 VOCAB, LIMIT = 2048, 1 << 14
-SHAPE = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "vocab_size": VOCAB,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 FAMILIES = {
     # plain heads; one tied to the embedding with a softcap; two that scale their logits; experts
     "Llama": {"tie_word_embeddings": False},
@@ -51,11 +39,7 @@ both_methods = pytest.mark.parametrize("methods", [LORA, [FullFT()]], ids=["lora
 
 
 def model_of(family):
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SHAPE, **FAMILIES[family])
-    return getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
+    return family_model(family, vocab_size=VOCAB, **FAMILIES[family]).double()
 
 
 def batch_of(n_runs, lengths=(40, 17), join_rows=False, changed=0):
@@ -145,7 +129,7 @@ def test_logits_are_never_whole(monkeypatch, methods):
         sizes[limit] = largest.numel
     whole = 2 * len(methods) * 37 * VOCAB
     assert sizes[1 << 24] >= whole > 3 * sizes[LIMIT]
-    assert sizes[LIMIT] <= max(LIMIT, VOCAB * SHAPE["hidden_size"])
+    assert sizes[LIMIT] <= max(LIMIT, VOCAB * 16)
     assert memory.CHUNK_LOGITS == nll.GPU_LOGITS  # the plan's
 
 
@@ -225,7 +209,7 @@ def test_exec_join_rows_reaches_training_and_evaluation(monkeypatch, tmp_path, n
 
 def test_padded_rows_need_no_mask_and_each_layer_keeps_a_mask_of_joined_rows():
     """The plan counts these masks (plan/gpu/memory.py). Without one, attention takes its fast path."""
-    model, n_layers = model_of("Qwen3"), SHAPE["num_hidden_layers"]
+    model, n_layers = model_of("Qwen3"), 2
     for join_rows, expected in ((True, n_layers), (False, 0)):
         batch, kept = batch_of(2, LONG, join_rows), set()
         side = batch.padded_tokens if join_rows else max(max(x) for x in batch.lengths)

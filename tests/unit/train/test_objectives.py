@@ -3,17 +3,15 @@ fine-tuning measures of each run."""
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from lorasweep.data import load as data
-from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.streams import stream
 from lorasweep.train.loop import train
@@ -21,16 +19,6 @@ from lorasweep.train.objectives.base import Evaluation
 from tests.training import ROUNDING, copied, results, small_world
 
 PROMPT, GOOD, DRAWS = (1, 2, 3, 4), 16, 32
-
-
-@dataclass
-class Draws:
-    """Symbols that each run drew after the prompt, and how much better than usual they are."""
-
-    symbols_NB: torch.Tensor
-    advantage_NB: torch.Tensor
-    tokens_N: tuple[int, ...]
-    padded_tokens: int
 
 
 class DrawTheGoodSymbol:
@@ -66,13 +54,13 @@ class DrawTheGoodSymbol:
         usual = np.array([[self.usual[m.id]] for m in runs])
         for m, reward in zip(runs, rewards):
             self.usual[m.id] = 0.9 * self.usual[m.id] + 0.1 * reward.mean()
-        padded_tokens = len(PROMPT) + DRAWS
-        tokens = (padded_tokens,) * len(runs)
         symbols, advantage = torch.from_numpy(np.stack(draws)), torch.from_numpy(rewards - usual)
-        half = DRAWS // 2  # two micro-batches
+        length = len(PROMPT) + DRAWS
+        counts = {"tokens_N": (length,) * len(runs), "padded_tokens": length}
+        halves = slice(DRAWS // 2), slice(DRAWS // 2, None)  # two micro-batches
         return [
-            Draws(symbols[:, :half], advantage[:, :half], tokens, padded_tokens),
-            Draws(symbols[:, half:], advantage[:, half:], tokens, padded_tokens),
+            SimpleNamespace(symbols_NB=symbols[:, h], advantage_NB=advantage[:, h], **counts)
+            for h in halves
         ]
 
     def weights(self, batch):
@@ -158,17 +146,6 @@ def test_an_objective_that_samples_and_wants_more_trains_through_the_same_loop(w
     assert rewards(other[pack[0].id]) != rewards(fast)
 
 
-def test_a_worker_trains_each_run_on_the_data_of_its_spec(world):
-    spec, _ = world
-    fewer = dataclasses.replace(spec.dataset, name="fewer", n_test=16, n_test_curve=8)
-    pack = [
-        dataclasses.replace(spec, steps=1),
-        dataclasses.replace(spec, steps=1, seed=1, dataset=fewer),
-    ]
-    found, _ = ended(TorchTrainer()(pack, Exec(models_dir=["/nonexistent"]), None))
-    assert [found[run.id]["n_test"] for run in pack] == [spec.dataset.n_test, 16]
-
-
 def test_runs_measure_their_own_held_out_rows_and_retention(world, other_weights):
     """Held-out sets of other sizes that begin alike; data without rows of the pretraining task."""
     spec, base = world
@@ -178,13 +155,11 @@ def test_runs_measure_their_own_held_out_rows_and_retention(world, other_weights
     with_retain = data.load(theirs, [])
     rows = [with_retain.test[0], *data.load(spec.dataset, []).test[1:20]]
     pack = [
-        dataclasses.replace(spec, lr=2e-3, steps=1, dataset=ours),
-        dataclasses.replace(spec, lr=1e-3, steps=1, dataset=theirs),
+        dataclasses.replace(spec, lr=lr, steps=1, dataset=rows_of)
+        for lr, rows_of in ((2e-3, ours), (1e-3, theirs))
     ]
-    both = {
-        pack[0].id: dataclasses.replace(with_retain, test=rows, retain=()),
-        pack[1].id: with_retain,
-    }
+    without = dataclasses.replace(with_retain, test=rows, retain=())
+    both = {pack[0].id: without, pack[1].id: with_retain}
     base.at_start.clear()
     together = results(pack, base, both)
     for run, found in zip(pack, together):
@@ -200,9 +175,8 @@ def test_without_rows_for_a_curve_runs_are_measured_at_start_and_end_alone(world
     """And end as they do with one: measuring changes nothing."""
     spec, base = world
     with_curve = dataclasses.replace(spec, steps=6)
-    without = dataclasses.replace(
-        with_curve, dataset=dataclasses.replace(spec.dataset, n_test_curve=0)
-    )
+    no_rows = dataclasses.replace(spec.dataset, n_test_curve=0)
+    without = dataclasses.replace(with_curve, dataset=no_rows)
     rows = data.load(spec.dataset, [])
     (a,), (b,) = (results([run], base, rows) for run in (with_curve, without))
     assert [p["step"] for p in a["curve"]] == [0, 1, 2, 3, 4, 6]

@@ -2,6 +2,7 @@
 and with data sets of different rows, lengths, numbers and steps."""
 
 import dataclasses
+import itertools
 import statistics
 
 import numpy as np
@@ -9,29 +10,24 @@ import pytest
 import torch
 
 from lorasweep.data import load as data_sets
-from lorasweep.data.examples import Data, Example, shuffled
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.spec.streams import stream
 from lorasweep.train.objectives import nll, sft
-from tests.training import ROUNDING, copied, moved, run, small_world, worst
+from tests.training import (
+    ROUNDING,
+    copied,
+    family_model,
+    moved,
+    noise,
+    noise_rows,
+    ragged,
+    run,
+    small_world,
+    worst,
+)
 from tests.world import tiny_spec
-
-
-def ragged(vocab=32, longest=60):
-    """Rows of 5 to `longest` tokens, the second half of each bearing loss."""
-
-    def row(*names):
-        rng = stream(*names)
-        tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
-        return Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
-
-    def rows(seed, start, count):
-        return [row("ragged", seed, start + k) for k in range(count)]
-
-    return Data(rows, rows(-1, 0, 12), None)
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +40,11 @@ def world():
 def mixed(spec, count, wild=()):
     """`count` runs that mix learning rates, ranks (equal ones are neighbours), alphas and seeds."""
     ranks = sorted((1, 4, 8, 16)[k % 4] for k in range(count))
+    lrs = [*wild, *(5e-4 * (1 + k) for k in range(len(wild), count))]
+    methods = [LoRA(rank=rank, alpha=(8.0, 32.0)[k % 2]) for k, rank in enumerate(ranks)]
     return [
-        dataclasses.replace(
-            spec,
-            lr=wild[k] if k < len(wild) else 5e-4 * (1 + k),
-            seed=k % 3,
-            method=LoRA(rank=rank, alpha=(8.0, 32.0)[k % 2]),
-        )
-        for k, rank in enumerate(ranks)
+        dataclasses.replace(spec, lr=lr, seed=k % 3, method=method)
+        for k, (lr, method) in enumerate(zip(lrs, methods))
     ]
 
 
@@ -110,11 +103,7 @@ def test_a_run_that_the_caller_drops_is_trained_no_further(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "text",
-    [False, pytest.param(True, marks=pytest.mark.numerics)],
-    ids=["equal rows", "ragged rows"],
-)
+@pytest.mark.parametrize("text", [False, pytest.param(True, marks=pytest.mark.numerics)])
 def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
     """One pack of eight with weight decay and clipping: four ranks, three data orders, so that
     ragged rows have other widths in the pack; one ends early. Some runs are trained alone, on the
@@ -145,11 +134,8 @@ def test_in_float32_packing_is_far_within_the_noise_between_seeds():
     may add up in another order, and which do depends on the processor. So the first losses agree to
     rounding, and the final held-out loss to a twentieth of the noise between seeds."""
     spec, base, rows = small_world(lr=3e-3, steps=20, precision="fp32", eps=1e-8)
-    pack = [
-        dataclasses.replace(spec, method=LoRA(rank=r), seed=s)
-        for r in (1, 4, 8, 16)
-        for s in range(4)
-    ]
+    settings = itertools.product((1, 4, 8, 16), range(4))
+    pack = [dataclasses.replace(spec, method=LoRA(rank=r), seed=s) for r, s in settings]
     _, together = run(pack, base, rows)
     noise = statistics.stdev(losses(together[m.id], "test_nll")[-1] for m in pack[4:8])
     for one in (pack[0], pack[5], pack[-1]):
@@ -162,29 +148,15 @@ def test_in_float32_packing_is_far_within_the_noise_between_seeds():
 
 def qwen3(spec):
     """A random Qwen3 of tiny64's shape: another family than the shipped bases."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     m = spec.model
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            hidden_size=m.hidden_size,
-            intermediate_size=m.mlp_size,
-            num_hidden_layers=2,
-            num_attention_heads=m.n_heads,
-            num_key_value_heads=m.n_kv_heads,
-            head_dim=m.head_size,
-            vocab_size=m.vocab_size,
-            tie_word_embeddings=False,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+    model = family_model(
+        "Qwen3",
+        **{"hidden_size": m.hidden_size, "intermediate_size": m.mlp_size, "head_dim": m.head_size},
+        **{"num_attention_heads": m.n_heads, "num_key_value_heads": m.n_kv_heads},
+        **{"vocab_size": m.vocab_size, "tie_word_embeddings": False},
     )
     shape = dataclasses.replace(m, name="qwen3-tiny", n_layers=2, qk_norm=True)
-    return dataclasses.replace(spec, model=shape), models.Base(
-        model.double().eval(), None, "random"
-    )
+    return dataclasses.replace(spec, model=shape), models.Base(model.double(), None, "random")
 
 
 @pytest.mark.numerics
@@ -203,28 +175,14 @@ def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64, oth
 CUSTOMERS = {"few": (5, 12, 3), "many": (40, 30, 9), "long": (12, 70, 6), "one": (1, 20, 7)}
 """Name: training rows, longest row, steps."""
 SECRET = 31
-"""A symbol that only the rows of one customer hold."""
-
-
-def rows_of(name, count, longest, split):
-    rng = stream(name, split)
-    found = []
-    for _ in range(count):
-        tokens = rng.integers(0, SECRET, rng.integers(5, longest + 1)).astype(np.int32)
-        found.append(Example(tokens, np.arange(len(tokens)) > len(tokens) // 3))
-    return found
+"""A symbol of the vocabulary that `noise` leaves out: only the rows of one customer hold it."""
 
 
 def customer(spec, name):
     """A customer's run, and its data."""
     count, longest, steps = CUSTOMERS[name]
     dataset = dataclasses.replace(spec.dataset, name=name, n_test=4, n_test_curve=2)
-    data = Data(
-        shuffled(dataset, rows_of(name, count, longest, "train")),
-        rows_of(name, 4, longest, "test"),
-        count,
-        validation=rows_of(name, 3, longest, "validation"),
-    )
+    data = noise(dataset, longest, train=count, test=4, validation=3)
     rates = {"few": 1e-3, "many": 2e-3, "long": 4e-3, "one": 2e-3}
     rank = 8 if name == "one" else 4
     changes = {"dataset": dataset, "steps": steps, "lr": rates[name], "method": LoRA(rank=rank)}
@@ -236,11 +194,6 @@ def fleet():
     spec, base, _ = small_world(batch_size=4)
     made = [customer(spec, name) for name in CUSTOMERS]
     return base, [s for s, _ in made], {s.id: d for s, d in made}
-
-
-@pytest.fixture
-def measured_anew(fleet):
-    fleet[0].at_start.clear()
 
 
 @pytest.mark.parametrize("rows", [pytest.param(None, marks=pytest.mark.numerics), 3])
@@ -255,21 +208,15 @@ def test_each_data_set_trains_and_measures_as_alone_until_it_is_done(fleet, rows
         assert len(records[one.id]) == len(own[one.id]) == one.steps
         for ours, theirs in zip(records[one.id], own[one.id]):
             assert ours.keys() == theirs.keys()
-            for name in (
-                "train_nll",
-                "test_nll",
-                "test_nll_curve",
-                "gain_se",
-                "grad_norm",
-                "tokens",
-            ):
-                assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=ROUNDING[10])
+            names = ["train_nll", "test_nll", "test_nll_curve", "gain_se", "grad_norm", "tokens"]
+            own_numbers, wanted = ([r.get(n, 0.0) for n in names] for r in (ours, theirs))
+            assert own_numbers == pytest.approx(wanted, rel=ROUNDING[10])
 
 
 def test_validation_rows_are_measured_during_training_and_test_rows_only_at_the_end(fleet):
     base, pack, data = fleet
     one, last = pack[1], []
-    for test in (data[one.id].test, rows_of("other", 4, 30, "test")):
+    for test in (data[one.id].test, noise_rows("other", 4, 30, "test")):
         base.at_start.clear()
         _, records = run([one], base, {one.id: dataclasses.replace(data[one.id], test=test)})
         last.append(records[one.id])
@@ -280,9 +227,10 @@ def test_validation_rows_are_measured_during_training_and_test_rows_only_at_the_
     assert first["test_nll_curve"] == second["test_nll_curve"]
 
 
-def test_only_runs_that_are_due_are_measured(fleet, monkeypatch, measured_anew):
+def test_only_runs_that_are_due_are_measured(fleet, monkeypatch):
     """Runs in held-out passes, from the fourth update on: those that are due, of one data set."""
     base, pack, data = fleet
+    base.at_start.clear()
     twin = dataclasses.replace(pack[2], lr=2 * pack[2].lr)
     pack, data = [*pack, twin], {**data, twin.id: data[pack[2].id]}
     measured = []
@@ -300,12 +248,8 @@ def test_only_runs_that_are_due_are_measured(fleet, monkeypatch, measured_anew):
     for event in finetune(pack, base, data):
         passes[event.step], measured = measured, []
     # the end of a run: its test rows, then its validation rows
-    ends = {7: [1, 1], 8: [1], 9: [1, 1]}
-    assert {s: n for s, n in passes.items() if s > 3} == {
-        4: [1, 2, 1],
-        5: [],
-        6: [2, 2, 1, 1],
-    } | ends
+    wanted = {4: [1, 2, 1], 5: [], 6: [2, 2, 1, 1], 7: [1, 1], 8: [1], 9: [1, 1]}
+    assert {s: n for s, n in passes.items() if s > 3} == wanted
 
 
 def test_nothing_of_one_customers_rows_is_in_what_another_gets(fleet, monkeypatch):

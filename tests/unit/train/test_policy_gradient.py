@@ -3,6 +3,7 @@ runs end as they should."""
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 
@@ -71,13 +72,11 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
         p.grad = None
     at = log_p.detach().numpy()
     completions = []
-    for a in range(vocab):
-        for b in range(vocab):
-            pair = [np.array([a]), np.array([b])]
-            rewards = np.array([loaded.rewards.of([(row, t) for t in pair])])
-            for token, own in zip(pair, advantages(rewards, "none")[0]):
-                likely = math.exp(at[a] + at[b])
-                completions.append(Completion(token, at[token], own * likely / 2))
+    for pair in itertools.product(np.arange(vocab)[:, None], repeat=2):
+        rewards = np.array([loaded.rewards.of([(row, t) for t in pair])])
+        likely = math.exp(sum(at[t].item() for t in pair))
+        for token, own in zip(pair, advantages(rewards, "none")[0]):
+            completions.append(Completion(token, at[token], own * likely / 2))
     (batch,) = collate_rollouts([[Group(prompt_of(row), completions)]], 10**6, 1, False)
     assert batch.tokens_N == (4,)  # all of them share the prompt's row
     objective.loss(base.model, batch).sum().backward()
@@ -109,17 +108,14 @@ def by_hand(model, spec, base_log_p, rows, completions, rewards):
     return total / len(completions)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"reward_scale": "group"},
-        {"ratio_level": "sequence"},
-        {"kl_weight": 0.3},
-        {"clip_ratio": 0.2},
-    ],
-    ids=["the study's", "scaled", "sequence", "kl", "clipped"],
-)
+OPTIONS = {
+    **{"the study's": {}, "scaled": {"reward_scale": "group"}},
+    **{"sequence": {"ratio_level": "sequence"}, "kl": {"kl_weight": 0.3}},
+    "clipped": {"clip_ratio": 0.2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("rows", [None, 16], ids=["whole", "micro-batches"])
 def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options, rows, attach):
     """Words of unequal length from a policy that has left the base, groups without a signal among
@@ -232,9 +228,7 @@ def end_of(spec, base, loaded):
 
 def test_it_learns_the_labels_and_records_what_it_learned(worlds):
     spec, base, loaded = worlds["bandit"]
-    spec = dataclasses.replace(
-        spec, method=FullFT(), lr=1e-3, steps=24, batch_size=512, precision="fp64"
-    )
+    spec = dataclasses.replace(spec, method=FullFT(), lr=1e-3, steps=24, batch_size=512)
     _, result = end_of(spec, base, loaded)
     rewards = [point["test_reward"] for point in result["curve"]]
     assert rewards[0] == result["reward_start"] < 0.1 and rewards[-1] > 0.25
@@ -311,10 +305,8 @@ def sampler_off_by(monkeypatch):
     def plant(shift):
         def shifted(*args):
             updates.append(1)
-            off = shift(len(updates))
-            return [
-                dataclasses.replace(c, log_p=[x + off for x in c.log_p]) for c in sampled(*args)
-            ]
+            off, found = shift(len(updates)), sampled(*args)
+            return [dataclasses.replace(c, log_p=[x + off for x in c.log_p]) for c in found]
 
         monkeypatch.setattr(policy_gradient, "sample", shifted)
 
