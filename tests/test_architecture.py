@@ -82,7 +82,7 @@ NOUNS_OF_NOTHING = {"utils", "util", "helpers", "common", "misc", "manager"}
 # `whose`, `beside` and `knobs` are keys of kept answers, where they stay.
 PRIVATE_WORDS = re.compile(
     "told|untold|mend|mended|upkeep|several|company|thereof|knobs|places|kin|lean|ask|"
-    "usual|findings|holes|ours"
+    "usual|holes|ours"
 )
 
 

@@ -101,7 +101,12 @@ def weigh(
         for k in again:
             low, high = flat[k].x[0] - _PAD, flat[k].x[-1] + _PAD
             grids[k] = np.linspace(low, min(high, flat[k].first_diverged), 2 * _STEPS)
-        wider = _all_logs(*([values[k] for k in again] for values in (flat, grids, own, priors)))
+        wider = _all_logs(
+            [flat[k] for k in again],
+            [grids[k] for k in again],
+            [own[k] for k in again],
+            [priors[k] for k in again],
+        )
         for k, log in zip(again, wider):
             logs[k] = log
     return found

@@ -41,7 +41,7 @@ def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
             for row, top, height in zip(rows, tops, heights):
                 low, high = (min(max(end, -6), 6) for end in row.band)
                 y = [top, top + height]
-                ax.fill_between([low, high], *y, color=MARGIN, alpha=0.15, lw=0, zorder=0)
+                ax.fill_between([low, high], y[0], y[1], color=MARGIN, alpha=0.15, lw=0, zorder=0)
                 ax.plot([0, 0], y, color=MARGIN, lw=0.8, zorder=0)
                 marks = row.marks.get(setting, [])
                 for k, mark in enumerate(marks):

@@ -93,7 +93,7 @@ class LrCurve:
         And the objective, if it is not the likelihood of given answers.
         """
         steps = self.key.get("steps")
-        return self.place(self.key["dataset"], f"steps {int(steps)}" if _known(steps) else "")
+        return self.place(self.key["dataset"], f"steps {int(steps or 0)}" if _known(steps) else "")
 
     def place(self, dataset: str, length: str) -> str:
         """Name model, data set, objective, batch size and length; what is unknown is left out."""
@@ -101,7 +101,7 @@ class LrCurve:
         words = [
             f"{self.key['model']} on {dataset}",
             str(objective).replace("_", " ") if _known(objective) else "",
-            f"batch {int(batch)}" if _known(batch) else "",
+            f"batch {int(batch or 0)}" if _known(batch) else "",
             length,
         ]
         return ", ".join(filter(None, words))

@@ -67,7 +67,8 @@ def register(help_template: Callable[[], str] = str) -> None:
     OmegaConf.register_new_resolver("help_template", help_template, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name, cls in METHODS.items():
+    for name, kind in METHODS.items():
+        cls: type = kind
         store.store(group="method", name=name, node=writable(cls))
     for name, function in (("geom", geom), ("around", around)):
         OmegaConf.register_new_resolver(

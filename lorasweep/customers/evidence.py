@@ -254,9 +254,9 @@ def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], Measured]
             rows, tokens = value["rows"], value["loss_tokens"]
             if whole["value"] is None or not value["rows_sha256"]:
                 continue
-            bits = (whole[key] for key in ("value", "low", "high"))
             where = f"action=measure, {rows['measured']:,} of {rows['all']:,} rows ({path})"
-            measured = Measured(tokens["all"] / rows["all"], *bits, where)
+            mean = tokens["all"] / rows["all"]
+            measured = Measured(mean, whole["value"], whole["low"], whole["high"], where)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # being written, or broken: it says nothing
         found.setdefault((value["rows_sha256"], value["model"]), measured)

@@ -259,9 +259,10 @@ def layers_together(model: Any) -> Iterator[None]:
 
 def compute_again(model: nn.Module) -> None:
     """Keep only the input of each layer, and recompute its activations in the backward pass."""
-    again = {"use_reentrant": False, "preserve_rng_state": False}
     for block in blocks(model):
-        block.forward = partial(checkpoint, block.forward, **again)
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def _split(entry: nn.Module) -> list[FSDPModule]:

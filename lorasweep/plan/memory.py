@@ -168,7 +168,7 @@ def _cpu_memory(
     exact = STATE_BYTES[states][0]
     peak = 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
     tokens = n_runs * layout.rows * length * peak
-    # A bf16 copy of wider weights. The second term is a margin: passes that are gone also kept frozen
+    # A bf16 copy of wider weights. The second term is a margin: earlier passes also kept frozen
     # weights transposed.
     copies = 2 * (word == 2) * ((load.whole or held > word) + (not load.whole))
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size

@@ -56,13 +56,17 @@ def later(value: Any) -> Any:
     return dataclasses.field(default=value, metadata={"added": value})
 
 
-@cache
 def fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
     Field metadata: `key` and `stored` where they differ from the Python name; `added` is the past
     value.
     """
+    return _fields(cls)
+
+
+@cache
+def _fields(cls: type) -> tuple[Field, ...]:
     hints = typing.get_type_hints(cls)
     found = []
     for f in dataclasses.fields(cls):
@@ -126,7 +130,8 @@ def canonical_text(value: Value) -> str:
     """
     pieces: list[str] = []
     group: dict[str, Any] = {}
-    for f in _by_stored(type(value)):
+    kind: type = type(value)
+    for f in _by_stored(kind):
         one = getattr(value, f.name)
         if isinstance(one, Value):
             if group:

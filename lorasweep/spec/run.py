@@ -220,7 +220,8 @@ def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
 
     Each key is looked up in the method's fields first, then in the spec's.
     """
-    in_method, in_spec = _axes(type(spec.method)), _axes(RunSpec)
+    kind: type = type(spec.method)
+    in_method, in_spec = _axes(kind), _axes(RunSpec)
     for key in values:
         if key not in in_method and key not in in_spec:
             raise SpecError(

@@ -182,7 +182,7 @@ class _Steps:
             are stored changes no number, and the cache is half as large (from 5.24 on two thirds).
             """
 
-            def update(
+            def update(  # type: ignore[override]
                 self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
             ) -> Any:
                 return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
