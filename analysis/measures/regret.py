@@ -242,8 +242,8 @@ def growth(first: Gap, last: Gap) -> Estimate:
     """Return how much the gap of a rank grows between two numbers of updates, in nats.
 
     The same runs give the optima of both lengths, so a draw of one goes with the draw of the same
-    probability of the other. Taken to be independent they would hardly widen the interval (LOG.md):
-    almost all of it is the seeds' spread.
+    probability of the other. Independent draws would hardly widen the interval (docs/log): almost
+    all of it is the seeds' spread.
     """
     return over_seeds(last.nats.minus(first.nats))
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 NO_FLOOR_NATS = 0.01
 """Difference of the final NLL that counts as different if no condition has two seeds. Assumption:
-seeds of the tiny sweep differ by about this (LOG.md)."""
+seeds of the tiny sweep differ by about this (docs/log)."""
 
 
 def export(request: Request, store: RunStore) -> int:

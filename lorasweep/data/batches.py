@@ -19,7 +19,7 @@ from lorasweep.data.examples import Example, Truth
 
 PAD_TO = 16
 """Row lengths, X and M are multiples of this. On many processors, but not on all, matrix products
-are then rounded equally in a pack and alone (LOG.md)."""
+are then rounded equally in a pack and alone (docs/log)."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lorasweep.store import claims
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Makes waiting OpenMP threads sleep. By default they spin, and block the core that the other
-thread needs: two training processes on two busy cores are then a hundred times slower (LOG.md)."""
+thread needs: two training processes on two busy cores are then 100 times slower (docs/log)."""
 
 
 class Stopped(Exception):
@@ -57,7 +57,7 @@ def die_with_parent() -> None:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory, which the next step allocates again.
 
-    Without the page faults, the elementwise passes of a step take half the time (LOG.md).
+    Without the page faults, the elementwise passes of a step take half the time (docs/log).
     """
     if sys.platform != "linux":
         return

@@ -35,14 +35,14 @@ CHUNK_LOGITS = 1 << 26
 
 # ---- a CPU
 CPU_PROCESS_BYTES = 450 * 2**20
-"""Memory of a worker before weights: the interpreter, torch, transformers. Measured (LOG.md)."""
+"""Memory of a worker before weights: the interpreter, torch, transformers. Measured (docs/log)."""
 CPU_TEXT_PEAK = 1.2
 """Tokens of the longest batch of text rows divided by the mean. Measured on GSM8K, batches of 8
-(LOG.md)."""
+(docs/log)."""
 CPU_FRAGMENTATION = 1.4
 """Memory of adapters' activations divided by the bytes in use. Freed blocks are kept
 (launch/process.py), and not every new tensor fits into one. Measured on two processors: 1.2 to 1.8,
-varying from run to run (LOG.md)."""
+varying from run to run (docs/log)."""
 CPU_CHUNK_BYTES = 320 * 2**20
 """Bytes of the logits computed at once (train/objectives/nll.py, LOGITS): five fp32 numbers for
 each of 2^24, namely logits, their logarithms, gradients and temporaries."""

@@ -19,7 +19,7 @@ SIZES = (1, 2, 4, 8, 16)
 GPU_SIZES = (*SIZES, 32, 64, 128)
 FORWARD_TOKENS = 4096
 """Tokens per forward pass over a whole pack. With more, activations leave the cache and nothing
-gets faster (LOG.md)."""
+gets faster (docs/log)."""
 GPU_FORWARD_TOKENS = 65536
 """The same on a GPU. Assumption: not measured yet."""
 MEMORY_SHARE = 0.8

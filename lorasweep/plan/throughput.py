@@ -30,7 +30,7 @@ from lorasweep.sweep.grid import Point
 
 GAIN = 0.96
 """A larger pack counts as faster if its time per run is below this share of the smaller one's time;
-smaller differences are noise (LOG.md)."""
+smaller differences are noise (docs/log)."""
 SAMPLE = 8
 """Number of runs per shape whose records are read."""
 FEWEST_STEPS = 5

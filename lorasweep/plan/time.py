@@ -32,9 +32,9 @@ TRAINING_SHARE = 0.80
 ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
 """Floating-point operations per second and core by precision, used until runs were measured.
 Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with matrix units
-(LOG.md)."""
+(docs/log)."""
 SLOW_BF16_FLOPS_PER_CORE = 7e8
-"""The same for bf16 on a processor without bf16 instructions. Measured on AVX2 (LOG.md)."""
+"""The same for bf16 on a processor without bf16 instructions. Measured on AVX2 (docs/log)."""
 PASSES = 4
 """Each kept activation is written and read once, and so is its gradient. With checkpointing it is
 written twice."""

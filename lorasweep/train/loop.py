@@ -226,7 +226,7 @@ def measure(
     `runs`: all of the pack. `final`: on all held-out items, else on a part.
     """
     # On a CPU one pass measures the runs of one data set: the rows of others would be padded to
-    # the longest (1.4 times the tokens of a hundred customers, LOG.md), and a larger pass is
+    # the longest (1.4 times the tokens of a hundred customers, docs/log), and a larger pass is
     # hardly faster. On a GPU one pass measures all runs. Assumption: there small passes cost
     # more than padding.
     on_cpu = next(model.parameters()).device.type == "cpu"

@@ -23,7 +23,7 @@ MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
 """The time limit is MARGIN_TIME times the expected time plus MARGIN_MIN minutes. Estimates are
 rough; a job that reaches its limit requeues itself."""
 MARGIN_MEMORY = 1.3
-"""Requested memory divided by expected memory. The memory model is right within 20% (LOG.md)."""
+"""Requested memory divided by expected memory. The memory model is right within 20% (docs/log)."""
 HOST_BYTES = 3 * 2**30
 """Host memory of a GPU worker in addition to a copy of the weights: libraries, data, pinned
 buffers. Assumption."""

@@ -48,7 +48,7 @@ def test_the_change_has_the_rank_and_touches_the_symbols_that_were_asked(m, k):
     ],
 )
 def test_an_old_dialect_is_the_same_table(old, total):
-    """Weighted sums of the tables, made by the code that trained the first study's runs."""
+    """Weighted sums of the tables, made by the code that trained the exploratory study's runs."""
     table = dialect.transition(old)
     weights = np.cos(np.arange(table.size)).reshape(table.shape)
     assert float((table * weights).sum()) == pytest.approx(total, abs=1e-6)
