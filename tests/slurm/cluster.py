@@ -164,16 +164,18 @@ def wait_for(condition, timeout=PATIENCE_S, every=0.2):
 # ---------------------------------------------------------------- giving commands
 
 
-def command(*args, trainer=None):
-    """Return the command line, or the same with another trainer."""
-    if trainer is None:
-        return [sys.executable, "-m", "lorasweep", *map(str, args)]
-    code = (
-        "import sys; from lorasweep.cli.actions import act\n"
-        "from lorasweep.config.compose import compose_request\n"
-        "sys.exit(act(compose_request(sys.argv[2:]), sys.argv[1]))"
-    )
-    return [sys.executable, "-c", code, trainer, *map(str, args)]
+WITH_TRAINER = """
+import sys
+from lorasweep.cli.actions import act
+from lorasweep.config.compose import compose_request
+sys.exit(act(compose_request(sys.argv[2:]), sys.argv[1]))
+"""
+
+
+def command(*args, trainer=None, before=""):
+    """Return the command line, or the same with another trainer, after the code `before`."""
+    given = ["-m", "lorasweep"] if trainer is None else ["-c", before + WITH_TRAINER, trainer]
+    return [sys.executable, *given, *map(str, args)]
 
 
 def environment(cwd):
@@ -186,10 +188,10 @@ def environment(cwd):
     }
 
 
-def start(cwd, *args, trainer=None, **more):
+def start(cwd, *args, trainer=None, before="", **more):
     """Start a command in a new process, with its output in one pipe."""
     return subprocess.Popen(
-        command(*args, trainer=trainer),
+        command(*args, trainer=trainer, before=before),
         cwd=cwd,
         env={**environment(cwd), **more},
         stdin=subprocess.DEVNULL,

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from tests.slurm.cluster import FAST, Slurm, attempts, curves, results, start
 from tests.slurm.trainers import GO
@@ -140,21 +141,12 @@ class Storm:
         self.slurm.drain()
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a storm did, and what it left."""
-
-    harm: dict[str, int]
-    attempts: dict[int, int]
-    """Attempts of a run -> how many runs took so many."""
-    wanted: int
-    finished: int
-    different: list[str]
-    """Runs whose curves are not those of the uninterrupted sweep, or that one side lacks."""
-
-
 def compare(slurm, folder, target, seconds, seed=1):
-    """Run the sweep uninterrupted, and in a storm; return what differs."""
+    """Run the sweep uninterrupted, and in a storm; return what the storm did and what it left.
+
+    `different`: runs whose curves are not those of the uninterrupted sweep, or that one side lacks.
+    `attempts`: attempts of a run -> how many runs took so many.
+    """
     whole, wild = Path(folder) / "whole", Path(folder) / "wild"
     wild.mkdir()
     (whole / "runs").mkdir(parents=True)
@@ -166,9 +158,8 @@ def compare(slurm, folder, target, seconds, seed=1):
     a, b = curves(whole), curves(wild)
     counts = Counter(map(len, attempts(wild).values()))
     different = sorted(rid for rid in a.keys() | b.keys() if a.get(rid) != b.get(rid))
-    return Seen(
-        dict(storm.done), dict(sorted(counts.items())), len(a), len(results(wild)), different
-    )
+    seen = {"harm": dict(storm.done), "attempts": dict(sorted(counts.items()))}
+    return SimpleNamespace(**seen, wanted=len(a), finished=len(results(wild)), different=different)
 
 
 def main():

@@ -94,8 +94,7 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
         queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
     queue.command("scontrol", "requeue", jobs["requeued"])
     queue.command("scancel", jobs["cancelled"])
-    worker = _worker(there, runs["worker killed"][0])
-    os.kill(worker, signal.SIGKILL)
+    os.kill(_worker(there, runs["worker killed"][0]), signal.SIGKILL)
     os.kill(_parent(_worker(there, runs["job killed"][0])), signal.SIGKILL)
     wait_for(lambda: all(_interrupted(there, rid) for rid in everything))
     # Slurm may have taken the node back by itself, and then refuses this.
@@ -121,11 +120,8 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
 
 def _one_with_a_checkpoint_of_each_job(cwd, submission):
     """Return a run of each job; None while one has no checkpoint."""
-    found = [
-        next((rid for rid in task if _held_with_a_checkpoint(cwd, rid)), None)
-        for task in submission.tasks
-    ]
-    return None if None in found else found
+    saved = [[r for r in task if _held_with_a_checkpoint(cwd, r)] for task in submission.tasks]
+    return [runs[0] for runs in saved] if all(saved) else None
 
 
 def _held_with_a_checkpoint(cwd, rid):

@@ -69,13 +69,10 @@ def test_four_processes_on_two_nodes_are_killed_and_stopped_and_resume(queue, tm
     queue.drain()
     cli(*RUN, *long, cwd=here)
     assert store.env(rid)["resumed_from_step"] > 10
-    records = [
-        [(r["step"], r["train_nll"]) for r in s.records(rid)]
-        for s in (store, RunStore(here / "runs"))
-    ]
+    both = [s.records(rid) for s in (store, RunStore(here / "runs"))]
+    two, one = ({r["step"]: r["train_nll"] for r in records} for records in both)
     bound = 100 * spread(50)  # rounding grows over so many updates: see tests/training.py
-    assert bound <= 1e-4 and same(dict(records[0]), dict(records[1]), bound)
-    assert len(records[0]) == 50
+    assert bound <= 1e-4 and same(two, one, bound) and len(both[0]) == 50
 
 
 def last_process(job, rank):

@@ -71,22 +71,6 @@ def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(trained):
 
 
 @pytest.mark.full
-def test_more_jobs_than_an_array_may_have_are_several_arrays(queue, tmp_path):
-    """A trainer that does nothing; MaxArraySize is 6, so 12 jobs need three arrays."""
-    sweep = (
-        *("+sweep=lr_ratio", "scale=smoke", "~sweep.arms.fullft", "exec.pack_size=20"),
-        *("sweep.arms.lora.lr=${around:3e-3,12,1.5}", f"sweep.axes.seed={list(range(20))}"),
-    )
-    nothing = "benchmarks.overhead:nothing"
-    output = ask(tmp_path, *sweep, *ALONE, "cluster.runs_per_job=20", trainer=nothing)
-    assert "submitted 240 runs" in output
-    assert submitted(tmp_path)[0].arrays == [5, 5, 2]
-    queue.drain()
-    assert len(results(tmp_path)) == 240
-    assert all(ends == {1: None} for ends in attempts(tmp_path).values())
-
-
-@pytest.mark.full
 def test_packs_side_by_side_have_a_gpu_each(queue, tmp_path):
     """Two fake GPUs a job: two workers, one GPU each."""
     two = ("cluster.gpus=2", "cluster.cpus=1", "exec.pack_size=1", "steps=200")
@@ -117,7 +101,5 @@ def test_scripts_for_places_without_submitit(queue, tmp_path):
         task.write(" ")
     queue.command("sbatch", script)
     queue.drain()
-    refusals = [
-        p for p in (folder / "jobs").glob("*.out") if "tasks/1.json was changed" in p.read_text()
-    ]
-    assert len(refusals) == 1
+    outputs = [path.read_text() for path in (folder / "jobs").glob("*.out")]
+    assert sum("tasks/1.json was changed" in text for text in outputs) == 1

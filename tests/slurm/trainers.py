@@ -20,28 +20,18 @@ PAUSE_S = 0.4
 
 def steps(pack, exec_, resume):
     """Train at once."""
-    yield from _train(pack, resume, lambda step: None)
+    yield from _train(pack, resume)
 
 
 def held(pack, exec_, resume):
     """Train, but beyond FREE_STEPS slowly until the run folder holds GO: no machine ends earlier."""
-
-    def pause(step):
-        if step > FREE_STEPS and not Path(exec_.runs_dir, GO).exists():
-            time.sleep(PAUSE_S)
-
-    yield from _train(pack, resume, pause)
+    yield from _train(pack, resume, Path(exec_.runs_dir, GO), PAUSE_S, FREE_STEPS)
 
 
 def slow(pack, exec_, resume):
     """Train slowly, each pack at another pace, until the run folder holds GO."""
     pace = 0.02 * (1 + int(pack[0].id, 16) % 10)
-
-    def pause(step):
-        if not Path(exec_.runs_dir, GO).exists():
-            time.sleep(pace)
-
-    yield from _train(pack, resume, pause)
+    yield from _train(pack, resume, Path(exec_.runs_dir, GO), pace)
 
 
 def broken(pack, exec_, resume):
@@ -57,14 +47,16 @@ def hungry(pack, exec_, resume):
     yield from steps(pack, exec_, resume)
 
 
-def _train(pack, resume, pause):
+def _train(pack, resume, go=None, pause_s=0.0, free_steps=0):
+    """Train; steps beyond the free ones are slow until the file `go` is there."""
     ids = [spec.id for spec in pack]
     last = {i: spec.steps for i, spec in zip(ids, pack)}
     states = {i: _load(resume[i]) if resume else _first(i) for i in ids}
     step = resume[ids[0]]["meta"]["step"] if resume else 0
     while ids:
         step += 1
-        pause(step)
+        if go is not None and step > free_steps and not go.exists():
+            time.sleep(pause_s)
         for i in ids:
             _move(states[i], step)
         records = {i: {"step": step, "train_nll": float(states[i]["x"].mean())} for i in ids}

@@ -44,11 +44,8 @@ def train(pack, tmp_path, trainer=None, **settings):
     store.prepare()
     given = {"skip_broken_data": True, "keep_weights": True, "checkpoint_s": 0.0, **settings}
     trainer = trainer or TorchTrainer()
-    return store, trainers.train(store, pack, trainer, runs_dir=str(store.root), **given)
-
-
-def states(store, pack):
-    return [store.state(s.id) for s in pack]
+    events = trainers.train(store, pack, trainer, runs_dir=str(store.root), **given)
+    return store, events, [store.state(s.id) for s in pack]
 
 
 def all_text(store, spec):
@@ -65,12 +62,11 @@ def all_text(store, spec):
         (lambda path: path.unlink(), "no file"),
         (lambda path: write_rows(path, 6, SECRET), "6 rows"),
     ],
-    ids=["broken row", "other columns", "missing file", "all held out"],
 )
 def test_broken_data_fail_only_their_owners_run(pack, tmp_path, breaks, cause):
     breaks(tmp_path / "secret" / "train.jsonl")
-    store, events = train(pack, tmp_path)
-    assert states(store, pack) == ["done", "done", "failed", "done"]
+    store, events, states = train(pack, tmp_path)
+    assert states == ["done", "done", "failed", "done"]
     assert [e["run"] for e in events if e.get("ended") == "failed"] == [pack[2].id]
     for spec in (pack[0], pack[1], pack[3]):
         assert SECRET not in all_text(store, spec) and "secret" not in all_text(store, spec)
@@ -79,10 +75,8 @@ def test_broken_data_fail_only_their_owners_run(pack, tmp_path, breaks, cause):
         train(pack, tmp_path / "again", skip_broken_data=False)
 
 
-def test_an_error_in_training_is_found_by_halves_and_quoted_to_its_owner_only(
-    pack, tmp_path, monkeypatch
-):
-    """The runs resume from their checkpoints in smaller packs."""
+def test_an_error_in_training_is_quoted_to_its_owner_only(pack, tmp_path, monkeypatch):
+    """It is found by halves: the runs resume from their checkpoints in smaller packs."""
     monkeypatch.setattr(packs, "CHECKPOINT_SHARE", 0)
 
     class Broken(TorchTrainer):
@@ -92,21 +86,19 @@ def test_an_error_in_training_is_found_by_halves_and_quoted_to_its_owner_only(
                     raise KeyError(SECRET)
                 yield event
 
-    store, _ = train(pack, tmp_path, Broken())
-    assert states(store, pack) == ["done", "done", "failed", "done"]
+    store, _, states = train(pack, tmp_path, Broken())
+    assert states == ["done", "done", "failed", "done"]
     assert SECRET in store.failure(pack[2].id) and SECRET in all_text(store, pack[2])
     for spec in (pack[0], pack[1], pack[3]):
         assert SECRET not in all_text(store, spec)
         assert store.result(spec.id)["resumed_in_other_company"]
 
 
-def test_a_run_that_diverges_leaves_and_the_others_end_with_their_weights(
-    pack, tmp_path, monkeypatch
-):
+def test_a_run_that_diverges_leaves_and_the_others_end(pack, tmp_path, monkeypatch):
     wild = pack[2].id
     monkeypatch.setattr(SupervisedFineTuning, "diverged", lambda self, run, loss: run == wild)
-    store, _ = train(pack, tmp_path)
-    assert states(store, pack) == ["done", "done", "diverged", "done"]
+    store, _, states = train(pack, tmp_path)
+    assert states == ["done", "done", "diverged", "done"]
     for k, spec in enumerate(pack):
         weights = checkpoint.load_weights(store.folder(spec.id))
         assert (weights is None) == (spec.id == wild)

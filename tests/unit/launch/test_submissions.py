@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from submitit.core.utils import FailedJobError
@@ -62,10 +62,7 @@ def test_another_clusters_slurm_says_nothing_about_a_submission(folder, tmp_path
 
 
 def test_the_folder_is_read_on_a_machine_without_slurm(folder, tmp_path, slurm):
-    def refuse(*arguments):
-        raise ClusterError("no Slurm here")
-
-    slurm("here", squeue=refuse)
+    slurm("here", squeue=Mock(side_effect=ClusterError("no Slurm here")))
     queue = submissions.look(tmp_path)
     assert queue.unavailable == "no Slurm here" and queue.covered() == {}
     assert len(queue.submissions) == 1
@@ -143,29 +140,21 @@ def test_both_ways_to_submit_ask_for_the_same(tmp_path, monkeypatch, n):
         assert line in texts[0].splitlines() and line in script.splitlines()
 
 
-@pytest.mark.parametrize(
-    ("codes", "tries", "fails"),
-    [
-        ([0], 1, False),
-        ([job.TRY_AGAIN, 0], 2, False),
-        ([job.TRY_AGAIN] * 5, 5, True),
-        ([2], 1, True),
-    ],
-)
-def test_the_follow_up_command_is_tried_again_where_that_may_help(
-    tmp_path, monkeypatch, codes, tries, fails
-):
+@pytest.mark.parametrize("codes", [[0], [job.TRY_AGAIN, 0], [job.TRY_AGAIN] * 5, [2]])
+def test_a_follow_up_command_is_tried_again_where_that_may_help(tmp_path, monkeypatch, codes):
+    """`codes`: the exit status of each try, and of none after them."""
     given, left = [], list(codes)
 
     def start(command):
         given.append(command)
-        return SimpleNamespace(wait=lambda: left.pop(0))
+        return Mock(wait=lambda: left.pop(0))
 
     monkeypatch.setattr(job.subprocess, "Popen", start)
     monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(job.signal, "signal", lambda *_: None)
     path = tmp_path / "task.json"
     path.write_text(json.dumps({"follow": "request.json", "command": ["-m", "lorasweep"]}))
-    with pytest.raises(LorasweepError, match="status") if fails else contextlib.nullcontext():
+    fails = pytest.raises(LorasweepError, match="status")
+    with fails if codes[-1] else contextlib.nullcontext():
         job.run(str(path))
-    assert given == [[sys.executable, "-m", "lorasweep", str(path)]] * tries
+    assert given == [[sys.executable, "-m", "lorasweep", str(path)]] * len(codes)

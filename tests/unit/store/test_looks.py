@@ -11,8 +11,7 @@ from lorasweep.store import looks
 from lorasweep.sweep.grid import Point
 from tests.world import tiny_spec
 
-WORKERS = 4
-SEEDS = range(1, WORKERS + 1)
+SEEDS = (1, 2, 3, 4)
 """Seeds of the added runs; the known run has seed 0."""
 
 
@@ -24,9 +23,9 @@ def add(path, start, seed):
 
 def test_rounds_added_at_the_same_time_are_all_recorded(tmp_path):
     path = looks.path_of(tmp_path, "rank-smoke")
-    looks.note_look(path, "hash", planned=WORKERS + 1)
+    looks.note_look(path, "hash", planned=5)
     fork = multiprocessing.get_context("fork")
-    start = fork.Barrier(WORKERS)
+    start = fork.Barrier(len(SEEDS))
     workers = [fork.Process(target=add, args=(path, start, seed)) for seed in SEEDS]
     for w in workers:
         w.start()

@@ -7,6 +7,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,38 +19,34 @@ from lorasweep.store.run_store import RunStore
 from tests.world import ROOT, as_another_user, tiny_spec
 
 
-def test_an_owner_whose_process_the_system_hides_is_not_called_dead(store, monkeypatch):
-    """Login nodes hide other users' processes (hidepid=2): they exist, and their start time cannot
-    be read."""
+def test_an_owner_of_unknown_start_time_is_not_called_dead(store, change_owner, monkeypatch):
+    """Login nodes hide other users' processes (hidepid=2), which exist all the same."""
     spec = tiny_spec()
     attempt = store.attempt(spec.id, store.claim(spec))
     liveness = Liveness()
     assert liveness.verdict(attempt) is True
 
-    def hidden(path, *arguments):
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(Path, "read_text", hidden)
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=FileNotFoundError))
     assert claims.start_time(os.getpid()) == claims.UNKNOWN and claims.start_time(2**22 - 1) == ""
     assert liveness.verdict(attempt) is None and liveness.alive(attempt)
-
-
-def test_an_owner_that_did_not_know_its_start_time_is_not_called_dead(store, change_owner):
-    """As with too many files open at its claim."""
-    spec = tiny_spec()
-    attempt = store.attempt(spec.id, store.claim(spec))
-    change_owner(spec.id, started=claims.UNKNOWN)
+    monkeypatch.undo()
+    change_owner(spec.id, started=claims.UNKNOWN)  # too many files were open at its claim
     assert Liveness().verdict(attempt) is None and Liveness().alive(attempt)
     change_owner(spec.id, pid=2**22 + 1)
     assert Liveness().verdict(attempt) is False
+
+
+def writable(folder):
+    """File or folder -> whether the group may write it."""
+    written = [p for p in folder.rglob("*") if p.name != "store.json"]
+    return {p: bool(p.stat().st_mode & stat.S_IWGRP) for p in written}
 
 
 def test_files_of_a_groups_folder_are_writable_for_the_group(group_folder, tmp_path):
     store, spec = group_folder(), tiny_spec()
     assert store.claim(spec) == 1
     store.record(spec.id, {"step": 1})
-    written = [p for p in store.root.rglob("*") if p.name != "store.json"]
-    assert len(written) >= 5 and all(p.stat().st_mode & stat.S_IWGRP for p in written)
+    assert len(writable(store.root)) >= 5 and all(writable(store.root).values())
     os.umask(0o022)
     mine = tmp_path / "mine"
     mine.mkdir(mode=0o755)
@@ -67,8 +64,7 @@ def test_all_actions_write_files_that_the_group_may_write(group_folder, compose,
     lock = Lock(runs / "lock")
     lock.acquire(1, print)
     lock.release()
-    written = [p for p in runs.rglob("*") if p.name != "store.json"]
-    assert all(p.stat().st_mode & stat.S_IWGRP for p in written)
+    assert all(writable(runs).values())
 
 
 @pytest.mark.parametrize("mode", [0o2775, 0o3775], ids=["g+ws", "g+ws,+t"])

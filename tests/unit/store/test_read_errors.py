@@ -6,6 +6,7 @@ import errno
 import io
 import os
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -57,9 +58,8 @@ def failing(monkeypatch):
 
 
 def state(step):
-    meta = {"step": step, "layout": ["x"], "records_size": 0, "threads": 1, "wall_s": 0.0}
     tensors = {"param/w": torch.full((3,), float(step))}
-    return {"tensors": tensors, "meta": {**meta, "micro_batch_size": None}}
+    return {"tensors": tensors, "meta": {"step": step, "layout": ["x"], "records_size": 0}}
 
 
 @pytest.fixture
@@ -168,11 +168,8 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(runs, failing):
 def test_a_checkpoint_that_safetensors_cannot_open_is_not_lost(runs, monkeypatch):
     """Its reader says "no such file" when too many are open."""
 
-    def load_file(path):
-        raise FileNotFoundError(path)
-
     monkeypatch.setattr(files, "PAUSES_S", ())
-    monkeypatch.setattr("safetensors.torch.load_file", load_file)
+    monkeypatch.setattr("safetensors.torch.load_file", Mock(side_effect=FileNotFoundError))
     with pytest.raises(StoreError, match="cannot be read"):
         checkpoint.load(runs.slots, 4)
 
@@ -209,6 +206,7 @@ def test_a_failure_is_recorded_for_the_runs_that_can_be_read(store, failing):
     train(store, specs, Scripted(3, before))
     assert store.end(specs[0].id, 1) is None
     assert store.failure(specs[1].id) == "RuntimeError: broken"
+    assert steps_of(store, specs[1].id) == [1]  # a failed run keeps its records
 
 
 def test_an_owner_that_cannot_be_read_is_not_called_dead(runs, failing):
@@ -223,17 +221,22 @@ def test_an_owner_that_cannot_be_read_is_not_called_dead(runs, failing):
     assert store.state(spec.id) == "interrupted"
 
 
-def test_a_heartbeat_that_cannot_be_read_is_no_silence(runs, change_owner, monkeypatch, failing):
+def test_an_owner_elsewhere_is_dead_after_a_silence(runs, change_owner, monkeypatch, failing):
+    """Only the content of its heartbeat counts, by our own clock; an error of reading is no
+    silence."""
     rid = runs.id["running"]
     attempt, clock, liveness = runs.store.attempt(rid, 1), [0.0], claims.Liveness()
-    change_owner(rid, host="elsewhere")
+    change_owner(rid, boot="other", host="elsewhere")
     monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
     assert liveness.alive(attempt) and not liveness.sure(attempt)
     failing("heartbeat", errno.ESTALE)
     clock[0] += 10 * claims.SILENCE_S
     assert liveness.alive(attempt) and not liveness.sure(attempt)
     failing.stop()
-    clock[0] += claims.SILENCE_S - 1
-    assert liveness.alive(attempt)
+    for beat in ("5", "6"):
+        (attempt / "heartbeat").write_text(beat)
+        assert liveness.alive(attempt)
+        clock[0] += claims.SILENCE_S - 1
+        assert liveness.alive(attempt)
     clock[0] += 2
     assert not liveness.alive(attempt)

@@ -6,22 +6,19 @@ import multiprocessing
 import os
 import signal
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from lorasweep.errors import StoreError
-from lorasweep.store import checkpoint, claims, files
+from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 from tests.unit.launch.trainers import steps_of
 from tests.world import tiny_spec
 
-RESULT = {
-    "nll_start": 3.0,
-    "test_nll": 2.5,
-    "curve": [{"step": 1, "test_nll": 2.5}],
-    "base_sha256": "x",
-}
+CURVE = [{"step": 1, "test_nll": 2.5}]
+RESULT = {"nll_start": 3.0, "test_nll": 2.5, "curve": CURVE, "base_sha256": "x"}
 DEAD_PID = 2**22 + 1
 
 
@@ -101,20 +98,10 @@ def test_any_file_operation_may_fail_and_the_run_still_ends_exactly_once(tmp_pat
 
 
 def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
-    def refuse(*paths):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr(files.os, "replace", Mock(side_effect=PermissionError))
     with pytest.raises(PermissionError):
         files.write_atomic(tmp_path / "x", b"1")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_result_is_written_once(store):
-    spec = tiny_spec()
-    assert work(store, spec)
-    assert not store.finish(spec.id, "done", {**RESULT, "test_nll": 9.9})
-    assert store.result(spec.id)["test_nll"] == 2.5
 
 
 @pytest.mark.parametrize(
@@ -160,6 +147,7 @@ def test_states_of_a_run(store):
     store.claim(spec)
     store.finish(rid, "diverged", {**RESULT, "test_nll": float("nan")})
     assert store.state(rid) == "diverged" and store.claim(spec) is None
+    assert not store.finish(rid, "done", RESULT)  # a result is written once
     assert store.result(rid)["test_nll"] is None
     with pytest.raises(ValueError, match="'failed'"):
         store.finish(rid, "failed", {})
@@ -189,9 +177,7 @@ def claim_and_wait(store, spec):
     time.sleep(60)
 
 
-def test_a_killed_owner_is_recognised_and_an_owner_elsewhere_is_watched(
-    store, change_owner, monkeypatch
-):
+def test_a_killed_owner_is_recognised(store):
     spec = tiny_spec()
     rid = spec.id
     child = multiprocessing.get_context("fork").Process(target=claim_and_wait, args=(store, spec))
@@ -201,17 +187,6 @@ def test_a_killed_owner_is_recognised_and_an_owner_elsewhere_is_watched(
     assert store.state(rid) == "running" and store.claim(spec) is None
     child.kill()
     child.join()
-    assert store.state(rid) == "interrupted"
-    # on another machine only the heartbeat's content counts, by our own clock
-    change_owner(rid, boot="other", host="elsewhere")
-    clock = [1000.0]
-    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
-    store = RunStore(store.root)
-    assert store.state(rid) == "running"
-    clock[0] += claims.SILENCE_S - 1
-    (store.attempt(rid, 1) / "heartbeat").write_text("5")
-    assert store.state(rid) == "running"
-    clock[0] += claims.SILENCE_S + 1
     assert store.state(rid) == "interrupted"
 
 
