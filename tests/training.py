@@ -96,31 +96,32 @@ def copied(snapshot):
     }
 
 
+class Trained:
+    """What the events of a pack's training gave, by run: states, records, how it ended, its result;
+    and the states after the updates `at`."""
+
+    def __init__(self, events, at=()):
+        self.states, self.records, self.ends, self.results, self.at = {}, {}, {}, {}, {}
+        for event in events:
+            for i, record in event.records.items():
+                self.records.setdefault(i, []).append(record)
+            if event.ended or event.step in at:
+                self.at[event.step] = copied(event.snapshot())
+            for i, (end, result) in event.ended.items():
+                self.states[i] = self.at[event.step][i]
+                self.ends[i], self.results[i] = end, result
+
+
 def run(pack, base, rows, **kwargs):
     """Train to the end; the last state of each run, and its records."""
-    states, records = {}, {}
-    for event in finetune(pack, base, rows, **kwargs):
-        if event.ended:
-            states |= copied(event.snapshot())
-        for i, record in event.records.items():
-            records.setdefault(i, []).append(record)
-    return states, records
+    found = Trained(finetune(pack, base, rows, **kwargs))
+    return found.states, found.records
 
 
 def results(pack, base, rows, **kwargs):
     """Train to the end; the result of each run."""
-    found = {}
-    for event in finetune(pack, base, rows, **kwargs):
-        found |= {i: result for i, (_, result) in event.ended.items()}
-    return [found[spec.id] for spec in pack]
-
-
-def state_at(step, pack, base, rows):
-    """The states of a pack after `step` updates."""
-    for event in finetune(pack, base, rows):
-        if event.step == step:
-            return copied(event.snapshot())
-    raise AssertionError(f"the pack ended before update {step}")
+    found = Trained(finetune(pack, base, rows, **kwargs))
+    return [found.results[spec.id] for spec in pack]
 
 
 def moved(base, seed=0):
@@ -155,9 +156,12 @@ def attached(method, model, shape, seed=0):
     return pack_of([method], model, shape, [seed])
 
 
-def pack_of(methods, model, shape, seeds=None, perturb=0.0):
-    """The Trainables of a pack of methods; `perturb`: the size of noise added to their tensors."""
-    targets = find_targets(model, shape, methods[0].target_layers())
+def pack_of(methods, model, shape=None, seeds=None, perturb=0.0):
+    """The Trainables of a pack of methods (without a shape on all linear layers); `perturb`: the size
+    of noise added to their tensors."""
+    targets = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+    if shape:
+        targets = find_targets(model, shape, methods[0].target_layers())
     trainables = methods[0].attach(model, targets, methods, seeds or list(range(len(methods))))
     if perturb:
         torch.manual_seed(1)

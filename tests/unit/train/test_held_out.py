@@ -13,7 +13,7 @@ from lorasweep.data import load as data
 from lorasweep.data.batches import by_length, eval_batches
 from lorasweep.launch.trainer import finetune
 from lorasweep.train.objectives import nll
-from tests.training import ROUNDING, results, small_world, state_at
+from tests.training import ROUNDING, Trained, results, small_world
 from tests.world import tiny_spec
 
 NAME = "test_nll"
@@ -26,24 +26,19 @@ def base():
 
 def test_the_shipped_base_is_near_its_floor_and_far_from_the_dialects(base):
     """The base knows its language; the dialect is a task that starts at least 0.3 above the floor."""
-    spec = tiny_spec()
-    known = {"rule_shift": 0.0, "new_exceptions": 0.0}
-    above = []
+    known, above = {"rule_shift": 0.0, "new_exceptions": 0.0}, []
     for changes in ({}, {"generator_params": known}):
-        rows = data.load(dataclasses.replace(spec.dataset, **changes), [])
+        rows = data.load(dataclasses.replace(tiny_spec().dataset, **changes), [])
         (start,) = nll.evaluate(base.model, [eval_batches(rows.test, 4096)], "fp64")
         above.append(start - rows.entropy_floor_nats)
     assert above[1] < 0.25 and 0.3 < above[0] < math.inf
 
 
-def dataset(**changes):
+def dataset(draw_by_seed=False, rule_shift=0.25):
+    params = {"rule_shift": rule_shift, "new_exceptions": 0.0, "shift_rank": 2}
+    sizes = {"n_test": 24, "n_test_curve": 8, "draw_by_seed": draw_by_seed}
     return dataclasses.replace(
-        tiny_spec().dataset,
-        n_test=24,
-        n_test_curve=8,
-        exact_loss=True,
-        generator_params={"rule_shift": 0.25, "new_exceptions": 0.0, "shift_rank": 2},
-        **changes,
+        tiny_spec().dataset, exact_loss=True, generator_params=params, **sizes
     )
 
 
@@ -74,11 +69,7 @@ def test_runs_with_other_draws_and_sizes_come_out_as_alone(base):
 
 
 def test_a_part_without_contexts_is_nan(base):
-    everything = dataset()
-    everything = dataclasses.replace(
-        everything, generator_params={**everything.generator_params, "rule_shift": 1.0}
-    )
-    test = data.load(everything, []).test
+    test = data.load(dataset(rule_shift=1.0), []).test
     found = nll.evaluate_exact(base.model, [eval_batches(test, 256)], "fp64", NAME)[0]
     assert math.isnan(found[f"{NAME}_unchanged"]) and found[NAME] == found[f"{NAME}_changed"]
     floors = nll.floors(test, "floor")
@@ -93,28 +84,21 @@ def test_a_probability_below_float32_adds_nothing_to_the_floor():
 
 
 def test_a_run_records_parts_code_length_and_bits(base):
-    """On a base that already knows the language: the exact loss lies above its floor."""
+    """On a base that already knows the language: the exact loss lies above its floor. An old
+    checkpoint without a code length leads to nan."""
     spec = dataclasses.replace(tiny_spec(steps=6, precision="fp64"), dataset=dataset())
     loaded = data.load(spec.dataset, [])
-    events = list(finetune([spec], base, loaded))
-    state, result = events[-1].ended[spec.id]
-    assert state == "done"
-    sums = sum(e.records[spec.id]["train_nll"] for e in events)
+    found = Trained(finetune([spec], base, loaded), at=(3,))
+    result, state = found.results[spec.id], found.at[3]
+    assert found.ends[spec.id] == "done"
     per_update = spec.batch_size * (spec.dataset.max_length - 3)
-    assert result["code_nats"] == pytest.approx(sums * per_update, rel=1e-9)
+    nats = per_update * sum(record["train_nll"] for record in found.records[spec.id])
+    assert result["code_nats"] == pytest.approx(nats, rel=1e-9)
     assert result["bits_generator"] == loaded.bits(6 * per_update)["generator"] > 0
     assert result["test_nll"] > result["floor_nats"] > 0
     first, last = result["curve"][0], result["curve"][-1]
     assert {f"{NAME}{end}" for end in nll.PARTS} <= first.keys() & last.keys()
     assert last["test_nll_curve"] != last["test_nll"]  # 8 rows and 24
-    evaluated = [p["step"] for p in result["curve"]]
-    assert evaluated == [0, 1, 2, 3, 4, 6]
-
-
-def test_an_old_checkpoint_without_a_code_length_leads_to_nan(base):
-    spec = dataclasses.replace(tiny_spec(steps=6, precision="fp64"), dataset=dataset())
-    loaded = data.load(spec.dataset, [])
-    state = state_at(3, [spec], base, loaded)
     del state[spec.id]["meta"]["code_nats"]
     (old,) = results([spec], base, loaded, resume=state)
     assert math.isnan(old["code_nats"])
