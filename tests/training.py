@@ -57,16 +57,18 @@ def small_world(**changes):
     return spec, models.load(spec.model, [], spec.precision), data.load(spec.dataset, [])
 
 
-def ragged(vocab=32, longest=60):
-    """Rows of 5 to `longest` tokens, the second half of each bearing loss."""
+def row_of(rng, vocab, longest, share):
+    """A row of 5 to `longest` random tokens; all but the first 1/`share` of it bears loss."""
+    tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
+    return Example(tokens, np.arange(len(tokens)) > len(tokens) // share)
 
-    def row(*names):
-        rng = stream(*names)
-        tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
-        return Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
+
+def ragged(vocab=32, longest=60):
+    """Data without end: rows of 5 to `longest` tokens, the second half of each bearing loss."""
 
     def rows(seed, start, count):
-        return [row("ragged", seed, start + k) for k in range(count)]
+        streams = (stream("ragged", seed, start + k) for k in range(count))
+        return [row_of(rng, vocab, longest, 2) for rng in streams]
 
     return Data(rows, rows(-1, 0, 12), None)
 
@@ -74,11 +76,7 @@ def ragged(vocab=32, longest=60):
 def noise_rows(name, count, longest, split):
     """Rows of 5 to `longest` of the symbols 0 to 30, the last two thirds of each bearing loss."""
     rng = stream(name, split)
-    found = []
-    for _ in range(count):
-        tokens = rng.integers(0, 31, rng.integers(5, longest + 1)).astype(np.int32)
-        found.append(Example(tokens, np.arange(len(tokens)) > len(tokens) // 3))
-    return found
+    return [row_of(rng, 31, longest, 3) for _ in range(count)]
 
 
 def noise(dataset, longest, **counts):
@@ -171,11 +169,11 @@ def pack_of(methods, model, shape=None, seeds=None, perturb=0.0):
     return trainables
 
 
-def state_of(trainables, k=0):
-    """The tensors of run k by their names in its state."""
+def state_of(trainables, k=0, what="data"):
+    """The tensors of run k by their names in its state, or (`what="grad"`) their gradients."""
     found = {}
     for name, p in trainables.parameters().items():
         in_state, runs = trainables.part_of(name)
         if runs.start <= k < runs.stop:
-            found[in_state] = p[k - runs.start].detach()
+            found[in_state] = getattr(p, what)[k - runs.start]
     return found

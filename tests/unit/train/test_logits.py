@@ -1,6 +1,8 @@
 """Loss and gradients do not depend on how rows and positions are computed: logits in chunks, which are
 never whole in memory, and rows joined in one sequence."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lorasweep.models.forward import check_rows_stay_apart, logits_of
 from lorasweep.plan import memory
 from lorasweep.spec.execution import Exec
 from lorasweep.train.objectives import nll
-from tests.training import EPS, ROUNDING, apart, family_model
+from tests.training import EPS, ROUNDING, apart, family_model, pack_of
 from tests.world import tiny_spec
 
 VOCAB, LIMIT = 2048, 1 << 14
@@ -56,13 +58,7 @@ def batch_of(n_runs, lengths=(40, 17), join_rows=False, changed=0):
 
 
 def attached(model, methods):
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    trainables = methods[0].attach(model, linears, methods, list(range(len(methods))))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in trainables.parameters().values():
-            p.add_(torch.randn_like(p), alpha=0.02)
-    return trainables
+    return pack_of(methods, model, perturb=0.02)
 
 
 def loss_and_gradients(model, trainables, batch):
@@ -119,8 +115,7 @@ class Largest(TorchDispatchMode):
 def test_logits_are_never_whole(monkeypatch, methods):
     """Forward and backward, with and without gradients: nothing exceeds a chunk or a weight."""
     model, batch = model_of("Qwen3"), batch_of(len(methods))
-    trainables = attached(model, methods)
-    sizes = {}
+    trainables, sizes = attached(model, methods), {}
     for limit in (1 << 24, LIMIT):
         monkeypatch.setattr(nll, "LOGITS", limit)
         with Largest() as largest:
@@ -134,20 +129,14 @@ def test_logits_are_never_whole(monkeypatch, methods):
 
 
 def test_a_model_that_does_not_call_its_decoder_is_refused():
-    class Other(nn.Module):
+    class Other(nn.ModuleDict):
         base_model_prefix = "model"
 
-        def __init__(self):
-            super().__init__()
-            self.model, self.head = nn.Identity(), nn.Linear(4, 8)
-
         def forward(self, inputs_embeds, use_cache):
-            from types import SimpleNamespace
-
             return SimpleNamespace(logits=self.head(inputs_embeds))
 
-    model = Other()
-    decoder = model.model
+    decoder = nn.Identity()
+    model = Other({"model": decoder, "head": nn.Linear(4, 8)})
     with pytest.raises(ModelError, match="smaller exec"):
         logits_of(model, torch.zeros(1, 2, 4))
     assert model.model is decoder

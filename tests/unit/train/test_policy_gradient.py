@@ -27,14 +27,21 @@ from lorasweep.train.objectives.rollouts import (
     held_out_rewards,
 )
 from tests.rewarded import world
-from tests.training import EPS, ROUNDING, attached, run, state_at, worst
+from tests.training import EPS, ROUNDING, Trained, attached, run, worst
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
 
 @pytest.fixture(scope="module")
-def worlds():
+def made():
     return {name: world(name) for name in ("bandit", "words")}
+
+
+@pytest.fixture
+def worlds(made):
+    for _, base, _ in made.values():
+        base.at_start.clear()
+    return made
 
 
 @pytest.fixture
@@ -52,7 +59,12 @@ def attach():
 
 
 def gradient(trained):
-    return torch.cat([p.grad.flatten() for p in trained.parameters().values()])
+    """The gradient in one piece; it is taken away, too."""
+    params = trained.parameters().values()
+    found = torch.cat([p.grad.flatten() for p in params])
+    for p in params:
+        p.grad = None
+    return found
 
 
 def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds, attach):
@@ -68,8 +80,6 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
     log_p = base.model(input_ids=tokens, use_cache=False).logits[0, -1].log_softmax(-1)
     log_p[int(answer_of(row)[0])].exp().backward()
     exact = gradient(trained)
-    for p in trained.parameters().values():
-        p.grad = None
     at = log_p.detach().numpy()
     completions = []
     for pair in itertools.product(np.arange(vocab)[:, None], repeat=2):
@@ -130,16 +140,16 @@ def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options,
         if ".B" in name:
             rng = torch.Generator().manual_seed(p.numel())
             p.data.copy_(0.002 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
-    kept = []
-    sampled = policy_gradient.sample
+    kept, sampled = [], policy_gradient.sample
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy_gradient, "sample", lambda *a: kept.extend(sampled(*a)) or kept)
         batches = objective.batches(base.model, 3, [spec])
     n = spec.batch_size // spec.group_size
     given = loaded.train(spec.seed, 3 * n, n)
     completions = kept[0].tokens
-    pairs = [(given[k // spec.group_size], t) for k, t in enumerate(completions)]
-    rewards = loaded.rewards.of(pairs)
+    rewards = loaded.rewards.of(
+        [(given[k // spec.group_size], t) for k, t in enumerate(completions)]
+    )
     assert 0 < sum(rewards) < len(rewards)
     assert (rows is None) == (len(batches) == 1)
     weight = torch.stack([objective.weights(b) for b in batches]).sum(0)
@@ -148,8 +158,6 @@ def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options,
         (objective.loss(base.model, batch) / weight).sum().backward()
     assert 0 < objective.metrics([0.0])[0]["flat_groups"] < 1
     ours = gradient(trained)
-    for p in trained.parameters().values():
-        p.grad = None
 
     def base_log_p(whole):
         with torch.no_grad():
@@ -191,10 +199,8 @@ def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
         for ours, theirs in zip(own[one.id], records[one.id], strict=True):
             for key in ("reward", "flat_groups", "answer_tokens", "cut_off"):
                 assert ours[key] == theirs[key], key
-            assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=ROUNDING[10])
-            if "test_reward" in ours:
-                wanted = pytest.approx(theirs["test_reward"], rel=ROUNDING[10])
-                assert ours["test_reward"] == wanted
+            for key in {"entropy", "test_reward"} & ours.keys():
+                assert ours[key] == pytest.approx(theirs[key], rel=ROUNDING[10])
         best, wanted = (x[one.id]["meta"]["best_reward"] for x in (alone, together))
         assert best == pytest.approx(wanted, rel=ROUNDING[10])
 
@@ -202,8 +208,8 @@ def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
 @pytest.mark.parametrize("name", ["bandit", "words"])
 def test_a_resumed_run_ends_in_the_same_bits(worlds, name):
     spec, base, loaded = worlds[name]
-    whole, records = run([spec], base, loaded)
-    middle = state_at(3, [spec], base, loaded)
+    found = Trained(finetune([spec], base, loaded), at=(3,))
+    whole, records, middle = found.states, found.records, found.at[3]
     middle[spec.id]["meta"] = json.loads(json.dumps(middle[spec.id]["meta"]))
     rest, again = run([spec], base, loaded, resume=middle)
     for key, tensor in whole[spec.id]["tensors"].items():
@@ -220,10 +226,8 @@ def test_a_resumed_run_ends_in_the_same_bits(worlds, name):
 
 def end_of(spec, base, loaded):
     """How a run ends, and its result."""
-    ended = {}
-    for event in finetune([spec], base, loaded):
-        ended |= event.ended
-    return ended[spec.id]
+    found = Trained(finetune([spec], base, loaded))
+    return found.ends[spec.id], found.results[spec.id]
 
 
 def test_it_learns_the_labels_and_records_what_it_learned(worlds):
@@ -259,8 +263,10 @@ def test_the_expected_reward_is_the_mean_of_samples(worlds):
     assert abs(mean - exact) < 4 * se
 
 
-def constant(rewards, value):
-    return dataclasses.replace(rewards, of=lambda pairs: [value] * len(pairs), exact=False)
+def rewarded_by(loaded, value):
+    """Data whose rewards are one value."""
+    given = {"of": lambda pairs: [value] * len(pairs), "exact": False}
+    return dataclasses.replace(loaded, rewards=dataclasses.replace(loaded.rewards, **given))
 
 
 def test_a_collapse_is_a_result(worlds):
@@ -276,25 +282,20 @@ def test_a_collapse_is_a_result(worlds):
 )
 def test_a_base_without_a_signal_is_said_after_the_first_updates(worlds, value, said, monkeypatch):
     spec, base, loaded = worlds["bandit"]
-    base.at_start.clear()
     monkeypatch.setattr(policy_gradient, "check_rows", lambda *_: None)
-    hopeless = dataclasses.replace(loaded, rewards=constant(loaded.rewards, value))
+    hopeless = rewarded_by(loaded, value)
     with pytest.raises(DataError, match=said):
         run([dataclasses.replace(spec, steps=50)], base, hopeless)
     base.at_start.clear()
     _, records = run([dataclasses.replace(spec, steps=7)], base, hopeless)  # not before
     assert all(r["flat_groups"] == 1 and r["surrogate"] == 0 for r in records.popitem()[1])
-    base.at_start.clear()
 
 
 def test_unreadable_completions_are_counted_apart(worlds, monkeypatch):
     spec, base, loaded = worlds["bandit"]
     monkeypatch.setattr(policy_gradient, "check_rows", lambda *_: None)
-    base.at_start.clear()
-    silent = dataclasses.replace(loaded, rewards=constant(loaded.rewards, None))
     one = dataclasses.replace(spec, steps=1)
-    assert run([one], base, silent)[1][one.id][0]["unread"] == 1.0
-    base.at_start.clear()
+    assert run([one], base, rewarded_by(loaded, None))[1][one.id][0]["unread"] == 1.0
 
 
 @pytest.fixture
@@ -329,7 +330,6 @@ def test_a_run_whose_probabilities_are_lost_to_rounding_has_broken_down(worlds, 
 
 def test_prompts_that_leave_no_room_are_refused_before_training(worlds):
     spec, base, loaded = worlds["words"]
-    base.at_start.clear()
     long = dataclasses.replace(spec, max_new_tokens=20)
     with pytest.raises(DataError, match=r"max_length=24\. Set dataset.max_length=\d+, or max_new"):
         run([long], base, loaded)

@@ -43,21 +43,21 @@ def attached(spec, base, count):
     return pack_of(methods, base.model, spec.model, perturb=0.05)
 
 
+def inputs_of(spec, runs, lengths, group, longest):
+    """Random prompts of these lengths for each run, and the random numbers of their completions."""
+    rng, vocab = np.random.default_rng(0), spec.model.vocab_size
+    prompts = [[rng.integers(1, vocab, size=n) for n in lengths] for _ in range(runs)]
+    return prompts, rng.random((runs, len(lengths) * group, longest))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("equal", [True, False], ids=["equal prompts", "ragged prompts"])
 def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, equal, monkeypatch):
     """Runs end their completions at different tokens, and ended rows are dropped on the way."""
     monkeypatch.setattr(sampling, "ROWS", 8)  # two rounds
-    spec = tiny_spec(precision="fp64")
-    if family == "qwen3":
-        spec, base = qwen3(spec)
-    else:
-        spec, base, _ = world("words")
-    rng = np.random.default_rng(0)
-    vocab = spec.model.vocab_size
-    lengths = [5] * 4 if equal else [3, 9, 5, 4]
-    prompts = [[rng.integers(1, vocab, size=n) for n in lengths] for _ in range(3)]
-    uniforms = rng.random((3, 4 * 4, 7))
+    qwen = family == "qwen3"
+    spec, base = qwen3(tiny_spec(precision="fp64")) if qwen else world("words")[:2]
+    prompts, uniforms = inputs_of(spec, 3, [5] * 4 if equal else [3, 9, 5, 4], 4, 7)
     trained = attached(spec, base, 3)
     together = sample(base.model, prompts, uniforms, ENDS, "fp64")
     for n in (2, 0):
@@ -113,10 +113,8 @@ def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypa
     """Autocast leaves rotated keys in fp32, and attention rounds them: so it may be done before."""
     spec, base, _ = world("words", precision="bf16")
     trained, before = attached(spec, base, 2), base.model.config._attn_implementation
-    rng = np.random.default_rng(3)
     lengths = [6] * 3 if equal else [3, 9, 6]
-    prompts = [[rng.integers(1, spec.model.vocab_size, size=n) for n in lengths] for _ in range(2)]
-    uniforms = rng.random((2, 3 * 2, 5))
+    prompts, uniforms = inputs_of(spec, 2, lengths, 2, 5)
     update, held = DynamicCache.update, {}
 
     def draw(dtype):
