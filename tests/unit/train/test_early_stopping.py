@@ -87,10 +87,8 @@ def test_each_stops_where_it_would_alone_and_leaves_the_same(world, together):
         for name in ("steps_done", "best_step", "tokens"):
             assert ours.get(name) == theirs.get(name) == elsewhere.get(name)
         tensors, numbers = worst(away[run.id], alone[run.id]), numbers_apart(elsewhere, theirs)
-        for spread, found in (
-            (tensors, worst(alone[run.id], states[run.id])),
-            (numbers, numbers_apart(theirs, ours)),
-        ):
+        packed = worst(alone[run.id], states[run.id]), numbers_apart(theirs, ours)
+        for spread, found in zip((tensors, numbers), packed):
             bound = max(100 * spread, ROUNDING[1])
             assert found <= bound < 1e-3
         if run.early_stopping:
@@ -135,13 +133,11 @@ def test_a_customer_that_overfits_is_not_worse_for_it(world, method):
     spec, base = world
     rate = 1e-2 if method.name == "lora" else 2e-3
     run, data = customer(dataclasses.replace(spec, method=method), "noisy", 30, 48, rate=rate)
-    stopped, _, _ = trained([run], {run.id: data}, base)
-    endless = dataclasses.replace(run, early_stopping=0)
-    whole, _, _ = trained([endless], {endless.id: data}, base)
-    early, late = stopped[run.id], whole[endless.id]
+    both = (run, dataclasses.replace(run, early_stopping=0))
+    early, late = (trained([one], {one.id: data}, base)[0][one.id] for one in both)
     assert early["steps_done"] < 48 and early["test_nll"] < late["test_nll"] - 0.1
     assert late["train_nll"] < early["test_nll"] - 0.5  # it does memorise its rows
-    assert stopped[run.id]["tokens"] < whole[endless.id]["tokens"]
+    assert early["tokens"] < late["tokens"]
 
 
 def test_its_memory_is_planned(world):

@@ -44,28 +44,20 @@ def dataset(draw_by_seed=False, rule_shift=0.25):
 
 @pytest.mark.numerics
 def test_the_exact_loss_is_the_sum_by_hand(base, norms_in_float64):
-    test = data.load(dataset(), []).test
-    batches = [eval_batches(test, 256)]
-    fast = nll.evaluate_exact(base.model, batches, "fp64", NAME)[0]
-    tokens = torch.stack([torch.from_numpy(e.tokens).long() for e in test])
-    log_q = base.model(input_ids=tokens).logits.detach()[:, 2:-1].log_softmax(-1)
-    p = torch.stack([torch.from_numpy(e.truth.probabilities) for e in test]).double()
-    by_hand = -(p * log_q).sum(-1)
-    changed = torch.stack([torch.from_numpy(e.truth.changed) for e in test])
-    for end, chosen in zip(nll.PARTS, (torch.ones_like(changed), changed, ~changed)):
-        assert fast[NAME + end] == pytest.approx(float(by_hand[chosen].mean()), rel=ROUNDING[1])
-
-
-def test_runs_with_other_draws_and_sizes_come_out_as_alone(base):
-    sets = [
-        eval_batches(data.load(dataset(draw_by_seed=True), [], draw=d).test[:n], 256)
-        for d, n in ((100, 24), (101, 10))
-    ]
-    together = nll.evaluate_exact(base.model, sets, "fp64", NAME)
-    alone = [nll.evaluate_exact(base.model, [s], "fp64", NAME)[0] for s in sets]
-    assert together[0] != together[1]
-    for a, b in zip(together, alone):
-        assert a == pytest.approx(b, rel=ROUNDING[1])
+    """Of two runs in one pass, with draws and sizes of their own."""
+    drawn = (data.load(dataset(draw_by_seed=True), [], draw=d).test for d in (100, 101))
+    tests = [rows[:n] for rows, n in zip(drawn, (24, 10))]
+    found = nll.evaluate_exact(base.model, [eval_batches(t, 256) for t in tests], "fp64", NAME)
+    assert found[0] != found[1]
+    for test, fast in zip(tests, found):
+        tokens = torch.stack([torch.from_numpy(e.tokens).long() for e in test])
+        log_q = base.model(input_ids=tokens).logits.detach()[:, 2:-1].log_softmax(-1)
+        p = torch.stack([torch.from_numpy(e.truth.probabilities) for e in test]).double()
+        by_hand = -(p * log_q).sum(-1)
+        changed = torch.stack([torch.from_numpy(e.truth.changed) for e in test])
+        for end, chosen in zip(nll.PARTS, (torch.ones_like(changed), changed, ~changed)):
+            wanted = float(by_hand[chosen].mean())
+            assert fast[NAME + end] == pytest.approx(wanted, rel=ROUNDING[1])
 
 
 def test_a_part_without_contexts_is_nan(base):
@@ -134,16 +126,12 @@ def test_the_error_of_a_gain_is_that_of_a_mean_where_rows_are_alike():
 
 def test_the_error_over_prompts_is_that_of_one_row_a_prompt():
     """Rows of one prompt, put together into one row, are the same draw."""
-    rng = np.random.default_rng(0)
-    prompts = np.array([0, 1, 0, 2, 2, 2, 3])
-    before, after = rng.gamma(9, 1, 7), rng.gamma(8, 1, 7)
-    tokens = np.array([3, 5, 1, 2, 2, 9, 4])
-    joined = [np.array([x[prompts == k].sum() for k in range(4)]) for x in (before, after, tokens)]
-    found = nll.gain_se(before, after, tokens, prompts)
-    assert found == pytest.approx(nll.gain_se(*joined), rel=1e-12)
-    alone = nll.gain_se(before, after, tokens, range(7))
-    assert alone == pytest.approx(nll.gain_se(before, after, tokens), rel=1e-12)
-    assert math.isnan(nll.gain_se(before, after, tokens, [0] * 7))
+    rng, prompts = np.random.default_rng(0), np.array([0, 1, 0, 2, 2, 2, 3])
+    rows = (rng.gamma(9, 1, 7), rng.gamma(8, 1, 7), np.array([3, 5, 1, 2, 2, 9, 4]))
+    joined = [np.array([x[prompts == k].sum() for k in range(4)]) for x in rows]
+    assert nll.gain_se(*rows, prompts) == pytest.approx(nll.gain_se(*joined), rel=1e-12)
+    assert nll.gain_se(*rows, range(7)) == pytest.approx(nll.gain_se(*rows), rel=1e-12)
+    assert math.isnan(nll.gain_se(*rows, [0] * 7))
 
 
 @pytest.mark.parametrize("n, least", [(4, 0.90), (8, 0.89), (32, 0.91)])
