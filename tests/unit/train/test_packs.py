@@ -1,9 +1,7 @@
-"""A pack is its runs alone, to rounding: step by step, over ten updates, on models of other families,
-and with data sets of different rows, lengths, numbers and steps."""
+"""A pack is its runs alone, to rounding: step by step, over ten updates, and with data sets of
+different rows, lengths, numbers and steps. On another family: tests/unit/methods/test_experts.py."""
 
 import dataclasses
-import itertools
-import statistics
 
 import numpy as np
 import pytest
@@ -19,7 +17,6 @@ from tests.training import (
     ROUNDING,
     Trained,
     copied,
-    family_model,
     moved,
     noise,
     noise_rows,
@@ -47,10 +44,6 @@ def mixed(spec, count, wild=()):
         dataclasses.replace(spec, lr=lr, seed=k % 3, method=method)
         for k, (lr, method) in enumerate(zip(lrs, methods))
     ]
-
-
-def losses(records, name="train_nll"):
-    return np.array([r[name] for r in records if name in r])
 
 
 @pytest.mark.numerics
@@ -121,48 +114,6 @@ def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
         rest, _ = run(some, weights, rows, resume={s.id: middle[s.id] for s in some})
         for one in some:
             assert worst(rest[one.id], together[one.id]) < ROUNDING[10]
-
-
-@pytest.mark.slow
-def test_in_float32_packing_is_far_within_the_noise_between_seeds():
-    """Sixteen runs of four ranks and four seeds. Bits may differ: matrix products of another shape
-    may add up in another order, and which do depends on the processor. So the first losses agree to
-    rounding, and the final held-out loss to a twentieth of the noise between seeds."""
-    spec, base, rows = small_world(lr=3e-3, steps=20, precision="fp32", eps=1e-8)
-    settings = itertools.product((1, 4, 8, 16), range(4))
-    pack = [dataclasses.replace(spec, method=LoRA(rank=r), seed=s) for r, s in settings]
-    _, together = run(pack, base, rows)
-    noise = statistics.stdev(losses(together[m.id], "test_nll")[-1] for m in pack[4:8])
-    for one in (pack[0], pack[5], pack[-1]):
-        alone = run([one], base, rows)[1][one.id]
-        ours, theirs = losses(together[one.id]), losses(alone)
-        assert np.abs(ours[:5] - theirs[:5]).max() < 1e-5
-        final = losses(together[one.id], "test_nll")[-1] - losses(alone, "test_nll")[-1]
-        assert abs(final) < noise / 20
-
-
-def qwen3(spec):
-    """A random Qwen3 of tiny64's shape: another family than the shipped bases."""
-    m = spec.model
-    model = family_model(
-        "Qwen3",
-        **{"hidden_size": m.hidden_size, "intermediate_size": m.mlp_size, "head_dim": m.head_size},
-        **{"num_attention_heads": m.n_heads, "num_key_value_heads": m.n_kv_heads},
-        **{"vocab_size": m.vocab_size, "tie_word_embeddings": False},
-    )
-    shape = dataclasses.replace(m, name="qwen3-tiny", n_layers=2, qk_norm=True)
-    return dataclasses.replace(spec, model=shape), models.Base(model.double(), None, "random")
-
-
-@pytest.mark.numerics
-def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64, other_weights):
-    """Ragged rows: runs of unequal length must not be cut at the wrong place."""
-    spec, base = qwen3(dataclasses.replace(world[0], steps=4, batch_size=3))
-    pack = mixed(spec, 5)
-    together, _ = run(pack, base, ragged(longest=40), micro_batch_size=2)
-    for one in pack[::2]:
-        alone, _ = run([one], other_weights(base), ragged(longest=40))
-        assert worst(alone[one.id], together[one.id]) < ROUNDING[10]
 
 
 # ---------------------------------------------------------------- data sets of their own
