@@ -57,16 +57,18 @@ def small_world(**changes):
     return spec, models.load(spec.model, [], spec.precision), data.load(spec.dataset, [])
 
 
-def ragged(vocab=32, longest=60):
-    """Rows of 5 to `longest` tokens, the second half of each bearing loss."""
+def row_of(rng, vocab, longest, share):
+    """A row of 5 to `longest` random tokens; all but the first 1/`share` of it bears loss."""
+    tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
+    return Example(tokens, np.arange(len(tokens)) > len(tokens) // share)
 
-    def row(*names):
-        rng = stream(*names)
-        tokens = rng.integers(0, vocab, size=rng.integers(5, longest + 1)).astype(np.int32)
-        return Example(tokens, np.arange(len(tokens)) > len(tokens) // 2)
+
+def ragged(vocab=32, longest=60):
+    """Data without end: rows of 5 to `longest` tokens, the second half of each bearing loss."""
 
     def rows(seed, start, count):
-        return [row("ragged", seed, start + k) for k in range(count)]
+        streams = (stream("ragged", seed, start + k) for k in range(count))
+        return [row_of(rng, vocab, longest, 2) for rng in streams]
 
     return Data(rows, rows(-1, 0, 12), None)
 
@@ -74,11 +76,7 @@ def ragged(vocab=32, longest=60):
 def noise_rows(name, count, longest, split):
     """Rows of 5 to `longest` of the symbols 0 to 30, the last two thirds of each bearing loss."""
     rng = stream(name, split)
-    found = []
-    for _ in range(count):
-        tokens = rng.integers(0, 31, rng.integers(5, longest + 1)).astype(np.int32)
-        found.append(Example(tokens, np.arange(len(tokens)) > len(tokens) // 3))
-    return found
+    return [row_of(rng, 31, longest, 3) for _ in range(count)]
 
 
 def noise(dataset, longest, **counts):
@@ -96,31 +94,32 @@ def copied(snapshot):
     }
 
 
+class Trained:
+    """What the events of a pack's training gave, by run: states, records, how it ended, its result;
+    and the states after the updates `at`."""
+
+    def __init__(self, events, at=()):
+        self.states, self.records, self.ends, self.results, self.at = {}, {}, {}, {}, {}
+        for event in events:
+            for i, record in event.records.items():
+                self.records.setdefault(i, []).append(record)
+            if event.ended or event.step in at:
+                self.at[event.step] = copied(event.snapshot())
+            for i, (end, result) in event.ended.items():
+                self.states[i] = self.at[event.step][i]
+                self.ends[i], self.results[i] = end, result
+
+
 def run(pack, base, rows, **kwargs):
     """Train to the end; the last state of each run, and its records."""
-    states, records = {}, {}
-    for event in finetune(pack, base, rows, **kwargs):
-        if event.ended:
-            states |= copied(event.snapshot())
-        for i, record in event.records.items():
-            records.setdefault(i, []).append(record)
-    return states, records
+    found = Trained(finetune(pack, base, rows, **kwargs))
+    return found.states, found.records
 
 
 def results(pack, base, rows, **kwargs):
     """Train to the end; the result of each run."""
-    found = {}
-    for event in finetune(pack, base, rows, **kwargs):
-        found |= {i: result for i, (_, result) in event.ended.items()}
-    return [found[spec.id] for spec in pack]
-
-
-def state_at(step, pack, base, rows):
-    """The states of a pack after `step` updates."""
-    for event in finetune(pack, base, rows):
-        if event.step == step:
-            return copied(event.snapshot())
-    raise AssertionError(f"the pack ended before update {step}")
+    found = Trained(finetune(pack, base, rows, **kwargs))
+    return [found.results[spec.id] for spec in pack]
 
 
 def moved(base, seed=0):
@@ -155,9 +154,12 @@ def attached(method, model, shape, seed=0):
     return pack_of([method], model, shape, [seed])
 
 
-def pack_of(methods, model, shape, seeds=None, perturb=0.0):
-    """The Trainables of a pack of methods; `perturb`: the size of noise added to their tensors."""
-    targets = find_targets(model, shape, methods[0].target_layers())
+def pack_of(methods, model, shape=None, seeds=None, perturb=0.0):
+    """The Trainables of a pack of methods (without a shape on all linear layers); `perturb`: the size
+    of noise added to their tensors."""
+    targets = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
+    if shape:
+        targets = find_targets(model, shape, methods[0].target_layers())
     trainables = methods[0].attach(model, targets, methods, seeds or list(range(len(methods))))
     if perturb:
         torch.manual_seed(1)
@@ -167,11 +169,11 @@ def pack_of(methods, model, shape, seeds=None, perturb=0.0):
     return trainables
 
 
-def state_of(trainables, k=0):
-    """The tensors of run k by their names in its state."""
+def state_of(trainables, k=0, what="data"):
+    """The tensors of run k by their names in its state, or (`what="grad"`) their gradients."""
     found = {}
     for name, p in trainables.parameters().items():
         in_state, runs = trainables.part_of(name)
         if runs.start <= k < runs.stop:
-            found[in_state] = p[k - runs.start].detach()
+            found[in_state] = getattr(p, what)[k - runs.start]
     return found

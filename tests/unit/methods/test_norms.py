@@ -1,5 +1,6 @@
 """Norms and spectra: equal to a singular value decomposition, and copied to the host once."""
 
+import copy
 import dataclasses
 from collections import Counter
 
@@ -40,21 +41,13 @@ def copies(monkeypatch):
     return counts
 
 
-@pytest.fixture
-def perturbed(world):
-    """Attach a pack with random tensors and gradients until the test ends."""
-    made = []
-
-    def one(methods):
-        trainables = pack_of(methods, world[1].model, world[0].model, perturb=0.1)
-        made.append(trainables)
-        for p in trainables.parameters().values():
-            p.grad = torch.randn_like(p)
-        return trainables
-
-    yield one
-    for trainables in made:
-        trainables.detach()
+def perturbed(world, methods):
+    """A pack with random tensors and gradients, on a copy of the base."""
+    model = copy.deepcopy(world[1].model)
+    trainables = pack_of(methods, model, world[0].model, perturb=0.1)
+    for p in trainables.parameters().values():
+        p.grad = torch.randn_like(p)
+    return trainables
 
 
 def decomposed(matrix):
@@ -62,9 +55,9 @@ def decomposed(matrix):
 
 
 @pytest.mark.parametrize("ranks", [(4,), (2, 2, 8)])
-def test_adapters_equal_a_decomposition(world, copies, perturbed, ranks):
+def test_adapters_equal_a_decomposition(world, copies, ranks):
     methods = [LoRA(rank=r, alpha=8 + k, scaling_by="sqrt_rank") for k, r in enumerate(ranks)]
-    trainables = perturbed(methods)
+    trainables = perturbed(world, methods)
     pack = [dataclasses.replace(world[0], method=m) for m in methods]
     norms, after_norms = trainables.norms(), copies.total()
     spectra, after_spectra = trainables.spectra(), copies.total()
@@ -87,9 +80,9 @@ def test_adapters_equal_a_decomposition(world, copies, perturbed, ranks):
         assert norms[k]["norm_delta"] == pytest.approx(total**0.5, rel=1e-6)
 
 
-def test_full_fine_tuning_equals_a_decomposition(world, copies, perturbed):
+def test_full_fine_tuning_equals_a_decomposition(world, copies):
     start = {n: p.detach().clone() for n, p in world[1].model.named_parameters()}
-    trainables = perturbed([FullFT()])
+    trainables = perturbed(world, [FullFT()])
     (norm,), (spectrum,) = trainables.norms(), trainables.spectra()
     assert copies.total() == 2, copies
     deltas = {n: p.detach() - start[n] for n, p in trainables.parameters().items()}
@@ -112,8 +105,8 @@ def test_a_spectral_norm_where_digits_are_hard_to_keep(monkeypatch):
     assert float(spectral_norm(torch.zeros(3, 2))) == 0
 
 
-def test_a_run_that_broke_down_leaves_the_spectra_of_others(perturbed):
-    trainables = perturbed([LoRA(rank=4)] * 2)
+def test_a_run_that_broke_down_leaves_the_spectra_of_others(world):
+    trainables = perturbed(world, [LoRA(rank=4)] * 2)
     alone = trainables.spectra()[1]
     with torch.no_grad():
         for p in trainables.parameters().values():

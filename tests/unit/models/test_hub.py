@@ -23,7 +23,7 @@ SHAPE = {
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The repository org/tiny as it was downloaded, in several files; returns the spec of its model."""
+    """The repository org/tiny as it was downloaded, in several files; returns its model, pinned."""
     from huggingface_hub import constants
     from transformers import AutoModelForCausalLM
 
@@ -38,7 +38,7 @@ def hub(tmp_path, monkeypatch):
     base = AutoModelForCausalLM.from_config(config_of(model)).bfloat16()  # as the described one is
     base.save_pretrained(snapshot, max_shard_size="10KB")
     qwen_like().save_pretrained(snapshot)
-    return model
+    return dataclasses.replace(model, revision=COMMIT)
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def snapshot(hub, tmp_path):
 
 def test_the_commit_that_a_name_stood_for_is_known(hub):
     unpinned = load(dataclasses.replace(hub, revision=""), [])
-    pinned = load(dataclasses.replace(hub, revision=COMMIT), [])
+    pinned = load(hub, [])
     assert unpinned.commit == pinned.commit == COMMIT
     assert unpinned.sha256 == pinned.sha256 and unpinned.tokenizer is not None
-    assert models.check_available(dataclasses.replace(hub, revision=COMMIT), [])
+    assert models.check_available(hub, [])
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,13 @@ def test_a_node_that_downloads_needs_no_weights_yet_but_a_job_does(hub, snapshot
 
     for path in snapshot.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(ModelError, match=r"files of weights: no model-00001-of.*action=fetch"):
-        models.check_available(dataclasses.replace(hub, revision=COMMIT), [])
+    missing = r"files of weights: no model-00001-of.*action=fetch"
+    with pytest.raises(ModelError, match=missing):
+        models.check_available(hub, [])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    pinned = dataclasses.replace(hub, revision=COMMIT)
-    assert models.check_available(pinned, [])
-    with pytest.raises(ModelError, match=r"files of weights: no model-00001-of.*action=fetch"):
-        models.check_available(pinned, [], fetched=True)
+    assert models.check_available(hub, [])
+    with pytest.raises(ModelError, match=missing):
+        models.check_available(hub, [], fetched=True)
 
 
 @pytest.mark.parametrize(
@@ -115,38 +115,33 @@ def test_an_inaccessible_model_is_refused_with_what_to_do(hub, monkeypatch, kind
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     with pytest.raises(ModelError, match=f"model 'tiny'.*{words}"):
-        models.check_available(hub, [])
+        models.check_available(dataclasses.replace(hub, revision=""), [])
 
 
 def with_model(request, model):
-    points = [
-        dataclasses.replace(p, spec=dataclasses.replace(p.spec, model=model))
-        for p in request.points
-    ]
+    specs = [dataclasses.replace(p.spec, model=model) for p in request.points]
+    points = [dataclasses.replace(p, spec=s) for p, s in zip(request.points, specs)]
     return dataclasses.replace(request, points=points)
 
 
 def test_a_base_without_a_tokenizer_is_refused_for_text_only(hub, snapshot, tmp_path):
-    model = dataclasses.replace(hub, revision=COMMIT)
     (tmp_path / "gsm8k").mkdir()
     for split in ("train", "test"):
         (tmp_path / f"gsm8k/{split}.jsonl").write_text('{"question": "So?", "answer": "Yes"}\n')
     rows = ("dataset=gsm8k", "dataset.revision=''", f"exec.data_dir=[{tmp_path}]")
-    text = with_model(compose_request(rows), model)
+    text = with_model(compose_request(rows), hub)
     check_available(text)
     for path in snapshot.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(SpecError, match="'gsm8k' is text, and model 'tiny' has no tokenizer"):
         check_available(text)
-    check_available(with_model(compose_request(["dataset=dialect"]), model))
+    check_available(with_model(compose_request(["dataset=dialect"]), hub))
     with pytest.raises(SpecError, match="model 'tiny64' has no tokenizer"):
         check_available(compose_request([*rows, "model=tiny64"]))
 
 
 def test_fetching_what_is_there_says_where_it_is(hub, snapshot, capsys):
-    request = with_model(
-        compose_request(["action=fetch"]), dataclasses.replace(hub, revision=COMMIT)
-    )
+    request = with_model(compose_request(["action=fetch"]), hub)
     assert act(request) == 0
     assert f"model tiny: 0.0 GB in {snapshot}" in capsys.readouterr().out
     assert act(compose_request(["action=fetch"])) == 0

@@ -13,8 +13,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.spec.streams import stream
 from lorasweep.train.objectives.policy_gradient import FIRST_UPDATES, Signal
 from lorasweep.train.objectives.sft import Divergence
-from tests.rewarded import world as rewarded_world
-from tests.training import copied, small_world
+from tests.training import Trained, small_world
 
 
 @pytest.fixture(scope="module")
@@ -22,56 +21,42 @@ def world():
     """A base, and a run whose training rows are noise, while its held-out rows are what it knows."""
     spec, base, _ = small_world(method=LoRA(rank=8), batch_size=8, steps=24, eps=1e-8)
     language = {"rule_shift": 0.0, "new_exceptions": 0.0}
-    spec = dataclasses.replace(
-        spec, dataset=dataclasses.replace(spec.dataset, generator_params=language)
-    )
-    known = data.load(spec.dataset, [])
+    dataset = dataclasses.replace(spec.dataset, generator_params=language)
     rng = stream("noise", "train")
     rows = [Example(rng.integers(0, 32, 24).astype(np.int32), np.arange(24) > 8) for _ in range(64)]
-    hard = Data(shuffled(spec.dataset, rows), known.test, 64)
-    return spec, base, known, hard
-
-
-def trained(spec, base, rows, resume=None, stop_at=None):
-    """How the run ended, its result, its train NLLs, and its state after update `stop_at`."""
-    base.at_start.clear()
-    losses, middle = [], None
-    for event in finetune([spec], base, rows, resume=resume):
-        losses.append(event.records[spec.id]["train_nll"])
-        if event.step == stop_at:
-            middle = copied(event.snapshot())
-        for state, result in event.ended.values():
-            return state, result, losses, middle
-    raise AssertionError("the run did not end")
-
-
-def test_rows_harder_than_the_held_out_ones_are_no_divergence(world):
-    spec, base, _, hard = world
-    state, result, losses, _ = trained(spec, base, hard)
-    assert state == "done" and result["steps_done"] == spec.steps
-    assert min(losses[:9]) > 1.5 * result["nll_start"]  # the first nine: what was called diverged
-    assert losses[-1] < losses[0] - 0.5 and result["divergence_rule"] == 2
-
-
-def test_a_learning_rate_far_too_high_on_hard_rows_is_found(world):
-    spec, base, _, hard = world
-    wild = dataclasses.replace(spec, lr=3.0)
-    state, result, losses, _ = trained(wild, base, hard)
-    assert state == "diverged" and result["divergence_rule"] == 2
-    assert min(losses[-8:]) > 1.5 * losses[0] and len(losses) < 14
+    hard = Data(shuffled(dataset, rows), data.load(dataset, []).test, 64)
+    spec = dataclasses.replace(spec, dataset=dataset)
+    return spec, base, hard
 
 
 @pytest.mark.parametrize("rate", [5e-3, 3.0])
-def test_resumed_it_ends_as_uninterrupted_and_an_old_checkpoint_calls_nothing_falsely(world, rate):
-    spec, base, _, hard = world
+def test_rows_harder_than_the_held_out_ones_are_no_divergence_but_a_far_too_high_rate_is(
+    world, rate
+):
+    """Resumed, it ends as uninterrupted; an old checkpoint calls nothing falsely."""
+    spec, base, hard = world
     spec = dataclasses.replace(spec, lr=rate)
-    state, _, losses, middle = trained(spec, base, hard, stop_at=5)
+
+    def trained(resume=None):
+        base.at_start.clear()
+        found = Trained(finetune([spec], base, hard, resume=resume), at=(5,))
+        nlls = [r["train_nll"] for r in found.records[spec.id]]
+        return found.ends[spec.id], found.results[spec.id], nlls, found.at.get(5)
+
+    state, result, losses, middle = trained()
+    assert result["divergence_rule"] == 2
+    if rate == 3.0:
+        assert state == "diverged" and min(losses[-8:]) > 1.5 * losses[0] and len(losses) < 14
+    else:
+        assert state == "done" and result["steps_done"] == spec.steps
+        assert min(losses[:9]) > 1.5 * result["nll_start"]  # the first nine: once called diverged
+        assert losses[-1] < losses[0] - 0.5
     assert json.loads(json.dumps(middle[spec.id]["meta"]["first_nll"])) == losses[0]
-    again = trained(spec, base, hard, resume=middle)
+    again = trained(middle)
     assert again[0] == state and again[2] == losses[5:]
     del middle[spec.id]["meta"]["first_nll"]  # as rule 1 wrote it, seven updates above its bound
     middle[spec.id]["meta"]["above"] = 7
-    again = trained(spec, base, hard, resume=middle)
+    again = trained(middle)
     assert len(again[2]) >= 8 and (again[0] == "done" or rate == 3.0)
 
 
@@ -94,7 +79,6 @@ def rewards(signal, given):
         signal.note({"reward": reward}, 32)
         if signal.collapsed:
             return k
-    return None
 
 
 def test_prompts_harder_than_the_held_out_ones_are_no_collapse():
@@ -119,17 +103,3 @@ def test_signals_are_resumed_and_those_of_old_checkpoints_call_nothing_falsely()
     fourth.load({"below": 0, "answers": 0, "rewarded": 0.0, "best_reward": None})
     assert rewards(fourth, given) == 20
     assert FIRST_UPDATES == 8
-
-
-def test_a_rewarded_run_on_harder_prompts_ends_done(norms_in_float64):
-    """The base is said to be better on held-out prompts than it is on the run's own."""
-    spec, base, loaded = rewarded_world("words")
-    spec = dataclasses.replace(spec, steps=12, lr=1e-5)
-    key = f"{spec.dataset.canonical}/{spec.precision}/{spec.max_new_tokens}/reward"
-    base.at_start[key] = {"test_reward": 0.9, "test_reward_se": 0.0}
-    ended = {}
-    for event in finetune([spec], base, loaded):
-        assert event.records[spec.id]["reward"] < 0.45
-        ended |= event.ended
-    state, result = ended[spec.id]
-    assert state == "done" and not result["collapsed"] and result["divergence_rule"] == 2

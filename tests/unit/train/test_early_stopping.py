@@ -14,7 +14,7 @@ from lorasweep.plan.packing import pack_key
 from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
 from lorasweep.spec.run import validate
 from lorasweep.train.loop import Progress
-from tests.training import ROUNDING, copied, moved, noise, small_world, worst
+from tests.training import ROUNDING, Trained, moved, noise, small_world, worst
 
 
 @pytest.fixture(scope="module")
@@ -38,38 +38,24 @@ def customer(spec, name, longest, steps, patience=2, rate=1e-2, train=6):
 def trained(pack, data, base, resume=None):
     """The results, the last states, and the snapshots after 5 and 10 updates."""
     base.at_start.clear()
-    results, states, middle = {}, {}, {}
-    for event in finetune(pack, base, data, resume=resume):
-        snapshot = copied(event.snapshot())
-        if event.step in (5, 10):
-            middle[event.step] = snapshot
-        for run, (state, result) in event.ended.items():
-            assert state == "done"
-            results[run], states[run] = result, snapshot[run]
-    return results, states, middle
-
-
-def measures(result):
-    """What a result says, without times."""
-    return {k: v for k, v in result.items() if not k.endswith("_s")}
+    found = Trained(finetune(pack, base, data, resume=resume), at=(5, 10))
+    assert set(found.ends.values()) == {"done"}
+    return found.results, found.states, found.at
 
 
 @pytest.fixture(scope="module")
-def pack(world):
-    """Two that overfit, one of them patient; one that only learns; one that makes all its updates."""
-    spec, _ = world
+def together(world):
+    """Two that overfit, one of them patient; one that only learns; one that makes all its updates: the
+    runs, their rows, and what they gave in one pack."""
+    spec, base = world
     made = [
         customer(spec, "hasty", 30, 48, patience=1),
         customer(spec, "patient", 60, 64, patience=3, rate=5e-3),
         customer(spec, "slow", 20, 24, rate=1e-4, train=40),
         customer(spec, "all", 40, 40, patience=0),
     ]
-    return [s for s, _ in made], {s.id: d for s, d in made}
-
-
-@pytest.fixture(scope="module")
-def together(world, pack):
-    return trained(*pack, world[1])
+    runs, data = [s for s, _ in made], {s.id: d for s, d in made}
+    return runs, data, *trained(runs, data, base)
 
 
 NUMBERS = ("test_nll", "test_nll_curve", "train_nll", "norm_b", "code_nats")
@@ -84,12 +70,11 @@ def numbers_apart(a, b):
 
 @pytest.mark.full
 @pytest.mark.numerics
-def test_each_stops_where_it_would_alone_and_leaves_the_same(world, pack, together):
+def test_each_stops_where_it_would_alone_and_leaves_the_same(world, together):
     """Over ten updates to rounding. At the end, after up to 40 updates at 1e-2, as close as the run
     alone is to itself on moved weights (1e-7 here): more cannot be had on any two processors. Where
     each stops does not hang on that: evaluations differ by far more."""
-    runs, data = pack
-    results, states, middle = together
+    runs, data, results, states, middle = together
     assert results[runs[0].id]["steps_done"] < results[runs[1].id]["steps_done"] < 64
     assert results[runs[2].id]["steps_done"] == 24 and results[runs[3].id]["steps_done"] == 40
     for run in runs:
@@ -102,10 +87,8 @@ def test_each_stops_where_it_would_alone_and_leaves_the_same(world, pack, togeth
         for name in ("steps_done", "best_step", "tokens"):
             assert ours.get(name) == theirs.get(name) == elsewhere.get(name)
         tensors, numbers = worst(away[run.id], alone[run.id]), numbers_apart(elsewhere, theirs)
-        for spread, found in (
-            (tensors, worst(alone[run.id], states[run.id])),
-            (numbers, numbers_apart(theirs, ours)),
-        ):
+        packed = worst(alone[run.id], states[run.id]), numbers_apart(theirs, ours)
+        for spread, found in zip((tensors, numbers), packed):
             bound = max(100 * spread, ROUNDING[1])
             assert found <= bound < 1e-3
         if run.early_stopping:
@@ -113,9 +96,9 @@ def test_each_stops_where_it_would_alone_and_leaves_the_same(world, pack, togeth
             assert losses[1] - losses[0] > 100 * bound * losses[0]
 
 
-def test_the_best_evaluation_is_kept(pack, together):
-    results = together[0]
-    for run in pack[0]:
+def test_the_best_evaluation_is_kept(together):
+    runs, _, results, _, _ = together
+    for run in runs:
         found = results[run.id]
         losses = {p["step"]: p.get("test_nll_curve", p["test_nll"]) for p in found["curve"][1:]}
         if not run.early_stopping:
@@ -132,15 +115,15 @@ def test_the_best_evaluation_is_kept(pack, together):
         assert "test_nll_curve" in found["curve"][-1]
 
 
-def test_a_run_resumes_after_a_kill_to_the_same_bits(world, pack, together):
+def test_a_run_resumes_after_a_kill_to_the_same_bits(world, together):
     """From a checkpoint between its best evaluation and its end."""
-    runs, data = pack
-    results, states, middle = together
+    runs, data, results, states, middle = together
     rest = [s for s in runs if s.id in middle[5]]
     assert any(0 < results[s.id].get("best_step", 0) < 5 for s in rest)
     again, left, _ = trained(rest, data, world[1], resume=middle[5])
     for run in rest:
-        assert measures(again[run.id]) == measures(results[run.id])
+        ours, wanted = again[run.id], results[run.id]
+        assert all(ours[k] == wanted[k] for k in ours.keys() | wanted if not k.endswith("_s"))
         tensors = left[run.id]["tensors"]
         assert all(t.equal(tensors[n]) for n, t in states[run.id]["tensors"].items())
 
@@ -150,13 +133,11 @@ def test_a_customer_that_overfits_is_not_worse_for_it(world, method):
     spec, base = world
     rate = 1e-2 if method.name == "lora" else 2e-3
     run, data = customer(dataclasses.replace(spec, method=method), "noisy", 30, 48, rate=rate)
-    stopped, _, _ = trained([run], {run.id: data}, base)
-    endless = dataclasses.replace(run, early_stopping=0)
-    whole, _, _ = trained([endless], {endless.id: data}, base)
-    early, late = stopped[run.id], whole[endless.id]
+    both = (run, dataclasses.replace(run, early_stopping=0))
+    early, late = (trained([one], {one.id: data}, base)[0][one.id] for one in both)
     assert early["steps_done"] < 48 and early["test_nll"] < late["test_nll"] - 0.1
     assert late["train_nll"] < early["test_nll"] - 0.5  # it does memorise its rows
-    assert stopped[run.id]["tokens"] < whole[endless.id]["tokens"]
+    assert early["tokens"] < late["tokens"]
 
 
 def test_its_memory_is_planned(world):

@@ -13,7 +13,7 @@ from lorasweep.data import load as data
 from lorasweep.data.batches import by_length, eval_batches
 from lorasweep.launch.trainer import finetune
 from lorasweep.train.objectives import nll
-from tests.training import ROUNDING, results, small_world, state_at
+from tests.training import ROUNDING, Trained, results, small_world
 from tests.world import tiny_spec
 
 NAME = "test_nll"
@@ -26,59 +26,42 @@ def base():
 
 def test_the_shipped_base_is_near_its_floor_and_far_from_the_dialects(base):
     """The base knows its language; the dialect is a task that starts at least 0.3 above the floor."""
-    spec = tiny_spec()
-    known = {"rule_shift": 0.0, "new_exceptions": 0.0}
-    above = []
+    known, above = {"rule_shift": 0.0, "new_exceptions": 0.0}, []
     for changes in ({}, {"generator_params": known}):
-        rows = data.load(dataclasses.replace(spec.dataset, **changes), [])
+        rows = data.load(dataclasses.replace(tiny_spec().dataset, **changes), [])
         (start,) = nll.evaluate(base.model, [eval_batches(rows.test, 4096)], "fp64")
         above.append(start - rows.entropy_floor_nats)
     assert above[1] < 0.25 and 0.3 < above[0] < math.inf
 
 
-def dataset(**changes):
+def dataset(draw_by_seed=False, rule_shift=0.25):
+    params = {"rule_shift": rule_shift, "new_exceptions": 0.0, "shift_rank": 2}
+    sizes = {"n_test": 24, "n_test_curve": 8, "draw_by_seed": draw_by_seed}
     return dataclasses.replace(
-        tiny_spec().dataset,
-        n_test=24,
-        n_test_curve=8,
-        exact_loss=True,
-        generator_params={"rule_shift": 0.25, "new_exceptions": 0.0, "shift_rank": 2},
-        **changes,
+        tiny_spec().dataset, exact_loss=True, generator_params=params, **sizes
     )
 
 
 @pytest.mark.numerics
 def test_the_exact_loss_is_the_sum_by_hand(base, norms_in_float64):
-    test = data.load(dataset(), []).test
-    batches = [eval_batches(test, 256)]
-    fast = nll.evaluate_exact(base.model, batches, "fp64", NAME)[0]
-    tokens = torch.stack([torch.from_numpy(e.tokens).long() for e in test])
-    log_q = base.model(input_ids=tokens).logits.detach()[:, 2:-1].log_softmax(-1)
-    p = torch.stack([torch.from_numpy(e.truth.probabilities) for e in test]).double()
-    by_hand = -(p * log_q).sum(-1)
-    changed = torch.stack([torch.from_numpy(e.truth.changed) for e in test])
-    for end, chosen in zip(nll.PARTS, (torch.ones_like(changed), changed, ~changed)):
-        assert fast[NAME + end] == pytest.approx(float(by_hand[chosen].mean()), rel=ROUNDING[1])
-
-
-def test_runs_with_other_draws_and_sizes_come_out_as_alone(base):
-    sets = [
-        eval_batches(data.load(dataset(draw_by_seed=True), [], draw=d).test[:n], 256)
-        for d, n in ((100, 24), (101, 10))
-    ]
-    together = nll.evaluate_exact(base.model, sets, "fp64", NAME)
-    alone = [nll.evaluate_exact(base.model, [s], "fp64", NAME)[0] for s in sets]
-    assert together[0] != together[1]
-    for a, b in zip(together, alone):
-        assert a == pytest.approx(b, rel=ROUNDING[1])
+    """Of two runs in one pass, with draws and sizes of their own."""
+    drawn = (data.load(dataset(draw_by_seed=True), [], draw=d).test for d in (100, 101))
+    tests = [rows[:n] for rows, n in zip(drawn, (24, 10))]
+    found = nll.evaluate_exact(base.model, [eval_batches(t, 256) for t in tests], "fp64", NAME)
+    assert found[0] != found[1]
+    for test, fast in zip(tests, found):
+        tokens = torch.stack([torch.from_numpy(e.tokens).long() for e in test])
+        log_q = base.model(input_ids=tokens).logits.detach()[:, 2:-1].log_softmax(-1)
+        p = torch.stack([torch.from_numpy(e.truth.probabilities) for e in test]).double()
+        by_hand = -(p * log_q).sum(-1)
+        changed = torch.stack([torch.from_numpy(e.truth.changed) for e in test])
+        for end, chosen in zip(nll.PARTS, (torch.ones_like(changed), changed, ~changed)):
+            wanted = float(by_hand[chosen].mean())
+            assert fast[NAME + end] == pytest.approx(wanted, rel=ROUNDING[1])
 
 
 def test_a_part_without_contexts_is_nan(base):
-    everything = dataset()
-    everything = dataclasses.replace(
-        everything, generator_params={**everything.generator_params, "rule_shift": 1.0}
-    )
-    test = data.load(everything, []).test
+    test = data.load(dataset(rule_shift=1.0), []).test
     found = nll.evaluate_exact(base.model, [eval_batches(test, 256)], "fp64", NAME)[0]
     assert math.isnan(found[f"{NAME}_unchanged"]) and found[NAME] == found[f"{NAME}_changed"]
     floors = nll.floors(test, "floor")
@@ -93,28 +76,21 @@ def test_a_probability_below_float32_adds_nothing_to_the_floor():
 
 
 def test_a_run_records_parts_code_length_and_bits(base):
-    """On a base that already knows the language: the exact loss lies above its floor."""
+    """On a base that already knows the language: the exact loss lies above its floor. An old
+    checkpoint without a code length leads to nan."""
     spec = dataclasses.replace(tiny_spec(steps=6, precision="fp64"), dataset=dataset())
     loaded = data.load(spec.dataset, [])
-    events = list(finetune([spec], base, loaded))
-    state, result = events[-1].ended[spec.id]
-    assert state == "done"
-    sums = sum(e.records[spec.id]["train_nll"] for e in events)
+    found = Trained(finetune([spec], base, loaded), at=(3,))
+    result, state = found.results[spec.id], found.at[3]
+    assert found.ends[spec.id] == "done"
     per_update = spec.batch_size * (spec.dataset.max_length - 3)
-    assert result["code_nats"] == pytest.approx(sums * per_update, rel=1e-9)
+    nats = per_update * sum(record["train_nll"] for record in found.records[spec.id])
+    assert result["code_nats"] == pytest.approx(nats, rel=1e-9)
     assert result["bits_generator"] == loaded.bits(6 * per_update)["generator"] > 0
     assert result["test_nll"] > result["floor_nats"] > 0
     first, last = result["curve"][0], result["curve"][-1]
     assert {f"{NAME}{end}" for end in nll.PARTS} <= first.keys() & last.keys()
     assert last["test_nll_curve"] != last["test_nll"]  # 8 rows and 24
-    evaluated = [p["step"] for p in result["curve"]]
-    assert evaluated == [0, 1, 2, 3, 4, 6]
-
-
-def test_an_old_checkpoint_without_a_code_length_leads_to_nan(base):
-    spec = dataclasses.replace(tiny_spec(steps=6, precision="fp64"), dataset=dataset())
-    loaded = data.load(spec.dataset, [])
-    state = state_at(3, [spec], base, loaded)
     del state[spec.id]["meta"]["code_nats"]
     (old,) = results([spec], base, loaded, resume=state)
     assert math.isnan(old["code_nats"])
@@ -150,16 +126,12 @@ def test_the_error_of_a_gain_is_that_of_a_mean_where_rows_are_alike():
 
 def test_the_error_over_prompts_is_that_of_one_row_a_prompt():
     """Rows of one prompt, put together into one row, are the same draw."""
-    rng = np.random.default_rng(0)
-    prompts = np.array([0, 1, 0, 2, 2, 2, 3])
-    before, after = rng.gamma(9, 1, 7), rng.gamma(8, 1, 7)
-    tokens = np.array([3, 5, 1, 2, 2, 9, 4])
-    joined = [np.array([x[prompts == k].sum() for k in range(4)]) for x in (before, after, tokens)]
-    found = nll.gain_se(before, after, tokens, prompts)
-    assert found == pytest.approx(nll.gain_se(*joined), rel=1e-12)
-    alone = nll.gain_se(before, after, tokens, range(7))
-    assert alone == pytest.approx(nll.gain_se(before, after, tokens), rel=1e-12)
-    assert math.isnan(nll.gain_se(before, after, tokens, [0] * 7))
+    rng, prompts = np.random.default_rng(0), np.array([0, 1, 0, 2, 2, 2, 3])
+    rows = (rng.gamma(9, 1, 7), rng.gamma(8, 1, 7), np.array([3, 5, 1, 2, 2, 9, 4]))
+    joined = [np.array([x[prompts == k].sum() for k in range(4)]) for x in rows]
+    assert nll.gain_se(*rows, prompts) == pytest.approx(nll.gain_se(*joined), rel=1e-12)
+    assert nll.gain_se(*rows, range(7)) == pytest.approx(nll.gain_se(*rows), rel=1e-12)
+    assert math.isnan(nll.gain_se(*rows, [0] * 7))
 
 
 @pytest.mark.parametrize("n, least", [(4, 0.90), (8, 0.89), (32, 0.91)])

@@ -1,6 +1,8 @@
 """Loss and gradients do not depend on how rows and positions are computed: logits in chunks, which are
 never whole in memory, and rows joined in one sequence."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from lorasweep.models.forward import check_rows_stay_apart, logits_of
 from lorasweep.plan import memory
 from lorasweep.spec.execution import Exec
 from lorasweep.train.objectives import nll
-from tests.training import EPS, ROUNDING, apart, family_model
+from tests.training import EPS, ROUNDING, apart, family_model, pack_of
 from tests.world import tiny_spec
 
 VOCAB, LIMIT = 2048, 1 << 14
@@ -42,35 +44,22 @@ def model_of(family):
     return family_model(family, vocab_size=VOCAB, **FAMILIES[family]).double()
 
 
-def batch_of(n_runs, lengths=(40, 17), join_rows=False, changed=0):
-    """Runs with rows of different lengths and numbers of loss tokens; `changed` changes all rows but
-    each run's second."""
+def batch_of(n_runs, lengths=(40, 17), join_rows=False):
+    """Runs with rows of different lengths and numbers of loss tokens."""
     rng = np.random.default_rng(0)
     parts = []
     for k in range(n_runs):
         rows = [rng.integers(VOCAB - 1, size=n + 5 * k).astype(np.int32) for n in lengths]
-        rows = [r + changed * (i != 1) for i, r in enumerate(rows)]
         examples = [Example(r, np.arange(len(r)) >= 3 + k) for r in rows]
         parts.append(collate(examples, join_rows))
     return merge(parts)
 
 
-def attached(model, methods):
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    trainables = methods[0].attach(model, linears, methods, list(range(len(methods))))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in trainables.parameters().values():
-            p.add_(torch.randn_like(p), alpha=0.02)
-    return trainables
-
-
 def loss_and_gradients(model, trainables, batch):
     sums = nll.nll_sums(model, batch, "fp64")
     (sums * torch.arange(1.0, len(sums) + 1)).sum().backward()
-    gradients = {n: p.grad.clone() for n, p in trainables.parameters().items()}
-    for p in trainables.parameters().values():
-        p.grad = None
+    gradients = {n: p.grad for n, p in trainables.parameters().items()}
+    model.zero_grad()
     return sums.detach(), gradients
 
 
@@ -88,7 +77,7 @@ def assert_equal(found, wanted, rounding=1e-12):
 @both_methods
 def test_loss_and_gradients_in_chunks_are_those_of_the_whole(monkeypatch, family, methods):
     model, batch = model_of(family), batch_of(len(methods))
-    trainables = attached(model, methods)
+    trainables = pack_of(methods, model, perturb=0.02)
     whole = loss_and_gradients(model, trainables, batch)
     log_p = nll.token_log_p(model, batch, "fp64").detach()
     log_q = nll.log_probabilities(model, batch, "fp64")
@@ -119,8 +108,7 @@ class Largest(TorchDispatchMode):
 def test_logits_are_never_whole(monkeypatch, methods):
     """Forward and backward, with and without gradients: nothing exceeds a chunk or a weight."""
     model, batch = model_of("Qwen3"), batch_of(len(methods))
-    trainables = attached(model, methods)
-    sizes = {}
+    trainables, sizes = pack_of(methods, model, perturb=0.02), {}
     for limit in (1 << 24, LIMIT):
         monkeypatch.setattr(nll, "LOGITS", limit)
         with Largest() as largest:
@@ -134,20 +122,14 @@ def test_logits_are_never_whole(monkeypatch, methods):
 
 
 def test_a_model_that_does_not_call_its_decoder_is_refused():
-    class Other(nn.Module):
+    class Other(nn.ModuleDict):
         base_model_prefix = "model"
 
-        def __init__(self):
-            super().__init__()
-            self.model, self.head = nn.Identity(), nn.Linear(4, 8)
-
         def forward(self, inputs_embeds, use_cache):
-            from types import SimpleNamespace
-
             return SimpleNamespace(logits=self.head(inputs_embeds))
 
-    model = Other()
-    decoder = model.model
+    decoder = nn.Identity()
+    model = Other({"model": decoder, "head": nn.Linear(4, 8)})
     with pytest.raises(ModelError, match="smaller exec"):
         logits_of(model, torch.zeros(1, 2, 4))
     assert model.model is decoder
@@ -165,7 +147,7 @@ def test_loss_and_gradients_of_joined_rows_are_those_of_padded_rows(
     monkeypatch, family, methods, chunked
 ):
     model, n = model_of(family), len(methods)
-    trainables = attached(model, methods)
+    trainables = pack_of(methods, model, perturb=0.02)
     if chunked:
         monkeypatch.setattr(nll, "LOGITS", 1 << 17)
     padded, joined = (batch_of(n, LONG, join) for join in (False, True))

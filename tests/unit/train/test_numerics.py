@@ -10,7 +10,7 @@ import torch
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from tests.training import EPS, ROUNDING, apart, moved, run, small_world, worst
+from tests.training import EPS, ROUNDING, Trained, apart, moved, run, small_world, worst
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +35,12 @@ def test_micro_batches_change_nothing(world, method, other_weights):
 def test_a_diverging_run_leaves_and_disturbs_no_other(world):
     spec, base, dataset = world
     calm, wild = (dataclasses.replace(spec, lr=lr, steps=10) for lr in (1e-3, 3.0))
-    ended = {}
-    for event in finetune([wild, calm], base, dataset):
-        ended |= {rid: (state, event.step) for rid, (state, _) in event.ended.items()}
-    assert ended[wild.id][0] == "diverged" and ended[wild.id][1] < 10
-    assert ended[calm.id] == ("done", 10)
-    together, _ = run([wild, calm], base, dataset)
+    found = Trained(finetune([wild, calm], base, dataset))
+    assert [found.ends[s.id] for s in (wild, calm)] == ["diverged", "done"]
+    assert len(found.records[wild.id]) < len(found.records[calm.id]) == 10
     for weights in (base, moved(base)):
         alone, _ = run([calm], weights, dataset)
-        assert worst(alone[calm.id], together[calm.id]) < ROUNDING[10]
+        assert worst(alone[calm.id], found.states[calm.id]) < ROUNDING[10]
 
 
 @pytest.mark.numerics

@@ -1,9 +1,7 @@
-"""A pack is its runs alone, to rounding: step by step, over ten updates, on models of other families,
-and with data sets of different rows, lengths, numbers and steps."""
+"""A pack is its runs alone, to rounding: step by step, over ten updates, and with data sets of
+different rows, lengths, numbers and steps. On another family: tests/unit/methods/test_experts.py."""
 
 import dataclasses
-import itertools
-import statistics
 
 import numpy as np
 import pytest
@@ -17,8 +15,8 @@ from lorasweep.models import load as models
 from lorasweep.train.objectives import nll, sft
 from tests.training import (
     ROUNDING,
+    Trained,
     copied,
-    family_model,
     moved,
     noise,
     noise_rows,
@@ -46,10 +44,6 @@ def mixed(spec, count, wild=()):
         dataclasses.replace(spec, lr=lr, seed=k % 3, method=method)
         for k, (lr, method) in enumerate(zip(lrs, methods))
     ]
-
-
-def losses(records, name="train_nll"):
-    return np.array([r[name] for r in records if name in r])
 
 
 @pytest.mark.numerics
@@ -84,22 +78,20 @@ def test_one_step_in_a_pack_is_one_step_alone(world, other_weights):
 def test_a_run_that_the_caller_drops_is_trained_no_further(world):
     """The rest of its pack goes on as if alone; a trainer that has lost all runs ends."""
     spec, base, rows = world
-    pack, trained = mixed(dataclasses.replace(spec, steps=6), 3), {}
-    for event in finetune(pack, base, rows):
-        for i in event.records:
-            trained.setdefault(i, []).append(event.step)
-        if event.step == 2:
-            event.dropped.add(pack[1].id)
-        if event.ended:
-            last = copied(event.snapshot())
-    assert [trained[s.id][-1] for s in pack] == [6, 2, 6] and pack[1].id not in last
+    pack = mixed(dataclasses.replace(spec, steps=6), 3)
+
+    def dropping(pack, step):
+        for event in finetune(pack, base, rows):
+            if event.step == step:
+                event.dropped.add(pack[len(pack) // 2].id)
+            yield event
+
+    found = Trained(dropping(pack, 2))
+    assert [len(found.records[s.id]) for s in pack] == [6, 2, 6] and pack[1].id not in found.states
     alone, _ = run([pack[2]], base, rows)
-    assert worst(alone[pack[2].id], last[pack[2].id]) < ROUNDING[10]
-    events = []
-    for event in finetune([dataclasses.replace(spec, method=FullFT(), lr=1e-3)], base, rows):
-        events.append(event)
-        event.dropped.update(event.records)
-    assert len(events) == 1
+    assert worst(alone[pack[2].id], found.states[pack[2].id]) < ROUNDING[10]
+    one = dataclasses.replace(spec, method=FullFT(), lr=1e-3)
+    assert len(list(dropping([one], 1))) == 1
 
 
 @pytest.mark.slow
@@ -112,12 +104,8 @@ def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
     rows = ragged(longest=40) if text else rows
     pack = mixed(dataclasses.replace(spec, weight_decay=0.1, clip_norm=0.5), 8)
     pack[5] = dataclasses.replace(pack[5], steps=8)
-    together, middle = {}, {}
-    for event in finetune(pack, base, rows):
-        if event.step == 5:
-            middle = copied(event.snapshot())
-        if event.ended:
-            together |= copied(event.snapshot())
+    found = Trained(finetune(pack, base, rows), at=(5,))
+    together, middle = found.states, found.at[5]
     for weights in (base, moved(base)):
         for one in pack[::5]:
             alone, _ = run([one], weights, rows)
@@ -128,78 +116,42 @@ def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
             assert worst(rest[one.id], together[one.id]) < ROUNDING[10]
 
 
-@pytest.mark.slow
-def test_in_float32_packing_is_far_within_the_noise_between_seeds():
-    """Sixteen runs of four ranks and four seeds. Bits may differ: matrix products of another shape
-    may add up in another order, and which do depends on the processor. So the first losses agree to
-    rounding, and the final held-out loss to a twentieth of the noise between seeds."""
-    spec, base, rows = small_world(lr=3e-3, steps=20, precision="fp32", eps=1e-8)
-    settings = itertools.product((1, 4, 8, 16), range(4))
-    pack = [dataclasses.replace(spec, method=LoRA(rank=r), seed=s) for r, s in settings]
-    _, together = run(pack, base, rows)
-    noise = statistics.stdev(losses(together[m.id], "test_nll")[-1] for m in pack[4:8])
-    for one in (pack[0], pack[5], pack[-1]):
-        alone = run([one], base, rows)[1][one.id]
-        ours, theirs = losses(together[one.id]), losses(alone)
-        assert np.abs(ours[:5] - theirs[:5]).max() < 1e-5
-        final = losses(together[one.id], "test_nll")[-1] - losses(alone, "test_nll")[-1]
-        assert abs(final) < noise / 20
-
-
-def qwen3(spec):
-    """A random Qwen3 of tiny64's shape: another family than the shipped bases."""
-    m = spec.model
-    model = family_model(
-        "Qwen3",
-        **{"hidden_size": m.hidden_size, "intermediate_size": m.mlp_size, "head_dim": m.head_size},
-        **{"num_attention_heads": m.n_heads, "num_key_value_heads": m.n_kv_heads},
-        **{"vocab_size": m.vocab_size, "tie_word_embeddings": False},
-    )
-    shape = dataclasses.replace(m, name="qwen3-tiny", n_layers=2, qk_norm=True)
-    return dataclasses.replace(spec, model=shape), models.Base(model.double(), None, "random")
-
-
-@pytest.mark.numerics
-def test_a_pack_on_another_family_is_its_runs_alone(world, norms_in_float64, other_weights):
-    """Ragged rows: runs of unequal length must not be cut at the wrong place."""
-    spec, base = qwen3(dataclasses.replace(world[0], steps=4, batch_size=3))
-    pack = mixed(spec, 5)
-    together, _ = run(pack, base, ragged(longest=40), micro_batch_size=2)
-    for one in pack[::2]:
-        alone, _ = run([one], other_weights(base), ragged(longest=40))
-        assert worst(alone[one.id], together[one.id]) < ROUNDING[10]
-
-
 # ---------------------------------------------------------------- data sets of their own
 
-CUSTOMERS = {"few": (5, 12, 3), "many": (40, 30, 9), "long": (12, 70, 6), "one": (1, 20, 7)}
-"""Name: training rows, longest row, steps."""
+CUSTOMERS = {
+    **{"few": (5, 12, 3, 1e-3, 4), "many": (40, 30, 9, 2e-3, 4)},
+    **{"long": (12, 70, 6, 4e-3, 4), "one": (1, 20, 7, 2e-3, 8)},
+}
+"""Name: training rows, longest row, steps, learning rate, rank."""
 SECRET = 31
 """A symbol of the vocabulary that `noise` leaves out: only the rows of one customer hold it."""
 
 
 def customer(spec, name):
     """A customer's run, and its data."""
-    count, longest, steps = CUSTOMERS[name]
+    count, longest, steps, rate, rank = CUSTOMERS[name]
     dataset = dataclasses.replace(spec.dataset, name=name, n_test=4, n_test_curve=2)
     data = noise(dataset, longest, train=count, test=4, validation=3)
-    rates = {"few": 1e-3, "many": 2e-3, "long": 4e-3, "one": 2e-3}
-    rank = 8 if name == "one" else 4
-    changes = {"dataset": dataset, "steps": steps, "lr": rates[name], "method": LoRA(rank=rank)}
+    changes = {"dataset": dataset, "steps": steps, "lr": rate, "method": LoRA(rank=rank)}
     return dataclasses.replace(spec, **changes), data
 
 
 @pytest.fixture(scope="module")
-def fleet():
+def made():
     spec, base, _ = small_world(batch_size=4)
     made = [customer(spec, name) for name in CUSTOMERS]
     return base, [s for s, _ in made], {s.id: d for s, d in made}
 
 
+@pytest.fixture
+def fleet(made):
+    made[0].at_start.clear()
+    return made
+
+
 @pytest.mark.parametrize("rows", [pytest.param(None, marks=pytest.mark.numerics), 3])
 def test_each_data_set_trains_and_measures_as_alone_until_it_is_done(fleet, rows, other_weights):
     base, pack, data = fleet
-    base.at_start.clear()
     together, records = run(pack, base, data, micro_batch_size=rows)
     for one in pack:
         base.at_start.clear()
@@ -230,7 +182,6 @@ def test_validation_rows_are_measured_during_training_and_test_rows_only_at_the_
 def test_only_runs_that_are_due_are_measured(fleet, monkeypatch):
     """Runs in held-out passes, from the fourth update on: those that are due, of one data set."""
     base, pack, data = fleet
-    base.at_start.clear()
     twin = dataclasses.replace(pack[2], lr=2 * pack[2].lr)
     pack, data = [*pack, twin], {**data, twin.id: data[pack[2].id]}
     measured = []
@@ -268,12 +219,8 @@ def test_nothing_of_one_customers_rows_is_in_what_another_gets(fleet, monkeypatc
 
     for module in (sft, nll):
         monkeypatch.setattr(module, "nll_sums", watched)
-    planted = dataclasses.replace(
-        mine,
-        train=lambda *at: with_secret(mine.train(*at)),
-        test=with_secret(mine.test),
-        validation=with_secret(mine.validation),
-    )
+    held_out = {"test": with_secret(mine.test), "validation": with_secret(mine.validation)}
+    planted = dataclasses.replace(mine, train=lambda *at: with_secret(mine.train(*at)), **held_out)
     found = []
     for rows in (mine, planted):
         base.at_start.clear()
@@ -307,12 +254,11 @@ def test_on_a_gpu_it_is_the_cpus_run(method):
         base = models.load(spec.model, [], "fp64")
         base.model.to(device)
         curves[device] = run([spec], base, rows)[1][spec.id][-1]
-    assert curves["cuda"]["test_nll"] == pytest.approx(
-        curves["cpu"]["test_nll"], abs=1e-6
-    )  # norms in float32
+    wanted = curves["cpu"]["test_nll"]
+    assert curves["cuda"]["test_nll"] == pytest.approx(wanted, abs=1e-6)  # norms in float32
     low = dataclasses.replace(spec, precision="bf16")
     got = run([low], models.load(low.model, [], "bf16"), rows)[1][low.id][-1]
-    assert got["test_nll"] == pytest.approx(curves["cpu"]["test_nll"], abs=0.02)
+    assert got["test_nll"] == pytest.approx(wanted, abs=0.02)
 
 
 @pytest.mark.gpu

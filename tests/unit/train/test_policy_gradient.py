@@ -27,35 +27,33 @@ from lorasweep.train.objectives.rollouts import (
     held_out_rewards,
 )
 from tests.rewarded import world
-from tests.training import EPS, ROUNDING, attached, run, state_at, worst
+from tests.training import EPS, ROUNDING, Trained, attached, run, worst
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
 
 @pytest.fixture(scope="module")
-def worlds():
+def made():
     return {name: world(name) for name in ("bandit", "words")}
 
 
 @pytest.fixture
-def attach():
-    """Attach one run to a model until the test ends."""
-    made = []
-
-    def one(method, base, spec):
-        made.append(attached(method, base.model, spec.model))
-        return made[-1]
-
-    yield one
-    for trained in made:
-        trained.detach()
+def worlds(made):
+    for _, base, _ in made.values():
+        base.at_start.clear()
+    return made
 
 
 def gradient(trained):
-    return torch.cat([p.grad.flatten() for p in trained.parameters().values()])
+    """The gradient in one piece; it is taken away, too."""
+    params = trained.parameters().values()
+    found = torch.cat([p.grad.flatten() for p in params])
+    for p in params:
+        p.grad = None
+    return found
 
 
-def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds, attach):
+def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds):
     """Every pair of symbols that a context's group of two may draw, each as likely as it is: through
     the rows and the loss that training uses. Half of the gradient, since (G - 1) / G = 1/2."""
     spec, base, loaded = worlds["bandit"]
@@ -63,13 +61,12 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
     objective = PolicyGradient({spec.id: loaded}, spec.precision)
     objective.start(base, [spec])
     objective.batches(base.model, 0, [spec])
-    trained = attach(FullFT(), base, spec)
+    model = copy.deepcopy(base.model)
+    trained = attached(FullFT(), model, spec.model)
     tokens = torch.tensor(prompt_of(row)[None].astype(int))
-    log_p = base.model(input_ids=tokens, use_cache=False).logits[0, -1].log_softmax(-1)
+    log_p = model(input_ids=tokens, use_cache=False).logits[0, -1].log_softmax(-1)
     log_p[int(answer_of(row)[0])].exp().backward()
     exact = gradient(trained)
-    for p in trained.parameters().values():
-        p.grad = None
     at = log_p.detach().numpy()
     completions = []
     for pair in itertools.product(np.arange(vocab)[:, None], repeat=2):
@@ -79,20 +76,25 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
             completions.append(Completion(token, at[token], own * likely / 2))
     (batch,) = collate_rollouts([[Group(prompt_of(row), completions)]], 10**6, 1, False)
     assert batch.tokens_N == (4,)  # all of them share the prompt's row
-    objective.loss(base.model, batch).sum().backward()
+    objective.loss(model, batch).sum().backward()
     found = -gradient(trained)
     assert float(exact.norm()) > 1e-3
     assert float((found - exact / 2).norm()) < 1e-9 * float(exact.norm())
 
 
-def by_hand(model, spec, base_log_p, rows, completions, rewards):
+def token_log_p(model, prompt, whole):
+    """The log-probabilities of the tokens after the prompt."""
+    log_ps = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
+    return log_ps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
+
+
+def by_hand(model, spec, base, rows, completions, rewards):
     """The gradient's loss, written down completion by completion; `spec` has the options."""
     total, size = 0.0, spec.group_size
     for k, (tokens, reward) in enumerate(zip(completions, rewards)):
         prompt, group = prompt_of(rows[k // size]), rewards[k // size * size :][:size]
         whole = torch.tensor(np.concatenate([prompt, tokens])[None].astype(int))
-        log_ps = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
-        own = log_ps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
+        own = token_log_p(model, prompt, whole)
         advantage = reward - sum(group) / size
         if spec.reward_scale == "group":
             advantage = advantage / (np.std(group, ddof=1) + 1e-4)
@@ -102,8 +104,7 @@ def by_hand(model, spec, base_log_p, rows, completions, rewards):
         else:
             total = total - (advantage * gap.exp()).sum()
         if spec.kl_weight:
-            away = base_log_p(whole)[len(prompt) - 1 : -1]
-            away = away.gather(1, whole[0, len(prompt) :, None])[:, 0] - own
+            away = token_log_p(base, prompt, whole).detach() - own
             total = total + spec.kl_weight * (away.exp() - away - 1).sum()
     return total / len(completions)
 
@@ -117,45 +118,38 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("rows", [None, 16], ids=["whole", "micro-batches"])
-def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options, rows, attach):
+def test_a_sampled_update_has_the_gradient_written_down_by_hand(worlds, options, rows):
     """Words of unequal length from a policy that has left the base, groups without a signal among
     them; the learner's own rows, micro-batches and dropped groups against one completion at a time."""
     spec, base, loaded = worlds["words"]
     spec = dataclasses.replace(spec, **options)
     objective = PolicyGradient({spec.id: loaded}, "fp64", rows)
     objective.start(base, [spec])
-    reference = copy.deepcopy(base.model)
-    trained = attach(LoRA(rank=4), base, spec)
+    model = copy.deepcopy(base.model)
+    trained = attached(LoRA(rank=4), model, spec.model)
     for name, p in trained.parameters().items():
         if ".B" in name:
             rng = torch.Generator().manual_seed(p.numel())
             p.data.copy_(0.002 * torch.randn(p.shape, generator=rng, dtype=p.dtype))
-    kept = []
-    sampled = policy_gradient.sample
+    kept, sampled = [], policy_gradient.sample
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy_gradient, "sample", lambda *a: kept.extend(sampled(*a)) or kept)
-        batches = objective.batches(base.model, 3, [spec])
+        batches = objective.batches(model, 3, [spec])
     n = spec.batch_size // spec.group_size
     given = loaded.train(spec.seed, 3 * n, n)
     completions = kept[0].tokens
-    pairs = [(given[k // spec.group_size], t) for k, t in enumerate(completions)]
-    rewards = loaded.rewards.of(pairs)
+    rewards = loaded.rewards.of(
+        [(given[k // spec.group_size], t) for k, t in enumerate(completions)]
+    )
     assert 0 < sum(rewards) < len(rewards)
     assert (rows is None) == (len(batches) == 1)
     weight = torch.stack([objective.weights(b) for b in batches]).sum(0)
     assert weight.tolist() == [spec.batch_size]
     for batch in batches:
-        (objective.loss(base.model, batch) / weight).sum().backward()
+        (objective.loss(model, batch) / weight).sum().backward()
     assert 0 < objective.metrics([0.0])[0]["flat_groups"] < 1
     ours = gradient(trained)
-    for p in trained.parameters().values():
-        p.grad = None
-
-    def base_log_p(whole):
-        with torch.no_grad():
-            return reference(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
-
-    by_hand(base.model, spec, base_log_p, given, completions, rewards).backward()
+    by_hand(model, spec, base.model, given, completions, rewards).backward()
     theirs = gradient(trained)
     assert float(theirs.norm()) > 1e-4
     assert float((ours - theirs).norm()) < 1e-9 * float(theirs.norm())
@@ -191,10 +185,8 @@ def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
         for ours, theirs in zip(own[one.id], records[one.id], strict=True):
             for key in ("reward", "flat_groups", "answer_tokens", "cut_off"):
                 assert ours[key] == theirs[key], key
-            assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=ROUNDING[10])
-            if "test_reward" in ours:
-                wanted = pytest.approx(theirs["test_reward"], rel=ROUNDING[10])
-                assert ours["test_reward"] == wanted
+            for key in {"entropy", "test_reward"} & ours.keys():
+                assert ours[key] == pytest.approx(theirs[key], rel=ROUNDING[10])
         best, wanted = (x[one.id]["meta"]["best_reward"] for x in (alone, together))
         assert best == pytest.approx(wanted, rel=ROUNDING[10])
 
@@ -202,8 +194,8 @@ def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
 @pytest.mark.parametrize("name", ["bandit", "words"])
 def test_a_resumed_run_ends_in_the_same_bits(worlds, name):
     spec, base, loaded = worlds[name]
-    whole, records = run([spec], base, loaded)
-    middle = state_at(3, [spec], base, loaded)
+    found = Trained(finetune([spec], base, loaded), at=(3,))
+    whole, records, middle = found.states, found.records, found.at[3]
     middle[spec.id]["meta"] = json.loads(json.dumps(middle[spec.id]["meta"]))
     rest, again = run([spec], base, loaded, resume=middle)
     for key, tensor in whole[spec.id]["tensors"].items():
@@ -220,10 +212,8 @@ def test_a_resumed_run_ends_in_the_same_bits(worlds, name):
 
 def end_of(spec, base, loaded):
     """How a run ends, and its result."""
-    ended = {}
-    for event in finetune([spec], base, loaded):
-        ended |= event.ended
-    return ended[spec.id]
+    found = Trained(finetune([spec], base, loaded))
+    return found.ends[spec.id], found.results[spec.id]
 
 
 def test_it_learns_the_labels_and_records_what_it_learned(worlds):
@@ -259,8 +249,10 @@ def test_the_expected_reward_is_the_mean_of_samples(worlds):
     assert abs(mean - exact) < 4 * se
 
 
-def constant(rewards, value):
-    return dataclasses.replace(rewards, of=lambda pairs: [value] * len(pairs), exact=False)
+def rewarded_by(loaded, value):
+    """Data whose rewards are one value."""
+    given = {"of": lambda pairs: [value] * len(pairs), "exact": False}
+    return dataclasses.replace(loaded, rewards=dataclasses.replace(loaded.rewards, **given))
 
 
 def test_a_collapse_is_a_result(worlds):
@@ -275,26 +267,17 @@ def test_a_collapse_is_a_result(worlds):
     ("value", "said"), [(0.0, "no completion.*easier"), (1.0, "every.*harder")]
 )
 def test_a_base_without_a_signal_is_said_after_the_first_updates(worlds, value, said, monkeypatch):
+    """Not before them; completions that cannot be read are counted apart."""
     spec, base, loaded = worlds["bandit"]
-    base.at_start.clear()
     monkeypatch.setattr(policy_gradient, "check_rows", lambda *_: None)
-    hopeless = dataclasses.replace(loaded, rewards=constant(loaded.rewards, value))
+    one, some, many = (dataclasses.replace(spec, steps=n) for n in (1, 7, 50))
     with pytest.raises(DataError, match=said):
-        run([dataclasses.replace(spec, steps=50)], base, hopeless)
+        run([many], base, rewarded_by(loaded, value))
     base.at_start.clear()
-    _, records = run([dataclasses.replace(spec, steps=7)], base, hopeless)  # not before
-    assert all(r["flat_groups"] == 1 and r["surrogate"] == 0 for r in records.popitem()[1])
+    records = run([some], base, rewarded_by(loaded, value))[1][some.id]
+    assert all(r["flat_groups"] == 1 and r["surrogate"] == 0 for r in records)
     base.at_start.clear()
-
-
-def test_unreadable_completions_are_counted_apart(worlds, monkeypatch):
-    spec, base, loaded = worlds["bandit"]
-    monkeypatch.setattr(policy_gradient, "check_rows", lambda *_: None)
-    base.at_start.clear()
-    silent = dataclasses.replace(loaded, rewards=constant(loaded.rewards, None))
-    one = dataclasses.replace(spec, steps=1)
-    assert run([one], base, silent)[1][one.id][0]["unread"] == 1.0
-    base.at_start.clear()
+    assert run([one], base, rewarded_by(loaded, None))[1][one.id][0]["unread"] == 1.0
 
 
 @pytest.fixture
@@ -329,7 +312,6 @@ def test_a_run_whose_probabilities_are_lost_to_rounding_has_broken_down(worlds, 
 
 def test_prompts_that_leave_no_room_are_refused_before_training(worlds):
     spec, base, loaded = worlds["words"]
-    base.at_start.clear()
     long = dataclasses.replace(spec, max_new_tokens=20)
     with pytest.raises(DataError, match=r"max_length=24\. Set dataset.max_length=\d+, or max_new"):
         run([long], base, loaded)
