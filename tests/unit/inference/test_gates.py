@@ -1,17 +1,21 @@
-"""Gates: each code's sentence, what opens it, and which of them no run of the grid opens."""
+"""Gates: each code's sentence, what opens it, and the runs that are suggested for a claim."""
 
 import json
+import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from analysis.inference.decide import judge
-from analysis.inference.estimate import Estimate
+from analysis.inference.estimate import Estimate, from_draws
 from analysis.inference.gates import REMEDIES, Gate, GateCode, gate_of, remedy
+from analysis.inference.seeds import from_sample
+from analysis.inference.spread import Spread
 from analysis.measures.next_runs import suggest
 from analysis.optimum.fit import fit_all
 from analysis.runs.lr_curves import lr_curves
-from tests.tables import table
+from tests.tables import GRID, table
 
 SEEDS = "about 33 seeds at each optimum (now 3)"
 BY_SEEDS = (
@@ -65,10 +69,48 @@ def test_of_many_gates_the_one_that_more_runs_do_not_open_counts_first():
     assert verdict.needed == remedy([solved]) and verdict.gates == (edge, rank, solved)
 
 
+# ---------------------------------------------------------------- next runs
+
+
+@pytest.fixture(scope="module")
+def optimum():
+    """One curve with three seeds at every rate and a sure optimum."""
+    rng = np.random.default_rng(0)
+
+    def loss(lr, seed):
+        return 2 + 0.1 * math.log(lr / 8e-4) ** 2 + 1e-3 * rng.standard_normal()
+
+    (found,) = fit_all(lr_curves(table(loss, seeds=(0, 1, 2))))
+    return found
+
+
+SPEED = {"estimand": "rho", "expected": 1, "margin": [0.9, 1.11]}
+
+
+def asked(optimum, verdict, of_rates=False):
+    found = SimpleNamespace(verdicts=[verdict], members={"g": [optimum]}, of_rates=of_rates)
+    return suggest(found)
+
+
+def test_as_many_seeds_are_suggested_as_the_claim_lacks(optimum):
+    over_seeds = from_sample([0.75, 0.82, 0.9], log=True)
+    verdict = judge("c", {**SPEED, "margin": [0.95, 1.2]}, "g", over_seeds, [], 3, True)
+    assert verdict.outcome == "UNDECIDED" and 1 <= verdict.missing <= 5
+    for of_rates in (False, True):  # an interval over seeds has no use for more rates
+        wanted = asked(optimum, verdict, of_rates)
+        assert len(wanted) == 3 and {len(s.seeds) for s in wanted} == {verdict.missing}
+        assert {s.lr for s in wanted} <= {float(f"{lr:.2e}") for lr in GRID}
+
+
+def test_no_run_of_the_grid_adds_layer_sets(optimum):
+    draws = 1 + 0.2 * np.random.default_rng(1).standard_normal(4000)
+    estimate = from_draws(draws, 12, spread=Spread(12, "layer sets"))
+    verdict = judge("c", SPEED, "g", estimate, [], 3, False)
+    assert "layer sets" in verdict.needed and asked(optimum, verdict) == []
+
+
 @pytest.mark.parametrize("code", GateCode, ids=lambda code: code.name)
-def test_runs_are_suggested_unless_no_run_of_the_grid_opens_the_gate(code):
-    optima = fit_all(lr_curves(table(lambda lr, s: 1 + 0.1 * (lr / 8e-4 - 1) ** 2)))
+def test_runs_are_suggested_unless_no_run_of_the_grid_opens_the_gate(optimum, code):
     gate = Gate(code, "no curve of it; task: words decide nothing")
-    found = SimpleNamespace(verdicts=[judged(gate)], members={"g": optima}, of_rates=False)
     hopeless = code in (GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING, GateCode.WITHDRAWN)
-    assert bool(suggest(found)) != hopeless
+    assert bool(asked(optimum, judged(gate))) != hopeless

@@ -35,16 +35,6 @@ def test_the_interval_over_six_seeds_covers_the_planted_effect(b):
     assert np.mean([e.value for e in found]) == pytest.approx(b, abs=1e-3)
 
 
-def test_what_lora_loses_with_updates_is_no_effect_of_the_batch():
-    """At equal examples it would be: a slope over the ends of the runs is far off."""
-    prefixes = planted(0.0, np.random.default_rng(2))
-    ends = [p for p in prefixes if p.steps == LENGTHS[p.batch][1]]
-    means = [np.mean(list(p.logs.best.values())) for p in ends]
-    naive = np.polyfit([math.log2(p.batch) for p in ends], means, 1)[0]
-    assert naive > 0.15
-    assert effect(prefixes).value == pytest.approx(0, abs=0.02)
-
-
 def test_the_difference_of_two_ranks_is_paired_by_seed():
     rng = np.random.default_rng(3)
     common = rng.normal(0, 5, 6)  # cancels: seeds are blocks

@@ -32,18 +32,18 @@ def is_full(spec):
     return spec.method.name == "fullft"
 
 
-def none(spec, step=0):
-    return 0.0
-
-
 class Gaps(World):
-    """Full fine-tuning gains GAIN a doubling; LoRA lies `gap(rank, step, exceptions)` of the whole
-    gain behind it, in the changed contexts only or in the unchanged ones only.
+    """LoRA lies `gap(rank, step, exceptions)` of full fine-tuning's whole gain behind it, in the
+    changed contexts only or in the unchanged ones only. `also`: loss to add, of a run and step."""
 
-    `also`: loss to add, of a run and step.
-    """
-
-    def __init__(self, gap=lambda r, s, e: 0.0, part="changed", bits=1e4, best=None, also=none):
+    def __init__(
+        self,
+        gap=lambda r, s, e: 0.0,
+        part="changed",
+        bits=1e4,
+        best=None,
+        also=lambda spec, step: 0.0,
+    ):
         super().__init__(lambda spec: 1.0, best, self.apart)
         self.gap, self.part, self.bits, self.also = gap, part, bits, also
 
@@ -58,18 +58,20 @@ class Gaps(World):
 
     def apart(self, spec):
         behind = self.behind(spec, spec.steps)
-        common = self.nll(spec) - behind
-        shares = {"changed": SHARE, "unchanged": 1 - SHARE}
         is_new = spec.plain()["dataset"]["knobs"]["rule_shift"] > 0
-        parts = {
-            f"test_nll_{k}": common + (behind / share if k == self.part else 0.0)
-            for k, share in shares.items()
-        }
+        parts = dict.fromkeys(("test_nll_changed", "test_nll_unchanged"), self.nll(spec) - behind)
+        share = SHARE if self.part == "changed" else 1 - SHARE
+        parts[f"test_nll_{self.part}"] += behind / share
         return {"bits_generator": self.bits * is_new, "changed_share": SHARE, **parts}
 
 
 def condition(out, name=IN_LOW):
     return next(c for c in out["cells"] if name in c["cell"])
+
+
+def verdict(out, claim):
+    (found,) = [v for v in out["verdicts"] if v["claim"] == claim]
+    return found
 
 
 def verdicts(out, claim):
@@ -111,8 +113,7 @@ def test_claims_about_the_regime_can_be_refuted():
     assert verdicts(out, "low") == {IN_LOW: "REFUTED"} == verdicts(out, "better")
     assert verdicts(out, "beyond") == {IN_BEYOND: "REFUTED"}
     assert verdicts(out, "growth")[IN_LOW] == "REFUTED"
-    (place,) = [v for v in out["verdicts"] if v["claim"] == "unchanged"]
-    assert [g["code"] for g in place["gates"]] == ["NO_ADVANTAGE"]
+    assert [g["code"] for g in verdict(out, "unchanged")["gates"]] == ["NO_ADVANTAGE"]
 
 
 @pytest.mark.parametrize(
@@ -144,8 +145,8 @@ def test_full_fine_tuning_of_loras_matrices_is_a_control_and_no_rank():
     control = runs(data(**LOW), FullFT(scope="matrices"), around(FULL), **common)
     out = ask_regime(Gaps(also=restricted), LOW, also=control)
     assert verdicts(out, "same_matrices") == {IN_LOW: "REFUTED"}
-    (gap,) = [v["estimate"] for v in out["verdicts"] if v["claim"] == "same_matrices"]
-    assert gap["value"] == pytest.approx(0.03 * GAIN * 8, abs=2e-3)
+    gap = verdict(out, "same_matrices")["estimate"]["value"]
+    assert gap == pytest.approx(0.03 * GAIN * 8, abs=2e-3)
     assert verdicts(out, "low") == {IN_LOW: "SUPPORTED"}
     assert [r["rank"] for r in condition(out)["ranks"]] == [1, 8]
 
@@ -184,7 +185,7 @@ def test_a_noisy_condition_is_shown_and_not_judged(full):
         return rng.normal(0, 0.03) if is_full(spec) == full else 0.0
 
     out = ask_regime(Gaps(also=loud), LOW, steps=12)
-    low = next(v for v in out["verdicts"] if v["claim"] == "low")
+    low = verdict(out, "low")
     assert low["outcome"] == "UNDECIDED"
     assert ("NOISY" in {g["code"] for g in low["gates"]}) == full
 
@@ -231,7 +232,7 @@ def test_growth_is_read_on_the_same_held_out_rows_at_both_lengths():
             return points
 
     out = ask_regime(Harder(lambda r, step, e: 0.1), LOW)
-    grown = next(v for v in out["verdicts"] if v["claim"] == "growth")
+    grown = verdict(out, "growth")
     assert grown["estimate"]["value"] == pytest.approx(0, abs=2e-3)
     assert grown["outcome"] == "UNDECIDED"
 

@@ -36,20 +36,22 @@ def test_ratio_and_drift_come_back(tmp_path, capsys, name):
     code, text, _ = run(capsys, "ratio", path, "--json")
     found = json.loads(text)
     assert code == 0 and all(r["low"] < 10 < r["high"] for r in found["ratios"])
-    assert run(capsys, "ratio", path)[0] == 0
     code, text, _ = run(capsys, "drift", path, "--json")
     (row,) = json.loads(text)
     assert row["low"] < 0 < row["high"] and row["ranks"] == [4, 16]
-    assert run(capsys, "drift", path)[0] == 0
+    assert run(capsys, "drift", path)[0] == run(capsys, "ratio", path)[0] == 0
     both = pd.concat([planted(), planted(ratio=9.0).assign(model="n")])
     code, text, _ = run(capsys, "ratio", write(tmp_path, both, name), "--json")
     pooled = json.loads(text)["pooled"]
     assert code == 0 and pooled["groups"] == 2 and pooled["low"] < 9.5 < pooled["high"]
 
 
+def of_widths(table, widths):
+    return pd.concat([table.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
+
+
 def test_law_needs_a_width_and_then_speaks(tmp_path, capsys):
-    one, widths = planted(ratio=10).assign(alpha=32), (1024, 2048, 4096)
-    table = pd.concat([one.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
+    table = of_widths(planted(ratio=10).assign(alpha=32), (1024, 2048, 4096))
     code, text, _ = run(capsys, "law", write(tmp_path, table), "--json")
     found = json.loads(text)
     assert code == 0 and {v["method"] for v in found["by_optima"]} == {"lora", "fullft"}
@@ -57,8 +59,7 @@ def test_law_needs_a_width_and_then_speaks(tmp_path, capsys):
     assert run(capsys, "law", write(tmp_path, table))[0] == 0
     code, _, err = run(capsys, "law", write(tmp_path, planted()))
     assert code == 2 and "hidden_size" in err
-    one, widths = planted(ranks=(4,), higher=True), (1024, 2048, 4096, 8192)
-    table = pd.concat([one.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
+    table = of_widths(planted(ranks=(4,), higher=True), (1024, 2048, 4096, 8192))
     code, text, _ = run(capsys, "law", write(tmp_path, table), "--higher", "test_nll", "--json")
     (law,) = json.loads(text)["by_loss"]
     assert code == 0 and law["regret_percent"] >= 0

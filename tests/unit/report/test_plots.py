@@ -11,7 +11,7 @@ from analysis.inference.estimate import AT_LEAST, Estimate
 from analysis.optimum.fit import fit_all
 from analysis.questions.base import Panel, Series
 from analysis.report import plots, plots_curves
-from analysis.runs.lr_curves import in_words, lr_curves, title
+from analysis.runs.lr_curves import lr_curves, title
 from analysis.runs.prefixes import at_step
 
 
@@ -43,9 +43,6 @@ def test_panels_of_one_quantity_have_one_scale_and_one_legend(drawn):
     assert one.get_ylim()[0] < 0.1 and one.get_ylim()[1] > 1.0
     assert len(figure.legends) == 1 and not any(ax.get_legend() for ax in figure.axes)
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
-
-
-def test_panels_with_other_legends_keep_their_own(drawn):
     figure = drawn(lambda path: plots.panels([panel((1, 2)), panel((1, 2, 3))], path))
     assert not figure.legends and all(ax.get_legend() for ax in figure.axes)
 
@@ -75,13 +72,6 @@ def test_zero_is_drawn_at_zero(drawn):
     (ax,) = drawn(lambda path: plots.panels([one], path)).axes
     low, high = ax.get_ylim()
     assert list(ax.lines[0].get_ydata()) == [0, 0] and -1e-14 < low < 0 and high > 1e-3
-
-
-def test_generator_parameters_are_words():
-    assert in_words("dialect") == "dialect"
-    shown = in_words("dialect(new_exceptions=0, rule_shift=1)")
-    assert shown == "dialect (no new exceptions, all rules new)"
-    assert in_words("d(features=8, rule_shift=0.25)") == "d (features 8, 25% of the rules new)"
 
 
 def runs():
@@ -150,15 +140,12 @@ def test_an_optimum_at_an_edge_is_an_arrow_and_its_legend_a_bound(drawn):
 def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(drawn):
     """One run of three at the fourth rate of six: the best rates are beyond it, and have no line."""
     one = runs().query("method == 'lora'").drop_duplicates("lr").sort_values("lr")
-    rates = 1e-4 * 2.0 ** np.arange(6)
-    losses = [3.0, 2.6, 2.3, 2.1, 2.0, 2.05]
-    rows = [
-        {**one.iloc[0].to_dict(), "lr": lr, "seed": s, "test_nll": loss + 0.01 * s}
-        for lr, loss in zip(rates, losses)
-        for s in range(3)
-    ]
-    rows[3 * 3 + 1] |= {"status": "diverged", "test_nll": None}
-    optima = fit_all(lr_curves(pd.DataFrame(rows)))
+    rates, losses = 1e-4 * 2.0 ** np.arange(6), np.array([3.0, 2.6, 2.3, 2.1, 2.0, 2.05])
+    table = pd.concat([one.iloc[[0]]] * 18, ignore_index=True)
+    table = table.assign(lr=rates.repeat(3), seed=[0, 1, 2] * 6, test_nll=losses.repeat(3))
+    table["test_nll"] += 0.01 * table["seed"]
+    table.loc[10, ["status", "test_nll"]] = ["diverged", None]
+    optima = fit_all(lr_curves(table))
     assert np.exp(optima[0].curve.unbroken) == pytest.approx(rates[:3])
     (ax,) = drawn(lambda path: plots_curves.lr_against_nll(optima, path)).axes
     (fitted,) = [line for line in ax.lines if len(line.get_xdata()) == 200]

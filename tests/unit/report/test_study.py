@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,8 +23,8 @@ from analysis.report.study import answers, figures, findings, ledger, page
 from analysis.report.study.answers import NO_CELL, Answer, Setting, pooled, read_answers, rows_of
 from analysis.runs.table import read
 from lorasweep.sweep.request import question
+from tests.world import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 KEPT = ROOT / "analysis" / "results"
 
 
@@ -52,15 +51,8 @@ def answer(
     at = folder / f"{sweep}-{scale}"
     at.mkdir(parents=True, exist_ok=True)
     rows = [
-        {
-            "run_id": f"{scale}{seed}{d['name']}",
-            "model": base,
-            "seed": seed,
-            "hidden_size": 64,
-            **{"method": "lora", "rank": 8.0, "batch_size": 16, "steps": 256},
-            "dataset": d["name"],
-            "spec": json.dumps({"dataset": d}),
-        }
+        {"run_id": f"{scale}{seed}{d['name']}", "seed": seed, "spec": json.dumps({"dataset": d})}
+        | {"hidden_size": 64, **curve(base, d["name"])}
         for seed in seeds
         for d in data
     ]
@@ -82,8 +74,7 @@ def curve(model, dataset="dialect", **more):
 def test_a_verdict_is_the_one_of_its_own_report(reports):
     path = reports / "rank-smoke/results.json"
     (kept,) = read_answers([reports])
-    rows = rows_of([kept])
-    assert rows[0] == list(answers.HEAD) and {r[0].split(":")[0] for r in rows[1:]} == {"rank"}
+    assert {r[0].split(":")[0] for r in rows_of([kept])[1:]} == {"rank"}
     results = json.loads(path.read_text())
     assert [v.plain() for v in kept.verdicts] == results["verdicts"]
     assert any(v.gates for v in kept.verdicts)
@@ -95,10 +86,7 @@ def test_a_verdict_is_the_one_of_its_own_report(reports):
     # The report has corrected its two primary claims; the page corrects nothing again.
     assert sum(v.primary for v in kept.verdicts) == 2
     assert {(v.outcome, v.gates) for v in kept.verdicts} == {("SUPPORTED", ())}
-    flipped = page.page([kept], reports, kept=True)
-    assert "**SUPPORTED** at `smoke`" in flipped
-    assert "What was not tested" in flipped  # of the kept answers
-    assert "What was not tested" not in page.page([kept], reports)
+    assert "**SUPPORTED** at `smoke`" in page.page([kept], reports, kept=True)
 
 
 def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(reports, tmp_path):
@@ -144,8 +132,6 @@ def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose):
         ("b on low, batch 16, steps 256", Setting.IN_REGIME),
         ("b, 8 symbols, drawn anew", Setting.IN_REGIME),
         ("b on dialect", Setting.BEYOND),
-        ("b, 16 symbols, drawn anew + 30% new exceptions", Setting.BEYOND),
-        ("b on facts", Setting.BEYOND),
         ("b, gsm8k", Setting.REAL),
         ("b on low, batch 16, steps 256 and b on facts, batch 16, steps 128", Setting.BEYOND),
         ("all 4 tasks", Setting.REAL),  # names none: the hardest of all
@@ -160,15 +146,9 @@ def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group,
 
 
 def bases(folder, verdicts, **changes):
+    named = [dataclasses.replace(v, group=f"b{k} on dialect") for k, v in enumerate(verdicts)]
     return [
-        answer(
-            folder,
-            dataclasses.replace(v, group=f"b{k} on dialect"),
-            scale=f"tiny_{k}",
-            base=f"b{k}",
-            **changes,
-        )
-        for k, v in enumerate(verdicts)
+        answer(folder, v, scale=f"tiny_{k}", base=f"b{k}", **changes) for k, v in enumerate(named)
     ]
 
 
@@ -210,12 +190,9 @@ def test_answers_that_must_not_be_judged_are_left_out_of_the_average(tmp_path):
     four = bases(tmp_path, made)
     (pool,) = pooled(four)
     assert pool.estimate == pooled(four[:3])[0].estimate and pool.left_out == ("b3",)
-    assert "(1 not to be judged: b3): c holds; 0.6" in page.page(four, tmp_path)
-    # Too few are left: no average, and the page says why.
+    # Too few are left: no average.
     (none,) = pooled(four[1:])
     assert none.estimate.value is None and none.left_out == ("b3",)
-    text = page.page(four[1:], tmp_path)
-    assert "No average over bases (1 not to be judged: b3): c holds" in text
     (row,) = figures.claim_rows(four[1:], [none])
     assert all(m.outcome for m in row.marks[Setting.BEYOND])
     # Another answer of that base, with fewer runs and no gate, stands for it.
@@ -223,24 +200,6 @@ def test_answers_that_must_not_be_judged_are_left_out_of_the_average(tmp_path):
     again = dataclasses.replace(again, results={**again.results, "scale": "tiny_3"})
     vars(again)["runs"] = four[3].runs
     assert pooled([*four, again])[0].bases == ("b0", "b1", "b2", "b3")
-
-
-def test_the_average_over_bases_covers_a_planted_mean(tmp_path):
-    """Bases differ, and each has Student's interval over five seeds."""
-    rng, covered, n = np.random.default_rng(5), 0, 200
-    planted = bases(tmp_path, [verdict(0.0)] * 3)
-    for _ in range(n):
-        made = []
-        for a in planted:
-            seeds = rng.normal(0, 0.1) + rng.normal(0, 0.1, 5)
-            half = stats.t.ppf(0.975, 4) * seeds.std(ddof=1) / math.sqrt(5)
-            e = Estimate(seeds.mean(), seeds.mean() - half, seeds.mean() + half)
-            v = dataclasses.replace(a.verdicts[0], estimate=e)
-            made.append(dataclasses.replace(a, verdicts=[v]))
-            vars(made[-1])["runs"] = a.runs  # read once
-        e = pooled(made)[0].estimate
-        covered += e.low <= 0 <= e.high
-    assert covered >= 0.92 * n
 
 
 # ---------------------------------------------------------------- figures
@@ -274,7 +233,6 @@ def test_claims_with_one_sentence_share_a_row_and_averages_have_no_verdict(tmp_p
     assert [m.outcome for m in row.marks[Setting.BEYOND]] == ["REFUTED"] * 3 + [""]
     assert row.marks[Setting.BEYOND][0].value == pytest.approx(-5)
     plots_study.forest([row], tmp_path / "forest.png")
-    assert (tmp_path / "forest.png").stat().st_size > 1_000
 
 
 def plain(value, half=1.0):
@@ -299,10 +257,8 @@ def condition(name, *ranks, rank=5.0, loads=(0.01, 6.0, 0.4), updates=256):
 
 def batches(folder, regret, outcome="REFUTED"):
     """`large_batches` on another base: the control, and a batch of 512."""
-    made = [
-        verdict(0.01, outcome=o, claim=claim, group="c on dialect")
-        for claim, o in (("at_32", outcome), ("at_512", "SUPPORTED"))
-    ]
+    outcomes, group = {"at_32": outcome, "at_512": "SUPPORTED"}, "c on dialect"
+    made = [verdict(0.01, outcome=o, claim=c, group=group) for c, o in outcomes.items()]
     regrets = [
         {"batch_size": b, "updates": n, "rank": 8, "regret_percent": plain(v, 2.5)}
         for b, n, v in [(32, 384, regret), (512, 24, 9.0)]
@@ -313,10 +269,8 @@ def batches(folder, regret, outcome="REFUTED"):
 
 
 def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_path):
-    cells = [
-        condition("b, nothing new", (8, 30.0)),
-        condition("b, 8 symbols, change of rank 2", (1, 20.0), (8, 0.05)),
-    ]
+    low = condition("b, 8 symbols, change of rank 2", (1, 20.0), (8, 0.05))
+    cells = [condition("b, nothing new", (8, 30.0)), low]
     regime = answer(tmp_path, sweep="regime", cells=cells)
     lines = figures.regret_lines([regime, batches(tmp_path, 7.8)])
     values = {line.name: {r: e.value for r, e in line.regrets.items()} for line in lines}
@@ -325,20 +279,6 @@ def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_pat
         "c, only rules new, 384 updates of 32": {8: 7.8},
     }
     plots_study.regret_over_rank(lines, tmp_path / "regret.png")
-    assert (tmp_path / "regret.png").stat().st_size > 1_000
-
-
-def test_loads_are_shown_by_all_three_counts(tmp_path):
-    cells = [condition("b, x", (1, 20.0), (8, 1.0))]
-    regime = answer(tmp_path, sweep="regime", cells=cells)
-    (row,) = page.bits_rows([regime])[1:]
-    counts = ["1", "600", "40", "0.01 [-0.09, 0.11]", "6 [5.9, 6.1]", "0.4 [0.3, 0.5]"]
-    assert row == ["b, x", "256", "5 [4, 6]", *counts]
-    first = page.load_rows([regime])[1]
-    assert first == ["b, x", "256", "1", "0.01", "6", "0.4", "20 [19, 21]"]
-    # Answers from before the other counts were made show none.
-    del cells[0]["bits"]
-    assert page.bits_rows([regime]) == page.load_rows([regime]) == []
 
 
 def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path):
@@ -366,21 +306,13 @@ def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path)
     assert not figures.has_rate_curves([answer(tmp_path, sweep="rank", curves=curves)])
 
 
-def test_the_page_shows_only_the_sections_that_have_content(tmp_path):
-    def headings(*made):
-        return [x[3:] for x in page.page(made, tmp_path, kept=True).splitlines() if x[:3] == "## "]
-
-    low = verdict(-0.01, claim="low", group="b, x")
-    regime = answer(tmp_path, low, sweep="regime", cells=[condition("b, x", (8, 1.0))])
+def test_a_rate_that_was_added_later_is_on_the_page_and_no_empty_section_is(tmp_path):
     one = answer(tmp_path, verdict(0.5))
-    always = headings(one)[1:]
-    assert headings(one)[0] == "The claims" and len(always) == 5
-    more = ["Regret over rank", "Capacity for what is new", "The claims"]
-    assert headings(regime) == [*more, *always]
     added = {"arm": "lora", "what": "learning rate 1e-3", "why": "four were left"}
     one.question["added_after"] = [added]
     text = page.page([one], tmp_path, kept=True)
     assert "- `rank-tiny`, arm lora: learning rate 1e-3; four were left" in text
+    assert "## The claims" in text and "## Regret over rank" not in text
 
 
 # ---------------------------------------------------------------- the ledger
@@ -466,10 +398,7 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     held = first("SUPPORTED", "SUPPORTED")
     # The rank of an eighth of the width of 64, with an interval on either data set.
     assert "no regret where only rules are new**" in held
-    assert held.endswith(
-        "b (rank 8, 256 updates of 16) was 2.0% [1.0, 3.0] and 3.0% [2.0, 4.0] of full "
-        "fine-tuning's gain."
-    )
+    assert "b (rank 8, 256 updates of 16) was 2.0% [1.0, 3.0] and 3.0% [2.0, 4.0]" in held
     # Another base of the same share of the width has a sentence of its own.
     both = first("SUPPORTED", "SUPPORTED", control="REFUTED")
     assert "on some bases and data sets**" in both
@@ -480,22 +409,6 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     assert findings.sentences([]) == []
     one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
     assert findings.sentences([answer(tmp_path, one_seed, sweep="rl")]) == []
-
-
-def test_the_front_page_shows_the_headlines_and_no_figure(tmp_path, monkeypatch):
-    cells = [condition(f"b, {k}", (8, 2.0)) for k in range(2)]
-    low = [verdict(-0.01, claim="low", group=c["cell"]) for c in cells]
-    made = [
-        answer(tmp_path, verdict(-9.0, claim="rank_1"), sweep="rl", data=(FACTS,)),
-        answer(tmp_path, verdict(1.0, claim="parity"), sweep="rank", data=RULES),
-        answer(tmp_path, *low, sweep="regime", data=RULES, cells=cells),
-    ]
-    monkeypatch.setattr(page, "read_answers", lambda folders: made)
-    known = findings.by_subject(made)
-    assert list(known) == ["regret", "capacity", "speed", "rewards"]
-    text = page.readme(f"before\n{page.BEGIN}\nold\n{page.END}\nafter", tmp_path)
-    shown = [f"1. {known['regret']}", f"2. {known['speed']}"]
-    assert text.splitlines() == ["before", page.BEGIN, *shown, page.END, "after"]
 
 
 def test_loads_are_compared_on_one_base_after_one_length(tmp_path):
@@ -513,28 +426,6 @@ def test_loads_are_compared_on_one_base_after_one_length(tmp_path):
     assert "hardly depends" in second(same, one)[0]
     assert second(one) == second(one, condition("c, y", (8, 1.0))) == []
     assert second(one, condition("b, y", (8, 1.0), updates=64)) == []
-
-
-def test_answers_of_other_bases_ranks_or_lengths_share_no_sentence(tmp_path):
-    made = []
-    for base, value, scale, data, steps in (
-        ("m", 12.7, "small", (GSM8K,), 30),
-        ("b", 4.2, "tiny", RULES, 128),
-    ):
-        name = data[0]["name"]
-        group = f"{base} on {name}, batch 16, steps {steps}"
-        why = "early seeds" if base == "m" else ""
-        verdicts = [
-            verdict(value, claim=c, group=group, exploratory=why) for c in ("ratio", "order")
-        ]
-        curves = [curve(base, name, rank=16.0, steps=steps)]
-        more = {"sweep": "lr_ratio", "scale": scale, "base": base}
-        made.append(answer(tmp_path, *verdicts, data=data, curves=curves, **more))
-    (said,) = findings.sentences(made)
-    assert said.split(". ", 1)[1] == (
-        "The ratio was 4.2 [4.1, 4.3] on b (only rules new; rank 16, 128 updates). On m (gsm8k; "
-        "rank 16, 30 updates) it was 12.7 [12.6, 12.8] (exploratory)."
-    )
 
 
 def test_batches_are_no_evidence_where_their_control_fails(tmp_path):
@@ -576,13 +467,9 @@ def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(t
     assert "**REFUTED** at `tiny`<br>**REFUTED** at `tiny` (exploratory)" in shown
     shown = "".join(outcomes_of(both, "it ties with full fine-tuning"))
     assert "**WITHDRAWN** at `tiny`" in shown and "UNDECIDED" not in shown
-    row = page.verdict_row(explores, made)
-    assert row[4] == "**REFUTED (exploratory)**" and "the rule was written later" in row[5]
+    assert page.verdict_row(explores, made)[4] == "**REFUTED (exploratory)**"
     said = findings.sentences(both)
-    assert "`rl_bits`" in said[-1] and "an arm is missing" in said[-1]
-    assert not any("-20" in text for text in said)
-    (alone, _) = findings.sentences([answer(tmp_path, made, sweep="rl", data=(FACTS,)), withdrawn])
-    assert "was -9.0 points [-9.1, -8.9] on b on dialect (exploratory)." in alone
+    assert "an arm is missing" in said[-1] and not any("-20" in text for text in said)
     (row,) = figures.claim_rows(both, [])  # no withdrawn number is in the figure
     assert [m.exploratory for marks in row.marks.values() for m in marks] == [True, False]
     assert "**WITHDRAWN**: an arm is missing." in page.page(both, tmp_path)

@@ -21,10 +21,10 @@ from tests.world import tiny_spec
 REWARD = METRICS["policy_gradient"]
 
 
-def row(lr, value, metric=REWARD, seed=0):
-    spec = dataclasses.replace(tiny_spec(), lr=lr, seed=seed)
-    curve = [{"step": 0, metric.name: 0.1}, {"step": 4, metric.name: value}]
-    result = {"run_id": spec.id, "state": "done", metric.name: value, "curve": curve}
+def row(lr, value, metric=REWARD, seed=0, curve=None, state="done", **changes):
+    spec = dataclasses.replace(tiny_spec(), lr=lr, seed=seed, **changes)
+    curve = curve or [{"step": 0, metric.name: 0.1}, {"step": 4, metric.name: value}]
+    result = {"run_id": spec.id, "state": state, metric.name: value, "curve": curve}
     return table_row(spec.plain(), {**result, **metric.stored()})
 
 
@@ -42,8 +42,7 @@ def test_the_best_rate_is_that_of_the_highest_reward():
     assert shown(raw) == shown(losses) == Shown("held-out reward", -1, "reward", "")
     curve = learning_curves(losses)
     assert curve["test_nll"].tolist()[:2] == [-0.1, -raw["test_reward"].iloc[0]]
-    again = as_losses(losses)  # what is a loss already stays one
-    assert again["test_nll"].tolist() == losses["test_nll"].tolist()
+    assert (as_losses(losses)["test_nll"] == losses["test_nll"]).all()  # a loss stays one
     (best,) = fit_all(lr_curves(losses))
     assert best.best_lr.low < np.exp(top) < best.best_lr.high
     assert best.best_lr.value == pytest.approx(np.exp(top), rel=0.1)
@@ -62,16 +61,11 @@ def test_a_table_of_nlls_is_left_as_it_is_and_metrics_are_never_mixed():
 
 def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
     """As the control of a bandit is: equal rates and seeds, and neither a run twice nor one curve."""
-
-    def rewarded(lr, value):
-        sampled = {"objective": "policy_gradient", "group_size": 4, "max_new_tokens": 1}
-        spec = dataclasses.replace(tiny_spec(), lr=lr, **sampled)
-        result = {"run_id": spec.id, "state": "done", "test_reward": value}
-        curve = [{"step": 0, "test_reward": 0.1}]
-        return table_row(spec.plain(), {**result, "curve": curve, **REWARD.stored()})
-
+    sampled = {"objective": "policy_gradient", "group_size": 4, "max_new_tokens": 1}
     rates = (1e-3, 2e-3, 4e-3)
-    both = [rewarded(lr, 0.5) for lr in rates] + [row(lr, 1.0, METRICS["sft"]) for lr in rates]
+    both = [row(lr, 0.5, **sampled) for lr in rates] + [
+        row(lr, 1.0, METRICS["sft"]) for lr in rates
+    ]
     table = pd.DataFrame(both)
     curves = lr_curves(as_losses(table))
     assert sorted(c.y.mean() for c in curves) == [-0.5, 1.0]
@@ -83,12 +77,10 @@ def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
 def test_a_run_has_collapsed_by_its_own_best_reward():
     """0.5 is the limit: of the run's best reward on the same rows, and not of the base's."""
 
-    def run(lr, curve, last=None, state="done"):
-        spec = dataclasses.replace(tiny_spec(), lr=lr)
+    def run(lr, curve, last, state):
         points = [{"step": k, "test_reward": r} for k, r in enumerate(curve)]
         points[-1] |= {} if last is None else {"test_reward_curve": last}
-        result = {"run_id": spec.id, "state": state, "test_reward": curve[-1], "curve": points}
-        return table_row(spec.plain(), {**result, **REWARD.stored()})
+        return row(lr, curve[-1], curve=points, state=state)
 
     cases = {
         1e-3: ([0.1, 0.8, 0.41], None, "done", False),

@@ -1,7 +1,6 @@
 """Anyone's runs: what is read, what is refused, and that no message leaves row and column out."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,13 +10,12 @@ from analysis.runs.lr_curves import lr_curves
 from analysis.runs.reading import read
 from analysis.tables import commands
 from tests.tables import planted, run, write
-
-KEPT = Path(__file__).resolve().parents[3] / "analysis" / "results"
+from tests.world import ROOT
 
 
 def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
     """Its optional columns (floor_nats, clip_norm, ...) are empty cells in the CSV."""
-    kept = pd.read_parquet(KEPT / "lr_ratio-small" / "table.parquet")
+    kept = pd.read_parquet(ROOT / "analysis/results/lr_ratio-small" / "table.parquet")
     table = tmp_path / "table.csv"
     kept.to_csv(table, index=False)
     kept.to_parquet(table.with_suffix(".parquet"))
@@ -70,9 +68,9 @@ def test_repeats_without_a_seed_are_seeds_that_share_nothing(tmp_path):
 
 def broken(row=3, **values):
     def change(table):
+        ((column, value),) = values.items()
         table = table.astype(object)
-        for column, value in values.items():
-            table.iloc[row, table.columns.get_loc(column)] = value
+        table.loc[row, column] = value
         return table
 
     return change

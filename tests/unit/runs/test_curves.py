@@ -1,9 +1,12 @@
-"""Tables that must be refused before a curve is made of them."""
+"""Curves: tables that must be refused, and where learning curves end."""
+
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.runs.learning_curves import by_run, same_rows
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import TableError
 from tests.tables import table
@@ -46,3 +49,20 @@ def test_runs_without_a_fingerprint_of_their_data_are_refused():
 def test_a_missing_column_is_named():
     with pytest.raises(TableError, match="test_nll"):
         lr_curves(pd.DataFrame({"model": ["m"]}))
+
+
+POINTS = [(0, 3.0), (1, 2.5), (2, 2.0), (4, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("at_end", "wanted"),
+    [
+        ({"test_nll_curve": 1.6}, [(1, 2.5), (2, 2.0), (4, 1.6)]),
+        ({}, [(1, 2.5), (2, 2.0)]),  # the last loss is on more rows
+    ],
+)
+def test_a_curve_is_read_to_its_end_where_the_same_rows_were_evaluated_there(at_end, wanted):
+    curve = [{"step": s, "test_nll": y} for s, y in POINTS]
+    curve[-1] |= at_end
+    table = pd.DataFrame([{"result": json.dumps({"curve": curve})}])
+    assert same_rows(by_run(table)[0]) == wanted and same_rows(None) == []

@@ -1,4 +1,4 @@
-"""Planted ratios come back as what they are, and each verdict can be reached."""
+"""`lr_ratio`, `lr_scale` and `short_runs`: planted optima come back, and each verdict can be reached."""
 
 import json
 import math
@@ -11,9 +11,24 @@ from analysis.__main__ import main
 from analysis.optimum.valley import linex
 from analysis.questions.lr_ratio import QUESTION
 from analysis.runs.table import TableError
-from tests.planted import FULL_BEST, START, Valley, arms, ask, base, check, kept_question
+from tests.planted import (
+    FULL,
+    FULL_BEST,
+    LORA,
+    START,
+    Valley,
+    World,
+    arms,
+    ask,
+    base,
+    check,
+    kept_question,
+)
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
+
+# ---------------------------------------------------------------- lr_ratio
+
 GAINED = START - 2.0
 
 
@@ -122,3 +137,48 @@ def test_a_claim_about_an_unknown_estimand_is_refused():
     asked = kept_question("lr_ratio", {"ratio": {"estimand": "rho", "margin": [0, 1]}})
     with pytest.raises(TableError, match=r"lr_ratio measures lr_ratio, .* not 'rho'"):
         QUESTION.analyse(pd.DataFrame(), asked)
+
+
+# ---------------------------------------------------------------- lr_scale
+
+BASES = ("tiny64-3m", "tiny64", "tiny64-s1", "tiny128-3m", "tiny128-4m", "tiny256-3m")
+
+
+@pytest.mark.parametrize(("power", "outcome"), [(0.0, "SUPPORTED"), (1.0, "REFUTED")])
+def test_the_law_of_the_ratio(power, outcome, tmp_path):
+    def best(spec, step):
+        if spec.method.name == "fullft":
+            return 1.6e-3
+        return 6.4e-3 * (32 / spec.method.alpha) * (spec.model.hidden_size / 64) ** power
+
+    specs = {}
+    for model in BASES:
+        for alpha in (8.0, 32.0, 128.0):
+            lora = {"lora": 6.4e-3 * 32 / alpha, "alpha": alpha, "seeds": range(3)}
+            found = arms(base(model, "dialect_smoke"), (4,), 1.6e-3, steps=16, **lora)
+            specs |= {s.id: s for s in found}
+    world = World(best=best, more=lambda s: {"retain_start": 2.0, "retain_nll": 2.1})
+    folder = tmp_path if power else None
+    out, found = ask("lr_scale", world, specs.values(), folder)
+    check(found, hidden=(outcome, pytest.approx(power, abs=0.15)), alpha="SUPPORTED")
+    assert "smollm2-135m-instruct on gsm8k (small)" in out["outside"]  # a marker, from what is kept
+
+
+# ---------------------------------------------------------------- short_runs
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])
+def test_short_runs_and_norms(factor, outcome, tmp_path):
+    def best(spec, step):
+        return FULL if spec.method.name == "fullft" else LORA * (factor if step <= 24 else 1.0)
+
+    def more(spec):
+        full, lora = {"delta": 2.0}, {"a": 0.5, "b": 1.0, "delta": 3.0}
+        norms = full if spec.method.name == "fullft" else lora
+        return {"spectra": {"model.layers.0.q_proj": norms, "lm_head": norms}}
+
+    specs = arms(base(dataset="dialect_smoke"), (4, 8), steps=384)
+    folder = tmp_path if outcome == "SUPPORTED" else None
+    _, found = ask("short_runs", World(best=best, more=more), specs, folder)
+    check(found, short_over_long=(outcome, pytest.approx(factor, rel=0.15)))
+    check(found, b_grows=pytest.approx(2.0), same_movement=pytest.approx(1.5))

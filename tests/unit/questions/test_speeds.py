@@ -1,4 +1,4 @@
-"""`rank` on planted runs: which ranks keep up, when the others fall behind, and how they start."""
+"""`rank` and `batch_size` on planted runs: which ranks keep up, and what LoRA loses per doubling of the batch."""
 
 import math
 
@@ -8,6 +8,8 @@ from lorasweep.methods.lora import LoRA
 from tests.planted import FULL, LORA, World, arms, ask, base, check, runs
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
+
+
 RULES = {"rule_shift": 0.25, "new_exceptions": 0.0}
 
 
@@ -104,3 +106,48 @@ def test_a_missing_arm_leaves_every_claim_open(arm, missing):
     out, _ = ask("rank", World(), specs)
     assert {v["outcome"] for v in out["verdicts"]} == {"UNDECIDED"}
     assert {v["why"] for v in out["verdicts"]} == {f"no curve of {missing}"}
+
+
+LENGTHS = {4: 256, 16: 128, 64: 32}
+
+
+def batches(ranks=(4,), lengths=LENGTHS, full=FULL, lora=LORA, n=5):
+    spec, found = base("tiny64", "dialect_smoke"), []
+    for size, steps in lengths.items():
+        found += arms(spec, ranks, full, lora, n, batch_size=size, steps=steps)
+    return found
+
+
+def falls(step):
+    """LoRA's speed after `step` updates over that at the start: half of it is lost in 64."""
+    return step ** (-1 / 6)
+
+
+@pytest.mark.parametrize(("b", "outcome"), [(-0.1, "SUPPORTED"), (0.0, "REFUTED")])
+def test_batch_penalty(b, outcome, tmp_path):
+    """rho of 0.9 at batch 4, changing by the factor exp(b) per doubling."""
+    world = World(lambda s: 0.9 * math.exp(b * math.log2(s.batch_size / 4)), falls=falls)
+    out, found = ask("batch_size", world, batches((1, 4)), tmp_path if b else None)
+    check(found, penalty=(outcome, pytest.approx(b, abs=0.02)))
+    check(found, any_rank=("SUPPORTED", pytest.approx(0, abs=0.03)))
+    check(found, below_32="REFUTED")  # 0.9 and falling: more than 5% of the gain
+    assert found["below_256"]["why"] == "no curve of batch 256"
+    assert "batches of 4 to 64 after 8 to 128 updates" in out["read"]["batch_effect"]
+
+
+def test_runs_of_two_lengths_of_one_batch_are_judged_together():
+    """Optima fall with updates: at 16 only the short runs reach them."""
+    world = World(best=lambda s, step: 6e-3 if step <= 16 else 8e-4)
+    long = batches(lengths={4: 64, 16: 64}, full=8e-4, lora=8e-4)
+    short = batches(lengths={4: 16, 16: 16}, full=6.4e-3, lora=6.4e-3)
+    out, found = ask("batch_size", world, [*long, *short])
+    check(found, penalty=pytest.approx(0, abs=0.03))
+    assert "batches of 4 to 16 after 8 to 64 updates" in out["read"]["batch_effect"]
+
+
+def test_every_batch_has_to_take_part():
+    """The LRs of batch 64 do not bracket its optimum: what the others say is not enough."""
+    world = World(best=lambda s, step: 1e-2 if s.batch_size == 64 else 1.6e-3)
+    _, found = ask("batch_size", world, batches(lora=FULL))
+    check(found, penalty="UNDECIDED")
+    assert {g["place"].split(",")[0] for g in found["penalty"]["gates"]} == {"batch 64"}

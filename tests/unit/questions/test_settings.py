@@ -1,0 +1,162 @@
+"""`layers`, `recipes` and `invariance` on planted runs: layer sets, popular settings, twins."""
+
+import math
+
+import pytest
+
+from analysis.questions.layers import PARAMETERS_AGREE
+from lorasweep.methods.lora import LoRA as Lora
+from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, check, runs
+
+pytestmark = pytest.mark.slow  # fits dozens of curves
+
+# ---------------------------------------------------------------- layers
+
+STEPS = 96
+RANKS = {"mlp": (4,), "attention": (4, 8), "attention+mlp": (4,)}
+"""As in the shipped sweep: attention at rank 8 has about the MLP's parameters at rank 4."""
+
+
+def layer_runs(*models):
+    found = []
+    for model in models:
+        spec = base(model, "dialect_smoke")
+        found += arms(spec, (), steps=STEPS)
+        for layers, ranks in RANKS.items():
+            for rank in ranks:
+                found += runs(spec, Lora(rank=rank, layers=layers), around(LORA), steps=STEPS)
+    return found
+
+
+def speeds(attention):
+    return {"attention": attention, "mlp": 0.8, "attention+mlp": 0.82}
+
+
+@pytest.mark.parametrize(("attention", "outcome"), [(0.4, "SUPPORTED"), (0.85, "REFUTED")])
+def test_layer_sets(attention, outcome, tmp_path):
+    world = World(lambda s: speeds(attention)[s.method.layers])
+    folder = tmp_path if outcome == "SUPPORTED" else None
+    _, found = ask("layers", world, layer_runs("tiny64"), folder)
+    check(found, attention_worse=(outcome, pytest.approx(attention / 0.8, rel=0.05)))
+    check(found, mlp_is_enough="SUPPORTED", mlp_loses_nothing="SUPPORTED")
+    lost = math.log2((1 + STEPS * 0.8) / (1 + STEPS * attention))  # in doublings of the updates
+    allowed = 0.05 * math.log2(1 + STEPS)
+    gap = pytest.approx((lost - allowed) * GAIN, abs=0.03 * GAIN)
+    check(found, attention_loses=(outcome, gap))
+
+
+def test_a_claim_about_all_tasks_is_supported_only_if_it_holds_on_each():
+    """Attention is slower on one base and faster on the other."""
+    of_base = {"tiny64": speeds(0.4), "tiny64-s1": speeds(0.9)}
+    world = World(lambda s: of_base[s.model.name][s.method.layers])
+    out, found = ask("layers", world, layer_runs(*of_base))
+    worse = [v for v in out["verdicts"] if v["claim"] == "attention_worse"]
+    outcomes = {v["group"].split()[0]: v["outcome"] for v in worse}
+    assert outcomes == {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
+    check(found, attention_everywhere="REFUTED")
+    assert found["attention_everywhere"]["why"].startswith("by task: REFUTED on 1, SUPPORTED on 1")
+
+
+@pytest.mark.parametrize("scale", ["smoke", "tiny", "small", "paper"])
+def test_attention_and_mlp_have_equal_parameters_at_every_scale(compose, scale):
+    points = [p for p in compose("+sweep=layers", f"scale={scale}").points if p.arm == "lora"]
+    sizes = {}
+    for p in points:
+        size = sizes.setdefault(p.spec.model.name, {})
+        size[p.spec.method.layers] = p.spec.method.n_trainable(p.spec.model)
+    for size in sizes.values():
+        assert abs(math.log(size["attention"] / size["mlp"])) < math.log(1 + PARAMETERS_AGREE)
+
+
+# ---------------------------------------------------------------- recipes
+
+LENGTH, RANK = 96, 8
+
+
+def recipe_runs():
+    spec, common = base(dataset="dialect_smoke"), {"steps": LENGTH}
+    found = arms(spec, (RANK,), **common)
+    found += runs(spec, Lora(rank=RANK, alpha=2.0 * RANK), around(LORA), **common)
+    for layers in ("attention", "attention+mlp"):
+        found += runs(spec, Lora(rank=RANK, layers=layers), around(2e-4), **common)
+    original = Lora(rank=RANK, alpha=1.0 * RANK, layers="attention")
+    found += runs(spec, original, around(2e-4), schedule="linear", **common)
+    few = base(dataset="dialect_few")
+    return found + [s for r in (1, RANK) for s in runs(few, Lora(rank=r), around(LORA), **common)]
+
+
+def test_recipes(tmp_path):
+    def more(spec):
+        return {"retain_nll": 2.5 if spec.method.name == "fullft" else 2.2, "retain_start": 2.0}
+
+    world = World(lambda s: 1.0 if s.method.rank == RANK else 0.6, more=more)
+    _, found = ask("recipes", world, recipe_runs(), tmp_path)
+    check(found, alpha_twice_rank="SUPPORTED", small_data_rank="REFUTED")  # of alpha: the same loss
+    lost = CURVATURE * math.log(2e-4 / LORA) ** 2 / (GAIN * math.log2(LENGTH + 1))
+    check(found, default_rate=("REFUTED", pytest.approx(lost, rel=0.05)))
+    check(found, retention=pytest.approx(0.4))
+
+
+def test_forgetting_is_compared_where_both_have_learned_as_much():
+    """Full fine-tuning forgets more at a higher LR; where it has learned what LoRA learns, at a
+    quarter of its optimal LR, it has forgotten half of what LoRA has."""
+
+    def more(spec):
+        lost = 0.2 if spec.method.name == "lora" else 0.2 * math.sqrt(spec.lr / FULL)
+        return {"retain_nll": 2.0 + lost, "retain_start": 2.0}
+
+    rho = 2.0 ** -(CURVATURE * math.log(4) ** 2 / GAIN)
+    _, found = ask("recipes", World(lambda s: rho, more=more), recipe_runs())
+    check(found, retention=pytest.approx(1.0, rel=0.1))
+    check(found, retention_equal=("REFUTED", pytest.approx(2.0, rel=0.1)))
+
+
+# ---------------------------------------------------------------- invariance
+
+B_BEHIND = 0.03
+TWIN = {"alpha": 8.0, "init_scale": 2.0, "lr_b_ratio": 1.0}
+"""The twin of alpha 32, init 1 and one LR by p = q = 2: both LRs are doubled."""
+
+
+class Rules(World):
+    """Under alpha / rank the optimum is free of the rank, under alpha it is not; B random is behind.
+
+    Twins in float64 agree to the last bits, unless eps does not scale with them.
+    """
+
+    def __init__(self, broken):
+        super().__init__(lambda spec: 0.8, best=self.optimum)
+        self.broken = broken
+
+    def optimum(self, spec, step):
+        power = {"rank": 0.0, "sqrt_rank": -0.5, "none": -1.0}[spec.method.scaling_by]
+        return LORA * spec.method.rank**power
+
+    def loss(self, spec, step):
+        if spec.precision == "fp64":
+            off = self.broken if spec.eps == 1e-8 and spec.method.init_scale != 1 else 1e-15
+            return 3.0 - 0.1 * math.log2(1 + step) + off * spec.method.init_scale
+        behind = B_BEHIND if spec.method.random_factor == "b" else 0.0
+        return super().loss(spec, step) + behind
+
+
+def setting_runs():
+    spec, found = base(dataset="dialect_smoke"), []
+    for rule, power in (("rank", 0), ("sqrt_rank", -0.5), ("none", -1)):
+        for rank in (1, 4, 16):
+            method = Lora(rank=rank, scaling_by=rule)
+            found += runs(spec, method, around(LORA * rank**power), steps=64)
+    found += runs(spec, Lora(rank=4, random_factor="b"), around(LORA), steps=64)
+    for eps in (1e-30, 1e-8):
+        common = {"precision": "fp64", "eps": eps, "steps": 16}
+        found += runs(spec, Lora(rank=4), [1e-3], [0], **common)
+        found += runs(spec, Lora(rank=4, **TWIN), [2e-3], [0], **common)
+    return found
+
+
+@pytest.mark.parametrize(("broken", "outcome"), [(1e-3, "SUPPORTED"), (1e-9, "REFUTED")])
+def test_twins_rules_and_starts_come_back(broken, outcome, tmp_path):
+    _, found = ask("invariance", Rules(broken), setting_runs(), tmp_path if broken > 1e-6 else None)
+    check(found, twins="SUPPORTED", breakers=outcome, rank_free="SUPPORTED")
+    check(found, rank_free_root=pytest.approx(-math.log(2) / 2, abs=0.05))
+    check(found, start_b=("REFUTED", pytest.approx(B_BEHIND, abs=1e-3)))
