@@ -135,12 +135,6 @@ def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> Figures:
     return found
 
 
-def _with_few_test_rows(point: Point) -> Point:
-    few = dataclasses.replace(point.spec.dataset, n_test=32, n_test_curve=4)
-    spec = dataclasses.replace(point.spec, dataset=few)
-    return Point(point.arm, spec)
-
-
 def lora_grid(
     grid: Grid, values: dict[str, Any], start_s: float, peak: float, log: Log
 ) -> dict[str, Any]:
@@ -154,7 +148,8 @@ def lora_grid(
         exec_ = Exec(**{**values, "runs_dir": f"{folder}/runs"})
         points = compose_request(overrides).points
         if scale != "tiny":
-            points = [_with_few_test_rows(p) for p in points]
+            few = dataclasses.replace(points[0].spec.dataset, n_test=32, n_test_curve=4)
+            points = [Point(p.arm, dataclasses.replace(p.spec, dataset=few)) for p in points]
         store = RunStore(exec_.runs_dir)
         store.prepare()
         started = time.perf_counter()

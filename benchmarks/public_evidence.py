@@ -67,6 +67,11 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
     diverged = table[table["status"] == "diverged"]
     repeats = table[table.duplicated(["model", "rank", "lr"], keep=False)]
     top = float(table["lr"].max())
+    n_largest = 0
+    for c in lr_curves(table):
+        x, y = c.x[c.usable], c.y[c.usable]
+        rates = np.unique(x)
+        n_largest += len(rates) and np.argmin([y[x == v].mean() for v in rates]) == len(rates) - 1
     return {
         "n_curves": len(alone),
         "n_models": table["model"].nunique(),
@@ -74,7 +79,7 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
         "n_diverged": len(diverged),
         "n_diverged_at_top": int((diverged["lr"] == top).sum()),
         "top": top,
-        "n_largest": _largest_survivor_best(sweep),
+        "n_largest": n_largest,
         "n_bounded": sum("bounded_by_divergence" in r["flags"] for r in alone),
         "fits": harness.table(
             [
@@ -88,17 +93,6 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
         "n_repeats": len(repeats),
         "lowest": float((repeats["lr"] == table["lr"].min()).mean()),
     }
-
-
-def _largest_survivor_best(sweep: reading.Reading) -> int:
-    found = 0
-    for c in lr_curves(sweep.table):
-        x, y = c.x[c.usable], c.y[c.usable]
-        rates = np.unique(x)
-        if len(rates):
-            means = [y[x == v].mean() for v in rates]
-            found += int(np.argmin(means)) == len(rates) - 1
-    return found
 
 
 def _drift(sweep: reading.Reading) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A condition is a family of shapes and a design; a case is a sweep of four curves
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,20 +17,6 @@ from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 from benchmarks.calibration.generators import Design, plant
 
-KINDS = (
-    "value",
-    "bound",
-    "empty",
-    "error",
-    "width",
-    "ratio",
-    "ratio_error",
-    "argmin",
-    "parabola",
-    "parabola_error",
-    "global",
-    "global_error",
-)
 BATCH = 100
 """Number of sweeps fitted together."""
 WITH_BASELINES = 200
@@ -75,10 +62,19 @@ def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
     rng = stream(
         "coverage", family, design.rates, design.factor, design.seeds, design.fresh, design.noise
     )
-    rows: dict[str, list[float]] = {k: [] for k in KINDS}
+    rows: dict[str, list[float]] = defaultdict(list)
     for k, (curves, truths, optima) in enumerate(fitted(family, design, rng, cases)):
         for o, truth in zip(optima, truths):
-            _tally(rows, o, float(truth))
+            e, true = o.best_lr, float(truth)
+            if e.value is None:
+                empty = e.low is None and e.high is None
+                rows["empty" if empty else "bound"].append(empty or covers(e, math.exp(true)))
+                continue
+            rows["error"].append(abs(math.log(e.value) - true))
+            if e.has_interval():
+                rows["value"].append(covers(e, math.exp(true)))
+                low, high = e.interval
+                rows["width"].append(math.log(high / low))
         for o, truth in zip(optima[1:], truths[1:]):
             r = ratio_of([o], optima[0])
             if r.value is not None and r.has_interval():
@@ -109,21 +105,6 @@ def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
         "global_coverage": share(rows["global"]),
         "global_error": _factor(rows["global_error"]),
     }
-
-
-def _tally(rows: dict[str, list[float]], o: Optimum, truth: float) -> None:
-    e = o.best_lr
-    if e.value is None and e.low is None and e.high is None:
-        rows["empty"].append(1.0)
-    elif e.value is None:
-        rows["bound"].append(covers(e, math.exp(truth)))
-    elif e.has_interval():
-        rows["value"].append(covers(e, math.exp(truth)))
-        low, high = e.interval
-        rows["width"].append(math.log(high / low))
-        rows["error"].append(abs(math.log(e.value) - truth))
-    else:
-        rows["error"].append(abs(math.log(e.value) - truth))
 
 
 def _factor(errors: Sequence[float]) -> float | None:

@@ -12,7 +12,7 @@ import numpy as np
 from analysis.inference.estimate import number
 from analysis.report.text import markdown, text_hash
 from benchmarks import plots
-from benchmarks.calibration import designs_page
+from benchmarks.calibration import designs
 from benchmarks.calibration.generators import HELD_OUT, INSIDE, MARGIN
 from benchmarks.harness import RESULTS, ROOT, render, table, with_block
 
@@ -26,12 +26,9 @@ Study = dict[str, Any]
 HEAD = ["requirement", "target", "measured", "met"]
 
 
-def _mean(rows: Sequence[Row], key: str, weight: str | None = None) -> float:
-    known = [r for r in rows if r.get(key) is not None]
-    if not known:
-        return float("nan")
-    w = [r[weight] for r in known] if weight else None
-    return float(np.average([r[key] for r in known], weights=w))
+def _mean(rows: Sequence[Row], key: str) -> float:
+    known = [r[key] for r in rows if r.get(key) is not None]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _percent(value: float, digits: int = 1) -> str:
@@ -55,13 +52,23 @@ def targets(study: Study) -> list[list[str]]:
     Returns rows of name, target, measured, met, after the head.
     """
     rows = [HEAD, *_coverage_targets(study, "best_lr", "coverage")]
-    rows += [*_coverage_targets(study, "the ratio", "ratio_coverage"), _error_target(study)]
+    rows += _coverage_targets(study, "the ratio", "ratio_coverage")
+    design = (7, 2.0, 2, 0)
+    cells = [r for r in _fine(study) if (r["rates"], r["factor"], r["seeds"], r["fresh"]) == design]
+    errors = [r["error"] for r in cells if r["error"]]
+    middle = float(np.median(errors))
     by_where = _by(study["flags"], lambda r: r["where"]).items()
     right = min((_mean(cells, "right"), where) for where, cells in by_where)
     edge = [r for r in study["verdicts"] if r["ratio"] in MARGIN]
     most = max(r["supported"] for r in edge)
     open_ = _mean([r for r in study["verdicts"] if r["ratio"] == 10.0], "undecided")
     rows += [
+        [
+            "median error of best_lr, 7 rates a factor 2 apart, 2 seeds",
+            "below 1.1x",
+            f"{number(middle)}x, at most {number(max(errors))}x in a cell",
+            _met(middle < 1.1),
+        ],
         [
             "correct flags for optima at an edge or near divergence, worst case",
             "at least 99%",
@@ -81,7 +88,7 @@ def targets(study: Study) -> list[list[str]]:
             _met(open_ <= 0.2),
         ],
     ]
-    return rows + designs_page.targets(study.get("designs", ()))
+    return rows + designs.targets(study.get("designs", ()))
 
 
 def _coverage_targets(study: Study, of: str, key: str) -> list[list[str]]:
@@ -100,32 +107,23 @@ def _coverage_targets(study: Study, of: str, key: str) -> list[list[str]]:
     ]
 
 
-def _error_target(study: Study) -> list[str]:
-    design = (7, 2.0, 2, 0)
-    cells = [r for r in _fine(study) if (r["rates"], r["factor"], r["seeds"], r["fresh"]) == design]
-    errors = [r["error"] for r in cells if r["error"]]
-    middle = float(np.median(errors))
-    return [
-        "median error of best_lr, 7 rates a factor 2 apart, 2 seeds",
-        "below 1.1x",
-        f"{number(middle)}x, at most {number(max(errors))}x in a cell",
-        _met(middle < 1.1),
-    ]
-
-
 def _met(met: bool) -> str:
     return "yes" if met else "**no**"
 
 
 def page(study: Study) -> str:
     """Render the page."""
-    designs = study.get("designs", [])
+    tried = study.get("designs", [])
+    flags = study["flags"]
     sections = {
         "targets": targets(study),
         "families": _family_rows(study),
         "designs": _design_rows(study),
         "verdicts": _verdict_rows(study),
-        "flags": _flag_rows(study),
+        "flags": [
+            ["family", "optimum", "flag right", "value or bound holds"],
+            *([r["family"], r["where"], *map(_percent, (r["right"], r["holds"]))] for r in flags),
+        ],
         "sharing": _sharing_rows(study),
     }
     return render(
@@ -139,9 +137,9 @@ def page(study: Study) -> str:
         held_out=", ".join(HELD_OUT),
         fine=FINE,
         margin=MARGIN,
-        intervals=designs,
-        interval_families=", ".join(dict.fromkeys(r["family"] for r in designs)),
-        interval_tables=designs_page.tables(designs),
+        intervals=tried,
+        interval_families=", ".join(dict.fromkeys(r["family"] for r in tried)),
+        interval_tables=designs.tables(tried),
         **{name: table(rows) for name, rows in sections.items()},
     )
 
@@ -214,14 +212,6 @@ def _verdict_rows(study: Study) -> list[list[str]]:
     return rows
 
 
-def _flag_rows(study: Study) -> list[list[str]]:
-    rows = [["family", "optimum", "flag right", "value or bound holds"]]
-    return rows + [
-        [r["family"], r["where"], _percent(r["right"]), _percent(r["holds"])]
-        for r in study["flags"]
-    ]
-
-
 def _sharing_rows(study: Study) -> list[list[str]]:
     head = "family|rates|factor|noise|alone: answers|coverage|high / low|shared: answers"
     rows = [[*head.split("|"), "coverage", "high / low"]]
@@ -235,9 +225,9 @@ def _sharing_rows(study: Study) -> list[list[str]]:
     return rows
 
 
-def with_summary(text: str, study: Study) -> str:
-    """Replace the summary in a page."""
-    return with_block(text, "calibration", markdown(targets(study)))
+def summary(study: Study) -> list[str]:
+    """Render the table of targets."""
+    return markdown(targets(study))
 
 
 def write() -> None:
@@ -248,4 +238,4 @@ def write() -> None:
     plots.coverage(_fine(study), FOLDER / "coverage.png", text_hash(text))
     plots.verdict_shares(study["verdicts"], FOLDER / "verdicts.png", text_hash(text))
     document = ROOT / "docs" / "answers.md"
-    document.write_text(with_summary(document.read_text(), study))
+    document.write_text(with_block(document.read_text(), "calibration", summary(study)))

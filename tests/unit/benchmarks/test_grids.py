@@ -2,17 +2,13 @@
 
 import pytest
 
-from benchmarks import grids, speed_page
+from benchmarks import grids, speed
 from lorasweep.config.compose import compose_request
 
 CURVES = [
     {"start_s": 5.0, "run_s": 5.0, "sampled": 3},
     {"start_s": 5.0, "run_s": 15.0, "sampled": 3},
 ]
-
-
-def test_a_plain_grid_takes_as_long_as_all_of_its_processes():
-    assert grids.plain_grid_s(CURVES, 10) == 10 * (10 + 20)
 
 
 def test_an_answer_is_compared_with_both_plain_grids():
@@ -43,7 +39,7 @@ def test_the_answer_is_timed_whole_and_processes_are_multiplied_up(monkeypatch):
 
 def test_the_page_shows_the_time_to_an_answer():
     found = {"runs": 39, "wall_s": 200.0, "value": 3.8, "low": 2.7, "high": None}
-    text = "\n".join(speed_page.answer_table(found | grids.versus(200.0, CURVES)))
+    text = "\n".join(speed.answer_table(found | grids.versus(200.0, CURVES)))
     assert "| 39 | 200 s | 3.8 [2.7, -] | 630 s: **3.1x** | 420 s: **2.1x** |" in text
     assert "3 of each curve were timed" in text
-    assert speed_page.answer_table(None) == []
+    assert speed.answer_table(None) == []

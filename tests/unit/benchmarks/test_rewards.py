@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import rewards_page as page
-from benchmarks.rewards import compared, differing, first_run
+from benchmarks.rewards import compared, differing, first_run, page, panels
 
 
 def curves(*ends):
@@ -54,9 +53,9 @@ def test_the_page_says_where_two_sides_differ():
         "processor": "a processor",
         "flips": [{"case": "words", "members": 4, "answers": 9, "tokens": 2000, "differing": 3}],
     }
-    text = page.page(json.loads(json.dumps(content)))
+    text = page(json.loads(json.dumps(content)))
     assert "| words | 4 | 9 | 2,000 | 3 | 1.5e+03 |" in text
     assert "1 of them" in text and "lorasweep 10 s, trl 40 s" in text
-    one, difference = page.panels(content["curves"])
+    one, difference = panels(content["curves"])
     assert [s.label for s in one.series] == ["lorasweep", "TRL's GRPO"]
     assert difference.series[0].high[1] == pytest.approx(-0.14 + 2 * rows[1]["error"])
