@@ -12,7 +12,6 @@ from benchmarks.calibration.designs import (
     PLAIN,
     REGIME,
     designs,
-    designs_tried,
     plain_seeds,
     supported,
     table,
@@ -81,13 +80,6 @@ def test_the_plain_grid_with_the_same_interval_is_found_between_those_tried():
     assert found[0.141] == pytest.approx(3 * 2 ** (math.log(0.2 / 0.141) / math.log(2)))
     assert (found[0.1], found[0.09]) == (pytest.approx(6), math.inf)
     assert math.isnan(plain_seeds(math.nan, plain, "ratio"))
-
-
-def test_every_design_is_tried_in_every_family():
-    cells = list(designs_tried())
-    assert len(cells) == len(set(cells))
-    by_family = {f: {c[1:] for c in cells if c[0] == f} for f in {c[0] for c in cells}}
-    assert len({frozenset(v) for v in by_family.values()}) == 1
 
 
 def test_the_page_names_the_aim_and_the_share_of_runs():
