@@ -227,10 +227,8 @@ def extrapolate(
     n, share = len(rows), sum(tokens) / sum(own)
     begun = sum(r["start_s"] > 0 for r in rows)
     found: dict[str, Any] = {"sampled": n}
-    for whole, start, each in (
-        ("whole_s", "start_s", "job_s"),
-        ("cpu_s", "start_cpu_s", "job_cpu_s"),
-    ):
+    keys = (("whole_s", "start_s", "job_s"), ("cpu_s", "start_cpu_s", "job_cpu_s"))
+    for whole, start, each in keys:
         found[start] = sum(r[start] for r in rows) / begun
         found[whole] = starts * found[start] + sum(r[each] for r in rows) * share
     means = {k: sum(r[k] for r in rows) / n for k in ("train_s", "eval_s", "job_s")}

@@ -110,12 +110,22 @@ def _drift(sweep: reading.Reading) -> dict[str, Any]:
     ]
     upper = dataclasses.replace(sweep, table=sweep.table[sweep.table["rank"] >= MIN_RANK])
     high = [r for r in commands.drifts(upper, share=True) if r["slope"] is not None]
-    parts = {"all ranks": known, f"ranks of {MIN_RANK} and more": high}
+    pooled = []
+    for which, rows_of in (("all ranks", known), (f"ranks of {MIN_RANK} and more", high)):
+        if len(rows_of) > 1:
+            errors = [(r["high"] - r["low"]) / 3.92 for r in rows_of]
+            e, verdict = random_effects([r["slope"] for r in rows_of], errors), "across the edge of"
+            if max(-e.low, e.high) <= DRIFT_MARGIN:
+                verdict = "inside"
+            elif e.low > DRIFT_MARGIN or e.high < -DRIFT_MARGIN:
+                verdict = "outside"
+            numbers = {name: getattr(e, name) for name in ("k", "mean", "low", "high", "tau")}
+            pooled.append({"which": which, "verdict": verdict, **numbers})
     return {
         "moves": _moves(rows, 1),
         "moves_high": _moves(rows, MIN_RANK),
         "slopes": harness.table([head, *slopes]) if known else "",
-        "pooled": [_pooled_slope(v, which) for which, v in parts.items() if len(v) > 1],
+        "pooled": pooled,
     }
 
 
@@ -135,18 +145,6 @@ def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
     up, down, same = (signs.count(sign) for sign in (1, -1, 0))
     p = float(stats.binomtest(up, up + down).pvalue) if up + down else 1.0
     return f"rises in {up} models, falls in {down} and stays in {same} (sign test: p {p:.2g})"
-
-
-def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
-    e = random_effects([r["slope"] for r in known], [(r["high"] - r["low"]) / 3.92 for r in known])
-    if max(-e.low, e.high) <= DRIFT_MARGIN:
-        verdict = "inside"
-    elif e.low > DRIFT_MARGIN or e.high < -DRIFT_MARGIN:
-        verdict = "outside"
-    else:
-        verdict = "across the edge of"
-    numbers = {name: getattr(e, name) for name in ("k", "mean", "low", "high", "tau")}
-    return {"which": which, "verdict": verdict, **numbers}
 
 
 def _law(sweep: reading.Reading) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 from benchmarks.calibration.generators import Design, plant
 
+ERRORS = ("error", "ratio_error", "argmin_error", "parabola_error", "global_error")
+"""Factors between estimates and truths of which the median is kept."""
 BATCH = 100
 """Number of sweeps fitted together."""
 WITH_BASELINES = 200
@@ -90,25 +92,14 @@ def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
         "cases": design.curves * cases,
         "sweeps": cases,
         "coverage": share(answers),
-        "coverage_value": share(rows["value"]),
-        "coverage_bound": share(rows["bound"]),
+        **{f"coverage_{k}": share(rows[k]) for k in ("value", "bound")},
         "empty": len(rows["empty"]) / (design.curves * cases),
         "valued": len(rows["value"]) / (design.curves * cases),
-        "error": _factor(rows["error"]),
         "width": middle(rows["width"]),
-        "ratio_coverage": share(rows["ratio"]),
         "ratio_cases": len(rows["ratio"]),
-        "ratio_error": _factor(rows["ratio_error"]),
-        "argmin_error": _factor(rows["argmin"]),
-        "parabola_coverage": share(rows["parabola"]),
-        "parabola_error": _factor(rows["parabola_error"]),
-        "global_coverage": share(rows["global"]),
-        "global_error": _factor(rows["global_error"]),
+        **{f"{k}_coverage": share(rows[k]) for k in ("ratio", "parabola", "global")},
+        **{k: float(np.exp(np.median(rows[k]))) if rows[k] else None for k in ERRORS},
     }
-
-
-def _factor(errors: Sequence[float]) -> float | None:
-    return float(np.exp(np.median(errors))) if errors else None
 
 
 def _baselines(
@@ -126,7 +117,7 @@ def _baselines(
     y = np.array([curve.y[curve.usable & (curve.seed == s)] for s in seeds])
     mean = y.mean(0)
     best = int(np.argmin(mean))
-    rows["argmin"].append(abs(x[best] - truth))
+    rows["argmin_error"].append(abs(x[best] - truth))
     vertex = _vertex(x, mean[None], best)[0]
     if np.isfinite(vertex):
         rows["parabola_error"].append(abs(vertex - truth))
