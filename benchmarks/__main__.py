@@ -27,8 +27,7 @@ def main(arguments: list[str]) -> int:
     name, *rest = arguments
     if name == "pages":
         for part in PAGES:
-            module = part if "." in part else f"{part}_page"
-            importlib.import_module(f"benchmarks.{module}").write()
+            importlib.import_module(f"benchmarks.{part}").write()
     else:
         module = "calibration.run" if name == "calibration" else name
         importlib.import_module(f"benchmarks.{module}").main(rest)

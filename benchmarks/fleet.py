@@ -9,6 +9,7 @@ over the table, and the time of all is extrapolated: start-up by the number of p
 by the tokens that are trained on and evaluated.
 """
 
+import json
 import os
 import tempfile
 import threading
@@ -18,8 +19,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import fleet_page, fleet_table, harness
-from benchmarks.harness import Figures, Log, command, cpu_s
+from analysis.report.text import markdown
+from benchmarks import fleet_table, harness
+from benchmarks.harness import (
+    FIGURES,
+    ROOT,
+    Figures,
+    Log,
+    command,
+    cpu_s,
+    render,
+    table,
+    with_block,
+)
 from lorasweep.cli.customers import plan_fleet
 from lorasweep.config.compose import compose_request
 from lorasweep.customers.runs import Member, planned
@@ -55,7 +67,7 @@ CASES = {
 
 @contextmanager
 def watched_workers() -> Iterator[dict[str, int]]:
-    """Note the peak resident bytes of each worker, by process id, while the block runs."""
+    """Note the peak resident bytes of each worker of our commands, by id, while the block runs."""
     peaks: dict[str, int] = {}
     over = threading.Event()
 
@@ -63,7 +75,8 @@ def watched_workers() -> Iterator[dict[str, int]]:
         while not over.wait(WATCH_S):
             for folder in Path("/proc").glob("[0-9]*"):
                 with suppress(OSError):  # a process may end meanwhile
-                    if _is_worker(folder):
+                    is_worker = WORKER.encode() in (folder / "cmdline").read_bytes()
+                    if is_worker and _parent(Path("/proc") / _parent(folder)) == str(os.getpid()):
                         lines = (folder / "status").read_text().splitlines()
                         peak = next((x for x in lines if x.startswith("VmHWM")), "VmHWM 0")
                         peaks[folder.name] = int(peak.split()[1]) * 1024
@@ -73,13 +86,6 @@ def watched_workers() -> Iterator[dict[str, int]]:
     yield peaks
     over.set()
     thread.join()
-
-
-def _is_worker(folder: Path) -> bool:
-    """Return whether a process is a worker of a command that this process has started."""
-    if WORKER.encode() not in (folder / "cmdline").read_bytes():
-        return False
-    return _parent(Path("/proc") / _parent(folder)) == str(os.getpid())
 
 
 def _parent(folder: Path) -> str:
@@ -97,7 +103,11 @@ def measure(case: Case, log: Log, customers: int = 0) -> Figures:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         asked = _asked(case, values, folder)
-        members = _members(asked)
+        request = plan_fleet(compose_request(["action=plan", *asked]))
+        every = planned(request.members, request.points)
+        members = [m for m in every if not m.problem]
+        if len(members) < len(every):
+            raise RuntimeError(f"customers that cannot be planned: {len(every) - len(members)}")
         tokens = [_tokens(m, values) for m in members]
         chosen = spread(tokens, case.processes)
         alone = [_baseline("trl", [members[k]], values, folder) for k in chosen]
@@ -144,15 +154,6 @@ def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
     return [f"customers={table}", f"exec.models_dir=[{dirs}]", *case.options]
 
 
-def _members(asked: Sequence[str]) -> list[Member]:
-    request = plan_fleet(compose_request(["action=plan", *asked]))
-    found = planned(request.members, request.points)
-    members = [m for m in found if not m.problem]
-    if len(members) < len(found):
-        raise RuntimeError(f"customers that cannot be planned: {len(found) - len(members)}")
-    return members
-
-
 def _fleet(asked: Sequence[str], folder: Path, log: Log) -> Figures:
     """Train the fleet by its command, from an empty store.
 
@@ -191,12 +192,9 @@ def _tokens(member: Member, values: dict[str, Any]) -> int:
     tokenizer = tokenizer_of(spec.model, [*values["models_dir"], "/"])
     data = load_data(spec.dataset, values["data_dir"], tokenizer)
 
-    def of(rows: Any) -> int:
-        return sum(len(e.tokens) for e in rows)
-
-    trained = of(data.train(spec.seed, 0, spec.steps * spec.batch_size))
-    tried = len(member.points)
-    return tried * (3 * trained + of(data.validation)) + 2 * of(data.test)
+    parts = (data.train(spec.seed, 0, spec.steps * spec.batch_size), data.validation, data.test)
+    trained, validation, test = (sum(len(e.tokens) for e in rows) for rows in parts)
+    return len(member.points) * (3 * trained + validation) + 2 * test
 
 
 def spread(tokens: Sequence[int], count: int) -> list[int]:
@@ -229,24 +227,92 @@ def extrapolate(
     n, share = len(rows), sum(tokens) / sum(own)
     begun = sum(r["start_s"] > 0 for r in rows)
     found: dict[str, Any] = {"sampled": n}
-    for whole, start, each in (
-        ("whole_s", "start_s", "job_s"),
-        ("cpu_s", "start_cpu_s", "job_cpu_s"),
-    ):
+    keys = (("whole_s", "start_s", "job_s"), ("cpu_s", "start_cpu_s", "job_cpu_s"))
+    for whole, start, each in keys:
         found[start] = sum(r[start] for r in rows) / begun
         found[whole] = starts * found[start] + sum(r[each] for r in rows) * share
     means = {k: sum(r[k] for r in rows) / n for k in ("train_s", "eval_s", "job_s")}
     return found | {"customer_s": means.pop("job_s"), **means}
 
 
-def _record(content: Figures, part: str, figures: Any) -> None:
-    content[part] = figures
-    content["machine"] = harness.machine("torch", "transformers", "peft", "trl")
+# ---------------------------------------------------------------- the page
+
+MODELS = {"smollm2": "SmolLM2-135M, fp32", "tiny128": "tiny128, fp32"}
+ROWS = {
+    "smollm2": "On SmolLM2-135M every second customer has short rows of GSM8K, the others copying, "
+    "sorting and sums as text, with 2 to 4 updates.",
+    "tiny128": "On tiny128 they are sequences of eight dialects, of 12 to 64 symbols, with 8 to 32 "
+    "updates.",
+}
+
+
+def summary(content: dict[str, Any]) -> list[str]:
+    """Render the table of whole fleets against the baselines, by the clock and the processor."""
+    head = "customers|runs||lorasweep|a TRL process a customer|a warm PEFT loop|asked again"
+    rows = []
+    for c, says in _cases(content):
+        alone, warm = c["process_a_customer"], c["warm_peft"]
+        for seconds, ratio, what in (("whole_s", "", "wall"), ("cpu_s", "cpu_", "processor")):
+            rows.append(
+                [
+                    f"{c['adapters']} on {says}" if not ratio else "",
+                    str(c["runs"]) if not ratio else "",
+                    what,
+                    f"{c[seconds]:.0f} s",
+                    f"{alone[seconds]:.0f} s: **{c[f'{ratio}vs_process_a_customer']:.1f}x**",
+                    f"{warm[seconds]:.0f} s: **{c[f'{ratio}vs_warm_peft']:.1f}x**",
+                    f"{c['again_s']:.0f} s" if not ratio else "",
+                ]
+            )
+    return markdown([head.split("|"), *rows])
+
+
+def page(content: dict[str, Any]) -> str:
+    """Render the page."""
+    here = content["machine"]
+    packages = ", ".join(f"{k} {v}" for k, v in here["packages"].items())
+    parts = [["customers", "how", "customers timed", "start", "updates", "evaluations", "in all"]]
+    memory = [["customers", "packs of", "workers' peaks together", "planned"]]
+    for c, says in _cases(content):
+        for key, how in (("process_a_customer", "TRL, a process"), ("warm_peft", "PEFT, warm")):
+            b = c[key]
+            seconds = (f"{b[k]:.1f} s" for k in ("start_s", "train_s", "eval_s", "customer_s"))
+            parts.append([says, how, str(b["sampled"]), *seconds])
+        sizes = f"{min(c['packs'])} to {max(c['packs'])} runs"
+        memory.append(
+            [says, sizes, *(f"{c[k] / 2**30:.2f} GiB" for k in ("peak_bytes", "planned_bytes"))]
+        )
+    return render(
+        "fleet",
+        machine=here,
+        packages=packages,
+        notes=" ".join(says for key, says in ROWS.items() if key in content),
+        summary="\n".join(summary(content)),
+        baselines=table(parts),
+        memory=table(memory),
+    )
+
+
+def _cases(content: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    return [(content[key], says) for key, says in MODELS.items() if key in content]
+
+
+def write() -> None:
+    """Write fleet.md next to fleet.json, and the summary in docs/fleet.md."""
+    content = json.loads((FIGURES / "fleet.json").read_text())
+    (FIGURES / "fleet.md").write_text(page(content))
+    document = ROOT / "docs" / "fleet.md"
+    document.write_text(with_block(document.read_text(), "fleet", summary(content)))
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the named cases, or all, and write the page."""
+
+    def record(content: Figures, part: str, figures: Any) -> None:
+        machine = harness.machine("torch", "transformers", "peft", "trl")
+        content |= {part: figures, "machine": machine}
+
     parts = {name: partial(measure, case) for name, case in CASES.items()}
-    harness.measure_parts("fleet.json", parts, arguments, _record)
+    harness.measure_parts("fleet.json", parts, arguments, record)
     if "--out" not in arguments:
-        fleet_page.write()
+        write()

@@ -6,7 +6,6 @@ Rows are drawn by fixed random streams, so a table made again is the same.
 import csv
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,8 @@ def write_table(
             if rows is None:
                 mine = _dialect(rng, n, k)
             elif k % 2:
-                mine = _skills(rng, n, 1 + k % 3)
+                pairs = (skills.instance(rng, 1 + k % 3) for _ in range(n))
+                mine = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
             else:
                 mine = [rows[int(i)] for i in rng.choice(len(rows), n, replace=False)]
             data = folder / "data" / f"customer-{k:03d}.jsonl"
@@ -101,20 +101,11 @@ def write_base(spec: ModelSpec, models_dirs: Sequence[str], folder: Path) -> Pat
     return folder / "config.json"
 
 
-def _skills(rng: np.random.Generator, count: int, difficulty: int) -> list[Row]:
-    rows = (skills.instance(rng, difficulty) for _ in range(count))
-    return [{"prompt": prompt, "completion": answer} for prompt, answer in rows]
-
-
 def _dialect(rng: np.random.Generator, count: int, k: int) -> list[Row]:
     """Draw sequences of lengths that differ between customers, and between rows."""
     longest = int(rng.integers(24, 65))
-    tokens = dialect.sample(_table(k % DIALECTS), rng, count, longest)
+    table = dialect.transition(DIALECT, "bench", k % DIALECTS)
+    tokens = dialect.sample(table, rng, count, longest)
     texts = ["".join(SYMBOLS[t] for t in row) for row in tokens]
     lengths = rng.integers(longest // 2, longest + 1, size=count)
     return [{"prompt": t[:3], "completion": t[3:n]} for t, n in zip(texts, lengths)]
-
-
-@cache
-def _table(number: int) -> np.ndarray:
-    return dialect.transition(DIALECT, "bench", number)

@@ -135,12 +135,6 @@ def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> Figures:
     return found
 
 
-def _with_few_test_rows(point: Point) -> Point:
-    few = dataclasses.replace(point.spec.dataset, n_test=32, n_test_curve=4)
-    spec = dataclasses.replace(point.spec, dataset=few)
-    return Point(point.arm, spec)
-
-
 def lora_grid(
     grid: Grid, values: dict[str, Any], start_s: float, peak: float, log: Log
 ) -> dict[str, Any]:
@@ -154,7 +148,8 @@ def lora_grid(
         exec_ = Exec(**{**values, "runs_dir": f"{folder}/runs"})
         points = compose_request(overrides).points
         if scale != "tiny":
-            points = [_with_few_test_rows(p) for p in points]
+            few = dataclasses.replace(points[0].spec.dataset, n_test=32, n_test_curve=4)
+            points = [Point(p.arm, dataclasses.replace(p.spec, dataset=few)) for p in points]
         store = RunStore(exec_.runs_dir)
         store.prepare()
         started = time.perf_counter()
@@ -202,7 +197,12 @@ def time_answer(scale: str, values: dict[str, Any], log: Log) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         found, points = run_answer(scale, Path(folder))
         log(f"an answer from {found['runs']} runs in {found['wall_s']:.0f} s")
-        curves = [_process(arm, values, folder) for arm in by_arm(points)]
+        curves: list[Figures] = []
+        for arm in by_arm(points):
+            timed = [baseline("trl", [point], values, 1, folder) for point in arm[:SAMPLES]]
+            means = {k: sum(t[k] for t in timed) / len(timed) for k in timed[0]}
+            rank = getattr(arm[0].spec.method, "rank", None)
+            curves.append({"arm": arm[0].arm, "rank": rank, "sampled": len(timed), **means})
     found |= versus(found["wall_s"], curves)
     log(
         f"{found['vs_plain_grid']:.1f} times faster than a plain grid of {PLAIN_RUNS} runs a "
@@ -223,12 +223,8 @@ def run_answer(scale: str, home: Path) -> tuple[Figures, list[Point]]:
         raise RuntimeError(f"runs that did not end: {dict(states)}")
     (ratio,) = (r["ratio"] for r in found["ratios"] if r["rank"] is None)
     counts = {"runs": len(points), "diverged": states["diverged"]}
-    return {
-        "scale": scale,
-        "wall_s": wall_s,
-        **counts,
-        **{k: ratio[k] for k in ("value", "low", "high")},
-    }, points
+    ends = {k: ratio[k] for k in ("value", "low", "high")}
+    return {"scale": scale, "wall_s": wall_s, **counts, **ends}, points
 
 
 def versus(wall_s: float, curves: Sequence[Figures]) -> Figures:
@@ -248,11 +244,3 @@ def versus(wall_s: float, curves: Sequence[Figures]) -> Figures:
         "same_interval_s": same_s,
         "vs_same_interval": same_s / wall_s,
     }
-
-
-def _process(arm: Sequence[Point], values: dict[str, Any], folder: str) -> Figures:
-    """Return the mean times of SAMPLES processes of one curve, a run each."""
-    timed = [baseline("trl", [point], values, 1, folder) for point in arm[:SAMPLES]]
-    means = {k: sum(t[k] for t in timed) / len(timed) for k in timed[0]}
-    rank = getattr(arm[0].spec.method, "rank", None)
-    return {"arm": arm[0].arm, "rank": rank, "sampled": len(timed), **means}

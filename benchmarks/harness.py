@@ -29,11 +29,6 @@ Log = Callable[[str], None]
 Figures = dict[str, Any]
 
 
-def log_since(started: float) -> Log:
-    """Return a function that prints a line with the seconds since `started`."""
-    return lambda text: print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
-
-
 def measure_parts(
     name: str,
     parts: Mapping[str, Callable[[Log], Any]],
@@ -59,7 +54,11 @@ def measure_parts(
         sys.exit(f"no part {', '.join(unknown)}. Allowed: {', '.join(parts)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text()) if path.is_file() and wanted else {}
-    log = log_since(time.perf_counter())
+    started = time.perf_counter()
+
+    def log(text: str) -> None:
+        print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
+
     for part in wanted or parts:
         key, _, size = part.partition(":")
         measured = parts[key](log) if not size else parts[key](log, int(size))  # type: ignore[call-arg]

@@ -18,7 +18,7 @@ from lorasweep.config.folders import conf_dir
 from lorasweep.customers.advice import Advice, advise
 from lorasweep.customers.evidence import Case, Known
 from lorasweep.customers.read import customer_of
-from lorasweep.customers.rules.rates import STEP, Rate, rate_of
+from lorasweep.customers.rules.rates import STEP, rate_of
 
 PAGE = RESULTS / "advice" / "README.md"
 OUTCOMES = Path(__file__).with_name("outcomes.yaml")
@@ -73,15 +73,11 @@ def rates() -> Iterator[Judged]:
     """Judge every published best rate: whether it lies in the adviser's interval."""
     for entry in read()["rates"]:
         advice, world = _advice(entry)
-        found = _rate(advice, world, entry["method"])
+        case = Case(advice.customer, advice.model, world)
+        found = rate_of(case, entry["method"], advice.choice.rank, advice.work)
         verdict = "hit" if found.low <= entry["rate"] <= found.high else "miss"
         says = f"{found.rate:.2g} ({found.low:.2g} to {found.high:.2g})"
         yield Judged(entry, advice, says, verdict)
-
-
-def _rate(advice: Advice, world: Known, method: str) -> Rate:
-    case = Case(advice.customer, advice.model, world)
-    return rate_of(case, method, advice.choice.rank, advice.work)
 
 
 # ---------------------------------------------------------------- the page
@@ -92,13 +88,23 @@ def page() -> str:
     judged, found = list(outcomes()), list(rates())
     names = _known().published.values["sources"] | read()["sources"]
     used = dict.fromkeys(j.entry["source"] for j in judged + found)
+    outcome_rows, rate_rows = [OUTCOME_HEAD.split("|")], [RATE_HEAD.split("|")]
+    for j in judged:
+        e, c = j.entry, j.entry["customer"]
+        setting = [e["source"], e["what"], c["model"], str(c["rank"]), f"{e['came']}: {e['said']}"]
+        said = [j.says, j.advice.conditions[0].why, _shown(j.verdict)]
+        outcome_rows.append([*setting, *said])
+    for j in found:
+        e, c = j.entry, j.entry["customer"]
+        setting = [e["source"], c["model"], c["task"], e["method"], f"{e['rate']:.2g}"]
+        rate_rows.append([*setting, j.says, _shown(j.verdict)])
     return render(
         "outcomes",
         step=STEP,
         outcome_count=_count(judged),
-        outcomes=table([OUTCOME_HEAD.split("|"), *map(_outcome_row, judged)]),
+        outcomes=table(outcome_rows),
         rate_count=_count(found),
-        rates=table([RATE_HEAD.split("|"), *map(_rate_row, found)]),
+        rates=table(rate_rows),
         not_judged=read()["not_judged"],
         sources={key: names[key] for key in used},
     )
@@ -115,18 +121,6 @@ def _count(judged: list[Judged]) -> str:
 
 def _shown(verdict: str) -> str:
     return f"**{verdict}**" if verdict == "miss" else verdict
-
-
-def _outcome_row(j: Judged) -> list[str]:
-    e, c = j.entry, j.entry["customer"]
-    setting = [e["source"], e["what"], c["model"], str(c["rank"]), f"{e['came']}: {e['said']}"]
-    return [*setting, j.says, j.advice.conditions[0].why, _shown(j.verdict)]
-
-
-def _rate_row(j: Judged) -> list[str]:
-    e, c = j.entry, j.entry["customer"]
-    setting = [e["source"], c["model"], c["task"], e["method"], f"{e['rate']:.2g}"]
-    return [*setting, j.says, _shown(j.verdict)]
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -67,6 +67,11 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
     diverged = table[table["status"] == "diverged"]
     repeats = table[table.duplicated(["model", "rank", "lr"], keep=False)]
     top = float(table["lr"].max())
+    n_largest = 0
+    for c in lr_curves(table):
+        x, y = c.x[c.usable], c.y[c.usable]
+        rates = np.unique(x)
+        n_largest += len(rates) and np.argmin([y[x == v].mean() for v in rates]) == len(rates) - 1
     return {
         "n_curves": len(alone),
         "n_models": table["model"].nunique(),
@@ -74,7 +79,7 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
         "n_diverged": len(diverged),
         "n_diverged_at_top": int((diverged["lr"] == top).sum()),
         "top": top,
-        "n_largest": _largest_survivor_best(sweep),
+        "n_largest": n_largest,
         "n_bounded": sum("bounded_by_divergence" in r["flags"] for r in alone),
         "fits": harness.table(
             [
@@ -88,17 +93,6 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
         "n_repeats": len(repeats),
         "lowest": float((repeats["lr"] == table["lr"].min()).mean()),
     }
-
-
-def _largest_survivor_best(sweep: reading.Reading) -> int:
-    found = 0
-    for c in lr_curves(sweep.table):
-        x, y = c.x[c.usable], c.y[c.usable]
-        rates = np.unique(x)
-        if len(rates):
-            means = [y[x == v].mean() for v in rates]
-            found += int(np.argmin(means)) == len(rates) - 1
-    return found
 
 
 def _drift(sweep: reading.Reading) -> dict[str, Any]:
@@ -116,12 +110,22 @@ def _drift(sweep: reading.Reading) -> dict[str, Any]:
     ]
     upper = dataclasses.replace(sweep, table=sweep.table[sweep.table["rank"] >= MIN_RANK])
     high = [r for r in commands.drifts(upper, share=True) if r["slope"] is not None]
-    parts = {"all ranks": known, f"ranks of {MIN_RANK} and more": high}
+    pooled = []
+    for which, rows_of in (("all ranks", known), (f"ranks of {MIN_RANK} and more", high)):
+        if len(rows_of) > 1:
+            errors = [(r["high"] - r["low"]) / 3.92 for r in rows_of]
+            e, verdict = random_effects([r["slope"] for r in rows_of], errors), "across the edge of"
+            if max(-e.low, e.high) <= DRIFT_MARGIN:
+                verdict = "inside"
+            elif e.low > DRIFT_MARGIN or e.high < -DRIFT_MARGIN:
+                verdict = "outside"
+            numbers = {name: getattr(e, name) for name in ("k", "mean", "low", "high", "tau")}
+            pooled.append({"which": which, "verdict": verdict, **numbers})
     return {
         "moves": _moves(rows, 1),
         "moves_high": _moves(rows, MIN_RANK),
         "slopes": harness.table([head, *slopes]) if known else "",
-        "pooled": [_pooled_slope(v, which) for which, v in parts.items() if len(v) > 1],
+        "pooled": pooled,
     }
 
 
@@ -141,18 +145,6 @@ def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
     up, down, same = (signs.count(sign) for sign in (1, -1, 0))
     p = float(stats.binomtest(up, up + down).pvalue) if up + down else 1.0
     return f"rises in {up} models, falls in {down} and stays in {same} (sign test: p {p:.2g})"
-
-
-def _pooled_slope(known: Sequence[dict[str, Any]], which: str) -> dict[str, Any]:
-    e = random_effects([r["slope"] for r in known], [(r["high"] - r["low"]) / 3.92 for r in known])
-    if max(-e.low, e.high) <= DRIFT_MARGIN:
-        verdict = "inside"
-    elif e.low > DRIFT_MARGIN or e.high < -DRIFT_MARGIN:
-        verdict = "outside"
-    else:
-        verdict = "across the edge of"
-    numbers = {name: getattr(e, name) for name in ("k", "mean", "low", "high", "tau")}
-    return {"which": which, "verdict": verdict, **numbers}
 
 
 def _law(sweep: reading.Reading) -> dict[str, Any]:

@@ -88,18 +88,15 @@ def rows() -> tuple[Row, ...]:
     for source, entry in _table()["sources"].items():
         for row in entry["rows"]:
             own = row if isinstance(row, dict) else dict(zip(entry["columns"], row, strict=True))
-            found.append(_row(source, {**entry["settings"], **own}))
+            values = {**entry["settings"], **own}
+            together = values.pop("rows_an_iteration", None)
+            seconds, gb = values.pop("iteration_s", None), values.pop("gb", None)
+            if seconds is not None:
+                values["tokens_s"] = together * values["length"] / seconds
+            if gb is not None:
+                values["memory_gib"] = gb * GB
+            found.append(Row(source, **values))
     return tuple(found)
-
-
-def _row(source: str, values: dict[str, Any]) -> Row:
-    together = values.pop("rows_an_iteration", None)
-    seconds, gb = values.pop("iteration_s", None), values.pop("gb", None)
-    if seconds is not None:
-        values["tokens_s"] = together * values["length"] / seconds
-    if gb is not None:
-        values["memory_gib"] = gb * GB
-    return Row(source, **values)
 
 
 def not_covered(row: Row, figure: str) -> str | None:
@@ -312,13 +309,15 @@ def table() -> str:
 
 def page() -> str:
     """Return the page in Markdown."""
+    counts = Counter((c.why_not, c.figure) for c in comparisons() if c.why_not)
+    reasons = [[str(why), figure, str(n)] for (why, figure), n in counts.items()]
     return render(
         "published",
         share=TRAINING_SHARE,
         units=UNITS,
         summaries={figure: _summary(figure) for figure in TOLERANCE},
         all_rows={figure: _rows(figure) for figure in TOLERANCE},
-        not_covered=_not_covered(),
+        not_covered=markdown_table([["why", "figure", "rows"], *reasons]),
         sources=_table()["sources"],
     )
 
@@ -361,12 +360,6 @@ def _rows(figure: str) -> str:
         values = [f"{c.published:,.4g}", f"{c.predicted:,.4g}", error]
         rows.append([r.source, f"{run}, checkpointing {r.checkpointing}", *values])
     return markdown_table(rows)
-
-
-def _not_covered() -> str:
-    counts = Counter((c.why_not, c.figure) for c in comparisons() if c.why_not)
-    rows = [[str(why), figure, str(n)] for (why, figure), n in counts.items()]
-    return markdown_table([["why", "figure", "rows"], *rows])
 
 
 def main(arguments: Sequence[str] = ()) -> None:

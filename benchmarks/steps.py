@@ -134,39 +134,25 @@ def measure(models_dirs: list[str], data_dirs: list[str], log: Log) -> dict[str,
         bench = Bench(scale, models_dirs, data_dirs)
         name, ratios = bench.spec.model.name, {}
         for batch in batches:
-            timed, ratios[str(batch)] = _at_batch(bench, batch, sizes)
-            rows += timed
-            full = timed[0]["step_s"] * 1e3
-            for row in timed[1:]:
+            adapters, whole = METHODS
+            turns, alone = bench.in_turns((whole, adapters), batch)
+            full_s = statistics.median(turns)
+            own = {"model": name, "batch_size": batch}
+            rows.append({**own, "method": "fullft", "pack": 1, "step_s": full_s})
+            ratio = {}
+            for n in sizes:
+                lora_s = bench.step_s(adapters, batch, n) if n > 1 else statistics.median(alone)
+                rows.append({**own, "method": "lora", "pack": n, "step_s": lora_s})
+                ratio[n] = lora_s / full_s
                 log(
-                    f"{name}, batch {batch}: a LoRA step in a pack of {row['pack']} "
-                    f"{row['step_s'] * 1e3:.1f} ms per run, full fine-tuning {full:.1f} ms"
+                    f"{name}, batch {batch}: a LoRA step in a pack of {n} {lora_s * 1e3:.1f} ms "
+                    f"per run, full fine-tuning {full_s * 1e3:.1f} ms"
                 )
+            # of one run alone, and of the best pack size, divided by full fine-tuning's
+            ratio[1] = statistics.median(a / b for a, b in zip(alone, turns))
+            ratios[str(batch)] = {"n1": ratio[1], "best": min(ratio.values())}
         one = dataclasses.replace(bench.spec, steps=1)
         lora, full = (train_flops(dataclasses.replace(one, method=m)) for m in METHODS)
         out["lora_over_fullft"][name] = {"formula": lora / full, "by_batch": ratios}
         out["profile"][name] = {m.name: bench.profile(m, batches[-1]) for m in METHODS}
     return out
-
-
-def _at_batch(
-    bench: Bench, batch: int, sizes: Sequence[int]
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Return the rows of one batch size, full fine-tuning first, and LoRA's relative step times.
-
-    The latter are those of one run alone (n1) and of the best pack size, divided by full
-    fine-tuning's.
-    """
-    lora, fullft = METHODS
-    full, alone = bench.in_turns((fullft, lora), batch)
-    step_s = {("fullft", 1): statistics.median(full)}
-    for n in sizes:
-        step_s["lora", n] = statistics.median(alone) if n == 1 else bench.step_s(lora, batch, n)
-    model = bench.spec.model.name
-    rows = [
-        {"model": model, "method": method, "batch_size": batch, "pack": n, "step_s": seconds}
-        for (method, n), seconds in step_s.items()
-    ]
-    ratio = {n: step_s["lora", n] / step_s["fullft", 1] for n in sizes}
-    ratio[1] = statistics.median(a / b for a, b in zip(alone, full))
-    return rows, {"n1": ratio[1], "best": min(ratio.values())}

@@ -58,16 +58,9 @@ def adapted(model: torch.nn.Module, spec: RunSpec, kind: str) -> torch.nn.Module
         return model
     layers = [x for x in parse_layers(spec.method.layers) if kind != "trl" or x != "unembedding"]
     names = list(find_targets(model, spec.model, tuple(layers)))
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=spec.method.rank,
-            lora_alpha=spec.method.alpha,  # type: ignore[arg-type]  # floats work too
-            target_modules=names,
-            lora_dropout=0.0,
-            bias="none",
-        ),
-    )
+    alpha: Any = spec.method.alpha  # floats work too
+    config = LoraConfig(r=spec.method.rank, lora_alpha=alpha, target_modules=names)
+    return get_peft_model(model, config)
 
 
 def padded_batch(rows: list[Example]) -> dict[str, torch.Tensor]:
@@ -335,13 +328,10 @@ def grpo_config(spec: RunSpec, folder: str) -> Any:
     """
     from trl import GRPOConfig
 
-    own = {
-        "seed": spec.seed,
-        "adam_epsilon": spec.eps / spec.max_new_tokens,
-        "weight_decay": spec.weight_decay,
-    }
+    own = {"adam_epsilon": spec.eps / spec.max_new_tokens, "weight_decay": spec.weight_decay}
     return GRPOConfig(
         **{**_options(spec, folder), **own},
+        seed=spec.seed,
         loss_type="dr_grpo",
         scale_rewards="none",
         beta=0.0,

@@ -4,6 +4,7 @@ A condition is a family of shapes and a design; a case is a sweep of four curves
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,20 +17,8 @@ from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 from benchmarks.calibration.generators import Design, plant
 
-KINDS = (
-    "value",
-    "bound",
-    "empty",
-    "error",
-    "width",
-    "ratio",
-    "ratio_error",
-    "argmin",
-    "parabola",
-    "parabola_error",
-    "global",
-    "global_error",
-)
+ERRORS = ("error", "ratio_error", "argmin_error", "parabola_error", "global_error")
+"""Factors between estimates and truths of which the median is kept."""
 BATCH = 100
 """Number of sweeps fitted together."""
 WITH_BASELINES = 200
@@ -75,10 +64,19 @@ def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
     rng = stream(
         "coverage", family, design.rates, design.factor, design.seeds, design.fresh, design.noise
     )
-    rows: dict[str, list[float]] = {k: [] for k in KINDS}
+    rows: dict[str, list[float]] = defaultdict(list)
     for k, (curves, truths, optima) in enumerate(fitted(family, design, rng, cases)):
         for o, truth in zip(optima, truths):
-            _tally(rows, o, float(truth))
+            e, true = o.best_lr, float(truth)
+            if e.value is None:
+                empty = e.low is None and e.high is None
+                rows["empty" if empty else "bound"].append(empty or covers(e, math.exp(true)))
+                continue
+            rows["error"].append(abs(math.log(e.value) - true))
+            if e.has_interval():
+                rows["value"].append(covers(e, math.exp(true)))
+                low, high = e.interval
+                rows["width"].append(math.log(high / low))
         for o, truth in zip(optima[1:], truths[1:]):
             r = ratio_of([o], optima[0])
             if r.value is not None and r.has_interval():
@@ -94,40 +92,14 @@ def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
         "cases": design.curves * cases,
         "sweeps": cases,
         "coverage": share(answers),
-        "coverage_value": share(rows["value"]),
-        "coverage_bound": share(rows["bound"]),
+        **{f"coverage_{k}": share(rows[k]) for k in ("value", "bound")},
         "empty": len(rows["empty"]) / (design.curves * cases),
         "valued": len(rows["value"]) / (design.curves * cases),
-        "error": _factor(rows["error"]),
         "width": middle(rows["width"]),
-        "ratio_coverage": share(rows["ratio"]),
         "ratio_cases": len(rows["ratio"]),
-        "ratio_error": _factor(rows["ratio_error"]),
-        "argmin_error": _factor(rows["argmin"]),
-        "parabola_coverage": share(rows["parabola"]),
-        "parabola_error": _factor(rows["parabola_error"]),
-        "global_coverage": share(rows["global"]),
-        "global_error": _factor(rows["global_error"]),
+        **{f"{k}_coverage": share(rows[k]) for k in ("ratio", "parabola", "global")},
+        **{k: float(np.exp(np.median(rows[k]))) if rows[k] else None for k in ERRORS},
     }
-
-
-def _tally(rows: dict[str, list[float]], o: Optimum, truth: float) -> None:
-    e = o.best_lr
-    if e.value is None and e.low is None and e.high is None:
-        rows["empty"].append(1.0)
-    elif e.value is None:
-        rows["bound"].append(covers(e, math.exp(truth)))
-    elif e.has_interval():
-        rows["value"].append(covers(e, math.exp(truth)))
-        low, high = e.interval
-        rows["width"].append(math.log(high / low))
-        rows["error"].append(abs(math.log(e.value) - truth))
-    else:
-        rows["error"].append(abs(math.log(e.value) - truth))
-
-
-def _factor(errors: Sequence[float]) -> float | None:
-    return float(np.exp(np.median(errors))) if errors else None
 
 
 def _baselines(
@@ -145,7 +117,7 @@ def _baselines(
     y = np.array([curve.y[curve.usable & (curve.seed == s)] for s in seeds])
     mean = y.mean(0)
     best = int(np.argmin(mean))
-    rows["argmin"].append(abs(x[best] - truth))
+    rows["argmin_error"].append(abs(x[best] - truth))
     vertex = _vertex(x, mean[None], best)[0]
     if np.isfinite(vertex):
         rows["parabola_error"].append(abs(vertex - truth))

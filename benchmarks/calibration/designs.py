@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.estimate import Estimate
+from analysis.inference.estimate import Estimate, number
 from analysis.inference.gates import MIN_SEEDS
 from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import losses_at_best, over_seeds
 from analysis.measures.ratio import ratio_of
-from analysis.optimum.optimum import Optimum, seeds_at_best
+from analysis.optimum.optimum import seeds_at_best
+from analysis.report.text import Rows, markdown
 from benchmarks.calibration.coverage import covers, fitted, share, stream
 from benchmarks.calibration.generators import MARGIN, Design
 
@@ -78,7 +79,14 @@ def designs(family: str, design: Design, reach: float, cases: int) -> Row:
         edge += [not few and supported(measured, r / math.exp(true)) for r in MARGIN]
         middle.append(not few and supported(measured, 10 / math.exp(true)))
         if len(ratios) <= WITH_GAPS:
-            losses += [(e, 0.0) for e in _gaps(optima, bool(design.fresh))]
+            # As in `analysis.measures.ratio.gaps`: each rank's loss - full fine-tuning's at their
+            # best rates, paired by seed, in nats. Where there are fresh seeds, the first seed
+            # selected the learning rates and does not count; in a plain grid all did, and count.
+            full, *lora = losses_at_best(optima)
+            chose = {0} if design.fresh else set()
+            paired = [o.paired(full, lambda a, f: a - f).without(chose) for o in lora]
+            pooled = pooled_variance([list(v.best.values()) for v in paired])
+            losses += [(over_seeds(v, pooled), 0.0) for v in paired]
     return {
         "family": family,
         **design.__dict__,
@@ -103,19 +111,6 @@ def supported(ratio: Estimate, scale: float) -> bool:
     return MARGIN[0] <= low * scale and high * scale <= MARGIN[1]
 
 
-def _gaps(optima: Sequence[Optimum], staged: bool) -> list[Estimate]:
-    """Return each rank's loss - full fine-tuning's at their best rates, paired by seed, in nats.
-
-    As in `analysis.measures.ratio.gaps`: where there are fresh seeds, the first seed selected the
-    learning rates and does not count. In a plain grid all seeds selected them, and all count.
-    """
-    full, *lora = losses_at_best(optima)
-    chose = {0} if staged else set()
-    paired = [o.paired(full, lambda a, f: a - f).without(chose) for o in lora]
-    pooled = pooled_variance([list(v.best.values()) for v in paired])
-    return [over_seeds(v, pooled) for v in paired]
-
-
 def _summary(found: Sequence[tuple[Estimate, float]], log: bool) -> Row:
     """Summarise estimates and their truths: median half-width, share with an interval, coverage."""
     known = [(e, truth) for e, truth in found if e.value is not None and e.has_interval()]
@@ -127,3 +122,131 @@ def _summary(found: Sequence[tuple[Estimate, float]], log: bool) -> Row:
         "answered": len(known) / len(found),
         "coverage": share([covers(e, truth) for e, truth in known]),
     }
+
+
+# ---------------------------------------------------------------- the section of the page
+
+OF = {"ratio": ("the ratio", LR_RATIO), "gap": ("the gap in loss", REGIME)}
+"""What a sweep measures, in words, and the design of that sweep."""
+AIM = 0.5
+"""Of the runs of a plain grid with the same interval."""
+LEAST_SEEDS = 2.0
+"""A plain grid of one seed has no interval: its few degrees of freedom do not show the noise."""
+HEAD = (
+    "design|runs a curve|half-width of ln(ratio)|with an interval|coverage|false claims SUPPORTED|"
+    "true ones|plain grid's runs|half-width of the gap, nats|coverage|plain grid's runs"
+)
+
+
+def tables(rows: Sequence[Row]) -> dict[float, str]:
+    """Return the table of designs for each distance of the optima from the middle learning rate."""
+    reaches = dict.fromkeys(r["reach"] for r in rows)
+    return {v: "\n".join(markdown(table([r for r in rows if r["reach"] == v]))) for v in reaches}
+
+
+def table(rows: Sequence[Row]) -> Rows:
+    """Return the table of designs, after its head."""
+    designs = _by_design(rows)
+    plain = _plain(designs)
+    out = [HEAD.split("|")]
+    for name, cells in designs.items():
+        ratio, gap = (_mean(cells, f"{k}_half_width") for k in ("ratio", "gap"))
+        out.append(
+            [
+                name,
+                str(cells[0]["runs"]),
+                number(ratio),
+                _percent(cells, "ratio_answered"),
+                _percent(cells, "ratio_coverage"),
+                _percent(cells, "false_supported"),
+                _percent(cells, "true_supported"),
+                _runs(plain_seeds(ratio, plain, "ratio"), plain) if cells not in plain else "-",
+                number(gap),
+                _percent(cells, "gap_coverage"),
+                _runs(plain_seeds(gap, plain, "gap"), plain) if cells not in plain else "-",
+            ]
+        )
+    return out
+
+
+def plain_seeds(width: float, plain: Sequence[Sequence[Row]], of: str) -> float:
+    """Return the seeds with which a plain grid's interval is as wide; at least LEAST_SEEDS.
+
+    Interpolated between the seeds tried, both in logarithms. Infinity beyond the most seeds tried,
+    NaN for an unknown width, or fewer than two plain grids.
+
+    Args:
+        width: half-width.
+        plain: conditions of each plain grid, with more and more seeds.
+        of: "ratio" or "gap".
+    """
+    if not math.isfinite(width) or len(plain) < 2:
+        return math.nan
+    at: list[tuple[float, float]] = []
+    for cells in plain:
+        tried = _mean(cells, f"{of}_half_width")
+        if math.isfinite(tried) and (not at or tried < at[-1][1]):
+            at.append((cells[0]["seeds"], tried))
+    if not at or width < at[-1][1]:
+        return math.inf
+    seeds, widths = np.log(np.array(at)).T
+    found = math.exp(float(np.interp(-math.log(width), -widths, seeds)))
+    return max(LEAST_SEEDS, found)
+
+
+def targets(rows: Sequence[Row]) -> list[list[str]]:
+    """Compare the runs of two sweeps' designs with the aim."""
+    designs = _by_design([r for r in rows if r["reach"] == KNOWN])
+    plain, found = _plain(designs), []
+    for of, (what, mine) in OF.items() if designs else ():
+        shares = {
+            name: cells[0]["runs"] / (seeds * plain[0][0]["rates"])
+            for name, cells in designs.items()
+            if cells[0]["fresh"]
+            and math.isfinite(seeds := plain_seeds(_mean(cells, f"{of}_half_width"), plain, of))
+        }
+        name = _name(mine.__dict__)
+        least = min(shares, key=shares.__getitem__, default=name)
+        other = "" if least == name else f"; least {shares[least]:.0%} ({least})"
+        part = shares.get(name, math.nan)
+        shown = "half of the sweeps have none" if math.isnan(part) else f"{part:.0%}"
+        what = f"runs for an interval of {what}, in those of a plain grid with the same"
+        met = "yes" if part <= AIM else "**no**"
+        found.append([what, f"at most {AIM:.0%}", f"{shown} ({name}){other}", met])
+    return found
+
+
+def _plain(designs: dict[str, list[Row]]) -> list[list[Row]]:
+    """Return the conditions of the plain grids that other designs are compared with."""
+    grids = {_name(d.__dict__) for d in PLAIN}
+    return [cells for name, cells in designs.items() if name in grids]
+
+
+def _by_design(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    out: dict[str, list[Row]] = {}
+    for r in rows:
+        out.setdefault(_name(r), []).append(r)
+    return out
+
+
+def _name(row: Row) -> str:
+    grid = f"{row['rates']} rates a factor {row['factor']:g} apart, {row['seeds']} seed"
+    fresh = f", {row['fresh']} fresh at {row['fresh_rates']}" if row["fresh"] else ""
+    return grid + ("s" if row["seeds"] > 1 else "") + fresh
+
+
+def _mean(cells: Sequence[Row], key: str) -> float:
+    values = [r[key] for r in cells]
+    return math.nan if None in values else float(np.mean(values))
+
+
+def _percent(cells: Sequence[Row], key: str) -> str:
+    value = _mean(cells, key)
+    return "-" if math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def _runs(seeds: float, plain: Sequence[Sequence[Row]]) -> str:
+    if math.isnan(seeds):
+        return "-"
+    rates, most = plain[-1][0]["rates"], plain[-1][0]["seeds"]
+    return f"over {rates * most}" if math.isinf(seeds) else f"{rates * seeds:.0f}"

@@ -15,79 +15,49 @@ from analysis.runs.lr_curves import LrCurve
 
 MARGIN = (7.1, 14.1)
 """Margin of the claim by which simulated sweeps are judged: the ratio is about 10."""
-Shape = Callable[[np.ndarray], np.ndarray]
 
 
 def _softplus(z: np.ndarray) -> np.ndarray:
     return np.logaddexp(0, z)
 
 
-def _double(rng: np.random.Generator) -> Shape:
-    right, width = rng.uniform(0.8, 2), rng.uniform(0.3, 0.8)
-    left = rng.uniform(0.3, 0.8) * right
-    return lambda u: width * (right * _softplus(u / width) + left * _softplus(-u / width))
+def _well(u: np.ndarray, top: float) -> np.ndarray:
+    return top * -np.expm1(-(u**2) / 2 / top)
 
 
-def _kink(rng: np.random.Generator) -> Shape:
-    q, a = math.exp(rng.uniform(0, math.log(4))), rng.uniform(0, 0.8)
-    return lambda u: np.where(u < 0, 1 / math.sqrt(q), math.sqrt(q)) * linex(u, a)
-
-
-def _plateau(rng: np.random.Generator) -> Shape:
-    top, a = rng.uniform(0.4, 1.5), rng.uniform(0, 1.2)
-    return lambda u: np.where(
-        u < 0, top * -np.expm1(-(np.minimum(u, 0) ** 2) / 2 / top), linex(u, a)
-    )
-
-
-def _linex(rng: np.random.Generator) -> Shape:
-    a = rng.uniform(0, 1.5)
-    return lambda u: linex(u, a)
-
-
-def _cosh(rng: np.random.Generator) -> Shape:
-    k = rng.uniform(0.5, 1.2)
-    return lambda u: (np.cosh(k * u) - 1) / k**2
-
-
-def _power(rng: np.random.Generator) -> Shape:
-    p = rng.uniform(1.5, 3.0)
-    return lambda u: np.abs(u) ** p / 2
-
-
-def _turning(rng: np.random.Generator) -> Shape:
-    k = rng.uniform(0, 0.5)
-    return lambda u: u * u / 2 * (1 + k * np.tanh(u))
-
-
-def _morse(rng: np.random.Generator) -> Shape:
-    a = rng.uniform(0.5, 1.0)
-    return lambda u: np.expm1(a * u) ** 2 / (2 * a * a)
-
-
-def _well(rng: np.random.Generator) -> Shape:
-    top = rng.uniform(0.8, 3.0)
-    return lambda u: top * -np.expm1(-(u**2) / 2 / top)
-
-
-FAMILIES: dict[str, Callable[[np.random.Generator], Shape]] = {
-    "linex": _linex,
-    "parabola": lambda rng: lambda u: u * u / 2,
-    "cosh": _cosh,
-    "plateau": _plateau,
-    "double_slope": _double,
-    "kink": _kink,
-    "power": _power,
-    "turning": _turning,
-    "morse": _morse,
-    "well": _well,
-    "cliff": _linex,
-    "unequal": _linex,
-    "collapse": _linex,
+FAMILIES: dict[str, tuple[tuple[tuple[float, float], ...], Callable[..., np.ndarray]]] = {
+    "linex": (((0, 1.5),), linex),
+    "parabola": ((), lambda u: u * u / 2),
+    "cosh": (((0.5, 1.2),), lambda u, k: (np.cosh(k * u) - 1) / k**2),
+    "plateau": (
+        ((0.4, 1.5), (0, 1.2)),
+        lambda u, top, a: np.where(u < 0, _well(np.minimum(u, 0), top), linex(u, a)),
+    ),
+    "double_slope": (
+        ((0.8, 2), (0.3, 0.8), (0.3, 0.8)),
+        lambda u, right, width, ratio: (
+            width * (right * _softplus(u / width) + ratio * right * _softplus(-u / width))
+        ),
+    ),
+    "kink": (
+        ((0, math.log(4)), (0, 0.8)),
+        lambda u, q, a: (
+            np.where(u < 0, 1 / math.sqrt(math.exp(q)), math.sqrt(math.exp(q))) * linex(u, a)
+        ),
+    ),
+    "power": (((1.5, 3.0),), lambda u, p: np.abs(u) ** p / 2),
+    "turning": (((0, 0.5),), lambda u, k: u * u / 2 * (1 + k * np.tanh(u))),
+    "morse": (((0.5, 1.0),), lambda u, a: np.expm1(a * u) ** 2 / (2 * a * a)),
+    "well": (((0.8, 3.0),), _well),
+    "cliff": (((0, 1.5),), linex),
+    "unequal": (((0, 1.5),), linex),
+    "collapse": (((0, 1.5),), linex),
 }
-"""Families of shapes by name. `cliff`: every run above a learning rate 1.2 to 3 times the optimum
-diverges. `unequal`: the noise grows as lr^0.7. `collapse`: above a learning rate 3 to 12 times the
-optimum, the loss is 0.8 to 10 nats higher, but the run is not reported as diverged."""
+"""Families of shapes: ranges of their parameters, and h(u, *parameters).
+
+`cliff`: every run above a learning rate 1.2 to 3 times the optimum diverges. `unequal`: the noise
+grows as lr^0.7. `collapse`: above a learning rate 3 to 12 times the optimum, the loss is 0.8 to 10
+nats higher, but the run is not reported as diverged."""
 INSIDE = ("linex", "parabola")
 """Families that belong to the fitted one (LINEX)."""
 HELD_OUT = ("morse", "well", "cliff", "unequal", "collapse")
@@ -129,6 +99,8 @@ def plant(
 ) -> tuple[list[LrCurve], np.ndarray]:
     """Simulate a sweep with one shape; return its curves and their true optima in ln(lr).
 
+    Each seed shifts all losses of a curve by three times the noise (standard deviation).
+
     Args:
         place: optima are at least this many grid spacings inside the lower and the upper end;
             negative: beyond it.
@@ -139,72 +111,45 @@ def plant(
     """
     x = np.arange(design.rates) * math.log(design.factor) - 8.0
     step = math.log(design.factor)
-    shape = FAMILIES[family](rng)
+    ranges, shape = FAMILIES[family]
+    parameters = [rng.uniform(*ends) for ends in ranges]
     around = np.linspace(-2, 2, 4001)
-    own = float(around[np.argmin(shape(around))])
+    own = float(around[np.argmin(shape(around, *parameters))])
     curves, truths = [], np.empty(design.curves)
     shared = rng.standard_normal((design.seeds + design.fresh, 1)) if paired else None
     for k in range(design.curves):
         c = math.exp(rng.uniform(*np.log(steep)))
         m = rng.uniform(x[0] + place[0] * step, x[-1] - place[1] * step)
         last = m + rng.uniform(math.log(1.2), math.log(3)) if family == "cliff" else math.inf
-        loss = c * shape(x - m + own)
+        loss = c * shape(x - m + own, *parameters)
         if family == "collapse":
             beyond = m + rng.uniform(math.log(3), math.log(12))
             rise = math.exp(rng.uniform(math.log(0.8), math.log(10)))
             loss = np.where(x > beyond, loss + rise, loss)
-        curves.append(_measure(k, x, loss, m, last, design, family == "unequal", rng, shared))
+        spread = design.noise * (np.exp(0.7 * (x - m)) if family == "unequal" else 1)
+        losses = []
+        for first, n in ((0, design.seeds), (design.seeds, design.fresh)):
+            own_noise = spread * rng.standard_normal((n, len(x)))
+            shift = rng.standard_normal((n, 1)) if shared is None else shared[first : first + n]
+            losses.append(loss + own_noise + 3 * design.noise * shift)
+        y, alive = np.concatenate(losses), x <= last
+        there = np.ones(y.shape, bool)
+        n = design.fresh_rates
+        best = int(np.argmin(np.where(alive, losses[0].mean(0), np.inf)))
+        first = min(max(best - (n - 1) // 2, 0), max(int(alive.sum()) - n, 0))
+        there[design.seeds :] = np.isin(np.arange(len(x)), first + np.arange(n))
+        of_seed, of_rate = np.nonzero(there)
+        order = np.lexsort((of_seed, of_rate))
+        seed, at = of_seed[order], of_rate[order]
+        usable = alive[at]
+        key = {
+            "model": "planted",
+            "dataset": "planted",
+            "method": "lora" if k else "fullft",
+            "rank": 4.0 * 2**k if k else None,
+            "alpha": 32.0,
+        }
+        measured = np.where(usable, y[seed, at], np.nan)
+        curves.append(LrCurve(key, x[at], measured, seed, seed, usable, math.nan, math.nan))
         truths[k] = m
     return curves, truths
-
-
-def _measure(
-    k: int,
-    x: np.ndarray,
-    loss: np.ndarray,
-    m: float,
-    last: float,
-    design: Design,
-    grows: bool,
-    rng: np.random.Generator,
-    shared: np.ndarray | None,
-) -> LrCurve:
-    """Simulate one curve's runs; each seed shifts all its losses by three times the noise (SD).
-
-    Args:
-        shared: the seeds' shifts in units of that, [S, 1]; None to draw them for this curve.
-    """
-    spread = design.noise * (np.exp(0.7 * (x - m)) if grows else np.ones(len(x)))
-
-    def run(n: int, first: int = 0) -> np.ndarray:
-        own = spread * rng.standard_normal((n, len(x)))
-        shift = rng.standard_normal((n, 1)) if shared is None else shared[first : first + n]
-        return loss + own + 3 * design.noise * shift
-
-    alive = x <= last
-    y, at = [run(design.seeds)], [np.ones((design.seeds, len(x)), bool)]
-    if design.fresh:
-        ranked = np.where(alive, y[0].mean(0), np.inf)
-        n = design.fresh_rates
-        below = int(np.argmin(ranked)) - (n - 1) // 2
-        first = min(max(below, 0), max(int(alive.sum()) - n, 0))
-        y.append(run(design.fresh, design.seeds))
-        around = np.isin(np.arange(len(x)), first + np.arange(n))
-        at.append(np.tile(around, (design.fresh, 1)))
-    values, there = np.concatenate(y), np.concatenate(at)
-    seeds = np.repeat(np.arange(len(values)), len(x)).reshape(values.shape)
-    order = np.argsort(np.tile(x, len(values)).reshape(values.shape)[there], kind="stable")
-    rates, losses, seed = (
-        v[there][order] for v in (np.broadcast_to(x, values.shape), values, seeds)
-    )
-    usable = rates <= last
-    key = {
-        "model": "planted",
-        "dataset": "planted",
-        "method": "lora" if k else "fullft",
-        "rank": 4.0 * 2**k if k else None,
-        "alpha": 32.0,
-    }
-    return LrCurve(
-        key, rates, np.where(usable, losses, np.nan), seed, seed, usable, math.nan, math.nan
-    )

@@ -177,10 +177,6 @@ def tasks(cases: int) -> list[tuple[Any, ...]]:
     return cells + [(designs, *cell, cases // 2) for cell in designs_tried()]
 
 
-def _do(cell: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
-    return cell[0].__name__, cell[0](*cell[1:])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the calibration and write its numbers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks calibration", description=__doc__)
@@ -202,9 +198,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         study.pop(args.only, None)
     cells = [c for c in tasks(args.cases) if args.only in (None, c[0].__name__)]
     with ProcessPoolExecutor(args.jobs) as pool:
-        for k, (kind, row) in enumerate(pool.map(_do, cells)):
-            study.setdefault(kind, []).append(row)
-            print(f"{k + 1} {kind} {row}", flush=True)
+        rows = [pool.submit(*cell) for cell in cells]
+        for k, (row, cell) in enumerate(zip(rows, cells)):
+            kind = cell[0].__name__
+            study.setdefault(kind, []).append(row.result())
+            print(f"{k + 1} {kind} {row.result()}", flush=True)
     study["minutes"] = round(study["minutes"] + (time.monotonic() - started) / 60, 1)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "calibration.json").write_text(json.dumps(study, indent=1) + "\n")

@@ -25,14 +25,8 @@ pytestmark = pytest.mark.slow
 SMALL = (
     "model=tiny64-skills",
     "dataset=skills",  # rows of different lengths, so processes have different numbers of tokens
-    *(
-        "dataset.n_test=10",
-        "dataset.n_test_curve=3",
-        "batch_size=8",
-        "precision=fp64",
-        f"eps={EPS}",
-    ),
-    *("exec.micro_batch_size=2", "exec.workers=1", "exec.threads=1"),
+    *("dataset.n_test=10", "dataset.n_test_curve=3", "batch_size=8", "precision=fp64"),
+    *(f"eps={EPS}", "exec.micro_batch_size=2", "exec.workers=1", "exec.threads=1"),
 )
 EXPERTS = ("model=tiny64-experts", "dataset=dialect_smoke", "batch_size=4")
 KINDS = {

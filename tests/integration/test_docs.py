@@ -20,11 +20,8 @@ from tests.integration.conftest import SMOKE
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKED = [
-    *PAGES,
-    *(ROOT / name for name in ("slurm/README.md", "DECISIONS.md", "docs/log/README.md")),
-    KEPT / "README.md",
-]
+OTHERS = ("slurm/README.md", "DECISIONS.md", "docs/log/README.md", "analysis/results/README.md")
+LINKED = [*PAGES, *(ROOT / name for name in OTHERS)]
 MAY_REFUSE = {
     "action=extend": "nothing would decide more at smoke",
     "action=qualify": "a task of eight updates is not fit",
@@ -68,10 +65,7 @@ def commands():
 
 
 LONG = (
-    "action=fleet",
-    "action=qualify",
-    "action=extend",
-    "action=verify",
+    *(f"action={a}" for a in ("fleet", "qualify", "extend", "verify")),
     "+sweep=study",
     "mirror=",
 )
@@ -108,13 +102,12 @@ def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, caps
     wanted, failed = in_halves()[half], []
     assert len(wanted) > 9
     for page, package, *args in wanted:
+        capsys.readouterr()
         if package == "lorasweep":
             done = command(*args)
             code, said = done.returncode, done.stderr
         else:
-            capsys.readouterr()
-            code = analysis(args)
-            said = capsys.readouterr().err
+            code, said = analysis(args), capsys.readouterr().err
         if code != 0 and not MAY_REFUSE.keys() & set(args):
             failed.append(f"{page}: {package} {' '.join(args)}: exit {code}\n{said[-800:]}")
     assert not failed, "\n\n".join(failed)
@@ -149,7 +142,6 @@ def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results(
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert study_page.readme(text, KEPT) == text
-    assert (KEPT / "README.md").read_text() == study_page.page(
-        answers.read_answers([KEPT]), KEPT, kept=True
-    )
-    assert "rule_shift=" not in (KEPT / "README.md").read_text()  # parameters are words
+    kept = (KEPT / "README.md").read_text()
+    assert kept == study_page.page(answers.read_answers([KEPT]), KEPT, kept=True)
+    assert "rule_shift=" not in kept  # parameters are words

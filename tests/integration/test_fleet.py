@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
 from tests.customers import make_base, write_json, write_rows
-from tests.integration.test_interruptions import start, wait_for
+from tests.integration.test_interruptions import killed_at, start
 
 SECRET = "zanzibar 7351"
 HOSTILE = '<img src=x onerror=alert(1)>/../"x"'
@@ -217,10 +215,7 @@ def test_early_stopping_survives_a_kill(world, odd, tmp_path):
                 return True
         return False
 
-    killed = start(*arguments, cwd=tmp_path)
-    wait_for(best_is_behind)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed_at(best_is_behind, *arguments, cwd=tmp_path)
     (rid,) = RunStore(tmp_path / "runs").existing()
     assert RunStore(tmp_path / "runs").result(rid) is None
     resumed = finished().result(rid)
@@ -243,9 +238,8 @@ def test_no_row_of_a_customer_reaches_another(world, tmp_path):
     assert world.run() == 1
     (owner,) = [p for p in world.folder.iterdir() if p.name.startswith("img_src")]
     for path in [p for p in tmp_path.rglob("*") if p.is_file() and "owner" not in p.parts]:
-        if path.name in ("loud.jsonl",) or ".tokens" in path.parts:
-            continue
-        assert SECRET.encode() not in path.read_bytes(), path
+        if path.name != "loud.jsonl" and ".tokens" not in path.parts:
+            assert SECRET.encode() not in path.read_bytes(), path
     others = [p for p in world.folder.iterdir() if p.is_dir() and p != owner]
     assert len(others) == 4
     for path in [q for p in others for q in p.iterdir()]:

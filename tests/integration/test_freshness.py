@@ -19,7 +19,6 @@ from analysis.report.plots import INPUTS
 from analysis.report.study import answers, page
 from analysis.report.text import text_hash
 from analysis.runs.table import read
-from benchmarks import rewards_page as rewards
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "analysis" / "results"
@@ -173,11 +172,6 @@ def test_figures_of_the_validation_were_drawn_from_its_numbers(name, numbers):
     apart = {KEPT / "bench" / "rewards.png"}
     figures = apart if numbers == "rewards" else set((KEPT / name).glob("*.png")) - apart
     assert figures and {_inputs(p) for p in figures} == {inputs}
-
-
-def test_the_page_of_rewarded_runs_is_rendered_from_its_numbers():
-    content = _json(KEPT / "bench" / "rewards.json")
-    assert rewards.page(content) == (KEPT / "bench" / "rewards.md").read_text()
 
 
 def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers():

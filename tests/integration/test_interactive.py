@@ -81,9 +81,8 @@ def quiet(browser):
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
-            assert message["params"]["request"]["url"].split(":")[0] in ("file", "data", "blob"), (
-                message
-            )
+            url = message["params"]["request"]["url"]
+            assert url.split(":")[0] in ("file", "data", "blob"), message
 
 
 def text_of(browser, element):
@@ -147,7 +146,6 @@ def test_it_is_usable_with_5000_runs(browser, tmp_path):
     table = runs([f"m{k}" for k in range(10)], [None, 1, 2, 4, 8, 16, 32, 64], n_lrs=9, seeds=7)
     assert len(table) >= 5000
     opened(browser, tmp_path, table)
-    assert text_of(browser, "count") == f"80 curves, {len(table)} runs"
     assert how_many(browser, "#run-table tbody tr") == 100
     choose(browser, "model", "m3", 2)
     assert text_of(browser, "count") == "8 curves, 504 runs"

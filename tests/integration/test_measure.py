@@ -23,7 +23,7 @@ def found(folder):
     return json.loads(cli(*FACTS, "format=json", cwd=folder).stdout)
 
 
-def test_facts_come_out_at_16_bits_each(found):
+def test_facts_come_out_at_16_bits_each(folder, found):
     known = 24 * 4 * 8 * 16
     assert found["known"]["bits"] == {"generator": known}
     for name in ("as_is", "prequential"):
@@ -35,9 +35,6 @@ def test_facts_come_out_at_16_bits_each(found):
         assert bits["all"]["low"] <= bits["all"]["value"] <= bits["all"]["high"]
         assert bits["all"]["value"] == pytest.approx(1024 * 16, rel=0.1)
     assert found["rows"] == {"measured": 96, "all": 128}
-
-
-def test_the_code_is_what_the_training_recorded(folder, found):
     for run in found["runs"]:
         result = RunStore(folder / "runs").result(run["run"])
         assert run["nats"] == pytest.approx(result["code_nats"], rel=1e-9)

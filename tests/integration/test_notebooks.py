@@ -12,10 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "analysis" / "notebooks").glob("*.ipynb"))
 
 
-def test_the_four_are_there():
-    assert {p.stem for p in NOTEBOOKS} == {"lr_ratio", "rank_curves", "batch_size", "study"}
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_it_is_thin_and_kept_without_outputs(path):
     for cell in nbformat.read(path, 4).cells:
@@ -23,14 +19,10 @@ def test_it_is_thin_and_kept_without_outputs(path):
             continue
         assert cell.outputs == [] and cell.execution_count is None
         nodes = list(ast.walk(ast.parse(cell.source)))
-        assert not any(
-            isinstance(n, ast.BinOp | ast.For | ast.While | ast.FunctionDef | ast.comprehension)
-            for n in nodes
-        )
-        imported = [
-            a.name for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names
-        ]
-        assert set(imported) <= {"notebook"}
+        mathematics = ast.BinOp | ast.For | ast.While | ast.FunctionDef | ast.comprehension
+        assert not any(isinstance(n, mathematics) for n in nodes)
+        imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert {a.name for n in imports for a in n.names} <= {"notebook"}
 
 
 @pytest.fixture(scope="module")

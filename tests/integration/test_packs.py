@@ -3,7 +3,6 @@ planned, compiled."""
 
 import json
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from benchmarks import memory
 from lorasweep.store.run_store import RunStore, checksum
 from tests.integration.conftest import SMOKE
-from tests.integration.test_interruptions import kept, start, wait_for
+from tests.integration.test_interruptions import kept, killed_at, places
 from tests.integration.test_smollm2 import WEIGHTS
 from tests.training import EPS, ROUNDING
 from tests.world import ROOT, cli
@@ -30,14 +29,10 @@ def test_a_pack_of_mixed_ranks_resumes_in_a_different_pack_and_records_it(tmp_pa
     pack and on the processor, and training lets the differences grow."""
     long = (*MIXED, "precision=fp64", "steps=80", "batch_size=8", "exec.checkpoint_s=0.3")
     long = (*long, f"eps={EPS}")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
+    whole, killed = places(tmp_path)
     cli(*long, cwd=whole)
-    process = start(*long, cwd=killed)
-    wait_for(lambda: len(list((killed / "runs").glob("*/checkpoint/*.json"))) >= 4)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    saved = "*/checkpoint/*.json"
+    killed_at(lambda: len(list((killed / "runs").glob(saved))) >= 4, *long, cwd=killed)
     cli(*long, "sweep.arms.lora.lr=[3e-3]", cwd=killed)  # half of the pack
     store, other = RunStore(whole / "runs"), RunStore(killed / "runs")
     records, again = kept(whole), kept(killed)

@@ -37,9 +37,7 @@ def runs():
     files = {path.stem: path.read_text() for path in (ROOT / "sweeps").glob("*.yaml")}
     asked = {name for name, text in files.items() if re.search(r"^  paper:", text, re.MULTILINE)}
     assert asked <= {p.sweep_name for p in study.parts}
-    return [
-        (part.sweep_name, point.arm, point.spec) for part in study.parts for point in part.points
-    ]
+    return [(part.sweep_name, p.arm, p.spec) for part in study.parts for p in part.points]
 
 
 def said(method, model):
@@ -88,12 +86,8 @@ def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
     given = [compose_request([f"model={n}", *shape, "scale=paper"]).points[0].spec for n in names]
     env = small_hub.make(tmp_path, [s.model for s in given], [given[0].dataset])
     sweep = ("+sweep=lr_ratio", "scale=paper", f"sweep.axes.model=[{','.join(names)}]", *FEW_ROWS)
-    small = (
-        "sweep.arms.lora.rank=[64]",
-        "sweep.arms.lora.lr=[3e-4]",
-        "sweep.replicate.seeds=[]",
-        *shape,
-    )
+    arm = ("sweep.arms.lora.rank=[64]", "sweep.arms.lora.lr=[3e-4]")
+    small = (*arm, "sweep.replicate.seeds=[]", *shape)
     short = ("~sweep.arms.fullft", "steps=2", "batch_size=16", "exec.workers=1")
     done = cli(*sweep, *small, *short, cwd=tmp_path, env=env, timeout=550)
     assert "lora r64" in done.stdout and "UNDECIDED: ratio" in done.stdout
@@ -103,9 +97,8 @@ def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
     for spec, result in zip(given, (dense, experts)):
         assert result["base_commit"] == spec.model.revision and result["steps_done"] == 2
         assert result["test_nll"] < result["curve"][0]["test_nll"]
-    assert (
-        sum(map(sum, experts["expert_tokens"])) >= 2 * 8 * experts["tokens"]
-    )  # 2 layers, 8 active
+    routed = sum(map(sum, experts["expert_tokens"]))
+    assert routed >= 2 * 8 * experts["tokens"]  # 2 layers, 8 active
 
 
 def one_of_each(runs):

@@ -37,12 +37,6 @@ def test_sweeps_of_a_sweep_share_their_runs_and_end_in_one_table(place):
             assert (folder / figure).stat().st_size > 1000
 
 
-def test_asked_again_the_study_trains_nothing(place):
-    before = {p: p.stat().st_mtime_ns for p in (place / "runs").glob("*/result.json")}
-    cli("+sweep=study", "sweep.parts=[rank,short_runs,compute]", *ALONE, cwd=place)
-    assert {p: p.stat().st_mtime_ns for p in (place / "runs").glob("*/result.json")} == before
-
-
 def test_tasks_are_judged_first_from_a_few_runs(place):
     asked = ("+sweep=rank", "action=qualify", "format=json", *ALONE)
     judged = json.loads(cli(*asked, cwd=place, check=False).stdout)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import fleet_page as page
-from benchmarks import fleet_table, trl_baseline
+from benchmarks import fleet_table, grids, trl_baseline
 from benchmarks.fleet import extrapolate, spread
+from lorasweep.config.compose import compose_request
 from lorasweep.customers.read import read_customers
 from lorasweep.customers.rows import Rules, rows_of
 from lorasweep.data.load import load as load_data
@@ -65,35 +65,35 @@ def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
     assert 0.5 < gains[0] / gains[1] < 2
 
 
-def test_the_page_has_every_figure():
-    part = {"sampled": 5, "start_s": 8.0, "train_s": 30.0, "eval_s": 4.0, "customer_s": 34.0}
-    case = {
-        **{
-            "customers": 100,
-            "runs": 300,
-            "whole_s": 400.0,
-            "cpu_s": 750.0,
-            "adapters": 100,
-            "again_s": 5.0,
-            "packs": [6, 12],
-        },
-        **{"peak_bytes": 5 * 2**30, "planned_bytes": 6 * 2**30},
-        **{
-            "process_a_customer": {**part, "whole_s": 4000.0, "cpu_s": 7000.0},
-            "warm_peft": {**part, "whole_s": 800.0, "cpu_s": 1500.0},
-        },
-        **{"vs_process_a_customer": 10.0, "vs_warm_peft": 2.0},
-        **{"cpu_vs_process_a_customer": 9.0, "cpu_vs_warm_peft": 1.9},
-    }
-    machine = {"cores": 2, "processor": "any", "packages": {"trl": "1"}}
-    text = page.page({"smollm2": case, "machine": machine})
-    for said in (
-        "4000 s: **10.0x**",
-        "800 s: **2.0x**",
-        "5.00 GiB",
-        "6.00 GiB",
-        "6 to 12 runs",
-        "9.0x",
-        "1.9x",
-    ):
-        assert said in text
+# ---------------------------------------------------------------- the time to an answer
+
+CURVES = [
+    {"start_s": 5.0, "run_s": 5.0, "sampled": 3},
+    {"start_s": 5.0, "run_s": 15.0, "sampled": 3},
+]
+
+
+def test_an_answer_is_compared_with_both_plain_grids():
+    found = grids.versus(200.0, CURVES)
+    assert (found["plain_grid_s"], found["same_interval_s"]) == (21 * 30, 14 * 30)
+    assert found["vs_plain_grid"] == pytest.approx(3.15)
+    assert found["vs_same_interval"] == pytest.approx(2.1)
+
+
+def test_the_answer_is_timed_whole_and_processes_are_multiplied_up(monkeypatch):
+    points = compose_request(["+sweep=lr_ratio", "scale=tiny"]).points
+    timed, logged = [], []
+
+    def process(kind, sample, values, runs, folder):
+        timed.append((kind, sample[0].id, runs))
+        return {"start_s": 4.0, "train_s": 5.0, "eval_s": 1.0, "run_s": 6.0}
+
+    whole = {"wall_s": 100.0, "runs": len(points)}
+    monkeypatch.setattr(grids, "run_answer", lambda scale, home: (dict(whole), points))
+    monkeypatch.setattr(grids, "baseline", process)
+    found = grids.time_answer("tiny", {}, logged.append)
+    assert [p["rank"] for p in found["processes"]] == [None, 16]
+    assert len({i for _, i, _ in timed}) == len(timed) == 2 * grids.SAMPLES
+    assert {(kind, runs) for kind, _, runs in timed} == {("trl", 1)}
+    assert found["vs_plain_grid"] == pytest.approx(2 * 21 * 10 / 100)
+    assert "3 TRL processes of each curve timed, and multiplied up" in logged[-1]

@@ -4,22 +4,22 @@ import json
 
 import pytest
 
-from benchmarks import fleet_page, outcomes, published, rewards_page, speed_page
+from benchmarks import fleet, outcomes, published, rewards, speed
 from benchmarks.calibration import page as calibration_page
-from benchmarks.harness import FIGURES, ROOT
+from benchmarks.harness import FIGURES, ROOT, with_block
 from lorasweep.customers.evidence import published as published_rules
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.time import TRAINING_SHARE
 
 CASES = {
-    "speed": (FIGURES / "bench.json", "README.md", speed_page, "usage"),
-    "fleet": (FIGURES / "fleet.json", "fleet.md", fleet_page, "fleet"),
-    "rewards": (FIGURES / "rewards.json", "rewards.md", rewards_page, None),
+    "speed": (FIGURES / "bench.json", "README.md", speed, ("usage", "bench")),
+    "fleet": (FIGURES / "fleet.json", "fleet.md", fleet, ("fleet", "fleet")),
+    "rewards": (FIGURES / "rewards.json", "rewards.md", rewards, ()),
     "calibration": (
         calibration_page.FOLDER / "calibration.json",
         "README.md",
         calibration_page,
-        "answers",
+        ("answers", "calibration"),
     ),
 }
 
@@ -30,8 +30,8 @@ def test_kept_pages_and_documents_are_rendered_from_the_kept_figures(name):
     figures = json.loads(path.read_text())
     assert (path.parent / page).read_text() == module.page(figures)
     if document:
-        text = (ROOT / "docs" / f"{document}.md").read_text()
-        assert module.with_summary(text, figures) == text
+        text = (ROOT / "docs" / f"{document[0]}.md").read_text()
+        assert with_block(text, document[1], module.summary(figures)) == text
 
 
 def test_the_kept_figures_are_enough():

@@ -1,12 +1,9 @@
 """The arithmetic of rewarded runs against others' and in packs."""
 
-import json
-
 import numpy as np
 import pytest
 
-from benchmarks import rewards_page as page
-from benchmarks.rewards import compared, differing, first_run
+from benchmarks.rewards import compared, differing, flips, panels
 
 
 def curves(*ends):
@@ -32,31 +29,10 @@ def test_an_answer_that_differs_counts_once():
     assert differing(drawn([1, 2, 0], [3, 0, 0], [5, 4, 0]), alone) == 2
 
 
-def test_both_sides_draw_for_the_sweeps_own_runs():
-    spec = first_run("rl_bits", 4)
-    assert spec.objective == "policy_gradient" and spec.method.rank == 4
-
-
-def test_the_page_says_where_two_sides_differ():
+def test_the_page_shows_flips_and_the_figure_two_errors():
+    case = {"case": "words", "members": 4, "answers": 9, "tokens": 2000, "differing": 3}
+    assert "| words | 4 | 9 | 2,000 | 3 | 1.5e+03 |" in flips([case]) and flips([]) == ""
     rows = compared(curves(0.30, 0.32, 0.34), curves(0.44, 0.46, 0.48))
-    rows[0]["error"] = 1e-3
-    sizes = {"batch_size": 256, "group_size": 8, "steps": 12, "lr": 1e-4, "rows": 512}
-    content = {
-        "curves": {
-            "dataset": "words",
-            "model": "tiny64-skilled",
-            "seeds": [1, 2, 3],
-            **sizes,
-            "seconds_a_run": {"lorasweep": 10.2, "trl": 40.1},
-            "updates": rows,
-        },
-        "packages": {"trl": "1.16"},
-        "processor": "a processor",
-        "flips": [{"case": "words", "members": 4, "answers": 9, "tokens": 2000, "differing": 3}],
-    }
-    text = page.page(json.loads(json.dumps(content)))
-    assert "| words | 4 | 9 | 2,000 | 3 | 1.5e+03 |" in text
-    assert "1 of them" in text and "lorasweep 10 s, trl 40 s" in text
-    one, difference = page.panels(content["curves"])
+    one, difference = panels({"updates": rows, "seeds": [1, 2, 3]})
     assert [s.label for s in one.series] == ["lorasweep", "TRL's GRPO"]
     assert difference.series[0].high[1] == pytest.approx(-0.14 + 2 * rows[1]["error"])

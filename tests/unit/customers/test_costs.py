@@ -37,14 +37,12 @@ def test_prices_files_and_serving_by_hand():
     assert a.costs.full.cost_usd == pytest.approx(a.costs.full.hours * a.costs.full.gpus)
 
 
-def test_full_fine_tuning_takes_more_gpus_and_more_of_their_time():
+def test_full_fine_tuning_takes_more_gpus_and_too_few_give_a_warning():
     a = advice(examples=10_000, tokens_per_example=500)
     assert (a.costs.lora.gpus, a.costs.full.gpus) == (1, 4)
     assert a.costs.full.hours * a.costs.full.gpus > 1.3 * a.costs.lora.hours * a.costs.lora.gpus
     assert a.costs.flops_ratio == pytest.approx(0.672, abs=0.002)
 
-
-def test_all_available_gpus_are_used_and_too_few_give_a_warning():
     one, eight = advice(examples=10_000), advice(examples=10_000, gpus=8)
     assert eight.costs.lora.gpus == 8 == eight.costs.full.gpus
     assert eight.costs.lora.hours < one.costs.lora.hours / 4

@@ -7,15 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lorasweep.customers import read
 from lorasweep.customers.advice import answers
-from lorasweep.customers.read import (
-    Customer,
-    Failed,
-    RowError,
-    customer_of,
-    read_customers,
-    shape_of,
-)
+from lorasweep.customers.read import Customer, RowError, customer_of, read_customers, shape_of
 from lorasweep.errors import SpecError
 from tests.unit.customers.world import known
 
@@ -111,18 +105,12 @@ def test_yaml_holds_a_list_and_an_entry_that_is_none_is_an_error_of_its_own(tmp_
 
 
 def test_a_wrong_row_does_not_affect_others(tmp_path):
-    text = (
-        "name,model,task,examples,hardware\n"
-        "a,qwen3-8b,sft,1000,\n"
-        "b,qwen9,sft,1000,\n"
-        "c,qwen3-8b,sft,1000,h1000\n"
-        "d,qwen3-8b,sft,1000,,,3\n"
-        "a,qwen3-8b,sft,1000,\n"
-        "e,qwen3-8b,rl,1000,a100\n"
-    )
+    rows = ("a,qwen3-8b,sft,1000,", "b,qwen9,sft,1000,", "c,qwen3-8b,sft,1000,h1000")
+    rows += ("d,qwen3-8b,sft,1000,,,3", "a,qwen3-8b,sft,1000,", "e,qwen3-8b,rl,1000,a100")
+    text = "\n".join(["name,model,task,examples,hardware", *rows])
     found = answers(read_customers(write(tmp_path / "c.csv", text)), known())
-    assert [isinstance(a, Failed) for a in found] == [False, True, True, True, True, False]
-    says = [a.error for a in found if isinstance(a, Failed)]
+    assert [isinstance(a, read.Failed) for a in found] == [False, True, True, True, True, False]
+    says = [a.error for a in found if isinstance(a, read.Failed)]
     assert says[0].startswith("row 3: column model: model 'qwen9' not found")
     assert "hidden_size" in says[0] and "config.json" in says[0]
     assert says[1].startswith("row 4: column hardware: hardware 'h1000' not found")

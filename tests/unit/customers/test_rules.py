@@ -6,14 +6,7 @@ import math
 
 import pytest
 
-from lorasweep.customers.evidence import (
-    Interval,
-    Kept,
-    MeasuredRegret,
-    Sure,
-    published,
-    read_kept,
-)
+from lorasweep.customers.evidence import Interval, Kept, MeasuredRegret, Sure, published, read_kept
 from lorasweep.customers.rules import capacity, rates, workload
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -131,10 +124,7 @@ def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else
     outside = advice(world, **columns, bits_per_token=bits / 1000 * 1e-3)
     assert outside.choice.by == "capacity"
     assert advice(world, examples=1000).choice.by == "capacity"  # 8B is not covered by width 128
-
-
-def test_kept_regrets_cover_the_model_that_they_were_measured_on():
-    """The rows of a kept cell: 2.67 bits a token on the first pass."""
+    # the rows of a kept cell: 2.67 bits a token on the first pass
     a = advice(model="tiny128", examples=4096, tokens_per_example=61, bits_per_token=2.67)
     assert (a.choice.by, a.choice.method) == ("map", "lora")
 
@@ -198,9 +188,7 @@ def test_the_largest_batch_obeys_the_allowed_regret():
         assert workload.regret_of_batch(2 * most, 1e6, -0.05) > allowed
     assert advice(world, examples=100, max_regret=0.1).batches.largest == 32
     assert advice(known(None), examples=10**6, max_regret=50).batches.largest == 32  # nothing kept
-
-
-def test_a_batch_that_is_not_stated_leaves_enough_updates():
+    # one that is not stated leaves enough updates
     assert [advice(examples=n).work.batch_size for n in (1000, 100_000)] == [8, 32]
 
 
