@@ -38,12 +38,6 @@ def test_json_is_one_list_and_a_wrong_row_makes_the_status_1(command, table):
     assert all(set(KEYS) <= a.keys() for a in found)
     assert [a["gpu"] for a in found] == ["a100", "h200", None]
     assert found[2]["error"].startswith("row 4: column model: model 'gpt-9' not found")
-
-
-def test_one_customer_by_options_and_the_reasons_of_one(command, table):
-    fields = ("model=qwen3-8b", "task=sft", "examples=500")
-    one = command("action=advise", *(f"+customer.{f}" for f in fields), "format=json")
-    assert json.loads(one.stdout)[0]["model"] == "qwen3-8b"
     why = command("action=advise", f"customers={table}", "why=acme")
     assert why.returncode == 0 and "source: " in why.stdout and "lr_factor = 10" in why.stdout
 
@@ -84,11 +78,9 @@ def test_a_written_sweep_composes_and_is_planned(command, tmp_path, model):
     assert plan.returncode == 0, plan.stderr
     found = json.loads(plan.stdout)["total"]
     assert found["runs"] == 3 * 5 + 3 * 3 * 2 and found["cost_usd"] > 0
-
-
-def test_a_written_sweep_of_reinforcement_learning_composes(command, tmp_path):
+    # and of reinforcement learning, for a customer by options
     customer = (f"+customer.{f}" for f in ("model=llama-3.2-1b", "task=rl", "examples=2000"))
     assert command("action=advise", *customer, "write_sweep=customer").returncode == 0
-    asked = ("--config-dir", tmp_path / "settle", "+sweep=settle_customer", "precision=bf16")
-    kinds = command(*asked, "action=layers", "format=json")
+    rl = ("--config-dir", tmp_path / "settle", "+sweep=settle_customer", "precision=bf16")
+    kinds = command(*rl, "action=layers", "format=json")
     assert len(json.loads(kinds.stdout)["kinds"]) >= 2

@@ -9,15 +9,20 @@ from lorasweep.store.run_store import RunStore
 REWARD = {"name": "reward", "higher_is_better": True, "label": "reward"}
 
 
+def trained(compose, fake_trainer, nll, reward, *overrides):
+    """A sweep whose runs are finished, with rewards beside their NLLs; and its store."""
+    request = compose("+sweep=lr_ratio", "scale=smoke", *overrides)
+    store = RunStore(request.exec.runs_dir)
+    trainer = fake_trainer(nll, more=lambda s: {"metric": REWARD, "reward": reward(s)})
+    local.run_points(request.points, store, request.exec, lambda event: None, trainer)
+    return request, store
+
+
 def test_the_highest_reward_is_the_best(compose, fake_trainer):
     """The NLLs of these runs would choose the other end of the rates."""
     rates = "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]"
-    request = compose("+sweep=lr_ratio", "scale=smoke", "sweep.replicate.seeds=[7]", rates)
-    store = RunStore(request.exec.runs_dir)
-    trainer = fake_trainer(
-        lambda s: 1 + s.lr, more=lambda s: {"metric": REWARD, "reward": 100 * s.lr}
-    )
-    local.run_points(request.points, store, request.exec, lambda event: None, trainer)
+    how = (lambda s: 1 + s.lr, lambda s: 100 * s.lr, "sweep.replicate.seeds=[7]", rates)
+    request, store = trained(compose, fake_trainer, *how)
     points = all_points(request, store)
     fresh = {p.spec.lr for p in points if p.spec.seed == 7 and p.arm == "fullft"}
     assert fresh == {1.2e-3, 2.4e-3, 4.8e-3}
@@ -29,8 +34,6 @@ def test_the_highest_reward_is_the_best(compose, fake_trainer):
 
 def test_the_noise_between_seeds_is_the_metrics(compose, fake_trainer):
     seeds = ("sweep.axes.seed=[0,1]", "sweep.arms.fullft.lr=[1e-3]", "~sweep.arms.lora")
-    request = compose("+sweep=lr_ratio", "scale=smoke", *seeds)
-    store = RunStore(request.exec.runs_dir)
-    trainer = fake_trainer(lambda s: 1.0, more=lambda s: {"metric": REWARD, "reward": 2.0 * s.seed})
-    local.run_points(request.points, store, request.exec, lambda event: None, trainer)
+    how = (lambda s: 1.0, lambda s: 2.0 * s.seed, *seeds)
+    request, store = trained(compose, fake_trainer, *how)
     assert noise_floor(request.points, store) == 2**0.5

@@ -38,15 +38,14 @@ def old(compose, trainer, tmp_path):
     return trainer
 
 
-def test_a_kept_table_is_judged_again_without_training(old, compose):
+def test_a_kept_table_is_judged_again_and_not_continued_and_another_curve_is_trained(old, compose):
     assert act(compose(*SWEEP), old) == 0 and not old.trained
-
-
-@pytest.mark.parametrize("action", ["run", "plan"])
-def test_a_kept_curve_is_not_continued(old, compose, action):
-    with pytest.raises(StoreError, match=ADVICE):
-        act(compose(*SWEEP, MORE, f"action={action}"), old)
+    for action in ("run", "plan"):
+        with pytest.raises(StoreError, match=ADVICE):
+            act(compose(*SWEEP, MORE, f"action={action}"), old)
     assert not old.trained
+    assert act(compose(*SWEEP, "sweep.arms.lora.rank=[4,8]"), old) == 0
+    assert len(old.trained) == 3
 
 
 def test_a_sweep_of_sweeps_is_checked_before_its_first_part_starts(old, compose):
@@ -58,11 +57,6 @@ def test_a_sweep_of_sweeps_is_checked_before_its_first_part_starts(old, compose)
     assert not old.trained
 
 
-def test_another_curve_beside_kept_ones_is_trained(old, compose):
-    assert act(compose(*SWEEP, "sweep.arms.lora.rank=[4,8]"), old) == 0
-    assert len(old.trained) == 3
-
-
 def test_no_round_is_added_to_kept_curves(old, compose, monkeypatch):
     request = compose(*SWEEP, "action=extend")
     runs = [{"like": request.points[0].id, "lr": 1e-3, "seed": 9}]
@@ -70,17 +64,6 @@ def test_no_round_is_added_to_kept_curves(old, compose, monkeypatch):
     with pytest.raises(StoreError, match=ADVICE):
         act(request, old)
     assert not (RunStore(request.exec.runs_dir).root / ".rounds").exists()
-
-
-def test_the_check_costs_little(compose, fake_trainer, monkeypatch):
-    """Where no fingerprint is missing, no keys of curves are made, and runs are continued."""
-    from lorasweep.plan import plan
-
-    trainer = fake_trainer(lambda spec: 2.0)
-    assert act(compose(*SWEEP), trainer) == 0
-    request = compose(*SWEEP, MORE)
-    monkeypatch.setattr(plan, "curve_key", None)
-    assert act(request, trainer) == 0 and len(trainer.trained) == 12
 
 
 def test_a_run_is_not_trained_again_on_other_data(compose, trainer):

@@ -36,9 +36,9 @@ def hub(tmp_path, offline):
                 datasets.Dataset.from_dict(columns, features).to_parquet(folder / path)
                 files.append({"split": split, "path": path})
                 counts.append({"name": split, "num_examples": len(rows), "num_bytes": 1})
-            configs.append({"config_name": config, "data_files": files})
-            named = {"config_name": config, "features": features._to_yaml_list()}
-            infos.append({**named, "splits": counts})
+            named = {"config_name": config}
+            configs.append({**named, "data_files": files})
+            infos.append({**named, "features": features._to_yaml_list(), "splits": counts})
         card = {"configs": configs, **({"dataset_info": infos} if described else {})}
         (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
         return str(folder)

@@ -1,16 +1,22 @@
-"""Data: order, masks, padding, generators with known entropy, and rows that must be refused."""
+"""Data: order, masks, padding, rows that must be refused, and files of tokens that are kept."""
 
+import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from lorasweep.data import load as data
+from lorasweep.data import own, rows
 from lorasweep.data.batches import collate, merge, padded
 from lorasweep.data.examples import Example
+from lorasweep.data.load import check_available
 from lorasweep.data.synthetic import skills
 from lorasweep.errors import DataError
 from lorasweep.spec.streams import stream
+from tests.bpe import qwen_like
 from tests.unit.data.shipped import shipped
 
 
@@ -42,19 +48,13 @@ ROWS = [{"prompt": f"p{i}", "completion": f"answer {i}"} for i in range(10)]
 
 
 def test_the_loss_looks_at_the_completion_and_its_end(tmp_path):
-    loaded = jsonl(tmp_path, ROWS)
-    e = loaded.test[0]
-    assert bytes(e.tokens[e.loss][:-1].tolist()).decode() == "answer 0" and e.tokens[-1] == 0
-    assert e.n_bytes == len("answer 0")
-
-
-def test_messages_train_the_assistant_only(tmp_path):
+    e = jsonl(tmp_path, ROWS).test[0]
+    assert bytes(e.tokens[e.loss].tolist()) == b"answer 0\0" and e.n_bytes == len("answer 0")
     said = ("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")
     row = {"messages": [{"role": role, "content": text} for role, text in said]}
-    last = jsonl(tmp_path, [row], format="messages", mask="last_assistant").test[0]
-    every = jsonl(tmp_path, [row], format="messages").test[0]
-    assert bytes(last.tokens[last.loss].tolist()) == b"no\0"
-    assert bytes(every.tokens[every.loss].tolist()) == b"yes\0no\0"
+    for how, learned in (({"mask": "last_assistant"}, b"no\0"), ({}, b"yes\0no\0")):
+        e = jsonl(tmp_path, [row], format="messages", **how).test[0]
+        assert bytes(e.tokens[e.loss].tolist()) == learned
 
 
 def test_order_depends_on_data_set_split_and_seed_only(tmp_path):
@@ -131,20 +131,172 @@ def test_runs_are_filled_up_and_the_padded_form_says_the_same(lengths, filled):
 
 
 def test_skills_have_right_answers():
+    right = {"reverse": lambda s: s[::-1], "sort": lambda s: "".join(sorted(s))}
     rng = stream("test")
     for _ in range(300):
         prompt, answer = skills.instance(rng, 2)
-        name, _, rest = prompt.partition(" ")
-        if name == "reverse":
-            assert answer == rest[:-1][::-1]
-        elif name == "sort":
-            assert answer == "".join(sorted(rest[:-1]))
+        name, _, rest = prompt[:-1].partition(" ")
+        if name in right:
+            assert answer == right[name](rest)
         elif "+" in prompt:
-            a, b = prompt[:-1].split("+")
-            assert int(answer) == int(a) + int(b)
+            assert int(answer) == sum(map(int, prompt[:-1].split("+")))
         assert set(prompt + answer) <= set(skills.ALPHABET)
 
 
-def test_streams_are_named():
-    first, again, other = (stream("a", n).integers(1 << 30) for n in (1, 1, 2))
-    assert first == again != other
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "héllo"}]}
+FORMS = (
+    CHAT,
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "héllo"}]},
+    {"question": "Hi", "answer": "héllo", "id": 3},
+    {"instruction": "Hi", "output": "héllo"},
+    {"prompt": "Hi", "completion": "héllo"},
+)
+
+
+def written(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("row", FORMS, ids=lambda row: next(iter(row)))
+def test_the_usual_forms_are_read_and_counted(tmp_path, row):
+    given = written(tmp_path / "train.jsonl", row, row)
+    spec = own.dataset_of(given)
+    check_available(spec, ["."])
+    assert spec.problem is None and own.dataset_of(str(tmp_path)) == spec
+    counted = own.count(given)
+    assert (counted.rows, counted.answer_bytes) == (2, 2 * len("héllo".encode()))
+    assert spec.revision == f"sha256:train={counted.sha256[: own.DIGITS]}"
+
+
+def test_held_out_rows_are_those_beside_it(tmp_path):
+    given = written(tmp_path / "support.jsonl", CHAT)
+    alone = own.dataset_of(given)
+    assert (alone.train_split, alone.test_split) == ("support", "support")
+    assert alone.name.startswith("support-")
+    written(tmp_path / "test.jsonl", CHAT)
+    assert own.dataset_of(given).test_split == "test"
+    written(tmp_path / "support.jsonl", CHAT, CHAT)
+    assert own.dataset_of(given).name != alone.name
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("train.jsonl", '{"text": "a"}\n', "has the columns text. Expected messages"),
+        ("train.jsonl", "3\n", "the columns of no object"),
+        ("train.jsonl", "no json\n", "train.jsonl:1: not a JSON row"),
+        ("train.jsonl", "\n", "has no rows"),
+        ("rows.csv", "a,b\n", "does not end on .jsonl"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=says):
+        own.dataset_of(str(tmp_path / name))
+    with pytest.raises(DataError, match="no file"):
+        own.dataset_of(str(tmp_path / "gone"))
+    given = written(tmp_path / "train.jsonl", CHAT, {"prompt": "a", "completion": "b"})
+    with pytest.raises(DataError, match=r"train\.jsonl:2"):
+        own.count(given)
+
+
+class Counting:
+    """A tokenizer that counts the texts it is given."""
+
+    texts = 0
+
+    def __getattr__(self, name):
+        return getattr(qwen_like(), name)
+
+    def __call__(self, texts, **options):
+        self.texts += len(texts)
+        return qwen_like()(texts, **options)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A data set of 600 rows; `load(...)` with a fresh tokenizer says how many texts it was given."""
+    (tmp_path / "mine").mkdir()
+    names = {"prompt_field": "p", "completion_field": "c", "location": "mine", "revision": ""}
+    spec = shipped("gsm8k", name="mine", n_test=8, n_test_curve=8, **names)
+
+    def write(answer="Yes"):
+        lines = [json.dumps({"p": f"So? {i}", "c": answer}) for i in range(600)]
+        for split in ("train", "test"):
+            (tmp_path / "mine" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def load(cache=True, eos=None, **changes):
+        tokenizer = Counting()
+        if eos is not None:
+            tokenizer.eos_token_id = eos
+        given = dataclasses.replace(spec, **changes)
+        folder = str(tmp_path / "cache") if cache else ""
+        return data.load(given, [str(tmp_path)], tokenizer, folder), tokenizer.texts
+
+    write()
+    load.write, load.cache = write, tmp_path / "cache"
+    return load
+
+
+def seen(loaded):
+    return [(e.tokens.tolist(), e.loss.tolist(), e.n_bytes) for e in loaded.train(3, 0, 700)]
+
+
+def test_a_second_worker_tokenizes_nothing_and_sees_the_same_rows(world):
+    alone, n = world(cache=False)
+    first, n_first = world()
+    again, n_again = world()
+    assert (n, n_first, n_again) == (2 * 608, 2 * 608, 0)
+    assert seen(alone) == seen(first) == seen(again)
+    assert alone.sha256 == first.sha256 == again.sha256
+    assert not again.train(0, 0, 1)[0].tokens.flags.writeable  # it is mapped
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "head"])
+def test_a_damaged_file_is_made_again(world, damage):
+    whole, _ = world()
+    path = max(world.cache.glob("*.rows"), key=lambda p: p.stat().st_size)
+    good = path.read_bytes()
+    bad = {
+        "cut": good[:-7],
+        "empty": b"",
+        "changed": good[:-3] + bytes([good[-3] ^ 1]) + good[-2:],
+        "head": b"{" + good[1 : rows.HEADER - 1] + b"x" + good[rows.HEADER :],
+    }
+    path.unlink()  # `whole` maps the old one
+    path.write_bytes(bad[damage])
+    assert rows.read(path) is None
+    again, n = world()
+    assert n == 2 * 600 and path.read_bytes() == good and seen(again) == seen(whole)
+
+
+def test_other_rows_another_length_and_another_form_have_files_of_their_own(world):
+    first, _ = world()
+    cut, n_cut = world(max_length=23)
+    few, n_few = world(n_train=10)
+    ended, n_ended = world(eos=7)  # as of a base and its chat model, whose tokens are the same ones
+    world.write("No")
+    other, n_other = world()
+    assert n_cut == n_ended == n_other == 2 * 608 and n_few == 2 * 10
+    assert len({d.sha256 for d in (first, cut, few, ended, other)}) == 5
+    renamed, n_renamed = world(name="yours")
+    assert n_renamed == 0 and renamed.sha256 == other.sha256
+
+
+def test_processes_that_need_the_same_file_at_once_make_it_once(tmp_path):
+    made, start = [], threading.Barrier(4)
+
+    def make():
+        made.append(1)
+        example = Example(np.arange(5, dtype=np.int32), np.arange(5) > 2, 3)
+        return rows.Rows.of([example] * 100)
+
+    def work(_):
+        start.wait()
+        return rows.kept(tmp_path / "a" / "x.rows", make)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(4)))
+    assert len(made) == 1 and {r.sha256 for r in found} == {make().sha256}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"x.rows", "x.lock"}

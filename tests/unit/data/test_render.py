@@ -46,19 +46,47 @@ def test_role_colon_is_the_studys_form_with_bos_where_there_is_one(tmp_path):
     assert row.n_bytes == len(" No!\n\nUser:")
 
 
-def test_role_colon_with_every_answer_in_the_loss(tmp_path):
-    text, _ = tokens_of(tmp_path, qwen_like(), TURNS[:3], mask="completion")
-    assert text == (
-        "User : _Is _it _late ?// Assistant : [_Yes] [,] [_it] [_is] [.//] User : _So ? _ 3 4 5 //"
-    )  # the last message is no answer: nothing follows it
-
-
 @pytest.mark.parametrize("tokenizer", [llama_like, qwen_like])
 def test_role_eos_ends_answers_with_eos_and_has_no_bos(tmp_path, tokenizer):
     eos = tokenizer().eos_token
     text, row = tokens_of(tmp_path, tokenizer(), TURNS[:2], render="role_eos")
     assert text == f"User : _ Is _it _late ? // Assistant : _ [Yes] [,] [_it] [_is] [.] [{eos}]"
     assert row.n_bytes == len("Yes, it is.")
+
+
+def weighted(*weights, turns=TURNS):
+    """The turns with a weight for each message; none where it is ...."""
+    return [m if w is ... else {**m, "weight": w} for m, w in zip(turns, weights)]
+
+
+YES, NO = "[_Yes] [,] [_it] [_is] [.//]", "[_No] [!//] [User] [:]"
+ASKED, EOS = "User : _So ? _ 3 4 5 // Assistant :", "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "weights, changes, text",
+    [
+        # the last message is no answer: nothing follows it
+        ((..., ..., ...), {"mask": "completion"}, f": {YES} {ASKED[: -len(' Assistant :')]}"),
+        ((..., 0, ..., ...), {"mask": "completion"}, f": _Yes , _it _is .// {ASKED} {NO}"),
+        (
+            (..., 0, ..., ...),
+            {"mask": "completion", "render": "role_eos"},
+            f": _ Yes , _it _is . {EOS} User : _ S o ? _ 3 4 5 // Assistant : _ [No] [!] [{EOS}]",
+        ),
+        # and each one that is put in
+        ((None, 1.0, None, None), {"mask": "last_assistant"}, f": {YES} {ASKED} {NO}"),
+        (
+            (..., 0, 0, ...),
+            {"mask": "all"},
+            f"[:] _Yes , _it _is .// [User] [:] {ASKED[7:-12]} [Assistant] [:] {NO}",
+        ),
+    ],
+)
+def test_a_message_of_weight_0_is_not_learned_and_one_of_weight_1_is(
+    tmp_path, weights, changes, text
+):
+    assert tokens_of(tmp_path, qwen_like(), weighted(*weights), **changes)[0].endswith(text)
 
 
 CHAT = (
@@ -85,55 +113,13 @@ def chat(tmp_path, template, mask, **changes):
 def test_chat_template_is_the_tokenizers_text_with_answers_and_their_end_in_the_loss(tmp_path):
     whole = chatting(CHAT).apply_chat_template(TURNS, tokenize=False)
     eos = qwen_like().eos_token
-    text, trained, n_bytes = chat(tmp_path, CHAT, "last_assistant")
-    assert text == whole.rstrip("\n") and (trained, n_bytes) == (f"No!{eos}", len("No!"))
-    text, trained, _ = chat(tmp_path, CHAT, "completion")
-    assert text == whole.rstrip("\n") and trained == f"Yes, it is.{eos}No!{eos}"
+    for mask, learned in (("last_assistant", ["No!"]), ("completion", ["Yes, it is.", "No!"])):
+        found = whole.rstrip("\n"), "".join(f"{x}{eos}" for x in learned), len("".join(learned))
+        assert chat(tmp_path, CHAT, mask) == found
     text, trained, _ = chat(tmp_path, CHAT, "all")
     assert text == whole and trained == text[1:]  # nothing predicts the first token
     text, _, _ = chat(tmp_path, CHAT, "last_assistant", messages=TURNS[:3])
     assert text.endswith(f"Yes, it is.{eos}")  # what follows the last answer is left out
-
-
-def weighted(*weights, turns=TURNS):
-    """The turns with a weight for each message; none where it is ...."""
-    return [m if w is ... else {**m, "weight": w} for m, w in zip(turns, weights)]
-
-
-@pytest.mark.parametrize(
-    "mask, weights, colon, eos",
-    [
-        (
-            "completion",
-            (..., 0, ..., ...),
-            "Assistant : _Yes , _it _is .// User : _So ? _ 3 4 5 // Assistant : [_No] [!//] [User] [:]",
-            "_ Yes , _it _is . <|endoftext|> User : _ S o ? _ 3 4 5 // Assistant : _ [No] [!] "
-            "[<|endoftext|>]",
-        ),
-        (
-            "last_assistant",  # and each one that is put in
-            (None, 1.0, None, None),
-            "Assistant : [_Yes] [,] [_it] [_is] [.//] User : _So ? _ 3 4 5 // Assistant : [_No] "
-            "[!//] [User] [:]",
-            None,
-        ),
-        (
-            "all",
-            (..., 0, 0, ...),
-            "[Assistant] [:] _Yes , _it _is .// [User] [:] _So ? _ 3 4 5 // [Assistant] [:] [_No] "
-            "[!//] [User] [:]",
-            None,
-        ),
-    ],
-)
-def test_a_message_of_weight_0_is_not_learned_and_one_of_weight_1_is(
-    tmp_path, mask, weights, colon, eos
-):
-    text, _ = tokens_of(tmp_path, qwen_like(), weighted(*weights), mask=mask)
-    assert text.endswith(colon)
-    if eos is not None:
-        text, _ = tokens_of(tmp_path, qwen_like(), weighted(*weights), mask=mask, render="role_eos")
-        assert text.endswith(f"Assistant : {eos}")
 
 
 @pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
@@ -175,20 +161,13 @@ def test_weights_in_a_chat_template_are_those_of_the_texts_characters(tmp_path, 
 def test_other_weights_are_refused_with_row_and_field(tmp_path, form, k, weight, says):
     keys = fields.LISTS[form]
     names = {"user": "human", "assistant": "gpt"} if form == "conversations" else {}
-    turns = [dict(zip(keys, (names.get(m["role"], m["role"]), m["content"]))) for m in TURNS]
-    turns[k]["weight"] = weight
+    good = [dict(zip(keys, (names.get(m["role"], m["role"]), m["content"]))) for m in TURNS]
+    turns = [{**m, "weight": weight} if i == k else m for i, m in enumerate(good)]
     (tmp_path / "mine").mkdir()
     path = tmp_path / "mine/train.jsonl"
-    path.write_text("".join(json.dumps({form: t}) + "\n" for t in (turns[1:3], turns)))
-    if k == 1:
-        path.write_text(json.dumps({form: turns}) + "\n")
-    with pytest.raises(DataError, match=rf"train.jsonl:{1 if k == 1 else 2}: {form}{says}"):
+    path.write_text("".join(json.dumps({form: t}) + "\n" for t in (good, turns)))
+    with pytest.raises(DataError, match=rf"train.jsonl:2: {form}{says}"):
         own.count(str(path))
-
-
-def test_only_answers_that_are_learned_count_as_such_and_a_row_without_one_is_refused(tmp_path):
-    (tmp_path / "mine").mkdir()
-    path = tmp_path / "mine/train.jsonl"
     path.write_text(json.dumps({"messages": weighted(..., 1, ..., 0)}) + "\n")
     assert own.count(str(path)).answer_bytes == len("Yes, it is.")
     with pytest.raises(DataError, match=r"jsonl:1: no token counts.*set the weight of an answer"):
@@ -198,12 +177,13 @@ def test_only_answers_that_are_learned_count_as_such_and_a_row_without_one_is_re
 def test_a_template_that_rewrites_what_came_before_trains_the_last_answer_only(tmp_path):
     text, trained, _ = chat(tmp_path, FORGETS, "last_assistant")
     assert trained.startswith("No!") and "Yes, it is." not in text
-    with pytest.raises(DataError, match=r":1: .*does not take the row with mask=completion"):
-        chat(tmp_path, FORGETS, "completion")
-    with pytest.raises(DataError, match="render=chat_template, but the tokenizer has none"):
-        chat(tmp_path, None, "completion")
-    with pytest.raises(DataError, match="roles must alternate"):
-        chat(tmp_path, "{{ raise_exception('roles must alternate') }}", "completion")
+    for template, words in (
+        (FORGETS, r":1: .*does not take the row with mask=completion"),
+        (None, "render=chat_template, but the tokenizer has none"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ):
+        with pytest.raises(DataError, match=words):
+            chat(tmp_path, template, "completion")
     # a date is the same one every day
     assert chat(tmp_path, "{{ date_string }}" + CHAT, "all")[0].startswith("26 Jul 2024")
 
@@ -212,7 +192,9 @@ def test_the_form_of_messages_is_part_of_a_run_and_checked_before_it_starts():
     before = tiny_spec(dataset=shipped("tulu3", render="role_eos"))
     assert "render" not in before.plain()["dataset"]
     assert before.id != tiny_spec(dataset=shipped("tulu3")).id
-    with pytest.raises(SpecError, match=r"render='chatml'. Allowed: role_colon, role_eos, chat"):
-        validate(tiny_spec(dataset=shipped("tulu3", render="chatml")))
-    with pytest.raises(SpecError, match="render='role_colon' has no effect with source=synthetic"):
-        validate(tiny_spec(dataset=shipped("dialect", render="role_colon")))
+    for name, render, words in (
+        ("tulu3", "chatml", r"render='chatml'. Allowed: role_colon, role_eos, chat"),
+        ("dialect", "role_colon", "render='role_colon' has no effect with source=synthetic"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            validate(tiny_spec(dataset=shipped(name, render=render)))

@@ -1,9 +1,10 @@
-"""The study's data sets, on folders with a few rows made here in the schemas of the hub.
+"""Data sets of the hub, the study's and others, on folders with a few rows made here in its schemas.
 
 `datasets` reads such a folder as it reads a repository: card, configurations, splits, parquet.
 """
 
 import dataclasses
+import shutil
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from lorasweep.data import load as data
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
+from tests import small_hub
 from tests.bpe import llama_like, qwen_like
 from tests.small_hub import thought, tulu
 from tests.unit.data.shipped import shipped
@@ -45,9 +47,8 @@ def test_tulu_3_is_shuffled_the_first_rows_are_held_out_and_the_last_answer_is_t
     path = hub("tulu", {"default": {"train": rows}})
     loaded = load(spec_of("tulu3", path, n_test=4, holdout=4))
     order = datasets.Dataset.from_list(rows).shuffle(seed=0)["id"]
-    seen = [
-        [shown(e)[1].split()[1] for e in part] for part in (loaded.test, loaded.train(0, 0, 16))
-    ]
+    parts = loaded.test, loaded.train(0, 0, 16)
+    seen = [[shown(e)[1].split()[1] for e in part] for part in parts]
     assert seen[0] == order[:4] and sorted(seen[1]) == sorted(order[4:])
     text, trained = shown(loaded.test[0])
     assert trained == f" Yes {order[0]}\n\nUser:" and text.startswith(f"User: So? {order[0]}\n\n")
@@ -68,6 +69,11 @@ def test_openthoughts_3_trains_no_question_that_is_held_out(hub):
     assert with_them.n_train == 93 > loaded.n_train
     first = load(dataclasses.replace(spec, n_train=10))
     assert [shown(e) for e in list_of(first)] == [shown(e) for e in list_of(loaded, 10)]
+    row = thought(1, 1)
+    row["conversations"][1]["from"] = "tool"
+    other = hub("other", {"default": {"train": [row] * 9}})
+    with pytest.raises(DataError, match=r"a message is from 'tool'. Allowed: human, user, gpt"):
+        load(dataclasses.replace(spec, location=other))
 
 
 def list_of(loaded, count=None):
@@ -89,13 +95,7 @@ def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(h
         kind: {s: [problem(f"{k}{i}{s[1]}", kind) for i in range(4)] for s in ("train", "test")}
         for k, kind in enumerate(kinds)
     }
-    held_out = [
-        {
-            **{key: row[key] for key in ("problem", "solution")},
-            **{"answer": "1", "subject": "made", "level": 1, "unique_id": row["problem"]},
-        }
-        for row in (content["algebra"]["test"][1], content["geometry"]["train"][2])
-    ]
+    held_out = [content["algebra"]["test"][1], content["geometry"]["train"][2]]
     where = hub("math500", {"default": {"test": held_out}})
     here = {"test_location": where, "test_revision": "", "n_test": 2}
     loaded = load(spec_of("math", hub("math", content), **here))
@@ -112,11 +112,7 @@ def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(h
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            {"answer_field": "gold"},
-            r"\[train\] has no column gold. Found: question, answer. Expected "
-            r"\(format=prompt_completion\): question, answer, gold. Set",
-        ),
+        ({"answer_field": "gold"}, r"\[train\] has no column gold. Found: question, answer. Exp"),
         ({"format": "messages"}, "has no column messages. Found: question, answer"),
         ({"test_split": "validation"}, "no split 'validation'. Found: train, test, empty. Set"),
         ({"train_split": "train+more"}, "no split 'more'. Found: train, test"),
@@ -160,14 +156,6 @@ def test_a_data_set_that_cannot_be_had_is_refused_with_what_to_do(monkeypatch, t
         data.check_available(spec_of("tulu3", "x/y"), [])
 
 
-def test_a_speaker_that_is_not_known_is_named(hub):
-    row = thought(1, 1)
-    row["conversations"][1]["from"] = "tool"
-    path = hub("thoughts", {"default": {"train": [row] * 3}})
-    with pytest.raises(DataError, match=r"a message is from 'tool'. Allowed: human, user, gpt"):
-        load(spec_of("openthoughts3", path, n_test=1, holdout=1))
-
-
 def test_long_rows_are_cut_or_left_out(hub):
     def row(n_asked, n_said):
         said = [("user", "So? " * n_asked), ("assistant", "Yes " * n_said)]
@@ -193,12 +181,62 @@ def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
     stored = tiny_spec(dataset=shipped("gsm8k")).plain()["dataset"]
     for name in ("too_long", "unseen_prompts", "answer_field", "test_location", "test_revision"):
         assert name not in stored
-    for changes, words in (
-        ({"too_long": "drop"}, "too_long='drop'. Allowed: cut, cut_or_skip, skip"),
-        ({"test_location": "a/b"}, "test_location='a/b': only for source=hub"),
-        ({"test_revision": "main"}, "there is no test_location"),
+    for name, changes, words in (
+        ("gsm8k", {"too_long": "drop"}, "too_long='drop'. Allowed: cut, cut_or_skip, skip"),
+        ("gsm8k", {"test_location": "a/b"}, "test_location='a/b': only for source=hub"),
+        ("gsm8k", {"test_revision": "main"}, "there is no test_location"),
+        ("dialect", {"too_long": "skip"}, "too_long='skip' has no effect with source=synthetic"),
     ):
         with pytest.raises(SpecError, match=words):
-            validate(tiny_spec(dataset=shipped("gsm8k", **changes)))
-    with pytest.raises(SpecError, match="too_long='skip' has no effect with source=synthetic"):
-        validate(tiny_spec(dataset=shipped("dialect", too_long="skip")))
+            validate(tiny_spec(dataset=shipped(name, **changes)))
+
+
+OLD, NEW = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"
+
+
+def load_gsm8k(cache, **changes):
+    given = shipped("gsm8k_hub", n_test=4, n_test_curve=4, **changes)
+    return data.load(given, [], qwen_like(), str(cache))
+
+
+def test_an_unpinned_name_is_what_its_commit_is_and_a_pinned_one_is_never_replaced(
+    tmp_path, offline
+):
+    """A newer commit brings other rows: kept tokens of the older one are not taken for them."""
+
+    def gsm8k(commit, answer):
+        shutil.rmtree(offline / "openai___gsm8k", ignore_errors=True)
+        rows = [{"question": f"So? {i}", "answer": answer} for i in range(9)]
+        splits = {"train": rows, "test": rows}
+        small_hub.download(tmp_path, "openai/gsm8k", "main", commit, splits)
+
+    gsm8k(OLD, "Yes")
+    old = load_gsm8k(tmp_path / "kept", revision="")
+    gsm8k(NEW, "No")
+    new, pinned = (
+        load_gsm8k(tmp_path / "kept", revision=""),
+        load_gsm8k(tmp_path / "kept", revision=NEW),
+    )
+    assert (old.commit, new.commit, pinned.commit) == (OLD, NEW, NEW)
+    assert old.sha256 != new.sha256 == pinned.sha256
+    assert len(list((tmp_path / "kept").glob("*.rows"))) == 4
+    with pytest.raises(DataError, match=f"is pinned to {OLD}.*holds {NEW}"):
+        load_gsm8k(tmp_path / "kept", revision=OLD)
+
+
+def test_kept_tokens_of_training_rows_are_never_served_as_held_out_rows(tmp_path, offline):
+    """A holdout of one split, of which as many rows are trained on as are held out: each row says a
+    number of its own, so a shared row would be seen."""
+    counts = {"n_train": 10, "n_validation": 4, "n_test": 6, "n_test_curve": 0, "holdout": 10}
+    spec = shipped("tulu3", revision=OLD, **counts)
+    small_hub.make(tmp_path, [], [spec])
+
+    def rows(cache):
+        loaded = data.load(spec, [], qwen_like(), cache)
+        parts = (loaded.train(0, 0, 10), [*loaded.validation, *loaded.test])
+        return [[tuple(e.tokens) for e in part] for part in parts]
+
+    train, held_out = rows("")
+    assert len(set(train)) == len(set(held_out)) == 10 and not set(train) & set(held_out)
+    assert rows(str(tmp_path / "kept")) == [train, held_out]  # made
+    assert rows(str(tmp_path / "kept")) == [train, held_out]  # and mapped

@@ -1,18 +1,33 @@
-"""Memory, time and place of runs on GPUs: components by hand, what fits, and what would."""
+"""Memory, time and place of runs on GPUs, those that sample too: components by hand, what fits, and
+what sweeps take."""
 
 import dataclasses
+import json
 from functools import cache
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from lorasweep.config.compose import shipped_model
+from lorasweep.errors import SpecError
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.load import layer_bytes, load_of
-from lorasweep.plan.memory import Layout, memory_parts
+from lorasweep.plan import forecast as planning
+from lorasweep.plan import load as shapes
+from lorasweep.plan import memory, time
+from lorasweep.plan.forecast import Forecaster, hours_of, refuse_unfit, settings_of
+from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import evaluated_completions, layer_bytes, load_of, run_flops, train_flops
+from lorasweep.plan.memory import Layout, memory_parts, pack_bytes
 from lorasweep.plan.placement import MEMORY_ERROR, Misfit, Placement, place
-from lorasweep.plan.time import TRAINING_SHARE, step_parts, step_seconds
+from lorasweep.plan.time import LAUNCH_S, TRAINING_SHARE, step_parts, step_seconds
+from lorasweep.spec.execution import Exec
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.question import Replicates
+from lorasweep.train import sampling
 from tests.world import compose_request
 
 
@@ -142,3 +157,236 @@ def test_what_fits_nowhere_says_what_would():
     remedies = ("max_length below 2000000", "power of two divides (12 given)", "more than 2 GPU(s)")
     for misfit, words in zip((found, odd, few), remedies, strict=True):
         assert isinstance(misfit, Misfit) and words in misfit.remedy
+
+
+RATES = (1e-4, 2e-4, 4e-4)
+
+
+def points(arm, method, model="llama-3.1-8b", seeds=(0,), **changes):
+    return [
+        Point(arm, spec_of(model, method, lr=lr, seed=seed, **changes))
+        for lr in RATES
+        for seed in seeds
+    ]
+
+
+def forecast(runs, second=None, **settings):
+    return Forecaster(card(), Exec(**settings)).forecast("mine", runs, second or Replicates())
+
+
+def test_a_sweep_takes_what_its_runs_take_alone():
+    runs = points("lora", LoRA(rank=16))
+    found = forecast(runs)
+    ((kind, where, n),) = found.placed()
+    assert (n, found.n_runs, found.packs, found.jobs(120)) == (3, 3, 3, 3)
+    assert found.gpu_hours == pytest.approx(3 * where.seconds / 3600)
+    spec = runs[0].spec
+    assert found.tokens == 3 * spec.steps * spec.batch_size * round(0.4 * 1024)
+    assert hours_of(kind, where, 2) == pytest.approx(found.gpu_hours * 2 / 3)
+    ways = [LoRA(rank=128, expert_rank=way) for way in ("all", "active", "whole")]
+    made = [Forecaster(card(), Exec()).kind(spec_of("qwen3-30b-a3b-base", m)) for m in ways]
+    hours = [k.place.gpu_hours for k in made]
+    assert hours == sorted(set(hours))  # ways to share a rank among experts cost apart
+    ((kind, misfit, n),) = forecast(points("fullft", FullFT(), batch_size=3)).misfits()
+    assert isinstance(misfit, Misfit) and n == 3 and kind.label == "fullft of llama-3.1-8b"
+    hardware = dataclasses.replace(card(), matmul_flops_s={"bf16": 1e14})
+    with pytest.raises(SpecError, match=r"no speed in fp32\. Add matmul_flops_s\.fp32"):
+        Forecaster(hardware, Exec()).kind(spec_of(precision="fp32"))
+
+
+def test_fresh_seeds_of_the_second_stage_are_counted_once():
+    runs = points("fullft", FullFT()) + points("lora", LoRA(rank=16), seeds=(0, 1))
+    found = forecast(runs, Replicates(seeds=[1, 2], n_lrs=2))
+    assert found.n_runs == 9 + 2 * 2 + 1 * 2  # the adapters have seed 1 at every rate already
+    first, second = found.stage_hours()
+    assert first + second == pytest.approx(found.gpu_hours) and second > 0
+    one_arm = forecast(runs, Replicates(seeds=[1, 2], n_lrs=9, arms=["fullft"]))
+    assert one_arm.n_runs == 9 + 3 * 2
+
+
+def test_runs_that_sweeps_share_count_once_in_a_total():
+    made = Forecaster(card(), Exec())
+    second = Replicates(seeds=[1], n_lrs=1)
+    one = made.forecast("one", points("lora", LoRA(rank=16)), second)
+    two = made.forecast("two", points("other", LoRA(rank=16), steps=10), second)
+    total = made.total([one, one, two])
+    assert total.n_runs == one.n_runs + two.n_runs == 8
+    assert total.gpu_hours == pytest.approx(one.gpu_hours + two.gpu_hours)
+
+
+def test_small_batches_train_in_packs_over_one_base():
+    runs = points("lora", LoRA(rank=16), batch_size=8)
+    found, alone = forecast(runs), forecast(runs, pack_size=1)
+    ((kind, where, _),), ((_, apart, _),) = found.placed(), alone.placed()
+    assert kind.pack_size > 1 and (found.packs, alone.packs) == (1, 3)
+    assert alone.gpu_hours >= found.gpu_hours
+    assert where.memory["frozen weights"] == apart.memory["frozen weights"]
+
+
+def test_runs_beyond_the_limit_are_priced_apart_and_others_must_fit_as_they_are_trained():
+    runs = points("lora", LoRA(rank=16)) + points("fullft", FullFT(), "llama-3.1-70b")
+    found = forecast(runs, max_gpus=16)
+    ((kind, where, n),) = found.placed(left_out=True)
+    assert (kind.label, where.layout.gpus, n) == ("fullft of llama-3.1-70b", 32, 3)
+    assert found.n_runs == 3 and not found.misfits()
+    both = found.gpu_hours + hours_of(kind, where, n)
+    assert both == pytest.approx(forecast(runs).gpu_hours)
+    small = points("lora", LoRA(rank=16))
+    large = points("lora", LoRA(rank=16), "llama-3.1-70b")
+    full = points("fullft", FullFT())
+    assert planning.without_too_large([*small, *large], card(), Exec(max_gpus=1)) == small
+    assert planning.without_too_large([*small, *large], card(), Exec()) == [*small, *large]
+    refuse_unfit(small, card(), Exec())
+    with pytest.raises(SpecError, match=r"lora of llama-3.1-70b takes .* exec.world_size=4"):
+        refuse_unfit(large, card(), Exec())
+    with pytest.raises(SpecError, match=r"world_size=4 .*activation_checkpointing=true"):
+        refuse_unfit([*small, *full], card(), Exec())
+    refuse_unfit(full, card(), Exec(world_size=4, activation_checkpointing=True))
+
+
+def test_settings_are_the_plans_unless_the_user_set_them():
+    runs = [*points("lora", LoRA(rank=16)), *points("fullft", FullFT())]
+    (one, adapters), (four, full) = settings_of(runs, card(), Exec(runs_dir="mine"))
+    assert (adapters, full) == (runs[:3], runs[3:]) and one.runs_dir == "mine"
+    assert (one.world_size, four.world_size, four.activation_checkpointing) == (1, 4, True)
+    for spec, exec_ in ((adapters[0].spec, one), (full[0].spec, four)):
+        layout = Forecaster(card(), Exec()).kind(spec).place.layout
+        assert (exec_.micro_batch_size, exec_.world_size) == (layout.rows, layout.gpus)
+    ((eight, both),) = settings_of(runs, card(), Exec(world_size=8, micro_batch_size=1))
+    assert both == runs and (eight.world_size, eight.micro_batch_size) == (8, 1)
+    nowhere = Hardware("box", gpus=8)
+    assert settings_of(runs, nowhere, Exec()) == [(Exec(), runs)]
+
+
+WEIGHTS = 7_504_658_432  # of Llama-3.1-8B in products
+SPEED = 9.89e14 * 0.801 * TRAINING_SHARE
+
+
+@cache
+def runs():
+    """The first run of each task and method: (data set, method) -> spec."""
+    points = compose_request(["+sweep=rl", "scale=paper"]).points
+    return {(p.spec.dataset.name, p.spec.method.name): p.spec for p in reversed(points)}
+
+
+def gsm8k(method="lora", **changes):
+    spec = runs()["gsm8k_boxed_reward", method]
+    return dataclasses.replace(spec, **changes)
+
+
+def given(spec):
+    """The same run on answers that are given."""
+    return dataclasses.replace(spec, objective="sft", group_size=0, max_new_tokens=0)
+
+
+def seconds(spec, answers=None, gpus=1, n_runs=1, group=16, hardware=None):
+    count = (n_runs, gpus, answers or spec.batch_size, group)
+    return time.sampling_s(load_of(spec.model, spec.method), spec, hardware or card(), *count)
+
+
+def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
+    assert (memory.ROWS, memory.CACHE_SHARE) == (sampling.ROWS, sampling.CACHE_SHARE)
+    spec, card_bytes = gsm8k(), card().gpu_memory_gib * 2**30
+    shape = {"num_hidden_layers": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+    config = SimpleNamespace(**shape, num_attention_heads=32)
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: config),
+        parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]),
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=card_bytes)
+    )
+    for n_runs in (1, 4):
+        prompts = [[np.zeros(768 - 256, dtype=int)]] * n_runs
+        at_once = sampling.completions_at_once(model, prompts, 256, "bf16")
+        rows, rounds = memory.rounds_of(spec, card(), n_runs, 1, 2048, 16)
+        assert rows == at_once // 16 * 16 > 0 and rows * rounds >= 2048
+    one = [[np.zeros(2, dtype=int)]]
+    assert sampling.completions_at_once(model, one, 1, "bf16") == sampling.ROWS
+
+
+def test_keys_and_values_of_the_answers_at_once_are_part_of_the_peak():
+    spec = gsm8k()
+    assert shapes.cache_bytes(spec.model, 2) == 2 * 32 * 8 * 128 * 2
+    rows, _ = memory.rounds_of(spec, card(), 1, 1, 2048, 16)
+    parts = memory.sampling_memory(load_of(spec.model, spec.method), spec, card(), 1, 1, 2)
+    assert parts["keys and values"] == rows * 768 * 131_072 <= 0.3 * 79.6 * 2**30
+    assert parts["frozen weights"] == 2 * 8_030_261_248
+    full = gsm8k("fullft")
+    parts = memory.sampling_memory(load_of(full.model, full.method), full, card(), 1, 4, 2)
+    # put together in each: layers in bf16, embedding and unembedding as they are trained
+    assert parts["copies and buffers"] == 2 * 6_979_321_856 + 4 * 1_050_939_392
+    assert parts["trained weights"] + parts["moments"] == 12 * 8_030_261_248 / 4
+    long = runs()["deepmath_reward", "fullft"]
+    found = place([long], card())
+    assert isinstance(found, Placement) and "keys and values" in found.memory
+
+
+def test_a_token_takes_as_long_as_memory_or_products_or_launches_need():
+    prefill = 2 * WEIGHTS * 0.4 * 512 / SPEED  # of one prompt
+    one = gsm8k(group_size=2)
+    kernels = 45 * 32 + 6 * 225 + 40
+    drawn = seconds(one, answers=2, group=2)
+    assert drawn == pytest.approx(256 * kernels * LAUNCH_S + prefill, rel=1e-3)
+    slow = dataclasses.replace(card(), bandwidth_bytes_s=1e11)
+    cache, logits = 3 * 131_072 * (0.4 * 512 + 0.2 * 256), 150 * 128_256
+    token = (2 * WEIGHTS + 0.4 * 2 * (cache + logits)) / 1e11
+    assert seconds(one, answers=2, group=2, hardware=slow) == pytest.approx(256 * token + prefill)
+    weak = dataclasses.replace(card(), matmul_flops_s={"bf16": 1e12})
+    share = 0.801 * TRAINING_SHARE
+    token = 2 * WEIGHTS * 0.4 * 240 / (1e12 * share)
+    found = seconds(gsm8k(), answers=240, hardware=weak)
+    assert found == pytest.approx(256 * token + 15 * prefill * SPEED / (1e12 * share))
+    # weights of fp32 that are rounded at every token, unless several GPUs send them rounded
+    full = gsm8k("fullft", group_size=2)
+    alone = seconds(full, answers=2, group=2, hardware=slow)
+    assert alone / seconds(one, answers=2, group=2, hardware=slow) > 3.9
+    assert seconds(full, 2, 2, hardware=slow) < alone / 3
+    # GPUs share the answers: 9 rounds of 15 prompts or fewer, and 3; a pack shares the weights
+    assert seconds(gsm8k(), gpus=1) / seconds(gsm8k(), gpus=4) == pytest.approx(3)
+    few = gsm8k(batch_size=32)
+    assert seconds(few, n_runs=4) < 1.1 * seconds(few)
+    model = shipped_model("qwen3-30b-a3b-base")  # experts that are hit are read
+    one, some, all_ = (shapes.read_params(model, n) for n in (1, 8, 1e4))
+    assert (one, all_) == pytest.approx((model.n_active_params, model.n_matmul_params))
+    assert one < some < all_
+
+
+def test_on_a_cpu_keys_and_values_are_part_of_the_peak_too():
+    """1,024 held-out prompts of GSM8K, drawn at once."""
+    fields = ("objective=policy_gradient", "group_size=8", "max_new_tokens=128", "method=lora")
+    asked = ("scale=small", "dataset=gsm8k_reward", "batch_size=32", *fields)
+    spec = compose_request(asked).points[0].spec
+    box = Hardware("box", cores=2, memory_gib=64.0)
+    cache = 1024 * 512 * 2 * 30 * 3 * 64 * 2
+    more = pack_bytes(1, spec, box, 1) - pack_bytes(1, given(spec), box, 1)
+    assert cache < more + 2**30 < 1.5 * cache
+
+
+def test_a_rewarded_run_samples_learns_and_is_evaluated():
+    spec = gsm8k()
+    tokens = 2048 * 0.4 * 256 + 128 * 0.4 * 512
+    sampled = 2 * WEIGHTS * tokens
+    learned = spec.method.step_flops(spec.model, 2048 * round(0.4 * 768))
+    assert train_flops(spec) == pytest.approx(spec.steps * (sampled + learned))
+    assert evaluated_completions(spec) == [1319, *[256] * 8, 1319, 256]
+    n = 2 * 1319 + 9 * 256
+    evaluated = 2 * WEIGHTS * n * 0.4 * 768
+    assert run_flops(spec) - train_flops(spec) == pytest.approx(evaluated, rel=1e-3)
+    words = compose_request(["+sweep=rl", "scale=tiny"]).points[0].spec
+    assert evaluated_completions(words) == [] and run_flops(words) > train_flops(words)
+    found = place([spec], card())
+    rest = {**found.step}
+    assert found.step_s == pytest.approx(rest.pop("sampling") + step_seconds(rest))
+    evaluation = time.evaluation_s(load_of(spec.model, spec.method), spec, card(), 1, 1)
+    assert found.seconds == pytest.approx(spec.steps * found.step_s + evaluation)
+    assert found.sampling_s == pytest.approx(spec.steps * found.step["sampling"] + evaluation)
+    assert place([given(spec)], card()).sampling_s == 0
+
+
+def test_the_plan_of_the_studys_rewards_says_what_sampling_takes(command):
+    asked = ("+sweep=rl", "scale=paper", "action=plan", "hardware=h100")
+    (rl,) = json.loads(command(*asked, "format=json").stdout)["sweeps"]
+    assert rl["runs"] == 3 * 3 * 7 + 3 * 3 * 3 * 2 and rl["fits"] and rl["gpus_a_run"] == [1, 8]
+    assert 0.5 < rl["gpu_hours_of_sampling"] / rl["gpu_hours"] < 1
+    assert f"{rl['gpu_hours_of_sampling']:,.0f} of the GPU-hours" in command(*asked).stdout

@@ -1,14 +1,25 @@
-"""Requests and the names of their runs."""
+"""What a sweep must state, and what its requests are called. Two requests that ask for different runs
+share no title, so no report and no count of looks."""
 
+import dataclasses
 import json
 
-from lorasweep.sweep import request
+import pytest
+
+from lorasweep.cli.answer import check_claims
+from lorasweep.errors import SpecError
+from lorasweep.store import looks
+from lorasweep.sweep import question as stated
 from lorasweep.sweep.names import run_names
+from lorasweep.sweep.question import Claim, Planning, Replicates, Sweep
+from lorasweep.sweep.request import from_plain, question
+
+ASKED = ("+sweep=lr_ratio", "scale=smoke")
 
 
 def test_a_request_comes_back_from_its_file(compose):
     asked = compose("+sweep=lr_ratio", "scale=tiny", "cluster=slurm", "cluster.gpus=2")
-    again = request.from_plain(json.loads(json.dumps(asked.plain())))
+    again = from_plain(json.loads(json.dumps(asked.plain())))
     assert again.points == asked.points and again.title == "lr_ratio-tiny"
     assert (again.exec, again.cluster, again.sweep) == (asked.exec, asked.cluster, asked.sweep)
 
@@ -22,15 +33,117 @@ def test_a_request_of_version_0_1_is_read(compose):
     stored["sweep"]["at"] = {"tiny": {"ranks": [8]}}
     for axes in stored["sweep"]["arms"].values():
         axes["added_after"] = {"tiny": axes["added_after"], "small": {"what": "x", "why": "y"}}
-    again = request.from_plain(stored)
-    assert again.sweep == asked.sweep and request.question(again) == request.question(asked)
+    again = from_plain(stored)
+    assert again.sweep == asked.sweep and question(again) == question(asked)
 
 
-def test_names_say_what_differs_and_no_more(compose):
-    asked = ("+sweep=lr_ratio", "scale=smoke")
-    points = compose(*asked).points
-    assert set(run_names(points).values()) >= {"fullft lr=0.002", "lora lr=0.005"}
-    more = ("sweep.arms.lora.rank=[2,4]", "+sweep.axes.batch_size=[4,8]")
-    points = compose(*asked, *more).points
+def test_a_grid_is_changed_from_the_command_line_and_names_say_what_differs(compose):
+    assert set(run_names(compose(*ASKED).points).values()) >= {"fullft lr=0.002", "lora lr=0.005"}
+    lora = ("sweep.arms.lora.rank=[2,4]", "sweep.arms.lora.lr=[1e-3,1.0001e-3,5e-3]")  # 2, snapped
+    points = compose(*ASKED, "~sweep.arms.fullft", *lora, "+sweep.axes.batch_size=[4,8]").points
     names = set(run_names(points).values())
-    assert "lora r2 batch_size=4 lr=0.005" in names and len(names) == len(points)
+    assert "r2 batch_size=4 lr=0.005" in {n.removeprefix("lora ") for n in names}
+    assert len(names) == len(points) == 8
+    points = compose(*ASKED, "sweep.arms.lora.lr=${geom:1e-4,1e-3,2}").points
+    assert sorted(p.spec.lr for p in points if p.arm == "lora") == [1e-4, 3.16e-4, 1e-3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["steps=500", "sweep.axes.model=[tiny128]", "~sweep.arms.fullft", "sweep.replicate.seeds=[5]"],
+)
+def test_a_command_line_that_changes_the_runs_changes_title_and_looks(compose, change, tmp_path):
+    plain, other = compose(*ASKED), compose(*ASKED, change)
+    assert plain.title == "lr_ratio-smoke" and question(plain)["changes"] == []
+    assert other.title.startswith("lr_ratio-smoke-") and question(other)["changes"] == [change]
+    assert looks.path_of(tmp_path, other.title) != looks.path_of(tmp_path, plain.title)
+    assert plain.is_in_family(other.title) and not other.is_in_family("lr_ratio-smoke_2")
+    assert from_plain(other.plain()).title == other.title  # as the follow-up job reads it
+    decay = "weight_decay=0.1"
+    both = {compose(*ASKED, *order).title for order in ((change, decay), (decay, change))}
+    assert len(both) == 1 and other.title not in both  # two changes, whatever their order
+
+
+def test_options_that_change_no_run_keep_the_title(compose):
+    options = ["exec.pack_size=1", "format=json", "cluster.time_min=5", "sweep.rounds=2"]
+    margin = ["sweep.claims.ratio.margin=[2,50]"]  # the looks keep the first: see store.looks
+    for changes in (options, ["weight_decay=0"], margin):
+        assert compose(*ASKED, *changes).title == "lr_ratio-smoke"
+
+
+@pytest.mark.full
+def test_a_study_with_changed_parts_has_a_title_of_its_own(compose):
+    fewer = compose("+sweep=study", "scale=smoke", "sweep.parts=[lr_ratio,rank]")
+    changed = compose("+sweep=study", "scale=smoke", "sweep.parts=[lr_ratio]", "steps=40")
+    assert {p.changed for p in fewer.parts} == {""}
+    assert len({"study-smoke", fewer.title, changed.title}) == 3
+    assert {p.title for p in fewer.parts} == {"lr_ratio-smoke", "rank-smoke"}
+    assert changed.parts[0].title == compose(*ASKED, "steps=40").title
+
+
+VALID = Sweep(
+    question="?",
+    claims={"c": Claim(margin=[5, 20], estimand="lr_ratio")},
+    arms={"a": {"method": "lora", "lr": [1e-3, 2e-3]}},
+    analysis="lr_ratio",
+)
+
+
+def claim(**values):
+    return {"claims": {"c": Claim(**{"margin": [0, 1], **values})}}
+
+
+def added(stated, rounds=2):
+    return {"arms": {"a": {"method": "lora", "added_after": stated}}, "rounds": rounds}
+
+
+RUNS = {"what": "learning rate 2e-3", "why": "four were left"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"question": ""}, "no question"),
+        ({"claims": {}}, "no claims"),
+        ({"arms": {}}, "no arms"),
+        ({"arms": {"a": {"lr": 1e-3}}}, "arm 'a': has no method"),
+        ({"axes": {"seed": []}}, "axis 'seed' is empty"),
+        ({"rounds": 6}, "rounds=6. Expected 1 to 5"),
+        ({"parts": ["rank"]}, "has parts, so it cannot have arms"),
+        ({"replicate": Replicates(arms=["b"])}, "replicate.arms names 'b'.* Its arms: a"),
+        (claim(margin=[2, 1]), "low < high"),
+        (claim(margin=[]), "margin="),
+        (claim(source="x"), "source='x'. Allowed: study, popular, ours"),
+        (claim(better="more"), "better='more'. Allowed: lower, higher"),
+        (claim(except_models=["tiny46"]), "'c', except_models: model 'tiny46'.* mean 'tiny64'"),
+        (claim(exploratory={"tiny": ""}), "claim 'c': exploratory="),
+        (claim(planning={"tiny": Planning(sd=-0.1)}), r"planning\.tiny\.sd=-0.1"),
+        (claim(planning={"all": Planning(units=0)}), r"planning\.all\.units=0"),
+        (claim(underpowered="tiny"), "underpowered=tiny. Expected true or"),
+        (added(RUNS, rounds=1), "arm 'a': .* but rounds=1. Write `rounds: 2`"),
+        (added("2e-3"), "Expected {what: ..., why: ...}"),
+        (added({**RUNS, "why": ""}), "Expected {what: ..., why: ...}"),
+    ],
+)
+def test_a_sweep_that_is_not_complete_is_refused(change, words):
+    stated.check_sweep("x", VALID, ["tiny64"])
+    stated.check_sweep("x", dataclasses.replace(VALID, **added(RUNS)))
+    with pytest.raises(SpecError, match=f"sweep 'x'.*{words}"):
+        stated.check_sweep("x", dataclasses.replace(VALID, **change), ["tiny64"])
+
+
+def test_a_claim_that_contradicts_the_metrics_direction_is_refused():
+    for better, objective in (("lower", "sft"), ("higher", "policy_gradient"), ("", "sft")):
+        stated.check_directions("x", Sweep(**claim(better=better)), [objective])
+    with pytest.raises(SpecError, match=r"claim 'c': better=higher.*lower is better"):
+        stated.check_directions("x", Sweep(**claim(better="higher")), ["sft"])
+    left_out = claim(estimand="lr_ratio", margin=[5, 20], except_models=["tiny64"])
+    with pytest.raises(SpecError, match=r"analysis 'lr_ratio' cannot leave out bases"):
+        check_claims(dataclasses.replace(VALID, **left_out))
+
+
+def test_power_is_stated_for_a_scale_or_for_all():
+    planning = {"all": Planning(sd=0.1), "tiny": Planning(sd=0.2, units=3)}
+    stated = Claim(planning=planning, underpowered=["tiny"])
+    assert dataclasses.astuple(stated.at("tiny")) == (0.2, 3, True)
+    assert dataclasses.astuple(stated.at("small")) == (0.1, None, False)

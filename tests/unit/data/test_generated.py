@@ -1,0 +1,186 @@
+"""Generated data: the dialect's shift, facts of 16 bits each, and fingerprints of what is drawn."""
+
+import dataclasses
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+
+from lorasweep.data import load as data
+from lorasweep.data.examples import of_generator, rounded
+from lorasweep.data.synthetic import dialect, skills
+from lorasweep.errors import DataError
+from tests.unit.data.shipped import shipped
+
+CELLS = [(8, 2), (8, 8), (32, 2), (32, 8)]
+
+
+def params(m, k, **more):
+    return {"rule_shift": m / 32, "new_exceptions": 0.0, "shift_rank": k, **more}
+
+
+LANGUAGE = dialect.transition(params(0, 0))
+
+
+@pytest.mark.parametrize(("m", "k"), CELLS)
+def test_every_shift_has_the_distance_the_rank_and_the_symbols_that_were_asked(m, k):
+    for draw in (None, 100):
+        table = dialect.transition(params(m, k, shift_nats=0.2), draw=draw)
+        assert dialect.distance(table, LANGUAGE) == pytest.approx(0.2, rel=1e-5)
+        assert np.allclose(table.sum(-1), 1) and table.min() >= 0
+    assert np.array_equal(dialect.transition(params(0, k)), LANGUAGE)
+    changed, before = (dialect.parts_of(p, draw=7) for p in (params(m, k), params(0, 0)))
+    for new, old in zip(changed.feats_VF, before.feats_VF):
+        assert np.linalg.matrix_rank(new - old, tol=1e-9) == k
+        assert (np.abs(new - old).max(1) > 0).sum() == m
+    first, second = (dialect.transition(params(8, 2), draw=d) for d in (100, 101))
+    assert not np.array_equal(first, second)  # and (24/32)^2 of the contexts stay
+    assert all(0.4 < (t == LANGUAGE).all(-1).mean() < 0.7 for t in (first, second))
+
+
+@pytest.mark.parametrize(
+    ("old", "total"),
+    [
+        ({"rule_shift": 0.5, "new_exceptions": 0.3}, 13.638929920548115),
+        ({"rule_shift": 0.25, "new_exceptions": 0.0, "language": 1.0}, 8.168247878034254),
+    ],
+)
+def test_an_old_dialect_is_the_same_table(old, total):
+    """Weighted sums of the tables, made by the code that trained the exploratory study's runs."""
+    table = dialect.transition(old)
+    weights = np.cos(np.arange(table.size)).reshape(table.shape)
+    assert float((table * weights).sum()) == pytest.approx(total, abs=1e-6)
+
+
+def test_bits_are_those_of_the_free_numbers_and_of_the_exceptions():
+    n = 2**20
+    assert dialect.bits(params(8, 2), n)["generator"] == 2 * 2 * (8 + 8 - 2) / 2 * 20
+    assert dialect.bits(params(8, 8), n)["generator"] == 2 * 8 * 8 / 2 * 20
+    some = dialect.bits({"rule_shift": 0.0, "new_exceptions": 0.1}, n)
+    parts = dialect.parts_of({"rule_shift": 0, "new_exceptions": 0.1})
+    exceptions, replaced = int(parts.is_exception_VVV.sum()), int(parts.replaced_VVV.sum())
+    which = math.log2(math.comb(exceptions, replaced))
+    assert some["generator"] == pytest.approx(5 * replaced + which, rel=1e-9)
+    assert 0 < some["learnable"] < some["generator"]
+    assert dialect.bits(params(0, 2), n) == {"generator": 0.0, "learnable": 0.0}
+
+
+def test_the_exact_loss_has_less_noise_and_the_same_mean():
+    """The held-out entropy over 64 rows against that over 2,048 rows, both of one draw."""
+    sampled = data.load(shipped("dialect_smoke", n_test=2048), [])
+    exact = data.load(shipped("dialect_smoke", n_test=64, exact_loss=True), [])
+    truth = [e.truth for e in exact.test]
+    assert all(t.probabilities.shape == (e.loss.sum(), 32) for t, e in zip(truth, exact.test))
+    assert exact.entropy_floor_nats == pytest.approx(sampled.entropy_floor_nats, abs=0.03)
+    changed = np.concatenate([t.changed for t in truth])
+    assert 0.7 < changed.mean() < 0.95  # half of the symbols are new: 1 - 1/4, and the exceptions
+
+
+def test_with_draws_by_seed_all_seeds_share_one_fingerprint():
+    asked = {"draw_by_seed": True, "exact_loss": True}
+    whole = shipped("dialect_smoke", generator_params=params(8, 2), **asked)
+    one, two = (data.load(whole, [], draw=d) for d in (100, 101))
+    assert one.sha256 == two.sha256 == data.load(whole, []).sha256
+    assert not np.array_equal(one.test[0].truth.probabilities, two.test[0].truth.probabilities)
+    other = dataclasses.replace(whole, generator_params=params(8, 4))
+    assert data.load(other, [], draw=100).sha256 != one.sha256
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"shift_rank": 9}, "shift_rank=9.*from 0 to features=8"),
+        ({"shift_rank": 1.5}, "whole number"),
+        ({"shift_rank": 2, "shift_nats": 0}, "shift_nats=0.*above 0"),
+        ({"shift": 0.5}, "generator_params.shift is unknown"),
+    ],
+)
+def test_wrong_parameters_are_refused(wrong, problem):
+    with pytest.raises(DataError, match=problem):
+        dialect.check(shipped("dialect_smoke", generator_params=wrong))
+    for name in ("exact_loss", "draw_by_seed"):  # only dialects have them
+        assert any(name in p and "dialect" in p for p in facts(**{name: True}).problems())
+
+
+facts = partial(shipped, "facts")
+
+
+def test_facts_are_shown_equally_often_and_hold_16_bits():
+    loaded = data.load(facts(generator_params={"facts": 24}, n_retain=2), [])
+    rows = loaded.train(0, 0, 12)  # 96 facts: four epochs of 24
+    seen = [tuple(row.tokens[k : k + 8]) for row in rows for k in range(0, 64, 8)]
+    counts = {f: seen.count(f) for f in seen}
+    assert len(counts) == 24 and set(counts.values()) == {4}
+    assert len({f[1:4] for f in counts}) == 24  # keys are unique
+    assert all(sum(r.loss) == 32 and r.loss[4] and not r.loss[3] for r in rows)
+    assert {tuple(e.tokens[k : k + 8]) for e in loaded.test for k in range(0, 64, 8)} == set(counts)
+    unseen = {tuple(e.tokens[k + 1 : k + 4]) for e in loaded.retain for k in range(0, 64, 8)}
+    assert not unseen & {f[1:4] for f in counts}
+    again = loaded.train(0, 6, 6)
+    assert all((a.tokens == b.tokens).all() for a, b in zip(rows[6:], again))
+    assert max(max(f[4:]) for f in counts) < 16
+    for n in (10, 24, 100):
+        assert loaded.bits(4 * n) == {"generator": 16 * min(n, 24)}
+
+
+def test_fresh_rows_never_come_again_and_the_others_are_as_without_them():
+    known = data.load(facts(generator_params={"facts": 24}), []).train(0, 0, 200)
+    mixed = data.load(facts(generator_params={"facts": 24, "fresh": 0.25}), [])
+    rows = mixed.train(0, 0, 200)
+    same = [(a.tokens == b.tokens).all() for a, b in zip(known, rows)]
+    assert 0.15 < 1 - np.mean(same) < 0.35
+    new = [r.tokens for r, s in zip(rows, same) if not s]
+    fresh = [tuple(tokens[k + 1 : k + 8]) for tokens in new for k in range(0, 64, 8)]
+    assert len(set(fresh)) == len(fresh)
+    assert all((a.tokens == b.tokens).all() for a, b in zip(rows[70:90], mixed.train(0, 70, 20)))
+    assert mixed.bits is None
+
+
+def test_an_untrained_values_entropy_is_16_bits():
+    spec = facts(generator_params={"facts": 8192}, n_test=1024)
+    values = np.concatenate([e.tokens[e.loss] for e in data.load(spec, []).test])
+    share = np.bincount(values, minlength=16) / len(values)
+    assert -(share * np.log(share)).sum() == pytest.approx(math.log(16), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"generator_params": {k: n}} for k, n in zip(("facts", "fact", "fresh"), (12, 8, 2))),
+        {"generator_params": {"facts": 30000}},
+        {"max_length": 60},
+    ],
+)
+def test_bad_facts_are_refused(bad):
+    with pytest.raises(DataError, match="dataset 'facts'"):
+        data.check_available(facts(**bad), [])
+
+
+def few(name, **changes):
+    return shipped(name, **{"n_test": 64, "n_test_curve": 16, **changes})
+
+
+@pytest.mark.parametrize("name", ["dialect", "dialect_few", "bandit", "facts", "skills"])
+def test_generated_data_are_known_by_their_distribution_and_held_out_rows(name):
+    def of(**changes):
+        loaded = data.load(few(name, **changes), [])
+        loaded.train(7, 0, 300)  # what a seed draws does not matter
+        return loaded.sha256
+
+    params = few(name).generator_params
+    other = {k: {"facts": 256.0, "difficulty": 3.0}.get(k, v / 2) for k, v in params.items()}
+    same = of()
+    assert same == of()
+    assert len({same, of(generator_params=other), of(n_test=32)}) == 3
+
+
+def test_another_draw_changes_the_fingerprint_and_a_processors_last_digits_do_not(monkeypatch):
+    before = data.load(few("skills"), []).sha256
+    monkeypatch.setattr(skills, "instance", lambda rng, difficulty: ("copy a>", "a"))
+    assert data.load(few("skills"), []).sha256 != before
+    loaded = data.load(few("dialect"), [])
+    table = dialect.transition(few("dialect").generator_params)
+    noise = 1 + 1e-15 * np.random.default_rng(0).uniform(-1, 1, table.shape)
+    assert of_generator(loaded, rounded(table * noise)) == loaded.sha256
+    assert of_generator(loaded, rounded(table * 1.01)) != loaded.sha256
