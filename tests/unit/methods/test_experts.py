@@ -19,6 +19,7 @@ from lorasweep.models.forward import autocast, hold_in_bf16
 from lorasweep.models.load import empty_model
 from lorasweep.models.targets import find_targets, use_grouped_experts
 from lorasweep.plan.load import layer_bytes, load_of
+from lorasweep.train.optim import AdamW
 from tests.training import EPS, ROUNDING, SMALL, apart, moved, pack_of, ragged, run, state_of, worst
 from tests.world import tiny_spec
 
@@ -113,6 +114,90 @@ def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer, o
     trainables.detach()
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens).logits, start)
+
+
+def in_peft_layout(state, rank):
+    """Factors of gate and up as one pair of twice the rank: A one above the other, B block-diagonal.
+
+    PEFT holds A as (expert, rank) rows and B as (rank, expert) columns, the expert fastest.
+    """
+    n = SHAPE.n_experts
+    found = {}
+    for experts in sorted({k.rsplit(".", 2)[0] for k in state}):
+        a, b = (
+            {
+                p: state[f"{experts}.{p}_proj.{w}"].unflatten(0, (n, -1))
+                for p in ("gate", "up", "down")
+            }
+            for w in "AB"
+        )
+        both = torch.zeros(n, 2 * SHAPE.mlp_size, 2 * rank, dtype=torch.float64)
+        both[:, : SHAPE.mlp_size, :rank], both[:, SHAPE.mlp_size :, rank:] = b["gate"], b["up"]
+        for where, one, other in (
+            (f"{experts}.base_layer", torch.cat([a["gate"], a["up"]], 1), both),
+            (experts, a["down"], b["down"]),
+        ):
+            found[f"{where}.lora_A"] = one.flatten(0, 1)
+            found[f"{where}.lora_B"] = other.permute(1, 2, 0).flatten(1)
+    return found
+
+
+def peft_model(method, weights):
+    from peft import LoraConfig, get_peft_model
+
+    rank = method.expert_rank_of(SHAPE.n_experts, SHAPE.n_active_experts)
+    scaling = method.expert_scaling(rank)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scaling * rank,
+        target_modules=[],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        rank_pattern={"mlp.experts.gate_up_proj": 2 * rank},
+        alpha_pattern={"mlp.experts.gate_up_proj": scaling * 2 * rank},
+    )
+    return get_peft_model(weights(moe("eager")), config).double()
+
+
+@pytest.mark.numerics
+def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, other_weights):
+    """PEFT's one pair for gate and up may mix them; where its B is block-diagonal, and stays so, it
+    is our two. Loss, gradients and one AdamW step, in float64."""
+    method = LoRA(rank=4, layers="mlp", expert_alpha=6.0)
+    rank, model, reference = 2, moe(), peft_model(method, other_weights)
+    trainables = attached([method], model)
+    ours = trainables.parameters()
+    theirs = {
+        n.removeprefix("base_model.model.").removesuffix(".default.weight"): p
+        for n, p in reference.named_parameters()
+        if p.requires_grad
+    }
+
+    def state(what):
+        return in_peft_layout({trainables.part_of(n)[0]: what(p) for n, p in ours.items()}, rank)
+
+    with torch.no_grad():
+        start = state(lambda p: p.detach()[0])
+        assert start.keys() == theirs.keys()
+        for name, p in theirs.items():
+            p.copy_(start[name])
+    tokens = torch.randint(SHAPE.vocab_size, (4, 9))
+    losses = []
+    for m in (model, reference):
+        losses.append(m(input_ids=tokens, labels=tokens).loss)
+        losses[-1].backward()
+    assert apart(*losses) < ROUNDING[1]
+    gradients, ones = state(lambda p: p.grad[0]), state(lambda p: torch.ones_like(p)[0])
+    for name, p in theirs.items():
+        p.grad *= ones[name]  # keep gate and up apart
+        assert float(p.grad.abs().max()) > 0
+        assert apart(p.grad, gradients[name]) < ROUNDING[1], name
+    spec = tiny_spec(method=method, lr=1e-2, eps=EPS)
+    optimizer = AdamW.start(trainables, [spec])
+    optimizer.step(0, optimizer.grad_norms())
+    torch.optim.AdamW(theirs.values(), lr=1e-2, betas=(0.9, 0.95), eps=EPS, weight_decay=0).step()
+    after = state(lambda p: p.detach()[0])
+    for name, p in theirs.items():
+        assert apart(p, after[name]) < ROUNDING[1], name
 
 
 @pytest.mark.parametrize(
