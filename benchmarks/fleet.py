@@ -239,16 +239,16 @@ def extrapolate(
 
 MODELS = {"smollm2": "SmolLM2-135M, fp32", "tiny128": "tiny128, fp32"}
 ROWS = {
-    "smollm2": "On SmolLM2-135M every second customer has short rows of GSM8K, the others copying, "
-    "sorting and sums as text, with 2 to 4 updates.",
-    "tiny128": "On tiny128 they are sequences of eight dialects, of 12 to 64 symbols, with 8 to 32 "
-    "updates.",
+    "smollm2": "On SmolLM2-135M, half of the customers have short rows of GSM8K, the others copying, "
+    "sorting and sums as text; runs have 2 to 4 updates.",
+    "tiny128": "On tiny128, the rows are sequences of eight dialects, of 12 to 64 symbols; runs have "
+    "8 to 32 updates.",
 }
 
 
 def summary(content: dict[str, Any]) -> list[str]:
     """Render the table of whole fleets against the baselines, by the clock and the processor."""
-    head = "customers|runs||lorasweep|a TRL process a customer|a warm PEFT loop|asked again"
+    head = "customers|runs|time|lorasweep|TRL process per customer|warm PEFT loop|repeated command"
     rows = []
     for c, says in _cases(content):
         alone, warm = c["process_a_customer"], c["warm_peft"]
@@ -271,10 +271,10 @@ def page(content: dict[str, Any]) -> str:
     """Render the page."""
     here = content["machine"]
     packages = ", ".join(f"{k} {v}" for k, v in here["packages"].items())
-    parts = [["customers", "how", "customers timed", "start", "updates", "evaluations", "in all"]]
-    memory = [["customers", "packs of", "workers' peaks together", "planned"]]
+    parts = [["customers", "baseline", "timed", "start", "updates", "evaluations", "in all"]]
+    memory = [["customers", "pack size", "sum of the workers' peaks", "planned"]]
     for c, says in _cases(content):
-        for key, how in (("process_a_customer", "TRL, a process"), ("warm_peft", "PEFT, warm")):
+        for key, how in (("process_a_customer", "TRL process"), ("warm_peft", "warm PEFT loop")):
             b = c[key]
             seconds = (f"{b[k]:.1f} s" for k in ("start_s", "train_s", "eval_s", "customer_s"))
             parts.append([says, how, str(b["sampled"]), *seconds])

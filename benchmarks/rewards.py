@@ -232,7 +232,7 @@ def panels(curves: dict[str, Any]) -> list[Panel]:
 def page(content: dict[str, Any]) -> str:
     """Render the page."""
     c, updates = content["curves"], content["curves"]["updates"]
-    head = ["update", "lorasweep", "TRL", "difference", "its standard error", "in errors"]
+    head = ["update", "lorasweep", "TRL", "difference", "standard error", "ratio"]
     rows = [
         [
             str(r["update"]),
@@ -245,7 +245,7 @@ def page(content: dict[str, Any]) -> str:
     ]
     compared = [r for r in updates if r["compared"]]
     outside = [str(r["update"]) for r in compared if not r["agree"]]
-    found = f"Outside at {', '.join(outside)}." if outside else "All do: the two sides agree."
+    found = f"Not met at {', '.join(outside)}." if outside else "It is met: the two agree."
     packages = ", ".join(f"{k} {v}" for k, v in content["packages"].items())
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in c["seconds_a_run"].items())
     return render(
@@ -266,7 +266,7 @@ def flips(cases: list[dict[str, Any]]) -> str:
     """Render how many rollouts differ in a pack; empty if it was not measured."""
     if not cases:
         return ""
-    head = "runs|in a pack of|rollouts|tokens|rollouts that differ|of a million tokens"
+    head = "run|runs in the pack|rollouts|tokens|rollouts that differ|per million tokens"
     rows = [head.split("|")]
     for c in cases:
         counts = [f"{c[k]:,}" for k in ("members", "answers", "tokens", "differing")]

@@ -101,7 +101,7 @@ def _all_grids(bench: Bench) -> list[dict[str, Any]]:
 
 def summary(bench: Bench) -> list[str]:
     """Render the Markdown tables of whole grids and of whole answers, against the baselines."""
-    head = "grid|lorasweep|one process a run (TRL + PEFT)|warm PEFT loop|pack|of the GEMM peak"
+    head = "grid|lorasweep|TRL process per run|warm PEFT loop|runs in a pack|share of GEMM peak"
     rows = [
         [
             g["what"],
@@ -121,8 +121,8 @@ def answer_table(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return []
     per_curve = [found[k] for k in ("plain_runs", "same_interval_runs")]
-    head = "runs|from nothing to a ratio, lorasweep|ratio"
-    plain = [f"plain grid, {n} runs a curve, TRL" for n in per_curve]
+    head = "runs|lorasweep, from an empty folder to the ratio|ratio"
+    plain = [f"plain grid, {n} runs per curve, TRL" for n in per_curve]
     row = [
         str(found["runs"]),
         f"{found['wall_s']:.0f} s",
@@ -132,10 +132,10 @@ def answer_table(found: dict[str, Any] | None) -> list[str]:
     ]
     sampled = min(p["sampled"] for p in found["processes"])
     note = (
-        "Plain grids: 7 rates, every seed at all of them, one TRL process a run and one after the "
-        f"other; {sampled} of each curve were timed and multiplied up. {per_curve[0]} runs a curve "
-        f"are the fewest that are judged, {per_curve[1]} the fewest that give an interval (and on "
-        "planted curves a narrower one than the sweep's)."
+        "Plain grids train every seed at 7 learning rates, with one TRL process per run, one after "
+        f"the other. {sampled} processes of each curve were timed, and the time of all was "
+        f"extrapolated. A claim is judged from {per_curve[0]} runs per curve on; an interval exists "
+        f"from {per_curve[1]} on (on simulated curves it is narrower than the sweep's)."
     )
     return ["", *markdown([[*head.split("|"), *plain], row]), "", note]
 
@@ -148,7 +148,7 @@ def steps_table(bench: Bench) -> list[str]:
     rows = bench["parts"]["steps"]["steps"]
     sizes = sorted({r["pack"] for r in rows})
     packs = [f"LoRA r16, {n} in a pack" for n in sizes]
-    out = [["model, batch", "FullFT", *packs, "alone / FullFT", "best / FullFT", "formula"]]
+    out = [["model, batch", "FullFT", *packs, "alone / FullFT", "best / FullFT", "by FLOPs"]]
     ratios = bench["parts"]["steps"]["lora_over_fullft"]
     for model, batch in dict.fromkeys((r["model"], r["batch_size"]) for r in rows):
         here = [r for r in rows if (r["model"], r["batch_size"]) == (model, batch)]
@@ -164,7 +164,7 @@ def _parts(bench: Bench) -> list[str]:
     """Render a baseline's time, divided into start-up and steps."""
     out = [["grid, arm", "start and load", "updates", "held-out loss"]]
     for g in _all_grids(bench):
-        for kind, name in (("process_per_run", "TRL, a process"), ("warm_peft", "PEFT loop, warm")):
+        for kind, name in (("process_per_run", "TRL process"), ("warm_peft", "warm PEFT loop")):
             for a in g[kind]:
                 seconds = [f"{a[k]:.1f} s" for k in ("start_s", "train_s", "eval_s")]
                 out.append([f"{g['what']}: {a['arm']}, {name}", *seconds])

@@ -133,8 +133,9 @@ AIM = 0.5
 LEAST_SEEDS = 2.0
 """A plain grid of one seed has no interval: its few degrees of freedom do not show the noise."""
 HEAD = (
-    "design|runs a curve|half-width of ln(ratio)|with an interval|coverage|false claims SUPPORTED|"
-    "true ones|plain grid's runs|half-width of the gap, nats|coverage|plain grid's runs"
+    "design|runs per curve|half-width of ln(ratio)|with an interval|coverage|"
+    "false claims SUPPORTED|true claims SUPPORTED|plain grid's runs|half-width of the gap, nats|"
+    "coverage|plain grid's runs"
 )
 
 
@@ -207,10 +208,10 @@ def targets(rows: Sequence[Row]) -> list[list[str]]:
         }
         name = _name(mine.__dict__)
         least = min(shares, key=shares.__getitem__, default=name)
-        other = "" if least == name else f"; least {shares[least]:.0%} ({least})"
+        other = "" if least == name else f"; lowest {shares[least]:.0%} ({least})"
         part = shares.get(name, math.nan)
-        shown = "half of the sweeps have none" if math.isnan(part) else f"{part:.0%}"
-        what = f"runs for an interval of {what}, in those of a plain grid with the same"
+        shown = "no interval in half of the sweeps" if math.isnan(part) else f"{part:.0%}"
+        what = f"runs of a two-stage sweep / of a plain grid with the same interval of {what}"
         met = "yes" if part <= AIM else "**no**"
         found.append([what, f"at most {AIM:.0%}", f"{shown} ({name}){other}", met])
     return found
@@ -230,8 +231,8 @@ def _by_design(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _name(row: Row) -> str:
-    grid = f"{row['rates']} rates a factor {row['factor']:g} apart, {row['seeds']} seed"
-    fresh = f", {row['fresh']} fresh at {row['fresh_rates']}" if row["fresh"] else ""
+    grid = f"{row['rates']} LRs a factor {row['factor']:g} apart, {row['seeds']} seed"
+    fresh = f", {row['fresh']} fresh seeds at {row['fresh_rates']}" if row["fresh"] else ""
     return grid + ("s" if row["seeds"] > 1 else "") + fresh
 
 

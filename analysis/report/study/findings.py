@@ -246,11 +246,12 @@ def _regret(answers: Sequence[Answer]) -> str:
         if max(line.regrets) * EIGHTH == a.runs["hidden_size"].max()
     ]
     rank, new = "A rank of an eighth of the width has", "where only rules are new"
+    none = f"no regret (at most {100 * ALLOWED:g}% of full fine-tuning's gain)"
     start = lead(
         [*low, *found([a for _, a in controls], BATCHES, f"at_{CONTROL}")],
-        f"{rank} no regret {new}",
+        f"{rank} {none} {new}",
         f"{rank} regret {new}",
-        f"{rank} no regret {new}, on some bases and data sets",
+        f"{rank} {none} {new}, on some bases and data sets",
     )
     tops = [(line, max(line.regrets)) for line, _ in controls]
     of_controls = [

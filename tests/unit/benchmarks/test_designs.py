@@ -98,14 +98,14 @@ def test_the_page_names_the_aim_and_the_share_of_runs():
     ]
     ratio, gap = targets(rows)
     # 13 runs, where a plain grid takes 2.4 seeds at 7 rates; 20, where one takes 42.
-    assert ratio[2:] == ["77% (5 rates a factor 1.6 apart, 1 seed, 2 fresh at 4)", "**no**"]
-    assert gap[2:] == ["48% (5 rates a factor 2 apart, 1 seed, 5 fresh at 3)", "yes"]
+    assert ratio[2:] == ["77% (5 LRs a factor 1.6 apart, 1 seed, 2 fresh seeds at 4)", "**no**"]
+    assert gap[2:] == ["48% (5 LRs a factor 2 apart, 1 seed, 5 fresh seeds at 3)", "yes"]
     *_, first, second = table(rows)
     assert (first[1], first[7], first[10]) == ("13", "17", "-")
     assert (second[1], second[7], second[10]) == ("20", "over 42", "42")
     assert list(tables(rows)) == [2.0]
     rows[3] = row(LR_RATIO, None, None)
-    assert targets(rows)[0][2].startswith("half of the sweeps have none (5 rates")
+    assert targets(rows)[0][2].startswith("no interval in half of the sweeps (5 LRs")
     alone = [dict(r, reach=4.0) for r in rows if r["runs"] in (13, 21)]
     assert table(alone)[-1][7] == "-"  # one plain grid is nothing to interpolate
     assert targets([]) == [] and tables([]) == {}
