@@ -51,7 +51,7 @@ lint: $(VENV)/.installed ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-nightly: weights storm ## the long versions (about seven hours): storm, bases made anew, a calibration
+nightly: weights storm ## the long versions (about seven hours): storm, bases trained again, a calibration
 	$(BIN)/python -m lorasweep.cli.bases --check
 	$(BIN)/python -m pytest $(PARALLEL)
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks calibration --cases $(or $(CASES),500) --out build/calibration
