@@ -239,10 +239,10 @@ def extrapolate(
 
 MODELS = {"smollm2": "SmolLM2-135M, fp32", "tiny128": "tiny128, fp32"}
 ROWS = {
-    "smollm2": "On SmolLM2-135M, half of the customers have short rows of GSM8K, the others copying, "
-    "sorting and sums as text; runs have 2 to 4 updates.",
-    "tiny128": "On tiny128, the rows are sequences of eight dialects, of 12 to 64 symbols; runs have "
-    "8 to 32 updates.",
+    "smollm2": "On SmolLM2-135M, half of the customers have short rows of GSM8K, the others "
+    "copying, sorting and sums as text; runs have 2 to 4 updates.",
+    "tiny128": "On tiny128, the rows are sequences of eight dialects, of 12 to 64 symbols; runs "
+    "have 8 to 32 updates.",
 }
 
 

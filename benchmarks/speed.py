@@ -134,8 +134,8 @@ def answer_table(found: dict[str, Any] | None) -> list[str]:
     note = (
         "Plain grids train every seed at 7 learning rates, with one TRL process per run, one after "
         f"the other. {sampled} processes of each curve were timed, and the time of all was "
-        f"extrapolated. A claim is judged from {per_curve[0]} runs per curve on; an interval exists "
-        f"from {per_curve[1]} on (on simulated curves it is narrower than the sweep's)."
+        f"extrapolated. A claim is judged from {per_curve[0]} runs per curve on; an interval "
+        f"exists from {per_curve[1]} on (on simulated curves it is narrower than the sweep's)."
     )
     return ["", *markdown([[*head.split("|"), *plain], row]), "", note]
 

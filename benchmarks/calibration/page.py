@@ -51,7 +51,7 @@ coverage of intervals of the best learning rate, mean|94 to 97%
 the same, in the worst family|at least 93%
 coverage of intervals of the ratio, mean|94 to 97%
 the same, in the worst family|at least 93%
-median error of the best learning rate, 7 a factor 2 apart, 2 seeds|below 1.1x
+median error of the best learning rate (7 LRs a factor 2 apart, 2 seeds)|below 1.1x
 correct flags for optima at an edge or near divergence, worst case|at least 99%
 false claims (true value at the margin's edge) that are SUPPORTED|at most 2.5%
 true, precisely measured claims that are UNDECIDED|at most 20%"""
@@ -68,7 +68,7 @@ def targets(study: Study) -> list[list[str]]:
     for key in ("coverage", "ratio_coverage"):
         mean, by_family = _mean(fine, key), _by(fine, lambda r: r["family"])
         worst, where = min((_mean(cells, key), family) for family, cells in by_family.items())
-        found.append((_percent(mean), "no: intervals too wide" if mean > 0.97 else _met(mean >= 0.94)))
+        found.append((_percent(mean), "no: too wide" if mean > 0.97 else _met(mean >= 0.94)))
         found.append((f"{_percent(worst)} ({where})", _met(worst >= 0.93)))
     design = (7, 2.0, 2, 0)
     cells = [r for r in fine if (r["rates"], r["factor"], r["seeds"], r["fresh"]) == design]
