@@ -7,37 +7,15 @@ import dataclasses
 import json
 import os
 
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
+from lorasweep.models.load import config_of
 from tests.bpe import llama_like, qwen_like
 
 TULU = 1100
 """Rows of the small Tulu 3; 1,024 of them are held out."""
 THOUGHTS = 1200
 """Rows of the small OpenThoughts3, a question each; 1,024 of them are held out."""
-
-
-def config_of(spec):
-    """transformers' configuration of a described model: a Llama, a Qwen3, or a Qwen3 with experts."""
-    shape = {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.mlp_size,
-        "num_hidden_layers": spec.n_layers,
-        "num_attention_heads": spec.n_heads,
-        "num_key_value_heads": spec.n_kv_heads,
-        "head_dim": spec.head_size,
-        "vocab_size": spec.vocab_size,
-        "tie_word_embeddings": spec.tied,
-    }
-    if spec.n_experts:
-        experts = {
-            "num_experts": spec.n_experts,
-            "num_experts_per_tok": spec.n_active_experts,
-            "moe_intermediate_size": spec.mlp_size,
-            "norm_topk_prob": True,
-        }
-        return Qwen3MoeConfig(**shape, **experts)
-    return (Qwen3Config if spec.qk_norm else LlamaConfig)(**shape)
 
 
 def make(folder, models, datasets):

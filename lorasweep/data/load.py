@@ -87,8 +87,11 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
             train = _without(spec, train, held_out, content_of, "rows")
     else:
         whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
-        divide = _by_unit if spec.held_out_by else _by_content
-        train, held_out = divide(spec, whole, data_dirs)
+        if not spec.held_out_by:
+            train, held_out = _by_content(spec, whole)
+        else:
+            pool = whole if spec.holdout else _found(spec, True, data_dirs)
+            train, held_out = _by_unit(spec, whole, pool)
     if spec.unseen_prompts:
         train = _without(spec, train, held_out, fields.opening, "prompts")
     return train, held_out
@@ -100,9 +103,8 @@ def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sourc
     return sources.of_jsonl(spec, held_out, data_dirs)
 
 
-def _by_unit(spec: DatasetSpec, whole: Source, data_dirs: Sequence[str]) -> tuple[Source, Source]:
-    """Hold rows out in a shuffled order; leave out training rows that share a unit with them."""
-    pool = whole if spec.holdout else _found(spec, True, data_dirs)
+def _by_unit(spec: DatasetSpec, whole: Source, pool: Source) -> tuple[Source, Source]:
+    """Hold rows of `pool` out in a shuffled order; train on no row that shares a unit with them."""
 
     def tested() -> tuple[list[Row], list[Hashable]]:
         given = list(pool.rows())
@@ -123,7 +125,7 @@ def _by_unit(spec: DatasetSpec, whole: Source, data_dirs: Sequence[str]) -> tupl
     )
 
 
-def _by_content(spec: DatasetSpec, whole: Source, _: Sequence[str]) -> tuple[Source, Source]:
+def _by_content(spec: DatasetSpec, whole: Source) -> tuple[Source, Source]:
     """Hold out rows that differ in content; train on all rows with other contents."""
 
     def read(held: bool) -> Iterator[Row]:
@@ -131,21 +133,18 @@ def _by_content(spec: DatasetSpec, whole: Source, _: Sequence[str]) -> tuple[Sou
         contents = [content_of(spec, row, where) for where, row in given]
         chosen = held_out(contents, spec.holdout)
         if held:
-            first = {content: k for k, content in reversed(list(enumerate(contents)))}
-            yield from (given[first[content]] for content in chosen)
+            first = dict(zip(reversed(contents), reversed(given)))
+            yield from (first[content] for content in chosen)
         else:
             seen = set(chosen)
             yield from (row for row, content in zip(given, contents) if content not in seen)
 
-    train, test = (
-        dataclasses.replace(
-            whole,
-            identity=f"{whole.identity} {part} {spec.holdout} that differ",
-            rows=partial(read, held),
-        )
-        for part, held in (("without the first", False), ("first", True))
+    part = f"first {spec.holdout} that differ"
+    train, test = f"{whole.identity} without the {part}", f"{whole.identity} {part}"
+    return (
+        dataclasses.replace(whole, identity=train, rows=partial(read, False)),
+        dataclasses.replace(whole, identity=test, rows=partial(read, True)),
     )
-    return train, test
 
 
 def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
@@ -216,7 +215,12 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
     elif spec.source == "jsonl":
         held_out = spec.train_split if spec.holdout else spec.test_split
         for split in dict.fromkeys((spec.train_split, held_out)):
-            text.check_jsonl(spec, split, data_dirs)
+            path, _ = sources.find_jsonl(spec, split, data_dirs)
+            n_rows = 0
+            for where, row in sources.jsonl_rows(path):
+                fields.messages_of(spec, row, where)
+                n_rows += 1
+            sources.check_holdout(spec, path, n_rows)
     else:
         sources_of(spec, data_dirs)
 

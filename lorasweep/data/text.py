@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorasweep.data import fields, rows, sources
+from lorasweep.data import fields, rows
 from lorasweep.data.examples import Example
 from lorasweep.data.fields import Message
 from lorasweep.data.rows import Rows
@@ -93,17 +93,6 @@ def examples(
     return rows.kept(Path(cache) / f"{name}.rows", make)
 
 
-def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None:
-    """Read every row of a local split and check its fields.
-
-    Raises:
-        DataError: a row cannot be used; the message names file and line.
-    """
-    path, _ = sources.find_jsonl(spec, split, data_dirs)
-    checked = (fields.messages_of(spec, row, where) for where, row in sources.jsonl_rows(path))
-    sources.check_holdout(spec, path, sum(1 for _ in checked))
-
-
 def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Iterator[Example]:
     """Tokenize rows part by part, except those that `too_long` leaves out."""
     while together := list(itertools.islice(given, TOGETHER)):
@@ -126,10 +115,7 @@ def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Itera
             if not mask.any():
                 if cut and spec.too_long == "cut_or_skip":
                     continue
-                length, remedy = (
-                    "",
-                    "add an answer, or set the weight of an answer to 1",
-                )
+                length, remedy = "", "add an answer, or set the weight of an answer to 1"
                 if cut:
                     length = f", max_length={spec.max_length}"
                     remedy = "raise max_length, change the mask, or set too_long=cut_or_skip"

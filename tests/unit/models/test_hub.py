@@ -9,9 +9,8 @@ from lorasweep.cli.actions import act
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.models import load as models
-from lorasweep.models.load import load
+from lorasweep.models.load import config_of, load
 from tests.bpe import qwen_like
-from tests.small_hub import config_of
 from tests.world import compose_request
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
