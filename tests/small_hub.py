@@ -18,8 +18,9 @@ THOUGHTS = 1200
 """Rows of the small OpenThoughts3, a question each; 1,024 of them are held out."""
 
 
-def make(folder, models, datasets):
-    """Fill caches with models as described, and small data sets; returns the environment for them."""
+def make(folder, models, datasets, shard="2MB"):
+    """Fill caches with models as described, in files of at most `shard`, and small data sets; returns
+    the environment for them."""
     made = {}
     for model in models:
         family = dataclasses.replace(model, name="", location="", revision="")
@@ -28,7 +29,7 @@ def make(folder, models, datasets):
         if family not in made:
             made[family] = folder / f"bases/{len(made)}"
             base = AutoModelForCausalLM.from_config(config_of(model)).bfloat16()
-            base.save_pretrained(made[family], max_shard_size="2MB")  # so that there is an index
+            base.save_pretrained(made[family], max_shard_size=shard)
             (qwen_like if model.qk_norm else llama_like)().save_pretrained(made[family])
         (repository / model.revision).symlink_to(made[family], target_is_directory=True)
     wanted = {(d.location, d.config, d.revision) for d in datasets if d.source == "hub"}

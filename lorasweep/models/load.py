@@ -54,13 +54,8 @@ class Base:
 def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
     """Check that weights are there and complete, or that the hub has them. Loads nothing.
 
-    Args:
-        spec: the model.
-        models_dirs: folders of local weights.
-        fetched: weights of the hub must be in its cache, too.
-
-    Returns:
-        Whether there is a tokenizer. One that will be downloaded counts.
+    `fetched`: weights of the hub must be in its cache, too. Returns whether there is a tokenizer;
+    one that will be downloaded counts.
 
     Raises:
         ModelError: they are not there; the message says how to get them.
