@@ -77,21 +77,17 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
     Raises:
         DataError: they are missing, or not the pinned ones.
     """
-    split_off = spec.unseen_rows and bool(spec.holdout)
-    if not spec.held_out_by and not split_off:
+    if spec.held_out_by or (spec.unseen_rows and spec.holdout):
+        whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
+        pool = whole if spec.holdout else _found(spec, True, data_dirs)
+        train, held_out = _by_unit(spec, whole, pool)
+    else:
         train, held_out = (_found(spec, part, data_dirs) for part in (False, True))
         if spec.unseen_rows:
             identity = f"{held_out.identity} without repetitions"
             rows = partial(_distinct, spec, held_out.rows)
             held_out = dataclasses.replace(held_out, identity=identity, rows=rows)
             train = _without(spec, train, held_out, content_of, "rows")
-    else:
-        whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
-        if not spec.held_out_by:
-            train, held_out = _by_content(spec, whole)
-        else:
-            pool = whole if spec.holdout else _found(spec, True, data_dirs)
-            train, held_out = _by_unit(spec, whole, pool)
     if spec.unseen_prompts:
         train = _without(spec, train, held_out, fields.opening, "prompts")
     return train, held_out
@@ -106,49 +102,23 @@ def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sourc
 def _by_unit(spec: DatasetSpec, whole: Source, pool: Source) -> tuple[Source, Source]:
     """Hold rows of `pool` out in a shuffled order; train on no row that shares a unit with them."""
 
-    def tested() -> tuple[list[Row], list[Hashable]]:
+    def tested() -> Iterator[Row]:
         given = list(pool.rows())
         units = [unit_of(spec, row, where) for where, row in given]
         contents = [content_of(spec, row, where) for where, row in given]
-        order = [k for rows in divided(units, contents) for k in rows][: spec.holdout or None]
-        held = [units[k] for k in order] if spec.holdout else units
-        return [given[k] for k in order], held
+        order = [k for rows in divided(units, contents) for k in rows]
+        yield from (given[k] for k in order[: spec.holdout or None])
 
-    def trained() -> Iterator[Row]:
-        held = set(tested()[1])
-        yield from (r for r in whole.rows() if unit_of(spec, r[1], r[0]) not in held)
-
-    part = f"{spec.holdout or 'all'} of {pool.identity} by {spec.held_out_by}"
-    return (
-        dataclasses.replace(whole, identity=f"{whole.identity} without {part}", rows=trained),
-        dataclasses.replace(pool, identity=part, rows=lambda: iter(tested()[0])),
-    )
-
-
-def _by_content(spec: DatasetSpec, whole: Source) -> tuple[Source, Source]:
-    """Hold out rows that differ in content; train on all rows with other contents."""
-
-    def read(held: bool) -> Iterator[Row]:
-        given = list(whole.rows())
-        contents = [content_of(spec, row, where) for where, row in given]
-        chosen = held_out(contents, spec.holdout)
-        if held:
-            first = dict(zip(reversed(contents), reversed(given)))
-            yield from (first[content] for content in chosen)
-        else:
-            seen = set(chosen)
-            yield from (row for row, content in zip(given, contents) if content not in seen)
-
-    part = f"first {spec.holdout} that differ"
-    train, test = f"{whole.identity} without the {part}", f"{whole.identity} {part}"
-    return (
-        dataclasses.replace(whole, identity=train, rows=partial(read, False)),
-        dataclasses.replace(whole, identity=test, rows=partial(read, True)),
-    )
+    unit = spec.held_out_by or "row"
+    identity = f"{spec.holdout or 'all'} of {pool.identity} by {unit}"
+    held_out = dataclasses.replace(pool, identity=identity, rows=tested)
+    # a test split is held out as a whole, also the rows beyond OF_A_PROMPT
+    unseen = held_out if spec.holdout else pool
+    return _without(spec, whole, unseen, unit_of, f"{unit}s"), held_out
 
 
 def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return the unit of held_out_by: rows that share one are never on both sides."""
+    """Return the unit of held_out_by (its content without one): no unit is on both sides."""
     if spec.held_out_by == "prompt":
         return fields.prompt_of(spec, row, where)
     return content_of(spec, row, where)
