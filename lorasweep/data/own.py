@@ -44,8 +44,10 @@ def is_on_hub(given: str) -> bool:
     return not local and bool(HUB_NAME.fullmatch(given)) and not Path(given).exists()
 
 
-def on_hub(given: str, name: str = "") -> DatasetSpec:
+def on_hub(given: str, name: str) -> DatasetSpec:
     """Describe a data set of the hub, pinned to its present commit. Downloads it once.
+
+    `name`: see `dataset_of`.
 
     Raises:
         DataError: it cannot be had, or its columns have none of the usual forms.
