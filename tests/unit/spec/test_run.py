@@ -14,8 +14,7 @@ from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import METHODS, spec_from
-from lorasweep.spec.revision import is_unpinned
-from lorasweep.spec.run import RunSpec, snap_lr, validate, with_axes
+from lorasweep.spec.run import RunSpec, is_unpinned, snap_lr, validate, with_axes
 from lorasweep.sweep.grid import geom
 from lorasweep.sweep.names import run_names
 from tests.world import ROOT, compose_request, tiny_spec
