@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorasweep.data import load as data
-from lorasweep.data.examples import of_generator, rounded
+from lorasweep.data.examples import rounded, with_fingerprint
 from lorasweep.data.synthetic import dialect, skills
 from lorasweep.errors import DataError
 from tests.unit.data.shipped import shipped
@@ -176,5 +176,5 @@ def test_another_draw_changes_the_fingerprint_and_a_processors_last_digits_do_no
     loaded = data.load(few("dialect"), [])
     table = dialect.transition(few("dialect").generator_params)
     noise = 1 + 1e-15 * np.random.default_rng(0).uniform(-1, 1, table.shape)
-    assert of_generator(loaded, rounded(table * noise)) == loaded.sha256
-    assert of_generator(loaded, rounded(table * 1.01)) != loaded.sha256
+    assert with_fingerprint(loaded, rounded(table * noise)).sha256 == loaded.sha256
+    assert with_fingerprint(loaded, rounded(table * 1.01)).sha256 != loaded.sha256
