@@ -6,7 +6,7 @@ Needs a tokenizer for text; needs no torch.
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from lorasweep.data import fields, hub, rewards, sources, text
 from lorasweep.data.examples import Data, fingerprint, prompts_of, shuffled
@@ -15,7 +15,6 @@ from lorasweep.data.synthetic.generators import generator
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
-T = TypeVar("T")
 OF_A_PROMPT = 8
 """Evaluated held-out rows per prompt, at most, with held_out_by=prompt: further answers to the same
 prompt add little information."""
@@ -141,12 +140,6 @@ def divided(units: Sequence[Hashable], contents: Sequence[Hashable]) -> list[lis
             rows.setdefault(unit, []).append(k)
     found = list(rows.values())
     return [found[k][:OF_A_PROMPT] for k in sources.holdout_order(len(found))]
-
-
-def held_out(contents: Sequence[T], n: int) -> list[T]:
-    """Return the contents of the `n` held-out rows, drawn from the distinct ones."""
-    distinct = list(dict.fromkeys(contents))
-    return [distinct[k] for k in sources.holdout_order(len(distinct))[:n]]
 
 
 def _distinct(spec: DatasetSpec, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:

@@ -68,16 +68,17 @@ def examples(
         usable = _tokenized(spec, itertools.chain(first, given), tokenizer)
         found = Rows.of(itertools.islice(usable, limit))
         if not found:
-            raise DataError(
-                f"dataset {spec.name!r}, split {split!r}: no rows "
-                + (
+            if first:
+                why = (
                     f"can be used (too_long={spec.too_long}, max_length={spec.max_length}): all "
                     "are longer. Raise max_length."
-                    if first
-                    else f"(unseen_prompts={spec.unseen_prompts}). Set train_split and test_split "
-                    "to splits that have rows."
                 )
-            )
+            else:
+                why = (
+                    f"(unseen_prompts={spec.unseen_prompts}). Set train_split and test_split to "
+                    "splits that have rows."
+                )
+            raise DataError(f"dataset {spec.name!r}, split {split!r}: no rows {why}")
         return found
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
