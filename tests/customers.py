@@ -1,12 +1,11 @@
 """A small base that reads text, and customers' rows to fine-tune it on."""
 
-import json
-
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorasweep.customers.read import Customer, shape_of
 from tests.bpe import llama_like
+from tests.world import write_json
 
 
 def make_base(folder, dtype=torch.bfloat16):
@@ -32,10 +31,3 @@ def write_rows(path, count, answer, question="How many? {k}", start=0):
     numbers = range(start, start + count)
     rows = [{"prompt": question.format(k=k), "completion": answer.format(k=k)} for k in numbers]
     return write_json(path, rows)
-
-
-def write_json(path, rows):
-    """Write rows as they are; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path

@@ -7,8 +7,9 @@ import dataclasses
 import json
 import os
 
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
+from lorasweep.models.load import config_of
 from tests.bpe import llama_like, qwen_like
 
 TULU = 1100
@@ -17,31 +18,9 @@ THOUGHTS = 1200
 """Rows of the small OpenThoughts3, a question each; 1,024 of them are held out."""
 
 
-def config_of(spec):
-    """transformers' configuration of a described model: a Llama, a Qwen3, or a Qwen3 with experts."""
-    shape = {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.mlp_size,
-        "num_hidden_layers": spec.n_layers,
-        "num_attention_heads": spec.n_heads,
-        "num_key_value_heads": spec.n_kv_heads,
-        "head_dim": spec.head_size,
-        "vocab_size": spec.vocab_size,
-        "tie_word_embeddings": spec.tied,
-    }
-    if spec.n_experts:
-        experts = {
-            "num_experts": spec.n_experts,
-            "num_experts_per_tok": spec.n_active_experts,
-            "moe_intermediate_size": spec.mlp_size,
-            "norm_topk_prob": True,
-        }
-        return Qwen3MoeConfig(**shape, **experts)
-    return (Qwen3Config if spec.qk_norm else LlamaConfig)(**shape)
-
-
-def make(folder, models, datasets):
-    """Fill caches with models as described, and small data sets; returns the environment for them."""
+def make(folder, models, datasets, shard="2MB"):
+    """Fill caches with models as described, in files of at most `shard`, and small data sets; returns
+    the environment for them."""
     made = {}
     for model in models:
         family = dataclasses.replace(model, name="", location="", revision="")
@@ -50,7 +29,7 @@ def make(folder, models, datasets):
         if family not in made:
             made[family] = folder / f"bases/{len(made)}"
             base = AutoModelForCausalLM.from_config(config_of(model)).bfloat16()
-            base.save_pretrained(made[family], max_shard_size="2MB")  # so that there is an index
+            base.save_pretrained(made[family], max_shard_size=shard)
             (qwen_like if model.qk_norm else llama_like)().save_pretrained(made[family])
         (repository / model.revision).symlink_to(made[family], target_is_directory=True)
     wanted = {(d.location, d.config, d.revision) for d in datasets if d.source == "hub"}

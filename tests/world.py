@@ -2,6 +2,7 @@
 line."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +26,20 @@ def tiny_spec(**changes):
 @cache
 def _smoke_spec():
     return compose_request(["scale=smoke"]).points[0].spec
+
+
+def write_json(path, rows):
+    """Write a file of JSON Lines, a row that is text as it is; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def write_splits(folder, rows):
+    """Write the same rows as train.jsonl and as test.jsonl."""
+    for split in ("train", "test"):
+        write_json(folder / f"{split}.jsonl", rows)
 
 
 OTHER_USER = 4321

@@ -28,7 +28,7 @@ from lorasweep.plan.throughput import shape_of
 from lorasweep.plan.time import TRAINING_SHARE
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
-from lorasweep.spec.revision import is_unpinned
+from lorasweep.spec.run import is_unpinned
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point

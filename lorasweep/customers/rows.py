@@ -173,7 +173,7 @@ def _divide(
             changes = {"n_validation": first, "n_test": len(held) - first}
         else:
             each = _share(len(set(texts)))
-            held = set(load.held_out(texts, 2 * each))
+            held = {texts[group[0]] for group in load.divided(texts, texts)[: 2 * each]}
             changes = {"holdout": 2 * each, "n_validation": each, "n_test": each}
         changes["unseen_rows"] = repeated > 0
         n_train = sum(row not in held for row in texts)

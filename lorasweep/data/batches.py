@@ -57,25 +57,27 @@ def collate(examples: Sequence[Example], join_rows: bool = False) -> Batch:
     lengths = [_up(len(e.tokens)) for e in examples]
     starts = np.cumsum([0, *lengths])
     tokens = np.zeros(starts[-1], dtype=np.int64)
-    positions, targets = [], []
+    loss = np.zeros(starts[-1], dtype=bool)
     for start, example in zip(starts, examples):
-        tokens[start : start + len(example.tokens)] = example.tokens
-        at = np.flatnonzero(example.loss)
-        positions.append(start + at - 1)  # the logits at t-1 predict token t
-        targets.append(example.tokens[at])
-    count = sum(map(len, positions))
-    width = _up(count)
-    loss_at = _widen(np.concatenate(positions).astype(np.int64)[None], width)
-    following = _widen(np.concatenate(targets).astype(np.int64)[None], width)
-    weight = _widen(np.ones((1, count), dtype=np.float32), width)
-    n_tokens = sum(len(e.tokens) for e in examples)
+        row = slice(start, start + len(example.tokens))
+        tokens[row], loss[row] = example.tokens, example.loss
+    at = np.flatnonzero(loss)
+    width = _up(len(at))
     truth: Truth | None = None
     truths = [e.truth for e in examples if e.truth is not None]
     if truths and len(truths) == len(examples):
         p, changed = zip(*((t.probabilities, t.changed) for t in truths))
         truth = Truth(np.concatenate(p), np.concatenate(changed))
-    rows = (tuple(lengths),)
-    return Batch(tokens[None], rows, loss_at, following, weight, (n_tokens,), truth, join_rows)
+    return Batch(
+        tokens_NX=tokens[None],
+        lengths=(tuple(lengths),),
+        loss_positions_NM=_widen(at[None] - 1, width),  # the logits at t-1 predict token t
+        targets_NM=_widen(tokens[at][None], width),
+        weight_NM=_widen(np.ones((1, len(at)), dtype=np.float32), width),
+        tokens_N=(sum(len(e.tokens) for e in examples),),
+        truth=truth,
+        join_rows=join_rows,
+    )
 
 
 def merge(parts: Sequence[Batch]) -> Batch:

@@ -5,7 +5,7 @@ Example i of (data set, split, seed) is the same for every method and learning r
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -180,14 +180,14 @@ def fingerprint(*parts: str | np.ndarray | Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def of_generator(data: Data, *distribution: str | np.ndarray) -> str:
-    """Return the fingerprint of generated data.
+def with_fingerprint(data: Data, *distribution: str | np.ndarray) -> Data:
+    """Return generated data with their fingerprint.
 
     It covers the distribution (parameters and tables; probabilities `rounded`), the held-out and
     pretraining rows, and the first training rows of seed 0, which depend on the generator's code.
     """
     drawn = data.train(0, 0, min(CHUNK, data.n_train or CHUNK))
-    return fingerprint(*distribution, data.test, data.retain, drawn)
+    return replace(data, sha256=fingerprint(*distribution, data.test, data.retain, drawn))
 
 
 def rounded(probabilities: np.ndarray) -> np.ndarray:

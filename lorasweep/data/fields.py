@@ -5,7 +5,6 @@ that take a row raise DataError, with file and line, if a column of its format i
 weight is neither 0 nor 1.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from lorasweep.errors import DataError
@@ -29,10 +28,8 @@ SPEAKERS = {
 
 def columns(spec: DatasetSpec) -> tuple[str, ...]:
     """Return the columns that rows of a data set must have."""
-    if spec.format in LISTS:
-        needed: tuple[str, ...] = (spec.format,)
-    else:
-        needed = (spec.prompt_field, spec.completion_field)
+    pair = (spec.prompt_field, spec.completion_field)
+    needed = (spec.format,) if spec.format in LISTS else pair
     return (*needed, spec.answer_field) if spec.answer_field else needed
 
 
@@ -77,24 +74,18 @@ def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
 
 
 def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
-    """Return for each of a row's messages whether it is in the loss, by its weight and the mask."""
-    messages = messages_of(spec, row, where)
-    listed = row[spec.format] if spec.format in LISTS else [{}] * len(messages)
-    weights = [m.get(WEIGHT) for m in listed]
-    return counted(messages, [None if w is None else int(w) for w in weights], spec.mask)
+    """Return for each of a row's messages whether its content is in the loss.
 
-
-def counted(messages: Sequence[Message], weights: Sequence[int | None], mask: str) -> list[bool]:
-    """Return for each message whether its content is in the loss.
-
-    A weight of 0 takes a message out, and a weight of 1 puts it in; without one (None) the mask
+    A weight of 0 takes a message out, and a weight of 1 puts it in; without a weight the mask
     decides. The last assistant message is the last one whose weight is not 0.
     """
+    messages = messages_of(spec, row, where)
+    listed = row[spec.format] if spec.format in LISTS else [{}] * len(messages)
+    weights = [message.get(WEIGHT) for message in listed]
     answers = [i for i, (role, _) in enumerate(messages) if role == "assistant" and weights[i] != 0]
     by_mask = {"all": range(len(messages)), "completion": answers, "last_assistant": answers[-1:]}
-    return [
-        i in by_mask[mask] if weight is None else weight == 1 for i, weight in enumerate(weights)
-    ]
+    learned = by_mask[spec.mask]
+    return [i in learned if weight is None else weight == 1 for i, weight in enumerate(weights)]
 
 
 def prompt_and_completion(spec: DatasetSpec, row: Any, where: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from lorasweep.data.fields import columns
 from lorasweep.data.sources import Row, Source
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
-from lorasweep.spec.revision import is_commit
+from lorasweep.spec.run import is_commit
 
 
 class _Place(NamedTuple):

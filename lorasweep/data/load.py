@@ -6,7 +6,7 @@ Needs a tokenizer for text; needs no torch.
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from lorasweep.data import fields, hub, rewards, sources, text
 from lorasweep.data.examples import Data, fingerprint, prompts_of, shuffled
@@ -15,7 +15,6 @@ from lorasweep.data.synthetic.generators import generator
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
-T = TypeVar("T")
 OF_A_PROMPT = 8
 """Evaluated held-out rows per prompt, at most, with held_out_by=prompt: further answers to the same
 prompt add little information."""
@@ -77,18 +76,17 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
     Raises:
         DataError: they are missing, or not the pinned ones.
     """
-    split_off = spec.unseen_rows and bool(spec.holdout)
-    if not spec.held_out_by and not split_off:
+    if spec.held_out_by or (spec.unseen_rows and spec.holdout):
+        whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
+        pool = whole if spec.holdout else _found(spec, True, data_dirs)
+        train, held_out = _by_unit(spec, whole, pool)
+    else:
         train, held_out = (_found(spec, part, data_dirs) for part in (False, True))
         if spec.unseen_rows:
             identity = f"{held_out.identity} without repetitions"
             rows = partial(_distinct, spec, held_out.rows)
             held_out = dataclasses.replace(held_out, identity=identity, rows=rows)
             train = _without(spec, train, held_out, content_of, "rows")
-    else:
-        whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
-        divide = _by_unit if spec.held_out_by else _by_content
-        train, held_out = divide(spec, whole, data_dirs)
     if spec.unseen_prompts:
         train = _without(spec, train, held_out, fields.opening, "prompts")
     return train, held_out
@@ -100,56 +98,26 @@ def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sourc
     return sources.of_jsonl(spec, held_out, data_dirs)
 
 
-def _by_unit(spec: DatasetSpec, whole: Source, data_dirs: Sequence[str]) -> tuple[Source, Source]:
-    """Hold rows out in a shuffled order; leave out training rows that share a unit with them."""
-    pool = whole if spec.holdout else _found(spec, True, data_dirs)
+def _by_unit(spec: DatasetSpec, whole: Source, pool: Source) -> tuple[Source, Source]:
+    """Hold rows of `pool` out in a shuffled order; train on no row that shares a unit with them."""
 
-    def tested() -> tuple[list[Row], list[Hashable]]:
+    def tested() -> Iterator[Row]:
         given = list(pool.rows())
         units = [unit_of(spec, row, where) for where, row in given]
         contents = [content_of(spec, row, where) for where, row in given]
-        order = [k for rows in divided(units, contents) for k in rows][: spec.holdout or None]
-        held = [units[k] for k in order] if spec.holdout else units
-        return [given[k] for k in order], held
+        order = [k for rows in divided(units, contents) for k in rows]
+        yield from (given[k] for k in order[: spec.holdout or None])
 
-    def trained() -> Iterator[Row]:
-        held = set(tested()[1])
-        yield from (r for r in whole.rows() if unit_of(spec, r[1], r[0]) not in held)
-
-    part = f"{spec.holdout or 'all'} of {pool.identity} by {spec.held_out_by}"
-    return (
-        dataclasses.replace(whole, identity=f"{whole.identity} without {part}", rows=trained),
-        dataclasses.replace(pool, identity=part, rows=lambda: iter(tested()[0])),
-    )
-
-
-def _by_content(spec: DatasetSpec, whole: Source, _: Sequence[str]) -> tuple[Source, Source]:
-    """Hold out rows that differ in content; train on all rows with other contents."""
-
-    def read(held: bool) -> Iterator[Row]:
-        given = list(whole.rows())
-        contents = [content_of(spec, row, where) for where, row in given]
-        chosen = held_out(contents, spec.holdout)
-        if held:
-            first = {content: k for k, content in reversed(list(enumerate(contents)))}
-            yield from (given[first[content]] for content in chosen)
-        else:
-            seen = set(chosen)
-            yield from (row for row, content in zip(given, contents) if content not in seen)
-
-    train, test = (
-        dataclasses.replace(
-            whole,
-            identity=f"{whole.identity} {part} {spec.holdout} that differ",
-            rows=partial(read, held),
-        )
-        for part, held in (("without the first", False), ("first", True))
-    )
-    return train, test
+    unit = spec.held_out_by or "row"
+    identity = f"{spec.holdout or 'all'} of {pool.identity} by {unit}"
+    held_out = dataclasses.replace(pool, identity=identity, rows=tested)
+    # a test split is held out as a whole, also the rows beyond OF_A_PROMPT
+    unseen = held_out if spec.holdout else pool
+    return _without(spec, whole, unseen, unit_of, f"{unit}s"), held_out
 
 
 def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return the unit of held_out_by: rows that share one are never on both sides."""
+    """Return the unit of held_out_by (its content without one): no unit is on both sides."""
     if spec.held_out_by == "prompt":
         return fields.prompt_of(spec, row, where)
     return content_of(spec, row, where)
@@ -172,12 +140,6 @@ def divided(units: Sequence[Hashable], contents: Sequence[Hashable]) -> list[lis
             rows.setdefault(unit, []).append(k)
     found = list(rows.values())
     return [found[k][:OF_A_PROMPT] for k in sources.holdout_order(len(found))]
-
-
-def held_out(contents: Sequence[T], n: int) -> list[T]:
-    """Return the contents of the `n` held-out rows, drawn from the distinct ones."""
-    distinct = list(dict.fromkeys(contents))
-    return [distinct[k] for k in sources.holdout_order(len(distinct))[:n]]
 
 
 def _distinct(spec: DatasetSpec, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
@@ -216,7 +178,12 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
     elif spec.source == "jsonl":
         held_out = spec.train_split if spec.holdout else spec.test_split
         for split in dict.fromkeys((spec.train_split, held_out)):
-            text.check_jsonl(spec, split, data_dirs)
+            path, _ = sources.find_jsonl(spec, split, data_dirs)
+            n_rows = 0
+            for where, row in sources.jsonl_rows(path):
+                fields.messages_of(spec, row, where)
+                n_rows += 1
+            sources.check_holdout(spec, path, n_rows)
     else:
         sources_of(spec, data_dirs)
 

@@ -4,7 +4,6 @@ The form is found from the first row, or from the columns.
 """
 
 import dataclasses
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +44,10 @@ def is_on_hub(given: str) -> bool:
     return not local and bool(HUB_NAME.fullmatch(given)) and not Path(given).exists()
 
 
-def on_hub(given: str, name: str = "") -> DatasetSpec:
+def on_hub(given: str, name: str) -> DatasetSpec:
     """Describe a data set of the hub, pinned to its present commit. Downloads it once.
+
+    `name`: see `dataset_of`.
 
     Raises:
         DataError: it cannot be had, or its columns have none of the usual forms.
@@ -108,7 +109,7 @@ def dataset_of(given: str, name: str = "") -> DatasetSpec:
     if is_on_hub(given):
         return on_hub(given, name)
     path = path_of(given)
-    digest = _sha256(path)[:DIGITS]
+    digest = sources.file_sha256(path)[:DIGITS]
     found = next(sources.jsonl_rows(path), None)
     if found is None:
         raise DataError(f"{path} has no rows.")
@@ -140,7 +141,7 @@ def count(given: str) -> Counted:
         said = zip(fields.messages_of(spec, row, where), fields.in_loss(spec, row, where))
         rows += 1
         answers += sum(len(text.encode()) for (_, text), learned in said if learned)
-    return Counted(rows, answers, _sha256(path))
+    return Counted(rows, answers, sources.file_sha256(path))
 
 
 def first_answer(spec: DatasetSpec, given: str) -> str:
@@ -154,11 +155,6 @@ def first_answer(spec: DatasetSpec, given: str) -> str:
     return said[-1] if said else ""
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _form(where: str, row: Any) -> dict[str, Any]:
     """Return the fields of a data set that describe the form of its rows."""
     columns = set(row) if isinstance(row, dict) else set()
@@ -168,7 +164,7 @@ def _form(where: str, row: Any) -> dict[str, Any]:
     for prompt, completion in PAIRS:
         if {prompt, completion} <= columns:
             return {"prompt_field": prompt, "completion_field": completion}
-    pairs = ", ".join(f"{prompt} and {completion}" for prompt, completion in PAIRS)
+    pairs = ", ".join(map(" and ".join, PAIRS))
     raise DataError(
         f"{where}: the row has the columns {', '.join(map(str, sorted(columns))) or 'of no object'}"
         f". Expected messages, conversations, or two columns: {pairs}. Rename them, or describe "

@@ -37,20 +37,18 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
     whole_completion = bool(spec.answer_field)
 
     def of_texts(texts: Sequence[tuple[str, str]]) -> list[float | None]:
-        found: list[float | None] = [None] * len(texts)
-        readable = {}
-        for k, (gold, answer) in enumerate(texts):
-            if spec.verifier == "integer":
-                if (number := integer(answer)) is not None:
-                    found[k] = float(number == integer(gold))
-                continue
-            wanted, given = gold if whole_completion else boxed(gold), boxed(answer)
-            if wanted is not None and given is not None:
-                readable[k] = (wanted, given)
+        if spec.verifier == "integer":
+            numbers = [(integer(gold), integer(answer)) for gold, answer in texts]
+            return [None if found is None else float(found == gold) for gold, found in numbers]
+        read = [(gold if whole_completion else boxed(gold), boxed(a)) for gold, a in texts]
+        readable = {
+            k: (gold, answer)
+            for k, (gold, answer) in enumerate(read)
+            if gold is not None and answer is not None
+        }
         verdicts = math_checks.check(list(readable.values())) if readable else []
-        for k, verdict in zip(readable, verdicts, strict=True):
-            found[k] = verdict
-        return found
+        found = dict(zip(readable, verdicts, strict=True))
+        return [found.get(k) for k in range(len(texts))]
 
     def of_all(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
         return of_texts([(text(answer_of(row)), text(answer)) for row, answer in pairs])

@@ -79,36 +79,35 @@ def kept(path: Path, make: Callable[[], Rows]) -> Rows:
     Processes that need the same file at once wait for the first one. If the folder is read-only,
     missing rows are made in memory.
     """
-    rows = read(path)
-    if rows is None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            return make()
-        if not os.access(path.parent, os.W_OK):
-            return make()
-        with path.with_suffix(".lock").open("ab") as lock:
-            # on a file system without locks, two processes may do the same work
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    if (rows := read(path)) is not None:
+        return rows
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return make()
+    if not os.access(path.parent, os.W_OK):
+        return make()
+    with path.with_suffix(".lock").open("ab") as lock:
+        # on a file system without locks, two processes may do the same work
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if (rows := read(path)) is None:
+            made = make()
+            head = {"rows": len(made), "tokens": len(made.tokens), "sha256": made.sha256}
+            partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}")
+            try:
+                with partial.open("wb") as file:
+                    file.write(json.dumps(head).encode().ljust(HEADER))
+                    for array in (made.ends, made.n_bytes, made.tokens, made.loss):
+                        file.write(array.data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
             rows = read(path)
-            if rows is None:
-                made = make()
-                head = {"rows": len(made), "tokens": len(made.tokens), "sha256": made.sha256}
-                partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}")
-                try:
-                    with partial.open("wb") as file:
-                        file.write(json.dumps(head).encode().ljust(HEADER))
-                        for array in (made.ends, made.n_bytes, made.tokens, made.loss):
-                            file.write(array.data)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    os.replace(partial, path)
-                finally:
-                    partial.unlink(missing_ok=True)
-                rows = read(path)
     if rows is None:
         raise OSError(f"{path} was damaged while it was written; check the disk")
     return rows

@@ -89,8 +89,7 @@ def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple
             f"exec.data_dir=[FOLDER] for FOLDER/{spec.location}/{split}.jsonl."
         )
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
     except OSError as error:
         raise DataError(
             f"dataset {spec.name!r}: {path} cannot be read ({error.strerror}). Make it readable."
@@ -105,6 +104,12 @@ def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple
                 "present file)."
             )
     return path, digest
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:

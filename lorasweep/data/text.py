@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorasweep.data import fields, rows, sources
+from lorasweep.data import fields, rows
 from lorasweep.data.examples import Example
 from lorasweep.data.fields import Message
 from lorasweep.data.rows import Rows
@@ -68,16 +68,17 @@ def examples(
         usable = _tokenized(spec, itertools.chain(first, given), tokenizer)
         found = Rows.of(itertools.islice(usable, limit))
         if not found:
-            raise DataError(
-                f"dataset {spec.name!r}, split {split!r}: no rows "
-                + (
+            if first:
+                why = (
                     f"can be used (too_long={spec.too_long}, max_length={spec.max_length}): all "
                     "are longer. Raise max_length."
-                    if first
-                    else f"(unseen_prompts={spec.unseen_prompts}). Set train_split and test_split "
-                    "to splits that have rows."
                 )
-            )
+            else:
+                why = (
+                    f"(unseen_prompts={spec.unseen_prompts}). Set train_split and test_split to "
+                    "splits that have rows."
+                )
+            raise DataError(f"dataset {spec.name!r}, split {split!r}: no rows {why}")
         return found
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -91,17 +92,6 @@ def examples(
     key = json.dumps([VERSION, how, described, source.identity, split, limit])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     return rows.kept(Path(cache) / f"{name}.rows", make)
-
-
-def check_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> None:
-    """Read every row of a local split and check its fields.
-
-    Raises:
-        DataError: a row cannot be used; the message names file and line.
-    """
-    path, _ = sources.find_jsonl(spec, split, data_dirs)
-    checked = (fields.messages_of(spec, row, where) for where, row in sources.jsonl_rows(path))
-    sources.check_holdout(spec, path, sum(1 for _ in checked))
 
 
 def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Iterator[Example]:
@@ -126,10 +116,7 @@ def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Itera
             if not mask.any():
                 if cut and spec.too_long == "cut_or_skip":
                     continue
-                length, remedy = (
-                    "",
-                    "add an answer, or set the weight of an answer to 1",
-                )
+                length, remedy = "", "add an answer, or set the weight of an answer to 1"
                 if cut:
                     length = f", max_length={spec.max_length}"
                     remedy = "raise max_length, change the mask, or set too_long=cut_or_skip"

@@ -23,12 +23,8 @@ UNWANTED = ["original/*"]
 def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
     """Check that a model of the hub is accessible, and that its downloaded files are complete.
 
-    Args:
-        spec: a model with source=hub.
-        needed: all files must be in the cache already; otherwise the first run downloads them.
-
-    Returns:
-        The folder of the files in the cache; None if they will be downloaded.
+    `needed`: all files must be in the cache already; otherwise the first run downloads them.
+    Returns their folder; None if they will be downloaded.
 
     Raises:
         ModelError: it is inaccessible or incomplete; the message says what to type.
@@ -103,18 +99,17 @@ def _problems(folder: Path) -> tuple[str | None, str | None]:
     names = [SINGLE]
     with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    there = [folder / name for name in names if (folder / name).is_file()]
+    damaged = missing = None
     absent = [name for name in names if not (folder / name).is_file()]
-    damaged: str | None = None
-    missing: str | None = None
-    for path in there:
+    for path in (folder / name for name in names if name not in absent):
         size, header = path.stat().st_size, safetensors_header(path)
-        if damaged is None and (header is None or size != header[1]):
-            damaged = f"an incomplete file of weights: {path} has {size:,} bytes, " + (
-                f"and its header says {header[1]:,}" if header else "and no readable header"
-            )
+        if header is None or size != header[1]:
+            says = f"and its header says {header[1]:,}" if header else "and no readable header"
+            damaged = f"an incomplete file of weights: {path} has {size:,} bytes, {says}"
+            break
     if absent and not list(folder.glob("pytorch_model*.bin*")):
-        missing = f"{len(there)} of {len(names)} files of weights: no {absent[0]}"
+        there = len(names) - len(absent)
+        missing = f"{there} of {len(names)} files of weights: no {absent[0]}"
     return damaged, missing
 
 

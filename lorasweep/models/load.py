@@ -30,7 +30,7 @@ from lorasweep.models.targets import use_grouped_experts
 from lorasweep.spec.model import ModelSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SHIPPED = Path(__file__).parent / "bases"
 """Weights of recipes that come with the package."""
@@ -54,13 +54,8 @@ class Base:
 def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
     """Check that weights are there and complete, or that the hub has them. Loads nothing.
 
-    Args:
-        spec: the model.
-        models_dirs: folders of local weights.
-        fetched: weights of the hub must be in its cache, too.
-
-    Returns:
-        Whether there is a tokenizer. One that will be downloaded counts.
+    `fetched`: weights of the hub must be in its cache, too. Returns whether there is a tokenizer;
+    one that will be downloaded counts.
 
     Raises:
         ModelError: they are not there; the message says how to get them.
@@ -156,7 +151,7 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
             if commit is None:
                 raise OSError(f"{config} is in no folder named by a commit")
         else:
-            name = str((_converted if spec.source == "gguf" else find)(spec, models_dirs))
+            name = _folder(spec, models_dirs)
         model = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name, revision=commit), commit
     except OSError as error:
@@ -175,16 +170,17 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
     Raises:
         ModelError: the model cannot be found.
     """
-    import transformers
+    from transformers import AutoTokenizer
 
     if not check_available(spec, models_dirs):
         return None
     if spec.source == "hub":
-        return transformers.AutoTokenizer.from_pretrained(
-            spec.location, revision=spec.revision or None
-        )
-    folder = _converted(spec, models_dirs) if spec.source == "gguf" else find(spec, models_dirs)
-    return transformers.AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(spec.location, revision=spec.revision or None)
+    return AutoTokenizer.from_pretrained(_folder(spec, models_dirs))
+
+
+def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
+    return str((_converted if spec.source == "gguf" else find)(spec, models_dirs))
 
 
 def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
@@ -308,12 +304,12 @@ def find_recipe_weights(spec: ModelSpec, models_dirs: Sequence[str]) -> Path | N
     return next((path for path in paths if path.is_file()), None)
 
 
-def empty_model(spec: ModelSpec) -> "PreTrainedModel":
-    """Build an untrained model of the described shape, with transformers' random weights.
+def config_of(spec: ModelSpec, **more: Any) -> "PretrainedConfig":
+    """Return transformers' configuration of the described shape, with the fields `more`.
 
-    A Llama; with experts a Qwen3-MoE.
+    A Llama; with normalised queries and keys a Qwen3; with experts a Qwen3-MoE.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
     shape: dict[str, Any] = {
         "hidden_size": spec.hidden_size,
@@ -324,21 +320,28 @@ def empty_model(spec: ModelSpec) -> "PreTrainedModel":
         "head_dim": spec.head_size,
         "vocab_size": spec.vocab_size,
         "tie_word_embeddings": spec.tied,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        **more,
     }
     if not spec.n_experts:
-        return LlamaForCausalLM(LlamaConfig(**shape))
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            **shape,
-            num_experts=spec.n_experts,
-            num_experts_per_tok=spec.n_active_experts,
-            moe_intermediate_size=spec.mlp_size,
-            norm_topk_prob=True,
-        )
+        return (Qwen3Config if spec.qk_norm else LlamaConfig)(**shape)
+    return Qwen3MoeConfig(
+        **shape,
+        num_experts=spec.n_experts,
+        num_experts_per_tok=spec.n_active_experts,
+        moe_intermediate_size=spec.mlp_size,
+        norm_topk_prob=True,
     )
+
+
+def empty_model(spec: ModelSpec) -> "PreTrainedModel":
+    """Build an untrained model of the described shape, with transformers' random weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(
+        spec,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-5,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    )
+    return AutoModelForCausalLM.from_config(config)

@@ -76,7 +76,7 @@ def fast_bf16() -> bool | None:
         return None
     lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
     flags = {flag for line in lines for flag in line.split()}
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}) if flags else None
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"}) if flags else None
 
 
 def devices() -> tuple[str, ...]:

@@ -15,8 +15,6 @@ POSITIVE = (
     *("attention_flops_s", "bandwidth_bytes_s", "link_bytes_s", "network_bytes_s"),
     "price_per_gpu_h",
 )
-FOR_SPEED = ("matmul_flops_s", "bandwidth_bytes_s")
-"""Figures from which the speed of training on a GPU is computed."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Hardware(Value):
     @property
     def has_speeds(self) -> bool:
         """Whether the speed of training on its GPUs can be computed."""
-        return self.gpus > 0 and all(getattr(self, name) for name in FOR_SPEED)
+        return self.gpus > 0 and bool(self.matmul_flops_s) and self.bandwidth_bytes_s is not None
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong: impossible numbers, and missing figures that a plan needs."""

@@ -168,14 +168,12 @@ def _cpu_memory(
     exact = STATE_BYTES[states][0]
     peak = 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
     tokens = n_runs * layout.rows * length * peak
-    # A bf16 copy of wider weights. The second term is a margin: earlier passes also kept frozen
-    # weights transposed.
-    copies = 2 * (word == 2) * ((load.whole or held > word) + (not load.whole))
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
     scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
     layer = 2 * h * exact + word * (4 * h + 2 * kv + 4 * f + scores)
+    copied = word == 2 and (load.whole or held > word)  # in bf16, of wider weights
     return _state(load, n_runs, states, held, held) | {
-        "copies and buffers": float(copies * model.n_matmul_params),
+        "copies and buffers": float(2 * copied * model.n_matmul_params),
         "activations": tokens * model.n_layers * layer * (1 if load.whole else CPU_FRAGMENTATION),
         # a chunk of logits, their logarithms, gradients and temporaries
         "logits": min(CPU_CHUNK_BYTES, 5 * exact * tokens * model.vocab_size),

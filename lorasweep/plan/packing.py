@@ -183,9 +183,7 @@ def make_packs(
         longest = max((p.spec for p in points), key=mean_length)
         if mean_length(longest) != mean_length(spec):
             spec = replace(spec, dataset=longest.dataset)
-        patience = max(p.spec.early_stopping for p in points)
-        if patience != spec.early_stopping:
-            spec = replace(spec, early_stopping=patience)
+        spec = replace(spec, early_stopping=max(p.spec.early_stopping for p in points))
         found, seconds = known.of(spec), None
         if found is not None:
             seconds = found.at(n) * sum(updates_with_evaluations(p.spec) for p in points)

@@ -18,7 +18,7 @@ MEMORY_ERROR, SPEED_ERROR = 0.17, 0.25
 """Error that nine in ten covered published figures stay below (analysis/results/plan/README.md). A
 pack fits if it does with this error on top."""
 MOST_GPUS = 512
-"""Largest number of GPUs tried for one run."""
+"""Largest number of GPUs tried for one run, a power of two."""
 FORWARD_TOKENS = 32768
 """Most tokens of a forward pass and GPU: more gain nothing."""
 PER_TOKEN = (
@@ -72,7 +72,6 @@ def place(
     specs: Sequence[RunSpec],
     hardware: Hardware,
     rows: int | None = None,
-    most_gpus: int = MOST_GPUS,
     *,
     gpus: int | None = None,
     checkpointing: Sequence[bool] = (False, True),
@@ -86,7 +85,6 @@ def place(
         specs: the pack's runs, of one shape but for their ranks.
         hardware: with the figures that `Hardware.has_speeds` needs.
         rows: rows a forward pass, run and GPU; None: chosen.
-        most_gpus: largest number of GPUs tried.
         gpus: this number of GPUs, which divides the batch; None: chosen.
         checkpointing: whether activations may be kept, computed again, or both.
         join_rows: rows of a forward pass lie end to end (see Exec).
@@ -94,8 +92,8 @@ def place(
     spec, n_runs = specs[-1], len(specs)
     room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
     most_rows = max(1, FORWARD_TOKENS // (n_runs * spec.dataset.max_length))
-    powers = (2**k for k in range(most_gpus.bit_length()))
-    numbers = [gpus] if gpus else [n for n in powers if n <= most_gpus and spec.batch_size % n == 0]
+    powers = (2**k for k in range(MOST_GPUS.bit_length()))
+    numbers = [gpus] if gpus else [n for n in powers if spec.batch_size % n == 0]
     for n in numbers:
         share, found = spec.batch_size // n, []
         divisors = [k for k in range(min(share, most_rows), 0, -1) if share % k == 0]
@@ -109,10 +107,10 @@ def place(
         if found:
             return min(found, key=lambda p: p.step_s)
     tried = Layout(numbers[-1], rows or 1, checkpointing[-1])
-    misfit = _misfit(spec, tried, pack_memory(n_runs, spec, hardware, tried), hardware, most_gpus)
+    misfit = _misfit(spec, tried, pack_memory(n_runs, spec, hardware, tried), hardware)
     if not gpus and not rows:
         return misfit
-    other = place(specs, hardware, None, most_gpus, join_rows=join_rows)
+    other = place(specs, hardware, join_rows=join_rows)
     if isinstance(other, Misfit):
         return misfit
     again_too = " exec.activation_checkpointing=true" if other.layout.checkpointing else ""
@@ -148,9 +146,7 @@ def _placement(
     )
 
 
-def _misfit(
-    spec: RunSpec, tried: Layout, memory: dict[str, float], hardware: Hardware, most_gpus: int
-) -> Misfit:
+def _misfit(spec: RunSpec, tried: Layout, memory: dict[str, float], hardware: Hardware) -> Misfit:
     """Say what is missing with the layout that takes least."""
     need = sum(memory.values()) * (1 + MEMORY_ERROR) / 2**30
     largest = max(memory, key=lambda name: memory[name])
@@ -162,10 +158,10 @@ def _misfit(
         f"{hardware.gpu_memory_gib:.0f} GiB"
     )
     state = sum(memory[name] for name in memory if name not in PER_TOKEN) / 2**30
-    if tried.gpus < min(most_gpus, spec.batch_size):
+    if tried.gpus < min(MOST_GPUS, spec.batch_size):
         remedy = f"a batch_size that a larger power of two divides ({spec.batch_size} given)"
-    elif tried.gpus >= most_gpus:
-        remedy = f"more than {most_gpus} GPU(s) a run"
+    elif tried.gpus >= MOST_GPUS:
+        remedy = f"more than {MOST_GPUS} GPU(s) a run"
     elif state < (hardware.gpu_memory_gib or 0) / (1 + MEMORY_ERROR):
         remedy = f"a dataset.max_length below {spec.dataset.max_length}"
     else:

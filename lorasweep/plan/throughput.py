@@ -171,6 +171,5 @@ class ThroughputTable:
     def _end(self, rid: str) -> float:
         """Return a run's last step; infinity while it is training."""
         if rid not in self._ends:
-            result = self._store.result(rid)
-            self._ends[rid] = math.inf if result is None else result.get("steps_done", math.inf)
+            self._ends[rid] = (self._store.result(rid) or {}).get("steps_done", math.inf)
         return self._ends[rid]

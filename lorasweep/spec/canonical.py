@@ -199,14 +199,9 @@ def build(cls: type[V], values: dict[str, Any]) -> V:
     for key, value in values.items():
         if key not in known:
             raise SpecError(unknown(f"{cls.WHERE.rstrip('.')} field".lstrip(), key, known))
-        part = part_class(known[key].kind)
+        kinds = typing.get_args(known[key].kind) or (known[key].kind,)  # of X, or of X | None
+        part = next((k for k in kinds if isinstance(k, type) and issubclass(k, Value)), None)
         if part is not None and isinstance(value, dict):
             value = build(part, value)
         given[known[key].name] = value
     return cls(**given)
-
-
-def part_class(kind: Any) -> type[Value] | None:
-    """Return the Value class of a field of type X or X | None; None for other types."""
-    options = typing.get_args(kind) or (kind,)
-    return next((k for k in options if isinstance(k, type) and issubclass(k, Value)), None)

@@ -31,8 +31,8 @@ class Method(Value):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "layers" in vars(self):
-            vars(self)["layers"] = canonical_layers(vars(self)["layers"])
+        if "layers" in vars(self):  # in canonical order, so that each choice has one hash
+            vars(self)["layers"] = "+".join(parse_layers(vars(self)["layers"]))
 
     def check(self, model: ModelSpec) -> None:
         """Raise SpecError if this method cannot be applied to `model`. Changes nothing."""
@@ -81,9 +81,3 @@ def parse_layers(layers: str) -> tuple[str, ...]:
             "Example: method.layers=attention+mlp"
         )
     return tuple(p for p in allowed if p in parts)
-
-
-@cache
-def canonical_layers(layers: str) -> str:
-    """Rewrite layer sets in canonical order, so that each choice has one hash."""
-    return "+".join(parse_layers(layers))

@@ -6,6 +6,7 @@ never hashed.
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -36,6 +37,7 @@ OF_SAMPLING = (
 )
 """Fields of objectives that sample completions."""
 LR_RANGE = (1e-9, 1e2)
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,20 @@ def _problems_of_sampling(spec: RunSpec) -> Iterator[str]:
 def snap_lr(lr: float) -> float:
     """Round a learning rate to 3 significant digits, so that grids and refinements share runs."""
     return float(f"{lr:.2e}")
+
+
+def is_commit(revision: str) -> bool:
+    """Return whether a revision is a commit; branches and tags can move."""
+    return bool(COMMIT.fullmatch(revision))
+
+
+def is_unpinned(part: ModelSpec | DatasetSpec) -> bool:
+    """Return whether the content behind a name on the hub can change."""
+    if part.source != "hub":
+        return False
+    if isinstance(part, DatasetSpec) and part.test_location and not is_commit(part.test_revision):
+        return True
+    return not is_commit(part.revision)
 
 
 def validate(spec: RunSpec) -> None:

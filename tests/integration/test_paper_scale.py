@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 
 from lorasweep.launch import local
-from lorasweep.models.load import without_weights
+from lorasweep.models.load import config_of, without_weights
 from lorasweep.models.targets import find_targets
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -57,7 +57,7 @@ def test_every_run_is_built_with_its_real_shape_and_trains_what_it_says(runs):
             of_model = methods.setdefault((spec.model, spec.precision), {})
             of_model[spec.method.canonical] = spec.method
     for (model, precision), found in methods.items():
-        built = without_weights(small_hub.config_of(model), model, precision)
+        built = without_weights(config_of(model), model, precision)
         assert sum(p.numel() for p in built.parameters()) == model.n_params
         for method in found.values():
             targets = find_targets(built, model, method.target_layers())
@@ -110,7 +110,7 @@ def one_of_each(runs):
     for sweep, arm, spec in sorted(runs, key=lambda r: getattr(r[2].method, "rank", 0)):
         numbers = {"rank": 1, "alpha": 1.0, "init_seed": 0} if spec.method.name == "lora" else {}
         how = dataclasses.replace(spec.method, **numbers).canonical
-        family = (type(small_hub.config_of(spec.model)), spec.model.tied)
+        family = (type(config_of(spec.model)), spec.model.tied)
         rows = (spec.dataset.name, spec.batch_size, spec.precision)
         found.setdefault((sweep, arm, *family, how, *rows), spec)
     small = [dataclasses.replace(s, lr=1e-4, seed=0, steps=2) for s in found.values()]

@@ -18,7 +18,7 @@ from functools import cache
 
 import numpy as np
 
-from lorasweep.data.examples import Data, Example, Truth, generated, of_generator, rounded
+from lorasweep.data.examples import Data, Example, Truth, generated, rounded, with_fingerprint
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
@@ -83,8 +83,9 @@ def load(spec: DatasetSpec, draw: int | None = None) -> Data:
         entropy_floor_nats=float(floor.mean()),
         bits=lambda n_tokens: bits(spec.generator_params, n_tokens, draw),
     )
-    sha256 = of_generator(data, rounded(table)) if draw is None else _first_sha256(spec)
-    return dataclasses.replace(data, sha256=sha256)
+    if draw is None:
+        return with_fingerprint(data, rounded(table))
+    return dataclasses.replace(data, sha256=_first_sha256(spec))
 
 
 @cache

@@ -13,7 +13,6 @@ the labels. The same rows teach the labels by cross-entropy, or by the reward of
 Held-out rows are the contexts themselves.
 """
 
-import dataclasses
 import math
 
 import numpy as np
@@ -23,10 +22,10 @@ from lorasweep.data.examples import (
     Example,
     Rewards,
     generated,
-    of_generator,
     parameters,
     same_tokens,
     shuffled,
+    with_fingerprint,
 )
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
@@ -85,7 +84,7 @@ def load_facts(spec: DatasetSpec) -> Data:
 
         test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
         data = Data(generated(spec, spec.train_split, draw), test, n_train=None)
-        return dataclasses.replace(data, sha256=of_generator(data, "new facts in every row"))
+        return with_fingerprint(data, "new facts in every row")
     rng = stream("facts", int(params["set"]))
     unseen = spec.n_retain * row
     if count + unseen > KEYS**KEY:
@@ -130,7 +129,7 @@ def load_facts(spec: DatasetSpec) -> Data:
         bits=None if params["fresh"] or spec.mask == "all" else bits,
     )
     distribution = (f"fresh {params['fresh']}", keys[:count], values[:count])
-    return dataclasses.replace(data, sha256=of_generator(data, *distribution))
+    return with_fingerprint(data, *distribution)
 
 
 def _rows(keys: np.ndarray, values: np.ndarray, spec: DatasetSpec) -> list[Example]:
@@ -173,4 +172,4 @@ def load_bandit(spec: DatasetSpec) -> Data:
         entropy_floor_nats=0.0,
         rewards=Rewards(same_tokens, (), exact=True, choices=VALUES),
     )
-    return dataclasses.replace(data, sha256=of_generator(data, tokens))
+    return with_fingerprint(data, tokens)

@@ -9,7 +9,6 @@ words: new words for old skills, to be learned from rewards. `cort` means sort, 
 completions are rare at first but not impossible.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -19,9 +18,9 @@ from lorasweep.data.examples import (
     Example,
     Rewards,
     generated,
-    of_generator,
     parameters,
     same_tokens,
+    with_fingerprint,
 )
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
@@ -91,7 +90,7 @@ def load_skills(spec: DatasetSpec) -> Data:
     retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0])
     train = generated(spec, spec.train_split, draw)
     data = Data(train, test, n_train=spec.n_train, retain=retain)
-    return dataclasses.replace(data, sha256=of_generator(data, f"difficulty {difficulty}"))
+    return with_fingerprint(data, f"difficulty {difficulty}")
 
 
 def instance(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
@@ -128,7 +127,7 @@ def load_words(spec: DatasetSpec) -> Data:
         n_train=spec.n_train,
         rewards=Rewards(same_tokens, ((ALPHABET.index("\n"),),), exact=True),
     )
-    return dataclasses.replace(data, sha256=of_generator(data, ", ".join(WORDS)))
+    return with_fingerprint(data, ", ".join(WORDS))
 
 
 def _draw_words(rng: np.random.Generator, count: int) -> list[Example]:

@@ -1,7 +1,6 @@
 """Data: order, masks, padding, rows that must be refused, and files of tokens that are kept."""
 
 import dataclasses
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +17,7 @@ from lorasweep.errors import DataError
 from lorasweep.spec.streams import stream
 from tests.bpe import qwen_like
 from tests.unit.data.shipped import shipped
+from tests.world import write_json, write_splits
 
 
 class Letters:
@@ -33,11 +33,7 @@ class Letters:
 
 
 def jsonl(tmp_path, rows, **changes):
-    folder = tmp_path / "mine"
-    folder.mkdir(exist_ok=True)
-    for split in ("train", "test"):
-        text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows)
-        (folder / f"{split}.jsonl").write_text(text + "\n")
+    write_splits(tmp_path / "mine", rows)
     mine = {"name": "mine", "location": "mine", "revision": "", "template": "{prompt}|"}
     names = {"prompt_field": "prompt", "completion_field": "completion"}
     spec = shipped("gsm8k", **mine, **names, **changes)
@@ -153,14 +149,9 @@ FORMS = (
 )
 
 
-def written(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.parametrize("row", FORMS, ids=lambda row: next(iter(row)))
 def test_the_usual_forms_are_read_and_counted(tmp_path, row):
-    given = written(tmp_path / "train.jsonl", row, row)
+    given = str(write_json(tmp_path / "train.jsonl", [row, row]))
     spec = own.dataset_of(given)
     check_available(spec, ["."])
     assert spec.problem is None and own.dataset_of(str(tmp_path)) == spec
@@ -170,13 +161,13 @@ def test_the_usual_forms_are_read_and_counted(tmp_path, row):
 
 
 def test_held_out_rows_are_those_beside_it(tmp_path):
-    given = written(tmp_path / "support.jsonl", CHAT)
+    given = str(write_json(tmp_path / "support.jsonl", [CHAT]))
     alone = own.dataset_of(given)
     assert (alone.train_split, alone.test_split) == ("support", "support")
     assert alone.name.startswith("support-")
-    written(tmp_path / "test.jsonl", CHAT)
+    write_json(tmp_path / "test.jsonl", [CHAT])
     assert own.dataset_of(given).test_split == "test"
-    written(tmp_path / "support.jsonl", CHAT, CHAT)
+    write_json(tmp_path / "support.jsonl", [CHAT, CHAT])
     assert own.dataset_of(given).name != alone.name
 
 
@@ -196,9 +187,9 @@ def test_what_cannot_be_read_is_named(tmp_path, name, text, says):
         own.dataset_of(str(tmp_path / name))
     with pytest.raises(DataError, match="no file"):
         own.dataset_of(str(tmp_path / "gone"))
-    given = written(tmp_path / "train.jsonl", CHAT, {"prompt": "a", "completion": "b"})
+    given = write_json(tmp_path / "train.jsonl", [CHAT, {"prompt": "a", "completion": "b"}])
     with pytest.raises(DataError, match=r"train\.jsonl:2"):
-        own.count(given)
+        own.count(str(given))
 
 
 class Counting:
@@ -217,14 +208,11 @@ class Counting:
 @pytest.fixture
 def world(tmp_path):
     """A data set of 600 rows; `load(...)` with a fresh tokenizer says how many texts it was given."""
-    (tmp_path / "mine").mkdir()
     names = {"prompt_field": "p", "completion_field": "c", "location": "mine", "revision": ""}
     spec = shipped("gsm8k", name="mine", n_test=8, n_test_curve=8, **names)
 
     def write(answer="Yes"):
-        lines = [json.dumps({"p": f"So? {i}", "c": answer}) for i in range(600)]
-        for split in ("train", "test"):
-            (tmp_path / "mine" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        write_splits(tmp_path / "mine", [{"p": f"So? {i}", "c": answer} for i in range(600)])
 
     def load(cache=True, eos=None, **changes):
         tokenizer = Counting()

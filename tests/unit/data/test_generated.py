@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorasweep.data import load as data
-from lorasweep.data.examples import of_generator, rounded
+from lorasweep.data.examples import rounded, with_fingerprint
 from lorasweep.data.synthetic import dialect, skills
 from lorasweep.errors import DataError
 from tests.unit.data.shipped import shipped
@@ -88,19 +88,21 @@ def test_with_draws_by_seed_all_seeds_share_one_fingerprint():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "problem"),
+    ("name", "wrong", "problem"),
     [
-        ({"shift_rank": 9}, "shift_rank=9.*from 0 to features=8"),
-        ({"shift_rank": 1.5}, "whole number"),
-        ({"shift_rank": 2, "shift_nats": 0}, "shift_nats=0.*above 0"),
-        ({"shift": 0.5}, "generator_params.shift is unknown"),
+        ("dialect_smoke", {"shift_rank": 9}, "shift_rank=9.*from 0 to features=8"),
+        ("dialect_smoke", {"shift_rank": 1.5}, "whole number"),
+        ("dialect_smoke", {"shift_rank": 2, "shift_nats": 0}, "shift_nats=0.*above 0"),
+        ("dialect_smoke", {"shift": 0.5}, "generator_params.shift is unknown"),
+        ("facts", {"facts": 12}, "facts=12.*a multiple of 8"),
+        ("facts", {"facts": 30000}, "facts=30000.*up to 14895"),
+        ("facts", {"fact": 8}, "generator_params.fact is unknown"),
+        ("facts", {"fresh": 2}, "fresh=2. Allowed: 0 to 1"),
     ],
 )
-def test_wrong_parameters_are_refused(wrong, problem):
-    with pytest.raises(DataError, match=problem):
-        dialect.check(shipped("dialect_smoke", generator_params=wrong))
-    for name in ("exact_loss", "draw_by_seed"):  # only dialects have them
-        assert any(name in p and "dialect" in p for p in facts(**{name: True}).problems())
+def test_wrong_parameters_are_refused(name, wrong, problem):
+    with pytest.raises(DataError, match=f"dataset '{name}.*{problem}"):
+        data.check_available(shipped(name, generator_params=wrong), [])
 
 
 facts = partial(shipped, "facts")
@@ -144,17 +146,9 @@ def test_an_untrained_values_entropy_is_16_bits():
     assert -(share * np.log(share)).sum() == pytest.approx(math.log(16), abs=2e-3)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        *({"generator_params": {k: n}} for k, n in zip(("facts", "fact", "fresh"), (12, 8, 2))),
-        {"generator_params": {"facts": 30000}},
-        {"max_length": 60},
-    ],
-)
-def test_bad_facts_are_refused(bad):
-    with pytest.raises(DataError, match="dataset 'facts'"):
-        data.check_available(facts(**bad), [])
+def test_rows_hold_whole_facts():
+    with pytest.raises(DataError, match=r"max_length=60. Allowed: a multiple of 8"):
+        data.check_available(facts(max_length=60), [])
 
 
 def few(name, **changes):
@@ -182,5 +176,5 @@ def test_another_draw_changes_the_fingerprint_and_a_processors_last_digits_do_no
     loaded = data.load(few("dialect"), [])
     table = dialect.transition(few("dialect").generator_params)
     noise = 1 + 1e-15 * np.random.default_rng(0).uniform(-1, 1, table.shape)
-    assert of_generator(loaded, rounded(table * noise)) == loaded.sha256
-    assert of_generator(loaded, rounded(table * 1.01)) != loaded.sha256
+    assert with_fingerprint(loaded, rounded(table * noise)).sha256 == loaded.sha256
+    assert with_fingerprint(loaded, rounded(table * 1.01)).sha256 != loaded.sha256

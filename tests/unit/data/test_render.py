@@ -1,17 +1,15 @@
 """Messages as text, token by token, on tokenizers that split as Llama 3's and Qwen's do."""
 
 import copy
-import json
 
 import pytest
 
 from lorasweep.data import fields, own
 from lorasweep.data import load as data
-from lorasweep.errors import DataError, SpecError
-from lorasweep.spec.run import validate
+from lorasweep.errors import DataError
 from tests.bpe import llama_like, qwen_like
 from tests.unit.data.shipped import shipped
-from tests.world import tiny_spec
+from tests.world import write_json, write_splits
 
 TURNS = [
     {"role": "user", "content": "Is it late?"},
@@ -23,10 +21,7 @@ TURNS = [
 
 def tokens_of(tmp_path, tokenizer, messages=TURNS, **changes):
     """Return the row's tokens as text, those in the loss in brackets."""
-    (tmp_path / "mine").mkdir(exist_ok=True)
-    for split in ("train", "test"):
-        row = json.dumps({"messages": messages})
-        (tmp_path / "mine" / f"{split}.jsonl").write_text(row + "\n")
+    write_splits(tmp_path / "mine", [{"messages": messages}])
     mine = {"source": "jsonl", "location": "mine", "holdout": 0, "revision": ""}
     spec = shipped("tulu3", **mine, **changes)
     e = data.load(spec, [str(tmp_path)], tokenizer).test[0]
@@ -163,12 +158,10 @@ def test_other_weights_are_refused_with_row_and_field(tmp_path, form, k, weight,
     names = {"user": "human", "assistant": "gpt"} if form == "conversations" else {}
     good = [dict(zip(keys, (names.get(m["role"], m["role"]), m["content"]))) for m in TURNS]
     turns = [{**m, "weight": weight} if i == k else m for i, m in enumerate(good)]
-    (tmp_path / "mine").mkdir()
-    path = tmp_path / "mine/train.jsonl"
-    path.write_text("".join(json.dumps({form: t}) + "\n" for t in (good, turns)))
+    path = write_json(tmp_path / "train.jsonl", [{form: good}, {form: turns}])
     with pytest.raises(DataError, match=rf"train.jsonl:2: {form}{says}"):
         own.count(str(path))
-    path.write_text(json.dumps({"messages": weighted(..., 1, ..., 0)}) + "\n")
+    write_json(path, [{"messages": weighted(..., 1, ..., 0)}])
     assert own.count(str(path)).answer_bytes == len("Yes, it is.")
     with pytest.raises(DataError, match=r"jsonl:1: no token counts.*set the weight of an answer"):
         tokens_of(tmp_path, qwen_like(), weighted(..., 0, ..., 0))
@@ -186,15 +179,3 @@ def test_a_template_that_rewrites_what_came_before_trains_the_last_answer_only(t
             chat(tmp_path, template, "completion")
     # a date is the same one every day
     assert chat(tmp_path, "{{ date_string }}" + CHAT, "all")[0].startswith("26 Jul 2024")
-
-
-def test_the_form_of_messages_is_part_of_a_run_and_checked_before_it_starts():
-    before = tiny_spec(dataset=shipped("tulu3", render="role_eos"))
-    assert "render" not in before.plain()["dataset"]
-    assert before.id != tiny_spec(dataset=shipped("tulu3")).id
-    for name, render, words in (
-        ("tulu3", "chatml", r"render='chatml'. Allowed: role_colon, role_eos, chat"),
-        ("dialect", "role_colon", "render='role_colon' has no effect with source=synthetic"),
-    ):
-        with pytest.raises(SpecError, match=words):
-            validate(tiny_spec(dataset=shipped(name, render=render)))

@@ -26,10 +26,10 @@ from lorasweep.data.verifiers.math_checks import MathChecks
 from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.bpe import llama_like
-from tests.small_hub import deep
+from tests.small_hub import deep, problem
 from tests.unit.data.shipped import composed, shipped
 from tests.unit.data.test_data import jsonl
-from tests.unit.data.test_study_data import load, problem, spec_of
+from tests.unit.data.test_study_data import load, spec_of
 
 
 def test_every_context_has_one_hidden_label_of_sixteen_and_comes_once_an_epoch():
@@ -270,15 +270,15 @@ def given(loaded, row, *texts):
 
 
 def math(hub, name="MATH", wrong=None):
-    def rows(kind, k):
-        own = [problem(f"{k + i}", kind) for i in range(2)]
+    def rows(k):
+        own = [problem(k), problem(k + 1)]
         return own if wrong is None else [*own, {**own[0], "solution": wrong}]
 
     spec = spec_of("math_reward", "")
     held_out = [{"problem": "Why?", "solution": r"It is late: $\boxed{x^2 + 1}$", "answer": "no"}]
     where = hub(f"{name}500", {"default": {"test": held_out}})
     kinds = spec.config.split("+")
-    path = hub(name, {kind: {"train": rows(kind, 0), "test": rows(kind, 9)} for kind in kinds})
+    path = hub(name, {kind: {"train": rows(0), "test": rows(9)} for kind in kinds})
     return spec_of("math_reward", path, test_location=where, test_revision="", n_test=1)
 
 

@@ -14,7 +14,7 @@ from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests import small_hub
 from tests.bpe import llama_like, qwen_like
-from tests.small_hub import thought, tulu
+from tests.small_hub import problem, thought, tulu
 from tests.unit.data.shipped import shipped
 from tests.world import tiny_spec
 
@@ -33,11 +33,6 @@ def shown(example, tokenizer=None):
     """The text of a row, and of what is in its loss."""
     decode = (tokenizer or qwen_like()).decode
     return decode(example.tokens), decode(example.tokens[example.loss])
-
-
-def problem(k, kind):
-    said = f"It is late.\nSo $x = \\boxed{{\\frac{{{k}}}{{2}}}}$"
-    return {"problem": f"How many {k}?", "level": "Level 1", "type": kind, "solution": said}
 
 
 def test_tulu_3_is_shuffled_the_first_rows_are_held_out_and_the_last_answer_is_trained(hub):
@@ -92,7 +87,7 @@ def test_the_subset_of_the_batch_size_question_is_the_first_10000_rows_of_the_la
 def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(hub):
     kinds = spec_of("math", "").config.split("+")
     content = {
-        kind: {s: [problem(f"{k}{i}{s[1]}", kind) for i in range(4)] for s in ("train", "test")}
+        kind: {s: [problem(f"{k}{i}{s[1]}") for i in range(4)] for s in ("train", "test")}
         for k, kind in enumerate(kinds)
     }
     held_out = [content["algebra"]["test"][1], content["geometry"]["train"][2]]
@@ -105,7 +100,7 @@ def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(h
     text, trained = shown(loaded.test[0])
     ask = "How many 01e? Write the final answer in \\boxed{}."
     assert text.endswith(f"User: {ask}\n\nAssistant:{trained}")
-    assert trained.endswith("\\boxed{\\frac{01e}{2}}$\n\nUser:")
+    assert trained.endswith("\\boxed{\\frac{01e}{7}}$\n\nUser:")
 
 
 @pytest.mark.parametrize("described", [True, False])
@@ -177,15 +172,25 @@ def test_long_rows_are_cut_or_left_out(hub):
         load(dataclasses.replace(spec, too_long="skip", max_length=4))
 
 
+DRAWN = ("exact_loss", "draw_by_seed")
+"""Settings of dialects alone."""
+
+
 def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
     stored = tiny_spec(dataset=shipped("gsm8k")).plain()["dataset"]
     for name in ("too_long", "unseen_prompts", "answer_field", "test_location", "test_revision"):
         assert name not in stored
+    in_form = (shipped("tulu3", render=render) for render in ("role_eos", "role_colon"))
+    before, after = (tiny_spec(dataset=dataset) for dataset in in_form)
+    assert "render" not in before.plain()["dataset"] and before.id != after.id
     for name, changes, words in (
         ("gsm8k", {"too_long": "drop"}, "too_long='drop'. Allowed: cut, cut_or_skip, skip"),
         ("gsm8k", {"test_location": "a/b"}, "test_location='a/b': only for source=hub"),
         ("gsm8k", {"test_revision": "main"}, "there is no test_location"),
         ("dialect", {"too_long": "skip"}, "too_long='skip' has no effect with source=synthetic"),
+        ("dialect", {"render": "role_colon"}, "render='role_colon' has no effect"),
+        *(("facts", {name: True}, f"{name}=true: only the generator dialect") for name in DRAWN),
+        ("tulu3", {"render": "chatml"}, "render='chatml'. Allowed: role_colon, role_eos, chat"),
     ):
         with pytest.raises(SpecError, match=words):
             validate(tiny_spec(dataset=shipped(name, **changes)))

@@ -10,9 +10,9 @@ from lorasweep.config.preflight import check_available
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.models import load as models
 from lorasweep.models.load import load
+from tests import small_hub
 from tests.bpe import qwen_like
-from tests.small_hub import config_of
-from tests.world import compose_request
+from tests.world import compose_request, write_splits
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 SHAPE = {
@@ -25,25 +25,22 @@ SHAPE = {
 def hub(tmp_path, monkeypatch):
     """The repository org/tiny as it was downloaded, in several files; returns its model, pinned."""
     from huggingface_hub import constants
-    from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--org--tiny"
-    snapshot = repository / "snapshots" / COMMIT
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
     model = compose_request(["model=smollm2-135m"]).points[0].spec.model
-    model = dataclasses.replace(model, name="tiny", location="org/tiny", tied=False, **SHAPE)
-    base = AutoModelForCausalLM.from_config(config_of(model)).bfloat16()  # as the described one is
-    base.save_pretrained(snapshot, max_shard_size="10KB")
-    qwen_like().save_pretrained(snapshot)
-    return dataclasses.replace(model, revision=COMMIT)
+    named = {"name": "tiny", "location": "org/tiny", "revision": COMMIT}
+    model = dataclasses.replace(model, tied=False, **named, **SHAPE)
+    cache = small_hub.make(tmp_path, [model], [], shard="10KB")["HF_HUB_CACHE"]
+    refs = tmp_path / "hub/models--org--tiny/refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
+    return model
 
 
 @pytest.fixture
 def snapshot(hub, tmp_path):
-    return tmp_path / "models--org--tiny" / "snapshots" / COMMIT
+    return tmp_path / "hub/models--org--tiny/snapshots" / COMMIT
 
 
 def test_the_commit_that_a_name_stood_for_is_known(hub):
@@ -125,9 +122,7 @@ def with_model(request, model):
 
 
 def test_a_base_without_a_tokenizer_is_refused_for_text_only(hub, snapshot, tmp_path):
-    (tmp_path / "gsm8k").mkdir()
-    for split in ("train", "test"):
-        (tmp_path / f"gsm8k/{split}.jsonl").write_text('{"question": "So?", "answer": "Yes"}\n')
+    write_splits(tmp_path / "gsm8k", [{"question": "So?", "answer": "Yes"}])
     rows = ("dataset=gsm8k", "dataset.revision=''", f"exec.data_dir=[{tmp_path}]")
     text = with_model(compose_request(rows), hub)
     check_available(text)

@@ -5,9 +5,6 @@ import dataclasses
 import json
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +19,6 @@ from lorasweep.models.targets import find_targets
 from lorasweep.plan.load import load_of
 from lorasweep.plan.memory import Layout, memory_parts
 from tests.unit.plan.test_saved_tensors import LLAMA, transformers_model
-from tests.world import ROOT
 
 
 class Three(Mesh):
@@ -74,7 +70,7 @@ OUTER = dataclasses.replace(LLAMA, hidden_size=64, mlp_size=128, vocab_size=4096
 def measure(rank, port, folder):
     """In one of two processes: write the bytes of whole weights and gradients, by method and part."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     joined, found = Mesh.join(), {}
     for name, method in METHODS.items():
@@ -102,8 +98,8 @@ def measure(rank, port, folder):
             return total
 
         mesh.run(loss, model, torch.zeros(1, 8, dtype=torch.int64)).backward()
-    if rank == "0":
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
@@ -115,13 +111,7 @@ def test_the_plan_counts_what_a_process_of_several_holds_whole(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    call = "import sys; from tests.unit.models.test_sharding import measure as m; m(*sys.argv[1:])"
-    command = [sys.executable, "-c", call]
-    started = [
-        subprocess.Popen([*command, str(rank), str(port), str(tmp_path)], cwd=ROOT)
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    torch.multiprocessing.spawn(measure, (str(port), tmp_path), nprocs=2)
     found = json.loads((tmp_path / "found.json").read_text())
     found = {m: {part: sum(counts) for part, counts in of.items()} for m, of in found.items()}
     n_outer = 2 * 4096 * 64

@@ -17,7 +17,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan import forecast as planning
 from lorasweep.plan import load as shapes
-from lorasweep.plan import memory, time
+from lorasweep.plan import memory, placement, time
 from lorasweep.plan.forecast import Forecaster, hours_of, refuse_unfit, settings_of
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import evaluated_completions, layer_bytes, load_of, run_flops, train_flops
@@ -145,15 +145,16 @@ def test_a_run_gets_the_fewest_gpus_that_hold_it(model, method, name, gpus):
     layout = found.layout
     assert layout.gpus * layout.rows * layout.accumulation == spec.batch_size
     if gpus > 1:
-        assert isinstance(place([spec], hardware, most_gpus=gpus // 2), Misfit)
+        assert isinstance(place([spec], hardware, gpus=gpus // 2), Misfit)
 
 
-def test_what_fits_nowhere_says_what_would():
+def test_what_fits_nowhere_says_what_would(monkeypatch):
     long = dataclasses.replace(paper().dataset, max_length=2_000_000)
     found = place([spec_of(method=FullFT(), dataset=long)], card())
     assert "fullft of llama-3.1-8b takes" in found.why and "h100 has 80 GiB" in found.why
     odd = place([spec_of("llama-3.1-70b", FullFT(), batch_size=12)], card())
-    few = place([spec_of(method=FullFT())], card(), most_gpus=2)
+    monkeypatch.setattr(placement, "MOST_GPUS", 2)
+    few = place([spec_of(method=FullFT())], card())
     remedies = ("max_length below 2000000", "power of two divides (12 given)", "more than 2 GPU(s)")
     for misfit, words in zip((found, odd, few), remedies, strict=True):
         assert isinstance(misfit, Misfit) and words in misfit.remedy

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.forward import autocast
+from lorasweep.models.load import config_of
 from lorasweep.models.sharding import compute_again
 from lorasweep.models.targets import find_targets, use_grouped_experts
 from lorasweep.plan.load import WORD_BYTES, load_of
 from lorasweep.plan.memory import Layout, memory_parts
 from lorasweep.spec.model import ROUTER, ModelSpec
-from tests.small_hub import config_of
 
 LLAMA = ModelSpec(
     name="small", source="folder", hidden_size=256, n_layers=2, n_heads=4, n_kv_heads=4,
