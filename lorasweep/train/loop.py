@@ -9,11 +9,13 @@ Shapes: N runs of the pack.
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lorasweep.methods.trainables import Trainables
@@ -58,7 +60,7 @@ def train(
             at_start = mesh.run(objective.start, base, runs)
         device = next(model.parameters()).device
         computed_by = backend(model, mesh.size)
-        optimizer = AdamW.start(trainables, pack, mesh)
+        optimizer = AdamW(trainables, pack, mesh)
         held_out = partial(measure, model, objective, trainables, mesh)
         none: Record = {"step": 0, "examples": 0, "tokens": 0}
         progress = {run.id: Progress([none | first]) for run, first in zip(runs, at_start)}
@@ -82,7 +84,7 @@ def train(
                 (sums_N / divisor_N.to(sums_N)).sum().backward()
                 total_N += sums_N.detach()
             mesh.sum_(total_N)
-            if step == 0:  # record the layer sets' shares of the first gradient
+            if step == 0:
                 for run, squares in zip(runs, optimizer.grad_squares()):
                     shares = gradient_shares(squares, run.model)
                     progress[run.id].curve[0]["grad_share"] = shares
@@ -134,21 +136,18 @@ def train(
                     if not math.isfinite(measures[metric.name]):
                         diverged.add(i)
             last |= stop_early(step, runs, due - diverged, progress, optimizer, metric)
-            back = [
-                k
-                for k, run in enumerate(runs)
-                if run.early_stopping
-                and run.id in last - diverged
-                and progress[run.id].best.step != step
-            ]
-            optimizer.restore_best(back)
-            restored = {runs[k].id for k in back}
-            for i, (measures, _) in held_out(runs, restored, True).items():
-                measured[i] = measures
             done = last - diverged
             at = [k for k, run in enumerate(runs) if run.id in done]
-            if at:
-                finished = [runs[k] for k in at]
+            finished = [runs[k] for k in at]
+            past_best = {
+                run.id
+                for run in finished
+                if run.early_stopping and progress[run.id].best.step != step
+            }
+            optimizer.restore_best([k for k in at if runs[k].id in past_best])
+            for i, (measures, _) in held_out(runs, past_best, True).items():
+                measured[i] = measures
+            if finished:
                 with phase(EVALUATION), trainables.only(at):
                     more = mesh.run(objective.at_end, model, finished)
                     spectra = trainables.spectra()
@@ -197,7 +196,7 @@ def train(
             event = Event(step, records, ended, snapshot, computed_by)
             yield event
 
-            # ------------------------------------------------------------ compaction
+            # ------------------------------------------------------------ runs that are left
             gone = ended.keys() | event.dropped
             stay = [k for k, run in enumerate(runs) if run.id not in gone]
             if len(stay) < len(runs):
@@ -225,10 +224,9 @@ def measure(
 
     `runs`: all of the pack. `final`: on all held-out items, else on a part.
     """
-    # On a CPU one pass measures the runs of one data set: the rows of others would be padded to
-    # the longest (1.4 times the tokens of a hundred customers, docs/log), and a larger pass is
-    # hardly faster. On a GPU one pass measures all runs. Assumption: there small passes cost
-    # more than padding.
+    # On a CPU one pass measures the runs of one data set: rows of several would be padded to the
+    # longest (1.4 times the tokens of a hundred customers, docs/log), and a larger pass is hardly
+    # faster. On a GPU one pass measures all runs. Assumption: small passes cost more there.
     on_cpu = next(model.parameters()).device.type == "cpu"
     groups: dict[str, list[int]] = {}
     for k, run in enumerate(runs):
@@ -240,8 +238,8 @@ def measure(
         some = [runs[k] for k in at]
         with phase(EVALUATION), trainables.only(at):
             found = mesh.run(objective.evaluate, model, some, final)
-        for k, run, e in zip(at, some, found):
-            measured[run.id] = {**e.measures, **norms[k]}, e.n_items
+        for k, (measures, n_items) in zip(at, found):
+            measured[runs[k].id] = {**measures, **norms[k]}, n_items
     return measured
 
 
@@ -257,7 +255,6 @@ class Progress:
     expert_tokens: list[list[int]] = field(default_factory=list)
     """Training tokens of each expert, by layer; empty without experts."""
     best: Best = field(default_factory=Best)
-    """The best evaluation of a run that may end early."""
 
     def load(self, meta: dict[str, Any]) -> None:
         """Restore the values of a checkpoint."""
@@ -278,10 +275,7 @@ class Progress:
         """Count an update; `expert_tokens`: its tokens by layer and expert."""
         self.tokens += n_tokens
         self.step_s.append(seconds)
-        before = self.expert_tokens or [[0] * len(layer) for layer in expert_tokens]
-        self.expert_tokens = [
-            [a + b for a, b in zip(*layers)] for layers in zip(before, expert_tokens)
-        ]
+        self.expert_tokens = np.add(self.expert_tokens or 0, expert_tokens).tolist()
 
 
 def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, float]:
@@ -289,13 +283,11 @@ def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, fl
 
     `squares`: parameter name -> its squared gradient norm. The shares are NaN if all are zero.
     """
-    total = sum(squares.values())
-    found: dict[str, float] = {}
+    total = sum(squares.values()) or math.nan
+    shares: dict[str, float] = defaultdict(float)
     for name, value in squares.items():
-        layer_set = model.set_of(name)
-        share = value / total if total > 0 else math.nan
-        found[layer_set] = found.get(layer_set, 0.0) + share
-    return found
+        shares[model.set_of(name)] += value / total
+    return dict(shares)
 
 
 def stop_early(

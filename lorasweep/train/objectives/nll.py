@@ -75,7 +75,7 @@ def token_log_p(model: "nn.Module", batch: Batch, precision: str) -> torch.Tenso
 def log_probabilities(model: "nn.Module", batch: Batch, precision: str) -> list[torch.Tensor]:
     """Return log q of every symbol at each run's loss tokens, [L, V] each, in nats.
 
-    All of them are in memory at once: for small vocabularies only.
+    For small vocabularies only: all of them are in memory at once.
     """
     given = inputs(model, batch)
     parts = _by_chunks(model, given, precision, lambda logits, *_: _wide(logits).log_softmax(-1))
@@ -116,7 +116,7 @@ def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> l
             # contiguous: of a slice, a product would take one copy of the weight per row
             return measure(logits_of(model, hidden.contiguous()), targets, weight)
 
-    # the backward pass computes a chunk's logits again: kept, they would be whole after all
+    # the backward pass computes a chunk's logits again, so that they are never whole in memory
     return [
         checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False)
         for chunk in zip(*(x.split(step, 1) for x in (hidden, targets, weight)))
@@ -145,8 +145,8 @@ def evaluate(
 ) -> list[float]:
     """Return each run's NLL in nats per loss token, from its list of held-out batches.
 
-    It is the summed NLL divided by the token count. A run with fewer batches than another repeats
-    its own; the repeats do not count. Several processes share the batches.
+    A run with fewer batches than another repeats its own; the repeats do not count. Several
+    processes share the batches.
     """
     mesh = mesh or Mesh()
     device = next(model.parameters()).device
@@ -205,12 +205,14 @@ def gain_se(
 ) -> float:
     """Return the standard error of a gain in nats per token: of sum(before - after) / sum(tokens).
 
-    `before`, `after`, `tokens` [rows]: a row's summed NLL under the base and under the adapter,
-    and its loss tokens. `prompts` [rows]: the number of a row's prompt; None: each has its own.
-    Prompts are the unit that is drawn, and both models read the same rows, so their differences
-    are what varies (Miller, arXiv 2411.00640, on clustered errors and on paired differences). A
-    ratio of two sums over units is not a mean: its jackknife over units (Cochran, Sampling
-    Techniques, 3rd ed., chapter 6). NaN for fewer than two units.
+    The jackknife over prompts of a ratio of two sums (Cochran, Sampling Techniques, 3rd ed.,
+    chapter 6), of paired differences, because both models read the same rows (Miller, arXiv
+    2411.00640, on clustered errors and paired differences). NaN for fewer than two prompts.
+
+    Args:
+        before, after, tokens: [rows], a row's summed NLL under the base and under the adapter, and
+            its loss tokens.
+        prompts: [rows], the number of a row's prompt; None: each row has another.
     """
     differences = before - after
     if prompts is not None:
@@ -232,8 +234,8 @@ def evaluate_exact(
 ) -> list[Record]:
     """Return each run's expected NLL over the true distributions, by PARTS.
 
-    For each context it is -sum_v p(v) log q(v), whose mean over sampled symbols is the NLL that
-    `evaluate` returns. Keys are `name` with each ending of PARTS; NaN for a part without contexts.
+    Of a context it is -sum_v p(v) log q(v), the expectation of the NLL that `evaluate` returns.
+    Keys are `name` with each ending of PARTS; NaN for a part without contexts.
     """
     mesh = mesh or Mesh()
     sums = torch.zeros(len(batches_N), len(PARTS), dtype=torch.float64)

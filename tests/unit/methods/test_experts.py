@@ -192,7 +192,7 @@ def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, ot
         assert float(p.grad.abs().max()) > 0
         assert apart(p.grad, gradients[name]) < ROUNDING[1], name
     spec = tiny_spec(method=method, lr=1e-2, eps=EPS)
-    optimizer = AdamW.start(trainables, [spec])
+    optimizer = AdamW(trainables, [spec])
     optimizer.step(0, optimizer.grad_norms())
     torch.optim.AdamW(theirs.values(), lr=1e-2, betas=(0.9, 0.95), eps=EPS, weight_decay=0).step()
     after = state(lambda p: p.detach()[0])

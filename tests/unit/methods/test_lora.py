@@ -51,7 +51,7 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world, other_weight
         name = "base_model.model.{}.lora_{}.default.weight".format
         pair = {n: name(p[:-2], p[-1]) for n, p in parts.items()}
         assert set(pair.values()) == set(theirs)
-        optimizer = AdamW.start(trainables, [spec])
+        optimizer = AdamW(trainables, [spec])
         settings = {"lr": spec.lr, "betas": (0.9, 0.95), "eps": EPS, "weight_decay": 0.1}
         torch_optimizer = torch.optim.AdamW(theirs.values(), **settings)
         for step in range(spec.steps):
@@ -95,7 +95,7 @@ def test_a_method_starts_as_the_base_and_trains_all_that_it_counts(world, method
         assert evaluate(base.model, batches, "fp64") == before
         params = trainables.parameters()
         assert sum(p.numel() for p in params.values()) == method.n_trainable(spec.model)
-        optimizer = AdamW.start(trainables, [dataclasses.replace(spec, method=method)])
+        optimizer = AdamW(trainables, [dataclasses.replace(spec, method=method)])
         for step in range(2):
             if step == 1:
                 optimizer.step(0, optimizer.grad_norms())
