@@ -49,7 +49,7 @@ def save_peft(
     from safetensors.torch import save_file
 
     of_experts = {n: t for n, t in state.items() if n.split(".")[-3:-2] == ["experts"]}
-    tensors, ranks = _experts(of_experts, n_experts)
+    tensors, ranks = in_peft_layout(of_experts, n_experts)
     modules, parameters = set(), set(ranks)
     for name in state.keys() - of_experts.keys():
         module, _, which = name.rpartition(".")
@@ -82,13 +82,16 @@ def save_peft(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-def _experts(state: State, n_experts: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+def in_peft_layout(state: State, n_experts: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Return the factors of all layers' experts in PEFT's layout, and the rank of each parameter.
 
     PEFT has one pair of factors for gate and up: the A of both one above the other, and a
     block-diagonal B. The rows of A are (expert, rank), the columns of B (rank, expert). The module
     of down wraps that of gate and up. Each expert's change, as PEFT reads the layout, is compared
     with the product of its factors.
+
+    Raises:
+        ModelError: they differ.
     """
     found: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
