@@ -13,10 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.methods.trainables import Trainables
 from lorasweep.models.forward import backend
@@ -31,9 +32,6 @@ from lorasweep.store.checkpoint import State
 from lorasweep.train.events import EVALUATION, Event, Record, phase
 from lorasweep.train.objectives.base import DIVERGENCE_RULE, BatchT, Objective
 from lorasweep.train.optim import AdamW
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def train(
@@ -208,11 +206,8 @@ def train(
         trainables.detach()
 
 
-# ---------------------------------------------------------------- parts of the loop
-
-
 def measure(
-    model: "nn.Module",
+    model: nn.Module,
     objective: Objective[Any],
     trainables: Trainables,
     mesh: Mesh,

@@ -11,18 +11,16 @@ in the order of runs and prompts, T tokens of the longest prompt, V vocabulary.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.errors import ModelError
 from lorasweep.models.forward import COMPUTE_DTYPES, autocast
 from lorasweep.models.sharding import Mesh, layers_together
 from lorasweep.train.events import SAMPLING, phase
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass
@@ -51,7 +49,7 @@ CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 @torch.no_grad()
 def sample(
-    model: "nn.Module",
+    model: nn.Module,
     prompts: Sequence[Sequence[np.ndarray]],
     uniforms_NAL: np.ndarray,
     ends: Sequence[Sequence[int]],
@@ -118,7 +116,7 @@ def completions_at_once(
 
 
 def _together(
-    model: "nn.Module",
+    model: nn.Module,
     prompts: Sequence[Sequence[np.ndarray]],
     uniforms_NAL: np.ndarray,
     ends: Sequence[Sequence[int]],

@@ -4,22 +4,18 @@ Shapes: N runs of the pack, in the order of `runs`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from lorasweep.data.examples import Data
 from lorasweep.errors import DataError
+from lorasweep.models.load import Base
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lorasweep.models.load import Base
-
 
 DATA_SHA256 = "data_sha256"
 """Key of the data's fingerprint in results and checkpoints."""
@@ -54,13 +50,13 @@ class Objective(Protocol[BatchT]):
 
     metric: Metric
 
-    def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
+    def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Return each run's measures before training, including the metric.
 
         `base` has nothing attached yet.
         """
 
-    def batches(self, model: "nn.Module", step: int, runs: Sequence[RunSpec]) -> list[BatchT]:
+    def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[BatchT]:
         """Return update `step`'s micro-batches (0-based). May sample from the model.
 
         Of several processes (base.mesh in `start`) all get the same list, and each takes every
@@ -73,7 +69,7 @@ class Objective(Protocol[BatchT]):
         Known before the forward pass, so that gradients need no rescaling afterwards.
         """
 
-    def loss(self, model: "nn.Module", batch: BatchT) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: BatchT) -> torch.Tensor:
         """Return the summed loss of each run, [N], with gradient."""
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
@@ -86,7 +82,7 @@ class Objective(Protocol[BatchT]):
         """
 
     def evaluate(
-        self, model: "nn.Module", runs: Sequence[RunSpec], final: bool
+        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
     ) -> list[tuple[Record, int]]:
         """Measure runs on held-out items: on all of them if `final`, else on a part.
 
@@ -94,7 +90,7 @@ class Objective(Protocol[BatchT]):
         The model has these runs only, and in `at_end` those that have finished.
         """
 
-    def at_end(self, model: "nn.Module", runs: Sequence[RunSpec]) -> list[Record]:
+    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
         """Return additional measures of runs that have finished."""
 
     def facts(self, run: RunSpec) -> Record:

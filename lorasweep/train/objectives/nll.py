@@ -8,11 +8,12 @@ positions of a run, L loss tokens of a run, V vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lorasweep.data.batches import Batch, by_length, joined, merge, padded
@@ -20,9 +21,6 @@ from lorasweep.data.examples import Example
 from lorasweep.models.forward import autocast, hidden_states, logits_of
 from lorasweep.models.sharding import Mesh
 from lorasweep.train.events import Record
-
-if TYPE_CHECKING:
-    from torch import nn
 
 LOGITS, GPU_LOGITS = 1 << 24, 1 << 26
 """Logits computed at once on a CPU and on a GPU. On a GPU that is half a thousand positions of a
@@ -50,7 +48,7 @@ Measure = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits [R, p, V], targets [R, p] and weights [R, p] of a chunk of positions."""
 
 
-def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
+def nll_sums(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
     """Return the summed NLL in nats of each run, [N], on the model's device."""
 
     def sums(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -62,7 +60,7 @@ def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def token_log_p(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
+def token_log_p(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
     """Return log p of each target in nats, [N, M], on the model's device; 0 at filler."""
     given = inputs(model, batch)
     log_p_RP = torch.cat(_by_chunks(model, given, precision, _log_p), 1)
@@ -72,7 +70,7 @@ def token_log_p(model: "nn.Module", batch: Batch, precision: str) -> torch.Tenso
     return found.masked_scatter(real_NM, log_p_RP[given.weight_RP > 0])
 
 
-def log_probabilities(model: "nn.Module", batch: Batch, precision: str) -> list[torch.Tensor]:
+def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[torch.Tensor]:
     """Return log q of every symbol at each run's loss tokens, [L, V] each, in nats.
 
     For small vocabularies only: all of them are in memory at once.
@@ -84,7 +82,7 @@ def log_probabilities(model: "nn.Module", batch: Batch, precision: str) -> list[
     return [log_q[real] for log_q, real in zip(log_q_NRPV, real_NRP)]
 
 
-def inputs(model: "nn.Module", batch: Batch) -> Inputs:
+def inputs(model: nn.Module, batch: Batch) -> Inputs:
     """Move a batch to the model's device: its rows padded, or joined if the batch says so."""
     device = next(model.parameters()).device
     arrays = joined(batch) if batch.join_rows else padded(batch)
@@ -141,7 +139,7 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: "nn.Module", batches_N: Sequence[list[Batch]], precision: str, mesh: Mesh | None = None
+    model: nn.Module, batches_N: Sequence[list[Batch]], precision: str, mesh: Mesh | None = None
 ) -> list[float]:
     """Return each run's NLL in nats per loss token, from its list of held-out batches.
 
@@ -170,7 +168,7 @@ def more_than_a_row(batches_N: Sequence[list[Batch]]) -> bool:
 
 @torch.no_grad()
 def row_nlls(
-    model: "nn.Module",
+    model: nn.Module,
     rows_N: Sequence[Sequence[Example]],
     batches_N: Sequence[list[Batch]],
     precision: str,
@@ -226,7 +224,7 @@ def gain_se(
 
 @torch.no_grad()
 def evaluate_exact(
-    model: "nn.Module",
+    model: nn.Module,
     batches_N: Sequence[list[Batch]],
     precision: str,
     name: str,

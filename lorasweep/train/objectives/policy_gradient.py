@@ -17,15 +17,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.data.examples import Data, Example, Rewards
 from lorasweep.data.rewards import check_available, check_rows, prompt_of
 from lorasweep.errors import DataError, ModelError
 from lorasweep.models.forward import check_rows_stay_apart
+from lorasweep.models.load import Base
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
@@ -40,12 +42,6 @@ from lorasweep.train.objectives.rollouts import (
     reward_groups,
 )
 from lorasweep.train.sampling import sample
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lorasweep.models.load import Base
-
 
 COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
 """A run has collapsed if its mean reward is below this share of the base's reward
@@ -75,7 +71,7 @@ class PolicyGradient(OnData):
         self._gap_NK: list[tuple[torch.Tensor, torch.Tensor]] = []
         """For each micro-batch and run the summed log p_sampler - log p_learner, and its tokens."""
 
-    def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
+    def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Check the data, and measure the base's reward on each data set, once.
 
         Raises:
@@ -99,9 +95,7 @@ class PolicyGradient(OnData):
             self._reference = copy.deepcopy(base.model).requires_grad_(False)
         return found
 
-    # ---------------------------------------------------------------- an update
-
-    def batches(self, model: "nn.Module", step: int, runs: Sequence[RunSpec]) -> list[Rollouts]:
+    def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[Rollouts]:
         """Sample the completions of update `step` and return the learner's micro-batches."""
         self._pack, self._gap_NK = runs, []
         first = runs[0]  # the shape of an update is the same for all runs of a pack
@@ -153,7 +147,7 @@ class PolicyGradient(OnData):
         """Return the number of completions that each run's loss is divided by, [N]."""
         return torch.full((len(batch.tokens_N),), float(batch.episodes), dtype=torch.float64)
 
-    def loss(self, model: "nn.Module", batch: Rollouts) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Rollouts) -> torch.Tensor:
         """Return the summed loss of each run, [N].
 
         Also note the KL from sampler to learner, and check that both are one policy.
@@ -207,10 +201,8 @@ class PolicyGradient(OnData):
         """Return whether the run has broken down. Its loss is near 0 at any reward."""
         return self._signals[run_id].collapsed or self._signals[run_id].beyond_fp32
 
-    # ---------------------------------------------------------------- evaluation
-
     def evaluate(
-        self, model: "nn.Module", runs: Sequence[RunSpec], final: bool
+        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
     ) -> list[tuple[Record, int]]:
         """Return each run's held-out reward with the standard error: see held_out_rewards.
 
@@ -238,7 +230,7 @@ class PolicyGradient(OnData):
         return [(measures, len(items)) for measures, items in zip(found, rows)]
 
     def _measure(
-        self, model: "nn.Module", runs: Sequence[RunSpec], rows: Sequence[Sequence[Example]]
+        self, model: nn.Module, runs: Sequence[RunSpec], rows: Sequence[Sequence[Example]]
     ) -> list[Record]:
         rewards, most = [self._rewards_of(run) for run in runs], runs[0].max_new_tokens
         how = (self._precision, self._join_rows, self._mesh, self._forward_parts)
@@ -250,7 +242,7 @@ class PolicyGradient(OnData):
             )
         ]
 
-    def at_end(self, model: "nn.Module", runs: Sequence[RunSpec]) -> list[Record]:
+    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
         return [{} for _ in runs]
 
     def facts(self, run: RunSpec) -> Record:
@@ -276,9 +268,6 @@ class PolicyGradient(OnData):
         """
         self.refuse_other_data(run_id, state[DATA_SHA256])
         self._signals[run_id].load(state)
-
-
-# ---------------------------------------------------------------- parts
 
 
 @dataclass

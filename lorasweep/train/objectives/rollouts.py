@@ -11,10 +11,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.data.batches import PAD_TO, Batch, eval_batches, merge
 from lorasweep.data.examples import Example, Rewards
@@ -24,9 +24,6 @@ from lorasweep.spec.streams import stream
 from lorasweep.train.events import EVALUATION, Record, phase
 from lorasweep.train.objectives.nll import more_than_a_row, row_nlls
 from lorasweep.train.sampling import Completions, sample
-
-if TYPE_CHECKING:
-    from torch import nn
 
 EVAL_TOKENS = 4096
 """Padded tokens per run and forward pass in evaluation. It does not depend on the pack size."""
@@ -131,7 +128,7 @@ def standard_error(values: np.ndarray) -> float:
 
 @torch.no_grad()
 def held_out_rewards(
-    model: "nn.Module",
+    model: nn.Module,
     rows_N: Sequence[Sequence[Example]],
     rewards_N: Sequence[Rewards],
     max_new_tokens: int,

@@ -8,14 +8,16 @@ Shapes: N runs of the pack.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merge
 from lorasweep.data.examples import Data, Example, prompts_of
 from lorasweep.models.forward import check_rows_stay_apart
+from lorasweep.models.load import Base
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import EVALUATION, Record, phase
@@ -29,11 +31,6 @@ from lorasweep.train.objectives.nll import (
     nll_sums,
     row_nlls,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lorasweep.models.load import Base
 
 DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
 """See Divergence. Assumptions, not tuned."""
@@ -93,7 +90,7 @@ class SupervisedFineTuning(OnData):
         self._eval_tokens = max(1, EVAL_TOKENS // self._forward_parts)
         self._eval_batches: dict[tuple[int, ...], list[Batch]] = {}
 
-    def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
+    def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Measure the base's NLL on each data set, and on its pretraining rows, once."""
         self._mesh = base.mesh
         if self._join_rows:
@@ -115,7 +112,7 @@ class SupervisedFineTuning(OnData):
                 self._retain_start[run.id] = base.at_start[f"{key}/retain"][self.metric.name]
         return [self._start[run.id] for run in runs]
 
-    def batches(self, model: "nn.Module", step: int, runs: Sequence[RunSpec]) -> list[Batch]:
+    def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[Batch]:
         """Return the micro-batches of update `step`, with rows of similar length together.
 
         Of several processes, each takes one of neighbouring micro-batches with as many rows.
@@ -139,7 +136,7 @@ class SupervisedFineTuning(OnData):
         """Count each run's loss tokens, [N]."""
         return torch.from_numpy(batch.weight_NM.sum(1))
 
-    def loss(self, model: "nn.Module", batch: Batch) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the summed NLL in nats of each run, [N]."""
         return nll_sums(model, batch, self._precision)
 
@@ -153,7 +150,7 @@ class SupervisedFineTuning(OnData):
         return self._divergence[run_id].note(loss)
 
     def evaluate(
-        self, model: "nn.Module", runs: Sequence[RunSpec], final: bool
+        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
     ) -> list[tuple[Record, int]]:
         """Return each run's held-out NLL and related measures.
 
@@ -191,7 +188,7 @@ class SupervisedFineTuning(OnData):
         return [(measures, len(items)) for measures, items in zip(found, rows)]
 
     def _measure(
-        self, model: "nn.Module", rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
+        self, model: nn.Module, rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
     ) -> list[Record]:
         """Return the NLL of each run on its rows, over true distributions if all have them.
 
@@ -215,7 +212,7 @@ class SupervisedFineTuning(OnData):
             for k, (own, wanted) in enumerate(zip(rows, by_row, strict=True))
         ]
 
-    def at_end(self, model: "nn.Module", runs: Sequence[RunSpec]) -> list[Record]:
+    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
         """Measure the NLL on rows of the pretraining task, where the data set has some."""
         rows = [self._data[run.id].retain for run in runs]
         some = next(filter(None, rows), None)
@@ -303,7 +300,7 @@ class FirstLoss(NamedTuple):
 
 @torch.no_grad()
 def first_pass(
-    spec: RunSpec, base: "Base", data: Data, micro_batch_size: int | None = None
+    spec: RunSpec, base: Base, data: Data, micro_batch_size: int | None = None
 ) -> list[FirstLoss]:
     """Return the loss of every batch of a supervised run under the base, before any update."""
     objective = SupervisedFineTuning({spec.id: data}, spec.precision, micro_batch_size)

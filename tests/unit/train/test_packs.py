@@ -117,6 +117,7 @@ def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
             assert worst(rest[one.id], together[one.id]) < ROUNDING[10]
 
 
+@pytest.mark.slow
 def test_in_float32_packing_is_far_within_the_noise_between_seeds():
     """Sixteen runs of four ranks and four seeds: the first losses agree to rounding, the final
     held-out loss to a twentieth of the noise between seeds."""
