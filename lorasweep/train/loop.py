@@ -240,7 +240,7 @@ def measure(
 
 @dataclass
 class Progress:
-    """The loop's state of one run between updates."""
+    """What the loop knows of one run between updates."""
 
     curve: list[Record]
     """The learning curve: one point per evaluation, the first before training."""
@@ -263,7 +263,7 @@ class Progress:
         return {"curve": self.curve, "tokens": self.tokens, **best, **self.expert_facts()}
 
     def expert_facts(self) -> dict[str, list[list[int]]]:
-        """Return the tokens of each expert for a result; nothing without experts."""
+        """Return the tokens of each expert for a result; empty without experts."""
         return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
 
     def add(self, n_tokens: int, seconds: float, expert_tokens: list[list[int]]) -> None:
@@ -293,10 +293,9 @@ def stop_early(
     optimizer: AdamW,
     metric: Metric,
 ) -> set[str]:
-    """Judge the evaluations at `step`, keep the weights of improved runs, return those that end.
+    """Judge the evaluations at `step`, keep the weights of improved runs, return runs that end.
 
-    `measured`: runs with an evaluation at `step`. Early stopping reads the validation rows, which
-    a run is evaluated on anyway.
+    `measured`: runs with an evaluation at `step`.
     """
     watched = [run for run in runs if run.early_stopping and run.id in measured]
     for run in watched:

@@ -35,10 +35,7 @@ def _gradient(p: torch.Tensor) -> torch.Tensor:
 
 
 class AdamW:
-    """AdamW for the tensors of a pack, with its moments.
-
-    Of tensors that are split over processes, each process updates its part.
-    """
+    """AdamW for the tensors of a pack. A process updates its part of tensors that are split."""
 
     def __init__(
         self, trainables: Trainables, specs: Sequence[RunSpec], mesh: Mesh | None = None
@@ -83,9 +80,9 @@ class AdamW:
     @torch.no_grad()
     def _copy(self, old: Tensors, new: Tensors, runs: list[int]) -> None:
         for name in self.params if runs else ():
-            held = self.trainables.part_of(name)[1]
-            rows = [k - held.start for k in runs if held.start <= k < held.stop]
-            if not self.trainables.stacked or len(rows) == held.stop - held.start:
+            span = self.trainables.part_of(name)[1]
+            rows = [n - span.start for n in runs if span.start <= n < span.stop]
+            if not self.trainables.stacked or len(rows) == span.stop - span.start:
                 local(new[name]).copy_(local(old[name]))
             elif rows:
                 local(new[name])[rows] = local(old[name])[rows]
@@ -110,9 +107,9 @@ class AdamW:
         for p in self.params.values():
             squares = _gradient(p).double().square()
             sums.append(squares.flatten(1 if self.trainables.stacked else 0).sum(-1).view(-1))
-        together = torch.cat(sums)
-        self.mesh.sum_(together)
-        values = iter(together.tolist())
+        all_sums = torch.cat(sums)
+        self.mesh.sum_(all_sums)
+        values = iter(all_sums.tolist())
         for name in self.params:
             in_state, runs = self.trainables.part_of(name)
             for k in range(runs.start, runs.stop):
@@ -147,10 +144,10 @@ class AdamW:
         lr_N11, clip_N11 = (
             torch.tensor(x, dtype=torch.float64).to(params[0]).view(-1, 1, 1) for x in (lr, clip)
         )
-        held = [self.trainables.part_of(name)[1] for name in self.params]
-        rates = [lr_N11[runs] * self.lr_ratios[name] for runs, name in zip(held, self.params)]
+        spans = [self.trainables.part_of(name)[1] for name in self.params]
+        rates = [lr_N11[runs] * self.lr_ratios[name] for runs, name in zip(spans, self.params)]
         if any(c != 1.0 for c in clip):
-            torch._foreach_mul_(grads, [clip_N11[runs] for runs in held])
+            torch._foreach_mul_(grads, [clip_N11[runs] for runs in spans])
         if first.weight_decay:
             torch._foreach_mul_(params, [1 - rate * first.weight_decay for rate in rates])
         torch._foreach_lerp_(m, grads, 1 - first.beta1)

@@ -43,7 +43,7 @@ def ensure(
 
 
 def save(model: "PreTrainedModel", path: Path) -> None:
-    """Write the weights, rounded to bf16, in one atomic step."""
+    """Write the weights atomically, rounded to bf16."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
