@@ -74,7 +74,7 @@ class FullFT(Method):
             raise SpecError(
                 f"fullft trains one run at a time, got {len(methods)}. Set exec.pack_size=1."
             )
-        chosen = list(base.parameters()) if self.scope == "all" else []
+        chosen: list[torch.Tensor] = list(base.parameters()) if self.scope == "all" else []
         for target in targets.values():
             if isinstance(target, Experts):
                 chosen += [target.module.gate_up_proj, target.module.down_proj]

@@ -44,8 +44,7 @@ class LoRA(Method):
     init_scale: float = later(1.0)
     """Factor on the random start of A (of B under start=b)."""
     lr_b_ratio: float = later(1.0)
-    """Learning rate of B divided by that of A, which is `lr`. LoRA+ (arXiv 2402.12354) uses about
-    16."""
+    """Learning rate of B divided by `lr`, which A has. LoRA+ (arXiv 2402.12354) uses about 16."""
     random_factor: str = field(default="a", metadata={"added": "a", "key": "start"})
     """Factor that starts random, uniform in +-1/sqrt(its inputs). The other starts at zero."""
     init_seed: int = later(0)

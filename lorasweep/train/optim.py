@@ -1,8 +1,7 @@
 """AdamW with one learning rate per run of a pack, and learning rate schedules.
 
-The formula is that of torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101). torch's class has
-one learning rate per parameter group, but a pack holds N runs in one tensor. Tests compare the two
-in float64.
+As torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101), which has one learning rate per
+parameter group, while a pack holds N runs in one tensor. Tests compare the two in float64.
 """
 
 import math

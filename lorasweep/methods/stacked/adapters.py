@@ -1,6 +1,6 @@
-"""The trainables of a LoRA pack: the modules that replace those of the base, and how factors start.
+"""The trainables of a LoRA pack: modules that replace the base's, and how factors start.
 
-Refuses to know the training loop and any field of LoRA but those of an adapter.
+Refuses to know the training loop.
 """
 
 import math

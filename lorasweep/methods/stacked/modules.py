@@ -172,8 +172,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """Return the weighted sum of each token's experts, [X, H].
 
-    The signature, without `adapters`, is that of transformers' implementations of experts. Under
-    autocast the products are in its type, as those of an nn.Linear are.
+    Without `adapters` it has the signature of transformers' implementations of experts. Under
+    autocast the products are in its type, as in an nn.Linear.
     """
     kind, n_experts = x_XH.device.type, experts.gate_up_proj.shape[0]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_XH.dtype

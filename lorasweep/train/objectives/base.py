@@ -103,7 +103,7 @@ class Objective(Protocol[BatchT]):
         """
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
-        """Restore the values of `state`; the dict also holds those of the loop."""
+        """Restore the values of `state`, which also has the loop's keys."""
 
 
 class OnData:

@@ -3,7 +3,7 @@
 Logits are computed at the loss positions only, and never more than a chunk of them at once.
 
 Shapes: N runs of the pack, R rows of all runs, T tokens of a row, P loss positions of a row, M loss
-positions of a run, L loss tokens of a run, V vocabulary.
+positions of a run, L loss tokens of a run, H hidden, V vocabulary.
 """
 
 import math
@@ -51,10 +51,12 @@ Measure = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def nll_sums(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
     """Return the summed NLL in nats of each run, [N], on the model's device."""
 
-    def sums(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        nll_RP = -_log_p(logits, targets, weight)
+    def sums(
+        logits_RPV: torch.Tensor, targets_RP: torch.Tensor, weight_RP: torch.Tensor
+    ) -> torch.Tensor:
+        nll_RP = -_log_p(logits_RPV, targets_RP, weight_RP)
         # the rows of a run are neighbours
-        return (nll_RP * weight.to(nll_RP.dtype)).view(len(batch.lengths), -1).sum(1)
+        return (nll_RP * weight_RP.to(nll_RP.dtype)).view(len(batch.lengths), -1).sum(1)
 
     parts = _by_chunks(model, inputs(model, batch), precision, sums)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
@@ -66,8 +68,8 @@ def token_log_p(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
     log_p_RP = torch.cat(_by_chunks(model, given, precision, _log_p), 1)
     real_NM = torch.from_numpy(batch.weight_NM > 0).to(log_p_RP.device)
     # rows are in the order of the runs, and positions in the order of the rows
-    found = torch.zeros(real_NM.shape, dtype=log_p_RP.dtype, device=log_p_RP.device)
-    return found.masked_scatter(real_NM, log_p_RP[given.weight_RP > 0])
+    log_p_NM = torch.zeros(real_NM.shape, dtype=log_p_RP.dtype, device=log_p_RP.device)
+    return log_p_NM.masked_scatter(real_NM, log_p_RP[given.weight_RP > 0])
 
 
 def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[torch.Tensor]:
@@ -92,22 +94,21 @@ def inputs(model: nn.Module, batch: Batch) -> Inputs:
 
 def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> list[torch.Tensor]:
     """Return `measure` of each chunk of positions, with gradient."""
-    tokens, positions, targets, weight, position_ids = given
-    rows, width = positions.shape
-    most = LOGITS if tokens.device.type == "cpu" else GPU_LOGITS
+    tokens_RT, positions_RP, targets_RP, weight_RP, position_ids_RT = given
+    rows, width = positions_RP.shape
+    most = LOGITS if tokens_RT.device.type == "cpu" else GPU_LOGITS
     step = max(1, most // (rows * model.config.get_text_config().vocab_size))
-    with autocast(precision, tokens.device):
-        if step >= width:
-            logits = model(
-                input_ids=tokens,
-                position_ids=position_ids,
-                logits_to_keep=positions,
+    if step >= width:
+        with autocast(precision, tokens_RT.device):
+            logits_RPV = model(
+                input_ids=tokens_RT,
+                position_ids=position_ids_RT,
+                logits_to_keep=positions_RP,
                 use_cache=False,
             ).logits
-        else:
-            hidden = hidden_states(model, tokens, positions, position_ids)
-    if step >= width:
-        return [measure(logits, targets, weight)]
+        return [measure(logits_RPV, targets_RP, weight_RP)]
+    with autocast(precision, tokens_RT.device):
+        hidden_RPH = hidden_states(model, tokens_RT, positions_RP, position_ids_RT)
 
     def part(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with autocast(precision, hidden.device):
@@ -117,7 +118,7 @@ def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> l
     # the backward pass computes a chunk's logits again, so that they are never whole in memory
     return [
         checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(*(x.split(step, 1) for x in (hidden, targets, weight)))
+        for chunk in zip(*(x.split(step, 1) for x in (hidden_RPH, targets_RP, weight_RP)))
     ]
 
 
@@ -127,7 +128,7 @@ def _log_p(
     """Return log p of each target, [R, P]."""
     logits = _wide(logits_RPV).flatten(0, 1)
     nll = F.cross_entropy(logits, targets_RP.flatten(), reduction="none")
-    return -nll.view(targets_RP.shape)
+    return -nll.view_as(targets_RP)
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
@@ -143,8 +144,8 @@ def evaluate(
 ) -> list[float]:
     """Return each run's NLL in nats per loss token, from its list of held-out batches.
 
-    A run with fewer batches than another repeats its own; the repeats do not count. Several
-    processes share the batches.
+    A run with fewer batches than another repeats them, uncounted. Several processes share the
+    batches.
     """
     mesh = mesh or Mesh()
     device = next(model.parameters()).device

@@ -3,8 +3,8 @@
 The loss of a completion is the sum over its tokens of -ratio * advantage: the ratio is p_learner /
 p_sampler, the advantage the reward minus the mean of the group. This is the `importance_sampling`
 loss of github.com/thinking-machines-lab/tinker-cookbook, which the study trained with. The gradient
-is that of the expected reward (Williams 1992), times (G - 1) / G because the group's mean contains
-the completion itself. The loss is divided by the number of completions, so its scale does not
+is the expected reward's (Williams 1992), times (G - 1) / G because the group's mean contains the
+completion itself. The loss is divided by the number of completions, so its scale does not
 depend on how many groups have equal rewards; those have no gradient and are not computed. Only
 tokens that the policy drew bear loss, the end token included.
 
@@ -158,26 +158,26 @@ class PolicyGradient(OnData):
         first = self._pack[0]
         log_p_NM = token_log_p(model, batch.batch, self._precision)
         arrays = (batch.sampler_NM, batch.advantage_NM, batch.batch.weight_NM)
-        sampler, advantage, weight = (torch.from_numpy(a).to(log_p_NM) for a in arrays)
-        completion = torch.from_numpy(batch.completion_NM).to(log_p_NM.device)
-        gap_NM = log_p_NM - sampler
-        noted_NM = gap_NM.detach() * weight
-        self._gap_NK.append((-noted_NM.sum(1), weight.sum(1)))
+        sampler_NM, advantage_NM, weight_NM = (torch.from_numpy(a).to(log_p_NM) for a in arrays)
+        completion_NM = torch.from_numpy(batch.completion_NM).to(log_p_NM.device)
+        gap_NM = log_p_NM - sampler_NM
+        noted_NM = gap_NM.detach() * weight_NM
+        self._gap_NK.append((-noted_NM.sum(1), weight_NM.sum(1)))
         if self._precision != "bf16":
             for run, off in zip(self._pack, noted_NM.abs().amax(1).expm1().tolist()):
                 self._signals[run.id].check_sampler(run, off)
         loss_NM = surrogate(
-            gap_NM, advantage, completion, weight, first.ratio_level, first.clip_ratio
+            gap_NM, advantage_NM, completion_NM, weight_NM, first.ratio_level, first.clip_ratio
         )
         if first.kl_weight:
             with torch.no_grad():
-                reference = token_log_p(self._reference, batch.batch, self._precision)
-            away = reference - log_p_NM
-            loss_NM = loss_NM + first.kl_weight * (away.exp() - away - 1) * weight
+                reference_NM = token_log_p(self._reference, batch.batch, self._precision)
+            away_NM = reference_NM - log_p_NM
+            loss_NM = loss_NM + first.kl_weight * (away_NM.exp() - away_NM - 1) * weight_NM
         return loss_NM.sum(1)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
-        """Return the record of this update: that of reward_groups, and more.
+        """Return the record of this update: the record of reward_groups, and more.
 
         `surrogate`: the mean loss. `sampler_kl`: mean of log p_sampler - log p_learner, over the
         tokens that bear loss. `sampled_tokens_per_s`: of the whole pack.
@@ -398,8 +398,8 @@ def surrogate(
         gap_NM: log p_learner - log p_sampler of each token.
         completion_NM: number of the completion that a token belongs to.
         weight_NM: 1 for a token, 0 for filler.
-        level: 'sequence': a completion's tokens share one ratio, the geometric mean of theirs, and
-            its loss counts once (arXiv 2507.18071, eq. 5 and 7).
+        level: 'sequence': a completion's tokens share one ratio, their geometric mean, and its loss
+            counts once (arXiv 2507.18071, eq. 5 and 7).
     """
     share_NM = weight_NM
     if level == "sequence":

@@ -109,13 +109,13 @@ def reward_groups(
 
 
 def advantages(reward_PG: np.ndarray, scale: str) -> np.ndarray:
-    """Return each reward minus its group's mean, divided by the group's deviation if asked for.
+    """Return each reward minus its group's mean; with scale 'group' divided by the deviation.
 
-    The deviation is that of TRL and of the paper's code: with G - 1 (arXiv 2402.03300).
+    With G - 1, as in TRL and in the paper's code (arXiv 2402.03300).
     """
     centred = reward_PG - reward_PG.mean(1, keepdims=True)
     flat = (reward_PG == reward_PG[:, :1]).all(1)
-    centred[flat] = 0.0  # exactly, whatever the mean rounded to
+    centred[flat] = 0.0  # exactly, also where the mean is rounded
     if scale == "none":
         return centred
     return centred / (reward_PG.std(1, ddof=1, keepdims=True) + DEVIATION_EPS)
