@@ -213,15 +213,13 @@ class PolicyGradient(OnData):
         tests = [self._data[run.id].test for run in runs]
         firsts = [t[: run.dataset.n_test_curve or None] for run, t in zip(runs, tests)]
         rows = tests if final else firsts
-        found = self._measure(model, runs, rows)
+        found = at_first = self._measure(model, runs, rows)
+        if final and any(len(f) < len(t) for f, t in zip(firsts, tests)):
+            at_first = self._measure(model, runs, firsts)
         name = self.metric.name
-        if final:
-            again = found
-            if any(len(f) < len(t) for f, t in zip(firsts, tests)):
-                again = self._measure(model, runs, firsts)
-            for measures, first in zip(found, again):
+        for run, measures, first in zip(runs, found, at_first):
+            if final:
                 measures[self.metric.on_part] = first[name]
-        for run, measures in zip(runs, found):
             signal, data = self._signals[run.id], self._data[run.id]
             signal.best = max(signal.best, measures[name])
             if data.rewards.choices and data.n_train:
@@ -232,15 +230,14 @@ class PolicyGradient(OnData):
     def _measure(
         self, model: nn.Module, runs: Sequence[RunSpec], rows: Sequence[Sequence[Example]]
     ) -> list[Record]:
-        rewards, most = [self._rewards_of(run) for run in runs], runs[0].max_new_tokens
+        rewards_N, most = [self._rewards_of(run) for run in runs], runs[0].max_new_tokens
         how = (self._precision, self._join_rows, self._mesh, self._forward_parts)
-        name = self.metric.name
-        return [
-            {name: mean, f"{name}_se": se} | ({} if own.exact else {f"{name}_unread": unread})
-            for own, (mean, se, unread) in zip(
-                rewards, held_out_rewards(model, rows, rewards, most, *how)
-            )
-        ]
+        records, name = [], self.metric.name
+        found = held_out_rewards(model, rows, rewards_N, most, *how)
+        for rewards, (mean, se, unread) in zip(rewards_N, found):
+            sampled = {} if rewards.exact else {f"{name}_unread": unread}
+            records.append({name: mean, f"{name}_se": se, **sampled})
+        return records
 
     def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
         return [{} for _ in runs]

@@ -169,8 +169,7 @@ class SupervisedFineTuning(OnData):
             for run, v, t in zip(runs, validations, tests)
         ]
         rows = tests if final else firsts
-        found = self._measure(model, rows, [final and bool(v) for v in validations])
-        at_first = found
+        found = at_first = self._measure(model, rows, [final and bool(v) for v in validations])
         if final and (any(validations) or any(len(f) < len(t) for f, t in zip(firsts, tests))):
             at_first = self._measure(model, firsts, [False] * len(firsts))
         for run, test, measures, first in zip(runs, tests, found, at_first):
