@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.trainables import Target, weights_of, whole
+from lorasweep.methods.trainables import Experts, Router, Target, whole
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import LAYER_SETS, ModelSpec
 
@@ -74,9 +74,13 @@ class FullFT(Method):
             raise SpecError(
                 f"fullft trains one run at a time, got {len(methods)}. Set exec.pack_size=1."
             )
-        chosen = [w for t in targets.values() for w in weights_of(t)]
-        trained = base.parameters() if self.scope == "all" else chosen
-        return _WholeModel(base, {id(p) for p in trained})
+        chosen: list[torch.Tensor] = list(base.parameters()) if self.scope == "all" else []
+        for target in targets.values():
+            if isinstance(target, Experts):
+                chosen += [target.module.gate_up_proj, target.module.down_proj]
+            else:
+                chosen.append((target.module if isinstance(target, Router) else target).weight)
+        return _WholeModel(base, {id(p) for p in chosen})
 
 
 class _WholeModel:
@@ -99,14 +103,12 @@ class _WholeModel:
             p.grad = None  # drop gradients from an earlier use of the base
         trained = {n: p for n, p in base.named_parameters() if p.requires_grad}
         self._start = {n: p.data for n, p in trained.items()}
-        for n, p in trained.items():
-            start = self._start[n]
-            p.data = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
+        for p in trained.values():
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32), copy=True)
 
     def refresh(self) -> None:
-        params = self.parameters()
-        kept = {n: start.dtype for n, start in self._start.items()}
-        self._start = {n: p.detach().to(kept[n], copy=True) for n, p in params.items()}
+        for n, p in self.parameters().items():
+            self._start[n] = p.detach().to(self._start[n].dtype, copy=True)
 
     def parameters(self) -> "dict[str, torch.Tensor]":
         return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
@@ -126,11 +128,11 @@ class _WholeModel:
     def norms(self) -> list[dict[str, float]]:
         import torch
 
-        changes = (p.detach() - self._start[n] for n, p in self.parameters().items())
-        squares = [
-            whole(torch.linalg.vector_norm(change, dtype=torch.float64)).square()
-            for change in changes
-        ]
+        squares = []
+        for n, p in self.parameters().items():
+            change = p.detach() - self._start[n]
+            norm = whole(torch.linalg.vector_norm(change, dtype=torch.float64))
+            squares.append(norm.square())
         return [{"norm_delta": torch.stack(squares).sum().sqrt().item()}]
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:

@@ -1,10 +1,9 @@
 """LoRA: W' = W + (alpha/rank) B A on the chosen layer sets (Hu et al., arXiv 2106.09685).
 
 Defaults follow the study: alpha 32 for every rank, A uniform in +-1/sqrt(d_in), B zero, one
-learning rate for both. The other fields test its claims about the parametrisation: a factor on the
-start of A, another learning rate for B, another power of the rank in the scaling, B random instead
-of A. Every expert of a layer has separate adapters for gate, up and down; public codes define their
-rank in three ways. The trained tensors of a pack are in `lorasweep.methods.stacked.adapters`.
+learning rate for both. The other fields test the study's claims about the parametrisation. Every
+expert of a layer has separate adapters for gate, up and down; public codes define their rank in
+three ways. The trained tensors of a pack are in `lorasweep.methods.stacked.adapters`.
 """
 
 import math
@@ -45,8 +44,7 @@ class LoRA(Method):
     init_scale: float = later(1.0)
     """Factor on the random start of A (of B under start=b)."""
     lr_b_ratio: float = later(1.0)
-    """Learning rate of B divided by that of A, which is `lr`. LoRA+ (arXiv 2402.12354) uses about
-    16."""
+    """Learning rate of B divided by `lr`, which A has. LoRA+ (arXiv 2402.12354) uses about 16."""
     random_factor: str = field(default="a", metadata={"added": "a", "key": "start"})
     """Factor that starts random, uniform in +-1/sqrt(its inputs). The other starts at zero."""
     init_seed: int = later(0)
@@ -55,8 +53,8 @@ class LoRA(Method):
     """Rank of an expert's adapter: rank / 'active' experts (the study; NeMo Automodel), rank /
     'all' experts (SkyRL, PEFT's documentation), or the 'whole' rank (Tinker)."""
     expert_alpha: float | None = later(None)
-    """Alpha of an expert's adapter, divided by the adapter's rank. None: alpha, as in the codes
-    that divide the rank (NeMo Automodel, Megatron-Bridge); the study does not say."""
+    """Alpha of an expert's adapter, divided by that adapter's rank. None: `alpha`, as in NeMo
+    Automodel and Megatron-Bridge; the study does not say."""
     expert_outer: str = later("own")
     """Factor on the hidden side: each expert's 'own', or one 'shared' by a layer (Tinker)."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -135,13 +133,13 @@ class LoRA(Method):
             )
         experts = [m for m in matrices if m.n_experts > 1]
         if not experts:
-            past = {f.name: f.metadata["added"] for f in fields(self) if "added" in f.metadata}
-            for name in ("expert_rank", "expert_alpha", "expert_outer"):
-                if getattr(self, name) != past[name]:
+            for f in fields(self):
+                value = getattr(self, f.name)
+                if f.name.startswith("expert_") and value != f.default:
                     raise SpecError(
-                        f"method.{name}={getattr(self, name)} has no effect on model "
-                        f"{model.name!r} with layers {self.layers}: no expert is adapted. Leave it "
-                        "out, or add mlp to method.layers of a model with experts."
+                        f"method.{f.name}={value} has no effect on model {model.name!r} with "
+                        f"layers {self.layers}: no expert is adapted. Leave it out, or add mlp to "
+                        "method.layers of a model with experts."
                     )
             return
         if self.expert_alpha is not None and not 0 < self.expert_alpha < 1e6:

@@ -1,6 +1,5 @@
 """The interface between a method and the training loop: its target modules and its parameters."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, Union
@@ -32,22 +31,14 @@ class Router:
 Target: TypeAlias = Union["nn.Linear", Experts, Router]
 
 
-def weights_of(target: Target) -> "Iterator[torch.Tensor]":
-    """Yield the weights of a target."""
-    if isinstance(target, Experts):
-        yield from (target.module.gate_up_proj, target.module.down_proj)
-    else:
-        yield (target.module if isinstance(target, Router) else target).weight
-
-
 def whole(tensor: "torch.Tensor") -> "torch.Tensor":
-    """Return a tensor that is split over processes as a whole, in all of them; others unchanged."""
-    together = getattr(tensor, "full_tensor", None)
-    return tensor if together is None else together()
+    """Gather a tensor that is split over processes, in all of them; return others unchanged."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
-class Parameters(Protocol):
-    """The parameters of a pack, as the optimizer uses them."""
+class Trainables(Protocol):
+    """The trained parameters of a pack."""
 
     stacked: bool
     """True: the first axis of every tensor is the run. False: N = 1 without such an axis."""
@@ -66,10 +57,6 @@ class Parameters(Protocol):
 
         Returns for each new tensor the name of the old one, and the rows of it that were kept.
         """
-
-
-class Trainables(Parameters, Protocol):
-    """The parameters of a pack, as the training loop uses them."""
 
     def refresh(self) -> None:
         """Read the model's parameters again, after it was spread over processes."""

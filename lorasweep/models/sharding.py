@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from lorasweep.errors import ModelError, TrainingError
 
 if TYPE_CHECKING:
-    from lorasweep.methods.trainables import Parameters, Trainables
+    from lorasweep.methods.trainables import Trainables
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)
@@ -274,7 +274,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def guard(model: nn.Module, trained: "Parameters", mesh: Mesh, measures: Sequence[float]) -> None:
+def guard(model: nn.Module, trained: "Trainables", mesh: Mesh, measures: Sequence[float]) -> None:
     """Check that trained tensors are split over the mesh, and that all others are equal.
 
     `measures`: numbers that must be equal in all processes, such as losses and gradient norms.

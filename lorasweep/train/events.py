@@ -17,7 +17,7 @@ LEARNING, SAMPLING, EVALUATION = "learning", "sampling", "evaluation"
 
 @dataclass(frozen=True)
 class Phase:
-    """The phase of training in which an error was raised."""
+    """Where in training an error was raised."""
 
     name: str = LEARNING
     divisible: bool = False
@@ -35,7 +35,7 @@ def phase(name: str, divisible: bool = False) -> Iterator[None]:
 
 
 def phase_of(error: BaseException) -> Phase:
-    """Return the phase that an error was raised in; it is learning where none was marked."""
+    """Return the phase that an error was raised in; learning if none was marked."""
     found = getattr(error, "phase", None)
     return found if isinstance(found, Phase) else Phase()
 

@@ -9,12 +9,15 @@ Shapes: N runs of the pack.
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.methods.trainables import Trainables
 from lorasweep.models.forward import backend
@@ -29,9 +32,6 @@ from lorasweep.store.checkpoint import State
 from lorasweep.train.events import EVALUATION, Event, Record, phase
 from lorasweep.train.objectives.base import DIVERGENCE_RULE, BatchT, Objective
 from lorasweep.train.optim import AdamW
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def train(
@@ -58,7 +58,7 @@ def train(
             at_start = mesh.run(objective.start, base, runs)
         device = next(model.parameters()).device
         computed_by = backend(model, mesh.size)
-        optimizer = AdamW.start(trainables, pack, mesh)
+        optimizer = AdamW(trainables, pack, mesh)
         held_out = partial(measure, model, objective, trainables, mesh)
         none: Record = {"step": 0, "examples": 0, "tokens": 0}
         progress = {run.id: Progress([none | first]) for run, first in zip(runs, at_start)}
@@ -82,7 +82,7 @@ def train(
                 (sums_N / divisor_N.to(sums_N)).sum().backward()
                 total_N += sums_N.detach()
             mesh.sum_(total_N)
-            if step == 0:  # record the layer sets' shares of the first gradient
+            if step == 0:
                 for run, squares in zip(runs, optimizer.grad_squares()):
                     shares = gradient_shares(squares, run.model)
                     progress[run.id].curve[0]["grad_share"] = shares
@@ -134,21 +134,18 @@ def train(
                     if not math.isfinite(measures[metric.name]):
                         diverged.add(i)
             last |= stop_early(step, runs, due - diverged, progress, optimizer, metric)
-            back = [
-                k
-                for k, run in enumerate(runs)
-                if run.early_stopping
-                and run.id in last - diverged
-                and progress[run.id].best.step != step
-            ]
-            optimizer.restore_best(back)
-            restored = {runs[k].id for k in back}
-            for i, (measures, _) in held_out(runs, restored, True).items():
-                measured[i] = measures
             done = last - diverged
             at = [k for k, run in enumerate(runs) if run.id in done]
-            if at:
-                finished = [runs[k] for k in at]
+            finished = [runs[k] for k in at]
+            past_best = {
+                run.id
+                for run in finished
+                if run.early_stopping and progress[run.id].best.step != step
+            }
+            optimizer.restore_best([k for k in at if runs[k].id in past_best])
+            for i, (measures, _) in held_out(runs, past_best, True).items():
+                measured[i] = measures
+            if finished:
                 with phase(EVALUATION), trainables.only(at):
                     more = mesh.run(objective.at_end, model, finished)
                     spectra = trainables.spectra()
@@ -197,7 +194,7 @@ def train(
             event = Event(step, records, ended, snapshot, computed_by)
             yield event
 
-            # ------------------------------------------------------------ compaction
+            # ------------------------------------------------------------ runs that are left
             gone = ended.keys() | event.dropped
             stay = [k for k, run in enumerate(runs) if run.id not in gone]
             if len(stay) < len(runs):
@@ -209,11 +206,8 @@ def train(
         trainables.detach()
 
 
-# ---------------------------------------------------------------- parts of the loop
-
-
 def measure(
-    model: "nn.Module",
+    model: nn.Module,
     objective: Objective[Any],
     trainables: Trainables,
     mesh: Mesh,
@@ -225,10 +219,9 @@ def measure(
 
     `runs`: all of the pack. `final`: on all held-out items, else on a part.
     """
-    # On a CPU one pass measures the runs of one data set: the rows of others would be padded to
-    # the longest (1.4 times the tokens of a hundred customers, docs/log), and a larger pass is
-    # hardly faster. On a GPU one pass measures all runs. Assumption: there small passes cost
-    # more than padding.
+    # On a CPU one pass measures the runs of one data set: rows of several would be padded to the
+    # longest (1.4 times the tokens of a hundred customers, docs/log), and a larger pass is hardly
+    # faster. On a GPU one pass measures all runs. Assumption: small passes cost more there.
     on_cpu = next(model.parameters()).device.type == "cpu"
     groups: dict[str, list[int]] = {}
     for k, run in enumerate(runs):
@@ -240,14 +233,14 @@ def measure(
         some = [runs[k] for k in at]
         with phase(EVALUATION), trainables.only(at):
             found = mesh.run(objective.evaluate, model, some, final)
-        for k, run, e in zip(at, some, found):
-            measured[run.id] = {**e.measures, **norms[k]}, e.n_items
+        for k, (measures, n_items) in zip(at, found):
+            measured[runs[k].id] = {**measures, **norms[k]}, n_items
     return measured
 
 
 @dataclass
 class Progress:
-    """The loop's state of one run between updates."""
+    """What the loop knows of one run between updates."""
 
     curve: list[Record]
     """The learning curve: one point per evaluation, the first before training."""
@@ -257,7 +250,6 @@ class Progress:
     expert_tokens: list[list[int]] = field(default_factory=list)
     """Training tokens of each expert, by layer; empty without experts."""
     best: Best = field(default_factory=Best)
-    """The best evaluation of a run that may end early."""
 
     def load(self, meta: dict[str, Any]) -> None:
         """Restore the values of a checkpoint."""
@@ -271,17 +263,14 @@ class Progress:
         return {"curve": self.curve, "tokens": self.tokens, **best, **self.expert_facts()}
 
     def expert_facts(self) -> dict[str, list[list[int]]]:
-        """Return the tokens of each expert for a result; nothing without experts."""
+        """Return the tokens of each expert for a result; empty without experts."""
         return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
 
     def add(self, n_tokens: int, seconds: float, expert_tokens: list[list[int]]) -> None:
         """Count an update; `expert_tokens`: its tokens by layer and expert."""
         self.tokens += n_tokens
         self.step_s.append(seconds)
-        before = self.expert_tokens or [[0] * len(layer) for layer in expert_tokens]
-        self.expert_tokens = [
-            [a + b for a, b in zip(*layers)] for layers in zip(before, expert_tokens)
-        ]
+        self.expert_tokens = np.add(self.expert_tokens or 0, expert_tokens).tolist()
 
 
 def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, float]:
@@ -289,13 +278,11 @@ def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, fl
 
     `squares`: parameter name -> its squared gradient norm. The shares are NaN if all are zero.
     """
-    total = sum(squares.values())
-    found: dict[str, float] = {}
+    total = sum(squares.values()) or math.nan
+    shares: dict[str, float] = defaultdict(float)
     for name, value in squares.items():
-        layer_set = model.set_of(name)
-        share = value / total if total > 0 else math.nan
-        found[layer_set] = found.get(layer_set, 0.0) + share
-    return found
+        shares[model.set_of(name)] += value / total
+    return dict(shares)
 
 
 def stop_early(
@@ -306,10 +293,9 @@ def stop_early(
     optimizer: AdamW,
     metric: Metric,
 ) -> set[str]:
-    """Judge the evaluations at `step`, keep the weights of improved runs, return those that end.
+    """Judge the evaluations at `step`, keep the weights of improved runs, return runs that end.
 
-    `measured`: runs with an evaluation at `step`. Early stopping reads the validation rows, which
-    a run is evaluated on anyway.
+    `measured`: runs with an evaluation at `step`.
     """
     watched = [run for run in runs if run.early_stopping and run.id in measured]
     for run in watched:

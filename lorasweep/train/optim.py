@@ -1,18 +1,16 @@
 """AdamW with one learning rate per run of a pack, and learning rate schedules.
 
-The formula is that of torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101). torch's class has
-one learning rate per parameter group, but a pack holds N runs in one tensor. Tests compare the two
-in float64.
+As torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101), which has one learning rate per
+parameter group, while a pack holds N runs in one tensor. Tests compare the two in float64.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lorasweep.methods.trainables import Parameters
+from lorasweep.methods.trainables import Trainables
 from lorasweep.models.sharding import Mesh, local, read_tensors
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
@@ -35,54 +33,40 @@ def _gradient(p: torch.Tensor) -> torch.Tensor:
     return local(p.grad)
 
 
-@dataclass
 class AdamW:
-    """AdamW for the tensors of a pack, with its moments.
+    """AdamW for the tensors of a pack. A process updates its part of tensors that are split."""
 
-    Of tensors that are split over processes, each process updates its part.
-    """
-
-    trainables: Parameters
-    specs: list[RunSpec]
-    params: Tensors
-    exp_avg: Tensors
-    exp_avg_sq: Tensors
-    mesh: Mesh = field(default_factory=Mesh)
-    best: Tensors = field(default_factory=dict)
-    """Weights of the best evaluation of each run; empty if no run may end early."""
-
-    def __post_init__(self) -> None:
-        """Copy the learning rate factors of the runs in each tensor to its device, [n, 1, 1]."""
-        self.ratios = {
-            n: torch.tensor(self.trainables.lr_ratios(n), dtype=torch.float64)
-            .to(local(p))
-            .view(-1, 1, 1)
-            for n, p in self.params.items()
-        }
-
-    @classmethod
-    def start(
-        cls, trainables: Parameters, specs: Sequence[RunSpec], mesh: Mesh | None = None
-    ) -> "AdamW":
+    def __init__(
+        self, trainables: Trainables, specs: Sequence[RunSpec], mesh: Mesh | None = None
+    ) -> None:
         """Start with zero moments."""
-        params = trainables.parameters()
-        early = any(s.early_stopping for s in specs)
-        m, v, best = (
-            {n: torch.zeros_like(p) for n, p in params.items() if wanted}
-            for wanted in (True, True, early)
-        )
-        return cls(trainables, list(specs), params, m, v, mesh or Mesh(), best)
+        self.trainables, self.specs, self.mesh = trainables, list(specs), mesh or Mesh()
+        self.params = params = trainables.parameters()
+        self.exp_avg: Tensors = {n: torch.zeros_like(p) for n, p in params.items()}
+        self.exp_avg_sq: Tensors = {n: torch.zeros_like(p) for n, p in params.items()}
+        self.best: Tensors = {}
+        """Weights of the best evaluation of each run; empty if no run may end early."""
+        if any(s.early_stopping for s in specs):
+            self.best = {n: torch.zeros_like(p) for n, p in params.items()}
+        self._find_lr_ratios()
+
+    def _find_lr_ratios(self) -> None:
+        """Copy the learning rate factors of the runs in each tensor to its device, [n, 1, 1]."""
+        self.lr_ratios: Tensors = {}
+        for name, p in self.params.items():
+            ratios = torch.tensor(self.trainables.lr_ratios(name), dtype=torch.float64)
+            self.lr_ratios[name] = ratios.to(local(p)).view(-1, 1, 1)
 
     def keep(self, runs: list[int]) -> None:
         """Drop the parameters and moments of all runs but `runs` (increasing indices)."""
         came_from = self.trainables.keep(runs)
-        self.specs = [self.specs[k] for k in runs]
+        self.specs = [self.specs[n] for n in runs]
         self.params = self.trainables.parameters()
         self.exp_avg, self.exp_avg_sq, self.best = (
             {new: held[old][rows].clone() for new, (old, rows) in came_from.items() if held}
             for held in (self.exp_avg, self.exp_avg_sq, self.best)
         )
-        self.__post_init__()
+        self._find_lr_ratios()
 
     def keep_best(self, runs: list[int]) -> None:
         """Keep the present weights of these runs as their best."""
@@ -95,9 +79,9 @@ class AdamW:
     @torch.no_grad()
     def _copy(self, old: Tensors, new: Tensors, runs: list[int]) -> None:
         for name in self.params if runs else ():
-            held = self.trainables.part_of(name)[1]
-            rows = [k - held.start for k in runs if held.start <= k < held.stop]
-            if not self.trainables.stacked or len(rows) == held.stop - held.start:
+            span = self.trainables.part_of(name)[1]
+            rows = [n - span.start for n in runs if span.start <= n < span.stop]
+            if not self.trainables.stacked or len(rows) == span.stop - span.start:
                 local(new[name]).copy_(local(old[name]))
             elif rows:
                 local(new[name])[rows] = local(old[name])[rows]
@@ -122,9 +106,9 @@ class AdamW:
         for p in self.params.values():
             squares = _gradient(p).double().square()
             sums.append(squares.flatten(1 if self.trainables.stacked else 0).sum(-1).view(-1))
-        together = torch.cat(sums)
-        self.mesh.sum_(together)
-        values = iter(together.tolist())
+        all_sums = torch.cat(sums)
+        self.mesh.sum_(all_sums)
+        values = iter(all_sums.tolist())
         for name in self.params:
             in_state, runs = self.trainables.part_of(name)
             for k in range(runs.start, runs.stop):
@@ -159,10 +143,10 @@ class AdamW:
         lr_N11, clip_N11 = (
             torch.tensor(x, dtype=torch.float64).to(params[0]).view(-1, 1, 1) for x in (lr, clip)
         )
-        held = [self.trainables.part_of(name)[1] for name in self.params]
-        rates = [lr_N11[runs] * self.ratios[name] for runs, name in zip(held, self.params)]
+        spans = [self.trainables.part_of(name)[1] for name in self.params]
+        rates = [lr_N11[runs] * self.lr_ratios[name] for runs, name in zip(spans, self.params)]
         if any(c != 1.0 for c in clip):
-            torch._foreach_mul_(grads, [clip_N11[runs] for runs in held])
+            torch._foreach_mul_(grads, [clip_N11[runs] for runs in spans])
         if first.weight_decay:
             torch._foreach_mul_(params, [1 - rate * first.weight_decay for rate in rates])
         torch._foreach_lerp_(m, grads, 1 - first.beta1)
@@ -178,7 +162,7 @@ class AdamW:
     def run_tensors(self, k: int) -> Tensors:
         """Return views of run k's weights ('param/NAME') and moments ('m/NAME', 'v/NAME').
 
-        With early stopping also of its best weights ('best/NAME').
+        With early stopping also of the run's best weights ('best/NAME').
         """
         kinds = {"param": self.params, "m": self.exp_avg, "v": self.exp_avg_sq}
         if self.specs[k].early_stopping:

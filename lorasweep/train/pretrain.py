@@ -23,8 +23,6 @@ from lorasweep.train.objectives.nll import evaluate, nll_sums
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EVAL_TOKENS = 8192
-
 
 def ensure(
     spec: ModelSpec,
@@ -33,8 +31,8 @@ def ensure(
 ) -> None:
     """Pretrain the base of a recipe into the first models folder, unless its weights exist.
 
-    Call it before loading. Does nothing for models of other sources. `progress` is called with the
-    number and the loss of each update, and may stop the training by an exception.
+    Does nothing for models of other sources. `progress` is called with the number and the loss of
+    each update, and may stop the training by an exception.
     """
     if spec.source != "recipe" or find_recipe_weights(spec, models_dirs) is not None:
         return
@@ -45,7 +43,7 @@ def ensure(
 
 
 def save(model: "PreTrainedModel", path: Path) -> None:
-    """Write the weights, rounded to bf16, in one atomic step."""
+    """Write the weights atomically, rounded to bf16."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,4 +114,4 @@ def pretraining_data(recipe: Recipe) -> Data:
 
 def held_out_nll(model: "PreTrainedModel", data: Data) -> float:
     """Return the mean loss over the held-out rows, in nats per token."""
-    return evaluate(model, [eval_batches(data.test, EVAL_TOKENS)], "fp32")[0]
+    return evaluate(model, [eval_batches(data.test, 8192)], "fp32")[0]

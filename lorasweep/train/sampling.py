@@ -1,8 +1,8 @@
 """Sample completions from the policies of a pack: N runs on one base, together, with a KV cache.
 
-Any causal model of transformers, with its own cache. A prompt is read once, whatever the number of
-its completions. Each completion has its own random numbers, so what a run draws depends on the rest
-of its pack by rounding only.
+Works with any causal model of transformers and its cache. A prompt is read once for all of its
+completions. Each completion has separate random numbers, so what a run draws depends on the rest of
+the pack by rounding only.
 
 Shapes: N runs of the pack, P prompts of a run, G completions of a prompt, R = N * P * G completions
 in the order of runs and prompts, T tokens of the longest prompt, V vocabulary.
@@ -11,18 +11,16 @@ in the order of runs and prompts, T tokens of the longest prompt, V vocabulary.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.errors import ModelError
 from lorasweep.models.forward import COMPUTE_DTYPES, autocast
 from lorasweep.models.sharding import Mesh, layers_together
 from lorasweep.train.events import SAMPLING, phase
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass
@@ -30,9 +28,9 @@ class Completions:
     """The P * G completions that one run sampled, prompt by prompt."""
 
     tokens: list[np.ndarray]
-    """Of each completion, its end included."""
+    """Tokens of each completion, with its end."""
     log_p: list[np.ndarray]
-    """Of each of these tokens, in nats, under the policy that drew it."""
+    """Log-probability of each of these tokens, in nats, under the policy that drew it."""
     entropy: float
     """Mean entropy of the distributions that the tokens were drawn from, in nats."""
     largest_logit: float
@@ -43,15 +41,15 @@ class Completions:
 ROWS = 1024
 """Most completions of a run that are sampled at once."""
 CACHE_SHARE = 0.3
-"""Share of a GPU's memory for the keys and values of all completions at once. Of the whole memory,
-not of the free memory, so that a resumed run draws as many at once as before."""
+"""Share of a GPU's whole memory for the keys and values of all completions at once. A share of the
+free memory would change how many a resumed run draws at once."""
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of a forward pass's argument for keys and values: from transformers 5.24 on, and before."""
 
 
 @torch.no_grad()
 def sample(
-    model: "nn.Module",
+    model: nn.Module,
     prompts: Sequence[Sequence[np.ndarray]],
     uniforms_NAL: np.ndarray,
     ends: Sequence[Sequence[int]],
@@ -67,7 +65,7 @@ def sample(
         prompts: token ids, for each run and prompt.
         uniforms_NAL: float64 in [0, 1), [N, P * G, most tokens of a completion]; number t decides
             token t of a completion.
-        ends: token sequences that end a completion; none: all have the most tokens.
+        ends: token sequences that end a completion; without any, all have the most tokens.
         forward_parts: see Exec.
     """
     n_prompts = len(prompts[0])
@@ -80,17 +78,11 @@ def sample(
         own = [[prompts[0][k] for k in mine]]
         with layers_together(model):
             (found,) = sample(model, own, uniforms, ends, precision, None, forward_parts)
-        parts = mesh.gather(found)
-        firsts = [(k % mesh.size, k // mesh.size * group) for k in range(n_prompts)]
-        where = [(parts[process], first + i) for process, first in firsts for i in range(group)]
-        return [
-            replace(
-                _joined(parts),
-                tokens=[part.tokens[a] for part, a in where],
-                log_p=[part.log_p[a] for part, a in where],
-                ended=np.array([part.ended[a] for part, a in where]),
-            )
-        ]
+        every = _joined(mesh.gather(found))  # process by process
+        at = np.arange(len(every.tokens)).reshape(mesh.size, -1, group).swapaxes(0, 1)
+        by_prompt = at.flatten()[:total]
+        tokens, log_p = ([held[k] for k in by_prompt] for held in (every.tokens, every.log_p))
+        return [replace(every, tokens=tokens, log_p=log_p, ended=every.ended[by_prompt])]
     most = min(completions_at_once(model, prompts, longest, precision), total)
     size = max(1, most // forward_parts // group)
     with phase(SAMPLING, divisible=size > 1):
@@ -110,7 +102,7 @@ def sample(
 def completions_at_once(
     model: Any, prompts: Sequence[Sequence[np.ndarray]], most: int, precision: str
 ) -> int:
-    """Return the completions of a run that are sampled at once; on a GPU, as its memory allows."""
+    """Return how many completions of a run are sampled at once; a GPU's memory limits them."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return ROWS
@@ -124,7 +116,7 @@ def completions_at_once(
 
 
 def _together(
-    model: "nn.Module",
+    model: nn.Module,
     prompts: Sequence[Sequence[np.ndarray]],
     uniforms_NAL: np.ndarray,
     ends: Sequence[Sequence[int]],
@@ -145,7 +137,6 @@ def _together(
 
 
 def _joined(parts: Sequence[Completions]) -> Completions:
-    """Join the completions of one run."""
     if len(parts) == 1:
         return parts[0]
     counts = [sum(map(len, p.tokens)) for p in parts]
@@ -167,8 +158,8 @@ class _Steps:
         """Read the prompts `rows`; `more`: completions may have more than one token.
 
         Raises:
-            ModelError: the forward pass takes no cache of a known name. Another name would be
-                ignored, and every token be drawn as if it were the first of its row.
+            ModelError: the forward pass takes no cache of a known name. It would ignore another
+                name, and every token would be drawn as the first of its row.
         """
         from transformers import DynamicCache
 
@@ -178,8 +169,8 @@ class _Steps:
             """A cache of transformers that holds numbers in the type of the products.
 
             Under autocast rotated keys are fp32, and before transformers 5.24 values take the type
-            of the keys. Attention rounds both to bf16 at every token, so to round keys when they
-            are stored changes no number, and the cache is half as large (from 5.24 on two thirds).
+            of the keys. Attention rounds both to bf16 at every token, so rounding them earlier
+            changes no number, and the cache is half as large (from 5.24 on two thirds).
             """
 
             def update(  # type: ignore[override]

@@ -1,6 +1,6 @@
-"""The trainables of a LoRA pack: the modules that replace those of the base, and how factors start.
+"""The trainables of a LoRA pack: modules that replace the base's, and how factors start.
 
-Refuses to know the training loop and any field of LoRA but those of an adapter.
+Refuses to know the training loop.
 """
 
 import math
@@ -43,8 +43,8 @@ class StackedAdapters:
     ) -> None:
         """Wrap `targets` (name -> what holds the matrices in `base`); equal ranks are neighbours.
 
-        A is uniform in +-1/sqrt(I) from the stream named 'init', the range of PEFT's
-        kaiming_uniform with a = sqrt(5). B is zero.
+        The random factor is uniform in +-1/sqrt(its inputs) from the stream named 'init', the range
+        of PEFT's kaiming_uniform with a = sqrt(5).
         """
         self._base, self._methods, self._seeds = base, list(methods), list(seeds)
         self._originals: dict[str, Any] = {
@@ -61,8 +61,8 @@ class StackedAdapters:
                 ranks, scalings = zip(*((m.rank, m.scaling) for m in methods))
                 sides = (module.weight.shape[1], module.weight.shape[0])
                 made = self._made(name, module.weight, sides, ranks, scalings)
-                stacked: Any = StackedRouter if isinstance(target, Router) else StackedLinear
-                self._factors[name] = stacked(module, *made)
+                stacked = StackedRouter if isinstance(target, Router) else StackedLinear
+                self._factors[name] = stacked(*made, base=module)
                 _replace(base, name, self._factors[name])
                 continue
             n_experts, hidden, width = module.down_proj.shape
@@ -95,10 +95,10 @@ class StackedAdapters:
 
         `sides`: inputs and outputs of each matrix. `stacks`: how many matrices each factor is for.
 
-        One factor is drawn in float64, uniform in +-1/sqrt(its inputs); the other is zero. A is
-        drawn row by row, so the A of a smaller rank is the first rows of the A of a larger rank.
-        Each matrix of a stack has a separate stream. On the device 'meta' nothing is drawn: a
-        process that gets its values from another one need not.
+        One factor is drawn in float64, the other is zero. A is drawn row by row, so the A of a
+        smaller rank is the first rows of the A of a larger rank. Each matrix of a stack has a
+        separate stream. Nothing is drawn on the device 'meta': that process gets its values from
+        another one.
         """
         (n_in, n_out), (of_a, of_b) = sides, stacks
         on_meta = weight.device.type == "meta"
@@ -150,7 +150,7 @@ class StackedAdapters:
             for name, module in self._factors.items()
             for new, (old, rows) in module.keep(runs).items()
         }
-        self._methods = [self._methods[m] for m in runs]
+        self._methods = [self._methods[n] for n in runs]
         self.refresh()
         return renamed
 
@@ -159,13 +159,13 @@ class StackedAdapters:
         if len(runs) == len(self._methods):
             yield
             return
-        whole = {f: (f.ranks, f.A, f.B, f.scaling_N) for f in self._factors.values()}
+        all_runs = {f: (f.ranks, f.A, f.B, f.scaling_N) for f in self._factors.values()}
         try:
-            for factors in whole:
+            for factors in all_runs:
                 factors.keep(runs)
             yield
         finally:
-            for f, held in whole.items():
+            for f, held in all_runs.items():
                 f.ranks, f.A, f.B, f.scaling_N = held
 
     @torch.no_grad()
@@ -190,9 +190,9 @@ class StackedAdapters:
 
     @torch.no_grad()
     def spectra(self) -> list[dict[str, dict[str, float]]]:
-        """Return the spectral norms of A, of B and of scaling * B A, copied to the host once.
+        """Return the spectral norms of A, B and scaling * B A; of a stack of experts the largest.
 
-        Of a stack of experts the largest one.
+        Copied to the host once.
         """
         rows = []
         for module in self._factors.values():
@@ -224,7 +224,7 @@ def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
 def largest_singular(gram_kk: torch.Tensor) -> torch.Tensor:
     """Return the square root of the largest eigenvalue of each Gram matrix [..., k, k].
 
-    NaN where a matrix is not finite: a run may have broken down while others of its pack end well.
+    NaN where a matrix is not finite: one run of a pack may have broken down.
     """
     finite = gram_kk.isfinite().all(-1).all(-1)
     safe = torch.where(finite[..., None, None], gram_kk, 0.0)

@@ -41,26 +41,32 @@ class Factors(nn.Module):
         scaling_N: torch.Tensor,
         stacked_a: int = 1,
         stacked_b: int = 1,
+        base: nn.Module | None = None,
     ) -> None:
-        """Set up; `stacked_a`, `stacked_b`: E of each factor, 1 for one that is shared."""
+        """Set up.
+
+        Args:
+            stacked_a, stacked_b: E of each factor, 1 for one that is shared.
+            base: the module that has the frozen weight, in a subclass that replaces it.
+        """
         super().__init__()
         self.ranks = ranks
         self.scaling_N: torch.Tensor
         self.register_buffer("scaling_N", scaling_N, persistent=False)
         self.A, self.B = nn.ParameterList(a), nn.ParameterList(b)
         self.stacked_a, self.stacked_b = stacked_a, stacked_b
+        self.base: Any = base
 
     def of_matrices(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Yield for each rank its runs, A as [n, E, r, I] and B as [n, E, O, r]."""
         for runs, a, b in zip(self.ranks, self.A, self.B):
-            shapes = (self.stacked_a, -1), (self.stacked_b, -1)
-            yield runs, whole(a).unflatten(1, shapes[0]), whole(b).unflatten(1, shapes[1])
+            a_nErI = whole(a).unflatten(1, (self.stacked_a, -1))
+            yield runs, a_nErI, whole(b).unflatten(1, (self.stacked_b, -1))
 
     def keep(self, runs: list[int]) -> dict[str, tuple[str, list[int]]]:
-        """Drop all runs but `runs`.
+        """Drop all runs but `runs`; return what Trainables.keep does.
 
-        Returns for each new tensor ('A' or 'B' and its first run) the old one's name, and the rows
-        of it that were kept.
+        A tensor is named 'A' or 'B' and its first run.
         """
         renamed: dict[str, tuple[str, list[int]]] = {}
         ranks, a, b, start = [], [], [], 0
@@ -82,11 +88,6 @@ class Factors(nn.Module):
 class StackedLinear(Factors):
     """y = W x + scaling_n B_n A_n x for run n, with W (and bias) frozen."""
 
-    def __init__(self, base: nn.Linear, *factors: Any) -> None:
-        """Wrap `base`; `factors`: the arguments of Factors."""
-        super().__init__(*factors)
-        self.base = base
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         n = len(self.scaling_N)
@@ -100,11 +101,6 @@ class StackedLinear(Factors):
 
 class StackedRouter(Factors):
     """A router with an adapter per run. Its weight is small, so each run's weight is computed."""
-
-    def __init__(self, base: nn.Module, *factors: Any) -> None:
-        """Wrap `base`; `factors`: the arguments of Factors."""
-        super().__init__(*factors)
-        self.base = base
 
     def forward(self, x: torch.Tensor) -> Any:
         deltas = [b @ a for many_a, many_b in zip(self.A, self.B) for a, b in zip(many_a, many_b)]
@@ -176,8 +172,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """Return the weighted sum of each token's experts, [X, H].
 
-    The signature, without `adapters`, is that of transformers' implementations of experts. Under
-    autocast the products are in its type, as those of an nn.Linear are.
+    Without `adapters` it has the signature of transformers' implementations of experts. Under
+    autocast the products are in its type, as in an nn.Linear.
     """
     kind, n_experts = x_XH.device.type, experts.gate_up_proj.shape[0]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_XH.dtype

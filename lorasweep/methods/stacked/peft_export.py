@@ -33,11 +33,15 @@ def save_peft(
 ) -> None:
     """Write one run's adapter as a folder that PeftModel loads.
 
-    `state`: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]; of experts
-    '<experts>.gate_proj.A' and so on, as in Factors. `scaling`, `expert_scaling`: the factor on B A
-    x in training, by whatever rule; PEFT divides lora_alpha by the rank, so that is scaling * rank.
-    `base_name`, `revision`: where PEFT finds the base. An adapted unembedding is written too. If it
-    is tied to the embedding, never merge the adapter: that would change the embedding as well.
+    An adapted unembedding is written too. If it is tied to the embedding, never merge the adapter:
+    that would change the embedding as well.
+
+    Args:
+        state: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]; of experts
+            '<experts>.gate_proj.A' and so on, as in Factors.
+        base_name, revision: where PEFT finds the base.
+        scaling, expert_scaling: the factor on B A x in training. PEFT divides lora_alpha by the
+            rank, so lora_alpha is scaling * rank.
 
     Raises:
         ModelError: PEFT would read other weights of an expert than `state` has; nothing is written.
@@ -45,7 +49,7 @@ def save_peft(
     from safetensors.torch import save_file
 
     of_experts = {n: t for n, t in state.items() if n.split(".")[-3:-2] == ["experts"]}
-    tensors, ranks = _experts(of_experts, n_experts)
+    tensors, ranks = in_peft_layout(of_experts, n_experts)
     modules, parameters = set(), set(ranks)
     for name in state.keys() - of_experts.keys():
         module, _, which = name.rpartition(".")
@@ -54,6 +58,7 @@ def save_peft(
             parameters.add(f"{ROUTER}.weight")
         else:
             modules.add(module.rpartition(".")[2])
+    alphas = {name: expert_scaling * r for name, r in ranks.items()}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -68,9 +73,8 @@ def save_peft(
         "use_rslora": False,
     }
     if parameters:
-        alphas = {k: expert_scaling * r for k, r in ranks.items()}
-        config |= {"target_parameters": sorted(parameters), "rank_pattern": ranks}
-        config |= {"alpha_pattern": alphas}
+        config["target_parameters"] = sorted(parameters)
+        config |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model"
     written = {f"{prefix}.{n}.weight": t.detach().cpu().contiguous() for n, t in tensors.items()}
@@ -78,13 +82,16 @@ def save_peft(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-def _experts(state: State, n_experts: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+def in_peft_layout(state: State, n_experts: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Return the factors of all layers' experts in PEFT's layout, and the rank of each parameter.
 
-    PEFT has one pair for gate and up: A of both one above the other, B block-diagonal. It holds A
-    as rows (expert, rank) and B as columns (rank, expert): the expert slowest in one, fastest in
-    the other. The module of down wraps that of gate and up. Each expert's change, as PEFT reads the
-    layout, is compared with the product of its own factors.
+    PEFT has one pair of factors for gate and up: the A of both one above the other, and a
+    block-diagonal B. The rows of A are (expert, rank), the columns of B (rank, expert). The module
+    of down wraps that of gate and up. Each expert's change, as PEFT reads the layout, is compared
+    with the product of its factors.
+
+    Raises:
+        ModelError: they differ.
     """
     found: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
@@ -122,6 +129,3 @@ def _experts(state: State, n_experts: int) -> tuple[dict[str, torch.Tensor], dic
                         "This is a bug in lorasweep: report it."
                     )
     return found, ranks
-
-
-_PARTS = ("gate", "up", "down")

@@ -4,29 +4,24 @@ Shapes: N runs of the pack, in the order of `runs`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from lorasweep.data.examples import Data
 from lorasweep.errors import DataError
+from lorasweep.models.load import Base
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import Record
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lorasweep.models.load import Base
-
-
 DATA_SHA256 = "data_sha256"
 """Key of the data's fingerprint in results and checkpoints."""
 DIVERGENCE_RULE = 2
 """Version of the rule by which runs are called diverged, which every result records. Results
-without one were judged by rule 1, which compared with the base on held-out rows only."""
+without one were judged by rule 1: a comparison with the base on held-out rows only."""
 
 
 class MicroBatch(Protocol):
@@ -44,47 +39,37 @@ class MicroBatch(Protocol):
 BatchT = TypeVar("BatchT", bound=MicroBatch)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out measures of one run."""
-
-    measures: Record
-    """Name -> value, including the metric."""
-    n_items: int
-    """Number of held-out items."""
-
-
 class Objective(Protocol[BatchT]):
     """What is optimised, and how it is measured.
 
     `runs` are those still in the pack; in `evaluate` and `at_end` those that are measured.
 
-    An update calls batches, then for each batch loss and its gradient, divided by the run's weight
-    in the whole update. So a mean over tokens does not depend on the micro-batches.
+    For an update the loop calls `batches`, then `loss` of each batch, and divides by the run's
+    weight in the whole update. So a mean over tokens does not depend on the micro-batches.
     """
 
     metric: Metric
 
-    def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
+    def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Return each run's measures before training, including the metric.
 
         `base` has nothing attached yet.
         """
 
-    def batches(self, model: "nn.Module", step: int, runs: Sequence[RunSpec]) -> list[BatchT]:
+    def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[BatchT]:
         """Return update `step`'s micro-batches (0-based). May sample from the model.
 
         Of several processes (base.mesh in `start`) all get the same list, and each takes every
-        size-th one: its length is a multiple of their number.
+        size-th batch: the length is a multiple of their number.
         """
 
     def weights(self, batch: BatchT) -> torch.Tensor:
         """Return the weight of each run's summed loss in `batch`, [N], e.g. its loss tokens.
 
-        It is known before the forward pass, so that gradients need no rescaling afterwards.
+        Known before the forward pass, so that gradients need no rescaling afterwards.
         """
 
-    def loss(self, model: "nn.Module", batch: BatchT) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: BatchT) -> torch.Tensor:
         """Return the summed loss of each run, [N], with gradient."""
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
@@ -97,14 +82,15 @@ class Objective(Protocol[BatchT]):
         """
 
     def evaluate(
-        self, model: "nn.Module", runs: Sequence[RunSpec], final: bool
-    ) -> list[Evaluation]:
+        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
+    ) -> list[tuple[Record, int]]:
         """Measure runs on held-out items: on all of them if `final`, else on a part.
 
+        Returns for each run the measures by name, including the metric, and the number of items.
         The model has these runs only, and in `at_end` those that have finished.
         """
 
-    def at_end(self, model: "nn.Module", runs: Sequence[RunSpec]) -> list[Record]:
+    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
         """Return additional measures of runs that have finished."""
 
     def facts(self, run: RunSpec) -> Record:
@@ -117,7 +103,7 @@ class Objective(Protocol[BatchT]):
         """
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
-        """Restore the values of `state`; the dict also holds those of the loop."""
+        """Restore the values of `state`, which also has the loop's keys."""
 
 
 class OnData:
@@ -146,19 +132,12 @@ class OnData:
     def data_facts(self, run: RunSpec) -> Record:
         """Return facts about the run's data set that every result contains."""
         data = self._data[run.id]
-        facts: Record = {
-            "n_test": len(data.test),
-            "n_train": data.n_train,
-            DATA_SHA256: data.sha256,
-        }
-        return facts | ({"data_commit": data.commit} if data.commit else {})
+        commit = {"data_commit": data.commit} if data.commit else {}
+        counts = {"n_test": len(data.test), "n_train": data.n_train}
+        return {**counts, DATA_SHA256: data.sha256, **commit}
 
     def refuse_other_data(self, run_id: str, then: str | None) -> None:
-        """Check that a run resumes with the data that it was started on, by their fingerprints.
-
-        Raises:
-            DataError: the data differ.
-        """
+        """Raise DataError unless a run resumes with the data it was started on, by fingerprint."""
         now = self._data[run_id].sha256
         if then != now:
             raise DataError(

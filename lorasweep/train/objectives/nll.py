@@ -3,16 +3,17 @@
 Logits are computed at the loss positions only, and never more than a chunk of them at once.
 
 Shapes: N runs of the pack, R rows of all runs, T tokens of a row, P loss positions of a row, M loss
-positions of a run, L loss tokens of a run, V vocabulary.
+positions of a run, L loss tokens of a run, H hidden, V vocabulary.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lorasweep.data.batches import Batch, by_length, joined, merge, padded
@@ -20,9 +21,6 @@ from lorasweep.data.examples import Example
 from lorasweep.models.forward import autocast, hidden_states, logits_of
 from lorasweep.models.sharding import Mesh
 from lorasweep.train.events import Record
-
-if TYPE_CHECKING:
-    from torch import nn
 
 LOGITS, GPU_LOGITS = 1 << 24, 1 << 26
 """Logits computed at once on a CPU and on a GPU. On a GPU that is half a thousand positions of a
@@ -50,32 +48,34 @@ Measure = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits [R, p, V], targets [R, p] and weights [R, p] of a chunk of positions."""
 
 
-def nll_sums(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
+def nll_sums(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
     """Return the summed NLL in nats of each run, [N], on the model's device."""
 
-    def sums(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        nll_RP = -_log_p(logits, targets, weight)
+    def sums(
+        logits_RPV: torch.Tensor, targets_RP: torch.Tensor, weight_RP: torch.Tensor
+    ) -> torch.Tensor:
+        nll_RP = -_log_p(logits_RPV, targets_RP, weight_RP)
         # the rows of a run are neighbours
-        return (nll_RP * weight.to(nll_RP.dtype)).view(len(batch.lengths), -1).sum(1)
+        return (nll_RP * weight_RP.to(nll_RP.dtype)).view(len(batch.lengths), -1).sum(1)
 
     parts = _by_chunks(model, inputs(model, batch), precision, sums)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def token_log_p(model: "nn.Module", batch: Batch, precision: str) -> torch.Tensor:
+def token_log_p(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
     """Return log p of each target in nats, [N, M], on the model's device; 0 at filler."""
     given = inputs(model, batch)
     log_p_RP = torch.cat(_by_chunks(model, given, precision, _log_p), 1)
     real_NM = torch.from_numpy(batch.weight_NM > 0).to(log_p_RP.device)
     # rows are in the order of the runs, and positions in the order of the rows
-    found = torch.zeros(real_NM.shape, dtype=log_p_RP.dtype, device=log_p_RP.device)
-    return found.masked_scatter(real_NM, log_p_RP[given.weight_RP > 0])
+    log_p_NM = torch.zeros(real_NM.shape, dtype=log_p_RP.dtype, device=log_p_RP.device)
+    return log_p_NM.masked_scatter(real_NM, log_p_RP[given.weight_RP > 0])
 
 
-def log_probabilities(model: "nn.Module", batch: Batch, precision: str) -> list[torch.Tensor]:
+def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[torch.Tensor]:
     """Return log q of every symbol at each run's loss tokens, [L, V] each, in nats.
 
-    All of them are in memory at once: for small vocabularies only.
+    For small vocabularies only: all of them are in memory at once.
     """
     given = inputs(model, batch)
     parts = _by_chunks(model, given, precision, lambda logits, *_: _wide(logits).log_softmax(-1))
@@ -84,7 +84,7 @@ def log_probabilities(model: "nn.Module", batch: Batch, precision: str) -> list[
     return [log_q[real] for log_q, real in zip(log_q_NRPV, real_NRP)]
 
 
-def inputs(model: "nn.Module", batch: Batch) -> Inputs:
+def inputs(model: nn.Module, batch: Batch) -> Inputs:
     """Move a batch to the model's device: its rows padded, or joined if the batch says so."""
     device = next(model.parameters()).device
     arrays = joined(batch) if batch.join_rows else padded(batch)
@@ -94,32 +94,31 @@ def inputs(model: "nn.Module", batch: Batch) -> Inputs:
 
 def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> list[torch.Tensor]:
     """Return `measure` of each chunk of positions, with gradient."""
-    tokens, positions, targets, weight, position_ids = given
-    rows, width = positions.shape
-    most = LOGITS if tokens.device.type == "cpu" else GPU_LOGITS
+    tokens_RT, positions_RP, targets_RP, weight_RP, position_ids_RT = given
+    rows, width = positions_RP.shape
+    most = LOGITS if tokens_RT.device.type == "cpu" else GPU_LOGITS
     step = max(1, most // (rows * model.config.get_text_config().vocab_size))
-    with autocast(precision, tokens.device):
-        if step >= width:
-            logits = model(
-                input_ids=tokens,
-                position_ids=position_ids,
-                logits_to_keep=positions,
+    if step >= width:
+        with autocast(precision, tokens_RT.device):
+            logits_RPV = model(
+                input_ids=tokens_RT,
+                position_ids=position_ids_RT,
+                logits_to_keep=positions_RP,
                 use_cache=False,
             ).logits
-        else:
-            hidden = hidden_states(model, tokens, positions, position_ids)
-    if step >= width:
-        return [measure(logits, targets, weight)]
+        return [measure(logits_RPV, targets_RP, weight_RP)]
+    with autocast(precision, tokens_RT.device):
+        hidden_RPH = hidden_states(model, tokens_RT, positions_RP, position_ids_RT)
 
     def part(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with autocast(precision, hidden.device):
             # contiguous: of a slice, a product would take one copy of the weight per row
             return measure(logits_of(model, hidden.contiguous()), targets, weight)
 
-    # the backward pass computes a chunk's logits again: kept, they would be whole after all
+    # the backward pass computes a chunk's logits again, so that they are never whole in memory
     return [
         checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(*(x.split(step, 1) for x in (hidden, targets, weight)))
+        for chunk in zip(*(x.split(step, 1) for x in (hidden_RPH, targets_RP, weight_RP)))
     ]
 
 
@@ -129,7 +128,7 @@ def _log_p(
     """Return log p of each target, [R, P]."""
     logits = _wide(logits_RPV).flatten(0, 1)
     nll = F.cross_entropy(logits, targets_RP.flatten(), reduction="none")
-    return -nll.view(targets_RP.shape)
+    return -nll.view_as(targets_RP)
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
@@ -141,12 +140,12 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: "nn.Module", batches_N: Sequence[list[Batch]], precision: str, mesh: Mesh | None = None
+    model: nn.Module, batches_N: Sequence[list[Batch]], precision: str, mesh: Mesh | None = None
 ) -> list[float]:
     """Return each run's NLL in nats per loss token, from its list of held-out batches.
 
-    It is the summed NLL divided by the token count. A run with fewer batches than another repeats
-    its own; the repeats do not count. Several processes share the batches.
+    A run with fewer batches than another repeats them, uncounted. Several processes share the
+    batches.
     """
     mesh = mesh or Mesh()
     device = next(model.parameters()).device
@@ -170,7 +169,7 @@ def more_than_a_row(batches_N: Sequence[list[Batch]]) -> bool:
 
 @torch.no_grad()
 def row_nlls(
-    model: "nn.Module",
+    model: nn.Module,
     rows_N: Sequence[Sequence[Example]],
     batches_N: Sequence[list[Batch]],
     precision: str,
@@ -205,12 +204,14 @@ def gain_se(
 ) -> float:
     """Return the standard error of a gain in nats per token: of sum(before - after) / sum(tokens).
 
-    `before`, `after`, `tokens` [rows]: a row's summed NLL under the base and under the adapter,
-    and its loss tokens. `prompts` [rows]: the number of a row's prompt; None: each has its own.
-    Prompts are the unit that is drawn, and both models read the same rows, so their differences
-    are what varies (Miller, arXiv 2411.00640, on clustered errors and on paired differences). A
-    ratio of two sums over units is not a mean: its jackknife over units (Cochran, Sampling
-    Techniques, 3rd ed., chapter 6). NaN for fewer than two units.
+    The jackknife over prompts of a ratio of two sums (Cochran, Sampling Techniques, 3rd ed.,
+    chapter 6), of paired differences, because both models read the same rows (Miller, arXiv
+    2411.00640, on clustered errors and paired differences). NaN for fewer than two prompts.
+
+    Args:
+        before, after, tokens: [rows], a row's summed NLL under the base and under the adapter, and
+            its loss tokens.
+        prompts: [rows], the number of a row's prompt; None: each row has another.
     """
     differences = before - after
     if prompts is not None:
@@ -224,7 +225,7 @@ def gain_se(
 
 @torch.no_grad()
 def evaluate_exact(
-    model: "nn.Module",
+    model: nn.Module,
     batches_N: Sequence[list[Batch]],
     precision: str,
     name: str,
@@ -232,8 +233,8 @@ def evaluate_exact(
 ) -> list[Record]:
     """Return each run's expected NLL over the true distributions, by PARTS.
 
-    For each context it is -sum_v p(v) log q(v), whose mean over sampled symbols is the NLL that
-    `evaluate` returns. Keys are `name` with each ending of PARTS; NaN for a part without contexts.
+    Of a context it is -sum_v p(v) log q(v), the expectation of the NLL that `evaluate` returns.
+    Keys are `name` with each ending of PARTS; NaN for a part without contexts.
     """
     mesh = mesh or Mesh()
     sums = torch.zeros(len(batches_N), len(PARTS), dtype=torch.float64)

@@ -1,10 +1,10 @@
 """Policy gradient: sample completions, reward them, and raise the probability of the better ones.
 
-The loss of a completion is the sum over its tokens of -ratio * advantage. The advantage is its
-reward minus the mean of its group, the ratio p_learner / p_sampler: the `importance_sampling` loss
-of github.com/thinking-machines-lab/tinker-cookbook, which the study trained with. Its gradient is
-that of the expected reward (Williams 1992), times (G - 1) / G because the mean over G completions
-contains the completion itself. It is divided by the number of completions, so its scale does not
+The loss of a completion is the sum over its tokens of -ratio * advantage: the ratio is p_learner /
+p_sampler, the advantage the reward minus the mean of the group. This is the `importance_sampling`
+loss of github.com/thinking-machines-lab/tinker-cookbook, which the study trained with. The gradient
+is the expected reward's (Williams 1992), times (G - 1) / G because the group's mean contains the
+completion itself. The loss is divided by the number of completions, so its scale does not
 depend on how many groups have equal rewards; those have no gradient and are not computed. Only
 tokens that the policy drew bear loss, the end token included.
 
@@ -17,20 +17,22 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.data.examples import Data, Example, Rewards
 from lorasweep.data.rewards import check_available, check_rows, prompt_of
 from lorasweep.errors import DataError, ModelError
 from lorasweep.models.forward import check_rows_stay_apart
+from lorasweep.models.load import Base
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.train.events import Record
-from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, OnData
+from lorasweep.train.objectives.base import DATA_SHA256, OnData
 from lorasweep.train.objectives.nll import token_log_p
 from lorasweep.train.objectives.rollouts import (
     Rollouts,
@@ -41,21 +43,14 @@ from lorasweep.train.objectives.rollouts import (
 )
 from lorasweep.train.sampling import sample
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lorasweep.models.load import Base
-
-
 COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
 """A run has collapsed if its mean reward is below this share of the base's reward
 (`Signal.base_reward`) for so many updates in a row. Assumption, not tuned."""
 FIRST_UPDATES = 8
-"""A run whose first so many updates have no reward, or only full ones, is stopped. Their rewards
-also measure the base: see `Signal.base_reward`."""
+"""A run is stopped if no completion of so many first updates is rewarded, or every one. These
+rewards also measure the base: see `Signal.base_reward`."""
 RATIO_BOUND = 1e-3
-"""Largest distance of p_learner / p_sampler from 1 in fp32: they are the same policy, so a larger
-one is a mistake, or a run that has broken down."""
+"""Largest distance of p_learner / p_sampler from 1 in fp32, where both are the same policy."""
 ROUNDING = 1e-5
 """Share of the largest logit by which rounding may change a log-probability: about 100 steps of
 fp32."""
@@ -67,7 +62,6 @@ class PolicyGradient(OnData):
     metric = METRICS["policy_gradient"]
 
     def __init__(self, data: Mapping[str, Data], *settings: Any, **more: Any) -> None:
-        """Set up the objective with the arguments of OnData."""
         super().__init__(data, *settings, **more)
         self._signals = {run_id: Signal() for run_id in data}
         self._reference: nn.Module | None = None
@@ -77,7 +71,7 @@ class PolicyGradient(OnData):
         self._gap_NK: list[tuple[torch.Tensor, torch.Tensor]] = []
         """For each micro-batch and run the summed log p_sampler - log p_learner, and its tokens."""
 
-    def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
+    def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Check the data, and measure the base's reward on each data set, once.
 
         Raises:
@@ -101,20 +95,22 @@ class PolicyGradient(OnData):
             self._reference = copy.deepcopy(base.model).requires_grad_(False)
         return found
 
-    # ---------------------------------------------------------------- an update
-
-    def batches(self, model: "nn.Module", step: int, runs: Sequence[RunSpec]) -> list[Rollouts]:
+    def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[Rollouts]:
         """Sample the completions of update `step` and return the learner's micro-batches."""
         self._pack, self._gap_NK = runs, []
         first = runs[0]  # the shape of an update is the same for all runs of a pack
         n_prompts = first.batch_size // first.group_size
         rows_N = [self._data[r.id].train(r.seed, step * n_prompts, n_prompts) for r in runs]
         started, shape = time.perf_counter(), (first.batch_size, first.max_new_tokens)
-        uniforms_NAL = np.stack([stream("sample", r.seed, step).random(shape) for r in runs])
-        prompts_N = [[prompt_of(row) for row in rows] for rows in rows_N]
-        ends, how = self._data[first.id].rewards.ends, (self._precision, self._mesh)
         completions_N = self._mesh.run(
-            sample, model, prompts_N, uniforms_NAL, ends, *how, self._forward_parts
+            sample,
+            model,
+            [[prompt_of(row) for row in rows] for rows in rows_N],
+            np.stack([stream("sample", r.seed, step).random(shape) for r in runs]),
+            self._data[first.id].rewards.ends,
+            self._precision,
+            self._mesh,
+            self._forward_parts,
         )
         seconds = time.perf_counter() - started
         self._sampled_per_s = sum(len(t) for own in completions_N for t in own.tokens) / seconds
@@ -129,7 +125,7 @@ class PolicyGradient(OnData):
                 [g for g in groups if run.kl_weight or any(c.advantage for c in g.completions)]
             )
         if not any(kept_N):
-            kept_N[0] = groups_N[0][:1]  # an update without any gradient is an update all the same
+            kept_N[0] = groups_N[0][:1]  # an update is made even without a gradient
         share = -(-first.batch_size // self._mesh.size)
         most = min(self._micro_batch_size or share, share)
         return collate_rollouts(kept_N, most, first.batch_size, self._join_rows, self._mesh.size)
@@ -137,7 +133,7 @@ class PolicyGradient(OnData):
     def _rewards_of(self, run: RunSpec) -> Rewards:
         """Return the rewards of a run; of several processes one computes them for all.
 
-        A verifier with a time limit could decide differently in each of them.
+        A verifier with a time limit could decide differently in each process.
         """
         rewards, mesh = self._data[run.id].rewards, self._mesh
         if mesh.size == 1:
@@ -151,7 +147,7 @@ class PolicyGradient(OnData):
         """Return the number of completions that each run's loss is divided by, [N]."""
         return torch.full((len(batch.tokens_N),), float(batch.episodes), dtype=torch.float64)
 
-    def loss(self, model: "nn.Module", batch: Rollouts) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Rollouts) -> torch.Tensor:
         """Return the summed loss of each run, [N].
 
         Also note the KL from sampler to learner, and check that both are one policy.
@@ -162,28 +158,29 @@ class PolicyGradient(OnData):
         first = self._pack[0]
         log_p_NM = token_log_p(model, batch.batch, self._precision)
         arrays = (batch.sampler_NM, batch.advantage_NM, batch.batch.weight_NM)
-        sampler, advantage, weight = (torch.from_numpy(a).to(log_p_NM) for a in arrays)
-        completion = torch.from_numpy(batch.completion_NM).to(log_p_NM.device)
-        gap_NM = log_p_NM - sampler
-        noted_NM = gap_NM.detach() * weight
-        self._gap_NK.append((-noted_NM.sum(1), weight.sum(1)))
+        sampler_NM, advantage_NM, weight_NM = (torch.from_numpy(a).to(log_p_NM) for a in arrays)
+        completion_NM = torch.from_numpy(batch.completion_NM).to(log_p_NM.device)
+        gap_NM = log_p_NM - sampler_NM
+        noted_NM = gap_NM.detach() * weight_NM
+        self._gap_NK.append((-noted_NM.sum(1), weight_NM.sum(1)))
         if self._precision != "bf16":
             for run, off in zip(self._pack, noted_NM.abs().amax(1).expm1().tolist()):
                 self._signals[run.id].check_sampler(run, off)
-        how = (first.ratio_level, first.clip_ratio)
-        loss_NM = surrogate(gap_NM, advantage, completion, weight, *how)
+        loss_NM = surrogate(
+            gap_NM, advantage_NM, completion_NM, weight_NM, first.ratio_level, first.clip_ratio
+        )
         if first.kl_weight:
             with torch.no_grad():
-                reference = token_log_p(self._reference, batch.batch, self._precision)
-            away = reference - log_p_NM
-            loss_NM = loss_NM + first.kl_weight * (away.exp() - away - 1) * weight
+                reference_NM = token_log_p(self._reference, batch.batch, self._precision)
+            away_NM = reference_NM - log_p_NM
+            loss_NM = loss_NM + first.kl_weight * (away_NM.exp() - away_NM - 1) * weight_NM
         return loss_NM.sum(1)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
-        """Return the record of this update.
+        """Return the record of this update: the record of reward_groups, and more.
 
         `surrogate`: the mean loss. `sampler_kl`: mean of log p_sampler - log p_learner, over the
-        tokens that bear loss. `sampled_tokens_per_s`: of the whole pack. The rest: reward_groups.
+        tokens that bear loss. `sampled_tokens_per_s`: of the whole pack.
 
         Raises:
             DataError: no completion of the first updates was rewarded, or every one.
@@ -191,70 +188,58 @@ class PolicyGradient(OnData):
         kl_N, count_N = (sum(x.double() for x in xs) for xs in zip(*self._gap_NK))
         self._mesh.sum_(kl_N, count_N)
         kls = (kl_N / count_N.clamp(min=1)).tolist()
-        signals = [self._signals[run.id] for run in self._pack]
-        for signal in signals:
+        speed = {"sampled_tokens_per_s": self._sampled_per_s}
+        records = []
+        for run, loss, kl in zip(self._pack, losses, kls):
+            signal = self._signals[run.id]
             signal.beyond_fp32 = self._mesh.any(signal.beyond_fp32)
-        for run, signal in zip(self._pack, signals):
             signal.check(run)
-        return [
-            {
-                "surrogate": loss,
-                **signal.last,
-                "sampled_tokens_per_s": self._sampled_per_s,
-                "sampler_kl": kl,
-            }
-            for signal, loss, kl in zip(signals, losses, kls)
-        ]
+            records.append({"surrogate": loss, **signal.last, **speed, "sampler_kl": kl})
+        return records
 
     def diverged(self, run_id: str, loss: float) -> bool:
         """Return whether the run has broken down. Its loss is near 0 at any reward."""
         return self._signals[run_id].collapsed or self._signals[run_id].beyond_fp32
 
-    # ---------------------------------------------------------------- evaluation
-
     def evaluate(
-        self, model: "nn.Module", runs: Sequence[RunSpec], final: bool
-    ) -> list[Evaluation]:
-        """Return each run's held-out reward with its standard error: see held_out_rewards.
+        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
+    ) -> list[tuple[Record, int]]:
+        """Return each run's held-out reward with the standard error: see held_out_rewards.
 
         Where rewards are sampled, also the share of completions that could not be read, which count
-        as wrong. With a known number of choices also the information learned, in bits, and bits per
-        completion. At the end of training also the reward on the rows of the earlier evaluations.
+        as wrong. With a known number of choices, also the information learned in bits, and bits per
+        completion. At the end of training, also the reward on the rows of earlier evaluations.
         """
         tests = [self._data[run.id].test for run in runs]
         firsts = [t[: run.dataset.n_test_curve or None] for run, t in zip(runs, tests)]
         rows = tests if final else firsts
-        found = self._measure(model, runs, rows)
+        found = at_first = self._measure(model, runs, rows)
+        if final and any(len(f) < len(t) for f, t in zip(firsts, tests)):
+            at_first = self._measure(model, runs, firsts)
         name = self.metric.name
-        if final:
-            again = found
-            if any(len(f) < len(t) for f, t in zip(firsts, tests)):
-                again = self._measure(model, runs, firsts)
-            for measures, first in zip(found, again):
+        for run, measures, first in zip(runs, found, at_first):
+            if final:
                 measures[self.metric.on_part] = first[name]
-        for run, measures in zip(runs, found):
             signal, data = self._signals[run.id], self._data[run.id]
             signal.best = max(signal.best, measures[name])
             if data.rewards.choices and data.n_train:
                 bits = data.n_train * bits_learned(measures[name], data.rewards.choices)
                 measures |= {"bits": bits, "bits_per_answer": bits / signal.completions}
-        return [Evaluation(m, len(r)) for m, r in zip(found, rows)]
+        return [(measures, len(items)) for measures, items in zip(found, rows)]
 
     def _measure(
-        self, model: "nn.Module", runs: Sequence[RunSpec], rows: Sequence[Sequence[Example]]
+        self, model: nn.Module, runs: Sequence[RunSpec], rows: Sequence[Sequence[Example]]
     ) -> list[Record]:
-        rewards, most = [self._rewards_of(run) for run in runs], runs[0].max_new_tokens
+        rewards_N, most = [self._rewards_of(run) for run in runs], runs[0].max_new_tokens
         how = (self._precision, self._join_rows, self._mesh, self._forward_parts)
-        name = self.metric.name
-        return [
-            {name: mean, f"{name}_se": se} | ({} if own.exact else {f"{name}_unread": unread})
-            for own, (mean, se, unread) in zip(
-                rewards, held_out_rewards(model, rows, rewards, most, *how)
-            )
-        ]
+        records, name = [], self.metric.name
+        found = held_out_rewards(model, rows, rewards_N, most, *how)
+        for rewards, (mean, se, unread) in zip(rewards_N, found):
+            sampled = {} if rewards.exact else {f"{name}_unread": unread}
+            records.append({name: mean, f"{name}_se": se, **sampled})
+        return records
 
-    def at_end(self, model: "nn.Module", runs: Sequence[RunSpec]) -> list[Record]:
-        """Return nothing more."""
+    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
         return [{} for _ in runs]
 
     def facts(self, run: RunSpec) -> Record:
@@ -282,12 +267,9 @@ class PolicyGradient(OnData):
         self._signals[run_id].load(state)
 
 
-# ---------------------------------------------------------------- parts
-
-
 @dataclass
 class Signal:
-    """The rewards of one run so far: is there something to learn, and has the run collapsed."""
+    """The rewards of one run so far: whether there is something to learn, and has it collapsed."""
 
     reward_start: float = math.nan
     """The base's held-out reward."""
@@ -309,10 +291,9 @@ class Signal:
     def base_reward(self) -> float:
         """The reward that a collapse is judged by: the smaller of two measures of the base.
 
-        They are its reward on held-out prompts, and `first_reward`, which covers training prompts
-        that are harder than the held-out ones. The base itself drew the completions of the first
-        update only, so a mean over more is less noisy, and lower if the run collapses in them:
-        hence the highest of these means.
+        One is the reward on held-out prompts, the other `first_reward`: training prompts may be
+        harder. A mean over more updates is less noisy, but lower if the run collapses in them:
+        hence the highest of several means.
         """
         return min(self.reward_start, self.first_reward)
 
@@ -322,7 +303,7 @@ class Signal:
         return self.below >= COLLAPSED_PATIENCE
 
     def note(self, record: Record, completions: int) -> None:
-        """Add an update's record of so many completions."""
+        """Add an update's record, of so many completions."""
         self.last = record
         self.completions += completions
         self.rewarded += record["reward"] * completions
@@ -353,14 +334,14 @@ class Signal:
     def check_sampler(self, run: RunSpec, off: float) -> None:
         """Check that the learner is the policy that sampled.
 
-        In a run's first update, with the base's weights, two policies are a mistake. Later they are
-        a run that has broken down: its weights have grown until rounding decides.
+        In the first update a difference is a mistake. Later it is a run that has broken down: its
+        weights have grown until rounding decides.
 
         Args:
             off: largest distance of p_learner / p_sampler from 1; NaN is a divergence.
 
         Raises:
-            ModelError: they are two policies in the first update.
+            ModelError: they differ in the first update.
         """
         bound = max(RATIO_BOUND, ROUNDING * self.last["largest_logit"])
         if not off > bound:
@@ -388,7 +369,7 @@ class Signal:
     def load(self, state: dict[str, Any]) -> None:
         """Restore the values of `state`.
 
-        A checkpoint from before divergence rule 2 has no first rewards: the mean of all so far is
+        A checkpoint from before divergence rule 2 has no first reward: the mean of all rewards is
         used, and updates below the old bound are not counted.
         """
         self.completions, self.rewarded = state["answers"], state["rewarded"]
@@ -414,8 +395,8 @@ def surrogate(
         gap_NM: log p_learner - log p_sampler of each token.
         completion_NM: number of the completion that a token belongs to.
         weight_NM: 1 for a token, 0 for filler.
-        level: 'sequence': a completion's tokens share one ratio, the geometric mean of theirs, and
-            its loss counts once (arXiv 2507.18071, eq. 5 and 7).
+        level: 'sequence': a completion's tokens share one ratio, their geometric mean, and its loss
+            counts once (arXiv 2507.18071, eq. 5 and 7).
     """
     share_NM = weight_NM
     if level == "sequence":

@@ -11,10 +11,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.data.batches import PAD_TO, Batch, eval_batches, merge
 from lorasweep.data.examples import Example, Rewards
@@ -24,9 +24,6 @@ from lorasweep.spec.streams import stream
 from lorasweep.train.events import EVALUATION, Record, phase
 from lorasweep.train.objectives.nll import more_than_a_row, row_nlls
 from lorasweep.train.sampling import Completions, sample
-
-if TYPE_CHECKING:
-    from torch import nn
 
 EVAL_TOKENS = 4096
 """Padded tokens per run and forward pass in evaluation. It does not depend on the pack size."""
@@ -82,11 +79,11 @@ class Rollouts:
 def reward_groups(
     rows: Sequence[Example], completions: Completions, rewards: Rewards, scale: str
 ) -> tuple[list[Group], Record]:
-    """Return a run's groups, one a row, and the record of its completions.
+    """Return a run's groups, one per row, and the record of its completions.
 
-    `reward` is their mean, with its standard error over prompts, because completions of one prompt
-    are alike. `flat_groups`: share of groups whose rewards are all equal. `entropy` in nats a
-    token; `cut_off`: share of completions without an end; `unread`: share that could not be read.
+    `reward`: their mean, with the standard error over prompts, because completions of one prompt
+    are similar. `flat_groups`: share of groups whose rewards are all equal. `entropy`: in nats per
+    token. `cut_off`: share of completions without an end. `unread`: share that could not be read.
     """
     size = len(completions.tokens) // len(rows)
     # equal completions of one prompt are rewarded once
@@ -112,13 +109,13 @@ def reward_groups(
 
 
 def advantages(reward_PG: np.ndarray, scale: str) -> np.ndarray:
-    """Return each reward minus its group's mean, divided by the group's deviation if asked for.
+    """Return each reward minus its group's mean; with scale 'group' divided by the deviation.
 
-    The deviation is that of TRL and of the paper's code: with G - 1 (arXiv 2402.03300).
+    With G - 1, as in TRL and in the paper's code (arXiv 2402.03300).
     """
     centred = reward_PG - reward_PG.mean(1, keepdims=True)
     flat = (reward_PG == reward_PG[:, :1]).all(1)
-    centred[flat] = 0.0  # exactly, whatever the mean rounded to
+    centred[flat] = 0.0  # exactly, also where the mean is rounded
     if scale == "none":
         return centred
     return centred / (reward_PG.std(1, ddof=1, keepdims=True) + DEVIATION_EPS)
@@ -131,7 +128,7 @@ def standard_error(values: np.ndarray) -> float:
 
 @torch.no_grad()
 def held_out_rewards(
-    model: "nn.Module",
+    model: nn.Module,
     rows_N: Sequence[Sequence[Example]],
     rewards_N: Sequence[Rewards],
     max_new_tokens: int,
@@ -142,9 +139,9 @@ def held_out_rewards(
 ) -> list[tuple[float, float, float]]:
     """Return each run's mean reward on its rows, its standard error, and the share unreadable.
 
-    Where only the row's own answer is rewarded, the reward of a row is that answer's probability:
-    the expected reward of the policy. Elsewhere it is that of one completion, drawn with the same
-    random numbers in every run and at every step. `forward_parts`: see Exec.
+    Where only the row's answer is rewarded, the reward of a row is the probability of that answer:
+    the expected reward of the policy. Elsewhere it is the reward of one completion, drawn with the
+    same random numbers in every run and at every step. `forward_parts`: see Exec.
     """
     if all(r.exact for r in rewards_N):
         most = max(1, EVAL_TOKENS // forward_parts)
@@ -154,12 +151,10 @@ def held_out_rewards(
         return [(float(v.mean()), standard_error(v), 0.0) for v in values_N]
     count = max(map(len, rows_N))
     uniforms = stream("sample", "held out").random((count, max_new_tokens))
-    # a run with fewer rows repeats its own, which do not count
+    # a run with fewer rows repeats them, uncounted
     prompts_N = [[prompt_of(rows[i % len(rows)]) for i in range(count)] for rows in rows_N]
-    uniforms_NPL = np.repeat(uniforms[None], len(rows_N), 0)
-    completions_N = sample(
-        model, prompts_N, uniforms_NPL, rewards_N[0].ends, precision, mesh, forward_parts
-    )
+    uniforms_NPL, ends = np.repeat(uniforms[None], len(rows_N), 0), rewards_N[0].ends
+    completions_N = sample(model, prompts_N, uniforms_NPL, ends, precision, mesh, forward_parts)
     found = []
     for rows, rewards, completions in zip(rows_N, rewards_N, completions_N):
         own = rewards.of(list(zip(rows, completions.tokens)))
@@ -171,9 +166,9 @@ def held_out_rewards(
 def bits_learned(reward: float, choices: int) -> float:
     """Return the least information about one label that reaches this expected reward, in bits.
 
-    The label is one of `choices` equally likely ones, and the reward is the probability of naming
-    it: the rate-distortion function of a uniform source under Hamming distortion (Cover & Thomas,
-    Elements of Information Theory, 2nd ed., problem 10.5). 0 at chance and below.
+    The label is one of `choices` equally likely ones, the reward the probability of naming it: the
+    rate-distortion function of a uniform source under Hamming distortion (Cover & Thomas, Elements
+    of Information Theory, 2nd ed., problem 10.5). 0 at chance and below.
     """
     miss = 1 - reward
     if miss >= 1 - 1 / choices:
@@ -192,7 +187,7 @@ def collate_rollouts(
     join_rows: bool,
     processes: int = 1,
 ) -> list[Rollouts]:
-    """Return micro-batches of at most about `rows` completions a run, as many for each process.
+    """Return micro-batches of at most about `rows` completions per run, as many for each process.
 
     `groups_N`: the groups of each run that have a gradient; a run without any takes part with no
     weight. `episodes`: completions of a run in the update.
@@ -212,9 +207,7 @@ def collate_rollouts(
             parts[-1].append(group)
             count += len(group.completions)
         parts_N.append(parts)
-    some = next((parts[0] for parts in parts_N if parts), None)
-    if some is None:
-        raise ValueError("no run has a group")
+    some = next(parts[0] for parts in parts_N if parts)
     micro_batches = []
     for k in range(max(map(len, parts_N))):
         own = [
@@ -229,15 +222,15 @@ def collate_rollouts(
             np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]))) for r in rows_NM])
             for rows_NM in zip(*((p.sampler_NM, p.advantage_NM, p.completion_NM) for p in own))
         )
-        divisor = episodes if k == 0 else 0
-        micro_batches.append(Rollouts(batch, sampler, advantage, completion, divisor))
+        counted = episodes if k == 0 else 0
+        micro_batches.append(Rollouts(batch, sampler, advantage, completion, counted))
     while len(micro_batches) % processes:  # a process without a micro-batch gets one
         micro_batches.append(_without_signal(some, join_rows, weight=True))
     return micro_batches
 
 
 def _without_signal(groups: Sequence[Group], join_rows: bool, weight: bool) -> Rollouts:
-    """Return a micro-batch of one run without advantages; `weight`: its tokens bear (no) loss."""
+    """Return a micro-batch of one run without advantages; `weight`: whether tokens bear loss."""
     found = _collate(groups[:1], join_rows)
     weight_NM = found.batch.weight_NM if weight else np.zeros_like(found.batch.weight_NM)
     batch = dataclasses.replace(found.batch, weight_NM=weight_NM, tokens_N=(0,))

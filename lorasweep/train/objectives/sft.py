@@ -8,18 +8,20 @@ Shapes: N runs of the pack.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merge
 from lorasweep.data.examples import Data, Example, prompts_of
 from lorasweep.models.forward import check_rows_stay_apart
+from lorasweep.models.load import Base
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import EVALUATION, Record, phase
-from lorasweep.train.objectives.base import DATA_SHA256, Evaluation, OnData
+from lorasweep.train.objectives.base import DATA_SHA256, OnData
 from lorasweep.train.objectives.nll import (
     evaluate,
     evaluate_exact,
@@ -29,11 +31,6 @@ from lorasweep.train.objectives.nll import (
     nll_sums,
     row_nlls,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lorasweep.models.load import Base
 
 DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
 """See Divergence. Assumptions, not tuned."""
@@ -50,14 +47,13 @@ class Divergence:
     """Decides from a run's train NLLs, update by update, whether it has diverged.
 
     A run has diverged if its NLL is above DIVERGED_NLL_FACTOR times the base's for
-    DIVERGED_PATIENCE updates in a row. Relative, because an absolute bound would mean something
-    else for every model.
+    DIVERGED_PATIENCE updates in a row. An absolute bound would mean something else for every model.
 
     The base's NLL is the larger of two: of the first update's rows, before the weights change, and
     of the held-out rows. The first covers training rows that are harder than the held-out ones, the
-    second a small first batch that happens to be easy. Later losses cannot be the reference: a
-    learning rate that is far too high shows in the second one. Too much caution costs time; a false
-    call costs the run.
+    second a small first batch that happens to be easy. Later losses are no reference: the second
+    one already shows a learning rate that is far too high. A late call costs time, a false call
+    costs the run.
     """
 
     held_out: float
@@ -82,7 +78,6 @@ class SupervisedFineTuning(OnData):
     metric = METRICS["sft"]
 
     def __init__(self, data: Mapping[str, Data], *settings: Any, **more: Any) -> None:
-        """Set up the objective with the arguments of OnData."""
         super().__init__(data, *settings, **more)
         self._start: dict[str, Record] = {}
         self._start_rows: dict[str, np.ndarray | None] = {}
@@ -95,7 +90,7 @@ class SupervisedFineTuning(OnData):
         self._eval_tokens = max(1, EVAL_TOKENS // self._forward_parts)
         self._eval_batches: dict[tuple[int, ...], list[Batch]] = {}
 
-    def start(self, base: "Base", runs: Sequence[RunSpec]) -> list[Record]:
+    def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Measure the base's NLL on each data set, and on its pretraining rows, once."""
         self._mesh = base.mesh
         if self._join_rows:
@@ -117,11 +112,10 @@ class SupervisedFineTuning(OnData):
                 self._retain_start[run.id] = base.at_start[f"{key}/retain"][self.metric.name]
         return [self._start[run.id] for run in runs]
 
-    def batches(self, model: "nn.Module", step: int, runs: Sequence[RunSpec]) -> list[Batch]:
+    def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[Batch]:
         """Return the micro-batches of update `step`, with rows of similar length together.
 
-        With several processes, neighbouring micro-batches have the same number of rows, one for
-        each process.
+        Of several processes, each takes one of neighbouring micro-batches with as many rows.
         """
         processes, by_run = self._mesh.size, []
         for run in runs:
@@ -129,12 +123,11 @@ class SupervisedFineTuning(OnData):
             rows = processes * min(self._micro_batch_size or size, size // processes)
             examples = self._data[run.id].train(run.seed, step * size, size)
             examples = sorted(examples, key=lambda e: len(e.tokens))
-            parts = [examples[k : k + rows] for k in range(0, size, rows)]
-            own = [
-                collate(part[k : k + len(part) // processes], self._join_rows)
-                for part in parts
-                for k in range(0, len(part), len(part) // processes)
-            ]
+            own = []
+            for part in (examples[k : k + rows] for k in range(0, size, rows)):
+                share = len(part) // processes
+                for k in range(0, len(part), share):
+                    own.append(collate(part[k : k + share], self._join_rows))
             self._n_loss[run.id] = sum(b.n_loss for b in own)
             by_run.append(own)
         return [merge(parts) for parts in zip(*by_run)]
@@ -143,7 +136,7 @@ class SupervisedFineTuning(OnData):
         """Count each run's loss tokens, [N]."""
         return torch.from_numpy(batch.weight_NM.sum(1))
 
-    def loss(self, model: "nn.Module", batch: Batch) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Return the summed NLL in nats of each run, [N]."""
         return nll_sums(model, batch, self._precision)
 
@@ -157,17 +150,17 @@ class SupervisedFineTuning(OnData):
         return self._divergence[run_id].note(loss)
 
     def evaluate(
-        self, model: "nn.Module", runs: Sequence[RunSpec], final: bool
-    ) -> list[Evaluation]:
+        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
+    ) -> list[tuple[Record, int]]:
         """Return each run's held-out NLL and related measures.
 
-        For text also bits per byte; with exact_loss the parts of the NLL; `code_nats`, the summed
-        train NLL of all updates so far, each measured before the update: the length of a
-        prequential code of the training data (Dawid 1984). At the end of training also
-        `test_nll_curve`, the NLL on the rows of the earlier evaluations, so that a learning curve
-        can be read to its end. Validation rows, where there are some, are the rows of the earlier
-        evaluations; test rows are measured at the end only, with the standard error of the gain on
-        them (`gain_se`).
+        During training it is measured on the validation rows, where there are some, else on a part
+        of the test rows; at the end on all test rows. `test_nll_curve`: at the end, the NLL on the
+        rows of the earlier evaluations, so that a learning curve can be read to its end. `gain_se`:
+        with validation rows, the standard error of the gain on the test rows. `test_bpb`: bits per
+        byte, for text. With exact_loss also the parts of the NLL. `code_nats`: the summed train NLL
+        of all updates so far, each measured before the update: the length of a prequential code of
+        the training data (Dawid 1984).
         """
         tests = [self._data[run.id].test for run in runs]
         validations = [self._data[run.id].validation for run in runs]
@@ -176,8 +169,7 @@ class SupervisedFineTuning(OnData):
             for run, v, t in zip(runs, validations, tests)
         ]
         rows = tests if final else firsts
-        found = self._measure(model, rows, [final and bool(v) for v in validations])
-        at_first = found
+        found = at_first = self._measure(model, rows, [final and bool(v) for v in validations])
         if final and (any(validations) or any(len(f) < len(t) for f, t in zip(firsts, tests))):
             at_first = self._measure(model, firsts, [False] * len(firsts))
         for run, test, measures, first in zip(runs, tests, found, at_first):
@@ -192,14 +184,14 @@ class SupervisedFineTuning(OnData):
                 prompts = _prompts(run, test)
                 measures["gain_se"] = gain_se(before, after, _loss_tokens(test), prompts)
             measures["code_nats"] = self._code_nats[run.id]
-        return [Evaluation(m, len(r)) for m, r in zip(found, rows)]
+        return [(measures, len(items)) for measures, items in zip(found, rows)]
 
     def _measure(
-        self, model: "nn.Module", rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
+        self, model: nn.Module, rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
     ) -> list[Record]:
         """Return the NLL of each run on its rows, over true distributions if all have them.
 
-        `by_row`: for which runs the summed NLL of each row, ROWS, is wanted too.
+        `by_row`: for which runs to return the summed NLL of each row, ROWS, too.
         """
         batches, name = [self._batched(r) for r in rows], self.metric.name
         with phase(EVALUATION, more_than_a_row(batches)):
@@ -219,7 +211,7 @@ class SupervisedFineTuning(OnData):
             for k, (own, wanted) in enumerate(zip(rows, by_row, strict=True))
         ]
 
-    def at_end(self, model: "nn.Module", runs: Sequence[RunSpec]) -> list[Record]:
+    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
         """Measure the NLL on rows of the pretraining task, where the data set has some."""
         rows = [self._data[run.id].retain for run in runs]
         some = next(filter(None, rows), None)
@@ -262,9 +254,9 @@ class SupervisedFineTuning(OnData):
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`, and check the data.
 
-        A checkpoint without a fingerprint (an old one) leads to a result without one. One without a
-        code length leads to NaN. One from before divergence rule 2 has no first NLL: the next
-        update's is used, and updates above the old bound are not counted.
+        An old checkpoint without a fingerprint leads to a result without one, one without a code
+        length to NaN. One from before divergence rule 2 has no first NLL: the next update's is
+        used, and updates above the old bound are not counted.
 
         Raises:
             DataError: the run was started on other data.
@@ -299,17 +291,15 @@ def _prompts(run: RunSpec, examples: Sequence[Example]) -> list[int] | None:
 
 
 class FirstLoss(NamedTuple):
-    """The loss of one update's rows under the base."""
+    """The loss of one update's rows under the base: summed NLL, and number of loss tokens."""
 
     nats: float
-    """Summed NLL of the loss tokens."""
     tokens: int
-    """Number of loss tokens."""
 
 
 @torch.no_grad()
 def first_pass(
-    spec: RunSpec, base: "Base", data: Data, micro_batch_size: int | None = None
+    spec: RunSpec, base: Base, data: Data, micro_batch_size: int | None = None
 ) -> list[FirstLoss]:
     """Return the loss of every batch of a supervised run under the base, before any update."""
     objective = SupervisedFineTuning({spec.id: data}, spec.precision, micro_batch_size)

@@ -13,7 +13,7 @@ from lorasweep.errors import ModelError, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked.modules import Factors
-from lorasweep.methods.stacked.peft_export import save_peft
+from lorasweep.methods.stacked.peft_export import in_peft_layout, save_peft
 from lorasweep.models import load as models
 from lorasweep.models.forward import autocast, hold_in_bf16
 from lorasweep.models.load import empty_model
@@ -116,32 +116,6 @@ def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer, o
         assert torch.equal(model(input_ids=tokens).logits, start)
 
 
-def in_peft_layout(state, rank):
-    """Factors of gate and up as one pair of twice the rank: A one above the other, B block-diagonal.
-
-    PEFT holds A as (expert, rank) rows and B as (rank, expert) columns, the expert fastest.
-    """
-    n = SHAPE.n_experts
-    found = {}
-    for experts in sorted({k.rsplit(".", 2)[0] for k in state}):
-        a, b = (
-            {
-                p: state[f"{experts}.{p}_proj.{w}"].unflatten(0, (n, -1))
-                for p in ("gate", "up", "down")
-            }
-            for w in "AB"
-        )
-        both = torch.zeros(n, 2 * SHAPE.mlp_size, 2 * rank, dtype=torch.float64)
-        both[:, : SHAPE.mlp_size, :rank], both[:, SHAPE.mlp_size :, rank:] = b["gate"], b["up"]
-        for where, one, other in (
-            (f"{experts}.base_layer", torch.cat([a["gate"], a["up"]], 1), both),
-            (experts, a["down"], b["down"]),
-        ):
-            found[f"{where}.lora_A"] = one.flatten(0, 1)
-            found[f"{where}.lora_B"] = other.permute(1, 2, 0).flatten(1)
-    return found
-
-
 def peft_model(method, weights):
     from peft import LoraConfig, get_peft_model
 
@@ -163,7 +137,7 @@ def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, ot
     """PEFT's one pair for gate and up may mix them; where its B is block-diagonal, and stays so, it
     is our two. Loss, gradients and one AdamW step, in float64."""
     method = LoRA(rank=4, layers="mlp", expert_alpha=6.0)
-    rank, model, reference = 2, moe(), peft_model(method, other_weights)
+    model, reference = moe(), peft_model(method, other_weights)
     trainables = attached([method], model)
     ours = trainables.parameters()
     theirs = {
@@ -173,10 +147,11 @@ def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, ot
     }
 
     def state(what):
-        return in_peft_layout({trainables.part_of(n)[0]: what(p) for n, p in ours.items()}, rank)
+        tensors = {trainables.part_of(n)[0]: what(p)[0] for n, p in ours.items()}
+        return in_peft_layout(tensors, SHAPE.n_experts)[0]
 
     with torch.no_grad():
-        start = state(lambda p: p.detach()[0])
+        start = state(torch.detach)
         assert start.keys() == theirs.keys()
         for name, p in theirs.items():
             p.copy_(start[name])
@@ -186,16 +161,16 @@ def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, ot
         losses.append(m(input_ids=tokens, labels=tokens).loss)
         losses[-1].backward()
     assert apart(*losses) < ROUNDING[1]
-    gradients, ones = state(lambda p: p.grad[0]), state(lambda p: torch.ones_like(p)[0])
+    gradients, ones = state(lambda p: p.grad), state(torch.ones_like)
     for name, p in theirs.items():
         p.grad *= ones[name]  # keep gate and up apart
         assert float(p.grad.abs().max()) > 0
         assert apart(p.grad, gradients[name]) < ROUNDING[1], name
     spec = tiny_spec(method=method, lr=1e-2, eps=EPS)
-    optimizer = AdamW.start(trainables, [spec])
+    optimizer = AdamW(trainables, [spec])
     optimizer.step(0, optimizer.grad_norms())
     torch.optim.AdamW(theirs.values(), lr=1e-2, betas=(0.9, 0.95), eps=EPS, weight_decay=0).step()
-    after = state(lambda p: p.detach()[0])
+    after = state(torch.detach)
     for name, p in theirs.items():
         assert apart(p, after[name]) < ROUNDING[1], name
 
@@ -203,12 +178,12 @@ def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, ot
 @pytest.mark.parametrize(
     ("method", "experts"),
     [
-        (LoRA(rank=8), 6_488_064),  # the study's text: rank / active experts
         (LoRA(rank=8, expert_rank="whole"), 51_904_512),
         (LoRA(rank=8, expert_rank="whole", expert_outer="shared"), 14_450_688),  # Tinker's table
     ],
 )
 def test_published_counts_of_qwen3_30b(method, experts):
+    """By other readings of the rank than the study's: tests/unit/spec/test_run.py."""
     from lorasweep.config.compose import shipped_model
 
     model = shipped_model("qwen3-30b-a3b-base")

@@ -1,5 +1,5 @@
-"""LoRA and full fine-tuning: LoRA against PEFT in float64 at every update, the start of each method,
-LoRA's further fields, and the measures of weights."""
+"""LoRA against PEFT and full fine-tuning against torch, in float64 at every update; the start of each
+method; LoRA's further fields."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.spec.run import validate
 from lorasweep.train.objectives.nll import evaluate, nll_sums
 from lorasweep.train.optim import AdamW
-from tests.training import EPS, ROUNDING, apart, attached, results, small_world
+from tests.training import EPS, ROUNDING, apart, attached, results, run, small_world
 from tests.world import tiny_spec
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
@@ -51,7 +51,7 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world, other_weight
         name = "base_model.model.{}.lora_{}.default.weight".format
         pair = {n: name(p[:-2], p[-1]) for n, p in parts.items()}
         assert set(pair.values()) == set(theirs)
-        optimizer = AdamW.start(trainables, [spec])
+        optimizer = AdamW(trainables, [spec])
         settings = {"lr": spec.lr, "betas": (0.9, 0.95), "eps": EPS, "weight_decay": 0.1}
         torch_optimizer = torch.optim.AdamW(theirs.values(), **settings)
         for step in range(spec.steps):
@@ -76,6 +76,35 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world, other_weight
         trainables.detach()
 
 
+@pytest.mark.numerics
+def test_full_fine_tuning_equals_torch_over_a_whole_run(world, other_weights):
+    """Against a plain loop of transformers' forward and torch.optim.AdamW."""
+    spec, base, dataset = world
+    spec = dataclasses.replace(spec, method=FullFT(), lr=2e-3, weight_decay=0.1, clip_norm=0.5)
+    reference = copy.deepcopy(other_weights(base).model).requires_grad_(True)
+    optimizer = torch.optim.AdamW(
+        reference.parameters(), lr=spec.lr, betas=(0.9, 0.95), eps=EPS, weight_decay=0.1
+    )
+    states, records = run([spec], base, dataset)
+    clipped = []
+    for step in range(spec.steps):
+        rows = dataset.train(spec.seed, step * spec.batch_size, spec.batch_size)
+        tokens = torch.tensor(np.stack([e.tokens for e in rows]).astype(np.int64))
+        bears = torch.tensor(np.stack([e.loss for e in rows]))[:, 1:]
+        logits = reference(input_ids=tokens).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits[bears], tokens[:, 1:][bears])
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        clipped.append(float(norm) > 0.5)
+        optimizer.step()
+        found = records[spec.id][step]["train_nll"]
+        assert float(loss.detach()) == pytest.approx(found, rel=ROUNDING[10])
+    assert any(clipped)
+    for name, p in reference.named_parameters():
+        assert apart(p, states[spec.id]["tensors"][f"param/{name}"]) < ROUNDING[10], name
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -95,7 +124,7 @@ def test_a_method_starts_as_the_base_and_trains_all_that_it_counts(world, method
         assert evaluate(base.model, batches, "fp64") == before
         params = trainables.parameters()
         assert sum(p.numel() for p in params.values()) == method.n_trainable(spec.model)
-        optimizer = AdamW.start(trainables, [dataclasses.replace(spec, method=method)])
+        optimizer = AdamW(trainables, [dataclasses.replace(spec, method=method)])
         for step in range(2):
             if step == 1:
                 optimizer.step(0, optimizer.grad_norms())

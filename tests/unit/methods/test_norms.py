@@ -61,7 +61,7 @@ def test_adapters_equal_a_decomposition(world, copies, ranks):
     pack = [dataclasses.replace(world[0], method=m) for m in methods]
     norms, after_norms = trainables.norms(), copies.total()
     spectra, after_spectra = trainables.spectra(), copies.total()
-    squares, after_squares = AdamW.start(trainables, pack).grad_squares(), copies.total()
+    squares, after_squares = AdamW(trainables, pack).grad_squares(), copies.total()
     assert (after_norms, after_spectra, after_squares) == (1, 2, 3), copies
     for name, p in trainables.parameters().items():
         short, runs = trainables.part_of(name)

@@ -46,8 +46,10 @@ def test_rows_harder_than_the_held_out_ones_are_no_divergence_but_a_far_too_high
 
     state, result, losses, middle = trained()
     assert result["divergence_rule"] == 2
-    if rate == 3.0:
-        assert state == "diverged" and min(losses[-8:]) > 1.5 * losses[0] and len(losses) < 14
+    if rate == 3.0:  # at the first update with eight losses in a row above the bound
+        above = [loss > 1.5 * max(losses[0], result["nll_start"]) for loss in losses]
+        full = [step for step in range(8, len(above) + 1) if all(above[step - 8 : step])]
+        assert state == "diverged" and full == [len(losses)] and len(losses) < 14
     else:
         assert state == "done" and result["steps_done"] == spec.steps
         assert min(losses[:9]) > 1.5 * result["nll_start"]  # the first nine: once called diverged

@@ -15,7 +15,6 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.streams import stream
 from lorasweep.train.loop import train
-from lorasweep.train.objectives.base import Evaluation
 from tests.training import ROUNDING, Trained, results, small_world
 
 PROMPT, GOOD, DRAWS = (1, 2, 3, 4), 16, 32
@@ -75,7 +74,7 @@ class DrawTheGoodSymbol:
         return False
 
     def evaluate(self, model, runs, final):
-        return [Evaluation({"reward": r}, 1) for r in self.measured(model, len(runs))]
+        return [({"reward": r}, 1) for r in self.measured(model, len(runs))]
 
     def at_end(self, model, runs):
         return [{} for _ in runs]

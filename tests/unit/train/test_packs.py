@@ -1,7 +1,9 @@
-"""A pack is its runs alone, to rounding: step by step, over ten updates, and with data sets of
-different rows, lengths, numbers and steps. On another family: tests/unit/methods/test_experts.py."""
+"""A pack is its runs alone, to rounding: step by step, over ten updates, beside a run that diverges, and
+with data sets of different rows, lengths, numbers and steps; micro-batches change nothing. On another
+family: tests/unit/methods/test_experts.py."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -114,6 +116,44 @@ def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
         rest, _ = run(some, weights, rows, resume={s.id: middle[s.id] for s in some})
         for one in some:
             assert worst(rest[one.id], together[one.id]) < ROUNDING[10]
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("method", [LoRA(rank=4), FullFT()])
+def test_micro_batches_change_nothing(world, method, norms_in_float64, other_weights):
+    spec, base, rows = world
+    spec = dataclasses.replace(spec, method=method, lr=1e-3, steps=6, batch_size=4)
+    whole, _ = run([spec], base, rows)
+    for micro in (1, 3):
+        parts, _ = run([spec], other_weights(base), rows, micro_batch_size=micro)
+        assert worst(whole[spec.id], parts[spec.id]) < ROUNDING[10], micro
+
+
+def test_a_diverging_run_leaves_and_disturbs_no_other(world, norms_in_float64):
+    spec, base, rows = world
+    steady, wild = (dataclasses.replace(spec, lr=lr, steps=10) for lr in (1e-3, 3.0))
+    found = Trained(finetune([wild, steady], base, rows))
+    assert [found.ends[s.id] for s in (wild, steady)] == ["diverged", "done"]
+    assert len(found.records[wild.id]) < len(found.records[steady.id]) == 10
+    for weights in (base, moved(base)):
+        alone, _ = run([steady], weights, rows)
+        assert worst(alone[steady.id], found.states[steady.id]) < ROUNDING[10]
+
+
+@pytest.mark.slow
+def test_in_float32_packing_is_far_within_the_noise_between_seeds():
+    """Sixteen runs of four ranks and four seeds: the first losses agree to rounding, the final
+    held-out loss to a twentieth of the noise between seeds."""
+    spec, base, rows = small_world(lr=3e-3, steps=10, precision="fp32", eps=1e-8)
+    settings = itertools.product((1, 4, 8, 16), range(4))
+    pack = [dataclasses.replace(spec, method=LoRA(rank=r), seed=s) for r, s in settings]
+    _, together = run(pack, base, rows)
+    noise = np.std([together[one.id][-1]["test_nll"] for one in pack[4:8]], ddof=1)
+    for one in (pack[5], pack[-1]):
+        ours, theirs = together[one.id], run([one], base, rows)[1][one.id]
+        for a, b in zip(ours[:5], theirs[:5]):
+            assert a["train_nll"] == pytest.approx(b["train_nll"], abs=1e-5)
+        assert abs(ours[-1]["test_nll"] - theirs[-1]["test_nll"]) < noise / 20
 
 
 # ---------------------------------------------------------------- data sets of their own

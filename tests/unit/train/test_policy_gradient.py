@@ -191,15 +191,18 @@ def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
         assert best == pytest.approx(wanted, rel=ROUNDING[10])
 
 
-@pytest.mark.parametrize("name", ["bandit", "words"])
-def test_a_resumed_run_ends_in_the_same_bits(worlds, name):
+@pytest.mark.parametrize("name, method", [("bandit", FullFT()), ("words", LoRA(rank=4))])
+def test_a_resumed_run_ends_in_the_same_bits(worlds, name, method):
+    """And in the same state of the objective: counts, best reward, learning curve."""
     spec, base, loaded = worlds[name]
+    spec = dataclasses.replace(spec, method=method, lr=1e-3)
     found = Trained(finetune([spec], base, loaded), at=(3,))
     whole, records, middle = found.states, found.records, found.at[3]
     middle[spec.id]["meta"] = json.loads(json.dumps(middle[spec.id]["meta"]))
     rest, again = run([spec], base, loaded, resume=middle)
     for key, tensor in whole[spec.id]["tensors"].items():
         assert torch.equal(tensor, rest[spec.id]["tensors"][key]), key
+    assert rest[spec.id]["meta"] == whole[spec.id]["meta"]
     for key in ("reward", "test_reward", "surrogate"):
         assert [r.get(key) for r in again[spec.id]] == [r.get(key) for r in records[spec.id][3:]]
     other = dataclasses.replace(loaded, sha256="other")
