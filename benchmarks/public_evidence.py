@@ -81,13 +81,11 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
         "top": top,
         "n_largest": n_largest,
         "n_bounded": sum("bounded_by_divergence" in r["flags"] for r in alone),
-        "fits": harness.table(
-            [
-                ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
-                ["each curve alone", *counts(alone)],
-                ["ranks of a model share their curvature (`--share`)", *counts(shared)],
-            ]
-        ),
+        "fits": [
+            ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
+            ["each curve alone", *counts(alone)],
+            ["ranks of a model share their curvature (`--share`)", *counts(shared)],
+        ],
         "arms": sorted(table["method"].unique()),
         "unknown": "; ".join(f"r{k} {sum(v)} of {len(v)}" for k, v in unknown.items()),
         "n_repeats": len(repeats),
@@ -124,7 +122,7 @@ def _drift(sweep: reading.Reading) -> dict[str, Any]:
     return {
         "moves": _moves(rows, 1),
         "moves_high": _moves(rows, MIN_RANK),
-        "slopes": harness.table([head, *slopes]) if known else "",
+        "slopes": [head, *slopes] if known else [],
         "pooled": pooled,
     }
 
@@ -169,7 +167,7 @@ def _law(sweep: reading.Reading) -> dict[str, Any]:
                 f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}"
                 for c in sorted(costs, key=lambda c: -c["percent"])[:3]
             ),
-            "table": harness.table(rows),
+            "rows": rows,
             "without": len(law["models_without_hidden_size"]),
         },
     }
@@ -201,7 +199,7 @@ def _rl(path: Path) -> dict[str, Any]:
     )
     outside = max(ends, default=0.0) < 10
     return {
-        "table": harness.table(rows),
+        "rows": rows,
         "highest": number(max(ends)) if ends else "",
         "excluded": f"10 {'lies outside' if outside else 'is not excluded by'} all of them.",
         "late": int(((best >= 0.8 * best.max()) & (final < 0.1)).sum()),

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
+from analysis.report.text import Rows
 from benchmarks.harness import RESULTS, render
-from benchmarks.harness import table as markdown_table
 from lorasweep.config.folders import conf_dir
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -317,12 +317,12 @@ def page() -> str:
         units=UNITS,
         summaries={figure: _summary(figure) for figure in TOLERANCE},
         all_rows={figure: _rows(figure) for figure in TOLERANCE},
-        not_covered=markdown_table([["why", "figure", "rows"], *reasons]),
+        not_covered=[["why", "figure", "rows"], *reasons],
         sources=_table()["sources"],
     )
 
 
-def _summary(figure: str) -> str:
+def _summary(figure: str) -> tuple[str, Rows]:
     found, limit = _covered(figure), f"{TOLERANCE[figure]:.0%}"
     errors = [abs(c.error) for c in found if c.error is not None]
     within = sum(c.within for c in found)
@@ -334,11 +334,12 @@ def _summary(figure: str) -> str:
         signed = [c.error for c in own if c.error is not None]
         ends = (f"{v:+.0%}" for v in (statistics.median(signed), min(signed), max(signed)))
         rows.append([source, str(len(own)), str(sum(c.within for c in own)), *ends])
-    return (
+    text = (
         f"{within} of {len(found)} covered rows ({within / len(found):.0%}) of {len(by_source)} "
         f"sources are within {limit}; median error {statistics.median(errors):.0%}, nine "
-        f"in ten within {nine_in_ten(figure):.0%}.\n\n{markdown_table(rows)}"
+        f"in ten within {nine_in_ten(figure):.0%}."
     )
+    return text, rows
 
 
 def nine_in_ten(figure: str) -> float:
@@ -351,7 +352,7 @@ def _covered(figure: str) -> list[Comparison]:
     return [c for c in comparisons() if c.figure == figure and c.predicted is not None]
 
 
-def _rows(figure: str) -> str:
+def _rows(figure: str) -> Rows:
     rows = [["source", "run", "published", "plan", "error"]]
     for c in _covered(figure):
         r = c.row
@@ -359,7 +360,7 @@ def _rows(figure: str) -> str:
         error = f"{c.error:+.0%}{'' if c.within else ' **fails**'}"
         values = [f"{c.published:,.4g}", f"{c.predicted:,.4g}", error]
         rows.append([r.source, f"{run}, checkpointing {r.checkpointing}", *values])
-    return markdown_table(rows)
+    return rows
 
 
 def main(arguments: Sequence[str] = ()) -> None:

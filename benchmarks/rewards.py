@@ -29,9 +29,9 @@ import torch
 from analysis.inference.estimate import number
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
-from analysis.report.text import text_hash
+from analysis.report.text import Rows, text_hash
 from benchmarks import harness, trl_baseline
-from benchmarks.harness import FIGURES, Figures, Log, render, table
+from benchmarks.harness import FIGURES, Figures, Log, render
 from lorasweep.config.compose import compose_request
 from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
@@ -256,22 +256,20 @@ def page(content: dict[str, Any]) -> str:
         n_compared=len(compared),
         errors=ERRORS,
         found=found,
-        updates=table([head, *rows]),
+        updates=[head, *rows],
         seconds=seconds,
         flips=flips(content.get("flips", [])),
     )
 
 
-def flips(cases: list[dict[str, Any]]) -> str:
-    """Render how many rollouts differ in a pack; empty if it was not measured."""
-    if not cases:
-        return ""
+def flips(cases: list[dict[str, Any]]) -> Rows:
+    """Return how many rollouts differ in a pack, after the head; empty if it was not measured."""
     head = "runs|in a pack of|rollouts|tokens|rollouts that differ|of a million tokens"
     rows = [head.split("|")]
     for c in cases:
         counts = [f"{c[k]:,}" for k in ("members", "answers", "tokens", "differing")]
         rows.append([c["case"], *counts, number(1e6 * c["differing"] / c["tokens"], 2)])
-    return table(rows)
+    return rows if cases else []
 
 
 def write() -> None:

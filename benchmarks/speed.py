@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from analysis.inference.estimate import number
-from analysis.report.text import markdown, text_hash
+from analysis.report.text import Rows, markdown, text_hash, with_block
 from benchmarks import grids, harness, memory, overhead, plots, steps
-from benchmarks.harness import FIGURES, ROOT, Figures, Log, render, with_block
+from benchmarks.harness import FIGURES, ROOT, Figures, Log, render
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
 from lorasweep.tracking import provenance
@@ -140,11 +140,8 @@ def answer_table(found: dict[str, Any] | None) -> list[str]:
     return ["", *markdown([[*head.split("|"), *plain], row]), "", note]
 
 
-def steps_table(bench: Bench) -> list[str]:
-    """Render the Markdown table of step times: milliseconds per step and run.
-
-    By batch and pack size, with LoRA's time relative to full fine-tuning's.
-    """
+def _steps(bench: Bench) -> Rows:
+    """Return milliseconds per step and run by batch and pack size, and LoRA / full fine-tuning."""
     rows = bench["parts"]["steps"]["steps"]
     sizes = sorted({r["pack"] for r in rows})
     packs = [f"LoRA r16, {n} in a pack" for n in sizes]
@@ -157,22 +154,22 @@ def steps_table(bench: Bench) -> list[str]:
         shares = (share["n1"], share["best"], ratios[model]["formula"])
         cells = [ms.get(("lora", n), "-") for n in sizes]
         out.append([f"{model}, {batch}", ms["fullft", 1], *cells, *(f"{v:.2f}" for v in shares)])
-    return markdown(out)
+    return out
 
 
-def _parts(bench: Bench) -> list[str]:
-    """Render a baseline's time, divided into start-up and steps."""
+def _parts(bench: Bench) -> Rows:
+    """Return a baseline's time, divided into start-up and steps."""
     out = [["grid, arm", "start and load", "updates", "held-out loss"]]
     for g in _all_grids(bench):
         for kind, name in (("process_per_run", "TRL, a process"), ("warm_peft", "PEFT loop, warm")):
             for a in g[kind]:
                 seconds = [f"{a[k]:.1f} s" for k in ("start_s", "train_s", "eval_s")]
                 out.append([f"{g['what']}: {a['arm']}, {name}", *seconds])
-    return markdown(out)
+    return out
 
 
-def _memory(bench: Bench) -> list[str]:
-    """Render the peak memory of LoRA and full fine-tuning."""
+def _memory(bench: Bench) -> Rows:
+    """Return the peak memory of LoRA and full fine-tuning."""
     head = "model, batch|FullFT|LoRA r16|idle|LoRA / FullFT, without idle|planned FullFT, LoRA"
     out = [head.split("|")]
     cases = {
@@ -188,19 +185,20 @@ def _memory(bench: Bench) -> list[str]:
         out.append(
             [f"{model}, {batch} ({full['precision']})", *peaks, share, f"{whole}, {adapters}"]
         )
-    return markdown(out)
+    return out
 
 
 def page(bench: Bench) -> str:
     """Render the whole page."""
-    tables = {
-        "grids": summary(bench),
-        "baselines": _parts(bench),
-        "steps": steps_table(bench),
-        "memory": _memory(bench),
-    }
-    lines = {name: "\n".join(rows) for name, rows in tables.items()}
-    return render("speed", **{**bench, **lines}, profile=bench["parts"]["steps"]["profile"])
+    return render(
+        "speed",
+        **bench,
+        grids="\n".join(summary(bench)),
+        baselines=_parts(bench),
+        steps=_steps(bench),
+        memory=_memory(bench),
+        profile=bench["parts"]["steps"]["profile"],
+    )
 
 
 def write() -> None:

@@ -12,10 +12,10 @@ from analysis.inference.gates import Gate, GateCode
 from analysis.inference.spread import Spread
 
 N_DRAWS = 4000
+PROBABILITIES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
+"""Of the quantiles that are taken as equally likely draws."""
 LEVEL = 0.95
 """Default level of an interval; sweeps with more than one round use a higher one."""
-
-
 AT_LEAST = "at_least"
 """Flag: the estimate is of a lower bound of the measured quantity."""
 
@@ -96,8 +96,6 @@ def exactly(value: float, n: int = 1) -> Estimate:
 
 BETTER = "it is on the better side"
 """End of the reason of a refutation by a result that is better than claimed."""
-
-
 EXPLORATORY, WITHDRAWN = "exploratory", "WITHDRAWN"
 """Marks of a verdict that does not confirm, and of one that does not count."""
 

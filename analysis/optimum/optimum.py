@@ -25,8 +25,6 @@ class Optimum:
     lowest: float | None
     """Mean NLL at the best rate tried."""
     flags: tuple[str, ...]
-    check_lr: float | None = None
-    """Minimum of a cubic fitted to the five rates around the best; only a check."""
     pooled: Pooled | None = None
     open_side: int = 0
     """1: the optimum may lie above the rates tried; -1: below; 0: inside, or possibly on either

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.estimate import number
-from analysis.report.text import markdown, text_hash
+from analysis.report.text import markdown, text_hash, with_block
 from benchmarks import plots
 from benchmarks.calibration import designs
 from benchmarks.calibration.generators import HELD_OUT, INSIDE, MARGIN
-from benchmarks.harness import RESULTS, ROOT, render, table, with_block
+from benchmarks.harness import RESULTS, ROOT, render
 
 FOLDER = RESULTS / "calibration"
 FINE = 2.0
@@ -94,18 +94,6 @@ def _met(met: bool) -> str:
 def page(study: Study) -> str:
     """Render the page."""
     tried = study.get("designs", [])
-    flags = study["flags"]
-    sections = {
-        "targets": targets(study),
-        "families": _family_rows(study),
-        "designs": _design_rows(study),
-        "verdicts": _verdict_rows(study),
-        "flags": [
-            ["family", "optimum", "flag right", "value or bound holds"],
-            *([r["family"], r["where"], *map(_percent, (r["right"], r["holds"]))] for r in flags),
-        ],
-        "sharing": _sharing_rows(study),
-    }
     return render(
         "calibration",
         n_coverage=sum(r["cases"] for r in study["coverage"]),
@@ -120,7 +108,18 @@ def page(study: Study) -> str:
         intervals=tried,
         interval_families=", ".join(dict.fromkeys(r["family"] for r in tried)),
         interval_tables=designs.tables(tried),
-        **{name: table(rows) for name, rows in sections.items()},
+        targets=targets(study),
+        families=_family_rows(study),
+        designs=_design_rows(study),
+        verdicts=_verdict_rows(study),
+        flags=[
+            ["family", "optimum", "flag right", "value or bound holds"],
+            *(
+                [r["family"], r["where"], _percent(r["right"]), _percent(r["holds"])]
+                for r in study["flags"]
+            ),
+        ],
+        sharing=_sharing_rows(study),
     )
 
 

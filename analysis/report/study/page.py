@@ -35,8 +35,6 @@ from analysis.runs.lr_curves import in_words
 from analysis.runs.table import read as read_table
 
 REGRET, FOREST, RATES, SPEED = "regret.png", "forest.png", "rates.png", "speed.png"
-BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
-"""Markers of the findings on the project's front page."""
 RATES_HEAD = (
     "base, data, batch, updates",
     "method",
@@ -147,7 +145,7 @@ def readme(text: str, kept: Path) -> str:
     """Return the project's README with its three findings rendered again from kept results."""
     known = by_subject(read_answers([kept]))
     headlines = [known[subject] for subject in HEADLINES if subject in known]
-    return with_block(text, BEGIN, END, [f"{k}. {line}" for k, line in enumerate(headlines, 1)])
+    return with_block(text, "answers", [f"{k}. {line}" for k, line in enumerate(headlines, 1)])
 
 
 # ---------------------------------------------------------------- tables
