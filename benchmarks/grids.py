@@ -178,16 +178,6 @@ def lora_grid(
 # ---------------------------------------------------------------- from nothing to an answer
 
 
-def plain_grid_s(curves: Sequence[Figures], runs: float) -> float:
-    """Return the wall seconds of a plain grid, one process a run, one after the other.
-
-    Args:
-        curves: start_s and run_s of a process of each curve.
-        runs: of one curve.
-    """
-    return sum(runs * (c["start_s"] + c["run_s"]) for c in curves)
-
-
 def time_answer(scale: str, values: dict[str, Any], log: Log) -> Figures:
     """Time the command and the processes, and divide the plain grids' seconds by the command's.
 
@@ -228,13 +218,14 @@ def run_answer(scale: str, home: Path) -> tuple[Figures, list[Point]]:
 
 
 def versus(wall_s: float, curves: Sequence[Figures]) -> Figures:
-    """Compare an answer's seconds with those of both plain grids.
+    """Compare an answer's seconds with both plain grids, whose processes run one after the other.
 
     Args:
         wall_s: of the answer.
-        curves: see `plain_grid_s`.
+        curves: start_s and run_s of a process of each curve.
     """
-    plain_s, same_s = (plain_grid_s(curves, runs) for runs in (PLAIN_RUNS, SAME_INTERVAL_RUNS))
+    seconds = [c["start_s"] + c["run_s"] for c in curves]
+    plain_s, same_s = (runs * sum(seconds) for runs in (PLAIN_RUNS, SAME_INTERVAL_RUNS))
     return {
         "processes": list(curves),
         "plain_runs": PLAIN_RUNS,

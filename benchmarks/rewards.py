@@ -66,13 +66,6 @@ Drawn = list[np.ndarray]
 """Tokens of every rollout."""
 
 
-def middle_run(seed: int) -> RunSpec:
-    """Return full fine-tuning at the middle learning rate of `rl` at scale tiny."""
-    points = compose_request(["+sweep=rl", "scale=tiny"]).points
-    full = sorted((p.spec for p in points if p.arm == "fullft"), key=lambda s: s.lr)
-    return dataclasses.replace(full[len(full) // 2], seed=seed, steps=UPDATES)
-
-
 def learning_curve(spec: RunSpec, base: Base, data: Data) -> Curve:
     """Train a run and return its held-out reward after each evaluated update."""
     results = [r for event in finetune([spec], base, data) for r in event.ended.values()]
@@ -111,7 +104,10 @@ def compared(one: Sequence[Curve], other: Sequence[Curve]) -> list[dict[str, Any
 def measure_curves(log: Log) -> Figures:
     """Train both sides, one run after the other, and compare them."""
     torch.set_num_threads(1)
-    spec, folder = middle_run(SEEDS[0]), tempfile.TemporaryDirectory()
+    points = compose_request(["+sweep=rl", "scale=tiny"]).points
+    full = sorted((p.spec for p in points if p.arm == "fullft"), key=lambda s: s.lr)
+    spec = dataclasses.replace(full[len(full) // 2], seed=SEEDS[0], steps=UPDATES)
+    folder = tempfile.TemporaryDirectory()
     data = load_data(spec.dataset, [])
     base = load_model(spec.model, ["models"], spec.precision)
     weights = {k: v.clone() for k, v in base.model.state_dict().items()}
@@ -152,13 +148,6 @@ def differing(one: Drawn, other: Drawn) -> int:
     return sum(a.tolist() != b.tolist() for a, b in zip(one, other, strict=True))
 
 
-def first_run(sweep: str, rank: int) -> RunSpec:
-    """Return the first run of a rank in a sweep."""
-    points = compose_request([f"+sweep={sweep}", "scale=tiny"]).points
-    rewarded = (p.spec for p in points if p.spec.objective == "policy_gradient")
-    return next(s for s in rewarded if getattr(s.method, "rank", None) == rank)
-
-
 def drawn_by(seeds: Sequence[int], spec: RunSpec, base: Base, data: Data) -> list[Drawn]:
     """Draw rollouts of some runs of a pack together; return each run's, which its seed names."""
     methods = [LoRA(rank=spec.method.rank)] * RUNS  # type: ignore[attr-defined]
@@ -187,8 +176,10 @@ def measure_flips(log: Log) -> list[Figures]:
     """Draw the rollouts of each case together, and run by run, and compare."""
     torch.set_num_threads(1)
     rows = []
-    for name, case in CASES.items():
-        spec = first_run(*case)
+    for name, (sweep, rank) in CASES.items():
+        points = compose_request([f"+sweep={sweep}", "scale=tiny"]).points
+        rewarded = (p.spec for p in points if p.spec.objective == "policy_gradient")
+        spec = next(s for s in rewarded if getattr(s.method, "rank", None) == rank)
         data, base = load_data(spec.dataset, []), load_model(spec.model, ["models"], "fp32")
         together = drawn_by(range(RUNS), spec, base, data)
         alone = [drawn_by([s], spec, base, data)[0] for s in range(RUNS)]

@@ -31,9 +31,7 @@ class CodeLength:
     prequential: Estimate
 
 
-def of_all(
-    base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float
-) -> CodeLength:
+def of_all(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float) -> CodeLength:
     """Return the code length of all rows, under the base model and online during training.
 
     Rows are in random order, so under the base model further rows cost as much as those measured,
