@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Figures, Log, command
@@ -43,14 +43,6 @@ curves with the noise of `tiny` it is narrower than that of the sweep's own desi
 (analysis/results/calibration, "Runs for an interval")."""
 SAMPLES = 3
 """Timed processes of each curve of the plain grid."""
-
-
-class Grid(NamedTuple):
-    """16 LoRA runs of one rank."""
-
-    scale: str
-    batch_size: int
-    steps: int
 
 
 def baseline(
@@ -136,13 +128,18 @@ def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> Figures:
 
 
 def lora_grid(
-    grid: Grid, values: dict[str, Any], start_s: float, peak: float, log: Log
-) -> dict[str, Any]:
-    """Plan and train a grid from an empty store.
+    scale: str,
+    batch_size: int,
+    steps: int,
+    values: dict[str, Any],
+    start_s: float,
+    peak: float,
+    log: Log,
+) -> Figures:
+    """Plan and train 16 LoRA runs of one rank from an empty store.
 
     `start_s`, the start time of a command, is added, because this calls functions directly.
     """
-    scale, batch_size, steps = grid
     overrides = [*LORA_GRID, *at(scale), f"batch_size={batch_size}", f"steps={steps}"]
     with tempfile.TemporaryDirectory() as folder:
         exec_ = Exec(**{**values, "runs_dir": f"{folder}/runs"})

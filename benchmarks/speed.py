@@ -69,8 +69,10 @@ def whole_grids(scale: str, values: dict[str, Any], log: Log) -> Figures:
     part: Figures = {"gemm_peak": peak, "precision": spec.precision}
     if scale == "tiny":
         part["sweep"] = grids.whole_sweep(values, peak, log)
-    wanted = [grids.Grid(scale, batch, updates) for batch, updates in GRIDS[scale]]
-    part["grids"] = [grids.lora_grid(grid, values, start_s, peak, log) for grid in wanted]
+    part["grids"] = [
+        grids.lora_grid(scale, batch, updates, values, start_s, peak, log)
+        for batch, updates in GRIDS[scale]
+    ]
     return part
 
 
