@@ -17,7 +17,7 @@ from analysis.inference.estimate import Estimate, Verdict
 from analysis.optimum.optimum import Optimum
 from analysis.report.text import plain, rendered
 from analysis.runs.learning_curves import learning_curves
-from analysis.runs.table import CURVE_KEYS
+from analysis.runs.lr_curves import runs_of
 
 _FIT_POINTS = 80
 _DETAILS = (
@@ -51,11 +51,11 @@ def write(
         run: list(zip(c["step"].tolist(), c["test_nll"].tolist()))
         for run, c in learned.groupby("run")
     }
-    where = {_key(o.curve.key): k for k, o in enumerate(optima)}
+    where = {run: k for k, o in enumerate(optima) for run in runs_of(table, o.curve).index}
     used = [{round(float(v), 9) for v in o.curve.x[o.curve.usable]} for o in optima]
     runs = []
     for run, row in zip(table.index, table.to_dict("records")):
-        curve = where.get(_key({k: row[k] for k in CURVE_KEYS if k in row}))
+        curve = where.get(run)
         sign = 1 if curve is None else optima[curve].curve.shown.sign
         nll, is_used = plain(row.get("test_nll")), False
         if curve is not None and row["status"] == "done":
@@ -101,10 +101,6 @@ def write(
     )
     page = rendered("report.html", data=data, style=style, code=code, library=library)
     path.write_text(page)
-
-
-def _key(key: dict[str, Any]) -> tuple:
-    return tuple(sorted((k, "" if v is None or v != v else str(v)) for k, v in key.items()))
 
 
 def _curve(o: Optimum, within: float) -> dict[str, Any]:

@@ -149,10 +149,8 @@ class Row:
     marks: dict[Setting, list[Mark]]
 
 
-def claim_rows(
-    answers: Sequence[Answer], over_bases: Sequence[Pooled], whose: str = "study"
-) -> list[Row]:
-    """Return a row per claim of one source that has a measured value, in the study's order.
+def claim_rows(answers: Sequence[Answer], over_bases: Sequence[Pooled]) -> list[Row]:
+    """Return a row per claim of the study that has a measured value, in the study's order.
 
     Claims with the same sentence share a row, whichever question they belong to. Withdrawn answers
     are left out.
@@ -170,7 +168,7 @@ def claim_rows(
     for a in answers:
         for v in a.single:
             known = v.estimate.value is not None and not v.is_withdrawn
-            if known and (a.word(v.claim, "whose") or "ours") == whose:
+            if known and a.word(v.claim, "whose") == "study":
                 add(a, v, v.estimate, v.outcome)
     for pool in over_bases:
         a, v = pool.one
