@@ -37,8 +37,8 @@ class Estimate:
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON, without the draws and the spread."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("draws", "spread")]
-        return {**{n: getattr(self, n) for n in names}, "flags": list(self.flags)}
+        values = {k: v for k, v in vars(self).items() if k not in ("draws", "spread")}
+        return {**values, "flags": list(self.flags)}
 
     def has_interval(self) -> bool:
         """Return whether both ends are known."""
@@ -144,10 +144,8 @@ class Verdict:
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON, without the missing units."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["missing"]
         return {
-            **values,
+            **{k: v for k, v in vars(self).items() if k != "missing"},
             "estimate": self.estimate.plain(),
             "margin": list(self.margin),
             "gates": [g.plain() for g in self.gates],
