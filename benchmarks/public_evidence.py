@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.inference.estimate import number, rate, row_interval
 from analysis.inference.meta import random_effects
 from analysis.measures.ratio import MIN_RANK
 from analysis.runs import reading
@@ -100,7 +100,7 @@ def _drift(sweep: reading.Reading) -> dict[str, Any]:
     slopes = [
         [
             r["group"].split(" on ")[0],
-            with_interval(Estimate(r["slope"], r["low"], r["high"])),
+            row_interval(r, "slope"),
             number(r["p_slope"], 2),
             number(r["p_equal"], 2),
         ]
@@ -152,10 +152,9 @@ def _law(sweep: reading.Reading) -> dict[str, Any]:
     head = "family|LR at hidden 2000 [95%]|exponent [95%]|models|regret of this law, %|flags"
     rows = [head.split("|")]
     for v in law["by_loss"]:
-        at, p = (Estimate(v[k]["value"], v[k]["low"], v[k]["high"]) for k in ("lr_at_2000", "p"))
-        fitted = [with_interval(at, rate), with_interval(p), str(v["models"])]
-        flags = ", ".join(v["flags"]) or "-"
-        rows.append([v["family"], *fitted, number(v["regret_percent"]), flags])
+        fitted = [row_interval(v["lr_at_2000"], write=rate), row_interval(v["p"])]
+        numbers = [*fitted, str(v["models"]), number(v["regret_percent"])]
+        rows.append([v["family"], *numbers, ", ".join(v["flags"]) or "-"])
     return {
         "regrets": values,
         "law": {
@@ -186,12 +185,11 @@ def _rl(path: Path) -> dict[str, Any]:
         for r in commands.fit(read):
             e, shown = ratios.get(r["rank"]), "-"
             if e is not None:
-                shown = with_interval(Estimate(e["ratio"], e["low"], e["high"]))
+                shown = row_interval(e, "ratio")
                 ends += [] if e["high"] is None else [e["high"]]
             curve = "full fine-tuning" if r["rank"] is None else f"LoRA r{r['rank']}"
-            best = with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate)
-            flags = ", ".join(r["flags"]) or "-"
-            rows.append([name, curve, best, number(r["best_nll"]), shown, flags])
+            numbers = [row_interval(r, "best_lr", rate), number(r["best_nll"]), shown]
+            rows.append([name, curve, *numbers, ", ".join(r["flags"]) or "-"])
     runs = reading.load(path)
     best, final = (
         runs[c].replace("", "nan").astype(float)

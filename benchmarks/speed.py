@@ -32,16 +32,16 @@ def headline(parts: Figures) -> Figures:
         "lora_step_over_fullft_step": {},
         "flops_over_gemm_peak": {},
     }
-    if "sweep" in parts.get("tiny", {}):
-        out["sweep_vs_process_per_run"] = parts["tiny"]["sweep"]["vs_process_per_run"]
-        out["flops_over_gemm_peak"]["tiny128"] = parts["tiny"]["sweep"]["flops_over_gemm_peak"]
+    if sweep := parts.get("tiny", {}).get("sweep"):
+        out["sweep_vs_process_per_run"] = sweep["vs_process_per_run"]
+        out["flops_over_gemm_peak"]["tiny128"] = sweep["flops_over_gemm_peak"]
     for scale in GRIDS:
         for grid in parts.get(scale, {}).get("grids", []):
             model, batch = grid["model"], str(grid["batch_size"])
             out["pack_vs_warm_peft"].setdefault(model, {})[batch] = grid["vs_warm_peft"]
             out["grid_vs_process_per_run"].setdefault(model, {})[batch] = grid["vs_process_per_run"]
             if scale != "tiny":
-                out["flops_over_gemm_peak"][grid["model"]] = grid["flops_over_gemm_peak"]
+                out["flops_over_gemm_peak"][model] = grid["flops_over_gemm_peak"]
     for model, ratio in parts.get("steps", {}).get("lora_over_fullft", {}).items():
         out["lora_step_over_fullft_step"][model] = list(ratio["by_batch"].values())[-1]["n1"]
     keys = ("plan_10k_s", "status_10k_s", "noop_run_s")

@@ -192,16 +192,6 @@ class Stopwatch:
         self._at = now
 
 
-def train(
-    model: Any, data: Data, spec: RunSpec, kind: str, tokenizer: Any, **loop_options: Any
-) -> None:
-    """Train a run with TRL or with the loop."""
-    if kind == "trl":
-        sft(model, data, spec, tokenizer)
-    else:
-        loop(model, data, spec, **loop_options)
-
-
 def one_run(
     base: Base, weights: Mapping[str, Any], data: Data, spec: RunSpec, kind: str, tokenizer: Any
 ) -> dict[str, Any]:
@@ -211,7 +201,10 @@ def one_run(
     watch = Stopwatch()
     model = adapted(base.model, spec, kind)
     watch.add_to("load_s")
-    train(model, data, spec, kind, tokenizer)
+    if kind == "trl":
+        sft(model, data, spec, tokenizer)
+    else:
+        loop(model, data, spec)
     watch.add_to("train_s")
     test_nll = nll(model, data.test, spec.precision, 64 if spec.model.vocab_size < 1000 else 8)
     watch.add_to("eval_s")
@@ -222,14 +215,6 @@ def one_run(
     return {**watch.parts, "test_nll": test_nll}
 
 
-def redraw(model: Any) -> None:
-    """Draw the adapter's matrices again, which is faster than new modules; drop the gradients."""
-    for module in model.modules():
-        if hasattr(module, "reset_lora_parameters"):
-            module.reset_lora_parameters("default", True)
-    model.zero_grad()
-
-
 def customer(
     model: Any, runs: Sequence[RunSpec], data: Data, kind: str, tokenizer: Any
 ) -> dict[str, Any]:
@@ -237,11 +222,17 @@ def customer(
     watch, best, kept = Stopwatch(), float("inf"), {}
     trained = [p for p in model.parameters() if p.requires_grad]
     for k, spec in enumerate(runs):
-        redraw(model)
+        for module in model.modules():  # faster than new modules
+            if hasattr(module, "reset_lora_parameters"):
+                module.reset_lora_parameters("default", True)
+        model.zero_grad()
         if k == 0:
             before = nll(model, data.test, spec.precision)  # of the base: B is 0
             watch.add_to("eval_s")
-        train(model, data, spec, kind, tokenizer, fused=True)
+        if kind == "trl":
+            sft(model, data, spec, tokenizer)
+        else:
+            loop(model, data, spec, fused=True)
         watch.add_to("train_s")
         loss = nll(model, data.validation, spec.precision) if data.validation else 0.0
         if loss < best:

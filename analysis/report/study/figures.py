@@ -16,8 +16,8 @@ from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import rate_means
-from analysis.optimum.optimum import WITHIN, Optimum
-from analysis.questions.base import Panel, Series, full_of, lora_of
+from analysis.optimum.optimum import WITHIN
+from analysis.questions.base import Panel, Series, by_group, full_of, lora_of
 from analysis.report.study.answers import WORDS, Answer, Pooled, Setting, estimate_of
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import lr_curves
@@ -203,10 +203,7 @@ def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
     chosen: dict[tuple[str, Setting], RateCurve] = {}
     mine = [a for a in answers if a.sweep == "lr_ratio"]
     for a in sorted(mine, key=lambda a: (a.exploratory, -a.results["runs"])):
-        groups: dict[str, list[Optimum]] = {}
-        for o in fit_all(lr_curves(a.runs)):
-            groups.setdefault(o.curve.group, []).append(o)
-        for group, optima in groups.items():
+        for group, optima in by_group(fit_all(lr_curves(a.runs))).items():
             full, lora = full_of(optima), lora_of(optima)
             where = (str(optima[0].curve.key["model"]), a.setting(group))
             if full is None or not lora or where in chosen:

@@ -15,10 +15,10 @@ from pathlib import Path
 from analysis.inference.estimate import (
     BETTER,
     EXPLORATORY,
-    Estimate,
     Verdict,
     number,
     rate,
+    row_interval,
     signed,
     with_interval,
 )
@@ -193,7 +193,7 @@ def best_rates(answers: Sequence[Answer]) -> Rows:
                 [
                     f"{', '.join(map(str, where))} (`{a.results['scale']}`)",
                     f"LoRA r{c['rank']:g}" if lora else "full fine-tuning",
-                    with_interval(Estimate(c["best_lr"], c["low"], c["high"]), rate),
+                    row_interval(c, "best_lr", rate),
                     band_text(c["band"]),
                     number(c["best_nll"], 4),
                     *against,
