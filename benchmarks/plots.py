@@ -46,7 +46,7 @@ def coverage(conditions: pd.DataFrame, path: Path, inputs: str = "") -> None:
     """
     keys = ["parabola_coverage", "global_coverage"]
     simpler = 100 * conditions.groupby("family", sort=False)[keys].mean()
-    ours = 100 * conditions.groupby(["noise", "family"])["coverage"].mean()
+    by_noise = 100 * conditions.groupby(["noise", "family"])["coverage"].mean()
     families = list(simpler.index)
     at = np.arange(len(families))
     with drawn(path, inputs, 1, 1, (8.6, 4.6)) as (fig, (ax,)):
@@ -54,7 +54,7 @@ def coverage(conditions: pd.DataFrame, path: Path, inputs: str = "") -> None:
         ax.axhline(93, color=COLOURS[3], lw=1, ls="--", label="asked in each family: 93%")
         noises = sorted(conditions["noise"].unique())
         for k, (noise, colour, marker) in enumerate(zip(noises, COLOURS[1:], MARKERS)):
-            y = ours[noise].reindex(families)
+            y = by_noise[noise].reindex(families)
             ax.plot(at + 0.12 * (k - 1), y, marker, color=colour, ms=6, label=f"noise {noise:g}")
         for key, label, marker in zip(
             keys, ("5-point parabola, bootstrap", "one parabola"), ("x", "+")
