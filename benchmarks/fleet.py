@@ -19,19 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analysis.report.text import markdown
+from analysis.report.text import markdown, with_block
 from benchmarks import fleet_table, harness
-from benchmarks.harness import (
-    FIGURES,
-    ROOT,
-    Figures,
-    Log,
-    command,
-    cpu_s,
-    render,
-    table,
-    with_block,
-)
+from benchmarks.harness import FIGURES, ROOT, Figures, Log, command, cpu_s, render
 from lorasweep.cli.customers import plan_fleet
 from lorasweep.config.compose import compose_request
 from lorasweep.customers.runs import Member, planned
@@ -288,8 +278,8 @@ def page(content: dict[str, Any]) -> str:
         packages=packages,
         notes=" ".join(says for key, says in ROWS.items() if key in content),
         summary="\n".join(summary(content)),
-        baselines=table(parts),
-        memory=table(memory),
+        baselines=parts,
+        memory=memory,
     )
 
 

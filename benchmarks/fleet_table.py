@@ -80,21 +80,31 @@ def gsm8k(data_dirs: Sequence[str]) -> list[Row]:
     return [r for r in rows if len(r["question"]) + len(r["answer"]) <= LONGEST_TEXT]
 
 
-def write_base(spec: ModelSpec, models_dirs: Sequence[str], folder: Path) -> Path:
-    """Write a base of symbols as a folder of transformers', with a letter for each symbol.
+def symbol_tokenizer(symbols: Sequence[str], unknown: str, **special: str) -> Any:
+    """Return a tokenizer with one token for each symbol.
 
-    Returns its config.json. The first symbol ends a text.
+    Args:
+        unknown: the symbol that stands for all other characters.
+        special: eos_token and pad_token.
     """
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
 
+    inner = Tokenizer(WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=unknown))
+    inner.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+def write_base(spec: ModelSpec, models_dirs: Sequence[str], folder: Path) -> Path:
+    """Write a base of symbols as a folder of transformers', with a letter for each symbol.
+
+    Returns its config.json. The first symbol ends a text.
+    """
     pretrain.ensure(spec, list(models_dirs))
     model: Any = models.load(spec, models_dirs).model
-    inner = Tokenizer(WordLevel({s: i for i, s in enumerate(SYMBOLS)}, unk_token=SYMBOLS[0]))
-    inner.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=SYMBOLS[0])
+    tokenizer = symbol_tokenizer(SYMBOLS, SYMBOLS[0], eos_token=SYMBOLS[0])
     model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Figures, Log, command
@@ -43,14 +43,6 @@ curves with the noise of `tiny` it is narrower than that of the sweep's own desi
 (analysis/results/calibration, "Runs for an interval")."""
 SAMPLES = 3
 """Timed processes of each curve of the plain grid."""
-
-
-class Grid(NamedTuple):
-    """16 LoRA runs of one rank."""
-
-    scale: str
-    batch_size: int
-    steps: int
 
 
 def baseline(
@@ -136,13 +128,18 @@ def whole_sweep(values: dict[str, Any], peak: float, log: Log) -> Figures:
 
 
 def lora_grid(
-    grid: Grid, values: dict[str, Any], start_s: float, peak: float, log: Log
-) -> dict[str, Any]:
-    """Plan and train a grid from an empty store.
+    scale: str,
+    batch_size: int,
+    steps: int,
+    values: dict[str, Any],
+    start_s: float,
+    peak: float,
+    log: Log,
+) -> Figures:
+    """Plan and train 16 LoRA runs of one rank from an empty store.
 
     `start_s`, the start time of a command, is added, because this calls functions directly.
     """
-    scale, batch_size, steps = grid
     overrides = [*LORA_GRID, *at(scale), f"batch_size={batch_size}", f"steps={steps}"]
     with tempfile.TemporaryDirectory() as folder:
         exec_ = Exec(**{**values, "runs_dir": f"{folder}/runs"})
@@ -176,16 +173,6 @@ def lora_grid(
 
 
 # ---------------------------------------------------------------- from nothing to an answer
-
-
-def plain_grid_s(curves: Sequence[Figures], runs: float) -> float:
-    """Return the wall seconds of a plain grid, one process a run, one after the other.
-
-    Args:
-        curves: start_s and run_s of a process of each curve.
-        runs: of one curve.
-    """
-    return sum(runs * (c["start_s"] + c["run_s"]) for c in curves)
 
 
 def time_answer(scale: str, values: dict[str, Any], log: Log) -> Figures:
@@ -228,13 +215,14 @@ def run_answer(scale: str, home: Path) -> tuple[Figures, list[Point]]:
 
 
 def versus(wall_s: float, curves: Sequence[Figures]) -> Figures:
-    """Compare an answer's seconds with those of both plain grids.
+    """Compare an answer's seconds with both plain grids, whose processes run one after the other.
 
     Args:
         wall_s: of the answer.
-        curves: see `plain_grid_s`.
+        curves: start_s and run_s of a process of each curve.
     """
-    plain_s, same_s = (plain_grid_s(curves, runs) for runs in (PLAIN_RUNS, SAME_INTERVAL_RUNS))
+    seconds = [c["start_s"] + c["run_s"] for c in curves]
+    plain_s, same_s = (runs * sum(seconds) for runs in (PLAIN_RUNS, SAME_INTERVAL_RUNS))
     return {
         "processes": list(curves),
         "plain_runs": PLAIN_RUNS,

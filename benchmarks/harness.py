@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -12,9 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from analysis.report.text import Rows, markdown
+from analysis.report.text import rendered
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
@@ -154,31 +151,6 @@ def cpu_s() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
-def with_block(text: str, name: str, lines: Sequence[str]) -> str:
-    """Replace the lines of a page between `<!-- NAME: ... -->` and `<!-- end of NAME -->`.
-
-    Raises:
-        ValueError: the page lacks one of these markers.
-    """
-    begin = re.search(rf"<!-- {name}: [^\n]*-->", text)
-    if begin is None:
-        raise ValueError(f"no marker `<!-- {name}: ... -->`")
-    end = text.index(f"<!-- end of {name} -->")
-    return "\n".join([text[: begin.end()], *lines, text[end:]])
-
-
-def table(rows: Rows) -> str:
-    """Format rows as a Markdown table; the first row is the head."""
-    return "\n".join(markdown(rows))
-
-
 def render(name: str, **values: Any) -> str:
     """Render a page from benchmarks/templates/NAME.md."""
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ROOT / "benchmarks" / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return pages.get_template(f"{name}.md").render(**values)
+    return rendered(f"{name}.md", "benchmarks", **values)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from benchmarks.harness import RESULTS, render, table
+from benchmarks.harness import RESULTS, render
 from lorasweep.config import catalogue
 from lorasweep.config.folders import conf_dir
 from lorasweep.customers.advice import Advice, advise
@@ -102,9 +102,9 @@ def page() -> str:
         "outcomes",
         step=STEP,
         outcome_count=_count(judged),
-        outcomes=table(outcome_rows),
+        outcomes=outcome_rows,
         rate_count=_count(found),
-        rates=table(rate_rows),
+        rates=rate_rows,
         not_judged=read()["not_judged"],
         sources={key: names[key] for key in used},
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from analysis.report.plots import COLOURS, MARKERS, drawn
 
@@ -38,56 +39,48 @@ def packing(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
         fig.tight_layout()
 
 
-def coverage(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
+def coverage(conditions: pd.DataFrame, path: Path, inputs: str = "") -> None:
     """Draw how often intervals contain the truth, by family of shapes.
 
     Ours by noise level; simpler estimators as crosses.
     """
-    families = list(dict.fromkeys(r["family"] for r in rows))
-    by_family = {f: [r for r in rows if r["family"] == f] for f in families}
+    keys = ["parabola_coverage", "global_coverage"]
+    simpler = 100 * conditions.groupby("family", sort=False)[keys].mean()
+    by_noise = 100 * conditions.groupby(["noise", "family"])["coverage"].mean()
+    families = list(simpler.index)
     at = np.arange(len(families))
     with drawn(path, inputs, 1, 1, (8.6, 4.6)) as (fig, (ax,)):
         ax.axhspan(94, 97, color=COLOURS[3], alpha=0.12, lw=0, label="asked on average: 94 to 97%")
         ax.axhline(93, color=COLOURS[3], lw=1, ls="--", label="asked in each family: 93%")
-        noises = sorted({r["noise"] for r in rows})
+        noises = sorted(conditions["noise"].unique())
         for k, (noise, colour, marker) in enumerate(zip(noises, COLOURS[1:], MARKERS)):
-            y = [
-                _percent([r["coverage"] for r in mine if r["noise"] == noise])
-                for mine in by_family.values()
-            ]
+            y = by_noise[noise].reindex(families)
             ax.plot(at + 0.12 * (k - 1), y, marker, color=colour, ms=6, label=f"noise {noise:g}")
-        for key, label, marker in (
-            ("parabola_coverage", "5-point parabola, bootstrap", "x"),
-            ("global_coverage", "one parabola", "+"),
+        for key, label, marker in zip(
+            keys, ("5-point parabola, bootstrap", "one parabola"), ("x", "+")
         ):
-            y = [_percent([r[key] for r in mine]) for mine in by_family.values()]
-            ax.plot(at, y, marker, color="grey", ms=8, mew=1.6, label=label)
+            ax.plot(at, simpler[key], marker, color="grey", ms=8, mew=1.6, label=label)
         ax.set_xticks(at, [f.replace("_", " ") for f in families], rotation=30, ha="right")
         ax.set(ylabel="intervals that hold the truth (%)", ylim=(0, 103))
         ax.legend(frameon=False, fontsize=8, ncol=2, loc="lower left", bbox_to_anchor=(0, 1.0))
         fig.tight_layout()
 
 
-def _percent(shares: Sequence[float | None]) -> float:
-    known = [v for v in shares if v is not None]
-    return 100 * float(np.mean(known)) if known else float("nan")
-
-
-def verdict_shares(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
+def verdict_shares(verdicts: pd.DataFrame, path: Path, inputs: str = "") -> None:
     """Draw the share of each verdict over the true ratio, one panel per noise level."""
-    noises, ratios = (sorted({r[k] for r in rows}) for k in ("noise", "ratio"))
+    noises, ratios = (sorted(verdicts[k].unique()) for k in ("noise", "ratio"))
+    shares = 100 * verdicts.drop(columns="family").groupby(["noise", "ratio"]).mean()
     at = np.arange(len(ratios))
     size = (4.6 * len(noises), 3.6)
     with drawn(path, inputs, 1, len(noises), size, sharey=True) as (fig, axes):
         for ax, noise in zip(axes, noises):
             base = np.zeros(len(ratios))
-            here = [[r for r in rows if (r["ratio"], r["noise"]) == (v, noise)] for v in ratios]
             for kind, colour, hatch in (
                 ("supported", COLOURS[3], ""),
                 ("undecided", "#c8ced4", ""),
                 ("refuted", COLOURS[2], "//"),
             ):
-                y = np.array([_percent([r[kind] for r in mine]) for mine in here])
+                y = shares.loc[noise][kind].to_numpy()
                 look: Row = {"color": colour, "hatch": hatch, "edgecolor": "white", "width": 0.8}
                 ax.bar(at, y, bottom=base, label=kind.upper(), **look)
                 base += y

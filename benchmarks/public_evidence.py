@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.inference.estimate import number, rate, row_interval
 from analysis.inference.meta import random_effects
 from analysis.measures.ratio import MIN_RANK
 from analysis.runs import reading
@@ -81,13 +81,11 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
         "top": top,
         "n_largest": n_largest,
         "n_bounded": sum("bounded_by_divergence" in r["flags"] for r in alone),
-        "fits": harness.table(
-            [
-                ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
-                ["each curve alone", *counts(alone)],
-                ["ranks of a model share their curvature (`--share`)", *counts(shared)],
-            ]
-        ),
+        "fits": [
+            ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
+            ["each curve alone", *counts(alone)],
+            ["ranks of a model share their curvature (`--share`)", *counts(shared)],
+        ],
         "arms": sorted(table["method"].unique()),
         "unknown": "; ".join(f"r{k} {sum(v)} of {len(v)}" for k, v in unknown.items()),
         "n_repeats": len(repeats),
@@ -102,7 +100,7 @@ def _drift(sweep: reading.Reading) -> dict[str, Any]:
     slopes = [
         [
             r["group"].split(" on ")[0],
-            with_interval(Estimate(r["slope"], r["low"], r["high"])),
+            row_interval(r, "slope"),
             number(r["p_slope"], 2),
             number(r["p_equal"], 2),
         ]
@@ -124,7 +122,7 @@ def _drift(sweep: reading.Reading) -> dict[str, Any]:
     return {
         "moves": _moves(rows, 1),
         "moves_high": _moves(rows, MIN_RANK),
-        "slopes": harness.table([head, *slopes]) if known else "",
+        "slopes": [head, *slopes] if known else [],
         "pooled": pooled,
     }
 
@@ -154,10 +152,9 @@ def _law(sweep: reading.Reading) -> dict[str, Any]:
     head = "family|LR at hidden 2000 [95%]|exponent [95%]|models|regret of this law, %|flags"
     rows = [head.split("|")]
     for v in law["by_loss"]:
-        at, p = (Estimate(v[k]["value"], v[k]["low"], v[k]["high"]) for k in ("lr_at_2000", "p"))
-        fitted = [with_interval(at, rate), with_interval(p), str(v["models"])]
-        flags = ", ".join(v["flags"]) or "-"
-        rows.append([v["family"], *fitted, number(v["regret_percent"]), flags])
+        fitted = [row_interval(v["lr_at_2000"], write=rate), row_interval(v["p"])]
+        numbers = [*fitted, str(v["models"]), number(v["regret_percent"])]
+        rows.append([v["family"], *numbers, ", ".join(v["flags"]) or "-"])
     return {
         "regrets": values,
         "law": {
@@ -169,7 +166,7 @@ def _law(sweep: reading.Reading) -> dict[str, Any]:
                 f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}"
                 for c in sorted(costs, key=lambda c: -c["percent"])[:3]
             ),
-            "table": harness.table(rows),
+            "rows": rows,
             "without": len(law["models_without_hidden_size"]),
         },
     }
@@ -188,12 +185,11 @@ def _rl(path: Path) -> dict[str, Any]:
         for r in commands.fit(read):
             e, shown = ratios.get(r["rank"]), "-"
             if e is not None:
-                shown = with_interval(Estimate(e["ratio"], e["low"], e["high"]))
+                shown = row_interval(e, "ratio")
                 ends += [] if e["high"] is None else [e["high"]]
             curve = "full fine-tuning" if r["rank"] is None else f"LoRA r{r['rank']}"
-            best = with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate)
-            flags = ", ".join(r["flags"]) or "-"
-            rows.append([name, curve, best, number(r["best_nll"]), shown, flags])
+            numbers = [row_interval(r, "best_lr", rate), number(r["best_nll"]), shown]
+            rows.append([name, curve, *numbers, ", ".join(r["flags"]) or "-"])
     runs = reading.load(path)
     best, final = (
         runs[c].replace("", "nan").astype(float)
@@ -201,7 +197,7 @@ def _rl(path: Path) -> dict[str, Any]:
     )
     outside = max(ends, default=0.0) < 10
     return {
-        "table": harness.table(rows),
+        "rows": rows,
         "highest": number(max(ends)) if ends else "",
         "excluded": f"10 {'lies outside' if outside else 'is not excluded by'} all of them.",
         "late": int(((best >= 0.8 * best.max()) & (final < 0.1)).sum()),

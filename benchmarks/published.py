@@ -6,21 +6,20 @@ the plan that is fitted to such figures is, for each row, the one that fits the 
     python -m benchmarks published      writes analysis/results/plan/
 """
 
-import csv
 import dataclasses
-import io
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
+from analysis.report.text import Rows
 from benchmarks.harness import RESULTS, render
-from benchmarks.harness import table as markdown_table
 from lorasweep.config.folders import conf_dir
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -64,7 +63,7 @@ class Row:
     """Rows a forward pass and GPU."""
     rank: int = 0
     layers: str = "attention+mlp"
-    modules: list[str] = field(default_factory=list)
+    modules: tuple[str, ...] = ()
     """Adapted matrices, if they are no layer set."""
     memory_gib: float | None = None
     tokens_s: float | None = None
@@ -89,6 +88,7 @@ def rows() -> tuple[Row, ...]:
         for row in entry["rows"]:
             own = row if isinstance(row, dict) else dict(zip(entry["columns"], row, strict=True))
             values = {**entry["settings"], **own}
+            values["modules"] = tuple(values.get("modules", ()))
             together = values.pop("rows_an_iteration", None)
             seconds, gb = values.pop("iteration_s", None), values.pop("gb", None)
             if seconds is not None:
@@ -172,7 +172,7 @@ def load_of_row(row: Row) -> Load:
         return load_of(model, FullFT())
     if not row.modules:
         return load_of(model, LoRA(rank=row.rank, layers=row.layers))
-    few = dataclasses.replace(model, attention=tuple(row.modules))
+    few = dataclasses.replace(model, attention=row.modules)
     load = load_of(few, LoRA(rank=row.rank, layers="attention"))
     flops = 4.0 * model.n_active_params + 6.0 * load.trained
     return dataclasses.replace(load, model=model, flops=flops)
@@ -198,40 +198,44 @@ def memory_of(row: Row) -> float:
 
 
 @cache
-def _parts(row: int) -> dict[str, float]:
+def _parts(row: Row) -> dict[str, float]:
     """Seconds of a row's forward and backward pass, its products at the attainable speed."""
-    r = rows()[row]
-    assert r.length is not None and r.card is not None
+    assert row.length is not None and row.card is not None
     return step_parts(
-        load_of_row(r),
-        _layout(r),
-        r.length,
-        card(r.card),
-        states=r.states,
+        load_of_row(row),
+        _layout(row),
+        row.length,
+        card(row.card),
+        states=row.states,
         stream=STREAM,
         share=1.0,
     )
 
 
-def speed_of(row: int, share: float) -> float:
-    """Predict the tokens a second and GPU of rows()[row]."""
+def speed_of(row: Row, share: float) -> float:
+    """Predict the tokens a second and GPU of a row."""
     parts = _parts(row)
-    r = rows()[row]
     seconds = step_seconds({**parts, "products": parts["products"] / share})
-    return (r.rows or 0) * (r.length or 0) / seconds
+    return (row.rows or 0) * (row.length or 0) / seconds
 
 
-def share_of(found: Iterable[int]) -> float:
+@cache
+def fitted_share(without: str | None = None) -> float:
     """Fit the share of the attainable speed that products reach: the median over sources.
 
     Of each source the median over its rows of the share at which the prediction would be exact.
+
+    Args:
+        without: a source to leave out; None: fit all, which gives the plan's TRAINING_SHARE.
     """
     by_source: dict[str, list[float]] = {}
-    for row in found:
-        r, parts = rows()[row], _parts(row)
+    for row in rows():
+        if row.tokens_s is None or row.source == without or not_covered(row, "speed"):
+            continue
+        parts = _parts(row)
         rest = sum(s for name, s in parts.items() if name not in ("products", "launch"))
-        seconds = (r.rows or 0) * (r.length or 0) / (r.tokens_s or 1)
-        by_source.setdefault(r.source, []).append(parts["products"] / (seconds - rest))
+        seconds = (row.rows or 0) * (row.length or 0) / row.tokens_s
+        by_source.setdefault(row.source, []).append(parts["products"] / (seconds - rest))
     return statistics.median(statistics.median(shares) for shares in by_source.values())
 
 
@@ -263,28 +267,17 @@ TOLERANCE = {"memory": 0.15, "speed": 0.25}
 @cache
 def comparisons() -> tuple[Comparison, ...]:
     """Compare all published figures; the fitted share is that of the other sources."""
-    fast = [
-        k for k, r in enumerate(rows()) if r.tokens_s is not None and not not_covered(r, "speed")
-    ]
     found = []
-    for k, row in enumerate(rows()):
+    for row in rows():
         if row.memory_gib is not None:
             why = not_covered(row, "memory")
             value = None if why else memory_of(row)
             found.append(Comparison(row, "memory", row.memory_gib, value, why))
         if row.tokens_s is not None:
             why = not_covered(row, "speed")
-            others = [i for i in fast if rows()[i].source != row.source]
-            value = None if why else speed_of(k, share_of(others))
+            value = None if why else speed_of(row, fitted_share(without=row.source))
             found.append(Comparison(row, "speed", row.tokens_s, value, why))
     return tuple(found)
-
-
-def fitted_share() -> float:
-    """Return the share that fits all sources: the plan's TRAINING_SHARE."""
-    return share_of(
-        k for k, r in enumerate(rows()) if r.tokens_s is not None and not not_covered(r, "speed")
-    )
 
 
 # ---------------------------------------------------------------- the page
@@ -295,16 +288,18 @@ COLUMNS = ("source", "model", "method", "card", "gpus", "length", "rows", "check
 
 def table() -> str:
     """Return all rows as CSV: settings, published, predicted, error, why not covered."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*COLUMNS, "figure", "published", "predicted", "error", "not_covered"])
-    for c in comparisons():
-        predicted = "" if c.predicted is None else f"{c.predicted:.4g}"
-        error = "" if c.error is None else f"{c.error:.3f}"
-        settings = [getattr(c.row, name) for name in COLUMNS]
-        values = [c.figure, f"{c.published:.4g}", predicted, error, c.why_not or ""]
-        writer.writerow([*settings, *values])
-    return out.getvalue()
+    rows = [
+        {
+            **{name: getattr(c.row, name) for name in COLUMNS},
+            "figure": c.figure,
+            "published": f"{c.published:.4g}",
+            "predicted": None if c.predicted is None else f"{c.predicted:.4g}",
+            "error": None if c.error is None else f"{c.error:.3f}",
+            "not_covered": c.why_not,
+        }
+        for c in comparisons()
+    ]
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False)
 
 
 def page() -> str:
@@ -317,12 +312,12 @@ def page() -> str:
         units=UNITS,
         summaries={figure: _summary(figure) for figure in TOLERANCE},
         all_rows={figure: _rows(figure) for figure in TOLERANCE},
-        not_covered=markdown_table([["why", "figure", "rows"], *reasons]),
+        not_covered=[["why", "figure", "rows"], *reasons],
         sources=_table()["sources"],
     )
 
 
-def _summary(figure: str) -> str:
+def _summary(figure: str) -> tuple[str, Rows]:
     found, limit = _covered(figure), f"{TOLERANCE[figure]:.0%}"
     errors = [abs(c.error) for c in found if c.error is not None]
     within = sum(c.within for c in found)
@@ -334,11 +329,12 @@ def _summary(figure: str) -> str:
         signed = [c.error for c in own if c.error is not None]
         ends = (f"{v:+.0%}" for v in (statistics.median(signed), min(signed), max(signed)))
         rows.append([source, str(len(own)), str(sum(c.within for c in own)), *ends])
-    return (
+    text = (
         f"{within} of {len(found)} covered rows ({within / len(found):.0%}) of {len(by_source)} "
         f"sources are within {limit}; median error {statistics.median(errors):.0%}, nine "
-        f"in ten within {nine_in_ten(figure):.0%}.\n\n{markdown_table(rows)}"
+        f"in ten within {nine_in_ten(figure):.0%}."
     )
+    return text, rows
 
 
 def nine_in_ten(figure: str) -> float:
@@ -351,7 +347,7 @@ def _covered(figure: str) -> list[Comparison]:
     return [c for c in comparisons() if c.figure == figure and c.predicted is not None]
 
 
-def _rows(figure: str) -> str:
+def _rows(figure: str) -> Rows:
     rows = [["source", "run", "published", "plan", "error"]]
     for c in _covered(figure):
         r = c.row
@@ -359,7 +355,7 @@ def _rows(figure: str) -> str:
         error = f"{c.error:+.0%}{'' if c.within else ' **fails**'}"
         values = [f"{c.published:,.4g}", f"{c.predicted:,.4g}", error]
         rows.append([r.source, f"{run}, checkpointing {r.checkpointing}", *values])
-    return markdown_table(rows)
+    return rows
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -29,9 +29,9 @@ import torch
 from analysis.inference.estimate import number
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
-from analysis.report.text import text_hash
+from analysis.report.text import Rows, text_hash
 from benchmarks import harness, trl_baseline
-from benchmarks.harness import FIGURES, Figures, Log, render, table
+from benchmarks.harness import FIGURES, Figures, Log, render
 from lorasweep.config.compose import compose_request
 from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
@@ -64,13 +64,6 @@ CASES = {"words, rank 8": ("rl", 8), "bandit, rank 4": ("rl_bits", 4)}
 """Sweep and rank at scale tiny."""
 Drawn = list[np.ndarray]
 """Tokens of every rollout."""
-
-
-def middle_run(seed: int) -> RunSpec:
-    """Return full fine-tuning at the middle learning rate of `rl` at scale tiny."""
-    points = compose_request(["+sweep=rl", "scale=tiny"]).points
-    full = sorted((p.spec for p in points if p.arm == "fullft"), key=lambda s: s.lr)
-    return dataclasses.replace(full[len(full) // 2], seed=seed, steps=UPDATES)
 
 
 def learning_curve(spec: RunSpec, base: Base, data: Data) -> Curve:
@@ -111,7 +104,10 @@ def compared(one: Sequence[Curve], other: Sequence[Curve]) -> list[dict[str, Any
 def measure_curves(log: Log) -> Figures:
     """Train both sides, one run after the other, and compare them."""
     torch.set_num_threads(1)
-    spec, folder = middle_run(SEEDS[0]), tempfile.TemporaryDirectory()
+    points = compose_request(["+sweep=rl", "scale=tiny"]).points
+    full = sorted((p.spec for p in points if p.arm == "fullft"), key=lambda s: s.lr)
+    spec = dataclasses.replace(full[len(full) // 2], seed=SEEDS[0], steps=UPDATES)
+    folder = tempfile.TemporaryDirectory()
     data = load_data(spec.dataset, [])
     base = load_model(spec.model, ["models"], spec.precision)
     weights = {k: v.clone() for k, v in base.model.state_dict().items()}
@@ -152,13 +148,6 @@ def differing(one: Drawn, other: Drawn) -> int:
     return sum(a.tolist() != b.tolist() for a, b in zip(one, other, strict=True))
 
 
-def first_run(sweep: str, rank: int) -> RunSpec:
-    """Return the first run of a rank in a sweep."""
-    points = compose_request([f"+sweep={sweep}", "scale=tiny"]).points
-    rewarded = (p.spec for p in points if p.spec.objective == "policy_gradient")
-    return next(s for s in rewarded if getattr(s.method, "rank", None) == rank)
-
-
 def drawn_by(seeds: Sequence[int], spec: RunSpec, base: Base, data: Data) -> list[Drawn]:
     """Draw rollouts of some runs of a pack together; return each run's, which its seed names."""
     methods = [LoRA(rank=spec.method.rank)] * RUNS  # type: ignore[attr-defined]
@@ -187,8 +176,10 @@ def measure_flips(log: Log) -> list[Figures]:
     """Draw the rollouts of each case together, and run by run, and compare."""
     torch.set_num_threads(1)
     rows = []
-    for name, case in CASES.items():
-        spec = first_run(*case)
+    for name, (sweep, rank) in CASES.items():
+        points = compose_request([f"+sweep={sweep}", "scale=tiny"]).points
+        rewarded = (p.spec for p in points if p.spec.objective == "policy_gradient")
+        spec = next(s for s in rewarded if getattr(s.method, "rank", None) == rank)
         data, base = load_data(spec.dataset, []), load_model(spec.model, ["models"], "fp32")
         together = drawn_by(range(RUNS), spec, base, data)
         alone = [drawn_by([s], spec, base, data)[0] for s in range(RUNS)]
@@ -256,22 +247,20 @@ def page(content: dict[str, Any]) -> str:
         n_compared=len(compared),
         errors=ERRORS,
         found=found,
-        updates=table([head, *rows]),
+        updates=[head, *rows],
         seconds=seconds,
         flips=flips(content.get("flips", [])),
     )
 
 
-def flips(cases: list[dict[str, Any]]) -> str:
-    """Render how many rollouts differ in a pack; empty if it was not measured."""
-    if not cases:
-        return ""
+def flips(cases: list[dict[str, Any]]) -> Rows:
+    """Return how many rollouts differ in a pack, after the head; empty if it was not measured."""
     head = "run|runs in the pack|rollouts|tokens|rollouts that differ|per million tokens"
     rows = [head.split("|")]
     for c in cases:
         counts = [f"{c[k]:,}" for k in ("members", "answers", "tokens", "differing")]
         rows.append([c["case"], *counts, number(1e6 * c["differing"] / c["tokens"], 2)])
-    return table(rows)
+    return rows if cases else []
 
 
 def write() -> None:

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from analysis.inference.estimate import number
-from analysis.report.text import markdown, text_hash
+from analysis.report.text import Rows, markdown, text_hash, with_block
 from benchmarks import grids, harness, memory, overhead, plots, steps
-from benchmarks.harness import FIGURES, ROOT, Figures, Log, render, with_block
+from benchmarks.harness import FIGURES, ROOT, Figures, Log, render
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
 from lorasweep.tracking import provenance
@@ -32,16 +32,16 @@ def headline(parts: Figures) -> Figures:
         "lora_step_over_fullft_step": {},
         "flops_over_gemm_peak": {},
     }
-    if "sweep" in parts.get("tiny", {}):
-        out["sweep_vs_process_per_run"] = parts["tiny"]["sweep"]["vs_process_per_run"]
-        out["flops_over_gemm_peak"]["tiny128"] = parts["tiny"]["sweep"]["flops_over_gemm_peak"]
+    if sweep := parts.get("tiny", {}).get("sweep"):
+        out["sweep_vs_process_per_run"] = sweep["vs_process_per_run"]
+        out["flops_over_gemm_peak"]["tiny128"] = sweep["flops_over_gemm_peak"]
     for scale in GRIDS:
         for grid in parts.get(scale, {}).get("grids", []):
             model, batch = grid["model"], str(grid["batch_size"])
             out["pack_vs_warm_peft"].setdefault(model, {})[batch] = grid["vs_warm_peft"]
             out["grid_vs_process_per_run"].setdefault(model, {})[batch] = grid["vs_process_per_run"]
             if scale != "tiny":
-                out["flops_over_gemm_peak"][grid["model"]] = grid["flops_over_gemm_peak"]
+                out["flops_over_gemm_peak"][model] = grid["flops_over_gemm_peak"]
     for model, ratio in parts.get("steps", {}).get("lora_over_fullft", {}).items():
         out["lora_step_over_fullft_step"][model] = list(ratio["by_batch"].values())[-1]["n1"]
     keys = ("plan_10k_s", "status_10k_s", "noop_run_s")
@@ -69,8 +69,10 @@ def whole_grids(scale: str, values: dict[str, Any], log: Log) -> Figures:
     part: Figures = {"gemm_peak": peak, "precision": spec.precision}
     if scale == "tiny":
         part["sweep"] = grids.whole_sweep(values, peak, log)
-    wanted = [grids.Grid(scale, batch, updates) for batch, updates in GRIDS[scale]]
-    part["grids"] = [grids.lora_grid(grid, values, start_s, peak, log) for grid in wanted]
+    part["grids"] = [
+        grids.lora_grid(scale, batch, updates, values, start_s, peak, log)
+        for batch, updates in GRIDS[scale]
+    ]
     return part
 
 
@@ -140,11 +142,8 @@ def answer_table(found: dict[str, Any] | None) -> list[str]:
     return ["", *markdown([[*head.split("|"), *plain], row]), "", note]
 
 
-def steps_table(bench: Bench) -> list[str]:
-    """Render the Markdown table of step times: milliseconds per step and run.
-
-    By batch and pack size, with LoRA's time relative to full fine-tuning's.
-    """
+def _steps(bench: Bench) -> Rows:
+    """Return milliseconds per step and run by batch and pack size, and LoRA / full fine-tuning."""
     rows = bench["parts"]["steps"]["steps"]
     sizes = sorted({r["pack"] for r in rows})
     packs = [f"LoRA r16, {n} in a pack" for n in sizes]
@@ -157,22 +156,22 @@ def steps_table(bench: Bench) -> list[str]:
         shares = (share["n1"], share["best"], ratios[model]["formula"])
         cells = [ms.get(("lora", n), "-") for n in sizes]
         out.append([f"{model}, {batch}", ms["fullft", 1], *cells, *(f"{v:.2f}" for v in shares)])
-    return markdown(out)
+    return out
 
 
-def _parts(bench: Bench) -> list[str]:
-    """Render a baseline's time, divided into start-up and steps."""
+def _parts(bench: Bench) -> Rows:
+    """Return a baseline's time, divided into start-up and steps."""
     out = [["grid, arm", "start and load", "updates", "held-out loss"]]
     for g in _all_grids(bench):
         for kind, name in (("process_per_run", "TRL process"), ("warm_peft", "warm PEFT loop")):
             for a in g[kind]:
                 seconds = [f"{a[k]:.1f} s" for k in ("start_s", "train_s", "eval_s")]
                 out.append([f"{g['what']}: {a['arm']}, {name}", *seconds])
-    return markdown(out)
+    return out
 
 
-def _memory(bench: Bench) -> list[str]:
-    """Render the peak memory of LoRA and full fine-tuning."""
+def _memory(bench: Bench) -> Rows:
+    """Return the peak memory of LoRA and full fine-tuning."""
     head = "model, batch|FullFT|LoRA r16|idle|LoRA / FullFT, without idle|planned FullFT, LoRA"
     out = [head.split("|")]
     cases = {
@@ -188,19 +187,20 @@ def _memory(bench: Bench) -> list[str]:
         out.append(
             [f"{model}, {batch} ({full['precision']})", *peaks, share, f"{whole}, {adapters}"]
         )
-    return markdown(out)
+    return out
 
 
 def page(bench: Bench) -> str:
     """Render the whole page."""
-    tables = {
-        "grids": summary(bench),
-        "baselines": _parts(bench),
-        "steps": steps_table(bench),
-        "memory": _memory(bench),
-    }
-    lines = {name: "\n".join(rows) for name, rows in tables.items()}
-    return render("speed", **{**bench, **lines}, profile=bench["parts"]["steps"]["profile"])
+    return render(
+        "speed",
+        **bench,
+        grids="\n".join(summary(bench)),
+        baselines=_parts(bench),
+        steps=_steps(bench),
+        memory=_memory(bench),
+        profile=bench["parts"]["steps"]["profile"],
+    )
 
 
 def write() -> None:

@@ -27,6 +27,7 @@ from typing import Any  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.fleet_table import symbol_tokenizer  # noqa: E402
 from lorasweep.data.examples import Data, Example  # noqa: E402
 from lorasweep.data.load import load as load_data  # noqa: E402
 from lorasweep.data.rewards import prompt_of  # noqa: E402
@@ -174,16 +175,6 @@ def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
     model.eval()
 
 
-def symbols(vocab: int) -> Any:
-    """Make a tokenizer of plain symbols: TRL needs one, and synthetic data have none."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(WordLevel({f"<{i}>": i for i in range(vocab)}, unk_token="<0>"))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<0>", eos_token="<1>")
-
-
 # ---------------------------------------------------------------- jobs of supervised runs
 
 
@@ -201,16 +192,6 @@ class Stopwatch:
         self._at = now
 
 
-def train(
-    model: Any, data: Data, spec: RunSpec, kind: str, tokenizer: Any, **loop_options: Any
-) -> None:
-    """Train a run with TRL or with the loop."""
-    if kind == "trl":
-        sft(model, data, spec, tokenizer)
-    else:
-        loop(model, data, spec, **loop_options)
-
-
 def one_run(
     base: Base, weights: Mapping[str, Any], data: Data, spec: RunSpec, kind: str, tokenizer: Any
 ) -> dict[str, Any]:
@@ -220,7 +201,10 @@ def one_run(
     watch = Stopwatch()
     model = adapted(base.model, spec, kind)
     watch.add_to("load_s")
-    train(model, data, spec, kind, tokenizer)
+    if kind == "trl":
+        sft(model, data, spec, tokenizer)
+    else:
+        loop(model, data, spec)
     watch.add_to("train_s")
     test_nll = nll(model, data.test, spec.precision, 64 if spec.model.vocab_size < 1000 else 8)
     watch.add_to("eval_s")
@@ -231,14 +215,6 @@ def one_run(
     return {**watch.parts, "test_nll": test_nll}
 
 
-def redraw(model: Any) -> None:
-    """Draw the adapter's matrices again, which is faster than new modules; drop the gradients."""
-    for module in model.modules():
-        if hasattr(module, "reset_lora_parameters"):
-            module.reset_lora_parameters("default", True)
-    model.zero_grad()
-
-
 def customer(
     model: Any, runs: Sequence[RunSpec], data: Data, kind: str, tokenizer: Any
 ) -> dict[str, Any]:
@@ -246,11 +222,17 @@ def customer(
     watch, best, kept = Stopwatch(), float("inf"), {}
     trained = [p for p in model.parameters() if p.requires_grad]
     for k, spec in enumerate(runs):
-        redraw(model)
+        for module in model.modules():  # faster than new modules
+            if hasattr(module, "reset_lora_parameters"):
+                module.reset_lora_parameters("default", True)
+        model.zero_grad()
         if k == 0:
             before = nll(model, data.test, spec.precision)  # of the base: B is 0
             watch.add_to("eval_s")
-        train(model, data, spec, kind, tokenizer, fused=True)
+        if kind == "trl":
+            sft(model, data, spec, tokenizer)
+        else:
+            loop(model, data, spec, fused=True)
         watch.add_to("train_s")
         loss = nll(model, data.validation, spec.precision) if data.validation else 0.0
         if loss < best:
@@ -276,7 +258,10 @@ def main(kind: str, job_path: str) -> None:
     first = jobs[0][0]  # all share a base
     pretrain.ensure(first.model, exec_.models_dir)
     base = load_model(first.model, exec_.models_dir, first.precision)
-    tokenizer = base.tokenizer or symbols(first.model.vocab_size)
+    tokenizer = base.tokenizer
+    if tokenizer is None:  # TRL needs one, and synthetic data have none
+        symbols = [f"<{i}>" for i in range(first.model.vocab_size)]
+        tokenizer = symbol_tokenizer(symbols, "<0>", pad_token="<0>", eos_token="<1>")
     shared, weights = None, {}
     if not job["out"]:  # and, as single runs, a draw of the data
         shared = load_data(first.dataset, exec_.data_dir, base.tokenizer, draw=first.draw)
@@ -302,16 +287,6 @@ def main(kind: str, job_path: str) -> None:
 
 
 # ---------------------------------------------------------------- runs with rewards
-
-
-def characters() -> Any:
-    """Return a tokenizer of the alphabet of `skills`; its line end is also end and padding."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    plain = Tokenizer(models.WordLevel({c: i for i, c in enumerate(ALPHABET)}, unk_token="?"))
-    plain.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="\n", pad_token="\n")
 
 
 def text_of(row: Example) -> str:
@@ -381,7 +356,7 @@ def grpo_trainer(
         reward_funcs=reward,
         args=grpo_config(spec, folder),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=characters(),
+        processing_class=symbol_tokenizer(ALPHABET, "?", eos_token="\n", pad_token="\n"),
         callbacks=callbacks,
     )
 

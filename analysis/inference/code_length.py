@@ -31,9 +31,7 @@ class CodeLength:
     prequential: Estimate
 
 
-def of_all(
-    base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float, seed: int = 0
-) -> CodeLength:
+def of_all(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float) -> CodeLength:
     """Return the code length of all rows, under the base model and online during training.
 
     Rows are in random order, so under the base model further rows cost as much as those measured,
@@ -49,14 +47,13 @@ def of_all(
         code: nats of each batch during training, in its order.
         tokens: loss tokens of each batch.
         left: loss tokens of the rows that were not measured.
-        seed: of the draws.
     """
     n, coded, first = len(tokens), float(code.sum()), float(base.sum())
     if left <= 0:
         return CodeLength(Estimate(first, first, first, n), Estimate(coded, coded, coded, n))
     if n < FEWEST:
         return CodeLength(Estimate(None, n=n), Estimate(None, n=n))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     at, size = np.cumsum(tokens), float(tokens.mean())
     error, degrees = _scatter(base, tokens, left, size)
     per_token = base.sum() / tokens.sum() + error * rng.standard_t(degrees, N_DRAWS)

@@ -12,10 +12,10 @@ from analysis.inference.gates import Gate, GateCode
 from analysis.inference.spread import Spread
 
 N_DRAWS = 4000
+PROBABILITIES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
+"""Of the quantiles that are taken as equally likely draws."""
 LEVEL = 0.95
 """Default level of an interval; sweeps with more than one round use a higher one."""
-
-
 AT_LEAST = "at_least"
 """Flag: the estimate is of a lower bound of the measured quantity."""
 
@@ -37,8 +37,8 @@ class Estimate:
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON, without the draws and the spread."""
-        names = [f.name for f in dataclasses.fields(self) if f.name not in ("draws", "spread")]
-        return {**{n: getattr(self, n) for n in names}, "flags": list(self.flags)}
+        values = {k: v for k, v in vars(self).items() if k not in ("draws", "spread")}
+        return {**values, "flags": list(self.flags)}
 
     def has_interval(self) -> bool:
         """Return whether both ends are known."""
@@ -96,8 +96,6 @@ def exactly(value: float, n: int = 1) -> Estimate:
 
 BETTER = "it is on the better side"
 """End of the reason of a refutation by a result that is better than claimed."""
-
-
 EXPLORATORY, WITHDRAWN = "exploratory", "WITHDRAWN"
 """Marks of a verdict that does not confirm, and of one that does not count."""
 
@@ -146,10 +144,8 @@ class Verdict:
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON, without the missing units."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["missing"]
         return {
-            **values,
+            **{k: v for k, v in vars(self).items() if k != "missing"},
             "estimate": self.estimate.plain(),
             "margin": list(self.margin),
             "gates": [g.plain() for g in self.gates],
@@ -183,6 +179,13 @@ def rate(value: float | None) -> str:
         return "-"
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def row_interval(
+    row: dict[str, Any], key: str = "value", write: Callable[[float | None], str] = number
+) -> str:
+    """Format row[key] with the ends row["low"] and row["high"], as value [low, high]."""
+    return with_interval(Estimate(row[key], row["low"], row["high"]), write)
 
 
 def with_interval(e: Estimate, write: Callable[[float | None], str] = number) -> str:

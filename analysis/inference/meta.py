@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate, from_draws
+from analysis.inference.estimate import LEVEL, PROBABILITIES, Estimate, from_draws
 from analysis.inference.spread import Part, Spread
 
 BASES = "bases"
@@ -29,9 +29,7 @@ class Drift:
     """p-value of 'all ranks have the same best LR' (Cochran's Q, chi^2 with k - 1 df)."""
 
 
-def drift(
-    ranks: Sequence[float], draws: Sequence[np.ndarray], n: int, level: float = LEVEL
-) -> Drift:
+def drift(ranks: Sequence[float], draws: Sequence[np.ndarray], n: int) -> Drift:
     """Fit the slope of ln(best LR) over log2(rank) by least squares, weighted by 1 / variance.
 
     With three or more ranks, if the optima scatter about the line by more than their own errors
@@ -42,7 +40,6 @@ def drift(
         ranks: one per curve.
         draws: equally likely values of ln(best LR), one array per curve.
         n: number of runs, for the estimate.
-        level: of the interval.
     """
     if len(draws) < 2:
         few = "needs two or more optima with intervals, and none at an edge"
@@ -66,7 +63,7 @@ def drift(
     p = 2 * min(float((sloped <= 0).mean()), float((sloped >= 0).mean()))
     q = float((w * (y - np.average(y, weights=w)) ** 2).sum())
     p_equal = float(stats.chi2.sf(q, len(draws) - 1))
-    return Drift(from_draws(sloped, n, level), max(p, 2 / len(sloped)), p_equal)
+    return Drift(from_draws(sloped, n), max(p, 2 / len(sloped)), p_equal)
 
 
 @dataclass(frozen=True)
@@ -139,10 +136,9 @@ class MetaRegression:
         """Return a coefficient with its 95% interval; none without degrees of freedom."""
         if self.df < 1:
             return Estimate(float(self.beta[k]), n=self.n, spread=Spread(self.n, BASES))
-        even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
         error = math.sqrt(self.cov[k, k])
         spread = Spread(self.n, BASES, (Part(error * math.sqrt(self.n), self.df),))
-        draws = self.beta[k] + error * stats.t.ppf(even, self.df)
+        draws = self.beta[k] + error * stats.t.ppf(PROBABILITIES, self.df)
         return from_draws(draws, self.n, spread=spread)
 
     def p_of(self, terms: Sequence[int], values: Sequence[float]) -> float | None:
@@ -212,7 +208,6 @@ def within_groups(groups: Sequence[Sequence[tuple[float, float]]], of: str) -> E
     x, y = np.concatenate([g - g.mean(0) for g in known]).T
     r = float(stats.spearmanr(x, y).statistic)
     error = math.sqrt((1 + r**2 / 2) / left)
-    even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-    z = math.atanh(min(max(r, -0.999), 0.999)) + stats.norm.ppf(even) * error
+    z = math.atanh(min(max(r, -0.999), 0.999)) + stats.norm.ppf(PROBABILITIES) * error
     spread = Spread(n, of, (Part(error * math.sqrt(n), math.inf),))
     return from_draws(np.tanh(z), n, spread=spread)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from analysis.inference.estimate import N_DRAWS, Estimate, from_draws
+from analysis.inference.estimate import N_DRAWS, PROBABILITIES, Estimate, from_draws
 from analysis.inference.spread import Part, Spread
 
 
@@ -70,9 +70,8 @@ def from_sample(
     parts = [Part(max(float(np.std(x, ddof=1)), 1e-12), n - 1.0)]
     if pooled is not None:
         parts.append(Part(float(np.sqrt(pooled.var)), pooled.df, pooled.df / (n - 1)))
-    even = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-    reach = np.max([p.sd / np.sqrt(n) * np.abs(stats.t.ppf(even, p.df)) for p in parts], axis=0)
-    draws = x.mean() + np.sign(even - 0.5) * reach
+    sides = [p.sd / np.sqrt(n) * np.abs(stats.t.ppf(PROBABILITIES, p.df)) for p in parts]
+    draws = x.mean() + np.sign(PROBABILITIES - 0.5) * np.max(sides, axis=0)
     if len(shifts):
         resized = np.resize(np.asarray(shifts, float), N_DRAWS)
         draws = draws + np.random.default_rng(20251126).permutation(resized)

@@ -41,19 +41,16 @@ CHECK_RATIO = 1.3
 differs from the median by more than this factor."""
 
 
-def fit_all(curves: Sequence[LrCurve], level: float = LEVEL, share: bool = False) -> list[Optimum]:
+def fit_all(curves: Sequence[LrCurve], share: bool = False) -> list[Optimum]:
     """Find the optimum of every curve of a sweep, with noise and misfit pooled over all of them.
 
     Args:
-        level: of the intervals.
         share: use curves that differ only in rank as a prior for each other's shape.
     """
-    return fit_sweeps([curves], level, share)[0]
+    return fit_sweeps([curves], share)[0]
 
 
-def fit_sweeps(
-    sweeps: Sequence[Sequence[LrCurve]], level: float = LEVEL, share: bool = False
-) -> list[list[Optimum]]:
+def fit_sweeps(sweeps: Sequence[Sequence[LrCurve]], share: bool = False) -> list[list[Optimum]]:
     """Find the optima of many sweeps, each independently.
 
     Curves with the same rates and repeats are computed together, which is faster.
@@ -73,9 +70,7 @@ def fit_sweeps(
     for g, (posteriors, pooled) in zip(groups, fits):
         by_curve = dict(zip(g.likelihoods, posteriors))
         for k, curve in g.curves.items():
-            found[g.sweep][k] = _optimum(
-                curve, g.likelihoods.get(k), by_curve.get(k), pooled, level
-            )
+            found[g.sweep][k] = _optimum(curve, g.likelihoods.get(k), by_curve.get(k), pooled)
     return [[optima[k] for k in range(len(optima))] for optima in found]
 
 
@@ -140,7 +135,6 @@ def _optimum(
     likelihood: Likelihood | None,
     posterior: Posterior | None,
     pooled: Pooled,
-    level: float,
 ) -> Optimum:
     x, y = curve.x[curve.usable], curve.y[curve.usable]
     if not len(x):
@@ -153,7 +147,7 @@ def _optimum(
     few: tuple[str, ...] = () if len(rates) >= FEW_RATES else ("few_points",)
 
     def estimate(e: Estimate, flags: tuple[str, ...]) -> Estimate:
-        return Estimate(e.value, e.low, e.high, len(x), flags, e.draws, e.level)
+        return Estimate(e.value, e.low, e.high, len(x), flags, e.draws)
 
     if best in (0, len(rates) - 1):
         bound = _bound_at_end(curve, rates, best, posterior)
@@ -171,43 +165,41 @@ def _optimum(
         value = float(np.clip(posterior.quantile(0.5), low, high))
         flags = (*few, "no_variance")
         bracket = estimate(Estimate(math.exp(value), math.exp(low), math.exp(high)), flags)
-        return Optimum(curve, bracket, lowest, flags, None, pooled, 0, posterior, likelihood)
-    low, high = (float(v) for v in posterior.quantile(np.array([0.5 - level / 2, 0.5 + level / 2])))
-    median = float(posterior.quantile(0.5))
+        return Optimum(curve, bracket, lowest, flags, pooled, 0, posterior, likelihood)
+    ends = np.array([0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2])
+    low, median, high = map(float, posterior.quantile(ends))
     # The minimum of a least-squares cubic through the five rates around the best one.
     at = slice(min(max(0, best - 2), max(0, len(rates) - 5)), max(best + 3, 5))
     u = rates[at] - rates[best]
-    vertex: float | None = None
+    agrees = False
     if len(u) >= 4:
         slope = np.polyder(np.polyfit(u, means[at], 3))
         roots = [r.real for r in np.roots(slope) if abs(r.imag) < 1e-12]
         flat = [r for r in roots if np.polyval(np.polyder(slope), r) > 0]
-        vertex = float(rates[best] + flat[0]) if flat and u[0] <= flat[0] <= u[-1] else None
-    agrees = vertex is not None and (
-        low <= vertex <= high or abs(vertex - median) <= math.log(CHECK_RATIO)
-    )
+        if flat and u[0] <= flat[0] <= u[-1]:
+            vertex = rates[best] + flat[0]
+            agrees = low <= vertex <= high or abs(vertex - median) <= math.log(CHECK_RATIO)
     below, above = low < rates[0], high > rates[-1]
     if below and above:
-        answer = Estimate(None, flags=("flat",), level=level)
+        answer = Estimate(None, flags=("flat",))
     elif below:
-        end = math.exp(high) if known else None
-        answer = Estimate(None, None, end, flags=("at_edge",), level=level)
+        answer = Estimate(None, None, math.exp(high) if known else None, flags=("at_edge",))
     elif above:
-        start, (end, flag) = math.exp(low) if known else None, _upper_end(curve)
-        answer = Estimate(None, start, end, flags=(flag,), level=level)
+        end, flag = _upper_end(curve)
+        answer = Estimate(None, math.exp(low) if known else None, end, flags=(flag,))
     elif not known:
-        answer = Estimate(math.exp(median), level=level)
+        answer = Estimate(math.exp(median))
     else:
         # A random stream derived from the curve's settings, the same on every machine.
         name = repr(sorted((k, str(v)) for k, v in curve.key.items()))
         stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        draws, ends = np.exp(posterior.draws(stream)), (math.exp(low), math.exp(high))
-        answer = Estimate(math.exp(median), *ends, draws=draws, level=level)
+        draws = np.exp(posterior.draws(stream))
+        answer = Estimate(math.exp(median), math.exp(low), math.exp(high), draws=draws)
     doubts = {"no_variance": known, "checks_disagree": agrees}
     flags = (*few, *(flag for flag, is_fine in doubts.items() if not is_fine), *answer.flags)
-    found, cubic = estimate(answer, flags), None if vertex is None else math.exp(vertex)
     side = 0 if below == above else -1 if below else 1
-    return Optimum(curve, found, lowest, flags, cubic, pooled, side, posterior, likelihood)
+    found = estimate(answer, flags)
+    return Optimum(curve, found, lowest, flags, pooled, side, posterior, likelihood)
 
 
 def _bound_at_end(

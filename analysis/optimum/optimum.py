@@ -25,8 +25,6 @@ class Optimum:
     lowest: float | None
     """Mean NLL at the best rate tried."""
     flags: tuple[str, ...]
-    check_lr: float | None = None
-    """Minimum of a cubic fitted to the five rates around the best; only a check."""
     pooled: Pooled | None = None
     open_side: int = 0
     """1: the optimum may lie above the rates tried; -1: below; 0: inside, or possibly on either
@@ -91,13 +89,12 @@ def seeds_at_best(o: Optimum) -> int:
     x = o.curve.x[o.curve.usable]
     if not len(x):
         return 0
-    rates = sorted(set(x))
-    if o.best_lr.value is not None and rates[0] <= math.log(o.best_lr.value) <= rates[-1]:
-        m = math.log(o.best_lr.value)
-        sides = (max(r for r in rates if r <= m), min(r for r in rates if r >= m))
-        return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in sides)
-    best = lowest_loss(rate_means(o.curve)[1])
-    around = rates[max(0, best - 1) : best + 2]
+    rates, m = sorted(set(x)), math.log(o.best_lr.value or math.nan)
+    if rates[0] <= m <= rates[-1]:  # False for NaN
+        around = [max(r for r in rates if r <= m), min(r for r in rates if r >= m)]
+    else:
+        best = lowest_loss(rate_means(o.curve)[1])
+        around = rates[max(0, best - 1) : best + 2]
     return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.inference.estimate import PROBABILITIES
 from analysis.optimum import valley
 from analysis.optimum.likelihood import Likelihood
 from analysis.optimum.valley import ShapePrior
 
-N_DRAWS = 4000
 _STEPS, _PAD = 57, 0.7
 _END = 3e-3
 """If an end cell of the grid has more mass than this, the posterior is recomputed over the whole
@@ -36,13 +36,13 @@ class Posterior:
         edges = np.append(self.m - step / 2, self.m[-1] + step / 2)
         return np.interp(p, np.append(0.0, np.cumsum(self.mass)), edges)
 
-    def draws(self, stream: int, n: int = N_DRAWS) -> np.ndarray:
-        """Return n quantiles, evenly spaced in probability, in a random order given by the stream.
+    def draws(self, stream: int) -> np.ndarray:
+        """Return quantiles, evenly spaced in probability, in a random order given by the stream.
 
         Sums of such draws have smoother distributions than sums of random draws.
         """
-        order = np.random.default_rng([20251125, stream]).permutation(n)
-        return self.quantile((np.arange(n) + 0.5) / n)[order]
+        order = np.random.default_rng([20251125, stream]).permutation(len(PROBABILITIES))
+        return self.quantile(PROBABILITIES)[order]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ with other seeds than those of the kept calibration, which tests them.
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -75,8 +75,6 @@ class Tables:
     misfit's covariance, so that the likelihood is a sum over D terms for any sigma, tau and c.
     """
 
-    m: np.ndarray
-    """Candidate minima, [M], evenly spaced."""
     turn: np.ndarray
     """Rotation, [M, A, D, D]."""
     spread: np.ndarray
@@ -116,8 +114,7 @@ def tables(x: np.ndarray, root: np.ndarray, m: np.ndarray) -> Tables:
         m: candidate minima, [M].
     """
     key = (x - x[0], root, m - x[0])
-    made = _tables(*(np.round(np.ascontiguousarray(v), 9).tobytes() for v in key), len(root))
-    return replace(made, m=made.m + x[0])
+    return _tables(*(np.round(np.ascontiguousarray(v), 9).tobytes() for v in key), len(root))
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,7 +124,7 @@ def _tables(x_key: bytes, root_key: bytes, m_key: bytes, d: int) -> Tables:
     spread, axes = np.linalg.eigh(root @ misfit(x, m, _A) @ root.T)
     shape = linex(x - m[:, None, None], _A[:, None]) @ root.T
     turn, along = axes.swapaxes(-1, -2), np.einsum("maij,mai->maj", axes, shape)
-    return Tables(m, turn, np.maximum(spread, 0.0), along)
+    return Tables(turn, np.maximum(spread, 0.0), along)
 
 
 def log_likelihood(
@@ -147,7 +144,7 @@ def log_likelihood(
     pin = 1 / (prior.c * prior.c_spread) ** 2 if prior else 0.0
     aim = prior.c * pin if prior else 0.0
     plain = np.maximum((turned * t.shape).sum(-1) / (t.shape**2).sum(-1), _C_MIN)
-    out = np.empty((*sigmas.shape, len(TAUS), len(t.m)))
+    out = np.empty((*sigmas.shape, len(TAUS), len(t.shape)))
     for i in range(sigmas.shape[1]):
         noise = sigmas[:, i, None, None, None] ** 2
         for j, tau in enumerate(TAUS):

@@ -15,9 +15,9 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict
 from analysis.optimum.optimum import Optimum
-from analysis.report.text import rendered
+from analysis.report.text import plain, rendered
 from analysis.runs.learning_curves import learning_curves
-from analysis.runs.table import CURVE_KEYS
+from analysis.runs.lr_curves import runs_of
 
 _FIT_POINTS = 80
 _DETAILS = (
@@ -51,22 +51,22 @@ def write(
         run: list(zip(c["step"].tolist(), c["test_nll"].tolist()))
         for run, c in learned.groupby("run")
     }
-    where = {_key(o.curve.key): k for k, o in enumerate(optima)}
+    where = {run: k for k, o in enumerate(optima) for run in runs_of(table, o.curve).index}
     used = [{round(float(v), 9) for v in o.curve.x[o.curve.usable]} for o in optima]
     runs = []
     for run, row in zip(table.index, table.to_dict("records")):
-        curve = where.get(_key({k: row[k] for k in CURVE_KEYS if k in row}))
+        curve = where.get(run)
         sign = 1 if curve is None else optima[curve].curve.shown.sign
-        nll, is_used = _plain(row.get("test_nll")), False
+        nll, is_used = plain(row.get("test_nll")), False
         if curve is not None and row["status"] == "done":
             is_used = round(math.log(row["lr"]), 9) in used[curve]
         others = [k for k in row if k not in _DETAILS and k not in _LONG]
-        details = {k: _plain(row[k]) for k in (*_DETAILS, *others) if k in row}
+        details = {k: plain(row[k]) for k in (*_DETAILS, *others) if k in row}
         runs.append(
             {
                 "curve": curve,
                 "lr": float(row["lr"]),
-                "seed": _plain(row.get("seed")),
+                "seed": plain(row.get("seed")),
                 "status": str(row["status"]),
                 "nll": None if nll is None else sign * nll,
                 "fitted": is_used,
@@ -103,10 +103,6 @@ def write(
     path.write_text(page)
 
 
-def _key(key: dict[str, Any]) -> tuple:
-    return tuple(sorted((k, "" if v is None or v != v else str(v)) for k, v in key.items()))
-
-
 def _curve(o: Optimum, within: float) -> dict[str, Any]:
     key, e, sign, x = o.curve.key, o.best_lr, o.curve.shown.sign, o.curve.unbroken
     fit: dict[str, list[float]] | None = None
@@ -119,19 +115,9 @@ def _curve(o: Optimum, within: float) -> dict[str, Any]:
         }
     return {
         **{"name": o.curve.name, "group": o.curve.group, "metric": o.curve.shown.label},
-        **{"sign": sign, "model": str(key["model"]), "rank": _plain(key.get("rank"))},
-        **{"method": str(key["method"]), "batch_size": _plain(key.get("batch_size"))},
+        **{"sign": sign, "model": str(key["model"]), "rank": plain(key.get("rank"))},
+        **{"method": str(key["method"]), "batch_size": plain(key.get("batch_size"))},
         **{"best_lr": e.value, "low": e.low, "high": e.high},
         "best_nll": None if best is None or not math.isfinite(best) else sign * best,
         **{"flags": list(o.flags), "band": o.band(within), "fit": fit},
     }
-
-
-def _plain(value: Any) -> Any:
-    """Convert a value for JSON; NaN, infinity and missing become None."""
-    if value is None or value is pd.NA or value != value:
-        return None
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, int | str | bool) else str(value)

@@ -15,6 +15,7 @@ from matplotlib.ticker import NullFormatter
 from analysis.inference.estimate import rate, with_interval
 from analysis.optimum.likelihood import rate_means, without_shifts
 from analysis.optimum.optimum import Optimum
+from analysis.questions.base import by_group
 from analysis.report.plots import COLOURS, MARKERS, arrows, drawn, grid_of
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names, runs_of, title
@@ -151,9 +152,7 @@ def _panels(
     optima: Sequence[Optimum], path: Path, inputs: str
 ) -> Iterator[tuple[Any, Panels, float]]:
     """Yield a figure, the axes of each group of curves, and the height with room for legends."""
-    groups: dict[str, list[Optimum]] = {}
-    for o in optima:
-        groups.setdefault(o.curve.group, []).append(o)
+    groups = by_group(optima)
     rows, columns = grid_of(len(groups))
     size = (7.4 * columns, (4.2 + 0.19 * max(map(len, groups.values()))) * rows)
     with drawn(path, inputs, rows, columns, size, len(groups)) as (fig, axes):

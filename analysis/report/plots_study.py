@@ -20,12 +20,6 @@ EDGE = 4.6
 """Values further from a claim than this many margins are drawn at the edge, as arrows."""
 MARGIN = COLOURS[3]
 SYMBOLS = {"SUPPORTED": "o", "REFUTED": "X", "UNDECIDED": "o", "": "D"}
-LABELS = {
-    "SUPPORTED": "supported",
-    "REFUTED": "refuted",
-    "UNDECIDED": "undecided",
-    "": "average over bases",
-}
 TONES = {Setting.IN_REGIME: COLOURS[1], Setting.BEYOND: COLOURS[2], Setting.REAL: COLOURS[4]}
 PALE = 0.6
 """Share of the colour that exploratory verdicts keep."""
@@ -59,7 +53,10 @@ def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
             "0: the claim's value; green: its margin, from -1 to 1 where it has ends"
         )
         fig.tight_layout(rect=(0, 0.35 / size[1], 1, 1), w_pad=0.6)
-        keys = [Line2D([], [], label=text, **_symbol(k, COLOURS[0])) for k, text in LABELS.items()]
+        keys = [
+            Line2D([], [], label=k.lower() or "average over bases", **_symbol(k, COLOURS[0]))
+            for k in SYMBOLS
+        ]
         keys.append(Line2D([], [], lw=3, label="pale: exploratory", color=_paler(COLOURS[0])))
         fig.legend(handles=keys, loc="lower center", ncol=5, frameon=False, fontsize=8)
 
@@ -137,7 +134,6 @@ def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> Non
         fig.tight_layout()
 
 
-TEN = 10.0
 HIGHEST = 40.0
 """Percent of the gain at which the figure of the rates ends."""
 
@@ -145,7 +141,7 @@ HIGHEST = 40.0
 def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
     """Draw LoRA's regret over its learning rate, in multiples of full fine-tuning's best one."""
     with drawn(path, inputs, 1, 1, (8.0, 4.6)) as (fig, (ax,)):
-        ax.axvline(TEN, color="0.3", lw=1.4, ls="--", label="10 times")
+        ax.axvline(10, color="0.3", lw=1.4, ls="--", label="10 times")
         for k, c in enumerate(curves, 1):
             colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
             ax.plot(c.fitted_times, c.fitted_percent, "-", color=colour, lw=1.4)

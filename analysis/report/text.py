@@ -1,9 +1,12 @@
 """Text of reports: tables for a terminal or in Markdown, templates, and hashes of inputs."""
 
 import hashlib
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 Rows = Sequence[Sequence[str]]
@@ -21,10 +24,10 @@ def markdown(rows: Rows) -> list[str]:
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
 
 
-def rendered(template: str, **values: Any) -> str:
-    """Fill a template of analysis/report/templates; values are escaped in .html templates only."""
+def rendered(template: str, package: str = "analysis.report", **values: Any) -> str:
+    """Fill a template of a package; values are escaped in .html templates only."""
     environment = Environment(
-        loader=PackageLoader("analysis.report"),
+        loader=PackageLoader(package),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -36,21 +39,27 @@ def rendered(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def with_block(text: str, begin: str, end: str, lines: Sequence[str]) -> str:
-    """Replace the lines of a page between two markers.
+def with_block(text: str, name: str, lines: Sequence[str]) -> str:
+    """Replace the lines of a page between `<!-- NAME: ... -->` and `<!-- end of NAME -->`.
 
     Raises:
-        ValueError: the page lacks a marker.
+        ValueError: the page lacks one of these markers.
     """
-    head, tail = text[: text.index(begin)], text[text.index(end) :]
-    return "\n".join([head + begin, *lines, tail])
+    begin = re.search(rf"<!-- {name}: [^\n]*-->", text)
+    if begin is None:
+        raise ValueError(f"no marker `<!-- {name}: ... -->`")
+    end = text.index(f"<!-- end of {name} -->")
+    return "\n".join([text[: begin.end()], *lines, text[end:]])
 
 
 def plain(value: Any) -> Any:
-    """Convert a table's value for JSON; missing becomes None."""
-    if value is None or value != value:
+    """Convert a table's value for JSON; NaN, infinity and missing become None."""
+    if value is None or value is pd.NA or value != value:
         return None
-    return value.item() if hasattr(value, "item") else value
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int | str | bool) else str(value)
 
 
 def text_hash(text: str) -> str:

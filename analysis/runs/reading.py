@@ -237,10 +237,7 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
 
 
 def _with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Reduce status to done or diverged, and drop failed and unfinished runs.
-
-    A failed run does not show whether its learning rate was good.
-    """
+    """Reduce status to done or diverged, and drop failed and unfinished runs."""
     word = pd.Series("", table.index)
     if "status" in table.columns:
         word = _words(table["status"]).str.lower()
@@ -272,9 +269,6 @@ def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFram
     """Assign seed numbers to repeats: runs of one configuration and learning rate.
 
     Runs of one seed are taken to share their batches; without a seed column no two runs are.
-
-    Args:
-        sign: -1 if the table holds the negative of the metric.
     """
     not_keys = ("method", "rank", "status", "seed", "nll_start", "hidden_size")
     others = [c for c in OPTIONAL if c in table.columns and c not in not_keys]
@@ -348,11 +342,7 @@ def _words(cells: pd.Series) -> pd.Series:
 
 
 def _check_values(table: pd.DataFrame, higher: str | None) -> None:
-    """Raise TableError where a value is impossible or a column mixes units.
-
-    Args:
-        higher: the metric's name if higher is better, else None.
-    """
+    """Raise TableError where a value is impossible or a column mixes units."""
     lr, done = table["lr"], table[table["status"] == "done"]
     value = done["test_nll"]
     for bad, why in ((lr.isna(), "empty"), (~(lr > 0), "not above 0"), (np.isinf(lr), "infinite")):

@@ -4,20 +4,21 @@ They take a Reading and return plain values and lines of text; they read no file
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.inference.estimate import number, rate, row_interval
 from analysis.inference.meta import drift
 from analysis.measures import lr_law
 from analysis.measures.ratio import Ratio, gaps, pool_ratios, ratio_law, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import lowest_loss, rate_means
 from analysis.optimum.optimum import WITHIN, Optimum
+from analysis.questions.base import by_group, lora_of
 from analysis.report import interactive
 from analysis.report.text import aligned, plain
 from analysis.runs.lr_curves import lr_curves
@@ -71,7 +72,7 @@ def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[st
     for r in rows:
         words = [r["method"], f"r{r['rank']}" if r["rank"] else "", r["layers"] or ""]
         words.append(f"batch {r['batch_size']}" if r["batch_size"] else "")
-        best = with_interval(Estimate(r["best_lr"], r["low"], r["high"]), rate)
+        best = row_interval(r, "best_lr", rate)
         band = "-" if r["band"] is None else f"{rate(r['band'][0])} to {rate(r['band'][1])}"
         name, flags = " ".join(filter(None, words)), ", ".join(r["flags"]) or "-"
         numbers = [str(r["n"]), best, number(r["best_nll"], 4), band]
@@ -129,14 +130,11 @@ def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum
     Raises:
         TableError: a group has more than one curve of full fine-tuning.
     """
-    groups: dict[str, list[Optimum]] = {}
-    for o in optima:
-        groups.setdefault(o.curve.group, []).append(o)
     out = []
-    for group, members in groups.items():
+    for group, members in by_group(optima).items():
         full = [o for o in members if o.curve.key["method"] == "fullft"]
         variants: dict[str, list[Optimum]] = {}
-        for o in (o for o in members if o.curve.key["method"] == "lora"):
+        for o in lora_of(members):
             variants.setdefault(o.curve.variant, []).append(o)
         if len(full) > 1:
             raise TableError(
@@ -152,9 +150,8 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
     """Format the ratios for the terminal."""
     rows = [["model and data", "rank", "ratio [95%]", "gap", "flags"]]
     for r in result["ratios"]:
-        measured = with_interval(Estimate(r["ratio"], r["low"], r["high"]))
-        flags = ", ".join(r["flags"]) or "-"
-        rows.append([r["group"], str(r["rank"]), measured, number(r["gap"]), flags])
+        numbers = [str(r["rank"]), row_interval(r, "ratio"), number(r["gap"])]
+        rows.append([r["group"], *numbers, ", ".join(r["flags"]) or "-"])
     out = aligned(rows)
     if result["pooled"]:
         p = {k: number(v) for k, v in result["pooled"].items()}
@@ -175,7 +172,7 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
         TableError: the table has no lora run.
     """
     groups: dict[str, list[Optimum]] = {}
-    lora = [o for o in optima_of(reading, share) if o.curve.key["method"] == "lora"]
+    lora = lora_of(optima_of(reading, share))
     has_variants = len({o.curve.variant for o in lora}) > 1
     for o in lora:
         name = f"{o.curve.group}; {o.curve.variant}" if has_variants else o.curve.group
@@ -216,7 +213,7 @@ def drift_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     for r in rows:
         by_rank = zip(r["ranks"], r["best_tried"])
         tried = ", ".join(f"{k}: {v:g}" if v else f"{k}: -" for k, v in by_rank)
-        slope = with_interval(Estimate(r["slope"], r["low"], r["high"]))
+        slope = row_interval(r, "slope")
         tests, flags = [number(r[k], 2) for k in ("p_slope", "p_equal")], ", ".join(r["flags"])
         out.append([r["group"], tried, slope, *tests, flags or "-"])
     return aligned(out)
@@ -269,26 +266,24 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
                 Ratio(full.curve.key["model"], h, float(a), float(logs.mean()), float(logs.std()))
             )
     fitted = ratio_law(log_ratios) if len(log_ratios) >= 2 else None
-    by_both = {
-        "by_loss": lr_law.by_loss(parts, hidden),
-        "by_optima": lr_law.by_optima(optima, hidden),
-    }
+
+    def rows(laws: Sequence[lr_law.Law]) -> list[dict[str, Any]]:
+        return [
+            {
+                "family": v.family,
+                "method": v.method,
+                "lr_at_2000": v.at_2000.plain(),
+                "p": v.p.plain(),
+                "models": v.n_models,
+                "regret_percent": v.regret,
+                "flags": list(v.flags),
+            }
+            for v in laws
+        ]
+
     return {
-        **{
-            how: [
-                {
-                    "family": v.family,
-                    "method": v.method,
-                    "lr_at_2000": v.at_2000.plain(),
-                    "p": v.p.plain(),
-                    "models": v.n_models,
-                    "regret_percent": v.regret,
-                    "flags": list(v.flags),
-                }
-                for v in found
-            ]
-            for how, found in by_both.items()
-        },
+        "by_loss": rows(lr_law.by_loss(parts, hidden)),
+        "by_optima": rows(lr_law.by_optima(optima, hidden)),
         "published_regret": costs,
         "ratio_law": fitted
         and {
@@ -306,18 +301,14 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
 
 def law_lines(result: dict[str, Any]) -> list[str]:
     """Format the laws for the terminal."""
-
-    def shown(plain: dict[str, Any], write: Callable[[float | None], str] = number) -> str:
-        return with_interval(Estimate(plain["value"], plain["low"], plain["high"]), write)
-
     head = ["family", "method", "fitted by", "LR at hidden 2000 [95%]", "exponent p [95%]"]
     rows = [[*head, "models", "regret %", "flags"]]
     for how in ("by_loss", "by_optima"):
         for v in result[how]:
             names = [v["family"], v["method"], how.replace("by_", "")]
-            numbers = [shown(v["lr_at_2000"], rate), shown(v["p"]), str(v["models"])]
-            flags = ", ".join(v["flags"]) or "-"
-            rows.append([*names, *numbers, number(v["regret_percent"]), flags])
+            fitted = [row_interval(v["lr_at_2000"], write=rate), row_interval(v["p"])]
+            numbers = [*fitted, str(v["models"]), number(v["regret_percent"])]
+            rows.append([*names, *numbers, ", ".join(v["flags"]) or "-"])
     out = aligned(rows)
     costs = result["published_regret"]
     known = [c["percent"] for c in costs if c["percent"] is not None]
@@ -329,7 +320,7 @@ def law_lines(result: dict[str, Any]) -> list[str]:
             "where its rate lies within those tried"
         )
     if fitted := result["ratio_law"]:
-        p, q, at = (shown(fitted[k]) for k in ("p", "q", "ratio_at_1000_32"))
+        p, q, at = (row_interval(fitted[k]) for k in ("p", "q", "ratio_at_1000_32"))
         flags = f"; {', '.join(fitted['flags'])}" if fitted["flags"] else ""
         out.append(
             f"ratio = {at} x (hidden/1000)^p x (alpha/32)^q, p {p}, q {q} "

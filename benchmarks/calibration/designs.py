@@ -17,7 +17,7 @@ from analysis.inference.seeds import pooled_variance
 from analysis.measures.at_best import losses_at_best, over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.optimum import seeds_at_best
-from analysis.report.text import Rows, markdown
+from analysis.report.text import Rows
 from benchmarks.calibration.coverage import covers, fitted, share, stream
 from benchmarks.calibration.generators import MARGIN, Design
 
@@ -139,10 +139,10 @@ HEAD = (
 )
 
 
-def tables(rows: Sequence[Row]) -> dict[float, str]:
+def tables(rows: Sequence[Row]) -> dict[float, Rows]:
     """Return the table of designs for each distance of the optima from the middle learning rate."""
     reaches = dict.fromkeys(r["reach"] for r in rows)
-    return {v: "\n".join(markdown(table([r for r in rows if r["reach"] == v]))) for v in reaches}
+    return {v: table([r for r in rows if r["reach"] == v]) for v in reaches}
 
 
 def table(rows: Sequence[Row]) -> Rows:

@@ -4,46 +4,38 @@ Everything comes from analysis/results/calibration/calibration.json.
 """
 
 import json
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from analysis.inference.estimate import number
-from analysis.report.text import markdown, text_hash
+from analysis.report.text import markdown, text_hash, with_block
 from benchmarks import plots
 from benchmarks.calibration import designs
 from benchmarks.calibration.generators import HELD_OUT, INSIDE, MARGIN
-from benchmarks.harness import RESULTS, ROOT, render, table, with_block
+from benchmarks.harness import RESULTS, ROOT, render
 
 FOLDER = RESULTS / "calibration"
 FINE = 2.0
 """The targets for coverage apply up to this spacing of the rates, as a factor."""
-Row = dict[str, Any]
-"""Figures of one condition of the calibration."""
 Study = dict[str, Any]
 """The content of calibration.json: lists of conditions by kind, and how long it took."""
 HEAD = ["requirement", "target", "measured", "met"]
-
-
-def _mean(rows: Sequence[Row], key: str) -> float:
-    known = [r[key] for r in rows if r.get(key) is not None]
-    return float(np.mean(known)) if known else float("nan")
 
 
 def _percent(value: float, digits: int = 1) -> str:
     return "-" if value != value else f"{100 * value:.{digits}f}%"
 
 
-def _fine(study: Study) -> list[Row]:
-    return [r for r in study["coverage"] if r["factor"] <= FINE]
+def _fine(study: Study) -> pd.DataFrame:
+    """Return the conditions with learning rates at most FINE apart."""
+    return pd.DataFrame(study["coverage"]).query("factor <= @FINE")
 
 
-def _by(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    out: dict[Any, list[Row]] = {}
-    for r in rows:
-        out.setdefault(key(r), []).append(r)
-    return out
+def _worst(means: pd.Series) -> tuple[float, str]:
+    """Return the lowest of some means and its name; of equal ones the first in the alphabet."""
+    return float(means.min()), str(means.sort_index().idxmin())
 
 
 TARGETS = """\
@@ -63,25 +55,21 @@ def targets(study: Study) -> list[list[str]]:
 
     Returns rows of name, target, measured, met, after the head.
     """
-    fine = [r for r in study["coverage"] if r["factor"] <= FINE]
+    fine, flags, verdicts = _fine(study), *map(pd.DataFrame, (study["flags"], study["verdicts"]))
     found: list[tuple[str, str]] = []
     for key in ("coverage", "ratio_coverage"):
-        mean, by_family = _mean(fine, key), _by(fine, lambda r: r["family"])
-        worst, where = min((_mean(cells, key), family) for family, cells in by_family.items())
+        mean, (worst, where) = fine[key].mean(), _worst(fine.groupby("family")[key].mean())
         found.append((_percent(mean), "no: too wide" if mean > 0.97 else _met(mean >= 0.94)))
         found.append((f"{_percent(worst)} ({where})", _met(worst >= 0.93)))
-    design = (7, 2.0, 2, 0)
-    cells = [r for r in fine if (r["rates"], r["factor"], r["seeds"], r["fresh"]) == design]
-    errors = [r["error"] for r in cells if r["error"]]
-    middle, most = float(np.median(errors)), number(max(errors))
+    errors = fine.query("rates == 7 and factor == 2 and seeds == 2 and fresh == 0")["error"]
+    middle, most = errors.median(), number(errors.max())
     found.append((f"{number(middle)}x, at most {most}x in any condition", _met(middle < 1.1)))
-    by_where = _by(study["flags"], lambda r: r["where"]).items()
-    right, where = min((_mean(cells, "right"), where) for where, cells in by_where)
+    right, where = _worst(flags.groupby("where")["right"].mean())
     found.append((f"{_percent(right)} ({where})", _met(right >= 0.99)))
-    edge = [r for r in study["verdicts"] if r["ratio"] in MARGIN]
-    false, most = _mean(edge, "supported"), _percent(max(r["supported"] for r in edge))
+    edge = verdicts[verdicts["ratio"].isin(MARGIN)]["supported"]
+    false, most = edge.mean(), _percent(edge.max())
     found.append((f"{_percent(false)}, at most {most} in any condition", _met(false <= 0.025)))
-    open_ = _mean([r for r in study["verdicts"] if r["ratio"] == 10.0], "undecided")
+    open_ = verdicts[verdicts["ratio"] == 10.0]["undecided"].mean()
     found.append((_percent(open_), _met(open_ <= 0.2)))
     rows = [[*line.split("|"), *row] for line, row in zip(TARGETS.splitlines(), found)]
     return [HEAD, *rows, *designs.targets(study.get("designs", ()))]
@@ -94,18 +82,6 @@ def _met(met: bool) -> str:
 def page(study: Study) -> str:
     """Render the page."""
     tried = study.get("designs", [])
-    flags = study["flags"]
-    sections = {
-        "targets": targets(study),
-        "families": _family_rows(study),
-        "designs": _design_rows(study),
-        "verdicts": _verdict_rows(study),
-        "flags": [
-            ["family", "optimum", "flag right", "value or bound holds"],
-            *([r["family"], r["where"], *map(_percent, (r["right"], r["holds"]))] for r in flags),
-        ],
-        "sharing": _sharing_rows(study),
-    }
     return render(
         "calibration",
         n_coverage=sum(r["cases"] for r in study["coverage"]),
@@ -120,16 +96,27 @@ def page(study: Study) -> str:
         intervals=tried,
         interval_families=", ".join(dict.fromkeys(r["family"] for r in tried)),
         interval_tables=designs.tables(tried),
-        **{name: table(rows) for name, rows in sections.items()},
+        targets=targets(study),
+        families=_family_rows(study),
+        designs=_design_rows(study),
+        verdicts=_verdict_rows(study),
+        flags=[
+            ["family", "optimum", "flag right", "value or bound holds"],
+            *(
+                [r["family"], r["where"], _percent(r["right"]), _percent(r["holds"])]
+                for r in study["flags"]
+            ),
+        ],
+        sharing=_sharing_rows(study),
     )
 
 
 _COVERAGE = ("coverage", "coverage_value", "coverage_bound", "ratio_coverage")
 
 
-def _cell(cells: Sequence[Row], key: str) -> str:
+def _cell(cells: pd.DataFrame, key: str) -> str:
     """Format the mean of one number over conditions."""
-    value = _mean(cells, key)
+    value = float(cells[key].mean())
     if key == "valued":
         return _percent(value, 0)
     return _percent(value) if key.endswith("coverage") or key in _COVERAGE else number(value)
@@ -150,20 +137,20 @@ def _family_rows(study: Study) -> list[list[str]]:
         "global error": "global_error",
     }
     rows = [["family", *columns]]
-    for f, cells in _by(_fine(study), lambda r: r["family"]).items():
+    for f, cells in _fine(study).groupby("family", sort=False):
         mark = " (inside)" if f in INSIDE else " (held out)" if f in HELD_OUT else ""
         rows.append([f + mark, *(_cell(cells, key) for key in columns.values())])
     return rows
 
 
 def _design_rows(study: Study) -> list[list[str]]:
-    design = ("rates", "factor", "seeds", "fresh", "noise")
+    design = ["rates", "factor", "seeds", "fresh", "noise"]
     head = "learning rates|factor|seeds|fresh seeds|noise|coverage|worst family|with a value"
     rows = [[*head.split("|"), "width (high / low)", "error", "ratio"]]
-    for key, cells in _by(study["coverage"], lambda r: tuple(r[k] for k in design)).items():
-        worst = min((r["coverage"], r["family"]) for r in cells if r["coverage"] is not None)
-        shares = (_cell(cells, "coverage"), f"{_percent(worst[0])} ({worst[1]})")
-        width = number(float(np.exp(_mean(cells, "width"))))
+    for key, cells in pd.DataFrame(study["coverage"]).groupby(design, sort=False):
+        worst, family = _worst(cells.set_index("family")["coverage"])
+        shares = (_cell(cells, "coverage"), f"{_percent(worst)} ({family})")
+        width = number(float(np.exp(cells["width"].mean())))
         rest = (_cell(cells, k) for k in ("error", "ratio_coverage"))
         rows.append([*(f"{v:g}" for v in key), *shares, _cell(cells, "valued"), width, *rest])
     return rows
@@ -171,10 +158,9 @@ def _design_rows(study: Study) -> list[list[str]]:
 
 def _verdict_rows(study: Study) -> list[list[str]]:
     rows = [["true ratio", "noise", "SUPPORTED", "REFUTED", "UNDECIDED", "most SUPPORTED (family)"]]
-    by_ratio = _by(study["verdicts"], lambda r: (r["ratio"], r["noise"]))
-    for (ratio, noise), cells in sorted(by_ratio.items()):
-        most, where = max((r["supported"], r["family"]) for r in cells)
-        means = (_percent(_mean(cells, k)) for k in ("supported", "refuted", "undecided"))
+    for (ratio, noise), cells in pd.DataFrame(study["verdicts"]).groupby(["ratio", "noise"]):
+        most, where = max(zip(cells["supported"], cells["family"]))
+        means = (_percent(cells[k].mean()) for k in ("supported", "refuted", "undecided"))
         rows.append([f"{ratio:g}", f"{noise:g}", *means, f"{_percent(most)} ({where})"])
     return rows
 
@@ -203,6 +189,6 @@ def write() -> None:
     study = json.loads(text)
     (FOLDER / "README.md").write_text(page(study))
     plots.coverage(_fine(study), FOLDER / "coverage.png", text_hash(text))
-    plots.verdict_shares(study["verdicts"], FOLDER / "verdicts.png", text_hash(text))
+    plots.verdict_shares(pd.DataFrame(study["verdicts"]), FOLDER / "verdicts.png", text_hash(text))
     document = ROOT / "docs" / "answers.md"
     document.write_text(with_block(document.read_text(), "calibration", summary(study)))

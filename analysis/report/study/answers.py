@@ -7,7 +7,6 @@ question, and nothing is judged again here.
 import functools
 import json
 import math
-import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -83,13 +82,12 @@ class Answer:
 
     def curves(self, v: Verdict) -> list[dict[str, Any]]:
         """Return the curves of a verdict's group."""
-        found = []
-        for c in self.results["curves"]:
-            name = f"{c['model']} on {c['dataset']}"
-            of_length = f"steps {c['steps']}" in v.group or "steps" not in v.group
-            if of_length and (v.group == name or v.group.startswith(f"{name}, ")):
-                found.append(c)
-        return found
+        return [
+            c
+            for c in self.results["curves"]
+            if f"{v.group}, ".startswith(f"{c['model']} on {c['dataset']}, ")
+            if f"steps {c['steps']}" in v.group or "steps" not in v.group
+        ]
 
     def parameters_an_episode(self, v: Verdict) -> float | None:
         """Return the parameters of the lowest rank for each completion that its runs sample.
@@ -101,9 +99,8 @@ class Answer:
         if not lora:
             return None
         lowest = min(lora, key=lambda c: c["rank"])
-        keys = ("model", "dataset", "steps", "batch_size", "method", "rank", "objective")
-        of_curve = (self.runs[k] == lowest[k] for k in keys)
-        runs = self.runs[functools.reduce(operator.and_, of_curve)]
+        keys = ["model", "dataset", "steps", "batch_size", "method", "rank", "objective"]
+        runs = self.runs.merge(pd.DataFrame([{k: lowest[k] for k in keys}]), on=keys)
         return float((runs["n_trainable"] / (runs["batch_size"] * runs["steps"])).mean())
 
     @property
@@ -208,18 +205,7 @@ def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) 
                 continue
             results = json.loads(path.read_text())
             question = json.loads((path.parent / "question.json").read_text())
-            verdicts = [
-                Verdict(
-                    **{
-                        **plain,
-                        "estimate": estimate_of(plain["estimate"]),
-                        "margin": tuple(plain["margin"]),
-                        # older results hold no gates
-                        "gates": tuple(map(gate_of, plain.get("gates", ()))),
-                    }
-                )
-                for plain in results["verdicts"]
-            ]
+            verdicts = [verdict_of(plain) for plain in results["verdicts"]]
             found.setdefault(path.parent.name, Answer(path.parent, results, question, verdicts))
 
     def place(a: Answer) -> tuple[int, str, str]:
@@ -234,12 +220,18 @@ def estimate_of(plain: dict[str, Any]) -> Estimate:
     return Estimate(**{**plain, "flags": tuple(plain["flags"])})
 
 
-HEAD = ("claim", "scale", "expected", "measured [interval]", "verdict", "runs", "still needed")
+def verdict_of(plain: dict[str, Any]) -> Verdict:
+    """Read a verdict from results.json; older results have no gates."""
+    gates = tuple(map(gate_of, plain.get("gates", ())))
+    known = {"estimate": estimate_of(plain["estimate"]), "margin": tuple(plain["margin"])}
+    return Verdict(**{**plain, **known, "gates": gates})
 
 
 def rows_of(answers: Sequence[Answer]) -> list[list[str]]:
     """Return the table of all claims for a terminal, one row per claim after the head."""
-    rows = [list(HEAD)]
+    rows = [
+        ["claim", "scale", "expected", "measured [interval]", "verdict", "runs", "still needed"]
+    ]
     for a in answers:
         many = len({v.group for v in a.verdicts}) > 1
         for v in a.verdicts:

@@ -16,8 +16,8 @@ from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import rate_means
-from analysis.optimum.optimum import WITHIN, Optimum
-from analysis.questions.base import Panel, Series, full_of, lora_of
+from analysis.optimum.optimum import WITHIN
+from analysis.questions.base import Panel, Series, by_group, full_of, lora_of
 from analysis.report.study.answers import WORDS, Answer, Pooled, Setting, estimate_of
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import lr_curves
@@ -149,10 +149,8 @@ class Row:
     marks: dict[Setting, list[Mark]]
 
 
-def claim_rows(
-    answers: Sequence[Answer], over_bases: Sequence[Pooled], whose: str = "study"
-) -> list[Row]:
-    """Return a row per claim of one source that has a measured value, in the study's order.
+def claim_rows(answers: Sequence[Answer], over_bases: Sequence[Pooled]) -> list[Row]:
+    """Return a row per claim of the study that has a measured value, in the study's order.
 
     Claims with the same sentence share a row, whichever question they belong to. Withdrawn answers
     are left out.
@@ -170,7 +168,7 @@ def claim_rows(
     for a in answers:
         for v in a.single:
             known = v.estimate.value is not None and not v.is_withdrawn
-            if known and (a.word(v.claim, "whose") or "ours") == whose:
+            if known and a.word(v.claim, "whose") == "study":
                 add(a, v, v.estimate, v.outcome)
     for pool in over_bases:
         a, v = pool.one
@@ -205,10 +203,7 @@ def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
     chosen: dict[tuple[str, Setting], RateCurve] = {}
     mine = [a for a in answers if a.sweep == "lr_ratio"]
     for a in sorted(mine, key=lambda a: (a.exploratory, -a.results["runs"])):
-        groups: dict[str, list[Optimum]] = {}
-        for o in fit_all(lr_curves(a.runs)):
-            groups.setdefault(o.curve.group, []).append(o)
-        for group, optima in groups.items():
+        for group, optima in by_group(fit_all(lr_curves(a.runs))).items():
             full, lora = full_of(optima), lora_of(optima)
             where = (str(optima[0].curve.key["model"]), a.setting(group))
             if full is None or not lora or where in chosen:

@@ -195,12 +195,12 @@ def with_unit(show: Callable[[float], str], unit: str = "") -> Show:
 
 
 def signed(value: float) -> str:
-    """Show a value with its sign and one decimal; never as -0.0."""
+    """Show a value with its sign and one decimal."""
     return fixed(value, 1, "+")
 
 
 def percent(value: float) -> str:
-    """Show a value that is in percent, with one decimal; never as -0.0."""
+    """Show a value that is in percent, with one decimal."""
     return fixed(value, 1)
 
 
@@ -253,11 +253,10 @@ def _regret(answers: Sequence[Answer]) -> str:
         f"{rank} regret {new}",
         f"{rank} {none} {new}, on some bases and data sets",
     )
-    tops = [(line, max(line.regrets)) for line, _ in controls]
     of_controls = [
-        f"On {line.base} (rank {top}, {line.updates} updates of {line.batch_size}) it was "
-        f"{with_unit(percent, '%')(line.regrets[top])}"
-        for line, top in tops
+        f"On {line.base} (rank {max(line.regrets)}, {line.updates} updates of {line.batch_size}) "
+        f"it was {with_unit(percent, '%')(line.regrets[max(line.regrets)])}"
+        for line, _ in controls
     ]
     lists = by_place(beyond, "Regret", ", where lists are new too,")
     return ". ".join([start, *by_place(low, "Its regret"), *of_controls, *lists]) + "."

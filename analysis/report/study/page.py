@@ -15,10 +15,10 @@ from pathlib import Path
 from analysis.inference.estimate import (
     BETTER,
     EXPLORATORY,
-    Estimate,
     Verdict,
     number,
     rate,
+    row_interval,
     signed,
     with_interval,
 )
@@ -35,16 +35,9 @@ from analysis.runs.lr_curves import in_words
 from analysis.runs.table import read as read_table
 
 REGRET, FOREST, RATES, SPEED = "regret.png", "forest.png", "rates.png", "speed.png"
-BEGIN, END = "<!-- answers: made by `python -m analysis study` -->", "<!-- end of answers -->"
-"""Markers of the findings on the project's front page."""
 RATES_HEAD = (
-    "base, data, batch, updates",
-    "method",
-    "best learning rate",
-    "regret under 0.01 nats",
-    "best NLL",
-    "ratio to full fine-tuning",
-    "regret at 10 times full fine-tuning's (nats)",
+    *("base, data, batch, updates", "method", "best learning rate", "regret under 0.01 nats"),
+    *("best NLL", "ratio to full fine-tuning", "regret at 10 times full fine-tuning's (nats)"),
     "regret at full fine-tuning's (nats)",
 )
 RULES = ("10 x FullFT's best LR", "FullFT's best LR")
@@ -147,7 +140,7 @@ def readme(text: str, kept: Path) -> str:
     """Return the project's README with its three findings rendered again from kept results."""
     known = by_subject(read_answers([kept]))
     headlines = [known[subject] for subject in HEADLINES if subject in known]
-    return with_block(text, BEGIN, END, [f"{k}. {line}" for k, line in enumerate(headlines, 1)])
+    return with_block(text, "answers", [f"{k}. {line}" for k, line in enumerate(headlines, 1)])
 
 
 # ---------------------------------------------------------------- tables
@@ -200,7 +193,7 @@ def best_rates(answers: Sequence[Answer]) -> Rows:
                 [
                     f"{', '.join(map(str, where))} (`{a.results['scale']}`)",
                     f"LoRA r{c['rank']:g}" if lora else "full fine-tuning",
-                    with_interval(Estimate(c["best_lr"], c["low"], c["high"]), rate),
+                    row_interval(c, "best_lr", rate),
                     band_text(c["band"]),
                     number(c["best_nll"], 4),
                     *against,

@@ -67,18 +67,6 @@ def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
 
 # ---------------------------------------------------------------- the time to an answer
 
-CURVES = [
-    {"start_s": 5.0, "run_s": 5.0, "sampled": 3},
-    {"start_s": 5.0, "run_s": 15.0, "sampled": 3},
-]
-
-
-def test_an_answer_is_compared_with_both_plain_grids():
-    found = grids.versus(200.0, CURVES)
-    assert (found["plain_grid_s"], found["same_interval_s"]) == (21 * 30, 14 * 30)
-    assert found["vs_plain_grid"] == pytest.approx(3.15)
-    assert found["vs_same_interval"] == pytest.approx(2.1)
-
 
 def test_the_answer_is_timed_whole_and_processes_are_multiplied_up(monkeypatch):
     points = compose_request(["+sweep=lr_ratio", "scale=tiny"]).points
@@ -86,7 +74,7 @@ def test_the_answer_is_timed_whole_and_processes_are_multiplied_up(monkeypatch):
 
     def process(kind, sample, values, runs, folder):
         timed.append((kind, sample[0].id, runs))
-        return {"start_s": 4.0, "train_s": 5.0, "eval_s": 1.0, "run_s": 6.0}
+        return {"start_s": 4.0, "train_s": 5.0, "eval_s": 1.0, "run_s": 6.0 + len(timed)}
 
     whole = {"wall_s": 100.0, "runs": len(points)}
     monkeypatch.setattr(grids, "run_answer", lambda scale, home: (dict(whole), points))
@@ -95,5 +83,8 @@ def test_the_answer_is_timed_whole_and_processes_are_multiplied_up(monkeypatch):
     assert [p["rank"] for p in found["processes"]] == [None, 16]
     assert len({i for _, i, _ in timed}) == len(timed) == 2 * grids.SAMPLES
     assert {(kind, runs) for kind, _, runs in timed} == {("trl", 1)}
-    assert found["vs_plain_grid"] == pytest.approx(2 * 21 * 10 / 100)
+    seconds = 12 + 15  # of a process of each curve, the mean of three
+    assert (found["plain_grid_s"], found["same_interval_s"]) == (21 * seconds, 14 * seconds)
+    assert found["vs_plain_grid"] == pytest.approx(21 * seconds / 100)
+    assert found["vs_same_interval"] == pytest.approx(14 * seconds / 100)
     assert "3 TRL processes of each curve timed, and multiplied up" in logged[-1]

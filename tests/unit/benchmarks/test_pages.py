@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from analysis.report.text import with_block
 from benchmarks import fleet, outcomes, published, rewards, speed
 from benchmarks.calibration import page as calibration_page
-from benchmarks.harness import FIGURES, ROOT, with_block
+from benchmarks.harness import FIGURES, ROOT
 from lorasweep.customers.evidence import published as published_rules
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.time import TRAINING_SHARE

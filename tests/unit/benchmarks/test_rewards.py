@@ -31,7 +31,7 @@ def test_an_answer_that_differs_counts_once():
 
 def test_the_page_shows_flips_and_the_figure_two_errors():
     case = {"case": "words", "members": 4, "answers": 9, "tokens": 2000, "differing": 3}
-    assert "| words | 4 | 9 | 2,000 | 3 | 1.5e+03 |" in flips([case]) and flips([]) == ""
+    assert flips([case])[1:] == [["words", "4", "9", "2,000", "3", "1.5e+03"]] and flips([]) == []
     rows = compared(curves(0.30, 0.32, 0.34), curves(0.44, 0.46, 0.48))
     one, difference = panels({"updates": rows, "seeds": [1, 2, 3]})
     assert [s.label for s in one.series] == ["lorasweep", "TRL's GRPO"]

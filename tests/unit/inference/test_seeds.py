@@ -87,18 +87,6 @@ def test_three_seeds_need_nine_and_not_twenty_three():
     assert 0.4 < decided(6) < 0.62 and 0.74 < decided(9) < 0.87
 
 
-def test_a_value_inside_the_margin_needs_room_on_both_sides():
-    rng, room, sd = np.random.default_rng(3), 0.1, 0.12
-    spread = Spread(4, parts=(Part(sd, 3),))
-    half, _, _ = spread.at(4, 0.95)
-    n = needed(spread, 0.0, (-half, half), (-room, room), 0.95)
-    inside = []
-    for _ in range(1000):
-        e = from_sample(sd * rng.standard_normal(n))
-        inside.append(-room <= e.low and e.high <= room)
-    assert 0.74 < np.mean(inside) < 0.88
-
-
 def test_an_error_that_all_seeds_share_does_not_fall_with_their_number():
     parts = (Part(0.05, 2),)
     found = {}

@@ -15,6 +15,30 @@ from tests.world import ROOT
 EVIDENCE = Path(os.environ.get("LORASWEEP_TEST_EVIDENCE", "/nonexistent"))
 
 
+@pytest.fixture
+def asked(tmp_path, capsys):
+    """asked(command, table, *options): the values that the command prints about a table."""
+
+    def values(command, table, *options, name="runs.csv"):
+        code, text, _ = run(capsys, command, write(tmp_path, table, name), *options, "--json")
+        assert code == 0
+        return json.loads(text)
+
+    return values
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """refused(command, table, *options): the message with which the command refuses a table."""
+
+    def message(command, table, *options):
+        code, _, err = run(capsys, command, write(tmp_path, table), *options)
+        assert code == 2
+        return err
+
+    return message
+
+
 def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
     code, text, _ = run(capsys, "fit", write(tmp_path, planted()), "--out", tmp_path / "fits.json")
     rows = json.loads((tmp_path / "fits.json").read_text())
@@ -31,71 +55,54 @@ def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["runs.parquet", "runs.csv"])
-def test_ratio_and_drift_come_back(tmp_path, capsys, name):
-    path = write(tmp_path, planted(), name)
-    code, text, _ = run(capsys, "ratio", path, "--json")
-    found = json.loads(text)
-    assert code == 0 and all(r["low"] < 10 < r["high"] for r in found["ratios"])
-    code, text, _ = run(capsys, "drift", path, "--json")
-    (row,) = json.loads(text)
+def test_ratio_and_drift_come_back(tmp_path, capsys, asked, name):
+    found = asked("ratio", planted(), name=name)
+    assert all(r["low"] < 10 < r["high"] for r in found["ratios"])
+    (row,) = asked("drift", planted(), name=name)
     assert row["low"] < 0 < row["high"] and row["ranks"] == [4, 16]
-    assert run(capsys, "drift", path)[0] == run(capsys, "ratio", path)[0] == 0
+    assert all(run(capsys, command, tmp_path / name)[0] == 0 for command in ("drift", "ratio"))
     both = pd.concat([planted(), planted(ratio=9.0).assign(model="n")])
-    code, text, _ = run(capsys, "ratio", write(tmp_path, both, name), "--json")
-    pooled = json.loads(text)["pooled"]
-    assert code == 0 and pooled["groups"] == 2 and pooled["low"] < 9.5 < pooled["high"]
+    pooled = asked("ratio", both, name=name)["pooled"]
+    assert pooled["groups"] == 2 and pooled["low"] < 9.5 < pooled["high"]
 
 
 def of_widths(table, widths):
     return pd.concat([table.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
 
 
-def test_law_needs_a_width_and_then_speaks(tmp_path, capsys):
-    table = of_widths(planted(ratio=10).assign(alpha=32), (1024, 2048, 4096))
-    code, text, _ = run(capsys, "law", write(tmp_path, table), "--json")
-    found = json.loads(text)
-    assert code == 0 and {v["method"] for v in found["by_optima"]} == {"lora", "fullft"}
+def test_law_needs_a_width_and_then_speaks(tmp_path, capsys, asked, refused):
+    found = asked("law", of_widths(planted(ratio=10).assign(alpha=32), (1024, 2048, 4096)))
+    assert {v["method"] for v in found["by_optima"]} == {"lora", "fullft"}
     assert found["ratio_law"]["p"]["low"] < 0 < found["ratio_law"]["p"]["high"]
-    assert run(capsys, "law", write(tmp_path, table))[0] == 0
-    code, _, err = run(capsys, "law", write(tmp_path, planted()))
-    assert code == 2 and "hidden_size" in err
+    assert run(capsys, "law", tmp_path / "runs.csv")[0] == 0
+    assert "hidden_size" in refused("law", planted())
     table = of_widths(planted(ranks=(4,), higher=True), (1024, 2048, 4096, 8192))
-    code, text, _ = run(capsys, "law", write(tmp_path, table), "--higher", "test_nll", "--json")
-    (law,) = json.loads(text)["by_loss"]
-    assert code == 0 and law["regret_percent"] >= 0
+    (law,) = asked("law", table, "--higher", "test_nll")["by_loss"]
+    assert law["regret_percent"] >= 0
     assert law["lr_at_2000"]["value"] == pytest.approx(1.3e-3, rel=0.2)
 
 
-def test_a_metric_that_is_better_when_higher(tmp_path, capsys):
-    path = write(tmp_path, planted(higher=True).rename(columns={"test_nll": "accuracy"}))
-    code, text, _ = run(capsys, "fit", path, "--higher", "accuracy", "--json")
-    rows = json.loads(text)
-    assert code == 0 and {r["metric"] for r in rows} == {"accuracy"}
+def test_a_metric_that_is_better_when_higher(asked, refused):
+    table = planted(higher=True).rename(columns={"test_nll": "accuracy"})
+    rows = asked("fit", table, "--higher", "accuracy")
+    assert {r["metric"] for r in rows} == {"accuracy"}
     assert all(0.78 < r["best_nll"] < 0.81 for r in rows)
     assert rows[0]["low"] < 1.3e-4 < rows[0]["high"]
-    code, _, err = run(capsys, "fit", path, "--higher", "acuracy")
-    assert code == 2 and "Did you mean 'accuracy'?" in err
+    assert "Did you mean 'accuracy'?" in refused("fit", table, "--higher", "acuracy")
 
 
-def test_an_optimum_that_is_not_bracketed_is_null_with_a_bound(tmp_path, capsys):
+def test_an_optimum_that_is_not_bracketed_is_null_with_a_bound(asked):
     table = planted(ranks=(4,))
-    table = table[table["lr"] < 1e-3]  # the optimum is at 1.3e-3
-    code, text, _ = run(capsys, "fit", write(tmp_path, table), "--json")
-    (row,) = json.loads(text)
-    assert code == 0 and "at_edge" in row["flags"]
+    (row,) = asked("fit", table[table["lr"] < 1e-3])  # the optimum is at 1.3e-3
+    assert "at_edge" in row["flags"]
     assert row["best_lr"] is row["high"] is None and row["low"] is not None
 
 
-def test_one_arm_has_no_ratio_and_one_point_no_optimum(tmp_path, capsys):
-    code, _, err = run(capsys, "ratio", write(tmp_path, planted(ranks=(4, 8))))
-    assert code == 2 and "no fullft run" in err
-    code, _, err = run(capsys, "drift", write(tmp_path, planted(ranks=(None,))))
-    assert code == 2 and "no lora run" in err
-    one = write(tmp_path, planted(ranks=(4,), seeds=(0,)).iloc[:1])
-    code, text, _ = run(capsys, "fit", one, "--json")
-    (row,) = json.loads(text)
-    assert code == 0 and row["best_lr"] is row["low"] is row["band"] is None
-    assert "few_points" in row["flags"]
+def test_one_arm_has_no_ratio_and_one_point_no_optimum(asked, refused):
+    assert "no fullft run" in refused("ratio", planted(ranks=(4, 8)))
+    assert "no lora run" in refused("drift", planted(ranks=(None,)))
+    (row,) = asked("fit", planted(ranks=(4,), seeds=(0,)).iloc[:1])
+    assert row["best_lr"] is row["low"] is row["band"] is None and "few_points" in row["flags"]
 
 
 def test_layer_sets_share_one_full_fine_tuning_curve(tmp_path, capsys):
@@ -109,12 +116,10 @@ def test_layer_sets_share_one_full_fine_tuning_curve(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["fit", "ratio", "drift", "html"])
-def test_tables_without_a_surviving_run_have_no_numbers(tmp_path, capsys, command):
-    path = write(tmp_path, planted().assign(status="diverged", test_nll=""))
-    assert run(capsys, command, path)[0] == 0
-    code, text, _ = run(capsys, "fit", path, "--json")
-    for row in json.loads(text):
-        assert code == 0 and row["best_lr"] is None and "no_usable_points" in row["flags"]
+def test_tables_without_a_surviving_run_have_no_numbers(tmp_path, capsys, asked, command):
+    for row in asked("fit", planted().assign(status="diverged", test_nll="")):
+        assert row["best_lr"] is None and "no_usable_points" in row["flags"]
+    assert run(capsys, command, tmp_path / "runs.csv")[0] == 0
 
 
 def test_names_are_data_on_the_page_and_never_markup(tmp_path, capsys):

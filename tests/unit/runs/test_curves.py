@@ -11,42 +11,35 @@ from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import TableError
 from tests.tables import table
 
-
-def test_two_bases_are_never_mixed():
-    frame = table(lambda lr, s: 2.0, seeds=(0, 1))
-    frame["base_sha256"] = np.where(frame["seed"] == 0, "a" * 64, "b" * 64)
-    with pytest.raises(TableError, match="cannot share a curve"):
-        lr_curves(frame)
+A, B = "a" * 64, "b" * 64
 
 
-def two_arms(sha_full, sha_lora):
-    full = table(lambda lr, s: 2.0).assign(method="fullft", rank=np.nan, data_sha256=sha_full)
-    lora = table(lambda lr, s: 2.0).assign(data_sha256=sha_lora)
-    both = pd.concat([full, lora], ignore_index=True)
-    return both.assign(run_id=[f"run{k}" for k in range(len(both))])
+def two_arms(**changes):
+    """Runs 0 to 6 of full fine-tuning and 7 to 13 of LoRA, on the same base and data."""
+    full = table(lambda lr, s: 2.0).assign(method="fullft", rank=np.nan)
+    both = pd.concat([full, table(lambda lr, s: 2.0)], ignore_index=True)
+    both = both.assign(run_id=[f"run{k}" for k in range(14)], base_sha256=A, data_sha256=A)
+    return both.assign(**changes)
 
 
-def test_two_versions_of_a_data_set_are_never_mixed():
-    """Not in one curve, and not in two arms that are compared."""
-    assert len(lr_curves(two_arms("a" * 64, "a" * 64))) == 2
-    frame = two_arms("a" * 64, "a" * 64)
-    frame.loc[9, "data_sha256"] = "b" * 64
-    with pytest.raises(TableError, match=r"aaaaaaaa in 13 runs, bbbbbbbb in 1 runs; runs run9\)"):
-        lr_curves(frame)
-    with pytest.raises(TableError, match="which cannot share a curve"):
-        lr_curves(two_arms("a" * 64, "b" * 64))
-    lr_curves(two_arms("a" * 64, "b" * 64).assign(model=["m"] * 7 + ["n"] * 7))  # other tokens
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base_sha256": [A, B] * 7}, "cannot share a curve"),
+        ({"data_sha256": [*[A] * 9, B, *[A] * 4]}, r"a in 13 runs, b{8} in 1 runs; runs run9\)"),
+        ({"data_sha256": [A] * 7 + [B] * 7}, "which cannot share a curve"),  # of two arms
+        ({"data_sha256": [*[A] * 3, None, None, *[A] * 9]}, r"2 of 14 runs \(runs run3, run4\)"),
+    ],
+)
+def test_runs_of_different_or_unknown_bases_or_data_are_never_mixed(changes, words):
+    with pytest.raises(TableError, match=words):
+        lr_curves(two_arms(**changes))
 
 
-def test_runs_without_a_fingerprint_of_their_data_are_refused():
-    frame = two_arms("a" * 64, "a" * 64)
-    frame.loc[[3, 4], "data_sha256"] = None
-    with pytest.raises(TableError, match=r"2 of 14 runs \(runs run3, run4\)"):
-        lr_curves(frame)
-    lr_curves(frame.drop(columns="data_sha256"))  # anyone's table
-
-
-def test_a_missing_column_is_named():
+def test_runs_of_one_base_and_one_data_set_are_and_so_is_anyones_table():
+    assert len(lr_curves(two_arms())) == 2
+    lr_curves(two_arms(data_sha256=[A] * 7 + [B] * 7, model=["m"] * 7 + ["n"] * 7, base_sha256=A))
+    lr_curves(two_arms().drop(columns="data_sha256"))
     with pytest.raises(TableError, match="test_nll"):
         lr_curves(pd.DataFrame({"model": ["m"]}))
 
