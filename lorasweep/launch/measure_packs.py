@@ -41,8 +41,6 @@ STEPS, WARM = 4, 1
 median of the others."""
 MEMORY_SHARE = 0.7
 """Largest share of a worker's memory that a measured pack is expected to use."""
-NO_LR = 1e-6
-"""A learning rate too small to change anything."""
 
 
 def measure_packs(
@@ -54,17 +52,14 @@ def measure_packs(
 ) -> None:
     """Measure the shapes of `specs` that are not known on this machine, in a separate process.
 
-    Only one process at a time measures in a run folder.
-
     Raises:
         TrainingError: the measurement failed; shapes measured before are kept.
-        StoreError: another process is measuring here and does not end.
+        StoreError: another process is measuring in this run folder and does not end.
     """
     shapes = list({shape_of(s): s for s in specs}.values())
     lock = Lock(store.root / ".calibration" / "lock")
     wait_s = 60 + BUDGET_S * len(shapes)
-    lock.acquire(wait_s, lambda holder: report(f"waiting for the measurement by {holder}"))
-    try:
+    with lock.held(wait_s, lambda holder: report(f"waiting for the measurement by {holder}")):
         known = ThroughputTable(store, hardware, exec_)
         unknown = [s for s in shapes if known.of(s) is None]
         missing = {measured_path(store.root, s, hardware, exec_): s for s in unknown}
@@ -85,8 +80,6 @@ def measure_packs(
             )
         finally:
             path.unlink(missing_ok=True)
-    finally:
-        lock.release()
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise TrainingError(
@@ -121,7 +114,8 @@ def measure(
         if size > 1 and pack_bytes(size, spec, hardware, micro) > most:
             break
         started = time.monotonic()
-        pack = [dataclasses.replace(spec, lr=NO_LR * (1 + k)) for k in range(size)]
+        # learning rates too small to change anything
+        pack = [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)]
         try:
             events = finetune(pack, base, rows, micro)
             times = [next(iter(event.records.values()))["step_s"] for event in events]

@@ -93,10 +93,7 @@ class Shortage:
 
 
 class OutOfMemoryTogether(ModelError):
-    """Memory of one of the processes that train a run ran out; the others wait for it.
-
-    All have to be started again, with less at once.
-    """
+    """Memory of one process of a run ran out. The others wait for it, so all must start again."""
 
     def __init__(self, run: str, shortage: Shortage) -> None:
         """Hold the id of the run, and what ran out."""
@@ -118,9 +115,8 @@ class Limit:
     def lower(self, shortage: Shortage, n_runs: int) -> str:
         """Lower the limit where memory ran out; return what is tried instead, empty if nothing is.
 
-        In learning the rows of a forward pass are halved; in sampling and evaluation what they hold
-        at once: neither slows the other phases down. Where a phase holds one row of each run, the
-        pack of `n_runs` is halved.
+        Only the phase that ran out is split: learning by rows of a forward pass, the others by
+        forward_parts. A phase that holds one row of each run halves the pack of `n_runs`.
         """
         if shortage.phase == LEARNING and shortage.rows > 1:
             self.rows = shortage.rows // 2

@@ -39,8 +39,8 @@ from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 
 STOPPED, REFUSED, OUT_OF_MEMORY = 3, 4, 5
-"""Exit statuses: stopped by a signal; an error that the user must correct, printed as an event;
-memory of one of the processes of a run ran out, printed as an event."""
+"""Exit statuses. REFUSED: an error that the user must correct. It and a lack of memory of one
+process of a run are printed as events."""
 REPORT_S = 0.3
 """Minimum seconds between progress reports. Ends of runs and notes are reported at once."""
 SLURM_RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}

@@ -15,7 +15,6 @@ from lorasweep.store.run_store import FINAL, RunStore
 if TYPE_CHECKING:
     import pandas as pd
 
-_METHOD_COLUMNS = ("rank", "alpha", "layers", "scope")
 _LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a", "init_seed": 0}
 """Fields of LoRA that old specs do not have, with the values that reproduce the old behaviour."""
 _OF_EXPERTS = {"expert_rank": "active", "expert_alpha": None, "expert_outer": "own"}
@@ -57,7 +56,7 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     method = spec["method"]
     row: dict[str, Any] = {"run_id": result["run_id"], "status": result["state"]}
     row |= {name: spec[name]["name"] for name in ("model", "dataset", "method")}
-    row |= {k: method.get(k) for k in _METHOD_COLUMNS}
+    row |= {k: method.get(k) for k in ("rank", "alpha", "layers", "scope")}
     lora = method["name"] == "lora"
     row |= {k: method.get(k, past if lora else None) for k, past in _LATER.items()}
     adapted = lora and spec["model"].get("n_experts") and "mlp" in parse_layers(method["layers"])

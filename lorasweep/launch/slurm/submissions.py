@@ -22,8 +22,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -256,15 +256,10 @@ def look(runs_dir: Path) -> Queue:
     return queue
 
 
-@contextmanager
-def locked(runs_dir: Path, notify: Notify) -> Iterator[None]:
-    """Hold the lock of all submissions of a run folder."""
+def locked(runs_dir: Path, notify: Notify) -> AbstractContextManager[None]:
+    """Hold the lock of all submissions of a run folder in a block."""
     lock = Lock(home(runs_dir) / "lock", client.RunningJobs())
-    lock.acquire(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock.held(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
 
 
 # ---------------------------------------------------------------- reconcile
