@@ -1,16 +1,14 @@
 """Measure step times alone and in packs, for action=measure_packs and the planner.
 
-    python -m lorasweep.launch.measure_packs JOB.json
+Runs only on request: a short sweep saves less than the BUDGET_S seconds per shape that it takes.
+The measuring process reads its job from stdin:
 
     {"exec": {...}, "shapes": [{"spec": {...}, "path": FILE}, ...]}
-
-Runs only on request: a short sweep saves less than the BUDGET_S seconds per shape that it takes.
 """
 
 import dataclasses
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -67,19 +65,13 @@ def measure_packs(
             return report("all kinds of run were measured on this machine before")
         bound = f"at most about {BUDGET_S * len(missing):.0f} s"
         report(f"measuring {len(missing)} kind(s) of run on this machine, once: {bound}")
-        path = store.root / ".calibration" / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
         job = {
             "exec": dataclasses.asdict(exec_),
             "shapes": [{"spec": s.plain(), "path": str(p)} for p, s in missing.items()],
         }
-        files.write_atomic(path, json.dumps(job).encode())
-        command = [sys.executable, "-m", "lorasweep.launch.measure_packs", str(path)]
-        try:
-            done = subprocess.run(
-                command, env=worker_environment(threads=1), text=True, capture_output=True
-            )
-        finally:
-            path.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "lorasweep.launch.measure_packs"]
+        env, pipes = worker_environment(threads=1), {"text": True, "capture_output": True}
+        done = subprocess.run(command, input=json.dumps(job), env=env, **pipes)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise TrainingError(
@@ -131,14 +123,14 @@ def measure(
     return found
 
 
-def main(job_path: str) -> None:
-    """Measure the shapes of a job file and save each result at once."""
+def main() -> None:
+    """Measure the shapes of a job and save each result at once."""
     import torch
 
     die_with_parent()
     keep_freed_memory()
     torch.set_num_threads(1)
-    job = json.loads(Path(job_path).read_bytes())
+    job = json.load(sys.stdin)
     exec_, hardware = Exec(**job["exec"]), detect.this_machine()
     for shape in job["shapes"]:
         spec = spec_from(shape["spec"])
@@ -153,4 +145,4 @@ def main(job_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -6,8 +6,8 @@
     {"follow": REQUEST.json, "command": [...], "idle": n, "finished": n}   follow up on a sweep
 
 A job may run twice, be killed at any time, and start again on another node: it trains the free and
-unfinished runs, each from its checkpoint. When Slurm warns it of a time limit or preemption, it
-writes checkpoints. At a time limit it requeues itself; after preemption Slurm decides.
+unfinished runs, each from its checkpoint. Warned by Slurm, it writes checkpoints. At a time limit
+it requeues itself; after preemption Slurm decides.
 """
 
 import json
@@ -56,10 +56,10 @@ class Signals:
     def __init__(self) -> None:
         self.got: set[int] = set()
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: self._take(number))
+            signal.signal(number, self._take)
         signal.signal(signal.SIGCONT, lambda number, frame: None)
 
-    def _take(self, number: int) -> None:
+    def _take(self, number: int, frame: object) -> None:
         first = not self.got
         self.got.add(number)
         if first:
@@ -80,15 +80,13 @@ def run(path: str) -> None:
         if "follow" in task:
             return _follow([sys.executable, *task["command"], path])
         _train(task)
-        submission = submissions.read(Path(path).parent.parent)
-        if submission is not None:
+        if submission := submissions.read(Path(path).parent.parent):
             with suppress(ClusterError):
                 # jobs that Slurm holds would wait until somebody runs the sweep's command
-                held = [j for j in client.queue([a.name for a in submission.arrays]) if j.stuck]
-                labels = [j.label for j in held]
-                if held:
-                    _print(f"released, as their nodes failed at the start: {', '.join(labels)}")
-                    client.release(labels)
+                jobs = client.queue([a.name for a in submission.arrays])
+                if held := [j.label for j in jobs if j.stuck]:
+                    _print(f"released, as their nodes failed at the start: {', '.join(held)}")
+                    client.release(held)
     except (Stopped, KeyboardInterrupt):
         time.sleep(LISTEN_S)
         names = ", ".join(signal.Signals(n).name for n in sorted(signals.got))
@@ -132,8 +130,8 @@ def _train(task: dict[str, Any]) -> None:
 def _follow(command: list[str]) -> None:
     """Run the follow-up command in a separate process.
 
-    A signal to this process stops the command first: it may hold the lock of the run folder, or be
-    between an sbatch and its record.
+    A signal to this process stops the command first, which may hold the lock of the run folder or
+    be between an sbatch and its record.
     """
     for pause in (*FOLLOW_PAUSES_S, None):
         process = subprocess.Popen(command)

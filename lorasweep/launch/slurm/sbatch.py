@@ -1,7 +1,7 @@
 """Describe an array of jobs, and submit it with submitit or as an sbatch script.
 
-The only file that imports submitit. A job gets one function (`lorasweep.launch.slurm.job.run`) and
-the path of a JSON file; its return value is ignored.
+The only file that imports submitit. A job calls `lorasweep.launch.slurm.job.run` with the path of a
+JSON file.
 """
 
 import os

@@ -13,8 +13,8 @@
                      ended.json       how its jobs ended, when all have ended
 
 Only its user writes a submission; all users of the run folder write notes, which earlier versions
-kept next to submission.json. Where a command died between submission.json and array-<c>.json, its
-jobs are found by their names. Refuses to know submitit and planning.
+kept next to submission.json. If a command died before it wrote array-<c>.json, its jobs are found
+by their names. Refuses to know submitit and planning.
 """
 
 import getpass
@@ -89,10 +89,7 @@ class Submission:
         return self.folder / "jobs" / f"{label}_0_log.out"
 
     def complete(self, array: Array, number: str) -> bool:
-        """Return whether submitit has written the files of all tasks of a submitted array.
-
-        A task without its file would fail.
-        """
+        """Return whether submitit has written the files that the tasks of an array need."""
         labels = [number] if array.n == 1 else [f"{number}_{k}" for k in range(array.n)]
         there = set(files.names(self.folder / "jobs"))
         return all(f"{label}_submitted.pkl" in there for label in labels)
@@ -164,7 +161,7 @@ def write_record(
     arrays: Iterable[Array],
     **more: Any,
 ) -> None:
-    """Write submission.json. From then on its jobs can be found even if this command dies.
+    """Write submission.json, with which its jobs are found even if this command dies.
 
     `asked`: all runs of the sweep's first stage, submitted now or not.
     """
@@ -268,9 +265,9 @@ def locked(runs_dir: Path, notify: Notify) -> AbstractContextManager[None]:
 def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     """Reconcile the records with Slurm's queue, and return it. The lock must be held.
 
-    Needed when a command died while it was submitting, or when Slurm holds jobs after a node
-    failure. An array that reached Slurm completely is adopted. An incomplete one is cancelled, so
-    that its runs are submitted again.
+    If a command died while it was submitting, an array that reached Slurm completely is adopted. An
+    incomplete one is cancelled, so that its runs are submitted again. Jobs that Slurm holds after a
+    node failure are released.
     """
     queue = look(runs_dir)
     if queue.unavailable:
@@ -287,10 +284,10 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     for s in list(queue.submissions):  # record how jobs ended, if none is live
         if s.name in live or not all(a.job or a.abandoned for a in s.arrays):
             continue
-        n_jobs = sum(a.n for a in s.arrays if a.job)
-        ends = client.ended(str(a.job) for a in s.arrays if a.job)
-        young = time.time() - s.record["created_s"] < GIVE_UP_S
-        if young and (len(ends) < n_jobs or any(a.abandoned for a in s.arrays)):
+        sent = [a for a in s.arrays if a.job]
+        ends = client.ended(str(a.job) for a in sent)
+        behind = len(ends) < sum(a.n for a in sent) or any(a.abandoned for a in s.arrays)
+        if behind and time.time() - s.record["created_s"] < GIVE_UP_S:
             continue  # accounting is still behind
         with suppress(OSError):  # a full disk: it is queried again later
             _write_note(s.folder, "ended.json", {k: asdict(end) for k, end in ends.items()})
@@ -339,9 +336,11 @@ def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
     with suppress(ClusterError):
         ends = client.by_number(jobs.values()) if jobs else {}
     submitted = read_all(runs_dir, over=True) if ends else []
-    owner = {a.job: s for s in submitted for a in s.arrays if a.job}
+    logs = {a.job: s.log for s in submitted for a in s.arrays if a.job}
     found = {}
-    for rid, (label, end) in ((rid, ends[job]) for rid, job in jobs.items() if job in ends):
-        s = owner.get(label.partition("_")[0])
-        found[rid] = end.cause() + (f"; log {s.log(label)}" if s else "")
+    for rid, job in jobs.items():
+        if job in ends:
+            label, end = ends[job]
+            log = logs.get(label.partition("_")[0])
+            found[rid] = end.cause() + (f"; log {log(label)}" if log else "")
     return found
