@@ -28,8 +28,8 @@ Longer than 60 s, the time for which NFS clients usually cache attributes."""
 LOCK_POLL_S = 0.2
 UNKNOWN = "unknown"
 JOB_VARIABLE = "LORASWEEP_JOB"
-"""Environment variable set inside the jobs that we submit. Such a job ends with its process. An
-interactive job outlives the command, so a running job does not prove that the command is alive."""
+"""Environment variable inside the jobs that we submit, which end with their process. An interactive
+job outlives the command, so a running job does not prove that the command is alive."""
 
 
 class RunningJobs(Protocol):
@@ -56,12 +56,12 @@ def machine() -> dict[str, str]:
 
     Empty where the system does not say.
     """
-    boot = space = ""
+    found = {"boot": "", "space": ""}
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with suppress(OSError):
-        space = os.readlink("/proc/self/ns/pid")
-    return {"boot": boot, "space": space}
+        found["space"] = os.readlink("/proc/self/ns/pid")
+    return found
 
 
 def start_time(pid: int) -> str:
@@ -254,13 +254,11 @@ class Lock:
                     shutil.rmtree(self._claim, ignore_errors=True)
                 continue
             try:
-                found = read_owner(held)
-            except OSError as error:
-                holder = f"a process whose name cannot be read ({error.strerror})"
-            else:
-                if not found:
+                if not (found := read_owner(held)):
                     continue  # released in the meantime
                 holder = f"process {found['pid']} on {found['host']}"
+            except OSError as error:
+                holder = f"a process whose name cannot be read ({error.strerror})"
             if not announced:
                 waiting(holder)
                 announced = True
