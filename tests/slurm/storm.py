@@ -69,7 +69,7 @@ class Storm:
         self.done = Counter({harm.__name__: 0 for harm in self.harms})
 
     def step(self):
-        """Do the next harm of the round; one that finds nothing that runs does not count."""
+        """Do the next harm of the round; it does not count if no job is running."""
         self.round = self.round or self.random.sample(self.harms, len(self.harms))
         harm = self.round.pop()
         with contextlib.suppress(IndexError):
@@ -142,10 +142,10 @@ class Storm:
 
 
 def compare(slurm, folder, target, seconds, seed=1):
-    """Run the sweep uninterrupted, and in a storm; return what the storm did and what it left.
+    """Run the sweep uninterrupted, and in a storm; return the harms done and the differences.
 
-    `different`: runs whose curves are not those of the uninterrupted sweep, or that one side lacks.
-    `attempts`: attempts of a run -> how many runs took so many.
+    `different`: runs whose curves differ or are missing on one side. `attempts`: number of attempts
+    -> number of runs.
     """
     whole, wild = Path(folder) / "whole", Path(folder) / "wild"
     wild.mkdir()
@@ -157,9 +157,13 @@ def compare(slurm, folder, target, seconds, seed=1):
     storm.disturb(seconds)
     a, b = curves(whole), curves(wild)
     counts = Counter(map(len, attempts(wild).values()))
-    different = sorted(rid for rid in a.keys() | b.keys() if a.get(rid) != b.get(rid))
-    seen = {"harm": dict(storm.done), "attempts": dict(sorted(counts.items()))}
-    return SimpleNamespace(**seen, wanted=len(a), finished=len(results(wild)), different=different)
+    return SimpleNamespace(
+        harm=dict(storm.done),
+        attempts=dict(sorted(counts.items())),
+        wanted=len(a),
+        finished=len(results(wild)),
+        different=sorted(rid for rid in a.keys() | b.keys() if a.get(rid) != b.get(rid)),
+    )
 
 
 def main():

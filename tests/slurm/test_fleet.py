@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.customers import make_base, write_rows
-from tests.slurm.cluster import FAST, ask, attempts, submitted
+from tests.slurm.cluster import FAST, ask, attempts, jobs_of, submitted
 from tests.world import cli
 
 FLEET = ("action=fleet", "customers=customers.yaml", "exec.threads=1")
@@ -46,7 +46,7 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_one_that_follows(queue
         assert "submitted" not in ask(folder, *FLEET, *JOBS, trainer=None)
         (first,) = submitted(folder)
         lost = next(k for k, runs in enumerate(first.tasks) if len(runs) == 3)
-        queue.command("scancel", first.jobs[lost])  # before it started
+        queue.command("scancel", jobs_of(first)[lost])  # before it started
         write_rows(folder / "bob.jsonl", 25, "{k}", question="Is it late? {k}")
     queue.drain()
 

@@ -61,9 +61,8 @@ def test_all_actions_write_files_that_the_group_may_write(group_folder, compose,
     runs = group_folder().root
     with suppress(SpecError):  # there is no run yet
         act(compose("+sweep=lr_ratio", "scale=smoke", f"action={action}"))
-    lock = Lock(runs / "lock")
-    lock.acquire(1, print)
-    lock.release()
+    with Lock(runs / "lock").held(1, print):
+        pass
     assert all(writable(runs).values())
 
 
