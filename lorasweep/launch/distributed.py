@@ -1,8 +1,7 @@
-"""Several processes train one run: process 0 leads, the others follow.
+"""Several processes train one run: process 0 leads and owns the run folder, the others follow.
 
-Process 0 owns the run folder. After each update all processes learn whether one of them was
-stopped; then process 0 orders the others to write a checkpoint, continue or end. Torch is imported
-inside functions.
+After each update all processes learn whether one of them was stopped; then process 0 orders the
+others to write a checkpoint, continue or end. Torch is imported inside functions.
 """
 
 import dataclasses
@@ -83,7 +82,7 @@ class Leader:
         self._trainer, self._mesh, self._stop = trainer, mesh, stop
         self._events: Generator[Event, None, None] | None = None
         self.broken = False
-        """A training failed here: the others wait for it, so nothing more can be trained."""
+        """The training failed here and the others wait, so nothing more can be trained."""
 
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
@@ -176,9 +175,8 @@ def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            rows = exec_.rows_of(spec.batch_size)
-            shortage = Shortage.of(error, rows, exec_.forward_parts)
-            raise OutOfMemoryTogether(spec.id, shortage) from None
+            rows, parts = exec_.rows_of(spec.batch_size), exec_.forward_parts
+            raise OutOfMemoryTogether(spec.id, Shortage.of(error, rows, parts)) from None
         if isinstance(error, RuntimeError) and any(c in str(error) for c in COMMUNICATION):
             print(f"another process of this run is gone: {error}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -35,8 +35,7 @@ from lorasweep.store.run_store import RunStore
 BUDGET_S = 25.0
 """Seconds per shape. Larger packs are tried until they are over, or a pack is not faster."""
 STEPS, WARM = 4, 1
-"""Updates per measurement, and the number of first updates that do not count. The result is the
-median of the others."""
+"""Updates per measurement, and how many first ones are left out of the median."""
 MEMORY_SHARE = 0.7
 """Largest share of a worker's memory that a measured pack is expected to use."""
 
@@ -79,13 +78,8 @@ def measure_packs(
         )
 
 
-def measure(
-    spec: RunSpec, exec_: Exec, hardware: Hardware, budget_s: float = BUDGET_S
-) -> dict[int, float]:
-    """Train a few updates of runs like `spec` on one thread.
-
-    Returns pack size -> seconds per step and run.
-    """
+def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
+    """Train a few updates of runs like `spec`; return pack size -> seconds per step and run."""
     from lorasweep.data import load as data
     from lorasweep.models import load as models
     from lorasweep.train import pretrain
@@ -99,7 +93,7 @@ def measure(
         base.model.base_model.compile(dynamic=True)
     rows = data.load(few, exec_.data_dir, base.tokenizer)
     found: dict[int, float] = {}
-    left = budget_s
+    left = BUDGET_S
     for size in pack_sizes(hardware)[: 1 if spec.method.MAX_PACK == 1 else None]:
         micro = exec_.micro_batch_size or micro_batch(spec, size, hardware)
         most = MEMORY_SHARE * (hardware.worker_gib or math.inf) * 2**30

@@ -24,8 +24,8 @@ ALLOCATOR_MESSAGES = (
     "Cuda failure 2 'out of memory'",
     "Cuda failure 'out of memory'",
 )
-"""Parts of messages that torch raises as RuntimeErrors: of the allocator for CPUs, and of libraries
-that take memory without torch's allocator; the last two are NCCL's."""
+"""Parts of RuntimeErrors of torch: of its CPU allocator, and of libraries with another allocator; the
+last two are NCCL's."""
 REQUEST = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 
 
@@ -46,7 +46,6 @@ class Shortage:
     rows: int
     """Rows of a run in a forward pass of the learner."""
     forward_parts: int
-    """See Exec."""
     asked: str
     """Size of the request that failed, such as '2.50 GiB'; empty if unknown."""
     phase: str = LEARNING
@@ -110,7 +109,6 @@ class Limit:
     runs: int | None = None
     """Runs of a pack."""
     forward_parts: int = 1
-    """See Exec."""
 
     def lower(self, shortage: Shortage, n_runs: int) -> str:
         """Lower the limit where memory ran out; return what is tried instead, empty if nothing is.

@@ -188,15 +188,14 @@ class _Pack:
             if self.stop.set:
                 raise Stopped
             shortage, trace = found
-            instead = limit.lower(shortage, len(part))
-            if not instead:
+            if instead := limit.lower(shortage, len(part)):
+                text = shortage.retry_text(part[0], len(part), instead)
+                for spec in part:
+                    self.log(spec, trace + text)
+                self.report({"note": text})
+                parts.insert(0, part)
+            else:
                 self.fail(part[0], shortage.failure_text(part[0]), trace)
-                continue
-            text = shortage.retry_text(part[0], len(part), instead)
-            for spec in part:
-                self.log(spec, trace + text)
-            self.report({"note": text})
-            parts.insert(0, part)
 
     def _attempt(
         self, part: list[RunSpec], planned_rows: int | None, limit: Limit
@@ -211,9 +210,8 @@ class _Pack:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            rows = attempt.exec.rows_of(part[0].batch_size)
-            shortage = Shortage.of(error, rows, attempt.exec.forward_parts)
-            return shortage, traceback.format_exc()
+            rows, parts = attempt.exec.rows_of(part[0].batch_size), attempt.exec.forward_parts
+            return Shortage.of(error, rows, parts), traceback.format_exc()
         return None
 
     def _without_broken_data(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:

@@ -67,9 +67,7 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
             return 0
         from lorasweep.models.sharding import Mesh
 
-        for name, given in SLURM_RANKS.items():
-            if name not in os.environ:
-                os.environ[name] = os.environ[given]
+        os.environ.update({k: os.environ[v] for k, v in SLURM_RANKS.items() if k not in os.environ})
         mesh = Mesh.join()
         trainer = trainer_named(job.get("trainer"), stop, mesh)
         if mesh.rank:
@@ -96,23 +94,20 @@ def _run(
     job: dict[str, Any], first: int, store: RunStore, trainer: Trainer, stop: StopFlag
 ) -> None:
     exec_, report, limits = Exec(**job["exec"]), Reporter(stop), Limits()
-    packs = job["packs"]
-    for pack in packs[first:] + packs[:first]:
+    for pack in job["packs"][first:] + job["packs"][:first]:
         unwanted = skipped(job.get("skip"))
         specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
         if specs:
-            limit = limits.of(specs[0])
-            if pack["most_rows"] is not None:
-                limit.rows = pack["most_rows"]
+            limit, rows = limits.of(specs[0]), pack["micro_batch_size"]
+            limit.rows = pack["most_rows"] or limit.rows
             limit.forward_parts = max(limit.forward_parts, pack["forward_parts"])
-            rows = pack["micro_batch_size"]
             execute(specs, exec_, store, trainer, report, stop, rows, limits)
         if stop.set:
             raise Stopped
         if isinstance(trainer, Leader):
             trainer.leave()
             if trainer.broken:
-                return  # a training failed, and is recorded; new processes train the other packs
+                return  # the failure is recorded; new processes train the other packs
 
 
 def skipped(path: str | None) -> set[str]:

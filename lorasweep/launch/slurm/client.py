@@ -255,7 +255,6 @@ class Partition:
     """Time limit of jobs; inf: no limit."""
     hosts: frozenset[str]
     nodes: int = 1
-    """Number of its nodes."""
 
 
 def partitions() -> dict[str, Partition]:

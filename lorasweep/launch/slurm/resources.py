@@ -34,14 +34,11 @@ quarter of the dense bf16 peak of an A100, or an eighth of an H100's."""
 
 @dataclass(frozen=True)
 class JobResources:
-    """What every job of an array needs."""
+    """What every job of an array needs; `cpus`, `gpus` and `mem_gib` are those of each node."""
 
     cpus: int
-    """CPU cores on each node."""
     gpus: int
-    """GPUs on each node."""
     mem_gib: float
-    """Memory on each node."""
     time_min: int
     workers: int
     nodes: int = 1

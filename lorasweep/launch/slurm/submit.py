@@ -54,7 +54,7 @@ class FollowUp:
     idle: int = 0
     """Rounds without a finished run so far."""
     finished: int = 0
-    """Number of finished runs when the job was submitted."""
+    """Finished runs when the job was submitted."""
 
 
 @dataclass
