@@ -166,10 +166,9 @@ def _follow_once(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
 
 @contextmanager
 def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
-    """Let this process die if another one did, so that its runs count as interrupted.
+    """Kill this process if another one of the run is gone, so that the run counts as interrupted.
 
-    Raises:
-        OutOfMemoryTogether: memory ran out here, in the training of `spec`.
+    Raises OutOfMemoryTogether if memory ran out here, in the training of `spec`.
     """
     try:
         yield

@@ -65,9 +65,7 @@ def run_points(
     `skip`: a file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
     `plan`: the plan of these points on this machine, if it was just made.
-
-    Raises:
-        Stopped: Ctrl-C, or a signal that stopped the workers.
+    Raises Stopped after Ctrl-C, or a signal that stopped the workers.
     """
     hardware = detect.this_machine()
     limits = Limits()
@@ -213,7 +211,7 @@ class Workers:
     def start(self, number: int, shares: int) -> None:
         """Start `number` workers, each on one of `shares` shares of the GPUs.
 
-        On several nodes srun starts the processes, the same number on each, beside the job's task,
+        On several nodes srun starts the processes, the same number on each, not as the job's task,
         so that the job survives them. Each sees all GPUs of its node and takes number LOCAL_RANK.
         """
         size, srun = self._world_size, ""

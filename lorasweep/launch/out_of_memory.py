@@ -24,8 +24,8 @@ ALLOCATOR_MESSAGES = (
     "Cuda failure 2 'out of memory'",
     "Cuda failure 'out of memory'",
 )
-"""Parts of RuntimeErrors of torch: of its CPU allocator, and of libraries with another allocator; the
-last two are NCCL's."""
+"""Parts of RuntimeErrors of torch: of its CPU allocator, and of libraries that allocate themselves,
+the last two of NCCL."""
 REQUEST = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 
 
@@ -129,7 +129,7 @@ class Limit:
 
 
 class Limits:
-    """The limits that a worker has learnt: later packs of a kind start at a size that fits."""
+    """The limits of a worker, by kind of run: later packs start at a size that fits."""
 
     def __init__(self) -> None:
         self._known: dict[object, Limit] = {}

@@ -59,7 +59,7 @@ def execute(
     """Claim the free runs of a pack and train them to the end. Failures of runs are recorded.
 
     `micro_batch_size` is the plan's choice, used if neither exec.micro_batch_size nor a checkpoint
-    has one. `limits`: what earlier packs of this process learnt about the memory.
+    has one. `limits`: the limits of memory that earlier packs of this process found.
 
     Raises:
         Stopped: `stop` was set; checkpoints are written.

@@ -40,9 +40,8 @@ def patiently(path: str | Path, read: Callable[[], T]) -> T | None:
         except OSError as error:
             if pause is None:
                 raise StoreError(
-                    f"{path} cannot be read ({error.strerror or error}). Nothing was concluded "
-                    "from it. Run the command again when the file system answers and you have "
-                    "permission to read it."
+                    f"{path} cannot be read ({error.strerror or error}). Run the command again "
+                    "when the file system answers and you have permission to read it."
                 ) from error
             time.sleep(pause)
     raise AssertionError("unreachable")

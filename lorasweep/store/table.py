@@ -29,10 +29,8 @@ def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.Dat
 
     Reads spec.json and result.json only. Columns: run_id, status, model, dataset, method and its
     fields, the scalars of the spec, the measures (NLL in nats per loss token), and `spec` and
-    `result` as JSON text, from which a store can be rebuilt. Missing values are NaN or None.
-
-    Raises:
-        StoreError: a run was trained with another train_version.
+    `result` as JSON text, from which a store can be rebuilt. Missing values are NaN or None. Raises
+    StoreError for a run of another train_version.
     """
     import pandas as pd
 
@@ -76,10 +74,8 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 def import_table(runs_dir: str | Path, path: str | Path) -> int:
     """Add the runs of an exported table to a store, marked as imported; return how many were new.
 
-    Every row is checked before the first is added.
-
-    Raises:
-        StoreError: the file is not such a table, or a row is not a finished run.
+    Every row is checked before the first is added. Raises StoreError if the file is not such a
+    table, or a row is not a finished run.
     """
     import pandas as pd
 

@@ -54,7 +54,7 @@ def wait_for(condition, timeout=240):
 
 
 def places(tmp_path):
-    """Folders for a run that is left alone, and for one that is killed."""
+    """Folders for an uninterrupted run, and for one that is killed."""
     made = tmp_path / "whole", tmp_path / "killed"
     for folder in made:
         folder.mkdir()

@@ -108,14 +108,14 @@ class Storm:
             os.kill(self.random.choice(pids), signal.SIGKILL)
 
     def kill_submitter(self):
-        """Start the command that asks for the sweep, and kill it at a random moment."""
+        """Start the command that submits the sweep, and kill it at a random moment."""
         process = self.ask()
         time.sleep(self.random.uniform(0.5, 4))
         process.kill()
         process.communicate()
 
     def ask(self):
-        """Start the command that asks for the sweep."""
+        """Start the command that submits the sweep."""
         part = self.random.choice(["cluster.partition=scavenge", "cluster.partition=main"])
         return start(self.cwd, *self.target.sweep, *CLUSTER, part, trainer=self.target.trainer)
 
@@ -131,7 +131,7 @@ class Storm:
         ended = f"{len(results(self.cwd))} of {runs} runs finished; {dict(self.done)}"
         print(f"storm over after {time.monotonic() - started:.0f} s: {ended}", flush=True)
         (self.cwd / "runs" / GO).touch()
-        for _ in range(4):  # asked for once more; the cluster does the rest
+        for _ in range(4):  # submitted again; the cluster does the rest
             if len(results(self.cwd)) == runs:
                 break
             output, since = self.ask().communicate()[0], time.monotonic()

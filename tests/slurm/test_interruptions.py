@@ -116,7 +116,7 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
     assert "stopped by SIGUSR2;" in log and "queued again" in log
     lost = {rid for harm in ("cancelled", "job killed") for rid in runs[harm]}
     again = [rid for s in submitted(there)[1:] for task in s.tasks for rid in task]
-    assert sorted(again) == sorted(lost)  # the job that followed sent what was lost, and no more
+    assert sorted(again) == sorted(lost)  # the follow-up job submitted lost runs only
 
 
 def _one_with_a_checkpoint_of_each_job(cwd, submission):
@@ -167,7 +167,7 @@ def test_a_job_killed_for_its_memory_says_so_and_more_memory_helps(queue, tmp_pa
 
 @pytest.mark.full
 def test_failed_runs_keep_their_cause_and_are_tried_again_up_to_a_bound(queue, tmp_path):
-    """A trainer that fails every time: two attempts, the second by the job that follows."""
+    """A trainer that fails every time: two attempts, the second by the follow-up job."""
     bound = ("exec.retry=true", "exec.max_attempts=2")
     ask(tmp_path, *SMOKE, *FAST, *bound, trainer="tests.slurm.trainers:broken")
     queue.drain()

@@ -1,4 +1,4 @@
-"""Commands that submit: they die, come in twos, ask for something else, and are refused."""
+"""Commands that submit: killed, two at once, of an edited sweep, and refused."""
 
 import os
 import re
@@ -33,7 +33,7 @@ DIES = {
     "before the record": ('exec {sbatch} "$@"', "die(); was(path, content)"),
     "after the record": ('exec {sbatch} "$@"', "was(path, content); die()"),
 }
-"""Moment -> what its sbatch does instead, and what it does when it records the array's number."""
+"""When it is killed -> the commands of its sbatch, and the code with which it records the number."""
 DYING = """
 import os, signal
 from lorasweep.store import files
@@ -95,7 +95,7 @@ def test_an_edited_sweep_submits_what_is_new_and_takes_back_what_is_gone(queue, 
         edited = (*SMOKE, "sweep.arms.fullft.lr=[1e-3,3e-3]", "~sweep.arms.lora")
         plan = ask(tmp_path, *edited, *ALONE, "action=plan")
         assert re.search(r"to submit: [12] runs", plan)
-        assert re.search(r"(\d) queued run\(s\) of this sweep are not asked for", plan)[1] in "56"
+        assert re.search(r"(\d) queued run\(s\) of this sweep are no longer part", plan)[1] in "56"
         text = ask(tmp_path, *edited, *ALONE, "prune=true")
         assert re.search(r"submitted [12] runs", text) and re.search(r"cancelled [56] queued", text)
     queue.drain()

@@ -56,7 +56,7 @@ def untrusted(paths: Iterable[str]) -> str | None:
 
 
 def code_problem(folder: str, expected: str) -> str | None:
-    """Return what is wrong with a snapshot of the code; None if nothing is."""
+    """Return why a snapshot of the code must not run; None if it may."""
     problem = untrusted((folder, *_below(folder)))
     if problem is None and digest(folder) != expected:
         problem = f"the code in {folder} was changed after the snapshot was made"
@@ -64,7 +64,7 @@ def code_problem(folder: str, expected: str) -> str | None:
 
 
 def job_problem(folder: str, expected: str, task: int) -> str | None:
-    """Return what is wrong with the files that job number `task` reads; None if nothing is.
+    """Return why the files that job number `task` reads are refused; None if they are not.
 
     `expected`: the SHA-256 of its manifest.
     """

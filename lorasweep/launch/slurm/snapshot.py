@@ -49,7 +49,7 @@ def take(root: Path) -> Snapshot:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, path)
                 files.sync(path)
-            sha256 = guard.digest(str(partial))  # of the copy: files may be edited meanwhile
+            sha256 = guard.digest(str(partial))  # of the copy: the files may have been edited
             folder = root / _name(sha256)
             copied = (*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/")
             edited = [f for f in provenance.edited() if f.startswith(copied)]

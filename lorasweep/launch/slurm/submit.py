@@ -46,7 +46,7 @@ forever on a cluster where every job fails."""
 
 @dataclass(frozen=True)
 class FollowUp:
-    """A follow-up job, which submits what is still missing, and finally answers."""
+    """A follow-up job: it submits the missing runs, and writes the answer at the end."""
 
     command: Sequence[str]
     """Arguments of Python, before the path of the task file."""
@@ -278,10 +278,8 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
     """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
 
     Finished runs are kept, and running ones write a checkpoint first. A submission belongs to the
-    sweep if it has the same title and some of these runs.
-
-    Raises:
-        ClusterError: there is no Slurm here, or some jobs belong to other users.
+    sweep if it has the same title and some of these runs. Raises ClusterError if there is no Slurm
+    here, or some jobs belong to other users.
     """
     client.require()
     if files.status(submissions.home(store.root)) is None:
