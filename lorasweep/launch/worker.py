@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorasweep.errors import LorasweepError
+from lorasweep.errors import LorasweepError, StoreError
 from lorasweep.launch.distributed import Leader, follow
 from lorasweep.launch.out_of_memory import Limits, OutOfMemoryTogether
 from lorasweep.launch.pack import execute
@@ -53,23 +53,21 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
     keep_freed_memory()
     stop = StopFlag()
     stop.install()
-    content = Path(job_path).read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        error = f"{job_path} was changed after it was written. Run the command again."
-        print(json.dumps({"error": error}), flush=True)
-        return REFUSED
-    job = json.loads(content)
-    store = RunStore(job["exec"]["runs_dir"], dead=job.get("dead"), jobs=RunningJobs())
-    files.share_as(store.root)
     try:
+        content = Path(job_path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise StoreError(f"{job_path} was changed after it was written. Run the command again.")
+        job = json.loads(content)
+        store = RunStore(job["exec"]["runs_dir"], dead=job["dead"], jobs=RunningJobs())
+        files.share_as(store.root)
         if job["exec"]["world_size"] == 1:
-            _run(job, first, store, trainer_named(job.get("trainer"), stop), stop)
+            _run(job, first, store, trainer_named(job["trainer"], stop), stop)
             return 0
         from lorasweep.models.sharding import Mesh
 
         os.environ.update({k: os.environ[v] for k, v in SLURM_RANKS.items() if k not in os.environ})
         mesh = Mesh.join()
-        trainer = trainer_named(job.get("trainer"), stop, mesh)
+        trainer = trainer_named(job["trainer"], stop, mesh)
         if mesh.rank:
             follow(trainer, mesh, stop)
             return 0
@@ -95,7 +93,7 @@ def _run(
 ) -> None:
     exec_, report, limits = Exec(**job["exec"]), Reporter(stop), Limits()
     for pack in job["packs"][first:] + job["packs"][:first]:
-        unwanted = skipped(job.get("skip"))
+        unwanted = skipped(job["skip"])
         specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
         if specs:
             limit, rows = limits.of(specs[0]), pack["micro_batch_size"]

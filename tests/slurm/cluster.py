@@ -270,4 +270,4 @@ def submitted(cwd):
 def jobs_of(submission):
     """Return the job (12, or 12_3) of each task of a submission."""
     arrays = [a for a in submission.arrays if a.part != submissions.FOLLOW]
-    return [a.label(a.first + k) for a in arrays for k in range(a.n)]
+    return [f"{a.job}_{k}" if a.n > 1 else a.job for a in arrays for k in range(a.n)]

@@ -101,8 +101,7 @@ class Ended:
 
 def _batches(items: Iterable[str]) -> Iterator[list[str]]:
     items = list(items)
-    for k in range(0, len(items), QUERY_BATCH):
-        yield items[k : k + QUERY_BATCH]
+    return (items[k : k + QUERY_BATCH] for k in range(0, len(items), QUERY_BATCH))
 
 
 def run(*command: str) -> str:

@@ -67,15 +67,12 @@ class Signals:
 
 
 def run(path: str) -> None:
-    """Do the task in the file at `path`; raise LorasweepError if the job must end as FAILED."""
+    """Do the task in the file at `path`; raise LorasweepError if the job must end as FAILED.
+
+    The job's script has checked with `guard` that the file is there and unchanged.
+    """
     signals = Signals()
-    try:
-        task = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise LorasweepError(
-            f"{path} is not visible on node {os.environ.get('SLURMD_NODENAME', '?')}. The run "
-            "folder must be on a file system that all nodes share: exec.runs_dir=FOLDER."
-        ) from None
+    task = json.loads(Path(path).read_bytes())
     try:
         if "follow" in task:
             return _follow([sys.executable, *task["command"], path])

@@ -59,10 +59,6 @@ class Array:
     abandoned: bool = False
     """True: it never reached Slurm, or was cancelled."""
 
-    def label(self, task: int) -> str:
-        """Return the Slurm id of a task of the submission: 12_3, or 12 for a single job."""
-        return f"{self.job}_{task - self.first}" if self.n > 1 else str(self.job)
-
 
 @dataclass
 class Submission:
@@ -100,11 +96,11 @@ class Queue:
     """The open submissions, matched with Slurm's jobs."""
 
     submissions: list[Submission]
-    jobs: dict[str, dict[int, client.Job]]
-    """Submission name -> task -> its job, live or recently ended."""
-    follows: dict[str, client.Job]
+    jobs: list[tuple[Submission, int, client.Job]] = field(default_factory=list)
+    """Submission, task and its job, live or recently ended."""
+    follows: dict[str, client.Job] = field(default_factory=dict)
     """Submission name -> its follow-up job."""
-    strays: list[client.Job]
+    strays: list[client.Job] = field(default_factory=list)
     """Live jobs of arrays that are not recorded or were abandoned."""
     unavailable: str | None = None
     """Why Slurm could not be queried; then nothing counts as queued."""
@@ -113,9 +109,9 @@ class Queue:
     if users see only their own jobs."""
 
     def live(self) -> list[tuple[Submission, int, client.Job]]:
-        """List the tasks that are running or may still run."""
-        jobs = ((s, sorted(self.jobs.get(s.name, {}).items())) for s in self.submissions)
-        return [(s, k, j) for s, own in jobs for k, j in own if j.live]
+        """List the tasks that are running or may still run, of the oldest submission first."""
+        live = ((s, k, j) for s, k, j in self.jobs if j.live)
+        return sorted(live, key=lambda found: (found[0].record["created_s"], found[1]))
 
     def unknown_runs(self) -> set[str]:
         """Return the runs in jobs that this Slurm does not show."""
@@ -226,7 +222,7 @@ def read_all(runs_dir: Path, over: bool = False) -> list[Submission]:
 def look(runs_dir: Path) -> Queue:
     """Query Slurm once about all open submissions. Writes nothing."""
     open_ = read_all(runs_dir)
-    queue = Queue(open_, {}, {}, [])
+    queue = Queue(open_)
     if not open_:
         return queue
     me = getpass.getuser()
@@ -249,7 +245,7 @@ def look(runs_dir: Path) -> Queue:
         elif array.part == FOLLOW:
             queue.follows[submission.name] = job
         else:
-            queue.jobs.setdefault(submission.name, {})[array.first + (job.task or 0)] = job
+            queue.jobs.append((submission, array.first + (job.task or 0), job))
     return queue
 
 
