@@ -53,16 +53,14 @@ def check_world_size(
                 f"the same number of rows. Allowed for this batch: {sizes}."
             )
         rank = getattr(spec.method, "rank", 0)  # every adapter's factors are split along a side
-        sides = [
-            (m, d) for m in load_of(spec.model, spec.method).adapted for d in (m.d_in, m.d_out)
-        ]
-        for m, side in sides:
-            if all(n % size for n in (side, rank, m.n_experts)):
-                raise SpecError(
-                    f"exec.world_size={size} divides neither rank {rank} nor {side}, the sides "
-                    f"of an adapter of {spec.model.name}, so it cannot be split. Choose a "
-                    "number that divides the model's width, such as a power of 2."
-                )
+        for m in load_of(spec.model, spec.method).adapted:
+            for side in (m.d_in, m.d_out):
+                if all(n % size for n in (side, rank, m.n_experts)):
+                    raise SpecError(
+                        f"exec.world_size={size} divides neither rank {rank} nor {side}, the sides "
+                        f"of an adapter of {spec.model.name}, so it cannot be split. Choose a "
+                        "number that divides the model's width, such as a power of 2."
+                    )
     gpus, workers = hardware.gpus, exec_.workers or 1
     if cluster.kind != "local" or not gpus or size * workers <= gpus:
         return  # a cluster's nodes are checked when jobs are planned
@@ -95,12 +93,10 @@ class Leader:
     def _lead(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None
     ) -> Generator[Event, None, None]:
-        states: dict[str, State] | None = (
-            resume
-            and {  # every process reads its part of the tensors
-                i: {"tensors": {}, "meta": s["meta"], "path": s["path"]} for i, s in resume.items()
-            }
-        )
+        # without tensors: every process reads its part of them
+        states: dict[str, State] | None = resume and {
+            i: {"tensors": {}, "meta": s["meta"], "path": s["path"]} for i, s in resume.items()
+        }
 
         def write(run: str, tensors: "dict[str, Tensor]", folder: Path) -> dict[str, str]:
             from lorasweep.models.sharding import write_tensors

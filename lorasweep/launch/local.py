@@ -211,8 +211,8 @@ class Workers:
     def start(self, number: int, shares: int) -> None:
         """Start `number` workers, each on one of `shares` shares of the GPUs.
 
-        On several nodes srun starts the processes, the same number on each, not as the job's task,
-        so that the job survives them. Each sees all GPUs of its node and takes number LOCAL_RANK.
+        On several nodes srun starts the processes in a separate job step, so that the job survives
+        them, the same number on each node. Each sees all GPUs there and takes number LOCAL_RANK.
         """
         size, srun = self._world_size, ""
         if self._nodes > 1:

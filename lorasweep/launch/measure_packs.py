@@ -69,8 +69,8 @@ def measure_packs(
             "shapes": [{"spec": s.plain(), "path": str(p)} for p, s in missing.items()],
         }
         command = [sys.executable, "-m", "lorasweep.launch.measure_packs"]
-        env, pipes = worker_environment(threads=1), {"text": True, "capture_output": True}
-        done = subprocess.run(command, input=json.dumps(job), env=env, **pipes)
+        env, text = worker_environment(threads=1), json.dumps(job)
+        done = subprocess.run(command, input=text, env=env, text=True, capture_output=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise TrainingError(

@@ -338,8 +338,8 @@ class RunningJobs:
         """Return whether a job is still running in its `restart`-th execution.
 
         None if Slurm does not answer, hides the job, or the job belongs to another cluster.
-        `known_before`: the job was known before the last `refresh`. Another job that this did not
-        list may have started since, so Slurm is queried again.
+        `known_before`: whether the job was known before the last `refresh`. If not, it may have
+        started since, and Slurm is queried again.
         """
         if (job, restart) in self._dead:
             return False
