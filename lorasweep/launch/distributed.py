@@ -170,8 +170,7 @@ def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            rows, parts = exec_.rows_of(spec.batch_size), exec_.forward_parts
-            raise OutOfMemoryTogether(spec.id, Shortage.of(error, rows, parts)) from None
+            raise OutOfMemoryTogether(spec.id, Shortage.of(error, exec_, spec)) from None
         if isinstance(error, RuntimeError) and any(c in str(error) for c in COMMUNICATION):
             print(f"another process of this run is gone: {error}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lorasweep.errors import ModelError
 from lorasweep.plan.packing import pack_key
+from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import LEARNING, phase_of
 
@@ -53,14 +54,14 @@ class Shortage:
     """Whether Exec.forward_parts can make the phase hold less at once."""
 
     @classmethod
-    def of(cls, error: BaseException, rows: int, forward_parts: int) -> "Shortage":
-        """Read the size of the request and the phase from an error."""
+    def of(cls, error: BaseException, exec_: Exec, spec: RunSpec) -> "Shortage":
+        """Read the size of the request and the phase from an error in the training of `spec`."""
         found, asked = REQUEST.search(str(error)), ""
         if found:
             number, unit = found[1].split()
             asked = f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else found[1]
-        phase = phase_of(error)
-        return cls(rows, forward_parts, asked, phase.name, phase.divisible)
+        rows, phase = exec_.rows_of(spec.batch_size), phase_of(error)
+        return cls(rows, exec_.forward_parts, asked, phase.name, phase.divisible)
 
     @property
     def request(self) -> str:

@@ -210,8 +210,7 @@ class _Pack:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            rows, parts = attempt.exec.rows_of(part[0].batch_size), attempt.exec.forward_parts
-            return Shortage.of(error, rows, parts), traceback.format_exc()
+            return Shortage.of(error, attempt.exec, part[0]), traceback.format_exc()
         return None
 
     def _without_broken_data(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:

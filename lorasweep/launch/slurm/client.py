@@ -156,11 +156,6 @@ def setting(name: str) -> str:
     return ""
 
 
-def max_tasks() -> int:
-    """Return the largest number of tasks in an array: MaxArraySize limits the index, from 0."""
-    return max(1, int(setting("MaxArraySize") or 1001) - 1)
-
-
 def queue(names: Sequence[str]) -> list[Job]:
     """Return the jobs and array tasks with these names, live or recently ended."""
     fields = "JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,Reason:|,RestartCnt:|,NodeList:|,Name:|"

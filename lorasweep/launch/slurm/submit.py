@@ -156,7 +156,8 @@ def _submit(
     tasks = [task for same in jobs for task in same.tasks]
     folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
     described: list[Description] = []
-    first, most = 0, client.max_tasks() if jobs else 0
+    # MaxArraySize limits the index of a task, from 0
+    first, most = 0, max(1, int(client.setting("MaxArraySize") or 1001) - 1)
     for same in jobs:
         end = first + len(same.tasks)
         while first < end:

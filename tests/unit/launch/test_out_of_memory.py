@@ -173,7 +173,7 @@ def test_errors_of_memory_are_recognised(error, asked):
     error = error()
     assert is_out_of_memory(error) == (asked is not None)
     if asked is not None:
-        assert Shortage.of(error, 1, 1).asked == asked
+        assert Shortage.of(error, Exec(), tiny_spec()).asked == asked
 
 
 def test_a_base_that_does_not_fit_is_an_error_of_the_model(monkeypatch):
