@@ -21,7 +21,7 @@ from lorasweep.launch import local
 from lorasweep.launch.slurm import submissions
 from lorasweep.store.run_store import RunStore
 from tests.slurm import trainers
-from tests.world import ROOT
+from tests.world import ROOT, environment
 
 SCRIPTS = ROOT / "slurm" / "one_machine"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd")
@@ -172,16 +172,6 @@ def command(*args, trainer=None, before=""):
     """Return the command line, or the same with another trainer, after the code `before`."""
     given = ["-m", "lorasweep"] if trainer is None else ["-c", before + WITH_TRAINER, trainer]
     return [sys.executable, *given, *map(str, args)]
-
-
-def environment(cwd):
-    """Return the variables of a command whose outputs lie below `cwd`."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "LORASWEEP_RUNS": f"{cwd}/runs",
-        "LORASWEEP_REPORTS": f"{cwd}/reports",
-    }
 
 
 def start(cwd, *args, trainer=None, before="", **more):

@@ -19,12 +19,11 @@ from tests.slurm.cluster import (
     ask,
     attempts,
     command,
-    environment,
     results,
     start,
     submitted,
 )
-from tests.world import ROOT
+from tests.world import ROOT, environment
 
 TWO_JOBS = (*SMOKE, *ALONE, "cluster.runs_per_job=3")
 DIES = {
