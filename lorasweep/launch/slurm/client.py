@@ -99,9 +99,14 @@ class Ended:
         return f"Slurm: {self.state} (exit {self.exit}{node}){hint}"
 
 
-def _batches(items: Iterable[str]) -> Iterator[list[str]]:
-    items = list(items)
+def _batches(items: Sequence[str]) -> Iterator[Sequence[str]]:
     return (items[k : k + QUERY_BATCH] for k in range(0, len(items), QUERY_BATCH))
+
+
+def _lines(items: Sequence[str], *command: str) -> Iterator[str]:
+    """Yield the output lines of a command whose last argument is a list of `items`."""
+    for batch in _batches(items):
+        yield from run(*command, ",".join(batch)).splitlines()
 
 
 def run(*command: str) -> str:
@@ -160,27 +165,21 @@ def queue(names: Sequence[str]) -> list[Job]:
     """Return the jobs and array tasks with these names, live or recently ended."""
     fields = "JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,Reason:|,RestartCnt:|,NodeList:|,Name:|"
     found = []
-    for batch in _batches(names):
-        asked = ("-t", "all", "--name", ",".join(batch), "-O", fields)
-        for line in run("squeue", "-a", "-h", "-r", *asked).splitlines():
-            cells = (cell.strip() for cell in line.split("|")[:8])
-            jid, array, task, state, reason, restarts, node, name = cells
-            array = array if array.isdigit() else jid
-            n = int(task) if task.isdigit() else None
-            found.append(Job(jid, array, n, state, reason, int(restarts or 0), node, name))
+    for line in _lines(names, "squeue", "-a", "-h", "-r", "-t", "all", "-O", fields, "--name"):
+        cells = (cell.strip() for cell in line.split("|")[:8])
+        jid, array, task, state, reason, restarts, node, name = cells
+        array = array if array.isdigit() else jid
+        n = int(task) if task.isdigit() else None
+        found.append(Job(jid, array, n, state, reason, int(restarts or 0), node, name))
     return found
 
 
 def ended(jobs: Iterable[str]) -> dict[str, Ended]:
     """Return how jobs (12, 12_3) ended, as far as accounting has recorded it."""
     found: dict[str, Ended] = {}
-    for batch in _batches(sorted(set(jobs))):
-        columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
-        try:
-            listed = run("sacct", "-n", "-P", "-j", ",".join(batch), "-o", columns)
-        except ClusterError:
-            return found
-        for line in listed.splitlines():
+    columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
+    with suppress(ClusterError):  # without accounting
+        for line in _lines(sorted(set(jobs)), "sacct", "-n", "-P", "-o", columns, "-j"):
             jid, state, code, node, elapsed = line.split("|")[:5]
             whole, _, step = jid.partition(".")
             state = state.split(" ")[0]  # "CANCELLED by 0"
@@ -193,10 +192,8 @@ def ended(jobs: Iterable[str]) -> dict[str, Ended]:
 
 def by_number(jobs: Iterable[str]) -> dict[str, tuple[str, Ended]]:
     """Map job numbers (SLURM_JOB_ID) to their ids (12, 12_3) and how they ended."""
-    labels: dict[str, str] = {}
-    for batch in _batches(sorted(set(jobs))):
-        listed = run("sacct", "-n", "-X", "-P", "-j", ",".join(batch), "-o", "JobIDRaw,JobID")
-        labels |= dict(line.split("|")[:2] for line in listed.splitlines())
+    lines = _lines(sorted(set(jobs)), "sacct", "-n", "-X", "-P", "-o", "JobIDRaw,JobID", "-j")
+    labels = dict(line.split("|")[:2] for line in lines)
     ends = ended(labels.values())
     return {number: (label, ends[label]) for number, label in labels.items() if label in ends}
 
