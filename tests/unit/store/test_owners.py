@@ -20,7 +20,7 @@ from tests.world import ROOT, as_another_user, tiny_spec
 
 
 def test_an_owner_of_unknown_start_time_is_not_called_dead(store, change_owner, monkeypatch):
-    """Login nodes hide other users' processes (hidepid=2), which exist all the same."""
+    """Login nodes hide other users' processes (hidepid=2), which still exist."""
     spec = tiny_spec()
     attempt = store.attempt(spec.id, store.claim(spec))
     liveness = Liveness()
