@@ -67,6 +67,12 @@ def as_another_user(folder: Path, do: Callable[[], object]) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+def environment(cwd):
+    """The variables of a command whose outputs lie below `cwd`."""
+    folders = {f"LORASWEEP_{name.upper()}": f"{cwd}/{name}" for name in ("runs", "reports")}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **folders}
+
+
 def cli(*args, cwd, env=None, timeout=300, check=True):
     """Run `python -m lorasweep ...`; returns the finished process."""
     done = subprocess.run(
@@ -75,13 +81,7 @@ def cli(*args, cwd, env=None, timeout=300, check=True):
         text=True,
         capture_output=True,
         timeout=timeout,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "LORASWEEP_RUNS": str(Path(cwd) / "runs"),
-            "LORASWEEP_REPORTS": str(Path(cwd) / "reports"),
-            **(env or {}),
-        },
+        env={**environment(cwd), **(env or {})},
     )
     if check and done.returncode:
         raise AssertionError(

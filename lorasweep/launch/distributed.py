@@ -1,8 +1,7 @@
-"""Several processes train one run: process 0 leads, the others follow.
+"""Several processes train one run: process 0 leads and owns the run folder, the others follow.
 
-Process 0 owns the run folder. After each update all processes learn whether one of them was
-stopped; then process 0 orders the others to write a checkpoint, continue or end. Torch is imported
-inside functions.
+After each update all processes learn whether one of them was stopped; then process 0 orders the
+others to write a checkpoint, continue or end. Torch is imported inside functions.
 """
 
 import dataclasses
@@ -46,12 +45,12 @@ def check_world_size(
     """
     size = exec_.world_size
     for spec in specs:
-        if spec.batch_size % size:
-            sizes = [str(n) for n in range(1, spec.batch_size + 1) if spec.batch_size % n == 0]
+        batch = spec.batch_size
+        if batch % size:
+            sizes = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
             raise SpecError(
-                f"exec.world_size={size} does not divide batch_size={spec.batch_size}: every "
-                "process takes the same number of rows. Allowed for this batch: "
-                f"{', '.join(sizes)}."
+                f"exec.world_size={size} does not divide batch_size={batch}: every process takes "
+                f"the same number of rows. Allowed for this batch: {sizes}."
             )
         rank = getattr(spec.method, "rank", 0)  # every adapter's factors are split along a side
         for m in load_of(spec.model, spec.method).adapted:
@@ -81,7 +80,7 @@ class Leader:
         self._trainer, self._mesh, self._stop = trainer, mesh, stop
         self._events: Generator[Event, None, None] | None = None
         self.broken = False
-        """A training failed here: the others wait for it, so nothing more can be trained."""
+        """The training failed here and the others wait, so nothing more can be trained."""
 
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
@@ -163,18 +162,15 @@ def _follow_once(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
 
 @contextmanager
 def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
-    """Let this process die if another one did, so that its runs count as interrupted.
+    """Kill this process if another one of the run is gone, so that the run counts as interrupted.
 
-    Raises:
-        OutOfMemoryTogether: memory ran out here, in the training of `spec`.
+    Raises OutOfMemoryTogether if memory ran out here, in the training of `spec`.
     """
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            rows = exec_.rows_of(spec.batch_size)
-            shortage = Shortage.of(error, rows, exec_.forward_parts)
-            raise OutOfMemoryTogether(spec.id, shortage) from None
+            raise OutOfMemoryTogether(spec.id, Shortage.of(error, exec_, spec)) from None
         if isinstance(error, RuntimeError) and any(c in str(error) for c in COMMUNICATION):
             print(f"another process of this run is gone: {error}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

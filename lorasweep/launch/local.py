@@ -65,9 +65,7 @@ def run_points(
     `skip`: a file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
     `plan`: the plan of these points on this machine, if it was just made.
-
-    Raises:
-        Stopped: Ctrl-C, or a signal that stopped the workers.
+    Raises Stopped after Ctrl-C, or a signal that stopped the workers.
     """
     hardware = detect.this_machine()
     limits = Limits()
@@ -115,17 +113,16 @@ def _run_workers(
     **settings: Any,
 ) -> None:
     """Start workers with one job file, report their events, and wait for all of them."""
-    packs = []
-    for pack in plan.packs:
-        limit = limits.of(pack.points[0].spec)
-        packs.append(
-            {
-                "runs": [p.spec.plain() for p in pack.points],
-                "micro_batch_size": pack.micro_batch_size,
-                "most_rows": limit.rows,
-                "forward_parts": limit.forward_parts,
-            }
-        )
+    known = [(pack, limits.of(pack.points[0].spec)) for pack in plan.packs]
+    packs = [
+        {
+            "runs": [p.spec.plain() for p in pack.points],
+            "micro_batch_size": pack.micro_batch_size,
+            "most_rows": limit.rows,
+            "forward_parts": limit.forward_parts,
+        }
+        for pack, limit in known
+    ]
     # A worker has not watched other machines' heartbeats, so it gets the list of dead owners.
     ended = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
     job = {
@@ -176,19 +173,18 @@ def end_shortage(
 
     The next attempt holds less at once. If that is impossible, the run has failed.
     """
-    n = store.last_attempt(spec.id)
-    if n is None or store.state(spec.id) != "interrupted" or not store.owns(spec.id, n):
+    rid, n = spec.id, store.last_attempt(spec.id)
+    if n is None or store.state(rid) != "interrupted" or not store.owns(rid, n):
         return  # another worker claimed it
-    instead = limits.of(spec).lower(shortage, 1)
-    if instead:
+    if instead := limits.of(spec).lower(shortage, 1):
         text = shortage.retry_text(spec, 1, instead)
-        store.log(spec.id, n, text)
-        store.write_end(spec.id, n, "stopped", text)
+        store.log(rid, n, text)
+        store.write_end(rid, n, "stopped", text)
         report({"note": text})
     else:
         cause = shortage.failure_text(spec, exec_.world_size)
-        store.write_end(spec.id, n, "failed", cause)
-        report({"run": spec.id, "ended": "failed", "cause": cause})
+        store.write_end(rid, n, "failed", cause)
+        report({"run": rid, "ended": "failed", "cause": cause})
 
 
 # ---------------------------------------------------------------- processes
@@ -203,7 +199,7 @@ class Workers:
         """Set up.
 
         `job`: arguments of launch/worker, without the last. `log`: file for error messages.
-        `n_nodes`: nodes of this Slurm job, over which the processes of a worker are spread.
+        `n_nodes`: nodes over which the processes of a worker are spread, by Slurm.
         """
         self._job, self._log, self._world_size, self._nodes = job, log, world_size, n_nodes
         self._environment = worker_environment(threads)
@@ -215,9 +211,8 @@ class Workers:
     def start(self, number: int, shares: int) -> None:
         """Start `number` workers, each on one of `shares` shares of the GPUs.
 
-        On several nodes srun starts the processes, the same number on each node, beside the job's
-        own task, so that a process that dies does not end the job. Each sees all GPUs of its node
-        and takes the one with the number LOCAL_RANK.
+        On several nodes srun starts the processes in a separate job step, so that the job survives
+        them, the same number on each node. Each sees all GPUs there and takes number LOCAL_RANK.
         """
         size, srun = self._world_size, ""
         if self._nodes > 1:
@@ -236,18 +231,12 @@ class Workers:
                     ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
                     environments = [{**shared, **rank} for rank in ranks]
                 worker = [sys.executable, "-m", "lorasweep.launch.worker", *self._job, str(k)]
+                pipes: Any = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
                 group: list[subprocess.Popen] = []
                 self._groups.append(group)
                 for more in environments:
-                    group.append(
-                        subprocess.Popen(
-                            [*srun.split(), *worker],
-                            stdout=subprocess.PIPE,
-                            stderr=errors,
-                            text=True,
-                            env={**self._environment, **more},
-                        )
-                    )
+                    env = {**self._environment, **more}
+                    group.append(subprocess.Popen([*srun.split(), *worker], env=env, **pipes))
         for group in self._groups:
             for process in group:
                 threading.Thread(target=self._read, args=(process, group), daemon=True).start()
@@ -286,7 +275,7 @@ class Workers:
     def wait(self) -> list[int]:
         """Wait for all processes; return the exit status of each worker, negative after a signal.
 
-        That is the first process's status, or another's if the first was killed because of it.
+        It is the status of the first process, or of another one that caused the first to be killed.
         """
         codes = [[process.wait() for process in group] for group in self._groups]
         if self._nodes > 1:
@@ -310,7 +299,7 @@ def _address(host: str, world_size: int) -> dict[str, str]:
 def devices_of(worker: int, workers: int) -> dict[str, str]:
     """Return the GPUs of a worker as an environment variable; empty without GPUs.
 
-    Each worker has its own GPUs; with more workers than GPUs, workers share them.
+    Workers share GPUs only if there are more workers than GPUs.
     """
     devices = detect.devices()
     if not devices:

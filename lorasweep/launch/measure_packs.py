@@ -1,16 +1,14 @@
 """Measure step times alone and in packs, for action=measure_packs and the planner.
 
-    python -m lorasweep.launch.measure_packs JOB.json
+Runs only on request: a short sweep saves less than the BUDGET_S seconds per shape that it takes.
+The measuring process reads its job from stdin:
 
     {"exec": {...}, "shapes": [{"spec": {...}, "path": FILE}, ...]}
-
-Runs only on request: a short sweep saves less than the BUDGET_S seconds per shape that it takes.
 """
 
 import dataclasses
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -37,12 +35,9 @@ from lorasweep.store.run_store import RunStore
 BUDGET_S = 25.0
 """Seconds per shape. Larger packs are tried until they are over, or a pack is not faster."""
 STEPS, WARM = 4, 1
-"""Updates per measurement, and the number of first updates that do not count. The result is the
-median of the others."""
+"""Updates per measurement, and how many first ones are left out of the median."""
 MEMORY_SHARE = 0.7
 """Largest share of a worker's memory that a measured pack is expected to use."""
-NO_LR = 1e-6
-"""A learning rate too small to change anything."""
 
 
 def measure_packs(
@@ -54,17 +49,14 @@ def measure_packs(
 ) -> None:
     """Measure the shapes of `specs` that are not known on this machine, in a separate process.
 
-    Only one process at a time measures in a run folder.
-
     Raises:
         TrainingError: the measurement failed; shapes measured before are kept.
-        StoreError: another process is measuring here and does not end.
+        StoreError: another process is measuring in this run folder and does not end.
     """
     shapes = list({shape_of(s): s for s in specs}.values())
     lock = Lock(store.root / ".calibration" / "lock")
     wait_s = 60 + BUDGET_S * len(shapes)
-    lock.acquire(wait_s, lambda holder: report(f"waiting for the measurement by {holder}"))
-    try:
+    with lock.held(wait_s, lambda holder: report(f"waiting for the measurement by {holder}")):
         known = ThroughputTable(store, hardware, exec_)
         unknown = [s for s in shapes if known.of(s) is None]
         missing = {measured_path(store.root, s, hardware, exec_): s for s in unknown}
@@ -72,21 +64,13 @@ def measure_packs(
             return report("all kinds of run were measured on this machine before")
         bound = f"at most about {BUDGET_S * len(missing):.0f} s"
         report(f"measuring {len(missing)} kind(s) of run on this machine, once: {bound}")
-        path = store.root / ".calibration" / f"job-{os.getpid()}-{os.urandom(3).hex()}.json"
         job = {
             "exec": dataclasses.asdict(exec_),
             "shapes": [{"spec": s.plain(), "path": str(p)} for p, s in missing.items()],
         }
-        files.write_atomic(path, json.dumps(job).encode())
-        command = [sys.executable, "-m", "lorasweep.launch.measure_packs", str(path)]
-        try:
-            done = subprocess.run(
-                command, env=worker_environment(threads=1), text=True, capture_output=True
-            )
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        lock.release()
+        command = [sys.executable, "-m", "lorasweep.launch.measure_packs"]
+        env, text = worker_environment(threads=1), json.dumps(job)
+        done = subprocess.run(command, input=text, env=env, text=True, capture_output=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise TrainingError(
@@ -94,13 +78,8 @@ def measure_packs(
         )
 
 
-def measure(
-    spec: RunSpec, exec_: Exec, hardware: Hardware, budget_s: float = BUDGET_S
-) -> dict[int, float]:
-    """Train a few updates of runs like `spec` on one thread.
-
-    Returns pack size -> seconds per step and run.
-    """
+def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
+    """Train a few updates of runs like `spec`; return pack size -> seconds per step and run."""
     from lorasweep.data import load as data
     from lorasweep.models import load as models
     from lorasweep.train import pretrain
@@ -114,14 +93,15 @@ def measure(
         base.model.base_model.compile(dynamic=True)
     rows = data.load(few, exec_.data_dir, base.tokenizer)
     found: dict[int, float] = {}
-    left = budget_s
+    left = BUDGET_S
     for size in pack_sizes(hardware)[: 1 if spec.method.MAX_PACK == 1 else None]:
         micro = exec_.micro_batch_size or micro_batch(spec, size, hardware)
         most = MEMORY_SHARE * (hardware.worker_gib or math.inf) * 2**30
         if size > 1 and pack_bytes(size, spec, hardware, micro) > most:
             break
         started = time.monotonic()
-        pack = [dataclasses.replace(spec, lr=NO_LR * (1 + k)) for k in range(size)]
+        # learning rates too small to change anything
+        pack = [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)]
         try:
             events = finetune(pack, base, rows, micro)
             times = [next(iter(event.records.values()))["step_s"] for event in events]
@@ -137,14 +117,14 @@ def measure(
     return found
 
 
-def main(job_path: str) -> None:
-    """Measure the shapes of a job file and save each result at once."""
+def main() -> None:
+    """Measure the shapes of a job and save each result at once."""
     import torch
 
     die_with_parent()
     keep_freed_memory()
     torch.set_num_threads(1)
-    job = json.loads(Path(job_path).read_bytes())
+    job = json.load(sys.stdin)
     exec_, hardware = Exec(**job["exec"]), detect.this_machine()
     for shape in job["shapes"]:
         spec = spec_from(shape["spec"])
@@ -159,4 +139,4 @@ def main(job_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lorasweep.errors import ModelError
 from lorasweep.plan.packing import pack_key
+from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import LEARNING, phase_of
 
@@ -24,8 +25,8 @@ ALLOCATOR_MESSAGES = (
     "Cuda failure 2 'out of memory'",
     "Cuda failure 'out of memory'",
 )
-"""Parts of messages that torch raises as RuntimeErrors: of the allocator for CPUs, and of libraries
-that take memory without torch's allocator; the last two are NCCL's."""
+"""Parts of RuntimeErrors of torch: of its CPU allocator, and of libraries that allocate themselves,
+the last two of NCCL."""
 REQUEST = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 
 
@@ -46,7 +47,6 @@ class Shortage:
     rows: int
     """Rows of a run in a forward pass of the learner."""
     forward_parts: int
-    """See Exec."""
     asked: str
     """Size of the request that failed, such as '2.50 GiB'; empty if unknown."""
     phase: str = LEARNING
@@ -54,14 +54,14 @@ class Shortage:
     """Whether Exec.forward_parts can make the phase hold less at once."""
 
     @classmethod
-    def of(cls, error: BaseException, rows: int, forward_parts: int) -> "Shortage":
-        """Read the size of the request and the phase from an error."""
+    def of(cls, error: BaseException, exec_: Exec, spec: RunSpec) -> "Shortage":
+        """Read the size of the request and the phase from an error in the training of `spec`."""
         found, asked = REQUEST.search(str(error)), ""
         if found:
             number, unit = found[1].split()
             asked = f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else found[1]
-        phase = phase_of(error)
-        return cls(rows, forward_parts, asked, phase.name, phase.divisible)
+        rows, phase = exec_.rows_of(spec.batch_size), phase_of(error)
+        return cls(rows, exec_.forward_parts, asked, phase.name, phase.divisible)
 
     @property
     def request(self) -> str:
@@ -93,10 +93,7 @@ class Shortage:
 
 
 class OutOfMemoryTogether(ModelError):
-    """Memory of one of the processes that train a run ran out; the others wait for it.
-
-    All have to be started again, with less at once.
-    """
+    """Memory of one process of a run ran out. The others wait for it, so all must start again."""
 
     def __init__(self, run: str, shortage: Shortage) -> None:
         """Hold the id of the run, and what ran out."""
@@ -113,14 +110,12 @@ class Limit:
     runs: int | None = None
     """Runs of a pack."""
     forward_parts: int = 1
-    """See Exec."""
 
     def lower(self, shortage: Shortage, n_runs: int) -> str:
         """Lower the limit where memory ran out; return what is tried instead, empty if nothing is.
 
-        In learning the rows of a forward pass are halved; in sampling and evaluation what they hold
-        at once: neither slows the other phases down. Where a phase holds one row of each run, the
-        pack of `n_runs` is halved.
+        Only the phase that ran out is split: learning by rows of a forward pass, the others by
+        forward_parts. A phase that holds one row of each run halves the pack of `n_runs`.
         """
         if shortage.phase == LEARNING and shortage.rows > 1:
             self.rows = shortage.rows // 2
@@ -135,7 +130,7 @@ class Limit:
 
 
 class Limits:
-    """The limits that a worker has learnt: later packs of a kind start at a size that fits."""
+    """The limits of a worker, by kind of run: later packs start at a size that fits."""
 
     def __init__(self) -> None:
         self._known: dict[object, Limit] = {}

@@ -1,4 +1,4 @@
-"""Train one pack: claim its runs, train them in the memory there is, record how each ended.
+"""Train one pack: claim its runs, train them in the available memory, record how each ended.
 
 `execute` claims the runs and handles errors, `_Pack` trains in as many attempts as the memory
 needs, `_Attempt` trains once from the last checkpoint and records the trainer's events. Refuses to
@@ -30,12 +30,11 @@ from lorasweep.tracking import provenance
 from lorasweep.train.events import Event
 
 CHECKPOINT_SHARE = 20
-"""Checkpoints are at least this many times their own cost apart, so they take at most 5% of the
-time."""
+"""Smallest time between checkpoints, divided by the time that one takes: at most 5% are spent."""
 LOOK_S = 5.0
-"""Seconds between checks of who owns the runs; new records are written then, too. Neither is done
-at every update, because on a network file system each costs about a millisecond a run. A process
-loses a claim only after SILENCE_S, so a few seconds more of training are little."""
+"""Seconds between checks of who owns the runs; new records are written then, too. At every update
+they would cost about a millisecond a run on a network file system. A process loses a claim only
+after SILENCE_S, so a few seconds more of training are little."""
 ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
 """Key in env.json and result.json: the run was resumed in a different pack, or with another
@@ -59,8 +58,8 @@ def execute(
 ) -> None:
     """Claim the free runs of a pack and train them to the end. Failures of runs are recorded.
 
-    `micro_batch_size` is the plan's choice; exec.micro_batch_size and a checkpoint's value come
-    before it. `limits`: what earlier packs of this process learnt about the memory.
+    `micro_batch_size` is the plan's choice, used if neither exec.micro_batch_size nor a checkpoint
+    has one. `limits`: the limits of memory that earlier packs of this process found.
 
     Raises:
         Stopped: `stop` was set; checkpoints are written.
@@ -109,8 +108,8 @@ class _Pack:
     report: Report
     stop: StopFlag
     attempts: dict[str, int] = field(default_factory=dict)
-    """Run id -> number of this process's attempt. Runs that failed, or that another worker claimed,
-    are removed."""
+    """Run id -> number of this process's attempt, without failed runs and those that another worker
+    claimed."""
 
     def claim(self, pack: Sequence[RunSpec]) -> list[RunSpec]:
         """Claim the free runs and return them. Packs stay whole: without the first run, none."""
@@ -166,10 +165,7 @@ class _Pack:
 
         Out of memory halves what the phase holds at once, and at one row the pack, whose halves are
         trained one after the other. One run alone with one row that does not fit has failed.
-        `limit` is lowered.
-
-        Raises:
-            Stopped: `stop` was set; checkpoints are written.
+        `limit` is lowered. Raises Stopped if `stop` was set; checkpoints are written.
         """
         parts = [runs]
         while parts:
@@ -192,15 +188,14 @@ class _Pack:
             if self.stop.set:
                 raise Stopped
             shortage, trace = found
-            instead = limit.lower(shortage, len(part))
-            if not instead:
+            if instead := limit.lower(shortage, len(part)):
+                text = shortage.retry_text(part[0], len(part), instead)
+                for spec in part:
+                    self.log(spec, trace + text)
+                self.report({"note": text})
+                parts.insert(0, part)
+            else:
                 self.fail(part[0], shortage.failure_text(part[0]), trace)
-                continue
-            text = shortage.retry_text(part[0], len(part), instead)
-            for spec in part:
-                self.log(spec, trace + text)
-            self.report({"note": text})
-            parts.insert(0, part)
 
     def _attempt(
         self, part: list[RunSpec], planned_rows: int | None, limit: Limit
@@ -215,9 +210,7 @@ class _Pack:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            rows = attempt.exec.rows_of(part[0].batch_size)
-            shortage = Shortage.of(error, rows, attempt.exec.forward_parts)
-            return shortage, traceback.format_exc()
+            return Shortage.of(error, attempt.exec, part[0]), traceback.format_exc()
         return None
 
     def _without_broken_data(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:
@@ -258,8 +251,8 @@ class _Attempt:
 
         The settings are those of the checkpoint, unless others are given or they are too large.
         """
-        self.pack, self.store, self.runs = pack, pack.store, runs
         store, ids = pack.store, [s.id for s in runs]
+        self.pack, self.store, self.runs = pack, store, runs
         self.ids, self.live = ids, list(ids)
         self.unwritten: dict[str, list[Record]] = {i: [] for i in ids}
         folders = {i: store.folder(i) / "checkpoint" for i in ids}
@@ -291,16 +284,12 @@ class _Attempt:
     def run(self) -> None:
         """Train, and record what is measured. Runs that other workers claimed are dropped.
 
-        Raises:
-            Stopped: `stop` was set; checkpoints are written.
+        Raises Stopped if `stop` was set; checkpoints are written.
         """
         self._write_env()
         for spec in self.runs:
-            self.pack.log(
-                spec,
-                f"training {len(self.ids)} run(s) together; this one: {spec.method.name} "
-                f"lr={spec.lr:g} seed={spec.seed}",
-            )
+            this = f"{spec.method.name} lr={spec.lr:g} seed={spec.seed}"
+            self.pack.log(spec, f"training {len(self.ids)} run(s) together; this one: {this}")
         try:
             self._train()
         except Exception:
@@ -364,7 +353,7 @@ class _Attempt:
             self._still_owned(i)
 
     def _still_owned(self, i: str) -> bool:
-        """Write a live run's new records and return True, or drop it: another worker claimed it.
+        """Write a live run's new records; or drop the run and return False: it was claimed again.
 
         Called right before anything else is written for a run, because a new owner cuts the records
         back to the checkpoint that it resumes from.

@@ -59,9 +59,7 @@ def keep_freed_memory() -> None:
 
     Without the page faults, the elementwise passes of a step take half the time (docs/log).
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # musl does not have it
         return
     for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26), (-8, 1)):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, which all workers share."""
 FINGERPRINTS = ".data"
-"""Folder in the run folder with a file for every model and data set."""
+"""Folder in the run folder with a fingerprint of the data for every model and data set."""
 EVAL_ROWS = 4
 """Rows of a forward pass without gradients where none are set: few, for the memory of logits."""
 Report = Callable[[dict[str, Any]], None]
@@ -111,11 +111,9 @@ class TorchTrainer:
     def data(self, spec: RunSpec, exec_: Exec, base: "Base | None" = None) -> "Data":
         """Load the rows of a run. `base` has the tokenizer; None: the run's base is loaded.
 
-        The fingerprint of the data is recorded in the run folder, or compared with the recorded
-        one: the analysis refuses two data sets under one name, but only after they were trained.
-
-        Raises:
-            DataError: the data cannot be used, or have changed.
+        The run folder keeps the first fingerprint of a data set: the analysis refuses two data sets
+        under one name, but only after training. Raises DataError if the data cannot be used, or
+        have changed.
         """
         from lorasweep.data.load import load
 

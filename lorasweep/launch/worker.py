@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorasweep.errors import LorasweepError
+from lorasweep.errors import LorasweepError, StoreError
 from lorasweep.launch.distributed import Leader, follow
 from lorasweep.launch.out_of_memory import Limits, OutOfMemoryTogether
 from lorasweep.launch.pack import execute
@@ -39,8 +39,8 @@ from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 
 STOPPED, REFUSED, OUT_OF_MEMORY = 3, 4, 5
-"""Exit statuses: stopped by a signal; an error that the user must correct, printed as an event;
-memory of one of the processes of a run ran out, printed as an event."""
+"""Exit statuses. REFUSED: an error that the user must correct. It and a lack of memory of one
+process of a run are printed as events."""
 REPORT_S = 0.3
 """Minimum seconds between progress reports. Ends of runs and notes are reported at once."""
 SLURM_RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -53,25 +53,21 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
     keep_freed_memory()
     stop = StopFlag()
     stop.install()
-    content = Path(job_path).read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        error = f"{job_path} was changed after it was written. Run the command again."
-        print(json.dumps({"error": error}), flush=True)
-        return REFUSED
-    job = json.loads(content)
-    store = RunStore(job["exec"]["runs_dir"], dead=job.get("dead"), jobs=RunningJobs())
-    files.share_as(store.root)
     try:
+        content = Path(job_path).read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise StoreError(f"{job_path} was changed after it was written. Run the command again.")
+        job = json.loads(content)
+        store = RunStore(job["exec"]["runs_dir"], dead=job["dead"], jobs=RunningJobs())
+        files.share_as(store.root)
         if job["exec"]["world_size"] == 1:
-            _run(job, first, store, trainer_named(job.get("trainer"), stop), stop)
+            _run(job, first, store, trainer_named(job["trainer"], stop), stop)
             return 0
         from lorasweep.models.sharding import Mesh
 
-        for name, given in SLURM_RANKS.items():
-            if name not in os.environ:
-                os.environ[name] = os.environ[given]
+        os.environ.update({k: os.environ[v] for k, v in SLURM_RANKS.items() if k not in os.environ})
         mesh = Mesh.join()
-        trainer = trainer_named(job.get("trainer"), stop, mesh)
+        trainer = trainer_named(job["trainer"], stop, mesh)
         if mesh.rank:
             follow(trainer, mesh, stop)
             return 0
@@ -96,23 +92,20 @@ def _run(
     job: dict[str, Any], first: int, store: RunStore, trainer: Trainer, stop: StopFlag
 ) -> None:
     exec_, report, limits = Exec(**job["exec"]), Reporter(stop), Limits()
-    packs = job["packs"]
-    for pack in packs[first:] + packs[:first]:
-        unwanted = skipped(job.get("skip"))
+    for pack in job["packs"][first:] + job["packs"][:first]:
+        unwanted = skipped(job["skip"])
         specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
         if specs:
-            limit = limits.of(specs[0])
-            if pack["most_rows"] is not None:
-                limit.rows = pack["most_rows"]
+            limit, rows = limits.of(specs[0]), pack["micro_batch_size"]
+            limit.rows = pack["most_rows"] or limit.rows
             limit.forward_parts = max(limit.forward_parts, pack["forward_parts"])
-            rows = pack["micro_batch_size"]
             execute(specs, exec_, store, trainer, report, stop, rows, limits)
         if stop.set:
             raise Stopped
         if isinstance(trainer, Leader):
             trainer.leave()
             if trainer.broken:
-                return  # a training failed, and is recorded; new processes train the other packs
+                return  # the failure is recorded; new processes train the other packs
 
 
 def skipped(path: str | None) -> set[str]:

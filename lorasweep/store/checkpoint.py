@@ -1,10 +1,9 @@
 """Checkpoints of one run: two slots, each a safetensors file and a JSON description.
 
-If several processes train the run, a slot has a folder with a safetensors file of each instead.
-
-A kill during a write leaves the other slot intact. All runs of a pack write the same steps, so a
-pack that is killed between the writes of two runs still has a common step. Nothing is ever
-unpickled, and checksums are verified before use.
+If several processes train the run, a slot has a folder with a safetensors file of each instead. A
+kill during a write leaves the other slot intact. All runs of a pack write the same steps, so a pack
+that is killed between the writes of two runs still has a common step. Nothing is ever unpickled,
+and checksums are verified before use.
 """
 
 import errno
@@ -48,10 +47,9 @@ class State(TypedDict):
 def save(folder: Path, state: State) -> None:
     """Write a state into the older slot."""
     folder.mkdir(exist_ok=True)
-    steps = {slot: step for step, slot in described(folder).items()}
+    steps = {slot: meta["step"] for slot, meta in _metas(folder).items()}
     slot = min(SLOTS, key=lambda s: steps.get(s, -1))
-    # without a description the slot is invalid
-    (folder / f"{slot}.json").unlink(missing_ok=True)
+    (folder / f"{slot}.json").unlink(missing_ok=True)  # invalid until it is described again
     path, parts = folder / f"{slot}.safetensors", folder / f"{slot}.parts"
     shutil.rmtree(parts, ignore_errors=True)
     if "write" in state:
@@ -113,15 +111,13 @@ def keep_only(folder: Path, step: int | None) -> None:
 
 def described(folder: Path) -> dict[int, str]:
     """Map step to slot for the checkpoints with a description. Reads no tensors."""
-    found = {slot: _describe(folder, slot) for slot in SLOTS}
-    return {d["step"]: slot for slot, d in found.items() if d}
+    return {meta["step"]: slot for slot, meta in _metas(folder).items()}
 
 
 def layout(folder: Path) -> tuple[str, ...]:
     """Return the run ids in the pack at the latest checkpoint; empty if there is no checkpoint."""
-    slots = described(folder)
-    d = _describe(folder, slots[max(slots)]) if slots else None
-    return tuple(d["layout"]) if d else ()
+    latest = max(_metas(folder).values(), key=lambda meta: meta["step"], default=None)
+    return tuple(latest["layout"]) if latest else ()
 
 
 def load(folder: Path, step: int) -> State | None:
@@ -132,10 +128,10 @@ def load(folder: Path, step: int) -> State | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    slot = described(folder).get(step)
-    meta = _describe(folder, slot) if slot else None
-    if meta is None:
+    by_step = {meta["step"]: (slot, meta) for slot, meta in _metas(folder).items()}
+    if step not in by_step:
         return None
+    slot, meta = by_step[step]
     if FILES in meta:
         parts, sums = folder / f"{slot}.parts", meta[FILES].items()
         right = files.patiently(parts, lambda: all(_sha256(parts / n) == sha for n, sha in sums))
@@ -158,8 +154,7 @@ def load(folder: Path, step: int) -> State | None:
 def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
     """Load the latest step for which every run has a valid checkpoint; None if there is none.
 
-    Raises:
-        StoreError: one cannot be read now, so which is the latest is unknown.
+    Raises StoreError if one cannot be read now, so that the latest step is unknown.
     """
     common = set.intersection(*(set(described(f)) for f in folders.values()))
     for step in sorted(common, reverse=True):
@@ -170,9 +165,14 @@ def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
     return None
 
 
-def _describe(folder: Path, slot: str) -> dict[str, Any] | None:
-    meta = files.read_json(folder / f"{slot}.json")
-    return meta if isinstance(meta, dict) and isinstance(meta.get("step"), int) else None
+def _metas(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the descriptions by slot, without missing and damaged ones."""
+    found = {}
+    for slot in SLOTS:
+        meta = files.read_json(folder / f"{slot}.json")
+        if isinstance(meta, dict) and isinstance(meta.get("step"), int):
+            found[slot] = meta
+    return found
 
 
 def _sha256(path: Path) -> str:
@@ -184,5 +184,4 @@ def free_bytes(path: Path) -> int:
     """Return the free bytes on the disk of `path` (or of its nearest existing parent)."""
     while not path.exists():
         path = path.parent
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
+    return shutil.disk_usage(path).free

@@ -11,8 +11,8 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,19 +28,17 @@ Longer than 60 s, the time for which NFS clients usually cache attributes."""
 LOCK_POLL_S = 0.2
 UNKNOWN = "unknown"
 JOB_VARIABLE = "LORASWEEP_JOB"
-"""Environment variable set inside the jobs that we submit. Such a job ends with its process. An
-interactive job outlives the command, so a running job does not prove that the command is alive."""
+"""Environment variable inside the jobs that we submit, which end with their process. An interactive
+job outlives the command, so a running job does not prove that the command is alive."""
 
 
 class RunningJobs(Protocol):
-    """A scheduler's knowledge of the jobs that own attempts (see launch/slurm/client)."""
+    """A scheduler's knowledge of the jobs that own attempts: launch/slurm/client.RunningJobs."""
 
     def refresh(self) -> None:
         """Query all running jobs once."""
 
-    def __call__(
-        self, cluster: str, job: str, restart: int, known_before: bool = False
-    ) -> bool | None:
+    def __call__(self, cluster: str, job: str, restart: int, known_before: bool) -> bool | None:
         """Return whether this execution of a job is still running; None if that is unknown."""
 
 
@@ -54,16 +52,16 @@ def host() -> str:
 
 @cache
 def machine() -> dict[str, str]:
-    """Identify this boot of this machine, and this namespace of process ids.
+    """Identify this boot of this machine, and this namespace of process ids (of a container).
 
-    Each container of a machine has such a namespace. Empty where the system does not say.
+    Empty where the system does not say.
     """
-    boot = space = ""
+    found = {"boot": "", "space": ""}
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with suppress(OSError):
-        space = os.readlink("/proc/self/ns/pid")
-    return {"boot": boot, "space": space}
+        found["space"] = os.readlink("/proc/self/ns/pid")
+    return found
 
 
 def start_time(pid: int) -> str:
@@ -123,18 +121,15 @@ class Liveness:
     """Decide whether owners are alive. Remembers other machines' heartbeats between calls."""
 
     def __init__(self, jobs: RunningJobs | None = None) -> None:
-        """Keep `jobs`, which knows about owners that are jobs. None: heartbeats decide."""
+        """Let `jobs` decide about owners that are jobs; None: their heartbeats decide."""
         self._jobs = jobs
         self._seen: dict[Path, tuple[bytes, float, bool]] = {}
         self._known: set[Path] = set()
 
     def prepare(self, attempts: Iterable[Path]) -> None:
-        """Read many owners, so that one query to the scheduler serves all of them.
-
-        The owner of an attempt never changes, so each is read once.
-        """
+        """Read many owners, so that one query to the scheduler serves all of them."""
         new = set()
-        for attempt in set(attempts) - self._known:
+        for attempt in set(attempts) - self._known:  # the owner of an attempt never changes
             with suppress(OSError):
                 owner = read_owner(attempt)
                 if owner.get("slurm") and owner.get("host") != host():
@@ -144,10 +139,7 @@ class Liveness:
             self._jobs.refresh()
 
     def verdict(self, attempt: Path) -> bool | None:
-        """Return whether the owner is alive, from this machine's processes or the scheduler.
-
-        None if neither knows.
-        """
+        """Return whether the owner is alive; None if neither machine nor scheduler can tell."""
         try:
             owner = read_owner(attempt)
         except OSError:
@@ -167,10 +159,9 @@ class Liveness:
         return None
 
     def alive(self, attempt: Path) -> bool:
-        """Return whether the owner of an attempt folder is alive.
+        """Return whether the owner of an attempt is alive.
 
-        If that is unknown, it counts as alive until this process has seen no new heartbeat for
-        SILENCE_S.
+        An unknown owner counts as alive until this process has seen no new heartbeat for SILENCE_S.
         """
         verdict = self.verdict(attempt)
         if verdict is not None:
@@ -180,7 +171,7 @@ class Liveness:
             beat = (attempt / "heartbeat").read_bytes()
         except files.NOT_THERE:
             beat = b""
-        except OSError:  # nothing was heard, which is no silence of the owner
+        except OSError:  # a failed read is no silence of the owner
             if attempt in self._seen:
                 before, _, moved = self._seen[attempt]
                 self._seen[attempt] = (before, now, moved)
@@ -201,14 +192,14 @@ class Heartbeat:
 
     def __init__(self, folders: Callable[[], Iterable[Path]]) -> None:
         """Start; `folders` returns the folders of the claims, which may change."""
-        self._done = done = threading.Event()
+        self._done = threading.Event()
 
         def work() -> None:
             beat = 0
-            while not done.wait(HEARTBEAT_S if beat else 0):
+            while not self._done.wait(HEARTBEAT_S if beat else 0):
                 beat += 1
                 for folder in folders():
-                    with suppress(OSError):  # the work itself meets the same error and reports it
+                    with suppress(OSError):  # the training meets the same error and reports it
                         (folder / "heartbeat").write_text(str(beat))
 
         self._thread = threading.Thread(target=work, daemon=True)
@@ -228,18 +219,23 @@ class Lock:
 
     def __init__(self, folder: Path, jobs: RunningJobs | None = None) -> None:
         """Name the folder; `jobs` knows which holders are running jobs of a cluster."""
-        self._folder = folder
+        self._folder = self._claim = folder
         self._liveness = Liveness(jobs)
-        self._claim = folder
+
+    @contextmanager
+    def held(self, wait_s: float, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Hold the lock in the block; see `acquire`."""
+        self.acquire(wait_s, waiting)
+        try:
+            yield
+        finally:
+            self.release()
 
     def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
-        """Take the lock, and wait for its holder if there is one.
+        """Take the lock; while another process holds it, wait, and tell `waiting` once who does.
 
-        `waiting` is called once, with a description of the holder.
-
-        Raises:
-            StoreError: the holder is still alive after `wait_s` seconds, or the folder cannot be
-                read now.
+        Raises StoreError if the holder is still alive after `wait_s` seconds, or the folder cannot
+        be read now.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         end, announced = time.monotonic() + wait_s, False
@@ -258,13 +254,11 @@ class Lock:
                     shutil.rmtree(self._claim, ignore_errors=True)
                 continue
             try:
-                found = read_owner(held)
-            except OSError as error:
-                holder = f"a process whose name cannot be read ({error.strerror})"
-            else:
-                if not found:
+                if not (found := read_owner(held)):
                     continue  # released in the meantime
                 holder = f"process {found['pid']} on {found['host']}"
+            except OSError as error:
+                holder = f"a process whose name cannot be read ({error.strerror})"
             if not announced:
                 waiting(holder)
                 announced = True

@@ -27,7 +27,7 @@ PAUSES_S = (0.1, 0.5, 2.0)
 """Pauses before a failed read is tried again."""
 
 
-def patiently(path: Path, read: Callable[[], T]) -> T | None:
+def patiently(path: str | Path, read: Callable[[], T]) -> T | None:
     """Return what `read` returns; None if there is no such file or folder.
 
     Raises StoreError if it fails for another reason, also when tried again.
@@ -40,9 +40,8 @@ def patiently(path: Path, read: Callable[[], T]) -> T | None:
         except OSError as error:
             if pause is None:
                 raise StoreError(
-                    f"{path} cannot be read ({error.strerror or error}). Nothing was concluded "
-                    "from it. Run the command again when the file system answers and you have "
-                    "permission to read it."
+                    f"{path} cannot be read ({error.strerror or error}). Run the command again "
+                    "when the file system answers and you have permission to read it."
                 ) from error
             time.sleep(pause)
     raise AssertionError("unreachable")
@@ -68,8 +67,8 @@ def read_json(path: Path) -> Any:
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int] | None:
     """Return a safetensors file's tensors (name -> dtype, shape, data_offsets) and expected size.
 
-    None if it has no such header. The file is 8 bytes with the header's length, the header (JSON),
-    and the tensors (github.com/huggingface/safetensors, "Format").
+    None without such a header. The file is 8 bytes with the header's length, the header (JSON), and
+    the tensors (github.com/huggingface/safetensors, "Format").
     """
     try:
         with path.open("rb") as file:
@@ -92,7 +91,7 @@ def highest_number(folder: Path) -> int | None:
     return max((int(name) for name in names(folder) if name.isdigit()), default=None)
 
 
-def status(path: Path) -> os.stat_result | None:
+def status(path: str | Path) -> os.stat_result | None:
     """Return a file's status; None if it is not there. Raises StoreError like `patiently`."""
     return patiently(path, lambda: os.stat(path))
 
@@ -127,8 +126,7 @@ def create_once(path: Path, content: bytes) -> bool:
 def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
     """Create the folder `path` with `files` in one step; return whether this call created it.
 
-    rename(2) onto a non-empty directory fails; ours is never empty, so the rename is an atomic
-    claim.
+    rename(2) onto a folder that is not empty fails, so the rename is an atomic claim.
     """
     partial = _partial(path)
     os.mkdir(partial)
@@ -148,10 +146,7 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
 
 
 def share_as(folder: Path) -> None:
-    """Make this process's files writable for the group if `folder` is.
-
-    So a run folder made with chmod g+ws is shared by the group.
-    """
+    """Make this process's files writable for the group if `folder` is: made with chmod g+ws."""
     if folder.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~0o070)
 
@@ -177,12 +172,9 @@ def own_folder(path: Path) -> None:
 
 
 def protect_entries(folder: Path) -> None:
-    """Let each user of a group's folder rename and delete only their own files (the sticky bit).
-
-    Only the owner of the folder can do this.
-    """
+    """Let each user of a group's folder rename and delete only their own files (the sticky bit)."""
     found = os.stat(folder)
-    if found.st_mode & stat.S_IWGRP and found.st_uid == os.geteuid():
+    if found.st_mode & stat.S_IWGRP and found.st_uid == os.geteuid():  # only its owner can do this
         os.chmod(folder, found.st_mode | stat.S_ISVTX)
 
 

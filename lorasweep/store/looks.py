@@ -48,9 +48,9 @@ def note_look(path: Path, claims_hash: str, planned: int) -> None:
 def append(
     path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]
 ) -> int:
-    """Record one more round and return its number.
+    """Record one more round and return its number. Two processes at once add one each.
 
-    `known`: all runs of the sweep so far. Two processes at once add one round after the other.
+    `known`: all runs of the sweep so far.
 
     Raises:
         SpecError: the sweep has no answer yet, all planned rounds are used, the claims were changed
@@ -59,9 +59,7 @@ def append(
     """
     if files.status(path) is None:
         raise SpecError("the sweep has no answer yet. Run it first, without action=extend.")
-    lock = Lock(path.parent / "lock")
-    lock.acquire(LOCK_S, lambda holder: None)
-    try:
+    with Lock(path.parent / "lock").held(LOCK_S, lambda holder: None):
         read(path)  # raises if the file is damaged
         record = json.loads(path.read_text())
         if record["claims_hash"] != claims_hash:
@@ -81,5 +79,3 @@ def append(
             raise SpecError("every run of that round is already part of the sweep: nothing to add.")
         files.write_atomic(path, json.dumps(record, indent=1).encode())
         return so_far + 1
-    finally:
-        lock.release()

@@ -76,10 +76,7 @@ class RunStore:
         self._known: dict[str, list[Any]] = {}
 
     def prepare(self) -> None:
-        """Create the folder and test that it is writable, and of this train_version.
-
-        Raises StoreError if not.
-        """
+        """Create the folder; raise StoreError if it is not writable or of another train_version."""
         mark = self.root / "store.json"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -114,13 +111,10 @@ class RunStore:
 
     def existing(self) -> set[str]:
         """Return the ids that have a folder, from one directory scan."""
-
-        def scan() -> set[str]:
-            return {
-                e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith(".")
-            }
-
-        return files.patiently(self.root, scan) or set()
+        folders = files.patiently(
+            self.root, lambda: {e.name for e in os.scandir(self.root) if e.is_dir()}
+        )
+        return {name for name in folders or () if not name.startswith(".")}
 
     # ------------------------------------------------------------ reading
 
@@ -160,12 +154,11 @@ class RunStore:
     def finished(self, ids: Iterable[str]) -> dict[str, Entry]:
         """Return the index entries of the finished runs among `ids`.
 
-        The index is a cache, `.index/runs.json` in the run folder, so that ten thousand runs are
-        counted in a fraction of a second. It is rebuilt from the results if it is missing, damaged
-        or out of date. Results are written once: an entry is valid while the size and modification
-        time of its result.json stay the same.
+        The index is a cache, `.index/runs.json` in the run folder: ten thousand runs are counted in
+        a fraction of a second. What is missing or damaged is read from the results. An entry is
+        valid while the size and modification time of its result.json stay the same.
         """
-        # in a folder of its own, since in one with the sticky bit nobody replaces another's file
+        # a separate folder: in one with the sticky bit nobody can replace another user's file
         path, known = self.root / ".index" / "runs.json", self._known
         if not known:
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -174,18 +167,11 @@ class RunStore:
                 if stored["version"] == INDEX_VERSION:
                     known |= runs if all(len(e) == fields for e in runs.values()) else {}
         found: dict[str, Entry] = {}
-        behind, prefix = 0, f"{self.root}{os.sep}"
+        behind = 0
         for rid in ids:
-            result_path = f"{prefix}{rid}{os.sep}result.json"
-            try:
-                stat = os.stat(result_path)
-            except files.NOT_THERE:
+            stat = files.status(f"{self.root}/{rid}/result.json")  # a Path would be slow here
+            if stat is None:
                 continue
-            except OSError:
-                again = files.status(Path(result_path))
-                if again is None:
-                    continue
-                stat = again
             entry = known.get(rid)
             if entry is None or entry[0] != stat.st_size or entry[1] != stat.st_mtime_ns:
                 body = self.result(rid)
@@ -264,7 +250,7 @@ class RunStore:
             try:
                 found.append(json.loads(line))
             except ValueError:
-                break  # ignore everything after a damaged line
+                break  # what follows a damaged line is ignored
         return found
 
     def spec(self, rid: str) -> dict[str, Any]:
@@ -297,7 +283,7 @@ class RunStore:
             if self._alive(rid, last):
                 return None
             if claims.restarted(self.owner(rid, last)):
-                # preempted, or its node failed: not the run's fault, so not counted as a failure
+                # preempted, or the node failed: not counted as a failure of the run
                 self.write_end(rid, last, "stopped", "started again by Slurm")
         mine = 1 if last is None else last + 1
         owner = json.dumps(claims.this_process()).encode()
@@ -343,7 +329,7 @@ class RunStore:
             files.append(self._records_path(rid), text.encode())
 
     def records_size(self, rid: str) -> int:
-        """Return the size of the records in bytes, which a checkpoint remembers."""
+        """Return the size of the records in bytes; a checkpoint keeps it."""
         status = files.status(self._records_path(rid))
         return status.st_size if status else 0
 
@@ -361,7 +347,7 @@ class RunStore:
             raise ValueError(f"a run ends as one of {FINAL}, got {state!r}")
         if self.records_size(rid):
             self.sync_records(rid)
-        # through JSON, so that the checksum is that of the values read back
+        # through JSON, so that the checksum holds for the values that are read back
         body = json.loads(json.dumps(_finite({"run_id": rid, "state": state, **result})))
         content = json.dumps({"sha256": checksum(body), "result": body}).encode()
         first = files.create_once(self._result_path(rid), content)

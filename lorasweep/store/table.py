@@ -15,7 +15,6 @@ from lorasweep.store.run_store import FINAL, RunStore
 if TYPE_CHECKING:
     import pandas as pd
 
-_METHOD_COLUMNS = ("rank", "alpha", "layers", "scope")
 _LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a", "init_seed": 0}
 """Fields of LoRA that old specs do not have, with the values that reproduce the old behaviour."""
 _OF_EXPERTS = {"expert_rank": "active", "expert_alpha": None, "expert_outer": "own"}
@@ -30,10 +29,8 @@ def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.Dat
 
     Reads spec.json and result.json only. Columns: run_id, status, model, dataset, method and its
     fields, the scalars of the spec, the measures (NLL in nats per loss token), and `spec` and
-    `result` as JSON text, from which a store can be rebuilt. Missing values are NaN or None.
-
-    Raises:
-        StoreError: a run was trained with another train_version.
+    `result` as JSON text, from which a store can be rebuilt. Missing values are NaN or None. Raises
+    StoreError for a run of another train_version.
     """
     import pandas as pd
 
@@ -57,7 +54,7 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     method = spec["method"]
     row: dict[str, Any] = {"run_id": result["run_id"], "status": result["state"]}
     row |= {name: spec[name]["name"] for name in ("model", "dataset", "method")}
-    row |= {k: method.get(k) for k in _METHOD_COLUMNS}
+    row |= {k: method.get(k) for k in ("rank", "alpha", "layers", "scope")}
     lora = method["name"] == "lora"
     row |= {k: method.get(k, past if lora else None) for k, past in _LATER.items()}
     adapted = lora and spec["model"].get("n_experts") and "mlp" in parse_layers(method["layers"])
@@ -77,10 +74,8 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 def import_table(runs_dir: str | Path, path: str | Path) -> int:
     """Add the runs of an exported table to a store, marked as imported; return how many were new.
 
-    Every row is checked before the first is added.
-
-    Raises:
-        StoreError: the file is not such a table, or a row is not a finished run.
+    Every row is checked before the first is added. Raises StoreError if the file is not such a
+    table, or a row is not a finished run.
     """
     import pandas as pd
 

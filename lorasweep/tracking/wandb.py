@@ -19,8 +19,7 @@ from lorasweep.sweep.names import run_names
 def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
     """Copy the finished runs that were not copied yet; return how many.
 
-    Raises:
-        StoreError: the package wandb is not installed.
+    Raises StoreError if the package wandb is not installed.
     """
     try:
         import wandb

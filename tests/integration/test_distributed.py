@@ -37,7 +37,7 @@ KINDS = {
         "method.layers=attention+mlp+unembedding+router",
     ),
     "experts": (*EXPERTS, "method=fullft", "lr=1e-3"),
-    "rewards": (  # 21 prompts of 8 answers: a process repeats one, which does not count
+    "rewards": (  # 21 prompts of 8 completions: a process repeats one, which does not count
         *("model=tiny64-skilled", "dataset=words", "objective=policy_gradient", "batch_size=168"),
         *("group_size=8", "max_new_tokens=6", "method=fullft", "lr=1e-3"),
         "exec.micro_batch_size=24",

@@ -17,7 +17,7 @@ from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
 from tests.integration.conftest import SMOKE
 from tests.rewarded import SIZES
-from tests.world import ROOT, cli, compose_request
+from tests.world import cli, compose_request, environment
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +39,7 @@ def start(*args, cwd):
         text=True,
         start_new_session=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}
-        | {f"LORASWEEP_{name.upper()}": f"{cwd}/{name}" for name in ("runs", "reports")},
+        env=environment(cwd),
     )
 
 
@@ -54,7 +53,7 @@ def wait_for(condition, timeout=240):
 
 
 def places(tmp_path):
-    """Folders for a run that is left alone, and for one that is killed."""
+    """Folders for an uninterrupted run, and for one that is killed."""
     made = tmp_path / "whole", tmp_path / "killed"
     for folder in made:
         folder.mkdir()

@@ -1,9 +1,7 @@
 """A real Slurm on this machine for tests, and what tests ask of it and of a run folder."""
 
 import contextlib
-import datetime
 import io
-import itertools
 import json
 import os
 import random
@@ -14,16 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import compose_request
 from lorasweep.launch import local
-from lorasweep.launch.slurm.submissions import note
+from lorasweep.launch.slurm import submissions
 from lorasweep.store.run_store import RunStore
 from tests.slurm import trainers
-from tests.world import ROOT
+from tests.world import ROOT, environment
 
 SCRIPTS = ROOT / "slurm" / "one_machine"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd")
@@ -41,11 +39,11 @@ FAST = (
 """One job a node. Each simulated node counts as another machine: only Slurm knows what runs there,
 as on a real cluster. Jobs find the trainers of `tests.slurm.trainers`."""
 ALONE = (*FAST, "cluster.follow=false")
-"""Without the job that follows: for tests that are not about it."""
+"""Without the follow-up job."""
 STEPS = "tests.slurm.trainers:steps"
 HELD = "tests.slurm.trainers:held"
 PATIENCE_S = 400
-"""How long a condition is waited for: it comes at once on an idle machine, and late on a busy one."""
+"""Seconds to wait for a condition; an idle machine needs a few."""
 
 
 def missing_commands():
@@ -71,10 +69,9 @@ def free_ports(n):
 
 
 class Slurm:
-    """One running cluster; its commands work in this process and in those that it starts.
+    """A cluster of eight nodes with two CPU cores each, for commands of this process and its children.
 
-    Eight nodes of two processors each. Jobs of tests wait more than they compute, so eight of them
-    run on the two cores that there may be.
+    Jobs of tests wait more than they compute, so two real cores are enough.
     """
 
     def __init__(self, **settings):
@@ -129,8 +126,7 @@ class Slurm:
     def minutes_run(self, job):
         """Return the whole minutes that a job has run."""
         start = self.command("squeue", "-h", "-j", job, "-O", "StartTime:.40").strip()
-        begun = datetime.datetime.fromisoformat(start)
-        return int((datetime.datetime.now() - begun).total_seconds() // 60)
+        return (datetime.now() - datetime.fromisoformat(start)) // timedelta(minutes=1)
 
     def running(self):
         """List the jobs that run."""
@@ -178,16 +174,6 @@ def command(*args, trainer=None, before=""):
     return [sys.executable, *given, *map(str, args)]
 
 
-def environment(cwd):
-    """Return the variables of a command whose outputs lie below `cwd`."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "LORASWEEP_RUNS": f"{cwd}/runs",
-        "LORASWEEP_REPORTS": f"{cwd}/reports",
-    }
-
-
 def start(cwd, *args, trainer=None, before="", **more):
     """Start a command in a new process, with its output in one pipe."""
     return subprocess.Popen(
@@ -207,7 +193,7 @@ def request(cwd, *args):
 
 
 def ask(cwd, *args, trainer=STEPS):
-    """Do in this process what a command does, with jobs that take `trainer`; return its output."""
+    """Run a command in this process, with jobs that use `trainer`; return its output."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         act(request(cwd, *args), trainer)
@@ -245,8 +231,7 @@ def curves(cwd):
     for path in Path(cwd).glob("runs/*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         steps = [r["step"] for r in lines]
-        bad = [(a, b) for a, b in itertools.pairwise(steps) if b <= a]
-        assert not bad, f"{path}: step after step {bad}"
+        assert steps == sorted(set(steps)), f"{path}: {steps}"
         found[path.parent.name] = [
             {k: v for k, v in r.items() if not k.endswith("_s")} for r in lines
         ]
@@ -256,10 +241,9 @@ def curves(cwd):
 def attempts(cwd):
     """Run id -> {number: how it ended}: 'stopped', 'failed', or None (open, killed, or finished)."""
     found = {}
-    for path in Path(cwd).glob("runs/*/attempts/*"):
-        if path.name.isdigit():
-            end = read_json(path / "end.json")
-            found.setdefault(path.parents[1].name, {})[int(path.name)] = end and end["state"]
+    for path in Path(cwd).glob("runs/*/attempts/[0-9]*"):
+        end = read_json(path / "end.json")
+        found.setdefault(path.parents[1].name, {})[int(path.name)] = end and end["state"]
     return found
 
 
@@ -268,33 +252,12 @@ def read_json(path):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What one submission recorded in its folder."""
-
-    folder: Path
-    tasks: list[list[str]]
-    """Run ids of each task."""
-    jobs: list[str]
-    """The job (12, or 12_3) of each task."""
-    arrays: list[int]
-    """How many tasks each array has."""
-    created_s: float
-
-    def log(self, task):
-        """Return what the job of a task wrote."""
-        return (self.folder / f"jobs/{self.jobs[task]}_0_log.out").read_text()
-
-
 def submitted(cwd):
-    """List what was submitted from a run folder, oldest first."""
-    found = []
-    for path in Path(cwd).glob("runs/.slurm/*/submission.json"):
-        record = read_json(path)
-        arrays = [a for a in record["arrays"] if a["part"] != "follow"]
-        jobs, sizes = [], [a["n"] for a in arrays]
-        for array, n in zip(arrays, sizes):
-            number = read_json(note(path.parent, f"array-{array['part']}.json"))["job"]
-            jobs += [number] if n == 1 else [f"{number}_{k}" for k in range(n)]
-        found.append(Submission(path.parent, record["tasks"], jobs, sizes, record["created_s"]))
-    return sorted(found, key=lambda s: s.created_s)
+    """List the submissions from a run folder, oldest first."""
+    return submissions.read_all(Path(cwd) / "runs", over=True)
+
+
+def jobs_of(submission):
+    """Return the job (12, or 12_3) of each task of a submission."""
+    arrays = [a for a in submission.arrays if a.part != submissions.FOLLOW]
+    return [f"{a.job}_{k}" if a.n > 1 else a.job for a in arrays for k in range(a.n)]

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Keep these tests together, beside the others: they wait more than they compute."""
+    """Keep these tests in one process: they wait more than they compute."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.slow)
@@ -38,8 +38,8 @@ def slurm():
 
 @pytest.fixture
 def queue(slurm):
-    """Give the cluster with an empty queue, and leave one, whatever becomes of the test."""
+    """Give the cluster with an empty queue, and leave one, even after a failed test."""
     yield slurm
     slurm.command("scancel", "--user=root", check=False)
-    slurm.start()  # a daemon that died, so that the tests after this one can be trusted
+    slurm.start()  # a daemon that died
     slurm.drain(60)

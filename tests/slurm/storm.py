@@ -69,7 +69,7 @@ class Storm:
         self.done = Counter({harm.__name__: 0 for harm in self.harms})
 
     def step(self):
-        """Do the next harm of the round; one that finds nothing that runs does not count."""
+        """Do the next harm of the round; it does not count if no job is running."""
         self.round = self.round or self.random.sample(self.harms, len(self.harms))
         harm = self.round.pop()
         with contextlib.suppress(IndexError):
@@ -108,14 +108,14 @@ class Storm:
             os.kill(self.random.choice(pids), signal.SIGKILL)
 
     def kill_submitter(self):
-        """Start the command that asks for the sweep, and kill it at a random moment."""
+        """Start the command that submits the sweep, and kill it at a random moment."""
         process = self.ask()
         time.sleep(self.random.uniform(0.5, 4))
         process.kill()
         process.communicate()
 
     def ask(self):
-        """Start the command that asks for the sweep."""
+        """Start the command that submits the sweep."""
         part = self.random.choice(["cluster.partition=scavenge", "cluster.partition=main"])
         return start(self.cwd, *self.target.sweep, *CLUSTER, part, trainer=self.target.trainer)
 
@@ -131,7 +131,7 @@ class Storm:
         ended = f"{len(results(self.cwd))} of {runs} runs finished; {dict(self.done)}"
         print(f"storm over after {time.monotonic() - started:.0f} s: {ended}", flush=True)
         (self.cwd / "runs" / GO).touch()
-        for _ in range(4):  # asked for once more; the cluster does the rest
+        for _ in range(4):  # submitted again; the cluster does the rest
             if len(results(self.cwd)) == runs:
                 break
             output, since = self.ask().communicate()[0], time.monotonic()
@@ -142,10 +142,10 @@ class Storm:
 
 
 def compare(slurm, folder, target, seconds, seed=1):
-    """Run the sweep uninterrupted, and in a storm; return what the storm did and what it left.
+    """Run the sweep uninterrupted, and in a storm; return the harms done and the differences.
 
-    `different`: runs whose curves are not those of the uninterrupted sweep, or that one side lacks.
-    `attempts`: attempts of a run -> how many runs took so many.
+    `different`: runs whose curves differ or are missing on one side. `attempts`: number of attempts
+    -> number of runs.
     """
     whole, wild = Path(folder) / "whole", Path(folder) / "wild"
     wild.mkdir()
@@ -157,9 +157,13 @@ def compare(slurm, folder, target, seconds, seed=1):
     storm.disturb(seconds)
     a, b = curves(whole), curves(wild)
     counts = Counter(map(len, attempts(wild).values()))
-    different = sorted(rid for rid in a.keys() | b.keys() if a.get(rid) != b.get(rid))
-    seen = {"harm": dict(storm.done), "attempts": dict(sorted(counts.items()))}
-    return SimpleNamespace(**seen, wanted=len(a), finished=len(results(wild)), different=different)
+    return SimpleNamespace(
+        harm=dict(storm.done),
+        attempts=dict(sorted(counts.items())),
+        wanted=len(a),
+        finished=len(results(wild)),
+        different=sorted(rid for rid in a.keys() | b.keys() if a.get(rid) != b.get(rid)),
+    )
 
 
 def main():

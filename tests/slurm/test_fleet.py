@@ -1,5 +1,4 @@
-"""A fleet on a cluster: submitted, a job killed, rows broken meanwhile, collected by the job that
-follows, and asked again."""
+"""A fleet on a cluster: a job is lost, rows are changed, the follow-up job collects the adapters."""
 
 import json
 
@@ -8,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.customers import make_base, write_rows
-from tests.slurm.cluster import FAST, ask, attempts, submitted
+from tests.slurm.cluster import FAST, ask, attempts, jobs_of, submitted
 from tests.world import cli
 
 FLEET = ("action=fleet", "customers=customers.yaml", "exec.threads=1")
@@ -31,7 +30,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.full
-def test_a_fleet_is_spread_over_jobs_and_collected_by_the_one_that_follows(queue, folder):
+def test_a_fleet_is_spread_over_jobs_and_collected_by_the_follow_up_job(queue, folder):
     places = ("exec.reports_dir=here", "exec.runs_dir=here_runs")
     here = ("exec.pack_size=3", "exec.workers=1", *places)
     cli(*FLEET, *here, cwd=folder, check=False)
@@ -40,13 +39,13 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_one_that_follows(queue
         assert "submitted 7 runs" in said and "7 runs queued" in said
         assert "4 customers: 0 adapters, 3 not trained yet, 1 with errors" in said
         assert said.count("gone.jsonl") == 1
-        shown = json.loads(ask(folder, *STATUS).splitlines()[-1])  # after what is wrong with a row
+        shown = json.loads(ask(folder, *STATUS).splitlines()[-1])  # after the errors of rows
         assert shown["runs"]["queued"] == 7 and len(shown["follows"]) == 1
         assert shown["customers"] == {"customers": 4, "adapters": 0, "open": 3, "errors": 1}
         assert "submitted" not in ask(folder, *FLEET, *JOBS, trainer=None)
         (first,) = submitted(folder)
         lost = next(k for k, runs in enumerate(first.tasks) if len(runs) == 3)
-        queue.command("scancel", first.jobs[lost])  # before it started
+        queue.command("scancel", jobs_of(first)[lost])  # before it started
         write_rows(folder / "bob.jsonl", 25, "{k}", question="Is it late? {k}")
     queue.drain()
 

@@ -16,6 +16,7 @@ from tests.slurm.cluster import (
     ask,
     attempts,
     curves,
+    jobs_of,
     read_json,
     results,
     status,
@@ -46,7 +47,7 @@ def test_a_submitted_sweep_is_preempted_requeued_and_answered(queue, tmp_path):
         sent = ask(there, *SMOKE, *SLOWLY, *FAST, "cluster.runs_per_job=3", trainer=HELD)
         assert "submitted 6 runs" in sent and "6 runs queued" in sent
         (submission,) = submitted(there)
-        preempted, requeued = submission.jobs
+        preempted, requeued = jobs_of(submission)
         queue.update(f"jobid={preempted}", "partition=scavenge")
     started = wait_for(lambda: _one_with_a_checkpoint_of_each_job(there, submission))
     node = queue.jobs()[preempted][1]
@@ -75,8 +76,8 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
     with queue.closed():
         ask(there, *EIGHT_JOBS, *FAST, "cluster.runs_per_job=2", "cluster.warn_s=50", trainer=HELD)
         (sent,) = submitted(there)
-        assert sent.arrays == [5, 3]
-        jobs = dict(zip(HARMS, sent.jobs, strict=True))
+        assert [a.n for a in sent.arrays] == [5, 3, 1]  # and the follow-up job
+        jobs = dict(zip(HARMS, jobs_of(sent), strict=True))
         queue.update(f"jobid={jobs['preempted with grace']}", "partition=scavenge")
     runs = dict(zip(HARMS, sent.tasks, strict=True))
     everything = [rid for pair in runs.values() for rid in pair]
@@ -111,11 +112,11 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
             last = read_json(there / f"runs/{rid}/attempts/{max(ends)}/env.json")
             assert (last["resumed_from_step"] or 0) >= FREE_STEPS, (harm, last)
             assert not (there / f"runs/{rid}/checkpoint").exists()
-    log = sent.log(HARMS.index("time limit"))
+    log = sent.log(jobs["time limit"]).read_text()
     assert "stopped by SIGUSR2;" in log and "queued again" in log
     lost = {rid for harm in ("cancelled", "job killed") for rid in runs[harm]}
     again = [rid for s in submitted(there)[1:] for task in s.tasks for rid in task]
-    assert sorted(again) == sorted(lost)  # the job that followed sent what was lost, and no more
+    assert sorted(again) == sorted(lost)  # the follow-up job submitted lost runs only
 
 
 def _one_with_a_checkpoint_of_each_job(cwd, submission):
@@ -166,7 +167,7 @@ def test_a_job_killed_for_its_memory_says_so_and_more_memory_helps(queue, tmp_pa
 
 @pytest.mark.full
 def test_failed_runs_keep_their_cause_and_are_tried_again_up_to_a_bound(queue, tmp_path):
-    """A trainer that fails every time: two attempts, the second by the job that follows."""
+    """A trainer that fails every time: two attempts, the second by the follow-up job."""
     bound = ("exec.retry=true", "exec.max_attempts=2")
     ask(tmp_path, *SMOKE, *FAST, *bound, trainer="tests.slurm.trainers:broken")
     queue.drain()

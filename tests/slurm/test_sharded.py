@@ -10,7 +10,7 @@ import pytest
 from lorasweep.errors import ClusterError
 from lorasweep.store.run_store import RunStore
 from tests.integration.test_distributed import KINDS, MEASURES, SMALL, same, spread
-from tests.slurm.cluster import ALONE, ask, submitted, wait_for
+from tests.slurm.cluster import ALONE, ask, jobs_of, submitted, wait_for
 from tests.world import cli
 
 RUN = (*(s for s in SMALL if s != "exec.workers=1"), *KINDS["full"])
@@ -40,9 +40,10 @@ def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
         assert same(one[name], two[name]), name
     assert two["backend"] == "transformers on cpu, 2 processes" and store.last_attempt(rid) == 1
     (sent,) = submitted(there)
-    nodes = queue.command("sacct", "-n", "-P", "-j", sent.jobs[0], "-o", "JobID,NNodes,NTasks")
+    (job,) = jobs_of(sent)
+    nodes = queue.command("sacct", "-n", "-P", "-j", job, "-o", "JobID,NNodes,NTasks")
     steps = dict(line.split("|", 1) for line in nodes.splitlines())
-    assert steps[f"{sent.jobs[0]}.0"] == "1|1" and steps[f"{sent.jobs[0]}.1"] == "2|2"
+    assert steps[f"{job}.0"] == "1|1" and steps[f"{job}.1"] == "2|2"
     with pytest.raises(ClusterError, match=r"needs 16 nodes with 2 GPU\(s\) each, .* has 8 node"):
         ask(there, *RUN, *TWO_NODES, "exec.world_size=32", "batch_size=32", trainer=None)
 
@@ -59,7 +60,7 @@ def test_four_processes_on_two_nodes_are_killed_and_stopped_and_resume(queue, tm
     store = RunStore(there / "runs")
     wait_for(lambda: any(len(store.records(i)) > 3 for i in store.existing()))
     (rid,) = store.existing()
-    job = submitted(there)[0].jobs[0]
+    (job,) = jobs_of(submitted(there)[0])
     os.kill(last_process(job, 3), signal.SIGKILL)
     wait_for(lambda: store.last_attempt(rid) == 2)
     wait_for(lambda: len(store.records(rid)) > 10)

@@ -1,4 +1,4 @@
-"""Commands that submit: they die, come in twos, ask for something else, and are refused."""
+"""Commands that submit: killed, two at once, of an edited sweep, and refused."""
 
 import os
 import re
@@ -19,12 +19,11 @@ from tests.slurm.cluster import (
     ask,
     attempts,
     command,
-    environment,
     results,
     start,
     submitted,
 )
-from tests.world import ROOT
+from tests.world import ROOT, environment
 
 TWO_JOBS = (*SMOKE, *ALONE, "cluster.runs_per_job=3")
 DIES = {
@@ -33,7 +32,7 @@ DIES = {
     "before the record": ('exec {sbatch} "$@"', "die(); was(path, content)"),
     "after the record": ('exec {sbatch} "$@"', "was(path, content); die()"),
 }
-"""Moment -> what its sbatch does instead, and what it does when it records the array's number."""
+"""When it is killed -> the commands of its sbatch, and the code with which it records the number."""
 DYING = """
 import os, signal
 from lorasweep.store import files

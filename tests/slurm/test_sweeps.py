@@ -43,7 +43,7 @@ def trained(slurm, tmp_path_factory):
 
 @pytest.mark.full
 def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(trained):
-    """The second stage is submitted, and the answer written, by the job that follows."""
+    """The follow-up job submits the second stage and writes the answer."""
     here, there, sent, answer = trained
     assert "submitted 6 runs" in sent.stdout and "code snapshot" in sent.stderr
     assert len(results(there)) == 10 and results(there) == results(here)
@@ -51,8 +51,8 @@ def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(trained):
     (report,) = (there / "reports").glob("lr_ratio-smoke-*/report.md")
     assert report.read_text() == (here / report.relative_to(there)).read_text()
     watched = ask(there, *TWO_STAGES, "action=status", "watch=true", trainer=None)
-    assert "10 done" in watched  # and it ends, as nothing is left
-    again = ask(there, *TWO_STAGES, *FAST, trainer=None)  # when all is over, it answers
+    assert "10 done" in watched  # and ends, because nothing is left
+    again = ask(there, *TWO_STAGES, *FAST, trainer=None)
     assert answer.stdout.splitlines()[0] in again and "submitted" not in again
     text = next((there / "runs").glob("*/attempts/1/env.json")).read_text()
     assert json.loads(text)["slurm"]["job"] and json.loads(text)["snapshot"]

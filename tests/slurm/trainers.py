@@ -51,7 +51,7 @@ def _train(pack, resume, go=None, pause_s=0.0, free_steps=0):
     """Train; steps beyond the free ones are slow until the file `go` is there."""
     ids = [spec.id for spec in pack]
     last = {i: spec.steps for i, spec in zip(ids, pack)}
-    states = {i: _load(resume[i]) if resume else _first(i) for i in ids}
+    states = {i: _start(i, resume and resume[i]) for i in ids}
     step = resume[ids[0]]["meta"]["step"] if resume else 0
     while ids:
         step += 1
@@ -65,8 +65,11 @@ def _train(pack, resume, go=None, pause_s=0.0, free_steps=0):
         ids = [i for i in ids if i not in ended]
 
 
-def _first(rid):
-    return {"x": np.random.default_rng(int(rid, 16)).random(8), "m": np.zeros(8), "total": 0.0}
+def _start(rid, saved):
+    if not saved:
+        return {"x": np.random.default_rng(int(rid, 16)).random(8), "m": np.zeros(8), "total": 0.0}
+    state = {k: v.numpy().copy() for k, v in saved["tensors"].items()}
+    return {**state, "total": saved["meta"]["total"]}
 
 
 def _move(state, step):
@@ -82,11 +85,6 @@ def _save(state, step):
 
     tensors = {k: torch.from_numpy(state[k].copy()) for k in ("x", "m")}
     return {"tensors": tensors, "meta": {"step": step, "total": state["total"]}}
-
-
-def _load(saved):
-    state = {k: v.numpy().copy() for k, v in saved["tensors"].items()}
-    return {**state, "total": saved["meta"]["total"]}
 
 
 def _final(state, step, record):

@@ -31,15 +31,14 @@ ENDED = {
 }
 """States of a job that will not run again. In any other state it may; a requeued job is PENDING."""
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
-"""Reasons with which Slurm holds a job after a failed start. Jobs that a user or administrator
-holds are left alone."""
+"""Reasons with which Slurm, not a person, holds a job: its start failed."""
 ALREADY_ENDED = ("Invalid job id", "already complet")
 """Error messages of scancel about a job that has already ended; they are ignored."""
 QUERY_BATCH = 200
 """Names or ids per query, because the length of a command line is limited."""
 FILTERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_CLUSTERS")
-"""Prefixes of variables that filter the output of Slurm's commands. They are removed, because jobs
-that a filter hides would seem to have ended."""
+"""Prefixes of environment variables that hide jobs from Slurm's commands, so that they would seem
+to have ended. Not passed on."""
 TRANSIENT_ERRORS = ("Unable to contact", "timed out", "Connection refused")
 """Error messages after which the command is tried again, after PAUSES_S."""
 PAUSES_S = (1.0, 5.0)
@@ -54,9 +53,9 @@ class Job:
     """A job, or one task of an array, as squeue shows it."""
 
     id: str
-    """Number of this job; each task of an array has its own."""
+    """SLURM_JOB_ID; each task of an array has another one."""
     array: str
-    """Number of the array; for a job without an array, its own."""
+    """Number of the array; the same as `id` for a job without an array."""
     task: int | None
     state: str
     reason: str
@@ -100,10 +99,14 @@ class Ended:
         return f"Slurm: {self.state} (exit {self.exit}{node}){hint}"
 
 
-def _batches(items: Iterable[str]) -> Iterator[list[str]]:
-    items = list(items)
-    for k in range(0, len(items), QUERY_BATCH):
-        yield items[k : k + QUERY_BATCH]
+def _batches(items: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (items[k : k + QUERY_BATCH] for k in range(0, len(items), QUERY_BATCH))
+
+
+def _lines(items: Sequence[str], *command: str) -> Iterator[str]:
+    """Yield the output lines of a command whose last argument is a list of `items`."""
+    for batch in _batches(items):
+        yield from run(*command, ",".join(batch)).splitlines()
 
 
 def run(*command: str) -> str:
@@ -114,10 +117,7 @@ def run(*command: str) -> str:
         try:
             done = subprocess.run(command, **how, timeout=TIMEOUT_S, env=env)
         except FileNotFoundError:
-            raise ClusterError(
-                f"no Slurm here: {command[0]} is not on the PATH. Run the command on the cluster's "
-                "login node, or use cluster=local."
-            ) from None
+            raise _no_slurm(command[0]) from None
         except subprocess.TimeoutExpired:
             raise ClusterError(
                 f"Slurm does not answer: no output of {command[0]} for {TIMEOUT_S} s. Try later."
@@ -139,13 +139,16 @@ def require() -> None:
             f"SLURM_CONF={conf}: there is no such file. Start that Slurm, or unset SLURM_CONF."
         )
     commands = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
-    lacking = [c for c in commands if shutil.which(c) is None]
-    if lacking:
-        raise ClusterError(
-            f"no Slurm here ({', '.join(lacking)} not on the PATH). Run this command on the "
-            "cluster's login node, or use this machine with cluster=local."
-        )
+    if lacking := [c for c in commands if shutil.which(c) is None]:
+        raise _no_slurm(*lacking)
     run("scontrol", "ping")
+
+
+def _no_slurm(*lacking: str) -> ClusterError:
+    return ClusterError(
+        f"no Slurm here ({', '.join(lacking)} not on the PATH). Run the command on the cluster's "
+        "login node, or use this machine with cluster=local."
+    )
 
 
 @cache
@@ -158,36 +161,25 @@ def setting(name: str) -> str:
     return ""
 
 
-def max_tasks() -> int:
-    """Return the largest number of tasks in an array: MaxArraySize limits the index, from 0."""
-    return max(1, int(setting("MaxArraySize") or 1001) - 1)
-
-
 def queue(names: Sequence[str]) -> list[Job]:
     """Return the jobs and array tasks with these names, live or recently ended."""
     fields = "JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,Reason:|,RestartCnt:|,NodeList:|,Name:|"
     found = []
-    for batch in _batches(names):
-        asked = ("-t", "all", "--name", ",".join(batch), "-O", fields)
-        for line in run("squeue", "-a", "-h", "-r", *asked).splitlines():
-            cells = (cell.strip() for cell in line.split("|")[:8])
-            jid, array, task, state, reason, restarts, node, name = cells
-            array = array if array.isdigit() else jid
-            n = int(task) if task.isdigit() else None
-            found.append(Job(jid, array, n, state, reason, int(restarts or 0), node, name))
+    for line in _lines(names, "squeue", "-a", "-h", "-r", "-t", "all", "-O", fields, "--name"):
+        cells = (cell.strip() for cell in line.split("|")[:8])
+        jid, array, task, state, reason, restarts, node, name = cells
+        array = array if array.isdigit() else jid
+        n = int(task) if task.isdigit() else None
+        found.append(Job(jid, array, n, state, reason, int(restarts or 0), node, name))
     return found
 
 
 def ended(jobs: Iterable[str]) -> dict[str, Ended]:
     """Return how jobs (12, 12_3) ended, as far as accounting has recorded it."""
     found: dict[str, Ended] = {}
-    for batch in _batches(sorted(set(jobs))):
-        columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
-        try:
-            listed = run("sacct", "-n", "-P", "-j", ",".join(batch), "-o", columns)
-        except ClusterError:
-            return found
-        for line in listed.splitlines():
+    columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
+    with suppress(ClusterError):  # without accounting
+        for line in _lines(sorted(set(jobs)), "sacct", "-n", "-P", "-o", columns, "-j"):
             jid, state, code, node, elapsed = line.split("|")[:5]
             whole, _, step = jid.partition(".")
             state = state.split(" ")[0]  # "CANCELLED by 0"
@@ -200,13 +192,10 @@ def ended(jobs: Iterable[str]) -> dict[str, Ended]:
 
 def by_number(jobs: Iterable[str]) -> dict[str, tuple[str, Ended]]:
     """Map job numbers (SLURM_JOB_ID) to their ids (12, 12_3) and how they ended."""
-    jobs = sorted(set(jobs))
-    labels: dict[str, str] = {}
-    for batch in _batches(jobs):
-        listed = run("sacct", "-n", "-X", "-P", "-j", ",".join(batch), "-o", "JobIDRaw,JobID")
-        labels |= dict(line.split("|")[:2] for line in listed.splitlines())
+    lines = _lines(sorted(set(jobs)), "sacct", "-n", "-X", "-P", "-o", "JobIDRaw,JobID", "-j")
+    labels = dict(line.split("|")[:2] for line in lines)
     ends = ended(labels.values())
-    return {raw: (labels[raw], ends[labels[raw]]) for raw in jobs if labels.get(raw) in ends}
+    return {number: (label, ends[label]) for number, label in labels.items() if label in ends}
 
 
 def named(name: str) -> list[str]:
@@ -257,7 +246,6 @@ class Partition:
     """Time limit of jobs; inf: no limit."""
     hosts: frozenset[str]
     nodes: int = 1
-    """Number of its nodes."""
 
 
 def partitions() -> dict[str, Partition]:
@@ -298,22 +286,18 @@ def _minutes(limit: str) -> float:
 
 
 def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
-    """Return the partition that jobs go to.
-
-    Raises:
-        ClusterError: it does not exist, or there is no default; the message lists all partitions.
-    """
-    if cluster.partition is not None:
-        if cluster.partition not in known:
-            raise ClusterError(
-                unknown("partition", cluster.partition, known) + " Set cluster.partition."
-            )
-        return known[cluster.partition]
-    for partition in known.values():
-        if partition.default:
-            return partition
-    names = ", ".join(sorted(known))
-    raise ClusterError(f"the cluster has no default partition. Set cluster.partition to: {names}.")
+    """Return the partition that jobs go to; raise ClusterError if there is none."""
+    name = cluster.partition
+    if name is None:
+        name = next((p.name for p in known.values() if p.default), None)
+    if name is None:
+        raise ClusterError(
+            "the cluster has no default partition. Set cluster.partition to: "
+            f"{', '.join(sorted(known))}."
+        )
+    if name not in known:
+        raise ClusterError(unknown("partition", name, known) + " Set cluster.partition.")
+    return known[name]
 
 
 # ---------------------------------------------------------------- owners of runs
@@ -346,8 +330,8 @@ class RunningJobs:
         """Return whether a job is still running in its `restart`-th execution.
 
         None if Slurm does not answer, hides the job, or the job belongs to another cluster.
-        `known_before`: the job was known before the last `refresh`, so if that did not list it, it
-        has ended. Otherwise it may have started since, and Slurm is queried again.
+        `known_before`: whether the job was known before the last `refresh`. If not, it may have
+        started since, and Slurm is queried again.
         """
         if (job, restart) in self._dead:
             return False

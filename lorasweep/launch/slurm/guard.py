@@ -4,8 +4,8 @@
 
 A run folder may be writable for a group, and whoever can write what a job imports or unpickles runs
 code as the job's user. So a job checks its folder and its code before it loads anything from them.
-This file travels inside the job's script, which Slurm keeps, because it cannot vouch for itself
-from a folder that it checks. Standard library only, nothing of this package.
+This file is part of the job's script, which Slurm keeps: read from a folder that it checks, it
+could be changed as well. It imports only the standard library.
 
 The first SHA256 is that of JOB_FOLDER/manifest.json, which has those of the files that jobs read;
 the second is `digest` of the code. FIRST: number of the task with which the job's array begins.
@@ -56,7 +56,7 @@ def untrusted(paths: Iterable[str]) -> str | None:
 
 
 def code_problem(folder: str, expected: str) -> str | None:
-    """Return what is wrong with a snapshot of the code; None if nothing is."""
+    """Return why a snapshot of the code must not run; None if it may."""
     problem = untrusted((folder, *_below(folder)))
     if problem is None and digest(folder) != expected:
         problem = f"the code in {folder} was changed after the snapshot was made"
@@ -64,7 +64,7 @@ def code_problem(folder: str, expected: str) -> str | None:
 
 
 def job_problem(folder: str, expected: str, task: int) -> str | None:
-    """Return what is wrong with the files that job number `task` reads; None if nothing is.
+    """Return why the files that job number `task` reads are refused; None if they are not.
 
     `expected`: the SHA-256 of its manifest.
     """

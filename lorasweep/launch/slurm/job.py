@@ -6,8 +6,8 @@
     {"follow": REQUEST.json, "command": [...], "idle": n, "finished": n}   follow up on a sweep
 
 A job may run twice, be killed at any time, and start again on another node: it trains the free and
-unfinished runs, each from its checkpoint. When Slurm warns it of a time limit or preemption, it
-writes checkpoints. At a time limit it requeues itself; after preemption Slurm decides.
+unfinished runs, each from its checkpoint. Warned by Slurm, it writes checkpoints. At a time limit
+it requeues itself; after preemption Slurm decides.
 """
 
 import json
@@ -56,10 +56,10 @@ class Signals:
     def __init__(self) -> None:
         self.got: set[int] = set()
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: self._take(number))
+            signal.signal(number, self._take)
         signal.signal(signal.SIGCONT, lambda number, frame: None)
 
-    def _take(self, number: int) -> None:
+    def _take(self, number: int, frame: object) -> None:
         first = not self.got
         self.got.add(number)
         if first:
@@ -67,28 +67,23 @@ class Signals:
 
 
 def run(path: str) -> None:
-    """Do the task in the file at `path`; raise LorasweepError if the job must end as FAILED."""
+    """Do the task in the file at `path`; raise LorasweepError if the job must end as FAILED.
+
+    The job's script has checked with `guard` that the file is there and unchanged.
+    """
     signals = Signals()
-    try:
-        task = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise LorasweepError(
-            f"{path} is not visible on node {os.environ.get('SLURMD_NODENAME', '?')}. The run "
-            "folder must be on a file system that all nodes share: exec.runs_dir=FOLDER."
-        ) from None
+    task = json.loads(Path(path).read_bytes())
     try:
         if "follow" in task:
             return _follow([sys.executable, *task["command"], path])
         _train(task)
-        submission = submissions.read(Path(path).parent.parent)
-        if submission is not None:
+        if submission := submissions.read(Path(path).parent.parent):
             with suppress(ClusterError):
                 # jobs that Slurm holds would wait until somebody runs the sweep's command
-                held = [j for j in client.queue([a.name for a in submission.arrays]) if j.stuck]
-                labels = [j.label for j in held]
-                if held:
-                    _print(f"released, as their nodes failed at the start: {', '.join(labels)}")
-                    client.release(labels)
+                jobs = client.queue([a.name for a in submission.arrays])
+                if held := [j.label for j in jobs if j.stuck]:
+                    _print(f"released, as their nodes failed at the start: {', '.join(held)}")
+                    client.release(held)
     except (Stopped, KeyboardInterrupt):
         time.sleep(LISTEN_S)
         names = ", ".join(signal.Signals(n).name for n in sorted(signals.got))
@@ -132,8 +127,8 @@ def _train(task: dict[str, Any]) -> None:
 def _follow(command: list[str]) -> None:
     """Run the follow-up command in a separate process.
 
-    A signal to this process stops the command first: it may hold the lock of the run folder, or be
-    between an sbatch and its record.
+    A signal to this process stops the command first, which may hold the lock of the run folder or
+    be between an sbatch and its record.
     """
     for pause in (*FOLLOW_PAUSES_S, None):
         process = subprocess.Popen(command)

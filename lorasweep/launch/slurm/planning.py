@@ -16,7 +16,7 @@ from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.packing import Pack, make_packs
 from lorasweep.plan.plan import Plan
 from lorasweep.plan.time import ASSUMED_FLOPS_PER_CORE, assumed_flops
-from lorasweep.spec.execution import Cluster, Exec
+from lorasweep.spec.execution import Exec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -93,23 +93,10 @@ class Jobs:
     tasks: list[Task]
     needed: JobResources
 
-    @property
-    def packs(self) -> list[Pack]:
-        """Packs of all jobs."""
-        return [pack for task in self.tasks for pack in task.packs]
-
 
 def hardware_of(request: Request) -> Hardware:
     """Return the hardware that jobs are planned for: the chosen one, or this machine."""
     return from_plain(request.hardware) if request.hardware else detect.this_machine()
-
-
-def cluster_of(request: Request) -> Cluster:
-    """Return the cluster's settings; jobs that are planned for GPUs request at least one."""
-    cluster = request.cluster
-    if cluster.gpus or not (request.hardware and hardware_of(request).has_speeds):
-        return cluster
-    return dataclasses.replace(cluster, gpus=1)
 
 
 def jobs_of(
@@ -119,7 +106,9 @@ def jobs_of(
 
     Raises SpecError for runs that do not fit on any number of GPUs.
     """
-    cluster, hardware, precision = cluster_of(request), now.hardware, todo[0].spec.precision
+    cluster, hardware, precision = request.cluster, now.hardware, todo[0].spec.precision
+    if not cluster.gpus and request.hardware and hardware_of(request).has_speeds:
+        cluster = dataclasses.replace(cluster, gpus=1)  # planned for GPUs
     measured = now.measured_flops_s
     if hardware.has_speeds:
         assumed = assumed_flops(precision, hardware) / hardware.gpus
@@ -154,7 +143,7 @@ def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
     queue = submissions.look(store.root)
     work = work_of(request, store, now, queue)
     change: dict[str, Any] = {"queued": work.queued, "to_submit": len(work.todo)}
-    change["removed"] = work.n_removed
+    change |= {"removed": work.n_removed}
     if queue.unavailable:
         change["unknown"] = queue.unavailable
     if cluster.kind == "slurm" and work.todo:

@@ -28,20 +28,17 @@ HOST_BYTES = 3 * 2**30
 """Host memory of a GPU worker in addition to a copy of the weights: libraries, data, pinned
 buffers. Assumption."""
 GPU_FLOPS = 1e14
-"""Floating-point operations per second of a GPU worker, used until runs were measured. Assumption:
-a quarter of the dense bf16 peak of an A100, or an eighth of an H100's, rounded down."""
+"""Assumed floating-point operations per second of a GPU worker, until runs were measured: about a
+quarter of the dense bf16 peak of an A100, or an eighth of an H100's."""
 
 
 @dataclass(frozen=True)
 class JobResources:
-    """What every job of an array needs."""
+    """What every job of an array needs; `cpus`, `gpus` and `mem_gib` are those of each node."""
 
     cpus: int
-    """CPU cores on each node."""
     gpus: int
-    """GPUs on each node."""
     mem_gib: float
-    """Memory on each node."""
     time_min: int
     workers: int
     nodes: int = 1
@@ -75,8 +72,8 @@ def group(
     """Group packs into jobs of `work_min` to `work_max` minutes, longest job first.
 
     Jobs are as short as possible while no more than `parallel` are needed, so that the sweep ends
-    sooner. Packs of one model go into the same job, so that a worker loads it once. A job has a
-    pack for each of its workers.
+    sooner. Packs of one model share a job, so that a worker loads it once. Each worker of a job has
+    a pack.
     """
     side = workers_of(cluster, world_size)
     seconds = {id(p): p.flops / flops_s for p in packs}
@@ -102,7 +99,7 @@ def resources_for(
     partition: Partition,
     world_size: int = 1,
 ) -> JobResources:
-    """Return what each job needs. Settings of the cluster come before estimates.
+    """Return what each job needs: the cluster's settings, or else estimates.
 
     `world_size`: processes of a run; with GPUs each has one, on as few nodes as have them.
     """
@@ -126,7 +123,7 @@ def resources_for(
 def memory_class(packs: Sequence[Pack], cluster: Cluster) -> int:
     """Return the power of two next to the host memory of a job with GPUs; 0 without GPUs.
 
-    Jobs of one array ask for the same memory, so jobs of small and of large models are separated.
+    Jobs of one array ask for the same memory, so small and large models have separate arrays.
     """
     sizes = (round(math.log2(_bytes(pack, cluster, 1))) for pack in packs)
     return max(sizes) if cluster.gpus else 0

@@ -1,7 +1,7 @@
 """Describe an array of jobs, and submit it with submitit or as an sbatch script.
 
-The only file that imports submitit. A job gets one function (`lorasweep.launch.slurm.job.run`) and
-the path of a JSON file; its return value is ignored.
+The only file that imports submitit. A job calls `lorasweep.launch.slurm.job.run` with the path of a
+JSON file.
 """
 
 import os
@@ -22,7 +22,7 @@ from lorasweep.store import files
 from lorasweep.store.claims import JOB_VARIABLE
 
 FIRST_NODE = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
-"""srun's options for the job's own task: on the first node, beside the processes of runs."""
+"""srun's options for the job's task: on the first node, whose cores the runs' processes share."""
 
 
 @dataclass(frozen=True)

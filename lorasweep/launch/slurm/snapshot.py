@@ -1,7 +1,7 @@
-"""Copy the current code to where cluster nodes can run it.
+"""Copy the current code to where cluster nodes can run it, so that edits do not change queued jobs.
 
-Later edits then do not change queued jobs. A snapshot is named by its content and its user. An
-existing one is used again if its content still has that name. Knows only files.
+A snapshot is named by its content and its user. An existing one is used again if its content still
+has that name. Knows only files.
 """
 
 import json
@@ -30,13 +30,10 @@ class Snapshot:
 
 
 def take(root: Path) -> Snapshot:
-    """Copy the running code into a folder in `root`, and return it.
+    """Copy the running code into a folder in `root`, unless it is there or is a snapshot itself.
 
-    Nothing is copied if the snapshot exists, or if this code is a snapshot itself. A snapshot has
-    the packages, the configuration, and `snapshot.json`: the commit, and the files edited since.
-
-    Raises:
-        ClusterError: the snapshot exists, and was changed or could be changed by others.
+    A snapshot has the packages, the configuration, and `snapshot.json`: the commit, and the files
+    edited since. Raises ClusterError if it was changed or could be changed by others.
     """
     here = Path(__file__).resolve().parents[3]
     if (here / guard.ABOUT).is_file():
@@ -52,7 +49,7 @@ def take(root: Path) -> Snapshot:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, path)
                 files.sync(path)
-            sha256 = guard.digest(str(partial))  # of the copy: files may be edited meanwhile
+            sha256 = guard.digest(str(partial))  # of the copy: the files may have been edited
             folder = root / _name(sha256)
             copied = (*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/")
             edited = [f for f in provenance.edited() if f.startswith(copied)]
@@ -93,10 +90,7 @@ def describe(snapshot: Snapshot) -> str:
 
 
 def _files(here: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield each file and its path in the snapshot.
-
-    The configuration goes to the top level, as in a checkout.
-    """
+    """Yield each file and its path in the snapshot, with conf/ at the top as in a checkout."""
     candidates = (here / "conf", here / "lorasweep" / "conf")
     conf = next(c for c in candidates if (c / "config.yaml").is_file())
     for top, target in (*((here / p, Path(p)) for p in PACKAGES), (conf, Path("conf"))):

@@ -13,8 +13,8 @@
                      ended.json       how its jobs ended, when all have ended
 
 Only its user writes a submission; all users of the run folder write notes, which earlier versions
-kept next to submission.json. Where a command died between submission.json and array-<c>.json, its
-jobs are found by their names. Refuses to know submitit and planning.
+kept next to submission.json. If a command died before it wrote array-<c>.json, its jobs are found
+by their names. Refuses to know submitit and planning.
 """
 
 import getpass
@@ -22,8 +22,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,6 @@ class Array:
     abandoned: bool = False
     """True: it never reached Slurm, or was cancelled."""
 
-    def label(self, task: int) -> str:
-        """Return the Slurm id of a task of the submission: 12_3, or 12 for a single job."""
-        return f"{self.job}_{task - self.first}" if self.n > 1 else str(self.job)
-
 
 @dataclass
 class Submission:
@@ -89,10 +85,7 @@ class Submission:
         return self.folder / "jobs" / f"{label}_0_log.out"
 
     def complete(self, array: Array, number: str) -> bool:
-        """Return whether submitit has written the files of all tasks of a submitted array.
-
-        A task without its file would fail.
-        """
+        """Return whether submitit has written the files that the tasks of an array need."""
         labels = [number] if array.n == 1 else [f"{number}_{k}" for k in range(array.n)]
         there = set(files.names(self.folder / "jobs"))
         return all(f"{label}_submitted.pkl" in there for label in labels)
@@ -103,11 +96,11 @@ class Queue:
     """The open submissions, matched with Slurm's jobs."""
 
     submissions: list[Submission]
-    jobs: dict[str, dict[int, client.Job]]
-    """Submission name -> task -> its job, live or recently ended."""
-    follows: dict[str, client.Job]
+    jobs: list[tuple[Submission, int, client.Job]] = field(default_factory=list)
+    """Submission, task and its job, live or recently ended."""
+    follows: dict[str, client.Job] = field(default_factory=dict)
     """Submission name -> its follow-up job."""
-    strays: list[client.Job]
+    strays: list[client.Job] = field(default_factory=list)
     """Live jobs of arrays that are not recorded or were abandoned."""
     unavailable: str | None = None
     """Why Slurm could not be queried; then nothing counts as queued."""
@@ -116,9 +109,9 @@ class Queue:
     if users see only their own jobs."""
 
     def live(self) -> list[tuple[Submission, int, client.Job]]:
-        """List the tasks that are running or may still run."""
-        jobs = ((s, sorted(self.jobs.get(s.name, {}).items())) for s in self.submissions)
-        return [(s, k, j) for s, own in jobs for k, j in own if j.live]
+        """List the tasks that are running or may still run, of the oldest submission first."""
+        live = ((s, k, j) for s, k, j in self.jobs if j.live)
+        return sorted(live, key=lambda found: (found[0].record["created_s"], found[1]))
 
     def unknown_runs(self) -> set[str]:
         """Return the runs in jobs that this Slurm does not show."""
@@ -164,7 +157,7 @@ def write_record(
     arrays: Iterable[Array],
     **more: Any,
 ) -> None:
-    """Write submission.json. From then on its jobs can be found even if this command dies.
+    """Write submission.json, with which its jobs are found even if this command dies.
 
     `asked`: all runs of the sweep's first stage, submitted now or not.
     """
@@ -229,7 +222,7 @@ def read_all(runs_dir: Path, over: bool = False) -> list[Submission]:
 def look(runs_dir: Path) -> Queue:
     """Query Slurm once about all open submissions. Writes nothing."""
     open_ = read_all(runs_dir)
-    queue = Queue(open_, {}, {}, [])
+    queue = Queue(open_)
     if not open_:
         return queue
     me = getpass.getuser()
@@ -252,19 +245,14 @@ def look(runs_dir: Path) -> Queue:
         elif array.part == FOLLOW:
             queue.follows[submission.name] = job
         else:
-            queue.jobs.setdefault(submission.name, {})[array.first + (job.task or 0)] = job
+            queue.jobs.append((submission, array.first + (job.task or 0), job))
     return queue
 
 
-@contextmanager
-def locked(runs_dir: Path, notify: Notify) -> Iterator[None]:
-    """Hold the lock of all submissions of a run folder."""
+def locked(runs_dir: Path, notify: Notify) -> AbstractContextManager[None]:
+    """Hold the lock of all submissions of a run folder in a block."""
     lock = Lock(home(runs_dir) / "lock", client.RunningJobs())
-    lock.acquire(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock.held(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
 
 
 # ---------------------------------------------------------------- reconcile
@@ -273,9 +261,9 @@ def locked(runs_dir: Path, notify: Notify) -> Iterator[None]:
 def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     """Reconcile the records with Slurm's queue, and return it. The lock must be held.
 
-    Needed when a command died while it was submitting, or when Slurm holds jobs after a node
-    failure. An array that reached Slurm completely is adopted. An incomplete one is cancelled, so
-    that its runs are submitted again.
+    If a command died while it was submitting, an array that reached Slurm completely is adopted. An
+    incomplete one is cancelled, so that its runs are submitted again. Jobs that Slurm holds after a
+    node failure are released.
     """
     queue = look(runs_dir)
     if queue.unavailable:
@@ -292,10 +280,10 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     for s in list(queue.submissions):  # record how jobs ended, if none is live
         if s.name in live or not all(a.job or a.abandoned for a in s.arrays):
             continue
-        n_jobs = sum(a.n for a in s.arrays if a.job)
-        ends = client.ended(str(a.job) for a in s.arrays if a.job)
-        young = time.time() - s.record["created_s"] < GIVE_UP_S
-        if young and (len(ends) < n_jobs or any(a.abandoned for a in s.arrays)):
+        sent = [a for a in s.arrays if a.job]
+        ends = client.ended(str(a.job) for a in sent)
+        behind = len(ends) < sum(a.n for a in sent) or any(a.abandoned for a in s.arrays)
+        if behind and time.time() - s.record["created_s"] < GIVE_UP_S:
             continue  # accounting is still behind
         with suppress(OSError):  # a full disk: it is queried again later
             _write_note(s.folder, "ended.json", {k: asdict(end) for k, end in ends.items()})
@@ -344,9 +332,11 @@ def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
     with suppress(ClusterError):
         ends = client.by_number(jobs.values()) if jobs else {}
     submitted = read_all(runs_dir, over=True) if ends else []
-    owner = {a.job: s for s in submitted for a in s.arrays if a.job}
+    logs = {a.job: s.log for s in submitted for a in s.arrays if a.job}
     found = {}
-    for rid, (label, end) in ((rid, ends[job]) for rid, job in jobs.items() if job in ends):
-        s = owner.get(label.partition("_")[0])
-        found[rid] = end.cause() + (f"; log {s.log(label)}" if s else "")
+    for rid, job in jobs.items():
+        if job in ends:
+            label, end = ends[job]
+            log = logs.get(label.partition("_")[0])
+            found[rid] = end.cause() + (f"; log {log(label)}" if log else "")
     return found

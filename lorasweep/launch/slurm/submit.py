@@ -1,7 +1,7 @@
 """Submit the missing runs of a sweep to a cluster, and cancel queued runs. Trains nothing.
 
-Running the command twice submits nothing twice: a run is submitted only if it is not in a live job.
-One lock per run folder protects this decision, for all users. If a run is in two jobs all the same,
+A run is submitted only if it is in no live job, so running the command twice submits nothing twice.
+One lock per run folder protects this decision, for all users. If a run is in two jobs nevertheless,
 the first one that claims it trains it.
 """
 
@@ -33,22 +33,20 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
 RUN_BYTES, STEP_BYTES = 40_000, 250
-"""Disk space of a finished run, and of the record of an update. Measured: 12 files, of which 9.3 kB
-are 40 records."""
+"""Measured disk space of a finished run, and of the record of an update."""
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 WATCH_POLL_S = 2.0
 FOLLOW_GIB = 2.0
-"""Memory of the follow-up job, which plans, fits curves and draws figures. Assumption: a few times
-the memory of imports."""
+"""Assumed memory of the follow-up job (plans, fits, figures): a few times that of the imports."""
 MAX_IDLE = 3
-"""Rounds without a finished run after which the follow-up job gives up. Otherwise it would submit
-jobs forever on a cluster where every job fails."""
+"""Rounds without a finished run after which the follow-up job gives up, instead of submitting jobs
+forever on a cluster where every job fails."""
 
 
 @dataclass(frozen=True)
 class FollowUp:
-    """A follow-up job, which submits what is still missing, and finally answers."""
+    """A follow-up job: it submits the missing runs, and writes the answer at the end."""
 
     command: Sequence[str]
     """Arguments of Python, before the path of the task file."""
@@ -56,7 +54,7 @@ class FollowUp:
     idle: int = 0
     """Rounds without a finished run so far."""
     finished: int = 0
-    """Number of finished runs when the job was submitted."""
+    """Finished runs when the job was submitted."""
 
 
 @dataclass
@@ -92,8 +90,8 @@ def submit(
     """Submit the sweep's missing runs that are not in a live job.
 
     Raises:
-        ClusterError: there is no Slurm here, the partition does not exist, no node is large enough,
-            nodes cannot see the run folder, or Slurm refused the jobs.
+        ClusterError: no Slurm, no such partition, no node large enough or that sees the run folder,
+            or Slurm refused the jobs.
         StoreError: the disk is too small, or another command is submitting and does not end.
     """
     cluster = request.cluster
@@ -129,7 +127,8 @@ def submit(
             for same in jobs:
                 resources.check_fits(same.needed, cluster, partition)
             at_once = sum(same.needed.workers for same in jobs) * cluster.parallel
-            check_disk(store.root, [pack for same in jobs for pack in same.packs], at_once)
+            packs = [pack for same in jobs for task in same.tasks for pack in task.packs]
+            check_disk(store.root, packs, at_once)
             notify(f"jobs run {snapshot.describe(code)}")
         follows = cluster.follow and cluster.submit
         covered = any(served >= ids for served, _ in _followers(queue, request))
@@ -150,15 +149,15 @@ def _submit(
 ) -> None:
     """Record the submission, then submit its arrays and the follow-up job.
 
-    Raises:
-        ClusterError: Slurm refused the first array. If it refuses a later one, the follow-up job
-            will submit the rest.
+    Raises ClusterError if Slurm refused the first array. If it refuses a later one, the follow-up
+    job will submit the rest.
     """
     cluster = request.cluster
     tasks = [task for same in jobs for task in same.tasks]
     folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
     described: list[Description] = []
-    first, most = 0, client.max_tasks() if jobs else 0
+    # MaxArraySize limits the index of a task, from 0
+    first, most = 0, max(1, int(client.setting("MaxArraySize") or 1001) - 1)
     for same in jobs:
         end = first + len(same.tasks)
         while first < end:
@@ -220,8 +219,7 @@ def write_submission(
 ) -> None:
     """Write the file of each task and of the follow-up job, a manifest of them, and the record.
 
-    Raises:
-        ClusterError: others could write them, whatever mode this process gives them.
+    Raises ClusterError if the file system lets others write them.
     """
     sums: dict[str, str] = {}
 
@@ -281,10 +279,8 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
     """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
 
     Finished runs are kept, and running ones write a checkpoint first. A submission belongs to the
-    sweep if the name is the same and it has some of these runs (other settings, other runs).
-
-    Raises:
-        ClusterError: there is no Slurm here, or some jobs belong to other users.
+    sweep if it has the same title and some of these runs. Raises ClusterError if there is no Slurm
+    here, or some jobs belong to other users.
     """
     client.require()
     if files.status(submissions.home(store.root)) is None:
@@ -354,13 +350,12 @@ def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
 
 
 def watch_others(store: RunStore, points: list[Point], notify: Notify) -> None:
-    """Watch the heartbeats of owners that neither this machine nor Slurm knows.
+    """Watch heartbeats until it is clear which owners on other machines are alive.
 
-    Ends when it is clear which are alive: a dead one would keep its runs forever.
+    A run whose dead owner counts as alive would never be submitted.
     """
     running = [i for i, s in store.states(p.id for p in points).items() if s == "running"]
-    unsure = store.unsure(running)
-    if unsure:
+    if unsure := store.unsure(running):
         notify(
             f"watching {len(unsure)} run(s) that another machine seems to train, for at most "
             f"{SILENCE_S + 1:.0f} s"

@@ -54,7 +54,7 @@ def test_slurm_decides_whether_an_owner_that_is_a_job_is_alive(slurm, tmp_path, 
     assert alive("here", "12", 1) is False  # a later execution
     assert alive("there", "12", 7) is None  # another cluster
     n = len(asked)
-    assert alive("here", "13", 0) is False and len(asked) == n  # a dead job is not asked for again
+    assert alive("here", "13", 0) is False and len(asked) == n  # a dead job is not queried again
 
     def attempt(name, number):
         folder = tmp_path / name

@@ -24,16 +24,10 @@ ARRAY = submissions.Array("0", "s-0", 0, 1)
 
 
 @pytest.fixture
-def shared(group_folder):
-    """A run folder that its group may write, with the umask of a command that works in it."""
-    return group_folder()
-
-
-@pytest.fixture
-def described(shared, slurm, tmp_path):
-    """A submission of two jobs and a follow-up job, with a snapshot of some code."""
+def described(group_folder, slurm, tmp_path):
+    """In a group's run folder: a submission of two jobs and a follow-up job, with some code."""
     slurm("here")
-    home, code = submissions.home(shared.root), tmp_path / "snapshot"
+    home, code = submissions.home(group_folder().root), tmp_path / "snapshot"
     home.mkdir()
     files.protect_entries(home)
     with files.own_only():
@@ -154,22 +148,21 @@ def test_a_worker_refuses_a_job_file_with_another_checksum(tmp_path, capsys, mon
     assert str(path) in json.loads(capsys.readouterr().out)["error"]
 
 
-def test_a_group_shares_the_notes_and_nothing_that_a_job_runs(described, shared, tmp_path):
+def test_a_group_shares_the_notes_and_nothing_that_a_job_runs(described, tmp_path):
     """A second user reads a submission, writes notes on it and submits, but cannot change what the
     first user's jobs read, nor move it away."""
-    home = submissions.home(shared.root)
+    home = described.folder.parent
+    runs = home.parent
     submissions.note_array(described.folder, "0", "12")
     (home / "code").mkdir()
 
     def second_user():
-        RunStore(shared.root).prepare()
-        lock = Lock(home / "lock")
-        lock.acquire(5, print)
-        (found,) = submissions.read_all(shared.root)
-        assert found.arrays[0].job == "12" and found.complete(ARRAY, "9") is False
-        submissions.withdraw(found, ["x"])
-        submissions.note_array(found.folder, "0", "13")
-        lock.release()
+        RunStore(runs).prepare()
+        with Lock(home / "lock").held(5, print):
+            (found,) = submissions.read_all(runs)
+            assert found.arrays[0].job == "12" and found.complete(ARRAY, "9") is False
+            submissions.withdraw(found, ["x"])
+            submissions.note_array(found.folder, "0", "13")
         files.own_folder(home / "mine")
         for harm in (
             lambda: (found.folder / "tasks/1.json").write_text("{}"),
@@ -182,7 +175,7 @@ def test_a_group_shares_the_notes_and_nothing_that_a_job_runs(described, shared,
                 harm()
 
     as_another_user(tmp_path, second_user)
-    (found,) = submissions.read_all(shared.root)
+    (found,) = submissions.read_all(runs)
     assert found.arrays[0].job == "13" and found.withdrawn == {"x"}
     assert run_job(described, tmp_path)[0]
 

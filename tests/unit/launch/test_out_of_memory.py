@@ -173,7 +173,7 @@ def test_errors_of_memory_are_recognised(error, asked):
     error = error()
     assert is_out_of_memory(error) == (asked is not None)
     if asked is not None:
-        assert Shortage.of(error, 1, 1).asked == asked
+        assert Shortage.of(error, Exec(), tiny_spec()).asked == asked
 
 
 def test_a_base_that_does_not_fit_is_an_error_of_the_model(monkeypatch):
@@ -211,9 +211,8 @@ def test_runs_of_several_processes_start_again_with_less_until_one_does_not_fit(
 
 @pytest.fixture
 def full(monkeypatch):
-    """full(module, name, rows, most): calls of this function find memory for `most` rows of all
-    runs, or for half of what the first call asks for. Returns what is asked for: rows(*arguments)
-    of each call."""
+    """full(module, name, rows, most): this function has memory for `most` rows of all runs, or for
+    half the rows of its first call. Returns a list with rows(*arguments) of each call."""
 
     def plant(module, name, rows, most=None):
         real, asked = getattr(module, name), []

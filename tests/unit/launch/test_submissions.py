@@ -32,11 +32,12 @@ def folder(tmp_path):
 
 def test_submissions_are_read_back(folder, tmp_path):
     (found,) = submissions.read_all(tmp_path)
-    assert found.arrays[0].label(1) == "12_1" and found.arrays[1].job is None
+    assert found.arrays[0].job == "12" and found.arrays[1].job is None
     assert found.tasks == [["r1"], ["r2"]]
     submissions.withdraw(found, ["r2"])
     live = client.Job("13", "12", 1, "PENDING", "", 0, "", "a-0")
-    queue = Queue(submissions.read_all(tmp_path), {found.name: {1: live, 0: live}}, {}, [])
+    (again,) = submissions.read_all(tmp_path)
+    queue = Queue([again], [(again, 1, live), (again, 0, live)])
     assert set(queue.covered()) == {"r1"}
 
 

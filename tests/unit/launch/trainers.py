@@ -9,8 +9,7 @@ from lorasweep.train.events import Event
 
 
 class Scripted:
-    """Trains `steps` updates, and drops runs when told to. `before(step, pack, exec_)` is called
-    ahead of each update, and may raise.
+    """Trains `steps` updates; `before(step, pack, exec_)` is called before each, and may raise.
 
     `tried`: (runs, rows, forward_parts, first step) of each attempt. `updates`: run id -> steps.
     """

@@ -4,9 +4,19 @@ import json
 import os
 
 import pytest
+import torch
 
+from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from tests.world import OTHER_USER
+
+
+def save(folder, *steps):
+    """Write checkpoints of one run."""
+    for step in steps:
+        meta = {"step": step, "layout": ["x"], "records_size": 0}
+        tensors = {"param/w": torch.full((3,), float(step))}
+        checkpoint.save(folder, {"tensors": tensors, "meta": meta})
 
 
 @pytest.fixture

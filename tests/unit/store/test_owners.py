@@ -20,7 +20,7 @@ from tests.world import ROOT, as_another_user, tiny_spec
 
 
 def test_an_owner_of_unknown_start_time_is_not_called_dead(store, change_owner, monkeypatch):
-    """Login nodes hide other users' processes (hidepid=2), which exist all the same."""
+    """Login nodes hide other users' processes (hidepid=2), which still exist."""
     spec = tiny_spec()
     attempt = store.attempt(spec.id, store.claim(spec))
     liveness = Liveness()
@@ -61,9 +61,8 @@ def test_all_actions_write_files_that_the_group_may_write(group_folder, compose,
     runs = group_folder().root
     with suppress(SpecError):  # there is no run yet
         act(compose("+sweep=lr_ratio", "scale=smoke", f"action={action}"))
-    lock = Lock(runs / "lock")
-    lock.acquire(1, print)
-    lock.release()
+    with Lock(runs / "lock").held(1, print):
+        pass
     assert all(writable(runs).values())
 
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
-import torch
 
 from lorasweep.errors import StoreError
 from lorasweep.launch.process import StopFlag, Stopped
@@ -19,6 +18,7 @@ from lorasweep.launch.worker import skipped
 from lorasweep.store import checkpoint, claims, files, looks
 from lorasweep.store.claims import Lock
 from tests.unit.launch.trainers import Scripted, steps_of, train
+from tests.unit.store.conftest import save
 from tests.world import tiny_spec
 
 ARRAY = Array("0", "s-0", 0, 1)
@@ -57,11 +57,6 @@ def failing(monkeypatch):
     return fail
 
 
-def state(step):
-    tensors = {"param/w": torch.full((3,), float(step))}
-    return {"tensors": tensors, "meta": {"step": step, "layout": ["x"], "records_size": 0}}
-
-
 @pytest.fixture
 def runs(store, tmp_path):
     """A store with one run in each of some states, a submission, a record of looks and a lock."""
@@ -78,8 +73,7 @@ def runs(store, tmp_path):
     path = store.folder(specs["damaged"].id) / "result.json"
     path.write_bytes(path.read_bytes()[:-9])
     slots = store.folder(specs["running"].id) / "checkpoint"
-    for step in (3, 4):
-        checkpoint.save(slots, state(step))
+    save(slots, 3, 4)
     folder = submissions.home(store.root) / "s"
     (folder / "jobs").mkdir(parents=True)
     (folder / "jobs" / "12_submitted.pkl").write_bytes(b"")
@@ -121,7 +115,7 @@ READERS = {
     "a.json": (
         lambda r: checkpoint.load_pack({"x": r.slots}),
         lambda r: checkpoint.keep_only(r.slots, 3),
-        lambda r: checkpoint.save(r.slots, state(5)),
+        lambda r: save(r.slots, 5),
         lambda r: checkpoint.layout(r.slots),
     ),
     "b.safetensors": (lambda r: checkpoint.load(r.slots, 4),),

@@ -9,12 +9,12 @@ import time
 from unittest.mock import Mock
 
 import pytest
-import torch
 
 from lorasweep.errors import StoreError
 from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 from tests.unit.launch.trainers import steps_of
+from tests.unit.store.conftest import save
 from tests.world import tiny_spec
 
 CURVE = [{"step": 1, "test_nll": 2.5}]
@@ -172,24 +172,6 @@ def test_many_processes_claim_each_run_once(tmp_path):
     assert sorted(won) == sorted(s.id for s in specs)
 
 
-def claim_and_wait(store, spec):
-    store.claim(spec)
-    time.sleep(60)
-
-
-def test_a_killed_owner_is_recognised(store):
-    spec = tiny_spec()
-    rid = spec.id
-    child = multiprocessing.get_context("fork").Process(target=claim_and_wait, args=(store, spec))
-    child.start()
-    while store.state(rid) == "missing":
-        time.sleep(0.01)
-    assert store.state(rid) == "running" and store.claim(spec) is None
-    child.kill()
-    child.join()
-    assert store.state(rid) == "interrupted"
-
-
 def test_a_folder_of_another_version_or_that_cannot_be_written_is_refused(store, tmp_path):
     store.prepare()
     (store.root / "store.json").write_text('{"train_version": 99}')
@@ -198,13 +180,6 @@ def test_a_folder_of_another_version_or_that_cannot_be_written_is_refused(store,
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
         RunStore(tmp_path / "file" / "runs").prepare()
-
-
-def save(folder, *steps):
-    for step in steps:
-        meta = {"step": step, "layout": ["x"]}
-        tensors = {"param/w": torch.full((3,), float(step))}
-        checkpoint.save(folder, {"tensors": tensors, "meta": meta})
 
 
 def test_checkpoints_alternate_and_a_damaged_one_is_not_used(tmp_path):
