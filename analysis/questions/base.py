@@ -125,7 +125,7 @@ class Section:
         text: Sequence[str] = (),
         *figure: Any,
     ) -> "Section":
-        """Make a section with a table of values.
+        """Make a section with a table of values; without rows there is no table.
 
         Args:
             head: names of the columns, with " | " between them.
@@ -139,7 +139,8 @@ class Section:
                 return str(v)
             return with_interval(v) if isinstance(v, Estimate) else number(v)
 
-        table = [head.split(" | "), *([cell(v) for v in row] for row in rows)]
+        table = [[cell(v) for v in row] for row in rows]
+        table = [head.split(" | "), *table] if table else []
         return cls(title, table, [line for line in text if line], *figure)
 
 
@@ -195,6 +196,8 @@ def plain(value: Any) -> Any:
     """Return measures as values for JSON: estimates without draws, keys as text."""
     if isinstance(value, Estimate):
         return value.plain()
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, list) else value

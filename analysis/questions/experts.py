@@ -207,10 +207,7 @@ def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
                 rows.append([READINGS.get(name, name), layer, *three])
         head = "curve | layer | fewest tokens per expert | most | if all were equal"
         text = ["Shares of a layer's training tokens, mean over the runs of a curve."]
-        title = "Tokens per expert"
-        out.append(
-            base.Section.of(title, head, rows, text) if rows else base.Section(title, [], text)
-        )
+        out.append(base.Section.of("Tokens per expert", head, rows, text))
     return out
 
 
