@@ -21,10 +21,9 @@ from analysis.inference.estimate import Estimate, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
-from analysis.runs.lr_curves import lr_curves, title
+from analysis.runs.lr_curves import title
 from analysis.runs.prefixes import at_step, on_curve_rows
 from analysis.runs.table import TableError
 
@@ -53,23 +52,23 @@ class Data(base.Condition):
     bits: dict[str, float]
     """Of the data set, by each count that is known."""
 
-    def one(self, column: str) -> Any:
-        """Return the value of a column that all runs share."""
-        return self.runs[column].iloc[0]
-
     @property
     def model(self) -> str:
-        return str(self.one("model"))
+        return str(self.runs["model"].iloc[0])
 
     @property
     def steps(self) -> int:
         """Number of updates."""
-        return int(self.one("steps"))
+        return int(self.runs["steps"].iloc[0])
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.runs["batch_size"].iloc[0])
 
     @property
     def wanted(self) -> float:
         """An eighth of the hidden size."""
-        return int(self.one("hidden_size")) / EIGHTH
+        return int(self.runs["hidden_size"].iloc[0]) / EIGHTH
 
     @property
     def eighth(self) -> int:
@@ -132,7 +131,7 @@ class Data(base.Condition):
     @property
     def is_low(self) -> bool:
         """Whether the rules alone are new."""
-        return self.is_new and self.novelty is not None and self.novelty.low
+        return self.is_new and self.novelty.low
 
     @property
     def rests(self) -> list[Optimum]:
@@ -223,16 +222,13 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
     found = []
     for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
         runs = part.reset_index(drop=True)
-        optima = fit_all(lr_curves(runs))
-        last = _by_rank(regret.gaps_of(runs, optima))
-        first: Gaps = {}
-        again: Gaps = {}
+        optima = base.fit(runs)
+        last, first, again = _by_rank(runs, optima), {}, {}
         constant = (runs["schedule"] == "constant").all()
         longer = int(runs["steps"].iloc[0]) > FIRST
         if longer and constant and len(early := at_step(runs, FIRST)):
-            first = _by_rank(regret.gaps_of(early, fit_all(lr_curves(early))))
             same = on_curve_rows(runs)
-            again = _by_rank(regret.gaps_of(same, fit_all(lr_curves(same))))
+            first, again = _by_rank(early, base.fit(early)), _by_rank(same, base.fit(same))
         novelty = regret.novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
         bits = regret.bits_of(runs, next(iter(last.values())).full) if last else {}
         new = novelty.name if novelty else runs["dataset"].iloc[0]
@@ -242,15 +238,15 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
     times = Counter(c.name for c in found)
     found = [c if times[c.name] == 1 else replace(c, name=title(c.optima[0].curve)) for c in found]
     found.sort(key=lambda c: (c.model, max((g.load or 0.0 for g in c.last.values()), default=0.0)))
-    bases = []
-    for model in dict.fromkeys(c.model for c in found):
-        mine = [c for c in found if c.model == model and c.is_new and c.last]
-        if mine:
-            bases.append(Base(f"{model}, all cells", table, [], mine))
-    return [*found, *bases]
+    bases: dict[str, list[Data]] = {}
+    for c in found:
+        if c.is_new and c.last:
+            bases.setdefault(c.model, []).append(c)
+    return [*found, *(Base(f"{m}, all cells", table, [], mine) for m, mine in bases.items())]
 
 
-def _by_rank(gaps: Sequence[regret.Gap]) -> Gaps:
+def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
+    gaps = regret.gaps_of(runs, optima)
     found = {g.rank: g for g in gaps}
     if len(found) < len(gaps):
         raise TableError(
@@ -258,164 +254,6 @@ def _by_rank(gaps: Sequence[regret.Gap]) -> Gaps:
             "time."
         )
     return found
-
-
-# ---------------------------------------------------------------- the report
-
-
-def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
-    """Return regret over rank, capacity, growth, the parts of the gap, and controls."""
-    out = [_over_rank(found), _capacity(found), _over_updates(found)]
-    rows: list[list[Any]] = []
-    for c in found:
-        for r, parts in ((r, parts) for r, parts in c.parts_of_gap.items() if parts):
-            shown = [with_interval(over_seeds(parts[k]), signed) for k in regret.PARTS]
-            rows.append([c.name, r, *shown])
-    text = (
-        "What the contexts whose next symbols are new, and those where nothing is new, add to the "
-        "gap, in nats: the share of the contexts times the gap on them, interpolated to the "
-        "optimal LRs."
-    )
-    table = base.table("condition | rank | changed contexts [95%] | unchanged contexts [95%]", rows)
-    out.append(base.Section("Where the gap is", table, [text]))
-    rows = [
-        [c.name, g.lora.curve.key["layers"], with_interval(g.mean(), signed)]
-        for c in found
-        for g in c.controls
-    ]
-    if rows:
-        head = "condition | full fine-tuning of | its loss less that of everything [95%]"
-        text = (
-            "Full fine-tuning of the matrices that LoRA adapts, and nothing else: its regret is "
-            "due to which matrices are trained, not to the rank."
-        )
-        out.append(base.Section("Controls", base.table(head, rows), [text]))
-    return out
-
-
-LINEAR = 1.0
-"""Percent of the gain below which the axis is linear, so that 0 and less have a place."""
-
-
-def _over_rank(found: Sequence[Data]) -> base.Section:
-    text = [
-        "Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
-        f"fine-tuning gains; up to {regret.ALLOWED:.0%} counts as none."
-    ]
-    rows: list[list[Any]] = []
-    lines = {}
-    for c in found:
-        regrets = {r: g.percent() for r, g in c.last.items()}
-        rows += [[c.name, c.steps, r, mean_of(g.gain), regrets[r]] for r, g in c.last.items()]
-        if str(c.needed) != "-":  # a range of ranks tried, and interpolated
-            rank = c.rank_needed
-            between = "" if rank.value is None else f"; interpolated {with_interval(rank)}"
-            text.append(f"{c.name}: the smallest rank with no regret is {c.needed}{between}.")
-        # Where nothing is new there is hardly a gain to compare with.
-        known = {r: e for r, e in regrets.items() if e.value is not None}
-        if known and (c.novelty is None or not c.novelty.nothing):
-            lines[f"{c.name}, {c.steps} updates"] = known
-    lows = [e.low for line in lines.values() for e in line.values() if e.low is not None]
-    panel = base.panel_over(
-        "rank",
-        "each rank and full fine-tuning at their optimal LRs",
-        "regret, % of full fine-tuning's gain",
-        lines,
-        log_y=True,
-        linear_below=LINEAR,
-        lines={f"counts as none: {regret.ALLOWED:.0%}": 100 * regret.ALLOWED},
-        y_range=(1.5 * min([-LINEAR, *lows]), None),
-    )
-    head = "condition | updates | rank | gain of FullFT | regret, % of the gain [95%]"
-    title, shown = "Regret over rank", base.table(head, rows)
-    return base.Section(title, shown, text, "regret.png", [panel], "regret over rank")
-
-
-def _capacity(found: Sequence[Data]) -> base.Section:
-    """Show the bits of each condition and the load of each rank, by every count."""
-    loads = " | ".join(f"load by {words}" for words in regret.COUNTS.values())
-    rows: list[list[Any]] = []
-    text = [
-        f"Load: bits over {regret.BITS_PER_PARAMETER:g} bits for each trained parameter. The "
-        "generator's bits are the free numbers of what is new, and the fewest that suffice. The "
-        "first pass, the study's count, is the summed loss of full fine-tuning over the training "
-        "rows, each before it is learned from: an upper bound. Its entropy cannot be learned away; "
-        "the rest is the cost of learning. The last line of each data set is at the interpolated "
-        f"rank that has a regret of {regret.ALLOWED:.0%}."
-    ]
-    for c in found:
-        for r, g in c.last.items():
-            of_rank = [c.loads[r].get(count) for count in regret.COUNTS]
-            rows.append([c.name, c.steps, r, *of_rank, g.percent()])
-        if (rank := c.rank_needed).value is not None:
-            needed = [c.load_needed(count) for count in regret.COUNTS]
-            allowed = f"{100 * regret.ALLOWED:g}"
-            rows.append([c.name, c.steps, rank.value, *needed, allowed])
-        if c.bits:
-            known = {words: c.bits[k] for k, words in regret.COUNTS.items() if k in c.bits}
-            counted = ", ".join(f"{words} {bits:,.0f}" for words, bits in known.items())
-            n = int(c.one("batch_size")) * c.steps
-            text.append(f"{c.name}: bits of {n:,} rows: {counted}.")
-    shown = base.table(f"condition | updates | rank | {loads} | regret, % of the gain [95%]", rows)
-    return base.Section("Capacity for what is new", shown, text)
-
-
-def _over_updates(found: Sequence[Data]) -> base.Section:
-    rows, panels = [], []
-    for c in found:
-        series = []
-        for k, (r, g) in enumerate(c.last_on_first_rows.items(), 1):
-            if r not in c.first:
-                continue
-            estimates = [c.first[r].mean(), g.mean()]
-            shown = [*estimates, regret.growth(c.first[r], g)]
-            rows.append([c.name, r, *(with_interval(e, signed) for e in shown)])
-            series.append(base.Series.of(f"rank {r}", [FIRST, c.steps], estimates, colour=k))
-        if series:
-            y, lines = "LoRA's loss - full fine-tuning's (nats)", {"full fine-tuning": 0.0}
-            ticks = [(float(n), str(n)) for n in (FIRST, c.steps)]
-            look: dict[str, Any] = {"log_x": True, "lines": lines, "ticks": ticks}
-            panels.append(base.Panel(c.name, "updates", y, series, **look))
-    text = [
-        "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. Both "
-        "gaps are on the same held-out rows."
-    ]
-    head = f"condition | rank | gap at {FIRST} updates [95%] | at the last [95%] | growth"
-    caption, table = "the gap in nats after few and after many updates", base.table(head, rows)
-    return base.Section("Speed or capacity", table, text, "growth.png", panels, caption)
-
-
-def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
-    """Return loads, gaps and regrets by condition and rank, at the level of the verdicts."""
-    cells = [
-        {
-            "cell": c.name,
-            "batch_size": int(c.one("batch_size")),
-            "updates": c.steps,
-            "bits": c.bits,
-            "rank_interpolated": c.rank_needed.plain(),
-            "loads_needed": {k: c.load_needed(k).plain() for k in regret.COUNTS},
-            "rank_needed": [c.needed.above, None if math.isinf(c.needed.up_to) else c.needed.up_to],
-            "ranks": [
-                {
-                    "rank": r,
-                    "load": g.load,
-                    "loads": c.loads[r],
-                    "gain_nats": mean_of(g.gain) if g.gain.best else None,
-                    "gap_nats": g.mean().plain(),
-                    "parts_nats": {k: mean_of(v) for k, v in c.parts_of_gap[r].items()},
-                    "regret_percent": at_level(g.percent(), asked.level).plain(),
-                    "gap_nats_first": c.first[r].mean().plain() if r in c.first else None,
-                }
-                for r, g in c.last.items()
-            ],
-        }
-        for c in found
-    ]
-    return {"cells": cells}
-
-
-# ---------------------------------------------------------------- estimands
 
 
 def _estimand(
@@ -456,72 +294,225 @@ def _gates_apart(c: Data) -> list[Gate]:
 
 
 def _gates_on_growth(c: Data) -> list[Gate]:
-    assert c.growing is not None
     lows = [g.mean().low for g in c.growing]
     behind = any(low is not None and low > 0 for low in lows)
     none = [] if behind else [Gate(GateCode.NO_GAP)]
     return [*(gate for g in c.growing for gate in base.gates_on_gap(g)), *none]
 
 
-QUESTION = base.Question[Any](
-    estimands=[
-        base.Estimand(
-            "over_allowed_low",
-            lambda c: c.gap.over_allowed(),
-            Data.gates_at_eighth,
-            applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
-            read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
+ESTIMANDS = [
+    base.Estimand(
+        "over_allowed_low",
+        lambda c: c.gap.over_allowed(),
+        Data.gates_at_eighth,
+        applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
+        read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
+    ),
+    _estimand(
+        "over_allowed_beyond",
+        lambda c: c.is_new and not c.is_low,
+        lambda c: c.gap.over_allowed(),
+    ),
+    _at(lambda c: c.fitting, "over_allowed_fitting"),
+    _at(lambda c: c.overfull, "over_allowed_overfull"),
+    _estimand(
+        "gap_growth",
+        lambda c: c.is_new and c.growing is not None,
+        lambda c: regret.growth(*c.growing),
+        _gates_on_growth,
+        f"smallest rank, update {FIRST} to the last",
+    ),
+    _estimand("gap_low", lambda c: c.is_low, lambda c: c.gap.mean()),
+    _estimand(
+        "gap_nothing",
+        lambda c: c.novelty is not None and c.novelty.nothing,
+        lambda c: c.gap.mean(),
+        # Five percent of almost no gain would ask for an error that no number of seeds reaches.
+        lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
+    ),
+    _estimand(
+        "gap_matrices",
+        lambda c: c.is_low and bool(c.controls),
+        lambda c: c.controls[0].mean(),
+        lambda c: base.gates_on_gap(c.controls[0]),
+    ),
+    _estimand(
+        "unchanged_minus_changed",
+        lambda c: c.is_low and bool(c.parts_of_gap[c.eighth]),
+        lambda c: over_seeds(
+            (parts := c.parts_of_gap[c.eighth])["unchanged"].minus(parts["changed"])
         ),
-        _estimand(
-            "over_allowed_beyond",
-            lambda c: c.is_new and not c.is_low,
-            lambda c: c.gap.over_allowed(),
-        ),
-        _at(lambda c: c.fitting, "over_allowed_fitting"),
-        _at(lambda c: c.overfull, "over_allowed_overfull"),
-        _estimand(
-            "gap_growth",
-            lambda c: c.is_new and c.growing is not None,
-            lambda c: regret.growth(c.first[min(c.last)], c.last_on_first_rows[min(c.last)]),
-            _gates_on_growth,
-            f"smallest rank, update {FIRST} to the last",
-        ),
-        _estimand("gap_low", lambda c: c.is_low, lambda c: c.gap.mean()),
-        _estimand(
-            "gap_nothing",
-            lambda c: c.novelty is not None and c.novelty.nothing,
-            lambda c: c.gap.mean(),
-            # Five percent of almost no gain would ask for an error that no number of seeds reaches.
-            lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
-        ),
-        _estimand(
-            "gap_matrices",
-            lambda c: c.is_low and bool(c.controls),
-            lambda c: c.controls[0].mean(),
-            lambda c: base.gates_on_gap(c.controls[0]),
-        ),
-        _estimand(
-            "unchanged_minus_changed",
-            lambda c: c.is_low and bool(c.parts_of_gap[c.eighth]),
-            lambda c: over_seeds(
-                (parts := c.parts_of_gap[c.eighth])["unchanged"].minus(parts["changed"])
-            ),
-            _gates_apart,
-        ),
-        _estimand(
-            "over_allowed_real",
-            lambda c: c.novelty is None,
-            lambda c: c.gap.over_allowed(),
-            lambda c: base.gates_on_gap(c.gap),
-        ),
-        base.Estimand(
-            "rank_by_updates",
-            lambda c: base.UNKNOWN if c.change is None else over_seeds(c.change),
-            lambda c: [Gate(GateCode.NO_LAW)] if c.change is None else [],
-            applies=lambda c: isinstance(c, Base),
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-)
+        _gates_apart,
+    ),
+    _estimand(
+        "over_allowed_real",
+        lambda c: c.novelty is None,
+        lambda c: c.gap.over_allowed(),
+        lambda c: base.gates_on_gap(c.gap),
+    ),
+    base.Estimand(
+        "rank_by_updates",
+        lambda c: base.UNKNOWN if c.change is None else over_seeds(c.change),
+        lambda c: [Gate(GateCode.NO_LAW)] if c.change is None else [],
+        applies=lambda c: isinstance(c, Base),
+    ),
+]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
+    """Return loads, gaps and regrets by condition and rank, at the level of the verdicts."""
+    cells = [
+        {
+            "cell": c.name,
+            "batch_size": c.batch_size,
+            "updates": c.steps,
+            "bits": c.bits,
+            "rank_interpolated": c.rank_needed,
+            "loads_needed": {k: c.load_needed(k) for k in regret.COUNTS},
+            "rank_needed": [c.needed.above, None if math.isinf(c.needed.up_to) else c.needed.up_to],
+            "ranks": [
+                {
+                    "rank": r,
+                    "load": g.load,
+                    "loads": c.loads[r],
+                    "gain_nats": mean_of(g.gain) if g.gain.best else None,
+                    "gap_nats": g.mean(),
+                    "parts_nats": {k: mean_of(v) for k, v in c.parts_of_gap[r].items()},
+                    "regret_percent": at_level(g.percent(), asked.level),
+                    "gap_nats_first": c.first[r].mean() if r in c.first else None,
+                }
+                for r, g in c.last.items()
+            ],
+        }
+        for c in found
+    ]
+    return {"cells": cells}
+
+
+def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
+    """Return regret over rank, capacity, growth, the parts of the gap, and controls."""
+    out = [_over_rank(found), _capacity(found), _over_updates(found)]
+    rows = [
+        [c.name, r, *(with_interval(over_seeds(parts[k]), signed) for k in regret.PARTS)]
+        for c in found
+        for r, parts in c.parts_of_gap.items()
+        if parts
+    ]
+    text = (
+        "What the contexts whose next symbols are new, and those where nothing is new, add to the "
+        "gap, in nats: the share of the contexts times the gap on them, interpolated to the "
+        "optimal LRs."
+    )
+    head = "condition | rank | changed contexts [95%] | unchanged contexts [95%]"
+    out.append(base.Section.of("Where the gap is", head, rows, [text]))
+    rows = [
+        [c.name, g.lora.curve.key["layers"], with_interval(g.mean(), signed)]
+        for c in found
+        for g in c.controls
+    ]
+    if rows:
+        head = "condition | full fine-tuning of | its loss less that of everything [95%]"
+        text = (
+            "Full fine-tuning of the matrices that LoRA adapts, and nothing else: its regret is "
+            "due to which matrices are trained, not to the rank."
+        )
+        out.append(base.Section.of("Controls", head, rows, [text]))
+    return out
+
+
+LINEAR = 1.0
+"""Percent of the gain below which the axis is linear, so that 0 and less have a place."""
+
+
+def _over_rank(found: Sequence[Data]) -> base.Section:
+    text = [
+        "Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
+        f"fine-tuning gains; up to {regret.ALLOWED:.0%} counts as none."
+    ]
+    rows: list[list[Any]] = []
+    lines = {}
+    for c in found:
+        regrets = {r: g.percent() for r, g in c.last.items()}
+        rows += [[c.name, c.steps, r, mean_of(g.gain), regrets[r]] for r, g in c.last.items()]
+        if str(c.needed) != "-":  # a range of ranks tried, and interpolated
+            rank = c.rank_needed
+            between = "" if rank.value is None else f"; interpolated {with_interval(rank)}"
+            text.append(f"{c.name}: the smallest rank with no regret is {c.needed}{between}.")
+        # Where nothing is new there is hardly a gain to compare with.
+        known = {r: e for r, e in regrets.items() if e.value is not None}
+        if known and (c.novelty is None or not c.novelty.nothing):
+            lines[f"{c.name}, {c.steps} updates"] = known
+    lows = [e.low for line in lines.values() for e in line.values() if e.low is not None]
+    panel = base.panel_over(
+        "rank",
+        "each rank and full fine-tuning at their optimal LRs",
+        "regret, % of full fine-tuning's gain",
+        lines,
+        log_y=True,
+        linear_below=LINEAR,
+        lines={f"counts as none: {regret.ALLOWED:.0%}": 100 * regret.ALLOWED},
+        y_range=(1.5 * min([-LINEAR, *lows]), None),
+    )
+    head = "condition | updates | rank | gain of FullFT | regret, % of the gain [95%]"
+    figure = ("regret.png", [panel], "regret over rank")
+    return base.Section.of("Regret over rank", head, rows, text, *figure)
+
+
+def _capacity(found: Sequence[Data]) -> base.Section:
+    """Show the bits of each condition and the load of each rank, by every count."""
+    loads = " | ".join(f"load by {words}" for words in regret.COUNTS.values())
+    rows: list[list[Any]] = []
+    text = [
+        f"Load: bits over {regret.BITS_PER_PARAMETER:g} bits for each trained parameter. The "
+        "generator's bits are the free numbers of what is new, and the fewest that suffice. The "
+        "first pass, the study's count, is the summed loss of full fine-tuning over the training "
+        "rows, each before it is learned from: an upper bound. Its entropy cannot be learned away; "
+        "the rest is the cost of learning. The last line of each data set is at the interpolated "
+        f"rank that has a regret of {regret.ALLOWED:.0%}."
+    ]
+    for c in found:
+        for r, g in c.last.items():
+            of_rank = [c.loads[r].get(count) for count in regret.COUNTS]
+            rows.append([c.name, c.steps, r, *of_rank, g.percent()])
+        if (rank := c.rank_needed).value is not None:
+            needed = [c.load_needed(count) for count in regret.COUNTS]
+            allowed = f"{100 * regret.ALLOWED:g}"
+            rows.append([c.name, c.steps, rank.value, *needed, allowed])
+        if c.bits:
+            known = {words: c.bits[k] for k, words in regret.COUNTS.items() if k in c.bits}
+            counted = ", ".join(f"{words} {bits:,.0f}" for words, bits in known.items())
+            n = c.batch_size * c.steps
+            text.append(f"{c.name}: bits of {n:,} rows: {counted}.")
+    head = f"condition | updates | rank | {loads} | regret, % of the gain [95%]"
+    return base.Section.of("Capacity for what is new", head, rows, text)
+
+
+def _over_updates(found: Sequence[Data]) -> base.Section:
+    rows, panels = [], []
+    for c in found:
+        series = []
+        for k, (r, g) in enumerate(c.last_on_first_rows.items(), 1):
+            if r not in c.first:
+                continue
+            estimates = [c.first[r].mean(), g.mean()]
+            shown = [*estimates, regret.growth(c.first[r], g)]
+            rows.append([c.name, r, *(with_interval(e, signed) for e in shown)])
+            series.append(base.Series.of(f"rank {r}", [FIRST, c.steps], estimates, colour=k))
+        if series:
+            y, lines = "LoRA's loss - full fine-tuning's (nats)", {"full fine-tuning": 0.0}
+            ticks = [(float(n), str(n)) for n in (FIRST, c.steps)]
+            look: dict[str, Any] = {"log_x": True, "lines": lines, "ticks": ticks}
+            panels.append(base.Panel(c.name, "updates", y, series, **look))
+    text = [
+        "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. Both "
+        "gaps are on the same held-out rows."
+    ]
+    head = f"condition | rank | gap at {FIRST} updates [95%] | at the last [95%] | growth"
+    figure = ("growth.png", panels, "the gap in nats after few and after many updates")
+    return base.Section.of("Speed or capacity", head, rows, text, *figure)
+
+
+QUESTION = base.Question[Any](ESTIMANDS, conditions, measures, sections)
