@@ -187,6 +187,13 @@ def panel_of(
     return Panel(title, "", y, [points], band=band, ticks=ticks)
 
 
+def mapped(e: Estimate, f: Callable[[float], float]) -> Estimate:
+    """Return f of an estimate and of its ends, without draws; f rises or falls everywhere."""
+    low, value, high = (None if v is None else f(v) for v in (e.low, e.value, e.high))
+    falls = f(1.0) > f(2.0)
+    return Estimate(value, *((high, low) if falls else (low, high)), e.n, e.flags)
+
+
 def best_lr(o: Optimum) -> str:
     """Format a curve's optimal learning rate with its interval."""
     return with_interval(o.best_lr, rate)

@@ -152,48 +152,29 @@ class Data(base.Condition):
     # ---- the rank that is needed
 
     @cached_property
-    def log_needed(self) -> AtBest[float]:
-        """log2 of the rank that is needed, by seed."""
-        return _log_needed(self.last)
-
-    @cached_property
     def rank_needed(self) -> Estimate:
         """The needed rank, over seeds; no value if it is outside the ranks tried in a seed."""
-        if not is_finite(self.log_needed):
-            return base.UNKNOWN
-        e = over_seeds(self.log_needed)
-        low, value, high = (None if v is None else 2**v for v in (e.low, e.value, e.high))
-        return Estimate(value, low, high, e.n, e.flags)
+        logs = regret.rank_needed_by_seed(_judged(self.last))
+        return base.mapped(over_seeds(logs), lambda v: 2**v) if is_finite(logs) else base.UNKNOWN
 
     def load_needed(self, count: str) -> Estimate:
         """Return the load of the needed rank, whose parameters are in proportion to it."""
-        e, loads = self.rank_needed, {r: v[count] for r, v in self.loads.items() if count in v}
-        if not loads:
+        of_rank_1 = [r * loads[count] for r, loads in self.loads.items() if count in loads]
+        if not of_rank_1:
             return base.UNKNOWN
-        of_rank_1 = float(np.mean([r * load for r, load in loads.items()]))
-        low, value, high = (None if v is None else of_rank_1 / v for v in (e.high, e.value, e.low))
-        return Estimate(value, low, high, e.n, e.flags)
-
-    @cached_property
-    def needed_over_updates(self) -> AtBest[float] | None:
-        """Change of `log_needed` per doubling of the updates, from FIRST on; None if unknown."""
-        if not self.first:
-            return None
-        doublings = math.log2(self.steps / FIRST)
-        first, last = _log_needed(self.first), _log_needed(self.last_on_first_rows)
-        return regret.change_of_needed(first, last, doublings)
+        return base.mapped(self.rank_needed, lambda v: float(np.mean(of_rank_1)) / v)
 
     @cached_property
     def needed(self) -> regret.Needed:
-        """The smallest rank with no regret; a rank that must not be judged tells nothing."""
-        judged = {r: g for r, g in self.last.items() if not base.gates_on_gap(g)}
+        """The smallest rank with no regret, as a range of ranks tried."""
+        judged = _judged(self.last)
         over = {r: judged[r].over_allowed() if r in judged else base.UNKNOWN for r in self.last}
         return regret.rank_needed(over)
 
 
-def _log_needed(gaps: Gaps) -> AtBest[float]:
-    """Return log2 of the needed rank; a gap that must not be judged tells nothing of it."""
-    return regret.rank_needed_by_seed({r: g for r, g in gaps.items() if not base.gates_on_gap(g)})
+def _judged(gaps: Gaps) -> Gaps:
+    """Return the gaps that may be judged; the others tell nothing of the needed rank."""
+    return {r: g for r, g in gaps.items() if not base.gates_on_gap(g)}
 
 
 @dataclass(frozen=True)
@@ -213,8 +194,16 @@ class Base(base.Condition):
 
     @cached_property
     def change(self) -> AtBest[float] | None:
-        """Change of log2 of the needed rank per doubling of the updates: the mean over data."""
-        return regret.mean_over([n for c in self.data if (n := c.needed_over_updates) is not None])
+        """Change of log2 of the needed rank per doubling of the updates: the mean over data.
+
+        Of the data sets with runs longer than FIRST updates, from there to their last.
+        """
+        changes = []
+        for c in (c for c in self.data if c.first):
+            gaps = (c.first, c.last_on_first_rows)
+            first, last = (regret.rank_needed_by_seed(_judged(g)) for g in gaps)
+            changes.append(regret.change_of_needed(first, last, math.log2(c.steps / FIRST)))
+        return regret.mean_over([change for change in changes if change is not None])
 
 
 def conditions(table: pd.DataFrame) -> list[Data | Base]:
@@ -256,35 +245,13 @@ def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
     return found
 
 
-def _estimand(
-    name: str,
-    applies: Callable[[Data], bool],
-    measure: Callable[[Data], Estimate],
-    gates: Callable[[Data], Sequence[Gate]] = Data.gates_at_eighth,
-    read: str = "",
-) -> base.Estimand[Any]:
-    """Return an estimand of the data sets with both arms for which something holds."""
-    return base.Estimand(
-        name,
-        measure,
-        gates,
-        applies=lambda c: isinstance(c, Data) and not c.missing and applies(c),
-        read=(lambda c: read) if read else None,
-    )
+def _where(applies: Callable[[Data], Any]) -> Callable[[Any], bool]:
+    """Restrict an estimand to the data sets with both arms for which something holds."""
+    return lambda c: isinstance(c, Data) and not c.missing and bool(applies(c))
 
 
-def _at(rank_of: Callable[[Data], int | None], name: str) -> base.Estimand[Any]:
-    """Return the regret minus what is allowed at a rank chosen by its load."""
-
-    def gap(c: Data) -> regret.Gap:
-        return c.last[rank_of(c) or 0]
-
-    return _estimand(
-        name,
-        lambda c: c.is_new and rank_of(c) is not None,
-        lambda c: gap(c).over_allowed(),
-        lambda c: base.gates_on_gap(gap(c)),
-    )
+def _over_allowed(c: Data) -> Estimate:
+    return c.gap.over_allowed()
 
 
 def _gates_apart(c: Data) -> list[Gate]:
@@ -303,52 +270,63 @@ def _gates_on_growth(c: Data) -> list[Gate]:
 ESTIMANDS = [
     base.Estimand(
         "over_allowed_low",
-        lambda c: c.gap.over_allowed(),
+        _over_allowed,
         Data.gates_at_eighth,
         applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
         read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
     ),
-    _estimand(
+    base.Estimand(
         "over_allowed_beyond",
-        lambda c: c.is_new and not c.is_low,
-        lambda c: c.gap.over_allowed(),
+        _over_allowed,
+        Data.gates_at_eighth,
+        applies=_where(lambda c: c.is_new and not c.is_low),
     ),
-    _at(lambda c: c.fitting, "over_allowed_fitting"),
-    _at(lambda c: c.overfull, "over_allowed_overfull"),
-    _estimand(
+    base.over_allowed(
+        "over_allowed_fitting",
+        lambda c: c.last[c.fitting],
+        applies=_where(lambda c: c.is_new and c.fitting),
+    ),
+    base.over_allowed(
+        "over_allowed_overfull",
+        lambda c: c.last[c.overfull],
+        applies=_where(lambda c: c.is_new and c.overfull),
+    ),
+    base.Estimand(
         "gap_growth",
-        lambda c: c.is_new and c.growing is not None,
         lambda c: regret.growth(*c.growing),
         _gates_on_growth,
-        f"smallest rank, update {FIRST} to the last",
+        applies=_where(lambda c: c.is_new and c.growing),
+        read=lambda c: f"smallest rank, update {FIRST} to the last",
     ),
-    _estimand("gap_low", lambda c: c.is_low, lambda c: c.gap.mean()),
-    _estimand(
+    base.Estimand(
+        "gap_low",
+        lambda c: c.gap.mean(),
+        Data.gates_at_eighth,
+        applies=_where(lambda c: c.is_low),
+    ),
+    base.Estimand(
         "gap_nothing",
-        lambda c: c.novelty is not None and c.novelty.nothing,
         lambda c: c.gap.mean(),
         # Five percent of almost no gain would ask for an error that no number of seeds reaches.
         lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
+        applies=_where(lambda c: c.novelty and c.novelty.nothing),
     ),
-    _estimand(
+    base.Estimand(
         "gap_matrices",
-        lambda c: c.is_low and bool(c.controls),
         lambda c: c.controls[0].mean(),
         lambda c: base.gates_on_gap(c.controls[0]),
+        applies=_where(lambda c: c.is_low and c.controls),
     ),
-    _estimand(
+    base.Estimand(
         "unchanged_minus_changed",
-        lambda c: c.is_low and bool(c.parts_of_gap[c.eighth]),
         lambda c: over_seeds(
             (parts := c.parts_of_gap[c.eighth])["unchanged"].minus(parts["changed"])
         ),
         _gates_apart,
+        applies=_where(lambda c: c.is_low and c.parts_of_gap[c.eighth]),
     ),
-    _estimand(
-        "over_allowed_real",
-        lambda c: c.novelty is None,
-        lambda c: c.gap.over_allowed(),
-        lambda c: base.gates_on_gap(c.gap),
+    base.over_allowed(
+        "over_allowed_real", lambda c: c.gap, applies=_where(lambda c: c.novelty is None)
     ),
     base.Estimand(
         "rank_by_updates",

@@ -102,9 +102,8 @@ class Contexts(rl.Rewarded):
         found = {}
         for r, e in self.episode.items():
             key = self.by_rank[r].curve.key
-            n = int(key["batch_size"]) * int(key["steps"])  # completions
-            low, value, high = (None if v is None else n * v for v in (e.low, e.value, e.high))
-            found[r] = Estimate(value, low, high, e.n, e.flags)
+            completions = int(key["batch_size"]) * int(key["steps"])
+            found[r] = base.mapped(e, lambda v, n=completions: n * v)
         return found
 
     @cached_property
