@@ -6,7 +6,7 @@ strongly on the learning rate: an interval over seeds at one learning rate would
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -54,10 +54,6 @@ class AtBest(Generic[T]):
     def map(self, f: Callable[[T], U]) -> "AtBest[U]":
         """Apply f to every seed's value."""
         return self.each(lambda by_seed: {s: f(v) for s, v in by_seed.items()})
-
-    def without(self, seeds: Collection[int | None]) -> "AtBest[T]":
-        """Leave out seeds."""
-        return self.each(lambda by_seed: {s: v for s, v in by_seed.items() if s not in seeds})
 
     def paired(self, other: "AtBest[U]", f: Callable[[T, U], V]) -> "AtBest[V]":
         """Apply f to the values of the seeds that both have.

@@ -16,7 +16,7 @@ from analysis.inference.decide import at_level
 from analysis.inference.estimate import Estimate, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import batch_effect
-from analysis.measures.at_best import mean_of
+from analysis.measures.at_best import mean_of, over_seeds
 from analysis.measures.regret import ALLOWED, Gap
 from analysis.questions import base
 
@@ -57,7 +57,7 @@ class Batches(base.Condition):
     @cached_property
     def effects(self) -> dict[int, Estimate]:
         """The effect of the batch by rank."""
-        return {r: batch_effect.effect(self.usable(r)) for r in self.ranks}
+        return {r: over_seeds(batch_effect.effect(self.usable(r))) for r in self.ranks}
 
     def difference(self) -> Estimate:
         """Return the effect at the highest rank minus that at the lowest."""
