@@ -561,13 +561,11 @@ class Question(Generic[C]):
         measures = plain(self.measures(shown, asked)) if shown else {}
         if any(e.read for e in self.estimands):
             claimed = {claim["estimand"] for claim in asked.question["claims"].values()}
-            measures["read"] = read = {}
-            for e in self.estimands:
-                if e.read is None or e.name not in claimed:
-                    continue
+            measures["read"] = {}
+            for e in (e for e in self.estimands if e.read and e.name in claimed):
                 said = {e.read(c) for c in whole if e.applies(c)} - {""}
                 if len(said) == 1:
-                    read[e.name] = said.pop()
+                    measures["read"][e.name] = said.pop()
         found = Analysis(
             optima=distinct(o for c in conditions for o in c.optima),
             verdicts=holm(self._verdicts(conditions, asked), 1 - asked.level),

@@ -147,16 +147,14 @@ class Variant(base.Condition):
         fine-tuning gains. It includes the error of both optima.
         """
         found = {}
+        lrs = [10 * lr for lr in at_best.best_and_draws(self.full, 1)]
         for rank, gap in self.gaps.items():
-            at = at_best.losses_at(
-                gap.lora, [10 * lr for lr in at_best.best_and_draws(gap.full, 1)]
-            )
+            at = at_best.losses_at(gap.lora, lrs)
             nats = at.losses.minus(at_best.losses_at_best([gap.lora])[0])
             found[rank] = at, nats.paired(gap.gain, lambda lost, gain: 100 * lost / gain)
+        pooled = at_best.pooled_over(cost for _, cost in found.values())
         at, cost = found[self.top]
-        return at, at_best.cost_of(
-            at, cost, at_best.pooled_over(cost for _, cost in found.values())
-        )
+        return at, at_best.cost_of(at, cost, pooled)
 
 
 def conditions(table: pd.DataFrame) -> list[Variant]:

@@ -230,6 +230,11 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Pan
         at = [getattr(c, x) * shift[c.model] for c in known]
         return base.Series.of(label, at, [c.ratio for c in known], style=style, colour=colour)
 
+    def panel(title: str, x: str, series: list[base.Series], values: Iterable[float]) -> base.Panel:
+        ticks = [(v, f"{v:g}") for v in sorted(set(values))]
+        look = {"log_x": True, "log_y": True, "ticks": ticks}
+        return base.Panel(title, x, "best LoRA LR / best FullFT LR", series, **look)
+
     over_alpha = [
         line(m, (c for c in bases if c.model == m), "alpha", k, "o-") for k, m in enumerate(models)
     ]
@@ -258,19 +263,8 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Pan
     ]
     by_hidden = f"by hidden size at alpha {mid:g}, with laws"
     return [
-        base.Panel(
-            title,
-            x,
-            "best LoRA LR / best FullFT LR",
-            series,
-            ticks=[(v, f"{v:g}") for v in sorted(set(values))],
-            log_x=True,
-            log_y=True,
-        )
-        for title, x, series, values in (
-            ("by alpha, bases side by side", "alpha", over_alpha, alphas),
-            (by_hidden, "hidden size", over_hidden, hiddens),
-        )
+        panel("by alpha, bases side by side", "alpha", over_alpha, alphas),
+        panel(by_hidden, "hidden size", over_hidden, hiddens),
     ]
 
 

@@ -110,15 +110,12 @@ class Recipes(base.Condition):
             "ten_times": (self.tuned, [10 * lr for lr in of_full]),
         }
         (reference,), gain = at_best.losses_at_best([self.tuned]), self.gain
-        losses = {name: at_best.losses_at(o, lrs) for name, (o, lrs) in arms.items()}
-        costs = {
-            name: at.losses.paired(reference, lambda a, b: (a - b) / gain)
-            for name, at in losses.items()
-        }
-        pooled = at_best.pooled_over(costs.values())
+        read = {name: at_best.losses_at(o, lrs) for name, (o, lrs) in arms.items()}
+        costs = [at.losses.paired(reference, lambda a, b: (a - b) / gain) for at in read.values()]
+        pooled = at_best.pooled_over(costs)
         return {
-            name: Recipe(*arms[name], at, at_best.cost_of(at, costs[name], pooled))
-            for name, at in losses.items()
+            name: Recipe(*arms[name], at, at_best.cost_of(at, cost, pooled))
+            for (name, at), cost in zip(read.items(), costs)
         }
 
     # ---- few rows
@@ -131,10 +128,7 @@ class Recipes(base.Condition):
 
     def few_speed(self) -> Estimate | None:
         """Return rho of the lowest rank against the highest on few rows."""
-        if not self.few_ends:
-            return None
-        low, high = curves_at_best(self.runs, self.few_ends)
-        return rho(low, high)
+        return rho(*curves_at_best(self.runs, self.few_ends)) if self.few_ends else None
 
     # ---- the pretraining task
 
