@@ -70,10 +70,10 @@ def qualify(table: pd.DataFrame) -> list[Check]:
             shown = ", ".join(edge) or "inside"
             found.append(Check(group, f"one minimum inside, {name}", shown, "inside", not edge))
             share, small = math.nan, None
-            known = o.best_lr.value is not None and o.shape is not None
-            if known and o.pooled is not None and o.pooled.df:
-                factor_2 = o.shape.m + math.log(2) * np.array([-1, 1])
-                share = o.pooled.noise / float(np.mean(o.shape.height(factor_2)))
+            shape, pooled = o.shape if o.best_lr.value is not None else None, o.pooled
+            if shape is not None and pooled is not None and pooled.df:
+                factor_2 = shape.m + math.log(2) * np.array([-1, 1])
+                share = pooled.noise / float(np.mean(shape.height(factor_2)))
                 small = share <= MAX_NOISE
             shown, needed = f"{number(share)} of the rise a factor 2 off", f"{MAX_NOISE} or less"
             found.append(Check(group, f"noise is small, {name}", shown, needed, small, True))

@@ -21,7 +21,7 @@ from analysis.inference.meta import (
     meta_regression,
     random_effects,
 )
-from analysis.measures.at_best import AtBest, losses_at_best, over_seeds, pooled_over
+from analysis.measures.at_best import losses_at_best, over_seeds, pooled_over
 from analysis.optimum.optimum import Optimum
 
 MIN_RANK = 4
@@ -86,11 +86,10 @@ def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
     With fewer than two of them, returns the difference of the fitted minima without an interval.
     """
     of_full, *of_lora = losses_at_best([full, *lora])
-    fresh: list[AtBest[float]] = []
-    for o, losses in zip(lora, of_lora):
-        used = {_grid_seed(o), _grid_seed(full)}
-        gap = losses.minus(of_full)
-        fresh.append(gap.each(lambda v, used=used: {s: g for s, g in v.items() if s not in used}))
+    fresh = [
+        losses.minus(of_full).without({_grid_seed(o), _grid_seed(full)})
+        for o, losses in zip(lora, of_lora)
+    ]
     pooled = pooled_over(fresh)
     found = []
     for o, v in zip(lora, fresh):

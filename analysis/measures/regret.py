@@ -258,10 +258,11 @@ def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
         return {part: share * result[f"test_nll_{part}"] for part, share in shares}
 
     lora, full = at_best.parts_at_best(table, [gap.lora, gap.full], read)
-    found = {
-        part: lora.paired(full, lambda a, b, p=part: a.get(p, math.nan) - b.get(p, math.nan))
-        for part in PARTS
-    }
+
+    def difference(part: str) -> AtBest[float]:
+        return lora.paired(full, lambda a, b: a.get(part, math.nan) - b.get(part, math.nan))
+
+    found = {part: difference(part) for part in PARTS}
     return found if all(map(is_finite, found.values())) else {}
 
 

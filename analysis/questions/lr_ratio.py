@@ -140,21 +140,21 @@ class Variant(base.Condition):
         return {g.rank: g for g in gaps_of(mine, self.rests)}
 
     @cached_property
-    def at_ten_times(self) -> tuple[at_best.AtLr, Estimate]:
-        """The highest rank at 10 times full fine-tuning's optimum, and what that costs it.
+    def at_ten_times(self) -> at_best.Cost:
+        """What the highest rank loses at 10 times full fine-tuning's optimum.
 
-        The cost is the loss there minus that at the rank's own optimum, in percent of what full
-        fine-tuning gains. It includes the error of both optima.
+        That is its loss there minus that at its own optimum, in percent of what full fine-tuning
+        gains. It includes the error of both optima.
         """
-        found = {}
         lrs = [10 * lr for lr in at_best.best_and_draws(self.full, 1)]
-        for rank, gap in self.gaps.items():
-            at = at_best.losses_at(gap.lora, lrs)
-            nats = at.losses.minus(at_best.losses_at_best([gap.lora])[0])
-            found[rank] = at, nats.paired(gap.gain, lambda lost, gain: 100 * lost / gain)
-        pooled = at_best.pooled_over(cost for _, cost in found.values())
-        at, cost = found[self.top]
-        return at, at_best.cost_of(at, cost, pooled)
+
+        def percent(rank: int, losses: at_best.AtBest[float]) -> at_best.AtBest[float]:
+            (own,) = at_best.losses_at_best([self.gaps[rank].lora])
+            gain = self.gaps[rank].gain
+            return losses.minus(own).paired(gain, lambda lost, gain: 100 * lost / gain)
+
+        arms = {rank: (gap.lora, lrs) for rank, gap in self.gaps.items()}
+        return at_best.costs_at(arms, percent)[self.top]
 
 
 def conditions(table: pd.DataFrame) -> list[Variant]:
@@ -218,12 +218,10 @@ ESTIMANDS = [
     ),
     base.Estimand[Variant](
         "ten_times_regret",
-        lambda c: c.at_ten_times[1],
+        lambda c: c.at_ten_times.estimate,
         lambda c: base.gates_on(c.pair()),
         seeds=lambda c: base.fewest_seeds(c.pair()),
-        margin_gates=lambda c, margin: at_best.gates_on_cost(
-            c.by_rank[c.top], *c.at_ten_times, margin[1]
-        ),
+        margin_gates=lambda c, margin: c.at_ten_times.gates(margin[1]),
         read=lambda c: f"rank {c.top}",
     ),
 ]

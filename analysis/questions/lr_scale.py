@@ -232,8 +232,8 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Pan
 
     def panel(title: str, x: str, series: list[base.Series], values: Iterable[float]) -> base.Panel:
         ticks = [(v, f"{v:g}") for v in sorted(set(values))]
-        look = {"log_x": True, "log_y": True, "ticks": ticks}
-        return base.Panel(title, x, "best LoRA LR / best FullFT LR", series, **look)
+        y = "best LoRA LR / best FullFT LR"
+        return base.Panel(title, x, y, series, log_x=True, log_y=True, ticks=ticks)
 
     over_alpha = [
         line(m, (c for c in bases if c.model == m), "alpha", k, "o-") for k, m in enumerate(models)

@@ -40,18 +40,6 @@ increase of the latter (lost)."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A recipe's curve at the learning rate that it prescribes."""
-
-    optimum: Optimum | None
-    lrs: list[float]
-    """The prescribed learning rate, and draws of it if it has an error itself."""
-    at: at_best.AtLr
-    share: Estimate
-    """What it loses against tuned LoRA, as a share of tuned LoRA's gain."""
-
-
-@dataclass(frozen=True)
 class Recipes(base.Condition):
     """The recipes, tuned LoRA and full fine-tuning on a model's main data set."""
 
@@ -96,7 +84,7 @@ class Recipes(base.Condition):
         return self.tuned.curve.nll_start - (self.tuned.best_nll or math.nan)
 
     @cached_property
-    def recipes(self) -> dict[str, Recipe]:
+    def recipes(self) -> dict[str, at_best.Cost]:
         """What each recipe loses as a share of tuned LoRA's gain."""
         one, rank = self.one, float(self.tuned.curve.key["rank"])
         of_full = at_best.best_and_draws(self.full, 1)
@@ -110,13 +98,9 @@ class Recipes(base.Condition):
             "ten_times": (self.tuned, [10 * lr for lr in of_full]),
         }
         (reference,), gain = at_best.losses_at_best([self.tuned]), self.gain
-        read = {name: at_best.losses_at(o, lrs) for name, (o, lrs) in arms.items()}
-        costs = [at.losses.paired(reference, lambda a, b: (a - b) / gain) for at in read.values()]
-        pooled = at_best.pooled_over(costs)
-        return {
-            name: Recipe(*arms[name], at, at_best.cost_of(at, cost, pooled))
-            for (name, at), cost in zip(read.items(), costs)
-        }
+        return at_best.costs_at(
+            arms, lambda _, losses: losses.paired(reference, lambda a, b: (a - b) / gain)
+        )
 
     # ---- few rows
 
@@ -128,7 +112,10 @@ class Recipes(base.Condition):
 
     def few_speed(self) -> Estimate | None:
         """Return rho of the lowest rank against the highest on few rows."""
-        return rho(*curves_at_best(self.runs, self.few_ends)) if self.few_ends else None
+        if not self.few_ends:
+            return None
+        low, high = curves_at_best(self.runs, self.few_ends)
+        return rho(low, high)
 
     # ---- the pretraining task
 
@@ -256,11 +243,9 @@ def _cost(name: str) -> base.Estimand[Recipes]:
     """Return what a recipe loses."""
     return base.Estimand(
         name,
-        lambda c: c.recipes[name].share,
+        lambda c: c.recipes[name].estimate,
         lambda c: base.gates_on(c.rests),
-        margin_gates=lambda c, margin: at_best.gates_on_cost(
-            (r := c.recipes[name]).optimum, r.at, r.share, margin[1]
-        ),
+        margin_gates=lambda c, margin: c.recipes[name].gates(margin[1]),
     )
 
 
@@ -301,13 +286,13 @@ def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
     (c,) = found
     rows: list[list[Any]] = []
     for name, r in c.recipes.items():
-        o, share, own, near = r.optimum, r.share, None, []
+        o, share, own, near = r.optimum, r.estimate, None, []
         if o is not None and o.best_nll is not None and o is not c.tuned:
             own = o.best_nll - c.tuned.best_nll
-        if any(r.at.near_diverged):
-            of_draws = f"{np.mean(r.at.near_diverged):.0%}"
+        if any(r.near_diverged):
+            of_draws = f"{np.mean(r.near_diverged):.0%}"
             near = [f"next to an LR that diverged, in {of_draws} of the posterior draws"]
-        read_at = ", ".join([*map(rate, r.at.read_at), *near]) or "-"
+        read_at = ", ".join([*map(rate, r.read_at), *near]) or "-"
         nats = signed(None if share.value is None else share.value * c.gain)
         lr, name = rate(r.lrs[0]) if r.lrs else "-", name.replace("_", " ")
         rows.append([name, lr, read_at, nats, share, share.n, signed(own)])
@@ -321,7 +306,7 @@ def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
         "around it. Next to an LR that diverged the nearest LR counts, and the recipe loses at "
         "least that much."
     )
-    shares = {RECIPES[k]: r.share for k, r in c.recipes.items()}
+    shares = {RECIPES[k]: r.estimate for k, r in c.recipes.items()}
     title = "regret as a share of tuned LoRA's gain"
     panels = [base.panel_of(title, "share", shares, (-0.05, 0.05))]
     figure = ("recipes.png", panels, "regret of recipes")

@@ -6,8 +6,10 @@ cross-entropy, show what the adapter can hold. Each curve is at its best stable 
 paired by seed.
 """
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,7 +105,7 @@ class Contexts(rl.Rewarded):
         for r, e in self.episode.items():
             key = self.by_rank[r].curve.key
             completions = int(key["batch_size"]) * int(key["steps"])
-            found[r] = base.mapped(e, lambda v, n=completions: n * v)
+            found[r] = base.mapped(e, functools.partial(operator.mul, completions))
         return found
 
     @cached_property
