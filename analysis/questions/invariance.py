@@ -184,8 +184,15 @@ def sections(found: Sequence[Settings], asked: base.Asked) -> list[base.Section]
         "keeps the symmetry."
     )
     series = [base.Series("equal by the claim", [], [], colour="grey"), *c.twins.series]
-    y, look = "|difference of held-out NLL| (nats)", {"linear_below": LAST_BITS}
-    panel = base.Panel("twins in float64", "update", y, series, True, True, **look)
+    panel = base.Panel(
+        "twins in float64",
+        "update",
+        "|difference of held-out NLL| (nats)",
+        series,
+        log_x=True,
+        log_y=True,
+        linear_below=LAST_BITS,
+    )
     head = "one | other | what acts | should be | largest difference (nats)"
     figure = ("twins.png", [panel], "difference of twins' held-out loss over the run")
     twins = base.Section.of("Twins", head, c.twins.rows, [text], *figure)
