@@ -22,6 +22,7 @@ from analysis.runs.lr_curves import runs_of
 T = TypeVar("T")
 U = TypeVar("U")
 V = TypeVar("V")
+K = TypeVar("K")
 
 N_LR_DRAWS = 120
 """Number of posterior draws of the optimum at which metrics are read. With fewer, the draws of two
@@ -296,24 +297,63 @@ def weights(
 
 
 @dataclass(frozen=True)
-class AtLr:
-    """Losses at a prescribed learning rate, and at draws of it if it has an error itself."""
+class Cost:
+    """What a curve loses at a prescribed learning rate."""
 
-    losses: AtBest[float]
+    optimum: Optimum | None
+    """None: the curve is missing."""
+    lrs: Sequence[float]
+    """The prescribed learning rate, then draws of it if it has an error itself."""
     read_at: list[float]
     """The tried learning rates from which the loss at the first one was interpolated."""
     near_diverged: list[bool]
     """For each draw, whether it is next to one that diverged, so that the loss may be higher."""
+    estimate: Estimate
+    """Over seeds; only a lower bound next to a learning rate that diverged."""
+
+    def gates(self, highest: float) -> list[Gate]:
+        """List the gates of a claim; `highest` is the upper end of its margin."""
+        cost = self.estimate
+        gates = [] if cost.n else [Gate(GateCode.RECIPE_OUTSIDE)]
+        if self.optimum is None:
+            gates = [Gate(GateCode.MISSING, "the recipe")]
+        if 0 < cost.n < MIN_SEEDS:
+            gates.append(Gate(GateCode.FEW_SEEDS_AT_RECIPE, cost.n))
+        if any(self.near_diverged) and cost.low is not None and cost.low <= highest:
+            gates.append(Gate(GateCode.RECIPE_BY_A_CLIFF, flags=("bounded_by_divergence",)))
+        return gates
 
 
-def losses_at(o: Optimum | None, lrs: Sequence[float]) -> AtLr:
-    """Interpolate a curve's losses by seed, in ln(lr), to a prescribed learning rate and its draws.
+def costs_at(
+    arms: Mapping[K, tuple[Optimum | None, Sequence[float]]],
+    cost: Callable[[K, AtBest[float]], AtBest[float]],
+) -> dict[K, Cost]:
+    """Return what each curve loses at its prescribed learning rate.
+
+    The variance over seeds is pooled over the curves.
 
     Args:
-        lrs: the prescribed learning rate, then equally likely draws of it.
+        arms: name -> curve, and the prescribed learning rate followed by equally likely draws.
+        cost: what is lost by seed, from a name and its losses.
+    """
+    read = {name: _losses_at(o, lrs) for name, (o, lrs) in arms.items()}
+    costs = {name: cost(name, losses) for name, (losses, _, _) in read.items()}
+    pooled, found = pooled_over(costs.values()), {}
+    for name, (_, read_at, near) in read.items():
+        flags = (AT_LEAST,) if near[:1] == [True] else ()
+        found[name] = Cost(*arms[name], read_at, near, over_seeds(costs[name], pooled, flags))
+    return found
+
+
+def _losses_at(
+    o: Optimum | None, lrs: Sequence[float]
+) -> tuple[AtBest[float], list[float], list[bool]]:
+    """Interpolate a curve's losses by seed, in ln(lr), to a prescribed learning rate and its draws.
+
+    Returns the losses, and `read_at` and `near_diverged` as in `Cost`.
     """
     if o is None or not lrs:
-        return AtLr(AtBest({}), [], [])
+        return AtBest({}), [], []
     c, near = o.curve, []
     found: list[dict[int, float]] = []
     read_at: set[float] = set()
@@ -339,31 +379,4 @@ def losses_at(o: Optimum | None, lrs: Sequence[float]) -> AtLr:
             if not found:
                 read_at |= {math.exp(x) for x in shares}
         found.append(losses)
-    return AtLr(AtBest(found[0], tuple(found[1:])), sorted(read_at), near)
-
-
-def cost_of(at: AtLr, cost: AtBest[float], pooled: PooledVariance | None = None) -> Estimate:
-    """Average over seeds what a prescribed learning rate costs; flagged as a bound by a cliff.
-
-    Args:
-        cost: by seed, from the losses in `at`.
-        pooled: variance over seeds of similar curves.
-    """
-    return over_seeds(cost, pooled, (AT_LEAST,) if at.near_diverged[:1] == [True] else ())
-
-
-def gates_on_cost(o: Optimum | None, at: AtLr, cost: Estimate, highest: float) -> list[Gate]:
-    """List the gates on the cost of a prescribed learning rate.
-
-    Args:
-        o: None if the curve is missing.
-        highest: upper end of the claim's margin.
-    """
-    gates = [] if cost.n else [Gate(GateCode.RECIPE_OUTSIDE)]
-    if o is None:
-        gates = [Gate(GateCode.MISSING, "the recipe")]
-    if 0 < cost.n < MIN_SEEDS:
-        gates.append(Gate(GateCode.FEW_SEEDS_AT_RECIPE, cost.n))
-    if any(at.near_diverged) and cost.low is not None and cost.low <= highest:
-        gates.append(Gate(GateCode.RECIPE_BY_A_CLIFF, flags=("bounded_by_divergence",)))
-    return gates
+    return AtBest(found[0], tuple(found[1:])), sorted(read_at), near

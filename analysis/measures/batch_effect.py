@@ -86,7 +86,7 @@ def _after(table: pd.DataFrame, step: int) -> pd.DataFrame:
     return at_step(table, step).drop_duplicates(keys).reset_index(drop=True)
 
 
-def effect_of(prefixes: Sequence[Prefix]) -> AtBest[float]:
+def effect(prefixes: Sequence[Prefix]) -> AtBest[float]:
     """Return b, the change of ln(rho) per doubling of the batch, by seed.
 
     Least squares with a value of its own for each number of updates (fixed effects): deviations
@@ -125,16 +125,11 @@ def within(groups: Sequence[int], x: np.ndarray, y: np.ndarray) -> float | None:
     return float(dx @ dy) / spread if spread > 1e-9 else None
 
 
-def effect(prefixes: Sequence[Prefix]) -> Estimate:
-    """Return b over the seeds, with Student's interval; it covers the optima's error too."""
-    return over_seeds(effect_of(prefixes))
-
-
 def difference(high: Sequence[Prefix], low: Sequence[Prefix]) -> Estimate:
     """Return b of one rank minus that of another, paired by seed, where both were measured."""
     both = {(p.batch, p.steps) for p in high} & {(p.batch, p.steps) for p in low}
     shared = ([p for p in part if (p.batch, p.steps) in both] for part in (high, low))
-    one, other = map(effect_of, shared)
+    one, other = map(effect, shared)
     return over_seeds(one.minus(other))
 
 

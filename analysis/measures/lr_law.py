@@ -40,18 +40,6 @@ class Law:
     flags: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Regret:
-    """The cost of a law's LR on one curve, in percent of the best loss tried.
-
-    None if the LR lies outside those tried, or next to one that diverged.
-    """
-
-    curve: LrCurve
-    lr: float
-    percent: float | None
-
-
 def family(model: str) -> str:
     """Return a model's family: the leading letters of its name, e.g. Qwen/Qwen3-8B -> qwen."""
     found = re.match(r"[A-Za-z]+", str(model).rsplit("/", 1)[-1])
@@ -67,22 +55,16 @@ def published(curve: LrCurve, hidden: float) -> float | None:
     return PUBLISHED["base"] * m * (REFERENCE / hidden) ** p
 
 
-def interpolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
-    """Interpolate the loss linearly in ln(lr) between the usable LRs; NaN outside them."""
+def regret(curve: LrCurve, lr: float) -> float | None:
+    """Return the extra loss at an LR over the best LR tried, in percent of the best loss.
+
+    The loss is interpolated linearly in ln(lr) between the usable LRs. None outside them.
+    """
     lrs, means = rate_means(curve)
-    if len(lrs) < 2:
-        return np.full(np.shape(ln_lr), np.nan)
-    return np.interp(ln_lr, lrs, means, left=np.nan, right=np.nan)
-
-
-def regret(curve: LrCurve, lr: float) -> Regret:
-    """Return the extra loss at an LR over the best LR tried, in percent of the best loss."""
-    loss = float(interpolated(curve, np.array([math.log(lr)]))[0])
-    _, means = rate_means(curve)
-    if not math.isfinite(loss) or not len(means):
-        return Regret(curve, lr, None)
+    if len(lrs) < 2 or not lrs[0] <= math.log(lr) <= lrs[-1] or not means.min():
+        return None
     best = float(means.min())
-    return Regret(curve, lr, 100 * (loss - best) / abs(best) if best else None)
+    return 100 * (float(np.interp(math.log(lr), lrs, means)) - best) / abs(best)
 
 
 # ---------------------------------------------------------------- the study's way
@@ -121,8 +103,7 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
         at = _around(math.exp(k), np.exp(ks[drawn % _N_K]), n, enough)
         power = Estimate(None, n=n) if one_size else _around(p, ps[drawn // _N_K], n, enough)
         costs = [
-            regret(c, math.exp(k + p * math.log(REFERENCE / h))).percent
-            for c, h in zip(members, sizes)
+            regret(c, math.exp(k + p * math.log(REFERENCE / h))) for c, h in zip(members, sizes)
         ]
         known = [v for v in costs if v is not None]
         mean = float(np.mean(known)) if known else None

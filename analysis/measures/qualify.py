@@ -62,28 +62,22 @@ def qualify(table: pd.DataFrame) -> list[Check]:
         enough = None if math.isnan(left) else left >= MIN_REST
         found.append(Check(group, "not solved", shown, f"{MIN_REST} or more", enough))
         for o in mine:
-            found += _of_curve(o, points[id(o)].best)
+            slope, name = _last_gain(points[id(o)].best), o.curve.name
+            shown = f"{with_interval(slope)} nats in the last doubling"
+            learns = None if slope.value is None else not _has_stalled(slope)
+            found.append(Check(group, f"still learning, {name}", shown, "above 0", learns))
+            edge = [f for f in o.flags if f in EDGES]
+            shown = ", ".join(edge) or "inside"
+            found.append(Check(group, f"one minimum inside, {name}", shown, "inside", not edge))
+            share, small = math.nan, None
+            shape, pooled = o.shape if o.best_lr.value is not None else None, o.pooled
+            if shape is not None and pooled is not None and pooled.df:
+                factor_2 = shape.m + math.log(2) * np.array([-1, 1])
+                share = pooled.noise / float(np.mean(shape.height(factor_2)))
+                small = share <= MAX_NOISE
+            shown, needed = f"{number(share)} of the rise a factor 2 off", f"{MAX_NOISE} or less"
+            found.append(Check(group, f"noise is small, {name}", shown, needed, small, True))
     return found
-
-
-def _of_curve(o: Optimum, points: dict[int, Points]) -> list[Check]:
-    """Check that a curve still learns, that its optimum is inside, and that its noise is small."""
-    slope, share = _last_gain(points), math.nan
-    edge = [f for f in o.flags if f in EDGES]
-    known = o.likelihood is not None and o.best_lr.value is not None
-    if known and o.shape is not None and o.pooled is not None and o.pooled.df:
-        factor_2 = o.shape.m + math.log(2) * np.array([-1, 1])
-        share = o.pooled.noise / float(np.mean(o.shape.height(factor_2)))
-    learns = None if slope.value is None else not _has_stalled(slope)
-    small = None if math.isnan(share) else share <= MAX_NOISE
-    gain = f"{with_interval(slope)} nats in the last doubling"
-    noise, needed = f"{number(share)} of the rise a factor 2 off", f"{MAX_NOISE} or less"
-    place, group, name = ", ".join(edge) or "inside", o.curve.group, o.curve.name
-    return [
-        Check(group, f"still learning, {name}", gain, "above 0", learns),
-        Check(group, f"one minimum inside, {name}", place, "inside", not edge),
-        Check(group, f"noise is small, {name}", noise, needed, small, True),
-    ]
 
 
 def _last_gain(points: dict[int, Points]) -> Estimate:

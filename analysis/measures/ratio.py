@@ -85,8 +85,11 @@ def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
     optima. Only seeds that were not used to choose the LRs count (all but each curve's first).
     With fewer than two of them, returns the difference of the fitted minima without an interval.
     """
-    at = dict(zip(map(id, [full, *lora]), losses_at_best([full, *lora])))
-    fresh = [at[id(o)].minus(at[id(full)]).without({_grid_seed(o), _grid_seed(full)}) for o in lora]
+    of_full, *of_lora = losses_at_best([full, *lora])
+    fresh = [
+        losses.minus(of_full).without({_grid_seed(o), _grid_seed(full)})
+        for o, losses in zip(lora, of_lora)
+    ]
     pooled = pooled_over(fresh)
     found = []
     for o, v in zip(lora, fresh):

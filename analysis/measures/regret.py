@@ -143,18 +143,18 @@ def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
     found = _against_full(table, optima, lora)
     pooled = at_best.pooled_over(g.nats for g in found)
-    return [
-        replace(g, rank=int(g.lora.curve.key["rank"]), load=load_of(table, g.lora), pooled=pooled)
-        for g in found
-    ]
+    gaps = []
+    for g in found:
+        bits = _generator_bits(runs_of(table, g.lora.curve))
+        load = None if bits is None else loads_of(table, g.lora, {GENERATOR: bits})[GENERATOR]
+        gaps.append(replace(g, rank=int(g.lora.curve.key["rank"]), load=load, pooled=pooled))
+    return gaps
 
 
 def controls_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
-    """Compare full fine-tuning of some matrices alone with that of everything; `rank` is 0.
+    """Compare full fine-tuning of some matrices alone with that of everything, as `gaps_of`.
 
-    Args:
-        table: as of `gaps_of`.
-        optima: of these runs.
+    The `rank` of these gaps is 0.
     """
     full = (o for o in optima if o.curve.key["method"] == "fullft")
     return _against_full(table, optima, [o for o in full if o.curve.key.get("scope") == "matrices"])
@@ -230,12 +230,6 @@ def loads_of(table: pd.DataFrame, o: Optimum, bits: Mapping[str, float]) -> dict
     """Return bits over the capacity of a curve's adapter, at BITS_PER_PARAMETER, by count."""
     capacity = BITS_PER_PARAMETER * float(runs_of(table, o.curve)["n_trainable"].mean())
     return {count: value / capacity for count, value in bits.items()}
-
-
-def load_of(table: pd.DataFrame, o: Optimum) -> float | None:
-    """Return a curve's load by the generator's bits; None if they are not known."""
-    bits = _generator_bits(runs_of(table, o.curve))
-    return None if bits is None else loads_of(table, o, {GENERATOR: bits})[GENERATOR]
 
 
 def growth(first: Gap, last: Gap) -> Estimate:

@@ -17,15 +17,17 @@ from typing import Any, Generic, TypeVar
 import pandas as pd
 
 from analysis.inference.decide import holm, judge, look_level
-from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, number, with_interval
+from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, number, rate, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures.next_runs import lines, suggest
+from analysis.measures.ratio import MIN_RANK, lr_drift
 from analysis.measures.regret import Gap
+from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum, seeds_at_best
+from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import task_problems
 from analysis.runs.table import TableError
 
-Rows = list[list[str]]
 UNKNOWN = Estimate(None)
 NO_CELL = "no cell"
 """Group of the verdicts on claims that no condition of the table can answer."""
@@ -106,13 +108,40 @@ class Section:
     """A section of a report: a table (the first row is its head), lines of text, and a figure."""
 
     title: str
-    rows: Rows = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     figure: str = ""
     """File name of the panels, in the report's folder."""
-    panels: list[Panel] = field(default_factory=list)
+    panels: Sequence[Panel] = ()
     """Empty: the section has no figure."""
     caption: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        head: str,
+        rows: Iterable[Sequence[Any]],
+        text: Sequence[str] = (),
+        *figure: Any,
+    ) -> "Section":
+        """Make a section with a table of values; without rows there is no table.
+
+        Args:
+            head: names of the columns, with " | " between them.
+            rows: text, whole numbers, numbers, estimates (shown with their intervals), or None.
+            text: lines; empty ones are left out.
+            figure: its file name, panels and caption.
+        """
+
+        def cell(v: Any) -> str:
+            if isinstance(v, str | int):
+                return str(v)
+            return with_interval(v) if isinstance(v, Estimate) else number(v)
+
+        table = [[cell(v) for v in row] for row in rows]
+        table = [head.split(" | "), *table] if table else []
+        return cls(title, table, [line for line in text if line], *figure)
 
 
 @dataclass(frozen=True)
@@ -158,23 +187,35 @@ def panel_of(
     return Panel(title, "", y, [points], band=band, ticks=ticks)
 
 
-def table(head: str, rows: Iterable[Sequence[Any]]) -> Rows:
-    """Return the rows of a section's table, as text.
+def mapped(e: Estimate, f: Callable[[float], float]) -> Estimate:
+    """Return f of an estimate and of its ends, without draws; f rises or falls everywhere."""
+    low, value, high = (None if v is None else f(v) for v in (e.low, e.value, e.high))
+    falls = f(1.0) > f(2.0)
+    return Estimate(value, *((high, low) if falls else (low, high)), e.n, e.flags)
 
-    Args:
-        head: names of the columns, with " | " between them.
-        rows: text, whole numbers, numbers, estimates (shown with their intervals), or None.
-    """
 
-    def text(v: Any) -> str:
-        if isinstance(v, str | int):
-            return str(v)
-        return with_interval(v) if isinstance(v, Estimate) else number(v)
+def best_lr(o: Optimum) -> str:
+    """Format a curve's optimal learning rate with its interval."""
+    return with_interval(o.best_lr, rate)
 
-    return [head.split(" | "), *([text(v) for v in row] for row in rows)]
+
+def plain(value: Any) -> Any:
+    """Return measures as values for JSON: estimates without draws, keys as text."""
+    if isinstance(value, Estimate):
+        return value.plain()
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------- curves
+
+
+def fit(runs: pd.DataFrame) -> list[Optimum]:
+    """Fit the optimum of every LR curve of a table."""
+    return fit_all(lr_curves(runs))
 
 
 def by_group(optima: Iterable[Optimum]) -> dict[str, list[Optimum]]:
@@ -271,11 +312,6 @@ def gates_on_gap(gap: Gap) -> list[Gate]:
     return found
 
 
-def gates_on_drift(lora: Sequence[Optimum]) -> list[Gate]:
-    """List the gates of a drift of the optimal learning rate over these ranks."""
-    return gates_on(lora) + ([Gate(GateCode.ONE_RANK)] if len(lora) < 2 else [])
-
-
 # ---------------------------------------------------------------- conditions
 
 
@@ -328,6 +364,11 @@ class Condition:
         """Full fine-tuning; KeyError without it."""
         return self.by_rank[0]
 
+    @cached_property
+    def high(self) -> list[Optimum]:
+        """LoRA's curves of the ranks from MIN_RANK up."""
+        return lora_of(self.optima, MIN_RANK)
+
     @property
     def lora(self) -> dict[int, Optimum]:
         """LoRA's curves by rank."""
@@ -338,9 +379,17 @@ class Condition:
         """The highest rank; 0 without any."""
         return max(self.by_rank, default=0)
 
+    def pair(self, rank: int = 0) -> list[Optimum]:
+        """Return full fine-tuning and a rank (default: the highest)."""
+        return [self.full, self.by_rank[rank or self.top]]
 
+
+@dataclass(frozen=True)
 class TwoArms(Condition):
-    """Full fine-tuning and LoRA of several ranks, of which both must be there."""
+    """Full fine-tuning and LoRA of several ranks, both required, while the task is unsolved."""
+
+    note: str
+    """A sentence about the update at which runs were cut; empty without a cut."""
 
     @property
     def missing(self) -> str:
@@ -384,6 +433,29 @@ class Estimand(Generic[C]):
     """The rank and the number of updates at which it is measured, in words."""
 
 
+LR_DRIFT = Estimand[Any](
+    "lr_drift_per_doubling",
+    lambda c: lr_drift(c.high).slope,
+    lambda c: gates_on(c.high) + ([Gate(GateCode.ONE_RANK)] if len(c.high) < 2 else []),
+)
+"""The slope of ln(optimal LoRA LR) per doubling of the rank, over the ranks from MIN_RANK up."""
+
+
+def over_allowed(name: str, gap: Callable[[C], Gap | None], **more: Any) -> Estimand[C]:
+    """Declare the regret of one curve minus what is allowed, in nats.
+
+    Args:
+        gap: None where a curve is missing.
+        more: other fields of `Estimand`.
+    """
+    return Estimand(
+        name,
+        lambda c: g.over_allowed() if (g := gap(c)) else None,
+        lambda c: gates_on_gap(g) if (g := gap(c)) else [],
+        **more,
+    )
+
+
 @dataclass(frozen=True)
 class Asked:
     """A question as it was asked."""
@@ -412,10 +484,10 @@ class Question(Generic[C]):
     estimands: Sequence[Estimand[C]]
     conditions: Callable[[pd.DataFrame], Sequence[C]]
     """Split a table into conditions and fit their curves."""
+    measures: Callable[[Sequence[C], Asked], dict[str, Any]]
+    """Values for results.json, from the conditions that are shown; estimates may be among them."""
     sections: Callable[[Sequence[C], Asked], list[Section]]
-    """Sections of the report, from the conditions that are shown."""
-    measures: Callable[[Sequence[C], Asked], dict[str, Any]] = lambda conditions, asked: {}
-    """Plain values for results.json, from the same conditions."""
+    """Sections of the report, from the same conditions."""
     ratios: Callable[[C], list[tuple[str, Estimate]]] = lambda c: []
     """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
     split_by: tuple[str, ...] = ()
@@ -457,10 +529,10 @@ class Question(Generic[C]):
                     f"claim {name!r}: {question['analysis']} measures {known}, not "
                     f"{claim['estimand']!r}."
                 )
-        by = list(self.split_by)
+        by, whole = list(self.split_by), Asked(question, table, kept)
         tasks = {" on ".join(k): runs for k, runs in table.groupby(by, sort=False)} if by else {}
         if len(tasks) < 2:
-            return self._analyse(Asked(question, table, kept))
+            return self._analyse(whole)
         found = {k: self._analyse(Asked(question, runs, kept)) for k, runs in tasks.items()}
         sections = []
         for k, (name, one) in enumerate(found.items()):
@@ -475,7 +547,7 @@ class Question(Generic[C]):
         # away within its task is taken away in the whole, too.
         return Analysis(
             optima=[o for one in each for o in one.optima],
-            verdicts=correct([v for one in each for v in one.verdicts], question),
+            verdicts=holm([v for one in each for v in one.verdicts], 1 - whole.level),
             sections=sections,
             measures={"tasks": {k: one.measures for k, one in found.items()}, "read": common},
             members={group: curves for one in each for group, curves in one.members.items()},
@@ -486,19 +558,17 @@ class Question(Generic[C]):
     def _analyse(self, asked: Asked) -> Analysis:
         conditions = self.conditions(asked.table)
         whole, shown = [c for c in conditions if not c.missing], [c for c in conditions if c.shown]
-        measures = self.measures(shown, asked) if shown else {}
+        measures = plain(self.measures(shown, asked)) if shown else {}
         if any(e.read for e in self.estimands):
             claimed = {claim["estimand"] for claim in asked.question["claims"].values()}
-            measures["read"] = read = {}
-            for e in self.estimands:
-                if e.read is None or e.name not in claimed:
-                    continue
+            measures["read"] = {}
+            for e in (e for e in self.estimands if e.read and e.name in claimed):
                 said = {e.read(c) for c in whole if e.applies(c)} - {""}
                 if len(said) == 1:
-                    read[e.name] = said.pop()
+                    measures["read"][e.name] = said.pop()
         found = Analysis(
             optima=distinct(o for c in conditions for o in c.optima),
-            verdicts=correct(self._verdicts(conditions, asked), asked.question),
+            verdicts=holm(self._verdicts(conditions, asked), 1 - asked.level),
             sections=self.sections(shown, asked) if shown else [],
             measures=measures,
             members={c.name: c.rests for c in whole},
@@ -564,8 +634,3 @@ def _over_parts(v: Verdict, each: Sequence[Verdict]) -> Verdict:
     outcome = "UNDECIDED" if v.outcome == "SUPPORTED" else v.outcome
     why = f"{gate.sentence}; {v.why}"
     return dataclasses.replace(v, why=why, outcome=outcome, gates=(gate, *v.gates))
-
-
-def correct(verdicts: Sequence[Verdict], question: dict[str, Any]) -> list[Verdict]:
-    """Correct the primary claims of all conditions for multiplicity (Holm)."""
-    return holm(verdicts, 1 - look_level(int(question.get("rounds", 1))))

@@ -16,11 +16,9 @@ from analysis.inference.decide import at_level
 from analysis.inference.estimate import Estimate, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import batch_effect
-from analysis.measures.at_best import mean_of
+from analysis.measures.at_best import mean_of, over_seeds
 from analysis.measures.regret import ALLOWED, Gap
-from analysis.optimum.fit import fit_all
 from analysis.questions import base
-from analysis.runs.lr_curves import lr_curves
 
 AT = (32, 256, 512, 1024)
 """Batches of which popular summaries speak."""
@@ -59,21 +57,20 @@ class Batches(base.Condition):
     @cached_property
     def effects(self) -> dict[int, Estimate]:
         """The effect of the batch by rank."""
-        return {r: batch_effect.effect(self.usable(r)) for r in self.ranks}
+        return {r: over_seeds(batch_effect.effect(self.usable(r))) for r in self.ranks}
 
     def difference(self) -> Estimate:
         """Return the effect at the highest rank minus that at the lowest."""
-        low, high = self.ranks[0], self.ranks[-1]
-        if low == high:
+        if len(self.ranks) < 2:
             return base.UNKNOWN
-        return batch_effect.difference(self.usable(high), self.usable(low))
+        return batch_effect.difference(self.usable(self.top), self.usable(self.ranks[0]))
 
     def gates_on_difference(self) -> list[Gate]:
         """List the gates of both ranks."""
         if len(self.ranks) < 2:
             return [Gate(GateCode.ONE_RANK)]
-        ends = (self.ranks[0], self.ranks[-1])
-        return list(dict.fromkeys(g for r in ends for g in self.gates_on_effect(r)))
+        both = self.gates_on_effect(self.ranks[0]) + self.gates_on_effect(self.top)
+        return list(dict.fromkeys(both))
 
     def gates_on_effect(self, rank: int) -> list[Gate]:
         """List what forbids a verdict about the effect of the batch at one rank.
@@ -102,23 +99,23 @@ class Batches(base.Condition):
         )
 
     @cached_property
-    def at_equal_examples(self) -> tuple[int, dict[int, list[Gap]]]:
-        """A number of examples, and by batch the gap of each rank after them."""
-        return batch_effect.gaps_at_equal_examples(self.runs)
+    def at_equal_examples(self) -> tuple[int, list[tuple[int, Gap]]]:
+        """A number of examples, and (batch, gap of a rank) after them."""
+        examples, gaps = batch_effect.gaps_at_equal_examples(self.runs)
+        return examples, [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
 
     def gap_at(self, batch: int) -> Gap | None:
         """Return the highest rank's gap at the largest batch up to `batch`.
 
         Batches below half of `batch` do not count.
         """
-        gaps = self.at_equal_examples[1]
-        near = [b for b in gaps if batch / 2 <= b <= batch and gaps[b]]
-        return max(gaps[max(near)], key=lambda g: g.rank) if near else None
+        near = [(b, g) for b, g in self.at_equal_examples[1] if batch / 2 <= b <= batch]
+        return max(near, key=lambda pair: (pair[0], pair[1].rank))[1] if near else None
 
 
 def conditions(table: pd.DataFrame) -> list[Batches]:
     """Return the one condition of a model and data set."""
-    optima = fit_all(lr_curves(table))
+    optima = base.fit(table)
     key = optima[0].curve.key
     return [Batches(f"{key['model']} on {key['dataset']}", table, optima)]
 
@@ -140,18 +137,50 @@ def _where(c: Batches) -> str:
 
 
 def _over_allowed(batch: int) -> base.Estimand[Batches]:
-    """Return the regret minus what is allowed at a batch size."""
-    return base.Estimand(
+    return base.over_allowed(
         f"over_allowed_at_{batch}",
-        lambda c: gap.over_allowed() if (gap := c.gap_at(batch)) else None,
-        lambda c: base.gates_on_gap(gap) if (gap := c.gap_at(batch)) else [],
+        lambda c: c.gap_at(batch),
         absent=f"batch {batch}",
         seeds=lambda c: base.fewest_seeds([gap.lora, gap.full]) if (gap := c.gap_at(batch)) else 0,
         read=lambda c: f"rank {c.top}, after {c.at_equal_examples[0]:,} examples",
     )
 
 
+ESTIMANDS = [
+    base.Estimand[Batches](
+        "batch_effect",
+        lambda c: c.effects.get(c.top, base.UNKNOWN),
+        lambda c: c.gates_on_effect(c.top),
+        seeds=lambda c: c.seeds_of(c.top),
+        read=_where,
+    ),
+    base.Estimand[Batches](
+        "batch_effect_difference",
+        Batches.difference,
+        Batches.gates_on_difference,
+        seeds=lambda c: c.seeds_of(c.ranks[0], c.top) if len(c.ranks) > 1 else 0,
+    ),
+    *(_over_allowed(batch) for batch in AT),
+]
+
+
 # ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
+    """Return the effects by rank, and the regrets by batch and rank."""
+    (c,) = found
+    examples, each = c.at_equal_examples
+    regrets = [
+        {
+            "batch_size": b,
+            "updates": examples // b,
+            "rank": g.rank,
+            "regret_percent": at_level(g.percent(), asked.level),
+        }
+        for b, g in each
+    ]
+    return {"batch_effect": c.effects, "regrets": regrets}
 
 
 def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
@@ -163,33 +192,32 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
         used = {(p.steps, p.batch): p.rho for p in c.usable(rank)}
         for steps in sorted({s for s, _ in used}):
             rows.append([rank, steps, *(used.get((steps, b)) for b in batches)])
-    head = " | ".join(["rank", "updates", *(f"rho at batch {b} [95%]" for b in batches)])
     effects = "; ".join(f"rank {r} {with_interval(e)}" for r, e in c.effects.items())
+    head = " | ".join(["rank", "updates", *(f"rho at batch {b} [95%]" for b in batches)])
     text = [
         "Change of ln(rho) per doubling of the batch, between batches after equally many updates: "
         f"{effects}.",
         "A batch is left out where its optimal learning rates, after so many updates, are not "
         "between those tried, or have fewer seeds than a verdict needs.",
     ]
-    equal_updates = base.Section("At equal updates", base.table(head, rows), text)
-    examples, gaps = c.at_equal_examples
-    each = [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
+    out = [base.Section.of("At equal updates", head, rows, text)]
+    examples, each = c.at_equal_examples
     rows = [[b, examples // b, g.rank, mean_of(g.gain), g.percent()] for b, g in each]
-    said = (
+    text = [
         f"After {examples:,} examples at every batch. Regret: LoRA's loss minus full fine-tuning's,"
         f" in percent of what full fine-tuning gains; up to {ALLOWED:.0%} counts as none."
-    )
+    ]
     head = "batch | updates | rank | gain of FullFT | regret, % of the gain [95%]"
-    equal_examples = base.Section("At equal examples", base.table(head, rows), [said])
+    out.append(base.Section.of("At equal examples", head, rows, text))
     panels = []
     for rank in c.ranks:
         rho: dict[int, dict[float, Estimate]] = {}
         for p in c.usable(rank):
             rho.setdefault(p.batch, {})[p.steps] = p.rho
         lines = {f"batch {b}": rho[b] for b in sorted(rho)}
-        y = "rho: FullFT's updates / LoRA's"
-        look = {"ticks": None, "log_y": True, "lines": {"full fine-tuning": 1.0}}
-        panels.append(base.panel_over("updates", f"rank {rank}", y, lines, **look))
+        y, look = "rho: FullFT's updates / LoRA's", {"ticks": None, "log_y": True}
+        one = {"full fine-tuning": 1.0}
+        panels.append(base.panel_over("updates", f"rank {rank}", y, lines, lines=one, **look))
     regrets: dict[int, dict[float, Estimate]] = {}
     for batch, g in each:
         regrets.setdefault(g.rank, {})[batch] = g.percent()
@@ -199,42 +227,7 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     panels.append(base.panel_over("batch size (sequences)", title, y, lines, band=band))
     caption = "step efficiency over updates by batch, and regret over the batch"
     figure = base.Section("Batch size", figure="batch.png", panels=panels, caption=caption)
-    return [equal_updates, equal_examples, figure]
+    return [*out, figure]
 
 
-def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
-    """Return the effects by rank, and the regrets by batch and rank."""
-    (c,) = found
-    examples, gaps = c.at_equal_examples
-    each = [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
-    percents = [at_level(g.percent(), asked.level).plain() for _, g in each]
-    regrets = [
-        {"batch_size": b, "updates": examples // b, "rank": g.rank, "regret_percent": percent}
-        for (b, g), percent in zip(each, percents)
-    ]
-    effects = {str(r): e.plain() for r, e in c.effects.items()}
-    return {"batch_effect": effects, "regrets": regrets}
-
-
-QUESTION = base.Question[Batches](
-    estimands=[
-        base.Estimand(
-            "batch_effect",
-            lambda c: c.effects.get(c.top, base.UNKNOWN),
-            lambda c: c.gates_on_effect(c.top),
-            seeds=lambda c: c.seeds_of(c.top),
-            read=_where,
-        ),
-        base.Estimand(
-            "batch_effect_difference",
-            lambda c: c.difference() if c.ranks else base.UNKNOWN,
-            Batches.gates_on_difference,
-            seeds=lambda c: c.seeds_of(*c.ranks[:1], *c.ranks[-1:]) if len(c.ranks) > 1 else 0,
-        ),
-        *(_over_allowed(batch) for batch in AT),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    split_by=base.TASK,
-)
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

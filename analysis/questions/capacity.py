@@ -85,33 +85,21 @@ def bits(nll: float, facts: float = 1.0) -> float:
 
 def loads_of(table: pd.DataFrame) -> list[Load]:
     """Split a table into loads, each at the best LR of the seed that ran at the most LRs."""
-    specs = [json.loads(t) for t in table["spec"]]
-    facts = [int(s["dataset"]["knobs"]["facts"]) for s in specs]
-    runs = table.assign(
-        facts=facts,
-        effective=[effective(s) for s in specs],
-        exposures=table["steps"] * table["batch_size"] * ROW / facts,
-    )
+    facts = [int(json.loads(text)["dataset"]["knobs"]["facts"]) for text in table["spec"]]
+    exposures = table["steps"] * table["batch_size"] * ROW / facts
+    runs = table.assign(facts=facts, exposures=exposures)
     found = []
-    for (method, n, exposures), part in runs.groupby(["method", "facts", "exposures"]):
+    for (method, n, times), part in runs.groupby(["method", "facts", "exposures"]):
         done = part[part["status"] == "done"]
         if not len(done):
             continue
         first = done[done["seed"] == done["seed"].value_counts().index[0]]
         best = first.loc[first["test_nll"].idxmin()]
-        at = done[done["lr"] == best["lr"]]
-        found.append(
-            Load(
-                int(n),
-                float(exposures),
-                method,
-                float(best["lr"]),
-                [bits(v, n) for v in at["test_nll"]],
-                [bits(v) for v in at["retain_nll"].dropna()],
-                int(best["effective"]),
-                best["lr"] in (part["lr"].min(), part["lr"].max()),
-            )
-        )
+        lr, at = float(best["lr"]), done[done["lr"] == best["lr"]]
+        stored = [bits(v, n) for v in at["test_nll"]]
+        unseen = [bits(v) for v in at["retain_nll"].dropna()]
+        size, at_edge = effective(json.loads(best["spec"])), lr in (part.lr.min(), part.lr.max())
+        found.append(Load(int(n), float(times), method, lr, stored, unseen, size, at_edge))
     return found
 
 
@@ -125,11 +113,6 @@ class Facts(base.Condition):
     def of_lora(self) -> list[Load]:
         """LoRA's loads."""
         return [c for c in self.loads if c.method == "lora"]
-
-    @property
-    def hundred(self) -> list[Load]:
-        """LoRA's loads at about 100 exposures."""
-        return [c for c in self.of_lora if 70 <= c.exposures <= 140]
 
     @property
     def unseen(self) -> list[float]:
@@ -166,9 +149,8 @@ class Facts(base.Condition):
         if before := max(fewer, key=lambda c: c.exposures, default=None):
             gain = 1 - np.mean(before.bits) / np.mean(best.bits)
             if gain > CONVERGED:
-                last, before_it = f"{best.exposures:.0f}", f"{before.exposures:.0f}"
-                why = f"{last} exposures still add {gain:.0%} to {before_it}"
-                gates.append(Gate(GateCode.NOT_CONVERGED, why))
+                why = f"exposures still add {gain:.0%} to {before.exposures:.0f}"
+                gates.append(Gate(GateCode.NOT_CONVERGED, f"{best.exposures:.0f} {why}"))
         return gates
 
 
@@ -189,26 +171,48 @@ def conditions(table: pd.DataFrame) -> list[Facts]:
     return [Facts(f"{table['model'].iloc[0]}, facts of 16 bits", table, [], loads_of(table))]
 
 
+ESTIMANDS = [
+    base.Estimand[Facts](
+        "bits_per_parameter",
+        lambda c: most(c.of_lora),
+        lambda c: c.gates_on_task() + c.gates_on_most(),
+        absent="lora",
+        log=True,
+    ),
+    base.Estimand[Facts](
+        "bits_at_100",
+        lambda c: most([v for v in c.of_lora if 70 <= v.exposures <= 140]),
+        Facts.gates_on_task,
+        absent="about 100 exposures",
+        log=True,
+    ),
+    base.Estimand[Facts](
+        "unseen_bits",
+        lambda c: exactly(max(c.unseen), len(c.unseen)) if c.unseen else None,
+        absent="unseen facts",
+    ),
+]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Facts], asked: base.Asked) -> dict[str, Any]:
+    """Return the bits stored at every load."""
+    (c,) = found
+    fields = ("method", "facts", "exposures", "lr", "bits", "parameters")
+    return {"cells": [{k: getattr(v, k) for k in fields} for v in c.loads]}
+
+
 def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
     """Return the bits stored at every load, and their figure."""
     (c,) = found
-    head = (
-        "arm | facts | load at 2 bits | exposures | best LR tried | bits stored [95%] | of all | "
-        "bits / parameter | bits known of unseen facts"
-    )
     rows: list[list[Any]] = []
     for v in c.loads:
         lr = rate(v.lr) + (" (edge)" if v.at_edge else "")
         per_parameter, unseen = np.mean(v.bits) / v.parameters, max(v.unseen, default=None)
         stored = [from_sample(v.bits), f"{v.share:.0%}", per_parameter, unseen]
         rows.append([v.method, v.facts, v.load, v.exposures, lr, *stored])
-    text = [f"Effective parameters of the adapter: {v.parameters:,}." for v in c.of_lora[:1]]
-    text.append(
-        "A model that is sure of a wrong value has a high NLL, so the bits known of facts that "
-        "it was never trained on are below 0. Verdicts use the geometric mean over seeds. An "
-        "update shows 128 facts: with few facts, each comes more than once in an update, and many "
-        "exposures take few updates."
-    )
 
     def line(mine: list[Load], x: str) -> dict[float, Estimate]:
         found = {}
@@ -233,41 +237,19 @@ def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
         base.panel_over("exposures of each fact", "by exposures", y, by_exposure, **look),
         base.panel_over(load, "by load", y, by_load, **look),
     ]
+    head = (
+        "arm | facts | load at 2 bits | exposures | best LR tried | bits stored [95%] | of all | "
+        "bits / parameter | bits known of unseen facts"
+    )
+    text = [
+        *(f"Effective parameters of the adapter: {v.parameters:,}." for v in c.of_lora[:1]),
+        "A model that is sure of a wrong value has a high NLL, so the bits known of facts that "
+        "it was never trained on are below 0. Verdicts use the geometric mean over seeds. An "
+        "update shows 128 facts: with few facts, each comes more than once in an update, and many "
+        "exposures take few updates.",
+    ]
     caption = "bits stored per parameter, over load and exposures"
-    return [base.Section("Loads", base.table(head, rows), text, "capacity.png", panels, caption)]
+    return [base.Section.of("Loads", head, rows, text, "capacity.png", panels, caption)]
 
 
-def measures(found: Sequence[Facts], asked: base.Asked) -> dict[str, Any]:
-    """Return the bits stored at every load."""
-    (c,) = found
-    fields = ("method", "facts", "exposures", "lr", "bits", "parameters")
-    return {"cells": [{k: getattr(v, k) for k in fields} for v in c.loads]}
-
-
-QUESTION = base.Question[Facts](
-    estimands=[
-        base.Estimand(
-            "bits_per_parameter",
-            lambda c: most(c.of_lora),
-            lambda c: c.gates_on_task() + c.gates_on_most(),
-            absent="lora",
-            log=True,
-        ),
-        base.Estimand(
-            "bits_at_100",
-            lambda c: most(c.hundred),
-            Facts.gates_on_task,
-            absent="about 100 exposures",
-            log=True,
-        ),
-        base.Estimand(
-            "unseen_bits",
-            lambda c: exactly(max(c.unseen), len(c.unseen)) if c.unseen else None,
-            absent="unseen facts",
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    split_by=("model",),
-)
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=("model",))

@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, exactly, exp_of, from_draws, rate, with_interval
+from analysis.inference.estimate import Estimate, exactly, exp_of, from_draws
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, pooled_over, values_at_best
 from analysis.measures.speed import curves_at_best, log_rho, rho
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves
-from analysis.runs.lr_curves import lr_curves, runs_of, title
+from analysis.runs.lr_curves import runs_of, title
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
 SHARE = 1 / 6
@@ -63,10 +62,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class Arms(base.TwoArms):
-    """Full fine-tuning and the ranks of one model and data set, while the task is unsolved."""
-
-    note: str
-    """A sentence about the cut; empty without one."""
+    """Full fine-tuning and the ranks of one model and data set."""
 
     @cached_property
     def last(self) -> int:
@@ -84,7 +80,7 @@ class Arms(base.TwoArms):
         """Full fine-tuning's optimum after `short` updates, and its learning curves by seed."""
         if not self.short:
             return None, AtBest({})
-        optima = fit_all(lr_curves(at_step(self.runs, self.short)))
+        optima = base.fit(at_step(self.runs, self.short))
         (k,) = (k for k, o in enumerate(optima) if o.curve.key["method"] == "fullft")
         return optima[k], self.read(optima, self.short, self.short)[k]
 
@@ -124,7 +120,7 @@ class Arms(base.TwoArms):
         found: dict[int, Reached] = {}
         seen = steps_seen(self.runs)
         for length in seen:
-            optima = fit_all(lr_curves(at_step(self.runs, length)))
+            optima = base.fit(at_step(self.runs, length))
             there = {
                 r: k for k, o in enumerate(optima) if (r := base.rank_of(o)) and lowest(o) <= loss
             }
@@ -216,51 +212,8 @@ def _times(a: Estimate, b: Estimate) -> Estimate:
 def conditions(table: pd.DataFrame) -> list[Arms]:
     """Return the one condition of a model and data set."""
     runs, note = while_unsolved(table)
-    optima = fit_all(lr_curves(runs))
+    optima = base.fit(runs)
     return [Arms(optima[0].curve.group, runs, optima, note)]
-
-
-def sections(found: Sequence[Arms], asked: base.Asked) -> list[base.Section]:
-    """Return the costs by rank, and their figure."""
-    (c,) = found
-    head = (
-        "rank | operations per update | seconds per update [95%] | optimal LR to FullFT's loss "
-        "[95%] | of runs of | updates to it [95%] | operations to it [95%] | seconds to it [95%]"
-    )
-    rows = []
-    for rank, cost in c.costs.items():
-        reached = c.reached[rank]
-        lr, length = with_interval(reached.optimum.best_lr, rate), reached.length
-        to_loss = [cost[k] for k in ("steps", "flops_to_loss", "seconds_to_loss")]
-        operations = cost["flops_per_step"].value
-        rows.append([rank, operations, cost["seconds_per_step"], lr, length, *to_loss])
-    text = [
-        f"The claims are judged at rank {c.top}. The loss to be reached is full fine-tuning's "
-        f"after {c.short} updates; if a rank does not reach it, the lowest loss that both reach. "
-        "Each method uses the learning rate that is optimal for runs of the length at which it "
-        "reaches that loss. Peak memory is measured in the benchmark and compared with the plan's "
-        "estimate.",
-        *([c.note] if c.note else []),
-    ]
-    names = {
-        "flops_per_step": "operations per update",
-        "seconds_per_step": "seconds per update",
-        "flops_to_loss": "operations to FullFT's loss",
-        "seconds_to_loss": "seconds to FullFT's loss",
-    }
-    heading = title(c.reached[c.top].optimum.curve, length=False)
-    lines = {name: {r: c.costs[r][k] for r in sorted(c.costs)} for k, name in names.items()}
-    look = {"log_y": True, "band": (0.6, 0.75), "lines": {"equal": 1.0}}
-    panel = base.panel_over("rank", heading, "LoRA / FullFT", lines, **look)
-    caption = "operations and seconds, LoRA over full fine-tuning"
-    return [base.Section("Compute", base.table(head, rows), text, "compute.png", [panel], caption)]
-
-
-def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
-    """Return all costs by rank, and the lengths at which ranks reach the loss."""
-    (c,) = found
-    costs = {str(r): {k: e.plain() for k, e in v.items()} for r, v in c.costs.items()}
-    return {"compute": costs, "lengths": {str(rank): r.length for rank, r in c.reached.items()}}
 
 
 def _cost(
@@ -277,15 +230,56 @@ def _cost(
 
 
 TO_LOSS = ", the loss of full fine-tuning after {0.short} of {0.last} updates"
-QUESTION = base.Question[Arms](
-    estimands=[
-        _cost("flops_per_step", lambda c: []),
-        _cost("seconds_per_step", Arms.gates_on_time),
-        _cost("flops_to_loss", Arms.gates_to_loss, TO_LOSS),
-        _cost("seconds_to_loss", lambda c: c.gates_to_loss() + c.gates_on_time(), TO_LOSS),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    split_by=base.TASK,
-)
+ESTIMANDS = [
+    _cost("flops_per_step", lambda c: []),
+    _cost("seconds_per_step", Arms.gates_on_time),
+    _cost("flops_to_loss", Arms.gates_to_loss, TO_LOSS),
+    _cost("seconds_to_loss", lambda c: c.gates_to_loss() + c.gates_on_time(), TO_LOSS),
+]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
+    """Return all costs by rank, and the lengths at which ranks reach the loss."""
+    (c,) = found
+    return {"compute": c.costs, "lengths": {str(r): v.length for r, v in c.reached.items()}}
+
+
+def sections(found: Sequence[Arms], asked: base.Asked) -> list[base.Section]:
+    """Return the costs by rank, and their figure."""
+    (c,) = found
+    rows = []
+    for rank, cost in c.costs.items():
+        lr, length = base.best_lr(c.reached[rank].optimum), c.reached[rank].length
+        per_update = [cost["flops_per_step"].value, cost["seconds_per_step"]]
+        to_loss = [cost[k] for k in ("steps", "flops_to_loss", "seconds_to_loss")]
+        rows.append([rank, *per_update, lr, length, *to_loss])
+    names = {
+        "flops_per_step": "operations per update",
+        "seconds_per_step": "seconds per update",
+        "flops_to_loss": "operations to FullFT's loss",
+        "seconds_to_loss": "seconds to FullFT's loss",
+    }
+    heading = title(c.reached[c.top].optimum.curve, length=False)
+    lines = {name: {r: c.costs[r][k] for r in sorted(c.costs)} for k, name in names.items()}
+    look = {"log_y": True, "band": (0.6, 0.75), "lines": {"equal": 1.0}}
+    panel = base.panel_over("rank", heading, "LoRA / FullFT", lines, **look)
+    head = (
+        "rank | operations per update | seconds per update [95%] | optimal LR to FullFT's loss "
+        "[95%] | of runs of | updates to it [95%] | operations to it [95%] | seconds to it [95%]"
+    )
+    text = [
+        f"The claims are judged at rank {c.top}. The loss to be reached is full fine-tuning's "
+        f"after {c.short} updates; if a rank does not reach it, the lowest loss that both reach. "
+        "Each method uses the learning rate that is optimal for runs of the length at which it "
+        "reaches that loss. Peak memory is measured in the benchmark and compared with the plan's "
+        "estimate.",
+        c.note,
+    ]
+    caption = "operations and seconds, LoRA over full fine-tuning"
+    return [base.Section.of("Compute", head, rows, text, "compute.png", [panel], caption)]
+
+
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, rate, signed, with_interval
+from analysis.inference.estimate import Estimate, signed, with_interval
 from analysis.measures.at_best import over_seeds
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import ALLOWED, Gap, gaps_of
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
-from analysis.runs.lr_curves import lr_curves, runs_of
+from analysis.runs.lr_curves import runs_of
 from analysis.runs.table import TableError
 
 READINGS = {
@@ -86,7 +85,7 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
         TableError: two curves have one reading, or a curve has no experts.
     """
     found = []
-    for group, mine in base.by_group(fit_all(lr_curves(table))).items():
+    for group, mine in base.by_group(base.fit(table)).items():
         full = base.full_of([o for o in mine if o.curve.key.get("scope") != "matrices"])
         lora: dict[str, Optimum] = {}
         for o in base.lora_of(mine):
@@ -115,11 +114,9 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
 
 
 def _over_allowed(reading: str) -> base.Estimand[Experts]:
-    return base.Estimand(
-        f"over_allowed_{reading}",
-        lambda c: c.gaps[reading].over_allowed() if reading in c.gaps else None,
-        lambda c: base.gates_on_gap(c.gaps[reading]),
-        absent=lambda c: c.absent(reading),
+    name = f"over_allowed_{reading}"
+    return base.over_allowed(
+        name, lambda c: c.gaps.get(reading), absent=lambda c: c.absent(reading)
     )
 
 
@@ -145,7 +142,38 @@ def _ratio(
     )
 
 
+ESTIMANDS = [
+    *(_over_allowed(r) for r in READINGS if r != "divided_alpha"),
+    base.Estimand[Experts](
+        "divided_over_allowed",
+        _dividing,
+        lambda c: list(dict.fromkeys(g for r in BOTH for g in base.gates_on_gap(c.gaps[r]))),
+        absent=lambda c: c.absent(*BOTH),
+    ),
+    _ratio("lr_ratio", "active", lambda c: c.whole),
+    _ratio("rate_of_whole", "whole", lambda c: c.readings.get("active")),
+    _ratio("rate_of_divided_alpha", "divided_alpha", lambda c: c.readings.get("active")),
+]
+
+
 # ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Experts], asked: base.Asked) -> dict[str, Any]:
+    """Return gaps, ratios and token shares of every reading."""
+    cells = {}
+    for c in found:
+        cells[c.name] = {
+            reading: {
+                "gap_nats": gap.mean(),
+                "regret_percent": gap.percent(),
+                "load": gap.load,
+                "ratio": c.ratio(reading, c.whole),
+                "token_shares": c.token_shares(gap.lora),
+            }
+            for reading, gap in c.gaps.items()
+        }
+    return {"cells": cells}
 
 
 def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
@@ -155,10 +183,9 @@ def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
         rows: list[list[Any]] = []
         for reading, o in c.readings.items():
             gap, trained = c.gaps.get(reading), runs_of(c.runs, o.curve)["n_trainable"].mean()
-            lr, ratio = with_interval(o.best_lr, rate), c.ratio(reading, c.whole)
-            regret = [with_interval(gap.mean(), signed), gap.percent()] if gap else [None, None]
-            load = gap.load if gap else None
-            rows.append([READINGS[reading], f"{trained:,.0f}", load, lr, ratio, *regret])
+            row = [base.best_lr(o), c.ratio(reading, c.whole)]
+            row += [with_interval(gap.mean(), signed), gap.percent()] if gap else [None, None]
+            rows.append([READINGS[reading], f"{trained:,.0f}", gap.load if gap else None, *row])
         regrets = {textwrap.fill(READINGS[r], 15): g.percent() for r, g in c.gaps.items()}
         y, band = "regret, % of FullFT's gain", (-100 * ALLOWED, 100 * ALLOWED)
         panels = [base.panel_of("each at its optimal LR", y, regrets, band)] if c.gaps else []
@@ -171,7 +198,7 @@ def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
         ]
         title, caption = f"Readings of the rank, {c.name}", "regret of each reading of the rank"
         figure = "readings.png" if c.gaps else ""
-        out.append(base.Section(title, base.table(head, rows), text, figure, panels, caption))
+        out.append(base.Section.of(title, head, rows, text, figure, panels, caption))
         out.append(_counts(c))
         rows = []
         for name, o in (("full fine-tuning", c.whole), *c.readings.items()):
@@ -180,7 +207,7 @@ def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
                 rows.append([READINGS.get(name, name), layer, *three])
         head = "curve | layer | fewest tokens per expert | most | if all were equal"
         text = ["Shares of a layer's training tokens, mean over the runs of a curve."]
-        out.append(base.Section("Tokens per expert", base.table(head, rows) if rows else [], text))
+        out.append(base.Section.of("Tokens per expert", head, rows, text))
     return out
 
 
@@ -207,44 +234,13 @@ def _counts(c: Experts) -> base.Section:
         "Per weight: trained parameters over the weights of the experts. The study divides the "
         "rank to have the same ratio as in dense models."
     ]
-    return base.Section("What is trained in the experts", base.table(head, rows), text)
+    return base.Section.of("What is trained in the experts", head, rows, text)
 
 
-def measures(found: Sequence[Experts], asked: base.Asked) -> dict[str, Any]:
-    """Return gaps, ratios and token shares of every reading."""
-    return {
-        "cells": {
-            c.name: {
-                reading: {
-                    "gap_nats": gap.mean().plain(),
-                    "regret_percent": gap.percent().plain(),
-                    "load": gap.load,
-                    "ratio": ratio and ratio.plain(),
-                    "token_shares": c.token_shares(gap.lora),
-                }
-                for reading, gap in c.gaps.items()
-                for ratio in [c.ratio(reading, c.whole)]
-            }
-            for c in found
-        }
-    }
-
-
-QUESTION = base.Question[Experts](
-    estimands=[
-        *(_over_allowed(r) for r in READINGS if r != "divided_alpha"),
-        base.Estimand(
-            "divided_over_allowed",
-            _dividing,
-            lambda c: list(dict.fromkeys(g for r in BOTH for g in base.gates_on_gap(c.gaps[r]))),
-            absent=lambda c: c.absent(*BOTH),
-        ),
-        _ratio("lr_ratio", "active", lambda c: c.whole),
-        _ratio("rate_of_whole", "whole", lambda c: c.readings.get("active")),
-        _ratio("rate_of_divided_alpha", "divided_alpha", lambda c: c.readings.get("active")),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
+QUESTION = base.Question(
+    ESTIMANDS,
+    conditions,
+    measures,
+    sections,
     ratios=lambda c: [(READINGS[r], v) for r in c.readings if (v := c.ratio(r, c.whole))],
 )

@@ -18,14 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, exactly, number, rate, signed, with_interval
+from analysis.inference.estimate import Estimate, exactly, number, signed, with_interval
 from analysis.measures.at_best import losses_at_best, over_seeds
 from analysis.measures.ratio import lr_drift
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import by_run
-from analysis.runs.lr_curves import lr_curves
 
 LAST_BITS = 1e-15
 """Differences (nats) below this are of the last bits of a loss in float64."""
@@ -53,8 +51,8 @@ class Twins:
             if (acts := broken_by(a, b)) is None:
                 continue
             off = np.abs(np.subtract(*(learned[r.name]["test_nll"].to_numpy() for r in (a, b))))
-            one, most = acts == "nothing", float(off.max())
-            if one:
+            equal, most = acts == "nothing", float(off.max())
+            if equal:
                 self.held.append(most)
             else:
                 self.broken[acts] = max(self.broken.get(acts, 0.0), most)
@@ -64,9 +62,9 @@ class Twins:
                     f"LR_B {r['lr'] * r['lr_b_ratio']:g}, eps {r['eps']:g}"
                     for r in (a, b)
                 ]
-                expected = "equal" if one else "different"
+                expected = "equal" if equal else "different"
                 self.rows.append([*settings, acts, expected, f"{most:.2g}"])
-                label, colour = ("", "grey") if one else (acts, None)
+                label, colour = ("", "grey") if equal else (acts, None)
                 steps = learned[a.name]["step"].tolist()[1:]
                 self.series.append(base.Series(label, steps, off[1:].tolist(), colour=colour))
 
@@ -138,58 +136,8 @@ class Settings(base.Condition):
 def conditions(table: pd.DataFrame) -> list[Settings]:
     """Return the one condition of a model and data set."""
     swept = table[table["precision"] != "fp64"]
-    optima = fit_all(lr_curves(swept)) if len(swept) else []
+    optima = base.fit(swept) if len(swept) else []
     return [Settings(f"{table['model'].iloc[0]} on {table['dataset'].iloc[0]}", table, optima)]
-
-
-def sections(found: Sequence[Settings], asked: base.Asked) -> list[base.Section]:
-    """Return the twins, the scaling rules, and starting with B random."""
-    (c,) = found
-    text = (
-        "Largest difference of the held-out NLL at any step. If p = q, a single eps scaled by 1/p "
-        "keeps the symmetry."
-    )
-    panel = base.Panel(
-        "twins in float64",
-        "update",
-        "|difference of held-out NLL| (nats)",
-        [base.Series("equal by the claim", [], [], colour="grey"), *c.twins.series],
-        log_x=True,
-        log_y=True,
-        linear_below=LAST_BITS,
-    )
-    caption = "difference of twins' held-out loss over the run"
-    head = "one | other | what acts | should be | largest difference (nats)"
-    rows = base.table(head, c.twins.rows)
-    twins = base.Section("Twins", rows, [text], "twins.png", [panel], caption)
-    each = [(rule, o) for rule, of_rule in c.rules.items() for o in of_rule]
-    rows = base.table(
-        "scaling | rank | best LR [95%] | best NLL",
-        [
-            [RULES[r], base.rank_of(o), with_interval(o.best_lr, rate), number(o.best_nll, 5)]
-            for r, o in each
-        ],
-    )
-    slopes = [
-        f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}."
-        for r, e in c.drifts.items()
-    ]
-    lrs = {RULES[r]: {base.rank_of(o): o.best_lr for o in v} for r, v in c.rules.items()}
-    panel = base.panel_over("rank", "optimal LR by rank", "best LoRA LR", lrs, log_y=True)
-    caption = "optimal LR by rank and scaling rule"
-    rules = base.Section("Scaling rules", rows, slopes, "rules.png", [panel], caption)
-    rows = []
-    if c.starts is not None and c.start_gap is not None:
-        rows = [["random", "best LR [95%]", "best NLL", "gap [95%]"]]
-        for name, o, gap in zip("AB", c.starts, ["-", with_interval(c.start_gap, signed)]):
-            rows.append([name, with_interval(o.best_lr, rate), number(o.best_nll, 5), gap])
-    return [twins, rules, base.Section("B random instead of A", rows)]
-
-
-def measures(found: Sequence[Settings], asked: base.Asked) -> dict[str, Any]:
-    """Return the drifts by scaling rule."""
-    (c,) = found
-    return {"drifts": {r: e.plain() for r, e in c.drifts.items()}}
 
 
 def _drift(name: str, rule: str) -> base.Estimand[Settings]:
@@ -202,25 +150,72 @@ def _drift(name: str, rule: str) -> base.Estimand[Settings]:
     )
 
 
-QUESTION = base.Question[Settings](
-    estimands=[
-        base.Estimand(
-            "twin_difference",
-            lambda c: exactly(max(c.twins.held), len(c.twins.held)) if c.twins.held else None,
-            absent="twins",
-        ),
-        base.Estimand(
-            "broken_difference",
-            lambda c: exactly(min(by.values()), len(by)) if (by := c.twins.broken) else None,
-            absent="broken twins",
-        ),
-        _drift("drift_alpha_over_rank", "rank"),
-        _drift("drift_alpha_over_root", "sqrt_rank"),
-        _drift("drift_alpha", "none"),
-        base.Estimand("start_b_gap", lambda c: c.start_gap, absent="start=b"),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    split_by=base.TASK,
-)
+ESTIMANDS = [
+    base.Estimand[Settings](
+        "twin_difference",
+        lambda c: exactly(max(c.twins.held), len(c.twins.held)) if c.twins.held else None,
+        absent="twins",
+    ),
+    base.Estimand[Settings](
+        "broken_difference",
+        lambda c: exactly(min(by.values()), len(by)) if (by := c.twins.broken) else None,
+        absent="broken twins",
+    ),
+    _drift("drift_alpha_over_rank", "rank"),
+    _drift("drift_alpha_over_root", "sqrt_rank"),
+    _drift("drift_alpha", "none"),
+    base.Estimand[Settings]("start_b_gap", lambda c: c.start_gap, absent="start=b"),
+]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Settings], asked: base.Asked) -> dict[str, Any]:
+    """Return the drifts by scaling rule."""
+    return {"drifts": found[0].drifts}
+
+
+def sections(found: Sequence[Settings], asked: base.Asked) -> list[base.Section]:
+    """Return the twins, the scaling rules, and starting with B random."""
+    (c,) = found
+    text = (
+        "Largest difference of the held-out NLL at any step. If p = q, a single eps scaled by 1/p "
+        "keeps the symmetry."
+    )
+    series = [base.Series("equal by the claim", [], [], colour="grey"), *c.twins.series]
+    panel = base.Panel(
+        "twins in float64",
+        "update",
+        "|difference of held-out NLL| (nats)",
+        series,
+        log_x=True,
+        log_y=True,
+        linear_below=LAST_BITS,
+    )
+    head = "one | other | what acts | should be | largest difference (nats)"
+    figure = ("twins.png", [panel], "difference of twins' held-out loss over the run")
+    twins = base.Section.of("Twins", head, c.twins.rows, [text], *figure)
+    rows = [
+        [RULES[r], base.rank_of(o), base.best_lr(o), number(o.best_nll, 5)]
+        for r, of_rule in c.rules.items()
+        for o in of_rule
+    ]
+    slopes = [
+        f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}."
+        for r, e in c.drifts.items()
+    ]
+    lrs = {RULES[r]: {base.rank_of(o): o.best_lr for o in v} for r, v in c.rules.items()}
+    panel = base.panel_over("rank", "optimal LR by rank", "best LoRA LR", lrs, log_y=True)
+    head = "scaling | rank | best LR [95%] | best NLL"
+    figure = ("rules.png", [panel], "optimal LR by rank and scaling rule")
+    rules = base.Section.of("Scaling rules", head, rows, slopes, *figure)
+    rows = []
+    if c.starts is not None and c.start_gap is not None:
+        for name, o, gap in zip("AB", c.starts, ["-", with_interval(c.start_gap, signed)]):
+            rows.append([name, base.best_lr(o), number(o.best_nll, 5), gap])
+    head = "random | best LR [95%] | best NLL | gap [95%]"
+    return [twins, rules, base.Section.of("B random instead of A", head, rows)]
+
+
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

@@ -9,7 +9,7 @@ order comes from the location.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -31,11 +31,10 @@ from analysis.measures.at_best import (
 from analysis.measures.qualify import stalled
 from analysis.measures.regret import Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, rho
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves
-from analysis.runs.lr_curves import lr_curves, runs_of, title
+from analysis.runs.lr_curves import runs_of, title
 
 EVERY_LAYER = "attention+mlp+unembedding"
 SETS = (
@@ -66,6 +65,11 @@ class Arm:
     """Share of full fine-tuning's squared gradient at the start that lies in the layer set."""
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is full fine-tuning of everything."""
+        return self.rank is None and self.optimum.curve.key.get("scope") == "all"
+
+    @property
     def nll(self) -> float | None:
         """Loss at the optimum, in nats."""
         return self.optimum.best_nll
@@ -86,19 +90,23 @@ class Pair:
 class Task(base.Condition):
     """All arms on one model and data set."""
 
-    whole: Arm | None
-    """Full fine-tuning of everything."""
-    restricted: list[Arm]
-    """Full fine-tuning of some matrices."""
-    adapted: list[Arm]
-    """LoRA on each layer set."""
-    start: dict[int, float] = field(default_factory=dict)
-    """Loss before training by seed, in nats."""
+    arms: list[Arm]
+    """Full fine-tuning of everything first, then of some matrices, then LoRA."""
 
-    @property
-    def arms(self) -> list[Arm]:
-        """All arms, full fine-tuning first."""
-        return [*([self.whole] if self.whole else []), *self.restricted, *self.adapted]
+    @cached_property
+    def whole(self) -> Arm | None:
+        """Full fine-tuning of everything."""
+        return next((a for a in self.arms if a.is_whole), None)
+
+    @cached_property
+    def restricted(self) -> list[Arm]:
+        """Full fine-tuning of some matrices."""
+        return [a for a in self.arms if a.rank is None and not a.is_whole]
+
+    @cached_property
+    def adapted(self) -> list[Arm]:
+        """LoRA on each layer set."""
+        return [a for a in self.arms if a.rank is not None]
 
     def get(self, layers: str, rank: int | None = None) -> Arm | None:
         """Return LoRA's arm of a layer set and rank (default: the highest); None without one."""
@@ -116,9 +124,9 @@ class Task(base.Condition):
         if self.whole is None or equal is None or both is None or mlp is None:
             return []
         found, full = [], self.whole
+        gain = gain_from(starts_of(runs_of(self.runs, full.optimum.curve)), full.losses)
         for a, b in (equal, (mlp, both)):
             logs = log_rho(a.points, full.points).minus(log_rho(b.points, full.points))
-            gain = gain_from(self.start, full.losses)
             nats = a.losses.minus(b.losses)
             gap = Gap(a.rank or 0, a.optimum, full.optimum, nats, gain, None)
             found.append(Pair((a, b), logs, gap))
@@ -140,9 +148,8 @@ class Task(base.Condition):
 
     def of_pair(self, which: int) -> list[Optimum]:
         """Return the optima from which a pair's estimands are computed."""
-        if not self.pairs or self.whole is None:
-            return []
-        return [a.optimum for a in (self.whole, *self.pairs[which].arms)]
+        arms = (self.whole, *self.pairs[which].arms) if self.pairs else ()
+        return [a.optimum for a in arms]
 
     @property
     def rests(self) -> list[Optimum]:
@@ -150,7 +157,7 @@ class Task(base.Condition):
 
     def gates_on_rho(self, used: Sequence[Optimum], ratios: Sequence[Estimate]) -> list[Gate]:
         """List what forbids a verdict about rho on these optima."""
-        if not self.pairs or self.whole is None:
+        if not self.pairs:
             return base.missing(ABSENT)
         gates = stalled([self.whole.optimum], [self.whole.points.best]) + base.gates_on_speed(used)
         if not gates and any(e.value is None for e in ratios):
@@ -169,13 +176,11 @@ class Task(base.Condition):
     @cached_property
     def pooled(self) -> PooledVariance | None:
         """Variance over seeds of ln(rho), pooled over all arms."""
-        assert self.whole is not None
         full = self.whole.points
         return pooled_over(log_rho(b.points, full) for b in (*self.adapted, *self.restricted))
 
     def speed(self, a: Arm) -> Estimate:
         """Return rho of an arm."""
-        assert self.whole is not None
         return rho(a.points, self.whole.points, self.pooled)
 
 
@@ -200,7 +205,7 @@ class AllTasks(base.Condition):
     def trace(self) -> Estimate:
         """Return the rank correlation of ln(rho) with ln(gradient share), within tasks."""
         found = []
-        for t in (t for t in self.tasks if t.pairs and t.whole):
+        for t in (t for t in self.tasks if t.pairs):
             equal, joint = (p.arms for p in t.pairs)
             arms = [a for a in (*equal, joint[1]) if a.share]
             speeds = [log_rho(a.points, t.whole.points) for a in arms]
@@ -234,134 +239,32 @@ def equal_pair(adapted: Sequence[Arm]) -> tuple[Arm, Arm] | None:
 
 def conditions(table: pd.DataFrame) -> list[Task | AllTasks]:
     """Split a table into tasks and arms, and join all tasks."""
-    optima = fit_all(lr_curves(table))
+    optima = base.fit(table)
     points = dict(zip(map(id, optima), curves_at_best(table, optima)))
     losses = dict(zip(map(id, optima), losses_at_best(optima)))
-    shares = gradient_shares(table)
     tasks = []
     for group, curves in base.by_group(optima).items():
-        whole, start = None, {}
-        restricted: list[Arm] = []
-        adapted: list[Arm] = []
+        full = [o for o in curves if not base.rank_of(o)]
+        whole = [o for o in full if o.curve.key.get("scope") == "all"]
+        arms, share = [], gradient_shares(runs_of(table, whole[0].curve)) if whole else {}
         for o in curves:
-            key, share = o.curve.key, shares.get(group, {})
-            layers = EVERY_LAYER if key["layers"] == "all" else str(key["layers"])
+            layers = str(o.curve.key["layers"]).replace("all", EVERY_LAYER)
             total = sum(share.get(s, math.nan) for s in layers.split("+")) if share else None
-            runs, is_full = runs_of(table, o.curve), key["method"] == "fullft"
-            rank, n = None if is_full else int(key["rank"]), int(runs["n_trainable"].iloc[0])
-            arm = Arm(o, layers, rank, n, points[id(o)], losses[id(o)], total)
-            if is_full and key.get("scope") == "all":
-                whole, start = arm, starts_of(runs)
-            else:
-                (restricted if is_full else adapted).append(arm)
-        mine = [a.optimum for a in (*([whole] if whole else []), *restricted, *adapted)]
-        tasks.append(Task(group, table, mine, whole, restricted, adapted, start))
+            n = int(runs_of(table, o.curve)["n_trainable"].iloc[0])
+            rank = base.rank_of(o) or None
+            arms.append(Arm(o, layers, rank, n, points[id(o)], losses[id(o)], total))
+        arms.sort(key=lambda a: 2 if a.rank else 1 - a.is_whole)
+        tasks.append(Task(group, table, [a.optimum for a in arms], arms))
     names = " and ".join(t.name for t in tasks)
-    return [
-        *tasks,
-        AllTasks(names if len(tasks) < 3 else f"all {len(tasks)} tasks", table, [], tasks),
-    ]
+    name = names if len(tasks) < 3 else f"all {len(tasks)} tasks"
+    return [*tasks, AllTasks(name, table, [], tasks)]
 
 
-def gradient_shares(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Return the share of the squared gradient at step 0 by group and layer set.
-
-    A mean over full fine-tuning's runs.
-    """
-    full = table[(table["method"] == "fullft") & (table["scope"] == "all")]
-    out: dict[str, dict[str, float]] = {}
-    for curve in lr_curves(full) if len(full) else []:
-        task = (full[k] == curve.key[k] for k in ("model", "dataset"))
-        first = learning_curves(full[np.logical_and(*task)]).drop_duplicates("run")
-        found = list(first["grad_share"].dropna())
-        if found:
-            out[curve.group] = {k: float(np.mean([f[k] for f in found])) for k in found[0]}
-    return out
-
-
-# ---------------------------------------------------------------- the report
-
-
-def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
-    """Return the comparisons over tasks, every task's arms, and their figure."""
-    rows = []
-    for t in (t for t in tasks if t.pairs):
-        nll = {a.layers: a.nll for a in t.restricted}
-        attention, mlp, same = nll.get("attention"), nll.get("mlp"), "-"
-        speed = t.ratios[0].value
-        if attention is not None and mlp is not None and speed is not None:
-            agrees = "yes" if (attention > mlp) == (speed < 1) else "no"
-            same = f"{agrees}: attention {signed(attention - mlp)} nats against mlp"
-        rows.append([t.name, *t.ratios, *(p.gap.percent() for p in t.pairs), same])
-    head = (
-        "task | rho attention / rho mlp, equal parameters [95%] | rho mlp / rho attention+mlp, "
-        "equal rank [95%] | attention's loss less mlp's, % of FullFT's gain [95%] | mlp's loss "
-        "less attention+mlp's, % [95%] | the same order under full fine-tuning of the matrices"
-    )
-    text = "A claim about all tasks is judged by the task that is worst for it."
-    out = [base.Section("Over the tasks", base.table(head, rows), [text])]
-    head = "arm | trained parameters | rho [95%] | best NLL | gap to FullFT (nats)"
-    for t in tasks:
-        rows = []
-        for a in t.arms:
-            of_full, gap = None, None
-            if t.whole is not None and a is not t.whole:
-                of_full = t.speed(a)
-                gap = None if a.nll is None or t.whole.nll is None else a.nll - t.whole.nll
-            name = f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
-            name = "full fine-tuning" if a is t.whole else name
-            shown = [number(a.nll, 5), signed(gap), a.share]
-            rows.append([name, f"{a.n_trainable:,}", of_full, *shown])
-        out.append(
-            base.Section(t.name, base.table(f"{head} | share of the squared gradient", rows))
-        )
-    caption, panels = "step efficiency by layer set and task", [_panel(t) for t in tasks]
-    return [*out, base.Section("Layer sets", [], [], "layers.png", panels, caption)]
-
-
-def _panel(t: Task) -> base.Panel:
-    here = [s for s in SETS if any(a.layers == s for a in (*t.adapted, *t.restricted))]
-    highest = {a.layers: max(b.rank for b in t.adapted if b.layers == a.layers) for a in t.adapted}
-    low = min((a.rank for a in t.adapted), default=0)
-    raised = [a for a in t.adapted if a.rank == highest[a.layers] and a.rank > low]
-    kinds = {
-        "LoRA, rank raised to the MLP's parameters": raised,
-        "LoRA, one rank": [a for a in t.adapted if a not in raised],
-        "FullFT of the same matrices": t.restricted,
-    }
-    series = []
-    for side, (label, arms) in enumerate(kinds.items()):
-        arms = sorted((a for a in arms if a.layers in here), key=lambda a: here.index(a.layers))
-        # Side by side, so that intervals do not cover each other.
-        x = [here.index(a.layers) + 0.16 * (side - 1) for a in arms if t.whole]
-        series.append(base.Series.of(label, x, [t.speed(a) for a in arms if t.whole], style="o"))
-    short = [
-        s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+")
-        for s in here
-    ]
-    return base.Panel(
-        title(t.arms[0].optimum.curve).replace(" on ", " on\n", 1),
-        "layer set",
-        "rho: FullFT's updates / the arm's",
-        series,
-        log_y=True,
-        ticks=[(float(k), s) for k, s in enumerate(short)],
-        lines={"full fine-tuning": 1.0},
-    )
-
-
-def measures(tasks: Sequence[Task], asked: base.Asked) -> dict[str, Any]:
-    """Return the ratios of rho, the ranks compared, and the gradient's shares."""
-    used = [t for t in tasks if t.pairs]
-    return {
-        "attention_over_mlp": {t.name: t.ratios[0].plain() for t in used},
-        "mlp_over_both": {t.name: t.ratios[1].plain() for t in used},
-        "ranks": {t.name: {a.layers: a.rank for a in t.pairs[0].arms} for t in used},
-        "gradient_share": {t.name: {a.layers: a.share for a in t.adapted} for t in tasks},
-    }
-
-
-# ---------------------------------------------------------------- estimands
+def gradient_shares(runs: pd.DataFrame) -> dict[str, float]:
+    """Return the share of the squared gradient at step 0 by layer set, as a mean over runs."""
+    first = learning_curves(runs).drop_duplicates("run")
+    found = list(first["grad_share"].dropna())
+    return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else {}
 
 
 def _is_all(c: base.Condition) -> bool:
@@ -410,19 +313,98 @@ def _everywhere(
 
 
 ATTENTION, MLP = _speed("attention_over_mlp", 0), _speed("mlp_over_both", 1)
-QUESTION = base.Question[Any](
-    estimands=[
-        ATTENTION,
-        MLP,
-        _loss("attention_over_allowed", 0),
-        _loss("mlp_over_allowed", 1),
-        _everywhere("attention_everywhere", 0, max, ATTENTION),
-        _everywhere("mlp_everywhere", 1, min, MLP),
-        base.Estimand(
-            "trace_correlation", AllTasks.trace, AllTasks.gates_on_trace, applies=_is_all
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-)
+ESTIMANDS = [
+    ATTENTION,
+    MLP,
+    _loss("attention_over_allowed", 0),
+    _loss("mlp_over_allowed", 1),
+    _everywhere("attention_everywhere", 0, max, ATTENTION),
+    _everywhere("mlp_everywhere", 1, min, MLP),
+    base.Estimand("trace_correlation", AllTasks.trace, AllTasks.gates_on_trace, applies=_is_all),
+]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def measures(tasks: Sequence[Task], asked: base.Asked) -> dict[str, Any]:
+    """Return the ratios of rho, the ranks compared, and the gradient's shares."""
+    used = [t for t in tasks if t.pairs]
+    return {
+        "attention_over_mlp": {t.name: t.ratios[0] for t in used},
+        "mlp_over_both": {t.name: t.ratios[1] for t in used},
+        "ranks": {t.name: {a.layers: a.rank for a in t.pairs[0].arms} for t in used},
+        "gradient_share": {t.name: {a.layers: a.share for a in t.adapted} for t in tasks},
+    }
+
+
+def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
+    """Return the comparisons over tasks, every task's arms, and their figure."""
+    rows = []
+    for t in (t for t in tasks if t.pairs):
+        nll = {a.layers: a.nll for a in t.restricted}
+        attention, mlp, same = nll.get("attention"), nll.get("mlp"), "-"
+        speed = t.ratios[0].value
+        if attention is not None and mlp is not None and speed is not None:
+            agrees = "yes" if (attention > mlp) == (speed < 1) else "no"
+            same = f"{agrees}: attention {signed(attention - mlp)} nats against mlp"
+        rows.append([t.name, *t.ratios, *(p.gap.percent() for p in t.pairs), same])
+    head = (
+        "task | rho attention / rho mlp, equal parameters [95%] | rho mlp / rho attention+mlp, "
+        "equal rank [95%] | attention's loss less mlp's, % of FullFT's gain [95%] | mlp's loss "
+        "less attention+mlp's, % [95%] | the same order under full fine-tuning of the matrices"
+    )
+    text = "A claim about all tasks is judged by the task that is worst for it."
+    out = [base.Section.of("Over the tasks", head, rows, [text])]
+    head = (
+        "arm | trained parameters | rho [95%] | best NLL | gap to FullFT (nats) | share of the "
+        "squared gradient"
+    )
+    for t in tasks:
+        rows = []
+        for a in t.arms:
+            of_full, gap = None, None
+            if t.whole is not None and a is not t.whole:
+                of_full = t.speed(a)
+                gap = None if a.nll is None or t.whole.nll is None else a.nll - t.whole.nll
+            name = f"FullFT of {a.layers}" if a.rank is None else f"LoRA r{a.rank} on {a.layers}"
+            name = "full fine-tuning" if a is t.whole else name
+            shown = [number(a.nll, 5), signed(gap), a.share]
+            rows.append([name, f"{a.n_trainable:,}", of_full, *shown])
+        out.append(base.Section.of(t.name, head, rows))
+    caption, panels = "step efficiency by layer set and task", [_panel(t) for t in tasks]
+    return [*out, base.Section("Layer sets", [], [], "layers.png", panels, caption)]
+
+
+def _panel(t: Task) -> base.Panel:
+    here = [s for s in SETS if any(a.layers == s for a in (*t.adapted, *t.restricted))]
+    highest = {a.layers: max(b.rank for b in t.adapted if b.layers == a.layers) for a in t.adapted}
+    low = min((a.rank for a in t.adapted), default=0)
+    raised = [a for a in t.adapted if a.rank == highest[a.layers] and a.rank > low]
+    kinds = {
+        "LoRA, rank raised to the MLP's parameters": raised,
+        "LoRA, one rank": [a for a in t.adapted if a not in raised],
+        "FullFT of the same matrices": t.restricted,
+    }
+    series = []
+    for side, (label, arms) in enumerate(kinds.items()):
+        arms = sorted((a for a in arms if a.layers in here), key=lambda a: here.index(a.layers))
+        # Side by side, so that intervals do not cover each other.
+        x = [here.index(a.layers) + 0.16 * (side - 1) for a in arms if t.whole]
+        series.append(base.Series.of(label, x, [t.speed(a) for a in arms if t.whole], style="o"))
+    short = [
+        s.replace("attention", "attn").replace("unembedding", "head").replace("+", "\n+")
+        for s in here
+    ]
+    return base.Panel(
+        title(t.arms[0].optimum.curve).replace(" on ", " on\n", 1),
+        "layer set",
+        "rho: FullFT's updates / the arm's",
+        series,
+        log_y=True,
+        ticks=[(float(k), s) for k, s in enumerate(short)],
+        lines={"full fine-tuning": 1.0},
+    )
+
+
+QUESTION = base.Question[Any](ESTIMANDS, conditions, measures, sections)

@@ -23,11 +23,10 @@ from analysis.measures.qualify import stalled
 from analysis.measures.ratio import MIN_RANK, gaps, lr_drift, pool_ratios, ratio_of, rivals
 from analysis.measures.regret import Gap, gaps_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points
-from analysis.runs.lr_curves import lr_curves, runs_of
+from analysis.runs.lr_curves import runs_of
 from analysis.runs.table import TableError
 
 ONE, TEN = "FullFT's best LR", "10 x FullFT's best LR"
@@ -55,11 +54,6 @@ class Ratio:
     """The ratio by each published law at this width and alpha; only over ranks."""
     rho: Estimate = base.UNKNOWN
 
-    def plain(self) -> dict[str, Any]:
-        """Return plain values for results.json."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: v.plain() if isinstance(v, Estimate) else v for k, v in values.items()}
-
     @property
     def name(self) -> str:
         """Name the rank or ranks."""
@@ -85,19 +79,9 @@ class Variant(base.Condition):
     def shown(self) -> bool:
         return True
 
-    @cached_property
-    def high(self) -> list[Optimum]:
-        """The ranks from MIN_RANK up."""
-        return base.lora_of(self.optima, MIN_RANK)
-
     @property
     def rests(self) -> list[Optimum]:
         return [self.full, *self.high]
-
-    @property
-    def ends(self) -> list[Optimum]:
-        """Full fine-tuning and the highest rank."""
-        return [self.full, self.by_rank[self.top]]
 
     @property
     def alpha(self) -> float:
@@ -140,14 +124,14 @@ class Variant(base.Condition):
 
     def speed(self) -> Estimate:
         """Return rho of the highest rank."""
-        full, top = (self.points[id(o)] for o in self.ends)
+        full, top = (self.points[id(o)] for o in self.pair())
         return rho(
             top, full, at_best.pooled_over(log_rho(self.points[id(o)], full) for o in self.high)
         )
 
     def gates_on_speed(self) -> list[Gate]:
-        curves = [self.points[id(o)].best for o in self.ends]
-        return base.gates_on_speed(self.ends) + stalled(self.ends, curves)
+        curves = [self.points[id(o)].best for o in self.pair()]
+        return base.gates_on_speed(self.pair()) + stalled(self.pair(), curves)
 
     @cached_property
     def gaps(self) -> dict[int, Gap]:
@@ -156,23 +140,21 @@ class Variant(base.Condition):
         return {g.rank: g for g in gaps_of(mine, self.rests)}
 
     @cached_property
-    def at_ten_times(self) -> tuple[at_best.AtLr, Estimate]:
-        """The highest rank at 10 times full fine-tuning's optimum, and what that costs it.
+    def at_ten_times(self) -> at_best.Cost:
+        """What the highest rank loses at 10 times full fine-tuning's optimum.
 
-        The cost is the loss there minus that at the rank's own optimum, in percent of what full
-        fine-tuning gains. It includes the error of both optima.
+        That is its loss there minus that at its own optimum, in percent of what full fine-tuning
+        gains. It includes the error of both optima.
         """
-        found = {}
-        for rank, gap in self.gaps.items():
-            at = at_best.losses_at(
-                gap.lora, [10 * lr for lr in at_best.best_and_draws(gap.full, 1)]
-            )
-            nats = at.losses.minus(at_best.losses_at_best([gap.lora])[0])
-            found[rank] = at, nats.paired(gap.gain, lambda lost, gain: 100 * lost / gain)
-        at, cost = found[self.top]
-        return at, at_best.cost_of(
-            at, cost, at_best.pooled_over(cost for _, cost in found.values())
-        )
+        lrs = [10 * lr for lr in at_best.best_and_draws(self.full, 1)]
+
+        def percent(rank: int, losses: at_best.AtBest[float]) -> at_best.AtBest[float]:
+            (own,) = at_best.losses_at_best([self.gaps[rank].lora])
+            gain = self.gaps[rank].gain
+            return losses.minus(own).paired(gain, lambda lost, gain: 100 * lost / gain)
+
+        arms = {rank: (gap.lora, lrs) for rank, gap in self.gaps.items()}
+        return at_best.costs_at(arms, percent)[self.top]
 
 
 def conditions(table: pd.DataFrame) -> list[Variant]:
@@ -181,7 +163,7 @@ def conditions(table: pd.DataFrame) -> list[Variant]:
     Raises:
         TableError: a model and data set has several curves of full fine-tuning.
     """
-    optima = fit_all(lr_curves(table))
+    optima = base.fit(table)
     points = dict(zip(map(id, optima), curves_at_best(table, optima)))
     sizes = table["hidden_size"].fillna(0) if "hidden_size" in table else pd.Series(0, table.index)
     widths = dict(zip(table["model"], sizes.astype(int)))
@@ -211,6 +193,55 @@ def _pooled(found: Sequence[Variant]) -> RandomEffects | None:
     return None if of_variants else pool_ratios([c.ratio for c in found if not c.missing])
 
 
+ESTIMANDS = [
+    base.Estimand[Variant](
+        "lr_ratio",
+        lambda c: c.ratio,
+        lambda c: base.gates_on(c.rests),
+        log=True,
+        rivals=lambda c: c.laws,
+    ),
+    base.LR_DRIFT,
+    base.Estimand[Variant](
+        "rho_top_rank",
+        Variant.speed,
+        Variant.gates_on_speed,
+        log=True,
+        seeds=lambda c: base.fewest_seeds(c.pair()),
+        read=lambda c: f"rank {c.top}, to update {read_to([c.points[id(o)] for o in c.pair()])}",
+    ),
+    base.over_allowed(
+        "over_allowed_top_rank",
+        lambda c: c.gaps[c.top],
+        seeds=lambda c: base.fewest_seeds(c.pair()),
+        read=lambda c: f"rank {c.top}",
+    ),
+    base.Estimand[Variant](
+        "ten_times_regret",
+        lambda c: c.at_ten_times.estimate,
+        lambda c: base.gates_on(c.pair()),
+        seeds=lambda c: base.fewest_seeds(c.pair()),
+        margin_gates=lambda c, margin: c.at_ten_times.gates(margin[1]),
+        read=lambda c: f"rank {c.top}",
+    ),
+]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Variant], asked: base.Asked) -> dict[str, Any]:
+    """Return ratios, drifts and the pooled ratio."""
+    place = {id(o): k for k, o in enumerate(base.distinct(o for c in found for o in c.optima))}
+    ratios = [
+        dataclasses.replace(r, at=None if r.rank is None else place[id(c.by_rank[r.rank])])
+        for c in found
+        for r in c.ratios
+    ]
+    drifts = {c.name: c.drift for c in found if not c.missing}
+    return {"ratios": ratios, "drift": drifts, "pooled": _pooled(found)}
+
+
 def sections(found: Sequence[Variant], asked: base.Asked) -> list[base.Section]:
     """Return the published laws, and the table of ratios."""
     out = []
@@ -220,8 +251,7 @@ def sections(found: Sequence[Variant], asked: base.Asked) -> list[base.Section]:
             inside = known and c.ratio.interval[0] <= value <= c.ratio.interval[1]
             rows.append([law, value, "yes" if inside else "no" if known else "-"])
         title = f"Published laws of the ratio, {c.name}, alpha {c.alpha:g}"
-        shown = base.table("law | predicts | inside the interval", rows)
-        out.append(base.Section(title, shown))
+        out.append(base.Section.of(title, "law | predicts | inside the interval", rows))
     ratios: list[list[Any]] = []
     for r in (r for c in found for r in c.ratios):
         between = f" [{signed(r.gap.low)}, {signed(r.gap.high)}]" if r.gap.has_interval() else ""
@@ -243,81 +273,24 @@ def sections(found: Sequence[Variant], asked: base.Asked) -> list[base.Section]:
         logs = (p.mean, p.low, p.high, p.tau, p.low_next, p.high_next)
         mean, low, high, between, low_next, high_next = (number(math.exp(v)) for v in logs)
         notes += [
-            "",
-            f"Ratio pooled over {p.k} groups (random effects): {mean} [{low}, {high}]. Between "
+            f"\nRatio pooled over {p.k} groups (random effects): {mean} [{low}, {high}]. Between "
             f"groups it varies by a factor {between}; the next group would lie in "
             f"[{low_next}, {high_next}].",
         ]
     notes += [
-        "",
-        "Gap: lowest LoRA NLL minus lowest full fine-tuning NLL, nats per token. It has an "
+        "\nGap: lowest LoRA NLL minus lowest full fine-tuning NLL, nats per token. It has an "
         "interval where two fresh seeds are paired, each arm interpolated to its optimal LR. "
         "Regret: NLL lost by a rule of thumb against the tuned LoRA LR. rho: full fine-tuning's "
         "updates to LoRA's loss over LoRA's updates.",
     ]
-    return [*out, base.Section("LoRA against full fine-tuning", base.table(head, ratios), notes)]
+    return [*out, base.Section.of("LoRA against full fine-tuning", head, ratios, notes)]
 
 
-def measures(found: Sequence[Variant], asked: base.Asked) -> dict[str, Any]:
-    """Return ratios, drifts and the pooled ratio."""
-    place = {id(o): k for k, o in enumerate(base.distinct(o for c in found for o in c.optima))}
-    ratios = [
-        dataclasses.replace(r, at=None if r.rank is None else place[id(c.by_rank[r.rank])]).plain()
-        for c in found
-        for r in c.ratios
-    ]
-    drifts = {
-        c.name: {"slope": d.slope.plain(), "p_slope": d.p_slope, "p_equal": d.p_equal}
-        for c in found
-        if not c.missing
-        for d in [c.drift]
-    }
-    pooled = _pooled(found)
-    pooled_plain = None if pooled is None else dataclasses.asdict(pooled)
-    return {"ratios": ratios, "drift": drifts, "pooled": pooled_plain}
-
-
-QUESTION = base.Question[Variant](
-    estimands=[
-        base.Estimand(
-            "lr_ratio",
-            lambda c: c.ratio,
-            lambda c: base.gates_on(c.rests),
-            log=True,
-            rivals=lambda c: c.laws,
-        ),
-        base.Estimand(
-            "lr_drift_per_doubling", lambda c: c.drift.slope, lambda c: base.gates_on_drift(c.high)
-        ),
-        base.Estimand(
-            "rho_top_rank",
-            Variant.speed,
-            Variant.gates_on_speed,
-            log=True,
-            seeds=lambda c: base.fewest_seeds(c.ends),
-            read=lambda c: f"rank {c.top}, to update {read_to([c.points[id(o)] for o in c.ends])}",
-        ),
-        base.Estimand(
-            "over_allowed_top_rank",
-            lambda c: c.gaps[c.top].over_allowed(),
-            lambda c: base.gates_on_gap(c.gaps[c.top]),
-            seeds=lambda c: base.fewest_seeds(c.ends),
-            read=lambda c: f"rank {c.top}",
-        ),
-        base.Estimand(
-            "ten_times_regret",
-            lambda c: c.at_ten_times[1],
-            lambda c: base.gates_on(c.ends),
-            seeds=lambda c: base.fewest_seeds(c.ends),
-            margin_gates=lambda c, margin: at_best.gates_on_cost(
-                c.by_rank[c.top], *c.at_ten_times, margin[1]
-            ),
-            read=lambda c: f"rank {c.top}",
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
+QUESTION = base.Question(
+    ESTIMANDS,
+    conditions,
+    measures,
+    sections,
     ratios=lambda c: [(r.name, r.ratio) for r in c.ratios],
     of_rates=True,
 )

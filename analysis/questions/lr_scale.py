@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.inference.estimate import Estimate, number
 from analysis.inference.gates import Gate
 from analysis.measures.ratio import Ratio, RatioLaw, ratio_law, ratio_of, rivals
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
-from analysis.runs.lr_curves import lr_curves
 
 AGREE = 0.03
 """Base models count as equal in loss if their losses on the pretraining data differ by at most this
@@ -122,7 +120,7 @@ def _ratios(bases: Sequence[Base]) -> list[Ratio]:
 
 def conditions(table: pd.DataFrame) -> list[Bases]:
     """Pair every LoRA curve with the full fine-tuning curve of its base."""
-    optima = fit_all(lr_curves(table))
+    optima = base.fit(table)
     full = {o.curve.group: o for o in reversed(optima) if o.curve.key["method"] == "fullft"}
     models = table.drop_duplicates("model").set_index("model")
     found = []
@@ -136,6 +134,26 @@ def conditions(table: pd.DataFrame) -> list[Bases]:
         nll, of_full = float(row.get("retain_start", math.nan)), full[lora.curve.group]
         found.append(Base(lora.curve.key["model"], size, alpha, tokens, nll, lora, of_full))
     return [Bases(str(table["dataset"].iloc[0]), table, optima, found)]
+
+
+def _hidden(name: str, of: str) -> base.Estimand[Bases]:
+    """Return the exponent of the hidden size over one set of bases."""
+
+    def gates(c: Bases) -> list[Gate]:
+        one_size = len({b.hidden for b in c.sets[of]}) < 2
+        return c.gates_on(of) + (base.missing("another hidden size") if one_size else [])
+
+    return base.Estimand(name, lambda c: c.laws[of].p, gates)
+
+
+ESTIMANDS = [
+    _hidden("hidden_exponent", TOKENS),
+    _hidden("hidden_exponent_equal_loss", LOSS),
+    base.Estimand[Bases]("alpha_exponent", lambda c: c.laws[ALL].q, lambda c: c.gates_on(ALL)),
+]
+
+
+# ---------------------------------------------------------------- the report
 
 
 def elsewhere(bases: Sequence[Base], kept: Path | None) -> list[Elsewhere]:
@@ -156,7 +174,12 @@ def elsewhere(bases: Sequence[Base], kept: Path | None) -> list[Elsewhere]:
     return found
 
 
-# ---------------------------------------------------------------- the report
+def measures(found: Sequence[Bases], asked: base.Asked) -> dict[str, Any]:
+    """Return the laws, and other sweeps' ratios."""
+    (c,) = found
+    outside = {o.where: o.ratio for o in elsewhere(c.bases, asked.kept)}
+    laws = {name: {"p": w.p, "q": w.q, "rivals": w.rivals} for name, w in c.laws.items()}
+    return {"outside": outside, "laws": laws}
 
 
 def sections(found: Sequence[Bases], asked: base.Asked) -> list[base.Section]:
@@ -176,23 +199,24 @@ def sections(found: Sequence[Bases], asked: base.Asked) -> list[base.Section]:
         "together. A law with a p-value below 0.05 is rejected. A law that does not depend on "
         "alpha is tested by its p only; the level a is not tested."
     )
-    out = [base.Section("The law of the ratio", base.table(head, rows), [text])]
+    out = [base.Section.of("The law of the ratio", head, rows, [text])]
     rows = []
     for b in c.bases:
         tokens = "-" if not b.tokens else f"{b.tokens:.2g}"
-        lrs = [with_interval(o.best_lr, rate) for o in (b.full, b.lora)]
         settings = [b.model, b.hidden, f"{b.alpha:g}", number(b.base_nll, 4), tokens]
-        rows.append([*settings, *lrs, b.ratio, *rivals(b.hidden, b.alpha).values()])
+        found_here = [base.best_lr(b.full), base.best_lr(b.lora), b.ratio]
+        rows.append([*settings, *found_here, *rivals(b.hidden, b.alpha).values()])
     head = "base | hidden | alpha | base NLL | pretraining tokens | best FullFT LR | best LoRA LR"
     laws = [name.partition(" (")[0] for name in rivals(64, 32.0)]
-    shown = base.table(" | ".join([head, "ratio [95%]", *laws]), rows)
+    head = " | ".join([head, "ratio [95%]", *laws])
     beyond = elsewhere(c.bases, asked.kept)
     caption = "the ratio over alpha and hidden size, with published laws"
-    out.append(base.Section("Ratios", shown, [], "law.png", _panels(c.bases, beyond), caption))
+    panels = _panels(c.bases, beyond)
+    out.append(base.Section.of("Ratios", head, rows, [], "law.png", panels, caption))
     if beyond:
         rows = [[o.where, o.hidden, f"{o.alpha:g}", o.ratio] for o in beyond]
-        shown = base.table("not fitted | hidden | alpha | ratio [95%]", rows)
-        out.append(base.Section("Other sweeps' ratios, not fitted", shown))
+        head = "not fitted | hidden | alpha | ratio [95%]"
+        out.append(base.Section.of("Other sweeps' ratios, not fitted", head, rows))
     return out
 
 
@@ -205,6 +229,11 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Pan
         known = sorted(part, key=lambda c: getattr(c, x))
         at = [getattr(c, x) * shift[c.model] for c in known]
         return base.Series.of(label, at, [c.ratio for c in known], style=style, colour=colour)
+
+    def panel(title: str, x: str, series: list[base.Series], values: Iterable[float]) -> base.Panel:
+        ticks = [(v, f"{v:g}") for v in sorted(set(values))]
+        y = "best LoRA LR / best FullFT LR"
+        return base.Panel(title, x, y, series, log_x=True, log_y=True, ticks=ticks)
 
     over_alpha = [
         line(m, (c for c in bases if c.model == m), "alpha", k, "o-") for k, m in enumerate(models)
@@ -234,51 +263,9 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Pan
     ]
     by_hidden = f"by hidden size at alpha {mid:g}, with laws"
     return [
-        base.Panel(
-            title,
-            x,
-            "best LoRA LR / best FullFT LR",
-            series,
-            ticks=[(v, f"{v:g}") for v in sorted(set(values))],
-            log_x=True,
-            log_y=True,
-        )
-        for title, x, series, values in (
-            ("by alpha, bases side by side", "alpha", over_alpha, alphas),
-            (by_hidden, "hidden size", over_hidden, hiddens),
-        )
+        panel("by alpha, bases side by side", "alpha", over_alpha, alphas),
+        panel(by_hidden, "hidden size", over_hidden, hiddens),
     ]
 
 
-def measures(found: Sequence[Bases], asked: base.Asked) -> dict[str, Any]:
-    """Return the laws, and other sweeps' ratios."""
-    (c,) = found
-    return {
-        "outside": {o.where: o.ratio.plain() for o in elsewhere(c.bases, asked.kept)},
-        "laws": {
-            n: {"p": w.p.plain(), "q": w.q.plain(), "rivals": w.rivals} for n, w in c.laws.items()
-        },
-    }
-
-
-def _hidden(name: str, of: str) -> base.Estimand[Bases]:
-    """Return the exponent of the hidden size over one set of bases."""
-
-    def gates(c: Bases) -> list[Gate]:
-        one_size = len({b.hidden for b in c.sets[of]}) < 2
-        return c.gates_on(of) + (base.missing("another hidden size") if one_size else [])
-
-    return base.Estimand(name, lambda c: c.laws[of].p, gates)
-
-
-QUESTION = base.Question[Bases](
-    estimands=[
-        _hidden("hidden_exponent", TOKENS),
-        _hidden("hidden_exponent_equal_loss", LOSS),
-        base.Estimand("alpha_exponent", lambda c: c.laws[ALL].q, lambda c: c.gates_on(ALL)),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    shows=("lr_ratio",),
-)
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, shows=("lr_ratio",))

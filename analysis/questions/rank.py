@@ -25,7 +25,7 @@ from analysis.inference.estimate import Estimate, number, rate, signed
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, pooled_over
 from analysis.measures.qualify import stalled
-from analysis.measures.ratio import MIN_RANK, lr_drift, ratio_of
+from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.measures.regret import novelty_of
 from analysis.measures.speed import (
     DEPARTED,
@@ -43,22 +43,17 @@ from analysis.measures.speed import (
     slope_of,
     start_of,
 )
-from analysis.optimum.fit import fit_all
-from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points
-from analysis.runs.lr_curves import lr_curves
 from analysis.runs.prefixes import while_unsolved
 
 
 @dataclass(frozen=True)
 class Ranks(base.TwoArms):
-    """The ranks of one model and data set, while the task is unsolved."""
+    """The ranks of one model and data set."""
 
     every: pd.DataFrame
     """All runs, with those from other draws of A, uncut."""
-    note: str
-    """A sentence about the cut; empty without one."""
 
     @cached_property
     def points(self) -> dict[int, AtBest[Points]]:
@@ -89,10 +84,9 @@ class Ranks(base.TwoArms):
 
     def gates_on(self, ranks: Sequence[int]) -> list[Gate]:
         """List the gates of a speed: those of these ranks, and curves that have stalled."""
-        ends = [0, self.top]
-        curves = [self.points[r].best for r in ends]
-        over = stalled([self.by_rank[r] for r in ends], curves)
-        return base.gates_on_speed([self.by_rank[r] for r in ranks]) + over
+        ends = [self.points[r].best for r in (0, self.top)]
+        optima = [self.by_rank[r] for r in ranks]
+        return base.gates_on_speed(optima) + stalled(self.pair(), ends)
 
     @cached_property
     def in_regime(self) -> bool:
@@ -141,21 +135,82 @@ class Ranks(base.TwoArms):
         lrs = sorted(self.every.loc[again, "lr"].unique())
         return f"all ranks at {' and '.join(map(rate, lrs))}" if lrs else ""
 
-    @cached_property
-    def high(self) -> list[Optimum]:
-        """The ranks from MIN_RANK up."""
-        return base.lora_of(self.optima, MIN_RANK)
-
 
 def conditions(table: pd.DataFrame) -> list[Ranks]:
     """Return the one condition of a model and data set."""
     plain = (table["method"] == "fullft") | (table["init_seed"].fillna(0) == 0)
     runs, note = while_unsolved(table[plain])
-    optima = fit_all(lr_curves(runs))
-    return [Ranks(optima[0].curve.group, runs, optima, table, note)]
+    optima = base.fit(runs)
+    return [Ranks(optima[0].curve.group, runs, optima, note, table)]
+
+
+def _slope_where(name: str, in_regime: bool) -> base.Estimand[Ranks]:
+    """Return the slope as an estimand of one regime; of the other no condition was run."""
+    return base.Estimand(
+        name,
+        lambda c: c.slope if c.in_regime == in_regime else base.UNKNOWN,
+        lambda c: c.gates_on_slope() if c.in_regime == in_regime else [Gate(GateCode.NO_CELL)],
+        read=lambda c: f"ranks {min(c.lora)} to {c.top}, to update {c.last}",
+    )
+
+
+def _at_start(name: str, value: str) -> base.Estimand[Ranks]:
+    return base.Estimand(
+        name,
+        lambda c: getattr(c.start, value) if c.start else None,
+        absent="redraws of A at two ranks",
+        read=lambda c: c.common_lr,
+    )
+
+
+ESTIMANDS = [
+    _slope_where("rho_slope_in_regime", True),
+    _slope_where("rho_slope_beyond", False),
+    base.Estimand[Ranks](
+        "departure_slope",
+        lambda c: slope_of(c.departures),
+        lambda c: c.gates_on(list(c.by_rank)) + c.unresolved(),
+        read=lambda c: f"to update {c.last}",
+    ),
+    base.Estimand[Ranks](
+        "rho_top_rank",
+        lambda c: c.speed[c.top],
+        lambda c: c.gates_on([0, c.top]),
+        log=True,
+        read=lambda c: f"rank {c.top}, to update {c.last}",
+    ),
+    # Not judged on a log scale: it is 0 if a rank leaves at the first evaluation.
+    _at_start("identical_steps", "first"),
+    base.LR_DRIFT,
+    _at_start("difference_growth", "growth"),
+    base.Estimand[Ranks](
+        "rate_over_rank_1",
+        lambda c: ratio_of(c.high, c.lora[1]) if 1 in c.lora and c.high else None,
+        lambda c: base.gates_on([c.lora[1], *c.high]),
+        absent=f"rank 1, or of ranks from {MIN_RANK} up",
+        log=True,
+    ),
+    base.Estimand[Ranks](
+        "straightness",
+        lambda c: least_straight(c.points[0], c.points[c.top]),
+        lambda c: c.gates_on([0, c.top]),
+        log=True,
+        read=lambda c: (
+            f"rank {c.top} and full fine-tuning, from update {max(1, c.last // SPAN**2)} to "
+            f"{c.last}"
+        ),
+    ),
+]
 
 
 # ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Ranks], asked: base.Asked) -> dict[str, Any]:
+    """Return the steps from which ranks are behind, by seed."""
+    left = found[0].departures
+    steps = {r: [None if v.never else v.high for v in d.best.values()] for r, d in left.items()}
+    return {"departures": steps}
 
 
 def _shown(d: Departure) -> str:
@@ -180,7 +235,7 @@ def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
         f"Of {len(every)} curves {never} do not fall behind within the run, and {at_once} are "
         "behind at the first evaluation. The slope counts these as censored: later than the last "
         "evaluation, earlier than the first.",
-        *([c.note] if c.note else []),
+        c.note,
         "A rank is behind from the update from which its loss stays above full fine-tuning's by "
         f"{DEPARTED:.0%} of full fine-tuning's gain over the whole run. rho: full fine-tuning's "
         f"updates to the rank's last loss, over the rank's own. Curves end at update {c.last}.",
@@ -193,9 +248,8 @@ def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
         single.append(base.Series(o.curve.name, steps, mean))
         points = dict(envelopes[r])
         lowest.append(base.Series(o.curve.name, list(points), list(points.values())))
-    y = "held-out NLL (nats per token)"
     panels = [
-        base.Panel(title, "updates", y, series, log_x=True)
+        base.Panel(title, "updates", "held-out NLL (nats per token)", series, log_x=True)
         for title, series in (
             ("runs at the optimal LR, mean over seeds", single),
             ("envelopes: lowest over all LRs, one seed", lowest),
@@ -204,9 +258,9 @@ def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
     caption = (
         "learning curves by rank: at the optimal LR, mean over seeds; and the lowest loss over LRs"
     )
-    shown = base.table("rank | behind from step, by seed | of the envelopes | rho [95%]", rows)
-    behind = base.Section("Falling behind", shown, text, "departures.png", panels, caption)
-    return [behind, _start(c.start)]
+    head = "rank | behind from step, by seed | of the envelopes | rho [95%]"
+    figure = ("departures.png", panels, caption)
+    return [base.Section.of("Falling behind", head, rows, text, *figure), _start(c.start)]
 
 
 def _start(start: Start | None) -> base.Section:
@@ -226,84 +280,8 @@ def _start(start: Start | None) -> base.Section:
     y = f"NLL - NLL of rank {start.top} (nats)"
     panel = base.Panel(title, "updates", y, series, log_x=True)
     head = "rank | leaves the band at step | difference at the first step (nats) | band there"
-    caption = "ranks against redraws of A, at one LR"
-    return base.Section("The start", base.table(head, rows), [], "start.png", [panel], caption)
+    figure = ("start.png", [panel], "ranks against redraws of A, at one LR")
+    return base.Section.of("The start", head, rows, [], *figure)
 
 
-def measures(found: Sequence[Ranks], asked: base.Asked) -> dict[str, Any]:
-    """Return the steps from which ranks are behind, by seed."""
-    (c,) = found
-    steps = {
-        str(r): [None if v.never else v.high for v in d.best.values()]
-        for r, d in c.departures.items()
-    }
-    return {"departures": steps}
-
-
-def _slope_where(name: str, in_regime: bool) -> base.Estimand[Ranks]:
-    """Return the slope as an estimand of one regime; of the other no condition was run."""
-    return base.Estimand(
-        name,
-        lambda c: c.slope if c.in_regime == in_regime else base.UNKNOWN,
-        lambda c: c.gates_on_slope() if c.in_regime == in_regime else [Gate(GateCode.NO_CELL)],
-        read=lambda c: f"ranks {min(c.lora)} to {c.top}, to update {c.last}",
-    )
-
-
-def _at_start(name: str, value: str) -> base.Estimand[Ranks]:
-    return base.Estimand(
-        name,
-        lambda c: getattr(c.start, value) if c.start else None,
-        absent="redraws of A at two ranks",
-        read=lambda c: c.common_lr,
-    )
-
-
-QUESTION = base.Question[Ranks](
-    estimands=[
-        _slope_where("rho_slope_in_regime", True),
-        _slope_where("rho_slope_beyond", False),
-        base.Estimand(
-            "departure_slope",
-            lambda c: slope_of(c.departures),
-            lambda c: c.gates_on(list(c.by_rank)) + c.unresolved(),
-            read=lambda c: f"to update {c.last}",
-        ),
-        base.Estimand(
-            "rho_top_rank",
-            lambda c: c.speed[c.top],
-            lambda c: c.gates_on([0, c.top]),
-            log=True,
-            read=lambda c: f"rank {c.top}, to update {c.last}",
-        ),
-        # Not judged on a log scale: it is 0 if a rank leaves at the first evaluation.
-        _at_start("identical_steps", "first"),
-        base.Estimand(
-            "lr_drift_per_doubling",
-            lambda c: lr_drift(c.high).slope,
-            lambda c: base.gates_on_drift(c.high),
-        ),
-        _at_start("difference_growth", "growth"),
-        base.Estimand(
-            "rate_over_rank_1",
-            lambda c: ratio_of(c.high, c.lora[1]) if 1 in c.lora and c.high else None,
-            lambda c: base.gates_on([c.lora[1], *c.high]),
-            absent=f"rank 1, or of ranks from {MIN_RANK} up",
-            log=True,
-        ),
-        base.Estimand(
-            "straightness",
-            lambda c: least_straight(c.points[0], c.points[c.top]),
-            lambda c: c.gates_on([0, c.top]),
-            log=True,
-            read=lambda c: (
-                f"rank {c.top} and full fine-tuning, from update {max(1, c.last // SPAN**2)} to "
-                f"{c.last}"
-            ),
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    split_by=base.TASK,
-)
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, number, rate, signed, with_interval
+from analysis.inference.estimate import Estimate, number, rate, signed
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures import at_best
 from analysis.measures.speed import curves_at_best, rho
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
-from analysis.runs.lr_curves import full_names, lr_curves, runs_of
+from analysis.runs.lr_curves import full_names, runs_of
 
 EVERY_LAYER = "attention+mlp+unembedding"
 RECIPES = {
@@ -41,23 +40,9 @@ increase of the latter (lost)."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A recipe's curve at the learning rate that it prescribes."""
-
-    optimum: Optimum | None
-    lrs: list[float]
-    """The prescribed learning rate, and draws of it if it has an error itself."""
-    at: at_best.AtLr
-    share: Estimate
-    """What it loses against tuned LoRA, as a share of tuned LoRA's gain."""
-
-
-@dataclass(frozen=True)
 class Recipes(base.Condition):
     """The recipes, tuned LoRA and full fine-tuning on a model's main data set."""
 
-    every: pd.DataFrame
-    """Runs on all data sets."""
     main: list[Optimum]
     """Curves on the main data set."""
     few: list[Optimum]
@@ -65,9 +50,9 @@ class Recipes(base.Condition):
 
     @property
     def missing(self) -> str:
-        if self.one(method="fullft") is None:
+        if self.full is None:
             return "fullft"
-        return "lora, tuned" if self._tuned is None else ""
+        return "lora, tuned" if self.tuned is None else ""
 
     @property
     def rests(self) -> list[Optimum]:
@@ -83,21 +68,15 @@ class Recipes(base.Condition):
         found = [o for o in self.main if all(setting(o, k) == v for k, v in wanted.items())]
         return max(found, key=lambda o: len(o.curve.x), default=None)
 
-    @property
-    def full(self) -> Optimum:
-        found = self.one(method="fullft")
-        assert found is not None
-        return found
+    @cached_property
+    def full(self) -> Optimum | None:
+        """Full fine-tuning."""
+        return self.one(method="fullft")
 
     @cached_property
-    def _tuned(self) -> Optimum | None:
-        return self.one(method="lora", layers=EVERY_LAYER, alpha=32.0, schedule="constant")
-
-    @property
-    def tuned(self) -> Optimum:
+    def tuned(self) -> Optimum | None:
         """Tuned LoRA."""
-        assert self._tuned is not None
-        return self._tuned
+        return self.one(method="lora", layers=EVERY_LAYER, alpha=32.0, schedule="constant")
 
     @property
     def gain(self) -> float:
@@ -105,7 +84,7 @@ class Recipes(base.Condition):
         return self.tuned.curve.nll_start - (self.tuned.best_nll or math.nan)
 
     @cached_property
-    def recipes(self) -> dict[str, Recipe]:
+    def recipes(self) -> dict[str, at_best.Cost]:
         """What each recipe loses as a share of tuned LoRA's gain."""
         one, rank = self.one, float(self.tuned.curve.key["rank"])
         of_full = at_best.best_and_draws(self.full, 1)
@@ -119,16 +98,9 @@ class Recipes(base.Condition):
             "ten_times": (self.tuned, [10 * lr for lr in of_full]),
         }
         (reference,), gain = at_best.losses_at_best([self.tuned]), self.gain
-        losses = {name: at_best.losses_at(o, lrs) for name, (o, lrs) in arms.items()}
-        costs = {
-            name: at.losses.paired(reference, lambda a, b: (a - b) / gain)
-            for name, at in losses.items()
-        }
-        pooled = at_best.pooled_over(costs.values())
-        return {
-            name: Recipe(*arms[name], at, at_best.cost_of(at, costs[name], pooled))
-            for name, at in losses.items()
-        }
+        return at_best.costs_at(
+            arms, lambda _, losses: losses.paired(reference, lambda a, b: (a - b) / gain)
+        )
 
     # ---- few rows
 
@@ -142,7 +114,7 @@ class Recipes(base.Condition):
         """Return rho of the lowest rank against the highest on few rows."""
         if not self.few_ends:
             return None
-        low, high = curves_at_best(self.every, self.few_ends)
+        low, high = curves_at_best(self.runs, self.few_ends)
         return rho(low, high)
 
     # ---- the pretraining task
@@ -150,7 +122,7 @@ class Recipes(base.Condition):
     @property
     def is_retained(self) -> bool:
         """Whether the pretraining task was evaluated."""
-        return "retain_nll" in self.every and not self.every["retain_nll"].isna().all()
+        return "retain_nll" in self.runs and not self.runs["retain_nll"].isna().all()
 
     @cached_property
     def retained(self) -> dict[int, at_best.AtBest[Losses]]:
@@ -262,13 +234,51 @@ def conditions(table: pd.DataFrame) -> list[Recipes]:
     )
     main = str(arms.idxmax())
     is_main = table["dataset"] == main
-    optima = fit_all(lr_curves(table[is_main]))
-    few = [] if is_main.all() else fit_all(lr_curves(table[~is_main]))
-    name = f"{table['model'].iloc[0]} on {main}"
-    return [Recipes(name, table, optima + few, table, optima, few)]
+    optima = base.fit(table[is_main])
+    few = [] if is_main.all() else base.fit(table[~is_main])
+    return [Recipes(f"{table['model'].iloc[0]} on {main}", table, optima + few, optima, few)]
+
+
+def _cost(name: str) -> base.Estimand[Recipes]:
+    """Return what a recipe loses."""
+    return base.Estimand(
+        name,
+        lambda c: c.recipes[name].estimate,
+        lambda c: base.gates_on(c.rests),
+        margin_gates=lambda c, margin: c.recipes[name].gates(margin[1]),
+    )
+
+
+PRETRAINING = "the pretraining task"
+ESTIMANDS = [
+    *map(_cost, RECIPES),
+    base.Estimand[Recipes](
+        "small_data_rank",
+        Recipes.few_speed,
+        lambda c: base.gates_on_speed(c.few_ends),
+        absent="two ranks on few rows",
+        log=True,
+    ),
+    base.Estimand[Recipes](
+        "retention", lambda c: c.retention, lambda c: base.gates_on(c.rests), absent=PRETRAINING
+    ),
+    base.Estimand[Recipes](
+        "retention_equal",
+        lambda c: c.retention_equal,
+        lambda c: base.gates_on(c.rests) + c.gates_on_equal(),
+        absent=PRETRAINING,
+        read=lambda c: f"{len(c.equal.best)} seed(s)" if c.is_retained else "0 seed(s)",
+    ),
+]
 
 
 # ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:
+    """Return every estimand."""
+    (c,) = found
+    return {"shares": {e.name: e.measure(c) or base.UNKNOWN for e in ESTIMANDS}}
 
 
 def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
@@ -276,13 +286,13 @@ def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
     (c,) = found
     rows: list[list[Any]] = []
     for name, r in c.recipes.items():
-        o, share, own, near = r.optimum, r.share, None, []
+        o, share, own, near = r.optimum, r.estimate, None, []
         if o is not None and o.best_nll is not None and o is not c.tuned:
             own = o.best_nll - c.tuned.best_nll
-        if any(r.at.near_diverged):
-            of_draws = f"{np.mean(r.at.near_diverged):.0%}"
+        if any(r.near_diverged):
+            of_draws = f"{np.mean(r.near_diverged):.0%}"
             near = [f"next to an LR that diverged, in {of_draws} of the posterior draws"]
-        read_at = ", ".join([*map(rate, r.at.read_at), *near]) or "-"
+        read_at = ", ".join([*map(rate, r.read_at), *near]) or "-"
         nats = signed(None if share.value is None else share.value * c.gain)
         lr, name = rate(r.lrs[0]) if r.lrs else "-", name.replace("_", " ")
         rows.append([name, lr, read_at, nats, share, share.n, signed(own)])
@@ -296,17 +306,17 @@ def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
         "around it. Next to an LR that diverged the nearest LR counts, and the recipe loses at "
         "least that much."
     )
-    shares = {RECIPES[k]: r.share for k, r in c.recipes.items()}
-    title, caption = "regret as a share of tuned LoRA's gain", "regret of recipes"
+    shares = {RECIPES[k]: r.estimate for k, r in c.recipes.items()}
+    title = "regret as a share of tuned LoRA's gain"
     panels = [base.panel_of(title, "share", shares, (-0.05, 0.05))]
-    table = base.table(head, rows)
-    costs = base.Section("Recipes", table, [text], "recipes.png", panels, caption)
-    rows = []
-    for o in c.few:
-        lr, flags = with_interval(o.best_lr, rate), ", ".join(o.flags) or "-"
-        rows.append([o.curve.name, lr, number(o.best_nll, 5), flags])
-    few = base.table("curve | best LR [95%] | best NLL | flags", rows) if c.few_ends else []
-    return [costs, base.Section("Few rows, many epochs", few), _forgotten(c)]
+    figure = ("recipes.png", panels, "regret of recipes")
+    costs = base.Section.of("Recipes", head, rows, [text], *figure)
+    rows = [
+        [o.curve.name, base.best_lr(o), number(o.best_nll, 5), ", ".join(o.flags) or "-"]
+        for o in (c.few if c.few_ends else ())
+    ]
+    head = "curve | best LR [95%] | best NLL | flags"
+    return [costs, base.Section.of("Few rows, many epochs", head, rows), _forgotten(c)]
 
 
 def _forgotten(c: Recipes) -> base.Section:
@@ -347,51 +357,7 @@ def _forgotten(c: Recipes) -> base.Section:
         "curve | at LR | test NLL on the new task | NLL on the pretraining task | before | "
         "forgotten (nats) [95%]"
     )
-    return base.Section(title, base.table(head, rows), [], "retention.png", panels, caption)
+    return base.Section.of(title, head, rows, [], "retention.png", panels, caption)
 
 
-def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:
-    """Return every estimand."""
-    (c,) = found
-    return {"shares": {e.name: (e.measure(c) or base.UNKNOWN).plain() for e in QUESTION.estimands}}
-
-
-def _cost(name: str) -> base.Estimand[Recipes]:
-    """Return what a recipe loses."""
-    return base.Estimand(
-        name,
-        lambda c: c.recipes[name].share,
-        lambda c: base.gates_on(c.rests),
-        margin_gates=lambda c, margin: at_best.gates_on_cost(
-            (r := c.recipes[name]).optimum, r.at, r.share, margin[1]
-        ),
-    )
-
-
-PRETRAINING = "the pretraining task"
-QUESTION = base.Question[Recipes](
-    estimands=[
-        *map(_cost, RECIPES),
-        base.Estimand(
-            "small_data_rank",
-            Recipes.few_speed,
-            lambda c: base.gates_on_speed(c.few_ends),
-            absent="two ranks on few rows",
-            log=True,
-        ),
-        base.Estimand(
-            "retention", lambda c: c.retention, lambda c: base.gates_on(c.rests), absent=PRETRAINING
-        ),
-        base.Estimand(
-            "retention_equal",
-            lambda c: c.retention_equal,
-            lambda c: base.gates_on(c.rests) + c.gates_on_equal(),
-            absent=PRETRAINING,
-            read=lambda c: f"{len(c.equal.best)} seed(s)" if c.is_retained else "0 seed(s)",
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    split_by=("model",),
-)
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=("model",))

@@ -21,10 +21,9 @@ from analysis.inference.estimate import Estimate, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
-from analysis.runs.lr_curves import lr_curves, title
+from analysis.runs.lr_curves import title
 from analysis.runs.prefixes import at_step, on_curve_rows
 from analysis.runs.table import TableError
 
@@ -53,23 +52,23 @@ class Data(base.Condition):
     bits: dict[str, float]
     """Of the data set, by each count that is known."""
 
-    def one(self, column: str) -> Any:
-        """Return the value of a column that all runs share."""
-        return self.runs[column].iloc[0]
-
     @property
     def model(self) -> str:
-        return str(self.one("model"))
+        return str(self.runs["model"].iloc[0])
 
     @property
     def steps(self) -> int:
         """Number of updates."""
-        return int(self.one("steps"))
+        return int(self.runs["steps"].iloc[0])
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.runs["batch_size"].iloc[0])
 
     @property
     def wanted(self) -> float:
         """An eighth of the hidden size."""
-        return int(self.one("hidden_size")) / EIGHTH
+        return int(self.runs["hidden_size"].iloc[0]) / EIGHTH
 
     @property
     def eighth(self) -> int:
@@ -132,7 +131,7 @@ class Data(base.Condition):
     @property
     def is_low(self) -> bool:
         """Whether the rules alone are new."""
-        return self.is_new and self.novelty is not None and self.novelty.low
+        return self.is_new and self.novelty.low
 
     @property
     def rests(self) -> list[Optimum]:
@@ -153,48 +152,29 @@ class Data(base.Condition):
     # ---- the rank that is needed
 
     @cached_property
-    def log_needed(self) -> AtBest[float]:
-        """log2 of the rank that is needed, by seed."""
-        return _log_needed(self.last)
-
-    @cached_property
     def rank_needed(self) -> Estimate:
         """The needed rank, over seeds; no value if it is outside the ranks tried in a seed."""
-        if not is_finite(self.log_needed):
-            return base.UNKNOWN
-        e = over_seeds(self.log_needed)
-        low, value, high = (None if v is None else 2**v for v in (e.low, e.value, e.high))
-        return Estimate(value, low, high, e.n, e.flags)
+        logs = regret.rank_needed_by_seed(_judged(self.last))
+        return base.mapped(over_seeds(logs), lambda v: 2**v) if is_finite(logs) else base.UNKNOWN
 
     def load_needed(self, count: str) -> Estimate:
         """Return the load of the needed rank, whose parameters are in proportion to it."""
-        e, loads = self.rank_needed, {r: v[count] for r, v in self.loads.items() if count in v}
-        if not loads:
+        of_rank_1 = [r * loads[count] for r, loads in self.loads.items() if count in loads]
+        if not of_rank_1:
             return base.UNKNOWN
-        of_rank_1 = float(np.mean([r * load for r, load in loads.items()]))
-        low, value, high = (None if v is None else of_rank_1 / v for v in (e.high, e.value, e.low))
-        return Estimate(value, low, high, e.n, e.flags)
-
-    @cached_property
-    def needed_over_updates(self) -> AtBest[float] | None:
-        """Change of `log_needed` per doubling of the updates, from FIRST on; None if unknown."""
-        if not self.first:
-            return None
-        doublings = math.log2(self.steps / FIRST)
-        first, last = _log_needed(self.first), _log_needed(self.last_on_first_rows)
-        return regret.change_of_needed(first, last, doublings)
+        return base.mapped(self.rank_needed, lambda v: float(np.mean(of_rank_1)) / v)
 
     @cached_property
     def needed(self) -> regret.Needed:
-        """The smallest rank with no regret; a rank that must not be judged tells nothing."""
-        judged = {r: g for r, g in self.last.items() if not base.gates_on_gap(g)}
+        """The smallest rank with no regret, as a range of ranks tried."""
+        judged = _judged(self.last)
         over = {r: judged[r].over_allowed() if r in judged else base.UNKNOWN for r in self.last}
         return regret.rank_needed(over)
 
 
-def _log_needed(gaps: Gaps) -> AtBest[float]:
-    """Return log2 of the needed rank; a gap that must not be judged tells nothing of it."""
-    return regret.rank_needed_by_seed({r: g for r, g in gaps.items() if not base.gates_on_gap(g)})
+def _judged(gaps: Gaps) -> Gaps:
+    """Return the gaps that may be judged; the others tell nothing of the needed rank."""
+    return {r: g for r, g in gaps.items() if not base.gates_on_gap(g)}
 
 
 @dataclass(frozen=True)
@@ -214,8 +194,16 @@ class Base(base.Condition):
 
     @cached_property
     def change(self) -> AtBest[float] | None:
-        """Change of log2 of the needed rank per doubling of the updates: the mean over data."""
-        return regret.mean_over([n for c in self.data if (n := c.needed_over_updates) is not None])
+        """Change of log2 of the needed rank per doubling of the updates: the mean over data.
+
+        Of the data sets with runs longer than FIRST updates, from there to their last.
+        """
+        changes = []
+        for c in (c for c in self.data if c.first):
+            gaps = (c.first, c.last_on_first_rows)
+            first, last = (regret.rank_needed_by_seed(_judged(g)) for g in gaps)
+            changes.append(regret.change_of_needed(first, last, math.log2(c.steps / FIRST)))
+        return regret.mean_over([change for change in changes if change is not None])
 
 
 def conditions(table: pd.DataFrame) -> list[Data | Base]:
@@ -223,16 +211,13 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
     found = []
     for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
         runs = part.reset_index(drop=True)
-        optima = fit_all(lr_curves(runs))
-        last = _by_rank(regret.gaps_of(runs, optima))
-        first: Gaps = {}
-        again: Gaps = {}
+        optima = base.fit(runs)
+        last, first, again = _by_rank(runs, optima), {}, {}
         constant = (runs["schedule"] == "constant").all()
         longer = int(runs["steps"].iloc[0]) > FIRST
         if longer and constant and len(early := at_step(runs, FIRST)):
-            first = _by_rank(regret.gaps_of(early, fit_all(lr_curves(early))))
             same = on_curve_rows(runs)
-            again = _by_rank(regret.gaps_of(same, fit_all(lr_curves(same))))
+            first, again = _by_rank(early, base.fit(early)), _by_rank(same, base.fit(same))
         novelty = regret.novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
         bits = regret.bits_of(runs, next(iter(last.values())).full) if last else {}
         new = novelty.name if novelty else runs["dataset"].iloc[0]
@@ -242,15 +227,15 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
     times = Counter(c.name for c in found)
     found = [c if times[c.name] == 1 else replace(c, name=title(c.optima[0].curve)) for c in found]
     found.sort(key=lambda c: (c.model, max((g.load or 0.0 for g in c.last.values()), default=0.0)))
-    bases = []
-    for model in dict.fromkeys(c.model for c in found):
-        mine = [c for c in found if c.model == model and c.is_new and c.last]
-        if mine:
-            bases.append(Base(f"{model}, all cells", table, [], mine))
-    return [*found, *bases]
+    bases: dict[str, list[Data]] = {}
+    for c in found:
+        if c.is_new and c.last:
+            bases.setdefault(c.model, []).append(c)
+    return [*found, *(Base(f"{m}, all cells", table, [], mine) for m, mine in bases.items())]
 
 
-def _by_rank(gaps: Sequence[regret.Gap]) -> Gaps:
+def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
+    gaps = regret.gaps_of(runs, optima)
     found = {g.rank: g for g in gaps}
     if len(found) < len(gaps):
         raise TableError(
@@ -260,24 +245,147 @@ def _by_rank(gaps: Sequence[regret.Gap]) -> Gaps:
     return found
 
 
+def _where(applies: Callable[[Data], Any]) -> Callable[[Any], bool]:
+    """Restrict an estimand to the data sets with both arms for which something holds."""
+    return lambda c: isinstance(c, Data) and not c.missing and bool(applies(c))
+
+
+def _over_allowed(c: Data) -> Estimate:
+    return c.gap.over_allowed()
+
+
+def _gates_apart(c: Data) -> list[Gate]:
+    better = c.gap.mean().high
+    none = [] if better is not None and better < 0 else [Gate(GateCode.NO_ADVANTAGE)]
+    return c.gates_at_eighth() + none
+
+
+def _gates_on_growth(c: Data) -> list[Gate]:
+    lows = [g.mean().low for g in c.growing]
+    behind = any(low is not None and low > 0 for low in lows)
+    none = [] if behind else [Gate(GateCode.NO_GAP)]
+    return [*(gate for g in c.growing for gate in base.gates_on_gap(g)), *none]
+
+
+ESTIMANDS = [
+    base.Estimand(
+        "over_allowed_low",
+        _over_allowed,
+        Data.gates_at_eighth,
+        applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
+        read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
+    ),
+    base.Estimand(
+        "over_allowed_beyond",
+        _over_allowed,
+        Data.gates_at_eighth,
+        applies=_where(lambda c: c.is_new and not c.is_low),
+    ),
+    base.over_allowed(
+        "over_allowed_fitting",
+        lambda c: c.last[c.fitting],
+        applies=_where(lambda c: c.is_new and c.fitting),
+    ),
+    base.over_allowed(
+        "over_allowed_overfull",
+        lambda c: c.last[c.overfull],
+        applies=_where(lambda c: c.is_new and c.overfull),
+    ),
+    base.Estimand(
+        "gap_growth",
+        lambda c: regret.growth(*c.growing),
+        _gates_on_growth,
+        applies=_where(lambda c: c.is_new and c.growing),
+        read=lambda c: f"smallest rank, update {FIRST} to the last",
+    ),
+    base.Estimand(
+        "gap_low",
+        lambda c: c.gap.mean(),
+        Data.gates_at_eighth,
+        applies=_where(lambda c: c.is_low),
+    ),
+    base.Estimand(
+        "gap_nothing",
+        lambda c: c.gap.mean(),
+        # Five percent of almost no gain would ask for an error that no number of seeds reaches.
+        lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
+        applies=_where(lambda c: c.novelty and c.novelty.nothing),
+    ),
+    base.Estimand(
+        "gap_matrices",
+        lambda c: c.controls[0].mean(),
+        lambda c: base.gates_on_gap(c.controls[0]),
+        applies=_where(lambda c: c.is_low and c.controls),
+    ),
+    base.Estimand(
+        "unchanged_minus_changed",
+        lambda c: over_seeds(
+            (parts := c.parts_of_gap[c.eighth])["unchanged"].minus(parts["changed"])
+        ),
+        _gates_apart,
+        applies=_where(lambda c: c.is_low and c.parts_of_gap[c.eighth]),
+    ),
+    base.over_allowed(
+        "over_allowed_real", lambda c: c.gap, applies=_where(lambda c: c.novelty is None)
+    ),
+    base.Estimand(
+        "rank_by_updates",
+        lambda c: base.UNKNOWN if c.change is None else over_seeds(c.change),
+        lambda c: [Gate(GateCode.NO_LAW)] if c.change is None else [],
+        applies=lambda c: isinstance(c, Base),
+    ),
+]
+
+
 # ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
+    """Return loads, gaps and regrets by condition and rank, at the level of the verdicts."""
+    cells = [
+        {
+            "cell": c.name,
+            "batch_size": c.batch_size,
+            "updates": c.steps,
+            "bits": c.bits,
+            "rank_interpolated": c.rank_needed,
+            "loads_needed": {k: c.load_needed(k) for k in regret.COUNTS},
+            "rank_needed": [c.needed.above, None if math.isinf(c.needed.up_to) else c.needed.up_to],
+            "ranks": [
+                {
+                    "rank": r,
+                    "load": g.load,
+                    "loads": c.loads[r],
+                    "gain_nats": mean_of(g.gain) if g.gain.best else None,
+                    "gap_nats": g.mean(),
+                    "parts_nats": {k: mean_of(v) for k, v in c.parts_of_gap[r].items()},
+                    "regret_percent": at_level(g.percent(), asked.level),
+                    "gap_nats_first": c.first[r].mean() if r in c.first else None,
+                }
+                for r, g in c.last.items()
+            ],
+        }
+        for c in found
+    ]
+    return {"cells": cells}
 
 
 def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
     """Return regret over rank, capacity, growth, the parts of the gap, and controls."""
     out = [_over_rank(found), _capacity(found), _over_updates(found)]
-    rows: list[list[Any]] = []
-    for c in found:
-        for r, parts in ((r, parts) for r, parts in c.parts_of_gap.items() if parts):
-            shown = [with_interval(over_seeds(parts[k]), signed) for k in regret.PARTS]
-            rows.append([c.name, r, *shown])
+    rows = [
+        [c.name, r, *(with_interval(over_seeds(parts[k]), signed) for k in regret.PARTS)]
+        for c in found
+        for r, parts in c.parts_of_gap.items()
+        if parts
+    ]
     text = (
         "What the contexts whose next symbols are new, and those where nothing is new, add to the "
         "gap, in nats: the share of the contexts times the gap on them, interpolated to the "
         "optimal LRs."
     )
-    table = base.table("condition | rank | changed contexts [95%] | unchanged contexts [95%]", rows)
-    out.append(base.Section("Where the gap is", table, [text]))
+    head = "condition | rank | changed contexts [95%] | unchanged contexts [95%]"
+    out.append(base.Section.of("Where the gap is", head, rows, [text]))
     rows = [
         [c.name, g.lora.curve.key["layers"], with_interval(g.mean(), signed)]
         for c in found
@@ -289,7 +397,7 @@ def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
             "Full fine-tuning of the matrices that LoRA adapts, and nothing else: its regret is "
             "due to which matrices are trained, not to the rank."
         )
-        out.append(base.Section("Controls", base.table(head, rows), [text]))
+        out.append(base.Section.of("Controls", head, rows, [text]))
     return out
 
 
@@ -327,8 +435,8 @@ def _over_rank(found: Sequence[Data]) -> base.Section:
         y_range=(1.5 * min([-LINEAR, *lows]), None),
     )
     head = "condition | updates | rank | gain of FullFT | regret, % of the gain [95%]"
-    title, shown = "Regret over rank", base.table(head, rows)
-    return base.Section(title, shown, text, "regret.png", [panel], "regret over rank")
+    figure = ("regret.png", [panel], "regret over rank")
+    return base.Section.of("Regret over rank", head, rows, text, *figure)
 
 
 def _capacity(found: Sequence[Data]) -> base.Section:
@@ -354,10 +462,10 @@ def _capacity(found: Sequence[Data]) -> base.Section:
         if c.bits:
             known = {words: c.bits[k] for k, words in regret.COUNTS.items() if k in c.bits}
             counted = ", ".join(f"{words} {bits:,.0f}" for words, bits in known.items())
-            n = int(c.one("batch_size")) * c.steps
+            n = c.batch_size * c.steps
             text.append(f"{c.name}: bits of {n:,} rows: {counted}.")
-    shown = base.table(f"condition | updates | rank | {loads} | regret, % of the gain [95%]", rows)
-    return base.Section("Capacity for what is new", shown, text)
+    head = f"condition | updates | rank | {loads} | regret, % of the gain [95%]"
+    return base.Section.of("Capacity for what is new", head, rows, text)
 
 
 def _over_updates(found: Sequence[Data]) -> base.Section:
@@ -381,147 +489,8 @@ def _over_updates(found: Sequence[Data]) -> base.Section:
         "gaps are on the same held-out rows."
     ]
     head = f"condition | rank | gap at {FIRST} updates [95%] | at the last [95%] | growth"
-    caption, table = "the gap in nats after few and after many updates", base.table(head, rows)
-    return base.Section("Speed or capacity", table, text, "growth.png", panels, caption)
+    figure = ("growth.png", panels, "the gap in nats after few and after many updates")
+    return base.Section.of("Speed or capacity", head, rows, text, *figure)
 
 
-def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
-    """Return loads, gaps and regrets by condition and rank, at the level of the verdicts."""
-    cells = [
-        {
-            "cell": c.name,
-            "batch_size": int(c.one("batch_size")),
-            "updates": c.steps,
-            "bits": c.bits,
-            "rank_interpolated": c.rank_needed.plain(),
-            "loads_needed": {k: c.load_needed(k).plain() for k in regret.COUNTS},
-            "rank_needed": [c.needed.above, None if math.isinf(c.needed.up_to) else c.needed.up_to],
-            "ranks": [
-                {
-                    "rank": r,
-                    "load": g.load,
-                    "loads": c.loads[r],
-                    "gain_nats": mean_of(g.gain) if g.gain.best else None,
-                    "gap_nats": g.mean().plain(),
-                    "parts_nats": {k: mean_of(v) for k, v in c.parts_of_gap[r].items()},
-                    "regret_percent": at_level(g.percent(), asked.level).plain(),
-                    "gap_nats_first": c.first[r].mean().plain() if r in c.first else None,
-                }
-                for r, g in c.last.items()
-            ],
-        }
-        for c in found
-    ]
-    return {"cells": cells}
-
-
-# ---------------------------------------------------------------- estimands
-
-
-def _estimand(
-    name: str,
-    applies: Callable[[Data], bool],
-    measure: Callable[[Data], Estimate],
-    gates: Callable[[Data], Sequence[Gate]] = Data.gates_at_eighth,
-    read: str = "",
-) -> base.Estimand[Any]:
-    """Return an estimand of the data sets with both arms for which something holds."""
-    return base.Estimand(
-        name,
-        measure,
-        gates,
-        applies=lambda c: isinstance(c, Data) and not c.missing and applies(c),
-        read=(lambda c: read) if read else None,
-    )
-
-
-def _at(rank_of: Callable[[Data], int | None], name: str) -> base.Estimand[Any]:
-    """Return the regret minus what is allowed at a rank chosen by its load."""
-
-    def gap(c: Data) -> regret.Gap:
-        return c.last[rank_of(c) or 0]
-
-    return _estimand(
-        name,
-        lambda c: c.is_new and rank_of(c) is not None,
-        lambda c: gap(c).over_allowed(),
-        lambda c: base.gates_on_gap(gap(c)),
-    )
-
-
-def _gates_apart(c: Data) -> list[Gate]:
-    better = c.gap.mean().high
-    none = [] if better is not None and better < 0 else [Gate(GateCode.NO_ADVANTAGE)]
-    return c.gates_at_eighth() + none
-
-
-def _gates_on_growth(c: Data) -> list[Gate]:
-    assert c.growing is not None
-    lows = [g.mean().low for g in c.growing]
-    behind = any(low is not None and low > 0 for low in lows)
-    none = [] if behind else [Gate(GateCode.NO_GAP)]
-    return [*(gate for g in c.growing for gate in base.gates_on_gap(g)), *none]
-
-
-QUESTION = base.Question[Any](
-    estimands=[
-        base.Estimand(
-            "over_allowed_low",
-            lambda c: c.gap.over_allowed(),
-            Data.gates_at_eighth,
-            applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
-            read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
-        ),
-        _estimand(
-            "over_allowed_beyond",
-            lambda c: c.is_new and not c.is_low,
-            lambda c: c.gap.over_allowed(),
-        ),
-        _at(lambda c: c.fitting, "over_allowed_fitting"),
-        _at(lambda c: c.overfull, "over_allowed_overfull"),
-        _estimand(
-            "gap_growth",
-            lambda c: c.is_new and c.growing is not None,
-            lambda c: regret.growth(c.first[min(c.last)], c.last_on_first_rows[min(c.last)]),
-            _gates_on_growth,
-            f"smallest rank, update {FIRST} to the last",
-        ),
-        _estimand("gap_low", lambda c: c.is_low, lambda c: c.gap.mean()),
-        _estimand(
-            "gap_nothing",
-            lambda c: c.novelty is not None and c.novelty.nothing,
-            lambda c: c.gap.mean(),
-            # Five percent of almost no gain would ask for an error that no number of seeds reaches.
-            lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
-        ),
-        _estimand(
-            "gap_matrices",
-            lambda c: c.is_low and bool(c.controls),
-            lambda c: c.controls[0].mean(),
-            lambda c: base.gates_on_gap(c.controls[0]),
-        ),
-        _estimand(
-            "unchanged_minus_changed",
-            lambda c: c.is_low and bool(c.parts_of_gap[c.eighth]),
-            lambda c: over_seeds(
-                (parts := c.parts_of_gap[c.eighth])["unchanged"].minus(parts["changed"])
-            ),
-            _gates_apart,
-        ),
-        _estimand(
-            "over_allowed_real",
-            lambda c: c.novelty is None,
-            lambda c: c.gap.over_allowed(),
-            lambda c: base.gates_on_gap(c.gap),
-        ),
-        base.Estimand(
-            "rank_by_updates",
-            lambda c: base.UNKNOWN if c.change is None else over_seeds(c.change),
-            lambda c: [Gate(GateCode.NO_LAW)] if c.change is None else [],
-            applies=lambda c: isinstance(c, Base),
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-)
+QUESTION = base.Question[Any](ESTIMANDS, conditions, measures, sections)

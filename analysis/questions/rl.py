@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, rate, with_interval
+from analysis.inference.estimate import Estimate, rate
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
 from analysis.measures import rewards
 from analysis.measures.at_best import AtBest, over_seeds, pooled_over
 from analysis.measures.ratio import ratio_of
 from analysis.measures.speed import rho
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points
-from analysis.runs.lr_curves import lr_curves
 from analysis.runs.metric import COLLAPSED_SHARE
 
 START, MOST = (0.05, 0.4), 0.9
@@ -78,22 +76,14 @@ class Rewarded(base.Condition):
         """By rank, the range of good LRs over full fine-tuning's, and its gates."""
         return {r: rewards.range_ratio(o, self.full) for r, o in self.lora.items()}
 
-    def ends(self, rank: int) -> list[Optimum]:
-        """Return full fine-tuning and a rank."""
-        return [self.full, self.by_rank[rank]]
+    def gates_on_stable(self, rank: int = 0) -> list[Gate]:
+        """List the gates on rewards of full fine-tuning and a rank at their best stable LRs."""
+        return rewards.gates_on_stable([self.by_rank[r].curve for r in dict.fromkeys((0, rank))])
 
-    def gates_on_stable(self, *ranks: int) -> list[Gate]:
-        """List the gates on rewards at the best stable learning rates."""
-        return rewards.gates_on_stable([self.by_rank[r].curve for r in ranks])
-
-    def gates_on_range(self, rank: int) -> list[Gate]:
-        """List the gates on a ratio of ranges."""
-        return [*base.gates_on(self.ends(rank)), *self.ranges[rank][1]]
-
-    def gates_on_task(self, rank: int) -> list[Gate]:
-        """Return what makes the task unfit to tell methods apart: its start, or its end."""
-        optima = self.ends(rank)
-        gates, start = [], -optima[0].curve.nll_start
+    def gates_on_points(self, rank: int) -> list[Gate]:
+        """List the gates on points: the task's start or its end may be unfit to compare methods."""
+        optima, gates = self.pair(rank), self.gates_on_stable(rank)
+        start = -self.full.curve.nll_start
         if math.isfinite(start) and not START[0] <= start <= START[1]:
             low, high = START
             gates.append(Gate(GateCode.TASK, f"starts at {start:.2g}, {low:g} to {high:g} needed"))
@@ -105,11 +95,81 @@ class Rewarded(base.Condition):
 
 def conditions(table: pd.DataFrame) -> list[Rewarded]:
     """Return every model and data set."""
-    groups = base.by_group(fit_all(lr_curves(table)))
+    groups = base.by_group(base.fit(table))
     return [Rewarded(name, table, optima) for name, optima in groups.items()]
 
 
+def at_rank(
+    name: str,
+    rank_of: Callable[[Rewarded], int],
+    measure: Callable[[Any, int], Estimate],
+    gates: Callable[[Any, int], list[Gate]],
+    **more: Any,
+) -> base.Estimand[Any]:
+    """Declare an estimand at one rank, which is missing without this rank or full fine-tuning.
+
+    Args:
+        more: other fields of `Estimand`.
+    """
+
+    def is_there(c: Rewarded) -> bool:
+        return 0 in c.by_rank and rank_of(c) in c.lora
+
+    def absent(c: Rewarded) -> str:
+        lora = f"lora r{rank_of(c)}" if rank_of(c) else "lora"
+        return lora if 0 in c.by_rank else "fullft"
+
+    return base.Estimand(
+        name,
+        lambda c: measure(c, rank_of(c)) if is_there(c) else None,
+        lambda c: gates(c, rank_of(c)),
+        absent,
+        **more,
+    )
+
+
+def at_top(**more: Any) -> list[base.Estimand[Any]]:
+    """Declare the ratio of optimal LRs and that of ranges of good LRs, at the highest rank."""
+    more = {"log": True, **more}
+    return [
+        at_rank(
+            "lr_ratio",
+            lambda c: c.top,
+            Rewarded.ratio,
+            lambda c, r: base.gates_on(c.pair(r)),
+            **more,
+        ),
+        at_rank(
+            "good_range_ratio",
+            lambda c: c.top,
+            lambda c, r: c.ranges[r][0],
+            lambda c, r: [*base.gates_on(c.pair(r)), *c.ranges[r][1]],
+            **more,
+        ),
+    ]
+
+
+ESTIMANDS = [
+    at_rank("points_rank_1", lambda c: 1, Rewarded.points, Rewarded.gates_on_points),
+    at_rank("points_top_rank", lambda c: c.top, Rewarded.points, Rewarded.gates_on_points),
+    *at_top(),
+    at_rank(
+        "rho_rank_1",
+        lambda c: 1,
+        lambda c, r: rho(c.curves[r], c.curves[0]),
+        Rewarded.gates_on_stable,
+        log=True,
+    ),
+]
+
+
 # ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Rewarded], asked: base.Asked) -> dict[str, Any]:
+    """Return how far every rank is behind, in points."""
+    behind = {c.name: {r: over_seeds(v) for r, v in c.behind.items()} for c in found}
+    return {"points_behind": behind}
 
 
 def name_of(rank: int) -> str:
@@ -151,7 +211,7 @@ def compared(c: Rewarded) -> list[list[Any]]:
         if rank in c.behind:
             points, ratio, width = over_seeds(c.behind[rank]), c.ratio(rank), c.ranges[rank][0]
         collapsed = "{} of {}".format(*rewards.collapsed_at_best(o.curve))
-        lr, reward = with_interval(o.best_lr, rate), over_seeds(rewards.reward_of(o))
+        lr, reward = base.best_lr(o), over_seeds(rewards.reward_of(o))
         rows.append([o.curve.name, lr, reward, collapsed, points, ratio, good, width])
     return rows
 
@@ -163,15 +223,9 @@ def sections(found: Sequence[Rewarded], asked: base.Asked) -> list[base.Section]
         key = c.optima[0].curve.key
         panel = progress(f"{key['model']} on {key['dataset']}", c, sorted(c.curves))
         figure = "rewards.png" if k == 1 else f"rewards_{k}.png"
-        rows = base.table(HEAD, compared(c))
-        out.append(base.Section(f"Rewards, {c.name}", rows, [HOW], figure, [panel], CAPTION))
+        shown = (compared(c), [HOW], figure, [panel], CAPTION)
+        out.append(base.Section.of(f"Rewards, {c.name}", HEAD, *shown))
     return out
-
-
-def measures(found: Sequence[Rewarded], asked: base.Asked) -> dict[str, Any]:
-    """Return how far every rank is behind, in points."""
-    behind = {c.name: {str(r): over_seeds(v).plain() for r, v in c.behind.items()} for c in found}
-    return {"points_behind": behind}
 
 
 def ratios(c: Rewarded) -> list[tuple[str, Estimate]]:
@@ -179,63 +233,4 @@ def ratios(c: Rewarded) -> list[tuple[str, Estimate]]:
     return [(name_of(r), c.ratio(r)) for r in c.lora if 0 in c.by_rank]
 
 
-# ---------------------------------------------------------------- estimands
-
-
-def _at(
-    name: str,
-    rank_of: Callable[[Rewarded], int],
-    measure: Callable[[Rewarded, int], Estimate],
-    gates: Callable[[Rewarded, int], list[Gate]],
-    log: bool = False,
-) -> base.Estimand[Rewarded]:
-    """Return an estimand at one rank, which is missing without this rank or full fine-tuning."""
-
-    def is_there(c: Rewarded) -> bool:
-        return 0 in c.by_rank and rank_of(c) in c.lora
-
-    def absent(c: Rewarded) -> str:
-        lora = f"lora r{rank_of(c)}" if rank_of(c) else "lora"
-        return lora if 0 in c.by_rank else "fullft"
-
-    return base.Estimand(
-        name,
-        lambda c: measure(c, rank_of(c)) if is_there(c) else None,
-        lambda c: gates(c, rank_of(c)),
-        absent,
-        log,
-    )
-
-
-def _gates_on_points(c: Rewarded, rank: int) -> list[Gate]:
-    return [*c.gates_on_stable(0, rank), *c.gates_on_task(rank)]
-
-
-QUESTION = base.Question[Rewarded](
-    estimands=[
-        _at("points_rank_1", lambda c: 1, Rewarded.points, _gates_on_points),
-        _at("points_top_rank", lambda c: c.top, Rewarded.points, _gates_on_points),
-        _at(
-            "lr_ratio", lambda c: c.top, Rewarded.ratio, lambda c, r: base.gates_on(c.ends(r)), True
-        ),
-        _at(
-            "good_range_ratio",
-            lambda c: c.top,
-            lambda c, r: c.ranges[r][0],
-            Rewarded.gates_on_range,
-            True,
-        ),
-        _at(
-            "rho_rank_1",
-            lambda c: 1,
-            lambda c, r: rho(c.curves[r], c.curves[0]),
-            lambda c, r: c.gates_on_stable(0, r),
-            True,
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    ratios=ratios,
-    by_base=True,
-)
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, ratios=ratios, by_base=True)

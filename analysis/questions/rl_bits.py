@@ -6,8 +6,10 @@ cross-entropy, show what the adapter can hold. Each curve is at its best stable 
 paired by seed.
 """
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +23,9 @@ from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.regret import BITS_PER_PARAMETER
 from analysis.measures.rewards import gates_on_stable, stable, values_at_stable
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.questions import base
-from analysis.questions.rl import CAPTION, HEAD, HOW, Rewarded, compared, name_of, progress, ratios
-from analysis.runs.lr_curves import lr_curves, runs_of
+from analysis.questions import base, rl
+from analysis.runs.lr_curves import runs_of
 from analysis.runs.table import TableError
 
 ACTIONS, LABEL_BITS = 16, 4
@@ -48,7 +48,7 @@ def share_known(o: Optimum) -> AtBest[float]:
 
 
 @dataclass(frozen=True)
-class Contexts(Rewarded):
+class Contexts(rl.Rewarded):
     """One number of contexts: curves of rewarded runs and of supervised ones."""
 
     contexts: int
@@ -80,7 +80,7 @@ class Contexts(Rewarded):
     @property
     def is_complete(self) -> bool:
         """Whether full fine-tuning and rank 1 are there."""
-        return 0 in self.by_rank and self.load is not None
+        return {0, 1} <= self.by_rank.keys()
 
     @property
     def is_below(self) -> bool:
@@ -104,9 +104,8 @@ class Contexts(Rewarded):
         found = {}
         for r, e in self.episode.items():
             key = self.by_rank[r].curve.key
-            n = int(key["batch_size"]) * int(key["steps"])  # completions
-            low, value, high = (None if v is None else n * v for v in (e.low, e.value, e.high))
-            found[r] = Estimate(value, low, high, e.n, e.flags)
+            completions = int(key["batch_size"]) * int(key["steps"])
+            found[r] = base.mapped(e, functools.partial(operator.mul, completions))
         return found
 
     @cached_property
@@ -141,7 +140,7 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
         TableError: data are not a bandit's.
     """
     by_contexts: dict[int, list[Optimum]] = {}
-    for o in fit_all(lr_curves(table)):
+    for o in base.fit(table):
         data = json.loads(runs_of(table, o.curve)["spec"].iloc[0])["dataset"]
         if data["location"] != "bandit":
             raise TableError(f"{data['name']!r} has no known bits. Ask this of dataset=bandit.")
@@ -155,19 +154,63 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
     return found
 
 
+def _points(name: str, applies: Callable[[Contexts], bool]) -> base.Estimand[Any]:
+    """Declare how far rank 1 is behind, on the contexts for which something holds."""
+    gates = Contexts.gates_on_stable
+    return rl.at_rank(name, lambda c: 1, Contexts.points, gates, applies=applies)
+
+
+ESTIMANDS = [
+    _points("points_rank_1_below", lambda c: c.is_below or not c.is_complete),
+    _points("points_rank_1_beyond", lambda c: c.is_complete and not c.is_below),
+    base.Estimand[Contexts](
+        "taught_rank_1",
+        Contexts.behind_if_supervised,
+        Contexts.gates_if_supervised,
+        lambda c: f"{'rank 1' if 0 in c.supervised else 'full fine-tuning'} by cross-entropy",
+        applies=lambda c: c.is_complete and c.is_below,
+    ),
+    base.Estimand[Contexts](
+        "bits_per_episode",
+        lambda c: c.episode[0],
+        Contexts.gates_on_stable,
+        log=True,
+        applies=lambda c: c.is_complete,
+    ),
+    *rl.at_top(applies=lambda c: c.is_complete and c.top > 1),
+]
+
+
 # ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Contexts], asked: base.Asked) -> dict[str, Any]:
+    """Return loads, points and bits by contexts and rank."""
+    return {
+        "cells": [
+            {
+                "contexts": c.contexts,
+                "load": c.load,
+                "points_behind": {r: over_seeds(v) for r, v in c.behind.items()},
+                "bits": c.bits,
+                "bits_per_episode": c.episode,
+                "taught_bits": c.supervised_bits,
+            }
+            for c in found
+        ]
+    }
 
 
 def sections(found: Sequence[Contexts], asked: base.Asked) -> list[base.Section]:
     """Return rewards by contexts and rank, and the bits learned."""
-    rows = [[c.contexts, c.load, *row] for c in found for row in compared(c)]
-    head = f"contexts | load of rank 1 | {HEAD}"
-    text = f"Load: bits of the labels over 2 bits for each parameter of rank 1. {HOW}"
+    rows = [[c.contexts, c.load, *row] for c in found for row in rl.compared(c)]
+    head = f"contexts | load of rank 1 | {rl.HEAD}"
+    text = f"Load: bits of the labels over 2 bits for each parameter of rank 1. {rl.HOW}"
     run = [c for c in found if c.by_rank]
     ranks = sorted({r for c in run for r in c.curves})
-    panels = [progress(f"{c.contexts} contexts", c, ranks) for c in run]
-    table = base.table(head, rows)
-    rewarded = base.Section("Rewards", table, [text], "rewards.png", panels, CAPTION)
+    panels = [rl.progress(f"{c.contexts} contexts", c, ranks) for c in run]
+    figure = ("rewards.png", panels, rl.CAPTION)
+    rewarded = base.Section.of("Rewards", head, rows, [text], *figure)
     rows = []
     for c in found:
         for rank in sorted(c.bits.keys() | c.supervised_bits.keys()):
@@ -188,8 +231,8 @@ def sections(found: Sequence[Contexts], asked: base.Asked) -> list[base.Section]
         "rate-distortion function of a uniform source), so a lower bound. By cross-entropy: the "
         "labels' bits minus the loss on them."
     )
-    table, panels = base.table(head, rows), [_panel(found)]
-    return [rewarded, base.Section("Bits", table, [said], "bits.png", panels, "bits gained")]
+    figure = ("bits.png", [_panel(found)], "bits gained")
+    return [rewarded, base.Section.of("Bits", head, rows, [said], *figure)]
 
 
 def _panel(found: Sequence[Contexts]) -> base.Panel:
@@ -202,7 +245,7 @@ def _panel(found: Sequence[Contexts]) -> base.Panel:
         look: dict[str, Any] = {"style": "+--", "size": 8} if supervised else {"style": "o-"}
         for r in ranks if not supervised else sorted({r for bits in each for r in bits}):
             mine = {x: bits[r] for x, bits in zip(needed, each) if r in bits}
-            label = name_of(r) + (", supervised" if supervised else "")
+            label = rl.name_of(r) + (", supervised" if supervised else "")
             colour = ranks.index(r)
             series.append(base.Series.of(label, mine, list(mine.values()), colour=colour, **look))
     series.append(base.Series("all of them", needed, needed, style=":", colour="grey"))
@@ -213,76 +256,4 @@ def _panel(found: Sequence[Contexts]) -> base.Panel:
     return base.Panel(title, x, "bits gained", series, log_x=True, log_y=True, lines=lines)
 
 
-def measures(found: Sequence[Contexts], asked: base.Asked) -> dict[str, Any]:
-    """Return loads, points and bits by contexts and rank."""
-    return {
-        "cells": [
-            {
-                "contexts": c.contexts,
-                "load": c.load,
-                "points_behind": {str(r): over_seeds(v).plain() for r, v in c.behind.items()},
-                "bits": {str(r): e.plain() for r, e in c.bits.items()},
-                "bits_per_episode": {str(r): e.plain() for r, e in c.episode.items()},
-                "taught_bits": {str(r): e.plain() for r, e in c.supervised_bits.items()},
-            }
-            for c in found
-        ]
-    }
-
-
-# ---------------------------------------------------------------- estimands
-
-
-def _points(name: str, applies: Callable[[Contexts], bool]) -> base.Estimand[Contexts]:
-    """Return how far rank 1 is behind, on the contexts for which something holds."""
-    return base.Estimand(
-        name,
-        lambda c: c.points(1) if c.is_complete else None,
-        lambda c: c.gates_on_stable(0, 1),
-        lambda c: "lora r1" if 0 in c.by_rank else "fullft",
-        applies=applies,
-    )
-
-
-def _has_top(c: Contexts) -> bool:
-    return c.is_complete and c.top > 1
-
-
-QUESTION = base.Question[Contexts](
-    estimands=[
-        _points("points_rank_1_below", lambda c: c.is_below or not c.is_complete),
-        _points("points_rank_1_beyond", lambda c: c.is_complete and not c.is_below),
-        base.Estimand(
-            "taught_rank_1",
-            Contexts.behind_if_supervised,
-            Contexts.gates_if_supervised,
-            lambda c: f"{'rank 1' if 0 in c.supervised else 'full fine-tuning'} by cross-entropy",
-            applies=lambda c: c.is_complete and c.is_below,
-        ),
-        base.Estimand(
-            "bits_per_episode",
-            lambda c: c.episode[0],
-            lambda c: c.gates_on_stable(0),
-            log=True,
-            applies=lambda c: c.is_complete,
-        ),
-        base.Estimand(
-            "lr_ratio",
-            lambda c: c.ratio(c.top),
-            lambda c: base.gates_on(c.ends(c.top)),
-            log=True,
-            applies=_has_top,
-        ),
-        base.Estimand(
-            "good_range_ratio",
-            lambda c: c.ranges[c.top][0],
-            lambda c: c.gates_on_range(c.top),
-            log=True,
-            applies=_has_top,
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    ratios=ratios,
-)
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, ratios=rl.ratios)

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, exp_of, from_draws, rate, with_interval
+from analysis.inference.estimate import Estimate, exp_of, from_draws
 from analysis.measures.at_best import AtBest, over_seeds, pooled_over, values_at_best
 from analysis.measures.ratio import MIN_RANK, ratio_of
-from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
-from analysis.runs.lr_curves import lr_curves, title
+from analysis.runs.lr_curves import title
 from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
 SHORT = 24
@@ -72,8 +71,6 @@ class Lengths(base.TwoArms):
     whole: pd.DataFrame
     """The uncut runs, whose norms are measured."""
     horizons: list[Horizon]
-    note: str
-    """A sentence about the cut; empty without one."""
 
     @property
     def missing(self) -> str:
@@ -108,7 +105,7 @@ class Lengths(base.TwoArms):
     @cached_property
     def ends(self) -> list[Optimum]:
         """The optima of whole runs."""
-        return fit_all(lr_curves(self.whole)) if self.note else self.optima
+        return base.fit(self.whole) if self.note else self.optima
 
     @cached_property
     def spectra(self) -> list[Spectra]:
@@ -161,12 +158,43 @@ def conditions(table: pd.DataFrame) -> list[Lengths]:
     part, note = while_unsolved(table)
     last, horizons, optima = int(part["steps"].max()), [], []
     for step in [s for s in steps_seen(part) if s >= SHORTEST] + [last]:
-        optima = fit_all(lr_curves(at_step(part, step)))
+        optima = base.fit(at_step(part, step))
         horizons.append(Horizon(step, base.full_of(optima), base.lora_of(optima, MIN_RANK)))
-    return [Lengths(optima[0].curve.group, part, optima, table, horizons, note)]
+    return [Lengths(optima[0].curve.group, part, optima, note, table, horizons)]
+
+
+ESTIMANDS = [
+    base.Estimand[Lengths](
+        "short_over_long",
+        Lengths.short_over_long,
+        lambda c: base.gates_on(c.rests),
+        log=True,
+        read=lambda c: f"{c.short.step} updates against {c.long.step}",
+    ),
+    base.Estimand[Lengths](
+        "sigma_b_over_a",
+        lambda c: c.of_top.growth if c.of_top else base.UNKNOWN,
+        lambda c: base.gates_on(base.lora_of(c.ends, MIN_RANK)),
+        log=True,
+        read=lambda c: c.end,
+    ),
+    base.Estimand[Lengths](
+        "movement_ratio",
+        lambda c: c.of_top.movement if c.of_top else base.UNKNOWN,
+        lambda c: base.gates_on([o for o in c.ends if base.rank_of(o) not in range(1, MIN_RANK)]),
+        log=True,
+        read=lambda c: c.end,
+    ),
+]
 
 
 # ---------------------------------------------------------------- the report
+
+
+def measures(found: Sequence[Lengths], asked: base.Asked) -> dict[str, Any]:
+    """Return the ratio by horizon."""
+    (c,) = found
+    return {"horizons": [{"step": h.step, **h.ratio.plain()} for h in c.horizons]}
 
 
 def sections(found: Sequence[Lengths], asked: base.Asked) -> list[base.Section]:
@@ -174,15 +202,14 @@ def sections(found: Sequence[Lengths], asked: base.Asked) -> list[base.Section]:
     (c,) = found
     rows: list[list[Any]] = []
     for h in c.horizons:
-        of_full = with_interval(h.full.best_lr, rate) if h.full else "-"
-        lrs = [with_interval(o.best_lr, rate) for o in h.lora]
-        rows.append([h.step, of_full, *lrs, h.ratio])
+        of_full = base.best_lr(h.full) if h.full else "-"
+        rows.append([h.step, of_full, *map(base.best_lr, h.lora), h.ratio])
     of_lora = [f"best LR, {o.curve.name}" for o in c.long.lora]
     head = " | ".join(["updates", "best FullFT LR", *of_lora, "ratio [95%]"])
     text = [
         f"Short: {c.short.step} updates; long: {c.long.step}. The ratio is over the ranks of "
         f"{MIN_RANK} and more. Shorter runs are the first updates of the longer ones.",
-        *([c.note] if c.note else []),
+        c.note,
     ]
     steps, ratios = [h.step for h in c.horizons], [h.ratio for h in c.horizons]
     panel = base.Panel(
@@ -195,8 +222,7 @@ def sections(found: Sequence[Lengths], asked: base.Asked) -> list[base.Section]:
         lines={"the study, long runs: 10": 10.0, "the study, short runs: 15": 15.0},
     )
     caption, name = "ratio of the optimal LRs over the length of the run", "The ratio by horizon"
-    table = base.table(head, rows)
-    by_horizon = base.Section(name, table, text, "horizons.png", [panel], caption)
+    by_horizon = base.Section.of(name, head, rows, text, "horizons.png", [panel], caption)
     known = [(o, s) for o, s in zip(c.ends, c.spectra) if s.by_seed]
     rows = []
     for o, s in known:
@@ -206,8 +232,8 @@ def sections(found: Sequence[Lengths], asked: base.Asked) -> list[base.Section]:
         "curve | spectral norm of A | of B | of the change | B / A [95%] | change / FullFT's [95%]"
     )
     name, caption = "Spectral norms at the optimal LRs", "spectral norms of the change, by matrix"
-    table, panels = base.table(head, rows), _matrices(known)
-    return [by_horizon, base.Section(name, table, [], "norms.png", panels, caption)]
+    figure = ("norms.png", _matrices(known), caption)
+    return [by_horizon, base.Section.of(name, head, rows, [], *figure)]
 
 
 def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[base.Panel]:
@@ -239,40 +265,4 @@ def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[base.Panel]:
     return [base.Panel(heading, x, y, series, log_y=True, ticks=ticks)]
 
 
-def measures(found: Sequence[Lengths], asked: base.Asked) -> dict[str, Any]:
-    """Return the ratio by horizon."""
-    (c,) = found
-    return {"horizons": [{"step": h.step, **h.ratio.plain()} for h in c.horizons]}
-
-
-QUESTION = base.Question[Lengths](
-    estimands=[
-        base.Estimand(
-            "short_over_long",
-            Lengths.short_over_long,
-            lambda c: base.gates_on(c.rests),
-            log=True,
-            read=lambda c: f"{c.short.step} updates against {c.long.step}",
-        ),
-        base.Estimand(
-            "sigma_b_over_a",
-            lambda c: c.of_top.growth if c.of_top else base.UNKNOWN,
-            lambda c: base.gates_on(base.lora_of(c.ends, MIN_RANK)),
-            log=True,
-            read=lambda c: c.end,
-        ),
-        base.Estimand(
-            "movement_ratio",
-            lambda c: c.of_top.movement if c.of_top else base.UNKNOWN,
-            lambda c: base.gates_on(
-                [o for o in c.ends if not base.rank_of(o)] + base.lora_of(c.ends, MIN_RANK)
-            ),
-            log=True,
-            read=lambda c: c.end,
-        ),
-    ],
-    conditions=conditions,
-    sections=sections,
-    measures=measures,
-    split_by=base.TASK,
-)
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

@@ -253,7 +253,7 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
     for c in parts:
         lr = lr_law.published(c, hidden.get(c.key["model"], math.nan))
         if lr is not None:
-            cost = {"lr": lr, "percent": lr_law.regret(c, lr).percent}
+            cost = {"lr": lr, "percent": lr_law.regret(c, lr)}
             costs.append({"model": c.key["model"], "curve": c.name, **cost})
     log_ratios = []
     for _, lora, full in arms_of(optima):
