@@ -245,7 +245,7 @@ def measures(found: Sequence[Variant], asked: base.Asked) -> dict[str, Any]:
 def sections(found: Sequence[Variant], asked: base.Asked) -> list[base.Section]:
     """Return the published laws, and the table of ratios."""
     out = []
-    for c in (c for c in found if c.high and c.laws):
+    for c in (c for c in found if not c.missing and c.laws):
         rows, known = [], c.ratio.value is not None and c.ratio.has_interval()
         for law, value in c.laws.items():
             inside = known and c.ratio.interval[0] <= value <= c.ratio.interval[1]

@@ -65,6 +65,10 @@ class Bases(base.Condition):
 
     bases: list[Base]
 
+    @property
+    def missing(self) -> str:
+        return "" if self.bases else "a base with both full fine-tuning and LoRA"
+
     @cached_property
     def sets(self) -> dict[str, list[Base]]:
         """The bases to which each law is fitted."""
@@ -78,7 +82,7 @@ class Bases(base.Condition):
 
     @property
     def seeds(self) -> int:
-        """None: the intervals are over bases."""
+        """0: the intervals are over bases."""
         return 0
 
     def gates_on(self, name: str) -> list[Gate]:
