@@ -15,7 +15,7 @@ from lorasweep.customers import adapters, customer_sweep, pages, runs
 from lorasweep.customers import measure as measuring
 from lorasweep.customers.advice import Advice, answers, plain_of
 from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
-from lorasweep.customers.outcome import Outcome, outcome_of
+from lorasweep.customers.outcome import outcome_of
 from lorasweep.customers.read import Failed, Row, check_rows, expected, read_customers
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch import local
@@ -35,7 +35,7 @@ STOPPED = 130
 
 
 def known(request: Request) -> Known:
-    """Return what the rules rest on: the user's and the shipped models and cards, kept results."""
+    """Return what the rules are based on: models and GPUs of the user and shipped, kept results."""
     folders = [Path(folder) for folder in request.folders]
     return Known(
         models=catalogue.models(folders),
@@ -47,7 +47,7 @@ def known(request: Request) -> Known:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> list[str]:
-    """Lay out a table for the terminal; the last column is not cut."""
+    """Return a table for the terminal; all columns but the last are cut to WIDTH."""
     cut = [[pages.printable(c)[:WIDTH] for c in r[:-1]] + [pages.printable(r[-1])] for r in rows]
     return aligned([list(head), *cut], [head.index(h) for h in numbers])
 
@@ -56,7 +56,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
 
 def advise(request: Request) -> int:
-    """Answer the customers of a request; return 1 if a row could not be answered."""
+    """Print and write the answers to a request's customers; return 1 if a row has an error."""
     if bool(request.customers) == bool(request.customer):
         raise SpecError(
             "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
@@ -124,9 +124,9 @@ def measure(request: Request) -> int:
     data = trainer.data(spec, request.exec)
     asked, spec = spec.steps, measuring.one_pass(spec, data)
     if spec.steps < asked:
-        last = f"{data.n_train:,} rows last for {spec.steps} updates of {spec.batch_size}"
-        print(f"{last}: steps={spec.steps}", file=sys.stderr)
-    rates = around(spec.lr, request.rates, measuring.APART)
+        rows = f"{data.n_train:,} rows are enough for {spec.steps} updates of {spec.batch_size}"
+        print(f"{rows}: steps={spec.steps}", file=sys.stderr)
+    rates = around(spec.lr, request.rates, runs.APART)
     specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
     points = [Point(s.method.name, s) for s in specs]
     with Display(points, request.format == "json") as display:
@@ -139,9 +139,8 @@ def measure(request: Request) -> int:
     path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(found, indent=1).encode())
-    print(
-        json.dumps(found) if request.format == "json" else measuring.text_of(found, path).rstrip()
-    )
+    as_json = request.format == "json"
+    print(json.dumps(found) if as_json else measuring.text_of(found, path).rstrip())
     return 0
 
 
@@ -151,11 +150,11 @@ def measure(request: Request) -> int:
 def plan_fleet(request: Request) -> Request:
     """Return the request for the runs of all customers of a table: read, advise, build runs.
 
-    Prints what is wrong with which customer. For plan, status and the like of a fleet, too; a
-    follow-up job trains the runs as they were planned.
+    Prints the error of each customer that has one. A follow-up job trains the runs as they were
+    planned, without reading the table again.
 
     Raises:
-        SpecError: no fleet can be trained so, or the table cannot be read.
+        SpecError: the settings are not those of a fleet, or the table cannot be read.
     """
     if request.members:
         return request
@@ -191,7 +190,12 @@ def fleet(request: Request, store: RunStore, train: Callable[[Request, RunStore]
     if plan.points and train(plan, store) == STOPPED:
         return STOPPED
     outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, plan.points)]
-    waiting = _waiting(outcomes, store) if plan.cluster.kind == "slurm" else 0
+    waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
+    if plan.cluster.kind == "slurm":
+        queue = submissions.look(store.root)
+        there = queue.covered().keys() | queue.unknown_runs()
+        unfinished = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]
+        waiting = sum(all(t.run in there or t.state == "running" for t in u) for u in unfinished)
     folder, title = Path(plan.out), Path(plan.customers).stem
     outcomes = adapters.export(outcomes, store, folder, title, write_adapter)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
@@ -210,11 +214,3 @@ def fleet(request: Request, store: RunStore, train: Callable[[Request, RunStore]
     elif not waiting:
         print(json.dumps([o.plain() for o in outcomes]))
     return 0 if len(chosen) + waiting == len(outcomes) else 1
-
-
-def _waiting(outcomes: Sequence[Outcome], store: RunStore) -> int:
-    """Count the customers whose unfinished runs are all in jobs of a cluster."""
-    queue = submissions.look(store.root)
-    there = queue.covered().keys() | queue.unknown_runs()
-    open_ = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]
-    return sum(all(t.run in there or t.state == "running" for t in tried) for tried in open_)

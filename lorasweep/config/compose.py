@@ -38,20 +38,15 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.sweep.grid import Point, around, expand, fields_of, geom
 from lorasweep.sweep.question import Sweep, axes_of, check_directions, check_sweep
-from lorasweep.sweep.request import HASH_DIGITS, Request, runs_hash
+from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
 
-REQUEST_KEYS = (
-    *("action", "format", "mirror", "table", "run", "out"),
-    *("sample", "max_difference", "watch", "prune"),
-    *("customers", "customer", "why", "write_sweep", "data", "rates", "instead_of_full"),
-)
-"""Settings of the command itself, which a request keeps as they are."""
+SETTINGS = [f.name for f in dataclasses.fields(Settings)]
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
 """Matches lines with which a sweep's file sets more than the sweep."""
 SELECT_FILES = ("+sweep=", "scale=")
 CHANGE_NO_RUNS = (
     *SELECT_FILES,
-    *(f"{key}=" for key in REQUEST_KEYS),
+    *(f"{key}=" for key in (*SETTINGS, "rates")),
     *("exec.", "+exec.", "cluster=", "cluster.", "+cluster.", "hardware=", "hardware."),
 )
 """Starts of overrides that change how runs are trained and shown, not which runs are asked for."""
@@ -140,7 +135,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
                 "and cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
             )
     common = {
-        **{name: getattr(config, name) for name in REQUEST_KEYS},
+        **{name: getattr(config, name) for name in SETTINGS},
         "rates": 1 if config.rates == "advised" else config.rates,
         "scale": config.scale.name,
         "exec": exec_,

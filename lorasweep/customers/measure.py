@@ -1,7 +1,7 @@
-"""How much information a data set holds under a model: the summed log-loss of a first pass.
+"""Measure the information in a data set under a model: the summed log-loss of a first pass.
 
-Under the base model, and online during training: each batch is coded before the update on it, a
-prequential code (Dawid 1984), whose length is what the training itself records.
+Under the base model, and online during training. Online, each batch is coded before the update on
+it (a prequential code, Dawid 1984): the code length is the training loss that the run records.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorasweep.customers.pages import render
+from lorasweep.customers.runs import APART, MOST_RATES
 from lorasweep.data import own, sources
 from lorasweep.data.examples import Data
 from lorasweep.errors import SpecError, TrainingError
@@ -19,12 +20,8 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.request import Request
 
-APART = 3.0
-"""Factor between the learning rates that are tried. The shortest code is taken, and its length
-includes naming the learning rate."""
-MOST_RATES = 9
 HELD_OUT, CURVE = 32, 8
-"""Held-out rows of the runs at their end and before: they are not what is measured."""
+"""Held-out rows of the runs at the end and before it: few, as they are not what is measured."""
 TOGETHER = 1024
 """Rows whose loss tokens are counted at once."""
 CodeLength = Callable[..., list[dict[str, float | None]]]
@@ -41,10 +38,10 @@ class Code(NamedTuple):
 
 
 def run_of(request: Request) -> RunSpec:
-    """Return the run whose training is the code: the request's, with few held-out rows.
+    """Return the run whose training loss is the code length: the request's, with few held-out rows.
 
     Raises:
-        SpecError: it is not one that can be a code.
+        SpecError: the request has settings with which none can be measured.
     """
     spec = request.points[0].spec
     if not 1 <= request.rates <= MOST_RATES:
@@ -59,7 +56,7 @@ def run_of(request: Request) -> RunSpec:
         )
     if spec.objective != "sft":
         raise SpecError(
-            f"action=measure with objective={spec.objective}: rewards tell at most one bit an "
+            f"action=measure with objective={spec.objective}: a reward has at most one bit per "
             "episode, so there is nothing to measure. Leave objective out."
         )
     dataset = own.dataset_of(request.data) if request.data else spec.dataset
@@ -121,11 +118,9 @@ def information(
     """Return what was measured, and what follows for all rows, as JSON values.
 
     Args:
-        spec: the run, at the middle learning rate.
-        data: its rows.
-        codes: of the runs that did not diverge.
+        spec: the run at the middle learning rate; `data`: its rows.
+        codes: of the runs that did not diverge; `tried`: number of learning rates.
         base: each batch under the base model.
-        tried: number of learning rates.
         code_length: extrapolates to all rows.
     """
     best = min(codes, key=lambda code: sum(code.nats))
@@ -136,7 +131,7 @@ def information(
         parts = (data.train(spec.seed, k, min(TOGETHER, data.n_train - k)) for k in starts)
         all_tokens = sum(int(row.loss.sum()) for part in parts for row in part)
     left = None if all_tokens is None else all_tokens - tokens
-    which = math.log(tried)
+    which = math.log(tried)  # the shortest code also has to name the learning rate
     as_is = [b.nats for b in base]
     plain, online = code_length(as_is, best.nats, [b.tokens for b in base], left)
     online = {k: v if v is None else v + which for k, v in online.items()}
@@ -193,7 +188,7 @@ NAMES = {"as_is": "under the base model", "prequential": "online, during trainin
 
 def text_of(found: dict[str, Any], path: Path) -> str:
     """Return the result for the terminal; `path`: the file that keeps it."""
-    rows = [["", "", "a token", "an example", "these rows", "all rows [95%]"]]
+    rows = [["", "", "per token", "per row", "measured rows", "all rows [95%]"]]
     for key, name in NAMES.items():
         for unit in ("bits", "nats"):
             values = found[key][unit]

@@ -125,7 +125,7 @@ def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
     assert len(world.trained()) == 13  # three rates for four customers, one for the few rows
     printed = capsys.readouterr().out
     assert "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
-    assert "too few different rows" in printed
+    assert "too few unique rows" in printed
     ann = world.facts("ann")
     losses = {t["lr"]: t["validation"] for t in ann["tried"]}
     assert ann["lr"] == min(losses, key=lambda lr: (losses[lr], lr)) and len(losses) == 3
@@ -185,10 +185,12 @@ def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_upd
     assert same_adapters(tmp_path / "whole/fleet-customers", world.folder)
     ann, few = world.facts("ann"), world.facts("few")
     assert ann["steps_done"] < ann["steps"] and ann["best_step"] < ann["steps_done"]
-    said = f"ended after update {ann['steps_done']} of {ann['steps']}, as 2 evaluations in a row"
+    said = (
+        f"ended after update {ann['steps_done']} of {ann['steps']}, because 2 evaluations in a row"
+    )
     assert said in world.card("ann") and said in world.page
     assert f"ended early, after {ann['steps_done']} of {ann['steps']} updates" in world.page
-    assert few["early_stopping"].startswith("left out") and "best_step" in few
+    assert few["early_stopping"].startswith("off") and "best_step" in few
     assert "4 are the fewest" in world.card("few")
 
 
@@ -280,7 +282,7 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     request = compose("action=plan", *options)
     assert act(request) == 0
     untimed = capsys.readouterr().out
-    assert "alone is not known" in untimed and "action=measure_packs" in untimed
+    assert "Alone: not known" in untimed and "action=measure_packs" in untimed
     specs, exec_ = [p.spec for p in plan_fleet(request).points], plan_fleet(request).exec
     for spec in specs:
         path = measured_path(Path(exec_.runs_dir), spec, detect.this_machine(), exec_)
@@ -297,7 +299,7 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     assert whole["together_s"] == four["together_s"] + one["together_s"] < whole["alone_s"]
     assert act(compose("action=plan", "hardware=h100", "precision=bf16", *options)) == 0
     on_gpus = capsys.readouterr().out
-    assert "in time of one GPU" in on_gpus and "by the times of steps" in on_gpus
+    assert "in time of one GPU" in on_gpus and "computed from step times" in on_gpus
 
 
 def test_customers_without_an_adapter_keep_their_earlier_folder(world, tmp_path):
@@ -308,7 +310,7 @@ def test_customers_without_an_adapter_keep_their_earlier_folder(world, tmp_path)
     assert world.run("rates=advised") == 1
     page = world.page
     assert "4 customers: 3 adapters, 0 not trained yet, 1 with errors" in page
-    assert "earlier adapter, of another state" in page and world.facts("bob")["run"] in page
+    assert "holds an earlier adapter" in page and world.facts("bob")["run"] in page
     assert "No longer in the table, with a folder that stays until you delete it: few." in page
     assert (world.folder / "few/adapter_model.safetensors").is_file()
 
@@ -522,5 +524,5 @@ def test_the_card_says_how_many_rows_share_prompts_and_the_interval_is_over_prom
     # 4 prompts: Student's t of 3 degrees of freedom is 3.182
     assert bob["gain_interval"][1] - bob["gain"] == pytest.approx(3.182 * bob["gain_se"], rel=1e-3)
     card = world.card("bob")
-    assert "160 rows have the prompt of another one, and another answer; no prompt is both" in card
+    assert "160 rows have the prompt of another row" in card and "no prompt is both" in card
     assert "(4 prompts): a gain of" in card and "(Student's t over prompts)" in card

@@ -269,7 +269,7 @@ def test_the_customers_are_many_and_varied_and_all_are_answered():
     sizes = [a.model.n_params for a in found]
     assert min(s for s in sizes if s > 1e8) < 0.7e9 and max(sizes) > 230e9
     assert {a.choice.method for a in found} == {"lora", "full", "open"}
-    assert {a.choice.by for a in found} == {"map", "capacity"}
+    assert {a.choice.by for a in found} == {"measured regret", "capacity"}
     assert {a.customer.task for a in found} == {"sft", "rl"}
     assert len({a.costs.hardware.name for a in found}) >= 4
     with CUSTOMERS.open() as text:

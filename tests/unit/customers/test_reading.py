@@ -115,7 +115,7 @@ def test_a_wrong_row_does_not_affect_others(tmp_path):
     assert "hidden_size" in says[0] and "config.json" in says[0]
     assert says[1].startswith("row 4: column hardware: hardware 'h1000' not found")
     assert says[2].startswith("row 5: 7 cells under 5 columns")
-    assert says[3].startswith("row 6: column name: 'a' was used by an earlier row")
+    assert says[3].startswith("row 6: column name: an earlier row has 'a'")
 
 
 # ---------------------------------------------------------------- shapes
