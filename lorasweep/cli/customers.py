@@ -9,6 +9,7 @@ from pathlib import Path
 from lorasweep.cli import answer
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.progress import Display
+from lorasweep.cli.train import STOPPED, Trained
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
 from lorasweep.customers import adapters, customer_sweep, pages, runs
@@ -24,14 +25,12 @@ from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, RunStore
-from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point, around
+from lorasweep.sweep.names import aligned
 from lorasweep.sweep.request import Request
 
 WIDTH = 34
 """Letters of a cell in a table of the terminal."""
-STOPPED = 130
-"""Exit status after Ctrl-C."""
 
 
 def known(request: Request) -> Known:
@@ -179,15 +178,16 @@ def plan_fleet(request: Request) -> Request:
     )
 
 
-def fleet(request: Request, store: RunStore, train: Callable[[Request, RunStore], int]) -> int:
+def fleet(
+    request: Request, store: RunStore, training: Callable[[Request, RunStore], Trained]
+) -> int:
     """Train an adapter for each customer of a table, or of a plan; return the exit status.
 
     The status is 1 if a customer could not be planned or got no adapter; those whose runs wait in
-    jobs of a cluster do not count. `train`: trains the missing runs of a request, here or on a
-    cluster, and returns an exit status.
+    jobs of a cluster do not count. `training`: trains the missing runs of a request.
     """
     plan = plan_fleet(request)
-    if plan.points and train(plan, store) == STOPPED:
+    if plan.points and training(plan, store).status == STOPPED:
         return STOPPED
     outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, plan.points)]
     waiting = 0  # customers whose unfinished runs are all in jobs of a cluster

@@ -14,8 +14,8 @@ from lorasweep.plan.load import run_flops, updates_with_evaluations
 from lorasweep.plan.plan import Plan
 from lorasweep.plan.throughput import shape_of
 from lorasweep.store.run_store import FINAL, RunStore
-from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.names import aligned
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
 

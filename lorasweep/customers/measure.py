@@ -17,7 +17,7 @@ from lorasweep.data.examples import Data
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.aligned import aligned
+from lorasweep.sweep.names import aligned
 from lorasweep.sweep.request import Request
 
 HELD_OUT, CURVE = 32, 8

@@ -41,6 +41,8 @@ class Column(NamedTuple):
     low: float = 0.0
     high: float = INF
     meaning: str = ""
+    config_keys: tuple[str, ...] = ()
+    """Names in a config.json of transformers; the first that is there counts."""
 
 
 def _col(kind: type, low: float, high: float, meaning: str, default: Any = None) -> Any:
@@ -78,17 +80,20 @@ class Customer:
     """Its place in the table."""
 
 
+HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
+MLP_KEYS = ("moe_intermediate_size", "intermediate_size")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 SHAPE = {
-    "hidden_size": Column(int, 1, 1e6, "width"),
-    "n_layers": Column(int, 1, 1e4, "layers"),
-    "n_heads": Column(int, 1, 1e4, "heads"),
-    "n_kv_heads": Column(int, 1, 1e4, "key/value heads"),
-    "head_size": Column(int, 1, 1e4, "width of a head"),
-    "mlp_size": Column(int, 1, 1e6, "width of the MLP, of one expert if there are any"),
-    "vocab_size": Column(int, 2, 1e7, "vocabulary"),
+    "hidden_size": Column(int, 1, 1e6, "width", ("hidden_size",)),
+    "n_layers": Column(int, 1, 1e4, "layers", ("num_hidden_layers",)),
+    "n_heads": Column(int, 1, 1e4, "heads", (HEADS,)),
+    "n_kv_heads": Column(int, 1, 1e4, "key/value heads", (KV_HEADS, HEADS)),
+    "head_size": Column(int, 1, 1e4, "width of a head", ("head_dim",)),
+    "mlp_size": Column(int, 1, 1e6, "width of the MLP, of one expert if there are any", MLP_KEYS),
+    "vocab_size": Column(int, 2, 1e7, "vocabulary", ("vocab_size",)),
     "tied": Column(bool, meaning="embedding and unembedding are one matrix"),
-    "n_experts": Column(int, 0, 1e4, "experts of a layer"),
-    "n_active_experts": Column(int, 0, 1e4, "experts that a token passes through"),
+    "n_experts": Column(int, 0, 1e4, "experts of a layer", EXPERT_KEYS),
+    "n_active_experts": Column(int, 0, 1e4, "experts for a token", ("num_experts_per_tok",)),
 }
 COLUMNS = {f.name: f.metadata["column"] for f in fields(Customer) if f.metadata} | SHAPE
 REQUIRED = ("name", "model", "task")
@@ -336,17 +341,6 @@ def _contradictions(c: Customer) -> Iterator[str]:
 # ---------------------------------------------------------------- the model
 
 NEEDED = tuple(c for c in SHAPE if c not in ("tied", "n_experts", "n_active_experts"))
-CONFIG_KEYS = {
-    "hidden_size": ("hidden_size",),
-    "n_layers": ("num_hidden_layers",),
-    "n_heads": ("num_attention_heads",),
-    "n_kv_heads": ("num_key_value_heads", "num_attention_heads"),
-    "mlp_size": ("moe_intermediate_size", "intermediate_size"),
-    "vocab_size": ("vocab_size",),
-    "n_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-    "n_active_experts": ("num_experts_per_tok",),
-}
-"""Field -> its names in a config.json of transformers; the first that is there counts."""
 Models = Mapping[str, Callable[[], ModelSpec]]
 """Name -> reads its shape. Names of the catalogue and of the hub, in lower case."""
 
@@ -395,18 +389,16 @@ def _of_config(path: Path) -> ModelSpec:
         raise RowError(f"column model: {path} is not the config.json of a model.")
     config = {**config, **config.get("text_config", {})}
     stated: dict[str, Any] = {}
-    for name, keys in CONFIG_KEYS.items():
-        found = [config[k] for k in keys if config.get(k) is not None]
+    for name, column in SHAPE.items():
+        found = [config[k] for k in column.config_keys if config.get(k) is not None]
         if found:
             stated[name] = found[0]
-    if config.get("head_dim"):
-        stated["head_size"] = config["head_dim"]
-    elif stated.get("hidden_size") and stated.get("n_heads"):
+    if "head_size" not in stated and stated.get("hidden_size") and stated.get("n_heads"):
         stated["head_size"] = stated["hidden_size"] // stated["n_heads"]
     stated["tied"] = bool(config.get("tie_word_embeddings", False))
     missing = [n for n in NEEDED if n not in stated]
     if missing:
-        names = ", ".join(" or ".join(CONFIG_KEYS.get(n, (n,))) for n in missing)
+        names = ", ".join(" or ".join(SHAPE[n].config_keys) for n in missing)
         raise RowError(f"column model: {path} lacks {names}.")
     folder = path.absolute().parent
     dtype = config.get("dtype") or config.get("torch_dtype")

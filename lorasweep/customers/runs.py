@@ -32,7 +32,7 @@ from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
-from lorasweep.spec.run import RunSpec, validate
+from lorasweep.spec.run import validate
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, around
@@ -220,26 +220,21 @@ def _member(
     points = [Point(folder, dataclasses.replace(spec, lr=lr)) for lr in rates]
     for p in points:
         validate(p.spec)
-    if planner is not None:
-        _check_one_gpu(points[0].spec, planner)
+    if planner is not None:  # the adapter of a base on several GPUs would not be kept
+        place = planner.kind(points[0].spec).place
+        if isinstance(place, Misfit):
+            raise RowError(f"{place.why}. It fits with {place.remedy}.")
+        if place.layout.gpus > 1:
+            raise RowError(
+                f"{model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), and a "
+                "fleet trains on one each. Choose a smaller model, or larger GPUs (hardware=...)."
+            )
     warnings = advice.warnings
     if not on_hub:  # a card names no folder of this machine
         warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
     advised = {key: getattr(choice, key) for key in ("method", "why", "rank", "load")}
     advised |= {"lr_source": advice.rate.source, "warnings": warnings}
     return Member(c.where, c.name, folder, "", advised, rows, points, not_early)
-
-
-def _check_one_gpu(spec: RunSpec, planner: Forecaster) -> None:
-    """Refuse a base that takes more than one GPU: its adapter would not be kept."""
-    place = planner.kind(spec).place
-    if isinstance(place, Misfit):
-        raise RowError(f"{place.why}. It fits with {place.remedy}.")
-    if place.layout.gpus > 1:
-        raise RowError(
-            f"{spec.model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), and "
-            "a fleet trains on one each. Choose a smaller model, or larger GPUs (hardware=...)."
-        )
 
 
 # ---------------------------------------------------------------- a request's fleet

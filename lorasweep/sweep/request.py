@@ -1,7 +1,4 @@
-"""One command of a user, complete and checked.
-
-It is also written to a file as JSON, for the follow-up job on a cluster.
-"""
+"""One command of a user, complete and checked; also as JSON, for the follow-up job on a cluster."""
 
 import dataclasses
 import hashlib
@@ -126,8 +123,8 @@ def from_plain(values: dict[str, Any]) -> Request:
 def runs_hash(points: Sequence[Point], sweep: Sweep) -> str:
     """Hash the runs of a grid by arm, and the second stage.
 
-    Claims and margins are not part of it: they may not change after an interim analysis of the same
-    runs, and another title would hide that they did (`store.looks`).
+    Not claims and margins: they must not change after an interim analysis of the same runs, and
+    another title would hide that they did (`store.looks`).
     """
     asked = [sorted((p.arm, p.id) for p in points), dataclasses.asdict(sweep.replicate)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:HASH_DIGITS]
