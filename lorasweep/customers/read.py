@@ -266,7 +266,7 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
 
 def _value(column: str, raw: Any) -> Any:
     """Convert a cell; ValueError says what is wrong with it."""
-    kind, low, high, meaning = COLUMNS[column]
+    kind, low, high, meaning, _ = COLUMNS[column]
     text = str(raw).strip()
     if isinstance(raw, str) and FORMULA.match(raw):
         raise ValueError(
