@@ -365,12 +365,12 @@ def _forecast_lines(
     if total["gpu_hours_of_sampling"]:
         lines.append(
             f"sampling completions takes {total['gpu_hours_of_sampling']:,.0f} of the GPU-hours "
-            "(computed, not measured): one forward pass of transformers per token of all "
-            "completions, mostly limited by kernel launches. A serving engine would be faster; "
-            "none is used."
+            "(computed, not measured). transformers runs one forward pass per token, for all "
+            "completions together, and mostly waits for kernel launches. A serving engine would "
+            "be faster; none is used."
         )
     if any(prices):
-        lines += ["", "cost until a verdict is expected, of each claim by itself:"]
+        lines += ["", "expected cost of a verdict, for each claim by itself:"]
     for name, p in ((v["name"], p) for v, some in zip(values, prices) for p in some):
         if p["can_decide"] is None:
             price = "not known: no standard deviation between seeds stated"

@@ -14,7 +14,6 @@ import yaml
 from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
 from lorasweep.customers.pages import plain_text, render
 from lorasweep.errors import ModelError
-from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 
@@ -26,16 +25,6 @@ NUMBERS = ("gain", "before", "after", "learning rate", "tried", "rows", "held ou
 HEAD = ("customer", *NUMBERS, "notes")
 NAMED = 12
 """Largest number of customers of a group that the page names; the table lists all."""
-MASKS = {
-    "completion": "every answer",
-    "last_assistant": "the last answer of a conversation",
-    "all": "all text",
-}
-FORMS = {
-    "chat_template": "the chat template of the base",
-    "role_eos": "'Role: ' before each message",
-    "role_colon": "'Role:' before each message",
-}
 
 
 # ---------------------------------------------------------------- folders
@@ -136,14 +125,10 @@ def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter)
 
 def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     """Return the facts of a trained adapter: name and text, each a line of templates/facts.txt."""
-    p, member = outcome.plain(), outcome.member
-    form, model = FORMS[p["render"]], member.points[0].spec.model
-    if p["template"] is not None and p["render"] == FIRST_RENDER:
-        form = repr(p["template"])
-    elif p["template"] is not None:
-        form += f", with {p['template']!r} as the message"
-    words = {"rows": member.rows, "model": model, "form": form, "mask": MASKS[p["mask"]]}
-    facts = (line.partition(": ") for line in render("facts.txt", p=p, **words).split("\n") if line)
+    member = outcome.member
+    model = member.points[0].spec.model
+    text = render("facts.txt", p=outcome.plain(), rows=member.rows, model=model)
+    facts = (line.partition(": ") for line in text.split("\n") if line)
     return [(name, fact) for name, _, fact in facts]
 
 

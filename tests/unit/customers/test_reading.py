@@ -170,7 +170,6 @@ def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
 @pytest.mark.parametrize(
     "stated, stored, found",
     [
-        ({"dtype": "float32"}, None, "fp32"),
         ({"dtype": "bfloat16"}, None, "bf16"),
         ({"torch_dtype": "float32"}, None, "fp32"),  # as transformers wrote it before 4.56
         ({"torch_dtype": "float16"}, None, "fp32"),  # bf16 does not hold its values
