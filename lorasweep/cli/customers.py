@@ -105,7 +105,8 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
     if request.write_sweep:
         print("\n".join(customer_sweep.write(mine, Path(request.out or customer_sweep.FOLDER))))
     elif request.format == "json":
-        print(json.dumps([reason.plain() for reason in mine.reasons.values()]))
+        reasons = mine.reasons.values()
+        print(json.dumps([{**vars(r), "sure": r.sure.name.lower()} for r in reasons]))
     else:
         print(pages.render("reasons.txt", a=mine).rstrip())
     return 0
@@ -131,9 +132,7 @@ def measure(request: Request) -> int:
     with Display(points, request.format == "json") as display:
         local.run_points(points, store, request.exec, display.event, trainer)
     base = trainer.first_pass(spec, request.exec)
-    codes = measuring.codes_of(specs, base, store)
-    found = measuring.information(spec, data, codes, base, len(specs), answer.code_length)
-    found["rows_sha256"] = measuring.rows_sha256(spec, request.exec.data_dir)
+    found = measuring.information(specs, data, base, request, store, answer.code_length)
     folder = Path(request.exec.reports_dir) / INFORMATION
     path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
     folder.mkdir(parents=True, exist_ok=True)

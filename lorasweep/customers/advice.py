@@ -88,7 +88,11 @@ class Advice(Case):
             "model_gib": costs.full.file_mib / 1024,
             "serving_gib": self.chosen.serving_gib,
             **both,
-            "regime": [condition.plain() for condition in self.conditions],
+            "regime": [
+                {"condition": c.name, "state": c.state, "why": c.why}
+                | {"evidence": list(c.evidence), "sure": c.sure.name.lower()}
+                for c in self.conditions
+            ],
             "warnings": self.warnings,
             "evidence": list(dict.fromkeys(f"{r.name}: {r.source}" for r in reasons)),
             "sure": {r.name: r.sure.name.lower() for r in reasons},

@@ -18,8 +18,8 @@ FOLDER = "settle"
 STEPS = 1000
 """Largest number of updates: what tinker-cookbook asks for where possible."""
 LIMITS = {"rates": 5, "apart": 2, "allowed": 5, "points": 3, "group": GROUP}
-"""Learning rates of a curve and the factor between them; accepted regret in the claim, in percent of
-the gain; hundredths of the reward that count as no difference, as in sweeps/rl.yaml; samples per
+"""Learning rates of a curve and the factor between them; accepted regret in the claim, in percent
+of the gain; hundredths of the reward that count as no difference, as in sweeps/rl.yaml; samples per
 problem in RL."""
 RL_FACTOR = 3.0
 """Between the middle learning rates in reinforcement learning: public sweeps say 2 to 4 (zhu)."""

@@ -43,10 +43,6 @@ class Reason:
     source: str
     sure: Sure
 
-    def plain(self) -> dict[str, Any]:
-        """Return the reason as JSON values."""
-        return {**vars(self), "inputs": dict(self.inputs), "sure": self.sure.name.lower()}
-
 
 def shown(value: Any) -> str:
     """Format a value for people: three digits, thousands separated."""

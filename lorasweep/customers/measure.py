@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorasweep.customers.pages import render
 from lorasweep.customers.runs import APART, MOST_RATES
@@ -26,15 +26,6 @@ TOGETHER = 1024
 """Rows whose loss tokens are counted at once."""
 CodeLength = Callable[..., list[dict[str, float | None]]]
 """(nats under the base model, nats online, tokens, tokens left) -> the nats of all rows of each."""
-
-
-class Code(NamedTuple):
-    """One run's code."""
-
-    run: str
-    lr: float
-    nats: list[float]
-    """Of each batch, before the update on it."""
 
 
 def run_of(request: Request) -> RunSpec:
@@ -85,45 +76,37 @@ def one_pass(spec: RunSpec, data: Data) -> RunSpec:
     return dataclasses.replace(spec, steps=steps)
 
 
-def codes_of(specs: Sequence[RunSpec], base: Sequence[Any], store: RunStore) -> list[Code]:
-    """Return the codes of the runs that did not diverge, from their records of each batch's mean.
-
-    `base`: each batch under the base model, with its tokens and nats.
-
-    Raises:
-        TrainingError: a run failed, or all diverged.
-    """
-    codes = []
-    for spec in specs:
-        result = store.result(spec.id)
-        if result is None:
-            raise TrainingError(f"run {spec.id} failed: {store.failure(spec.id)}.")
-        if result["state"] == "done":
-            by_step = {record["step"]: record["train_nll"] for record in store.records(spec.id)}
-            nats = [by_step[k] * batch.tokens for k, batch in enumerate(base, 1)]
-            codes.append(Code(spec.id, spec.lr, nats))
-    if not codes:
-        raise TrainingError(f"all {len(specs)} runs diverged. Set lr below {specs[0].lr:g}.")
-    return codes
-
-
 def information(
-    spec: RunSpec,
+    specs: Sequence[RunSpec],
     data: Data,
-    codes: Sequence[Code],
     base: Sequence[Any],
-    tried: int,
+    request: Request,
+    store: RunStore,
     code_length: CodeLength,
 ) -> dict[str, Any]:
     """Return what was measured, and what follows for all rows, as JSON values.
 
     Args:
-        spec: the run at the middle learning rate; `data`: its rows.
-        codes: of the runs that did not diverge; `tried`: number of learning rates.
-        base: each batch under the base model.
+        specs: the runs, which differ in their learning rate; `data`: their rows.
+        base: each batch under the base model, with its tokens and nats.
+        request: names the folders of data.
+        store: has each run's record of the mean loss of each batch, before the update on it.
         code_length: extrapolates to all rows.
+
+    Raises:
+        TrainingError: a run failed, or all diverged.
     """
-    best = min(codes, key=lambda code: sum(code.nats))
+    spec, codes = specs[0], []
+    for run in specs:
+        result = store.result(run.id)
+        if result is None:
+            raise TrainingError(f"run {run.id} failed: {store.failure(run.id)}.")
+        if result["state"] == "done":
+            by_step = {record["step"]: record["train_nll"] for record in store.records(run.id)}
+            codes.append((run, [by_step[k] * batch.tokens for k, batch in enumerate(base, 1)]))
+    if not codes:
+        raise TrainingError(f"all {len(specs)} runs diverged. Set lr below {spec.lr:g}.")
+    shortest, nats = min(codes, key=lambda code: sum(code[1]))
     rows, tokens = spec.steps * spec.batch_size, sum(b.tokens for b in base)
     all_tokens = None  # of a generator without end
     if data.n_train is not None:
@@ -131,19 +114,23 @@ def information(
         parts = (data.train(spec.seed, k, min(TOGETHER, data.n_train - k)) for k in starts)
         all_tokens = sum(int(row.loss.sum()) for part in parts for row in part)
     left = None if all_tokens is None else all_tokens - tokens
-    which = math.log(tried)  # the shortest code also has to name the learning rate
+    which = math.log(len(specs))  # the shortest code also has to name the learning rate
     as_is = [b.nats for b in base]
-    plain, online = code_length(as_is, best.nats, [b.tokens for b in base], left)
+    plain, online = code_length(as_is, nats, [b.tokens for b in base], left)
     online = {k: v if v is None else v + which for k, v in online.items()}
-    sums = {"as_is": sum(as_is), "prequential": sum(best.nats) + which}
+    sums = {"as_is": sum(as_is), "prequential": sum(nats) + which}
     known: dict[str, Any] | None = None
     if data.bits is not None and data.entropy_floor_nats is not None:
         # the length of the code above the entropy of the rows is the cost of learning them
         bits, entropy = data.bits(tokens), tokens * data.entropy_floor_nats
-        above = {k: (nats - entropy) / math.log(2) for k, nats in sums.items()}
+        above = {k: (length - entropy) / math.log(2) for k, length in sums.items()}
         ratio = above["prequential"] / bits["generator"] if bits["generator"] else None
         costs = {f"{k}_above_entropy": v for k, v in above.items()}
         known = {"bits": bits, **costs, "ratio": ratio}
+    rows_sha256, dataset = None, spec.dataset  # digits that name a whole file of rows
+    if dataset.source == "jsonl" and dataset.n_train is None:
+        found = sources.find_jsonl(dataset, dataset.train_split, request.exec.data_dir)
+        rows_sha256 = found[1][: own.DIGITS]
     return {
         "model": spec.model.name,
         "dataset": spec.dataset.name,
@@ -156,18 +143,12 @@ def information(
             "method": spec.method.plain(),
             "batch_size": spec.batch_size,
             "precision": spec.precision,
-            "lr": best.lr,
+            "lr": shortest.lr,
         },
-        "runs": [{"run": c.run, "lr": c.lr, "nats": sum(c.nats)} for c in codes],
-        "diverged": tried - len(codes),
+        "runs": [{"run": run.id, "lr": run.lr, "nats": sum(code)} for run, code in codes],
+        "diverged": len(specs) - len(codes),
+        "rows_sha256": rows_sha256,
     }
-
-
-def rows_sha256(spec: RunSpec, data_dirs: list[str]) -> str | None:
-    """Return the digits that name the file of rows; None for data that are not a whole file."""
-    if spec.dataset.source != "jsonl" or spec.dataset.n_train is not None:
-        return None
-    return sources.find_jsonl(spec.dataset, spec.dataset.train_split, data_dirs)[1][: own.DIGITS]
 
 
 def _units(nats: float, length: dict[str, float | None], rows: int, tokens: int) -> dict[str, Any]:

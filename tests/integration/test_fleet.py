@@ -20,7 +20,7 @@ from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
-from tests.customers import make_base, write_json, write_rows
+from tests.customers import CHAT_TEMPLATE, make_base, write_json, write_rows
 from tests.integration.test_interruptions import killed_at, start
 
 SECRET = "zanzibar 7351"
@@ -153,15 +153,21 @@ def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
     assert before.keys() - untouched == {p for p in before if p.parent.name == "bob"}
 
 
-def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world, tmp_path):
-    assert world.run("precision=fp64", "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
-    settings = ("precision=fp64", "exec.checkpoint_s=0")
-    assert world.run(*settings, trainer=Counting(stop_at=4)) == 130
+def stopped_and_resumed(world, stop_at, *settings):
+    """Train a fleet whole, and in another folder stopped and resumed: the adapters are equal."""
+    settings = ("precision=fp64", *settings)
+    assert world.run(*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
+    settings = (*settings, "exec.checkpoint_s=0")
+    assert world.run(*settings, trainer=Counting(stop_at)) == 130
     assert [p.name for p in world.folder.iterdir()] == ["fleet.json"]
     rest = Counting()
     assert world.run(*settings, trainer=rest) == 0
     assert any(resumed for _, _, resumed in rest.asked)
-    assert same_adapters(tmp_path / "whole/fleet-customers", world.folder)
+    assert same_adapters(Path("whole/fleet-customers"), world.folder)
+
+
+def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world):
+    stopped_and_resumed(world, 4)
     assert not any(r["resumed_in_other_company"] for r in world.runs.values() if r)
 
 
@@ -173,16 +179,10 @@ def odd(world, tmp_path):
     return {**world.table[0], "data": "odd", "epochs": 39}, world.table[2]
 
 
-def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_update(
-    world, odd, tmp_path
-):
+def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_update(world, odd):
     """The second customer has too few rows to hold any out."""
     world.set_table(*odd)
-    settings = ("precision=fp64", "early_stopping=2")
-    assert world.run(*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
-    assert world.run(*settings, "exec.checkpoint_s=0", trainer=Counting(stop_at=5)) == 130
-    assert world.run(*settings, "exec.checkpoint_s=0") == 0
-    assert same_adapters(tmp_path / "whole/fleet-customers", world.folder)
+    stopped_and_resumed(world, 5, "early_stopping=2")
     ann, few = world.facts("ann"), world.facts("few")
     assert ann["steps_done"] < ann["steps"] and ann["best_step"] < ann["steps_done"]
     said = (
@@ -477,17 +477,11 @@ def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
     assert found["template"] == "{prompt}\n" and not {found["run"]} & runs
 
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
 def test_the_prompt_form_comes_from_the_base_or_the_command_line_and_is_kept(
     world, bases, tmp_path
 ):
     instruct = shutil.copytree(bases[0], tmp_path / "instruct")
-    (instruct / "chat_template.jinja").write_text(TEMPLATE)
+    (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     world.write(chat=(instruct, "ann.jsonl", 1), **{HOSTILE: (None, None, None)})
     settings = ("precision=fp32", "rates=advised")
     assert world.run(*settings, "scale=small") == 0

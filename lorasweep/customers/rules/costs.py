@@ -12,14 +12,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import Load, load_of
-from lorasweep.plan.placement import (
-    MEMORY_ERROR,
-    MOST_GPUS,
-    SPEED_ERROR,
-    Misfit,
-    Placement,
-    place,
-)
+from lorasweep.plan.placement import MEMORY_ERROR, MOST_GPUS, SPEED_ERROR, Misfit, Placement, place
 from lorasweep.plan.time import served_s, step_parts, step_seconds
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method

@@ -1,7 +1,6 @@
 """The conditions for LoRA without regret, and five habits that the study calls wrong."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from lorasweep.customers.evidence import Case, Sure, Verdict
 from lorasweep.customers.rules.capacity import FULL, LAYERS, ROOM, Choice, load_at, trained
@@ -28,11 +27,6 @@ class Condition:
     why: str
     evidence: tuple[str, ...]
     sure: Sure
-
-    def plain(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        found = {"condition": self.name, "state": self.state, "why": self.why}
-        return {**found, "evidence": list(self.evidence), "sure": self.sure.name.lower()}
 
 
 def conditions_of(
