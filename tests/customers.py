@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lorasweep.customers.read import Customer, shape_of
 from tests.bpe import llama_like
 
-
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
