@@ -30,7 +30,7 @@ from lorasweep.sweep.names import aligned
 from lorasweep.sweep.request import Request
 
 WIDTH = 34
-"""Letters of a cell in a table of the terminal."""
+"""Largest number of characters of a cell in a table for the terminal."""
 
 
 def known(request: Request) -> Known:

@@ -24,7 +24,7 @@ NUMBERS = ("rank", "largest batch", "load", *HEAD[8:])
 BASIS = (
     "Memory and time are computed from shapes and data sheets. Of published figures, nine in ten "
     f"lie within {MEMORY_ERROR:.0%} of the memory and {SPEED_ERROR:.0%} of the time. Method, rank "
-    "and learning rate rest on published rules, which disagree; measured regret covers small "
+    "and learning rate follow published rules, which disagree; measured regret covers small "
     "models only. Load is the information in the data, in bits, over 2 bits for each trained "
     "parameter. Where the method is undecided, run a sweep (write_sweep=NAME)."
 )

@@ -109,7 +109,7 @@ class RowError(Exception):
 
 
 class Row(NamedTuple):
-    """One row as it stands in the file."""
+    """One row of the file, unchecked."""
 
     where: str
     """Its place for people, such as 'row 3': in a CSV, the line of the file."""

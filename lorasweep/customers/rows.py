@@ -1,4 +1,4 @@
-"""A customer's rows as a data set: their form, and which of them are validation and test rows.
+"""A customer's rows as a data set: their form, and the split into training, validation and test.
 
 Refuses to know models and learning rates.
 """
@@ -190,7 +190,7 @@ def _divide(
 
 
 def _share(units: int) -> int:
-    """Return the number of validation units, and of test units, of so many rows or prompts."""
+    """Return the number of validation rows or prompts, and of test ones, out of `units`."""
     return max(LEAST, min(units // SHARE, MOST))
 
 

@@ -1,7 +1,6 @@
-"""Build the runs that each customer's adapter is chosen from, or say what is wrong with a customer.
+"""Build the runs from which each customer's adapter is chosen, or say what is wrong.
 
-Also decides by which rules a fleet reads rows: those on the command line, then those its folder
-keeps.
+Also decides the rules by which a fleet reads rows: from the command line, else from the folder.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ FORM = {"template", "render", "mask"}
 """Fields of a data set that a fleet takes from the command line."""
 SAFE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RULES = "fleet.json"
-"""File of a fleet's folder: how the fleet reads rows and what it adapts, as first decided."""
+"""File in a fleet's folder that records how rows are read and what is adapted."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def build_runs(
 
     Args:
         customers: rows of the table.
-        known: what the advice rests on. If it names GPUs, a base must fit on one of them.
+        known: what the advice is based on. If it names GPUs, a base must fit on one of them.
         request: its one run is the start of all runs; model, data set, rank, alpha, layers,
             learning rate, batch and updates are replaced.
         rules: how rows are read.
@@ -243,14 +242,14 @@ def _member(
 def fleet_of(
     request: Request, customers: Sequence[Customer | Failed], known: Known
 ) -> tuple[Rules, list[Member]]:
-    """Return by which rules rows are read, and the customers with their runs.
+    """Return the rules by which rows are read, and the customers with their runs.
 
-    Settings of the command line come first, then what the fleet's folder keeps. A fleet that was
-    trained before folders kept rules keeps the rules of that time, if runs exist that today's rules
+    The command line comes first, then the rules in the fleet's folder. A fleet that was trained
+    before folders recorded rules keeps the rules of that time, if runs exist that today's rules
     would train again.
 
     Raises:
-        SpecError: no fleet can be trained so.
+        SpecError: the settings are not those of a fleet.
     """
     if request.exec.world_size > 1:
         raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
@@ -278,7 +277,7 @@ def fleet_of(
 
 
 def _given(request: Request) -> dict[str, Any]:
-    """Return the rules that stand on the command line.
+    """Return the rules that the command line sets.
 
     Raises:
         SpecError: a setting of the data set would have no effect.
@@ -305,14 +304,14 @@ def _given(request: Request) -> dict[str, Any]:
 
 
 def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
-    """Return a look-up of tokenizers that raises what is wrong with a base; each is tried once."""
+    """Return a function that loads a base's tokenizer, once each, or raises a ModelError."""
     from lorasweep.models import load
 
     dirs = request.exec.models_dir
     fetched = request.cluster.kind == "slurm" and request.action != "fetch"
 
     @cache
-    def look(model: ModelSpec) -> Any:
+    def load_once(model: ModelSpec) -> Any:
         try:
             load.check_available(model, dirs, fetched)
             return load.tokenizer_of(model, dirs) or ModelError(
@@ -323,7 +322,7 @@ def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
             return ModelError(str(error))
 
     def tokenizer_of(model: ModelSpec) -> Any:
-        found = look(model)
+        found = load_once(model)
         if isinstance(found, ModelError):
             raise found
         return found
@@ -367,9 +366,9 @@ def read_rules(folder: Path) -> Rules | None:
         return found
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SpecError(
-            f"{path} cannot be read ({error}). It says how this fleet's rows are read. Get it back "
-            "as it was, name another folder with out=DIR, or delete it, and runs by other rules "
-            "are trained again."
+            f"{path} cannot be read ({error}). It records how this fleet's rows are read. Restore "
+            "it, or name another folder with out=DIR, or delete it: then runs may be trained again "
+            "by other rules."
         ) from None
 
 

@@ -54,7 +54,7 @@ def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> lis
     """Return a line a row, its columns two spaces apart.
 
     Args:
-        numbers: indices of the columns that stand on the right.
+        numbers: indices of the columns that are aligned on the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -222,7 +222,7 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
         yield " has no question. Write `question: ...` at the top of its file."
     if sweep.parts:
         if sweep.arms or sweep.axes or sweep.claims:
-            yield " has parts, so it cannot have arms, axes or claims. Remove the one or the other."
+            yield " has parts, so it cannot have arms, axes or claims. Remove either."
         return
     if not sweep.claims:
         yield " has no claims. State at least one, with estimand and margin, before any run."

@@ -81,7 +81,7 @@ class Request(Settings):
 
     @property
     def title(self) -> str:
-        """Name of the reports, looks and jobs of this request.
+        """Name of the reports, interim analyses and jobs of this request.
 
         Two requests that ask for different runs have different titles.
         """

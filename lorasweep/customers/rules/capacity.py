@@ -22,7 +22,7 @@ FULL = 1.0
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """The study's, and those that servers take."""
 WIDEST = 8
-"""Ranks up to an eighth of the width were compared with full fine-tuning in public; none above."""
+"""Published comparisons with full fine-tuning use ranks up to an eighth of the width."""
 LAYERS = "all"
 BY_REGRET, BY_CAPACITY = "measured regret", "capacity"
 """The rule that chose the method: `by` in answers."""

@@ -106,7 +106,7 @@ def note_habits(case: Case, work: Workload, choice: Choice, rate: Rate, batches:
     if c.layers is not None and "mlp" not in parse_layers(c.layers):
         gaps, cost = [e["nats"] for e in published.entries("attention_gaps")], "?"
         if gaps:
-            cost = f"{min(gaps):.3f} to {max(gaps):.3f} nats on 4B and 8B models in public"
+            cost = f"{min(gaps):.3f} to {max(gaps):.3f} nats on 4B and 8B models, published"
         share = trained(model, choice.rank, c.layers) / trained(model, choice.rank)
         here = cited("layers", "attention_worse")
         case.warn("attention_only", layers=c.layers, cost=cost, share=share, here=here)

@@ -13,7 +13,7 @@ from lorasweep.plan.load import TEXT_FILL
 GROUP = 16
 """Samples of a problem in RL where no episodes are stated: tinker-cookbook, recipes/rl_loop.py."""
 BATCH = {"sft": 32, "rl": 512}
-"""Rows of an update where none are stated. 32: the one batch size that the study names. RL, in
+"""Batch size if none is stated. 32: the only batch size that the study names. RL, in
 episodes: 32 problems x 16 samples, the smallest of tinker-cookbook's recipes for maths."""
 SMALLEST = 8
 """Smallest batch that is assumed: smaller ones cannot be split over the GPUs of a node."""
