@@ -97,7 +97,7 @@ def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dic
     """Return the counts of customers, the rows, and the sum of the rows."""
     alone = [r["alone_s"] for r in rows]
     sums = (sum(r[k] for r in rows) for k in ("customers", "runs", "packs", "together_s"))
-    total = _row("total", *sums, None if None in alone else sum(alone))
+    total = _row("total", *sums, alone=None if None in alone else sum(alone))
     return {"customers": customer_counts(request, store), "bases": rows, "total": total}
 
 

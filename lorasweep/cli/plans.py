@@ -23,6 +23,8 @@ from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.plan import Plan, make_plan, refuse_mixing, summary
 from lorasweep.plan.throughput import shape_of
 from lorasweep.plan.time import TRAINING_SHARE
+from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.revision import is_unpinned
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
@@ -168,10 +170,11 @@ def unpinned_lines(points: Sequence[Point]) -> list[str]:
     """Return a line for every model and data set whose content on the hub can change."""
     models = {p.spec.model.name: p.spec.model for p in points}
     datasets = {p.spec.dataset.name: p.spec.dataset for p in points}
+    parts: list[ModelSpec | DatasetSpec] = [*models.values(), *datasets.values()]
     return [
         f"  {part.WHERE[:-1]} {part.name} ({part.location}) names no commit of the hub: the newest "
         f"one is taken and recorded with the results; pin it with {part.WHERE}revision=COMMIT"
-        for part in (*models.values(), *datasets.values())
+        for part in parts
         if is_unpinned(part)
     ]
 

@@ -61,7 +61,8 @@ def register(help_template: Callable[[], str] = str) -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name, kind in METHODS.items():
-        store.store(group="method", name=name, node=writable(kind))
+        cls: type = kind
+        store.store(group="method", name=name, node=writable(cls))
     for name, function in (("geom", geom), ("around", around)):
         OmegaConf.register_new_resolver(
             name, lambda *args, f=function: OmegaConf.create(f(*map(float, args))), replace=True

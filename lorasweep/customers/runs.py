@@ -82,7 +82,8 @@ def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Me
         runs.setdefault(p.arm, []).append(p)
     found = []
     for values in fleet:
-        if mine := runs.get(values["folder"]):
+        if values["rows"] is not None:  # else it has no runs
+            mine = runs[values["folder"]]
             rows = Rows(dataset=mine[0].spec.dataset, **values["rows"])
             values = {**values, "rows": rows, "points": mine}
         found.append(Member(**values))

@@ -337,7 +337,6 @@ def test_each_error_is_printed_once_and_a_broken_base_fails_only_its_customers(
         (["rates=many"], "rates='many'"),
         (["+sweep=lr_ratio"], "Leave"),
         (["customers=''"], "customers=FILE"),
-        (["action=export"], "only for action=advise"),
         (["action=run", "customers=''", "rates=5"], "only for action=measure and action=fleet"),
     ],
 )
