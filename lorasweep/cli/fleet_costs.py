@@ -95,9 +95,10 @@ def lines(values: dict[str, Any], per: str) -> list[str]:
 
 def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the counts of customers, the rows, and the sum of the rows."""
-    alone = [r["alone_s"] for r in rows]
-    sums = (sum(r[k] for r in rows) for k in ("customers", "runs", "packs", "together_s"))
-    total = _row("total", *sums, alone=None if None in alone else sum(alone))
+    keys, alone = ("customers", "runs", "packs", "together_s"), [r["alone_s"] for r in rows]
+    customers, runs, packs, together = (sum(r[k] for r in rows) for k in keys)
+    alone_s = None if None in alone else sum(alone)
+    total = _row("total", customers, runs, packs, together, alone_s)
     return {"customers": customer_counts(request, store), "bases": rows, "total": total}
 
 
