@@ -145,7 +145,7 @@ def cells(outcome: Outcome) -> list[str]:
     if outcome.gain is not None:
         if outcome.verdict != GAINED:
             worse = outcome.verdict == WORSE
-            notes.append(WORSE if worse else "gain or loss not known")
+            notes.append(WORSE if worse else "gain uncertain")
         gain = f"{outcome.gain:+.3f}"
         if outcome.interval is not None:
             gain += f" ± {outcome.interval[1] - outcome.gain:.3f}"
@@ -174,10 +174,10 @@ def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
         "without an adapter": [k for k in range(len(found)) if k not in trained],
         "gained, on test rows": of[GAINED],
         "got worse, on test rows": of[WORSE],
-        "not known: the interval of the gain holds 0, or there is none": of[UNKNOWN],
-        "not known, as no row was held out": [k for k in trained if k not in held],
+        "gain uncertain: its 95% interval contains 0, or there is none": of[UNKNOWN],
+        "gain not measured, as no row was held out": [k for k in trained if k not in held],
         "best learning rate at the edge of those tried": [k for k, o in trained.items() if o.edge],
-        "more data than the rank has ample capacity for": [k for k in held if found[k].room],
+        "data above half of the capacity of the rank": [k for k in held if found[k].room],
     }
     return {label: group for label, group in groups.items() if group}
 
