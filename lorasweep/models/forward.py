@@ -19,7 +19,7 @@ COMPUTE_DTYPES = {**MASTER_DTYPES, "bf16": torch.bfloat16}
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
 """Parameters of a module of experts, [experts, outputs, inputs]."""
 ROUNDING = 0.03
-"""Share of the largest output: above bf16 rounding, far below the effect of another row's tokens."""
+"""Share of the largest output: above bf16 rounding, far below what another row's tokens change."""
 
 
 def backend(model: nn.Module, processes: int = 1) -> str:

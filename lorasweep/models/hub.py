@@ -81,7 +81,7 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
 
 
 def _problems(folder: Path) -> tuple[str | None, str | None]:
-    """Describe a damaged and a missing safetensors file; damaged: its length is not its header's."""
+    """Describe a damaged safetensors file (length unlike its header's) and a missing one."""
     names = [SINGLE]
     with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))

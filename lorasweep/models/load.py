@@ -152,7 +152,7 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
 
 
 def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
-    """Load a model's tokenizer without its weights; None if it has none."""
+    """Load a model's tokenizer only; None if it has none, ModelError if the model is missing."""
     from transformers import AutoTokenizer
 
     if not check_available(spec, models_dirs):

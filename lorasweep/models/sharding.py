@@ -79,7 +79,7 @@ class Mesh:
         return list(batches[self.rank :: self.size])
 
     def turns(self, n: int) -> range:
-        """Return this process's share of 0 .. n - 1. Shares have one size; ignore n and above."""
+        """Return this process's share of 0 .. n - 1, equally long in all: n or more is filler."""
         return range(self.rank, -(-n // self.size) * self.size, self.size)
 
     def sum_(self, *tensors: torch.Tensor) -> None:
@@ -259,10 +259,9 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def guard(model: nn.Module, trained: "Trainables", mesh: Mesh, measures: Sequence[float]) -> None:
-    """Check that trained tensors are split, and that the others and `measures` are equal everywhere.
+    """Raise TrainingError if a trained tensor is not split, or processes differ in anything else.
 
-    Raises:
-        TrainingError: they are not.
+    `measures`: numbers that must be equal in all processes, such as losses and gradient norms.
     """
     if not mesh.devices:
         return
