@@ -109,7 +109,7 @@ def joined(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return tokens, loss positions, targets and weights by row, padded to the longest row.
 
-    Rows are in the order of the runs, equally many of each: without filler, with empty ones added.
+    Rows are in the order of the runs, equally many of each: filler is left out, empty rows added.
     """
     n, x = batch.tokens_NX.shape
     most = max(map(len, batch.lengths))

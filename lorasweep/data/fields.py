@@ -72,7 +72,7 @@ def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
 def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
     """Return for each of a row's messages whether its content is in the loss.
 
-    Its weight decides; without one the mask. Messages of weight 0 are never the last assistant's.
+    Its weight decides; without one the mask. last_assistant passes over messages of weight 0.
     """
     messages = messages_of(spec, row, where)
     listed = row[spec.format] if spec.format in LISTS else [{}] * len(messages)

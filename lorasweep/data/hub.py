@@ -35,7 +35,7 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
     """Return the rows of a split, at the commit of the revision. Loads none yet.
 
     Raises:
-        DataError: the data set is unreachable, or has no such split or column (if it says so).
+        DataError: the data set is unreachable, or described without such a split or column.
     """
     place = _place(spec, held_out)
     builders = [_builder(spec, place, config) for config in place.configs]

@@ -30,7 +30,7 @@ class Source:
 
 
 def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Source:
-    """Find the file of the training or held-out rows; DataError if it is missing or not pinned."""
+    """Find the training or held-out rows; DataError if their file is missing or not as pinned."""
     n = spec.holdout
     path, digest = find_jsonl(
         spec, spec.test_split if held_out and not n else spec.train_split, data_dirs
@@ -48,7 +48,7 @@ def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sou
 
 
 def holdout_order(n_rows: int) -> np.ndarray:
-    """Return a shuffled order of rows. The first are held out; their number changes no order."""
+    """Return a shuffled order of rows. The first n are held out; it does not depend on n."""
     return stream("holdout", 0).permutation(n_rows)
 
 

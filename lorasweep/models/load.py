@@ -51,7 +51,7 @@ class Base:
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
-    """Check weights without loading them; return whether there is (or the hub has) a tokenizer.
+    """Check weights without loading them; return whether a tokenizer is there or to download.
 
     Raises:
         ModelError: they are missing or incomplete; with `fetched`, not in the hub's cache.
@@ -113,7 +113,7 @@ def load(
 
 
 def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
-    """Read a model and its tokenizer; from the hub also the commit, which is one for both."""
+    """Read a model and its tokenizer; from the hub also their commit, which is the same."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import cached_file, extract_commit_hash

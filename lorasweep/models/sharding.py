@@ -136,11 +136,11 @@ class _Entry(nn.Module):
 def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str) -> Mesh:
     """Shard a model with its attached adapters; return the mesh that runs it.
 
-    Process 0 has the values, on the CPU; in the others tensors may be on the device 'meta'. Every
-    tensor is split over all processes, but not frozen vectors. A layer is gathered while it
-    computes, tensors outside the layers during a whole pass. Under bf16 a layer's matrices are sent
-    in bf16, to which autocast would round them anyway. Gradients are summed, because the loss is
-    already divided by the weight of the whole batch.
+    Process 0 has the values, on the CPU; in the others tensors may be on the device 'meta'. All but
+    frozen vectors is split over all processes. A layer is gathered while it computes, tensors
+    outside the layers during a whole pass. Under bf16 a layer's matrices are sent in bf16, to which
+    autocast would round them anyway. Gradients are summed, because the loss is already divided by
+    the weight of the whole batch.
 
     Raises:
         ModelError: the number of processes does not fit the model.

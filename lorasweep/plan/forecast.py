@@ -141,7 +141,9 @@ class Forecaster:
 
     def kind(self, spec: RunSpec) -> Kind:
         """Return the kind of a run; SpecError if the hardware has no speed in its precision."""
-        trained = spec.method.n_trainable(spec.model)  # one rank of experts has several counts
+        trained = spec.method.n_trainable(
+            spec.model
+        )  # rank alone does not say it: experts may share
         rows = spec.dataset.canonical  # with the numbers of evaluated rows
         early = spec.early_stopping > 0
         key = (*shape_of(spec), rows, early, spec.steps, spec.schedule, trained)

@@ -59,7 +59,7 @@ def micro_batch(
     checkpointing: bool = False,
     join_rows: bool = False,
 ) -> int:
-    """Return the rows per run, process and forward pass: by forward_tokens and a GPU's memory."""
+    """Return the rows per run, process and forward pass, by forward_tokens and a GPU's memory."""
     share = spec.batch_size // processes
     rows = max(1, min(share, forward_tokens(hardware) // (n_runs * mean_length(spec))))
     if hardware.gpus and hardware.gpu_memory_gib is not None:

@@ -53,12 +53,16 @@ def later(value: Any) -> Any:
     return dataclasses.field(default=value, metadata={"added": value})
 
 
-@cache
 def fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
     Their metadata: `key` and `stored` where they differ from the Python name, `added`: see `later`.
     """
+    return _fields(cls)  # a second function, because mypy finds classes of dataclasses not hashable
+
+
+@cache
+def _fields(cls: type) -> tuple[Field, ...]:
     hints = typing.get_type_hints(cls)
     found = []
     for f in dataclasses.fields(cls):

@@ -93,8 +93,8 @@ class DatasetSpec(Value):
     answer_field: str = later("")
     """Column of the gold answer; empty: it is in the completion, behind '####' or boxed."""
     n_validation: int = later(0)
-    """Validation rows: the first held-out rows; the next n_test are test rows. They replace the
-    n_test_curve rows before the end (unless n_test_curve is 0)."""
+    """Validation rows: the first held-out rows; the next n_test are test rows. They are evaluated
+    at the end, and before it instead of the n_test_curve rows (unless that is 0)."""
     verifier: str = later("")
     """How a completion is compared with the gold answer. integer: whole numbers, behind the last
     '####' or in the last box (GSM8K). math: contents of the last boxes, by math-verify (MATH,

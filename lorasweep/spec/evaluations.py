@@ -14,10 +14,10 @@ apart, and at a high learning rate the loss first rises before it falls. A conve
 
 
 def eval_steps(steps: int, curve: bool = True) -> list[int]:
-    """List the steps with a held-out evaluation: 1, 2, 3, 4, 6, 8, 12, ..., last; or only the last.
+    """List the steps with an evaluation: 1, 2, 3, 4, 6, 8, 12, ..., last; without curve the last.
 
-    A shorter run has the first entries of a longer one. So a run at a constant learning rate also
-    contains the results of all shorter runs.
+    But for its last step, a shorter run has the first entries of a longer one. So a run at a
+    constant learning rate also contains the results of all shorter runs.
     """
     if not curve:
         return [steps]

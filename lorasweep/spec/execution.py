@@ -43,7 +43,7 @@ class Exec:
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     keep_weights: bool = False
-    """Keep a finished run's trained weights in its folder: only of adapters, and one process."""
+    """Keep a finished run's weights in its folder: only of adapters trained by one process."""
     skip_broken_data: bool = False
     """True: bad data fails only its own runs (for data sets of different owners). False: it stops
     the command before anything starts."""

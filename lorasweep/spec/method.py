@@ -58,7 +58,7 @@ class Method(Value):
         methods: "Sequence[Any]",
         seeds: Sequence[int],
     ) -> "Trainables":
-        """Attach the trainables of len(methods) runs to `base`; `targets` are its target_layers."""
+        """Attach the trainables of len(methods) runs; `targets`: modules of target_layers()."""
         raise NotImplementedError
 
 

@@ -110,7 +110,7 @@ def load_facts(spec: DatasetSpec) -> Data:
         return _rows(shown_keys, shown_values, spec)
 
     def bits(n_tokens: int) -> dict[str, float]:
-        """Return the information in the values seen, in bits; `n_tokens` in the loss."""
+        """Return the bits in the values of the facts seen in `n_tokens` loss tokens."""
         return {"generator": min(count, n_tokens // VALUE) * VALUE * math.log2(VALUES)}
 
     shown = stream("data", spec.name, spec.test_split).permutation(count)[: spec.n_test * row]
