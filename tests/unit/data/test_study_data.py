@@ -204,9 +204,7 @@ def load_gsm8k(cache, **changes):
     return data.load(given, [], qwen_like(), str(cache))
 
 
-def test_an_unpinned_name_is_what_its_commit_is_and_a_pinned_one_is_never_replaced(
-    tmp_path, offline
-):
+def test_an_unpinned_name_is_its_commit_and_a_pinned_one_is_never_replaced(tmp_path, offline):
     """A newer commit brings other rows: kept tokens of the older one are not taken for them."""
 
     def gsm8k(commit, answer):
@@ -218,10 +216,7 @@ def test_an_unpinned_name_is_what_its_commit_is_and_a_pinned_one_is_never_replac
     gsm8k(OLD, "Yes")
     old = load_gsm8k(tmp_path / "kept", revision="")
     gsm8k(NEW, "No")
-    new, pinned = (
-        load_gsm8k(tmp_path / "kept", revision=""),
-        load_gsm8k(tmp_path / "kept", revision=NEW),
-    )
+    new, pinned = (load_gsm8k(tmp_path / "kept", revision=commit) for commit in ("", NEW))
     assert (old.commit, new.commit, pinned.commit) == (OLD, NEW, NEW)
     assert old.sha256 != new.sha256 == pinned.sha256
     assert len(list((tmp_path / "kept").glob("*.rows"))) == 4

@@ -197,7 +197,11 @@ DENSE = dataclasses.replace(SHAPE, n_experts=0, n_active_experts=0)
 @pytest.mark.parametrize(
     ("method", "words", "shape"),
     [
-        (LoRA(rank=3), "rank/2 by method.expert_rank=active. Expected a multiple of 2", SHAPE),
+        (
+            LoRA(rank=3),
+            "rank/2 by method.expert_rank=active. Expected a multiple of 2: 2, 4",
+            SHAPE,
+        ),
         (LoRA(rank=2, expert_rank="all"), "rank/4 by .*all", SHAPE),
         (LoRA(rank=4, expert_rank="some"), "Allowed: active, all, whole", SHAPE),
         (LoRA(rank=4, expert_outer="none"), "Allowed: own, shared", SHAPE),
@@ -217,6 +221,7 @@ def test_bad_settings_are_refused(method, words, shape):
 
 def test_the_router_is_a_set_of_its_own_and_dense_models_know_no_experts():
     assert LoRA(layers="all").target_layers() == ("attention", "mlp", "unembedding")
+    LoRA(rank=3, layers="attention").check(SHAPE)  # experts that are not adapted share no rank
     assert "expert" not in tiny_spec(method=LoRA(rank=4)).method.canonical
     loads = (load_of(SHAPE, LoRA(rank=4, layers=x)) for x in ("attention+router", "attention"))
     with_router, without = map(layer_bytes, loads)

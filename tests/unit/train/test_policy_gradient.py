@@ -262,7 +262,8 @@ def test_a_collapse_is_a_result(worlds):
     spec, base, loaded = worlds["words"]
     wild = dataclasses.replace(spec, lr=1.0, steps=40, batch_size=64)
     state, result = end_of(wild, base, loaded)
-    assert state == "diverged" and result["collapsed"] and 8 <= result["steps_done"] < 40
+    assert state == "diverged" and result["collapsed"] and result["divergence_rule"] == 2
+    assert 8 <= result["steps_done"] < 40
     assert result["reward"] < result["reward_start"] / 2
 
 
