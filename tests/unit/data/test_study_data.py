@@ -186,6 +186,7 @@ def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
     for name, changes, words in (
         ("gsm8k", {"too_long": "drop"}, "too_long='drop'. Allowed: cut, cut_or_skip, skip"),
         ("gsm8k", {"test_location": "a/b"}, "test_location='a/b': only for source=hub"),
+        ("gsm8k", {"n_retain": 16}, "n_retain"),
         ("gsm8k", {"test_revision": "main"}, "there is no test_location"),
         ("dialect", {"too_long": "skip"}, "too_long='skip' has no effect with source=synthetic"),
         ("dialect", {"render": "role_colon"}, "render='role_colon' has no effect"),

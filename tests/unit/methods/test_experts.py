@@ -244,8 +244,7 @@ def test_a_set_that_matches_nothing_is_refused():
         models.check_shape(model, dataclasses.replace(SHAPE, n_active_experts=1))
 
 
-def rows():
-    return ragged(SHAPE.vocab_size, 30)
+ROWS = ragged(SHAPE.vocab_size, 30)
 
 
 def based():
@@ -262,10 +261,10 @@ def test_packs_are_the_runs_alone(norms_in_float64):
         dataclasses.replace(spec, method=m, seed=k % 2, lr=1e-3 * (1 + k), steps=2 if k == 1 else 4)
         for k, m in enumerate(READINGS)
     ]
-    together, records = run(pack, base, rows(), micro_batch_size=2)
+    together, records = run(pack, base, ROWS, micro_batch_size=2)
     for one in pack:
-        alone, own = run([one], base, rows())
-        other, _ = run([one], moved(base), rows())
+        alone, own = run([one], base, ROWS)
+        other, _ = run([one], moved(base), ROWS)
         for found in (alone, other):
             assert worst(found[one.id], together[one.id]) < ROUNDING[10]
         counted = np.array(alone[one.id]["meta"]["expert_tokens"])
@@ -288,7 +287,7 @@ def test_full_fine_tuning_trains_the_stacks(norms_in_float64, layers, other_weig
     theirs = {n: p for n, p in reference.named_parameters() if wanted in n}
     assert sum(p.numel() for p in theirs.values()) == method.n_trainable(SHAPE)
     losses = []
-    for e in rows().train(spec.seed, 0, spec.batch_size):
+    for e in ROWS.train(spec.seed, 0, spec.batch_size):
         tokens = torch.from_numpy(e.tokens).long()
         logits = reference(input_ids=tokens[None]).logits[0, :-1]
         nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
@@ -297,7 +296,7 @@ def test_full_fine_tuning_trains_the_stacks(norms_in_float64, layers, other_weig
     start = {n: p.detach().clone() for n, p in theirs.items()}
     settings = {"lr": spec.lr, "betas": (0.9, 0.95), "eps": EPS, "weight_decay": 0}
     torch.optim.AdamW(theirs.values(), **settings).step()
-    states, records = run([spec], base, rows())
+    states, records = run([spec], base, ROWS)
     got = states[spec.id]["tensors"]
     assert {n.removeprefix("param/") for n in got if n.startswith("param/")} == theirs.keys()
     for name, p in theirs.items():

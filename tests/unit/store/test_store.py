@@ -4,7 +4,6 @@ its record of looks."""
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import signal
 from unittest.mock import Mock
@@ -18,7 +17,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs
 from lorasweep.sweep.grid import Point
 from tests.unit.launch.trainers import steps_of
-from tests.unit.store.conftest import save
+from tests.unit.store.conftest import at_once, save
 from tests.world import as_another_user, tiny_spec
 
 CURVE = [{"step": 1, "test_nll": 2.5}]
@@ -155,26 +154,6 @@ def test_states_of_a_run(store):
     assert store.result(rid)["test_nll"] is None
     with pytest.raises(ValueError, match="'failed'"):
         store.finish(rid, "failed", {})
-
-
-def at_once(count, do):
-    """Call do(k) in `count` processes at the same time, which live until all have returned; return
-    what they return."""
-    fork = multiprocessing.get_context("fork")
-    start, end, out = fork.Barrier(count), fork.Barrier(count), fork.Queue()
-
-    def work(k):
-        start.wait()
-        out.put(do(k))
-        end.wait()
-
-    processes = [fork.Process(target=work, args=(k,), daemon=True) for k in range(count)]
-    for p in processes:
-        p.start()
-    found = [out.get(timeout=60) for _ in processes]
-    for p in processes:
-        p.join()
-    return found
 
 
 def test_many_processes_claim_each_run_once(tmp_path):
