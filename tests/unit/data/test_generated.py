@@ -11,7 +11,7 @@ from lorasweep.data import load as data
 from lorasweep.data.examples import rounded, with_fingerprint
 from lorasweep.data.synthetic import dialect, skills
 from lorasweep.errors import DataError
-from tests.unit.data.shipped import shipped
+from tests.unit.data.conftest import shipped
 
 CELLS = [(8, 2), (8, 8), (32, 2), (32, 8)]
 

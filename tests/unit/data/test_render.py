@@ -8,7 +8,7 @@ from lorasweep.data import fields, own
 from lorasweep.data import load as data
 from lorasweep.errors import DataError
 from tests.bpe import llama_like, qwen_like
-from tests.unit.data.shipped import shipped
+from tests.unit.data.conftest import shipped
 from tests.world import write_json, write_splits
 
 TURNS = [

@@ -15,7 +15,7 @@ from lorasweep.spec.run import validate
 from tests import small_hub
 from tests.bpe import llama_like, qwen_like
 from tests.small_hub import problem, thought, tulu
-from tests.unit.data.shipped import shipped
+from tests.unit.data.conftest import shipped
 from tests.world import tiny_spec
 
 
