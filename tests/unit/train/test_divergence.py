@@ -13,7 +13,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.spec.streams import stream
 from lorasweep.train.objectives.policy_gradient import FIRST_UPDATES, Signal
 from lorasweep.train.objectives.sft import Divergence
-from tests.training import Trained, small_world
+from tests.training import Trained, rewarded_world, small_world
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +103,17 @@ def test_signals_are_resumed_and_those_of_old_checkpoints_call_nothing_falsely()
     fourth.load({"below": 0, "answers": 0, "rewarded": 0.0, "best_reward": None})
     assert rewards(fourth, given) == 20
     assert FIRST_UPDATES == 8
+
+
+def test_a_rewarded_run_on_harder_prompts_ends_done(norms_in_float64):
+    """The base is said to be better on held-out prompts than it is on the run's own."""
+    spec, base, loaded = rewarded_world("words")
+    spec = dataclasses.replace(spec, steps=12, lr=1e-5)
+    key = f"{spec.dataset.canonical}/{spec.precision}/{spec.max_new_tokens}/reward"
+    base.at_start[key] = {"test_reward": 0.9, "test_reward_se": 0.0}
+    ended = {}
+    for event in finetune([spec], base, loaded):
+        assert event.records[spec.id]["reward"] < 0.45
+        ended |= event.ended
+    state, result = ended[spec.id]
+    assert state == "done" and not result["collapsed"] and result["divergence_rule"] == 2
