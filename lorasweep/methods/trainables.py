@@ -62,10 +62,7 @@ class Trainables(Protocol):
         """Read the model's parameters again, after it was spread over processes."""
 
     def only(self, runs: list[int]) -> AbstractContextManager[None]:
-        """Temporarily restrict the model and `norms`, `spectra` to some runs, without gradient.
-
-        `runs`: increasing indices into the current order.
-        """
+        """Restrict the model, `norms` and `spectra` to runs (rising indices), without gradient."""
 
     def norms(self) -> list[dict[str, float]]:
         """Return the norms to record, one dict per run."""

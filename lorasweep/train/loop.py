@@ -291,10 +291,7 @@ def stop_early(
     optimizer: AdamW,
     metric: Metric,
 ) -> set[str]:
-    """Judge the evaluations at `step`, keep the weights of improved runs, return runs that end.
-
-    `measured`: runs with an evaluation at `step`.
-    """
+    """Judge the `measured` runs at `step`, keep the weights of improved ones, return who ends."""
     watched = [run for run in runs if run.early_stopping and run.id in measured]
     for run in watched:
         point = progress[run.id].curve[-1]

@@ -157,10 +157,7 @@ class AdamW:
         torch._foreach_sub_(params, change)
 
     def run_tensors(self, k: int) -> Tensors:
-        """Return views of run k's tensors: 'param/NAME', the moments 'm/NAME' and 'v/NAME'.
-
-        With early stopping also 'best/NAME', the weights of the best evaluation.
-        """
+        """Return views of run k's 'param/', 'm/' and 'v/NAME', with early stopping 'best/NAME'."""
         kinds = {"param": self.params, "m": self.exp_avg, "v": self.exp_avg_sq}
         if self.specs[k].early_stopping:
             kinds["best"] = self.best

@@ -256,11 +256,8 @@ class _Draw:
     def next(
         self, logits: torch.Tensor, t: int, index: torch.Tensor, alive: torch.Tensor
     ) -> torch.Tensor:
-        """Draw token t of the completions `index` that are alive; return which of them continue.
-
-        With fewer rows of logits than completions, neighbours share one.
-        """
-        rows = len(logits)
+        """Draw token t of the completions `index` that are alive; return which of them continue."""
+        rows = len(logits)  # with fewer rows than completions, neighbours share one
         log_p = torch.log_softmax(logits, -1)
         p = log_p.double().exp()
         # the first token whose cumulative probability is above the random number

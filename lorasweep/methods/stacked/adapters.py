@@ -223,10 +223,7 @@ def largest_singular(gram_kk: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the largest singular value of a matrix, as a float64 tensor without dimensions.
-
-    A stack of matrices [E, ...] counts as one block-diagonal matrix.
-    """
+    """Return the largest singular value, float64 [], of a matrix or a block-diagonal [E, ...]."""
     if matrix.dim() == 3:
         return torch.stack([spectral_norm(m) for m in matrix]).amax()
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT

@@ -42,10 +42,7 @@ class Factors(nn.Module):
         stacked_b: int = 1,
         base: nn.Module | None = None,
     ) -> None:
-        """Set up; `stacked_a`, `stacked_b`: E of each factor, 1 for one that is shared.
-
-        `base`: the module that has the frozen weight, in a subclass that replaces it.
-        """
+        """Set up; `stacked_a`, `stacked_b`: E of each factor, or 1; `base`: the module replaced."""
         super().__init__()
         self.ranks = ranks
         self.scaling_N: torch.Tensor
@@ -132,10 +129,8 @@ class StackedExperts(nn.Module):
 def _adapted(
     factors: Factors, n_experts: int, x_SK: torch.Tensor, run_S: torch.Tensor, ends_G: torch.Tensor
 ) -> torch.Tensor:
-    """Return scaling B A x of a stack of matrices, [S, O], for pairs sorted by expert and run.
-
-    All ranks are padded with zeros to the largest one, and to aligned rows.
-    """
+    """Return scaling B A x of a stack of matrices, [S, O], for pairs sorted by expert and run."""
+    # All ranks are padded to the largest one, and to aligned rows: zeros add nothing.
     step = max(1, ALIGNED_BYTES // x_SK.element_size())
     rank = -(-max(b.shape[-1] for b in factors.B) // step) * step
     parts = []

@@ -1,7 +1,4 @@
-"""The interface of an objective, as the training loop uses it.
-
-Shapes: N runs of the pack, in the order of `runs`.
-"""
+"""The interface of an objective to the training loop. Shapes: N runs of the pack, in order."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -61,10 +58,7 @@ class Objective(Protocol[BatchT]):
         """
 
     def weights(self, batch: BatchT) -> torch.Tensor:
-        """Return the weight of each run's summed loss in `batch`, [N], e.g. its loss tokens.
-
-        Known before the forward pass, so that gradients need no rescaling afterwards.
-        """
+        """Return the weight of each run's `loss`, [N]; known before the forward pass."""
 
     def loss(self, model: nn.Module, batch: BatchT) -> torch.Tensor:
         """Return the summed loss of each run, [N], with gradient."""

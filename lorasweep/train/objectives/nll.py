@@ -71,10 +71,7 @@ def token_log_p(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
 
 
 def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[torch.Tensor]:
-    """Return log q of every symbol at each run's loss tokens, [L, V] each, in nats.
-
-    For small vocabularies only: all of them are in memory at once.
-    """
+    """Return log q of every symbol at each run's loss tokens, [L, V] each, in nats; V is small."""
     given = inputs(model, batch)
     parts = _by_chunks(model, given, precision, lambda logits, *_: _wide(logits).log_softmax(-1))
     log_q_NRPV = torch.cat(parts, 1).unflatten(0, (len(batch.lengths), -1))

@@ -4,8 +4,8 @@ A completion's loss is -ratio * advantage, summed over its tokens (the end inclu
 p_learner / p_sampler, advantage the reward minus the group's mean. This is the study's loss,
 `importance_sampling` of github.com/thinking-machines-lab/tinker-cookbook. Its gradient is the
 expected reward's (Williams 1992) times (G - 1) / G, because the mean contains the completion
-itself. It is divided by the number of all completions sampled, but groups with equal rewards have
-no gradient and are not computed.
+itself. Groups with equal rewards have no gradient and are not computed, but count in the number of
+completions that the loss is divided by.
 
 Shapes: N runs of the pack, M positions per run, G completions of a prompt.
 """
@@ -69,11 +69,7 @@ class PolicyGradient(OnData):
         """For each micro-batch and run the summed log p_sampler - log p_learner, and its tokens."""
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
-        """Check the data, and measure the base's reward on each data set, once.
-
-        Raises:
-            DataError: a completion cannot be rewarded, or a prompt leaves no room for one.
-        """
+        """Check the data (DataError), and measure the base's reward on each data set, once."""
         self._mesh = mesh = base.mesh
         if self._join_rows:
             check_rows_stay_apart(base.model)
@@ -174,10 +170,7 @@ class PolicyGradient(OnData):
         """Return the record of this update: the record of reward_groups, and more.
 
         `surrogate`: the mean loss. `sampler_kl`: mean of log p_sampler - log p_learner over loss
-        tokens. `sampled_tokens_per_s`: of the whole pack.
-
-        Raises:
-            DataError: see Signal.check.
+        tokens. `sampled_tokens_per_s`: of the whole pack. DataError: see Signal.check.
         """
         kl_N, count_N = (sum(x.double() for x in xs) for xs in zip(*self._gap_NK))
         self._mesh.sum_(kl_N, count_N)

@@ -61,12 +61,10 @@ class Rollouts:
 
     @property
     def tokens_N(self) -> Sequence[int]:
-        """Tokens of each run, without padding."""
         return self.batch.tokens_N
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens of one run, with padding."""
         return self.batch.padded_tokens
 
 

@@ -1,7 +1,4 @@
-"""Supervised fine-tuning: the NLL in nats per loss token, averaged over a run's batch.
-
-Shapes: N runs of the pack.
-"""
+"""Supervised fine-tuning of N runs: the NLL in nats per loss token, averaged over a run's batch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -44,10 +41,10 @@ class Divergence:
     """Decides from a run's train NLLs whether it has diverged.
 
     It has if its NLL is above DIVERGED_NLL_FACTOR times the base's NLL for DIVERGED_PATIENCE
-    updates in a row. The base's NLL is the larger of two: on the held-out rows, and on the first
-    update's rows, since training rows may be harder. Held-out rows count because a small first
-    batch may be easy. Later losses are no reference: the second one already shows a learning rate
-    that is far too high. A late call costs time, a false call costs the run.
+    updates in a row. The base's NLL is the larger of two: on the first update's rows, because
+    training rows may be harder, and on the held-out rows, because a small first batch may be easy.
+    Later losses are no reference: the second one already shows a learning rate that is far too
+    high. A late call costs time, a false call costs the run.
     """
 
     held_out: float
@@ -181,10 +178,7 @@ class SupervisedFineTuning(OnData):
     def _measure(
         self, model: nn.Module, rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
     ) -> list[Record]:
-        """Return each run's NLL on its rows, over true distributions if all rows have them.
-
-        `by_row`: for which runs to return the rows' summed NLLs, too, as ROWS.
-        """
+        """Return each run's NLL on its rows, and ROWS, the NLL of each row, where `by_row` is True."""
         batches, name = [self._batched(r) for r in rows], self.metric.name
         with phase(EVALUATION, more_than_a_row(batches)):
             if all(b.truth is not None for own in batches for b in own):
