@@ -31,7 +31,7 @@ class CodeLength:
     prequential: Estimate
 
 
-def of_all(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float) -> CodeLength:
+def extrapolate(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float) -> CodeLength:
     """Return the code length of all rows, under the base model and online during training.
 
     Under the base model further rows cost as much as those measured, with the scatter of the

@@ -19,9 +19,9 @@ from analysis.optimum.likelihood import (
     Likelihood,
     first_diverged,
     growth_of,
+    likelihood_of,
     lowest_loss,
     n_rates,
-    of_curve,
     pools,
     rate_means,
     weights_of,
@@ -79,7 +79,7 @@ class _Group:
     def fit(self, members: Sequence[int]) -> None:
         """Compute the likelihoods of these curves."""
         self.likelihoods: dict[int, Likelihood] = {
-            k: of_curve(self.curves[k], self.growth, self.weights[k]) for k in members
+            k: likelihood_of(self.curves[k], self.growth, self.weights[k]) for k in members
         }
 
 

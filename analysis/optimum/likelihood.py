@@ -149,7 +149,7 @@ def rate_means(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
     return rates, np.bincount(at, y) / np.bincount(at)
 
 
-def of_curve(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
+def likelihood_of(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
     """Compute the likelihood of a curve's usable runs; for `growth` and `weights` see `gather`."""
     use = curve.usable
     return gather(
@@ -238,7 +238,7 @@ def pools(curves: Sequence[LrCurve]) -> list[list[int]]:
         groups.setdefault((c.shown, c.key.get("model"), c.key.get("dataset")), []).append(k)
     found: dict[tuple, list[int]] = {}
     for (metric, *rest), members in groups.items():
-        fitted = [of_curve(curves[k], 0.0) for k in members if n_rates(curves[k]) >= MIN_RATES]
+        fitted = [likelihood_of(curves[k], 0.0) for k in members if n_rates(curves[k]) >= MIN_RATES]
         df = sum(e.df + len(e.x) - MIN_RATES for e in fitted)
         found.setdefault((metric, *(rest if df >= MIN_DF else ())), []).extend(members)
     return list(found.values()) or [[]]

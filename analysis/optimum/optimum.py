@@ -45,15 +45,28 @@ class Optimum:
     @functools.cached_property
     def best_nll(self) -> float | None:
         """The fitted NLL at the optimum; without one, the mean at the best LR tried."""
-        if self.shape is None or self.pooled is None or self.best_lr.value is None:
-            return self.lowest
-        return _level(self.curve, self.shape, self.pooled)
+        return self.lowest if self.best_lr.value is None or self._level is None else self._level
 
     def predict(self, lr: np.ndarray) -> np.ndarray | None:
         """Return the fitted NLL at learning rates; None without a fit."""
+        if self.shape is None or self._level is None:
+            return None
+        return self._level + self.shape.height(np.log(lr))
+
+    @functools.cached_property
+    def _level(self) -> float | None:
+        """The fitted minimum of the NLL: the mean of loss minus height over blocks (seeds)."""
         if self.shape is None or self.pooled is None:
             return None
-        return _level(self.curve, self.shape, self.pooled) + self.shape.height(np.log(lr))
+        x, y, block = (v[self.curve.usable] for v in (self.curve.x, self.curve.y, self.curve.block))
+        height = self.shape.height(x)
+        weight = 1 / (self.pooled.noise**2 + (self.pooled.misfit * height) ** 2 + 1e-18)
+        blocks = np.unique(block)
+        # Runs near the minimum weigh most. A block weighs at most as much as one run there.
+        most = 1 / self.pooled.noise**2
+        share = [min(float(weight[block == b].sum()), most) for b in blocks]
+        levels = [np.average((y - height)[block == b], weights=weight[block == b]) for b in blocks]
+        return float(np.average(levels, weights=share))
 
     def regret(self, lr: float) -> float | None:
         """Return the fitted NLL(lr) - best NLL, in nats; None outside the LRs tried."""
@@ -92,15 +105,3 @@ def seeds_at_best(o: Optimum) -> int:
         best = lowest_loss(rate_means(o.curve)[1])
         around = rates[max(0, best - 1) : best + 2]
     return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)
-
-
-def _level(curve: LrCurve, shape: valley.Shape, pooled: Pooled) -> float:
-    """Return the fitted loss at the optimum, in nats: the mean of loss minus height over blocks."""
-    x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
-    height = shape.height(x)
-    weight = 1 / (pooled.noise**2 + (pooled.misfit * height) ** 2 + 1e-18)
-    blocks = np.unique(block)
-    # Runs near the minimum weigh most. A block weighs at most as much as one run at the minimum.
-    share = [min(float(weight[block == b].sum()), 1 / pooled.noise**2) for b in blocks]
-    levels = [np.average((y - height)[block == b], weights=weight[block == b]) for b in blocks]
-    return float(np.average(levels, weights=share))

@@ -1,8 +1,8 @@
-"""Learning curves: held-out loss over updates, and shorter runs taken from longer ones.
+"""Learning curves: held-out loss over updates; shorter runs cut from longer ones; solved tasks.
 
-At a constant learning rate a run of S updates equals the first S updates of any longer run. What is
-left to learn needs the task's floor: the NLL of the generator that wrote the data, which no model
-can beat. Curves of loss over learning rates are in `lr_curves`.
+At a constant learning rate a run of S updates equals the first S updates of any longer run. A
+task's floor is the NLL of the generator that wrote the data: no model can beat it. Curves of loss
+over learning rates are in `lr_curves`.
 """
 
 import json
@@ -73,7 +73,7 @@ def cut(result: str, step: int) -> str:
     return json.dumps({**values, "curve": curve})
 
 
-# ---------------------------------------------------------------- runs cut to their first updates
+# ---------------------------------------------------------------- cut runs, solved tasks
 
 
 def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:

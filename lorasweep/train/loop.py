@@ -51,7 +51,7 @@ def train(
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     counts = ExpertTokens(model)
     try:
-        if mesh.size > 1:  # the whole base may not fit; a run alone starts as the base here, too
+        if mesh.size > 1:  # the whole base may not fit; what is attached changes nothing yet
             mesh = base.mesh = shard(model, trainables, mesh, pack[0].precision)
             at_start = mesh.run(objective.start, base, runs)
         device = next(model.parameters()).device
@@ -291,7 +291,7 @@ def stop_early(
     optimizer: AdamW,
     metric: Metric,
 ) -> set[str]:
-    """Judge the `measured` runs at `step`, keep the weights of improved ones, return who ends."""
+    """Judge the `measured` runs at `step`, keep improved weights, return the ids of ending runs."""
     watched = [run for run in runs if run.early_stopping and run.id in measured]
     for run in watched:
         point = progress[run.id].curve[-1]

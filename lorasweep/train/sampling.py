@@ -131,7 +131,7 @@ def _together(
             break
         alive_R = step.without_ended(alive_R, n)
         alive_R = draw.next(step.next(draw.tokens[step.index, t - 1]), t, step.index, alive_R)
-    return draw.of_runs(n)
+    return draw.by_run(n)
 
 
 def _joined(parts: Sequence[Completions]) -> Completions:
@@ -264,7 +264,7 @@ class _Draw:
         cumulative = p.cumsum(-1)
         wanted = self._uniforms[index, t].view(rows, -1) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[1] - 1)
-        entropy = -(p * log_p.double().clamp(min=-1e3)).sum(-1)  # 0 times -inf is nothing
+        entropy = -(p * log_p.double().clamp(min=-1e3)).sum(-1)  # 0 times -inf counts as 0
         largest, share = logits.abs().amax(-1).double(), len(index) // rows
         at = index[alive]
         self._log_p[at, t] = log_p.gather(1, token).flatten()[alive].double()
@@ -283,7 +283,7 @@ class _Draw:
         self._ended[index[ended]] = True
         return alive & ~ended
 
-    def of_runs(self, n: int) -> list[Completions]:
+    def by_run(self, n: int) -> list[Completions]:
         """Return the completions of each of the n runs."""
         held = self.tokens, self._log_p, self._entropy, self._length, self._ended, self._largest
         by_run = zip(*(x.view(n, -1, *x.shape[1:]).cpu().numpy() for x in held))

@@ -107,7 +107,7 @@ def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> l
 
     def part(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with autocast(precision, hidden.device):
-            # contiguous: of a slice, a product would take one copy of the weight per row
+            # contiguous: the product with a slice would copy the weight once per row
             return measure(logits_of(model, hidden.contiguous()), targets, weight)
 
     # the backward pass computes a chunk's logits again, so that they are never whole in memory

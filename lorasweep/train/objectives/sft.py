@@ -178,7 +178,7 @@ class SupervisedFineTuning(OnData):
     def _measure(
         self, model: nn.Module, rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
     ) -> list[Record]:
-        """Return each run's NLL on its rows, and ROWS, the NLL of each row, where `by_row` is True."""
+        """Return each run's NLL on its rows, and where `by_row` is True also each row's: ROWS."""
         batches, name = [self._batched(r) for r in rows], self.metric.name
         with phase(EVALUATION, more_than_a_row(batches)):
             if all(b.truth is not None for own in batches for b in own):
