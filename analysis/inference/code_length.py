@@ -16,7 +16,7 @@ FITTED = 8
 """The line is not fitted to the first 1 / FITTED of the rows measured: the form of a completion is
 learned at once, and says little about later rows."""
 STEEPER = 1.25
-"""The line may continue this much steeper: a loss that begins to fall late falls faster later."""
+"""The line may continue this much steeper: the slope grows if the loss began to fall late."""
 LATE = 4
 """The level reached is that of the last 1 / LATE of the rows measured."""
 FEWEST = 24

@@ -245,7 +245,7 @@ def pools(curves: Sequence[LrCurve]) -> list[list[int]]:
 
 
 def without_collapse(curve: LrCurve) -> LrCurve:
-    """Leave out the first LR at which runs collapsed, though none is diverged, and all beyond.
+    """Leave out the first LR whose runs collapsed without a report of divergence, and all beyond.
 
     An LR above the best one has collapsed if it lost most of the best one's gain over the untrained
     model (KEPT), or if its loss is OUTSIZED typical heights above the lowest. The typical height is

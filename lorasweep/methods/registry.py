@@ -1,4 +1,4 @@
-"""The methods by name. No module here imports torch at the top: planning reads fields alone."""
+"""The methods by name. They import torch only when used, because planning reads their fields."""
 
 from typing import Any
 

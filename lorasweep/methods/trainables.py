@@ -55,7 +55,7 @@ class Trainables(Protocol):
     def keep(self, runs: list[int]) -> "dict[str, tuple[str, list[int]]]":
         """Drop all runs but `runs` (increasing indices into the current order).
 
-        Returns new tensor's name -> the old tensor's name and the rows of it that were kept.
+        Returns each new tensor's name -> the old tensor's name, and its rows that were kept.
         """
 
     def refresh(self) -> None:

@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with a learning rate per run, and LR schedules.
 
-torch.optim.AdamW has one learning rate per tensor, but a tensor of a pack holds N runs. Tests
-compare the two in float64.
+torch.optim.AdamW cannot have several learning rates in one tensor, but a tensor of a pack holds N
+runs. Tests compare the two in float64.
 """
 
 import math

@@ -16,7 +16,7 @@ from lorasweep.errors import ModelError
 State = Mapping[str, torch.Tensor]
 ROUTER = "mlp.gate"
 TOLERANCE = 1e-12
-"""Largest error of an expert's B A in float64, relative to the largest number in it."""
+"""Allowed error of an expert's B A in float64, relative to the largest number in it."""
 
 
 def save_peft(
