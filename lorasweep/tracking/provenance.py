@@ -1,4 +1,4 @@
-"""Record where and with what software a run was made: a fixed list of facts, so no secret leaks."""
+"""Record the machine and the software of a run: a fixed list of facts, so that no secret leaks."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SLURM = {
     "restart": "SLURM_RESTART_COUNT",
     "gpus": "CUDA_VISIBLE_DEVICES",
 }
-"""Recorded facts about a Slurm job, with the environment variables that they are read from."""
+"""Recorded fact about a Slurm job -> environment variable."""
 
 
 @cache
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 
 def code() -> dict[str, Any]:
-    """Describe this code: its commit, whether files were edited since, and its snapshot."""
+    """Describe this code: commit, whether files were edited since, and snapshot."""
     snapshot = Path(__file__).resolve().parents[2] / "snapshot.json"
     if snapshot.is_file():
         return json.loads(snapshot.read_bytes())
@@ -68,7 +68,7 @@ def edited() -> list[str]:
 
 
 def processor() -> str:
-    """Return the model of this machine's processor; empty if the system does not provide it."""
+    """Return the model name of this machine's processor; empty if the system hides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -78,7 +78,7 @@ def processor() -> str:
 
 
 def _git(*args: str) -> str | None:
-    """Run git in this checkout and return its output; None for an installed package."""
+    """Return the output of git in this checkout; None if it fails or there is no checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
