@@ -39,10 +39,7 @@ COMMUNICATION = ("gloo", "NCCL", "Broken pipe", "recvBytes", "TCPStore")
 def check_world_size(
     specs: Sequence[RunSpec], exec_: Exec, cluster: Cluster, hardware: Hardware
 ) -> None:
-    """Check that exec.world_size processes can train each run; raise SpecError if not.
-
-    `hardware`: this machine; a cluster's nodes are checked when jobs are planned.
-    """
+    """Check that exec.world_size processes can train each run; raise SpecError if not."""
     size = exec_.world_size
     for spec in specs:
         batch = spec.batch_size
@@ -63,7 +60,7 @@ def check_world_size(
                     )
     gpus, workers = hardware.gpus, exec_.workers or 1
     if cluster.kind != "local" or not gpus or size * workers <= gpus:
-        return
+        return  # a cluster's nodes are checked when jobs are planned
     fitting = f"exec.world_size=1 to {gpus // workers}"
     if size <= gpus and workers > 1:
         fitting += f", or exec.workers={gpus // size}"
@@ -162,10 +159,7 @@ def _follow_once(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
 
 @contextmanager
 def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
-    """Kill this process if another one of the run is gone: the run then counts as interrupted.
-
-    Raises OutOfMemoryTogether if memory ran out here.
-    """
+    """Kill this process if another one is gone; raise OutOfMemoryTogether if memory ran out."""
     try:
         yield
     except Exception as error:
@@ -173,5 +167,5 @@ def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
             raise OutOfMemoryTogether(spec.id, Shortage.of(error, exec_, spec)) from None
         if isinstance(error, RuntimeError) and any(c in str(error) for c in COMMUNICATION):
             print(f"another process of this run is gone: {error}", file=sys.stderr, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)  # so that the run counts as interrupted
         raise

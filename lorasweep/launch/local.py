@@ -161,10 +161,7 @@ def _run_workers(
 def end_shortage(
     spec: RunSpec, shortage: Shortage, exec_: Exec, store: RunStore, limits: Limits, report: Report
 ) -> None:
-    """End the attempt at a run of several processes, of which one ran out of memory.
-
-    Lowers `limits` for the next attempt. If that is impossible, the run has failed.
-    """
+    """End the attempt at a run of which one process ran out of memory, and lower its limit."""
     rid, n = spec.id, store.last_attempt(spec.id)
     if n is None or store.state(rid) != "interrupted" or not store.owns(rid, n):
         return  # another worker claimed it
@@ -177,9 +174,6 @@ def end_shortage(
         cause = shortage.failure_text(spec, exec_.world_size)
         store.write_end(rid, n, "failed", cause)
         report({"run": rid, "ended": "failed", "cause": cause})
-
-
-# ---------------------------------------------------------------- processes
 
 
 class Workers:
@@ -285,10 +279,7 @@ def _address(host: str, world_size: int) -> dict[str, str]:
 
 
 def devices_of(worker: int, workers: int) -> dict[str, str]:
-    """Return the environment variable with a worker's GPUs; empty without GPUs.
-
-    Workers share GPUs only if there are more workers than GPUs.
-    """
+    """Return a worker's GPUs as an environment variable; shared if there are more workers."""
     devices = detect.devices()
     if not devices:
         return {}

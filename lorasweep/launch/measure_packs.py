@@ -48,9 +48,8 @@ def measure_packs(
 ) -> None:
     """Measure the shapes of `specs` that are not known on this machine, in a separate process.
 
-    Raises:
-        TrainingError: the measurement failed; earlier shapes are kept.
-        StoreError: another process is measuring in this run folder and does not end.
+    Raises TrainingError if that fails (shapes measured before are kept), StoreError if another
+    process is measuring in this run folder and does not end.
     """
     shapes = list({shape_of(s): s for s in specs}.values())
     lock = Lock(store.root / ".calibration" / "lock")

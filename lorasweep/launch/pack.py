@@ -40,9 +40,6 @@ NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
 """Errors that no data set causes."""
 
 
-# ---------------------------------------------------------------- claim
-
-
 def execute(
     pack: Sequence[RunSpec],
     exec_: Exec,
@@ -154,8 +151,6 @@ class _Pack:
             if state == "failed":
                 self.report({"run": rid, "ended": "failed", "cause": cause})
 
-    # ------------------------------------------------------------ train within the memory
-
     def train(self, runs: list[RunSpec], planned_rows: int | None, limit: Limit) -> None:
         """Train the runs to the end, each attempt from the latest checkpoint.
 
@@ -211,8 +206,8 @@ class _Pack:
     def _without_broken_data(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:
         """Fail the runs whose data caused an error; return the other runs, in parts to train.
 
-        If the cause is unknown, each half of the data sets is tried. No log gets the error, which
-        may quote another owner's data.
+        If the cause is unknown, each half of the data sets is tried. The logs then leave out the
+        error, which may quote another owner's data.
         """
         if isinstance(error, UnusableData):
             for spec in part:
@@ -233,19 +228,13 @@ class _Pack:
         return halves
 
 
-# ---------------------------------------------------------------- train once, and record
-
-
 class _Attempt:
     """One training of claimed runs from their latest common checkpoint, and its records."""
 
     def __init__(
         self, pack: _Pack, runs: list[RunSpec], planned_rows: int | None, limit: Limit
     ) -> None:
-        """Load the latest common checkpoint, and cut the records back to it.
-
-        Its settings are used, unless others are given or they are too large.
-        """
+        """Load the latest common checkpoint and its settings; cut the records back to it."""
         store, ids = pack.store, [s.id for s in runs]
         self.pack, self.store, self.runs = pack, store, runs
         self.ids, self.live = ids, list(ids)
@@ -277,10 +266,7 @@ class _Attempt:
         )
 
     def run(self) -> None:
-        """Train and record; drop runs that other workers claimed.
-
-        Raises Stopped if `stop` was set; checkpoints are written.
-        """
+        """Train and record; raise Stopped, with checkpoints written, if `stop` was set."""
         self._write_env()
         for spec in self.runs:
             this = f"{spec.method.name} lr={spec.lr:g} seed={spec.seed}"

@@ -1,7 +1,4 @@
-"""Load the base model and the data of a pack, and train it with the runs' objective.
-
-Torch is imported inside functions, so that launching starts without it.
-"""
+"""Load the base and data of a pack, and train it. Imports torch in functions, to start fast."""
 
 import hashlib
 import importlib
@@ -49,10 +46,9 @@ class Trainer(Protocol):
 
 
 class UnusableData(DataError):
-    """Some data sets of a pack cannot be used; the other runs can be trained."""
+    """Some data sets of a pack cannot be used (`causes`: run id -> cause); the others can."""
 
     def __init__(self, causes: dict[str, str]) -> None:
-        """Hold run id -> cause."""
         super().__init__(next(iter(causes.values())))
         self.causes = causes
 
@@ -71,10 +67,7 @@ class TorchTrainer:
     """Trains packs; keeps the loaded base and data for the next pack."""
 
     def __init__(self, stop: StopFlag | None = None, mesh: "Mesh | None" = None) -> None:
-        """Watch `stop` during pretraining of a base model; the caller watches it during runs.
-
-        `mesh`: processes that train each run together; None: only this one.
-        """
+        """Watch `stop` while a base is pretrained. `mesh`: processes that train a run together."""
         self._stop, self._mesh = stop or StopFlag(), mesh
         self._base: Base | None = None
         self._base_key: tuple[ModelSpec, str, bool, bool] | None = None

@@ -115,10 +115,7 @@ def layout(folder: Path) -> tuple[str, ...]:
 
 
 def load(folder: Path, step: int) -> State | None:
-    """Load the checkpoint of `step`; None if it is missing or its checksum is wrong.
-
-    Raises StoreError if it cannot be read now.
-    """
+    """Load the checkpoint of `step`; None if missing or damaged. Raises StoreError if unreadable."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

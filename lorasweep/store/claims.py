@@ -204,7 +204,6 @@ class Lock:
     """A lock folder: the claim with the highest number holds it. A dead holder is replaced."""
 
     def __init__(self, folder: Path, jobs: RunningJobs | None = None) -> None:
-        """Name the folder; see `Liveness` for `jobs`."""
         self._folder = self._claim = folder
         self._liveness = Liveness(jobs)
 

@@ -120,16 +120,13 @@ def create_once(path: Path, content: bytes) -> bool:
 
 
 def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
-    """Create the folder `path` with `files` atomically; return whether this call created it.
-
-    rename(2) onto a folder that is not empty fails, so only one process succeeds.
-    """
+    """Create the folder `path` with `files` atomically; return whether this call created it."""
     partial = _partial(path)
     os.mkdir(partial)
     for name, content in files.items():
         _write_new(partial / name, content)
     try:
-        os.rename(partial, path)
+        os.rename(partial, path)  # fails onto a folder that is not empty: only one process succeeds
     except OSError:
         if not path.is_dir():
             raise

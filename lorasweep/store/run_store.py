@@ -64,10 +64,7 @@ class RunStore:
         dead: dict[str, int] | None = None,
         jobs: claims.RunningJobs | None = None,
     ) -> None:
-        """Name the folder; reads and writes nothing. See `claims.Liveness` for `jobs`.
-
-        `dead`: run id -> attempt whose owner is known to be dead.
-        """
+        """Name the folder. `dead`: run id -> attempt whose owner is known to be dead."""
         self.root = Path(root).expanduser().absolute()
         self._liveness = claims.Liveness(jobs)
         self._dead = dead or {}

@@ -5,6 +5,7 @@ import os
 import platform
 import socket
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -30,12 +31,10 @@ SLURM = {
 def environment() -> dict[str, Any]:
     """Describe the code, the packages, the machine and the Slurm job (None outside one)."""
     slurm = {name: os.environ[key] for name, key in SLURM.items() if key in os.environ}
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "lorasweep": lorasweep.__version__,
         **code(),

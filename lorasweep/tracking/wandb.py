@@ -16,10 +16,7 @@ from lorasweep.sweep.names import run_names
 
 
 def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
-    """Copy the finished runs that were not copied yet, each under its run id; return how many.
-
-    Raises StoreError if the package wandb is not installed.
-    """
+    """Copy newly finished runs; return how many. Raises StoreError if wandb is not installed."""
     try:
         import wandb
     except ImportError as error:

@@ -1,7 +1,4 @@
-"""Call Slurm's commands: which partitions there are, which jobs are live, how others ended.
-
-Refuses to know runs and submitit.
-"""
+"""Call Slurm's commands: partitions, live and ended jobs. Refuses to know runs and submitit."""
 
 import os
 import shutil
@@ -42,7 +39,6 @@ TRANSIENT_ERRORS = ("Unable to contact", "timed out", "Connection refused")
 """Messages after which a command is tried again, after PAUSES_S."""
 PAUSES_S = (1.0, 5.0)
 TIMEOUT_S = 60
-"""Seconds to wait for a command."""
 FRESH_S = 10.0
 """Seconds for which `RunningJobs` reuses a query's result."""
 
@@ -229,9 +225,6 @@ def hides_jobs() -> bool:
     return "jobs" in setting("PrivateData").replace(" ", "").split(",") and os.geteuid() != 0
 
 
-# ---------------------------------------------------------------- partitions
-
-
 @dataclass(frozen=True)
 class Partition:
     """A partition; cpus, memory_mib and gpus are the largest of any of its nodes."""
@@ -298,9 +291,6 @@ def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
     return known[name]
 
 
-# ---------------------------------------------------------------- owners of runs
-
-
 class RunningJobs:
     """Tells which jobs are running, from one query for all (see `store.claims.RunningJobs`)."""
 
@@ -313,14 +303,12 @@ class RunningJobs:
         """Query the running jobs and their restart counts."""
         states = "RUNNING,COMPLETING,STOPPED,SUSPENDED"
         fields = "JobID:|,RestartCnt:|"
-        try:
+        self._running = None
+        with suppress(ClusterError):
             listed = run("squeue", "-a", "-h", "-r", "-t", states, "-O", fields)
-        except ClusterError:
-            self._running = None
-            return
-        cells = (line.split("|") for line in listed.splitlines())
-        self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
-        self._asked = time.monotonic()
+            cells = (line.split("|") for line in listed.splitlines())
+            self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
+            self._asked = time.monotonic()
 
     def __call__(
         self, cluster: str, job: str, restart: int, known_before: bool = False

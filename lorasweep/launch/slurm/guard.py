@@ -61,10 +61,7 @@ def code_problem(folder: str, expected: str) -> str | None:
 
 
 def job_problem(folder: str, expected: str, task: int) -> str | None:
-    """Return why the files that task number `task` reads are refused, or None.
-
-    `expected`: SHA-256 of the manifest.
-    """
+    """Return why the files of a task are refused, or None; `expected`: the manifest's SHA-256."""
     manifest = os.path.join(folder, MANIFEST)
     jobs = os.path.join(folder, "jobs")
     array, index = map(os.environ.get, ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))

@@ -120,16 +120,13 @@ def _train(task: dict[str, Any]) -> None:
 
 
 def _follow(command: list[str]) -> None:
-    """Run the follow-up command in a separate process.
-
-    After a signal, let it stop cleanly: it may hold a lock, or be between sbatch and its record.
-    """
+    """Run the follow-up command in a separate process, which stops cleanly after a signal."""
     for pause in (*FOLLOW_PAUSES_S, None):
         process = subprocess.Popen(command)
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            process.terminate()
+            process.terminate()  # it may hold a lock, or be between an sbatch and its record
             try:
                 process.wait(CLOSE_S)
             except subprocess.TimeoutExpired:

@@ -102,10 +102,7 @@ def hardware_of(request: Request) -> Hardware:
 def jobs_of(
     request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
 ) -> list[Jobs]:
-    """Group runs into packs, packs into jobs, and jobs by resources.
-
-    Raises SpecError for runs that do not fit on any number of GPUs.
-    """
+    """Group runs into packs and packs into jobs; raise SpecError if a run fits on no device."""
     cluster, hardware, precision = request.cluster, now.hardware, todo[0].spec.precision
     if not cluster.gpus and request.hardware and hardware_of(request).has_speeds:
         cluster = dataclasses.replace(cluster, gpus=1)  # planned for GPUs
@@ -125,6 +122,7 @@ def jobs_of(
         exec_ = dataclasses.replace(chosen, workers=workers, threads=threads)
         made = make_packs(points, now.states, store, exec_, hardware, now.throughputs)
         for task in resources.group(made, cluster, measured or size * assumed, size):
+            # all jobs of an array request the same memory
             key = (size, resources.memory_class(task, cluster))
             found.setdefault(key, []).append(Task(task, exec_))
     jobs = []

@@ -114,10 +114,7 @@ def resources_for(
 
 
 def memory_class(packs: Sequence[Pack], cluster: Cluster) -> int:
-    """Return log2 of the host memory of a job with GPUs, rounded; 0 without GPUs.
-
-    Jobs of one array request the same memory, so small and large models need separate arrays.
-    """
+    """Return the rounded log2 of a GPU job's host memory in bytes; 0 without GPUs."""
     sizes = (round(math.log2(_bytes(pack, cluster, 1))) for pack in packs)
     return max(sizes) if cluster.gpus else 0
 

@@ -1,7 +1,4 @@
-"""Describe an array of jobs, and submit it with submitit or write it as an sbatch script.
-
-The only file that imports submitit. A job calls `launch.slurm.job.run` with the path of a task.
-"""
+"""Submit an array of jobs with submitit, or write it as an sbatch script."""
 
 import os
 import shlex
@@ -63,10 +60,7 @@ class Description:
         return FIRST_NODE if self.needed.nodes > 1 else ()
 
     def setup(self) -> list[str]:
-        """Return the shell lines before the job's command.
-
-        They end the job if `guard` finds a problem, and make Python import the snapshot.
-        """
+        """Return the shell lines before the job's command: run `guard`, import the snapshot."""
         code = shlex.quote(str(self.code.folder))
         path = f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"
         # No bytecode: it would be an unchecked part of the snapshot.

@@ -1,7 +1,4 @@
-"""Copy the current code into the run folder, so that later edits do not change queued jobs.
-
-A snapshot is named by its content and its user, and used again if both still match.
-"""
+"""Copy the current code into the run folder, so that later edits do not change queued jobs."""
 
 import json
 import os
@@ -31,7 +28,7 @@ class Snapshot:
 def take(root: Path) -> Snapshot:
     """Copy the running code into a folder in `root`, unless it is there or is a snapshot itself.
 
-    Raises ClusterError if the snapshot was changed or others could change it.
+    The folder is named by content and user. Raises ClusterError if others changed it or could.
     """
     here = Path(__file__).resolve().parents[3]
     if (here / guard.ABOUT).is_file():

@@ -183,10 +183,7 @@ def withdraw(submission: Submission, ids: Iterable[str]) -> None:
 
 
 def read(folder: Path) -> Submission | None:
-    """Read a submission; None if it was not recorded, because its command died.
-
-    Raises ClusterError if the record is damaged, StoreError if it cannot be read now.
-    """
+    """Read a submission; None if it was never recorded. Raises ClusterError if it is damaged."""
     if (content := files.read(folder / "submission.json")) is None:
         return None
     damaged = ClusterError(
@@ -251,9 +248,6 @@ def locked(runs_dir: Path, notify: Notify) -> AbstractContextManager[None]:
     return lock.held(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
 
 
-# ---------------------------------------------------------------- reconcile
-
-
 def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     """Reconcile the records with Slurm's queue, and return it. The lock must be held.
 
@@ -291,10 +285,7 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
 
 
 def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> bool:
-    """Record the job of an array, or that it was abandoned; return False if that is still open.
-
-    `number`: its live job, which is not recorded.
-    """
+    """Record an array's job, or that it was abandoned; False if undecided. `number`: live job."""
     if number is None:
         accounted = client.named(array.name)
         number = accounted[0].partition("_")[0] if accounted else None
@@ -317,10 +308,7 @@ def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> 
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Map run ids to how the Slurm jobs that owned them ended, and the log.
-
-    `owners`: run id -> owner.json.
-    """
+    """Map run ids to how the Slurm jobs that owned them ended; `owners`: run id -> owner.json."""
     jobs = {rid: o["slurm"]["job"] for rid, o in owners.items() if o.get("slurm")}
     ends: dict[str, tuple[str, client.Ended]] = {}
     with suppress(ClusterError):

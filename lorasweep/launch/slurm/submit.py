@@ -145,10 +145,7 @@ def _submit(
     outcome: Outcome,
     follow_up: FollowUp,
 ) -> None:
-    """Record the submission, then submit its arrays and the follow-up job.
-
-    Raises ClusterError if Slurm refused the first array; the follow-up job submits any later ones.
-    """
+    """Record the submission, then submit it; raise ClusterError if its first array is refused."""
     cluster = request.cluster
     tasks = [task for same in jobs for task in same.tasks]
     folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
@@ -179,7 +176,7 @@ def _submit(
             if not numbers:
                 raise
             outcome.refused = str(error)
-            break
+            break  # the follow-up job will submit the rest
         submissions.note_array(folder, d.array.part, numbers[-1])
     if cluster.follow:  # a follow-up job for these arrays and the sweep's other live jobs
         others = {j.label for s, _, j in queue.live() if s.record["sweep"] == request.title}
@@ -214,10 +211,7 @@ def write_submission(
     follow_up: FollowUp,
     code: Snapshot,
 ) -> None:
-    """Write the task files, that of the follow-up job, their manifest, and the record.
-
-    Raises ClusterError if the file system lets others write them.
-    """
+    """Write task files, manifest and record; raise ClusterError if others could write them."""
     sums: dict[str, str] = {}
 
     def write(name: str, plain: Any) -> None:
@@ -267,9 +261,6 @@ def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Jo
     same = [s for s in queue.submissions if s.record["sweep"] == request.title]
     found = [(set(s.record["asked"]), queue.follows.get(s.name)) for s in same]
     return [(served, j) for served, j in found if j and j.live and j.id != mine]
-
-
-# ---------------------------------------------------------------- cancel
 
 
 def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
