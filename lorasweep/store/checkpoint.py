@@ -115,7 +115,7 @@ def layout(folder: Path) -> tuple[str, ...]:
 
 
 def load(folder: Path, step: int) -> State | None:
-    """Load the checkpoint of `step`; None if missing or damaged. Raises StoreError if unreadable."""
+    """Load the checkpoint of `step`; None if missing or damaged. Raises StoreError like `files`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Submit an array of jobs with submitit, or write it as an sbatch script."""
+"""Submit an array of jobs with submitit (used only here), or write it as an sbatch script."""
 
 import os
 import shlex
@@ -16,9 +16,6 @@ from lorasweep.launch.slurm.submissions import Array
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
 from lorasweep.store.claims import JOB_VARIABLE
-
-FIRST_NODE = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
-"""srun's options for the job's task: on the first node, whose cores the runs' processes share."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,9 @@ class Description:
         return {k: v for k, v in given.items() if v is not None}
 
     def srun(self) -> tuple[str, ...]:
-        """Return srun's options for the job's command, which is one task also on several nodes."""
-        return FIRST_NODE if self.needed.nodes > 1 else ()
+        """Return srun's options for the job's command: one task, on the first of several nodes."""
+        first = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")  # shares the node's cores
+        return first if self.needed.nodes > 1 else ()
 
     def setup(self) -> list[str]:
         """Return the shell lines before the job's command: run `guard`, import the snapshot."""
