@@ -1,7 +1,7 @@
 """Several processes train one run: process 0 leads and owns the run folder, the others follow.
 
-After each update all processes learn whether one of them was stopped; then process 0 orders the
-others to write a checkpoint, continue or end. Torch is imported inside functions.
+After each update all processes learn whether one was stopped. Then process 0 orders the others to
+write a checkpoint, continue or end.
 """
 
 import dataclasses
@@ -33,16 +33,13 @@ if TYPE_CHECKING:
 
 GO, WRITE, END = "go", "write", "end"
 COMMUNICATION = ("gloo", "NCCL", "Broken pipe", "recvBytes", "TCPStore")
-"""Parts of torch's messages when another process is gone; they are plain RuntimeErrors."""
+"""Parts of torch's messages when another process is gone (plain RuntimeErrors)."""
 
 
 def check_world_size(
     specs: Sequence[RunSpec], exec_: Exec, cluster: Cluster, hardware: Hardware
 ) -> None:
-    """Check that exec.world_size processes can train each run; raise SpecError if not.
-
-    `hardware`: this machine, which counts unless jobs of a cluster train them.
-    """
+    """Check that exec.world_size processes can train each run; raise SpecError if not."""
     size = exec_.world_size
     for spec in specs:
         batch = spec.batch_size
@@ -74,13 +71,13 @@ def check_world_size(
 
 
 class Leader:
-    """The trainer of process 0: trains like the given trainer, with the other processes."""
+    """The trainer of process 0: wraps a trainer, and directs the other processes."""
 
     def __init__(self, trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
         self._trainer, self._mesh, self._stop = trainer, mesh, stop
         self._events: Generator[Event, None, None] | None = None
         self.broken = False
-        """The training failed here and the others wait, so nothing more can be trained."""
+        """Whether training failed here while the others wait, so that it cannot continue."""
 
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
@@ -127,7 +124,7 @@ class Leader:
             self.broken = False
 
     def leave(self) -> None:
-        """End a training that is not over, in all processes."""
+        """End an unfinished training in all processes."""
         if self._events is not None:
             self._events.close()
 
@@ -148,7 +145,7 @@ def follow(trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
 
 
 def _follow_once(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
-    """Train one run. A function, so that nothing of it stays in memory."""
+    """Train one run. A separate function, so that nothing of it stays in memory."""
     from lorasweep.models.sharding import write_tensors
 
     for event in events:
@@ -162,10 +159,7 @@ def _follow_once(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
 
 @contextmanager
 def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
-    """Kill this process if another one of the run is gone, so that the run counts as interrupted.
-
-    Raises OutOfMemoryTogether if memory ran out here, in the training of `spec`.
-    """
+    """Kill this process if another one is gone; raise OutOfMemoryTogether if memory ran out."""
     try:
         yield
     except Exception as error:
@@ -173,5 +167,5 @@ def _with_others(spec: RunSpec, exec_: Exec) -> Iterator[None]:
             raise OutOfMemoryTogether(spec.id, Shortage.of(error, exec_, spec)) from None
         if isinstance(error, RuntimeError) and any(c in str(error) for c in COMMUNICATION):
             print(f"another process of this run is gone: {error}", file=sys.stderr, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)  # so that the run counts as interrupted
         raise

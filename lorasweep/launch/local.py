@@ -1,8 +1,7 @@
-"""Run packs on this machine, in worker processes that claim free runs until none are left.
+"""Train runs on this machine or in this Slurm job, in worker processes that claim free runs.
 
-A worker is one process of `lorasweep.launch.worker` with a JSON job file, or exec.world_size
-processes that train each run together, here or on the nodes of a Slurm job. Two commands for the
-same sweep share the runs: each waits for the runs that the other has claimed.
+A worker is one process of `launch.worker`, or exec.world_size processes that train each run
+together. Two commands for the same sweep share the runs: each waits for the other's claims.
 """
 
 import hashlib
@@ -37,13 +36,13 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
 POLL_S = 0.5
-"""Seconds between checks of runs that another process works on."""
+"""Seconds between checks of runs that other processes train."""
 LAST_S = 20.0
-"""Seconds that the other processes of a worker may take to end after the first one."""
+"""Seconds for the other processes of a worker to end after the first one."""
 SRUN_STOP = signal.SIGUSR2
 """srun passes it on to all processes and waits for them; at SIGTERM it kills them at once."""
 SRUN_KILLED = 128
-"""srun's exit status is this plus the signal's number if a process was killed."""
+"""srun's exit status minus the number of the signal that killed a process."""
 
 
 def run_points(
@@ -59,12 +58,12 @@ def run_points(
 ) -> None:
     """Train every run of `points` until it is finished or has a recorded failure.
 
-    `trainer`: a callable runs the packs in this process (for tests); a name
-    (package.module:object) or None, for the real trainer, runs them in worker processes.
-    `patience_s`: how long to wait without progress when only runs of other processes are left.
-    `skip`: a file of run ids that must not be started.
+    `trainer`: a callable trains in this process (for tests); a name (package.module:object), or
+    None for the real trainer, in worker processes.
+    `patience_s`: seconds without progress when only runs of other processes are left.
+    `skip`: file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
-    `plan`: the plan of these points on this machine, if it was just made.
+    `plan`: plan of these points on this machine, if it was just made.
     Raises Stopped after Ctrl-C, or a signal that stopped the workers.
     """
     hardware = detect.this_machine()
@@ -86,12 +85,10 @@ def run_points(
                 for pack in now.packs:
                     specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
                     execute(specs, exec_, store, trainer, report, StopFlag(), rows, limits)
-            # Not tried again: failed runs, and runs whose worker was killed too often.
-            tried |= {
-                i
-                for i, s in store.states(p.id for p in mine).items()
-                if s == "failed" or (s == "interrupted" and store.failures(i) >= exec_.max_attempts)
-            }
+            for rid, state in store.states(p.id for p in mine).items():
+                killed = state == "interrupted" and store.failures(rid) >= exec_.max_attempts
+                if state == "failed" or killed:
+                    tried.add(rid)
             quiet_since = time.monotonic()
         elif others:
             if others != held:
@@ -113,16 +110,11 @@ def _run_workers(
     **settings: Any,
 ) -> None:
     """Start workers with one job file, report their events, and wait for all of them."""
-    known = [(pack, limits.of(pack.points[0].spec)) for pack in plan.packs]
-    packs = [
-        {
-            "runs": [p.spec.plain() for p in pack.points],
-            "micro_batch_size": pack.micro_batch_size,
-            "most_rows": limit.rows,
-            "forward_parts": limit.forward_parts,
-        }
-        for pack, limit in known
-    ]
+    packs = []
+    for pack in plan.packs:
+        limit, runs = limits.of(pack.points[0].spec), [p.spec.plain() for p in pack.points]
+        sizes = {"most_rows": limit.rows, "forward_parts": limit.forward_parts}
+        packs.append({"runs": runs, "micro_batch_size": pack.micro_batch_size, **sizes})
     # A worker has not watched other machines' heartbeats, so it gets the list of dead owners.
     ended = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
     job = {
@@ -169,10 +161,7 @@ def _run_workers(
 def end_shortage(
     spec: RunSpec, shortage: Shortage, exec_: Exec, store: RunStore, limits: Limits, report: Report
 ) -> None:
-    """End the attempt at a run whose processes ended because the memory of one ran out.
-
-    The next attempt holds less at once. If that is impossible, the run has failed.
-    """
+    """End the attempt at a run of which one process ran out of memory, and lower its limit."""
     rid, n = spec.id, store.last_attempt(spec.id)
     if n is None or store.state(rid) != "interrupted" or not store.owns(rid, n):
         return  # another worker claimed it
@@ -187,32 +176,25 @@ def end_shortage(
         report({"run": rid, "ended": "failed", "cause": cause})
 
 
-# ---------------------------------------------------------------- processes
-
-
 class Workers:
     """Worker processes, all with the same job file."""
 
     def __init__(
         self, job: list[str], log: Path, threads: int, world_size: int, n_nodes: int = 1
     ) -> None:
-        """Set up.
-
-        `job`: arguments of launch/worker, without the last. `log`: file for error messages.
-        `n_nodes`: nodes over which the processes of a worker are spread, by Slurm.
-        """
+        """Set up. `job`: arguments of `launch.worker` but the last. `log`: for error messages."""
         self._job, self._log, self._world_size, self._nodes = job, log, world_size, n_nodes
         self._environment = worker_environment(threads)
         self._groups: list[list[subprocess.Popen]] = []
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.shortages: dict[str, Shortage] = {}
-        """Run id -> what a worker of several processes reported when its memory ran out."""
+        """Run id -> report of a worker of several processes that ran out of memory."""
 
     def start(self, number: int, shares: int) -> None:
         """Start `number` workers, each on one of `shares` shares of the GPUs.
 
-        On several nodes srun starts the processes in a separate job step, so that the job survives
-        them, the same number on each node. Each sees all GPUs there and takes number LOCAL_RANK.
+        On several nodes, srun starts the same number of processes on each, in a separate job step,
+        so that the job survives them. A process sees all GPUs of its node and takes LOCAL_RANK.
         """
         size, srun = self._world_size, ""
         if self._nodes > 1:
@@ -242,7 +224,7 @@ class Workers:
                 threading.Thread(target=self._read, args=(process, group), daemon=True).start()
 
     def _read(self, process: subprocess.Popen, group: list[subprocess.Popen]) -> None:
-        """Queue a process's events. After it ends, end the processes that wait for it."""
+        """Queue a process's events. After it ended, end the processes that wait for it."""
         assert process.stdout is not None
         for line in process.stdout:
             with suppress(ValueError):  # not an event
@@ -275,7 +257,7 @@ class Workers:
     def wait(self) -> list[int]:
         """Wait for all processes; return the exit status of each worker, negative after a signal.
 
-        It is the status of the first process, or of another one that caused the first to be killed.
+        It is that of the first process or, if that was killed, of the process that caused it.
         """
         codes = [[process.wait() for process in group] for group in self._groups]
         if self._nodes > 1:
@@ -283,24 +265,21 @@ class Workers:
         return [first if first >= 0 else max((first, *rest)) for first, *rest in codes]
 
     def stop(self) -> None:
-        """Let each finish its update, write a checkpoint and exit; wait for all."""
+        """Let all workers finish their update, write a checkpoint and exit."""
         for process in (p for group in self._groups for p in group if p.poll() is None):
             process.send_signal(SRUN_STOP if self._nodes > 1 else signal.SIGTERM)
         self.wait()
 
 
 def _address(host: str, world_size: int) -> dict[str, str]:
-    """Return torchrun's variables for the processes of a worker; `host`: where process 0 is."""
+    """Return torchrun's variables for the processes of a worker, with process 0 on `host`."""
     with socket.create_server(("", 0)) as probe:
         port = probe.getsockname()[1]
     return {"MASTER_ADDR": host, "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
 
 
 def devices_of(worker: int, workers: int) -> dict[str, str]:
-    """Return the GPUs of a worker as an environment variable; empty without GPUs.
-
-    Workers share GPUs only if there are more workers than GPUs.
-    """
+    """Return a worker's GPUs as an environment variable; shared if there are more workers."""
     devices = detect.devices()
     if not devices:
         return {}

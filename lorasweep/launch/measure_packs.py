@@ -1,6 +1,5 @@
-"""Measure step times alone and in packs, for action=measure_packs and the planner.
+"""Measure step times of single runs and packs on request (action=measure_packs), for the planner.
 
-Runs only on request: a short sweep saves less than the BUDGET_S seconds per shape that it takes.
 The measuring process reads its job from stdin:
 
     {"exec": {...}, "shapes": [{"spec": {...}, "path": FILE}, ...]}
@@ -33,11 +32,11 @@ from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
 
 BUDGET_S = 25.0
-"""Seconds per shape. Larger packs are tried until they are over, or a pack is not faster."""
+"""Seconds per shape, in which larger packs are tried until one is not faster."""
 STEPS, WARM = 4, 1
-"""Updates per measurement, and how many first ones are left out of the median."""
+"""Updates per measurement, and how many of the first are left out of the median."""
 MEMORY_SHARE = 0.7
-"""Largest share of a worker's memory that a measured pack is expected to use."""
+"""Largest expected share of a worker's memory for a measured pack."""
 
 
 def measure_packs(
@@ -49,9 +48,8 @@ def measure_packs(
 ) -> None:
     """Measure the shapes of `specs` that are not known on this machine, in a separate process.
 
-    Raises:
-        TrainingError: the measurement failed; shapes measured before are kept.
-        StoreError: another process is measuring in this run folder and does not end.
+    Raises TrainingError if that fails (shapes measured before are kept), StoreError if another
+    process is measuring in this run folder and does not end.
     """
     shapes = list({shape_of(s): s for s in specs}.values())
     lock = Lock(store.root / ".calibration" / "lock")
@@ -79,7 +77,7 @@ def measure_packs(
 
 
 def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
-    """Train a few updates of runs like `spec`; return pack size -> seconds per step and run."""
+    """Train STEPS updates of packs like `spec`; return pack size -> seconds per step and run."""
     from lorasweep.data import load as data
     from lorasweep.models import load as models
     from lorasweep.train import pretrain
@@ -108,7 +106,7 @@ def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
         except Exception as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
-            break  # the times of smaller sizes are kept
+            break
         found[size] = statistics.median_high(times[WARM:])
         took = time.monotonic() - started
         left -= took
@@ -118,7 +116,7 @@ def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
 
 
 def main() -> None:
-    """Measure the shapes of a job and save each result at once."""
+    """Measure the shapes of a job, saving each result at once."""
     import torch
 
     die_with_parent()

@@ -1,7 +1,4 @@
-"""Recognise that memory ran out, choose a smaller size, and free what a failed attempt held.
-
-Does not import torch.
-"""
+"""Recognise that memory ran out, choose a smaller size, and free what a failed attempt held."""
 
 import errno
 import gc
@@ -25,8 +22,7 @@ ALLOCATOR_MESSAGES = (
     "Cuda failure 2 'out of memory'",
     "Cuda failure 'out of memory'",
 )
-"""Parts of RuntimeErrors of torch: of its CPU allocator, and of libraries that allocate themselves,
-the last two of NCCL."""
+"""Parts of torch's RuntimeErrors: of its CPU allocator, CUDA's libraries and NCCL (last two)."""
 REQUEST = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 
 
@@ -42,16 +38,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Shortage:
-    """Memory ran out: where, and with which sizes."""
+    """Memory ran out: in which phase, and with which sizes."""
 
     rows: int
-    """Rows of a run in a forward pass of the learner."""
+    """Rows per run and forward pass of the learner."""
     forward_parts: int
     asked: str
-    """Size of the request that failed, such as '2.50 GiB'; empty if unknown."""
+    """Size of the failed request, such as '2.50 GiB'; empty if unknown."""
     phase: str = LEARNING
     divisible: bool = False
-    """Whether Exec.forward_parts can make the phase hold less at once."""
+    """Whether a larger Exec.forward_parts reduces the memory of the phase."""
 
     @classmethod
     def of(cls, error: BaseException, exec_: Exec, spec: RunSpec) -> "Shortage":
@@ -69,7 +65,7 @@ class Shortage:
         return f" (asked for {self.asked})" if self.asked else ""
 
     def retry_text(self, spec: RunSpec, n_runs: int, instead: str) -> str:
-        """Say that `n_runs` runs like `spec` do not fit, and what is tried instead."""
+        """Return the message that `n_runs` runs like `spec` do not fit, with the next try."""
         learning = self.phase == LEARNING
         where = "" if learning else f" in {self.phase}"
         held = f" with {self.rows} row(s) of each at a time" if learning else ""
@@ -79,7 +75,7 @@ class Shortage:
         )
 
     def failure_text(self, spec: RunSpec, world_size: int = 1) -> str:
-        """Say that a run alone, one row at a time, does not fit, and what would help."""
+        """Return the message that a single run with one row does not fit, with remedies."""
         processes, more = "", ""
         if world_size > 1:
             processes = f", on {world_size} processes"
@@ -93,29 +89,28 @@ class Shortage:
 
 
 class OutOfMemoryTogether(ModelError):
-    """Memory of one process of a run ran out. The others wait for it, so all must start again."""
+    """One process of a run is out of memory. The others wait for it, so all must start again."""
 
     def __init__(self, run: str, shortage: Shortage) -> None:
-        """Hold the id of the run, and what ran out."""
         super().__init__(f"out of memory{shortage.request} in one of the processes of a run")
         self.run, self.shortage = run, shortage
 
 
 @dataclass
 class Limit:
-    """The largest size that may fit; None: no limit is known."""
+    """The largest sizes that may fit; None: no limit is known."""
 
     rows: int | None = None
-    """Rows per run and forward pass."""
+    """Per run and forward pass."""
     runs: int | None = None
-    """Runs of a pack."""
+    """Per pack."""
     forward_parts: int = 1
 
     def lower(self, shortage: Shortage, n_runs: int) -> str:
-        """Lower the limit where memory ran out; return what is tried instead, empty if nothing is.
+        """Lower the limit after a shortage; return what to try next, empty if nothing is left.
 
-        Only the phase that ran out is split: learning by rows of a forward pass, the others by
-        forward_parts. A phase that holds one row of each run halves the pack of `n_runs`.
+        Halves the memory of the phase that ran out: rows for learning, forward_parts for the other
+        phases; at one row of each run, the pack of `n_runs`.
         """
         if shortage.phase == LEARNING and shortage.rows > 1:
             self.rows = shortage.rows // 2
@@ -130,19 +125,19 @@ class Limit:
 
 
 class Limits:
-    """The limits of a worker, by kind of run: later packs start at a size that fits."""
+    """The limits of a worker by kind of run, so that later packs start at a size that fits."""
 
     def __init__(self) -> None:
         self._known: dict[object, Limit] = {}
 
     def of(self, spec: RunSpec) -> Limit:
-        """Return the limit of runs like `spec`, to be read and lowered."""
+        """Return the limit of runs like `spec`, which the caller may lower."""
         key = (pack_key(spec), spec.dataset.max_length)
         return self._known.setdefault(key, Limit())
 
 
 def free_memory() -> None:
-    """Free what nothing refers to any more, and return a device's cached memory."""
+    """Free unreferenced objects, and a GPU's cached memory."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():

@@ -1,8 +1,7 @@
 """Train one pack: claim its runs, train them in the available memory, record how each ended.
 
-`execute` claims the runs and handles errors, `_Pack` trains in as many attempts as the memory
-needs, `_Attempt` trains once from the last checkpoint and records the trainer's events. Refuses to
-know how anything is trained.
+`execute` handles errors, `_Pack` trains in as many attempts as the memory requires, `_Attempt`
+trains once from the last checkpoint and records events. Refuses to know how anything is trained.
 """
 
 import dataclasses
@@ -30,20 +29,15 @@ from lorasweep.tracking import provenance
 from lorasweep.train.events import Event
 
 CHECKPOINT_SHARE = 20
-"""Smallest time between checkpoints, divided by the time that one takes: at most 5% are spent."""
+"""Time between checkpoints divided by the time of one, at least: checkpoints take at most 5%."""
 LOOK_S = 5.0
-"""Seconds between checks of who owns the runs; new records are written then, too. At every update
-they would cost about a millisecond a run on a network file system. A process loses a claim only
-after SILENCE_S, so a few seconds more of training are little."""
+"""Seconds between checks of ownership, with which new records are written. At every update they
+would cost about a millisecond per run on a network file system."""
 ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
-"""Key in env.json and result.json: the run was resumed in a different pack, or with another
-ROWS, PROCESSES or PARTS. Kept results have this old name."""
+"""Stored key: the run was resumed in a different pack, or with other ROWS, PROCESSES or PARTS."""
 NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
-"""Errors that no data set causes: of the command, the base, the run folder, the machine."""
-
-
-# ---------------------------------------------------------------- claim
+"""Errors that no data set causes."""
 
 
 def execute(
@@ -56,10 +50,10 @@ def execute(
     micro_batch_size: int | None = None,
     limits: Limits | None = None,
 ) -> None:
-    """Claim the free runs of a pack and train them to the end. Failures of runs are recorded.
+    """Claim the free runs of a pack and train them to the end; record failures of runs.
 
-    `micro_batch_size` is the plan's choice, used if neither exec.micro_batch_size nor a checkpoint
-    has one. `limits`: the limits of memory that earlier packs of this process found.
+    `micro_batch_size`: used if neither exec.micro_batch_size nor a checkpoint has one.
+    `limits`: limits of memory that earlier packs of this process found.
 
     Raises:
         Stopped: `stop` was set; checkpoints are written.
@@ -100,7 +94,7 @@ def execute(
 
 @dataclass
 class _Pack:
-    """The runs of a pack that this process has claimed, and how they are trained."""
+    """The runs of a pack that this process has claimed."""
 
     exec: Exec
     store: RunStore
@@ -108,11 +102,10 @@ class _Pack:
     report: Report
     stop: StopFlag
     attempts: dict[str, int] = field(default_factory=dict)
-    """Run id -> number of this process's attempt, without failed runs and those that another worker
-    claimed."""
+    """Run id -> number of this process's attempt, for runs that it still owns and did not fail."""
 
     def claim(self, pack: Sequence[RunSpec]) -> list[RunSpec]:
-        """Claim the free runs and return them. Packs stay whole: without the first run, none."""
+        """Claim the free runs and return them; none without the first, so that packs stay whole."""
         for spec in pack:
             n = self.store.claim(spec)
             if n is not None:
@@ -122,7 +115,7 @@ class _Pack:
         return [s for s in pack if s.id in self.attempts]
 
     def owns(self, rid: str) -> bool:
-        """Return whether a run is still this process's; if not, drop it and end the attempt."""
+        """Return whether this process still owns a run; if not, end the attempt."""
         if rid not in self.attempts:
             return False
         owned = self.store.owns(rid, self.attempts[rid])
@@ -132,12 +125,12 @@ class _Pack:
         return owned
 
     def log(self, spec: RunSpec, text: str) -> None:
-        """Write to a run's log, if this process still has the run."""
+        """Write to the log of a run in `attempts`."""
         if spec.id in self.attempts:
             self.store.log(spec.id, self.attempts[spec.id], text)
 
     def fail(self, spec: RunSpec, cause: str, trace: str = "") -> None:
-        """Record that a run failed, if this process still has it."""
+        """Record that a run in `attempts` failed."""
         self.log(spec, trace or cause)
         n = self.attempts.pop(spec.id, None)
         if n is not None:
@@ -145,7 +138,7 @@ class _Pack:
             self.report({"run": spec.id, "ended": "failed", "cause": cause})
 
     def end_all(self, state: str, cause: str, trace: str = "") -> None:
-        """End the attempts at all unfinished runs: 'stopped' or 'failed'."""
+        """End the attempts at all unfinished runs as 'stopped' or 'failed'."""
         for rid, n in self.attempts.items():
             try:
                 if self.store.result(rid) is not None:
@@ -154,18 +147,15 @@ class _Pack:
                     self.store.log(rid, n, trace)
                 self.store.write_end(rid, n, state, cause)
             except (OSError, StoreError):
-                continue  # without end.json the run counts as interrupted, which is fine
+                continue  # without end.json the run counts as interrupted
             if state == "failed":
                 self.report({"run": rid, "ended": "failed", "cause": cause})
-
-    # ------------------------------------------------------------ train within the memory
 
     def train(self, runs: list[RunSpec], planned_rows: int | None, limit: Limit) -> None:
         """Train the runs to the end, each attempt from the latest checkpoint.
 
-        Out of memory halves what the phase holds at once, and at one row the pack, whose halves are
-        trained one after the other. One run alone with one row that does not fit has failed.
-        `limit` is lowered. Raises Stopped if `stop` was set; checkpoints are written.
+        If memory runs out, `limit` is lowered; a pack above it is split into parts that are trained
+        one after the other. Raises Stopped if `stop` was set; checkpoints are written.
         """
         parts = [runs]
         while parts:
@@ -200,9 +190,9 @@ class _Pack:
     def _attempt(
         self, part: list[RunSpec], planned_rows: int | None, limit: Limit
     ) -> tuple[Shortage, str] | None:
-        """Train; return what did not fit into the memory and the traceback, None if all did.
+        """Train; return the shortage of memory with its traceback, or None.
 
-        A function, so that nothing keeps the attempt and its error, which hold tensors.
+        A separate function, so that nothing keeps the attempt and its error, which hold tensors.
         """
         attempt = _Attempt(self, part, planned_rows, limit)
         try:
@@ -214,10 +204,10 @@ class _Pack:
         return None
 
     def _without_broken_data(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:
-        """Fail the runs whose data caused an error; return the other runs in parts to be trained.
+        """Fail the runs whose data caused an error; return the other runs, in parts to train.
 
-        If the cause is unknown, each half of the data sets is tried, and no log gets a text that
-        may quote rows of another owner's data.
+        If the cause is unknown, each half of the data sets is tried. The logs then leave out the
+        error, which may quote another owner's data.
         """
         if isinstance(error, UnusableData):
             for spec in part:
@@ -238,19 +228,13 @@ class _Pack:
         return halves
 
 
-# ---------------------------------------------------------------- train once, and record
-
-
 class _Attempt:
-    """Claimed runs that are trained from their latest common checkpoint, and what is recorded."""
+    """One training of claimed runs from their latest common checkpoint, and its records."""
 
     def __init__(
         self, pack: _Pack, runs: list[RunSpec], planned_rows: int | None, limit: Limit
     ) -> None:
-        """Load the latest common checkpoint of the runs, and cut their records back to it.
-
-        The settings are those of the checkpoint, unless others are given or they are too large.
-        """
+        """Load the latest common checkpoint and its settings; cut the records back to it."""
         store, ids = pack.store, [s.id for s in runs]
         self.pack, self.store, self.runs = pack, store, runs
         self.ids, self.live = ids, list(ids)
@@ -282,10 +266,7 @@ class _Attempt:
         )
 
     def run(self) -> None:
-        """Train, and record what is measured. Runs that other workers claimed are dropped.
-
-        Raises Stopped if `stop` was set; checkpoints are written.
-        """
+        """Train and record; raise Stopped, with checkpoints written, if `stop` was set."""
         self._write_env()
         for spec in self.runs:
             this = f"{spec.method.name} lr={spec.lr:g} seed={spec.seed}"
@@ -306,7 +287,7 @@ class _Attempt:
             if number == 0:
                 self._write_env(backend=event.backend)
             for i in self.live:
-                self.wall_s[i] += (now - counted_at) / len(self.live)  # its share of the pack's
+                self.wall_s[i] += (now - counted_at) / len(self.live)  # share of the pack's time
                 self.unwritten[i].append(event.records[i])
             counted_at = now
             self._finish(event)
@@ -339,7 +320,7 @@ class _Attempt:
             self.store.write_env(i, self.pack.attempts[i], env)
 
     def _circumstances(self) -> dict[str, Any]:
-        """Return what env.json and a checkpoint keep of how the runs are computed."""
+        """Return the settings of the computation that env.json and a checkpoint keep."""
         return {
             "threads": self.exec.threads,
             ROWS: self.exec.micro_batch_size,
@@ -353,10 +334,9 @@ class _Attempt:
             self._still_owned(i)
 
     def _still_owned(self, i: str) -> bool:
-        """Write a live run's new records; or drop the run and return False: it was claimed again.
+        """Write a live run's new records; drop the run and return False if it was claimed again.
 
-        Called right before anything else is written for a run, because a new owner cuts the records
-        back to the checkpoint that it resumes from.
+        Called right before anything is written for a run: a new owner cuts the records back.
         """
         if not self.pack.owns(i):
             self.live.remove(i)
@@ -393,7 +373,7 @@ class _Attempt:
         self._write_records()
         layout, states = list(self.live), event.snapshot()
         for i in layout:
-            if not self._still_owned(i):  # writing the others' checkpoints may have taken minutes
+            if not self._still_owned(i):  # writing other checkpoints may have taken minutes
                 continue
             self.store.sync_records(i)
             meta = {

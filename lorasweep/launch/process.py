@@ -1,7 +1,4 @@
-"""A worker process and the operating system: signals, memory and environment.
-
-The system may refuse these options; nothing depends on them.
-"""
+"""Signals, memory and environment of a worker process."""
 
 import ctypes
 import os
@@ -15,8 +12,8 @@ from lorasweep.store import claims
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Makes waiting OpenMP threads sleep. By default they spin, and block the core that the other
-thread needs: two training processes on two busy cores are then 100 times slower (docs/log)."""
+"""Makes waiting OpenMP threads sleep. By default they spin: two training processes on two busy
+cores are then 100 times slower (docs/log)."""
 
 
 class Stopped(Exception):
@@ -27,8 +24,7 @@ class StopFlag:
     """Set by SIGINT, SIGTERM and Slurm's warning SIGUSR2: finish the update, checkpoint, exit."""
 
     SAME_S = 2.0
-    """Signals within this many seconds count as one: a terminal's Ctrl-C reaches a worker directly
-    and through its parent."""
+    """Seconds in which signals count as one: Ctrl-C reaches a worker directly and by its parent."""
 
     def __init__(self) -> None:
         self.set = False
@@ -40,7 +36,7 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # inside a job Slurm itself kills the process if needed, so only a second Ctrl-C counts
+        # inside a job, only Ctrl-C: Slurm itself kills the process if needed
         impatient = number == signal.SIGINT or claims.JOB_VARIABLE not in os.environ
         if self.set and impatient and time.monotonic() - self._since > self.SAME_S:
             os._exit(128 + number)
@@ -49,16 +45,13 @@ class StopFlag:
 
 
 def die_with_parent() -> None:
-    """Make Linux stop this process when its parent dies, so that no orphan keeps claims."""
+    """Make Linux stop this process when its parent dies, so that an orphan keeps no claims."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory, which the next step allocates again.
-
-    Without the page faults, the elementwise passes of a step take half the time (docs/log).
-    """
+    """Make glibc keep freed memory: without page faults, elementwise passes take half the time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # musl does not have it
         return
@@ -67,7 +60,7 @@ def keep_freed_memory() -> None:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Return the environment of a worker: this code, not the current folder's, and its threads."""
+    """Return the environment of a worker: this code (not the current folder's) and its threads."""
     root = str(Path(__file__).resolve().parents[2])
     return {
         **WAIT_POLICY,

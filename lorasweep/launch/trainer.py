@@ -1,7 +1,4 @@
-"""Load the base model and the data of a pack, and train it with the objective that its runs name.
-
-Torch is imported inside functions, so that launching starts without it.
-"""
+"""Load the base and data of a pack, and train it. Imports torch in functions, to start fast."""
 
 import hashlib
 import importlib
@@ -29,18 +26,18 @@ if TYPE_CHECKING:
     from lorasweep.train.objectives.sft import FirstLoss
 
 TOKENS = ".tokens"
-"""Folder in the run folder with tokenized text, which all workers share."""
+"""Folder in the run folder with tokenized text, shared by all workers."""
 FINGERPRINTS = ".data"
-"""Folder in the run folder with a fingerprint of the data for every model and data set."""
+"""Folder in the run folder with the data's fingerprint for every model and data set."""
 EVAL_ROWS = 4
-"""Rows of a forward pass without gradients where none are set: few, for the memory of logits."""
+"""Default rows of a forward pass without gradients: few, because of the memory of logits."""
 Report = Callable[[dict[str, Any]], None]
 """Receives events: {run, ended, ...} at the end of a run, {runs, step} after an update, {note} for
-what the user should read."""
+the user."""
 
 
 class Trainer(Protocol):
-    """Trains the runs of a pack together and yields an event per update."""
+    """Trains the runs of a pack together; yields an event per update."""
 
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
@@ -49,10 +46,9 @@ class Trainer(Protocol):
 
 
 class UnusableData(DataError):
-    """Data sets of a pack that cannot be used; the other runs can be trained without them."""
+    """Some data sets of a pack cannot be used (`causes`: run id -> cause); the others can."""
 
     def __init__(self, causes: dict[str, str]) -> None:
-        """Hold the cause of each run, by its id."""
         super().__init__(next(iter(causes.values())))
         self.causes = causes
 
@@ -60,7 +56,7 @@ class UnusableData(DataError):
 def trainer_named(
     name: str | None, stop: StopFlag | None = None, mesh: "Mesh | None" = None
 ) -> Trainer:
-    """Return the trainer named `name` (package.module:object); None: the real one."""
+    """Return the trainer `name` (package.module:object); None: TorchTrainer."""
     if name is None:
         return TorchTrainer(stop, mesh)
     module, _, attribute = name.partition(":")
@@ -68,13 +64,10 @@ def trainer_named(
 
 
 class TorchTrainer:
-    """Trains packs, and keeps the loaded base and data for the next pack."""
+    """Trains packs; keeps the loaded base and data for the next pack."""
 
     def __init__(self, stop: StopFlag | None = None, mesh: "Mesh | None" = None) -> None:
-        """Watch `stop` while a base model is pretrained. The caller watches it during runs.
-
-        `mesh`: the processes that train together, each with such a trainer; None: this one alone.
-        """
+        """Watch `stop` while a base is pretrained. `mesh`: processes that train a run together."""
         self._stop, self._mesh = stop or StopFlag(), mesh
         self._base: Base | None = None
         self._base_key: tuple[ModelSpec, str, bool, bool] | None = None
@@ -96,7 +89,7 @@ class TorchTrainer:
         if causes:
             raise UnusableData(causes)
         if base.mesh.size > 1:
-            self._base = None  # a model that was spread over processes cannot be used again
+            self._base = None  # a sharded model cannot be used again
         rows = exec_.micro_batch_size
         yield from finetune(pack, base, data, rows, resume, exec_.join_rows, exec_.forward_parts)
 
@@ -109,11 +102,10 @@ class TorchTrainer:
         return first_pass(spec, base, self.data(spec, exec_, base), rows)
 
     def data(self, spec: RunSpec, exec_: Exec, base: "Base | None" = None) -> "Data":
-        """Load the rows of a run. `base` has the tokenizer; None: the run's base is loaded.
+        """Load the rows of a run; `base` has the tokenizer (None: the run's base is loaded).
 
-        The run folder keeps the first fingerprint of a data set: the analysis refuses two data sets
-        under one name, but only after training. Raises DataError if the data cannot be used, or
-        have changed.
+        Raises DataError if the data cannot be used, or their fingerprint differs from the first one
+        in the run folder: the analysis would refuse the runs, but only after training.
         """
         from lorasweep.data.load import load
 
@@ -133,10 +125,10 @@ class TorchTrainer:
             try:
                 path.parent.mkdir(exist_ok=True)
                 files.create_once(path, json.dumps(mine).encode())
-            except OSError as error:  # a folder that is only read: no run is trained there
+            except OSError as error:  # a read-only folder: no run is trained there
                 if error.errno not in files.READ_ONLY:
                     raise
-            known = files.read_json(path) or mine  # another process may have been faster
+            known = files.read_json(path) or mine  # of another process, if it was faster
         if (before := known["data_sha256"]) != data.sha256:
             raise DataError(
                 f"dataset {spec.dataset.name!r}: the data have changed since runs in {root} were "
@@ -180,7 +172,7 @@ class TorchTrainer:
         if exec_.activation_checkpointing:
             compute_again(self._base.model)
         if exec_.compile:
-            # without the unembedding, which is computed in chunks
+            # not the unembedding, which is computed in chunks
             self._base.model.base_model.compile(dynamic=True)
         return self._base
 
@@ -194,7 +186,7 @@ def finetune(
     join_rows: bool = False,
     forward_parts: int = 1,
 ) -> Iterator[Event]:
-    """Train the runs of `pack` together with their objective, and yield an Event per update.
+    """Train the runs of `pack` together; yield an Event per update.
 
     `data`: one data set for all, or run id -> data set. `micro_batch_size`: sequences per run and
     forward pass of the learner; None: all of an update. `resume`: run id -> state from an event's

@@ -1,12 +1,6 @@
-"""A worker process: train the free packs of a job file. Started by launch/local.
-
-With exec.world_size above one it is one of several processes that train each run together; their
-ranks come from torchrun's environment variables (RANK, MASTER_ADDR, ...) or from Slurm.
+"""A worker process: train the free packs of a job file, and print events as JSON lines.
 
     python -m lorasweep.launch.worker JOB.json SHA256 [FIRST]
-
-The job file lies in the run folder, where others may write, and names the trainer to import: it is
-refused unless it has the given SHA-256.
 
     {"packs": [{"runs": [spec, ...], "micro_batch_size": n, "most_rows": n or null,
                 "forward_parts": n}, ...],
@@ -14,7 +8,8 @@ refused unless it has the given SHA-256.
      "dead": {run id: attempt}, "trainer": null or "package.module:object",
      "skip": null or a file of run ids not to start}
 
-Events go to stdout as JSON lines.
+With exec.world_size above one, several such processes train each run together; their ranks come
+from torchrun's environment variables (RANK, MASTER_ADDR, ...) or from Slurm.
 """
 
 import hashlib
@@ -39,22 +34,23 @@ from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 
 STOPPED, REFUSED, OUT_OF_MEMORY = 3, 4, 5
-"""Exit statuses. REFUSED: an error that the user must correct. It and a lack of memory of one
-process of a run are printed as events."""
+"""Exit statuses. REFUSED: an error that the user must correct. OUT_OF_MEMORY: only one process of
+several; a worker of one process handles it."""
 REPORT_S = 0.3
 """Minimum seconds between progress reports. Ends of runs and notes are reported at once."""
 SLURM_RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
-"""torchrun's variables, and Slurm's with the same content."""
+"""torchrun's variable -> Slurm's."""
 
 
 def main(job_path: str, sha256: str, first: int = 0) -> int:
-    """Train the free packs of a job file, starting with number `first`; return the exit status."""
+    """Train the free packs of a job file from number `first` on; return the exit status."""
     die_with_parent()
     keep_freed_memory()
     stop = StopFlag()
     stop.install()
     try:
         content = Path(job_path).read_bytes()
+        # the run folder may be writable for others, and the file names the trainer to import
         if hashlib.sha256(content).hexdigest() != sha256:
             raise StoreError(f"{job_path} was changed after it was written. Run the command again.")
         job = json.loads(content)
@@ -109,25 +105,25 @@ def _run(
 
 
 def skipped(path: str | None) -> set[str]:
-    """Read a file of run ids that must not be started; empty if there is no file."""
+    """Read a file of run ids that must not be started; empty without a file."""
     return set(files.read_json(Path(path)) or []) if path else set()
 
 
 class Reporter:
-    """Prints events as JSON lines. If nobody reads them any more, it sets the stop flag."""
+    """Prints events as JSON lines; sets the stop flag if nobody reads them any more."""
 
     def __init__(self, stop: StopFlag) -> None:
         self._stop = stop
         self._last = 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Print an event; progress is left out if something was printed within REPORT_S."""
+        """Print an event, but not progress within REPORT_S of the last event."""
         if event.keys().isdisjoint(("ended", "note")) and time.monotonic() - self._last <= REPORT_S:
             return
         self._last = time.monotonic()
         try:
             print(json.dumps(event), flush=True)
-        except OSError:  # the command that started this worker is gone, so stop cleanly
+        except OSError:  # the command that started this worker is gone: stop cleanly
             self._stop.set = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

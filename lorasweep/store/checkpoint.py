@@ -1,9 +1,7 @@
 """Checkpoints of one run: two slots, each a safetensors file and a JSON description.
 
-If several processes train the run, a slot has a folder with a safetensors file of each instead. A
-kill during a write leaves the other slot intact. All runs of a pack write the same steps, so a pack
-that is killed between the writes of two runs still has a common step. Nothing is ever unpickled,
-and checksums are verified before use.
+If several processes train the run, a slot has a folder with one safetensors file per process. A
+kill during a write leaves the other slot intact. Nothing is unpickled; checksums are verified.
 """
 
 import errno
@@ -23,25 +21,24 @@ if TYPE_CHECKING:
 
 SLOTS = ("a", "b")
 PARAM = "param/"
-"""Prefix of the names of trained tensors in a state; the others are an optimizer's."""
+"""Prefix of the names of trained tensors in a state; the others belong to the optimizer."""
 WEIGHTS = "weights.safetensors"
-"""File in the folder of a finished run with its trained weights, if they were to be kept."""
+"""File with the trained weights in the folder of a finished run (exec.keep_weights)."""
 FILES = "files"
-"""Key in the description of a checkpoint of several processes: the SHA-256 of each file by name."""
+"""Key in the description of a checkpoint of several processes: file name -> SHA-256."""
 
 
 class State(TypedDict):
     """State that one run resumes from."""
 
     tensors: dict[str, "Tensor"]
-    """Empty if several processes hold them, or have written them."""
+    """Empty if several processes train the run: each holds or reads its own part."""
     meta: dict[str, Any]
-    """Plain values, at least `step`."""
+    """JSON values, at least `step`."""
     write: NotRequired[Callable[[Path], dict[str, str]]]
-    """Lets several processes write their tensors into an empty folder; returns the SHA-256 of each
-    file by name."""
+    """Makes all processes write their tensors into an empty folder; returns name -> SHA-256."""
     path: NotRequired[Path]
-    """The file that the tensors were read from, or the folder that they are in."""
+    """File that the tensors were read from, or folder with the files of several processes."""
 
 
 def save(folder: Path, state: State) -> None:
@@ -99,10 +96,7 @@ def load_weights(run: Path) -> dict[str, "Tensor"] | None:
 
 
 def keep_only(folder: Path, step: int | None) -> None:
-    """Invalidate every slot but that of `step`.
-
-    A checkpoint after the step that a run resumes from belongs to records that are cut away.
-    """
+    """Invalidate every checkpoint except that of `step`: later ones belong to deleted records."""
     kept = None if step is None else described(folder).get(step)
     for slot in SLOTS:
         if slot != kept:
@@ -110,21 +104,18 @@ def keep_only(folder: Path, step: int | None) -> None:
 
 
 def described(folder: Path) -> dict[int, str]:
-    """Map step to slot for the checkpoints with a description. Reads no tensors."""
+    """Map step to slot for the checkpoints with a valid description. Reads no tensors."""
     return {meta["step"]: slot for slot, meta in _metas(folder).items()}
 
 
 def layout(folder: Path) -> tuple[str, ...]:
-    """Return the run ids in the pack at the latest checkpoint; empty if there is no checkpoint."""
+    """Return the ids of the runs in the pack at the latest checkpoint; empty without one."""
     latest = max(_metas(folder).values(), key=lambda meta: meta["step"], default=None)
     return tuple(latest["layout"]) if latest else ()
 
 
 def load(folder: Path, step: int) -> State | None:
-    """Load the checkpoint of `step`; None if it is missing or its checksum is wrong.
-
-    Raises StoreError if it cannot be read now.
-    """
+    """Load the checkpoint of `step`; None if missing or damaged. Raises StoreError like `files`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -134,27 +125,28 @@ def load(folder: Path, step: int) -> State | None:
     slot, meta = by_step[step]
     if FILES in meta:
         parts, sums = folder / f"{slot}.parts", meta[FILES].items()
-        right = files.patiently(parts, lambda: all(_sha256(parts / n) == sha for n, sha in sums))
-        return {"tensors": {}, "meta": meta, "path": parts} if right else None
+        valid = files.patiently(parts, lambda: all(_sha256(parts / n) == sha for n, sha in sums))
+        return {"tensors": {}, "meta": meta, "path": parts} if valid else None
     path = folder / f"{slot}.safetensors"
 
-    def whole() -> "dict[str, Tensor] | None":
+    def read_verified() -> "dict[str, Tensor] | None":
         if _sha256(path) != meta["sha256"]:
             return None
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            # safetensors calls any file that it cannot open missing, but this one was just read
+            # safetensors reports any file that it cannot open as missing; this one exists
             raise OSError(errno.EIO, str(error), str(path)) from error
 
-    tensors = files.patiently(path, whole)
+    tensors = files.patiently(path, read_verified)
     return None if tensors is None else {"tensors": tensors, "meta": meta, "path": path}
 
 
 def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
     """Load the latest step for which every run has a valid checkpoint; None if there is none.
 
-    Raises StoreError if one cannot be read now, so that the latest step is unknown.
+    The runs of a pack write the same steps, so two slots hold a common step even if the pack was
+    killed between the writes of two runs. Raises StoreError if a checkpoint cannot be read now.
     """
     common = set.intersection(*(set(described(f)) for f in folders.values()))
     for step in sorted(common, reverse=True):
@@ -166,7 +158,7 @@ def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
 
 
 def _metas(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the descriptions by slot, without missing and damaged ones."""
+    """Return the valid descriptions by slot."""
     found = {}
     for slot in SLOTS:
         meta = files.read_json(folder / f"{slot}.json")
@@ -181,7 +173,7 @@ def _sha256(path: Path) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free bytes on the disk of `path` (or of its nearest existing parent)."""
+    """Return the free bytes on the disk of `path`, which need not exist."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free

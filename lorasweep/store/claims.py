@@ -1,8 +1,8 @@
 """Who works on a run or holds a lock, and whether that process is still alive.
 
-On the same machine, boot id, process id and start time decide. On another machine the scheduler
-decides if the owner is one of its jobs; otherwise the owner is alive if its heartbeat changes while
-this process watches. Clocks of two machines are never compared.
+On this machine, boot id, process id and start time decide. On another machine, the scheduler
+decides for its jobs, and a heartbeat that changes while we watch decides for other processes.
+Clocks of two machines are never compared.
 """
 
 import json
@@ -23,17 +23,17 @@ from lorasweep.store import files
 HEARTBEAT_S = 15.0
 """Seconds between heartbeats of a working process."""
 SILENCE_S = 90.0
-"""Seconds (by our clock) without a new heartbeat after which an owner on another machine is dead.
-Longer than 60 s, the time for which NFS clients usually cache attributes."""
+"""Seconds without a new heartbeat after which an owner on another machine counts as dead. Longer
+than the 60 s for which NFS clients usually cache attributes."""
 LOCK_POLL_S = 0.2
 UNKNOWN = "unknown"
 JOB_VARIABLE = "LORASWEEP_JOB"
-"""Environment variable inside the jobs that we submit, which end with their process. An interactive
-job outlives the command, so a running job does not prove that the command is alive."""
+"""Environment variable that is set in jobs that we submit: they end with their process. An
+interactive job may outlive the command, so there a running job proves nothing."""
 
 
 class RunningJobs(Protocol):
-    """A scheduler's knowledge of the jobs that own attempts: launch/slurm/client.RunningJobs."""
+    """Tells which jobs of a scheduler are running (launch/slurm/client.RunningJobs)."""
 
     def refresh(self) -> None:
         """Query all running jobs once."""
@@ -43,19 +43,13 @@ class RunningJobs(Protocol):
 
 
 def host() -> str:
-    """Return this machine's name.
-
-    Set LORASWEEP_HOST if two machines or containers have the same name.
-    """
+    """Return this machine's name; LORASWEEP_HOST distinguishes machines with the same name."""
     return os.environ.get("LORASWEEP_HOST") or socket.gethostname()
 
 
 @cache
 def machine() -> dict[str, str]:
-    """Identify this boot of this machine, and this namespace of process ids (of a container).
-
-    Empty where the system does not say.
-    """
+    """Return the id of this boot and of this namespace of process ids; empty where hidden."""
     found = {"boot": "", "space": ""}
     with suppress(OSError):
         found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -65,10 +59,9 @@ def machine() -> dict[str, str]:
 
 
 def start_time(pid: int) -> str:
-    """Return the start time of a process in clock ticks since boot.
+    """Return the start time of a process in clock ticks since boot; empty if it has ended.
 
-    Empty if the process has ended or is a zombie. UNKNOWN if the system hides it, as many login
-    nodes do with other users' processes.
+    UNKNOWN if the system hides it, as many login nodes do with other users' processes.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -98,10 +91,7 @@ def this_process() -> dict[str, Any]:
 
 
 def read_owner(attempt: Path) -> dict[str, Any]:
-    """Return the owner of an attempt folder; empty if it is not there or damaged.
-
-    Raises OSError if it cannot be read at present, as when a network fails for a moment.
-    """
+    """Return the owner of an attempt; empty if missing or damaged. Raises OSError otherwise."""
     try:
         return json.loads((attempt / "owner.json").read_bytes())
     except (*files.NOT_THERE, ValueError):
@@ -109,7 +99,7 @@ def read_owner(attempt: Path) -> dict[str, Any]:
 
 
 def restarted(owner: dict[str, Any]) -> bool:
-    """Return whether Slurm started the owner's job again, and this process is in it."""
+    """Return whether this process is in a later execution of the owner's Slurm job."""
     mine, before = this_process().get("slurm"), owner.get("slurm")
     if not mine or not before:
         return False
@@ -118,13 +108,15 @@ def restarted(owner: dict[str, Any]) -> bool:
 
 
 class Liveness:
-    """Decide whether owners are alive. Remembers other machines' heartbeats between calls."""
+    """Decides whether owners are alive. Remembers other machines' heartbeats between calls."""
 
     def __init__(self, jobs: RunningJobs | None = None) -> None:
         """Let `jobs` decide about owners that are jobs; None: their heartbeats decide."""
         self._jobs = jobs
         self._seen: dict[Path, tuple[bytes, float, bool]] = {}
+        """Attempt -> last heartbeat, when it was first seen, whether it has changed."""
         self._known: set[Path] = set()
+        """Attempts of jobs that started before the last query to the scheduler."""
 
     def prepare(self, attempts: Iterable[Path]) -> None:
         """Read many owners, so that one query to the scheduler serves all of them."""
@@ -159,10 +151,7 @@ class Liveness:
         return None
 
     def alive(self, attempt: Path) -> bool:
-        """Return whether the owner of an attempt is alive.
-
-        An unknown owner counts as alive until this process has seen no new heartbeat for SILENCE_S.
-        """
+        """Return whether the owner is alive; an unknown one is until it is silent for SILENCE_S."""
         verdict = self.verdict(attempt)
         if verdict is not None:
             return verdict
@@ -171,7 +160,7 @@ class Liveness:
             beat = (attempt / "heartbeat").read_bytes()
         except files.NOT_THERE:
             beat = b""
-        except OSError:  # a failed read is no silence of the owner
+        except OSError:  # a failed read does not mean that the owner is silent
             if attempt in self._seen:
                 before, _, moved = self._seen[attempt]
                 self._seen[attempt] = (before, now, moved)
@@ -183,12 +172,12 @@ class Liveness:
         return now - since < SILENCE_S
 
     def sure(self, attempt: Path) -> bool:
-        """Return whether `alive` is certain: by a verdict, or by a heartbeat that has changed."""
+        """Return whether `alive` is certain: there is a verdict, or the heartbeat has changed."""
         return self.verdict(attempt) is not None or self._seen.get(attempt, (b"", 0.0, False))[2]
 
 
 class Heartbeat:
-    """A thread that shows that this process is alive: a new number in each claimed folder."""
+    """A thread that writes a new number into each claimed folder while this process lives."""
 
     def __init__(self, folders: Callable[[], Iterable[Path]]) -> None:
         """Start; `folders` returns the folders of the claims, which may change."""
@@ -199,7 +188,7 @@ class Heartbeat:
             while not self._done.wait(HEARTBEAT_S if beat else 0):
                 beat += 1
                 for folder in folders():
-                    with suppress(OSError):  # the training meets the same error and reports it
+                    with suppress(OSError):  # training meets the same error and reports it
                         (folder / "heartbeat").write_text(str(beat))
 
         self._thread = threading.Thread(target=work, daemon=True)
@@ -212,13 +201,9 @@ class Heartbeat:
 
 
 class Lock:
-    """A lock in a folder, between all processes that see it: the highest claim holds the lock.
-
-    The lock of a dead process is taken over.
-    """
+    """A lock folder: the claim with the highest number holds it. A dead holder is replaced."""
 
     def __init__(self, folder: Path, jobs: RunningJobs | None = None) -> None:
-        """Name the folder; `jobs` knows which holders are running jobs of a cluster."""
         self._folder = self._claim = folder
         self._liveness = Liveness(jobs)
 
@@ -232,10 +217,9 @@ class Lock:
             self.release()
 
     def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
-        """Take the lock; while another process holds it, wait, and tell `waiting` once who does.
+        """Take the lock. If another process holds it, wait, and pass its name to `waiting` once.
 
-        Raises StoreError if the holder is still alive after `wait_s` seconds, or the folder cannot
-        be read now.
+        Raises StoreError if the holder is alive after `wait_s`, or the folder cannot be read now.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         end, announced = time.monotonic() + wait_s, False

@@ -1,9 +1,8 @@
-"""Durable file operations, and reads that tell "not there" from "cannot be read now".
+"""Durable file operations, and reads that distinguish "not there" from "cannot be read now".
 
-Everything that the store writes goes through these functions. A reader sees the old or the new
-content of a file, never a part of it. A read that fails is tried again, and in the end raises, so
-that nobody takes a run for free or a checkpoint for lost. Tests replace `os` in this module to make
-each operation fail in turn.
+The store writes only through these functions. A reader sees the old or the new content of a file,
+never a part. A failed read is retried, then raises: it must not make a run look free or a
+checkpoint lost. Tests replace `os` in this module to make each operation fail in turn.
 """
 
 import errno
@@ -24,13 +23,13 @@ NOT_THERE = (FileNotFoundError, NotADirectoryError)
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 """Error numbers of a folder in which this user may not write."""
 PAUSES_S = (0.1, 0.5, 2.0)
-"""Pauses before a failed read is tried again."""
+"""Pauses before the retries of a failed read."""
 
 
 def patiently(path: str | Path, read: Callable[[], T]) -> T | None:
-    """Return what `read` returns; None if there is no such file or folder.
+    """Return `read()`, retried if it fails; None if there is no such file or folder.
 
-    Raises StoreError if it fails for another reason, also when tried again.
+    Raises StoreError if every try fails for another reason. So do the functions below that read.
     """
     for pause in (*PAUSES_S, None):
         try:
@@ -48,15 +47,12 @@ def patiently(path: str | Path, read: Callable[[], T]) -> T | None:
 
 
 def read(path: Path) -> bytes | None:
-    """Return a file's content; None if it is not there. Raises StoreError like `patiently`."""
+    """Return a file's content; None if it is not there."""
     return patiently(path, path.read_bytes)
 
 
 def read_json(path: Path) -> Any:
-    """Return a file's JSON value; None if it is not there or not JSON.
-
-    Raises StoreError like `patiently`.
-    """
+    """Return a file's JSON value; None if it is not there or not JSON."""
     content = read(path)
     try:
         return None if content is None else json.loads(content)
@@ -67,8 +63,8 @@ def read_json(path: Path) -> Any:
 def safetensors_header(path: Path) -> tuple[dict[str, Any], int] | None:
     """Return a safetensors file's tensors (name -> dtype, shape, data_offsets) and expected size.
 
-    None without such a header. The file is 8 bytes with the header's length, the header (JSON), and
-    the tensors (github.com/huggingface/safetensors, "Format").
+    None without a valid header. Raises OSError if the file cannot be read. Source of the format:
+    github.com/huggingface/safetensors (8 bytes with the header's length, JSON header, tensors).
     """
     try:
         with path.open("rb") as file:
@@ -82,7 +78,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int] | None:
 
 
 def names(folder: Path) -> list[str]:
-    """Return the names in a folder; none if it is not there. Raises StoreError like `patiently`."""
+    """Return the names in a folder; empty if it is not there."""
     return patiently(folder, lambda: os.listdir(folder)) or []
 
 
@@ -92,7 +88,7 @@ def highest_number(folder: Path) -> int | None:
 
 
 def status(path: str | Path) -> os.stat_result | None:
-    """Return a file's status; None if it is not there. Raises StoreError like `patiently`."""
+    """Return a file's status; None if it is not there."""
     return patiently(path, lambda: os.stat(path))
 
 
@@ -110,7 +106,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def create_once(path: Path, content: bytes) -> bool:
-    """Create `path` with `content` in one step unless it exists; return whether it was created."""
+    """Create `path` atomically unless it exists; return whether this call created it."""
     partial = _partial(path)
     _write_new(partial, content)
     try:
@@ -124,16 +120,13 @@ def create_once(path: Path, content: bytes) -> bool:
 
 
 def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
-    """Create the folder `path` with `files` in one step; return whether this call created it.
-
-    rename(2) onto a folder that is not empty fails, so the rename is an atomic claim.
-    """
+    """Create the folder `path` with `files` atomically; return whether this call created it."""
     partial = _partial(path)
     os.mkdir(partial)
     for name, content in files.items():
         _write_new(partial / name, content)
     try:
-        os.rename(partial, path)
+        os.rename(partial, path)  # fails onto a folder that is not empty: only one process succeeds
     except OSError:
         if not path.is_dir():
             raise
@@ -146,7 +139,7 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
 
 
 def share_as(folder: Path) -> None:
-    """Make this process's files writable for the group if `folder` is: made with chmod g+ws."""
+    """Make this process's files writable for the group if `folder` is (chmod g+ws)."""
     if folder.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~0o070)
 
@@ -172,14 +165,14 @@ def own_folder(path: Path) -> None:
 
 
 def protect_entries(folder: Path) -> None:
-    """Let each user of a group's folder rename and delete only their own files (the sticky bit)."""
+    """Set the sticky bit of a group's folder: users rename and delete only their own files."""
     found = os.stat(folder)
-    if found.st_mode & stat.S_IWGRP and found.st_uid == os.geteuid():  # only its owner can do this
+    if found.st_mode & stat.S_IWGRP and found.st_uid == os.geteuid():  # only the owner may chmod
         os.chmod(folder, found.st_mode | stat.S_ISVTX)
 
 
 def append(path: Path, content: bytes) -> None:
-    """Append to a log of lines. A kill may leave an incomplete last line, which readers skip."""
+    """Append lines to a log. A kill may leave an incomplete last line, which readers skip."""
     with _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as fd:
         _write_all(fd, content)
 

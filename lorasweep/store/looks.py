@@ -1,7 +1,6 @@
-"""Record the looks at a sweep's answer (interim analyses).
+"""Record the looks (interim analyses) at a sweep and the runs that were added after each.
 
-One JSON file per request, `<runs_dir>/.rounds/<title>.json`, holds the claims of the first answer
-and the rounds of runs that were added later. `sweep.replicates` turns rounds into runs.
+One JSON file per request: `<runs_dir>/.rounds/<title>.json`; its stored keys call a look a round.
 """
 
 import json
@@ -20,12 +19,12 @@ LOCK_S = SILENCE_S + 30
 
 
 def path_of(runs_dir: str | Path, title: str) -> Path:
-    """Return where the looks of the request with this title are recorded."""
+    """Return the file with the looks of the request with this title."""
     return Path(runs_dir) / ".rounds" / f"{title}.json"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the rounds recorded after the first; raise StoreError if that fails."""
+    """Return the looks after the first, {round, runs}; raise StoreError if they are damaged."""
     content = files.read(path)
     if content is None:
         return []
@@ -33,12 +32,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         return json.loads(content)["rounds"]
     except (ValueError, KeyError, TypeError):
         raise StoreError(
-            f"{path} is damaged. Restore it, or delete it to forget its rounds (runs are kept)."
+            f"{path} is damaged. Restore it, or delete it to forget its looks (interim analyses); "
+            "runs are kept."
         ) from None
 
 
 def note_look(path: Path, claims_hash: str, planned: int) -> None:
-    """Record the claims and planned rounds at a sweep's first answer. Later calls do nothing."""
+    """Record the claims and planned looks at a sweep's first look. Later calls do nothing."""
     if files.status(path) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         first = {"claims_hash": claims_hash, "planned": planned, "rounds": []}
@@ -48,14 +48,14 @@ def note_look(path: Path, claims_hash: str, planned: int) -> None:
 def append(
     path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]
 ) -> int:
-    """Record one more round and return its number. Two processes at once add one each.
+    """Record the runs added for one more look and return its number. Safe with other processes.
 
     `known`: all runs of the sweep so far.
 
     Raises:
-        SpecError: the sweep has no answer yet, all planned rounds are used, the claims were changed
-            since the first look, or the round adds no new run.
-        StoreError: another process holds the lock of the looks.
+        SpecError: no look so far, all planned looks are used, the claims were changed since the
+            first look, or no run is new.
+        StoreError: the file is damaged, or another process keeps the lock.
     """
     if files.status(path) is None:
         raise SpecError("the sweep has no answer yet. Run it first, without action=extend.")
@@ -65,17 +65,19 @@ def append(
         if record["claims_hash"] != claims_hash:
             raise SpecError(
                 "the sweep's claims, margins or rounds were changed since its first answer. They "
-                "must not change after a look at the runs: restore them, or use another sweep name."
+                "must not change after a look (interim analysis): restore them, or use another "
+                "sweep name."
             )
         so_far = len(record["rounds"]) + 1
         if so_far >= record["planned"]:
             raise SpecError(
-                f"all {record['planned']} planned round(s) of the sweep are used ({so_far} so "
-                "far). Adding runs until the answer is clear would be optional stopping. Plan more "
-                "rounds before the first run of a new sweep: sweep.rounds, at most 5."
+                f"all {record['planned']} planned look(s) (interim analyses) of the sweep are "
+                f"used ({so_far} so far). Adding runs until the answer is clear would be optional "
+                "stopping. Plan more looks before the first run of a new sweep: sweep.rounds, at "
+                "most 5."
             )
         record["rounds"].append({"round": so_far + 1, "runs": list(runs)})
         if not added_points(record["rounds"][-1:], known):
-            raise SpecError("every run of that round is already part of the sweep: nothing to add.")
+            raise SpecError("every run to add is already part of the sweep: nothing to add.")
         files.write_atomic(path, json.dumps(record, indent=1).encode())
         return so_far + 1

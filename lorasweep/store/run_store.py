@@ -8,7 +8,7 @@
         checkpoint/     two slots, deleted when the run is finished
         result.json     written last, once, with a checksum: the run is finished
 
-Knows files, claims and states. Refuses to know torch, and how anything is trained.
+Refuses to know torch.
 """
 
 import hashlib
@@ -28,28 +28,27 @@ from lorasweep.store import claims, files
 
 STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
 """States of a run, computed from its folder and never stored. missing: not started. interrupted:
-started, but its process has ended. diverged: a result. failed: an accident."""
+its process ended early. failed: ended by an error. diverged: a result."""
 FINAL = ("done", "diverged")
 Record = dict[str, Any]
-"""What one update measured: JSON values, at least `step`."""
+"""Measurements of one update: JSON values, at least `step`."""
 Result = dict[str, Any]
-"""How a run ended and what it measured: JSON values, at least `run_id` and `state`."""
+"""End and measurements of a run: JSON values, at least `run_id` and `state`."""
 RECENT_BYTES = 2**14
 """Bytes that `recent_records` reads; a record has about 250."""
-
 INDEX_VERSION = 3
 
 
 class Entry(NamedTuple):
-    """The part of a result that the index of finished runs keeps."""
+    """Part of a result that the index of finished runs keeps."""
 
     size: int
     mtime_ns: int
     state: str
     metric: str
-    """Name of the metric that the run is judged by."""
     higher_is_better: bool
     value: float | None
+    """Of the metric."""
     wall_s: float | None
     threads: int | None
     data_sha256: str | None
@@ -65,11 +64,7 @@ class RunStore:
         dead: dict[str, int] | None = None,
         jobs: claims.RunningJobs | None = None,
     ) -> None:
-        """Remember the folder. Reads and writes nothing.
-
-        `dead`: run id -> attempt whose owner is known to be dead.
-        `jobs`: knows which owners are running jobs of a cluster.
-        """
+        """Name the folder. `dead`: run id -> attempt whose owner is known to be dead."""
         self.root = Path(root).expanduser().absolute()
         self._liveness = claims.Liveness(jobs)
         self._dead = dead or {}
@@ -102,15 +97,15 @@ class RunStore:
             )
 
     def folder(self, rid: str) -> Path:
-        """Return the folder of a run; it need not exist."""
+        """Return the folder of a run, which need not exist."""
         return self.root / rid
 
     def attempt(self, rid: str, n: int) -> Path:
-        """Return the folder of an attempt at a run; it need not exist."""
+        """Return the folder of an attempt at a run, which need not exist."""
         return self.folder(rid) / "attempts" / str(n)
 
     def existing(self) -> set[str]:
-        """Return the ids that have a folder, from one directory scan."""
+        """Return the ids with a folder, from one directory scan."""
         folders = files.patiently(
             self.root, lambda: {e.name for e in os.scandir(self.root) if e.is_dir()}
         )
@@ -121,8 +116,7 @@ class RunStore:
     def result(self, rid: str) -> Result | None:
         """Return the result of a finished run; None if it is missing or damaged.
 
-        Here and below, StoreError is raised if a file cannot be read now: the run's state is
-        unknown then, neither free nor finished.
+        This and the methods below raise StoreError if a file cannot be read now.
         """
         return _checked(files.read(self._result_path(rid)))
 
@@ -154,9 +148,8 @@ class RunStore:
     def finished(self, ids: Iterable[str]) -> dict[str, Entry]:
         """Return the index entries of the finished runs among `ids`.
 
-        The index is a cache, `.index/runs.json` in the run folder: ten thousand runs are counted in
-        a fraction of a second. What is missing or damaged is read from the results. An entry is
-        valid while the size and modification time of its result.json stay the same.
+        The index, `.index/runs.json`, is a cache: ten thousand runs in a fraction of a second. An
+        entry is valid while size and modification time of the run's result.json do not change.
         """
         # a separate folder: in one with the sticky bit nobody can replace another user's file
         path, known = self.root / ".index" / "runs.json", self._known
@@ -197,25 +190,25 @@ class RunStore:
         return [i for i, n in last if n is not None and not self._liveness.sure(self.attempt(i, n))]
 
     def last_attempt(self, rid: str) -> int | None:
-        """Return the highest attempt number, or None. The owner of that attempt owns the run."""
+        """Return the highest attempt number, or None. That attempt's owner owns the run."""
         return files.highest_number(self.folder(rid) / "attempts")
 
     def env(self, rid: str) -> dict[str, Any]:
-        """Return where the last attempt ran; empty if that was not recorded (imported runs)."""
+        """Return env.json of the last attempt; empty for imported runs."""
         return files.read_json(self.attempt(rid, self.last_attempt(rid) or 0) / "env.json") or {}
 
     def layout(self, rid: str) -> dict[str, Any]:
-        """Return {threads, micro_batch_size} of a run's last attempt; empty if it was imported."""
+        """Return {threads, micro_batch_size} of the last attempt; empty for imported runs."""
         env = self.env(rid)
         return {k: env[k] for k in ("threads", "micro_batch_size")} if env else {}
 
     def failures(self, rid: str) -> int:
-        """Count the attempts that failed or were killed, without clean stops."""
+        """Count the attempts that failed or were killed; clean stops do not count."""
         ends = [self.end(rid, n) for n in range(1, (self.last_attempt(rid) or 0) + 1)]
         return sum(e is None or e["state"] == "failed" for e in ends)
 
     def end(self, rid: str, attempt: int) -> dict[str, Any] | None:
-        """Return how an attempt ended, {state: stopped | failed, cause}; None if it has no end."""
+        """Return how an attempt ended, {state: stopped | failed, cause}; None if not recorded."""
         return files.read_json(self.attempt(rid, attempt) / "end.json")
 
     def failure(self, rid: str) -> str:
@@ -224,7 +217,7 @@ class RunStore:
         return end["cause"] if end else ""
 
     def owner(self, rid: str, attempt: int) -> dict[str, Any]:
-        """Return the owner of an attempt; empty if it cannot be read."""
+        """Return the owner of an attempt; empty if it is missing or cannot be read."""
         try:
             return claims.read_owner(self.attempt(rid, attempt))
         except OSError:
@@ -250,11 +243,11 @@ class RunStore:
             try:
                 found.append(json.loads(line))
             except ValueError:
-                break  # what follows a damaged line is ignored
+                break  # ignore what follows a damaged line
         return found
 
     def spec(self, rid: str) -> dict[str, Any]:
-        """Return the canonical spec of a run as a dict; raise StoreError if there is none."""
+        """Return the canonical spec of a run; raise StoreError if it is missing or damaged."""
         spec = files.read_json(self.folder(rid) / "spec.json")
         if spec is None:
             raise StoreError(
@@ -266,10 +259,7 @@ class RunStore:
     # ------------------------------------------------------------ claiming and writing
 
     def claim(self, spec: RunSpec) -> int | None:
-        """Claim a run and return the number of the new attempt.
-
-        None if the run is finished or another process works on it.
-        """
+        """Claim a run; return the new attempt's number, None if the run is finished or owned."""
         rid = spec.id
         folder = self.folder(rid)
         (folder / "attempts").mkdir(parents=True, exist_ok=True)
@@ -283,7 +273,7 @@ class RunStore:
             if self._alive(rid, last):
                 return None
             if claims.restarted(self.owner(rid, last)):
-                # preempted, or the node failed: not counted as a failure of the run
+                # preempted, or the node failed: not a failure of the run
                 self.write_end(rid, last, "stopped", "started again by Slurm")
         mine = 1 if last is None else last + 1
         owner = json.dumps(claims.this_process()).encode()
@@ -314,7 +304,7 @@ class RunStore:
         return self.last_attempt(rid) == attempt
 
     def write_env(self, rid: str, attempt: int, env: dict[str, Any]) -> None:
-        """Record where an attempt runs."""
+        """Write env.json of an attempt."""
         content = json.dumps(env, indent=1).encode()
         files.write_atomic(self.attempt(rid, attempt) / "env.json", content)
 
@@ -323,22 +313,22 @@ class RunStore:
         files.append(self.attempt(rid, attempt) / "log.txt", (text.rstrip() + "\n").encode())
 
     def record(self, rid: str, *new: Record) -> None:
-        """Append records, in one write. Values that are not finite are written as null."""
+        """Append records in one write. Values that are not finite become null."""
         if new:
             text = "".join(json.dumps(_finite(r), allow_nan=False) + "\n" for r in new)
             files.append(self._records_path(rid), text.encode())
 
     def records_size(self, rid: str) -> int:
-        """Return the size of the records in bytes; a checkpoint keeps it."""
+        """Return the size of the records in bytes."""
         status = files.status(self._records_path(rid))
         return status.st_size if status else 0
 
     def sync_records(self, rid: str) -> None:
-        """Flush the records to the disk, before a checkpoint that depends on them is written."""
+        """Flush the records to the disk; required before a checkpoint with their size."""
         files.sync(self._records_path(rid))
 
     def cut_records(self, rid: str, size: int) -> None:
-        """Cut the records back to the size at a checkpoint; a missing file counts as empty."""
+        """Cut the records back to `size` bytes, their size at a checkpoint."""
         files.truncate(self._records_path(rid), size)
 
     def finish(self, rid: str, state: str, result: Result) -> bool:
@@ -365,7 +355,7 @@ class RunStore:
         return self.finish(rid, result["state"], {**result, "imported": True})
 
     def write_end(self, rid: str, attempt: int, state: str, cause: str) -> None:
-        """Record how an attempt ended without a result: 'stopped' (to be resumed) or 'failed'."""
+        """Record how an attempt ended without a result: 'stopped' (will resume) or 'failed'."""
         content = json.dumps({"state": state, "cause": cause}).encode()
         files.write_atomic(self.attempt(rid, attempt) / "end.json", content)
 

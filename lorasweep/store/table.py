@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a", "init_seed": 0}
-"""Fields of LoRA that old specs do not have, with the values that reproduce the old behaviour."""
+"""LoRA's fields that old specs lack, with the values that reproduce the old behaviour."""
 _OF_EXPERTS = {"expert_rank": "active", "expert_alpha": None, "expert_outer": "own"}
-"""Fields of LoRA that only models with experts have a value of, with their defaults."""
+"""LoRA's fields for models with experts, with their defaults; None for other models."""
 _RESULT_COLUMNS = ["test_nll", "test_bpb", "nll_start", "floor_nats", "train_nll", "steps_done"]
 _RESULT_COLUMNS += ["tokens", "n_trainable", "norm_a", "norm_b", "norm_delta", "retain_nll"]
 _RESULT_COLUMNS += ["retain_start", "step_s", "base_sha256", "data_sha256", "wall_s", "imported"]
@@ -27,10 +27,9 @@ _RESULT_COLUMNS += ["retain_start", "step_s", "base_sha256", "data_sha256", "wal
 def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.DataFrame":
     """Return the finished runs (done or diverged), one row each.
 
-    Reads spec.json and result.json only. Columns: run_id, status, model, dataset, method and its
-    fields, the scalars of the spec, the measures (NLL in nats per loss token), and `spec` and
-    `result` as JSON text, from which a store can be rebuilt. Missing values are NaN or None. Raises
-    StoreError for a run of another train_version.
+    Columns: run_id, status, model, dataset, method and its fields, the scalars of the spec, the
+    measures (NLL in nats per loss token), and `spec` and `result` as JSON text, from which a store
+    can be rebuilt. Missing values are NaN or None. Raises StoreError for another train_version.
     """
     import pandas as pd
 
@@ -44,7 +43,7 @@ def load_runs(runs_dir: str | Path, ids: Sequence[str] | None = None) -> "pd.Dat
 
 
 def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """Return one run as a row of the table; raise StoreError if of another train_version."""
+    """Return one run as a row of the table; raise StoreError for another train_version."""
     if spec.get("train_version") != TRAIN_VERSION:
         raise StoreError(
             f"run {result.get('run_id')} was trained with train_version "
@@ -72,10 +71,10 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 
 
 def import_table(runs_dir: str | Path, path: str | Path) -> int:
-    """Add the runs of an exported table to a store, marked as imported; return how many were new.
+    """Add the runs of an exported table to a store as imported runs; return how many were new.
 
-    Every row is checked before the first is added. Raises StoreError if the file is not such a
-    table, or a row is not a finished run.
+    All rows are checked first. Raises StoreError if one is not a finished run, or the file is no
+    such table.
     """
     import pandas as pd
 

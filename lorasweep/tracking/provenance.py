@@ -1,10 +1,11 @@
-"""Record where and with what software a run was made: a fixed list of facts, so no secret leaks."""
+"""Record the machine and the software of a run: a fixed list of facts, so that no secret leaks."""
 
 import json
 import os
 import platform
 import socket
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -23,19 +24,17 @@ SLURM = {
     "restart": "SLURM_RESTART_COUNT",
     "gpus": "CUDA_VISIBLE_DEVICES",
 }
-"""Recorded facts about a Slurm job, with the environment variables that they are read from."""
+"""Recorded fact about a Slurm job -> environment variable."""
 
 
 @cache
 def environment() -> dict[str, Any]:
     """Describe the code, the packages, the machine and the Slurm job (None outside one)."""
     slurm = {name: os.environ[key] for name, key in SLURM.items() if key in os.environ}
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "lorasweep": lorasweep.__version__,
         **code(),
@@ -49,7 +48,7 @@ def environment() -> dict[str, Any]:
 
 
 def code() -> dict[str, Any]:
-    """Describe this code: its commit, whether files were edited since, and its snapshot."""
+    """Describe this code: commit, whether files were edited since, and snapshot."""
     snapshot = Path(__file__).resolve().parents[2] / "snapshot.json"
     if snapshot.is_file():
         return json.loads(snapshot.read_bytes())
@@ -68,7 +67,7 @@ def edited() -> list[str]:
 
 
 def processor() -> str:
-    """Return the model of this machine's processor; empty if the system does not provide it."""
+    """Return the model name of this machine's processor; empty if the system hides it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -78,7 +77,7 @@ def processor() -> str:
 
 
 def _git(*args: str) -> str | None:
-    """Run git in this checkout and return its output; None for an installed package."""
+    """Return the output of git in this checkout; None if it fails or there is no checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,8 +1,7 @@
 """Copy finished runs to Weights & Biases. The run folder stays the only source.
 
-The only file that imports wandb. Each run becomes a W&B run with the same id, grouped by sweep. The
-default, WANDB_MODE=offline, needs neither network nor account. The usual variables (WANDB_PROJECT,
-WANDB_DIR, WANDB_ENTITY) decide where the copies go.
+The only file that imports wandb. WANDB_MODE defaults to offline, which needs neither network nor
+account; WANDB_PROJECT, WANDB_DIR and WANDB_ENTITY decide where the copies go.
 """
 
 import json
@@ -17,10 +16,7 @@ from lorasweep.sweep.names import run_names
 
 
 def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
-    """Copy the finished runs that were not copied yet; return how many.
-
-    Raises StoreError if the package wandb is not installed.
-    """
+    """Copy newly finished runs; return how many. Raises StoreError if wandb is not installed."""
     try:
         import wandb
     except ImportError as error:

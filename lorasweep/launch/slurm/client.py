@@ -1,7 +1,4 @@
-"""Call Slurm's commands: what the cluster has, which jobs are live, how others ended.
-
-Refuses to know runs and submitit.
-"""
+"""Call Slurm's commands: partitions, live and ended jobs. Refuses to know runs and submitit."""
 
 import os
 import shutil
@@ -31,19 +28,17 @@ ENDED = {
 }
 """States of a job that will not run again. In any other state it may; a requeued job is PENDING."""
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
-"""Reasons with which Slurm, not a person, holds a job: its start failed."""
+"""Reasons with which Slurm, not a person, holds a job whose start failed."""
 ALREADY_ENDED = ("Invalid job id", "already complet")
-"""Error messages of scancel about a job that has already ended; they are ignored."""
+"""Ignored messages of scancel: the job has already ended."""
 QUERY_BATCH = 200
 """Names or ids per query, because the length of a command line is limited."""
 FILTERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_CLUSTERS")
-"""Prefixes of environment variables that hide jobs from Slurm's commands, so that they would seem
-to have ended. Not passed on."""
+"""Prefixes of environment variables that are not passed on: they can hide live jobs."""
 TRANSIENT_ERRORS = ("Unable to contact", "timed out", "Connection refused")
-"""Error messages after which the command is tried again, after PAUSES_S."""
+"""Messages after which a command is tried again, after PAUSES_S."""
 PAUSES_S = (1.0, 5.0)
 TIMEOUT_S = 60
-"""Seconds after which a controller that does not answer counts as down."""
 FRESH_S = 10.0
 """Seconds for which `RunningJobs` reuses a query's result."""
 
@@ -53,9 +48,9 @@ class Job:
     """A job, or one task of an array, as squeue shows it."""
 
     id: str
-    """SLURM_JOB_ID; each task of an array has another one."""
+    """SLURM_JOB_ID; each task of an array has a different one."""
     array: str
-    """Number of the array; the same as `id` for a job without an array."""
+    """SLURM_ARRAY_JOB_ID; the same as `id` without an array."""
     task: int | None
     state: str
     reason: str
@@ -65,12 +60,12 @@ class Job:
 
     @property
     def label(self) -> str:
-        """Id for people and scancel: 12, or 12_3."""
+        """Id for users and scancel: 12, or 12_3."""
         return self.array if self.task is None else f"{self.array}_{self.task}"
 
     @property
     def stuck(self) -> bool:
-        """Whether Slurm holds the job forever because its node failed at the start."""
+        """Whether Slurm holds the job forever because its start failed."""
         return self.state == "PENDING" and self.reason.replace("_", " ") in STUCK
 
     @property
@@ -89,7 +84,7 @@ class Ended:
     elapsed_s: int
 
     def cause(self) -> str:
-        """Describe the end for people."""
+        """Describe the end, with a hint on memory."""
         hint = ""
         if self.state == "FAILED" and self.exit in ("0:9", "9:0", "137:0"):
             hint = ": killed, perhaps by a memory limit"
@@ -104,7 +99,7 @@ def _batches(items: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _lines(items: Sequence[str], *command: str) -> Iterator[str]:
-    """Yield the output lines of a command whose last argument is a list of `items`."""
+    """Yield the output lines of a command that takes a list of `items` as last argument."""
     for batch in _batches(items):
         yield from run(*command, ",".join(batch)).splitlines()
 
@@ -134,7 +129,7 @@ def run(*command: str) -> str:
 def require() -> None:
     """Check that jobs can be submitted from here; raise ClusterError if not."""
     conf = os.environ.get("SLURM_CONF")
-    if conf and not Path(conf).is_file():  # otherwise every command waits a minute first
+    if conf and not Path(conf).is_file():  # every command would wait a minute first
         raise ClusterError(
             f"SLURM_CONF={conf}: there is no such file. Start that Slurm, or unset SLURM_CONF."
         )
@@ -175,7 +170,7 @@ def queue(names: Sequence[str]) -> list[Job]:
 
 
 def ended(jobs: Iterable[str]) -> dict[str, Ended]:
-    """Return how jobs (12, 12_3) ended, as far as accounting has recorded it."""
+    """Map jobs (12, 12_3) to how they ended, as far as accounting has recorded it."""
     found: dict[str, Ended] = {}
     columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
     with suppress(ClusterError):  # without accounting
@@ -185,7 +180,7 @@ def ended(jobs: Iterable[str]) -> dict[str, Ended]:
             state = state.split(" ")[0]  # "CANCELLED by 0"
             if not step and state in ENDED:
                 found[whole] = Ended(state, code, node, int(elapsed or 0))
-            elif whole in found and state == "OUT_OF_MEMORY":  # with srun only the step shows it
+            elif whole in found and state == "OUT_OF_MEMORY":  # with srun, only the step has it
                 found[whole] = Ended(state, code, node, found[whole].elapsed_s)
     return found
 
@@ -207,7 +202,7 @@ def named(name: str) -> list[str]:
 
 
 def cancel(jobs: Sequence[str]) -> str | None:
-    """Cancel jobs (12, 12_3); return Slurm's messages, but for jobs that have ended, or None."""
+    """Cancel jobs (12, 12_3); return why some could not be cancelled, or None."""
     complaints = []
     for batch in _batches(jobs):
         try:
@@ -219,23 +214,20 @@ def cancel(jobs: Sequence[str]) -> str | None:
 
 
 def release(jobs: Sequence[str]) -> None:
-    """Release held jobs. A job that is no longer held is not an error."""
+    """Release held jobs; those that are no longer held are ignored."""
     for job in jobs:
         with suppress(ClusterError):
             run("scontrol", "release", job)
 
 
 def hides_jobs() -> bool:
-    """Return whether Slurm shows users only their own jobs: others may run, unlisted."""
+    """Return whether Slurm hides other users' jobs from this user."""
     return "jobs" in setting("PrivateData").replace(" ", "").split(",") and os.geteuid() != 0
-
-
-# ---------------------------------------------------------------- partitions
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition. Each figure is the largest of any of its nodes."""
+    """A partition; cpus, memory_mib and gpus are the largest of any of its nodes."""
 
     name: str
     default: bool
@@ -243,7 +235,7 @@ class Partition:
     memory_mib: int
     gpus: int
     time_min: float
-    """Time limit of jobs; inf: no limit."""
+    """Time limit of jobs; inf without one."""
     hosts: frozenset[str]
     nodes: int = 1
 
@@ -278,15 +270,14 @@ def _minutes(limit: str) -> float:
         return float("inf")
     days, _, rest = limit.rpartition("-")
     parts = [float(x) for x in rest.split(":")]
-    if days:
-        hours, minutes, seconds = (*parts, 0.0, 0.0)[:3]
-    else:
-        hours, minutes, seconds = (0.0, *parts, 0.0)[:3] if len(parts) < 3 else parts
+    if not days and len(parts) < 3:
+        parts.insert(0, 0.0)  # without hours
+    hours, minutes, seconds = (*parts, 0.0, 0.0)[:3]
     return float(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
-    """Return the partition that jobs go to; raise ClusterError if there is none."""
+    """Return the partition for the jobs; raise ClusterError if there is none."""
     name = cluster.partition
     if name is None:
         name = next((p.name for p in known.values() if p.default), None)
@@ -300,11 +291,8 @@ def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
     return known[name]
 
 
-# ---------------------------------------------------------------- owners of runs
-
-
 class RunningJobs:
-    """Knows which jobs are running, from one query for all (see `store.claims.RunningJobs`)."""
+    """Tells which jobs are running, from one query for all (see `store.claims.RunningJobs`)."""
 
     def __init__(self) -> None:
         self._running: dict[str, int] | None = None
@@ -312,26 +300,23 @@ class RunningJobs:
         self._dead: set[tuple[str, int]] = set()
 
     def refresh(self) -> None:
-        """Query Slurm for the running jobs and their restart counts."""
+        """Query the running jobs and their restart counts."""
         states = "RUNNING,COMPLETING,STOPPED,SUSPENDED"
         fields = "JobID:|,RestartCnt:|"
-        try:
+        self._running = None
+        with suppress(ClusterError):
             listed = run("squeue", "-a", "-h", "-r", "-t", states, "-O", fields)
-        except ClusterError:
-            self._running = None
-            return
-        cells = (line.split("|") for line in listed.splitlines())
-        self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
-        self._asked = time.monotonic()
+            cells = (line.split("|") for line in listed.splitlines())
+            self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
+            self._asked = time.monotonic()
 
     def __call__(
         self, cluster: str, job: str, restart: int, known_before: bool = False
     ) -> bool | None:
         """Return whether a job is still running in its `restart`-th execution.
 
-        None if Slurm does not answer, hides the job, or the job belongs to another cluster.
-        `known_before`: whether the job was known before the last `refresh`. If not, it may have
-        started since, and Slurm is queried again.
+        None if Slurm does not answer, hides the job, or the job belongs to another cluster. Unless
+        the job was `known_before` the last `refresh`, it may be newer, and Slurm is queried again.
         """
         if (job, restart) in self._dead:
             return False

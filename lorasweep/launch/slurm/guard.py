@@ -1,14 +1,10 @@
 """Refuse code and tasks that another user could have written, or that have changed.
 
-    python -I -c "<this file>" JOB_FOLDER SHA256 FIRST CODE_FOLDER SHA256
+    python -I -c "<this file>" JOB_FOLDER MANIFEST_SHA256 FIRST_TASK CODE_FOLDER CODE_DIGEST
 
 A run folder may be writable for a group, and whoever can write what a job imports or unpickles runs
-code as the job's user. So a job checks its folder and its code before it loads anything from them.
-This file is part of the job's script, which Slurm keeps: read from a folder that it checks, it
-could be changed as well. It imports only the standard library.
-
-The first SHA256 is that of JOB_FOLDER/manifest.json, which has those of the files that jobs read;
-the second is `digest` of the code. FIRST: number of the task with which the job's array begins.
+code as the job's user. So a job runs this check before it loads anything. The job's script, which
+Slurm keeps, contains this file, so others cannot change it. Imports only the standard library.
 """
 
 import hashlib
@@ -19,31 +15,32 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 
 MANIFEST = "manifest.json"
+"""SHA-256 of each file that jobs read, by relative path."""
 ABOUT = "snapshot.json"
-"""Where a snapshot of code came from. Data, and not part of its digest."""
+"""Origin of a snapshot of code; not part of its digest."""
 
 
 def sha256(path: str) -> str:
-    """Return the SHA-256 of a file's content."""
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(sums: Mapping[str, str]) -> str:
-    """Return one SHA-256 for files given as relative path (with /) -> SHA-256."""
+    """Return one SHA-256 for many files, given as relative path (with /) -> SHA-256."""
     lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def digest(folder: str) -> str:
-    """Return `digest_of` all files below a folder but its ABOUT. Bytecode counts, too."""
+    """Return `digest_of` all files below a folder except ABOUT. Bytecode counts, too."""
     paths = (p for p in _below(folder) if not os.path.isdir(p))
     names = {os.path.relpath(p, folder).replace(os.sep, "/"): p for p in paths}
     return digest_of({name: sha256(p) for name, p in names.items() if name != ABOUT})
 
 
 def untrusted(paths: Iterable[str]) -> str | None:
-    """Return why one of these files and folders is not trusted; None if all are."""
+    """Return why one of these files and folders is not trusted, or None."""
     for path in paths:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
@@ -56,7 +53,7 @@ def untrusted(paths: Iterable[str]) -> str | None:
 
 
 def code_problem(folder: str, expected: str) -> str | None:
-    """Return why a snapshot of the code must not run; None if it may."""
+    """Return why a snapshot of the code must not run, or None."""
     problem = untrusted((folder, *_below(folder)))
     if problem is None and digest(folder) != expected:
         problem = f"the code in {folder} was changed after the snapshot was made"
@@ -64,10 +61,7 @@ def code_problem(folder: str, expected: str) -> str | None:
 
 
 def job_problem(folder: str, expected: str, task: int) -> str | None:
-    """Return why the files that job number `task` reads are refused; None if they are not.
-
-    `expected`: the SHA-256 of its manifest.
-    """
+    """Return why the files of a task are refused, or None; `expected`: the manifest's SHA-256."""
     manifest = os.path.join(folder, MANIFEST)
     jobs = os.path.join(folder, "jobs")
     array, index = map(os.environ.get, ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
@@ -98,7 +92,7 @@ def _below(folder: str) -> Iterator[str]:
 
 
 def main(folder: str, manifest: str, first: str, code: str, code_sha256: str) -> None:
-    """Exit with status 1 and a message if the job must not run."""
+    """Exit with a message and status 1 if the job must not run."""
     if not os.path.isdir(folder):
         node = os.environ.get("SLURMD_NODENAME", "?")
         sys.exit(

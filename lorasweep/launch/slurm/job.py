@@ -5,9 +5,8 @@
     {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these runs
     {"follow": REQUEST.json, "command": [...], "idle": n, "finished": n}   follow up on a sweep
 
-A job may run twice, be killed at any time, and start again on another node: it trains the free and
-unfinished runs, each from its checkpoint. Warned by Slurm, it writes checkpoints. At a time limit
-it requeues itself; after preemption Slurm decides.
+A job may be killed at any time and start again on another node: runs resume from checkpoints. At
+its time limit a job requeues itself; after preemption Slurm decides.
 """
 
 import json
@@ -34,24 +33,23 @@ from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 
 PATIENCE_S = claims.SILENCE_S + 2 * claims.HEARTBEAT_S
-"""Seconds that a job waits for runs of another process: long enough to see that it is dead."""
+"""Seconds that a job waits for another process's runs: long enough to see that it is dead."""
 FOLLOW_PAUSES_S = (30.0, 60.0, 120.0, 240.0)
-"""Pauses between tries of the follow-up job: Slurm refuses, or the lock is held."""
+"""Pauses between tries of the follow-up command, if Slurm refuses or the lock is held."""
 TRY_AGAIN, INTERRUPTED = 75, 130
-"""Exit statuses of the follow-up command: another try may help (EX_TEMPFAIL); a signal came."""
+"""Exit statuses of the follow-up command: a temporary failure (EX_TEMPFAIL), a signal."""
 LISTEN_S = 1.0
-"""Seconds within which signals of the same cause arrive. USR2 alone means a time limit; USR2 with
-TERM means preemption or cancellation."""
+"""Seconds within which signals with one cause arrive. USR2 alone means a time limit; USR2 with TERM
+means preemption or cancellation."""
 CLOSE_S = 20.0
-"""Seconds that the follow-up command may take to stop: less than the 30 s (KillWait) after which
-Slurm kills the job."""
+"""Seconds for the follow-up command to stop: less than Slurm's default KillWait, 30 s."""
 REQUEUE_S = 30
-"""Slurm ends a job that requeued itself within this time."""
+"""Seconds within which Slurm ends a job that requeued itself."""
 _print = partial(print, flush=True)
 
 
 class Signals:
-    """Turns the first signal of Slurm into a KeyboardInterrupt, and records all of them."""
+    """Turns Slurm's first signal into a KeyboardInterrupt, and records all signals."""
 
     def __init__(self) -> None:
         self.got: set[int] = set()
@@ -67,10 +65,7 @@ class Signals:
 
 
 def run(path: str) -> None:
-    """Do the task in the file at `path`; raise LorasweepError if the job must end as FAILED.
-
-    The job's script has checked with `guard` that the file is there and unchanged.
-    """
+    """Do the task in a file that `guard` has checked; raise LorasweepError to end as FAILED."""
     signals = Signals()
     task = json.loads(Path(path).read_bytes())
     try:
@@ -79,10 +74,10 @@ def run(path: str) -> None:
         _train(task)
         if submission := submissions.read(Path(path).parent.parent):
             with suppress(ClusterError):
-                # jobs that Slurm holds would wait until somebody runs the sweep's command
+                # held jobs would wait until somebody runs the sweep's command
                 jobs = client.queue([a.name for a in submission.arrays])
                 if held := [j.label for j in jobs if j.stuck]:
-                    _print(f"released, as their nodes failed at the start: {', '.join(held)}")
+                    _print(f"released jobs that Slurm held after a failed start: {', '.join(held)}")
                     client.release(held)
     except (Stopped, KeyboardInterrupt):
         time.sleep(LISTEN_S)
@@ -112,7 +107,7 @@ def _train(task: dict[str, Any]) -> None:
     left = [p for p in points if p.id not in unwanted and store.state(p.id) not in FINAL]
     _print(f"{len(points)} runs, {len(left)} to do, {exec_.workers} worker(s)")
     if not left:
-        return  # Slurm ran this job twice, or others were faster
+        return  # Slurm ran this job twice, or another process trained the runs
 
     def report(event: dict[str, Any]) -> None:
         if "ended" in event or "note" in event:
@@ -125,17 +120,13 @@ def _train(task: dict[str, Any]) -> None:
 
 
 def _follow(command: list[str]) -> None:
-    """Run the follow-up command in a separate process.
-
-    A signal to this process stops the command first, which may hold the lock of the run folder or
-    be between an sbatch and its record.
-    """
+    """Run the follow-up command in a separate process, which stops cleanly after a signal."""
     for pause in (*FOLLOW_PAUSES_S, None):
         process = subprocess.Popen(command)
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            process.terminate()
+            process.terminate()  # it may hold a lock, or be between an sbatch and its record
             try:
                 process.wait(CLOSE_S)
             except subprocess.TimeoutExpired:
@@ -144,7 +135,7 @@ def _follow(command: list[str]) -> None:
         if code == 0:
             return
         if code < 0 or code == INTERRUPTED:
-            time.sleep(LISTEN_S)  # the signal reaches this process as well, and stops it here
+            time.sleep(LISTEN_S)  # the signal also reaches this process, and stops it here
         if code != TRY_AGAIN or pause is None:
             raise LorasweepError(f"the follow-up command ended with status {code}: see above.")
         _print(f"next try in {pause:.0f} s")

@@ -33,22 +33,22 @@ class Work:
     """Runs that wait in live jobs."""
     running: int
     covered: bool
-    """Whether at least one unfinished run is in a live job, queued or running."""
+    """Whether an unfinished run is in a live job, queued or running."""
     exhausted: list[Point]
-    """Runs that were killed exec.max_attempts times. They are not submitted again."""
+    """Runs that were killed exec.max_attempts times, and are not submitted again."""
     removed: dict[str, list[str]]
     """Submission -> queued runs that are no longer part of the sweep."""
     unknown_runs: int
-    """Runs in jobs that this Slurm does not show: of another cluster or another user."""
+    """Runs in jobs of another cluster or user, which this Slurm does not show."""
 
     @property
     def n_removed(self) -> int:
-        """Number of queued runs that are no longer part of the sweep."""
+        """Number of runs in `removed`."""
         return sum(map(len, self.removed.values()))
 
 
 def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
-    """Compare a plan with the queue: which runs to submit, and which are already in jobs."""
+    """Compare the plan `now` with the queue."""
     states, covered, unknown = now.states, queue.covered(), queue.unknown_runs()
     waiting = [p for p in now.todo if states[p.id] != "running"]
     free = [p for p in waiting if p.id not in covered and p.id not in unknown]
@@ -75,7 +75,7 @@ def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
 
 @dataclass(frozen=True)
 class Task:
-    """The packs of one job, and the settings that they train with."""
+    """The packs of one job and their settings."""
 
     packs: list[Pack]
     exec: Exec
@@ -88,24 +88,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Jobs:
-    """Jobs that all need the same of the cluster."""
+    """Jobs with the same resources."""
 
     tasks: list[Task]
     needed: JobResources
 
 
 def hardware_of(request: Request) -> Hardware:
-    """Return the hardware that jobs are planned for: the chosen one, or this machine."""
+    """Return the hardware to plan for: the request's, or this machine."""
     return from_plain(request.hardware) if request.hardware else detect.this_machine()
 
 
 def jobs_of(
     request: Request, store: RunStore, todo: Sequence[Point], now: Plan, partition: Partition
 ) -> list[Jobs]:
-    """Group runs into packs, and packs into jobs that need the same.
-
-    Raises SpecError for runs that do not fit on any number of GPUs.
-    """
+    """Group runs into packs and packs into jobs; raise SpecError if a run fits on no device."""
     cluster, hardware, precision = request.cluster, now.hardware, todo[0].spec.precision
     if not cluster.gpus and request.hardware and hardware_of(request).has_speeds:
         cluster = dataclasses.replace(cluster, gpus=1)  # planned for GPUs
@@ -125,6 +122,7 @@ def jobs_of(
         exec_ = dataclasses.replace(chosen, workers=workers, threads=threads)
         made = make_packs(points, now.states, store, exec_, hardware, now.throughputs)
         for task in resources.group(made, cluster, measured or size * assumed, size):
+            # all jobs of an array request the same memory
             key = (size, resources.memory_class(task, cluster))
             found.setdefault(key, []).append(Task(task, exec_))
     jobs = []
@@ -136,7 +134,7 @@ def jobs_of(
 
 
 def difference(request: Request, store: RunStore, now: Plan) -> dict[str, Any]:
-    """Return what a submission would change in the queue, as JSON values; empty without one."""
+    """Return how a submission would change the queue, as JSON values; empty without a cluster."""
     cluster = request.cluster
     if cluster.kind != "slurm" and files.status(submissions.home(store.root)) is None:
         return {}

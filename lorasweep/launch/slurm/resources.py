@@ -17,24 +17,21 @@ RESERVED_OPTIONS = {"job-name", "array", "output", "error", "signal", "dependenc
 RESERVED_OPTIONS |= {"ntasks-per-node", "requeue"}
 """sbatch options that lorasweep sets itself, because records and jobs depend on them."""
 UNSAFE = re.compile(r"""['"`\\$;<>\x00-\x1f\x7f]""")
-"""Characters that no setting in a script may have: a newline ends the line of an option, and the
-rest would be a command."""
+"""Characters that a shell could read as a command, forbidden in settings that go into a script."""
 MARGIN_TIME, MARGIN_MIN = 3.0, 15.0
-"""The time limit is MARGIN_TIME times the expected time plus MARGIN_MIN minutes. Estimates are
-rough; a job that reaches its limit requeues itself."""
+"""Time limit: MARGIN_TIME times the expected time plus MARGIN_MIN minutes. Estimates are rough."""
 MARGIN_MEMORY = 1.3
 """Requested memory divided by expected memory. The memory model is right within 20% (docs/log)."""
 HOST_BYTES = 3 * 2**30
-"""Host memory of a GPU worker in addition to a copy of the weights: libraries, data, pinned
-buffers. Assumption."""
+"""Assumed host memory of a GPU worker for libraries, data and pinned buffers, without weights."""
 GPU_FLOPS = 1e14
-"""Assumed floating-point operations per second of a GPU worker, until runs were measured: about a
-quarter of the dense bf16 peak of an A100, or an eighth of an H100's."""
+"""Assumed FLOP/s of a GPU worker until runs were measured: about a third of the dense bf16 peak of
+an A100, a tenth of an H100's."""
 
 
 @dataclass(frozen=True)
 class JobResources:
-    """What every job of an array needs; `cpus`, `gpus` and `mem_gib` are those of each node."""
+    """Resources of every job of an array; `cpus`, `gpus` and `mem_gib` are per node."""
 
     cpus: int
     gpus: int
@@ -45,12 +42,12 @@ class JobResources:
 
     @property
     def tasks(self) -> int:
-        """Tasks of the job on each node: on several nodes, one for each process."""
+        """Slurm tasks of the job on each node: one per process if there are several nodes."""
         return self.gpus if self.nodes > 1 else 1
 
 
 def workers_of(cluster: Cluster, world_size: int = 1) -> int:
-    """Return how many packs a job trains in parallel, each with `world_size` processes."""
+    """Return the packs that a job trains in parallel, each with `world_size` processes."""
     most = max(1, cluster.gpus // world_size)
     if world_size == 1 or not cluster.gpus:
         return cluster.workers or most
@@ -58,7 +55,7 @@ def workers_of(cluster: Cluster, world_size: int = 1) -> int:
 
 
 def nodes_of(world_size: int, cluster: Cluster, partition: Partition) -> int:
-    """Return the fewest nodes that train a run, each with the same number of its processes."""
+    """Return the fewest nodes for a run, each with the same number of processes."""
     per_node = cluster.gpus_per_node or partition.gpus
     if not cluster.gpus or not per_node:
         return 1  # processes without GPUs share one node
@@ -71,9 +68,8 @@ def group(
 ) -> list[list[Pack]]:
     """Group packs into jobs of `work_min` to `work_max` minutes, longest job first.
 
-    Jobs are as short as possible while no more than `parallel` are needed, so that the sweep ends
-    sooner. Packs of one model share a job, so that a worker loads it once. Each worker of a job has
-    a pack.
+    Jobs are as short as possible while no more than `parallel` are needed. Packs of one model
+    share a job, so that a worker loads the model once. Each worker of a job has a pack.
     """
     side = workers_of(cluster, world_size)
     seconds = {id(p): p.flops / flops_s for p in packs}
@@ -99,10 +95,7 @@ def resources_for(
     partition: Partition,
     world_size: int = 1,
 ) -> JobResources:
-    """Return what each job needs: the cluster's settings, or else estimates.
-
-    `world_size`: processes of a run; with GPUs each has one, on as few nodes as have them.
-    """
+    """Return the resources of each job: the cluster's settings, or else estimates."""
     side = workers_of(cluster, world_size)
     nodes = nodes_of(world_size, cluster, partition)
     here = world_size // nodes
@@ -121,16 +114,13 @@ def resources_for(
 
 
 def memory_class(packs: Sequence[Pack], cluster: Cluster) -> int:
-    """Return the power of two next to the host memory of a job with GPUs; 0 without GPUs.
-
-    Jobs of one array ask for the same memory, so small and large models have separate arrays.
-    """
+    """Return the rounded log2 of a GPU job's host memory in bytes; 0 without GPUs."""
     sizes = (round(math.log2(_bytes(pack, cluster, 1))) for pack in packs)
     return max(sizes) if cluster.gpus else 0
 
 
 def _bytes(pack: Pack, cluster: Cluster, processes: int) -> float:
-    """Return the host memory of a pack's processes on one node. Process 0 reads the weights."""
+    """Return the host memory of a pack on one node, where process 0 reads the weights."""
     spec = pack.points[-1].spec
     if cluster.gpus:
         copies = 3 if spec.method.MAX_PACK == 1 else 1
@@ -139,7 +129,7 @@ def _bytes(pack: Pack, cluster: Cluster, processes: int) -> float:
 
 
 def check(cluster: Cluster) -> None:
-    """Check a cluster's settings; raise ClusterError if one is wrong on any cluster."""
+    """Check the settings that are wrong on every cluster; raise ClusterError."""
     c = cluster
     if c.kind not in KINDS:
         raise ClusterError(unknown("cluster.kind", c.kind, KINDS))
@@ -182,7 +172,7 @@ def check(cluster: Cluster) -> None:
 
 
 def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> None:
-    """Check that the partition's nodes are large enough for a job; raise ClusterError if not."""
+    """Check that a job fits into the partition; raise ClusterError if not."""
     p, limit = partition, f"a node of partition {partition.name!r} has at most"
     problems = (
         (
@@ -224,7 +214,7 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
 
 
 def check_pack_size(exec_: Exec, cluster: Cluster) -> None:
-    """Check that a pack fits into a job, if both sizes are set; raise ClusterError if not."""
+    """Check that exec.pack_size fits into cluster.runs_per_job; raise ClusterError if not."""
     if exec_.pack_size and cluster.runs_per_job and exec_.pack_size > cluster.runs_per_job:
         raise ClusterError(
             f"exec.pack_size={exec_.pack_size} must be at most cluster.runs_per_job="

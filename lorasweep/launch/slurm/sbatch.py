@@ -1,8 +1,4 @@
-"""Describe an array of jobs, and submit it with submitit or as an sbatch script.
-
-The only file that imports submitit. A job calls `lorasweep.launch.slurm.job.run` with the path of a
-JSON file.
-"""
+"""Submit an array of jobs with submitit (used only here), or write it as an sbatch script."""
 
 import os
 import shlex
@@ -21,21 +17,17 @@ from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
 from lorasweep.store.claims import JOB_VARIABLE
 
-FIRST_NODE = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
-"""srun's options for the job's task: on the first node, whose cores the runs' processes share."""
-
 
 @dataclass(frozen=True)
 class Description:
-    """An array of jobs: what each needs, where it runs and which task files it reads."""
+    """An array of jobs."""
 
     folder: Path
-    """Folder of the submission: its tasks are tasks/<k>.json, its logs are in jobs/."""
+    """Folder of the submission, with tasks/<k>.json and logs in jobs/."""
     array: Array
     needed: JobResources
     cluster: Cluster
     code: Snapshot
-    """Code that the jobs run."""
     after: tuple[str, ...] = ()
     """Ids of jobs that must end first."""
 
@@ -61,20 +53,17 @@ class Description:
         return {k: v for k, v in given.items() if v is not None}
 
     def srun(self) -> tuple[str, ...]:
-        """Return srun's options for the job's command: one task, also on several nodes."""
-        return FIRST_NODE if self.needed.nodes > 1 else ()
+        """Return srun's options for the job's command: one task, on the first of several nodes."""
+        first = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")  # shares the node's cores
+        return first if self.needed.nodes > 1 else ()
 
     def setup(self) -> list[str]:
-        """Return the shell lines before the job's command.
-
-        They end the job if its folder or code was changed after the submission, and make it run the
-        snapshot, not code in its current folder.
-        """
+        """Return the shell lines before the job's command: run `guard`, import the snapshot."""
         code = shlex.quote(str(self.code.folder))
         path = f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"
-        # Bytecode would be a part of the snapshot that nobody has checked.
+        # No bytecode: it would be an unchecked part of the snapshot.
         python = f"export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 {JOB_VARIABLE}=1"
-        # Some releases of Slurm do not pass the job's CPU cores on to its steps.
+        # Some releases of Slurm do not pass the job's CPU cores to its steps.
         srun = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
         manifest = guard.sha256(str(self.folder / guard.MANIFEST))
         check = [sys.executable, "-I", "-c", Path(guard.__file__).read_text(encoding="utf-8")]
@@ -91,8 +80,8 @@ def submit(described: Description) -> str:
 
     array, folder = described.array, described.folder
     tasks = [str(folder / "tasks" / f"{k}.json") for k in range(array.first, array.first + array.n)]
-    # Inside a job, sbatch would pass the job's variables on to the new job, which then has two
-    # memory limits, and submitit would confuse the two job ids.
+    # Inside a job, hide the variables of this job: the new job would inherit a second memory limit,
+    # and submitit would confuse the job ids.
     names = [k for k in os.environ if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_"))]
     hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
     with ExitStack() as stack:

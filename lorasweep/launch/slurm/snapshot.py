@@ -1,8 +1,4 @@
-"""Copy the current code to where cluster nodes can run it, so that edits do not change queued jobs.
-
-A snapshot is named by its content and its user. An existing one is used again if its content still
-has that name. Knows only files.
-"""
+"""Copy the current code into the run folder, so that later edits do not change queued jobs."""
 
 import json
 import os
@@ -23,7 +19,7 @@ SKIPPED = {"__pycache__", "results", ".ipynb_checkpoints"}
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the code in a folder, and its digest (see launch/guard)."""
+    """A copy of the code in a folder, and its `guard.digest`."""
 
     folder: Path
     sha256: str
@@ -32,8 +28,7 @@ class Snapshot:
 def take(root: Path) -> Snapshot:
     """Copy the running code into a folder in `root`, unless it is there or is a snapshot itself.
 
-    A snapshot has the packages, the configuration, and `snapshot.json`: the commit, and the files
-    edited since. Raises ClusterError if it was changed or could be changed by others.
+    The folder is named by content and user. Raises ClusterError if others changed it or could.
     """
     here = Path(__file__).resolve().parents[3]
     if (here / guard.ABOUT).is_file():
@@ -79,7 +74,7 @@ def _checked(folder: Path, sha256: str) -> Snapshot:
 
 
 def describe(snapshot: Snapshot) -> str:
-    """Describe a snapshot for people: its commit, and the files that differ from it."""
+    """Describe a snapshot in words: its commit, and the files edited since."""
     about = json.loads((snapshot.folder / guard.ABOUT).read_bytes())
     edited, text = about["edited"], f"code snapshot {about['snapshot']}"
     if about["commit"] is None:

@@ -1,20 +1,19 @@
 """Record what was submitted to a cluster, and reconcile the records with Slurm's queue.
 
     <runs_dir>/.slurm/
-        lock/                     one submitter at a time, of any user
-        code/<snapshot>/          the code that the jobs run
-        <name>/submission.json    written before the first sbatch: sweep, and the runs of each task
-               tasks/<k>.json     the runs of task k
-               request.json       the request, for the follow-up job
-               manifest.json      the checksums of tasks and request
-               jobs/              submitit's files, and the logs of the jobs
-        notes/<name>/array-<c>.json   written after an sbatch: its Slurm id, or it was abandoned
+        lock/                     one submitting command at a time, of any user
+        code/<snapshot>/          code that the jobs run
+        <name>/submission.json    written before the first sbatch: sweep, and runs of each task
+               tasks/<k>.json     runs of task k
+               request.json       request, for the follow-up job
+               manifest.json      checksums of tasks and request
+               jobs/              submitit's files, and logs of the jobs
+        notes/<name>/array-<c>.json   written after an sbatch: Slurm id, or abandoned
                      withdrawn.json   runs that no task may start any more
-                     ended.json       how its jobs ended, when all have ended
+                     ended.json       how the jobs ended, when all have ended
 
-Only its user writes a submission; all users of the run folder write notes, which earlier versions
-kept next to submission.json. If a command died before it wrote array-<c>.json, its jobs are found
-by their names. Refuses to know submitit and planning.
+Only its user writes a submission; all users of the run folder write notes. Refuses to know submitit
+and planning.
 """
 
 import getpass
@@ -34,14 +33,13 @@ from lorasweep.store import files
 from lorasweep.store.claims import Lock
 
 GIVE_UP_S = 600.0
-"""Seconds after a submission until missing accounting records are no longer expected, and abandoned
-jobs no longer searched for."""
+"""Seconds after a submission after which missing accounting records are no longer expected."""
 LOCK_S = 600.0
-"""Seconds that a command waits for another one that is submitting."""
+"""Seconds to wait for another command that is submitting."""
 FOLLOW = "follow"
 """`part` of the follow-up job's array."""
 Notify = Callable[[str], None]
-"""Shows the user a line of text."""
+"""Prints a line for the user."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,9 @@ class Array:
     first: int
     n: int
     job: str | None = None
-    """Slurm id; None: not recorded (yet)."""
+    """Slurm id; None if not recorded (yet)."""
     abandoned: bool = False
-    """True: it never reached Slurm, or was cancelled."""
+    """Whether it never reached Slurm, or was cancelled."""
 
 
 @dataclass
@@ -72,7 +70,7 @@ class Submission:
 
     @property
     def name(self) -> str:
-        """Name of the submission: sweep, scale and a random part."""
+        """Title of the sweep and a random part."""
         return self.folder.name
 
     @property
@@ -85,7 +83,7 @@ class Submission:
         return self.folder / "jobs" / f"{label}_0_log.out"
 
     def complete(self, array: Array, number: str) -> bool:
-        """Return whether submitit has written the files that the tasks of an array need."""
+        """Return whether submitit has written the files of all tasks of an array."""
         labels = [number] if array.n == 1 else [f"{number}_{k}" for k in range(array.n)]
         there = set(files.names(self.folder / "jobs"))
         return all(f"{label}_submitted.pkl" in there for label in labels)
@@ -97,24 +95,23 @@ class Queue:
 
     submissions: list[Submission]
     jobs: list[tuple[Submission, int, client.Job]] = field(default_factory=list)
-    """Submission, task and its job, live or recently ended."""
+    """Submission, task and job, live or recently ended."""
     follows: dict[str, client.Job] = field(default_factory=dict)
-    """Submission name -> its follow-up job."""
+    """Submission name -> follow-up job."""
     strays: list[client.Job] = field(default_factory=list)
     """Live jobs of arrays that are not recorded or were abandoned."""
     unavailable: str | None = None
-    """Why Slurm could not be queried; then nothing counts as queued."""
+    """Why Slurm could not be queried; then no run counts as queued."""
     unknown_jobs: list[Submission] = field(default_factory=list)
-    """Submissions with jobs that this Slurm does not show: of another cluster, or of another user
-    if users see only their own jobs."""
+    """Submissions of another cluster, or of another user whose jobs Slurm hides."""
 
     def live(self) -> list[tuple[Submission, int, client.Job]]:
-        """List the tasks that are running or may still run, of the oldest submission first."""
+        """List the tasks that are running or may still run, oldest submission first."""
         live = ((s, k, j) for s, k, j in self.jobs if j.live)
         return sorted(live, key=lambda found: (found[0].record["created_s"], found[1]))
 
     def unknown_runs(self) -> set[str]:
-        """Return the runs in jobs that this Slurm does not show."""
+        """Return the runs of `unknown_jobs`."""
         return {rid for s in self.unknown_jobs for task in s.tasks for rid in task}
 
     def covered(self) -> dict[str, client.Job]:
@@ -129,16 +126,17 @@ def home(runs_dir: Path) -> Path:
 
 
 def new_name(title: str) -> str:
-    """Return a unique name for a submission, for its folder and its jobs."""
+    """Return a unique name for a submission's folder and jobs."""
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', title)}-{os.urandom(4).hex()}"
 
 
 def note(folder: Path, name: str) -> Path:
-    """Return where a note on the submission in `folder` is written."""
+    """Return the path of a note on the submission in `folder`."""
     return folder.parent / "notes" / folder.name / name
 
 
 def _read_note(folder: Path, name: str) -> Any:
+    """Return a note; earlier versions kept notes next to submission.json."""
     content = files.read_json(note(folder, name))
     return files.read_json(folder / name) if content is None else content
 
@@ -157,7 +155,7 @@ def write_record(
     arrays: Iterable[Array],
     **more: Any,
 ) -> None:
-    """Write submission.json, with which its jobs are found even if this command dies.
+    """Write submission.json, whose job names find the jobs even if this command dies.
 
     `asked`: all runs of the sweep's first stage, submitted now or not.
     """
@@ -174,23 +172,18 @@ def write_record(
 
 
 def note_array(folder: Path, part: str, job: str | None) -> None:
-    """Record the Slurm id of an array; None: it was abandoned."""
+    """Record the Slurm id of an array, or None for an abandoned one."""
     _write_note(folder, f"array-{part}.json", {"job": job, "abandoned": job is None})
 
 
 def withdraw(submission: Submission, ids: Iterable[str]) -> None:
-    """Record that no task of a submission may start these runs any more."""
+    """Forbid all tasks of a submission to start these runs."""
     submission.withdrawn |= set(ids)
     _write_note(submission.folder, "withdrawn.json", sorted(submission.withdrawn))
 
 
 def read(folder: Path) -> Submission | None:
-    """Read a submission; None if its command died before it was recorded.
-
-    Raises:
-        ClusterError: the record is damaged.
-        StoreError: a file of it cannot be read now, so which jobs it has is unknown.
-    """
+    """Read a submission; None if it was never recorded. Raises ClusterError if it is damaged."""
     if (content := files.read(folder / "submission.json")) is None:
         return None
     damaged = ClusterError(
@@ -205,14 +198,14 @@ def read(folder: Path) -> Submission | None:
     for plain in record["arrays"]:
         seen = _read_note(folder, f"array-{plain['part']}.json") or {}
         number = seen.get("job")
-        if number is not None and not str(number).isdigit():  # Slurm's commands are given it
+        if number is not None and not str(number).isdigit():  # it goes into Slurm's commands
             raise damaged
         arrays.append(Array(**plain, job=number, abandoned=seen.get("abandoned", False)))
     return Submission(folder, record, arrays, set(_read_note(folder, "withdrawn.json") or []))
 
 
 def read_all(runs_dir: Path, over: bool = False) -> list[Submission]:
-    """List the submissions, oldest first. With `over`, also those that have ended."""
+    """List the submissions, oldest first; with `over`, also those that have ended."""
     names = set(files.names(home(runs_dir))) - {"lock", "code", "notes"}
     folders = [home(runs_dir) / name for name in names]
     found = [read(f) for f in folders if over or _read_note(f, "ended.json") is None]
@@ -250,20 +243,16 @@ def look(runs_dir: Path) -> Queue:
 
 
 def locked(runs_dir: Path, notify: Notify) -> AbstractContextManager[None]:
-    """Hold the lock of all submissions of a run folder in a block."""
+    """Hold the lock of a run folder's submissions in a block."""
     lock = Lock(home(runs_dir) / "lock", client.RunningJobs())
     return lock.held(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
-
-
-# ---------------------------------------------------------------- reconcile
 
 
 def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     """Reconcile the records with Slurm's queue, and return it. The lock must be held.
 
-    If a command died while it was submitting, an array that reached Slurm completely is adopted. An
-    incomplete one is cancelled, so that its runs are submitted again. Jobs that Slurm holds after a
-    node failure are released.
+    After a command that died while it was submitting, complete arrays are adopted and incomplete
+    ones cancelled. Jobs that Slurm holds after a failed start are released.
     """
     queue = look(runs_dir)
     if queue.unavailable:
@@ -277,7 +266,7 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
     names = {a.name: s.name for s in queue.submissions for a in s.arrays}
     live |= {names[j.name] for j in queue.strays}
-    for s in list(queue.submissions):  # record how jobs ended, if none is live
+    for s in list(queue.submissions):  # if none of its jobs is live, record how they ended
         if s.name in live or not all(a.job or a.abandoned for a in s.arrays):
             continue
         sent = [a for a in s.arrays if a.job]
@@ -285,22 +274,18 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
         behind = len(ends) < sum(a.n for a in sent) or any(a.abandoned for a in s.arrays)
         if behind and time.time() - s.record["created_s"] < GIVE_UP_S:
             continue  # accounting is still behind
-        with suppress(OSError):  # a full disk: it is queried again later
+        with suppress(OSError):  # a full disk: accounting is queried again later
             _write_note(s.folder, "ended.json", {k: asdict(end) for k, end in ends.items()})
         queue.submissions.remove(s)
     jobs = [*(j for _, _, j in queue.live()), *queue.follows.values()]
-    stuck = [j.label for j in jobs if j.stuck]
-    if stuck:
-        notify(f"released {len(stuck)} job(s) that Slurm held after a node failure")
+    if stuck := [j.label for j in jobs if j.stuck]:
+        notify(f"released {len(stuck)} job(s) that Slurm held after a failed start")
         client.release(stuck)
     return look(runs_dir) if changed else queue
 
 
 def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> bool:
-    """Record what happened to an array without a recorded job; return False if it is still open.
-
-    `number`: its live job that is not recorded.
-    """
+    """Record an array's job, or that it was abandoned; False if undecided. `number`: live job."""
     if number is None:
         accounted = client.named(array.name)
         number = accounted[0].partition("_")[0] if accounted else None
@@ -314,19 +299,16 @@ def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> 
             notify(f"  it could not be cancelled: it belongs to {owner}, and will fail ({denied})")
         number = None
     elif is_script and time.time() - s.record["created_s"] < GIVE_UP_S:
-        return False  # its user may be about to submit it
-    else:
-        with suppress(PermissionError):  # another user's: its job would be cancelled
-            (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)  # planned again
+        return False  # the user may submit the script later
+    else:  # delete the script: its runs are planned again
+        with suppress(PermissionError):  # another user's; its job would be cancelled
+            (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)
     note_array(s.folder, array.part, number)
     return True
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Map run ids to how the Slurm jobs that owned them ended, with their logs.
-
-    `owners`: run id -> owner.json.
-    """
+    """Map run ids to how the Slurm jobs that owned them ended; `owners`: run id -> owner.json."""
     jobs = {rid: o["slurm"]["job"] for rid, o in owners.items() if o.get("slurm")}
     ends: dict[str, tuple[str, client.Ended]] = {}
     with suppress(ClusterError):

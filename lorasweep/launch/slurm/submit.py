@@ -1,8 +1,7 @@
-"""Submit the missing runs of a sweep to a cluster, and cancel queued runs. Trains nothing.
+"""Submit the missing runs of a sweep to a cluster, and cancel queued runs.
 
-A run is submitted only if it is in no live job, so running the command twice submits nothing twice.
-One lock per run folder protects this decision, for all users. If a run is in two jobs nevertheless,
-the first one that claims it trains it.
+A run is submitted only if it is in no live job; one lock per run folder protects this decision. If
+a run is in two jobs nevertheless, the first job that claims it trains it.
 """
 
 import dataclasses
@@ -33,33 +32,32 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
 RUN_BYTES, STEP_BYTES = 40_000, 250
-"""Measured disk space of a finished run, and of the record of an update."""
+"""Measured disk space of a finished run, and of an update's record."""
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 WATCH_POLL_S = 2.0
 FOLLOW_GIB = 2.0
 """Assumed memory of the follow-up job (plans, fits, figures): a few times that of the imports."""
 MAX_IDLE = 3
-"""Rounds without a finished run after which the follow-up job gives up, instead of submitting jobs
-forever on a cluster where every job fails."""
+"""Follow-up jobs in a row without a new finished run, after which no more jobs are submitted."""
 
 
 @dataclass(frozen=True)
 class FollowUp:
-    """A follow-up job: it submits the missing runs, and writes the answer at the end."""
+    """A follow-up job: submits the missing runs or, if there are none, writes the answer."""
 
     command: Sequence[str]
     """Arguments of Python, before the path of the task file."""
     trainer: str | None = None
     idle: int = 0
-    """Rounds without a finished run so far."""
+    """Follow-up jobs in a row, so far, without a new finished run."""
     finished: int = 0
     """Finished runs when the job was submitted."""
 
 
 @dataclass
 class Outcome:
-    """What a command submitted, and what was already in jobs."""
+    """Jobs that a command submitted, and work that was already in jobs."""
 
     work: Work
     submitted: list[Submission] = field(default_factory=list)
@@ -71,12 +69,12 @@ class Outcome:
 
     @property
     def queued(self) -> int:
-        """Number of runs that wait in live jobs, with those just submitted."""
+        """Number of runs that wait in live jobs, including those just submitted."""
         return self.work.queued + self.n_submitted
 
     @property
     def waiting(self) -> bool:
-        """Whether there is something to wait for."""
+        """Whether runs are in jobs, or wait for their scripts to be submitted."""
         return bool(self.queued or self.work.running or self.scripts or self.work.unknown_runs)
 
 
@@ -90,8 +88,8 @@ def submit(
     """Submit the sweep's missing runs that are not in a live job.
 
     Raises:
-        ClusterError: no Slurm, no such partition, no node large enough or that sees the run folder,
-            or Slurm refused the jobs.
+        ClusterError: no Slurm or partition, no node is large enough or sees the run folder, or
+            Slurm refused the jobs.
         StoreError: the disk is too small, or another command is submitting and does not end.
     """
     cluster = request.cluster
@@ -114,13 +112,13 @@ def submit(
         work, ids = outcome.work, {p.id for p in request.points}
         if request.prune:
             outcome.pruned = work.n_removed
-            empty = []  # waiting tasks without other runs
+            empty = []  # pending tasks without other runs
             for s in [s for s in queue.submissions if s.name in work.removed]:
                 submissions.withdraw(s, work.removed[s.name])
                 waiting = [(k, j) for t, k, j in queue.live() if t is s and j.state == "PENDING"]
                 empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
             if empty and (denied := client.cancel(empty)):
-                notify(f"some jobs could not be cancelled; they will find nothing to do ({denied})")
+                notify(f"some jobs could not be cancelled; they will train nothing ({denied})")
         jobs: list[Jobs] = []
         if work.todo:
             jobs = planning.jobs_of(request, store, work.todo, now, partition)
@@ -147,11 +145,7 @@ def _submit(
     outcome: Outcome,
     follow_up: FollowUp,
 ) -> None:
-    """Record the submission, then submit its arrays and the follow-up job.
-
-    Raises ClusterError if Slurm refused the first array. If it refuses a later one, the follow-up
-    job will submit the rest.
-    """
+    """Record the submission, then submit it; raise ClusterError if its first array is refused."""
     cluster = request.cluster
     tasks = [task for same in jobs for task in same.tasks]
     folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
@@ -182,7 +176,7 @@ def _submit(
             if not numbers:
                 raise
             outcome.refused = str(error)
-            break
+            break  # the follow-up job will submit the rest
         submissions.note_array(folder, d.array.part, numbers[-1])
     if cluster.follow:  # a follow-up job for these arrays and the sweep's other live jobs
         others = {j.label for s, _, j in queue.live() if s.record["sweep"] == request.title}
@@ -217,14 +211,11 @@ def write_submission(
     follow_up: FollowUp,
     code: Snapshot,
 ) -> None:
-    """Write the file of each task and of the follow-up job, a manifest of them, and the record.
-
-    Raises ClusterError if the file system lets others write them.
-    """
+    """Write task files, manifest and record; raise ClusterError if others could write them."""
     sums: dict[str, str] = {}
 
     def write(name: str, plain: Any) -> None:
-        # not flushed one by one: the submission is recorded later, an incomplete file is an error
+        # not flushed one by one: the record comes later, and the guard finds incomplete files
         content = json.dumps(plain).encode()
         (folder / name).write_bytes(content)
         sums[name] = hashlib.sha256(content).hexdigest()
@@ -265,22 +256,18 @@ def write_submission(
 
 
 def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Job]]:
-    """List this sweep's other live follow-up jobs, each with its runs."""
+    """List this sweep's other live follow-up jobs, each with the sweep's runs."""
     mine = os.environ.get("SLURM_JOB_ID")
     same = [s for s in queue.submissions if s.record["sweep"] == request.title]
     found = [(set(s.record["asked"]), queue.follows.get(s.name)) for s in same]
     return [(served, j) for served, j in found if j and j.live and j.id != mine]
 
 
-# ---------------------------------------------------------------- cancel
-
-
 def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
     """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
 
-    Finished runs are kept, and running ones write a checkpoint first. A submission belongs to the
-    sweep if it has the same title and some of these runs. Raises ClusterError if there is no Slurm
-    here, or some jobs belong to other users.
+    A submission belongs to the sweep if it has the same title and some of these runs. Raises
+    ClusterError if there is no Slurm here, or some jobs belong to other users.
     """
     client.require()
     if files.status(submissions.home(store.root)) is None:
@@ -309,7 +296,7 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
 
 
 def mounts() -> list[tuple[str, str]]:
-    """List this machine's (mount point, type of file system); empty where the kernel hides them."""
+    """List this machine's (mount point, type of file system); empty where they are hidden."""
     try:
         lines = Path("/proc/mounts").read_text().splitlines()
     except OSError:
@@ -318,7 +305,7 @@ def mounts() -> list[tuple[str, str]]:
 
 
 def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[str, str]]) -> None:
-    """Check that the nodes `hosts` can see the run folder; raise ClusterError if not."""
+    """Check that the nodes `hosts` see the run folder; raise ClusterError if not."""
     if hosts <= {socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"}:
         return
     folder = folder.resolve()
@@ -331,12 +318,12 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
         raise ClusterError(
             f"run folder {folder}: {local} is local to this machine, so the nodes "
             f"({', '.join(sorted(hosts)[:3])}, ...) cannot see it. Set exec.runs_dir=FOLDER (or "
-            "LORASWEEP_RUNS) to a shared file system. If this is one, set cluster.shared=true."
+            "LORASWEEP_RUNS) on a shared file system. If this is one, set cluster.shared=true."
         )
 
 
 def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
-    """Check that all results and `at_once` packs' checkpoints fit; raise StoreError if not."""
+    """Raise StoreError if all results and `at_once` packs' checkpoints do not fit on the disk."""
     checkpoints = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
     results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
     need = sum(checkpoints[:at_once]) + results
@@ -350,10 +337,7 @@ def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
 
 
 def watch_others(store: RunStore, points: list[Point], notify: Notify) -> None:
-    """Watch heartbeats until it is clear which owners on other machines are alive.
-
-    A run whose dead owner counts as alive would never be submitted.
-    """
+    """Watch heartbeats until it is clear which owners on other machines are alive."""
     running = [i for i, s in store.states(p.id for p in points).items() if s == "running"]
     if unsure := store.unsure(running):
         notify(
