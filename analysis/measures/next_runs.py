@@ -1,8 +1,4 @@
-"""Suggest the runs that are likeliest to decide the open claims.
-
-To predict how much new runs narrow an optimum, planned runs are given the loss of the fitted curve;
-the spread of the resulting posterior is the spread to expect.
-"""
+"""Suggest the runs that are likeliest to decide the open claims."""
 
 import dataclasses
 import math
@@ -23,7 +19,7 @@ from analysis.optimum.posterior import expected_spread
 from analysis.runs.lr_curves import LrCurve
 
 MAX_NEW_SEEDS = 5
-"""At most this many new seeds are suggested for one curve at a time."""
+"""Per curve and call."""
 N_AROUND = 3
 """Number of learning rates around the optimum that get new seeds."""
 HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING, GateCode.WITHDRAWN}
@@ -64,10 +60,9 @@ class Judged(Protocol):
 
 
 def suggest(found: Judged) -> list[Suggestion]:
-    """Suggest runs for the open claims: first those that lift a gate, then those that narrow most.
+    """Suggest new runs for the open claims: those that lift a gate, else those that narrow most.
 
-    Existing runs are never suggested. The list is empty if every claim is decided, or if no run of
-    the grid can help because another task, arm or rank is needed.
+    Empty if every claim is decided, or if another task, arm or rank is needed.
     """
     wanted: list[Suggestion] = []
     for verdict in found.verdicts:
@@ -102,11 +97,7 @@ def _make(o: Optimum, lr: float, seeds: Iterable[int], why: str) -> Suggestion:
 
 
 def _open_gates(o: Optimum) -> list[Suggestion]:
-    """Suggest the runs without which a gate forbids a verdict.
-
-    These are LRs beyond an edge or below the first that diverged, more LRs, or more seeds at the
-    optimum.
-    """
+    """Suggest LRs beyond an edge, below divergence or between others, or seeds, to lift a gate."""
     x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
     seeds, counts = np.unique(o.curve.seed, return_counts=True)
 
@@ -158,10 +149,9 @@ def _around(o: Optimum) -> np.ndarray:
 def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     """Add runs step by step until the claim would be decided if its value stayed the same.
 
-    Each step goes to the curve where it reduces the estimand's variance most per run. A step is
-    either two new LRs halfway between those around the optimum (at MIN_SEEDS seeds, so that the
-    gate on seeds stays open), or one more seed at the three LRs around it. An open claim gets at
-    least one step.
+    A step is two new LRs halfway between those around the optimum, at MIN_SEEDS seeds (for the gate
+    on seeds), or one more seed at the LRs around it. Each goes to the curve where it reduces the
+    estimand's variance most per run. An open claim gets at least one.
     """
     known = [o for o in curves if o.best_lr.draws is not None]
     if not known or len(known) < len(curves) or verdict.estimate.value is None:
@@ -223,6 +213,8 @@ def _halfway(o: Optimum) -> np.ndarray:
 
 def _expected(o: Optimum, n: int, lrs: bool) -> float:
     """Return the expected standard deviation of ln(best LR) after adding runs.
+
+    Planned runs are given the loss of the fitted curve.
 
     Args:
         n: more seeds at the LRs around the optimum.

@@ -1,8 +1,7 @@
 """The ratio of LoRA's optimal learning rate to full fine-tuning's, and its law.
 
 A ratio's interval comes from independent draws of both optima. The arms share seeds and the shape
-of their curves, which makes such an interval conservative. The law of the ratio over hidden size
-and alpha is compared with published laws ("rivals"). Judges no claim.
+of their curves, which makes it conservative. Published laws are called rivals.
 """
 
 import dataclasses
@@ -80,10 +79,8 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
 def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
     """Return each curve's best LoRA NLL - best full fine-tuning NLL, in nats.
 
-    Losses are interpolated to each arm's optimal LR and paired by seed; the interval is Student's,
-    at least as wide as by the variance pooled over the curves, and includes the error of the
-    optima. Only seeds that were not used to choose the LRs count (all but each curve's first).
-    With fewer than two of them, returns the difference of the fitted minima without an interval.
+    At each arm's optimal LR, paired by seed, over the seeds that were not used to choose the LRs.
+    With fewer than two of them, the difference of the fitted minima without an interval.
     """
     of_full, *of_lora = losses_at_best([full, *lora])
     fresh = [
@@ -93,12 +90,9 @@ def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
     pooled = pooled_over(fresh)
     found = []
     for o, v in zip(lora, fresh):
-        if len(v.best) > 1:
-            found.append(over_seeds(v, pooled))
-        elif o.best_nll is None or full.best_nll is None:
-            found.append(Estimate(None))
-        else:
-            found.append(Estimate(o.best_nll - full.best_nll))
+        unknown = o.best_nll is None or full.best_nll is None
+        fitted = Estimate(None if unknown else o.best_nll - full.best_nll)
+        found.append(over_seeds(v, pooled) if len(v.best) > 1 else fitted)
     return found
 
 
@@ -116,8 +110,7 @@ RIVALS: dict[str, tuple[float, float | None]] = {
     "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
     "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
 }
-"""Published laws and the exponents (p, q) of hidden size and alpha that they claim for the ratio;
-None: no claim about alpha."""
+"""Published laws: the exponents of hidden size and alpha; None: no claim about alpha."""
 ALPHA = 32.0
 """The study's alpha. Laws without a claim about alpha are judged at it, if it was tried."""
 
@@ -144,21 +137,20 @@ class RatioLaw:
     tau: float
     """Standard deviation of ln ratio between bases of one hidden size."""
     bases: int
-    """Number of base models that p is fitted to."""
+    """Number to which p is fitted."""
     bases_q: int
-    """Number of base models that q is fitted to."""
+    """Number to which q is fitted."""
     rivals: dict[str, float | None] = field(default_factory=dict)
-    """p-value of each rival's exponents; below 0.05 it is rejected. None: too few bases to test."""
+    """p-value of each rival's exponents; None: too few bases to test."""
     flags: tuple[str, ...] = ()
 
 
 def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     """Fit the law to measured ratios.
 
-    The sample are base models: the alphas of one base share its full fine-tuning curve, so they
-    count only once for its width. p comes from a regression with one row per base, at one alpha
-    (ALPHA, or the one that most bases have), with a variance between bases. q is the slope over
-    ln(alpha) within each base, averaged over bases. A factor that does not vary has no exponent.
+    p is regressed over bases, one row each, since a base's alphas share its full fine-tuning curve:
+    at one alpha (ALPHA, or the one that most bases have), with a variance between bases. q is the
+    slope over ln(alpha) within each base, averaged. A factor that does not vary has no exponent.
 
     Args:
         wider: more bases, used only to estimate the variance between bases.
@@ -192,10 +184,7 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
-    """Return one ratio per base at this alpha: the mean over its data sets and ranks.
-
-    Its error is their mean error, not smaller, since they share the runs of full fine-tuning.
-    """
+    """Return each base's mean ratio at this alpha; its error is the mean, since runs are shared."""
     out = []
     for base in dict.fromkeys(r.base for r in ratios if r.alpha == alpha):
         mine = [r for r in ratios if (r.base, r.alpha) == (base, alpha)]

@@ -1,9 +1,8 @@
 """Question: does LoRA fall behind full fine-tuning as the batch grows, at any rank.
 
-The effect of the batch on rho (step efficiency) is measured apart from that of the number of
-updates, from all prefixes of all runs (`measures.batch_effect`). The regret in nats at each batch
-after equally many examples, the study's setting, is shown too. Each method is at its optimal
-learning rate for the batch and the number of updates.
+Measured in rho, at equal updates (`measures.batch_effect`), and in nats after equally many
+examples, the study's setting. Each method is at its optimal learning rate for the batch and the
+number of updates.
 """
 
 from collections.abc import Sequence
@@ -29,12 +28,10 @@ class Batches(base.Condition):
 
     @cached_property
     def ranks(self) -> list[int]:
-        """The ranks tried, rising."""
         return sorted(self.lora)
 
     @cached_property
     def batches(self) -> list[int]:
-        """The batch sizes tried, rising."""
         return sorted({int(b) for b in self.runs["batch_size"]})
 
     @cached_property
@@ -73,10 +70,7 @@ class Batches(base.Condition):
         return list(dict.fromkeys(both))
 
     def gates_on_effect(self, rank: int) -> list[Gate]:
-        """List what forbids a verdict about the effect of the batch at one rank.
-
-        Every batch has to take part: at least one of its prefixes is beside another batch's.
-        """
+        """List the gates of a rank; each batch needs a prefix as long as another batch's."""
         mine = [p for p in self.prefixes if p.rank == rank]
         seen = {b: {p.steps for p in self.usable(rank) if p.batch == b} for b in self.batches}
         found: list[Gate] = []
@@ -105,10 +99,7 @@ class Batches(base.Condition):
         return examples, [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
 
     def gap_at(self, batch: int) -> Gap | None:
-        """Return the highest rank's gap at the largest batch up to `batch`.
-
-        Batches below half of `batch` do not count.
-        """
+        """Return the highest rank's gap at the largest batch from `batch` / 2 to `batch`."""
         near = [(b, g) for b, g in self.at_equal_examples[1] if batch / 2 <= b <= batch]
         return max(near, key=lambda pair: (pair[0], pair[1].rank))[1] if near else None
 
@@ -171,15 +162,10 @@ def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
     """Return the effects by rank, and the regrets by batch and rank."""
     (c,) = found
     examples, each = c.at_equal_examples
-    regrets = [
-        {
-            "batch_size": b,
-            "updates": examples // b,
-            "rank": g.rank,
-            "regret_percent": at_level(g.percent(), asked.level),
-        }
-        for b, g in each
-    ]
+    regrets = []
+    for b, g in each:
+        place = {"batch_size": b, "updates": examples // b, "rank": g.rank}
+        regrets.append({**place, "regret_percent": at_level(g.percent(), asked.level)})
     return {"batch_effect": c.effects, "regrets": regrets}
 
 

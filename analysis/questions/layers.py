@@ -1,8 +1,7 @@
 """Question: is LoRA on attention only worse than on the MLP only, and does attention add anything.
 
-Compares, on every task, the step efficiency rho of each layer set and its loss at the end, each at
-its optimal learning rate; attention and MLP have equal parameters. Every task has its verdicts,
-and so do claims about all tasks. Full fine-tuning of the same matrices shows whether the
+Compares rho and the last loss of each layer set on every task, at its optimal learning rate;
+attention and MLP have equal parameters. Full fine-tuning of the same matrices shows whether the
 order comes from the location.
 """
 
@@ -60,7 +59,7 @@ class Arm:
     n_trainable: int
     points: AtBest[Points]
     losses: AtBest[float]
-    """Loss at the end by seed, in nats."""
+    """Last loss by seed, in nats."""
     share: float | None
     """Share of full fine-tuning's squared gradient at the start that lies in the layer set."""
 
@@ -83,7 +82,7 @@ class Pair:
     logs: AtBest[float]
     """ln(rho of the first / rho of the second), by seed."""
     gap: Gap
-    """The first's loss minus the second's, and full fine-tuning's gain."""
+    """In loss; its gain is full fine-tuning's."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Task(base.Condition):
         return [a for a in self.arms if a.rank is not None]
 
     def get(self, layers: str, rank: int | None = None) -> Arm | None:
-        """Return LoRA's arm of a layer set and rank (default: the highest); None without one."""
+        """Return LoRA's arm of a layer set and rank (None: the highest), or None."""
         found = [a for a in self.adapted if a.layers == layers and rank in (None, a.rank)]
         return max(found, key=lambda a: a.rank or 0, default=None)
 
@@ -134,10 +133,7 @@ class Task(base.Condition):
 
     @cached_property
     def ratios(self) -> list[Estimate]:
-        """The ratio of rho of each pair; its variance is pooled over this task's ratios only.
-
-        Without a value if a seed has only a bound.
-        """
+        """The ratio of rho of each pair; without a value if a seed has only a bound."""
         pooled = pooled_over(p.logs for p in self.pairs)
         return [
             exp_of(over_seeds(p.logs, pooled))
@@ -225,16 +221,16 @@ class AllTasks(base.Condition):
 def equal_pair(adapted: Sequence[Arm]) -> tuple[Arm, Arm] | None:
     """Return the attention arm and the MLP arm with the most similar numbers of parameters.
 
-    Neither includes the unembedding. None if no pair agrees within PARAMETERS_AGREE.
+    None if no pair agrees within PARAMETERS_AGREE.
     """
     known = [a for a in adapted if a.n_trainable]
-    both = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
-    pairs = [
-        (abs(math.log(a.n_trainable / m.n_trainable)), k, a, m) for k, (a, m) in enumerate(both)
-    ]
-    if not pairs or min(pairs)[0] > math.log(1 + PARAMETERS_AGREE):
-        return None
-    return min(pairs)[2:]
+    pairs = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
+
+    def apart(pair: tuple[Arm, Arm]) -> float:
+        return abs(math.log(pair[0].n_trainable / pair[1].n_trainable))
+
+    nearest = min(pairs, key=apart, default=None)
+    return nearest if nearest and apart(nearest) <= math.log(1 + PARAMETERS_AGREE) else None
 
 
 def conditions(table: pd.DataFrame) -> list[Task | AllTasks]:
@@ -267,12 +263,8 @@ def gradient_shares(runs: pd.DataFrame) -> dict[str, float]:
     return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else {}
 
 
-def _is_all(c: base.Condition) -> bool:
-    return isinstance(c, AllTasks)
-
-
 def _speed(name: str, which: int) -> base.Estimand[Any]:
-    """Return the ratio of rho of a pair. Its margin may start at 0, so it is not a logarithm's."""
+    """Declare the ratio of rho of a pair. Its margin may start at 0, so it is not a logarithm's."""
     return base.Estimand(
         name,
         lambda t: t.ratios[which] if t.pairs else None,
@@ -284,7 +276,7 @@ def _speed(name: str, which: int) -> base.Estimand[Any]:
 
 
 def _loss(name: str, which: int) -> base.Estimand[Any]:
-    """Return the gap in loss of a pair minus what is allowed."""
+    """Declare the gap in loss of a pair minus what is allowed."""
     return dataclasses.replace(
         _speed(name, which),
         measure=lambda t: t.pairs[which].gap.over_allowed() if t.pairs else None,
@@ -295,7 +287,7 @@ def _loss(name: str, which: int) -> base.Estimand[Any]:
 def _everywhere(
     name: str, which: int, hardest: Callable[..., Estimate], each: base.Estimand[Any]
 ) -> base.Estimand[Any]:
-    """Return the ratio of rho on the task that is worst for a claim about all tasks."""
+    """Declare the ratio of rho on the task that is worst for a claim about all tasks."""
 
     def worst(c: AllTasks) -> Estimate:
         ratios = [each.measure(t) for t in c.tasks]
@@ -306,7 +298,7 @@ def _everywhere(
         name,
         worst,
         lambda c: [g for t in c.tasks for g in t.named(each.gates(t))],
-        applies=_is_all,
+        applies=lambda c: isinstance(c, AllTasks),
         seeds=lambda c: base.fewest_seeds([o for t in c.tasks for o in t.of_pair(which)]),
         each=each.name,
     )
@@ -320,7 +312,12 @@ ESTIMANDS = [
     _loss("mlp_over_allowed", 1),
     _everywhere("attention_everywhere", 0, max, ATTENTION),
     _everywhere("mlp_everywhere", 1, min, MLP),
-    base.Estimand("trace_correlation", AllTasks.trace, AllTasks.gates_on_trace, applies=_is_all),
+    base.Estimand(
+        "trace_correlation",
+        AllTasks.trace,
+        AllTasks.gates_on_trace,
+        applies=lambda c: isinstance(c, AllTasks),
+    ),
 ]
 
 

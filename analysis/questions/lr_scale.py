@@ -1,8 +1,7 @@
 """Question: how the ratio of the optimal learning rates depends on the hidden size and on alpha.
 
-ln ratio = a + p ln(hidden) + q ln(alpha) is fitted by regression over measured ratios
-(analysis.measures.ratio), twice: over base models with equal pretraining tokens, and over base
-models with equal loss before fine-tuning. Both sets are found from the table.
+ln ratio = a + p ln(hidden) + q ln(alpha) is fitted over base models with equal pretraining tokens,
+and over base models with equal loss before fine-tuning. Both sets are found from the table.
 """
 
 import json
@@ -23,10 +22,8 @@ from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 
 AGREE = 0.03
-"""Base models count as equal in loss if their losses on the pretraining data differ by at most this
-many nats."""
+"""Largest difference in nats of the losses on the pretraining data that count as equal."""
 TOKENS, LOSS, ALL = "equal pretraining tokens", "equal base loss", "all bases"
-"""The sets of base models to which a law is fitted."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +34,9 @@ class Base:
     hidden: int
     alpha: float
     tokens: float | None
-    """Pretraining tokens; None without a recipe."""
+    """In pretraining; None without a recipe."""
     base_nll: float
-    """Loss of the base model on its pretraining data, in nats; NaN if it was not measured."""
+    """On the pretraining data, in nats; NaN if it was not measured."""
     lora: Optimum
     full: Optimum
 
@@ -104,11 +101,7 @@ def equal_tokens(bases: Sequence[Base]) -> list[Base]:
 
 
 def equal_loss(bases: Sequence[Base]) -> list[Base]:
-    """Return the bases with equal loss that cover the most hidden sizes.
-
-    Candidates are, for each base model, the bases whose loss agrees with it within AGREE; of equal
-    candidates the largest is returned.
-    """
+    """Return the bases within AGREE of one base's loss that cover the most hidden sizes."""
     near = [
         [c for c in bases if abs(c.base_nll - centre) <= AGREE]
         for centre in {c.base_nll for c in bases}
@@ -141,7 +134,7 @@ def conditions(table: pd.DataFrame) -> list[Bases]:
 
 
 def _hidden(name: str, of: str) -> base.Estimand[Bases]:
-    """Return the exponent of the hidden size over one set of bases."""
+    """Declare the exponent of the hidden size over one set of bases."""
 
     def gates(c: Bases) -> list[Gate]:
         one_size = len({b.hidden for b in c.sets[of]}) < 2

@@ -1,14 +1,9 @@
 """Question: how does the speed of learning depend on the rank, and do all ranks start equally.
 
-The speed is rho at each rank's optimal learning rate, and its slope over log2(rank) is judged: as 0
-where the rules alone are new, which any rank holds by the study's capacity, and as above 0
-elsewhere.
-
-Also: does the optimal learning rate depend on the rank, and when does each rank fall behind full
-fine-tuning. A rank has fallen behind at the step from which its loss stays above full fine-tuning's
-by DEPARTED of what full fine-tuning gains in the whole run. This is measured in two ways. The
-verdict uses runs at each rank's optimal learning rate, paired by seed. The study's envelope, the
-lowest loss over all learning rates at each step, is shown too; no single run follows it.
+The slope of ln(rho) over log2(rank) is judged as 0 where the rules alone are new, which any rank
+holds by the study's capacity, and as above 0 elsewhere. When a rank falls behind is measured at its
+optimal learning rate, paired by seed. The study's envelope, the lowest loss over all learning rates
+at each step, is shown too; no single run follows it.
 """
 
 import json
@@ -53,7 +48,7 @@ class Ranks(base.TwoArms):
     """The ranks of one model and data set."""
 
     every: pd.DataFrame
-    """All runs, with those from other draws of A, uncut."""
+    """All runs, uncut, including those from other draws of A."""
 
     @cached_property
     def points(self) -> dict[int, AtBest[Points]]:
@@ -83,14 +78,14 @@ class Ranks(base.TwoArms):
         return slope_by_rank(self.logs)
 
     def gates_on(self, ranks: Sequence[int]) -> list[Gate]:
-        """List the gates of a speed: those of these ranks, and curves that have stalled."""
+        """List the gates on these ranks' speeds."""
         ends = [self.points[r].best for r in (0, self.top)]
         optima = [self.by_rank[r] for r in ranks]
         return base.gates_on_speed(optima) + stalled(self.pair(), ends)
 
     @cached_property
     def in_regime(self) -> bool:
-        """Whether the rules alone are new; of real data this is not known, so they are not."""
+        """Whether the rules alone are new; False on real data, where this is not known."""
         new = novelty_of(json.loads(self.every["spec"].iloc[0])["dataset"])
         return new is not None and new.low
 
@@ -111,10 +106,7 @@ class Ranks(base.TwoArms):
         }
 
     def unresolved(self) -> list[Gate]:
-        """Return a gate if at most one rank is not yet behind at the first evaluation.
-
-        The order in which the others fell behind is then unknown.
-        """
+        """Return a gate if at most one rank falls behind later than the first evaluation."""
         gone = [
             str(r)
             for r, d in self.departures.items()
@@ -145,7 +137,7 @@ def conditions(table: pd.DataFrame) -> list[Ranks]:
 
 
 def _slope_where(name: str, in_regime: bool) -> base.Estimand[Ranks]:
-    """Return the slope as an estimand of one regime; of the other no condition was run."""
+    """Declare the slope as an estimand of one regime; of the other no condition was run."""
     return base.Estimand(
         name,
         lambda c: c.slope if c.in_regime == in_regime else base.UNKNOWN,

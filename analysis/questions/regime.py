@@ -1,8 +1,7 @@
 """Question: has LoRA no regret while little is new in the data, and where does that end.
 
-A condition is a data set with a known amount of what is new, on one base. In every condition each
-rank is compared with full fine-tuning, both at their optimal learning rates, after the last update
-and after FIRST updates, which are a prefix of the same runs. Each condition has its verdicts.
+A condition is a data set on one base. Each rank is compared with full fine-tuning, both at their
+optimal learning rates, after all updates and after the first FIRST of the same runs.
 """
 
 import json
@@ -42,13 +41,13 @@ class Data(base.Condition):
     """One data set on one base."""
 
     novelty: regret.Novelty | None
-    """None for real data, of which the information is not known."""
+    """None for real data."""
     last: Gaps
     """After the last update."""
     first: Gaps
     """After FIRST updates; empty for shorter runs, and where the LR is not constant."""
     last_on_first_rows: Gaps
-    """After the last update, on the held-out rows that `first` is on, which may be fewer."""
+    """After the last update, on the held-out rows of `first`, which may be fewer."""
     bits: dict[str, float]
     """Of the data set, by each count that is known."""
 
@@ -58,7 +57,6 @@ class Data(base.Condition):
 
     @property
     def steps(self) -> int:
-        """Number of updates."""
         return int(self.runs["steps"].iloc[0])
 
     @property
@@ -90,7 +88,7 @@ class Data(base.Condition):
 
     @cached_property
     def parts_of_gap(self) -> dict[int, dict[str, AtBest[float]]]:
-        """By rank: what the changed and the unchanged contexts add to the gap, in nats."""
+        """What the changed and the unchanged contexts add to the gap, in nats, by rank."""
         return {r: regret.parts_at_best(self.runs, g) for r, g in self.last.items()}
 
     @cached_property
@@ -105,13 +103,13 @@ class Data(base.Condition):
 
     @property
     def fitting(self) -> int | None:
-        """The smallest rank that can hold what is new by the generator's bits; None without one."""
+        """The smallest rank that can hold what is new, by the generator's bits; or None."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
         return min(ranks, default=None)
 
     @property
     def overfull(self) -> int | None:
-        """The largest rank that cannot hold what is new by that count; None without one."""
+        """The largest rank that cannot; or None."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
         return max(ranks, default=None)
 
@@ -143,7 +141,6 @@ class Data(base.Condition):
         return base.distinct([*used, *([self.growing[1].lora] if self.growing else [])])
 
     def gates_at_eighth(self) -> list[Gate]:
-        """List the gates of the gap at an eighth of the hidden size."""
         gates = base.gates_on_gap(self.gap)
         if max(self.last) < self.wanted:
             gates += base.missing(f"a rank of 1/{EIGHTH} of the width or more")
@@ -194,10 +191,7 @@ class Base(base.Condition):
 
     @cached_property
     def change(self) -> AtBest[float] | None:
-        """Change of log2 of the needed rank per doubling of the updates: the mean over data.
-
-        Of the data sets with runs longer than FIRST updates, from there to their last.
-        """
+        """Change of log2 of the needed rank per doubling of the updates after FIRST, over data."""
         changes = []
         for c in (c for c in self.data if c.first):
             gaps = (c.first, c.last_on_first_rows)
@@ -207,7 +201,7 @@ class Base(base.Condition):
 
 
 def conditions(table: pd.DataFrame) -> list[Data | Base]:
-    """Fit every data set of a table, from little to much that is new; and join those of a base."""
+    """Fit every data set of a table, from little to much that is new; then join those of a base."""
     found = []
     for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
         runs = part.reset_index(drop=True)
@@ -246,7 +240,7 @@ def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
 
 
 def _where(applies: Callable[[Data], Any]) -> Callable[[Any], bool]:
-    """Restrict an estimand to the data sets with both arms for which something holds."""
+    """Restrict an estimand to data sets with both arms for which something holds."""
     return lambda c: isinstance(c, Data) and not c.missing and bool(applies(c))
 
 

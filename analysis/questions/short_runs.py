@@ -32,7 +32,7 @@ Norms = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Horizon:
-    """The optima of runs cut at one step; `lora` holds the ranks that the claim is about."""
+    """The optima of runs cut at one step; LoRA's at ranks from MIN_RANK up."""
 
     step: int
     full: Optimum | None
@@ -50,13 +50,13 @@ class Horizon:
 
 @dataclass(frozen=True)
 class Spectra:
-    """The norms of one curve by seed, and ratios of them."""
+    """The norms of one curve by seed, and medians over matrices of their ratios."""
 
     by_seed: dict[int, Norms]
     growth: Estimate
-    """Norm of B over norm of A, median over matrices."""
+    """B over A."""
     movement: Estimate
-    """Norm of the change over full fine-tuning's, median over matrices."""
+    """The change over full fine-tuning's."""
 
     def median(self, part: str) -> float:
         """Return the median of a, b or delta over seeds and matrices; NaN if there is none."""

@@ -1,7 +1,4 @@
-"""What the figures of the study show: regret over rank, claims, learning rates, speed of ranks.
-
-`analysis.report.plots_study` draws it.
-"""
+"""What the figures of the study show, as `analysis.report.plots_study` draws it."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -29,7 +26,7 @@ REGIME, BATCHES = "regime", "large_batches"
 CONTROL = 32
 """Batch of the control of `large_batches`, which is a condition like those of `regime`."""
 NOTHING = "nothing new"
-"""End of the name of a condition without a gain that regret could be a share of."""
+"""End of the name of a condition that has no gain."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +83,10 @@ def _by_rank(rows: Sequence[dict[str, Any]]) -> dict[int, Estimate]:
 # ---------------------------------------------------------------- claims in units of their margins
 
 OPEN = 5.0
-"""An end of a margin that lies this many times further from the claim's value than the other end is
-open: the claim is that something is at least, or at most, so large."""
+"""An end of a margin this many times further from the claim's value than the other end is open: the
+claim is one-sided."""
 DOUBLE = math.log(2)
-"""Unit of a ratio whose margin has none: a factor of 2. That of a difference is WITHIN nats."""
+"""Unit of a ratio whose margin has none; that of a difference is WITHIN nats."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +147,7 @@ class Row:
 
 
 def claim_rows(answers: Sequence[Answer], over_bases: Sequence[Pooled]) -> list[Row]:
-    """Return a row per claim of the study that has a measured value, in the study's order.
-
-    Claims with the same sentence share a row, whichever question they belong to. Withdrawn answers
-    are left out.
-    """
+    """Return a row per sentence of the study with a measured value; withdrawn answers have none."""
     rows: dict[str, Row] = {}
 
     def add(a: Answer, v: Verdict, e: Estimate, outcome: str) -> None:
@@ -187,19 +180,14 @@ class RateCurve:
     label: str
     times: np.ndarray
     percent: np.ndarray
-    """Regret at each learning rate tried, percent of LoRA's gain at its best one; mean over seeds.
-    """
+    """Mean regret at each learning rate tried, percent of LoRA's gain at its best one."""
     fitted_times: np.ndarray
     fitted_percent: np.ndarray
     """The same by the fit that gives the best learning rate."""
 
 
 def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
-    """Return one curve per base and setting, at the highest rank.
-
-    Of several answers on one base and setting a confirmatory one comes first, then the one with the
-    most runs.
-    """
+    """Return a curve per base and setting, at the highest rank: of a confirmatory answer with most runs."""
     chosen: dict[tuple[str, Setting], RateCurve] = {}
     mine = [a for a in answers if a.sweep == "lr_ratio"]
     for a in sorted(mine, key=lambda a: (a.exploratory, -a.results["runs"])):
@@ -267,11 +255,7 @@ def speed_panels(answers: Sequence[Answer]) -> list[Panel]:
 
 
 def speeds(runs: pd.DataFrame, to: int) -> Speeds:
-    """Measure rho after 8, 16, 32, ... updates, each method at its best rate for that many.
-
-    Args:
-        to: the last number of updates.
-    """
+    """Measure rho after 8, 16, 32, ..., `to` updates, each method at its best LR for so many."""
     plain = (runs["method"] == "fullft") | (runs["init_seed"].fillna(0) == 0)
     table = on_curve_rows(runs[plain].reset_index(drop=True))
     evaluated = {int(s) for curve in by_run(table).values() for s in curve["step"]}

@@ -1,9 +1,7 @@
 """Write the pages over all answers: analysis/results/README.md, and a study's own page.
 
-`python -m analysis study --write` renders everything that is kept again from its tables: answers,
-the study page, and the findings in README.md. Tables and questions never change, and nothing is
-trained. First the findings, then the figures and the ledger, then one table for each question. The
-text is in `analysis/report/templates/study.md`; no measured number is typed by hand.
+`python -m analysis study --write` renders everything that is kept again from its tables. The text
+is in `analysis/report/templates/study.md`; no measured number is typed by hand.
 """
 
 import json
@@ -72,8 +70,7 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
 
     Args:
         folder: of the page, from which links lead to the answers.
-        kept: say what changed after a look and what was not tested; that is known of the kept
-            answers only.
+        kept: say what changed after a look and what was not tested, as is known of kept answers.
     """
     over_bases = pooled(answers)
     by_question: dict[str, list[Answer]] = {}
@@ -147,10 +144,7 @@ def readme(text: str, kept: Path) -> str:
 
 
 def bits_rows(answers: Sequence[Answer]) -> Rows:
-    """Return, for every condition, its bits and the load of the needed rank by every count.
-
-    After the head; empty without a condition whose bits are known.
-    """
+    """Return head and conditions: bits and load of the needed rank by count; empty without bits."""
     head = ["data set", "updates", "needed rank [95%]"]
     head += [f"{what} by {words}" for what in ("bits", "load") for words in COUNTS.values()]
     rows = [head]
