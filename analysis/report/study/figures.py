@@ -187,7 +187,10 @@ class RateCurve:
 
 
 def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
-    """Return a curve per base and setting, at the highest rank: of a confirmatory answer with most runs."""
+    """Return a curve per base and setting, at the highest rank.
+
+    Confirmatory answers come before exploratory ones, then those with more runs.
+    """
     chosen: dict[tuple[str, Setting], RateCurve] = {}
     mine = [a for a in answers if a.sweep == "lr_ratio"]
     for a in sorted(mine, key=lambda a: (a.exploratory, -a.results["runs"])):
