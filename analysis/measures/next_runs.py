@@ -1,6 +1,7 @@
 """Suggest the runs that are likeliest to decide the open claims."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,40 +165,35 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     else:
         x = np.log2([float(o.curve.key["rank"]) for o in known])
         shares = ((x - x.mean()) / (float(((x - x.mean()) ** 2).sum()) or 1.0)).tolist()
-    weight = dict(zip(map(id, known), shares))
     # The standard error at which the interval clears the margin's nearest edge with POWER. In ln
     # for ratios; the errors of optima are taken to be normal.
     to, level = scale_of(verdict.log), verdict.estimate.level
     room = min(abs(to(verdict.estimate.value) - to(edge)) for edge in verdict.margin)
     reach = stats.norm.ppf(0.5 + level / 2) + stats.norm.ppf(POWER)
     target = max(room / float(reach), 1e-4)
-    plan = {id(o): (0, False) for o in known}
-    cache: dict[tuple[int, int, bool], float] = {}
+    plan = [(0, False)] * len(known)  # new seeds, and whether there are new LRs
 
-    def variance(o: Optimum, n: int, lrs: bool) -> float:
-        key = (id(o), n, lrs)
-        if key not in cache:  # scaled to the optimum's present spread
-            now = float(np.std(o.best_lr.log_draws))
-            cache[key] = (weight[id(o)] * now * _expected(o, n, lrs) / _expected(o, 0, False)) ** 2
-        return cache[key]
+    @functools.cache
+    def variance(k: int, n: int, lrs: bool) -> float:
+        """Return what curve k adds, scaled to the present spread of its optimum."""
+        now = float(np.std(known[k].best_lr.log_draws))
+        return (shares[k] * now * _expected(known[k], n, lrs) / _expected(known[k], 0, False)) ** 2
 
     first = True
-    while first or math.sqrt(sum(variance(o, *plan[id(o)]) for o in known)) > target:
+    while first or math.sqrt(sum(variance(k, *then) for k, then in enumerate(plan))) > target:
         steps = []
-        for o in known:
-            n, lrs = plan[id(o)]
-            now = variance(o, n, lrs)
+        for k, (n, lrs) in enumerate(plan):
+            now = variance(k, n, lrs)
             if n < MAX_NEW_SEEDS:
-                steps.append(((now - variance(o, n + 1, lrs)) / N_AROUND, id(o), (n + 1, lrs)))
+                steps.append(((now - variance(k, n + 1, lrs)) / N_AROUND, k, (n + 1, lrs)))
             if not lrs:
-                steps.append(((now - variance(o, n, True)) / (2 * MIN_SEEDS), id(o), (n, True)))
+                steps.append(((now - variance(k, n, True)) / (2 * MIN_SEEDS), k, (n, True)))
         if not steps or (max(steps)[0] <= 0 and not first):
             break
         _, which, then = max(steps)
         plan[which], first = then, False
     out = []
-    for o in known:
-        n, lrs = plan[id(o)]
+    for o, (n, lrs) in zip(known, plan):
         if lrs:
             seeds = sorted(set(o.curve.seed), key=lambda s: -(o.curve.seed == s).sum())[:MIN_SEEDS]
             why = "halfway between the learning rates around the optimum"

@@ -40,27 +40,23 @@ class Batches(base.Condition):
         return batch_effect.prefixes_of(self.runs)
 
     @cached_property
-    def by_rank_usable(self) -> dict[int, list[batch_effect.Prefix]]:
+    def usable(self) -> dict[int, list[batch_effect.Prefix]]:
         """The prefixes with known optima and a value of rho, by rank."""
         known = [
             p for p in self.prefixes if not p.bound and not base.gates_on_speed([p.full, p.lora])
         ]
-        return {r: [p for p in known if p.rank == r] for r in self.ranks}
-
-    def usable(self, *ranks: int) -> list[batch_effect.Prefix]:
-        """Return the usable prefixes of these ranks."""
-        return [p for r in dict.fromkeys(ranks) for p in self.by_rank_usable.get(r, ())]
+        return {r: [p for p in known if p.rank == r] for r in (*self.ranks, self.top)}
 
     @cached_property
     def effects(self) -> dict[int, Estimate]:
         """The effect of the batch by rank."""
-        return {r: over_seeds(batch_effect.effect(self.usable(r))) for r in self.ranks}
+        return {r: over_seeds(batch_effect.effect(self.usable[r])) for r in self.ranks}
 
     def difference(self) -> Estimate:
         """Return the effect at the highest rank minus that at the lowest."""
         if len(self.ranks) < 2:
             return base.UNKNOWN
-        return batch_effect.difference(self.usable(self.top), self.usable(self.ranks[0]))
+        return batch_effect.difference(self.usable[self.top], self.usable[self.ranks[0]])
 
     def gates_on_difference(self) -> list[Gate]:
         """List the gates of both ranks."""
@@ -72,7 +68,7 @@ class Batches(base.Condition):
     def gates_on_effect(self, rank: int) -> list[Gate]:
         """List the gates of a rank; each batch needs a prefix as long as another batch's."""
         mine = [p for p in self.prefixes if p.rank == rank]
-        seen = {b: {p.steps for p in self.usable(rank) if p.batch == b} for b in self.batches}
+        seen = {b: {p.steps for p in self.usable[rank] if p.batch == b} for b in self.batches}
         found: list[Gate] = []
         for batch in self.batches:
             if any(seen[batch] & seen[b] for b in self.batches if b != batch):
@@ -89,7 +85,7 @@ class Batches(base.Condition):
     def seeds_of(self, *ranks: int) -> int:
         """Return the number of seeds behind the effects at these ranks."""
         return base.fewest_seeds(
-            base.distinct(o for p in self.usable(*ranks) for o in (p.full, p.lora))
+            [o for r in ranks for p in self.usable[r] for o in (p.full, p.lora)]
         )
 
     @cached_property
@@ -117,7 +113,7 @@ def _where(c: Batches) -> str:
         return ""
     *others, top = c.ranks
     place = "no prefix"
-    if used := c.usable(top):
+    if used := c.usable[top]:
         batches, steps = ({getattr(p, k) for p in used} for k in ("batch", "steps"))
         place = (
             f"batches of {min(batches)} to {max(batches)} after {min(steps)} to {max(steps)} "
@@ -155,9 +151,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
     """Return the effects by rank, and the regrets by batch and rank."""
     (c,) = found
@@ -175,7 +168,7 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     batches = sorted({p.batch for p in c.prefixes})
     rows: list[list[Any]] = []
     for rank in c.ranks:
-        used = {(p.steps, p.batch): p.rho for p in c.usable(rank)}
+        used = {(p.steps, p.batch): p.rho for p in c.usable[rank]}
         for steps in sorted({s for s, _ in used}):
             rows.append([rank, steps, *(used.get((steps, b)) for b in batches)])
     effects = "; ".join(f"rank {r} {with_interval(e)}" for r, e in c.effects.items())
@@ -198,7 +191,7 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     panels = []
     for rank in c.ranks:
         rho: dict[int, dict[float, Estimate]] = {}
-        for p in c.usable(rank):
+        for p in c.usable[rank]:
             rho.setdefault(p.batch, {})[p.steps] = p.rho
         lines = {f"batch {b}": rho[b] for b in sorted(rho)}
         y, look = "rho: FullFT's updates / LoRA's", {"ticks": None, "log_y": True}

@@ -189,9 +189,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Facts], asked: base.Asked) -> dict[str, Any]:
     """Return the bits stored at every load."""
     (c,) = found

@@ -26,7 +26,7 @@ from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
 SHARE = 1 / 6
 FASTEST = 0.1
-"""Quantile of a run's median update times in an arm: other load can only slow a run down."""
+"""Quantile of an arm's update times that is compared: other load can only slow a run down."""
 QUIET = 1.5
 """Largest ratio of the 90% to the 10% quantile of an arm's update times on an idle machine."""
 MIN_RUNS = 5
@@ -89,7 +89,7 @@ class Arms(base.TwoArms):
 
     @cached_property
     def reached(self) -> dict[int, Reached]:
-        """How every rank reaches the goal's loss in the fewest updates; or else its whole runs.
+        """How every rank reaches the goal's loss in the fewest updates; otherwise its whole runs.
 
         The length is the first evaluated step after which runs at the optimum for that length have
         reached the loss. Learning curves end at twice that length, since single seeds may get there
@@ -223,9 +223,6 @@ ESTIMANDS = [
     _cost("flops_to_loss", Arms.gates_to_loss, TO_LOSS),
     _cost("seconds_to_loss", lambda c: c.gates_to_loss() + c.gates_on_time(), TO_LOSS),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:

@@ -149,9 +149,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Experts], asked: base.Asked) -> dict[str, Any]:
     """Return gaps, ratios and token shares of every reading."""
     cells = {}

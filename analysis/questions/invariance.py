@@ -161,9 +161,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Settings], asked: base.Asked) -> dict[str, Any]:
     """Return the drifts by scaling rule."""
     return {"drifts": found[0].drifts}

@@ -321,9 +321,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(tasks: Sequence[Task], asked: base.Asked) -> dict[str, Any]:
     """Return the ratios of rho, the ranks compared, and the gradient's shares."""
     used = [t for t in tasks if t.pairs]
@@ -375,9 +372,8 @@ def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
 
 def _panel(t: Task) -> base.Panel:
     here = [s for s in SETS if any(a.layers == s for a in (*t.adapted, *t.restricted))]
-    highest = {a.layers: max(b.rank for b in t.adapted if b.layers == a.layers) for a in t.adapted}
     low = min((a.rank for a in t.adapted), default=0)
-    raised = [a for a in t.adapted if a.rank == highest[a.layers] and a.rank > low]
+    raised = [a for a in t.adapted if a.rank > low and a is t.get(a.layers)]
     kinds = {
         "LoRA, rank raised to the MLP's parameters": raised,
         "LoRA, one rank": [a for a in t.adapted if a not in raised],

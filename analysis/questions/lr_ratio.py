@@ -220,9 +220,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Variant], asked: base.Asked) -> dict[str, Any]:
     """Return ratios, drifts and the pooled ratio."""
     place = {id(o): k for k, o in enumerate(base.distinct(o for c in found for o in c.optima))}

@@ -150,9 +150,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def elsewhere(bases: Sequence[Base], kept: Path | None) -> list[Elsewhere]:
     """Return the ratios in kept results of `lr_ratio` about models other than these."""
     found, models = [], {b.model for b in bases}

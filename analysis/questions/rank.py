@@ -195,9 +195,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Ranks], asked: base.Asked) -> dict[str, Any]:
     """Return the steps from which ranks are behind, by seed."""
     left = found[0].departures

@@ -259,9 +259,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:
     """Return every estimand."""
     (c,) = found

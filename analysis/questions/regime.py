@@ -109,7 +109,7 @@ class Data(base.Condition):
 
     @property
     def overfull(self) -> int | None:
-        """The largest rank that cannot; or None."""
+        """The largest rank that cannot hold what is new; or None."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
         return max(ranks, default=None)
 
@@ -244,10 +244,6 @@ def _where(applies: Callable[[Data], Any]) -> Callable[[Any], bool]:
     return lambda c: isinstance(c, Data) and not c.missing and bool(applies(c))
 
 
-def _over_allowed(c: Data) -> Estimate:
-    return c.gap.over_allowed()
-
-
 def _gates_apart(c: Data) -> list[Gate]:
     better = c.gap.mean().high
     none = [] if better is not None and better < 0 else [Gate(GateCode.NO_ADVANTAGE)]
@@ -264,14 +260,14 @@ def _gates_on_growth(c: Data) -> list[Gate]:
 ESTIMANDS = [
     base.Estimand(
         "over_allowed_low",
-        _over_allowed,
+        lambda c: c.gap.over_allowed(),
         Data.gates_at_eighth,
         applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
         read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
     ),
     base.Estimand(
         "over_allowed_beyond",
-        _over_allowed,
+        lambda c: c.gap.over_allowed(),
         Data.gates_at_eighth,
         applies=_where(lambda c: c.is_new and not c.is_low),
     ),
@@ -329,9 +325,6 @@ ESTIMANDS = [
         applies=lambda c: isinstance(c, Base),
     ),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:

@@ -158,9 +158,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Rewarded], asked: base.Asked) -> dict[str, Any]:
     """Return how far every rank is behind, in points."""
     behind = {c.name: {r: over_seeds(v) for r, v in c.behind.items()} for c in found}

@@ -177,9 +177,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Contexts], asked: base.Asked) -> dict[str, Any]:
     """Return loads, points and bits by contexts and rank."""
     return {

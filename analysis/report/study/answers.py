@@ -21,14 +21,13 @@ from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, exp_of, wit
 from analysis.inference.gates import gate_of
 from analysis.inference.meta import random_effects
 from analysis.measures.regret import novelty_of
+from analysis.questions.base import NO_CELL
 
 ORDER = (
     *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts", "rl_bits", "rl"),
     *("batch_size", "large_batches", "capacity", "invariance", "compute", "recipes"),
 )
 """The order of the study's questions; any others follow by name."""
-NO_CELL = "no cell"
-"""The group of a verdict on a claim of which no data set was run."""
 GENERATED = "synthetic"
 """The source of a data set that is generated."""
 SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}

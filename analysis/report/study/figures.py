@@ -10,6 +10,7 @@ import pandas as pd
 
 from analysis.inference.decide import scale_of
 from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
+from analysis.measures.batch_effect import EARLIEST
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import rate_means
@@ -223,8 +224,6 @@ def has_rate_curves(answers: Sequence[Answer]) -> bool:
 
 # ---------------------------------------------------------------- speed of each rank
 
-EARLIEST = 8
-"""Updates at the first point. Before, adapters that start at zero have hardly changed."""
 Speeds = dict[int, dict[int, Estimate]]
 """By rank and updates."""
 

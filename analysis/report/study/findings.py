@@ -12,14 +12,13 @@ from typing import Any
 from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed, number
 from analysis.measures.regret import ALLOWED, COUNTS
 from analysis.questions.base import mapped
+from analysis.questions.regime import EIGHTH
 from analysis.report.study.answers import Answer, Setting, estimate_of
 from analysis.report.study.figures import BATCHES, CONTROL, REGIME, conditions_of, controls_of
 
 FULL = " times full fine-tuning's"
 HEADLINES = ("regret", "learning_rates", "speed")
 """Subjects of the findings on the project's front page."""
-EIGHTH = 8
-"""The claims of `regime` are about ranks of this fraction of the width."""
 Found = list[tuple[Answer, Verdict]]
 Show = Callable[[Estimate], str]
 

@@ -21,6 +21,7 @@ from analysis.inference.estimate import (
     with_interval,
 )
 from analysis.measures.regret import COUNTS
+from analysis.questions.lr_ratio import ONE, TEN
 from analysis.questions.registry import analyse, question_named
 from analysis.report import plots, plots_study
 from analysis.report.report import added_after, band_text, command_of, write_answer
@@ -38,8 +39,6 @@ RATES_HEAD = (
     *("best NLL", "ratio to full fine-tuning", "regret at 10 times full fine-tuning's (nats)"),
     "regret at full fine-tuning's (nats)",
 )
-RULES = ("10 x FullFT's best LR", "FullFT's best LR")
-"""Rules of thumb, as named in an answer's ratios."""
 
 
 def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
@@ -181,7 +180,7 @@ def best_rates(answers: Sequence[Answer]) -> Rows:
             r = ratios.get((group, c["rank"])) if lora else None
             against = ["", "", ""]
             if r is not None:
-                costs = [signed(r["regrets"].get(rule)) for rule in RULES]
+                costs = [signed(r["regrets"].get(rule)) for rule in (TEN, ONE)]
                 against = [with_interval(estimate_of(r["ratio"])), *costs]
             rows.append(
                 [
