@@ -185,9 +185,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
 
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
-    """Find the folder of a sweep's report: at the given scale, else the newest.
-
-    Your own reports come before kept results.
+    """Find a sweep's report at the given scale, else the newest; your own before kept ones.
 
     Raises:
         TableError: there is no such report.

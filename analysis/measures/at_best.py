@@ -111,10 +111,9 @@ def is_finite(values: AtBest[float]) -> bool:
 
 
 def best_and_draws(o: Optimum, which: int) -> list[float]:
-    """Return the optimal learning rate, and N_LR_DRAWS equally likely draws of it, if known.
+    """Return the optimal learning rate and N_LR_DRAWS equally likely draws of it, as far as known.
 
-    Args:
-        which: index of the curve, which seeds the random order.
+    `which`, the index of the curve, seeds their random order.
     """
     if o.best_lr.value is None or o.best_lr.draws is None:
         return [] if o.best_lr.value is None else [o.best_lr.value]
@@ -188,11 +187,7 @@ def _runs_values(table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], Va
 
 
 def _above_valley(o: Optimum, which: int, runs: ByLr, share: Values) -> AtBest[Values]:
-    """Interpolate the runs' distances from the fitted valley, and add its height there.
-
-    Args:
-        share: share of the valley's height that each metric has.
-    """
+    """Interpolate distances from each metric's share of the fitted valley, and add its height."""
     shape = o.shape
     if shape is None or o.best_lr.value is None or not runs:
         return AtBest({})
@@ -225,11 +220,7 @@ def _losses(o: Optimum) -> dict[int, dict[float, float]]:
 def _interpolated(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
     if o.best_lr.value is None or not runs:
         return AtBest({})
-    by_lr: dict[float, list[float]] = {}
-    for of_seed in _losses(o).values():
-        for x, y in of_seed.items():
-            by_lr.setdefault(x, []).append(y)
-    heights = {x: float(np.mean(ys)) for x, ys in by_lr.items()}
+    heights = pd.DataFrame(_losses(o)).mean(axis=1).to_dict()
     common = set.intersection(*(set(lrs) for lrs in runs.values()))
 
     def at(x: float) -> dict[int, Values]:

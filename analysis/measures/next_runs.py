@@ -210,11 +210,8 @@ def _halfway(o: Optimum) -> np.ndarray:
 def _expected(o: Optimum, n: int, lrs: bool) -> float:
     """Return the expected standard deviation of ln(best LR) after adding runs.
 
-    Planned runs are given the loss of the fitted curve.
-
-    Args:
-        n: more seeds at the LRs around the optimum.
-        lrs: whether two LRs halfway between those are added.
+    These are n seeds at the LRs around the optimum, and, with `lrs`, two LRs halfway between those.
+    They are given the loss of the fitted curve.
     """
     use = o.curve.usable
     x, block = o.curve.x[use], o.curve.block[use]

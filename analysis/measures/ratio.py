@@ -11,15 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from analysis.inference import meta
 from analysis.inference.estimate import Estimate, exp_of, exp_or_none, from_draws
-from analysis.inference.meta import (
-    Drift,
-    MetaRegression,
-    RandomEffects,
-    drift,
-    meta_regression,
-    random_effects,
-)
 from analysis.measures.at_best import losses_at_best, over_seeds, pooled_over
 from analysis.optimum.optimum import Optimum
 
@@ -44,24 +37,21 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
     return from_draws(np.exp(np.mean([e.log_draws for e in a], axis=0) - f.log_draws), n)
 
 
-def lr_drift(lora: Sequence[Optimum]) -> Drift:
-    """Return the slope of ln(optimal LR) per doubling of the rank; none if a rank has no interval.
-
-    Leaving out the ranks at an edge would bias the slope.
-    """
+def lr_drift(lora: Sequence[Optimum]) -> meta.Drift:
+    """Return the slope of ln(optimal LR) per doubling of the rank, if all ranks have intervals."""
     draws = {o.curve.key["rank"]: o.best_lr.draws for o in lora}
     known = {rank: np.log(d) for rank, d in draws.items() if d is not None}
     if len(known) < len(lora):
         known = {}
-    return drift(list(known), list(known.values()), sum(o.best_lr.n for o in lora))
+    return meta.drift(list(known), list(known.values()), sum(o.best_lr.n for o in lora))
 
 
-def pool_ratios(ratios: Sequence[Estimate]) -> RandomEffects | None:
+def pool_ratios(ratios: Sequence[Estimate]) -> meta.RandomEffects | None:
     """Pool ln ratios of independent groups; None with fewer than two that have an interval."""
     logs = [np.log(r.draws) for r in ratios if r.draws is not None]
-    return (
-        random_effects([d.mean() for d in logs], [d.std() for d in logs]) if len(logs) > 1 else None
-    )
+    if len(logs) < 2:
+        return None
+    return meta.random_effects([d.mean() for d in logs], [d.std() for d in logs])
 
 
 def rivals(width: int, alpha: float) -> dict[str, float]:
@@ -193,15 +183,17 @@ def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
     return out
 
 
-def _regress(rows: Sequence[Ratio], wider: MetaRegression | None = None) -> MetaRegression | None:
+def _regress(
+    rows: Sequence[Ratio], wider: meta.MetaRegression | None = None
+) -> meta.MetaRegression | None:
     if len({r.hidden for r in rows}) < 2:
         return None
     design = np.stack([np.ones(len(rows)), np.log([r.hidden / 1000 for r in rows])], 1)
     logs, errors = (np.array([getattr(r, k) for r in rows]) for k in ("log", "error"))
-    return meta_regression(logs, errors**2, design, wider)
+    return meta.meta_regression(logs, errors**2, design, wider)
 
 
-def _within_bases(ratios: Sequence[Ratio]) -> MetaRegression | None:
+def _within_bases(ratios: Sequence[Ratio]) -> meta.MetaRegression | None:
     """Average over bases the slope of ln ratio over ln(alpha); None if no base has two alphas."""
     slopes, variances = [], []
     for base in sorted({r.base for r in ratios}):
@@ -213,4 +205,4 @@ def _within_bases(ratios: Sequence[Ratio]) -> MetaRegression | None:
             variances.append(1 / spread)
     if not slopes:
         return None
-    return meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))
+    return meta.meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))

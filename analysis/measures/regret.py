@@ -4,10 +4,8 @@ Each arm is at its optimal learning rate, and losses are paired by seed. Where d
 seed, an interval is over draws of what is to be learned.
 """
 
-import functools
 import json
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,12 +129,7 @@ class Gap:
 
 
 def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
-    """Compare every rank with full fine-tuning; empty without both arms.
-
-    Args:
-        table: the runs of one condition, cut at the number of updates that is judged.
-        optima: of these runs.
-    """
+    """Compare every rank with full fine-tuning in one condition's runs; empty without both arms."""
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
     found = _against_full(table, optima, lora)
     pooled = at_best.pooled_over(g.nats for g in found)
@@ -181,9 +174,7 @@ def starts_of(table: pd.DataFrame) -> dict[int, float]:
 def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
     """Return the bits of a data set by each of COUNTS that is known, as means over seeds.
 
-    Args:
-        table: the runs of one data set.
-        full: full fine-tuning, which codes the rows, so that the load does not depend on LoRA.
+    Full fine-tuning codes the rows, so that the load does not depend on LoRA.
     """
     found = {} if (known := _generator_bits(table)) is None else {GENERATOR: known}
 
@@ -270,11 +261,7 @@ class Needed:
 
 
 def rank_needed(over_allowed: Mapping[int, Estimate]) -> Needed:
-    """Return the range of the smallest rank with no regret.
-
-    Args:
-        over_allowed: by rank, `Gap.over_allowed`; without an interval where it must not be judged.
-    """
+    """Return the smallest rank with no regret; a rank without an interval must not be judged."""
     above, up_to = 0.0, math.inf
     for rank, e in sorted(over_allowed.items()):
         if e.low is not None and e.low > 0:
@@ -317,11 +304,3 @@ def change_of_needed(
     """Return the change of log2 of the needed rank per doubling, or None if a seed's is unknown."""
     change = last.paired(first, lambda b, a: (b - a) / doublings)
     return change if is_finite(change) else None
-
-
-def mean_over(values: Sequence[AtBest[float]]) -> AtBest[float] | None:
-    """Average values over conditions, for the seeds that all have; None without any."""
-    if not values:
-        return None
-    total = functools.reduce(lambda a, b: a.paired(b, operator.add), values)
-    return total.map((1 / len(values)).__mul__)

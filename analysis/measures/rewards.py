@@ -208,10 +208,7 @@ def learning_at_stable(
 
 
 def good_range(x: np.ndarray, reward: np.ndarray) -> tuple[float, float, bool]:
-    """Return the ends of the range of good LRs in ln(lr), and whether it may extend further.
-
-    The reward is interpolated linearly between `x`, ln(lr), rising.
-    """
+    """Return the ends of the range of good LRs in ln(lr), interpolated, and whether it is open."""
     best = int(reward.argmax())
     least = float(reward[best]) - GOOD
     ends, is_open = [], False

@@ -102,9 +102,6 @@ def slope_by_rank(logs: dict[int, AtBest[float]]) -> Estimate:
     """Return the slope of ln(rho) over log2(rank): least squares by seed, then over seeds.
 
     Without a value if any seed has only a bound, or with fewer than two ranks.
-
-    Args:
-        logs: `log_rho` by rank.
     """
     ranks = sorted(logs)
     if len(ranks) < 2:
@@ -154,11 +151,7 @@ UNKNOWN = Departure(0.0, math.inf)
 
 
 def departure(lora: Points, full: Points, start: float) -> Departure:
-    """Return the step, interpolated in ln(step), from which LoRA stays behind full fine-tuning.
-
-    Args:
-        start: NLL before training, in nats.
-    """
+    """Return the step from which LoRA stays behind; `start` is the NLL before training, in nats."""
     other = dict(full)
     steps = [s for s, _ in lora if s in other]
     gain = max(start - full[-1][1], 1e-12)

@@ -304,10 +304,7 @@ def gates_on_gap(gap: Gap) -> list[Gate]:
 
 @dataclass(frozen=True)
 class Condition:
-    """Runs that are judged together, such as those of one base model and data set.
-
-    A question's subclass adds what its estimands share.
-    """
+    """Runs that are judged together; a question's subclass adds what its estimands share."""
 
     name: str
     """The group of its verdicts."""
@@ -427,10 +424,7 @@ LR_DRIFT = Estimand[Any](
 
 
 def over_allowed(name: str, gap: Callable[[C], Gap | None], **more: Any) -> Estimand[C]:
-    """Declare the regret of one curve minus what is allowed, in nats.
-
-    `gap` returns None where a curve is missing; `more` are other fields of `Estimand`.
-    """
+    """Declare a curve's regret minus what is allowed, in nats; `gap` is None without the curve."""
     return Estimand(
         name,
         lambda c: g.over_allowed() if (g := gap(c)) else None,
@@ -596,10 +590,7 @@ def _judged(c: Any, e: Estimand[Any], name: str, claim: dict[str, Any], level: f
 
 
 def _over_parts(v: Verdict, each: Sequence[Verdict]) -> Verdict:
-    """Adjust a verdict over several conditions by the verdicts on each.
-
-    It is SUPPORTED only if each is. If they disagree, the reason lists their outcomes.
-    """
+    """Keep a verdict SUPPORTED only if each part's is; if these differ, list them in the reason."""
     outcomes = sorted(w.outcome for w in each)
     split = {"SUPPORTED", "REFUTED"} <= set(outcomes)
     if not each or len(set(outcomes)) == 1 or (v.outcome == "UNDECIDED" and not split):

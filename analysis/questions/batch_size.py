@@ -49,7 +49,6 @@ class Batches(base.Condition):
 
     @cached_property
     def effects(self) -> dict[int, Estimate]:
-        """The effect of the batch by rank."""
         return {r: over_seeds(batch_effect.effect(self.usable[r])) for r in self.ranks}
 
     def difference(self) -> Estimate:
@@ -59,7 +58,6 @@ class Batches(base.Condition):
         return batch_effect.difference(self.usable[self.top], self.usable[self.ranks[0]])
 
     def gates_on_difference(self) -> list[Gate]:
-        """List the gates of both ranks."""
         if len(self.ranks) < 2:
             return [Gate(GateCode.ONE_RANK)]
         both = self.gates_on_effect(self.ranks[0]) + self.gates_on_effect(self.top)

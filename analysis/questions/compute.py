@@ -157,7 +157,6 @@ class Arms(base.TwoArms):
         return base.fewest_seeds(self.ends)
 
     def gates_to_loss(self) -> list[Gate]:
-        """List the gates of the costs to the common loss."""
         aim, goal = self.goal
         shorter = "full fine-tuning's shorter runs"
         gates = base.gates_on_speed(self.ends) if aim else base.missing(shorter)

@@ -19,14 +19,7 @@ from analysis.inference.estimate import Estimate, exp_of, number, signed
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import within_groups
 from analysis.inference.seeds import PooledVariance
-from analysis.measures.at_best import (
-    AtBest,
-    is_finite,
-    losses_at_best,
-    mean_of,
-    over_seeds,
-    pooled_over,
-)
+from analysis.measures import at_best
 from analysis.measures.qualify import stalled
 from analysis.measures.regret import Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, rho
@@ -57,8 +50,8 @@ class Arm:
     layers: str
     rank: int | None
     n_trainable: int
-    points: AtBest[Points]
-    losses: AtBest[float]
+    points: at_best.AtBest[Points]
+    losses: at_best.AtBest[float]
     """Last loss by seed, in nats."""
     share: float | None
     """Share of full fine-tuning's squared gradient at the start that lies in the layer set."""
@@ -79,7 +72,7 @@ class Pair:
     """Two layer sets that are compared: their arms, rho ratio, and gap in loss."""
 
     arms: tuple[Arm, Arm]
-    logs: AtBest[float]
+    logs: at_best.AtBest[float]
     """ln(rho of the first / rho of the second), by seed."""
     gap: Gap
     """In loss; its gain is full fine-tuning's."""
@@ -114,10 +107,7 @@ class Task(base.Condition):
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Attention against MLP at equal parameters, and MLP against both at equal rank.
-
-        Empty if an arm of either is missing.
-        """
+        """Attention against MLP at equal parameters, MLP against both at equal rank; or empty."""
         equal, both = equal_pair(self.adapted), self.get("attention+mlp")
         mlp = self.get("mlp", both.rank) if both else None
         if self.whole is None or equal is None or both is None or mlp is None:
@@ -134,10 +124,10 @@ class Task(base.Condition):
     @cached_property
     def ratios(self) -> list[Estimate]:
         """The ratio of rho of each pair; without a value if a seed has only a bound."""
-        pooled = pooled_over(p.logs for p in self.pairs)
+        pooled = at_best.pooled_over(p.logs for p in self.pairs)
         return [
-            exp_of(over_seeds(p.logs, pooled))
-            if is_finite(p.logs)
+            exp_of(at_best.over_seeds(p.logs, pooled))
+            if at_best.is_finite(p.logs)
             else Estimate(None, n=len(p.logs.best))
             for p in self.pairs
         ]
@@ -173,7 +163,9 @@ class Task(base.Condition):
     def pooled(self) -> PooledVariance | None:
         """Variance over seeds of ln(rho), pooled over all arms."""
         full = self.whole.points
-        return pooled_over(log_rho(b.points, full) for b in (*self.adapted, *self.restricted))
+        return at_best.pooled_over(
+            log_rho(b.points, full) for b in (*self.adapted, *self.restricted)
+        )
 
     def speed(self, a: Arm) -> Estimate:
         """Return rho of an arm."""
@@ -205,8 +197,8 @@ class AllTasks(base.Condition):
             equal, joint = (p.arms for p in t.pairs)
             arms = [a for a in (*equal, joint[1]) if a.share]
             speeds = [log_rho(a.points, t.whole.points) for a in arms]
-            known = [(math.log(a.share), mean_of(v)) for a, v in zip(arms, speeds) if is_finite(v)]
-            found.append(known)
+            known = [(a, v) for a, v in zip(arms, speeds) if at_best.is_finite(v)]
+            found.append([(math.log(a.share), at_best.mean_of(v)) for a, v in known])
         return within_groups(found, "layer sets over all tasks")
 
     def gates_on_trace(self) -> list[Gate]:
@@ -219,10 +211,7 @@ class AllTasks(base.Condition):
 
 
 def equal_pair(adapted: Sequence[Arm]) -> tuple[Arm, Arm] | None:
-    """Return the attention arm and the MLP arm with the most similar numbers of parameters.
-
-    None if no pair agrees within PARAMETERS_AGREE.
-    """
+    """Return the attention arm and the MLP arm nearest in size, if within PARAMETERS_AGREE."""
     known = [a for a in adapted if a.n_trainable]
     pairs = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
 
@@ -237,7 +226,7 @@ def conditions(table: pd.DataFrame) -> list[Task | AllTasks]:
     """Split a table into tasks and arms, and join all tasks."""
     optima = base.fit(table)
     points = dict(zip(map(id, optima), curves_at_best(table, optima)))
-    losses = dict(zip(map(id, optima), losses_at_best(optima)))
+    losses = dict(zip(map(id, optima), at_best.losses_at_best(optima)))
     tasks = []
     for group, curves in base.by_group(optima).items():
         full = [o for o in curves if not base.rank_of(o)]

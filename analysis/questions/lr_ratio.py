@@ -138,10 +138,7 @@ class Variant(base.Condition):
 
     @cached_property
     def at_ten_times(self) -> at_best.Cost:
-        """What the highest rank loses at 10 times full fine-tuning's optimum, in % of its gain.
-
-        Compared with LoRA's optimum; the errors of both optima are included.
-        """
+        """The highest rank's regret at 10 times FullFT's optimum, in percent of FullFT's gain."""
         lrs = [10 * lr for lr in at_best.best_and_draws(self.full, 1)]
 
         def percent(rank: int, losses: at_best.AtBest[float]) -> at_best.AtBest[float]:

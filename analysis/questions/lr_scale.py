@@ -68,8 +68,18 @@ class Bases(base.Condition):
 
     @cached_property
     def sets(self) -> dict[str, list[Base]]:
-        """The bases to which each law is fitted."""
-        return {TOKENS: equal_tokens(self.bases), LOSS: equal_loss(self.bases), ALL: self.bases}
+        """The bases to which each law is fitted: of equal ones those with the most hidden sizes."""
+        tokens = {b.tokens for b in self.bases if b.tokens}
+        by_tokens = [[b for b in self.bases if b.tokens == t] for t in tokens]
+        losses = {b.base_nll for b in self.bases}
+        by_loss = [[b for b in self.bases if abs(b.base_nll - nll) <= AGREE] for nll in losses]
+
+        def hidden(bases: list[Base]) -> int:
+            return len({b.hidden for b in bases})
+
+        equal_tokens = max(by_tokens, key=hidden, default=[])
+        equal_loss = max(by_loss, key=lambda bases: (hidden(bases), len(bases)), default=[])
+        return {TOKENS: equal_tokens, LOSS: equal_loss, ALL: self.bases}
 
     @cached_property
     def laws(self) -> dict[str, RatioLaw]:
@@ -92,21 +102,6 @@ class Bases(base.Condition):
             for o in base.distinct(o for c in bases for o in (c.full, c.lora))
             for gate in base.gates_on([o])
         ]
-
-
-def equal_tokens(bases: Sequence[Base]) -> list[Base]:
-    """Return the bases with equal pretraining tokens that cover the most hidden sizes."""
-    groups = {t: [c for c in bases if c.tokens == t] for t in {c.tokens for c in bases if c.tokens}}
-    return max(groups.values(), key=lambda g: len({c.hidden for c in g}), default=[])
-
-
-def equal_loss(bases: Sequence[Base]) -> list[Base]:
-    """Return the bases within AGREE of one base's loss that cover the most hidden sizes."""
-    near = [
-        [c for c in bases if abs(c.base_nll - centre) <= AGREE]
-        for centre in {c.base_nll for c in bases}
-    ]
-    return max(near, key=lambda g: (len({c.hidden for c in g}), len(g)), default=[])
 
 
 def _ratios(bases: Sequence[Base]) -> list[Ratio]:

@@ -4,12 +4,13 @@ A condition is a data set on one base. Each rank is compared with full fine-tuni
 optimal learning rates, after all updates and after the first FIRST of the same runs.
 """
 
+import functools
 import json
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -86,17 +87,17 @@ class Data(base.Condition):
     def shown(self) -> bool:
         return True
 
-    @cached_property
+    @functools.cached_property
     def parts_of_gap(self) -> dict[int, dict[str, AtBest[float]]]:
         """What the changed and the unchanged contexts add to the gap, in nats, by rank."""
         return {r: regret.parts_at_best(self.runs, g) for r, g in self.last.items()}
 
-    @cached_property
+    @functools.cached_property
     def loads(self) -> dict[int, dict[str, float]]:
         """By rank and count."""
         return {r: regret.loads_of(self.runs, g.lora, self.bits) for r, g in self.last.items()}
 
-    @cached_property
+    @functools.cached_property
     def controls(self) -> list[regret.Gap]:
         """Full fine-tuning of some matrices alone against that of everything."""
         return regret.controls_of(self.runs, self.optima)
@@ -113,7 +114,7 @@ class Data(base.Condition):
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
         return max(ranks, default=None)
 
-    @cached_property
+    @functools.cached_property
     def growing(self) -> tuple[regret.Gap, regret.Gap] | None:
         """The smallest rank's gap after FIRST and after all updates, on the same rows."""
         smallest = min(self.last)
@@ -148,7 +149,7 @@ class Data(base.Condition):
 
     # ---- the rank that is needed
 
-    @cached_property
+    @functools.cached_property
     def rank_needed(self) -> Estimate:
         """The needed rank, over seeds; no value if it is outside the ranks tried in a seed."""
         logs = regret.rank_needed_by_seed(_judged(self.last))
@@ -161,7 +162,7 @@ class Data(base.Condition):
             return base.UNKNOWN
         return base.mapped(self.rank_needed, lambda v: float(np.mean(of_rank_1)) / v)
 
-    @cached_property
+    @functools.cached_property
     def needed(self) -> regret.Needed:
         """The smallest rank with no regret, as a range of ranks tried."""
         judged = _judged(self.last)
@@ -189,7 +190,7 @@ class Base(base.Condition):
         gaps = [g for c in self.data for g in c.last.values()]
         return base.distinct(o for g in gaps for o in (g.lora, g.full))
 
-    @cached_property
+    @functools.cached_property
     def change(self) -> AtBest[float] | None:
         """Change of log2 of the needed rank per doubling of the updates after FIRST, over data."""
         changes = []
@@ -197,7 +198,11 @@ class Base(base.Condition):
             gaps = (c.first, c.last_on_first_rows)
             first, last = (regret.rank_needed_by_seed(_judged(g)) for g in gaps)
             changes.append(regret.change_of_needed(first, last, math.log2(c.steps / FIRST)))
-        return regret.mean_over([change for change in changes if change is not None])
+        known = [change for change in changes if change is not None]
+        if not known:
+            return None
+        total = functools.reduce(lambda a, b: a.paired(b, operator.add), known)
+        return total.map((1 / len(known)).__mul__)
 
 
 def conditions(table: pd.DataFrame) -> list[Data | Base]:

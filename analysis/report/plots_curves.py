@@ -56,12 +56,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
 
 
 def _fitted(ax: Axes, o: Optimum, label: str, k: int, broken: float, limit: float) -> None:
-    """Draw the k-th curve of a group, its fit, and its best LR with interval, range or arrow.
-
-    Args:
-        broken: height of the runs that are not fitted.
-        limit: of the axis; the fit ends there.
-    """
+    """Draw the k-th curve of a group, its fit up to `limit`, best LR, and broken runs."""
     index, again = _look(k)
     colour, marker = COLOURS[index], MARKERS[(index + again) % len(MARKERS)]
     c, e, height = o.curve, o.best_lr, o.best_nll

@@ -28,8 +28,6 @@ ORDER = (
     *("batch_size", "large_batches", "capacity", "invariance", "compute", "recipes"),
 )
 """The order of the study's questions; any others follow by name."""
-GENERATED = "synthetic"
-"""The source of a data set that is generated."""
 SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
 
 
@@ -62,7 +60,6 @@ class Answer:
 
     @property
     def sweep(self) -> str:
-        """Name of the sweep."""
         return self.results["sweep"]
 
     def says(self, claim: str) -> str:
@@ -132,7 +129,7 @@ class Answer:
             dataset = json.loads(text)
             novelty = novelty_of(dataset)
             names: tuple[str, ...] = (f" on {dataset['name']}", f", {dataset['name']}")
-            setting = Setting.BEYOND if dataset["source"] == GENERATED else Setting.REAL
+            setting = Setting.BEYOND if dataset["source"] == "synthetic" else Setting.REAL
             if novelty is not None:
                 setting = Setting.IN_REGIME if novelty.low else Setting.BEYOND
                 names = (*names, f", {novelty.name}")
@@ -147,12 +144,10 @@ class Answer:
 
     @property
     def run_ids(self) -> set[str]:
-        """Names of its runs."""
         return set(self.runs.get("run_id", ()))
 
     @property
     def bases(self) -> list[str]:
-        """Names of the base models."""
         return sorted(self.runs["model"].unique()) if len(self.runs) else []
 
     @property
@@ -187,10 +182,7 @@ class Answer:
 
 
 def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) -> list[Answer]:
-    """Read the answers (None: all) below folders, in the order of the study's questions.
-
-    If two folders have an answer of the same name, the first one's is used.
-    """
+    """Read the answers (None: all) in the study's order; of one name, the first folder's."""
     found: dict[str, Answer] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):

@@ -44,7 +44,6 @@ class Line:
 
     @property
     def name(self) -> str:
-        """Base, data and length."""
         size = f" of {self.batch_size}" if self.batch_size else ""
         return f"{self.base}, {self.data}, {self.updates} updates{size}"
 

@@ -35,9 +35,9 @@ from analysis.runs.table import read as read_table
 
 REGRET, FOREST, RATES, SPEED = "regret.png", "forest.png", "rates.png", "speed.png"
 RATES_HEAD = (
-    *("base, data, batch, updates", "method", "best learning rate", "regret under 0.01 nats"),
-    *("best NLL", "ratio to full fine-tuning", "regret at 10 times full fine-tuning's (nats)"),
-    "regret at full fine-tuning's (nats)",
+    "base, data, batch, updates|method|best learning rate|regret under 0.01 nats|best NLL|"
+    "ratio to full fine-tuning|regret at 10 times full fine-tuning's (nats)|"
+    "regret at full fine-tuning's (nats)"
 )
 
 
@@ -170,7 +170,7 @@ def load_rows(answers: Sequence[Answer]) -> Rows:
 
 def best_rates(answers: Sequence[Answer]) -> Rows:
     """Return the best learning rates of all answers with ratios, the largest model first."""
-    rows = [list(RATES_HEAD)]
+    rows = [RATES_HEAD.split("|")]
     for a in sorted((a for a in answers if a.results.get("ratios")), key=lambda a: -a.size):
         ratios = {(r["group"], r["rank"]): r for r in a.results["ratios"]}
         for c in a.results["curves"]:
