@@ -20,7 +20,7 @@ from analysis.optimum.posterior import expected_spread
 from analysis.runs.lr_curves import LrCurve
 
 MAX_NEW_SEEDS = 5
-"""Per curve and call."""
+"""The most new seeds that are suggested for one curve at a time."""
 N_AROUND = 3
 """Number of learning rates around the optimum that get new seeds."""
 HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING, GateCode.WITHDRAWN}

@@ -24,7 +24,7 @@ from analysis.runs.prefixes import MIN_GAIN, MIN_REST, gain_in_noise
 EDGES = ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
 """Flags of an optimum that is not a single minimum inside the LRs tried."""
 MAX_NOISE = 0.1
-"""Of the standard deviation between seeds, over the rise of the loss a factor 2 off the optimum."""
+"""Largest noise between seeds, as a share of the rise of the loss a factor 2 off the optimum."""
 
 
 @dataclass(frozen=True)

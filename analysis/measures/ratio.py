@@ -80,9 +80,12 @@ def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
     pooled = pooled_over(fresh)
     found = []
     for o, v in zip(lora, fresh):
-        unknown = o.best_nll is None or full.best_nll is None
-        fitted = Estimate(None if unknown else o.best_nll - full.best_nll)
-        found.append(over_seeds(v, pooled) if len(v.best) > 1 else fitted)
+        if len(v.best) > 1:
+            found.append(over_seeds(v, pooled))
+        elif o.best_nll is None or full.best_nll is None:
+            found.append(Estimate(None))
+        else:
+            found.append(Estimate(o.best_nll - full.best_nll))
     return found
 
 
@@ -127,9 +130,9 @@ class RatioLaw:
     tau: float
     """Standard deviation of ln ratio between bases of one hidden size."""
     bases: int
-    """Number to which p is fitted."""
+    """Number of base models to which p is fitted."""
     bases_q: int
-    """Number to which q is fitted."""
+    """Number of base models to which q is fitted."""
     rivals: dict[str, float | None] = field(default_factory=dict)
     """p-value of each rival's exponents; None: too few bases to test."""
     flags: tuple[str, ...] = ()

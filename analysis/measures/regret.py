@@ -261,7 +261,7 @@ class Needed:
 
 
 def rank_needed(over_allowed: Mapping[int, Estimate]) -> Needed:
-    """Return the smallest rank with no regret; a rank without an interval must not be judged."""
+    """Return the smallest rank with no regret; ranks without an interval are not judged."""
     above, up_to = 0.0, math.inf
     for rank, e in sorted(over_allowed.items()):
         if e.low is not None and e.low > 0:

@@ -80,7 +80,7 @@ def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
 def rho(
     lora: AtBest[Points], full: AtBest[Points], pooled: PooledVariance | None = None
 ) -> Estimate:
-    """Return rho from learning curves as of `curves_at_best`, paired by seed.
+    """Return rho from learning curves, as `curves_at_best` returns them, paired by seed.
 
     Steps are counted to the higher of the two last losses. If either curve has it at its first
     evaluation in any seed, there is only a bound. The interval covers the seeds' spread (at least
@@ -331,7 +331,7 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
 
 
 def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:
-    """Return the first step of two in a row, or the last, outside the band; infinite: none."""
+    """Return the first step of two in a row, or the last, outside the band; else infinite."""
     out = np.abs(apart) > band
     twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
     return steps[twice[0]] if twice else math.inf

@@ -409,8 +409,7 @@ class Estimand(Generic[C]):
     rivals: Callable[[C], dict[str, float]] = lambda c: {}
     """Predictions of published laws, shown beside the verdict."""
     each: str = ""
-    """The estimand of the condition's `parts`. They are judged by the same margin; the verdict on
-    the whole is SUPPORTED only if that on every part is."""
+    """The estimand of the condition's `parts`; each must be SUPPORTED by the same margin, too."""
     read: Callable[[C], str] | None = None
     """The rank and the number of updates at which it is measured, in words."""
 

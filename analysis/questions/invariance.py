@@ -36,7 +36,7 @@ class Twins:
         self.held: list[float] = []
         """Largest difference of each true pair's held-out NLL at any step, in nats."""
         self.broken: dict[str, float] = {}
-        """The largest of all pairs by what breaks the symmetry."""
+        """The largest such difference by what breaks the symmetry."""
         self.rows: list[list[str]] = []
         self.series: list[base.Series] = []
         learned = by_run(proofs)

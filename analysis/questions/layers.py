@@ -75,7 +75,7 @@ class Pair:
     logs: at_best.AtBest[float]
     """ln(rho of the first / rho of the second), by seed."""
     gap: Gap
-    """In loss; its gain is full fine-tuning's."""
+    """The first's loss minus the second's; the gain is full fine-tuning's."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Ratio:
     alpha: float
     ratio: Estimate
     gap: Estimate
-    """In nats; see `measures.ratio.gaps`."""
+    """LoRA's lowest loss minus full fine-tuning's, in nats; see `measures.ratio.gaps`."""
     regrets: dict[str, float | None] = field(default_factory=dict)
     """NLL lost by each rule of thumb, in nats; None if its learning rate is outside those tried."""
     at: int | None = None

@@ -34,9 +34,9 @@ class Base:
     hidden: int
     alpha: float
     tokens: float | None
-    """In pretraining; None without a recipe."""
+    """Pretraining tokens; None without a recipe."""
     base_nll: float
-    """On the pretraining data, in nats; NaN if it was not measured."""
+    """Loss on the pretraining data, in nats; NaN if it was not measured."""
     lora: Optimum
     full: Optimum
 

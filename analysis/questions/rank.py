@@ -91,7 +91,7 @@ class Ranks(base.TwoArms):
         }
 
     def unresolved(self) -> list[Gate]:
-        """Return a gate if at most one rank falls behind later than the first evaluation."""
+        """Return a gate if all ranks, or all but one, are behind at the first evaluation."""
         gone = [
             str(r)
             for r, d in self.departures.items()

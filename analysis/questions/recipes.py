@@ -42,9 +42,8 @@ class Recipes(base.Condition):
     """The recipes, tuned LoRA and full fine-tuning on a model's main data set."""
 
     main: list[Optimum]
-    """Curves on the main data set."""
+    """Curves on the main data set; `few` are those on the data set of few rows."""
     few: list[Optimum]
-    """Curves on the data set of few rows."""
 
     @property
     def missing(self) -> str:

@@ -192,7 +192,7 @@ class Base(base.Condition):
 
     @functools.cached_property
     def change(self) -> AtBest[float] | None:
-        """Change of log2 of the needed rank per doubling of the updates after FIRST, over data."""
+        """Change of log2 of the needed rank per doubling of updates after FIRST: mean over data."""
         changes = []
         for c in (c for c in self.data if c.first):
             gaps = (c.first, c.last_on_first_rows)

@@ -83,8 +83,7 @@ def _by_rank(rows: Sequence[dict[str, Any]]) -> dict[int, Estimate]:
 # ---------------------------------------------------------------- claims in units of their margins
 
 OPEN = 5.0
-"""An end of a margin this many times further from the claim's value than the other end is open: the
-claim is one-sided."""
+"""An end of a margin this many times further from the claim's value than the other end is open."""
 DOUBLE = math.log(2)
 """Unit of a ratio whose margin has none; that of a difference is WITHIN nats."""
 

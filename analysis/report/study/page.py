@@ -143,7 +143,7 @@ def readme(text: str, kept: Path) -> str:
 
 
 def bits_rows(answers: Sequence[Answer]) -> Rows:
-    """Return head and conditions: bits and load of the needed rank by count; empty without bits."""
+    """Return each condition's bits and load of the needed rank by every count, after the head."""
     head = ["data set", "updates", "needed rank [95%]"]
     head += [f"{what} by {words}" for what in ("bits", "load") for words in COUNTS.values()]
     rows = [head]
