@@ -10,11 +10,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "analysis" / "results"
-"""Kept results of the repository."""
-SCALE_HELP = (
-    "scale of the sweep, with the hash of its folder if there is one; default: that of the newest "
-    "report"
-)
 EPILOG = """commands
   fit FILE      best learning rate of every curve, with interval or bound and low-regret band
   ratio FILE    LoRA's best learning rate divided by full fine-tuning's
@@ -161,7 +156,8 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     out = "folder to write to; default: the report's folder"
     parser = _parser("", out, description=__doc__, epilog=EPILOG)
     parser.add_argument("sweep", help="name of the sweep, e.g. lr_ratio; or a command, see below")
-    parser.add_argument("--scale", help=SCALE_HELP)
+    scale = "scale of the sweep, with its folder's hash if it has one; default: the newest report's"
+    parser.add_argument("--scale", help=scale)
     parser.add_argument(
         "--table", type=Path, help=".parquet or .csv, one run per row; default: the report's own"
     )
@@ -189,9 +185,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
 
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
-    """Find the folder of a sweep's report: at the given scale, else the newest.
-
-    Your own reports come before kept results.
+    """Find a sweep's report at the given scale, else the newest; your own before kept ones.
 
     Raises:
         TableError: there is no such report.

@@ -4,9 +4,8 @@
 
 Needs the extra `bench`; `smollm2` also needs the weights and GSM8K. Writes
 analysis/results/bench/fleet.json, and the page from it. The fleet is timed whole, from process
-start to the last adapter and the page. The baselines train a sample of the customers, spread evenly
-over the table, and the time of all is extrapolated: start-up by the number of processes, the rest
-by the tokens that are trained on and evaluated.
+start to the page. The baselines train a sample of the customers, and their time is extrapolated:
+start-up by the number of processes, the rest by the tokens trained on and evaluated.
 """
 
 import json
@@ -83,11 +82,7 @@ def _parent(folder: Path) -> str:
 
 
 def measure(case: Case, log: Log, customers: int = 0) -> Figures:
-    """Time a fleet and its baselines; return seconds, ratios, and memory in bytes.
-
-    Args:
-        customers: how many; 0: as many as the case has.
-    """
+    """Time a fleet of `customers` (0: the case's) and its baselines; memory is in bytes."""
     case = case._replace(customers=customers or case.customers)
     values = harness.exec_values()
     with tempfile.TemporaryDirectory() as temporary:
@@ -145,10 +140,7 @@ def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _fleet(asked: Sequence[str], folder: Path, log: Log) -> Figures:
-    """Train the fleet by its command, from an empty store.
-
-    A customer without an adapter (exit status 1) is counted, not fatal.
-    """
+    """Train the fleet by its command; a customer without an adapter (exit status 1) is counted."""
     runs, options = folder / "runs", ["action=fleet", *asked, f"out={folder / 'fleet'}"]
     _, plan = command("action=plan", *asked, runs_dir=runs)
     before = cpu_s()
@@ -174,10 +166,7 @@ def _fleet(asked: Sequence[str], folder: Path, log: Log) -> Figures:
 
 
 def _tokens(member: Member, values: dict[str, Any]) -> int:
-    """Return the tokens of a customer that a baseline passes through its model.
-
-    Those of an update count three times, for its backward pass.
-    """
+    """Return the tokens of a customer that a baseline's model sees; in updates three times."""
     spec = member.points[0].spec
     tokenizer = tokenizer_of(spec.model, [*values["models_dir"], "/"])
     data = load_data(spec.dataset, values["data_dir"], tokenizer)
@@ -196,10 +185,7 @@ def spread(tokens: Sequence[int], count: int) -> list[int]:
 def _baseline(
     kind: str, members: Sequence[Member], values: dict[str, Any], folder: Path
 ) -> list[Figures]:
-    """Train some customers in one process of a baseline; return its rows.
-
-    The start of the process, and what is left of its wall time, count in the first row.
-    """
+    """Train customers in one process of a baseline; return rows, the first with its start-up."""
     job = {
         "jobs": [[p.spec.plain() for p in m.points] for m in members],
         "exec": {**values, "models_dir": [*values["models_dir"], "/"]},

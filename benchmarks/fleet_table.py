@@ -21,7 +21,7 @@ FEWEST, MOST = 20, 400
 """Rows of a customer, log-uniform between them."""
 BATCHES = (1, 2, 4)
 LONGEST_TEXT = 300
-"""Letters of the longest row that is taken from GSM8K: an update of them takes a second or less."""
+"""Letters of the longest row of GSM8K, so that an update takes a second or less."""
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz012345"
 DIALECTS = 8
 DIALECT = {"rule_shift": 0.25, "shift_rank": 2.0}
@@ -32,12 +32,9 @@ Row = dict[str, str]
 def write_table(
     folder: Path, model: str, count: int, updates: tuple[int, int], rows: Sequence[Row] | None
 ) -> Path:
-    """Write `count` customers' rows and their table; return its path.
+    """Write `count` customers' table, and their rows into data/ beside it; return its path.
 
     Args:
-        folder: of the table; rows go into data/ in it.
-        model: their base, as it stands in the table.
-        count: customers.
         updates: fewest and most of a run.
         rows: every second customer's are a selection of them; None: all are of dialects.
     """
@@ -81,11 +78,9 @@ def gsm8k(data_dirs: Sequence[str]) -> list[Row]:
 
 
 def symbol_tokenizer(symbols: Sequence[str], unknown: str, **special: str) -> Any:
-    """Return a tokenizer with one token for each symbol.
+    """Return a tokenizer of symbols; `unknown` is the one that stands for all other characters.
 
-    Args:
-        unknown: the symbol that stands for all other characters.
-        special: eos_token and pad_token.
+    `special`: eos_token and pad_token.
     """
     from tokenizers import Regex, Tokenizer
     from tokenizers.models import WordLevel
@@ -98,10 +93,7 @@ def symbol_tokenizer(symbols: Sequence[str], unknown: str, **special: str) -> An
 
 
 def write_base(spec: ModelSpec, models_dirs: Sequence[str], folder: Path) -> Path:
-    """Write a base of symbols as a folder of transformers', with a letter for each symbol.
-
-    Returns its config.json. The first symbol ends a text.
-    """
+    """Write a base of symbols, the first of which ends a text; return the path of config.json."""
     pretrain.ensure(spec, list(models_dirs))
     model: Any = models.load(spec, models_dirs).model
     tokenizer = symbol_tokenizer(SYMBOLS, SYMBOLS[0], eos_token=SYMBOLS[0])

@@ -1,9 +1,8 @@
 """Time whole grids of runs, and the way from nothing to an answer, against two baselines.
 
-The baselines are one TRL process for each run, and a plain PEFT loop in one process. They get all
-cores and train one run after another, as a user's script would. They train a sample of the runs of
-each curve, and the time of the rest is computed from it: the runs of a curve differ only in their
-learning rate and seed. lorasweep's commands are timed whole, from process start to the report.
+The baselines, one TRL process per run and a plain PEFT loop in one process, get all cores. They
+train some runs of each curve, one after another; the rest, which differ only in learning rate and
+seed, are extrapolated. lorasweep's commands are timed whole, from process start to the report.
 """
 
 import dataclasses
@@ -35,12 +34,10 @@ LORA_GRID = (
     "sweep.arms.lora.lr=${around:3e-4,16,1.3}",
 )
 PLAIN_RUNS = 7 * 3
-"""Runs of a curve of the plain grid, 7 learning rates x 3 seeds: with fewer seeds no claim is
-judged."""
+"""Runs of a curve of the plain grid, 7 LRs x 3 seeds: with fewer seeds no claim is judged."""
 SAME_INTERVAL_RUNS = 7 * 2
-"""Runs of a curve of the smallest plain grid that has an interval of the ratio at all. On simulated
-curves with the noise of `tiny` it is narrower than that of the sweep's own design
-(analysis/results/calibration, "Runs for an interval")."""
+"""Runs of a curve of the smallest plain grid with an interval of the ratio. On simulated curves it
+is narrower than the sweep's own (analysis/results/calibration, "Runs for an interval")."""
 SAMPLES = 3
 """Timed processes of each curve of the plain grid."""
 
@@ -50,8 +47,7 @@ def baseline(
 ) -> dict[str, float]:
     """Train `runs` of `points` with a baseline in one process; return seconds per run by part.
 
-    The first run warms up the process and does not count, unless it is the only one. Loading
-    happens once and counts as start.
+    Loading counts as start. The first of several runs warms up the process and does not count.
     """
     job = {"jobs": [[p.spec.plain()] for p in points[:runs]], "exec": values, "out": None}
     wall_s, rows = harness.baseline(kind, job, Path(folder))
@@ -106,8 +102,7 @@ def _check_done(points: Sequence[Point], store: RunStore) -> None:
 def flops_over_peak(points: Sequence[Point], wall_s: float, peak: float) -> float:
     """Return the runs' floating-point operations divided by wall time and the measured peak.
 
-    Updates and evaluations, by the study's formula. It counts the unembedding at every token,
-    although only loss positions need it.
+    By the study's formula, which counts the unembedding at every token.
     """
     return sum(run_flops(p.spec) for p in points) / wall_s / peak
 
@@ -176,11 +171,7 @@ def lora_grid(
 
 
 def time_answer(scale: str, values: dict[str, Any], log: Log) -> Figures:
-    """Time the command and the processes, and divide the plain grids' seconds by the command's.
-
-    Args:
-        values: of an Exec, with absolute paths.
-    """
+    """Time the command and the processes, and divide the plain grids' seconds by the command's."""
     with tempfile.TemporaryDirectory() as folder:
         found, points = run_answer(scale, Path(folder))
         log(f"an answer from {found['runs']} runs in {found['wall_s']:.0f} s")
@@ -218,7 +209,6 @@ def versus(wall_s: float, curves: Sequence[Figures]) -> Figures:
     """Compare an answer's seconds with both plain grids, whose processes run one after the other.
 
     Args:
-        wall_s: of the answer.
         curves: start_s and run_s of a process of each curve.
     """
     seconds = [c["start_s"] + c["run_s"] for c in curves]

@@ -32,13 +32,11 @@ def measure_parts(
     arguments: Sequence[str],
     record: Callable[[Figures, str, Any], None],
 ) -> None:
-    """Measure parts one after another, and write the file of figures after each.
+    """Measure parts one after another, and write the file `name` of figures after each.
 
     Args:
-        name: of the file in analysis/results/bench.
-        parts: what measures each part.
-        arguments: of the command: `--out FILE` and names of parts. Without names all parts are
-            measured; with names the figures of the other parts stay in the file.
+        arguments: `--out FILE`, and the parts to measure (default: all). The other parts' figures
+            stay in the file.
         record: puts the figures of a part into the content of the file.
     """
     wanted, path = list(arguments), FIGURES / name
@@ -79,10 +77,7 @@ def exec_values() -> dict[str, Any]:
 
 
 def in_turns(turns: int, timed: Sequence[Callable[[], float]]) -> list[list[float]]:
-    """Call functions in turns, because the speed of a machine drifts; return each one's values.
-
-    The first turn does not count: it also allocates memory.
-    """
+    """Call functions in turns, as a machine's speed drifts; return their values but the first."""
     values = [[one() for one in timed] for _ in range(turns + 1)][1:]
     return [list(column) for column in zip(*values)]
 
@@ -112,15 +107,13 @@ def command(*arguments: str, runs_dir: Path, most_status: int = 0) -> tuple[floa
 def baseline(
     kind: str, job: Figures, folder: Path, **variables: str
 ) -> tuple[float, list[Figures]]:
-    """Train a job with a baseline in a process that has all cores.
+    """Train a job in a process of benchmarks/trl_baseline.py in `folder`, which has all cores.
+
+    Returns the wall seconds of the process, and the row that it printed for each run or customer.
 
     Args:
         kind: trl or loop.
-        job: what benchmarks/trl_baseline.py reads.
-        folder: current folder of the process.
         variables: more environment variables.
-
-    Returns the wall seconds of the process, and the row that it printed for each run or customer.
     """
     path = folder / "job.json"
     path.write_text(json.dumps(job))

@@ -27,10 +27,7 @@ STEPS = 2
 
 
 def measure(models_dirs: list[str], data_dirs: list[str], log: Log) -> dict[str, Any]:
-    """Return peak resident memory by case, in bytes.
-
-    `idle_bytes` is the memory of the process before anything was loaded.
-    """
+    """Return peak resident memory by case, in bytes; `idle_bytes`: before anything was loaded."""
     cases = []
     for scale, batch in CASES:
         for method in ("fullft", "lora"):

@@ -23,7 +23,7 @@ from lorasweep.customers.rules.rates import STEP, rate_of
 PAGE = RESULTS / "advice" / "README.md"
 OUTCOMES = Path(__file__).with_name("outcomes.yaml")
 SAYS = {"met": "close", "missed": "behind", "unknown": "open"}
-"""What a rank is expected to come to, by the state of its room for what is new."""
+"""Predicted outcome of a rank, by the state of its room for what is new."""
 
 
 OUTCOME_HEAD = "source|setting|model|rank|published|adviser|load|verdict"

@@ -1,7 +1,4 @@
-"""Measure the time of the harness itself.
-
-Planning and status of 10,000 runs, and 1,000 runs of a trainer that does nothing.
-"""
+"""Measure the harness itself: plan and status of 10,000 runs, and 1,000 runs that train nothing."""
 
 import json
 import tempfile

@@ -13,10 +13,7 @@ Row = dict[str, Any]
 
 
 def packing(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
-    """Draw the time of a LoRA step per run over the pack size.
-
-    Relative to a full fine-tuning step of the same batch.
-    """
+    """Draw a LoRA step's time per run over the pack size, relative to full fine-tuning."""
     models = list(dict.fromkeys(r["model"] for r in rows))
     size = (4.4 * len(models), 3.8)
     with drawn(path, inputs, 1, len(models), size, sharey=True) as (fig, axes):
@@ -40,10 +37,7 @@ def packing(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
 
 
 def coverage(conditions: pd.DataFrame, path: Path, inputs: str = "") -> None:
-    """Draw how often intervals contain the truth, by family of shapes.
-
-    Ours by noise level; simpler estimators as crosses.
-    """
+    """Draw how often intervals contain the truth by family of shapes; others' as crosses."""
     keys = ["parabola_coverage", "global_coverage"]
     simpler = 100 * conditions.groupby("family", sort=False)[keys].mean()
     by_noise = 100 * conditions.groupby(["noise", "family"])["coverage"].mean()

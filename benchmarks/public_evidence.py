@@ -128,13 +128,7 @@ def _drift(sweep: reading.Reading) -> dict[str, Any]:
 
 
 def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
-    """Count the models in which the best learning rate tried rises, falls or stays with the rank.
-
-    From the lowest to the highest rank.
-
-    Args:
-        least: ignore ranks below this.
-    """
+    """Count how the models' best learning rate tried moves from rank `least` to the highest."""
     signs = []
     for r in rows:
         tried = [v for rank, v in zip(r["ranks"], r["best_tried"]) if v and rank >= least]

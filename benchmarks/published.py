@@ -35,11 +35,9 @@ FOLDER = RESULTS / "plan"
 CARDS = ("a100", "a100-40", "h100", "h200")
 """Cards whose peak, bandwidths and power are those of NVIDIA's data sheets."""
 FEWEST_TOKENS = 2048
-"""Tokens a forward pass and GPU from which on the speed is that of the card; fewer wait for the
-processor, whose speed no source states."""
+"""Fewer tokens a forward pass and GPU wait for the processor, whose speed no source states."""
 STREAM = 2
-"""Bytes of a number of the residual stream: the sources hold or gather all weights in bf16, so the
-stream is bf16, too. Ours is fp32 (plan/gpu/load.py)."""
+"""Bytes of a number of the residual stream: bf16 as the sources' weights. Ours is fp32."""
 GB = 1e9 / 2**30
 
 
@@ -100,10 +98,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def not_covered(row: Row, figure: str) -> str | None:
-    """Return why the plan does not claim to predict a `figure` of a row; None if it does.
-
-    `figure`: memory or speed. Decided by settings, before any prediction was made.
-    """
+    """Return why the plan does not claim to predict a row's memory or speed; None if it does."""
     if not row.measured:
         return "a rule of thumb, not measured"
     if row.precision != "bf16":
@@ -221,12 +216,9 @@ def speed_of(row: Row, share: float) -> float:
 
 @cache
 def fitted_share(without: str | None = None) -> float:
-    """Fit the share of the attainable speed that products reach: the median over sources.
+    """Fit the share of the attainable speed that products reach: the median of sources' medians.
 
-    Of each source the median over its rows of the share at which the prediction would be exact.
-
-    Args:
-        without: a source to leave out; None: fit all, which gives the plan's TRAINING_SHARE.
+    Without a source to leave out it is the plan's TRAINING_SHARE.
     """
     by_source: dict[str, list[float]] = {}
     for row in rows():

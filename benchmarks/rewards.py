@@ -4,14 +4,11 @@
 
 Writes analysis/results/bench/rewards.json, and the page from it.
 
-Curves: full fine-tuning at the middle learning rate of the sweep `rl`, several seeds a side. Base,
-prompts and their order, loss, optimizer and held-out rows are the same; the random numbers of the
-rollouts are not, so the curves agree on average only. Seconds are the processor's, of one thread.
+Curves: full fine-tuning at the middle learning rate of the sweep `rl`, several seeds a side. Only
+the rollouts' random numbers differ, so the curves agree on average. Seconds are the processor's.
 
-Flips: how many rollouts differ when a run of a pack draws them, in fp32. Weights, prompts and
-random numbers are the same, and probabilities differ by rounding: one draw in very many lies so
-close to a boundary that rounding decides it. Adapters have a random B, as if trained, and every
-rollout counts once, at its first token that differs.
+Flips: how many rollouts differ in fp32 when a run of a pack draws them, by rounding of equal
+probabilities. Adapters have a random B, as if trained.
 """
 
 import dataclasses

@@ -32,8 +32,7 @@ UPDATES = {"tiny": 10, "small": 5}
 RANK = 16
 METHODS = (LoRA(rank=RANK), FullFT())
 TURNS = 3
-"""How often full fine-tuning and LoRA alternate to measure their ratio, because a machine's speed
-drifts by 8% within minutes."""
+"""How often full fine-tuning and LoRA alternate: a machine's speed drifts by 8% in minutes."""
 KINDS = (
     ("bmm", "products of adapters and attention"),
     ("mm", "products with the base's weights"),
@@ -41,8 +40,7 @@ KINDS = (
     ("adamw", "optimizer"),
     ("copy", "copies and casts"),
 )
-"""Part of an operation's name, and the kind that it counts as. All others are passes over
-activations, and Python."""
+"""Part of an operation's name, and the kind that it counts as."""
 
 
 def at(scale: str) -> list[str]:
@@ -81,11 +79,7 @@ class Bench:
         return [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(count)]
 
     def step_s(self, method: Method, batch_size: int, count: int) -> float:
-        """Return the median seconds per step and run.
-
-        Taken from a second training on the same rows. The first one also allocates memory, and that
-        time would be added to the method that comes first.
-        """
+        """Return the median seconds per step and run, of a second training: the first allocates."""
         pack = self.pack(method, batch_size, count)
         self._times(pack)
         return self._median_s(pack)

@@ -48,10 +48,9 @@ Rows = Mapping[str, Example]
 
 
 def adapted(model: torch.nn.Module, spec: RunSpec, kind: str) -> torch.nn.Module:
-    """Wrap the model with PEFT; full fine-tuning trains it as it is.
+    """Wrap the model with PEFT, except for full fine-tuning.
 
-    TRL refuses an adapter on the unembedding, so its runs have none: a little less work than in
-    lorasweep.
+    TRL refuses an adapter on the unembedding: a little less work than in lorasweep.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -82,13 +81,7 @@ def padded_batch(rows: list[Example]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def nll(model: Any, examples: Sequence[Example], precision: str, size: int = 8) -> float:
-    """Return the loss of rows in nats per loss token.
-
-    Rows are sorted by length, so that few tokens are padding.
-
-    Args:
-        size: rows of a forward pass.
-    """
+    """Return the loss of rows in nats per loss token, `size` rows a forward pass, by length."""
     rows = sorted(examples, key=lambda e: len(e.tokens))
     total, count = 0.0, 0
     for k in range(0, len(rows), size):
@@ -123,10 +116,7 @@ def loop(model: torch.nn.Module, data: Data, spec: RunSpec, fused: bool | None =
 
 
 def _options(spec: RunSpec, folder: str) -> dict[str, Any]:
-    """Return the options of both of TRL's trainers: AdamW as in `spec`, and updates only.
-
-    There is no schedule, clipping, logging or saving.
-    """
+    """Return the options of both of TRL's trainers: AdamW as in `spec`, and nothing but updates."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": spec.batch_size,

@@ -1,8 +1,7 @@
 """Metrics of runs at each curve's optimal learning rate, or at a prescribed one.
 
-The optimum usually lies between two tried learning rates, so metrics are interpolated to it and to
-draws from its posterior. A loss after few updates, or the distance that weights moved, depends
-strongly on the learning rate: an interval over seeds at one learning rate would be too narrow.
+Metrics are interpolated to the optimum and to draws from its posterior: an interval over seeds at
+one learning rate would be too narrow for those that depend strongly on the learning rate.
 """
 
 import math
@@ -25,14 +24,12 @@ V = TypeVar("V")
 K = TypeVar("K")
 
 N_LR_DRAWS = 120
-"""Number of posterior draws of the optimum at which metrics are read. With fewer, the draws of two
-curves would be correlated by chance."""
+"""Posterior draws of the optimum at which metrics are read. With fewer, the draws of two curves
+would be correlated by chance."""
 UNREAD = 0.05
-"""Share of the posterior draws that may lack a value (only a bound, or no run nearby). With more
-there is no interval."""
+"""Share of the posterior draws that may lack a value; with more there is no interval."""
 NEAR = math.log(1.5)
-"""A run this close to the optimum, in ln(lr), may represent it when there is no run on the other
-side."""
+"""How near to the optimum, in ln(lr), a run may stand for it if none is on the other side."""
 REACH = math.log(4.1)
 """Tried learning rates further than a factor 4 from the optimum are not used."""
 Values = dict[Any, float]
@@ -61,10 +58,7 @@ class AtBest(Generic[T]):
         return self.each(lambda by_seed: {s: v for s, v in by_seed.items() if s not in seeds})
 
     def paired(self, other: "AtBest[U]", f: Callable[[T, U], V]) -> "AtBest[V]":
-        """Apply f to the values of the seeds that both have.
-
-        The draws of the two curves are independent of each other.
-        """
+        """Apply f to the values of the seeds that both have; the curves' draws are independent."""
 
         def pair(a: dict[int, T], b: dict[int, U]) -> dict[int, V]:
             return {s: f(a[s], b[s]) for s in sorted(a.keys() & b.keys())}
@@ -117,12 +111,9 @@ def is_finite(values: AtBest[float]) -> bool:
 
 
 def best_and_draws(o: Optimum, which: int) -> list[float]:
-    """Return the optimal learning rate, and N_LR_DRAWS equally likely draws of it.
+    """Return the optimal learning rate and N_LR_DRAWS equally likely draws of it, as far as known.
 
-    Empty if it is unknown, and without draws if there is no interval.
-
-    Args:
-        which: index of the curve, which seeds the random order.
+    `which`, the index of the curve, seeds their random order.
     """
     if o.best_lr.value is None or o.best_lr.draws is None:
         return [] if o.best_lr.value is None else [o.best_lr.value]
@@ -133,10 +124,7 @@ def best_and_draws(o: Optimum, which: int) -> list[float]:
 def values_at_best(
     table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], Values]
 ) -> list[AtBest[Values]]:
-    """Interpolate metrics of runs to each curve's optimal learning rate and its draws.
-
-    The nearest tried learning rate would make the answer depend on the grid, so metrics are
-    interpolated in ln(lr), by `weights`.
+    """Interpolate metrics of runs, by `weights`, to each curve's optimal learning rate and draws.
 
     Args:
         read: a run's metrics by name, on a scale on which they interpolate well (losses, logarithms
@@ -148,9 +136,8 @@ def values_at_best(
 def losses_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
     """Return each curve's losses by seed, in nats, at its optimal learning rate and its draws.
 
-    What is interpolated is the distance of each run from the fitted valley: three learning rates a
-    factor 2 apart, interpolated by themselves, miss a valley's bottom by up to 2e-3 nats, the same
-    way for all seeds.
+    Each run's distance from the fitted valley is interpolated: losses at three learning rates a
+    factor 2 apart would miss the valley's bottom by up to 2e-3 nats, in all seeds.
     """
     found = []
     for k, o in enumerate(optima):
@@ -164,8 +151,8 @@ def parts_at_best(
 ) -> list[AtBest[Values]]:
     """Return the parts of each curve's losses by seed, in nats, at the optimum and its draws.
 
-    Like the losses themselves, a part is interpolated as its distance from the fitted valley, of
-    which it has the share that fits its runs best. So the parts add up to the loss.
+    A part is interpolated as its distance from the best fitting share of the fitted valley, so that
+    the parts add up to the loss.
 
     Args:
         read: the parts of a run's loss, which add up to it; empty if they are not known.
@@ -200,11 +187,7 @@ def _runs_values(table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], Va
 
 
 def _above_valley(o: Optimum, which: int, runs: ByLr, share: Values) -> AtBest[Values]:
-    """Interpolate the runs' distances from the fitted valley, and add its height there.
-
-    Args:
-        share: share of the valley's height that each metric has.
-    """
+    """Interpolate distances from each metric's share of the fitted valley, and add its height."""
     shape = o.shape
     if shape is None or o.best_lr.value is None or not runs:
         return AtBest({})
@@ -237,11 +220,7 @@ def _losses(o: Optimum) -> dict[int, dict[float, float]]:
 def _interpolated(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
     if o.best_lr.value is None or not runs:
         return AtBest({})
-    by_lr: dict[float, list[float]] = {}
-    for of_seed in _losses(o).values():
-        for x, y in of_seed.items():
-            by_lr.setdefault(x, []).append(y)
-    heights = {x: float(np.mean(ys)) for x, ys in by_lr.items()}
+    heights = pd.DataFrame(_losses(o)).mean(axis=1).to_dict()
     common = set.intersection(*(set(lrs) for lrs in runs.values()))
 
     def at(x: float) -> dict[int, Values]:
@@ -260,12 +239,7 @@ def _interpolated(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
 
 
 def mixed(by_lr: Mapping[float, Values], share: Mapping[float, float]) -> Values:
-    """Average metrics by name with the weights that `weights` gave.
-
-    Args:
-        by_lr: ln(lr) -> name -> value.
-        share: ln(lr) -> weight.
-    """
+    """Average metrics by name; both arguments are by ln(lr), `share` from `weights`."""
     names = [n for n in by_lr[next(iter(share))] if all(n in by_lr[x] for x in share)]
     return {n: sum(w * by_lr[x][n] for x, w in share.items()) for n in names}
 
@@ -273,15 +247,11 @@ def mixed(by_lr: Mapping[float, Values], share: Mapping[float, float]) -> Values
 def weights(
     tried: Sequence[float], at: float, heights: Mapping[float, float]
 ) -> dict[float, float]:
-    """Return the weights of tried learning rates for a value at ln(lr) `at`, by Lagrange.
+    """Return the weights of the `tried` ln(lr) for a value at ln(lr) `at`, by Lagrange.
 
-    Uses the two learning rates around `at` and a third, the next one on the side where the loss
-    (`heights`) is lower, away from divergence. Without a third within REACH, uses the two alone; if
-    `at` is a tried learning rate or lies outside them, the nearest alone.
-
-    Args:
-        tried: ln(lr) of the runs.
-        heights: ln(lr) -> loss.
+    Uses the two around `at` and a third within REACH, if there is one: the next on the side where
+    the loss (`heights`, by ln(lr)) is lower, away from divergence. If `at` was tried or lies
+    outside, uses the nearest alone.
     """
     below = sorted((x for x in tried if x <= at), reverse=True)
     above = sorted(x for x in tried if x > at)
@@ -307,7 +277,7 @@ class Cost:
     read_at: list[float]
     """The tried learning rates from which the loss at the first one was interpolated."""
     near_diverged: list[bool]
-    """For each draw, whether it is next to one that diverged, so that the loss may be higher."""
+    """Whether each draw is next to an LR that diverged, so that the loss may be higher."""
     estimate: Estimate
     """Over seeds; only a lower bound next to a learning rate that diverged."""
 
@@ -328,9 +298,7 @@ def costs_at(
     arms: Mapping[K, tuple[Optimum | None, Sequence[float]]],
     cost: Callable[[K, AtBest[float]], AtBest[float]],
 ) -> dict[K, Cost]:
-    """Return what each curve loses at its prescribed learning rate.
-
-    The variance over seeds is pooled over the curves.
+    """Return what each curve loses at its prescribed LR; the seeds' variance is pooled over curves.
 
     Args:
         arms: name -> curve, and the prescribed learning rate followed by equally likely draws.
@@ -348,10 +316,7 @@ def costs_at(
 def _losses_at(
     o: Optimum | None, lrs: Sequence[float]
 ) -> tuple[AtBest[float], list[float], list[bool]]:
-    """Interpolate a curve's losses by seed, in ln(lr), to a prescribed learning rate and its draws.
-
-    Returns the losses, and `read_at` and `near_diverged` as in `Cost`.
-    """
+    """Return a curve's losses at a prescribed LR and its draws, `read_at` and `near_diverged`."""
     if o is None or not lrs:
         return AtBest({}), [], []
     c, near = o.curve, []

@@ -1,8 +1,7 @@
 """The effect of the batch size on rho, apart from that of the number of updates.
 
-For each rank, ln rho = f(updates) + b log2(batch) over the prefixes of all runs. f is free: one
-value at each number of updates. So b compares batches after equally many updates only, and a rho
-that falls along the learning curve is no batch effect, however unequal the runs' lengths are.
+For each rank, ln rho = f(updates) + b log2(batch) over the prefixes of all runs, with one free
+value of f for each number of updates. So b compares batches after equally many updates only.
 """
 
 import math
@@ -40,7 +39,7 @@ class Prefix:
 
     @property
     def bound(self) -> bool:
-        """Whether any seed has only a bound: one method is there at its first evaluation."""
+        """Whether any seed has only a bound."""
         return not all(map(math.isfinite, self.logs.best.values()))
 
     @property
@@ -86,14 +85,10 @@ def _after(table: pd.DataFrame, step: int) -> pd.DataFrame:
 
 
 def effect(prefixes: Sequence[Prefix]) -> AtBest[float]:
-    """Return b, the change of ln(rho) per doubling of the batch, by seed.
+    """Return b, the change of ln(rho) per doubling of the batch, by seed; prefixes of one rank.
 
-    Least squares with a value of its own for each number of updates (fixed effects): deviations
-    from the mean at that number, of ln(rho) and of log2(batch). One b for each seed, since the
+    Least squares with fixed effects of the number of updates. One b for each seed, since the
     prefixes of one run are anything but independent.
-
-    Args:
-        prefixes: of one rank.
     """
     batches = np.log2([p.batch for p in prefixes])
     steps = [p.steps for p in prefixes]
@@ -111,11 +106,7 @@ def effect(prefixes: Sequence[Prefix]) -> AtBest[float]:
 
 
 def within(groups: Sequence[int], x: np.ndarray, y: np.ndarray) -> float | None:
-    """Return the slope of y over x within groups; None if no group has two values of x.
-
-    Args:
-        y: missing values are NaN, and infinite ones count as missing.
-    """
+    """Return the slope of y over x within groups; None if no group has two x with a finite y."""
     kept = np.isfinite(y)
     group = np.unique(np.asarray(groups)[kept], return_inverse=True)[1]
     sizes = np.bincount(group)
@@ -135,9 +126,8 @@ def difference(high: Sequence[Prefix], low: Sequence[Prefix]) -> Estimate:
 def gaps_at_equal_examples(table: pd.DataFrame) -> tuple[int, dict[int, list[Gap]]]:
     """Compare every rank with full fine-tuning in nats after equally many examples.
 
-    Returns:
-        The number of examples: the most that every batch has seen. By batch, the gap of each rank;
-        a batch that was not evaluated after so many is missing.
+    Returns the most examples that every batch has seen, and the ranks' gaps by batch; a batch that
+    was not evaluated after so many is missing.
     """
     table = on_curve_rows(table.reset_index(drop=True))
     longest = table.groupby("batch_size")["steps"].max()

@@ -1,8 +1,7 @@
 """The study's learning-rate law: LR = base x M x (2000 / hidden)^p.
 
 M is the factor of LoRA (1 for full fine-tuning); p depends on the model family. The constants are
-fitted twice: as the study did, by minimising the summed loss, interpolated linearly between tried
-LRs; and by a regression on fitted optima. Knows curves and optima, reads no file.
+fitted twice: as the study did, by minimising the summed loss; and by a regression on fitted optima.
 """
 
 import math
@@ -35,8 +34,7 @@ class Law:
     p: Estimate
     n_models: int
     regret: float | None
-    """Mean over all curves of (loss at the law's LR - best loss tried) / best loss tried, in
-    percent."""
+    """Mean over all curves of (loss at the law's LR - best loss tried) / best loss, in percent."""
     flags: tuple[str, ...] = ()
 
 
@@ -58,7 +56,7 @@ def published(curve: LrCurve, hidden: float) -> float | None:
 def regret(curve: LrCurve, lr: float) -> float | None:
     """Return the extra loss at an LR over the best LR tried, in percent of the best loss.
 
-    The loss is interpolated linearly in ln(lr) between the usable LRs. None outside them.
+    Interpolated linearly in ln(lr); None outside the usable LRs.
     """
     lrs, means = rate_means(curve)
     if len(lrs) < 2 or not lrs[0] <= math.log(lr) <= lrs[-1] or not means.min():
@@ -71,11 +69,10 @@ def regret(curve: LrCurve, lr: float) -> float | None:
 
 
 def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
-    """Fit each family and method by minimising the summed interpolated loss.
+    """Fit each family and method by minimising the summed loss; intervals resample the models.
 
-    Intervals come from resampling models. Outside the LRs that a curve tried, its last segment is
-    extrapolated, but never downward: else a law could win by leaving the data. A family with only
-    one hidden size has no exponent.
+    Losses are interpolated. Outside the LRs tried, a curve's last segment is extrapolated, but
+    never downward: else a law could win by leaving the data. One hidden size gives no exponent.
 
     Args:
         hidden: model -> hidden size.
@@ -136,10 +133,9 @@ def _around(value: float, draws: np.ndarray, n: int, enough: bool) -> Estimate:
 def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
     """Fit ln(best LR) = ln(LR at 2000) + p ln(2000 / hidden) to the known optima.
 
-    One regression per family and method, with one row per model (the mean over its ranks, which
-    share its width), and a variance between models in addition to each row's own. Curves with their
-    best LR at an edge have no optimum and are left out. Where that is the largest LR tried, the
-    law is biased downward, so the number of missing curves is flagged.
+    One regression per family and method. A row is a model (the mean over its ranks), with a
+    variance between models in addition to the row's own. Curves whose best LR is at an edge are
+    left out; this can bias the law, so their number is flagged.
 
     Args:
         hidden: model -> hidden size.

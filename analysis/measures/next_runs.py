@@ -1,10 +1,7 @@
-"""Suggest the runs that are likeliest to decide the open claims.
-
-To predict how much new runs narrow an optimum, planned runs are given the loss of the fitted curve;
-the spread of the resulting posterior is the spread to expect.
-"""
+"""Suggest the runs that are likeliest to decide the open claims."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +20,7 @@ from analysis.optimum.posterior import expected_spread
 from analysis.runs.lr_curves import LrCurve
 
 MAX_NEW_SEEDS = 5
-"""At most this many new seeds are suggested for one curve at a time."""
+"""The most new seeds that are suggested for one curve at a time."""
 N_AROUND = 3
 """Number of learning rates around the optimum that get new seeds."""
 HOPELESS = {GateCode.TASK, GateCode.BY_TASK, GateCode.MISSING, GateCode.WITHDRAWN}
@@ -64,10 +61,9 @@ class Judged(Protocol):
 
 
 def suggest(found: Judged) -> list[Suggestion]:
-    """Suggest runs for the open claims: first those that lift a gate, then those that narrow most.
+    """Suggest new runs for the open claims: those that lift a gate, else those that narrow most.
 
-    Existing runs are never suggested. The list is empty if every claim is decided, or if no run of
-    the grid can help because another task, arm or rank is needed.
+    Empty if every claim is decided, or if another task, arm or rank is needed.
     """
     wanted: list[Suggestion] = []
     for verdict in found.verdicts:
@@ -102,11 +98,7 @@ def _make(o: Optimum, lr: float, seeds: Iterable[int], why: str) -> Suggestion:
 
 
 def _open_gates(o: Optimum) -> list[Suggestion]:
-    """Suggest the runs without which a gate forbids a verdict.
-
-    These are LRs beyond an edge or below the first that diverged, more LRs, or more seeds at the
-    optimum.
-    """
+    """Suggest LRs beyond an edge, below divergence or between others, or seeds, to lift a gate."""
     x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
     seeds, counts = np.unique(o.curve.seed, return_counts=True)
 
@@ -158,10 +150,9 @@ def _around(o: Optimum) -> np.ndarray:
 def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     """Add runs step by step until the claim would be decided if its value stayed the same.
 
-    Each step goes to the curve where it reduces the estimand's variance most per run. A step is
-    either two new LRs halfway between those around the optimum (at MIN_SEEDS seeds, so that the
-    gate on seeds stays open), or one more seed at the three LRs around it. An open claim gets at
-    least one step.
+    A step is two new LRs halfway between those around the optimum, at MIN_SEEDS seeds (for the gate
+    on seeds), or one more seed at the LRs around it. Each goes to the curve where it reduces the
+    estimand's variance most per run. An open claim gets at least one.
     """
     known = [o for o in curves if o.best_lr.draws is not None]
     if not known or len(known) < len(curves) or verdict.estimate.value is None:
@@ -174,40 +165,35 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     else:
         x = np.log2([float(o.curve.key["rank"]) for o in known])
         shares = ((x - x.mean()) / (float(((x - x.mean()) ** 2).sum()) or 1.0)).tolist()
-    weight = dict(zip(map(id, known), shares))
     # The standard error at which the interval clears the margin's nearest edge with POWER. In ln
     # for ratios; the errors of optima are taken to be normal.
     to, level = scale_of(verdict.log), verdict.estimate.level
     room = min(abs(to(verdict.estimate.value) - to(edge)) for edge in verdict.margin)
     reach = stats.norm.ppf(0.5 + level / 2) + stats.norm.ppf(POWER)
     target = max(room / float(reach), 1e-4)
-    plan = {id(o): (0, False) for o in known}
-    cache: dict[tuple[int, int, bool], float] = {}
+    plan = [(0, False)] * len(known)  # new seeds, and whether there are new LRs
 
-    def variance(o: Optimum, n: int, lrs: bool) -> float:
-        key = (id(o), n, lrs)
-        if key not in cache:  # scaled to the optimum's present spread
-            now = float(np.std(o.best_lr.log_draws))
-            cache[key] = (weight[id(o)] * now * _expected(o, n, lrs) / _expected(o, 0, False)) ** 2
-        return cache[key]
+    @functools.cache
+    def variance(k: int, n: int, lrs: bool) -> float:
+        """Return what curve k adds, scaled to the present spread of its optimum."""
+        now = float(np.std(known[k].best_lr.log_draws))
+        return (shares[k] * now * _expected(known[k], n, lrs) / _expected(known[k], 0, False)) ** 2
 
     first = True
-    while first or math.sqrt(sum(variance(o, *plan[id(o)]) for o in known)) > target:
+    while first or math.sqrt(sum(variance(k, *then) for k, then in enumerate(plan))) > target:
         steps = []
-        for o in known:
-            n, lrs = plan[id(o)]
-            now = variance(o, n, lrs)
+        for k, (n, lrs) in enumerate(plan):
+            now = variance(k, n, lrs)
             if n < MAX_NEW_SEEDS:
-                steps.append(((now - variance(o, n + 1, lrs)) / N_AROUND, id(o), (n + 1, lrs)))
+                steps.append(((now - variance(k, n + 1, lrs)) / N_AROUND, k, (n + 1, lrs)))
             if not lrs:
-                steps.append(((now - variance(o, n, True)) / (2 * MIN_SEEDS), id(o), (n, True)))
+                steps.append(((now - variance(k, n, True)) / (2 * MIN_SEEDS), k, (n, True)))
         if not steps or (max(steps)[0] <= 0 and not first):
             break
         _, which, then = max(steps)
         plan[which], first = then, False
     out = []
-    for o in known:
-        n, lrs = plan[id(o)]
+    for o, (n, lrs) in zip(known, plan):
         if lrs:
             seeds = sorted(set(o.curve.seed), key=lambda s: -(o.curve.seed == s).sum())[:MIN_SEEDS]
             why = "halfway between the learning rates around the optimum"
@@ -224,9 +210,8 @@ def _halfway(o: Optimum) -> np.ndarray:
 def _expected(o: Optimum, n: int, lrs: bool) -> float:
     """Return the expected standard deviation of ln(best LR) after adding runs.
 
-    Args:
-        n: more seeds at the LRs around the optimum.
-        lrs: whether two LRs halfway between those are added.
+    These are n seeds at the LRs around the optimum, and, with `lrs`, two LRs halfway between those.
+    They are given the loss of the fitted curve.
     """
     use = o.curve.usable
     x, block = o.curve.x[use], o.curve.block[use]

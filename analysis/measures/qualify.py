@@ -1,8 +1,7 @@
-"""Check whether a task is fit for questions about learning rates, for a model.
+"""Check whether a model's task is fit for questions about learning rates.
 
-Five checks, from runs of full fine-tuning and of LoRA. On a task that fails, a difference between
-methods means little: there is nothing to learn, or nothing left. Verdicts on such a task are
-UNDECIDED (task). Noise is only a warning, since it already widens the interval.
+On a task that fails there is nothing to learn, or nothing left, and verdicts are UNDECIDED (task).
+Noise is only a warning, since it already widens the interval.
 """
 
 import math
@@ -24,16 +23,12 @@ from analysis.runs.lr_curves import lr_curves
 EDGES = ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
 """Flags of an optimum that is not a single minimum inside the LRs tried."""
 MAX_NOISE = 0.1
-"""Largest ratio of the standard deviation between seeds to the rise of the loss at a factor 2 from
-the optimum."""
+"""Largest noise between seeds, as a share of the rise of the loss a factor 2 off the optimum."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement.
-
-    `ok` is None if the runs cannot tell. A check that only `warns` does not disqualify a task.
-    """
+    """One requirement; `ok` is None if unknown, and one that only `warns` disqualifies no task."""
 
     group: str
     name: str
@@ -108,10 +103,7 @@ def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Points]]) -> l
 
 
 def verdict(checks: Sequence[Check]) -> dict[str, bool]:
-    """Return whether each group qualifies: no check fails, except those that only warn.
-
-    A check with an unknown outcome does not fail.
-    """
+    """Return whether each group qualifies: no check fails, but for those that only warn."""
     groups = dict.fromkeys(c.group for c in checks)
     return {g: all(c.ok is not False or c.warns for c in checks if c.group == g) for g in groups}
 

@@ -1,8 +1,7 @@
 """The ratio of LoRA's optimal learning rate to full fine-tuning's, and its law.
 
 A ratio's interval comes from independent draws of both optima. The arms share seeds and the shape
-of their curves, which makes such an interval conservative. The law of the ratio over hidden size
-and alpha is compared with published laws ("rivals"). Judges no claim.
+of their curves, which makes it conservative. Published laws are called rivals.
 """
 
 import dataclasses
@@ -12,15 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from analysis.inference import meta
 from analysis.inference.estimate import Estimate, exp_of, exp_or_none, from_draws
-from analysis.inference.meta import (
-    Drift,
-    MetaRegression,
-    RandomEffects,
-    drift,
-    meta_regression,
-    random_effects,
-)
 from analysis.measures.at_best import losses_at_best, over_seeds, pooled_over
 from analysis.optimum.optimum import Optimum
 
@@ -45,24 +37,21 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
     return from_draws(np.exp(np.mean([e.log_draws for e in a], axis=0) - f.log_draws), n)
 
 
-def lr_drift(lora: Sequence[Optimum]) -> Drift:
-    """Return the slope of ln(optimal LR) per doubling of the rank; none if a rank has no interval.
-
-    Leaving out the ranks at an edge would bias the slope.
-    """
+def lr_drift(lora: Sequence[Optimum]) -> meta.Drift:
+    """Return the slope of ln(optimal LR) per doubling of the rank, if all ranks have intervals."""
     draws = {o.curve.key["rank"]: o.best_lr.draws for o in lora}
     known = {rank: np.log(d) for rank, d in draws.items() if d is not None}
     if len(known) < len(lora):
         known = {}
-    return drift(list(known), list(known.values()), sum(o.best_lr.n for o in lora))
+    return meta.drift(list(known), list(known.values()), sum(o.best_lr.n for o in lora))
 
 
-def pool_ratios(ratios: Sequence[Estimate]) -> RandomEffects | None:
+def pool_ratios(ratios: Sequence[Estimate]) -> meta.RandomEffects | None:
     """Pool ln ratios of independent groups; None with fewer than two that have an interval."""
     logs = [np.log(r.draws) for r in ratios if r.draws is not None]
-    return (
-        random_effects([d.mean() for d in logs], [d.std() for d in logs]) if len(logs) > 1 else None
-    )
+    if len(logs) < 2:
+        return None
+    return meta.random_effects([d.mean() for d in logs], [d.std() for d in logs])
 
 
 def rivals(width: int, alpha: float) -> dict[str, float]:
@@ -80,10 +69,8 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
 def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
     """Return each curve's best LoRA NLL - best full fine-tuning NLL, in nats.
 
-    Losses are interpolated to each arm's optimal LR and paired by seed; the interval is Student's,
-    at least as wide as by the variance pooled over the curves, and includes the error of the
-    optima. Only seeds that were not used to choose the LRs count (all but each curve's first).
-    With fewer than two of them, returns the difference of the fitted minima without an interval.
+    At each arm's optimal LR, paired by seed, over the seeds that were not used to choose the LRs.
+    With fewer than two of them, the difference of the fitted minima without an interval.
     """
     of_full, *of_lora = losses_at_best([full, *lora])
     fresh = [
@@ -116,8 +103,7 @@ RIVALS: dict[str, tuple[float, float | None]] = {
     "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
     "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
 }
-"""Published laws and the exponents (p, q) of hidden size and alpha that they claim for the ratio;
-None: no claim about alpha."""
+"""Published laws: the exponents of hidden size and alpha; None: no claim about alpha."""
 ALPHA = 32.0
 """The study's alpha. Laws without a claim about alpha are judged at it, if it was tried."""
 
@@ -144,21 +130,20 @@ class RatioLaw:
     tau: float
     """Standard deviation of ln ratio between bases of one hidden size."""
     bases: int
-    """Number of base models that p is fitted to."""
+    """Number of base models to which p is fitted."""
     bases_q: int
-    """Number of base models that q is fitted to."""
+    """Number of base models to which q is fitted."""
     rivals: dict[str, float | None] = field(default_factory=dict)
-    """p-value of each rival's exponents; below 0.05 it is rejected. None: too few bases to test."""
+    """p-value of each rival's exponents; None: too few bases to test."""
     flags: tuple[str, ...] = ()
 
 
 def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     """Fit the law to measured ratios.
 
-    The sample are base models: the alphas of one base share its full fine-tuning curve, so they
-    count only once for its width. p comes from a regression with one row per base, at one alpha
-    (ALPHA, or the one that most bases have), with a variance between bases. q is the slope over
-    ln(alpha) within each base, averaged over bases. A factor that does not vary has no exponent.
+    p is regressed over bases, one row each, since a base's alphas share its full fine-tuning curve:
+    at one alpha (ALPHA, or the one that most bases have), with a variance between bases. q is the
+    slope over ln(alpha) within each base, averaged. A factor that does not vary has no exponent.
 
     Args:
         wider: more bases, used only to estimate the variance between bases.
@@ -192,10 +177,7 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
-    """Return one ratio per base at this alpha: the mean over its data sets and ranks.
-
-    Its error is their mean error, not smaller, since they share the runs of full fine-tuning.
-    """
+    """Return each base's mean ratio at this alpha; its error is the mean, since runs are shared."""
     out = []
     for base in dict.fromkeys(r.base for r in ratios if r.alpha == alpha):
         mine = [r for r in ratios if (r.base, r.alpha) == (base, alpha)]
@@ -204,15 +186,17 @@ def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
     return out
 
 
-def _regress(rows: Sequence[Ratio], wider: MetaRegression | None = None) -> MetaRegression | None:
+def _regress(
+    rows: Sequence[Ratio], wider: meta.MetaRegression | None = None
+) -> meta.MetaRegression | None:
     if len({r.hidden for r in rows}) < 2:
         return None
     design = np.stack([np.ones(len(rows)), np.log([r.hidden / 1000 for r in rows])], 1)
     logs, errors = (np.array([getattr(r, k) for r in rows]) for k in ("log", "error"))
-    return meta_regression(logs, errors**2, design, wider)
+    return meta.meta_regression(logs, errors**2, design, wider)
 
 
-def _within_bases(ratios: Sequence[Ratio]) -> MetaRegression | None:
+def _within_bases(ratios: Sequence[Ratio]) -> meta.MetaRegression | None:
     """Average over bases the slope of ln ratio over ln(alpha); None if no base has two alphas."""
     slopes, variances = [], []
     for base in sorted({r.base for r in ratios}):
@@ -224,4 +208,4 @@ def _within_bases(ratios: Sequence[Ratio]) -> MetaRegression | None:
             variances.append(1 / spread)
     if not slopes:
         return None
-    return meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))
+    return meta.meta_regression(np.array(slopes), np.array(variances), np.ones((len(slopes), 1)))

@@ -1,13 +1,11 @@
 """Regret of LoRA against full fine-tuning, how much is new in the data, and the rank it needs.
 
-Each arm is at its optimal learning rate, and losses are paired by seed. A seed is also a draw of
-what is to be learned where the data set is drawn by seed, so an interval is over draws.
+Each arm is at its optimal learning rate, and losses are paired by seed. Where data are drawn by
+seed, an interval is over draws of what is to be learned.
 """
 
-import functools
 import json
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,8 +33,7 @@ COUNTS = {
 }
 """How the bits of a data set are counted. The generator's: the free numbers of what is new. The
 first pass (the study's): the summed loss of full fine-tuning over the training rows, each before it
-is learned from: the length of a prequential code (Dawid 1984). Above its entropy: without the
-entropy of these rows, which no model can learn away."""
+is learned from (a prequential code, Dawid 1984). Above its entropy: without the rows' entropy."""
 UNSCORED = 3
 """Symbols at the start of a generated row without a full context, which bear no loss."""
 PARTS = ("changed", "unchanged")
@@ -60,7 +57,7 @@ class Novelty:
 
     @property
     def low(self) -> bool:
-        """Whether the rules alone are new. Rules are few numbers; exceptions are a list."""
+        """Whether the rules alone, which are few numbers, are new."""
         return not self.exceptions
 
     @property
@@ -120,11 +117,9 @@ class Gap:
 
     @property
     def planned_error(self) -> float:
-        """The standard error to expect of the gap, as a share of the gain.
+        """The standard error to expect of the gap, as a share of the gain; infinite if unknown.
 
-        From full fine-tuning's runs alone, so that it does not depend on what is judged: the noise
-        of one run within a seed, from repeats at its LRs, in both arms, at the present number of
-        seeds. Infinite without repeats.
+        From the noise of repeats of full fine-tuning, so that it does not depend on what is judged.
         """
         runs, gain = self.full.likelihood, mean_of(self.gain)
         if runs is None or not runs.df or not gain > 0:
@@ -134,12 +129,7 @@ class Gap:
 
 
 def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
-    """Compare every rank with full fine-tuning; empty without both arms.
-
-    Args:
-        table: the runs of one condition, cut at the number of updates that is judged.
-        optima: of these runs.
-    """
+    """Compare every rank with full fine-tuning in one condition's runs; empty without both arms."""
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
     found = _against_full(table, optima, lora)
     pooled = at_best.pooled_over(g.nats for g in found)
@@ -152,10 +142,7 @@ def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
 
 
 def controls_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
-    """Compare full fine-tuning of some matrices alone with that of everything, as `gaps_of`.
-
-    The `rank` of these gaps is 0.
-    """
+    """Compare full fine-tuning of some matrices alone, as rank 0, with that of everything."""
     full = (o for o in optima if o.curve.key["method"] == "fullft")
     return _against_full(table, optima, [o for o in full if o.curve.key.get("scope") == "matrices"])
 
@@ -187,10 +174,7 @@ def starts_of(table: pd.DataFrame) -> dict[int, float]:
 def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
     """Return the bits of a data set by each of COUNTS that is known, as means over seeds.
 
-    Args:
-        table: the runs of one data set.
-        full: full fine-tuning on it, which codes the rows at its optimal LR: else the load would
-            depend on the arm that is judged.
+    Full fine-tuning codes the rows, so that the load does not depend on LoRA.
     """
     found = {} if (known := _generator_bits(table)) is None else {GENERATOR: known}
 
@@ -233,20 +217,14 @@ def loads_of(table: pd.DataFrame, o: Optimum, bits: Mapping[str, float]) -> dict
 
 
 def growth(first: Gap, last: Gap) -> Estimate:
-    """Return how much the gap of a rank grows between two numbers of updates, in nats.
-
-    The same runs give the optima of both lengths, so a draw of one goes with the draw of the same
-    probability of the other. Independent draws would hardly widen the interval (docs/log): almost
-    all of it is the seeds' spread.
-    """
+    """Return how much the gap of a rank grows between two numbers of updates, in nats."""
     return over_seeds(last.nats.minus(first.nats))
 
 
 def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
-    """Split a gap at the end of the runs into its contexts: changed and unchanged ones.
+    """Split a gap, in nats by seed, into the parts of changed and of unchanged contexts.
 
-    Each part is its share of the contexts times its gap in nats, by seed; together they are the
-    gap. Empty if the losses were not measured apart, or there is only one kind of contexts.
+    Empty if the losses were not measured apart, or there is only one kind of contexts.
     """
 
     def read(row: pd.Series) -> dict[str, float]:
@@ -283,11 +261,7 @@ class Needed:
 
 
 def rank_needed(over_allowed: Mapping[int, Estimate]) -> Needed:
-    """Return the range of the smallest rank with no regret.
-
-    Args:
-        over_allowed: by rank, `Gap.over_allowed`; without an interval where it must not be judged.
-    """
+    """Return the smallest rank with no regret; ranks without an interval are not judged."""
     above, up_to = 0.0, math.inf
     for rank, e in sorted(over_allowed.items()):
         if e.low is not None and e.low > 0:
@@ -300,14 +274,7 @@ def rank_needed(over_allowed: Mapping[int, Estimate]) -> Needed:
 
 
 def rank_needed_by_seed(gaps: Mapping[int, Gap]) -> AtBest[float]:
-    """Return log2 of the needed rank by seed; infinite, with its sign, outside the ranks tried.
-
-    Each seed is a draw of what is new. Its needed rank is interpolated between the ranks tried, so
-    the spread over seeds is that over draws.
-
-    Args:
-        gaps: of one condition at one number of updates, by rank.
-    """
+    """Return log2 of the needed rank, interpolated, by seed; +-inf outside the ranks tried."""
     ranks = sorted(gaps)
     over = [gaps[r].beyond_allowed for r in ranks]
 
@@ -320,34 +287,20 @@ def rank_needed_by_seed(gaps: Mapping[int, Gap]) -> AtBest[float]:
 
 
 def crossing(x: Sequence[float] | np.ndarray, y: Sequence[float]) -> float:
-    """Return where y last falls to 0, by a monotone cubic between the points.
-
-    Negative infinity if all of y lies below 0, infinity if the last of y lies above.
-    """
+    """Return where y last falls to 0; -inf if all of y is below 0, inf if the last y is above."""
     if not np.isfinite(y).all():
         return math.nan
     if y[-1] > 0:
         return math.inf
     if max(y) <= 0:
         return -math.inf
-    # Fritsch and Butland (1984): no overshoot, so a crossing lies between the ranks around it.
+    # A monotone cubic (Fritsch and Butland 1984) does not leave the ranks around the crossing.
     return float(PchipInterpolator(x, y).roots(extrapolate=False).max())
 
 
 def change_of_needed(
     first: AtBest[float], last: AtBest[float], doublings: float
 ) -> AtBest[float] | None:
-    """Return the change of log2 of the needed rank per doubling of the updates.
-
-    None if it lies outside the ranks tried in a seed.
-    """
+    """Return the change of log2 of the needed rank per doubling, or None if a seed's is unknown."""
     change = last.paired(first, lambda b, a: (b - a) / doublings)
     return change if is_finite(change) else None
-
-
-def mean_over(values: Sequence[AtBest[float]]) -> AtBest[float] | None:
-    """Average values over conditions, for the seeds that all have; None without any."""
-    if not values:
-        return None
-    total = functools.reduce(lambda a, b: a.paired(b, operator.add), values)
-    return total.map((1 / len(values)).__mul__)

@@ -1,21 +1,8 @@
 """Rewards at the best stable learning rate: the best one at which few runs collapse.
 
-A reward is often nearly flat up to the learning rate at which the first runs collapse. The optimum
-is then only bounded, although the reward that can be had is known. So it is the top of a parabola
-in ln(lr) through the mean rewards of the best stable learning rate and its neighbours, and at most
-at their ends. The best of several noisy means would look better than it is. Means are over the runs
-that did not collapse.
-
-Which learning rates are stable, which of them is best, and where the parabola is highest depend on
-the seeds. One seed more or less can change the choice, and a jackknife jumps where it does: in
-simulations its intervals covered the truth in 78% of cases at 24 seeds (these: 94%). So the choice
-is repeated on RESAMPLES bootstrap samples of the seeds, and the reward of each choice is read from
-all seeds: that of the sample itself would look better than it is. The estimate is the mean over the
-samples. Each seed's part of it is what the seed adds to the rewards that are read, and to the
-choices by how often a sample has it: the infinitesimal jackknife of a smoothed estimate (Efron,
-Journal of the American Statistical Association 109, 2014).
-
-Points are hundredths of reward.
+The optimum is the top of a parabola in ln(lr) through the mean rewards of the best stable learning
+rate and its neighbours, within their ends. Means are over the runs that did not collapse. Points
+are hundredths of reward.
 """
 
 import math
@@ -40,13 +27,12 @@ POINTS = 100
 GOOD = 0.02
 """Reward below the best one within which a learning rate is good."""
 MAX_COLLAPSED = 0.1
-"""Largest share of the runs at a stable learning rate that may collapse. A share, so that more
-seeds do not make it stricter: none of 6 runs, 1 of 12, 2 of 24."""
+"""Largest share of the runs at a stable learning rate that may collapse: 0 of 6, 1 of 12 runs."""
 KEPT = 0.5
-"""A learning rate enters the parabola if it keeps this share of the best stable one's gain over the
-untrained model. One at which every run is spoiled, and none collapses, would bend it."""
+"""A learning rate enters the parabola if it keeps this share of the best stable one's gain. One at
+which every run is spoiled, and none collapses, would bend it."""
 WINDOW = 5
-"""Stable learning rates through which the parabola goes: the best one, and the next around it."""
+"""Number of stable learning rates, around the best one, through which the parabola goes."""
 RESAMPLES = 1000
 """Bootstrap samples of the seeds."""
 SAME = 1e-6
@@ -66,7 +52,14 @@ class Stable:
 
 
 def stable(curve: LrCurve) -> Stable | None:
-    """Find the best stable learning rate of a curve; None if there is none."""
+    """Find the best stable learning rate of a curve; None if there is none.
+
+    Choices depend on the seeds, and a jackknife jumps where they change: in simulations its
+    intervals covered the truth in 78% of cases at 24 seeds (these: 94%). So the choice is repeated
+    on RESAMPLES bootstrap samples of the seeds. Its reward is read from all seeds: the sample's own
+    would look better than it is. The estimate is the mean over samples; each seed's part of it is
+    the infinitesimal jackknife of a smoothed estimate (Efron, JASA 109, 2014).
+    """
     runs = {
         (round(float(x), 6), int(s)): math.nan if broke else float(y)
         for x, s, y, broke in zip(curve.x, curve.seed, curve.y, curve.broke_down)
@@ -83,9 +76,8 @@ def stable(curve: LrCurve) -> Stable | None:
     tops, weights = _tops(x, loss, left, start, draws)
     found = np.isfinite(tops)  # in some samples no learning rate is stable
     tops, weights, times = tops[found], weights[found], draws[found]
-    # The mean loss at each LR over the runs that are left, and each seed's part of it. A seed that
-    # broke down at an LR has the mean there. The parts' mean is the mean loss; their spread is as
-    # large as that of so many fewer runs.
+    # The mean loss at each LR over the runs that are left, and each seed's part of it: the mean
+    # where the seed broke down, so the parts' spread is that of so many fewer runs.
     count = np.maximum(left.sum(1, keepdims=True), 1)
     means = loss.sum(1, keepdims=True) / count
     own = means + left * (loss - means) * n / count
@@ -102,10 +94,10 @@ def stable(curve: LrCurve) -> Stable | None:
 def _tops(
     x: np.ndarray, loss: np.ndarray, left: np.ndarray, start: float, times: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the stable LRs and find the top of the parabola, in each sample of the seeds.
+    """Return ln(lr) of the parabola's top in each sample of the seeds, and the LRs' weights there.
 
-    Returns ln(lr) of the tops, NaN where no LR is stable [samples], and the weights of the LRs'
-    means in the parabola's height there [samples, lrs].
+    Tops are NaN where no LR is stable [samples]; the LRs' mean losses times the weights give the
+    parabola's height [samples, lrs].
 
     Args:
         x: ln(lr) of the learning rates at which all seeds ran, rising [lrs].
@@ -136,10 +128,7 @@ def _tops(
 
 
 def _bottoms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where least-squares parabolas through y [lrs, samples] are lowest within x.
-
-    And the weights of y in their heights there [samples, lrs].
-    """
+    """Return where parabolas through y [lrs, samples] are lowest, and weights [samples, lrs]."""
     middle, powers = float(x.mean()), range(min(3, len(x)))
     fit = np.linalg.pinv(np.stack([(x - middle) ** k for k in powers], 1))  # [powers, lrs]
     line = np.zeros((3, y.shape[1]))
@@ -156,10 +145,9 @@ def _bottoms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def values_at_stable(
     table: pd.DataFrame, curve: LrCurve, read: Callable[[pd.Series], dict[Any, float]]
 ) -> AtBest[dict[Any, float]]:
-    """Return by seed what `read` finds in the runs at the tried LR next to the best stable one.
+    """Return by seed what `read` finds at the tried LRs next to the best stable one and its draws.
 
-    And at the LRs that bootstrap samples find best. Runs that collapsed are left out, and seeds of
-    which nothing is found.
+    Runs that collapsed are left out, and seeds of which nothing is found.
     """
     best = stable(curve)
     if best is None:
@@ -183,10 +171,7 @@ def collapsed_at_best(curve: LrCurve) -> tuple[int, int]:
 
 
 def gates_on_stable(curves: Sequence[LrCurve]) -> list[Gate]:
-    """Return what forbids a verdict about rewards at stable learning rates.
-
-    Too few seeds at the same LRs, or a best LR that is the lowest or the highest one tried.
-    """
+    """Return the gates on rewards at stable LRs: too few seeds, or the best LR at an edge."""
     gates = []
     for curve in curves:
         best = stable(curve)
@@ -210,11 +195,7 @@ def reward_of(o: Optimum) -> AtBest[float]:
 def learning_at_stable(
     table: pd.DataFrame, optima: Mapping[int, Optimum]
 ) -> dict[int, AtBest[Points]]:
-    """Return learning curves (losses) by seed at the best stable learning rate, by rank.
-
-    Args:
-        optima: by rank; 0: full fine-tuning.
-    """
+    """Return learning curves (losses) by seed at the best stable LR, by rank, of optima by rank."""
     learned = by_run(pd.concat([runs_of(table, o.curve) for o in optima.values()]))
 
     def read(run: pd.Series) -> dict[Any, float]:
@@ -227,15 +208,7 @@ def learning_at_stable(
 
 
 def good_range(x: np.ndarray, reward: np.ndarray) -> tuple[float, float, bool]:
-    """Return the ends of the range of good LRs in ln(lr), and whether it may extend further.
-
-    Between LRs the reward is a straight line in ln(lr). A range that reaches the lowest or the
-    highest LR ends there.
-
-    Args:
-        x: ln(lr), ascending [n].
-        reward: at these learning rates [n].
-    """
+    """Return the ends of the range of good LRs in ln(lr), interpolated, and whether it is open."""
     best = int(reward.argmax())
     least = float(reward[best]) - GOOD
     ends, is_open = [], False
@@ -253,11 +226,10 @@ def good_range(x: np.ndarray, reward: np.ndarray) -> tuple[float, float, bool]:
 
 
 def range_ratio(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
-    """Return LoRA's range of good LRs over full fine-tuning's, as factors, and its gates.
+    """Return LoRA's range of good LRs over full fine-tuning's, both in doublings, and its gates.
 
-    A range is that of the mean reward over the seeds that ran at all LRs of both curves. The
-    interval is the jackknife's over these seeds, of the logarithm: Student's, of the pseudo-values
-    (Miller, Biometrika 61, 1974).
+    Ranges are of the mean reward over the seeds that ran at all LRs of both curves. The interval is
+    Student's, of the jackknife's pseudo-values in logarithms (Miller, Biometrika 61, 1974).
     """
     both = [
         {(x, int(s)): y for x, s, y in zip(o.curve.x, o.curve.seed, o.curve.y)}

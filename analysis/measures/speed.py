@@ -1,9 +1,7 @@
 """Learning curves of LoRA and full fine-tuning, each at its optimal learning rate.
 
-The step efficiency rho is full fine-tuning's steps to a common loss over LoRA's. A gap in nats
-depends on where on the learning curve it is read; rho does not: 0.9 means that LoRA needs 11% more
-steps. Also here: when a rank falls behind, whether a curve is straight, and whether ranks learn
-equally at first.
+The step efficiency rho is full fine-tuning's steps to a common loss over LoRA's: at 0.9 LoRA needs
+11% more. Unlike a gap in nats it does not depend on where on the learning curve it is read.
 """
 
 import math
@@ -47,13 +45,7 @@ def read_to(curves: Sequence[AtBest[Points]]) -> int:
 
 
 def steps_to_reach(points: Points, loss: float) -> float | None:
-    """Return the step at which a learning curve first reaches a loss; None if it never does.
-
-    Interpolated in ln(step).
-
-    Args:
-        points: [(step, held-out loss), ...].
-    """
+    """Return the step, interpolated in ln(step), at which a curve first reaches a loss, or None."""
     k = next((k for k, (_, value) in enumerate(points) if value <= loss), None)
     if not k:  # never, or at the first evaluation
         return None if k is None else points[0][0]
@@ -63,10 +55,10 @@ def steps_to_reach(points: Points, loss: float) -> float | None:
 
 
 def _reach(one: Points, other: Points) -> tuple[float, int]:
-    """Return ln(steps of `other` / steps of `one`) to the lowest loss that both reach.
+    """Return ln(steps of `other` / steps of `one`) to the lowest loss that both reach, and a bound.
 
-    Also returns its kind: 0 a value; -1 an upper bound, because `other` has the loss at its first
-    evaluation already; 1 a lower bound, because `one` has.
+    0: a value. -1: an upper bound, since `other` has the loss at its first evaluation; 1: a lower
+    bound, since `one` has.
     """
     loss = max(one[-1][1], other[-1][1])
     steps, others = steps_to_reach(one, loss), steps_to_reach(other, loss)
@@ -88,16 +80,11 @@ def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
 def rho(
     lora: AtBest[Points], full: AtBest[Points], pooled: PooledVariance | None = None
 ) -> Estimate:
-    """Return rho from held-out learning curves, paired by seed.
+    """Return rho from learning curves, as `curves_at_best` returns them, paired by seed.
 
-    Steps are counted to the lowest loss that both reach: the higher of their last losses. The
-    interval covers the seeds' spread and the error of the optima; it needs at least two seeds. If
-    in any seed either curve has that loss at its first evaluation, there is only a bound.
-
-    Args:
-        lora: learning curves without step 0 and the last evaluation, as from `curves_at_best`.
-        full: the same of full fine-tuning.
-        pooled: variance over seeds of ln rho, pooled over similar curves.
+    Steps are counted to the higher of the two last losses. If either curve has it at its first
+    evaluation in any seed, there is only a bound. The interval covers the seeds' spread (at least
+    two; `pooled`: the variance of ln rho over similar curves) and the error of the optima.
     """
     pairs = [(lora.best[s], full.best[s]) for s in sorted(lora.best.keys() & full.best.keys())]
     found = [_reach(a, b) for a, b in pairs if a and b]
@@ -114,11 +101,7 @@ def rho(
 def slope_by_rank(logs: dict[int, AtBest[float]]) -> Estimate:
     """Return the slope of ln(rho) over log2(rank): least squares by seed, then over seeds.
 
-    All ranks are compared with the same curves of full fine-tuning, so the error of its optimum
-    hardly moves the slope. Without a value if any seed has only a bound, or fewer than two ranks.
-
-    Args:
-        logs: `log_rho` by rank.
+    Without a value if any seed has only a bound, or with fewer than two ranks.
     """
     ranks = sorted(logs)
     if len(ranks) < 2:
@@ -142,8 +125,7 @@ def _by_rank(values: Mapping[int, AtBest[T]]) -> AtBest[dict[int, T]]:
 # ---------------------------------------------------------------- falling behind
 
 DEPARTED = 0.05
-"""A rank has fallen behind when it lacks this share of full fine-tuning's gain over the run (loss
-at the start minus the last loss)."""
+"""A rank is behind when it lacks this share of what full fine-tuning gains in the whole run."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +139,10 @@ class Departure:
 
     @property
     def never(self) -> bool:
-        """Whether the curve does not fall behind within the run."""
         return math.isinf(self.high)
 
     @property
     def at_once(self) -> bool:
-        """Whether the curve is behind at the first evaluation."""
         return self.low == 0
 
 
@@ -171,14 +151,7 @@ UNKNOWN = Departure(0.0, math.inf)
 
 
 def departure(lora: Points, full: Points, start: float) -> Departure:
-    """Return the step from which LoRA stays behind full fine-tuning by DEPARTED of its gain.
-
-    Interpolated in ln(step). A curve that is not behind at the end falls behind later, if at all;
-    one that always is does so before the first evaluation.
-
-    Args:
-        start: NLL before training, in nats.
-    """
+    """Return the step from which LoRA stays behind; `start` is the NLL before training, in nats."""
     other = dict(full)
     steps = [s for s, _ in lora if s in other]
     gain = max(start - full[-1][1], 1e-12)
@@ -199,13 +172,11 @@ def departure(lora: Points, full: Points, start: float) -> Departure:
 def slope_of(left: dict[int, AtBest[Departure]]) -> Estimate:
     """Return the slope of ln(departure) over log2(rank), from all ranks and seeds.
 
-    A rank that does not fall behind within the run is a right-censored observation: it does so
-    later, and leaving it out would flatten the slope, since these are the high ranks. One that is
-    behind at the first evaluation is left-censored. The line is fitted to all seeds together
-    (`censored_slope`); seeds share their batches over the ranks, so the interval is Student's over
-    the seeds' jackknife pseudo-values, which without censoring are the slopes of the single seeds.
-    The error of full fine-tuning's optimum, which all ranks share, is included: at a higher
-    learning rate full fine-tuning is ahead at first.
+    A rank that does not fall behind within the run is right-censored (leaving out these high ranks
+    would flatten the slope), one that is behind at the first evaluation left-censored. The line is
+    fitted to all seeds together (`censored_slope`). Seeds share their batches over the ranks, so
+    the interval is Student's over the seeds' jackknife pseudo-values: without censoring, the slopes
+    of single seeds. It includes the error of full fine-tuning's optimum, which all ranks share.
 
     Without a value if fewer than two ranks fall behind where it can be seen.
     """
@@ -238,10 +209,7 @@ def _slope(by_seed: dict[int, dict[int, Departure]]) -> float:
 
 
 def envelope(table: pd.DataFrame, o: Optimum) -> Points:
-    """Return the lowest loss over all learning rates at each step.
-
-    Of the seed with the most learning rates.
-    """
+    """Return the lowest loss over LRs at each step, of the seed with the most LRs."""
     seeds, counts = np.unique(o.curve.seed, return_counts=True)
     rows = runs_of(table, o.curve)
     lowest: dict[float, float] = {}
@@ -258,11 +226,10 @@ SPAN = 4
 
 
 def bend(points: Points) -> float:
-    """Return ln(fall of the loss in the last span / in the one before).
+    """Return ln(fall of the loss in the last span / in the one before), below 0 if it flattens.
 
-    0 on a straight line over ln(updates), below 0 where the curve flattens. Losses between
-    evaluations are interpolated in ln(updates). NaN if the loss does not fall in either span, or
-    the curve begins later than the first span.
+    Interpolated in ln(updates). NaN if the loss does not fall in both spans, or the curve begins
+    later than the first.
     """
     steps, losses = np.array(points, dtype=float).T if points else (np.zeros(1), np.zeros(1))
     ends = steps[-1] / np.array([SPAN**2, SPAN, 1.0])
@@ -275,10 +242,7 @@ def bend(points: Points) -> float:
 
 
 def straightness(curves: AtBest[Points]) -> Estimate:
-    """Return the fall in the last span over that in the one before: 1 on a straight line.
-
-    Over seeds, at the optimum and its draws. Without a value if a seed has none.
-    """
+    """Return exp(`bend`) over seeds: 1 on a straight line; without a value if a seed has none."""
     bends = curves.map(bend)
     return exp_of(over_seeds(bends)) if is_finite(bends) else Estimate(None, n=len(bends.best))
 
@@ -312,15 +276,14 @@ class Apart:
 
 @dataclass(frozen=True)
 class Start:
-    """How long the ranks learn equally, against the spread over random draws of A.
+    """How long the ranks learn equally at one learning rate, against the spread over draws of A.
 
-    All ranks train at one learning rate, each from at least two draws of A. Ranks differ once they
-    are further apart than two draws of A at the same rank.
+    Ranks differ once they are further apart than two draws of A at the same rank.
     """
 
     lr: float
     top: int
-    """The highest rank, with which the others are compared."""
+    """The rank with which the others are compared."""
     steps: list[float]
     ranks: list[Apart]
     first: Estimate
@@ -330,10 +293,7 @@ class Start:
 
 
 def start_of(table: pd.DataFrame, top: int) -> Start | None:
-    """Compare ranks with the highest, at the learning rate that was run with several draws of A.
-
-    None if fewer than two ranks have more than one draw.
-    """
+    """Compare ranks with rank `top` at the LR of several draws of A; None with only one rank."""
     part = table[table["method"] == "lora"]
     lrs = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
     found: dict[int, dict[int, list[dict[float, float]]]] = {}
@@ -371,20 +331,16 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
 
 
 def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:
-    """Return the first step at which two evaluations in a row lie outside the band.
-
-    The last evaluation counts alone. Infinite if there is none.
-    """
+    """Return the first step of two in a row, or the last, outside the band; else infinite."""
     out = np.abs(apart) > band
     twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
     return steps[twice[0]] if twice else math.inf
 
 
 def _first_to_leave(drawn: Draws, band: dict[int, np.ndarray], steps: Sequence[float]) -> Estimate:
-    """Return the step at which the first rank leaves its band.
+    """Return the step at which the first rank leaves its band; if never, twice the last step.
 
-    The interval is from a bootstrap over seeds and, within them, draws of A. A rank that never
-    leaves counts as twice the last step.
+    The interval is from a bootstrap over seeds and, within them, draws of A.
     """
     top, rng = max(drawn), np.random.default_rng(20251126)
     seeds = sorted(set.intersection(*(set(v) for v in drawn.values())))

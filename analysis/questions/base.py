@@ -1,9 +1,7 @@
 """What a question is: estimands, the conditions on which they are measured, and a report.
 
-A question's module defines `QUESTION = Question(...)`. The scaffold here splits a table into
-conditions, judges every claim on every condition that its estimand applies to, leaves claims
-UNDECIDED where an arm is missing or no condition was run, and puts the answer together. A new
-estimand is one `Estimand` in its question's module.
+A question's module defines `QUESTION`. The scaffold here judges every claim on every condition to
+which its estimand applies. Where an arm or all conditions are missing, a claim is UNDECIDED.
 """
 
 import dataclasses
@@ -32,7 +30,6 @@ UNKNOWN = Estimate(None)
 NO_CELL = "no cell"
 """Group of the verdicts on claims that no condition of the table can answer."""
 TASK = ("model", "dataset")
-"""Columns that distinguish tasks."""
 
 
 # ---------------------------------------------------------------- parts of a report
@@ -40,10 +37,7 @@ TASK = ("model", "dataset")
 
 @dataclass(frozen=True)
 class Series:
-    """One line or set of points of a panel.
-
-    `low` and `high` are the ends of error bars: as long as x, or empty.
-    """
+    """One line or set of points; `low` and `high`, the ends of error bars, may be empty."""
 
     label: str
     x: Sequence[float]
@@ -64,10 +58,7 @@ class Series:
     def of(
         cls, label: str, x: Iterable[float], estimates: Sequence[Estimate], **style: Any
     ) -> "Series":
-        """Make a series of estimates with their intervals over x.
-
-        A bound is drawn where it lies, as an arrow to the side on which the value is.
-        """
+        """Make a series of estimates over x, with intervals; a bound is an arrow to the value."""
         bounds = [
             int(AT_LEAST in e.flags)
             if e.value is not None or e.has_interval()
@@ -97,7 +88,6 @@ class Panel:
     lines: dict[str, float] = field(default_factory=dict)
     """Label -> height of a dashed horizontal line."""
     ticks: list[tuple[float, str]] | None = None
-    """(x, label)."""
     y_range: tuple[float | None, float | None] = (None, None)
     linear_below: float = 0.0
     """With `log_y`: the axis is linear from 0 to this height, so that 0 has a place."""
@@ -129,7 +119,7 @@ class Section:
 
         Args:
             head: names of the columns, with " | " between them.
-            rows: text, whole numbers, numbers, estimates (shown with their intervals), or None.
+            rows: text, numbers, estimates (shown with their intervals), or None.
             text: lines; empty ones are left out.
             figure: its file name, panels and caption.
         """
@@ -157,8 +147,7 @@ class Analysis:
     members: dict[str, list[Optimum]] = field(default_factory=dict)
     """Curves on which a verdict rests, by the verdict's group."""
     of_rates: bool = False
-    """Whether the claims are about optimal learning rates themselves, so that the optima's errors
-    show which runs would narrow them."""
+    """Whether the claims are about optimal learning rates themselves; see `next_runs`."""
     ratios: list[tuple[str, str, Estimate]] = field(default_factory=list)
     """(group, name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
 
@@ -166,11 +155,9 @@ class Analysis:
 def panel_over(
     x: str, title: str, y: str, estimates: Mapping[str, Mapping[Any, Estimate]], **look: Any
 ) -> Panel:
-    """Draw lines of estimates over a logarithmic x, with a tick at each of its values.
+    """Draw lines of estimates (label -> x -> estimate) over a logarithmic x, with a tick at each x.
 
-    Args:
-        estimates: label of a line -> x -> estimate.
-        look: other fields of `Panel`.
+    `look` are other fields of `Panel`.
     """
     series = [Series.of(label, of, list(of.values())) for label, of in estimates.items()]
     ticks = [(float(v), f"{v:g}") for v in sorted({v for of in estimates.values() for v in of})]
@@ -188,7 +175,7 @@ def panel_of(
 
 
 def mapped(e: Estimate, f: Callable[[float], float]) -> Estimate:
-    """Return f of an estimate and of its ends, without draws; f rises or falls everywhere."""
+    """Return f of an estimate and of its ends, without draws; f is monotone."""
     low, value, high = (None if v is None else f(v) for v in (e.low, e.value, e.high))
     falls = f(1.0) > f(2.0)
     return Estimate(value, *((high, low) if falls else (low, high)), e.n, e.flags)
@@ -317,10 +304,7 @@ def gates_on_gap(gap: Gap) -> list[Gate]:
 
 @dataclass(frozen=True)
 class Condition:
-    """Runs that are judged together, such as those of one base model and data set.
-
-    A question adds as cached properties what its estimands share.
-    """
+    """Runs that are judged together; a question's subclass adds what its estimands share."""
 
     name: str
     """The group of its verdicts."""
@@ -334,7 +318,7 @@ class Condition:
 
     @property
     def shown(self) -> bool:
-        """Whether the report's sections show it."""
+        """Whether the report shows it."""
         return not self.missing
 
     @property
@@ -393,12 +377,10 @@ class TwoArms(Condition):
 
     @property
     def missing(self) -> str:
-        """Name the missing arm."""
         return "fullft" if 0 not in self.by_rank else "" if self.lora else "lora"
 
     @property
     def rests(self) -> list[Optimum]:
-        """Full fine-tuning and all ranks."""
         return list(self.by_rank.values())
 
 
@@ -427,8 +409,7 @@ class Estimand(Generic[C]):
     rivals: Callable[[C], dict[str, float]] = lambda c: {}
     """Predictions of published laws, shown beside the verdict."""
     each: str = ""
-    """Of a condition that spans others: the estimand of its parts. They are judged by the same
-    margin, and the verdict on the whole is SUPPORTED only if that on every part is."""
+    """The estimand of the condition's `parts`; each must be SUPPORTED by the same margin, too."""
     read: Callable[[C], str] | None = None
     """The rank and the number of updates at which it is measured, in words."""
 
@@ -442,12 +423,7 @@ LR_DRIFT = Estimand[Any](
 
 
 def over_allowed(name: str, gap: Callable[[C], Gap | None], **more: Any) -> Estimand[C]:
-    """Declare the regret of one curve minus what is allowed, in nats.
-
-    Args:
-        gap: None where a curve is missing.
-        more: other fields of `Estimand`.
-    """
+    """Declare a curve's regret minus what is allowed, in nats; `gap` is None without the curve."""
     return Estimand(
         name,
         lambda c: g.over_allowed() if (g := gap(c)) else None,
@@ -458,13 +434,11 @@ def over_allowed(name: str, gap: Callable[[C], Gap | None], **more: Any) -> Esti
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as it was asked."""
+    """A question as in question.json, its runs, and the folder of kept results."""
 
     question: dict[str, Any]
-    """As in question.json."""
     table: pd.DataFrame
     kept: Path | None
-    """Folder of kept results, for questions that also show other sweeps' answers."""
 
     @property
     def level(self) -> float:
@@ -491,7 +465,7 @@ class Question(Generic[C]):
     ratios: Callable[[C], list[tuple[str, Estimate]]] = lambda c: []
     """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
     split_by: tuple[str, ...] = ()
-    """Columns: the runs of each of their values are analysed apart, with sections of their own."""
+    """Columns: the runs of each of their values are analysed apart, in separate sections."""
     shows: tuple[str, ...] = ()
     """Sweeps whose kept answers the report shows too: they are rendered before it."""
     by_base: bool = False
@@ -543,8 +517,8 @@ class Question(Generic[C]):
         each = list(found.values())
         read = [one.measures.pop("read", {}) for one in each]
         common = {k: v for k, v in read[0].items() if all(r.get(k) == v for r in read)}
-        # Their primary claims are one family of hypotheses: a verdict that Holm's correction takes
-        # away within its task is taken away in the whole, too.
+        # The tasks' primary claims are one family of hypotheses, so Holm's correction is applied
+        # again to all of them.
         return Analysis(
             optima=[o for one in each for o in one.optima],
             verdicts=holm([v for one in each for v in one.verdicts], 1 - whole.level),
@@ -558,17 +532,32 @@ class Question(Generic[C]):
     def _analyse(self, asked: Asked) -> Analysis:
         conditions = self.conditions(asked.table)
         whole, shown = [c for c in conditions if not c.missing], [c for c in conditions if c.shown]
+        claims, estimands = asked.question["claims"], {e.name: e for e in self.estimands}
+        verdicts = []
+        for c in conditions:
+            model = c.optima[0].curve.key["model"] if c.optima else None
+            for name, claim in claims.items():
+                e = estimands[claim["estimand"]]
+                if e.applies(c) and model not in claim.get("not_on", ()):
+                    parts = c.parts if e.each else ()
+                    each = [_judged(p, estimands[e.each], name, claim, asked.level) for p in parts]
+                    verdicts.append(_over_parts(_judged(c, e, name, claim, asked.level), each))
+        for name, claim in claims.items():
+            e = estimands[claim["estimand"]]
+            if not any(e.applies(c) for c in conditions):
+                gates = [Gate(GateCode.NO_CELL)]
+                verdicts.append(judge(name, claim, NO_CELL, UNKNOWN, gates, 0, e.log, asked.level))
         measures = plain(self.measures(shown, asked)) if shown else {}
         if any(e.read for e in self.estimands):
-            claimed = {claim["estimand"] for claim in asked.question["claims"].values()}
             measures["read"] = {}
+            claimed = {claim["estimand"] for claim in claims.values()}
             for e in (e for e in self.estimands if e.read and e.name in claimed):
                 said = {e.read(c) for c in whole if e.applies(c)} - {""}
                 if len(said) == 1:
                     measures["read"][e.name] = said.pop()
         found = Analysis(
             optima=distinct(o for c in conditions for o in c.optima),
-            verdicts=holm(self._verdicts(conditions, asked), 1 - asked.level),
+            verdicts=holm(verdicts, 1 - asked.level),
             sections=self.sections(shown, asked) if shown else [],
             measures=measures,
             members={c.name: c.rests for c in whole},
@@ -584,29 +573,8 @@ class Question(Generic[C]):
             found.sections.append(Section("Next runs", text=listed))
         return found
 
-    def _verdicts(self, conditions: Sequence[C], asked: Asked) -> list[Verdict]:
-        estimands = {e.name: e for e in self.estimands}
-        claims = asked.question["claims"]
-        found = []
-        for c in conditions:
-            model = c.optima[0].curve.key["model"] if c.optima else None
-            for name, claim in claims.items():
-                e = estimands[claim["estimand"]]
-                if e.applies(c) and model not in claim.get("not_on", ()):
-                    v = _judged(c, e, name, claim, asked.level)
-                    part, parts = estimands.get(e.each), c.parts if e.each else ()
-                    each = [_judged(p, part, name, claim, asked.level) for p in parts if part]
-                    found.append(_over_parts(v, each))
-        for name, claim in claims.items():
-            e = estimands[claim["estimand"]]
-            if not any(e.applies(c) for c in conditions):
-                gates = [Gate(GateCode.NO_CELL)]
-                found.append(judge(name, claim, NO_CELL, UNKNOWN, gates, 0, e.log, asked.level))
-        return found
-
 
 def _judged(c: Any, e: Estimand[Any], name: str, claim: dict[str, Any], level: float) -> Verdict:
-    """Judge one claim on one condition."""
     if c.missing:
         return judge(name, claim, c.name, UNKNOWN, missing(c.missing), 0, e.log, level)
     if rivals := e.rivals(c):
@@ -621,10 +589,7 @@ def _judged(c: Any, e: Estimand[Any], name: str, claim: dict[str, Any], level: f
 
 
 def _over_parts(v: Verdict, each: Sequence[Verdict]) -> Verdict:
-    """Adjust a verdict over several conditions by the verdicts on each.
-
-    It is SUPPORTED only if each is. If they disagree, the reason lists their outcomes.
-    """
+    """Keep a verdict SUPPORTED only if each part's is; if these differ, list them in the reason."""
     outcomes = sorted(w.outcome for w in each)
     split = {"SUPPORTED", "REFUTED"} <= set(outcomes)
     if not each or len(set(outcomes)) == 1 or (v.outcome == "UNDECIDED" and not split):

@@ -1,9 +1,8 @@
 """Question: does LoRA fall behind full fine-tuning as the batch grows, at any rank.
 
-The effect of the batch on rho (step efficiency) is measured apart from that of the number of
-updates, from all prefixes of all runs (`measures.batch_effect`). The regret in nats at each batch
-after equally many examples, the study's setting, is shown too. Each method is at its optimal
-learning rate for the batch and the number of updates.
+Measured in rho, at equal updates (`measures.batch_effect`), and in nats after equally many
+examples, the study's setting. Each method is at its optimal learning rate for the batch and the
+number of updates.
 """
 
 from collections.abc import Sequence
@@ -29,12 +28,10 @@ class Batches(base.Condition):
 
     @cached_property
     def ranks(self) -> list[int]:
-        """The ranks tried, rising."""
         return sorted(self.lora)
 
     @cached_property
     def batches(self) -> list[int]:
-        """The batch sizes tried, rising."""
         return sorted({int(b) for b in self.runs["batch_size"]})
 
     @cached_property
@@ -43,42 +40,33 @@ class Batches(base.Condition):
         return batch_effect.prefixes_of(self.runs)
 
     @cached_property
-    def by_rank_usable(self) -> dict[int, list[batch_effect.Prefix]]:
+    def usable(self) -> dict[int, list[batch_effect.Prefix]]:
         """The prefixes with known optima and a value of rho, by rank."""
         known = [
             p for p in self.prefixes if not p.bound and not base.gates_on_speed([p.full, p.lora])
         ]
-        return {r: [p for p in known if p.rank == r] for r in self.ranks}
-
-    def usable(self, *ranks: int) -> list[batch_effect.Prefix]:
-        """Return the usable prefixes of these ranks."""
-        return [p for r in dict.fromkeys(ranks) for p in self.by_rank_usable.get(r, ())]
+        return {r: [p for p in known if p.rank == r] for r in (*self.ranks, self.top)}
 
     @cached_property
     def effects(self) -> dict[int, Estimate]:
-        """The effect of the batch by rank."""
-        return {r: over_seeds(batch_effect.effect(self.usable(r))) for r in self.ranks}
+        return {r: over_seeds(batch_effect.effect(self.usable[r])) for r in self.ranks}
 
     def difference(self) -> Estimate:
         """Return the effect at the highest rank minus that at the lowest."""
         if len(self.ranks) < 2:
             return base.UNKNOWN
-        return batch_effect.difference(self.usable(self.top), self.usable(self.ranks[0]))
+        return batch_effect.difference(self.usable[self.top], self.usable[self.ranks[0]])
 
     def gates_on_difference(self) -> list[Gate]:
-        """List the gates of both ranks."""
         if len(self.ranks) < 2:
             return [Gate(GateCode.ONE_RANK)]
         both = self.gates_on_effect(self.ranks[0]) + self.gates_on_effect(self.top)
         return list(dict.fromkeys(both))
 
     def gates_on_effect(self, rank: int) -> list[Gate]:
-        """List what forbids a verdict about the effect of the batch at one rank.
-
-        Every batch has to take part: at least one of its prefixes is beside another batch's.
-        """
+        """List the gates of a rank; each batch needs a prefix as long as another batch's."""
         mine = [p for p in self.prefixes if p.rank == rank]
-        seen = {b: {p.steps for p in self.usable(rank) if p.batch == b} for b in self.batches}
+        seen = {b: {p.steps for p in self.usable[rank] if p.batch == b} for b in self.batches}
         found: list[Gate] = []
         for batch in self.batches:
             if any(seen[batch] & seen[b] for b in self.batches if b != batch):
@@ -95,7 +83,7 @@ class Batches(base.Condition):
     def seeds_of(self, *ranks: int) -> int:
         """Return the number of seeds behind the effects at these ranks."""
         return base.fewest_seeds(
-            base.distinct(o for p in self.usable(*ranks) for o in (p.full, p.lora))
+            [o for r in ranks for p in self.usable[r] for o in (p.full, p.lora)]
         )
 
     @cached_property
@@ -105,10 +93,7 @@ class Batches(base.Condition):
         return examples, [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
 
     def gap_at(self, batch: int) -> Gap | None:
-        """Return the highest rank's gap at the largest batch up to `batch`.
-
-        Batches below half of `batch` do not count.
-        """
+        """Return the highest rank's gap at the largest batch from `batch` / 2 to `batch`."""
         near = [(b, g) for b, g in self.at_equal_examples[1] if batch / 2 <= b <= batch]
         return max(near, key=lambda pair: (pair[0], pair[1].rank))[1] if near else None
 
@@ -126,7 +111,7 @@ def _where(c: Batches) -> str:
         return ""
     *others, top = c.ranks
     place = "no prefix"
-    if used := c.usable(top):
+    if used := c.usable[top]:
         batches, steps = ({getattr(p, k) for p in used} for k in ("batch", "steps"))
         place = (
             f"batches of {min(batches)} to {max(batches)} after {min(steps)} to {max(steps)} "
@@ -164,22 +149,14 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
     """Return the effects by rank, and the regrets by batch and rank."""
     (c,) = found
     examples, each = c.at_equal_examples
-    regrets = [
-        {
-            "batch_size": b,
-            "updates": examples // b,
-            "rank": g.rank,
-            "regret_percent": at_level(g.percent(), asked.level),
-        }
-        for b, g in each
-    ]
+    regrets = []
+    for b, g in each:
+        place = {"batch_size": b, "updates": examples // b, "rank": g.rank}
+        regrets.append({**place, "regret_percent": at_level(g.percent(), asked.level)})
     return {"batch_effect": c.effects, "regrets": regrets}
 
 
@@ -189,7 +166,7 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     batches = sorted({p.batch for p in c.prefixes})
     rows: list[list[Any]] = []
     for rank in c.ranks:
-        used = {(p.steps, p.batch): p.rho for p in c.usable(rank)}
+        used = {(p.steps, p.batch): p.rho for p in c.usable[rank]}
         for steps in sorted({s for s, _ in used}):
             rows.append([rank, steps, *(used.get((steps, b)) for b in batches)])
     effects = "; ".join(f"rank {r} {with_interval(e)}" for r, e in c.effects.items())
@@ -212,7 +189,7 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     panels = []
     for rank in c.ranks:
         rho: dict[int, dict[float, Estimate]] = {}
-        for p in c.usable(rank):
+        for p in c.usable[rank]:
             rho.setdefault(p.batch, {})[p.steps] = p.rho
         lines = {f"batch {b}": rho[b] for b in sorted(rho)}
         y, look = "rho: FullFT's updates / LoRA's", {"ticks": None, "log_y": True}

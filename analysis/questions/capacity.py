@@ -1,9 +1,8 @@
 """Question: how many bits a LoRA parameter stores.
 
 Every fact has exactly 16 bits. Bits stored = facts x symbols x (ln 16 - NLL on the trained facts) /
-ln 2. They are divided by the adapter's effective parameters, r (m + n) - r^2 per matrix: the
-dimension of the set of m x n matrices of rank r (r^2 parameters of A and B are redundant). Each
-load (facts, exposures) is at the best learning rate tried.
+ln 2. They are divided by the adapter's effective parameters. Each load (facts, exposures) is at
+the best learning rate tried.
 """
 
 import json
@@ -26,8 +25,7 @@ SYMBOLS, VALUES, ROW = 4, 16, 8
 CONVERGED = 0.1
 """The bits stored count as converged if the last increase in exposures adds at most this share."""
 PLAUSIBLE = 0.9
-"""Full fine-tuning must store at least this share of the facts' bits: else the task itself is
-impossible."""
+"""The task is possible if full fine-tuning stores at least this share of the facts' bits."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Load:
     bits: list[float]
     """Bits stored of all facts together, by seed."""
     unseen: list[float]
-    """Bits per fact that the model appears to know of facts it was never trained on."""
+    """Bits known per fact of facts that were not trained on."""
     parameters: int
     at_edge: bool
 
@@ -57,9 +55,10 @@ class Load:
 
 
 def effective(spec: dict[str, Any]) -> int:
-    """Return the effective parameters of a run.
+    """Return the effective parameters of a run; all weights with full fine-tuning.
 
-    r (m + n) - r^2 per matrix with LoRA, all weights with full fine-tuning.
+    With LoRA r (m + n) - r^2 per matrix, the dimension of the set of m x n matrices of rank r: r^2
+    parameters of A and B are redundant.
     """
     m, method = spec["model"], spec["method"]
     h, f, v = m["hidden_size"], m["mlp_size"], m["vocab_size"]
@@ -111,7 +110,6 @@ class Facts(base.Condition):
 
     @cached_property
     def of_lora(self) -> list[Load]:
-        """LoRA's loads."""
         return [c for c in self.loads if c.method == "lora"]
 
     @property
@@ -134,10 +132,7 @@ class Facts(base.Condition):
         return [Gate(GateCode.TASK, f"full fine-tuning stores {share}")]
 
     def gates_on_most(self) -> list[Gate]:
-        """List the gates of the load with the most bits per parameter.
-
-        Too few seeds, the best learning rate at an edge, or exposures that still add bits.
-        """
+        """List the gates of the load with the most bits per parameter."""
         best = _fullest(self.of_lora)
         gates, place = [], f"{best.facts} facts x {best.exposures:.0f}: "
         if len(best.bits) < MIN_SEEDS:
@@ -192,9 +187,6 @@ ESTIMANDS = [
         absent="unseen facts",
     ),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Facts], asked: base.Asked) -> dict[str, Any]:

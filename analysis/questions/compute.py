@@ -1,12 +1,8 @@
 """Question: does LoRA need 2/3 of full fine-tuning's compute, per update and to the same loss.
 
-Operations are counted by the study's formula (2/3 + 2R/N, at the model's real shapes). Seconds are
-each run's median update time; the fastest tenth of an arm's runs is used, since other load on the
-machine can only slow a run down.
-
-The loss to be reached is that of full fine-tuning after SHARE of the updates, at its optimal
-learning rate for that length. LoRA too uses the learning rate that is optimal for the length at
-which it reaches that loss.
+Operations are counted by the study's formula (2/3 + 2R/N, at the model's real shapes). The loss to
+be reached is full fine-tuning's after SHARE of the updates. Each method uses the learning rate that
+is optimal for runs of the length at which it reaches that loss.
 """
 
 import json
@@ -35,9 +31,9 @@ from analysis.runs.lr_curves import runs_of, title
 
 SHARE = 1 / 6
 FASTEST = 0.1
+"""Quantile of an arm's update times that is compared: other load can only slow a run down."""
 QUIET = 1.5
-"""If the 90% quantile of an arm's update times exceeds the 10% quantile by more than this factor,
-the machine was busy with other work."""
+"""Largest ratio of the 90% to the 10% quantile of an arm's update times on an idle machine."""
 MIN_RUNS = 5
 """An arm with fewer runs has no estimate of its time."""
 
@@ -45,8 +41,7 @@ MIN_RUNS = 5
 def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
     """Return the operations of a LoRA update over those of a full fine-tuning update.
 
-    For the same tokens: (4 P + 6 T) / 6 P, with P the weights in matrix products, from the model's
-    shape, and T the adapter's parameters (source: the study's section on compute).
+    (4 P + 6 T) / 6 P, with P weights in matrix products and T trained ones (source: the study).
     """
     m = spec["model"]
     h, q, kv = m["hidden_size"], m["n_heads"] * m["head_size"], m["n_kv_heads"] * m["head_size"]
@@ -56,13 +51,11 @@ def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
 
 @dataclass(frozen=True)
 class Reached:
-    """How a rank reaches the loss of full fine-tuning's shorter runs."""
+    """How a rank reaches the goal: the optimum of runs of `length` updates, and curves there."""
 
     optimum: Optimum
     length: int
-    """Number of updates for which `optimum` is the optimum."""
     points: AtBest[Points]
-    """Learning curves at that learning rate."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,6 @@ class Arms(base.TwoArms):
 
     @cached_property
     def last(self) -> int:
-        """Number of updates of the runs."""
         return int(self.runs["steps"].max())
 
     @cached_property
@@ -90,10 +82,7 @@ class Arms(base.TwoArms):
         return optima[k], self.read(optima, self.short, self.short)[k]
 
     def read(self, optima: Sequence[Optimum], length: int, until: int) -> list[AtBest[Points]]:
-        """Return learning curves up to update `until`, at the optima of runs of `length` updates.
-
-        The last evaluation is kept: all evaluations of a cut run use the same held-out rows.
-        """
+        """Return learning curves to update `until`, at the optima of runs of `length` updates."""
         longer = at_step(self.runs, until).assign(steps=length)  # to match the optima's curves
         learned = learning_curves(longer).query("step >= 1")
         points = {
@@ -105,13 +94,11 @@ class Arms(base.TwoArms):
 
     @cached_property
     def reached(self) -> dict[int, Reached]:
-        """How every rank reaches the goal's loss in the fewest updates.
+        """How every rank reaches the goal's loss in the fewest updates; otherwise its whole runs.
 
         The length is the first evaluated step after which runs at the optimum for that length have
-        reached the loss. Learning curves go on to twice that length, since single seeds may get
-        there later. A rank that does not reach the loss has the optimum of whole runs. All optima
-        of one length, including full fine-tuning's, are fitted together, so that they share one
-        noise level.
+        reached the loss. Learning curves end at twice that length, since single seeds may get there
+        later. All optima of one length are fitted together, so that they share one noise level.
         """
 
         def lowest(o: Optimum) -> float:
@@ -175,7 +162,6 @@ class Arms(base.TwoArms):
         return base.fewest_seeds(self.ends)
 
     def gates_to_loss(self) -> list[Gate]:
-        """List the gates of the costs to the common loss."""
         aim, goal = self.goal
         shorter = "full fine-tuning's shorter runs"
         gates = base.gates_on_speed(self.ends) if aim else base.missing(shorter)
@@ -224,7 +210,7 @@ def conditions(table: pd.DataFrame) -> list[Arms]:
 def _cost(
     name: str, gates: Callable[[Arms], Sequence[Gate]], place: str = ""
 ) -> base.Estimand[Arms]:
-    """Return a cost of the highest rank relative to full fine-tuning's."""
+    """Declare a cost of the highest rank relative to full fine-tuning's."""
     return base.Estimand(
         name,
         lambda c: c.costs[c.top][name],
@@ -241,9 +227,6 @@ ESTIMANDS = [
     _cost("flops_to_loss", Arms.gates_to_loss, TO_LOSS),
     _cost("seconds_to_loss", lambda c: c.gates_to_loss() + c.gates_on_time(), TO_LOSS),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:

@@ -33,7 +33,7 @@ READINGS = {
 BOTH = ("active", "whole")
 """Readings whose comparison shows what dividing the rank loses."""
 MATRICES = 3
-"""Of an expert: gate, up and down. Each has one side of the hidden size."""
+"""Of an expert: gate, up and down; one side of each is the hidden size."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,6 @@ class Experts(base.Condition):
         """Return a reading's optimal learning rate over another curve's; None without either."""
         mine = self.readings.get(reading)
         return None if mine is None or other is None else ratio_of([mine], other)
-
-    def settings(self, o: Optimum) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a curve's model and method."""
-        spec = json.loads(runs_of(self.runs, o.curve)["spec"].iloc[0])
-        return spec["model"], spec["method"]
 
     def token_shares(self, o: Optimum) -> list[list[float]]:
         """Return each expert's share of the tokens, by layer; empty if it was not recorded."""
@@ -110,13 +105,11 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
     return found
 
 
-# ---------------------------------------------------------------- estimands
-
-
 def _over_allowed(reading: str) -> base.Estimand[Experts]:
-    name = f"over_allowed_{reading}"
     return base.over_allowed(
-        name, lambda c: c.gaps.get(reading), absent=lambda c: c.absent(reading)
+        f"over_allowed_{reading}",
+        lambda c: c.gaps.get(reading),
+        absent=lambda c: c.absent(reading),
     )
 
 
@@ -132,7 +125,7 @@ def _dividing(c: Experts) -> Estimate | None:
 def _ratio(
     name: str, reading: str, other: Callable[[Experts], Optimum | None]
 ) -> base.Estimand[Experts]:
-    """Return a reading's optimal learning rate over another curve's, as an estimand."""
+    """Declare a reading's optimal learning rate over another curve's."""
     return base.Estimand(
         name,
         lambda c: c.ratio(reading, other(c)),
@@ -154,9 +147,6 @@ ESTIMANDS = [
     _ratio("rate_of_whole", "whole", lambda c: c.readings.get("active")),
     _ratio("rate_of_divided_alpha", "divided_alpha", lambda c: c.readings.get("active")),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Experts], asked: base.Asked) -> dict[str, Any]:
@@ -216,7 +206,8 @@ def _counts(c: Experts) -> base.Section:
     head = "reading | rank of an expert | trained in the experts | per weight | that a token uses"
     rows: list[list[Any]] = []
     for reading, o in c.readings.items():
-        model, method = c.settings(o)
+        spec = json.loads(runs_of(c.runs, o.curve)["spec"].iloc[0])
+        model, method = spec["model"], spec["method"]
         h, i, layers = model["hidden_size"], model["mlp_size"], model["n_layers"]
         n, k = model["n_experts"], model["n_active_experts"]
         divisor = {"active": k, "all": n, "whole": 1}[o.curve.key["expert_rank"]]

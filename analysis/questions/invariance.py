@@ -3,10 +3,9 @@
 And which scaling rule makes the optimal learning rate independent of the rank.
 
 Twins: (alpha, init_A, LR_A, LR_B) and (alpha / pq, p init_A, p LR_A, q LR_B) train to the same
-function under Adam without eps, decay and clipping. If p and q are powers of two, every number of
-one twin is that of the other times a power of two, so their losses agree to the last bit or nearly
-so. Gradients scale by 1/p for A and 1/q for B; with eps > 0, eps must scale with them, and a single
-eps can do so only if p = q.
+function under Adam without eps, decay and clipping; to the last bits if p and q are powers of two.
+Gradients scale by 1/p for A and 1/q for B, and eps must scale with them: one eps can do so only if
+p = q.
 """
 
 import itertools
@@ -37,7 +36,7 @@ class Twins:
         self.held: list[float] = []
         """Largest difference of each true pair's held-out NLL at any step, in nats."""
         self.broken: dict[str, float] = {}
-        """The same by what breaks the symmetry, over its pairs."""
+        """The largest such difference by what breaks the symmetry."""
         self.rows: list[list[str]] = []
         self.series: list[base.Series] = []
         learned = by_run(proofs)
@@ -70,10 +69,7 @@ class Twins:
 
 
 def twin_key(row: pd.Series) -> tuple[float, ...]:
-    """Return what twins share: alpha init_A LR_B, init_A / LR_A, rank, seed and steps.
-
-    Rounded to 9 digits, since the inputs are rounded.
-    """
+    """Return what twins share, to 9 digits: alpha init_A LR_B, init_A / LR_A, rank, seed, steps."""
     lr_b = row["lr"] * row["lr_b_ratio"]
     shared = [row["alpha"] * row["init_scale"] * lr_b, row["init_scale"] / row["lr"]]
     shared += [row[k] for k in ("rank", "seed", "steps")]
@@ -81,10 +77,7 @@ def twin_key(row: pd.Series) -> tuple[float, ...]:
 
 
 def broken_by(a: pd.Series, b: pd.Series) -> str | None:
-    """Return what breaks the symmetry of two runs: 'nothing', 'eps', 'decay' or 'clipping'.
-
-    None if the two are not a pair.
-    """
+    """Return what breaks two twins' symmetry: nothing, eps, decay or clipping; None: no twins."""
     clip = [None if pd.isna(r["clip_norm"]) else r["clip_norm"] for r in (a, b)]
     if a["weight_decay"] != b["weight_decay"] or clip[0] != clip[1]:
         return None
@@ -166,9 +159,6 @@ ESTIMANDS = [
     _drift("drift_alpha", "none"),
     base.Estimand[Settings]("start_b_gap", lambda c: c.start_gap, absent="start=b"),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Settings], asked: base.Asked) -> dict[str, Any]:

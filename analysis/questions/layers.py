@@ -1,8 +1,7 @@
 """Question: is LoRA on attention only worse than on the MLP only, and does attention add anything.
 
-Compares, on every task, the step efficiency rho of each layer set and its loss at the end, each at
-its optimal learning rate; attention and MLP have equal parameters. Every task has its verdicts,
-and so do claims about all tasks. Full fine-tuning of the same matrices shows whether the
+Compares rho and the last loss of each layer set on every task, at its optimal learning rate;
+attention and MLP have equal parameters. Full fine-tuning of the same matrices shows whether the
 order comes from the location.
 """
 
@@ -20,14 +19,7 @@ from analysis.inference.estimate import Estimate, exp_of, number, signed
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import within_groups
 from analysis.inference.seeds import PooledVariance
-from analysis.measures.at_best import (
-    AtBest,
-    is_finite,
-    losses_at_best,
-    mean_of,
-    over_seeds,
-    pooled_over,
-)
+from analysis.measures import at_best
 from analysis.measures.qualify import stalled
 from analysis.measures.regret import Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, rho
@@ -58,9 +50,9 @@ class Arm:
     layers: str
     rank: int | None
     n_trainable: int
-    points: AtBest[Points]
-    losses: AtBest[float]
-    """Loss at the end by seed, in nats."""
+    points: at_best.AtBest[Points]
+    losses: at_best.AtBest[float]
+    """Last loss by seed, in nats."""
     share: float | None
     """Share of full fine-tuning's squared gradient at the start that lies in the layer set."""
 
@@ -80,10 +72,10 @@ class Pair:
     """Two layer sets that are compared: their arms, rho ratio, and gap in loss."""
 
     arms: tuple[Arm, Arm]
-    logs: AtBest[float]
+    logs: at_best.AtBest[float]
     """ln(rho of the first / rho of the second), by seed."""
     gap: Gap
-    """The first's loss minus the second's, and full fine-tuning's gain."""
+    """The first's loss minus the second's; the gain is full fine-tuning's."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +101,13 @@ class Task(base.Condition):
         return [a for a in self.arms if a.rank is not None]
 
     def get(self, layers: str, rank: int | None = None) -> Arm | None:
-        """Return LoRA's arm of a layer set and rank (default: the highest); None without one."""
+        """Return LoRA's arm of a layer set and rank (None: the highest), or None."""
         found = [a for a in self.adapted if a.layers == layers and rank in (None, a.rank)]
         return max(found, key=lambda a: a.rank or 0, default=None)
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Attention against MLP at equal parameters, and MLP against both at equal rank.
-
-        Empty if an arm of either is missing.
-        """
+        """Attention against MLP at equal parameters, MLP against both at equal rank; or empty."""
         equal, both = equal_pair(self.adapted), self.get("attention+mlp")
         mlp = self.get("mlp", both.rank) if both else None
         if self.whole is None or equal is None or both is None or mlp is None:
@@ -134,14 +123,11 @@ class Task(base.Condition):
 
     @cached_property
     def ratios(self) -> list[Estimate]:
-        """The ratio of rho of each pair; its variance is pooled over this task's ratios only.
-
-        Without a value if a seed has only a bound.
-        """
-        pooled = pooled_over(p.logs for p in self.pairs)
+        """The ratio of rho of each pair; without a value if a seed has only a bound."""
+        pooled = at_best.pooled_over(p.logs for p in self.pairs)
         return [
-            exp_of(over_seeds(p.logs, pooled))
-            if is_finite(p.logs)
+            exp_of(at_best.over_seeds(p.logs, pooled))
+            if at_best.is_finite(p.logs)
             else Estimate(None, n=len(p.logs.best))
             for p in self.pairs
         ]
@@ -177,7 +163,9 @@ class Task(base.Condition):
     def pooled(self) -> PooledVariance | None:
         """Variance over seeds of ln(rho), pooled over all arms."""
         full = self.whole.points
-        return pooled_over(log_rho(b.points, full) for b in (*self.adapted, *self.restricted))
+        return at_best.pooled_over(
+            log_rho(b.points, full) for b in (*self.adapted, *self.restricted)
+        )
 
     def speed(self, a: Arm) -> Estimate:
         """Return rho of an arm."""
@@ -209,8 +197,8 @@ class AllTasks(base.Condition):
             equal, joint = (p.arms for p in t.pairs)
             arms = [a for a in (*equal, joint[1]) if a.share]
             speeds = [log_rho(a.points, t.whole.points) for a in arms]
-            known = [(math.log(a.share), mean_of(v)) for a, v in zip(arms, speeds) if is_finite(v)]
-            found.append(known)
+            known = [(a, v) for a, v in zip(arms, speeds) if at_best.is_finite(v)]
+            found.append([(math.log(a.share), at_best.mean_of(v)) for a, v in known])
         return within_groups(found, "layer sets over all tasks")
 
     def gates_on_trace(self) -> list[Gate]:
@@ -223,25 +211,22 @@ class AllTasks(base.Condition):
 
 
 def equal_pair(adapted: Sequence[Arm]) -> tuple[Arm, Arm] | None:
-    """Return the attention arm and the MLP arm with the most similar numbers of parameters.
-
-    Neither includes the unembedding. None if no pair agrees within PARAMETERS_AGREE.
-    """
+    """Return the attention arm and the MLP arm nearest in size, if within PARAMETERS_AGREE."""
     known = [a for a in adapted if a.n_trainable]
-    both = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
-    pairs = [
-        (abs(math.log(a.n_trainable / m.n_trainable)), k, a, m) for k, (a, m) in enumerate(both)
-    ]
-    if not pairs or min(pairs)[0] > math.log(1 + PARAMETERS_AGREE):
-        return None
-    return min(pairs)[2:]
+    pairs = [(a, m) for a in known if a.layers == "attention" for m in known if m.layers == "mlp"]
+
+    def apart(pair: tuple[Arm, Arm]) -> float:
+        return abs(math.log(pair[0].n_trainable / pair[1].n_trainable))
+
+    nearest = min(pairs, key=apart, default=None)
+    return nearest if nearest and apart(nearest) <= math.log(1 + PARAMETERS_AGREE) else None
 
 
 def conditions(table: pd.DataFrame) -> list[Task | AllTasks]:
     """Split a table into tasks and arms, and join all tasks."""
     optima = base.fit(table)
     points = dict(zip(map(id, optima), curves_at_best(table, optima)))
-    losses = dict(zip(map(id, optima), losses_at_best(optima)))
+    losses = dict(zip(map(id, optima), at_best.losses_at_best(optima)))
     tasks = []
     for group, curves in base.by_group(optima).items():
         full = [o for o in curves if not base.rank_of(o)]
@@ -267,12 +252,8 @@ def gradient_shares(runs: pd.DataFrame) -> dict[str, float]:
     return {k: float(np.mean([f[k] for f in found])) for k in found[0]} if found else {}
 
 
-def _is_all(c: base.Condition) -> bool:
-    return isinstance(c, AllTasks)
-
-
 def _speed(name: str, which: int) -> base.Estimand[Any]:
-    """Return the ratio of rho of a pair. Its margin may start at 0, so it is not a logarithm's."""
+    """Declare the ratio of rho of a pair. Its margin may start at 0, so it is not a logarithm's."""
     return base.Estimand(
         name,
         lambda t: t.ratios[which] if t.pairs else None,
@@ -284,7 +265,7 @@ def _speed(name: str, which: int) -> base.Estimand[Any]:
 
 
 def _loss(name: str, which: int) -> base.Estimand[Any]:
-    """Return the gap in loss of a pair minus what is allowed."""
+    """Declare the gap in loss of a pair minus what is allowed."""
     return dataclasses.replace(
         _speed(name, which),
         measure=lambda t: t.pairs[which].gap.over_allowed() if t.pairs else None,
@@ -295,7 +276,7 @@ def _loss(name: str, which: int) -> base.Estimand[Any]:
 def _everywhere(
     name: str, which: int, hardest: Callable[..., Estimate], each: base.Estimand[Any]
 ) -> base.Estimand[Any]:
-    """Return the ratio of rho on the task that is worst for a claim about all tasks."""
+    """Declare the ratio of rho on the task that is worst for a claim about all tasks."""
 
     def worst(c: AllTasks) -> Estimate:
         ratios = [each.measure(t) for t in c.tasks]
@@ -306,7 +287,7 @@ def _everywhere(
         name,
         worst,
         lambda c: [g for t in c.tasks for g in t.named(each.gates(t))],
-        applies=_is_all,
+        applies=lambda c: isinstance(c, AllTasks),
         seeds=lambda c: base.fewest_seeds([o for t in c.tasks for o in t.of_pair(which)]),
         each=each.name,
     )
@@ -320,11 +301,13 @@ ESTIMANDS = [
     _loss("mlp_over_allowed", 1),
     _everywhere("attention_everywhere", 0, max, ATTENTION),
     _everywhere("mlp_everywhere", 1, min, MLP),
-    base.Estimand("trace_correlation", AllTasks.trace, AllTasks.gates_on_trace, applies=_is_all),
+    base.Estimand(
+        "trace_correlation",
+        AllTasks.trace,
+        AllTasks.gates_on_trace,
+        applies=lambda c: isinstance(c, AllTasks),
+    ),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(tasks: Sequence[Task], asked: base.Asked) -> dict[str, Any]:
@@ -378,9 +361,8 @@ def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
 
 def _panel(t: Task) -> base.Panel:
     here = [s for s in SETS if any(a.layers == s for a in (*t.adapted, *t.restricted))]
-    highest = {a.layers: max(b.rank for b in t.adapted if b.layers == a.layers) for a in t.adapted}
     low = min((a.rank for a in t.adapted), default=0)
-    raised = [a for a in t.adapted if a.rank == highest[a.layers] and a.rank > low]
+    raised = [a for a in t.adapted if a.rank > low and a is t.get(a.layers)]
     kinds = {
         "LoRA, rank raised to the MLP's parameters": raised,
         "LoRA, one rank": [a for a in t.adapted if a not in raised],

@@ -1,9 +1,8 @@
 """Question: is LoRA's optimal learning rate about 10 times full fine-tuning's.
 
-Per model and data set: the ratio of the optima, for each rank and over the ranks from MIN_RANK up,
-against published laws; the drift, the slope of ln(optimal LoRA LR) per doubling of the rank; the
-gap in loss, the regret of rules of thumb, and rho. Variants of LoRA (alpha, layers, ...) are
-compared apart.
+Per model, data set and variant of LoRA (alpha, layers, ...): the ratio of the optima, for each rank
+and over the ranks from MIN_RANK up, against published laws; the LR drift over the rank; the gap in
+loss, the regret of rules of thumb, and rho.
 """
 
 import dataclasses
@@ -44,19 +43,17 @@ class Ratio:
     alpha: float
     ratio: Estimate
     gap: Estimate
-    """Lowest LoRA NLL - lowest full fine-tuning NLL, in nats; see `measures.ratio.gaps`."""
+    """LoRA's lowest loss minus full fine-tuning's, in nats; see `measures.ratio.gaps`."""
     regrets: dict[str, float | None] = field(default_factory=dict)
-    """NLL lost by a rule of thumb compared with the tuned learning rate, in nats; None if the
-    rule's learning rate lies outside those tried."""
+    """NLL lost by each rule of thumb, in nats; None if its learning rate is outside those tried."""
     at: int | None = None
     """Index of the LoRA curve among the analysis' optima; None over several ranks."""
     rivals: dict[str, float] = field(default_factory=dict)
-    """The ratio by each published law at this width and alpha; only over ranks."""
+    """The ratio by each published law; only over several ranks."""
     rho: Estimate = base.UNKNOWN
 
     @property
     def name(self) -> str:
-        """Name the rank or ranks."""
         return f"ranks {MIN_RANK} and more" if self.rank is None else f"rank {self.rank}"
 
 
@@ -141,11 +138,7 @@ class Variant(base.Condition):
 
     @cached_property
     def at_ten_times(self) -> at_best.Cost:
-        """What the highest rank loses at 10 times full fine-tuning's optimum.
-
-        That is its loss there minus that at its own optimum, in percent of what full fine-tuning
-        gains. It includes the error of both optima.
-        """
+        """The highest rank's regret at 10 times FullFT's optimum, in percent of FullFT's gain."""
         lrs = [10 * lr for lr in at_best.best_and_draws(self.full, 1)]
 
         def percent(rank: int, losses: at_best.AtBest[float]) -> at_best.AtBest[float]:
@@ -185,10 +178,7 @@ def conditions(table: pd.DataFrame) -> list[Variant]:
 
 
 def _pooled(found: Sequence[Variant]) -> RandomEffects | None:
-    """Pool ln ratio over models and data sets, if at least two have one.
-
-    Variants share one full fine-tuning curve, so their ratios are not independent.
-    """
+    """Pool ln ratio over models and data sets; not over variants, which share a FullFT curve."""
     of_variants = any(";" in c.name for c in found)
     return None if of_variants else pool_ratios([c.ratio for c in found if not c.missing])
 
@@ -225,9 +215,6 @@ ESTIMANDS = [
         read=lambda c: f"rank {c.top}",
     ),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Variant], asked: base.Asked) -> dict[str, Any]:

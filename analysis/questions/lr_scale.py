@@ -1,8 +1,7 @@
 """Question: how the ratio of the optimal learning rates depends on the hidden size and on alpha.
 
-ln ratio = a + p ln(hidden) + q ln(alpha) is fitted by regression over measured ratios
-(analysis.measures.ratio), twice: over base models with equal pretraining tokens, and over base
-models with equal loss before fine-tuning. Both sets are found from the table.
+ln ratio = a + p ln(hidden) + q ln(alpha) is fitted over base models with equal pretraining tokens,
+and over base models with equal loss before fine-tuning. Both sets are found from the table.
 """
 
 import json
@@ -23,10 +22,8 @@ from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 
 AGREE = 0.03
-"""Base models count as equal in loss if their losses on the pretraining data differ by at most this
-many nats."""
+"""Largest difference in nats of the losses on the pretraining data that count as equal."""
 TOKENS, LOSS, ALL = "equal pretraining tokens", "equal base loss", "all bases"
-"""The sets of base models to which a law is fitted."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Base:
     tokens: float | None
     """Pretraining tokens; None without a recipe."""
     base_nll: float
-    """Loss of the base model on its pretraining data, in nats; NaN if it was not measured."""
+    """Loss on the pretraining data, in nats; NaN if it was not measured."""
     lora: Optimum
     full: Optimum
 
@@ -71,8 +68,18 @@ class Bases(base.Condition):
 
     @cached_property
     def sets(self) -> dict[str, list[Base]]:
-        """The bases to which each law is fitted."""
-        return {TOKENS: equal_tokens(self.bases), LOSS: equal_loss(self.bases), ALL: self.bases}
+        """The bases to which each law is fitted: of equal ones those with the most hidden sizes."""
+        tokens = {b.tokens for b in self.bases if b.tokens}
+        by_tokens = [[b for b in self.bases if b.tokens == t] for t in tokens]
+        losses = {b.base_nll for b in self.bases}
+        by_loss = [[b for b in self.bases if abs(b.base_nll - nll) <= AGREE] for nll in losses]
+
+        def hidden(bases: list[Base]) -> int:
+            return len({b.hidden for b in bases})
+
+        equal_tokens = max(by_tokens, key=hidden, default=[])
+        equal_loss = max(by_loss, key=lambda bases: (hidden(bases), len(bases)), default=[])
+        return {TOKENS: equal_tokens, LOSS: equal_loss, ALL: self.bases}
 
     @cached_property
     def laws(self) -> dict[str, RatioLaw]:
@@ -95,25 +102,6 @@ class Bases(base.Condition):
             for o in base.distinct(o for c in bases for o in (c.full, c.lora))
             for gate in base.gates_on([o])
         ]
-
-
-def equal_tokens(bases: Sequence[Base]) -> list[Base]:
-    """Return the bases with equal pretraining tokens that cover the most hidden sizes."""
-    groups = {t: [c for c in bases if c.tokens == t] for t in {c.tokens for c in bases if c.tokens}}
-    return max(groups.values(), key=lambda g: len({c.hidden for c in g}), default=[])
-
-
-def equal_loss(bases: Sequence[Base]) -> list[Base]:
-    """Return the bases with equal loss that cover the most hidden sizes.
-
-    Candidates are, for each base model, the bases whose loss agrees with it within AGREE; of equal
-    candidates the largest is returned.
-    """
-    near = [
-        [c for c in bases if abs(c.base_nll - centre) <= AGREE]
-        for centre in {c.base_nll for c in bases}
-    ]
-    return max(near, key=lambda g: (len({c.hidden for c in g}), len(g)), default=[])
 
 
 def _ratios(bases: Sequence[Base]) -> list[Ratio]:
@@ -141,7 +129,7 @@ def conditions(table: pd.DataFrame) -> list[Bases]:
 
 
 def _hidden(name: str, of: str) -> base.Estimand[Bases]:
-    """Return the exponent of the hidden size over one set of bases."""
+    """Declare the exponent of the hidden size over one set of bases."""
 
     def gates(c: Bases) -> list[Gate]:
         one_size = len({b.hidden for b in c.sets[of]}) < 2
@@ -155,9 +143,6 @@ ESTIMANDS = [
     _hidden("hidden_exponent_equal_loss", LOSS),
     base.Estimand[Bases]("alpha_exponent", lambda c: c.laws[ALL].q, lambda c: c.gates_on(ALL)),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def elsewhere(bases: Sequence[Base], kept: Path | None) -> list[Elsewhere]:

@@ -1,14 +1,9 @@
 """Question: how does the speed of learning depend on the rank, and do all ranks start equally.
 
-The speed is rho at each rank's optimal learning rate, and its slope over log2(rank) is judged: as 0
-where the rules alone are new, which any rank holds by the study's capacity, and as above 0
-elsewhere.
-
-Also: does the optimal learning rate depend on the rank, and when does each rank fall behind full
-fine-tuning. A rank has fallen behind at the step from which its loss stays above full fine-tuning's
-by DEPARTED of what full fine-tuning gains in the whole run. This is measured in two ways. The
-verdict uses runs at each rank's optimal learning rate, paired by seed. The study's envelope, the
-lowest loss over all learning rates at each step, is shown too; no single run follows it.
+The slope of ln(rho) over log2(rank) is judged as 0 where the rules alone are new, which any rank
+holds by the study's capacity, and as above 0 elsewhere. When a rank falls behind is measured at its
+optimal learning rate, paired by seed. The study's envelope, the lowest loss over all learning rates
+at each step, is shown too; no single run follows it.
 """
 
 import json
@@ -23,26 +18,11 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, number, rate, signed
 from analysis.inference.gates import Gate, GateCode
+from analysis.measures import speed
 from analysis.measures.at_best import AtBest, pooled_over
 from analysis.measures.qualify import stalled
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.measures.regret import novelty_of
-from analysis.measures.speed import (
-    DEPARTED,
-    SPAN,
-    Departure,
-    Start,
-    curves_at_best,
-    departure,
-    envelope,
-    least_straight,
-    log_rho,
-    read_to,
-    rho,
-    slope_by_rank,
-    slope_of,
-    start_of,
-)
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, while_unsolved
 
@@ -52,44 +32,44 @@ class Ranks(base.TwoArms):
     """The ranks of one model and data set."""
 
     every: pd.DataFrame
-    """All runs, with those from other draws of A, uncut."""
+    """All runs, uncut, including those from other draws of A."""
 
     @cached_property
     def points(self) -> dict[int, AtBest[Points]]:
         """Learning curves at the optimum by rank; 0: full fine-tuning."""
-        found = dict(zip(map(id, self.optima), curves_at_best(self.runs, self.optima)))
+        found = dict(zip(map(id, self.optima), speed.curves_at_best(self.runs, self.optima)))
         return {r: found[id(o)] for r, o in self.by_rank.items()}
 
     @cached_property
     def last(self) -> int:
         """The update to which the highest rank is compared."""
-        return read_to([self.points[0], self.points[self.top]])
+        return speed.read_to([self.points[0], self.points[self.top]])
 
     @cached_property
     def logs(self) -> dict[int, AtBest[float]]:
         """ln(rho) by rank."""
-        return {r: log_rho(self.points[r], self.points[0]) for r in self.lora}
+        return {r: speed.log_rho(self.points[r], self.points[0]) for r in self.lora}
 
     @cached_property
-    def speed(self) -> dict[int, Estimate]:
+    def rho(self) -> dict[int, Estimate]:
         """rho by rank."""
         pooled = pooled_over(self.logs.values())
-        return {r: rho(self.points[r], self.points[0], pooled) for r in self.lora}
+        return {r: speed.rho(self.points[r], self.points[0], pooled) for r in self.lora}
 
     @cached_property
     def slope(self) -> Estimate:
         """Slope of ln(rho) over log2(rank)."""
-        return slope_by_rank(self.logs)
+        return speed.slope_by_rank(self.logs)
 
     def gates_on(self, ranks: Sequence[int]) -> list[Gate]:
-        """List the gates of a speed: those of these ranks, and curves that have stalled."""
+        """List the gates on these ranks' speeds."""
         ends = [self.points[r].best for r in (0, self.top)]
         optima = [self.by_rank[r] for r in ranks]
         return base.gates_on_speed(optima) + stalled(self.pair(), ends)
 
     @cached_property
     def in_regime(self) -> bool:
-        """Whether the rules alone are new; of real data this is not known, so they are not."""
+        """Whether the rules alone are new; False on real data, where this is not known."""
         new = novelty_of(json.loads(self.every["spec"].iloc[0])["dataset"])
         return new is not None and new.low
 
@@ -101,19 +81,16 @@ class Ranks(base.TwoArms):
         return gates
 
     @cached_property
-    def departures(self) -> dict[int, AtBest[Departure]]:
+    def departures(self) -> dict[int, AtBest[speed.Departure]]:
         """When each rank falls behind, by seed."""
         start = self.full.curve.nll_start
         return {
-            r: self.points[r].paired(self.points[0], lambda a, b: departure(a, b, start))
+            r: self.points[r].paired(self.points[0], lambda a, b: speed.departure(a, b, start))
             for r in self.lora
         }
 
     def unresolved(self) -> list[Gate]:
-        """Return a gate if at most one rank is not yet behind at the first evaluation.
-
-        The order in which the others fell behind is then unknown.
-        """
+        """Return a gate if all ranks, or all but one, are behind at the first evaluation."""
         gone = [
             str(r)
             for r, d in self.departures.items()
@@ -123,9 +100,9 @@ class Ranks(base.TwoArms):
         return [] if some else [Gate(GateCode.NO_ORDER, ", ".join(gone))]
 
     @cached_property
-    def start(self) -> Start | None:
+    def start(self) -> speed.Start | None:
         """Whether ranks learn equally at first; None without redraws of A at two ranks."""
-        return start_of(self.every, self.top)
+        return speed.start_of(self.every, self.top)
 
     @property
     def common_lr(self) -> str:
@@ -144,7 +121,7 @@ def conditions(table: pd.DataFrame) -> list[Ranks]:
 
 
 def _slope_where(name: str, in_regime: bool) -> base.Estimand[Ranks]:
-    """Return the slope as an estimand of one regime; of the other no condition was run."""
+    """Declare the slope as an estimand of one regime; of the other no condition was run."""
     return base.Estimand(
         name,
         lambda c: c.slope if c.in_regime == in_regime else base.UNKNOWN,
@@ -167,13 +144,13 @@ ESTIMANDS = [
     _slope_where("rho_slope_beyond", False),
     base.Estimand[Ranks](
         "departure_slope",
-        lambda c: slope_of(c.departures),
+        lambda c: speed.slope_of(c.departures),
         lambda c: c.gates_on(list(c.by_rank)) + c.unresolved(),
         read=lambda c: f"to update {c.last}",
     ),
     base.Estimand[Ranks](
         "rho_top_rank",
-        lambda c: c.speed[c.top],
+        lambda c: c.rho[c.top],
         lambda c: c.gates_on([0, c.top]),
         log=True,
         read=lambda c: f"rank {c.top}, to update {c.last}",
@@ -191,18 +168,15 @@ ESTIMANDS = [
     ),
     base.Estimand[Ranks](
         "straightness",
-        lambda c: least_straight(c.points[0], c.points[c.top]),
+        lambda c: speed.least_straight(c.points[0], c.points[c.top]),
         lambda c: c.gates_on([0, c.top]),
         log=True,
         read=lambda c: (
-            f"rank {c.top} and full fine-tuning, from update {max(1, c.last // SPAN**2)} to "
+            f"rank {c.top} and full fine-tuning, from update {max(1, c.last // speed.SPAN**2)} to "
             f"{c.last}"
         ),
     ),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Ranks], asked: base.Asked) -> dict[str, Any]:
@@ -212,7 +186,7 @@ def measures(found: Sequence[Ranks], asked: base.Asked) -> dict[str, Any]:
     return {"departures": steps}
 
 
-def _shown(d: Departure) -> str:
+def _shown(d: speed.Departure) -> str:
     """Format the step from which a curve is behind, or the bound on it."""
     if d.never:
         return f"> {number(d.low)}"
@@ -222,12 +196,12 @@ def _shown(d: Departure) -> str:
 def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
     """Return when ranks fall behind, and how they start."""
     (c,) = found
-    envelopes = {r: envelope(c.runs, o) for r, o in c.by_rank.items()}
+    envelopes = {r: speed.envelope(c.runs, o) for r, o in c.by_rank.items()}
     rows = []
     for rank, by_seed in c.departures.items():
         of_seeds = ", ".join(map(_shown, by_seed.best.values()))
-        of_envelope = departure(envelopes[rank], envelopes[0], c.full.curve.nll_start)
-        rows.append([rank, of_seeds, _shown(of_envelope), c.speed[rank]])
+        of_envelope = speed.departure(envelopes[rank], envelopes[0], c.full.curve.nll_start)
+        rows.append([rank, of_seeds, _shown(of_envelope), c.rho[rank]])
     every = [d for by_seed in c.departures.values() for d in by_seed.best.values()]
     never, at_once = sum(d.never for d in every), sum(d.at_once for d in every)
     text = [
@@ -236,8 +210,9 @@ def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
         "evaluation, earlier than the first.",
         c.note,
         "A rank is behind from the update from which its loss stays above full fine-tuning's by "
-        f"{DEPARTED:.0%} of full fine-tuning's gain over the whole run. rho: full fine-tuning's "
-        f"updates to the rank's last loss, over the rank's own. Curves end at update {c.last}.",
+        f"{speed.DEPARTED:.0%} of full fine-tuning's gain over the whole run. rho: full "
+        "fine-tuning's updates to the rank's last loss, over the rank's own. Curves end at update "
+        f"{c.last}.",
     ]
     single, lowest = [], []
     for r, o in c.by_rank.items():
@@ -262,7 +237,7 @@ def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
     return [base.Section.of("Falling behind", head, rows, text, *figure), _start(c.start)]
 
 
-def _start(start: Start | None) -> base.Section:
+def _start(start: speed.Start | None) -> base.Section:
     if start is None:
         return base.Section("The start")
     rows, series = [], []

@@ -1,8 +1,7 @@
 """Question: how much popular recipes lose against tuned LoRA, and how much fine-tuning forgets.
 
-A recipe's cost is the loss of its own runs at the learning rate it prescribes (interpolated in
-ln(lr) between the tried ones around it), minus tuned LoRA's at its optimum, as a share of tuned
-LoRA's gain over the base model. Paired by seed.
+A recipe's cost is the loss at the learning rate that it prescribes minus tuned LoRA's at its
+optimum, as a share of tuned LoRA's gain over the base model. Paired by seed.
 """
 
 import math
@@ -35,8 +34,7 @@ STEPS = 200
 """Number of learning rates at which equal learning is searched for."""
 LOSSES = ("test", "after", "before")
 Losses = dict[str, float]
-"""A run's losses in nats: on the new task (test), on the pretraining task (after, before), and the
-increase of the latter (lost)."""
+"""In nats: on the new task (test), on the pretraining task (after, before), its increase (lost)."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,8 @@ class Recipes(base.Condition):
     """The recipes, tuned LoRA and full fine-tuning on a model's main data set."""
 
     main: list[Optimum]
-    """Curves on the main data set."""
+    """Curves on the main data set; `few` are those on the data set of few rows."""
     few: list[Optimum]
-    """Curves on the data set of few rows."""
 
     @property
     def missing(self) -> str:
@@ -70,12 +67,10 @@ class Recipes(base.Condition):
 
     @cached_property
     def full(self) -> Optimum | None:
-        """Full fine-tuning."""
         return self.one(method="fullft")
 
     @cached_property
     def tuned(self) -> Optimum | None:
-        """Tuned LoRA."""
         return self.one(method="lora", layers=EVERY_LAYER, alpha=32.0, schedule="constant")
 
     @property
@@ -168,20 +163,12 @@ def losses_of(row: pd.Series) -> Losses:
     """Return a run's losses on both tasks; empty if the pretraining task was not evaluated."""
     if pd.isna(row["retain_nll"]):
         return {}
-    return {
-        "test": float(row["test_nll"]),
-        "after": float(row["retain_nll"]),
-        "before": float(row["retain_start"]),
-        "lost": float(row["retain_nll"] - row["retain_start"]),
-    }
+    test, after, before = (float(row[k]) for k in ("test_nll", "retain_nll", "retain_start"))
+    return {"test": test, "after": after, "before": before, "lost": after - before}
 
 
 def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> dict[float, Losses]:
-    """Return what a curve's finished runs learned and forgot, by increasing learning rate.
-
-    Args:
-        seed: of this seed only; None: the mean over seeds.
-    """
+    """Return finished runs' losses by rising LR, of one seed or as means over all seeds."""
     found: dict[float, list[Losses]] = {}
     for _, row in runs_of(table[table["status"] == "done"], o.curve).iterrows():
         if seed in (None, row["seed"]) and (losses := losses_of(row)):
@@ -195,10 +182,9 @@ def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> dict[f
 def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> at_best.AtBest[Losses]:
     """Return what full fine-tuning forgets when it has learned as much as tuned LoRA, by seed.
 
-    That is at the lowest learning rate, up to its optimum, at which its loss on the new task equals
-    tuned LoRA's of the same seed. Seeds without such a learning rate are left out. A draw is left
-    out if the seeds that have one there differ from those at the optimum: the mean would otherwise
-    be over seeds selected by what they learned.
+    That is at the lowest learning rate, up to its optimum, with tuned LoRA's loss on the new task.
+    Seeds without one are left out. A draw is left out if it has other seeds than the optimum: the
+    mean would be over seeds selected by what they learned.
     """
     (runs,) = at_best.values_at_best(table, [tuned], losses_of)
     paths = {s: frontier(table, full, s) for s in runs.best}
@@ -270,9 +256,6 @@ ESTIMANDS = [
         read=lambda c: f"{len(c.equal.best)} seed(s)" if c.is_retained else "0 seed(s)",
     ),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 """Question: has LoRA no regret while little is new in the data, and where does that end.
 
-A condition is a data set with a known amount of what is new, on one base. In every condition each
-rank is compared with full fine-tuning, both at their optimal learning rates, after the last update
-and after FIRST updates, which are a prefix of the same runs. Each condition has its verdicts.
+A condition is a data set on one base. Each rank is compared with full fine-tuning, both at their
+optimal learning rates, after all updates and after the first FIRST of the same runs.
 """
 
+import functools
 import json
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,13 +42,13 @@ class Data(base.Condition):
     """One data set on one base."""
 
     novelty: regret.Novelty | None
-    """None for real data, of which the information is not known."""
+    """None for real data."""
     last: Gaps
     """After the last update."""
     first: Gaps
     """After FIRST updates; empty for shorter runs, and where the LR is not constant."""
     last_on_first_rows: Gaps
-    """After the last update, on the held-out rows that `first` is on, which may be fewer."""
+    """After the last update, on the held-out rows of `first`, which may be fewer."""
     bits: dict[str, float]
     """Of the data set, by each count that is known."""
 
@@ -58,7 +58,6 @@ class Data(base.Condition):
 
     @property
     def steps(self) -> int:
-        """Number of updates."""
         return int(self.runs["steps"].iloc[0])
 
     @property
@@ -88,34 +87,34 @@ class Data(base.Condition):
     def shown(self) -> bool:
         return True
 
-    @cached_property
+    @functools.cached_property
     def parts_of_gap(self) -> dict[int, dict[str, AtBest[float]]]:
-        """By rank: what the changed and the unchanged contexts add to the gap, in nats."""
+        """What the changed and the unchanged contexts add to the gap, in nats, by rank."""
         return {r: regret.parts_at_best(self.runs, g) for r, g in self.last.items()}
 
-    @cached_property
+    @functools.cached_property
     def loads(self) -> dict[int, dict[str, float]]:
         """By rank and count."""
         return {r: regret.loads_of(self.runs, g.lora, self.bits) for r, g in self.last.items()}
 
-    @cached_property
+    @functools.cached_property
     def controls(self) -> list[regret.Gap]:
         """Full fine-tuning of some matrices alone against that of everything."""
         return regret.controls_of(self.runs, self.optima)
 
     @property
     def fitting(self) -> int | None:
-        """The smallest rank that can hold what is new by the generator's bits; None without one."""
+        """The smallest rank that can hold what is new, by the generator's bits; or None."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
         return min(ranks, default=None)
 
     @property
     def overfull(self) -> int | None:
-        """The largest rank that cannot hold what is new by that count; None without one."""
+        """The largest rank that cannot hold what is new; or None."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
         return max(ranks, default=None)
 
-    @cached_property
+    @functools.cached_property
     def growing(self) -> tuple[regret.Gap, regret.Gap] | None:
         """The smallest rank's gap after FIRST and after all updates, on the same rows."""
         smallest = min(self.last)
@@ -143,7 +142,6 @@ class Data(base.Condition):
         return base.distinct([*used, *([self.growing[1].lora] if self.growing else [])])
 
     def gates_at_eighth(self) -> list[Gate]:
-        """List the gates of the gap at an eighth of the hidden size."""
         gates = base.gates_on_gap(self.gap)
         if max(self.last) < self.wanted:
             gates += base.missing(f"a rank of 1/{EIGHTH} of the width or more")
@@ -151,7 +149,7 @@ class Data(base.Condition):
 
     # ---- the rank that is needed
 
-    @cached_property
+    @functools.cached_property
     def rank_needed(self) -> Estimate:
         """The needed rank, over seeds; no value if it is outside the ranks tried in a seed."""
         logs = regret.rank_needed_by_seed(_judged(self.last))
@@ -164,7 +162,7 @@ class Data(base.Condition):
             return base.UNKNOWN
         return base.mapped(self.rank_needed, lambda v: float(np.mean(of_rank_1)) / v)
 
-    @cached_property
+    @functools.cached_property
     def needed(self) -> regret.Needed:
         """The smallest rank with no regret, as a range of ranks tried."""
         judged = _judged(self.last)
@@ -192,22 +190,23 @@ class Base(base.Condition):
         gaps = [g for c in self.data for g in c.last.values()]
         return base.distinct(o for g in gaps for o in (g.lora, g.full))
 
-    @cached_property
+    @functools.cached_property
     def change(self) -> AtBest[float] | None:
-        """Change of log2 of the needed rank per doubling of the updates: the mean over data.
-
-        Of the data sets with runs longer than FIRST updates, from there to their last.
-        """
+        """Change of log2 of the needed rank per doubling of updates after FIRST: mean over data."""
         changes = []
         for c in (c for c in self.data if c.first):
             gaps = (c.first, c.last_on_first_rows)
             first, last = (regret.rank_needed_by_seed(_judged(g)) for g in gaps)
             changes.append(regret.change_of_needed(first, last, math.log2(c.steps / FIRST)))
-        return regret.mean_over([change for change in changes if change is not None])
+        known = [change for change in changes if change is not None]
+        if not known:
+            return None
+        total = functools.reduce(lambda a, b: a.paired(b, operator.add), known)
+        return total.map((1 / len(known)).__mul__)
 
 
 def conditions(table: pd.DataFrame) -> list[Data | Base]:
-    """Fit every data set of a table, from little to much that is new; and join those of a base."""
+    """Fit every data set of a table, from little to much that is new; then join those of a base."""
     found = []
     for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
         runs = part.reset_index(drop=True)
@@ -246,12 +245,8 @@ def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
 
 
 def _where(applies: Callable[[Data], Any]) -> Callable[[Any], bool]:
-    """Restrict an estimand to the data sets with both arms for which something holds."""
+    """Restrict an estimand to data sets with both arms for which something holds."""
     return lambda c: isinstance(c, Data) and not c.missing and bool(applies(c))
-
-
-def _over_allowed(c: Data) -> Estimate:
-    return c.gap.over_allowed()
 
 
 def _gates_apart(c: Data) -> list[Gate]:
@@ -270,14 +265,14 @@ def _gates_on_growth(c: Data) -> list[Gate]:
 ESTIMANDS = [
     base.Estimand(
         "over_allowed_low",
-        _over_allowed,
+        lambda c: c.gap.over_allowed(),
         Data.gates_at_eighth,
         applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
         read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
     ),
     base.Estimand(
         "over_allowed_beyond",
-        _over_allowed,
+        lambda c: c.gap.over_allowed(),
         Data.gates_at_eighth,
         applies=_where(lambda c: c.is_new and not c.is_low),
     ),
@@ -335,9 +330,6 @@ ESTIMANDS = [
         applies=lambda c: isinstance(c, Base),
     ),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:

@@ -12,9 +12,6 @@ from analysis.inference.gates import Gate, GateCode, remedy
 from analysis.questions.base import Analysis, Question
 from analysis.runs.metric import as_losses
 
-SHARED = ("__init__", "base", "registry")
-"""Modules of this package that are not questions."""
-
 
 class UnknownQuestion(ValueError):
     """There is no question with this name; `known` lists those that exist."""
@@ -30,7 +27,8 @@ def question_named(name: str) -> Question[Any]:
     Raises:
         UnknownQuestion: there is no such question.
     """
-    names = sorted({p.stem for p in Path(__file__).parent.glob("*.py")} - set(SHARED))
+    modules = {p.stem for p in Path(__file__).parent.glob("*.py")}
+    names = sorted(modules - {"__init__", "base", "registry"})
     if name not in names:
         raise UnknownQuestion(name, names)
     found: Question[Any] = importlib.import_module(f"analysis.questions.{name}").QUESTION

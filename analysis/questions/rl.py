@@ -1,8 +1,7 @@
 """Question: does rank 1 match full fine-tuning where completions are sampled and rewarded.
 
-Each curve is at its best stable learning rate, and rewards are paired by seed: one seed sees the
-same prompts and random numbers in every arm. Points are hundredths of the held-out reward, which is
-the share of right completions.
+Each curve is at its best stable learning rate. Rewards are paired by seed, which has the same
+prompts and random numbers in every arm. Points are hundredths of the share of right completions.
 """
 
 import math
@@ -48,7 +47,7 @@ class Rewarded(base.Condition):
 
     @cached_property
     def behind(self) -> dict[int, AtBest[float]]:
-        """LoRA's reward minus full fine-tuning's by rank, in points; below 0 LoRA is behind."""
+        """LoRA's reward minus full fine-tuning's by rank, in points."""
         if 0 not in self.by_rank:
             return {}
         full = rewards.reward_of(self.full)
@@ -77,11 +76,11 @@ class Rewarded(base.Condition):
         return {r: rewards.range_ratio(o, self.full) for r, o in self.lora.items()}
 
     def gates_on_stable(self, rank: int = 0) -> list[Gate]:
-        """List the gates on rewards of full fine-tuning and a rank at their best stable LRs."""
+        """List the gates on the rewards of full fine-tuning and a rank."""
         return rewards.gates_on_stable([self.by_rank[r].curve for r in dict.fromkeys((0, rank))])
 
     def gates_on_points(self, rank: int) -> list[Gate]:
-        """List the gates on points: the task's start or its end may be unfit to compare methods."""
+        """List the gates on points; the rewards at the start and the end must leave room."""
         optima, gates = self.pair(rank), self.gates_on_stable(rank)
         start = -self.full.curve.nll_start
         if math.isfinite(start) and not START[0] <= start <= START[1]:
@@ -106,11 +105,7 @@ def at_rank(
     gates: Callable[[Any, int], list[Gate]],
     **more: Any,
 ) -> base.Estimand[Any]:
-    """Declare an estimand at one rank, which is missing without this rank or full fine-tuning.
-
-    Args:
-        more: other fields of `Estimand`.
-    """
+    """Declare an estimand at one rank, which is missing without this rank or full fine-tuning."""
 
     def is_there(c: Rewarded) -> bool:
         return 0 in c.by_rank and rank_of(c) in c.lora
@@ -163,9 +158,6 @@ ESTIMANDS = [
 ]
 
 
-# ---------------------------------------------------------------- the report
-
-
 def measures(found: Sequence[Rewarded], asked: base.Asked) -> dict[str, Any]:
     """Return how far every rank is behind, in points."""
     behind = {c.name: {r: over_seeds(v) for r, v in c.behind.items()} for c in found}
@@ -178,9 +170,7 @@ def name_of(rank: int) -> str:
 
 
 def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
-    """Return rewards over episodes, the mean over seeds with its interval, by rank.
-
-    The means are over the runs that did not collapse; the legend counts the others.
+    """Return mean rewards over episodes with intervals, by rank; the legend counts collapsed runs.
 
     Args:
         title: model and data set.

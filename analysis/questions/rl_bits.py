@@ -1,9 +1,8 @@
 """Question: is rank 1 enough in reinforcement learning because an episode carries few bits.
 
-A bandit's labels are known bits: 4 a context. Rank 1 should tie with full fine-tuning while they
-fit it at 2 bits per parameter, and fall behind beyond. The same labels, supervised by
-cross-entropy, show what the adapter can hold. Each curve is at its best stable learning rate,
-paired by seed.
+A bandit's labels have 4 bits per context. Rank 1 should tie with full fine-tuning while they fit it
+at 2 bits per parameter, and fall behind beyond. The same labels, supervised by cross-entropy, show
+what the adapter can hold.
 """
 
 import functools
@@ -37,10 +36,7 @@ Bits = dict[int, Estimate]
 
 
 def share_known(o: Optimum) -> AtBest[float]:
-    """Return the share of the labels' bits that is known at the best stable LR, by seed.
-
-    It is 1 where the parabola is below a loss of 0.
-    """
+    """Return the share (at most 1) of the labels' bits known at the best stable LR, by seed."""
     found = stable(o.curve)
     if found is None:
         return AtBest({})
@@ -125,7 +121,7 @@ class Contexts(rl.Rewarded):
         return over_seeds(one.paired(full, lambda a, b: 100 * (a - b)))
 
     def gates_if_supervised(self) -> list[Gate]:
-        """List the gates; a curve that knows ALL of the bits may end at the edge of its LRs."""
+        """List the gates; a curve that knows ALL of the bits may be best at the edge of its LRs."""
         both = [self.supervised[r] for r in (0, 1)]
         learning = [o.curve for o in both if not (over_seeds(share_known(o)).value or 0) > ALL]
         gates = gates_on_stable([o.curve for o in both])
@@ -179,9 +175,6 @@ ESTIMANDS = [
     ),
     *rl.at_top(applies=lambda c: c.is_complete and c.top > 1),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Contexts], asked: base.Asked) -> dict[str, Any]:

@@ -26,13 +26,13 @@ SHORT = 24
 """The short horizon is the first evaluated step from the longest horizon divided by this."""
 SHORTEST = 4
 """Horizons of fewer updates are ignored."""
-Norms = dict[str, dict[str, float]]
-"""Matrix -> a, b, delta (the change) -> spectral norm."""
+Norms = dict[tuple[str, str], float]
+"""Spectral norms by matrix and part: a, b, or delta (the change)."""
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """The optima of runs cut at one step; `lora` holds the ranks that the claim is about."""
+    """The optima of runs cut at one step; LoRA's at ranks from MIN_RANK up."""
 
     step: int
     full: Optimum | None
@@ -50,18 +50,18 @@ class Horizon:
 
 @dataclass(frozen=True)
 class Spectra:
-    """The norms of one curve by seed, and ratios of them."""
+    """The norms of one curve by seed, and medians over matrices of their ratios."""
 
     by_seed: dict[int, Norms]
     growth: Estimate
-    """Norm of B over norm of A, median over matrices."""
+    """B over A."""
     movement: Estimate
-    """Norm of the change over full fine-tuning's, median over matrices."""
+    """The change over full fine-tuning's."""
 
     def median(self, part: str) -> float:
         """Return the median of a, b or delta over seeds and matrices; NaN if there is none."""
-        values = [v.get(part, math.nan) for m in self.by_seed.values() for v in m.values()]
-        return float(np.median(values))
+        values = [v for m in self.by_seed.values() for (_, p), v in m.items() if p == part]
+        return float(np.median(values)) if values else math.nan
 
 
 @dataclass(frozen=True)
@@ -111,18 +111,15 @@ class Lengths(base.TwoArms):
     def spectra(self) -> list[Spectra]:
         """The norms of the optima of whole runs; growth and movement only for LoRA."""
 
-        def logs(row: pd.Series) -> dict[tuple[str, str], float]:
-            """Return logarithms by matrix and part: they interpolate well between LRs."""
+        def logs(row: pd.Series) -> Norms:
+            """Return logarithms, which interpolate well between LRs."""
             norms = json.loads(row["result"]).get("spectra") or {}
             return {(m, k): math.log(v) for m, by in norms.items() for k, v in by.items() if v > 0}
 
-        def by_matrix(values: dict[tuple[str, str], float]) -> Norms:
-            out: Norms = {}
-            for (matrix, part), v in values.items():
-                out.setdefault(matrix, {})[part] = math.exp(v)
-            return out
-
-        found = [v.map(by_matrix) for v in values_at_best(self.whole, self.ends, logs)]
+        found = [
+            runs.map(lambda logs: {k: math.exp(v) for k, v in logs.items()})
+            for runs in values_at_best(self.whole, self.ends, logs)
+        ]
         none: AtBest[Norms] = AtBest({})
         is_lora = [o.curve.key["method"] == "lora" for o in self.ends]
         full = next((v for v, lora in zip(found, is_lora) if not lora), none)
@@ -148,9 +145,9 @@ class Lengths(base.TwoArms):
 
 
 def _median_log(a: Norms, of: str, b: Norms, over: str) -> float:
-    """Return the median of ln(a / b) over the matrices that both have."""
-    both = [(a[n][of], b[n][over]) for n in a.keys() & b.keys()]
-    return float(np.median([math.log(x / y) for x, y in both if y > 0 and x > 0]))
+    """Return the median of ln(part `of` of a / part `over` of b) over the matrices of both."""
+    both = [(v, b[n, over]) for (n, part), v in a.items() if part == of and (n, over) in b]
+    return float(np.median([math.log(x / y) for x, y in both]))
 
 
 def conditions(table: pd.DataFrame) -> list[Lengths]:
@@ -186,9 +183,6 @@ ESTIMANDS = [
         read=lambda c: c.end,
     ),
 ]
-
-
-# ---------------------------------------------------------------- the report
 
 
 def measures(found: Sequence[Lengths], asked: base.Asked) -> dict[str, Any]:
@@ -242,7 +236,8 @@ def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[base.Panel]:
     lora = [norms for o, norms in first if o.curve.key["method"] == "lora"]
     if not first:
         return []
-    names = sorted(lora[0] if lora else [], key=lambda n: ".layers." not in n)  # the head is last
+    adapted = dict.fromkeys(n for n, _ in lora[0]) if lora else ()
+    names = sorted(adapted, key=lambda n: ".layers." not in n)  # the head is last
     layers = [n.split(".layers.")[1].split(".")[0] if ".layers." in n else "head" for n in names]
     of_one = ", ".join(
         n.rsplit(".", 1)[-1].removesuffix("_proj")
@@ -256,7 +251,7 @@ def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[base.Panel]:
     ]
     series = [
         base.Series(
-            o.curve.name, range(len(names)), [v.get(m, {}).get("delta") for m in names], style="o"
+            o.curve.name, range(len(names)), [v.get((m, "delta")) for m in names], style="o"
         )
         for o, v in first
     ]

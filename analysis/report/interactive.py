@@ -1,7 +1,7 @@
 """Write the interactive report: one HTML file with its data and its plotting library inside.
 
-Python collects the numbers; `templates/report.js` draws and filters them. Text of a table reaches
-the page as JSON, and is shown as text, never as markup. The only user of plotly.
+Python collects the numbers; `templates/report.js` draws and filters them with plotly. Text of a
+table is shown as text, never as markup.
 """
 
 import importlib.resources

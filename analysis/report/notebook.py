@@ -1,7 +1,4 @@
-"""Tables and figures of kept results, for the notebooks.
-
-The functions that write the reports make them, so the notebooks contain no mathematics.
-"""
+"""Tables and figures of kept results, for the notebooks, which contain no mathematics."""
 
 import json
 import tempfile

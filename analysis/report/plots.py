@@ -1,6 +1,6 @@
-"""Draw panels. All figures share the colours, the style and the hash of their inputs.
+"""Draw panels, and what all figures share: colours, style, and the hash of their inputs.
 
-Only `plots*.py` import matplotlib; they draw result objects and compute nothing.
+Only `plots*.py` import matplotlib; they compute nothing.
 """
 
 import io
@@ -27,8 +27,7 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "osD^vP*"
 DPI = 100
 MANY = 3
-"""A legend with more entries is placed below the axes, as is that of a panel with horizontal lines,
-which would cross it."""
+"""A legend with more entries goes below the axes, as does one that horizontal lines would cross."""
 PLAIN = 1e5
 """Numbers from 1 up to this are written out at the ticks of a logarithmic axis."""
 ARROW = 24
@@ -84,10 +83,7 @@ def grid_of(n: int) -> tuple[int, int]:
 
 
 def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
-    """Draw panels side by side; values that are None or not finite are left out.
-
-    Panels of one quantity have one scale, and panels with the same legend share it.
-    """
+    """Draw panels side by side; those of one quantity share the scale, equal legends are joined."""
     rows, columns = grid_of(len(parts))
     size = (4.8 * columns if columns > 1 else 7.2, 4.1 * rows)
     with drawn(path, inputs, rows, columns, size, len(parts), bbox_inches="tight") as (fig, axes):
@@ -187,11 +183,7 @@ def _series(ax: Axes, s: Series, k: int) -> None:
 def arrows(
     ax: Axes, x: Sequence[float], y: Sequence[float], side: tuple[int, int], colour: str
 ) -> None:
-    """Draw arrows from bounds to the side on which the value lies.
-
-    Args:
-        side: direction of the arrows; (1, 0) is to the right, (0, -1) downwards.
-    """
+    """Draw arrows from bounds towards the value; side (1, 0) is to the right, (0, -1) downwards."""
     way = {"arrowstyle": "<-", "color": colour, "lw": 1.4, "shrinkA": 0, "shrinkB": 0}
     mark = "|" if side[0] else "_"
     ax.plot(x, y, mark, color=colour, ms=9, mew=1.6)

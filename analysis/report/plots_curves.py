@@ -29,9 +29,8 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
     """Draw the metric over learning rate with fits, optima and intervals, one panel per group.
 
     As in the fits, the seeds of a curve are moved to their mean. Diverged and collapsed runs are
-    crosses at the worse end. A fitted line ends before the first rate with one; the other runs
-    there are hollow. A bound of an optimum is an arrow. Groups of one model and data set share
-    their axes; so do all rewards of a model.
+    crosses at the worse end; a fitted line ends before the first LR with one, and the other runs
+    there are hollow.
     """
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
     with _panels(optima, path, inputs) as (fig, panels, _):
@@ -57,14 +56,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
 
 
 def _fitted(ax: Axes, o: Optimum, label: str, k: int, broken: float, limit: float) -> None:
-    """Draw the k-th curve of a group with its fit and best rate.
-
-    The best rate is drawn with its interval, the range it lies in, or an arrow from its bound.
-
-    Args:
-        broken: height of the runs that are not fitted.
-        limit: of the axis; the fit ends there.
-    """
+    """Draw the k-th curve of a group, its fit up to `limit`, best LR, and broken runs."""
     index, again = _look(k)
     colour, marker = COLOURS[index], MARKERS[(index + again) % len(MARKERS)]
     c, e, height = o.curve, o.best_lr, o.best_nll
@@ -103,10 +95,7 @@ def _fitted(ax: Axes, o: Optimum, label: str, k: int, broken: float, limit: floa
 
 
 def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
-    """Draw the held-out metric over updates, one panel per group.
-
-    Every run is a thin line; the run at each curve's best tried rate is thick.
-    """
+    """Draw the held-out metric over updates, one panel per group; runs at the best LR are thick."""
     learned = by_run(table)
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
     with _panels(optima, path, inputs) as (fig, panels, height):
@@ -160,16 +149,13 @@ def _panels(
 
 
 def _look(k: int) -> tuple[int, int]:
-    """Return the colour's index of a group's k-th curve, and how many curves have had it before.
-
-    Only the first one, full fine-tuning, is black.
-    """
+    """Return the colour of a group's k-th curve (only the first is black) and its earlier uses."""
     again, colour = divmod(k - 1, len(COLOURS) - 1)
     return (0, 0) if k == 0 else (1 + colour, again)
 
 
 def _scale(o: Optimum) -> tuple[Any, ...]:
-    """Return what panels with the same axes agree in: rewards compare across data sets."""
+    """Return what panels with the same axes agree in; rewards compare across data sets."""
     key, shown = o.curve.key, o.curve.shown
     return (shown, key["model"]) if shown.sign < 0 else (shown, key["model"], key["dataset"])
 

@@ -99,10 +99,7 @@ APART = 0.015
 
 
 def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
-    """Draw one line for each condition; the symbol is the base, the colour the data set.
-
-    A regret below the axis shows the upper end of its interval only.
-    """
+    """Draw a line per condition, with a symbol per base; a regret below the axis is a triangle."""
     bases = list(dict.fromkeys(line.base for line in lines))
     ranks = sorted({rank for line in lines for rank in line.regrets})
     with drawn(path, inputs, 1, 1, (8.0, 6.0)) as (fig, (ax,)):

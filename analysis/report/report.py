@@ -1,7 +1,6 @@
 """Turn a table of runs and a question into a report: text, figures, machine-readable results.
 
-One call writes everything from the same analysis. A question contributes sections; this module
-knows no particular claim.
+Questions contribute sections; this module knows no particular claim.
 """
 
 import hashlib
@@ -29,8 +28,7 @@ NOT_JUDGED = (
     *("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better"),
     *("exploratory", "stands"),
 )
-"""Fields of a claim that hold its wording, or what is known of its spread. They may change without
-changing the claim, so they are left out of its hash."""
+"""Fields of a claim that are left out of its hash: its wording, and what is known of its spread."""
 CONDITIONS = {
     "batch_size": "sequences per update",
     "steps": "updates",
@@ -107,10 +105,7 @@ def write_answer(
 
 
 def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> dict[str, Any]:
-    """Return an analysis as plain values.
-
-    They contain no paths, so that kept results are the same on every machine.
-    """
+    """Return an analysis as plain values, without paths: the same on every machine."""
     figures = [[s.figure, s.caption or s.title] for s in found.sections if s.panels]
     return {
         "sweep": question["name"],
@@ -291,10 +286,7 @@ def band_text(band: Sequence[float] | None) -> str:
 
 
 def _held_out(table: pd.DataFrame) -> str:
-    """Describe how many held-out rows the last evaluation and the earlier ones use.
-
-    They are the same rows in all runs. Empty if unknown.
-    """
+    """Say how many held-out rows the last evaluation and the earlier ones use; empty if unknown."""
     if not {"spec", "result"} <= set(table.columns):
         return ""
     pairs = set()

@@ -28,11 +28,7 @@ WITH_BASELINES = 200
 def fitted(
     family: str, design: Design, rng: np.random.Generator, sweeps: int, **options: Any
 ) -> Iterator[tuple[list[LrCurve], np.ndarray, list[Optimum]]]:
-    """Simulate sweeps and fit them, BATCH at a time; yield curves, true optima, and fits.
-
-    Args:
-        options: of `plant`.
-    """
+    """Simulate sweeps by `plant` and fit BATCH at a time; yield curves, true optima, and fits."""
     for start in range(0, sweeps, BATCH):
         planted = [plant(family, design, rng, **options) for _ in range(min(BATCH, sweeps - start))]
         for (curves, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
@@ -107,8 +103,8 @@ def _baselines(
 ) -> None:
     """Add the results of three simpler estimators to `rows`.
 
-    The best learning rate of the grid; a parabola through the five around it, with a bootstrap over
-    seeds; a least-squares parabola through all of them.
+    The best LR of the grid; a parabola through the five around it, with a bootstrap over seeds; a
+    least-squares parabola through all of them.
     """
     x = np.unique(curve.x[curve.usable])
     seeds = [s for s in np.unique(curve.seed) if (curve.usable & (curve.seed == s)).sum() == len(x)]
@@ -140,14 +136,11 @@ def _baselines(
 
 
 def _vertex(x: np.ndarray, y: np.ndarray, best: int) -> np.ndarray:
-    """Return the vertices of parabolas fitted to the five learning rates around the best one, [n].
-
-    NaN if a parabola opens downward.
+    """Return the vertices [n] of parabolas through the five LRs around index `best`; else NaN.
 
     Args:
-        x: learning rates in ln(lr), [P].
+        x: ln(lr), [P].
         y: losses, [n, P].
-        best: index of the best learning rate.
     """
     at = slice(max(0, best - 2), best + 3)
     if len(x[at]) < 3:

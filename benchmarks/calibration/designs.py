@@ -57,10 +57,10 @@ def designs_tried() -> Iterator[tuple[str, Design, float]]:
 
 
 def designs(family: str, design: Design, reach: float, cases: int) -> Row:
-    """Measure the intervals of one design: how wide they are, and how often they hold the truth.
+    """Measure how wide one design's intervals are, and how often they hold the truth.
 
-    Half-widths are medians over all sweeps (ratio, in ln) or ranks (gap in loss, in nats). One
-    without an interval counts as infinitely wide; the median is None where half have none.
+    Half-widths are medians over all sweeps (ratio, in ln) or ranks (gap in loss, in nats), None
+    where half have no interval.
 
     Args:
         reach: the true optima lie at most this factor from the middle of the rates.
@@ -171,13 +171,11 @@ def table(rows: Sequence[Row]) -> Rows:
 
 
 def plain_seeds(width: float, plain: Sequence[Sequence[Row]], of: str) -> float:
-    """Return the seeds with which a plain grid's interval is as wide; at least LEAST_SEEDS.
+    """Return the seeds (at least LEAST_SEEDS) of a plain grid with intervals of half-width `width`.
 
-    Interpolated between the seeds tried, both in logarithms. Infinity beyond the most seeds tried,
-    NaN for an unknown width, or fewer than two plain grids.
+    Interpolated in logarithms. Infinity beyond the most seeds tried; NaN if unknown.
 
     Args:
-        width: half-width.
         plain: conditions of each plain grid, with more and more seeds.
         of: "ratio" or "gap".
     """

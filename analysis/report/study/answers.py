@@ -1,7 +1,6 @@
 """Answers in their folders: read them, name where they were measured, average them over bases.
 
-A verdict is the one of its own report: primary claims are corrected for multiplicity within one
-question, and nothing is judged again here.
+Nothing is judged again: a verdict is the one of its report.
 """
 
 import functools
@@ -22,16 +21,13 @@ from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, exp_of, wit
 from analysis.inference.gates import gate_of
 from analysis.inference.meta import random_effects
 from analysis.measures.regret import novelty_of
+from analysis.questions.base import NO_CELL
 
 ORDER = (
     *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts", "rl_bits", "rl"),
     *("batch_size", "large_batches", "capacity", "invariance", "compute", "recipes"),
 )
 """The order of the study's questions; any others follow by name."""
-NO_CELL = "no cell"
-"""The group of a verdict on a claim of which no data set was run."""
-GENERATED = "synthetic"
-"""The source of a data set that is generated."""
 SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
 
 
@@ -64,7 +60,6 @@ class Answer:
 
     @property
     def sweep(self) -> str:
-        """Name of the sweep."""
         return self.results["sweep"]
 
     def says(self, claim: str) -> str:
@@ -90,10 +85,7 @@ class Answer:
         ]
 
     def parameters_an_episode(self, v: Verdict) -> float | None:
-        """Return the parameters of the lowest rank for each completion that its runs sample.
-
-        None for a verdict that is not about rewarded runs of LoRA.
-        """
+        """Return the lowest rank's parameters per sampled completion; None: no rewarded LoRA."""
         lora = [c for c in self.curves(v) if c["method"] == "lora"]
         lora = [c for c in lora if c.get("objective") == "policy_gradient"]
         if not lora:
@@ -116,8 +108,7 @@ class Answer:
     def setting(self, group: str) -> Setting:
         """Return the setting of a verdict's group; of all runs if the group names no data set.
 
-        It is read from the data sets of the runs. A group of several tasks names each, with " and "
-        between them.
+        A group of several tasks names each, with " and " between them.
         """
         if not len(self.runs):
             return Setting.BEYOND
@@ -138,7 +129,7 @@ class Answer:
             dataset = json.loads(text)
             novelty = novelty_of(dataset)
             names: tuple[str, ...] = (f" on {dataset['name']}", f", {dataset['name']}")
-            setting = Setting.BEYOND if dataset["source"] == GENERATED else Setting.REAL
+            setting = Setting.BEYOND if dataset["source"] == "synthetic" else Setting.REAL
             if novelty is not None:
                 setting = Setting.IN_REGIME if novelty.low else Setting.BEYOND
                 names = (*names, f", {novelty.name}")
@@ -153,12 +144,10 @@ class Answer:
 
     @property
     def run_ids(self) -> set[str]:
-        """Names of its runs."""
         return set(self.runs.get("run_id", ()))
 
     @property
     def bases(self) -> list[str]:
-        """Names of the base models."""
         return sorted(self.runs["model"].unique()) if len(self.runs) else []
 
     @property
@@ -168,7 +157,7 @@ class Answer:
 
     @property
     def trained(self) -> str:
-        """Description of the runs: models with their size, data, ranks, batch, updates."""
+        """The runs in words: models with their size, data, ranks, batch, updates."""
         table = self.runs
         if not len(table):
             return "-"
@@ -193,11 +182,7 @@ class Answer:
 
 
 def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) -> list[Answer]:
-    """Read all answers below folders, in the order of the study's questions.
-
-    If two folders have an answer of the same name, the first one's is used. `names`: the answers
-    to read; None: all.
-    """
+    """Read the answers (None: all) in the study's order; of one name, the first folder's."""
     found: dict[str, Answer] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):
@@ -261,8 +246,7 @@ def within(v: Verdict) -> str:
 # ---------------------------------------------------------------- averages over bases
 
 MIN_BASES = 3
-"""With two bases the interval of a random effect is Student's with one degree of freedom: too wide
-to be informative."""
+"""With two, the interval of a random effect has one degree of freedom and is too wide."""
 
 
 @dataclass(frozen=True)
@@ -281,14 +265,10 @@ class Pooled:
 def pooled(answers: Sequence[Answer]) -> list[Pooled]:
     """Average every claim that has intervals on MIN_BASES bases of one scale and one setting.
 
-    A random effect over bases: they are replicates of one question, and no single verdict changes.
-    An estimate that a gate forbids to judge, such as a best rate at an edge, is left out. Of
-    several answers on one base the one with the most runs counts. Exploratory and confirmatory
-    verdicts are never mixed.
-
-    The level is the widest of the single ones, so that interim analyses stay paid for. An
-    interval's half-width counts as a Normal one. At few seeds it is Student's, so the single errors
-    are taken too large rather than too small.
+    A random effect over bases. Gated estimates are left out. Of several answers on one base the one
+    with the most runs counts. Exploratory and confirmatory verdicts are never mixed. The level is
+    the highest of the single ones, for interim analyses. Half-widths count as Normal ones; at few
+    seeds they are Student's, so the errors are rather too large.
     """
     found: dict[tuple, dict[str, tuple[Answer, Verdict]]] = {}
     for a in sorted(answers, key=lambda a: -int(a.results.get("runs", 0))):

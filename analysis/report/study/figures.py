@@ -1,7 +1,4 @@
-"""What the figures of the study show: regret over rank, claims, learning rates, speed of ranks.
-
-`analysis.report.plots_study` draws it.
-"""
+"""What the figures of the study show, as `analysis.report.plots_study` draws it."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,6 +10,7 @@ import pandas as pd
 
 from analysis.inference.decide import scale_of
 from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
+from analysis.measures.batch_effect import EARLIEST
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import rate_means
@@ -28,7 +26,7 @@ REGIME, BATCHES = "regime", "large_batches"
 CONTROL = 32
 """Batch of the control of `large_batches`, which is a condition like those of `regime`."""
 NOTHING = "nothing new"
-"""End of the name of a condition without a gain that regret could be a share of."""
+"""End of the name of a condition that has no gain."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,6 @@ class Line:
 
     @property
     def name(self) -> str:
-        """Base, data and length."""
         size = f" of {self.batch_size}" if self.batch_size else ""
         return f"{self.base}, {self.data}, {self.updates} updates{size}"
 
@@ -85,10 +82,9 @@ def _by_rank(rows: Sequence[dict[str, Any]]) -> dict[int, Estimate]:
 # ---------------------------------------------------------------- claims in units of their margins
 
 OPEN = 5.0
-"""An end of a margin that lies this many times further from the claim's value than the other end is
-open: the claim is that something is at least, or at most, so large."""
+"""An end of a margin this many times further from the claim's value than the other end is open."""
 DOUBLE = math.log(2)
-"""Unit of a ratio whose margin has none: a factor of 2. That of a difference is WITHIN nats."""
+"""Unit of a ratio whose margin has none; that of a difference is WITHIN nats."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +145,7 @@ class Row:
 
 
 def claim_rows(answers: Sequence[Answer], over_bases: Sequence[Pooled]) -> list[Row]:
-    """Return a row per claim of the study that has a measured value, in the study's order.
-
-    Claims with the same sentence share a row, whichever question they belong to. Withdrawn answers
-    are left out.
-    """
+    """Return a row per sentence of the study with a measured value; withdrawn answers have none."""
     rows: dict[str, Row] = {}
 
     def add(a: Answer, v: Verdict, e: Estimate, outcome: str) -> None:
@@ -186,18 +178,16 @@ class RateCurve:
     label: str
     times: np.ndarray
     percent: np.ndarray
-    """Regret at each learning rate tried, percent of LoRA's gain at its best one; mean over seeds.
-    """
+    """Mean regret at each learning rate tried, percent of LoRA's gain at its best one."""
     fitted_times: np.ndarray
     fitted_percent: np.ndarray
     """The same by the fit that gives the best learning rate."""
 
 
 def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
-    """Return one curve per base and setting, at the highest rank.
+    """Return a curve per base and setting, at the highest rank.
 
-    Of several answers on one base and setting a confirmatory one comes first, then the one with the
-    most runs.
+    Confirmatory answers come before exploratory ones, then those with more runs.
     """
     chosen: dict[tuple[str, Setting], RateCurve] = {}
     mine = [a for a in answers if a.sweep == "lr_ratio"]
@@ -231,8 +221,6 @@ def has_rate_curves(answers: Sequence[Answer]) -> bool:
 
 # ---------------------------------------------------------------- speed of each rank
 
-EARLIEST = 8
-"""Updates at the first point. Before, adapters that start at zero have hardly changed."""
 Speeds = dict[int, dict[int, Estimate]]
 """By rank and updates."""
 
@@ -266,11 +254,7 @@ def speed_panels(answers: Sequence[Answer]) -> list[Panel]:
 
 
 def speeds(runs: pd.DataFrame, to: int) -> Speeds:
-    """Measure rho after 8, 16, 32, ... updates, each method at its best rate for that many.
-
-    Args:
-        to: the last number of updates.
-    """
+    """Measure rho after 8, 16, 32, ..., `to` updates, each method at its best LR for so many."""
     plain = (runs["method"] == "fullft") | (runs["init_seed"].fillna(0) == 0)
     table = on_curve_rows(runs[plain].reset_index(drop=True))
     evaluated = {int(s) for curve in by_run(table).values() for s in curve["step"]}

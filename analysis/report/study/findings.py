@@ -1,7 +1,6 @@
 """The findings of the study: at most eight, and the answers that are withdrawn.
 
-Every number is picked from an answer by its claim, and the wording follows from the verdicts, so a
-changed verdict changes the sentence. A finding without an answer is left out. Each sentence is
+Every number is read from an answer, and the wording follows from the verdicts. Each sentence is
 about one base, rank and length.
 """
 
@@ -12,28 +11,20 @@ from typing import Any
 
 from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed, number
 from analysis.measures.regret import ALLOWED, COUNTS
+from analysis.questions.base import mapped
+from analysis.questions.regime import EIGHTH
 from analysis.report.study.answers import Answer, Setting, estimate_of
 from analysis.report.study.figures import BATCHES, CONTROL, REGIME, conditions_of, controls_of
 
 FULL = " times full fine-tuning's"
 HEADLINES = ("regret", "learning_rates", "speed")
 """Subjects of the findings on the project's front page."""
-EIGHTH = 8
-"""The claims of `regime` are about ranks of this fraction of the width."""
 Found = list[tuple[Answer, Verdict]]
 Show = Callable[[Estimate], str]
 
 
 def by_subject(answers: Sequence[Answer]) -> dict[str, str]:
-    """Return the findings by their subject, the one about the regime first.
-
-    A finding without an answer is left out.
-    """
-
-    def inverse(e: Estimate) -> Estimate:
-        low, value, high = (None if v is None else 1 / v for v in (e.high, e.value, e.low))
-        return Estimate(value, low, high, e.n)
-
+    """Return the findings with an answer by their subject, the one about the regime first."""
     ratio, order = found(answers, "lr_ratio", "ratio"), found(answers, "lr_ratio", "order")
     cost = found(answers, "lr_ratio", "ten_times")
     rates, ten = "LoRA's best learning rate is", "of the order of ten times full fine-tuning's"
@@ -53,7 +44,7 @@ def by_subject(answers: Sequence[Answer]) -> dict[str, str]:
             "LoRA's highest rank learns as fast as full fine-tuning",
             "Even LoRA's highest rank learns more slowly than full fine-tuning",
             "The number of updates to the same loss was",
-            lambda e: with_unit(number, FULL)(inverse(e)),
+            lambda e: with_unit(number, FULL)(mapped(e, lambda v: 1 / v)),
         ),
         "batches": _batches(answers),
         "layers": of_claim(
@@ -89,10 +80,7 @@ def sentences(answers: Sequence[Answer]) -> list[str]:
 
 
 def found(answers: Sequence[Answer], sweep: str, claim: str) -> Found:
-    """Return a claim's verdicts whose value has an interval; by task where there are tasks.
-
-    Withdrawn ones are left out. Answers that are exploratory as a whole come last.
-    """
+    """Return a claim's verdicts that have an interval and stand; exploratory answers come last."""
     known = [
         (a, v)
         for a in answers
@@ -111,7 +99,7 @@ def lead(verdicts: Found, yes: str, no: str, partly: str = "", condition: str = 
         yes: if all verdicts are SUPPORTED.
         no: if some are REFUTED and none is SUPPORTED.
         partly: if some are SUPPORTED and others are not; default: `yes` in some settings only.
-        condition: under which all of it was measured.
+        condition: added to each.
     """
     held = count(verdicts, "SUPPORTED")
     if held == len(verdicts):

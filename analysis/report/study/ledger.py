@@ -29,9 +29,9 @@ class Sentence:
     note: str = ""
     """A qualification, in parentheses after the sentence."""
     episodes: bool = False
-    """The study's claim is about more parameters than episodes: show how many there were."""
+    """Show parameters per episode: the study's claim is about more parameters than episodes."""
     at_most: bool = False
-    """It states an upper bound: of its claim's margin only the upper end counts."""
+    """Only the upper end of its claim's margin counts."""
 
 
 def sentences() -> dict[str, list[Sentence]]:

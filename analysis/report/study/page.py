@@ -1,9 +1,7 @@
 """Write the pages over all answers: analysis/results/README.md, and a study's own page.
 
-`python -m analysis study --write` renders everything that is kept again from its tables: answers,
-the study page, and the findings in README.md. Tables and questions never change, and nothing is
-trained. First the findings, then the figures and the ledger, then one table for each question. The
-text is in `analysis/report/templates/study.md`; no measured number is typed by hand.
+`python -m analysis study --write` renders everything that is kept again from its tables. The text
+is in `analysis/report/templates/study.md`; no measured number is typed by hand.
 """
 
 import json
@@ -23,6 +21,7 @@ from analysis.inference.estimate import (
     with_interval,
 )
 from analysis.measures.regret import COUNTS
+from analysis.questions.lr_ratio import ONE, TEN
 from analysis.questions.registry import analyse, question_named
 from analysis.report import plots, plots_study
 from analysis.report.report import added_after, band_text, command_of, write_answer
@@ -36,12 +35,10 @@ from analysis.runs.table import read as read_table
 
 REGRET, FOREST, RATES, SPEED = "regret.png", "forest.png", "rates.png", "speed.png"
 RATES_HEAD = (
-    *("base, data, batch, updates", "method", "best learning rate", "regret under 0.01 nats"),
-    *("best NLL", "ratio to full fine-tuning", "regret at 10 times full fine-tuning's (nats)"),
-    "regret at full fine-tuning's (nats)",
+    "base, data, batch, updates|method|best learning rate|regret under 0.01 nats|best NLL|"
+    "ratio to full fine-tuning|regret at 10 times full fine-tuning's (nats)|"
+    "regret at full fine-tuning's (nats)"
 )
-RULES = ("10 x FullFT's best LR", "FullFT's best LR")
-"""Rules of thumb, as named in an answer's ratios."""
 
 
 def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
@@ -72,8 +69,7 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
 
     Args:
         folder: of the page, from which links lead to the answers.
-        kept: say what changed after a look and what was not tested; that is known of the kept
-            answers only.
+        kept: say what changed after a look and what was not tested, as is known of kept answers.
     """
     over_bases = pooled(answers)
     by_question: dict[str, list[Answer]] = {}
@@ -147,10 +143,7 @@ def readme(text: str, kept: Path) -> str:
 
 
 def bits_rows(answers: Sequence[Answer]) -> Rows:
-    """Return, for every condition, its bits and the load of the needed rank by every count.
-
-    After the head; empty without a condition whose bits are known.
-    """
+    """Return each condition's bits and load of the needed rank by every count, after the head."""
     head = ["data set", "updates", "needed rank [95%]"]
     head += [f"{what} by {words}" for what in ("bits", "load") for words in COUNTS.values()]
     rows = [head]
@@ -177,7 +170,7 @@ def load_rows(answers: Sequence[Answer]) -> Rows:
 
 def best_rates(answers: Sequence[Answer]) -> Rows:
     """Return the best learning rates of all answers with ratios, the largest model first."""
-    rows = [list(RATES_HEAD)]
+    rows = [RATES_HEAD.split("|")]
     for a in sorted((a for a in answers if a.results.get("ratios")), key=lambda a: -a.size):
         ratios = {(r["group"], r["rank"]): r for r in a.results["ratios"]}
         for c in a.results["curves"]:
@@ -187,7 +180,7 @@ def best_rates(answers: Sequence[Answer]) -> Rows:
             r = ratios.get((group, c["rank"])) if lora else None
             against = ["", "", ""]
             if r is not None:
-                costs = [signed(r["regrets"].get(rule)) for rule in RULES]
+                costs = [signed(r["regrets"].get(rule)) for rule in (TEN, ONE)]
                 against = [with_interval(estimate_of(r["ratio"])), *costs]
             rows.append(
                 [
