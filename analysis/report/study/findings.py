@@ -218,13 +218,14 @@ def _regret(answers: Sequence[Answer]) -> str:
             width = a.runs["hidden_size"].max()
             row = next((r for r in condition.get("ranks", ()) if r["rank"] >= width / EIGHTH), None)
             if row is not None:
-                size = f" of {condition['batch_size']}" if condition.get("batch_size") else ""
+                size = f" of {condition['batch_size']} rows" if condition.get("batch_size") else ""
                 base = condition["cell"].partition(",")[0]
                 place = f"{base} (rank {row['rank']}, {condition['updates']} updates{size})"
                 regret = with_unit(percent, "%")(estimate_of(row["regret_percent"]))
                 by_base.setdefault(place, []).append(regret)
         return [
             f"{start} on {place}{also} was {listed(values)} of full fine-tuning's gain"
+            f"{f' on {len(values)} data sets' if len(values) > 1 else ''}"
             for place, values in by_base.items()
         ]
 
@@ -233,20 +234,20 @@ def _regret(answers: Sequence[Answer]) -> str:
         for line, a in controls_of(answers)
         if max(line.regrets) * EIGHTH == a.runs["hidden_size"].max()
     ]
-    rank, new = "A rank of an eighth of the width has", "where only rules are new"
     none = f"no regret (at most {100 * ALLOWED:g}% of full fine-tuning's gain)"
+    where = "where only rules are new, at a rank of an eighth of the width"
     start = lead(
         [*low, *found([a for _, a in controls], BATCHES, f"at_{CONTROL}")],
-        f"{rank} {none} {new}",
-        f"{rank} regret {new}",
-        f"{rank} {none} {new}, on some bases and data sets",
+        f"LoRA has {none} {where}",
+        f"LoRA has regret {where}",
+        f"On some bases and data sets LoRA has {none} {where}",
     )
     of_controls = [
-        f"On {line.base} (rank {max(line.regrets)}, {line.updates} updates of {line.batch_size}) "
-        f"it was {with_unit(percent, '%')(line.regrets[max(line.regrets)])}"
+        f"On {line.base} (rank {max(line.regrets)}, {line.updates} updates of "
+        f"{line.batch_size} rows) it was {with_unit(percent, '%')(line.regrets[max(line.regrets)])}"
         for line, _ in controls
     ]
-    lists = by_place(beyond, "Regret", ", where lists are new too,")
+    lists = by_place(beyond, "Regret", ", where lists to memorise are new too,")
     return ". ".join([start, *by_place(low, "Its regret"), *of_controls, *lists]) + "."
 
 

@@ -397,14 +397,14 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
 
     held = first("SUPPORTED", "SUPPORTED")
     # The rank of an eighth of the width of 64, with an interval on either data set.
-    assert "no regret (at most 5% of full fine-tuning's gain) where only rules are new**" in held
-    assert "b (rank 8, 256 updates of 16) was 2.0% [1.0, 3.0] and 3.0% [2.0, 4.0]" in held
+    assert "**LoRA has no regret (at most 5% of full fine-tuning's gain) where only rules" in held
+    assert "b (rank 8, 256 updates of 16 rows) was 2.0% [1.0, 3.0] and 3.0% [2.0, 4.0]" in held
     # Another base of the same share of the width has a sentence of its own.
     both = first("SUPPORTED", "SUPPORTED", control="REFUTED")
-    assert "on some bases and data sets**" in both
-    assert both.endswith(". On c (rank 8, 384 updates of 32) it was 7.8% [5.3, 10.3].")
-    assert "has regret where" in first("REFUTED")
-    assert "on some bases and data sets" in first("SUPPORTED", "UNDECIDED")
+    assert "**On some bases and data sets LoRA has no regret" in both
+    assert both.endswith(". On c (rank 8, 384 updates of 32 rows) it was 7.8% [5.3, 10.3].")
+    assert "**LoRA has regret where" in first("REFUTED")
+    assert "On some bases and data sets" in first("SUPPORTED", "UNDECIDED")
     assert "undecided" in first("UNDECIDED")
     assert findings.sentences([]) == []
     one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
