@@ -1,7 +1,4 @@
-"""Show the status of a sweep: counts, speed, time left, jobs, the best so far.
-
-It only reads the run folder; with access to Slurm, it also shows jobs.
-"""
+"""Show the status of a sweep from its run folder, and its jobs where Slurm can be asked."""
 
 import json
 import sys
@@ -23,15 +20,15 @@ from lorasweep.sweep.names import aligned, run_names
 from lorasweep.sweep.request import Request
 
 OPEN_STATES = ("missing", "queued", "running", "interrupted")
-"""States of unfinished runs. queued: missing or interrupted in the store, and in a live job."""
+"""States of unfinished runs; queued: missing or interrupted, and in a live job."""
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
 SHOWN = 20
-"""Largest number of lines each for running runs, jobs and problems."""
+"""Lines each for running runs, jobs and problems; format=json has all."""
 TAIL = 5
-"""Lines of a log that a problem includes."""
+"""Lines of the log in a problem."""
 WATCH_S = 5.0
 WINDOW_S = 1800.0
-"""The speed counts the runs that finished within this time before the latest one."""
+"""The speed counts runs that finished within this time before the latest one."""
 
 
 def show(request: Request, store: RunStore) -> int:
@@ -142,7 +139,7 @@ def _rate_per_h(entries: dict[str, Entry]) -> float | None:
 def _problems(
     store: RunStore, points: list[Point], states: dict[str, str], names: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Describe the runs that failed, diverged or were interrupted, with the end of their logs."""
+    """Describe the runs that failed, diverged or were interrupted."""
     bad = [p.id for p in points if states[p.id] in ("failed", "diverged", "interrupted")]
     lost = [i for i in bad if states[i] == "interrupted" and not store.failure(i)]
     owners = {i: store.owner(i, store.last_attempt(i) or 0) for i in lost}
