@@ -70,8 +70,8 @@ def outlooks(
     ratios = question_named(sweep.analysis).logs
     seeds, found = planned_seeds(points, sweep.replicate), []
     for name, claim in sweep.claims.items():
-        source = next((s for s in scales if claim.at(s).sd is not None), scales[0])
-        stated = claim.at(source)
+        source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])
+        stated = claim.planned_at(source)
         decides = outlook(
             name,
             claim.expected,
@@ -81,7 +81,7 @@ def outlooks(
             rounds=sweep.rounds,
             log=claim.estimand in ratios,
             units="observations" if stated.units else "seeds",
-            underpowered=stated.underpowered,
+            underpowered=claim.is_underpowered_at(source),
         )
         found.append((source, decides))
     return found

@@ -1,6 +1,6 @@
 """Retrain the shipped bases from their recipes, or check that they can be retrained (`make bases`).
 
-python -m lorasweep.cli.bases [--check] [NAME ...]
+Usage: python -m lorasweep.cli.bases [--check] [NAME ...]
 """
 
 import argparse

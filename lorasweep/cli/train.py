@@ -230,11 +230,7 @@ def _status(points: Sequence[Point], store: RunStore) -> int:
 def _train_on_cluster(
     request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> Trained:
-    """Submit what is missing.
-
-    Raises:
-        GaveUp: no run finished in the last rounds of jobs.
-    """
+    """Submit what is missing; GaveUp: no run finished in the last rounds of jobs."""
     notify, idle = notifier(request), 0
     for line in unpinned_lines(request.points):
         notify(line)

@@ -60,31 +60,24 @@ class Claim:
     planning: dict[str, Planning] = field(default_factory=dict)
     """{scale: {sd, units}}, or {all: ...}."""
     underpowered: Any = False
-    """True, or a list of scales: the sweep is known to have too few seeds for the claim there."""
+    """True or a list of scales (`is_underpowered_at`)."""
     exploratory: dict[str, str] = field(default_factory=dict)
     """{scale: why}: verdicts there do not confirm, because the claim or its analysis was changed
     after the runs had been seen. Shown with every verdict."""
     not_withdrawn: bool = False
     """Judge the claim although the answer is withdrawn: the reason does not concern it."""
 
-    def at(self, scale: str) -> "Power":
-        """Return the inputs of a power calculation at a scale."""
-        both = [self.planning.get(k, Planning()) for k in (scale, ALL_SCALES)]
-        sd, units = (
-            next((v for p in both if (v := getattr(p, name)) is not None), None)
-            for name in ("sd", "units")
-        )
+    def planned_at(self, scale: str) -> Planning:
+        """Return the basis of the power calculation at a scale."""
+        of_scale, of_all = (self.planning.get(k, Planning()) for k in (scale, ALL_SCALES))
+        sd = of_all.sd if of_scale.sd is None else of_scale.sd
+        units = of_all.units if of_scale.units is None else of_scale.units
+        return Planning(sd, units)
+
+    def is_underpowered_at(self, scale: str) -> bool:
+        """Return whether the sweep is known to have too few seeds for the claim at a scale."""
         known = self.underpowered
-        return Power(sd, units, scale in known if isinstance(known, list) else known)
-
-
-@dataclass(frozen=True)
-class Power:
-    """Inputs of a claim's power calculation at one scale; None: not stated."""
-
-    sd: float | None
-    units: int | None
-    underpowered: bool
+        return scale in known if isinstance(known, list) else known
 
 
 @dataclass
