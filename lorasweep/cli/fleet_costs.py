@@ -94,7 +94,6 @@ def lines(values: dict[str, Any], per: str) -> list[str]:
 
 
 def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the counts of customers, the rows, and their sum."""
     keys, alone = ("customers", "runs", "packs", "together_s"), [r["alone_s"] for r in rows]
     customers, runs, packs, together = (sum(r[k] for r in rows) for k in keys)
     alone_s = None if None in alone else sum(alone)

@@ -129,7 +129,7 @@ def plan_text(request: Request, plan: Plan) -> str:
             f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, "
             f"{a['n_trainable']:,} trained parameters"
         )
-    packs: dict[str, None] = {}  # kinds that differ only in their data have the same line
+    packs = []
     for pack in {shape_of(pack.points[-1].spec): pack for pack in plan.packs}.values():
         spec, n = pack.points[-1].spec, len(pack.points)
         if spec.method.MAX_PACK is not None:
@@ -146,11 +146,12 @@ def plan_text(request: Request, plan: Plan) -> str:
             ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.step_s.items()))
             pays = ": packing does not pay" if speed.measured and speed.best_size() == 1 else ""
             why = f"{'measured' if speed.measured else 'recorded'} per step and run: {ms}{pays}"
-        packs[
+        packs.append(
             f"  packs of {spec.method.name}{rank} on {spec.model.name}: {n} run(s), "
             f"{pack.micro_batch_size} rows of each per forward pass ({why})"
-        ] = None
-    lines += [*packs, *unpinned_lines(plan.points)]
+        )
+    # kinds that differ only in their data have the same line
+    lines += [*dict.fromkeys(packs), *unpinned_lines(plan.points)]
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
     if plan.todo and slow_bf16 and plan.points[0].spec.precision == "bf16":
         lines.append(

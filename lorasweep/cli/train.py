@@ -216,7 +216,6 @@ def train(
 
 
 def _warn_of_claims(request: Request) -> None:
-    """Warn of each claim that the planned runs cannot decide."""
     for _, outlook in answer.outlooks(request.points, request.sweep, request.scale):
         if outlook.warns:
             notifier(request)(outlook.line())
@@ -269,7 +268,6 @@ def _train_on_cluster(
 
 
 def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
-    """Print what was submitted, what was not, and what to do."""
     work = done.work
     for s in done.submitted:
         arrays = [a for a in s.arrays if a.job and a.part != "follow"]

@@ -76,7 +76,7 @@ def export(
 
 
 def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter) -> Outcome:
-    """Write a customer's folder, unless it is up to date, as a whole: no old card, new weights."""
+    """Replace a customer's folder as a whole, unless it is up to date."""
     mine, facts = folder / outcome.member.folder, json.dumps(outcome.plain(), indent=1)
     there = mine / FACTS
     if there.is_file() and there.read_text() == facts and (mine / ADAPTER).is_file():

@@ -131,8 +131,15 @@ def advise(c: Customer, known: Known) -> Advice:
     costs = costs_of(case, choice.rank, work, hardware)
     note_habits(case, work, choice, lora, batches)
     conditions = conditions_of(case, work, choice, lora, batches)
-    found: dict[str, Any] = {"work": work, "choice": choice, "rate": rate, "batches": batches}
-    return Advice(**vars(case), **found, costs=costs, conditions=conditions)
+    return Advice(
+        **vars(case),
+        work=work,
+        choice=choice,
+        rate=rate,
+        batches=batches,
+        costs=costs,
+        conditions=conditions,
+    )
 
 
 def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice | Failed]:

@@ -269,7 +269,6 @@ class Known:
 
 @cache
 def _texts(name: str) -> dict[str, Any]:
-    """Read rules/formulas.yaml or rules/warnings.yaml."""
     return yaml.safe_load((Path(__file__).parent / f"rules/{name}.yaml").read_text())
 
 

@@ -25,7 +25,7 @@ LONGEST_EXAMPLE = 131_072
 MOST_TOKENS = 1e13
 """Largest accepted number of tokens in total: base models are pretrained on fewer."""
 SLACK = 0.1
-"""Accepted relative difference of steps x batch size from examples x epochs: rows are skipped."""
+"""Accepted relative difference of steps x batch size from examples x epochs, for skipped rows."""
 FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
 """Cells that spreadsheets compute (OWASP, CSV injection)."""
 THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
@@ -101,7 +101,6 @@ class RowError(Exception):
     """A row that is wrong: `problems`, each a sentence with its column."""
 
     def __init__(self, *problems: str) -> None:
-        """Hold the problems of a row."""
         super().__init__("; ".join(problems))
         self.problems = list(problems)
 

@@ -104,7 +104,7 @@ class Sweep:
     analysis: str = ""
     """File of analysis/questions that judges the claims."""
     rounds: int = 1
-    """Planned interim analyses, 1 to 5; each adds strictness, so the total error rate stays 5%."""
+    """Planned interim analyses, 1 to 5; the more, the stricter is each: 5% of errors in total."""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     """Axes of all arms: name -> value or list of values."""

@@ -12,9 +12,9 @@ from lorasweep.spec.method import parse_layers
 PAPER_RANK = 64
 HUGE_BATCH = 512
 FULL_RATE = 3.0
-"""A planned learning rate below the advised one by this factor is full fine-tuning's."""
+"""A planned learning rate below the advised one by this factor or more is full fine-tuning's."""
 EXCESS = 4
-"""A planned rank above the advised one by this factor is excessive."""
+"""A planned rank above the advised one by this factor or more is excessive."""
 
 
 @dataclass(frozen=True)
