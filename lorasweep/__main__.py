@@ -1,13 +1,12 @@
-"""The command line: `python -m lorasweep +sweep=lr_ratio`.
-
-Composes the request with Hydra, then acts on it. User errors are printed without a traceback.
-"""
+"""The command line, `python -m lorasweep ...`: compose the request with Hydra, then act on it."""
 
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from lorasweep.errors import LorasweepError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -41,7 +40,6 @@ def main() -> None:
 
     from lorasweep.cli.help import help_template
     from lorasweep.config import compose
-    from lorasweep.errors import LorasweepError
 
     compose.register(help_template)
     main_of = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
@@ -56,7 +54,7 @@ def main() -> None:
     except HydraException as error:
         cause = error.__cause__
         _fail(str(error) if cause is None or str(cause) in str(error) else f"{error}\n{cause}")
-    except LorasweepError as error:  # of a sweep file, while the configuration is composed
+    except LorasweepError as error:  # raised while Hydra composes
         _fail(str(error))
     except YAMLError as error:
         _fail(f"a configuration file is not valid YAML: {error}")
@@ -72,7 +70,6 @@ def _fail(message: str) -> NoReturn:
 def _act(cfg: "DictConfig") -> None:
     from lorasweep.cli.actions import act
     from lorasweep.config import compose
-    from lorasweep.errors import LorasweepError
 
     try:
         code = act(compose.request(cfg))

@@ -1,7 +1,6 @@
-"""The errors that are shown to the user as one message, without a traceback.
+"""Errors that the user can correct: one message, without a traceback.
 
-Each message says what was given, what is allowed, and what to type next. Any other exception is a
-bug and keeps its traceback.
+A message says what was given, what is allowed, and what to type. Any other exception is a bug.
 """
 
 import difflib
@@ -9,15 +8,15 @@ from collections.abc import Iterable
 
 
 class LorasweepError(Exception):
-    """Root of all errors that are shown to the user as one message."""
+    """An error that the user can correct."""
 
 
 class SpecError(LorasweepError, ValueError):
-    """A configuration, sweep or run specification that is not valid."""
+    """A configuration, sweep or run that is not valid."""
 
 
 class NotAtScale(SpecError):
-    """A sweep that is not asked at the chosen scale."""
+    """A sweep without the chosen scale."""
 
 
 class StoreError(LorasweepError):
@@ -33,7 +32,7 @@ class ModelError(LorasweepError, ValueError):
 
 
 class TrainingError(LorasweepError):
-    """A run that failed by accident (out of memory, killed). It can be tried again."""
+    """A run that failed by accident (out of memory, killed) and can be tried again."""
 
 
 class ClusterError(LorasweepError):
@@ -41,11 +40,11 @@ class ClusterError(LorasweepError):
 
 
 class GaveUp(ClusterError):
-    """A sweep that was submitted again and again without finishing any run."""
+    """A sweep that was submitted several times without finishing any run."""
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> str:
-    """Write the message for an unknown name, with the nearest name and the whole list."""
+    """Return the message for an unknown name, with the nearest name and all allowed ones."""
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

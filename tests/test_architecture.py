@@ -45,7 +45,7 @@ ONLY_IN = {
     **dict.fromkeys(("peft", "trl", "tokenizers"), "$"),
     "datasets": r"lorasweep/data/",
     "safetensors": TORCH + r"|lorasweep/(methods|store|cli)/",
-    "jinja2": r"lorasweep/customers/pages\.py|analysis/report/",
+    "jinja2": r"lorasweep/(customers/pages|cli/plans)\.py|analysis/report/",
     "matplotlib": r"analysis/report/plots\w*\.py",
     "plotly": r"analysis/report/interactive\.py",
     "IPython": r"analysis/report/notebook\.py",

@@ -1,7 +1,4 @@
-"""Call the function of the action that the command line requests.
-
-`lorasweep.config.actions` holds the names of the actions, their settings and their help.
-"""
+"""Call the function of the requested action; `lorasweep.config.actions` is the table of actions."""
 
 import json
 import sys
@@ -22,7 +19,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, from_plain
 
 WHOLE_STUDY = ("export", "adapter", "fetch")
-"""Actions on all runs of a sweep of sweeps at once; the others are called for each part."""
+"""Actions that are called once for a sweep of sweeps; the others are called for each part."""
 OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "layers")
 """Actions that, like training, leave out the runs that need more than exec.max_gpus GPUs."""
 
@@ -30,7 +27,7 @@ OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "lay
 def functions(
     trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None
 ) -> dict[str, Callable[[Request, RunStore], int]]:
-    """Return the function of each action; each returns the exit status."""
+    """Return the function of each action, which returns the exit status."""
     return {
         "run": partial(train.run, trainer=trainer, follow=follow),
         "plan": plans.show,
@@ -58,11 +55,10 @@ def act(
 ) -> int:
     """Call the function of the requested action; return the exit status.
 
-    `trainer` replaces the real one in tests and benchmarks. `follow`: the task, inside a follow-up
-    job on a cluster.
+    `trainer`: replaces the real one in tests and benchmarks. `follow`: the task of a follow-up job.
     """
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
-    with suppress(OSError):  # not there, or not to be read: the action says so
+    with suppress(OSError):  # the action says what is wrong with the folder
         files.share_as(store.root)
     if request.customers and request.action != "advise":
         runs = customers.plan_fleet(request)
@@ -100,10 +96,11 @@ def _on_runs(
 
 
 def follow_up(path: str) -> int:
-    """Run the request of a task file again, in a follow-up job; return the exit status.
+    """Run the request of a task file again, in a follow-up job.
 
-    0: done. 2: a permanent error. TRY_AGAIN: an error that may be temporary. INTERRUPTED: a signal.
-    The file: {"follow": REQUEST.json, "trainer": name or null, "idle": n, "finished": n}.
+    Returns 0 when done, 2 after a permanent error, TRY_AGAIN after one that may be temporary,
+    INTERRUPTED after a signal. The file holds {"follow": REQUEST.json, "trainer": name or null,
+    "idle": n, "finished": n}.
     """
     Signals()
     task = json.loads(Path(path).read_bytes())

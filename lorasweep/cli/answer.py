@@ -1,7 +1,6 @@
-"""The only interface to `analysis`.
+"""The only interface to `analysis`, which gets tables, plain values and paths.
 
-`analysis` is imported inside functions, because pandas and scipy take a second to load. It gets
-tables, plain values and paths; the caller decides where results are.
+It is imported inside functions, because pandas and scipy take a second to load.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
     from analysis.inference.design import Outlook
 
 KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
-"""The repository's kept results, which a report may show beside its own."""
+"""The kept results of the repository, which a report may show beside its own."""
 
 
 def check_claims(sweep: Sweep | None) -> None:
-    """Raise SpecError if the sweep claims something that its analysis does not measure."""
+    """Raise SpecError if a sweep claims what its analysis does not measure."""
     if sweep is None:
         return
     from analysis.questions.registry import UnknownQuestion, question_named
@@ -54,15 +53,13 @@ def check_claims(sweep: Sweep | None) -> None:
 def outlooks(
     points: Sequence[Point], sweep: Sweep | None, *scales: str
 ) -> "list[tuple[str, Outlook]]":
-    """Return for every claim whether the planned runs can decide it, before any training.
+    """Return for each claim whether the planned runs can decide it.
 
-    Each comes with the scale of its standard deviation between seeds: the first that states one.
-
-    Args:
-        points: the runs of the first stage.
+    Each comes with the scale of its standard deviation between seeds: the first of `scales` that
+    states one. `points`: the runs of the first stage.
 
     Raises:
-        SpecError: the sweep claims something that its analysis does not measure.
+        SpecError: the sweep claims what its analysis does not measure.
     """
     if sweep is None:
         return []
@@ -73,8 +70,8 @@ def outlooks(
     ratios = question_named(sweep.analysis).logs
     seeds, found = planned_seeds(points, sweep.replicate), []
     for name, claim in sweep.claims.items():
-        source = next((s for s in scales if claim.at(s).sd is not None), scales[0])
-        stated = claim.at(source)
+        source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])
+        stated = claim.planned_at(source)
         decides = outlook(
             name,
             claim.expected,
@@ -84,16 +81,14 @@ def outlooks(
             rounds=sweep.rounds,
             log=claim.estimand in ratios,
             units="observations" if stated.units else "seeds",
-            underpowered=stated.underpowered,
+            underpowered=claim.is_underpowered_at(source),
         )
         found.append((source, decides))
     return found
 
 
 def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json: bool) -> str:
-    """Judge a sweep's finished runs, write the report into `folder`, and return the answer.
-
-    The answer is text for the terminal, or with `as_json` one JSON object.
+    """Judge a sweep's finished runs, write the report into `folder`, and return it as text or JSON.
 
     Raises:
         StoreError: the runs cannot be judged together.
@@ -114,10 +109,10 @@ def claims_hash(question: dict[str, Any]) -> str:
 def next_round(
     table: "pd.DataFrame", question: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Suggest runs to add to a finished sweep, and why; none if every claim is decided.
+    """Suggest runs to add to a finished sweep, and why, in lines; none if every claim is decided.
 
-    Each run is {like: id of a finished run, lr, seed}: that run with another learning rate and
-    seed. The reasons are lines of text.
+    A run is {like, lr, seed}: the finished run with the id `like`, with another learning rate and
+    seed.
 
     Raises:
         StoreError: the runs cannot be judged together.
@@ -151,8 +146,7 @@ def _table_errors() -> Iterator[None]:
 def qualify(table: "pd.DataFrame") -> tuple[dict[str, bool], list[dict[str, Any]], list[str]]:
     """Judge tasks from finished runs of full fine-tuning and of LoRA's highest rank.
 
-    Returns whether each model and data set is suitable for questions about learning rates, the
-    checks as JSON values, and the checks as lines of text.
+    Returns whether each model and data set is suitable, the checks as JSON values, and as lines.
     """
     from analysis.measures import qualify as tasks
     from analysis.report.text import aligned
@@ -162,7 +156,7 @@ def qualify(table: "pd.DataFrame") -> tuple[dict[str, bool], list[dict[str, Any]
 
 
 def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
-    """Write the page of all answers, `reports/title/study.md`; return its table as lines."""
+    """Write the page of all answers, `reports/title/study.md`; return its table in lines."""
     from analysis.report.study import answers, page
     from analysis.report.text import aligned
 
@@ -175,7 +169,7 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
 def code_length(
     base: Sequence[float], code: Sequence[float], tokens: Sequence[int], left: int | None
 ) -> list[dict[str, float | None]]:
-    """Return value, low and high of the nats of all rows: under the base, and online in training.
+    """Return the nats of all rows (value, low, high): under the base model, and online in training.
 
     Args:
         base: nats of each measured batch under the base model.

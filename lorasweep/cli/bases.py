@@ -1,8 +1,6 @@
 """Retrain the shipped bases from their recipes, or check that they can be retrained (`make bases`).
 
-    python -m lorasweep.cli.bases [--check] [NAME ...]
-
-Refuses to know how a base is trained.
+Usage: python -m lorasweep.cli.bases [--check] [NAME ...]
 """
 
 import argparse
@@ -15,11 +13,11 @@ NAMES = (
     *("tiny64-skilled", "tiny64-experts", "tiny128", "tiny128-3m", "tiny128-4m"),
 )
 TOLERANCE_NATS = 0.02
-"""Largest difference of held-out losses between two trainings of a recipe on two processors."""
+"""Accepted difference of held-out losses between two trainings of a recipe."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Retrain each base; return 1 if --check finds one with another loss, else 0."""
+    """Retrain bases; return 1 if --check finds one with another loss."""
     parser = argparse.ArgumentParser(prog="python -m lorasweep.cli.bases", description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The actions on customers: advice for a table, the information in their data, their adapters."""
+"""The actions on customers: advise, measure, fleet."""
 
 import dataclasses
 import json
@@ -30,11 +30,11 @@ from lorasweep.sweep.names import aligned
 from lorasweep.sweep.request import Request
 
 WIDTH = 34
-"""Largest number of characters of a cell in a table for the terminal."""
+"""Characters of a cell in a table for the terminal; the last column is not cut."""
 
 
 def known(request: Request) -> Known:
-    """Return what the rules are based on: models and GPUs of the user and shipped, kept results."""
+    """Return what the rules are based on: models, machines, kept results, measured data."""
     folders = [Path(folder) for folder in request.folders]
     return Known(
         models=catalogue.models(folders),
@@ -46,7 +46,6 @@ def known(request: Request) -> Known:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> list[str]:
-    """Return a table for the terminal; all columns but the last are cut to WIDTH."""
     cut = [[pages.printable(c)[:WIDTH] for c in r[:-1]] + [pages.printable(r[-1])] for r in rows]
     return aligned([list(head), *cut], [head.index(h) for h in numbers])
 
@@ -55,7 +54,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
 
 def advise(request: Request) -> int:
-    """Print and write the answers to a request's customers; return 1 if a row has an error."""
+    """Print the advice for customers and write the page; return 1 if a row has an error."""
     if bool(request.customers) == bool(request.customer):
         raise SpecError(
             "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
@@ -94,7 +93,7 @@ def advise(request: Request) -> int:
 
 
 def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
-    """Print the reasons of one customer, or write the sweep that resolves the question."""
+    """Print the reasons of one customer's advice, or write the sweep that resolves it."""
     name = request.why or request.write_sweep
     mine = next((a for a in found if name in (a.name, customer_sweep.plain_name(a.name))), None)
     if mine is None:
@@ -116,7 +115,7 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
 
 
 def measure(request: Request) -> int:
-    """Measure the information in a data set, print it, and keep it for action=advise."""
+    """Measure the information in a data set, print it, and save it for action=advise."""
     store, spec = RunStore(request.exec.runs_dir), measuring.run_of(request)
     check_available(dataclasses.replace(request, points=[Point(spec.method.name, spec)]))
     store.prepare()
@@ -146,15 +145,12 @@ def measure(request: Request) -> int:
 
 
 def plan_fleet(request: Request) -> Request:
-    """Return the request for the runs of all customers of a table: read, advise, build runs.
-
-    Prints the error of each customer that has one. A follow-up job trains the runs as they were
-    planned, without reading the table again.
+    """Return the request for the runs of a table's customers; print what is wrong with rows.
 
     Raises:
         SpecError: the settings are not those of a fleet, or the table cannot be read.
     """
-    if request.members:
+    if request.members:  # a follow-up job trains what was planned, without reading the table again
         return request
     customers = read_customers(Path(request.customers))
     rules, members = runs.fleet_of(request, customers, known(request))
@@ -180,10 +176,9 @@ def plan_fleet(request: Request) -> Request:
 def fleet(
     request: Request, store: RunStore, training: Callable[[Request, RunStore], Trained]
 ) -> int:
-    """Train an adapter for each customer of a table, or of a plan; return the exit status.
+    """Train and export an adapter for each customer; `training` trains the missing runs.
 
-    The status is 1 if a customer could not be planned or got no adapter; those whose runs wait in
-    jobs of a cluster do not count. `training`: trains the missing runs of a request.
+    Returns 1 if a customer could not be planned or got no adapter, unless its runs are in jobs.
     """
     plan = plan_fleet(request)
     if plan.points and training(plan, store).status == STOPPED:

@@ -1,7 +1,7 @@
 """The actions on finished runs: export, import, adapter, verify, extend.
 
-Verify and adapter train finished runs again, alone, and compare the difference of the results with
-the standard deviation between seeds.
+Verify and adapter train runs again, alone. They compare the difference of the results with the
+standard deviation between seeds.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_FLOOR_NATS = 0.01
-"""Accepted difference of the final NLL if no condition has two seeds. An assumption: seeds of the
-tiny sweep differ by about this (docs/log)."""
+"""Accepted difference of the final NLL if no condition has two seeds: about the difference between
+seeds in the tiny sweep (docs/log)."""
 
 
 def export(request: Request, store: RunStore) -> int:
-    """Write finished runs as a table: those of the sweep, or without a sweep all in the store."""
+    """Write the finished runs of the sweep, or without a sweep of the store, as a table."""
     path = Path(request.table)
     if path.suffix not in (".parquet", ".csv"):
         raise SpecError(f"table={request.table!r}: expected a file name in .parquet or .csv.")
@@ -72,26 +72,25 @@ def import_(request: Request, store: RunStore) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One run: its recorded result, and its result when trained alone."""
+    """One run: its recorded result, and its result when trained again alone."""
 
     run: str
     pack_size: int | None
     recorded: float | None
     alone: float | None
     difference: float | None
-    """Final metric alone minus recorded; None for a diverged run."""
+    """Final metric, alone minus recorded; None for a diverged run."""
     same_state: bool
     curve_difference: float | None
-    """Largest difference of the metric over the steps where it was evaluated; None if the run
-    diverged."""
+    """Largest difference of the metric over all evaluations; None for a diverged run."""
 
     def within(self, bound: float) -> bool:
-        """Return whether both ended in one state, with final metrics at most `bound` apart."""
+        """Return whether both ended in the same state, with final metrics at most `bound` apart."""
         return self.same_state and (self.difference is None or abs(self.difference) <= bound)
 
 
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
-    """Return the standard deviation of the final metric between seeds, pooled over conditions.
+    """Return the standard deviation between seeds of the final metric, pooled over conditions.
 
     None if no condition has two seeds.
     """
@@ -112,12 +111,12 @@ def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
 def train_again(
     spec: RunSpec, store: RunStore, exec_: Exec, trainer: Trainer
 ) -> tuple[Comparison, State, dict[str, Any]]:
-    """Train a finished run again, alone, with the threads and micro-batch that it had.
+    """Train a finished run again, alone, with the same threads and micro-batch.
 
     Returns the comparison, the state at the end, and the result.
 
     Raises:
-        TrainingError: the data or the base have changed since the finished run.
+        TrainingError: the data or the base have changed.
     """
     before = store.result(spec.id) or {}
     state = ""
@@ -152,10 +151,7 @@ def train_again(
 
 
 def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
-    """List what differs between a run's recorded attempt and a training here, alone.
-
-    Each is a phrase, such as 'torch 2.9.0 then, 2.13.0 now'. `backend`: that of the training here.
-    """
+    """List what differs here from a run's recorded attempt: 'torch 2.9.0 then, 2.13.0 now'."""
     env, result = store.env(rid), store.result(rid) or {}
     if not env:
         return ["not known, as the run was imported"]
@@ -183,15 +179,14 @@ def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
 
 
 def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
-    """Save a finished LoRA run in PEFT's format.
+    """Train a finished LoRA run again, alone, and save it in PEFT's format.
 
-    Weights of runs are not kept (a sweep has thousands), so the run is trained again, alone, with
-    the same threads and micro-batch. The result is the same up to rounding, and bit for bit if the
-    run was trained alone on the same processor.
+    Weights of runs are not kept, as a sweep has thousands. The result is equal up to rounding, and
+    bit for bit if the run was trained alone on the same processor.
 
     Raises:
-        TrainingError: its final metric differs from the recorded one by more than
-            request.max_difference, or the standard deviation between seeds.
+        TrainingError: the final metric differs from the recorded one by more than
+            request.max_difference, or than the standard deviation between seeds.
     """
     if not request.run or not request.out:
         raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
@@ -240,7 +235,7 @@ def write_adapter(
 ) -> None:
     """Write the adapter of a LoRA run as a folder that PEFT loads.
 
-    `commit`: that of its base. `base`: its name in the folder; None: where it was loaded from.
+    `commit`: of the base on the hub. `base`: its name; None: where it was loaded from.
     """
     from lorasweep.methods.stacked.peft_export import save_peft
 
@@ -251,9 +246,9 @@ def write_adapter(
 
 
 def verify(request: Request, store: RunStore) -> int:
-    """Train a sample of the finished runs again, alone; return 1 if a result differs.
+    """Train a fixed sample of the finished runs again, alone; return 1 if a result differs.
 
-    The sample is the same each time. Runs that shared a pack come first.
+    Runs that shared a pack come first.
     """
     if request.sample < 1:
         raise SpecError(f"sample={request.sample}: expected at least 1 run.")
@@ -296,7 +291,7 @@ def _outcome(c: Comparison) -> str:
 
 
 def extend(request: Request, store: RunStore) -> int:
-    """Add the runs that help most to decide claims, as the next round. Starts nothing."""
+    """Add the runs that help most to decide claims, as the next round; start none."""
     if request.sweep is None:
         raise SpecError("action=extend needs a sweep: +sweep=NAME.")
     points = all_points(request, store)

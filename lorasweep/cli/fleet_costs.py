@@ -1,4 +1,4 @@
-"""The cost of a fleet's unfinished runs in packs and alone, by base; counts of customers."""
+"""The cost of a fleet's unfinished runs by base, in packs and alone; counts of customers."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -28,9 +28,9 @@ def customer_counts(request: Request, store: RunStore) -> dict[str, int]:
 
 
 def here(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
-    """Return what the unfinished runs of a fleet cost on this machine, as JSON values.
+    """Return the cost of the unfinished runs on this machine, as JSON values.
 
-    `alone_s` is None where no step of runs like these was timed outside of a pack.
+    `alone_s` is None where no step of such runs was timed outside of a pack.
     """
     rows = []
     for base, points in _by_base(plan.todo).items():
@@ -49,7 +49,7 @@ def here(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
 
 
 def on_gpus(request: Request, store: RunStore, hardware: Hardware) -> dict[str, Any]:
-    """Return what the unfinished runs of a fleet cost in seconds of one GPU, as JSON values."""
+    """Return the cost of the unfinished runs in seconds of one GPU, as JSON values."""
     packed = Forecaster(hardware, request.exec)
     single = Forecaster(hardware, dataclasses.replace(request.exec, pack_size=1))
     states = store.states(p.id for p in request.points)
@@ -64,7 +64,7 @@ def on_gpus(request: Request, store: RunStore, hardware: Hardware) -> dict[str, 
 
 
 def lines(values: dict[str, Any], per: str) -> list[str]:
-    """Return the costs as text; `per`: what the times refer to, such as 'on 2 worker(s)'."""
+    """Return the costs in lines; `per`: what the times refer to, such as 'on 2 worker(s)'."""
     found = [counts_line(values["customers"])]
     if not values["bases"]:
         return [*found, "nothing is left to train"]
@@ -94,7 +94,6 @@ def lines(values: dict[str, Any], per: str) -> list[str]:
 
 
 def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the counts of customers, the rows, and the sum of the rows."""
     keys, alone = ("customers", "runs", "packs", "together_s"), [r["alone_s"] for r in rows]
     customers, runs, packs, together = (sum(r[k] for r in rows) for k in keys)
     alone_s = None if None in alone else sum(alone)
@@ -111,7 +110,7 @@ def _row(
 
 
 def _by_base(points: Iterable[Point]) -> dict[str, list[Point]]:
-    """Return the runs of each base by its name; bases of one name are numbered."""
+    """Group runs by the name of their base; bases of the same name are numbered."""
     found: dict[str, list[Point]] = {}
     for p in points:
         found.setdefault(p.spec.model.canonical, []).append(p)
@@ -123,9 +122,9 @@ def _by_base(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 
 def _timed_s(points: Iterable[Point], plan: Plan, sizes: Mapping[str, int]) -> float | None:
-    """Return the seconds of runs on all workers, in packs of these sizes (alone without one).
+    """Return the seconds of runs on all workers; None if their steps were not timed.
 
-    None if their steps were not timed.
+    `sizes`: size of each run's pack; a run without one is alone.
     """
     total = 0.0
     for p in points:

@@ -49,10 +49,7 @@ Your own sweeps, models and data sets: files in DIR/sweep, DIR/model, DIR/datase
 
 
 def front_page(conf: Path) -> str:
-    """Return the page shown without arguments: how to start, and every action in a line.
-
-    `conf` is the configuration folder.
-    """
+    """Return the page shown without arguments; `conf`: the configuration folder."""
     names = sorted(p.stem for p in (conf / "sweep").glob("*.yaml"))
     sweeps = textwrap.fill(f"Sweeps: {', '.join(names)}.", 90, subsequent_indent="  ")
     actions = textwrap.fill(f"Actions: {', '.join(ACTIONS)}.", 90, subsequent_indent="  ")
@@ -60,7 +57,7 @@ def front_page(conf: Path) -> str:
 
 
 def help_template() -> str:
-    """Return the page of --help as Hydra's template: Hydra adds the groups and their options."""
+    """Return the page of --help; Hydra fills in the groups and their options."""
     lines = ["Actions (action=NAME)"]
     for action in ACTIONS.values():
         head = f"  {f'{action.name} {action.example}'.strip():24} "

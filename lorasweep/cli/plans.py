@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from lorasweep.cli import answer, fleet_costs
@@ -34,8 +35,8 @@ from lorasweep.sweep.request import Request
 from lorasweep.sweep.trained import trained_plain, trained_text
 
 OUTLOOK_RUNS = 2000
-"""Number of runs above which action=plan does not say which claims can be decided: loading the
-analysis takes longer than planning. The start of the runs says it."""
+"""Runs above which action=plan does not say which claims can be decided: loading the analysis takes
+longer than planning. Starting the runs says it."""
 SMALLER = ("small", "tiny")
 """Scales whose standard deviation between seeds is used where a larger scale states none."""
 BASIS = {
@@ -43,7 +44,7 @@ BASIS = {
     "calibrated": "from measured step times",
     "assumed": "from an assumed speed",
 }
-"""Where the expected time comes from."""
+"""Basis of the expected time."""
 HEAD = (
     *("sweep", "runs", "packs", "jobs", "GPUs per run", "rows per pass", "GiB per GPU", "tokens"),
     *("FLOPs", "tokens/s per GPU", "GPU-hours", "days", "dollars"),
@@ -100,7 +101,7 @@ def measure(request: Request, store: RunStore) -> int:
 
 
 def fetch(request: Request, store: RunStore) -> int:
-    """Download the weights and data of a request's runs, or of those of its parts."""
+    """Download the weights and data of a request's runs."""
     preflight.fetch((p.spec for part in request.parts or [request] for p in part.points), print)
     return 0
 
@@ -128,7 +129,7 @@ def plan_text(request: Request, plan: Plan) -> str:
             f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, "
             f"{a['n_trainable']:,} trained parameters"
         )
-    packs: dict[str, None] = {}  # kinds that differ only in their data have the same line
+    packs = []
     for pack in {shape_of(pack.points[-1].spec): pack for pack in plan.packs}.values():
         spec, n = pack.points[-1].spec, len(pack.points)
         if spec.method.MAX_PACK is not None:
@@ -145,11 +146,12 @@ def plan_text(request: Request, plan: Plan) -> str:
             ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.step_s.items()))
             pays = ": packing does not pay" if speed.measured and speed.best_size() == 1 else ""
             why = f"{'measured' if speed.measured else 'recorded'} per step and run: {ms}{pays}"
-        packs[
+        packs.append(
             f"  packs of {spec.method.name}{rank} on {spec.model.name}: {n} run(s), "
             f"{pack.micro_batch_size} rows of each per forward pass ({why})"
-        ] = None
-    lines += [*packs, *unpinned_lines(plan.points)]
+        )
+    # kinds that differ only in their data have the same line
+    lines += [*dict.fromkeys(packs), *unpinned_lines(plan.points)]
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
     if plan.todo and slow_bf16 and plan.points[0].spec.precision == "bf16":
         lines.append(
@@ -167,7 +169,7 @@ def plan_text(request: Request, plan: Plan) -> str:
 
 
 def unpinned_lines(points: Sequence[Point]) -> list[str]:
-    """Return a line for every model and data set whose content on the hub can change."""
+    """Return a line for each model and data set whose content on the hub can change."""
     models = {p.spec.model.name: p.spec.model for p in points}
     datasets = {p.spec.dataset.name: p.spec.dataset for p in points}
     parts: list[ModelSpec | DatasetSpec] = [*models.values(), *datasets.values()]
@@ -180,7 +182,7 @@ def unpinned_lines(points: Sequence[Point]) -> list[str]:
 
 
 def queue_lines(difference: dict[str, Any]) -> list[str]:
-    """Return what a submission would change in the queue, as lines; empty without a cluster."""
+    """Return what a submission would change in the queue; empty without a cluster."""
     if not difference:
         return []
     queue = difference["queue"]
@@ -208,7 +210,7 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
 
 
 def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
-    """Print what sweeps take on GPUs, one line per sweep, without looking at this machine."""
+    """Print the cost of sweeps on GPUs, a line for each, without looking at this machine."""
     planner, found, prices = Forecaster(hardware, request.exec), [], []
     for part in request.parts or [request]:
         states = store.states(p.id for p in part.points)
@@ -235,7 +237,25 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         sweeps = [{**v, "claims": p} for v, p in zip(values, prices)]
         print(json.dumps({**about, "sweeps": sweeps, "total": values[-1], **queue, **fleet}))
         return 0
-    lines = _forecast_lines(request, hardware, values, prices) + queue_lines(queue)
+    from jinja2 import StrictUndefined, Template  # takes a moment to load
+
+    rows = [_row(v) for v in (values if len(values) > 2 else values[:1])]  # one sweep is the total
+    form = Path(__file__).with_name("templates") / "forecast.txt"
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+    text = Template(form.read_text(), undefined=StrictUndefined, **options).render(
+        name=request.sweep_name or "run",
+        scale=request.scale,
+        hardware=hardware,
+        usd=hardware.price_per_gpu_h,
+        table="\n".join(aligned([HEAD, *rows], range(1, len(HEAD)))),
+        total=values[-1],
+        unpinned=unpinned_lines([p for part in request.parts or [request] for p in part.points]),
+        memory_error=f"{MEMORY_ERROR:.0%}",
+        speed_error=f"{SPEED_ERROR:.0%}",
+        training_share=TRAINING_SHARE,
+        verdicts=[(v["name"], p) for v, some in zip(values, prices) for p in some],
+    )
+    lines = [text.rstrip(), *queue_lines(queue)]
     if request.members:
         lines += ["", *fleet_costs.lines(fleet["fleet"], "in time of one GPU")]
     print("\n".join(lines))
@@ -245,7 +265,7 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
 def _prices(request: Request, found: Forecast) -> list[dict[str, Any]]:
     """Return for each claim the runs and GPU-hours until a verdict is expected.
 
-    By the standard deviation between seeds at this scale, or the next smaller one that states it.
+    Uses the standard deviation between seeds of this scale, or of the next smaller one with one.
     """
     if request.sweep is None or not found.runs:
         return []
@@ -269,7 +289,7 @@ def _prices(request: Request, found: Forecast) -> list[dict[str, Any]]:
 
 
 def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
-    """Return a forecast as JSON values; `work_max_min`: longest job in minutes."""
+    """Return a forecast as JSON values; `work_max_min`: the longest job in minutes."""
     placed, hardware = found.placed(), found.hardware
     wheres = [where for _, where, _ in placed]
     largest = max((w.layout.gpus for w in wheres), default=1)
@@ -318,75 +338,6 @@ def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
             for kind, misfit, n in found.misfits()
         ],
     }
-
-
-def _forecast_lines(
-    request: Request,
-    hardware: Hardware,
-    values: Sequence[dict[str, Any]],
-    prices: Sequence[Sequence[dict[str, Any]]],
-) -> list[str]:
-    """Return the lines of a plan for GPUs.
-
-    Args:
-        values: a forecast for each sweep, and last the total (`forecast_plain`).
-        prices: what deciding each claim of each sweep costs.
-    """
-    total, usd = values[-1], hardware.price_per_gpu_h
-
-    def dollars(hours: float) -> str:
-        return "" if usd is None else f", ${hours * usd:,.0f}"
-
-    rows = [_row(v) for v in (values if len(values) > 2 else values[:1])]  # one sweep is the total
-    name = request.sweep_name or "run"
-    lines = [f"{name}, scale {request.scale}, on {hardware.gpus} x {hardware.gpu_name}", ""]
-    lines += [*aligned([HEAD, *rows], range(1, len(HEAD))), ""]
-    for left in total["left_out"]:
-        lines.append(
-            f"left out, as a run takes {left['gpus_a_run']} GPUs (exec.max_gpus=N allows more): "
-            f"{left['kind']}, {left['runs']} runs, {left['gpu_hours']:,.0f} GPU-hours"
-            f"{dollars(left['gpu_hours'])}"
-        )
-    for m in total["misfits"]:
-        lines.append(f"does not fit: {m['kind']}, {m['runs']} runs: {m['why']}. Give {m['remedy']}")
-    lines += unpinned_lines([p for part in request.parts or [request] for p in part.points])
-    assumed = (
-        "none stated" if usd is None else f"${usd:g} per GPU-hour (hardware.price_per_gpu_h=N)"
-    )
-    lines += [
-        f"price: {assumed}. Runs that sweeps share are trained once and count once in the total. "
-        "Fresh seeds of the second stage are included, runs added after an interim analysis are "
-        "not.",
-        f"nothing was measured on {hardware.name}: memory and time are computed from shapes and "
-        "the data sheet. Of published measurements of dense models, nine in ten lie within "
-        f"{MEMORY_ERROR:.0%} of the computed memory and {SPEED_ERROR:.0%} of the computed speed "
-        "(analysis/results/plan). One constant was fitted to them: the share of the attainable "
-        f"speed that products reach ({TRAINING_SHARE:g}). No measurement covers models with "
-        f"experts ({total['gpu_hours_by_formulas_alone']:,.0f} GPU-hours) and the memory of full "
-        "fine-tuning.",
-    ]
-    if total["gpu_hours_of_sampling"]:
-        lines.append(
-            f"sampling completions takes {total['gpu_hours_of_sampling']:,.0f} of the GPU-hours "
-            "(computed, not measured). transformers runs one forward pass per token, for all "
-            "completions together, and mostly waits for kernel launches. A serving engine would "
-            "be faster; none is used."
-        )
-    if any(prices):
-        lines += ["", "expected cost of a verdict, for each claim by itself:"]
-    for name, p in ((v["name"], p) for v, some in zip(values, prices) for p in some):
-        if p["can_decide"] is None:
-            price = "not known: no standard deviation between seeds stated"
-        elif "gpu_hours" not in p:
-            price = "no number of seeds was found with which it can be decided"
-        else:
-            price = (
-                f"{p['needed']} {p['units']} (planned {p['planned']}): {p['runs']:,} runs, "
-                f"{p['gpu_hours']:,.0f} GPU-hours{dollars(p['gpu_hours'])}, by the standard "
-                f"deviation at scale {p['spread_from']}"
-            )
-        lines.append(f"  {name}: {p['claim']}: {price}")
-    return lines
 
 
 def _row(values: dict[str, Any]) -> tuple[str, ...]:

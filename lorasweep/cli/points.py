@@ -1,4 +1,4 @@
-"""Collect the runs of a sweep: grid, second stage, and rounds added after interim analyses."""
+"""Collect the runs of a sweep: its grid, second stage, and added rounds."""
 
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
@@ -9,7 +9,7 @@ from lorasweep.sweep.request import Request
 
 
 def all_points(request: Request, store: RunStore) -> list[Point]:
-    """Return a sweep's runs: first stage, second stage of finished curves, and added rounds."""
+    """Return the runs of the grid, of the second stage of finished curves, and of added rounds."""
     if request.parts:
         return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
     points = list(request.points)
@@ -35,8 +35,8 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
 def qualifying(points: list[Point]) -> list[Point]:
     """Choose the runs that show whether a task is suitable.
 
-    For each model, data set, batch size and length: full fine-tuning of all weights, and the LoRA
-    with the most parameters.
+    For each model, data set, batch size and number of updates: full fine-tuning of all weights, and
+    the LoRA with most parameters.
     """
     groups: dict[tuple[str, str, int, int], dict[str, list[Point]]] = {}
     for p in points:

@@ -1,4 +1,4 @@
-"""Show messages and progress in the terminal. No program reads them."""
+"""Show messages and progress in the terminal, which no program reads."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
 
 
 def notifier(request: Request) -> Callable[[str], None]:
-    """Return a function that prints progress messages on stderr; silent with format=json."""
+    """Return a function that prints a message on stderr, or with format=json nothing."""
     if request.format == "json":
         return lambda text: None
     return lambda text: print(text, file=sys.stderr, flush=True)
@@ -68,7 +68,7 @@ class Display:
         for rid in event.get("runs", []):
             if rid in self._points:
                 done = event["step"] / self._points[rid].spec.steps
-                # steps of a resumed run before this session do not count for the speed
+                # steps before this session do not count for the speed
                 self._first.setdefault(rid, done)
                 self._share[rid] = done
         if "ended" in event and event["run"] in self._points:

@@ -1,7 +1,4 @@
-"""Show the status of a sweep: counts, speed, time left, jobs, the best so far.
-
-It only reads the run folder; with access to Slurm, it also shows jobs.
-"""
+"""Show the status of a sweep from its run folder, and its jobs where Slurm can be asked."""
 
 import json
 import sys
@@ -23,15 +20,15 @@ from lorasweep.sweep.names import aligned, run_names
 from lorasweep.sweep.request import Request
 
 OPEN_STATES = ("missing", "queued", "running", "interrupted")
-"""States of unfinished runs. queued: missing or interrupted in the store, and in a live job."""
+"""States of unfinished runs; queued: missing or interrupted, and in a live job."""
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
 SHOWN = 20
-"""Largest number of lines each for running runs, jobs and problems."""
+"""Lines each for running runs, jobs and problems; format=json has all."""
 TAIL = 5
-"""Lines of a log that a problem includes."""
+"""Lines of the log in a problem."""
 WATCH_S = 5.0
 WINDOW_S = 1800.0
-"""The speed counts the runs that finished within this time before the latest one."""
+"""The speed counts runs that finished within this time before the latest one."""
 
 
 def show(request: Request, store: RunStore) -> int:
@@ -142,7 +139,6 @@ def _rate_per_h(entries: dict[str, Entry]) -> float | None:
 def _problems(
     store: RunStore, points: list[Point], states: dict[str, str], names: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Describe the runs that failed, diverged or were interrupted, with the end of their logs."""
     bad = [p.id for p in points if states[p.id] in ("failed", "diverged", "interrupted")]
     lost = [i for i in bad if states[i] == "interrupted" and not store.failure(i)]
     owners = {i: store.owner(i, store.last_attempt(i) or 0) for i in lost}
@@ -185,25 +181,10 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
         lines.append(f"  {hours['of']}-hours: {hours['used']:.3g} used{left}")
     form = "  running  {name:32} {run}  step {step}/{steps}"
     lines += _cut([form.format(**r) for r in status["running"]])
-    lines += _job_lines(status)
-    problems = []
-    for p in status["problems"]:
-        text = f"  {p['state']:11} {p['name']:32} {p['run']}  {p['cause']}"
-        if p["state"] != "diverged":
-            tail = (f"              | {line}" for line in p["tail"][-2:])
-            text = "\n".join([text, f"              log {p['log']}", *tail])
-        problems.append(text)
-    lines += _cut(problems)
-    if runs.get("failed"):
-        lines.append("  try failed runs again: exec.retry=true")
-    return "\n".join(lines)
-
-
-def _job_lines(status: dict[str, Any]) -> list[str]:
-    started = [j for j in status["jobs"] if j["state"] != "PENDING"]
-    waiting = Counter(j["reason"] for j in status["jobs"] if j["state"] == "PENDING")
-    lines = []
-    if status["jobs"]:
+    jobs = status["jobs"]
+    if jobs:
+        started = [j for j in jobs if j["state"] != "PENDING"]
+        waiting = Counter(j["reason"] for j in jobs if j["state"] == "PENDING")
         lines.append(f"  jobs: {len(started)} running, {waiting.total()} waiting")
         rows = []
         for j in started:
@@ -224,7 +205,17 @@ def _job_lines(status: dict[str, Any]) -> list[str]:
             f"  {status['unrecorded']} job(s) are from a command that died while submitting: run "
             "the command again to adopt or cancel them"
         )
-    return lines
+    problems = []
+    for p in status["problems"]:
+        text = f"  {p['state']:11} {p['name']:32} {p['run']}  {p['cause']}"
+        if p["state"] != "diverged":
+            tail = (f"              | {line}" for line in p["tail"][-2:])
+            text = "\n".join([text, f"              log {p['log']}", *tail])
+        problems.append(text)
+    lines += _cut(problems)
+    if runs.get("failed"):
+        lines.append("  try failed runs again: exec.retry=true")
+    return "\n".join(lines)
 
 
 def _cut(lines: list[str]) -> list[str]:

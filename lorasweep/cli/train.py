@@ -1,7 +1,4 @@
-"""Train the runs of a request, here or by jobs of a cluster, and print the answer.
-
-The path of a sweep: plan, launch, judge, report.
-"""
+"""Train the runs of a request, here or by jobs of a cluster, and print the answer."""
 
 import dataclasses
 import json
@@ -37,7 +34,7 @@ from lorasweep.sweep.request import Request, question
 STOPPED = 130
 """Exit status after Ctrl-C."""
 FOLLOW_COMMAND = ("-u", "-m", "lorasweep", "--follow")
-"""What a follow-up job gives to Python, before the path of its task file."""
+"""Arguments of Python in a follow-up job, before the path of the task file."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,11 @@ class Trained:
     """The runs of a request after training."""
 
     points: list[Point]
-    """With the second stage, as far as it is known."""
+    """Also those of the second stage that are known."""
     status: int
     """Exit status: 0, 1 if runs failed or were killed, STOPPED."""
     waiting: bool = False
-    """Jobs of a cluster have not finished."""
+    """Whether jobs of a cluster have not finished."""
 
 
 def run(
@@ -58,7 +55,7 @@ def run(
     trainer: Trainer | str | None = None,
     follow: dict[str, Any] | None = None,
 ) -> int:
-    """Train what is missing, judge and report; on a cluster, submit it and report later."""
+    """Train what is missing, judge and report; on a cluster, submit and report later."""
     trained = train(request, store, trainer, follow)
     points, as_json = trained.points, request.format == "json"
     if trained.waiting or trained.status == STOPPED:
@@ -108,9 +105,9 @@ def run(
 
 
 def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
-    """Train the runs that judge a sweep's tasks, print whether these qualify, and save that.
+    """Train the runs that judge a sweep's tasks; print and save whether the tasks qualify.
 
-    Returns 0 if all do, 1 if some do not.
+    Returns 1 if one does not.
     """
     if request.sweep is None or request.cluster.kind == "slurm":
         raise SpecError(
@@ -141,13 +138,13 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
 
 
 def runs_of(request: Request, store: RunStore) -> list[Point]:
-    """Return the runs of this action: the sweep's; for qualify those that judge its tasks."""
+    """Return the sweep's runs; for action=qualify those that judge its tasks."""
     points = all_points(request, store)
     return qualifying(points) if request.action == "qualify" else points
 
 
 def within_limit(request: Request) -> Request:
-    """Return the request without the runs that need more GPUs than one may take, and say so."""
+    """Leave out the runs that need more than exec.max_gpus GPUs, and say how many."""
     kept = without_too_large(request.points, hardware_of(request), request.exec)
     if len(kept) < len(request.points):
         notifier(request)(
@@ -160,9 +157,9 @@ def within_limit(request: Request) -> Request:
 
 
 def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
-    """Check a request before anything is trained; raise what the user must correct.
+    """Raise what the user must correct before anything is trained.
 
-    `points`: its runs, with those of the second stage and of added rounds.
+    `points`: the runs, with those of the second stage and of added rounds.
     """
     specs = [p.spec for p in request.points]
     if request.exec.world_size > 1:
@@ -184,9 +181,9 @@ def train(
     trainer: Trainer | str | None = None,
     follow: dict[str, Any] | None = None,
 ) -> Trained:
-    """Train the missing runs of a request here, or submit them as jobs of a cluster and return.
+    """Train the missing runs of a request here, or submit them as jobs of a cluster.
 
-    It prints neither an answer nor which runs failed. `follow`: the task, inside a follow-up job.
+    Prints neither the answer nor failed runs. `follow`: the task of a follow-up job.
     """
     if request.hardware and hardware_of(request).has_speeds:
         request = within_limit(request)
@@ -200,7 +197,7 @@ def train(
     if plan.todo and not quiet:
         _warn_of_claims(request)
     try:
-        while plan.todo:  # the first stage, then the second, whose runs its results choose
+        while plan.todo:  # the first stage, then the second, which its results choose
             notify(plan_text(request, plan))
             with Display(plan.todo, quiet) as display:
                 local.run_points(points, store, request.exec, display.event, trainer, plan=plan)
@@ -219,7 +216,6 @@ def train(
 
 
 def _warn_of_claims(request: Request) -> None:
-    """Print a warning for every claim that the planned runs cannot decide."""
     for _, outlook in answer.outlooks(request.points, request.sweep, request.scale):
         if outlook.warns:
             notifier(request)(outlook.line())
@@ -233,11 +229,7 @@ def _status(points: Sequence[Point], store: RunStore) -> int:
 def _train_on_cluster(
     request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> Trained:
-    """Submit what is missing, and say whether there is anything to wait for.
-
-    Raises:
-        GaveUp: no run finished in the last rounds of jobs.
-    """
+    """Submit what is missing; GaveUp: no run finished in the last rounds of jobs."""
     notify, idle = notifier(request), 0
     for line in unpinned_lines(request.points):
         notify(line)
@@ -276,7 +268,6 @@ def _train_on_cluster(
 
 
 def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
-    """Print what was submitted, what was not and why, and what to do."""
     work = done.work
     for s in done.submitted:
         arrays = [a for a in s.arrays if a.job and a.part != "follow"]
@@ -318,7 +309,7 @@ def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
 
 
 def cancel_jobs(request: Request, store: RunStore) -> int:
-    """Cancel the sweep's jobs on the cluster. Local runs are stopped with Ctrl-C."""
+    """Cancel the sweep's jobs on the cluster (Ctrl-C stops local runs)."""
     n_jobs, n_runs = cancel(request, store, notifier(request))
     if request.format == "json":
         print(json.dumps({"jobs": n_jobs, "runs": n_runs}))

@@ -1,7 +1,6 @@
-"""The actions of the command line: their names, the settings that they read, their help lines.
+"""The table of actions: name, help, settings. `lorasweep.cli.actions` has their functions.
 
-`lorasweep.cli.actions` adds the function of each. A setting that only some actions read is refused
-with the others.
+A setting that only some actions read is refused with the other actions.
 """
 
 from dataclasses import dataclass
@@ -16,17 +15,16 @@ class Action:
 
     name: str
     help: str
-    """What it does, as shown by --help."""
     example: str = ""
-    """Settings shown after the name by --help."""
+    """Settings that --help shows after the name."""
     reads: tuple[str, ...] = ()
-    """Settings that only this action and some others read."""
+    """Settings that not all actions read."""
     about: str = "the runs of a sweep or a single run"
     allows_sweep: bool = True
     needs_run: bool = True
-    """Without a sweep it is about the single run that the command line describes, or a fleet's."""
+    """Without a sweep, it acts on the single run of the command line, or on a fleet's runs."""
     of_fleet: bool = False
-    """With customers=FILE it is about the runs of a fleet."""
+    """With customers=FILE, it acts on the runs of a fleet."""
 
 
 FLEET_SETTINGS = ("customers", "rates", "instead_of_full", "out")
@@ -135,11 +133,7 @@ ACTIONS: dict[str, Action] = {
 
 
 def check_action(config: Any, sweep_name: str | None) -> Action:
-    """Return the requested action, if all settings that were given with it have an effect.
-
-    Args:
-        config: the composed configuration (`schema.Config`).
-        sweep_name: name of the sweep; None: there is none.
+    """Return the requested action of a composed configuration (`schema.Config`).
 
     Raises:
         SpecError: the action does not exist, or does not read a setting that was given.

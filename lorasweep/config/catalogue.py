@@ -1,4 +1,4 @@
-"""Models and machines in configuration files, by name, each read when it is first needed."""
+"""The models and machines of configuration files, by name; each is read when first needed."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,7 +15,7 @@ from lorasweep.spec.model import ModelSpec
 
 
 def models(folders: Sequence[Path]) -> dict[str, Callable[[], ModelSpec]]:
-    """Return a reader for each model, by its name and by its name on the hub, in lower case."""
+    """Return a reader for each model by its names, here and on the hub, in lower case."""
     found: dict[str, Callable[[], ModelSpec]] = {}
     for path in _files(folders, "model"):
         read = cache(lambda path=path: build(ModelSpec, _plain(path)))
@@ -27,12 +27,12 @@ def models(folders: Sequence[Path]) -> dict[str, Callable[[], ModelSpec]]:
 
 
 def widths(folders: Sequence[Path]) -> dict[str, int]:
-    """Return the width of every model, by name."""
+    """Return the hidden size of each model, by name."""
     return {p.stem: int(_head(p).get("hidden_size", 0)) for p in _files(folders, "model")}
 
 
 def machines(folders: Sequence[Path]) -> dict[str, Callable[[], Hardware]]:
-    """Return a reader for each machine by name, except this machine."""
+    """Return a reader for each machine in conf/hardware but this one, by name in lower case."""
     return {
         path.stem.lower(): cache(lambda path=path: hardware.from_plain(_plain(path)))
         for path in _files(folders, "hardware")
@@ -51,5 +51,5 @@ def _plain(path: Path) -> dict[str, Any]:
 
 
 def _head(path: Path) -> dict[str, Any]:
-    """Read a file as plain YAML, for names: ten times as fast as OmegaConf."""
+    """Read a file as plain YAML, ten times as fast as OmegaConf."""
     return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}

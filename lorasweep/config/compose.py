@@ -1,4 +1,4 @@
-"""Turn configuration files and the command line into a checked request, without torch."""
+"""Compose configuration files and the command line into a checked request; no torch."""
 
 import dataclasses
 import hashlib
@@ -40,19 +40,19 @@ from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
 
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
-"""Matches lines with which a sweep's file sets more than the sweep."""
+"""Lines with which a sweep's file sets more than the sweep."""
 SELECT_FILES = ("+sweep=", "scale=")
 CHANGE_NO_RUNS = (
     *SELECT_FILES,
     *(f"{key}=" for key in (*SETTINGS, "rates")),
     *("exec.", "+exec.", "cluster=", "cluster.", "+cluster.", "hardware=", "hardware."),
 )
-"""Starts of overrides that change how runs are trained and shown, not which runs are asked for."""
+"""Starts of overrides that do not change which runs are asked for."""
 CHOOSE_PARTS = ("model=", "dataset=", "method=")
 
 
 def register(help_template: Callable[[], str] = str) -> None:
-    """Register the schema, the methods, the resolvers and the loader of sweeps with Hydra.
+    """Register the schema, methods, resolvers and the loader of sweeps with Hydra.
 
     `help_template` returns the page of --help, in which Hydra replaces $APP_CONFIG_GROUPS.
     """
@@ -70,19 +70,19 @@ def register(help_template: Callable[[], str] = str) -> None:
 
 
 def shipped_model(name: str) -> ModelSpec:
-    """Return the spec of a shipped model by name, for other programs."""
+    """Return the spec of a shipped model."""
     return compose_request([f"model={name}"]).points[0].spec.model
 
 
 def compose_request(overrides: Sequence[str]) -> Request:
-    """Return the request of `python -m lorasweep OVERRIDES`, for other programs."""
+    """Return the request of the command `python -m lorasweep OVERRIDES`."""
     with composer() as compose:
         return compose(overrides)
 
 
 @contextmanager
 def composer() -> Iterator[Callable[[Sequence[str]], Request]]:
-    """Open Hydra for many command lines, which share the models and data sets looked up."""
+    """Open Hydra to compose many command lines; models and data sets are looked up once."""
 
     def compose(overrides: Sequence[str]) -> Request:
         cfg = _loader().load_configuration("config", list(overrides), run_mode=RunMode.RUN)
@@ -100,12 +100,12 @@ def _loader() -> ScaleLoader:
 
 
 def request(cfg: DictConfig, settings: Any = None) -> Request:
-    """Turn the composed configuration into a checked Request.
+    """Check a composed configuration and return its Request.
 
-    `settings`: Hydra's own part of the configuration; None: that of the running command.
+    `settings`: Hydra's part of the configuration; None: that of the running command.
 
     Raises:
-        SpecError: the configuration or any run of the sweep is not valid.
+        SpecError: the configuration or a run of the sweep is not valid.
     """
     if settings is None:
         settings = HydraConfig.get()
@@ -149,7 +149,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
                 "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
                 "+sweep=NAME, or customers=FILE."
             )
-        if action.needs_run and not config.customers:  # else it only starts customers' runs
+        if action.needs_run and not config.customers:  # a fleet only starts from this run
             validate(base)
         points = [Point(base.method.name, base)] if action.needs_run else []
         return Request(**common, sweep_name=None, sweep=None, points=points)
@@ -185,7 +185,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
 
 
 def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point]:
-    """Expand the sweep of a configuration. `alone`: its file sets nothing but the sweep."""
+    """Expand a sweep; `alone`: its file sets nothing else."""
     files = [o for o in overrides if o.startswith(SELECT_FILES)]
     if alone:  # leave it out, as composing it takes longest
         files = [o for o in files if not o.startswith("+sweep=")]
@@ -210,7 +210,7 @@ def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point
 
 
 def _parts(sweep_name: str, sweep: Sweep, overrides: Sequence[str]) -> list[Request]:
-    """Compose the parts of a sweep that have this scale, with the rest of the command line."""
+    """Compose those parts of a sweep that have this scale, with the rest of the command line."""
     own = (f"+sweep={sweep_name}", "sweep.parts=")
     rest = [o for o in overrides if not o.startswith(own)]
     names, parts = option_names("sweep"), []
@@ -225,7 +225,7 @@ def _parts(sweep_name: str, sweep: Sweep, overrides: Sequence[str]) -> list[Requ
 
 
 def _object(cfg: DictConfig) -> Any:
-    """Resolve interpolations, check types, and build a Config, or the object of one group."""
+    """Resolve interpolations, check types, and build a Config or the object of one group."""
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         if missing:
@@ -248,7 +248,7 @@ def _run_spec(config: Config) -> RunSpec:
 
 
 def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
-    """Refuse values on the command line that the sweep's axes replace."""
+    """Refuse values of the command line that the sweep's grid replaces."""
     for text in overrides:
         key = text.lstrip("+~").partition("=")[0]
         axis = key.removeprefix("method.")
@@ -266,7 +266,7 @@ def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
 
 
 def _refuse_shadows(user_folders: list[Path]) -> None:
-    """Refuse files in --config-dir with the name of a shipped file, which Hydra would use."""
+    """Refuse files of --config-dir with the name of a shipped file: Hydra would ignore them."""
     shipped = conf_dir()
     for folder in user_folders:
         for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else []:
@@ -279,5 +279,5 @@ def _refuse_shadows(user_folders: list[Path]) -> None:
 
 
 def option_names(group: str) -> list[str]:
-    """List the options of a group, the shipped ones and those in the user's --config-dir."""
-    return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+    """List the options of a group, shipped and in --config-dir."""
+    return sorted(_loader().get_group_options(group))

@@ -14,15 +14,13 @@ ENVIRONMENT = {
     "models_dir": "LORASWEEP_MODELS",
     "data_dir": "LORASWEEP_DATA",
 }
-"""Environment variables for folders. The command line comes first."""
+"""Environment variables of folders; the command line has precedence."""
 
 
 def conf_dir() -> Path:
-    """Find the shipped configuration: one level up in a checkout, inside the package in a wheel.
-
-    The checkout comes first: an editable install leaves an old copy in site-packages.
-    """
+    """Find the shipped configuration: beside the package in a checkout, inside it in a wheel."""
     here = Path(__file__).resolve().parents[1]
+    # the checkout first: an editable install leaves an old copy in site-packages
     for path in (here.parent / "conf", here / "conf"):
         if (path / "config.yaml").is_file():
             return path
@@ -30,11 +28,7 @@ def conf_dir() -> Path:
 
 
 def exec_of(values: dict[str, Any]) -> Exec:
-    """Make an Exec with absolute folders, and check it.
-
-    Raises:
-        SpecError: a setting is not valid.
-    """
+    """Return a checked Exec with absolute folders; SpecError: a setting is not valid."""
     exec_ = Exec(**values)
     for problem in exec_.problems():
         raise SpecError(problem)

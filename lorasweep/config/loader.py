@@ -1,17 +1,14 @@
 """Hydra's configuration loader with one more step: the block of a sweep for the chosen scale.
 
-A sweep file states what all scales share at its top, and a block for each scale below `scales`:
-
-    axes: {seed: 100}
+    axes: {seed: 100}               # what all scales share
     arms: {lora: {method: lora}}
     scales:
       smoke: {arms: {lora: {rank: 4, lr: 5e-3}}}
       tiny: {arms: {lora: {rank: [1, 16], lr: "${around:1.4e-3,5,2}"}}}
 
-The block is merged over the top: mappings key by key, other values replaced. This is done after all
-files are read and before the command line is applied, so that `sweep.arms.lora.rank=[1,16]` and
-`~sweep.arms.fullft` change what the scale states. A scale with `extends: OTHER` (in conf/scale)
-takes the block of that scale first, then its own, if there is one.
+The block is merged over the keys above it: mappings key by key, other values replaced. This happens
+before the command line is applied, so `~sweep.arms.fullft` can remove what a scale states. A scale
+with `extends: OTHER` (in conf/scale) takes the block of that scale first, then its own.
 """
 
 from typing import Any
@@ -39,11 +36,11 @@ RENAMED = {
     "dataset": {"knobs": "generator_params"},
     "model": {"recipe.knobs": "generator_params"},
 }
-"""Keys of files written for version 0.1, by group, and what each is called now."""
+"""By group: keys of files written for version 0.1, and their new names."""
 
 
 class ScaleLoader(ConfigLoaderImpl):
-    """Hydra 1.3's loader; `_compose_config_from_defaults_list` is the step before overrides."""
+    """Hydra 1.3's loader, which also refuses the keys of version 0.1."""
 
     as_in_files: DictConfig
     """The last configuration of a sweep as its files state it, without changes of single keys."""
@@ -59,18 +56,23 @@ class ScaleLoader(ConfigLoaderImpl):
         if group not in RENAMED:
             return loaded
         values: Any = OmegaConf.to_container(loaded.config, resolve=False)
-        for old, new in RENAMED[group].items():
-            *path, key = old.split(".")
-            nodes = [values.get(group)]  # loaded configurations are below their package
-            for step in path:
-                found = [n for n in nodes if isinstance(n, dict)]
-                nodes = [v for n in found for k, v in n.items() if step in ("*", k)]
-            if any(isinstance(n, dict) and key in n for n in nodes):
-                where = ".".join([group, *path, key]).replace("*", "NAME")
-                raise SpecError(f"{group} {name!r}: {where} is now {new}. See docs/own.md.")
+        changes = []
+        for block in ("", "scales.*.", "at.*."):
+            for old, new in RENAMED[group].items():
+                *path, key = f"{block}{old}".split(".")
+                nodes = [values.get(group)]  # loaded configurations are below their package
+                for step in path:
+                    found = [n for n in nodes if isinstance(n, dict)]
+                    nodes = [v for n in found for k, v in n.items() if step in ("*", k)]
+                if any(isinstance(n, dict) and key in n for n in nodes):
+                    where = ".".join([group, *path, key]).replace("*", "NAME")
+                    changes.append(f"{where} is now {new}")
+        if changes:
+            raise SpecError(f"{group} {name!r}: {'; '.join(changes)}. See docs/own.md.")
         return loaded
 
     def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
+        # the step after which Hydra applies overrides of single keys
         cfg = super()._compose_config_from_defaults_list(defaults, repo)
         blocks, scale = cfg.sweep.scales, cfg.scale
         if blocks:

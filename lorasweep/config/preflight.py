@@ -1,4 +1,4 @@
-"""Check that weights and data are there and fit together, and download them."""
+"""Check that the weights and data of runs are there and fit together; download them."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,15 +9,15 @@ from lorasweep.sweep.request import Request
 
 
 def check_available(request: Request) -> None:
-    """Check that the weights and data of every point are on this machine.
+    """Check that the weights and data of all runs are on this machine.
 
-    A file of the hub that is missing is downloaded later, by the first run that needs it; but jobs
-    of a cluster would wait for it with their GPUs, so there it is an error.
+    The first run that needs a file of the hub downloads it. On a cluster a missing file is an
+    error, as jobs would wait for it with their GPUs.
 
     Raises:
-        ModelError, DataError: they are not; the message names how to get them.
-        SpecError: a data set has more symbols than the model's vocabulary, or is text for a model
-            without a tokenizer, or several processes cannot train what is asked for.
+        ModelError, DataError: weights or data are missing; the message says how to get them.
+        SpecError: a data set does not fit the model's vocabulary or tokenizer, or several processes
+            cannot train a run.
     """
     from lorasweep.data import load as data
     from lorasweep.data import rewards
@@ -56,9 +56,7 @@ def check_available(request: Request) -> None:
 
 
 def fetch(specs: Iterable[RunSpec], tell: Callable[[str], None]) -> None:
-    """Download the weights and rows of runs from the hub, so that no run needs the network.
-
-    `tell` gets a line for each.
+    """Download the weights and rows of runs from the hub; `tell` gets a line for each.
 
     Raises:
         ModelError, DataError: a download fails.

@@ -1,7 +1,4 @@
-"""The schema of the configuration: its keys with types and defaults.
-
-The fields of a run come from `lorasweep.spec`, so a new field there is a new key here.
-"""
+"""The keys of the configuration with types and defaults; those of a run come from its fields."""
 
 import dataclasses
 import functools
@@ -44,11 +41,11 @@ def writable(value: type) -> Any:
 
 @dataclass
 class Scale:
-    """The size at which a question is answered. Its file also sets the defaults of runs."""
+    """The size at which a question is answered."""
 
     name: str = "???"
     extends: str = ""
-    """Another scale: sweeps take its block first, then the block of this scale, if any."""
+    """Another scale, whose block of a sweep is merged before the block of this one."""
 
 
 @dataclass

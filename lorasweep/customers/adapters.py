@@ -1,4 +1,4 @@
-"""Export adapters: a folder for each customer with its adapter, card and facts, and the page."""
+"""Export a folder for each customer with its adapter, card and facts, and a page of all."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ WriteAdapter = Callable[..., None]
 NUMBERS = ("gain", "before", "after", "learning rate", "tried", "rows", "held out", "rank")
 HEAD = ("customer", *NUMBERS, "notes")
 NAMED = 12
-"""Largest number of customers of a group that the page names; the table lists all."""
+"""Customers of a group that the page names; the table lists all."""
 
 
 # ---------------------------------------------------------------- folders
@@ -35,8 +35,8 @@ def export(
 ) -> list[Outcome]:
     """Write the folders of customers with an adapter, and the page; return the outcomes.
 
-    Weights of runs that were not chosen are deleted. A customer without an adapter now, or no
-    longer in the table, keeps the folder that an earlier command wrote.
+    Deletes the weights of runs that were not chosen. A customer that has no adapter now, or left
+    the table, keeps the folder of an earlier command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = [_export(o, store, folder, save) if o.spec else o for o in found]
@@ -76,10 +76,7 @@ def export(
 
 
 def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter) -> Outcome:
-    """Write a customer's folder unless it is up to date.
-
-    The folder is replaced as a whole, so that no reader finds an old card beside new weights.
-    """
+    """Replace a customer's folder as a whole, unless it is up to date."""
     mine, facts = folder / outcome.member.folder, json.dumps(outcome.plain(), indent=1)
     there = mine / FACTS
     if there.is_file() and there.read_text() == facts and (mine / ADAPTER).is_file():
@@ -124,7 +121,7 @@ def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter)
 
 
 def _facts(outcome: Outcome) -> list[tuple[str, str]]:
-    """Return the facts of a trained adapter: name and text, each a line of templates/facts.txt."""
+    """Return the facts of a trained adapter, name and text, as templates/facts.txt has them."""
     member = outcome.member
     model = member.points[0].spec.model
     text = render("facts.txt", p=outcome.plain(), rows=member.rows, model=model)
@@ -133,7 +130,7 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
 
 
 def cells(outcome: Outcome) -> list[str]:
-    """Return the row of a table, under HEAD."""
+    """Return the customer's row of the table with the columns HEAD."""
     p = outcome.plain()
     if outcome.spec is None:
         return [p["name"] or "?", *[""] * (len(HEAD) - 2), p["error"]]
@@ -166,7 +163,7 @@ def cells(outcome: Outcome) -> list[str]:
 
 
 def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
-    """Return the customers of each group, by index in `found`, without empty groups."""
+    """Return the indices in `found` of each group, without empty groups."""
     trained = {k: o for k, o in enumerate(found) if o.spec is not None}
     held = [k for k, o in trained.items() if o.gain is not None]
     of = {v: [k for k in held if found[k].verdict == v] for v in (GAINED, WORSE, UNKNOWN)}
@@ -183,6 +180,6 @@ def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
 
 
 def summary_lines(found: Sequence[Outcome]) -> list[str]:
-    """Return the number of customers by result."""
+    """Return the number of customers in each group."""
     groups = {k: v for k, v in _groups(found).items() if k != "without an adapter"}
     return [counts_line(counts(found)), *(f"{len(g)} {label}" for label, g in groups.items())]

@@ -1,4 +1,4 @@
-"""The answer to one customer, and to a table of them."""
+"""The advice for one customer, and for a table of customers."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -22,23 +22,22 @@ KEYS = (
     *("flops_ratio", "hours", "cost_usd", "adapter_mib", "serving_gib", "regime", "warnings"),
     *("evidence", "error"),
 )
-"""Keys that every answer has."""
+"""Keys of every answer, also of an error."""
 SURE_OF = (
     *("method", "rank", "layers", "lr", "batch_size_max", "load", "hours_lora", "peak_gib_lora"),
 )
 """Fields reported with confidence and source."""
 OF_ARM = ("gpus", "fits", "peak_gib", "hours", "cost_usd", "serving_gib")
-"""Fields of both methods in an answer, as gpus_lora and gpus_full."""
+"""Fields of both methods, such as gpus_lora and gpus_full."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice(Case):
-    """The answer to one customer."""
+    """The advice for one customer; where the method is open, rate and costs are LoRA's."""
 
     work: Workload
     choice: Choice
     rate: Rate
-    """Of the chosen method; LoRA's where it is open."""
     batches: Batches
     costs: Costs
     conditions: list[Condition]
@@ -50,11 +49,11 @@ class Advice(Case):
 
     @property
     def chosen(self) -> Arm:
-        """The costs of the advised method; LoRA's where it is open."""
+        """The costs of the advised method."""
         return self.costs.full if self.choice.method == "full" else self.costs.lora
 
     def plain(self) -> dict[str, Any]:
-        """Return the answer as JSON values."""
+        """Return the advice as JSON values."""
         costs, choice, rate, work = self.costs, self.choice, self.rate, self.work
         arms = {"lora": costs.lora, "full": costs.full}
         both = {f"{key}_{name}": getattr(arm, key) for name, arm in arms.items() for key in OF_ARM}
@@ -101,18 +100,18 @@ class Advice(Case):
 
 
 def plain_of(found: Advice | Failed) -> dict[str, Any]:
-    """Return an answer as JSON values; for a wrong row, with the keys of KEYS."""
+    """Return an answer as JSON values; for a wrong row with the keys KEYS."""
     if isinstance(found, Advice):
         return found.plain()
     return {**dict.fromkeys(KEYS), "name": found.name, "warnings": [], "error": found.error}
 
 
 def advise(c: Customer, known: Known) -> Advice:
-    """Answer one customer.
+    """Advise one customer.
 
     Raises:
-        RowError: the model, the hardware or the data are not known, or the model cannot have the
-            planned rank or layers.
+        RowError: model, hardware or data are not known, or the model cannot have the planned rank
+            or layers.
     """
     case = Case(c, shape_of(c, known.models), known)
     if c.rank is not None or c.layers is not None:
@@ -132,12 +131,19 @@ def advise(c: Customer, known: Known) -> Advice:
     costs = costs_of(case, choice.rank, work, hardware)
     note_habits(case, work, choice, lora, batches)
     conditions = conditions_of(case, work, choice, lora, batches)
-    found: dict[str, Any] = {"work": work, "choice": choice, "rate": rate, "batches": batches}
-    return Advice(**vars(case), **found, costs=costs, conditions=conditions)
+    return Advice(
+        **vars(case),
+        work=work,
+        choice=choice,
+        rate=rate,
+        batches=batches,
+        costs=costs,
+        conditions=conditions,
+    )
 
 
 def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice | Failed]:
-    """Answer every customer; one that cannot be answered does not affect the others."""
+    """Advise every customer; an error does not affect other customers."""
     found: list[Advice | Failed] = []
     for c in customers:
         try:
@@ -148,7 +154,7 @@ def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice
 
 
 def totals(found: Iterable[Advice | Failed]) -> dict[str, Any]:
-    """Return the totals of a table: counts by method, and the cost of each choice for everyone."""
+    """Return counts by method, and the total cost of each choice."""
     given = list(found)
     good = [a for a in given if isinstance(a, Advice)]
     counts = Counter(a.choice.method for a in good)

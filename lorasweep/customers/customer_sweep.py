@@ -1,4 +1,4 @@
-"""Write the small sweep that would resolve a customer's question, as files for --config-dir."""
+"""Write the small sweep that resolves a customer's question, as files for --config-dir."""
 
 import re
 from pathlib import Path
@@ -18,22 +18,21 @@ FOLDER = "settle"
 STEPS = 1000
 """Largest number of updates: what tinker-cookbook asks for where possible."""
 LIMITS = {"rates": 5, "apart": 2, "allowed": 5, "points": 3, "group": GROUP}
-"""Learning rates of a curve and the factor between them; accepted regret in the claim, in percent
-of the gain; hundredths of the reward that count as no difference, as in sweeps/rl.yaml; samples per
-problem in RL."""
-RL_FACTOR = 3.0
-"""Between the middle learning rates in reinforcement learning: public sweeps say 2 to 4 (zhu)."""
+"""Learning rates of a curve and the factor between them; accepted regret, in percent of the gain,
+and difference of the reward, in hundredths (sweeps/rl.yaml); samples per problem in RL."""
 FACTOR = 10.0
-"""Between LoRA's and full fine-tuning's middle learning rates, for families without a law."""
+"""LoRA's middle learning rate over full fine-tuning's, for families without a law."""
+RL_FACTOR = 3.0
+"""The same in RL: public sweeps say 2 to 4 (zhu)."""
 
 
 def plain_name(name: str) -> str:
-    """Return a customer's name in small letters, digits and underscores: for files and options."""
+    """Return a name in small letters, digits and underscores, for files and options."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "customer"
 
 
 def write(advice: Advice, folder: Path) -> list[str]:
-    """Write the sweep of a customer below `folder`; return what was written and what to type.
+    """Write a customer's sweep below `folder`; return lines: what was written, what to type.
 
     Raises:
         SpecError: no verifier can check the customer's answers, or a file cannot be written.
@@ -92,7 +91,7 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def middle_rates(advice: Advice) -> tuple[float, float]:
-    """Return the middle learning rates of LoRA and of full fine-tuning."""
+    """Return the middle learning rates of LoRA and full fine-tuning."""
     rate, full = advice.rate.rate, advice.choice.method == "full"
     if advice.customer.task == "rl":
         return (RL_FACTOR * rate, rate) if full else (rate, rate / RL_FACTOR)
@@ -104,11 +103,7 @@ def middle_rates(advice: Advice) -> tuple[float, float]:
 
 
 def _dataset(advice: Advice, name: str) -> dict[str, Any]:
-    """Describe the customer's rows: in their form, or as messages where no file was named.
-
-    Raises:
-        SpecError: no verifier can check answers that are to be rewarded.
-    """
+    """Describe the customer's rows as a data set, of messages where no file was named."""
     c = advice.customer
     sizes = {"max_length": advice.work.max_length, "n_test": 512, "n_test_curve": 64}
     if c.data is None:

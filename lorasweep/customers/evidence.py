@@ -1,7 +1,6 @@
-"""What advice is based on: published figures, this project's kept results, measured data sets.
+"""The basis of advice: published figures, this project's kept results, measured data sets.
 
-Every number of an answer is noted with its formula, inputs, source and confidence. Kept results
-hold for the models they were measured on; each rule says how far it extrapolates.
+Every number of an answer is noted with its formula, inputs, source and confidence.
 """
 
 import json
@@ -66,7 +65,7 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Published:
-    """The entries of published.yaml, each with its source."""
+    """The entries of published.yaml."""
 
     values: dict[str, Any]
 
@@ -82,7 +81,7 @@ class Published:
         return Published({name: left(entry) for name, entry in self.values.items()})
 
     def entries(self, name: str, **wanted: Any) -> list[dict[str, Any]]:
-        """List the entries of one kind that have the wanted values."""
+        """List the entries of a kind with the wanted values."""
         return [e for e in self.values[name] if all(e.get(k) == v for k, v in wanted.items())]
 
 
@@ -95,18 +94,18 @@ def published() -> Published:
 # ---------------------------------------------------------------- kept results
 
 FIRST_PASS = "first_pass"
-"""Key of the loads in kept results that count bits as a first pass over the rows does."""
+"""Key of the loads in kept results whose bits are counted by a first pass over the rows."""
 
 
 class Interval(NamedTuple):
-    """A value with its 95% interval; None: no bound is known."""
+    """A value with its 95% interval; None: not known."""
 
     value: float
     low: float | None
     high: float | None
 
     def text(self) -> str:
-        """Format it for people."""
+        """Format the value and interval."""
         if self.low is None or self.high is None:
             return f"{self.value:.3g} (no interval)"
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
@@ -132,19 +131,20 @@ class Verdict(NamedTuple):
 
 
 class MeasuredRegret(NamedTuple):
-    """The regret of one rank at one load, from the sweep `regime`."""
+    """The regret of a rank at a load (by FIRST_PASS), in percent of full fine-tuning's gain.
+
+    From the sweep `regime`.
+    """
 
     model: str
     rank: int
     load: float
-    """Counted by FIRST_PASS, as customers' bits are."""
     regret: Interval
-    """Percent of full fine-tuning's gain."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What the rules use of the kept results."""
+    """The kept results that rules use; they apply to the models on which they were measured."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     regrets: list[MeasuredRegret] = field(default_factory=list)
@@ -153,14 +153,14 @@ class Kept:
     batch_effects: list[tuple[str, float]] = field(default_factory=list)
     """Scale, and change of ln(LoRA's speed over full fine-tuning's) per doubling of the batch."""
     hidden: dict[str, int] = field(default_factory=dict)
-    """Hidden size of the models that the results are about."""
+    """Hidden size of each model."""
 
     def about(self, sweep: str, *claims: str) -> list[Verdict]:
         """List the verdicts of some claims of a sweep."""
         return [v for v in self.verdicts if v.sweep == sweep and v.claim in claims]
 
     def covering(self, hidden: int) -> list[MeasuredRegret]:
-        """List the regrets at the measured width nearest to `hidden`; none outside those widths."""
+        """List the regrets at the measured width nearest to `hidden`; empty outside the range."""
         widths = sorted({self.hidden[p.model] for p in self.regrets if p.model in self.hidden})
         if not widths or not widths[0] <= hidden <= widths[-1]:
             return []
@@ -169,10 +169,7 @@ class Kept:
 
 
 def read_kept(folder: Path, hidden: dict[str, int]) -> Kept:
-    """Read */results.json of a folder; empty where there are none, as in an installed package.
-
-    `hidden`: hidden size of each known model, by name.
-    """
+    """Read `folder`/*/results.json, if any; `hidden`: hidden size of each known model."""
     kept = Kept(hidden=hidden)
     for path in sorted(folder.glob("*/results.json")):
         try:
@@ -214,7 +211,7 @@ def _interval(found: dict[str, Any] | None) -> Interval | None:
 # ---------------------------------------------------------------- measured data sets
 
 INFORMATION = "information"
-"""Folder of measurements by action=measure, below the reports and the kept results."""
+"""Folder of the results of action=measure, below the reports and the kept results."""
 
 
 class Measured(NamedTuple):
@@ -222,18 +219,18 @@ class Measured(NamedTuple):
 
     tokens_per_example: float
     bits: float
-    """Of all rows, by online coding during training."""
+    """Code length of all rows, online during training; `low` and `high`: its 95% interval."""
     low: float
     high: float
     where: str
-    """The file of the measurement, and how many of the rows it covers."""
+    """The file of the measurement, and the number of rows measured."""
 
 
 def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], Measured]:
-    """Read the measurements, by the digits that name the file of rows and by model.
+    """Read the measurements, by (first digits of the SHA-256 of the rows' file, model).
 
-    The first folder with a measurement counts. Measurements of endless data or of too few rows
-    give no value for all rows, and are left out.
+    The first folder with a measurement counts. Measurements without a value for all rows (endless
+    data, too few rows) are left out.
     """
     found: dict[tuple[str, str], Measured] = {}
     for path in (p for folder in folders for p in sorted((folder / INFORMATION).glob("*.json"))):
@@ -257,7 +254,7 @@ def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], Measured]
 
 @dataclass(frozen=True)
 class Known:
-    """What the rules are based on: catalogues, kept results, published figures."""
+    """The inputs of rules other than the customer."""
 
     models: Models
     machines: Mapping[str, Callable[[], Hardware]]
@@ -267,12 +264,11 @@ class Known:
     hardware: Hardware | None = None
     """For rows that name none."""
     information: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
-    """Measurements of customers' data, as `read_information` returns them."""
+    """As `read_information` returns it."""
 
 
 @cache
 def _texts(name: str) -> dict[str, Any]:
-    """Read rules/formulas.yaml or rules/warnings.yaml."""
     return yaml.safe_load((Path(__file__).parent / f"rules/{name}.yaml").read_text())
 
 
@@ -284,7 +280,6 @@ class Case:
     model: ModelSpec
     known: Known
     reasons: dict[str, Reason] = field(default_factory=dict)
-    """In the order in which they were found."""
     warnings: list[str] = field(default_factory=list)
 
     def note(
@@ -295,14 +290,10 @@ class Case:
         inputs: Mapping[str, Any] | None = None,
         **words: Any,
     ) -> None:
-        """Record where a number comes from.
+        """Record the reason of a number: its entry `name.variant` in rules/formulas.yaml.
 
-        Args:
-            name: of the number; peak_gib_lora has the formula of peak_gib.
-            value: the number.
-            variant: which of the formulas in rules/formulas.yaml.
-            inputs: values that the formula uses.
-            words: replace the {words} of formula and source.
+        peak_gib_lora has the entry of peak_gib. `inputs`: values that the formula uses. `words`:
+        replace the {words} of formula and source.
         """
         key = name.removesuffix("_lora").removesuffix("_full")
         entry = _texts("formulas")[f"{key}.{variant}" if variant else key]

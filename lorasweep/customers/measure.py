@@ -1,7 +1,7 @@
-"""Measure the information in a data set under a model: the summed log-loss of a first pass.
+"""Measure the information in a data set: the summed log-loss of a first pass under a model.
 
-Under the base model, and online during training. Online, each batch is coded before the update on
-it (a prequential code, Dawid 1984): the code length is the training loss that the run records.
+The model is the base, or the one in training: each batch is coded before the update on it (a
+prequential code, Dawid 1984), so the code length is the recorded training loss.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from lorasweep.sweep.names import aligned
 from lorasweep.sweep.request import Request
 
 HELD_OUT, CURVE = 32, 8
-"""Held-out rows of the runs at the end and before it: few, as they are not what is measured."""
+"""Held-out rows at the end of a run and before: few, as they are not measured."""
 TOGETHER = 1024
 """Rows whose loss tokens are counted at once."""
 CodeLength = Callable[..., list[dict[str, float | None]]]
-"""(nats under the base model, nats online, tokens, tokens left) -> the nats of all rows of each."""
+"""(nats under the base, nats online, tokens, tokens left) -> nats of all rows, under both."""
 
 
 def run_of(request: Request) -> RunSpec:
-    """Return the run whose training loss is the code length: the request's, with few held-out rows.
+    """Return the request's run with few held-out rows; its training loss is the code length.
 
     Raises:
-        SpecError: the request has settings with which none can be measured.
+        SpecError: nothing can be measured with the settings of the request.
     """
     spec = request.points[0].spec
     if not 1 <= request.rates <= MOST_RATES:
@@ -60,11 +60,7 @@ def run_of(request: Request) -> RunSpec:
 
 
 def one_pass(spec: RunSpec, data: Data) -> RunSpec:
-    """Return the run with no more updates than one pass over the rows.
-
-    Raises:
-        SpecError: they do not fill one batch.
-    """
+    """Limit a run to one pass over the rows; SpecError: they do not fill a batch."""
     if data.n_train is None or spec.steps * spec.batch_size <= data.n_train:
         return spec
     steps = data.n_train // spec.batch_size
@@ -84,13 +80,11 @@ def information(
     store: RunStore,
     code_length: CodeLength,
 ) -> dict[str, Any]:
-    """Return what was measured, and what follows for all rows, as JSON values.
+    """Return the information in the measured rows and in all rows, as JSON values.
 
     Args:
-        specs: the runs, which differ in their learning rate; `data`: their rows.
+        specs: the finished runs, which differ in their learning rate.
         base: each batch under the base model, with its tokens and nats.
-        request: names the folders of data.
-        store: has each run's record of the mean loss of each batch, before the update on it.
         code_length: extrapolates to all rows.
 
     Raises:
@@ -108,7 +102,7 @@ def information(
         raise TrainingError(f"all {len(specs)} runs diverged. Set lr below {spec.lr:g}.")
     shortest, nats = min(codes, key=lambda code: sum(code[1]))
     rows, tokens = spec.steps * spec.batch_size, sum(b.tokens for b in base)
-    all_tokens = None  # of a generator without end
+    all_tokens = None  # endless generated data
     if data.n_train is not None:
         starts = range(0, data.n_train, TOGETHER)
         parts = (data.train(spec.seed, k, min(TOGETHER, data.n_train - k)) for k in starts)
@@ -152,7 +146,7 @@ def information(
 
 
 def _units(nats: float, length: dict[str, float | None], rows: int, tokens: int) -> dict[str, Any]:
-    """Return a summed loss in nats and bits: a token, an example, in all, and of all rows."""
+    """Return a summed loss in nats and bits: per token, per row, in all, and of all rows."""
     return {
         name: {
             "per_token": nats / tokens * factor,
@@ -168,7 +162,7 @@ NAMES = {"as_is": "under the base model", "prequential": "online, during trainin
 
 
 def text_of(found: dict[str, Any], path: Path) -> str:
-    """Return the result for the terminal; `path`: the file that keeps it."""
+    """Return the result as text; `path`: the file that keeps it."""
     rows = [["", "", "per token", "per row", "measured rows", "all rows [95%]"]]
     for key, name in NAMES.items():
         for unit in ("bits", "nats"):

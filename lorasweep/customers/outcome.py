@@ -1,4 +1,4 @@
-"""Choose each customer's learning rate on validation rows, and measure its gain on test rows."""
+"""Choose a customer's learning rate on validation rows, and measure the gain on test rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ class Tried:
     run: str
     state: str
     validation: float | None
-    """Final loss in nats per token on validation rows; None if it has none."""
+    """Final loss on validation rows in nats per token; None without one."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,25 @@ class Outcome:
     spec: RunSpec | None
     """The chosen run; None: none can be chosen."""
     result: dict[str, Any]
-    """The result of that run; empty without one."""
+    """The result of the chosen run; empty without one."""
     problem: str
-    """Why there is no adapter; empty if there is one."""
+    """Why no run was chosen; else empty."""
 
     @property
     def base(self) -> str:
-        """The public name of the base: its name on the hub, or that of its folder."""
+        """The name of the base on the hub, or of its folder."""
         model = self.member.points[0].spec.model
         return model.location if model.source == "hub" else model.name
 
     @property
     def open(self) -> bool:
-        """Some runs are not finished, and none failed."""
+        """Whether runs are unfinished, and none failed."""
         states = {t.state for t in self.tried}
         return not self.spec and "failed" not in states and not states <= set(FINAL)
 
     @property
     def gain(self) -> float | None:
-        """Decrease of the loss on test rows by training, in nats per token."""
+        """Decrease of the loss on test rows, in nats per token."""
         if self.spec is None or not self.member.rows.held_out:
             return None
         return self.result["nll_start"] - self.result["test_nll"]
@@ -63,8 +63,8 @@ class Outcome:
     def interval(self) -> tuple[float, float] | None:
         """95% interval of the gain in nats per token; None if it is not known.
 
-        By Student's t over the prompts of test rows, or over test rows where they are not divided
-        by prompt (gain_se in train/objectives/held_out.py).
+        Student's t over the prompts of test rows, or over test rows that are not divided by prompt
+        (gain_se in train/objectives/held_out.py).
         """
         gain, error = self.gain, self.result.get("gain_se")
         if gain is None or error is None:
@@ -77,13 +77,13 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """One of VERDICTS, by the interval of the gain."""
+        """One of VERDICTS, from the interval of the gain."""
         low, high = self.interval or (-math.inf, math.inf)
         return GAINED if low > 0 else WORSE if high < 0 else UNKNOWN
 
     @property
     def edge(self) -> str:
-        """'lowest' or 'highest' if the chosen learning rate is that of those tried; else ''."""
+        """'lowest' or 'highest' if that one of the learning rates tried was chosen; else ''."""
         rates = [t.lr for t in self.tried]
         if self.spec is None or len(rates) == 1:
             return ""
@@ -91,7 +91,7 @@ class Outcome:
 
     @property
     def room(self) -> str:
-        """What is wrong with the amount of data, by the adviser's count of bits; or ''."""
+        """What is wrong with the amount of data; else ''."""
         load = self.member.advised["load"]
         if not self.member.rows.held_out:
             return "too few unique rows to hold any out"
@@ -102,7 +102,7 @@ class Outcome:
 
     @property
     def stopping(self) -> str:
-        """When and why training ended; empty if early stopping was not requested."""
+        """When and why training ended; '' if early stopping was not requested."""
         spec, done = self.member.points[0].spec, self.result.get("steps_done")
         patience, steps, best = spec.early_stopping, spec.steps, self.result.get("best_step")
         if not patience:
@@ -119,10 +119,7 @@ class Outcome:
         )
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON values: the content of the card.
-
-        A customer without runs has its name and the error only.
-        """
+        """Return the content of the card as JSON values; without runs, name and error only."""
         m, found = self.member, self.result
         if m.problem:
             return {"name": m.name, "folder": None, "error": m.problem}
@@ -182,9 +179,9 @@ class Outcome:
 
 
 def outcome_of(member: Member, store: RunStore) -> Outcome:
-    """Choose a customer's learning rate: lowest validation loss, the lower rate of equal ones.
+    """Choose the learning rate with the lowest validation loss, the lower one of equal ones.
 
-    None is chosen before all its runs have ended.
+    None is chosen before all runs of the customer have ended.
     """
     if member.problem:
         return Outcome(member, [], None, {}, member.problem)
@@ -217,14 +214,14 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
 
 
 def counts(found: Sequence[Outcome]) -> dict[str, int]:
-    """Count customers: all, those with an adapter, not trained yet, and with an error."""
+    """Count all customers, and those with an adapter, not trained yet, and with an error."""
     trained, open_ = sum(o.spec is not None for o in found), sum(o.open for o in found)
     errors = len(found) - trained - open_
     return {"customers": len(found), "adapters": trained, "open": open_, "errors": errors}
 
 
 def counts_line(values: Mapping[str, int]) -> str:
-    """Return the counts of customers in words."""
+    """Return the counts in words."""
     text = (
         "{customers} customers: {adapters} adapters, {open} not trained yet, {errors} with errors"
     )

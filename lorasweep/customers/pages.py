@@ -1,7 +1,6 @@
-"""Advice for people: cells of a table, a page in Markdown, and one in HTML.
+"""Advice for people: cells of a table, and pages in Markdown and HTML from `templates/`.
 
-Pages are templates in `templates/`. The template engine escapes HTML; `plain_text` escapes Markdown
-in names and errors, which contain what customers wrote.
+The template engine escapes HTML; `plain_text` escapes Markdown in what customers wrote.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ BASIS = (
 
 
 def short(value: float | None) -> str:
-    """Format a number; ? if it is not known."""
+    """Format a number; None: ?."""
     return "?" if value is None else shown(float(value))
 
 
@@ -41,7 +40,7 @@ def amount(value: float | None) -> str:
 
 
 def counted(counts: Mapping[str, int | None]) -> str:
-    """Format the number measured, and the number of all where it is known."""
+    """Format the number measured, and of all where it is known."""
     of = "" if counts["all"] is None else f" of {counts['all']:,}"
     return f"{counts['measured']:,}{of}"
 
@@ -74,19 +73,19 @@ def printable(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Escape what Markdown would render, in text that customers wrote."""
+    """Escape Markdown."""
     for mark in "\\`*_[]|":
         text = text.replace(mark, "\\" + mark)
     return escape(" ".join(text.split()), quote=False)
 
 
 def name_of(found: Advice | Failed) -> str:
-    """Return a customer's name, or the place of its row."""
+    """Return a customer's name, else the place of its row."""
     return found.name or (found.where if isinstance(found, Failed) else "")
 
 
 def cells(advice: Advice | Failed) -> list[str]:
-    """Return the row of a table, under HEAD."""
+    """Return the customer's row of the table with the columns HEAD."""
     if isinstance(advice, Failed):
         return [name_of(advice), "", "error", *[""] * (len(HEAD) - 3)]
     p = advice.plain()
@@ -138,7 +137,7 @@ def markdown(found: Sequence[Advice | Failed], title: str) -> str:
 
 
 def html(found: Sequence[Advice | Failed], title: str) -> str:
-    """Return the page in HTML: one file, without scripts."""
+    """Return the page in HTML: one file without scripts."""
     t = totals(found)
     good = [a for a in found if isinstance(a, Advice)]
     numbers = {(r.name, r.source, r.sure) for a in good for r in a.reasons.values()}

@@ -1,7 +1,6 @@
-"""Read customers: a CSV or YAML table, or columns of the command line, and each one's model.
+"""Read customers from a CSV or YAML table or the command line, and find their models.
 
-A row is checked as a whole, so that all its errors are reported at once, and a wrong row does not
-affect other customers. Cells of a CSV are text.
+All errors of a row are reported at once; a wrong row does not affect other customers.
 """
 
 import csv
@@ -22,13 +21,13 @@ from lorasweep.store.files import safetensors_header
 
 TASKS = ("sft", "rl")
 LONGEST_EXAMPLE = 131_072
-"""Tokens of an example above which a row is refused: no public data set is that long."""
+"""Largest accepted number of tokens of an example: no public row is longer."""
 MOST_TOKENS = 1e13
-"""Tokens in total above which a row is refused: more than base models are pretrained on."""
+"""Largest accepted number of tokens in total: base models are pretrained on fewer."""
 SLACK = 0.1
-"""Share by which steps x batch size may differ from examples x epochs, as for skipped rows."""
+"""Accepted relative difference of steps x batch size from examples x epochs, for skipped rows."""
 FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
-"""Starts of cells that spreadsheets compute (OWASP, CSV injection)."""
+"""Cells that spreadsheets compute (OWASP, CSV injection)."""
 THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 INF = float("inf")
@@ -42,11 +41,10 @@ class Column(NamedTuple):
     high: float = INF
     meaning: str = ""
     config_keys: tuple[str, ...] = ()
-    """Names in a config.json of transformers; the first that is there counts."""
+    """Names in a config.json of transformers; the first one found counts."""
 
 
 def _col(kind: type, low: float, high: float, meaning: str, default: Any = None) -> Any:
-    """Declare a field of Customer that is a column."""
     return field(default=default, metadata={"column": Column(kind, low, high, meaning)})
 
 
@@ -77,7 +75,7 @@ class Customer:
     shape: tuple[tuple[str, int | bool], ...] = ()
     """Columns of SHAPE that were filled, by name."""
     where: str = "customer"
-    """Its place in the table."""
+    """Place in the table."""
 
 
 HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
@@ -103,7 +101,6 @@ class RowError(Exception):
     """A row that is wrong: `problems`, each a sentence with its column."""
 
     def __init__(self, *problems: str) -> None:
-        """Hold the problems of a row."""
         super().__init__("; ".join(problems))
         self.problems = list(problems)
 
@@ -112,7 +109,7 @@ class Row(NamedTuple):
     """One row of the file, unchecked."""
 
     where: str
-    """Its place for people, such as 'row 3': in a CSV, the line of the file."""
+    """Place for people: 'row 3' of a CSV is line 3 of the file."""
     values: dict[str, Any]
 
 
@@ -126,7 +123,7 @@ class Failed:
 
     @property
     def error(self) -> str:
-        """What is wrong, with the row."""
+        """The place of the row, and its problems."""
         return f"{self.where}: " + " ".join(self.problems)
 
 
@@ -137,8 +134,7 @@ def read_customers(path: Path) -> list[Customer | Failed]:
     """Read a table of customers.
 
     Raises:
-        SpecError: the file is not there, is empty, is neither CSV nor YAML, or has a header with
-            columns that do not exist.
+        SpecError: the file is missing, empty, or neither CSV nor YAML, or its header is wrong.
     """
     path = path.expanduser()
     try:
@@ -158,7 +154,7 @@ def read_customers(path: Path) -> list[Customer | Failed]:
 
 
 def expected() -> str:
-    """Describe a table."""
+    """Describe a valid table."""
     optional = [c for c in COLUMNS if c not in REQUIRED]
     return (
         f"Expected a header with the columns {', '.join(REQUIRED)} and any of "
@@ -218,7 +214,7 @@ def _yaml(text: str) -> list[Row | Failed]:
 
 
 def check_rows(rows: Iterable[Row | Failed]) -> list[Customer | Failed]:
-    """Return each row's customer, or what is wrong with the row."""
+    """Return a customer for each row, or what is wrong with the row."""
     found: list[Customer | Failed] = []
     seen: set[str] = set()
     for row in rows:
@@ -238,10 +234,10 @@ def check_rows(rows: Iterable[Row | Failed]) -> list[Customer | Failed]:
 
 
 def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
-    """Read one row: values by column, as text or as YAML gives them; `where`: its place.
+    """Read one row: values by column, as text or as YAML gives them.
 
     Raises:
-        RowError: the row is wrong; all its problems, each with its column.
+        RowError: all problems of the row.
     """
     problems: list[str] = []
     values: dict[str, Any] = {}
@@ -265,7 +261,7 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
 
 
 def _value(column: str, raw: Any) -> Any:
-    """Convert a cell; ValueError says what is wrong with it."""
+    """Convert a cell, or raise ValueError with what is wrong."""
     kind, low, high, meaning, _ = COLUMNS[column]
     text = str(raw).strip()
     if isinstance(raw, str) and FORMULA.match(raw):
@@ -305,7 +301,7 @@ def _value(column: str, raw: Any) -> Any:
 
 
 def _contradictions(c: Customer) -> Iterator[str]:
-    """Yield fields that cannot be true together, and values that look like another column's."""
+    """Yield contradictions between columns, and values that look like another column's."""
     if c.task == "sft" and c.episodes is not None:
         yield "column episodes: only with task=rl. Leave it out, or set task to rl."
     tokens = c.tokens_per_example
@@ -342,14 +338,14 @@ def _contradictions(c: Customer) -> Iterator[str]:
 
 NEEDED = tuple(c for c in SHAPE if c not in ("tied", "n_experts", "n_active_experts"))
 Models = Mapping[str, Callable[[], ModelSpec]]
-"""Name -> reads its shape. Names of the catalogue and of the hub, in lower case."""
+"""Name in the catalogue or on the hub, in lower case -> reads the shape."""
 
 
 def shape_of(c: Customer, models: Models) -> ModelSpec:
-    """Return a customer's model: from the catalogue, a config.json, or columns of the row.
+    """Return a customer's model, from a config.json, the catalogue, or columns of the row.
 
     Raises:
-        RowError: it is not known and the row does not say its shape, or says another one.
+        RowError: the model is not known and the row lacks its shape, or the row has another shape.
     """
     stated = dict(c.shape)
     path = Path(c.model).expanduser()

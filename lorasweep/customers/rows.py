@@ -1,4 +1,4 @@
-"""A customer's rows as a data set: their form, and the split into training, validation and test.
+"""Split a customer's rows into training, validation and test rows, and find how they are rendered.
 
 Refuses to know models and learning rates.
 """
@@ -20,21 +20,19 @@ from lorasweep.plan.load import TEXT_FILL
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 FEWEST = 20
-"""Rows below which none is held out: four validation and four test rows would be most of the data.
-A convention."""
+"""Fewest rows of which some are held out. A convention."""
 SHARE, LEAST, MOST = 10, 4, 128
-"""One row in SHARE is a validation row, and as many are test rows: at least LEAST, at most MOST."""
+"""One row in SHARE is a validation row, and one a test row; LEAST to MOST rows of each."""
 LEFT = 0.5
-"""Share of the training rows that must be left where rows are divided by prompt. A convention."""
+"""Smallest share of training rows that a split by prompt may leave. A convention."""
 PLAIN, CHAT = "{prompt}\n", "{prompt}"
 """The template of a prompt as plain text, and as a user's message."""
 SPLITS = BY_PROMPT, BY_ROW = "prompt", "row"
-"""How held-out rows are divided from training rows. row: the rule of earlier versions; rows of a
-test file are divided in the file's order."""
+"""What training and held-out rows do not share. row: the rule of earlier versions."""
 EXAMPLES = 20
-"""Number of first rows of which the shortest conversation shows the form of a prompt."""
+"""The shortest of this many first rows is the example of a card."""
 LONGEST = 131_072
-"""Tokens that are read of a row where no max_length is stated: no public row is as long."""
+"""Tokens read of a row where no max_length is stated: no public row is longer."""
 Messages = tuple[Message, ...]
 """A row's messages, or its prompt and completion."""
 
@@ -45,16 +43,14 @@ class Rules:
 
     template: str | None = None
     render: str | None = None
-    """As in a data set; None, both: the base's chat template, or plain text where it has none."""
+    """Fields of a data set, both or none; None: the base's chat template, else plain text."""
     mask: str | None = None
-    """As in a data set; None: the completion, or the last answer of a conversation."""
+    """Field of a data set; None: the completion, or the last answer of a conversation."""
     split: str = BY_PROMPT
-    """One of SPLITS."""
     layers: str = "all"
-    """Layer sets, as in a method."""
 
     def form(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the fields of a data set that say how text is rendered for a base."""
+        """Return the fields of a data set that say how text is rendered."""
         if self.render is not None and self.template is not None:
             found: dict[str, Any] = {"render": self.render, "template": self.template}
         elif getattr(tokenizer, "chat_template", None):
@@ -65,11 +61,10 @@ class Rules:
 
 
 class Text(NamedTuple):
-    """The text of a row: all of it, and its prompt."""
+    """The text of a row, and its prompt: the messages before the first one in the loss."""
 
     whole: Messages
     prompt: Messages
-    """The messages before the first one in the loss."""
 
 
 @dataclass(frozen=True)
@@ -79,32 +74,32 @@ class Rows:
     dataset: DatasetSpec
     n_train: int
     held_out: bool
-    """False: too few rows to hold any out, so losses are measured on training rows."""
+    """False: too few rows, so losses are measured on training rows."""
     repeated: int = 0
     """Duplicates of an earlier row, in either file."""
     same_prompt: int = 0
     """Rows with the prompt of an earlier row, in either file, and another answer."""
     left_out: int = 0
-    """Training rows that are left out, as a test file or split has their prompt, or the row."""
+    """Training rows left out, because a test file or split has the row or its prompt."""
     end: str = ""
-    """The end of an answer: the end token, or the text behind it."""
+    """The text that ends an answer, such as the end token."""
     example: list[list[Any]] = field(default_factory=list)
-    """A rendered row with names in place of its texts: text, and whether it is in the loss."""
+    """A rendered row with names in place of texts: [text, whether it is in the loss]."""
 
     @property
     def shared(self) -> bool:
-        """Whether a prompt may be both trained on and held out."""
+        """Whether prompts may be both trained on and held out."""
         return self.held_out and self.same_prompt > 0 and self.dataset.held_out_by != BY_PROMPT
 
 
 def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
-    """Find a customer's rows, check that each can be read, and divide them.
+    """Read all rows of a customer and divide them.
 
     Held-out rows come from test.jsonl beside train.jsonl, or a split of the hub; without one, from
-    the training rows. `tokenizer`: that of the base, which may have a chat template.
+    the training rows. `tokenizer`: of the base.
 
     Raises:
-        DataError: there are none, or one cannot be read.
+        DataError: there are no rows, or one cannot be read.
     """
     form = rules.form(tokenizer)
     if own.is_on_hub(data):
@@ -147,10 +142,7 @@ def _texts(spec: DatasetSpec, rows: Iterable[tuple[str, Any]]) -> list[Text]:
 def _divide(
     spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, test: str, split: str
 ) -> Rows:
-    """Divide rows into training, validation and test rows.
-
-    `tested`: rows of a separate file or split, `test`; None: there is none.
-    """
+    """Divide rows; `tested`: those of the separate file or split `test`; None: there is none."""
     pool, both = rows if tested is None else tested, [*rows, *(tested or ())]
     n_unique, n_pool = len({r.whole for r in both}), len({r.whole for r in pool})
     repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
@@ -163,8 +155,7 @@ def _divide(
     if tested is None and n_pool < FEWEST:
         changes, n_train = {"n_test": len(rows)}, len(rows)
     elif split == BY_ROW or (tested is None and not same_prompt):
-        # by the whole text, the rule of earlier versions; where no prompt has two answers, this is
-        # the division of the training file by prompt, row for row
+        # by the whole text: where no prompt has two answers, this is the division by prompt
         texts = [r.whole for r in rows]
         if tested is not None:
             held = {r.whole for r in tested}
@@ -183,14 +174,14 @@ def _divide(
             f"every row of {spec.train_split} is also in {test}. Add rows to train on, or remove "
             "the held-out rows."
         )
-    # no learning curve: on few rows it would cost as much as the training
+    # no learning curve: with few rows it costs as much as the training
     spec = dataclasses.replace(spec, n_test_curve=0, **changes)
     left_out = len(rows) - n_train if tested is not None else 0
     return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out)
 
 
 def _share(units: int) -> int:
-    """Return the number of validation rows or prompts, and of test ones, out of `units`."""
+    """Return the number of validation rows or prompts, and that of test ones."""
     return max(LEAST, min(units // SHARE, MOST))
 
 
@@ -227,7 +218,7 @@ def _by_units(
 
 
 def _fitting(sizes: Sequence[int], most: int = MOST) -> int:
-    """Return how many of the first units have at most `most` rows together, and at least 1."""
+    """Return how many first units have at most `most` rows in total; at least 1."""
     totals = itertools.accumulate(sizes)
     return max(1, sum(total <= most for total in totals))
 
@@ -237,8 +228,8 @@ def with_lengths(
 ) -> tuple[Rows, float]:
     """Return a customer's rows with max_length and an example, and the mean loss tokens of a row.
 
-    Without a stated max_length it is that of the longest row, or larger if the planner's mean of
-    text rows (TEXT_FILL) would be below the mean of these; no row is cut.
+    max_length None: no row is cut, and the planner's mean length, TEXT_FILL x max_length, is not
+    below the mean of these rows.
 
     Raises:
         DataError: a row has no token that bears loss, or none can be used.
@@ -263,10 +254,9 @@ def with_lengths(
 def _rendered(
     spec: DatasetSpec, rows: Sequence[tuple[str, Any]], tokenizer: Any
 ) -> tuple[list[list[Any]], str]:
-    """Render the shortest conversation of some rows with a name in place of each text.
+    """Render the shortest of some conversations with a name in place of each text.
 
-    A card shows it: the form, without the content of any row. Returns the texts, each with whether
-    it is in the loss, and what ends the last answer.
+    Returns the texts, each with whether it is in the loss, and the end of the last answer.
     """
     if spec.format in fields.LISTS:
         content = fields.LISTS[spec.format][1]

@@ -1,6 +1,6 @@
-"""Build the runs from which each customer's adapter is chosen, or say what is wrong.
+"""Build the runs of each customer, one for each learning rate, or say what is wrong.
 
-Also decides the rules by which a fleet reads rows: from the command line, else from the folder.
+Also finds the rules by which a fleet reads rows, on the command line or in the fleet's folder.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,37 +38,36 @@ from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
 
 APART = 3.0
-"""Factor between the learning rates that are tried, as in public grids (rules/rates.py, STEP): a
-learning rate between two of them is within a factor 1.7 of one."""
+"""Factor between the learning rates that are tried, as in public grids (rules/rates.py, STEP)."""
 MOST_RATES = 9
 FORM = {"template", "render", "mask"}
-"""Fields of a data set that a fleet takes from the command line."""
+"""Fields of a data set that the command line may set for a fleet."""
 SAFE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RULES = "fleet.json"
-"""File in a fleet's folder that records how rows are read and what is adapted."""
+"""File in a fleet's folder that keeps its Rules."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A customer of a fleet with the runs that are trained for it, or with what is wrong."""
+    """A customer of a fleet with its runs, or with what is wrong."""
 
     where: str
-    """Its place in the table, such as 'row 3'."""
+    """Place in the table, such as 'row 3'."""
     name: str
     folder: str
-    """Its name, safe as the name of a folder; also of its data set and in what is printed."""
+    """The name as that of a folder; also the arm of the runs, and the name of the data set."""
     problem: str = ""
-    """Why it has no runs. Then the fields below have no values."""
+    """Why there are no runs; then the fields below have no values."""
     advised: dict[str, Any] = field(default_factory=dict)
-    """What its card repeats of the advice: method, why, rank, load, lr_source and warnings."""
+    """What the card repeats of the advice: method, why, rank, load, lr_source and warnings."""
     rows: Rows = None  # type: ignore[assignment]
     points: list[Point] = field(default_factory=list)
     """A run for each learning rate, lowest first."""
     not_early: str = ""
-    """Why it is trained without the early stopping that was requested."""
+    """Why early stopping, although requested, is off."""
 
     def plain(self) -> dict[str, Any]:
-        """Return it as JSON values without its runs, for `planned`."""
+        """Return JSON values without the runs, for `planned`."""
         values = {**vars(self), "points": []}
         if self.points:
             values["rows"] = {k: v for k, v in vars(self.rows).items() if k != "dataset"}
@@ -76,7 +75,7 @@ class Member:
 
 
 def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Member]:
-    """Rebuild a fleet from the values of `Member.plain` and the runs of all its members."""
+    """Rebuild a fleet from the values of `Member.plain` and the runs of all customers."""
     runs: dict[str, list[Point]] = {}
     for p in points:
         runs.setdefault(p.arm, []).append(p)
@@ -91,7 +90,7 @@ def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Me
 
 
 def folder_of(name: str) -> str:
-    """Return a name that is safe as a folder's on any file system, unique for each customer."""
+    """Return a name for a customer's folder, safe on any file system and unique."""
     if SAFE.fullmatch(name):
         return name
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
@@ -108,15 +107,13 @@ def build_runs(
     rules: Rules,
     tokenizer_of: Callable[[ModelSpec], Any],
 ) -> list[Member]:
-    """Advise each customer and build its runs; one that is wrong does not affect the others.
+    """Advise each customer and build its runs; a wrong row does not affect other customers.
 
     Args:
-        customers: rows of the table.
-        known: what the advice is based on. If it names GPUs, a base must fit on one of them.
+        known: basis of the advice. If it names GPUs, a base must fit on one of them.
         request: its one run is the start of all runs; model, data set, rank, alpha, layers,
             learning rate, batch and updates are replaced.
-        rules: how rows are read.
-        tokenizer_of: raises a ModelError where a base cannot be had.
+        tokenizer_of: raises ModelError where a base cannot be had.
 
     Raises:
         SpecError: adapters cannot be trained with the settings of the request.
@@ -162,11 +159,7 @@ def _member(
     tokenizer_of: Callable[[ModelSpec], Any],
     planner: Forecaster | None,
 ) -> Member:
-    """Read and tokenize a customer's rows, take advice, and make a run for each learning rate.
-
-    Raises:
-        RowError, SpecError: they cannot be trained.
-    """
+    """Read a customer's rows, advise, and make its runs; or raise RowError or SpecError."""
     model = shape_of(c, known.models)
     if c.task != "sft":
         raise RowError(f"column task: a fleet is trained on answers, not by {c.task}.")
@@ -245,9 +238,9 @@ def fleet_of(
 ) -> tuple[Rules, list[Member]]:
     """Return the rules by which rows are read, and the customers with their runs.
 
-    The command line comes first, then the rules in the fleet's folder. A fleet that was trained
-    before folders recorded rules keeps the rules of that time, if runs exist that today's rules
-    would train again.
+    The command line has precedence over the rules in the fleet's folder. A fleet of an earlier
+    version, whose folder has none, keeps the rules of that version if its runs would else be
+    trained again.
 
     Raises:
         SpecError: the settings are not those of a fleet.
@@ -278,11 +271,7 @@ def fleet_of(
 
 
 def _given(request: Request) -> dict[str, Any]:
-    """Return the rules that the command line sets.
-
-    Raises:
-        SpecError: a setting of the data set would have no effect.
-    """
+    """Return the fields of Rules that the command line sets."""
     keys, spec = set(request.given), request.points[0].spec
     data, named = spec.dataset, {k[len("dataset.") :] for k in keys if k.startswith("dataset.")}
     if named - FORM:
@@ -305,34 +294,32 @@ def _given(request: Request) -> dict[str, Any]:
 
 
 def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
-    """Return a function that loads a base's tokenizer, once each, or raises a ModelError."""
+    """Return a function that loads the tokenizer of a base once, or raises ModelError."""
     from lorasweep.models import load
 
     dirs = request.exec.models_dir
     fetched = request.cluster.kind == "slurm" and request.action != "fetch"
-
-    @cache
-    def load_once(model: ModelSpec) -> Any:
-        try:
-            load.check_available(model, dirs, fetched)
-            return load.tokenizer_of(model, dirs) or ModelError(
-                f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
-                "tokenizer's files beside the weights, or choose a model that reads text."
-            )
-        except (ModelError, OSError, ValueError) as error:
-            return ModelError(str(error))
+    loaded: dict[ModelSpec, Any] = {}
 
     def tokenizer_of(model: ModelSpec) -> Any:
-        found = load_once(model)
-        if isinstance(found, ModelError):
-            raise found
-        return found
+        if model not in loaded:
+            try:
+                load.check_available(model, dirs, fetched)
+                loaded[model] = load.tokenizer_of(model, dirs) or ModelError(
+                    f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
+                    "tokenizer's files beside the weights, or choose a model that reads text."
+                )
+            except (ModelError, OSError, ValueError) as error:
+                loaded[model] = ModelError(str(error))
+        if isinstance(loaded[model], ModelError):
+            raise loaded[model]
+        return loaded[model]
 
     return tokenizer_of
 
 
 def data_dirs(request: Request) -> list[str]:
-    """Return where data are looked for: as the adviser does, first in the current folder."""
+    """Return the folders in which data are looked for, the current one first."""
     return [os.getcwd(), *request.exec.data_dir]
 
 
@@ -351,11 +338,7 @@ def fleet_folder(request: Request) -> Path:
 
 
 def read_rules(folder: Path) -> Rules | None:
-    """Return the rules that a fleet's folder keeps; None if there are none.
-
-    Raises:
-        SpecError: they cannot be read.
-    """
+    """Return the rules kept in a fleet's folder, if any; SpecError: they cannot be read."""
     path = folder / RULES
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Expand the arms and axes of a sweep into runs. No files, no torch."""
+"""Expand the arms and axes of a sweep into runs."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ from lorasweep.sweep.question import Sweep, axes_of
 
 MAX_RUNS = 100_000
 MAX_PROBLEMS = 5
-"""Largest number of problems in one message."""
+"""Invalid runs that one message lists."""
 GENERATOR_PARAMS = "generator_params"
 """The axis whose values are mappings: parameters of a synthetic data set."""
 Axes = dict[str, Any]
@@ -24,7 +24,7 @@ Axes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep, and the arm that it belongs to."""
+    """One run of a sweep, with its arm."""
 
     arm: str
     spec: RunSpec
@@ -36,10 +36,7 @@ class Point:
 
 
 def geom(low: float, high: float, per_decade: float) -> list[float]:
-    """List learning rates from `low` to `high`, `per_decade` per factor of 10.
-
-    They are rounded to 3 significant digits.
-    """
+    """List learning rates from `low` to `high`, `per_decade` per factor of 10, to 3 digits."""
     if not (0 < low <= high and per_decade > 0 and math.isfinite(high / low)):
         raise SpecError(
             f"geom:{low},{high},{per_decade}: expected 0 < low <= high and a positive count per "
@@ -50,7 +47,7 @@ def geom(low: float, high: float, per_decade: float) -> list[float]:
 
 
 def around(centre: float, n: int, factor: float) -> list[float]:
-    """List `n` learning rates a `factor` apart, with `centre` in the middle."""
+    """List `n` learning rates a `factor` apart, with `centre` in the middle, to 3 digits."""
     if not (centre > 0 and n >= 1 and factor > 1):
         raise SpecError(
             f"around:{centre},{n},{factor}: expected centre > 0, n >= 1 and factor > 1, for "
@@ -65,12 +62,12 @@ def expand(
     model: Callable[[str], ModelSpec],
     dataset: Callable[[str], DatasetSpec],
 ) -> list[Point]:
-    """Expand a sweep over `base` into its distinct runs, in the order of arms and axes.
+    """Return the distinct runs of a sweep over `base`, in the order of arms and axes.
 
     `model` and `dataset` turn names on these axes into specs.
 
     Raises:
-        SpecError: points are not valid; one message lists up to MAX_PROBLEMS of them.
+        SpecError: runs are not valid; the message lists up to MAX_PROBLEMS of them.
     """
     points: dict[str, Point] = {}
     problems: list[str] = []
@@ -79,7 +76,7 @@ def expand(
     with_params: dict[str, DatasetSpec] = {}
 
     def named(start: RunSpec, values: Axes) -> Axes:
-        """Return `values` with names and generator parameters replaced by specs."""
+        """Replace names and generator parameters by specs."""
         values = {k: look_up[k](v) if k in look_up else v for k, v in values.items()}
         params = values.pop(GENERATOR_PARAMS, None)
         if params:
@@ -120,11 +117,11 @@ def expand(
 
 
 def assignments(axes: Axes) -> list[dict[str, Any]]:
-    """Return the product of the axes as dicts from field to value.
+    """Return the product of the axes, each a value or a list of values, as dicts by field.
 
-    An axis is a list of values, or one value. A value that is a mapping sets more than one field,
-    and is a product itself: `cell: [{steps: 800, lr: [1e-3, 2e-3]}, {steps: 200, lr: [2e-3]}]` has
-    three values. The exception is the axis `generator_params`, whose values are mappings.
+    A value that is a mapping sets several fields, and is a product itself:
+    `cell: [{steps: 800, lr: [1e-3, 2e-3]}, {steps: 200, lr: [2e-3]}]` has three values. The
+    exception is the axis `generator_params`.
     """
     size = math.prod(len(v) if isinstance(v, list) else 1 for v in axes.values())
     if size > MAX_RUNS:
@@ -144,7 +141,7 @@ def assignments(axes: Axes) -> list[dict[str, Any]]:
 
 
 def fields_of(axes: Axes) -> set[str]:
-    """Return the fields that axes set, including those inside mappings."""
+    """Return the fields that axes set, also inside mappings."""
     found = set()
     for name, values in axes.items():
         given = values if isinstance(values, list) else [values]
@@ -154,5 +151,5 @@ def fields_of(axes: Axes) -> set[str]:
 
 
 def curve_key(point: Point) -> tuple[str, str]:
-    """Return the key of a run's LR curve: the arm, and the spec without learning rate and seed."""
+    """Return the key of a run's LR curve: its arm, and its spec without learning rate and seed."""
     return point.arm, dataclasses.replace(point.spec, lr=1.0, seed=0).canonical

@@ -1,4 +1,4 @@
-"""Text for people: short names of runs, and aligned tables. No program reads them back."""
+"""Text for people, which no program reads back: short names of runs, and aligned tables."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "
 
 
 def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
-    """Name the runs of a sweep by arm, learning rate, and the fields that differ among them.
+    """Name runs, by id, by their arm, learning rate and the fields in which they differ.
 
-    A field of a method is compared among the arms that have it. `only`: ids to name; None: all.
+    `only`: ids to name; None: all.
     """
     # column by column, by distinct objects: a sweep may have ten thousand runs
     found: dict[str, set[Any]] = {}
@@ -46,16 +46,12 @@ def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> d
 
 
 def _of_method(method: Method) -> dict[str, Any]:
-    """Return the fields of a method by their keys on the command line."""
+    """Return a method's fields by their keys on the command line."""
     return {f.key: getattr(method, f.name) for f in fields(type(method)) if f.name != "name"}
 
 
 def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
-    """Return a line a row, its columns two spaces apart.
-
-    Args:
-        numbers: indices of the columns that are aligned on the right.
-    """
+    """Return a line for each row; `numbers`: indices of columns that are aligned on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

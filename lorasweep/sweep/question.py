@@ -1,6 +1,6 @@
 """A sweep as a file of `sweeps/` states it: a question, claims with margins, arms and axes.
 
-Field names are the keys of these files. Answers are kept with older keys for some (STORED_KEYS).
+Fields are the keys of these files. Kept answers have older names for some keys (STORED_KEYS).
 """
 
 import dataclasses
@@ -15,83 +15,74 @@ from lorasweep.spec.metric import METRICS
 SOURCES = ("study", "popular", "ours")
 MAX_ROUNDS = 5
 ADDED_AFTER = "added_after"
-"""Key beside an arm's axes: which of its runs were added after an interim analysis, and why."""
+"""Key of an arm, which says what was added to it after an interim analysis, and why."""
 DIRECTIONS = ("", "lower", "higher")
 ALL_SCALES = "all"
-"""Key of `planning` that holds for every scale."""
+"""Key of `planning` that applies to every scale."""
 
 
 @dataclass
 class Planning:
-    """What a claim's power calculation is based on at one scale: from a pilot or earlier answer."""
+    """Basis of a claim's power calculation at one scale: from a pilot or an earlier answer."""
 
     sd: float | None = None
-    """Standard deviation of the estimand between seeds (of the logarithm of a ratio); 0 for exact
-    counts."""
+    """Standard deviation between seeds, for a ratio that of its logarithm; 0 for exact counts."""
     units: int | None = None
     """Number of observations, if they are not seeds but bases or runs of a fit."""
 
 
 @dataclass
 class Claim:
-    """What is measured, what is expected, and with which margin. Stated before any run."""
+    """What is measured, what is expected, and with which margin. Stated before any run.
+
+    The hash of a claim covers estimand, expected, margin, except_models, primary, alternatives.
+    """
 
     text: str = ""
-    """The claim in words, as shown in tables. Not judged, so not hashed."""
+    """The claim in words, as shown in tables."""
     source: str = "ours"
-    """Who makes the claim: `study`, `popular` (summaries of the study, defaults of libraries, other
-    papers) or `ours`. Not hashed."""
+    """`study`, `popular` (summaries of the study, defaults of libraries, other papers), `ours`."""
     measure: str = ""
-    """What is measured, with its unit, as shown in tables. Not hashed."""
+    """What is measured, with its unit, as shown in tables."""
     note: str = ""
-    """Shown with the verdict: where the claim is made, what else is known. Not hashed."""
+    """Shown with the verdict: where the claim is made, what else is known."""
     estimand: str = ""
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
     """[low, high]: SUPPORTED if the 95% interval lies inside, REFUTED if it lies outside."""
     better: str = ""
-    """The direction of the metric that the claim assumes, lower or higher; empty: either. Not
-    hashed."""
+    """The direction of the metric that the claim assumes, lower or higher; empty: either."""
     except_models: list[str] = field(default_factory=list)
     """Base models whose runs are left out of the claim."""
     primary: bool = False
     alternatives: dict[str, float] = field(default_factory=dict)
     """Other published values, by name."""
     planning: dict[str, Planning] = field(default_factory=dict)
-    """{scale: {sd, units}}, or {all: ...}: for the power calculation before any run. Not hashed."""
+    """{scale: {sd, units}}, or {all: ...}."""
     underpowered: Any = False
-    """True, or a list of scales: the sweep is known to have too few seeds for the claim there. Not
-    hashed."""
+    """True or a list of scales (`is_underpowered_at`)."""
     exploratory: dict[str, str] = field(default_factory=dict)
-    """{scale: why}: verdicts there explore and do not confirm, because the claim or its analysis
-    was changed after the runs had been seen. Shown with every verdict. Not hashed."""
+    """{scale: why}: verdicts there do not confirm, because the claim or its analysis was changed
+    after the runs had been seen. Shown with every verdict."""
     not_withdrawn: bool = False
-    """The claim is judged although the answer is withdrawn, because the reason does not concern it.
-    Not hashed."""
+    """Judge the claim although the answer is withdrawn: the reason does not concern it."""
 
-    def at(self, scale: str) -> "Power":
-        """Return the numbers that a power calculation needs at a scale."""
-        both = [self.planning.get(k, Planning()) for k in (scale, ALL_SCALES)]
-        sd, units = (
-            next((v for p in both if (v := getattr(p, name)) is not None), None)
-            for name in ("sd", "units")
-        )
+    def planned_at(self, scale: str) -> Planning:
+        """Return the basis of the power calculation at a scale."""
+        of_scale, of_all = (self.planning.get(k, Planning()) for k in (scale, ALL_SCALES))
+        sd = of_all.sd if of_scale.sd is None else of_scale.sd
+        units = of_all.units if of_scale.units is None else of_scale.units
+        return Planning(sd, units)
+
+    def is_underpowered_at(self, scale: str) -> bool:
+        """Return whether the sweep is known to have too few seeds for the claim at a scale."""
         known = self.underpowered
-        return Power(sd, units, scale in known if isinstance(known, list) else known)
-
-
-@dataclass(frozen=True)
-class Power:
-    """What a sweep's file states of a claim's power at one scale; None: nothing."""
-
-    sd: float | None
-    units: int | None
-    underpowered: bool
+        return scale in known if isinstance(known, list) else known
 
 
 @dataclass
 class Replicates:
-    """The second stage: fresh seeds at the learning rates around each curve's optimum."""
+    """The second stage: fresh seeds at `n_lrs` learning rates around each curve's optimum."""
 
     seeds: list[int] = field(default_factory=list)
     n_lrs: int = 3
@@ -108,27 +99,24 @@ class Sweep:
     how: str = ""
     """How it is measured and what that leaves open. Shown with the answer."""
     withdrawn: str = ""
-    """Why the answer does not count, as shown after "withdrawn:"; empty: it counts. If not, all
-    verdicts are UNDECIDED, except those of claims with `not_withdrawn`. Not hashed."""
+    """Why the answer does not count; all verdicts are then UNDECIDED, except those of claims with
+    `not_withdrawn`. Empty: it counts. Not hashed."""
     analysis: str = ""
     """File of analysis/questions that judges the claims."""
     rounds: int = 1
-    """Planned interim analyses, 1 to 5. More of them mean a stricter level for each, so that the
-    total error rate stays 5%."""
+    """Planned interim analyses, 1 to 5; the more, the stricter is each: 5% of errors in total."""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     """Axes of all arms: name -> value or list of values."""
     arms: dict[str, Any] = field(default_factory=dict)
-    """Arm name -> {method: name, axis: value or list, ..., added_after: {what, why}}.
-
-    `added_after` says which runs were added after an interim analysis, and why; `rounds` must then
-    be 2 or more."""
+    """Name -> {method: name, axis: value or list, ..., added_after: {what, why}}. With
+    `added_after`, `rounds` must be 2 or more."""
     replicate: Replicates = field(default_factory=Replicates)
     scales: dict[str, Any] = field(default_factory=dict)
-    """Scale name -> {axes, arms, replicate}, merged over the keys above before the command line
-    (config/loader.py). Empty: the sweep is the same at any scale."""
+    """Scale -> {axes, arms, replicate}, merged over the keys above (config/loader.py); empty: the
+    sweep is the same at any scale."""
     parts: list[str] = field(default_factory=list)
-    """Sweeps that run one after another, instead of arms. Used by +sweep=study."""
+    """Sweeps that run one after another, instead of arms; used by +sweep=study."""
 
 
 STORED_KEYS = {
@@ -139,7 +127,7 @@ STORED_KEYS = {
     "alternatives": "rivals",
     "not_withdrawn": "stands",
 }
-"""Keys of a claim that have another name where answers are kept."""
+"""Keys of a claim that have another name in kept answers."""
 STORED_ORDER = (
     *("says", "whose", "measure", "beside", "estimand", "expected", "margin", "better", "not_on"),
     *("primary", "rivals", "sd", "units", "underpowered", "exploratory", "stands"),
@@ -147,10 +135,7 @@ STORED_ORDER = (
 
 
 def stored_claim(claim: Claim) -> dict[str, Any]:
-    """Return a claim with the keys that are kept with answers.
-
-    There `sd` and `units` are a number, or {scale: number}.
-    """
+    """Return a claim with the keys of kept answers, where `sd` and `units` may be by scale."""
     values = dataclasses.asdict(claim)
     planning = values.pop("planning")
     stored = {STORED_KEYS.get(k, k): v for k, v in values.items()}
@@ -161,14 +146,14 @@ def stored_claim(claim: Claim) -> dict[str, Any]:
 
 
 def stored_sweep(sweep: Sweep) -> dict[str, Any]:
-    """Return a sweep as JSON values with the keys that are kept with requests."""
+    """Return a sweep as JSON values, with the keys of kept requests."""
     values = {**dataclasses.asdict(sweep), "second": dataclasses.asdict(sweep.replicate)}
     del values["replicate"], values["scales"]
     return {**values, "claims": {k: stored_claim(c) for k, c in sweep.claims.items()}}
 
 
 def sweep_from_stored(values: dict[str, Any], scale: str) -> Sweep:
-    """Rebuild a sweep from the values of `stored_sweep`, also those written by version 0.1."""
+    """Rebuild a sweep from the values of `stored_sweep`, also from those of version 0.1."""
     new_keys = {old: new for new, old in STORED_KEYS.items()}
     claims = {}
     for name, stored in values["claims"].items():
@@ -193,12 +178,12 @@ def sweep_from_stored(values: dict[str, Any], scale: str) -> Sweep:
 
 
 def axes_of(arm: dict[str, Any]) -> dict[str, Any]:
-    """Return the axes of an arm: all its keys except the method and `added_after`."""
+    """Return an arm's axes: all keys but the method and `added_after`."""
     return {k: v for k, v in arm.items() if k not in ("method", ADDED_AFTER)}
 
 
 def added_after(sweep: Sweep) -> list[dict[str, str]]:
-    """List the runs that were added after an interim analysis: arm, what and why."""
+    """List what was added after an interim analysis: arm, what and why."""
     stated = ((arm, axes.get(ADDED_AFTER)) for arm, axes in sweep.arms.items())
     return [{"arm": arm, **added} for arm, added in stated if added]
 
@@ -206,18 +191,17 @@ def added_after(sweep: Sweep) -> list[dict[str, str]]:
 def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
     """Check that a sweep is complete: a question, claims with margins, arms, no empty axis.
 
-    Args:
-        models: those that claims can leave out; empty: not checked.
+    `models`: those that claims can leave out; empty: not checked.
 
     Raises:
-        SpecError: it is not.
+        SpecError: the sweep is not complete.
     """
     if problem := next(_problems(sweep, models), None):
         raise SpecError(f"sweep {name!r}{problem}")
 
 
 def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
-    """Yield the rest of sentences that start with the sweep's name."""
+    """Yield problems, to be read after the sweep's name."""
     if not sweep.question:
         yield " has no question. Write `question: ...` at the top of its file."
     if sweep.parts:
@@ -287,11 +271,7 @@ def _claim_problems(claim: Claim, models: Sequence[str]) -> Iterator[str]:
 
 
 def check_directions(name: str, sweep: Sweep, objectives: Iterable[str]) -> None:
-    """Check that every claim's `better` is the direction of the metric of the runs.
-
-    Raises:
-        SpecError: one is not.
-    """
+    """Raise SpecError if a claim's `better` is not the direction of the runs' metric."""
     for objective in objectives:
         metric = METRICS[objective]
         direction = "higher" if metric.higher_is_better else "lower"

@@ -1,6 +1,6 @@
 """Later runs of a sweep: fresh seeds around each optimum, and runs added after an interim analysis.
 
-The analysis decides which runs to add; `store.looks` records them.
+The analysis chooses the runs that are added; `store.looks` records them.
 """
 
 import dataclasses
@@ -18,9 +18,8 @@ def second_stage(
 ) -> list[Point]:
     """Return runs with fresh seeds at the `n_lrs` learning rates around each curve's optimum.
 
-    `loss` maps a run id to its loss (lower is better), or None if the run diverged. It is called
-    for runs of the first stage only, so that the selection does not change while the second stage
-    runs.
+    `loss` returns a run's loss (lower is better) by id, None if it diverged. Only the first stage
+    counts, so the selection does not change while the second stage runs.
     """
     curves: dict[tuple[str, str], dict[float, list[Point]]] = {}
     for p in points:
@@ -42,9 +41,9 @@ def second_stage(
 
 
 def lrs_around_optimum(losses: dict[float, float], n: int) -> list[float]:
-    """Return `n` neighbouring learning rates around the one with the lowest loss.
+    """Return `n` neighbouring learning rates around the best one; empty if no loss is finite.
 
-    If `n` is even, one more lies above it than below. Empty if no loss is finite.
+    If `n` is even, one more lies above the best than below.
     """
     lrs = sorted(losses)
     if not any(map(math.isfinite, losses.values())):
@@ -55,7 +54,7 @@ def lrs_around_optimum(losses: dict[float, float], n: int) -> list[float]:
 
 
 def planned_seeds(points: Sequence[Point], replicate: Replicates) -> int:
-    """Return the number of seeds at the optimum after both stages, in the arm with most seeds."""
+    """Return the number of seeds at the optimum after both stages, in the arm with most."""
     seeds: dict[str, set[int]] = {}
     for p in points:
         fresh = replicate.seeds if not replicate.arms or p.arm in replicate.arms else []
@@ -64,10 +63,10 @@ def planned_seeds(points: Sequence[Point], replicate: Replicates) -> int:
 
 
 def added_points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Point]:
-    """Return the runs of recorded rounds: each is a known run with another learning rate and seed.
+    """Return the runs of recorded rounds: known runs with another learning rate and seed.
 
-    A recorded run is left out if the run that it was derived from is not in `known`: the sweep was
-    edited, or only a part of it was requested.
+    A run whose origin is not in `known` is left out: the sweep was edited, or a part of it
+    requested.
     """
     by_id = {p.id: p for p in known}
     extra: dict[str, Point] = {}

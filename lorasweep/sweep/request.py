@@ -1,4 +1,4 @@
-"""One command of a user, complete and checked; also as JSON, for the follow-up job on a cluster."""
+"""One command of a user, complete and checked; as JSON for the follow-up job on a cluster."""
 
 import dataclasses
 import hashlib
@@ -14,12 +14,12 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Sweep, added_after, stored_sweep, sweep_from_stored
 
 HASH_DIGITS = 6
-"""Hexadecimal digits of the hash in a title: enough for the few requests that share a folder."""
+"""Hexadecimal digits of the hash in a title; few requests share a folder."""
 
 
 @dataclass
 class Settings:
-    """Settings of the command itself, with their defaults; no run depends on them."""
+    """Settings of the command, on which no run depends."""
 
     action: str = "run"
     format: str = "text"
@@ -28,17 +28,15 @@ class Settings:
     run: str = ""
     out: str = ""
     sample: int = 3
-    """Number of runs that action=verify trains again."""
+    """action=verify: number of runs to train again."""
     max_difference: float | None = None
-    """action=adapter: accepted difference of the final metric from the recorded one. None: the
-    noise between seeds."""
+    """action=adapter: accepted difference of the final metric; None: the noise between seeds."""
     watch: bool = False
-    """True: action=status keeps updating."""
+    """action=status: update until nothing is left to do."""
     prune: bool = False
-    """True: cancel queued runs that are no longer part of the sweep."""
+    """Cancel queued runs that are no longer part of the sweep."""
     customers: str = ""
-    """A table of customers, for action=advise and action=fleet, and for plan and status of a fleet.
-    """
+    """A table of customers, for action=advise, action=fleet and actions on the runs of a fleet."""
     customer: dict[str, Any] = field(default_factory=dict)
     """action=advise: one customer, by column."""
     why: str = ""
@@ -48,7 +46,7 @@ class Settings:
     data: str = ""
     """action=measure: a file of rows, in place of a data set."""
     instead_of_full: str = ""
-    """action=fleet: lora trains it for customers for whom the adviser says full fine-tuning."""
+    """action=fleet: "lora" trains LoRA where the adviser says full fine-tuning."""
 
 
 @dataclass(kw_only=True)
@@ -62,40 +60,36 @@ class Request(Settings):
     sweep: Sweep | None
     points: list[Point]
     hardware: dict[str, Any] = field(default_factory=dict)
-    """The machine that action=plan plans for, as in conf/hardware; empty: this machine."""
+    """As in conf/hardware; empty: this machine."""
     parts: list["Request"] = field(default_factory=list)
-    """For a sweep that consists of sweeps: their requests, which run one after another."""
+    """The requests of a sweep that consists of sweeps, which run one after another."""
     changed: str = ""
-    """Short hash of the runs, if the command line changed those of the sweep's file; else empty."""
+    """Hash of the runs, if the command line changed the runs of the sweep's file; else empty."""
     changes: list[str] = field(default_factory=list)
     """The options that changed them, as typed."""
     members: list[dict[str, Any]] = field(default_factory=list)
-    """action=fleet: the customers whose runs these are, as they were planned."""
+    """The customers of a fleet, as they were planned (`customers.runs.Member.plain`)."""
     rates: int = 3
-    """Number of learning rates that are tried. action=measure: around lr. action=fleet: around the
-    advised one; 1 = the advised learning rate only."""
+    """Number of learning rates, around lr (action=measure) or the advised one (action=fleet)."""
     folders: list[str] = field(default_factory=list)
     """Folders of configuration, the user's first."""
     given: list[str] = field(default_factory=list)
-    """Keys of the settings on the command line."""
+    """Keys set on the command line."""
 
     @property
     def title(self) -> str:
-        """Name of the reports, interim analyses and jobs of this request.
-
-        Two requests that ask for different runs have different titles.
-        """
+        """Name of reports, interim analyses and jobs; it differs where the runs differ."""
         if not self.sweep_name:
             return f"single-{self.points[0].id}"
         return f"{self.family}-{self.changed}" if self.changed else self.family
 
     @property
     def family(self) -> str:
-        """Common prefix of the titles of this sweep at this scale."""
+        """Start of all titles of this sweep at this scale."""
         return f"{self.sweep_name}-{self.scale}"
 
     def is_in_family(self, title: str) -> bool:
-        """Return whether a title belongs to this sweep at this scale, with any changes."""
+        """Return whether a title is that of this sweep at this scale, with or without changes."""
         rest = title.removeprefix(self.family)
         return title.startswith(self.family) and (
             not rest or bool(re.fullmatch(rf"-[0-9a-f]{{{HASH_DIGITS}}}", rest))
@@ -123,15 +117,15 @@ def from_plain(values: dict[str, Any]) -> Request:
 def runs_hash(points: Sequence[Point], sweep: Sweep) -> str:
     """Hash the runs of a grid by arm, and the second stage.
 
-    Not claims and margins: they must not change after an interim analysis of the same runs, and
-    another title would hide that they did (`store.looks`).
+    Claims are not part of it: another title would hide that they changed after an interim analysis
+    of the same runs (`store.looks`).
     """
     asked = [sorted((p.arm, p.id) for p in points), dataclasses.asdict(sweep.replicate)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def question(request: Request) -> dict[str, Any]:
-    """Return the parts of a sweep that are kept with its report, as JSON values."""
+    """Return the parts of a sweep that its report keeps, as JSON values."""
     assert request.sweep is not None, "a single run asks no question"
     sweep = stored_sweep(request.sweep)
     kept = ("question", "source", "how", "withdrawn", "claims", "rounds")

@@ -1,4 +1,4 @@
-"""Counts of trained parameters by layer set, from shapes alone: no weights, no torch."""
+"""Count trained parameters by layer set, from shapes alone."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -20,16 +20,15 @@ class Trained:
 
     layer_set: str
     matrices: int
-    """Number of matrices, those of all experts included."""
+    """Number of matrices, of all experts."""
     shapes: tuple[str, ...]
     ranks: tuple[int, ...]
-    """Ranks of the adapters; empty without any."""
     trained: int
     weights: int
 
 
 def trained_by_set(method: Method, model: ModelSpec) -> list[Trained]:
-    """List the trained parameters of each layer set; the counts add up to `n_trainable`."""
+    """Count the trained parameters of each layer set and the rest; the sum is `n_trainable`."""
     found = []
     sets = method.target_layers()
     for layer_set in (*LAYER_SETS, *([ROUTER] if model.n_experts else [])):
@@ -60,7 +59,7 @@ def kinds_of(points: Iterable[Point]) -> list[tuple[ModelSpec, Method]]:
 
 
 def trained_text(points: Sequence[Point]) -> str:
-    """Write a table for each kind of run."""
+    """Return a table for each kind of run, as text."""
     tables = []
     for model, method in kinds_of(points):
         rows = [HEAD]
@@ -78,7 +77,7 @@ def trained_text(points: Sequence[Point]) -> str:
 
 
 def trained_plain(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Return the tables as plain values."""
+    """Return the tables as JSON values."""
     return [
         {
             "model": model.name,

@@ -1,4 +1,4 @@
-"""Method, target modules and rank: from measured regret where it covers the case, else capacity."""
+"""Method, target modules and rank: by measured regret where it covers the case, or by capacity."""
 
 import math
 from collections.abc import Iterable
@@ -13,14 +13,14 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.spec.model import ModelSpec
 
 BITS_PER_PARAMETER = 2.0
-"""Capacity in the study, from Allen-Zhu and Li, after about 1,000 exposures."""
+"""Capacity in the study, from Allen-Zhu and Li, after about 1,000 exposures; 1 after 100."""
 ROOM = 0.5
-"""Load up to which a rank has room: tinker-cookbook's rule, no fewer parameters than tokens that
-bear loss, at the study's 1 bit a token. After 100 exposures a parameter holds 1 bit and not 2."""
+"""Largest load that surely fits: tinker-cookbook's rule, no fewer parameters than tokens that bear
+loss, at the study's 1 bit per token."""
 FULL = 1.0
-"""Load from which the data exceed what a rank can hold by the study's count."""
+"""Load above which the data exceed the capacity of a rank by the study's count."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""The study's, and those that servers take."""
+"""The study's ranks, and those that servers take."""
 WIDEST = 8
 """Published comparisons with full fine-tuning use ranks up to an eighth of the width."""
 LAYERS = "all"
@@ -35,16 +35,16 @@ class Choice:
     method: str
     """lora, full, or open."""
     rank: int
-    """LoRA's rank: the recommended one, or the one to try."""
+    """The recommended rank of LoRA, or the one to try."""
     load: float | None
-    """Bits of the data over the capacity of that rank."""
+    """Bits of the data over the capacity of the rank."""
     by: str
     why: str
 
 
 @cache
 def ranks_of(model: ModelSpec) -> tuple[int, ...]:
-    """List the standard ranks that a model takes, up to an eighth of its width."""
+    """List the standard ranks that a model can have, up to an eighth of its width."""
     found: list[int] = []
     for rank in RANKS:
         try:
@@ -58,17 +58,17 @@ def ranks_of(model: ModelSpec) -> tuple[int, ...]:
 
 @cache
 def trained(model: ModelSpec, rank: int, layers: str = LAYERS) -> int:
-    """Count LoRA's trained parameters; every expert has adapters of rank / active experts."""
+    """Count LoRA's trained parameters; an expert's adapter has the rank / active experts."""
     return LoRA(rank=rank, layers=layers).n_trainable(model)
 
 
 def capacity(model: ModelSpec, rank: int) -> float:
-    """Return the bits that a rank can hold."""
+    """Return the capacity of a rank in bits."""
     return BITS_PER_PARAMETER * trained(model, rank)
 
 
 def load_at(bits: float | None, model: ModelSpec, rank: int) -> float | None:
-    """Return bits over the capacity of a rank; None if they are not known."""
+    """Return bits over the capacity of a rank; None if the bits are not known."""
     return None if bits is None else bits / capacity(model, rank)
 
 
@@ -112,7 +112,7 @@ def _by_capacity(case: Case, work: Workload) -> Choice:
     if work.bits is None or work.bits_low is None or work.bits_high is None:
         holds = ROOM * BITS_PER_PARAMETER * trained(model, usable[0])
         unit = "episodes" if task == "rl" else "tokens that bear loss, at 1 bit each"
-        why = f"the amount of data is not stated. Rank {usable[0]} has room for {holds:.2g} {unit}"
+        why = f"the amount of data is not stated. Rank {usable[0]} suffices for {holds:.2g} {unit}"
         return Choice("open", usable[0], None, BY_CAPACITY, why)
     loads = {r: work.bits_high / capacity(model, r) for r in usable}
     rank = next((r for r, load in loads.items() if load <= ROOM), usable[-1])
@@ -132,16 +132,16 @@ def _by_capacity(case: Case, work: Workload) -> Choice:
     else:
         method = "open"
         why = (
-            f"rank {rank} has a load of {low:.2g} to {high:.2g}: not surely below {ROOM}, and not "
+            f"rank {rank} has a load of {low:.2g} to {high:.2g}, neither surely below {ROOM} nor "
             f"surely above {FULL:g}. Run the sweep"
         )
     return Choice(method, rank, load_at(work.bits, model, rank), BY_CAPACITY, why)
 
 
 def regret_at(points: Iterable[MeasuredRegret], load: float) -> Interval | None:
-    """Return a rank's regret at a load between those measured, in percent of the gain.
+    """Interpolate a rank's regret, in percent of the gain, in the logarithm of the load.
 
-    Between two loads each end is interpolated in the logarithm. None outside the loads measured.
+    None outside the loads measured.
     """
     for left, right in pairwise(sorted(points, key=lambda p: p.load)):
         if left.load <= load <= right.load:

@@ -1,7 +1,7 @@
-"""What LoRA and full fine-tuning cost side by side: memory, GPUs, time, dollars, files, serving."""
+"""The costs of LoRA and full fine-tuning: memory, GPUs, time, dollars, files, serving."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from lorasweep.customers.evidence import Case
 from lorasweep.customers.read import RowError
@@ -20,31 +20,30 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 
 HARDWARE = "h100"
-"""The card where none is stated."""
+"""GPU of customers who state none."""
 WORD = 2
-"""Bytes of a weight as it is served or shipped, bf16."""
+"""Bytes of a weight that is served or shipped, bf16."""
 NOT_FASTER = 0.95
-"""LoRA counts as not faster where it takes more than this share of full fine-tuning's GPU time."""
+"""LoRA counts as not faster above this share of full fine-tuning's GPU time."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What one method costs a customer. None: it fits on no number of GPUs, or is not known."""
+    """The costs of one method. None: it fits on no number of GPUs, or is not known."""
 
     trained: int
-    """Parameters."""
     file_mib: float
-    """What is shipped: an adapter, or the whole model."""
+    """The shipped adapter or model."""
     serving_gib: float
-    """Weights in memory to serve all of the customer's adapters, or copies."""
+    """Weights in memory that serve all adapters or copies of the customer."""
     why: str = ""
     """Why it fits nowhere, and what would help."""
     gpus: int | None = None
-    """All available GPUs, or the fewest that hold it."""
+    """All available GPUs, or the fewest that hold the run."""
     fits: bool = False
-    """Whether the customer's GPUs hold it."""
+    """Whether the customer's GPUs hold the run."""
     peak_gib: float | None = None
-    """Expected peak of one GPU."""
+    """Expected peak memory of one GPU."""
     step_s: float | None = None
     hours: float | None = None
     """Wall time of the updates."""
@@ -59,15 +58,11 @@ class Costs:
     lora: Arm
     full: Arm
     flops_ratio: float
-    """Operations of an update, LoRA's over full fine-tuning's."""
+    """Operations of an update: LoRA's over full fine-tuning's."""
 
 
 def hardware_of(case: Case) -> Hardware:
-    """Return the hardware of a customer, with its price.
-
-    Raises:
-        RowError: it is not known, or has no GPU.
-    """
+    """Return the hardware of a customer with its price; RowError: not known, or without GPU."""
     c, known = case.customer, case.known
     if c.hardware is None and known.hardware is not None:
         found = known.hardware
@@ -87,7 +82,7 @@ def hardware_of(case: Case) -> Hardware:
 
 
 def costs_of(case: Case, rank: int, work: Workload, hardware: Hardware) -> Costs:
-    """Return what both methods cost, LoRA at this rank."""
+    """Return the costs of both methods, of LoRA at this rank."""
     lora, full = (_arm(case, r, work, hardware) for r in (rank, 0))
     ratio = _method(rank).step_flops(case.model, 1) / _method(0).step_flops(case.model, 1)
     case.note("flops_ratio", ratio)
@@ -100,13 +95,20 @@ def costs_of(case: Case, rank: int, work: Workload, hardware: Hardware) -> Costs
 
 
 def _arm(case: Case, rank: int, work: Workload, hardware: Hardware) -> Arm:
-    """Return what LoRA of a rank costs, or with rank 0 full fine-tuning; note and warn."""
+    """Return the costs of LoRA at a rank, or with rank 0 of full fine-tuning; note and warn."""
     c, base, price = case.customer, case.model.n_params, hardware.price_per_gpu_h
     model = replace(case.model, weights_dtype="bf16")  # as frozen on GPUs
     n = trained(case.model, rank) if rank else base
     served = base + c.adapters_served * n if rank else c.adapters_served * n
     files = (WORD * n / 2**20, WORD * served / 2**30)
-    found = _placed(model, work, replace(hardware, price_per_gpu_h=None), rank, c.gpus)
+    unpriced = replace(hardware, price_per_gpu_h=None)
+    place_on = partial(_place, model, work.batch_size, work.max_length, unpriced, rank)
+    found = place_on(None)
+    if not isinstance(found, Misfit):  # use all available GPUs if they hold the run
+        gpus = found.layout.gpus
+        while 2 * gpus <= (c.gpus or 1) and work.batch_size % (2 * gpus) == 0:
+            gpus *= 2
+        found = place_on(gpus)
     if isinstance(found, Misfit):
         arm = Arm(n, *files, why=f"{found.why}. Give {found.remedy}")
     else:
@@ -144,11 +146,8 @@ def _arm(case: Case, rank: int, work: Workload, hardware: Hardware) -> Arm:
     return arm
 
 
-# ---------------------------------------------------------------- where it fits
-
-
 def _method(rank: int) -> Method:
-    """Return LoRA of a rank, or with rank 0 full fine-tuning."""
+    """Return LoRA, or with rank 0 full fine-tuning."""
     return LoRA(rank=rank, layers=LAYERS) if rank else FullFT()
 
 
@@ -161,23 +160,9 @@ def _load(model: ModelSpec, rank: int) -> Load:
 def _place(
     model: ModelSpec, batch: int, length: int, hardware: Hardware, rank: int, gpus: int | None
 ) -> Placement | Misfit:
-    """Place one method on a number of GPUs; None: on the fewest that hold it."""
+    """Place one method on a number of GPUs; None: the fewest that hold it."""
     dataset = DatasetSpec(name="customer", source="jsonl", location="customer", max_length=length)
     spec = RunSpec(
         model=model, dataset=dataset, method=_method(rank), batch_size=batch, precision="bf16"
     )
     return place([spec], hardware, gpus=gpus)
-
-
-def _placed(
-    model: ModelSpec, work: Workload, hardware: Hardware, rank: int, available: int | None
-) -> Placement | Misfit:
-    """Place one method on all available GPUs if they hold it, else on the fewest that do."""
-    batch, length = work.batch_size, work.max_length
-    found = _place(model, batch, length, hardware, rank, None)
-    if isinstance(found, Misfit):
-        return found
-    gpus = found.layout.gpus
-    while 2 * gpus <= (available or 1) and batch % (2 * gpus) == 0:
-        gpus *= 2
-    return _place(model, batch, length, hardware, rank, gpus)

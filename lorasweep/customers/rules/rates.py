@@ -1,7 +1,6 @@
 """The learning rate with its interval: measured on this very model, else published.
 
-The interval spans the sources, and half a step of their grids each way. A ratio or learning rate
-measured on one size is never used for another.
+The interval spans the sources and half a step of their grids on both sides.
 """
 
 import math
@@ -12,13 +11,12 @@ from lorasweep.customers.rules.workload import Workload
 from lorasweep.spec.model import ModelSpec
 
 SHORT = 100
-"""Updates below which the study reports a ratio of about 15 instead of 10, which its authors call
-an anecdote."""
+"""Updates below which the study reports a ratio of about 15 instead of 10, as an anecdote."""
 SHORT_FACTOR = 1.5
 STEP = 1.8
-"""Factor by which a published best learning rate is uncertain each way: half a step, in the
-logarithm, of the coarsest public grid (learning rates 3.3 apart). Without it 7 of 10 best learning
-rates of sources that were held out lay outside the interval (analysis/results/advice)."""
+"""Factor by which a published best learning rate is uncertain on both sides: half a step of the
+coarsest public grid, whose learning rates are a factor 3.3 apart. Without it, the best learning
+rates of 7 of 10 held-out sources lay outside the interval (analysis/results/advice)."""
 LAW_WIDTH = 2000
 ALPHA = 32
 
@@ -34,13 +32,13 @@ class Rate:
 
 
 def family_of(model: ModelSpec) -> str | None:
-    """Return 'llama' or 'qwen', the families of the published law, or None."""
+    """Return the family in the published law, 'llama' or 'qwen', or None."""
     words = f"{model.name} {model.location}".lower()
     return next((f for f in ("llama", "qwen") if f in words), None)
 
 
 def law_rate(published: Published, family: str, hidden: int, method: str) -> float | None:
-    """Return the learning rate of the published law; None if its source was taken out."""
+    """Return the learning rate of the published law; None if that source was left out."""
     law = published.values["law"]
     if law is None:
         return None
@@ -49,7 +47,7 @@ def law_rate(published: Published, family: str, hidden: int, method: str) -> flo
 
 
 def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
-    """Return the learning rate of a method: lora (alpha 32, scaled by alpha / rank), or full."""
+    """Return the learning rate of a method: lora (scaling alpha / rank, alpha 32) or full."""
     values, kept = case.known.published.values, case.known.kept
     measured: dict[str, float] = {}  # ends of the best learning rates measured on this very model
     arm = "fullft" if method == "full" else "lora"

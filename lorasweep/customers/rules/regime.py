@@ -12,18 +12,17 @@ from lorasweep.spec.method import parse_layers
 PAPER_RANK = 64
 HUGE_BATCH = 512
 FULL_RATE = 3.0
-"""A planned learning rate this many times below the advised one or more is full fine-tuning's."""
+"""A planned learning rate below the advised one by this factor or more is full fine-tuning's."""
 EXCESS = 4
-"""A planned rank this many times the recommended one or more is excessive."""
+"""A planned rank above the advised one by this factor or more is excessive."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition of the regime in which LoRA has no regret."""
+    """One condition of the regime without regret; `state`: met, missed or unknown."""
 
     name: str
     state: str
-    """met, missed, or unknown."""
     why: str
     evidence: tuple[str, ...]
     sure: Sure
@@ -32,7 +31,7 @@ class Condition:
 def conditions_of(
     case: Case, work: Workload, choice: Choice, rate: Rate, batches: Batches
 ) -> list[Condition]:
-    """Return every condition with its state, by the plan or else the advice; `rate`: LoRA's."""
+    """Return the conditions, judged by the customer's plan, else by the advice; `rate`: LoRA's."""
     c, kept = case.customer, case.known.kept
     regime = kept.about("regime", "low", "fits", "beyond")
     if c.task == "rl":
@@ -97,7 +96,7 @@ def conditions_of(
 
 
 def note_habits(case: Case, work: Workload, choice: Choice, rate: Rate, batches: Batches) -> None:
-    """Warn of each habit in a customer's plan, with its expected cost; `rate`: LoRA's."""
+    """Warn of habits in a customer's plan, with their expected costs; `rate`: LoRA's."""
     c, model, published = case.customer, case.model, case.known.published
 
     def cited(sweep: str, *claims: str) -> str:

@@ -1,4 +1,4 @@
-"""What a customer trains on, stated or assumed, and the limits of batch size and updates."""
+"""The data, batch size and updates of a customer, stated or assumed, and their limits."""
 
 import math
 from dataclasses import dataclass
@@ -13,31 +13,31 @@ from lorasweep.plan.load import TEXT_FILL
 GROUP = 16
 """Samples of a problem in RL where no episodes are stated: tinker-cookbook, recipes/rl_loop.py."""
 BATCH = {"sft": 32, "rl": 512}
-"""Batch size if none is stated. 32: the only batch size that the study names. RL, in
-episodes: 32 problems x 16 samples, the smallest of tinker-cookbook's recipes for maths."""
+"""Batch size if none is stated. 32: the only one that the study names. RL, in episodes: 32 problems
+x 16 samples, the smallest of tinker-cookbook's recipes for maths."""
 SMALLEST = 8
-"""Smallest batch that is assumed: smaller ones cannot be split over the GPUs of a node."""
+"""Smallest assumed batch: smaller ones cannot be split over the GPUs of a node."""
 UPDATES = {"sft": 100, "rl": 50}
-"""Least updates. 100: tinker-cookbook's docs/sl-hyperparams.mdx, which asks for 1,000 where
-possible. 50: GRPO runs that reached full fine-tuning's plateau (zhu)."""
+"""Fewest updates. 100: tinker-cookbook, docs/sl-hyperparams.mdx, which asks for 1,000 where
+possible. 50: GRPO runs that reached the plateau of full fine-tuning (zhu)."""
 BYTES_PER_TOKEN = 4.0
-"""UTF-8 bytes of a token of English: OpenAI, help.openai.com, "What are tokens and how to count
-them?". Other languages and code have fewer."""
+"""UTF-8 bytes of a token of English (help.openai.com, "What are tokens and how to count them?");
+fewer in other languages and code."""
 LENGTH = 1024
-"""Tokens of the longest row where nothing is stated: as conf/dataset/tulu3.yaml."""
+"""Tokens of the longest row where nothing is stated, as in conf/dataset/tulu3.yaml."""
 SAFE = 32
-"""The study's smallest batch by name: there the gap is small, and shrinks during training."""
+"""The smallest batch that the study names: there the gap is small, and shrinks during training."""
 RL_BATCH = 2048
-"""Largest batch in episodes of tinker-cookbook's recipes: 128 problems x 16 samples."""
+"""Largest batch, in episodes, of tinker-cookbook's recipes: 128 problems x 16 samples."""
 LARGEST = 4096
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is trained, and on what."""
+    """How much is trained, and on what; None: not known."""
 
     examples: float | None
-    """Unique rows; in RL, problems. None: not known."""
+    """Unique rows; in RL, problems."""
     tokens: float
     """Mean tokens of a row that bear loss."""
     row_tokens: float
@@ -45,20 +45,19 @@ class Workload:
     max_length: int
     batch_size: int
     steps: int | None
-    """Updates; None: not known."""
     rows: float | None
-    """Rows trained on, counted once for each pass; in RL, episodes."""
+    """Rows trained on, counted in each pass; in RL, episodes."""
     bits: float | None
-    """Information in the rows trained on, each counted once; None: not known."""
+    """Information in the rows trained on, each counted once."""
     bits_low: float | None
     bits_high: float | None
 
 
 def workload_of(case: Case) -> Workload:
-    """Return what a customer trains on, with a reason for whatever was not stated.
+    """Return what a customer trains on; note a reason for each number that is not stated.
 
     Raises:
-        RowError: the data that the row names are not there or cannot be read.
+        RowError: the data of the row are missing or cannot be read.
     """
     c = case.customer
     examples: float | None = c.examples
@@ -113,7 +112,7 @@ def workload_of(case: Case) -> Workload:
 
 
 def _rows(case: Case, examples: float | None, batch: int) -> float | None:
-    """Return the rows trained on, counted once for each pass; in RL, the episodes."""
+    """Return the rows trained on, counted in each pass; in RL, the episodes."""
     c = case.customer
     if c.task == "rl" and c.episodes is not None:
         return float(c.episodes)
@@ -150,7 +149,7 @@ def _lengths(
 
 
 def rounded(tokens: float) -> int:
-    """Return the next of 2^k and 1.5 x 2^k: few lengths, so that rows share their placement."""
+    """Round up to 2^k or 1.5 x 2^k: customers with the same length share their placement."""
     k = math.floor(math.log2(max(64.0, tokens - 1e-9)))
     return next(n for n in (2**k, 3 * 2 ** (k - 1), 2 ** (k + 1)) if n >= tokens)
 
@@ -158,7 +157,7 @@ def rounded(tokens: float) -> int:
 def _stated_bits(
     case: Case, examples: float | None, trained: float | None, tokens: float
 ) -> tuple[float | None, ...]:
-    """Return the bits of rows at 1 bit a token, or as many as the row states, with their range."""
+    """Return the bits of rows, low and high: at the stated bits per token, else 1."""
     if trained is None:
         return None, None, None
     stated = case.customer.bits_per_token
@@ -183,26 +182,26 @@ def _stated_bits(
 
 @dataclass(frozen=True)
 class Batches:
-    """Limits of a batch and of a run's length."""
+    """Limits of batch size and updates."""
 
     largest: int
     steps_min: int
     per_doubling: float
-    """Change of ln(speed) that was assumed per doubling of the batch."""
+    """Assumed change of ln(speed) per doubling of the batch."""
 
 
 def regret_of_batch(batch: int, rows: float, per_doubling: float) -> float:
     """Return LoRA's expected regret of a batch, in percent of full fine-tuning's gain.
 
-    LoRA is slower by per_doubling x log2(batch / 32), and the loss falls in a straight line over
-    the logarithm of the updates, so a factor rho of updates is ln(rho) / ln(updates) of the gain.
+    Assumes that ln(speed) changes by per_doubling x log2(batch / 32), and that the loss falls
+    linearly in ln(updates): a factor rho of updates is ln(rho) / ln(updates) of the gain.
     """
     slower = max(0.0, -per_doubling) * max(0.0, math.log2(batch / SAFE))
     return 100 * slower / math.log(max(math.e, rows / batch))
 
 
 def batches_of(case: Case, work: Workload) -> Batches:
-    """Return the largest batch and the least updates for a customer's data."""
+    """Return the largest batch and the fewest updates for a customer's data."""
     c, rows, least = case.customer, work.rows, UPDATES[case.customer.task]
     case.note("steps_min", least, c.task)
     sizes = [2**k for k in range(13) if 2**k <= LARGEST]

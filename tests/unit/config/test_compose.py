@@ -62,6 +62,11 @@ def test_changing_an_arm_changes_the_arms_that_refer_to_it(compose):
         ("sweep", {"claims": {"c": {"sd": 0.1}}}, r"sd is now planning: \{SCALE: \{sd: \.\.\.\}\}"),
         ("sweep", {"second": {"seeds": [1]}}, r"sweep\.second is now replicate"),
         ("sweep", {"at": {"tiny": {}}}, r"sweep\.at is now scales"),
+        (
+            "sweep",
+            {"second": {}, "at": {"tiny": {"axes": {"knobs": [{}]}}}},
+            r"second is now replicate; sweep\.at is now scales; sweep\.at\.NAME\.axes\.knobs is now",
+        ),
         ("sweep", {"axes": {"knobs": [{}]}}, r"sweep\.axes\.knobs is now generator_params"),
         ("dataset", {"knobs": {"a": 8}}, r"'mine': dataset\.knobs is now generator_params"),
     ],

@@ -140,7 +140,7 @@ def test_every_number_has_a_formula_and_a_source():
     "columns, says",
     [
         ({"layers": "attention"}, ("0.007 to 0.009 nats", "31% of the capacity")),
-        ({"rank": 64}, ("rank 64", "ask for rank 16")),
+        ({"rank": 64}, ("rank 64", "advice is rank 16")),
         ({"rank": 256}, ("Rank 256 is 16 times",)),
         ({"lr": 2e-5}, ("0.027 nats on meta-llama/Llama-3.1-8B", "recipes: original REFUTED")),
         ({"batch_size": 512}, ("a batch of 512",)),

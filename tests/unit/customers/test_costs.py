@@ -76,7 +76,7 @@ def test_sampling_is_in_the_price_of_reinforcement_learning():
     assert mine.step_s == pytest.approx(its.step_s + sampled)
     assert mine.hours == pytest.approx(mine.step_s / 36)
     assert short.costs.full.hours < mine.hours and short.costs.lora.hours < long.costs.lora.hours
-    assert any("contain sampling" in w for w in long.warnings)
+    assert any("include sampling" in w for w in long.warnings)
 
 
 def test_a_serving_engine_reads_weights_keys_and_values_once_a_token():

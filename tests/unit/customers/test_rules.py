@@ -75,7 +75,7 @@ def test_method_goes_from_lora_over_open_to_full_as_the_data_grow():
 def test_without_any_size_the_question_is_open_and_says_what_a_rank_holds():
     a = advice()
     assert (a.choice.method, a.choice.load, a.costs.lora.hours) == ("open", None, None)
-    assert "Rank 16 has room for 4.4e+07 tokens" in a.choice.why
+    assert "Rank 16 suffices for 4.4e+07 tokens" in a.choice.why
 
 
 def test_ranks_end_at_an_eighth_of_the_width_and_suit_the_experts():

@@ -145,5 +145,5 @@ def test_a_claim_that_contradicts_the_metrics_direction_is_refused():
 def test_power_is_stated_for_a_scale_or_for_all():
     planning = {"all": Planning(sd=0.1), "tiny": Planning(sd=0.2, units=3)}
     stated = Claim(planning=planning, underpowered=["tiny"])
-    assert dataclasses.astuple(stated.at("tiny")) == (0.2, 3, True)
-    assert dataclasses.astuple(stated.at("small")) == (0.1, None, False)
+    assert stated.planned_at("tiny") == Planning(0.2, 3) and stated.is_underpowered_at("tiny")
+    assert stated.planned_at("small") == Planning(0.1) and not stated.is_underpowered_at("small")
