@@ -181,6 +181,7 @@ def test_two_commands_at_once_share_the_runs(tmp_path):
     assert len(runs) == 6 and all(len(list(r.iterdir())) == 1 for r in runs)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_stops_cleanly_and_loses_nothing(tmp_path):
     disk = tmp_path / "disk"

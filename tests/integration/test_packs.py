@@ -97,6 +97,7 @@ def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, 
     assert found["planned_bytes"] == pytest.approx(found["peak_bytes"], rel=0.2)
 
 
+@pytest.mark.full
 def test_packs_are_measured_when_asked_and_kept(tmp_path):
     """In a separate process; asked again, nothing is measured; a plan then shows the figures."""
     one = ("model=tiny64", "dataset=dialect_smoke", "method=lora", "batch_size=4")
