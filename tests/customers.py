@@ -7,6 +7,11 @@ from lorasweep.customers.read import Customer, shape_of
 from tests.bpe import llama_like
 from tests.world import write_json
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
 
 def make_base(folder, dtype=torch.bfloat16):
     """Write a Llama with random weights and a tokenizer; returns the folder."""

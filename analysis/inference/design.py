@@ -58,7 +58,7 @@ class Outlook:
         """Return the outlook as one line for people."""
         start = f"  {'warning, ' if self.warns else ''}claim {self.claim}: "
         if self.can_decide is None:
-            return f"{start}not known: no sd stated"
+            return f"{start}not known: no standard deviation stated"
         value, half = f"{self.expected:g}", self.half_width
         if half is None:
             interval = f"expected {value} without an interval"

@@ -22,10 +22,9 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, from_plain
 
 WHOLE_STUDY = ("export", "adapter", "fetch")
-"""Actions on all runs of a sweep that consists of sweeps; the others are called for each part."""
+"""Actions on all runs of a sweep of sweeps at once; the others are called for each part."""
 OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "layers")
-"""Actions without the runs that need more than exec.max_gpus GPUs. Training leaves them out, too.
-"""
+"""Actions that, like training, leave out the runs that need more than exec.max_gpus GPUs."""
 
 
 def functions(
@@ -49,7 +48,7 @@ def functions(
         "advise": lambda request, store: customers.advise(request),
         "measure": lambda request, store: customers.measure(request),
         "fleet": partial(
-            customers.fleet, train=partial(train.train_runs, trainer=trainer, follow=follow)
+            customers.fleet, training=partial(train.train, trainer=trainer, follow=follow)
         ),
     }
 

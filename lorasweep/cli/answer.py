@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from analysis.inference.design import Outlook
 
 KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
-"""The repository's kept results, which a report may show next to its own."""
+"""The repository's kept results, which a report may show beside its own."""
 
 
 def check_claims(sweep: Sweep | None) -> None:
@@ -56,10 +56,10 @@ def outlooks(
 ) -> "list[tuple[str, Outlook]]":
     """Return for every claim whether the planned runs can decide it, before any training.
 
-    Each comes with the scale that its spread between seeds is from: the first that states one.
+    Each comes with the scale of its standard deviation between seeds: the first that states one.
 
     Args:
-        points: the first stage's runs.
+        points: the runs of the first stage.
 
     Raises:
         SpecError: the sweep claims something that its analysis does not measure.
@@ -83,7 +83,7 @@ def outlooks(
             stated.units or seeds,
             rounds=sweep.rounds,
             log=claim.estimand in ratios,
-            units="units" if stated.units else "seeds",
+            units="observations" if stated.units else "seeds",
             underpowered=stated.underpowered,
         )
         found.append((source, decides))

@@ -9,13 +9,14 @@ from pathlib import Path
 from lorasweep.cli import answer
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.progress import Display
+from lorasweep.cli.train import STOPPED, Trained
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
 from lorasweep.customers import adapters, customer_sweep, pages, runs
 from lorasweep.customers import measure as measuring
 from lorasweep.customers.advice import Advice, answers, plain_of
 from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
-from lorasweep.customers.outcome import Outcome, outcome_of
+from lorasweep.customers.outcome import outcome_of
 from lorasweep.customers.read import Failed, Row, check_rows, expected, read_customers
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch import local
@@ -24,18 +25,16 @@ from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, RunStore
-from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point, around
+from lorasweep.sweep.names import aligned
 from lorasweep.sweep.request import Request
 
 WIDTH = 34
-"""Letters of a cell in a table of the terminal."""
-STOPPED = 130
-"""Exit status after Ctrl-C."""
+"""Largest number of characters of a cell in a table for the terminal."""
 
 
 def known(request: Request) -> Known:
-    """Return what the rules rest on: the user's and the shipped models and cards, kept results."""
+    """Return what the rules are based on: models and GPUs of the user and shipped, kept results."""
     folders = [Path(folder) for folder in request.folders]
     return Known(
         models=catalogue.models(folders),
@@ -47,7 +46,7 @@ def known(request: Request) -> Known:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> list[str]:
-    """Lay out a table for the terminal; the last column is not cut."""
+    """Return a table for the terminal; all columns but the last are cut to WIDTH."""
     cut = [[pages.printable(c)[:WIDTH] for c in r[:-1]] + [pages.printable(r[-1])] for r in rows]
     return aligned([list(head), *cut], [head.index(h) for h in numbers])
 
@@ -56,7 +55,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 
 
 def advise(request: Request) -> int:
-    """Answer the customers of a request; return 1 if a row could not be answered."""
+    """Print and write the answers to a request's customers; return 1 if a row has an error."""
     if bool(request.customers) == bool(request.customer):
         raise SpecError(
             "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
@@ -106,7 +105,8 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
     if request.write_sweep:
         print("\n".join(customer_sweep.write(mine, Path(request.out or customer_sweep.FOLDER))))
     elif request.format == "json":
-        print(json.dumps([reason.plain() for reason in mine.reasons.values()]))
+        reasons = mine.reasons.values()
+        print(json.dumps([{**vars(r), "sure": r.sure.name.lower()} for r in reasons]))
     else:
         print(pages.render("reasons.txt", a=mine).rstrip())
     return 0
@@ -124,24 +124,21 @@ def measure(request: Request) -> int:
     data = trainer.data(spec, request.exec)
     asked, spec = spec.steps, measuring.one_pass(spec, data)
     if spec.steps < asked:
-        last = f"{data.n_train:,} rows last for {spec.steps} updates of {spec.batch_size}"
-        print(f"{last}: steps={spec.steps}", file=sys.stderr)
-    rates = around(spec.lr, request.rates, measuring.APART)
+        rows = f"{data.n_train:,} rows are enough for {spec.steps} updates of {spec.batch_size}"
+        print(f"{rows}: steps={spec.steps}", file=sys.stderr)
+    rates = around(spec.lr, request.rates, runs.APART)
     specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
     points = [Point(s.method.name, s) for s in specs]
     with Display(points, request.format == "json") as display:
         local.run_points(points, store, request.exec, display.event, trainer)
     base = trainer.first_pass(spec, request.exec)
-    codes = measuring.codes_of(specs, base, store)
-    found = measuring.information(spec, data, codes, base, len(specs), answer.code_length)
-    found["rows_sha256"] = measuring.rows_sha256(spec, request.exec.data_dir)
+    found = measuring.information(specs, data, base, request, store, answer.code_length)
     folder = Path(request.exec.reports_dir) / INFORMATION
     path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(found, indent=1).encode())
-    print(
-        json.dumps(found) if request.format == "json" else measuring.text_of(found, path).rstrip()
-    )
+    as_json = request.format == "json"
+    print(json.dumps(found) if as_json else measuring.text_of(found, path).rstrip())
     return 0
 
 
@@ -151,11 +148,11 @@ def measure(request: Request) -> int:
 def plan_fleet(request: Request) -> Request:
     """Return the request for the runs of all customers of a table: read, advise, build runs.
 
-    Prints what is wrong with which customer. For plan, status and the like of a fleet, too; a
-    follow-up job trains the runs as they were planned.
+    Prints the error of each customer that has one. A follow-up job trains the runs as they were
+    planned, without reading the table again.
 
     Raises:
-        SpecError: no fleet can be trained so, or the table cannot be read.
+        SpecError: the settings are not those of a fleet, or the table cannot be read.
     """
     if request.members:
         return request
@@ -180,18 +177,24 @@ def plan_fleet(request: Request) -> Request:
     )
 
 
-def fleet(request: Request, store: RunStore, train: Callable[[Request, RunStore], int]) -> int:
+def fleet(
+    request: Request, store: RunStore, training: Callable[[Request, RunStore], Trained]
+) -> int:
     """Train an adapter for each customer of a table, or of a plan; return the exit status.
 
     The status is 1 if a customer could not be planned or got no adapter; those whose runs wait in
-    jobs of a cluster do not count. `train`: trains the missing runs of a request, here or on a
-    cluster, and returns an exit status.
+    jobs of a cluster do not count. `training`: trains the missing runs of a request.
     """
     plan = plan_fleet(request)
-    if plan.points and train(plan, store) == STOPPED:
+    if plan.points and training(plan, store).status == STOPPED:
         return STOPPED
     outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, plan.points)]
-    waiting = _waiting(outcomes, store) if plan.cluster.kind == "slurm" else 0
+    waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
+    if plan.cluster.kind == "slurm":
+        queue = submissions.look(store.root)
+        there = queue.covered().keys() | queue.unknown_runs()
+        unfinished = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]
+        waiting = sum(all(t.run in there or t.state == "running" for t in u) for u in unfinished)
     folder, title = Path(plan.out), Path(plan.customers).stem
     outcomes = adapters.export(outcomes, store, folder, title, write_adapter)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
@@ -210,11 +213,3 @@ def fleet(request: Request, store: RunStore, train: Callable[[Request, RunStore]
     elif not waiting:
         print(json.dumps([o.plain() for o in outcomes]))
     return 0 if len(chosen) + waiting == len(outcomes) else 1
-
-
-def _waiting(outcomes: Sequence[Outcome], store: RunStore) -> int:
-    """Count the customers whose unfinished runs are all in jobs of a cluster."""
-    queue = submissions.look(store.root)
-    there = queue.covered().keys() | queue.unknown_runs()
-    open_ = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]
-    return sum(all(t.run in there or t.state == "running" for t in tried) for tried in open_)

@@ -1,7 +1,7 @@
 """The actions on finished runs: export, import, adapter, verify, extend.
 
-Verify and adapter train finished runs again, alone, and compare the results with the noise between
-seeds.
+Verify and adapter train finished runs again, alone, and compare the difference of the results with
+the standard deviation between seeds.
 """
 
 import dataclasses
@@ -38,23 +38,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_FLOOR_NATS = 0.01
-"""Difference of the final NLL that counts as different if no condition has two seeds. Assumption:
-seeds of the tiny sweep differ by about this (docs/log)."""
+"""Accepted difference of the final NLL if no condition has two seeds. An assumption: seeds of the
+tiny sweep differ by about this (docs/log)."""
 
 
 def export(request: Request, store: RunStore) -> int:
     """Write finished runs as a table: those of the sweep, or without a sweep all in the store."""
     path = Path(request.table)
     if path.suffix not in (".parquet", ".csv"):
-        raise SpecError(
-            f"table={request.table!r}: expected a file name that ends in .parquet or .csv."
-        )
+        raise SpecError(f"table={request.table!r}: expected a file name in .parquet or .csv.")
     ids = [p.id for p in all_points(request, store)] if request.sweep else None
     table = load_runs(store.root, ids)
     if table.empty:
-        raise SpecError(
-            f"no finished runs in {store.root}. Run the sweep first, or set exec.runs_dir."
-        )
+        raise SpecError(f"no finished runs in {store.root}. Run a sweep, or set exec.runs_dir.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         table.to_parquet(path, index=False, compression="zstd", compression_level=12)
@@ -82,15 +78,12 @@ class Comparison:
     pack_size: int | None
     recorded: float | None
     alone: float | None
+    difference: float | None
+    """Final metric alone minus recorded; None for a diverged run."""
     same_state: bool
     curve_difference: float | None
-    """Largest difference of the metric (held-out NLL: nats) over the steps where it was taken; None
-    if the run diverged."""
-
-    @property
-    def difference(self) -> float | None:
-        """Final metric alone minus recorded; None for a diverged run."""
-        return None if self.recorded is None or self.alone is None else self.alone - self.recorded
+    """Largest difference of the metric over the steps where it was evaluated; None if the run
+    diverged."""
 
     def within(self, bound: float) -> bool:
         """Return whether both ended in one state, with final metrics at most `bound` apart."""
@@ -121,7 +114,7 @@ def train_again(
 ) -> tuple[Comparison, State, dict[str, Any]]:
     """Train a finished run again, alone, with the threads and micro-batch that it had.
 
-    Returns how it compares, its state at the end, and its result.
+    Returns the comparison, the state at the end, and the result.
 
     Raises:
         TrainingError: the data or the base have changed since the finished run.
@@ -139,7 +132,7 @@ def train_again(
             if then and here and then != here:
                 raise TrainingError(
                     f"run {spec.id} was trained on {what} (fingerprint {then}) than is there now "
-                    f"({here}), so it cannot be trained again. Get back what it was trained on."
+                    f"({here}), so it cannot be trained again. Restore what it was trained on."
                 )
         at_end = event.snapshot()[spec.id]
     name = metric_of(before).name
@@ -151,6 +144,7 @@ def train_again(
         pack_size=before.get("pack_size"),
         recorded=before[name] if done else None,
         alone=final[name] if done else None,
+        difference=final[name] - before[name] if done else None,
         same_state=state == before["state"],
         curve_difference=max(gaps, default=None) if done else None,
     )
@@ -164,7 +158,7 @@ def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
     """
     env, result = store.env(rid), store.result(rid) or {}
     if not env:
-        return ["the run was imported: where it was trained is not recorded here"]
+        return ["not known, as the run was imported"]
     here = provenance.environment()
     pairs = {
         "processor": (env["processor"], here["processor"]),
@@ -191,13 +185,13 @@ def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
 def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
     """Save a finished LoRA run in PEFT's format.
 
-    The weights of runs are not kept (a sweep has thousands), so the run is trained again, alone,
-    with the same threads and micro-batch. The result is the same up to rounding; if the run was
-    trained alone on the same processor, it is the same bit for bit (tests).
+    Weights of runs are not kept (a sweep has thousands), so the run is trained again, alone, with
+    the same threads and micro-batch. The result is the same up to rounding, and bit for bit if the
+    run was trained alone on the same processor.
 
     Raises:
-        TrainingError: it ends elsewhere than the recorded run, by more than the noise between the
-            seeds of the sweep's runs.
+        TrainingError: its final metric differs from the recorded one by more than
+            request.max_difference, or the standard deviation between seeds.
     """
     if not request.run or not request.out:
         raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
@@ -225,17 +219,15 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
         needed = math.ceil(100 * abs(comparison.difference or 0.0)) / 100
         accept = f"To accept it, add max_difference={needed:g}. " if comparison.same_state else ""
         raise TrainingError(
-            f"run {spec.id} {outcome}. More than {bound:.1e} is beyond the noise, so no adapter "
-            f"was written. What differs: {why}. {accept}Or train where the run was trained."
+            f"run {spec.id} {outcome}. At most {bound:.1e} is accepted, so no adapter was written. "
+            f"What differs: {why}. {accept}Or train where the run was trained."
         )
     write_adapter(Path(request.out), spec, weights_of(state), final.get("base_commit"))
     print(outcome + (f"; what differs: {why}" if comparison.difference else ""))
-    print(
-        f"adapter of run {request.run} saved to {request.out}: load it with "
-        "peft.PeftModel.from_pretrained"
-    )
+    where = f"adapter of run {request.run} saved to {request.out}"
+    print(f"{where}: load it with peft.PeftModel.from_pretrained")
     if spec.model.tied and "unembedding" in spec.method.target_layers():
-        print("its unembedding is tied to the embedding: use the adapter as it is, never merge it")
+        print("do not merge this adapter: it changes the unembedding, which is tied")
     return 0
 
 
@@ -246,17 +238,16 @@ def write_adapter(
     commit: str | None,
     base: str | None = None,
 ) -> None:
-    """Write what a LoRA run trained as a folder that PEFT loads.
+    """Write the adapter of a LoRA run as a folder that PEFT loads.
 
-    `commit`: that of its base. `base`: what the folder calls it; None: where it was loaded from.
+    `commit`: that of its base. `base`: its name in the folder; None: where it was loaded from.
     """
     from lorasweep.methods.stacked.peft_export import save_peft
 
     assert isinstance(spec.method, LoRA)
     base = base or spec.model.location or spec.model.name
-    of_experts = spec.model.n_experts, spec.method.scaling_of_experts(spec.model)
-    scalings = spec.method.scaling, *of_experts
-    save_peft(folder, weights, spec.method.rank, base, commit, *scalings)
+    experts = spec.model.n_experts, spec.method.scaling_of_experts(spec.model)
+    save_peft(folder, weights, spec.method.rank, base, commit, spec.method.scaling, *experts)
 
 
 def verify(request: Request, store: RunStore) -> int:
@@ -274,9 +265,7 @@ def verify(request: Request, store: RunStore) -> int:
         if not result.get("imported")
     ]
     if not trained_here:
-        raise SpecError(
-            f"no run of this sweep was trained to the end in {store.root}. Run the sweep first."
-        )
+        raise SpecError(f"no run of this sweep was finished in {store.root}. Run the sweep first.")
     sample = [spec for _, _, spec in sorted(trained_here, key=lambda row: row[:2])]
     names, trainer, compared = run_names(points), trainer_named(None), []
     for spec in sample[: request.sample]:
@@ -287,7 +276,7 @@ def verify(request: Request, store: RunStore) -> int:
     floor = noise_floor(points, store)
     differing = [c.run for c in compared if not c.within(NO_FLOOR_NATS if floor is None else floor)]
     if quiet:
-        rows = [{**asdict(c), "difference": c.difference} for c in compared]
+        rows = list(map(asdict, compared))
         print(json.dumps({"runs": rows, "noise_floor": floor, "differing": differing}))
     else:
         noise = "no condition has two seeds"

@@ -1,7 +1,7 @@
-"""What the unfinished runs of a fleet cost in packs and alone, by base; counts of customers."""
+"""The cost of a fleet's unfinished runs in packs and alone, by base; counts of customers."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorasweep.cli.progress import duration
@@ -14,8 +14,8 @@ from lorasweep.plan.load import run_flops, updates_with_evaluations
 from lorasweep.plan.plan import Plan
 from lorasweep.plan.throughput import shape_of
 from lorasweep.store.run_store import FINAL, RunStore
-from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.names import aligned
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
 
@@ -41,7 +41,8 @@ def here(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
         if together is None:
             share = sum(run_flops(p.spec) for p in points) / plan.flops
             together = plan.hours * 3600 * share
-        rows.append(_row(base, points, len(packs), together, alone))
+        customers = len({p.arm for p in points})
+        rows.append(_row(base, customers, len(points), len(packs), together, alone))
     timed = all(row["alone_s"] is not None for row in rows)
     kinds = len({shape_of(p.spec) for p in plan.todo})
     return {**_whole(request, store, rows), "timed": timed, "kinds": kinds, "workers": plan.workers}
@@ -56,13 +57,14 @@ def on_gpus(request: Request, store: RunStore, hardware: Hardware) -> dict[str, 
     for base, points in _by_base(p for p in request.points if states[p.id] not in FINAL).items():
         found = packed.forecast(base, points, Replicates())
         alone = single.forecast(base, points, Replicates())
-        hours = found.gpu_hours, alone.gpu_hours
-        rows.append(_row(base, points, found.packs, *(3600 * h for h in hours)))
+        seconds = [3600 * hours for hours in (found.gpu_hours, alone.gpu_hours)]
+        customers = len({p.arm for p in points})
+        rows.append(_row(base, customers, len(points), found.packs, *seconds))
     return {**_whole(request, store, rows), "timed": True, "workers": 1}
 
 
 def lines(values: dict[str, Any], per: str) -> list[str]:
-    """Return the costs as text; `per`: what the times are of, such as 'on 2 worker(s)'."""
+    """Return the costs as text; `per`: what the times refer to, such as 'on 2 worker(s)'."""
     found = [counts_line(values["customers"])]
     if not values["bases"]:
         return [*found, "nothing is left to train"]
@@ -77,38 +79,35 @@ def lines(values: dict[str, Any], per: str) -> list[str]:
         ]
         for row in rows
     ]
-    found += [f"what is left, {per}:", "", *aligned([HEAD, *cells], range(1, 7)), ""]
+    found += [f"unfinished runs, {per}:", "", *aligned([HEAD, *cells], range(1, 7)), ""]
     if values["timed"]:
-        end = "alone, starting a process and loading the base for each run come on top"
-        return [*found, f"by the times of steps; {end}"]
-    return [
-        *found,
-        "together by the speed assumed of any run. The time alone is not known, as no step of such "
-        f"runs was timed here: add action=measure_packs, which times {values['kinds']} kind(s) of "
-        f"run in at most {BUDGET_S * values['kinds']:.0f} s",
-    ]
+        found.append(
+            "computed from step times; alone, each run also starts a process and loads the base"
+        )
+    else:
+        found.append(
+            "together: from an assumed speed. Alone: not known, as no step of such runs was timed "
+            f"here. action=measure_packs times the {values['kinds']} kind(s) of run in at most "
+            f"{BUDGET_S * values['kinds']:.0f} s"
+        )
+    return found
 
 
 def _whole(request: Request, store: RunStore, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the counts of customers, the rows, and the sum of the rows."""
-    alone = [r["alone_s"] for r in rows]
-    sums = {k: sum(r[k] for r in rows) for k in ("customers", "runs", "packs", "together_s")}
-    total: dict[str, Any] = {"base": "total", **sums}
-    total["alone_s"] = None if None in alone else sum(alone)
-    total["ratio"] = _ratio(total["alone_s"], total["together_s"])
+    keys, alone = ("customers", "runs", "packs", "together_s"), [r["alone_s"] for r in rows]
+    customers, runs, packs, together = (sum(r[k] for r in rows) for k in keys)
+    alone_s = None if None in alone else sum(alone)
+    total = _row("total", customers, runs, packs, together, alone_s)
     return {"customers": customer_counts(request, store), "bases": rows, "total": total}
 
 
 def _row(
-    base: str, points: Sequence[Point], packs: int, together: float, alone: float | None
+    base: str, customers: int, runs: int, packs: int, together: float, alone: float | None
 ) -> dict[str, Any]:
-    n = {"customers": len({p.arm for p in points}), "runs": len(points), "packs": packs}
-    times = {"together_s": together, "alone_s": alone, "ratio": _ratio(alone, together)}
-    return {"base": base, **n, **times}
-
-
-def _ratio(alone: float | None, together: float) -> float | None:
-    return alone / together if alone is not None and together else None
+    ratio = alone / together if alone is not None and together else None
+    times = {"together_s": together, "alone_s": alone, "ratio": ratio}
+    return {"base": base, "customers": customers, "runs": runs, "packs": packs, **times}
 
 
 def _by_base(points: Iterable[Point]) -> dict[str, list[Point]]:

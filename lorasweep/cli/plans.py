@@ -1,7 +1,4 @@
-"""Show what would run and what it costs, here or on GPUs; what runs train; measure packs; fetch.
-
-Starts nothing but the measurement of packs and downloads.
-"""
+"""The actions plan, layers, measure_packs and fetch: none starts a run."""
 
 import dataclasses
 import json
@@ -30,17 +27,17 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import is_unpinned
 from lorasweep.store.run_store import FINAL, RunStore
-from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.names import aligned
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.request import Request
 from lorasweep.sweep.trained import trained_plain, trained_text
 
 OUTLOOK_RUNS = 2000
-"""Number of runs above which action=plan does not say what claims can be decided. Loading the
-analysis takes a second, longer than planning; the start of the runs says it."""
+"""Number of runs above which action=plan does not say which claims can be decided: loading the
+analysis takes longer than planning. The start of the runs says it."""
 SMALLER = ("small", "tiny")
-"""Scales whose spread between seeds stands in for that of a larger one."""
+"""Scales whose standard deviation between seeds is used where a larger scale states none."""
 BASIS = {
     "measured": "from finished runs",
     "calibrated": "from measured step times",
@@ -48,8 +45,8 @@ BASIS = {
 }
 """Where the expected time comes from."""
 HEAD = (
-    *("sweep", "runs", "packs", "jobs", "GPUs a run", "rows a pass", "GiB a GPU", "tokens"),
-    *("FLOPs", "tokens/s a GPU", "GPU-hours", "days", "dollars"),
+    *("sweep", "runs", "packs", "jobs", "GPUs per run", "rows per pass", "GiB per GPU", "tokens"),
+    *("FLOPs", "tokens/s per GPU", "GPU-hours", "days", "dollars"),
 )
 
 
@@ -64,8 +61,7 @@ def show(request: Request, store: RunStore) -> int:
     queue = planning.difference(request, store, plan)
     outlooks = []
     if len(plan.points) <= OUTLOOK_RUNS:
-        found = answer.outlooks(request.points, request.sweep, request.scale)
-        outlooks = [outlook for _, outlook in found]
+        outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     fleet = {"fleet": fleet_costs.here(request, store, plan)} if request.members else {}
     if request.format == "json":
         name = {"sweep": request.sweep_name, "scale": request.scale}
@@ -158,7 +154,7 @@ def plan_text(request: Request, plan: Plan) -> str:
     if plan.todo and slow_bf16 and plan.points[0].spec.precision == "bf16":
         lines.append(
             "  this processor has no bf16 instructions: an update takes about 50 times as long as "
-            "in fp32; add precision=fp32 (other run ids), or use a processor or a GPU with bf16"
+            "in fp32. Add precision=fp32 (other run ids), or use a processor or a GPU with bf16"
         )
     if request.sweep and request.sweep.replicate.seeds:
         second = request.sweep.replicate
@@ -174,14 +170,11 @@ def unpinned_lines(points: Sequence[Point]) -> list[str]:
     """Return a line for every model and data set whose content on the hub can change."""
     models = {p.spec.model.name: p.spec.model for p in points}
     datasets = {p.spec.dataset.name: p.spec.dataset for p in points}
-    parts: list[tuple[str, ModelSpec | DatasetSpec]] = [
-        *(("model", model) for model in models.values()),
-        *(("dataset", dataset) for dataset in datasets.values()),
-    ]
+    parts: list[ModelSpec | DatasetSpec] = [*models.values(), *datasets.values()]
     return [
-        f"  {kind} {part.name} ({part.location}) names no commit of the hub: the newest one is "
-        f"taken and recorded with the results; pin it with {kind}.revision=COMMIT"
-        for kind, part in parts
+        f"  {part.WHERE[:-1]} {part.name} ({part.location}) names no commit of the hub: the newest "
+        f"one is taken and recorded with the results; pin it with {part.WHERE}revision=COMMIT"
+        for part in parts
         if is_unpinned(part)
     ]
 
@@ -215,7 +208,7 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
 
 
 def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
-    """Print what sweeps take on GPUs, a line a sweep, without looking at this machine."""
+    """Print what sweeps take on GPUs, one line per sweep, without looking at this machine."""
     planner, found, prices = Forecaster(hardware, request.exec), [], []
     for part in request.parts or [request]:
         states = store.states(p.id for p in part.points)
@@ -250,9 +243,9 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
 
 
 def _prices(request: Request, found: Forecast) -> list[dict[str, Any]]:
-    """Return for each claim the runs and GPU-hours until its interval is expected to fit.
+    """Return for each claim the runs and GPU-hours until a verdict is expected.
 
-    The spread between seeds is that stated for this scale, or for the next smaller one that has it.
+    By the standard deviation between seeds at this scale, or the next smaller one that states it.
     """
     if request.sweep is None or not found.runs:
         return []
@@ -276,7 +269,7 @@ def _prices(request: Request, found: Forecast) -> list[dict[str, Any]]:
 
 
 def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
-    """Return a forecast as JSON values. `work_max_min`: longest job in minutes."""
+    """Return a forecast as JSON values; `work_max_min`: longest job in minutes."""
     placed, hardware = found.placed(), found.hardware
     wheres = [where for _, where, _ in placed]
     largest = max((w.layout.gpus for w in wheres), default=1)
@@ -299,7 +292,7 @@ def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
         "flops": sum(n * run_flops(kind.spec) for kind, _, n in placed),
         "tokens_s": ends([w.tokens / w.seconds / w.layout.gpus for w in wheres]),
         "gpu_hours": found.gpu_hours,
-        # no published measurement covers models with experts, and sampling
+        # no published measurement covers models with experts or sampling
         "gpu_hours_by_formulas_alone": sum(
             hours_of(*entry) for entry in placed if entry[0].spec.model.n_experts
         ),
@@ -358,38 +351,39 @@ def _forecast_lines(
         lines.append(f"does not fit: {m['kind']}, {m['runs']} runs: {m['why']}. Give {m['remedy']}")
     lines += unpinned_lines([p for part in request.parts or [request] for p in part.points])
     assumed = (
-        "none stated" if usd is None else f"${usd:g} a GPU and hour (hardware.price_per_gpu_h=N)"
+        "none stated" if usd is None else f"${usd:g} per GPU-hour (hardware.price_per_gpu_h=N)"
     )
     lines += [
-        f"price assumed: {assumed}. Runs that sweeps share are trained once and count once in the "
-        "total. Fresh seeds of the second stage are included, further looks are not.",
+        f"price: {assumed}. Runs that sweeps share are trained once and count once in the total. "
+        "Fresh seeds of the second stage are included, runs added after an interim analysis are "
+        "not.",
         f"nothing was measured on {hardware.name}: memory and time are computed from shapes and "
-        "its data sheet. Of published measurements of dense models nine in ten lie within "
-        f"{MEMORY_ERROR:.0%} of such a memory and {SPEED_ERROR:.0%} of such a speed "
-        "(analysis/results/plan); they fix one constant, the share of the attainable speed that "
-        f"products reach ({TRAINING_SHARE:g}). Models with experts "
-        f"({total['gpu_hours_by_formulas_alone']:,.0f} GPU-hours) and the memory of full "
-        "fine-tuning rest on formulas alone.",
+        "the data sheet. Of published measurements of dense models, nine in ten lie within "
+        f"{MEMORY_ERROR:.0%} of the computed memory and {SPEED_ERROR:.0%} of the computed speed "
+        "(analysis/results/plan). One constant was fitted to them: the share of the attainable "
+        f"speed that products reach ({TRAINING_SHARE:g}). No measurement covers models with "
+        f"experts ({total['gpu_hours_by_formulas_alone']:,.0f} GPU-hours) and the memory of full "
+        "fine-tuning.",
     ]
     if total["gpu_hours_of_sampling"]:
         lines.append(
-            f"sampling completions takes {total['gpu_hours_of_sampling']:,.0f} of the GPU-hours, "
-            "by formulas alone: through transformers' forward pass, a token of all completions at "
-            "a time, mostly bound by the launch of kernels. A serving engine would take less; none "
-            "is used."
+            f"sampling completions takes {total['gpu_hours_of_sampling']:,.0f} of the GPU-hours "
+            "(computed, not measured). transformers runs one forward pass per token, for all "
+            "completions together, and mostly waits for kernel launches. A serving engine would "
+            "be faster; none is used."
         )
     if any(prices):
-        lines += ["", "until an answer is expected, alone:"]
+        lines += ["", "expected cost of a verdict, for each claim by itself:"]
     for name, p in ((v["name"], p) for v, some in zip(values, prices) for p in some):
         if p["can_decide"] is None:
-            price = "not known: no spread between seeds stated"
+            price = "not known: no standard deviation between seeds stated"
         elif "gpu_hours" not in p:
-            price = "no number of seeds that would fit its margin was found"
+            price = "no number of seeds was found with which it can be decided"
         else:
             price = (
                 f"{p['needed']} {p['units']} (planned {p['planned']}): {p['runs']:,} runs, "
-                f"{p['gpu_hours']:,.0f} GPU-hours{dollars(p['gpu_hours'])}, by the spread at "
-                f"{p['spread_from']}"
+                f"{p['gpu_hours']:,.0f} GPU-hours{dollars(p['gpu_hours'])}, by the standard "
+                f"deviation at scale {p['spread_from']}"
             )
         lines.append(f"  {name}: {p['claim']}: {price}")
     return lines

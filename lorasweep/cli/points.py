@@ -1,4 +1,4 @@
-"""Collect the runs of a sweep: its grid, its second stage, and the rounds added after looks."""
+"""Collect the runs of a sweep: grid, second stage, and rounds added after interim analyses."""
 
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
@@ -17,10 +17,8 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
         return points
     if request.sweep.replicate.seeds:
         results = {p.id: store.result(p.id) or {} for p in points}
-        curves: dict[tuple[str, str], list[Point]] = {}
-        for p in points:
-            curves.setdefault(curve_key(p), []).append(p)
-        over = [p for curve in curves.values() if all(results[q.id] for q in curve) for p in curve]
+        unfinished = {curve_key(p) for p in points if not results[p.id]}
+        over = [p for p in points if curve_key(p) not in unfinished]
 
         def loss(rid: str) -> float | None:
             metric = metric_of(results[rid])

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -40,13 +41,14 @@ class Display:
         self._first: dict[str, float] = {}
         self._ended = 0
         self._started = time.monotonic()
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._print = partial(console.print, markup=False)  # above the bar
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[left]}"),
-            console=self._console,
+            console=console,
             transient=True,
             disable=quiet or not sys.stderr.isatty(),
         )
@@ -59,14 +61,10 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def line(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._console.print(text, markup=False)
-
     def event(self, event: dict[str, Any]) -> None:
         """Show an event of a worker."""
         if "note" in event:
-            self.line(event["note"])
+            self._print(event["note"])
         for rid in event.get("runs", []):
             if rid in self._points:
                 done = event["step"] / self._points[rid].spec.steps
@@ -80,11 +78,11 @@ class Display:
             self._ended += 1
             head = f"[{self._ended:>3}/{len(self._points)}] {self._names[rid]:32} {rid}"
             if event["ended"] == "failed":
-                self.line(f"{head}  FAILED: {event['cause']}")
+                self._print(f"{head}  FAILED: {event['cause']}")
             else:
                 value, spent = event.get("value"), duration(event["wall_s"])
                 measure = "" if value is None else f"  {event['measure']} {value:.4f}"
-                self.line(f"{head}  {event['ended']:8}{measure}  {spent}  ({self._left()})")
+                self._print(f"{head}  {event['ended']:8}{measure}  {spent}  ({self._left()})")
         self._bar.update(
             self._task,
             completed=self._done(),

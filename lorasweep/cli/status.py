@@ -1,13 +1,12 @@
-"""Show the status of a sweep: counts, speed, time left, jobs, the best so far. Only reads.
+"""Show the status of a sweep: counts, speed, time left, jobs, the best so far.
 
-Works wherever the run folder is visible. With access to Slurm, it also shows jobs.
+It only reads the run folder; with access to Slurm, it also shows jobs.
 """
 
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -19,9 +18,8 @@ from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops
 from lorasweep.plan.plan import make_plan
 from lorasweep.store.run_store import Entry, RunStore
-from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.names import run_names
+from lorasweep.sweep.names import aligned, run_names
 from lorasweep.sweep.request import Request
 
 OPEN_STATES = ("missing", "queued", "running", "interrupted")
@@ -185,10 +183,8 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
     if hours["used"]:
         left = "" if hours["left"] is None else f", about {hours['left']:.3g} left"
         lines.append(f"  {hours['of']}-hours: {hours['used']:.3g} used{left}")
-    lines += _cut(
-        f"  running  {r['name']:32} {r['run']}  step {r['step']}/{r['steps']}"
-        for r in status["running"]
-    )
+    form = "  running  {name:32} {run}  step {step}/{steps}"
+    lines += _cut([form.format(**r) for r in status["running"]])
     lines += _job_lines(status)
     problems = []
     for p in status["problems"]:
@@ -231,8 +227,7 @@ def _job_lines(status: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _cut(lines: Iterable[str]) -> list[str]:
-    lines = list(lines)
+def _cut(lines: list[str]) -> list[str]:
     if len(lines) <= SHOWN:
         return lines
     return [*lines[:SHOWN], f"    ... and {len(lines) - SHOWN} more (format=json lists all)"]

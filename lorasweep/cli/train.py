@@ -59,7 +59,7 @@ def run(
     follow: dict[str, Any] | None = None,
 ) -> int:
     """Train what is missing, judge and report; on a cluster, submit it and report later."""
-    trained = _train(request, store, trainer, follow)
+    trained = train(request, store, trainer, follow)
     points, as_json = trained.points, request.format == "json"
     if trained.waiting or trained.status == STOPPED:
         return trained.status
@@ -84,7 +84,17 @@ def run(
 
         mirror(points, store, request.sweep_name or "single")
     if request.sweep_name is None:
-        _print_single(store, points[0], as_json)
+        result = store.result(points[0].id)
+        if result is not None and as_json:
+            print(json.dumps({k: v for k, v in result.items() if k != "curve"}))
+        elif result is not None:
+            name = f"run {points[0].id} ({names[points[0].id]})"
+            metric, measure = metric_of(result), ""
+            value = metric.value(result)
+            if value is not None:
+                start = metric.value(result["curve"][0])
+                measure = f", {metric.label} {value:.4f} (from {start:.4f})"
+            print(f"{name}: {result['state']}{measure}. Folder: {store.folder(points[0].id)}")
         return trained.status
     finished = [p.id for p in points if store.result(p.id)]
     if not finished:
@@ -97,22 +107,6 @@ def run(
     return trained.status
 
 
-def _print_single(store: RunStore, point: Point, as_json: bool) -> None:
-    result = store.result(point.id)
-    if result is None:
-        return
-    if as_json:
-        print(json.dumps({k: v for k, v in result.items() if k != "curve"}))
-        return
-    metric, measure = metric_of(result), ""
-    value = metric.value(result)
-    if value is not None:
-        start = metric.value(result["curve"][0])
-        measure = f", {metric.label} {value:.4f} (from {start:.4f})"
-    name = run_names([point])[point.id]
-    print(f"run {point.id} ({name}): {result['state']}{measure}. Folder: {store.folder(point.id)}")
-
-
 def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
     """Train the runs that judge a sweep's tasks, print whether these qualify, and save that.
 
@@ -123,7 +117,7 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
             "action=qualify judges the tasks of a sweep on this machine. Add +sweep=NAME and "
             "cluster=local."
         )
-    trained = _train(request, store, trainer)
+    trained = train(request, store, trainer)
     if trained.status == STOPPED:
         return STOPPED
     finished = [p.id for p in trained.points if store.result(p.id)]
@@ -143,27 +137,11 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
     return 0 if all(qualified.values()) else 1
 
 
-def train_runs(
-    request: Request,
-    store: RunStore,
-    trainer: Trainer | str | None = None,
-    follow: dict[str, Any] | None = None,
-) -> int:
-    """Train the missing runs of a request, here or as jobs of a cluster.
-
-    On a cluster it submits them and returns at once. It prints neither an answer nor which failed.
-
-    Returns:
-        0: all ended, or wait in jobs. 1: some failed or were killed. STOPPED: the user stopped it.
-    """
-    return _train(request, store, trainer, follow).status
-
-
 # ---------------------------------------------------------------- before training
 
 
 def runs_of(request: Request, store: RunStore) -> list[Point]:
-    """Return the runs of this action: the sweep's, or for qualify those that judge its tasks."""
+    """Return the runs of this action: the sweep's; for qualify those that judge its tasks."""
     points = all_points(request, store)
     return qualifying(points) if request.action == "qualify" else points
 
@@ -200,12 +178,16 @@ def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
 # ---------------------------------------------------------------- training
 
 
-def _train(
+def train(
     request: Request,
     store: RunStore,
-    trainer: Trainer | str | None,
+    trainer: Trainer | str | None = None,
     follow: dict[str, Any] | None = None,
 ) -> Trained:
+    """Train the missing runs of a request here, or submit them as jobs of a cluster and return.
+
+    It prints neither an answer nor which runs failed. `follow`: the task, inside a follow-up job.
+    """
     if request.hardware and hardware_of(request).has_speeds:
         request = within_limit(request)
     store.prepare()
@@ -252,8 +234,6 @@ def _train_on_cluster(
     request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> Trained:
     """Submit what is missing, and say whether there is anything to wait for.
-
-    `follow`: the task, inside a follow-up job.
 
     Raises:
         GaveUp: no run finished in the last rounds of jobs.

@@ -4,7 +4,7 @@
 with the others.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.errors import SpecError, unknown
@@ -157,13 +157,11 @@ def check_action(config: Any, sweep_name: str | None) -> Action:
         )
     of_fleet = action.of_fleet and bool(config.customers)
     allowed = {*action.reads, *(FLEET_SETTINGS if of_fleet else ())}
-    defaults = {f.name: f for f in fields(type(config))}
+    defaults = type(config)()
     for key in dict.fromkeys(key for other in ACTIONS.values() for key in other.reads):
         if key == "hardware" or key in allowed:  # compose checks hardware
             continue
-        default = defaults[key]
-        empty = default.default_factory() if callable(default.default_factory) else default.default
-        if getattr(config, key) != empty:
+        if getattr(config, key) != getattr(defaults, key):
             readers = " and ".join(f"action={a.name}" for a in ACTIONS.values() if key in a.reads)
             hint = " (of a customer: +customer.data)" if key == "data" else ""
             raise SpecError(f"{key} is only for {readers}. Add it, or leave {key} out{hint}.")

@@ -1,7 +1,4 @@
-"""Models and machines in configuration files, by name, each read when it is first needed.
-
-Composing a whole configuration for each would take a tenth of a second.
-"""
+"""Models and machines in configuration files, by name, each read when it is first needed."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -23,9 +20,9 @@ def models(folders: Sequence[Path]) -> dict[str, Callable[[], ModelSpec]]:
     for path in _files(folders, "model"):
         read = cache(lambda path=path: build(ModelSpec, _plain(path)))
         found.setdefault(path.stem.lower(), read)
-        location = str(_head(path).get("location", ""))
+        location = str(_head(path).get("location", "")).lower()
         if "/" in location:
-            found.setdefault(location.lower(), read)
+            found.setdefault(location, read)
     return found
 
 
@@ -55,7 +52,4 @@ def _plain(path: Path) -> dict[str, Any]:
 
 def _head(path: Path) -> dict[str, Any]:
     """Read a file as plain YAML, for names: ten times as fast as OmegaConf."""
-    return yaml.load(path.read_text(), Loader=LOADER) or {}
-
-
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}

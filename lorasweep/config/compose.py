@@ -1,7 +1,4 @@
-"""Turn configuration files and the command line into a checked request.
-
-Without torch, so that composing works on a login node.
-"""
+"""Turn configuration files and the command line into a checked request, without torch."""
 
 import dataclasses
 import hashlib
@@ -12,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hydra._internal.hydra as hydra_internal
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -23,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config.actions import check_action
 from lorasweep.config.folders import conf_dir, exec_of
-from lorasweep.config.loader import ScaleLoader, install, without_hydra
+from lorasweep.config.loader import ScaleLoader, without_hydra
 from lorasweep.config.schema import FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.launch.slurm.resources import check as check_cluster
@@ -38,20 +36,15 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.sweep.grid import Point, around, expand, fields_of, geom
 from lorasweep.sweep.question import Sweep, axes_of, check_directions, check_sweep
-from lorasweep.sweep.request import HASH_DIGITS, Request, runs_hash
+from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
 
-REQUEST_KEYS = (
-    *("action", "format", "mirror", "table", "run", "out"),
-    *("sample", "max_difference", "watch", "prune"),
-    *("customers", "customer", "why", "write_sweep", "data", "rates", "instead_of_full"),
-)
-"""Settings of the command itself, which a request keeps as they are."""
+SETTINGS = [f.name for f in dataclasses.fields(Settings)]
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
 """Matches lines with which a sweep's file sets more than the sweep."""
 SELECT_FILES = ("+sweep=", "scale=")
 CHANGE_NO_RUNS = (
     *SELECT_FILES,
-    *(f"{key}=" for key in REQUEST_KEYS),
+    *(f"{key}=" for key in (*SETTINGS, "rates")),
     *("exec.", "+exec.", "cluster=", "cluster.", "+cluster.", "hardware=", "hardware."),
 )
 """Starts of overrides that change how runs are trained and shown, not which runs are asked for."""
@@ -63,7 +56,7 @@ def register(help_template: Callable[[], str] = str) -> None:
 
     `help_template` returns the page of --help, in which Hydra replaces $APP_CONFIG_GROUPS.
     """
-    install()
+    hydra_internal.ConfigLoaderImpl = ScaleLoader  # type: ignore[misc]
     OmegaConf.register_new_resolver("help_template", help_template, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
@@ -140,14 +133,14 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
                 "and cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
             )
     common = {
-        **{name: getattr(config, name) for name in REQUEST_KEYS},
+        **{name: getattr(config, name) for name in SETTINGS},
         "rates": 1 if config.rates == "advised" else config.rates,
         "scale": config.scale.name,
         "exec": exec_,
         "cluster": cluster,
         "hardware": hardware,
         "folders": [s.path for s in sources if s.schema == "file"],
-        "given": [text.lstrip("+~").partition("=")[0] for text in overrides],
+        "given": [o.lstrip("+~").partition("=")[0] for o in overrides],
     }
     base = _run_spec(config)
     if sweep_name is None:
@@ -156,7 +149,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
                 "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
                 "+sweep=NAME, or customers=FILE."
             )
-        if action.needs_run and not config.customers:  # else it is no run, or each customer's start
+        if action.needs_run and not config.customers:  # else it only starts customers' runs
             validate(base)
         points = [Point(base.method.name, base)] if action.needs_run else []
         return Request(**common, sweep_name=None, sweep=None, points=points)
@@ -172,9 +165,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     _refuse_overwritten(overrides, sweep_name, sweep)
     in_files = _loader().as_in_files  # before the next composition replaces it
     # with `@package _global_` or a defaults list, a user's sweep may also set models or data sets
-    candidates = (
-        Path(s.path, "sweep", f"{sweep_name}.yaml") for s in sources if s.schema == "file"
-    )
+    candidates = (Path(folder, "sweep", f"{sweep_name}.yaml") for folder in common["folders"])
     file = next((path for path in candidates if path.is_file()), None)
     alone = file is not None and not SETS_MORE.search(file.read_text())
     points = _expand(config, overrides, alone)
@@ -183,8 +174,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
     asked = runs_hash(points, sweep)
     stated = ""
-    if changes and not any(o.startswith(CHOOSE_PARTS) for o in changes):  # in_files has these, too
-        with suppress(SpecError):  # complete only with the command line, as a sweep of any model
+    if changes and not any(o.startswith(CHOOSE_PARTS) for o in changes):  # in_files has these too
+        with suppress(SpecError):  # some sweeps are complete only with the command line
             config = _object(in_files)
             files = [o for o in overrides if o.startswith(SELECT_FILES)]
             stated = runs_hash(_expand(config, files, alone), config.sweep)
@@ -262,9 +253,8 @@ def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
         key = text.lstrip("+~").partition("=")[0]
         axis = key.removeprefix("method.")
         arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes_of(axes))]
-        shared = axis in fields_of(sweep.axes)
-        in_arms = bool(arms) and not key.startswith("sweep.")
-        if key != "method" and not shared and not in_arms:
+        is_set = axis in fields_of(sweep.axes) or (arms and not key.startswith("sweep."))
+        if key != "method" and not is_set:
             continue
         if axis in sweep.axes:
             hint = f"Write sweep.axes.{axis}=[...] instead."

@@ -8,15 +8,14 @@ A sweep file states what all scales share at its top, and a block for each scale
       smoke: {arms: {lora: {rank: 4, lr: 5e-3}}}
       tiny: {arms: {lora: {rank: [1, 16], lr: "${around:1.4e-3,5,2}"}}}
 
-The one rule: the block is merged over the top, mappings key by key, other values replaced. This is
-done after all files are read and before the command line is applied, so that `sweep.arms.lora.rank=
-[1,16]` and `~sweep.arms.fullft` change what the scale states. A scale with `extends: OTHER` (in
-conf/scale) takes the block of that scale, and then its own, if there is one.
+The block is merged over the top: mappings key by key, other values replaced. This is done after all
+files are read and before the command line is applied, so that `sweep.arms.lora.rank=[1,16]` and
+`~sweep.arms.fullft` change what the scale states. A scale with `extends: OTHER` (in conf/scale)
+takes the block of that scale first, then its own, if there is one.
 """
 
 from typing import Any
 
-import hydra._internal.hydra as hydra_internal
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf
 
@@ -93,11 +92,6 @@ class ScaleLoader(ConfigLoaderImpl):
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """Return a copy of a composed configuration without Hydra's own part."""
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-
-
-def install() -> None:
-    """Let Hydra use the loader of this module."""
-    hydra_internal.ConfigLoaderImpl = ScaleLoader  # type: ignore[misc]
 
 
 def _merged(top: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:

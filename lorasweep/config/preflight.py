@@ -1,4 +1,4 @@
-"""Check before anything starts that weights and data are there and fit together, and fetch them."""
+"""Check that weights and data are there and fit together, and download them."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,8 +11,8 @@ from lorasweep.sweep.request import Request
 def check_available(request: Request) -> None:
     """Check that the weights and data of every point are on this machine.
 
-    The first run that needs a file of the hub may download it, but jobs of a cluster may not: they
-    would wait for it with their GPUs.
+    A file of the hub that is missing is downloaded later, by the first run that needs it; but jobs
+    of a cluster would wait for it with their GPUs, so there it is an error.
 
     Raises:
         ModelError, DataError: they are not; the message names how to get them.
@@ -33,9 +33,8 @@ def check_available(request: Request) -> None:
             rewards.check_available(spec.dataset)
     if request.exec.world_size > 1 and any(s.kl_weight for s in specs):
         raise SpecError(
-            f"exec.world_size={request.exec.world_size} with kl_weight: it needs a copy of the "
-            "base, which a run on several processes does not keep. Set exec.world_size=1, or "
-            "kl_weight=0."
+            f"exec.world_size={request.exec.world_size} with kl_weight, which needs a copy of the "
+            "base in one process. Set exec.world_size=1, or kl_weight=0."
         )
     if not request.exec.skip_broken_data:  # else bad data fails only its own runs
         for dataset in {s.dataset.name: s.dataset for s in specs}.values():

@@ -14,6 +14,7 @@ from typing import Any
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.sweep.question import Sweep
+from lorasweep.sweep.request import Settings
 
 FORMATS = ("text", "json")
 MIRRORS = ("none", "wandb")
@@ -51,26 +52,10 @@ class Scale:
 
 
 @dataclass
-class Config(writable(RunSpec)):  # type: ignore[misc]
+class Config(Settings, writable(RunSpec)):  # type: ignore[misc]
     """The whole configuration: the fields of a run, the scale, and the settings of the command."""
 
-    action: str = "run"
-    format: str = "text"
-    mirror: str = "none"
-    table: str = ""
-    run: str = ""
-    out: str = ""
-    sample: int = 3
-    max_difference: float | None = None
-    watch: bool = False
-    prune: bool = False
-    customers: str = ""
-    customer: dict[str, Any] = field(default_factory=dict)
-    why: str = ""
-    write_sweep: str = ""
-    data: str = ""
     rates: int | str = 3
-    instead_of_full: str = ""
     scale: Scale = field(default_factory=Scale)
     cluster: writable(Cluster) = field(default_factory=writable(Cluster))  # type: ignore[valid-type]
     exec: writable(Exec) = field(default_factory=writable(Exec))  # type: ignore[valid-type]

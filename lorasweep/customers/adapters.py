@@ -14,7 +14,6 @@ import yaml
 from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
 from lorasweep.customers.pages import plain_text, render
 from lorasweep.errors import ModelError
-from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 
@@ -25,17 +24,7 @@ WriteAdapter = Callable[..., None]
 NUMBERS = ("gain", "before", "after", "learning rate", "tried", "rows", "held out", "rank")
 HEAD = ("customer", *NUMBERS, "notes")
 NAMED = 12
-"""Customers of a group that the page names; the table has all."""
-MASKS = {
-    "completion": "every answer",
-    "last_assistant": "the last answer of a conversation",
-    "all": "all text",
-}
-FORMS = {
-    "chat_template": "the chat template of the base",
-    "role_eos": "'Role: ' before each message",
-    "role_colon": "'Role:' before each message",
-}
+"""Largest number of customers of a group that the page names; the table lists all."""
 
 
 # ---------------------------------------------------------------- folders
@@ -46,13 +35,16 @@ def export(
 ) -> list[Outcome]:
     """Write the folders of customers with an adapter, and the page; return the outcomes.
 
-    A customer without an adapter keeps the folder of an earlier state of its data or settings, and
-    so does one that is no longer in the table.
+    Weights of runs that were not chosen are deleted. A customer without an adapter now, or no
+    longer in the table, keeps the folder that an earlier command wrote.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = [_export(o, store, folder, save) if o.spec else o for o in found]
-    now = {o.member.folder for o in found if o.spec is not None}
-    earlier: dict[str, dict[str, Any]] = {}  # facts of adapters that are not of this table's state
+    chosen = [o for o in found if o.spec is not None]
+    for run in (t.run for o in chosen for t in o.tried if t.run != o.spec.id):
+        (store.folder(run) / checkpoint.WEIGHTS).unlink(missing_ok=True)
+    now = {o.member.folder for o in chosen}
+    earlier: dict[str, dict[str, Any]] = {}  # facts of adapters for earlier data or settings
     for path in sorted(folder.glob(f"*/{FACTS}")):
         if path.parent.name not in now and not path.parent.name.startswith("."):
             with suppress(OSError, ValueError):
@@ -64,7 +56,7 @@ def export(
         else:
             note = f"folder {o.member.folder}, run {o.spec.id}"
             cards.append({"error": "", "facts": _facts(o), "note": note})
-    few = len(found) / 2  # names of most customers would say little
+    few = len(found) / 2  # the page names the customers of small groups only
     names = [o.member.name or "?" for o in found]
     gone = earlier.keys() - {o.member.folder for o in found}
     page = render(
@@ -84,36 +76,28 @@ def export(
 
 
 def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter) -> Outcome:
-    """Write a customer's folder unless it is up to date; drop the weights of the other runs."""
+    """Write a customer's folder unless it is up to date.
+
+    The folder is replaced as a whole, so that no reader finds an old card beside new weights.
+    """
     mine, facts = folder / outcome.member.folder, json.dumps(outcome.plain(), indent=1)
     there = mine / FACTS
-    if not (there.is_file() and there.read_text() == facts and (mine / ADAPTER).is_file()):
-        try:
-            _write(outcome, store, mine, facts, save)
-        except ModelError as error:
-            return dataclasses.replace(outcome, spec=None, result={}, problem=str(error))
-    for tried in outcome.tried:
-        if tried.run != outcome.spec.id:
-            (store.folder(tried.run) / checkpoint.WEIGHTS).unlink(missing_ok=True)
-    return outcome
-
-
-def _write(outcome: Outcome, store: RunStore, folder: Path, facts: str, save: WriteAdapter) -> None:
-    """Replace a customer's folder as a whole, so that no reader finds an old card in it.
-
-    Raises:
-        ModelError: its weights are not there, or are not what PEFT would read.
-    """
+    if there.is_file() and there.read_text() == facts and (mine / ADAPTER).is_file():
+        return outcome
     spec = outcome.spec
     weights = checkpoint.load_weights(store.folder(spec.id))
     if weights is None:
-        raise ModelError(
+        problem = (
             f"the weights of run {spec.id} were not kept: another learning rate was chosen before, "
             "or it was trained in a sweep. Train it again: python -m lorasweep action=adapter "
             f"run={spec.id} out=FOLDER"
         )
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}-{os.urandom(3).hex()}")
-    save(partial, spec, weights, outcome.result.get("base_commit"), outcome.base)
+        return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
+    partial = folder / f".{mine.name}.{os.getpid()}-{os.urandom(3).hex()}"
+    try:
+        save(partial, spec, weights, outcome.result.get("base_commit"), outcome.base)
+    except ModelError as error:  # not what PEFT would read
+        return dataclasses.replace(outcome, spec=None, result={}, problem=str(error))
     on_hub = spec.model.source == "hub"  # else hubs would link to another model
     head: dict[str, Any] = {"base_model": outcome.base} if on_hub else {}
     head |= {"library_name": "peft", "tags": ["lora"]}
@@ -126,13 +110,14 @@ def _write(outcome: Outcome, store: RunStore, folder: Path, facts: str, save: Wr
     # text that UTF-8 cannot hold is written with question marks
     (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
     (partial / FACTS).write_text(facts)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(mine, ignore_errors=True)
     try:
-        partial.rename(folder)
+        partial.rename(mine)
     except OSError:  # another command wrote the same, as a follow-up job does
-        if not folder.is_dir():
+        if not mine.is_dir():
             raise
         shutil.rmtree(partial)
+    return outcome
 
 
 # ---------------------------------------------------------------- cards and table
@@ -140,13 +125,10 @@ def _write(outcome: Outcome, store: RunStore, folder: Path, facts: str, save: Wr
 
 def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     """Return the facts of a trained adapter: name and text, each a line of templates/facts.txt."""
-    p, member = outcome.plain(), outcome.member
-    form, model = FORMS[p["render"]], member.points[0].spec.model
-    if p["template"] is not None:
-        plain = p["render"] == FIRST_RENDER
-        form = f"{p['template']!r}" if plain else f"{form}, with {p['template']!r} as the message"
-    words = {"rows": member.rows, "model": model, "form": form, "mask": MASKS[p["mask"]]}
-    facts = (line.partition(": ") for line in render("facts.txt", p=p, **words).split("\n") if line)
+    member = outcome.member
+    model = member.points[0].spec.model
+    text = render("facts.txt", p=outcome.plain(), rows=member.rows, model=model)
+    facts = (line.partition(": ") for line in text.split("\n") if line)
     return [(name, fact) for name, _, fact in facts]
 
 
@@ -163,7 +145,7 @@ def cells(outcome: Outcome) -> list[str]:
     if outcome.gain is not None:
         if outcome.verdict != GAINED:
             worse = outcome.verdict == WORSE
-            notes.append(WORSE if worse else "whether it gained is not known")
+            notes.append(WORSE if worse else "gain uncertain")
         gain = f"{outcome.gain:+.3f}"
         if outcome.interval is not None:
             gain += f" ± {outcome.interval[1] - outcome.gain:.3f}"
@@ -192,10 +174,10 @@ def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
         "without an adapter": [k for k in range(len(found)) if k not in trained],
         "gained, on test rows": of[GAINED],
         "got worse, on test rows": of[WORSE],
-        "not known: the interval of the gain holds 0, or there is none": of[UNKNOWN],
-        "not known, as no row was held out": [k for k in trained if k not in held],
+        "gain uncertain: its 95% interval contains 0, or there is none": of[UNKNOWN],
+        "gain not measured, as no row was held out": [k for k in trained if k not in held],
         "best learning rate at the edge of those tried": [k for k, o in trained.items() if o.edge],
-        "more data than the rank has capacity for": [k for k in held if found[k].room],
+        "data above half of the capacity of the rank": [k for k in held if found[k].room],
     }
     return {label: group for label, group in groups.items() if group}
 

@@ -88,7 +88,11 @@ class Advice(Case):
             "model_gib": costs.full.file_mib / 1024,
             "serving_gib": self.chosen.serving_gib,
             **both,
-            "regime": [condition.plain() for condition in self.conditions],
+            "regime": [
+                {"condition": c.name, "state": c.state, "why": c.why}
+                | {"evidence": list(c.evidence), "sure": c.sure.name.lower()}
+                for c in self.conditions
+            ],
             "warnings": self.warnings,
             "evidence": list(dict.fromkeys(f"{r.name}: {r.source}" for r in reasons)),
             "sure": {r.name: r.sure.name.lower() for r in reasons},
@@ -97,7 +101,7 @@ class Advice(Case):
 
 
 def plain_of(found: Advice | Failed) -> dict[str, Any]:
-    """Return an answer as JSON values; a row that is wrong has the keys of KEYS."""
+    """Return an answer as JSON values; for a wrong row, with the keys of KEYS."""
     if isinstance(found, Advice):
         return found.plain()
     return {**dict.fromkeys(KEYS), "name": found.name, "warnings": [], "error": found.error}
@@ -128,14 +132,8 @@ def advise(c: Customer, known: Known) -> Advice:
     costs = costs_of(case, choice.rank, work, hardware)
     note_habits(case, work, choice, lora, batches)
     conditions = conditions_of(case, work, choice, lora, batches)
-    found: dict[str, Any] = {
-        "work": work,
-        "choice": choice,
-        "rate": rate,
-        "batches": batches,
-        "costs": costs,
-    }
-    return Advice(**vars(case), **found, conditions=conditions)
+    found: dict[str, Any] = {"work": work, "choice": choice, "rate": rate, "batches": batches}
+    return Advice(**vars(case), **found, costs=costs, conditions=conditions)
 
 
 def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice | Failed]:
@@ -150,7 +148,7 @@ def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice
 
 
 def totals(found: Iterable[Advice | Failed]) -> dict[str, Any]:
-    """Sum a table up: how many of each method, and what each choice for everyone would cost."""
+    """Return the totals of a table: counts by method, and the cost of each choice for everyone."""
     given = list(found)
     good = [a for a in given if isinstance(a, Advice)]
     counts = Counter(a.choice.method for a in good)

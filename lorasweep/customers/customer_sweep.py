@@ -16,15 +16,15 @@ from lorasweep.errors import SpecError
 
 FOLDER = "settle"
 STEPS = 1000
-"""Most updates of the sweep: what tinker-cookbook asks for where possible."""
+"""Largest number of updates: what tinker-cookbook asks for where possible."""
 LIMITS = {"rates": 5, "apart": 2, "allowed": 5, "points": 3, "group": GROUP}
-"""Learning rates of a curve and the factor between them; accepted regret of LoRA in the claim, in
-percent of the gain (the analysis has this one limit); hundredths of the reward that count as no
-difference, as in sweeps/rl.yaml; samples of a problem in RL."""
+"""Learning rates of a curve and the factor between them; accepted regret in the claim, in percent
+of the gain; hundredths of the reward that count as no difference, as in sweeps/rl.yaml; samples per
+problem in RL."""
 RL_FACTOR = 3.0
 """Between the middle learning rates in reinforcement learning: public sweeps say 2 to 4 (zhu)."""
 FACTOR = 10.0
-"""Between LoRA's and full fine-tuning's middle learning rates, where no law knows the family."""
+"""Between LoRA's and full fine-tuning's middle learning rates, for families without a law."""
 
 
 def plain_name(name: str) -> str:
@@ -36,8 +36,7 @@ def write(advice: Advice, folder: Path) -> list[str]:
     """Write the sweep of a customer below `folder`; return what was written and what to type.
 
     Raises:
-        SpecError: nothing verifies the answers in a customer's rows, or the files cannot be
-            written.
+        SpecError: no verifier can check the customer's answers, or a file cannot be written.
     """
     c, model, rank = advice.customer, advice.model, advice.choice.rank
     name, rewarded = f"settle_{plain_name(c.name)}", c.task == "rl"
@@ -75,14 +74,11 @@ def write(advice: Advice, folder: Path) -> list[str]:
         lines.append(f"put the rows in DATA_DIR/{name}/train.jsonl and test.jsonl (exec.data_dir)")
     elif not own.is_on_hub(c.data) and not own.path_of(c.data).with_name("test.jsonl").is_file():
         lines.append(
-            f"put held-out rows in test.jsonl beside {own.path_of(c.data)}, and write this again: "
-            "without them the sweep would be judged on the rows it trains on"
+            f"put held-out rows in test.jsonl beside {own.path_of(c.data)}, and write the sweep "
+            "again: otherwise it is evaluated on its training rows"
         )
     if rewarded:
-        lines.append(
-            f"answers are read by verifier: {dataset['verifier']}. The plan does not count the "
-            "time of sampling them"
-        )
+        lines.append(f"answers are checked by verifier: {dataset['verifier']}")
     command = f"python -m lorasweep --config-dir {folder} +sweep={name} precision=bf16"
     return [
         *lines,
@@ -111,7 +107,7 @@ def _dataset(advice: Advice, name: str) -> dict[str, Any]:
     """Describe the customer's rows: in their form, or as messages where no file was named.
 
     Raises:
-        SpecError: answers are to be rewarded, and nothing verifies them.
+        SpecError: no verifier can check answers that are to be rewarded.
     """
     c = advice.customer
     sizes = {"max_length": advice.work.max_length, "n_test": 512, "n_test_curve": 64}
@@ -132,8 +128,8 @@ def _dataset(advice: Advice, name: str) -> dict[str, Any]:
         verifier = "integer" if integer else "math"
         if spec.format != form["format"] or not (integer or rewards.boxed(gold) is not None):
             raise SpecError(
-                f"write_sweep={c.name}: nothing verifies the answers in {c.data}. Expected two "
-                "columns, such as prompt and completion, and completions that end in a whole "
-                "number behind '####' or in a result in \\boxed{}."
+                f"write_sweep={c.name}: no verifier can check the answers in {c.data}. Expected "
+                "two columns, such as prompt and completion, and completions that end in a whole "
+                "number after '####' or in a result in \\boxed{}."
             )
     return {**values, **form, "verifier": verifier}

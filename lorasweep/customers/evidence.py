@@ -1,12 +1,12 @@
-"""What advice rests on: published figures, this project's kept results, measured data sets.
+"""What advice is based on: published figures, this project's kept results, measured data sets.
 
 Every number of an answer is noted with its formula, inputs, source and confidence. Kept results
-hold for the models they were measured on; each rule says how far it goes beyond them.
+hold for the models they were measured on; each rule says how far it extrapolates.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -42,10 +42,6 @@ class Reason:
     inputs: Mapping[str, Any]
     source: str
     sure: Sure
-
-    def plain(self) -> dict[str, Any]:
-        """Return the reason as JSON values."""
-        return {**vars(self), "inputs": dict(self.inputs), "sure": self.sure.name.lower()}
 
 
 def shown(value: Any) -> str:
@@ -182,7 +178,7 @@ def read_kept(folder: Path, hidden: dict[str, int]) -> Kept:
         try:
             answer = json.loads(path.read_text())
         except (OSError, ValueError):
-            continue  # an answer that is being written, or is broken, says nothing
+            continue  # being written, or broken
         sweep, scale = answer.get("sweep", ""), answer.get("scale", "")
         for v in answer["verdicts"]:
             if not any(gate["code"] == "WITHDRAWN" for gate in v.get("gates", ())):
@@ -190,7 +186,13 @@ def read_kept(folder: Path, hidden: dict[str, int]) -> Kept:
                 exploratory = bool(v.get("exploratory"))
                 kept.verdicts.append(Verdict(*where, _interval(v["estimate"]), exploratory))
         if sweep == "regime":
-            kept.regrets.extend(_regrets(answer["cells"]))
+            for condition in answer["cells"]:
+                model = condition["cell"].partition(",")[0]
+                for r in condition["ranks"]:
+                    regret = _interval(r["regret_percent"])
+                    load = (r.get("loads") or {}).get(FIRST_PASS)
+                    if load and regret is not None and regret.low is not None:
+                        kept.regrets.append(MeasuredRegret(model, int(r["rank"]), load, regret))
         elif sweep == "lr_ratio":
             for c in answer["curves"]:
                 if rate := _interval({**c, "value": c["best_lr"]}):
@@ -207,16 +209,6 @@ def _interval(found: dict[str, Any] | None) -> Interval | None:
     if not found or found.get("value") is None:
         return None
     return Interval(found["value"], found.get("low"), found.get("high"))
-
-
-def _regrets(conditions: Iterable[dict[str, Any]]) -> Iterator[MeasuredRegret]:
-    for condition in conditions:
-        model = condition["cell"].partition(",")[0]
-        for r in condition["ranks"]:
-            regret = _interval(r["regret_percent"])
-            load = (r.get("loads") or {}).get(FIRST_PASS)
-            if load and regret is not None and regret.low is not None:
-                yield MeasuredRegret(model, int(r["rank"]), load, regret)
 
 
 # ---------------------------------------------------------------- measured data sets
@@ -237,14 +229,11 @@ class Measured(NamedTuple):
     """The file of the measurement, and how many of the rows it covers."""
 
 
-Information = Mapping[tuple[str, str], Measured]
-"""(Digits that name the file of rows, model) -> what was measured."""
-
-
 def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], Measured]:
-    """Read the measurements; for one file and model the first folder counts.
+    """Read the measurements, by the digits that name the file of rows and by model.
 
-    Measurements of endless data or of too few rows say nothing of all rows, and are left out.
+    The first folder with a measurement counts. Measurements of endless data or of too few rows
+    give no value for all rows, and are left out.
     """
     found: dict[tuple[str, str], Measured] = {}
     for path in (p for folder in folders for p in sorted((folder / INFORMATION).glob("*.json"))):
@@ -258,29 +247,27 @@ def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], Measured]
             mean = tokens["all"] / rows["all"]
             measured = Measured(mean, whole["value"], whole["low"], whole["high"], where)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # being written, or broken: it says nothing
+            continue  # being written, or broken
         found.setdefault((value["rows_sha256"], value["model"]), measured)
     return found
 
 
 # ---------------------------------------------------------------- what the rules are given
 
-Machines = Mapping[str, Callable[[], Hardware]]
-"""Name of conf/hardware -> reads its file."""
-
 
 @dataclass(frozen=True)
 class Known:
-    """What the rules rest on: catalogues, kept results, published figures."""
+    """What the rules are based on: catalogues, kept results, published figures."""
 
     models: Models
-    machines: Machines
+    machines: Mapping[str, Callable[[], Hardware]]
+    """Name in conf/hardware -> reads its file."""
     kept: Kept = field(default_factory=Kept)
     published: Published = field(default_factory=published)
     hardware: Hardware | None = None
     """For rows that name none."""
-    information: Information = field(default_factory=dict)
-    """What was measured in customers' data."""
+    information: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
+    """Measurements of customers' data, as `read_information` returns them."""
 
 
 @cache
@@ -291,7 +278,7 @@ def _texts(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One customer as every rule is given it; the rules add reasons and warnings."""
+    """One customer, as all rules get it; they add reasons and warnings."""
 
     customer: Customer
     model: ModelSpec
@@ -313,9 +300,9 @@ class Case:
         Args:
             name: of the number; peak_gib_lora has the formula of peak_gib.
             value: the number.
-            variant: which of its formulas in rules/formulas.yaml.
+            variant: which of the formulas in rules/formulas.yaml.
             inputs: values that the formula uses.
-            words: fill in the formula and the source.
+            words: replace the {words} of formula and source.
         """
         key = name.removesuffix("_lora").removesuffix("_full")
         entry = _texts("formulas")[f"{key}.{variant}" if variant else key]

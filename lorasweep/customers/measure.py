@@ -1,50 +1,38 @@
-"""How much information a data set holds under a model: the summed log-loss of a first pass.
+"""Measure the information in a data set under a model: the summed log-loss of a first pass.
 
-Under the base model, and online during training: each batch is coded before the update on it, a
-prequential code (Dawid 1984), whose length is what the training itself records.
+Under the base model, and online during training. Online, each batch is coded before the update on
+it (a prequential code, Dawid 1984): the code length is the training loss that the run records.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorasweep.customers.pages import render
+from lorasweep.customers.runs import APART, MOST_RATES
 from lorasweep.data import own, sources
 from lorasweep.data.examples import Data
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.aligned import aligned
+from lorasweep.sweep.names import aligned
 from lorasweep.sweep.request import Request
 
-APART = 3.0
-"""Factor between the learning rates that are tried. The shortest code is taken, and its length
-includes naming the learning rate."""
-MOST_RATES = 9
 HELD_OUT, CURVE = 32, 8
-"""Held-out rows of the runs at their end and before: they are not what is measured."""
+"""Held-out rows of the runs at the end and before it: few, as they are not what is measured."""
 TOGETHER = 1024
 """Rows whose loss tokens are counted at once."""
 CodeLength = Callable[..., list[dict[str, float | None]]]
 """(nats under the base model, nats online, tokens, tokens left) -> the nats of all rows of each."""
 
 
-class Code(NamedTuple):
-    """One run's code."""
-
-    run: str
-    lr: float
-    nats: list[float]
-    """Of each batch, before the update on it."""
-
-
 def run_of(request: Request) -> RunSpec:
-    """Return the run whose training is the code: the request's, with few held-out rows.
+    """Return the run whose training loss is the code length: the request's, with few held-out rows.
 
     Raises:
-        SpecError: it is not one that can be a code.
+        SpecError: the request has settings with which none can be measured.
     """
     spec = request.points[0].spec
     if not 1 <= request.rates <= MOST_RATES:
@@ -59,7 +47,7 @@ def run_of(request: Request) -> RunSpec:
         )
     if spec.objective != "sft":
         raise SpecError(
-            f"action=measure with objective={spec.objective}: rewards tell at most one bit an "
+            f"action=measure with objective={spec.objective}: a reward has at most one bit per "
             "episode, so there is nothing to measure. Leave objective out."
         )
     dataset = own.dataset_of(request.data) if request.data else spec.dataset
@@ -88,47 +76,37 @@ def one_pass(spec: RunSpec, data: Data) -> RunSpec:
     return dataclasses.replace(spec, steps=steps)
 
 
-def codes_of(specs: Sequence[RunSpec], base: Sequence[Any], store: RunStore) -> list[Code]:
-    """Return the codes of the runs that did not diverge, from their records of each batch's mean.
-
-    `base`: each batch under the base model, with its tokens and nats.
-
-    Raises:
-        TrainingError: a run failed, or all diverged.
-    """
-    codes = []
-    for spec in specs:
-        result = store.result(spec.id)
-        if result is None:
-            raise TrainingError(f"run {spec.id} failed: {store.failure(spec.id)}.")
-        if result["state"] == "done":
-            by_step = {record["step"]: record["train_nll"] for record in store.records(spec.id)}
-            nats = [by_step[k] * batch.tokens for k, batch in enumerate(base, 1)]
-            codes.append(Code(spec.id, spec.lr, nats))
-    if not codes:
-        raise TrainingError(f"all {len(specs)} runs diverged. Set lr below {specs[0].lr:g}.")
-    return codes
-
-
 def information(
-    spec: RunSpec,
+    specs: Sequence[RunSpec],
     data: Data,
-    codes: Sequence[Code],
     base: Sequence[Any],
-    tried: int,
+    request: Request,
+    store: RunStore,
     code_length: CodeLength,
 ) -> dict[str, Any]:
     """Return what was measured, and what follows for all rows, as JSON values.
 
     Args:
-        spec: the run, at the middle learning rate.
-        data: its rows.
-        codes: of the runs that did not diverge.
-        base: each batch under the base model.
-        tried: number of learning rates.
+        specs: the runs, which differ in their learning rate; `data`: their rows.
+        base: each batch under the base model, with its tokens and nats.
+        request: names the folders of data.
+        store: has each run's record of the mean loss of each batch, before the update on it.
         code_length: extrapolates to all rows.
+
+    Raises:
+        TrainingError: a run failed, or all diverged.
     """
-    best = min(codes, key=lambda code: sum(code.nats))
+    spec, codes = specs[0], []
+    for run in specs:
+        result = store.result(run.id)
+        if result is None:
+            raise TrainingError(f"run {run.id} failed: {store.failure(run.id)}.")
+        if result["state"] == "done":
+            by_step = {record["step"]: record["train_nll"] for record in store.records(run.id)}
+            codes.append((run, [by_step[k] * batch.tokens for k, batch in enumerate(base, 1)]))
+    if not codes:
+        raise TrainingError(f"all {len(specs)} runs diverged. Set lr below {spec.lr:g}.")
+    shortest, nats = min(codes, key=lambda code: sum(code[1]))
     rows, tokens = spec.steps * spec.batch_size, sum(b.tokens for b in base)
     all_tokens = None  # of a generator without end
     if data.n_train is not None:
@@ -136,19 +114,23 @@ def information(
         parts = (data.train(spec.seed, k, min(TOGETHER, data.n_train - k)) for k in starts)
         all_tokens = sum(int(row.loss.sum()) for part in parts for row in part)
     left = None if all_tokens is None else all_tokens - tokens
-    which = math.log(tried)
+    which = math.log(len(specs))  # the shortest code also has to name the learning rate
     as_is = [b.nats for b in base]
-    plain, online = code_length(as_is, best.nats, [b.tokens for b in base], left)
+    plain, online = code_length(as_is, nats, [b.tokens for b in base], left)
     online = {k: v if v is None else v + which for k, v in online.items()}
-    sums = {"as_is": sum(as_is), "prequential": sum(best.nats) + which}
+    sums = {"as_is": sum(as_is), "prequential": sum(nats) + which}
     known: dict[str, Any] | None = None
     if data.bits is not None and data.entropy_floor_nats is not None:
         # the length of the code above the entropy of the rows is the cost of learning them
         bits, entropy = data.bits(tokens), tokens * data.entropy_floor_nats
-        above = {k: (nats - entropy) / math.log(2) for k, nats in sums.items()}
+        above = {k: (length - entropy) / math.log(2) for k, length in sums.items()}
         ratio = above["prequential"] / bits["generator"] if bits["generator"] else None
         costs = {f"{k}_above_entropy": v for k, v in above.items()}
         known = {"bits": bits, **costs, "ratio": ratio}
+    rows_sha256, dataset = None, spec.dataset  # digits that name a whole file of rows
+    if dataset.source == "jsonl" and dataset.n_train is None:
+        found = sources.find_jsonl(dataset, dataset.train_split, request.exec.data_dir)
+        rows_sha256 = found[1][: own.DIGITS]
     return {
         "model": spec.model.name,
         "dataset": spec.dataset.name,
@@ -161,18 +143,12 @@ def information(
             "method": spec.method.plain(),
             "batch_size": spec.batch_size,
             "precision": spec.precision,
-            "lr": best.lr,
+            "lr": shortest.lr,
         },
-        "runs": [{"run": c.run, "lr": c.lr, "nats": sum(c.nats)} for c in codes],
-        "diverged": tried - len(codes),
+        "runs": [{"run": run.id, "lr": run.lr, "nats": sum(code)} for run, code in codes],
+        "diverged": len(specs) - len(codes),
+        "rows_sha256": rows_sha256,
     }
-
-
-def rows_sha256(spec: RunSpec, data_dirs: list[str]) -> str | None:
-    """Return the digits that name the file of rows; None for data that are not a whole file."""
-    if spec.dataset.source != "jsonl" or spec.dataset.n_train is not None:
-        return None
-    return sources.find_jsonl(spec.dataset, spec.dataset.train_split, data_dirs)[1][: own.DIGITS]
 
 
 def _units(nats: float, length: dict[str, float | None], rows: int, tokens: int) -> dict[str, Any]:
@@ -193,7 +169,7 @@ NAMES = {"as_is": "under the base model", "prequential": "online, during trainin
 
 def text_of(found: dict[str, Any], path: Path) -> str:
     """Return the result for the terminal; `path`: the file that keeps it."""
-    rows = [["", "", "a token", "an example", "these rows", "all rows [95%]"]]
+    rows = [["", "", "per token", "per row", "measured rows", "all rows [95%]"]]
     for key, name in NAMES.items():
         for unit in ("bits", "nats"):
             values = found[key][unit]

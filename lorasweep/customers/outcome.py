@@ -42,13 +42,13 @@ class Outcome:
 
     @property
     def base(self) -> str:
-        """The public name of the base: that of the hub, or of its folder, without its path."""
+        """The public name of the base: its name on the hub, or that of its folder."""
         model = self.member.points[0].spec.model
         return model.location if model.source == "hub" else model.name
 
     @property
     def open(self) -> bool:
-        """Whether runs are still to be trained, and none failed."""
+        """Some runs are not finished, and none failed."""
         states = {t.state for t in self.tried}
         return not self.spec and "failed" not in states and not states <= set(FINAL)
 
@@ -77,13 +77,13 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """Whether it gained, by the interval of the gain: one of VERDICTS."""
+        """One of VERDICTS, by the interval of the gain."""
         low, high = self.interval or (-math.inf, math.inf)
         return GAINED if low > 0 else WORSE if high < 0 else UNKNOWN
 
     @property
     def edge(self) -> str:
-        """The chosen learning rate is the lowest or highest of those tried; '' in between."""
+        """'lowest' or 'highest' if the chosen learning rate is that of those tried; else ''."""
         rates = [t.lr for t in self.tried]
         if self.spec is None or len(rates) == 1:
             return ""
@@ -91,30 +91,31 @@ class Outcome:
 
     @property
     def room(self) -> str:
-        """Whether the data are too few or too many for the rank, by the adviser's count of bits."""
-        load = self.member.advised.load
+        """What is wrong with the amount of data, by the adviser's count of bits; or ''."""
+        load = self.member.advised["load"]
         if not self.member.rows.held_out:
-            return "too few different rows to hold any out"
+            return "too few unique rows to hold any out"
         if load is None or load <= ROOM:
             return ""
-        return "more than the rank holds" if load > FULL else "little room in the rank"
+        share = "all" if load > FULL else "half"
+        return f"the data take more than {share} of the rank's capacity"
 
     @property
     def stopping(self) -> str:
-        """When and why training ended; empty if it was to make all its updates."""
+        """When and why training ended; empty if early stopping was not requested."""
         spec, done = self.member.points[0].spec, self.result.get("steps_done")
         patience, steps, best = spec.early_stopping, spec.steps, self.result.get("best_step")
         if not patience:
             why = self.member.not_early
-            return f"left out, so it made all {steps} updates: {why}" if why else ""
+            return f"off, so it made all {steps} updates: {why}" if why else ""
         if done is None:
             return ""
         if done >= steps:
-            return f"made all {steps} updates; the weights are those after update {best}, the best"
+            return f"made all {steps} updates; the weights are those of update {best}, the best"
         worse = f"{patience} evaluations in a row were" if patience > 1 else "one evaluation was"
         return (
-            f"ended after update {done} of {steps}, as {worse} no better than the one after update "
-            f"{best}; these are the weights of that update"
+            f"ended after update {done} of {steps}, because {worse} no better than update {best}, "
+            "whose weights these are"
         )
 
     def plain(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class Outcome:
             "lr": self.spec.lr if self.spec else None,
             "tried": [vars(t) for t in self.tried],
             "edge": self.edge,
-            "rank": advised.rank,
+            "rank": advised["rank"],
             "alpha": method.plain()["alpha"],
             "layers": method.plain()["layers"],
             "tied": first.model.tied and "unembedding" in method.target_layers(),
@@ -173,15 +174,15 @@ class Outcome:
             "tokens": found.get("tokens"),
             "seconds": found.get("wall_s"),
             "room": self.room,
-            "advised": advised.method,
-            "advised_why": advised.why,
-            "advised_lr": advised.lr_source,
-            "warnings": advised.warnings,
+            "advised": advised["method"],
+            "advised_why": advised["why"],
+            "advised_lr": advised["lr_source"],
+            "warnings": advised["warnings"],
         }
 
 
 def outcome_of(member: Member, store: RunStore) -> Outcome:
-    """Choose a customer's learning rate: lowest loss on validation rows, the lower of equal ones.
+    """Choose a customer's learning rate: lowest validation loss, the lower rate of equal ones.
 
     None is chosen before all its runs have ended.
     """
@@ -204,7 +205,7 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
         killed = max(store.failures(t.run) for t in open_)
         if killed:
             problem += (
-                f"; a process that trained one was killed, {killed} times (out of memory? Try "
+                f"; processes that trained one were killed {killed} times (out of memory? Try "
                 "fewer exec.workers)"
             )
     elif not found:
@@ -224,6 +225,7 @@ def counts(found: Sequence[Outcome]) -> dict[str, int]:
 
 def counts_line(values: Mapping[str, int]) -> str:
     """Return the counts of customers in words."""
-    return (
+    text = (
         "{customers} customers: {adapters} adapters, {open} not trained yet, {errors} with errors"
-    ).format(**values)
+    )
+    return text.format(**values)

@@ -1,7 +1,7 @@
 """Advice for people: cells of a table, a page in Markdown, and one in HTML.
 
-Pages are templates in `templates/`. HTML is escaped by the template engine; Markdown is escaped
-here, because names and error texts are customers'.
+Pages are templates in `templates/`. The template engine escapes HTML; `plain_text` escapes Markdown
+in names and errors, which contain what customers wrote.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,24 +10,23 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lorasweep.customers.advice import Advice, plain_of, totals
+from lorasweep.customers.advice import Advice, totals
 from lorasweep.customers.evidence import Sure, shown
 from lorasweep.customers.read import Failed
-from lorasweep.customers.rules.capacity import RULES
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 
-METHODS = {"lora": "LoRA", "full": "full", "open": "open"}
+METHODS = {"lora": "LoRA", "full": "full", "open": "undecided"}
 HEAD = (
     *("customer", "model", "method", "rank", "learning rate", "largest batch", "load", "GPUs"),
     *("hours", "dollars", "GiB LoRA", "GiB full", "warnings"),
 )
 NUMBERS = ("rank", "largest batch", "load", *HEAD[8:])
 BASIS = (
-    "Memory and time are computed from shapes and data sheets: nine in ten published figures lie "
-    f"within {MEMORY_ERROR:.0%} and {SPEED_ERROR:.0%}. Method, rank and learning rate rest on "
-    "published rules, which disagree; measured regret covers only the small models it was measured "
-    "on. Load is the information in the data, in bits, over 2 bits for each trained parameter. "
-    "Open means undecided: run a sweep (write_sweep=NAME)."
+    "Memory and time are computed from shapes and data sheets. Of published figures, nine in ten "
+    f"lie within {MEMORY_ERROR:.0%} of the memory and {SPEED_ERROR:.0%} of the time. Method, rank "
+    "and learning rate follow published rules, which disagree; measured regret covers small "
+    "models only. Load is the information in the data, in bits, over 2 bits for each trained "
+    "parameter. Where the method is undecided, run a sweep (write_sweep=NAME)."
 )
 
 
@@ -88,9 +87,9 @@ def name_of(found: Advice | Failed) -> str:
 
 def cells(advice: Advice | Failed) -> list[str]:
     """Return the row of a table, under HEAD."""
-    p = plain_of(advice)
     if isinstance(advice, Failed):
         return [name_of(advice), "", "error", *[""] * (len(HEAD) - 3)]
+    p = advice.plain()
     return [
         p["name"],
         p["model"],
@@ -142,15 +141,14 @@ def html(found: Sequence[Advice | Failed], title: str) -> str:
     """Return the page in HTML: one file, without scripts."""
     t = totals(found)
     good = [a for a in found if isinstance(a, Advice)]
-    numbers = {(r.name, r.source, r.sure.value) for a in good for r in a.reasons.values()}
-    states = {(c.name, e, c.sure.value) for a in good for c in a.conditions for e in c.evidence}
+    numbers = {(r.name, r.source, r.sure) for a in good for r in a.reasons.values()}
+    states = {(c.name, e, c.sure) for a in good for c in a.conditions for e in c.evidence}
     cards = []
     for a in found:
         card: dict[str, Any] = {"name": name_of(a), "kind": "error", "answer": a}
         if isinstance(a, Advice):
             measured = "bits" in a.reasons and a.reasons["bits"].sure is Sure.MEASURED
-            card |= {"kind": a.choice.method, "p": a.plain(), "by": RULES[a.choice.by]}
-            card["measured"] = measured
+            card |= {"kind": a.choice.method, "p": a.plain(), "measured": measured}
         cards.append(card)
     return render(
         "advice.html",

@@ -31,8 +31,6 @@ FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
 """Starts of cells that spreadsheets compute (OWASP, CSV injection)."""
 THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
-
-
 INF = float("inf")
 
 
@@ -43,6 +41,8 @@ class Column(NamedTuple):
     low: float = 0.0
     high: float = INF
     meaning: str = ""
+    config_keys: tuple[str, ...] = ()
+    """Names in a config.json of transformers; the first that is there counts."""
 
 
 def _col(kind: type, low: float, high: float, meaning: str, default: Any = None) -> Any:
@@ -80,17 +80,20 @@ class Customer:
     """Its place in the table."""
 
 
+HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
+MLP_KEYS = ("moe_intermediate_size", "intermediate_size")
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 SHAPE = {
-    "hidden_size": Column(int, 1, 1e6, "width"),
-    "n_layers": Column(int, 1, 1e4, "layers"),
-    "n_heads": Column(int, 1, 1e4, "heads"),
-    "n_kv_heads": Column(int, 1, 1e4, "key/value heads"),
-    "head_size": Column(int, 1, 1e4, "width of a head"),
-    "mlp_size": Column(int, 1, 1e6, "width of the MLP, of one expert if there are any"),
-    "vocab_size": Column(int, 2, 1e7, "vocabulary"),
+    "hidden_size": Column(int, 1, 1e6, "width", ("hidden_size",)),
+    "n_layers": Column(int, 1, 1e4, "layers", ("num_hidden_layers",)),
+    "n_heads": Column(int, 1, 1e4, "heads", (HEADS,)),
+    "n_kv_heads": Column(int, 1, 1e4, "key/value heads", (KV_HEADS, HEADS)),
+    "head_size": Column(int, 1, 1e4, "width of a head", ("head_dim",)),
+    "mlp_size": Column(int, 1, 1e6, "width of the MLP, of one expert if there are any", MLP_KEYS),
+    "vocab_size": Column(int, 2, 1e7, "vocabulary", ("vocab_size",)),
     "tied": Column(bool, meaning="embedding and unembedding are one matrix"),
-    "n_experts": Column(int, 0, 1e4, "experts of a layer"),
-    "n_active_experts": Column(int, 0, 1e4, "experts that a token passes through"),
+    "n_experts": Column(int, 0, 1e4, "experts of a layer", EXPERT_KEYS),
+    "n_active_experts": Column(int, 0, 1e4, "experts for a token", ("num_experts_per_tok",)),
 }
 COLUMNS = {f.name: f.metadata["column"] for f in fields(Customer) if f.metadata} | SHAPE
 REQUIRED = ("name", "model", "task")
@@ -106,13 +109,11 @@ class RowError(Exception):
 
 
 class Row(NamedTuple):
-    """One row as it stands in the file."""
+    """One row of the file, unchecked."""
 
     where: str
     """Its place for people, such as 'row 3': in a CSV, the line of the file."""
     values: dict[str, Any]
-    problem: str | None = None
-    """Why it cannot be read as a row at all."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,11 @@ def read_customers(path: Path) -> list[Customer | Failed]:
         raise SpecError(f"customers={path}: no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"customers={path}: cannot be read as text: {error}") from None
-    rows = _yaml(path, text) if path.suffix.lower() in (".yaml", ".yml") else _csv(path, text)
+    is_yaml = path.suffix.lower() in (".yaml", ".yml")
+    try:
+        rows = _yaml(text) if is_yaml else _csv(text)
+    except SpecError as error:
+        raise SpecError(f"customers={path}: {error}") from None
     if not rows:
         raise SpecError(f"customers={path}: no customers in it. {expected()}")
     return check_rows(rows)
@@ -161,55 +166,50 @@ def expected() -> str:
     )
 
 
-def _csv(path: Path, text: str) -> list[Row]:
+def _csv(text: str) -> list[Row | Failed]:
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)  # as spreadsheets of other languages write it
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
-    header: list[str] = []
     try:
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-                _check_header(path, header)
-                continue
-            problem = None
-            if any(cell.strip() for cell in cells[len(header) :]):
-                problem = f"{len(cells)} cells under {len(header)} columns. Quote commas."
-            values = dict(zip(header, cells, strict=False))
-            rows.append(Row(f"row {reader.line_num}", values, problem))
+        lines = [(f"row {reader.line_num}", cells) for cells in reader if "".join(cells).strip()]
     except csv.Error as error:
-        raise SpecError(f"customers={path}: row {reader.line_num}: {error}") from None
+        raise SpecError(f"row {reader.line_num}: {error}") from None
+    if not lines:
+        return []
+    header = [cell.strip() for cell in lines[0][1]]
+    # a misspelt column would count as not stated
+    odd = next((name for name in header if name not in COLUMNS), None)
+    twice = sorted({name for name in header if header.count(name) > 1})
+    missing = [name for name in REQUIRED if name not in header]
+    if odd is not None:
+        raise SpecError(unknown("column", odd, COLUMNS))
+    if twice or missing:
+        what = f"column {twice[0]} twice" if twice else f"no column {', '.join(missing)}"
+        raise SpecError(f"{what}. {expected()}")
+    rows: list[Row | Failed] = []
+    for where, cells in lines[1:]:
+        values = dict(zip(header, cells, strict=False))
+        if any(cell.strip() for cell in cells[len(header) :]):
+            problem = f"{len(cells)} cells under {len(header)} columns. Quote commas."
+            rows.append(Failed(where, str(values["name"]).strip(), [problem]))
+        else:
+            rows.append(Row(where, values))
     return rows
 
 
-def _check_header(path: Path, names: list[str]) -> None:
-    """Refuse a header that would be misread: a misspelt column would count as not stated."""
-    odd = next((name for name in names if name not in COLUMNS), None)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    missing = [name for name in REQUIRED if name not in names]
-    if odd is not None:
-        raise SpecError(f"customers={path}: {unknown('column', odd, COLUMNS)}")
-    if twice or missing:
-        what = f"column {twice[0]} twice" if twice else f"no column {', '.join(missing)}"
-        raise SpecError(f"customers={path}: {what}. {expected()}")
-
-
-def _yaml(path: Path, text: str) -> list[Row]:
+def _yaml(text: str) -> list[Row | Failed]:
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SpecError(f"customers={path}: not valid YAML: {error}") from None
+        raise SpecError(f"not valid YAML: {error}") from None
     if isinstance(found, dict) and set(found) == {"customers"}:
         found = found["customers"]
     if not isinstance(found, list | None):
-        raise SpecError(f"customers={path}: expected a list with an entry for each customer.")
+        raise SpecError("expected a list with an entry for each customer.")
     return [
         Row(f"entry {k}", entry)
         if isinstance(entry, dict)
-        else Row(f"entry {k}", {}, f"expected columns and values, got {entry!r}.")
+        else Failed(f"entry {k}", "", [f"expected columns and values, got {entry!r}."])
         for k, entry in enumerate(found or [], 1)
     ]
 
@@ -217,19 +217,18 @@ def _yaml(path: Path, text: str) -> list[Row]:
 # ---------------------------------------------------------------- a row
 
 
-def check_rows(rows: Iterable[Row]) -> list[Customer | Failed]:
+def check_rows(rows: Iterable[Row | Failed]) -> list[Customer | Failed]:
     """Return each row's customer, or what is wrong with the row."""
     found: list[Customer | Failed] = []
     seen: set[str] = set()
     for row in rows:
+        if isinstance(row, Failed):
+            found.append(row)
+            continue
         try:
-            if row.problem:
-                raise RowError(row.problem)
             c = customer_of(row.values, row.where)
             if c.name in seen:
-                raise RowError(
-                    f"column name: {c.name!r} was used by an earlier row. Use a unique name."
-                )
+                raise RowError(f"column name: an earlier row has {c.name!r}. Use a unique name.")
             seen.add(c.name)
             found.append(c)
         except RowError as error:
@@ -239,7 +238,7 @@ def check_rows(rows: Iterable[Row]) -> list[Customer | Failed]:
 
 
 def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
-    """Read one row: values by column, as text or as YAML has them; `where`: its place.
+    """Read one row: values by column, as text or as YAML gives them; `where`: its place.
 
     Raises:
         RowError: the row is wrong; all its problems, each with its column.
@@ -267,7 +266,7 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
 
 def _value(column: str, raw: Any) -> Any:
     """Convert a cell; ValueError says what is wrong with it."""
-    kind, low, high, meaning = COLUMNS[column]
+    kind, low, high, meaning, _ = COLUMNS[column]
     text = str(raw).strip()
     if isinstance(raw, str) and FORMULA.match(raw):
         raise ValueError(
@@ -342,17 +341,6 @@ def _contradictions(c: Customer) -> Iterator[str]:
 # ---------------------------------------------------------------- the model
 
 NEEDED = tuple(c for c in SHAPE if c not in ("tied", "n_experts", "n_active_experts"))
-CONFIG_KEYS = {
-    "hidden_size": ("hidden_size",),
-    "n_layers": ("num_hidden_layers",),
-    "n_heads": ("num_attention_heads",),
-    "n_kv_heads": ("num_key_value_heads", "num_attention_heads"),
-    "mlp_size": ("moe_intermediate_size", "intermediate_size"),
-    "vocab_size": ("vocab_size",),
-    "n_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-    "n_active_experts": ("num_experts_per_tok",),
-}
-"""Field -> its names in a config.json of transformers; the first that is there counts."""
 Models = Mapping[str, Callable[[], ModelSpec]]
 """Name -> reads its shape. Names of the catalogue and of the hub, in lower case."""
 
@@ -382,13 +370,10 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
     else:
         return _build(c.model, stated)
     wrong = {n: getattr(model, n) for n, v in stated.items() if getattr(model, n) != v}
+    hint = "Leave it out, or give the model another name."
     if wrong:
         raise RowError(
-            *(
-                f"column {n}: {stated[n]}, but {c.model} has {has}. Leave it out, or give the "
-                "model another name."
-                for n, has in wrong.items()
-            )
+            *(f"column {n}: {stated[n]}, but {c.model} has {v}. {hint}" for n, v in wrong.items())
         )
     return model
 
@@ -404,17 +389,16 @@ def _of_config(path: Path) -> ModelSpec:
         raise RowError(f"column model: {path} is not the config.json of a model.")
     config = {**config, **config.get("text_config", {})}
     stated: dict[str, Any] = {}
-    for name, keys in CONFIG_KEYS.items():
-        found = [config[k] for k in keys if config.get(k) is not None]
-        stated |= {name: found[0]} if found else {}
-    if config.get("head_dim"):
-        stated["head_size"] = config["head_dim"]
-    elif stated.get("hidden_size") and stated.get("n_heads"):
+    for name, column in SHAPE.items():
+        found = [config[k] for k in column.config_keys if config.get(k) is not None]
+        if found:
+            stated[name] = found[0]
+    if "head_size" not in stated and stated.get("hidden_size") and stated.get("n_heads"):
         stated["head_size"] = stated["hidden_size"] // stated["n_heads"]
     stated["tied"] = bool(config.get("tie_word_embeddings", False))
     missing = [n for n in NEEDED if n not in stated]
     if missing:
-        names = ", ".join(" or ".join(CONFIG_KEYS.get(n, (n,))) for n in missing)
+        names = ", ".join(" or ".join(SHAPE[n].config_keys) for n in missing)
         raise RowError(f"column model: {path} lacks {names}.")
     folder = path.absolute().parent
     dtype = config.get("dtype") or config.get("torch_dtype")

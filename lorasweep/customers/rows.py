@@ -1,4 +1,4 @@
-"""A customer's rows as a data set: their form, and which of them are validation and test rows.
+"""A customer's rows as a data set: their form, and the split into training, validation and test.
 
 Refuses to know models and learning rates.
 """
@@ -20,8 +20,8 @@ from lorasweep.plan.load import TEXT_FILL
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 FEWEST = 20
-"""Rows below which none is held out: of fewer, four validation and four test rows would be most of
-the data. A convention."""
+"""Rows below which none is held out: four validation and four test rows would be most of the data.
+A convention."""
 SHARE, LEAST, MOST = 10, 4, 128
 """One row in SHARE is a validation row, and as many are test rows: at least LEAST, at most MOST."""
 LEFT = 0.5
@@ -32,9 +32,9 @@ SPLITS = BY_PROMPT, BY_ROW = "prompt", "row"
 """How held-out rows are divided from training rows. row: the rule of earlier versions; rows of a
 test file are divided in the file's order."""
 EXAMPLES = 20
-"""Of so many first rows the shortest conversation shows the form of a prompt."""
+"""Number of first rows of which the shortest conversation shows the form of a prompt."""
 LONGEST = 131_072
-"""Tokens of a row that are read where no max_length is stated: no public row is as long."""
+"""Tokens that are read of a row where no max_length is stated: no public row is as long."""
 Messages = tuple[Message, ...]
 """A row's messages, or its prompt and completion."""
 
@@ -65,7 +65,7 @@ class Rules:
 
 
 class Text(NamedTuple):
-    """The text of a row, as far as dividing rows needs it."""
+    """The text of a row: all of it, and its prompt."""
 
     whole: Messages
     prompt: Messages
@@ -74,7 +74,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """A customer's rows as a data set, and how many there are for what."""
+    """A customer's rows as a data set, with their counts."""
 
     dataset: DatasetSpec
     n_train: int
@@ -156,9 +156,8 @@ def _divide(
     repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
     if tested is not None and n_pool < 2:
         raise DataError(
-            f"{test} has {n_pool} unique rows. Expected at least 2: validation rows choose the "
-            "learning rate, test rows measure the gain. Add rows, or remove them: training rows "
-            "are then held out."
+            f"{test} has {n_pool} unique rows. Expected at least 2, for validation and for test. "
+            "Add rows, or remove them all: training rows are then held out."
         )
     changes: dict[str, Any]
     if tested is None and n_pool < FEWEST:
@@ -181,17 +180,17 @@ def _divide(
         changes, n_train = _by_units(spec, rows, tested)
     if not n_train:
         raise DataError(
-            f"every row of {spec.train_split} stands in {test}, too. Add rows to train on, or "
-            "remove the held-out rows."
+            f"every row of {spec.train_split} is also in {test}. Add rows to train on, or remove "
+            "the held-out rows."
         )
-    # few updates on few rows: learning curves that nobody reads would cost as much as the training
+    # no learning curve: on few rows it would cost as much as the training
     spec = dataclasses.replace(spec, n_test_curve=0, **changes)
     left_out = len(rows) - n_train if tested is not None else 0
     return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out)
 
 
 def _share(units: int) -> int:
-    """Return how many of so many rows or prompts are for validation, and for test as many."""
+    """Return the number of validation rows or prompts, and of test ones, out of `units`."""
     return max(LEAST, min(units // SHARE, MOST))
 
 
@@ -200,9 +199,8 @@ def _by_units(
 ) -> tuple[dict[str, Any], int]:
     """Divide rows so that no prompt is in two splits, or no row where prompts are too few.
 
-    Too few: fewer than FEWEST in rows of which some share one, or dividing by them would leave
-    less than LEFT of the training rows. Returns fields of the data set, and the number of training
-    rows.
+    Too few: fewer than FEWEST where rows share some, or less than LEFT of the training rows would
+    remain. Returns fields of the data set, and the number of training rows.
     """
     pool = rows if tested is None else tested
     for by in SPLITS if spec.mask != "all" else (BY_ROW,):
@@ -229,7 +227,7 @@ def _by_units(
 
 
 def _fitting(sizes: Sequence[int], most: int = MOST) -> int:
-    """Return how many units, from the first one, have at most so many rows in all: at least 1."""
+    """Return how many of the first units have at most `most` rows together, and at least 1."""
     totals = itertools.accumulate(sizes)
     return max(1, sum(total <= most for total in totals))
 
@@ -237,10 +235,10 @@ def _fitting(sizes: Sequence[int], most: int = MOST) -> int:
 def with_lengths(
     rows: Rows, tokenizer: Any, max_length: int | None, data_dirs: Sequence[str]
 ) -> tuple[Rows, float]:
-    """Tokenize a customer's rows; return them with their max_length, and the mean loss tokens.
+    """Return a customer's rows with max_length and an example, and the mean loss tokens of a row.
 
-    A max_length that is not stated is that of the longest row, and more where the plan's mean of
-    text rows (TEXT_FILL) would be below theirs; it cuts no row. With them comes a rendered example.
+    Without a stated max_length it is that of the longest row, or larger if the planner's mean of
+    text rows (TEXT_FILL) would be below the mean of these; no row is cut.
 
     Raises:
         DataError: a row has no token that bears loss, or none can be used.
@@ -251,13 +249,11 @@ def with_lengths(
     most = spec.n_validation + spec.n_test
     tested = text.examples(spec, spec.test_split, held_out, tokenizer, most, "")
     if not found.n_bytes.any():
-        raise DataError(
-            f"every answer is empty, in all {len(found)} rows that are trained on. Fill them in."
-        )
-    lengths = np.diff(np.concatenate([[0], found.ends]))
+        raise DataError(f"all {len(found)} training rows have an empty answer. Fill them in.")
     if max_length is None:
-        longest = max(int(lengths.max()), int(np.diff(np.concatenate([[0], tested.ends])).max()))
-        max_length = rounded(max(longest, float(lengths.mean()) / TEXT_FILL))
+        lengths, held = (np.diff(part.ends, prepend=0) for part in (found, tested))
+        longest = max(lengths.max(), held.max())
+        max_length = rounded(max(float(longest), float(lengths.mean()) / TEXT_FILL))
     example, end = _rendered(spec, list(itertools.islice(train.rows(), EXAMPLES)), tokenizer)
     spec = dataclasses.replace(spec, max_length=max_length)
     rows = dataclasses.replace(rows, dataset=spec, end=end, example=example)
@@ -269,8 +265,8 @@ def _rendered(
 ) -> tuple[list[list[Any]], str]:
     """Render the shortest conversation of some rows with a name in place of each text.
 
-    So the form can be read on a card, which says nothing of what is in a customer's rows. Returns
-    the texts with whether each is in the loss, and what ends the last answer.
+    A card shows it: the form, without the content of any row. Returns the texts, each with whether
+    it is in the loss, and what ends the last answer.
     """
     if spec.format in fields.LISTS:
         content = fields.LISTS[spec.format][1]

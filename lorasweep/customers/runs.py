@@ -1,7 +1,6 @@
-"""Build the runs that each customer's adapter is chosen from, or say what is wrong with a customer.
+"""Build the runs from which each customer's adapter is chosen, or say what is wrong.
 
-Also decides by which rules a fleet reads rows: those on the command line, then those its folder
-keeps.
+Also decides the rules by which a fleet reads rows: from the command line, else from the folder.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +26,26 @@ from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.forecast import Forecaster
 from lorasweep.plan.placement import Misfit
+from lorasweep.spec.canonical import not_allowed
 from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
-from lorasweep.spec.run import RunSpec, validate
+from lorasweep.spec.run import validate
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
 
 APART = 3.0
-"""Factor between the learning rates that are tried, as in public grids (rules/rates.py, STEP): any
-learning rate between them is within a factor 1.7 of one."""
+"""Factor between the learning rates that are tried, as in public grids (rules/rates.py, STEP): a
+learning rate between two of them is within a factor 1.7 of one."""
 MOST_RATES = 9
 FORM = {"template", "render", "mask"}
 """Fields of a data set that a fleet takes from the command line."""
 SAFE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RULES = "fleet.json"
-"""File of a fleet's folder: how the fleet reads rows and what it adapts, as first decided."""
-
-
-@dataclass(frozen=True)
-class Advised:
-    """The advice, as far as a card repeats it."""
-
-    method: str
-    """lora, full or open."""
-    why: str
-    rank: int
-    load: float | None
-    """Bits of the data over the capacity of the rank."""
-    lr_source: str
-    warnings: list[str]
+"""File in a fleet's folder that records how rows are read and what is adapted."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +59,18 @@ class Member:
     """Its name, safe as the name of a folder; also of its data set and in what is printed."""
     problem: str = ""
     """Why it has no runs. Then the fields below have no values."""
-    advised: Advised = None  # type: ignore[assignment]
+    advised: dict[str, Any] = field(default_factory=dict)
+    """What its card repeats of the advice: method, why, rank, load, lr_source and warnings."""
     rows: Rows = None  # type: ignore[assignment]
     points: list[Point] = field(default_factory=list)
     """A run for each learning rate, lowest first."""
     not_early: str = ""
-    """Why early stopping was asked for and is left out."""
+    """Why it is trained without the early stopping that was requested."""
 
     def plain(self) -> dict[str, Any]:
         """Return it as JSON values without its runs, for `planned`."""
         values = {**vars(self), "points": []}
         if self.points:
-            values["advised"] = vars(self.advised)
             values["rows"] = {k: v for k, v in vars(self.rows).items() if k != "dataset"}
         return values
 
@@ -96,11 +82,10 @@ def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Me
         runs.setdefault(p.arm, []).append(p)
     found = []
     for values in fleet:
-        mine = runs.get(values["folder"], [])
-        if values["advised"] is not None:
+        if values["rows"] is not None:  # else it has no runs
+            mine = runs[values["folder"]]
             rows = Rows(dataset=mine[0].spec.dataset, **values["rows"])
-            advised = Advised(**values["advised"])
-            values = {**values, "advised": advised, "rows": rows, "points": mine}
+            values = {**values, "rows": rows, "points": mine}
         found.append(Member(**values))
     return found
 
@@ -116,59 +101,51 @@ def folder_of(name: str) -> str:
 # ---------------------------------------------------------------- customers to runs
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What all customers' runs share."""
+def build_runs(
+    customers: Iterable[Customer | Failed],
+    known: Known,
+    request: Request,
+    rules: Rules,
+    tokenizer_of: Callable[[ModelSpec], Any],
+) -> list[Member]:
+    """Advise each customer and build its runs; one that is wrong does not affect the others.
 
-    base: RunSpec
-    """Its model, data set, rank, alpha, layers, learning rate, batch and updates are replaced."""
-    rates: int
-    """Learning rates that are tried around the advised one; 1: the advised one only."""
-    instead_of_full: str
-    """lora: LoRA is trained although the adviser says full fine-tuning."""
-    tokenizer_of: Callable[[ModelSpec], Any]
-    """Raises a ModelError where a base cannot be had."""
-    data_dirs: Sequence[str]
-    planner: Forecaster | None = None
-    """Of the GPUs that train, if they are named: a base must fit on one of them."""
-    rules: Rules = field(default_factory=Rules)
+    Args:
+        customers: rows of the table.
+        known: what the advice is based on. If it names GPUs, a base must fit on one of them.
+        request: its one run is the start of all runs; model, data set, rank, alpha, layers,
+            learning rate, batch and updates are replaced.
+        rules: how rows are read.
+        tokenizer_of: raises a ModelError where a base cannot be had.
 
-    def __post_init__(self) -> None:
-        """Check it.
-
-        Raises:
-            SpecError: adapters cannot be trained with it.
-        """
-        base, stops = self.base, self.base.early_stopping
-        if not isinstance(base.method, LoRA) or base.objective != "sft":
-            problem = (
-                f"method={base.method.name} objective={base.objective}: a fleet trains adapters on "
-                "given answers. Set method=lora and objective=sft."
-            )
-        elif self.rates != 1 and not 3 <= self.rates <= MOST_RATES:
-            problem = (
-                f"rates={self.rates}. Expected advised, or the number of learning rates around the "
-                f"advised one: 3 to {MOST_RATES}."
-            )
-        elif stops < 0:
-            problem = (
-                f"early_stopping={stops}. Expected 0 (off), or the number of evaluations in a row "
-                "without improvement after which a run ends: 2 or 3."
-            )
-        elif self.instead_of_full not in ("", "lora"):
-            problem = f"instead_of_full={self.instead_of_full!r}. Allowed: lora, or leave it out."
-        else:
-            return
-        raise SpecError(problem)
-
-
-def build_runs(customers: Iterable[Customer | Failed], known: Known, setup: Setup) -> list[Member]:
-    """Advise each customer and build its runs; one that is wrong does not affect the others."""
+    Raises:
+        SpecError: adapters cannot be trained with the settings of the request.
+    """
+    base = request.points[0].spec
+    if not isinstance(base.method, LoRA) or base.objective != "sft":
+        raise SpecError(
+            f"method={base.method.name} objective={base.objective}: a fleet trains adapters on "
+            "given answers. Set method=lora and objective=sft."
+        )
+    if request.rates != 1 and not 3 <= request.rates <= MOST_RATES:
+        raise SpecError(
+            f"rates={request.rates}. Expected advised, or the number of learning rates around the "
+            f"advised one: 3 to {MOST_RATES}."
+        )
+    if base.early_stopping < 0:
+        raise SpecError(
+            f"early_stopping={base.early_stopping}. Expected 0 (off), or the number of evaluations "
+            "in a row without improvement after which a run ends: 2 or 3."
+        )
+    if request.instead_of_full not in ("", "lora"):
+        raise SpecError(not_allowed("instead_of_full", request.instead_of_full, ("", "lora")))
+    hardware = known.hardware
+    planner = Forecaster(hardware, request.exec) if hardware and hardware.has_speeds else None
     found = []
     for c in customers:
         try:
             if not isinstance(c, Failed):
-                found.append(_member(c, known, setup))
+                found.append(_member(c, known, request, rules, tokenizer_of, planner))
                 continue
             failed = c
         except (RowError, SpecError) as error:
@@ -177,7 +154,14 @@ def build_runs(customers: Iterable[Customer | Failed], known: Known, setup: Setu
     return found
 
 
-def _member(c: Customer, known: Known, setup: Setup) -> Member:
+def _member(
+    c: Customer,
+    known: Known,
+    request: Request,
+    rules: Rules,
+    tokenizer_of: Callable[[ModelSpec], Any],
+    planner: Forecaster | None,
+) -> Member:
     """Read and tokenize a customer's rows, take advice, and make a run for each learning rate.
 
     Raises:
@@ -192,13 +176,13 @@ def _member(c: Customer, known: Known, setup: Setup) -> Member:
             "data set of the hub as owner/name."
         )
     try:
-        tokenizer = setup.tokenizer_of(model)
+        tokenizer = tokenizer_of(model)
     except ModelError as error:
         raise RowError(f"column model: {error}") from None
     folder = folder_of(c.name)
     try:
-        rows = rows_of(folder, c.data, setup.rules, tokenizer)
-        rows, tokens = with_lengths(rows, tokenizer, c.max_length, setup.data_dirs)
+        rows = rows_of(folder, c.data, rules, tokenizer)
+        rows, tokens = with_lengths(rows, tokenizer, c.max_length, data_dirs(request))
     except (DataError, OSError) as error:
         raise RowError(f"column data: {error}") from None
     if tokens < COLUMNS["tokens_per_example"].low:
@@ -211,13 +195,13 @@ def _member(c: Customer, known: Known, setup: Setup) -> Member:
     if on_hub:  # counted here, as the adviser does not use the network
         counted |= {"examples": c.examples or rows.n_train, "data": None}
     advice = advise(dataclasses.replace(c, **counted), known)
-    choice, batch, base = advice.choice, advice.work.batch_size, setup.base
-    if choice.method == "full" and setup.instead_of_full != "lora":
+    choice, batch, base = advice.choice, advice.work.batch_size, request.points[0].spec
+    if choice.method == "full" and not request.instead_of_full:
         raise RowError(
             f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
             f"train LoRA of rank {choice.rank} nevertheless; its card will say so."
         )
-    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": setup.rules.layers}
+    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": rules.layers}
     steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / batch))
     rate, patience = middle_rates(advice)[0], base.early_stopping
     not_early = why_not_early(patience, steps, rows.dataset.n_validation) if patience else ""
@@ -231,30 +215,26 @@ def _member(c: Customer, known: Known, setup: Setup) -> Member:
         lr=rate,
         early_stopping=0 if not_early else patience,
     )
-    tried = setup.rates if rows.held_out else 1
+    tried = request.rates if rows.held_out else 1
     rates = [rate] if tried == 1 else around(rate, tried, APART)
     points = [Point(folder, dataclasses.replace(spec, lr=lr)) for lr in rates]
     for p in points:
         validate(p.spec)
-    if setup.planner is not None:
-        _check_one_gpu(points[0].spec, setup.planner)
+    if planner is not None:  # the adapter of a base on several GPUs would not be kept
+        place = planner.kind(points[0].spec).place
+        if isinstance(place, Misfit):
+            raise RowError(f"{place.why}. It fits with {place.remedy}.")
+        if place.layout.gpus > 1:
+            raise RowError(
+                f"{model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), and a "
+                "fleet trains on one each. Choose a smaller model, or larger GPUs (hardware=...)."
+            )
     warnings = advice.warnings
     if not on_hub:  # a card names no folder of this machine
         warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
-    why = (choice.method, choice.why, choice.rank, choice.load, advice.rate.source)
-    return Member(c.where, c.name, folder, "", Advised(*why, warnings), rows, points, not_early)
-
-
-def _check_one_gpu(spec: RunSpec, planner: Forecaster) -> None:
-    """Refuse a base that takes more than one GPU: its adapter would not be kept."""
-    place = planner.kind(spec).place
-    if isinstance(place, Misfit):
-        raise RowError(f"{place.why}. It fits with {place.remedy}.")
-    if place.layout.gpus > 1:
-        raise RowError(
-            f"{spec.model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), and "
-            "a fleet trains on one each. Choose a smaller model, or larger GPUs (hardware=...)."
-        )
+    advised = {key: getattr(choice, key) for key in ("method", "why", "rank", "load")}
+    advised |= {"lr_source": advice.rate.source, "warnings": warnings}
+    return Member(c.where, c.name, folder, "", advised, rows, points, not_early)
 
 
 # ---------------------------------------------------------------- a request's fleet
@@ -263,26 +243,19 @@ def _check_one_gpu(spec: RunSpec, planner: Forecaster) -> None:
 def fleet_of(
     request: Request, customers: Sequence[Customer | Failed], known: Known
 ) -> tuple[Rules, list[Member]]:
-    """Return by which rules rows are read, and the customers with their runs.
+    """Return the rules by which rows are read, and the customers with their runs.
 
-    Settings of the command line come first, then what the fleet's folder keeps. A fleet that was
-    trained before folders kept rules keeps the rules of that time, if runs exist that today's rules
+    The command line comes first, then the rules in the fleet's folder. A fleet that was trained
+    before folders recorded rules keeps the rules of that time, if runs exist that today's rules
     would train again.
 
     Raises:
-        SpecError: no fleet can be trained so.
+        SpecError: the settings are not those of a fleet.
     """
     if request.exec.world_size > 1:
         raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
-    spec = request.points[0].spec
-    hardware, tokenizers, dirs = known.hardware, _tokenizers(request), data_dirs(request)
-    planner = Forecaster(hardware, request.exec) if hardware and hardware.has_speeds else None
-    setup = Setup(spec, request.rates, request.instead_of_full, tokenizers, dirs, planner)
-
-    def members(rules: Rules) -> list[Member]:
-        return build_runs(customers, known, dataclasses.replace(setup, rules=rules))
-
-    given = _given(request)
+    spec, given = request.points[0].spec, _given(request)
+    members = partial(build_runs, customers, known, request, tokenizer_of=_tokenizers(request))
     kept = read_rules(fleet_folder(request))
     rules = dataclasses.replace(kept or Rules(layers=spec.method.plain()["layers"]), **given)
     found = members(rules)
@@ -305,7 +278,7 @@ def fleet_of(
 
 
 def _given(request: Request) -> dict[str, Any]:
-    """Return the rules that stand on the command line.
+    """Return the rules that the command line sets.
 
     Raises:
         SpecError: a setting of the data set would have no effect.
@@ -332,27 +305,27 @@ def _given(request: Request) -> dict[str, Any]:
 
 
 def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
-    """Return a look-up of tokenizers that raises what is wrong with a base; each is tried once."""
+    """Return a function that loads a base's tokenizer, once each, or raises a ModelError."""
     from lorasweep.models import load
 
     dirs = request.exec.models_dir
     fetched = request.cluster.kind == "slurm" and request.action != "fetch"
 
     @cache
-    def look(model: ModelSpec) -> tuple[Any, str]:
+    def load_once(model: ModelSpec) -> Any:
         try:
             load.check_available(model, dirs, fetched)
-            return load.tokenizer_of(model, dirs), (
+            return load.tokenizer_of(model, dirs) or ModelError(
                 f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
                 "tokenizer's files beside the weights, or choose a model that reads text."
             )
         except (ModelError, OSError, ValueError) as error:
-            return None, str(error)
+            return ModelError(str(error))
 
     def tokenizer_of(model: ModelSpec) -> Any:
-        found, problem = look(model)
-        if not found:
-            raise ModelError(problem)
+        found = load_once(model)
+        if isinstance(found, ModelError):
+            raise found
         return found
 
     return tokenizer_of
@@ -394,9 +367,9 @@ def read_rules(folder: Path) -> Rules | None:
         return found
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SpecError(
-            f"{path} cannot be read ({error}). It says how this fleet's rows are read. Get it back "
-            "as it was, name another folder with out=DIR, or delete it, and runs by other rules "
-            "are trained again."
+            f"{path} cannot be read ({error}). It records how this fleet's rows are read. Restore "
+            "it, or name another folder with out=DIR, or delete it: then runs may be trained again "
+            "by other rules."
         ) from None
 
 

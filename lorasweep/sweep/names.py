@@ -1,7 +1,4 @@
-"""Short names of runs for people: only what differs among the runs of a sweep.
-
-The store uses ids; no program reads these names back.
-"""
+"""Text for people: short names of runs, and aligned tables. No program reads them back."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,10 +12,9 @@ FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "
 
 
 def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
-    """Name the runs of a sweep by the fields that differ among them.
+    """Name the runs of a sweep by arm, learning rate, and the fields that differ among them.
 
-    Arm and learning rate are always part of a name. A field of a method is compared among the arms
-    that have it. `only`: the ids to name; None: all.
+    A field of a method is compared among the arms that have it. `only`: ids to name; None: all.
     """
     # column by column, by distinct objects: a sweep may have ten thousand runs
     found: dict[str, set[Any]] = {}
@@ -52,3 +48,19 @@ def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> d
 def _of_method(method: Method) -> dict[str, Any]:
     """Return the fields of a method by their keys on the command line."""
     return {f.key: getattr(method, f.name) for f in fields(type(method)) if f.name != "name"}
+
+
+def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    """Return a line a row, its columns two spaces apart.
+
+    Args:
+        numbers: indices of the columns that are aligned on the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            c.rjust(w) if k in numbers else c.ljust(w)
+            for k, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,7 +1,6 @@
-"""A sweep as its file states it: a question, claims with margins, arms and axes.
+"""A sweep as a file of `sweeps/` states it: a question, claims with margins, arms and axes.
 
-Each is one file in `sweeps/`. Field names are the keys of these files; `stored` translates to the
-keys that are kept with answers, some of which are older.
+Field names are the keys of these files. Answers are kept with older keys for some (STORED_KEYS).
 """
 
 import dataclasses
@@ -24,14 +23,13 @@ ALL_SCALES = "all"
 
 @dataclass
 class Planning:
-    """What the plan of a claim rests on, at one scale. From a pilot or an earlier answer."""
+    """What a claim's power calculation is based on at one scale: from a pilot or earlier answer."""
 
     sd: float | None = None
-    """Standard deviation of the estimand between seeds (of its logarithm, if it is a ratio); 0 for
-    exact counts."""
+    """Standard deviation of the estimand between seeds (of the logarithm of a ratio); 0 for exact
+    counts."""
     units: int | None = None
-    """Number of units that the interval is over and `sd` is between, if they are not the seeds:
-    bases, runs of a fit."""
+    """Number of observations, if they are not seeds but bases or runs of a fit."""
 
 
 @dataclass
@@ -60,8 +58,7 @@ class Claim:
     alternatives: dict[str, float] = field(default_factory=dict)
     """Other published values, by name."""
     planning: dict[str, Planning] = field(default_factory=dict)
-    """{scale: {sd, units}}, or {all: ...}. Tells before any run whether the claim can be decided.
-    Not hashed."""
+    """{scale: {sd, units}}, or {all: ...}: for the power calculation before any run. Not hashed."""
     underpowered: Any = False
     """True, or a list of scales: the sweep is known to have too few seeds for the claim there. Not
     hashed."""
@@ -99,8 +96,7 @@ class Replicates:
     seeds: list[int] = field(default_factory=list)
     n_lrs: int = 3
     arms: list[str] = field(default_factory=list)
-    """Arms that get fresh seeds; empty: all. Leave out expensive arms, and controls that no verdict
-    depends on."""
+    """Arms that get fresh seeds; empty: all."""
 
 
 @dataclass
@@ -112,9 +108,8 @@ class Sweep:
     how: str = ""
     """How it is measured and what that leaves open. Shown with the answer."""
     withdrawn: str = ""
-    """Why the answer does not count, to be read after "withdrawn:"; empty: it counts. All verdicts
-    are then UNDECIDED and shown as withdrawn, except those of claims with `not_withdrawn`. Not
-    hashed."""
+    """Why the answer does not count, as shown after "withdrawn:"; empty: it counts. If not, all
+    verdicts are UNDECIDED, except those of claims with `not_withdrawn`. Not hashed."""
     analysis: str = ""
     """File of analysis/questions that judges the claims."""
     rounds: int = 1
@@ -126,12 +121,12 @@ class Sweep:
     arms: dict[str, Any] = field(default_factory=dict)
     """Arm name -> {method: name, axis: value or list, ..., added_after: {what, why}}.
 
-    `added_after` says which runs were added after an interim analysis, and why; the sweep then
-    plans two rounds or more, so that its verdicts are judged at that level."""
+    `added_after` says which runs were added after an interim analysis, and why; `rounds` must then
+    be 2 or more."""
     replicate: Replicates = field(default_factory=Replicates)
     scales: dict[str, Any] = field(default_factory=dict)
-    """Scale name -> {axes, arms, replicate}. The block of the chosen scale is merged over the keys
-    above, before the command line (config/loader.py). Empty: the sweep is the same at any scale."""
+    """Scale name -> {axes, arms, replicate}, merged over the keys above before the command line
+    (config/loader.py). Empty: the sweep is the same at any scale."""
     parts: list[str] = field(default_factory=list)
     """Sweeps that run one after another, instead of arms. Used by +sweep=study."""
 
@@ -227,7 +222,7 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
         yield " has no question. Write `question: ...` at the top of its file."
     if sweep.parts:
         if sweep.arms or sweep.axes or sweep.claims:
-            yield " has parts, so it cannot have arms, axes or claims. Remove the one or the other."
+            yield " has parts, so it cannot have arms, axes or claims. Remove either."
         return
     if not sweep.claims:
         yield " has no claims. State at least one, with estimand and margin, before any run."

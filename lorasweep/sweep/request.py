@@ -1,7 +1,4 @@
-"""One command of a user, complete and checked.
-
-It is also written to a file as JSON, for the follow-up job on a cluster.
-"""
+"""One command of a user, complete and checked; also as JSON, for the follow-up job on a cluster."""
 
 import dataclasses
 import hashlib
@@ -21,21 +18,43 @@ HASH_DIGITS = 6
 
 
 @dataclass
-class Request:
-    """One command: the sweep or run, its settings, and where it runs."""
+class Settings:
+    """Settings of the command itself, with their defaults; no run depends on them."""
 
-    action: str
-    format: str
-    mirror: str
-    table: str
-    run: str
-    out: str
-    sample: int
+    action: str = "run"
+    format: str = "text"
+    mirror: str = "none"
+    table: str = ""
+    run: str = ""
+    out: str = ""
+    sample: int = 3
     """Number of runs that action=verify trains again."""
-    watch: bool
+    max_difference: float | None = None
+    """action=adapter: accepted difference of the final metric from the recorded one. None: the
+    noise between seeds."""
+    watch: bool = False
     """True: action=status keeps updating."""
-    prune: bool
+    prune: bool = False
     """True: cancel queued runs that are no longer part of the sweep."""
+    customers: str = ""
+    """A table of customers, for action=advise and action=fleet, and for plan and status of a fleet.
+    """
+    customer: dict[str, Any] = field(default_factory=dict)
+    """action=advise: one customer, by column."""
+    why: str = ""
+    """action=advise: the customer whose reasons are shown."""
+    write_sweep: str = ""
+    """action=advise: the customer whose sweep is written."""
+    data: str = ""
+    """action=measure: a file of rows, in place of a data set."""
+    instead_of_full: str = ""
+    """action=fleet: lora trains it for customers for whom the adviser says full fine-tuning."""
+
+
+@dataclass(kw_only=True)
+class Request(Settings):
+    """One command: its settings, the sweep or run, and where it runs."""
+
     scale: str
     exec: Exec
     cluster: Cluster
@@ -46,29 +65,12 @@ class Request:
     """The machine that action=plan plans for, as in conf/hardware; empty: this machine."""
     parts: list["Request"] = field(default_factory=list)
     """For a sweep that consists of sweeps: their requests, which run one after another."""
-    max_difference: float | None = None
-    """action=adapter: accepted difference of the final metric from the recorded one. None: the
-    noise between seeds."""
     changed: str = ""
     """Short hash of the runs, if the command line changed those of the sweep's file; else empty."""
     changes: list[str] = field(default_factory=list)
     """The options that changed them, as typed."""
-
-    customers: str = ""
-    """A table of customers, for action=advise and action=fleet, and for plan and status of a fleet.
-    """
     members: list[dict[str, Any]] = field(default_factory=list)
     """action=fleet: the customers whose runs these are, as they were planned."""
-    instead_of_full: str = ""
-    """action=fleet: lora trains it for customers for whom the adviser says full fine-tuning."""
-    customer: dict[str, Any] = field(default_factory=dict)
-    """action=advise: one customer, by column."""
-    why: str = ""
-    """action=advise: the customer whose reasons are shown."""
-    write_sweep: str = ""
-    """action=advise: the customer whose sweep is written."""
-    data: str = ""
-    """action=measure: a file of rows, in place of a data set."""
     rates: int = 3
     """Number of learning rates that are tried. action=measure: around lr. action=fleet: around the
     advised one; 1 = the advised learning rate only."""
@@ -79,7 +81,7 @@ class Request:
 
     @property
     def title(self) -> str:
-        """Name of the reports, looks and jobs of this request.
+        """Name of the reports, interim analyses and jobs of this request.
 
         Two requests that ask for different runs have different titles.
         """
@@ -121,8 +123,8 @@ def from_plain(values: dict[str, Any]) -> Request:
 def runs_hash(points: Sequence[Point], sweep: Sweep) -> str:
     """Hash the runs of a grid by arm, and the second stage.
 
-    Claims and margins are not part of it: they may not change after an interim analysis of the same
-    runs, and another title would hide that they did (`store.looks`).
+    Not claims and margins: they must not change after an interim analysis of the same runs, and
+    another title would hide that they did (`store.looks`).
     """
     asked = [sorted((p.arm, p.id) for p in points), dataclasses.asdict(sweep.replicate)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:HASH_DIGITS]

@@ -7,8 +7,8 @@ from typing import Any
 
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
-from lorasweep.sweep.aligned import aligned
 from lorasweep.sweep.grid import Point
+from lorasweep.sweep.names import aligned
 
 REST = "embedding, norms"
 HEAD = ("layer set", "matrices", "inputs x outputs", "rank", "trained", "weights")

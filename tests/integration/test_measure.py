@@ -53,7 +53,6 @@ def test_more_rows_than_there_are_end_the_pass(folder):
         (["data=no.jsonl"], "no file"),
         (["rates=0"], "expected 1 to 9"),
         (["cluster=slurm"], "srun python -m lorasweep action=measure"),
-        (["customers=c.csv"], "customers is only for action=advise"),
         (["action=run", "data=x"], "data is only for action=measure"),
         (["dataset=facts", "model=tiny64-facts", "batch_size=1000"], "has 64 rows"),
     ],

@@ -22,11 +22,10 @@ FULL = 1.0
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 """The study's, and those that servers take."""
 WIDEST = 8
-"""Ranks up to an eighth of the width were compared with full fine-tuning in public; none above."""
+"""Published comparisons with full fine-tuning use ranks up to an eighth of the width."""
 LAYERS = "all"
-BY_REGRET, BY_CAPACITY = "map", "capacity"
-"""Values of `by` in answers: the rule that chose."""
-RULES = {BY_REGRET: "measured regret", BY_CAPACITY: "capacity"}
+BY_REGRET, BY_CAPACITY = "measured regret", "capacity"
+"""The rule that chose the method: `by` in answers."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ class Choice:
     load: float | None
     """Bits of the data over the capacity of that rank."""
     by: str
-    """BY_REGRET or BY_CAPACITY."""
     why: str
 
 
@@ -70,7 +68,7 @@ def capacity(model: ModelSpec, rank: int) -> float:
 
 
 def load_at(bits: float | None, model: ModelSpec, rank: int) -> float | None:
-    """Return bits over the capacity of a rank."""
+    """Return bits over the capacity of a rank; None if they are not known."""
     return None if bits is None else bits / capacity(model, rank)
 
 
@@ -78,31 +76,24 @@ def choose(case: Case, work: Workload) -> Choice:
     """Choose the method, and LoRA's rank."""
     choice = _by_regret(case, work) or _by_capacity(case, work)
     c, model, rank, published = case.customer, case.model, choice.rank, case.known.published
-    case.note("method", choice.method, choice.by, {"rule": RULES[choice.by]}, why=choice.why)
+    case.note("method", choice.method, choice.by, {"rule": choice.by}, why=choice.why)
     low, high = (load_at(bits, model, rank) for bits in (work.bits_low, work.bits_high))
     inputs = {"bits": work.bits, "lowest": low, "highest": high, "trained": trained(model, rank)}
     case.note("load", choice.load, "", inputs, bits_per_parameter=BITS_PER_PARAMETER)
     larger = next((r for r in ranks_of(model) if r > rank), None)
     more = "no larger standard rank was tried at this width"
     if larger is not None:
-        extra = trained(model, larger) - trained(model, rank)
-        more = f"rank {larger} would add {2 * extra / 2**20:,.0f} MiB to each adapter in bf16"
+        extra_mib = 2 * (trained(model, larger) - trained(model, rank)) / 2**20
+        more = f"rank {larger} would add {extra_mib:,.0f} MiB to each adapter in bf16"
     gaps = ", ".join(
         f"{e['model']} " + " ".join(f"r{r} +{g}" for r, g in e["gaps"].items())
         for e in published.entries("rank_gaps")
     )
     floors = dict.fromkeys(e["source"] for e in published.entries("least_rank", task=c.task))
-    case.note(
-        "rank",
-        rank,
-        "",
-        {"ranks": list(ranks_of(model)), "width": model.hidden_size},
-        why=choice.why,
-        more=more,
-        gaps=gaps or "none known",
-        floors="; ".join(published.values["sources"][source] for source in floors)
-        or "the smallest standard rank",
-    )
+    cited = "; ".join(published.values["sources"][source] for source in floors)
+    words = {"why": choice.why, "more": more, "gaps": gaps or "none known"}
+    words["floors"] = cited or "the smallest standard rank"
+    case.note("rank", rank, "", {"ranks": [*ranks_of(model)], "width": model.hidden_size}, **words)
     experts = ""
     if model.n_experts:
         each = f"rank / {model.n_active_experts} active ones"
@@ -121,8 +112,7 @@ def _by_capacity(case: Case, work: Workload) -> Choice:
     if work.bits is None or work.bits_low is None or work.bits_high is None:
         holds = ROOM * BITS_PER_PARAMETER * trained(model, usable[0])
         unit = "episodes" if task == "rl" else "tokens that bear loss, at 1 bit each"
-        room = f"Rank {usable[0]} has room for {holds:.2g} {unit}"
-        why = f"how much is trained on is not stated. {room}"
+        why = f"the amount of data is not stated. Rank {usable[0]} has room for {holds:.2g} {unit}"
         return Choice("open", usable[0], None, BY_CAPACITY, why)
     loads = {r: work.bits_high / capacity(model, r) for r in usable}
     rank = next((r for r, load in loads.items() if load <= ROOM), usable[-1])
@@ -130,20 +120,20 @@ def _by_capacity(case: Case, work: Workload) -> Choice:
     if high <= ROOM:
         method = "lora"
         why = (
-            f"rank {rank} is the smallest from {least} on whose load stays below {ROOM} at the "
+            f"rank {rank} is the smallest of {least} or more with a load of at most {ROOM} at the "
             "high end of the bits"
         )
     elif low > FULL:
         method = "full"
         why = (
-            f"even rank {rank}, the highest tried against full fine-tuning at this width, has a "
-            f"load of {low:.2g} or more: above {FULL:g}"
+            f"even rank {rank}, the highest that was compared with full fine-tuning at this width, "
+            f"has a load of {low:.2g} or more, above {FULL:g}"
         )
     else:
         method = "open"
         why = (
-            f"rank {rank} has a load between {low:.2g} and {high:.2g}: neither surely below {ROOM} "
-            f"nor surely above {FULL:g}. Run the sweep"
+            f"rank {rank} has a load of {low:.2g} to {high:.2g}: not surely below {ROOM}, and not "
+            f"surely above {FULL:g}. Run the sweep"
         )
     return Choice(method, rank, load_at(work.bits, model, rank), BY_CAPACITY, why)
 
@@ -179,7 +169,7 @@ def _by_regret(case: Case, work: Workload) -> Choice | None:
     good = [r for r, i in found.items() if i.high is not None and i.high <= c.max_regret]
     if good:
         method, rank = "lora", good[0]
-        why = f"smallest rank with a regret of at most {c.max_regret:g}% of the gain, of {text}"
+        why = f"the smallest rank with a regret of at most {c.max_regret:g}% of the gain: {text}"
     else:
         rank = max(found)
         behind = (found[rank].low or 0.0) > c.max_regret

@@ -12,14 +12,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import Load, load_of
-from lorasweep.plan.placement import (
-    MEMORY_ERROR,
-    MOST_GPUS,
-    SPEED_ERROR,
-    Misfit,
-    Placement,
-    place,
-)
+from lorasweep.plan.placement import MEMORY_ERROR, MOST_GPUS, SPEED_ERROR, Misfit, Placement, place
 from lorasweep.plan.time import served_s, step_parts, step_seconds
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method
@@ -113,7 +106,7 @@ def _arm(case: Case, rank: int, work: Workload, hardware: Hardware) -> Arm:
     n = trained(case.model, rank) if rank else base
     served = base + c.adapters_served * n if rank else c.adapters_served * n
     files = (WORD * n / 2**20, WORD * served / 2**30)
-    found = _placed(model, work, _Machine(hardware), rank, c.gpus)
+    found = _placed(model, work, replace(hardware, price_per_gpu_h=None), rank, c.gpus)
     if isinstance(found, Misfit):
         arm = Arm(n, *files, why=f"{found.why}. Give {found.remedy}")
     else:
@@ -128,50 +121,30 @@ def _arm(case: Case, rank: int, work: Workload, hardware: Hardware) -> Arm:
         cost = None if hours is None or price is None else hours * gpus * price
         fits = gpus <= (c.gpus or MOST_GPUS)
         arm = Arm(n, *files, "", gpus, fits, found.memory_gib, step_s, hours, cost)
-    _note_arm(case, "lora" if rank else "full", arm, work, hardware)
-    return arm
-
-
-def _note_arm(case: Case, name: str, arm: Arm, work: Workload, hardware: Hardware) -> None:
-    """Note where the costs of one method come from, and warn where it does not fit."""
-    c, card = case.customer, hardware.name
+    name, method = ("lora", "LoRA") if rank else ("full", "full fine-tuning")
     memory = (
         f"weights, gradients, moments, activations, logits and buffers of one of {arm.gpus} "
         f"GPU(s): all available, or the fewest that hold it with {MEMORY_ERROR:.0%} on top"
     )
-    sampled = "; and sampling by a serving engine, at best" if c.task == "rl" else ""
-    words = {"card": card, "error": SPEED_ERROR, "sampled": sampled}
-    batch = {"rows_an_update": work.batch_size, "max_length": work.max_length}
+    batch = {"trained": n, "rows_an_update": work.batch_size, "max_length": work.max_length}
     steps = {"updates": work.steps, "seconds": arm.step_s, "tokens_a_row": work.row_tokens}
-    files = {"adapters_served": c.adapters_served, "mib_each": arm.file_mib}
-    rows, price = {"trained": arm.trained, **batch}, hardware.price_per_gpu_h
-    case.note(f"peak_gib_{name}", arm.peak_gib, name, rows, why=arm.why or memory)
+    sampled = "; and sampling by a serving engine, at best" if c.task == "rl" else ""
+    words = {"card": hardware.name, "error": SPEED_ERROR, "sampled": sampled}
+    shipped = {"adapters_served": c.adapters_served, "mib_each": arm.file_mib}
+    case.note(f"peak_gib_{name}", arm.peak_gib, name, batch, why=arm.why or memory)
     case.note(f"hours_{name}", arm.hours, "", {**steps, "gpus": arm.gpus}, **words)
     case.note(f"cost_usd_{name}", arm.cost_usd, "", {"price_per_gpu_h": price}, **words)
-    case.note(f"serving_gib_{name}", arm.serving_gib, name, files)
-    method = "LoRA" if name == "lora" else "full fine-tuning"
+    case.note(f"serving_gib_{name}", arm.serving_gib, name, shipped)
     if arm.gpus is None:
         case.warn("no_fit", method=method, why=arm.why)
     elif not arm.fits:
         available = f"{c.gpus} {'is' if c.gpus == 1 else 'are'}"
-        case.warn("too_few_gpus", method=method, gpus=arm.gpus, card=card, available=available)
+        words = {"gpus": arm.gpus, "card": hardware.name, "available": available}
+        case.warn("too_few_gpus", method=method, **words)
+    return arm
 
 
 # ---------------------------------------------------------------- where it fits
-
-
-class _Machine:
-    """Hardware as a key of a cache: by its name and speeds, not by its price."""
-
-    def __init__(self, hardware: Hardware) -> None:
-        self.hardware = hardware
-        self.key = repr(replace(hardware, price_per_gpu_h=None))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Machine) and other.key == self.key
 
 
 def _method(rank: int) -> Method:
@@ -186,25 +159,25 @@ def _load(model: ModelSpec, rank: int) -> Load:
 
 @lru_cache(maxsize=4096)
 def _place(
-    model: ModelSpec, batch: int, length: int, machine: _Machine, rank: int, gpus: int | None
+    model: ModelSpec, batch: int, length: int, hardware: Hardware, rank: int, gpus: int | None
 ) -> Placement | Misfit:
     """Place one method on a number of GPUs; None: on the fewest that hold it."""
     dataset = DatasetSpec(name="customer", source="jsonl", location="customer", max_length=length)
     spec = RunSpec(
         model=model, dataset=dataset, method=_method(rank), batch_size=batch, precision="bf16"
     )
-    return place([spec], machine.hardware, gpus=gpus)
+    return place([spec], hardware, gpus=gpus)
 
 
 def _placed(
-    model: ModelSpec, work: Workload, machine: _Machine, rank: int, available: int | None
+    model: ModelSpec, work: Workload, hardware: Hardware, rank: int, available: int | None
 ) -> Placement | Misfit:
-    """Place one method on all available GPUs, if they hold it, else on the fewest that do."""
+    """Place one method on all available GPUs if they hold it, else on the fewest that do."""
     batch, length = work.batch_size, work.max_length
-    found = _place(model, batch, length, machine, rank, None)
+    found = _place(model, batch, length, hardware, rank, None)
     if isinstance(found, Misfit):
         return found
     gpus = found.layout.gpus
     while 2 * gpus <= (available or 1) and batch % (2 * gpus) == 0:
         gpus *= 2
-    return _place(model, batch, length, machine, rank, gpus)
+    return _place(model, batch, length, hardware, rank, gpus)

@@ -1,7 +1,7 @@
-"""The learning rate with its interval: measured where this very model was, else published.
+"""The learning rate with its interval: measured on this very model, else published.
 
-The interval is the disagreement of the sources, and half a step of their grids each way. A ratio or
-learning rate measured on one size is never carried to another.
+The interval spans the sources, and half a step of their grids each way. A ratio or learning rate
+measured on one size is never used for another.
 """
 
 import math
@@ -51,7 +51,12 @@ def law_rate(published: Published, family: str, hidden: int, method: str) -> flo
 def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
     """Return the learning rate of a method: lora (alpha 32, scaled by alpha / rank), or full."""
     values, kept = case.known.published.values, case.known.kept
-    measured = _measured(case, method)
+    measured: dict[str, float] = {}  # ends of the best learning rates measured on this very model
+    arm = "fullft" if method == "full" else "lora"
+    if case.customer.task == "sft":
+        for where, best in kept.best_rates.get((case.model.name, arm), ()):
+            ends = {"low end": best.low, "best": best.value, "high end": best.high}
+            measured |= {f"lr_ratio at {where}, {k}": v for k, v in ends.items() if v is not None}
     found = measured or _published(case, method, rank)
     step = 1.0 if measured else STEP
     low, high = min(found.values()) / step, max(found.values()) * step
@@ -78,17 +83,6 @@ def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
     )
     case.note("lr_factor", 10, measured=ratios or "nothing kept", outdated=values["outdated"])
     return Rate(rate, low, high, found_in)
-
-
-def _measured(case: Case, method: str) -> dict[str, float]:
-    """Return the ends of the measured best learning rates of this very model; empty without any."""
-    arm = "fullft" if method == "full" else "lora"
-    found: dict[str, float] = {}
-    if case.customer.task == "sft":
-        for where, rate in case.known.kept.best_rates.get((case.model.name, arm), ()):
-            ends = {"low end": rate.low, "best": rate.value, "high end": rate.high}
-            found |= {f"lr_ratio at {where}, {k}": v for k, v in ends.items() if v is not None}
-    return found
 
 
 def _published(case: Case, method: str, rank: int) -> dict[str, float]:

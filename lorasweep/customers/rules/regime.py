@@ -1,7 +1,6 @@
-"""The conditions under which LoRA has no regret, and five habits that the study calls wrong."""
+"""The conditions for LoRA without regret, and five habits that the study calls wrong."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from lorasweep.customers.evidence import Case, Sure, Verdict
 from lorasweep.customers.rules.capacity import FULL, LAYERS, ROOM, Choice, load_at, trained
@@ -29,16 +28,11 @@ class Condition:
     evidence: tuple[str, ...]
     sure: Sure
 
-    def plain(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        found = {"condition": self.name, "state": self.state, "why": self.why}
-        return {**found, "evidence": list(self.evidence), "sure": self.sure.name.lower()}
-
 
 def conditions_of(
     case: Case, work: Workload, choice: Choice, rate: Rate, batches: Batches
 ) -> list[Condition]:
-    """Return every condition with its state in the plan, or in what is advised; `rate`: LoRA's."""
+    """Return every condition with its state, by the plan or else the advice; `rate`: LoRA's."""
     c, kept = case.customer, case.known.kept
     regime = kept.about("regime", "low", "fits", "beyond")
     if c.task == "rl":
@@ -75,13 +69,13 @@ def conditions_of(
     elif batch <= SAFE or c.task == "rl":
         small = "met", f"{what}, at most {most:,}"
     else:
-        small = "unknown", f"{what}, within {most:,} by results on small models alone"
+        small = "unknown", f"{what}, at most {most:,} by results on small models only"
 
     if work.steps is None:
         enough = "unknown", "the number of updates is not stated"
     else:
         state = "met" if work.steps >= batches.steps_min else "missed"
-        enough = state, f"{work.steps:,} updates, least {batches.steps_min}"
+        enough = state, f"{work.steps:,} updates, at least {batches.steps_min} needed"
 
     layers = kept.about("layers", "attention_worse", "mlp_is_enough")
     rates = kept.about("lr_ratio", "ratio", "ten_times")
@@ -112,12 +106,30 @@ def note_habits(case: Case, work: Workload, choice: Choice, rate: Rate, batches:
     if c.layers is not None and "mlp" not in parse_layers(c.layers):
         gaps, cost = [e["nats"] for e in published.entries("attention_gaps")], "?"
         if gaps:
-            cost = f"{min(gaps):.3f} to {max(gaps):.3f} nats on 4B and 8B models in public"
+            cost = f"{min(gaps):.3f} to {max(gaps):.3f} nats on 4B and 8B models, published"
         share = trained(model, choice.rank, c.layers) / trained(model, choice.rank)
         here = cited("layers", "attention_worse")
         case.warn("attention_only", layers=c.layers, cost=cost, share=share, here=here)
     if c.rank is not None and c.rank != choice.rank:
-        _rank_habits(case, work, choice, c.rank)
+        load = load_at(work.bits_high, model, c.rank)
+        lacks = load is not None and load > ROOM and c.rank < choice.rank
+        room = f"capacity: its load is up to {load or 0:.2g}, above {ROOM}"
+        extra_mib = 2 * (trained(model, c.rank) - trained(model, choice.rank)) / 2**20
+        flops = [LoRA(rank=r, layers=LAYERS).step_flops(model, 1) for r in (c.rank, choice.rank)]
+        more = flops[0] / flops[1] - 1
+        price = f"{extra_mib:+,.0f} MiB per adapter, {more:+.1%} of operations"
+        if c.rank == PAPER_RANK:
+            wanted = "full fine-tuning" if choice.method == "full" else f"rank {choice.rank}"
+            case.warn("paper_rank", rank=c.rank, wanted=wanted, cost=room if lacks else price)
+        elif lacks:
+            case.warn("low_capacity", rank=c.rank, cost=room)
+        if c.rank >= EXCESS * choice.rank:
+            gain = "; ".join(
+                f"{e['model']}: rank 16 to 128 gained {e['gaps'][16]:.4f} nats"
+                for e in published.entries("rank_gaps")
+            )
+            words = {"times": c.rank / choice.rank, "cost": price, "gain": gain or "not known"}
+            case.warn(f"high_rank.{c.task}", rank=c.rank, **words)
     if c.lr is not None and c.lr <= rate.rate / FULL_RATE:
         entries = published.entries("low_rate_gaps") if c.task == "sft" else []
         costs = [f"{e['nats']:.3f} nats on {e['model']} at 4e-5" for e in entries]
@@ -128,26 +140,3 @@ def note_habits(case: Case, work: Workload, choice: Choice, rate: Rate, batches:
     if c.task == "sft" and c.batch_size and batch >= HUGE_BATCH:
         regret = regret_of_batch(batch, work.rows or 1000.0 * batch, batches.per_doubling)
         case.warn("large_batch", batch=batch, cost=regret)
-
-
-def _rank_habits(case: Case, work: Workload, choice: Choice, rank: int) -> None:
-    """Warn of a planned rank that is not the advised one."""
-    advised, model = choice.rank, case.model
-    load = load_at(work.bits_high, model, rank)
-    extra = 2 * (trained(model, rank) - trained(model, advised)) / 2**20
-    planned, best = (LoRA(rank=r, layers=LAYERS).step_flops(model, 1) for r in (rank, advised))
-    price = f"{extra:+,.0f} MiB an adapter, {planned / best - 1:+.1%} of operations"
-    lacks = load is not None and load > ROOM and rank < advised
-    room = f"capacity: its load is up to {load or 0:.2g}, and {ROOM} is the most with room to spare"
-    if rank == PAPER_RANK:
-        wanted = "full fine-tuning" if choice.method == "full" else f"rank {advised}"
-        case.warn("paper_rank", rank=rank, wanted=wanted, cost=room if lacks else price)
-    elif lacks:
-        case.warn("low_capacity", rank=rank, cost=room)
-    if rank >= EXCESS * advised:
-        gain = "; ".join(
-            f"{e['model']}: rank 16 to 128 gained {e['gaps'][16]:.4f} nats"
-            for e in case.known.published.entries("rank_gaps")
-        )
-        words = {"times": rank / advised, "cost": price, "gain": gain or "not known"}
-        case.warn(f"high_rank.{case.customer.task}", rank=rank, **words)

@@ -1,7 +1,4 @@
-"""What a customer trains on, stated or assumed, and the limits of its batch and number of updates.
-
-Rows, tokens, lengths and updates, and from them the bits of information.
-"""
+"""What a customer trains on, stated or assumed, and the limits of batch size and updates."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ from lorasweep.plan.load import TEXT_FILL
 GROUP = 16
 """Samples of a problem in RL where no episodes are stated: tinker-cookbook, recipes/rl_loop.py."""
 BATCH = {"sft": 32, "rl": 512}
-"""Rows of an update where none are stated. 32: the one batch size that the study names. RL, in
+"""Batch size if none is stated. 32: the only batch size that the study names. RL, in
 episodes: 32 problems x 16 samples, the smallest of tinker-cookbook's recipes for maths."""
 SMALLEST = 8
 """Smallest batch that is assumed: smaller ones cannot be split over the GPUs of a node."""
@@ -104,10 +101,7 @@ def workload_of(case: Case) -> Workload:
         share, over = 1.0, "over all rows"
         if trained is not None and trained < counted.rows:
             share = trained / counted.rows
-            over = (
-                f"over the {trained:,.0f} rows trained on, at the mean of the file's "
-                f"{counted.rows:,}"
-            )
+            over = f"over the {trained:,.0f} rows trained on, at the file's mean"
         bits = tuple(share * value for value in (measured.bits, measured.low, measured.high))
         inputs = {"lowest": bits[1], "highest": bits[2]}
         case.note("bits", bits[0], "measured", inputs, over=over, where=measured.where)

@@ -50,7 +50,7 @@ def test_a_users_own_card_is_a_file_and_text_says_what_the_plan_rests_on(
     (tmp_path / "mine/hardware/my_card.yaml").write_text(text)
     asked = ("action=plan", "hardware=my_card", "hardware.gpus=64")
     out = command("--config-dir", tmp_path / "mine", *BATCHES, *asked).stdout
-    for words in ("on 64 x NVIDIA H100", "$1 a GPU and hour", "my_card", "3 seeds (planned 4)"):
+    for words in ("on 64 x NVIDIA H100", "$1 per GPU-hour", "my_card", "3 seeds (planned 4)"):
         assert words in out
     row = next(line for line in out.splitlines() if line.startswith("batch_size "))
     assert row.split()[1:4] == ["256", "256", "224"]

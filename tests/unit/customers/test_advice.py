@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lorasweep.customers import customer_sweep, pages
-from lorasweep.customers.advice import KEYS, answers, plain_of, totals
+from lorasweep.customers.advice import KEYS, SURE_OF, answers, plain_of, totals
 from lorasweep.customers.evidence import Sure, read_information
 from lorasweep.customers.read import COLUMNS, Failed, Row, check_rows, read_customers
 from lorasweep.data import own
@@ -39,7 +39,7 @@ AGAINST = {
     "n_active_experts": {"n_experts": 8, "n_active_experts": 2},
     "steps": {"epochs": None, "examples": None, "steps": 200},
 }
-"""The row that a change is compared with, where it is not SFT."""
+"""Changes of SFT with which a changed column is compared."""
 
 
 def said(**columns):
@@ -89,42 +89,30 @@ def test_data_are_counted_instead_of_stated(rows_file):
     assert "openai/gsm8k" in of_hub and "hub" in of_hub
 
 
-def measured(folder, sha256, model="mine", **whole):
-    """A file as action=measure writes it: three rows of seven were measured."""
-    values = {"value": 9000.0, "low": 8000.0, "high": 10_000.0, **whole}
-    found = {
-        "model": model,
-        "rows_sha256": sha256,
-        "rows": {"measured": 3, "all": 7},
-        "loss_tokens": {"measured": 300, "all": 770},
-        "prequential": {"bits": {"all": values}},
-    }
-    write_json(folder / f"information/{model}.json", [found])
-
-
 def test_measured_bits_of_the_same_data_and_model_are_used(rows_file, tmp_path):
     columns = {"examples": "", "tokens_per_example": "", "data": str(rows_file)}
+
+    def measured(sha256, model="mine", value=9000.0):
+        """Write a file as action=measure does: three rows of seven were measured."""
+        whole = {"value": value, "low": 8000.0, "high": 10_000.0}
+        counts = {"rows": {"measured": 3, "all": 7}, "loss_tokens": {"measured": 300, "all": 770}}
+        found = {"model": model, "rows_sha256": sha256, "prequential": {"bits": {"all": whole}}}
+        write_json(tmp_path / f"information/{model}.json", [found | counts])
 
     def answer(**more):
         information = read_information([tmp_path / "no", tmp_path])
         world = dataclasses.replace(known(), information=information)
         return advice(world, **{**SFT, **columns, **more})
 
-    def asks_to_measure():
-        command = f"action=measure model=mine data={rows_file}"
-        return any(command in text for text in answer().warnings)
-
-    assert asks_to_measure()
     sha256 = own.count(str(rows_file)).sha256[: own.DIGITS]
-    measured(tmp_path, sha256, model="another")
-    measured(tmp_path, "0" * 16)
-    assert asks_to_measure()
-    measured(tmp_path, sha256, value=None)
-    assert asks_to_measure()
-    measured(tmp_path, sha256)
+    command = f"action=measure model=mine data={rows_file}"
+    for useless in ((sha256, "another"), ("0" * 16,), (sha256, "mine", None)):
+        measured(*useless)
+        assert any(command in text for text in answer().warnings)
+    measured(sha256)
     found = answer()
     assert (found.work.bits, found.work.bits_low, found.work.bits_high) == (9000, 8000, 10_000)
-    assert found.work.tokens == 110 and not asks_to_measure()
+    assert found.work.tokens == 110 and not any("action=measure" in w for w in found.warnings)
     reason = found.reasons["bits"]
     assert reason.sure is Sure.MEASURED and "3 of 7 rows" in reason.source
     half = answer(epochs=0.5)
@@ -140,9 +128,8 @@ def test_answers_and_errors_have_the_promised_keys():
 
 def test_every_number_has_a_formula_and_a_source():
     reasons = advice(**SFT).reasons
-    wanted = "method load rank layers lr lr_factor batch_size_max steps_min bits flops_ratio"
-    wanted += " cost_usd_lora hours_lora hours_full peak_gib_lora peak_gib_full serving_gib_lora"
-    assert {*wanted.split(), "serving_gib_full"} <= reasons.keys()
+    wanted = {"lr_factor", "bits", "flops_ratio", "cost_usd_lora", "hours_full", "serving_gib_full"}
+    assert wanted | set(SURE_OF) <= reasons.keys()
     assert all(r.formula and r.source for r in reasons.values())
 
 
@@ -224,38 +211,40 @@ def test_the_portfolio_counts_and_sums():
 # ---------------------------------------------------------------- sweeps of a customer
 
 
-def rewarded(tmp_path, answer):
-    path = write_json(tmp_path / "train.jsonl", [{"question": "1 + 1?", "answer": answer}])
-    path.with_name("test.jsonl").write_text(path.read_text())
-    return advice(task="rl", episodes=4000, data=str(path), tokens_per_example=200)
+def read(folder, kind):
+    """A file of the customer's sweep, as it was written."""
+    return yaml.safe_load((folder / f"{kind}/settle_acme.yaml").read_text())
 
 
 @pytest.mark.parametrize(
     ("answer", "verifier"), [("so #### 2", "integer"), (r"so \boxed{\frac{4}{2}}", "math")]
 )
 def test_a_sweep_of_reinforcement_learning_names_the_verifier(tmp_path, answer, verifier):
-    lines = customer_sweep.write(rewarded(tmp_path, answer), tmp_path)
-    written, sweep = (
-        yaml.safe_load((tmp_path / f"{kind}/settle_acme.yaml").read_text())
-        for kind in ("dataset", "sweep")
-    )
+    def write(answer):
+        path = write_json(tmp_path / "train.jsonl", [{"question": "1 + 1?", "answer": answer}])
+        path.with_name("test.jsonl").write_text(path.read_text())
+        customer = advice(task="rl", episodes=4000, data=str(path), tokens_per_example=200)
+        return customer_sweep.write(customer, tmp_path)
+
+    lines = write(answer)
+    written, sweep = read(tmp_path, "dataset"), read(tmp_path, "sweep")
     assert (written["verifier"], written["mask"]) == (verifier, "completion")
     axes = sweep["axes"]
     assert axes["batch_size"][0] % axes["group_size"][0] == 0 and sweep["analysis"] == "rl"
     assert any(f"verifier: {verifier}" in line for line in lines)
-    with pytest.raises(SpecError, match="nothing verifies the answers"):
-        customer_sweep.write(rewarded(tmp_path, "two"), tmp_path)
+    with pytest.raises(SpecError, match="two columns"):
+        write("two")
 
 
 def test_a_written_sweep_reads_the_customers_own_form(tmp_path):
     path = write_json(tmp_path / "support.jsonl", [{"question": "a", "answer": "b"}])
     answer = advice(data=str(path), tokens_per_example=9)
     lines = customer_sweep.write(answer, tmp_path / "settle")
-    written = yaml.safe_load((tmp_path / "settle/dataset/settle_acme.yaml").read_text())
+    written = read(tmp_path / "settle", "dataset")
     assert written["prompt_field"] == "question" and written["train_split"] == "support"
-    assert any("put held-out rows in test.jsonl beside" in line for line in lines)
+    assert any("test.jsonl beside" in line for line in lines)
     path.with_name("test.jsonl").write_text(path.read_text())
-    assert not any("held-out" in t for t in customer_sweep.write(answer, tmp_path / "settle"))
+    assert not any("test.jsonl" in t for t in customer_sweep.write(answer, tmp_path / "settle"))
 
 
 # ---------------------------------------------------------------- the kept page and the guide
@@ -269,7 +258,7 @@ def test_the_customers_are_many_and_varied_and_all_are_answered():
     sizes = [a.model.n_params for a in found]
     assert min(s for s in sizes if s > 1e8) < 0.7e9 and max(sizes) > 230e9
     assert {a.choice.method for a in found} == {"lora", "full", "open"}
-    assert {a.choice.by for a in found} == {"map", "capacity"}
+    assert {a.choice.by for a in found} == {"measured regret", "capacity"}
     assert {a.customer.task for a in found} == {"sft", "rl"}
     assert len({a.costs.hardware.name for a in found}) >= 4
     with CUSTOMERS.open() as text:

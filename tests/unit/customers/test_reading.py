@@ -115,7 +115,7 @@ def test_a_wrong_row_does_not_affect_others(tmp_path):
     assert "hidden_size" in says[0] and "config.json" in says[0]
     assert says[1].startswith("row 4: column hardware: hardware 'h1000' not found")
     assert says[2].startswith("row 5: 7 cells under 5 columns")
-    assert says[3].startswith("row 6: column name: 'a' was used by an earlier row")
+    assert says[3].startswith("row 6: column name: an earlier row has 'a'")
 
 
 # ---------------------------------------------------------------- shapes
@@ -170,7 +170,6 @@ def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
 @pytest.mark.parametrize(
     "stated, stored, found",
     [
-        ({"dtype": "float32"}, None, "fp32"),
         ({"dtype": "bfloat16"}, None, "bf16"),
         ({"torch_dtype": "float32"}, None, "fp32"),  # as transformers wrote it before 4.56
         ({"torch_dtype": "float16"}, None, "fp32"),  # bf16 does not hold its values

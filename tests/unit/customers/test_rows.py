@@ -9,7 +9,7 @@ from lorasweep.customers.rows import BY_ROW, Rules, rows_of, with_lengths
 from lorasweep.data import fields, load
 from lorasweep.errors import DataError
 from tests.bpe import llama_like
-from tests.customers import write_json, write_rows
+from tests.customers import CHAT_TEMPLATE, write_json, write_rows
 
 
 def read(path, rules=None, tokenizer=None):
@@ -202,13 +202,10 @@ def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_p
     assert read(write_json(path, weighted)).same_prompt == 49  # whose first answer is learned
 
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-
-
 def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(tmp_path):
     path = write_rows(tmp_path / "my.jsonl", 30, "Yes {k}")
     plain, chat = llama_like(), copy.deepcopy(llama_like())
-    chat.chat_template = CHAT
+    chat.chat_template = CHAT_TEMPLATE
     eos, bos = plain.eos_token, plain.bos_token
 
     def shown(tokenizer, rules=None, data=path):

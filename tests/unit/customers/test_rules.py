@@ -115,18 +115,22 @@ def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else
     world = dataclasses.replace(known(None), kept=Kept(regrets=points, hidden={"tiny128": 128}))
     columns = {"model": "tiny128", "examples": 1, "tokens_per_example": 1000}
     found = advice(world, **columns, bits_per_token=bits / 1000, max_regret=5.5)
-    assert (found.choice.by, found.choice.method, found.choice.rank) == ("map", "lora", 8)
+    assert (found.choice.by, found.choice.method, found.choice.rank) == (
+        capacity.BY_REGRET,
+        "lora",
+        8,
+    )
     assert "rank 8 4 [3, 5]" in found.choice.why and "rank 4 9 [8, 10]" in found.choice.why
     assert found.reasons["method"].sure is Sure.MEASURED
     for allowed, method in ((2, "full"), (4, "open")):
         a = advice(world, **columns, bits_per_token=bits / 1000, max_regret=allowed)
-        assert (a.choice.method, a.choice.by) == (method, "map")
+        assert (a.choice.method, a.choice.by) == (method, capacity.BY_REGRET)
     outside = advice(world, **columns, bits_per_token=bits / 1000 * 1e-3)
     assert outside.choice.by == "capacity"
     assert advice(world, examples=1000).choice.by == "capacity"  # 8B is not covered by width 128
     # the rows of a kept cell: 2.67 bits a token on the first pass
     a = advice(model="tiny128", examples=4096, tokens_per_example=61, bits_per_token=2.67)
-    assert (a.choice.by, a.choice.method) == ("map", "lora")
+    assert (a.choice.by, a.choice.method) == (capacity.BY_REGRET, "lora")
 
 
 # ---------------------------------------------------------------- rates
@@ -167,7 +171,7 @@ def test_the_interval_is_the_sources_disagreement_and_full_fine_tuning_has_its_o
 def test_short_runs_may_want_a_higher_rate():
     short, long = advice(examples=1000, steps=30), advice(examples=1000, steps=300)
     assert short.rate.high == pytest.approx(1.5 * long.rate.high)
-    assert any("below 100 the study saw" in w for w in short.warnings)
+    assert any("fewer than 100 updates" in w for w in short.warnings)
 
 
 # ---------------------------------------------------------------- batches

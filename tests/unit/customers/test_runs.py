@@ -1,5 +1,6 @@
 """Customers become runs: which learning rates are tried, and what is wrong with whom."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from lorasweep.config.folders import conf_dir
 from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import Row, check_rows
 from lorasweep.customers.rows import BY_ROW, Rules
-from lorasweep.customers.runs import Setup, build_runs, folder_of, planned
+from lorasweep.customers.runs import build_runs, folder_of, planned
 from lorasweep.errors import SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.forecast import Forecaster
+from lorasweep.sweep.grid import Point
 from tests.bpe import llama_like
 from tests.customers import make_base, write_json, write_rows
 from tests.world import compose_request, tiny_spec
@@ -43,14 +44,15 @@ def data(tmp_path):
     return write
 
 
-def setup(spec, rates=3, instead="", **more):
-    return Setup(spec, rates, instead, lambda model: llama_like(), ["."], **more)
+def runs_of(customers, request, rules, known=KNOWN):
+    return build_runs(customers, known, request, rules, lambda model: llama_like())
 
 
-def plan(rows, rates=3, instead="", planner=None, **fields):
-    spec = tiny_spec(**{"method": LoRA(rank=16), **fields})
+def plan(rows, rates=3, instead_of_full="", known=KNOWN, **fields):
+    point = Point("lora", tiny_spec(**{"method": LoRA(rank=16), **fields}))
+    asked = {"points": [point], "rates": rates, "instead_of_full": instead_of_full}
     customers = check_rows([Row(f"row {k}", r) for k, r in enumerate(rows, 2)])
-    return build_runs(customers, KNOWN, setup(spec, rates, instead, planner=planner))
+    return runs_of(customers, dataclasses.replace(compose_request([]), **asked), Rules(), known)
 
 
 def test_one_name_one_folder_whatever_the_name(tmp_path):
@@ -70,7 +72,7 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
     assert [low, high] == pytest.approx([middle / 3, 3 * middle], rel=0.01)
     spec = member.points[0].spec
     assert (spec.batch_size, spec.steps) == (8, 16) and spec.dataset.n_validation == 4
-    assert spec.method.rank == member.advised.rank and spec.method.alpha == 32
+    assert spec.method.rank == member.advised["rank"] and spec.method.alpha == 32
     assert len(small.points) == 1 and not small.rows.held_out
     assert [len(m.points) for m in plan([good], rates=1)] == [1]
 
@@ -78,7 +80,7 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
 @pytest.mark.parametrize(
     "columns, says",
     [
-        ({"name": "good"}, "used by an earlier row"),
+        ({"name": "good"}, "an earlier row has 'good'"),
         ({"data": "silent.jsonl", "max_length": 16}, "no rows"),
         ({"data": "other.jsonl"}, "has the columns text"),
         ({"data": "empty.jsonl"}, "has no rows"),
@@ -117,15 +119,15 @@ def test_full_is_an_error_unless_lora_is_asked_for(row, data):
     big = {**row, **data("big", 300), "bits_per_token": 20}
     (refused,) = plan([big])
     assert "the adviser says full" in refused.problem and "instead_of_full=lora" in refused.problem
-    (asked,) = plan([big], instead="lora")
-    assert asked.advised.method == "full" and asked.points[0].spec.method.name == "lora"
+    (asked,) = plan([big], instead_of_full="lora")
+    assert asked.advised["method"] == "full" and asked.points[0].spec.method.name == "lora"
 
 
 @pytest.mark.parametrize(
     "settings, says",
     [
         *(({"rates": rates}, "3 to 9") for rates in (0, 2, 10, -3)),
-        ({"instead": "yes"}, "Allowed: lora"),
+        ({"instead_of_full": "yes"}, "Allowed: lora"),
         ({"early_stopping": -1}, "early_stopping=-1"),
         ({"method": FullFT()}, "method=lora"),
     ],
@@ -137,9 +139,9 @@ def test_settings_that_cannot_train_a_fleet_are_refused(settings, says):
 
 def test_a_base_of_more_than_one_gpu_is_its_customers_error(row, data):
     small = {**row, **data("small", 40)}
-    planner = Forecaster(KNOWN.machines["h100"](), compose_request([]).exec)
+    on_h100 = dataclasses.replace(KNOWN, hardware=KNOWN.machines["h100"]())
     large = {**small, "name": "large", "model": "llama-3.1-70b"}
-    fits, refused = plan([small, large], planner=planner, precision="bf16")
+    fits, refused = plan([small, large], known=on_h100, precision="bf16")
     assert fits.points and "llama-3.1-70b takes" in refused.problem
 
 
@@ -178,8 +180,7 @@ def customers(tmp_path, monkeypatch):
 
 def ids(customers, scale, rules):
     options = ["action=fleet", "customers=c.csv", f"scale={scale}", "precision=fp32"]
-    shared = setup(compose_request(options).points[0].spec, rules=rules)
-    found = build_runs(customers, KNOWN, shared)
+    found = runs_of(customers, compose_request(options), rules)
     return {f"{scale}/{m.name}": [p.id for p in m.points] for m in found}
 
 

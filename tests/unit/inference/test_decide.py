@@ -143,7 +143,7 @@ def test_the_interval_to_expect_is_the_one_that_the_seeds_give():
         (1, [1, 1000], 0.01, 6, "within [1, ..]: cannot decide"),
         (0, [-0.1, 0.1], 0.01, 1, "0 without an interval within [-0.1, 0.1]: cannot decide"),
         (0, [-0.1, 0.1], 2.0, 6, "cannot decide: needs more than 64 seeds (planned 6)"),
-        (0, [-0.1, 0.1], None, 6, "claim c: not known: no sd stated"),
+        (0, [-0.1, 0.1], None, 6, "claim c: not known: no standard deviation stated"),
         (0, [-0.1, 0.1], 0.27, 90, "can decide"),
     ],
 )
