@@ -329,22 +329,6 @@ def test_each_error_is_printed_once_and_a_broken_base_fails_only_its_customers(
     assert "7 customers: 5 adapters, 0 not trained yet, 2 with errors" in printed.out
 
 
-@pytest.mark.parametrize(
-    "options, says",
-    [
-        (["exec.world_size=2"], "in one process"),
-        (["early_stopping=2", "objective=policy_gradient"], "objective=sft"),
-        (["rates=many"], "rates='many'"),
-        (["+sweep=lr_ratio"], "Leave"),
-        (["customers=''"], "customers=FILE"),
-        (["action=run", "customers=''", "rates=5"], "only for action=measure and action=fleet"),
-    ],
-)
-def test_settings_without_meaning_in_a_fleet_are_refused(world, options, says):
-    with pytest.raises(SpecError, match=says):
-        world.run(*options)
-
-
 def test_the_lower_of_equal_rates_is_chosen_and_diverged_runs_are_skipped(world, capsys):
     world.run("rates=3")
     plan = plan_fleet(world.request)

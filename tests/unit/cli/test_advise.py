@@ -42,23 +42,6 @@ def test_json_is_one_list_and_a_wrong_row_makes_the_status_1(command, table):
     assert why.returncode == 0 and "source: " in why.stdout and "lr_factor = 10" in why.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["action=advise"], "needs customers=FILE"),
-        (["action=advise", "customers=no.csv"], "no such file"),
-        (["action=advise", "customers=c.csv", "+customer.model=x"], "Give one of the two"),
-        (["customers=c.csv"], "customers is only for action=advise"),
-        (["action=advise", "+sweep=rank", "customers=c.csv"], "Leave +sweep=rank out"),
-        (["action=advise", "customers=customers.csv", "why=acne"], "Did you mean 'acme'"),
-        (["action=advise", "customers=customers.csv", "out=page.pdf"], ".html or .md"),
-    ],
-)
-def test_wrong_requests_are_refused(command, table, arguments, words):
-    done = command(*arguments)
-    assert done.returncode == 2 and words in done.stderr
-
-
 SHAPE = (
     "hidden_size: 1024, n_layers: 28, n_heads: 16, n_kv_heads: 8, head_size: 128, mlp_size: 3072, "
     "vocab_size: 151936, tied: true"

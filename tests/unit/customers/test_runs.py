@@ -12,8 +12,6 @@ from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import Row, check_rows
 from lorasweep.customers.rows import BY_ROW, Rules
 from lorasweep.customers.runs import build_runs, folder_of, planned
-from lorasweep.errors import SpecError
-from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.grid import Point
 from tests.bpe import llama_like
@@ -121,20 +119,6 @@ def test_full_is_an_error_unless_lora_is_asked_for(row, data):
     assert "the adviser says full" in refused.problem and "instead_of_full=lora" in refused.problem
     (asked,) = plan([big], instead_of_full="lora")
     assert asked.advised["method"] == "full" and asked.points[0].spec.method.name == "lora"
-
-
-@pytest.mark.parametrize(
-    "settings, says",
-    [
-        *(({"rates": rates}, "3 to 9") for rates in (0, 2, 10, -3)),
-        ({"instead_of_full": "yes"}, "Allowed: lora"),
-        ({"early_stopping": -1}, "early_stopping=-1"),
-        ({"method": FullFT()}, "method=lora"),
-    ],
-)
-def test_settings_that_cannot_train_a_fleet_are_refused(settings, says):
-    with pytest.raises(SpecError, match=says):
-        plan([], **settings)
 
 
 def test_a_base_of_more_than_one_gpu_is_its_customers_error(row, data):
