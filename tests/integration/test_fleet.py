@@ -21,7 +21,6 @@ from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
 from tests.customers import CHAT_TEMPLATE, make_base, write_json, write_rows
-from tests.integration.test_interruptions import killed_at, start
 
 SECRET = "zanzibar 7351"
 HOSTILE = '<img src=x onerror=alert(1)>/../"x"'
@@ -192,41 +191,6 @@ def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_upd
     assert f"ended early, after {ann['steps_done']} of {ann['steps']} updates" in world.page
     assert few["early_stopping"].startswith("off") and "best_step" in few
     assert "4 are the fewest" in world.card("few")
-
-
-@pytest.mark.slow
-@pytest.mark.full
-def test_early_stopping_survives_a_kill(world, odd, tmp_path):
-    """A command killed with -9 between the best evaluation of a run and its end, and asked again:
-    weights, results and what was decided are the same, bit for bit."""
-    world.set_table(odd[0])
-    # one learning rate: of several, one may end before the kill, and the pack is then another
-    fleet = ("action=fleet", "customers=customers.yaml", "early_stopping=3", "rates=advised")
-    arguments = (*fleet, "exec.workers=1", "exec.threads=1", "exec.checkpoint_s=0.01")
-
-    def finished():
-        command = start(*arguments, cwd=tmp_path)
-        assert command.wait(240) == 0, command.stderr.read()
-        return RunStore(tmp_path / "runs")
-
-    def best_is_behind():
-        for run in (tmp_path / "runs").glob("[0-9a-f]*/checkpoint"):
-            metas = [json.loads(p.read_text()) for p in run.glob("?.json")]
-            last = max(metas, key=lambda m: m["step"], default={})
-            if 0 < last.get("best", (0, 0))[1] < last.get("step", 0):
-                return True
-        return False
-
-    killed_at(best_is_behind, *arguments, cwd=tmp_path)
-    (rid,) = RunStore(tmp_path / "runs").existing()
-    assert RunStore(tmp_path / "runs").result(rid) is None
-    resumed = finished().result(rid)
-    shutil.move(tmp_path / "runs", tmp_path / "killed")
-    whole = finished().result(rid)
-    timed = ("wall_s", "step_s", "attempt")
-    a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, resumed))
-    assert a == b and a["best_step"] < a["steps_done"] and resumed["attempt"] == 2
-    assert same_adapters(tmp_path / "killed", tmp_path / "runs")
 
 
 def test_no_row_of_a_customer_reaches_another(world, tmp_path):

@@ -52,14 +52,6 @@ def wait_for(condition, timeout=240):
     pytest.fail("waited in vain")
 
 
-def places(tmp_path):
-    """Folders for an uninterrupted run, and for one that is killed."""
-    made = tmp_path / "whole", tmp_path / "killed"
-    for folder in made:
-        folder.mkdir()
-    return made
-
-
 def killed_at(condition, *args, cwd):
     """Start a command in its own process group, and kill the group once a condition holds."""
     process = start(*args, cwd=cwd)
@@ -98,7 +90,9 @@ PACK = (*LONG, "+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3")
     ids=["fullft", "pack of lora", "rewarded"],
 )
 def test_killed_with_kill_9_it_resumes_with_the_same_bits(tmp_path, arm, runs, kills):
-    whole, killed = places(tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
     cli(*arm, cwd=whole)
     for at in kills:
         killed_at(lambda at=at: max(furthest(killed), default=0) >= at, *arm, cwd=killed)

@@ -35,7 +35,8 @@ def test_json_is_one_list_and_a_wrong_row_makes_the_status_1(command, table):
     done = command("action=advise", f"customers={table}", "format=json", "hardware=a100")
     found = json.loads(done.stdout)
     assert done.returncode == 1 and [a["name"] for a in found] == ["acme", "lab", "bad"]
-    assert all(set(KEYS) <= a.keys() for a in found)
+    assert all(set(KEYS) <= a.keys() for a in found) and set(KEYS) == found[2].keys()
+    assert "NaN" not in done.stdout
     assert [a["gpu"] for a in found] == ["a100", "h200", None]
     assert found[2]["error"].startswith("row 4: column model: model 'gpt-9' not found")
     why = command("action=advise", f"customers={table}", "why=acme")
