@@ -165,6 +165,7 @@ def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatc
     assert store.state(point.id) == "done" and store.last_attempt(point.id) == 2
 
 
+@pytest.mark.full
 def test_two_commands_at_once_share_the_runs(tmp_path):
     one_by_one = (*SMOKE, "exec.pack_size=1", "exec.workers=1", "steps=30")
     two = [start(*one_by_one, cwd=tmp_path) for _ in range(2)]

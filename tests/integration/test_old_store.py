@@ -63,14 +63,8 @@ def test_old_answers_are_given_again():
 
 # The interrupted run has checkpoints at updates 229 and 232 and records of all updates to 232, and
 # the same run without an interruption is kept, too. In fp32 it agrees with them on any processor
-# for some tens of updates; after 600 at 3e-3 rounding alone has moved its loss by 0.0125 (standard
-# deviation over eight bases whose weights were moved by one unit in the last place).
+# for some tens of updates.
 FIRST, SECOND = 229, 232
-END = 0.06
-
-
-def curve(result):
-    return {p["step"]: p["test_nll"] for p in result["curve"]}
 
 
 @pytest.mark.full
@@ -87,9 +81,6 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(old, tmp_path):
     for now, then in zip(records[FIRST:SECOND], before[FIRST:], strict=True):
         for name in ("train_nll", "grad_norm"):
             assert now[name] == pytest.approx(then[name], rel=1e-5)
-    alone = json.loads((OLD / f"uninterrupted_{INTERRUPTED}.json").read_text())["result"]
-    assert curve(result)[256] == pytest.approx(curve(alone)[256], abs=1e-4)
-    assert result["test_nll"] == pytest.approx(alone["test_nll"], abs=END)
 
 
 def test_an_old_checkpoint_holds_all_that_the_next_updates_need(old):
@@ -100,6 +91,7 @@ def test_an_old_checkpoint_holds_all_that_the_next_updates_need(old):
     folder = old.folder(INTERRUPTED) / "checkpoint"
     first, second = checkpoint.load(folder, FIRST), checkpoint.load(folder, SECOND)
     alone = json.loads((OLD / f"uninterrupted_{INTERRUPTED}.json").read_text())["result"]
+    (wanted,) = [point["test_nll"] for point in alone["curve"] if point["step"] == 256]
 
     def distances(weights, state):
         """From the second checkpoint, and from the loss at update 256."""
@@ -108,8 +100,7 @@ def test_an_old_checkpoint_holds_all_that_the_next_updates_need(old):
             if event.step == SECOND:
                 tensors = worst(copied(event.snapshot())[spec.id], second)
             if event.step == 256:
-                loss = event.records[spec.id]["test_nll"]
-                return tensors, abs(loss - curve(alone)[256])
+                return tensors, abs(event.records[spec.id]["test_nll"] - wanted)
 
     for weights in (base, moved(base)):
         tensors, loss = distances(weights, first)

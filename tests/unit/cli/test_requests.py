@@ -8,7 +8,7 @@ import yaml
 
 from lorasweep.cli.actions import functions
 from lorasweep.config.actions import ACTIONS
-from tests.world import ROOT
+from tests.world import ROOT, write_splits
 
 FLEET = "action=fleet customers=customers.csv"
 
@@ -141,10 +141,7 @@ def test_an_unreadable_row_is_named_before_anything_starts(command, tmp_path):
     text = (ROOT / "conf/dataset/gsm8k.yaml").read_text().replace("name: gsm8k", "name: mine")
     lines = [line for line in text.splitlines() if not line.startswith("revision")]
     mine = own(tmp_path, "dataset/mine.yaml", "\n".join(lines))
-    (tmp_path / "gsm8k").mkdir()
-    for split in ("train", "test"):
-        rows = '{"question": "a", "answer": "b"}\n{"question": \n'
-        (tmp_path / f"gsm8k/{split}.jsonl").write_text(rows)
+    write_splits(tmp_path / "gsm8k", [{"question": "a", "answer": "b"}, '{"question": '])
     data = ("dataset=mine", f"exec.data_dir=[{tmp_path}]")
     refused(command(*mine, *data, "model=tiny64", "method.rank=4"), "train.jsonl:2: not a JSON row")
     assert not list((tmp_path / "runs").glob("*/spec.json"))

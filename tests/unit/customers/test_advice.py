@@ -247,12 +247,9 @@ CUSTOMERS = ROOT / "docs/customers.csv"
 def test_the_customers_are_many_and_varied_and_all_are_answered():
     found = answers(read_customers(CUSTOMERS), known())
     assert len(found) >= 100 and not [a.error for a in found if isinstance(a, Failed)]
-    sizes = [a.model.n_params for a in found]
-    assert min(s for s in sizes if s > 1e8) < 0.7e9 and max(sizes) > 230e9
     assert {a.choice.method for a in found} == {"lora", "full", "open"}
     assert {a.choice.by for a in found} == {"measured regret", "capacity"}
     assert {a.customer.task for a in found} == {"sft", "rl"}
-    assert len({a.costs.hardware.name for a in found}) >= 4
     with CUSTOMERS.open() as text:
         filled = {k for row in csv.DictReader(text) for k, v in row.items() if v}
     assert COLUMNS.keys() - filled == {"data", "n_experts", "n_active_experts"}
