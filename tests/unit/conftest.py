@@ -17,18 +17,9 @@ RHO = 0.7
 def rank_answer(tmp_path_factory):
     """A folder with `runs` and `reports` of the sweep `rank` at scale smoke, 96 updates."""
     folder, world = tmp_path_factory.mktemp("rank"), World(lambda spec: RHO)
-    request = compose_request(
-        [
-            "+sweep=rank",
-            "scale=smoke",
-            "format=json",
-            "sweep.replicate.seeds=[1,2,3]",
-            "sweep.axes.steps=96",
-            f"exec.runs_dir={folder}/runs",
-            f"exec.reports_dir={folder}/reports",
-            *GRIDS,
-        ]
-    )
+    sweep = ("+sweep=rank", "scale=smoke", "sweep.replicate.seeds=[1,2,3]", "sweep.axes.steps=96")
+    places = (f"exec.runs_dir={folder}/runs", f"exec.reports_dir={folder}/reports")
+    request = compose_request([*sweep, *GRIDS, *places, "format=json"])
     trainer = FakeTrainer(world.nll, start=START, curve=world.curve, more=world.more)
     assert act(request, trainer) == 0
     return folder

@@ -35,12 +35,7 @@ def test_kept_pages_and_documents_are_rendered_from_the_kept_figures(name):
         assert with_block(text, document[1], module.summary(figures)) == text
 
 
-def test_the_kept_figures_are_enough():
-    found = json.loads((FIGURES / "bench.json").read_text())
-    ratios = ("sweep_vs_process_per_run", "answer_vs_plain_grid", "pack_vs_warm_peft")
-    shares = ("lora_step_over_fullft_step", "flops_over_gemm_peak")
-    own = ("plan_10k_s", "status_10k_s", "noop_run_s", "machine")
-    assert all(found[k] for k in (*ratios, *shares, *own))
+def test_the_kept_coverage_is_of_enough_cases():
     calibration = json.loads((calibration_page.FOLDER / "calibration.json").read_text())
     assert min(r["cases"] for r in calibration["coverage"]) >= 2000
 
