@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -108,9 +109,7 @@ class Counting(TorchTrainer):
                 raise Stopped
 
 
-def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
-    world, tmp_path, capsys
-):
+def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_path, capsys):
     assert len(world.trained()) == 13  # three rates for four customers, one for the few rows
     printed = capsys.readouterr().out
     assert "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
@@ -164,9 +163,7 @@ def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world):
     assert not any(r["resumed_in_other_company"] for r in world.runs.values() if r)
 
 
-def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_update(
-    world, tmp_path
-):
+def test_early_stopping_is_on_the_card_and_survives_a_stop(world, tmp_path):
     """The held-out rows of the first customer are of another kind: their loss rises while it learns.
     The second has too few rows to hold any out."""
     write_rows(tmp_path / "odd/train.jsonl", 20, "aaaa bbbb {k}")
@@ -175,11 +172,10 @@ def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_upd
     stopped_and_resumed(world, 5, "early_stopping=2")
     ann, few = world.facts("ann"), world.facts("few")
     assert ann["steps_done"] < ann["steps"] and ann["best_step"] < ann["steps_done"]
-    said = (
-        f"ended after update {ann['steps_done']} of {ann['steps']}, because 2 evaluations in a row"
-    )
+    done, steps = ann["steps_done"], ann["steps"]
+    said = f"ended after update {done} of {steps}, because 2 evaluations in a row"
     assert said in world.card("ann") and said in world.page
-    assert f"ended early, after {ann['steps_done']} of {ann['steps']} updates" in world.page
+    assert f"ended early, after {done} of {steps} updates" in world.page
     assert few["early_stopping"].startswith("off") and "best_step" in few
     assert "4 are the fewest" in world.card("few")
 
@@ -270,9 +266,7 @@ def test_customers_without_an_adapter_keep_their_earlier_folder(world, tmp_path)
     assert (world.folder / "few/adapter_model.safetensors").is_file()
 
 
-def test_each_error_is_printed_once_and_a_broken_base_fails_only_its_customers(
-    world, tmp_path, capsys
-):
+def test_errors_are_printed_once_and_a_broken_base_fails_its_customers(world, tmp_path, capsys):
     half = tmp_path / "half"
     half.mkdir()
     shutil.copy(world.table[0]["model"], half)
@@ -376,19 +370,14 @@ def test_a_base_in_fp32_is_read_from_its_folder_and_trained(world, tmp_path, cap
 
 
 def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
-    copied = []
-    monkeypatch.setattr(
-        "lorasweep.tracking.wandb.mirror",
-        lambda points, store, group: copied.append((points, group)),
-    )
+    mirror = Mock()
+    monkeypatch.setattr("lorasweep.tracking.wandb.mirror", mirror)
     assert world.run("mirror=wandb", "rates=advised") == 0
-    ((points, group),) = copied
+    points, _, group = mirror.call_args.args
     assert group == "fleet-customers" and len({p.arm for p in points}) == len(points) == 5
 
 
-def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
-    world, tmp_path, capsys
-):
+def test_without_kept_rules_a_fleet_resumes_by_the_rules_of_its_runs(world, tmp_path, capsys):
     """Its runs keep their ids (tests/unit/customers/test_runs.py), although its folder names no rules:
     nothing is trained again, and the prompt form of its scale is kept from then on."""
     of_scale = {"template": "Question: {prompt}\nAnswer: ", "render": "role_eos"}
@@ -415,9 +404,7 @@ def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
     assert found["template"] == "{prompt}\n" and not {found["run"]} & runs
 
 
-def test_the_prompt_form_comes_from_the_base_or_the_command_line_and_is_kept(
-    world, bases, tmp_path
-):
+def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, bases, tmp_path):
     instruct = shutil.copytree(bases[0], tmp_path / "instruct")
     (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     world.write(chat=(instruct, "ann.jsonl", 1), **{HOSTILE: (None, None, None)})
@@ -445,9 +432,7 @@ def test_the_prompt_form_comes_from_the_base_or_the_command_line_and_is_kept(
         world.run(*settings)
 
 
-def test_the_card_says_how_many_rows_share_prompts_and_the_interval_is_over_prompts(
-    world, tmp_path
-):
+def test_the_card_counts_shared_prompts_and_the_interval_is_over_prompts(world, tmp_path):
     rows = [{"prompt": f"How many? {k % 40}", "completion": f"Yes {k}"} for k in range(200)]
     write_json(tmp_path / "bob.jsonl", rows)
     assert world.run("rates=advised") == 0

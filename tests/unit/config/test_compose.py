@@ -38,9 +38,7 @@ def test_changing_an_arm_changes_the_arms_that_refer_to_it(compose):
         ("dataset", {"knobs": {"a": 8}}, r"'mine': dataset\.knobs is now generator_params"),
     ],
 )
-def test_the_keys_of_an_old_file_are_refused_with_the_new_ones(
-    compose, tmp_path, group, change, words
-):
+def test_old_keys_are_refused_with_the_new_ones(compose, tmp_path, group, change, words):
     values = {"name": "mine"} if group == "dataset" else {"question": "?"}
     (tmp_path / group).mkdir()
     text = f"# @package {group}\n{yaml.safe_dump({**values, **change})}"

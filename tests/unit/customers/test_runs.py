@@ -81,9 +81,7 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
         ({"model": "gpt-9"}, "'gpt-9' not found"),
     ],
 )
-def test_a_customer_that_is_wrong_does_not_affect_others(
-    row, data, tmp_path, monkeypatch, columns, says
-):
+def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch, columns, says):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "silent.jsonl", 40, "Yes {k}", question="How many? " * 40)
     write_json(tmp_path / "other.jsonl", [{"text": "a"}])

@@ -87,9 +87,8 @@ def test_the_error_of_the_optimum_is_in_the_slopes_interval():
 
     def unsure(rank, v):
         factors = (rank**f for f in np.linspace(-0.5, 0.5, 40))
-        moved = (
-            {s: speed.Departure(d.low * f, d.high * f) for s, d in v.best.items()} for f in factors
-        )
+        at = v.best.items()
+        moved = [{s: speed.Departure(d.low * f, d.high * f) for s, d in at} for f in factors]
         return AtBest(v.best, tuple(moved))
 
     one, two = speed.slope_of(sure), speed.slope_of({r: unsure(r, v) for r, v in sure.items()})
@@ -103,9 +102,8 @@ def falling(fall, steps=(1, 2, 3, 4, 6, 8, 16, 24, 32, 64, 100, 128)):
 
 def test_the_last_fall_over_the_one_before_comes_back():
     assert speed.bend(falling(lambda x: 0.1 * x)) == pytest.approx(0, abs=1e-9)
-    squared = speed.bend(
-        falling(lambda x: 0.1 * x**2, [2**k for k in range(8)])
-    )  # 128, 32, 8 updates
+    steps = [2**k for k in range(8)]  # at the ends 128, 32 and 8
+    squared = speed.bend(falling(lambda x: 0.1 * x**2, steps))
     assert math.exp(squared) == pytest.approx((7**2 - 5**2) / (5**2 - 3**2))
 
 
