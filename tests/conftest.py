@@ -1,7 +1,6 @@
 """Fixtures: the shipped configuration composed as the command line does, small models and data, a
 fake trainer."""
 
-import math
 import os
 import shutil
 import signal
@@ -28,7 +27,7 @@ _STARTED = time.monotonic()
 
 from lorasweep.__main__ import main  # noqa: E402
 from lorasweep.train.events import Event  # noqa: E402
-from tests.world import compose_request  # noqa: E402
+from tests.world import compose_request, planted_end  # noqa: E402
 
 
 def pytest_report_header():
@@ -71,36 +70,20 @@ class FakeTrainer:
     and other measures if asked for. Counts what it was asked to train."""
 
     def __init__(self, nll, start=3.0, fail=None, curve=None, more=None):
-        self.nll, self.start, self.fail, self.trained = nll, start, fail or (lambda spec: False), []
-        self.curve, self.more = (
-            curve or (lambda spec: [{"step": 1, "test_nll": nll(spec)}]),
-            more or (lambda spec: {}),
-        )
+        self.nll, self.start, self.trained = nll, start, []
+        self.fail = fail or (lambda spec: False)
+        self.curve = curve or (lambda spec: [{"step": 1, "test_nll": nll(spec)}])
+        self.more = more or (lambda spec: {})
 
     def __call__(self, pack, exec_, resume):
-        ids = [s.id for s in pack]
-        self.trained += ids
+        self.trained += [spec.id for spec in pack]
+        if any(map(self.fail, pack)):
+            raise RuntimeError("planted failure")
+        records, ended = {}, {}
         for spec in pack:
-            if self.fail(spec):
-                raise RuntimeError("planted failure")
-        finals = [self.nll(s) for s in pack]
-        records = {i: {"step": 1, "train_nll": f, "test_nll": f} for i, f in zip(ids, finals)}
-        ended = {}
-        for i, f, spec in zip(ids, finals, pack):
-            final = {
-                "nll_start": self.start,
-                "test_nll": f,
-                "curve": self.curve(spec),
-                "steps_done": 1,
-                "base_sha256": "fake",
-                "data_sha256": "fake",
-                "floor_nats": None,
-                "n_trainable": spec.method.n_trainable(spec.model),
-                **self.more(spec),
-            }
-            ended[i] = (
-                ("done", final) if math.isfinite(f) else ("diverged", {**final, "test_nll": None})
-            )
+            nll, more = self.nll(spec), {"steps_done": 1, **self.more(spec)}
+            records[spec.id] = {"step": 1, "train_nll": nll, "test_nll": nll}
+            ended[spec.id] = planted_end(spec, self.start, nll, self.curve(spec), **more)
         yield Event(1, records, ended, dict)
 
 

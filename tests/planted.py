@@ -20,6 +20,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.spec.evaluations import eval_steps
 from lorasweep.spec.metric import METRICS
 from lorasweep.store.table import table_row
+from tests.world import planted_end
 
 FULL_BEST = 1.3e-3
 """Optimal LR of full fine-tuning in a `Valley`: off the grid."""
@@ -165,21 +166,9 @@ def planted_table(world, specs):
     """The table that finished runs give, in the columns of the kept ones."""
     rows = []
     for spec in specs:
-        nll = world.nll(spec)
-        done = math.isfinite(nll)
-        result = {
-            "run_id": spec.id,
-            "state": "done" if done else "diverged",
-            "nll_start": world.start,
-            "test_nll": nll if done else None,
-            "curve": world.curve(spec),
-            "steps_done": spec.steps if done else 1,
-            "base_sha256": "planted",
-            "data_sha256": "planted",
-            "floor_nats": None,
-            "n_trainable": spec.method.n_trainable(spec.model),
-        }
-        rows.append(table_row(spec.plain(), {**result, **world.more(spec)}))
+        state, result = planted_end(spec, world.start, world.nll(spec), world.curve(spec))
+        result |= {"run_id": spec.id, "state": state, **world.more(spec)}
+        rows.append(table_row(spec.plain(), result))
     return pd.DataFrame(rows)
 
 

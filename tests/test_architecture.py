@@ -8,7 +8,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 from tests import imports
@@ -19,57 +18,31 @@ FILES = [p for house in HOUSES for p in sorted((ROOT / house).rglob("*.py"))]
 PATHS = {imports.module_name(p, ROOT): str(p.relative_to(ROOT)) for p in FILES}
 TREES = {module: ast.parse((ROOT / path).read_text()) for module, path in PATHS.items()}
 GRAPH = imports.graph_of(TREES)
+ARROWS = [(module, other) for module, others in GRAPH.items() for other in others]
 
-# From the bottom; rooms on one line do not know each other. A room uses those below it only.
+# From the bottom; a room uses those below it only. `methods` and `data` do not know each other.
 ORDER = {
-    "lorasweep": [
-        ["errors"],
-        ["spec"],
-        ["methods", "data"],
-        ["sweep"],
-        ["store"],
-        ["tracking"],
-        ["plan"],
-        ["models"],
-        ["train"],
-        ["launch"],
-        ["customers"],
-        ["config"],
-        ["cli"],
-        ["__main__"],
-    ],
-    "analysis": [
-        ["runs"],
-        ["inference"],
-        ["optimum"],
-        ["measures"],
-        ["questions"],
-        ["report"],
-        ["tables"],
-        ["__main__"],
-    ],
+    "lorasweep": "errors < spec < methods data < sweep < store < tracking < plan < models < train"
+    " < launch < customers < config < cli < __main__",
+    "analysis": "runs < inference < optimum < measures < questions < report < tables < __main__",
 }
 RANK = {
     f"{house}.{room}": rank
-    for house, floors in ORDER.items()
-    for rank, rooms in enumerate(floors)
-    for room in rooms
+    for house, order in ORDER.items()
+    for rank, floor in enumerate(order.split(" < "))
+    for room in floor.split()
 } | {"lorasweep": -1, "analysis": -1}
 DOOR = "lorasweep.cli.answer"  # the only module of lorasweep that reaches `analysis`
 NOT_IN_TRAIN = r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"
 
 TORCH = r"lorasweep/(train|models|methods)/|lorasweep/launch/(trainer|measure_packs)\.py"
 ONLY_IN = {
-    "hydra": r"lorasweep/(config/.*|__main__)\.py",
-    "omegaconf": r"lorasweep/(config/.*|__main__)\.py",
+    **dict.fromkeys(("hydra", "omegaconf"), r"lorasweep/(config/.*|__main__)\.py"),
     "wandb": r"lorasweep/tracking/wandb\.py",
     "submitit": r"lorasweep/launch/slurm/",
     "rich": r"lorasweep/cli/",
-    "torch": TORCH,
-    "transformers": TORCH,
-    "peft": "$",
-    "trl": "$",
-    "tokenizers": "$",
+    **dict.fromkeys(("torch", "transformers"), TORCH),
+    **dict.fromkeys(("peft", "trl", "tokenizers"), "$"),
     "datasets": r"lorasweep/data/",
     "safetensors": TORCH + r"|lorasweep/(methods|store|cli)/",
     "jinja2": r"lorasweep/customers/pages\.py|analysis/report/",
@@ -100,8 +73,8 @@ def report(found):
 
 
 def test_rooms_depend_only_downwards():
-    arrows = [(m, r) for m, others in GRAPH.items() for r in others if house(m) == house(r)]
-    inside = [(m, r) for m, r in arrows if room(m) != room(r) and house(m) != "benchmarks"]
+    between = [(m, r) for m, r in ARROWS if house(m) == house(r) and room(m) != room(r)]
+    inside = [(m, r) for m, r in between if house(m) != "benchmarks"]
     assert {room(m) for m in PATHS if house(m) != "benchmarks"} <= RANK.keys()
     report([f"{m} -> {r}" for m, r in inside if RANK[room(r)] >= RANK[room(m)]])
 
@@ -112,19 +85,12 @@ def test_no_circles_of_files_or_folders():
 
 
 def test_the_packages_meet_at_one_module_and_know_no_benchmarks():
-    arrows = [(m, r) for m, others in GRAPH.items() for r in others if house(m) != house(r)]
-    report(
-        [
-            f"{m} -> {r}"
-            for m, r in arrows
-            if house(m) != "benchmarks" and not (m == DOOR and house(r) == "analysis")
-        ]
-    )
+    across = [(m, r) for m, r in ARROWS if house(m) not in (house(r), "benchmarks")]
+    report([f"{m} -> {r}" for m, r in across if m != DOOR or house(r) != "analysis"])
 
 
 def test_the_loop_knows_no_store_and_no_method():
-    arrows = [(m, r) for m, others in GRAPH.items() for r in others]
-    in_train = [(m, r) for m, r in arrows if room(m) == "lorasweep.train"]
+    in_train = [(m, r) for m, r in ARROWS if room(m) == "lorasweep.train"]
     report([f"{m} -> {r}" for m, r in in_train if re.match(NOT_IN_TRAIN, r)])
     text = (ROOT / "lorasweep/train/loop.py").read_text()
     assert not re.search(r"['\"](lora|fullft|sft)['\"]", text)
@@ -196,14 +162,15 @@ def identifiers(tree):
 
 
 def test_names_are_standard_words():
-    words = Counter(
-        f"{PATHS[module]}: {word.lower()}"
-        for module, tree in TREES.items()
-        for name in identifiers(tree)
-        for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
-        if PRIVATE_WORDS.fullmatch(word.lower())
+    report(
+        [
+            f"{PATHS[module]}: {word.lower()}"
+            for module, tree in TREES.items()
+            for name in identifiers(tree)
+            for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+            if PRIVATE_WORDS.fullmatch(word.lower())
+        ]
     )
-    report(list(words.elements()))
 
 
 def test_the_graph_sees_every_kind_of_import():

@@ -22,7 +22,7 @@ from lorasweep.models import load as models
 from lorasweep.models.targets import find_targets
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.streams import stream
-from tests.world import tiny_spec
+from tests.world import compose_request, tiny_spec
 
 ROUNDING = {1: 1e-12, 10: 1e-10}
 """Updates: how far two float64 runs may be apart after as many, relative to each tensor's scale."""
@@ -55,6 +55,27 @@ def small_world(**changes):
     given = {"precision": "fp64", "method": LoRA(rank=4), "lr": 5e-3, "steps": 6, "eps": EPS}
     spec = tiny_spec(**{**given, **changes})
     return spec, models.load(spec.model, [], spec.precision), data.load(spec.dataset, [])
+
+
+REWARDED = {
+    "bandit": ("model=tiny64-knows", "batch_size=64", "group_size=8", "max_new_tokens=1"),
+    "words": ("model=tiny64-skilled", "batch_size=64", "group_size=8", "max_new_tokens=6"),
+}
+"""Data sets with rewards: overrides of a small run."""
+
+
+def rewarded_spec(name, **changes):
+    """A rewarded run of six updates in float64; fields by keyword."""
+    common = ("objective=policy_gradient", "precision=fp64", "steps=6", "lr=2e-3")
+    spec = compose_request([f"dataset={name}", *REWARDED[name], *common]).points[0].spec
+    short = dataclasses.replace(spec.dataset, n_test=32, n_test_curve=16)
+    return dataclasses.replace(spec, **{"dataset": short, "method": LoRA(rank=4), **changes})
+
+
+def rewarded_world(name, **changes):
+    """A rewarded run, its base and its data: a bandit, or new words for old skills."""
+    spec = rewarded_spec(name, **changes)
+    return spec, models.load(spec.model, ["models"], spec.precision), data.load(spec.dataset, [])
 
 
 def row_of(rng, vocab, longest, share):

@@ -3,6 +3,7 @@ line."""
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,22 @@ def tiny_spec(**changes):
 @cache
 def _smoke_spec():
     return compose_request(["scale=smoke"]).points[0].spec
+
+
+def planted_end(spec, start, nll, curve, **more):
+    """How a run ends whose NLLs are planted (diverged where the last is not finite), and its result."""
+    done = math.isfinite(nll)
+    return "done" if done else "diverged", {
+        "nll_start": start,
+        "test_nll": nll if done else None,
+        "curve": curve,
+        "steps_done": spec.steps if done else 1,
+        "base_sha256": "planted",
+        "data_sha256": "planted",
+        "floor_nats": None,
+        "n_trainable": spec.method.n_trainable(spec.model),
+        **more,
+    }
 
 
 def write_json(path, rows):

@@ -1,7 +1,7 @@
 """The code length of data in a first pass, extrapolated from its first rows.
 
-Losses come in batches of rows in random order, twice: under the base model, and online during
-training, each batch before it is trained on (a prequential code, Dawid 1984).
+Losses come in batches of rows in random order: under the base model, and online, each batch before
+it is trained on (a prequential code, Dawid 1984).
 """
 
 import math
@@ -13,39 +13,36 @@ from scipy import stats
 from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate
 
 FITTED = 8
-"""The line is fitted to the rows after the first 1 / FITTED of those measured: the form of a
-completion is learned at once, and says little about later rows."""
+"""The line is not fitted to the first 1 / FITTED of the rows measured: the form of a completion is
+learned at once, and says little about later rows."""
 STEEPER = 1.25
-"""The line may continue this much steeper: where the loss began to fall late, its slope grows."""
+"""The line may continue this much steeper: the slope grows if the loss began to fall late."""
 LATE = 4
-"""The level that is reached is that of the last 1 / LATE of the rows measured."""
+"""The level reached is that of the last 1 / LATE of the rows measured."""
 FEWEST = 24
-"""With fewer batches the scatter is unknown, and further rows are not extrapolated."""
+"""Batches that an extrapolation needs: with fewer the scatter is unknown."""
 
 
 @dataclass(frozen=True)
 class CodeLength:
-    """Nats of all rows; without an interval where every row was measured, or too few were."""
+    """Nats of all rows: exact where all were measured, without a value where too few were."""
 
     as_is: Estimate
     prequential: Estimate
 
 
-def of_all(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float) -> CodeLength:
+def extrapolate(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float) -> CodeLength:
     """Return the code length of all rows, under the base model and online during training.
 
-    Rows are in random order, so under the base model further rows cost as much as those measured,
-    with the scatter of its batches. During training a share of the base's loss is left, which falls
-    as the model learns. Over the logarithm of the rows, ln(share) is taken to fall, at most STEEPER
-    times as fast as on average since the first 1 / FITTED of the rows. So further rows cost at
-    least what a straight line says, and at most as much as the last 1 / LATE of the rows. The
-    interval reaches from the low end of the one to the high end of the other; the value is midway
-    between the two.
+    Under the base model further rows cost as much as those measured, with the scatter of the
+    batches. During training they cost a share of that: at most the share of the last 1 / LATE of
+    the rows, and at least what a straight line of ln(share) over ln(rows) says, STEEPER times as
+    steep. The interval reaches from the low end of the one to the high end of the other; the value
+    is midway between the two.
 
     Args:
-        base: nats of each batch under the base model.
-        code: nats of each batch during training, in its order.
-        tokens: loss tokens of each batch.
+        base, code, tokens: nats of each batch under the base model and during training, in the
+            order of training, and its loss tokens.
         left: loss tokens of the rows that were not measured.
     """
     n, coded, first = len(tokens), float(code.sum()), float(base.sum())
@@ -76,7 +73,7 @@ def of_all(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float) 
 def _scatter(part: np.ndarray, whole: np.ndarray, left: float, unit: float) -> tuple[float, int]:
     """Return the standard error of sum(part) / sum(whole), and its degrees of freedom.
 
-    It includes the scatter of the further rows: `left`, with `unit` a batch.
+    It includes the scatter of `left` further tokens, in batches of `unit`.
     """
     n = len(part)
     ratio = part.sum() / whole.sum()
@@ -88,7 +85,7 @@ def _scatter(part: np.ndarray, whole: np.ndarray, left: float, unit: float) -> t
 def _continued(
     base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
-    """Draw the mean share over further rows if the straight line continues; return its middle."""
+    """Draw the mean share over further rows if the line continues; also return its middle."""
     at, total = np.cumsum(tokens), float(tokens.sum())
     used = at >= total / FITTED
     x, share = np.log(at[used] / total), np.maximum(code[used] / base[used], 1e-12)

@@ -1,10 +1,8 @@
 """The decision rule: compare an interval with a margin that was stated before any run.
 
-SUPPORTED: the interval lies inside the margin. REFUTED: the two do not overlap. Otherwise
-UNDECIDED, with the runs that would decide. A gate (a reason that forbids a verdict, such as an
-optimum at the edge of the grid) makes it UNDECIDED, whatever the numbers are. The interval is the
-95% one, or a wider one for a sweep with interim analyses: repeated looks must not make it easier to
-support a false claim.
+SUPPORTED: the interval lies inside the margin. REFUTED: the two do not overlap. Otherwise, or with
+a gate, UNDECIDED, with the runs that would decide. The interval is the 95% one, or a wider one for
+a sweep with interim analyses: repeated looks must not make it easier to support a false claim.
 """
 
 import dataclasses
@@ -19,25 +17,21 @@ from analysis.inference.gates import MIN_SEEDS, Gate, remedy
 from analysis.inference.spread import MAX_NEEDED, SEEDS, Spread, needed
 
 NO_INTERVAL = ("unread_at_likely_rates", "one_rank_departs")
-"""Flags of an estimate that say why it has no interval."""
+"""Flags that say why an estimate has no interval."""
 POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
 """Significance level of each look by the number of looks planned, for an overall level of 5%
 (Pocock, Biometrika 64, 1977)."""
 
 
 def look_level(rounds: int) -> float:
-    """Return the interval's level at each planned round: 0.95 for one round, 0.978 for three.
-
-    Raises:
-        ValueError: more rounds are planned than POCOCK has levels for.
-    """
+    """Return the interval's level at each of `rounds` looks; ValueError beyond those of POCOCK."""
     if rounds not in POCOCK:
         raise ValueError(f"a sweep has at most {max(POCOCK)} rounds, not {rounds}")
     return 1 - POCOCK[rounds]
 
 
 def at_level(e: Estimate, level: float) -> Estimate:
-    """Return an estimate with the interval of a level; unchanged if it has no draws."""
+    """Return an estimate with the interval of this level; unchanged if it has no draws."""
     if e.draws is None or level == e.level:
         return e
     return from_draws(e.draws, e.n, level, e.flags, e.spread)
@@ -55,12 +49,8 @@ def judge(
 ) -> Verdict:
     """Judge one claim.
 
-    Args:
-        gates: reasons that forbid a verdict.
-        seeds: present number of seeds at the optima of the estimate. It is used where the estimate
-            does not name the units of its interval.
-        log: the margin is for a ratio.
-        level: of the interval that is compared with the margin.
+    `seeds`: their number at the optima, for an estimate that does not name its units. `log`: the
+    margin is for a ratio. `level`: of the interval that is compared with the margin.
     """
     low, high = (float(v) for v in claim["margin"])
     outcome, why, remedied, p, missing = "UNDECIDED", "", "", None, None
@@ -121,10 +111,9 @@ def judge(
 
 
 def p_value(draws: np.ndarray, low: float, high: float) -> float:
-    """Return the smallest significance level at which the draws decide.
+    """Return the smallest p, at least 2 / len(draws), at which the draws decide.
 
-    That is, their interval of level 1 - p lies inside [low, high] or outside it. At least 2 / the
-    number of draws.
+    That is, their interval of level 1 - p lies inside [low, high] or outside it.
     """
     below, above = float((draws < low).mean()), float((draws > high).mean())
     inside, apart = 2 * max(below, above), 2 * min(1 - below, 1 - above)
@@ -134,8 +123,8 @@ def p_value(draws: np.ndarray, low: float, high: float) -> float:
 def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]:
     """Correct the primary claims for multiplicity by Holm's method (1979).
 
-    The k-th smallest p-value must be at most alpha / (n - k + 1). A verdict that does not survive
-    becomes UNDECIDED, with the reason; the others are returned unchanged.
+    The k-th smallest of n p-values must be at most alpha / (n - k + 1). A verdict that does not
+    survive becomes UNDECIDED, with the reason; the others are unchanged.
     """
     primary = [v for v in verdicts if v.primary]
     out = {id(v): v for v in verdicts}
@@ -155,8 +144,5 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
 
 
 def scale_of(log: bool) -> Callable[[float], float]:
-    """Return the function to the scale on which errors are symmetric: ln for ratios, else identity.
-
-    The logarithm of a ratio of 0 is -infinity.
-    """
+    """Return the map to a scale of symmetric errors: ln for ratios (-inf at 0), else float."""
     return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float

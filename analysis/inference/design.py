@@ -1,7 +1,4 @@
-"""Whether a planned sweep can decide its claims: the interval to expect, beside the margin.
-
-Computed before any run, from the spread between seeds that a sweep's file states.
-"""
+"""Whether a planned sweep can decide its claims, from the spread between seeds in its file."""
 
 import dataclasses
 import math
@@ -32,13 +29,12 @@ class Outlook:
     planned: int
     """Planned number of units that the interval is over."""
     units: str
-    """Name of the units."""
     room: float
     """Distance of the expected value from the nearest end of the margin; below 0 outside it."""
     half_width: float | None = None
-    """Half of the interval to expect. None: not known, as no sd is stated or one unit planned."""
+    """Half of the interval to expect. None: no sd is stated, or one unit planned."""
     needed: int | None = None
-    """Smallest number of units that decides with 80% power. None: not known, or too many."""
+    """Smallest number of units that decides with 80% power. None: no sd is stated, or too many."""
     can_decide: bool | None = None
     """The planned units suffice; None if no sd is stated."""
     underpowered: bool = False
@@ -50,7 +46,7 @@ class Outlook:
         return self.can_decide is False and not self.underpowered
 
     def plain(self) -> dict[str, Any]:
-        """Return plain values for JSON; an open margin leaves no end to the room: None."""
+        """Return plain values for JSON; the room in an open margin is None."""
         room = self.room if math.isfinite(self.room) else None
         return {**dataclasses.asdict(self), "margin": list(self.margin), "room": room}
 
@@ -92,17 +88,14 @@ def outlook(
     units: str = "seeds",
     underpowered: bool = False,
 ) -> Outlook:
-    """Return what a claim's interval over the planned units is expected to be, and to decide.
+    """Predict a claim's interval over the planned units, and whether it decides the claim.
 
-    Half of the interval is t(level, n - 1) sd / sqrt(n) with n units (Student, Biometrika 6, 1908);
-    the n that is needed is that of `spread.needed` for the expected value.
+    Half of the interval is t(level, n - 1) sd / sqrt(n) with n units (Student, Biometrika 6, 1908).
 
     Args:
-        sd: standard deviation between units of what is measured (of its logarithm, if log), in its
-            own unit; 0 for certificates and exact counts, which decide; None: not known.
-        planned: number of units.
+        sd: standard deviation between units (of the logarithm, if log); 0 for certificates and
+            exact counts, which decide; None: not known.
         rounds: planned looks at the answer.
-        units: name of the units.
         underpowered: the file says that the claim cannot be decided.
     """
     to, level = scale_of(log), look_level(rounds)

@@ -13,11 +13,11 @@ from analysis.inference.spread import Spread
 
 N_DRAWS = 4000
 PROBABILITIES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
-"""Of the quantiles that are taken as equally likely draws."""
+"""Probabilities whose quantiles are taken as equally likely draws."""
 LEVEL = 0.95
 """Default level of an interval; sweeps with more than one round use a higher one."""
 AT_LEAST = "at_least"
-"""Flag: the estimate is of a lower bound of the measured quantity."""
+"""Flag: the estimate is of a lower bound."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Estimate:
     """Equally likely values, if there is an interval; used to combine estimates."""
     level: float = LEVEL
     spread: Spread | None = field(default=None, repr=False, compare=False)
-    """How the interval depends on the number of units it is over; None: not known."""
+    """How the interval depends on its number of units; None: not known."""
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON, without the draws and the spread."""
@@ -66,10 +66,8 @@ def from_draws(
     flags: tuple[str, ...] = (),
     spread: Spread | None = None,
 ) -> Estimate:
-    """Return the median of equally likely values and their equal-tailed interval.
-
-    The k-th of N sorted values is the quantile of (k - 1/2) / N, as draws are made.
-    """
+    """Return the median of equally likely values and their equal-tailed interval."""
+    # hazen: the k-th of N sorted values is the quantile of (k - 1/2) / N, as in PROBABILITIES
     at = [0.5 - level / 2, 0.5, 0.5 + level / 2]
     low, value, high = (float(v) for v in np.quantile(draws, at, method="hazen"))
     return Estimate(value, low, high, n, flags, draws, level, spread)
@@ -95,7 +93,7 @@ def exactly(value: float, n: int = 1) -> Estimate:
 
 
 BETTER = "it is on the better side"
-"""End of the reason of a refutation by a result that is better than claimed."""
+"""End of a refutation's reason if the result is better than claimed."""
 EXPLORATORY, WITHDRAWN = "exploratory", "WITHDRAWN"
 """Marks of a verdict that does not confirm, and of one that does not count."""
 
@@ -119,15 +117,14 @@ class Verdict:
     p: float | None = None
     """The smallest significance level at which it would be decided; None without draws."""
     gates: tuple[Gate, ...] = ()
-    """What forbids a decision."""
     exploratory: str = ""
     """Why it does not confirm; empty: it confirms."""
     missing: int | None = None
-    """How many more units decide it; None if that is unknown or too many. Not written."""
+    """Units still needed for a decision; None: unknown, or too many. Not written."""
 
     @property
     def is_better(self) -> bool:
-        """Whether the claim is refuted since what was measured is better than it says."""
+        """Whether the claim is refuted by a result better than claimed."""
         return self.why.endswith(BETTER)
 
     @property
@@ -137,7 +134,7 @@ class Verdict:
 
     @property
     def shown(self) -> str:
-        """The outcome as people read it: withdrawn or exploratory where it is."""
+        """The outcome for people, marked if withdrawn or exploratory."""
         if self.is_withdrawn:
             return WITHDRAWN
         return f"{self.outcome} ({EXPLORATORY})" if self.exploratory else self.outcome
@@ -165,11 +162,7 @@ def signed(value: float | None) -> str:
 
 
 def fixed(value: float, digits: int, sign: str = "") -> str:
-    """Format a number with fixed decimals, as 0 and not -0 where it rounds to 0.
-
-    Args:
-        sign: "+" to show that of positive numbers, too.
-    """
+    """Format a number with fixed decimals, never as -0; `sign` "+": also mark positive ones."""
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
@@ -184,7 +177,7 @@ def rate(value: float | None) -> str:
 def row_interval(
     row: dict[str, Any], key: str = "value", write: Callable[[float | None], str] = number
 ) -> str:
-    """Format row[key] with the ends row["low"] and row["high"], as value [low, high]."""
+    """Format row[key] with its ends in row, as value [low, high]."""
     return with_interval(Estimate(row[key], row["low"], row["high"]), write)
 
 

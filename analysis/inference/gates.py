@@ -1,7 +1,4 @@
-"""Gates: reasons that forbid a verdict, such as an optimum at the edge of the grid.
-
-Code tests their codes; their sentences are for people only.
-"""
+"""Gates: reasons that forbid a verdict, such as an optimum at the edge of the grid."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -9,15 +6,11 @@ from enum import StrEnum
 from typing import Any
 
 MIN_SEEDS = 3
-"""No verdict is given with fewer seeds at the rates around the optimum: they do not show the noise
-there."""
+"""Seeds that a verdict needs at the LRs around the optimum: fewer do not show the noise there."""
 
 
 class GateCode(StrEnum):
-    """Why no verdict is given.
-
-    The value is the sentence: {0} is the gate's subject, {1} its flags.
-    """
+    """Why no verdict is given: a sentence for people, with {0} for the subject, {1} the flags."""
 
     FLAGGED = "{1}"
     FEW_SEEDS = f"{{0}} seed(s), {MIN_SEEDS} needed"
@@ -50,7 +43,6 @@ class Gate:
 
     code: GateCode
     subject: str | int = ""
-    """What the sentence names."""
     place: str = ""
     """The curve, batch or task; the sentence begins with it."""
     flags: tuple[str, ...] = ()
@@ -97,14 +89,11 @@ REMEDIES: dict[str, str] = {
     "no_variance": "more seeds or learning rates, to know the noise",
     "no_usable_points": "lower learning rates",
 }
-"""What opens a gate, by its code or flag; of many gates the first entry counts. The codes and flags
-not named here are about seeds."""
+"""What opens a gate, by its code or flag; of many gates the first entry counts. All other codes and
+flags are about seeds."""
 
 
 def remedy(gates: Iterable[Gate], flags: Iterable[str] = ()) -> str:
-    """Return what opens the gates, or gives an estimate with these flags an interval.
-
-    Empty where more seeds do.
-    """
+    """Return what opens the gates, or gives an interval despite the flags; empty: more seeds."""
     reasons = {*flags, *(reason for g in gates for reason in (g.code, *g.flags))}
     return next((text for reason, text in REMEDIES.items() if reason in reasons), "")

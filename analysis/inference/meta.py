@@ -1,7 +1,7 @@
 """Meta-analysis: drift with the rank, pooling over models, meta-regression, correlation in groups.
 
-Works on equally likely values (draws) of each quantity, so that asymmetric intervals stay
-asymmetric.
+Also the slope of censored values. Works on equally likely values (draws) where it can, so that
+asymmetric intervals stay asymmetric.
 """
 
 import math
@@ -10,12 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, stats
+from scipy.special import log_ndtr
 
 from analysis.inference.estimate import LEVEL, PROBABILITIES, Estimate, from_draws
 from analysis.inference.spread import Part, Spread
 
 BASES = "bases"
 """Name of the rows of a meta-regression."""
+SHARPEST = 0.01
+"""Smallest standard deviation about a line of censored values: known values exactly on a line have
+no maximum of the likelihood."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,9 @@ class Drift:
 def drift(ranks: Sequence[float], draws: Sequence[np.ndarray], n: int) -> Drift:
     """Fit the slope of ln(best LR) over log2(rank) by least squares, weighted by 1 / variance.
 
-    With three or more ranks, if the optima scatter about the line by more than their own errors
-    explain, the slope's spread is multiplied by sqrt(chi^2 / df), the Particle Data Group's scale
-    factor.
-
-    Args:
-        ranks: one per curve.
-        draws: equally likely values of ln(best LR), one array per curve.
-        n: number of runs, for the estimate.
+    If three or more optima scatter about the line by more than their own errors explain, the
+    slope's spread is multiplied by sqrt(chi^2 / df), the Particle Data Group's scale factor.
+    `draws`: equally likely values of ln(best LR), by curve. `n`: number of runs.
     """
     if len(draws) < 2:
         few = "needs two or more optima with intervals, and none at an edge"
@@ -88,14 +87,11 @@ class RandomEffects:
 def random_effects(
     values: Sequence[float], errors: Sequence[float], level: float = LEVEL
 ) -> RandomEffects:
-    """Pool values with known standard errors; needs two or more.
+    """Pool values with known standard errors; ValueError for fewer than two.
 
     Between-group variance by Paule & Mandel (1982), interval by Hartung & Knapp (2001) with k - 1
     degrees of freedom, never narrower than the common-effect one; prediction interval by Higgins et
     al. (2009), k - 2 degrees of freedom (k - 1 at k = 2).
-
-    Raises:
-        ValueError: there are fewer than two values.
     """
     y, v = np.asarray(values, float), np.asarray(errors, float) ** 2
     k = len(y)
@@ -133,7 +129,7 @@ class MetaRegression:
     n: int
 
     def term(self, k: int) -> Estimate:
-        """Return a coefficient with its 95% interval; none without degrees of freedom."""
+        """Return a coefficient with its 95% interval; no interval without degrees of freedom."""
         if self.df < 1:
             return Estimate(float(self.beta[k]), n=self.n, spread=Spread(self.n, BASES))
         error = math.sqrt(self.cov[k, k])
@@ -154,17 +150,11 @@ class MetaRegression:
 def meta_regression(
     y: np.ndarray, v: np.ndarray, design: np.ndarray, wider: MetaRegression | None = None
 ) -> MetaRegression:
-    """Regress values on a design, with a variance between rows in addition to their own.
+    """Regress values y [n] with known variances v [n] on a design [n, k].
 
-    Between-row variance by Paule & Mandel (1982), errors of the coefficients by Knapp & Hartung
-    (2003), never below those from v alone.
-
-    Args:
-        y: values, [n].
-        v: their known variances, [n].
-        design: [n, k].
-        wider: a regression over more rows, from which the variance between rows and its degrees of
-            freedom are taken.
+    Variance between rows by Paule & Mandel (1982), or, with its degrees of freedom, from `wider`, a
+    regression over more rows. Errors of the coefficients by Knapp & Hartung (2003), never below
+    those from v alone.
     """
     n, k = design.shape
     df = n - k
@@ -191,14 +181,11 @@ def within_groups(groups: Sequence[Sequence[tuple[float, float]]], of: str) -> E
 
     Subtracting the means of k groups is a partial correlation given k - 1 indicators of a group.
     Fisher's z = atanh(r) of a partial correlation given q variables among n pairs has the variance
-    1 / (n - q - 3) (Fisher, Metron 3, 1924): so 1 / (n - k - 2), n - 6 for four groups. For ranks
-    it is 1 + r^2 / 2 times as large (Bonett & Wright, Psychometrika 65, 2000).
+    1 / (n - q - 3) (Fisher, Metron 3, 1924): here 1 / (n - k - 2). For ranks it is 1 + r^2 / 2
+    times as large (Bonett & Wright, Psychometrika 65, 2000).
 
-    No value where n - k - 2 is below 1.
-
-    Args:
-        groups: (x, y) of every pair, by group; groups of one pair do not count.
-        of: what a pair is, for people.
+    `groups`: (x, y) of every pair, by group; groups of one pair do not count. `of`: what a pair is,
+    for people. No value where n - k - 2 is below 1.
     """
     known = [np.asarray(g, float) for g in groups if len(g) > 1]
     n = sum(map(len, known))
@@ -211,3 +198,56 @@ def within_groups(groups: Sequence[Sequence[tuple[float, float]]], of: str) -> E
     z = math.atanh(min(max(r, -0.999), 0.999)) + stats.norm.ppf(PROBABILITIES) * error
     spread = Spread(n, of, (Part(error * math.sqrt(n), math.inf),))
     return from_draws(np.tanh(z), n, spread=spread)
+
+
+# ---------------------------------------------------------------- censored values, jackknife
+
+
+def censored_slope(x: Sequence[float], low: Sequence[float], high: Sequence[float]) -> float:
+    """Return the slope of a line by maximum likelihood (Tobin, Econometrica 26, 1958).
+
+    The values are normal about the line, with one standard deviation sigma. A value counts with its
+    density where it is known (`low` equals `high`), and with the probability of its range where it
+    is censored (one of them is infinite). In (intercept, slope, 1) / sigma the log likelihood is
+    concave (Olsen, Econometrica 46, 1978), so the maximum found is the only one. NaN with fewer
+    than two different x of known values.
+    """
+    at, a, b = (np.asarray(v, float) for v in (x, low, high))
+    known, above = a == b, np.isinf(b)
+    if len(set(at[known])) < 2:
+        return math.nan
+    centre = at[known].mean()
+    design = np.stack([np.ones(len(at)), at - centre], 1)
+    line = np.linalg.lstsq(design[known], a[known], rcond=None)[0]
+    if known.all():
+        return float(line[1])
+    ends = np.where(above, a, b)
+
+    def loss(p: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return minus the log likelihood and its gradient at (line, 1) / sigma."""
+        z = p[2] * ends - design @ p[:2]  # residuals over sigma
+        tail = np.where(above, -z, z)
+        log_tail = log_ndtr(tail)
+        hazard = np.exp(-0.5 * tail**2 - 0.5 * math.log(2 * math.pi) - log_tail)
+        dz = np.where(known, z, np.where(above, hazard, -hazard))
+        total = np.where(known, 0.5 * z**2, -log_tail).sum() - known.sum() * math.log(p[2])
+        steep = float(dz @ ends) - known.sum() / p[2]
+        return float(total), np.append(-design.T @ dz, steep)
+
+    rest = a[known] - design[known] @ line
+    sigma = max(float(np.sqrt((rest**2).mean())), 10 * SHARPEST)
+    bounds = [(None, None), (None, None), (1e-6, 1 / SHARPEST)]
+    start = np.append(line, 1.0) / sigma
+    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return float(found.x[1] / found.x[2])
+
+
+def pseudo_values(whole: float, without: Sequence[float]) -> list[float]:
+    """Return the jackknife's pseudo-values of an estimate, one per unit (Tukey, 1958).
+
+    `whole`: the estimate from all units; `without`: those that leave out one unit each. The mean of
+    the pseudo-values and Student's interval with n - 1 degrees of freedom are the estimate's. For a
+    least-squares slope over units with the same abscissas they are the units' own slopes.
+    """
+    n = len(without)
+    return [n * whole - (n - 1) * v for v in without]

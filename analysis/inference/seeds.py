@@ -1,9 +1,8 @@
 """Intervals over seeds: Student's, at least as wide as one by the variance of similar samples.
 
-Three seeds give a poor estimate of their own spread: three that happen to agree have far too narrow
-an interval. So samples of one quantity in one sweep (the ranks' rho, the recipes' shares) pool
-their variances. A few samples that share seeds cannot show that one of them is less noisy, so
-pooling only widens: at every level the wider of Student's interval and the pooled one is used.
+Three seeds that happen to agree have far too narrow an interval. So samples of one quantity in one
+sweep (such as the ranks' rho) pool their variances. Pooling only widens, because a few samples that
+share seeds cannot show that one of them is less noisy.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from analysis.inference.spread import Part, Spread
 
 @dataclass(frozen=True)
 class PooledVariance:
-    """The variance over seeds, pooled over samples of one quantity, and its degrees of freedom."""
+    """The variance over seeds, pooled over samples of one quantity; degrees of freedom."""
 
     var: float
     df: float
@@ -27,8 +26,7 @@ class PooledVariance:
 def pooled_variance(samples: Sequence[Sequence[float]]) -> PooledVariance | None:
     """Pool the variances of samples of one quantity by their median, robust against outliers.
 
-    Each variance is first divided by the median of chi^2 / df. None with fewer than two samples of
-    at least two values.
+    Each is first divided by the median of chi^2 / df. None below two samples of two finite values.
     """
     known = [np.asarray(s, float) for s in samples if len(s) > 1 and np.isfinite(s).all()]
     if len(known) < 2:
@@ -46,19 +44,15 @@ def from_sample(
 ) -> Estimate:
     """Return the mean of independent values (one per seed) with Student's interval.
 
-    One value has no interval. With shifts, the value is the median over them.
-
-    The interval of level 1 - a is mean +- t(1 - a/2, df) sqrt(var / n), with the sample's own
-    variance and n - 1 degrees of freedom, or with the pooled one and its own: the wider of the two
-    (Student, Biometrika 6, 1908). Which one that is depends on the level, because t grows faster
-    with the level at few degrees of freedom. So the draws are quantiles of both at each
-    probability, whichever lies further out: their interval is the wider one at every level.
+    The interval of level 1 - a is mean +- t(1 - a/2, df) sqrt(var / n) (Student, Biometrika 6,
+    1908), with the sample's variance and n - 1 degrees of freedom, or with the pooled ones: the
+    wider of the two at every level, as each draw is the quantile that lies further out. One value
+    has no interval. With shifts, the value is the median over them.
 
     Args:
         log: average logarithms (geometric mean); values must be positive.
-        pooled: variance of similar samples (of the logarithms, if log); it only widens.
-        shifts: changes of the mean at other, equally likely best rates: an error that all seeds
-            share.
+        pooled: variance of similar samples (of the logarithms, if log).
+        shifts: changes of the mean at other, equally likely best LRs; all seeds share this error.
     """
     x = np.log(values) if log else np.asarray(values, float)
     back = np.exp if log else np.asarray

@@ -1,7 +1,4 @@
-"""How an interval narrows with the units that it is over, such as seeds, and how many are enough.
-
-Knows no verdicts; `decide` asks it what an open claim needs.
-"""
+"""How an interval narrows with its units, such as seeds, and how many units are enough."""
 
 import dataclasses
 import math
@@ -14,8 +11,7 @@ SEEDS = "seeds at each optimum"
 MAX_NEEDED = 64
 """More units than this are reported as 'more than'."""
 POWER = 0.8
-"""Probability with which the needed number of units decides a claim, if its present value is true.
-"""
+"""Probability that the needed number of units decides a claim, if its present value is true."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,13 @@ class Spread:
     of: str = SEEDS
     """What a unit is."""
     parts: tuple[Part, ...] = ()
-    """At each level the part that gives the wider interval counts. Empty: only the interval is
-    known, and it narrows with the root of n."""
+    """The part with the widest interval counts, at each level. Empty: the interval narrows with the
+    root of n."""
     shared: float = 0.0
-    """Standard deviation of an error that all units share, such as that of a best rate: more units
-    do not reduce it."""
+    """Standard deviation of an error that more units do not reduce, such as that of a best LR."""
 
     def at(self, n: int, level: float) -> tuple[float, float, float]:
-        """Return what n units would give: half the interval, the standard error and its df."""
+        """Return what n units would give: half the interval, the standard error, its df."""
         sides = []
         for part in self.parts:
             df = part.df + part.per_unit * (n - self.n)
@@ -70,7 +65,10 @@ def needed(
     fewest: int = 1,
     most: int = MAX_NEEDED,
 ) -> int | None:
-    """Return the smallest number of units that decides a claim with probability POWER.
+    """Return the number of units, from `fewest` to `most`, that decides with probability POWER.
+
+    None if `most` are not enough. `value`, `interval` (its present ends) and `margin` (an end may
+    be infinite) are on the scale on which they are compared.
 
     The present value and variances are taken for the true ones. With n units the estimate X has
     standard error s / sqrt(n) and the interval X +- h(n), h(n) = t(level, df(n)) s / sqrt(n). A
@@ -78,22 +76,11 @@ def needed(
     b REFUTED with P(X > b + h), one below a likewise. X - value over its error is taken to follow
     Student's t, which approximates the noncentral t of the exact power (Chow, Shao & Wang, Sample
     Size Calculations in Clinical Research, 2003, chapter 3).
-
-    Args:
-        value: on the scale on which it is compared with the margin.
-        interval: its present ends, on that scale.
-        margin: on that scale; an end may be infinite.
-        level: of the interval.
-        fewest: do not return less than this.
-        most: do not return more than this.
-
-    Returns:
-        None if `most` units are not enough.
     """
     below, above = value - interval[0], interval[1] - value
     if not (below > 0 and above > 0 and math.isfinite(below + above)):
         return None
-    if not spread.parts:  # only the interval is known: it has one variance, that counts as known
+    if not spread.parts:  # only the interval is known: its variance counts as known
         units = max(spread.n, 1)
         sd = (below + above) / 2 * math.sqrt(units) / float(stats.norm.ppf(0.5 + level / 2))
         spread = Spread(units, spread.of, (Part(sd, math.inf),))

@@ -18,9 +18,8 @@ from analysis.measures.regret import Gap, gaps_of
 from analysis.measures.speed import curves_at_best, log_rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.runs.learning_curves import by_run
+from analysis.runs.learning_curves import at_step, by_run, on_curve_rows
 from analysis.runs.lr_curves import lr_curves
-from analysis.runs.prefixes import at_step, on_curve_rows
 from analysis.runs.table import CURVE_KEYS
 
 EARLIEST = 8

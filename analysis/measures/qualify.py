@@ -18,9 +18,8 @@ from analysis.inference.seeds import from_sample
 from analysis.measures.speed import curves_at_best
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
-from analysis.runs.learning_curves import Points
+from analysis.runs.learning_curves import MIN_GAIN, MIN_REST, Points, gain_in_noise
 from analysis.runs.lr_curves import lr_curves
-from analysis.runs.prefixes import MIN_GAIN, MIN_REST, gain_in_noise
 
 EDGES = ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
 """Flags of an optimum that is not a single minimum inside the LRs tried."""

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.censored import pseudo_values
 from analysis.inference.estimate import Estimate, exp_of
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
+from analysis.inference.meta import pseudo_values
 from analysis.inference.seeds import from_sample
 from analysis.measures.at_best import N_LR_DRAWS, AtBest
 from analysis.optimum.optimum import Optimum

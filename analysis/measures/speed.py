@@ -14,8 +14,8 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from analysis.inference.censored import censored_slope, pseudo_values
 from analysis.inference.estimate import Estimate, exp_of, from_draws
+from analysis.inference.meta import censored_slope, pseudo_values
 from analysis.inference.seeds import PooledVariance, from_sample
 from analysis.inference.spread import Spread
 from analysis.measures.at_best import AtBest, is_finite, over_seeds, values_at_best

@@ -1,9 +1,8 @@
-"""Find the best learning rate of lr curves, with an interval or a bound where possible.
+"""Find the best learning rate of LR curves, with an interval or a bound where possible.
 
 `likelihood` summarises a curve's runs, `valley` models its shape, `posterior` pools noise and
-misfit over a sweep. This module turns a posterior into a value with an interval, or a bound: a best
-rate at the edge of the rates tried, or next to one that diverged, is a bound. A curve too flat for
-its noise has neither value nor bound.
+misfit over a sweep. A best LR at the edge of those tried, or next to one that diverged, is a bound.
+A curve too flat for its noise has neither value nor bound.
 """
 
 import hashlib
@@ -20,9 +19,9 @@ from analysis.optimum.likelihood import (
     Likelihood,
     first_diverged,
     growth_of,
+    likelihood_of,
     lowest_loss,
     n_rates,
-    of_curve,
     pools,
     rate_means,
     weights_of,
@@ -33,28 +32,21 @@ from analysis.optimum.posterior import Pooled, Posterior, weigh
 from analysis.runs.lr_curves import LrCurve
 
 FEW_RATES = 5
-"""A curve with fewer rates is flagged 'few_points', and no verdict may depend on it."""
+"""A curve with fewer LRs is flagged 'few_points', and no verdict may depend on it."""
 MIN_RATES_WITH_PRIOR = 3
-"""Rates that a fit needs if at least two related curves give a prior of its shape."""
+"""LRs that a fit needs if at least two related curves give a prior of its shape."""
 CHECK_RATIO = 1.3
-"""The flag 'checks_disagree' is set if the minimum of a cubic fit lies outside the interval and
-differs from the median by more than this factor."""
+"""The flag 'checks_disagree': the minimum of a cubic fit lies outside the interval, and differs
+from the median by more than this factor."""
 
 
 def fit_all(curves: Sequence[LrCurve], share: bool = False) -> list[Optimum]:
-    """Find the optimum of every curve of a sweep, with noise and misfit pooled over all of them.
-
-    Args:
-        share: use curves that differ only in rank as a prior for each other's shape.
-    """
+    """Find the optima of a sweep; `share`: curves that differ only in rank share their shape."""
     return fit_sweeps([curves], share)[0]
 
 
 def fit_sweeps(sweeps: Sequence[Sequence[LrCurve]], share: bool = False) -> list[list[Optimum]]:
-    """Find the optima of many sweeps, each independently.
-
-    Curves with the same rates and repeats are computed together, which is faster.
-    """
+    """Find the optima of many sweeps at once; noise and misfit are pooled within each."""
     trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
     groups = [
         _Group(i, {k: curves[k] for k in part})
@@ -75,10 +67,7 @@ def fit_sweeps(sweeps: Sequence[Sequence[LrCurve]], share: bool = False) -> list
 
 
 class _Group:
-    """Curves of one sweep with a common noise level, by index in the sweep.
-
-    `likelihoods` holds the curves with enough rates for a fit.
-    """
+    """Curves of one sweep with a common noise level, by index in the sweep."""
 
     def __init__(self, sweep: int, curves: dict[int, LrCurve]) -> None:
         self.sweep, self.curves = sweep, curves
@@ -88,8 +77,9 @@ class _Group:
         self.fit([k for k, c in curves.items() if n_rates(c) >= MIN_RATES])
 
     def fit(self, members: Sequence[int]) -> None:
+        """Compute the likelihoods of these curves."""
         self.likelihoods: dict[int, Likelihood] = {
-            k: of_curve(self.curves[k], self.growth, self.weights[k]) for k in members
+            k: likelihood_of(self.curves[k], self.growth, self.weights[k]) for k in members
         }
 
 
@@ -98,10 +88,9 @@ def _shape_priors(
 ) -> list[valley.ShapePrior | None]:
     """Return a shape prior for every fitted curve, from those that differ only in rank.
 
-    An empirical-Bayes prior: mean and standard deviation of their asymmetry and ln curvature; the
-    standard deviations are at least 0.2 and 0.15. None with fewer than two such curves whose best
-    rate is not at an edge. Curves with too few rates for a fit of their own, but enough with a
-    prior, are added to the group's likelihoods.
+    An empirical-Bayes prior: mean and standard deviation of their asymmetry and ln curvature. None
+    with fewer than two such curves whose best LR is not at an edge. Curves that have enough LRs
+    only with a prior are added to the group's likelihoods.
     """
     shapes = {}
     for (k, e), posterior in zip(group.likelihoods.items(), posteriors):
@@ -159,8 +148,8 @@ def _optimum(
         return Optimum(curve, estimate(around, few), lowest, few)
     known = pooled.df >= MIN_DF
     if few and not known:
-        # Too few rates for a misfit and no known noise: all that is known of a valley with one
-        # minimum is that it lies between the neighbours of the best rate.
+        # Too few LRs for a misfit and no known noise: all that is known of the minimum is that it
+        # lies between the neighbours of the best LR.
         low, high = rates[best - 1], rates[best + 1]
         value = float(np.clip(posterior.quantile(0.5), low, high))
         flags = (*few, "no_variance")
@@ -168,7 +157,7 @@ def _optimum(
         return Optimum(curve, bracket, lowest, flags, pooled, 0, posterior, likelihood)
     ends = np.array([0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2])
     low, median, high = map(float, posterior.quantile(ends))
-    # The minimum of a least-squares cubic through the five rates around the best one.
+    # The minimum of a least-squares cubic through the five LRs around the best one.
     at = slice(min(max(0, best - 2), max(0, len(rates) - 5)), max(best + 3, 5))
     u = rates[at] - rates[best]
     agrees = False
@@ -205,14 +194,10 @@ def _optimum(
 def _bound_at_end(
     curve: LrCurve, rates: np.ndarray, best: int, posterior: Posterior | None
 ) -> Estimate:
-    """Return a bound, where the best rate is the first or the last one tried.
+    """Return the bound for a best LR, rates[best], that is the first or the last one tried.
 
-    On the inner side the bound is the neighbouring rate, or further if the noise allows it; on the
-    outer side it is the first rate that diverged, if there is one.
-
-    Args:
-        rates: usable rates, ln(lr), rising.
-        best: index of the best one.
+    On the inner side the bound is the neighbouring LR, or further if the noise allows it; on the
+    outer side it is the first LR that diverged, if there is one.
     """
     low, high = (
         (-math.inf, math.inf) if posterior is None else posterior.quantile(np.array([0.025, 0.975]))
@@ -232,6 +217,6 @@ def _bound_at_end(
 
 
 def _upper_end(curve: LrCurve) -> tuple[float | None, str]:
-    """Return the lowest rate that diverged above the usable ones, and the flag of a bound there."""
+    """Return the lowest LR that diverged above the usable ones, and the flag of a bound there."""
     end = first_diverged(curve)
     return (math.exp(end), "bounded_by_divergence") if math.isfinite(end) else (None, "at_edge")

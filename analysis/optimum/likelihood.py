@@ -1,7 +1,7 @@
-"""The likelihood of the losses at a curve's rates, given its runs. Fits no shape.
+"""The likelihood of the losses at a curve's learning rates, given its runs. Fits no shape.
 
-Decides which rates belong to a valley (the smooth part of an lr curve around its minimum), which
-curves share one noise level, and whether the noise grows with the rate.
+Decides which LRs belong to the valley, which curves share one noise level, and whether the noise
+grows with the LR.
 """
 
 import dataclasses
@@ -15,66 +15,60 @@ from scipy import stats
 from analysis.runs.lr_curves import LrCurve
 
 MIN_RATES = 4
-"""A curve needs this many distinct usable rates for a fit of its own."""
+"""Distinct usable LRs that a curve needs for a fit without a prior of its shape."""
 MIN_DF = 10
-"""The pooled variance needs this many degrees of freedom for an interval."""
+"""Degrees of freedom that the pooled variance needs for an interval."""
 RIVAL = 3.5
-"""A rate within this many standard errors of the lowest loss may be the best one."""
+"""An LR within this many standard errors of the lowest loss may be the best one."""
 KEPT = 0.2
-"""A rate above the best one has collapsed if it keeps less than this share of the best rate's gain
-over the untrained model."""
+"""An LR has collapsed if it keeps less than this share of the best LR's gain."""
 APART = math.log(1.6)
 OUTSIZED = 20.0
-"""A rate has collapsed, and is left out with all rates beyond it, if its loss is this many times as
-far above the lowest as that of rates a factor 1.6 (APART) from the best one. Such runs were not
-reported as diverged. A LINEX valley with a = 1.5 reaches this only two factors of 2 from its
-optimum. In simulations a limit of 40 lets a rise of 1 nat through, which spoils the fit, and 12
-widens all intervals."""
+"""An LR has collapsed if its loss is this many times as far above the lowest as that of LRs APART
+from the best one. A LINEX valley with a = 1.5 reaches this only a factor 4 from its optimum. In
+simulations a limit of 40 lets a rise of 1 nat through, which spoils the fit, and 12 widens all
+intervals."""
 TIE = 1e-9
-"""Losses (nats) closer than this count as equal: tables print few digits, and rounding in a sum
-must not choose the best rate."""
+"""Losses (nats) closer than this are equal: rounding of sums must not choose the best LR."""
 GROWTH = (0.0, 0.35, 0.7, 1.05)
 """Candidate exponents g: the noise's standard deviation grows as lr^g."""
 UNSTEADY = 1e-6
-"""Significance level of the test for unsteady rates, over a whole sweep."""
+"""Significance level of the test for unsteady LRs, over a whole sweep."""
 MIN_DF_GROWTH = 20
-"""With fewer degrees of freedom of repeats the noise is taken to be the same at all rates."""
+"""With fewer degrees of freedom of repeats the noise is taken to be the same at all LRs."""
 
 
 def lowest_loss(loss: np.ndarray) -> int:
-    """Return the index of the lowest loss; the lowest rate wins a tie."""
+    """Return the index of the lowest loss; the lowest LR wins a tie."""
     return int(np.argmax(loss <= np.min(loss) + TIE))
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The Gaussian likelihood of the losses at one curve's rates, without the blocks' shifts."""
+    """The Gaussian likelihood of the losses at one curve's LRs, without the blocks' shifts."""
 
     x: np.ndarray
     """Distinct ln(lr), [P], rising."""
     loss: np.ndarray
-    """Estimated loss at each rate, [P], up to a common constant."""
+    """Estimated loss at each LR, [P], up to a common constant."""
     root: np.ndarray
-    """Root of its precision for unit noise, [D, P], D < P: root' root = precision."""
+    """Root of the precision of `loss` for unit noise, [D, P], D < P: root' root = precision."""
     squares: float
-    """Sum of squares of repeats about it: sigma^2 times a chi^2 with `df` degrees of freedom."""
+    """Sum of squares of repeats about `loss`: sigma^2 times a chi^2 of `df` degrees of freedom."""
     df: int
     first_diverged: float = math.inf
-    """ln of the lowest rate above all usable ones that diverged; the minimum must lie below it."""
+    """ln of the lowest LR above all usable ones that diverged; the minimum must lie below it."""
 
     @property
     def best(self) -> int:
-        """Index of the best rate."""
+        """Index of the best LR."""
         return lowest_loss(self.loss)
 
     def bracket(self, sigma: float) -> tuple[float, float]:
         """Return the interval of ln(lr) in which the minimum of a unimodal curve must lie.
 
-        It reaches to the outer neighbours of all rates whose loss is within RIVAL standard errors
-        of the lowest; infinite if there is no neighbour.
-
-        Args:
-            sigma: noise of one run, in nats.
+        It reaches to the outer neighbours of all LRs whose loss is within RIVAL standard errors of
+        the lowest; infinite if there is no neighbour. `sigma`: noise of one run, in nats.
         """
         inverse = np.linalg.pinv(self.root.T @ self.root)
         b = self.best
@@ -97,16 +91,13 @@ def gather(
 ) -> Likelihood:
     """Compute the likelihood from runs.
 
-    If blocks share no rates (for example, every run has its own seed), their shifts cannot be
-    separated from the curve and count as noise.
-
     Args:
         x: ln(lr), [n].
         y: losses in nats, [n].
-        block: of each run, [n]; runs of one block share a shift, such as that of a seed's batches.
-        first_diverged: ln of the lowest rate above all usable ones that diverged.
+        block: [n]; runs of one block share a shift, such as that of a seed's batches. If blocks
+            share no LRs, their shifts cannot be told from the curve and count as noise.
         growth: the noise's standard deviation is proportional to lr^growth.
-        weights: relative precision of each run, [n]; 1 unless its rate is unsteady.
+        weights: relative precision of each run, [n]; 1 unless its LR is unsteady.
     """
     rates, at = np.unique(x, return_inverse=True)
     center = gather(x, y, block).best if growth else 0
@@ -123,7 +114,6 @@ def gather(
     size, axes = np.linalg.eigh(precision)
     known = size > 1e-9 * weight.sum()
     if known.sum() < len(rates) - 1 and len(blocks) > 1:
-        # The shifts of blocks that share no rate cannot be estimated.
         return gather(x, y, np.zeros(len(x), int), first_diverged, growth, weights)
     loss = axes[:, known] @ ((axes[:, known].T @ right) / size[known])
     squares = 0.0
@@ -139,13 +129,13 @@ def gather(
 def without_shifts(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
     """Return ln(lr) and the losses of the usable runs, [n], with all blocks moved to their mean.
 
-    Not all seeds ran at all rates, and they may lie a hundred times as far apart as the rates.
+    Not all seeds ran at all LRs, and seeds may lie a hundred times as far apart as LRs.
     """
     x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
     if not len(x):
         return x, y
     e = gather(x, y, block)
-    if e.df == len(y) - len(e.x):  # one block, or blocks that share no rate
+    if e.df == len(y) - len(e.x):  # one block, or blocks that share no LR
         return x, y
     of = np.unique(block, return_inverse=True)[1]
     shift = np.bincount(of, y - e.loss[np.searchsorted(e.x, x)]) / np.bincount(of)
@@ -153,19 +143,14 @@ def without_shifts(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rate_means(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
-    """Return a curve's usable rates, as ln(lr), and the mean loss at each without shifts, [P]."""
+    """Return a curve's usable LRs, as ln(lr), and the mean loss at each without shifts, [P]."""
     x, y = without_shifts(curve)
     rates, at = np.unique(x, return_inverse=True)
     return rates, np.bincount(at, y) / np.bincount(at)
 
 
-def of_curve(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
-    """Compute the likelihood of a curve's usable runs.
-
-    Args:
-        growth: the noise's standard deviation is proportional to lr^growth.
-        weights: of the usable runs, [n].
-    """
+def likelihood_of(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -> Likelihood:
+    """Compute the likelihood of a curve's usable runs; for `growth` and `weights` see `gather`."""
     use = curve.usable
     return gather(
         curve.x[use], curve.y[use], curve.block[use], first_diverged(curve), growth, weights
@@ -173,22 +158,22 @@ def of_curve(curve: LrCurve, growth: float, weights: np.ndarray | None = None) -
 
 
 def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
-    """Return the weights of every curve's usable runs: 1, or below 1 at unsteady rates.
+    """Return the weights of every curve's usable runs: 1, or below 1 at unsteady LRs.
 
-    A rate above the best one is unsteady if its repeats are so far apart that some of them must
-    have begun to diverge. It still shows that the loss is higher there. At full weight, a single
-    such rate would dominate the pooled noise, and no curve of the sweep would have an optimum.
+    An LR above the best one is unsteady if its repeats are so far apart that some must have begun
+    to diverge. It still shows that the loss is higher there, but at full weight it would dominate
+    the pooled noise, and no curve of the sweep would have an optimum.
 
     The test is an F test against the median of all repeats' variances, corrected for the strongest
-    GROWTH, at level UNSTEADY over all rates. It needs MIN_DF rates with repeats.
+    GROWTH, at level UNSTEADY over all LRs. It needs MIN_DF LRs with repeats.
     """
     out = [np.ones(int(c.usable.sum())) for c in curves]
-    repeats = []  # of one curve at one rate: curve, mask of runs, df, variance, ratio, above best
+    repeats = []  # of one curve at one LR: curve, mask of runs, df, variance, ratio, above best
     for k, c in enumerate(curves):
         (x, y), (rates, means) = without_shifts(c), rate_means(c)
         for v in (v for v in rates if (x == v).sum() > 1):
             runs, above = x == v, v - rates[lowest_loss(means)]
-            # The variance may exceed that at the best rate by the strongest GROWTH.
+            # The variance may exceed that at the best LR by the strongest GROWTH.
             allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
             var = float(np.var(y[runs], ddof=1))
             repeats.append((k, runs, int(runs.sum()) - 1, var, var / allowed, above > 0))
@@ -205,16 +190,13 @@ def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
 
 
 def first_diverged(curve: LrCurve) -> float:
-    """Return ln of the lowest rate above all usable ones that diverged; infinite without one."""
+    """Return ln of the lowest LR above all usable ones that diverged; infinite without one."""
     top = max(curve.x[curve.usable], default=-math.inf)
     return float(min(curve.x[~curve.usable & (curve.x > top)], default=math.inf))
 
 
 def growth_of(curves: Sequence[LrCurve], all_weights: Sequence[np.ndarray]) -> float:
-    """Return how the noise grows with the rate: the likeliest exponent of GROWTH.
-
-    Uses the repeats near the minima of a sweep's curves, without the unsteady ones.
-    """
+    """Return the likeliest exponent of GROWTH, by a sweep's steady repeats near its minima."""
     far, rest, df = [], [], 0
     for c, weights in zip(curves, all_weights):
         x, y, block = c.x[c.usable], c.y[c.usable], c.block[c.usable]
@@ -238,38 +220,36 @@ def growth_of(curves: Sequence[LrCurve], all_weights: Sequence[np.ndarray]) -> f
     def log(g: float) -> float:
         return -0.5 * len(u) * math.log((r**2 * np.exp(-2 * g * u)).mean() + 1e-30) - g * u.sum()
 
-    return max(GROWTH, key=lambda g: log(g) - g)  # a light prior for even noise
+    return max(GROWTH, key=lambda g: log(g) - g)  # a weak prior for even noise
 
 
 def n_rates(curve: LrCurve) -> int:
-    """Count a curve's usable rates."""
+    """Count a curve's usable LRs."""
     return len(set(curve.x[curve.usable]))
 
 
 def pools(curves: Sequence[LrCurve]) -> list[list[int]]:
     """Group curves that share one noise level: those of one model, data set and metric.
 
-    All groups of a metric with fewer than MIN_DF degrees of freedom are merged into one.
+    A metric's groups with fewer than MIN_DF degrees of freedom are merged into one.
     """
     groups: dict[tuple, list[int]] = {}
     for k, c in enumerate(curves):
         groups.setdefault((c.shown, c.key.get("model"), c.key.get("dataset")), []).append(k)
     found: dict[tuple, list[int]] = {}
     for (metric, *rest), members in groups.items():
-        fitted = [of_curve(curves[k], 0.0) for k in members if n_rates(curves[k]) >= MIN_RATES]
+        fitted = [likelihood_of(curves[k], 0.0) for k in members if n_rates(curves[k]) >= MIN_RATES]
         df = sum(e.df + len(e.x) - MIN_RATES for e in fitted)
         found.setdefault((metric, *(rest if df >= MIN_DF else ())), []).extend(members)
     return list(found.values()) or [[]]
 
 
 def without_collapse(curve: LrCurve) -> LrCurve:
-    """Leave out the rates at which runs collapsed without being reported as diverged.
+    """Leave out the first LR whose runs collapsed without a report of divergence, and all beyond.
 
-    These are above the best rate; all rates beyond them are left out too. A rate has collapsed if
-    it lost most of the best rate's gain (KEPT), or if its loss is OUTSIZED times the typical height
-    above the lowest. The typical height is that of rates a factor 1.6 from the best one, or a
-    quarter of that of rates twice as far (in ln), whichever is larger; each is the lower of the two
-    sides.
+    An LR above the best one has collapsed if it lost most of the best one's gain over the untrained
+    model (KEPT), or if its loss is OUTSIZED typical heights above the lowest. The typical height is
+    the one APART from the best LR, or a quarter of the one twice as far, whichever is larger.
     """
     rates, means = rate_means(curve)
     if len(rates) < MIN_RATES:
@@ -278,7 +258,7 @@ def without_collapse(curve: LrCurve) -> LrCurve:
     height = means - means[best]
 
     def nearest(distance: float) -> float:
-        """Return the lower of the two sides' heights at the nearest rate this far away."""
+        """Return the height at the nearest LR this far away: the lower one of the two sides."""
         down = height[:best][rates[best] - rates[:best] >= distance][-1:]
         up = height[best + 1 :][rates[best + 1 :] - rates[best] >= distance][:1]
         return float(min([*down, *up], default=0.0))

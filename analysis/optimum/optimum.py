@@ -1,4 +1,4 @@
-"""The optimum of one lr curve, and the fitted loss at other rates."""
+"""The optimum of one LR curve, and the fitted loss at other learning rates."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from analysis.optimum.posterior import Pooled, Posterior
 from analysis.runs.lr_curves import LrCurve
 
 WITHIN = 0.01
-"""Loss, in units of the metric, within which a rate belongs to the low-regret band."""
+"""Extra loss allowed in the low-regret band, in units of the metric."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,11 @@ class Optimum:
     curve: LrCurve
     best_lr: Estimate
     lowest: float | None
-    """Mean NLL at the best rate tried."""
+    """Mean NLL at the best LR tried."""
     flags: tuple[str, ...]
     pooled: Pooled | None = None
     open_side: int = 0
-    """1: the optimum may lie above the rates tried; -1: below; 0: inside, or possibly on either
-    side (flat)."""
+    """1: the optimum may lie above the LRs tried; -1: below; 0: inside, or either (flat)."""
     posterior: Posterior | None = field(default=None, repr=False)
     likelihood: Likelihood | None = field(default=None, repr=False)
 
@@ -45,29 +44,39 @@ class Optimum:
 
     @functools.cached_property
     def best_nll(self) -> float | None:
-        """The fitted NLL at the optimum; without one, the mean at the best rate tried."""
-        if self.shape is None or self.pooled is None or self.best_lr.value is None:
-            return self.lowest
-        return _level(self.curve, self.shape, self.pooled)
+        """The fitted NLL at the optimum; without one, the mean at the best LR tried."""
+        return self.lowest if self.best_lr.value is None or self._level is None else self._level
 
     def predict(self, lr: np.ndarray) -> np.ndarray | None:
         """Return the fitted NLL at learning rates; None without a fit."""
+        if self.shape is None or self._level is None:
+            return None
+        return self._level + self.shape.height(np.log(lr))
+
+    @functools.cached_property
+    def _level(self) -> float | None:
+        """The fitted minimum of the NLL: the mean of loss minus height over blocks (seeds)."""
         if self.shape is None or self.pooled is None:
             return None
-        return _level(self.curve, self.shape, self.pooled) + self.shape.height(np.log(lr))
+        x, y, block = (v[self.curve.usable] for v in (self.curve.x, self.curve.y, self.curve.block))
+        height = self.shape.height(x)
+        weight = 1 / (self.pooled.noise**2 + (self.pooled.misfit * height) ** 2 + 1e-18)
+        blocks = np.unique(block)
+        # Runs near the minimum weigh most. A block weighs at most as much as one run there.
+        most = 1 / self.pooled.noise**2
+        share = [min(float(weight[block == b].sum()), most) for b in blocks]
+        levels = [np.average((y - height)[block == b], weights=weight[block == b]) for b in blocks]
+        return float(np.average(levels, weights=share))
 
     def regret(self, lr: float) -> float | None:
-        """Return the fitted NLL(lr) - best NLL, in nats; None outside the rates tried."""
+        """Return the fitted NLL(lr) - best NLL, in nats; None outside the LRs tried."""
         x = self.curve.x[self.curve.usable]
         if self.shape is None or not x.min() - 1e-9 <= math.log(lr) <= x.max() + 1e-9:
             return None
         return float(max(self.shape.height(np.array([math.log(lr)]))[0], 0.0))
 
     def band(self, loss: float) -> tuple[float, float] | None:
-        """Return the range of rates whose fitted loss is at most `loss` nats above the best.
-
-        Limited to the rates tried; None without a fit.
-        """
+        """Return the range of tried LRs within `loss` nats of the fitted best; None without fit."""
         if self.shape is None:
             return None
         x = self.curve.x[self.curve.usable]
@@ -82,9 +91,9 @@ class Optimum:
 
 
 def seeds_at_best(o: Optimum) -> int:
-    """Return the smaller number of seeds at the two rates on either side of the fitted optimum.
+    """Return the smaller number of seeds at the two LRs next to the fitted optimum.
 
-    Without a fitted optimum, the smallest number at the best rate and its neighbours.
+    Without a fitted optimum, the smallest number at the best LR and its neighbours.
     """
     x = o.curve.x[o.curve.usable]
     if not len(x):
@@ -96,19 +105,3 @@ def seeds_at_best(o: Optimum) -> int:
         best = lowest_loss(rate_means(o.curve)[1])
         around = rates[max(0, best - 1) : best + 2]
     return min(len(set(o.curve.seed[o.curve.usable][x == r])) for r in around)
-
-
-def _level(curve: LrCurve, shape: valley.Shape, pooled: Pooled) -> float:
-    """Return the fitted loss at the optimum, in nats.
-
-    This is the mean over blocks (seeds) of their runs' losses minus the fitted height; runs near
-    the minimum weigh most.
-    """
-    x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
-    height = shape.height(x)
-    weight = 1 / (pooled.noise**2 + (pooled.misfit * height) ** 2 + 1e-18)
-    blocks = np.unique(block)
-    # A block weighs at most as much as one run at the minimum.
-    share = [min(float(weight[block == b].sum()), 1 / pooled.noise**2) for b in blocks]
-    levels = [np.average((y - height)[block == b], weights=weight[block == b]) for b in blocks]
-    return float(np.average(levels, weights=share))

@@ -1,7 +1,4 @@
-"""The posterior of each curve's minimum, with noise and misfit pooled over a sweep.
-
-Knows no tables, flags or verdicts.
-"""
+"""The posterior of each curve's minimum, with noise and misfit pooled over a sweep."""
 
 import dataclasses
 import math
@@ -17,8 +14,7 @@ from analysis.optimum.valley import ShapePrior
 
 _STEPS, _PAD = 57, 0.7
 _END = 3e-3
-"""If an end cell of the grid has more mass than this, the posterior is recomputed over the whole
-range."""
+"""With more mass than this in an end cell, a posterior is recomputed over the whole range."""
 _CHUNK = 48
 _NEVER = -1e4
 
@@ -37,7 +33,7 @@ class Posterior:
         return np.interp(p, np.append(0.0, np.cumsum(self.mass)), edges)
 
     def draws(self, stream: int) -> np.ndarray:
-        """Return quantiles, evenly spaced in probability, in a random order given by the stream.
+        """Return quantiles, evenly spaced in probability, in the stream's random order.
 
         Sums of such draws have smoother distributions than sums of random draws.
         """
@@ -61,10 +57,7 @@ def weigh(
 ) -> list[tuple[list[Posterior], Pooled]]:
     """Return each sweep's posteriors, one per curve, and its pooled noise and misfit.
 
-    Args:
-        sweeps: likelihoods of each sweep's curves.
-        shape_priors: by sweep and curve.
-        misfit: take the level of valley.TAUS nearest to this as known.
+    `shape_priors`: by sweep and curve. `misfit`: take the nearest level of valley.TAUS as known.
     """
     sigmas = []  # noise levels to average over, by sweep
     for sweep in sweeps:
@@ -82,7 +75,7 @@ def weigh(
     priors: list[ShapePrior | None] = [None] * len(flat)
     if shape_priors is not None:
         priors = [prior for row in shape_priors for prior in row]
-    grids = []  # minima to try: from two rates below the best one to two above
+    grids = []  # minima to try: from two LRs below the best one to two above
     for e in flat:
         low = e.x[e.best - 2] if e.best >= 2 else e.x[0] - _PAD
         high = e.x[e.best + 2] if e.best + 2 < len(e.x) else e.x[-1] + _PAD
@@ -120,7 +113,7 @@ def _all_logs(
 ) -> list[np.ndarray]:
     """Compute the log likelihoods [S, T, M] (noise, misfit, minimum) of many curves.
 
-    Curves with the same design (rates and repeats) share their tables and are computed together.
+    Curves with the same design (LRs and repeats) are computed together, from the same tables.
     """
     groups: dict[tuple, list[int]] = {}
     for k, (e, m) in enumerate(zip(likelihoods, grids)):
@@ -135,8 +128,8 @@ def _all_logs(
             z = np.array([likelihoods[k].root @ likelihoods[k].loss for k in part])
             noise = np.array([sigmas[k] for k in part])
             for k, log in zip(part, valley.log_likelihood(t, z, noise, shape_priors[members[0]])):
-                # Outside the bracket no minimum is possible: the random curvature would allow a
-                # second, lower one at another tried rate.
+                # No minimum is possible outside the bracket, but the random curvature would allow
+                # a second, lower one at another tried LR.
                 ends = np.array([likelihoods[k].bracket(float(s)) for s in sigmas[k]])
                 inside = (grids[k] >= ends[:, :1]) & (grids[k] <= ends[:, 1:])
                 out[k] = log + np.where(inside, 0.0, _NEVER)[:, None, :]
@@ -179,12 +172,7 @@ def _pool(
 
 
 def expected_spread(e: Likelihood, noise: float, misfit: float) -> float:
-    """Return the standard deviation of the minimum's posterior, in ln(lr).
-
-    Args:
-        noise: of one run, in nats, taken as known.
-        misfit: taken as known.
-    """
+    """Return the posterior standard deviation of the minimum, in ln(lr); `noise` in nats."""
     known = dataclasses.replace(e, squares=100 * noise**2, df=100)
     ((posterior,), _) = weigh([[known]], misfit=misfit)[0]
     mean = float(posterior.m @ posterior.mass)

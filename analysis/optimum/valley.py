@@ -1,4 +1,4 @@
-"""The likelihood of an lr curve's minimum, given its losses. Knows no tables and no verdicts.
+"""The likelihood of an LR curve's minimum, given its losses. Knows no tables and no verdicts.
 
 Model, in x = ln(lr), u = x - m:
 
@@ -6,17 +6,16 @@ Model, in x = ln(lr), u = x - m:
     k(t) = c exp(a (t - m)) (1 + w(t))
 
 With w = 0 this is LINEX, c (exp(a u) - a u - 1) / a^2 (Varian 1975): convex, with its minimum at m,
-and steeper on the right for a > 0. No real curve is exactly of this or any family, so the curvature
-k includes a random process w with mean zero and covariance tau^2 (matern(s - t) + STEP^2
-sign(s - m) sign(t - m)): wiggles of length scale ELL, and a jump between the two sides. The loss
-is then Gaussian, with a covariance that vanishes at m and grows away from it, in proportion to the
-height of the curve. So points near the minimum count most and points far up the sides count little,
-and an interval does not shrink below the uncertainty of the shape, however small the noise. m
-remains the minimum, since w adds neither height nor slope there.
+and steeper on the right for a > 0. No real curve is exactly of this family, so the curvature k has
+a random process w of mean zero and covariance tau^2 (matern(s - t) + STEP^2 sign(s - m)
+sign(t - m)): wiggles of length scale ELL, and a jump between the two sides. w adds neither height
+nor slope at m, which remains the minimum. The loss is then Gaussian; its covariance vanishes at m
+and grows with the height of the curve. So points near the minimum count most, and an interval does
+not shrink below the uncertainty of the shape, however small the noise.
 
 tau (misfit) and sigma (noise of one run, in nats) are shared by the curves of a sweep and averaged
-over their posterior. Constants were chosen on the generators of benchmarks/calibration
-with other seeds than those of the kept calibration, which tests them.
+over their posterior. The constants were chosen on the generators of benchmarks/calibration, with
+other seeds than those of the calibration that tests them.
 """
 
 import functools
@@ -32,10 +31,9 @@ STEP = 1.75
 TAUS = (0.15, 0.22, 0.35, 0.6, 1.0)
 """Levels of misfit to average over: relative error of the curvature."""
 TAU_PRIOR = (0.001, 0.003, 0.2, 0.5, 0.296)
-"""Prior of the levels; about half is assumed until a sweep's own points show otherwise."""
+"""Prior of the levels: about 0.6 until a sweep's points show otherwise."""
 COARSE, COARSE_TAU = math.log(2.2), 0.6
-"""If rates are further apart than the first (in ln), the points show too little of the shape to
-support a misfit below the second."""
+"""LRs further apart than the first (in ln) cannot show that the misfit is below the second."""
 A_MEAN, A_SD = 0.5, 1.0
 """Prior of the asymmetry a, per unit of ln(lr): real curves rise faster on the right."""
 _A = np.linspace(-1.0, 2.0, 11)
@@ -68,11 +66,11 @@ class ShapePrior:
 
 @dataclass(frozen=True)
 class Tables:
-    """Precomputed arrays that depend only on the design (rates and repeats), for a grid of (m, a).
+    """Arrays that depend only on the design (LRs and repeats), for a grid of (m, a).
 
-    The P losses at the tried rates are known up to a constant, with precision root' root / sigma^2
-    (root: D x P), so z = root loss has unit noise. At each (m, a), z is rotated to the axes of the
-    misfit's covariance, so that the likelihood is a sum over D terms for any sigma, tau and c.
+    The P losses at the tried LRs are known up to a constant, with precision root' root / sigma^2
+    (root: D x P), so z = root loss has noise sigma along every axis. At each (m, a), z is rotated
+    to the axes of the misfit's covariance: the likelihood is a sum of D terms at any sigma, tau, c.
     """
 
     turn: np.ndarray
@@ -84,19 +82,16 @@ class Tables:
 
 
 def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """Return the covariance of the misfit between points at c = tau = 1, [M, A, P, P].
+    """Return the covariance of the misfit between points x [P] at c = tau = 1, [M, A, P, P].
 
-    Args:
-        x: points in ln(lr), [P].
-        m: minima, [M].
-        a: asymmetries, [A].
+    For minima m [M], both in ln(lr), and asymmetries a [A].
     """
     t = np.linspace(min(x.min(), m.min()), max(x.max(), m.max()), _N_T)
     below, above = t[None, None] <= m[:, None, None], t[None, None] >= m[:, None, None]
     reach = x[None, :, None] - t[None, None]
     lever = np.where(above & (reach >= 0), reach, 0.0) + np.where(below & (reach <= 0), -reach, 0.0)
-    # On the flat side the curvature may vary by as much as at the minimum: its scale there is c,
-    # not c exp(a (t - m)).
+    # On the flat side the scale of the curvature's process is c, as at the minimum, not
+    # c exp(a (t - m)).
     scale = np.maximum(np.exp(a[None, :, None] * (t[None, None] - m[:, None, None])), 1.0)
     lever = lever[:, None] * scale[:, :, None, :] * (t[1] - t[0])
     far = np.sqrt(3) * np.abs(t[:, None] - t[None]) / ELL
@@ -106,13 +101,7 @@ def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
 
 
 def tables(x: np.ndarray, root: np.ndarray, m: np.ndarray) -> Tables:
-    """Build the tables of a design.
-
-    Args:
-        x: rates in ln(lr), [P].
-        root: root of their precision, [D, P].
-        m: candidate minima, [M].
-    """
+    """Build the tables of a design: LRs x [P], root [D, P], and candidate minima m [M]."""
     key = (x - x[0], root, m - x[0])
     return _tables(*(np.round(np.ascontiguousarray(v), 9).tobytes() for v in key), len(root))
 
@@ -132,12 +121,8 @@ def log_likelihood(
 ) -> np.ndarray:
     """Return the log likelihood of curves over (sigma, tau, m), [C, S, T, M].
 
-    The curvature c is maximised for each (sigma, tau, m, a); a is averaged over its prior.
-
-    Args:
-        z: root x loss of each curve, [C, D].
-        sigmas: noise levels, [C, S].
-        prior: shape prior from related curves; without it, a broad one.
+    The likelihood is maximised over the curvature c, and averaged over the prior of a. `z`: root x
+    loss of each curve, [C, D]. `sigmas`: noise levels, [C, S]. Without `prior` a broad one is used.
     """
     turned = np.einsum("madj,cj->cmad", t.turn, z)
     weight = -0.5 * ((_A - (prior.a if prior else A_MEAN)) / (prior.a_sd if prior else A_SD)) ** 2

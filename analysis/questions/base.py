@@ -24,8 +24,8 @@ from analysis.measures.ratio import MIN_RANK, lr_drift
 from analysis.measures.regret import Gap
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum, seeds_at_best
+from analysis.runs.learning_curves import task_problems
 from analysis.runs.lr_curves import lr_curves
-from analysis.runs.prefixes import task_problems
 from analysis.runs.table import TableError
 
 UNKNOWN = Estimate(None)

@@ -24,9 +24,14 @@ from analysis.measures.at_best import AtBest, pooled_over, values_at_best
 from analysis.measures.speed import curves_at_best, log_rho, rho
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
-from analysis.runs.learning_curves import Points, learning_curves
+from analysis.runs.learning_curves import (
+    Points,
+    at_step,
+    learning_curves,
+    steps_seen,
+    while_unsolved,
+)
 from analysis.runs.lr_curves import runs_of, title
-from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
 SHARE = 1 / 6
 FASTEST = 0.1

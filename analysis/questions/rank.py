@@ -44,8 +44,7 @@ from analysis.measures.speed import (
     start_of,
 )
 from analysis.questions import base
-from analysis.runs.learning_curves import Points
-from analysis.runs.prefixes import while_unsolved
+from analysis.runs.learning_curves import Points, while_unsolved
 
 
 @dataclass(frozen=True)

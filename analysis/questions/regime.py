@@ -23,8 +23,8 @@ from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
+from analysis.runs.learning_curves import at_step, on_curve_rows
 from analysis.runs.lr_curves import title
-from analysis.runs.prefixes import at_step, on_curve_rows
 from analysis.runs.table import TableError
 
 FIRST = 64

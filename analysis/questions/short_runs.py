@@ -19,8 +19,8 @@ from analysis.measures.at_best import AtBest, over_seeds, pooled_over, values_at
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
+from analysis.runs.learning_curves import at_step, steps_seen, while_unsolved
 from analysis.runs.lr_curves import title
-from analysis.runs.prefixes import at_step, steps_seen, while_unsolved
 
 SHORT = 24
 """The short horizon is the first evaluated step from the longest horizon divided by this."""

@@ -1,16 +1,26 @@
-"""Learning curves: held-out loss over updates, one row per run and evaluation.
+"""Learning curves: held-out loss over updates; shorter runs cut from longer ones; solved tasks.
 
-Curves of loss over learning rates are in `lr_curves`.
+At a constant learning rate a run of S updates equals the first S updates of any longer run. A
+task's floor is the NLL of the generator that wrote the data: no model can beat it. Curves of loss
+over learning rates are in `lr_curves`.
 """
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
 
+from analysis.runs.table import CUT_FROM, TableError
+
 COLUMNS = ("run", "step", "test_nll", "test_nll_curve", "grad_share")
 Points = list[tuple[float, float]]
 """A learning curve: (step, held-out NLL in nats), by increasing step."""
+MIN_GAIN = 20.0
+"""Full fine-tuning must gain at least so many standard deviations of the difference of two runs."""
+MIN_REST = 0.2
+"""The best run must leave at least this share of the starting excess over the floor: a solved task
+does not separate learning rates."""
 
 
 def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
@@ -34,22 +44,19 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_run(table: pd.DataFrame) -> dict[object, pd.DataFrame]:
-    """Return each run's learning curve by its label in the table's index.
-
-    Runs without a learning curve are left out.
-    """
+    """Return label in the table's index -> learning curve, for the runs that have one."""
     return dict(iter(learning_curves(table).groupby("run", sort=False)))
 
 
 def same_rows(curve: pd.DataFrame | None) -> Points:
-    """Return the evaluations on the same held-out rows, from step 1 on.
+    """Return the evaluations on the same held-out rows, from step 1 on: 0 has no logarithm.
 
-    The last evaluation uses more rows, so its loss on the same rows is taken; results that do not
-    have it end at the last evaluation but one. Step 0 has no logarithm.
+    The last evaluation uses more rows, so its loss on the same rows is taken. Old results without
+    that loss end one evaluation earlier.
     """
     if curve is None:
         return []
-    # By numpy: this is called for every run, and pandas would take most of an analysis' time.
+    # numpy, because pandas would take most of an analysis' time here.
     steps, nll, again = (curve[c].to_numpy(float) for c in ("step", "test_nll", "test_nll_curve"))
     kept = (steps >= 1) & ~np.isnan(nll)
     losses = np.where(np.isnan(again), nll, again)
@@ -58,12 +65,107 @@ def same_rows(curve: pd.DataFrame | None) -> Points:
 
 
 def cut(result: str, step: int) -> str:
-    """Cut the learning curve in a run's result (JSON) after `step`.
-
-    Its last evaluation is on the rows of the others, and says so as the end of a run does.
-    """
+    """Cut the learning curve in a run's result (JSON) after `step`, so that it ends like a run."""
     values = json.loads(result)
     curve = [p for p in values["curve"] if p["step"] <= step]
     if curve:
         curve[-1] = {**curve[-1], "test_nll_curve": curve[-1]["test_nll"]}
     return json.dumps({**values, "curve": curve})
+
+
+# ---------------------------------------------------------------- cut runs, solved tasks
+
+
+def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
+    """Return the table that the same runs would give if they had ended after `step` updates.
+
+    Losses come from the learning curves, whose held-out rows are fewer, but the same in all runs.
+    Runs without an evaluation at `step` are left out, unless they had diverged by then.
+
+    Raises:
+        TableError: a schedule is not constant, so runs are not beginnings of longer ones.
+    """
+    if (table["schedule"] != "constant").any():
+        raise TableError("only runs with a constant learning rate can be cut to shorter ones.")
+    learned = learning_curves(table)
+    nll = learned[learned["step"] == step].set_index("run")["test_nll"]
+    rows = []
+
+    def whole(row: pd.Series) -> dict[str, int]:
+        return {CUT_FROM: int(row.get(CUT_FROM, row["steps"]))}
+
+    for run, row in table.iterrows():
+        if row["steps"] == step:
+            rows.append(row)
+        elif run in nll.index:
+            ended = {"status": "done", "steps": step, "test_nll": nll[run], **whole(row)}
+            rows.append({**row, **ended, "result": cut(row["result"], step)})
+        elif row["status"] == "diverged" and row["steps_done"] <= step < row["steps"]:
+            rows.append({**row, "steps": step, **whole(row)})
+    return pd.DataFrame(list(rows)).reset_index(drop=True)
+
+
+def on_curve_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with final losses on the rows of earlier evaluations, if they exist."""
+    learned = learning_curves(table).dropna(subset="test_nll_curve")
+    again = learned.groupby("run")["test_nll_curve"].last()
+    return table.assign(test_nll=again.reindex(table.index).fillna(table["test_nll"]))
+
+
+def steps_seen(table: pd.DataFrame) -> list[int]:
+    """List the steps between start and end, rising, at which every finished run was evaluated."""
+    learned = by_run(table)
+    done = table.index[table["status"] == "done"]
+    seen = [set(learned[run]["step"].iloc[1:-1]) if run in learned else set() for run in done]
+    return sorted(map(int, set.intersection(*seen))) if seen else []
+
+
+def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Cut runs of one length before the task is solved, and say so in a sentence.
+
+    The cut is at the last step at which MIN_REST of the excess over the floor is still left at the
+    best LR: a solved task does not separate two methods, but the beginnings of the runs still do.
+    The sentence is empty without a cut: the floor is unknown, the task is not solved at the end, or
+    no evaluated step is early enough.
+    """
+    floor, start = (
+        float(np.nanmean(table[c])) if c in table and table[c].notna().any() else np.nan
+        for c in ("floor_nats", "nll_start")
+    )
+    varies = table["steps"].nunique() > 1 or (table["schedule"] != "constant").any()
+    if varies or not np.isfinite(start - floor):
+        return table, ""
+    for step in (last := int(table["steps"].max()), *reversed(steps_seen(table))):
+        part = table if step == last else at_step(table, step)
+        done = part[part["status"] == "done"]
+        # Each run's own floor: data drawn by seed have one each, and few seeds ran some rates.
+        left = (done["test_nll"] - done["floor_nats"]).rename("left")
+        by_rate = left.groupby([done[c] for c in ("method", "rank", "lr")], dropna=False)
+        if by_rate.mean().min() >= MIN_REST * (start - floor):
+            return part, "" if step == last else (
+                f"Cut at {step} of {last} updates: later less than {MIN_REST:.0%} of the "
+                "excess over the floor is left, and the task is nearly solved."
+            )
+    return table, ""
+
+
+def gain_in_noise(start: float, lowest: float, noise: float) -> float:
+    """Return the gain in standard deviations of two runs' difference; `noise` is of one run."""
+    return (start - lowest) / (math.sqrt(2) * noise) if noise > 0 else math.nan
+
+
+def task_problems(start: float, floor: float, lowest: float, noise: float) -> list[str]:
+    """List the reasons why the task cannot separate methods; NaN values are not checked.
+
+    In nats: full fine-tuning's loss at the start, the floor, the lowest loss of all curves, and the
+    standard deviation of one run.
+    """
+    found = []
+    if (gain := gain_in_noise(start, lowest, noise)) < MIN_GAIN:
+        found.append(
+            f"the gain is {gain:.3g} standard deviations of the difference between two runs, "
+            f"{MIN_GAIN:g} needed"
+        )
+    elif (lowest - floor) / (start - floor) < MIN_REST:
+        found.append("nearly solved, less than a fifth of the starting excess is left")
+    return found

@@ -1,7 +1,4 @@
-"""Lr curves: loss over learning rates, of runs that differ only in learning rate and seed.
-
-Curves of loss over updates are in `learning_curves`.
-"""
+"""LR curves: loss over learning rates. Curves of loss over updates are in `learning_curves`."""
 
 import math
 import re
@@ -17,14 +14,14 @@ from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
 _PARAMETERS = re.compile(r"(\w+)\((\w+=[^()]+)\)")
 SHARES = {"rule_shift": "rules", "new_exceptions": "exceptions"}
-"""Parameters of generators that are the share of something that is new."""
+"""Generator parameters that are the share of something that is new."""
 IN_NAME = ("method", "rank", "expert_rank", "expert_outer")
-"""Settings that are part of a curve's name."""
+"""Settings in a curve's name."""
 
 
 @dataclass(frozen=True)
 class LrCurve:
-    """Loss over learning rates of runs that differ in nothing else but the seed; arrays are [n]."""
+    """Loss over learning rates of runs that differ only in LR and seed; arrays are [n]."""
 
     key: dict[str, Any]
     """The settings that the runs share: columns of CURVE_KEYS and their values."""
@@ -34,11 +31,11 @@ class LrCurve:
     """Held-out NLL in nats; NaN where the run did not finish, or its reward collapsed."""
     seed: np.ndarray
     block: np.ndarray
-    """Block of each run. Runs of one block share a shift of the loss: usually those of one seed,
-    which see the same batches at every rate."""
+    """Runs of one block share a shift of the loss: usually those of one seed, which see the same
+    batches at every LR."""
     usable: np.ndarray
-    """False where the run diverged or ended no better than the untrained model. Such a run bounds
-    the optimum but is not fitted."""
+    """False: the run diverged or ended no better than the untrained model. It bounds the optimum
+    but is not fitted."""
     nll_start: float
     """Held-out NLL before training; NaN if unknown."""
     floor: float
@@ -46,7 +43,6 @@ class LrCurve:
     cut_from: int | None = None
     """Updates of the whole runs, if the curve is of their first ones."""
     shown: Shown = NLL
-    """How its loss is shown."""
 
     @property
     def name(self) -> str:
@@ -65,9 +61,9 @@ class LrCurve:
 
     @property
     def unbroken(self) -> np.ndarray:
-        """ln of the rates at which all runs are fitted, rising, up to the first that has others.
+        """ln of the LRs with usable runs only, rising, up to the first LR that has others.
 
-        A fitted line is drawn along these alone: beyond, the remaining runs are a biased sample.
+        A fitted line is drawn along these alone: beyond, usable runs are a biased sample.
         """
         rates = np.unique(self.x)
         whole = np.array([bool(self.usable[self.x == v].all()) for v in rates], bool)
@@ -77,10 +73,7 @@ class LrCurve:
 
     @property
     def variant(self) -> str:
-        """Describe the other settings: alpha, layers, schedule, precision, optimizer.
-
-        They distinguish curves of one group, method and rank.
-        """
+        """Describe the settings other than group, method and rank, such as alpha and layers."""
         rest = {
             k: v for k, v in self.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")
         }
@@ -88,15 +81,12 @@ class LrCurve:
 
     @property
     def group(self) -> str:
-        """Name the group within which arms are compared: model, data set, batch size, steps.
-
-        And the objective, if it is not the likelihood of given answers.
-        """
+        """Name the group within which arms are compared: see GROUP_KEYS."""
         steps = self.key.get("steps")
         return self.place(self.key["dataset"], f"steps {int(steps or 0)}" if _known(steps) else "")
 
     def place(self, dataset: str, length: str) -> str:
-        """Name model, data set, objective, batch size and length; what is unknown is left out."""
+        """Name model, data set, objective, batch size and length, as far as they are known."""
         objective, batch = self.key.get("objective"), self.key.get("batch_size")
         words = [
             f"{self.key['model']} on {dataset}",
@@ -108,13 +98,7 @@ class LrCurve:
 
 
 def title(curve: LrCurve, length: bool = True) -> str:
-    """Return the title of figures about a curve's group: model, data set, batch, updates.
-
-    Parameters of the data's generator are in words. A cut curve shows the updates of the whole run.
-
-    Args:
-        length: say how many updates the runs have.
-    """
+    """Return the title of a group's figures, in words; `length`: with the number of updates."""
     updates = ""
     if length and _known(curve.key.get("steps")):
         steps = int(curve.key["steps"])
@@ -124,7 +108,7 @@ def title(curve: LrCurve, length: bool = True) -> str:
 
 
 def in_words(text: str) -> str:
-    """Return a text in which the parameters behind a data set's name are words.
+    """Write the parameters behind a data set's name as words.
 
     "dialect(new_exceptions=0, rule_shift=1)" is "dialect (no new exceptions, all rules new)".
     """
@@ -161,7 +145,7 @@ def lr_curves(table: pd.DataFrame) -> list[LrCurve]:
         usable = done & ~(y >= start)  # a NaN start compares False: the point stays usable
         whole = [v for v in np.unique(lr) if usable[lr == v].all()]
         if whole:
-            # Runs that survive above the first rate at which one diverged are not fitted.
+            # Runs that survive above the first LR at which one diverged are not fitted.
             best = min(whole, key=lambda v: y[lr == v].mean())
             broken = lr[~usable & (lr > best)]
             usable &= lr < (broken.min() if len(broken) else np.inf)
@@ -197,7 +181,7 @@ def _known(value: Any) -> bool:
 
 
 def runs_of(table: pd.DataFrame, curve: LrCurve) -> pd.DataFrame:
-    """Return the rows of a table whose runs belong to a curve."""
+    """Return the rows of a table that belong to a curve."""
     belongs = pd.Series(True, table.index)
     for column in curve.key.keys() & set(table.columns):
         value = curve.key[column]

@@ -1,7 +1,4 @@
-"""Turn the metric of runs into a loss, once, where a table enters: elsewhere lower is better.
-
-Results name their metric and its direction if it is not the held-out NLL.
-"""
+"""Turn the metric of runs into a loss where a table enters: everywhere else lower is better."""
 
 import json
 from dataclasses import dataclass
@@ -12,13 +9,12 @@ import pandas as pd
 from analysis.runs.table import TableError
 
 LOSS, START = "test_nll", "nll_start"
-"""Columns of a table that hold the loss of a run, and of the model before training."""
+"""Columns with the loss of a run, and of the model before training."""
 COLLAPSED = "collapsed"
 """Column that `as_losses` adds for rewarded runs: whether a run collapsed."""
 COLLAPSED_SHARE = 0.5
-"""A rewarded run has collapsed if its last held-out reward is below this share of its own best one.
-In the runs of `rl` nothing lies near it: what was stopped in training had kept at most 0.30 of its
-best reward, and what ended had kept at least 0.75."""
+"""A rewarded run has collapsed if its last held-out reward is below this share of its best one. In
+the sweep `rl`, runs stopped in training kept at most 0.30 of it, and all others at least 0.75."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +44,8 @@ def shown(runs: pd.DataFrame) -> Shown:
 def as_losses(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with each run's metric as a loss, in all columns and its learning curve.
 
-    A metric of which more is better is negated; `test_nll` and `nll_start` then hold the negative.
-    A run of which more is better also says whether it has collapsed. A table whose results name no
-    metric comes back as it is.
-
-    Raises:
-        TableError: runs that are compared have different metrics.
+    Results name their metric and its direction unless it is the held-out NLL. If higher is better,
+    it is negated, and runs get the column COLLAPSED. TableError if compared runs differ in metric.
     """
     if "metric" not in table.columns or table["metric"].isna().all():
         return table
@@ -79,8 +71,7 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
         of_start = {} if start is None else {START: start}
         row = {**row, LOSS: changed.get(LOSS), **of_start}
         if metric["higher_is_better"]:
-            # On the same held-out rows: the last evaluation may use more rows, and then also has
-            # the loss on the earlier ones.
+            # On the same held-out rows: the last evaluation, on more rows, also has that loss.
             rewards = [-p.get(f"{LOSS}_curve", p[LOSS]) for p in curve if p.get(LOSS) is not None]
             lost = bool(rewards) and rewards[-1] < COLLAPSED_SHARE * max(rewards)
             row[COLLAPSED] = row["status"] == "diverged" or lost
@@ -97,7 +88,7 @@ def _with_loss(values: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]
 
 
 def collapsed(runs: pd.DataFrame) -> pd.Series:
-    """Return for each run of a table of losses whether its reward collapsed; False without one."""
+    """Return for each run whether its reward collapsed; False without rewards."""
     if COLLAPSED not in runs.columns:
         return pd.Series(False, runs.index)
     return runs[COLLAPSED].eq(True)

@@ -1,6 +1,5 @@
 """Read other people's tables of runs; refuse a bad one with a message that names row and column.
 
-Knows file formats, the names that others use for columns and values, and how cells are converted.
 Rows are counted from 1, in column `_row`.
 """
 
@@ -50,8 +49,8 @@ STATUS = {
         ("failed", "crashed", "killed", "preempted", "running", "stopped", "cancelled"), "failed"
     ),
 }
-"""Words for how a run ended, including W&B's. Failed runs are left out: a failure does not
-show whether the learning rate was good."""
+"""Words for how a run ended, W&B's included. Failed runs are left out: they do not show whether the
+learning rate was good."""
 METHODS = dict.fromkeys(
     (
         *("full", "fft", "full_ft", "full-ft"),
@@ -69,7 +68,7 @@ NUMBERS = (
 TEXTS = ("layers", "scope", "scaling_by", "start", "schedule", "precision")
 EMPTY = {"", "none", "null", "-", "nan", "full", "n/a", "na"}
 MAX_RATE_SPAN = 1e6
-"""Learning rates that differ by more than this factor are taken to be in different units."""
+"""Learning rates further apart than this factor are taken to be in different units."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,8 @@ class Reading:
 def load(path: Path) -> pd.DataFrame:
     """Read a table without checks: CSV, parquet, JSON or JSON lines.
 
-    The `config` and `summary` prefixes of W&B's exports are removed from column names.
-
-    Raises:
-        TableError: the file does not exist or cannot be parsed.
+    Column names lose the prefixes `config` and `summary` of W&B. TableError if there is no such
+    file or it cannot be parsed.
     """
     if not path.is_file():
         raise TableError(
@@ -128,18 +125,15 @@ def read(
 ) -> Reading:
     """Read a table of runs made by any program.
 
-    Without a method, a run with a rank is lora and one with an empty rank is full fine-tuning,
-    which has no rank, alpha or layers.
+    Without a method, a run with a rank is lora and one with an empty rank is full fine-tuning.
 
     Args:
-        path: the file, one run per row.
         mapping: column in the file -> the analysis's name for it.
         higher: column to use as the metric, if higher is better.
         broken: a run with a metric at least as bad as this counts as diverged.
 
     Raises:
-        TableError: a column is missing or misnamed, or a cell has an impossible value; the message
-            names row and column.
+        TableError: a column is missing or misnamed, or a cell has an impossible value.
     """
     table = _renamed(load(path), mapping or {}, higher)
     if not len(table):
@@ -199,7 +193,7 @@ def did_you_mean(name: str, names: Iterable[object]) -> str:
 
 
 def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -> pd.DataFrame:
-    """Rename columns, and raise TableError for a name that is unknown, missing or twice there."""
+    """Rename columns; TableError for a name that is unknown, missing or there twice."""
     known, there = (*NEEDED, *OPTIONAL), list(table.columns)
     for theirs, column in mapping.items():
         for name, whose, names, say in (
@@ -268,7 +262,7 @@ def _with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFrame:
     """Assign seed numbers to repeats: runs of one configuration and learning rate.
 
-    Runs of one seed are taken to share their batches; without a seed column no two runs are.
+    Runs of one seed are taken to share their batches; without seeds no two runs do.
     """
     not_keys = ("method", "rank", "status", "seed", "nll_start", "hidden_size")
     others = [c for c in OPTIONAL if c in table.columns and c not in not_keys]
@@ -302,10 +296,7 @@ def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFram
 
 
 def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:
-    """Raise TableError if `bad` holds in any row; the message names the first such rows.
-
-    `{value}` in `why` is replaced by the first offending value.
-    """
+    """Raise TableError, with the first rows, if any is `bad`; {value} in `why`: its value there."""
     if bad.any():
         value = table.loc[bad, column].iloc[0] if column in table.columns else ""
         shown = f"{value:g}" if isinstance(value, float) else repr(value)
@@ -315,7 +306,7 @@ def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:
 
 
 def _rows_of(table: pd.DataFrame, mask: pd.Series) -> str:
-    """List the numbers of the rows where a mask is true, five at most."""
+    """List the numbers of the masked rows, five at most."""
     rows = list(table.loc[mask, "_row"])
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 

@@ -14,9 +14,9 @@ CURVE_KEYS = (
     *("warmup_steps", "precision", "beta1", "beta2", "eps", "weight_decay", "clip_norm"),
     *("group_size", "max_new_tokens", "reward_scale", "ratio_level", "clip_ratio", "kl_weight"),
 )
-"""Runs that agree in these form one lr curve: they differ only in lr and seed."""
+"""Runs that agree in these form one LR curve: they differ only in lr and seed."""
 CUT_FROM = "cut_from_steps"
-"""Column of runs that were cut to their first updates: the updates of the whole run."""
+"""Column of runs cut to their first updates: the updates of the whole run."""
 
 
 class TableError(ValueError):
@@ -24,13 +24,7 @@ class TableError(ValueError):
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a sweep's own table, as written by `action=export` or by a report.
-
-    Other people's tables are read by `analysis.runs.reading`.
-
-    Raises:
-        TableError: there is no such file.
-    """
+    """Read a sweep's own table (others: `analysis.runs.reading`); TableError if there is none."""
     if not path.is_file():
         raise TableError(
             f"no table {path}. Give a .parquet or .csv file with columns {', '.join(REQUIRED)}."
@@ -39,17 +33,15 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
-    """Write a table of runs as compressed parquet; its results are long, similar JSON texts."""
+    """Write a table of runs as well compressed parquet: results are long, similar JSON texts."""
     table.to_parquet(path, index=False, compression="zstd", compression_level=12)
 
 
 def check(table: pd.DataFrame) -> None:
-    """Check that a table can be analysed.
+    """Raise TableError unless a table can be analysed.
 
-    Raises:
-        TableError: columns are missing, a lora run has no rank, a run is repeated, a fingerprint of
-            data is missing, one model name stands for different base weights, or one data set's
-            name for different data.
+    It cannot if columns are missing, a lora run has no rank, a run is repeated, a fingerprint of
+    data is missing, or a name of a model or data set stands for different weights or data.
     """
     missing = [c for c in REQUIRED if c not in table.columns]
     if missing:

@@ -1,7 +1,4 @@
-"""The commands `fit`, `ratio`, `drift`, `law` and `html` on a table of runs made by any program.
-
-They take a Reading and return plain values and lines of text; they read no file and print nothing.
-"""
+"""What each command returns: plain values, and lines of text for the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -42,9 +39,7 @@ def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:
 def fit(reading: Reading, within: float = WITHIN, share: bool = False) -> list[dict[str, Any]]:
     """Return one object per curve: the optimum with interval or bound, and the low-regret band.
 
-    Args:
-        within: extra loss allowed in the low-regret band, in units of the metric.
-        share: use a model's other ranks as a prior for the shape of each curve.
+    `within`: extra loss allowed in the band, in units of the metric. `share`: see fit_all.
     """
     rows = []
     for o in optima_of(reading, share):
@@ -84,10 +79,9 @@ def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[st
 
 
 def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
-    """Return LoRA's best rate / full fine-tuning's, by group and rank, and pooled over groups.
+    """Return LoRA's best LR / full fine-tuning's, by group and rank, and pooled over groups.
 
-    Raises:
-        TableError: the table lacks an arm.
+    TableError if the table lacks an arm.
     """
     rows, overall = [], []
     optima = optima_of(reading, share)
@@ -127,8 +121,7 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
 def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum]]:
     """Return (group, LoRA's curves, full fine-tuning's curve) for each group and variant of LoRA.
 
-    Raises:
-        TableError: a group has more than one curve of full fine-tuning.
+    TableError if a group has more than one curve of full fine-tuning.
     """
     out = []
     for group, members in by_group(optima).items():
@@ -164,12 +157,9 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
 
 
 def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
-    """Return how the best rate changes with the rank: slope with interval and tests, by group.
+    """Return each group's slope of ln(best LR) over log2(rank), and the best LR tried by rank.
 
-    Also the best rate tried at each rank.
-
-    Raises:
-        TableError: the table has no lora run.
+    TableError if the table has no lora run.
     """
     groups: dict[str, list[Optimum]] = {}
     lora = lora_of(optima_of(reading, share))
@@ -232,12 +222,9 @@ def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = Fal
 
 
 def law(reading: Reading, share: bool = False) -> dict[str, Any]:
-    """Return the laws of the rate and of the ratio, and the regret of the published formula.
+    """Return the laws of the LR and of the ratio, and the regret of the published formula.
 
-    The law of the rate is fitted by family, both by loss and by optima.
-
-    Raises:
-        TableError: no model has a hidden size.
+    The LR's law is fitted by family, both by loss and by optima. TableError without hidden sizes.
     """
     table = reading.table
     if "hidden_size" not in table.columns or not table["hidden_size"].notna().any():

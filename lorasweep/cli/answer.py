@@ -185,11 +185,11 @@ def code_length(
     """
     import numpy as np
 
-    from analysis.inference.code_length import of_all
+    from analysis.inference.code_length import extrapolate
 
     if left is None:
         return [dict.fromkeys(("value", "low", "high")) for _ in range(2)]
-    found = of_all(np.array(base), np.array(code), np.array(tokens, dtype=float), left)
+    found = extrapolate(np.array(base), np.array(code), np.array(tokens, dtype=float), left)
     return [
         {"value": e.value, "low": e.low, "high": e.high} for e in (found.as_is, found.prequential)
     ]

@@ -1,13 +1,10 @@
-"""Arrange examples in arrays: rows end to end, each padded separately, so that padding is small.
+"""Arrange examples in arrays: the rows of a run end to end, each padded to a multiple of PAD_TO.
 
-Models take each row padded to the longest (`padded`), or the rows of a run end to end in one
-sequence, with positions that restart at each row (`joined`).
+Models take them `padded` to the longest row, or `joined` in one sequence per run. No real token
+attends to padding or to another row, so results do not depend on them.
 
-Attention is causal and stays inside a row, so no real token sees padding or another row: results do
-not depend on the padding or on the other rows of the batch.
-
-Shapes: N runs in the pack, X tokens per run (its rows end to end), M positions per run at which a
-loss token is predicted. Loss tokens are the tokens that count in the loss.
+Shapes: N runs in the pack, X tokens per run, M positions per run at which a token in the loss is
+predicted.
 """
 
 from collections.abc import Sequence
@@ -18,8 +15,8 @@ import numpy as np
 from lorasweep.data.examples import Example, Truth
 
 PAD_TO = 16
-"""Row lengths, X and M are multiples of this. On many processors, but not on all, matrix products
-are then rounded equally in a pack and alone (docs/log)."""
+"""Row lengths, X and M are multiples of it, so that on many processors matrix products are rounded
+equally in a pack and alone (docs/log)."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Batch:
 
     tokens_NX: np.ndarray
     lengths: tuple[tuple[int, ...], ...]
-    """Padded length of each row of each run. They sum to X; the last row may be filler."""
+    """Padded row lengths of each run. They sum to X; the last row may be filler."""
     loss_positions_NM: np.ndarray
     """Positions in X whose next token is predicted."""
     targets_NM: np.ndarray
@@ -48,7 +45,7 @@ class Batch:
 
     @property
     def n_loss(self) -> int:
-        """Number of loss tokens of all runs."""
+        """Number of tokens in the loss of all runs."""
         return int(self.weight_NM.sum())
 
 
@@ -101,20 +98,18 @@ def merge(parts: Sequence[Batch]) -> Batch:
 
 
 def joined(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the batch with one sequence per run, for models that keep its rows apart.
+    """Return tokens [N, X], loss positions, targets, weights [N, M], and positions in rows [N, X].
 
-    Tokens [N, X], loss positions, targets and weights [N, M], and the position of each token in its
-    row [N, X], which transformers uses to keep attention inside a row.
+    transformers keeps attention inside a row where the positions start again.
     """
     rows = np.stack([np.concatenate([*map(np.arange, own)]) for own in batch.lengths])
     return batch.tokens_NX, batch.loss_positions_NM, batch.targets_NM, batch.weight_NM, rows
 
 
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the batch in the usual padded form: tokens, loss positions, targets, weights.
+    """Return tokens, loss positions, targets and weights by row, padded to the longest row.
 
-    Run by run, with equally many rows each. Filler rows are left out; a run with fewer rows than
-    another gets empty ones.
+    Rows are in the order of the runs, equally many of each: filler is left out, empty rows added.
     """
     n, x = batch.tokens_NX.shape
     most = max(map(len, batch.lengths))
@@ -148,10 +143,7 @@ def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 def eval_batches(
     examples: Sequence[Example], n_tokens: int, join_rows: bool = False
 ) -> list[Batch]:
-    """Group examples of similar length into batches of about `n_tokens` padded tokens at most.
-
-    The order is that of `by_length`.
-    """
+    """Batch examples in the order `by_length`, up to `n_tokens` padded tokens (or one row) each."""
     groups: list[list[Example]] = [[]]
     total = 0
     for example in (examples[i] for i in by_length(examples)):
@@ -165,7 +157,7 @@ def eval_batches(
 
 
 def by_length(examples: Sequence[Example]) -> list[int]:
-    """Return the numbers of examples in the order in which they are evaluated."""
+    """Return the numbers of examples in order of evaluation, shortest first."""
     return sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
 
 

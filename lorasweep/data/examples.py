@@ -1,4 +1,4 @@
-"""Loaded data: examples, the order in which they are seen, and the fingerprint of a data set.
+"""Loaded data: examples, their order, and the fingerprint of a data set.
 
 Example i of (data set, split, seed) is the same for every method and learning rate.
 """
@@ -15,7 +15,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 CHUNK = 256
-"""Sequences per chunk. Each chunk is generated independently, so example i needs no earlier one."""
+"""Generated sequences per random stream. So example i can be made without all earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,14 @@ class Truth:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence.
-
-    tokens: int32 [T]. loss: bool [T]; loss[t] is True if the prediction of tokens[t] counts.
-    """
+    """One sequence."""
 
     tokens: np.ndarray
+    """int32 [T]."""
     loss: np.ndarray
+    """bool [T]: whether the prediction of tokens[t] counts."""
     n_bytes: int | None = None
-    """UTF-8 bytes of the text that counts in the loss; None if the tokens are not text."""
+    """UTF-8 bytes of the text in the loss; None if the tokens are not text."""
     truth: Truth | None = None
     """For held-out rows with exact_loss."""
 
@@ -52,21 +51,20 @@ class Rewards:
     ends: tuple[tuple[int, ...], ...]
     """Token sequences, each of which ends a completion."""
     exact: bool = False
-    """Whether only the gold answer of a row is rewarded, with 1. Its probability is then the
-    expected reward."""
+    """Whether only the gold answer is rewarded, so that its probability is the expected reward."""
     choices: int = 0
     """Number of equally likely answers that the gold answer was drawn from; 0: not known."""
     of_gold: Callable[[Sequence[Example]], list[float | None]] | None = None
-    """Rows -> rewards of their gold answers, where these need not have the form that a completion
-    needs, such as a box. None: gold answers are rewarded like completions."""
+    """Rows -> rewards of their gold answers, where these may lack a form that completions need,
+    such as a box. None: gold answers are rewarded like completions."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """A loaded data set: training examples by index and seed, and the held-out examples."""
+    """A loaded data set."""
 
     train: Callable[[int, int, int], list[Example]]
-    """(seed, start, count) -> the training examples start .. start+count-1 of that seed's order."""
+    """(seed, start, count) -> training examples start .. start + count - 1 in the seed's order."""
     test: Sequence[Example]
     n_train: int | None
     """Rows in the training split; None: unlimited (generated)."""
@@ -75,24 +73,20 @@ class Data:
     retain: Sequence[Example] = ()
     """Held-out examples of the pretraining data, to measure what fine-tuning forgets."""
     entropy_floor_nats: float | None = None
-    """Mean -log p of the test tokens under the true generator, in nats: the lowest possible NLL.
-    With exact_loss the mean entropy of their true distributions."""
+    """Mean -log p of the test tokens under the true generator: the lowest possible NLL. With
+    exact_loss the mean entropy of their true distributions."""
     sha256: str | None = None
     """Fingerprint of training and test data: equal for all seeds, and only for equal data."""
     commit: str | None = None
-    """Commit of the hub that the rows are from; None for other sources."""
+    """The hub's commit; None for other sources."""
     rewards: Rewards | None = None
-    """How sampled answers are rewarded; None: nothing verifies them."""
+    """None: nothing verifies completions."""
     bits: Callable[[int], dict[str, float]] | None = None
     """Number of training tokens -> bits of new information in them, by measure; None: not known."""
 
 
 def parameters(spec: DatasetSpec, defaults: Mapping[str, float]) -> dict[str, float]:
-    """Return all parameters of a generator: those of the data set, and defaults for the rest.
-
-    Raises:
-        DataError: the data set sets one that the generator does not have.
-    """
+    """Return a generator's parameters, set or default; raise DataError for an unknown one."""
     for key in spec.generator_params:
         if key not in defaults:
             allowed = ", ".join(defaults) or f"none, generator {spec.location!r} has no parameters"
@@ -108,7 +102,7 @@ def prompt_of(row: Example) -> np.ndarray:
 
 
 def answer_of(row: Example) -> np.ndarray:
-    """Return the tokens in the loss: of a row with one answer, the gold answer with its end."""
+    """Return the tokens in the loss: the gold answer, with its end."""
     return row.tokens[row.loss]
 
 
@@ -142,10 +136,7 @@ def shuffled(
 def generated(
     spec: DatasetSpec, split: str, draw: Callable[[np.random.Generator, int], list[Example]]
 ) -> Callable[[int, int, int], list[Example]]:
-    """Serve generated examples by index: each chunk of a seed has its own random stream.
-
-    With `n_train` there are that many rows, the same for every seed, in a new order each epoch.
-    """
+    """Serve generated examples by index; with `n_train` so many rows, as `shuffled` does."""
     if spec.n_train is not None:
         return shuffled(spec, draw(stream("data", spec.name, split, "rows"), spec.n_train))
 
@@ -181,10 +172,9 @@ def fingerprint(*parts: str | np.ndarray | Sequence[Example]) -> str:
 
 
 def with_fingerprint(data: Data, *distribution: str | np.ndarray) -> Data:
-    """Return generated data with their fingerprint.
+    """Return generated data with a fingerprint of distribution, held-out and first training rows.
 
-    It covers the distribution (parameters and tables; probabilities `rounded`), the held-out and
-    pretraining rows, and the first training rows of seed 0, which depend on the generator's code.
+    `distribution`: parameters and tables; probabilities `rounded`.
     """
     drawn = data.train(0, 0, min(CHUNK, data.n_train or CHUNK))
     return replace(data, sha256=fingerprint(*distribution, data.test, data.retain, drawn))

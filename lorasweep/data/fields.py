@@ -1,8 +1,7 @@
-"""Read the content of a row of text: its prompt, its completion, its messages, and their masks.
+"""Read messages, prompts and loss masks from rows of the known formats.
 
-Knows the formats of rows; knows neither where rows are from nor how they become tokens. Functions
-that take a row raise DataError, with file and line, if a column of its format is missing or a
-weight is neither 0 nor 1.
+Functions that take a row raise DataError, with file and line, if a column of its format is missing
+or a weight is neither 0 nor 1.
 """
 
 from typing import Any
@@ -13,9 +12,9 @@ from lorasweep.spec.dataset import DatasetSpec
 Message = tuple[str, str]
 """Role and content."""
 LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-"""Formats with a list of messages in a column of that name: the keys of sender and text."""
+"""Formats with a list of messages in the column of that name -> keys of sender and text."""
 WEIGHT = "weight"
-"""Key of a message: whether it is learned, 0 or 1, as in OpenAI's chat files."""
+"""Key of a message: 0 or 1, whether it is in the loss, as in OpenAI's chat files."""
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -34,10 +33,7 @@ def columns(spec: DatasetSpec) -> tuple[str, ...]:
 
 
 def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
-    """Return the (role, content) of a row's messages.
-
-    A prompt in its template is the user's message, and the completion its answer.
-    """
+    """Return a row's messages; a prompt in its template and a completion are two of them."""
     name = spec.format
     if name not in LISTS:
         prompt, completion = prompt_and_completion(spec, row, where)
@@ -76,8 +72,7 @@ def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
 def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
     """Return for each of a row's messages whether its content is in the loss.
 
-    A weight of 0 takes a message out, and a weight of 1 puts it in; without a weight the mask
-    decides. The last assistant message is the last one whose weight is not 0.
+    Its weight decides; without one the mask. last_assistant passes over messages of weight 0.
     """
     messages = messages_of(spec, row, where)
     listed = row[spec.format] if spec.format in LISTS else [{}] * len(messages)
@@ -113,11 +108,7 @@ def prompt_of(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
 
 
 def text_of(row: Any, name: str, where: str) -> str:
-    """Return the text in a row's column.
-
-    Raises:
-        DataError: there is no such column, or no text in it.
-    """
+    """Return the text in a row's column; raise DataError if there is none."""
     if not isinstance(row, dict) or not isinstance(row.get(name), str):
         keys = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(

@@ -17,7 +17,7 @@ class _Place(NamedTuple):
     configs: tuple[str, ...]
     revision: str
     split: str
-    """Split of the hub; with a holdout, training and held-out rows are parts of it."""
+    """Split of the hub, or several joined by '+'."""
 
     @property
     def splits(self) -> list[str]:
@@ -32,12 +32,10 @@ def _place(spec: DatasetSpec, held_out: bool) -> _Place:
 
 
 def source_of(spec: DatasetSpec, held_out: bool) -> Source:
-    """Find the commit of a revision (empty: the newest one) and return the rows of a split.
-
-    Splits and columns are checked as far as the hub describes them; no row is loaded.
+    """Return the rows of a split, at the commit of the revision. Loads none yet.
 
     Raises:
-        DataError: the data set cannot be reached, or a named split or column is missing.
+        DataError: the data set is unreachable, or described without such a split or column.
     """
     place = _place(spec, held_out)
     builders = [_builder(spec, place, config) for config in place.configs]
@@ -58,7 +56,7 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
             _check_columns(spec, place, parts[-1].column_names)
         found = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         if spec.holdout:
-            # mixtures are sorted by source: without a shuffle, all held-out rows share a source
+            # mixtures are sorted by source; unshuffled, all held-out rows would share one
             found = found.shuffle(seed=0)
             n = spec.holdout
             found = found.select(range(n) if held_out else range(n, len(found)))
@@ -70,12 +68,10 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
 
 
 def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
-    """Download a data set whose splits and columns are not known yet.
-
-    Returns its columns, the number of rows of each split, and the commit.
+    """Download a data set; return its columns, the rows of each split, and the commit.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: the download fails.
     """
     place = _place(spec, False)
     builder = _builder(spec, place, spec.config)
@@ -87,7 +83,7 @@ def fetch(spec: DatasetSpec) -> int:
     """Download and prepare the rows of both splits; return their number.
 
     Raises:
-        DataError: they cannot be had, or a named split or column is missing.
+        DataError: the download fails, or a split or column is missing.
     """
     rows: dict[tuple[str, ...], int] = {}
     for place in (_place(spec, held_out) for held_out in (False, True)):

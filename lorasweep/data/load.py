@@ -1,7 +1,4 @@
-"""Load a data set: training examples by index, and held-out examples.
-
-Needs a tokenizer for text; needs no torch.
-"""
+"""Load a data set of any source. Needs a tokenizer for text; needs no torch."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,8 +13,7 @@ from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
 OF_A_PROMPT = 8
-"""Evaluated held-out rows per prompt, at most, with held_out_by=prompt: further answers to the same
-prompt add little information."""
+"""Most evaluated rows per prompt with held_out_by=prompt: more answers to a prompt add little."""
 
 
 def load(
@@ -27,14 +23,12 @@ def load(
     cache: str = "",
     draw: int | None = None,
 ) -> Data:
-    """Load a data set. `tokenizer` is needed for text only.
+    """Load a data set; raise DataError if it is missing or cannot be used.
 
     Args:
+        tokenizer: for text.
         cache: folder for tokenized text; empty: it stays in memory.
-        draw: with draw_by_seed, the number of the draw, which is the run's seed.
-
-    Raises:
-        DataError: the data set is missing or cannot be used.
+        draw: with draw_by_seed, `RunSpec.draw`.
     """
     if spec.source == "synthetic":
         more = {} if draw is None else {"draw": draw}
@@ -71,7 +65,7 @@ def load(
 
 
 def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
-    """Find the training rows and the held-out rows of a text data set.
+    """Find the training and held-out rows of a text data set.
 
     Raises:
         DataError: they are missing, or not the pinned ones.
@@ -79,7 +73,20 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
     if spec.held_out_by or (spec.unseen_rows and spec.holdout):
         whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
         pool = whole if spec.holdout else _found(spec, True, data_dirs)
-        train, held_out = _by_unit(spec, whole, pool)
+
+        def drawn() -> Iterator[Row]:
+            given = list(pool.rows())
+            units = [unit_of(spec, row, where) for where, row in given]
+            contents = [content_of(spec, row, where) for where, row in given]
+            order = [k for rows in divided(units, contents) for k in rows]
+            yield from (given[k] for k in order[: spec.holdout or None])
+
+        unit = spec.held_out_by or "row"
+        identity = f"{spec.holdout or 'all'} of {pool.identity} by {unit}"
+        held_out = dataclasses.replace(pool, identity=identity, rows=drawn)
+        # a test split is held out as a whole, also the rows beyond OF_A_PROMPT
+        unseen = held_out if spec.holdout else pool
+        train = _without(spec, whole, unseen, unit_of, f"{unit}s")
     else:
         train, held_out = (_found(spec, part, data_dirs) for part in (False, True))
         if spec.unseen_rows:
@@ -98,26 +105,8 @@ def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sourc
     return sources.of_jsonl(spec, held_out, data_dirs)
 
 
-def _by_unit(spec: DatasetSpec, whole: Source, pool: Source) -> tuple[Source, Source]:
-    """Hold rows of `pool` out in a shuffled order; train on no row that shares a unit with them."""
-
-    def tested() -> Iterator[Row]:
-        given = list(pool.rows())
-        units = [unit_of(spec, row, where) for where, row in given]
-        contents = [content_of(spec, row, where) for where, row in given]
-        order = [k for rows in divided(units, contents) for k in rows]
-        yield from (given[k] for k in order[: spec.holdout or None])
-
-    unit = spec.held_out_by or "row"
-    identity = f"{spec.holdout or 'all'} of {pool.identity} by {unit}"
-    held_out = dataclasses.replace(pool, identity=identity, rows=tested)
-    # a test split is held out as a whole, also the rows beyond OF_A_PROMPT
-    unseen = held_out if spec.holdout else pool
-    return _without(spec, whole, unseen, unit_of, f"{unit}s"), held_out
-
-
 def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return the unit of held_out_by (its content without one): no unit is on both sides."""
+    """Return the part of a row that no training row shares with a held-out row (held_out_by)."""
     if spec.held_out_by == "prompt":
         return fields.prompt_of(spec, row, where)
     return content_of(spec, row, where)
@@ -129,9 +118,9 @@ def content_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
 
 
 def divided(units: Sequence[Hashable], contents: Sequence[Hashable]) -> list[list[int]]:
-    """Return the numbers of the rows that may be held out, by unit, in a shuffled order of units.
+    """Return the row numbers of each unit, in a shuffled order of units.
 
-    Of rows with the same content only the first counts, and of a unit at most OF_A_PROMPT rows.
+    Without duplicates, and at most OF_A_PROMPT rows per unit.
     """
     rows: dict[Hashable, list[int]] = {}
     first = {content: k for k, content in reversed(list(enumerate(contents)))}
@@ -165,13 +154,9 @@ def _without(
 
 
 def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
-    """Check that a data set is there, and that its rows can be read. Needs no tokenizer.
+    """Raise DataError if a data set is missing or a row is unreadable. Needs no tokenizer.
 
-    Every row of local files is read. On the hub, access, splits and columns are checked without
-    fetching rows. Whether each row has a loss token is checked when the split is loaded.
-
-    Raises:
-        DataError: files are missing (the message tells how to get them) or a row is unreadable.
+    Every row of local files is read. On the hub only access, splits and columns are checked.
     """
     if spec.source == "synthetic":
         generator(spec.location).check(spec)

@@ -1,7 +1,4 @@
-"""Rows without a data set file: JSON Lines, or a name on the hub, in one of the usual forms.
-
-The form is found from the first row, or from the columns.
-"""
+"""Describe rows without a data set file: JSON Lines or a name on the hub, in a usual form."""
 
 import dataclasses
 import re
@@ -34,7 +31,7 @@ class Counted(NamedTuple):
 
     rows: int
     answer_bytes: int
-    """UTF-8 bytes in the loss: of completions, or answers of a conversation (`fields.in_loss`)."""
+    """UTF-8 bytes in the loss (`fields.in_loss`)."""
     sha256: str
 
 
@@ -45,12 +42,10 @@ def is_on_hub(given: str) -> bool:
 
 
 def on_hub(given: str, name: str) -> DatasetSpec:
-    """Describe a data set of the hub, pinned to its present commit. Downloads it once.
-
-    `name`: see `dataset_of`.
+    """Download a data set of the hub and describe it as `dataset_of` does, pinned to its commit.
 
     Raises:
-        DataError: it cannot be had, or its columns have none of the usual forms.
+        DataError: the download fails, or the columns have none of the usual forms.
     """
     match = HUB_NAME.fullmatch(given)
     assert match is not None
@@ -80,11 +75,7 @@ def on_hub(given: str, name: str) -> DatasetSpec:
 
 
 def path_of(given: str) -> Path:
-    """Return the file of rows: a .jsonl file, or train.jsonl in a folder.
-
-    Raises:
-        DataError: there is no such file.
-    """
+    """Return a .jsonl file, or a folder's train.jsonl; raise DataError if there is none."""
     path = Path(given).expanduser().absolute()
     path = path / "train.jsonl" if path.is_dir() else path
     if not path.is_file():
@@ -98,10 +89,10 @@ def path_of(given: str) -> Path:
 
 
 def dataset_of(given: str, name: str = "") -> DatasetSpec:
-    """Describe a file of rows, or a data set of the hub, as a data set that cuts long rows.
+    """Describe a file of rows, or a data set of the hub, with its content pinned.
 
-    Held-out rows are in test.jsonl beside the file; without one they are the rows of the file. The
-    content is pinned. `name`: of the data set; empty: made from the file and its content.
+    Held-out rows are in test.jsonl beside the file, or without one the same rows. An empty `name`
+    is made from the file and its content.
 
     Raises:
         DataError: there is no such file, or its first row has none of the usual forms.
@@ -129,11 +120,7 @@ def dataset_of(given: str, name: str = "") -> DatasetSpec:
 
 
 def count(given: str) -> Counted:
-    """Count the rows of a file and their bytes in the loss.
-
-    Raises:
-        DataError: there is no such file, or a row has another form than the first.
-    """
+    """Count a file's rows and their bytes in the loss; DataError for a row of another form."""
     spec = dataset_of(given)
     path = path_of(given)
     rows = answers = 0

@@ -1,7 +1,4 @@
-"""Rewards of completions, by the verifier of a data set.
-
-A completion is right (1) or wrong (0); one that cannot be read counts as wrong, and separately.
-"""
+"""Reward completions by the verifier of a data set: right (1), wrong (0), or unreadable (None)."""
 
 import re
 from collections.abc import Sequence
@@ -23,7 +20,7 @@ NUMBER = re.compile(r"([-+]?\d+)(\.0*)?")
 
 
 def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
-    """Reward completions with the result of the gold answer, as `spec.verifier` reads both."""
+    """Reward completions that have the gold answer's result, as `spec.verifier` reads both."""
     ends: list[tuple[int, ...]] = [(tokenizer.eos_token_id,)]
     if spec.render == "role_colon":
         ends.append(tuple(tokenizer(TURN, add_special_tokens=False).input_ids))
@@ -62,11 +59,7 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
 
 
 def check_available(spec: DatasetSpec) -> None:
-    """Check that completions can be rewarded. Needs no rows.
-
-    Raises:
-        DataError: the data set has no verifier.
-    """
+    """Raise DataError if completions cannot be rewarded. Needs no rows."""
     synthetic = spec.source == "synthetic"
     if not (generator(spec.location).verified if synthetic else spec.verifier):
         generated = ", ".join(name for name, g in GENERATORS.items() if g.verified)
@@ -85,12 +78,9 @@ def check_available(spec: DatasetSpec) -> None:
 
 
 def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
-    """Check that every prompt leaves room for a completion, and every gold answer can be read.
+    """Raise DataError if a prompt leaves no room for a completion or a gold answer is unreadable.
 
-    Of unlimited generated rows, the first ones are checked.
-
-    Raises:
-        DataError: a prompt is too long, or a gold answer cannot be read.
+    Of unlimited generated rows, the first CHUNK are checked.
     """
     assert data.rewards is not None
     first = data.train(0, 0, data.n_train or CHUNK)
@@ -119,10 +109,10 @@ def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
 
 
 def integer(text: str) -> Decimal | None:
-    """Return the whole number behind the last '####' of a solution, or in its last box, or None.
+    """Return the whole number behind the last '####', or in the last box, or None.
 
-    Commas, dollar signs, spaces and a final full stop are ignored. It is a Decimal, exact for any
-    number of digits: Python refuses to read an int of over 4,300.
+    Commas, dollar signs, spaces and a final full stop are ignored. A Decimal, because Python
+    refuses to read an int of over 4,300 digits.
     """
     found = marked(text) or boxed(text) or ""
     number = NUMBER.fullmatch(re.sub(r"[,$\s]|\\\$", "", found).removesuffix("."))
@@ -130,17 +120,14 @@ def integer(text: str) -> Decimal | None:
 
 
 def marked(solution: str) -> str | None:
-    """Return the text behind the last '####' (GSM8K's form) without commas; None without a mark."""
+    """Return the text behind the last '####' (GSM8K's form) without commas, or None."""
     _, mark, rest = solution.rpartition("####")
     lines = rest.strip().splitlines()
     return lines[0].strip().replace(",", "") if mark and lines else None
 
 
 def boxed(solution: str) -> str | None:
-    r"""Return the content of the last \boxed{...}, or the word behind \boxed: MATH's form.
-
-    None if there is no box, or if its braces do not match.
-    """
+    r"""Return the content of the last \boxed{...} or the word behind \boxed (MATH), or None."""
     found = list(BOX.finditer(solution))
     if not found:
         return None

@@ -1,13 +1,10 @@
 """Keep tokenized rows as arrays, in memory or mapped from a file that all processes share.
 
-A file is written by one process under a temporary name, and then renamed. It is read only if its
-checksum is right; otherwise it is written again.
-
-    first 4,096 bytes: {"rows", "tokens", "sha256"} as JSON, filled up with spaces
-    ends     int64 [rows]     end of each row in the tokens
-    n_bytes  int64 [rows]     UTF-8 bytes of the text in the loss
-    tokens   int32 [tokens]
-    loss     bool  [tokens]
+first 4,096 bytes: {"rows", "tokens", "sha256"} as JSON, filled up with spaces
+ends     int64 [rows]     end of each row in the tokens
+n_bytes  int64 [rows]     UTF-8 bytes of the text in the loss
+tokens   int32 [tokens]
+loss     bool  [tokens]
 """
 
 import errno
@@ -26,9 +23,7 @@ import numpy as np
 from lorasweep.data.examples import Example
 
 HEADER = 4096
-"""Bytes before the arrays."""
 DTYPES = ("<i8", "<i8", "<i4", "?")
-"""Of ends, n_bytes, tokens, loss."""
 
 
 class Rows(Sequence[Example]):
@@ -40,7 +35,7 @@ class Rows(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Rows":
-        """Copy text examples into arrays, one by one: a data set may be large."""
+        """Copy text examples into arrays, one by one, because a data set may be large."""
         ends, n_bytes, tokens, loss = [], [], bytearray(), bytearray()
         for e in examples:
             tokens += e.tokens.astype("<i4").tobytes()
@@ -66,7 +61,7 @@ class Rows(Sequence[Example]):
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the arrays: token ids, loss masks, bytes, and where rows end."""
+        """SHA-256 of the four arrays."""
         digest = hashlib.sha256()
         for array in (self.ends, self.n_bytes, self.tokens, self.loss):
             digest.update(array.data)
@@ -76,8 +71,7 @@ class Rows(Sequence[Example]):
 def kept(path: Path, make: Callable[[], Rows]) -> Rows:
     """Return the rows of a file; make and write them first if it is missing or damaged.
 
-    Processes that need the same file at once wait for the first one. If the folder is read-only,
-    missing rows are made in memory.
+    Other processes wait for the one that writes. In a read-only folder rows stay in memory.
     """
     if (rows := read(path)) is not None:
         return rows
@@ -90,8 +84,7 @@ def kept(path: Path, make: Callable[[], Rows]) -> Rows:
     if not os.access(path.parent, os.W_OK):
         return make()
     with path.with_suffix(".lock").open("ab") as lock:
-        # on a file system without locks, two processes may do the same work
-        with suppress(OSError):
+        with suppress(OSError):  # without locks on the file system, processes repeat the work
             fcntl.flock(lock, fcntl.LOCK_EX)
         if (rows := read(path)) is None:
             made = make()

@@ -1,4 +1,4 @@
-"""Sources of rows of text, and the one in local files: JSON Lines in a folder."""
+"""Rows of text: what a source of rows is, and the source that reads JSON Lines in a folder."""
 
 import hashlib
 import json
@@ -22,20 +22,15 @@ class Source:
     """The rows of one split, which are read when `rows` is called."""
 
     identity: str
-    """Names the rows: the SHA-256 of a file, or a name on the hub with commit and split; and the
-    part of these rows. It is the key of kept tokens, so two sources with different rows never have
-    the same identity."""
+    """Names the rows: the SHA-256 of a file, or a name on the hub with commit and split; and which
+    part of them. Different rows never share an identity: it is the key of kept tokens."""
     commit: str | None
-    """Commit of the hub that the rows are from; None for a local file."""
+    """The hub's commit; None for a local file."""
     rows: Callable[[], Iterator[Row]]
 
 
 def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Source:
-    """Find the file of the training or of the held-out rows. Reads no row.
-
-    Raises:
-        DataError: it is missing, or not the pinned one.
-    """
+    """Find the training or held-out rows; DataError if their file is missing or not as pinned."""
     n = spec.holdout
     path, digest = find_jsonl(
         spec, spec.test_split if held_out and not n else spec.train_split, data_dirs
@@ -53,19 +48,12 @@ def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sou
 
 
 def holdout_order(n_rows: int) -> np.ndarray:
-    """Return a shuffled order of rows, of which the first are held out.
-
-    It does not depend on how many are held out.
-    """
+    """Return a shuffled order of rows. The first n are held out; it does not depend on n."""
     return stream("holdout", 0).permutation(n_rows)
 
 
 def check_holdout(spec: DatasetSpec, path: Path, n_rows: int) -> None:
-    """Check that rows are left to train on.
-
-    Raises:
-        DataError: all of them are held out.
-    """
+    """Raise DataError if no row is left to train on."""
     if spec.holdout and n_rows <= spec.holdout:
         raise DataError(
             f"dataset {spec.name!r}: {path} has {n_rows} rows, expected more than {spec.holdout} "
@@ -74,12 +62,10 @@ def check_holdout(spec: DatasetSpec, path: Path, n_rows: int) -> None:
 
 
 def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[Path, str]:
-    """Find <data_dir>/<location>/<split>.jsonl and check it against the pinned revision.
-
-    Returns its path and SHA-256.
+    """Return <data_dir>/<location>/<split>.jsonl and its SHA-256.
 
     Raises:
-        DataError: the file is missing, or it is not the pinned one.
+        DataError: the file is missing, unreadable, or not the pinned one.
     """
     tried = [Path(folder).expanduser() / spec.location / f"{split}.jsonl" for folder in data_dirs]
     path = next((p for p in tried if p.is_file()), None)
@@ -113,11 +99,7 @@ def file_sha256(path: Path) -> str:
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON Lines file.
-
-    Raises:
-        DataError: a line is not JSON; the message names file and line.
-    """
+    """Yield the rows of a JSON Lines file; raise DataError for a line that is not JSON."""
     with path.open(encoding="utf-8", errors="strict") as lines:
         number = 0
         try:

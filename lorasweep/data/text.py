@@ -1,7 +1,6 @@
-"""Render rows of text, prompts with completions or messages, and tokenize them.
+"""Render rows as text and tokenize them, with a loss mask.
 
-Every row is checked when the split is loaded, before a run starts. An unreadable row, or one
-without a loss token, is an error that names file and line.
+All rows of a split are read before a run starts. Errors name file and line.
 """
 
 import dataclasses
@@ -23,29 +22,25 @@ from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 TOGETHER = 256
-"""Rows whose parts are given to the tokenizer in one call, which is faster than one by one."""
+"""Rows per call of the tokenizer, which is faster than one by one."""
 VERSION = 2
-"""Raised when the same rows are tokenized in another way, so that kept files are made again."""
+"""Raise it when the same rows give other tokens, so that kept files are made again."""
 NOT_IN_ROWS = (
     *("name", "revision", "test_revision", "n_train", "n_test", "n_test_curve"),
     *("n_validation", "unseen_rows", "answer_field", "verifier"),
 )
-"""Fields that change no row, or that the source's identity covers (revisions, left-out rows)."""
+"""Fields that change no row, or that the source's identity covers."""
 DATE = "26 Jul 2024"
-"""Date for chat templates that write one, so that rows do not depend on the day. Llama's templates
-use this date by default."""
+"""Date in chat templates, so that rows do not depend on the day: the default of Llama's."""
 
 
 class Part(NamedTuple):
-    """A piece of text that is tokenized separately, without special tokens.
-
-    Parts end where the loss starts or ends, so that the loss mask falls on token borders.
-    """
+    """Text that is tokenized separately, so that the loss starts and ends on token borders."""
 
     text: str
     in_loss: bool
     eos: bool = False
-    """Whether the end-of-sequence token follows, in the loss or not as the text."""
+    """Whether the EOS token follows, which is in the loss if the text is."""
 
 
 def examples(
@@ -53,11 +48,10 @@ def examples(
 ) -> Rows:
     """Tokenize the first `limit` usable rows of a split, or map them from the folder `cache`.
 
-    Rows are tokenized in memory if `cache` is empty, or if the tokenizer is not of the `tokenizers`
-    library, so that its content cannot be hashed.
+    Nothing is kept if `cache` is empty, or if the tokenizer is not of the `tokenizers` library.
 
     Raises:
-        DataError: a row cannot be used; the message names file and line.
+        DataError: a row cannot be used, or there are none.
     """
 
     def make() -> Rows:
@@ -130,25 +124,22 @@ def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Itera
 
 
 def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Part]:
-    """Render a row as text, in the form `spec.render`.
+    """Render a row as text in the form `spec.render`.
 
-    With mask=all, the text between messages is learned, too.
+    With mask=all, the text between messages is in the loss, too.
 
-    role_colon: 'Role:' and ' content' with a blank line, the form of the study's base models, as
-    `RoleColonRenderer` in github.com/thinking-machines-lab/tinker-cookbook. An answer is learned
-    with its space and its blank line; if it is the last message, so is the 'User:' that ends
-    sampling. The beginning-of-sequence token comes first if the tokenizer has one.
+    role_colon: BOS if there is one, then 'Role:', ' content' and a blank line, as
+    `RoleColonRenderer` in github.com/thinking-machines-lab/tinker-cookbook. The loss of an answer
+    covers its space and blank line, and after a last answer the 'User:' that ends sampling.
 
-    role_eos: 'Role: ' and 'content'. The end-of-sequence token ends an answer, and a blank line
-    other messages. There is no beginning-of-sequence token.
+    role_eos: no BOS, 'Role: ' and 'content'; EOS ends an answer, a blank line other messages. A
+    prompt with a completion is only its template and the completion.
 
-    chat_template: as the tokenizer's chat template does, for instruct models. An answer is the text
-    that the template adds for it, without line ends behind the end-of-sequence token. Text after
-    the last answer in the loss is left out, unless mask=all.
+    chat_template: the tokenizer's. An answer is the text that the template adds for it, without
+    line ends after EOS. Text after the last answer in the loss is left out, unless mask=all.
 
     Raises:
-        DataError: a column of the format is missing, or the tokenizer's chat template refuses the
-            row.
+        DataError: a column is missing, or the chat template refuses the row.
     """
     heads = spec.mask == "all"
     if spec.format == "prompt_completion" and spec.render == FIRST_RENDER:

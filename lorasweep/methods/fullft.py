@@ -1,7 +1,7 @@
-"""Full fine-tuning: every weight of the base model, or only the matrices of layer sets.
+"""Full fine-tuning of all parameters (`scope=all`), or of matrices alone (`scope=matrices`).
 
-`scope=all` trains all parameters. `scope=matrices` trains exactly the matrices that LoRA with the
-same `layers` would adapt: the control that separates parametrisation from location.
+The matrices are those that LoRA with the same `layers` would adapt: the control that separates
+parametrisation from location.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class FullFT(Method):
     layers: str = "all"
     """Layer sets trained under scope=matrices. Must stay 'all' under scope=all."""
     MAX_PACK: ClassVar[int | None] = 1
-    """Runs differ in all weights, so they cannot share a base."""
+    """Runs that train all weights cannot share a base."""
 
     def check(self, model: ModelSpec) -> None:
         if self.scope not in SCOPES:
@@ -89,11 +89,7 @@ class _WholeModel:
     stacked = False
 
     def __init__(self, base: "nn.Module", chosen: set[int]) -> None:
-        """Mark the parameters to train; `chosen` holds their Python ids.
-
-        They train as copies in fp32 at least; `detach` restores the base's own weights, which may
-        be bf16.
-        """
+        """Train copies, in fp32 at least, of the parameters whose Python ids are in `chosen`."""
         import torch
 
         self._base = base

@@ -1,9 +1,7 @@
 """LoRA: W' = W + (alpha/rank) B A on the chosen layer sets (Hu et al., arXiv 2106.09685).
 
 Defaults follow the study: alpha 32 for every rank, A uniform in +-1/sqrt(d_in), B zero, one
-learning rate for both. The other fields test the study's claims about the parametrisation. Every
-expert of a layer has separate adapters for gate, up and down; public codes define their rank in
-three ways. The trained tensors of a pack are in `lorasweep.methods.stacked.adapters`.
+learning rate for both. Every expert of a layer has separate adapters for gate, up and down.
 """
 
 import math
@@ -42,13 +40,13 @@ class LoRA(Method):
     scaling_by: str = later("rank")
     """Divisor of alpha: rank (the study), sqrt_rank (rsLoRA, arXiv 2312.03732), or none."""
     init_scale: float = later(1.0)
-    """Factor on the random start of A (of B under start=b)."""
+    """Factor on the random start."""
     lr_b_ratio: float = later(1.0)
     """Learning rate of B divided by `lr`, which A has. LoRA+ (arXiv 2402.12354) uses about 16."""
     random_factor: str = field(default="a", metadata={"added": "a", "key": "start"})
     """Factor that starts random, uniform in +-1/sqrt(its inputs). The other starts at zero."""
     init_seed: int = later(0)
-    """Seed of another random start on the same batches: how much do adapters differ by chance."""
+    """Seed of another random start on the same batches: how far do adapters differ by chance."""
     expert_rank: str = later("active")
     """Rank of an expert's adapter: rank / 'active' experts (the study; NeMo Automodel), rank /
     'all' experts (SkyRL, PEFT's documentation), or the 'whole' rank (Tinker)."""
@@ -56,7 +54,7 @@ class LoRA(Method):
     """Alpha of an expert's adapter, divided by that adapter's rank. None: `alpha`, as in NeMo
     Automodel and Megatron-Bridge; the study does not say."""
     expert_outer: str = later("own")
-    """Factor on the hidden side: each expert's 'own', or one 'shared' by a layer (Tinker)."""
+    """Factor on the hidden side: each expert's 'own', or one 'shared' by the layer (Tinker)."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
         *("alpha", "rank", "scaling_by", "init_scale", "lr_b_ratio", "random_factor", "init_seed"),
         *("expert_rank", "expert_alpha"),
@@ -68,7 +66,7 @@ class LoRA(Method):
         return self._scaling(self.alpha, self.rank)
 
     def expert_scaling(self, rank: int) -> float:
-        """Return the factor on B A x of an expert, whose adapter has this rank."""
+        """Return the factor on B A x of an expert whose adapter has this rank."""
         return self._scaling(self.alpha if self.expert_alpha is None else self.expert_alpha, rank)
 
     def scaling_of_experts(self, model: ModelSpec) -> float:

@@ -1,8 +1,4 @@
-"""Find the methods by name.
-
-Neither this file nor the methods import torch at the top, because planning needs their fields
-without torch.
-"""
+"""The methods by name. They import torch only when used, because planning reads their fields."""
 
 from typing import Any
 
@@ -16,11 +12,7 @@ METHODS: dict[str, type[Method]] = {"fullft": FullFT, "lora": LoRA}
 
 
 def method_class(name: str) -> type[Method]:
-    """Look up a method by name.
-
-    Raises:
-        SpecError: there is no such method; the message lists all.
-    """
+    """Look up a method by name; SpecError, with all names, if there is no such one."""
     if name not in METHODS:
         raise SpecError(unknown("method", str(name), METHODS))
     return METHODS[name]

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 class Experts:
     """The experts of one layer: a module with `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
 
-    E experts, H hidden, I the width of one expert; gate's rows come before up's.
+    E experts, H hidden, I width of an expert; gate's rows come before up's.
     """
 
     module: Any
     n_active: int
-    """Number of experts that a token passes through."""
+    """Experts that a token passes through."""
 
 
 @dataclass(frozen=True)
 class Router:
-    """The router of a layer, which chooses each token's experts: a module with `weight` [E, H]."""
+    """The router of a layer, which chooses a token's experts: a module with `weight` [E, H]."""
 
     module: Any
 
@@ -32,7 +32,7 @@ Target: TypeAlias = Union["nn.Linear", Experts, Router]
 
 
 def whole(tensor: "torch.Tensor") -> "torch.Tensor":
-    """Gather a tensor that is split over processes, in all of them; return others unchanged."""
+    """Gather a tensor that is split over processes; return others unchanged."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
@@ -55,17 +55,14 @@ class Trainables(Protocol):
     def keep(self, runs: list[int]) -> "dict[str, tuple[str, list[int]]]":
         """Drop all runs but `runs` (increasing indices into the current order).
 
-        Returns for each new tensor the name of the old one, and the rows of it that were kept.
+        Returns each new tensor's name -> the old tensor's name, and its rows that were kept.
         """
 
     def refresh(self) -> None:
         """Read the model's parameters again, after it was spread over processes."""
 
     def only(self, runs: list[int]) -> AbstractContextManager[None]:
-        """Temporarily restrict the model and `norms`, `spectra` to some runs, without gradient.
-
-        `runs`: increasing indices into the current order.
-        """
+        """Restrict the model, `norms` and `spectra` to runs (rising indices), without gradient."""
 
     def norms(self) -> list[dict[str, float]]:
         """Return the norms to record, one dict per run."""

@@ -1,8 +1,4 @@
-"""Forward passes of transformers' models: number types, and the two halves of a model.
-
-The first half computes hidden states, the second logits from them. The second is the model's own
-forward pass over given states, so softcaps, scalings and adapters of any family stay as they are.
-Refuses to know losses.
+"""Forward passes of transformers' models in two halves, hidden states and logits; number types.
 
 Shapes: R rows, T tokens, P positions, H hidden, V vocabulary.
 """
@@ -17,19 +13,19 @@ from torch import nn
 from lorasweep.errors import ModelError
 
 MASTER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""Type of the trained weights. bf16 means autocast over them, in every arm."""
+"""Type of the trained weights. bf16 means autocast over them."""
 COMPUTE_DTYPES = {**MASTER_DTYPES, "bf16": torch.bfloat16}
 """Type of activations and weight copies in matrix products."""
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
 """Parameters of a module of experts, [experts, outputs, inputs]."""
 ROUNDING = 0.03
-"""Share of the largest output: more than bf16 rounds, far less than another row's tokens change."""
+"""Share of the largest output: above bf16 rounding, far below what another row's tokens change."""
 
 
 def backend(model: nn.Module, processes: int = 1) -> str:
-    """Name what computes a model, as results record it: 'transformers on cuda, 8 processes'.
+    """Name the backend as results record it: 'transformers on cuda, 8 processes'.
 
-    Older results may also say 'cpu_llama on cpu': passes written by hand, which are gone.
+    Older results may say 'cpu_llama on cpu': a hand-written forward pass, since removed.
     """
     more = f", {processes} processes" if processes > 1 else ""
     return f"transformers on {next(model.parameters()).device.type}{more}"
@@ -43,12 +39,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 def bf16_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the matrices that can be held in bf16 under autocast without a change of any number.
+    """Return the matrices that can be held in bf16 under autocast without changing a result.
 
-    Autocast rounds the weight of an nn.Linear to bf16 anyway, and `experts_forward` rounds stacks
-    of experts. The rows of an nn.Embedding are read as they are, and `hold_in_bf16` widens them.
-    Modules derived from these may do other things with their weights, so a matrix that one of them
-    has stays as it is.
+    Autocast rounds the weights of nn.Linear, and `experts_forward` those of experts, to bf16
+    anyway; `hold_in_bf16` widens the rows of nn.Embedding. Derived modules may use their weights
+    differently, so their matrices are left out.
     """
     found: dict[str, nn.Parameter] = {}
     others: set[int] = set()
@@ -63,10 +58,7 @@ def bf16_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def hold_in_bf16(model: nn.Module) -> None:
-    """Hold the matrices of bf16_matrices in bf16. Their values must be bf16 numbers.
-
-    The residual stream stays in the type of the norms: embeddings are widened as they are read.
-    """
+    """Convert `bf16_matrices` to bf16; embeddings are widened when read. Values must be exact."""
     for p in bf16_matrices(model).values():
         p.data = p.data.to(torch.bfloat16)
     for module in model.modules():
@@ -97,10 +89,7 @@ def hidden_states(
     positions_RP: torch.Tensor,
     position_ids_RT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the decoder's output at `positions_RP`, [R, P, H].
-
-    `position_ids_RT`: for several sequences in a row, see `lorasweep.data.batches.joined`.
-    """
+    """Return the decoder's output [R, P, H]; `position_ids_RT` for joined rows (`data.batches`)."""
     states_RTH = model.base_model(
         input_ids=tokens_RT, position_ids=position_ids_RT, use_cache=False
     ).last_hidden_state
@@ -111,8 +100,10 @@ def hidden_states(
 def logits_of(model: Any, hidden_RPH: torch.Tensor) -> torch.Tensor:
     """Return the model's logits [R, P, V] for its decoder's output [R, P, H].
 
+    It is the model's own forward pass, with its softcaps, scalings and adapters.
+
     Raises:
-        ModelError: the model's forward pass does not call its decoder.
+        ModelError: that pass does not call the decoder.
     """
     name = model.base_model_prefix
     decoder, computed = getattr(model, name), _Computed(hidden_RPH)
@@ -131,7 +122,7 @@ def logits_of(model: Any, hidden_RPH: torch.Tensor) -> torch.Tensor:
 
 
 class _Computed(nn.Module):
-    """Stands in for a decoder and returns an output computed before."""
+    """Stand in for a decoder and return an output computed before."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
@@ -146,11 +137,7 @@ class _Computed(nn.Module):
 
 @torch.no_grad()
 def check_rows_stay_apart(model: Any) -> None:
-    """Check that in joined rows a token's output does not depend on another row's tokens.
-
-    Raises:
-        ModelError: it does: the model's attention does not read where rows start.
-    """
+    """Raise ModelError if in joined rows a token's output depends on another row's tokens."""
     tokens_RT = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 3, 2, 4, 5, 6]])  # the second row is the same
     device = next(model.parameters()).device
     position_ids_RT = torch.arange(3).repeat(2, 2).to(device)

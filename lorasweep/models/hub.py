@@ -1,8 +1,4 @@
-"""Check that the files of a base model in the hub's cache or in a folder are there and complete.
-
-Reads names and headers only, so that missing files are known before a job waits for a GPU. Needs no
-torch.
-"""
+"""Check that a base model's files are complete, by names and headers; download them. No torch."""
 
 import json
 from contextlib import suppress
@@ -21,13 +17,10 @@ UNWANTED = ["original/*"]
 
 
 def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
-    """Check that a model of the hub is accessible, and that its downloaded files are complete.
-
-    `needed`: all files must be in the cache already; otherwise the first run downloads them.
-    Returns their folder; None if they will be downloaded.
+    """Return the folder of a hub model in the cache; None if the first run will download it.
 
     Raises:
-        ModelError: it is inaccessible or incomplete; the message says what to type.
+        ModelError: it is inaccessible or damaged, or with `needed` not completely downloaded.
     """
     from huggingface_hub import constants, hf_hub_download
 
@@ -51,11 +44,7 @@ def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
 
 
 def check_folder(spec: ModelSpec, folder: Path) -> None:
-    """Check that the weights of a local model are complete.
-
-    Raises:
-        ModelError: they are not; the message names the file.
-    """
+    """Raise ModelError if the weights of a local model are incomplete."""
     damaged, missing = _problems(folder)
     if damaged or missing:
         raise ModelError(
@@ -70,7 +59,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def fetch(spec: ModelSpec) -> tuple[Path, int]:
-    """Download a model of the hub, unless it is in the cache; return its folder and its bytes.
+    """Download a hub model unless it is cached; return its folder and size in bytes.
 
     Raises:
         ModelError: it is inaccessible.
@@ -92,10 +81,7 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
 
 
 def _problems(folder: Path) -> tuple[str | None, str | None]:
-    """Describe a damaged and a missing file of weights. Only safetensors are checked.
-
-    A file is damaged if its length differs from its header.
-    """
+    """Describe a damaged safetensors file (length unlike its header's) and a missing one."""
     names = [SINGLE]
     with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))

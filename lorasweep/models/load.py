@@ -1,7 +1,6 @@
-"""Find and load the weights of base models, and check their shape.
+"""Find and load base models, from the hub, a folder, a GGUF file or a recipe; check their shape.
 
-Knows four sources: hub, folder, GGUF file, and recipe (a small model that
-`lorasweep.train.pretrain` trains; some come with the package). Refuses to know methods and data.
+A recipe is a small model that `lorasweep.train.pretrain` trains; some come with the package.
 """
 
 import copy
@@ -38,27 +37,24 @@ SHIPPED = Path(__file__).parent / "bases"
 
 @dataclass
 class Base:
-    """A loaded base model. The `sha256` of its weights proves that runs share a base."""
+    """A loaded base model."""
 
     model: Any
     tokenizer: Any
     sha256: str
+    """Hash of the weights: proves that runs share a base."""
     at_start: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Held-out measures before training, by data set, draw and precision; every run shares them."""
+    """Cached held-out measures before training, by data set, draw and precision."""
     commit: str | None = None
-    """The hub's commit of the weights; None for other sources."""
+    """The hub's commit; None for other sources."""
     mesh: Mesh = field(default_factory=Mesh)
-    """The processes that train on it."""
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
-    """Check that weights are there and complete, or that the hub has them. Loads nothing.
-
-    `fetched`: weights of the hub must be in its cache, too. Returns whether there is a tokenizer;
-    one that will be downloaded counts.
+    """Check weights without loading them; return whether a tokenizer is there or to download.
 
     Raises:
-        ModelError: they are not there; the message says how to get them.
+        ModelError: they are missing or incomplete; with `fetched`, not in the hub's cache.
     """
     if spec.source == "hub":
         folder = hub.check_cached(spec, fetched)
@@ -73,11 +69,7 @@ def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool =
 
 
 def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
-    """Find the folder or file of a local model.
-
-    Raises:
-        ModelError: it is missing; the message says how to get it.
-    """
+    """Return the folder or file of a local model; raise ModelError if it is missing."""
     tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
     for path in tried:
         if path.is_file() if spec.source == "gguf" else (path / "config.json").is_file():
@@ -94,9 +86,8 @@ def load(
 ) -> Base:
     """Load a base model in the master type of `precision`, in eval mode, and check its shape.
 
-    Under bf16, matrices that are published in bf16 stay so: they work under autocast only. Of
-    several processes process 0 reads the weights, and keeps them on the CPU; the others have the
-    shapes only (models/sharding.py).
+    Under bf16, matrices published in bf16 stay so. Of several processes, process 0 has the weights
+    on the CPU and the others only their shapes (`sharding.shard`).
 
     Raises:
         ModelError: the weights are missing, or do not have the described shape.
@@ -122,11 +113,7 @@ def load(
 
 
 def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
-    """Read a model and its tokenizer from their source; from the hub also the commit.
-
-    A model of the hub is loaded from the commit that `revision` stands for (empty: the newest one),
-    even if a newer one appears in between.
-    """
+    """Read a model and its tokenizer; from the hub also their commit, which is the same."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import cached_file, extract_commit_hash
@@ -165,11 +152,7 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
 
 
 def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
-    """Load a model's tokenizer without its weights; None if it has none.
-
-    Raises:
-        ModelError: the model cannot be found.
-    """
+    """Load a model's tokenizer only; None if it has none, ModelError if the model is missing."""
     from transformers import AutoTokenizer
 
     if not check_available(spec, models_dirs):
@@ -184,7 +167,7 @@ def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
 
 
 def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
-    """Build a model as `load` does, but from transformers' config: tensors without values."""
+    """Build a model from transformers' config as `load` does, with tensors without values."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -193,7 +176,7 @@ def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
 
 
 def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
-    """Convert a model to the tensor types and the numerics of `precision`."""
+    """Convert a model to the tensor types and numerics of `precision`."""
     dtype = MASTER_DTYPES[precision]
     use_grouped_experts(model, spec)
     model = model.to(dtype).eval()
@@ -208,11 +191,7 @@ def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
 
 
 def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
-    """Convert a GGUF file to safetensors, cached in the first models folder.
-
-    transformers refuses to save a model that was loaded from GGUF, because it counts as quantised.
-    So the weights are copied into a new model without the quantisation entry in its config.
-    """
+    """Convert a GGUF file to safetensors, cached in the first models folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = find(spec, models_dirs)
@@ -228,6 +207,7 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     kwargs = {"gguf_file": path.name}
     quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs)
+    # transformers refuses to save a model loaded from GGUF, so a new model gets the weights
     config = quantised.config.to_dict()
     config.pop("quantization_config", None)
     model = type(quantised)(type(quantised.config)(**config))
@@ -245,11 +225,7 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
 
 
 def check_shape(model: Any, spec: ModelSpec) -> None:
-    """Check that the loaded model has the shape and the weights that conf/model describes.
-
-    Raises:
-        ModelError: it does not.
-    """
+    """Raise ModelError if a loaded model has not the shape and type of weights described."""
     config = model.config
     got = {
         "hidden_size": config.hidden_size,
@@ -289,7 +265,7 @@ def weights_sha256(model: Any) -> str:
 
 
 def recipe_file_name(spec: ModelSpec) -> str:
-    """Name the weights file of a recipe: model name and a hash of the recipe and the shape."""
+    """Name the weights file of a recipe: model name, and hash of recipe and shape."""
     fields = spec.plain()
     for name in ("location", "revision", "attention", "mlp", "unembedding", "weights_dtype"):
         fields.pop(name, None)
@@ -305,10 +281,7 @@ def find_recipe_weights(spec: ModelSpec, models_dirs: Sequence[str]) -> Path | N
 
 
 def config_of(spec: ModelSpec, **more: Any) -> "PretrainedConfig":
-    """Return transformers' configuration of the described shape, with the fields `more`.
-
-    A Llama; with normalised queries and keys a Qwen3; with experts a Qwen3-MoE.
-    """
+    """Return a Llama's config; with qk_norm a Qwen3's, with experts a Qwen3-MoE's."""
     from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
     shape: dict[str, Any] = {

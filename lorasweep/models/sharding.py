@@ -1,12 +1,6 @@
-"""One run on several processes: the mesh that they form, and a model spread over it by FSDP2.
+"""One run on several processes: their mesh, and a model sharded over it by FSDP2.
 
-The only file that knows of torch.distributed. One process is a mesh of one, for which everything
-here does nothing. Refuses to know methods, objectives and the run folder.
-
-Every tensor of the model is split over all processes. A decoder layer is gathered while it
-computes, tensors outside the layers during a whole pass. Gradients are summed over the processes:
-the loss is already divided by the weight of the whole batch. Adapters must be attached before the
-split, because FSDP2 reduces the gradients of split tensors only.
+The only file that knows torch.distributed. With one process everything here does nothing.
 """
 
 import hashlib
@@ -39,8 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)
-"""Time that a process waits for the others, e.g. while process 0 reads the weights. The launcher
-ends all processes as soon as one ends."""
+"""Longest wait for the other processes, e.g. while process 0 reads the weights."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,14 +49,11 @@ class Mesh:
     devices: DeviceMesh | None = None
     """None: one process."""
     entry: "_Entry | None" = None
-    """The model that is spread over the mesh; None: none yet."""
+    """The sharded model; None: none yet."""
 
     @classmethod
     def join(cls) -> "Mesh":
-        """Join the processes that torchrun's environment variables name, and wait for them.
-
-        With GPUs each process takes the one with the number LOCAL_RANK.
-        """
+        """Join the processes that torchrun's variables name; with GPUs take number LOCAL_RANK."""
         kind, backend = "cpu", "gloo"
         if torch.cuda.is_available():
             kind, backend = "cuda", "cpu:gloo,cuda:nccl"
@@ -78,7 +68,7 @@ class Mesh:
 
     @property
     def device(self) -> torch.device:
-        """Device of this process's tensors, of several processes."""
+        """Device of this process's tensors. Only for several processes."""
         assert self.devices is not None
         if self.devices.device_type == "cuda":
             return torch.device("cuda", torch.cuda.current_device())
@@ -89,10 +79,7 @@ class Mesh:
         return list(batches[self.rank :: self.size])
 
     def turns(self, n: int) -> range:
-        """Return this process's share of the numbers 0 to n - 1; all shares have one size.
-
-        The last number may be n or more: then it is a repetition that does not count.
-        """
+        """Return this process's share of 0 .. n - 1, equally long in all: n or more is filler."""
         return range(self.rank, -(-n // self.size) * self.size, self.size)
 
     def sum_(self, *tensors: torch.Tensor) -> None:
@@ -147,11 +134,13 @@ class _Entry(nn.Module):
 
 
 def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str) -> Mesh:
-    """Spread a model with its adapters over the mesh; return the mesh that runs it.
+    """Shard a model with its attached adapters; return the mesh that runs it.
 
-    Process 0 has the values, on the CPU; in the others tensors may be on the device 'meta'. Under
-    bf16 a layer's matrices are sent in bf16, to which autocast would round them anyway; vectors
-    keep their type, and every process holds all frozen ones.
+    Process 0 has the values, on the CPU; in the others tensors may be on the device 'meta'. All but
+    frozen vectors is split over all processes. A layer is gathered while it computes, tensors
+    outside the layers during a whole pass. Under bf16 a layer's matrices are sent in bf16, to which
+    autocast would round them anyway. Gradients are summed, because the loss is already divided by
+    the weight of the whole batch.
 
     Raises:
         ModelError: the number of processes does not fit the model.
@@ -223,11 +212,7 @@ def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str
 
 
 def blocks(model: Any) -> list[nn.Module]:
-    """Return the model's layers, each of which is gathered and recomputed as a whole.
-
-    Raises:
-        ModelError: transformers does not say which modules these are.
-    """
+    """Return the model's layers; raise ModelError if transformers does not name them."""
     names = set(model._no_split_modules or ())
     found = [m for m in model.modules() if type(m).__name__ in names]
     if not found:
@@ -240,10 +225,9 @@ def blocks(model: Any) -> list[nn.Module]:
 
 @contextmanager
 def layers_together(model: Any) -> Iterator[None]:
-    """Keep the layers of a spread model gathered over many forward passes, inside `Mesh.run`.
+    """Keep the layers of a sharded model gathered over many forward passes, inside `Mesh.run`.
 
-    So drawing a token sends nothing, and processes may draw different numbers of tokens. Without
-    effect on the model of one process.
+    So drawing a token sends nothing, and processes may draw different numbers of tokens.
     """
     names = {f"FSDP{name}" for name in model._no_split_modules or ()}  # as fully_shard names them
     layers = [part for part in _split(model) if type(part).__name__ in names]
@@ -258,7 +242,7 @@ def layers_together(model: Any) -> Iterator[None]:
 
 
 def compute_again(model: nn.Module) -> None:
-    """Keep only the input of each layer, and recompute its activations in the backward pass."""
+    """Keep only each layer's input, and recompute its activations in the backward pass."""
     for block in blocks(model):
         block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
@@ -275,12 +259,9 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def guard(model: nn.Module, trained: "Trainables", mesh: Mesh, measures: Sequence[float]) -> None:
-    """Check that trained tensors are split over the mesh, and that all others are equal.
+    """Raise TrainingError if a trained tensor is not split, or processes differ in anything else.
 
     `measures`: numbers that must be equal in all processes, such as losses and gradient norms.
-
-    Raises:
-        TrainingError: they are not.
     """
     if not mesh.devices:
         return
@@ -303,19 +284,15 @@ def guard(model: nn.Module, trained: "Trainables", mesh: Mesh, measures: Sequenc
 
 
 # ---------------------------------------------------------------- checkpoints
-# Each process writes one safetensors file. Any number of processes can read them, or the one file
-# that a single process writes.
+# Any number of processes can read the files of several processes (one each), or of a single one.
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> dict[str, str]:
-    """Write split tensors into an empty folder, in all processes at once.
-
-    Returns the SHA-256 of each file by name.
-    """
+    """Write split tensors into an empty folder, in all processes; return file -> SHA-256."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(dict(tensors), storage_writer=writer)
-    except CheckpointException as error:  # not an Exception; what went wrong in the first process
+    except CheckpointException as error:  # not an Exception: raise the first process's cause
         cause, _ = next(iter(error.failures.values()))
         raise cause from None
     sums = {}
@@ -327,10 +304,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], mesh: Mesh)
 
 @torch.no_grad()
 def read_tensors(path: Path, tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> None:
-    """Read tensors in place, in all processes at once.
-
-    `path`: a folder of `write_tensors`, or one safetensors file with whole tensors.
-    """
+    """Read tensors in place, in all processes, from `write_tensors`' folder or one whole file."""
     if path.is_dir():
         reader = HuggingFaceStorageReader(str(path))
         dcp.load(dict(tensors), storage_reader=reader, no_dist=mesh.size == 1)

@@ -1,10 +1,4 @@
-"""The matrices of a loaded model that layer sets name, and how its experts compute.
-
-A matrix is an nn.Linear, or one of a stack in the module of a layer's experts; a router's is a
-parameter of that router.
-
-Shapes: N runs of a pack, E experts.
-"""
+"""Find the matrices of layer sets in a loaded model; compute experts, and count their tokens."""
 
 from functools import partial
 from typing import Any
@@ -23,7 +17,7 @@ GROUPED_EXPERTS = "sorted_by_run"
 
 
 def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> dict[str, Target]:
-    """Map the names of modules to what holds the matrices of the layer sets, each set complete.
+    """Map module names to the nn.Linear, Experts or Router with matrices of the layer sets.
 
     Raises:
         ModelError: a module is missing, or is of another kind or shape than described.
@@ -77,10 +71,8 @@ def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> 
 def use_grouped_experts(model: Any, spec: ModelSpec) -> None:
     """Let the model compute its experts by `experts_forward`, with and without adapters.
 
-    transformers' default fails in float64, and computes in fp32 under autocast.
-
-    Raises:
-        ModelError: the experts are of another layout, or have biases.
+    transformers' default fails in float64, and computes in fp32 under autocast. Raises ModelError
+    if the experts have another layout, or biases.
     """
     if spec.n_experts:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -93,8 +85,7 @@ def use_grouped_experts(model: Any, spec: ModelSpec) -> None:
 class ExpertTokens:
     """Count the tokens that each expert gets in training, padding included.
 
-    Only passes with gradients count, and not those that a backward pass repeats. A model without
-    experts has no counts.
+    Passes without gradients and passes repeated by a backward pass do not count.
     """
 
     def __init__(self, model: Any) -> None:
@@ -118,7 +109,7 @@ class ExpertTokens:
         found.append(counts.scatter_add_(1, chosen, torch.ones_like(chosen)))
 
     def take(self, n_runs: int, mesh: Mesh) -> list[list[list[int]]]:
-        """Return each run's counts since the last call, by layer and expert, of all processes."""
+        """Return each run's counts since the last call by layer and expert; empty if no experts."""
         if not self._found:
             return [[]] * n_runs
         by_layer = torch.stack([torch.stack(found).sum(0) for found in self._found])

@@ -1,4 +1,4 @@
-"""Detect the hardware that this process may use, without torch: in a Slurm job, the job's share.
+"""Detect the hardware that this process may use (in a Slurm job, the job's share), without torch.
 
 The command line and jobs call this and pass the result on; the planner never does.
 """
@@ -22,7 +22,7 @@ class Gpu(NamedTuple):
     """One GPU that this process may use."""
 
     uuid: str
-    """Its name in CUDA_VISIBLE_DEVICES. Not its number, because CUDA puts the fastest first."""
+    """Its name in CUDA_VISIBLE_DEVICES; numbers are unreliable: CUDA puts the fastest first."""
     name: str
     memory_bytes: int
 
@@ -52,7 +52,7 @@ def cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Return this machine's memory, or the part that a Slurm job or a control group allows."""
+    """Return this machine's memory, or the part that a Slurm job or a cgroup allows."""
     total = 8 * 2**30
     given = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20
     given = given or int(os.environ.get("SLURM_MEM_PER_CPU") or 0) * 2**20 * cores()
@@ -67,8 +67,7 @@ def memory_bytes() -> int:
 def fast_bf16() -> bool | None:
     """Return whether the processor has bf16 instructions; None if the system does not show it.
 
-    Without them matrix products take about 50 times as long as in fp32 (measured on AVX2: 0.7
-    against 40 to 60 GFLOP/s per core).
+    Without them bf16 products are about 50 times slower than fp32's (docs/log).
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
@@ -80,7 +79,7 @@ def fast_bf16() -> bool | None:
 
 
 def devices() -> tuple[str, ...]:
-    """List the GPUs' names for CUDA_VISIBLE_DEVICES; without nvidia-smi, those of the Slurm job."""
+    """List the GPUs' names for CUDA_VISIBLE_DEVICES; without nvidia-smi, the Slurm job's."""
     found = tuple(gpu.uuid for gpu in gpus())
     if found or "SLURM_JOB_ID" not in os.environ:
         return found
@@ -89,10 +88,7 @@ def devices() -> tuple[str, ...]:
 
 @cache
 def gpus() -> tuple[Gpu, ...]:
-    """List the GPUs in CUDA_VISIBLE_DEVICES, as nvidia-smi describes them.
-
-    Empty without nvidia-smi, or if torch is a CPU build.
-    """
+    """List the GPUs in CUDA_VISIBLE_DEVICES; none without nvidia-smi or with a torch for CPUs."""
     if shutil.which("nvidia-smi") is None or metadata.version("torch").endswith("+cpu"):
         return ()
     fields = "--query-gpu=index,uuid,name,memory.total"
@@ -107,7 +103,7 @@ def gpus() -> tuple[Gpu, ...]:
 def visible(table: str, wanted: str | None) -> tuple[Gpu, ...]:
     """Parse nvidia-smi's table (index, uuid, name, MiB) and select `wanted`, in its order.
 
-    `wanted` is CUDA_VISIBLE_DEVICES: numbers, or prefixes of uuids; None: all.
+    `wanted`: CUDA_VISIBLE_DEVICES, numbers or prefixes of uuids; None: all.
     """
     rows = [[cell.strip() for cell in row] for row in csv.reader(table.splitlines()) if row]
     found = {i: Gpu(uuid, name, int(mib) * 2**20) for i, uuid, name, mib in rows if mib.isdigit()}

@@ -1,7 +1,6 @@
-"""Forecast sweeps on GPUs with a data sheet: place each kind of run, and add up what they take.
+"""Forecast sweeps on GPUs with a data sheet: place each kind of run, and add up the costs.
 
-Before runs start on such GPUs, also choose their settings, leave out those that are too large, and
-refuse those that do not fit.
+Before runs start, also choose their settings, and leave out or refuse those that are too large.
 """
 
 import math
@@ -28,10 +27,9 @@ class Kind:
 
     spec: RunSpec
     pack_size: int
-    """Runs that train together over one base."""
     place: Placement | Misfit
     left_out: bool
-    """They need more GPUs than a run may take."""
+    """Whether they need more GPUs than exec.max_gpus."""
 
     @property
     def label(self) -> str:
@@ -46,12 +44,12 @@ Placed = tuple[Kind, Placement, int]
 
 @dataclass(frozen=True)
 class Forecast:
-    """What runs take on some hardware."""
+    """What runs cost on some hardware."""
 
     name: str
     hardware: Hardware
     runs: dict[str, Kind]
-    """Each run by its id; a run of the second stage by its curve, seed and number."""
+    """By id; for the second stage by curve, seed and number."""
     first: frozenset[str] = frozenset()
     """Runs of the first stage."""
 
@@ -60,7 +58,7 @@ class Forecast:
         return Counter(self.runs.values())
 
     def placed(self, left_out: bool = False) -> list[Placed]:
-        """List the kinds that are trained, or those that need more GPUs than a run may take."""
+        """List the kinds that are trained, or with `left_out` those that need too many GPUs."""
         return [
             (kind, kind.place, n)
             for kind, n in self.counts().items()
@@ -78,11 +76,11 @@ class Forecast:
 
     @property
     def packs(self) -> int:
-        """Packs that they form."""
+        """Packs of the runs that are trained."""
         return sum(math.ceil(n / kind.pack_size) for kind, _, n in self.placed())
 
     def jobs(self, work_max_min: float) -> int:
-        """Count jobs of at most `work_max_min` minutes, or of one longer pack."""
+        """Count jobs of at most `work_max_min` minutes each, or of one longer pack."""
         total = 0
         for kind, where, n in self.placed():
             each = max(1, int(60 * work_max_min / where.seconds))
@@ -96,7 +94,7 @@ class Forecast:
 
     @property
     def tokens(self) -> float:
-        """Tokens that the runs train on."""
+        """Training tokens of these runs."""
         return sum(n * where.tokens / kind.pack_size for kind, where, n in self.placed())
 
     def stage_hours(self) -> tuple[float, float]:
@@ -135,20 +133,18 @@ class Forecaster:
         return Forecast(name, self.hardware, runs, first)
 
     def total(self, parts: Iterable[Forecast]) -> Forecast:
-        """Return the sum of forecasts; runs that they share count once."""
+        """Return the sum of forecasts; shared runs count once."""
         runs: dict[str, Kind] = {}
         for part in parts:
             runs |= part.runs
         return Forecast("total", self.hardware, runs)
 
     def kind(self, spec: RunSpec) -> Kind:
-        """Return the kind of a run.
-
-        Raises:
-            SpecError: the hardware's file has no speed for its precision.
-        """
-        trained = spec.method.n_trainable(spec.model)  # experts share a rank in more than one way
-        rows = spec.dataset.canonical  # how many are evaluated, too
+        """Return the kind of a run; SpecError if the hardware has no speed in its precision."""
+        trained = spec.method.n_trainable(
+            spec.model
+        )  # rank alone does not say it: experts may share
+        rows = spec.dataset.canonical  # with the numbers of evaluated rows
         early = spec.early_stopping > 0
         key = (*shape_of(spec), rows, early, spec.steps, spec.schedule, trained)
         if key not in self._kinds:
@@ -175,7 +171,7 @@ class Forecaster:
         left_out = most is not None and alone.layout.gpus > most
         if spec.method.MAX_PACK == 1 or alone.layout.gpus > 1:
             return Kind(spec, 1, alone, left_out)  # several processes train one run at a time
-        # a pack is no reason to compute activations again: it would be slower than its runs
+        # a pack that recomputes activations would be slower than its runs alone
         how["checkpointing"] = (alone.layout.checkpointing,)
         asked = self.exec.pack_size
         for size in reversed(GPU_SIZES[1:]) if asked is None else [asked] if asked > 1 else []:
@@ -199,11 +195,10 @@ def without_too_large(points: Sequence[Point], hardware: Hardware, exec_: Exec) 
 def settings_of(
     points: Sequence[Point], hardware: Hardware, exec_: Exec
 ) -> list[tuple[Exec, list[Point]]]:
-    """Group runs by the settings that the plan chooses for them; what the user set stays.
+    """Group runs by the settings that the plan chooses where the user set none.
 
-    These are the number of processes, the size of packs, rows a forward pass, and whether
-    activations are computed again. Without the figures that `Hardware.has_speeds` needs nothing
-    is chosen.
+    They are world_size, pack_size, micro_batch_size and activation_checkpointing. Without
+    `Hardware.has_speeds` nothing is chosen.
 
     Raises:
         SpecError: runs that fit on no number of GPUs; the message says which, and what would help.
@@ -226,11 +221,7 @@ def settings_of(
 
 
 def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> None:
-    """Check that every run fits as it is trained with these settings.
-
-    Raises:
-        SpecError: some do not; the message says which, and what would make them fit.
-    """
+    """Raise SpecError if runs do not fit with these settings, with what would make them fit."""
     how: dict[str, Any] = {"gpus": exec_.world_size, "join_rows": exec_.join_rows}
     how["checkpointing"] = (exec_.activation_checkpointing,)
     kinds = Forecaster(hardware, exec_).kinds(points)

@@ -1,7 +1,4 @@
-"""Hardware as a plain value: what the planner needs of the machine that trains.
-
-Each file of `conf/hardware/` describes one machine; `detect.py` describes this one.
-"""
+"""Hardware as a plain value: a file of `conf/hardware/`, or this machine from `detect.py`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,14 +35,14 @@ class Hardware(Value):
     matmul_flops_s: dict[str, float] = field(default_factory=dict)
     """Precision -> peak floating-point operations per second of dense products on one GPU."""
     attainable_share: float = 0.8
-    """Share of that peak which the best large product reaches on the card."""
+    """Share of that peak that the best large product reaches on the card."""
     attention_flops_s: float | None = None
     """Operations per second of a fused attention kernel on one GPU; None: a third of the peak."""
     bandwidth_bytes_s: float | None = None
     """Memory bandwidth of one GPU."""
     link_bytes_s: float | None = None
-    """Bandwidth of one GPU to the others of its node, in one direction; None: a run on several GPUs
-    is planned without the time that communication takes."""
+    """Bandwidth of one GPU to the others of its node, in one direction; None: plans for several
+    GPUs leave out communication."""
     network_bytes_s: float | None = None
     """The same between nodes, a GPU's share."""
     price_per_gpu_h: float | None = None
@@ -55,7 +52,7 @@ class Hardware(Value):
 
     @property
     def worker_gib(self) -> float | None:
-        """Memory limit of one worker: that of a GPU, or of the host without GPUs."""
+        """Memory limit of one worker: a GPU's, or without GPUs the host's."""
         return self.gpu_memory_gib if self.gpus else self.memory_gib
 
     @property
@@ -85,11 +82,7 @@ class Hardware(Value):
 
 
 def from_plain(values: dict[str, Any]) -> Hardware:
-    """Make a Hardware from the values of a file in conf/hardware.
-
-    Raises:
-        SpecError: a field is unknown or not valid, or a figure that a plan needs is missing.
-    """
+    """Make a Hardware from a file's values; SpecError if one is unknown, invalid or missing."""
     hardware = build(Hardware, values)
     if hardware.problem:
         raise SpecError(hardware.problem)

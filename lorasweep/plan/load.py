@@ -1,7 +1,4 @@
-"""Tokens, operations, weights and activations of a run, from shapes alone.
-
-Memory and time are computed from these numbers, on any machine.
-"""
+"""Tokens, operations, weights and activations of a run, from shapes alone."""
 
 from dataclasses import dataclass
 
@@ -10,8 +7,8 @@ from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
 from lorasweep.spec.run import RunSpec
 
 TEXT_FILL = 0.4
-"""Mean length of text rows as a share of max_length. Assumption: GSM8K has 0.37 of 512. Taken for
-prompts and sampled completions of text, too."""
+"""Mean length of text rows, prompts and sampled completions as a share of the longest allowed.
+Assumption: GSM8K has 0.37 of 512."""
 CURVE_POINTS = 8
 """Evaluations on the first held-out rows, before the last one."""
 WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -27,7 +24,7 @@ def _fill(spec: RunSpec) -> float:
 
 
 def mean_length(spec: RunSpec) -> int:
-    """Return the expected tokens per row: max_length, times TEXT_FILL for text."""
+    """Return the expected tokens per row."""
     return round(spec.dataset.max_length * _fill(spec))
 
 
@@ -42,11 +39,10 @@ def prompt_tokens(spec: RunSpec) -> float:
 
 
 def evaluated_completions(spec: RunSpec) -> list[int]:
-    """Return how many completions each evaluation of a run samples, one a prompt.
+    """Return how many completions each evaluation of a run samples, one per prompt.
 
-    Empty for generated data, where the probability of the one right answer is the reward. The first
-    and the last evaluation are on all held-out rows, those between on the first of them; the last
-    samples these again.
+    The first and the last evaluation use all held-out rows, the others the first ones; the last
+    samples these again. Empty for generated data, which need no samples.
     """
     if not spec.max_new_tokens or spec.dataset.source == "synthetic":
         return []
@@ -61,7 +57,7 @@ def sampling_flops(spec: RunSpec, completions: int, prompts: int) -> float:
 
 
 def train_flops(spec: RunSpec) -> float:
-    """Estimate the operations of a run's updates, with what they sample (Method.step_flops)."""
+    """Estimate the operations of a run's updates, sampling included (Method.step_flops)."""
     update = spec.method.step_flops(spec.model, spec.batch_size * mean_length(spec))
     if spec.max_new_tokens:
         update += sampling_flops(spec, spec.batch_size, spec.batch_size // spec.group_size)
@@ -79,7 +75,7 @@ def run_flops(spec: RunSpec) -> float:
 
 
 def updates_with_evaluations(spec: RunSpec) -> float:
-    """Return the updates that take as many operations as a run with its evaluations."""
+    """Return the number of updates with as many operations as a run with its evaluations."""
     return spec.steps * run_flops(spec) / train_flops(spec)
 
 
@@ -88,19 +84,19 @@ def updates_with_evaluations(spec: RunSpec) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """Weights, and operations a token, of training a method on a model."""
+    """Weights, and operations per token, of training a method on a model."""
 
     model: ModelSpec
     trained: int
     """Trained parameters."""
     whole: bool
-    """All or some of the base's own weights are trained; otherwise adapters are."""
+    """Whether weights of the base are trained, all or some; otherwise adapters are."""
     flops: float
-    """Operations a token of forward and backward, without attention scores."""
+    """Operations per token of forward and backward, without attention scores."""
     adapted: tuple[Matrix, ...]
     """Matrices with adapters."""
     inputs: frozenset[str]
-    """Names of the matrices whose inputs the backward pass needs: the trained or adapted ones."""
+    """Names of the trained or adapted matrices: the backward pass needs their inputs."""
 
     @property
     def norms_trained(self) -> bool:
@@ -114,7 +110,7 @@ class Load:
 
     @property
     def recomputed_flops(self) -> float:
-        """Operations a token of a second forward pass through the layers, for checkpointing."""
+        """Operations per token of a second forward pass through the layers, for checkpointing."""
         return 2.0 * (self.model.n_active_params - self.head_params)
 
     @property
@@ -163,40 +159,33 @@ def load_of(model: ModelSpec, method: Method) -> Load:
 
 
 def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
-    """Return the bytes a token that one layer keeps for the backward pass without checkpointing.
+    """Return the bytes per token that one layer keeps for the backward pass, not checkpointed.
 
-    What a layer of transformers' Llama or Qwen3 keeps with a fused attention kernel, compared with
-    saved tensors in tests/unit/plan/test_saved_tensors.py. The input of a frozen matrix is not
-    kept.
-
-    - Each of two norms: the input in fp32 at least, and if the weight is trained the normalised
-      input.
-    - Inputs of q, k, v and of gate, up: if the stream is wider than the products, each matrix makes
-      and keeps a cast of the norm's output; else they share it.
-    - Rotated queries and keys, values, and attention's output. Norms of queries and keys keep their
-      input in fp32 at least.
-    - gate, the activation of gate, up, and their product where the last matrix needs its input.
+    For a layer of transformers' Llama or Qwen3 with a fused attention kernel; compared with saved
+    tensors in tests/unit/plan/test_saved_tensors.py. Inputs of frozen matrices are not kept.
 
     Args:
         word: bytes of a number in products.
-        stream: bytes of a number of the residual stream; None: as autocast over weights of fp32
-            leaves it, which is fp32.
+        stream: bytes of a number of the residual stream; None: fp32 or wider, as under autocast.
     """
     model, needs = load.model, load.inputs
     stream, exact = stream or max(4, word), max(4, word)
     h, active = model.hidden_size, model.n_active_experts
     q, kv = model.n_heads * model.head_size, model.n_kv_heads * model.head_size
     f = model.mlp_size * max(1, active)
+    # two norms: their inputs, and for trained weights the normalised inputs
     kept = 2 * exact * h + 2 * stream * h * load.norms_trained
+    # if the stream is wider than products, each matrix keeps a cast of the norm's output
     mlp_inputs = frozenset() if model.n_experts else MLP_INPUTS
     for inputs in (needs & QKV, needs & mlp_inputs):
         kept += word * h * (len(inputs) if stream > word else bool(inputs))
-    kept += word * (2 * q + 2 * kv)
+    kept += word * (2 * q + 2 * kv)  # rotated queries and keys, values, attention's output
     if model.qk_norm:
         kept += (exact + word * load.norms_trained) * (q + kv)
+    # gate, its activation, up, and their product if the last matrix needs its input
     kept += word * f * ((3 if "gate_proj" in model.mlp else 1) + ("down_proj" in needs))
     if model.n_experts:
-        # results of each expert, its inputs if they are needed, and the router's
+        # outputs of each expert, and where needed its inputs and the router's
         router = load.norms_trained or ROUTER in needs
         kept += word * h * (active * (1 + bool(needs & MLP_INPUTS)) + router)
     return float(kept)
@@ -208,13 +197,10 @@ def cache_bytes(model: ModelSpec, word: int) -> float:
 
 
 def read_params(model: ModelSpec, rows: float) -> float:
-    """Return the weights of products read to decode a token of `rows` completions.
-
-    Of experts, those that any row is routed to.
-    """
+    """Return the weights read to decode a token of `rows` completions, of the used experts only."""
     if not model.n_experts:
         return model.n_matmul_params
-    # no expert is hit by all rows or none: the expected share of a uniform router
+    # under a uniform router, the expected share of experts that no row is routed to
     missed = (1 - model.n_active_experts / model.n_experts) ** max(rows, 1)
     idle = model.n_matmul_params - model.n_active_params
     all_experts = idle / (1 - model.n_active_experts / model.n_experts)

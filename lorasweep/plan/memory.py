@@ -1,9 +1,8 @@
 """The peak memory of training, by component, and the disk space of checkpoints, from shapes alone.
 
-The state of training (weights, gradients, moments) is counted in the same way on all hardware. A
-GPU and a CPU differ in copies, activations, logits and what a process holds. Sharded runs on GPUs
-follow FSDP2: every tensor is split over all GPUs, a layer is put together while it computes, and
-the next one is on its way. Compared with published figures in analysis/results/plan/README.md.
+On several GPUs as FSDP2 does it: every tensor is split over all of them, and a layer is whole while
+it computes and the next one arrives. Compared with published figures in
+analysis/results/plan/README.md.
 """
 
 from collections.abc import Iterable
@@ -28,8 +27,7 @@ STATE_BYTES = {"fp32": (4, 4, 8), "bf16": (2, 2, 4), "fp64": (8, 8, 16)}
 PROCESS_BYTES, NCCL_BYTES = 0.8e9, 1.0e9
 """CUDA's context and libraries on a GPU, and the buffers of communication. Assumption."""
 LOGIT_BYTES = 16
-"""Bytes per logit at the peak: bf16 logits and their gradient, and in fp32 the logits, their
-logarithms and the gradient."""
+"""Bytes per logit at the peak: logit and gradient in bf16; logit, logarithm, gradient in fp32."""
 CHUNK_LOGITS = 1 << 26
 """Logits computed at once (train/objectives/nll.py, GPU_LOGITS)."""
 
@@ -37,28 +35,26 @@ CHUNK_LOGITS = 1 << 26
 CPU_PROCESS_BYTES = 450 * 2**20
 """Memory of a worker before weights: the interpreter, torch, transformers. Measured (docs/log)."""
 CPU_TEXT_PEAK = 1.2
-"""Tokens of the longest batch of text rows divided by the mean. Measured on GSM8K, batches of 8
-(docs/log)."""
+"""Tokens of the longest batch of text rows over the mean. Measured: GSM8K, batches of 8 (docs/log).
+"""
 CPU_FRAGMENTATION = 1.4
-"""Memory of adapters' activations divided by the bytes in use. Freed blocks are kept
-(launch/process.py), and not every new tensor fits into one. Measured on two processors: 1.2 to 1.8,
-varying from run to run (docs/log)."""
+"""Memory of adapters' activations over the bytes in use, because freed blocks are kept
+(launch/process.py). Measured on two processors: 1.2 to 1.8, varying by run (docs/log)."""
 CPU_CHUNK_BYTES = 320 * 2**20
-"""Bytes of the logits computed at once (train/objectives/nll.py, LOGITS): five fp32 numbers for
-each of 2^24, namely logits, their logarithms, gradients and temporaries."""
+"""Five fp32 numbers for each of 2^24 logits, the chunk of train/objectives/nll.py (LOGITS)."""
 
 # ---- sampling (train/sampling.py)
 ROWS = 1024
 """Most completions of a run that are sampled at once."""
 CACHE_SHARE = 0.3
-"""Share of a card's memory for the keys and values of the completions at once."""
+"""Share of a card's memory for their keys and values."""
 DRAW_PEAK_BYTES = 44
-"""Bytes held at once to draw a token, per entry of the vocabulary, of those in time.DRAW_BYTES."""
+"""Bytes held to draw a token, per entry of the vocabulary, of those moved (time.DRAW_BYTES)."""
 
 # ---- checkpoints (store/checkpoint.py)
 SLOT_BYTES, BEST_BYTES = 12, 4
-"""Bytes per trained parameter in a checkpoint: fp32 weight and two moments; with early stopping
-also the best weight."""
+"""Bytes per trained parameter in a checkpoint: fp32 weight and two moments; the best weight, with
+early stopping."""
 SLOTS = 2
 """Checkpoints kept per run."""
 
@@ -69,13 +65,13 @@ class Layout:
 
     gpus: int
     rows: int
-    """Rows a forward pass, run and GPU."""
+    """Rows per forward pass, run and GPU."""
     checkpointing: bool = False
-    """Activations inside layers are computed again in the backward pass."""
+    """Exec.activation_checkpointing."""
     accumulation: int = 1
-    """Forward passes an update."""
+    """Forward passes per update."""
     joined: bool = False
-    """A run's rows lie end to end in one sequence (Exec.join_rows)."""
+    """Exec.join_rows."""
 
 
 def pack_bytes(
@@ -87,10 +83,7 @@ def pack_bytes(
     checkpointing: bool = False,
     join_rows: bool = False,
 ) -> float:
-    """Estimate the peak memory, in bytes, of a process that trains `n_runs` runs like `spec`.
-
-    `micro_batch_size`: rows per run and forward pass; None: the whole batch.
-    """
+    """Estimate a process's peak memory in bytes; micro_batch_size None: the whole batch."""
     rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
     layout = Layout(processes, rows, checkpointing, joined=join_rows)
     return sum(pack_memory(n_runs, spec, hardware, layout).values())
@@ -99,7 +92,7 @@ def pack_bytes(
 def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) -> dict[str, float]:
     """Return the peak bytes of a process that trains `n_runs` runs like `spec`, by component.
 
-    It is the peak of learning, or of sampling completions if that is higher.
+    Of learning or of sampling completions, whichever has the higher peak.
     """
     load, word = load_of(spec.model, spec.method), WORD_BYTES[spec.precision]
     states = "fp64" if spec.precision == "fp64" else "fp32"
@@ -134,7 +127,7 @@ def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) 
 
 
 def checkpoint_bytes(specs: Iterable[RunSpec]) -> float:
-    """Return the disk space, in bytes, of the checkpoints of these runs while they train."""
+    """Return the bytes on disk of the checkpoints of these runs while they train."""
     return SLOTS * sum(
         (SLOT_BYTES + (BEST_BYTES if s.early_stopping else 0)) * s.method.n_trainable(s.model)
         for s in specs
@@ -144,7 +137,7 @@ def checkpoint_bytes(specs: Iterable[RunSpec]) -> float:
 def _state(
     load: Load, n_runs: int, states: str, frozen_bytes: int, start_bytes: int, n: int = 1
 ) -> dict[str, float]:
-    """Return the bytes of weights and of what the optimizer keeps, split over `n` devices."""
+    """Return the bytes of weights, gradients and moments, split over `n` devices."""
     weight, gradient, moments = STATE_BYTES[states]
     trained = n_runs * load.trained / n
     frozen = load.model.n_params - load.trained if load.whole else load.model.n_params
@@ -203,13 +196,11 @@ def memory_parts(
     Args:
         load: of one run.
         row_tokens: tokens of the longest row.
-        n_runs: runs of the pack, which share a frozen base.
-        states: precision of what is trained.
-        word: bytes of a number in products.
-        frozen_bytes: bytes per frozen weight.
-        start_bytes: bytes per trained weight of the base, if it is kept to measure the change.
-        stream: bytes of a number of the residual stream (see `layer_bytes`).
-        whole_logits: the logits of all tokens at once instead of a chunk of them.
+        states: precision of the trained parameters and of Adam (STATE_BYTES).
+        word, stream: see `layer_bytes`.
+        frozen_bytes: per frozen weight.
+        start_bytes: per trained weight of the base, if a copy is kept to measure the change.
+        whole_logits: all tokens' logits at once instead of a chunk.
         process: include a process's memory before its first tensor.
     """
     model, n = load.model, layout.gpus
@@ -225,9 +216,8 @@ def memory_parts(
         logits = min(logits, max(CHUNK_LOGITS, n_runs * layout.rows * model.vocab_size))
     masks = 0.0
     if layout.joined and layout.rows > 1:
-        # transformers makes a mask of a byte an entry that keeps joined rows apart, and torch's
-        # attention one in the type of the products at every call, which that layer keeps. Read
-        # from their code, and seen on a CPU; its flash attention would need none
+        # transformers' mask of bytes, and torch's in the type of the products, which each layer
+        # keeps (read from their code, seen on a CPU; flash attention needs none)
         masks = float(n_runs * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
     parts = _state(load, n_runs, states, frozen_bytes, start_bytes, n) | {
         "activations": tokens * (inputs + layers * kept + last),
@@ -259,20 +249,14 @@ def memory_parts(
 
 
 def _outer_bytes(load: Load, weight: int, frozen_bytes: int) -> float:
-    """Return the bytes of the whole weights outside the layers, which every process of a run has.
-
-    FSDP2 gathers them in their own type: the embedding's rows are read as they are.
-    """
+    """Return the bytes of the weights outside the layers, gathered in every process unconverted."""
     return weight * load.outer_trained + frozen_bytes * (load.outer_params - load.outer_trained)
 
 
 def rounds_of(
     spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, completions: int, group: int
 ) -> tuple[int, int]:
-    """Return how a GPU draws the completions of each of `n_runs` runs; groups stay whole.
-
-    The result: completions of one run at once, and the number of such rounds.
-    """
+    """Return the completions of each run that a GPU draws at once (whole groups); the rounds."""
     each = cache_bytes(spec.model, WORD_BYTES[spec.precision]) * spec.dataset.max_length
     room = CACHE_SHARE * (hardware.gpu_memory_gib or 0) * 2**30
     prompts = max(1, min(ROWS, int(room / (n_runs * each))) // group)
@@ -285,8 +269,7 @@ def sampling_memory(
 ) -> dict[str, float]:
     """Return the peak bytes of one GPU while completions are drawn, by component.
 
-    `held`: bytes per frozen weight of the base. A model on several GPUs is put together in each of
-    them, without its gradients.
+    `held`: bytes per frozen weight. Each of several GPUs gathers the model, without gradients.
     """
     model, word = load.model, WORD_BYTES[spec.precision]
     states = "fp64" if spec.precision == "fp64" else "fp32"

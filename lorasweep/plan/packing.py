@@ -15,31 +15,30 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
 SIZES = (1, 2, 4, 8, 16)
-"""Pack sizes to choose from without GPUs."""
+"""Pack sizes to choose from without GPUs, smallest first."""
 GPU_SIZES = (*SIZES, 32, 64, 128)
 FORWARD_TOKENS = 4096
-"""Tokens per forward pass over a whole pack. With more, activations leave the cache and nothing
-gets faster (docs/log)."""
+"""Tokens per forward pass of a pack; beyond, activations leave the cache: no faster (docs/log)."""
 GPU_FORWARD_TOKENS = 65536
 """The same on a GPU. Assumption: not measured yet."""
 MEMORY_SHARE = 0.8
-"""Share of the memory that all workers may use together."""
+"""Share of the memory that all workers together may use."""
 MOST_WORKERS = 8
-"""Default limit of workers without GPUs. Assumption: a laptop stays usable."""
+"""Most workers by default, without GPUs. Assumption: a laptop stays usable."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Runs that train together, and how."""
+    """Runs that train together."""
 
     points: list[Point]
     micro_batch_size: int
     """Rows per run and forward pass."""
     flops: float
     seconds: float | None
-    """Expected seconds on one worker; None: no step times of this shape are known."""
+    """Expected on one worker; None: no step times of this shape are known."""
     memory_bytes: float
-    """Expected peak memory of the process that trains it."""
+    """Expected peak of its process."""
 
 
 def pack_sizes(hardware: Hardware) -> tuple[int, ...]:
@@ -48,7 +47,7 @@ def pack_sizes(hardware: Hardware) -> tuple[int, ...]:
 
 
 def forward_tokens(hardware: Hardware) -> int:
-    """Return how many tokens one forward pass should have."""
+    """Return how many tokens a forward pass of a pack should have."""
     return GPU_FORWARD_TOKENS if hardware.gpus else FORWARD_TOKENS
 
 
@@ -60,10 +59,7 @@ def micro_batch(
     checkpointing: bool = False,
     join_rows: bool = False,
 ) -> int:
-    """Return the rows per run, process and forward pass: at most forward_tokens(), at least one.
-
-    On a GPU also no more than fit into its memory.
-    """
+    """Return the rows per run, process and forward pass, by forward_tokens and a GPU's memory."""
     share = spec.batch_size // processes
     rows = max(1, min(share, forward_tokens(hardware) // (n_runs * mean_length(spec))))
     if hardware.gpus and hardware.gpu_memory_gib is not None:
@@ -75,15 +71,14 @@ def micro_batch(
 
 
 ALONE = ("model", "dataset", "method", "lr", "seed", "steps", "early_stopping")
-"""Fields that may differ between the runs of a pack, or that are compared apart."""
+"""Fields that may differ between the runs of a pack, or that `pack_key` compares separately."""
 
 
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:
     """Return what the runs of one pack have in common.
 
-    They may differ in lr, seed, steps, early stopping, the method's packed fields and, if no
-    completions are sampled, in their data sets. Losses over true distributions are computed for all
-    or for none.
+    They may differ in lr, seed, steps, early stopping, the method's packed fields and, with sft, in
+    their data sets, but not in exact_loss.
     """
     apart = (*spec.method.PACKED_FIELDS, *ALONE)
     method = tuple(v for k, v in spec.method.values() if k not in apart)
@@ -95,9 +90,8 @@ def pack_key(spec: RunSpec) -> tuple[Any, ...]:
 def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputTable) -> int:
     """Return the largest number of runs like `spec` in a pack.
 
-    The first that applies: the method's limit; the user's choice; the best measured size; the
-    default, or a smaller size if recorded step times show that it is as fast. A measured or
-    recorded size that does not fit into the current memory is not used.
+    The first that applies: the method's limit; the user's choice; the fastest known size if it fits
+    into the memory; the default.
     """
     if spec.method.MAX_PACK is not None or exec_.world_size > 1:
         return spec.method.MAX_PACK or 1
@@ -108,7 +102,7 @@ def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputT
         return default
     best = found.best_size()
     if not found.measured and best == max(found.step_s):
-        best = max(best, default)  # the largest size recorded so far is the fastest
+        best = max(best, default)  # larger packs than were recorded may be faster still
     return best if best <= default or _fits(best, spec, exec_, hardware) else default
 
 
@@ -120,7 +114,6 @@ def default_size(spec: RunSpec, exec_: Exec, hardware: Hardware) -> int:
 
 
 def _fits(n_runs: int, spec: RunSpec, exec_: Exec, hardware: Hardware) -> bool:
-    """Return whether a pack of `n_runs` runs fits into the memory."""
     if hardware.worker_gib is None:
         return True
     rows = exec_.micro_batch_size or micro_batch(spec, n_runs, hardware, join_rows=exec_.join_rows)
@@ -138,8 +131,8 @@ def make_packs(
 ) -> list[Pack]:
     """Group runs into packs, longest first.
 
-    Runs with a checkpoint keep their pack, so that they continue bit for bit. Ranks and data sets
-    are mixed only if one alone fills less than half a pack.
+    Runs with a checkpoint keep their pack, so that they resume bit for bit. Ranks and data sets are
+    mixed only if one alone fills less than half a pack.
     """
     groups: dict[tuple[Any, ...], list[Point]] = {}
     resumed: dict[tuple[str, ...], list[Point]] = {}
@@ -156,7 +149,7 @@ def make_packs(
     all_workers = exec_.workers or hardware.gpus or hardware.cores or 1
 
     def split(runs: list[Point], size: int) -> list[list[Point]]:
-        """Split into packs of nearly equal size, 7 and 7 instead of 8 and 6, for all workers."""
+        """Split into packs of nearly equal size (7 and 7, not 8 and 6), enough for all workers."""
         if exec_.pack_size is None:
             # these runs get the share of the workers that matches their share of the operations
             share = all_workers * sum(run_flops(p.spec) for p in runs) / total
@@ -172,13 +165,13 @@ def make_packs(
         else:
             chunks += split(runs, size)
     for (_, size), runs in small.items():
-        # runs of one rank must be neighbours in a pack; with rows and runs of one length, fewer
-        # are padded and the pack stays full longer
+        # runs of one rank must be neighbours; equal row lengths need less padding, and with equal
+        # steps the pack stays full longer
         runs.sort(key=lambda p: (_rank(p), mean_length(p.spec), p.spec.steps))
         chunks += split(runs, size)
     shared, packs = (exec_.world_size, exec_.activation_checkpointing, exec_.join_rows), []
     for points in chunks:
-        # memory is that of the largest rank, with the longest rows, with early stopping if any
+        # memory is estimated for the largest rank and the longest rows, with any early stopping
         spec, n = max(points, key=_rank).spec, len(points)
         longest = max((p.spec for p in points), key=mean_length)
         if mean_length(longest) != mean_length(spec):
@@ -200,9 +193,8 @@ def _rank(point: Point) -> int:
 def workers_and_threads(packs: Sequence[Pack], exec_: Exec, hardware: Hardware) -> tuple[int, int]:
     """Choose the number of workers and the threads of each.
 
-    With GPUs one worker per GPU. Without GPUs one worker per core with one thread each, as far as
-    memory allows (measured: two one-thread workers finish 1.5 times as many small runs as one
-    two-thread worker). A worker of several processes has a GPU or a core for each.
+    One process per GPU; without GPUs one per core, as far as memory allows (measured: two
+    one-thread workers finish 1.5 times as many small runs as one two-thread worker).
     """
     cores = hardware.cores or 1
     most = max(1, (hardware.gpus or min(cores, MOST_WORKERS)) // exec_.world_size)

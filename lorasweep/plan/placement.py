@@ -15,12 +15,12 @@ from lorasweep.plan.time import evaluation_s, sampling_s, step_parts, step_secon
 from lorasweep.spec.run import RunSpec
 
 MEMORY_ERROR, SPEED_ERROR = 0.17, 0.25
-"""Error that nine in ten covered published figures stay below (analysis/results/plan/README.md). A
-pack fits if it does with this error on top."""
+"""Relative error below which nine in ten covered published figures are
+(analysis/results/plan/README.md). A pack must fit with this error added."""
 MOST_GPUS = 512
-"""Largest number of GPUs tried for one run, a power of two."""
+"""Most GPUs tried for one run, a power of two."""
 FORWARD_TOKENS = 32768
-"""Most tokens of a forward pass and GPU: more gain nothing."""
+"""Most tokens of a forward pass and GPU: more are no faster."""
 PER_TOKEN = (
     *("keys and values", "activations", "gradients of activations", "attention masks", "logits"),
 )
@@ -29,30 +29,29 @@ PER_TOKEN = (
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a pack trains, and its memory and time."""
+    """Where a pack trains, and its expected memory and time."""
 
     layout: Layout
     memory: dict[str, float]
-    """Expected peak of one GPU, in bytes by component."""
+    """Peak bytes of one GPU by component."""
     step: dict[str, float]
-    """Expected seconds of an update of all runs in the pack, by component."""
+    """Seconds of an update of all runs in the pack, by component."""
     step_s: float
-    """Seconds of an update."""
     seconds: float
-    """Expected seconds of the pack, evaluations included."""
+    """Of the pack, evaluations included."""
     tokens: float
-    """Tokens that it trains on."""
+    """Training tokens."""
     sampling_s: float = 0.0
-    """Seconds of `seconds` in which completions are sampled."""
+    """The part of `seconds` in which completions are sampled."""
 
     @property
     def memory_gib(self) -> float:
-        """Expected peak of one GPU."""
+        """Peak of one GPU."""
         return sum(self.memory.values()) / 2**30
 
     @property
     def gpu_hours(self) -> float:
-        """Expected GPU-hours of the pack."""
+        """GPU-hours of the pack."""
         return self.seconds * self.layout.gpus / 3600
 
 
@@ -77,17 +76,15 @@ def place(
     checkpointing: Sequence[bool] = (False, True),
     join_rows: bool = False,
 ) -> Placement | Misfit:
-    """Choose the fewest GPUs, a power of two, on which a pack fits.
-
-    Of keeping activations and computing them again, the faster is chosen.
+    """Choose the fewest GPUs, a power of two, on which a pack fits, and the fastest layout there.
 
     Args:
         specs: the pack's runs, of one shape but for their ranks.
-        hardware: with the figures that `Hardware.has_speeds` needs.
-        rows: rows a forward pass, run and GPU; None: chosen.
-        gpus: this number of GPUs, which divides the batch; None: chosen.
-        checkpointing: whether activations may be kept, computed again, or both.
-        join_rows: rows of a forward pass lie end to end (see Exec).
+        hardware: one that `has_speeds`.
+        rows: rows per forward pass, run and GPU; None: chosen.
+        gpus: a divisor of the batch size; None: chosen.
+        checkpointing: the allowed values.
+        join_rows: see Exec.
     """
     spec, n_runs = specs[-1], len(specs)
     room = (hardware.gpu_memory_gib or 0) * 2**30 / (1 + MEMORY_ERROR)
@@ -147,7 +144,7 @@ def _placement(
 
 
 def _misfit(spec: RunSpec, tried: Layout, memory: dict[str, float], hardware: Hardware) -> Misfit:
-    """Say what is missing with the layout that takes least."""
+    """Say what is missing with the smallest layout that was tried."""
     need = sum(memory.values()) * (1 + MEMORY_ERROR) / 2**30
     largest = max(memory, key=lambda name: memory[name])
     why = (

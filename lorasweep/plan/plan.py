@@ -1,9 +1,4 @@
-"""Plan what is done, what is missing, and what it will cost. Starts nothing.
-
-Also refuses to add runs to LR curves without a data fingerprint. Results hold a fingerprint of
-their data; those from before there was one do not. The analysis mixes no known fingerprint with an
-unknown one in a curve, so such runs would be trained in vain.
-"""
+"""Plan what is done, what is missing, and what it will cost. Starts nothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +17,7 @@ from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point, curve_key
 
 RATED_RUNS = 16
-"""Number of finished runs of a method that its measured speed is computed from."""
+"""Finished runs per method and precision from which its measured speed is computed."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +36,11 @@ class Plan:
     """Source of `hours`: 'measured' (finished runs of this store), 'calibrated' (step times of
     these shapes), or 'assumed'."""
     measured_flops_s: float | None
-    """Floating-point operations per second of one worker; None: no run of this store has finished.
-    """
+    """Operations per second of one worker; None: no run of this store has finished."""
     checkpoint_gib: float
-    """Disk space for the checkpoints of the packs that train at the same time."""
+    """Disk space for the packs that train at the same time."""
     memory_gib: float
-    """Expected peak memory of all workers together."""
+    """Expected peak of all workers together."""
     hardware: Hardware
     throughputs: ThroughputTable
 
@@ -57,10 +51,7 @@ class Plan:
 
 
 def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: Hardware) -> Plan:
-    """Read the store and plan the missing runs for `hardware`.
-
-    Failed runs are not planned again unless exec.retry is set.
-    """
+    """Read the store and plan the missing runs for `hardware`; failed ones with exec.retry."""
     points = list(points)
     states = store.states(p.id for p in points)
     todo = _runs_to_do(points, states, store, exec_)
@@ -101,7 +92,7 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
 def _runs_to_do(
     points: Sequence[Point], states: dict[str, str], store: RunStore, exec_: Exec
 ) -> list[Point]:
-    """Return the runs to train: those not finished; failed ones only with exec.retry."""
+    """Return unfinished runs; failed ones only with exec.retry and attempts left."""
     failed = [p.id for p in points if states[p.id] == "failed"] if exec_.retry else []
     again = {i for i in failed if store.failures(i) < exec_.max_attempts}
     return [p for p in points if p.id in again or states[p.id] not in (*FINAL, "failed")]
@@ -129,7 +120,7 @@ def _timed_runs(
 
 
 def _flops_s(runs: Sequence[Timed]) -> float | None:
-    """Return the floating-point operations per second of one worker, over all seconds of `runs`."""
+    """Return the operations per second of one worker; None without runs."""
     seconds = sum(s for _, s in runs)
     return sum(run_flops(spec) for spec, _ in runs) / seconds if runs else None
 
@@ -137,9 +128,9 @@ def _flops_s(runs: Sequence[Timed]) -> float | None:
 def measured_seconds(
     todo: Iterable[RunSpec], timed: Mapping[tuple[str, str], Sequence[Timed]]
 ) -> float:
-    """Return the expected seconds of `todo` on one worker, each at the speed of its method.
+    """Return the expected seconds of `todo` on one worker, at the speeds of finished runs.
 
-    Runs without a finished run of their method and precision go at the mean speed of all.
+    `timed`: by method and precision; others are expected at the mean speed of all.
     """
     overall = _flops_s([run for some in timed.values() for run in some])
     speeds = {key: _flops_s(some) for key, some in timed.items()}
@@ -191,14 +182,10 @@ def summary(plan: Plan) -> dict[str, Any]:
 def refuse_mixing(
     points: Sequence[Point], store: RunStore, exec_: Exec, more: Iterable[Point] | None = None
 ) -> None:
-    """Check that runs to train continue no curve of unknown data.
+    """Raise StoreError if runs to train would continue curves without a data fingerprint.
 
-    Args:
-        points: the runs of a sweep.
-        more: runs to add to them; None: those of `points` that are missing.
-
-    Raises:
-        StoreError: some runs do.
+    The analysis never mixes known and unknown data in a curve, so they would be trained in vain.
+    `more`: runs to train; None: the missing ones of `points`.
     """
     finished = store.finished(p.id for p in points)
     unknown = [p for p in points if p.id in finished and finished[p.id].data_sha256 is None]

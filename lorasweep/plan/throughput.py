@@ -1,12 +1,7 @@
-"""Look up recorded step times by pack size, for runs of one shape on hardware like this.
+"""Look up step times by pack size, for runs of one shape on given hardware.
 
-Two sources, in this order:
-
-1. measurements by `action=measure_packs`, kept in RUNS/.calibration;
-2. step times that finished and running runs of this store recorded. They cover only the pack sizes
-   that occurred.
-
-Reads files; trains nothing.
+Measurements by `action=measure_packs` (RUNS/.calibration) go before the records of this store's
+runs, which cover only the pack sizes that occurred.
 """
 
 import hashlib
@@ -16,7 +11,6 @@ import statistics
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,27 +23,26 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
 GAIN = 0.96
-"""A larger pack counts as faster if its time per run is below this share of the smaller one's time;
-smaller differences are noise (docs/log)."""
+"""A larger pack is faster if its time per run is below this share; the rest is noise (docs/log)."""
 SAMPLE = 8
-"""Number of runs per shape whose records are read."""
+"""Runs per shape whose records are read."""
 FEWEST_STEPS = 5
-"""Updates that an attempt must have made. The first one is slow."""
+"""Fewest updates of an attempt that is used. The first one is slow."""
 
 Shape = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Recorded step times of one shape."""
+    """Step times of one shape."""
 
     step_s: dict[int, float]
     """Pack size -> seconds per step and run."""
     measured: bool
-    """True: measured by action=measure_packs. False: from the records of runs."""
+    """Whether by action=measure_packs; otherwise from the records of runs."""
 
     def best_size(self) -> int:
-        """Return the fastest pack size; the smaller one if two differ only by noise."""
+        """Return the fastest pack size; of two that differ by noise, the smaller."""
         best = min(self.step_s)
         for size in sorted(self.step_s):
             if self.step_s[size] < GAIN * self.step_s[best]:
@@ -62,15 +55,11 @@ class Throughput:
 
 
 def shape_of(spec: RunSpec) -> Shape:
-    """Return what determines the time of a step: all but learning rates, seeds and step count.
-
-    Text data sets with the same max_length count as one, so that those of a hundred customers are a
-    few shapes.
-    """
+    """Return what determines the time of a step. Of text data sets only max_length counts."""
     method = spec.method
     layers, scope, rank = (getattr(method, name, None) for name in ("layers", "scope", "rank"))
     fields = [method.name, layers, scope, rank, spec.batch_size, spec.precision]
-    if spec.objective != "sft":  # not named in what was measured before there was another
+    if spec.objective != "sft":  # files that were measured before have no objective
         fields += [spec.objective, spec.group_size, spec.max_new_tokens]
     data = spec.dataset
     rows = data.canonical if data.source == "synthetic" else data.max_length
@@ -81,23 +70,19 @@ def measured_path(root: Path, spec: RunSpec, hardware: Hardware, exec_: Exec) ->
     """Return the file for measurements of this shape on this hardware and software."""
     model, rows, *fields = shape_of(spec)
     machine = [hardware.processor, hardware.cores, [hardware.gpu_name] * hardware.gpus]
-    where = [*machine, *_software(), exec_.micro_batch_size, exec_.compile]
+    software = [metadata.version("torch"), lorasweep.__version__]
+    where = [*machine, *software, exec_.micro_batch_size, exec_.compile]
     text = json.dumps([model, rows, fields, where])
     return root / ".calibration" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-@cache
-def _software() -> tuple[str, str]:
-    return metadata.version("torch"), lorasweep.__version__
-
-
 class ThroughputTable:
-    """Map shapes to Throughput. Files are read at the first lookup of a shape."""
+    """Map shapes to Throughput, reading files at the first lookup of a shape."""
 
     def __init__(
         self, store: RunStore, hardware: Hardware, exec_: Exec, begun: Iterable[Point] = ()
     ) -> None:
-        """Prepare the lookup; `begun` are the runs whose records may be read."""
+        """Prepare the lookup; `begun`: runs whose records may be read."""
         self._store, self._hardware, self._exec = store, hardware, exec_
         self._begun = list(begun)
         self._by_shape: dict[Shape, list[str]] | None = None
@@ -137,7 +122,7 @@ class ThroughputTable:
         return Throughput({n: statistics.median(s) for n, s in times.items()}, False)
 
     def _comparable(self, env: dict[str, Any]) -> bool:
-        """Return whether an attempt ran under the conditions of this plan."""
+        """Return whether an attempt ran on the hardware and with the settings of this plan."""
         hardware, exec_ = self._hardware, self._exec
         # threads per worker when every worker has a pack
         share = (hardware.cores or 1) // hardware.gpus if hardware.gpus else 1
@@ -153,7 +138,7 @@ class ThroughputTable:
         )
 
     def _step_time(self, rid: str, env: dict[str, Any]) -> tuple[float, float] | None:
-        """Return (an update, seconds per step around it) that a run recorded; None if too few."""
+        """Return (an update, seconds per step around it) of a run; None if it made too few."""
         since = env.get("resumed_from_step") or 0
         result = self._store.result(rid)
         if result is not None:

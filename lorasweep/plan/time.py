@@ -1,15 +1,7 @@
 """Seconds of training and sampling, by component, from shapes and the hardware's data sheet.
 
-One constant is fitted: the share of a GPU's attainable speed that the products of a training step
-reach. It is the median over published measurements (analysis/results/plan/README.md), and the same
-for an A100 and an H100. Communication is added in full: assuming that it overlaps with the products
-fits the published figures worse. Without a data sheet a speed per core is assumed until runs were
-measured.
-
-Sampling uses transformers' forward pass with its cache (train/sampling.py). Decoding a token reads
-every weight once for all completions, and their keys and values; it computes little. A token takes
-the longest of three times: of memory, of products (with many completions at once), or of launching
-kernels. No sampling was measured on a GPU.
+TRAINING_SHARE is fitted to published measurements; no sampling was measured on a GPU. Without a
+data sheet a speed per core is assumed until runs were measured.
 """
 
 from lorasweep.plan.hardware import Hardware
@@ -28,45 +20,42 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 
 TRAINING_SHARE = 0.80
-"""Share of a card's attainable speed (`Hardware.attainable_share`) that a step's products reach."""
+"""Share of a card's attainable speed (`Hardware.attainable_share`) that a step's products reach:
+median over published figures of A100 and H100 (analysis/results/plan/README.md)."""
 ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
-"""Floating-point operations per second and core by precision, used until runs were measured.
-Assumption: what tiny128 (fp32) and SmolLM2-135M (bf16) reached on one core with matrix units
-(docs/log)."""
+"""Operations per second and core by precision, until runs were measured. Assumption: as tiny128
+(fp32) and SmolLM2-135M (bf16) on one core with matrix units (docs/log)."""
 SLOW_BF16_FLOPS_PER_CORE = 7e8
 """The same for bf16 on a processor without bf16 instructions. Measured on AVX2 (docs/log)."""
 PASSES = 4
-"""Each kept activation is written and read once, and so is its gradient. With checkpointing it is
-written twice."""
+"""Each kept activation and its gradient are written and read once; with checkpointing, one more."""
 ADAPTER_IN, ADAPTER_OUT = 12, 18
-"""Bytes a token that an unfused adapter moves per input and output of its matrix: input read,
+"""Bytes per token that an unfused adapter moves per input and output of its matrix: input read,
 output written, scaled and added; backward the same and the sum of the input's two gradients."""
 ADAPTER_AGAIN_IN, ADAPTER_AGAIN_OUT = 2, 12
 """Of these, in a second forward pass."""
 LAUNCH_S = 6e-6
-"""Seconds of the processor per kernel. Assumption: 4 to 10 microseconds are common."""
+"""Seconds to launch a kernel. Assumption: 4 to 10 microseconds are common."""
 KERNELS, ADAPTER_KERNELS = 45, 6
-"""Kernels of a layer's forward pass, and of an adapter's; the backward pass has twice as many.
-Counted in transformers' Llama."""
+"""Kernels of a layer's and an adapter's forward pass, counted in transformers' Llama; the backward
+pass has twice as many."""
 LINK_SHARE = 0.8
 """Share of a link's bandwidth that large collectives reach. Assumption."""
 CACHE_PASSES = 3
-"""The cache grows by concatenation, so a token reads and writes all of it, and attention reads it
-(transformers' DynamicCache)."""
+"""Each token reads and writes all of transformers' DynamicCache, and attention reads it again."""
 DRAW_BYTES = 150
-"""Bytes moved to draw a token, per entry of the vocabulary: logits in fp32, their logarithms, and
-in fp64 probabilities, their sums and entropy. Counted in train/sampling.py."""
+"""Bytes moved to draw a token, per entry of the vocabulary: logits and logarithms in fp32,
+probabilities, their sums and entropy in fp64. Counted in train/sampling.py."""
 DRAW_KERNELS = 40
 """Kernels that draw a token, counted there."""
 CAST_BYTES = 6
-"""Bytes moved per weight of fp32 that autocast rounds to bf16 at every token: read and written. In
-a run on several GPUs weights arrive rounded."""
+"""Bytes moved per fp32 weight that autocast reads and rounds to bf16 for every token."""
 SERVED_SHARE = 0.9
 """Share of a card's memory that a serving engine takes: vLLM's default gpu_memory_utilization."""
 
 
 def assumed_flops(precision: str, hardware: Hardware) -> float:
-    """Return the assumed floating-point operations per second of the whole machine."""
+    """Return the assumed operations per second of the whole machine."""
     if hardware.gpus and precision in hardware.matmul_flops_s:
         return _products_flops_s(hardware, precision) * hardware.gpus
     slow = precision == "bf16" and hardware.fast_bf16 is False
@@ -75,7 +64,7 @@ def assumed_flops(precision: str, hardware: Hardware) -> float:
 
 
 def _products_flops_s(hardware: Hardware, precision: str, share: float = TRAINING_SHARE) -> float:
-    """Operations per second that the products of a step reach on one GPU."""
+    """Return the operations per second that products reach on one GPU."""
     return hardware.matmul_flops_s[precision] * hardware.attainable_share * share
 
 
@@ -91,15 +80,13 @@ def step_parts(
     stream: int | None = None,
     share: float = TRAINING_SHARE,
 ) -> dict[str, float]:
-    """Return the seconds of an update of all runs in a pack by component, on each of its GPUs.
-
-    `launch` runs at the same time as the others: `step_seconds` adds up.
+    """Return the seconds of an update of all runs in a pack, by component; see `step_seconds`.
 
     Args:
         row_tokens: mean tokens of a row.
-        states: precision of what is trained.
-        stream: bytes of a number of the residual stream (`layer_bytes`).
-        share: share of the attainable speed that products reach.
+        states: precision of the trained parameters and of Adam (STATE_BYTES).
+        stream: see `layer_bytes`.
+        share: see TRAINING_SHARE.
     """
     model, again = load.model, layout.checkpointing
     tokens = n_runs * layout.rows * layout.accumulation * row_tokens
@@ -122,8 +109,8 @@ def step_parts(
     kernels = KERNELS * model.n_layers + ADAPTER_KERNELS * load.n_adapters
     communication = 0.0
     if layout.gpus > 1 and hardware.link_bytes_s is not None:
-        # every weight is gathered twice, and gradients are reduced: within a node a GPU receives
-        # all but its own part; between nodes, a node all but its own, over all its GPUs
+        # every weight is gathered twice, and gradients are reduced: a GPU receives all but its
+        # part from its node, and a node all but its part from the others, over all its GPUs
         gathered = 2 * word * model.n_params + STATE_BYTES[states][1] * load.trained
         inside = min(layout.gpus, hardware.gpus_per_node)
         communication = gathered * (inside - 1) / inside / (LINK_SHARE * hardware.link_bytes_s)
@@ -142,7 +129,10 @@ def step_parts(
 
 
 def step_seconds(parts: dict[str, float]) -> float:
-    """Add up the components of an update."""
+    """Add up an update: kernels launch while others run; communication overlaps with nothing.
+
+    Assuming an overlap with products fits published figures worse.
+    """
     return max(sum(parts.values()) - parts["launch"], parts["launch"])
 
 
@@ -158,9 +148,10 @@ def sampling_s(
     completions: int,
     group: int,
 ) -> float:
-    """Return the seconds to draw `completions` of each of `n_runs` runs, `group` a prompt.
+    """Return the seconds to draw `completions` of each of `n_runs` runs, `group` per prompt.
 
-    Some completion of a round has max_new_tokens; the others end before, and are then left out.
+    Decoding a token takes the longest of three times: to read weights, keys and values, to compute
+    products, to launch kernels. A round lasts max_new_tokens; completions that end leave it.
     """
     if not completions:
         return 0.0
@@ -185,7 +176,7 @@ def sampling_s(
 
 
 def evaluation_s(load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int) -> float:
-    """Return the seconds to draw the completions of held-out prompts over a whole run."""
+    """Return the seconds of a run in which completions of held-out prompts are drawn."""
     return sum(
         sampling_s(load, spec, hardware, n_runs, gpus, completions, 1)
         for completions in evaluated_completions(spec)
@@ -203,14 +194,9 @@ def served_s(
 ) -> float:
     """Return the least seconds in which a serving engine draws `completions` in bf16.
 
-    It splits the weights over the GPUs, reads a prompt once for its group, and a finished
-    completion makes room for the next one. A token takes the time to read weights, keys and values,
-    or to compute the products; launches and communication are not counted. Infinite if the weights
-    leave no room.
-
-    Args:
-        prompt: mean tokens of a prompt.
-        completion: mean tokens of a completion.
+    It splits the weights over the GPUs, reads a prompt once per group, and batches continuously.
+    Launches and communication are not counted. Infinite if the weights leave no room.
+    `prompt`, `completion`: mean tokens.
     """
     memory = gpus * SERVED_SHARE * (hardware.gpu_memory_gib or 0) * 2**30
     rows = (memory - 2 * model.n_params) / (cache_bytes(model, 2) * (prompt + completion))

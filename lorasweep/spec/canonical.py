@@ -44,11 +44,8 @@ class Field(NamedTuple):
     """Its name in the JSON that is hashed and kept."""
     kind: Any
     past: Any
-    """For a field added after the first release: the value that reproduces the earlier behaviour.
-
-    At this value the field is left out of the canonical form, so that old ids stay. MISSING for
-    all other fields.
-    """
+    """For a field added after the first release: the value that reproduces the earlier behaviour,
+    at which the canonical form leaves the field out, so that old ids stay. Otherwise MISSING."""
 
 
 def later(value: Any) -> Any:
@@ -59,10 +56,9 @@ def later(value: Any) -> Any:
 def fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
-    Field metadata: `key` and `stored` where they differ from the Python name; `added` is the past
-    value.
+    Their metadata: `key` and `stored` where they differ from the Python name, `added`: see `later`.
     """
-    return _fields(cls)
+    return _fields(cls)  # a second function, because mypy finds classes of dataclasses not hashable
 
 
 @cache
@@ -85,8 +81,7 @@ def _by_stored(cls: type) -> tuple[Field, ...]:
 class Value:
     """Base of the frozen dataclasses that a run is made of.
 
-    The constructor converts every value to the declared type of its field. So 32 and 32.0 have the
-    same hash, and what is shown is what is trained.
+    Values are converted to the declared types, so that 32 and 32.0 have the same hash.
     """
 
     WHERE: ClassVar[str] = ""
@@ -124,10 +119,7 @@ V = TypeVar("V", bound=Value)
 
 
 def canonical_text(value: Value) -> str:
-    """Write a value's canonical JSON.
-
-    The texts of its parts are cached, because thousands of specs of a grid share them.
-    """
+    """Write a value's canonical JSON. Its parts are cached: the specs of a grid share them."""
     pieces: list[str] = []
     group: dict[str, Any] = {}
     kind: type = type(value)
@@ -146,11 +138,7 @@ def canonical_text(value: Value) -> str:
 
 
 def coerce(value: Any, kind: Any, where: str, name: str) -> Any:
-    """Convert `value` to the type of a field.
-
-    Raises:
-        SpecError: it cannot be converted.
-    """
+    """Convert `value` to the type `kind` of a field; raise SpecError if that is impossible."""
     if type(value) is kind and kind in SCALARS and (kind is not float or math.isfinite(value)):
         return value  # the common case, first: planning coerces half a million values
     origin, args = typing.get_origin(kind), typing.get_args(kind)

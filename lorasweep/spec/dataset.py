@@ -42,7 +42,7 @@ class DatasetSpec(Value):
     """Hub revision, or 'sha256:...' over the files. It pins the rows."""
     train_split: str = "train"
     test_split: str = "test"
-    """Split names; for jsonl, file names without the ending. On the hub, 'a+b' means both."""
+    """Split names; for jsonl, file names without '.jsonl'. On the hub, 'a+b' means both."""
     format: str = "prompt_completion"
     """prompt_completion: two columns. messages: a column of {role, content}. conversations: a
     column of {from, value}, from human or gpt. tokens: drawn by a generator."""
@@ -51,65 +51,60 @@ class DatasetSpec(Value):
     template: str = "{prompt}\n"
     """Text put before the completion; {prompt} is the row's prompt."""
     mask: str = "completion"
-    """Tokens that count in the loss: the completion, the last assistant message, or all. A message
-    with "weight": 0 does not count, one with "weight": 1 does."""
+    """Tokens that count in the loss: of the completion (or all assistant messages), of the last
+    assistant message, or all. A message's "weight" of 0 or 1 overrides it."""
     max_length: int = 512
-    """Tokens; what happens to a longer row is `too_long`."""
+    """Tokens per row; `too_long` says what happens to longer rows."""
     n_train: int | None = None
     """Rows used, from the start of the split; None: all."""
     n_test: int = 1024
     """Held-out rows evaluated at the end."""
     n_test_curve: int = 256
-    """The first of these rows, which are also evaluated at log-spaced steps before the end. 0: no
+    """How many of these, from the first, are also evaluated before the end (`eval_steps`). 0: no
     evaluation between start and end, unless a run may end early."""
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"stored": "knobs"})
     """Settings of a synthetic generator."""
     holdout: int = later(0)
-    """Rows held out from the training split of a data set that has no test split: the first rows
-    after a shuffle. 0: use test_split."""
+    """Rows held out from the training split, after a shuffle. 0: use test_split."""
     n_retain: int = later(0)
-    """Rows of pretraining data (for facts: of facts that are never trained) that are evaluated once
-    at the end, to measure forgetting."""
+    """Rows of pretraining data (for facts: of facts that are never trained) evaluated at the end,
+    to measure forgetting."""
     exact_loss: bool = later(False)
-    """Whether held-out losses are taken over the true distribution of every next symbol instead of
-    one sampled symbol: the same mean with less noise. Only where the generator knows it."""
+    """Take held-out losses over the true distribution of every next symbol, if the generator knows
+    it, instead of one sampled symbol: the same mean with less noise."""
     draw_by_seed: bool = later(False)
-    """Whether each seed gets another draw of the generator. All draws have the same parameters, so
-    the runs still form one curve."""
+    """Draw new data for each seed. All draws have the same parameters, so runs form one curve."""
 
     render: str = later(FIRST_RENDER)
-    """How messages become text. role_colon: the study's form for base models, 'Role: content' and a
-    blank line, which ends an answer. role_eos: the same words; the EOS token ends an answer.
-    chat_template: the form of the tokenizer, for instruct models. With format=prompt_completion and
-    not role_eos, the prompt in its template is a user message, and the completion the answer."""
+    """How messages become text: see `lorasweep.data.text.parts_of`. role_colon: the study's form
+    for base models. role_eos: the same words; the EOS token ends an answer. chat_template: the
+    tokenizer's form, for instruct models."""
     too_long: str = later("cut")
     """Rows above max_length. cut: cut on the right; an error if no loss token is left. cut_or_skip:
     the same, but rows without a loss token are left out. skip: longer rows are left out."""
     test_location: str = later("")
     """Data set of the hub with the test_split; empty: location."""
     test_revision: str = later("")
-    """The revision of test_location."""
     unseen_prompts: bool = later(False)
-    """Whether training rows with the prompt of a held-out row are left out."""
+    """Leave out training rows with the prompt of a held-out row."""
     unseen_rows: bool = later(False)
-    """Whether duplicates (equal messages, or prompt and completion) stay on one side: held-out
-    duplicates count once, training duplicates of held-out rows are left out, and a holdout is drawn
-    from distinct rows."""
+    """Keep duplicates (equal messages, or prompt and completion) on one side: held-out duplicates
+    count once, and training duplicates of held-out rows are left out."""
     answer_field: str = later("")
     """Column of the gold answer; empty: it is in the completion, behind '####' or boxed."""
     n_validation: int = later(0)
-    """Validation rows: the first held-out rows. They are evaluated at the end, and before the end
-    instead of the first n_test_curve (unless that is 0). The next n_test rows are test rows."""
+    """Validation rows: the first held-out rows; the next n_test are test rows. They are evaluated
+    at the end, and before it instead of the n_test_curve rows (unless that is 0)."""
     verifier: str = later("")
     """How a completion is compared with the gold answer. integer: whole numbers, behind the last
     '####' or in the last box (GSM8K). math: contents of the last boxes, by math-verify (MATH,
     DeepMath); if the completion is the answer_field, the whole gold answer; a completion without a
     box is unread. Empty: not at all; generators have their own verifiers."""
     held_out_by: str = later("")
-    """How rows are held out. prompt: rows with the same prompt (the messages before the first one
-    in the loss) are all training, all validation or all test rows, and the error of a gain is
-    computed over prompts. row: the same for duplicates. Both shuffle, test splits too, and leave
-    out training rows with a held-out prompt or row. Empty: by rows; a test split in its order."""
+    """prompt: rows with the same prompt (the messages before the first one in the loss) are all
+    training, all validation or all test rows, and the error of a gain is computed over prompts.
+    row: the same for duplicates. Both shuffle, test splits too, and leave out training rows with a
+    held-out prompt or row. Empty: by rows; a test split in its order."""
 
     def problems(self) -> Iterator[str]:
         return (f"dataset {self.name!r}: {problem}" for problem in self._problems())

@@ -6,22 +6,17 @@ from dataclasses import dataclass
 
 FEWEST_ROWS = 4
 """Fewest validation rows of early stopping: as many as a customer has at least. A convention."""
-
 EARLY_STOPPING_RULE = 2
-"""Version of the rule of early stopping, which results record. Results without one were judged by
-rule 1, which counted every evaluation."""
+"""Version of the rule, kept in results. Results without one used rule 1: all evaluations count."""
 HEAD = 10
-"""Patience begins after a tenth (1 / HEAD) of the updates of a run. Evaluations are log-spaced, so
-the first ones are an update or two apart, and at a high learning rate the loss rises in the first
-updates before it falls. A convention."""
+"""Evaluations count against a run after 1 / HEAD of its updates: the first are an update or two
+apart, and at a high learning rate the loss first rises before it falls. A convention."""
 
 
 def eval_steps(steps: int, curve: bool = True) -> list[int]:
-    """List the steps with a held-out evaluation, log-spaced: 1, 2, 3, 4, 6, 8, 12, ..., last.
+    """List the steps with an evaluation: 1, 2, 3, 4, 6, 8, 12, ..., last; without curve the last.
 
-    Without a learning curve only the last.
-
-    Except for the last step, a shorter run has the first entries of a longer one. So a run at a
+    But for its last step, a shorter run has the first entries of a longer one. So a run at a
     constant learning rate also contains the results of all shorter runs.
     """
     if not curve:
@@ -31,11 +26,9 @@ def eval_steps(steps: int, curve: bool = True) -> list[int]:
 
 
 def why_not_early(patience: int, steps: int, rows: int) -> str:
-    """Return why a run cannot end early; empty if it can.
+    """Return why a run of `steps` updates with `rows` validation rows cannot end early, or ''.
 
-    Args:
-        patience: evaluations in a row that are no better than the best one before.
-        rows: validation rows.
+    `patience`: evaluations in a row without a better loss, after which a run ends.
     """
     if rows < FEWEST_ROWS:
         return f"{rows} validation rows, and {FEWEST_ROWS} are the fewest"
@@ -51,12 +44,9 @@ def why_not_early(patience: int, steps: int, rows: int) -> str:
 
 
 def no_better(best: int, evaluated: Iterable[int], steps: int) -> int:
-    """Count the evaluations since the best one, without those in the first updates of a run.
+    """Count the evaluations after update `best` that count against a run of `steps` updates.
 
-    Args:
-        best: update of the best evaluation.
-        evaluated: updates of all evaluations so far.
-        steps: updates of the run.
+    `evaluated`: the updates of all evaluations so far.
     """
     return sum(step > best and HEAD * step >= steps for step in evaluated)
 
@@ -66,11 +56,11 @@ class Best:
     """The best evaluation of a run that may end early."""
 
     loss: float = math.inf
-    """The metric, lower being better."""
+    """The metric, with lower values better."""
     step: int = 0
-    """0: there was none yet."""
+    """0: no evaluation yet."""
 
     def note(self, step: int, loss: float) -> None:
-        """Record an evaluation. Of equal losses the first is the best."""
+        """Record an evaluation. Of equal losses the first counts as the best."""
         if loss < self.loss:
             self.loss, self.step = loss, step

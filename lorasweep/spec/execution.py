@@ -18,40 +18,35 @@ class Exec:
     threads: int | None = None
     """Threads per worker; None: the cores divided by the workers."""
     pack_size: int | None = None
-    """Largest number of runs trained together over one base. 1: no packing. None: the plan chooses.
-    """
+    """Most runs trained together over one base. 1: no packing. None: the plan chooses."""
     micro_batch_size: int | None = None
     """Sequences per forward pass and run of the pack; None: the plan chooses."""
     max_gpus: int | None = None
-    """Largest number of GPUs of a run. A plan prices runs that need more separately, and they are
-    left out. None: no limit."""
+    """Most GPUs of a run. Runs that need more are left out, and the plan prices them separately.
+    None: no limit."""
     forward_parts: int = 1
-    """Sampling and evaluation are split into this many parts, which take less memory at once; the
-    backward pass is not. It is doubled where their memory runs out."""
+    """Parts into which sampling and evaluation are split, to take less memory; the backward pass is
+    not split. The worker doubles it when they run out of memory."""
     join_rows: bool = False
-    """Join the rows of a forward pass into one sequence per run of the pack, without attention from
-    row to row, instead of padding each to the longest. For long rows of different lengths, on GPUs
-    and CPUs.
-    transformers' sdpa then holds a mask of X * X bytes for X tokens, and in bf16 one of twice that
-    in each layer whose activations are kept; its flash attention none."""
+    """Join a run's rows into one sequence per forward pass instead of padding them; attention stays
+    inside a row. For long rows of different lengths. For X tokens, transformers' sdpa holds a mask
+    of X * X bytes, and in bf16 twice that in each layer whose activations are kept."""
     world_size: int = 1
-    """Processes that train one run together, each on a GPU of its own if there are GPUs. More than
-    one: the model is spread over them (FSDP2), and runs are not packed. One: with cluster=slurm and
-    a hardware, the plan chooses, for each run what it needs."""
+    """Processes that train one run together, one per GPU if there are GPUs. Above 1: the model is
+    sharded (FSDP2) and runs are not packed. 1: with cluster=slurm and a hardware, the plan chooses
+    for each run."""
     activation_checkpointing: bool = False
-    """Keep the input of each layer only, and compute its activations again in the backward pass, on
-    GPUs and CPUs: a third more operations, much less memory. False: with cluster=slurm and a
-    hardware, the plan chooses."""
+    """Keep only each layer's input, and recompute activations in the backward pass: a third more
+    operations, much less memory. False: with cluster=slurm and a hardware, the plan chooses."""
     compile: bool = False
-    """Use torch.compile, on GPUs and CPUs. Not verified on a GPU yet; on a CPU compiling takes
-    minutes."""
+    """Use torch.compile. Not verified on a GPU yet; on a CPU compiling takes minutes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     keep_weights: bool = False
-    """Keep the trained weights of a finished run in its folder: of adapters, by one process."""
+    """Keep a finished run's weights in its folder: only of adapters trained by one process."""
     skip_broken_data: bool = False
-    """Bad data fails only its own runs, and the others of their packs continue (for data sets of
-    different owners). False: it stops the command before anything starts."""
+    """True: bad data fails only its own runs (for data sets of different owners). False: it stops
+    the command before anything starts."""
     retry: bool = False
     """Try failed runs again."""
     max_attempts: int = 5
@@ -67,10 +62,8 @@ class Exec:
             yield f"exec.max_attempts={self.max_attempts}: expected at least 1."
         if self.forward_parts < 1:
             yield f"exec.forward_parts={self.forward_parts}: expected at least 1."
-        for name in (
-            *("workers", "threads", "micro_batch_size"),
-            *("pack_size", "max_gpus", "world_size"),
-        ):
+        counts = ("workers", "threads", "micro_batch_size", "pack_size", "max_gpus", "world_size")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"exec.{name}={value}: expected at least 1, or null to let the plan choose."
@@ -85,7 +78,7 @@ class Exec:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A place to run, as described by a file in conf/cluster/. Never part of a run's identity."""
+    """A place to run: one file in conf/cluster/. Never part of a run's identity."""
 
     name: str = "local"
     kind: str = "local"
@@ -96,14 +89,14 @@ class Cluster:
     qos: str | None = None
     constraint: str | None = None
     gpus: int = 0
-    """GPUs per job, at least: a run that takes more gets them, on as few nodes as have them. Each
-    trains packs of its own, in parallel. 0: none, unless runs are planned for GPUs (hardware)."""
+    """Fewest GPUs per job; a run that needs more gets them, on as few nodes as possible. Each GPU
+    trains separate packs. 0: none, unless runs are planned for GPUs (hardware)."""
     gpus_per_node: int | None = None
-    """GPUs of a node that one job may take. None: as many as a node of the partition has."""
+    """Most GPUs of a node that one job may take. None: as many as the partition's nodes have."""
     workers: int | None = None
-    """Packs that a job trains in parallel. None: as many as its GPUs train, or one without GPUs."""
+    """Packs that a job trains in parallel. None: as many as its GPUs allow, or one without GPUs."""
     cpus: int = 2
-    """CPU cores per worker, or for each process of one."""
+    """CPU cores per worker; with several processes per worker, per process."""
     mem_gib: float | None = None
     """Memory per job and node; None: from the plan's estimate."""
     time_min: int | None = None
@@ -111,9 +104,9 @@ class Cluster:
     warn_s: int = 120
     """Seconds before the limit at which a job writes its checkpoints and requeues itself."""
     work_min: float = 10.0
-    """Minutes of expected work per job, at least (fewer if the sweep has fewer left)."""
+    """Least expected minutes of work per job (less if the sweep has less left)."""
     work_max: float = 120.0
-    """Minutes of expected work per job, at most (more if a single pack takes longer)."""
+    """Most expected minutes of work per job (more if a single pack takes longer)."""
     runs_per_job: int | None = None
     """Runs per job; replaces work_min and work_max."""
     parallel: int = 64
@@ -121,7 +114,7 @@ class Cluster:
     requeues: int = 50
     """How often a job may requeue itself at its time limit."""
     follow: bool = True
-    """Submit a small follow-up job as well. When the other jobs end, it resubmits lost work,
+    """Also submit a small follow-up job. When the other jobs have ended, it resubmits lost work,
     submits the next stage, and finally writes the answer."""
     follow_min: int = 30
     """Time limit of the follow-up job in minutes."""

@@ -1,7 +1,4 @@
-"""The interface of a fine-tuning method: its fields, its costs, and how it attaches to a model.
-
-The methods themselves are files of `lorasweep/methods`.
-"""
+"""The interface of a fine-tuning method: its fields, its costs, and how it attaches to a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method(Value):
-    """Fields of a method. Each subclass has a separate file, named by its `name`."""
+    """Fields of a method. Each subclass is a file in `lorasweep/methods`, named by its `name`."""
 
     WHERE: ClassVar[str] = "method."
     name: str = "???"
@@ -61,10 +58,7 @@ class Method(Value):
         methods: "Sequence[Any]",
         seeds: Sequence[int],
     ) -> "Trainables":
-        """Attach the trainables of N = len(methods) runs to the loaded `base` and return them.
-
-        `targets`: name -> module with the matrices of target_layers() in `base`.
-        """
+        """Attach the trainables of len(methods) runs; `targets`: modules of target_layers()."""
         raise NotImplementedError
 
 

@@ -16,7 +16,7 @@ class Metric:
 
     @property
     def on_part(self) -> str:
-        """Key of its final value on the rows of the evaluations before the end."""
+        """Key of the final value on the rows that were also evaluated before the end."""
         return f"{self.name}_curve"
 
     def value(self, result: Mapping[str, Any]) -> float | None:

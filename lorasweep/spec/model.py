@@ -1,7 +1,4 @@
-"""The base model of a run: its weights, and the shapes of its matrices.
-
-Costs are computed from shapes, without loading weights.
-"""
+"""The base model of a run: where its weights are, and the shapes that costs are computed from."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,17 +41,13 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Recipe(Value):
-    """How a small base model is pretrained.
-
-    Its weights are cached under the hash of these fields and the model's shape.
-    """
+    """How a small base model is pretrained. A hash of recipe and shape names the weights' file."""
 
     WHERE: ClassVar[str] = "model.recipe."
 
     dataset: str = "dialect"
-    """Synthetic generator that the base is pretrained on."""
+    """Synthetic generator."""
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"stored": "knobs"})
-    """Settings of that generator (the pretraining language)."""
     length: int = 64
     """Tokens per sequence."""
     steps: int = 1000
@@ -73,8 +66,7 @@ class ModelSpec(Value):
 
     name: str = "???"
     source: str = "???"
-    """hub (a transformers name), folder (a local folder), gguf (one file), or recipe (pretrained
-    here)."""
+    """hub, folder (local, of transformers), gguf (one file), or recipe (pretrained here)."""
     location: str = ""
     """Hub name, or name of a file or folder under exec.models_dir; empty for recipe."""
     revision: str = ""
@@ -88,24 +80,24 @@ class ModelSpec(Value):
     """Width of the MLP; of one expert, if there are experts."""
     vocab_size: int = 0
     tied: bool = False
-    """True: the unembedding and the embedding are the same matrix."""
+    """Whether the unembedding and the embedding are the same matrix."""
     qk_norm: bool = False
-    """True: each head's query and key are normalised (Qwen3)."""
+    """Whether each head's query and key are normalised (Qwen3)."""
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of the nn.Linear modules in layer set 'attention' (last part of the full name)."""
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     unembedding: tuple[str, ...] = ("lm_head",)
     recipe: Recipe | None = None
     weights_dtype: str = later("fp32")
-    """Type of the published weights, fp32 or bf16. With precision=bf16, frozen matrices that were
-    published in bf16 stay in bf16: half the memory, the same numbers."""
+    """Type of the published weights, fp32 or bf16. With precision=bf16, frozen bf16 matrices stay
+    in bf16: half the memory, the same numbers."""
     n_experts: int = later(0)
     """Experts in the MLP of every layer, with separate matrices; 0: a dense MLP."""
     n_active_experts: int = later(0)
     """Experts that the router chooses for a token."""
 
     def matrices(self, layers: tuple[str, ...]) -> tuple[Matrix, ...]:
-        """List the matrices of the layer sets; raise SpecError if a set matches nothing."""
+        """List the matrices of layer sets; raise SpecError if a set matches nothing."""
         if layers not in self._matrices:
             self._matrices[layers] = tuple(m for s in layers for m in self._matrices_of(s))
         return self._matrices[layers]
@@ -147,9 +139,9 @@ class ModelSpec(Value):
         return [Matrix(*shape[name], count * experts[0], *experts) for name in names]
 
     def modules(self, layer_set: str) -> tuple[tuple[str, ...], int]:
-        """Return the modules of a layer set (last part of the full name) and their number.
+        """Return the names of a layer set's modules (last part) and their number.
 
-        Experts of a layer are one module, with a stack of matrices.
+        The experts of a layer are one module.
         """
         if layer_set == ROUTER:
             return ("gate",), self.n_layers

@@ -1,8 +1,4 @@
-"""RunSpec: one run, its checks and its id (the hash of its canonical form).
-
-It has every field that changes the numbers of a run. Where and how it runs is `Exec`, which is
-never hashed.
-"""
+"""RunSpec: one run, its checks and its id. Where and how it runs is `Exec`, which is not hashed."""
 
 import dataclasses
 import hashlib
@@ -60,22 +56,21 @@ class RunSpec(Value):
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
-    """Largest global gradient norm of a run; None: no clipping."""
+    """Largest global gradient norm; None: no clipping."""
     precision: str = "fp32"
-    """fp32; bf16: autocast, with fp32 weights for all that is trained; fp64: for tests of
-    exactness."""
+    """fp32; bf16: autocast over fp32 trained weights; fp64: for tests of exactness."""
     seed: int = 0
     """Seed of the random streams 'data', 'init' and 'sample'."""
     objective: str = later("sft")
     """sft: the NLL of given answers. policy_gradient: the reward of sampled completions."""
     group_size: int = later(0)
-    """policy_gradient, like the fields below: completions sampled per prompt; their mean reward is
-    the baseline. So an update has batch_size / group_size prompts."""
+    """policy_gradient, as the fields below: completions per prompt; their mean reward is the
+    baseline. An update has batch_size / group_size prompts."""
     max_new_tokens: int = later(0)
-    """Largest number of tokens of a completion, including its end token."""
+    """Most tokens of a completion, including its end token."""
     reward_scale: str = later("none")
     """Divisor of the advantage. none: 1 (the study; Dr. GRPO, arXiv 2503.20783). group: standard
-    deviation of the rewards of the group plus 1e-4 (GRPO, arXiv 2402.03300)."""
+    deviation of the group's rewards, plus 1e-4 (GRPO, arXiv 2402.03300)."""
     ratio_level: str = later("token")
     """Importance ratio of learner to sampler. token: of each token. sequence: geometric mean over
     the tokens of a sequence (GSPO, arXiv 2507.18071)."""
@@ -85,8 +80,8 @@ class RunSpec(Value):
     kl_weight: float = later(0.0)
     """Weight of the KL from the base in the loss, by the estimator of arXiv 2402.03300, eq. 4."""
     early_stopping: int = later(0)
-    """sft: a run ends after this many evaluations in a row without a better validation loss, and
-    keeps the weights of its best evaluation. 0: it makes all its updates, and keeps the last."""
+    """sft: end after this many evaluations in a row without a better validation loss, and keep the
+    weights of the best one. 0: make all updates, and keep the last weights."""
     train_version: int = TRAIN_VERSION
 
     def __post_init__(self) -> None:
@@ -100,7 +95,7 @@ class RunSpec(Value):
 
     @property
     def draw(self) -> int | None:
-        """Number of the data set's draw; None if all seeds share one."""
+        """Number of the data set's draw; None if all seeds share one draw."""
         return self.seed if self.dataset.draw_by_seed else None
 
     @property
@@ -209,11 +204,7 @@ def is_unpinned(part: ModelSpec | DatasetSpec) -> bool:
 
 
 def validate(spec: RunSpec) -> None:
-    """Check that the spec can be trained. Needs no torch and no files.
-
-    Raises:
-        SpecError: it cannot.
-    """
+    """Raise SpecError if the spec cannot be trained. Needs no torch and no files."""
     for problem in spec.problems():
         raise SpecError(problem)
     spec.method.check(spec.model)
@@ -232,10 +223,7 @@ def from_plain(values: dict[str, Any], methods: Mapping[str, type[Method]]) -> R
 
 
 def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
-    """Return a copy with `values` set.
-
-    Each key is looked up in the method's fields first, then in the spec's.
-    """
+    """Return a copy with `values` set; keys are fields of the method, or else of the spec."""
     kind: type = type(spec.method)
     in_method, in_spec = _axes(kind), _axes(RunSpec)
     for key in values:

@@ -1,7 +1,4 @@
-"""The report of a trainer: one Event per update, and the phase of an error.
-
-Standard library only.
-"""
+"""What a trainer reports: one Event per update, and the phase in which an error was raised."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,15 +39,15 @@ def phase_of(error: BaseException) -> Phase:
 
 @dataclass
 class Event:
-    """The outcome of one update. Keys are run ids."""
+    """The outcome of one update; its keys are run ids."""
 
     step: int
     records: dict[str, Record]
     ended: dict[str, tuple[str, Record]]
     """Runs that ended: 'done' or 'diverged', and their results."""
     snapshot: Callable[[], dict[str, State]]
-    """Returns the state of every run still in the pack. Valid until the next event."""
+    """Returns the state of every run still in the pack; valid until the next event."""
     backend: str = ""
     """Implementation and device, such as 'transformers on cpu'."""
     dropped: set[str] = field(default_factory=set)
-    """Run ids that the caller adds to drop these runs before the next update."""
+    """Runs to drop before the next update: the caller adds their ids."""

@@ -1,9 +1,7 @@
-"""The training loop for a pack of N runs over one base model; a single run is N = 1.
+"""The training loop of a pack: N runs over one base model; a single run is N = 1.
 
-Knows a method by its Trainables, and what is optimised by its Objective. Refuses to know the store,
-the launcher and configuration files: it yields events, which the caller records.
-
-Shapes: N runs of the pack.
+Yields events, which the caller records. Refuses to know methods and objectives (other than by their
+interfaces), the store, the launcher and configuration files.
 """
 
 import math
@@ -53,7 +51,7 @@ def train(
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     counts = ExpertTokens(model)
     try:
-        if mesh.size > 1:  # the whole base may not fit; a run alone starts as the base here, too
+        if mesh.size > 1:  # the whole base may not fit; what is attached changes nothing yet
             mesh = base.mesh = shard(model, trainables, mesh, pack[0].precision)
             at_start = mesh.run(objective.start, base, runs)
         device = next(model.parameters()).device
@@ -219,9 +217,9 @@ def measure(
 
     `runs`: all of the pack. `final`: on all held-out items, else on a part.
     """
-    # On a CPU one pass measures the runs of one data set: rows of several would be padded to the
-    # longest (1.4 times the tokens of a hundred customers, docs/log), and a larger pass is hardly
-    # faster. On a GPU one pass measures all runs. Assumption: small passes cost more there.
+    # On a CPU one pass measures the runs of one data set: a larger pass is hardly faster, and pads
+    # the rows of all data sets to the longest (1.4 times the tokens of a hundred customers,
+    # docs/log). On a GPU one pass measures all runs. Assumption: small passes cost more there.
     on_cpu = next(model.parameters()).device.type == "cpu"
     groups: dict[str, list[int]] = {}
     for k, run in enumerate(runs):
@@ -293,10 +291,7 @@ def stop_early(
     optimizer: AdamW,
     metric: Metric,
 ) -> set[str]:
-    """Judge the evaluations at `step`, keep the weights of improved runs, return runs that end.
-
-    `measured`: runs with an evaluation at `step`.
-    """
+    """Judge the `measured` runs at `step`, keep improved weights, return the ids of ending runs."""
     watched = [run for run in runs if run.early_stopping and run.id in measured]
     for run in watched:
         point = progress[run.id].curve[-1]

@@ -1,7 +1,7 @@
-"""AdamW with one learning rate per run of a pack, and learning rate schedules.
+"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) with a learning rate per run, and LR schedules.
 
-As torch.optim.AdamW (Loshchilov & Hutter, arXiv 1711.05101), which has one learning rate per
-parameter group, while a pack holds N runs in one tensor. Tests compare the two in float64.
+torch.optim.AdamW cannot have several learning rates in one tensor, but a tensor of a pack holds N
+runs. Tests compare the two in float64.
 """
 
 import math
@@ -34,7 +34,7 @@ def _gradient(p: torch.Tensor) -> torch.Tensor:
 
 
 class AdamW:
-    """AdamW for the tensors of a pack. A process updates its part of tensors that are split."""
+    """AdamW for the tensors of a pack; each process updates its part of tensors that are split."""
 
     def __init__(
         self, trainables: Trainables, specs: Sequence[RunSpec], mesh: Mesh | None = None
@@ -117,10 +117,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, step: int, norms: Sequence[float]) -> None:
-        """Make update `step` (0-based) of every run.
-
-        `norms`: grad_norms(), for runs with clip_norm.
-        """
+        """Make update `step` (0-based) of every run; `norms`: grad_norms(), for clipping."""
         first = self.specs[0]  # betas, eps and decay are shared by a pack (plan.pack_key)
         lr = [s.lr * lr_factor(s, step) for s in self.specs]
         clip = [
@@ -160,10 +157,7 @@ class AdamW:
         torch._foreach_sub_(params, change)
 
     def run_tensors(self, k: int) -> Tensors:
-        """Return views of run k's weights ('param/NAME') and moments ('m/NAME', 'v/NAME').
-
-        With early stopping also of the run's best weights ('best/NAME').
-        """
+        """Return views of run k's 'param/', 'm/' and 'v/NAME', with early stopping 'best/NAME'."""
         kinds = {"param": self.params, "m": self.exp_avg, "v": self.exp_avg_sq}
         if self.specs[k].early_stopping:
             kinds["best"] = self.best
@@ -179,7 +173,7 @@ class AdamW:
 
     @torch.no_grad()
     def load_runs(self, states: Sequence[State]) -> int:
-        """Copy each run's tensors from its state; return the common step of the states."""
+        """Copy each run's tensors from its state; return the step of the states."""
         steps = {state["meta"]["step"] for state in states}
         if len(steps) != 1:
             raise ValueError(f"the runs' states are at different steps: {sorted(steps)}")

@@ -1,7 +1,4 @@
-"""Pretrain the small base models of recipes, and save their weights.
-
-Weights are saved in bf16, and these rounded weights are the base model everywhere.
-"""
+"""Pretrain the base models of recipes. Their saved weights, in bf16, are the base everywhere."""
 
 import math
 import os
@@ -31,8 +28,8 @@ def ensure(
 ) -> None:
     """Pretrain the base of a recipe into the first models folder, unless its weights exist.
 
-    Does nothing for models of other sources. `progress` is called with the number and the loss of
-    each update, and may stop the training by an exception.
+    Does nothing for other models. `progress` gets the number and the loss of each update, and may
+    stop the training by an exception.
     """
     if spec.source != "recipe" or find_recipe_weights(spec, models_dirs) is not None:
         return
@@ -75,8 +72,8 @@ def pretrain(
 def updates(model: "PreTrainedModel", recipe: Recipe, data: Data) -> Iterator[tuple[int, float]]:
     """Train `model` in place; yield each update's number and its loss in nats per token.
 
-    AdamW, gradients clipped to norm 1. Linear warm-up over 5% of the updates, then a cosine to a
-    tenth of the peak learning rate.
+    AdamW, gradients clipped to norm 1; linear warm-up over 5% of the updates, then a cosine decay
+    to a tenth of the peak learning rate.
     """
     model.train()
     warmup_steps = recipe.steps // 20

@@ -1,11 +1,10 @@
-"""Sample completions from the policies of a pack: N runs on one base, together, with a KV cache.
+"""Sample completions from all runs of a pack together, with the KV cache of transformers.
 
-Works with any causal model of transformers and its cache. A prompt is read once for all of its
-completions. Each completion has separate random numbers, so what a run draws depends on the rest of
-the pack by rounding only.
+Each completion has separate random numbers, so the other runs of the pack change it only by
+rounding.
 
-Shapes: N runs of the pack, P prompts of a run, G completions of a prompt, R = N * P * G completions
-in the order of runs and prompts, T tokens of the longest prompt, V vocabulary.
+Shapes: N runs of the pack, A completions of a run (G of each of P prompts), R = N A completions in
+the order of runs and prompts, L the most tokens of a completion.
 """
 
 import inspect
@@ -25,24 +24,24 @@ from lorasweep.train.events import SAMPLING, phase
 
 @dataclass
 class Completions:
-    """The P * G completions that one run sampled, prompt by prompt."""
+    """The A completions that one run sampled, prompt by prompt."""
 
     tokens: list[np.ndarray]
-    """Tokens of each completion, with its end."""
+    """Tokens of each completion, its end included."""
     log_p: list[np.ndarray]
-    """Log-probability of each of these tokens, in nats, under the policy that drew it."""
+    """Log-probability of each token, in nats, under the policy that drew it."""
     entropy: float
     """Mean entropy of the distributions that the tokens were drawn from, in nats."""
     largest_logit: float
     ended: np.ndarray
-    """bool [P * G]: whether the completion has an end; False: it was cut off."""
+    """bool [A]; False: the completion was cut off before its end."""
 
 
 ROWS = 1024
 """Most completions of a run that are sampled at once."""
 CACHE_SHARE = 0.3
-"""Share of a GPU's whole memory for the keys and values of all completions at once. A share of the
-free memory would change how many a resumed run draws at once."""
+"""Share of a GPU's memory for keys and values. It is of the whole memory: a share of the free one
+would change how many completions a resumed run draws at once."""
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of a forward pass's argument for keys and values: from transformers 5.24 on, and before."""
 
@@ -57,22 +56,21 @@ def sample(
     mesh: Mesh | None = None,
     forward_parts: int = 1,
 ) -> list[Completions]:
-    """Sample completions at temperature 1 of the prompts of each run, as many for each run.
+    """Sample completions at temperature 1; every run has as many prompts and completions.
 
-    Of several processes each takes a share of the prompts, and all return all completions.
+    Several processes share the prompts, and all return all completions.
 
     Args:
         prompts: token ids, for each run and prompt.
-        uniforms_NAL: float64 in [0, 1), [N, P * G, most tokens of a completion]; number t decides
-            token t of a completion.
-        ends: token sequences that end a completion; without any, all have the most tokens.
+        uniforms_NAL: float64 in [0, 1); number t decides token t of a completion.
+        ends: token sequences that end a completion; without any, each has L tokens.
         forward_parts: see Exec.
     """
     n_prompts = len(prompts[0])
     total, longest = uniforms_NAL.shape[1:]
     group = total // n_prompts
     if mesh is not None and mesh.size > 1:
-        # a pack of one run: each process samples every size-th prompt, and repetitions do not count
+        # one run: each process samples every size-th prompt, and repetitions do not count
         mine = [k % n_prompts for k in mesh.turns(n_prompts)]
         uniforms = uniforms_NAL.reshape(n_prompts, group, -1)[mine].reshape(1, -1, longest)
         own = [[prompts[0][k] for k in mine]]
@@ -133,7 +131,7 @@ def _together(
             break
         alive_R = step.without_ended(alive_R, n)
         alive_R = draw.next(step.next(draw.tokens[step.index, t - 1]), t, step.index, alive_R)
-    return draw.of_runs(n)
+    return draw.by_run(n)
 
 
 def _joined(parts: Sequence[Completions]) -> Completions:
@@ -158,19 +156,18 @@ class _Steps:
         """Read the prompts `rows`; `more`: completions may have more than one token.
 
         Raises:
-            ModelError: the forward pass takes no cache of a known name. It would ignore another
-                name, and every token would be drawn as the first of its row.
+            ModelError: the forward pass takes no cache of a known name. It would ignore an unknown
+                name, and every token would be drawn as a row's first.
         """
         from transformers import DynamicCache
 
         device, dtype = next(model.parameters()).device, COMPUTE_DTYPES[precision]
 
         class Cache(DynamicCache):
-            """A cache of transformers that holds numbers in the type of the products.
+            """A transformers cache in the type of the products: half as large, or two thirds.
 
-            Under autocast rotated keys are fp32, and before transformers 5.24 values take the type
-            of the keys. Attention rounds both to bf16 at every token, so rounding them earlier
-            changes no number, and the cache is half as large (from 5.24 on two thirds).
+            Under autocast keys are fp32 (before transformers 5.24 also values). Attention rounds
+            them to bf16 at every token, so rounding them earlier changes no number.
             """
 
             def update(  # type: ignore[override]
@@ -199,7 +196,7 @@ class _Steps:
         self._next_at = None if at is None else at[:, -1:].repeat_interleave(group, 0) + 1
         self.logits = self._forward(torch.from_numpy(tokens).to(device), at)
         self.index = torch.arange(len(tokens) * group, device=device)
-        """Numbers of the completions that are still computed, in the order of the rows."""
+        """Numbers of the completions that are still computed, by row."""
         if self._cache is not None:
             self._cache.batch_repeat_interleave(group)
             if self._mask is not None:
@@ -259,18 +256,15 @@ class _Draw:
     def next(
         self, logits: torch.Tensor, t: int, index: torch.Tensor, alive: torch.Tensor
     ) -> torch.Tensor:
-        """Draw token t of the completions `index` that are alive; return which of them continue.
-
-        Neighbours share a row of the logits if there are fewer rows than completions.
-        """
-        rows = len(logits)
+        """Draw token t of the completions `index` that are alive; return which of them continue."""
+        rows = len(logits)  # with fewer rows than completions, neighbours share one
         log_p = torch.log_softmax(logits, -1)
         p = log_p.double().exp()
         # the first token whose cumulative probability is above the random number
         cumulative = p.cumsum(-1)
         wanted = self._uniforms[index, t].view(rows, -1) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[1] - 1)
-        entropy = -(p * log_p.double().clamp(min=-1e3)).sum(-1)  # 0 times -inf is nothing
+        entropy = -(p * log_p.double().clamp(min=-1e3)).sum(-1)  # 0 times -inf counts as 0
         largest, share = logits.abs().amax(-1).double(), len(index) // rows
         at = index[alive]
         self._log_p[at, t] = log_p.gather(1, token).flatten()[alive].double()
@@ -289,7 +283,7 @@ class _Draw:
         self._ended[index[ended]] = True
         return alive & ~ended
 
-    def of_runs(self, n: int) -> list[Completions]:
+    def by_run(self, n: int) -> list[Completions]:
         """Return the completions of each of the n runs."""
         held = self.tokens, self._log_p, self._entropy, self._length, self._ended, self._largest
         by_run = zip(*(x.view(n, -1, *x.shape[1:]).cpu().numpy() for x in held))

@@ -16,7 +16,7 @@ from lorasweep.store import claims
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
 from tests.integration.conftest import SMOKE
-from tests.rewarded import SIZES
+from tests.training import REWARDED
 from tests.world import cli, compose_request, environment
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ALONE = ("scale=smoke", "exec.checkpoint_s=0.3", "exec.workers=1", "exec.threads=1")
 LONG = (*ALONE, "steps=120", "batch_size=8")
 REWARDED = (
-    *(*ALONE, "steps=40", "dataset=words", *SIZES["words"], "objective=policy_gradient"),
+    *(*ALONE, "steps=40", "dataset=words", *REWARDED["words"], "objective=policy_gradient"),
     *("method=lora", "method.rank=8", "lr=6e-4"),
 )
 

@@ -13,7 +13,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.train.objectives.nll import token_log_p
 from lorasweep.train.objectives.policy_gradient import surrogate
 from lorasweep.train.objectives.rollouts import Completion, Group, advantages, collate_rollouts
-from tests.rewarded import world
+from tests.training import rewarded_world
 
 GROUP, PROMPTS, MOST = 8, 16, 8
 
@@ -22,7 +22,7 @@ GROUP, PROMPTS, MOST = 8, 16, 8
 def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
     from transformers import TrainerCallback
 
-    spec, base, loaded = world("words", method=FullFT())
+    spec, base, loaded = rewarded_world("words", method=FullFT())
     model = base.model
     # of one length: TRL counts positions from the padding, whose rotations round differently
     equal = [r for r in loaded.train(0, 0, 200) if len(prompt_of(r)) == 11][:PROMPTS]

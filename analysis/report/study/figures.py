@@ -19,9 +19,8 @@ from analysis.optimum.likelihood import rate_means
 from analysis.optimum.optimum import WITHIN
 from analysis.questions.base import Panel, Series, by_group, full_of, lora_of
 from analysis.report.study.answers import WORDS, Answer, Pooled, Setting, estimate_of
-from analysis.runs.learning_curves import by_run
+from analysis.runs.learning_curves import at_step, by_run, on_curve_rows
 from analysis.runs.lr_curves import lr_curves
-from analysis.runs.prefixes import at_step, on_curve_rows
 
 # ---------------------------------------------------------------- regret over rank
 

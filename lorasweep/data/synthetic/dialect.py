@@ -5,9 +5,8 @@ the 32^3 contexts a memorised next symbol has probability mass 0.8. The base mod
 the language (rule_shift and new_exceptions 0). The dialect changes the feature rows of some symbols
 (a shared shift of the rules) and replaces some of the exceptions (a tail of facts).
 
-Two kinds of shift: with shift_rank 0 the rows are drawn again; with shift_rank k a matrix of rank k
-is added to them, scaled so that the dialect differs from the language by shift_nats. The second
-separates how much is new (bits, rank of the change, contexts touched) from its distance in nats.
+With shift_rank 0 the feature rows are drawn again. With shift_rank k a matrix of rank k is added,
+scaled to a distance of shift_nats: so the amount of new information varies at a fixed distance.
 
 Shapes: V symbols; a table P_VVVV is P(next | a, b, c).
 """
@@ -36,20 +35,16 @@ DEFAULTS = {
     "language": 0.0,  # seed of the language; another value is another language with its dialect
 }
 CONTEXT_STEPS = 30
-"""Symbols after which the contexts' shares are those of a long sequence, to about 1e-7."""
+"""Symbols after which shares of contexts are those of a long sequence, to about 1e-7."""
 MAX_SCALE_STEPS = 100
 SCALE_PRECISION = 1e-6
-"""Relative error of a dialect's distance."""
+"""Largest relative error of shift_nats."""
 LEARNABLE_TIMES = 3
 """How often a context must be seen for its exception to count as learnable. A convention."""
 
 
 def load(spec: DatasetSpec, draw: int | None = None) -> Data:
-    """Make the dialect of `spec.generator_params`, its held-out sequences and their entropy.
-
-    `draw`: number of another dialect of the same language with the same parameters; None: the
-    first one.
-    """
+    """Make a dialect; `draw` numbers others of the same language and parameters."""
     where = f"dataset {spec.name!r}"
     table = transition(spec.generator_params, where, draw)
     unshifted = {"rule_shift": 0.0, "new_exceptions": 0.0}
@@ -90,33 +85,25 @@ def load(spec: DatasetSpec, draw: int | None = None) -> Data:
 
 @cache
 def _first_sha256(spec: DatasetSpec) -> str | None:
-    """Return the fingerprint of the first draw, which stands for all draws of its parameters."""
+    """Return the fingerprint of the first draw, which stands for all draws."""
     return load(spec).sha256
 
 
 def check(spec: DatasetSpec) -> None:
-    """Check the generator parameters.
-
-    Raises:
-        DataError: one is unknown or out of range.
-    """
+    """Raise DataError if a generator parameter is unknown or out of range."""
     _checked(spec.generator_params, f"dataset {spec.name!r}")
 
 
 def transition(
     params: dict[str, float], where: str = "dialect", draw: int | None = None
 ) -> np.ndarray:
-    """Return P(next | a, b, c) as float64 [V, V, V, V], rows summing to 1.
-
-    Raises:
-        DataError: a parameter is unknown or out of range.
-    """
+    """Return P(next | a, b, c) as float64 [V, V, V, V]; raise DataError as `check` does."""
     return _table(parts_of(params, draw, where))
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The parameters and arrays that a table is made from. Shapes: F features."""
+    """The parameters and arrays of a table. Shapes: F features."""
 
     k: dict[str, float]
     feats_VF: list[np.ndarray]
@@ -129,11 +116,7 @@ class Parts:
 
 
 def parts_of(params: dict[str, float], draw: int | None = None, where: str = "dialect") -> Parts:
-    """Draw the parts of a dialect's table.
-
-    Raises:
-        DataError: a parameter is unknown or out of range.
-    """
+    """Draw the parts of a dialect's table; raise DataError as `check` does."""
     k = _checked(params, where)
     rank, v, number = int(k["features"]), VOCAB, int(k["language"])
     old = stream("dialect", number, "language")
@@ -198,10 +181,7 @@ def context_shares(table_VVVV: np.ndarray) -> np.ndarray:
 
 
 def distance(dialect_VVVV: np.ndarray, language_VVVV: np.ndarray) -> float:
-    """Return the KL from the dialect to the language, nats per symbol, over its own contexts.
-
-    This is the excess loss of a perfect model of the language on the dialect.
-    """
+    """Return the KL from dialect to language: the language's excess loss on it, nats per symbol."""
     kl = (dialect_VVVV * np.log(dialect_VVVV / language_VVVV)).sum(-1)
     return float((context_shares(dialect_VVVV) * kl).sum())
 
@@ -220,13 +200,11 @@ def _facts(params: tuple[tuple[str, float], ...], draw: int | None) -> tuple[int
 
 
 def bits(params: dict[str, float], n_tokens: int, draw: int | None = None) -> dict[str, float]:
-    """Return how much is new in `n_tokens` symbols of the dialect, in bits.
+    """Return the new information in `n_tokens` symbols of the dialect, in bits.
 
-    generator: what describes the change of the generator. Half a log2(n_tokens) for each free
-    number of the shift, the precision that so many symbols can resolve (Rissanen 1978); log2(V) for
-    each replaced exception, and which of the exceptions they are.
-    learnable: the same, with the replaced exceptions whose context is expected at least
-    LEARNABLE_TIMES times.
+    generator: half a log2(n_tokens) per free number of the shift, the precision that so many
+    symbols resolve (Rissanen 1978); log2(V) per replaced exception, and which ones they are.
+    learnable: only with replaced exceptions whose context is expected LEARNABLE_TIMES or more.
     """
     numbers, n_exceptions, shares = _facts(tuple(sorted(params.items())), draw)
     rule = numbers / 2 * math.log2(max(2, n_tokens))
@@ -261,7 +239,7 @@ def _checked(params: dict[str, float], where: str) -> dict[str, float]:
 
 
 def sample(table: np.ndarray, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-    """Draw sequences, int32 [count, length]; the first three symbols are uniform."""
+    """Draw sequences, int32 [count, length]; their first three symbols are uniform."""
     cumulative = np.cumsum(table, axis=-1)
     cumulative[..., -1] = 1.0
     tokens = np.empty((count, length), dtype=np.int32)

@@ -1,16 +1,13 @@
 """Random keys with random values: `facts` to be stored, and a `bandit` to be learned from rewards.
 
-facts: pairs of exactly 16 bits each, to measure how much a method can store. A key has three
-symbols, a value four symbols out of 16, drawn uniformly. The base model is pretrained on the same
-format, either with facts that never repeat (facts=0) or with a fixed set of facts among them
-(facts, set, fresh). Its NLL on the values of other facts is their entropy, ln 16 per symbol, so
-every bit below that was stored by fine-tuning. Held-out rows are the trained facts themselves,
-because storage is measured. Rows of `n_retain` hold facts that are never trained.
+facts: keys of three symbols with values of four symbols out of 16: exactly 16 bits each, to measure
+how much a method can store. The base model knows the format (facts=0), or also a fixed set of facts
+(facts, set, fresh). Its NLL on new values is ln 16 per symbol; every bit below that was stored.
+Held-out rows are the trained facts. Rows of `n_retain` hold facts that are never trained.
 
-bandit: contexts with one hidden label each, out of 16, so 4 bits per context. A context is a key in
-the format of `facts`, and the label is its first value symbol. The base model knows the format, not
-the labels. The same rows teach the labels by cross-entropy, or by the reward of a sampled symbol.
-Held-out rows are the contexts themselves.
+bandit: keys with one hidden label out of 16, so 4 bits per context. The base model knows the
+format, not the labels. The same rows teach them by cross-entropy, or by the reward of a sampled
+symbol. Held-out rows are the trained contexts.
 """
 
 import math
@@ -69,10 +66,7 @@ def check_facts(spec: DatasetSpec) -> None:
 
 
 def load_facts(spec: DatasetSpec) -> Data:
-    """Make the facts and their rows.
-
-    The loss covers the values, or with mask=all every symbol but the first.
-    """
+    """Make the facts. The loss covers the values, or with mask=all every symbol but the first."""
     check_facts(spec)
     params = parameters(spec, FACTS)
     count, row = int(params["facts"]), spec.max_length // FACT
@@ -116,7 +110,7 @@ def load_facts(spec: DatasetSpec) -> Data:
         return _rows(shown_keys, shown_values, spec)
 
     def bits(n_tokens: int) -> dict[str, float]:
-        """Return the information in the values of the facts seen in loss tokens, in bits."""
+        """Return the bits in the values of the facts seen in `n_tokens` loss tokens."""
         return {"generator": min(count, n_tokens // VALUE) * VALUE * math.log2(VALUES)}
 
     shown = stream("data", spec.name, spec.test_split).permutation(count)[: spec.n_test * row]

@@ -16,7 +16,7 @@ class Generator:
     vocab: int
     """Number of symbols."""
     check: Callable[[DatasetSpec], None]
-    """Raises DataError for a parameter that is unknown or out of range."""
+    """Raises DataError if a parameter is unknown or out of range."""
     load: Callable[..., Data]
     """(spec) -> data; with `draw_by_seed` also draw=number."""
     verified: bool = False
@@ -33,11 +33,7 @@ GENERATORS = {
 
 
 def generator(name: str) -> Generator:
-    """Return a generator by name, which is the location of a data set.
-
-    Raises:
-        DataError: there is none of this name.
-    """
+    """Return a generator by name (the data set's location); raise DataError if there is none."""
     if name not in GENERATORS:
         raise DataError(unknown("synthetic data set", name, GENERATORS))
     return GENERATORS[name]

@@ -1,12 +1,10 @@
 """Short symbolic tasks in which each character is a token: `skills`, and `words` for rewards.
 
 skills: copy, reverse, sort, addition, word problems. The base model is pretrained on easier
-instances in the same format (difficulty 1), so that fine-tuning (difficulty 2) teaches the skill
-and not the format.
+instances (difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
 
-words: new words for old skills, to be learned from rewards. `cort` means sort, `sverse` reverse,
-`sopy` copy. The base model knows the skills under their old words (data set `skills`), so correct
-completions are rare at first but not impossible.
+words: `cort` means sort, `sverse` reverse, `sopy` copy; to be learned from rewards. The base model
+knows `skills` by their old words, so correct completions are rare at first but not impossible.
 """
 
 from collections.abc import Callable
@@ -70,10 +68,7 @@ def _check_length(spec: DatasetSpec, longest: int) -> None:
 
 
 def load_skills(spec: DatasetSpec) -> Data:
-    """Make the task.
-
-    The loss covers the answer and its line end, or with mask=all every symbol but the first.
-    """
+    """Make the task. The loss covers answers and line ends, or with mask=all all but symbol 0."""
     check_skills(spec)
     difficulty = int(parameters(spec, SKILLS)["difficulty"])
 

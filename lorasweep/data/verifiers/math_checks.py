@@ -1,7 +1,6 @@
-"""Compare mathematical answers in separate processes, with a hard time limit for each check.
+"""Compare mathematical answers in processes that are killed when a check takes too long.
 
-math-verify limits its time by a signal that works in the main thread only, and not inside a call
-into C: checks would return 0 or never end. Here the process is ended.
+math-verify's time limit is a signal, which works in the main thread only and not inside C calls.
 """
 
 import importlib.util
@@ -31,11 +30,7 @@ VERDICTS = {"right": 1.0, "wrong": 0.0, "unread": None}
 
 
 def check_installed() -> None:
-    """Check that math-verify can be imported.
-
-    Raises:
-        DataError: it cannot.
-    """
+    """Raise DataError if math-verify cannot be imported."""
     if importlib.util.find_spec("math_verify") is None:
         raise DataError(
             "verifier=math needs the package math-verify, which is not installed. Run "
@@ -57,10 +52,7 @@ class MathChecks:
     def check(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Return for each (gold answer, answer) 1, 0, or None if one of them cannot be read.
 
-        Pairs that take too long, or end the process, count as unread.
-
-        Raises:
-            DataError: no process can be started.
+        None also for a pair that takes too long. Raises DataError if no process starts.
         """
 
         def checked(pair: tuple[str, str]) -> float | None:
@@ -100,7 +92,7 @@ class _Worker:
         self._end: Callable[[], object] = lambda: None
 
     def answer(self, question: str) -> str:
-        """Return the line that answers a question; empty if it took too long or ended twice."""
+        """Return the line that answers a question; empty after a timeout or two dead processes."""
         for _ in range(2):  # the system may have ended it, for example when out of memory
             process = self._process or self._start()
             assert process.stdin is not None
@@ -136,10 +128,8 @@ class _Worker:
 
 
 def _line(process: "subprocess.Popen[bytes]", limit_s: float) -> str | None:
-    """Return the next line of a process; empty if it has ended, None if none comes in time.
-
-    It writes a short line at a time, so the pipe holds a whole one or none.
-    """
+    """Return the next line of a process; empty if it has ended, None if none comes in time."""
+    # it writes a short line at a time, so the pipe holds a whole one or none
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], limit_s)
     return process.stdout.readline().decode().strip() if ready else None

@@ -1,9 +1,9 @@
 """Compare mathematical answers by math-verify; run as a program, by `math_checks`.
 
 Reads one line per pair: a JSON list of the gold answer and the answer, in LaTeX, without the box.
-Writes one line for each: right, wrong, or unread if one of them cannot be read. Writes `ready`
-first. It may hang or run out of memory at any pair: then its parent ends it, or an alarm if the
-parent is gone. It imports nothing of lorasweep, to start quickly.
+Writes `ready`, then one line per pair: right, wrong, or unread if one of them cannot be read. Any
+pair may hang or take all memory; then the parent ends the process, or an alarm if the parent is
+gone. It imports nothing of lorasweep, to start quickly.
 """
 
 import json

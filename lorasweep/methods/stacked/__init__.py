@@ -1,4 +1,4 @@
-"""The adapters of a whole pack, stacked in tensors: their modules, norms and export.
+"""The adapters of a pack, stacked in tensors: their modules, norms and export.
 
 Refuses to know the training loop.
 """

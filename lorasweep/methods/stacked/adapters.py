@@ -1,7 +1,4 @@
-"""The trainables of a LoRA pack: modules that replace the base's, and how factors start.
-
-Refuses to know the training loop.
-"""
+"""The trainables of a LoRA pack: modules that replace the base's, how factors start, norms."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 
 
 BLOCK = 8192
-"""Rows that are held in float64 at once by `spectral_norm`."""
+"""Rows that `spectral_norm` holds in float64 at once."""
 
 
 class StackedAdapters:
@@ -41,10 +38,10 @@ class StackedAdapters:
         methods: Sequence["LoRA"],
         seeds: Sequence[int],
     ) -> None:
-        """Wrap `targets` (name -> what holds the matrices in `base`); equal ranks are neighbours.
+        """Wrap `targets` (name -> what holds the matrices in `base`).
 
-        The random factor is uniform in +-1/sqrt(its inputs) from the stream named 'init', the range
-        of PEFT's kaiming_uniform with a = sqrt(5).
+        Runs of equal rank must be neighbours. The random factor is uniform in +-1/sqrt(its inputs)
+        from the stream 'init': the range of PEFT's kaiming_uniform with a = sqrt(5).
         """
         self._base, self._methods, self._seeds = base, list(methods), list(seeds)
         self._originals: dict[str, Any] = {
@@ -52,7 +49,7 @@ class StackedAdapters:
         }
         self._factors: dict[str, Factors] = {}
         self._named: dict[str, tuple[nn.Parameter, str, slice]]
-        """Name -> tensor, its name in the state of one run, and the runs that it holds."""
+        """Name -> tensor, name in the state of one run, and the runs that the tensor holds."""
         for p in base.parameters():
             p.requires_grad_(False)
         for name, target in targets.items():
@@ -93,12 +90,10 @@ class StackedAdapters:
     ) -> tuple[list[slice], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """Make the arguments of Factors, on the device of `weight`, trained in fp32 at least.
 
-        `sides`: inputs and outputs of each matrix. `stacks`: how many matrices each factor is for.
-
-        One factor is drawn in float64, the other is zero. A is drawn row by row, so the A of a
-        smaller rank is the first rows of the A of a larger rank. Each matrix of a stack has a
-        separate stream. Nothing is drawn on the device 'meta': that process gets its values from
-        another one.
+        `sides`: inputs and outputs of each matrix. `stacks`: how many matrices each factor is for,
+        each with a separate stream. One factor is drawn in float64, the other is zero. A is drawn
+        row by row, so a smaller rank has the first rows of a larger one. A process with the device
+        'meta' draws nothing: it gets its values from another one.
         """
         (n_in, n_out), (of_a, of_b) = sides, stacks
         on_meta = weight.device.type == "meta"
@@ -170,10 +165,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def norms(self) -> list[dict[str, float]]:
-        """Return each run's Frobenius norms over all matrices: of A, of B, of scaling * B A.
-
-        Computed on the device and copied to the host once.
-        """
+        """Return each run's Frobenius norms over all matrices: of A, of B, of scaling * B A."""
         some = next(iter(self._factors.values())).scaling_N
         sums = torch.zeros(3, len(some), dtype=torch.float64, device=some.device)
         for module in self._factors.values():
@@ -190,10 +182,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def spectra(self) -> list[dict[str, dict[str, float]]]:
-        """Return the spectral norms of A, B and scaling * B A; of a stack of experts the largest.
-
-        Copied to the host once.
-        """
+        """Return the spectral norms of A, B and scaling * B A; of stacked experts the largest."""
         rows = []
         for module in self._factors.values():
             parts = [factor_norms(a, b) for _, a, b in module.of_matrices()]
@@ -234,10 +223,7 @@ def largest_singular(gram_kk: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the largest singular value of a matrix, as a float64 tensor without dimensions.
-
-    A stack of matrices [E, ...] counts as one block-diagonal matrix.
-    """
+    """Return the largest singular value, float64 [], of a matrix or a block-diagonal [E, ...]."""
     if matrix.dim() == 3:
         return torch.stack([spectral_norm(m) for m in matrix]).amax()
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT

@@ -1,7 +1,7 @@
 """Modules that hold the adapters of all runs of a pack around frozen weights.
 
-The product with the frozen weights is computed once for all runs. Experts' weights are stacks:
-tokens are sorted by expert and run, and each product is one call over all experts.
+The product with the frozen weights is computed once for all runs. Tokens for experts are sorted by
+expert and run, and each product is one call over all experts.
 
 Shapes: N runs of the pack, n runs of one rank, E matrices of a stack (1 for a single matrix), r
 rank, I inputs, O outputs. Hidden states are [N * B, T, I], sorted by run, so the rest of the model
@@ -28,9 +28,8 @@ GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 class Factors(nn.Module):
     """scaling_n B_ne A_ne for run n and matrix e of a stack.
 
-    Runs of the same rank are stacked; nothing is padded to another rank. For each rank there is one
-    A [n, E r, I], one B [n, E O, r], and in `ranks` the slice of runs that they hold. A factor that
-    all matrices of a stack share has no E.
+    For each rank there is one A [n, E r, I], one B [n, E O, r], and in `ranks` the slice of runs
+    that they hold. A factor that all matrices of a stack share has no E.
     """
 
     def __init__(
@@ -43,12 +42,7 @@ class Factors(nn.Module):
         stacked_b: int = 1,
         base: nn.Module | None = None,
     ) -> None:
-        """Set up.
-
-        Args:
-            stacked_a, stacked_b: E of each factor, 1 for one that is shared.
-            base: the module that has the frozen weight, in a subclass that replaces it.
-        """
+        """Set up; `stacked_a`, `stacked_b`: E of each factor, or 1; `base`: the module replaced."""
         super().__init__()
         self.ranks = ranks
         self.scaling_N: torch.Tensor
@@ -64,10 +58,7 @@ class Factors(nn.Module):
             yield runs, a_nErI, whole(b).unflatten(1, (self.stacked_b, -1))
 
     def keep(self, runs: list[int]) -> dict[str, tuple[str, list[int]]]:
-        """Drop all runs but `runs`; return what Trainables.keep does.
-
-        A tensor is named 'A' or 'B' and its first run.
-        """
+        """Drop runs as Trainables.keep does; a tensor is named 'A' or 'B' and its first run."""
         renamed: dict[str, tuple[str, list[int]]] = {}
         ranks, a, b, start = [], [], [], 0
         for span, old_a, old_b in zip(self.ranks, self.A, self.B):
@@ -100,7 +91,7 @@ class StackedLinear(Factors):
 
 
 class StackedRouter(Factors):
-    """A router with an adapter per run. Its weight is small, so each run's weight is computed."""
+    """A router with an adapter per run; each run's whole weight is computed, as it is small."""
 
     def forward(self, x: torch.Tensor) -> Any:
         deltas = [b @ a for many_a, many_b in zip(self.A, self.B) for a, b in zip(many_a, many_b)]
@@ -138,10 +129,8 @@ class StackedExperts(nn.Module):
 def _adapted(
     factors: Factors, n_experts: int, x_SK: torch.Tensor, run_S: torch.Tensor, ends_G: torch.Tensor
 ) -> torch.Tensor:
-    """Return scaling B A x of a stack of matrices, [S, O], for pairs sorted by expert and run.
-
-    All ranks are padded to the largest, and to rows that are aligned: zeros add nothing.
-    """
+    """Return scaling B A x of a stack of matrices, [S, O], for pairs sorted by expert and run."""
+    # All ranks are padded to the largest one, and to aligned rows: zeros add nothing.
     step = max(1, ALIGNED_BYTES // x_SK.element_size())
     rank = -(-max(b.shape[-1] for b in factors.B) // step) * step
     parts = []
@@ -172,8 +161,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """Return the weighted sum of each token's experts, [X, H].
 
-    Without `adapters` it has the signature of transformers' implementations of experts. Under
-    autocast the products are in its type, as in an nn.Linear.
+    Without `adapters` this is an experts implementation of transformers. Under autocast the
+    products are in its type, as in an nn.Linear.
     """
     kind, n_experts = x_XH.device.type, experts.gate_up_proj.shape[0]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_XH.dtype

@@ -1,8 +1,6 @@
 """Write one run's adapter in PEFT's format.
 
-Refuses to know how the tensors were trained.
-
-Shapes: E experts, r rank of an expert, H hidden, I width of an expert.
+Shapes: E experts, r rank of an expert, I inputs, O outputs.
 """
 
 import json
@@ -18,7 +16,7 @@ from lorasweep.errors import ModelError
 State = Mapping[str, torch.Tensor]
 ROUTER = "mlp.gate"
 TOLERANCE = 1e-12
-"""Largest difference of an expert's change, relative to its largest number, in float64."""
+"""Allowed error of an expert's B A in float64, relative to the largest number in it."""
 
 
 def save_peft(
@@ -33,18 +31,17 @@ def save_peft(
 ) -> None:
     """Write one run's adapter as a folder that PeftModel loads.
 
-    An adapted unembedding is written too. If it is tied to the embedding, never merge the adapter:
-    that would change the embedding as well.
+    Never merge an adapter of an unembedding that is tied to the embedding: that would change both.
 
     Args:
-        state: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]; of experts
+        state: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]; for experts
             '<experts>.gate_proj.A' and so on, as in Factors.
         base_name, revision: where PEFT finds the base.
         scaling, expert_scaling: the factor on B A x in training. PEFT divides lora_alpha by the
             rank, so lora_alpha is scaling * rank.
 
     Raises:
-        ModelError: PEFT would read other weights of an expert than `state` has; nothing is written.
+        ModelError: PEFT would read an expert's weights differently; nothing is written.
     """
     from safetensors.torch import save_file
 
@@ -87,11 +84,10 @@ def in_peft_layout(state: State, n_experts: int) -> tuple[dict[str, torch.Tensor
 
     PEFT has one pair of factors for gate and up: the A of both one above the other, and a
     block-diagonal B. The rows of A are (expert, rank), the columns of B (rank, expert). The module
-    of down wraps that of gate and up. Each expert's change, as PEFT reads the layout, is compared
-    with the product of its factors.
+    of down wraps that of gate and up.
 
     Raises:
-        ModelError: they differ.
+        ModelError: an expert's B A differs from the one that PEFT reads from the layout.
     """
     found: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}

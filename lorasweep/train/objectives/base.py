@@ -1,7 +1,4 @@
-"""The interface of an objective, as the training loop uses it.
-
-Shapes: N runs of the pack, in the order of `runs`.
-"""
+"""The interface of an objective to the training loop. Shapes: N runs of the pack, in order."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -20,12 +17,12 @@ from lorasweep.train.events import Record
 DATA_SHA256 = "data_sha256"
 """Key of the data's fingerprint in results and checkpoints."""
 DIVERGENCE_RULE = 2
-"""Version of the rule by which runs are called diverged, which every result records. Results
-without one were judged by rule 1: a comparison with the base on held-out rows only."""
+"""Version of the divergence rule, in every result. Results without one were judged by rule 1: a
+comparison with the base on held-out rows only."""
 
 
 class MicroBatch(Protocol):
-    """The input of one forward pass: a part of an update's examples, for all runs."""
+    """The input of one forward pass: a part of an update, for all runs."""
 
     @property
     def tokens_N(self) -> Sequence[int]:
@@ -45,29 +42,23 @@ class Objective(Protocol[BatchT]):
     `runs` are those still in the pack; in `evaluate` and `at_end` those that are measured.
 
     For an update the loop calls `batches`, then `loss` of each batch, and divides by the run's
-    weight in the whole update. So a mean over tokens does not depend on the micro-batches.
+    weight in the update. So a mean over tokens does not depend on the micro-batches.
     """
 
     metric: Metric
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
-        """Return each run's measures before training, including the metric.
-
-        `base` has nothing attached yet.
-        """
+        """Return each run's measures, the metric included, under the base without adapters."""
 
     def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[BatchT]:
         """Return update `step`'s micro-batches (0-based). May sample from the model.
 
-        Of several processes (base.mesh in `start`) all get the same list, and each takes every
-        size-th batch: the length is a multiple of their number.
+        All processes of base.mesh return the same list, and each takes every size-th batch of it:
+        its length is a multiple of the mesh size.
         """
 
     def weights(self, batch: BatchT) -> torch.Tensor:
-        """Return the weight of each run's summed loss in `batch`, [N], e.g. its loss tokens.
-
-        Known before the forward pass, so that gradients need no rescaling afterwards.
-        """
+        """Return the weight of each run's `loss`, [N]; known before the forward pass."""
 
     def loss(self, model: nn.Module, batch: BatchT) -> torch.Tensor:
         """Return the summed loss of each run, [N], with gradient."""
@@ -76,22 +67,19 @@ class Objective(Protocol[BatchT]):
         """Return what to record of an update, from each run's mean loss."""
 
     def diverged(self, run_id: str, loss: float) -> bool:
-        """Note a run's mean loss at this update; return whether the run has diverged.
-
-        The loop itself checks that losses and gradients are finite.
-        """
+        """Note an update's mean loss; return whether the run diverged. The loop checks inf, NaN."""
 
     def evaluate(
         self, model: nn.Module, runs: Sequence[RunSpec], final: bool
     ) -> list[tuple[Record, int]]:
         """Measure runs on held-out items: on all of them if `final`, else on a part.
 
-        Returns for each run the measures by name, including the metric, and the number of items.
-        The model has these runs only, and in `at_end` those that have finished.
+        Returns each run's measures by name, the metric included, and its number of items. The model
+        has these runs only.
         """
 
     def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
-        """Return additional measures of runs that have finished."""
+        """Return additional measures of finished runs; the model has these runs only."""
 
     def facts(self, run: RunSpec) -> Record:
         """Return what every result of this run contains, finished or diverged."""
@@ -117,14 +105,12 @@ class OnData:
         join_rows: bool = False,
         forward_parts: int = 1,
     ) -> None:
-        """Set up the objective.
+        """Set up the objective; for `join_rows` and `forward_parts` see Exec.
 
         Args:
             data: run id -> the run's data set; runs may share one.
             micro_batch_size: sequences (rows or completions) per run and forward pass with
                 gradients; None: all of an update.
-            join_rows: see Exec.
-            forward_parts: see Exec.
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
         self._join_rows, self._forward_parts, self._mesh = join_rows, forward_parts, Mesh()
@@ -137,7 +123,7 @@ class OnData:
         return {**counts, DATA_SHA256: data.sha256, **commit}
 
     def refuse_other_data(self, run_id: str, then: str | None) -> None:
-        """Raise DataError unless a run resumes with the data it was started on, by fingerprint."""
+        """Raise DataError unless a run resumes with the data of its start, by fingerprint."""
         now = self._data[run_id].sha256
         if then != now:
             raise DataError(

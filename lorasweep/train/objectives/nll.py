@@ -23,12 +23,10 @@ from lorasweep.models.sharding import Mesh
 from lorasweep.train.events import Record
 
 LOGITS, GPU_LOGITS = 1 << 24, 1 << 26
-"""Logits computed at once on a CPU and on a GPU. On a GPU that is half a thousand positions of a
-vocabulary of 128,256 and about 1.3 GB with what the loss needs. Assumption: not measured on a GPU.
-"""
+"""Logits computed at once on a CPU and on a GPU: there about 500 positions of a vocabulary of
+128,256, and 1.3 GB with what the loss needs. Assumption: not measured on a GPU."""
 PARTS = ("", "_changed", "_unchanged")
-"""Endings of the measures of exact_loss: over all contexts, and by whether fine-tuning changes
-them."""
+"""Endings of exact measures: over all contexts, those that fine-tuning changes, and the others."""
 
 
 class Inputs(NamedTuple):
@@ -73,10 +71,7 @@ def token_log_p(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
 
 
 def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[torch.Tensor]:
-    """Return log q of every symbol at each run's loss tokens, [L, V] each, in nats.
-
-    For small vocabularies only: all of them are in memory at once.
-    """
+    """Return log q of every symbol at each run's loss tokens, [L, V] each, in nats; V is small."""
     given = inputs(model, batch)
     parts = _by_chunks(model, given, precision, lambda logits, *_: _wide(logits).log_softmax(-1))
     log_q_NRPV = torch.cat(parts, 1).unflatten(0, (len(batch.lengths), -1))
@@ -112,7 +107,7 @@ def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> l
 
     def part(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with autocast(precision, hidden.device):
-            # contiguous: of a slice, a product would take one copy of the weight per row
+            # contiguous: the product with a slice would copy the weight once per row
             return measure(logits_of(model, hidden.contiguous()), targets, weight)
 
     # the backward pass computes a chunk's logits again, so that they are never whole in memory
@@ -144,8 +139,7 @@ def evaluate(
 ) -> list[float]:
     """Return each run's NLL in nats per loss token, from its list of held-out batches.
 
-    A run with fewer batches than another repeats them, uncounted. Several processes share the
-    batches.
+    A run with fewer batches than another repeats some, uncounted. Processes share the batches.
     """
     mesh = mesh or Mesh()
     device = next(model.parameters()).device
@@ -163,7 +157,7 @@ def evaluate(
 
 
 def more_than_a_row(batches_N: Sequence[list[Batch]]) -> bool:
-    """Return whether a forward pass holds several rows of a run, so that it can hold fewer."""
+    """Return whether a forward pass holds several rows of a run, and so could hold fewer."""
     return any(len(batch.lengths[0]) > 1 for own in batches_N for batch in own)
 
 
@@ -204,13 +198,12 @@ def gain_se(
 ) -> float:
     """Return the standard error of a gain in nats per token: of sum(before - after) / sum(tokens).
 
-    The jackknife over prompts of a ratio of two sums (Cochran, Sampling Techniques, 3rd ed.,
-    chapter 6), of paired differences, because both models read the same rows (Miller, arXiv
-    2411.00640, on clustered errors and paired differences). NaN for fewer than two prompts.
+    Jackknife over prompts of a ratio of sums (Cochran, Sampling Techniques, 3rd ed., chapter 6), of
+    paired differences with clustered errors (Miller, arXiv 2411.00640). NaN below two prompts.
 
     Args:
-        before, after, tokens: [rows], a row's summed NLL under the base and under the adapter, and
-            its loss tokens.
+        before, after: [rows], summed NLL of a row under the base and under the adapter.
+        tokens: [rows], loss tokens.
         prompts: [rows], the number of a row's prompt; None: each row has another.
     """
     differences = before - after
@@ -233,8 +226,8 @@ def evaluate_exact(
 ) -> list[Record]:
     """Return each run's expected NLL over the true distributions, by PARTS.
 
-    Of a context it is -sum_v p(v) log q(v), the expectation of the NLL that `evaluate` returns.
-    Keys are `name` with each ending of PARTS; NaN for a part without contexts.
+    In a context it is -sum_v p(v) log q(v), the expectation of the NLL that `evaluate` returns.
+    Keys: `name` with each ending of PARTS; NaN for a part without contexts.
     """
     mesh = mesh or Mesh()
     sums = torch.zeros(len(batches_N), len(PARTS), dtype=torch.float64)
@@ -260,9 +253,8 @@ def evaluate_exact(
 def floors(examples: Sequence[Example], name: str) -> Record:
     """Return the lowest possible value of each measure of `evaluate_exact`.
 
-    Keys: `name` with each ending of PARTS but the first, in nats (the mean entropy of the true
-    distributions), and `changed_share`, the share of contexts that fine-tuning changes. Empty for
-    examples without a truth.
+    Keys: `name` with each ending of PARTS but the first, the mean entropy of the true distributions
+    in nats; `changed_share`, the share of contexts that fine-tuning changes. Empty without truth.
     """
     truths = [e.truth for e in examples if e.truth is not None]
     if not truths:

@@ -1,12 +1,11 @@
 """Policy gradient: sample completions, reward them, and raise the probability of the better ones.
 
-The loss of a completion is the sum over its tokens of -ratio * advantage: the ratio is p_learner /
-p_sampler, the advantage the reward minus the mean of the group. This is the `importance_sampling`
-loss of github.com/thinking-machines-lab/tinker-cookbook, which the study trained with. The gradient
-is the expected reward's (Williams 1992), times (G - 1) / G because the group's mean contains the
-completion itself. The loss is divided by the number of completions, so its scale does not
-depend on how many groups have equal rewards; those have no gradient and are not computed. Only
-tokens that the policy drew bear loss, the end token included.
+A completion's loss is -ratio * advantage, summed over its tokens (the end included): ratio is
+p_learner / p_sampler, advantage the reward minus the group's mean. This is the study's loss,
+`importance_sampling` of github.com/thinking-machines-lab/tinker-cookbook. Its gradient is the
+expected reward's (Williams 1992) times (G - 1) / G, because the mean contains the completion
+itself. Groups with equal rewards have no gradient and are not computed, but count in the number of
+completions that the loss is divided by.
 
 Shapes: N runs of the pack, M positions per run, G completions of a prompt.
 """
@@ -44,16 +43,14 @@ from lorasweep.train.objectives.rollouts import (
 from lorasweep.train.sampling import sample
 
 COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
-"""A run has collapsed if its mean reward is below this share of the base's reward
-(`Signal.base_reward`) for so many updates in a row. Assumption, not tuned."""
+"""A run has collapsed if its mean reward is below this share of `Signal.base_reward` for so many
+updates in a row. Assumption, not tuned."""
 FIRST_UPDATES = 8
-"""A run is stopped if no completion of so many first updates is rewarded, or every one. These
-rewards also measure the base: see `Signal.base_reward`."""
+"""A run is stopped if no completion of so many first updates is rewarded, or every one."""
 RATIO_BOUND = 1e-3
 """Largest distance of p_learner / p_sampler from 1 in fp32, where both are the same policy."""
 ROUNDING = 1e-5
-"""Share of the largest logit by which rounding may change a log-probability: about 100 steps of
-fp32."""
+"""Rounding may change a log-probability by this share of the largest logit: 100 steps of fp32."""
 
 
 class PolicyGradient(OnData):
@@ -72,11 +69,7 @@ class PolicyGradient(OnData):
         """For each micro-batch and run the summed log p_sampler - log p_learner, and its tokens."""
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
-        """Check the data, and measure the base's reward on each data set, once.
-
-        Raises:
-            DataError: a completion cannot be rewarded, or a prompt leaves no room for one.
-        """
+        """Check the data (DataError), and measure the base's reward on each data set, once."""
         self._mesh = mesh = base.mesh
         if self._join_rows:
             check_rows_stay_apart(base.model)
@@ -131,10 +124,7 @@ class PolicyGradient(OnData):
         return collate_rollouts(kept_N, most, first.batch_size, self._join_rows, self._mesh.size)
 
     def _rewards_of(self, run: RunSpec) -> Rewards:
-        """Return the rewards of a run; of several processes one computes them for all.
-
-        A verifier with a time limit could decide differently in each process.
-        """
+        """Return a run's rewards, computed in one process: verifiers may have time limits."""
         rewards, mesh = self._data[run.id].rewards, self._mesh
         if mesh.size == 1:
             return rewards
@@ -179,11 +169,8 @@ class PolicyGradient(OnData):
     def metrics(self, losses: Sequence[float]) -> list[Record]:
         """Return the record of this update: the record of reward_groups, and more.
 
-        `surrogate`: the mean loss. `sampler_kl`: mean of log p_sampler - log p_learner, over the
-        tokens that bear loss. `sampled_tokens_per_s`: of the whole pack.
-
-        Raises:
-            DataError: no completion of the first updates was rewarded, or every one.
+        `surrogate`: the mean loss. `sampler_kl`: mean of log p_sampler - log p_learner over loss
+        tokens. `sampled_tokens_per_s`: of the whole pack. DataError: see Signal.check.
         """
         kl_N, count_N = (sum(x.double() for x in xs) for xs in zip(*self._gap_NK))
         self._mesh.sum_(kl_N, count_N)
@@ -206,9 +193,9 @@ class PolicyGradient(OnData):
     ) -> list[tuple[Record, int]]:
         """Return each run's held-out reward with the standard error: see held_out_rewards.
 
-        Where rewards are sampled, also the share of completions that could not be read, which count
-        as wrong. With a known number of choices, also the information learned in bits, and bits per
-        completion. At the end of training, also the reward on the rows of earlier evaluations.
+        For sampled rewards also the share of completions that could not be read, which count as
+        wrong. For a known number of choices also the bits learned, and bits per completion. At the
+        end of training also the reward on the rows of earlier evaluations.
         """
         tests = [self._data[run.id].test for run in runs]
         firsts = [t[: run.dataset.n_test_curve or None] for run, t in zip(runs, tests)]
@@ -254,22 +241,18 @@ class PolicyGradient(OnData):
         }
 
     def state(self, run_id: str) -> dict[str, Any]:
-        """Return the counts of a run, its best reward, and the fingerprint of its data."""
+        """Return a run's counts, its best reward, and the fingerprint of its data."""
         return {**self._signals[run_id].state(), DATA_SHA256: self._data[run_id].sha256}
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
-        """Restore the values of `state`, and check the data.
-
-        Raises:
-            DataError: the run was started on other data.
-        """
+        """Restore the values of `state`; DataError if the run was started on other data."""
         self.refuse_other_data(run_id, state[DATA_SHA256])
         self._signals[run_id].load(state)
 
 
 @dataclass
 class Signal:
-    """The rewards of one run so far: whether there is something to learn, and has it collapsed."""
+    """The rewards of one run so far. They show whether it can learn, and whether it collapsed."""
 
     reward_start: float = math.nan
     """The base's held-out reward."""
@@ -285,21 +268,20 @@ class Signal:
     last: Record = field(default_factory=dict)
     """The record of the present update."""
     beyond_fp32: bool = False
-    """Whether weights have grown until fp32 gives one token two probabilities."""
+    """Weights have grown until rounding in fp32 decides: see check_sampler."""
 
     @property
     def base_reward(self) -> float:
         """The reward that a collapse is judged by: the smaller of two measures of the base.
 
-        One is the reward on held-out prompts, the other `first_reward`: training prompts may be
-        harder. A mean over more updates is less noisy, but lower if the run collapses in them:
-        hence the highest of several means.
+        These are the held-out reward, and `first_reward`, as training prompts may be harder. The
+        latter is the highest of several means, because an early collapse lowers the longer ones.
         """
         return min(self.reward_start, self.first_reward)
 
     @property
     def collapsed(self) -> bool:
-        """Whether the run is far worse than the base was."""
+        """Whether the run is far worse than the base."""
         return self.below >= COLLAPSED_PATIENCE
 
     def note(self, record: Record, completions: int) -> None:
@@ -313,11 +295,7 @@ class Signal:
         self.below = self.below + 1 if is_below else 0
 
     def check(self, run: RunSpec) -> None:
-        """Check, once after the first updates, that completions differ in their rewards.
-
-        Raises:
-            DataError: none was rewarded, or every one.
-        """
+        """Raise DataError if no completion of the first updates was rewarded, or every one."""
         if self.completions != FIRST_UPDATES * run.batch_size:
             return
         if 0 < self.rewarded < self.completions:
@@ -332,16 +310,10 @@ class Signal:
         )
 
     def check_sampler(self, run: RunSpec, off: float) -> None:
-        """Check that the learner is the policy that sampled.
+        """Check that the learner is the policy that sampled; ModelError in the first update.
 
-        In the first update a difference is a mistake. Later it is a run that has broken down: its
-        weights have grown until rounding decides.
-
-        Args:
-            off: largest distance of p_learner / p_sampler from 1; NaN is a divergence.
-
-        Raises:
-            ModelError: they differ in the first update.
+        Later a difference means that the run has broken down: its weights have grown until rounding
+        decides. `off`: largest distance of p_learner / p_sampler from 1; the loop checks for NaN.
         """
         bound = max(RATIO_BOUND, ROUNDING * self.last["largest_logit"])
         if not off > bound:
@@ -369,8 +341,8 @@ class Signal:
     def load(self, state: dict[str, Any]) -> None:
         """Restore the values of `state`.
 
-        A checkpoint from before divergence rule 2 has no first reward: the mean of all rewards is
-        used, and updates below the old bound are not counted.
+        A checkpoint of divergence rule 1 has no first reward: the mean of all rewards replaces it,
+        and updates below the old bound do not count.
         """
         self.completions, self.rewarded = state["answers"], state["rewarded"]
         self.below, best = state["below"], state["best_reward"]

@@ -1,8 +1,5 @@
 """Completions of prompts: their rewards, held out and in training, and their rows for the learner.
 
-Completions of a group that are equal up to their last token share a row, so one prompt with
-completions of one token is one row.
-
 Shapes: N runs of the pack, P prompts, G completions of each, M positions per run at which a token
 of a completion is predicted.
 """
@@ -26,7 +23,7 @@ from lorasweep.train.objectives.nll import more_than_a_row, row_nlls
 from lorasweep.train.sampling import Completions, sample
 
 EVAL_TOKENS = 4096
-"""Padded tokens per run and forward pass in evaluation. It does not depend on the pack size."""
+"""Padded tokens per run and forward pass in evaluation, in packs of any size."""
 DEVIATION_EPS = 1e-4
 """Added to a group's standard deviation: TRL's value (trl.GRPOTrainer)."""
 
@@ -64,12 +61,10 @@ class Rollouts:
 
     @property
     def tokens_N(self) -> Sequence[int]:
-        """Tokens of each run, without padding."""
         return self.batch.tokens_N
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens of one run, with padding."""
         return self.batch.padded_tokens
 
 
@@ -81,9 +76,9 @@ def reward_groups(
 ) -> tuple[list[Group], Record]:
     """Return a run's groups, one per row, and the record of its completions.
 
-    `reward`: their mean, with the standard error over prompts, because completions of one prompt
-    are similar. `flat_groups`: share of groups whose rewards are all equal. `entropy`: in nats per
-    token. `cut_off`: share of completions without an end. `unread`: share that could not be read.
+    `reward`: their mean, with the standard error over prompts, as completions of one prompt are
+    similar. `flat_groups`: share of groups with equal rewards. `entropy`: in nats per token.
+    `cut_off`: share of completions without an end. `unread`: share that could not be read.
     """
     size = len(completions.tokens) // len(rows)
     # equal completions of one prompt are rewarded once
@@ -109,9 +104,9 @@ def reward_groups(
 
 
 def advantages(reward_PG: np.ndarray, scale: str) -> np.ndarray:
-    """Return each reward minus its group's mean; with scale 'group' divided by the deviation.
+    """Return each reward minus its group's mean; with scale 'group' over the standard deviation.
 
-    With G - 1, as in TRL and in the paper's code (arXiv 2402.03300).
+    The variance has the divisor G - 1, as in TRL and in the code of GRPO (arXiv 2402.03300).
     """
     centred = reward_PG - reward_PG.mean(1, keepdims=True)
     flat = (reward_PG == reward_PG[:, :1]).all(1)
@@ -139,9 +134,9 @@ def held_out_rewards(
 ) -> list[tuple[float, float, float]]:
     """Return each run's mean reward on its rows, its standard error, and the share unreadable.
 
-    Where only the row's answer is rewarded, the reward of a row is the probability of that answer:
-    the expected reward of the policy. Elsewhere it is the reward of one completion, drawn with the
-    same random numbers in every run and at every step. `forward_parts`: see Exec.
+    Where only the row's answer is rewarded, a row's reward is the probability of that answer, the
+    expected reward. Elsewhere it is the reward of one completion, drawn with the same random
+    numbers in every run and at every step. `forward_parts`: see Exec.
     """
     if all(r.exact for r in rewards_N):
         most = max(1, EVAL_TOKENS // forward_parts)
@@ -166,9 +161,9 @@ def held_out_rewards(
 def bits_learned(reward: float, choices: int) -> float:
     """Return the least information about one label that reaches this expected reward, in bits.
 
-    The label is one of `choices` equally likely ones, the reward the probability of naming it: the
-    rate-distortion function of a uniform source under Hamming distortion (Cover & Thomas, Elements
-    of Information Theory, 2nd ed., problem 10.5). 0 at chance and below.
+    The reward is the probability of naming the label, one of `choices` equally likely ones. This is
+    the rate-distortion function of a uniform source under Hamming distortion (Cover & Thomas,
+    Elements of Information Theory, 2nd ed., problem 10.5). 0 at chance and below.
     """
     miss = 1 - reward
     if miss >= 1 - 1 / choices:
@@ -187,10 +182,10 @@ def collate_rollouts(
     join_rows: bool,
     processes: int = 1,
 ) -> list[Rollouts]:
-    """Return micro-batches of at most about `rows` completions per run, as many for each process.
+    """Return micro-batches of about `rows` completions per run at most, equally many per process.
 
-    `groups_N`: the groups of each run that have a gradient; a run without any takes part with no
-    weight. `episodes`: completions of a run in the update.
+    `groups_N`: each run's groups with a gradient; a run without any takes part with no weight.
+    `episodes`: completions of a run in the update.
     """
 
     def longest(group: Group) -> int:
@@ -238,14 +233,14 @@ def _without_signal(groups: Sequence[Group], join_rows: bool, weight: bool) -> R
 
 
 def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
-    """Collate the completions of one run."""
+    """Collate one run's completions; those of a group that differ in the last token share a row."""
     tokens: list[np.ndarray] = []
     completions: list[Completion] = []
     firsts: list[int] = []
     lengths: list[int] = []
     n_tokens = 0
     for group in groups:
-        # the last token is predicted, and nothing is predicted from it
+        # nothing is predicted from the last token
         sharing: dict[bytes, list[Completion]] = {}
         for completion in group.completions:
             sharing.setdefault(completion.tokens[:-1].tobytes(), []).append(completion)

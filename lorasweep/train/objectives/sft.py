@@ -1,9 +1,4 @@
-"""Supervised fine-tuning: the NLL in nats per loss token, averaged over a run's batch.
-
-Sums and counts are kept separately and divided once, so micro-batches change only rounding.
-
-Shapes: N runs of the pack.
-"""
+"""Supervised fine-tuning of N runs: the NLL in nats per loss token, averaged over a run's batch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,25 +30,21 @@ from lorasweep.train.objectives.nll import (
 DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
 """See Divergence. Assumptions, not tuned."""
 ROWS = "rows"
-"""Key of the summed NLL of each row among measures, which is not recorded."""
+"""Key of each row's summed NLL among measures; not recorded."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
-"""Padded tokens per forward pass in evaluation: per run on a CPU, of all runs on a GPU. On a CPU it
-does not depend on the pack size, so that held-out losses are summed over the same rows in every
-pack."""
+"""Padded tokens per forward pass in evaluation: on a CPU per run, so that every pack sums held-out
+losses over the same rows; on a GPU of all runs."""
 
 
 @dataclass
 class Divergence:
-    """Decides from a run's train NLLs, update by update, whether it has diverged.
+    """Decides from a run's train NLLs whether it has diverged.
 
-    A run has diverged if its NLL is above DIVERGED_NLL_FACTOR times the base's for
-    DIVERGED_PATIENCE updates in a row. An absolute bound would mean something else for every model.
-
-    The base's NLL is the larger of two: of the first update's rows, before the weights change, and
-    of the held-out rows. The first covers training rows that are harder than the held-out ones, the
-    second a small first batch that happens to be easy. Later losses are no reference: the second
-    one already shows a learning rate that is far too high. A late call costs time, a false call
-    costs the run.
+    It has if its NLL is above DIVERGED_NLL_FACTOR times the base's NLL for DIVERGED_PATIENCE
+    updates in a row. The base's NLL is the larger of two: on the first update's rows, because
+    training rows may be harder, and on the held-out rows, because a small first batch may be easy.
+    Later losses are no reference: the second one already shows a learning rate that is far too
+    high. A late call costs time, a false call costs the run.
     """
 
     held_out: float
@@ -91,7 +82,7 @@ class SupervisedFineTuning(OnData):
         self._eval_batches: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
-        """Measure the base's NLL on each data set, and on its pretraining rows, once."""
+        """Measure the base's NLL once on each data set, and on its pretraining rows."""
         self._mesh = base.mesh
         if self._join_rows:
             check_rows_stay_apart(base.model)
@@ -115,7 +106,7 @@ class SupervisedFineTuning(OnData):
     def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[Batch]:
         """Return the micro-batches of update `step`, with rows of similar length together.
 
-        Of several processes, each takes one of neighbouring micro-batches with as many rows.
+        Neighbouring micro-batches have equally many rows: each process takes one of them.
         """
         processes, by_run = self._mesh.size, []
         for run in runs:
@@ -145,22 +136,20 @@ class SupervisedFineTuning(OnData):
         return [{"train_nll": nll} for nll in losses]
 
     def diverged(self, run_id: str, loss: float) -> bool:
-        """Add to the code length, and judge the loss: see Divergence."""
+        """Add the loss to the code length, and judge it: see Divergence."""
         self._code_nats[run_id] += loss * self._n_loss[run_id]
         return self._divergence[run_id].note(loss)
 
     def evaluate(
         self, model: nn.Module, runs: Sequence[RunSpec], final: bool
     ) -> list[tuple[Record, int]]:
-        """Return each run's held-out NLL and related measures.
+        """Return each run's NLL and related measures on its validation rows, or first test rows.
 
-        During training it is measured on the validation rows, where there are some, else on a part
-        of the test rows; at the end on all test rows. `test_nll_curve`: at the end, the NLL on the
-        rows of the earlier evaluations, so that a learning curve can be read to its end. `gain_se`:
-        with validation rows, the standard error of the gain on the test rows. `test_bpb`: bits per
-        byte, for text. With exact_loss also the parts of the NLL. `code_nats`: the summed train NLL
-        of all updates so far, each measured before the update: the length of a prequential code of
-        the training data (Dawid 1984).
+        At the end of training on all test rows; then `test_nll_curve` is the NLL on the rows of the
+        earlier evaluations, and, with validation rows, `gain_se` the standard error of the gain.
+        `test_bpb`: bits per byte, for text. With exact_loss also the PARTS of the NLL. `code_nats`:
+        the summed train NLL of all updates, each measured before the update: the length of a
+        prequential code of the training data (Dawid 1984).
         """
         tests = [self._data[run.id].test for run in runs]
         validations = [self._data[run.id].validation for run in runs]
@@ -189,15 +178,12 @@ class SupervisedFineTuning(OnData):
     def _measure(
         self, model: nn.Module, rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
     ) -> list[Record]:
-        """Return the NLL of each run on its rows, over true distributions if all have them.
-
-        `by_row`: for which runs to return the summed NLL of each row, ROWS, too.
-        """
+        """Return each run's NLL on its rows, and where `by_row` is True also each row's: ROWS."""
         batches, name = [self._batched(r) for r in rows], self.metric.name
         with phase(EVALUATION, more_than_a_row(batches)):
             if all(b.truth is not None for own in batches for b in own):
                 return evaluate_exact(model, batches, self._precision, name, self._mesh)
-            # a sum by rows rounds in another way, so each run has the one that it has alone
+            # a sum by rows rounds differently, so each run gets the sum that it would get alone
             sums: Sequence[np.ndarray] = ()
             nlls: Sequence[float] = ()
             if any(by_row):
@@ -212,12 +198,12 @@ class SupervisedFineTuning(OnData):
         ]
 
     def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
-        """Measure the NLL on rows of the pretraining task, where the data set has some."""
+        """Measure the NLL on rows of the pretraining task, if the data set has some."""
         rows = [self._data[run.id].retain for run in runs]
         some = next(filter(None, rows), None)
         if some is None:
             return [{} for _ in runs]
-        # a forward pass has rows of every run: one without any gets another's, uncounted
+        # a forward pass has rows of every run: a run without any gets another's, uncounted
         batches = [self._batched(own or some) for own in rows]
         with phase(EVALUATION, more_than_a_row(batches)):
             nlls = evaluate(model, batches, self._precision, self._mesh)
@@ -229,7 +215,7 @@ class SupervisedFineTuning(OnData):
     def facts(self, run: RunSpec) -> Record:
         """Return the NLL before training, and facts about the data set.
 
-        `bits_...`: new information in the training data of the whole run, for known generators.
+        `bits_...`: new information in the run's training data, for known generators.
         """
         data = self._data[run.id]
         bits = data.bits(run.steps * self._n_loss[run.id]) if data.bits else {}
@@ -252,14 +238,11 @@ class SupervisedFineTuning(OnData):
         return state | ({DATA_SHA256: self._data[run_id].sha256} if known else {})
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
-        """Restore the values of `state`, and check the data.
+        """Restore the values of `state`; DataError if the run was started on other data.
 
-        An old checkpoint without a fingerprint leads to a result without one, one without a code
-        length to NaN. One from before divergence rule 2 has no first NLL: the next update's is
-        used, and updates above the old bound are not counted.
-
-        Raises:
-            DataError: the run was started on other data.
+        Without a fingerprint in an old checkpoint the result has none; without a code length it is
+        NaN. Under divergence rule 1 there is no first NLL: the next update's replaces it, and
+        updates above the old bound do not count.
         """
         judged = self._divergence[run_id]
         judged.first = state.get("first_nll")
@@ -271,7 +254,7 @@ class SupervisedFineTuning(OnData):
             self.refuse_other_data(run_id, state[DATA_SHA256])
 
     def _batched(self, examples: Sequence[Example]) -> list[Batch]:
-        """Group held-out examples into batches, once for all evaluations."""
+        """Return held-out examples in batches, made once for all evaluations."""
         key = tuple(map(id, examples))  # the data sets are held, so ids are not reused
         if key not in self._eval_batches:
             self._eval_batches[key] = eval_batches(examples, self._eval_tokens, self._join_rows)
@@ -279,12 +262,12 @@ class SupervisedFineTuning(OnData):
 
 
 def _loss_tokens(examples: Sequence[Example]) -> np.ndarray:
-    """Count the loss tokens of each row, in the order in which rows are evaluated."""
+    """Count each row's loss tokens, in the order of evaluation."""
     return np.array([int(examples[i].loss.sum()) for i in by_length(examples)])
 
 
 def _prompts(run: RunSpec, examples: Sequence[Example]) -> list[int] | None:
-    """Return the prompt number of each row, in order of evaluation; None if not held out by it."""
+    """Return each row's prompt number, in the order of evaluation; None if not held out by it."""
     if run.dataset.held_out_by != "prompt":
         return None
     return prompts_of([examples[i] for i in by_length(examples)])

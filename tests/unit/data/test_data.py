@@ -16,7 +16,7 @@ from lorasweep.data.synthetic import skills
 from lorasweep.errors import DataError
 from lorasweep.spec.streams import stream
 from tests.bpe import qwen_like
-from tests.unit.data.shipped import shipped
+from tests.unit.data.conftest import shipped
 from tests.world import write_json, write_splits
 
 

@@ -11,7 +11,7 @@ from lorasweep.data import load as data
 from lorasweep.data.examples import rounded, with_fingerprint
 from lorasweep.data.synthetic import dialect, skills
 from lorasweep.errors import DataError
-from tests.unit.data.shipped import shipped
+from tests.unit.data.conftest import shipped
 
 CELLS = [(8, 2), (8, 8), (32, 2), (32, 8)]
 
@@ -90,6 +90,7 @@ def test_with_draws_by_seed_all_seeds_share_one_fingerprint():
 @pytest.mark.parametrize(
     ("name", "wrong", "problem"),
     [
+        ("facts", {"max_length": 60}, "max_length=60. Allowed: a multiple of 8"),
         ("dialect_smoke", {"shift_rank": 9}, "shift_rank=9.*from 0 to features=8"),
         ("dialect_smoke", {"shift_rank": 1.5}, "whole number"),
         ("dialect_smoke", {"shift_rank": 2, "shift_nats": 0}, "shift_nats=0.*above 0"),
@@ -101,8 +102,9 @@ def test_with_draws_by_seed_all_seeds_share_one_fingerprint():
     ],
 )
 def test_wrong_parameters_are_refused(name, wrong, problem):
+    changes = wrong if "max_length" in wrong else {"generator_params": wrong}
     with pytest.raises(DataError, match=f"dataset '{name}.*{problem}"):
-        data.check_available(shipped(name, generator_params=wrong), [])
+        data.check_available(shipped(name, **changes), [])
 
 
 facts = partial(shipped, "facts")
@@ -144,11 +146,6 @@ def test_an_untrained_values_entropy_is_16_bits():
     values = np.concatenate([e.tokens[e.loss] for e in data.load(spec, []).test])
     share = np.bincount(values, minlength=16) / len(values)
     assert -(share * np.log(share)).sum() == pytest.approx(math.log(16), abs=2e-3)
-
-
-def test_rows_hold_whole_facts():
-    with pytest.raises(DataError, match=r"max_length=60. Allowed: a multiple of 8"):
-        data.check_available(facts(max_length=60), [])
 
 
 def few(name, **changes):

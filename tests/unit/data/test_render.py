@@ -8,7 +8,7 @@ from lorasweep.data import fields, own
 from lorasweep.data import load as data
 from lorasweep.errors import DataError
 from tests.bpe import llama_like, qwen_like
-from tests.unit.data.shipped import shipped
+from tests.unit.data.conftest import shipped
 from tests.world import write_json, write_splits
 
 TURNS = [
@@ -78,9 +78,7 @@ ASKED, EOS = "User : _So ? _ 3 4 5 // Assistant :", "<|endoftext|>"
         ),
     ],
 )
-def test_a_message_of_weight_0_is_not_learned_and_one_of_weight_1_is(
-    tmp_path, weights, changes, text
-):
+def test_messages_of_weight_1_are_learned_and_of_weight_0_are_not(tmp_path, weights, changes, text):
     assert tokens_of(tmp_path, qwen_like(), weighted(*weights), **changes)[0].endswith(text)
 
 

@@ -27,7 +27,7 @@ from lorasweep.errors import DataError, SpecError
 from lorasweep.spec.run import validate
 from tests.bpe import llama_like
 from tests.small_hub import deep, problem
-from tests.unit.data.shipped import composed, shipped
+from tests.unit.data.conftest import composed, shipped
 from tests.unit.data.test_data import jsonl
 from tests.unit.data.test_study_data import load, spec_of
 

@@ -15,7 +15,7 @@ from lorasweep.spec.run import validate
 from tests import small_hub
 from tests.bpe import llama_like, qwen_like
 from tests.small_hub import problem, thought, tulu
-from tests.unit.data.shipped import shipped
+from tests.unit.data.conftest import shipped
 from tests.world import tiny_spec
 
 
@@ -186,6 +186,7 @@ def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
     for name, changes, words in (
         ("gsm8k", {"too_long": "drop"}, "too_long='drop'. Allowed: cut, cut_or_skip, skip"),
         ("gsm8k", {"test_location": "a/b"}, "test_location='a/b': only for source=hub"),
+        ("gsm8k", {"n_retain": 16}, "n_retain"),
         ("gsm8k", {"test_revision": "main"}, "there is no test_location"),
         ("dialect", {"too_long": "skip"}, "too_long='skip' has no effect with source=synthetic"),
         ("dialect", {"render": "role_colon"}, "render='role_colon' has no effect"),
@@ -204,9 +205,7 @@ def load_gsm8k(cache, **changes):
     return data.load(given, [], qwen_like(), str(cache))
 
 
-def test_an_unpinned_name_is_what_its_commit_is_and_a_pinned_one_is_never_replaced(
-    tmp_path, offline
-):
+def test_an_unpinned_name_is_its_commit_and_a_pinned_one_is_never_replaced(tmp_path, offline):
     """A newer commit brings other rows: kept tokens of the older one are not taken for them."""
 
     def gsm8k(commit, answer):
@@ -218,10 +217,7 @@ def test_an_unpinned_name_is_what_its_commit_is_and_a_pinned_one_is_never_replac
     gsm8k(OLD, "Yes")
     old = load_gsm8k(tmp_path / "kept", revision="")
     gsm8k(NEW, "No")
-    new, pinned = (
-        load_gsm8k(tmp_path / "kept", revision=""),
-        load_gsm8k(tmp_path / "kept", revision=NEW),
-    )
+    new, pinned = (load_gsm8k(tmp_path / "kept", revision=commit) for commit in ("", NEW))
     assert (old.commit, new.commit, pinned.commit) == (OLD, NEW, NEW)
     assert old.sha256 != new.sha256 == pinned.sha256
     assert len(list((tmp_path / "kept").glob("*.rows"))) == 4

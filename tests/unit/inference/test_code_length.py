@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.inference.code_length import FEWEST, of_all
+from analysis.inference.code_length import FEWEST, extrapolate
 
 SHAPES = {
     "nothing is learned": lambda u: np.ones_like(u),
@@ -28,7 +28,7 @@ def test_the_range_holds_what_all_rows_cost(name, n, times):
     rng, held, cases = np.random.default_rng(0), [0, 0], 100
     for _ in range(cases):
         base, code, tokens = batches(rng, SHAPES[name], n * times)
-        found = of_all(base[:n], code[:n], tokens[:n], tokens[n:].sum())
+        found = extrapolate(base[:n], code[:n], tokens[:n], tokens[n:].sum())
         for k, (e, truth) in enumerate(((found.as_is, base), (found.prequential, code))):
             held[k] += e.low <= truth.sum() <= e.high
     assert held[0] >= 0.9 * cases and held[1] >= 0.95 * cases, held
@@ -36,19 +36,19 @@ def test_the_range_holds_what_all_rows_cost(name, n, times):
 
 def test_what_was_measured_whole_has_no_range():
     base, code, tokens = batches(np.random.default_rng(1), SHAPES["learned at once"], 30)
-    found = of_all(base, code, tokens, 0)
+    found = extrapolate(base, code, tokens, 0)
     for e, nats in ((found.as_is, base), (found.prequential, code)):
         assert e.value == e.low == e.high == pytest.approx(nats.sum())
 
 
 def test_without_noise_the_base_is_known_and_a_flat_code_as_well():
     tokens = np.full(40, 100.0)
-    found = of_all(2 * tokens, tokens, tokens, 10 * tokens.sum())
+    found = extrapolate(2 * tokens, tokens, tokens, 10 * tokens.sum())
     assert found.as_is.interval == pytest.approx((88_000, 88_000))
     assert found.prequential.interval == pytest.approx((44_000, 44_000))
 
 
 def test_too_few_batches_say_nothing_of_further_rows():
     few = np.ones(FEWEST - 1)
-    found = of_all(few, few, few, 100)
+    found = extrapolate(few, few, few, 100)
     assert found.as_is.value is None and found.prequential.value is None

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from analysis.inference.censored import censored_slope, pseudo_values
-from analysis.inference.meta import drift, meta_regression, random_effects
+from analysis.inference.meta import (
+    censored_slope,
+    drift,
+    meta_regression,
+    pseudo_values,
+    random_effects,
+)
 
 INF = math.inf
 

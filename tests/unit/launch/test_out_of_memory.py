@@ -23,7 +23,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.train import sampling
 from lorasweep.train.events import EVALUATION, LEARNING, SAMPLING, phase
 from lorasweep.train.objectives import rollouts, sft
-from tests.rewarded import rewarded_spec
+from tests.training import rewarded_spec
 from tests.unit.launch.trainers import Scripted, steps_of, train
 from tests.world import tiny_spec
 

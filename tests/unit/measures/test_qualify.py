@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from analysis.measures.qualify import qualify, stalled, verdict
-from analysis.runs.prefixes import at_step, task_problems, while_unsolved
+from analysis.runs.learning_curves import at_step, task_problems, while_unsolved
 from lorasweep.spec.evaluations import eval_steps
 from lorasweep.store.table import load_runs
 from tests.planted import GAIN, START

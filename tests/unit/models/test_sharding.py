@@ -37,13 +37,6 @@ def test_every_batch_is_taken_once_and_all_take_as_many_turns():
     assert list(Mesh().turns(3)) == [0, 1, 2] and Mesh().share("abc") == [*"abc"]
 
 
-def test_one_process_needs_no_others():
-    mesh, numbers = Mesh(), torch.ones(2)
-    mesh.sum_(numbers)
-    assert numbers.tolist() == [1, 1] and mesh.broadcast(3) == 3 and mesh.gather(3) == [3]
-    assert mesh.any(True) and not mesh.any(False) and mesh.run(max, 1, 2) == 2
-
-
 def test_the_guard_refuses_a_trained_tensor_that_is_not_split_and_processes_that_differ():
     """The first is what happens to adapters that are attached to a model already split: its loss is
     right, and the gradients are those of one process."""

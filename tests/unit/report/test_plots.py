@@ -11,8 +11,8 @@ from analysis.inference.estimate import AT_LEAST, Estimate
 from analysis.optimum.fit import fit_all
 from analysis.questions.base import Panel, Series
 from analysis.report import plots, plots_curves
+from analysis.runs.learning_curves import at_step
 from analysis.runs.lr_curves import lr_curves, title
-from analysis.runs.prefixes import at_step
 
 
 @pytest.fixture

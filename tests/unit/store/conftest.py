@@ -1,6 +1,7 @@
-"""A run folder, owners of runs, and a folder of a group."""
+"""A run folder, owners of runs, a folder of a group, and processes that work at the same time."""
 
 import json
+import multiprocessing
 import os
 
 import pytest
@@ -17,6 +18,26 @@ def save(folder, *steps):
         meta = {"step": step, "layout": ["x"], "records_size": 0}
         tensors = {"param/w": torch.full((3,), float(step))}
         checkpoint.save(folder, {"tensors": tensors, "meta": meta})
+
+
+def at_once(count, do):
+    """Call do(k) in `count` processes at the same time, which live until all have returned; return
+    what they return."""
+    fork = multiprocessing.get_context("fork")
+    start, end, out = fork.Barrier(count), fork.Barrier(count), fork.Queue()
+
+    def work(k):
+        start.wait()
+        out.put(do(k))
+        end.wait()
+
+    processes = [fork.Process(target=work, args=(k,), daemon=True) for k in range(count)]
+    for p in processes:
+        p.start()
+    found = [out.get(timeout=60) for _ in processes]
+    for p in processes:
+        p.join()
+    return found
 
 
 @pytest.fixture

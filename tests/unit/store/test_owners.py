@@ -2,9 +2,8 @@
 
 import os
 import stat
-import subprocess
-import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,7 +15,8 @@ from lorasweep.errors import SpecError, StoreError
 from lorasweep.store import claims, files
 from lorasweep.store.claims import Liveness, Lock
 from lorasweep.store.run_store import RunStore
-from tests.world import ROOT, as_another_user, tiny_spec
+from tests.unit.store.conftest import at_once
+from tests.world import as_another_user, tiny_spec
 
 
 def test_an_owner_of_unknown_start_time_is_not_called_dead(store, change_owner, monkeypatch):
@@ -102,34 +102,25 @@ def test_a_late_claim_that_a_later_holder_deletes_is_made_again(tmp_path, monkey
     assert files.highest_number(tmp_path / "lock") == 3
 
 
-COUNT = """
-import sys, time
-from pathlib import Path
-from lorasweep.store.claims import Lock
-folder = Path(sys.argv[1])
-for _ in range(int(sys.argv[2])):
-    lock = Lock(folder / "lock")
-    lock.acquire(60, lambda who: None)
-    n = int((folder / "n").read_text())
-    time.sleep(0.002)
-    (folder / "n").write_text(str(n + 1))
-    if len(sys.argv) < 4:
-        lock.release()
-"""
-
-
 def test_a_lock_has_one_holder_and_outlives_a_dead_one(tmp_path):
-    (tmp_path / "n").write_text("0")
-    command = [sys.executable, "-c", COUNT, str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    workers = [subprocess.Popen([*command, "20"], env=env) for _ in range(4)]
-    assert [w.wait() for w in workers] == [0] * 4 and (tmp_path / "n").read_text() == "80"
-    subprocess.run([*command, "1", "die with the lock"], env=env, check=True)
-    mine = Lock(tmp_path / "lock")
+    folder, counter = tmp_path / "lock", tmp_path / "n"
+    counter.write_text("0")
+
+    def count(_):
+        for _ in range(20):
+            with Lock(folder).held(60, print):
+                n = int(counter.read_text())
+                time.sleep(0.002)
+                counter.write_text(str(n + 1))
+
+    at_once(4, count)
+    assert counter.read_text() == "80"
+    at_once(1, lambda _: Lock(folder).acquire(60, print))  # the process ends with the lock
+    mine = Lock(folder)
     mine.acquire(5, lambda who: pytest.fail("waited for a dead process"))
     waited = []
     with pytest.raises(StoreError, match=f"process {os.getpid()}"):
-        Lock(tmp_path / "lock").acquire(0.5, waited.append)
+        Lock(folder).acquire(0.5, waited.append)
     assert len(waited) == 1
     threading.Timer(0.5, mine.release).start()
-    Lock(tmp_path / "lock").acquire(5, waited.append)
+    Lock(folder).acquire(5, waited.append)

@@ -89,49 +89,39 @@ def runs(store, tmp_path):
     return found
 
 
-READERS = {
-    "result.json": (
-        lambda r: r.store.state(r.id["done"]),
-        lambda r: r.store.states([r.id["done"]]),
-        lambda r: r.store.claim(r.specs["done"]),
-        lambda r: r.store.claim(r.specs["damaged"]),
-    ),
-    "attempts": (
-        lambda r: r.store.state(r.id["running"]),
-        lambda r: r.store.claim(r.specs["running"]),
-        lambda r: r.store.owns(r.id["running"], 1),
-    ),
-    "end.json": (
-        lambda r: r.store.states([r.id["failed"]]),
-        lambda r: r.store.failures(r.id["failed"]),
-        lambda r: r.store.claim(r.specs["failed"]),
-    ),
-    "spec.json": (lambda r: r.store.spec(r.id["done"]), lambda r: r.store.claim(r.specs["failed"])),
-    "env.json": (lambda r: r.store.layout(r.id["done"]),),
-    "metrics.jsonl": (
-        lambda r: r.store.records(r.id["done"]),
-        lambda r: r.store.records_size(r.id["done"]),
-    ),
-    "a.json": (
-        lambda r: checkpoint.load_pack({"x": r.slots}),
-        lambda r: checkpoint.keep_only(r.slots, 3),
-        lambda r: save(r.slots, 5),
-        lambda r: checkpoint.layout(r.slots),
-    ),
-    "b.safetensors": (lambda r: checkpoint.load(r.slots, 4),),
-    "submission.json": (lambda r: submissions.read(r.submission),),
-    "array-0.json": (lambda r: submissions.read(r.submission),),
-    "withdrawn.json": (
-        lambda r: submissions.read(r.submission),
-        lambda r: skipped(str(submissions.note(r.submission, "withdrawn.json"))),
-    ),
-    "ended.json": (lambda r: submissions.read_all(r.store.root),),
-    ".slurm": (lambda r: submissions.read_all(r.store.root),),
-    "jobs": (lambda r: Submission(r.submission, {}, []).complete(ARRAY, "12"),),
-    "looks.json": (lambda r: looks.read(r.looks), lambda r: looks.note_look(r.looks, "x", 1)),
-    "released": (lambda r: Lock(r.lock).acquire(0, print),),
-    "lock": (lambda r: Lock(r.lock).acquire(0, print),),
-}
+READERS = [
+    ("result.json", lambda r: r.store.state(r.id["done"])),
+    ("result.json", lambda r: r.store.states([r.id["done"]])),
+    ("result.json", lambda r: r.store.claim(r.specs["done"])),
+    ("result.json", lambda r: r.store.claim(r.specs["damaged"])),
+    ("attempts", lambda r: r.store.state(r.id["running"])),
+    ("attempts", lambda r: r.store.claim(r.specs["running"])),
+    ("attempts", lambda r: r.store.owns(r.id["running"], 1)),
+    ("end.json", lambda r: r.store.states([r.id["failed"]])),
+    ("end.json", lambda r: r.store.failures(r.id["failed"])),
+    ("end.json", lambda r: r.store.claim(r.specs["failed"])),
+    ("spec.json", lambda r: r.store.spec(r.id["done"])),
+    ("spec.json", lambda r: r.store.claim(r.specs["failed"])),
+    ("env.json", lambda r: r.store.layout(r.id["done"])),
+    ("metrics.jsonl", lambda r: r.store.records(r.id["done"])),
+    ("metrics.jsonl", lambda r: r.store.records_size(r.id["done"])),
+    ("a.json", lambda r: checkpoint.load_pack({"x": r.slots})),
+    ("a.json", lambda r: checkpoint.keep_only(r.slots, 3)),
+    ("a.json", lambda r: save(r.slots, 5)),
+    ("a.json", lambda r: checkpoint.layout(r.slots)),
+    ("b.safetensors", lambda r: checkpoint.load(r.slots, 4)),
+    ("submission.json", lambda r: submissions.read(r.submission)),
+    ("array-0.json", lambda r: submissions.read(r.submission)),
+    ("withdrawn.json", lambda r: submissions.read(r.submission)),
+    ("withdrawn.json", lambda r: skipped(str(submissions.note(r.submission, "withdrawn.json")))),
+    ("ended.json", lambda r: submissions.read_all(r.store.root)),
+    (".slurm", lambda r: submissions.read_all(r.store.root)),
+    ("jobs", lambda r: Submission(r.submission, {}, []).complete(ARRAY, "12")),
+    ("looks.json", lambda r: looks.read(r.looks)),
+    ("looks.json", lambda r: looks.note_look(r.looks, "x", 1)),
+    ("released", lambda r: Lock(r.lock).acquire(0, print)),
+    ("lock", lambda r: Lock(r.lock).acquire(0, print)),
+]
 
 
 def everything(root):
@@ -139,10 +129,10 @@ def everything(root):
 
 
 @pytest.mark.parametrize("number", ERRORS.values(), ids=ERRORS)
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", dict(READERS))
 def test_a_read_error_is_raised_and_nothing_follows_from_it(runs, tmp_path, failing, name, number):
     before = everything(tmp_path)
-    for reader in READERS[name]:
+    for reader in (read for of, read in READERS if of == name):
         failing(name, number)
         with pytest.raises(StoreError, match=f"{name} cannot be read"):
             reader(runs)

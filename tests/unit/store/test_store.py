@@ -1,21 +1,24 @@
-"""The run folder: faults in any file operation, states, records, checkpoints."""
+"""The run folder: faults in any file operation, states, records, checkpoints; its index, its table and
+its record of looks."""
 
 import contextlib
 import errno
-import multiprocessing
+import json
 import os
 import signal
-import time
 from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 
-from lorasweep.errors import StoreError
-from lorasweep.store import checkpoint, files
+from lorasweep.errors import SpecError, StoreError
+from lorasweep.store import checkpoint, files, looks
 from lorasweep.store.run_store import RunStore
+from lorasweep.store.table import import_table, load_runs
+from lorasweep.sweep.grid import Point
 from tests.unit.launch.trainers import steps_of
-from tests.unit.store.conftest import save
-from tests.world import tiny_spec
+from tests.unit.store.conftest import at_once, save
+from tests.world import as_another_user, tiny_spec
 
 CURVE = [{"step": 1, "test_nll": 2.5}]
 RESULT = {"nll_start": 3.0, "test_nll": 2.5, "curve": CURVE, "base_sha256": "x"}
@@ -153,22 +156,14 @@ def test_states_of_a_run(store):
         store.finish(rid, "failed", {})
 
 
-def claim_all(root, specs, out):
-    store = RunStore(root)
-    out.put([s.id for s in specs if store.claim(s) is not None])
-    time.sleep(1)  # stay alive until all have tried
-
-
 def test_many_processes_claim_each_run_once(tmp_path):
     specs = [tiny_spec(seed=k) for k in range(40)]
-    context = multiprocessing.get_context("fork")
-    out = context.Queue()
-    processes = [context.Process(target=claim_all, args=(tmp_path, specs, out)) for _ in range(6)]
-    for p in processes:
-        p.start()
-    won = [rid for _ in processes for rid in out.get(timeout=60)]
-    for p in processes:
-        p.join()
+
+    def claim_all(_):
+        store = RunStore(tmp_path)
+        return [s.id for s in specs if store.claim(s) is not None]
+
+    won = [rid for own in at_once(6, claim_all) for rid in own]
     assert sorted(won) == sorted(s.id for s in specs)
 
 
@@ -199,3 +194,115 @@ def test_a_pack_resumes_from_its_latest_common_step(tmp_path):
     save(tmp_path / "y", 1, 2)  # killed between the third writes of the two runs
     loaded = checkpoint.load_pack({"x": tmp_path / "x", "y": tmp_path / "y"})
     assert {s["meta"]["step"] for s in loaded.values()} == {2}
+
+
+# ---------------------------------------------------------------- the index of finished runs
+
+
+def finish(store, ids):
+    for rid in ids:
+        store.folder(rid).mkdir()
+        store.finish(rid, "done", {"test_nll": 2.0})
+    assert len(store.finished(ids)) == len(ids)
+
+
+def test_the_index_is_only_a_cache(store, monkeypatch):
+    store.prepare()
+    ids, path = [str(k) for k in range(30)], store.root / ".index/runs.json"
+    finish(store, ids)
+    fresh, read = RunStore(store.root), []
+    monkeypatch.setattr(fresh, "result", read.append)
+    assert fresh.finished(ids).keys() == set(ids) and not read
+    result = store.folder(ids[0]) / "result.json"
+    result.write_text(result.read_text().replace("2.0", "3.25"))  # its checksum is wrong
+    assert store.states(ids)[ids[0]] != "done" and store.states(ids)[ids[1]] == "done"
+    path.write_text('{"version": 1, "runs": {"x": 3}}')
+    assert RunStore(store.root).states(ids)[ids[1]] == "done"
+
+
+def test_two_users_of_a_folder_with_the_sticky_bit_share_the_index(tmp_path, group_folder):
+    store = group_folder(0o3775)
+    finish(store, [str(k) for k in range(30)])
+
+    def second_user():
+        other = RunStore(store.root)
+        other.prepare()
+        finish(other, [str(k) for k in range(30, 60)])
+        assert len(other.finished(map(str, range(60)))) == 60
+
+    as_another_user(tmp_path, second_user)
+    kept = json.loads((store.root / ".index/runs.json").read_bytes())
+    assert len(kept["runs"]) == 60
+    assert {p.name for p in store.root.glob(".*")} == {".index"}
+
+
+# ---------------------------------------------------------------- the table of finished runs
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Three finished runs."""
+    store = RunStore(tmp_path / "a")
+    for k in range(3):
+        work(store, tiny_spec(seed=k))
+    return load_runs(store.root)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_a_table_goes_out_and_into_another_store(tmp_path, table, ending):
+    path = tmp_path / f"table.{ending}"
+    table.to_parquet(path) if ending == "parquet" else table.to_csv(path, index=False)
+    assert import_table(tmp_path / "b", path) == 3
+    assert import_table(tmp_path / "b", path) == 0
+    again = load_runs(tmp_path / "b")
+    for column in ("run_id", "test_nll"):
+        assert list(again[column]) == list(table[column])
+    assert again["imported"].all()
+    other = RunStore(tmp_path / "b")
+    assert all(other.claim(tiny_spec(seed=k)) is None for k in range(3))
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"state": "failed"}, r"row 4: the state of run \w+ is 'failed'.*done or diverged"),
+        ({"state": None}, "row 4: the state"),
+        ({"run_id": "0" * 12}, "row 4: the spec belongs to run"),
+        ({"test_nll": 9.0}, "row 4.*another result in an earlier row"),
+        ({}, None),  # the same row twice
+    ],
+)
+def test_a_table_with_a_bad_row_adds_nothing(tmp_path, table, values, problem):
+    rows = table.to_dict("records")
+    again = {**rows[0], "result": json.dumps({**json.loads(rows[0]["result"]), **values})}
+    pd.DataFrame([*rows, again]).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(StoreError, match=problem) if problem else contextlib.nullcontext():
+        assert import_table(tmp_path / "b", tmp_path / "t.csv") == 3
+    assert len(RunStore(tmp_path / "b").existing()) == (0 if problem else 3)
+
+
+# ---------------------------------------------------------------- looks
+
+
+def test_rounds_added_at_the_same_time_are_all_recorded(tmp_path):
+    path, known = looks.path_of(tmp_path, "rank-smoke"), [Point("lora", tiny_spec())]
+    looks.note_look(path, "hash", planned=5)
+
+    def add(seed):
+        looks.append(path, [{"like": known[0].id, "lr": 1e-3, "seed": 1 + seed}], "hash", known)
+
+    at_once(4, add)
+    rounds = looks.read(path)
+    assert [r["round"] for r in rounds] == [2, 3, 4, 5]
+    assert {r["runs"][0]["seed"] for r in rounds} == {1, 2, 3, 4}
+    with pytest.raises(SpecError, match="optional stopping"):
+        add(9)
+
+
+def test_the_first_look_is_recorded_once(tmp_path):
+    path = looks.path_of(tmp_path, "rank-smoke")
+    looks.note_look(path, "first", planned=2)
+    looks.note_look(path, "second", planned=5)
+    assert json.loads(path.read_text())["claims_hash"] == "first"
+    with pytest.raises(SpecError, match="must not change after a look"):
+        looks.append(path, [], "second", [Point("a", tiny_spec())])

@@ -13,8 +13,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.spec.streams import stream
 from lorasweep.train.objectives.policy_gradient import FIRST_UPDATES, Signal
 from lorasweep.train.objectives.sft import Divergence
-from tests.rewarded import world as rewarded_world
-from tests.training import Trained, small_world
+from tests.training import Trained, rewarded_world, small_world
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +30,7 @@ def world():
 
 
 @pytest.mark.parametrize("rate", [5e-3, 3.0])
-def test_rows_harder_than_the_held_out_ones_are_no_divergence_but_a_far_too_high_rate_is(
-    world, rate
-):
+def test_only_a_far_too_high_rate_diverges_on_rows_harder_than_the_held_out_ones(world, rate):
     """Resumed, it ends as uninterrupted; an old checkpoint calls nothing falsely."""
     spec, base, hard = world
     spec = dataclasses.replace(spec, lr=rate)

@@ -143,9 +143,7 @@ LONG = (150, 70, 5)
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Qwen3Moe"])
 @both_methods
-def test_loss_and_gradients_of_joined_rows_are_those_of_padded_rows(
-    monkeypatch, family, methods, chunked
-):
+def test_joined_rows_have_the_gradients_of_padded_rows(monkeypatch, family, methods, chunked):
     model, n = model_of(family), len(methods)
     trainables = pack_of(methods, model, perturb=0.02)
     if chunked:

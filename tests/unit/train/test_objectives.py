@@ -36,29 +36,24 @@ class DrawTheGoodSymbol:
 
     @torch.no_grad()
     def measured(self, model, n):
-        return self.log_p(model, n)[:, GOOD].exp().tolist()
+        return [{"reward": p} for p in self.log_p(model, n)[:, GOOD].exp().tolist()]
 
     def start(self, base, runs):
-        self.usual = {m.id: 0.0 for m in runs}
-        return [{"reward": r} for r in self.measured(base.model, 1) * len(runs)]
+        self.usual = {run.id: 0.0 for run in runs}
+        return self.measured(base.model, 1) * len(runs)
 
     @torch.no_grad()
     def batches(self, model, step, runs):
-        p = self.log_p(model, len(runs)).exp().double().numpy()
-        draws = [
-            stream("sample", m.seed, step).choice(len(q), size=DRAWS, p=q / q.sum())
-            for m, q in zip(runs, p)
-        ]
-        rewards = (np.stack(draws) == GOOD).astype(float)
-        usual = np.array([[self.usual[m.id]] for m in runs])
-        for m, reward in zip(runs, rewards):
-            self.usual[m.id] = 0.9 * self.usual[m.id] + 0.1 * reward.mean()
-        length = len(PROMPT) + DRAWS
+        symbols, advantages, length = [], [], len(PROMPT) + DRAWS
+        for run, p in zip(runs, self.log_p(model, len(runs)).exp().double().numpy()):
+            drawn = stream("sample", run.seed, step).choice(len(p), size=DRAWS, p=p / p.sum())
+            usual, reward = self.usual[run.id], (drawn == GOOD).mean()
+            self.usual[run.id] = 0.9 * usual + 0.1 * reward
+            symbols.append(drawn)
+            advantages.append((drawn == GOOD) - usual)
         counts = {"tokens_N": (length,) * len(runs), "padded_tokens": length}
-        halves = (torch.from_numpy(x).chunk(2, 1) for x in (np.stack(draws), rewards - usual))
-        return [  # two micro-batches
-            SimpleNamespace(symbols_NB=s, advantage_NB=a, **counts) for s, a in zip(*halves)
-        ]
+        halves = (torch.tensor(np.stack(x)).chunk(2, 1) for x in (symbols, advantages))
+        return [SimpleNamespace(symbols_NB=s, advantage_NB=a, **counts) for s, a in zip(*halves)]
 
     def weights(self, batch):
         return torch.full(batch.symbols_NB.shape[:1], DRAWS / 2)
@@ -74,7 +69,7 @@ class DrawTheGoodSymbol:
         return False
 
     def evaluate(self, model, runs, final):
-        return [({"reward": r}, 1) for r in self.measured(model, len(runs))]
+        return [(found, 1) for found in self.measured(model, len(runs))]
 
     def at_end(self, model, runs):
         return [{} for _ in runs]

@@ -4,6 +4,7 @@ family: tests/unit/methods/test_experts.py."""
 
 import dataclasses
 import itertools
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,18 +16,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.train.objectives import nll, sft
-from tests.training import (
-    ROUNDING,
-    Trained,
-    copied,
-    moved,
-    noise,
-    noise_rows,
-    ragged,
-    run,
-    small_world,
-    worst,
-)
+from tests.training import ROUNDING, Trained, copied, moved, noise, ragged, run, small_world, worst
 from tests.world import tiny_spec
 
 
@@ -208,7 +198,7 @@ def test_each_data_set_trains_and_measures_as_alone_until_it_is_done(fleet, rows
 def test_validation_rows_are_measured_during_training_and_test_rows_only_at_the_end(fleet):
     base, pack, data = fleet
     one, last = pack[1], []
-    for test in (data[one.id].test, noise_rows("other", 4, 30, "test")):
+    for test in (data[one.id].test, data[pack[0].id].test):
         base.at_start.clear()
         _, records = run([one], base, {one.id: dataclasses.replace(data[one.id], test=test)})
         last.append(records[one.id])
@@ -247,24 +237,20 @@ def test_nothing_of_one_customers_rows_is_in_what_another_gets(fleet, monkeypatc
     """A symbol planted in one customer's rows: in no row of the batches that others are trained and
     measured on, and with or without it, all that others get is the same, bit for bit."""
     base, pack, data = fleet
-    owner, seen, sums = pack[2], [], nll.nll_sums
+    owner, sums = pack[2], Mock(wraps=nll.nll_sums)
     mine = data[owner.id]
 
     def with_secret(examples):
         return [dataclasses.replace(e, tokens=np.full_like(e.tokens, SECRET)) for e in examples]
 
-    def watched(model, batch, precision):
-        seen.append(batch)
-        return sums(model, batch, precision)
-
     for module in (sft, nll):
-        monkeypatch.setattr(module, "nll_sums", watched)
+        monkeypatch.setattr(module, "nll_sums", sums)
     held_out = {"test": with_secret(mine.test), "validation": with_secret(mine.validation)}
     planted = dataclasses.replace(mine, train=lambda *at: with_secret(mine.train(*at)), **held_out)
     found = []
     for rows in (mine, planted):
         base.at_start.clear()
-        seen.clear()
+        sums.reset_mock()
         found.append(run(pack, base, {**data, owner.id: rows}))
     (clean, clean_records), (states, records) = found
     assert worst(clean[owner.id], states[owner.id]) > 0
@@ -274,6 +260,7 @@ def test_nothing_of_one_customers_rows_is_in_what_another_gets(fleet, monkeypatc
             assert tensor.equal(clean[one.id]["tensors"][name])
         for a, b in zip(records[one.id], clean_records[one.id]):
             assert all(a[k] == b[k] for k in a.keys() | b.keys() if k not in timed)
+    seen = [call.args[1] for call in sums.call_args_list]
     holds = [(b.tokens_NX == SECRET).any(1) | (b.targets_NM == SECRET).any(1) for b in seen]
     full = [h for h in holds if len(h) == len(pack)]
     assert full and all(h.tolist() == [False, False, True, False] for h in full)

@@ -16,25 +16,16 @@ from lorasweep.errors import DataError, ModelError
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.train.objectives import policy_gradient
+from lorasweep.train.objectives import policy_gradient, rollouts
 from lorasweep.train.objectives.policy_gradient import PolicyGradient, surrogate
-from lorasweep.train.objectives.rollouts import (
-    Completion,
-    Group,
-    advantages,
-    bits_learned,
-    collate_rollouts,
-    held_out_rewards,
-)
-from tests.rewarded import world
-from tests.training import EPS, ROUNDING, Trained, attached, run, worst
+from tests.training import EPS, ROUNDING, Trained, attached, rewarded_world, run, worst
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
 
 
 @pytest.fixture(scope="module")
 def made():
-    return {name: world(name) for name in ("bandit", "words")}
+    return {name: rewarded_world(name) for name in ("bandit", "words")}
 
 
 @pytest.fixture
@@ -72,9 +63,11 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
     for pair in itertools.product(np.arange(vocab)[:, None], repeat=2):
         rewards = np.array([loaded.rewards.of([(row, t) for t in pair])])
         likely = math.exp(sum(at[t].item() for t in pair))
-        for token, own in zip(pair, advantages(rewards, "none")[0]):
-            completions.append(Completion(token, at[token], own * likely / 2))
-    (batch,) = collate_rollouts([[Group(prompt_of(row), completions)]], 10**6, 1, False)
+        for token, own in zip(pair, rollouts.advantages(rewards, "none")[0]):
+            completions.append(rollouts.Completion(token, at[token], own * likely / 2))
+    (batch,) = rollouts.collate_rollouts(
+        [[rollouts.Group(prompt_of(row), completions)]], 10**6, 1, False
+    )
     assert batch.tokens_N == (4,)  # all of them share the prompt's row
     objective.loss(model, batch).sum().backward()
     found = -gradient(trained)
@@ -226,28 +219,30 @@ def test_it_learns_the_labels_and_records_what_it_learned(worlds):
     rewards = [point["test_reward"] for point in result["curve"]]
     assert rewards[0] == result["reward_start"] < 0.1 and rewards[-1] > 0.25
     assert result["best_reward"] == max(rewards[1:]) and result["answers"] == 24 * 512
-    assert result["bits"] == pytest.approx(64 * bits_learned(rewards[-1], 16))
+    assert result["bits"] == pytest.approx(64 * rollouts.bits_learned(rewards[-1], 16))
     assert result["bits_per_answer"] == pytest.approx(result["bits"] / (24 * 512))
     assert result["metric"]["higher_is_better"] and "nll_start" not in result
 
 
 def test_the_least_information_of_a_mean_reward():
-    assert bits_learned(1.0, 16) == pytest.approx(4.0)
-    assert bits_learned(1 / 16, 16) == bits_learned(0.0, 16) == 0.0
-    assert bits_learned(0.5, 16) == pytest.approx(4 - 1 - 0.5 * math.log2(15))
+    assert rollouts.bits_learned(1.0, 16) == pytest.approx(4.0)
+    assert rollouts.bits_learned(1 / 16, 16) == rollouts.bits_learned(0.0, 16) == 0.0
+    assert rollouts.bits_learned(0.5, 16) == pytest.approx(4 - 1 - 0.5 * math.log2(15))
     # Blahut and Arimoto's fixed point for 4 symbols: the test channel of equal errors
     p, miss = 0.7, 0.1
     mutual = 2 + p * math.log2(p) + 3 * miss * math.log2(miss)
-    assert bits_learned(0.7, 4) == pytest.approx(mutual)
+    assert rollouts.bits_learned(0.7, 4) == pytest.approx(mutual)
 
 
 def test_the_expected_reward_is_the_mean_of_samples(worlds):
     spec, base, _ = worlds["words"]
-    _, _, loaded = world("words", dataset=dataclasses.replace(spec.dataset, n_test=512))
+    _, _, loaded = rewarded_world("words", dataset=dataclasses.replace(spec.dataset, n_test=512))
     rows = [loaded.test]
-    ((exact, exact_se, _),) = held_out_rewards(base.model, rows, [loaded.rewards], 6, "fp64")
+    ((exact, exact_se, _),) = rollouts.held_out_rewards(
+        base.model, rows, [loaded.rewards], 6, "fp64"
+    )
     sampled = dataclasses.replace(loaded.rewards, exact=False)
-    ((mean, se, _),) = held_out_rewards(base.model, rows, [sampled], 6, "fp64")
+    ((mean, se, _),) = rollouts.held_out_rewards(base.model, rows, [sampled], 6, "fp64")
     assert 0.02 < exact < 0.2 and exact_se < se
     assert abs(mean - exact) < 4 * se
 
@@ -262,7 +257,8 @@ def test_a_collapse_is_a_result(worlds):
     spec, base, loaded = worlds["words"]
     wild = dataclasses.replace(spec, lr=1.0, steps=40, batch_size=64)
     state, result = end_of(wild, base, loaded)
-    assert state == "diverged" and result["collapsed"] and 8 <= result["steps_done"] < 40
+    assert state == "diverged" and result["collapsed"] and result["divergence_rule"] == 2
+    assert 8 <= result["steps_done"] < 40
     assert result["reward"] < result["reward_start"] / 2
 
 

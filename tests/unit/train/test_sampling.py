@@ -14,8 +14,7 @@ from lorasweep.models.load import Base, empty_model
 from lorasweep.plan.load import cache_bytes
 from lorasweep.train import sampling
 from lorasweep.train.sampling import sample
-from tests.rewarded import world
-from tests.training import pack_of
+from tests.training import pack_of, rewarded_world
 from tests.world import tiny_spec
 
 pytestmark = pytest.mark.usefixtures("norms_in_float64")
@@ -64,7 +63,7 @@ def inputs_of(spec, runs, lengths, group, longest):
 def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, equal, monkeypatch):
     """Runs end their completions at different tokens, and ended rows are dropped on the way."""
     monkeypatch.setattr(sampling, "ROWS", 8)  # two rounds
-    spec, base = qwen3() if family == "qwen3" else world("words")[:2]
+    spec, base = qwen3() if family == "qwen3" else rewarded_world("words")[:2]
     prompts, uniforms = inputs_of(spec, 3, [5] * 4 if equal else [3, 9, 5, 4], 4, 7)
     trained = attached(spec, base, 3)
     together = sample(base.model, prompts, uniforms, ENDS, "fp64")
@@ -82,7 +81,7 @@ def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, equ
 
 
 def test_the_entropy_is_the_policys_and_draws_are_repeatable():
-    _, base, loaded = world("bandit")
+    _, base, loaded = rewarded_world("bandit")
     prompt = loaded.test[0].tokens[:-1]
     uniforms = np.random.default_rng(1).random((1, 256, 1))
     with torch.no_grad():
@@ -98,7 +97,7 @@ def test_the_entropy_is_the_policys_and_draws_are_repeatable():
 @pytest.mark.parametrize("equal", [True, False], ids=["equal prompts", "ragged prompts"])
 def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypatch):
     """Autocast leaves rotated keys in fp32, and attention rounds them: so it may be done before."""
-    spec, base, _ = world("words", precision="bf16")
+    spec, base, _ = rewarded_world("words", precision="bf16")
     attached(spec, base, 2)
     lengths = [6] * 3 if equal else [3, 9, 6]
     prompts, uniforms = inputs_of(spec, 2, lengths, 2, 5)
@@ -128,7 +127,7 @@ def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypa
 @pytest.mark.parametrize("name", ["cache", "past_key_values", "another"])
 def test_the_cache_is_passed_under_the_name_that_the_model_takes(name, monkeypatch):
     """transformers calls it `cache` from 5.24 on. A forward pass ignores unknown arguments."""
-    _, base, loaded = world("words")
+    _, base, loaded = rewarded_world("words")
     model, forward, given = base.model, base.model.forward, []
 
     def renamed(input_ids, **kwargs):
