@@ -116,3 +116,30 @@ def command(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def norms_in_float64(monkeypatch):
+    """transformers' norms go through float32 even in a float64 model, and so do the probabilities of
+    a router; a reference of 1e-9 cannot."""
+
+    import torch
+
+    def forward(self, x):
+        return self.weight * (
+            x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+
+    def route(self, x):
+        logits = x.reshape(-1, x.shape[-1]) @ self.weight.mT
+        top, chosen = logits.softmax(-1).topk(self.top_k)
+        return logits, top / (top.sum(-1, keepdim=True) if self.norm_topk_prob else 1), chosen
+
+    for family in (
+        "llama.modeling_llama.LlamaRMSNorm",
+        "qwen3.modeling_qwen3.Qwen3RMSNorm",
+        "qwen3_moe.modeling_qwen3_moe.Qwen3MoeRMSNorm",
+    ):
+        monkeypatch.setattr(f"transformers.models.{family}.forward", forward)
+    router = "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter"
+    monkeypatch.setattr(f"{router}.forward", route)

@@ -12,6 +12,7 @@ import pandas as pd
 from analysis.optimum.valley import linex
 from analysis.questions.registry import analyse
 from analysis.report import report
+from analysis.runs.table import read
 from lorasweep.cli import answer
 from lorasweep.config.compose import compose_request
 from lorasweep.methods.fullft import FullFT
@@ -169,6 +170,15 @@ def planted_table(world, specs):
         result |= {"run_id": spec.id, "state": state, **world.more(spec)}
         rows.append(table_row(spec.plain(), result))
     return pd.DataFrame(rows)
+
+
+ANSWERS = sorted(path.parent for path in answer.KEPT.glob("*/table.parquet"))
+"""Folders of the kept answers."""
+
+
+def kept_answer(folder: Path):
+    """The table and the question of an answer, as they were kept."""
+    return read(folder / "table.parquet"), json.loads((folder / "question.json").read_text())
 
 
 def kept_question(sweep, claims=None):

@@ -7,6 +7,7 @@ import pandas as pd
 
 from analysis.__main__ import main
 from analysis.optimum.valley import linex
+from analysis.runs.lr_curves import LrCurve
 
 GRID = np.array([1e-4 * 2**k for k in range(7)])
 
@@ -18,6 +19,12 @@ def table(loss, seeds=(0,), lrs=GRID, rank=4, start=5.0):
     status = np.where(np.isfinite(found["test_nll"]), "done", "diverged")
     arm = {"model": "m", "dataset": "d", "method": "lora", "rank": rank}
     return found.assign(**arm, status=status, nll_start=start)
+
+
+def lr_curve(x, y, seed, start=math.nan, **key):
+    """One curve of losses `y` at ln(lr) = `x`; a run without a loss has diverged."""
+    key = {"model": "m", "dataset": "d", "method": "lora", "rank": 4.0, **key}
+    return LrCurve(key, x, y, seed, seed, np.isfinite(y), start, math.nan)
 
 
 def planted(ranks=(None, 4, 16), seeds=(0, 1, 2), ratio=10.0, noise=1e-3, higher=False):

@@ -7,18 +7,17 @@ single model, or changes the grid, is only planned.
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 
 from analysis.__main__ import main as analysis
 from analysis.report.study import answers
 from analysis.report.study import page as study_page
+from lorasweep.cli.answer import KEPT
 from tests.customers import make_base, write_rows
 from tests.integration.conftest import SMOKE
+from tests.world import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-KEPT = ROOT / "analysis" / "results"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = ("slurm/README.md", "DECISIONS.md", "docs/log/README.md", "analysis/results/README.md")
 LINKED = [*PAGES, *(ROOT / name for name in OTHERS)]

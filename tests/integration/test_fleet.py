@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
 from tests.customers import CHAT_TEMPLATE, make_base, write_json, write_rows
-from tests.integration.test_interruptions import killed_at, start
 
 SECRET = "zanzibar 7351"
 HOSTILE = '<img src=x onerror=alert(1)>/../"x"'
@@ -94,16 +94,6 @@ def world(bases, tmp_path, monkeypatch, compose):
     return made
 
 
-def same_adapters(one, other):
-    """Whether two folders of adapters hold the same numbers, bit for bit."""
-    paths = list(one.glob("*/*.safetensors"))
-    assert paths
-    for path in paths:
-        a, b = load_file(path), load_file(other / path.relative_to(one))
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    return True
-
-
 class Counting(TorchTrainer):
     """The real trainer, which notes what it was asked for; it stops or breaks at an update."""
 
@@ -119,9 +109,7 @@ class Counting(TorchTrainer):
                 raise Stopped
 
 
-def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
-    world, tmp_path, capsys
-):
+def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_path, capsys):
     assert len(world.trained()) == 13  # three rates for four customers, one for the few rows
     printed = capsys.readouterr().out
     assert "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
@@ -154,7 +142,7 @@ def test_a_table_becomes_folders_and_asked_again_only_what_changed_is_trained(
 
 
 def stopped_and_resumed(world, stop_at, *settings):
-    """Train a fleet whole, and in another folder stopped and resumed: the adapters are equal."""
+    """Train a fleet whole, and in another folder stopped and resumed: equal adapters, bit for bit."""
     settings = ("precision=fp64", *settings)
     assert world.run(*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
     settings = (*settings, "exec.checkpoint_s=0")
@@ -163,7 +151,11 @@ def stopped_and_resumed(world, stop_at, *settings):
     rest = Counting()
     assert world.run(*settings, trainer=rest) == 0
     assert any(resumed for _, _, resumed in rest.asked)
-    assert same_adapters(Path("whole/fleet-customers"), world.folder)
+    paths = list(world.folder.glob("*/*.safetensors"))
+    assert paths
+    for path in paths:
+        a, b = load_file(path), load_file(Path("whole/fleet-customers", *path.parts[-2:]))
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world):
@@ -171,62 +163,21 @@ def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world):
     assert not any(r["resumed_in_other_company"] for r in world.runs.values() if r)
 
 
-@pytest.fixture
-def odd(world, tmp_path):
-    """A customer whose held-out rows are of another kind: their loss rises while it learns."""
+def test_early_stopping_is_on_the_card_and_survives_a_stop(world, tmp_path):
+    """The held-out rows of the first customer are of another kind: their loss rises while it learns.
+    The second has too few rows to hold any out."""
     write_rows(tmp_path / "odd/train.jsonl", 20, "aaaa bbbb {k}")
     write_rows(tmp_path / "odd/test.jsonl", 16, "zz", start=100)
-    return {**world.table[0], "data": "odd", "epochs": 39}, world.table[2]
-
-
-def test_early_stopping_is_on_the_card_and_a_stopped_fleet_stops_at_the_same_update(world, odd):
-    """The second customer has too few rows to hold any out."""
-    world.set_table(*odd)
+    world.set_table({**world.table[0], "data": "odd", "epochs": 39}, world.table[2])
     stopped_and_resumed(world, 5, "early_stopping=2")
     ann, few = world.facts("ann"), world.facts("few")
     assert ann["steps_done"] < ann["steps"] and ann["best_step"] < ann["steps_done"]
-    said = (
-        f"ended after update {ann['steps_done']} of {ann['steps']}, because 2 evaluations in a row"
-    )
+    done, steps = ann["steps_done"], ann["steps"]
+    said = f"ended after update {done} of {steps}, because 2 evaluations in a row"
     assert said in world.card("ann") and said in world.page
-    assert f"ended early, after {ann['steps_done']} of {ann['steps']} updates" in world.page
+    assert f"ended early, after {done} of {steps} updates" in world.page
     assert few["early_stopping"].startswith("off") and "best_step" in few
     assert "4 are the fewest" in world.card("few")
-
-
-@pytest.mark.slow
-@pytest.mark.full
-def test_early_stopping_survives_a_kill(world, odd, tmp_path):
-    """A command killed with -9 between the best evaluation of a run and its end, and asked again:
-    weights, results and what was decided are the same, bit for bit."""
-    world.set_table(odd[0])
-    # one learning rate: of several, one may end before the kill, and the pack is then another
-    fleet = ("action=fleet", "customers=customers.yaml", "early_stopping=3", "rates=advised")
-    arguments = (*fleet, "exec.workers=1", "exec.threads=1", "exec.checkpoint_s=0.01")
-
-    def finished():
-        command = start(*arguments, cwd=tmp_path)
-        assert command.wait(240) == 0, command.stderr.read()
-        return RunStore(tmp_path / "runs")
-
-    def best_is_behind():
-        for run in (tmp_path / "runs").glob("[0-9a-f]*/checkpoint"):
-            metas = [json.loads(p.read_text()) for p in run.glob("?.json")]
-            last = max(metas, key=lambda m: m["step"], default={})
-            if 0 < last.get("best", (0, 0))[1] < last.get("step", 0):
-                return True
-        return False
-
-    killed_at(best_is_behind, *arguments, cwd=tmp_path)
-    (rid,) = RunStore(tmp_path / "runs").existing()
-    assert RunStore(tmp_path / "runs").result(rid) is None
-    resumed = finished().result(rid)
-    shutil.move(tmp_path / "runs", tmp_path / "killed")
-    whole = finished().result(rid)
-    timed = ("wall_s", "step_s", "attempt")
-    a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, resumed))
-    assert a == b and a["best_step"] < a["steps_done"] and resumed["attempt"] == 2
-    assert same_adapters(tmp_path / "killed", tmp_path / "runs")
 
 
 def test_no_row_of_a_customer_reaches_another(world, tmp_path):
@@ -315,9 +266,7 @@ def test_customers_without_an_adapter_keep_their_earlier_folder(world, tmp_path)
     assert (world.folder / "few/adapter_model.safetensors").is_file()
 
 
-def test_each_error_is_printed_once_and_a_broken_base_fails_only_its_customers(
-    world, tmp_path, capsys
-):
+def test_errors_are_printed_once_and_a_broken_base_fails_its_customers(world, tmp_path, capsys):
     half = tmp_path / "half"
     half.mkdir()
     shutil.copy(world.table[0]["model"], half)
@@ -327,22 +276,6 @@ def test_each_error_is_printed_once_and_a_broken_base_fails_only_its_customers(
     assert printed.err.count("no model.safetensors") == 2 and "no model" not in printed.out
     assert "entry 6: see above" in printed.out
     assert "7 customers: 5 adapters, 0 not trained yet, 2 with errors" in printed.out
-
-
-@pytest.mark.parametrize(
-    "options, says",
-    [
-        (["exec.world_size=2"], "in one process"),
-        (["early_stopping=2", "objective=policy_gradient"], "objective=sft"),
-        (["rates=many"], "rates='many'"),
-        (["+sweep=lr_ratio"], "Leave"),
-        (["customers=''"], "customers=FILE"),
-        (["action=run", "customers=''", "rates=5"], "only for action=measure and action=fleet"),
-    ],
-)
-def test_settings_without_meaning_in_a_fleet_are_refused(world, options, says):
-    with pytest.raises(SpecError, match=says):
-        world.run(*options)
 
 
 def test_the_lower_of_equal_rates_is_chosen_and_diverged_runs_are_skipped(world, capsys):
@@ -437,19 +370,14 @@ def test_a_base_in_fp32_is_read_from_its_folder_and_trained(world, tmp_path, cap
 
 
 def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
-    copied = []
-    monkeypatch.setattr(
-        "lorasweep.tracking.wandb.mirror",
-        lambda points, store, group: copied.append((points, group)),
-    )
+    mirror = Mock()
+    monkeypatch.setattr("lorasweep.tracking.wandb.mirror", mirror)
     assert world.run("mirror=wandb", "rates=advised") == 0
-    ((points, group),) = copied
+    points, _, group = mirror.call_args.args
     assert group == "fleet-customers" and len({p.arm for p in points}) == len(points) == 5
 
 
-def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
-    world, tmp_path, capsys
-):
+def test_without_kept_rules_a_fleet_resumes_by_the_rules_of_its_runs(world, tmp_path, capsys):
     """Its runs keep their ids (tests/unit/customers/test_runs.py), although its folder names no rules:
     nothing is trained again, and the prompt form of its scale is kept from then on."""
     of_scale = {"template": "Question: {prompt}\nAnswer: ", "render": "role_eos"}
@@ -476,9 +404,7 @@ def test_a_fleet_whose_folder_kept_no_rules_resumes_by_the_rules_of_its_runs(
     assert found["template"] == "{prompt}\n" and not {found["run"]} & runs
 
 
-def test_the_prompt_form_comes_from_the_base_or_the_command_line_and_is_kept(
-    world, bases, tmp_path
-):
+def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, bases, tmp_path):
     instruct = shutil.copytree(bases[0], tmp_path / "instruct")
     (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     world.write(chat=(instruct, "ann.jsonl", 1), **{HOSTILE: (None, None, None)})
@@ -506,9 +432,7 @@ def test_the_prompt_form_comes_from_the_base_or_the_command_line_and_is_kept(
         world.run(*settings)
 
 
-def test_the_card_says_how_many_rows_share_prompts_and_the_interval_is_over_prompts(
-    world, tmp_path
-):
+def test_the_card_counts_shared_prompts_and_the_interval_is_over_prompts(world, tmp_path):
     rows = [{"prompt": f"How many? {k % 40}", "completion": f"Yes {k}"} for k in range(200)]
     write_json(tmp_path / "bob.jsonl", rows)
     assert world.run("rates=advised") == 0

@@ -1,18 +1,16 @@
 """The interactive report in a real browser: from disk, without network, with thousands of runs and
 hostile names."""
 
-import itertools
 import json
-import math
 import os
 import shutil
 import time
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from analysis.__main__ import main
+from tests.tables import planted
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (BROWSER and DRIVER):
@@ -25,19 +23,15 @@ pytestmark = pytest.mark.xdist_group("browser")  # one session for all
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'>/*REPORT*/ & \u2028"
 
 
-def runs(models, ranks, n_lrs=7, seeds=1, batches=(8,)):
-    rng, rows = np.random.default_rng(0), []
-    for model, batch, rank, k in itertools.product(models, batches, ranks, range(n_lrs)):
-        best = 1e-4 * (1 if rank is None else 8)
-        lr = float(f"{best * 2.0 ** (k - n_lrs // 2) * 1.1:.3g}")
-        shared = {"model": model, "rank": rank, "lr": lr, "batch_size": batch}
-        shared["status"] = "diverged" if k == n_lrs - 1 else "done"
-        for seed in range(seeds):
-            nll = 2 + 0.1 * math.log(lr / best) ** 2 + rng.normal(0, 1e-3)
-            curve = [{"step": s, "test_nll": nll + 1 / s} for s in (1, 2, 4, 8, 16)]
-            own = {"run_id": f"r{len(rows):05d}", "seed": seed, "test_nll": nll}
-            rows.append({**own, **shared, "result": json.dumps({"curve": curve})})
-    return pd.DataFrame(rows)
+def runs(models, ranks, seeds=1, batches=(8,)):
+    """Seven learning rates for each; at the highest ones of LoRA the runs have diverged."""
+    one = planted(ranks, range(seeds))
+    one.loc[one["lr"] > 1e-2, "status"] = "diverged"
+    found = [one.assign(model=m, batch_size=b) for m in models for b in batches]
+    table = pd.concat(found, ignore_index=True)
+    curve = [{"step": s, "test_nll": 2 + 1 / s} for s in (1, 2, 4, 8, 16)]
+    ids = [f"r{k:05d}" for k in table.index]
+    return table.assign(run_id=ids, result=json.dumps({"curve": curve}))
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +136,9 @@ def test_tables_sort_and_each_point_leads_to_its_run(browser, tmp_path):
     quiet(browser)
 
 
+@pytest.mark.full
 def test_it_is_usable_with_5000_runs(browser, tmp_path):
-    table = runs([f"m{k}" for k in range(10)], [None, 1, 2, 4, 8, 16, 32, 64], n_lrs=9, seeds=7)
+    table = runs([f"m{k}" for k in range(10)], [None, 1, 2, 4, 8, 16, 32, 64], seeds=9)
     assert len(table) >= 5000
     opened(browser, tmp_path, table)
     assert how_many(browser, "#run-table tbody tr") == 100

@@ -52,22 +52,6 @@ def wait_for(condition, timeout=240):
     pytest.fail("waited in vain")
 
 
-def places(tmp_path):
-    """Folders for an uninterrupted run, and for one that is killed."""
-    made = tmp_path / "whole", tmp_path / "killed"
-    for folder in made:
-        folder.mkdir()
-    return made
-
-
-def killed_at(condition, *args, cwd):
-    """Start a command in its own process group, and kill the group once a condition holds."""
-    process = start(*args, cwd=cwd)
-    wait_for(condition)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
 MEASURES = ("train_nll", "test_nll", "surrogate", "reward", "entropy", "test_reward")
 
 
@@ -97,11 +81,15 @@ PACK = (*LONG, "+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3")
     ],
     ids=["fullft", "pack of lora", "rewarded"],
 )
-def test_killed_with_kill_9_it_resumes_with_the_same_bits(tmp_path, arm, runs, kills):
-    whole, killed = places(tmp_path)
-    cli(*arm, cwd=whole)
+def test_killed_with_kill_9_it_resumes_with_the_same_bits(tmp_path, command, arm, runs, kills):
+    whole, killed = tmp_path, tmp_path / "killed"
+    killed.mkdir()
+    command(*arm)
     for at in kills:
-        killed_at(lambda at=at: max(furthest(killed), default=0) >= at, *arm, cwd=killed)
+        process = start(*arm, cwd=killed)
+        wait_for(lambda at=at: max(furthest(killed), default=0) >= at)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
         assert list((killed / "runs").glob("*/checkpoint/*.json"))
         assert not list((killed / "runs").glob("*/result.json"))
     cli(*arm, cwd=killed)
@@ -171,6 +159,7 @@ def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatc
     assert store.state(point.id) == "done" and store.last_attempt(point.id) == 2
 
 
+@pytest.mark.full
 def test_two_commands_at_once_share_the_runs(tmp_path):
     one_by_one = (*SMOKE, "exec.pack_size=1", "exec.workers=1", "steps=30")
     two = [start(*one_by_one, cwd=tmp_path) for _ in range(2)]
@@ -181,6 +170,7 @@ def test_two_commands_at_once_share_the_runs(tmp_path):
     assert len(runs) == 6 and all(len(list(r.iterdir())) == 1 for r in runs)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_stops_cleanly_and_loses_nothing(tmp_path):
     disk = tmp_path / "disk"

@@ -44,19 +44,3 @@ def test_facts_come_out_at_16_bits_each(folder, found):
 def test_more_rows_than_there_are_end_the_pass(folder):
     done = cli(*FACTS[:-2], "steps=1000", "exec.threads=1", cwd=folder)
     assert "steps=32" in done.stderr and "128 of 128 rows" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["+sweep=rank"], "is about one model and one data set"),
-        (["data=no.jsonl"], "no file"),
-        (["rates=0"], "expected 1 to 9"),
-        (["cluster=slurm"], "srun python -m lorasweep action=measure"),
-        (["action=run", "data=x"], "data is only for action=measure"),
-        (["dataset=facts", "model=tiny64-facts", "batch_size=1000"], "has 64 rows"),
-    ],
-)
-def test_wrong_requests_say_what_to_type(command, arguments, says):
-    done = command("action=measure", *arguments)
-    assert done.returncode == 2 and says in done.stderr

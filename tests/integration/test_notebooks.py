@@ -2,13 +2,13 @@
 outputs."""
 
 import ast
-from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.world import ROOT
+
 NOTEBOOKS = sorted((ROOT / "analysis" / "notebooks").glob("*.ipynb"))
 
 
@@ -51,6 +51,7 @@ def test_it_runs_and_shows_something_in_every_cell_that_should(path, shell, tmp_
         assert out.stderr == ""
 
 
+@pytest.mark.full
 def test_one_runs_in_a_kernel_of_its_own(tmp_path):
     notebook = nbformat.read(ROOT / "analysis/notebooks/batch_size.ipynb", 4)
     resources = {"metadata": {"path": str(tmp_path)}}

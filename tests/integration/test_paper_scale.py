@@ -23,6 +23,7 @@ from tests.world import ROOT, cli, compose_request
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.full
 def test_the_documented_plan_is_what_its_command_prints(command):
     text = (ROOT / "docs" / "clusters.md").read_text()
     shown = re.search(r"<!-- plan: .*?```text\n(.*?)```", text, re.DOTALL)

@@ -45,7 +45,10 @@ REACHED = {
 reached it."""
 
 
-@pytest.mark.parametrize("name", REACHED)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("tiny64", "tiny128") else pytest.param(n, marks=pytest.mark.full) for n in REACHED],
+)
 def test_shipped_bases_belong_to_the_recipe_in_conf(name):
     spec = shipped_model(name)
     assert (models.SHIPPED / models.recipe_file_name(spec)).is_file()
@@ -68,6 +71,7 @@ of 0.01 by 9e-5, a constant rate in place of the cosine by 3e-4, other betas, ep
 correction or order of the rows by 3e-3 to 0.5."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", PREFIX)
 def test_a_recipe_begins_as_the_shipped_base_was_made(name):
     """The recorded losses of the first updates, the warm-up and its end included."""

@@ -3,7 +3,6 @@ head)."""
 
 import copy
 import dataclasses
-import json
 import os
 
 import numpy as np
@@ -17,7 +16,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.targets import find_targets
 from lorasweep.train.objectives.nll import nll_sums
-from tests.world import ROOT, compose_request
+from tests.world import ROOT, compose_request, write_splits
 
 WEIGHTS = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = [
@@ -45,17 +44,14 @@ def test_it_knows_the_capital_of_france(world):
 def test_text_is_masked_to_the_answer(world, tmp_path):
     spec, base = world
     rows = [{"question": "What is 3 + 4?", "answer": "It is 7."}]
-    folder = tmp_path / "gsm8k"
-    folder.mkdir()
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_splits(tmp_path / "gsm8k", rows)
     few = dataclasses.replace(spec.dataset, revision="", n_test_curve=1)
     e = data.load(few, [str(tmp_path)], base.tokenizer).test[0]
     assert base.tokenizer.decode(e.tokens[e.loss], skip_special_tokens=True) == "It is 7."
     assert e.tokens[-1] == base.tokenizer.eos_token_id
 
 
-def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, monkeypatch):
+def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, norms_in_float64):
     from peft import LoraConfig, get_peft_model
 
     spec, base = world
@@ -84,12 +80,6 @@ def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, monke
     ids = base.tokenizer("Question: What is 3 + 4?\nAnswer: It is 7.").input_ids
     example = Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 8)
     batch = collate([example])
-    monkeypatch.setattr(  # transformers' norm goes through float32 even in a float64 model
-        "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward",
-        lambda norm, x: (
-            norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
-        ),
-    )
     for m in (model, reference):
         nll_sums(m, batch, "fp64").sum().backward()
     for n, p in ours.items():

@@ -7,17 +7,7 @@ import pytest
 
 from analysis.inference.decide import judge
 from analysis.inference.estimate import Estimate, from_draws
-from benchmarks.calibration.designs import (
-    LR_RATIO,
-    PLAIN,
-    REGIME,
-    designs,
-    plain_seeds,
-    supported,
-    table,
-    tables,
-    targets,
-)
+from benchmarks.calibration.designs import designs, plain_seeds, supported
 from benchmarks.calibration.generators import Design, plant
 from benchmarks.calibration.run import CLAIM
 from lorasweep.sweep.replicates import lrs_around_optimum
@@ -80,32 +70,3 @@ def test_the_plain_grid_with_the_same_interval_is_found_between_those_tried():
     assert found[0.141] == pytest.approx(3 * 2 ** (math.log(0.2 / 0.141) / math.log(2)))
     assert (found[0.1], found[0.09]) == (pytest.approx(6), math.inf)
     assert math.isnan(plain_seeds(math.nan, plain, "ratio"))
-
-
-def test_the_page_names_the_aim_and_the_share_of_runs():
-    def row(design, ratio, gap):
-        widths = {"ratio_half_width": ratio, "gap_half_width": gap}
-        shares = {f"{k}_{v}": 0.96 for k in ("ratio", "gap") for v in ("answered", "coverage")}
-        judged = {"false_supported": 0.0, "true_supported": 0.9}
-        row = {"family": "linex", "reach": 2.0, "sweeps": 9, "runs": design.runs}
-        return {**row, **design.__dict__, **widths, **shares, **judged}
-
-    widths = ((0.3, 0.03), (0.2, 0.02), (0.1, 0.01))
-    rows = [
-        *(row(design, *both) for design, both in zip(PLAIN, widths)),
-        row(LR_RATIO, 0.25, None),
-        row(REGIME, 0.05, 0.01),
-    ]
-    ratio, gap = targets(rows)
-    # 13 runs, where a plain grid takes 2.4 seeds at 7 rates; 20, where one takes 42.
-    assert ratio[2:] == ["77% (5 LRs a factor 1.6 apart, 1 seed, 2 fresh seeds at 4)", "**no**"]
-    assert gap[2:] == ["48% (5 LRs a factor 2 apart, 1 seed, 5 fresh seeds at 3)", "yes"]
-    *_, first, second = table(rows)
-    assert (first[1], first[7], first[10]) == ("13", "17", "-")
-    assert (second[1], second[7], second[10]) == ("20", "over 42", "42")
-    assert list(tables(rows)) == [2.0]
-    rows[3] = row(LR_RATIO, None, None)
-    assert targets(rows)[0][2].startswith("no interval in half of the sweeps (5 LRs")
-    alone = [dict(r, reach=4.0) for r in rows if r["runs"] in (13, 21)]
-    assert table(alone)[-1][7] == "-"  # one plain grid is nothing to interpolate
-    assert targets([]) == [] and tables([]) == {}

@@ -25,9 +25,7 @@ from tests.world import ROOT
         (SpecError("wrong"), 2),
     ],
 )
-def test_the_exit_status_says_whether_another_try_may_help(
-    compose, tmp_path, monkeypatch, error, code
-):
+def test_the_exit_status_says_whether_to_try_again(compose, tmp_path, monkeypatch, error, code):
     asked = compose("+sweep=lr_ratio", "scale=smoke", "cluster=slurm")
     (tmp_path / "request.json").write_text(json.dumps(asked.plain()))
     task = {"follow": str(tmp_path / "request.json"), "trainer": "a.b:c", "idle": 1, "finished": 4}

@@ -41,9 +41,7 @@ def test_the_study_is_planned_without_weights_and_without_a_look_at_this_machine
     assert order["spread_from"] == "small" and order["gpu_hours"] > 0
 
 
-def test_a_users_own_card_is_a_file_and_text_says_what_the_plan_rests_on(
-    command, nowhere, tmp_path
-):
+def test_a_users_own_card_is_a_file_and_the_plan_names_it(command, nowhere, tmp_path):
     (tmp_path / "mine/hardware").mkdir(parents=True)
     text = (ROOT / "conf/hardware/h100.yaml").read_text().replace("name: h100", "name: my_card")
     text = text.replace("price_per_gpu_h: 2.95", "price_per_gpu_h: 1")
@@ -59,9 +57,7 @@ def test_a_users_own_card_is_a_file_and_text_says_what_the_plan_rests_on(
 CLUSTER = (*BATCHES, "cluster=slurm", "hardware=h100")
 
 
-def test_what_fits_nowhere_says_what_would_and_is_refused_before_anything_is_submitted(
-    command, nowhere
-):
+def test_what_fits_nowhere_says_what_would_and_submits_nothing(command, nowhere):
     plan = command(*CLUSTER, "hardware.gpu_memory_gib=4", "action=plan")
     assert plan.returncode == 0 and "does not fit: fullft of llama-3.1-8b" in plan.stdout
     done = command(*CLUSTER, "hardware.gpu_memory_gib=4")

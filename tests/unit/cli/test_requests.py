@@ -8,9 +8,9 @@ import yaml
 
 from lorasweep.cli.actions import functions
 from lorasweep.config.actions import ACTIONS
-from tests.world import ROOT
+from tests.world import ROOT, write_splits
 
-SWEEP = ("+sweep=lr_ratio", "scale=smoke")
+FLEET = "action=fleet customers=customers.csv"
 
 
 def refused(done, *words):
@@ -21,27 +21,73 @@ def refused(done, *words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["+sweep=lr_ration"], "lr_ratio"),
-        (["scale=huge"], "tiny"),
-        (["model=lama"], "tiny64"),
-        (["lrr=1"], "lrr"),
-        (["lr=abc"], "abc"),
-        (["-m", "lr=1"], "multirun"),
-        (["method=fullft", "method.rank=3"], "rank"),
-        (["steps"], "steps"),
-        (["action=plan", "hardware=h10"], "h100"),
-        (["hardware=h100"], "Add action=plan"),
-        (["action=measure_packs", "cluster=slurm"], "inside a job"),
-        (["action=plna"], "Did you mean 'plan'"),
-        (["table=x.csv"], "action=export and action=import"),
-        ([*SWEEP, "action=plan", "out=x"], "action=adapter"),
-        (["--follow"], "--follow"),
-        ([*SWEEP, "exec.runs_dir=file/runs"], "cannot be written"),
+        ("+sweep=lr_ration", "lr_ratio"),
+        ("scale=huge", "tiny"),
+        ("model=lama", "tiny64"),
+        ("lrr=1", "lrr"),
+        ("lr=abc", "abc"),
+        ("-m lr=1", "multirun"),
+        ("method=fullft method.rank=3", "rank"),
+        ("steps", "steps"),
+        ("action=plan hardware=h10", "h100"),
+        ("hardware=h100", "Add action=plan"),
+        ("action=measure_packs cluster=slurm", "inside a job"),
+        ("action=plna", "Did you mean 'plan'"),
+        ("table=x.csv", "action=export and action=import"),
+        ("+sweep=lr_ratio action=plan out=x", "action=adapter"),
+        ("--follow", "--follow"),
+        ("+sweep=lr_ratio exec.runs_dir=customers.csv/runs", "cannot be written"),
+        ("method=lora exec.world_size=3 batch_size=8", "does not divide batch_size=8"),
+        ("method=lora exec.world_size=2 exec.pack_size=4", "processes train one run at a time"),
+        ("method=lora exec.world_size=0", "expected at least 1"),
+        ("action=advise", "needs customers=FILE"),
+        ("action=advise customers=no.csv", "no such file"),
+        ("action=advise customers=c.csv +customer.model=x", "Give one of the two"),
+        ("customers=c.csv", "customers is only for action=advise"),
+        ("action=advise +sweep=rank customers=c.csv", "Leave +sweep=rank out"),
+        ("action=advise customers=customers.csv why=acne", "Did you mean 'acme'"),
+        ("action=advise customers=customers.csv out=page.pdf", ".html or .md"),
+        ("action=measure +sweep=rank", "is about one model and one data set"),
+        ("action=measure data=no.jsonl", "no file"),
+        ("action=measure rates=0", "expected 1 to 9"),
+        ("action=measure cluster=slurm", "srun python -m lorasweep action=measure"),
+        ("data=x", "data is only for action=measure"),
+        ("action=measure dataset=facts model=tiny64-facts batch_size=1000", "has 64 rows"),
+        (f"{FLEET} exec.world_size=2", "in one process"),
+        (f"{FLEET} early_stopping=2 objective=policy_gradient", "objective=sft"),
+        (f"{FLEET} rates=many", "rates='many'"),
+        (f"{FLEET} +sweep=lr_ratio", "Leave"),
+        ("action=fleet", "customers=FILE"),
+        *((f"{FLEET} rates={rates}", "3 to 9") for rates in (0, 2, 10, -3)),
+        (f"{FLEET} instead_of_full=yes", "Allowed: lora"),
+        (f"{FLEET} early_stopping=-1", "early_stopping=-1"),
+        (f"{FLEET} method=fullft", "method=lora"),
+        ("rates=5", "only for action=measure and action=fleet"),
+        ("+sweep=lr_ratio lr=3e-3", "sweep.arms.fullft.lr"),
+        ("+sweep=lr_ratio model=tiny64", "sweep.axes.model"),
+        ("+sweep=lr_ratio method.rank=4", "sweep.arms.lora.rank"),
+        ("+sweep=lr_ratio sweep.axes.model=[tinny64]", "Did you mean 'tiny64'"),
+        ("+sweep=lr_ratio sweep.axes.dataset=[dialekt]", "Did you mean 'dialect'"),
+        ("+sweep=lr_ratio sweep.arms.lora.method=loro", "Did you mean 'lora'"),
+        ("+sweep=lr_ratio +sweep.arms.lora.rnak=[1]", "Did you mean 'rank'"),
+        ("+sweep=lr_ratio sweep.arms.lora.lr=[fast]", "expected a finite number, got 'fast'"),
+        ("+sweep=large_batches scale=paper", "no scale 'paper'. Its file has: smoke, tiny"),
+        ("lr=1e9", "between"),
+        ("action=go", "Available: adapter"),
+        ("format=xml", "json"),
+        ("mirror=tensorboard", "wandb"),
+        ("exec.pack_size=0", "pack_size"),
+        ("exec.workers=0", "workers"),
+        ("dataset.n_test_curve=9999", "n_test"),
+        ("+sweep=lr_ratio scale=small exec.models_dir=[/no]", "make weights"),
+        ("dataset=gsm8k exec.data_dir=[/no]", "exec.data_dir"),
+        ("dataset=skills model=tiny64", "48 symbols"),
     ],
 )
 def test_wrong_requests_end_with_status_2_and_start_nothing(command, tmp_path, arguments, words):
-    (tmp_path / "file").write_text("")
-    refused(command(*arguments), words)
+    (tmp_path / "customers.csv").write_text("name,model,task\nacme,llama-3.1-8b,sft\n")
+    scale = () if "scale=" in arguments else ("scale=smoke",)
+    refused(command(*scale, *arguments.split()), words)
     assert not list(tmp_path.glob("runs/*/spec.json"))
 
 
@@ -95,10 +141,7 @@ def test_an_unreadable_row_is_named_before_anything_starts(command, tmp_path):
     text = (ROOT / "conf/dataset/gsm8k.yaml").read_text().replace("name: gsm8k", "name: mine")
     lines = [line for line in text.splitlines() if not line.startswith("revision")]
     mine = own(tmp_path, "dataset/mine.yaml", "\n".join(lines))
-    (tmp_path / "gsm8k").mkdir()
-    for split in ("train", "test"):
-        rows = '{"question": "a", "answer": "b"}\n{"question": \n'
-        (tmp_path / f"gsm8k/{split}.jsonl").write_text(rows)
+    write_splits(tmp_path / "gsm8k", [{"question": "a", "answer": "b"}, '{"question": '])
     data = ("dataset=mine", f"exec.data_dir=[{tmp_path}]")
     refused(command(*mine, *data, "model=tiny64", "method.rank=4"), "train.jsonl:2: not a JSON row")
     assert not list((tmp_path / "runs").glob("*/spec.json"))

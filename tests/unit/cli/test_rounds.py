@@ -19,9 +19,7 @@ def no_report(monkeypatch):
     monkeypatch.setattr(answer, "judge", analysed)
 
 
-def test_fresh_seeds_are_trained_and_a_failed_run_is_tried_again_only_on_request(
-    compose, capsys, fake_trainer
-):
+def test_fresh_seeds_are_trained_and_failed_runs_wait_for_retry(compose, capsys, fake_trainer):
     rates = "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]"
     trainer = fake_trainer(Valley(3).nll)
     act(compose(*SMOKE, "sweep.replicate.seeds=[5,6]", rates), trainer)

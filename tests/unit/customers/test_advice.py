@@ -2,14 +2,13 @@
 
 import csv
 import dataclasses
-import json
 import re
 
 import pytest
 import yaml
 
 from lorasweep.customers import customer_sweep, pages
-from lorasweep.customers.advice import KEYS, SURE_OF, answers, plain_of, totals
+from lorasweep.customers.advice import SURE_OF, answers, plain_of, totals
 from lorasweep.customers.evidence import Sure, read_information
 from lorasweep.customers.read import COLUMNS, Failed, Row, check_rows, read_customers
 from lorasweep.data import own
@@ -117,13 +116,6 @@ def test_measured_bits_of_the_same_data_and_model_are_used(rows_file, tmp_path):
     assert reason.sure is Sure.MEASURED and "3 of 7 rows" in reason.source
     half = answer(epochs=0.5)
     assert (half.work.bits, half.work.bits_low, half.work.bits_high) == (4500, 4000, 5000)
-
-
-def test_answers_and_errors_have_the_promised_keys():
-    good, bad = map(plain_of, answers_to({}, {"model": ""}))
-    assert set(KEYS) <= good.keys() and set(KEYS) == bad.keys()
-    assert good["error"] is None and bad["error"].startswith("row 3: ")
-    json.dumps([good, bad], allow_nan=False)
 
 
 def test_every_number_has_a_formula_and_a_source():
@@ -255,12 +247,9 @@ CUSTOMERS = ROOT / "docs/customers.csv"
 def test_the_customers_are_many_and_varied_and_all_are_answered():
     found = answers(read_customers(CUSTOMERS), known())
     assert len(found) >= 100 and not [a.error for a in found if isinstance(a, Failed)]
-    sizes = [a.model.n_params for a in found]
-    assert min(s for s in sizes if s > 1e8) < 0.7e9 and max(sizes) > 230e9
     assert {a.choice.method for a in found} == {"lora", "full", "open"}
     assert {a.choice.by for a in found} == {"measured regret", "capacity"}
     assert {a.customer.task for a in found} == {"sft", "rl"}
-    assert len({a.costs.hardware.name for a in found}) >= 4
     with CUSTOMERS.open() as text:
         filled = {k for row in csv.DictReader(text) for k, v in row.items() if v}
     assert COLUMNS.keys() - filled == {"data", "n_experts", "n_active_experts"}

@@ -92,10 +92,3 @@ def test_a_serving_engine_reads_weights_keys_and_values_once_a_token():
     assert served_s(model, h100, 8, 2048, 16, 0, 8_192) < found / 7
     small = dataclasses.replace(h100, gpu_memory_gib=16.0)
     assert served_s(model, small, 1, 8, 8, 0, 64) == float("inf")
-
-
-def test_hardware_of_the_command_line_is_for_rows_that_name_none():
-    card = dataclasses.replace(known().machines["h200"](), price_per_gpu_h=7.0)
-    world = dataclasses.replace(known(), hardware=card)
-    assert advice(world, examples=1000).costs.hardware.price_per_gpu_h == 7.0
-    assert advice(world, examples=1000, hardware="a100").costs.hardware.name == "a100"

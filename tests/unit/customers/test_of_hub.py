@@ -8,8 +8,6 @@ from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from tests import small_hub
 from tests.bpe import llama_like
-from tests.customers import make_base
-from tests.unit.customers.test_runs import plan
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 SCHOOL, TULU = "openai/gsm8k", "allenai/tulu-3-sft-mixture"
@@ -69,11 +67,3 @@ def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps():
 def test_data_missing_on_the_hub_are_named(data, says):
     with pytest.raises(DataError, match=says):
         read(data)
-
-
-def test_a_customer_of_the_hub_is_planned_and_one_that_is_not_there_does_not_affect_it(tmp_path):
-    row = {"model": str(make_base(tmp_path / "base") / "config.json"), "task": "sft"}
-    data = {"one": f"{SCHOOL}:main", "other": "openai/gsm9k"}
-    one, other = plan([{"name": name, **row, "data": d} for name, d in data.items()])
-    assert [p.spec.dataset.revision for p in one.points] == 3 * [COMMIT]
-    assert "column data" in other.problem

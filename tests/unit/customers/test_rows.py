@@ -52,9 +52,7 @@ def counts(found):
 @pytest.mark.parametrize(
     "rows, held_out, train", [(19, 0, 19), (20, 4, 12), (200, 20, 160), (3000, 128, 2744)]
 )
-def test_a_tenth_is_validation_a_tenth_is_test_and_of_few_rows_none(
-    tmp_path, rows, held_out, train
-):
+def test_a_tenth_is_validation_a_tenth_test_and_of_few_rows_none(tmp_path, rows, held_out, train):
     found = read(write_rows(tmp_path / "my.jsonl", rows, "Yes {k}"))
     spec = found.dataset
     assert counts(found) == (train, held_out, held_out or rows)

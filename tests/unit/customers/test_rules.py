@@ -115,11 +115,8 @@ def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else
     world = dataclasses.replace(known(None), kept=Kept(regrets=points, hidden={"tiny128": 128}))
     columns = {"model": "tiny128", "examples": 1, "tokens_per_example": 1000}
     found = advice(world, **columns, bits_per_token=bits / 1000, max_regret=5.5)
-    assert (found.choice.by, found.choice.method, found.choice.rank) == (
-        capacity.BY_REGRET,
-        "lora",
-        8,
-    )
+    choice = found.choice
+    assert (choice.by, choice.method, choice.rank) == (capacity.BY_REGRET, "lora", 8)
     assert "rank 8 4 [3, 5]" in found.choice.why and "rank 4 9 [8, 10]" in found.choice.why
     assert found.reasons["method"].sure is Sure.MEASURED
     for allowed, method in ((2, "full"), (4, "open")):

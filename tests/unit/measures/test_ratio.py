@@ -10,7 +10,8 @@ from analysis.measures.lr_law import by_loss, by_optima, published, regret
 from analysis.measures.ratio import Ratio, gaps, ratio_law, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.valley import linex
-from analysis.runs.lr_curves import LrCurve, lr_curves
+from analysis.runs.lr_curves import lr_curves
+from tests.tables import lr_curve
 
 GAP = 0.02
 
@@ -130,9 +131,7 @@ def planted_curves(p, at=5e-4, widths=(512, 1024, 2048, 4096, 8192), noise=1e-4)
         for rank in (8, 16):
             x = best + rng.uniform(-0.3, 0.3) + (np.arange(7) - 3) * math.log(2)
             y = 2 + 0.1 * linex(x - best, 0.5) + noise * rng.standard_normal(7)
-            key = {"model": model, "dataset": "d", "method": "lora", "rank": float(rank)}
-            zero = np.zeros(7, int)
-            curves.append(LrCurve(key, x, y, zero, zero, np.ones(7, bool), math.nan, math.nan))
+            curves.append(lr_curve(x, y, np.zeros(7, int), model=model, rank=float(rank)))
     return curves, hidden
 
 
@@ -158,9 +157,7 @@ def test_both_ways_find_a_planted_law(p):
     ],
 )
 def test_the_published_formula_gives_its_published_lrs(changes, hidden, lr):
-    key = {"model": "meta-llama/Llama-3.1-8B", "dataset": "d", "method": "lora", "rank": 16.0}
-    none = np.zeros(0)
-    c = LrCurve({**key, **changes}, *[none] * 4, none.astype(bool), math.nan, math.nan)
+    c = lr_curve(*[np.zeros(0)] * 3, **{"model": "meta-llama/Llama-3.1-8B", **changes})
     assert published(c, hidden) == (lr and pytest.approx(lr, rel=2e-3))
 
 

@@ -8,7 +8,7 @@ import pytest
 from analysis.inference.gates import GateCode
 from analysis.measures.at_best import over_seeds
 from analysis.measures.rewards import collapsed_at_best, gates_on_stable, good_range, stable
-from analysis.runs.lr_curves import LrCurve
+from tests.tables import lr_curve
 
 X = np.log([1, 1.41, 2, 2.83, 4, 5.66])
 NAN = math.nan
@@ -18,8 +18,7 @@ def curve(losses, x=X):
     """A curve of losses [LRs, seeds]; NaN where a run collapsed, None where none was made."""
     every = [(at, v, s) for at, row in zip(x, losses) for s, v in enumerate(row)]
     lrs, y, seed = (np.array(v) for v in zip(*(run for run in every if run[1] is not None)))
-    key = {"model": "m", "dataset": "d", "method": "lora", "rank": 1.0}
-    return LrCurve(key, lrs, y, seed, seed, np.isfinite(y), -0.1, NAN)
+    return lr_curve(lrs, y, seed, start=-0.1)
 
 
 def test_the_top_of_a_parabola_comes_back():

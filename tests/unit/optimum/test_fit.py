@@ -13,9 +13,9 @@ from analysis.optimum import valley
 from analysis.optimum.fit import MIN_DF, fit_all, fit_sweeps
 from analysis.optimum.likelihood import gather, weights_of
 from analysis.optimum.valley import linex
-from analysis.runs.lr_curves import LrCurve, lr_curves
+from analysis.runs.lr_curves import lr_curves
 from benchmarks.calibration.generators import FAMILIES, Design, plant
-from tests.tables import GRID, table
+from tests.tables import GRID, lr_curve, table
 
 
 def fitted(loss, **grid):
@@ -133,11 +133,6 @@ def test_the_misfits_covariance_is_the_curvatures_integrated_twice():
     assert near[0, 0] == 0 and near[1, 1] < 1e-9 * near[2, 2]
 
 
-def curve_of(x, y, seed, rank=4.0, start=math.nan):
-    key = {"model": "m", "dataset": "d", "method": "lora", "rank": rank}
-    return LrCurve(key, x, y, seed, seed, np.ones(len(x), bool), start, math.nan)
-
-
 def unsteady_sweep(broken):
     """Four curves of six rates and three seeds; at the first one's second rate above its best, one
     seed has begun to break."""
@@ -147,7 +142,7 @@ def unsteady_sweep(broken):
         y = 2.0 + 0.1 * (x - math.log(1e-3)) ** 2 + 0.004 * rng.standard_normal(18)
         if k == 0 and broken:
             y[15] += 0.4
-        out.append(curve_of(x, y, np.tile(np.arange(3), 6), float(2**k), 3.5))
+        out.append(lr_curve(x, y, np.tile(np.arange(3), 6), 3.5, rank=2.0**k))
     return out
 
 
@@ -228,7 +223,7 @@ def test_a_collapse_that_nobody_flagged_leaves_the_optimum_alone():
         x = np.tile(np.arange(7) * math.log(2), 3)
         y = 1 + 0.1 * valley.linex(x - 1.7, 0.5) + 1e-3 * rng.standard_normal(21)
         y[x > 5.9 * math.log(2)] += rise
-        e = fit_all([curve_of(x, y, np.repeat(np.arange(3), 7))])[0].best_lr
+        e = fit_all([lr_curve(x, y, np.repeat(np.arange(3), 7))])[0].best_lr
         assert e.low < math.exp(1.7) < e.high and e.high / e.low < 1.8
 
 

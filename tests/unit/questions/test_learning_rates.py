@@ -11,32 +11,21 @@ from analysis.__main__ import main
 from analysis.optimum.valley import linex
 from analysis.questions.lr_ratio import QUESTION
 from analysis.runs.table import TableError
-from tests.planted import (
-    FULL,
-    FULL_BEST,
-    LORA,
-    START,
-    Valley,
-    World,
-    arms,
-    ask,
-    base,
-    check,
-    kept_question,
-)
+from tests import planted
+from tests.planted import FULL, LORA, Valley, World, arms, ask, base, check, kept_question
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
 # ---------------------------------------------------------------- lr_ratio
 
-GAINED = START - 2.0
+GAINED = planted.START - 2.0
 TEN_TIMES = {3: "REFUTED", 10: "SUPPORTED"}
 """Planted ratio -> the verdict on the regret of 10 times full fine-tuning's optimal LR."""
 
 
 def ask_ratio(valley, seeds=range(5), full=1.2e-3, folder=None, claims=None):
     spec = base(dataset="dialect_smoke")
-    specs = arms(spec, (4, 8, 16), full, FULL_BEST * valley.ratio, seeds=seeds, steps=8)
+    specs = arms(spec, (4, 8, 16), full, planted.FULL_BEST * valley.ratio, seeds=seeds, steps=8)
     return ask("lr_ratio", valley, specs, folder, claims)
 
 
@@ -94,7 +83,7 @@ def test_a_cliff_just_right_of_the_optimum_gives_a_bound_and_no_verdict():
     out, verdicts = ask_ratio(Valley(3, cliff=0.9))
     lora = [c for c in out["curves"] if c["method"] == "lora"]
     assert all(c["best_lr"] is None and "bounded_by_divergence" in c["flags"] for c in lora)
-    assert all(c["low"] < FULL_BEST * 3 < c["high"] * 1.5 for c in lora)
+    assert all(c["low"] < planted.FULL_BEST * 3 < c["high"] * 1.5 for c in lora)
     assert verdicts["ratio"]["outcome"] == "UNDECIDED" and verdicts["ratio"]["needed"]
 
 

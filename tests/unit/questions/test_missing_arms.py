@@ -1,34 +1,30 @@
 """A sweep without one of its arms is still answered: what cannot be known is UNDECIDED."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from analysis.questions.registry import analyse
 from analysis.report import report
-from analysis.runs.table import read
+from lorasweep.cli.answer import KEPT
+from tests.planted import ANSWERS, kept_answer
 
-KEPT = Path(__file__).resolve().parents[3] / "analysis" / "results"
 ONE_ARM = {"invariance-tiny", "rl_bits-tiny"}  # their runs are all of one method
 ALONE = {"capacity-tiny"}  # its claims about one method need no other
 SLOW = {"batch_size-tiny", "rank-tiny", "regime-tiny"}
 CASES = [
     pytest.param(folder, method, marks=pytest.mark.full if folder.name in SLOW else ())
-    for folder in sorted(p.parent for p in KEPT.glob("*/table.parquet"))
+    for folder in ANSWERS
     for method in ("fullft", "lora")
 ]
 
 
 @pytest.mark.parametrize(("folder", "method"), CASES, ids=lambda v: getattr(v, "name", v))
 def test_a_sweep_without_an_arm_is_answered(folder, method):
-    table = read(folder / "table.parquet")
+    table, question = kept_answer(folder)
     table = table[table["method"] != method]
     if table.empty:
         assert folder.name in ONE_ARM
         return
     table = table[table["seed"] == table["seed"].mode()[0]].reset_index(drop=True)
-    question = json.loads((folder / "question.json").read_text())
     analysis = analyse(table, question, KEPT)
     text = report.render(analysis, question, table)
     assert all(v.claim in text for v in analysis.verdicts)

@@ -107,14 +107,6 @@ def test_each_model_is_compared_with_full_fine_tuning_of_itself():
     assert {name.split()[0] for name in out["tasks"]} == set(top)
 
 
-@pytest.mark.parametrize(("arm", "missing"), [("lora", "fullft"), ("fullft", "lora")])
-def test_a_missing_arm_leaves_every_claim_open(arm, missing):
-    specs = [s for s in rank_runs() if s.method.name == arm]
-    out, _ = ask("rank", World(), specs)
-    assert {v["outcome"] for v in out["verdicts"]} == {"UNDECIDED"}
-    assert {v["why"] for v in out["verdicts"]} == {f"no curve of {missing}"}
-
-
 LENGTHS = {4: 256, 16: 128, 64: 32}
 
 

@@ -17,13 +17,13 @@ from analysis.runs.lr_curves import lr_curves, title
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """drawn(draw): the figure that draw(path) saves."""
+    """drawn(draw, *given): the figure that draw(*given, path) saves."""
 
-    def run(draw):
+    def run(draw, *given):
         figures = []
         with monkeypatch.context() as patch:
             patch.setattr(plots.plt, "close", figures.append)
-            draw(tmp_path / "figure.png")
+            draw(*given, tmp_path / "figure.png")
         (figure,) = figures
         return figure
 
@@ -37,13 +37,13 @@ def panel(heights, name="rho", **look):
 
 def test_panels_of_one_quantity_have_one_scale_and_one_legend(drawn):
     parts = [panel((0.1, 0.2), log_y=True), panel((0.5, 1.0), log_y=True), panel((9, 9), "nats")]
-    figure = drawn(lambda path: plots.panels(parts, path))
+    figure = drawn(plots.panels, parts)
     one, two, other, _ = figure.axes
     assert one.get_ylim() == two.get_ylim() != other.get_ylim()
     assert one.get_ylim()[0] < 0.1 and one.get_ylim()[1] > 1.0
     assert len(figure.legends) == 1 and not any(ax.get_legend() for ax in figure.axes)
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
-    figure = drawn(lambda path: plots.panels([panel((1, 2)), panel((1, 2, 3))], path))
+    figure = drawn(plots.panels, [panel((1, 2)), panel((1, 2, 3))])
     assert not figure.legends and all(ax.get_legend() for ax in figure.axes)
 
 
@@ -57,7 +57,7 @@ def test_a_bound_is_an_arrow_to_its_side_and_no_point(drawn):
     ]
     series = Series.of("rho", range(5), estimates)
     assert series.bounds == [0, 1, -1, 0, 1] and series.y == [1.0, 2.0, 3.0, None, 5.0]
-    figure = drawn(lambda path: plots.panels([Panel("t", "x", "y", [series])], path))
+    figure = drawn(plots.panels, [Panel("t", "x", "y", [series])])
     (ax,) = figure.axes
     found = [a for a in ax.get_children() if isinstance(a, Annotation)]
     ends = {(a.xy[0], a.xy[1]): a.xyann[1] for a in found}
@@ -69,7 +69,7 @@ def test_a_bound_is_an_arrow_to_its_side_and_no_point(drawn):
 def test_zero_is_drawn_at_zero(drawn):
     series = [Series("equal", [1, 2], [0.0, 0.0]), Series("eps", [1, 2], [1e-5, 1e-3])]
     one = Panel("t", "x", "y", series, log_x=True, log_y=True, linear_below=1e-15)
-    (ax,) = drawn(lambda path: plots.panels([one], path)).axes
+    (ax,) = drawn(plots.panels, [one]).axes
     low, high = ax.get_ylim()
     assert list(ax.lines[0].get_ydata()) == [0, 0] and -1e-14 < low < 0 and high > 1e-3
 
@@ -91,7 +91,7 @@ def runs():
 def test_a_figure_of_cut_runs_shows_them_and_says_of_what_they_are_the_beginning(drawn):
     table = runs()
     optima = fit_all(lr_curves(at_step(at_step(table, 8), 4)))
-    (ax,) = drawn(lambda path: plots_curves.learning(table, optima, path)).axes
+    (ax,) = drawn(plots_curves.learning, table, optima).axes
     curves = [line.get_xdata() for line in ax.lines if len(line.get_xdata()) > 2]
     assert len(curves) == 10 and all(max(x) == 4 for x in curves)
     words = "m on dialect (no new rules), batch 4, first 4 of 16 updates"
@@ -113,11 +113,9 @@ def test_rewards_are_drawn_as_rewards_upwards_and_on_one_scale(drawn):
         found.append(table)
     table = pd.concat(found, ignore_index=True)
     optima = fit_all(lr_curves(table))
-    for draw in (
-        lambda path: plots_curves.lr_against_nll(optima, path),
-        lambda path: plots_curves.learning(table, optima, path),
-    ):
-        axes = drawn(draw).axes
+    heights, curves = (plots_curves.lr_against_nll, optima), (plots_curves.learning, table, optima)
+    for draw, *given in (heights, curves):
+        axes = drawn(draw, *given).axes
         of = {ax.get_title().split()[2].strip(","): ax for ax in axes if ax.get_title()}
         one, other, loss = (of[name] for name in "abc")
         assert one.yaxis_inverted() and other.yaxis_inverted() and not loss.yaxis_inverted()
@@ -131,7 +129,7 @@ def test_an_optimum_at_an_edge_is_an_arrow_and_its_legend_a_bound(drawn):
     table = runs()
     table["test_nll"] = 3 - 0.1 * np.log(table["lr"] / 1e-4)  # falls up to the highest rate
     optima = fit_all(lr_curves(table))
-    (ax,) = drawn(lambda path: plots_curves.lr_against_nll(optima, path)).axes
+    (ax,) = drawn(plots_curves.lr_against_nll, optima).axes
     found = [a for a in ax.get_children() if isinstance(a, Annotation)]
     assert len(found) == 2 and all(a.xyann == (plots.ARROW, 0) for a in found)
     assert all("best > " in t.get_text() for t in ax.get_legend().get_texts())
@@ -147,7 +145,7 @@ def test_a_fitted_line_ends_before_the_first_rate_at_which_a_run_broke_down(draw
     table.loc[10, ["status", "test_nll"]] = ["diverged", None]
     optima = fit_all(lr_curves(table))
     assert np.exp(optima[0].curve.unbroken) == pytest.approx(rates[:3])
-    (ax,) = drawn(lambda path: plots_curves.lr_against_nll(optima, path)).axes
+    (ax,) = drawn(plots_curves.lr_against_nll, optima).axes
     (fitted,) = [line for line in ax.lines if len(line.get_xdata()) == 200]
     assert max(fitted.get_xdata()) == pytest.approx(rates[2])
     lines = [line for line in ax.lines if line.get_markerfacecolor() == "none"]

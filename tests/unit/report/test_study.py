@@ -21,11 +21,11 @@ from analysis.report import plots_study, report
 from analysis.report.report import question_hash
 from analysis.report.study import answers, figures, findings, ledger, page
 from analysis.report.study.answers import NO_CELL, Answer, Setting, pooled, read_answers, rows_of
-from analysis.runs.table import read
+from lorasweep.cli.answer import KEPT
+from lorasweep.config.compose import composer
 from lorasweep.sweep.request import question
+from tests.planted import kept_answer
 from tests.world import ROOT
-
-KEPT = ROOT / "analysis" / "results"
 
 
 def dialect(name="dialect", **knobs):
@@ -112,13 +112,14 @@ def test_speed_is_measured_along_the_run_at_each_lengths_best_rate(reports):
     assert set(figures.speed_answers([kept])) == {Setting.BEYOND}
 
 
-def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some(compose):
+def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some():
     words = {"says": "other words", "measure": "metres", "beside": "the point"}
     known = {"sd": {"smoke": 0.5}, "units": 7, "underpowered": True}
-    for name in answers.ORDER:
-        asked = question(compose(f"+sweep={name}", "scale=smoke"))
+    with composer() as compose:
+        questions = [question(compose([f"+sweep={n}", "scale=smoke"])) for n in answers.ORDER]
+    for asked in questions:
         claims = asked["claims"]
-        assert asked["how"] and all(c["says"] and c["measure"] for c in claims.values()), name
+        assert asked["how"] and all(c["says"] and c["measure"] for c in claims.values())
         first = next(iter(claims))
         other = {**asked, "claims": {**claims, first: {**claims[first], **words, **known}}}
         assert question_hash(other) == question_hash(asked)
@@ -477,9 +478,7 @@ def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(t
 
 def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
     """The same runs judged as they are, with an exploratory claim, and withdrawn."""
-    folder = reports / "rank-smoke"
-    table = read(folder / "table.parquet")
-    asked = json.loads((folder / "question.json").read_text())
+    table, asked = kept_answer(reports / "rank-smoke")
     as_asked = question_hash(asked)
     plain = analyse(table, asked)
     first = next(iter(asked["claims"]))
