@@ -22,6 +22,7 @@ from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.throughput import measured_path
 from lorasweep.store.run_store import RunStore
 from tests.customers import CHAT_TEMPLATE, make_base, write_json, write_rows
+from tests.integration.test_interruptions import killed_at, start
 
 SECRET = "zanzibar 7351"
 HOSTILE = '<img src=x onerror=alert(1)>/../"x"'
@@ -141,6 +142,14 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     assert before.keys() - untouched == {p for p in before if p.parent.name == "bob"}
 
 
+def check_same_adapters(one, other):
+    paths = list(one.glob("*/*.safetensors"))
+    assert paths
+    for path in paths:
+        a, b = load_file(path), load_file(other / path.relative_to(one))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def stopped_and_resumed(world, stop_at, *settings):
     """Train a fleet whole, and in another folder stopped and resumed: equal adapters, bit for bit."""
     settings = ("precision=fp64", *settings)
@@ -151,11 +160,7 @@ def stopped_and_resumed(world, stop_at, *settings):
     rest = Counting()
     assert world.run(*settings, trainer=rest) == 0
     assert any(resumed for _, _, resumed in rest.asked)
-    paths = list(world.folder.glob("*/*.safetensors"))
-    assert paths
-    for path in paths:
-        a, b = load_file(path), load_file(Path("whole/fleet-customers", *path.parts[-2:]))
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    check_same_adapters(world.folder, Path("whole/fleet-customers"))
 
 
 def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world):
@@ -163,12 +168,17 @@ def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world):
     assert not any(r["resumed_in_other_company"] for r in world.runs.values() if r)
 
 
-def test_early_stopping_is_on_the_card_and_survives_a_stop(world, tmp_path):
-    """The held-out rows of the first customer are of another kind: their loss rises while it learns.
-    The second has too few rows to hold any out."""
+@pytest.fixture
+def odd(world, tmp_path):
+    """A customer whose held-out rows are of another kind: their loss rises while it learns."""
     write_rows(tmp_path / "odd/train.jsonl", 20, "aaaa bbbb {k}")
     write_rows(tmp_path / "odd/test.jsonl", 16, "zz", start=100)
-    world.set_table({**world.table[0], "data": "odd", "epochs": 39}, world.table[2])
+    return {**world.table[0], "data": "odd", "epochs": 39}
+
+
+def test_early_stopping_is_on_the_card_and_survives_a_stop(world, odd):
+    """The second customer has too few rows to hold any out."""
+    world.set_table(odd, world.table[2])
     stopped_and_resumed(world, 5, "early_stopping=2")
     ann, few = world.facts("ann"), world.facts("few")
     assert ann["steps_done"] < ann["steps"] and ann["best_step"] < ann["steps_done"]
@@ -443,3 +453,38 @@ def test_the_card_counts_shared_prompts_and_the_interval_is_over_prompts(world, 
     card = world.card("bob")
     assert "160 rows have the prompt of another row" in card and "no prompt is both" in card
     assert "(4 prompts): a gain of" in card and "(Student's t over prompts)" in card
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_early_stopping_survives_a_kill(world, odd, tmp_path):
+    """A command killed with -9 between the best evaluation of a run and its end, and asked again:
+    weights, results and what was decided are the same, bit for bit."""
+    world.set_table(odd)
+    # one learning rate: of several, one may end before the kill, and the pack is then another
+    fleet = ("action=fleet", "customers=customers.yaml", "early_stopping=3", "rates=advised")
+    arguments = (*fleet, "exec.workers=1", "exec.threads=1", "exec.checkpoint_s=0.01")
+
+    def finished():
+        command = start(*arguments, cwd=tmp_path)
+        assert command.wait(240) == 0, command.stderr.read()
+        return RunStore(tmp_path / "runs")
+
+    def best_is_behind():
+        for run in (tmp_path / "runs").glob("[0-9a-f]*/checkpoint"):
+            metas = [json.loads(p.read_text()) for p in run.glob("?.json")]
+            last = max(metas, key=lambda m: m["step"], default={})
+            if 0 < last.get("best", (0, 0))[1] < last.get("step", 0):
+                return True
+        return False
+
+    killed_at(best_is_behind, *arguments, cwd=tmp_path)
+    (rid,) = RunStore(tmp_path / "runs").existing()
+    assert RunStore(tmp_path / "runs").result(rid) is None
+    resumed = finished().result(rid)
+    shutil.move(tmp_path / "runs", tmp_path / "killed")
+    whole = finished().result(rid)
+    timed = ("wall_s", "step_s", "attempt")
+    a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, resumed))
+    assert a == b and a["best_step"] < a["steps_done"] and resumed["attempt"] == 2
+    check_same_adapters(tmp_path / "killed", tmp_path / "runs")

@@ -52,6 +52,22 @@ def wait_for(condition, timeout=240):
     pytest.fail("waited in vain")
 
 
+def places(tmp_path):
+    """Folders for an uninterrupted run, and for one that is killed."""
+    made = tmp_path / "whole", tmp_path / "killed"
+    for folder in made:
+        folder.mkdir()
+    return made
+
+
+def killed_at(condition, *args, cwd):
+    """Start a command in its own process group, and kill the group once a condition holds."""
+    process = start(*args, cwd=cwd)
+    wait_for(condition)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 MEASURES = ("train_nll", "test_nll", "surrogate", "reward", "entropy", "test_reward")
 
 
@@ -81,15 +97,11 @@ PACK = (*LONG, "+sweep=lr_ratio", "~sweep.arms.fullft", "exec.pack_size=3")
     ],
     ids=["fullft", "pack of lora", "rewarded"],
 )
-def test_killed_with_kill_9_it_resumes_with_the_same_bits(tmp_path, command, arm, runs, kills):
-    whole, killed = tmp_path, tmp_path / "killed"
-    killed.mkdir()
-    command(*arm)
+def test_killed_with_kill_9_it_resumes_with_the_same_bits(tmp_path, arm, runs, kills):
+    whole, killed = places(tmp_path)
+    cli(*arm, cwd=whole)
     for at in kills:
-        process = start(*arm, cwd=killed)
-        wait_for(lambda at=at: max(furthest(killed), default=0) >= at)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        killed_at(lambda at=at: max(furthest(killed), default=0) >= at, *arm, cwd=killed)
         assert list((killed / "runs").glob("*/checkpoint/*.json"))
         assert not list((killed / "runs").glob("*/result.json"))
     cli(*arm, cwd=killed)

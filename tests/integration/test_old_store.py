@@ -18,7 +18,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
 from tests.integration.conftest import SMOKE
 from tests.training import copied, moved, worst
-from tests.world import cli, compose_request
+from tests.world import cli
 
 OLD = Path(__file__).resolve().parent.parent / "fixtures" / "store_2026_11"
 INTERRUPTED = "279a02a29be0"
@@ -36,8 +36,6 @@ def test_states_and_specs_of_an_old_store_are_read(old):
     assert states[INTERRUPTED] == "interrupted"
     for rid in states:
         assert spec_from(old.spec(rid)).id == rid
-    asked = [p.id for p in compose_request(SMOKE).points]  # trains nothing again
-    assert len(asked) == 6 and {states[rid] for rid in asked} <= {"done", "diverged"}
 
 
 def test_the_table_of_an_old_store_is_the_one_that_was_written_then(old):
@@ -61,10 +59,24 @@ def test_old_answers_are_given_again():
         assert a.estimate.value == pytest.approx(b["estimate"]["value"])
 
 
+@pytest.mark.full
+def test_asking_again_trains_nothing(old, tmp_path):
+    before = {p: p.read_bytes() for p in old.root.glob("*/result.json")}
+    answer = json.loads(cli(*SMOKE, "format=json", cwd=tmp_path).stdout)
+    assert {v["outcome"] for v in answer["verdicts"]} == {"UNDECIDED"}
+    assert before and all(path.read_bytes() == text for path, text in before.items())
+
+
 # The interrupted run has checkpoints at updates 229 and 232 and records of all updates to 232, and
 # the same run without an interruption is kept, too. In fp32 it agrees with them on any processor
-# for some tens of updates.
+# for some tens of updates; after 600 at 3e-3 rounding alone has moved its loss by 0.0125 (standard
+# deviation over eight bases whose weights were moved by one unit in the last place).
 FIRST, SECOND = 229, 232
+END = 0.06
+
+
+def curve(result):
+    return {p["step"]: p["test_nll"] for p in result["curve"]}
 
 
 @pytest.mark.full
@@ -81,6 +93,9 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(old, tmp_path):
     for now, then in zip(records[FIRST:SECOND], before[FIRST:], strict=True):
         for name in ("train_nll", "grad_norm"):
             assert now[name] == pytest.approx(then[name], rel=1e-5)
+    alone = json.loads((OLD / f"uninterrupted_{INTERRUPTED}.json").read_text())["result"]
+    assert curve(result)[256] == pytest.approx(curve(alone)[256], abs=1e-4)
+    assert result["test_nll"] == pytest.approx(alone["test_nll"], abs=END)
 
 
 def test_an_old_checkpoint_holds_all_that_the_next_updates_need(old):
@@ -91,7 +106,6 @@ def test_an_old_checkpoint_holds_all_that_the_next_updates_need(old):
     folder = old.folder(INTERRUPTED) / "checkpoint"
     first, second = checkpoint.load(folder, FIRST), checkpoint.load(folder, SECOND)
     alone = json.loads((OLD / f"uninterrupted_{INTERRUPTED}.json").read_text())["result"]
-    (wanted,) = [point["test_nll"] for point in alone["curve"] if point["step"] == 256]
 
     def distances(weights, state):
         """From the second checkpoint, and from the loss at update 256."""
@@ -100,7 +114,8 @@ def test_an_old_checkpoint_holds_all_that_the_next_updates_need(old):
             if event.step == SECOND:
                 tensors = worst(copied(event.snapshot())[spec.id], second)
             if event.step == 256:
-                return tensors, abs(event.records[spec.id]["test_nll"] - wanted)
+                loss = event.records[spec.id]["test_nll"]
+                return tensors, abs(loss - curve(alone)[256])
 
     for weights in (base, moved(base)):
         tensors, loss = distances(weights, first)

@@ -1,4 +1,5 @@
-"""Packs by the command line: verified against runs alone, memory as planned, measured."""
+"""Packs by the command line: resumed with a different pack, verified against runs alone, memory as
+planned, compiled."""
 
 import json
 import os
@@ -7,13 +8,45 @@ from pathlib import Path
 import pytest
 
 from benchmarks import memory
-from lorasweep.store.run_store import checksum
+from lorasweep.store.run_store import RunStore, checksum
 from tests.integration.conftest import SMOKE
+from tests.integration.test_interruptions import kept, killed_at, places
 from tests.integration.test_smollm2 import WEIGHTS
+from tests.training import EPS, ROUNDING
 from tests.world import ROOT, cli
 
 pytestmark = pytest.mark.slow
 DATA = os.environ.get("LORASWEEP_TEST_DATA", str(ROOT / "data"))
+MIXED = (
+    *(*SMOKE, "~sweep.arms.fullft", "sweep.arms.lora.rank=[1,4]", "sweep.arms.lora.lr=[1e-3,3e-3]"),
+    *("exec.pack_size=8", "exec.workers=1", "exec.threads=1"),
+)
+
+
+@pytest.mark.full
+def test_a_pack_of_mixed_ranks_resumes_in_a_different_pack_and_records_it(tmp_path):
+    """In float64, over ten updates of the other pack: how numbers add up depends on the shape of a
+    pack and on the processor, and training lets the differences grow."""
+    long = (*MIXED, "precision=fp64", "steps=80", "batch_size=8", "exec.checkpoint_s=0.3")
+    long = (*long, f"eps={EPS}")
+    whole, killed = places(tmp_path)
+    cli(*long, cwd=whole)
+    saved = "*/checkpoint/*.json"
+    killed_at(lambda: len(list((killed / "runs").glob(saved))) >= 4, *long, cwd=killed)
+    cli(*long, "sweep.arms.lora.lr=[3e-3]", cwd=killed)  # half of the pack
+    store, other = RunStore(whole / "runs"), RunStore(killed / "runs")
+    records, again = kept(whole), kept(killed)
+    done = [i for i in again if other.state(i) == "done"]
+    assert len(done) == 2
+    for i in done:
+        a, b = store.result(i), other.result(i)
+        assert a["pack_size"] == 4 and b["pack_size"] == 2
+        assert b["resumed_in_other_company"] and not a["resumed_in_other_company"]
+        tenth = other.env(i)["resumed_from_step"] + 10
+        assert 10 < tenth <= 80
+        for step in range(1, tenth + 1):
+            ours, theirs = (r[i][step][:2] for r in (records, again))  # train_nll, test_nll
+            assert ours == theirs or theirs == pytest.approx(ours, rel=ROUNDING[10])
 
 
 @pytest.mark.xdist_group("smoke")
