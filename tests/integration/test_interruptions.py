@@ -171,7 +171,6 @@ def test_an_owner_found_dead_on_another_machine_is_replaced(tmp_path, monkeypatc
     assert store.state(point.id) == "done" and store.last_attempt(point.id) == 2
 
 
-@pytest.mark.full
 def test_two_commands_at_once_share_the_runs(tmp_path):
     one_by_one = (*SMOKE, "exec.pack_size=1", "exec.workers=1", "steps=30")
     two = [start(*one_by_one, cwd=tmp_path) for _ in range(2)]
@@ -182,7 +181,6 @@ def test_two_commands_at_once_share_the_runs(tmp_path):
     assert len(runs) == 6 and all(len(list(r.iterdir())) == 1 for r in runs)
 
 
-@pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_stops_cleanly_and_loses_nothing(tmp_path):
     disk = tmp_path / "disk"

@@ -71,5 +71,5 @@ def test_a_run_is_not_trained_again_on_other_data(compose, trainer):
     assert act(request, trainer) == 0
     spec, store = request.points[0].spec, RunStore(request.exec.runs_dir)
     trainer.more = lambda spec: {"data_sha256": "other"}
-    with pytest.raises(TrainingError, match=r"other data \(fingerprint fake\).*\(other\)"):
+    with pytest.raises(TrainingError, match=r"other data \(fingerprint planted\).*\(other\)"):
         train_again(spec, store, request.exec, trainer)
