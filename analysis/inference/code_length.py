@@ -1,7 +1,9 @@
-"""The code length of data in a first pass, extrapolated from its first rows.
+"""Extrapolate the code length of a training set (its summed loss in the first epoch).
 
-Losses come in batches of rows in random order: under the base model, and online, each batch before
-it is trained on (a prequential code, Dawid 1984).
+Only the losses of its first rows are known, in batches in random order. Each batch has two losses.
+One is under the base model. The other is online: under the model during training, just before it
+trains on that batch (a prequential code, Dawid 1984). Their ratio, online / base, is called share.
+A line is fitted to ln(share) over ln(rows).
 """
 
 import math
@@ -13,12 +15,13 @@ from scipy import stats
 from analysis.inference.estimate import LEVEL, N_DRAWS, Estimate
 
 FITTED = 8
-"""The line is not fitted to the first 1 / FITTED of the rows measured: the form of a completion is
-learned at once, and says little about later rows."""
+"""The fit of the line leaves out the first 1 / FITTED of the rows measured. On those rows the model
+learns the format of completions, which says little about later rows."""
 STEEPER = 1.25
-"""The line may continue this much steeper: the slope grows if the loss began to fall late."""
+"""Factor on the fitted slope, for the lower bound of the share. If the loss began to fall late, the
+slope of later rows is steeper than the fitted one."""
 LATE = 4
-"""The level reached is that of the last 1 / LATE of the rows measured."""
+"""The upper bound of the share is that of the last 1 / LATE of the rows measured."""
 FEWEST = 24
 """Batches that an extrapolation needs: with fewer the scatter is unknown."""
 
@@ -34,16 +37,17 @@ class CodeLength:
 def extrapolate(base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float) -> CodeLength:
     """Return the code length of all rows, under the base model and online during training.
 
-    Under the base model further rows cost as much as those measured, with the scatter of the
-    batches. During training they cost a share of that: at most the share of the last 1 / LATE of
-    the rows, and at least what a straight line of ln(share) over ln(rows) says, STEEPER times as
-    steep. The interval reaches from the low end of the one to the high end of the other; the value
-    is midway between the two.
+    Under the base model, a token of the remaining rows costs as much as one of the measured rows.
+    Online, it costs a share of that. The upper bound of the share is that of the last 1 / LATE of
+    the measured rows. The lower bound is the fitted line, extended with STEEPER times its slope.
+    The interval reaches from the low quantile of the lower bound to the high quantile of the upper
+    bound. The value lies midway between the upper bound and the line extended with its own slope.
 
     Args:
-        base, code, tokens: nats of each batch under the base model and during training, in the
-            order of training, and its loss tokens.
-        left: loss tokens of the rows that were not measured.
+        base: nats of each measured batch under the base model, in the order of training.
+        code: nats of each measured batch online.
+        tokens: loss tokens of each measured batch.
+        left: loss tokens of the remaining rows.
     """
     n, coded, first = len(tokens), float(code.sum()), float(base.sum())
     if left <= 0:
@@ -85,7 +89,10 @@ def _scatter(part: np.ndarray, whole: np.ndarray, left: float, unit: float) -> t
 def _continued(
     base: np.ndarray, code: np.ndarray, tokens: np.ndarray, left: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
-    """Draw the mean share over further rows if the line continues; also return its middle."""
+    """Extend the line to the remaining rows; return draws of their mean share, and one value.
+
+    The draws have STEEPER times the slope; the value has the fitted slope.
+    """
     at, total = np.cumsum(tokens), float(tokens.sum())
     used = at >= total / FITTED
     x, share = np.log(at[used] / total), np.maximum(code[used] / base[used], 1e-12)
@@ -100,7 +107,7 @@ def _continued(
     middle = centre + spread / math.sqrt(len(x)) * t[0] + below
     slope = STEEPER * np.minimum(0.0, found.slope + spread / math.sqrt(wide) * t[1])
     ahead = (np.arange(64) + 0.5) / 64 * np.log1p(left / total)  # midpoints in ln(rows)
-    weight = np.exp(ahead) / np.exp(ahead).sum()  # by the rows there
+    weight = np.exp(ahead) / np.exp(ahead).sum()  # rows in each interval of ln(rows)
     drawn = np.exp(middle[:, None] + slope[:, None] * (ahead - x.mean())) @ weight
     line = np.exp(centre + below + min(0.0, float(found.slope)) * (ahead - x.mean())) @ weight
     return drawn, float(line)

@@ -1,8 +1,8 @@
-"""Intervals over seeds: Student's, at least as wide as one by the variance of similar samples.
+"""Student's t intervals over seeds, never narrower than with the pooled variance.
 
 Three seeds that happen to agree have far too narrow an interval. So samples of one quantity in one
-sweep (such as the ranks' rho) pool their variances. Pooling only widens, because a few samples that
-share seeds cannot show that one of them is less noisy.
+sweep (such as rho at each rank) pool their variances. Pooling only widens, because a few samples
+that share seeds cannot show that one of them is less noisy.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from analysis.inference.spread import Part, Spread
 
 @dataclass(frozen=True)
 class PooledVariance:
-    """The variance over seeds, pooled over samples of one quantity; degrees of freedom."""
+    """The variance over seeds, pooled over samples of one quantity, and its degrees of freedom."""
 
     var: float
     df: float
@@ -26,7 +26,8 @@ class PooledVariance:
 def pooled_variance(samples: Sequence[Sequence[float]]) -> PooledVariance | None:
     """Pool the variances of samples of one quantity by their median, robust against outliers.
 
-    Each is first divided by the median of chi^2 / df. None below two samples of two finite values.
+    Each is first divided by the median of chi^2 / df. Samples with fewer than two values, or with a
+    value that is not finite, are left out. None if fewer than two samples remain.
     """
     known = [np.asarray(s, float) for s in samples if len(s) > 1 and np.isfinite(s).all()]
     if len(known) < 2:
@@ -45,14 +46,16 @@ def from_sample(
     """Return the mean of independent values (one per seed) with Student's interval.
 
     The interval of level 1 - a is mean +- t(1 - a/2, df) sqrt(var / n) (Student, Biometrika 6,
-    1908), with the sample's variance and n - 1 degrees of freedom, or with the pooled ones: the
-    wider of the two at every level, as each draw is the quantile that lies further out. One value
-    has no interval. With shifts, the value is the median over them.
+    1908). It is computed twice: with the sample's variance and n - 1 degrees of freedom, and with
+    the pooled variance and its degrees of freedom. The wider one counts, at every level: each draw
+    is the outer one of the two quantiles. One value has no interval. With shifts, each draw is
+    moved by one of them, and the value is the median of the draws.
 
     Args:
         log: average logarithms (geometric mean); values must be positive.
         pooled: variance of similar samples (of the logarithms, if log).
-        shifts: changes of the mean at other, equally likely best LRs; all seeds share this error.
+        shifts: posterior draws of an error that all seeds share, because the best LR is uncertain.
+            Each is the change of the mean if another LR were the best.
     """
     x = np.log(values) if log else np.asarray(values, float)
     back = np.exp if log else np.asarray

@@ -61,7 +61,7 @@ class Judged(Protocol):
 
 
 def suggest(found: Judged) -> list[Suggestion]:
-    """Suggest new runs for the open claims: those that lift a gate, else those that narrow most.
+    """Suggest runs for undecided claims: runs that lift a gate, else runs that narrow the interval.
 
     Empty if every claim is decided, or if another task, arm or rank is needed.
     """
@@ -78,11 +78,11 @@ def suggest(found: Judged) -> list[Suggestion]:
         spread = verdict.estimate.spread
         if gated := [s for o in curves for s in _open_gates(o)]:
             wanted += gated
-        elif found.of_rates and spread is None:  # of learning rates: LRs and seeds narrow it
+        elif found.of_rates and spread is None:  # a claim about optimal LRs
             wanted += _narrow(verdict, curves)
-        elif spread is None or spread.of == SEEDS:  # else over other units, such as layer sets
+        elif spread is None or spread.of == SEEDS:  # no run adds other units, such as layer sets
             n = min(verdict.missing or MAX_NEW_SEEDS, MAX_NEW_SEEDS)
-            wanted += [s for o in curves for s in _more_seeds(o, n, "narrows it")]
+            wanted += [s for o in curves for s in _more_seeds(o, n, "narrows the interval")]
     merged: dict[tuple[int, float], Suggestion] = {}
     for s in wanted:
         known = merged.get((id(s.curve), s.lr))
@@ -98,7 +98,10 @@ def _make(o: Optimum, lr: float, seeds: Iterable[int], why: str) -> Suggestion:
 
 
 def _open_gates(o: Optimum) -> list[Suggestion]:
-    """Suggest LRs beyond an edge, below divergence or between others, or seeds, to lift a gate."""
+    """Suggest LRs or seeds that lift the gates of one curve; empty if none is open.
+
+    New LRs lie beyond the edge of the LRs tried, below a diverged one, or around the best.
+    """
     x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
     seeds, counts = np.unique(o.curve.seed, return_counts=True)
 
@@ -125,7 +128,7 @@ def _open_gates(o: Optimum) -> list[Suggestion]:
     if have < MIN_SEEDS:
         return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
     if "flat" in o.flags:
-        return _more_seeds(o, MIN_SEEDS, "the valley is flat for its noise")
+        return _more_seeds(o, MIN_SEEDS, "the LR curve is too flat for its noise")
     return []
 
 
@@ -150,23 +153,24 @@ def _around(o: Optimum) -> np.ndarray:
 def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     """Add runs step by step until the claim would be decided if its value stayed the same.
 
-    A step is two new LRs halfway between those around the optimum, at MIN_SEEDS seeds (for the gate
-    on seeds), or one more seed at the LRs around it. Each goes to the curve where it reduces the
-    estimand's variance most per run. An open claim gets at least one.
+    There are two kinds of step. One adds a seed at the N_AROUND LRs around the optimum. The other
+    adds the LRs halfway between those, at MIN_SEEDS seeds so that the gate on seeds stays lifted.
+    Each step goes to the curve where it reduces the estimand's variance most per run. At least one
+    step is made.
     """
     known = [o for o in curves if o.best_lr.draws is not None]
     if not known or len(known) < len(curves) or verdict.estimate.value is None:
         return []
-    # The weight of each curve's ln(best LR): in a mean over LoRA's against full fine-tuning, or in
-    # a slope over log2(rank).
+    # The weight of each curve's ln(best LR) in the estimand. A ratio compares the mean over LoRA's
+    # curves with full fine-tuning. Otherwise the estimand is a slope over log2(rank).
     if verdict.log:
         n_lora = sum(o.curve.key["method"] == "lora" for o in known)
         shares = [1.0 if o.curve.key["method"] == "fullft" else 1.0 / n_lora for o in known]
     else:
         x = np.log2([float(o.curve.key["rank"]) for o in known])
         shares = ((x - x.mean()) / (float(((x - x.mean()) ** 2).sum()) or 1.0)).tolist()
-    # The standard error at which the interval clears the margin's nearest edge with POWER. In ln
-    # for ratios; the errors of optima are taken to be normal.
+    # The standard error at which the interval excludes the margin's nearest edge with probability
+    # POWER. It is in ln for ratios. The errors of optima are taken to be normal.
     to, level = scale_of(verdict.log), verdict.estimate.level
     room = min(abs(to(verdict.estimate.value) - to(edge)) for edge in verdict.margin)
     reach = stats.norm.ppf(0.5 + level / 2) + stats.norm.ppf(POWER)
@@ -175,7 +179,10 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
 
     @functools.cache
     def variance(k: int, n: int, lrs: bool) -> float:
-        """Return what curve k adds, scaled to the present spread of its optimum."""
+        """Return the part of the estimand's variance due to curve k, after runs are added.
+
+        It is the variance of the present draws times the expected effect of the added runs.
+        """
         now = float(np.std(known[k].best_lr.log_draws))
         return (shares[k] * now * _expected(known[k], n, lrs) / _expected(known[k], 0, False)) ** 2
 

@@ -27,7 +27,8 @@ class Optimum:
     flags: tuple[str, ...]
     pooled: Pooled | None = None
     open_side: int = 0
-    """1: the optimum may lie above the LRs tried; -1: below; 0: inside, or either (flat)."""
+    """1: the optimum may lie above the LRs tried; -1: below them. 0: it lies inside them, or the
+    curve is flat, so that it may lie on either side."""
     posterior: Posterior | None = field(default=None, repr=False)
     likelihood: Likelihood | None = field(default=None, repr=False)
 
@@ -44,7 +45,7 @@ class Optimum:
 
     @functools.cached_property
     def best_nll(self) -> float | None:
-        """The fitted NLL at the optimum; without one, the mean at the best LR tried."""
+        """The fitted NLL at the optimum; without a fit, the mean NLL at the best LR tried."""
         return self.lowest if self.best_lr.value is None or self._level is None else self._level
 
     def predict(self, lr: np.ndarray) -> np.ndarray | None:
@@ -55,7 +56,11 @@ class Optimum:
 
     @functools.cached_property
     def _level(self) -> float | None:
-        """The fitted minimum of the NLL: the mean of loss minus height over blocks (seeds)."""
+        """The fitted minimum of the NLL; None without a fit.
+
+        Height is the fitted loss above the minimum. So each run's loss minus the height at its LR
+        estimates the minimum; these are averaged in each block (seed), then over blocks.
+        """
         if self.shape is None or self.pooled is None:
             return None
         x, y, block = (v[self.curve.usable] for v in (self.curve.x, self.curve.y, self.curve.block))

@@ -1,7 +1,8 @@
-"""Question: has LoRA no regret while little is new in the data, and where does that end.
+"""Question: how much can be new in the data before LoRA has regret.
 
 A condition is a data set on one base. Each rank is compared with full fine-tuning, both at their
-optimal learning rates, after all updates and after the first FIRST of the same runs.
+optimal learning rates. The comparison is made twice in the same runs: at the last update, and after
+FIRST updates.
 """
 
 import functools
@@ -50,7 +51,7 @@ class Data(base.Condition):
     last_on_first_rows: Gaps
     """After the last update, on the held-out rows of `first`, which may be fewer."""
     bits: dict[str, float]
-    """Of the data set, by each count that is known."""
+    """Bits of the data set, by way of counting (`regret.COUNTS`); unknown ones are left out."""
 
     @property
     def model(self) -> str:
@@ -71,7 +72,7 @@ class Data(base.Condition):
 
     @property
     def eighth(self) -> int:
-        """The smallest rank tried of an eighth of the hidden size or more; else the highest."""
+        """The smallest rank tried that is at least `wanted`; if there is none, the highest rank."""
         return min((r for r in self.last if r >= self.wanted), default=max(self.last, default=0))
 
     @property
@@ -89,17 +90,17 @@ class Data(base.Condition):
 
     @functools.cached_property
     def parts_of_gap(self) -> dict[int, dict[str, AtBest[float]]]:
-        """What the changed and the unchanged contexts add to the gap, in nats, by rank."""
+        """Parts of the gap from the changed and from the unchanged contexts, in nats, by rank."""
         return {r: regret.parts_at_best(self.runs, g) for r, g in self.last.items()}
 
     @functools.cached_property
     def loads(self) -> dict[int, dict[str, float]]:
-        """By rank and count."""
+        """Loads by rank, then by way of counting (`regret.COUNTS`)."""
         return {r: regret.loads_of(self.runs, g.lora, self.bits) for r, g in self.last.items()}
 
     @functools.cached_property
     def controls(self) -> list[regret.Gap]:
-        """Full fine-tuning of some matrices alone against that of everything."""
+        """Full fine-tuning of some matrices only, compared with full fine-tuning of all weights."""
         return regret.controls_of(self.runs, self.optima)
 
     @property
@@ -151,12 +152,12 @@ class Data(base.Condition):
 
     @functools.cached_property
     def rank_needed(self) -> Estimate:
-        """The needed rank, over seeds; no value if it is outside the ranks tried in a seed."""
+        """The needed rank, over seeds. No value if it lies outside the ranks tried for any seed."""
         logs = regret.rank_needed_by_seed(_judged(self.last))
         return base.mapped(over_seeds(logs), lambda v: 2**v) if is_finite(logs) else base.UNKNOWN
 
     def load_needed(self, count: str) -> Estimate:
-        """Return the load of the needed rank, whose parameters are in proportion to it."""
+        """Return the load at the needed rank. The load is inversely proportional to the rank."""
         of_rank_1 = [r * loads[count] for r, loads in self.loads.items() if count in loads]
         if not of_rank_1:
             return base.UNKNOWN
@@ -171,7 +172,7 @@ class Data(base.Condition):
 
 
 def _judged(gaps: Gaps) -> Gaps:
-    """Return the gaps that may be judged; the others tell nothing of the needed rank."""
+    """Return the gaps without gates; gaps with gates say nothing about the needed rank."""
     return {r: g for r, g in gaps.items() if not base.gates_on_gap(g)}
 
 
@@ -192,7 +193,10 @@ class Base(base.Condition):
 
     @functools.cached_property
     def change(self) -> AtBest[float] | None:
-        """Change of log2 of the needed rank per doubling of updates after FIRST: mean over data."""
+        """Change of log2(needed rank) per doubling of the updates, from FIRST to the last one.
+
+        Mean over data sets; None if it is known for none.
+        """
         changes = []
         for c in (c for c in self.data if c.first):
             gaps = (c.first, c.last_on_first_rows)
@@ -206,7 +210,7 @@ class Base(base.Condition):
 
 
 def conditions(table: pd.DataFrame) -> list[Data | Base]:
-    """Fit every data set of a table, from little to much that is new; then join those of a base."""
+    """Fit every data set of a table, sorted by base and load; then group them by base."""
     found = []
     for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
         runs = part.reset_index(drop=True)
@@ -222,7 +226,7 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
         new = novelty.name if novelty else runs["dataset"].iloc[0]
         name = f"{runs['model'].iloc[0]}, {new}"
         found.append(Data(name, runs, optima, novelty, last, first, again, bits))
-    # Conditions that share a name, such as those of other lengths, have their full titles instead.
+    # Conditions that share a name, such as those that differ only in updates, get full titles.
     times = Counter(c.name for c in found)
     found = [c if times[c.name] == 1 else replace(c, name=title(c.optima[0].curve)) for c in found]
     found.sort(key=lambda c: (c.model, max((g.load or 0.0 for g in c.last.values()), default=0.0)))
@@ -238,8 +242,8 @@ def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
     found = {g.rank: g for g in gaps}
     if len(found) < len(gaps):
         raise TableError(
-            "two curves of one data set have one rank. Compare one set of layers at one alpha at a "
-            "time."
+            "two curves of one data set have the same rank. Analyse one layer set and one alpha at "
+            "a time."
         )
     return found
 
@@ -302,7 +306,8 @@ ESTIMANDS = [
     base.Estimand(
         "gap_nothing",
         lambda c: c.gap.mean(),
-        # Five percent of almost no gain would ask for an error that no number of seeds reaches.
+        # NOISY compares the error with the gain. Here the gain is near 0, so no number of seeds
+        # would lift that gate.
         lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
         applies=_where(lambda c: c.novelty and c.novelty.nothing),
     ),
@@ -372,9 +377,9 @@ def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
         if parts
     ]
     text = (
-        "What the contexts whose next symbols are new, and those where nothing is new, add to the "
-        "gap, in nats: the share of the contexts times the gap on them, interpolated to the "
-        "optimal LRs."
+        "The gap in nats is the sum of two parts. Changed contexts are those whose next-symbol "
+        "probabilities are new; unchanged contexts are the others. Each part is the share of these "
+        "contexts times the gap on them, interpolated to the optimal LRs."
     )
     head = "condition | rank | changed contexts [95%] | unchanged contexts [95%]"
     out.append(base.Section.of("Where the gap is", head, rows, [text]))
@@ -384,10 +389,10 @@ def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
         for g in c.controls
     ]
     if rows:
-        head = "condition | full fine-tuning of | its loss less that of everything [95%]"
+        head = "condition | matrices trained | loss minus full fine-tuning's [95%]"
         text = (
-            "Full fine-tuning of the matrices that LoRA adapts, and nothing else: its regret is "
-            "due to which matrices are trained, not to the rank."
+            "A control trains fully the matrices that LoRA adapts, and no other weights. Its "
+            "regret is due to which matrices are trained, not to the rank."
         )
         out.append(base.Section.of("Controls", head, rows, [text]))
     return out
@@ -407,7 +412,7 @@ def _over_rank(found: Sequence[Data]) -> base.Section:
     for c in found:
         regrets = {r: g.percent() for r, g in c.last.items()}
         rows += [[c.name, c.steps, r, mean_of(g.gain), regrets[r]] for r, g in c.last.items()]
-        if str(c.needed) != "-":  # a range of ranks tried, and interpolated
+        if str(c.needed) != "-":  # "-": no rank could be judged
             rank = c.rank_needed
             between = "" if rank.value is None else f"; interpolated {with_interval(rank)}"
             text.append(f"{c.name}: the smallest rank with no regret is {c.needed}{between}.")
@@ -436,12 +441,13 @@ def _capacity(found: Sequence[Data]) -> base.Section:
     loads = " | ".join(f"load by {words}" for words in regret.COUNTS.values())
     rows: list[list[Any]] = []
     text = [
-        f"Load: bits over {regret.BITS_PER_PARAMETER:g} bits for each trained parameter. The "
-        "generator's bits are the free numbers of what is new, and the fewest that suffice. The "
-        "first pass, the study's count, is the summed loss of full fine-tuning over the training "
-        "rows, each before it is learned from: an upper bound. Its entropy cannot be learned away; "
-        "the rest is the cost of learning. The last line of each data set is at the interpolated "
-        f"rank that has a regret of {regret.ALLOWED:.0%}."
+        f"Load: bits to learn divided by {regret.BITS_PER_PARAMETER:g} bits for each trained "
+        "parameter. Bits are counted in three ways. The generator's count is the fewest bits that "
+        "describe the new rules and exceptions. The first pass is the study's count, an upper "
+        "bound: the summed loss of full fine-tuning over the training rows, each taken "
+        "before the model trains on that row. No learning lowers the entropy of the rows; the "
+        "first pass above its entropy leaves it out. The last line of each data set is at the "
+        f"interpolated rank that has a regret of {regret.ALLOWED:.0%}."
     ]
     for c in found:
         for r, g in c.last.items():

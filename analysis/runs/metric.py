@@ -1,4 +1,7 @@
-"""Turn the metric of runs into a loss where a table enters: everywhere else lower is better."""
+"""Convert the metric of runs to a loss when a table is read.
+
+So the rest of the analysis can assume that lower is better.
+"""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +17,8 @@ COLLAPSED = "collapsed"
 """Column that `as_losses` adds for rewarded runs: whether a run collapsed."""
 COLLAPSED_SHARE = 0.5
 """A rewarded run has collapsed if its last held-out reward is below this share of its best one. In
-the sweep `rl`, runs stopped in training kept at most 0.30 of it, and all others at least 0.75."""
+the sweep `rl`, runs that were stopped for divergence kept at most 0.30 of it; all others kept at
+least 0.75."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ NLL = Shown()
 
 
 def shown(runs: pd.DataFrame) -> Shown:
-    """Return how the metric of runs that share one is shown."""
+    """Return how to show the metric of these runs, which must share one metric."""
     if "metric" not in runs.columns or runs["metric"].isna().all():
         return NLL
     metric = json.loads(runs.dropna(subset="metric")["result"].iloc[0])["metric"]
@@ -56,7 +60,7 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
             raise TableError(
                 f"the runs of {model!r} on {dataset!r} are measured by {metrics.nunique()} metrics "
                 f"({', '.join(sorted(metrics.unique()))}), which cannot share a curve. Analyse "
-                "them apart."
+                "them separately."
             )
     rows = []
     for row in table.to_dict("records"):
@@ -71,7 +75,8 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
         of_start = {} if start is None else {START: start}
         row = {**row, LOSS: changed.get(LOSS), **of_start}
         if metric["higher_is_better"]:
-            # On the same held-out rows: the last evaluation, on more rows, also has that loss.
+            # Compare rewards on the same held-out rows. The last evaluation uses more rows; it also
+            # records the loss on the rows of the earlier ones (`_curve`).
             rewards = [-p.get(f"{LOSS}_curve", p[LOSS]) for p in curve if p.get(LOSS) is not None]
             lost = bool(rewards) and rewards[-1] < COLLAPSED_SHARE * max(rewards)
             row[COLLAPSED] = row["status"] == "diverged" or lost

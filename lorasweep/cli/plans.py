@@ -35,8 +35,8 @@ from lorasweep.sweep.request import Request
 from lorasweep.sweep.trained import trained_plain, trained_text
 
 OUTLOOK_RUNS = 2000
-"""Runs above which action=plan does not say which claims can be decided: loading the analysis takes
-longer than planning. Starting the runs says it."""
+"""With more runs, action=plan does not say which claims can be decided, because loading the
+analysis takes longer than planning. The command that starts the runs does say it."""
 SMALLER = ("small", "tiny")
 """Scales whose standard deviation between seeds is used where a larger scale states none."""
 BASIS = {
@@ -84,7 +84,7 @@ def layers(request: Request, store: RunStore) -> int:
 
 
 def measure(request: Request, store: RunStore) -> int:
-    """Measure the kinds of missing runs on this machine, and print the plan."""
+    """Measure step times of the missing runs on this machine, per kind of run; print the plan."""
     if request.cluster.kind == "slurm":
         raise SpecError(
             "action=measure_packs measures the machine it runs on. On a cluster, run it inside a "
@@ -156,7 +156,8 @@ def plan_text(request: Request, plan: Plan) -> str:
     if plan.todo and slow_bf16 and plan.points[0].spec.precision == "bf16":
         lines.append(
             "  this processor has no bf16 instructions: an update takes about 50 times as long as "
-            "in fp32. Add precision=fp32 (other run ids), or use a processor or a GPU with bf16"
+            "in fp32. Add precision=fp32 (which changes the run ids), or use a processor or a GPU "
+            "with bf16"
         )
     if request.sweep and request.sweep.replicate.seeds:
         second = request.sweep.replicate
@@ -265,7 +266,8 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
 def _prices(request: Request, found: Forecast) -> list[dict[str, Any]]:
     """Return for each claim the runs and GPU-hours until a verdict is expected.
 
-    Uses the standard deviation between seeds of this scale, or of the next smaller one with one.
+    Uses the standard deviation between seeds of this scale, else of the first scale in SMALLER that
+    states one.
     """
     if request.sweep is None or not found.runs:
         return []

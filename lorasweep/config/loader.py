@@ -1,4 +1,4 @@
-"""Hydra's configuration loader with one more step: the block of a sweep for the chosen scale.
+"""Hydra's configuration loader, which also merges the chosen scale's block of a sweep.
 
     axes: {seed: 100}               # what all scales share
     arms: {lora: {method: lora}}
@@ -43,12 +43,12 @@ class ScaleLoader(ConfigLoaderImpl):
     """Hydra 1.3's loader, which also refuses the keys of version 0.1."""
 
     as_in_files: DictConfig
-    """The last configuration of a sweep as its files state it, without changes of single keys."""
+    """The last composed sweep as in its files, before overrides of single keys."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.looked_up: dict[tuple[str, ...], Any] = {}
-        """Specs of names on axes, by group, name and overrides."""
+        """Cache of the models and data sets that an axis names, by group, name and overrides."""
 
     def _load_single_config(self, default: Any, repo: Any) -> Any:
         loaded = super()._load_single_config(default, repo)
@@ -60,7 +60,7 @@ class ScaleLoader(ConfigLoaderImpl):
         for block in ("", "scales.*.", "at.*."):
             for old, new in RENAMED[group].items():
                 *path, key = f"{block}{old}".split(".")
-                nodes = [values.get(group)]  # loaded configurations are below their package
+                nodes = [values.get(group)]  # Hydra nests a file under its group
                 for step in path:
                     found = [n for n in nodes if isinstance(n, dict)]
                     nodes = [v for n in found for k, v in n.items() if step in ("*", k)]

@@ -13,7 +13,7 @@ from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
 OF_A_PROMPT = 8
-"""Most evaluated rows per prompt with held_out_by=prompt: more answers to a prompt add little."""
+"""Maximum number of held-out rows per prompt (held_out_by=prompt). More would add little."""
 
 
 def load(
@@ -49,7 +49,9 @@ def load(
             "are validation rows, so no test row is left. Hold more rows out, or set a smaller "
             "n_validation."
         )
-    if spec.held_out_by == "prompt" and first:  # rows that were too long may have moved the border
+    if spec.held_out_by == "prompt" and first:
+        # Too-long rows were dropped, so a prompt may have validation and test rows. Move all of
+        # its rows to validation.
         prompts = prompts_of(test)
         while first < len(test) - 1 and prompts[first] == prompts[first - 1]:
             first += 1
@@ -106,7 +108,7 @@ def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sourc
 
 
 def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return the part of a row that no training row shares with a held-out row (held_out_by)."""
+    """Return what is held out as a whole (held_out_by): the row's prompt, or all of its content."""
     if spec.held_out_by == "prompt":
         return fields.prompt_of(spec, row, where)
     return content_of(spec, row, where)
@@ -120,7 +122,7 @@ def content_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
 def divided(units: Sequence[Hashable], contents: Sequence[Hashable]) -> list[list[int]]:
     """Return the row numbers of each unit, in a shuffled order of units.
 
-    Without duplicates, and at most OF_A_PROMPT rows per unit.
+    Duplicates are left out, and a unit has at most OF_A_PROMPT rows.
     """
     rows: dict[Hashable, list[int]] = {}
     first = {content: k for k, content in reversed(list(enumerate(contents)))}

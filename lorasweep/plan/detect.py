@@ -79,7 +79,7 @@ def fast_bf16() -> bool | None:
 
 
 def devices() -> tuple[str, ...]:
-    """List the GPUs' names for CUDA_VISIBLE_DEVICES; without nvidia-smi, the Slurm job's."""
+    """List GPU names for CUDA_VISIBLE_DEVICES; without nvidia-smi, those that Slurm set there."""
     found = tuple(gpu.uuid for gpu in gpus())
     if found or "SLURM_JOB_ID" not in os.environ:
         return found

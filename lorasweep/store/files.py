@@ -126,7 +126,7 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
     for name, content in files.items():
         _write_new(partial / name, content)
     try:
-        os.rename(partial, path)  # fails onto a folder that is not empty: only one process succeeds
+        os.rename(partial, path)  # fails if `path` has files: only one process succeeds
     except OSError:
         if not path.is_dir():
             raise
@@ -159,7 +159,7 @@ def own_folder(path: Path) -> None:
     """Create a folder in which only this user writes. Raises FileExistsError if it exists."""
     with own_only():
         os.mkdir(path)
-    with suppress(OSError, AttributeError):  # a default ACL would come before the umask
+    with suppress(OSError, AttributeError):  # a default ACL would override the umask
         os.removexattr(path, "system.posix_acl_default")
     os.chmod(path, os.stat(path).st_mode & ~0o022)
 

@@ -12,11 +12,11 @@ FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "
 
 
 def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
-    """Name runs, by id, by their arm, learning rate and the fields in which they differ.
+    """Return the name of each run id: arm, the fields in which the runs differ, learning rate.
 
     `only`: ids to name; None: all.
     """
-    # column by column, by distinct objects: a sweep may have ten thousand runs
+    # fast for ten thousand runs: read each distinct model, data set and method only once
     found: dict[str, set[Any]] = {}
     specs = [p.spec for p in points]
     for name, _ in specs[0].values() if specs else ():

@@ -1,4 +1,4 @@
-"""One command of a user, complete and checked; as JSON for the follow-up job on a cluster."""
+"""One command of a user, complete and checked, and its JSON form for the follow-up job."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Sweep, added_after, stored_sweep, sweep_from_stored
 
 HASH_DIGITS = 6
-"""Hexadecimal digits of the hash in a title; few requests share a folder."""
+"""Hexadecimal digits of the hash in a title. 6 suffice: a folder holds few titles."""
 
 
 @dataclass
@@ -117,8 +117,8 @@ def from_plain(values: dict[str, Any]) -> Request:
 def runs_hash(points: Sequence[Point], sweep: Sweep) -> str:
     """Hash the runs of a grid by arm, and the second stage.
 
-    Claims are not part of it: another title would hide that they changed after an interim analysis
-    of the same runs (`store.looks`).
+    Claims are left out of the hash, so that a sweep with changed claims keeps its title. Then
+    `store.looks` sees whether they changed after an interim analysis of the same runs.
     """
     asked = [sorted((p.arm, p.id) for p in points), dataclasses.asdict(sweep.replicate)]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:HASH_DIGITS]

@@ -1,9 +1,10 @@
 """`dialect`: a language of 32 symbols with known entropy, and a dialect of it to learn.
 
 P(next | a, b, c) comes from low-rank features of the last two symbols and a Zipf prior. In 30% of
-the 32^3 contexts a memorised next symbol has probability mass 0.8. The base model is pretrained on
-the language (rule_shift and new_exceptions 0). The dialect changes the feature rows of some symbols
-(a shared shift of the rules) and replaces some of the exceptions (a tail of facts).
+the 32^3 contexts, the exceptions, a memorised next symbol has probability mass 0.8. The base model
+is pretrained on the language (rule_shift and new_exceptions 0). The dialect changes the feature
+rows of some symbols (a shared shift of the rules) and replaces some of the exceptions (a tail of
+facts).
 
 With shift_rank 0 the feature rows are drawn again. With shift_rank k a matrix of rank k is added,
 scaled to a distance of shift_nats: so the amount of new information varies at a fixed distance.
@@ -35,7 +36,7 @@ DEFAULTS = {
     "language": 0.0,  # seed of the language; another value is another language with its dialect
 }
 CONTEXT_STEPS = 30
-"""Symbols after which shares of contexts are those of a long sequence, to about 1e-7."""
+"""Number of symbols after which the context frequencies are stationary, to about 1e-7."""
 MAX_SCALE_STEPS = 100
 SCALE_PRECISION = 1e-6
 """Largest relative error of shift_nats."""
@@ -44,7 +45,7 @@ LEARNABLE_TIMES = 3
 
 
 def load(spec: DatasetSpec, draw: int | None = None) -> Data:
-    """Make a dialect; `draw` numbers others of the same language and parameters."""
+    """Make a dialect. Each number `draw` gives another dialect with the same parameters."""
     where = f"dataset {spec.name!r}"
     table = transition(spec.generator_params, where, draw)
     unshifted = {"rule_shift": 0.0, "new_exceptions": 0.0}
@@ -188,11 +189,15 @@ def distance(dialect_VVVV: np.ndarray, language_VVVV: np.ndarray) -> float:
 
 @cache
 def _facts(params: tuple[tuple[str, float], ...], draw: int | None) -> tuple[int, int, np.ndarray]:
-    """Return the free numbers of the shift, the exceptions, and the replaced ones' shares."""
+    """Return what `bits` counts, cached because the table is slow to make.
+
+    These are the number of free parameters of the shift, the number of exceptions, and the context
+    frequencies of the replaced exceptions.
+    """
     parts = parts_of(dict(params), draw)
     k = parts.k
     m, low, rank = round(k["rule_shift"] * VOCAB), int(k["shift_rank"]), int(k["features"])
-    # a matrix [m, rank] of rank low has low (m + rank - low) free numbers; there are two of them
+    # a matrix [m, rank] of rank low has low (m + rank - low) free parameters; there are two
     low = min(low, m) if low else min(rank, m)
     numbers = 2 * low * (m + rank - low)
     shares = context_shares(_table(parts))[parts.replaced_VVV]
@@ -202,9 +207,11 @@ def _facts(params: tuple[tuple[str, float], ...], draw: int | None) -> tuple[int
 def bits(params: dict[str, float], n_tokens: int, draw: int | None = None) -> dict[str, float]:
     """Return the new information in `n_tokens` symbols of the dialect, in bits.
 
-    generator: half a log2(n_tokens) per free number of the shift, the precision that so many
-    symbols resolve (Rissanen 1978); log2(V) per replaced exception, and which ones they are.
-    learnable: only with replaced exceptions whose context is expected LEARNABLE_TIMES or more.
+    generator: log2(n_tokens) / 2 for each free parameter of the shift, the precision that n_tokens
+    symbols resolve (Rissanen 1978). Each replaced exception adds log2(V), and the set of replaced
+    exceptions adds log2 of the number of such sets.
+    learnable: the same, but only for exceptions whose context is expected at least LEARNABLE_TIMES
+    times.
     """
     numbers, n_exceptions, shares = _facts(tuple(sorted(params.items())), draw)
     rule = numbers / 2 * math.log2(max(2, n_tokens))

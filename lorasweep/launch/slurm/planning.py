@@ -105,7 +105,7 @@ def jobs_of(
     """Group runs into packs and packs into jobs; raise SpecError if a run fits on no device."""
     cluster, hardware, precision = request.cluster, now.hardware, todo[0].spec.precision
     if not cluster.gpus and request.hardware and hardware_of(request).has_speeds:
-        cluster = dataclasses.replace(cluster, gpus=1)  # planned for GPUs
+        cluster = dataclasses.replace(cluster, gpus=1)  # hardware= names GPUs
     measured = now.measured_flops_s
     if hardware.has_speeds:
         assumed = assumed_flops(precision, hardware) / hardware.gpus
@@ -117,7 +117,7 @@ def jobs_of(
     for chosen, points in settings_of(todo, hardware, request.exec):
         size, threads = chosen.world_size, chosen.threads
         if resources.nodes_of(size, cluster, partition) > 1:
-            threads = threads or cluster.cpus  # the job sees the cores of one node
+            threads = threads or cluster.cpus  # such a job detects the cores of one node
         workers = resources.workers_of(cluster, size)
         exec_ = dataclasses.replace(chosen, workers=workers, threads=threads)
         made = make_packs(points, now.states, store, exec_, hardware, now.throughputs)
