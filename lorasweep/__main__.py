@@ -24,7 +24,7 @@ def main() -> None:
 
         print(front_page(conf_dir()), end="")
         return
-    if sys.argv[1] == "--follow" and len(sys.argv) == 3:  # in a follow-up job
+    if sys.argv[1] == "--follow" and len(sys.argv) == 3:  # command of a follow-up job
         from lorasweep.cli.actions import follow_up
 
         sys.exit(follow_up(sys.argv[2]))
@@ -45,7 +45,7 @@ def main() -> None:
     main_of = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
     # SIGTERM acts like Ctrl-C: workers write a checkpoint, then stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # let errors reach the handlers below instead of Hydra's own printer
+    # so that errors reach the handlers below; otherwise Hydra prints them and exits
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "lorasweep"

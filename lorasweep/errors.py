@@ -1,6 +1,7 @@
 """Errors that the user can correct: one message, without a traceback.
 
-A message says what was given, what is allowed, and what to type. Any other exception is a bug.
+A message names the given value, the allowed values, and the command or setting that helps. Any
+other exception is a bug.
 """
 
 import difflib
@@ -16,7 +17,7 @@ class SpecError(LorasweepError, ValueError):
 
 
 class NotAtScale(SpecError):
-    """A sweep without the chosen scale."""
+    """A sweep that does not have the chosen scale."""
 
 
 class StoreError(LorasweepError):
@@ -32,7 +33,7 @@ class ModelError(LorasweepError, ValueError):
 
 
 class TrainingError(LorasweepError):
-    """A run that failed by accident (out of memory, killed) and can be tried again."""
+    """A training or measurement that failed, or a finished run that cannot be reproduced."""
 
 
 class ClusterError(LorasweepError):
