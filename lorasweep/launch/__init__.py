@@ -1,4 +1,4 @@
 """Train packs in worker processes on this machine, or in jobs of a cluster.
 
-Refuses to know models and methods.
+This package must not depend on the kind of model or method.
 """

@@ -1,7 +1,7 @@
-"""Several processes train one run: process 0 leads and owns the run folder, the others follow.
+"""Train one run in several processes: process 0 claims the run and leads, the others follow.
 
-After each update all processes learn whether one was stopped. Then process 0 orders the others to
-write a checkpoint, continue or end.
+After each update, all processes exchange whether one of them got a stop signal. Then process 0
+orders the others to write a checkpoint, to continue or to end.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 GO, WRITE, END = "go", "write", "end"
 COMMUNICATION = ("gloo", "NCCL", "Broken pipe", "recvBytes", "TCPStore")
-"""Parts of torch's messages when another process is gone (plain RuntimeErrors)."""
+"""Substrings of the RuntimeErrors that torch raises when another process is gone."""
 
 
 def check_world_size(
@@ -49,40 +49,40 @@ def check_world_size(
                 f"exec.world_size={size} does not divide batch_size={batch}: every process takes "
                 f"the same number of rows. Allowed for this batch: {sizes}."
             )
-        rank = getattr(spec.method, "rank", 0)  # every adapter's factors are split along a side
+        rank = getattr(spec.method, "rank", 0)  # each factor of an adapter is split along a side
         for m in load_of(spec.model, spec.method).adapted:
             for side in (m.d_in, m.d_out):
                 if all(n % size for n in (side, rank, m.n_experts)):
                     raise SpecError(
                         f"exec.world_size={size} divides neither rank {rank} nor {side}, the sides "
-                        f"of an adapter of {spec.model.name}, so it cannot be split. Choose a "
+                        f"of an adapter of {spec.model.name}: no split is possible. Choose a "
                         "number that divides the model's width, such as a power of 2."
                     )
     gpus, workers = hardware.gpus, exec_.workers or 1
     if cluster.kind != "local" or not gpus or size * workers <= gpus:
-        return  # a cluster's nodes are checked when jobs are planned
+        return  # on a cluster, nodes are checked when jobs are planned
     fitting = f"exec.world_size=1 to {gpus // workers}"
     if size <= gpus and workers > 1:
         fitting += f", or exec.workers={gpus // size}"
     raise SpecError(
-        f"exec.world_size={size}: every process of a run has a GPU of its own, and this machine "
+        f"exec.world_size={size}: every process of a run needs a separate GPU, and this machine "
         f"has {gpus} ({hardware.gpu_name}). Allowed: {fitting}. Several machines: cluster=slurm."
     )
 
 
 class Leader:
-    """The trainer of process 0: wraps a trainer, and directs the other processes."""
+    """Trainer of process 0: calls the given trainer, and sends orders to the other processes."""
 
     def __init__(self, trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
         self._trainer, self._mesh, self._stop = trainer, mesh, stop
         self._events: Generator[Event, None, None] | None = None
         self.broken = False
-        """Whether training failed here while the others wait, so that it cannot continue."""
+        """Whether training failed in this process while the others wait: none can continue."""
 
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
     ) -> Iterator[Event]:
-        """Train one run, from the start or from its state."""
+        """Train one run, from the start or from its state in `resume`."""
         self.leave()
         self._events = self._lead(pack, exec_, resume)
         return self._events
@@ -90,7 +90,7 @@ class Leader:
     def _lead(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None
     ) -> Generator[Event, None, None]:
-        # without tensors: every process reads its part of them
+        # send no tensors: every process reads its part from the checkpoint
         states: dict[str, State] | None = resume and {
             i: {"tensors": {}, "meta": s["meta"], "path": s["path"]} for i, s in resume.items()
         }
@@ -129,14 +129,14 @@ class Leader:
             self._events.close()
 
     def dismiss(self) -> None:
-        """Let the other processes end."""
+        """Order the other processes to exit."""
         self.leave()
         if not self.broken:
             self._mesh.broadcast(None)
 
 
 def follow(trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
-    """Train what process 0 orders, until it dismisses this process."""
+    """Train the runs that process 0 broadcasts, until process 0 dismisses this process."""
     while (order := mesh.broadcast()) is not None:
         specs, settings, resume = order
         pack, exec_ = [spec_from(plain) for plain in specs], Exec(**settings)
@@ -145,7 +145,7 @@ def follow(trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
 
 
 def _follow_once(events: Iterator[Event], mesh: "Mesh", stop: StopFlag) -> None:
-    """Train one run. A separate function, so that nothing of it stays in memory."""
+    """Train one run. A separate function, so that its local variables are freed at the end."""
     from lorasweep.models.sharding import write_tensors
 
     for event in events:

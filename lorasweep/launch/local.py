@@ -1,7 +1,8 @@
 """Train runs on this machine or in this Slurm job, in worker processes that claim free runs.
 
 A worker is one process of `launch.worker`, or exec.world_size processes that train each run
-together. Two commands for the same sweep share the runs: each waits for the other's claims.
+together. Two commands for the same sweep share the runs: each waits for runs that the other has
+claimed.
 """
 
 import hashlib
@@ -38,11 +39,12 @@ from lorasweep.sweep.grid import Point
 POLL_S = 0.5
 """Seconds between checks of runs that other processes train."""
 LAST_S = 20.0
-"""Seconds for the other processes of a worker to end after the first one."""
+"""Seconds that the other processes of a worker have to end after its process 0 has ended."""
 SRUN_STOP = signal.SIGUSR2
-"""srun passes it on to all processes and waits for them; at SIGTERM it kills them at once."""
+"""Stop signal for srun, which passes it to all processes and waits for them. At SIGTERM srun would
+kill them at once."""
 SRUN_KILLED = 128
-"""srun's exit status minus the number of the signal that killed a process."""
+"""If a signal kills a process, srun exits with this number plus the number of the signal."""
 
 
 def run_points(
@@ -58,13 +60,13 @@ def run_points(
 ) -> None:
     """Train every run of `points` until it is finished or has a recorded failure.
 
-    `trainer`: a callable trains in this process (for tests); a name (package.module:object), or
-    None for the real trainer, in worker processes.
-    `patience_s`: seconds without progress when only runs of other processes are left.
+    `trainer`: None for the real trainer or a name (package.module:object): train in worker
+    processes. A callable trains in this process (for tests).
+    `patience_s`: seconds without progress after which to return, if only other processes train.
     `skip`: file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
     `plan`: plan of these points on this machine, if it was just made.
-    Raises Stopped after Ctrl-C, or a signal that stopped the workers.
+    Raises Stopped after Ctrl-C, or after a signal that stopped the workers.
     """
     hardware = detect.this_machine()
     limits = Limits()
@@ -115,7 +117,7 @@ def _run_workers(
         limit, runs = limits.of(pack.points[0].spec), [p.spec.plain() for p in pack.points]
         sizes = {"most_rows": limit.rows, "forward_parts": limit.forward_parts}
         packs.append({"runs": runs, "micro_batch_size": pack.micro_batch_size, **sizes})
-    # A worker has not watched other machines' heartbeats, so it gets the list of dead owners.
+    # A worker has not watched the heartbeats of other machines, so it gets a list of dead owners.
     ended = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
     job = {
         "packs": packs,
@@ -161,7 +163,7 @@ def _run_workers(
 def end_shortage(
     spec: RunSpec, shortage: Shortage, exec_: Exec, store: RunStore, limits: Limits, report: Report
 ) -> None:
-    """End the attempt at a run of which one process ran out of memory, and lower its limit."""
+    """After one process of a run ran out of memory: end the attempt, and lower the size limit."""
     rid, n = spec.id, store.last_attempt(spec.id)
     if n is None or store.state(rid) != "interrupted" or not store.owns(rid, n):
         return  # another worker claimed it
@@ -182,19 +184,20 @@ class Workers:
     def __init__(
         self, job: list[str], log: Path, threads: int, world_size: int, n_nodes: int = 1
     ) -> None:
-        """Set up. `job`: arguments of `launch.worker` but the last. `log`: for error messages."""
+        """Set up. `job`: first two arguments of `launch.worker`. `log`: file for their stderr."""
         self._job, self._log, self._world_size, self._nodes = job, log, world_size, n_nodes
         self._environment = worker_environment(threads)
         self._groups: list[list[subprocess.Popen]] = []
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.shortages: dict[str, Shortage] = {}
-        """Run id -> report of a worker of several processes that ran out of memory."""
+        """Run id -> shortage of memory, for runs that are trained by several processes."""
 
     def start(self, number: int, shares: int) -> None:
-        """Start `number` workers, each on one of `shares` shares of the GPUs.
+        """Start `number` workers, each with 1 / `shares` of the GPUs.
 
-        On several nodes, srun starts the same number of processes on each, in a separate job step,
-        so that the job survives them. A process sees all GPUs of its node and takes LOCAL_RANK.
+        On several nodes, srun starts a worker as a job step, with equally many processes on each
+        node. The job survives a failed step. A process sees all GPUs of its node and takes the one
+        with number LOCAL_RANK.
         """
         size, srun = self._world_size, ""
         if self._nodes > 1:
@@ -224,7 +227,7 @@ class Workers:
                 threading.Thread(target=self._read, args=(process, group), daemon=True).start()
 
     def _read(self, process: subprocess.Popen, group: list[subprocess.Popen]) -> None:
-        """Queue a process's events. After it ended, end the processes that wait for it."""
+        """Queue the events of a process. When process 0 ended or a process failed, end `group`."""
         assert process.stdout is not None
         for line in process.stdout:
             with suppress(ValueError):  # not an event
@@ -257,7 +260,8 @@ class Workers:
     def wait(self) -> list[int]:
         """Wait for all processes; return the exit status of each worker, negative after a signal.
 
-        It is that of the first process or, if that was killed, of the process that caused it.
+        The status of process 0 counts. If a signal killed process 0, the highest status of the
+        worker counts: a positive one belongs to the process whose error was the cause.
         """
         codes = [[process.wait() for process in group] for group in self._groups]
         if self._nodes > 1:
@@ -279,7 +283,7 @@ def _address(host: str, world_size: int) -> dict[str, str]:
 
 
 def devices_of(worker: int, workers: int) -> dict[str, str]:
-    """Return a worker's GPUs as an environment variable; shared if there are more workers."""
+    """Return CUDA_VISIBLE_DEVICES for a worker. More workers than GPUs share the GPUs."""
     devices = detect.devices()
     if not devices:
         return {}

@@ -32,11 +32,11 @@ from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
 
 BUDGET_S = 25.0
-"""Seconds per shape, in which larger packs are tried until one is not faster."""
+"""Seconds per shape (kind of run, `shape_of`) to try larger packs, until one is not faster."""
 STEPS, WARM = 4, 1
-"""Updates per measurement, and how many of the first are left out of the median."""
+"""Updates per measurement, and number of first updates that the median leaves out."""
 MEMORY_SHARE = 0.7
-"""Largest expected share of a worker's memory for a measured pack."""
+"""Packs that are expected to need more than this fraction of a worker's memory are not measured."""
 
 
 def measure_packs(
@@ -46,10 +46,10 @@ def measure_packs(
     hardware: Hardware,
     report: Callable[[str], None],
 ) -> None:
-    """Measure the shapes of `specs` that are not known on this machine, in a separate process.
+    """Measure the shapes of `specs` that were not measured on this machine, in a separate process.
 
-    Raises TrainingError if that fails (shapes measured before are kept), StoreError if another
-    process is measuring in this run folder and does not end.
+    Raises TrainingError if the measurement fails; finished shapes are kept. Raises StoreError if
+    another process is measuring in this run folder and does not end.
     """
     shapes = list({shape_of(s): s for s in specs}.values())
     lock = Lock(store.root / ".calibration" / "lock")
@@ -77,7 +77,7 @@ def measure_packs(
 
 
 def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
-    """Train STEPS updates of packs like `spec`; return pack size -> seconds per step and run."""
+    """Time STEPS updates of packs of runs like `spec`; return size -> seconds per step and run."""
     from lorasweep.data import load as data
     from lorasweep.models import load as models
     from lorasweep.train import pretrain
@@ -116,7 +116,7 @@ def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
 
 
 def main() -> None:
-    """Measure the shapes of a job, saving each result at once."""
+    """Measure the shapes of the job in stdin, and save each result as soon as it is known."""
     import torch
 
     die_with_parent()

@@ -1,4 +1,4 @@
-"""Recognise that memory ran out, choose a smaller size, and free what a failed attempt held."""
+"""Recognise out-of-memory errors, choose smaller sizes, and free the memory of failed attempts."""
 
 import errno
 import gc
@@ -22,7 +22,7 @@ ALLOCATOR_MESSAGES = (
     "Cuda failure 2 'out of memory'",
     "Cuda failure 'out of memory'",
 )
-"""Parts of torch's RuntimeErrors: of its CPU allocator, CUDA's libraries and NCCL (last two)."""
+"""Substrings of RuntimeErrors from torch's CPU allocator, CUDA libraries and NCCL (last two)."""
 REQUEST = re.compile(r"tried to allocate ([\d.]+ (?:bytes|[KMGT]iB))", re.IGNORECASE)
 
 
@@ -38,10 +38,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Shortage:
-    """Memory ran out: in which phase, and with which sizes."""
+    """An out-of-memory error: the phase of training, and the sizes in use."""
 
     rows: int
-    """Rows per run and forward pass of the learner."""
+    """Rows per run, process and forward pass in the phase `learning`."""
     forward_parts: int
     asked: str
     """Size of the failed request, such as '2.50 GiB'; empty if unknown."""
@@ -65,10 +65,10 @@ class Shortage:
         return f" (asked for {self.asked})" if self.asked else ""
 
     def retry_text(self, spec: RunSpec, n_runs: int, instead: str) -> str:
-        """Return the message that `n_runs` runs like `spec` do not fit, with the next try."""
+        """Return the message that `n_runs` runs like `spec` do not fit. `instead`: the next try."""
         learning = self.phase == LEARNING
         where = "" if learning else f" in {self.phase}"
-        held = f" with {self.rows} row(s) of each at a time" if learning else ""
+        held = f" with {self.rows} row(s) of each run at a time" if learning else ""
         return (
             f"out of memory{where}{self.request}: {n_runs} run(s) of {spec.model.name}"
             f"{held} do not fit. Resuming from the last checkpoint with {instead}."
@@ -82,8 +82,9 @@ class Shortage:
             more = "more processes (exec.world_size), exec.activation_checkpointing=true, "
         return (
             f"out of memory{self.request}: {spec.model.name} with {spec.method.name} does "
-            f"not fit, alone{processes} and one row of at most {spec.dataset.max_length} tokens at "
-            f"a time. Choose {more}a smaller model=, a smaller dataset.max_length, or a device "
+            f"not fit, even as a single run{processes} with one row (up to "
+            f"{spec.dataset.max_length} tokens) at a time. "
+            f"Choose {more}a smaller model=, a smaller dataset.max_length, or a device "
             "with more memory (action=plan shows the expected memory), then add exec.retry=true."
         )
 
@@ -101,23 +102,23 @@ class Limit:
     """The largest sizes that may fit; None: no limit is known."""
 
     rows: int | None = None
-    """Per run and forward pass."""
+    """Rows per run, process and forward pass."""
     runs: int | None = None
-    """Per pack."""
+    """Runs per pack."""
     forward_parts: int = 1
 
     def lower(self, shortage: Shortage, n_runs: int) -> str:
-        """Lower the limit after a shortage; return what to try next, empty if nothing is left.
+        """Lower the limit after a shortage; return the next try as text, empty if none is left.
 
-        Halves the memory of the phase that ran out: rows for learning, forward_parts for the other
-        phases; at one row of each run, the pack of `n_runs`.
+        In the phase `learning` the rows are halved. In other phases forward_parts is doubled, if
+        that helps. If neither is possible, the pack of `n_runs` is halved.
         """
         if shortage.phase == LEARNING and shortage.rows > 1:
             self.rows = shortage.rows // 2
-            return f"{self.rows} of each"
+            return f"{self.rows} of each run"
         if shortage.divisible:
             self.forward_parts = 2 * shortage.forward_parts
-            return f"1/{self.forward_parts} of the usual at once in sampling and evaluation"
+            return f"1/{self.forward_parts} of the usual rows at a time in sampling and evaluation"
         if n_runs > 1:
             self.runs = -(-n_runs // 2)
             return f"packs of {self.runs}"
@@ -137,7 +138,7 @@ class Limits:
 
 
 def free_memory() -> None:
-    """Free unreferenced objects, and a GPU's cached memory."""
+    """Free unreferenced objects, and the cached memory of the GPU."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():

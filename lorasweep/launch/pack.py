@@ -1,7 +1,8 @@
 """Train one pack: claim its runs, train them in the available memory, record how each ended.
 
-`execute` handles errors, `_Pack` trains in as many attempts as the memory requires, `_Attempt`
-trains once from the last checkpoint and records events. Refuses to know how anything is trained.
+`execute` handles errors. `_Pack` makes as many attempts as the memory requires. `_Attempt` trains
+once, from the last checkpoint, and records events. This module must not depend on how runs are
+trained.
 """
 
 import dataclasses
@@ -29,15 +30,16 @@ from lorasweep.tracking import provenance
 from lorasweep.train.events import Event
 
 CHECKPOINT_SHARE = 20
-"""Time between checkpoints divided by the time of one, at least: checkpoints take at most 5%."""
+"""Minimum time between checkpoints, as a multiple of the time to write one. So writing takes at
+most 5% of the time."""
 LOOK_S = 5.0
-"""Seconds between checks of ownership, with which new records are written. At every update they
-would cost about a millisecond per run on a network file system."""
+"""Seconds between checks of ownership. Each check also writes the new records. A check at every
+update would cost about a millisecond per run on a network file system."""
 ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
-"""Stored key: the run was resumed in a different pack, or with other ROWS, PROCESSES or PARTS."""
+"""Stored key: whether the run resumed in a different pack, or with other ROWS, PROCESSES, PARTS."""
 NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
-"""Errors that no data set causes."""
+"""Errors that are never caused by a data set."""
 
 
 def execute(
@@ -53,7 +55,7 @@ def execute(
     """Claim the free runs of a pack and train them to the end; record failures of runs.
 
     `micro_batch_size`: used if neither exec.micro_batch_size nor a checkpoint has one.
-    `limits`: limits of memory that earlier packs of this process found.
+    `limits`: sizes that fit into the memory, as far as earlier packs of this process showed.
 
     Raises:
         Stopped: `stop` was set; checkpoints are written.
@@ -72,7 +74,7 @@ def execute(
     except Stopped:
         claimed.end_all("stopped", "asked to stop")
         raise
-    except (SpecError, DataError, ModelError, StoreError) as error:  # reported once, for all runs
+    except (SpecError, DataError, ModelError, StoreError) as error:  # the caller reports it once
         claimed.end_all("stopped", str(error))
         raise
     except Exception as error:
@@ -83,7 +85,7 @@ def execute(
             raise StoreError(
                 f"the disk of {store.root} is full ({free / 2**20:.0f} MiB free). The checkpoints "
                 f"of the {len(pack)} run(s) in training take up to {need / 2**20:.1f} MiB; "
-                "action=plan shows what the whole sweep needs. Finished runs are safe. Free some "
+                "action=plan shows the need of the whole sweep. Finished runs are safe. Free some "
                 "space, then run the same command again: it resumes from the last checkpoints."
             ) from None
         claimed.end_all("failed", cause, trace)
@@ -102,10 +104,10 @@ class _Pack:
     report: Report
     stop: StopFlag
     attempts: dict[str, int] = field(default_factory=dict)
-    """Run id -> number of this process's attempt, for runs that it still owns and did not fail."""
+    """Run id -> attempt number of this process. Failed runs and runs that it lost are removed."""
 
     def claim(self, pack: Sequence[RunSpec]) -> list[RunSpec]:
-        """Claim the free runs and return them; none without the first, so that packs stay whole."""
+        """Claim and return the free runs. If the first is taken, claim none: packs stay whole."""
         for spec in pack:
             n = self.store.claim(spec)
             if n is not None:
@@ -154,8 +156,9 @@ class _Pack:
     def train(self, runs: list[RunSpec], planned_rows: int | None, limit: Limit) -> None:
         """Train the runs to the end, each attempt from the latest checkpoint.
 
-        If memory runs out, `limit` is lowered; a pack above it is split into parts that are trained
-        one after the other. Raises Stopped if `stop` was set; checkpoints are written.
+        If memory runs out, `limit` is lowered. A pack with more than `limit.runs` runs is split
+        into parts, trained one after the other. Raises Stopped, with checkpoints written, if `stop`
+        was set.
         """
         parts = [runs]
         while parts:
@@ -190,9 +193,10 @@ class _Pack:
     def _attempt(
         self, part: list[RunSpec], planned_rows: int | None, limit: Limit
     ) -> tuple[Shortage, str] | None:
-        """Train; return the shortage of memory with its traceback, or None.
+        """Train once. If memory runs out, return the shortage and the traceback, else None.
 
-        A separate function, so that nothing keeps the attempt and its error, which hold tensors.
+        A separate function, so that no variable keeps the attempt and the error, which hold
+        tensors.
         """
         attempt = _Attempt(self, part, planned_rows, limit)
         try:
@@ -206,8 +210,8 @@ class _Pack:
     def _without_broken_data(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:
         """Fail the runs whose data caused an error; return the other runs, in parts to train.
 
-        If the cause is unknown, each half of the data sets is tried. The logs then leave out the
-        error, which may quote another owner's data.
+        If it is unknown which data set caused the error, each half of the data sets is trained
+        separately. The logs then leave out the error, which may quote data of another owner.
         """
         if isinstance(error, UnusableData):
             for spec in part:
@@ -222,19 +226,19 @@ class _Pack:
             return []
         halves: list[list[RunSpec]] = [[], []]
         for spec in part:
-            self.log(spec, "this pack failed: half of its data sets are trained separately")
+            self.log(spec, "this pack failed: each half of its data sets is trained separately")
             second = spec.dataset.canonical in datasets[len(datasets) // 2 :]
             halves[second].append(spec)
         return halves
 
 
 class _Attempt:
-    """One training of claimed runs from their latest common checkpoint, and its records."""
+    """One training of claimed runs, from their latest common checkpoint; writes their records."""
 
     def __init__(
         self, pack: _Pack, runs: list[RunSpec], planned_rows: int | None, limit: Limit
     ) -> None:
-        """Load the latest common checkpoint and its settings; cut the records back to it."""
+        """Load the latest common checkpoint and its settings; delete the records made after it."""
         store, ids = pack.store, [s.id for s in runs]
         self.pack, self.store, self.runs = pack, store, runs
         self.ids, self.live = ids, list(ids)
@@ -320,7 +324,7 @@ class _Attempt:
             self.store.write_env(i, self.pack.attempts[i], env)
 
     def _circumstances(self) -> dict[str, Any]:
-        """Return the settings of the computation that env.json and a checkpoint keep."""
+        """Return the settings of execution that env.json and checkpoints record."""
         return {
             "threads": self.exec.threads,
             ROWS: self.exec.micro_batch_size,
@@ -334,9 +338,10 @@ class _Attempt:
             self._still_owned(i)
 
     def _still_owned(self, i: str) -> bool:
-        """Write a live run's new records; drop the run and return False if it was claimed again.
+        """Write the new records of a run. If another process owns it now, drop it; return False.
 
-        Called right before anything is written for a run: a new owner cuts the records back.
+        Called right before each other write for a run: a new owner cuts the records back to the
+        checkpoint.
         """
         if not self.pack.owns(i):
             self.live.remove(i)
@@ -373,7 +378,7 @@ class _Attempt:
         self._write_records()
         layout, states = list(self.live), event.snapshot()
         for i in layout:
-            if not self._still_owned(i):  # writing other checkpoints may have taken minutes
+            if not self._still_owned(i):  # the checkpoints before may have taken minutes
                 continue
             self.store.sync_records(i)
             meta = {

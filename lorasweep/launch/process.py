@@ -21,22 +21,23 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Set by SIGINT, SIGTERM and Slurm's warning SIGUSR2: finish the update, checkpoint, exit."""
+    """Flag to finish the update, checkpoint and exit. SIGINT, SIGTERM, Slurm's SIGUSR2 set it."""
 
     SAME_S = 2.0
-    """Seconds in which signals count as one: Ctrl-C reaches a worker directly and by its parent."""
+    """Seconds in which signals count as one. Ctrl-C reaches a worker directly and from its parent.
+    """
 
     def __init__(self) -> None:
         self.set = False
         self._since = 0.0
 
     def install(self) -> None:
-        """Handle these signals. A second one, later than SAME_S, ends the process at once."""
+        """Handle these signals. A second signal, later than SAME_S, ends the process at once."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # inside a job, only Ctrl-C: Slurm itself kills the process if needed
+        # inside a job, only Ctrl-C ends the process at once: Slurm itself kills it if needed
         impatient = number == signal.SIGINT or claims.JOB_VARIABLE not in os.environ
         if self.set and impatient and time.monotonic() - self._since > self.SAME_S:
             os._exit(128 + number)
@@ -51,7 +52,7 @@ def die_with_parent() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory: without page faults, elementwise passes take half the time."""
+    """Make glibc keep freed memory: fewer page faults halve the time of elementwise operations."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # musl does not have it
         return
@@ -60,7 +61,7 @@ def keep_freed_memory() -> None:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Return the environment of a worker: this code (not the current folder's) and its threads."""
+    """Return a worker's environment: the path of this code (not the current folder) and threads."""
     root = str(Path(__file__).resolve().parents[2])
     return {
         **WAIT_POLICY,

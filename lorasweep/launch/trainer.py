@@ -1,4 +1,4 @@
-"""Load the base and data of a pack, and train it. Imports torch in functions, to start fast."""
+"""Load base and data of a pack, and train the pack. Functions import torch, for a fast start."""
 
 import hashlib
 import importlib
@@ -30,7 +30,7 @@ TOKENS = ".tokens"
 FINGERPRINTS = ".data"
 """Folder in the run folder with the data's fingerprint for every model and data set."""
 EVAL_ROWS = 4
-"""Default rows of a forward pass without gradients: few, because of the memory of logits."""
+"""Default number of rows per forward pass without gradients; few, as logits take much memory."""
 Report = Callable[[dict[str, Any]], None]
 """Receives events: {run, ended, ...} at the end of a run, {runs, step} after an update, {note} for
 the user."""
@@ -42,11 +42,11 @@ class Trainer(Protocol):
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
     ) -> Iterator[Event]:
-        """Train from the start, or from the states of all runs."""
+        """Train from the start, or from the states of all runs in `resume`."""
 
 
 class UnusableData(DataError):
-    """Some data sets of a pack cannot be used (`causes`: run id -> cause); the others can."""
+    """Some data sets of a pack cannot be used. `causes`: run id -> cause, for runs on them."""
 
     def __init__(self, causes: dict[str, str]) -> None:
         super().__init__(next(iter(causes.values())))
@@ -76,7 +76,7 @@ class TorchTrainer:
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
     ) -> Iterator[Event]:
-        """Train a pack; its runs share base model and precision."""
+        """Train a pack, whose runs share base model and precision."""
         base = self._load_base(pack[0], exec_)
         data, causes = {}, {}
         for spec in pack:
@@ -104,8 +104,8 @@ class TorchTrainer:
     def data(self, spec: RunSpec, exec_: Exec, base: "Base | None" = None) -> "Data":
         """Load the rows of a run; `base` has the tokenizer (None: the run's base is loaded).
 
-        Raises DataError if the data cannot be used, or their fingerprint differs from the first one
-        in the run folder: the analysis would refuse the runs, but only after training.
+        Raises DataError if the data cannot be used, or if their fingerprint differs from the one in
+        the run folder. Otherwise the analysis would refuse the runs, but only after training.
         """
         from lorasweep.data.load import load
 
@@ -128,7 +128,7 @@ class TorchTrainer:
             except OSError as error:  # a read-only folder: no run is trained there
                 if error.errno not in files.READ_ONLY:
                     raise
-            known = files.read_json(path) or mine  # of another process, if it was faster
+            known = files.read_json(path) or mine  # another process may have been faster
         if (before := known["data_sha256"]) != data.sha256:
             raise DataError(
                 f"dataset {spec.dataset.name!r}: the data have changed since runs in {root} were "
@@ -172,7 +172,7 @@ class TorchTrainer:
         if exec_.activation_checkpointing:
             compute_again(self._base.model)
         if exec_.compile:
-            # not the unembedding, which is computed in chunks
+            # without the unembedding, which is computed in chunks
             self._base.model.base_model.compile(dynamic=True)
         return self._base
 
@@ -188,9 +188,9 @@ def finetune(
 ) -> Iterator[Event]:
     """Train the runs of `pack` together; yield an Event per update.
 
-    `data`: one data set for all, or run id -> data set. `micro_batch_size`: sequences per run and
-    forward pass of the learner; None: all of an update. `resume`: run id -> state from an event's
-    snapshot(). `join_rows`, `forward_parts`: see Exec.
+    `data`: one data set for all runs, or run id -> data set. `micro_batch_size`: sequences per run
+    and training forward pass; None: all sequences of an update. `resume`: run id -> state from the
+    snapshot() of an event. `join_rows`, `forward_parts`: see Exec.
     """
     from lorasweep.train.loop import train
     from lorasweep.train.objectives.policy_gradient import PolicyGradient

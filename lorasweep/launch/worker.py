@@ -34,23 +34,23 @@ from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 
 STOPPED, REFUSED, OUT_OF_MEMORY = 3, 4, 5
-"""Exit statuses. REFUSED: an error that the user must correct. OUT_OF_MEMORY: only one process of
-several; a worker of one process handles it."""
+"""Exit statuses. REFUSED: an error that the user must correct. OUT_OF_MEMORY: only if several
+processes train a run; a single process handles the shortage itself."""
 REPORT_S = 0.3
 """Minimum seconds between progress reports. Ends of runs and notes are reported at once."""
 SLURM_RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
-"""torchrun's variable -> Slurm's."""
+"""Environment variable of torchrun -> that of Slurm."""
 
 
 def main(job_path: str, sha256: str, first: int = 0) -> int:
-    """Train the free packs of a job file from number `first` on; return the exit status."""
+    """Train the free packs of a job file, beginning with pack `first`; return the exit status."""
     die_with_parent()
     keep_freed_memory()
     stop = StopFlag()
     stop.install()
     try:
         content = Path(job_path).read_bytes()
-        # the run folder may be writable for others, and the file names the trainer to import
+        # others may be able to write the file, which names the trainer to import
         if hashlib.sha256(content).hexdigest() != sha256:
             raise StoreError(f"{job_path} was changed after it was written. Run the command again.")
         job = json.loads(content)
@@ -110,14 +110,14 @@ def skipped(path: str | None) -> set[str]:
 
 
 class Reporter:
-    """Prints events as JSON lines; sets the stop flag if nobody reads them any more."""
+    """Prints events as JSON lines; sets the stop flag if the reading process is gone."""
 
     def __init__(self, stop: StopFlag) -> None:
         self._stop = stop
         self._last = 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Print an event, but not progress within REPORT_S of the last event."""
+        """Print an event. Progress is left out within REPORT_S of the last event printed."""
         if event.keys().isdisjoint(("ended", "note")) and time.monotonic() - self._last <= REPORT_S:
             return
         self._last = time.monotonic()

@@ -1,4 +1,4 @@
 """Train runs in jobs of a Slurm cluster.
 
-Refuses to know what a run trains.
+This package must not depend on what a run trains.
 """

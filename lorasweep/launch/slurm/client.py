@@ -1,4 +1,7 @@
-"""Call Slurm's commands: partitions, live and ended jobs. Refuses to know runs and submitit."""
+"""Call Slurm's commands about partitions and jobs.
+
+This module must not depend on runs and submitit.
+"""
 
 import os
 import shutil
@@ -26,17 +29,18 @@ ENDED = {
     "REVOKED",
     "TIMEOUT",
 }
-"""States of a job that will not run again. In any other state it may; a requeued job is PENDING."""
+"""States of a job that will not run again. In any other state a job may run again; a requeued job
+is PENDING."""
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
-"""Reasons with which Slurm, not a person, holds a job whose start failed."""
+"""Reasons in squeue if Slurm, and not a person, holds a job, because the job's start failed."""
 ALREADY_ENDED = ("Invalid job id", "already complet")
-"""Ignored messages of scancel: the job has already ended."""
+"""Messages of scancel for jobs that have already ended; these messages are ignored."""
 QUERY_BATCH = 200
 """Names or ids per query, because the length of a command line is limited."""
 FILTERS = ("SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SLURM_CLUSTERS")
-"""Prefixes of environment variables that are not passed on: they can hide live jobs."""
+"""Prefixes of environment variables that Slurm's commands must not get: they can hide live jobs."""
 TRANSIENT_ERRORS = ("Unable to contact", "timed out", "Connection refused")
-"""Messages after which a command is tried again, after PAUSES_S."""
+"""Messages of failed commands that are tried again, after pauses of PAUSES_S seconds."""
 PAUSES_S = (1.0, 5.0)
 TIMEOUT_S = 60
 FRESH_S = 10.0
@@ -84,7 +88,7 @@ class Ended:
     elapsed_s: int
 
     def cause(self) -> str:
-        """Describe the end, with a hint on memory."""
+        """Describe how the job ended, with a hint if memory may be the cause."""
         hint = ""
         if self.state == "FAILED" and self.exit in ("0:9", "9:0", "137:0"):
             hint = ": killed, perhaps by a memory limit"
@@ -127,9 +131,9 @@ def run(*command: str) -> str:
 
 
 def require() -> None:
-    """Check that jobs can be submitted from here; raise ClusterError if not."""
+    """Check that jobs can be submitted from this machine; raise ClusterError if not."""
     conf = os.environ.get("SLURM_CONF")
-    if conf and not Path(conf).is_file():  # every command would wait a minute first
+    if conf and not Path(conf).is_file():  # each command would fail only after a minute
         raise ClusterError(
             f"SLURM_CONF={conf}: there is no such file. Start that Slurm, or unset SLURM_CONF."
         )
@@ -170,23 +174,23 @@ def queue(names: Sequence[str]) -> list[Job]:
 
 
 def ended(jobs: Iterable[str]) -> dict[str, Ended]:
-    """Map jobs (12, 12_3) to how they ended, as far as accounting has recorded it."""
+    """Return job (12, 12_3) -> how it ended, for the ended jobs that accounting has recorded."""
     found: dict[str, Ended] = {}
     columns = "JobID,State,ExitCode,NodeList,ElapsedRaw"
-    with suppress(ClusterError):  # without accounting
+    with suppress(ClusterError):  # the cluster has no accounting
         for line in _lines(sorted(set(jobs)), "sacct", "-n", "-P", "-o", columns, "-j"):
             jid, state, code, node, elapsed = line.split("|")[:5]
             whole, _, step = jid.partition(".")
             state = state.split(" ")[0]  # "CANCELLED by 0"
             if not step and state in ENDED:
                 found[whole] = Ended(state, code, node, int(elapsed or 0))
-            elif whole in found and state == "OUT_OF_MEMORY":  # with srun, only the step has it
+            elif whole in found and state == "OUT_OF_MEMORY":  # under srun, only the step has it
                 found[whole] = Ended(state, code, node, found[whole].elapsed_s)
     return found
 
 
 def by_number(jobs: Iterable[str]) -> dict[str, tuple[str, Ended]]:
-    """Map job numbers (SLURM_JOB_ID) to their ids (12, 12_3) and how they ended."""
+    """Return job number (SLURM_JOB_ID) -> job id (12, 12_3), and how the job ended."""
     lines = _lines(sorted(set(jobs)), "sacct", "-n", "-X", "-P", "-o", "JobIDRaw,JobID", "-j")
     labels = dict(line.split("|")[:2] for line in lines)
     ends = ended(labels.values())
@@ -227,7 +231,7 @@ def hides_jobs() -> bool:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition; cpus, memory_mib and gpus are the largest of any of its nodes."""
+    """A partition. cpus, memory_mib and gpus: the maximum over its nodes."""
 
     name: str
     default: bool
@@ -292,7 +296,7 @@ def partition_of(cluster: Cluster, known: dict[str, Partition]) -> Partition:
 
 
 class RunningJobs:
-    """Tells which jobs are running, from one query for all (see `store.claims.RunningJobs`)."""
+    """Tells which jobs are running; one query serves all jobs (see `store.claims.RunningJobs`)."""
 
     def __init__(self) -> None:
         self._running: dict[str, int] | None = None
@@ -315,8 +319,8 @@ class RunningJobs:
     ) -> bool | None:
         """Return whether a job is still running in its `restart`-th execution.
 
-        None if Slurm does not answer, hides the job, or the job belongs to another cluster. Unless
-        the job was `known_before` the last `refresh`, it may be newer, and Slurm is queried again.
+        None if Slurm does not answer or hides the job, or if the job belongs to another cluster.
+        `known_before`: the job is older than the last `refresh`; otherwise Slurm is queried again.
         """
         if (job, restart) in self._dead:
             return False

@@ -2,9 +2,10 @@
 
     python -I -c "<this file>" JOB_FOLDER MANIFEST_SHA256 FIRST_TASK CODE_FOLDER CODE_DIGEST
 
-A run folder may be writable for a group, and whoever can write what a job imports or unpickles runs
-code as the job's user. So a job runs this check before it loads anything. The job's script, which
-Slurm keeps, contains this file, so others cannot change it. Imports only the standard library.
+A run folder may be writable for a group. Whoever can write the files that a job imports or
+unpickles can run code as the job's user. So a job runs this check before it loads anything. The
+check is part of the job's script, which Slurm keeps, so others cannot change it. It imports only
+the standard library.
 """
 
 import hashlib
@@ -15,9 +16,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 
 MANIFEST = "manifest.json"
-"""SHA-256 of each file that jobs read, by relative path."""
+"""File with the SHA-256 of each file that jobs read, by relative path."""
 ABOUT = "snapshot.json"
-"""Origin of a snapshot of code; not part of its digest."""
+"""File with the origin of a snapshot of the code. The snapshot's digest leaves it out."""
 
 
 def sha256(path: str) -> str:
@@ -33,7 +34,7 @@ def digest_of(sums: Mapping[str, str]) -> str:
 
 
 def digest(folder: str) -> str:
-    """Return `digest_of` all files below a folder except ABOUT. Bytecode counts, too."""
+    """Return the digest (`digest_of`) of all files below a folder, also bytecode, but not ABOUT."""
     paths = (p for p in _below(folder) if not os.path.isdir(p))
     names = {os.path.relpath(p, folder).replace(os.sep, "/"): p for p in paths}
     return digest_of({name: sha256(p) for name, p in names.items() if name != ABOUT})
@@ -103,8 +104,8 @@ def main(folder: str, manifest: str, first: str, code: str, code_sha256: str) ->
     problem = job_problem(folder, manifest, task) or code_problem(code, code_sha256)
     if problem:
         sys.exit(
-            f"lorasweep: this job is refused, because {problem}: whoever did so could run code as "
-            "you. Find out who; then run the sweep's command again."
+            f"lorasweep: this job is refused, because {problem}. Another user could run code as "
+            "you. Find out who caused this, then run the sweep's command again."
         )
 
 

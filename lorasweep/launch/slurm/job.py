@@ -6,7 +6,7 @@
     {"follow": REQUEST.json, "command": [...], "idle": n, "finished": n}   follow up on a sweep
 
 A job may be killed at any time and start again on another node: runs resume from checkpoints. At
-its time limit a job requeues itself; after preemption Slurm decides.
+its time limit a job requeues itself. After preemption, Slurm decides whether to requeue the job.
 """
 
 import json
@@ -33,14 +33,14 @@ from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 
 PATIENCE_S = claims.SILENCE_S + 2 * claims.HEARTBEAT_S
-"""Seconds that a job waits for another process's runs: long enough to see that it is dead."""
+"""Seconds that a job waits for runs of another process: enough to see whether that one is dead."""
 FOLLOW_PAUSES_S = (30.0, 60.0, 120.0, 240.0)
-"""Pauses between tries of the follow-up command, if Slurm refuses or the lock is held."""
+"""Seconds between tries of the follow-up command, if Slurm refuses or the lock is held."""
 TRY_AGAIN, INTERRUPTED = 75, 130
 """Exit statuses of the follow-up command: a temporary failure (EX_TEMPFAIL), a signal."""
 LISTEN_S = 1.0
-"""Seconds within which signals with one cause arrive. USR2 alone means a time limit; USR2 with TERM
-means preemption or cancellation."""
+"""Seconds within which all signals of one cause arrive. USR2 alone means that the time limit is
+near. USR2 with TERM means preemption or cancellation."""
 CLOSE_S = 20.0
 """Seconds for the follow-up command to stop: less than Slurm's default KillWait, 30 s."""
 REQUEUE_S = 30
@@ -65,7 +65,7 @@ class Signals:
 
 
 def run(path: str) -> None:
-    """Do the task in a file that `guard` has checked; raise LorasweepError to end as FAILED."""
+    """Do the task in a file that `guard` has checked. After a LorasweepError the job is FAILED."""
     signals = Signals()
     task = json.loads(Path(path).read_bytes())
     try:
@@ -74,7 +74,7 @@ def run(path: str) -> None:
         _train(task)
         if submission := submissions.read(Path(path).parent.parent):
             with suppress(ClusterError):
-                # held jobs would wait until somebody runs the sweep's command
+                # else held jobs would wait until somebody runs the sweep's command
                 jobs = client.queue([a.name for a in submission.arrays])
                 if held := [j.label for j in jobs if j.stuck]:
                     _print(f"released jobs that Slurm held after a failed start: {', '.join(held)}")
@@ -120,13 +120,13 @@ def _train(task: dict[str, Any]) -> None:
 
 
 def _follow(command: list[str]) -> None:
-    """Run the follow-up command in a separate process, which stops cleanly after a signal."""
+    """Run the follow-up command in a separate process, and stop it cleanly after a signal."""
     for pause in (*FOLLOW_PAUSES_S, None):
         process = subprocess.Popen(command)
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            process.terminate()  # it may hold a lock, or be between an sbatch and its record
+            process.terminate()  # it may hold a lock, or not have recorded an sbatch yet
             try:
                 process.wait(CLOSE_S)
             except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Plan a submission: the runs that no live job has, grouped into jobs."""
+"""Plan a submission: group the runs that are in no live job into jobs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from lorasweep.sweep.request import Request
 
 @dataclass(frozen=True)
 class Work:
-    """The unfinished runs of a sweep, compared with the queue."""
+    """The unfinished runs of a sweep, by their state in Slurm's queue."""
 
     todo: list[Point]
     """Runs to submit."""
@@ -48,7 +48,7 @@ class Work:
 
 
 def work_of(request: Request, store: RunStore, now: Plan, queue: Queue) -> Work:
-    """Compare the plan `now` with the queue."""
+    """Compare the unfinished runs of the plan `now` with the queue."""
     states, covered, unknown = now.states, queue.covered(), queue.unknown_runs()
     waiting = [p for p in now.todo if states[p.id] != "running"]
     free = [p for p in waiting if p.id not in covered and p.id not in unknown]
@@ -95,7 +95,7 @@ class Jobs:
 
 
 def hardware_of(request: Request) -> Hardware:
-    """Return the hardware to plan for: the request's, or this machine."""
+    """Return the hardware to plan for: `request.hardware`, or this machine if that is empty."""
     return from_plain(request.hardware) if request.hardware else detect.this_machine()
 
 

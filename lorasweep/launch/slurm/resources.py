@@ -1,4 +1,4 @@
-"""Group packs into jobs, and compute the resources of a job. Pure."""
+"""Group packs into jobs, and compute the resources of a job. All functions are pure."""
 
 import math
 import re
@@ -26,7 +26,7 @@ HOST_BYTES = 3 * 2**30
 """Assumed host memory of a GPU worker for libraries, data and pinned buffers, without weights."""
 GPU_FLOPS = 1e14
 """Assumed FLOP/s of a GPU worker until runs were measured: about a third of the dense bf16 peak of
-an A100, a tenth of an H100's."""
+an A100, and a tenth of the peak of an H100."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class JobResources:
 
     @property
     def tasks(self) -> int:
-        """Slurm tasks of the job on each node: one per process if there are several nodes."""
+        """Slurm tasks per node: one, or one per process if the job has several nodes."""
         return self.gpus if self.nodes > 1 else 1
 
 
 def workers_of(cluster: Cluster, world_size: int = 1) -> int:
-    """Return the packs that a job trains in parallel, each with `world_size` processes."""
+    """Return the number of packs that a job trains in parallel, each on `world_size` processes."""
     most = max(1, cluster.gpus // world_size)
     if world_size == 1 or not cluster.gpus:
         return cluster.workers or most
@@ -55,7 +55,7 @@ def workers_of(cluster: Cluster, world_size: int = 1) -> int:
 
 
 def nodes_of(world_size: int, cluster: Cluster, partition: Partition) -> int:
-    """Return the fewest nodes for a run, each with the same number of processes."""
+    """Return the smallest number of nodes for a run, with equally many processes on each."""
     per_node = cluster.gpus_per_node or partition.gpus
     if not cluster.gpus or not per_node:
         return 1  # processes without GPUs share one node
@@ -68,8 +68,8 @@ def group(
 ) -> list[list[Pack]]:
     """Group packs into jobs of `work_min` to `work_max` minutes, longest job first.
 
-    Jobs are as short as possible while no more than `parallel` are needed. Packs of one model
-    share a job, so that a worker loads the model once. Each worker of a job has a pack.
+    Jobs are as short as possible with at most `parallel` of them. Packs are sorted by model, so
+    that a worker seldom loads another model. A job has at least one pack per worker, if possible.
     """
     side = workers_of(cluster, world_size)
     seconds = {id(p): p.flops / flops_s for p in packs}
@@ -95,7 +95,7 @@ def resources_for(
     partition: Partition,
     world_size: int = 1,
 ) -> JobResources:
-    """Return the resources of each job: the cluster's settings, or else estimates."""
+    """Return the resources of each job: the settings in `cluster`, or estimates if not set."""
     side = workers_of(cluster, world_size)
     nodes = nodes_of(world_size, cluster, partition)
     here = world_size // nodes
@@ -120,7 +120,7 @@ def memory_class(packs: Sequence[Pack], cluster: Cluster) -> int:
 
 
 def _bytes(pack: Pack, cluster: Cluster, processes: int) -> float:
-    """Return the host memory of a pack on one node, where process 0 reads the weights."""
+    """Return the host memory of a pack, in bytes, on the node where process 0 reads the weights."""
     spec = pack.points[-1].spec
     if cluster.gpus:
         copies = 3 if spec.method.MAX_PACK == 1 else 1
@@ -129,7 +129,7 @@ def _bytes(pack: Pack, cluster: Cluster, processes: int) -> float:
 
 
 def check(cluster: Cluster) -> None:
-    """Check the settings that are wrong on every cluster; raise ClusterError."""
+    """Raise ClusterError if a setting is wrong on every cluster."""
     c = cluster
     if c.kind not in KINDS:
         raise ClusterError(unknown("cluster.kind", c.kind, KINDS))
@@ -147,7 +147,7 @@ def check(cluster: Cluster) -> None:
     for line in c.setup:  # shell lines of the user
         if re.search(r"[\x00-\x08\n-\x1f]", line):
             raise ClusterError(
-                f"cluster.setup has {line!r} with a control character. Give one entry a line."
+                f"cluster.setup has {line!r} with a control character. Write one entry per line."
             )
     for name in (*POSITIVE, *POSITIVE_OR_NONE):
         optional, value = name in POSITIVE_OR_NONE, named[name]
@@ -200,7 +200,8 @@ def check_fits(needed: JobResources, cluster: Cluster, partition: Partition) -> 
         (
             needed.time_min > p.time_min,
             f"cluster.time_min={needed.time_min}, but partition {p.name!r} allows at most "
-            f"{p.time_min:g}. Lower it: a job at its limit requeues itself and loses nothing.",
+            f"{p.time_min:g}. Lower cluster.time_min: at its limit a job requeues itself, and runs "
+            "resume from their checkpoints.",
         ),
         (
             needed.time_min * 60 <= cluster.warn_s,

@@ -53,15 +53,16 @@ class Description:
         return {k: v for k, v in given.items() if v is not None}
 
     def srun(self) -> tuple[str, ...]:
-        """Return srun's options for the job's command: one task, on the first of several nodes."""
-        first = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")  # shares the node's cores
+        """Return srun's options for the job's command: one task on the first node, if several."""
+        # --overlap: share the cores with the steps of the workers
+        first = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
         return first if self.needed.nodes > 1 else ()
 
     def setup(self) -> list[str]:
         """Return the shell lines before the job's command: run `guard`, import the snapshot."""
         code = shlex.quote(str(self.code.folder))
         path = f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"
-        # No bytecode: it would be an unchecked part of the snapshot.
+        # No bytecode: new files in the snapshot would change its digest.
         python = f"export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 {JOB_VARIABLE}=1"
         # Some releases of Slurm do not pass the job's CPU cores to its steps.
         srun = "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}"
@@ -80,8 +81,8 @@ def submit(described: Description) -> str:
 
     array, folder = described.array, described.folder
     tasks = [str(folder / "tasks" / f"{k}.json") for k in range(array.first, array.first + array.n)]
-    # Inside a job, hide the variables of this job: the new job would inherit a second memory limit,
-    # and submitit would confuse the job ids.
+    # Inside a job, hide the variables of this job. Otherwise the new job would inherit a second
+    # memory limit, and submitit would confuse the job ids.
     names = [k for k in os.environ if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_"))]
     hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
     with ExitStack() as stack:

@@ -26,9 +26,10 @@ class Snapshot:
 
 
 def take(root: Path) -> Snapshot:
-    """Copy the running code into a folder in `root`, unless it is there or is a snapshot itself.
+    """Copy the running code into a folder in `root`, unless the folder is there.
 
-    The folder is named by content and user. Raises ClusterError if others changed it or could.
+    If the running code is itself a snapshot, return that one. The folder's name is made from
+    content and user. Raises ClusterError if other users changed the snapshot or could change it.
     """
     here = Path(__file__).resolve().parents[3]
     if (here / guard.ABOUT).is_file():
@@ -44,7 +45,7 @@ def take(root: Path) -> Snapshot:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, path)
                 files.sync(path)
-            sha256 = guard.digest(str(partial))  # of the copy: the files may have been edited
+            sha256 = guard.digest(str(partial))  # files may have changed since the first digest
             folder = root / _name(sha256)
             copied = (*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/")
             edited = [f for f in provenance.edited() if f.startswith(copied)]
@@ -67,8 +68,9 @@ def _name(sha256: str) -> str:
 def _checked(folder: Path, sha256: str) -> Snapshot:
     if problem := guard.code_problem(str(folder), sha256):
         raise ClusterError(
-            f"code snapshot {folder} is refused: {problem}. Whoever did so could run code as you. "
-            f"Find out who, then delete it (rm -r {folder}) and run the command again."
+            f"code snapshot {folder} is refused: {problem}. Another user could run code as you. "
+            f"Find out who caused this, then delete the snapshot (rm -r {folder}) and run the "
+            "command again."
         )
     return Snapshot(folder, sha256)
 

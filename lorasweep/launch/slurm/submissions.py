@@ -12,8 +12,8 @@
                      withdrawn.json   runs that no task may start any more
                      ended.json       how the jobs ended, when all have ended
 
-Only its user writes a submission; all users of the run folder write notes. Refuses to know submitit
-and planning.
+A submission is written only by the user who submits. All users of the run folder write notes. This
+module must not depend on submitit and planning.
 """
 
 import getpass
@@ -33,18 +33,18 @@ from lorasweep.store import files
 from lorasweep.store.claims import Lock
 
 GIVE_UP_S = 600.0
-"""Seconds after a submission after which missing accounting records are no longer expected."""
+"""Seconds after a submission in which accounting records, or jobs of a script, may be late."""
 LOCK_S = 600.0
 """Seconds to wait for another command that is submitting."""
 FOLLOW = "follow"
-"""`part` of the follow-up job's array."""
+"""Value of `part` for the array of the follow-up job."""
 Notify = Callable[[str], None]
 """Prints a line for the user."""
 
 
 @dataclass(frozen=True)
 class Array:
-    """Tasks `first` to `first + n - 1` of a submission, or its follow-up job: one sbatch."""
+    """One sbatch: tasks `first` to `first + n - 1` of a submission, or the follow-up job."""
 
     part: str
     """Number of the array, or FOLLOW."""
@@ -55,7 +55,7 @@ class Array:
     job: str | None = None
     """Slurm id; None if not recorded (yet)."""
     abandoned: bool = False
-    """Whether it never reached Slurm, or was cancelled."""
+    """Whether the array never reached Slurm, or was cancelled."""
 
 
 @dataclass
@@ -64,13 +64,13 @@ class Submission:
 
     folder: Path
     record: dict[str, Any]
-    """submission.json."""
+    """Content of submission.json."""
     arrays: list[Array]
     withdrawn: set[str] = field(default_factory=set)
 
     @property
     def name(self) -> str:
-        """Title of the sweep and a random part."""
+        """Name of the folder: title of the sweep, and a random part."""
         return self.folder.name
 
     @property
@@ -95,7 +95,7 @@ class Queue:
 
     submissions: list[Submission]
     jobs: list[tuple[Submission, int, client.Job]] = field(default_factory=list)
-    """Submission, task and job, live or recently ended."""
+    """(submission, task number, job) of the jobs that are live or have recently ended."""
     follows: dict[str, client.Job] = field(default_factory=dict)
     """Submission name -> follow-up job."""
     strays: list[client.Job] = field(default_factory=list)
@@ -155,7 +155,7 @@ def write_record(
     arrays: Iterable[Array],
     **more: Any,
 ) -> None:
-    """Write submission.json, whose job names find the jobs even if this command dies.
+    """Write submission.json. If this command dies, its job names serve to find the jobs.
 
     `asked`: all runs of the sweep's first stage, submitted now or not.
     """
@@ -198,7 +198,7 @@ def read(folder: Path) -> Submission | None:
     for plain in record["arrays"]:
         seen = _read_note(folder, f"array-{plain['part']}.json") or {}
         number = seen.get("job")
-        if number is not None and not str(number).isdigit():  # it goes into Slurm's commands
+        if number is not None and not str(number).isdigit():  # an argument of Slurm's commands
             raise damaged
         arrays.append(Array(**plain, job=number, abandoned=seen.get("abandoned", False)))
     return Submission(folder, record, arrays, set(_read_note(folder, "withdrawn.json") or []))
@@ -243,16 +243,16 @@ def look(runs_dir: Path) -> Queue:
 
 
 def locked(runs_dir: Path, notify: Notify) -> AbstractContextManager[None]:
-    """Hold the lock of a run folder's submissions in a block."""
+    """Hold the lock of a run folder's submissions in a `with` block."""
     lock = Lock(home(runs_dir) / "lock", client.RunningJobs())
     return lock.held(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
 
 
 def reconcile(runs_dir: Path, notify: Notify) -> Queue:
-    """Reconcile the records with Slurm's queue, and return it. The lock must be held.
+    """Reconcile the records with Slurm's queue, and return the queue. The lock must be held.
 
-    After a command that died while it was submitting, complete arrays are adopted and incomplete
-    ones cancelled. Jobs that Slurm holds after a failed start are released.
+    If a command died while submitting, its complete arrays are recorded and its incomplete arrays
+    are cancelled. Jobs that Slurm holds after a failed start are released.
     """
     queue = look(runs_dir)
     if queue.unavailable:
@@ -274,7 +274,7 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
         behind = len(ends) < sum(a.n for a in sent) or any(a.abandoned for a in s.arrays)
         if behind and time.time() - s.record["created_s"] < GIVE_UP_S:
             continue  # accounting is still behind
-        with suppress(OSError):  # a full disk: accounting is queried again later
+        with suppress(OSError):  # if the disk is full, the next command tries again
             _write_note(s.folder, "ended.json", {k: asdict(end) for k, end in ends.items()})
         queue.submissions.remove(s)
     jobs = [*(j for _, _, j in queue.live()), *queue.follows.values()]
@@ -285,7 +285,10 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
 
 
 def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> bool:
-    """Record an array's job, or that it was abandoned; False if undecided. `number`: live job."""
+    """Record the Slurm id of an array, or that it is abandoned; return False if undecided.
+
+    `number`: Slurm id of its live job, if there is one.
+    """
     if number is None:
         accounted = client.named(array.name)
         number = accounted[0].partition("_")[0] if accounted else None
@@ -301,14 +304,14 @@ def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> 
     elif is_script and time.time() - s.record["created_s"] < GIVE_UP_S:
         return False  # the user may submit the script later
     else:  # delete the script: its runs are planned again
-        with suppress(PermissionError):  # another user's; its job would be cancelled
+        with suppress(PermissionError):  # another user's script; its job would be cancelled
             (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)
     note_array(s.folder, array.part, number)
     return True
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Map run ids to how the Slurm jobs that owned them ended; `owners`: run id -> owner.json."""
+    """Return run id -> how the Slurm job that owned the run ended; `owners`: id -> owner.json."""
     jobs = {rid: o["slurm"]["job"] for rid, o in owners.items() if o.get("slurm")}
     ends: dict[str, tuple[str, client.Ended]] = {}
     with suppress(ClusterError):

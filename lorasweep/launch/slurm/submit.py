@@ -1,7 +1,7 @@
 """Submit the missing runs of a sweep to a cluster, and cancel queued runs.
 
-A run is submitted only if it is in no live job; one lock per run folder protects this decision. If
-a run is in two jobs nevertheless, the first job that claims it trains it.
+A run is submitted only if no live job has it. One lock per run folder protects this decision. If
+two jobs have a run nevertheless, the first job that claims the run trains it.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
 RUN_BYTES, STEP_BYTES = 40_000, 250
-"""Measured disk space of a finished run, and of an update's record."""
+"""Measured disk space in bytes: a finished run without its records, and the record of an update."""
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 WATCH_POLL_S = 2.0
 FOLLOW_GIB = 2.0
-"""Assumed memory of the follow-up job (plans, fits, figures): a few times that of the imports."""
+"""Assumed memory of the follow-up job (plans, fits, figures): a few times that after imports."""
 MAX_IDLE = 3
 """Follow-up jobs in a row without a new finished run, after which no more jobs are submitted."""
 
@@ -57,13 +57,13 @@ class FollowUp:
 
 @dataclass
 class Outcome:
-    """Jobs that a command submitted, and work that was already in jobs."""
+    """Jobs that a command submitted, and the sweep's work before that (`planning.Work`)."""
 
     work: Work
     submitted: list[Submission] = field(default_factory=list)
     n_submitted: int = 0
     refused: str | None = None
-    """Why Slurm accepted only a part."""
+    """Why Slurm refused some of the jobs; None: it refused none."""
     pruned: int = 0
     scripts: list[Path] = field(default_factory=list)
 
@@ -112,7 +112,7 @@ def submit(
         work, ids = outcome.work, {p.id for p in request.points}
         if request.prune:
             outcome.pruned = work.n_removed
-            empty = []  # pending tasks without other runs
+            empty = []  # pending tasks, all of whose runs are withdrawn
             for s in [s for s in queue.submissions if s.name in work.removed]:
                 submissions.withdraw(s, work.removed[s.name])
                 waiting = [(k, j) for t, k, j in queue.live() if t is s and j.state == "PENDING"]
@@ -150,7 +150,7 @@ def _submit(
     tasks = [task for same in jobs for task in same.tasks]
     folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
     described: list[Description] = []
-    # MaxArraySize limits the index of a task, from 0
+    # task indices begin at 0 and must be below MaxArraySize
     first, most = 0, max(1, int(client.setting("MaxArraySize") or 1001) - 1)
     for same in jobs:
         end = first + len(same.tasks)
@@ -193,8 +193,8 @@ def _submit(
             submissions.note_array(folder, FOLLOW, last)
             ids = {p.id for p in request.points}
             old = [j.id for served, j in _followers(queue, request) if served <= ids]
-            if old:  # replaced by the new one
-                client.cancel(old)  # another user's cannot be cancelled, and does no harm
+            if old:  # the new follow-up job replaces them
+                client.cancel(old)  # a job of another user stays, and does no harm
     if numbers:
         n_tasks = sum(a.n for a in arrays[: len(numbers)])
         outcome.n_submitted += sum(len(t.points) for t in tasks[:n_tasks])
@@ -211,11 +211,11 @@ def write_submission(
     follow_up: FollowUp,
     code: Snapshot,
 ) -> None:
-    """Write task files, manifest and record; raise ClusterError if others could write them."""
+    """Write task files, manifest and record; raise ClusterError if other users could write them."""
     sums: dict[str, str] = {}
 
     def write(name: str, plain: Any) -> None:
-        # not flushed one by one: the record comes later, and the guard finds incomplete files
+        # no flush of each file: the record is written last, and `guard` refuses incomplete files
         content = json.dumps(plain).encode()
         (folder / name).write_bytes(content)
         sums[name] = hashlib.sha256(content).hexdigest()
@@ -287,7 +287,7 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
             users = ", ".join(sorted({s.record["user"] for s in mine.values()}))
             raise ClusterError(
                 f"some jobs could not be cancelled: {denied}. The jobs belong to {users}; each "
-                "user must run action=cancel for their own."
+                "user must run action=cancel for their own jobs."
             )
         return len(live), len(ending)
 
@@ -296,7 +296,7 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
 
 
 def mounts() -> list[tuple[str, str]]:
-    """List this machine's (mount point, type of file system); empty where they are hidden."""
+    """List this machine's (mount point, type of file system); empty if the system hides them."""
     try:
         lines = Path("/proc/mounts").read_text().splitlines()
     except OSError:
@@ -318,12 +318,15 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
         raise ClusterError(
             f"run folder {folder}: {local} is local to this machine, so the nodes "
             f"({', '.join(sorted(hosts)[:3])}, ...) cannot see it. Set exec.runs_dir=FOLDER (or "
-            "LORASWEEP_RUNS) on a shared file system. If this is one, set cluster.shared=true."
+            "LORASWEEP_RUNS) on a shared file system. If it is on one, set cluster.shared=true."
         )
 
 
 def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
-    """Raise StoreError if all results and `at_once` packs' checkpoints do not fit on the disk."""
+    """Raise StoreError if the disk is too small for all results, and checkpoints of some packs.
+
+    `at_once`: number of packs that have checkpoints at the same time.
+    """
     checkpoints = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
     results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
     need = sum(checkpoints[:at_once]) + results
