@@ -1,4 +1,4 @@
 """The run folder: records, claims, checkpoints and results.
 
-Refuses to know launchers and models.
+This package must not depend on launchers and models.
 """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SLOTS = ("a", "b")
 PARAM = "param/"
-"""Prefix of the names of trained tensors in a state; the others belong to the optimizer."""
+"""Prefix of the names of trained tensors in a state. Other tensors belong to the optimizer."""
 WEIGHTS = "weights.safetensors"
 """File with the trained weights in the folder of a finished run (exec.keep_weights)."""
 FILES = "files"
@@ -36,7 +36,7 @@ class State(TypedDict):
     meta: dict[str, Any]
     """JSON values, at least `step`."""
     write: NotRequired[Callable[[Path], dict[str, str]]]
-    """Makes all processes write their tensors into an empty folder; returns name -> SHA-256."""
+    """Makes all processes write their tensors into an empty folder; returns file -> SHA-256."""
     path: NotRequired[Path]
     """File that the tensors were read from, or folder with the files of several processes."""
 
@@ -46,7 +46,7 @@ def save(folder: Path, state: State) -> None:
     folder.mkdir(exist_ok=True)
     steps = {slot: meta["step"] for slot, meta in _metas(folder).items()}
     slot = min(SLOTS, key=lambda s: steps.get(s, -1))
-    (folder / f"{slot}.json").unlink(missing_ok=True)  # invalid until it is described again
+    (folder / f"{slot}.json").unlink(missing_ok=True)  # without it the slot is invalid
     path, parts = folder / f"{slot}.safetensors", folder / f"{slot}.parts"
     shutil.rmtree(parts, ignore_errors=True)
     if "write" in state:
@@ -96,7 +96,7 @@ def load_weights(run: Path) -> dict[str, "Tensor"] | None:
 
 
 def keep_only(folder: Path, step: int | None) -> None:
-    """Invalidate every checkpoint except that of `step`: later ones belong to deleted records."""
+    """Invalidate all checkpoints except the one at `step`. Later ones belong to deleted records."""
     kept = None if step is None else described(folder).get(step)
     for slot in SLOTS:
         if slot != kept:

@@ -1,8 +1,8 @@
-"""Who works on a run or holds a lock, and whether that process is still alive.
+"""Record which process works on a run or holds a lock, and tell whether it is still alive.
 
-On this machine, boot id, process id and start time decide. On another machine, the scheduler
-decides for its jobs, and a heartbeat that changes while we watch decides for other processes.
-Clocks of two machines are never compared.
+For a process on this machine, boot id, process id and start time decide. For a job on another
+machine, the scheduler decides. For any other process, its heartbeat decides: the process is alive
+if the heartbeat changes while we watch. Clocks of two machines are never compared.
 """
 
 import json
@@ -28,8 +28,8 @@ than the 60 s for which NFS clients usually cache attributes."""
 LOCK_POLL_S = 0.2
 UNKNOWN = "unknown"
 JOB_VARIABLE = "LORASWEEP_JOB"
-"""Environment variable that is set in jobs that we submit: they end with their process. An
-interactive job may outlive the command, so there a running job proves nothing."""
+"""Environment variable that is set in submitted jobs, which end with their process. An interactive
+job may outlive its command. So if that job runs, the command may nevertheless be dead."""
 
 
 class RunningJobs(Protocol):
@@ -108,13 +108,13 @@ def restarted(owner: dict[str, Any]) -> bool:
 
 
 class Liveness:
-    """Decides whether owners are alive. Remembers other machines' heartbeats between calls."""
+    """Tells whether owners (processes with a claim) are alive. Keeps heartbeats between calls."""
 
     def __init__(self, jobs: RunningJobs | None = None) -> None:
-        """Let `jobs` decide about owners that are jobs; None: their heartbeats decide."""
+        """Let `jobs` decide about owners that are jobs; if None, heartbeats decide about them."""
         self._jobs = jobs
         self._seen: dict[Path, tuple[bytes, float, bool]] = {}
-        """Attempt -> last heartbeat, when it was first seen, whether it has changed."""
+        """Attempt -> last heartbeat, time when it was first seen, whether a change was seen."""
         self._known: set[Path] = set()
         """Attempts of jobs that started before the last query to the scheduler."""
 
@@ -137,7 +137,7 @@ class Liveness:
         except OSError:
             return None
         if not owner:
-            return False  # damaged: an attempt and its owner are created in one step
+            return False  # damaged: attempt and owner.json are created in one step
         here = {"host": host(), **machine()}
         if all(owner.get(k, v) == v for k, v in here.items()):
             started = start_time(owner["pid"])
@@ -151,7 +151,10 @@ class Liveness:
         return None
 
     def alive(self, attempt: Path) -> bool:
-        """Return whether the owner is alive; an unknown one is until it is silent for SILENCE_S."""
+        """Return whether the owner is alive; if `verdict` is None, whether its heartbeat is recent.
+
+        Recent: the heartbeat has changed, or was first seen, in the last SILENCE_S.
+        """
         verdict = self.verdict(attempt)
         if verdict is not None:
             return verdict
@@ -180,7 +183,7 @@ class Heartbeat:
     """A thread that writes a new number into each claimed folder while this process lives."""
 
     def __init__(self, folders: Callable[[], Iterable[Path]]) -> None:
-        """Start; `folders` returns the folders of the claims, which may change."""
+        """Start the thread. `folders` returns the folders of the claims, which may change."""
         self._done = threading.Event()
 
         def work() -> None:
@@ -188,7 +191,7 @@ class Heartbeat:
             while not self._done.wait(HEARTBEAT_S if beat else 0):
                 beat += 1
                 for folder in folders():
-                    with suppress(OSError):  # training meets the same error and reports it
+                    with suppress(OSError):  # training gets the same error and reports it
                         (folder / "heartbeat").write_text(str(beat))
 
         self._thread = threading.Thread(target=work, daemon=True)
@@ -201,7 +204,7 @@ class Heartbeat:
 
 
 class Lock:
-    """A lock folder: the claim with the highest number holds it. A dead holder is replaced."""
+    """A lock folder. The claim with the highest number holds the lock, unless its owner is dead."""
 
     def __init__(self, folder: Path, jobs: RunningJobs | None = None) -> None:
         self._folder = self._claim = folder
@@ -217,7 +220,7 @@ class Lock:
             self.release()
 
     def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
-        """Take the lock. If another process holds it, wait, and pass its name to `waiting` once.
+        """Take the lock. If another process holds it, wait, and pass its name once to `waiting`.
 
         Raises StoreError if the holder is alive after `wait_s`, or the folder cannot be read now.
         """
@@ -234,7 +237,7 @@ class Lock:
                     if files.highest_number(self._folder) == last + 1:
                         self._heartbeat = Heartbeat(lambda: [self._claim])
                         return
-                    # Others took and released the lock meanwhile. A later holder may delete this.
+                    # Others took and released the lock meanwhile. They may also delete this claim.
                     shutil.rmtree(self._claim, ignore_errors=True)
                 continue
             try:

@@ -139,7 +139,7 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
 
 
 def share_as(folder: Path) -> None:
-    """Make this process's files writable for the group if `folder` is (chmod g+ws)."""
+    """Make new files of this process group-writable if `folder` is group-writable (chmod g+ws)."""
     if folder.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~0o070)
 
@@ -165,7 +165,7 @@ def own_folder(path: Path) -> None:
 
 
 def protect_entries(folder: Path) -> None:
-    """Set the sticky bit of a group's folder: users rename and delete only their own files."""
+    """Set the sticky bit of a group-writable folder, so that users delete only their own files."""
     found = os.stat(folder)
     if found.st_mode & stat.S_IWGRP and found.st_uid == os.geteuid():  # only the owner may chmod
         os.chmod(folder, found.st_mode | stat.S_ISVTX)

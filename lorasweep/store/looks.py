@@ -1,6 +1,6 @@
 """Record the looks (interim analyses) at a sweep and the runs that were added after each.
 
-One JSON file per request: `<runs_dir>/.rounds/<title>.json`; its stored keys call a look a round.
+Each request has a JSON file, `<runs_dir>/.rounds/<title>.json`. Its keys call a look a round.
 """
 
 import json
@@ -24,7 +24,7 @@ def path_of(runs_dir: str | Path, title: str) -> Path:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the looks after the first, {round, runs}; raise StoreError if they are damaged."""
+    """Return the looks after the first, {round, runs}; raise StoreError if the file is damaged."""
     content = files.read(path)
     if content is None:
         return []
@@ -38,7 +38,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def note_look(path: Path, claims_hash: str, planned: int) -> None:
-    """Record the claims and planned looks at a sweep's first look. Later calls do nothing."""
+    """Record claims and number of planned looks at the first look. Later calls do nothing."""
     if files.status(path) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         first = {"claims_hash": claims_hash, "planned": planned, "rounds": []}
@@ -48,7 +48,7 @@ def note_look(path: Path, claims_hash: str, planned: int) -> None:
 def append(
     path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]
 ) -> int:
-    """Record the runs added for one more look and return its number. Safe with other processes.
+    """Record the runs added for one more look, under a lock; return the number of that look.
 
     `known`: all runs of the sweep so far.
 

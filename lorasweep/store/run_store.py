@@ -8,7 +8,7 @@
         checkpoint/     two slots, deleted when the run is finished
         result.json     written last, once, with a checksum: the run is finished
 
-Refuses to know torch.
+This module must not depend on torch.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from lorasweep.store import claims, files
 
 STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
 """States of a run, computed from its folder and never stored. missing: not started. interrupted:
-its process ended early. failed: ended by an error. diverged: a result."""
+its process ended early. failed: ended by an error. diverged, done: the run has a result."""
 FINAL = ("done", "diverged")
 Record = dict[str, Any]
 """Measurements of one update: JSON values, at least `step`."""
@@ -48,7 +48,7 @@ class Entry(NamedTuple):
     metric: str
     higher_is_better: bool
     value: float | None
-    """Of the metric."""
+    """Value of the metric."""
     wall_s: float | None
     threads: int | None
     data_sha256: str | None
@@ -64,7 +64,7 @@ class RunStore:
         dead: dict[str, int] | None = None,
         jobs: claims.RunningJobs | None = None,
     ) -> None:
-        """Name the folder. `dead`: run id -> attempt whose owner is known to be dead."""
+        """Set the folder. `dead`: run id -> attempt whose owner is known to be dead."""
         self.root = Path(root).expanduser().absolute()
         self._liveness = claims.Liveness(jobs)
         self._dead = dead or {}
@@ -105,7 +105,7 @@ class RunStore:
         return self.folder(rid) / "attempts" / str(n)
 
     def existing(self) -> set[str]:
-        """Return the ids with a folder, from one directory scan."""
+        """Return the run ids that have a folder, from one directory scan."""
         folders = files.patiently(
             self.root, lambda: {e.name for e in os.scandir(self.root) if e.is_dir()}
         )
@@ -148,10 +148,10 @@ class RunStore:
     def finished(self, ids: Iterable[str]) -> dict[str, Entry]:
         """Return the index entries of the finished runs among `ids`.
 
-        The index, `.index/runs.json`, is a cache: ten thousand runs in a fraction of a second. An
+        The index, `.index/runs.json`, is a cache, which makes reading ten thousand runs fast. An
         entry is valid while size and modification time of the run's result.json do not change.
         """
-        # a separate folder: in one with the sticky bit nobody can replace another user's file
+        # .index has no sticky bit, with which nobody could replace another user's file
         path, known = self.root / ".index" / "runs.json", self._known
         if not known:
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -178,14 +178,14 @@ class RunStore:
                 behind += 1
             found[rid] = Entry(*entry)
         if behind > 20 + len(known) // 50:
-            with suppress(OSError):  # a full disk or another user's folder: fine for a cache
+            with suppress(OSError):  # a full disk or another user's folder: then no cache
                 path.parent.mkdir(exist_ok=True)
                 content = json.dumps({"version": INDEX_VERSION, "runs": known})
                 files.write_atomic(path, content.encode())
         return found
 
     def unsure(self, ids: Iterable[str]) -> list[str]:
-        """List the runs among `ids` whose owners are elsewhere and not yet known to be alive."""
+        """List the runs among `ids` of which it is not yet certain whether the owner is alive."""
         last = [(i, self.last_attempt(i)) for i in ids]
         return [i for i, n in last if n is not None and not self._liveness.sure(self.attempt(i, n))]
 
@@ -212,7 +212,7 @@ class RunStore:
         return files.read_json(self.attempt(rid, attempt) / "end.json")
 
     def failure(self, rid: str) -> str:
-        """Return the cause of the last attempt's failure; empty if there is none."""
+        """Return the recorded cause of the last attempt's end; empty if there is none."""
         end = self.end(rid, self.last_attempt(rid) or 0)
         return end["cause"] if end else ""
 
@@ -243,7 +243,7 @@ class RunStore:
             try:
                 found.append(json.loads(line))
             except ValueError:
-                break  # ignore what follows a damaged line
+                break  # ignore all lines after a damaged one
         return found
 
     def spec(self, rid: str) -> dict[str, Any]:
@@ -382,7 +382,7 @@ def _checked(content: bytes | None) -> Result | None:
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that are not finite by None, which JSON has."""
+    """Replace numbers that are not finite by None, because JSON has no NaN and no infinity."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _LATER = {"scaling_by": "rank", "init_scale": 1.0, "lr_b_ratio": 1.0, "start": "a", "init_seed": 0}
-"""LoRA's fields that old specs lack, with the values that reproduce the old behaviour."""
+"""Fields of LoRA that old specs lack, with the values that reproduce the old behaviour."""
 _OF_EXPERTS = {"expert_rank": "active", "expert_alpha": None, "expert_outer": "own"}
-"""LoRA's fields for models with experts, with their defaults; None for other models."""
+"""Fields of LoRA for models with experts, with their defaults. For other models they are None."""
 _RESULT_COLUMNS = ["test_nll", "test_bpb", "nll_start", "floor_nats", "train_nll", "steps_done"]
 _RESULT_COLUMNS += ["tokens", "n_trainable", "norm_a", "norm_b", "norm_delta", "retain_nll"]
 _RESULT_COLUMNS += ["retain_start", "step_s", "base_sha256", "data_sha256", "wall_s", "imported"]
@@ -73,8 +73,8 @@ def table_row(spec: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
 def import_table(runs_dir: str | Path, path: str | Path) -> int:
     """Add the runs of an exported table to a store as imported runs; return how many were new.
 
-    All rows are checked first. Raises StoreError if one is not a finished run, or the file is no
-    such table.
+    All rows are checked first. Raises StoreError if a row is not a finished run, or if the file is
+    not an exported table.
     """
     import pandas as pd
 
@@ -110,7 +110,7 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
                 f"({' or '.join(FINAL)}). Remove the row."
             )
         if rows.setdefault(rid, (spec, result))[1] != result:
-            raise StoreError(f"{row} run {rid} has another result in an earlier row. Keep one.")
+            raise StoreError(f"{row} run {rid} has another result in an earlier row. Keep one row.")
     store = RunStore(runs_dir)
     store.prepare()
     return sum(store.put(spec, result) for spec, result in rows.values())
