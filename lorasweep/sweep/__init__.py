@@ -1,4 +1,4 @@
 """A sweep: a question, its claims with margins, and the runs that answer it.
 
-Refuses to know files, costs and torch.
+This package must not depend on files, costs and torch.
 """

@@ -18,7 +18,7 @@ MAX_RUNS = 100_000
 MAX_PROBLEMS = 5
 """Invalid runs that one message lists."""
 GENERATOR_PARAMS = "generator_params"
-"""The axis whose values are mappings: parameters of a synthetic data set."""
+"""The axis whose values are mappings, each with parameters of a synthetic data set."""
 Axes = dict[str, Any]
 
 
@@ -64,7 +64,7 @@ def expand(
 ) -> list[Point]:
     """Return the distinct runs of a sweep over `base`, in the order of arms and axes.
 
-    `model` and `dataset` turn names on these axes into specs.
+    `model` and `dataset` turn names on the axes model and dataset into specs.
 
     Raises:
         SpecError: runs are not valid; the message lists up to MAX_PROBLEMS of them.
@@ -72,7 +72,7 @@ def expand(
     points: dict[str, Point] = {}
     problems: list[str] = []
     look_up: dict[str, Callable[[str], Any]] = {"model": model, "dataset": dataset}
-    # one object per name: it is checked and encoded once for thousands of runs
+    # one spec per name, so that it is checked and encoded once for thousands of runs
     with_params: dict[str, DatasetSpec] = {}
 
     def named(start: RunSpec, values: Axes) -> Axes:
@@ -117,9 +117,9 @@ def expand(
 
 
 def assignments(axes: Axes) -> list[dict[str, Any]]:
-    """Return the product of the axes, each a value or a list of values, as dicts by field.
+    """Return the product of the axes, each a value or a list of values, as dicts: field -> value.
 
-    A value that is a mapping sets several fields, and is a product itself:
+    A value that is a mapping sets several fields, and is expanded as a product:
     `cell: [{steps: 800, lr: [1e-3, 2e-3]}, {steps: 200, lr: [2e-3]}]` has three values. The
     exception is the axis `generator_params`.
     """
@@ -141,7 +141,7 @@ def assignments(axes: Axes) -> list[dict[str, Any]]:
 
 
 def fields_of(axes: Axes) -> set[str]:
-    """Return the fields that axes set, also inside mappings."""
+    """Return the fields that the axes set, including those in mappings."""
     found = set()
     for name, values in axes.items():
         given = values if isinstance(values, list) else [values]

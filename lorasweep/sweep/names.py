@@ -1,4 +1,4 @@
-"""Text for people, which no program reads back: short names of runs, and aligned tables."""
+"""Format text for people: short names of runs, and aligned tables. No program parses this text."""
 
 from collections.abc import Collection, Sequence
 from typing import Any

@@ -1,6 +1,6 @@
-"""A sweep as a file of `sweeps/` states it: a question, claims with margins, arms and axes.
+"""The content of a file of `sweeps/`: a question, claims with margins, arms and axes.
 
-Fields are the keys of these files. Kept answers have older names for some keys (STORED_KEYS).
+Fields are named as keys of these files. Kept answers have older names for some (STORED_KEYS).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from lorasweep.spec.metric import METRICS
 SOURCES = ("study", "popular", "ours")
 MAX_ROUNDS = 5
 ADDED_AFTER = "added_after"
-"""Key of an arm, which says what was added to it after an interim analysis, and why."""
+"""Key of an arm with runs that were added after an interim analysis. Value: {what, why}."""
 DIRECTIONS = ("", "lower", "higher")
 ALL_SCALES = "all"
 """Key of `planning` that applies to every scale."""
@@ -23,17 +23,17 @@ ALL_SCALES = "all"
 
 @dataclass
 class Planning:
-    """Basis of a claim's power calculation at one scale: from a pilot or an earlier answer."""
+    """Inputs of a claim's power calculation at one scale, from a pilot or an earlier answer."""
 
     sd: float | None = None
-    """Standard deviation between seeds, for a ratio that of its logarithm; 0 for exact counts."""
+    """Standard deviation between seeds (for a ratio: of its logarithm); 0 for exact counts."""
     units: int | None = None
-    """Number of observations, if they are not seeds but bases or runs of a fit."""
+    """Number of observations, if these are not seeds but bases or runs of a fit."""
 
 
 @dataclass
 class Claim:
-    """What is measured, what is expected, and with which margin. Stated before any run.
+    """A claim: estimand, expected value and margin, stated before any run.
 
     The hash of a claim covers estimand, expected, margin, except_models, primary, alternatives.
     """
@@ -43,15 +43,15 @@ class Claim:
     source: str = "ours"
     """`study`, `popular` (summaries of the study, defaults of libraries, other papers), `ours`."""
     measure: str = ""
-    """What is measured, with its unit, as shown in tables."""
+    """The measured quantity and its unit, as shown in tables."""
     note: str = ""
-    """Shown with the verdict: where the claim is made, what else is known."""
+    """Remarks shown with the verdict, such as where the claim was published."""
     estimand: str = ""
     expected: float = math.nan
     margin: list[float] = field(default_factory=list)
     """[low, high]: SUPPORTED if the 95% interval lies inside, REFUTED if it lies outside."""
     better: str = ""
-    """The direction of the metric that the claim assumes, lower or higher; empty: either."""
+    """The better direction of the metric, as the claim assumes: lower, higher; empty: either."""
     except_models: list[str] = field(default_factory=list)
     """Base models whose runs are left out of the claim."""
     primary: bool = False
@@ -62,13 +62,13 @@ class Claim:
     underpowered: Any = False
     """True or a list of scales (`is_underpowered_at`)."""
     exploratory: dict[str, str] = field(default_factory=dict)
-    """{scale: why}: verdicts there do not confirm, because the claim or its analysis was changed
-    after the runs had been seen. Shown with every verdict."""
+    """{scale: why}: verdicts at this scale are exploratory, because the claim or its analysis was
+    changed after the runs had been seen. The reason is shown with every verdict."""
     not_withdrawn: bool = False
-    """Judge the claim although the answer is withdrawn: the reason does not concern it."""
+    """Judge the claim although the answer is withdrawn, for a reason that does not affect it."""
 
     def planned_at(self, scale: str) -> Planning:
-        """Return the basis of the power calculation at a scale."""
+        """Return the inputs of the power calculation at a scale."""
         of_scale, of_all = (self.planning.get(k, Planning()) for k in (scale, ALL_SCALES))
         sd = of_all.sd if of_scale.sd is None else of_scale.sd
         units = of_all.units if of_scale.units is None else of_scale.units
@@ -92,19 +92,20 @@ class Replicates:
 
 @dataclass
 class Sweep:
-    """One file of sweeps/."""
+    """The content of one file of sweeps/."""
 
     question: str = ""
     source: str = ""
     how: str = ""
-    """How it is measured and what that leaves open. Shown with the answer."""
+    """The method of measurement and its limits, shown with the answer."""
     withdrawn: str = ""
-    """Why the answer does not count; all verdicts are then UNDECIDED, except those of claims with
-    `not_withdrawn`. Empty: it counts. Not hashed."""
+    """Why the answer is withdrawn; empty: it is not. If it is, all verdicts are UNDECIDED, except
+    those of claims with `not_withdrawn`. No hash covers this field."""
     analysis: str = ""
-    """File of analysis/questions that judges the claims."""
+    """Module of analysis/questions that judges the claims."""
     rounds: int = 1
-    """Planned interim analyses, 1 to 5; the more, the stricter is each: 5% of errors in total."""
+    """Planned interim analyses, 1 to 5. With more of them, each has wider intervals, so that the
+    total error rate stays 5%."""
     claims: dict[str, Claim] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
     """Axes of all arms: name -> value or list of values."""
@@ -127,7 +128,7 @@ STORED_KEYS = {
     "alternatives": "rivals",
     "not_withdrawn": "stands",
 }
-"""Keys of a claim that have another name in kept answers."""
+"""Keys of a claim -> their names in kept answers, where these differ."""
 STORED_ORDER = (
     *("says", "whose", "measure", "beside", "estimand", "expected", "margin", "better", "not_on"),
     *("primary", "rivals", "sd", "units", "underpowered", "exploratory", "stands"),
@@ -135,7 +136,7 @@ STORED_ORDER = (
 
 
 def stored_claim(claim: Claim) -> dict[str, Any]:
-    """Return a claim with the keys of kept answers, where `sd` and `units` may be by scale."""
+    """Return a claim with the keys of kept answers: `sd`, `units` are values or {scale: value}."""
     values = dataclasses.asdict(claim)
     planning = values.pop("planning")
     stored = {STORED_KEYS.get(k, k): v for k, v in values.items()}
@@ -169,7 +170,7 @@ def sweep_from_stored(values: dict[str, Any], scale: str) -> Sweep:
     arms = {arm: dict(axes) for arm, axes in values["arms"].items()}
     for axes in arms.values():
         added = axes.pop(ADDED_AFTER, None) or {}
-        if "what" not in added:  # version 0.1 stated it by scale
+        if "what" not in added:  # version 0.1: {scale: {what, why}}
             added = added.get(scale)
         if added:
             axes[ADDED_AFTER] = added
@@ -183,7 +184,7 @@ def axes_of(arm: dict[str, Any]) -> dict[str, Any]:
 
 
 def added_after(sweep: Sweep) -> list[dict[str, str]]:
-    """List what was added after an interim analysis: arm, what and why."""
+    """List the runs added after an interim analysis: arm, what was added, and why."""
     stated = ((arm, axes.get(ADDED_AFTER)) for arm, axes in sweep.arms.items())
     return [{"arm": arm, **added} for arm, added in stated if added]
 
@@ -191,7 +192,7 @@ def added_after(sweep: Sweep) -> list[dict[str, str]]:
 def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
     """Check that a sweep is complete: a question, claims with margins, arms, no empty axis.
 
-    `models`: those that claims can leave out; empty: not checked.
+    `models`: names that `except_models` may have; empty: not checked.
 
     Raises:
         SpecError: the sweep is not complete.
@@ -201,7 +202,7 @@ def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
 
 
 def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
-    """Yield problems, to be read after the sweep's name."""
+    """Yield problems, as texts that follow the name of the sweep in a message."""
     if not sweep.question:
         yield " has no question. Write `question: ...` at the top of its file."
     if sweep.parts:

@@ -1,4 +1,4 @@
-"""Later runs of a sweep: fresh seeds around each optimum, and runs added after an interim analysis.
+"""Make later runs of a sweep: fresh seeds around each optimum, and runs added after a look.
 
 The analysis chooses the runs that are added; `store.looks` records them.
 """
@@ -18,8 +18,8 @@ def second_stage(
 ) -> list[Point]:
     """Return runs with fresh seeds at the `n_lrs` learning rates around each curve's optimum.
 
-    `loss` returns a run's loss (lower is better) by id, None if it diverged. Only the first stage
-    counts, so the selection does not change while the second stage runs.
+    `loss`: run id -> loss (lower is better), None if the run diverged. Only first-stage runs select
+    learning rates, so the selection does not change while the second stage runs.
     """
     curves: dict[tuple[str, str], dict[float, list[Point]]] = {}
     for p in points:
@@ -28,7 +28,7 @@ def second_stage(
     for (arm, _), by_lr in curves.items():
         if replicate.arms and arm not in replicate.arms:
             continue
-        means = {}  # infinity if any run diverged
+        means = {}  # LR -> mean loss, infinity if any run diverged
         for lr, own in by_lr.items():
             found = [math.inf if (v := loss(p.id)) is None else v for p in own]
             means[lr] = sum(found) / len(found) if all(map(math.isfinite, found)) else math.inf
@@ -54,7 +54,7 @@ def lrs_around_optimum(losses: dict[float, float], n: int) -> list[float]:
 
 
 def planned_seeds(points: Sequence[Point], replicate: Replicates) -> int:
-    """Return the number of seeds at the optimum after both stages, in the arm with most."""
+    """Return the number of seeds at the optimum after both stages, the largest of all arms."""
     seeds: dict[str, set[int]] = {}
     for p in points:
         fresh = replicate.seeds if not replicate.arms or p.arm in replicate.arms else []
@@ -63,10 +63,10 @@ def planned_seeds(points: Sequence[Point], replicate: Replicates) -> int:
 
 
 def added_points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Point]:
-    """Return the runs of recorded rounds: known runs with another learning rate and seed.
+    """Return the runs that recorded rounds (looks) added.
 
-    A run whose origin is not in `known` is left out: the sweep was edited, or a part of it
-    requested.
+    Each is a run in `known` with another learning rate and seed. If that run is not in `known`, the
+    sweep was edited or only a part of it was requested: then the added run is left out.
     """
     by_id = {p.id: p for p in known}
     extra: dict[str, Point] = {}

@@ -19,7 +19,7 @@ HASH_DIGITS = 6
 
 @dataclass
 class Settings:
-    """Settings of the command, on which no run depends."""
+    """Settings of the command that do not affect any run."""
 
     action: str = "run"
     format: str = "text"
@@ -60,25 +60,25 @@ class Request(Settings):
     sweep: Sweep | None
     points: list[Point]
     hardware: dict[str, Any] = field(default_factory=dict)
-    """As in conf/hardware; empty: this machine."""
+    """Values of a file in conf/hardware; empty: this machine."""
     parts: list["Request"] = field(default_factory=list)
-    """The requests of a sweep that consists of sweeps, which run one after another."""
+    """The requests of the sweeps that this sweep consists of, which run one after another."""
     changed: str = ""
     """Hash of the runs, if the command line changed the runs of the sweep's file; else empty."""
     changes: list[str] = field(default_factory=list)
-    """The options that changed them, as typed."""
+    """The options that changed the runs, as typed."""
     members: list[dict[str, Any]] = field(default_factory=list)
-    """The customers of a fleet, as they were planned (`customers.runs.Member.plain`)."""
+    """The customers of a fleet, in the form of `customers.runs.Member.plain`."""
     rates: int = 3
     """Number of learning rates, around lr (action=measure) or the advised one (action=fleet)."""
     folders: list[str] = field(default_factory=list)
-    """Folders of configuration, the user's first."""
+    """Folders of configuration; the folder of the user comes first."""
     given: list[str] = field(default_factory=list)
     """Keys set on the command line."""
 
     @property
     def title(self) -> str:
-        """Name of reports, interim analyses and jobs; it differs where the runs differ."""
+        """Name of reports, interim analyses and jobs. Requests with other runs get other titles."""
         if not self.sweep_name:
             return f"single-{self.points[0].id}"
         return f"{self.family}-{self.changed}" if self.changed else self.family
@@ -89,7 +89,7 @@ class Request(Settings):
         return f"{self.sweep_name}-{self.scale}"
 
     def is_in_family(self, title: str) -> bool:
-        """Return whether a title is that of this sweep at this scale, with or without changes."""
+        """Return whether a title belongs to this sweep at this scale, with or without changes."""
         rest = title.removeprefix(self.family)
         return title.startswith(self.family) and (
             not rest or bool(re.fullmatch(rf"-[0-9a-f]{{{HASH_DIGITS}}}", rest))

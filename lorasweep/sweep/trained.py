@@ -20,7 +20,7 @@ class Trained:
 
     layer_set: str
     matrices: int
-    """Number of matrices, of all experts."""
+    """Number of matrices, over all experts."""
     shapes: tuple[str, ...]
     ranks: tuple[int, ...]
     trained: int
@@ -28,13 +28,13 @@ class Trained:
 
 
 def trained_by_set(method: Method, model: ModelSpec) -> list[Trained]:
-    """Count the trained parameters of each layer set and the rest; the sum is `n_trainable`."""
+    """Count trained parameters by layer set, and of the rest; their sum is `method.n_trainable`."""
     found = []
     sets = method.target_layers()
     for layer_set in (*LAYER_SETS, *([ROUTER] if model.n_experts else [])):
         matrices = model.matrices((layer_set,))
         weights = sum(m.size for m in matrices)
-        trained = 0 if sets else weights  # without a choice of sets, all weights are trained
+        trained = 0 if sets else weights  # a method without layer sets trains all weights
         ranks: set[int] = set()
         if layer_set in sets:
             only: dict[str, Any] = {"layers": layer_set}
@@ -59,7 +59,7 @@ def kinds_of(points: Iterable[Point]) -> list[tuple[ModelSpec, Method]]:
 
 
 def trained_text(points: Sequence[Point]) -> str:
-    """Return a table for each kind of run, as text."""
+    """Return a table for each pair of model and method, as text."""
     tables = []
     for model, method in kinds_of(points):
         rows = [HEAD]
@@ -77,7 +77,7 @@ def trained_text(points: Sequence[Point]) -> str:
 
 
 def trained_plain(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Return the tables as JSON values."""
+    """Return the tables of `trained_text` as JSON values."""
     return [
         {
             "model": model.name,
