@@ -1,4 +1,4 @@
 """Record where a result came from, and copy results to Weights & Biases.
 
-Refuses to know how it was trained.
+This package must not depend on how runs are trained.
 """

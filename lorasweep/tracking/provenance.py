@@ -1,4 +1,4 @@
-"""Record the machine and the software of a run: a fixed list of facts, so that no secret leaks."""
+"""Record machine and software of a run. The list of facts is fixed, so that no secret leaks."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
 
 
 def code() -> dict[str, Any]:
-    """Describe this code: commit, whether files were edited since, and snapshot."""
+    """Describe this code: commit, whether files were edited since, and name of the snapshot."""
     snapshot = Path(__file__).resolve().parents[2] / "snapshot.json"
     if snapshot.is_file():
         return json.loads(snapshot.read_bytes())

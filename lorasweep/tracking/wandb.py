@@ -1,6 +1,6 @@
-"""Copy finished runs to Weights & Biases. The run folder stays the only source.
+"""Copy finished runs to Weights & Biases. lorasweep reads results only from the run folder.
 
-The only file that imports wandb. WANDB_MODE defaults to offline, which needs neither network nor
+No other file imports wandb. WANDB_MODE defaults to offline, which needs neither network nor
 account; WANDB_PROJECT, WANDB_DIR and WANDB_ENTITY decide where the copies go.
 """
 
