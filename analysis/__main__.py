@@ -14,8 +14,8 @@ EPILOG = """commands
   fit FILE      best learning rate of every curve, with interval or bound and low-regret band
   ratio FILE    LoRA's best learning rate divided by full fine-tuning's
   drift FILE    how the best learning rate changes with the rank
-  law FILE      fit the learning rate as a power law of the hidden size, and the ratio as one of
-                hidden size and alpha
+  law FILE      fit the learning rate as a power law of the hidden size, and the ratio as a power
+                law of hidden size and alpha
   html FILE     interactive page of curves, fits and runs, in one file (--out page.html)
   SWEEP         report of a sweep, from its kept table or from --table
   study         all claims in one table, from kept results and your own reports
@@ -156,10 +156,10 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     out = "folder to write to; default: the report's folder"
     parser = _parser("", out, description=__doc__, epilog=EPILOG)
     parser.add_argument("sweep", help="name of the sweep, e.g. lr_ratio; or a command, see below")
-    scale = "scale of the sweep, with its folder's hash if it has one; default: the newest report's"
+    scale = "end of the report folder's name: scale and hash, if any; default: newest report"
     parser.add_argument("--scale", help=scale)
     parser.add_argument(
-        "--table", type=Path, help=".parquet or .csv, one run per row; default: the report's own"
+        "--table", type=Path, help=".parquet or .csv, one run per row; default: the report's table"
     )
     args = parser.parse_args(argv)
     if args.table and not args.out and not suggest:
@@ -185,7 +185,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
 
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
-    """Find a sweep's report at the given scale, else the newest; your own before kept ones.
+    """Find a sweep's report at the given scale, else the newest; kept reports come last.
 
     Raises:
         TableError: there is no such report.

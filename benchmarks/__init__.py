@@ -1,5 +1,5 @@
-"""Benchmarks, the plan and the adviser against published figures, and tests of the statistics.
+"""Benchmarks; comparisons of plan and adviser with published figures; calibration of statistics.
 
-It may import both packages, and nothing imports it. `python -m benchmarks` lists what it measures;
-the wheel does not contain it.
+This package may import lorasweep and analysis, and neither imports it. `python -m benchmarks` lists
+the benchmarks. The wheel does not contain the package.
 """

@@ -15,7 +15,7 @@ NAMES = {
     "pages": "render the pages again from the files of figures, without measuring",
 }
 PAGES = ("speed", "rewards", "fleet", "calibration.page")
-"""Parts with a page that is rendered from a file of figures."""
+"""Modules that render a page from a file of figures."""
 
 
 def main(arguments: list[str]) -> int:

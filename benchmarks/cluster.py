@@ -1,4 +1,4 @@
-"""Measure the time that a cluster adds: to the first step, per job, and to a whole sweep.
+"""Measure the time that Slurm adds: before the first step, per job, and to a whole sweep.
 
     python -m benchmarks cluster [OUT.json]
 
@@ -78,7 +78,7 @@ def wait(folder: Path, runs: int) -> float:
 
 
 def measure(log: Log) -> dict[str, Any]:
-    """Return first_step_s, command_s, local_s, slurm_s, and jobs_per_h, runs_per_h by job size."""
+    """Return first_step_s, command_s, local_s, slurm_s; by runs per job: jobs_per_h, runs_per_h."""
     slurm.require()
     found: dict[str, Any] = {"jobs_per_h": {}, "runs_per_h": {}}
     with tempfile.TemporaryDirectory(dir=os.environ.get("LORASWEEP_BENCH_DIR")) as name:

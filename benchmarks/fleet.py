@@ -4,8 +4,8 @@
 
 Needs the extra `bench`; `smollm2` also needs the weights and GSM8K. Writes
 analysis/results/bench/fleet.json, and the page from it. The fleet is timed whole, from process
-start to the page. The baselines train a sample of the customers, and their time is extrapolated:
-start-up by the number of processes, the rest by the tokens trained on and evaluated.
+start to the page. The baselines train a sample of the customers. The time for all customers is
+extrapolated: start-up by the number of processes, the rest by the tokens trained on and evaluated.
 """
 
 import json
@@ -41,11 +41,11 @@ class Case(NamedTuple):
     updates: tuple[int, int]
     """Fewest and most updates of a run."""
     options: tuple[str, ...]
-    """Further options of the command."""
+    """Further options of the command `action=fleet`."""
     processes: int
-    """Customers that get a TRL process."""
+    """Number of customers timed with one TRL process each."""
     looped: int
-    """Customers that the warm loop trains; one more before them warms it up."""
+    """Number of customers timed in the warm loop, after one that warms the process up."""
 
 
 CASES = {
@@ -56,7 +56,7 @@ CASES = {
 
 @contextmanager
 def watched_workers() -> Iterator[dict[str, int]]:
-    """Note the peak resident bytes of each worker of our commands, by id, while the block runs."""
+    """Yield process id -> peak resident bytes of each worker that runs during the block."""
     peaks: dict[str, int] = {}
     over = threading.Event()
 
@@ -82,7 +82,7 @@ def _parent(folder: Path) -> str:
 
 
 def measure(case: Case, log: Log, customers: int = 0) -> Figures:
-    """Time a fleet of `customers` (0: the case's) and its baselines; memory is in bytes."""
+    """Time a fleet of `customers` (0: as in `case`) and the baselines; memory is in bytes."""
     case = case._replace(customers=customers or case.customers)
     values = harness.exec_values()
     with tempfile.TemporaryDirectory() as temporary:
@@ -127,7 +127,7 @@ def measure(case: Case, log: Log, customers: int = 0) -> Figures:
 
 
 def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
-    """Write rows and table, and for a base of symbols its folder; return the command's options."""
+    """Write rows, table and, for a recipe base, the base; return the command's options."""
     model, rows = case.model, None
     spec = compose_request([f"model={model}"]).points[0].spec.model
     if spec.source == "recipe":
@@ -140,7 +140,7 @@ def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _fleet(asked: Sequence[str], folder: Path, log: Log) -> Figures:
-    """Train the fleet by its command; a customer without an adapter (exit status 1) is counted."""
+    """Train the fleet with `action=fleet`; exit status 1 (an adapter is missing) is no error."""
     runs, options = folder / "runs", ["action=fleet", *asked, f"out={folder / 'fleet'}"]
     _, plan = command("action=plan", *asked, runs_dir=runs)
     before = cpu_s()
@@ -166,7 +166,7 @@ def _fleet(asked: Sequence[str], folder: Path, log: Log) -> Figures:
 
 
 def _tokens(member: Member, values: dict[str, Any]) -> int:
-    """Return the tokens of a customer that a baseline's model sees; in updates three times."""
+    """Return the tokens that a baseline processes for a customer; an update counts three times."""
     spec = member.points[0].spec
     tokenizer = tokenizer_of(spec.model, [*values["models_dir"], "/"])
     data = load_data(spec.dataset, values["data_dir"], tokenizer)
@@ -177,7 +177,7 @@ def _tokens(member: Member, values: dict[str, Any]) -> int:
 
 
 def spread(tokens: Sequence[int], count: int) -> list[int]:
-    """Choose `count` customers with the quantiles of the tokens."""
+    """Choose `count` customers at evenly spaced quantiles of the number of tokens."""
     order = sorted(range(len(tokens)), key=lambda k: tokens[k])
     return [order[int((i + 0.5) * len(order) / count)] for i in range(count)]
 
@@ -185,7 +185,7 @@ def spread(tokens: Sequence[int], count: int) -> list[int]:
 def _baseline(
     kind: str, members: Sequence[Member], values: dict[str, Any], folder: Path
 ) -> list[Figures]:
-    """Train customers in one process of a baseline; return rows, the first with its start-up."""
+    """Train customers in one baseline process; return rows, the first with the start-up time."""
     job = {
         "jobs": [[p.spec.plain() for p in m.points] for m in members],
         "exec": {**values, "models_dir": [*values["models_dir"], "/"]},
@@ -199,7 +199,7 @@ def _baseline(
 def extrapolate(
     rows: Sequence[dict[str, Any]], own: Sequence[int], tokens: Sequence[int], starts: int
 ) -> dict[str, Any]:
-    """Extrapolate from a sample: `starts` processes, and the customers' seconds by their tokens."""
+    """Extrapolate a sample's seconds: start-up to `starts` processes, the rest by tokens."""
     n, share = len(rows), sum(tokens) / sum(own)
     begun = sum(r["start_s"] > 0 for r in rows)
     found: dict[str, Any] = {"sampled": n}
@@ -223,7 +223,7 @@ ROWS = {
 
 
 def summary(content: dict[str, Any]) -> list[str]:
-    """Render the table of whole fleets against the baselines, by the clock and the processor."""
+    """Render the table of whole fleets and baselines, in wall seconds and processor seconds."""
     head = "customers|runs|time|lorasweep|TRL process per customer|warm PEFT loop|repeated command"
     rows = []
     for c, says in _cases(content):

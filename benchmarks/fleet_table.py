@@ -1,6 +1,6 @@
-"""Customers to time a fleet with: their rows, their table, and a small base that reads their text.
+"""Write customers to time a fleet with: rows, table, and a small base model for the rows.
 
-Rows are drawn by fixed random streams, so a table made again is the same.
+Rows are drawn by fixed random streams, so the same call writes the same table.
 """
 
 import csv
@@ -21,11 +21,11 @@ FEWEST, MOST = 20, 400
 """Rows of a customer, log-uniform between them."""
 BATCHES = (1, 2, 4)
 LONGEST_TEXT = 300
-"""Letters of the longest row of GSM8K, so that an update takes a second or less."""
+"""Rows of GSM8K with more characters are left out, so that an update takes a second or less."""
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz012345"
 DIALECTS = 8
 DIALECT = {"rule_shift": 0.25, "shift_rank": 2.0}
-"""Of conf/scale/tiny.yaml."""
+"""Generator parameters, as at scale tiny."""
 Row = dict[str, str]
 
 
@@ -35,8 +35,8 @@ def write_table(
     """Write `count` customers' table, and their rows into data/ beside it; return its path.
 
     Args:
-        updates: fewest and most of a run.
-        rows: every second customer's are a selection of them; None: all are of dialects.
+        updates: fewest and most updates of a run.
+        rows: every second customer gets some of them; None: all customers get rows of dialects.
     """
     (folder / "data").mkdir(parents=True)
     path = folder / "customers.csv"
@@ -93,7 +93,7 @@ def symbol_tokenizer(symbols: Sequence[str], unknown: str, **special: str) -> An
 
 
 def write_base(spec: ModelSpec, models_dirs: Sequence[str], folder: Path) -> Path:
-    """Write a base of symbols, the first of which ends a text; return the path of config.json."""
+    """Write a base model with a tokenizer of SYMBOLS (the first is EOS); return its config.json."""
     pretrain.ensure(spec, list(models_dirs))
     model: Any = models.load(spec, models_dirs).model
     tokenizer = symbol_tokenizer(SYMBOLS, SYMBOLS[0], eos_token=SYMBOLS[0])
@@ -104,7 +104,7 @@ def write_base(spec: ModelSpec, models_dirs: Sequence[str], folder: Path) -> Pat
 
 
 def _dialect(rng: np.random.Generator, count: int, k: int) -> list[Row]:
-    """Draw sequences of lengths that differ between customers, and between rows."""
+    """Draw sequences of dialect k; lengths differ between customers and between rows."""
     longest = int(rng.integers(24, 65))
     table = dialect.transition(DIALECT, "bench", k % DIALECTS)
     tokens = dialect.sample(table, rng, count, longest)

@@ -1,8 +1,9 @@
-"""Time whole grids of runs, and the way from nothing to an answer, against two baselines.
+"""Time whole grids of runs, and an answer from an empty store, against two baselines.
 
 The baselines, one TRL process per run and a plain PEFT loop in one process, get all cores. They
-train some runs of each curve, one after another; the rest, which differ only in learning rate and
-seed, are extrapolated. lorasweep's commands are timed whole, from process start to the report.
+train some runs of each curve, one after another. The time of the others, which differ only in
+learning rate and seed, is extrapolated. lorasweep's commands are timed from process start to the
+report.
 """
 
 import dataclasses
@@ -34,10 +35,10 @@ LORA_GRID = (
     "sweep.arms.lora.lr=${around:3e-4,16,1.3}",
 )
 PLAIN_RUNS = 7 * 3
-"""Runs of a curve of the plain grid, 7 LRs x 3 seeds: with fewer seeds no claim is judged."""
+"""Runs per curve of the plain grid, 7 LRs x 3 seeds: with fewer seeds no claim is judged."""
 SAME_INTERVAL_RUNS = 7 * 2
-"""Runs of a curve of the smallest plain grid with an interval of the ratio. On simulated curves it
-is narrower than the sweep's own (analysis/results/calibration, "Runs for an interval")."""
+"""Runs per curve of the smallest plain grid with an interval of the ratio. On simulated curves that
+interval is narrower than the sweep's (analysis/results/calibration, "Runs for an interval")."""
 SAMPLES = 3
 """Timed processes of each curve of the plain grid."""
 
@@ -47,7 +48,7 @@ def baseline(
 ) -> dict[str, float]:
     """Train `runs` of `points` with a baseline in one process; return seconds per run by part.
 
-    Loading counts as start. The first of several runs warms up the process and does not count.
+    Loading counts as start-up. The first of several runs warms up the process and does not count.
     """
     job = {"jobs": [[p.spec.plain()] for p in points[:runs]], "exec": values, "out": None}
     wall_s, rows = harness.baseline(kind, job, Path(folder))
@@ -58,7 +59,7 @@ def baseline(
 
 
 def by_arm(points: Sequence[Point]) -> list[list[Point]]:
-    """Return the runs of each curve: of full fine-tuning, and of each rank."""
+    """Group the runs by curve: one group for full fine-tuning, and one for each rank."""
     arms: dict[tuple[str, Any], list[Point]] = {}
     for p in points:
         arms.setdefault((p.arm, getattr(p.spec.method, "rank", None)), []).append(p)
@@ -92,7 +93,7 @@ def compare(
 
 
 def _check_done(points: Sequence[Point], store: RunStore) -> None:
-    """Check that all runs are done: a diverged run ends early, but baselines have full length."""
+    """Check that all runs are done: a diverged run ends early, but a baseline never does."""
     states = {p.id: store.state(p.id) for p in points}
     rest = {i: s for i, s in states.items() if s != "done"}
     if rest:
@@ -102,7 +103,7 @@ def _check_done(points: Sequence[Point], store: RunStore) -> None:
 def flops_over_peak(points: Sequence[Point], wall_s: float, peak: float) -> float:
     """Return the runs' floating-point operations divided by wall time and the measured peak.
 
-    By the study's formula, which counts the unembedding at every token.
+    The study's formula counts the operations, with the unembedding at every token.
     """
     return sum(run_flops(p.spec) for p in points) / wall_s / peak
 
@@ -133,7 +134,7 @@ def lora_grid(
 ) -> Figures:
     """Plan and train 16 LoRA runs of one rank from an empty store.
 
-    `start_s`, the start time of a command, is added, because this calls functions directly.
+    `start_s`, the start time of a command, is added, because this function starts no command.
     """
     overrides = [*LORA_GRID, *at(scale), f"batch_size={batch_size}", f"steps={steps}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +172,7 @@ def lora_grid(
 
 
 def time_answer(scale: str, values: dict[str, Any], log: Log) -> Figures:
-    """Time the command and the processes, and divide the plain grids' seconds by the command's."""
+    """Time an answer and a sample of TRL processes; compare the answer with both plain grids."""
     with tempfile.TemporaryDirectory() as folder:
         found, points = run_answer(scale, Path(folder))
         log(f"an answer from {found['runs']} runs in {found['wall_s']:.0f} s")
@@ -191,7 +192,7 @@ def time_answer(scale: str, values: dict[str, Any], log: Log) -> Figures:
 
 
 def run_answer(scale: str, home: Path) -> tuple[Figures, list[Point]]:
-    """Run `lr_ratio` from an empty store; return its time and ratio, and the runs."""
+    """Run `lr_ratio` from an empty store; return the time, the ratio and the runs."""
     asked = ["+sweep=lr_ratio", f"scale={scale}"]
     wall_s, found = command(*asked, f"exec.reports_dir={home / 'reports'}", runs_dir=home / "runs")
     store = RunStore(home / "runs")
@@ -206,10 +207,10 @@ def run_answer(scale: str, home: Path) -> tuple[Figures, list[Point]]:
 
 
 def versus(wall_s: float, curves: Sequence[Figures]) -> Figures:
-    """Compare an answer's seconds with both plain grids, whose processes run one after the other.
+    """Compare `wall_s` of an answer with both plain grids, run one process after another.
 
     Args:
-        curves: start_s and run_s of a process of each curve.
+        curves: for each curve, start_s and run_s of one process.
     """
     seconds = [c["start_s"] + c["run_s"] for c in curves]
     plain_s, same_s = (runs * sum(seconds) for runs in (PLAIN_RUNS, SAME_INTERVAL_RUNS))

@@ -1,4 +1,4 @@
-"""What all benchmarks share: commands timed whole, timing in turns, files of figures, pages."""
+"""Time commands, time functions in turns, and write files of figures and pages."""
 
 import json
 import os
@@ -77,13 +77,13 @@ def exec_values() -> dict[str, Any]:
 
 
 def in_turns(turns: int, timed: Sequence[Callable[[], float]]) -> list[list[float]]:
-    """Call functions in turns, as a machine's speed drifts; return their values but the first."""
+    """Call functions in turns, because speed drifts; leave out the values of the first turn."""
     values = [[one() for one in timed] for _ in range(turns + 1)][1:]
     return [list(column) for column in zip(*values)]
 
 
 def command(*arguments: str, runs_dir: Path, most_status: int = 0) -> tuple[float, Any]:
-    """Run a command line of lorasweep; return its seconds, process start included, and its JSON.
+    """Run a command line of lorasweep; return seconds, with process start, and the JSON.
 
     Args:
         most_status: exit statuses up to this are no error.
@@ -100,14 +100,14 @@ def command(*arguments: str, runs_dir: Path, most_status: int = 0) -> tuple[floa
     seconds = time.perf_counter() - started
     try:
         return seconds, json.loads(done.stdout)
-    except json.JSONDecodeError:  # messages stand above the answer
+    except json.JSONDecodeError:  # messages come before the answer
         return seconds, json.loads(done.stdout.splitlines()[-1])
 
 
 def baseline(
     kind: str, job: Figures, folder: Path, **variables: str
 ) -> tuple[float, list[Figures]]:
-    """Train a job in a process of benchmarks/trl_baseline.py in `folder`, which has all cores.
+    """Train a job with benchmarks/trl_baseline.py, in a process in `folder` with all cores.
 
     Returns the wall seconds of the process, and the row that it printed for each run or customer.
 
@@ -139,7 +139,7 @@ def baseline(
 
 
 def cpu_s() -> float:
-    """Return the processor seconds of all processes that were started from here and have ended."""
+    """Return the processor seconds of all child processes of this process that have ended."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return spent.ru_utime + spent.ru_stime
 

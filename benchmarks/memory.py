@@ -27,7 +27,7 @@ STEPS = 2
 
 
 def measure(models_dirs: list[str], data_dirs: list[str], log: Log) -> dict[str, Any]:
-    """Return peak resident memory by case, in bytes; `idle_bytes`: before anything was loaded."""
+    """Return peak resident bytes by case; `idle_bytes`: the peak before anything is loaded."""
     cases = []
     for scale, batch in CASES:
         for method in ("fullft", "lora"):
@@ -41,7 +41,7 @@ def measure(models_dirs: list[str], data_dirs: list[str], log: Log) -> dict[str,
 def in_process(
     scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]
 ) -> str:
-    """Train a pack in a new process on one thread, and return its output, JSON."""
+    """Run `main` in a new process on one thread, and return the JSON that it prints."""
     arguments = json.dumps([scale, method, batch, count, models_dirs, data_dirs])
     command = [sys.executable, "-m", "benchmarks.memory", arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -50,7 +50,7 @@ def in_process(
 
 
 def _resident_peak() -> int:
-    """Return the peak of this program. ru_maxrss would include the parent's memory at the fork."""
+    """Return this program's peak resident bytes; ru_maxrss has the parent's memory at the fork."""
     with open("/proc/self/status") as f:
         return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) * 1024
 
@@ -58,7 +58,7 @@ def _resident_peak() -> int:
 def main(
     scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]
 ) -> dict[str, Any]:
-    """Train `count` runs for STEPS updates in one pack."""
+    """Train `count` runs for STEPS updates in one pack; return peaks and planned bytes."""
     keep_freed_memory()  # as workers do
     idle = _resident_peak()
     spec = compose_request(at(scale)).points[0].spec

@@ -1,7 +1,7 @@
-"""Hold the adviser against outcomes that others published, and write the page.
+"""Compare the adviser's predictions with published outcomes, and write the page.
 
-Each row is judged without its own source in the rules, and without the kept answers of this
-project, none of which is about these models.
+For each row, the adviser's rules leave out the source of that row, and the kept answers of this
+project (no kept answer is about these models).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from lorasweep.customers.rules.rates import STEP, rate_of
 PAGE = RESULTS / "advice" / "README.md"
 OUTCOMES = Path(__file__).with_name("outcomes.yaml")
 SAYS = {"met": "close", "missed": "behind", "unknown": "open"}
-"""Predicted outcome of a rank, by the state of its room for what is new."""
+"""State of the adviser's first condition (capacity for what is new) -> predicted outcome."""
 
 
 OUTCOME_HEAD = "source|setting|model|rank|published|adviser|load|verdict"
@@ -31,7 +31,7 @@ RATE_HEAD = "source|model|task|method|published best|adviser|verdict"
 
 
 class Judged(NamedTuple):
-    """One published row and what the adviser says of it."""
+    """One published row and the adviser's prediction for it."""
 
     entry: dict[str, Any]
     advice: Advice
@@ -53,7 +53,7 @@ def _known() -> Known:
 
 
 def _advice(entry: dict[str, Any]) -> tuple[Advice, Known]:
-    """Return the adviser's answer to a row, and what it knew: all but the row's source."""
+    """Return the adviser's answer to a row, and the evidence used, without the row's source."""
     world = replace(_known(), published=_known().published.without([entry["source"]]))
     shape = read()["shapes"].get(entry["customer"]["model"], {})
     c = customer_of({"name": entry["source"], **entry["customer"], **shape})
@@ -70,7 +70,7 @@ def outcomes() -> Iterator[Judged]:
 
 
 def rates() -> Iterator[Judged]:
-    """Judge every published best rate: whether it lies in the adviser's interval."""
+    """Judge for every published best LR whether it lies in the adviser's interval."""
     for entry in read()["rates"]:
         advice, world = _advice(entry)
         case = Case(advice.customer, advice.model, world)

@@ -1,4 +1,4 @@
-"""Measure the harness itself: plan and status of 10,000 runs, and 1,000 runs that train nothing."""
+"""Measure lorasweep without training: plan and status of 10,000 runs; 1,000 runs of a no-op."""
 
 import json
 import tempfile
@@ -56,7 +56,7 @@ def start_s() -> float:
 
 
 def measure(log: Log) -> dict[str, float]:
-    """Return plan_10k_s, noop_run_s, start_s, and status_10k_s without start_s."""
+    """Return seconds: plan_10k_s, noop_run_s, start_s, and status_10k_s without start_s."""
     with tempfile.TemporaryDirectory() as folder:
         empty, full = Path(folder) / "empty", Path(folder) / "full"
         plan_s = min(command(*GRID, "action=plan", runs_dir=empty)[0] for _ in range(3))

@@ -37,7 +37,7 @@ def packing(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
 
 
 def coverage(conditions: pd.DataFrame, path: Path, inputs: str = "") -> None:
-    """Draw how often intervals contain the truth by family of shapes; others' as crosses."""
+    """Draw how often intervals contain the truth by family; crosses: simpler estimators."""
     keys = ["parabola_coverage", "global_coverage"]
     simpler = 100 * conditions.groupby("family", sort=False)[keys].mean()
     by_noise = 100 * conditions.groupby(["noise", "family"])["coverage"].mean()

@@ -28,7 +28,7 @@ DRIFT_MARGIN = 0.099
 """Largest allowed slope of ln(best LR) per doubling of the rank: a factor 2 over 7 doublings."""
 RL_NAMES = {"model_id": "model", "lora_rank": "rank", "n_grpo_steps": "steps"}
 RL_BROKEN = 0.2
-"""At most this accuracy: diverged. Full fine-tuning at its lowest rate learned nothing: 0.21."""
+"""A run with at most this accuracy counts as diverged. Runs that learned nothing have 0.21."""
 RL_MODEL = "Qwen/Qwen3-1.7B"
 """The only model of the RL table with both arms."""
 
@@ -51,7 +51,7 @@ def render(tulu: Path, rl: Path) -> str:
 
 
 def _bounds(sweep: reading.Reading) -> dict[str, Any]:
-    """Return counts of curves, runs and bounds, and what the first table lacks."""
+    """Return counts of curves, runs, bounds and missing optima in the first table."""
     table, alone, shared = sweep.table, commands.fit(sweep), commands.fit(sweep, share=True)
 
     def counts(rows: list[dict[str, Any]]) -> list[str]:

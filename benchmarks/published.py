@@ -1,7 +1,7 @@
-"""Compare the plan's memory and speed with what others measured and published (published.yaml).
+"""Compare the plan's memory and speed with published measurements (published.yaml).
 
-Which rows the plan covers is decided by their settings alone (`not_covered`). The one constant of
-the plan that is fitted to such figures is, for each row, the one that fits the other sources.
+Settings alone decide which rows the plan covers (`not_covered`). One constant of the plan is fitted
+to such figures (TRAINING_SHARE). For each row, it is fitted to the other sources only.
 
     python -m benchmarks published      writes analysis/results/plan/
 """
@@ -33,11 +33,11 @@ from lorasweep.spec.model import ModelSpec
 TABLE = Path(__file__).with_name("published.yaml")
 FOLDER = RESULTS / "plan"
 CARDS = ("a100", "a100-40", "h100", "h200")
-"""Cards whose peak, bandwidths and power are those of NVIDIA's data sheets."""
+"""Cards with the peak, bandwidths and power of NVIDIA's data sheets."""
 FEWEST_TOKENS = 2048
-"""Fewer tokens a forward pass and GPU wait for the processor, whose speed no source states."""
+"""With fewer tokens per forward pass and GPU, the CPU limits the speed; no source names it."""
 STREAM = 2
-"""Bytes of a number of the residual stream: bf16 as the sources' weights. Ours is fp32."""
+"""Bytes per number of the residual stream: bf16 in the sources. In lorasweep it is fp32."""
 GB = 1e9 / 2**30
 
 
@@ -56,9 +56,9 @@ class Row:
     card: str | None
     gpus: int | None
     length: int | None
-    """Tokens a row."""
+    """Tokens per row."""
     rows: int | None
-    """Rows a forward pass and GPU."""
+    """Rows per forward pass and GPU."""
     rank: int = 0
     layers: str = "attention+mlp"
     modules: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Row:
     tokens_s: float | None = None
     offload: bool = False
     allocator: bool = False
-    """Memory as torch's allocator counts it."""
+    """The memory is the count of torch's allocator, without the rest of the process."""
     ambiguous: bool = False
     """Another row of the source states the same settings and another figure."""
     measured: bool = True
@@ -80,7 +80,7 @@ def _table() -> dict[str, Any]:
 
 @cache
 def rows() -> tuple[Row, ...]:
-    """Read all rows, memory in GiB and speed in tokens a second and GPU."""
+    """Read all rows, memory in GiB and speed in tokens per second and GPU."""
     found = []
     for source, entry in _table()["sources"].items():
         for row in entry["rows"]:
@@ -161,7 +161,7 @@ def card(name: str) -> Hardware:
 
 
 def load_of_row(row: Row) -> Load:
-    """Return what a row's training asks of a GPU."""
+    """Return the weights, and operations per token, of a row's training."""
     model = model_of(row.model)
     if row.method == "fullft":
         return load_of(model, FullFT())
@@ -194,7 +194,7 @@ def memory_of(row: Row) -> float:
 
 @cache
 def _parts(row: Row) -> dict[str, float]:
-    """Seconds of a row's forward and backward pass, its products at the attainable speed."""
+    """Return the seconds of a row's step by part, with matrix products at the attainable speed."""
     assert row.length is not None and row.card is not None
     return step_parts(
         load_of_row(row),
@@ -208,7 +208,7 @@ def _parts(row: Row) -> dict[str, float]:
 
 
 def speed_of(row: Row, share: float) -> float:
-    """Predict the tokens a second and GPU of a row."""
+    """Predict the tokens per second and GPU of a row."""
     parts = _parts(row)
     seconds = step_seconds({**parts, "products": parts["products"] / share})
     return (row.rows or 0) * (row.length or 0) / seconds
@@ -218,7 +218,7 @@ def speed_of(row: Row, share: float) -> float:
 def fitted_share(without: str | None = None) -> float:
     """Fit the share of the attainable speed that products reach: the median of sources' medians.
 
-    Without a source to leave out it is the plan's TRAINING_SHARE.
+    `without`: a source to leave out. With all sources, the result is the plan's TRAINING_SHARE.
     """
     by_source: dict[str, list[float]] = {}
     for row in rows():
@@ -233,7 +233,7 @@ def fitted_share(without: str | None = None) -> float:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A published figure beside the plan's."""
+    """A published figure and the plan's prediction."""
 
     row: Row
     figure: str
@@ -258,7 +258,7 @@ TOLERANCE = {"memory": 0.15, "speed": 0.25}
 
 @cache
 def comparisons() -> tuple[Comparison, ...]:
-    """Compare all published figures; the fitted share is that of the other sources."""
+    """Compare all published figures; for each, the share is fitted to the other sources."""
     found = []
     for row in rows():
         if row.memory_gib is not None:

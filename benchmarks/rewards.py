@@ -1,14 +1,15 @@
-"""Compare reinforcement learning with TRL's GRPO trainer, and draws in a pack with draws alone.
+"""Compare RL with TRL's GRPO trainer, and rollouts drawn in a pack with those of single runs.
 
     python -m benchmarks rewards [--out FILE] [curves] [flips]
 
 Writes analysis/results/bench/rewards.json, and the page from it.
 
-Curves: full fine-tuning at the middle learning rate of the sweep `rl`, several seeds a side. Only
-the rollouts' random numbers differ, so the curves agree on average. Seconds are the processor's.
+Curves: both sides run full fine-tuning at the middle learning rate of the sweep `rl`, with several
+seeds. Only the random numbers of rollouts differ, so the curves should agree on average. Seconds
+are of processor time.
 
-Flips: how many rollouts differ in fp32 when a run of a pack draws them, by rounding of equal
-probabilities. Adapters have a random B, as if trained.
+Flips: the number of rollouts that differ between a run in a pack and the same run alone. In fp32
+only rounding makes a difference. Adapters have a random B, as if trained.
 """
 
 import dataclasses
@@ -44,21 +45,21 @@ from lorasweep.spec.streams import stream
 from lorasweep.train.sampling import sample
 
 SEEDS = (200, 201, 202, 203, 204)
-"""Not those of the sweep."""
+"""The sweep uses other seeds."""
 UPDATES = 40
-"""Updates of a run: the first ones of the sweep's."""
+"""Number of updates of a run; the runs of the sweep are longer."""
 FIRST = 10
 """The curves are compared from this update on."""
 ERRORS = 2
-"""Standard errors within which two means agree, and which the bars of the figure show."""
+"""Two means agree if they differ by at most this many standard errors, the bars of the figure."""
 Curve = dict[int, float]
-"""Held-out reward by update."""
+"""Update -> held-out reward."""
 RUNS, UPDATES_DRAWN = 4, 40
-"""Runs in the pack; updates' worth of rollouts."""
+"""Number of runs in the pack, and of updates for which rollouts are drawn."""
 SPREAD = 0.05
 """Standard deviation of B's entries: an assumption."""
 CASES = {"words, rank 8": ("rl", 8), "bandit, rank 4": ("rl_bits", 4)}
-"""Sweep and rank at scale tiny."""
+"""Name -> sweep (at scale tiny), rank."""
 Drawn = list[np.ndarray]
 """Tokens of every rollout."""
 
@@ -74,7 +75,7 @@ def learning_curve(spec: RunSpec, base: Base, data: Data) -> Curve:
 def compared(one: Sequence[Curve], other: Sequence[Curve]) -> list[dict[str, Any]]:
     """Compare the mean curves of two sides, update by update.
 
-    `error`: the standard error of the difference of the means, of independent runs.
+    `error`: the standard error of the difference of the means, as the runs are independent.
     """
     rows = []
     for update in sorted(one[0].keys() & other[0].keys()):
@@ -146,7 +147,7 @@ def differing(one: Drawn, other: Drawn) -> int:
 
 
 def drawn_by(seeds: Sequence[int], spec: RunSpec, base: Base, data: Data) -> list[Drawn]:
-    """Draw rollouts of some runs of a pack together; return each run's, which its seed names."""
+    """Draw rollouts of the runs with these seeds together, as a pack; return them by run."""
     methods = [LoRA(rank=spec.method.rank)] * RUNS  # type: ignore[attr-defined]
     targets = find_targets(base.model, spec.model, methods[0].target_layers())
     trained = methods[0].attach(base.model, targets, methods, range(RUNS))
@@ -170,7 +171,7 @@ def drawn_by(seeds: Sequence[int], spec: RunSpec, base: Base, data: Data) -> lis
 
 
 def measure_flips(log: Log) -> list[Figures]:
-    """Draw the rollouts of each case together, and run by run, and compare."""
+    """Draw the rollouts of each case in a pack and run by run, and count differences."""
     torch.set_num_threads(1)
     rows = []
     for name, (sweep, rank) in CASES.items():

@@ -1,4 +1,4 @@
-"""Measure lorasweep's own time, steps, memory, whole grids and a whole answer, on an idle machine.
+"""Measure overhead, steps, memory, whole grids and a whole answer, on an idle machine.
 
     python -m benchmarks speed [--out FILE] [part ...]
 
@@ -23,7 +23,7 @@ GRIDS = {"tiny": ((1, 200), (4, 100), (16, 50)), "small": ((4, 8),)}
 
 
 def headline(parts: Figures) -> Figures:
-    """Select the figures that the README quotes."""
+    """Select the main figures of all parts, for the top level of bench.json."""
     out: Figures = {
         "sweep_vs_process_per_run": None,
         "answer_vs_plain_grid": parts.get("answer", {}).get("vs_plain_grid"),
@@ -143,7 +143,7 @@ def answer_table(found: dict[str, Any] | None) -> list[str]:
 
 
 def _steps(bench: Bench) -> Rows:
-    """Return milliseconds per step and run by batch and pack size, and LoRA / full fine-tuning."""
+    """Return milliseconds per step and run by batch and pack size, and ratios to FullFT."""
     rows = bench["parts"]["steps"]["steps"]
     sizes = sorted({r["pack"] for r in rows})
     packs = [f"LoRA r16, {n} in a pack" for n in sizes]
@@ -160,7 +160,7 @@ def _steps(bench: Bench) -> Rows:
 
 
 def _parts(bench: Bench) -> Rows:
-    """Return a baseline's time, divided into start-up and steps."""
+    """Return the seconds of every baseline, divided into start-up, updates and evaluation."""
     out = [["grid, arm", "start and load", "updates", "held-out loss"]]
     for g in _all_grids(bench):
         for kind, name in (("process_per_run", "TRL process"), ("warm_peft", "warm PEFT loop")):

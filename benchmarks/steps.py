@@ -40,7 +40,7 @@ KINDS = (
     ("adamw", "optimizer"),
     ("copy", "copies and casts"),
 )
-"""Part of an operation's name, and the kind that it counts as."""
+"""Part of an operation's name, and the kind of operation that it shows; the first match counts."""
 
 
 def at(scale: str) -> list[str]:
@@ -79,7 +79,7 @@ class Bench:
         return [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(count)]
 
     def step_s(self, method: Method, batch_size: int, count: int) -> float:
-        """Return the median seconds per step and run, of a second training: the first allocates."""
+        """Return the median seconds per step and run, after a training that warms up memory."""
         pack = self.pack(method, batch_size, count)
         self._times(pack)
         return self._median_s(pack)
@@ -104,7 +104,7 @@ class Bench:
         pack = self.pack(method, batch_size, 1)
         micro = micro_batch(pack[0], 1, detect.this_machine())
         events = finetune(pack, self.base, self.rows, micro)
-        for _ in range(4):  # the only evaluation after the fifth update is the last, of one row
+        for _ in range(4):  # the fifth update has no evaluation, or (as the last) one of one row
             next(events)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             next(events)
@@ -142,7 +142,7 @@ def measure(models_dirs: list[str], data_dirs: list[str], log: Log) -> dict[str,
                     f"{name}, batch {batch}: a LoRA step in a pack of {n} {lora_s * 1e3:.1f} ms "
                     f"per run, full fine-tuning {full_s * 1e3:.1f} ms"
                 )
-            # of one run alone, and of the best pack size, divided by full fine-tuning's
+            # divided by full fine-tuning's step: one LoRA run alone (n1), the best pack size
             ratio[1] = statistics.median(a / b for a, b in zip(alone, turns))
             ratios[str(batch)] = {"n1": ratio[1], "best": min(ratio.values())}
         one = dataclasses.replace(bench.spec, steps=1)

@@ -50,7 +50,7 @@ Rows = Mapping[str, Example]
 def adapted(model: torch.nn.Module, spec: RunSpec, kind: str) -> torch.nn.Module:
     """Wrap the model with PEFT, except for full fine-tuning.
 
-    TRL refuses an adapter on the unembedding: a little less work than in lorasweep.
+    TRL refuses an adapter on the unembedding, so it has a little less work than lorasweep.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -81,7 +81,7 @@ def padded_batch(rows: list[Example]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def nll(model: Any, examples: Sequence[Example], precision: str, size: int = 8) -> float:
-    """Return the loss of rows in nats per loss token, `size` rows a forward pass, by length."""
+    """Return the loss of rows in nats per loss token; `size`: rows per forward pass."""
     rows = sorted(examples, key=lambda e: len(e.tokens))
     total, count = 0.0, 0
     for k in range(0, len(rows), size):
@@ -116,7 +116,7 @@ def loop(model: torch.nn.Module, data: Data, spec: RunSpec, fused: bool | None =
 
 
 def _options(spec: RunSpec, folder: str) -> dict[str, Any]:
-    """Return the options of both of TRL's trainers: AdamW as in `spec`, and nothing but updates."""
+    """Return the options of both TRL trainers: AdamW as in `spec`, no logging, no saving."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": spec.batch_size,
@@ -217,7 +217,7 @@ def customer(
                 module.reset_lora_parameters("default", True)
         model.zero_grad()
         if k == 0:
-            before = nll(model, data.test, spec.precision)  # of the base: B is 0
+            before = nll(model, data.test, spec.precision)  # the base's loss, because B is 0
             watch.add_to("eval_s")
         if kind == "trl":
             sft(model, data, spec, tokenizer)
@@ -253,7 +253,7 @@ def main(kind: str, job_path: str) -> None:
         symbols = [f"<{i}>" for i in range(first.model.vocab_size)]
         tokenizer = symbol_tokenizer(symbols, "<0>", pad_token="<0>", eos_token="<1>")
     shared, weights = None, {}
-    if not job["out"]:  # and, as single runs, a draw of the data
+    if not job["out"]:  # single runs share one draw of the data
         shared = load_data(first.dataset, exec_.data_dir, base.tokenizer, draw=first.draw)
         weights = {k: v.clone() for k, v in base.model.state_dict().items()}
     model: Any = None
@@ -285,11 +285,11 @@ def text_of(row: Example) -> str:
 
 
 def grpo_config(spec: RunSpec, folder: str) -> Any:
-    """Return TRL's configuration of a run, with the loss of ours; `folder` is for its files.
+    """Return TRL's configuration of a run with lorasweep's loss; `folder`: for TRL's files.
 
-    `dr_grpo` without scaling, KL or clipping divides the sum over tokens by a constant, the
-    completions times the longest completion; ours divides by the completions. Epsilon of Adam is
-    divided by it too, so that equal completions give equal updates.
+    `dr_grpo` without scaling, KL or clipping divides the sum over tokens by a constant: the number
+    of completions times the maximum length. lorasweep divides by the number of completions only. So
+    Adam's epsilon is also divided by the maximum length: equal completions give equal updates.
     """
     from trl import GRPOConfig
 
@@ -324,10 +324,10 @@ def grpo_trainer(
     """Return a GRPO trainer of all weights.
 
     Args:
-        prompts: in the order in which they are used, `batch_size / group_size` an update.
-        rows: of every prompt.
+        prompts: in order of use, `batch_size / group_size` per update.
+        rows: the row of every prompt.
         folder: for TRL's files.
-        callbacks: of transformers' trainer.
+        callbacks: callbacks of transformers' trainer.
     """
     from datasets import Dataset
     from trl import GRPOTrainer
@@ -356,8 +356,8 @@ def learning_curve(
 ) -> dict[int, float]:
     """Train all weights of a model and return its held-out reward after the updates in `at`.
 
-    Prompts are those of the run of ours with the same seed, in the same order; the reward is
-    measured as ours is, on the rows of a learning curve.
+    lorasweep's run with the same seed has the same prompts in the same order. The reward is
+    measured as in lorasweep, on the rows of a learning curve.
     """
     from transformers import TrainerCallback
 
@@ -368,7 +368,7 @@ def learning_curve(
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step in at:
                 assert data.rewards is not None
-                # fused AdamW does not count its changes, by which our passes know old weights
+                # lorasweep detects new weights by versions, which fused AdamW does not count
                 torch.autograd.graph.increment_version(list(model.parameters()))
                 known = ([held_out], [data.rewards], spec.max_new_tokens, spec.precision)
                 found[state.global_step] = held_out_rewards(model, *known)[0][0]

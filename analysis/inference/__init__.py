@@ -1,4 +1,4 @@
 """Estimates with intervals, seeds, meta-analysis, and the decision rule.
 
-Knows no tables, curves or fits.
+The package knows no tables, curves or fits.
 """

@@ -28,7 +28,10 @@ FEWEST = 24
 
 @dataclass(frozen=True)
 class CodeLength:
-    """Nats of all rows: exact where all were measured, without a value where too few were."""
+    """Nats of all rows: exact if all were measured, without a value if too few were.
+
+    `as_is`: under the base model. `prequential`: online.
+    """
 
     as_is: Estimate
     prequential: Estimate

@@ -1,8 +1,9 @@
 """The decision rule: compare an interval with a margin that was stated before any run.
 
 SUPPORTED: the interval lies inside the margin. REFUTED: the two do not overlap. Otherwise, or with
-a gate, UNDECIDED, with the runs that would decide. The interval is the 95% one, or a wider one for
-a sweep with interim analyses: repeated looks must not make it easier to support a false claim.
+a gate, the claim is UNDECIDED, and the verdict names what would decide it. The level is 95%, or
+higher in a sweep with interim analyses: repeated looks must not make it easier to support a false
+claim.
 """
 
 import dataclasses
@@ -19,12 +20,12 @@ from analysis.inference.spread import MAX_NEEDED, SEEDS, Spread, needed
 NO_INTERVAL = ("unread_at_likely_rates", "one_rank_departs")
 """Flags that say why an estimate has no interval."""
 POCOCK = {1: 0.05, 2: 0.0294, 3: 0.0221, 4: 0.0182, 5: 0.0158}
-"""Significance level of each look by the number of looks planned, for an overall level of 5%
+"""Number of looks planned -> significance level of each look, for an overall level of 5%
 (Pocock, Biometrika 64, 1977)."""
 
 
 def look_level(rounds: int) -> float:
-    """Return the interval's level at each of `rounds` looks; ValueError beyond those of POCOCK."""
+    """Return the interval's level at each of `rounds` looks; ValueError if POCOCK has none."""
     if rounds not in POCOCK:
         raise ValueError(f"a sweep has at most {max(POCOCK)} rounds, not {rounds}")
     return 1 - POCOCK[rounds]
@@ -49,8 +50,8 @@ def judge(
 ) -> Verdict:
     """Judge one claim.
 
-    `seeds`: their number at the optima, for an estimate that does not name its units. `log`: the
-    margin is for a ratio. `level`: of the interval that is compared with the margin.
+    `seeds`: number of seeds at the optima, used if the estimate has no spread. `log`: the margin is
+    of a ratio. `level`: level of the interval that is compared with the margin.
     """
     low, high = (float(v) for v in claim["margin"])
     outcome, why, remedied, p, missing = "UNDECIDED", "", "", None, None
@@ -75,7 +76,7 @@ def judge(
     if outcome == "UNDECIDED":
         remedied = remedy(gates, unread)
         spread = estimate.spread or Spread(seeds)
-        # A value may be over more seeds than the two rates around the optimum have.
+        # An estimate may average more seeds than the LRs around the optimum have.
         now = min(seeds, spread.n) if spread.of == SEEDS and seeds else spread.n
         if remedied:
             pass
@@ -111,9 +112,9 @@ def judge(
 
 
 def p_value(draws: np.ndarray, low: float, high: float) -> float:
-    """Return the smallest p, at least 2 / len(draws), at which the draws decide.
+    """Return the p-value at which the draws decide a claim, at least 2 / len(draws).
 
-    That is, their interval of level 1 - p lies inside [low, high] or outside it.
+    It is the smallest p for which the interval of level 1 - p lies inside [low, high] or outside.
     """
     below, above = float((draws < low).mean()), float((draws > high).mean())
     inside, apart = 2 * max(below, above), 2 * min(1 - below, 1 - above)
@@ -124,7 +125,7 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
     """Correct the primary claims for multiplicity by Holm's method (1979).
 
     The k-th smallest of n p-values must be at most alpha / (n - k + 1). A verdict that does not
-    survive becomes UNDECIDED, with the reason; the others are unchanged.
+    survive becomes UNDECIDED, with the reason. All other verdicts stay unchanged.
     """
     primary = [v for v in verdicts if v.primary]
     out = {id(v): v for v in verdicts}
@@ -144,5 +145,5 @@ def holm(verdicts: Sequence[Verdict], alpha: float = 1 - LEVEL) -> list[Verdict]
 
 
 def scale_of(log: bool) -> Callable[[float], float]:
-    """Return the map to a scale of symmetric errors: ln for ratios (-inf at 0), else float."""
+    """Return the map to a scale of symmetric errors: ln for ratios (-inf at 0), else identity."""
     return (lambda v: math.log(v) if v > 0 else -math.inf) if log else float

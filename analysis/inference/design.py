@@ -1,4 +1,4 @@
-"""Whether a planned sweep can decide its claims, from the spread between seeds in its file."""
+"""Predict whether a planned sweep can decide its claims, from the spread that its file states."""
 
 import dataclasses
 import math
@@ -12,12 +12,12 @@ from analysis.inference.gates import MIN_SEEDS
 from analysis.inference.spread import MAX_NEEDED, Part, Spread, needed
 
 FAR = 100.0
-"""A margin's end beyond this counts as open."""
+"""A margin's end beyond -FAR or FAR counts as open."""
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a planned sweep can say of one claim if the expected value is the true one."""
+    """The predicted interval of one claim of a planned sweep, if the expected value is true."""
 
     claim: str
     expected: float
@@ -25,24 +25,24 @@ class Outlook:
     level: float
     """Level of the interval at one look."""
     log: bool
-    """The claim is on a ratio; `half_width` and `room` are of its logarithm."""
+    """The claim is about a ratio; `half_width` and `room` are then in ln."""
     planned: int
-    """Planned number of units that the interval is over."""
+    """Planned number of units, such as seeds, that the estimate averages."""
     units: str
     room: float
     """Distance of the expected value from the nearest end of the margin; below 0 outside it."""
     half_width: float | None = None
-    """Half of the interval to expect. None: no sd is stated, or one unit planned."""
+    """Half-width of the expected interval. None: no sd is stated, or one unit is planned."""
     needed: int | None = None
     """Smallest number of units that decides with 80% power. None: no sd is stated, or too many."""
     can_decide: bool | None = None
-    """The planned units suffice; None if no sd is stated."""
+    """Whether the planned units suffice; None if no sd is stated."""
     underpowered: bool = False
-    """The sweep's file says that they do not."""
+    """The sweep file says that the planned units do not suffice."""
 
     @property
     def warns(self) -> bool:
-        """The claim cannot be decided, and the sweep's file does not say so."""
+        """Whether the claim cannot be decided although the sweep file does not say so."""
         return self.can_decide is False and not self.underpowered
 
     def plain(self) -> dict[str, Any]:
@@ -90,12 +90,12 @@ def outlook(
 ) -> Outlook:
     """Predict a claim's interval over the planned units, and whether it decides the claim.
 
-    Half of the interval is t(level, n - 1) sd / sqrt(n) with n units (Student, Biometrika 6, 1908).
+    With n units, the half-width is t(level, n - 1) sd / sqrt(n) (Student, Biometrika 6, 1908).
 
     Args:
-        sd: standard deviation between units (of the logarithm, if log); 0 for certificates and
-            exact counts, which decide; None: not known.
-        rounds: planned looks at the answer.
+        sd: standard deviation between units (of the logarithm, if log). 0: an exact value, which
+            always decides. None: not known.
+        rounds: number of looks planned.
         underpowered: the file says that the claim cannot be decided.
     """
     to, level = scale_of(log), look_level(rounds)

@@ -15,9 +15,9 @@ N_DRAWS = 4000
 PROBABILITIES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
 """Probabilities whose quantiles are taken as equally likely draws."""
 LEVEL = 0.95
-"""Default level of an interval; sweeps with more than one round use a higher one."""
+"""Default level of an interval; sweeps with more than one look use a higher level."""
 AT_LEAST = "at_least"
-"""Flag: the estimate is of a lower bound."""
+"""Flag: the estimated quantity is a lower bound."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Estimate:
     """Equally likely values, if there is an interval; used to combine estimates."""
     level: float = LEVEL
     spread: Spread | None = field(default=None, repr=False, compare=False)
-    """How the interval depends on its number of units; None: not known."""
+    """How the interval depends on the number of units; None: not known."""
 
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON, without the draws and the spread."""
@@ -95,12 +95,12 @@ def exactly(value: float, n: int = 1) -> Estimate:
 BETTER = "it is on the better side"
 """End of a refutation's reason if the result is better than claimed."""
 EXPLORATORY, WITHDRAWN = "exploratory", "WITHDRAWN"
-"""Marks of a verdict that does not confirm, and of one that does not count."""
+"""Marks of a verdict that confirms no claim, and of a verdict that does not count."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """SUPPORTED, REFUTED or UNDECIDED, with the reason and what would decide it."""
+    """SUPPORTED, REFUTED or UNDECIDED, with the reason (`why`) and the remedy (`needed`)."""
 
     claim: str
     group: str
@@ -115,12 +115,12 @@ class Verdict:
     log: bool = True
     """The margin is of a ratio, so distances are compared as logarithms."""
     p: float | None = None
-    """The smallest significance level at which it would be decided; None without draws."""
+    """The smallest significance level at which the claim is decided; None without draws."""
     gates: tuple[Gate, ...] = ()
     exploratory: str = ""
-    """Why it does not confirm; empty: it confirms."""
+    """Why the verdict does not confirm the claim; empty: it may."""
     missing: int | None = None
-    """Units still needed for a decision; None: unknown, or too many. Not written."""
+    """Units still needed for a decision; None: unknown, or too many. `plain` leaves it out."""
 
     @property
     def is_better(self) -> bool:
@@ -134,13 +134,13 @@ class Verdict:
 
     @property
     def shown(self) -> str:
-        """The outcome for people, marked if withdrawn or exploratory."""
+        """The outcome as shown in reports, marked if withdrawn or exploratory."""
         if self.is_withdrawn:
             return WITHDRAWN
         return f"{self.outcome} ({EXPLORATORY})" if self.exploratory else self.outcome
 
     def plain(self) -> dict[str, Any]:
-        """Return plain values for JSON, without the missing units."""
+        """Return plain values for JSON, without `missing`."""
         return {
             **{k: v for k, v in vars(self).items() if k != "missing"},
             "estimate": self.estimate.plain(),
@@ -177,7 +177,7 @@ def rate(value: float | None) -> str:
 def row_interval(
     row: dict[str, Any], key: str = "value", write: Callable[[float | None], str] = number
 ) -> str:
-    """Format row[key] with its ends in row, as value [low, high]."""
+    """Format row[key], row["low"] and row["high"] as value [low, high]."""
     return with_interval(Estimate(row[key], row["low"], row["high"]), write)
 
 

@@ -10,7 +10,7 @@ MIN_SEEDS = 3
 
 
 class GateCode(StrEnum):
-    """Why no verdict is given: a sentence for people, with {0} for the subject, {1} the flags."""
+    """Why no verdict is given, as a sentence: {0} stands for the subject, {1} for the flags."""
 
     FLAGGED = "{1}"
     FEW_SEEDS = f"{{0}} seed(s), {MIN_SEEDS} needed"
@@ -46,15 +46,15 @@ class Gate:
     place: str = ""
     """The curve, batch or task; the sentence begins with it."""
     flags: tuple[str, ...] = ()
-    """Flags of an optimum that are the reason."""
+    """Flags of an optimum, if they are the reason."""
 
     @property
     def sentence(self) -> str:
-        """The gate for people."""
+        """The reason as a sentence."""
         return self.place + self.code.format(self.subject, ", ".join(self.flags))
 
     def at(self, place: str) -> "Gate":
-        """Return the gate at a wider place, which is named first."""
+        """Return the gate with `place` put in front of the place that it names."""
         return replace(self, place=place + self.place)
 
     def plain(self) -> dict[str, Any]:
@@ -89,11 +89,11 @@ REMEDIES: dict[str, str] = {
     "no_variance": "more seeds or learning rates, to know the noise",
     "no_usable_points": "lower learning rates",
 }
-"""What opens a gate, by its code or flag; of many gates the first entry counts. All other codes and
-flags are about seeds."""
+"""Gate code or flag -> what would lift the gate. With several gates, the first entry counts. All
+other codes and flags need more seeds."""
 
 
 def remedy(gates: Iterable[Gate], flags: Iterable[str] = ()) -> str:
-    """Return what opens the gates, or gives an interval despite the flags; empty: more seeds."""
+    """Return what would lift the gates and remove the flags (REMEDIES); empty: more seeds."""
     reasons = {*flags, *(reason for g in gates for reason in (g.code, *g.flags))}
     return next((text for reason, text in REMEDIES.items() if reason in reasons), "")

@@ -1,7 +1,7 @@
 """Meta-analysis: drift with the rank, pooling over models, meta-regression, correlation in groups.
 
-Also the slope of censored values. Works on equally likely values (draws) where it can, so that
-asymmetric intervals stay asymmetric.
+Also: the slope of a line through censored values, and the jackknife. Where possible, estimates are
+computed from draws (equally likely values), so that asymmetric intervals stay asymmetric.
 """
 
 import math
@@ -18,13 +18,13 @@ from analysis.inference.spread import Part, Spread
 BASES = "bases"
 """Name of the rows of a meta-regression."""
 SHARPEST = 0.01
-"""Smallest standard deviation about a line of censored values: known values exactly on a line have
-no maximum of the likelihood."""
+"""Smallest standard deviation that `censored_slope` fits. Without this limit, values exactly on a
+line have no maximum of the likelihood."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How ln(best LR) moves per doubling of the rank."""
+    """The change of ln(best LR) per doubling of the rank."""
 
     slope: Estimate
     p_slope: float | None = None
@@ -38,7 +38,7 @@ def drift(ranks: Sequence[float], draws: Sequence[np.ndarray], n: int) -> Drift:
 
     If three or more optima scatter about the line by more than their own errors explain, the
     slope's spread is multiplied by sqrt(chi^2 / df), the Particle Data Group's scale factor.
-    `draws`: equally likely values of ln(best LR), by curve. `n`: number of runs.
+    `draws`: for each curve, equally likely values of ln(best LR). `n`: number of runs.
     """
     if len(draws) < 2:
         few = "needs two or more optima with intervals, and none at an edge"
@@ -89,9 +89,9 @@ def random_effects(
 ) -> RandomEffects:
     """Pool values with known standard errors; ValueError for fewer than two.
 
-    Between-group variance by Paule & Mandel (1982), interval by Hartung & Knapp (2001) with k - 1
-    degrees of freedom, never narrower than the common-effect one; prediction interval by Higgins et
-    al. (2009), k - 2 degrees of freedom (k - 1 at k = 2).
+    The variance between groups is by Paule & Mandel (1982). The interval is by Hartung & Knapp
+    (2001), with k - 1 degrees of freedom, and never narrower than the common-effect interval. The
+    prediction interval is by Higgins et al. (2009), with k - 2 degrees of freedom (1 at k = 2).
     """
     y, v = np.asarray(values, float), np.asarray(errors, float) ** 2
     k = len(y)
@@ -152,9 +152,9 @@ def meta_regression(
 ) -> MetaRegression:
     """Regress values y [n] with known variances v [n] on a design [n, k].
 
-    Variance between rows by Paule & Mandel (1982), or, with its degrees of freedom, from `wider`, a
-    regression over more rows. Errors of the coefficients by Knapp & Hartung (2003), never below
-    those from v alone.
+    The variance between rows is by Paule & Mandel (1982). With `wider`, a regression over more
+    rows, that variance and its degrees of freedom come from `wider`. Errors of the coefficients are
+    by Knapp & Hartung (2003), and never below the errors from v alone.
     """
     n, k = design.shape
     df = n - k
@@ -184,8 +184,8 @@ def within_groups(groups: Sequence[Sequence[tuple[float, float]]], of: str) -> E
     1 / (n - q - 3) (Fisher, Metron 3, 1924): here 1 / (n - k - 2). For ranks it is 1 + r^2 / 2
     times as large (Bonett & Wright, Psychometrika 65, 2000).
 
-    `groups`: (x, y) of every pair, by group; groups of one pair do not count. `of`: what a pair is,
-    for people. No value where n - k - 2 is below 1.
+    `groups`: the (x, y) pairs of each group; groups of one pair do not count. `of`: name of a pair
+    in reports. There is no value if n - k - 2 is below 1.
     """
     known = [np.asarray(g, float) for g in groups if len(g) > 1]
     n = sum(map(len, known))
@@ -245,9 +245,9 @@ def censored_slope(x: Sequence[float], low: Sequence[float], high: Sequence[floa
 def pseudo_values(whole: float, without: Sequence[float]) -> list[float]:
     """Return the jackknife's pseudo-values of an estimate, one per unit (Tukey, 1958).
 
-    `whole`: the estimate from all units; `without`: those that leave out one unit each. The mean of
-    the pseudo-values and Student's interval with n - 1 degrees of freedom are the estimate's. For a
-    least-squares slope over units with the same abscissas they are the units' own slopes.
+    `whole`: the estimate from all units; `without`: estimates that leave out one unit each. The
+    jackknife's estimate is the mean of the pseudo-values, with Student's interval (n - 1 df). For a
+    least-squares slope over units that share abscissas, the pseudo-values are the units' slopes.
     """
     n = len(without)
     return [n * whole - (n - 1) * v for v in without]

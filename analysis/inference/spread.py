@@ -1,4 +1,4 @@
-"""How an interval narrows with its units, such as seeds, and how many units are enough."""
+"""Predict how an interval narrows with more units, such as seeds, and how many are enough."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ SEEDS = "seeds at each optimum"
 MAX_NEEDED = 64
 """More units than this are reported as 'more than'."""
 POWER = 0.8
-"""Probability that the needed number of units decides a claim, if its present value is true."""
+"""Probability that the needed number of units decides a claim, if the present value is true."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Spread:
     of: str = SEEDS
     """What a unit is."""
     parts: tuple[Part, ...] = ()
-    """The part with the widest interval counts, at each level. Empty: the interval narrows with the
-    root of n."""
+    """At each level, the part with the widest interval counts. Empty: the width of the interval is
+    proportional to 1 / sqrt(n)."""
     shared: float = 0.0
     """Standard deviation of an error that more units do not reduce, such as that of a best LR."""
 
     def at(self, n: int, level: float) -> tuple[float, float, float]:
-        """Return what n units would give: half the interval, the standard error, its df."""
+        """Return the half-width of the interval, the standard error and its df with n units."""
         sides = []
         for part in self.parts:
             df = part.df + part.per_unit * (n - self.n)
@@ -70,12 +70,12 @@ def needed(
     None if `most` are not enough. `value`, `interval` (its present ends) and `margin` (an end may
     be infinite) are on the scale on which they are compared.
 
-    The present value and variances are taken for the true ones. With n units the estimate X has
-    standard error s / sqrt(n) and the interval X +- h(n), h(n) = t(level, df(n)) s / sqrt(n). A
-    value inside the margin [a, b] is SUPPORTED with probability P(a + h <= X <= b - h), one above
-    b REFUTED with P(X > b + h), one below a likewise. X - value over its error is taken to follow
-    Student's t, which approximates the noncentral t of the exact power (Chow, Shao & Wang, Sample
-    Size Calculations in Clinical Research, 2003, chapter 3).
+    The present value and variances are taken as true. With n units, the estimate X has standard
+    error s / sqrt(n) and the interval X +- h(n), h(n) = t(level, df(n)) s / sqrt(n). A value
+    inside the margin [a, b] is SUPPORTED with probability P(a + h <= X <= b - h). A value above b
+    is REFUTED with probability P(X > b + h), a value below a likewise. (X - value) / error is taken
+    to follow Student's t, which approximates the noncentral t of the exact power (Chow, Shao &
+    Wang, Sample Size Calculations in Clinical Research, 2003, chapter 3).
     """
     below, above = value - interval[0], interval[1] - value
     if not (below > 0 and above > 0 and math.isfinite(below + above)):

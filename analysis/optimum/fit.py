@@ -1,8 +1,9 @@
 """Find the best learning rate of LR curves, with an interval or a bound where possible.
 
-`likelihood` summarises a curve's runs, `valley` models its shape, `posterior` pools noise and
-misfit over a sweep. A best LR at the edge of those tried, or next to one that diverged, is a bound.
-A curve too flat for its noise has neither value nor bound.
+`likelihood` summarises a curve's runs, `valley` models the curve's shape, and `posterior` pools the
+noise and the misfit (relative error of the modelled curvature) over a sweep. If the best LR is the
+lowest or highest tried, or next to a diverged one, the result is a bound. A curve that is too flat
+for its noise has neither value nor bound.
 """
 
 import hashlib
@@ -34,19 +35,19 @@ from analysis.runs.lr_curves import LrCurve
 FEW_RATES = 5
 """A curve with fewer LRs is flagged 'few_points', and no verdict may depend on it."""
 MIN_RATES_WITH_PRIOR = 3
-"""LRs that a fit needs if at least two related curves give a prior of its shape."""
+"""Distinct usable LRs that a fit needs if two or more related curves give a prior of the shape."""
 CHECK_RATIO = 1.3
-"""The flag 'checks_disagree': the minimum of a cubic fit lies outside the interval, and differs
-from the median by more than this factor."""
+"""The flag 'checks_disagree' is set if a cubic fit has no minimum, or if the minimum lies outside
+the interval and differs from the median by more than this factor."""
 
 
 def fit_all(curves: Sequence[LrCurve], share: bool = False) -> list[Optimum]:
-    """Find the optima of a sweep; `share`: curves that differ only in rank share their shape."""
+    """Find the optima of a sweep; `share`: the other ranks give a curve a prior of the shape."""
     return fit_sweeps([curves], share)[0]
 
 
 def fit_sweeps(sweeps: Sequence[Sequence[LrCurve]], share: bool = False) -> list[list[Optimum]]:
-    """Find the optima of many sweeps at once; noise and misfit are pooled within each."""
+    """Find the optima of many sweeps at once; each sweep pools its noise and misfit."""
     trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
     groups = [
         _Group(i, {k: curves[k] for k in part})
@@ -67,7 +68,7 @@ def fit_sweeps(sweeps: Sequence[Sequence[LrCurve]], share: bool = False) -> list
 
 
 class _Group:
-    """Curves of one sweep with a common noise level, by index in the sweep."""
+    """Curves of one sweep that share one noise level; the keys are indices in the sweep."""
 
     def __init__(self, sweep: int, curves: dict[int, LrCurve]) -> None:
         self.sweep, self.curves = sweep, curves
@@ -86,11 +87,11 @@ class _Group:
 def _shape_priors(
     group: _Group, posteriors: Sequence[Posterior], pooled: Pooled
 ) -> list[valley.ShapePrior | None]:
-    """Return a shape prior for every fitted curve, from those that differ only in rank.
+    """Return a shape prior for every fitted curve, from the curves that differ only in rank.
 
-    An empirical-Bayes prior: mean and standard deviation of their asymmetry and ln curvature. None
-    with fewer than two such curves whose best LR is not at an edge. Curves that have enough LRs
-    only with a prior are added to the group's likelihoods.
+    The prior is empirical Bayes: the mean and standard deviation of asymmetry and ln curvature over
+    those curves. It is None if fewer than two of them have a best LR inside the LRs tried. Curves
+    that have enough LRs only with a prior are added to the group's likelihoods.
     """
     shapes = {}
     for (k, e), posterior in zip(group.likelihoods.items(), posteriors):
@@ -148,8 +149,8 @@ def _optimum(
         return Optimum(curve, estimate(around, few), lowest, few)
     known = pooled.df >= MIN_DF
     if few and not known:
-        # Too few LRs for a misfit and no known noise: all that is known of the minimum is that it
-        # lies between the neighbours of the best LR.
+        # Misfit and noise are both unknown. The only bounds of the minimum are the neighbours of
+        # the best LR.
         low, high = rates[best - 1], rates[best + 1]
         value = float(np.clip(posterior.quantile(0.5), low, high))
         flags = (*few, "no_variance")
@@ -157,7 +158,7 @@ def _optimum(
         return Optimum(curve, bracket, lowest, flags, pooled, 0, posterior, likelihood)
     ends = np.array([0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2])
     low, median, high = map(float, posterior.quantile(ends))
-    # The minimum of a least-squares cubic through the five LRs around the best one.
+    # A check: the minimum of a least-squares cubic through the five LRs around the best one.
     at = slice(min(max(0, best - 2), max(0, len(rates) - 5)), max(best + 3, 5))
     u = rates[at] - rates[best]
     agrees = False
@@ -196,8 +197,8 @@ def _bound_at_end(
 ) -> Estimate:
     """Return the bound for a best LR, rates[best], that is the first or the last one tried.
 
-    On the inner side the bound is the neighbouring LR, or further if the noise allows it; on the
-    outer side it is the first LR that diverged, if there is one.
+    The inner bound is the neighbouring LR, or a more distant value if the posterior reaches there.
+    The outer bound is the first LR that diverged, if there is one.
     """
     low, high = (
         (-math.inf, math.inf) if posterior is None else posterior.quantile(np.array([0.025, 0.975]))
@@ -217,6 +218,6 @@ def _bound_at_end(
 
 
 def _upper_end(curve: LrCurve) -> tuple[float | None, str]:
-    """Return the lowest LR that diverged above the usable ones, and the flag of a bound there."""
+    """Return the lowest diverged LR above the usable ones (or None), and the bound's flag."""
     end = first_diverged(curve)
     return (math.exp(end), "bounded_by_divergence") if math.isfinite(end) else (None, "at_edge")

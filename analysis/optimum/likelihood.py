@@ -1,7 +1,7 @@
-"""The likelihood of the losses at a curve's learning rates, given its runs. Fits no shape.
+"""Compute the likelihood of the losses at a curve's learning rates, from the curve's runs.
 
-Decides which LRs belong to the valley, which curves share one noise level, and whether the noise
-grows with the LR.
+The module fits no shape. It decides which LRs belong to the valley, which curves share one noise
+level, and whether the noise grows with the LR.
 """
 
 import dataclasses
@@ -21,21 +21,21 @@ MIN_DF = 10
 RIVAL = 3.5
 """An LR within this many standard errors of the lowest loss may be the best one."""
 KEPT = 0.2
-"""An LR has collapsed if it keeps less than this share of the best LR's gain."""
+"""An LR has collapsed if its gain over the untrained model is below this share of the best gain."""
 APART = math.log(1.6)
 OUTSIZED = 20.0
-"""An LR has collapsed if its loss is this many times as far above the lowest as that of LRs APART
-from the best one. A LINEX valley with a = 1.5 reaches this only a factor 4 from its optimum. In
-simulations a limit of 40 lets a rise of 1 nat through, which spoils the fit, and 12 widens all
-intervals."""
+"""Height is loss minus the curve's lowest loss. An LR has collapsed if its height exceeds OUTSIZED
+times the typical height, which is measured at an LR APART (in ln) from the best one. A LINEX valley
+with a = 1.5 reaches this limit only a factor 4 from its optimum. In simulations, a limit of 40 lets
+a rise of 1 nat through, which spoils the fit, and a limit of 12 widens all intervals."""
 TIE = 1e-9
-"""Losses (nats) closer than this are equal: rounding of sums must not choose the best LR."""
+"""Losses (nats) closer than this are equal, so that rounding does not choose the best LR."""
 GROWTH = (0.0, 0.35, 0.7, 1.05)
 """Candidate exponents g: the noise's standard deviation grows as lr^g."""
 UNSTEADY = 1e-6
-"""Significance level of the test for unsteady LRs, over a whole sweep."""
+"""Significance level of the test for unsteady LRs (`weights_of`), over a whole sweep."""
 MIN_DF_GROWTH = 20
-"""With fewer degrees of freedom of repeats the noise is taken to be the same at all LRs."""
+"""Degrees of freedom of repeats below which the noise is taken to be the same at all LRs."""
 
 
 def lowest_loss(loss: np.ndarray) -> int:
@@ -45,14 +45,14 @@ def lowest_loss(loss: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The Gaussian likelihood of the losses at one curve's LRs, without the blocks' shifts."""
+    """The Gaussian likelihood of the losses at one curve's LRs, after removal of block shifts."""
 
     x: np.ndarray
     """Distinct ln(lr), [P], rising."""
     loss: np.ndarray
     """Estimated loss at each LR, [P], up to a common constant."""
     root: np.ndarray
-    """Root of the precision of `loss` for unit noise, [D, P], D < P: root' root = precision."""
+    """Root of the precision of `loss` at unit noise, [D, P], D < P: root' root = precision."""
     squares: float
     """Sum of squares of repeats about `loss`: sigma^2 times a chi^2 of `df` degrees of freedom."""
     df: int
@@ -67,8 +67,9 @@ class Likelihood:
     def bracket(self, sigma: float) -> tuple[float, float]:
         """Return the interval of ln(lr) in which the minimum of a unimodal curve must lie.
 
-        It reaches to the outer neighbours of all LRs whose loss is within RIVAL standard errors of
-        the lowest; infinite if there is no neighbour. `sigma`: noise of one run, in nats.
+        Rivals are the LRs whose loss is within RIVAL standard errors of the lowest. The interval
+        reaches from the LR below all rivals to the LR above them, or to infinity if there is none.
+        `sigma`: noise of one run, in nats.
         """
         inverse = np.linalg.pinv(self.root.T @ self.root)
         b = self.best
@@ -94,10 +95,10 @@ def gather(
     Args:
         x: ln(lr), [n].
         y: losses in nats, [n].
-        block: [n]; runs of one block share a shift, such as that of a seed's batches. If blocks
-            share no LRs, their shifts cannot be told from the curve and count as noise.
+        block: [n]; runs of one block share a shift, such as the effect of a seed's batches.
+            If blocks share no LRs, shifts cannot be separated from the curve and count as noise.
         growth: the noise's standard deviation is proportional to lr^growth.
-        weights: relative precision of each run, [n]; 1 unless its LR is unsteady.
+        weights: relative precision of each run, [n]; below 1 at unsteady LRs (`weights_of`).
     """
     rates, at = np.unique(x, return_inverse=True)
     center = gather(x, y, block).best if growth else 0
@@ -129,7 +130,8 @@ def gather(
 def without_shifts(curve: LrCurve) -> tuple[np.ndarray, np.ndarray]:
     """Return ln(lr) and the losses of the usable runs, [n], with all blocks moved to their mean.
 
-    Not all seeds ran at all LRs, and seeds may lie a hundred times as far apart as LRs.
+    Otherwise means would mislead: not all seeds ran at all LRs, and losses may differ a hundred
+    times as much between seeds as between LRs.
     """
     x, y, block = curve.x[curve.usable], curve.y[curve.usable], curve.block[curve.usable]
     if not len(x):
@@ -160,20 +162,20 @@ def likelihood_of(curve: LrCurve, growth: float, weights: np.ndarray | None = No
 def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
     """Return the weights of every curve's usable runs: 1, or below 1 at unsteady LRs.
 
-    An LR above the best one is unsteady if its repeats are so far apart that some must have begun
-    to diverge. It still shows that the loss is higher there, but at full weight it would dominate
-    the pooled noise, and no curve of the sweep would have an optimum.
+    Repeats are the runs at one LR. An LR above the best one is unsteady if its repeats are so far
+    apart that some must have begun to diverge. They still show that the loss is higher there. But
+    at full weight they would dominate the pooled noise, and no curve would have an optimum.
 
-    The test is an F test against the median of all repeats' variances, corrected for the strongest
-    GROWTH, at level UNSTEADY over all LRs. It needs MIN_DF LRs with repeats.
+    An F test compares the variance of the repeats, divided by the strongest GROWTH, with the median
+    over all LRs. Its level is UNSTEADY over all LRs. It needs MIN_DF LRs with repeats.
     """
     out = [np.ones(int(c.usable.sum())) for c in curves]
-    repeats = []  # of one curve at one LR: curve, mask of runs, df, variance, ratio, above best
+    repeats = []  # per curve and LR: curve, mask of runs, df, variance, ratio, above best
     for k, c in enumerate(curves):
         (x, y), (rates, means) = without_shifts(c), rate_means(c)
         for v in (v for v in rates if (x == v).sum() > 1):
             runs, above = x == v, v - rates[lowest_loss(means)]
-            # The variance may exceed that at the best LR by the strongest GROWTH.
+            # By the strongest GROWTH, the variance may exceed the best LR's by this factor.
             allowed = math.exp(2 * GROWTH[-1] * max(above, 0.0))
             var = float(np.var(y[runs], ddof=1))
             repeats.append((k, runs, int(runs.sum()) - 1, var, var / allowed, above > 0))
@@ -190,13 +192,13 @@ def weights_of(curves: Sequence[LrCurve]) -> list[np.ndarray]:
 
 
 def first_diverged(curve: LrCurve) -> float:
-    """Return ln of the lowest LR above all usable ones that diverged; infinite without one."""
+    """Return ln of the lowest diverged LR above all usable ones; infinity if there is none."""
     top = max(curve.x[curve.usable], default=-math.inf)
     return float(min(curve.x[~curve.usable & (curve.x > top)], default=math.inf))
 
 
 def growth_of(curves: Sequence[LrCurve], all_weights: Sequence[np.ndarray]) -> float:
-    """Return the likeliest exponent of GROWTH, by a sweep's steady repeats near its minima."""
+    """Return the likeliest exponent of GROWTH, from steady repeats near each curve's minimum."""
     far, rest, df = [], [], 0
     for c, weights in zip(curves, all_weights):
         x, y, block = c.x[c.usable], c.y[c.usable], c.block[c.usable]
@@ -220,7 +222,7 @@ def growth_of(curves: Sequence[LrCurve], all_weights: Sequence[np.ndarray]) -> f
     def log(g: float) -> float:
         return -0.5 * len(u) * math.log((r**2 * np.exp(-2 * g * u)).mean() + 1e-30) - g * u.sum()
 
-    return max(GROWTH, key=lambda g: log(g) - g)  # a weak prior for even noise
+    return max(GROWTH, key=lambda g: log(g) - g)  # a weak prior for constant noise
 
 
 def n_rates(curve: LrCurve) -> int:
@@ -229,9 +231,9 @@ def n_rates(curve: LrCurve) -> int:
 
 
 def pools(curves: Sequence[LrCurve]) -> list[list[int]]:
-    """Group curves that share one noise level: those of one model, data set and metric.
+    """Group curves by model, data set and metric; a group shares one noise level.
 
-    A metric's groups with fewer than MIN_DF degrees of freedom are merged into one.
+    Groups of one metric with fewer than MIN_DF degrees of freedom are merged into one group.
     """
     groups: dict[tuple, list[int]] = {}
     for k, c in enumerate(curves):
@@ -245,11 +247,11 @@ def pools(curves: Sequence[LrCurve]) -> list[list[int]]:
 
 
 def without_collapse(curve: LrCurve) -> LrCurve:
-    """Leave out the first LR whose runs collapsed without a report of divergence, and all beyond.
+    """Leave out the first LR that collapsed without a report of divergence, and all LRs above it.
 
-    An LR above the best one has collapsed if it lost most of the best one's gain over the untrained
-    model (KEPT), or if its loss is OUTSIZED typical heights above the lowest. The typical height is
-    the one APART from the best LR, or a quarter of the one twice as far, whichever is larger.
+    An LR above the best one has collapsed if it lost most of the best LR's gain over the untrained
+    model (KEPT), or if its height exceeds OUTSIZED typical heights. The typical height is the
+    height APART from the best LR, or a quarter of the height twice as far, whichever is larger.
     """
     rates, means = rate_means(curve)
     if len(rates) < MIN_RATES:
@@ -258,7 +260,7 @@ def without_collapse(curve: LrCurve) -> LrCurve:
     height = means - means[best]
 
     def nearest(distance: float) -> float:
-        """Return the height at the nearest LR this far away: the lower one of the two sides."""
+        """Return the height at the nearest LR at least this far away, on the lower side."""
         down = height[:best][rates[best] - rates[:best] >= distance][-1:]
         up = height[best + 1 :][rates[best + 1 :] - rates[best] >= distance][:1]
         return float(min([*down, *up], default=0.0))

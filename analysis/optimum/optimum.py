@@ -81,7 +81,7 @@ class Optimum:
         return float(max(self.shape.height(np.array([math.log(lr)]))[0], 0.0))
 
     def band(self, loss: float) -> tuple[float, float] | None:
-        """Return the range of tried LRs within `loss` nats of the fitted best; None without fit."""
+        """Return the range of LRs within `loss` nats of the fitted minimum; None without a fit."""
         if self.shape is None:
             return None
         x = self.curve.x[self.curve.usable]

@@ -14,7 +14,7 @@ from analysis.optimum.valley import ShapePrior
 
 _STEPS, _PAD = 57, 0.7
 _END = 3e-3
-"""With more mass than this in an end cell, a posterior is recomputed over the whole range."""
+"""Mass in the first or last cell above which a posterior is recomputed on a grid over all LRs."""
 _CHUNK = 48
 _NEVER = -1e4
 
@@ -33,7 +33,7 @@ class Posterior:
         return np.interp(p, np.append(0.0, np.cumsum(self.mass)), edges)
 
     def draws(self, stream: int) -> np.ndarray:
-        """Return quantiles, evenly spaced in probability, in the stream's random order.
+        """Return quantiles, evenly spaced in probability, in a random order (`stream`: the seed).
 
         Sums of such draws have smoother distributions than sums of random draws.
         """
@@ -43,7 +43,7 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A sweep's noise (nats, of one run at the minimum) and misfit: posterior means."""
+    """Posterior means of a sweep's noise (of one run at the minimum, in nats) and misfit."""
 
     noise: float
     misfit: float
@@ -57,14 +57,14 @@ def weigh(
 ) -> list[tuple[list[Posterior], Pooled]]:
     """Return each sweep's posteriors, one per curve, and its pooled noise and misfit.
 
-    `shape_priors`: by sweep and curve. `misfit`: take the nearest level of valley.TAUS as known.
+    `shape_priors`: one per curve of each sweep. `misfit`: a known misfit, rounded to valley.TAUS.
     """
     sigmas = []  # noise levels to average over, by sweep
     for sweep in sweeps:
         df = sum(e.df for e in sweep)
         if not sweep:
             sigmas.append(np.ones(1))
-        elif df >= 10:  # enough repeats: near their spread
+        elif df >= 10:  # enough repeats: near their standard deviation
             noise = math.sqrt(max(sum(e.squares for e in sweep) / df, 1e-18))
             sigmas.append(noise * np.exp(np.linspace(-2.5, 2.5, 5) / math.sqrt(2 * df)))
         else:
@@ -113,7 +113,7 @@ def _all_logs(
 ) -> list[np.ndarray]:
     """Compute the log likelihoods [S, T, M] (noise, misfit, minimum) of many curves.
 
-    Curves with the same design (LRs and repeats) are computed together, from the same tables.
+    Curves with the same design (LRs and repeats) share their tables and are computed together.
     """
     groups: dict[tuple, list[int]] = {}
     for k, (e, m) in enumerate(zip(likelihoods, grids)):
@@ -128,8 +128,8 @@ def _all_logs(
             z = np.array([likelihoods[k].root @ likelihoods[k].loss for k in part])
             noise = np.array([sigmas[k] for k in part])
             for k, log in zip(part, valley.log_likelihood(t, z, noise, shape_priors[members[0]])):
-                # No minimum is possible outside the bracket, but the random curvature would allow
-                # a second, lower one at another tried LR.
+                # The minimum of a unimodal curve lies inside the bracket. The random curvature
+                # alone would also allow a second, lower minimum at another LR.
                 ends = np.array([likelihoods[k].bracket(float(s)) for s in sigmas[k]])
                 inside = (grids[k] >= ends[:, :1]) & (grids[k] <= ends[:, 1:])
                 out[k] = log + np.where(inside, 0.0, _NEVER)[:, None, :]
@@ -143,7 +143,7 @@ def _pool(
     grids: Sequence[np.ndarray],
     misfit: float | None,
 ) -> tuple[list[Posterior], Pooled]:
-    """Weight noise and misfit by the likelihood of all curves, then average each posterior."""
+    """Weigh noise and misfit by the likelihood of all curves; average each curve's posterior."""
     if not sweep:
         return [], Pooled(math.nan, math.nan, 0)
     prior = np.array(valley.TAU_PRIOR)
@@ -157,7 +157,7 @@ def _pool(
     df = sum(e.df for e in sweep)
     total = total - (df * np.log(sigmas) + sum(e.squares for e in sweep) / (2 * sigmas**2))[:, None]
     for log in logs:
-        top = log.max(-1)  # the prior of m is uniform over its grid
+        top = log.max(-1)  # the minimum has a uniform prior over the grid
         total = total + top + np.log(np.exp(log - top[..., None]).mean(-1))
     share = np.exp(total - total.max())
     share /= share.sum()
@@ -172,7 +172,7 @@ def _pool(
 
 
 def expected_spread(e: Likelihood, noise: float, misfit: float) -> float:
-    """Return the posterior standard deviation of the minimum, in ln(lr); `noise` in nats."""
+    """Return the minimum's posterior standard deviation, in ln(lr); `noise` in nats."""
     known = dataclasses.replace(e, squares=100 * noise**2, df=100)
     ((posterior,), _) = weigh([[known]], misfit=misfit)[0]
     mean = float(posterior.m @ posterior.mass)

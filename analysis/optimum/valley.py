@@ -1,6 +1,6 @@
-"""The likelihood of an LR curve's minimum, given its losses. Knows no tables and no verdicts.
+"""Compute the likelihood of an LR curve's minimum from the curve's losses.
 
-Model, in x = ln(lr), u = x - m:
+The model, in x = ln(lr), u = x - m:
 
     loss(x) = level + integral over t from m to x of (x - t) k(t) dt
     k(t) = c exp(a (t - m)) (1 + w(t))
@@ -8,14 +8,14 @@ Model, in x = ln(lr), u = x - m:
 With w = 0 this is LINEX, c (exp(a u) - a u - 1) / a^2 (Varian 1975): convex, with its minimum at m,
 and steeper on the right for a > 0. No real curve is exactly of this family, so the curvature k has
 a random process w of mean zero and covariance tau^2 (matern(s - t) + STEP^2 sign(s - m)
-sign(t - m)): wiggles of length scale ELL, and a jump between the two sides. w adds neither height
-nor slope at m, which remains the minimum. The loss is then Gaussian; its covariance vanishes at m
-and grows with the height of the curve. So points near the minimum count most, and an interval does
-not shrink below the uncertainty of the shape, however small the noise.
+sign(t - m)): wiggles of length scale ELL, and a jump between the two sides. w changes neither value
+nor slope of the loss at m, so m remains the minimum. The loss is then Gaussian. Its covariance is
+zero at m and grows with the loss. So points near the minimum count most, and an interval does not
+shrink below the uncertainty of the shape, however small the noise.
 
 tau (misfit) and sigma (noise of one run, in nats) are shared by the curves of a sweep and averaged
-over their posterior. The constants were chosen on the generators of benchmarks/calibration, with
-other seeds than those of the calibration that tests them.
+over their posterior. The constants were chosen on the generators of benchmarks/calibration. The
+calibration that tests the constants uses different seeds.
 """
 
 import functools
@@ -29,13 +29,13 @@ ELL = 0.7
 STEP = 1.75
 """Size of the curvature's jump at the minimum, relative to its wiggles."""
 TAUS = (0.15, 0.22, 0.35, 0.6, 1.0)
-"""Levels of misfit to average over: relative error of the curvature."""
+"""Values of the misfit tau (relative error of the curvature) to average over."""
 TAU_PRIOR = (0.001, 0.003, 0.2, 0.5, 0.296)
-"""Prior of the levels: about 0.6 until a sweep's points show otherwise."""
+"""Prior probabilities of TAUS; the median is 0.6."""
 COARSE, COARSE_TAU = math.log(2.2), 0.6
-"""LRs further apart than the first (in ln) cannot show that the misfit is below the second."""
+"""LRs further apart than COARSE (in ln) cannot show that the misfit is below COARSE_TAU."""
 A_MEAN, A_SD = 0.5, 1.0
-"""Prior of the asymmetry a, per unit of ln(lr): real curves rise faster on the right."""
+"""Mean and standard deviation of the prior of a, per unit of ln(lr). Real curves have a > 0."""
 _A = np.linspace(-1.0, 2.0, 11)
 _N_T = 100
 _C_MIN = 1e-9
@@ -70,7 +70,8 @@ class Tables:
 
     The P losses at the tried LRs are known up to a constant, with precision root' root / sigma^2
     (root: D x P), so z = root loss has noise sigma along every axis. At each (m, a), z is rotated
-    to the axes of the misfit's covariance: the likelihood is a sum of D terms at any sigma, tau, c.
+    to the axes of the misfit's covariance. So the log likelihood is a sum of D terms for any sigma,
+    tau and c.
     """
 
     turn: np.ndarray
@@ -84,7 +85,7 @@ class Tables:
 def misfit(x: np.ndarray, m: np.ndarray, a: np.ndarray) -> np.ndarray:
     """Return the covariance of the misfit between points x [P] at c = tau = 1, [M, A, P, P].
 
-    For minima m [M], both in ln(lr), and asymmetries a [A].
+    The points x and the minima m [M] are in ln(lr); `a` [A]: asymmetries.
     """
     t = np.linspace(min(x.min(), m.min()), max(x.max(), m.max()), _N_T)
     below, above = t[None, None] <= m[:, None, None], t[None, None] >= m[:, None, None]
@@ -122,7 +123,7 @@ def log_likelihood(
     """Return the log likelihood of curves over (sigma, tau, m), [C, S, T, M].
 
     The likelihood is maximised over the curvature c, and averaged over the prior of a. `z`: root x
-    loss of each curve, [C, D]. `sigmas`: noise levels, [C, S]. Without `prior` a broad one is used.
+    loss of each curve, [C, D]. `sigmas`: noise levels, [C, S]. Default prior: A_MEAN, A_SD.
     """
     turned = np.einsum("madj,cj->cmad", t.turn, z)
     weight = -0.5 * ((_A - (prior.a if prior else A_MEAN)) / (prior.a_sd if prior else A_SD)) ** 2
@@ -161,7 +162,7 @@ class Shape:
     c: float
     tau: float
     pull: np.ndarray
-    """Weights [P] of the misfit's covariance; they make the curve pass near precise points."""
+    """Weights [P] of the misfit's covariance, so that the curve passes near precise points."""
 
     def height(self, x: np.ndarray) -> np.ndarray:
         """Return the loss at ln(lr) = x minus the minimum, in nats."""

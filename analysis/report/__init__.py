@@ -1,4 +1,4 @@
 """Reports, pages and figures of a sweep or of the whole study.
 
-Shows what the questions found; judges nothing.
+The package shows the results of the questions, and judges nothing.
 """

@@ -1,7 +1,7 @@
 """Write the interactive report: one HTML file with its data and its plotting library inside.
 
-Python collects the numbers; `templates/report.js` draws and filters them with plotly. Text of a
-table is shown as text, never as markup.
+Python collects the numbers; `templates/report.js` draws and filters them with plotly. Text from
+a table is shown as text, never as markup.
 """
 
 import importlib.resources
@@ -26,7 +26,7 @@ _DETAILS = (
     *("nll_start", "train_nll", "n_trainable", "norm_a", "norm_b", "norm_delta", "wall_s"),
     *("base_sha256", "data_sha256"),
 )
-"""Columns shown first for a run, if the table has them; the others follow, except _LONG."""
+"""Columns shown first for a run, if the table has them. Other columns follow, except _LONG."""
 _LONG = ("spec", "result", "block")
 
 
@@ -42,7 +42,7 @@ def write(
     """Write the report.
 
     Args:
-        table: the runs to which the optima were fitted, one per row, their metric as a loss.
+        table: runs to which the optima were fitted, one per row, with the metric as a loss.
         ratios: (group, name, LoRA / FullFT) for the forest plot.
         within: extra loss allowed in the low-regret band.
     """

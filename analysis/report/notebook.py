@@ -1,4 +1,4 @@
-"""Tables and figures of kept results, for the notebooks, which contain no mathematics."""
+"""Tables and figures of kept results for the notebooks, which do not compute anything."""
 
 import json
 import tempfile
@@ -64,7 +64,7 @@ def section(found: Analysis, title: str) -> pd.DataFrame:
 
 
 def suggestions(found: Analysis) -> pd.DataFrame:
-    """Return one row per suggestion: rates and seeds likely to decide the open claims."""
+    """Return one row per suggestion: learning rates and seeds likely to decide open claims."""
     head = ["model and data", "curve", "lr", "seeds", "why"]
     rows = [
         [s.curve.group, s.curve.name, rate(s.lr), ", ".join(map(str, s.seeds)), s.why]

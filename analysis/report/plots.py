@@ -1,6 +1,6 @@
-"""Draw panels, and what all figures share: colours, style, and the hash of their inputs.
+"""Draw panels; define colours, style and file format (with a hash of inputs) for all figures.
 
-Only `plots*.py` import matplotlib; they compute nothing.
+Only the modules `plots*.py` import matplotlib; they compute nothing.
 """
 
 import io
@@ -27,9 +27,9 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = "osD^vP*"
 DPI = 100
 MANY = 3
-"""A legend with more entries goes below the axes, as does one that horizontal lines would cross."""
+"""A legend with more entries, or in a panel with horizontal lines, goes below the axes."""
 PLAIN = 1e5
-"""Numbers from 1 up to this are written out at the ticks of a logarithmic axis."""
+"""Tick labels of a logarithmic axis from 1 up to this are plain numbers, not powers of ten."""
 ARROW = 24
 """Length of an arrow, in points."""
 INPUTS = "Inputs"
@@ -83,7 +83,7 @@ def grid_of(n: int) -> tuple[int, int]:
 
 
 def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
-    """Draw panels side by side; those of one quantity share the scale, equal legends are joined."""
+    """Draw panels side by side; equal y labels share y limits, equal legends are drawn once."""
     rows, columns = grid_of(len(parts))
     size = (4.8 * columns if columns > 1 else 7.2, 4.1 * rows)
     with drawn(path, inputs, rows, columns, size, len(parts), bbox_inches="tight") as (fig, axes):
@@ -154,7 +154,7 @@ def _label_ticks(ax: Axes, panel: Panel) -> None:
         ax.xaxis.set_minor_locator(NullLocator())
     elif ax.get_xscale() == "log":
         left, right = ax.get_xlim()
-        if right < 10 * left:  # otherwise labelled in powers of ten, over each other
+        if right < 10 * left:  # else labels are powers of ten that overlap
             ax.xaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5, 7)))
             ax.xaxis.set_minor_formatter(plain)
         ax.xaxis.set_major_formatter(plain)
@@ -172,7 +172,7 @@ def _series(ax: Axes, s: Series, k: int) -> None:
         arrows(ax, x[bounds == side], y[bounds == side], (0, side), colour)
     if len(s.low):
         low, high = np.array(s.low, float), np.array(s.high, float)
-        # A range without a value in it is drawn from its middle.
+        # A range without a value has its error bar around the middle.
         middle = np.where(np.isfinite(y), y, (low + high) / 2)
         reach = np.clip(np.stack([middle - low, high - middle]), 0, None)
         bars = np.where(np.isfinite(reach), reach, 0)

@@ -28,16 +28,16 @@ Panels = list[tuple[Axes, list[Optimum]]]
 def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> None:
     """Draw the metric over learning rate with fits, optima and intervals, one panel per group.
 
-    As in the fits, the seeds of a curve are moved to their mean. Diverged and collapsed runs are
-    crosses at the worse end; a fitted line ends before the first LR with one, and the other runs
-    there are hollow.
+    As in the fits, the seeds of a curve are shifted to their mean. Diverged and collapsed runs are
+    crosses at the worse end of the y axis. A fitted line ends before the first LR with such a run.
+    From there on, the other runs are hollow symbols.
     """
     names = dict(zip(map(id, optima), full_names([o.curve for o in optima])))
     with _panels(optima, path, inputs) as (fig, panels, _):
         for ax, members in panels:
             alike = [without_shifts(o.curve)[1] for o in optima if _scale(o) == _scale(members[0])]
             y, shown = np.concatenate(alike), members[0].curve.shown
-            # Above all usable points: the height of diverged runs, and the axis limit.
+            # The y value of diverged runs and the axis limit lie above all usable points.
             broken, limit = 1.0, 1.1
             if len(y):
                 span = max(float(y.max() - y.min()), 1e-3)
@@ -56,7 +56,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
 
 
 def _fitted(ax: Axes, o: Optimum, label: str, k: int, broken: float, limit: float) -> None:
-    """Draw the k-th curve of a group, its fit up to `limit`, best LR, and broken runs."""
+    """Draw the k-th curve of a group: runs, fit up to `limit`, best LR, and broken runs."""
     index, again = _look(k)
     colour, marker = COLOURS[index], MARKERS[(index + again) % len(MARKERS)]
     c, e, height = o.curve, o.best_lr, o.best_nll
@@ -105,7 +105,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
                 x, y = rate_means(o.curve)
                 best = np.exp(x[np.argmin(y)]) if len(y) else None
                 key, cut_from = o.curve.key, o.curve.cut_from
-                if cut_from:  # the table is of the whole runs
+                if cut_from:  # the table has the full runs
                     whole = dataclasses.replace(o.curve, key={**key, "steps": cut_from})
                 runs = runs_of(table, whole if cut_from else o.curve)
                 labelled = False
@@ -121,7 +121,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
             limit, shown = np.nanmax([o.curve.nll_start for o in members]), members[0].curve.shown
             if np.isfinite(limit):
                 ax.axhline(limit, color="grey", lw=0.8, ls=":", label="before training")
-                if shown.sign > 0:  # a reward has its own limits
+                if shown.sign > 0:  # not for a negated reward
                     ax.set_ylim(top=limit * 1.05)
             ax.set(xscale="log", xlabel="updates", ylabel=shown.label)
             ax.set_title(title(members[0].curve), fontsize=10)
@@ -140,7 +140,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
 def _panels(
     optima: Sequence[Optimum], path: Path, inputs: str
 ) -> Iterator[tuple[Any, Panels, float]]:
-    """Yield a figure, the axes of each group of curves, and the height with room for legends."""
+    """Yield a figure, the axes of each group of curves, and the height in inches, with legends."""
     groups = by_group(optima)
     rows, columns = grid_of(len(groups))
     size = (7.4 * columns, (4.2 + 0.19 * max(map(len, groups.values()))) * rows)
@@ -149,19 +149,19 @@ def _panels(
 
 
 def _look(k: int) -> tuple[int, int]:
-    """Return the colour of a group's k-th curve (only the first is black) and its earlier uses."""
+    """Return (colour index, earlier uses of it) of the k-th curve; only the first is black."""
     again, colour = divmod(k - 1, len(COLOURS) - 1)
     return (0, 0) if k == 0 else (1 + colour, again)
 
 
 def _scale(o: Optimum) -> tuple[Any, ...]:
-    """Return what panels with the same axes agree in; rewards compare across data sets."""
+    """Return the key of panels that share axes: metric, model, and for losses the data set."""
     key, shown = o.curve.key, o.curve.shown
     return (shown, key["model"]) if shown.sign < 0 else (shown, key["model"], key["dataset"])
 
 
 def _same_axes(panels: Panels) -> None:
-    """Give comparable panels the same limits, and show each loss as the metric it was made of."""
+    """Give comparable panels the same limits; label negated metrics with the original values."""
     alike: dict[tuple[Any, ...], list[Axes]] = {}
     for ax, members in panels:
         alike.setdefault(_scale(members[0]), []).append(ax)

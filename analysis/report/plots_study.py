@@ -1,4 +1,4 @@
-"""Figures of the page over all answers: claims in units of margins, regret over rank, rates."""
+"""Figures of the page over all answers: claims in units of margins, regret over rank and LR."""
 
 import itertools
 import math
@@ -93,9 +93,9 @@ def _paler(colour: str) -> str:
 
 
 LOWEST = 0.1
-"""Percent of the gain at which the figure of regret over rank ends; lower values are arrows."""
+"""Lower end of the y axis of `regret_over_rank`, percent of the gain; triangles: lower values."""
 APART = 0.015
-"""Horizontal distance of two lines at one rank, as a share of it."""
+"""Horizontal distance of neighbouring lines at one rank, as a share of that rank."""
 
 
 def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
@@ -132,11 +132,11 @@ def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> Non
 
 
 HIGHEST = 40.0
-"""Percent of the gain at which the figure of the rates ends."""
+"""Upper end of the y axis of `rates`, percent of the gain."""
 
 
 def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
-    """Draw LoRA's regret over its learning rate, in multiples of full fine-tuning's best one."""
+    """Draw LoRA's regret over its LR, in multiples of full fine-tuning's best LR."""
     with drawn(path, inputs, 1, 1, (8.0, 4.6)) as (fig, (ax,)):
         ax.axvline(10, color="0.3", lw=1.4, ls="--", label="10 times")
         for k, c in enumerate(curves, 1):

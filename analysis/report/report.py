@@ -28,7 +28,7 @@ NOT_JUDGED = (
     *("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better"),
     *("exploratory", "stands"),
 )
-"""Fields of a claim that are left out of its hash: its wording, and what is known of its spread."""
+"""Fields of a claim that are left out of its hash: wording, planned power, and marks."""
 CONDITIONS = {
     "batch_size": "sequences per update",
     "steps": "updates",
@@ -39,7 +39,7 @@ CONDITIONS = {
     "hidden_size": "hidden size",
     "seed": "seeds",
 }
-"""Columns of a table whose values a report lists."""
+"""Columns of which a report lists the values -> their names in the report."""
 
 
 def judge_and_report(
@@ -133,7 +133,7 @@ def results_of(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -
 
 
 def inputs_hash(table: pd.DataFrame, results: str) -> str:
-    """Hash the inputs of a report's figures: the runs with their curves, and results.json."""
+    """Hash the inputs of a report's figures: the table of runs, and results.json."""
     return text_hash(table.to_csv(index=False) + results)
 
 
@@ -157,7 +157,7 @@ def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> st
     for v in found.verdicts:
         if v.exploratory:
             exploratory.setdefault(v.exploratory, {})[v.claim] = None
-    noise = []  # of the first curve of each metric
+    noise = []  # one text per metric, about its first curve
     pooled = [o for o in found.optima if o.pooled is not None]
     for metric, o in {o.curve.shown: o for o in reversed(pooled)}.items():
         what, side = (metric.unit, "top") if metric.sign > 0 else (f" of {metric.name}", "bottom")
@@ -224,7 +224,7 @@ def _conditions(optima: Sequence[Optimum], table: pd.DataFrame) -> list[str]:
 
 
 def added_after(question: dict[str, Any]) -> list[str]:
-    """Return one line for each arm to which runs were added after a look: what, and why."""
+    """Return a line for each arm to which runs were added after a look: which runs, and why."""
     return [f"arm {a['arm']}: {a['what']}; {a['why']}" for a in question.get("added_after", ())]
 
 
@@ -292,7 +292,7 @@ def _held_out(table: pd.DataFrame) -> str:
     pairs = set()
     for spec, result in zip(table["spec"], table["result"]):
         dataset, n_test = json.loads(spec)["dataset"], json.loads(result).get("n_test")
-        if dataset["location"] != "facts" and n_test:  # facts are evaluated on the trained ones
+        if dataset["location"] != "facts" and n_test:  # facts are evaluated on training rows
             pairs.add((n_test, min(dataset["n_test_curve"], n_test)))
     if not pairs:
         return ""

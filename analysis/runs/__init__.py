@@ -1,4 +1,4 @@
-"""Tables of finished runs, from this project or others, and the curves in them.
+"""Tables of finished runs, from lorasweep or other programs, and the curves in these tables.
 
-Knows no statistics.
+The package computes no statistics.
 """

@@ -1,8 +1,8 @@
-"""Learning curves: held-out loss over updates; shorter runs cut from longer ones; solved tasks.
+"""Read learning curves (held-out loss over updates), cut runs to shorter ones, find solved tasks.
 
 At a constant learning rate a run of S updates equals the first S updates of any longer run. A
-task's floor is the NLL of the generator that wrote the data: no model can beat it. Curves of loss
-over learning rates are in `lr_curves`.
+task's floor is the NLL of the generator that wrote the data: no model can beat it. LR curves,
+the loss over learning rates, are in `lr_curves`.
 """
 
 import json
@@ -17,10 +17,10 @@ COLUMNS = ("run", "step", "test_nll", "test_nll_curve", "grad_share")
 Points = list[tuple[float, float]]
 """A learning curve: (step, held-out NLL in nats), by increasing step."""
 MIN_GAIN = 20.0
-"""Full fine-tuning must gain at least so many standard deviations of the difference of two runs."""
+"""Smallest gain of a task, in standard deviations of the difference between two runs."""
 MIN_REST = 0.2
-"""The best run must leave at least this share of the starting excess over the floor: a solved task
-does not separate learning rates."""
+"""Share of the starting excess over the floor that must be left at the best LR: a solved task does
+not separate learning rates."""
 
 
 def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
@@ -28,9 +28,9 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
 
     Columns: `run`, the run's label in the table's index; `step`; `test_nll` in nats;
     `test_nll_curve`, at the end of training the loss on the rows of the earlier evaluations;
-    `grad_share`, the share of the squared gradient by layer set. Missing is NaN.
+    `grad_share`, the share of the squared gradient by layer set. Missing values are NaN.
     """
-    assert table.index.is_unique, "runs are distinguished by the table's index: reset_index() first"
+    assert table.index.is_unique, "the index of the table must be unique: call reset_index() first"
     results = table["result"].items() if "result" in table.columns else ()
     points = [
         {"run": run, **point}
@@ -49,7 +49,7 @@ def by_run(table: pd.DataFrame) -> dict[object, pd.DataFrame]:
 
 
 def same_rows(curve: pd.DataFrame | None) -> Points:
-    """Return the evaluations on the same held-out rows, from step 1 on: 0 has no logarithm.
+    """Return evaluations on the same held-out rows, without step 0, which has no logarithm.
 
     The last evaluation uses more rows, so its loss on the same rows is taken. Old results without
     that loss end one evaluation earlier.
@@ -65,7 +65,7 @@ def same_rows(curve: pd.DataFrame | None) -> Points:
 
 
 def cut(result: str, step: int) -> str:
-    """Cut the learning curve in a run's result (JSON) after `step`, so that it ends like a run."""
+    """Cut the learning curve in a run's result (JSON) after `step`, as if the run ended there."""
     values = json.loads(result)
     curve = [p for p in values["curve"] if p["step"] <= step]
     if curve:
@@ -106,7 +106,7 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
 
 
 def on_curve_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with final losses on the rows of earlier evaluations, if they exist."""
+    """Return the table with final losses on the rows of earlier evaluations, where recorded."""
     learned = learning_curves(table).dropna(subset="test_nll_curve")
     again = learned.groupby("run")["test_nll_curve"].last()
     return table.assign(test_nll=again.reindex(table.index).fillna(table["test_nll"]))
@@ -121,7 +121,7 @@ def steps_seen(table: pd.DataFrame) -> list[int]:
 
 
 def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Cut runs of one length before the task is solved, and say so in a sentence.
+    """Cut runs of one length before the task is solved; also return a sentence about the cut.
 
     The cut is at the last step at which MIN_REST of the excess over the floor is still left at the
     best LR: a solved task does not separate two methods, but the beginnings of the runs still do.
@@ -138,7 +138,8 @@ def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     for step in (last := int(table["steps"].max()), *reversed(steps_seen(table))):
         part = table if step == last else at_step(table, step)
         done = part[part["status"] == "done"]
-        # Each run's own floor: data drawn by seed have one each, and few seeds ran some rates.
+        # Subtract floors run by run: data drawn by seed have a floor each, and few seeds ran at
+        # some LRs.
         left = (done["test_nll"] - done["floor_nats"]).rename("left")
         by_rate = left.groupby([done[c] for c in ("method", "rank", "lr")], dropna=False)
         if by_rate.mean().min() >= MIN_REST * (start - floor):
@@ -150,15 +151,15 @@ def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def gain_in_noise(start: float, lowest: float, noise: float) -> float:
-    """Return the gain in standard deviations of two runs' difference; `noise` is of one run."""
+    """Return the gain in standard deviations of the difference of two runs; `noise`: of one run."""
     return (start - lowest) / (math.sqrt(2) * noise) if noise > 0 else math.nan
 
 
 def task_problems(start: float, floor: float, lowest: float, noise: float) -> list[str]:
     """List the reasons why the task cannot separate methods; NaN values are not checked.
 
-    In nats: full fine-tuning's loss at the start, the floor, the lowest loss of all curves, and the
-    standard deviation of one run.
+    All values are in nats. `start`: full fine-tuning's loss before training. `lowest`: the lowest
+    loss of all curves. `noise`: standard deviation of one run.
     """
     found = []
     if (gain := gain_in_noise(start, lowest, noise)) < MIN_GAIN:

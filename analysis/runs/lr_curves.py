@@ -14,7 +14,7 @@ from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
 
 _PARAMETERS = re.compile(r"(\w+)\((\w+=[^()]+)\)")
 SHARES = {"rule_shift": "rules", "new_exceptions": "exceptions"}
-"""Generator parameters that are the share of something that is new."""
+"""Generator parameter that is a share of new items -> name of the items."""
 IN_NAME = ("method", "rank", "expert_rank", "expert_outer")
 """Settings in a curve's name."""
 
@@ -41,7 +41,7 @@ class LrCurve:
     floor: float
     """NLL of the generator that wrote the data, the lowest possible loss; NaN if unknown."""
     cut_from: int | None = None
-    """Updates of the whole runs, if the curve is of their first ones."""
+    """Number of updates of the full runs, if the curve uses only their first updates."""
     shown: Shown = NLL
 
     @property
@@ -56,14 +56,14 @@ class LrCurve:
 
     @property
     def broke_down(self) -> np.ndarray:
-        """Which runs diverged, collapsed, or ended no better than the untrained model."""
+        """Mask of runs that diverged, collapsed, or ended no better than the untrained model."""
         return ~np.isfinite(self.y) | (self.y >= self.nll_start)
 
     @property
     def unbroken(self) -> np.ndarray:
-        """ln of the LRs with usable runs only, rising, up to the first LR that has others.
+        """ln of the LRs with usable runs only, rising, up to the first LR with an unusable run.
 
-        A fitted line is drawn along these alone: beyond, usable runs are a biased sample.
+        Fitted lines end there, because at higher LRs the usable runs are a biased sample.
         """
         rates = np.unique(self.x)
         whole = np.array([bool(self.usable[self.x == v].all()) for v in rates], bool)
@@ -110,7 +110,8 @@ def title(curve: LrCurve, length: bool = True) -> str:
 def in_words(text: str) -> str:
     """Write the parameters behind a data set's name as words.
 
-    "dialect(new_exceptions=0, rule_shift=1)" is "dialect (no new exceptions, all rules new)".
+    "dialect(new_exceptions=0, rule_shift=1)" becomes
+    "dialect (no new exceptions, all rules new)".
     """
 
     def words(found: re.Match[str]) -> str:
@@ -198,7 +199,7 @@ def full_names(curves: Sequence[LrCurve]) -> list[str]:
         if c.key["method"] == "fullft":
             scopes.add((c.key.get("scope"), c.key.get("layers")))
         elif c.key["method"] == "lora":
-            # Curves of one objective are compared: other objectives have other settings.
+            # Compare curves within an objective, because objectives differ in their settings.
             for k in keys:
                 values.setdefault((k, str(c.key.get("objective"))), set()).add(str(c.key[k]))
     differing = {k for (k, _), found in values.items() if len(found) > 1}

@@ -17,8 +17,8 @@ COLLAPSED = "collapsed"
 """Column that `as_losses` adds for rewarded runs: whether a run collapsed."""
 COLLAPSED_SHARE = 0.5
 """A rewarded run has collapsed if its last held-out reward is below this share of its best one. In
-the sweep `rl`, runs that were stopped for divergence kept at most 0.30 of it; all others kept at
-least 0.75."""
+the sweep `rl`, runs that were stopped for divergence kept at most 0.30 of the best reward; other
+runs kept at least 0.75."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ def shown(runs: pd.DataFrame) -> Shown:
 def as_losses(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with each run's metric as a loss, in all columns and its learning curve.
 
-    Results name their metric and its direction unless it is the held-out NLL. If higher is better,
-    it is negated, and runs get the column COLLAPSED. TableError if compared runs differ in metric.
+    A result names its metric and the direction, unless the metric is the held-out NLL. A metric of
+    which higher is better is negated, and its runs get the column COLLAPSED. TableError if compared
+    runs differ in metric.
     """
     if "metric" not in table.columns or table["metric"].isna().all():
         return table
@@ -86,7 +87,7 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_loss(values: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with the metric also as a loss, negative where higher is better."""
+    """Return the values with the metric added as a loss, negated if higher is better."""
     name, sign = metric["name"], -1.0 if metric["higher_is_better"] else 1.0
     of = ((LOSS, name), (f"{LOSS}_curve", f"{name}_curve"))
     return values | {to: sign * values[k] for to, k in of if values.get(k) is not None}

@@ -1,6 +1,6 @@
-"""Read other people's tables of runs; refuse a bad one with a message that names row and column.
+"""Read tables of runs from any program; errors name the row and the column.
 
-Rows are counted from 1, in column `_row`.
+Column `_row` counts the rows from 1.
 """
 
 import difflib
@@ -41,7 +41,7 @@ ALIASES = {
     }.items()
     for theirs in all_theirs
 }
-"""Column names in use elsewhere: suggested in error messages, never mapped silently."""
+"""Column names of other programs. Error messages suggest them; they are never mapped silently."""
 STATUS = {
     **dict.fromkeys(("done", "finished", "completed", "complete", "success", "ok"), "done"),
     **dict.fromkeys(("diverged", "nan", "inf"), "diverged"),
@@ -193,7 +193,7 @@ def did_you_mean(name: str, names: Iterable[object]) -> str:
 
 
 def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -> pd.DataFrame:
-    """Rename columns; TableError for a name that is unknown, missing or there twice."""
+    """Rename columns; TableError for a name that is unknown, missing or used twice."""
     known, there = (*NEEDED, *OPTIONAL), list(table.columns)
     for theirs, column in mapping.items():
         for name, whose, names, say in (
@@ -214,7 +214,7 @@ def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -
         mapping = {**mapping, higher: "test_nll"}
     taken = [o for o in mapping.values() if o in there and o not in mapping]
     table = table.drop(columns=taken).rename(columns=mapping)
-    if "status" not in table.columns and "State" in table.columns:  # as W&B exports it
+    if "status" not in table.columns and "State" in table.columns:  # W&B's name of the column
         table = table.rename(columns={"State": "status"})
     there = list(table.columns)
     for column in NEEDED:
@@ -262,7 +262,7 @@ def _with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
 def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFrame:
     """Assign seed numbers to repeats: runs of one configuration and learning rate.
 
-    Runs of one seed are taken to share their batches; without seeds no two runs do.
+    Runs with one seed are taken to share batches. Without a seed column, no runs are.
     """
     not_keys = ("method", "rank", "status", "seed", "nll_start", "hidden_size")
     others = [c for c in OPTIONAL if c in table.columns and c not in not_keys]
@@ -296,7 +296,7 @@ def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFram
 
 
 def _refuse(table: pd.DataFrame, bad: pd.Series, column: str, why: str) -> None:
-    """Raise TableError, with the first rows, if any is `bad`; {value} in `why`: its value there."""
+    """Raise TableError if a row is `bad`; {value} in `why` stands for the first bad cell."""
     if bad.any():
         value = table.loc[bad, column].iloc[0] if column in table.columns else ""
         shown = f"{value:g}" if isinstance(value, float) else repr(value)

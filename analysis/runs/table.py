@@ -1,4 +1,4 @@
-"""Tables of runs: read one and check its columns."""
+"""Read and write tables of runs, and check their columns."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pandas as pd
 
 REQUIRED = ("status", "model", "dataset", "method", "rank", "lr", "seed", "test_nll")
 GROUP_KEYS = ("model", "dataset", "objective", "batch_size", "steps")
-"""Arms are compared only between runs that agree in these."""
+"""Arms are compared only between runs that agree in these columns."""
 CURVE_KEYS = (
     *GROUP_KEYS,
     *("method", "rank", "alpha", "layers", "scope", "scaling_by", "init_scale", "lr_b_ratio"),
@@ -14,9 +14,9 @@ CURVE_KEYS = (
     *("warmup_steps", "precision", "beta1", "beta2", "eps", "weight_decay", "clip_norm"),
     *("group_size", "max_new_tokens", "reward_scale", "ratio_level", "clip_ratio", "kl_weight"),
 )
-"""Runs that agree in these form one LR curve: they differ only in lr and seed."""
+"""Runs that agree in these columns form one LR curve: they differ only in lr and seed."""
 CUT_FROM = "cut_from_steps"
-"""Column of runs cut to their first updates: the updates of the whole run."""
+"""Column of runs cut to their first updates: the number of updates of the full run."""
 
 
 class TableError(ValueError):
@@ -24,7 +24,7 @@ class TableError(ValueError):
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a sweep's own table (others: `analysis.runs.reading`); TableError if there is none."""
+    """Read a table that lorasweep wrote; TableError if missing. Others: `analysis.runs.reading`."""
     if not path.is_file():
         raise TableError(
             f"no table {path}. Give a .parquet or .csv file with columns {', '.join(REQUIRED)}."
@@ -33,15 +33,15 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
-    """Write a table of runs as well compressed parquet: results are long, similar JSON texts."""
+    """Write a table of runs as strongly compressed parquet: results are long, similar JSON."""
     table.to_parquet(path, index=False, compression="zstd", compression_level=12)
 
 
 def check(table: pd.DataFrame) -> None:
     """Raise TableError unless a table can be analysed.
 
-    It cannot if columns are missing, a lora run has no rank, a run is repeated, a fingerprint of
-    data is missing, or a name of a model or data set stands for different weights or data.
+    A table is refused if columns are missing, a lora run has no rank, a run is repeated, a
+    fingerprint of data is missing, or one name stands for different base weights or data.
     """
     missing = [c for c in REQUIRED if c not in table.columns]
     if missing:

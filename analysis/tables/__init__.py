@@ -1,4 +1,4 @@
 """The commands `fit`, `ratio`, `drift`, `law` and `html` on a table made by any program.
 
-Knows no sweeps and claims; prints nothing.
+The package knows no sweeps or claims, and prints nothing.
 """

@@ -1,4 +1,4 @@
-"""What each command returns: plain values, and lines of text for the terminal."""
+"""Compute the result of each command as plain values, and format it for the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -150,8 +150,8 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
         p = {k: number(v) for k, v in result["pooled"].items()}
         out.append(
             f"pooled over {result['pooled']['groups']} groups: {p['ratio']} [{p['low']}, "
-            f"{p['high']}]; groups spread by a factor {p['spread']}, the next would lie in "
-            f"[{p['low_next']}, {p['high_next']}]"
+            f"{p['high']}]; standard deviation between groups: a factor {p['spread']}; prediction "
+            f"interval for another group: [{p['low_next']}, {p['high_next']}]"
         )
     return out
 
@@ -222,9 +222,10 @@ def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = Fal
 
 
 def law(reading: Reading, share: bool = False) -> dict[str, Any]:
-    """Return the laws of the LR and of the ratio, and the regret of the published formula.
+    """Fit power laws of the LR and of the ratio; return them and the published formula's regret.
 
-    The LR's law is fitted by family, both by loss and by optima. TableError without hidden sizes.
+    The law of the LR is fitted for each model family, once to the losses and once to the optima.
+    TableError without hidden sizes.
     """
     table = reading.table
     if "hidden_size" not in table.columns or not table["hidden_size"].notna().any():
@@ -247,7 +248,7 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
         known = [o for o in lora if o.best_lr.draws is not None]
         h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
         if known and full.best_lr.draws is not None and h and a is not None and a == a:
-            # One row per model and alpha: its ranks share full fine-tuning's curve.
+            # One row per model and alpha, because ranks share full fine-tuning's curve.
             logs = np.log(ratio_of(known, full).draws)
             log_ratios.append(
                 Ratio(full.curve.key["model"], h, float(a), float(logs.mean()), float(logs.std()))
@@ -304,7 +305,7 @@ def law_lines(result: dict[str, Any]) -> list[str]:
         out.append(
             f"published formula: regret {mean}% on average, at most "
             f"{number(max(known) if known else None)}%, over {len(known)} of {len(costs)} curves "
-            "where its rate lies within those tried"
+            "where the formula's learning rate lies within those tried"
         )
     if fitted := result["ratio_law"]:
         p, q, at = (row_interval(fitted[k]) for k in ("p", "q", "ratio_at_1000_32"))

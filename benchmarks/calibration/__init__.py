@@ -1,1 +1,1 @@
-"""Intervals and verdicts on simulated sweeps, fitted and judged exactly like real ones."""
+"""Check intervals and verdicts on simulated sweeps, which are fitted and judged like real ones."""

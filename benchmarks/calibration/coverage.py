@@ -18,7 +18,7 @@ from analysis.runs.lr_curves import LrCurve
 from benchmarks.calibration.generators import Design, plant
 
 ERRORS = ("error", "ratio_error", "argmin_error", "parabola_error", "global_error")
-"""Factors between estimates and truths of which the median is kept."""
+"""Errors as factors between estimate and truth; only the median of each is kept."""
 BATCH = 100
 """Number of sweeps fitted together."""
 WITH_BASELINES = 200
@@ -56,7 +56,7 @@ def middle(values: Sequence[float]) -> float | None:
 
 
 def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
-    """Fit the sweeps of a condition; return how often answers hold the truth, and their errors."""
+    """Fit the sweeps of a condition; return how often intervals hold the truth, and errors."""
     rng = stream(
         "coverage", family, design.rates, design.factor, design.seeds, design.fresh, design.noise
     )
@@ -81,7 +81,7 @@ def coverage(family: str, design: Design, cases: int) -> dict[str, Any]:
         if k < WITH_BASELINES:
             for c, truth in zip(curves, truths):
                 _baselines(rows, c, float(truth), rng)
-    answers = rows["value"] + rows["bound"]  # a case without any answer is no success
+    answers = rows["value"] + rows["bound"]  # a case without value and bound does not count
     return {
         "family": family,
         **design.__dict__,
@@ -103,8 +103,8 @@ def _baselines(
 ) -> None:
     """Add the results of three simpler estimators to `rows`.
 
-    The best LR of the grid; a parabola through the five around it, with a bootstrap over seeds; a
-    least-squares parabola through all of them.
+    (1) The best LR of the grid. (2) A parabola through the five LRs around the best one, with a
+    bootstrap over seeds. (3) A least-squares parabola through all LRs.
     """
     x = np.unique(curve.x[curve.usable])
     seeds = [s for s in np.unique(curve.seed) if (curve.usable & (curve.seed == s)).sum() == len(x)]
@@ -131,7 +131,7 @@ def _baselines(
         )
         rows["global_error"].append(abs(x.mean() + m - truth))
         if len(x) >= 6:
-            # 2.3 is about Student's t at 4 degrees of freedom.
+            # 2.3 is Student's t (95%) at 8 degrees of freedom; the fit has len(x) - 3.
             rows["global"].append(abs(x.mean() + m - truth) <= 2.3 * error)
 
 

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 FAMILIES = ("linex", "plateau", "kink", "well")
 """Families whose loss at the optimum is the same for every curve, so that the true gap is 0."""
 NOISE = 4e-3
-"""In nats. The kept answers to `lr_ratio` have 0.0038 to 0.0045, `regime` 0.0014 to 0.0033."""
+"""Nats per run. Kept answers to `lr_ratio` have 0.0038 to 0.0045, `regime` 0.0014 to 0.0033."""
 PLAIN = tuple(Design(7, 2.0, seeds, noise=NOISE, curves=2) for seeds in (2, 3, 6))
 REGIME, LR_RATIO = (
     Design(5, factor, 1, fresh, NOISE, 2, around)
@@ -38,9 +38,9 @@ OTHERS = (
     Design(7, 1.6, 1, 3, NOISE, 2, 3),
     Design(7, 1.6, 3, 0, NOISE, 2),
 )
-"""Of the equal-cost rule, with wider first stages, and a plain grid around a known optimum."""
+"""Two-stage designs (two LRs with fresh seeds; wider first stages), a plain grid closely spaced."""
 WITH_GAPS = 60
-"""Number of sweeps of a condition of which the gaps in loss are measured, which is slow."""
+"""Number of sweeps per condition in which gaps in loss are measured, because that is slow."""
 NEAR, KNOWN, UNKNOWN = 1.25, 2.0, 4.0
 """The optimum lies at most this factor from the middle of the learning rates."""
 
@@ -59,8 +59,8 @@ def designs_tried() -> Iterator[tuple[str, Design, float]]:
 def designs(family: str, design: Design, reach: float, cases: int) -> Row:
     """Measure how wide one design's intervals are, and how often they hold the truth.
 
-    Half-widths are medians over all sweeps (ratio, in ln) or ranks (gap in loss, in nats), None
-    where half have no interval.
+    Half-widths are medians over all sweeps (ratio, in ln) or ranks (gap in loss, in nats). They are
+    None if half of the sweeps or ranks have no interval.
 
     Args:
         reach: the true optima lie at most this factor from the middle of the rates.
@@ -79,9 +79,9 @@ def designs(family: str, design: Design, reach: float, cases: int) -> Row:
         edge += [not few and supported(measured, r / math.exp(true)) for r in MARGIN]
         middle.append(not few and supported(measured, 10 / math.exp(true)))
         if len(ratios) <= WITH_GAPS:
-            # As in `analysis.measures.ratio.gaps`: each rank's loss - full fine-tuning's at their
-            # best rates, paired by seed, in nats. Where there are fresh seeds, the first seed
-            # selected the learning rates and does not count; in a plain grid all did, and count.
+            # As in `analysis.measures.ratio.gaps`: each rank's loss minus full fine-tuning's, each
+            # at its best LR, paired by seed, in nats. In two stages, the first seed selected the
+            # LRs and does not count. In a plain grid, all seeds selected the LRs, and all count.
             full, *lora = losses_at_best(optima)
             chose = {0} if design.fresh else set()
             paired = [o.paired(full, lambda a, f: a - f).without(chose) for o in lora]
@@ -101,7 +101,7 @@ def designs(family: str, design: Design, reach: float, cases: int) -> Row:
 
 
 def supported(ratio: Estimate, scale: float) -> bool:
-    """Return whether the interval lies inside MARGIN, once the ratio is scaled to a wanted one.
+    """Return whether the interval times `scale` (wanted ratio / true ratio) lies in MARGIN.
 
     Both arms are simulated on one grid, so that the true ratio is near 1.
     """
@@ -129,9 +129,9 @@ def _summary(found: Sequence[tuple[Estimate, float]], log: bool) -> Row:
 OF = {"ratio": ("the ratio", LR_RATIO), "gap": ("the gap in loss", REGIME)}
 """What a sweep measures, in words, and the design of that sweep."""
 AIM = 0.5
-"""Of the runs of a plain grid with the same interval."""
+"""Target: a two-stage sweep's runs / the runs of a plain grid with the same interval."""
 LEAST_SEEDS = 2.0
-"""A plain grid of one seed has no interval: its few degrees of freedom do not show the noise."""
+"""Fewest seeds of a plain grid. With one seed, too few degrees of freedom show the noise."""
 HEAD = (
     "design|runs per curve|half-width of ln(ratio)|with an interval|coverage|"
     "false claims SUPPORTED|true claims SUPPORTED|plain grid's runs|half-width of the gap, nats|"
@@ -176,7 +176,7 @@ def plain_seeds(width: float, plain: Sequence[Sequence[Row]], of: str) -> float:
     Interpolated in logarithms. Infinity beyond the most seeds tried; NaN if unknown.
 
     Args:
-        plain: conditions of each plain grid, with more and more seeds.
+        plain: the conditions of each plain grid, in the order of the number of seeds.
         of: "ratio" or "gap".
     """
     if not math.isfinite(width) or len(plain) < 2:
@@ -194,7 +194,7 @@ def plain_seeds(width: float, plain: Sequence[Sequence[Row]], of: str) -> float:
 
 
 def targets(rows: Sequence[Row]) -> list[list[str]]:
-    """Compare the runs of two sweeps' designs with the aim."""
+    """Compare the runs of two sweeps' designs with AIM."""
     designs = _by_design([r for r in rows if r["reach"] == KNOWN])
     plain, found = _plain(designs), []
     for of, (what, mine) in OF.items() if designs else ():

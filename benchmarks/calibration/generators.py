@@ -1,7 +1,7 @@
 """Simulate sweeps with known optima, for calibration and tests.
 
-Their shapes come from the fitted family and from others. A family draws a shape h(u), the expected
-loss over u = ln(lr / reference) at unit curvature; the truth is its minimum.
+The shapes come from the fitted family and from others. A family draws a shape h(u): the expected
+loss over u = ln(lr / reference) at unit curvature. The true optimum is the minimum of h.
 """
 
 import math
@@ -70,18 +70,18 @@ class Design:
 
     rates: int
     factor: float
-    """Between neighbouring learning rates."""
+    """Ratio of neighbouring learning rates."""
     seeds: int
-    """Over the whole grid."""
+    """Number of seeds at every learning rate."""
     fresh: int = 0
-    """More seeds, around the best learning rate only."""
+    """Number of further seeds, around the best learning rate only."""
     noise: float = 1e-3
     """Standard deviation of one run, in nats."""
     curves: int = 4
-    """The first one is full fine-tuning's."""
+    """Number of curves; the first is of full fine-tuning."""
     fresh_rates: int = 3
-    """Number of rates that get the fresh seeds: the best one and its neighbours, of an even number
-    one more above it than below (as `lorasweep.sweep.replicates` has it)."""
+    """Number of LRs that get the fresh seeds: the best LR and its neighbours. An even number has
+    one more neighbour above than below, as in `lorasweep.sweep.replicates`."""
 
     @property
     def runs(self) -> int:
@@ -103,11 +103,11 @@ def plant(
 
     Args:
         place: optima are at least this many grid spacings inside the lower and the upper end;
-            negative: beyond it.
+            negative: beyond that end.
         steep: range of the curvature at the optimum, in nats per unit of ln(lr) squared, drawn
             uniformly in its logarithm.
-        paired: a seed shifts the losses of all curves by the same amount, as where arms share
-            batches; otherwise each curve by another one.
+        paired: a seed shifts the losses of all curves by the same amount, as if arms shared
+            batches. Otherwise the shift differs between curves.
     """
     x = np.arange(design.rates) * math.log(design.factor) - 8.0
     step = math.log(design.factor)

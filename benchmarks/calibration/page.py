@@ -18,9 +18,9 @@ from benchmarks.harness import RESULTS, ROOT, render
 
 FOLDER = RESULTS / "calibration"
 FINE = 2.0
-"""The targets for coverage apply up to this spacing of the rates, as a factor."""
+"""Largest factor between neighbouring LRs up to which the targets for coverage apply."""
 Study = dict[str, Any]
-"""The content of calibration.json: lists of conditions by kind, and how long it took."""
+"""The content of calibration.json: lists of conditions by kind, and the minutes that they took."""
 HEAD = ["requirement", "target", "measured", "met"]
 
 
@@ -34,7 +34,7 @@ def _fine(study: Study) -> pd.DataFrame:
 
 
 def _worst(means: pd.Series) -> tuple[float, str]:
-    """Return the lowest of some means and its name; of equal ones the first in the alphabet."""
+    """Return the lowest of some means and the name of that mean; ties: alphabetical order."""
     return float(means.min()), str(means.sort_index().idxmin())
 
 
@@ -51,7 +51,7 @@ true, precisely measured claims that are UNDECIDED|at most 20%"""
 
 
 def targets(study: Study) -> list[list[str]]:
-    """Compare the targets for the analysis with what the calibration measured.
+    """Compare the targets for the analysis with the measurements of the calibration.
 
     Returns rows of name, target, measured, met, after the head.
     """

@@ -73,7 +73,7 @@ def verdicts(family: str, ratio: float, design: Design, cases: int) -> dict[str,
 
 
 def flags(family: str, where: str, cases: int) -> dict[str, Any]:
-    """Count how often the flags at the edge of the learning rates are right.
+    """Count how often the flags of optima at the edge of the learning rates are right.
 
     True optima lie at least 1.5 grid spacings inside the learning rates tried, or 0.5 to 1.5 beyond
     an end.
@@ -123,7 +123,7 @@ def sharing(family: str, rates: int, factor: float, noise: float, cases: int) ->
 def _related(
     family: str, rates: int, factor: float, noise: float, rng: np.random.Generator
 ) -> tuple[list[LrCurve], np.ndarray]:
-    """Simulate six ranks of one shape, curvatures within 20%.
+    """Simulate six ranks of one shape, with curvatures within about 20%.
 
     Two have seven learning rates, four have fewer.
     """
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the calibration and write its numbers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks calibration", description=__doc__)
     parser.add_argument(
-        "--cases", type=int, default=500, help="sweeps of a condition, each with four optima"
+        "--cases", type=int, default=500, help="sweeps per condition, each with four optima"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(

@@ -1,6 +1,6 @@
-"""Answers in their folders: read them, name where they were measured, average them over bases.
+"""Read the sweeps' answers from their folders, classify their settings, average them over bases.
 
-Nothing is judged again: a verdict is the one of its report.
+Nothing is judged again: all verdicts are read from results.json.
 """
 
 import functools
@@ -32,7 +32,7 @@ SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
 
 
 class Setting(IntEnum):
-    """Where a verdict was measured; over several settings it counts for the hardest."""
+    """Where a verdict was measured. If there are several settings, the last of them counts."""
 
     IN_REGIME = 0
     """Only rules of a synthetic language are new: few numbers to learn."""
@@ -67,7 +67,7 @@ class Answer:
         return self.word(claim, "says") or claim.replace("_", " ")
 
     def word(self, claim: str, kind: str) -> str:
-        """Return a claim's `says`, `whose`, `measure` or `beside`; may be empty."""
+        """Return a text field of a claim: `says`, `whose`, `measure` or `beside`; may be empty."""
         return self.question["claims"].get(claim, {}).get(kind) or ""
 
     def read(self, v: Verdict) -> str:
@@ -85,7 +85,7 @@ class Answer:
         ]
 
     def parameters_an_episode(self, v: Verdict) -> float | None:
-        """Return the lowest rank's parameters per sampled completion; None: no rewarded LoRA."""
+        """Return the lowest rank's parameters per sampled completion; None without RL of LoRA."""
         lora = [c for c in self.curves(v) if c["method"] == "lora"]
         lora = [c for c in lora if c.get("objective") == "policy_gradient"]
         if not lora:
@@ -97,18 +97,18 @@ class Answer:
 
     @property
     def single(self) -> list[Verdict]:
-        """Verdicts on conditions that were run."""
+        """The verdicts on conditions that were run (a claim without any has the group NO_CELL)."""
         return [v for v in self.verdicts if v.group != NO_CELL]
 
     @property
     def exploratory(self) -> bool:
-        """Whether all its verdicts are exploratory."""
+        """Whether all verdicts of the answer are exploratory."""
         return all(v.exploratory for v in self.verdicts)
 
     def setting(self, group: str) -> Setting:
         """Return the setting of a verdict's group; of all runs if the group names no data set.
 
-        A group of several tasks names each, with " and " between them.
+        The name of a group of several tasks joins their names by " and ".
         """
         if not len(self.runs):
             return Setting.BEYOND
@@ -138,7 +138,7 @@ class Answer:
 
     @functools.cached_property
     def runs(self) -> pd.DataFrame:
-        """The runs, as in its table; no rows if it has none."""
+        """The table of the answer's runs; empty if the folder has no table."""
         path = self.folder / "table.parquet"
         return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
 
@@ -182,7 +182,7 @@ class Answer:
 
 
 def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) -> list[Answer]:
-    """Read the answers (None: all) in the study's order; of one name, the first folder's."""
+    """Read answers by name (None: all), in ORDER; of two with one name, the first folder's."""
     found: dict[str, Answer] = {}
     for root in folders:
         for path in sorted(root.glob("*/results.json")):
@@ -246,7 +246,7 @@ def within(v: Verdict) -> str:
 # ---------------------------------------------------------------- averages over bases
 
 MIN_BASES = 3
-"""With two, the interval of a random effect has one degree of freedom and is too wide."""
+"""With two bases, the random-effects interval has one degree of freedom and is too wide."""
 
 
 @dataclass(frozen=True)
@@ -255,20 +255,21 @@ class Pooled:
 
     bases: tuple[str, ...]
     estimate: Estimate
-    """Without a value if the bases that are not left out are too few."""
+    """No value if fewer than MIN_BASES bases remain."""
     one: tuple[Answer, Verdict]
-    """One of the verdicts on these bases, with its answer."""
+    """One of the averaged verdicts, with the answer that it is from."""
     left_out: tuple[str, ...] = ()
-    """Bases on which a gate forbids every such verdict."""
+    """Bases of which every verdict on the claim has a gate."""
 
 
 def pooled(answers: Sequence[Answer]) -> list[Pooled]:
     """Average every claim that has intervals on MIN_BASES bases of one scale and one setting.
 
-    A random effect over bases. Gated estimates are left out. Of several answers on one base the one
-    with the most runs counts. Exploratory and confirmatory verdicts are never mixed. The level is
-    the highest of the single ones, for interim analyses. Half-widths count as Normal ones; at few
-    seeds they are Student's, so the errors are rather too large.
+    The average is a random-effects mean over bases, without gated estimates. Of several answers on
+    one base, the one with the most runs counts. Exploratory and confirmatory verdicts are never
+    mixed. The level is the highest level of the single intervals, because of interim analyses.
+    Standard errors are half-widths over the Normal quantile. With few seeds the half-widths are
+    Student's, so these errors are rather too large.
     """
     found: dict[tuple, dict[str, tuple[Answer, Verdict]]] = {}
     for a in sorted(answers, key=lambda a: -int(a.results.get("runs", 0))):

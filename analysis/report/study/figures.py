@@ -1,4 +1,4 @@
-"""What the figures of the study show, as `analysis.report.plots_study` draws it."""
+"""Compute the data of the study's figures, which `analysis.report.plots_study` draws."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ class Line:
     """None in answers that did not record it."""
     updates: int
     regrets: dict[int, Estimate]
-    """By rank, percent of full fine-tuning's gain."""
+    """Rank -> regret in percent of full fine-tuning's gain."""
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ def _by_rank(rows: Sequence[dict[str, Any]]) -> dict[int, Estimate]:
 OPEN = 5.0
 """An end of a margin this many times further from the claim's value than the other end is open."""
 DOUBLE = math.log(2)
-"""Unit of a ratio whose margin has none; that of a difference is WITHIN nats."""
+"""Unit for a ratio if no end of the margin gives one; for a difference it is WITHIN nats."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Scale:
     """The axis of one claim: 0 is the claim's value, -1 and 1 are the ends of its margin."""
 
     expected: float
-    """On the scale of errors: a logarithm for a ratio."""
+    """The claim's value, in ln for a ratio."""
     units: tuple[float, float]
-    """What -1 and +1 are worth, below and above the expected value."""
+    """Lengths of the axis unit below and above `expected`, in ln for a ratio."""
     band: tuple[float, float]
     """The margin on this axis; infinite where it is open."""
     log: bool
@@ -112,7 +112,7 @@ def scale_for(v: Verdict) -> Scale:
     below, above = expected - to(v.margin[0]), to(v.margin[1]) - expected
     reaches: list[float | None] = []  # distances of the ends; None where the end is open
     for distance, other in ((below, above), (above, below)):
-        # Next to a distance of 0, an end is open beyond a distance of 1 in the claim's own unit.
+        # If the other end is at distance 0, an end is open beyond distance 1.
         is_open = distance > (OPEN * other if other else 1.0)
         reaches.append(None if is_open else distance)
     known = [r for r in reaches if r]
@@ -145,7 +145,7 @@ class Row:
 
 
 def claim_rows(answers: Sequence[Answer], over_bases: Sequence[Pooled]) -> list[Row]:
-    """Return a row per sentence of the study with a measured value; withdrawn answers have none."""
+    """Return a row per sentence of the study that has a measured value and is not withdrawn."""
     rows: dict[str, Row] = {}
 
     def add(a: Answer, v: Verdict, e: Estimate, outcome: str) -> None:
@@ -173,21 +173,21 @@ def claim_rows(answers: Sequence[Answer], over_bases: Sequence[Pooled]) -> list[
 
 @dataclass(frozen=True)
 class RateCurve:
-    """LoRA's regret on one base, over its learning rate / full fine-tuning's best one."""
+    """LoRA's regret on one base, over LoRA's LR / full fine-tuning's best LR."""
 
     label: str
     times: np.ndarray
     percent: np.ndarray
-    """Mean regret at each learning rate tried, percent of LoRA's gain at its best one."""
+    """Mean regret at each LR tried, in percent of LoRA's gain at LoRA's best LR."""
     fitted_times: np.ndarray
     fitted_percent: np.ndarray
-    """The same by the fit that gives the best learning rate."""
+    """Regret of the fitted curve at `fitted_times`, in percent as above."""
 
 
 def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
     """Return a curve per base and setting, at the highest rank.
 
-    Confirmatory answers come before exploratory ones, then those with more runs.
+    If there are several answers, confirmatory ones are preferred, then the one with the most runs.
     """
     chosen: dict[tuple[str, Setting], RateCurve] = {}
     mine = [a for a in answers if a.sweep == "lr_ratio"]
@@ -211,7 +211,7 @@ def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
 
 
 def has_rate_curves(answers: Sequence[Answer]) -> bool:
-    """Return whether an answer has best rates of both methods, without fitting its runs again."""
+    """Return whether an answer has best LRs of both methods, without fitting the runs again."""
     return any(
         {c["method"] for c in a.results["curves"] if c["best_lr"] is not None} >= {"fullft", "lora"}
         for a in answers
@@ -222,11 +222,11 @@ def has_rate_curves(answers: Sequence[Answer]) -> bool:
 # ---------------------------------------------------------------- speed of each rank
 
 Speeds = dict[int, dict[int, Estimate]]
-"""By rank and updates."""
+"""Rank -> number of updates -> rho."""
 
 
 def speed_answers(answers: Sequence[Answer]) -> dict[Setting, Answer]:
-    """Return the answer of `rank` for each setting: a confirmatory one, then the largest base."""
+    """Return one answer of `rank` per setting: confirmatory if possible, on the largest base."""
     mine = [a for a in answers if a.sweep == "rank" and _judged_to(a) >= 2 * EARLIEST]
     found: dict[Setting, Answer] = {}
     for a in sorted(mine, key=lambda a: (a.exploratory, -a.size)):
@@ -235,7 +235,7 @@ def speed_answers(answers: Sequence[Answer]) -> dict[Setting, Answer]:
 
 
 def _judged_to(a: Answer) -> int:
-    """Return the updates after which an answer was judged; its runs may be longer."""
+    """Return the number of updates after which an answer was judged; runs may be longer."""
     return max((int(c["steps"]) for c in a.results["curves"]), default=0)
 
 
@@ -254,7 +254,7 @@ def speed_panels(answers: Sequence[Answer]) -> list[Panel]:
 
 
 def speeds(runs: pd.DataFrame, to: int) -> Speeds:
-    """Measure rho after 8, 16, 32, ..., `to` updates, each method at its best LR for so many."""
+    """Measure rho after 8, 16, 32, ..., `to` updates, each method at its best LR there."""
     plain = (runs["method"] == "fullft") | (runs["init_seed"].fillna(0) == 0)
     table = on_curve_rows(runs[plain].reset_index(drop=True))
     evaluated = {int(s) for curve in by_run(table).values() for s in curve["step"]}

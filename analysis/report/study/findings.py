@@ -1,7 +1,7 @@
 """The findings of the study: at most eight, and the answers that are withdrawn.
 
 Every number is read from an answer, and the wording follows from the verdicts. Each sentence is
-about one base, rank and length.
+about one base, rank and number of updates.
 """
 
 import itertools
@@ -24,7 +24,7 @@ Show = Callable[[Estimate], str]
 
 
 def by_subject(answers: Sequence[Answer]) -> dict[str, str]:
-    """Return the findings with an answer by their subject, the one about the regime first."""
+    """Return subject -> finding, for subjects with an answer; regret in the regime comes first."""
     ratio, order = found(answers, "lr_ratio", "ratio"), found(answers, "lr_ratio", "order")
     cost = found(answers, "lr_ratio", "ten_times")
     rates, ten = "LoRA's best learning rate is", "of the order of ten times full fine-tuning's"
@@ -99,7 +99,7 @@ def lead(verdicts: Found, yes: str, no: str, partly: str = "", condition: str = 
         yes: if all verdicts are SUPPORTED.
         no: if some are REFUTED and none is SUPPORTED.
         partly: if some are SUPPORTED and others are not; default: `yes` in some settings only.
-        condition: added to each.
+        condition: added to the chosen text.
     """
     held = count(verdicts, "SUPPORTED")
     if held == len(verdicts):
@@ -134,7 +134,7 @@ def of_claim(
 def each(
     verdicts: Found, said: str, show: Show, rank: Callable[[Sequence[float]], float] = max
 ) -> str:
-    """Return a sentence for each answer, as they differ in base, rank or length."""
+    """Return a sentence for each answer: base, rank and number of updates may differ."""
     out: list[str] = []
     for a, v in verdicts:
         where = _where(a, v, rank)
@@ -205,7 +205,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _regret(answers: Sequence[Answer]) -> str:
-    """Report the regret of ranks of an eighth of the width, by base, rank and length."""
+    """Report the regret at an eighth of the width, by base, rank and number of updates."""
     low, beyond = found(answers, REGIME, "low"), found(answers, REGIME, "beyond")
     if not low:
         return ""
@@ -252,7 +252,7 @@ def _regret(answers: Sequence[Answer]) -> str:
 
 
 def _capacity(answers: Sequence[Answer]) -> str:
-    """Report the load of the needed rank by every count, of conditions of one base and length."""
+    """Report the load at the needed rank, for each way of counting bits, on one base."""
     known = [
         c
         for c in conditions_of(answers)

@@ -1,6 +1,6 @@
-"""The ledger: every sentence of the study and of its popular summaries, with its verdicts.
+"""The ledger: every sentence of the study and of its popular summaries, with all verdicts on it.
 
-The sentences are in ledger.yaml. Claims with an answer that are not named there follow them.
+The sentences are in ledger.yaml. Claims that are not in ledger.yaml but have an answer come last.
 """
 
 from collections import Counter
@@ -25,17 +25,17 @@ class Sentence:
 
     says: str
     claims: tuple[str, ...]
-    """`sweep: claim` of all that judge it; empty: no sweep asks it."""
+    """The claims that judge the sentence, as `sweep: claim`; empty: no sweep tests it."""
     note: str = ""
     """A qualification, in parentheses after the sentence."""
     episodes: bool = False
     """Show parameters per episode: the study's claim is about more parameters than episodes."""
     at_most: bool = False
-    """Only the upper end of its claim's margin counts."""
+    """Only the upper end of the claim's margin counts."""
 
 
 def sentences() -> dict[str, list[Sentence]]:
-    """Read the sentences of the study and its summaries, by where they come from."""
+    """Read the sentences of the study and its summaries, by their source (`from`)."""
     found: dict[str, list[Sentence]] = {}
     for block in yaml.safe_load(SENTENCES.read_text()):
         for s in block["sentences"]:

@@ -1,7 +1,7 @@
 """Write the pages over all answers: analysis/results/README.md, and a study's own page.
 
-`python -m analysis study --write` renders everything that is kept again from its tables. The text
-is in `analysis/report/templates/study.md`; no measured number is typed by hand.
+`python -m analysis study --write` renders all kept answers and pages again from the kept tables.
+The text is in `analysis/report/templates/study.md`; no measured number is typed by hand.
 """
 
 import json
@@ -68,8 +68,8 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
     """Render the page of answers.
 
     Args:
-        folder: of the page, from which links lead to the answers.
-        kept: say what changed after a look and what was not tested, as is known of kept answers.
+        folder: folder of the page; links to the answers are relative to it.
+        kept: for kept answers, also list changes after a look, and sentences not tested.
     """
     over_bases = pooled(answers)
     by_question: dict[str, list[Answer]] = {}
@@ -80,7 +80,7 @@ def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
         asked, shown = mine[0].question, []
         for a in mine:
             here = os.path.relpath(a.folder, folder)
-            # A sweep file may have changed since an early answer: its command is in the history.
+            # Early answers get no command, because the sweep file may have changed since.
             command = "" if "fingerprint_stamped" in a.question else f", `{command_of(a.question)}`"
             links = f"[report]({here}/report.md), [table]({here}/table.parquet){command}"
             runs = f"{a.results.get('runs', 0):,} runs, {a.trained}"
@@ -143,7 +143,7 @@ def readme(text: str, kept: Path) -> str:
 
 
 def bits_rows(answers: Sequence[Answer]) -> Rows:
-    """Return each condition's bits and load of the needed rank by every count, after the head."""
+    """Return each condition's bits and load at the needed rank, by each way of counting bits."""
     head = ["data set", "updates", "needed rank [95%]"]
     head += [f"{what} by {words}" for what in ("bits", "load") for words in COUNTS.values()]
     rows = [head]
@@ -157,7 +157,7 @@ def bits_rows(answers: Sequence[Answer]) -> Rows:
 
 
 def load_rows(answers: Sequence[Answer]) -> Rows:
-    """Return the load of every rank by every count, with its regret, after the head."""
+    """Return each rank's load, by each way of counting bits, and its regret, after the head."""
     head = [f"load by {words}" for words in COUNTS.values()]
     rows = [["data set", "updates", "rank", *head, "regret, % of the gain [95%]"]]
     for c in (c for c in figures.conditions_of(answers) if c.get("bits")):
@@ -196,7 +196,7 @@ def best_rates(answers: Sequence[Answer]) -> Rows:
 
 
 def verdict_row(a: Answer, v: Verdict) -> list[str]:
-    """Return one verdict as a row of its question's table, with all that qualifies it."""
+    """Return one verdict as a row of its question's table, with qualifications as notes."""
     where = f", {v.group}" if len({w.group for w in a.verdicts}) > 1 else ""
     marks = f"{a.word(v.claim, 'whose') or 'ours'}{', primary' if v.primary else ''}"
     is_open = v.outcome == "UNDECIDED" and not v.is_withdrawn
@@ -217,11 +217,11 @@ def verdict_row(a: Answer, v: Verdict) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------- everything that is kept
+# ---------------------------------------------------------------- render all kept answers
 
 
 def in_order(kept: Path) -> list[Path]:
-    """Return the folders of all kept answers; one that shows others' answers comes after them."""
+    """Return the folders of all kept answers, each after the answers that it shows as well."""
     question = {p.parent: json.loads(p.read_text()) for p in sorted(kept.glob("*/question.json"))}
     folders = list(question)
     shows = {f: question_named(question[f]["analysis"]).shows for f in folders}
