@@ -1,4 +1,4 @@
-"""Quantities measured on fitted curves: rho, ratios, laws; a sweep's next runs.
+"""Measure quantities on fitted LR curves, such as rho and ratios; suggest a sweep's next runs.
 
-Knows no question and no claim's wording.
+This package imports no question and does not depend on the wording of claims.
 """

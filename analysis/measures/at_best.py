@@ -1,7 +1,7 @@
-"""Metrics of runs at each curve's optimal learning rate, or at a prescribed one.
+"""Read metrics of runs at each curve's optimal learning rate, or at a prescribed learning rate.
 
-Metrics are interpolated to the optimum and to draws from its posterior: an interval over seeds at
-one learning rate would be too narrow for those that depend strongly on the learning rate.
+Metrics are interpolated to the optimum and to draws from its posterior. An interval over seeds at a
+single learning rate would be too narrow for a metric that depends strongly on it.
 """
 
 import math
@@ -24,23 +24,24 @@ V = TypeVar("V")
 K = TypeVar("K")
 
 N_LR_DRAWS = 120
-"""Posterior draws of the optimum at which metrics are read. With fewer, the draws of two curves
-would be correlated by chance."""
+"""Number of posterior draws of the optimum at which metrics are read. With fewer, the draws of two
+curves would be correlated by chance."""
 UNREAD = 0.05
-"""Share of the posterior draws that may lack a value; with more there is no interval."""
+"""Largest share of the posterior draws that may lack a value. If more do, there is no interval."""
 NEAR = math.log(1.5)
-"""How near to the optimum, in ln(lr), a run may stand for it if none is on the other side."""
+"""Largest distance in ln(lr) between the optimum and a single run that stands for it, if all tried
+LRs lie on one side of the optimum."""
 REACH = math.log(4.1)
-"""Tried learning rates further than a factor 4 from the optimum are not used."""
+"""Largest distance in ln(lr) from the optimum of the third learning rate that `weights` uses."""
 Values = dict[Any, float]
 """Metrics of one run by name."""
 ByLr = dict[int, dict[float, Values]]
-"""Metrics by seed and ln(lr)."""
+"""Metrics of runs: seed -> ln(lr) -> metrics."""
 
 
 @dataclass(frozen=True)
 class AtBest(Generic[T]):
-    """A value per seed at a curve's optimal learning rate, and at draws of that learning rate."""
+    """Values by seed at a curve's optimal LR (`best`), and at each posterior draw of that LR."""
 
     best: dict[int, T]
     draws: tuple[dict[int, T], ...] = ()
@@ -54,11 +55,15 @@ class AtBest(Generic[T]):
         return self.each(lambda by_seed: {s: f(v) for s, v in by_seed.items()})
 
     def without(self, seeds: Collection[int | None]) -> "AtBest[T]":
-        """Leave out seeds."""
+        """Return the values without these seeds."""
         return self.each(lambda by_seed: {s: v for s, v in by_seed.items() if s not in seeds})
 
     def paired(self, other: "AtBest[U]", f: Callable[[T, U], V]) -> "AtBest[V]":
-        """Apply f to the values of the seeds that both have; the curves' draws are independent."""
+        """Apply f to the two values of each seed that both curves have.
+
+        The k-th draws of both are paired, since the draws of two curves are independent. A curve
+        without draws takes part with its values at the optimum.
+        """
 
         def pair(a: dict[int, T], b: dict[int, U]) -> dict[int, V]:
             return {s: f(a[s], b[s]) for s in sorted(a.keys() & b.keys())}
@@ -71,16 +76,16 @@ class AtBest(Generic[T]):
         return AtBest(pair(self.best, other.best), tuple(pair(a, b) for a, b in draws))
 
     def minus(self: "AtBest[float]", other: "AtBest[float]") -> "AtBest[float]":
-        """Return the difference of two numbers by seed."""
+        """Subtract the values of another curve, seed by seed."""
         return self.paired(other, lambda a, b: a - b)
 
 
 def over_seeds(
     values: AtBest[float], pooled: PooledVariance | None = None, flags: tuple[str, ...] = ()
 ) -> Estimate:
-    """Average over seeds; the interval covers the seeds' spread and the optimum's error together.
+    """Average over seeds; the interval covers the spread over seeds and the error of the optimum.
 
-    There is no interval if more than UNREAD of the draws have no value.
+    There is no interval if more than a share UNREAD of the draws have no value.
     """
     best = values.best
     moved = [[v[s] - best[s] for s in v.keys() & best.keys()] for v in values.draws]
@@ -93,7 +98,7 @@ def over_seeds(
 
 
 def pooled_over(values: Iterable[AtBest[float]]) -> PooledVariance | None:
-    """Pool the variance over seeds of one metric on many curves."""
+    """Pool the variances over seeds of one metric that was measured on several curves."""
     return pooled_variance([list(v.best.values()) for v in values])
 
 
@@ -111,9 +116,10 @@ def is_finite(values: AtBest[float]) -> bool:
 
 
 def best_and_draws(o: Optimum, which: int) -> list[float]:
-    """Return the optimal learning rate and N_LR_DRAWS equally likely draws of it, as far as known.
+    """Return the optimal learning rate, then N_LR_DRAWS equally likely posterior draws of it.
 
-    `which`, the index of the curve, seeds their random order.
+    Without a posterior the list has one value; without an optimum it is empty. The draws are in
+    random order, seeded by `which`, the index of the curve.
     """
     if o.best_lr.value is None or o.best_lr.draws is None:
         return [] if o.best_lr.value is None else [o.best_lr.value]
@@ -124,11 +130,11 @@ def best_and_draws(o: Optimum, which: int) -> list[float]:
 def values_at_best(
     table: pd.DataFrame, optima: Sequence[Optimum], read: Callable[[pd.Series], Values]
 ) -> list[AtBest[Values]]:
-    """Interpolate metrics of runs, by `weights`, to each curve's optimal learning rate and draws.
+    """Interpolate metrics of runs to each curve's optimal learning rate and to its draws.
 
     Args:
-        read: a run's metrics by name, on a scale on which they interpolate well (losses, logarithms
-            of norms); empty if it has none.
+        read: returns the metrics of a run by name; empty if the run has none. Their scale must
+            suit interpolation by `weights`: losses, or logarithms of norms.
     """
     return [_interpolated(o, k, _runs_values(table, o, read)) for k, o in enumerate(optima)]
 
@@ -136,8 +142,8 @@ def values_at_best(
 def losses_at_best(optima: Sequence[Optimum]) -> list[AtBest[float]]:
     """Return each curve's losses by seed, in nats, at its optimal learning rate and its draws.
 
-    Each run's distance from the fitted valley is interpolated: losses at three learning rates a
-    factor 2 apart would miss the valley's bottom by up to 2e-3 nats, in all seeds.
+    Each run's distance from the fitted LR curve is interpolated. Plain losses at three learning
+    rates a factor 2 apart would miss the minimum of the curve by up to 2e-3 nats, in all seeds.
     """
     found = []
     for k, o in enumerate(optima):
@@ -151,17 +157,18 @@ def parts_at_best(
 ) -> list[AtBest[Values]]:
     """Return the parts of each curve's losses by seed, in nats, at the optimum and its draws.
 
-    A part is interpolated as its distance from the best fitting share of the fitted valley, so that
-    the parts add up to the loss.
+    Each part takes a share of the fitted LR curve's height; the shares are fitted and add up to 1.
+    A part's distance from its share is interpolated, so the interpolated parts add up to the loss.
 
     Args:
-        read: the parts of a run's loss, which add up to it; empty if they are not known.
+        read: returns the parts of a run's loss by name, which add up to the loss; empty if
+            unknown.
     """
     runs = [_runs_values(table, o, read) for o in optima]
     found = []
     for k, (o, mine) in enumerate(zip(optima, runs)):
-        # How much each part rises where the loss rises by 1, over the LRs of a seed, by least
-        # squares: these shares add up to 1.
+        # A part's share is its slope over the loss, by least squares over the LRs of each seed. The
+        # shares add up to 1.
         names = list(next(iter(next(iter(mine.values())).values()))) if mine else []
         seeds = [np.array([[v[n] for n in names] for v in lrs.values()]) for lrs in mine.values()]
         rise = np.concatenate([parts - parts.mean(0) for parts in seeds] or [np.zeros((0, 0))])
@@ -175,7 +182,7 @@ def parts_at_best(
 
 
 def _runs_values(table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], Values]) -> ByLr:
-    """Return what `read` finds in a curve's usable runs."""
+    """Read the metrics of a curve's usable runs, by seed and ln(lr)."""
     finished = table[(table["status"] == "done") & (table["lr"] > 0)]
     usable = _losses(o)
     runs: ByLr = {}
@@ -187,7 +194,7 @@ def _runs_values(table: pd.DataFrame, o: Optimum, read: Callable[[pd.Series], Va
 
 
 def _above_valley(o: Optimum, which: int, runs: ByLr, share: Values) -> AtBest[Values]:
-    """Interpolate distances from each metric's share of the fitted valley, and add its height."""
+    """Interpolate each metric's distance from its share of the fitted LR curve's height."""
     shape = o.shape
     if shape is None or o.best_lr.value is None or not runs:
         return AtBest({})
@@ -224,13 +231,13 @@ def _interpolated(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
     common = set.intersection(*(set(lrs) for lrs in runs.values()))
 
     def at(x: float) -> dict[int, Values]:
-        # If the LRs that all seeds have lie on both sides of the optimum, only those are used, so
-        # that all seeds are treated equally; else each seed uses its own.
+        # If LRs that all seeds have lie on both sides of x, only these are used, so that all seeds
+        # are treated equally. Otherwise each seed uses all of its LRs.
         if common and min(common) <= x <= max(common):
             share = weights(list(common), x, heights)
             return {s: mixed(lrs, share) for s, lrs in runs.items()}
         own = {s: weights(list(lrs), x, heights) for s, lrs in runs.items()}
-        # A seed is left out if it has neither LRs on both sides nor one within NEAR.
+        # A seed is left out if it has neither LRs on both sides of x nor an LR within NEAR of x.
         near = {s: w for s, w in own.items() if len(w) > 1 or abs(next(iter(w)) - x) <= NEAR}
         return {s: mixed(runs[s], w) for s, w in near.items()}
 
@@ -239,7 +246,7 @@ def _interpolated(o: Optimum, which: int, runs: ByLr) -> AtBest[Values]:
 
 
 def mixed(by_lr: Mapping[float, Values], share: Mapping[float, float]) -> Values:
-    """Average metrics by name; both arguments are by ln(lr), `share` from `weights`."""
+    """Average metrics over learning rates. Both arguments have ln(lr) as keys; see `weights`."""
     names = [n for n in by_lr[next(iter(share))] if all(n in by_lr[x] for x in share)]
     return {n: sum(w * by_lr[x][n] for x, w in share.items()) for n in names}
 
@@ -247,11 +254,11 @@ def mixed(by_lr: Mapping[float, Values], share: Mapping[float, float]) -> Values
 def weights(
     tried: Sequence[float], at: float, heights: Mapping[float, float]
 ) -> dict[float, float]:
-    """Return the weights of the `tried` ln(lr) for a value at ln(lr) `at`, by Lagrange.
+    """Return Lagrange weights of tried ln(lr), to interpolate a value to ln(lr) `at`.
 
-    Uses the two around `at` and a third within REACH, if there is one: the next on the side where
-    the loss (`heights`, by ln(lr)) is lower, away from divergence. If `at` was tried or lies
-    outside, uses the nearest alone.
+    Up to three LRs have weights: the two around `at` and, within REACH, the next one on the side of
+    the lower loss (`heights`, by ln(lr)), away from divergence. If `at` was tried, or lies outside
+    the tried LRs, only the nearest LR has a weight.
     """
     below = sorted((x for x in tried if x <= at), reverse=True)
     above = sorted(x for x in tried if x > at)
@@ -268,21 +275,21 @@ def weights(
 
 @dataclass(frozen=True)
 class Cost:
-    """What a curve loses at a prescribed learning rate."""
+    """The cost of a prescribed learning rate on one curve, such as a regret."""
 
     optimum: Optimum | None
     """None: the curve is missing."""
     lrs: Sequence[float]
-    """The prescribed learning rate, then draws of it if it has an error itself."""
+    """The prescribed learning rate, then its posterior draws if it was estimated."""
     read_at: list[float]
-    """The tried learning rates from which the loss at the first one was interpolated."""
+    """The tried LRs from which the loss at the prescribed learning rate was interpolated."""
     near_diverged: list[bool]
-    """Whether each draw is next to an LR that diverged, so that the loss may be higher."""
+    """For each of `lrs`: whether an LR next to it diverged, so that the loss may be higher."""
     estimate: Estimate
-    """Over seeds; only a lower bound next to a learning rate that diverged."""
+    """The cost over seeds; only a lower bound if an LR next to the prescribed one diverged."""
 
     def gates(self, highest: float) -> list[Gate]:
-        """List the gates of a claim; `highest` is the upper end of its margin."""
+        """List the gates of a claim about the cost; `highest` is the upper end of its margin."""
         cost = self.estimate
         gates = [] if cost.n else [Gate(GateCode.RECIPE_OUTSIDE)]
         if self.optimum is None:
@@ -298,11 +305,11 @@ def costs_at(
     arms: Mapping[K, tuple[Optimum | None, Sequence[float]]],
     cost: Callable[[K, AtBest[float]], AtBest[float]],
 ) -> dict[K, Cost]:
-    """Return what each curve loses at its prescribed LR; the seeds' variance is pooled over curves.
+    """Return each curve's cost at its prescribed LR; the variance over seeds is pooled over curves.
 
     Args:
-        arms: name -> curve, and the prescribed learning rate followed by equally likely draws.
-        cost: what is lost by seed, from a name and its losses.
+        arms: name -> (curve, `Cost.lrs`).
+        cost: returns the cost by seed, given a name and the losses at the LR.
     """
     read = {name: _losses_at(o, lrs) for name, (o, lrs) in arms.items()}
     costs = {name: cost(name, losses) for name, (losses, _, _) in read.items()}
@@ -316,7 +323,7 @@ def costs_at(
 def _losses_at(
     o: Optimum | None, lrs: Sequence[float]
 ) -> tuple[AtBest[float], list[float], list[bool]]:
-    """Return a curve's losses at a prescribed LR and its draws, `read_at` and `near_diverged`."""
+    """Return a curve's losses at `lrs`, and the fields `read_at` and `near_diverged` of `Cost`."""
     if o is None or not lrs:
         return AtBest({}), [], []
     c, near = o.curve, []
@@ -331,12 +338,12 @@ def _losses_at(
             mine = dict(zip(c.x[of_seed], zip(c.y[of_seed], c.usable[of_seed])))
             shares = weights(list(mine), at, {x: heights.get(x, math.inf) for x in mine})
             broken = not all(mine[x][1] for x in shares)
-            if len(shares) == 1 or broken:  # at a tried LR, outside them, or by a diverged one
+            if len(shares) == 1 or broken:  # tried, outside those tried, or next to a diverged LR
                 nearest = min(mine, key=lambda x: abs(x - at))
                 if abs(nearest - at) > NEAR:
                     continue
                 shares, near[-1] = {nearest: 1.0}, near[-1] or (broken and mine[nearest][1])
-            # After a diverged run one would keep the base model, so the whole gain is lost.
+            # A diverged run has the loss of the base model, which its user would keep.
             losses[int(seed)] = sum(
                 w * (mine[x][0] if mine[x][1] or mine[x][0] < c.nll_start else c.nll_start)
                 for x, w in shares.items()

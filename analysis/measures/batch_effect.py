@@ -1,7 +1,8 @@
-"""The effect of the batch size on rho, apart from that of the number of updates.
+"""Measure the effect of the batch size on rho after equally many updates.
 
-For each rank, ln rho = f(updates) + b log2(batch) over the prefixes of all runs, with one free
-value of f for each number of updates. So b compares batches after equally many updates only.
+A prefix is a run that was cut after some number of updates. For each rank, ln rho = f(updates) + b
+log2(batch) is fitted to all prefixes, with one free value of f for each number of updates. So b
+compares batch sizes only after equally many updates.
 """
 
 import math
@@ -22,12 +23,12 @@ from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import CURVE_KEYS
 
 EARLIEST = 8
-"""Updates of the shortest prefix. Before, adapters that start at zero have hardly left it."""
+"""Fewest updates of a prefix. Before, an adapter that starts at zero has hardly changed."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """One batch size and rank after one number of updates, each method at its optimal LR for it."""
+    """rho at one batch size, number of updates and rank; each method is at its optimal LR there."""
 
     batch: int
     steps: int
@@ -35,38 +36,39 @@ class Prefix:
     lora: Optimum
     full: Optimum
     logs: AtBest[float]
-    """ln(rho) by seed; infinite where only a bound is known."""
+    """ln(rho) by seed; infinite if only a bound of it is known."""
 
     @property
     def bound(self) -> bool:
-        """Whether any seed has only a bound."""
+        """Whether rho of any seed is only a bound."""
         return not all(map(math.isfinite, self.logs.best.values()))
 
     @property
     def rho(self) -> Estimate:
-        """rho over the seeds; without a value where only a bound is known."""
+        """rho averaged over seeds; no value if `bound`."""
         return Estimate(None) if self.bound else exp_of(over_seeds(self.logs))
 
 
 def prefixes_of(table: pd.DataFrame) -> list[Prefix]:
-    """Measure rho after every number of updates that two batch sizes were evaluated at.
+    """Measure rho after every number of updates at which two or more batch sizes were evaluated.
 
-    Runs of one batch may have several lengths: all that are long enough give the optimum.
+    Runs of one batch size may differ in length: all that are long enough are fitted.
 
     Raises:
-        TableError: a schedule is not constant, so that runs have no prefixes.
+        TableError: an LR schedule is not constant, so that a run cannot be cut to a shorter
+            one.
     """
     table = on_curve_rows(table.reset_index(drop=True))
     found = []
-    batches: dict[int, set[int]] = {}  # by number of updates
+    batches: dict[int, set[int]] = {}  # number of updates -> batch sizes
     for run, curve in by_run(table).items():
         if table.at[run, "status"] == "done":
             for step in curve["step"]:
                 batches.setdefault(int(step), set()).add(int(table.at[run, "batch_size"]))
     for step in sorted(s for s, b in batches.items() if s >= EARLIEST and len(b) > 1):
         part = _after(table, step)
-        # Draws of the optimum depend on a curve's place in the list: small batches, which are seen
-        # longest, come first, so that a curve's draws at all lengths are in the same order.
+        # The order of a curve's draws depends on its index in the list. Small batches come first:
+        # they have the most updates, so a curve keeps its index at all numbers of updates.
         optima = sorted(fit_all(lr_curves(part)), key=lambda o: o.curve.key["batch_size"])
         points = dict(zip(map(id, optima), curves_at_best(part, optima)))
         full = {o.curve.group: o for o in optima if o.curve.key["method"] == "fullft"}
@@ -79,16 +81,16 @@ def prefixes_of(table: pd.DataFrame) -> list[Prefix]:
 
 
 def _after(table: pd.DataFrame, step: int) -> pd.DataFrame:
-    """Cut all runs after a number of updates; of equal beginnings one is kept."""
+    """Cut all runs after `step` updates; of runs that differ only in length, keep one."""
     keys = [k for k in (*CURVE_KEYS, "lr", "seed") if k in table.columns]
     return at_step(table, step).drop_duplicates(keys).reset_index(drop=True)
 
 
 def effect(prefixes: Sequence[Prefix]) -> AtBest[float]:
-    """Return b, the change of ln(rho) per doubling of the batch, by seed; prefixes of one rank.
+    """Fit b, the change of ln(rho) per doubling of the batch size, to each seed's prefixes.
 
-    Least squares with fixed effects of the number of updates. One b for each seed, since the
-    prefixes of one run are anything but independent.
+    All prefixes have one rank. The fit is least squares with fixed effects of the number of
+    updates. Each seed has its own fit, since the prefixes of one run are not independent.
     """
     batches = np.log2([p.batch for p in prefixes])
     steps = [p.steps for p in prefixes]
@@ -116,7 +118,10 @@ def within(groups: Sequence[int], x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def difference(high: Sequence[Prefix], low: Sequence[Prefix]) -> Estimate:
-    """Return b of one rank minus that of another, paired by seed, where both were measured."""
+    """Return b at one rank (prefixes `high`) minus b at another (`low`), paired by seed.
+
+    Only batch sizes and numbers of updates that both ranks have are used.
+    """
     both = {(p.batch, p.steps) for p in high} & {(p.batch, p.steps) for p in low}
     shared = ([p for p in part if (p.batch, p.steps) in both] for part in (high, low))
     one, other = map(effect, shared)
@@ -124,10 +129,10 @@ def difference(high: Sequence[Prefix], low: Sequence[Prefix]) -> Estimate:
 
 
 def gaps_at_equal_examples(table: pd.DataFrame) -> tuple[int, dict[int, list[Gap]]]:
-    """Compare every rank with full fine-tuning in nats after equally many examples.
+    """Compare every rank with full fine-tuning, in nats, after equally many examples.
 
-    Returns the most examples that every batch has seen, and the ranks' gaps by batch; a batch that
-    was not evaluated after so many is missing.
+    Returns the largest number of examples that every batch size has seen, and the gaps of the ranks
+    by batch size. A batch size that was not evaluated after so many examples is left out.
     """
     table = on_curve_rows(table.reset_index(drop=True))
     longest = table.groupby("batch_size")["steps"].max()

@@ -1,7 +1,8 @@
-"""The study's learning-rate law: LR = base x M x (2000 / hidden)^p.
+"""Fit the study's law of the optimal learning rate: LR = base x M x (2000 / hidden)^p.
 
-M is the factor of LoRA (1 for full fine-tuning); p depends on the model family. The constants are
-fitted twice: as the study did, by minimising the summed loss; and by a regression on fitted optima.
+hidden is the hidden size, base a constant, and M the factor of LoRA (1 for full fine-tuning). p
+depends on the model family. There are two fits: the study's, which minimises a summed loss, and a
+regression on fitted optima.
 """
 
 import math
@@ -18,7 +19,7 @@ from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import LrCurve
 
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
-"""Published constants: tinker-cookbook, docs/sl-hyperparams (2025). There are no other families."""
+"""Published constants, with p by family (tinker-cookbook, docs/sl-hyperparams, 2025)."""
 REFERENCE = 2000.0
 _P = np.linspace(-1.5, 2.0, 141)
 _N_K, _BOOT = 161, 400
@@ -26,7 +27,7 @@ _N_K, _BOOT = 161, 400
 
 @dataclass(frozen=True)
 class Law:
-    """Constants of one family: LR at hidden size 2000 (base x M) and the exponent p."""
+    """Constants of one family and method: LR at hidden size 2000 (base x M), and the exponent p."""
 
     family: str
     method: str
@@ -45,7 +46,7 @@ def family(model: str) -> str:
 
 
 def published(curve: LrCurve, hidden: float) -> float | None:
-    """Return the published formula's LR; None for a family without a published exponent."""
+    """Return the LR by the published formula; None for a family without a published exponent."""
     p = PUBLISHED.get(family(curve.key["model"]))
     if p is None or not hidden > 0:
         return None
@@ -54,9 +55,9 @@ def published(curve: LrCurve, hidden: float) -> float | None:
 
 
 def regret(curve: LrCurve, lr: float) -> float | None:
-    """Return the extra loss at an LR over the best LR tried, in percent of the best loss.
+    """Return (loss at an LR - lowest loss over the LRs tried) / the lowest loss, in percent.
 
-    Interpolated linearly in ln(lr); None outside the usable LRs.
+    The loss is interpolated linearly in ln(lr). None outside the usable LRs.
     """
     lrs, means = rate_means(curve)
     if len(lrs) < 2 or not lrs[0] <= math.log(lr) <= lrs[-1] or not means.min():
@@ -71,8 +72,9 @@ def regret(curve: LrCurve, lr: float) -> float | None:
 def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     """Fit each family and method by minimising the summed loss; intervals resample the models.
 
-    Losses are interpolated. Outside the LRs tried, a curve's last segment is extrapolated, but
-    never downward: else a law could win by leaving the data. One hidden size gives no exponent.
+    A curve's term is (loss at the law's LR - best loss tried) / best loss tried, interpolated.
+    Outside the LRs tried, the last segment of the curve is extrapolated, but never downward:
+    otherwise the fit could prefer LRs without data. With one hidden size, p is not fitted.
 
     Args:
         hidden: model -> hidden size.
@@ -133,9 +135,9 @@ def _around(value: float, draws: np.ndarray, n: int, enough: bool) -> Estimate:
 def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
     """Fit ln(best LR) = ln(LR at 2000) + p ln(2000 / hidden) to the known optima.
 
-    One regression per family and method. A row is a model (the mean over its ranks), with a
-    variance between models in addition to the row's own. Curves whose best LR is at an edge are
-    left out; this can bias the law, so their number is flagged.
+    There is one regression per family and method. Each model gives one row, the mean over its
+    ranks. A row's variance is its own error plus a variance between models. Curves whose best LR is
+    at an edge are left out. This can bias the law, so a flag states the number of these curves.
 
     Args:
         hidden: model -> hidden size.

@@ -1,4 +1,4 @@
-"""Suggest the runs that are likeliest to decide the open claims."""
+"""Suggest the runs that are likeliest to decide the undecided claims."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ class Suggestion:
     why: str
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return the suggestion as plain values for JSON."""
         c, rank = self.curve, self.curve.key.get("rank")
         return {
             **{"curve": c.name, "group": c.group, "variant": c.variant},
@@ -175,7 +175,7 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     room = min(abs(to(verdict.estimate.value) - to(edge)) for edge in verdict.margin)
     reach = stats.norm.ppf(0.5 + level / 2) + stats.norm.ppf(POWER)
     target = max(room / float(reach), 1e-4)
-    plan = [(0, False)] * len(known)  # new seeds, and whether there are new LRs
+    plan = [(0, False)] * len(known)  # by curve: number of new seeds, whether LRs are new
 
     @functools.cache
     def variance(k: int, n: int, lrs: bool) -> float:

@@ -1,7 +1,7 @@
-"""Check whether a model's task is fit for questions about learning rates.
+"""Check whether a task (a model and data set) can answer questions about learning rates.
 
-On a task that fails there is nothing to learn, or nothing left, and verdicts are UNDECIDED (task).
-Noise is only a warning, since it already widens the interval.
+On an unfit task there is too little to learn, or too little left to learn at the end: verdicts are
+UNDECIDED (gate TASK). Noise is only a warning, since it already widens the interval.
 """
 
 import math
@@ -23,12 +23,13 @@ from analysis.runs.lr_curves import lr_curves
 EDGES = ("at_edge", "bounded_by_divergence", "flat", "no_usable_points")
 """Flags of an optimum that is not a single minimum inside the LRs tried."""
 MAX_NOISE = 0.1
-"""Largest noise between seeds, as a share of the rise of the loss a factor 2 off the optimum."""
+"""Largest noise (standard deviation of the loss between seeds), divided by how much the loss rises
+a factor 2 from the optimal LR."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement; `ok` is None if unknown, and one that only `warns` disqualifies no task."""
+    """One requirement of a task; `ok` is None if unknown. One that `warns` disqualifies no task."""
 
     group: str
     name: str
@@ -39,7 +40,7 @@ class Check:
 
 
 def qualify(table: pd.DataFrame) -> list[Check]:
-    """Check every model and data set (batch and updates) of a table."""
+    """Check every group of a table: a model, data set, batch size and number of updates."""
     optima = fit_all(lr_curves(table))
     points = dict(zip(map(id, optima), curves_at_best(table, optima)))
     found = []
@@ -75,7 +76,10 @@ def qualify(table: pd.DataFrame) -> list[Check]:
 
 
 def _last_gain(points: dict[int, Points]) -> Estimate:
-    """Return what the last doubling of the updates gains, in nats, over the seeds that know it."""
+    """Return how much the loss falls in the last doubling of the updates, in nats, over seeds.
+
+    Seeds without an evaluation at half of the updates are left out.
+    """
     gains = []
     for found in map(dict, points.values()):
         last = max(found, default=0)
@@ -85,7 +89,7 @@ def _last_gain(points: dict[int, Points]) -> Estimate:
 
 
 def _has_stalled(gain: Estimate) -> bool:
-    """Return whether a gain is not above 0; one seed, without an interval, by its value."""
+    """Return whether a gain's lower end is at most 0; without an interval, its value."""
     least = gain.value if gain.low is None else gain.low
     return least is not None and least <= 0
 
@@ -103,13 +107,13 @@ def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Points]]) -> l
 
 
 def verdict(checks: Sequence[Check]) -> dict[str, bool]:
-    """Return whether each group qualifies: no check fails, but for those that only warn."""
+    """Return whether each group qualifies: only checks that warn may fail."""
     groups = dict.fromkeys(c.group for c in checks)
     return {g: all(c.ok is not False or c.warns for c in checks if c.group == g) for g in groups}
 
 
 def rows(checks: Sequence[Check]) -> list[list[str]]:
-    """Return the checks as a table; the first row is its head."""
+    """Return the checks as a table; the first row has the names of the columns."""
     met = {True: "yes", False: "NO", None: "unknown"}
     out = [["task", "check", "measured", "needed", "met"]]
     for c in checks:

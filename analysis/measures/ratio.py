@@ -1,7 +1,7 @@
-"""The ratio of LoRA's optimal learning rate to full fine-tuning's, and its law.
+"""Measure LoRA's optimal learning rate over full fine-tuning's, and fit a law of this ratio.
 
-A ratio's interval comes from independent draws of both optima. The arms share seeds and the shape
-of their curves, which makes it conservative. Published laws are called rivals.
+The interval of a ratio comes from independent draws of both optima. It is conservative, since the
+two methods share seeds and the shape of their LR curves. Published laws are called rivals.
 """
 
 import dataclasses
@@ -21,7 +21,10 @@ MIN_RANK = 4
 
 
 def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
-    """Return exp(mean ln optimal LoRA LR - ln optimal full LR), or a bound if no more is known."""
+    """Return exp(mean ln optimal LoRA LR - ln optimal full fine-tuning LR), or a bound of it.
+
+    There is only a bound if one of the optima is a bound.
+    """
     a, f = [o.best_lr for o in lora], full.best_lr
     n = sum(e.n for e in [*a, f])
 
@@ -67,10 +70,10 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
 
 
 def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
-    """Return each curve's best LoRA NLL - best full fine-tuning NLL, in nats.
+    """Return NLL of each LoRA curve minus NLL of full fine-tuning at their optimal LRs, in nats.
 
-    At each arm's optimal LR, paired by seed, over the seeds that were not used to choose the LRs.
-    With fewer than two of them, the difference of the fitted minima without an interval.
+    Values are paired by seed, over the seeds that were not used to choose the LRs. With fewer than
+    two such seeds, it is the difference of the fitted minima, without an interval.
     """
     of_full, *of_lora = losses_at_best([full, *lora])
     fresh = [
@@ -103,14 +106,14 @@ RIVALS: dict[str, tuple[float, float | None]] = {
     "hidden/(2 alpha) (withdrawn by the study's authors)": (1.0, -1.0),
     "sqrt(3) hidden/alpha (equal first step under Adam)": (1.0, -1.0),
 }
-"""Published laws: the exponents of hidden size and alpha; None: no claim about alpha."""
+"""Published law -> exponents of hidden size and alpha. None: the law says nothing about alpha."""
 ALPHA = 32.0
-"""The study's alpha. Laws without a claim about alpha are judged at it, if it was tried."""
+"""The study's alpha. p is fitted to the ratios at this alpha, if it was tried."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One measured ratio of optimal LRs: its logarithm, and the logarithm's standard error."""
+    """One measured ratio of optimal LRs: its logarithm, and the standard error of the logarithm."""
 
     base: str
     hidden: float
@@ -121,7 +124,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class RatioLaw:
-    """The fit of ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and its rivals."""
+    """The fit of ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and tests of rivals."""
 
     at_reference: Estimate
     """The ratio at hidden size 1000, at the alpha at which p was fitted."""
@@ -134,16 +137,17 @@ class RatioLaw:
     bases_q: int
     """Number of base models to which q is fitted."""
     rivals: dict[str, float | None] = field(default_factory=dict)
-    """p-value of each rival's exponents; None: too few bases to test."""
+    """Published law -> p-value of its exponents; None: too few bases to test."""
     flags: tuple[str, ...] = ()
 
 
 def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     """Fit the law to measured ratios.
 
-    p is regressed over bases, one row each, since a base's alphas share its full fine-tuning curve:
-    at one alpha (ALPHA, or the one that most bases have), with a variance between bases. q is the
-    slope over ln(alpha) within each base, averaged. A factor that does not vary has no exponent.
+    p comes from a regression over bases at one alpha: ALPHA, or the one that most bases have. It
+    has a variance between bases, and one row per base, since the ratios of a base share its full
+    fine-tuning curve. q is the mean over bases of the slope over ln(alpha). If hidden size or alpha
+    does not vary, its exponent has no value.
 
     Args:
         wider: more bases, used only to estimate the variance between bases.
@@ -170,14 +174,14 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
             None if width is None else width.p_of([1], [of_width]),
             None if found_q is None or of_alpha is None else found_q.p_of([0], [of_alpha]),
         ]
-        known = [v for v in found if v is not None]  # Bonferroni
+        known = [v for v in found if v is not None]  # Bonferroni over the two tests
         rivals[name] = min(1.0, len(known) * min(known)) if known else None
     tau, n_q = width.tau if width else 0.0, found_q.n if found_q else 0
     return RatioLaw(level, p, q, tau, len(rows), n_q, rivals, tuple(flags))
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
-    """Return each base's mean ratio at this alpha; its error is the mean, since runs are shared."""
+    """Average the ln ratios, and their errors, of each base at one alpha: they share runs."""
     out = []
     for base in dict.fromkeys(r.base for r in ratios if r.alpha == alpha):
         mine = [r for r in ratios if (r.base, r.alpha) == (base, alpha)]

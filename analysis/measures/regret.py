@@ -1,7 +1,7 @@
-"""Regret of LoRA against full fine-tuning, how much is new in the data, and the rank it needs.
+"""Measure LoRA's regret, how many bits are new in the data, and the smallest rank with no regret.
 
-Each arm is at its optimal learning rate, and losses are paired by seed. Where data are drawn by
-seed, an interval is over draws of what is to be learned.
+Each method is at its optimal learning rate, and losses are paired by seed. If the seed also draws
+the data, intervals cover the draw of the data too.
 """
 
 import json
@@ -22,31 +22,33 @@ from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import runs_of
 
 ALLOWED = 0.05
-"""LoRA has no regret if it loses less than this share of what full fine-tuning gains."""
+"""Regret of up to this share of full fine-tuning's gain counts as no regret."""
 BITS_PER_PARAMETER = 2.0
-"""Capacity of LoRA in the study, bits per trained parameter."""
+"""Capacity of LoRA according to the study, in bits per trained parameter."""
 GENERATOR, FIRST_PASS, ABOVE_FLOOR = "generator", "first_pass", "above_floor"
 COUNTS = {
     GENERATOR: "the generator's count",
     FIRST_PASS: "the first pass",
     ABOVE_FLOOR: "the first pass above its entropy",
 }
-"""How the bits of a data set are counted. The generator's: the free numbers of what is new. The
-first pass (the study's): the summed loss of full fine-tuning over the training rows, each before it
-is learned from (a prequential code, Dawid 1984). Above its entropy: without the rows' entropy."""
+"""Ways to count the bits to learn. The generator's: the fewest bits that describe the new rules and
+exceptions. The first pass (the study's): the summed loss of full fine-tuning over the training
+rows, each taken before the model trains on that row (a prequential code, Dawid 1984). Above its
+entropy: the first pass minus the entropy of the rows."""
 UNSCORED = 3
-"""Symbols at the start of a generated row without a full context, which bear no loss."""
+"""Number of symbols at the start of a generated row without a full context, and so without a
+loss."""
 PARTS = ("changed", "unchanged")
 
 
 @dataclass(frozen=True)
 class Novelty:
-    """What is new in a generated data set, from its parameters."""
+    """The new rules and exceptions of a generated data set, from its parameters."""
 
     symbols: int
-    """Symbols with changed rules, of VOCABULARY."""
+    """Number of symbols with changed rules, out of VOCABULARY."""
     rank: int
-    """Rank of that change; 0: the rules are redrawn."""
+    """Rank of the change of the rules; 0: the rules are redrawn."""
     exceptions: float
     """Share of the memorised exceptions that are new."""
 
@@ -57,12 +59,12 @@ class Novelty:
 
     @property
     def low(self) -> bool:
-        """Whether the rules alone, which are few numbers, are new."""
+        """Whether no exceptions are new, so that only rules, which are few numbers, may be."""
         return not self.exceptions
 
     @property
     def name(self) -> str:
-        """The name for people."""
+        """A short description for reports."""
         how = f"change of rank {self.rank}" if self.rank else "drawn anew"
         rules = f"{self.symbols} symbols, {how}" if self.symbols else ""
         facts = f"{self.exceptions:.0%} new exceptions" if self.exceptions else ""
@@ -84,7 +86,7 @@ def novelty_of(dataset: dict[str, Any]) -> Novelty | None:
 
 @dataclass(frozen=True)
 class Gap:
-    """LoRA of one rank against full fine-tuning in one condition after one number of updates."""
+    """LoRA at one rank compared with full fine-tuning, in one condition at one update."""
 
     rank: int
     lora: Optimum
@@ -92,15 +94,15 @@ class Gap:
     nats: AtBest[float]
     """LoRA's loss minus full fine-tuning's, by seed."""
     gain: AtBest[float]
-    """What full fine-tuning gains over the base, in nats, by seed."""
+    """How much full fine-tuning lowers the loss of the base, in nats, by seed."""
     load: float | None
-    """The generator's bits over the capacity at BITS_PER_PARAMETER; None if they are not known."""
+    """The generator's bits / (BITS_PER_PARAMETER x parameters); None if the bits are unknown."""
     pooled: PooledVariance | None = None
     """Variance over seeds of the gap, pooled over the ranks of a condition."""
 
     @property
     def beyond_allowed(self) -> AtBest[float]:
-        """The gap minus ALLOWED of the gain, by seed: below 0 LoRA has no regret."""
+        """The gap minus ALLOWED x gain, in nats, by seed; below 0 LoRA has no regret."""
         return self.nats.paired(self.gain, lambda gap, gain: gap - ALLOWED * gain)
 
     def over_allowed(self) -> Estimate:
@@ -117,9 +119,9 @@ class Gap:
 
     @property
     def planned_error(self) -> float:
-        """The standard error to expect of the gap, as a share of the gain; infinite if unknown.
+        """The expected standard error of the gap, as a share of the gain; infinite if unknown.
 
-        From the noise of repeats of full fine-tuning, so that it does not depend on what is judged.
+        It comes from the noise of repeated full fine-tuning runs, so it does not depend on the gap.
         """
         runs, gain = self.full.likelihood, mean_of(self.gain)
         if runs is None or not runs.df or not gain > 0:
@@ -129,7 +131,7 @@ class Gap:
 
 
 def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
-    """Compare every rank with full fine-tuning in one condition's runs; empty without both arms."""
+    """Compare every rank with full fine-tuning in one condition; empty if a method is missing."""
     lora = [o for o in optima if o.curve.key["method"] == "lora"]
     found = _against_full(table, optima, lora)
     pooled = at_best.pooled_over(g.nats for g in found)
@@ -142,7 +144,7 @@ def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
 
 
 def controls_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
-    """Compare full fine-tuning of some matrices alone, as rank 0, with that of everything."""
+    """Compare full fine-tuning of some matrices (rank 0) with full fine-tuning of all weights."""
     full = (o for o in optima if o.curve.key["method"] == "fullft")
     return _against_full(table, optima, [o for o in full if o.curve.key.get("scope") == "matrices"])
 
@@ -150,7 +152,7 @@ def controls_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
 def _against_full(
     table: pd.DataFrame, optima: Sequence[Optimum], others: Sequence[Optimum]
 ) -> list[Gap]:
-    """Compare curves with full fine-tuning of everything; empty without it."""
+    """Compare `others` with full fine-tuning of all weights; empty if its curve is missing."""
     full_ft = (o for o in optima if o.curve.key["method"] == "fullft")
     whole = [o for o in full_ft if o.curve.key.get("scope") != "matrices"]
     if not whole:
@@ -162,7 +164,7 @@ def _against_full(
 
 
 def gain_from(start: Mapping[int, float], losses: AtBest[float]) -> AtBest[float]:
-    """Return what was gained over the loss before training, by seed, in nats."""
+    """Return how much training lowered the loss, by seed, in nats."""
     return losses.each(lambda by_seed: {s: start[s] - v for s, v in by_seed.items()})
 
 
@@ -172,9 +174,10 @@ def starts_of(table: pd.DataFrame) -> dict[int, float]:
 
 
 def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
-    """Return the bits of a data set by each of COUNTS that is known, as means over seeds.
+    """Return the bits of a data set by way of counting (COUNTS), as means over seeds.
 
-    Full fine-tuning codes the rows, so that the load does not depend on LoRA.
+    Unknown counts are left out. The first pass is of full fine-tuning, so that the load does not
+    depend on LoRA.
     """
     found = {} if (known := _generator_bits(table)) is None else {GENERATOR: known}
 
@@ -189,7 +192,7 @@ def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
         if not math.isfinite(nats):
             return {}
         bits = {FIRST_PASS: nats / math.log(2)}
-        # Per token, of the held-out rows: only generated data have one.
+        # The entropy per token of the held-out rows; only generated data have one.
         floor = result.get("floor_nats")
         if floor is not None and novelty_of(data) is not None:
             tokens = rows * (int(data["max_length"]) - UNSCORED)
@@ -211,7 +214,7 @@ def _generator_bits(table: pd.DataFrame) -> float | None:
 
 
 def loads_of(table: pd.DataFrame, o: Optimum, bits: Mapping[str, float]) -> dict[str, float]:
-    """Return bits over the capacity of a curve's adapter, at BITS_PER_PARAMETER, by count."""
+    """Return loads by way of counting: bits / (BITS_PER_PARAMETER x trained parameters)."""
     capacity = BITS_PER_PARAMETER * float(runs_of(table, o.curve)["n_trainable"].mean())
     return {count: value / capacity for count, value in bits.items()}
 
@@ -222,9 +225,9 @@ def growth(first: Gap, last: Gap) -> Estimate:
 
 
 def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
-    """Split a gap, in nats by seed, into the parts of changed and of unchanged contexts.
+    """Split a gap into the parts from changed and from unchanged contexts, in nats, by seed.
 
-    Empty if the losses were not measured apart, or there is only one kind of contexts.
+    Empty if the two losses were not measured, or if all contexts are of one kind.
     """
 
     def read(row: pd.Series) -> dict[str, float]:
@@ -246,22 +249,25 @@ def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
 
 @dataclass(frozen=True)
 class Needed:
-    """The smallest rank with no regret, as far as the ranks tried tell: in (above, up_to]."""
+    """The range (above, up_to] in which the smallest rank with no regret lies."""
 
     above: float
-    """Largest rank whose regret exceeds what is allowed; 0 if none does."""
+    """Largest rank whose interval lies above the allowed regret; 0 if there is none."""
     up_to: float
-    """Smallest rank from which on no regret exceeds what is allowed; infinite if there is none."""
+    """Smallest rank such that it and all higher ranks have no regret; infinite if there is none."""
 
     def __str__(self) -> str:
-        """Return the range for people."""
+        """Format the range for reports."""
         if math.isinf(self.up_to):
             return f"above {self.above:g}" if self.above else "-"
         return f"up to {self.up_to:g}" if not self.above else f"{self.above:g} to {self.up_to:g}"
 
 
 def rank_needed(over_allowed: Mapping[int, Estimate]) -> Needed:
-    """Return the smallest rank with no regret; ranks without an interval are not judged."""
+    """Return the range of the smallest rank with no regret, from `Gap.over_allowed` by rank.
+
+    A rank is undecided if its interval is missing or contains 0: `up_to` is then above this rank.
+    """
     above, up_to = 0.0, math.inf
     for rank, e in sorted(over_allowed.items()):
         if e.low is not None and e.low > 0:
@@ -274,7 +280,7 @@ def rank_needed(over_allowed: Mapping[int, Estimate]) -> Needed:
 
 
 def rank_needed_by_seed(gaps: Mapping[int, Gap]) -> AtBest[float]:
-    """Return log2 of the needed rank, interpolated, by seed; +-inf outside the ranks tried."""
+    """Interpolate log2(smallest rank with no regret) by seed; +-inf outside the ranks tried."""
     ranks = sorted(gaps)
     over = [gaps[r].beyond_allowed for r in ranks]
 
@@ -287,20 +293,20 @@ def rank_needed_by_seed(gaps: Mapping[int, Gap]) -> AtBest[float]:
 
 
 def crossing(x: Sequence[float] | np.ndarray, y: Sequence[float]) -> float:
-    """Return where y last falls to 0; -inf if all of y is below 0, inf if the last y is above."""
+    """Return the last x where y falls to 0; -inf if all y are below 0, inf if the last is above."""
     if not np.isfinite(y).all():
         return math.nan
     if y[-1] > 0:
         return math.inf
     if max(y) <= 0:
         return -math.inf
-    # A monotone cubic (Fritsch and Butland 1984) does not leave the ranks around the crossing.
+    # A monotone cubic (Fritsch and Butland 1984) crosses 0 only between ranks whose y do.
     return float(PchipInterpolator(x, y).roots(extrapolate=False).max())
 
 
 def change_of_needed(
     first: AtBest[float], last: AtBest[float], doublings: float
 ) -> AtBest[float] | None:
-    """Return the change of log2 of the needed rank per doubling, or None if a seed's is unknown."""
+    """Return the change of log2(needed rank) per doubling of updates; None if a seed has none."""
     change = last.paired(first, lambda b, a: (b - a) / doublings)
     return change if is_finite(change) else None

@@ -1,8 +1,8 @@
-"""Rewards at the best stable learning rate: the best one at which few runs collapse.
+"""Measure rewards at the best stable learning rate.
 
-The optimum is the top of a parabola in ln(lr) through the mean rewards of the best stable learning
-rate and its neighbours, within their ends. Means are over the runs that did not collapse. Points
-are hundredths of reward.
+A learning rate is stable if few of its runs collapse (`runs.metric`). The optimum is the top of a
+parabola in ln(lr), fitted to the mean rewards of the best stable learning rate and its stable
+neighbours. Means are over the runs that did not collapse. A point is a hundredth of reward.
 """
 
 import math
@@ -25,40 +25,41 @@ from analysis.runs.metric import collapsed
 
 POINTS = 100
 GOOD = 0.02
-"""Reward below the best one within which a learning rate is good."""
+"""A learning rate is good if its reward is at most this far below the best reward."""
 MAX_COLLAPSED = 0.1
 """Largest share of the runs at a stable learning rate that may collapse: 0 of 6, 1 of 12 runs."""
 KEPT = 0.5
-"""A learning rate enters the parabola if it keeps this share of the best stable one's gain. One at
-which every run is spoiled, and none collapses, would bend it."""
+"""A stable learning rate enters the fit of the parabola if its gain is at least this share of the
+best one's gain. One at which all runs are bad, but none collapses, would distort the fit."""
 WINDOW = 5
-"""Number of stable learning rates, around the best one, through which the parabola goes."""
+"""Number of stable learning rates, around the best one, to which the parabola is fitted."""
 RESAMPLES = 1000
 """Bootstrap samples of the seeds."""
 SAME = 1e-6
-"""Learning rates that differ by less in ln(lr) are one."""
+"""Learning rates that differ by less than this in ln(lr) count as equal."""
 
 
 @dataclass(frozen=True)
 class Stable:
-    """What a curve reaches at stable learning rates."""
+    """The optimum of a curve over its stable learning rates."""
 
     x: float
-    """ln of the tried learning rate next to the parabola's top."""
+    """ln of the tried learning rate nearest to the top of the parabola."""
     loss: AtBest[float]
-    """The loss at the top, by seed: their mean is the estimate, their spread its error."""
+    """The loss at the top by seed: the mean is the estimate, and the spread its error."""
     draws: np.ndarray
-    """ln of the tried learning rates next to the tops of N_LR_DRAWS bootstrap samples."""
+    """ln of the tried learning rates nearest to the tops of N_LR_DRAWS bootstrap samples."""
 
 
 def stable(curve: LrCurve) -> Stable | None:
     """Find the best stable learning rate of a curve; None if there is none.
 
-    Choices depend on the seeds, and a jackknife jumps where they change: in simulations its
-    intervals covered the truth in 78% of cases at 24 seeds (these: 94%). So the choice is repeated
-    on RESAMPLES bootstrap samples of the seeds. Its reward is read from all seeds: the sample's own
-    would look better than it is. The estimate is the mean over samples; each seed's part of it is
-    the infinitesimal jackknife of a smoothed estimate (Efron, JASA 109, 2014).
+    The selected learning rate depends on the seeds. So the selection is repeated on RESAMPLES
+    bootstrap samples of the seeds. The reward at a selected rate is over all seeds, since the mean
+    over the sample is biased upwards. The estimate is the mean over samples; each seed's
+    contribution is the infinitesimal jackknife of a smoothed estimate (Efron, JASA 109, 2014). In
+    simulations at 24 seeds its intervals covered the truth in 94% of cases. A plain jackknife,
+    which jumps where the selection changes, covered it in 78%.
     """
     runs = {
         (round(float(x), 6), int(s)): math.nan if broke else float(y)
@@ -76,8 +77,8 @@ def stable(curve: LrCurve) -> Stable | None:
     tops, weights = _tops(x, loss, left, start, draws)
     found = np.isfinite(tops)  # in some samples no learning rate is stable
     tops, weights, times = tops[found], weights[found], draws[found]
-    # The mean loss at each LR over the runs that are left, and each seed's part of it: the mean
-    # where the seed broke down, so the parts' spread is that of so many fewer runs.
+    # means: over the runs that did not break down, at each LR. own: each seed's contribution. It is
+    # the mean if the seed broke down; the rest is scaled up, for the spread of fewer runs.
     count = np.maximum(left.sum(1, keepdims=True), 1)
     means = loss.sum(1, keepdims=True) / count
     own = means + left * (loss - means) * n / count
@@ -94,24 +95,24 @@ def stable(curve: LrCurve) -> Stable | None:
 def _tops(
     x: np.ndarray, loss: np.ndarray, left: np.ndarray, start: float, times: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return ln(lr) of the parabola's top in each sample of the seeds, and the LRs' weights there.
+    """Return ln(lr) of the parabola's top in each sample of the seeds, and the weights of the LRs.
 
-    Tops are NaN where no LR is stable [samples]; the LRs' mean losses times the weights give the
-    parabola's height [samples, lrs].
+    Tops [samples] are NaN where no LR is stable. The sum over LRs of weight [samples, lrs] times
+    mean loss is the height of the parabola at its top.
 
     Args:
         x: ln(lr) of the learning rates at which all seeds ran, rising [lrs].
         loss: [lrs, seeds]; 0 where the run broke down.
         left: 1.0 where the run did not break down, else 0.0 [lrs, seeds].
         start: loss before training; NaN if unknown.
-        times: how often a sample has each seed [samples, seeds].
+        times: how often each sample contains each seed [samples, seeds].
     """
     at, weights = np.full(len(times), math.nan), np.zeros((len(times), len(x)))
     count = left @ times.T  # runs that did not break down [lrs, samples]
     steady = count >= (1 - MAX_COLLAPSED) * times.sum(1) - 1e-9
     means = np.where(steady, loss @ times.T / np.maximum(count, 1), math.inf)
     lowest = np.where(steady.any(0), means.min(0, initial=math.inf), 0.0)
-    # NaN if the start is unknown: the comparison is then False.
+    # If the start is unknown (NaN), the comparison is False: all stable LRs are used.
     used = steady & ~(means > lowest + (1 - KEPT) * (start - lowest))
     for pattern in np.unique(used.T, axis=0):
         mine = np.flatnonzero((pattern == used.T).all(1))
@@ -128,7 +129,7 @@ def _tops(
 
 
 def _bottoms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where parabolas through y [lrs, samples] are lowest, and weights [samples, lrs]."""
+    """Return the x of minima of parabolas through y [lrs, samples]; also weights [samples, lrs]."""
     middle, powers = float(x.mean()), range(min(3, len(x)))
     fit = np.linalg.pinv(np.stack([(x - middle) ** k for k in powers], 1))  # [powers, lrs]
     line = np.zeros((3, y.shape[1]))
@@ -145,9 +146,9 @@ def _bottoms(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def values_at_stable(
     table: pd.DataFrame, curve: LrCurve, read: Callable[[pd.Series], dict[Any, float]]
 ) -> AtBest[dict[Any, float]]:
-    """Return by seed what `read` finds at the tried LRs next to the best stable one and its draws.
+    """Read metrics by seed at the tried LRs nearest to the best stable LR and to its draws.
 
-    Runs that collapsed are left out, and seeds of which nothing is found.
+    Runs that collapsed, and runs without metrics, are left out.
     """
     best = stable(curve)
     if best is None:
@@ -195,7 +196,7 @@ def reward_of(o: Optimum) -> AtBest[float]:
 def learning_at_stable(
     table: pd.DataFrame, optima: Mapping[int, Optimum]
 ) -> dict[int, AtBest[Points]]:
-    """Return learning curves (losses) by seed at the best stable LR, by rank, of optima by rank."""
+    """Return learning curves (losses) at the best stable LR, by rank and seed."""
     learned = by_run(pd.concat([runs_of(table, o.curve) for o in optima.values()]))
 
     def read(run: pd.Series) -> dict[Any, float]:
@@ -208,7 +209,7 @@ def learning_at_stable(
 
 
 def good_range(x: np.ndarray, reward: np.ndarray) -> tuple[float, float, bool]:
-    """Return the ends of the range of good LRs in ln(lr), interpolated, and whether it is open."""
+    """Return the interpolated ends of the range of good LRs in ln(lr), and if an edge cuts it."""
     best = int(reward.argmax())
     least = float(reward[best]) - GOOD
     ends, is_open = [], False
@@ -226,10 +227,11 @@ def good_range(x: np.ndarray, reward: np.ndarray) -> tuple[float, float, bool]:
 
 
 def range_ratio(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
-    """Return LoRA's range of good LRs over full fine-tuning's, both in doublings, and its gates.
+    """Return the width of LoRA's range of good LRs over full fine-tuning's, and its gates.
 
-    Ranges are of the mean reward over the seeds that ran at all LRs of both curves. The interval is
-    Student's, of the jackknife's pseudo-values in logarithms (Miller, Biometrika 61, 1974).
+    Widths are in doublings. They are read from the mean reward over the seeds that ran at all LRs
+    of both curves. The interval is Student's, of jackknife pseudo-values of the logarithm of the
+    ratio (Miller, Biometrika 61, 1974).
     """
     both = [
         {(x, int(s)): y for x, s, y in zip(o.curve.x, o.curve.seed, o.curve.y)}
@@ -243,7 +245,7 @@ def range_ratio(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
     )
     if len(seeds) < MIN_SEEDS:
         return Estimate(None), [Gate(GateCode.FEW_SEEDS, len(seeds), "all rates: ")]
-    grids = [  # ln(lr) [n] and rewards [n, seeds]; a run that broke down has none
+    grids = [  # ln(lr) [n] and rewards [n, seeds]; 0 if a run has none
         (np.array(xs), np.nan_to_num(-np.array([[runs[x, s] for s in seeds] for x in xs]), nan=0.0))
         for runs, xs in zip(both, lrs)
     ]

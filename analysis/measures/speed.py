@@ -1,7 +1,8 @@
-"""Learning curves of LoRA and full fine-tuning, each at its optimal learning rate.
+"""Compare learning curves of LoRA and full fine-tuning, each at its optimal learning rate.
 
-The step efficiency rho is full fine-tuning's steps to a common loss over LoRA's: at 0.9 LoRA needs
-11% more. Unlike a gap in nats it does not depend on where on the learning curve it is read.
+The step efficiency rho is full fine-tuning's number of steps to some loss divided by LoRA's: at 0.9
+LoRA needs 11% more. Unlike a gap in nats, rho is equal at all losses if LoRA learns at a constant
+fraction of full fine-tuning's speed.
 """
 
 import math
@@ -55,14 +56,14 @@ def steps_to_reach(points: Points, loss: float) -> float | None:
 
 
 def _reach(one: Points, other: Points) -> tuple[float, int]:
-    """Return ln(steps of `other` / steps of `one`) to the lowest loss that both reach, and a bound.
+    """Return ln(steps of `other` / steps of `one`) to the lowest loss of both, and its kind.
 
-    0: a value. -1: an upper bound, since `other` has the loss at its first evaluation; 1: a lower
-    bound, since `one` has.
+    Kind 0: a value. -1: an upper bound, since `other` has that loss at its first evaluation
+    already. 1: a lower bound, since `one` has. The loss is the lowest that both reach.
     """
     loss = max(one[-1][1], other[-1][1])
     steps, others = steps_to_reach(one, loss), steps_to_reach(other, loss)
-    assert steps is not None and others is not None  # both end at or below it
+    assert steps is not None and others is not None  # both end at or below `loss`
     bound = -1 if other[0][1] <= loss else 1 if one[0][1] <= loss else 0
     return math.log(others / steps), bound
 
@@ -80,11 +81,11 @@ def log_rho(one: AtBest[Points], other: AtBest[Points]) -> AtBest[float]:
 def rho(
     lora: AtBest[Points], full: AtBest[Points], pooled: PooledVariance | None = None
 ) -> Estimate:
-    """Return rho from learning curves, as `curves_at_best` returns them, paired by seed.
+    """Return rho of two curves from `curves_at_best`, paired by seed.
 
-    Steps are counted to the higher of the two last losses. If either curve has it at its first
-    evaluation in any seed, there is only a bound. The interval covers the seeds' spread (at least
-    two; `pooled`: the variance of ln rho over similar curves) and the error of the optima.
+    Steps are counted to the higher of the two last losses. If a curve has that loss at its first
+    evaluation in any seed, rho is only a bound. The interval covers the spread over seeds (two or
+    more) and the error of the optima. `pooled`: the variance of ln(rho) over similar curves.
     """
     pairs = [(lora.best[s], full.best[s]) for s in sorted(lora.best.keys() & full.best.keys())]
     found = [_reach(a, b) for a, b in pairs if a and b]
@@ -99,9 +100,9 @@ def rho(
 
 
 def slope_by_rank(logs: dict[int, AtBest[float]]) -> Estimate:
-    """Return the slope of ln(rho) over log2(rank): least squares by seed, then over seeds.
+    """Return the slope of ln(rho) over log2(rank): the mean of least-squares slopes by seed.
 
-    Without a value if any seed has only a bound, or with fewer than two ranks.
+    There is no value if any seed has only a bound, or with fewer than two ranks.
     """
     ranks = sorted(logs)
     if len(ranks) < 2:
@@ -114,7 +115,7 @@ def slope_by_rank(logs: dict[int, AtBest[float]]) -> Estimate:
 
 
 def _by_rank(values: Mapping[int, AtBest[T]]) -> AtBest[dict[int, T]]:
-    """Return the values of all ranks by seed, for the seeds that all ranks have."""
+    """Regroup values, for the seeds that all ranks have, to seed -> rank -> value."""
     first, *rest = sorted(values)
     together = values[first].map(lambda v: {first: v})
     for r in rest:
@@ -125,12 +126,13 @@ def _by_rank(values: Mapping[int, AtBest[T]]) -> AtBest[dict[int, T]]:
 # ---------------------------------------------------------------- falling behind
 
 DEPARTED = 0.05
-"""A rank is behind when it lacks this share of what full fine-tuning gains in the whole run."""
+"""A rank is behind at a step if its loss there exceeds full fine-tuning's by more than this share
+of full fine-tuning's gain over the whole run."""
 
 
 @dataclass(frozen=True)
 class Departure:
-    """The step from which a curve stays behind, or the range in which it lies."""
+    """The step from which LoRA stays behind full fine-tuning, or bounds of this step."""
 
     low: float
     """0 if the curve was behind at its first evaluation already."""
@@ -172,13 +174,14 @@ def departure(lora: Points, full: Points, start: float) -> Departure:
 def slope_of(left: dict[int, AtBest[Departure]]) -> Estimate:
     """Return the slope of ln(departure) over log2(rank), from all ranks and seeds.
 
-    A rank that does not fall behind within the run is right-censored (leaving out these high ranks
-    would flatten the slope), one that is behind at the first evaluation left-censored. The line is
-    fitted to all seeds together (`censored_slope`). Seeds share their batches over the ranks, so
-    the interval is Student's over the seeds' jackknife pseudo-values: without censoring, the slopes
-    of single seeds. It includes the error of full fine-tuning's optimum, which all ranks share.
+    A departure is right-censored if the rank does not fall behind within the run (without such
+    ranks the slope would be too flat), and left-censored if the rank is behind at its first
+    evaluation. One line is fitted to all seeds (`censored_slope`). The ranks of a seed share
+    batches, so the interval is Student's over jackknife pseudo-values, one per seed. Without
+    censoring these are the slopes of single seeds. The interval includes the error of full
+    fine-tuning's optimum, which all ranks share.
 
-    Without a value if fewer than two ranks fall behind where it can be seen.
+    There is no value if fewer than two ranks have a departure that is not censored.
     """
     together = _by_rank(left)
     by_seed = together.best
@@ -200,7 +203,7 @@ def slope_of(left: dict[int, AtBest[Departure]]) -> Estimate:
 
 
 def _slope(by_seed: dict[int, dict[int, Departure]]) -> float:
-    """Return the slope over all seeds and ranks; NaN where it is not determined."""
+    """Return the slope over all seeds and ranks; NaN if the ranks do not determine it."""
     found = [(r, d) for v in by_seed.values() for r, d in v.items() if d != UNKNOWN]
     low = [math.log(d.low) if d.low > 0 else -math.inf for _, d in found]
     return censored_slope(
@@ -219,17 +222,17 @@ def envelope(table: pd.DataFrame, o: Optimum) -> Points:
     return sorted(lowest.items())
 
 
-# ---------------------------------------------------------------- straight in ln(updates)
+# ---------------------------------------------------------------- loss over ln(updates)
 
 SPAN = 4
-"""The two spans that are compared are the last factor SPAN of the updates, and the one before."""
+"""Two spans of updates are compared: the last one, from n / SPAN to n, and the span before it."""
 
 
 def bend(points: Points) -> float:
-    """Return ln(fall of the loss in the last span / in the one before), below 0 if it flattens.
+    """Return ln(fall of the loss in the last span / in the span before), below 0 if it flattens.
 
-    Interpolated in ln(updates). NaN if the loss does not fall in both spans, or the curve begins
-    later than the first.
+    The loss is interpolated in ln(updates). NaN if it does not fall in both spans, or if the curve
+    begins after the start of the first span.
     """
     steps, losses = np.array(points, dtype=float).T if points else (np.zeros(1), np.zeros(1))
     ends = steps[-1] / np.array([SPAN**2, SPAN, 1.0])
@@ -242,13 +245,13 @@ def bend(points: Points) -> float:
 
 
 def straightness(curves: AtBest[Points]) -> Estimate:
-    """Return exp(`bend`) over seeds: 1 on a straight line; without a value if a seed has none."""
+    """Return exp(`bend`) over seeds: 1 for a straight line; no value if a seed has no bend."""
     bends = curves.map(bend)
     return exp_of(over_seeds(bends)) if is_finite(bends) else Estimate(None, n=len(bends.best))
 
 
 def least_straight(*curves: AtBest[Points]) -> Estimate:
-    """Return the straightness furthest from 1; without a value if a curve has none."""
+    """Return the straightness that is furthest from 1; no value if a curve has none."""
     found = [straightness(c) for c in curves]
     unknown = [e for e in found if e.value is None]
     return unknown[0] if unknown else max(found, key=lambda e: abs(math.log(e.value or 1.0)))
@@ -258,16 +261,16 @@ def least_straight(*curves: AtBest[Points]) -> Estimate:
 
 RESAMPLES = 2000
 Draws = dict[int, dict[int, np.ndarray]]
-"""Losses by rank and seed: [draws of A, steps]."""
+"""Losses by rank and seed: [draws of A, steps]. A draw is a random initialisation of A."""
 
 
 @dataclass(frozen=True)
 class Apart:
-    """One rank compared with the highest."""
+    """One rank compared with the highest rank."""
 
     rank: int
     difference: np.ndarray
-    """Its mean loss minus the highest rank's, in nats, by step."""
+    """The rank's mean loss minus the highest rank's, in nats, by step."""
     band: np.ndarray
     """Half width of the 95% band of the difference of two runs over draws of A, by step."""
     leaves: float
@@ -276,14 +279,14 @@ class Apart:
 
 @dataclass(frozen=True)
 class Start:
-    """How long the ranks learn equally at one learning rate, against the spread over draws of A.
+    """How long all ranks learn equally at one learning rate.
 
-    Ranks differ once they are further apart than two draws of A at the same rank.
+    A rank learns differently once its loss leaves the 95% band of the difference between two draws.
     """
 
     lr: float
     top: int
-    """The rank with which the others are compared."""
+    """The highest rank, with which the other ranks are compared."""
     steps: list[float]
     ranks: list[Apart]
     first: Estimate
@@ -293,7 +296,7 @@ class Start:
 
 
 def start_of(table: pd.DataFrame, top: int) -> Start | None:
-    """Compare ranks with rank `top` at the LR of several draws of A; None with only one rank."""
+    """Compare ranks with rank `top` at the LR with several draws of A; None with only one rank."""
     part = table[table["method"] == "lora"]
     lrs = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
     found: dict[int, dict[int, list[dict[float, float]]]] = {}
@@ -331,16 +334,16 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
 
 
 def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> float:
-    """Return the first step of two in a row, or the last, outside the band; else infinite."""
+    """Return the first step outside the band whose next step, if any, is outside; or infinity."""
     out = np.abs(apart) > band
     twice = [i for i in range(len(steps)) if out[i] and (i + 1 == len(steps) or out[i + 1])]
     return steps[twice[0]] if twice else math.inf
 
 
 def _first_to_leave(drawn: Draws, band: dict[int, np.ndarray], steps: Sequence[float]) -> Estimate:
-    """Return the step at which the first rank leaves its band; if never, twice the last step.
+    """Return the step at which the first rank leaves its band; twice the last step if none does.
 
-    The interval is from a bootstrap over seeds and, within them, draws of A.
+    The interval is from a bootstrap over seeds, and over draws of A within each seed.
     """
     top, rng = max(drawn), np.random.default_rng(20251126)
     seeds = sorted(set.intersection(*(set(v) for v in drawn.values())))

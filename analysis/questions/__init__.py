@@ -1,4 +1,4 @@
-"""One file per question, each a declaration of estimands, conditions and sections; the scaffold.
+"""Questions: each module declares the estimands, conditions and report sections of one question.
 
-Knows nothing of how answers are shown.
+`base` is the scaffold that they share. This package does not render reports.
 """

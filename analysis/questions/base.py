@@ -1,7 +1,7 @@
-"""What a question is: estimands, the conditions on which they are measured, and a report.
+"""Scaffold of a question: its estimands, the conditions on which they are measured, and a report.
 
-A question's module defines `QUESTION`. The scaffold here judges every claim on every condition to
-which its estimand applies. Where an arm or all conditions are missing, a claim is UNDECIDED.
+A question's module defines `QUESTION`. The scaffold judges every claim on every condition to which
+the claim's estimand applies. If an arm or all conditions are missing, the claim is UNDECIDED.
 """
 
 import dataclasses
@@ -46,19 +46,19 @@ class Series:
     high: Sequence[float | None] = ()
     style: str = "o-"
     colour: int | str | None = None
-    """Index into the palette, or a colour; None: the next one."""
+    """Index into the palette, or a colour; None: the palette's next colour."""
     width: float = 1.6
     size: float = 5.5
     """Size of the markers, in points."""
     alpha: float = 1.0
     bounds: Sequence[int] = ()
-    """As long as x, or empty: 1 where y is only a lower bound, -1 an upper one, 0 a value."""
+    """For each x: 1 if y is only a lower bound, -1 if an upper bound, 0 if a value; or empty."""
 
     @classmethod
     def of(
         cls, label: str, x: Iterable[float], estimates: Sequence[Estimate], **style: Any
     ) -> "Series":
-        """Make a series of estimates over x, with intervals; a bound is an arrow to the value."""
+        """Make a series of estimates with intervals over x; a bound is drawn as an arrow."""
         bounds = [
             int(AT_LEAST in e.flags)
             if e.value is not None or e.has_interval()
@@ -90,7 +90,7 @@ class Panel:
     ticks: list[tuple[float, str]] | None = None
     y_range: tuple[float | None, float | None] = (None, None)
     linear_below: float = 0.0
-    """With `log_y`: the axis is linear from 0 to this height, so that 0 has a place."""
+    """With `log_y`: the axis is linear from 0 to this height, so that 0 can be drawn."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Section:
     rows: list[list[str]] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     figure: str = ""
-    """File name of the panels, in the report's folder."""
+    """File name of the figure, in the report's folder."""
     panels: Sequence[Panel] = ()
     """Empty: the section has no figure."""
     caption: str = ""
@@ -121,7 +121,7 @@ class Section:
             head: names of the columns, with " | " between them.
             rows: text, numbers, estimates (shown with their intervals), or None.
             text: lines; empty ones are left out.
-            figure: its file name, panels and caption.
+            figure: file name, panels and caption of the figure.
         """
 
         def cell(v: Any) -> str:
@@ -157,7 +157,7 @@ def panel_over(
 ) -> Panel:
     """Draw lines of estimates (label -> x -> estimate) over a logarithmic x, with a tick at each x.
 
-    `look` are other fields of `Panel`.
+    `look`: other fields of `Panel`.
     """
     series = [Series.of(label, of, list(of.values())) for label, of in estimates.items()]
     ticks = [(float(v), f"{v:g}") for v in sorted({v for of in estimates.values() for v in of})]
@@ -175,7 +175,7 @@ def panel_of(
 
 
 def mapped(e: Estimate, f: Callable[[float], float]) -> Estimate:
-    """Return f of an estimate and of its ends, without draws; f is monotone."""
+    """Apply a monotone f to an estimate's value and ends; the result has no draws."""
     low, value, high = (None if v is None else f(v) for v in (e.low, e.value, e.high))
     falls = f(1.0) > f(2.0)
     return Estimate(value, *((high, low) if falls else (low, high)), e.n, e.flags)
@@ -252,7 +252,7 @@ STOPS = (
 )
 """Flags of an optimum that forbid a verdict."""
 MAX_ERROR = 0.0125
-"""Standard error of a gap, as a share of the gain, above which it is shown and not judged."""
+"""Largest standard error, as a share of the gain, of a gap that is judged."""
 
 
 def missing(what: str) -> list[Gate]:
@@ -275,7 +275,7 @@ def gates_on(optima: Sequence[Optimum]) -> list[Gate]:
 
 
 def gates_on_speed(optima: Sequence[Optimum]) -> list[Gate]:
-    """List the gates of a claim about rho: those on its optima, and a task unfit for it."""
+    """List the gates of a claim about rho: gates on its optima, and an unfit task."""
     found = gates_on(optima)
     known = [o.best_nll for o in optima if o.best_nll is not None]
     if not known:
@@ -287,9 +287,9 @@ def gates_on_speed(optima: Sequence[Optimum]) -> list[Gate]:
 
 
 def gates_on_gap(gap: Gap) -> list[Gate]:
-    """List the gates of a gap: those on its optima, and too much noise; never the task.
+    """List the gates of a gap: gates on its optima, and too much noise; an unfit task is no gate.
 
-    A gap in nats with its own error is right on a small or a nearly solved task too.
+    A gap in nats with its own error is valid on a small or nearly solved task too.
     """
     found = gates_on([gap.full, gap.lora])
     if gap.planned_error > MAX_ERROR:
@@ -304,21 +304,21 @@ def gates_on_gap(gap: Gap) -> list[Gate]:
 
 @dataclass(frozen=True)
 class Condition:
-    """Runs that are judged together; a question's subclass adds what its estimands share."""
+    """Runs that are judged together; subclasses add values that a question's estimands share."""
 
     name: str
-    """The group of its verdicts."""
+    """The group of the condition's verdicts."""
     runs: pd.DataFrame = field(repr=False)
     optima: list[Optimum]
 
     @property
     def missing(self) -> str:
-        """Name the arm without which nothing can be measured; empty if all are there."""
+        """The missing arm without which nothing can be measured; empty if no arm is missing."""
         return ""
 
     @property
     def shown(self) -> bool:
-        """Whether the report shows it."""
+        """Whether the report shows the condition."""
         return not self.missing
 
     @property
@@ -328,24 +328,24 @@ class Condition:
 
     @property
     def seeds(self) -> int:
-        """Number of seeds at the optima, for estimates that do not know their units."""
+        """Smallest number of seeds at the optima, for estimates without a known `spread`."""
         return fewest_seeds(self.rests)
 
     @property
     def parts(self) -> Sequence["Condition"]:
-        """The conditions that this one spans; empty if it is a single one."""
+        """The conditions that this condition joins; empty if it joins none."""
         return ()
 
     @cached_property
     def by_rank(self) -> dict[int, Optimum]:
-        """The first curve of full fine-tuning as rank 0, then LoRA's by rank."""
+        """Rank -> curve. Rank 0 is the first curve of full fine-tuning."""
         full = full_of(self.optima)
         lora = {rank_of(o): o for o in lora_of(self.optima)}
         return lora if full is None else {0: full, **lora}
 
     @property
     def full(self) -> Optimum:
-        """Full fine-tuning; KeyError without it."""
+        """The curve of full fine-tuning; KeyError if it is missing."""
         return self.by_rank[0]
 
     @cached_property
@@ -364,13 +364,13 @@ class Condition:
         return max(self.by_rank, default=0)
 
     def pair(self, rank: int = 0) -> list[Optimum]:
-        """Return full fine-tuning and a rank (default: the highest)."""
+        """Return the curves of full fine-tuning and of a rank (0: the highest)."""
         return [self.full, self.by_rank[rank or self.top]]
 
 
 @dataclass(frozen=True)
 class TwoArms(Condition):
-    """Full fine-tuning and LoRA of several ranks, both required, while the task is unsolved."""
+    """Full fine-tuning and LoRA at several ranks, both required, before the task is solved."""
 
     note: str
     """A sentence about the update at which runs were cut; empty without a cut."""
@@ -389,27 +389,28 @@ C = TypeVar("C", bound=Condition)
 
 @dataclass(frozen=True)
 class Estimand(Generic[C]):
-    """A quantity that claims can be about, as functions of a condition."""
+    """A quantity that claims can be about; most fields are functions of a condition."""
 
     name: str
     measure: Callable[[C], Estimate | None]
-    """None: a curve is missing, which `absent` names."""
+    """Returns None if the curve that `absent` names is missing."""
     gates: Callable[[C], Sequence[Gate]] = lambda c: ()
-    """What forbids a verdict on what was measured."""
+    """Gates that forbid a verdict on the measurement."""
     absent: str | Callable[[C], str] = ""
-    """The curve without which nothing is measured, in words."""
+    """The curve without which nothing can be measured, in words."""
     log: bool = False
-    """Whether it is a ratio, so that distances to its margin are compared as logarithms."""
+    """Whether the estimand is a ratio, so that distances to the margin are in logarithms."""
     applies: Callable[[C], bool] = lambda c: True
-    """Whether the condition can answer it."""
+    """Whether the condition can answer claims about the estimand."""
     seeds: Callable[[C], int] | None = None
-    """Number of seeds that it rests on; None: the condition's."""
+    """Number of seeds behind the estimate; None: the condition's `seeds`."""
     margin_gates: Callable[[C, tuple[float, float]], Sequence[Gate]] = lambda c, margin: ()
     """Gates that depend on the claim's margin; listed last."""
     rivals: Callable[[C], dict[str, float]] = lambda c: {}
     """Predictions of published laws, shown beside the verdict."""
     each: str = ""
-    """The estimand of the condition's `parts`; each must be SUPPORTED by the same margin, too."""
+    """Name of an estimand of the condition's `parts`. A claim is SUPPORTED only if this estimand is
+    SUPPORTED in each part, by the same margin."""
     read: Callable[[C], str] | None = None
     """The rank and the number of updates at which it is measured, in words."""
 
@@ -423,7 +424,7 @@ LR_DRIFT = Estimand[Any](
 
 
 def over_allowed(name: str, gap: Callable[[C], Gap | None], **more: Any) -> Estimand[C]:
-    """Declare a curve's regret minus what is allowed, in nats; `gap` is None without the curve."""
+    """Declare a gap minus the allowed regret, in nats; `gap` returns None if a curve is missing."""
     return Estimand(
         name,
         lambda c: g.over_allowed() if (g := gap(c)) else None,
@@ -453,7 +454,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Question(Generic[C]):
-    """A question: what it measures on which conditions, and what its report shows."""
+    """A question: estimands, conditions, and the contents of its report."""
 
     estimands: Sequence[Estimand[C]]
     conditions: Callable[[pd.DataFrame], Sequence[C]]
@@ -461,13 +462,13 @@ class Question(Generic[C]):
     measures: Callable[[Sequence[C], Asked], dict[str, Any]]
     """Values for results.json, from the conditions that are shown; estimates may be among them."""
     sections: Callable[[Sequence[C], Asked], list[Section]]
-    """Sections of the report, from the same conditions."""
+    """Sections of the report, from the conditions that are shown."""
     ratios: Callable[[C], list[tuple[str, Estimate]]] = lambda c: []
     """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
     split_by: tuple[str, ...] = ()
-    """Columns: the runs of each of their values are analysed apart, in separate sections."""
+    """Columns; runs that differ in them are analysed separately, in separate sections."""
     shows: tuple[str, ...] = ()
-    """Sweeps whose kept answers the report shows too: they are rendered before it."""
+    """Questions whose kept answers the report shows too: they are rendered before it."""
     by_base: bool = False
     """Whether a claim may leave out base models (`not_on`)."""
     of_rates: bool = False
@@ -589,7 +590,7 @@ def _judged(c: Any, e: Estimand[Any], name: str, claim: dict[str, Any], level: f
 
 
 def _over_parts(v: Verdict, each: Sequence[Verdict]) -> Verdict:
-    """Keep a verdict SUPPORTED only if each part's is; if these differ, list them in the reason."""
+    """List the outcomes of the parts in the reason if they differ; SUPPORTED becomes UNDECIDED."""
     outcomes = sorted(w.outcome for w in each)
     split = {"SUPPORTED", "REFUTED"} <= set(outcomes)
     if not each or len(set(outcomes)) == 1 or (v.outcome == "UNDECIDED" and not split):

@@ -1,8 +1,8 @@
 """Question: does LoRA fall behind full fine-tuning as the batch grows, at any rank.
 
-Measured in rho, at equal updates (`measures.batch_effect`), and in nats after equally many
-examples, the study's setting. Each method is at its optimal learning rate for the batch and the
-number of updates.
+The answer is measured as rho after equally many updates (`measures.batch_effect`), and as a gap in
+nats after equally many examples, the study's setting. Each method is at its optimal learning rate
+for the batch size and the number of updates.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from analysis.measures.regret import ALLOWED, Gap
 from analysis.questions import base
 
 AT = (32, 256, 512, 1024)
-"""Batches of which popular summaries speak."""
+"""Batch sizes that popular summaries of the study name."""
 
 
 class Batches(base.Condition):
@@ -36,12 +36,12 @@ class Batches(base.Condition):
 
     @cached_property
     def prefixes(self) -> list[batch_effect.Prefix]:
-        """rho after every number of updates that two batch sizes share."""
+        """rho after every number of updates at which two batch sizes were evaluated."""
         return batch_effect.prefixes_of(self.runs)
 
     @cached_property
     def usable(self) -> dict[int, list[batch_effect.Prefix]]:
-        """The prefixes with known optima and a value of rho, by rank."""
+        """The prefixes without gates and with a value of rho, by rank."""
         known = [
             p for p in self.prefixes if not p.bound and not base.gates_on_speed([p.full, p.lora])
         ]
@@ -64,7 +64,7 @@ class Batches(base.Condition):
         return list(dict.fromkeys(both))
 
     def gates_on_effect(self, rank: int) -> list[Gate]:
-        """List the gates of a rank; each batch needs a prefix as long as another batch's."""
+        """List the gates of a rank; each batch size needs as many updates as another batch size."""
         mine = [p for p in self.prefixes if p.rank == rank]
         seen = {b: {p.steps for p in self.usable[rank] if p.batch == b} for b in self.batches}
         found: list[Gate] = []
@@ -88,7 +88,7 @@ class Batches(base.Condition):
 
     @cached_property
     def at_equal_examples(self) -> tuple[int, list[tuple[int, Gap]]]:
-        """A number of examples, and (batch, gap of a rank) after them."""
+        """A number of examples, and (batch size, gap at a rank) after so many examples."""
         examples, gaps = batch_effect.gaps_at_equal_examples(self.runs)
         return examples, [(batch, g) for batch, of_ranks in gaps.items() for g in of_ranks]
 
@@ -106,7 +106,7 @@ def conditions(table: pd.DataFrame) -> list[Batches]:
 
 
 def _where(c: Batches) -> str:
-    """Describe where the effect was measured, with the other ranks' effects."""
+    """Describe the prefixes behind the effect at the highest rank, and list the other effects."""
     if not c.ranks:
         return ""
     *others, top = c.ranks

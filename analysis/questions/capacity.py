@@ -1,8 +1,8 @@
 """Question: how many bits a LoRA parameter stores.
 
-Every fact has exactly 16 bits. Bits stored = facts x symbols x (ln 16 - NLL on the trained facts) /
-ln 2. They are divided by the adapter's effective parameters. Each load (facts, exposures) is at
-the best learning rate tried.
+Every fact has exactly 16 bits. Bits stored = facts x symbols x (ln 16 - NLL per symbol on the
+trained facts) / ln 2. They are divided by the adapter's effective parameters. Each number of facts
+and exposures (how often training shows each fact) is at the best learning rate tried.
 """
 
 import json
@@ -23,23 +23,23 @@ from analysis.questions import base
 SYMBOLS, VALUES, ROW = 4, 16, 8
 """Symbols per value, values per symbol, facts per row (lorasweep/data/synthetic/facts.py)."""
 CONVERGED = 0.1
-"""The bits stored count as converged if the last increase in exposures adds at most this share."""
+"""Bits stored count as converged if the last increase in exposures added at most this share."""
 PLAUSIBLE = 0.9
 """The task is possible if full fine-tuning stores at least this share of the facts' bits."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """A number of facts and of exposures of each, at the best learning rate tried."""
+    """Runs with one number of facts and of exposures of each fact, at the best LR tried."""
 
     facts: int
     exposures: float
     method: str
     lr: float
     bits: list[float]
-    """Bits stored of all facts together, by seed."""
+    """Bits stored, summed over all facts, by seed."""
     unseen: list[float]
-    """Bits known per fact of facts that were not trained on."""
+    """Bits known per fact, for facts that were not trained on."""
     parameters: int
     at_edge: bool
 
@@ -55,10 +55,10 @@ class Load:
 
 
 def effective(spec: dict[str, Any]) -> int:
-    """Return the effective parameters of a run; all weights with full fine-tuning.
+    """Return the number of effective parameters of a run: all trained weights of full fine-tuning.
 
-    With LoRA r (m + n) - r^2 per matrix, the dimension of the set of m x n matrices of rank r: r^2
-    parameters of A and B are redundant.
+    With LoRA it is r (m + n) - r^2 per matrix, the dimension of the set of m x n matrices of rank
+    r: r^2 parameters of A and B are redundant.
     """
     m, method = spec["model"], spec["method"]
     h, f, v = m["hidden_size"], m["mlp_size"], m["vocab_size"]
@@ -104,7 +104,7 @@ def loads_of(table: pd.DataFrame) -> list[Load]:
 
 @dataclass(frozen=True)
 class Facts(base.Condition):
-    """All loads of one model."""
+    """All runs of one model, as `loads`."""
 
     loads: list[Load]
 
@@ -209,7 +209,7 @@ def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
     def line(mine: list[Load], x: str) -> dict[float, Estimate]:
         found = {}
         for v in sorted(mine, key=lambda v: getattr(v, x)):
-            # At an edge of the learning rates tried, more bits may be stored beyond it.
+            # At an edge of the LRs tried, an LR beyond the edge may store more bits.
             flags = (AT_LEAST,) if v.at_edge else ()
             found[getattr(v, x)] = from_sample([b / v.parameters for b in v.bits], flags=flags)
         return found

@@ -1,8 +1,8 @@
 """Question: does LoRA need 2/3 of full fine-tuning's compute, per update and to the same loss.
 
-Operations are counted by the study's formula (2/3 + 2R/N, at the model's real shapes). The loss to
-be reached is full fine-tuning's after SHARE of the updates. Each method uses the learning rate that
-is optimal for runs of the length at which it reaches that loss.
+Operations are counted by the study's formula (`flops_ratio`), at the model's real shapes. The goal
+is full fine-tuning's loss after SHARE of the updates. Each method uses the learning rate that is
+optimal for runs of the length at which it reaches the goal.
 """
 
 import json
@@ -31,17 +31,17 @@ from analysis.runs.lr_curves import runs_of, title
 
 SHARE = 1 / 6
 FASTEST = 0.1
-"""Quantile of an arm's update times that is compared: other load can only slow a run down."""
+"""Quantile of an arm's update times that is compared; other work only slows a run down."""
 QUIET = 1.5
 """Largest ratio of the 90% to the 10% quantile of an arm's update times on an idle machine."""
 MIN_RUNS = 5
-"""An arm with fewer runs has no estimate of its time."""
+"""Fewest runs from which the update time of an arm is estimated."""
 
 
 def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
-    """Return the operations of a LoRA update over those of a full fine-tuning update.
+    """Return a LoRA update's number of operations over that of a full fine-tuning update.
 
-    (4 P + 6 T) / 6 P, with P weights in matrix products and T trained ones (source: the study).
+    (4 P + 6 T) / 6 P, with P weights in matrix products and T trained weights (source: the study).
     """
     m = spec["model"]
     h, q, kv = m["hidden_size"], m["n_heads"] * m["head_size"], m["n_kv_heads"] * m["head_size"]
@@ -51,7 +51,7 @@ def flops_ratio(spec: dict[str, Any], n_trainable: int) -> float:
 
 @dataclass(frozen=True)
 class Reached:
-    """How a rank reaches the goal: the optimum of runs of `length` updates, and curves there."""
+    """How a rank reaches the goal: the optimum and learning curves of runs of `length` updates."""
 
     optimum: Optimum
     length: int
@@ -68,7 +68,7 @@ class Arms(base.TwoArms):
 
     @cached_property
     def short(self) -> int:
-        """Updates after which full fine-tuning has the loss to be reached; 0 if not evaluated."""
+        """Updates after which full fine-tuning has the goal's loss; 0 if none were evaluated."""
         seen = (s for s in steps_seen(self.runs) if s <= self.last * SHARE)
         return max(seen, default=0)
 
@@ -94,15 +94,16 @@ class Arms(base.TwoArms):
 
     @cached_property
     def reached(self) -> dict[int, Reached]:
-        """How every rank reaches the goal's loss in the fewest updates; otherwise its whole runs.
+        """The shortest runs of every rank that reach the goal's loss; its whole runs if none do.
 
-        The length is the first evaluated step after which runs at the optimum for that length have
-        reached the loss. Learning curves end at twice that length, since single seeds may get there
-        later. All optima of one length are fitted together, so that they share one noise level.
+        A rank's length is the first evaluated step at which runs, at the optimum for that length,
+        have reached the loss. Learning curves end at twice that length, since single seeds may
+        reach it later. All optima of one length are fitted together, so that they share one noise
+        level.
         """
 
         def lowest(o: Optimum) -> float:
-            """Return the loss at the optimum; without one, the lowest mean at a usable LR."""
+            """Return the loss at the optimum; without it, the lowest mean loss at a usable LR."""
             c = o.curve
             means = (float(np.mean(c.y[c.usable & (c.x == x)])) for x in set(c.x[c.usable]))
             return min(means, default=np.inf) if o.best_nll is None else o.best_nll
@@ -142,7 +143,7 @@ class Arms(base.TwoArms):
             row = runs_of(self.runs, o.curve).iloc[0]
             operations = exactly(flops_ratio(json.loads(row["spec"]), int(row["n_trainable"])))
             seconds = ratio_of_times(self.seconds("lora", rank), self.seconds("fullft"))
-            steps = rho(goal, reached[rank].points, pooled)  # LoRA's over full fine-tuning's
+            steps = rho(goal, reached[rank].points, pooled)  # LoRA's steps over full fine-tuning's
             found[rank] = {
                 "flops_per_step": operations,
                 "seconds_per_step": seconds,
@@ -154,7 +155,7 @@ class Arms(base.TwoArms):
 
     @property
     def ends(self) -> list[Optimum]:
-        """Full fine-tuning's optimum at the goal, and the highest rank's where it reaches it."""
+        """Full fine-tuning's optimum at the goal, and the highest rank's optimum in `reached`."""
         return [o for o in (self.goal[0], self.reached[self.top].optimum) if o is not None]
 
     @property

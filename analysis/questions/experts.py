@@ -1,7 +1,8 @@
-"""Question: by which reading of its rank does LoRA on experts match full fine-tuning.
+"""Question: how must LoRA on experts divide its rank to match full fine-tuning.
 
-Curves differ in the rank that an expert gets, in its alpha, and in whether the experts of a layer
-share a factor. Each is at its optimal learning rate, and losses are paired by seed.
+A reading is a way to set the rank of each expert from LoRA's rank; readings also differ in alpha,
+and in whether the experts of a layer share one of the matrices A and B. Each curve is at its
+optimal learning rate, and losses are paired by seed.
 """
 
 import json
@@ -31,9 +32,9 @@ READINGS = {
     "divided_alpha": "rank / active experts, alpha divided too",
 }
 BOTH = ("active", "whole")
-"""Readings whose comparison shows what dividing the rank loses."""
+"""Readings whose comparison shows the regret from dividing the rank."""
 MATRICES = 3
-"""Of an expert: gate, up and down; one side of each is the hidden size."""
+"""Matrices of an expert: gate, up and down; one side of each is the hidden size."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Experts(base.Condition):
     """The curves of one model and data set."""
 
     whole: Optimum | None
-    """Full fine-tuning of everything."""
+    """The curve of full fine-tuning of all weights; None if it is missing."""
     readings: dict[str, Optimum]
     """LoRA's curves by reading of the rank."""
 
@@ -60,7 +61,7 @@ class Experts(base.Condition):
         return next((READINGS[r] for r in readings if r not in self.readings), "fullft")
 
     def ratio(self, reading: str, other: Optimum | None) -> Estimate | None:
-        """Return a reading's optimal learning rate over another curve's; None without either."""
+        """Return a reading's optimal learning rate over another curve's; None if one is missing."""
         mine = self.readings.get(reading)
         return None if mine is None or other is None else ratio_of([mine], other)
 
@@ -77,7 +78,7 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
     """Sort every model and data set's curves by reading.
 
     Raises:
-        TableError: two curves have one reading, or a curve has no experts.
+        TableError: two curves have the same reading, or a curve has no experts.
     """
     found = []
     for group, mine in base.by_group(base.fit(table)).items():
@@ -87,17 +88,17 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
             key = o.curve.key
             if key.get("expert_rank") not in ("active", "all", "whole"):
                 raise TableError(
-                    f"{group}: {o.curve.name} does not tell the rank of its experts (column "
-                    "expert_rank: active, all or whole). Ask this of a model with experts, and of "
-                    "its MLP."
+                    f"{group}: {o.curve.name} has no known rank of its experts (column "
+                    "expert_rank: active, all or whole). Use a model with experts, and adapt its "
+                    "MLP."
                 )
             reading = "shared" if key["expert_outer"] == "shared" else str(key["expert_rank"])
             if key["expert_alpha"] != key["alpha"]:
                 reading = "divided_alpha"
             if reading in lora:
                 raise TableError(
-                    f"{group}: two curves of the reading {READINGS[reading]!r}. Compare one rank, "
-                    "and one other alpha, at a time."
+                    f"{group}: two curves have the reading {READINGS[reading]!r}. Compare one "
+                    "rank at a time, with at most one other alpha."
                 )
             lora[reading] = o
         runs = pd.concat([runs_of(table, o.curve) for o in mine])
@@ -114,7 +115,7 @@ def _over_allowed(reading: str) -> base.Estimand[Experts]:
 
 
 def _dividing(c: Experts) -> Estimate | None:
-    """Return what dividing the rank loses minus what is allowed, in nats."""
+    """Return the regret from dividing the rank minus the allowed regret, in nats."""
     divided, whole = c.gaps.get("active"), c.gaps.get("whole")
     if divided is None or whole is None:
         return None
@@ -167,7 +168,7 @@ def measures(found: Sequence[Experts], asked: base.Asked) -> dict[str, Any]:
 
 
 def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
-    """Return for each model and data set the readings, what they train, and token counts."""
+    """Return, for each model and data set, readings, trained parameters and token counts."""
     out = []
     for c in found:
         rows: list[list[Any]] = []
@@ -202,7 +203,7 @@ def sections(found: Sequence[Experts], asked: base.Asked) -> list[base.Section]:
 
 
 def _counts(c: Experts) -> base.Section:
-    """Count what is trained in the experts, and in a dense MLP as wide as the active ones."""
+    """Count trained parameters of the experts, and of a dense MLP as wide as the active ones."""
     head = "reading | rank of an expert | trained in the experts | per weight | that a token uses"
     rows: list[list[Any]] = []
     for reading, o in c.readings.items():

@@ -1,11 +1,11 @@
 """Question: do alpha, A's initial scale and the two LRs act only through two numbers.
 
-And which scaling rule makes the optimal learning rate independent of the rank.
+It also asks which scaling rule makes the optimal learning rate independent of the rank.
 
-Twins: (alpha, init_A, LR_A, LR_B) and (alpha / pq, p init_A, p LR_A, q LR_B) train to the same
-function under Adam without eps, decay and clipping; to the last bits if p and q are powers of two.
-Gradients scale by 1/p for A and 1/q for B, and eps must scale with them: one eps can do so only if
-p = q.
+Twins are runs with the settings (alpha, init_A, LR_A, LR_B) and (alpha / pq, p init_A, p LR_A, q
+LR_B). They train to the same function under Adam without eps, decay and clipping; to the last bits
+if p and q are powers of two. The second run's gradients are 1/p as large for A and 1/q for B, and
+eps must scale with them: one eps can do so only if p = q.
 """
 
 import itertools
@@ -25,18 +25,18 @@ from analysis.questions import base
 from analysis.runs.learning_curves import by_run
 
 LAST_BITS = 1e-15
-"""Differences (nats) below this are of the last bits of a loss in float64."""
+"""Differences (nats) below this are in the last bits of a loss in float64."""
 RULES = {"rank": "alpha / rank", "sqrt_rank": "alpha / sqrt(rank)", "none": "alpha"}
 
 
 class Twins:
-    """All pairs of float64 runs that train to the same function, or would but for one setting."""
+    """All pairs of float64 runs that are twins, or that one setting keeps from being twins."""
 
     def __init__(self, proofs: pd.DataFrame) -> None:
         self.held: list[float] = []
-        """Largest difference of each true pair's held-out NLL at any step, in nats."""
+        """Largest difference of the held-out NLL of each pair of twins over all steps, in nats."""
         self.broken: dict[str, float] = {}
-        """The largest such difference by what breaks the symmetry."""
+        """Setting that breaks the symmetry -> the largest such difference over its pairs."""
         self.rows: list[list[str]] = []
         self.series: list[base.Series] = []
         learned = by_run(proofs)
@@ -69,7 +69,7 @@ class Twins:
 
 
 def twin_key(row: pd.Series) -> tuple[float, ...]:
-    """Return what twins share, to 9 digits: alpha init_A LR_B, init_A / LR_A, rank, seed, steps."""
+    """Return, to 9 digits, alpha init_A LR_B, init_A / LR_A, rank, seed, steps: equal for twins."""
     lr_b = row["lr"] * row["lr_b_ratio"]
     shared = [row["alpha"] * row["init_scale"] * lr_b, row["init_scale"] / row["lr"]]
     shared += [row[k] for k in ("rank", "seed", "steps")]
@@ -77,7 +77,7 @@ def twin_key(row: pd.Series) -> tuple[float, ...]:
 
 
 def broken_by(a: pd.Series, b: pd.Series) -> str | None:
-    """Return what breaks two twins' symmetry: nothing, eps, decay or clipping; None: no twins."""
+    """Return the setting that breaks two runs' symmetry, or "nothing"; None for other pairs."""
     clip = [None if pd.isna(r["clip_norm"]) else r["clip_norm"] for r in (a, b)]
     if a["weight_decay"] != b["weight_decay"] or clip[0] != clip[1]:
         return None
@@ -101,7 +101,7 @@ class Settings(base.Condition):
 
     @cached_property
     def rules(self) -> dict[str, list[Optimum]]:
-        """The ranks that start with A random, by scaling rule."""
+        """The curves whose runs start with A random, by scaling rule."""
         of_a = [o for o in self.optima if o.curve.key["start"] == "a"]
         return {r: [o for o in of_a if o.curve.key["scaling_by"] == r] for r in RULES}
 
@@ -112,7 +112,7 @@ class Settings(base.Condition):
 
     @cached_property
     def starts(self) -> tuple[Optimum, Optimum] | None:
-        """The curves of one rank that start with A and with B random; None if one is missing."""
+        """Curves of one rank that start with A, and with B, random; None if one is missing."""
         b = next((o for o in self.optima if o.curve.key["start"] == "b"), None)
         a = [o for o in self.rules["rank"] if b is not None and base.rank_of(o) == base.rank_of(b)]
         return (a[0], b) if a and b is not None else None
@@ -134,7 +134,7 @@ def conditions(table: pd.DataFrame) -> list[Settings]:
 
 
 def _drift(name: str, rule: str) -> base.Estimand[Settings]:
-    """Return the drift under a scaling rule."""
+    """Declare the drift of the optimal LR over the rank, under a scaling rule."""
     return base.Estimand(
         name,
         lambda c: c.drifts[rule] if c.rules[rule] else None,
@@ -162,12 +162,12 @@ ESTIMANDS = [
 
 
 def measures(found: Sequence[Settings], asked: base.Asked) -> dict[str, Any]:
-    """Return the drifts by scaling rule."""
+    """Return the drifts of the optimal LR by scaling rule."""
     return {"drifts": found[0].drifts}
 
 
 def sections(found: Sequence[Settings], asked: base.Asked) -> list[base.Section]:
-    """Return the twins, the scaling rules, and starting with B random."""
+    """Return the sections on twins, on scaling rules, and on a start with B random."""
     (c,) = found
     text = (
         "Largest difference of the held-out NLL at any step. If p = q, a single eps scaled by 1/p "

@@ -1,8 +1,8 @@
-"""Question: is LoRA on attention only worse than on the MLP only, and does attention add anything.
+"""Question: is LoRA on attention worse than on the MLP, and does attention add anything to the MLP.
 
-Compares rho and the last loss of each layer set on every task, at its optimal learning rate;
-attention and MLP have equal parameters. Full fine-tuning of the same matrices shows whether the
-order comes from the location.
+Layer sets are compared by rho and by the last loss, on every task, each at its optimal learning
+rate. Attention and MLP have equal parameters. Full fine-tuning of the same matrices shows whether
+their location alone gives the same order.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class Arm:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is full fine-tuning of everything."""
+        """Whether the arm is full fine-tuning of all weights."""
         return self.rank is None and self.optimum.curve.key.get("scope") == "all"
 
     @property
@@ -69,13 +69,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layer sets that are compared: their arms, rho ratio, and gap in loss."""
+    """Two layer sets that are compared: their arms, ratio of rho, and gap in loss."""
 
     arms: tuple[Arm, Arm]
     logs: at_best.AtBest[float]
     """ln(rho of the first / rho of the second), by seed."""
     gap: Gap
-    """The first's loss minus the second's; the gain is full fine-tuning's."""
+    """The first arm's loss minus the second arm's; the gain is full fine-tuning's."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Task(base.Condition):
     """All arms on one model and data set."""
 
     arms: list[Arm]
-    """Full fine-tuning of everything first, then of some matrices, then LoRA."""
+    """Full fine-tuning of all weights first, then of some matrices, then LoRA."""
 
     @cached_property
     def whole(self) -> Arm | None:
-        """Full fine-tuning of everything."""
+        """Full fine-tuning of all weights."""
         return next((a for a in self.arms if a.is_whole), None)
 
     @cached_property
@@ -107,7 +107,7 @@ class Task(base.Condition):
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Attention against MLP at equal parameters, MLP against both at equal rank; or empty."""
+        """Attention and MLP at equal parameters, MLP and attention+mlp at equal rank; or empty."""
         equal, both = equal_pair(self.adapted), self.get("attention+mlp")
         mlp = self.get("mlp", both.rank) if both else None
         if self.whole is None or equal is None or both is None or mlp is None:
@@ -123,7 +123,7 @@ class Task(base.Condition):
 
     @cached_property
     def ratios(self) -> list[Estimate]:
-        """The ratio of rho of each pair; without a value if a seed has only a bound."""
+        """rho of the first arm over rho of the second, by pair; no value if a seed has a bound."""
         pooled = at_best.pooled_over(p.logs for p in self.pairs)
         return [
             exp_of(at_best.over_seeds(p.logs, pooled))
@@ -142,7 +142,7 @@ class Task(base.Condition):
         return base.distinct([*self.of_pair(0), *self.of_pair(1)])
 
     def gates_on_rho(self, used: Sequence[Optimum], ratios: Sequence[Estimate]) -> list[Gate]:
-        """List what forbids a verdict about rho on these optima."""
+        """List the gates of a claim about rho on these optima."""
         if not self.pairs:
             return base.missing(ABSENT)
         gates = stalled([self.whole.optimum], [self.whole.points.best]) + base.gates_on_speed(used)
@@ -151,8 +151,8 @@ class Task(base.Condition):
         return gates
 
     def gates_on_gap(self, which: int) -> list[Gate]:
-        """List what forbids a verdict about the gap in loss of a pair."""
-        # A gap holds the optima of one of its arms and of full fine-tuning.
+        """List the gates of a claim about the gap in loss of a pair."""
+        # The gap holds the optima of the first arm and of full fine-tuning, not of the second arm.
         return [*base.gates_on_gap(self.pairs[which].gap), *base.gates_on(self.of_pair(which)[-1:])]
 
     def named(self, gates: Sequence[Gate]) -> list[Gate]:
@@ -202,7 +202,7 @@ class AllTasks(base.Condition):
         return within_groups(found, "layer sets over all tasks")
 
     def gates_on_trace(self) -> list[Gate]:
-        """List what forbids a verdict about the correlation."""
+        """List the gates of a claim about the correlation."""
         trace, why = self.trace(), "layer sets over all tasks are too few to correlate"
         gates = [Gate(GateCode.TASK, f"{trace.n} {why}")] if trace.value is None else []
         for t in self.tasks:
@@ -223,7 +223,7 @@ def equal_pair(adapted: Sequence[Arm]) -> tuple[Arm, Arm] | None:
 
 
 def conditions(table: pd.DataFrame) -> list[Task | AllTasks]:
-    """Split a table into tasks and arms, and join all tasks."""
+    """Split a table into tasks and their arms; the last condition joins all tasks."""
     optima = base.fit(table)
     points = dict(zip(map(id, optima), curves_at_best(table, optima)))
     losses = dict(zip(map(id, optima), at_best.losses_at_best(optima)))
@@ -253,7 +253,7 @@ def gradient_shares(runs: pd.DataFrame) -> dict[str, float]:
 
 
 def _speed(name: str, which: int) -> base.Estimand[Any]:
-    """Declare the ratio of rho of a pair. Its margin may start at 0, so it is not a logarithm's."""
+    """Declare the ratio of rho of a pair; not on a log scale, since its margin may start at 0."""
     return base.Estimand(
         name,
         lambda t: t.ratios[which] if t.pairs else None,
@@ -265,7 +265,7 @@ def _speed(name: str, which: int) -> base.Estimand[Any]:
 
 
 def _loss(name: str, which: int) -> base.Estimand[Any]:
-    """Declare the gap in loss of a pair minus what is allowed."""
+    """Declare the gap in loss of a pair minus the allowed regret."""
     return dataclasses.replace(
         _speed(name, which),
         measure=lambda t: t.pairs[which].gap.over_allowed() if t.pairs else None,
@@ -276,7 +276,7 @@ def _loss(name: str, which: int) -> base.Estimand[Any]:
 def _everywhere(
     name: str, which: int, hardest: Callable[..., Estimate], each: base.Estimand[Any]
 ) -> base.Estimand[Any]:
-    """Declare the ratio of rho on the task that is worst for a claim about all tasks."""
+    """Declare the ratio of rho on the task on which a claim about all tasks does worst."""
 
     def worst(c: AllTasks) -> Estimate:
         ratios = [each.measure(t) for t in c.tasks]

@@ -1,8 +1,8 @@
 """Question: is LoRA's optimal learning rate about 10 times full fine-tuning's.
 
-Per model, data set and variant of LoRA (alpha, layers, ...): the ratio of the optima, for each rank
-and over the ranks from MIN_RANK up, against published laws; the LR drift over the rank; the gap in
-loss, the regret of rules of thumb, and rho.
+For each model, data set and variant of LoRA (alpha, layers, ...), the ratio of the optima is
+compared with published laws, at each rank and over the ranks from MIN_RANK up. The report also has
+the drift of the optimal LR over the rank, the gap in loss, the regret of rules of thumb, and rho.
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ class Ratio:
     gap: Estimate
     """LoRA's lowest loss minus full fine-tuning's, in nats; see `measures.ratio.gaps`."""
     regrets: dict[str, float | None] = field(default_factory=dict)
-    """NLL lost by each rule of thumb, in nats; None if its learning rate is outside those tried."""
+    """Regret of each rule of thumb, in nats; None if its learning rate is outside the LRs tried."""
     at: int | None = None
     """Index of the LoRA curve among the analysis' optima; None over several ranks."""
     rivals: dict[str, float] = field(default_factory=dict)
-    """The ratio by each published law; only over several ranks."""
+    """Published law -> the ratio that it predicts; empty for a single rank."""
     rho: Estimate = base.UNKNOWN
 
     @property
@@ -64,7 +64,7 @@ class Variant(base.Condition):
     width: int
     """Hidden size; 0 if unknown."""
     points: dict[int, at_best.AtBest[Points]] = field(repr=False)
-    """Learning curves at the optimum by the curve's id, of the whole table."""
+    """id of an optimum -> learning curves at it, for all optima of the table."""
 
     @property
     def missing(self) -> str:
@@ -90,7 +90,7 @@ class Variant(base.Condition):
 
     @cached_property
     def laws(self) -> dict[str, float]:
-        """The ratio by each published law."""
+        """Published law -> the ratio that it predicts."""
         return rivals(self.width, self.alpha)
 
     @cached_property
@@ -99,7 +99,7 @@ class Variant(base.Condition):
 
     @cached_property
     def ratios(self) -> list[Ratio]:
-        """Every rank's, and the one over the ranks from MIN_RANK up; none without both arms."""
+        """The ratio of every rank, then over ranks from MIN_RANK up; empty without both methods."""
         if 0 not in self.by_rank or not self.lora:
             return []
         lora, full = base.lora_of(self.optima), self.full
@@ -178,7 +178,7 @@ def conditions(table: pd.DataFrame) -> list[Variant]:
 
 
 def _pooled(found: Sequence[Variant]) -> RandomEffects | None:
-    """Pool ln ratio over models and data sets; not over variants, which share a FullFT curve."""
+    """Pool ln ratio over models and data sets; None with variants, which share a FullFT curve."""
     of_variants = any(";" in c.name for c in found)
     return None if of_variants else pool_ratios([c.ratio for c in found if not c.missing])
 

@@ -1,7 +1,7 @@
 """Question: how the ratio of the optimal learning rates depends on the hidden size and on alpha.
 
 ln ratio = a + p ln(hidden) + q ln(alpha) is fitted over base models with equal pretraining tokens,
-and over base models with equal loss before fine-tuning. Both sets are found from the table.
+and over base models with equal loss before fine-tuning. Both sets are selected from the table.
 """
 
 import json
@@ -22,7 +22,7 @@ from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 
 AGREE = 0.03
-"""Largest difference in nats of the losses on the pretraining data that count as equal."""
+"""Losses on the pretraining data count as equal if they differ by at most this, in nats."""
 TOKENS, LOSS, ALL = "equal pretraining tokens", "equal base loss", "all bases"
 
 
@@ -34,7 +34,7 @@ class Base:
     hidden: int
     alpha: float
     tokens: float | None
-    """Pretraining tokens; None without a recipe."""
+    """Number of pretraining tokens; None if the spec has no pretraining recipe."""
     base_nll: float
     """Loss on the pretraining data, in nats; NaN if it was not measured."""
     lora: Optimum
@@ -42,7 +42,7 @@ class Base:
 
     @cached_property
     def ratio(self) -> Estimate:
-        """Optimal LoRA learning rate over full fine-tuning's."""
+        """LoRA's optimal learning rate over full fine-tuning's."""
         return ratio_of([self.lora], self.full)
 
 
@@ -68,7 +68,7 @@ class Bases(base.Condition):
 
     @cached_property
     def sets(self) -> dict[str, list[Base]]:
-        """The bases to which each law is fitted: of equal ones those with the most hidden sizes."""
+        """The bases to which each law is fitted: equal bases with the most hidden sizes, or all."""
         tokens = {b.tokens for b in self.bases if b.tokens}
         by_tokens = [[b for b in self.bases if b.tokens == t] for t in tokens]
         losses = {b.base_nll for b in self.bases}
@@ -83,13 +83,13 @@ class Bases(base.Condition):
 
     @cached_property
     def laws(self) -> dict[str, RatioLaw]:
-        """The law over each set; all bases together give the variance between bases."""
+        """The law fitted to each set; the variance between bases is estimated from all bases."""
         every = _ratios(self.bases)
         return {k: ratio_law(_ratios(part), every) for k, part in self.sets.items()}
 
     @property
     def seeds(self) -> int:
-        """0: the intervals are over bases."""
+        """0, since intervals are over bases, not over seeds."""
         return 0
 
     def gates_on(self, name: str) -> list[Gate]:
@@ -146,7 +146,7 @@ ESTIMANDS = [
 
 
 def elsewhere(bases: Sequence[Base], kept: Path | None) -> list[Elsewhere]:
-    """Return the ratios in kept results of `lr_ratio` about models other than these."""
+    """Return the ratios in kept results of `lr_ratio`, on models that are not in `bases`."""
     found, models = [], {b.model for b in bases}
     for path in sorted(kept.glob("lr_ratio-*/results.json")) if kept else ():
         results = json.loads(path.read_text())
@@ -211,7 +211,7 @@ def sections(found: Sequence[Bases], asked: base.Asked) -> list[base.Section]:
 
 def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Panel]:
     models = list(dict.fromkeys(c.model for c in bases))
-    # Shifted a little, so that the bases' markers do not overlap.
+    # Each base is shifted a little, so that markers do not overlap.
     shift = {m: 1.035 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)}
 
     def line(label: str, part: Iterable[Base], x: str, colour: int, style: str) -> base.Series:
@@ -228,7 +228,7 @@ def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Pan
         line(m, (c for c in bases if c.model == m), "alpha", k, "o-") for k, m in enumerate(models)
     ]
     alphas = sorted({c.alpha for c in bases})
-    mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]  # of the laws' lines
+    mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]  # alpha of the laws' lines
     others = [o for o in beyond if o.alpha == 32.0]
     names = ", ".join(dict.fromkeys(o.where.partition(" on ")[0] for o in others))
     sizes, ratios = [o.hidden for o in others], [o.ratio for o in others]

@@ -1,9 +1,9 @@
 """Question: how does the speed of learning depend on the rank, and do all ranks start equally.
 
-The slope of ln(rho) over log2(rank) is judged as 0 where the rules alone are new, which any rank
-holds by the study's capacity, and as above 0 elsewhere. When a rank falls behind is measured at its
-optimal learning rate, paired by seed. The study's envelope, the lowest loss over all learning rates
-at each step, is shown too; no single run follows it.
+The claims expect the slope of ln(rho) over log2(rank) to be 0 where only rules are new, which any
+rank has the capacity to store, and above 0 elsewhere. The step from which a rank falls behind is
+measured at its optimal learning rate, paired by seed. The study's envelope, the lowest loss over
+all learning rates at each step, is shown too; no single run follows it.
 """
 
 import json
@@ -32,7 +32,7 @@ class Ranks(base.TwoArms):
     """The ranks of one model and data set."""
 
     every: pd.DataFrame
-    """All runs, uncut, including those from other draws of A."""
+    """All runs, uncut, including those with other initialisations of A (draws of A)."""
 
     @cached_property
     def points(self) -> dict[int, AtBest[Points]]:
@@ -42,7 +42,7 @@ class Ranks(base.TwoArms):
 
     @cached_property
     def last(self) -> int:
-        """The update to which the highest rank is compared."""
+        """The last update at which the highest rank is compared with full fine-tuning."""
         return speed.read_to([self.points[0], self.points[self.top]])
 
     @cached_property
@@ -69,7 +69,7 @@ class Ranks(base.TwoArms):
 
     @cached_property
     def in_regime(self) -> bool:
-        """Whether the rules alone are new; False on real data, where this is not known."""
+        """Whether only rules are new; False on real data, where this is not known."""
         new = novelty_of(json.loads(self.every["spec"].iloc[0])["dataset"])
         return new is not None and new.low
 
@@ -82,7 +82,7 @@ class Ranks(base.TwoArms):
 
     @cached_property
     def departures(self) -> dict[int, AtBest[speed.Departure]]:
-        """When each rank falls behind, by seed."""
+        """The step from which each rank is behind, by seed."""
         start = self.full.curve.nll_start
         return {
             r: self.points[r].paired(self.points[0], lambda a, b: speed.departure(a, b, start))
@@ -101,7 +101,7 @@ class Ranks(base.TwoArms):
 
     @cached_property
     def start(self) -> speed.Start | None:
-        """Whether ranks learn equally at first; None without redraws of A at two ranks."""
+        """How long all ranks learn equally; None unless two ranks have several draws of A."""
         return speed.start_of(self.every, self.top)
 
     @property
@@ -121,7 +121,7 @@ def conditions(table: pd.DataFrame) -> list[Ranks]:
 
 
 def _slope_where(name: str, in_regime: bool) -> base.Estimand[Ranks]:
-    """Declare the slope as an estimand of one regime; of the other no condition was run."""
+    """Declare the slope in or beyond the regime; on other data it has the gate NO_CELL."""
     return base.Estimand(
         name,
         lambda c: c.slope if c.in_regime == in_regime else base.UNKNOWN,
@@ -155,7 +155,7 @@ ESTIMANDS = [
         log=True,
         read=lambda c: f"rank {c.top}, to update {c.last}",
     ),
-    # Not judged on a log scale: it is 0 if a rank leaves at the first evaluation.
+    # Judged on a linear scale, although it is a number of updates.
     _at_start("identical_steps", "first"),
     base.LR_DRIFT,
     _at_start("difference_growth", "growth"),
@@ -180,7 +180,7 @@ ESTIMANDS = [
 
 
 def measures(found: Sequence[Ranks], asked: base.Asked) -> dict[str, Any]:
-    """Return the steps from which ranks are behind, by seed."""
+    """Return the steps from which ranks are behind, by rank and seed."""
     left = found[0].departures
     steps = {r: [None if v.never else v.high for v in d.best.values()] for r, d in left.items()}
     return {"departures": steps}
@@ -194,7 +194,7 @@ def _shown(d: speed.Departure) -> str:
 
 
 def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
-    """Return when ranks fall behind, and how they start."""
+    """Return the sections on falling behind and on the start of learning."""
     (c,) = found
     envelopes = {r: speed.envelope(c.runs, o) for r, o in c.by_rank.items()}
     rows = []

@@ -1,7 +1,7 @@
 """Question: how much popular recipes lose against tuned LoRA, and how much fine-tuning forgets.
 
-A recipe's cost is the loss at the learning rate that it prescribes minus tuned LoRA's at its
-optimum, as a share of tuned LoRA's gain over the base model. Paired by seed.
+A recipe's cost is its loss at the learning rate that it prescribes minus tuned LoRA's loss at the
+optimum, as a share of tuned LoRA's gain over the base model. Losses are paired by seed.
 """
 
 import math
@@ -29,12 +29,13 @@ RECIPES = {
     "original": "attention,\nalpha = r,\n2e-4, decayed",
     "ten_times": "10x FullFT's\nLR",
 }
-"""Estimands, and their names in the figure."""
+"""Estimand -> name in the figure."""
 STEPS = 200
-"""Number of learning rates at which equal learning is searched for."""
+"""Number of LRs of full fine-tuning among which equal learning with LoRA is searched for."""
 LOSSES = ("test", "after", "before")
 Losses = dict[str, float]
-"""In nats: on the new task (test), on the pretraining task (after, before), its increase (lost)."""
+"""Losses in nats: `test` on the new task; `before` and `after` fine-tuning on the pretraining task;
+`lost` is the increase of the latter."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Recipes(base.Condition):
         return [self.full, self.tuned]
 
     def one(self, **wanted: Any) -> Optimum | None:
-        """Return the curve with these settings that has the most runs."""
+        """Return the curve with these settings that has the most runs, or None."""
 
         def setting(o: Optimum, k: str) -> Any:
             value = o.curve.key.get(k)
@@ -75,12 +76,12 @@ class Recipes(base.Condition):
 
     @property
     def gain(self) -> float:
-        """What tuned LoRA gains over the base model, in nats."""
+        """How much tuned LoRA lowers the loss of the base model, in nats."""
         return self.tuned.curve.nll_start - (self.tuned.best_nll or math.nan)
 
     @cached_property
     def recipes(self) -> dict[str, at_best.Cost]:
-        """What each recipe loses as a share of tuned LoRA's gain."""
+        """The cost of each recipe, as a share of tuned LoRA's gain."""
         one, rank = self.one, float(self.tuned.curve.key["rank"])
         of_full = at_best.best_and_draws(self.full, 1)
         of_tuned = at_best.best_and_draws(self.tuned, 0)
@@ -101,12 +102,12 @@ class Recipes(base.Condition):
 
     @property
     def few_ends(self) -> list[Optimum]:
-        """The lowest and the highest rank on few rows; empty without two."""
+        """The lowest and the highest rank on few rows; empty with fewer than two ranks."""
         lora = base.lora_of(self.few)
         return [lora[0], lora[-1]] if len(lora) > 1 else []
 
     def few_speed(self) -> Estimate | None:
-        """Return rho of the lowest rank against the highest on few rows."""
+        """Return rho of the lowest rank against the highest rank, on few rows."""
         if not self.few_ends:
             return None
         low, high = curves_at_best(self.runs, self.few_ends)
@@ -121,7 +122,7 @@ class Recipes(base.Condition):
 
     @cached_property
     def retained(self) -> dict[int, at_best.AtBest[Losses]]:
-        """Losses on both tasks at the optimum, by the curve's id."""
+        """id of an optimum -> losses on both tasks at it, by seed."""
         found = at_best.values_at_best(self.runs, self.main, losses_of)
         return dict(zip(map(id, self.main), found))
 
@@ -131,7 +132,7 @@ class Recipes(base.Condition):
 
     @cached_property
     def retention(self) -> Estimate | None:
-        """What tuned LoRA forgets over what full fine-tuning forgets."""
+        """Tuned LoRA's increase of the loss on the pretraining task over full fine-tuning's."""
         if not self.is_retained:
             return None
         tuned, full = self.lost(self.tuned), self.lost(self.full)
@@ -139,12 +140,12 @@ class Recipes(base.Condition):
 
     @cached_property
     def equal(self) -> at_best.AtBest[Losses]:
-        """Full fine-tuning where it has learned as much as tuned LoRA."""
+        """Losses of full fine-tuning at the LR at which it has learned as much as tuned LoRA."""
         return at_equal_learning(self.runs, self.full, self.tuned)
 
     @cached_property
     def retention_equal(self) -> Estimate | None:
-        """What tuned LoRA forgets over what full fine-tuning forgets at equal learning."""
+        """Like `retention`, with full fine-tuning at the LR of `equal`."""
         if not self.is_retained:
             return None
         return at_best.over_seeds(self.equal.map(lambda v: v["lora"] / v["lost"]))
@@ -156,7 +157,7 @@ class Recipes(base.Condition):
         return [] if n >= needed else [Gate(GateCode.FEW_SEEDS_AS_GOOD, f"{n} of {needed}")]
 
 
-# ---------------------------------------------------------------- what is forgotten
+# ---------------------------------------------------------------- forgetting
 
 
 def losses_of(row: pd.Series) -> Losses:
@@ -180,11 +181,11 @@ def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> dict[f
 
 
 def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> at_best.AtBest[Losses]:
-    """Return what full fine-tuning forgets when it has learned as much as tuned LoRA, by seed.
+    """Return full fine-tuning's losses where it has learned as much as tuned LoRA, by seed.
 
-    That is at the lowest learning rate, up to its optimum, with tuned LoRA's loss on the new task.
-    Seeds without one are left out. A draw is left out if it has other seeds than the optimum: the
-    mean would be over seeds selected by what they learned.
+    The LR is the lowest one, up to full fine-tuning's optimum, with tuned LoRA's loss on the new
+    task. Seeds without such an LR are left out. A draw is left out if it has other seeds than the
+    optimum: the mean would be over seeds selected by their losses.
     """
     (runs,) = at_best.values_at_best(table, [tuned], losses_of)
     paths = {s: frontier(table, full, s) for s in runs.best}
@@ -193,7 +194,7 @@ def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> at_
         return at_best.AtBest({})
 
     def where_equal(path: dict[float, Losses], mine: Losses) -> Losses:
-        """Return the losses at the lowest equal LR, interpolated in ln(lr); empty without one."""
+        """Return the losses at that LR, interpolated in ln(lr); empty if there is none."""
         by_lr = {math.log(lr): v for lr, v in path.items()}
         heights = {x: v["test"] for x, v in by_lr.items()}
         before: Losses = {}
@@ -226,7 +227,7 @@ def conditions(table: pd.DataFrame) -> list[Recipes]:
 
 
 def _cost(name: str) -> base.Estimand[Recipes]:
-    """Return what a recipe loses."""
+    """Declare the cost of a recipe."""
     return base.Estimand(
         name,
         lambda c: c.recipes[name].estimate,
@@ -265,7 +266,7 @@ def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:
 
 
 def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
-    """Return the recipes' costs, few rows, and what is forgotten."""
+    """Return the sections on the recipes' costs, on few rows, and on forgetting."""
     (c,) = found
     rows: list[list[Any]] = []
     for name, r in c.recipes.items():

@@ -33,9 +33,9 @@ FIRST = 64
 EIGHTH = 8
 """The study's ranks end at an eighth of the hidden size."""
 FITTING = 0.5
-"""A rank of this load or less can hold what is new, with a factor 2 to spare."""
+"""Largest load at which the capacity of a rank counts as sufficient, with a factor 2 to spare."""
 Gaps = dict[int, regret.Gap]
-"""By rank."""
+"""Rank -> gap."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class Data(base.Condition):
 
     @property
     def fitting(self) -> int | None:
-        """The smallest rank that can hold what is new, by the generator's bits; or None."""
+        """The smallest rank with a load of at most FITTING, by the generator's bits; or None."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
         return min(ranks, default=None)
 
     @property
     def overfull(self) -> int | None:
-        """The largest rank that cannot hold what is new; or None."""
+        """The largest rank with a load above 1, by the generator's bits; or None."""
         ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
         return max(ranks, default=None)
 
@@ -130,7 +130,7 @@ class Data(base.Condition):
 
     @property
     def is_low(self) -> bool:
-        """Whether the rules alone are new."""
+        """Whether only rules are new."""
         return self.is_new and self.novelty.low
 
     @property
@@ -249,7 +249,7 @@ def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
 
 
 def _where(applies: Callable[[Data], Any]) -> Callable[[Any], bool]:
-    """Restrict an estimand to data sets with both arms for which something holds."""
+    """Restrict an estimand to data sets with both methods that satisfy `applies`."""
     return lambda c: isinstance(c, Data) and not c.missing and bool(applies(c))
 
 
@@ -399,7 +399,7 @@ def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
 
 
 LINEAR = 1.0
-"""Percent of the gain below which the axis is linear, so that 0 and less have a place."""
+"""Below this percentage of the gain the axis is linear, so that 0 and less can be drawn."""
 
 
 def _over_rank(found: Sequence[Data]) -> base.Section:

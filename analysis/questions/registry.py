@@ -39,7 +39,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
     """Fit and judge a sweep's runs with the analysis that its question names.
 
     Args:
-        table: one row per run; a metric of which more is better becomes a loss here.
+        table: one row per run; a metric that is better if higher is converted to a loss here.
         question: the sweep's question, as in question.json.
         kept: folder of kept results, for questions that also show other sweeps' answers.
 
@@ -53,7 +53,7 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         claim = question["claims"][v.claim]
         why = (claim.get("exploratory") or {}).get(question.get("scale"), "")
         v = dataclasses.replace(v, exploratory=why)
-        # A withdrawn claim is UNDECIDED, whatever was measured; one that `stands` is not withdrawn.
+        # A withdrawn question leaves claims UNDECIDED, except those marked `stands`.
         if question.get("withdrawn") and not claim.get("stands"):
             gates = (Gate(GateCode.WITHDRAWN, question["withdrawn"]), *v.gates)
             why, needed = "; ".join(g.sentence for g in gates), remedy(gates)

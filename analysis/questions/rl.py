@@ -1,7 +1,7 @@
 """Question: does rank 1 match full fine-tuning where completions are sampled and rewarded.
 
-Each curve is at its best stable learning rate. Rewards are paired by seed, which has the same
-prompts and random numbers in every arm. Points are hundredths of the share of right completions.
+Each curve is at its best stable learning rate (`measures.rewards`). Rewards are paired by seed: all
+arms have the same prompts and random numbers. Points are percent of completions that are right.
 """
 
 import math
@@ -25,7 +25,8 @@ from analysis.runs.learning_curves import Points
 from analysis.runs.metric import COLLAPSED_SHARE
 
 START, MOST = (0.05, 0.4), 0.9
-"""Rewards of a task that can tell methods apart: before training, and the highest at the end."""
+"""A task can distinguish methods if the reward before training lies in START, and the highest
+reward at the end is at most MOST."""
 HEAD = (
     "curve | best LR [95%] | reward, points [95%] | collapsed there | behind FullFT, points [95%] "
     "| ratio of best LRs [95%] | good LRs | range over FullFT's [95%]"
@@ -43,7 +44,7 @@ HOW = (
 
 
 class Rewarded(base.Condition):
-    """The curves of one model and data set whose runs are rewarded."""
+    """The curves of one model and data set, from runs that are trained on rewards."""
 
     @cached_property
     def behind(self) -> dict[int, AtBest[float]]:
@@ -63,7 +64,7 @@ class Rewarded(base.Condition):
         return list(self.by_rank.values())
 
     def points(self, rank: int) -> Estimate:
-        """Return how far a rank is behind, in points."""
+        """Return a rank's reward minus full fine-tuning's, in points."""
         return over_seeds(self.behind[rank], pooled_over(self.behind.values()))
 
     def ratio(self, rank: int) -> Estimate:
@@ -72,7 +73,7 @@ class Rewarded(base.Condition):
 
     @cached_property
     def ranges(self) -> dict[int, tuple[Estimate, list[Gate]]]:
-        """By rank, the range of good LRs over full fine-tuning's, and its gates."""
+        """Rank -> width of its range of good LRs over full fine-tuning's, and gates."""
         return {r: rewards.range_ratio(o, self.full) for r, o in self.lora.items()}
 
     def gates_on_stable(self, rank: int = 0) -> list[Gate]:
@@ -80,7 +81,7 @@ class Rewarded(base.Condition):
         return rewards.gates_on_stable([self.by_rank[r].curve for r in dict.fromkeys((0, rank))])
 
     def gates_on_points(self, rank: int) -> list[Gate]:
-        """List the gates on points; the rewards at the start and the end must leave room."""
+        """List the gates on `points`; the reward must start in START and end at most at MOST."""
         optima, gates = self.pair(rank), self.gates_on_stable(rank)
         start = -self.full.curve.nll_start
         if math.isfinite(start) and not START[0] <= start <= START[1]:
@@ -93,7 +94,7 @@ class Rewarded(base.Condition):
 
 
 def conditions(table: pd.DataFrame) -> list[Rewarded]:
-    """Return every model and data set."""
+    """Return one condition for every model and data set."""
     groups = base.by_group(base.fit(table))
     return [Rewarded(name, table, optima) for name, optima in groups.items()]
 
@@ -105,7 +106,7 @@ def at_rank(
     gates: Callable[[Any, int], list[Gate]],
     **more: Any,
 ) -> base.Estimand[Any]:
-    """Declare an estimand at one rank, which is missing without this rank or full fine-tuning."""
+    """Declare an estimand at one rank; it is missing without this rank or full fine-tuning."""
 
     def is_there(c: Rewarded) -> bool:
         return 0 in c.by_rank and rank_of(c) in c.lora
@@ -124,7 +125,7 @@ def at_rank(
 
 
 def at_top(**more: Any) -> list[base.Estimand[Any]]:
-    """Declare the ratio of optimal LRs and that of ranges of good LRs, at the highest rank."""
+    """Declare ratios to full fine-tuning at the top rank: of optimal LRs, and of good ranges."""
     more = {"log": True, **more}
     return [
         at_rank(
@@ -159,7 +160,7 @@ ESTIMANDS = [
 
 
 def measures(found: Sequence[Rewarded], asked: base.Asked) -> dict[str, Any]:
-    """Return how far every rank is behind, in points."""
+    """Return every rank's reward minus full fine-tuning's, in points."""
     behind = {c.name: {r: over_seeds(v) for r, v in c.behind.items()} for c in found}
     return {"points_behind": behind}
 
@@ -174,7 +175,7 @@ def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
 
     Args:
         title: model and data set.
-        ranks: of all panels that are shown together, so that a rank has one colour; 0 is first.
+        ranks: ranks of all panels of the figure, 0 first; a rank's index gives its colour.
     """
     one = next(iter(c.by_rank.values())).curve
     completions, start, series = int(one.key["batch_size"]), -one.nll_start, []

@@ -1,8 +1,8 @@
 """Question: is rank 1 enough in reinforcement learning because an episode carries few bits.
 
-A bandit's labels have 4 bits per context. Rank 1 should tie with full fine-tuning while they fit it
-at 2 bits per parameter, and fall behind beyond. The same labels, supervised by cross-entropy, show
-what the adapter can hold.
+A bandit's labels have 4 bits per context. Rank 1 should match full fine-tuning while its capacity,
+at 2 bits per parameter, suffices for the labels, and fall behind with more labels. Supervised runs,
+which learn the same labels by cross-entropy, show how much the adapter can store.
 """
 
 import functools
@@ -30,9 +30,9 @@ from analysis.runs.table import TableError
 ACTIONS, LABEL_BITS = 16, 4
 """Labels to choose from, and their bits (lorasweep/data/synthetic/bandit.py)."""
 ALL = 0.99
-"""Share of the labels' bits of which nothing more can be gained at LRs beyond those tried."""
+"""A curve that knows more than this share of the labels' bits cannot gain from other LRs."""
 Bits = dict[int, Estimate]
-"""By rank, 0 for full fine-tuning."""
+"""Rank -> bits; rank 0 is full fine-tuning."""
 
 
 def share_known(o: Optimum) -> AtBest[float]:
@@ -50,11 +50,11 @@ class Contexts(rl.Rewarded):
     contexts: int
     rewarded: list[Optimum]
     supervised: dict[int, Optimum]
-    """By rank; 0: full fine-tuning."""
+    """Rank -> curve; rank 0 is full fine-tuning."""
 
     @cached_property
     def by_rank(self) -> dict[int, Optimum]:
-        """The curves of rewarded runs; 0: full fine-tuning."""
+        """Rank -> curve of rewarded runs; rank 0 is full fine-tuning."""
         return {base.rank_of(o): o for o in self.rewarded}
 
     @property
@@ -67,7 +67,7 @@ class Contexts(rl.Rewarded):
 
     @cached_property
     def load(self) -> float | None:
-        """The labels' bits over what rank 1 holds at BITS_PER_PARAMETER; None without rank 1."""
+        """The labels' bits divided by the capacity of rank 1; None without rank 1."""
         if 1 not in self.lora:
             return None
         size = float(runs_of(self.runs, self.lora[1].curve)["n_trainable"].mean())
@@ -75,17 +75,17 @@ class Contexts(rl.Rewarded):
 
     @property
     def is_complete(self) -> bool:
-        """Whether full fine-tuning and rank 1 are there."""
+        """Whether there are rewarded runs of full fine-tuning and of rank 1."""
         return {0, 1} <= self.by_rank.keys()
 
     @property
     def is_below(self) -> bool:
-        """Whether rank 1 can hold the labels."""
+        """Whether rank 1 has the capacity for the labels."""
         return self.load is not None and self.load < 1
 
     @cached_property
     def episode(self) -> Bits:
-        """Bits learned per sampled completion, over a whole run."""
+        """Bits learned per sampled completion, as a mean over the whole run."""
 
         def learned(run: pd.Series) -> dict[str, float]:
             bits = json.loads(run["result"]).get("bits_per_answer")
@@ -96,7 +96,7 @@ class Contexts(rl.Rewarded):
 
     @cached_property
     def bits(self) -> Bits:
-        """Bits learned from rewards: the least information that reaches the reward."""
+        """Bits learned from rewards: the least information on the labels that gives the reward."""
         found = {}
         for r, e in self.episode.items():
             key = self.by_rank[r].curve.key
@@ -114,14 +114,14 @@ class Contexts(rl.Rewarded):
         }
 
     def behind_if_supervised(self) -> Estimate | None:
-        """Return the percent of the labels' bits that rank 1 knows minus full fine-tuning's."""
+        """Return the labels' bits that rank 1 knows minus full fine-tuning's, in percent of all."""
         if not self.supervised.keys() >= {0, 1}:
             return None
         one, full = (share_known(self.supervised[r]) for r in (1, 0))
         return over_seeds(one.paired(full, lambda a, b: 100 * (a - b)))
 
     def gates_if_supervised(self) -> list[Gate]:
-        """List the gates; a curve that knows ALL of the bits may be best at the edge of its LRs."""
+        """List the gates. A curve that knows more than ALL may have its best LR at an edge."""
         both = [self.supervised[r] for r in (0, 1)]
         learning = [o.curve for o in both if not (over_seeds(share_known(o)).value or 0) > ALL]
         gates = gates_on_stable([o.curve for o in both])
@@ -130,16 +130,16 @@ class Contexts(rl.Rewarded):
 
 
 def conditions(table: pd.DataFrame) -> list[Contexts]:
-    """Return every number of contexts, rising.
+    """Return a condition for every number of contexts, rising.
 
     Raises:
-        TableError: data are not a bandit's.
+        TableError: a data set is not a bandit.
     """
     by_contexts: dict[int, list[Optimum]] = {}
     for o in base.fit(table):
         data = json.loads(runs_of(table, o.curve)["spec"].iloc[0])["dataset"]
         if data["location"] != "bandit":
-            raise TableError(f"{data['name']!r} has no known bits. Ask this of dataset=bandit.")
+            raise TableError(f"{data['name']!r} is not a bandit. Use dataset=bandit.")
         by_contexts.setdefault(int(data["knobs"]["contexts"]), []).append(o)
     found = []
     for n, optima in sorted(by_contexts.items()):
@@ -151,7 +151,7 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
 
 
 def _points(name: str, applies: Callable[[Contexts], bool]) -> base.Estimand[Any]:
-    """Declare how far rank 1 is behind, on the contexts for which something holds."""
+    """Declare rank 1's reward minus full fine-tuning's, on conditions to which it applies."""
     gates = Contexts.gates_on_stable
     return rl.at_rank(name, lambda c: 1, Contexts.points, gates, applies=applies)
 

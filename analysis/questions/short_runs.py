@@ -1,7 +1,8 @@
 """Question: is LoRA's optimal learning rate a larger multiple in short runs, and does B outgrow A.
 
-Shorter horizons are prefixes of the same runs. Spectral norms are those at the end of the runs, at
-each curve's optimal learning rate.
+A horizon is a number of updates after which the runs are cut. The multiple is of full fine-tuning's
+optimal learning rate. B outgrows A if its spectral norm is larger. Spectral norms are measured at
+the end of the runs, at each curve's optimal learning rate.
 """
 
 import json
@@ -23,11 +24,11 @@ from analysis.runs.learning_curves import at_step, steps_seen, while_unsolved
 from analysis.runs.lr_curves import title
 
 SHORT = 24
-"""The short horizon is the first evaluated step from the longest horizon divided by this."""
+"""The short horizon is the first one of at least the longest horizon divided by this."""
 SHORTEST = 4
 """Horizons of fewer updates are ignored."""
 Norms = dict[tuple[str, str], float]
-"""Spectral norms by matrix and part: a, b, or delta (the change)."""
+"""(matrix, part) -> spectral norm. Parts: LoRA's a and b, and delta (the change of the weights)."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class Horizon:
 
 @dataclass(frozen=True)
 class Spectra:
-    """The norms of one curve by seed, and medians over matrices of their ratios."""
+    """Spectral norms of one curve by seed, and medians over matrices of ratios of norms."""
 
     by_seed: dict[int, Norms]
     growth: Estimate
-    """B over A."""
+    """Norm of B over norm of A."""
     movement: Estimate
-    """The change over full fine-tuning's."""
+    """Norm of the change of the weights over its norm in full fine-tuning."""
 
     def median(self, part: str) -> float:
         """Return the median of a, b or delta over seeds and matrices; NaN if there is none."""
@@ -88,7 +89,7 @@ class Lengths(base.TwoArms):
 
     @property
     def short(self) -> Horizon:
-        """The first horizon from the longest one over SHORT."""
+        """The first horizon of at least `long.step` / SHORT updates."""
         return next(h for h in self.horizons if h.step >= self.long.step / SHORT)
 
     @property
@@ -96,7 +97,7 @@ class Lengths(base.TwoArms):
         return [*self.short.optima, *self.long.optima]
 
     def short_over_long(self) -> Estimate:
-        """Return the ratio at the short horizon over that at the long one."""
+        """Return the ratio at the short horizon over the ratio at the long horizon."""
         short, long = self.short.ratio, self.long.ratio
         if short.draws is None or long.draws is None:
             return base.UNKNOWN
@@ -109,7 +110,7 @@ class Lengths(base.TwoArms):
 
     @cached_property
     def spectra(self) -> list[Spectra]:
-        """The norms of the optima of whole runs; growth and movement only for LoRA."""
+        """Spectral norms at the optima of whole runs; growth and movement are for LoRA only."""
 
         def logs(row: pd.Series) -> Norms:
             """Return logarithms, which interpolate well between LRs."""
@@ -134,7 +135,7 @@ class Lengths(base.TwoArms):
 
     @property
     def of_top(self) -> Spectra | None:
-        """The norms of the highest rank; None if they were not recorded."""
+        """Spectral norms of the highest rank; None if they were not recorded."""
         every = zip(self.ends, self.spectra)
         known = [s for o, s in every if base.rank_of(o) and s.by_seed]
         return known[-1] if known else None
@@ -231,7 +232,7 @@ def sections(found: Sequence[Lengths], asked: base.Asked) -> list[base.Section]:
 
 
 def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[base.Panel]:
-    """Draw the change of every matrix that LoRA adapts, for one seed."""
+    """Draw the spectral norm of the change of every matrix that LoRA adapts, for one seed."""
     first = [(o, next(iter(s.by_seed.values()))) for o, s in known]
     lora = [norms for o, norms in first if o.curve.key["method"] == "lora"]
     if not first:

@@ -81,5 +81,5 @@ def test_the_experts_adapters_are_counted_as_they_are_trained():
 def test_a_dense_model_is_refused():
     dense = planted.runs(base(dataset="dialect_smoke"), Lora(rank=4), [LORA])
     table = planted_table(World(), dense)
-    with pytest.raises(TableError, match="does not tell the rank of its experts"):
+    with pytest.raises(TableError, match="has no known rank of its experts"):
         QUESTION.analyse(table, kept_question("experts"))
