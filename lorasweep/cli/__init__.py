@@ -1,4 +1,4 @@
 """The actions of the command line, and their output.
 
-Refuses to know torch, and how runs are trained.
+This package does not import torch; `launch` trains runs.
 """

@@ -19,7 +19,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, from_plain
 
 WHOLE_STUDY = ("export", "adapter", "fetch")
-"""Actions that are called once for a sweep of sweeps; the others are called for each part."""
+"""Actions that are called once for a sweep of sweeps; all others are called once per part."""
 OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "layers")
 """Actions that, like training, leave out the runs that need more than exec.max_gpus GPUs."""
 
@@ -27,7 +27,7 @@ OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "lay
 def functions(
     trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None
 ) -> dict[str, Callable[[Request, RunStore], int]]:
-    """Return the function of each action, which returns the exit status."""
+    """Return the function of each action by name; each function returns the exit status."""
     return {
         "run": partial(train.run, trainer=trainer, follow=follow),
         "plan": plans.show,
@@ -55,10 +55,10 @@ def act(
 ) -> int:
     """Call the function of the requested action; return the exit status.
 
-    `trainer`: replaces the real one in tests and benchmarks. `follow`: the task of a follow-up job.
+    `trainer`: replaces the real trainer in tests and benchmarks. `follow`: task of a follow-up job.
     """
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
-    with suppress(OSError):  # the action says what is wrong with the folder
+    with suppress(OSError):  # the action reports problems with the folder
         files.share_as(store.root)
     if request.customers and request.action != "advise":
         runs = customers.plan_fleet(request)
@@ -79,7 +79,7 @@ def _on_runs(
         request = train.within_limit(request)
     if not request.parts or request.action in WHOLE_STUDY or (on_gpus and request.action == "plan"):
         return do(request, store)
-    if request.action == "run":  # find what is wrong before the first part starts
+    if request.action == "run":  # find problems before the first part starts
         for part in request.parts:
             train.check(part, store, train.runs_of(part, store))
     code = 0

@@ -1,6 +1,6 @@
-"""The only interface to `analysis`, which gets tables, plain values and paths.
+"""Call `analysis` with tables, plain values and paths; no other module does.
 
-It is imported inside functions, because pandas and scipy take a second to load.
+`analysis` is imported inside functions, because pandas and scipy take a second to load.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from analysis.inference.design import Outlook
 
 KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
-"""The kept results of the repository, which a report may show beside its own."""
+"""The kept results of the repository. A report may show them beside the judged runs."""
 
 
 def check_claims(sweep: Sweep | None) -> None:
-    """Raise SpecError if a sweep claims what its analysis does not measure."""
+    """Raise SpecError if the analysis of a sweep cannot judge one of the claims."""
     if sweep is None:
         return
     from analysis.questions.registry import UnknownQuestion, question_named
@@ -55,11 +55,11 @@ def outlooks(
 ) -> "list[tuple[str, Outlook]]":
     """Return for each claim whether the planned runs can decide it.
 
-    Each comes with the scale of its standard deviation between seeds: the first of `scales` that
-    states one. `points`: the runs of the first stage.
+    Each entry names a scale: the first of `scales` for which the claim states a standard deviation
+    between seeds. `points`: the runs of the first stage.
 
     Raises:
-        SpecError: the sweep claims what its analysis does not measure.
+        SpecError: the analysis of the sweep cannot judge one of the claims.
     """
     if sweep is None:
         return []
@@ -109,10 +109,10 @@ def claims_hash(question: dict[str, Any]) -> str:
 def next_round(
     table: "pd.DataFrame", question: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Suggest runs to add to a finished sweep, and why, in lines; none if every claim is decided.
+    """Return runs to add to a finished sweep, and lines with the reasons.
 
-    A run is {like, lr, seed}: the finished run with the id `like`, with another learning rate and
-    seed.
+    There are none if every claim is decided. A run is {like, lr, seed}: a copy of the finished run
+    with id `like`, with another learning rate and seed.
 
     Raises:
         StoreError: the runs cannot be judged together.
@@ -144,7 +144,7 @@ def _table_errors() -> Iterator[None]:
 
 
 def qualify(table: "pd.DataFrame") -> tuple[dict[str, bool], list[dict[str, Any]], list[str]]:
-    """Judge tasks from finished runs of full fine-tuning and of LoRA's highest rank.
+    """Judge whether tasks are suitable, from runs of full fine-tuning and of the largest LoRA.
 
     Returns whether each model and data set is suitable, the checks as JSON values, and as lines.
     """
@@ -175,7 +175,7 @@ def code_length(
         base: nats of each measured batch under the base model.
         code: nats of each batch before it was trained on.
         tokens: loss tokens of each batch.
-        left: loss tokens of the other rows; None: there is no end of rows, and all values are None.
+        left: loss tokens of the other rows; None: the rows are endless, and all values are None.
     """
     import numpy as np
 

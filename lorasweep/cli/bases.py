@@ -17,7 +17,7 @@ TOLERANCE_NATS = 0.02
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Retrain bases; return 1 if --check finds one with another loss."""
+    """Retrain bases; return 1 if --check finds a base whose retrained loss differs."""
     parser = argparse.ArgumentParser(prog="python -m lorasweep.cli.bases", description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
     parser.add_argument(

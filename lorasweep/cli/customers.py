@@ -34,7 +34,7 @@ WIDTH = 34
 
 
 def known(request: Request) -> Known:
-    """Return what the rules are based on: models, machines, kept results, measured data."""
+    """Return the inputs of the adviser's rules: models, machines, kept results, measured data."""
     folders = [Path(folder) for folder in request.folders]
     return Known(
         models=catalogue.models(folders),
@@ -87,13 +87,13 @@ def advise(request: Request) -> int:
         errors = [f"error in {a.error}" for a in found if isinstance(a, Failed)]
         lines = _table(pages.HEAD, [pages.cells(a) for a in found], pages.NUMBERS)
         lines += ["", *errors, *([""] if errors else []), *pages.summary_lines(found), pages.BASIS]
-        lines += [f"page: {out}. Reasons: why=NAME. A sweep that resolves it: write_sweep=NAME"]
+        lines += [f"page: {out}. Reasons: why=NAME. A sweep to test the advice: write_sweep=NAME"]
         print("\n".join(lines))
     return 1 if any(isinstance(a, Failed) for a in found) else 0
 
 
 def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
-    """Print the reasons of one customer's advice, or write the sweep that resolves it."""
+    """Print the reasons of one customer's advice, or write the sweep that decides the method."""
     name = request.why or request.write_sweep
     mine = next((a for a in found if name in (a.name, customer_sweep.plain_name(a.name))), None)
     if mine is None:
@@ -145,12 +145,12 @@ def measure(request: Request) -> int:
 
 
 def plan_fleet(request: Request) -> Request:
-    """Return the request for the runs of a table's customers; print what is wrong with rows.
+    """Return the request for the runs of a table's customers; print the problems of rows.
 
     Raises:
-        SpecError: the settings are not those of a fleet, or the table cannot be read.
+        SpecError: a fleet cannot use the settings, or the table cannot be read.
     """
-    if request.members:  # a follow-up job trains what was planned, without reading the table again
+    if request.members:  # a follow-up job trains the planned runs, without reading the table again
         return request
     customers = read_customers(Path(request.customers))
     rules, members = runs.fleet_of(request, customers, known(request))

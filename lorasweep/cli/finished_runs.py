@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_FLOOR_NATS = 0.01
-"""Accepted difference of the final NLL if no condition has two seeds: about the difference between
-seeds in the tiny sweep (docs/log)."""
+"""Accepted difference of the final NLL if no condition has two seeds. In the tiny sweep, seeds
+differ by about as much (docs/log)."""
 
 
 def export(request: Request, store: RunStore) -> int:
@@ -85,7 +85,7 @@ class Comparison:
     """Largest difference of the metric over all evaluations; None for a diverged run."""
 
     def within(self, bound: float) -> bool:
-        """Return whether both ended in the same state, with final metrics at most `bound` apart."""
+        """Return whether both trainings ended in one state, with metrics at most `bound` apart."""
         return self.same_state and (self.difference is None or abs(self.difference) <= bound)
 
 
@@ -131,7 +131,7 @@ def train_again(
             if then and here and then != here:
                 raise TrainingError(
                     f"run {spec.id} was trained on {what} (fingerprint {then}) than is there now "
-                    f"({here}), so it cannot be trained again. Restore what it was trained on."
+                    f"({here}), so it cannot be trained again. Restore the original."
                 )
         at_end = event.snapshot()[spec.id]
     name = metric_of(before).name
@@ -151,7 +151,7 @@ def train_again(
 
 
 def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
-    """List what differs here from a run's recorded attempt: 'torch 2.9.0 then, 2.13.0 now'."""
+    """List changes since a run's recorded attempt, such as 'torch 2.9.0 then, 2.13.0 now'."""
     env, result = store.env(rid), store.result(rid) or {}
     if not env:
         return ["not known, as the run was imported"]
@@ -181,12 +181,12 @@ def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
 def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
     """Train a finished LoRA run again, alone, and save it in PEFT's format.
 
-    Weights of runs are not kept, as a sweep has thousands. The result is equal up to rounding, and
-    bit for bit if the run was trained alone on the same processor.
+    Weights of runs are not kept, as a sweep has thousands of runs. The retrained weights are equal
+    up to rounding, and bit for bit if the run was trained alone on the same processor.
 
     Raises:
         TrainingError: the final metric differs from the recorded one by more than
-            request.max_difference, or than the standard deviation between seeds.
+            request.max_difference, or if unset, than the standard deviation between seeds.
     """
     if not request.run or not request.out:
         raise SpecError("action=adapter needs run=RUN_ID and out=FOLDER.")
@@ -215,7 +215,7 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
         accept = f"To accept it, add max_difference={needed:g}. " if comparison.same_state else ""
         raise TrainingError(
             f"run {spec.id} {outcome}. At most {bound:.1e} is accepted, so no adapter was written. "
-            f"What differs: {why}. {accept}Or train where the run was trained."
+            f"What differs: {why}. {accept}Or use the machine of the recorded run."
         )
     write_adapter(Path(request.out), spec, weights_of(state), final.get("base_commit"))
     print(outcome + (f"; what differs: {why}" if comparison.difference else ""))
@@ -235,7 +235,7 @@ def write_adapter(
 ) -> None:
     """Write the adapter of a LoRA run as a folder that PEFT loads.
 
-    `commit`: of the base on the hub. `base`: its name; None: where it was loaded from.
+    `commit`: the base's commit on the hub. `base`: name of the base; None: the location in `spec`.
     """
     from lorasweep.methods.stacked.peft_export import save_peft
 

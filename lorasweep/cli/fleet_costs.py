@@ -1,4 +1,4 @@
-"""The cost of a fleet's unfinished runs by base, in packs and alone; counts of customers."""
+"""Compare the cost of a fleet's unfinished runs in packs and one by one, for each base."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,7 @@ def customer_counts(request: Request, store: RunStore) -> dict[str, int]:
 def here(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
     """Return the cost of the unfinished runs on this machine, as JSON values.
 
-    `alone_s` is None where no step of such runs was timed outside of a pack.
+    `alone_s` is None if no step of such runs was timed outside of a pack.
     """
     rows = []
     for base, points in _by_base(plan.todo).items():
@@ -64,7 +64,7 @@ def on_gpus(request: Request, store: RunStore, hardware: Hardware) -> dict[str, 
 
 
 def lines(values: dict[str, Any], per: str) -> list[str]:
-    """Return the costs in lines; `per`: what the times refer to, such as 'on 2 worker(s)'."""
+    """Return the costs in lines; `per`: unit of the times, such as 'on 2 worker(s)'."""
     found = [counts_line(values["customers"])]
     if not values["bases"]:
         return [*found, "nothing is left to train"]
@@ -124,7 +124,7 @@ def _by_base(points: Iterable[Point]) -> dict[str, list[Point]]:
 def _timed_s(points: Iterable[Point], plan: Plan, sizes: Mapping[str, int]) -> float | None:
     """Return the seconds of runs on all workers; None if their steps were not timed.
 
-    `sizes`: size of each run's pack; a run without one is alone.
+    `sizes`: run id -> size of the run's pack; a run that is not in it trains alone.
     """
     total = 0.0
     for p in points:

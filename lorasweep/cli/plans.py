@@ -38,7 +38,7 @@ OUTLOOK_RUNS = 2000
 """With more runs, action=plan does not say which claims can be decided, because loading the
 analysis takes longer than planning. The command that starts the runs does say it."""
 SMALLER = ("small", "tiny")
-"""Scales whose standard deviation between seeds is used where a larger scale states none."""
+"""Scales whose standard deviation between seeds is used if a larger scale states none."""
 BASIS = {
     "measured": "from finished runs",
     "calibrated": "from measured step times",
@@ -52,7 +52,7 @@ HEAD = (
 
 
 def show(request: Request, store: RunStore) -> int:
-    """Print what would run and what it costs; start nothing."""
+    """Print the runs that would be trained and their cost; start none."""
     hardware = hardware_of(request)
     if request.hardware and hardware.has_speeds:
         return _show_on_gpus(request, store, hardware)
@@ -77,7 +77,7 @@ def show(request: Request, store: RunStore) -> int:
 
 
 def layers(request: Request, store: RunStore) -> int:
-    """Print what each kind of run trains, by layer set."""
+    """Print the matrices that each kind of run trains, by layer set."""
     plain = {"sweep": request.sweep_name, "kinds": trained_plain(request.points)}
     print(json.dumps(plain) if request.format == "json" else trained_text(request.points))
     return 0
@@ -183,7 +183,7 @@ def unpinned_lines(points: Sequence[Point]) -> list[str]:
 
 
 def queue_lines(difference: dict[str, Any]) -> list[str]:
-    """Return what a submission would change in the queue; empty without a cluster."""
+    """Return lines with the queue's changes by a submission; empty without a cluster."""
     if not difference:
         return []
     queue = difference["queue"]
@@ -240,7 +240,7 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         return 0
     from jinja2 import StrictUndefined, Template  # takes a moment to load
 
-    rows = [_row(v) for v in (values if len(values) > 2 else values[:1])]  # one sweep is the total
+    rows = [_row(v) for v in (values if len(values) > 2 else values[:1])]  # one sweep has no total
     form = Path(__file__).with_name("templates") / "forecast.txt"
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     text = Template(form.read_text(), undefined=StrictUndefined, **options).render(
@@ -321,7 +321,7 @@ def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
         "gpu_hours_of_sampling": sum(
             hours_of(k, where, n) * where.sampling_s / where.seconds for k, where, n in placed
         ),
-        # on all GPUs of the hardware, or on those of the largest run if it has more
+        # on all GPUs of the hardware, or on the GPUs of the largest run if these are more
         "days": found.gpu_hours / 24 / max(hardware.gpus, largest),
         "cost_usd": cost(found.gpu_hours),
         "fits": not found.misfits(),

@@ -35,8 +35,8 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
 def qualifying(points: list[Point]) -> list[Point]:
     """Choose the runs that show whether a task is suitable.
 
-    For each model, data set, batch size and number of updates: full fine-tuning of all weights, and
-    the LoRA with most parameters.
+    For each model, data set, batch size and number of updates, these are the runs of full
+    fine-tuning of all weights, and of the LoRA with most parameters.
     """
     groups: dict[tuple[str, str, int, int], dict[str, list[Point]]] = {}
     for p in points:

@@ -1,4 +1,4 @@
-"""Show messages and progress in the terminal, which no program reads."""
+"""Show messages and progress in the terminal. No program parses this output."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
 
 
 def notifier(request: Request) -> Callable[[str], None]:
-    """Return a function that prints a message on stderr, or with format=json nothing."""
+    """Return a function that prints a message on stderr; with format=json it prints nothing."""
     if request.format == "json":
         return lambda text: None
     return lambda text: print(text, file=sys.stderr, flush=True)

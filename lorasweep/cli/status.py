@@ -1,4 +1,4 @@
-"""Show the status of a sweep from its run folder, and its jobs where Slurm can be asked."""
+"""Show the status of a sweep from the run folder, and of its jobs if Slurm can be asked."""
 
 import json
 import sys
@@ -23,9 +23,9 @@ OPEN_STATES = ("missing", "queued", "running", "interrupted")
 """States of unfinished runs; queued: missing or interrupted, and in a live job."""
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
 SHOWN = 20
-"""Lines each for running runs, jobs and problems; format=json has all."""
+"""Maximum lines for running runs, for jobs and for problems; format=json has all of them."""
 TAIL = 5
-"""Lines of the log in a problem."""
+"""Last lines of a run's log that format=json shows for a problem."""
 WATCH_S = 5.0
 WINDOW_S = 1800.0
 """The speed counts runs that finished within this time before the latest one."""
@@ -55,7 +55,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     }
     entries = store.finished(states)
     by_arm: dict[str, Counter[str]] = {}
-    best: dict[str, tuple[float, str]] = {}  # by arm: metric, signed so that lower is better; run
+    best: dict[str, tuple[float, str]] = {}  # arm -> (signed metric, lower is better; run id)
     for p in plan.points:
         by_arm.setdefault(p.arm, Counter())[states[p.id]] += 1
         e = entries.get(p.id)
@@ -79,7 +79,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     finished = [p for p in plan.points if p.id in entries]
     flops_done = sum(run_flops(p.spec) for p in finished)
     rate = _rate_per_h(entries)
-    if rate and plan.todo and queue.live():  # by the recent speed of the jobs
+    if rate and plan.todo and queue.live():  # use the recent speed of the jobs
         left_s = flops_left / (flops_done / len(finished)) / rate * 3600
     else:
         left_s = plan.hours * 3600 * (flops_left / plan.flops if plan.flops else 0.0)
@@ -195,8 +195,8 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
         lines += [f"    {n} waiting: {reason}" for reason, n in waiting.items()]
     if status["follows"]:
         lines.append(
-            f"  follow-up job {', '.join(status['follows'])}: it submits what is missing when the "
-            "others end, and finally writes the answer"
+            f"  follow-up job {', '.join(status['follows'])}: it submits missing runs when the "
+            "other jobs end, and finally writes the answer"
         )
     if status["slurm"]:
         lines.append(f"  queued runs are not shown: {status['slurm']}")

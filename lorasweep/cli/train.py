@@ -42,7 +42,7 @@ class Trained:
     """The runs of a request after training."""
 
     points: list[Point]
-    """Also those of the second stage that are known."""
+    """Runs of the first stage, and the runs of the second stage that are known."""
     status: int
     """Exit status: 0, 1 if runs failed or were killed, STOPPED."""
     waiting: bool = False
@@ -55,7 +55,7 @@ def run(
     trainer: Trainer | str | None = None,
     follow: dict[str, Any] | None = None,
 ) -> int:
-    """Train what is missing, judge and report; on a cluster, submit and report later."""
+    """Train the missing runs, judge and report; on a cluster, submit jobs and report later."""
     trained = train(request, store, trainer, follow)
     points, as_json = trained.points, request.format == "json"
     if trained.waiting or trained.status == STOPPED:
@@ -107,7 +107,7 @@ def run(
 def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
     """Train the runs that judge a sweep's tasks; print and save whether the tasks qualify.
 
-    Returns 1 if one does not.
+    Returns 1 if a task does not qualify.
     """
     if request.sweep is None or request.cluster.kind == "slurm":
         raise SpecError(
@@ -138,7 +138,7 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
 
 
 def runs_of(request: Request, store: RunStore) -> list[Point]:
-    """Return the sweep's runs; for action=qualify those that judge its tasks."""
+    """Return the runs of a sweep, or for action=qualify the runs that judge the tasks."""
     points = all_points(request, store)
     return qualifying(points) if request.action == "qualify" else points
 
@@ -157,9 +157,9 @@ def within_limit(request: Request) -> Request:
 
 
 def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
-    """Raise what the user must correct before anything is trained.
+    """Raise an error if the user must correct something before training.
 
-    `points`: the runs, with those of the second stage and of added rounds.
+    `points`: all runs, including the second stage and added rounds.
     """
     specs = [p.spec for p in request.points]
     if request.exec.world_size > 1:
@@ -197,7 +197,7 @@ def train(
     if plan.todo and not quiet:
         _warn_of_claims(request)
     try:
-        while plan.todo:  # the first stage, then the second, which its results choose
+        while plan.todo:  # results of the first stage choose the second
             notify(plan_text(request, plan))
             with Display(plan.todo, quiet) as display:
                 local.run_points(points, store, request.exec, display.event, trainer, plan=plan)
@@ -207,8 +207,8 @@ def train(
             plan = make_plan(points, store, request.exec, plan.hardware)
     except (Stopped, KeyboardInterrupt):
         print(
-            "stopped; finished runs are kept, the others resume from their checkpoints when you "
-            "run the command again",
+            "stopped; finished runs are kept, unfinished runs resume from their checkpoints when "
+            "you run the command again",
             file=sys.stderr,
         )
         return Trained(points, STOPPED)
@@ -229,7 +229,7 @@ def _status(points: Sequence[Point], store: RunStore) -> int:
 def _train_on_cluster(
     request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> Trained:
-    """Submit what is missing; GaveUp: no run finished in the last rounds of jobs."""
+    """Submit the missing runs; GaveUp: no run finished in the last rounds of jobs."""
     notify, idle = notifier(request), 0
     for line in unpinned_lines(request.points):
         notify(line)
@@ -316,7 +316,7 @@ def cancel_jobs(request: Request, store: RunStore) -> int:
     elif n_jobs:
         print(
             f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, "
-            "the others resume from their checkpoints when you run the sweep's command again"
+            "unfinished runs resume from their checkpoints when you run the sweep's command again"
         )
     else:
         print("nothing to cancel")

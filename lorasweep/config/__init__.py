@@ -1,4 +1,4 @@
 """Turn YAML files and the command line into one checked Request.
 
-The only room that imports Hydra.
+No other package imports Hydra.
 """

@@ -18,13 +18,13 @@ class Action:
     example: str = ""
     """Settings that --help shows after the name."""
     reads: tuple[str, ...] = ()
-    """Settings that not all actions read."""
+    """Settings that only some actions read, this one among them."""
     about: str = "the runs of a sweep or a single run"
     allows_sweep: bool = True
     needs_run: bool = True
-    """Without a sweep, it acts on the single run of the command line, or on a fleet's runs."""
+    """Without a sweep, the action uses the single run of the command line, or a fleet's runs."""
     of_fleet: bool = False
-    """With customers=FILE, it acts on the runs of a fleet."""
+    """With customers=FILE, the action uses the runs of a fleet."""
 
 
 FLEET_SETTINGS = ("customers", "rates", "instead_of_full", "out")
@@ -64,8 +64,8 @@ ACTIONS: dict[str, Action] = {
         ),
         Action(
             "adapter",
-            "retrain a finished LoRA run and save it in PEFT's format, unless it ends elsewhere; "
-            "max_difference=0.02 accepts that difference of the final loss",
+            "retrain a finished LoRA run and save the adapter in PEFT's format, unless the final "
+            "loss differs; max_difference=0.02 accepts a difference of up to 0.02",
             "run=ID out=DIR",
             reads=("run", "out", "max_difference"),
             needs_run=False,
@@ -81,7 +81,7 @@ ACTIONS: dict[str, Action] = {
         ),
         Action(
             "qualify",
-            "check first that the sweep's tasks are suitable, with its largest methods",
+            "train full fine-tuning and the largest LoRA, to check that the tasks are suitable",
             needs_run=False,
         ),
         Action(
@@ -109,9 +109,9 @@ ACTIONS: dict[str, Action] = {
         ),
         Action(
             "measure",
-            "measure how many bits a model finds in rows (or in dataset=NAME): steps x batch_size "
-            "of them, under the base model and online during training; action=advise uses the "
-            "result for a customer with these data",
+            "measure the information in steps x batch_size rows of FILE (or of dataset=NAME), in "
+            "bits, under the base model and online during training; action=advise uses the result "
+            "for a customer with these data",
             "data=FILE",
             reads=("data", "rates"),
             about="one model and one data set",
@@ -158,5 +158,7 @@ def check_action(config: Any, sweep_name: str | None) -> Action:
         if getattr(config, key) != getattr(defaults, key):
             readers = " and ".join(f"action={a.name}" for a in ACTIONS.values() if key in a.reads)
             hint = " (of a customer: +customer.data)" if key == "data" else ""
-            raise SpecError(f"{key} is only for {readers}. Add it, or leave {key} out{hint}.")
+            raise SpecError(
+                f"{key} is only for {readers}. Use that action, or leave {key} out{hint}."
+            )
     return action

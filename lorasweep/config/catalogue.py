@@ -15,7 +15,7 @@ from lorasweep.spec.model import ModelSpec
 
 
 def models(folders: Sequence[Path]) -> dict[str, Callable[[], ModelSpec]]:
-    """Return a reader for each model by its names, here and on the hub, in lower case."""
+    """Return functions that read models, by file name and by name on the hub, in lower case."""
     found: dict[str, Callable[[], ModelSpec]] = {}
     for path in _files(folders, "model"):
         read = cache(lambda path=path: build(ModelSpec, _plain(path)))
@@ -32,7 +32,7 @@ def widths(folders: Sequence[Path]) -> dict[str, int]:
 
 
 def machines(folders: Sequence[Path]) -> dict[str, Callable[[], Hardware]]:
-    """Return a reader for each machine in conf/hardware but this one, by name in lower case."""
+    """Return functions that read the files of machines, except this_machine, by lower-case name."""
     return {
         path.stem.lower(): cache(lambda path=path: hardware.from_plain(_plain(path)))
         for path in _files(folders, "hardware")

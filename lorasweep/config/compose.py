@@ -1,4 +1,4 @@
-"""Compose configuration files and the command line into a checked request; no torch."""
+"""Compose configuration files and the command line into a checked request, without torch."""
 
 import dataclasses
 import hashlib
@@ -40,14 +40,14 @@ from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
 
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
-"""Lines with which a sweep's file sets more than the sweep."""
+"""Matches the lines by which a sweep's file also sets groups other than the sweep."""
 SELECT_FILES = ("+sweep=", "scale=")
 CHANGE_NO_RUNS = (
     *SELECT_FILES,
     *(f"{key}=" for key in (*SETTINGS, "rates")),
     *("exec.", "+exec.", "cluster=", "cluster.", "+cluster.", "hardware=", "hardware."),
 )
-"""Starts of overrides that do not change which runs are asked for."""
+"""Prefixes of overrides that do not change the requested runs."""
 CHOOSE_PARTS = ("model=", "dataset=", "method=")
 
 
@@ -117,7 +117,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
         if getattr(config, name) not in allowed:
             raise SpecError(unknown(name, getattr(config, name), allowed))
     if isinstance(config.rates, str) and config.rates != "advised":
-        raise SpecError(f"rates={config.rates!r}. Expected a number, or for a fleet advised.")
+        raise SpecError(f"rates={config.rates!r}. Expected a number, or with a fleet: advised.")
     hardware = {} if config.hardware == {"name": detect.NAME} else config.hardware
     exec_ = exec_of(dataclasses.asdict(config.exec))
     cluster = Cluster(**dataclasses.asdict(config.cluster))
@@ -149,7 +149,7 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
                 "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
                 "+sweep=NAME, or customers=FILE."
             )
-        if action.needs_run and not config.customers:  # a fleet only starts from this run
+        if action.needs_run and not config.customers:  # a fleet uses this run as a template
             validate(base)
         points = [Point(base.method.name, base)] if action.needs_run else []
         return Request(**common, sweep_name=None, sweep=None, points=points)
@@ -174,7 +174,8 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
     asked = runs_hash(points, sweep)
     stated = ""
-    if changes and not any(o.startswith(CHOOSE_PARTS) for o in changes):  # in_files has these too
+    # in_files contains overrides that choose models, data sets or methods
+    if changes and not any(o.startswith(CHOOSE_PARTS) for o in changes):
         with suppress(SpecError):  # some sweeps are complete only with the command line
             config = _object(in_files)
             files = [o for o in overrides if o.startswith(SELECT_FILES)]
@@ -185,9 +186,9 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
 
 
 def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point]:
-    """Expand a sweep; `alone`: its file sets nothing else."""
+    """Expand a sweep into runs; `alone`: the file of the sweep sets no other group."""
     files = [o for o in overrides if o.startswith(SELECT_FILES)]
-    if alone:  # leave it out, as composing it takes longest
+    if alone:  # compose models and data sets without the sweep, which takes longest
         files = [o for o in files if not o.startswith("+sweep=")]
 
     def look_up(group: str, cls: type[ModelSpec] | type[DatasetSpec], name: str) -> Any:
@@ -210,7 +211,7 @@ def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point
 
 
 def _parts(sweep_name: str, sweep: Sweep, overrides: Sequence[str]) -> list[Request]:
-    """Compose those parts of a sweep that have this scale, with the rest of the command line."""
+    """Compose the parts of a sweep that have this scale, each with the rest of the command line."""
     own = (f"+sweep={sweep_name}", "sweep.parts=")
     rest = [o for o in overrides if not o.startswith(own)]
     names, parts = option_names("sweep"), []

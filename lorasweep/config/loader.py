@@ -1,6 +1,6 @@
 """Hydra's configuration loader, which also merges the chosen scale's block of a sweep.
 
-    axes: {seed: 100}               # what all scales share
+    axes: {seed: 100}               # shared by all scales
     arms: {lora: {method: lora}}
     scales:
       smoke: {arms: {lora: {rank: 4, lr: 5e-3}}}
@@ -8,7 +8,7 @@
 
 The block is merged over the keys above it: mappings key by key, other values replaced. This happens
 before the command line is applied, so `~sweep.arms.fullft` can remove what a scale states. A scale
-with `extends: OTHER` (in conf/scale) takes the block of that scale first, then its own.
+with `extends: OTHER` (in conf/scale) takes the block of OTHER first, then the scale's block.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ RENAMED = {
     "dataset": {"knobs": "generator_params"},
     "model": {"recipe.knobs": "generator_params"},
 }
-"""By group: keys of files written for version 0.1, and their new names."""
+"""Group -> key in files for version 0.1 -> new name of the key."""
 
 
 class ScaleLoader(ConfigLoaderImpl):
@@ -97,7 +97,7 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 
 
 def _merged(top: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
-    """Merge plain mappings. OmegaConf's merge would also merge into what `${...}` refers to."""
+    """Merge plain mappings. OmegaConf's merge would also change the values that `${...}` names."""
     both = {
         k: _merged(top[k], v)
         for k, v in block.items()

@@ -1,4 +1,4 @@
-"""Check that the weights and data of runs are there and fit together; download them."""
+"""Check that the weights and data of runs are present and fit together; download them."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,7 +12,7 @@ def check_available(request: Request) -> None:
     """Check that the weights and data of all runs are on this machine.
 
     The first run that needs a file of the hub downloads it. On a cluster a missing file is an
-    error, as jobs would wait for it with their GPUs.
+    error, because jobs would hold GPUs during the download.
 
     Raises:
         ModelError, DataError: weights or data are missing; the message says how to get them.
@@ -56,7 +56,7 @@ def check_available(request: Request) -> None:
 
 
 def fetch(specs: Iterable[RunSpec], tell: Callable[[str], None]) -> None:
-    """Download the weights and rows of runs from the hub; `tell` gets a line for each.
+    """Download the weights and rows of runs from the hub; `tell` is called with lines to show.
 
     Raises:
         ModelError, DataError: a download fails.

@@ -1,4 +1,4 @@
-"""The keys of the configuration with types and defaults; those of a run come from its fields."""
+"""The keys of the configuration with types and defaults; keys of a run are fields of RunSpec."""
 
 import dataclasses
 import functools

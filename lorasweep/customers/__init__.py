@@ -1,4 +1,5 @@
-"""The table of customers: read it, advise each one, measure their data, train their adapters.
+"""Read a table of customers, advise each customer, measure data sets, and build adapters.
 
-Refuses to know torch, Hydra and the analysis: kept results are read as files, models are handed in.
+This package imports neither torch nor Hydra nor `analysis`. It reads kept results as files, and
+gets models as arguments.
 """

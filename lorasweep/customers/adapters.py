@@ -1,4 +1,4 @@
-"""Export a folder for each customer with its adapter, card and facts, and a page of all."""
+"""Export a folder per customer with the adapter, card and facts, and one page for the fleet."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ from lorasweep.store.run_store import RunStore
 ADAPTER = "adapter_model.safetensors"
 CARD, FACTS, PAGE = "README.md", "facts.json", "index.html"
 WriteAdapter = Callable[..., None]
-"""(folder, spec, weights, commit of the base, its name): writes a folder that PEFT loads."""
+"""(folder, spec, weights, commit of the base, name of the base): writes a folder for PEFT."""
 NUMBERS = ("gain", "before", "after", "learning rate", "tried", "rows", "held out", "rank")
 HEAD = ("customer", *NUMBERS, "notes")
 NAMED = 12
-"""Customers of a group that the page names; the table lists all."""
+"""Maximum number of customers that the page names in a group. The table lists all customers."""
 
 
 # ---------------------------------------------------------------- folders
@@ -86,16 +86,16 @@ def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter)
     if weights is None:
         problem = (
             f"the weights of run {spec.id} were not kept: another learning rate was chosen before, "
-            "or it was trained in a sweep. Train it again: python -m lorasweep action=adapter "
+            "or the run is from a sweep. Train it again: python -m lorasweep action=adapter "
             f"run={spec.id} out=FOLDER"
         )
         return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
     partial = folder / f".{mine.name}.{os.getpid()}-{os.urandom(3).hex()}"
     try:
         save(partial, spec, weights, outcome.result.get("base_commit"), outcome.base)
-    except ModelError as error:  # not what PEFT would read
+    except ModelError as error:  # PEFT would read other weights
         return dataclasses.replace(outcome, spec=None, result={}, problem=str(error))
-    on_hub = spec.model.source == "hub"  # else hubs would link to another model
+    on_hub = spec.model.source == "hub"  # else the hub would link the card to another model
     head: dict[str, Any] = {"base_model": outcome.base} if on_hub else {}
     head |= {"library_name": "peft", "tags": ["lora"]}
     card = render(
@@ -110,7 +110,7 @@ def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter)
     shutil.rmtree(mine, ignore_errors=True)
     try:
         partial.rename(mine)
-    except OSError:  # another command wrote the same, as a follow-up job does
+    except OSError:  # another command wrote the folder, such as a follow-up job
         if not mine.is_dir():
             raise
         shutil.rmtree(partial)
@@ -121,7 +121,7 @@ def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter)
 
 
 def _facts(outcome: Outcome) -> list[tuple[str, str]]:
-    """Return the facts of a trained adapter, name and text, as templates/facts.txt has them."""
+    """Return (name, text) for each fact of a trained adapter, by templates/facts.txt."""
     member = outcome.member
     model = member.points[0].spec.model
     text = render("facts.txt", p=outcome.plain(), rows=member.rows, model=model)
@@ -163,7 +163,7 @@ def cells(outcome: Outcome) -> list[str]:
 
 
 def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
-    """Return the indices in `found` of each group, without empty groups."""
+    """Group the customers by result: label -> indices in `found`. Empty groups are left out."""
     trained = {k: o for k, o in enumerate(found) if o.spec is not None}
     held = [k for k, o in trained.items() if o.gain is not None]
     of = {v: [k for k in held if found[k].verdict == v] for v in (GAINED, WORSE, UNKNOWN)}
@@ -180,6 +180,6 @@ def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
 
 
 def summary_lines(found: Sequence[Outcome]) -> list[str]:
-    """Return the number of customers in each group."""
+    """Return lines with the number of customers, in total and in each group."""
     groups = {k: v for k, v in _groups(found).items() if k != "without an adapter"}
     return [counts_line(counts(found)), *(f"{len(g)} {label}" for label, g in groups.items())]

@@ -22,7 +22,7 @@ KEYS = (
     *("flops_ratio", "hours", "cost_usd", "adapter_mib", "serving_gib", "regime", "warnings"),
     *("evidence", "error"),
 )
-"""Keys of every answer, also of an error."""
+"""Keys of every answer as JSON, also of the answer for a wrong row."""
 SURE_OF = (
     *("method", "rank", "layers", "lr", "batch_size_max", "load", "hours_lora", "peak_gib_lora"),
 )
@@ -33,7 +33,7 @@ OF_ARM = ("gpus", "fits", "peak_gib", "hours", "cost_usd", "serving_gib")
 
 @dataclass(frozen=True, kw_only=True)
 class Advice(Case):
-    """The advice for one customer; where the method is open, rate and costs are LoRA's."""
+    """The advice for one customer. If the method is undecided, rate and costs are those of LoRA."""
 
     work: Workload
     choice: Choice
@@ -100,7 +100,7 @@ class Advice(Case):
 
 
 def plain_of(found: Advice | Failed) -> dict[str, Any]:
-    """Return an answer as JSON values; for a wrong row with the keys KEYS."""
+    """Return an answer as JSON values; the answer for a wrong row has only KEYS."""
     if isinstance(found, Advice):
         return found.plain()
     return {**dict.fromkeys(KEYS), "name": found.name, "warnings": [], "error": found.error}
@@ -154,7 +154,7 @@ def answers(customers: Iterable[Customer | Failed], known: Known) -> list[Advice
 
 
 def totals(found: Iterable[Advice | Failed]) -> dict[str, Any]:
-    """Return counts by method, and the total cost of each choice."""
+    """Count customers by method, and add up the costs as advised, with LoRA and with FullFT."""
     given = list(found)
     good = [a for a in given if isinstance(a, Advice)]
     counts = Counter(a.choice.method for a in good)

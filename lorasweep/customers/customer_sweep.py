@@ -1,4 +1,4 @@
-"""Write the small sweep that resolves a customer's question, as files for --config-dir."""
+"""Write a small sweep that tests the advice for a customer, as files for --config-dir."""
 
 import re
 from pathlib import Path
@@ -16,14 +16,15 @@ from lorasweep.errors import SpecError
 
 FOLDER = "settle"
 STEPS = 1000
-"""Largest number of updates: what tinker-cookbook asks for where possible."""
+"""Maximum number of updates. tinker-cookbook asks for this many where possible."""
 LIMITS = {"rates": 5, "apart": 2, "allowed": 5, "points": 3, "group": GROUP}
-"""Learning rates of a curve and the factor between them; accepted regret, in percent of the gain,
-and difference of the reward, in hundredths (sweeps/rl.yaml); samples per problem in RL."""
+"""rates, apart: number of learning rates of a curve, and the factor between them. allowed: accepted
+regret, in percent of the gain. points: accepted difference of the reward, in hundredths
+(sweeps/rl.yaml). group: samples per problem in RL."""
 FACTOR = 10.0
-"""LoRA's middle learning rate over full fine-tuning's, for families without a law."""
+"""LoRA's middle learning rate / full fine-tuning's, for model families without a published law."""
 RL_FACTOR = 3.0
-"""The same in RL: public sweeps say 2 to 4 (zhu)."""
+"""The same ratio in RL. Public sweeps found 2 to 4 (zhu in published.yaml)."""
 
 
 def plain_name(name: str) -> str:
@@ -32,7 +33,7 @@ def plain_name(name: str) -> str:
 
 
 def write(advice: Advice, folder: Path) -> list[str]:
-    """Write a customer's sweep below `folder`; return lines: what was written, what to type.
+    """Write a customer's sweep below `folder`; return lines with the files and the next commands.
 
     Raises:
         SpecError: no verifier can check the customer's answers, or a file cannot be written.
@@ -74,7 +75,7 @@ def write(advice: Advice, folder: Path) -> list[str]:
     elif not own.is_on_hub(c.data) and not own.path_of(c.data).with_name("test.jsonl").is_file():
         lines.append(
             f"put held-out rows in test.jsonl beside {own.path_of(c.data)}, and write the sweep "
-            "again: otherwise it is evaluated on its training rows"
+            "again: otherwise its runs are evaluated on training rows"
         )
     if rewarded:
         lines.append(f"answers are checked by verifier: {dataset['verifier']}")
@@ -103,7 +104,7 @@ def middle_rates(advice: Advice) -> tuple[float, float]:
 
 
 def _dataset(advice: Advice, name: str) -> dict[str, Any]:
-    """Describe the customer's rows as a data set, of messages where no file was named."""
+    """Return the customer's data set as fields; without a file, the rows have format messages."""
     c = advice.customer
     sizes = {"max_length": advice.work.max_length, "n_test": 512, "n_test_curve": 64}
     if c.data is None:
@@ -116,7 +117,7 @@ def _dataset(advice: Advice, name: str) -> dict[str, Any]:
         return values
     form = {"format": "prompt_completion", "mask": "completion", "too_long": "skip"}
     verifier = "math"
-    if c.data is not None:  # by the first row
+    if c.data is not None:  # choose by the first row
         spec = own.dataset_of(c.data)
         gold = own.first_answer(spec, c.data)
         integer = rewards.integer(gold) is not None

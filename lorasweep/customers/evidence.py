@@ -33,7 +33,7 @@ class Sure(StrEnum):
 
 @dataclass(frozen=True)
 class Reason:
-    """Where a number comes from."""
+    """How a number of an answer was obtained."""
 
     name: str
     value: Any
@@ -70,7 +70,7 @@ class Published:
     values: dict[str, Any]
 
     def without(self, sources: Iterable[str]) -> "Published":
-        """Return the entries of all other sources."""
+        """Return the entries that come from none of `sources`."""
         gone = set(sources)
 
         def left(entry: Any) -> Any:
@@ -94,7 +94,7 @@ def published() -> Published:
 # ---------------------------------------------------------------- kept results
 
 FIRST_PASS = "first_pass"
-"""Key of the loads in kept results whose bits are counted by a first pass over the rows."""
+"""Key, in kept results, of loads with bits counted in the study's way: loss in the first epoch."""
 
 
 class Interval(NamedTuple):
@@ -131,9 +131,9 @@ class Verdict(NamedTuple):
 
 
 class MeasuredRegret(NamedTuple):
-    """The regret of a rank at a load (by FIRST_PASS), in percent of full fine-tuning's gain.
+    """The regret of a rank at a load, in percent of full fine-tuning's gain.
 
-    From the sweep `regime`.
+    The sweep `regime` measured it. The bits of the load are those of FIRST_PASS.
     """
 
     model: str
@@ -144,14 +144,14 @@ class MeasuredRegret(NamedTuple):
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept results that rules use; they apply to the models on which they were measured."""
+    """The kept results that rules use. A result applies to the model on which it was measured."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     regrets: list[MeasuredRegret] = field(default_factory=list)
     best_rates: dict[tuple[str, str], list[tuple[str, Interval]]] = field(default_factory=dict)
     """(Model, method) -> scale and data set, and the best learning rate measured there."""
     batch_effects: list[tuple[str, float]] = field(default_factory=list)
-    """Scale, and change of ln(LoRA's speed over full fine-tuning's) per doubling of the batch."""
+    """Scale, and change of ln(rho) of the highest rank per doubling of the batch size."""
     hidden: dict[str, int] = field(default_factory=dict)
     """Hidden size of each model."""
 
@@ -160,7 +160,7 @@ class Kept:
         return [v for v in self.verdicts if v.sweep == sweep and v.claim in claims]
 
     def covering(self, hidden: int) -> list[MeasuredRegret]:
-        """List the regrets at the measured width nearest to `hidden`; empty outside the range."""
+        """List regrets at the measured hidden size nearest to `hidden`; empty outside the range."""
         widths = sorted({self.hidden[p.model] for p in self.regrets if p.model in self.hidden})
         if not widths or not widths[0] <= hidden <= widths[-1]:
             return []
@@ -195,7 +195,7 @@ def read_kept(folder: Path, hidden: dict[str, int]) -> Kept:
                 if rate := _interval({**c, "value": c["best_lr"]}):
                     rates = kept.best_rates.setdefault((c["model"], c["method"]), [])
                     rates.append((f"{scale} on {c['dataset']}", rate))
-        elif sweep == "batch_size":  # the effect at the highest rank
+        elif sweep == "batch_size":  # use the effect at the highest rank
             effects = (answer.get("batch_effect") or {}).items()
             found = [(int(r), e["value"]) for r, e in effects if e["value"] is not None]
             kept.batch_effects.extend([(scale, max(found)[1])] if found else [])
@@ -249,7 +249,7 @@ def read_information(folders: Sequence[Path]) -> dict[tuple[str, str], Measured]
     return found
 
 
-# ---------------------------------------------------------------- what the rules are given
+# ---------------------------------------------------------------- the input of the rules
 
 
 @dataclass(frozen=True)
@@ -258,13 +258,13 @@ class Known:
 
     models: Models
     machines: Mapping[str, Callable[[], Hardware]]
-    """Name in conf/hardware -> reads its file."""
+    """Name in conf/hardware -> function that reads the file."""
     kept: Kept = field(default_factory=Kept)
     published: Published = field(default_factory=published)
     hardware: Hardware | None = None
-    """For rows that name none."""
+    """Hardware for customers who name none."""
     information: Mapping[tuple[str, str], Measured] = field(default_factory=dict)
-    """As `read_information` returns it."""
+    """The result of `read_information`."""
 
 
 @cache
@@ -274,7 +274,7 @@ def _texts(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One customer, as all rules get it; they add reasons and warnings."""
+    """One customer, passed to all rules. The rules add reasons and warnings."""
 
     customer: Customer
     model: ModelSpec
@@ -290,10 +290,10 @@ class Case:
         inputs: Mapping[str, Any] | None = None,
         **words: Any,
     ) -> None:
-        """Record the reason of a number: its entry `name.variant` in rules/formulas.yaml.
+        """Record the reason of a number, from the entry `name.variant` of rules/formulas.yaml.
 
-        peak_gib_lora has the entry of peak_gib. `inputs`: values that the formula uses. `words`:
-        replace the {words} of formula and source.
+        peak_gib_lora and peak_gib_full use the entry peak_gib. `inputs`: values in the formula.
+        `words`: texts for the {placeholders} in formula and source.
         """
         key = name.removesuffix("_lora").removesuffix("_full")
         entry = _texts("formulas")[f"{key}.{variant}" if variant else key]
@@ -302,7 +302,7 @@ class Case:
         self.reasons[name] = Reason(name, value, formula, inputs or {}, source, Sure[entry["sure"]])
 
     def warn(self, name: str, /, **words: Any) -> None:
-        """Record a warning of rules/warnings.yaml, once."""
+        """Record a warning of rules/warnings.yaml, unless it was recorded before."""
         text = _texts("warnings")[name].format(**words)
         if text not in self.warnings:
             self.warnings.append(text)

@@ -1,7 +1,8 @@
-"""Measure the information in a data set: the summed log-loss of a first pass under a model.
+"""Measure the information in a data set: its code length, the summed log-loss of a first pass.
 
-The model is the base, or the one in training: each batch is coded before the update on it (a
-prequential code, Dawid 1984), so the code length is the recorded training loss.
+Two models code the data. One is the base. The other is the model in training, which codes each
+batch just before the update on it (a prequential code, Dawid 1984). So this code length is the sum
+of the recorded training losses.
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ from lorasweep.sweep.names import aligned
 from lorasweep.sweep.request import Request
 
 HELD_OUT, CURVE = 32, 8
-"""Held-out rows at the end of a run and before: few, as they are not measured."""
+"""Held-out rows in the last evaluation and in earlier ones: few, as only training is measured."""
 TOGETHER = 1024
 """Rows whose loss tokens are counted at once."""
 CodeLength = Callable[..., list[dict[str, float | None]]]
-"""(nats under the base, nats online, tokens, tokens left) -> nats of all rows, under both."""
+"""(nats under the base and online, loss tokens, each by batch; tokens left) -> nats of all rows."""
 
 
 def run_of(request: Request) -> RunSpec:
@@ -42,8 +43,8 @@ def run_of(request: Request) -> RunSpec:
         )
     if request.cluster.kind == "slurm":
         raise SpecError(
-            "action=measure trains where it runs. On a cluster, run it inside a job, with "
-            "cluster=local: srun python -m lorasweep action=measure ..."
+            "action=measure trains on the machine it runs on. On a cluster, run it inside a job, "
+            "with cluster=local: srun python -m lorasweep action=measure ..."
         )
     if spec.objective != "sft":
         raise SpecError(
@@ -60,7 +61,7 @@ def run_of(request: Request) -> RunSpec:
 
 
 def one_pass(spec: RunSpec, data: Data) -> RunSpec:
-    """Limit a run to one pass over the rows; SpecError: they do not fill a batch."""
+    """Limit a run to one pass over the rows; SpecError: the rows do not fill a batch."""
     if data.n_train is None or spec.steps * spec.batch_size <= data.n_train:
         return spec
     steps = data.n_train // spec.batch_size
@@ -84,8 +85,8 @@ def information(
 
     Args:
         specs: the finished runs, which differ in their learning rate.
-        base: each batch under the base model, with its tokens and nats.
-        code_length: extrapolates to all rows.
+        base: loss tokens and nats of each batch under the base model.
+        code_length: function that extrapolates the code length to all rows.
 
     Raises:
         TrainingError: a run failed, or all diverged.
@@ -121,7 +122,7 @@ def information(
         ratio = above["prequential"] / bits["generator"] if bits["generator"] else None
         costs = {f"{k}_above_entropy": v for k, v in above.items()}
         known = {"bits": bits, **costs, "ratio": ratio}
-    rows_sha256, dataset = None, spec.dataset  # digits that name a whole file of rows
+    rows_sha256, dataset = None, spec.dataset  # set if the rows are a whole file
     if dataset.source == "jsonl" and dataset.n_train is None:
         found = sources.find_jsonl(dataset, dataset.train_split, request.exec.data_dir)
         rows_sha256 = found[1][: own.DIGITS]
@@ -146,7 +147,7 @@ def information(
 
 
 def _units(nats: float, length: dict[str, float | None], rows: int, tokens: int) -> dict[str, Any]:
-    """Return a summed loss in nats and bits: per token, per row, in all, and of all rows."""
+    """Return a summed loss in nats and bits: per token, per row, of measured and of all rows."""
     return {
         name: {
             "per_token": nats / tokens * factor,

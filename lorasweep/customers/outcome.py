@@ -18,13 +18,13 @@ VERDICTS = GAINED, WORSE, UNKNOWN = "gained", "got worse", "not known"
 
 @dataclass(frozen=True)
 class Tried:
-    """One learning rate."""
+    """A learning rate that was tried, with its run."""
 
     lr: float
     run: str
     state: str
     validation: float | None
-    """Final loss on validation rows in nats per token; None without one."""
+    """Final loss on validation rows in nats per token; None: there is none."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Outcome:
     member: Member
     tried: list[Tried]
     spec: RunSpec | None
-    """The chosen run; None: none can be chosen."""
+    """The chosen run; None: no run can be chosen."""
     result: dict[str, Any]
-    """The result of the chosen run; empty without one."""
+    """The result of the chosen run; empty if no run was chosen."""
     problem: str
-    """Why no run was chosen; else empty."""
+    """Why no run was chosen; empty if one was chosen."""
 
     @property
     def base(self) -> str:
@@ -48,7 +48,7 @@ class Outcome:
 
     @property
     def open(self) -> bool:
-        """Whether runs are unfinished, and none failed."""
+        """Whether some runs are unfinished, and no run failed."""
         states = {t.state for t in self.tried}
         return not self.spec and "failed" not in states and not states <= set(FINAL)
 
@@ -63,8 +63,8 @@ class Outcome:
     def interval(self) -> tuple[float, float] | None:
         """95% interval of the gain in nats per token; None if it is not known.
 
-        Student's t over the prompts of test rows, or over test rows that are not divided by prompt
-        (gain_se in train/objectives/held_out.py).
+        Student's t over the prompts of the test rows, or over the test rows if they were not split
+        by prompt (gain_se in train/objectives/held_out.py).
         """
         gain, error = self.gain, self.result.get("gain_se")
         if gain is None or error is None:
@@ -83,7 +83,7 @@ class Outcome:
 
     @property
     def edge(self) -> str:
-        """'lowest' or 'highest' if that one of the learning rates tried was chosen; else ''."""
+        """'lowest' or 'highest' if this one of the learning rates tried was chosen; else ''."""
         rates = [t.lr for t in self.tried]
         if self.spec is None or len(rates) == 1:
             return ""
@@ -91,7 +91,7 @@ class Outcome:
 
     @property
     def room(self) -> str:
-        """What is wrong with the amount of data; else ''."""
+        """The problem with the amount of data; '' if there is none."""
         load = self.member.advised["load"]
         if not self.member.rows.held_out:
             return "too few unique rows to hold any out"
@@ -114,19 +114,19 @@ class Outcome:
             return f"made all {steps} updates; the weights are those of update {best}, the best"
         worse = f"{patience} evaluations in a row were" if patience > 1 else "one evaluation was"
         return (
-            f"ended after update {done} of {steps}, because {worse} no better than update {best}, "
-            "whose weights these are"
+            f"ended after update {done} of {steps}, because {worse} no better than update {best}; "
+            "the weights are those of that update"
         )
 
     def plain(self) -> dict[str, Any]:
-        """Return the content of the card as JSON values; without runs, name and error only."""
+        """Return the content of the card as JSON values; without runs, only name and error."""
         m, found = self.member, self.result
         if m.problem:
             return {"name": m.name, "folder": None, "error": m.problem}
         first, advised, rows = m.points[0].spec, m.advised, m.rows
         data, method = rows.dataset, first.method
         source = f"{data.location}{f':{data.config}' if data.config else ''}"
-        if data.source != "hub":  # without the path of its folder
+        if data.source != "hub":  # only the last folder of the path
             source = f"{Path(data.location).name}/{data.train_split}.jsonl".lstrip("/")
         return {
             "name": m.name,
@@ -179,9 +179,9 @@ class Outcome:
 
 
 def outcome_of(member: Member, store: RunStore) -> Outcome:
-    """Choose the learning rate with the lowest validation loss, the lower one of equal ones.
+    """Choose the learning rate with the lowest validation loss; in a tie, the lowest such rate.
 
-    None is chosen before all runs of the customer have ended.
+    No learning rate is chosen before all runs of the customer have ended.
     """
     if member.problem:
         return Outcome(member, [], None, {}, member.problem)
@@ -202,8 +202,8 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
         killed = max(store.failures(t.run) for t in open_)
         if killed:
             problem += (
-                f"; processes that trained one were killed {killed} times (out of memory? Try "
-                "fewer exec.workers)"
+                f"; the process of one run was killed {killed} times (out of memory? Try fewer "
+                "exec.workers)"
             )
     elif not found:
         problem = f"every learning rate diverged: {', '.join(f'{t.lr:g}' for t in tried)}"
@@ -214,7 +214,7 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
 
 
 def counts(found: Sequence[Outcome]) -> dict[str, int]:
-    """Count all customers, and those with an adapter, not trained yet, and with an error."""
+    """Count customers: all, those with an adapter, those not trained yet, those with an error."""
     trained, open_ = sum(o.spec is not None for o in found), sum(o.open for o in found)
     errors = len(found) - trained - open_
     return {"customers": len(found), "adapters": trained, "open": open_, "errors": errors}

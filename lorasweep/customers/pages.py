@@ -1,6 +1,6 @@
-"""Advice for people: cells of a table, and pages in Markdown and HTML from `templates/`.
+"""Format advice as cells of a table, and as pages in Markdown and HTML from `templates/`.
 
-The template engine escapes HTML; `plain_text` escapes Markdown in what customers wrote.
+The template engine escapes HTML. `plain_text` escapes Markdown in texts of customers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ BASIS = (
 
 
 def short(value: float | None) -> str:
-    """Format a number; None: ?."""
+    """Format a number; None becomes '?'."""
     return "?" if value is None else shown(float(value))
 
 
@@ -40,7 +40,7 @@ def amount(value: float | None) -> str:
 
 
 def counted(counts: Mapping[str, int | None]) -> str:
-    """Format the number measured, and of all where it is known."""
+    """Format the number measured, and if known the total: '10 of 200'."""
     of = "" if counts["all"] is None else f" of {counts['all']:,}"
     return f"{counts['measured']:,}{of}"
 
@@ -107,7 +107,7 @@ def cells(advice: Advice | Failed) -> list[str]:
 
 
 def summary_lines(found: Sequence[Advice | Failed]) -> list[str]:
-    """Return the sums over all customers."""
+    """Return lines with the counts and costs of all customers."""
     t = totals(found)
     return render("summary.txt", t=t, comparable=_comparable(t)).splitlines()
 

@@ -27,7 +27,7 @@ MOST_TOKENS = 1e13
 SLACK = 0.1
 """Accepted relative difference of steps x batch size from examples x epochs, for skipped rows."""
 FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
-"""Cells that spreadsheets compute (OWASP, CSV injection)."""
+"""Matches cells that a spreadsheet would compute (OWASP, CSV injection)."""
 THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 INF = float("inf")
@@ -57,7 +57,7 @@ class Customer:
     task: str = _col(str, 0, INF, "sft or rl")
     examples: int | None = _col(int, 1, INF, "rows; in RL, problems")
     tokens_per_example: float | None = _col(float, 1, INF, "mean tokens of a row that bear loss")
-    bits_per_token: float | None = _col(float, 1e-6, 20, "information in such a token")
+    bits_per_token: float | None = _col(float, 1e-6, 20, "mean bits of a token that bears loss")
     max_length: int | None = _col(int, 4, INF, "tokens of the longest row")
     data: str | None = _col(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
     epochs: float | None = _col(float, 1e-6, 1e6, "passes over the rows")
@@ -73,7 +73,7 @@ class Customer:
     rank: int | None = _col(int, 1, 1e5, "planned")
     lr: float | None = _col(float, 1e-12, 1e3, "planned, of LoRA")
     shape: tuple[tuple[str, int | bool], ...] = ()
-    """Columns of SHAPE that were filled, by name."""
+    """Name and value of each column of SHAPE that the row fills."""
     where: str = "customer"
     """Place in the table."""
 
@@ -98,7 +98,7 @@ REQUIRED = ("name", "model", "task")
 
 
 class RowError(Exception):
-    """A row that is wrong: `problems`, each a sentence with its column."""
+    """A wrong row. Each of `problems` is a sentence that names a column."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
@@ -164,7 +164,7 @@ def expected() -> str:
 
 def _csv(text: str) -> list[Row | Failed]:
     head = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=head.count)  # as spreadsheets of other languages write it
+    delimiter = max(",;\t", key=head.count)  # spreadsheets in some languages use ; or tabs
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     try:
         lines = [(f"row {reader.line_num}", cells) for cells in reader if "".join(cells).strip()]
@@ -214,7 +214,7 @@ def _yaml(text: str) -> list[Row | Failed]:
 
 
 def check_rows(rows: Iterable[Row | Failed]) -> list[Customer | Failed]:
-    """Return a customer for each row, or what is wrong with the row."""
+    """Return a Customer for each row, or a Failed with the problems of the row."""
     found: list[Customer | Failed] = []
     seen: set[str] = set()
     for row in rows:
@@ -234,7 +234,7 @@ def check_rows(rows: Iterable[Row | Failed]) -> list[Customer | Failed]:
 
 
 def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
-    """Read one row: values by column, as text or as YAML gives them.
+    """Make a Customer from a row, column -> value; values are text, or have the types of YAML.
 
     Raises:
         RowError: all problems of the row.
@@ -261,7 +261,7 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
 
 
 def _value(column: str, raw: Any) -> Any:
-    """Convert a cell, or raise ValueError with what is wrong."""
+    """Convert a cell to the type of its column; ValueError: the problem, in a sentence."""
     kind, low, high, meaning, _ = COLUMNS[column]
     text = str(raw).strip()
     if isinstance(raw, str) and FORMULA.match(raw):
@@ -301,7 +301,7 @@ def _value(column: str, raw: Any) -> Any:
 
 
 def _contradictions(c: Customer) -> Iterator[str]:
-    """Yield contradictions between columns, and values that look like another column's."""
+    """Yield contradictions between columns, and values that seem to belong to another column."""
     if c.task == "sft" and c.episodes is not None:
         yield "column episodes: only with task=rl. Leave it out, or set task to rl."
     tokens = c.tokens_per_example
@@ -338,7 +338,7 @@ def _contradictions(c: Customer) -> Iterator[str]:
 
 NEEDED = tuple(c for c in SHAPE if c not in ("tied", "n_experts", "n_active_experts"))
 Models = Mapping[str, Callable[[], ModelSpec]]
-"""Name in the catalogue or on the hub, in lower case -> reads the shape."""
+"""Lower-case name in the catalogue or on the hub -> function that reads the shape."""
 
 
 def shape_of(c: Customer, models: Models) -> ModelSpec:
@@ -400,7 +400,7 @@ def _of_config(path: Path) -> ModelSpec:
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         bf16 = "bfloat16" in str(dtype)
-    else:  # read from the weights; without any it is bf16, in which models are published
+    else:  # read it from the weights; without weights assume bf16, in which models are published
         headers = [safetensors_header(file) for file in sorted(folder.glob("model*.safetensors"))]
         tensors = [t for header in headers if header for t in header[0].values()]
         # norms are often kept in fp32 beside matrices in bf16

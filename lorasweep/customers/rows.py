@@ -1,6 +1,6 @@
-"""Split a customer's rows into training, validation and test rows, and find how they are rendered.
+"""Split a customer's rows into training, validation and test rows, and choose how to render them.
 
-Refuses to know models and learning rates.
+This module needs the base's tokenizer, but no model and no learning rate.
 """
 
 import dataclasses
@@ -20,37 +20,37 @@ from lorasweep.plan.load import TEXT_FILL
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 FEWEST = 20
-"""Fewest rows of which some are held out. A convention."""
+"""Smallest number of rows from which some are held out. A convention."""
 SHARE, LEAST, MOST = 10, 4, 128
-"""One row in SHARE is a validation row, and one a test row; LEAST to MOST rows of each."""
+"""Of SHARE rows, one is a validation and one a test row; there are LEAST to MOST of each kind."""
 LEFT = 0.5
-"""Smallest share of training rows that a split by prompt may leave. A convention."""
+"""Smallest share of the rows that a split by prompt may leave for training. A convention."""
 PLAIN, CHAT = "{prompt}\n", "{prompt}"
 """The template of a prompt as plain text, and as a user's message."""
 SPLITS = BY_PROMPT, BY_ROW = "prompt", "row"
-"""What training and held-out rows do not share. row: the rule of earlier versions."""
+"""Training and held-out rows share no prompt, or (in earlier versions) no row."""
 EXAMPLES = 20
-"""The shortest of this many first rows is the example of a card."""
+"""A card shows the shortest of this many first rows as an example."""
 LONGEST = 131_072
-"""Tokens read of a row where no max_length is stated: no public row is longer."""
+"""Maximum tokens of a row if no max_length is stated: no public row is longer."""
 Messages = tuple[Message, ...]
 """A row's messages, or its prompt and completion."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a fleet reads rows and what it adapts: decided once, and kept in its folder."""
+    """How a fleet reads rows, and which layers it adapts. The fleet's folder keeps the rules."""
 
     template: str | None = None
     render: str | None = None
-    """Fields of a data set, both or none; None: the base's chat template, else plain text."""
+    """Fields of DatasetSpec; set both or none. None: the base's chat template, else plain text."""
     mask: str | None = None
-    """Field of a data set; None: the completion, or the last answer of a conversation."""
+    """Field of DatasetSpec. None: loss on the completion, or on a conversation's last answer."""
     split: str = BY_PROMPT
     layers: str = "all"
 
     def form(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the fields of a data set that say how text is rendered."""
+        """Return the fields of DatasetSpec that determine how text is rendered."""
         if self.render is not None and self.template is not None:
             found: dict[str, Any] = {"render": self.render, "template": self.template}
         elif getattr(tokenizer, "chat_template", None):
@@ -76,9 +76,9 @@ class Rows:
     held_out: bool
     """False: too few rows, so losses are measured on training rows."""
     repeated: int = 0
-    """Duplicates of an earlier row, in either file."""
+    """Rows that duplicate an earlier row, in the training or the test file."""
     same_prompt: int = 0
-    """Rows with the prompt of an earlier row, in either file, and another answer."""
+    """Rows with the prompt of an earlier row in either file, but with another answer."""
     left_out: int = 0
     """Training rows left out, because a test file or split has the row or its prompt."""
     end: str = ""
@@ -88,15 +88,15 @@ class Rows:
 
     @property
     def shared(self) -> bool:
-        """Whether prompts may be both trained on and held out."""
+        """Whether training and held-out rows may share prompts."""
         return self.held_out and self.same_prompt > 0 and self.dataset.held_out_by != BY_PROMPT
 
 
 def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
-    """Read all rows of a customer and divide them.
+    """Read all rows of a customer and split them.
 
-    Held-out rows come from test.jsonl beside train.jsonl, or a split of the hub; without one, from
-    the training rows. `tokenizer`: of the base.
+    Held-out rows come from test.jsonl beside train.jsonl, or from a test split on the hub. Without
+    these they are taken from the training rows. `tokenizer`: the tokenizer of the base.
 
     Raises:
         DataError: there are no rows, or one cannot be read.
@@ -133,7 +133,7 @@ def _texts(spec: DatasetSpec, rows: Iterable[tuple[str, Any]]) -> list[Text]:
     found = []
     for where, row in rows:
         whole = tuple(fields.messages_of(spec, row, where))
-        # where all is learned, no text is a prompt
+        # with mask=all every token is learned, so a row has no prompt
         prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
         found.append(Text(whole, prompt))
     return found
@@ -142,7 +142,7 @@ def _texts(spec: DatasetSpec, rows: Iterable[tuple[str, Any]]) -> list[Text]:
 def _divide(
     spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, test: str, split: str
 ) -> Rows:
-    """Divide rows; `tested`: those of the separate file or split `test`; None: there is none."""
+    """Split rows. `tested`: rows of the test file or split `test`; None: there is no such file."""
     pool, both = rows if tested is None else tested, [*rows, *(tested or ())]
     n_unique, n_pool = len({r.whole for r in both}), len({r.whole for r in pool})
     repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
@@ -155,7 +155,7 @@ def _divide(
     if tested is None and n_pool < FEWEST:
         changes, n_train = {"n_test": len(rows)}, len(rows)
     elif split == BY_ROW or (tested is None and not same_prompt):
-        # by the whole text: where no prompt has two answers, this is the division by prompt
+        # split by whole text; if no prompt has two answers, a split by prompt is the same
         texts = [r.whole for r in rows]
         if tested is not None:
             held = {r.whole for r in tested}
@@ -174,24 +174,24 @@ def _divide(
             f"every row of {spec.train_split} is also in {test}. Add rows to train on, or remove "
             "the held-out rows."
         )
-    # no learning curve: with few rows it costs as much as the training
+    # no learning curve: with few rows, evaluations would cost as much as training
     spec = dataclasses.replace(spec, n_test_curve=0, **changes)
     left_out = len(rows) - n_train if tested is not None else 0
     return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out)
 
 
 def _share(units: int) -> int:
-    """Return the number of validation rows or prompts, and that of test ones."""
+    """Return the number of validation rows or prompts; there are as many for the test."""
     return max(LEAST, min(units // SHARE, MOST))
 
 
 def _by_units(
     spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None
 ) -> tuple[dict[str, Any], int]:
-    """Divide rows so that no prompt is in two splits, or no row where prompts are too few.
+    """Split rows so that splits share no prompt; if prompts are too few, so that they share no row.
 
-    Too few: fewer than FEWEST where rows share some, or less than LEFT of the training rows would
-    remain. Returns fields of the data set, and the number of training rows.
+    Prompts are too few if rows share some and fewer than FEWEST are left, or if less than LEFT of
+    the rows would remain for training. Returns DatasetSpec fields, and the number of training rows.
     """
     pool = rows if tested is None else tested
     for by in SPLITS if spec.mask != "all" else (BY_ROW,):
@@ -218,7 +218,7 @@ def _by_units(
 
 
 def _fitting(sizes: Sequence[int], most: int = MOST) -> int:
-    """Return how many first units have at most `most` rows in total; at least 1."""
+    """Return how many of the first units together have at most `most` rows; at least 1."""
     totals = itertools.accumulate(sizes)
     return max(1, sum(total <= most for total in totals))
 
@@ -228,11 +228,11 @@ def with_lengths(
 ) -> tuple[Rows, float]:
     """Return a customer's rows with max_length and an example, and the mean loss tokens of a row.
 
-    max_length None: no row is cut, and the planner's mean length, TEXT_FILL x max_length, is not
-    below the mean of these rows.
+    With max_length None a length is chosen with which no row is cut, and with which the planner's
+    mean length, TEXT_FILL x max_length, is not below the mean of these rows.
 
     Raises:
-        DataError: a row has no token that bears loss, or none can be used.
+        DataError: a row has no token that bears loss, or no row can be used.
     """
     spec = dataclasses.replace(rows.dataset, max_length=max_length or LONGEST)
     train, held_out = load.sources_of(spec, data_dirs)
@@ -254,9 +254,9 @@ def with_lengths(
 def _rendered(
     spec: DatasetSpec, rows: Sequence[tuple[str, Any]], tokenizer: Any
 ) -> tuple[list[list[Any]], str]:
-    """Render the shortest of some conversations with a name in place of each text.
+    """Render the shortest conversation, with a placeholder such as {user 1} for each message.
 
-    Returns the texts, each with whether it is in the loss, and the end of the last answer.
+    Returns [text, whether it is in the loss] for each part, and the text that ends the last answer.
     """
     if spec.format in fields.LISTS:
         content = fields.LISTS[spec.format][1]

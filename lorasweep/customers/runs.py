@@ -1,6 +1,6 @@
-"""Build the runs of each customer, one for each learning rate, or say what is wrong.
+"""Build the runs of each customer, one for each learning rate, or report the row's problem.
 
-Also finds the rules by which a fleet reads rows, on the command line or in the fleet's folder.
+The rules by which a fleet reads rows come from the command line or the fleet's folder.
 """
 
 import dataclasses
@@ -49,17 +49,17 @@ RULES = "fleet.json"
 
 @dataclass(frozen=True)
 class Member:
-    """A customer of a fleet with its runs, or with what is wrong."""
+    """A customer of a fleet, with runs or with a problem."""
 
     where: str
     """Place in the table, such as 'row 3'."""
     name: str
     folder: str
-    """The name as that of a folder; also the arm of the runs, and the name of the data set."""
+    """Name of the customer's folder; also the arm of the runs, and the name of the data set."""
     problem: str = ""
-    """Why there are no runs; then the fields below have no values."""
+    """Why there are no runs; in this case the fields below have no values."""
     advised: dict[str, Any] = field(default_factory=dict)
-    """What the card repeats of the advice: method, why, rank, load, lr_source and warnings."""
+    """Fields of the advice that the card shows: method, why, rank, load, lr_source, warnings."""
     rows: Rows = None  # type: ignore[assignment]
     points: list[Point] = field(default_factory=list)
     """A run for each learning rate, lowest first."""
@@ -67,7 +67,7 @@ class Member:
     """Why early stopping, although requested, is off."""
 
     def plain(self) -> dict[str, Any]:
-        """Return JSON values without the runs, for `planned`."""
+        """Return JSON values, from which `planned` rebuilds the Member together with the runs."""
         values = {**vars(self), "points": []}
         if self.points:
             values["rows"] = {k: v for k, v in vars(self.rows).items() if k != "dataset"}
@@ -81,7 +81,7 @@ def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Me
         runs.setdefault(p.arm, []).append(p)
     found = []
     for values in fleet:
-        if values["rows"] is not None:  # else it has no runs
+        if values["rows"] is not None:  # None: the customer has no runs
             mine = runs[values["folder"]]
             rows = Rows(dataset=mine[0].spec.dataset, **values["rows"])
             values = {**values, "rows": rows, "points": mine}
@@ -110,10 +110,10 @@ def build_runs(
     """Advise each customer and build its runs; a wrong row does not affect other customers.
 
     Args:
-        known: basis of the advice. If it names GPUs, a base must fit on one of them.
-        request: its one run is the start of all runs; model, data set, rank, alpha, layers,
-            learning rate, batch and updates are replaced.
-        tokenizer_of: raises ModelError where a base cannot be had.
+        known: basis of the advice. If the hardware has speeds, a base must fit on one GPU.
+        request: all runs are copies of the one run in it, with other model, data set, rank, alpha,
+            layers, learning rate, batch size and number of updates.
+        tokenizer_of: returns the tokenizer of a base, or raises ModelError.
 
     Raises:
         SpecError: adapters cannot be trained with the settings of the request.
@@ -159,7 +159,7 @@ def _member(
     tokenizer_of: Callable[[ModelSpec], Any],
     planner: Forecaster | None,
 ) -> Member:
-    """Read a customer's rows, advise, and make its runs; or raise RowError or SpecError."""
+    """Read a customer's rows, advise, and build the runs; RowError, SpecError: the row is wrong."""
     model = shape_of(c, known.models)
     if c.task != "sft":
         raise RowError(f"column task: a fleet is trained on answers, not by {c.task}.")
@@ -179,13 +179,13 @@ def _member(
     except (DataError, OSError) as error:
         raise RowError(f"column data: {error}") from None
     if tokens < COLUMNS["tokens_per_example"].low:
-        raise RowError(f"column data: {tokens:.2g} tokens of a mean row bear loss. Expected 1.")
+        raise RowError(f"column data: a mean row has {tokens:.2g} loss tokens. Expected 1 or more.")
     counted: dict[str, Any] = {
         "max_length": c.max_length or rows.dataset.max_length,
         "tokens_per_example": c.tokens_per_example or round(tokens, 1),
     }
     on_hub = rows.dataset.source == "hub"
-    if on_hub:  # counted here, as the adviser does not use the network
+    if on_hub:  # pass the counts, as the adviser does not use the network
         counted |= {"examples": c.examples or rows.n_train, "data": None}
     advice = advise(dataclasses.replace(c, **counted), known)
     choice, batch, base = advice.choice, advice.work.batch_size, request.points[0].spec
@@ -213,14 +213,14 @@ def _member(
     points = [Point(folder, dataclasses.replace(spec, lr=lr)) for lr in rates]
     for p in points:
         validate(p.spec)
-    if planner is not None:  # the adapter of a base on several GPUs would not be kept
+    if planner is not None:  # a run on several GPUs would not keep the adapter
         place = planner.kind(points[0].spec).place
         if isinstance(place, Misfit):
             raise RowError(f"{place.why}. It fits with {place.remedy}.")
         if place.layout.gpus > 1:
             raise RowError(
-                f"{model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), and a "
-                "fleet trains on one each. Choose a smaller model, or larger GPUs (hardware=...)."
+                f"{model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), but a run "
+                "of a fleet uses one. Choose a smaller model, or larger GPUs (hardware=...)."
             )
     warnings = advice.warnings
     if not on_hub:  # a card names no folder of this machine
@@ -238,12 +238,12 @@ def fleet_of(
 ) -> tuple[Rules, list[Member]]:
     """Return the rules by which rows are read, and the customers with their runs.
 
-    The command line has precedence over the rules in the fleet's folder. A fleet of an earlier
-    version, whose folder has none, keeps the rules of that version if its runs would else be
-    trained again.
+    The command line has precedence over the rules in the fleet's folder. The folder of a fleet of
+    an earlier version has no rules. Such a fleet keeps the rules of that version, if runs would
+    otherwise be trained again.
 
     Raises:
-        SpecError: the settings are not those of a fleet.
+        SpecError: a fleet cannot use the settings.
     """
     if request.exec.world_size > 1:
         raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
@@ -276,8 +276,8 @@ def _given(request: Request) -> dict[str, Any]:
     data, named = spec.dataset, {k[len("dataset.") :] for k in keys if k.startswith("dataset.")}
     if named - FORM:
         raise SpecError(
-            f"dataset.{min(named - FORM)} has no effect in a fleet, whose rows the table names. "
-            f"Allowed: {', '.join(f'dataset.{name}' for name in sorted(FORM))}; of one customer "
+            f"dataset.{min(named - FORM)} has no effect: the table names the data of a fleet. "
+            f"Allowed: {', '.join(f'dataset.{name}' for name in sorted(FORM))}, and in the table "
             "the column max_length."
         )
     found: dict[str, Any] = {}
@@ -319,7 +319,7 @@ def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
 
 
 def data_dirs(request: Request) -> list[str]:
-    """Return the folders in which data are looked for, the current one first."""
+    """Return the folders that are searched for data, the current folder first."""
     return [os.getcwd(), *request.exec.data_dir]
 
 
@@ -329,7 +329,7 @@ def fleet_name(request: Request) -> str:
 
 
 def fleet_folder(request: Request) -> Path:
-    """Return the fleet's folder: out, or below the reports."""
+    """Return the fleet's folder: request.out, or a folder below the reports."""
     out = request.out or Path(request.exec.reports_dir) / fleet_name(request)
     return Path(out).expanduser().absolute()
 

@@ -1,4 +1,4 @@
-"""Plan a sweep: which runs are missing, which train together, what it costs on given hardware.
+"""Plan a sweep: find missing runs, group them into packs, estimate the cost on given hardware.
 
-Refuses to know torch. Only detect.py looks at this machine, which is one more Hardware.
+This package does not import torch. Only detect.py inspects this machine, and returns a Hardware.
 """

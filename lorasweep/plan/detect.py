@@ -1,6 +1,6 @@
 """Detect the hardware that this process may use (in a Slurm job, the job's share), without torch.
 
-The command line and jobs call this and pass the result on; the planner never does.
+The command line and jobs call this module and pass the result to the planner.
 """
 
 import csv
@@ -22,7 +22,7 @@ class Gpu(NamedTuple):
     """One GPU that this process may use."""
 
     uuid: str
-    """Its name in CUDA_VISIBLE_DEVICES; numbers are unreliable: CUDA puts the fastest first."""
+    """Name in CUDA_VISIBLE_DEVICES. Numbers are unreliable, as CUDA puts the fastest GPU first."""
     name: str
     memory_bytes: int
 
@@ -67,7 +67,7 @@ def memory_bytes() -> int:
 def fast_bf16() -> bool | None:
     """Return whether the processor has bf16 instructions; None if the system does not show it.
 
-    Without them bf16 products are about 50 times slower than fp32's (docs/log).
+    Without such instructions, products in bf16 are about 50 times slower than in fp32 (docs/log).
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
@@ -101,9 +101,9 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def visible(table: str, wanted: str | None) -> tuple[Gpu, ...]:
-    """Parse nvidia-smi's table (index, uuid, name, MiB) and select `wanted`, in its order.
+    """Parse nvidia-smi's table (index, uuid, name, MiB) and select GPUs in the order of `wanted`.
 
-    `wanted`: CUDA_VISIBLE_DEVICES, numbers or prefixes of uuids; None: all.
+    `wanted`: the value of CUDA_VISIBLE_DEVICES, numbers or prefixes of uuids; None: all GPUs.
     """
     rows = [[cell.strip() for cell in row] for row in csv.reader(table.splitlines()) if row]
     found = {i: Gpu(uuid, name, int(mib) * 2**20) for i, uuid, name, mib in rows if mib.isdigit()}

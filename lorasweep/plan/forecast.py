@@ -1,6 +1,6 @@
 """Forecast sweeps on GPUs with a data sheet: place each kind of run, and add up the costs.
 
-Before runs start, also choose their settings, and leave out or refuse those that are too large.
+Before runs start, also choose their settings, and leave out or refuse runs that are too large.
 """
 
 import math
@@ -29,7 +29,7 @@ class Kind:
     pack_size: int
     place: Placement | Misfit
     left_out: bool
-    """Whether they need more GPUs than exec.max_gpus."""
+    """Whether the runs need more GPUs than exec.max_gpus."""
 
     @property
     def label(self) -> str:
@@ -39,19 +39,19 @@ class Kind:
 
 
 Placed = tuple[Kind, Placement, int]
-"""A kind, its place, and its number of runs."""
+"""A kind, its placement, and its number of runs."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What runs cost on some hardware."""
+    """The costs of runs on some hardware."""
 
     name: str
     hardware: Hardware
     runs: dict[str, Kind]
-    """By id; for the second stage by curve, seed and number."""
+    """Run id -> kind. The keys of second-stage runs consist of curve, seed and number."""
     first: frozenset[str] = frozenset()
-    """Runs of the first stage."""
+    """Keys of the runs of the first stage."""
 
     def counts(self) -> Counter[Kind]:
         """Count the runs of each kind."""
@@ -66,21 +66,21 @@ class Forecast:
         ]
 
     def misfits(self) -> list[tuple[Kind, Misfit, int]]:
-        """List the kinds that fit nowhere."""
+        """List the kinds that fit on no number of GPUs."""
         return [(k, k.place, n) for k, n in self.counts().items() if isinstance(k.place, Misfit)]
 
     @property
     def n_runs(self) -> int:
-        """Runs that are trained."""
+        """Number of runs that are trained."""
         return sum(n for _, _, n in self.placed())
 
     @property
     def packs(self) -> int:
-        """Packs of the runs that are trained."""
+        """Number of packs of the runs that are trained."""
         return sum(math.ceil(n / kind.pack_size) for kind, _, n in self.placed())
 
     def jobs(self, work_max_min: float) -> int:
-        """Count jobs of at most `work_max_min` minutes each, or of one longer pack."""
+        """Count the jobs; each has at most `work_max_min` minutes of packs, or one longer pack."""
         total = 0
         for kind, where, n in self.placed():
             each = max(1, int(60 * work_max_min / where.seconds))
@@ -94,7 +94,7 @@ class Forecast:
 
     @property
     def tokens(self) -> float:
-        """Training tokens of these runs."""
+        """Training tokens of the runs that are trained."""
         return sum(n * where.tokens / kind.pack_size for kind, where, n in self.placed())
 
     def stage_hours(self) -> tuple[float, float]:
@@ -124,7 +124,7 @@ class Forecaster:
         for p in points:
             if not second.arms or p.arm in second.arms:
                 curves.setdefault(curve_key(p), []).append(p)
-        # which learning rates fresh seeds get is not known yet, but their number is
+        # the learning rates of fresh seeds are not known yet, but the number of them is
         for (_, curve), some in curves.items():
             n_lrs = min(second.n_lrs, len({p.spec.lr for p in some}))
             for seed in sorted(set(second.seeds) - {p.spec.seed for p in some}):
@@ -140,10 +140,9 @@ class Forecaster:
         return Forecast("total", self.hardware, runs)
 
     def kind(self, spec: RunSpec) -> Kind:
-        """Return the kind of a run; SpecError if the hardware has no speed in its precision."""
-        trained = spec.method.n_trainable(
-            spec.model
-        )  # rank alone does not say it: experts may share
+        """Return the kind of a run; SpecError: no speed is known for the precision of the run."""
+        # not given by the rank alone: experts may share parts of an adapter
+        trained = spec.method.n_trainable(spec.model)
         rows = spec.dataset.canonical  # with the numbers of evaluated rows
         early = spec.early_stopping > 0
         key = (*shape_of(spec), rows, early, spec.steps, spec.schedule, trained)
@@ -171,7 +170,7 @@ class Forecaster:
         left_out = most is not None and alone.layout.gpus > most
         if spec.method.MAX_PACK == 1 or alone.layout.gpus > 1:
             return Kind(spec, 1, alone, left_out)  # several processes train one run at a time
-        # a pack that recomputes activations would be slower than its runs alone
+        # a pack that recomputes activations would be slower than its runs one by one
         how["checkpointing"] = (alone.layout.checkpointing,)
         asked = self.exec.pack_size
         for size in reversed(GPU_SIZES[1:]) if asked is None else [asked] if asked > 1 else []:
@@ -195,13 +194,13 @@ def without_too_large(points: Sequence[Point], hardware: Hardware, exec_: Exec) 
 def settings_of(
     points: Sequence[Point], hardware: Hardware, exec_: Exec
 ) -> list[tuple[Exec, list[Point]]]:
-    """Group runs by the settings that the plan chooses where the user set none.
+    """Group runs by the settings that the plan chooses if the user set none.
 
-    They are world_size, pack_size, micro_batch_size and activation_checkpointing. Without
-    `Hardware.has_speeds` nothing is chosen.
+    The settings are world_size, pack_size, micro_batch_size and activation_checkpointing. Without
+    `Hardware.has_speeds` none is chosen.
 
     Raises:
-        SpecError: runs that fit on no number of GPUs; the message says which, and what would help.
+        SpecError: runs fit on no number of GPUs; the message names them, and what would help.
     """
     if not hardware.has_speeds:
         return [(exec_, list(points))]
@@ -221,7 +220,7 @@ def settings_of(
 
 
 def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> None:
-    """Raise SpecError if runs do not fit with these settings, with what would make them fit."""
+    """Raise SpecError if runs do not fit with these settings; the message says what would help."""
     how: dict[str, Any] = {"gpus": exec_.world_size, "join_rows": exec_.join_rows}
     how["checkpointing"] = (exec_.activation_checkpointing,)
     kinds = Forecaster(hardware, exec_).kinds(points)
@@ -231,7 +230,7 @@ def refuse_unfit(points: Sequence[Point], hardware: Hardware, exec_: Exec) -> No
 def _refuse(problems: Iterable[Placement | Misfit | str]) -> None:
     lines = [f"  {problem}" for problem in problems if not isinstance(problem, Placement)]
     if lines:
-        head = "runs that cannot be trained with these settings, and nothing was started:"
+        head = "these runs do not fit with the given settings, and nothing was started:"
         advice = (
             "  Or choose larger GPUs (hardware=...), or leave the runs out: exec.max_gpus=N, "
             "~sweep.arms.NAME or sweep.axes.model=[...]."

@@ -35,16 +35,16 @@ class Hardware(Value):
     matmul_flops_s: dict[str, float] = field(default_factory=dict)
     """Precision -> peak floating-point operations per second of dense products on one GPU."""
     attainable_share: float = 0.8
-    """Share of that peak that the best large product reaches on the card."""
+    """Share of the peak in matmul_flops_s that the best large product reaches on the card."""
     attention_flops_s: float | None = None
     """Operations per second of a fused attention kernel on one GPU; None: a third of the peak."""
     bandwidth_bytes_s: float | None = None
     """Memory bandwidth of one GPU."""
     link_bytes_s: float | None = None
-    """Bandwidth of one GPU to the others of its node, in one direction; None: plans for several
-    GPUs leave out communication."""
+    """Bandwidth between a GPU and the other GPUs of its node, in one direction. None: plans for
+    several GPUs leave out communication."""
     network_bytes_s: float | None = None
-    """The same between nodes, a GPU's share."""
+    """One GPU's share of the bandwidth between nodes, in one direction."""
     price_per_gpu_h: float | None = None
     """Price of one GPU in US dollars per hour."""
     fast_bf16: bool | None = None
@@ -52,20 +52,20 @@ class Hardware(Value):
 
     @property
     def worker_gib(self) -> float | None:
-        """Memory limit of one worker: a GPU's, or without GPUs the host's."""
+        """Memory limit of one worker: the memory of one GPU, or without GPUs that of the host."""
         return self.gpu_memory_gib if self.gpus else self.memory_gib
 
     @property
     def has_speeds(self) -> bool:
-        """Whether the speed of training on its GPUs can be computed."""
+        """Whether the speed of training on these GPUs can be computed."""
         return self.gpus > 0 and bool(self.matmul_flops_s) and self.bandwidth_bytes_s is not None
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong: impossible numbers, and missing figures that a plan needs."""
+        """Yield problems: impossible numbers, and missing figures that a plan needs."""
         if self.name == "???":
             yield "hardware.name is missing. Write `name: ...` at the top of its file."
         if self.gpus < 0:
-            yield f"hardware.gpus={self.gpus}: 0 or more."
+            yield f"hardware.gpus={self.gpus}: expected 0 or more."
         numbers = {name: getattr(self, name) for name in POSITIVE}
         numbers |= {f"matmul_flops_s.{k}": peak for k, peak in self.matmul_flops_s.items()}
         for name, value in numbers.items():
@@ -82,7 +82,7 @@ class Hardware(Value):
 
 
 def from_plain(values: dict[str, Any]) -> Hardware:
-    """Make a Hardware from a file's values; SpecError if one is unknown, invalid or missing."""
+    """Make a Hardware from a file's values; SpecError: a value is unknown, invalid or missing."""
     hardware = build(Hardware, values)
     if hardware.problem:
         raise SpecError(hardware.problem)

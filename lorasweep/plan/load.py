@@ -1,4 +1,4 @@
-"""Tokens, operations, weights and activations of a run, from shapes alone."""
+"""Compute the tokens, operations, weights and activations of a run from shapes alone."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ from lorasweep.spec.run import RunSpec
 
 TEXT_FILL = 0.4
 """Mean length of text rows, prompts and sampled completions as a share of the longest allowed.
-Assumption: GSM8K has 0.37 of 512."""
+Assumption: the share is 0.37 in GSM8K with at most 512 tokens."""
 CURVE_POINTS = 8
-"""Evaluations on the first held-out rows, before the last one."""
+"""Number of evaluations on the first held-out rows, before the last evaluation."""
 WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of a number in products, by a run's precision."""
 QKV, MLP_INPUTS = frozenset(("q_proj", "k_proj", "v_proj")), frozenset(("gate_proj", "up_proj"))
@@ -41,8 +41,9 @@ def prompt_tokens(spec: RunSpec) -> float:
 def evaluated_completions(spec: RunSpec) -> list[int]:
     """Return how many completions each evaluation of a run samples, one per prompt.
 
-    The first and the last evaluation use all held-out rows, the others the first ones; the last
-    samples these again. Empty for generated data, which need no samples.
+    The first and the last evaluation use all held-out rows. Those between use the first
+    n_test_curve rows, and the last one samples these rows once more. Empty for generated data,
+    which need no samples.
     """
     if not spec.max_new_tokens or spec.dataset.source == "synthetic":
         return []
@@ -75,7 +76,7 @@ def run_flops(spec: RunSpec) -> float:
 
 
 def updates_with_evaluations(spec: RunSpec) -> float:
-    """Return the number of updates with as many operations as a run with its evaluations."""
+    """Return the number of updates with as many operations as a whole run with evaluations."""
     return spec.steps * run_flops(spec) / train_flops(spec)
 
 
@@ -84,13 +85,13 @@ def updates_with_evaluations(spec: RunSpec) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """Weights, and operations per token, of training a method on a model."""
+    """Weights, and operations per token, of a training step (not the load of the glossary)."""
 
     model: ModelSpec
     trained: int
     """Trained parameters."""
     whole: bool
-    """Whether weights of the base are trained, all or some; otherwise adapters are."""
+    """True: all or some weights of the base are trained; False: adapters are trained."""
     flops: float
     """Operations per token of forward and backward, without attention scores."""
     adapted: tuple[Matrix, ...]
@@ -159,10 +160,10 @@ def load_of(model: ModelSpec, method: Method) -> Load:
 
 
 def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
-    """Return the bytes per token that one layer keeps for the backward pass, not checkpointed.
+    """Return the bytes per token that one layer keeps for backward, without checkpointing.
 
-    For a layer of transformers' Llama or Qwen3 with a fused attention kernel; compared with saved
-    tensors in tests/unit/plan/test_saved_tensors.py. Inputs of frozen matrices are not kept.
+    The layer is that of transformers' Llama or Qwen3 with a fused attention kernel. Inputs of
+    frozen matrices are not kept. The result is checked in tests/unit/plan/test_saved_tensors.py.
 
     Args:
         word: bytes of a number in products.
@@ -185,7 +186,7 @@ def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
     # gate, its activation, up, and their product if the last matrix needs its input
     kept += word * f * ((3 if "gate_proj" in model.mlp else 1) + ("down_proj" in needs))
     if model.n_experts:
-        # outputs of each expert, and where needed its inputs and the router's
+        # outputs of each expert, and if needed the inputs of the expert and of the router
         router = load.norms_trained or ROUTER in needs
         kept += word * h * (active * (1 + bool(needs & MLP_INPUTS)) + router)
     return float(kept)
@@ -197,7 +198,7 @@ def cache_bytes(model: ModelSpec, word: int) -> float:
 
 
 def read_params(model: ModelSpec, rows: float) -> float:
-    """Return the weights read to decode a token of `rows` completions, of the used experts only."""
+    """Count the weights read to decode a token of `rows` completions, without unused experts."""
     if not model.n_experts:
         return model.n_matmul_params
     # under a uniform router, the expected share of experts that no row is routed to

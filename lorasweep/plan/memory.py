@@ -1,8 +1,8 @@
-"""The peak memory of training, by component, and the disk space of checkpoints, from shapes alone.
+"""Compute the peak memory of training by component, and the disk space of checkpoints, from shapes.
 
-On several GPUs as FSDP2 does it: every tensor is split over all of them, and a layer is whole while
-it computes and the next one arrives. Compared with published figures in
-analysis/results/plan/README.md.
+Several GPUs work as in FSDP2: every tensor is split over all GPUs, and two layers are gathered at a
+time, the one that computes and the next one. analysis/results/plan/README.md compares the results
+with published figures.
 """
 
 from collections.abc import Iterable
@@ -21,11 +21,11 @@ from lorasweep.plan.load import (
 from lorasweep.spec.run import RunSpec
 
 STATE_BYTES = {"fp32": (4, 4, 8), "bf16": (2, 2, 4), "fp64": (8, 8, 16)}
-"""Bytes per trained parameter of weight, gradient and Adam's two moments."""
+"""Precision -> bytes per trained parameter of weight, of gradient, of Adam's two moments."""
 
 # ---- a GPU
 PROCESS_BYTES, NCCL_BYTES = 0.8e9, 1.0e9
-"""CUDA's context and libraries on a GPU, and the buffers of communication. Assumption."""
+"""Bytes of CUDA's context and libraries on a GPU; bytes of NCCL's buffers. Assumptions."""
 LOGIT_BYTES = 16
 """Bytes per logit at the peak: logit and gradient in bf16; logit, logarithm, gradient in fp32."""
 CHUNK_LOGITS = 1 << 26
@@ -35,26 +35,26 @@ CHUNK_LOGITS = 1 << 26
 CPU_PROCESS_BYTES = 450 * 2**20
 """Memory of a worker before weights: the interpreter, torch, transformers. Measured (docs/log)."""
 CPU_TEXT_PEAK = 1.2
-"""Tokens of the longest batch of text rows over the mean. Measured: GSM8K, batches of 8 (docs/log).
-"""
+"""Tokens of the longest batch of text rows / tokens of a mean batch. Measured on GSM8K in batches
+of 8 (docs/log)."""
 CPU_FRAGMENTATION = 1.4
-"""Memory of adapters' activations over the bytes in use, because freed blocks are kept
+"""Memory of the activations of adapter runs / their bytes in use: freed blocks are kept
 (launch/process.py). Measured on two processors: 1.2 to 1.8, varying by run (docs/log)."""
 CPU_CHUNK_BYTES = 320 * 2**20
 """Five fp32 numbers for each of 2^24 logits, the chunk of train/objectives/nll.py (LOGITS)."""
 
 # ---- sampling (train/sampling.py)
 ROWS = 1024
-"""Most completions of a run that are sampled at once."""
+"""Maximum number of completions of a run that are sampled at once."""
 CACHE_SHARE = 0.3
-"""Share of a card's memory for their keys and values."""
+"""Share of a GPU's memory for the keys and values of these completions."""
 DRAW_PEAK_BYTES = 44
-"""Bytes held to draw a token, per entry of the vocabulary, of those moved (time.DRAW_BYTES)."""
+"""Peak bytes held while a token is drawn, per entry of the vocabulary (moved: time.DRAW_BYTES)."""
 
 # ---- checkpoints (store/checkpoint.py)
 SLOT_BYTES, BEST_BYTES = 12, 4
-"""Bytes per trained parameter in a checkpoint: fp32 weight and two moments; the best weight, with
-early stopping."""
+"""Bytes per trained parameter in a checkpoint. SLOT_BYTES: fp32 weight and two moments. BEST_BYTES:
+the best weight, kept with early stopping."""
 SLOTS = 2
 """Checkpoints kept per run."""
 
@@ -83,7 +83,7 @@ def pack_bytes(
     checkpointing: bool = False,
     join_rows: bool = False,
 ) -> float:
-    """Estimate a process's peak memory in bytes; micro_batch_size None: the whole batch."""
+    """Estimate the peak memory of a process in bytes; micro_batch_size None: the whole batch."""
     rows = min(micro_batch_size or spec.batch_size, spec.batch_size)
     layout = Layout(processes, rows, checkpointing, joined=join_rows)
     return sum(pack_memory(n_runs, spec, hardware, layout).values())
@@ -92,7 +92,8 @@ def pack_bytes(
 def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) -> dict[str, float]:
     """Return the peak bytes of a process that trains `n_runs` runs like `spec`, by component.
 
-    Of learning or of sampling completions, whichever has the higher peak.
+    Runs that sample completions have two phases, learning and sampling. The result is for the one
+    with the higher peak.
     """
     load, word = load_of(spec.model, spec.method), WORD_BYTES[spec.precision]
     states = "fp64" if spec.precision == "fp64" else "fp32"
@@ -164,7 +165,7 @@ def _cpu_memory(
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
     scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
     layer = 2 * h * exact + word * (4 * h + 2 * kv + 4 * f + scores)
-    copied = word == 2 and (load.whole or held > word)  # in bf16, of wider weights
+    copied = word == 2 and (load.whole or held > word)  # bf16 products copy wider weights
     return _state(load, n_runs, states, held, held) | {
         "copies and buffers": float(2 * copied * model.n_matmul_params),
         "activations": tokens * model.n_layers * layer * (1 if load.whole else CPU_FRAGMENTATION),
@@ -194,13 +195,13 @@ def memory_parts(
     """Return the peak bytes of learning on one GPU by component.
 
     Args:
-        load: of one run.
+        load: the Load of one run.
         row_tokens: tokens of the longest row.
         states: precision of the trained parameters and of Adam (STATE_BYTES).
         word, stream: see `layer_bytes`.
-        frozen_bytes: per frozen weight.
-        start_bytes: per trained weight of the base, if a copy is kept to measure the change.
-        whole_logits: all tokens' logits at once instead of a chunk.
+        frozen_bytes: bytes per frozen weight.
+        start_bytes: bytes per trained weight of the base, if a copy is kept to measure the change.
+        whole_logits: compute the logits of all tokens at once instead of in chunks.
         process: include a process's memory before its first tensor.
     """
     model, n = load.model, layout.gpus
@@ -216,8 +217,8 @@ def memory_parts(
         logits = min(logits, max(CHUNK_LOGITS, n_runs * layout.rows * model.vocab_size))
     masks = 0.0
     if layout.joined and layout.rows > 1:
-        # transformers' mask of bytes, and torch's in the type of the products, which each layer
-        # keeps (read from their code, seen on a CPU; flash attention needs none)
+        # transformers' mask of bytes, and torch's mask in the type of products, which each layer
+        # keeps. Read from the code of both and seen on a CPU. Flash attention needs no mask.
         masks = float(n_runs * (layout.rows * row_tokens) ** 2 * (1 + word * layers))
     parts = _state(load, n_runs, states, frozen_bytes, start_bytes, n) | {
         "activations": tokens * (inputs + layers * kept + last),
@@ -227,19 +228,19 @@ def memory_parts(
     }
     weight, gradient, _ = STATE_BYTES[states]
     adapters = 0 if load.whole else n_runs * load.trained
-    if n == 1:  # a product has a copy of every weight that is wider than it
+    if n == 1:  # weights wider than the type of products are copied to that type
         trained = min(load.trained, model.n_matmul_params) if load.whole else 0
         frozen = (model.n_matmul_params - trained) * (frozen_bytes > word)
-        # of frozen weights and adapters only in layers whose activations are kept
+        # copies of frozen weights and adapters live only in layers whose activations are kept
         live = 1 / model.n_layers if layout.checkpointing else 1
         copies = trained * (weight > word) + live * (frozen + adapters * (weight > word))
         parts["copies and buffers"] = word * copies
-    else:  # two layers are whole at a time, and always what is outside the layers
+    else:  # two layers are gathered at a time, and always the weights outside the layers
         outer = _outer_bytes(load, weight, frozen_bytes) + gradient * load.head_trained
         added = adapters / model.n_layers
         changed = load.layer_params if load.whole else added
         whole = outer + 2 * word * (load.layer_params + added) + (word + gradient) * changed
-        # the embedding's gradient comes last, when activations have freed their memory
+        # the embedding's gradient comes last, when the activations have been freed
         freed = parts["activations"] + masks + parts["logits"]
         embedding = gradient * (load.outer_trained - load.head_trained)
         parts["copies and buffers"] = whole + max(0.0, embedding - freed)
@@ -249,14 +250,14 @@ def memory_parts(
 
 
 def _outer_bytes(load: Load, weight: int, frozen_bytes: int) -> float:
-    """Return the bytes of the weights outside the layers, gathered in every process unconverted."""
+    """Return the bytes of weights outside the layers, which each process gathers as stored."""
     return weight * load.outer_trained + frozen_bytes * (load.outer_params - load.outer_trained)
 
 
 def rounds_of(
     spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int, completions: int, group: int
 ) -> tuple[int, int]:
-    """Return the completions of each run that a GPU draws at once (whole groups); the rounds."""
+    """Return the completions per run and round that a GPU draws (whole groups), and the rounds."""
     each = cache_bytes(spec.model, WORD_BYTES[spec.precision]) * spec.dataset.max_length
     room = CACHE_SHARE * (hardware.gpu_memory_gib or 0) * 2**30
     prompts = max(1, min(ROWS, int(room / (n_runs * each))) // group)
@@ -269,7 +270,7 @@ def sampling_memory(
 ) -> dict[str, float]:
     """Return the peak bytes of one GPU while completions are drawn, by component.
 
-    `held`: bytes per frozen weight. Each of several GPUs gathers the model, without gradients.
+    `held`: bytes per frozen weight. With several GPUs, each one gathers the model, not gradients.
     """
     model, word = load.model, WORD_BYTES[spec.precision]
     states = "fp64" if spec.precision == "fp64" else "fp32"

@@ -18,13 +18,14 @@ SIZES = (1, 2, 4, 8, 16)
 """Pack sizes to choose from without GPUs, smallest first."""
 GPU_SIZES = (*SIZES, 32, 64, 128)
 FORWARD_TOKENS = 4096
-"""Tokens per forward pass of a pack; beyond, activations leave the cache: no faster (docs/log)."""
+"""Maximum tokens per forward pass of a pack. With more, activations no longer fit into the cache of
+the processor, and training is no faster (docs/log)."""
 GPU_FORWARD_TOKENS = 65536
-"""The same on a GPU. Assumption: not measured yet."""
+"""The same maximum on a GPU. Assumption: not measured yet."""
 MEMORY_SHARE = 0.8
 """Share of the memory that all workers together may use."""
 MOST_WORKERS = 8
-"""Most workers by default, without GPUs. Assumption: a laptop stays usable."""
+"""Maximum number of workers by default, without GPUs. Assumption: a laptop stays usable."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Pack:
     """Rows per run and forward pass."""
     flops: float
     seconds: float | None
-    """Expected on one worker; None: no step times of this shape are known."""
+    """Expected seconds on one worker; None: no step times of this shape are known."""
     memory_bytes: float
-    """Expected peak of its process."""
+    """Expected peak memory of the pack's process."""
 
 
 def pack_sizes(hardware: Hardware) -> tuple[int, ...]:
@@ -47,7 +48,7 @@ def pack_sizes(hardware: Hardware) -> tuple[int, ...]:
 
 
 def forward_tokens(hardware: Hardware) -> int:
-    """Return how many tokens a forward pass of a pack should have."""
+    """Return the maximum number of tokens per forward pass of a pack."""
     return GPU_FORWARD_TOKENS if hardware.gpus else FORWARD_TOKENS
 
 
@@ -59,7 +60,7 @@ def micro_batch(
     checkpointing: bool = False,
     join_rows: bool = False,
 ) -> int:
-    """Return the rows per run, process and forward pass, by forward_tokens and a GPU's memory."""
+    """Return the rows per run, process and pass that forward_tokens and a GPU's memory allow."""
     share = spec.batch_size // processes
     rows = max(1, min(share, forward_tokens(hardware) // (n_runs * mean_length(spec))))
     if hardware.gpus and hardware.gpu_memory_gib is not None:
@@ -75,10 +76,10 @@ ALONE = ("model", "dataset", "method", "lr", "seed", "steps", "early_stopping")
 
 
 def pack_key(spec: RunSpec) -> tuple[Any, ...]:
-    """Return what the runs of one pack have in common.
+    """Return the key that all runs of one pack share.
 
-    They may differ in lr, seed, steps, early stopping, the method's packed fields and, with sft, in
-    their data sets, but not in exact_loss.
+    The runs may differ in lr, seed, steps, early stopping and the method's packed fields. With sft
+    they may also differ in the data set, but not in exact_loss.
     """
     apart = (*spec.method.PACKED_FIELDS, *ALONE)
     method = tuple(v for k, v in spec.method.values() if k not in apart)
@@ -90,8 +91,8 @@ def pack_key(spec: RunSpec) -> tuple[Any, ...]:
 def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputTable) -> int:
     """Return the largest number of runs like `spec` in a pack.
 
-    The first that applies: the method's limit; the user's choice; the fastest known size if it fits
-    into the memory; the default.
+    The first of these that applies: the method's limit, the user's choice, the fastest known size
+    if it fits into the memory, the default.
     """
     if spec.method.MAX_PACK is not None or exec_.world_size > 1:
         return spec.method.MAX_PACK or 1
@@ -131,8 +132,8 @@ def make_packs(
 ) -> list[Pack]:
     """Group runs into packs, longest first.
 
-    Runs with a checkpoint keep their pack, so that they resume bit for bit. Ranks and data sets are
-    mixed only if one alone fills less than half a pack.
+    Runs with a checkpoint keep their pack, so that they resume bit for bit. The runs of one rank
+    and data set share a pack with others only if they fill less than half a pack.
     """
     groups: dict[tuple[Any, ...], list[Point]] = {}
     resumed: dict[tuple[str, ...], list[Point]] = {}
@@ -165,13 +166,13 @@ def make_packs(
         else:
             chunks += split(runs, size)
     for (_, size), runs in small.items():
-        # runs of one rank must be neighbours; equal row lengths need less padding, and with equal
-        # steps the pack stays full longer
+        # Runs of one rank must be neighbours. Equal row lengths need less padding. With equal steps
+        # the pack stays full longer.
         runs.sort(key=lambda p: (_rank(p), mean_length(p.spec), p.spec.steps))
         chunks += split(runs, size)
     shared, packs = (exec_.world_size, exec_.activation_checkpointing, exec_.join_rows), []
     for points in chunks:
-        # memory is estimated for the largest rank and the longest rows, with any early stopping
+        # estimate memory for the largest rank, the longest rows, and early stopping if a run has it
         spec, n = max(points, key=_rank).spec, len(points)
         longest = max((p.spec for p in points), key=mean_length)
         if mean_length(longest) != mean_length(spec):
@@ -193,8 +194,8 @@ def _rank(point: Point) -> int:
 def workers_and_threads(packs: Sequence[Pack], exec_: Exec, hardware: Hardware) -> tuple[int, int]:
     """Choose the number of workers and the threads of each.
 
-    One process per GPU; without GPUs one per core, as far as memory allows (measured: two
-    one-thread workers finish 1.5 times as many small runs as one two-thread worker).
+    There is one process per GPU; without GPUs one per core, as far as memory allows. Measured: two
+    one-thread workers finish 1.5 times as many small runs as one two-thread worker.
     """
     cores = hardware.cores or 1
     most = max(1, (hardware.gpus or min(cores, MOST_WORKERS)) // exec_.world_size)

@@ -1,4 +1,4 @@
-"""Place a pack on GPUs: the fewest that hold it, rows a forward pass, memory and time."""
+"""Choose the GPUs and the rows per forward pass of a pack, and estimate its memory and time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from lorasweep.plan.time import evaluation_s, sampling_s, step_parts, step_secon
 from lorasweep.spec.run import RunSpec
 
 MEMORY_ERROR, SPEED_ERROR = 0.17, 0.25
-"""Relative error below which nine in ten covered published figures are
-(analysis/results/plan/README.md). A pack must fit with this error added."""
+"""Nine in ten of the covered published figures have a smaller relative error
+(analysis/results/plan/README.md). A pack must fit with the error of memory added."""
 MOST_GPUS = 512
-"""Most GPUs tried for one run, a power of two."""
+"""Maximum number of GPUs tried for one run, a power of two."""
 FORWARD_TOKENS = 32768
-"""Most tokens of a forward pass and GPU: more are no faster."""
+"""Maximum tokens per forward pass and GPU: more are no faster."""
 PER_TOKEN = (
     *("keys and values", "activations", "gradients of activations", "attention masks", "logits"),
 )
@@ -38,15 +38,15 @@ class Placement:
     """Seconds of an update of all runs in the pack, by component."""
     step_s: float
     seconds: float
-    """Of the pack, evaluations included."""
+    """Seconds of the pack, evaluations included."""
     tokens: float
-    """Training tokens."""
+    """Training tokens of the pack."""
     sampling_s: float = 0.0
     """The part of `seconds` in which completions are sampled."""
 
     @property
     def memory_gib(self) -> float:
-        """Peak of one GPU."""
+        """Peak memory of one GPU."""
         return sum(self.memory.values()) / 2**30
 
     @property
@@ -63,7 +63,7 @@ class Misfit:
     remedy: str
 
     def __str__(self) -> str:
-        """Return both as two sentences."""
+        """Return the cause and the remedy, a sentence each."""
         return f"{self.why}. It fits with {self.remedy}."
 
 
@@ -76,14 +76,14 @@ def place(
     checkpointing: Sequence[bool] = (False, True),
     join_rows: bool = False,
 ) -> Placement | Misfit:
-    """Choose the fewest GPUs, a power of two, on which a pack fits, and the fastest layout there.
+    """Choose the fewest GPUs, a power of two, that hold a pack, and the fastest layout on them.
 
     Args:
-        specs: the pack's runs, of one shape but for their ranks.
-        hardware: one that `has_speeds`.
+        specs: the runs of the pack, which have the same shape except for the rank.
+        hardware: the GPUs; `has_speeds` must be true.
         rows: rows per forward pass, run and GPU; None: chosen.
-        gpus: a divisor of the batch size; None: chosen.
-        checkpointing: the allowed values.
+        gpus: number of GPUs, a divisor of the batch size; None: chosen.
+        checkpointing: the allowed values of activation checkpointing.
         join_rows: see Exec.
     """
     spec, n_runs = specs[-1], len(specs)
@@ -144,7 +144,7 @@ def _placement(
 
 
 def _misfit(spec: RunSpec, tried: Layout, memory: dict[str, float], hardware: Hardware) -> Misfit:
-    """Say what is missing with the smallest layout that was tried."""
+    """Return why the layout `tried`, which needs the least memory, does not fit, and a remedy."""
     need = sum(memory.values()) * (1 + MEMORY_ERROR) / 2**30
     largest = max(memory, key=lambda name: memory[name])
     why = (

@@ -1,4 +1,4 @@
-"""Plan what is done, what is missing, and what it will cost. Starts nothing."""
+"""Plan a sweep: list finished and missing runs, and estimate the cost. No run is started."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ RATED_RUNS = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep's runs by state, and what is left to do."""
+    """The runs of a sweep by state, and the work that is left."""
 
     points: list[Point]
     states: dict[str, str]
@@ -40,7 +40,7 @@ class Plan:
     checkpoint_gib: float
     """Disk space for the packs that train at the same time."""
     memory_gib: float
-    """Expected peak of all workers together."""
+    """Expected peak memory of all workers together."""
     hardware: Hardware
     throughputs: ThroughputTable
 
@@ -51,7 +51,7 @@ class Plan:
 
 
 def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: Hardware) -> Plan:
-    """Read the store and plan the missing runs for `hardware`; failed ones with exec.retry."""
+    """Read the store and plan the missing runs, and with exec.retry failed ones, for `hardware`."""
     points = list(points)
     states = store.states(p.id for p in points)
     todo = _runs_to_do(points, states, store, exec_)
@@ -63,7 +63,7 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     flops = sum(run_flops(p.spec) for p in todo)
     timed = _timed_runs(points, states, store)
     times = [pack.seconds for pack in packs if pack.seconds is not None]
-    if timed and hardware.processor is not None:  # they do not predict another machine
+    if timed and hardware.processor is not None:  # else the plan is for another machine
         seconds, basis = measured_seconds((p.spec for p in todo), timed) / workers, "measured"
     elif packs and len(times) == len(packs):
         seconds, basis = max(sum(times) / workers, max(times)), "calibrated"
@@ -105,7 +105,7 @@ Timed = tuple[RunSpec, float]
 def _timed_runs(
     points: Sequence[Point], states: dict[str, str], store: RunStore
 ) -> dict[tuple[str, str], list[Timed]]:
-    """Return finished runs of this store by method and precision, RATED_RUNS of each."""
+    """Return finished runs of this store by method and precision, at most RATED_RUNS of each."""
     done: dict[tuple[str, str], list[Point]] = {}
     for p in points:
         if states[p.id] == "done":
@@ -130,7 +130,8 @@ def measured_seconds(
 ) -> float:
     """Return the expected seconds of `todo` on one worker, at the speeds of finished runs.
 
-    `timed`: by method and precision; others are expected at the mean speed of all.
+    `timed`: finished runs by method and precision. Runs of other methods or precisions are expected
+    at the mean speed of all finished runs.
     """
     overall = _flops_s([run for some in timed.values() for run in some])
     speeds = {key: _flops_s(some) for key, some in timed.items()}
@@ -184,8 +185,8 @@ def refuse_mixing(
 ) -> None:
     """Raise StoreError if runs to train would continue curves without a data fingerprint.
 
-    The analysis never mixes known and unknown data in a curve, so they would be trained in vain.
-    `more`: runs to train; None: the missing ones of `points`.
+    The analysis never uses runs with and without a fingerprint in one curve, so that the new runs
+    would be useless. `more`: runs to train; None: the missing runs of `points`.
     """
     finished = store.finished(p.id for p in points)
     unknown = [p for p in points if p.id in finished and finished[p.id].data_sha256 is None]
@@ -198,8 +199,8 @@ def refuse_mixing(
     if mixed:
         raise StoreError(
             f"{len(mixed)} runs to train would continue lr curves of finished runs without a data "
-            f"fingerprint ({len(unknown)} in {store.root}, such as {unknown[0].id}: trained before "
-            "results held one). The two are never mixed in one curve. Train all runs of the curves "
-            f"in a new run folder: exec.runs_dir={store.root}-2. To judge the finished runs, give "
-            "the command that asks for no more runs than these."
+            f"fingerprint ({len(unknown)} in {store.root}, such as {unknown[0].id}, by an earlier "
+            "version). Runs with and without one are never mixed in a curve. Train all runs of the "
+            f"curves in a new run folder: exec.runs_dir={store.root}-2. To judge the finished "
+            "runs, use a command that asks for no other runs."
         )

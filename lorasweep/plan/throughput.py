@@ -1,7 +1,7 @@
 """Look up step times by pack size, for runs of one shape on given hardware.
 
-Measurements by `action=measure_packs` (RUNS/.calibration) go before the records of this store's
-runs, which cover only the pack sizes that occurred.
+Measurements by `action=measure_packs` (RUNS/.calibration) have precedence over the records of this
+store's runs, which cover only the pack sizes that occurred.
 """
 
 import hashlib
@@ -23,11 +23,12 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
 GAIN = 0.96
-"""A larger pack is faster if its time per run is below this share; the rest is noise (docs/log)."""
+"""A larger pack counts as faster if its time per step and run is below this share of the time in
+the smaller pack. Smaller differences are noise (docs/log)."""
 SAMPLE = 8
 """Runs per shape whose records are read."""
 FEWEST_STEPS = 5
-"""Fewest updates of an attempt that is used. The first one is slow."""
+"""Minimum number of updates of an attempt whose step time is used. The first update is slow."""
 
 Shape = tuple[Any, ...]
 
@@ -39,7 +40,7 @@ class Throughput:
     step_s: dict[int, float]
     """Pack size -> seconds per step and run."""
     measured: bool
-    """Whether by action=measure_packs; otherwise from the records of runs."""
+    """True: measured by action=measure_packs; False: from the records of runs."""
 
     def best_size(self) -> int:
         """Return the fastest pack size; of two that differ by noise, the smaller."""
@@ -55,11 +56,11 @@ class Throughput:
 
 
 def shape_of(spec: RunSpec) -> Shape:
-    """Return what determines the time of a step. Of text data sets only max_length counts."""
+    """Return the settings that determine the time of a step; of text data only max_length."""
     method = spec.method
     layers, scope, rank = (getattr(method, name, None) for name in ("layers", "scope", "rank"))
     fields = [method.name, layers, scope, rank, spec.batch_size, spec.precision]
-    if spec.objective != "sft":  # files that were measured before have no objective
+    if spec.objective != "sft":  # files of earlier versions name no objective
         fields += [spec.objective, spec.group_size, spec.max_new_tokens]
     data = spec.dataset
     rows = data.canonical if data.source == "synthetic" else data.max_length
@@ -138,7 +139,7 @@ class ThroughputTable:
         )
 
     def _step_time(self, rid: str, env: dict[str, Any]) -> tuple[float, float] | None:
-        """Return (an update, seconds per step around it) of a run; None if it made too few."""
+        """Return (an update, seconds per step around it); None if the run made too few updates."""
         since = env.get("resumed_from_step") or 0
         result = self._store.result(rid)
         if result is not None:

@@ -1,7 +1,7 @@
-"""Seconds of training and sampling, by component, from shapes and the hardware's data sheet.
+"""Compute seconds of training and sampling, by component, from shapes and a GPU's data sheet.
 
-TRAINING_SHARE is fitted to published measurements; no sampling was measured on a GPU. Without a
-data sheet a speed per core is assumed until runs were measured.
+TRAINING_SHARE is fitted to published measurements. No sampling was measured on a GPU. Without a
+data sheet, a speed per core is assumed until runs have been measured.
 """
 
 from lorasweep.plan.hardware import Hardware
@@ -23,17 +23,19 @@ TRAINING_SHARE = 0.80
 """Share of a card's attainable speed (`Hardware.attainable_share`) that a step's products reach:
 median over published figures of A100 and H100 (analysis/results/plan/README.md)."""
 ASSUMED_FLOPS_PER_CORE = {"fp32": 6e10, "bf16": 2.5e11, "fp64": 2e10}
-"""Operations per second and core by precision, until runs were measured. Assumption: as tiny128
-(fp32) and SmolLM2-135M (bf16) on one core with matrix units (docs/log)."""
+"""Operations per second and core by precision, used until runs have been measured. Assumption: the
+speeds of tiny128 (fp32) and SmolLM2-135M (bf16) on one core with matrix units (docs/log)."""
 SLOW_BF16_FLOPS_PER_CORE = 7e8
 """The same for bf16 on a processor without bf16 instructions. Measured on AVX2 (docs/log)."""
 PASSES = 4
-"""Each kept activation and its gradient are written and read once; with checkpointing, one more."""
+"""Memory passes over a kept activation: it and its gradient are each written and read once.
+Checkpointing adds one pass."""
 ADAPTER_IN, ADAPTER_OUT = 12, 18
-"""Bytes per token that an unfused adapter moves per input and output of its matrix: input read,
-output written, scaled and added; backward the same and the sum of the input's two gradients."""
+"""Bytes per token that an unfused adapter moves for each input and each output of its matrix. The
+forward pass reads the input, and writes, scales and adds the output. The backward pass moves the
+same bytes, and adds up the two gradients of the input."""
 ADAPTER_AGAIN_IN, ADAPTER_AGAIN_OUT = 2, 12
-"""Of these, in a second forward pass."""
+"""Additional bytes when checkpointing repeats the forward pass."""
 LAUNCH_S = 6e-6
 """Seconds to launch a kernel. Assumption: 4 to 10 microseconds are common."""
 KERNELS, ADAPTER_KERNELS = 45, 6
@@ -47,7 +49,7 @@ DRAW_BYTES = 150
 """Bytes moved to draw a token, per entry of the vocabulary: logits and logarithms in fp32,
 probabilities, their sums and entropy in fp64. Counted in train/sampling.py."""
 DRAW_KERNELS = 40
-"""Kernels that draw a token, counted there."""
+"""Kernels that draw a token, counted in train/sampling.py."""
 CAST_BYTES = 6
 """Bytes moved per fp32 weight that autocast reads and rounds to bf16 for every token."""
 SERVED_SHARE = 0.9
@@ -109,8 +111,8 @@ def step_parts(
     kernels = KERNELS * model.n_layers + ADAPTER_KERNELS * load.n_adapters
     communication = 0.0
     if layout.gpus > 1 and hardware.link_bytes_s is not None:
-        # every weight is gathered twice, and gradients are reduced: a GPU receives all but its
-        # part from its node, and a node all but its part from the others, over all its GPUs
+        # Every weight is gathered twice, and gradients are reduced. A GPU receives all but its part
+        # from its node. A node receives all but its part from other nodes, over all of its GPUs.
         gathered = 2 * word * model.n_params + STATE_BYTES[states][1] * load.trained
         inside = min(layout.gpus, hardware.gpus_per_node)
         communication = gathered * (inside - 1) / inside / (LINK_SHARE * hardware.link_bytes_s)
@@ -129,9 +131,10 @@ def step_parts(
 
 
 def step_seconds(parts: dict[str, float]) -> float:
-    """Add up an update: kernels launch while others run; communication overlaps with nothing.
+    """Return the seconds of an update. Kernels are launched while earlier ones run.
 
-    Assuming an overlap with products fits published figures worse.
+    Communication overlaps with nothing: assuming an overlap with products fits published figures
+    worse.
     """
     return max(sum(parts.values()) - parts["launch"], parts["launch"])
 
@@ -151,7 +154,8 @@ def sampling_s(
     """Return the seconds to draw `completions` of each of `n_runs` runs, `group` per prompt.
 
     Decoding a token takes the longest of three times: to read weights, keys and values, to compute
-    products, to launch kernels. A round lasts max_new_tokens; completions that end leave it.
+    products, to launch kernels. A round lasts max_new_tokens tokens. Completions that end earlier
+    leave the round.
     """
     if not completions:
         return 0.0
@@ -176,7 +180,7 @@ def sampling_s(
 
 
 def evaluation_s(load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int) -> float:
-    """Return the seconds of a run in which completions of held-out prompts are drawn."""
+    """Return the seconds in which a pack draws completions of held-out prompts."""
     return sum(
         sampling_s(load, spec, hardware, n_runs, gpus, completions, 1)
         for completions in evaluated_completions(spec)
@@ -194,9 +198,9 @@ def served_s(
 ) -> float:
     """Return the least seconds in which a serving engine draws `completions` in bf16.
 
-    It splits the weights over the GPUs, reads a prompt once per group, and batches continuously.
-    Launches and communication are not counted. Infinite if the weights leave no room.
-    `prompt`, `completion`: mean tokens.
+    The engine splits the weights over the GPUs, reads a prompt once per group, and batches
+    continuously. Launches and communication are not counted. Infinite if the weights leave no
+    memory for one completion. `prompt`, `completion`: mean tokens.
     """
     memory = gpus * SERVED_SHARE * (hardware.gpu_memory_gib or 0) * 2**30
     rows = (memory - 2 * model.n_params) / (cache_bytes(model, 2) * (prompt + completion))

@@ -435,7 +435,7 @@ def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, ba
     assert not world.trained(*settings)  # named once, it is kept
     facts = world.facts("chat")
     assert (facts["render"], facts["template"]) == ("role_eos", "Q: {prompt} A: ")
-    with pytest.raises(SpecError, match=r"dataset.n_test has no effect in a fleet.*Allowed"):
+    with pytest.raises(SpecError, match=r"dataset.n_test has no effect.*Allowed"):
         world.run(*settings, "dataset.n_test=9")
     (world.folder / "fleet.json").write_text('{"split": "coin"}')
     with pytest.raises(SpecError, match=r"is not known.*out=DIR"):

@@ -1,4 +1,4 @@
-"""One rule for each file: from a customer, a model and known figures to a part of the advice.
+"""One rule per module: compute a part of the advice from a customer, a model and known figures.
 
-Refuses to know tables and pages.
+The rules do not read tables or write pages.
 """

@@ -1,4 +1,4 @@
-"""Method, target modules and rank: by measured regret where it covers the case, or by capacity."""
+"""Choose method and rank: by measured regret if it covers the customer's case, else by capacity."""
 
 import math
 from collections.abc import Iterable
@@ -13,16 +13,17 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.spec.model import ModelSpec
 
 BITS_PER_PARAMETER = 2.0
-"""Capacity in the study, from Allen-Zhu and Li, after about 1,000 exposures; 1 after 100."""
+"""Bits that a trained parameter stores, by the study, from Allen-Zhu and Li: 2 if facts are seen
+about 1,000 times, 1 if they are seen 100 times."""
 ROOM = 0.5
-"""Largest load that surely fits: tinker-cookbook's rule, no fewer parameters than tokens that bear
-loss, at the study's 1 bit per token."""
+"""Largest load that surely fits. tinker-cookbook asks for at least one parameter per token that
+bears loss. In the study such a token has 1 bit."""
 FULL = 1.0
 """Load above which the data exceed the capacity of a rank by the study's count."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""The study's ranks, and those that servers take."""
+"""Ranks of the study, and ranks that serving engines accept."""
 WIDEST = 8
-"""Published comparisons with full fine-tuning use ranks up to an eighth of the width."""
+"""Published comparisons with full fine-tuning use ranks of up to an eighth of the hidden size."""
 LAYERS = "all"
 BY_REGRET, BY_CAPACITY = "measured regret", "capacity"
 """The rule that chose the method: `by` in answers."""
@@ -30,14 +31,14 @@ BY_REGRET, BY_CAPACITY = "measured regret", "capacity"
 
 @dataclass(frozen=True)
 class Choice:
-    """What to train."""
+    """The advised method and rank."""
 
     method: str
-    """lora, full, or open."""
+    """lora, full, or open (undecided)."""
     rank: int
-    """The recommended rank of LoRA, or the one to try."""
+    """The recommended rank of LoRA; if the method is open, the rank to try."""
     load: float | None
-    """Bits of the data over the capacity of the rank."""
+    """Bits of the data divided by the capacity of the rank."""
     by: str
     why: str
 
@@ -58,7 +59,7 @@ def ranks_of(model: ModelSpec) -> tuple[int, ...]:
 
 @cache
 def trained(model: ModelSpec, rank: int, layers: str = LAYERS) -> int:
-    """Count LoRA's trained parameters; an expert's adapter has the rank / active experts."""
+    """Count LoRA's trained parameters. Adapters of experts have rank `rank` / (active experts)."""
     return LoRA(rank=rank, layers=layers).n_trainable(model)
 
 
@@ -68,7 +69,7 @@ def capacity(model: ModelSpec, rank: int) -> float:
 
 
 def load_at(bits: float | None, model: ModelSpec, rank: int) -> float | None:
-    """Return bits over the capacity of a rank; None if the bits are not known."""
+    """Return bits divided by the capacity of a rank; None if the bits are not known."""
     return None if bits is None else bits / capacity(model, rank)
 
 
@@ -152,7 +153,7 @@ def regret_at(points: Iterable[MeasuredRegret], load: float) -> Interval | None:
 
 
 def _by_regret(case: Case, work: Workload) -> Choice | None:
-    """Choose by measured regret; None where it does not cover the case."""
+    """Choose by measured regret; None if no measurement covers the case."""
     c, model = case.customer, case.model
     if c.task != "sft" or not work.bits:
         return None

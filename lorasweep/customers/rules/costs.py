@@ -1,4 +1,4 @@
-"""The costs of LoRA and full fine-tuning: memory, GPUs, time, dollars, files, serving."""
+"""Compute the costs of LoRA and full fine-tuning: memory, GPUs, time, dollars, files, serving."""
 
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,24 +22,24 @@ from lorasweep.spec.run import RunSpec
 HARDWARE = "h100"
 """GPU of customers who state none."""
 WORD = 2
-"""Bytes of a weight that is served or shipped, bf16."""
+"""Bytes of a weight in served and shipped models, which are in bf16."""
 NOT_FASTER = 0.95
 """LoRA counts as not faster above this share of full fine-tuning's GPU time."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The costs of one method. None: it fits on no number of GPUs, or is not known."""
+    """The costs of one method. None: it fits on no number of GPUs, or the value is not known."""
 
     trained: int
     file_mib: float
-    """The shipped adapter or model."""
+    """Size of the shipped adapter, or of the fully fine-tuned model."""
     serving_gib: float
-    """Weights in memory that serve all adapters or copies of the customer."""
+    """Memory of the weights that serve all adapters, or all full copies, of the customer."""
     why: str = ""
-    """Why it fits nowhere, and what would help."""
+    """Why the method fits on no number of GPUs, and what would help."""
     gpus: int | None = None
-    """All available GPUs, or the fewest that hold the run."""
+    """GPUs of the run: as many as are available, or the fewest that hold it."""
     fits: bool = False
     """Whether the customer's GPUs hold the run."""
     peak_gib: float | None = None
@@ -52,17 +52,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Costs:
-    """Both methods on the customer's hardware."""
+    """Costs of both methods on the customer's hardware."""
 
     hardware: Hardware
     lora: Arm
     full: Arm
     flops_ratio: float
-    """Operations of an update: LoRA's over full fine-tuning's."""
+    """Operations of a LoRA update divided by those of a full fine-tuning update."""
 
 
 def hardware_of(case: Case) -> Hardware:
-    """Return the hardware of a customer with its price; RowError: not known, or without GPU."""
+    """Return a customer's hardware; RowError: it is unknown, or no speed of a GPU is known."""
     c, known = case.customer, case.known
     if c.hardware is None and known.hardware is not None:
         found = known.hardware
@@ -82,7 +82,7 @@ def hardware_of(case: Case) -> Hardware:
 
 
 def costs_of(case: Case, rank: int, work: Workload, hardware: Hardware) -> Costs:
-    """Return the costs of both methods, of LoRA at this rank."""
+    """Return the costs of full fine-tuning, and of LoRA at this rank."""
     lora, full = (_arm(case, r, work, hardware) for r in (rank, 0))
     ratio = _method(rank).step_flops(case.model, 1) / _method(0).step_flops(case.model, 1)
     case.note("flops_ratio", ratio)
@@ -95,9 +95,9 @@ def costs_of(case: Case, rank: int, work: Workload, hardware: Hardware) -> Costs
 
 
 def _arm(case: Case, rank: int, work: Workload, hardware: Hardware) -> Arm:
-    """Return the costs of LoRA at a rank, or with rank 0 of full fine-tuning; note and warn."""
+    """Return the costs of LoRA at a rank (0: full fine-tuning); record reasons and warnings."""
     c, base, price = case.customer, case.model.n_params, hardware.price_per_gpu_h
-    model = replace(case.model, weights_dtype="bf16")  # as frozen on GPUs
+    model = replace(case.model, weights_dtype="bf16")  # frozen weights on GPUs
     n = trained(case.model, rank) if rank else base
     served = base + c.adapters_served * n if rank else c.adapters_served * n
     files = (WORD * n / 2**20, WORD * served / 2**30)
@@ -147,7 +147,7 @@ def _arm(case: Case, rank: int, work: Workload, hardware: Hardware) -> Arm:
 
 
 def _method(rank: int) -> Method:
-    """Return LoRA, or with rank 0 full fine-tuning."""
+    """Return LoRA at a rank; rank 0 stands for full fine-tuning."""
     return LoRA(rank=rank, layers=LAYERS) if rank else FullFT()
 
 
@@ -160,7 +160,7 @@ def _load(model: ModelSpec, rank: int) -> Load:
 def _place(
     model: ModelSpec, batch: int, length: int, hardware: Hardware, rank: int, gpus: int | None
 ) -> Placement | Misfit:
-    """Place one method on a number of GPUs; None: the fewest that hold it."""
+    """Place one method on `gpus` GPUs; None: on the fewest that hold the run."""
     dataset = DatasetSpec(name="customer", source="jsonl", location="customer", max_length=length)
     spec = RunSpec(
         model=model, dataset=dataset, method=_method(rank), batch_size=batch, precision="bf16"

@@ -1,6 +1,6 @@
-"""The learning rate with its interval: measured on this very model, else published.
+"""Advise a learning rate and an interval: measured on the customer's model, else published.
 
-The interval spans the sources and half a step of their grids on both sides.
+The interval spans all sources. For published rates it adds half a step of the grid on both sides.
 """
 
 import math
@@ -11,7 +11,7 @@ from lorasweep.customers.rules.workload import Workload
 from lorasweep.spec.model import ModelSpec
 
 SHORT = 100
-"""Updates below which the study reports a ratio of about 15 instead of 10, as an anecdote."""
+"""Below this many updates, the study reports an LR ratio of about 15, not 10, as an anecdote."""
 SHORT_FACTOR = 1.5
 STEP = 1.8
 """Factor by which a published best learning rate is uncertain on both sides: half a step of the
@@ -49,7 +49,7 @@ def law_rate(published: Published, family: str, hidden: int, method: str) -> flo
 def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
     """Return the learning rate of a method: lora (scaling alpha / rank, alpha 32) or full."""
     values, kept = case.known.published.values, case.known.kept
-    measured: dict[str, float] = {}  # ends of the best learning rates measured on this very model
+    measured: dict[str, float] = {}  # measured on this model: best LRs and interval ends
     arm = "fullft" if method == "full" else "lora"
     if case.customer.task == "sft":
         for where, best in kept.best_rates.get((case.model.name, arm), ()):

@@ -12,7 +12,7 @@ from lorasweep.spec.method import parse_layers
 PAPER_RANK = 64
 HUGE_BATCH = 512
 FULL_RATE = 3.0
-"""A planned learning rate below the advised one by this factor or more is full fine-tuning's."""
+"""Planned learning rates below the advised one by this factor or more suit full fine-tuning."""
 EXCESS = 4
 """A planned rank above the advised one by this factor or more is excessive."""
 
@@ -31,7 +31,7 @@ class Condition:
 def conditions_of(
     case: Case, work: Workload, choice: Choice, rate: Rate, batches: Batches
 ) -> list[Condition]:
-    """Return the conditions, judged by the customer's plan, else by the advice; `rate`: LoRA's."""
+    """Judge the conditions by the customer's plan, else by the advice; `rate`: LR of LoRA."""
     c, kept = case.customer, case.known.kept
     regime = kept.about("regime", "low", "fits", "beyond")
     if c.task == "rl":
@@ -96,7 +96,7 @@ def conditions_of(
 
 
 def note_habits(case: Case, work: Workload, choice: Choice, rate: Rate, batches: Batches) -> None:
-    """Warn of habits in a customer's plan, with their expected costs; `rate`: LoRA's."""
+    """Warn of habits in a customer's plan, with the expected cost of each; `rate`: LR of LoRA."""
     c, model, published = case.customer, case.model, case.known.published
 
     def cited(sweep: str, *claims: str) -> str:

@@ -11,22 +11,22 @@ from lorasweep.errors import DataError
 from lorasweep.plan.load import TEXT_FILL
 
 GROUP = 16
-"""Samples of a problem in RL where no episodes are stated: tinker-cookbook, recipes/rl_loop.py."""
+"""Samples per problem in RL if no episodes are stated (tinker-cookbook, recipes/rl_loop.py)."""
 BATCH = {"sft": 32, "rl": 512}
-"""Batch size if none is stated. 32: the only one that the study names. RL, in episodes: 32 problems
-x 16 samples, the smallest of tinker-cookbook's recipes for maths."""
+"""Batch size if none is stated. For sft, the only one that the study names. For RL, in episodes, 32
+problems x 16 samples: the smallest batch in tinker-cookbook's recipes for maths."""
 SMALLEST = 8
 """Smallest assumed batch: smaller ones cannot be split over the GPUs of a node."""
 UPDATES = {"sft": 100, "rl": 50}
-"""Fewest updates. 100: tinker-cookbook, docs/sl-hyperparams.mdx, which asks for 1,000 where
-possible. 50: GRPO runs that reached the plateau of full fine-tuning (zhu)."""
+"""Smallest sufficient number of updates. For sft: tinker-cookbook, docs/sl-hyperparams.mdx, which
+asks for 1,000 where possible. For RL: GRPO runs reached the plateau of full fine-tuning (zhu)."""
 BYTES_PER_TOKEN = 4.0
 """UTF-8 bytes of a token of English (help.openai.com, "What are tokens and how to count them?");
 fewer in other languages and code."""
 LENGTH = 1024
-"""Tokens of the longest row where nothing is stated, as in conf/dataset/tulu3.yaml."""
+"""Tokens of the longest row if no length is stated, as in conf/dataset/tulu3.yaml."""
 SAFE = 32
-"""The smallest batch that the study names: there the gap is small, and shrinks during training."""
+"""The smallest batch that the study names. With it, LoRA's gap is small and shrinks in training."""
 RL_BATCH = 2048
 """Largest batch, in episodes, of tinker-cookbook's recipes: 128 problems x 16 samples."""
 LARGEST = 4096
@@ -34,27 +34,27 @@ LARGEST = 4096
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is trained, and on what; None: not known."""
+    """Training rows, batch size and updates of a customer; None: not known."""
 
     examples: float | None
-    """Unique rows; in RL, problems."""
+    """Number of rows in the data; in RL, of problems."""
     tokens: float
     """Mean tokens of a row that bear loss."""
     row_tokens: float
-    """Mean tokens of a row that are computed."""
+    """Mean tokens of a row that the model reads, with or without loss."""
     max_length: int
     batch_size: int
     steps: int | None
     rows: float | None
-    """Rows trained on, counted in each pass; in RL, episodes."""
+    """Number of rows trained on, each counted in every pass; in RL, of episodes."""
     bits: float | None
-    """Information in the rows trained on, each counted once."""
+    """Bits of information in the rows trained on, each row counted once."""
     bits_low: float | None
     bits_high: float | None
 
 
 def workload_of(case: Case) -> Workload:
-    """Return what a customer trains on; note a reason for each number that is not stated.
+    """Return the workload of a customer; record the reason of each number that is not stated.
 
     Raises:
         RowError: the data of the row are missing or cannot be read.
@@ -80,7 +80,7 @@ def workload_of(case: Case) -> Workload:
         examples = float(counted.rows)
         case.note("examples", counted.rows, data=c.data)
     batch = c.batch_size
-    if batch is None:  # smaller where updates would be too few
+    if batch is None:  # halve it if updates would be too few
         assumed, few = BATCH[c.task], UPDATES[c.task]
         batch, rows = assumed, _rows(case, examples, assumed)
         while c.steps is None and rows is not None and batch > SMALLEST and rows / batch < few:
@@ -149,7 +149,7 @@ def _lengths(
 
 
 def rounded(tokens: float) -> int:
-    """Round up to 2^k or 1.5 x 2^k: customers with the same length share their placement."""
+    """Round up to 2^k or 1.5 x 2^k: customers with the same result share a cached placement."""
     k = math.floor(math.log2(max(64.0, tokens - 1e-9)))
     return next(n for n in (2**k, 3 * 2 ** (k - 1), 2 ** (k + 1)) if n >= tokens)
 
@@ -157,7 +157,7 @@ def rounded(tokens: float) -> int:
 def _stated_bits(
     case: Case, examples: float | None, trained: float | None, tokens: float
 ) -> tuple[float | None, ...]:
-    """Return the bits of rows, low and high: at the stated bits per token, else 1."""
+    """Return the bits of the rows (middle, low, high) at the stated bits per token, else at 1."""
     if trained is None:
         return None, None, None
     stated = case.customer.bits_per_token
@@ -187,14 +187,14 @@ class Batches:
     largest: int
     steps_min: int
     per_doubling: float
-    """Assumed change of ln(speed) per doubling of the batch."""
+    """Assumed change of ln(rho) per doubling of the batch."""
 
 
 def regret_of_batch(batch: int, rows: float, per_doubling: float) -> float:
     """Return LoRA's expected regret of a batch, in percent of full fine-tuning's gain.
 
-    Assumes that ln(speed) changes by per_doubling x log2(batch / 32), and that the loss falls
-    linearly in ln(updates): a factor rho of updates is ln(rho) / ln(updates) of the gain.
+    Assumes that ln(rho) is per_doubling x log2(batch / 32), and that the loss falls linearly in
+    ln(updates). So the regret is the share -ln(rho) / ln(updates) of the gain.
     """
     slower = max(0.0, -per_doubling) * max(0.0, math.log2(batch / SAFE))
     return 100 * slower / math.log(max(math.e, rows / batch))
