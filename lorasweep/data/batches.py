@@ -1,7 +1,7 @@
 """Arrange examples in arrays: the rows of a run end to end, each padded to a multiple of PAD_TO.
 
-Models take them `padded` to the longest row, or `joined` in one sequence per run. No real token
-attends to padding or to another row, so results do not depend on them.
+Models get the rows `padded` to the longest row, or `joined` in one sequence per run. No real token
+attends to padding or to another row, so results do not depend on padding and on other rows.
 
 Shapes: N runs in the pack, X tokens per run, M positions per run at which a token in the loss is
 predicted.
@@ -15,17 +15,17 @@ import numpy as np
 from lorasweep.data.examples import Example, Truth
 
 PAD_TO = 16
-"""Row lengths, X and M are multiples of it, so that on many processors matrix products are rounded
-equally in a pack and alone (docs/log)."""
+"""Row lengths, X and M are multiples of PAD_TO. So on many processors, matrix products are rounded
+in a pack as they are for a run alone (docs/log)."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of token ids and the positions of the loss. int64, weights float32."""
+    """Rows of token ids and their loss positions, as int64; the weights are float32."""
 
     tokens_NX: np.ndarray
     lengths: tuple[tuple[int, ...], ...]
-    """Padded row lengths of each run. They sum to X; the last row may be filler."""
+    """Padded row lengths of each run. Those of a run sum to X; the last row may be filler."""
     loss_positions_NM: np.ndarray
     """Positions in X whose next token is predicted."""
     targets_NM: np.ndarray
@@ -34,7 +34,7 @@ class Batch:
     tokens_N: tuple[int, ...]
     """Tokens of each run, without padding."""
     truth: Truth | None = None
-    """For held-out rows of one run, in the order of the loss positions; None after `merge`."""
+    """For held-out rows of one run, in order of the loss positions; None if runs are merged."""
     join_rows: bool = False
     """Whether models get the rows end to end instead of padded to the longest."""
 
@@ -78,7 +78,7 @@ def collate(examples: Sequence[Example], join_rows: bool = False) -> Batch:
 
 
 def merge(parts: Sequence[Batch]) -> Batch:
-    """Stack the batches of the runs in a pack, each filled up to the longest."""
+    """Stack the batches of the runs in a pack, each filled up to the longest batch."""
     if len(parts) == 1:
         return parts[0]
     x = max(p.tokens_NX.shape[1] for p in parts)
@@ -100,7 +100,7 @@ def merge(parts: Sequence[Batch]) -> Batch:
 def joined(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return tokens [N, X], loss positions, targets, weights [N, M], and positions in rows [N, X].
 
-    transformers keeps attention inside a row where the positions start again.
+    Positions start at 0 in each row, so transformers keeps attention inside the row.
     """
     rows = np.stack([np.concatenate([*map(np.arange, own)]) for own in batch.lengths])
     return batch.tokens_NX, batch.loss_positions_NM, batch.targets_NM, batch.weight_NM, rows
@@ -109,7 +109,8 @@ def joined(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return tokens, loss positions, targets and weights by row, padded to the longest row.
 
-    Rows are in the order of the runs, equally many of each: filler is left out, empty rows added.
+    Rows are in the order of the runs. Filler is left out. Empty rows are added, so that all runs
+    have equally many rows.
     """
     n, x = batch.tokens_NX.shape
     most = max(map(len, batch.lengths))
@@ -119,7 +120,7 @@ def padded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     at = (batch.loss_positions_NM + np.arange(n)[:, None] * x).ravel()[real]
     wanted = batch.targets_NM.ravel()[real]
     run, row = np.divmod(np.searchsorted(starts.ravel(), at, side="right") - 1, most)
-    used = np.zeros(n, dtype=np.int64)  # rows of a run up to the last with a loss token: no filler
+    used = np.zeros(n, dtype=np.int64)  # rows of a run up to its last loss token: no filler
     np.maximum.at(used, run, row + 1)
     rows = max(1, used.max())
     lengths = np.where(np.arange(most) < used[:, None], lengths, 0)[:, :rows].ravel()
@@ -157,7 +158,7 @@ def eval_batches(
 
 
 def by_length(examples: Sequence[Example]) -> list[int]:
-    """Return the numbers of examples in order of evaluation, shortest first."""
+    """Return the indices of examples in order of evaluation, shortest first."""
     return sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
 
 

@@ -15,17 +15,17 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 CHUNK = 256
-"""Generated sequences per random stream. So example i can be made without all earlier ones."""
+"""Generated sequences per random stream. So making example i does not need all earlier ones."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The true distribution of each loss token, where the generator is known."""
+    """The true distribution of each loss token, for data of a known generator."""
 
     probabilities: np.ndarray
     """float32 [loss tokens, symbols]."""
     changed: np.ndarray
-    """bool [loss tokens]: whether it differs from the distribution of the pretraining language."""
+    """bool [loss tokens]: whether the distribution differs from the one in pretraining."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Example:
     n_bytes: int | None = None
     """UTF-8 bytes of the text in the loss; None if the tokens are not text."""
     truth: Truth | None = None
-    """For held-out rows with exact_loss."""
+    """Set for held-out rows with exact_loss."""
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """How completions of the prompts of a data set are rewarded."""
+    """The function that rewards completions of a data set's prompts, and facts about it."""
 
     of: Callable[[Sequence[tuple[Example, np.ndarray]]], list[float | None]]
     """[(row, tokens of a completion with its end)] -> rewards from 0 to 1; None: unreadable."""
@@ -55,8 +55,8 @@ class Rewards:
     choices: int = 0
     """Number of equally likely answers that the gold answer was drawn from; 0: not known."""
     of_gold: Callable[[Sequence[Example]], list[float | None]] | None = None
-    """Rows -> rewards of their gold answers, where these may lack a form that completions need,
-    such as a box. None: gold answers are rewarded like completions."""
+    """Rows -> rewards of their gold answers. For data sets whose gold answers may lack a form that
+    completions need, such as a box. None: gold answers are rewarded like completions."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,20 @@ class Data:
     n_train: int | None
     """Rows in the training split; None: unlimited (generated)."""
     validation: Sequence[Example] = ()
-    """Held-out examples that select between runs."""
+    """Held-out examples that select learning rates, or the weights of a run (early stopping)."""
     retain: Sequence[Example] = ()
     """Held-out examples of the pretraining data, to measure what fine-tuning forgets."""
     entropy_floor_nats: float | None = None
     """Mean -log p of the test tokens under the true generator: the lowest possible NLL. With
-    exact_loss the mean entropy of their true distributions."""
+    exact_loss: the mean entropy of the true distributions of these tokens."""
     sha256: str | None = None
     """Fingerprint of training and test data: equal for all seeds, and only for equal data."""
     commit: str | None = None
     """The hub's commit; None for other sources."""
     rewards: Rewards | None = None
-    """None: nothing verifies completions."""
+    """None: the data set has no verifier of completions."""
     bits: Callable[[int], dict[str, float]] | None = None
-    """Number of training tokens -> bits of new information in them, by measure; None: not known."""
+    """Number of training tokens -> bits of new information, by way of counting; None: not known."""
 
 
 def parameters(spec: DatasetSpec, defaults: Mapping[str, float]) -> dict[str, float]:
@@ -136,7 +136,7 @@ def shuffled(
 def generated(
     spec: DatasetSpec, split: str, draw: Callable[[np.random.Generator, int], list[Example]]
 ) -> Callable[[int, int, int], list[Example]]:
-    """Serve generated examples by index; with `n_train` so many rows, as `shuffled` does."""
+    """Serve generated examples by index; with `n_train`, that many rows, as `shuffled` does."""
     if spec.n_train is not None:
         return shuffled(spec, draw(stream("data", spec.name, split, "rows"), spec.n_train))
 
@@ -174,12 +174,12 @@ def fingerprint(*parts: str | np.ndarray | Sequence[Example]) -> str:
 def with_fingerprint(data: Data, *distribution: str | np.ndarray) -> Data:
     """Return generated data with a fingerprint of distribution, held-out and first training rows.
 
-    `distribution`: parameters and tables; probabilities `rounded`.
+    `distribution`: parameters and tables of the generator; probabilities as `rounded` returns them.
     """
     drawn = data.train(0, 0, min(CHUNK, data.n_train or CHUNK))
     return replace(data, sha256=fingerprint(*distribution, data.test, data.retain, drawn))
 
 
 def rounded(probabilities: np.ndarray) -> np.ndarray:
-    """Round to 3 digits (float16), because processors differ in the last digits of a product."""
+    """Round to 3 digits (float16), because the last digits of products depend on the processor."""
     return probabilities.astype("<f2")

@@ -12,9 +12,9 @@ from lorasweep.spec.dataset import DatasetSpec
 Message = tuple[str, str]
 """Role and content."""
 LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-"""Formats with a list of messages in the column of that name -> keys of sender and text."""
+"""Format, which is also the column with a list of messages -> keys of sender and text."""
 WEIGHT = "weight"
-"""Key of a message: 0 or 1, whether it is in the loss, as in OpenAI's chat files."""
+"""Key of a message, as in OpenAI's chat files. 1: the message is in the loss; 0: it is not."""
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -33,7 +33,7 @@ def columns(spec: DatasetSpec) -> tuple[str, ...]:
 
 
 def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
-    """Return a row's messages; a prompt in its template and a completion are two of them."""
+    """Return a row's messages; a prompt (in the template) and a completion make two messages."""
     name = spec.format
     if name not in LISTS:
         prompt, completion = prompt_and_completion(spec, row, where)
@@ -72,7 +72,7 @@ def messages_of(spec: DatasetSpec, row: Any, where: str) -> list[Message]:
 def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
     """Return for each of a row's messages whether its content is in the loss.
 
-    Its weight decides; without one the mask. last_assistant passes over messages of weight 0.
+    The weight of a message decides, else the mask. last_assistant skips answers of weight 0.
     """
     messages = messages_of(spec, row, where)
     listed = row[spec.format] if spec.format in LISTS else [{}] * len(messages)
@@ -84,13 +84,13 @@ def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
 
 
 def prompt_and_completion(spec: DatasetSpec, row: Any, where: str) -> tuple[str, str]:
-    """Return the prompt in its template and the completion of a row with two columns."""
+    """Return the prompt (in the template) and the completion of a row with two columns."""
     prompt = spec.template.replace("{prompt}", text_of(row, spec.prompt_field, where))
     return prompt, text_of(row, spec.completion_field, where)
 
 
 def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
-    """Return the messages before a row's first answer: equal for rows with the same prompt."""
+    """Return the messages before a row's first answer. Rows with equal ones share a prompt."""
     messages = messages_of(spec, row, where)
     roles = [role for role, _ in messages]
     return tuple(messages[: roles.index("assistant")] if "assistant" in roles else messages)
@@ -99,9 +99,9 @@ def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
 def prompt_of(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
     """Return a row's prompt: the messages before the first one in the loss.
 
-    If only the last answer of a conversation is in the loss, its prompt is the whole conversation
-    before that answer, not the first question alone. If all answers are in the loss, rows that
-    share the messages before any answer also share those before the first one.
+    If only the last answer of a conversation is in the loss, the prompt is the whole conversation
+    before that answer, not the first question alone. If all answers are in the loss, the prompt
+    ends before the first one. So rows that share the messages before a later answer also share it.
     """
     messages, learned = messages_of(spec, row, where), in_loss(spec, row, where)
     return tuple(messages[: learned.index(True)] if True in learned else messages)

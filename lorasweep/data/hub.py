@@ -1,4 +1,4 @@
-"""Rows of data sets of the Hugging Face hub, with checks of splits and columns before they load."""
+"""Rows of data sets of the Hugging Face hub; splits and columns are checked before rows load."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -32,10 +32,10 @@ def _place(spec: DatasetSpec, held_out: bool) -> _Place:
 
 
 def source_of(spec: DatasetSpec, held_out: bool) -> Source:
-    """Return the rows of a split, at the commit of the revision. Loads none yet.
+    """Return the Source of a split, at the commit of the revision. Loads no row yet.
 
     Raises:
-        DataError: the data set is unreachable, or described without such a split or column.
+        DataError: the data set is unreachable, or its description lacks the split or a column.
     """
     place = _place(spec, held_out)
     builders = [_builder(spec, place, config) for config in place.configs]
@@ -56,7 +56,7 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
             _check_columns(spec, place, parts[-1].column_names)
         found = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         if spec.holdout:
-            # mixtures are sorted by source; unshuffled, all held-out rows would share one
+            # mixtures are sorted by source: unshuffled, all held-out rows could be of one source
             found = found.shuffle(seed=0)
             n = spec.holdout
             found = found.select(range(n) if held_out else range(n, len(found)))
@@ -68,7 +68,7 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
 
 
 def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
-    """Download a data set; return its columns, the rows of each split, and the commit.
+    """Download a data set; return its columns, the number of rows of each split, and the commit.
 
     Raises:
         DataError: the download fails.
@@ -80,7 +80,7 @@ def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
 
 
 def fetch(spec: DatasetSpec) -> int:
-    """Download and prepare the rows of both splits; return their number.
+    """Download and prepare the rows of both splits; return the number of rows.
 
     Raises:
         DataError: the download fails, or a split or column is missing.
@@ -100,7 +100,7 @@ def fetch(spec: DatasetSpec) -> int:
 def _builder(spec: DatasetSpec, place: _Place, config: str) -> Any:
     import datasets
 
-    datasets.logging.set_verbosity_error()  # it warns whenever it reads its cache
+    datasets.logging.set_verbosity_error()  # `datasets` warns whenever it reads its cache
     try:
         builder = datasets.load_dataset_builder(
             place.location, config or None, revision=place.revision or None
@@ -181,7 +181,7 @@ def _unavailable(spec: DatasetSpec, place: _Place, error: Exception) -> DataErro
             "set HF_TOKEN)."
         )
     elif isinstance(error, ValueError):
-        remedy = "Set location, config and revision to what is there."
+        remedy = "Set location, config and revision to existing ones."
     else:
         remedy = (
             "Check the network; for machines without one, give the same command with action=fetch "

@@ -1,4 +1,4 @@
-"""Load a data set of any source. Needs a tokenizer for text; needs no torch."""
+"""Load a data set of any source. Text needs a tokenizer; nothing needs torch."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -70,7 +70,7 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
     """Find the training and held-out rows of a text data set.
 
     Raises:
-        DataError: they are missing, or not the pinned ones.
+        DataError: the rows are missing, or not the pinned ones.
     """
     if spec.held_out_by or (spec.unseen_rows and spec.holdout):
         whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
@@ -86,7 +86,7 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
         unit = spec.held_out_by or "row"
         identity = f"{spec.holdout or 'all'} of {pool.identity} by {unit}"
         held_out = dataclasses.replace(pool, identity=identity, rows=drawn)
-        # a test split is held out as a whole, also the rows beyond OF_A_PROMPT
+        # all rows of a test split are held out, also those beyond OF_A_PROMPT
         unseen = held_out if spec.holdout else pool
         train = _without(spec, whole, unseen, unit_of, f"{unit}s")
     else:
@@ -115,7 +115,7 @@ def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
 
 
 def content_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return all messages of a row, by which duplicates are found."""
+    """Return all messages of a row. Rows with equal messages are duplicates."""
     return tuple(fields.messages_of(spec, row, where))
 
 

@@ -1,4 +1,4 @@
-"""Describe rows without a data set file: JSON Lines or a name on the hub, in a usual form."""
+"""Describe rows without a data set file: JSON Lines or a hub data set, in a usual form."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ PAIRS = (
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?")
 """A data set of the hub: owner/name, with an optional :configuration and @revision."""
 HELD_OUT = ("test", "validation")
-"""Splits of the hub that are held out, in order of preference."""
+"""Names of held-out splits on the hub, in order of preference."""
 DIGITS = 16
 """Hexadecimal digits of the SHA-256 of a file in a revision."""
 
@@ -31,7 +31,7 @@ class Counted(NamedTuple):
 
     rows: int
     answer_bytes: int
-    """UTF-8 bytes in the loss (`fields.in_loss`)."""
+    """UTF-8 bytes of the text in the loss (`fields.in_loss`)."""
     sha256: str
 
 
@@ -91,8 +91,8 @@ def path_of(given: str) -> Path:
 def dataset_of(given: str, name: str = "") -> DatasetSpec:
     """Describe a file of rows, or a data set of the hub, with its content pinned.
 
-    Held-out rows are in test.jsonl beside the file, or without one the same rows. An empty `name`
-    is made from the file and its content.
+    The test split is test.jsonl beside the file; without it, the same file. An empty `name` is
+    replaced by one from the file name and the content.
 
     Raises:
         DataError: there is no such file, or its first row has none of the usual forms.

@@ -20,7 +20,7 @@ NUMBER = re.compile(r"([-+]?\d+)(\.0*)?")
 
 
 def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
-    """Reward completions that have the gold answer's result, as `spec.verifier` reads both."""
+    """Reward completions with the same result as the gold answer, as `spec.verifier` reads both."""
     ends: list[tuple[int, ...]] = [(tokenizer.eos_token_id,)]
     if spec.render == "role_colon":
         ends.append(tuple(tokenizer(TURN, add_special_tokens=False).input_ids))
@@ -30,7 +30,7 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
         own = next((ids[: -len(e)] for e in ends if tuple(ids[-len(e) :]) == e), ids)
         return tokenizer.decode(own, skip_special_tokens=True).strip()
 
-    # a gold answer that is the whole completion of the row needs no box; a sampled one does
+    # a gold answer that is the whole completion of the row needs no box; a sampled answer does
     whole_completion = bool(spec.answer_field)
 
     def of_texts(texts: Sequence[tuple[str, str]]) -> list[float | None]:
@@ -80,7 +80,7 @@ def check_available(spec: DatasetSpec) -> None:
 def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
     """Raise DataError if a prompt leaves no room for a completion or a gold answer is unreadable.
 
-    Of unlimited generated rows, the first CHUNK are checked.
+    If training rows are generated without limit, the first CHUNK are checked.
     """
     assert data.rewards is not None
     first = data.train(0, 0, data.n_train or CHUNK)
@@ -101,7 +101,7 @@ def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
         for k, found in enumerate(of_gold(rows)):
             if found != 1.0:
                 raise DataError(
-                    f"{where} {k}: its own gold answer cannot be read or is not rewarded "
+                    f"{where} {k}: the gold answer of the row cannot be read or is not rewarded "
                     f"(verifier={spec.verifier or 'exact'}, {len(answer_of(rows[k]))} tokens). "
                     "Correct the row, raise dataset.max_length so that it is not cut, or set "
                     "too_long=skip."

@@ -30,7 +30,7 @@ class Rows(Sequence[Example]):
     """Tokenized rows, end to end in four arrays. Examples are views of them."""
 
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        """`arrays`: ends, n_bytes, tokens, loss."""
+        """Hold `arrays`: ends, n_bytes, tokens, loss."""
         self.ends, self.n_bytes, self.tokens, self.loss = arrays
 
     @classmethod

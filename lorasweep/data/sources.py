@@ -14,16 +14,16 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 Row = tuple[str, Any]
-"""Place of the row, for messages, and its content."""
+"""Place of the row (for error messages) and content of the row."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one split, which are read when `rows` is called."""
+    """The rows of one split. They are read when `rows` is called."""
 
     identity: str
-    """Names the rows: the SHA-256 of a file, or a name on the hub with commit and split; and which
-    part of them. Different rows never share an identity: it is the key of kept tokens."""
+    """Name of the rows: SHA-256 of a file, or location on the hub with commit and split; and the
+    part that is used. Different rows never share an identity, as it is a key of cached tokens."""
     commit: str | None
     """The hub's commit; None for a local file."""
     rows: Callable[[], Iterator[Row]]
@@ -48,7 +48,7 @@ def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sou
 
 
 def holdout_order(n_rows: int) -> np.ndarray:
-    """Return a shuffled order of rows. The first n are held out; it does not depend on n."""
+    """Return a shuffled order of rows; the first are held out. It depends only on n_rows."""
     return stream("holdout", 0).permutation(n_rows)
 
 

@@ -24,14 +24,14 @@ from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 TOGETHER = 256
 """Rows per call of the tokenizer, which is faster than one by one."""
 VERSION = 2
-"""Raise it when the same rows give other tokens, so that kept files are made again."""
+"""Increase it when the same rows give other tokens, so that cached files are made again."""
 NOT_IN_ROWS = (
     *("name", "revision", "test_revision", "n_train", "n_test", "n_test_curve"),
     *("n_validation", "unseen_rows", "answer_field", "verifier"),
 )
-"""Fields that change no row, or that the source's identity covers."""
+"""DatasetSpec fields that change no row, or that are covered by the identity of the source."""
 DATE = "26 Jul 2024"
-"""Date in chat templates, so that rows do not depend on the day: the default of Llama's."""
+"""Date in chat templates, so that rows do not depend on the day: the default in Llama templates."""
 
 
 class Part(NamedTuple):
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     text: str
     in_loss: bool
     eos: bool = False
-    """Whether the EOS token follows, which is in the loss if the text is."""
+    """Whether the EOS token follows. It is in the loss if the text is."""
 
 
 def examples(
@@ -51,13 +51,13 @@ def examples(
     Nothing is kept if `cache` is empty, or if the tokenizer is not of the `tokenizers` library.
 
     Raises:
-        DataError: a row cannot be used, or there are none.
+        DataError: a row cannot be used, or there are no rows.
     """
 
     def make() -> Rows:
         given = source.rows()
         if spec.too_long == "cut":
-            given = itertools.islice(given, limit)  # rows beyond need not be readable
+            given = itertools.islice(given, limit)  # later rows may be unreadable
         first = list(itertools.islice(given, 1))
         usable = _tokenized(spec, itertools.chain(first, given), tokenizer)
         found = Rows.of(itertools.islice(usable, limit))
@@ -130,13 +130,15 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
 
     role_colon: BOS if there is one, then 'Role:', ' content' and a blank line, as
     `RoleColonRenderer` in github.com/thinking-machines-lab/tinker-cookbook. The loss of an answer
-    covers its space and blank line, and after a last answer the 'User:' that ends sampling.
+    covers its space and blank line. The loss of a last answer also covers 'User:', which is added
+    after it and ends sampling.
 
-    role_eos: no BOS, 'Role: ' and 'content'; EOS ends an answer, a blank line other messages. A
-    prompt with a completion is only its template and the completion.
+    role_eos: no BOS, 'Role: ' and 'content'. EOS ends an answer; a blank line ends other messages.
+    A row with a prompt column has only the filled template and the completion.
 
-    chat_template: the tokenizer's. An answer is the text that the template adds for it, without
-    line ends after EOS. Text after the last answer in the loss is left out, unless mask=all.
+    chat_template: the tokenizer's template. An answer is the text that the template adds for it,
+    without line ends after EOS. Text after the last answer in the loss is left out, unless
+    mask=all.
 
     Raises:
         DataError: a column is missing, or the chat template refuses the row.
@@ -154,7 +156,7 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
             )
         try:
             return _chat_parts(messages, in_loss, heads, tokenizer)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates may raise any exception
             raise DataError(
                 f"{where}: the tokenizer's chat template does not take the row with mask="
                 f"{spec.mask} ({error}). Remove the row, set mask=last_assistant, or set "
@@ -177,7 +179,7 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
 def _chat_parts(
     messages: Sequence[Message], in_loss: Sequence[bool], heads: bool, tokenizer: Any
 ) -> list[Part]:
-    """Render by the chat template. `heads`: whether the text between messages is learned, too."""
+    """Render by the chat template. `heads`: whether text between messages is in the loss, too."""
 
     def apply(messages: Sequence[Message], is_open: bool) -> str:
         given = [{"role": role, "content": content} for role, content in messages]
@@ -188,7 +190,7 @@ def _chat_parts(
     parts: list[Part] = []
     done, eos = "", tokenizer.eos_token or ""
     for i, learned in enumerate(in_loss):
-        if learned == heads:  # the text around it is in the loss as it is: there is no border
+        if learned == heads:  # no border: the text around it has the same mask
             continue
         before = apply(messages[:i], messages[i][0] == "assistant")
         after = apply(messages[: i + 1], False)

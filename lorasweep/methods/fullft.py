@@ -1,7 +1,7 @@
 """Full fine-tuning of all parameters (`scope=all`), or of matrices alone (`scope=matrices`).
 
-The matrices are those that LoRA with the same `layers` would adapt: the control that separates
-parametrisation from location.
+The matrices are those that LoRA with the same `layers` adapts. So `scope=matrices` is a control
+that differs from LoRA in the parametrisation only.
 """
 
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ class FullFT(Method):
         return sum(m.size for m in model.matrices(parse_layers(self.layers)))
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
-        # 6 per weight and token: 2 forward, 4 backward (study.md section 4). Attention scores are
-        # left out. Of experts those count that a token passes through.
+        # 6 operations per weight and token: 2 forward, 4 backward. Attention scores are left out.
+        # Only the active experts of a token count.
         return 6.0 * n_tokens * model.n_active_params
 
     def target_layers(self) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ class _WholeModel:
     stacked = False
 
     def __init__(self, base: "nn.Module", chosen: set[int]) -> None:
-        """Train copies, in fp32 at least, of the parameters whose Python ids are in `chosen`."""
+        """Train copies, in fp32 at least, of the parameters with Python ids in `chosen`."""
         import torch
 
         self._base = base

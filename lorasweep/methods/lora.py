@@ -1,7 +1,7 @@
 """LoRA: W' = W + (alpha/rank) B A on the chosen layer sets (Hu et al., arXiv 2106.09685).
 
 Defaults follow the study: alpha 32 for every rank, A uniform in +-1/sqrt(d_in), B zero, one
-learning rate for both. Every expert of a layer has separate adapters for gate, up and down.
+learning rate for A and B. Every expert of a layer has separate adapters for gate, up and down.
 """
 
 import math
@@ -40,21 +40,22 @@ class LoRA(Method):
     scaling_by: str = later("rank")
     """Divisor of alpha: rank (the study), sqrt_rank (rsLoRA, arXiv 2312.03732), or none."""
     init_scale: float = later(1.0)
-    """Factor on the random start."""
+    """Factor on the initial values of the random factor."""
     lr_b_ratio: float = later(1.0)
-    """Learning rate of B divided by `lr`, which A has. LoRA+ (arXiv 2402.12354) uses about 16."""
+    """Learning rate of B divided by that of A (`lr`). LoRA+ (arXiv 2402.12354) uses about 16."""
     random_factor: str = field(default="a", metadata={"added": "a", "key": "start"})
-    """Factor that starts random, uniform in +-1/sqrt(its inputs). The other starts at zero."""
+    """Factor (a or b) that starts random, uniform in +-1/sqrt(its inputs). The other is zero."""
     init_seed: int = later(0)
-    """Seed of another random start on the same batches: how far do adapters differ by chance."""
+    """Second seed of the initial values; batches stay the same. It shows differences by chance."""
     expert_rank: str = later("active")
-    """Rank of an expert's adapter: rank / 'active' experts (the study; NeMo Automodel), rank /
-    'all' experts (SkyRL, PEFT's documentation), or the 'whole' rank (Tinker)."""
+    """Rank of an expert's adapter. active: rank / active experts (the study; NeMo Automodel). all:
+    rank / all experts of the layer (SkyRL, PEFT's documentation). whole: rank (Tinker)."""
     expert_alpha: float | None = later(None)
-    """Alpha of an expert's adapter, divided by that adapter's rank. None: `alpha`, as in NeMo
-    Automodel and Megatron-Bridge; the study does not say."""
+    """Alpha of an expert's adapter; `scaling_by` refers to the rank of that adapter. None: `alpha`,
+    as in NeMo Automodel and Megatron-Bridge; the study does not say."""
     expert_outer: str = later("own")
-    """Factor on the hidden side: each expert's 'own', or one 'shared' by the layer (Tinker)."""
+    """The factor on the hidden side (A of gate and up, B of down). own: one per expert. shared: one
+    per layer (Tinker)."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
         *("alpha", "rank", "scaling_by", "init_scale", "lr_b_ratio", "random_factor", "init_seed"),
         *("expert_rank", "expert_alpha"),
@@ -66,11 +67,11 @@ class LoRA(Method):
         return self._scaling(self.alpha, self.rank)
 
     def expert_scaling(self, rank: int) -> float:
-        """Return the factor on B A x of an expert whose adapter has this rank."""
+        """Return the factor on B A x of an expert with an adapter of this rank."""
         return self._scaling(self.alpha if self.expert_alpha is None else self.expert_alpha, rank)
 
     def scaling_of_experts(self, model: ModelSpec) -> float:
-        """Return the factor on B A x of a model's experts; 0 without experts."""
+        """Return the factor on B A x for the experts of a model; 0 for a model without experts."""
         if not model.n_experts:
             return 0.0
         return self.expert_scaling(self.expert_rank_of(model.n_experts, model.n_active_experts))
@@ -92,7 +93,7 @@ class LoRA(Method):
         return self.expert_rank_of(matrix.n_experts, matrix.n_active)
 
     def n_trained(self, model: ModelSpec, matrix: Matrix, active: bool = False) -> int:
-        """Count the trained parameters of a kind of matrix; `active`: those that a token uses."""
+        """Count the trained parameters of a kind of matrix; `active`: those that one token uses."""
         if matrix.n_experts == 1:
             return self.rank * (matrix.d_in + matrix.d_out) * matrix.count
         inner = matrix.d_in + matrix.d_out - model.hidden_size
@@ -164,9 +165,9 @@ class LoRA(Method):
         return sum(self.n_trained(model, m) for m in model.matrices(parse_layers(self.layers)))
 
     def step_flops(self, model: ModelSpec, n_tokens: int) -> float:
-        # 4 per frozen weight and token (forward, gradient of the input), 6 per adapter weight: the
-        # study's 2N^2 + 6NR against 3N^2 multiply-adds (study.md section 4). Attention scores are
-        # left out. Of experts those count that a token passes through.
+        # 4 operations per frozen weight and token (forward, gradient of the input), 6 per adapter
+        # weight. The study has the same ratio to full fine-tuning: 2N^2 + 6NR against 3N^2
+        # multiply-adds. Attention scores are left out. Only the active experts of a token count.
         matrices = model.matrices(parse_layers(self.layers))
         adapters = sum(self.n_trained(model, m, active=True) for m in matrices)
         return n_tokens * (4.0 * model.n_active_params + 6.0 * adapters)

@@ -1,4 +1,4 @@
-"""The methods by name. They import torch only when used, because planning reads their fields."""
+"""The methods by name. They import torch only when attached: planning needs just their fields."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ METHODS: dict[str, type[Method]] = {"fullft": FullFT, "lora": LoRA}
 
 
 def method_class(name: str) -> type[Method]:
-    """Look up a method by name; SpecError, with all names, if there is no such one."""
+    """Look up a method by name; raise SpecError, which lists all names, if the name is unknown."""
     if name not in METHODS:
         raise SpecError(unknown("method", str(name), METHODS))
     return METHODS[name]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Experts:
     """The experts of one layer: a module with `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
 
-    E experts, H hidden, I width of an expert; gate's rows come before up's.
+    E experts, H hidden, I width of an expert. The rows of gate come before the rows of up.
     """
 
     module: Any
@@ -32,7 +32,7 @@ Target: TypeAlias = Union["nn.Linear", Experts, Router]
 
 
 def whole(tensor: "torch.Tensor") -> "torch.Tensor":
-    """Gather a tensor that is split over processes; return others unchanged."""
+    """Gather a tensor that is split over processes; return any other tensor unchanged."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
@@ -41,7 +41,7 @@ class Trainables(Protocol):
     """The trained parameters of a pack."""
 
     stacked: bool
-    """True: the first axis of every tensor is the run. False: N = 1 without such an axis."""
+    """True: the first axis of every tensor is the run. False: one run, without such an axis."""
 
     def parameters(self) -> "dict[str, torch.Tensor]":
         """Return the tensors by name, in a fixed order."""
@@ -55,14 +55,14 @@ class Trainables(Protocol):
     def keep(self, runs: list[int]) -> "dict[str, tuple[str, list[int]]]":
         """Drop all runs but `runs` (increasing indices into the current order).
 
-        Returns each new tensor's name -> the old tensor's name, and its rows that were kept.
+        Returns: name of a new tensor -> name of the old tensor, and the rows kept of it.
         """
 
     def refresh(self) -> None:
-        """Read the model's parameters again, after it was spread over processes."""
+        """Look up the parameters of the model again, after sharding has replaced them."""
 
     def only(self, runs: list[int]) -> AbstractContextManager[None]:
-        """Restrict the model, `norms` and `spectra` to runs (rising indices), without gradient."""
+        """Restrict the model, `norms` and `spectra` to `runs` (increasing); not for gradients."""
 
     def norms(self) -> list[dict[str, float]]:
         """Return the norms to record, one dict per run."""

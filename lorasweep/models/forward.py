@@ -1,4 +1,4 @@
-"""Forward passes of transformers' models in two halves, hidden states and logits; number types.
+"""Forward passes of transformers models in two halves (hidden states, logits), and number types.
 
 Shapes: R rows, T tokens, P positions, H hidden, V vocabulary.
 """
@@ -13,13 +13,14 @@ from torch import nn
 from lorasweep.errors import ModelError
 
 MASTER_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""Type of the trained weights. bf16 means autocast over them."""
+"""Type of the trained weights. With bf16 they are fp32, under autocast."""
 COMPUTE_DTYPES = {**MASTER_DTYPES, "bf16": torch.bfloat16}
 """Type of activations and weight copies in matrix products."""
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
 """Parameters of a module of experts, [experts, outputs, inputs]."""
 ROUNDING = 0.03
-"""Share of the largest output: above bf16 rounding, far below what another row's tokens change."""
+"""Accepted difference of outputs, as a share of the largest one: above bf16 rounding, far below the
+effect of tokens of another row."""
 
 
 def backend(model: nn.Module, processes: int = 1) -> str:
@@ -42,8 +43,8 @@ def bf16_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the matrices that can be held in bf16 under autocast without changing a result.
 
     Autocast rounds the weights of nn.Linear, and `experts_forward` those of experts, to bf16
-    anyway; `hold_in_bf16` widens the rows of nn.Embedding. Derived modules may use their weights
-    differently, so their matrices are left out.
+    anyway; `hold_in_bf16` converts the output of nn.Embedding to fp32. Subclasses may use their
+    weights differently, so their matrices are left out.
     """
     found: dict[str, nn.Parameter] = {}
     others: set[int] = set()
@@ -58,7 +59,7 @@ def bf16_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def hold_in_bf16(model: nn.Module) -> None:
-    """Convert `bf16_matrices` to bf16; embeddings are widened when read. Values must be exact."""
+    """Convert `bf16_matrices` to bf16, which must be exact; embeddings then output fp32."""
     for p in bf16_matrices(model).values():
         p.data = p.data.to(torch.bfloat16)
     for module in model.modules():
@@ -67,12 +68,12 @@ def hold_in_bf16(model: nn.Module) -> None:
 
 
 def are_bf16(values: torch.Tensor) -> bool:
-    """Return whether all values are bf16 numbers."""
+    """Return whether bf16 represents all values exactly."""
     return all(torch.equal(part.to(torch.bfloat16).to(part), part) for part in values.split(8192))
 
 
 def norms_in_float64(model: nn.Module) -> None:
-    """Compute RMS norms in float64: transformers' go through float32 whatever their input."""
+    """Compute RMS norms in float64: transformers computes them in float32 for any input."""
 
     def rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
         scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
@@ -100,10 +101,10 @@ def hidden_states(
 def logits_of(model: Any, hidden_RPH: torch.Tensor) -> torch.Tensor:
     """Return the model's logits [R, P, V] for its decoder's output [R, P, H].
 
-    It is the model's own forward pass, with its softcaps, scalings and adapters.
+    This runs the model's forward pass with its softcaps, scalings and adapters, but no decoder.
 
     Raises:
-        ModelError: that pass does not call the decoder.
+        ModelError: the forward pass of the model does not call the decoder.
     """
     name = model.base_model_prefix
     decoder, computed = getattr(model, name), _Computed(hidden_RPH)
@@ -122,7 +123,7 @@ def logits_of(model: Any, hidden_RPH: torch.Tensor) -> torch.Tensor:
 
 
 class _Computed(nn.Module):
-    """Stand in for a decoder and return an output computed before."""
+    """Stand in for a decoder and return an output that was computed before."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
@@ -132,12 +133,12 @@ class _Computed(nn.Module):
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         self.called = True
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # dense ones ask for less
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)  # dense models read less
 
 
 @torch.no_grad()
 def check_rows_stay_apart(model: Any) -> None:
-    """Raise ModelError if in joined rows a token's output depends on another row's tokens."""
+    """Raise ModelError if, in joined rows, the output at a token depends on another row."""
     tokens_RT = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 3, 2, 4, 5, 6]])  # the second row is the same
     device = next(model.parameters()).device
     position_ids_RT = torch.arange(3).repeat(2, 2).to(device)

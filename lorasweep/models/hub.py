@@ -1,4 +1,4 @@
-"""Check that a base model's files are complete, by names and headers; download them. No torch."""
+"""Download base models; check by file names and headers that they are complete. No torch."""
 
 import json
 from contextlib import suppress
@@ -10,17 +10,18 @@ from lorasweep.store.files import safetensors_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""Any of these files holds a tokenizer's vocabulary."""
+"""Names of a tokenizer's vocabulary file; a tokenizer has at least one of them."""
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 UNWANTED = ["original/*"]
-"""Meta's own format, next to that of transformers."""
+"""Weights in Meta's format, which some repositories have in addition to transformers' format."""
 
 
 def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
     """Return the folder of a hub model in the cache; None if the first run will download it.
 
     Raises:
-        ModelError: it is inaccessible or damaged, or with `needed` not completely downloaded.
+        ModelError: the model is inaccessible or damaged; or it is not completely downloaded,
+            although `needed` or offline.
     """
     from huggingface_hub import constants, hf_hub_download
 
@@ -62,7 +63,7 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
     """Download a hub model unless it is cached; return its folder and size in bytes.
 
     Raises:
-        ModelError: it is inaccessible.
+        ModelError: the model is inaccessible or damaged.
     """
     from huggingface_hub import snapshot_download
 
@@ -81,7 +82,7 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
 
 
 def _problems(folder: Path) -> tuple[str | None, str | None]:
-    """Describe a damaged safetensors file (length unlike its header's) and a missing one."""
+    """Describe a damaged safetensors file (size not as in its header), and missing files."""
     names = [SINGLE]
     with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))

@@ -1,6 +1,7 @@
 """Find and load base models, from the hub, a folder, a GGUF file or a recipe; check their shape.
 
-A recipe is a small model that `lorasweep.train.pretrain` trains; some come with the package.
+A recipe describes a small model that `lorasweep.train.pretrain` trains. The weights of some recipes
+come with the package.
 """
 
 import copy
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 SHIPPED = Path(__file__).parent / "bases"
-"""Weights of recipes that come with the package."""
+"""Folder with the weights of recipes that come with the package."""
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Base:
     model: Any
     tokenizer: Any
     sha256: str
-    """Hash of the weights: proves that runs share a base."""
+    """Hash of the weights. Runs with equal hashes share a base."""
     at_start: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Cached held-out measures before training, by data set, draw and precision."""
     commit: str | None = None
@@ -51,10 +52,10 @@ class Base:
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
-    """Check weights without loading them; return whether a tokenizer is there or to download.
+    """Check weights without loading them; return whether a tokenizer exists, or will be downloaded.
 
     Raises:
-        ModelError: they are missing or incomplete; with `fetched`, not in the hub's cache.
+        ModelError: the weights are missing or incomplete; with `fetched`, not in the hub's cache.
     """
     if spec.source == "hub":
         folder = hub.check_cached(spec, fetched)
@@ -86,8 +87,8 @@ def load(
 ) -> Base:
     """Load a base model in the master type of `precision`, in eval mode, and check its shape.
 
-    Under bf16, matrices published in bf16 stay so. Of several processes, process 0 has the weights
-    on the CPU and the others only their shapes (`sharding.shard`).
+    Under bf16, matrices published in bf16 stay in bf16. With several processes, process 0 has the
+    weights on the CPU; the other processes have only the shapes (`sharding.shard`).
 
     Raises:
         ModelError: the weights are missing, or do not have the described shape.
@@ -103,7 +104,7 @@ def load(
         return Base(model, tokenizer, digest, commit=commit, mesh=mesh)
     model, tokenizer, commit = _read(spec, models_dirs)
     check_shape(model, spec)
-    config = copy.deepcopy(model.config)  # from which other processes build the model
+    config = copy.deepcopy(model.config)  # other processes build the model from it
     model = _prepared(model, spec, precision)
     if torch.cuda.is_available() and mesh.size == 1:
         model = model.cuda()
@@ -113,7 +114,7 @@ def load(
 
 
 def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
-    """Read a model and its tokenizer; from the hub also their commit, which is the same."""
+    """Read a model and its tokenizer; from the hub, both at one commit, which is also returned."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import cached_file, extract_commit_hash
@@ -152,7 +153,7 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
 
 
 def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
-    """Load a model's tokenizer only; None if it has none, ModelError if the model is missing."""
+    """Load only the tokenizer; None if the model has none, ModelError if the model is missing."""
     from transformers import AutoTokenizer
 
     if not check_available(spec, models_dirs):
@@ -167,7 +168,7 @@ def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
 
 
 def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
-    """Build a model from transformers' config as `load` does, with tensors without values."""
+    """Build a model from transformers' config as `load` does, but on the device 'meta'."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -225,7 +226,7 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
 
 
 def check_shape(model: Any, spec: ModelSpec) -> None:
-    """Raise ModelError if a loaded model has not the shape and type of weights described."""
+    """Raise ModelError if a loaded model differs from `spec` in shape or type of weights."""
     config = model.config
     got = {
         "hidden_size": config.hidden_size,
@@ -243,7 +244,7 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         finer = [n for n, p in bf16_matrices(model).items() if not are_bf16(p.detach())]
         wrong += [f"weights_dtype is fp32 ({finer[0]}), described as bf16"] if finer else []
     if wrong:
-        # a customer's model is described by its folder, whose whole path is its location
+        # a customer's model has no file in conf/model: its location is the path of its folder
         alone = spec.source == "folder" and Path(spec.location).is_absolute()
         described = f"{spec.location}/config.json" if alone else "file in conf/model"
         raise ModelError(
@@ -281,7 +282,7 @@ def find_recipe_weights(spec: ModelSpec, models_dirs: Sequence[str]) -> Path | N
 
 
 def config_of(spec: ModelSpec, **more: Any) -> "PretrainedConfig":
-    """Return a Llama's config; with qk_norm a Qwen3's, with experts a Qwen3-MoE's."""
+    """Return a Llama config; with qk_norm a Qwen3 config, with experts a Qwen3-MoE config."""
     from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
     shape: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """One run on several processes: their mesh, and a model sharded over it by FSDP2.
 
-The only file that knows torch.distributed. With one process everything here does nothing.
+The only file that knows torch.distributed. With one process, a Mesh sends nothing.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ PATIENCE = timedelta(hours=2)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a split tensor, as a view; other tensors unchanged."""
+    """Return this process's part of a split tensor, as a view; return other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -49,11 +49,11 @@ class Mesh:
     devices: DeviceMesh | None = None
     """None: one process."""
     entry: "_Entry | None" = None
-    """The sharded model; None: none yet."""
+    """The sharded model; None before `shard`."""
 
     @classmethod
     def join(cls) -> "Mesh":
-        """Join the processes that torchrun's variables name; with GPUs take number LOCAL_RANK."""
+        """Join the processes that torchrun started; with GPUs, use GPU number LOCAL_RANK."""
         kind, backend = "cpu", "gloo"
         if torch.cuda.is_available():
             kind, backend = "cuda", "cpu:gloo,cuda:nccl"
@@ -79,7 +79,7 @@ class Mesh:
         return list(batches[self.rank :: self.size])
 
     def turns(self, n: int) -> range:
-        """Return this process's share of 0 .. n - 1, equally long in all: n or more is filler."""
+        """Return this process's share of 0 .. n - 1; numbers >= n fill up to equal lengths."""
         return range(self.rank, -(-n // self.size) * self.size, self.size)
 
     def sum_(self, *tensors: torch.Tensor) -> None:
@@ -109,13 +109,13 @@ class Mesh:
         return found
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Call `function`, which runs forward passes of the model, in all processes at once."""
+        """Call `function`, which runs forward passes. All processes must call it together."""
         if self.entry is None:
             return function(*args)
         found = self.entry(function, *args)
         if not (isinstance(found, torch.Tensor) and found.requires_grad):
             for part in _split(self.entry):
-                part.reshard()  # no backward pass will do so
+                part.reshard()  # otherwise the backward pass reshards
         return found
 
 
@@ -136,11 +136,11 @@ class _Entry(nn.Module):
 def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str) -> Mesh:
     """Shard a model with its attached adapters; return the mesh that runs it.
 
-    Process 0 has the values, on the CPU; in the others tensors may be on the device 'meta'. All but
-    frozen vectors is split over all processes. A layer is gathered while it computes, tensors
-    outside the layers during a whole pass. Under bf16 a layer's matrices are sent in bf16, to which
-    autocast would round them anyway. Gradients are summed, because the loss is already divided by
-    the weight of the whole batch.
+    Process 0 has the values, on the CPU; in other processes tensors may be on the device 'meta'.
+    All tensors except frozen vectors are split over all processes. A layer is gathered while it
+    computes; tensors outside the layers stay gathered during a whole pass. Under bf16 a layer's
+    matrices are sent in bf16, to which autocast would round them anyway. Gradients are summed,
+    because the loss is already divided by the weight of the whole batch.
 
     Raises:
         ModelError: the number of processes does not fit the model.
@@ -192,9 +192,9 @@ def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str
                 setattr(module, name, getattr(*first))
     else:
         for _, tensor in _tensors(entry):
-            if not isinstance(tensor, DTensor):  # FSDP2 moves the others
+            if not isinstance(tensor, DTensor):  # FSDP2 moves DTensors
                 tensor.data = tensor.data.to(mesh.device)
-    with torch.no_grad():  # copy process 0's values into every process's part
+    with torch.no_grad():  # copy the values from process 0 to all parts
         for name, tensor in _tensors(model):
             if mesh.rank == 0:
                 values = whole.pop(name).to(mesh.device)
@@ -218,7 +218,7 @@ def blocks(model: Any) -> list[nn.Module]:
     if not found:
         raise ModelError(
             f"{type(model).__name__} does not name its layers (_no_split_modules), so it cannot be "
-            "spread over processes. Train it in one: exec.world_size=1."
+            "spread over processes. Train it in one process: exec.world_size=1."
         )
     return found
 
@@ -227,7 +227,7 @@ def blocks(model: Any) -> list[nn.Module]:
 def layers_together(model: Any) -> Iterator[None]:
     """Keep the layers of a sharded model gathered over many forward passes, inside `Mesh.run`.
 
-    So drawing a token sends nothing, and processes may draw different numbers of tokens.
+    So drawing a token sends no weights, and processes may draw different numbers of tokens.
     """
     names = {f"FSDP{name}" for name in model._no_split_modules or ()}  # as fully_shard names them
     layers = [part for part in _split(model) if type(part).__name__ in names]
@@ -259,9 +259,9 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def guard(model: nn.Module, trained: "Trainables", mesh: Mesh, measures: Sequence[float]) -> None:
-    """Raise TrainingError if a trained tensor is not split, or processes differ in anything else.
+    """Raise TrainingError if a trained tensor is not split, or processes differ in other tensors.
 
-    `measures`: numbers that must be equal in all processes, such as losses and gradient norms.
+    `measures`: numbers that must also be equal in all processes, such as losses.
     """
     if not mesh.devices:
         return
@@ -284,7 +284,7 @@ def guard(model: nn.Module, trained: "Trainables", mesh: Mesh, measures: Sequenc
 
 
 # ---------------------------------------------------------------- checkpoints
-# Any number of processes can read the files of several processes (one each), or of a single one.
+# Any number of processes can read a checkpoint of one or of several processes (one file each).
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> dict[str, str]:
@@ -292,7 +292,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], mesh: Mesh)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(dict(tensors), storage_writer=writer)
-    except CheckpointException as error:  # not an Exception: raise the first process's cause
+    except CheckpointException as error:  # not an Exception: raise the first cause
         cause, _ = next(iter(error.failures.values()))
         raise cause from None
     sums = {}
@@ -304,7 +304,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], mesh: Mesh)
 
 @torch.no_grad()
 def read_tensors(path: Path, tensors: Mapping[str, torch.Tensor], mesh: Mesh) -> None:
-    """Read tensors in place, in all processes, from `write_tensors`' folder or one whole file."""
+    """Read tensors in place, in all processes, from a folder of `write_tensors` or one file."""
     if path.is_dir():
         reader = HuggingFaceStorageReader(str(path))
         dcp.load(dict(tensors), storage_reader=reader, no_dist=mesh.size == 1)

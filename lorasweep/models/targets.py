@@ -1,4 +1,4 @@
-"""Find the matrices of layer sets in a loaded model; compute experts, and count their tokens."""
+"""Find the matrices of layer sets in a loaded model, compute experts, count tokens of experts."""
 
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> 
     """Map module names to the nn.Linear, Experts or Router with matrices of the layer sets.
 
     Raises:
-        ModelError: a module is missing, or is of another kind or shape than described.
+        ModelError: a module is missing, or its kind or shape differs from `spec`.
     """
     n_experts, hidden, width = spec.n_experts, spec.hidden_size, spec.mlp_size
     gate_up, down = (n_experts, 2 * width, hidden), (n_experts, hidden, width)
@@ -30,7 +30,7 @@ def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> 
         return tuple(p.shape) if isinstance(p, nn.Parameter) else ()
 
     def target(module: Any, layer_set: str) -> Target | None:
-        """Return None for a module of another kind or shape."""
+        """Return the Target of a module; None if its kind or shape differs from `spec`."""
         if layer_set == ROUTER:
             return Router(module) if shape(module, "weight") == (n_experts, hidden) else None
         if layer_set != "mlp" or not n_experts:
@@ -71,8 +71,8 @@ def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> 
 def use_grouped_experts(model: Any, spec: ModelSpec) -> None:
     """Let the model compute its experts by `experts_forward`, with and without adapters.
 
-    transformers' default fails in float64, and computes in fp32 under autocast. Raises ModelError
-    if the experts have another layout, or biases.
+    The default of transformers fails in float64, and computes in fp32 under autocast. Raises
+    ModelError if the experts have another layout, or biases.
     """
     if spec.n_experts:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

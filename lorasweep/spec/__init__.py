@@ -1,4 +1,4 @@
-"""What a run is, as plain frozen values with a name (a hash).
+"""The settings of a run, as plain frozen values; a hash names the run.
 
 Refuses to know where or how a run is executed.
 """

@@ -1,4 +1,4 @@
-"""Frozen values of declared types, and the one JSON text of each that is hashed.
+"""Frozen values of declared types, and their canonical JSON text, which is hashed.
 
 Knows dataclasses and their type hints. Refuses to know what the fields mean.
 """
@@ -39,26 +39,27 @@ class Field(NamedTuple):
 
     name: str
     key: str
-    """Its name in YAML files and on the command line."""
+    """Name in YAML files and on the command line."""
     stored: str
-    """Its name in the JSON that is hashed and kept."""
+    """Name in the JSON that is hashed and stored."""
     kind: Any
     past: Any
-    """For a field added after the first release: the value that reproduces the earlier behaviour,
-    at which the canonical form leaves the field out, so that old ids stay. Otherwise MISSING."""
+    """For a field added after the first release: the value that reproduces the earlier behaviour.
+    The canonical form leaves out a field with this value, so old ids stay valid. Else MISSING."""
 
 
 def later(value: Any) -> Any:
-    """Make a dataclass field added after the first release; `value` reproduces the past."""
+    """Make a dataclass field added after the first release; its default keeps the old behaviour."""
     return dataclasses.field(default=value, metadata={"added": value})
 
 
 def fields(cls: type) -> tuple[Field, ...]:
     """List the fields of a dataclass, in order.
 
-    Their metadata: `key` and `stored` where they differ from the Python name, `added`: see `later`.
+    Metadata of a field: `key` and `stored` if they differ from the Python name; `added`: see
+    `later`.
     """
-    return _fields(cls)  # a second function, because mypy finds classes of dataclasses not hashable
+    return _fields(cls)  # `cache` is on a second function, because of mypy
 
 
 @cache
@@ -79,7 +80,7 @@ def _by_stored(cls: type) -> tuple[Field, ...]:
 
 
 class Value:
-    """Base of the frozen dataclasses that a run is made of.
+    """Base class of the frozen dataclasses that specify a run.
 
     Values are converted to the declared types, so that 32 and 32.0 have the same hash.
     """
@@ -88,7 +89,7 @@ class Value:
     """Prefix of field names in messages, such as 'method.'."""
 
     def __post_init__(self) -> None:
-        values = vars(self)  # a frozen dataclass has no other way to set them
+        values = vars(self)  # the way to set fields of a frozen dataclass
         for f in fields(type(self)):
             values[f.name] = coerce(values[f.name], f.kind, self.WHERE, f.key)
 
@@ -111,7 +112,7 @@ class Value:
         return next(self.problems(), None)
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with the values, beyond their types."""
+        """Yield a sentence for each problem of the values other than a wrong type."""
         yield from ()
 
 
@@ -119,7 +120,7 @@ V = TypeVar("V", bound=Value)
 
 
 def canonical_text(value: Value) -> str:
-    """Write a value's canonical JSON. Its parts are cached: the specs of a grid share them."""
+    """Write a value's canonical JSON. Nested values are cached: the specs of a grid share them."""
     pieces: list[str] = []
     group: dict[str, Any] = {}
     kind: type = type(value)
@@ -140,7 +141,7 @@ def canonical_text(value: Value) -> str:
 def coerce(value: Any, kind: Any, where: str, name: str) -> Any:
     """Convert `value` to the type `kind` of a field; raise SpecError if that is impossible."""
     if type(value) is kind and kind in SCALARS and (kind is not float or math.isfinite(value)):
-        return value  # the common case, first: planning coerces half a million values
+        return value  # the common case comes first: planning coerces half a million values
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if origin in (typing.Union, types.UnionType):
@@ -187,7 +188,7 @@ def build(cls: type[V], values: dict[str, Any]) -> V:
     for key, value in values.items():
         if key not in known:
             raise SpecError(unknown(f"{cls.WHERE.rstrip('.')} field".lstrip(), key, known))
-        kinds = typing.get_args(known[key].kind) or (known[key].kind,)  # of X, or of X | None
+        kinds = typing.get_args(known[key].kind) or (known[key].kind,)  # X | None: both
         part = next((k for k in kinds if isinstance(k, type) and issubclass(k, Value)), None)
         if part is not None and isinstance(value, dict):
             value = build(part, value)

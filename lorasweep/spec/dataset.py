@@ -1,4 +1,4 @@
-"""The examples that a run is trained and tested on, and which of their tokens count in the loss."""
+"""The data set of a run: its rows, their split and form, and the tokens that count in the loss."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ OF_TEXT = (
 
 @dataclass(frozen=True)
 class DatasetSpec(Value):
-    """A data set: its rows, their split and form, and which tokens count in the loss."""
+    """Settings of a data set."""
 
     WHERE: ClassVar[str] = "dataset."
 
@@ -37,74 +37,78 @@ class DatasetSpec(Value):
     location: str = ""
     """Hub name, generator name, or folder looked up under exec.data_dir."""
     config: str = ""
-    """Configuration on the hub; names joined by '+' are read one after the other."""
+    """Configuration on the hub, or several joined by '+', which are read in this order."""
     revision: str = ""
-    """Hub revision, or 'sha256:...' over the files. It pins the rows."""
+    """Hub revision, or 'sha256:SPLIT=DIGITS,...' of local files. It pins the rows."""
     train_split: str = "train"
     test_split: str = "test"
     """Split names; for jsonl, file names without '.jsonl'. On the hub, 'a+b' means both."""
     format: str = "prompt_completion"
-    """prompt_completion: two columns. messages: a column of {role, content}. conversations: a
-    column of {from, value}, from human or gpt. tokens: drawn by a generator."""
+    """prompt_completion: two columns. messages: a column with a list of {role, content}.
+    conversations: a column with a list of {from, value}, from human or gpt. tokens: drawn by a
+    generator."""
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     template: str = "{prompt}\n"
     """Text put before the completion; {prompt} is the row's prompt."""
     mask: str = "completion"
-    """Tokens that count in the loss: of the completion (or all assistant messages), of the last
-    assistant message, or all. A message's "weight" of 0 or 1 overrides it."""
+    """Tokens that count in the loss. completion: the completion, or all assistant messages.
+    last_assistant: the last assistant message. all: all tokens. In a message, "weight": 0 or 1
+    overrides the mask."""
     max_length: int = 512
-    """Tokens per row; `too_long` says what happens to longer rows."""
+    """Maximum number of tokens per row. For longer rows see `too_long`."""
     n_train: int | None = None
-    """Rows used, from the start of the split; None: all."""
+    """Training rows, from the start of the split. None: all."""
     n_test: int = 1024
-    """Held-out rows evaluated at the end."""
+    """Test rows, which are evaluated at the end."""
     n_test_curve: int = 256
-    """How many of these, from the first, are also evaluated before the end (`eval_steps`). 0: no
-    evaluation between start and end, unless a run may end early."""
+    """Number of test rows, from the first, that are also evaluated before the end (`eval_steps`).
+    0: no evaluation between start and end, unless a run may end early."""
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"stored": "knobs"})
-    """Settings of a synthetic generator."""
+    """Parameters of a synthetic generator."""
     holdout: int = later(0)
-    """Rows held out from the training split, after a shuffle. 0: use test_split."""
+    """Number of rows held out from the training split, after a shuffle. 0: use test_split."""
     n_retain: int = later(0)
     """Rows of pretraining data (for facts: of facts that are never trained) evaluated at the end,
     to measure forgetting."""
     exact_loss: bool = later(False)
-    """Take held-out losses over the true distribution of every next symbol, if the generator knows
-    it, instead of one sampled symbol: the same mean with less noise."""
+    """Held-out losses are expectations over the true distribution of every next symbol, not values
+    at one sampled symbol: the same mean with less noise. Only if the generator knows it."""
     draw_by_seed: bool = later(False)
-    """Draw new data for each seed. All draws have the same parameters, so runs form one curve."""
+    """Draw new data for each seed. All draws have the same parameters: their runs share a curve."""
 
     render: str = later(FIRST_RENDER)
     """How messages become text: see `lorasweep.data.text.parts_of`. role_colon: the study's form
     for base models. role_eos: the same words; the EOS token ends an answer. chat_template: the
     tokenizer's form, for instruct models."""
     too_long: str = later("cut")
-    """Rows above max_length. cut: cut on the right; an error if no loss token is left. cut_or_skip:
-    the same, but rows without a loss token are left out. skip: longer rows are left out."""
+    """Treatment of rows longer than max_length. cut: cut on the right; an error if no loss token is
+    left. cut_or_skip: cut on the right; left out if no loss token is left. skip: left out."""
     test_location: str = later("")
-    """Data set of the hub with the test_split; empty: location."""
+    """Data set of the hub that has the test_split. Empty: `location`."""
     test_revision: str = later("")
     unseen_prompts: bool = later(False)
     """Leave out training rows with the prompt of a held-out row."""
     unseen_rows: bool = later(False)
-    """Keep duplicates (equal messages, or prompt and completion) on one side: held-out duplicates
-    count once, and training duplicates of held-out rows are left out."""
+    """Keep one of the held-out rows that are duplicates (equal messages, or equal prompt and
+    completion), and leave out training rows that duplicate a held-out row."""
     answer_field: str = later("")
     """Column of the gold answer; empty: it is in the completion, behind '####' or boxed."""
     n_validation: int = later(0)
-    """Validation rows: the first held-out rows; the next n_test are test rows. They are evaluated
-    at the end, and before it instead of the n_test_curve rows (unless that is 0)."""
+    """Number of validation rows: the first held-out rows. The next n_test are test rows. Validation
+    rows are evaluated at the end. Before the end they replace the n_test_curve rows, unless that
+    is 0."""
     verifier: str = later("")
-    """How a completion is compared with the gold answer. integer: whole numbers, behind the last
-    '####' or in the last box (GSM8K). math: contents of the last boxes, by math-verify (MATH,
-    DeepMath); if the completion is the answer_field, the whole gold answer; a completion without a
-    box is unread. Empty: not at all; generators have their own verifiers."""
+    """Comparison of a completion with the gold answer. integer: compare whole numbers, behind the
+    last '####' or in the last box (GSM8K). math: compare the contents of the last boxes, by
+    math-verify (MATH, DeepMath). A gold answer from answer_field needs no box; a completion without
+    a box is unread. Empty: no comparison. Generators have built-in verifiers."""
     held_out_by: str = later("")
-    """prompt: rows with the same prompt (the messages before the first one in the loss) are all
-    training, all validation or all test rows, and the error of a gain is computed over prompts.
-    row: the same for duplicates. Both shuffle, test splits too, and leave out training rows with a
-    held-out prompt or row. Empty: by rows; a test split in its order."""
+    """Unit that is held out as a whole. prompt: rows with the same prompt (the messages before the
+    first one in the loss) are all training, all validation or all test rows; the standard error of
+    a gain is computed over prompts. row: duplicates stay together. Both shuffle held-out rows, also
+    of a test split, and leave out training rows with a held-out prompt or row. Empty: single rows;
+    a test split keeps its order."""
 
     def problems(self) -> Iterator[str]:
         return (f"dataset {self.name!r}: {problem}" for problem in self._problems())
@@ -159,11 +163,11 @@ class DatasetSpec(Value):
             yield f"n_retain={self.n_retain}: expected 0 or more rows."
         if self.n_retain and not synthetic:
             yield (
-                f"n_retain={self.n_retain}: only synthetic data sets know what the base was "
-                "pretrained on. Leave it at 0."
+                f"n_retain={self.n_retain}: only synthetic data sets have pretraining rows of the "
+                "base. Leave it at 0."
             )
         for name in ("exact_loss", "draw_by_seed"):
             if getattr(self, name) and self.location != "dialect":
-                yield f"{name}=true: only the generator dialect can. Set it to false."
+                yield f"{name}=true: only the generator dialect supports it. Set it to false."
         if self.n_train is not None and self.n_train < 1:
             yield f"n_train={self.n_train}: expected at least 1 row, or null for all."

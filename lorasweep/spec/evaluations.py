@@ -1,23 +1,24 @@
-"""When a run is evaluated on held-out rows, and the rule of early stopping."""
+"""The schedule of evaluations on held-out rows, and the rule of early stopping."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 FEWEST_ROWS = 4
-"""Fewest validation rows of early stopping: as many as a customer has at least. A convention."""
+"""Fewest validation rows for early stopping. Every customer has at least these. A convention."""
 EARLY_STOPPING_RULE = 2
-"""Version of the rule, kept in results. Results without one used rule 1: all evaluations count."""
+"""Version of the early stopping rule, stored in results. Results without a version used rule 1: all
+evaluations count."""
 HEAD = 10
-"""Evaluations count against a run after 1 / HEAD of its updates: the first are an update or two
-apart, and at a high learning rate the loss first rises before it falls. A convention."""
+"""Evaluations in the first 1 / HEAD of a run's updates do not count against the run. They are an
+update or two apart, and at a high learning rate the loss rises before it falls. A convention."""
 
 
 def eval_steps(steps: int, curve: bool = True) -> list[int]:
-    """List the steps with an evaluation: 1, 2, 3, 4, 6, 8, 12, ..., last; without curve the last.
+    """List the steps with an evaluation: 1, 2, 3, 4, 6, 8, 12, ..., last; without curve, the last.
 
-    But for its last step, a shorter run has the first entries of a longer one. So a run at a
-    constant learning rate also contains the results of all shorter runs.
+    Except for its last step, the list of a shorter run begins the list of a longer run. So a run at
+    a constant learning rate also contains the results of all shorter runs.
     """
     if not curve:
         return [steps]
@@ -37,8 +38,8 @@ def why_not_early(patience: int, steps: int, rows: int) -> str:
     if counted <= patience:
         return (
             f"of the {len(measured)} evaluations of {steps} updates at most {counted} count "
-            f"against a run (not the first, and none before {steps}/{HEAD} updates), and the last "
-            "of them ends it anyway"
+            f"against a run (not the first, and none before {steps}/{HEAD} updates), and at the "
+            "last of them the run ends anyway"
         )
     return ""
 
@@ -56,9 +57,9 @@ class Best:
     """The best evaluation of a run that may end early."""
 
     loss: float = math.inf
-    """The metric, with lower values better."""
+    """The metric as a loss: lower is better."""
     step: int = 0
-    """0: no evaluation yet."""
+    """Update of that evaluation; 0 before the first one."""
 
     def note(self, step: int, loss: float) -> None:
         """Record an evaluation. Of equal losses the first counts as the best."""

@@ -1,4 +1,4 @@
-"""Where and how runs are executed. Never hashed; changes results by rounding at most."""
+"""Where and how runs are executed. Never hashed: these settings change results by rounding only."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,50 +14,50 @@ class Exec:
     """Folders searched for weights. The first also caches trained recipes and conversions."""
     data_dir: list[str] = field(default_factory=lambda: ["data"])
     workers: int | None = None
-    """Processes; None: chosen for the machine."""
+    """Worker processes; None: chosen for the machine."""
     threads: int | None = None
     """Threads per worker; None: the cores divided by the workers."""
     pack_size: int | None = None
-    """Most runs trained together over one base. 1: no packing. None: the plan chooses."""
+    """Maximum number of runs in a pack. 1: no packing. None: the plan chooses."""
     micro_batch_size: int | None = None
     """Sequences per forward pass and run of the pack; None: the plan chooses."""
     max_gpus: int | None = None
-    """Most GPUs of a run. Runs that need more are left out, and the plan prices them separately.
-    None: no limit."""
+    """Maximum number of GPUs of a run. Runs that need more are left out, and the plan prices them
+    separately. None: no limit."""
     forward_parts: int = 1
     """Parts into which sampling and evaluation are split, to take less memory; the backward pass is
-    not split. The worker doubles it when they run out of memory."""
+    not split. The worker doubles this number when either of the two runs out of memory."""
     join_rows: bool = False
     """Join a run's rows into one sequence per forward pass instead of padding them; attention stays
-    inside a row. For long rows of different lengths. For X tokens, transformers' sdpa holds a mask
-    of X * X bytes, and in bf16 twice that in each layer whose activations are kept."""
+    inside a row. Useful for long rows of different lengths. With X tokens, transformers' sdpa holds
+    a mask of X * X bytes, and in bf16 2 * X * X bytes in each layer that keeps its activations."""
     world_size: int = 1
     """Processes that train one run together, one per GPU if there are GPUs. Above 1: the model is
-    sharded (FSDP2) and runs are not packed. 1: with cluster=slurm and a hardware, the plan chooses
-    for each run."""
+    sharded (FSDP2) and runs are not packed. 1: with cluster=slurm and hardware=NAME, the plan
+    chooses for each run."""
     activation_checkpointing: bool = False
     """Keep only each layer's input, and recompute activations in the backward pass: a third more
-    operations, much less memory. False: with cluster=slurm and a hardware, the plan chooses."""
+    operations, much less memory. False: with cluster=slurm and hardware=NAME, the plan chooses."""
     compile: bool = False
     """Use torch.compile. Not verified on a GPU yet; on a CPU compiling takes minutes."""
     checkpoint_s: float = 60.0
     """Seconds between checkpoints."""
     keep_weights: bool = False
-    """Keep a finished run's weights in its folder: only of adapters trained by one process."""
+    """Keep the weights of finished runs in their folders: only adapters trained by one process."""
     skip_broken_data: bool = False
-    """True: bad data fails only its own runs (for data sets of different owners). False: it stops
-    the command before anything starts."""
+    """True: bad data fails only the runs that use it (for data sets of different owners). False:
+    bad data stops the command before anything starts."""
     retry: bool = False
     """Try failed runs again."""
     max_attempts: int = 5
 
     def rows_of(self, batch_size: int) -> int:
-        """Return the rows per run of the pack, process and forward pass."""
+        """Return the rows of a forward pass, per run of the pack and process."""
         share = batch_size // self.world_size
         return min(self.micro_batch_size or share, share)
 
     def problems(self) -> Iterator[str]:
-        """Yield the settings that are wrong on any machine."""
+        """Yield the problems that the settings have on every machine."""
         if self.max_attempts < 1:
             yield f"exec.max_attempts={self.max_attempts}: expected at least 1."
         if self.forward_parts < 1:
@@ -78,7 +78,7 @@ class Exec:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A place to run: one file in conf/cluster/. Never part of a run's identity."""
+    """A place to run: one file in conf/cluster/. Run ids do not depend on it."""
 
     name: str = "local"
     kind: str = "local"
@@ -89,14 +89,14 @@ class Cluster:
     qos: str | None = None
     constraint: str | None = None
     gpus: int = 0
-    """Fewest GPUs per job; a run that needs more gets them, on as few nodes as possible. Each GPU
-    trains separate packs. 0: none, unless runs are planned for GPUs (hardware)."""
+    """Minimum number of GPUs per job; a run that needs more gets more, on as few nodes as possible.
+    Each GPU trains separate packs. 0: no GPU, unless hardware=NAME names GPUs."""
     gpus_per_node: int | None = None
-    """Most GPUs of a node that one job may take. None: as many as the partition's nodes have."""
+    """Maximum number of GPUs of a node that one job takes. None: as many as a node has."""
     workers: int | None = None
     """Packs that a job trains in parallel. None: as many as its GPUs allow, or one without GPUs."""
     cpus: int = 2
-    """CPU cores per worker; with several processes per worker, per process."""
+    """CPU cores per process of a worker."""
     mem_gib: float | None = None
     """Memory per job and node; None: from the plan's estimate."""
     time_min: int | None = None
@@ -104,9 +104,9 @@ class Cluster:
     warn_s: int = 120
     """Seconds before the limit at which a job writes its checkpoints and requeues itself."""
     work_min: float = 10.0
-    """Least expected minutes of work per job (less if the sweep has less left)."""
+    """Minimum expected minutes of work per job (less only if less work is left in the sweep)."""
     work_max: float = 120.0
-    """Most expected minutes of work per job (more if a single pack takes longer)."""
+    """Maximum expected minutes of work per job (more only if a single pack takes longer)."""
     runs_per_job: int | None = None
     """Runs per job; replaces work_min and work_max."""
     parallel: int = 64
@@ -127,4 +127,4 @@ class Cluster:
     submit: bool = True
     """False: only write sbatch scripts, for sites where submitit cannot run."""
     shared: bool = False
-    """True: the nodes do see the run folder, although it looks local to this machine."""
+    """True: the nodes share the run folder, although it looks local to this machine."""

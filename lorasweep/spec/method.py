@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method(Value):
-    """Fields of a method. Each subclass is a file in `lorasweep/methods`, named by its `name`."""
+    """Fields of a method. Each subclass has a file `lorasweep/methods/<name>.py`."""
 
     WHERE: ClassVar[str] = "method."
     name: str = "???"
@@ -28,7 +28,7 @@ class Method(Value):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "layers" in vars(self):  # in canonical order, so that each choice has one hash
+        if "layers" in vars(self):  # canonical order: one hash per choice
             vars(self)["layers"] = "+".join(parse_layers(vars(self)["layers"]))
 
     def check(self, model: ModelSpec) -> None:
@@ -44,11 +44,11 @@ class Method(Value):
         raise NotImplementedError
 
     def rank_of(self, matrix: Matrix) -> int | None:
-        """Return the rank of the adapter of such a matrix; None if there is none."""
+        """Return the rank of the adapter on a kind of matrix; None without adapters."""
         return None
 
     def target_layers(self) -> tuple[str, ...]:
-        """Return the layer sets that `attach` needs the matrices of."""
+        """Return the layer sets of the matrices that `attach` needs."""
         raise NotImplementedError
 
     def attach(

@@ -16,7 +16,7 @@ class Metric:
 
     @property
     def on_part(self) -> str:
-        """Key of the final value on the rows that were also evaluated before the end."""
+        """Key of the metric's final value on the rows that were also evaluated before the end."""
         return f"{self.name}_curve"
 
     def value(self, result: Mapping[str, Any]) -> float | None:
@@ -40,5 +40,5 @@ METRICS = {
 
 
 def metric_of(result: Mapping[str, Any]) -> Metric:
-    """Return the metric that a result was written with; test_nll if it records none."""
+    """Return the metric that a result records; test_nll if it records none."""
     return Metric(**result["metric"]) if "metric" in result else Metric()

@@ -10,7 +10,7 @@ from lorasweep.spec.canonical import Value, later, not_allowed
 
 LAYER_SETS = ("attention", "mlp", "unembedding")
 ROUTER = "router"
-"""A layer set of models with experts. 'all' does not include it: it is frozen unless named."""
+"""A layer set of models with experts. 'all' excludes it: a router is frozen unless named."""
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 MODEL_SOURCES = ("hub", "folder", "gguf", "recipe")
 WEIGHTS_DTYPES = ("fp32", "bf16")
@@ -41,19 +41,19 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Recipe(Value):
-    """How a small base model is pretrained. A hash of recipe and shape names the weights' file."""
+    """How to pretrain a small base model. A hash of recipe and shape names the weights file."""
 
     WHERE: ClassVar[str] = "model.recipe."
 
     dataset: str = "dialect"
-    """Synthetic generator."""
+    """Name of a synthetic generator."""
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"stored": "knobs"})
     length: int = 64
     """Tokens per sequence."""
     steps: int = 1000
     batch_size: int = 256
     lr: float = 3e-3
-    """Peak learning rate; linear warm-up over the first 5% of steps, cosine to a tenth."""
+    """Peak learning rate, times a linear warm-up over 5% of steps and a cosine from 1 to 0.1."""
     precision: str = "fp32"
     seed: int = 0
 
@@ -66,7 +66,7 @@ class ModelSpec(Value):
 
     name: str = "???"
     source: str = "???"
-    """hub, folder (local, of transformers), gguf (one file), or recipe (pretrained here)."""
+    """hub, folder (local, in transformers' format), gguf (one file), or recipe (see Recipe)."""
     location: str = ""
     """Hub name, or name of a file or folder under exec.models_dir; empty for recipe."""
     revision: str = ""
@@ -77,12 +77,12 @@ class ModelSpec(Value):
     n_kv_heads: int = 0
     head_size: int = 0
     mlp_size: int = 0
-    """Width of the MLP; of one expert, if there are experts."""
+    """Width of the MLP, or of one expert."""
     vocab_size: int = 0
     tied: bool = False
     """Whether the unembedding and the embedding are the same matrix."""
     qk_norm: bool = False
-    """Whether each head's query and key are normalised (Qwen3)."""
+    """Whether query and key are normalised in each head (Qwen3)."""
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of the nn.Linear modules in layer set 'attention' (last part of the full name)."""
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
@@ -90,7 +90,7 @@ class ModelSpec(Value):
     recipe: Recipe | None = None
     weights_dtype: str = later("fp32")
     """Type of the published weights, fp32 or bf16. With precision=bf16, frozen bf16 matrices stay
-    in bf16: half the memory, the same numbers."""
+    in bf16: half the memory, the same results."""
     n_experts: int = later(0)
     """Experts in the MLP of every layer, with separate matrices; 0: a dense MLP."""
     n_active_experts: int = later(0)
@@ -139,7 +139,7 @@ class ModelSpec(Value):
         return [Matrix(*shape[name], count * experts[0], *experts) for name in names]
 
     def modules(self, layer_set: str) -> tuple[tuple[str, ...], int]:
-        """Return the names of a layer set's modules (last part) and their number.
+        """Return the names (last part) of the modules of a layer set, and the number of modules.
 
         The experts of a layer are one module.
         """
@@ -164,7 +164,7 @@ class ModelSpec(Value):
 
     @cached_property
     def n_active_params(self) -> int:
-        """Number of weights in the matrix products of one token: of the chosen experts only."""
+        """Number of weights in the matrix products of one token; of experts, only active ones."""
         return sum(m.active_size for m in self.matrices(LAYER_SETS)) + self._n_router_params
 
     @property

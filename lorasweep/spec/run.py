@@ -1,4 +1,4 @@
-"""RunSpec: one run, its checks and its id. Where and how it runs is `Exec`, which is not hashed."""
+"""RunSpec: the settings of one run, their checks and the run id. `Exec` is not part of the id."""
 
 import dataclasses
 import hashlib
@@ -31,14 +31,14 @@ OF_SAMPLING = (
     *("group_size", "max_new_tokens", "reward_scale"),
     *("ratio_level", "clip_ratio", "kl_weight"),
 )
-"""Fields of objectives that sample completions."""
+"""Fields that apply only to objectives that sample completions."""
 LR_RANGE = (1e-9, 1e2)
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class RunSpec(Value):
-    """One run, fully specified: everything that changes its numbers, and nothing else."""
+    """All settings that change the results of a run (other than by rounding), and no others."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
     dataset: DatasetSpec = field(default_factory=DatasetSpec)
@@ -56,7 +56,7 @@ class RunSpec(Value):
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
-    """Largest global gradient norm; None: no clipping."""
+    """Gradients are clipped to this global norm; None: no clipping."""
     precision: str = "fp32"
     """fp32; bf16: autocast over fp32 trained weights; fp64: for tests of exactness."""
     seed: int = 0
@@ -64,10 +64,10 @@ class RunSpec(Value):
     objective: str = later("sft")
     """sft: the NLL of given answers. policy_gradient: the reward of sampled completions."""
     group_size: int = later(0)
-    """policy_gradient, as the fields below: completions per prompt; their mean reward is the
+    """policy_gradient (as the next five fields). Completions per prompt; their mean reward is the
     baseline. An update has batch_size / group_size prompts."""
     max_new_tokens: int = later(0)
-    """Most tokens of a completion, including its end token."""
+    """Maximum number of tokens of a completion, including the end token."""
     reward_scale: str = later("none")
     """Divisor of the advantage. none: 1 (the study; Dr. GRPO, arXiv 2503.20783). group: standard
     deviation of the group's rewards, plus 1e-4 (GRPO, arXiv 2402.03300)."""
@@ -78,7 +78,7 @@ class RunSpec(Value):
     """Distance from 1 beyond which a ratio is clipped (PPO, arXiv 1707.06347). With one update per
     batch the ratio is 1 up to rounding, so this is for samplers with lower precision."""
     kl_weight: float = later(0.0)
-    """Weight of the KL from the base in the loss, by the estimator of arXiv 2402.03300, eq. 4."""
+    """Weight in the loss of the KL to the base, by the estimator of arXiv 2402.03300, eq. 4."""
     early_stopping: int = later(0)
     """sft: end after this many evaluations in a row without a better validation loss, and keep the
     weights of the best one. 0: make all updates, and keep the last weights."""
@@ -100,7 +100,7 @@ class RunSpec(Value):
 
     @property
     def has_curve(self) -> bool:
-        """Whether anything is measured between start and end."""
+        """Whether the run is evaluated between start and end."""
         return self.dataset.n_test_curve > 0 or self.early_stopping > 0
 
     def problems(self) -> Iterator[str]:
@@ -151,7 +151,7 @@ class RunSpec(Value):
         elif n and (why := why_not_early(n, self.steps, rows)):
             yield (
                 f"early_stopping={n} with dataset.n_validation={rows} and steps={self.steps}: "
-                f"{why}. Set it to 0, or give more."
+                f"{why}. Set early_stopping to 0, or raise n_validation or steps."
             )
         if rows and self.objective != "sft":
             yield (
@@ -223,7 +223,7 @@ def from_plain(values: dict[str, Any], methods: Mapping[str, type[Method]]) -> R
 
 
 def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
-    """Return a copy with `values` set; keys are fields of the method, or else of the spec."""
+    """Return a copy with `values` set; keys are fields of the method, or else of RunSpec."""
     kind: type = type(spec.method)
     in_method, in_spec = _axes(kind), _axes(RunSpec)
     for key in values:

@@ -1,4 +1,4 @@
-"""What a trainer reports: one Event per update, and the phase in which an error was raised."""
+"""Events, which the training loop yields once per update, and the phases in which errors occur."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class Phase:
 
 @contextmanager
 def phase(name: str, divisible: bool = False) -> Iterator[None]:
-    """Mark errors with the phase that they are raised in; of nested phases the inner one counts."""
+    """Mark errors with the phase in which they are raised: the innermost of nested phases."""
     try:
         yield
     except Exception as error:
@@ -32,19 +32,19 @@ def phase(name: str, divisible: bool = False) -> Iterator[None]:
 
 
 def phase_of(error: BaseException) -> Phase:
-    """Return the phase that an error was raised in; learning if none was marked."""
+    """Return the phase in which an error was raised; learning if the error has no mark."""
     found = getattr(error, "phase", None)
     return found if isinstance(found, Phase) else Phase()
 
 
 @dataclass
 class Event:
-    """The outcome of one update; its keys are run ids."""
+    """The outcome of one update of a pack. The keys of all dicts are run ids."""
 
     step: int
     records: dict[str, Record]
     ended: dict[str, tuple[str, Record]]
-    """Runs that ended: 'done' or 'diverged', and their results."""
+    """For the runs that ended: 'done' or 'diverged', and the result."""
     snapshot: Callable[[], dict[str, State]]
     """Returns the state of every run still in the pack; valid until the next event."""
     backend: str = ""

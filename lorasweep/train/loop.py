@@ -1,4 +1,4 @@
-"""The training loop of a pack: N runs over one base model; a single run is N = 1.
+"""The training loop of a pack of N runs over one base model; N may be 1.
 
 Yields events, which the caller records. Refuses to know methods and objectives (other than by their
 interfaces), the store, the launcher and configuration files.
@@ -45,13 +45,14 @@ def train(
     # ---------------------------------------------------------------- setup
     model, mesh, runs = base.model, base.mesh, list(pack)
     method, metric = pack[0].method, objective.metric
-    # nothing is attached yet: all runs start as the base
+    # no adapter is attached yet: this measures the base, from which all runs start
     at_start = objective.start(base, runs) if mesh.size == 1 else []
     targets = find_targets(model, pack[0].model, method.target_layers())
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     counts = ExpertTokens(model)
     try:
-        if mesh.size > 1:  # the whole base may not fit; what is attached changes nothing yet
+        # Measure here: only a sharded base may fit, and new adapters change no output yet.
+        if mesh.size > 1:
             mesh = base.mesh = shard(model, trainables, mesh, pack[0].precision)
             at_start = mesh.run(objective.start, base, runs)
         device = next(model.parameters()).device
@@ -169,7 +170,7 @@ def train(
                 if run.id in done:
                     result |= measured[run.id]
                     result["step_s"] = statistics.median_high(progress[run.id].step_s)
-                    if progress[run.id].best.step:  # the update whose weights are kept
+                    if progress[run.id].best.step:  # the update with the best weights
                         result["best_step"] = progress[run.id].best.step
                         result["early_stopping_rule"] = EARLY_STOPPING_RULE
                 ended[run.id] = ("done" if run.id in done else "diverged", result)
@@ -192,7 +193,7 @@ def train(
             event = Event(step, records, ended, snapshot, computed_by)
             yield event
 
-            # ------------------------------------------------------------ runs that are left
+            # ------------------------------------------------------------ remaining runs
             gone = ended.keys() | event.dropped
             stay = [k for k, run in enumerate(runs) if run.id not in gone]
             if len(stay) < len(runs):
@@ -215,11 +216,11 @@ def measure(
 ) -> dict[str, tuple[Record, int]]:
     """Return the held-out measures of the runs `ids`, with weight norms, and the number of items.
 
-    `runs`: all of the pack. `final`: on all held-out items, else on a part.
+    `runs`: all runs of the pack. `final`: measure on all held-out items, else on a part of them.
     """
-    # On a CPU one pass measures the runs of one data set: a larger pass is hardly faster, and pads
-    # the rows of all data sets to the longest (1.4 times the tokens of a hundred customers,
-    # docs/log). On a GPU one pass measures all runs. Assumption: small passes cost more there.
+    # On a CPU each pass measures the runs of one data set. A larger pass is hardly faster, and pads
+    # the rows of all data sets to the longest row: 1.4 times the tokens for a hundred customers
+    # (docs/log). On a GPU one pass measures all runs. Assumption: small passes cost more there.
     on_cpu = next(model.parameters()).device.type == "cpu"
     groups: dict[str, list[int]] = {}
     for k, run in enumerate(runs):
@@ -238,13 +239,13 @@ def measure(
 
 @dataclass
 class Progress:
-    """What the loop knows of one run between updates."""
+    """The state of one run that the loop keeps between updates."""
 
     curve: list[Record]
     """The learning curve: one point per evaluation, the first before training."""
     tokens: int = 0
     step_s: list[float] = field(default_factory=list)
-    """Seconds of each update in this attempt: the time of the pack divided by its runs."""
+    """Seconds of each update in this attempt: time of the pack divided by its number of runs."""
     expert_tokens: list[list[int]] = field(default_factory=list)
     """Training tokens of each expert, by layer; empty without experts."""
     best: Best = field(default_factory=Best)
@@ -253,7 +254,7 @@ class Progress:
         """Restore the values of a checkpoint."""
         self.curve, self.tokens = list(meta["curve"]), meta["tokens"]
         self.expert_tokens = meta.get("expert_tokens", [])
-        self.best = Best(*meta.get("best", ())[:2])  # an older one has a third value
+        self.best = Best(*meta.get("best", ())[:2])  # old checkpoints have a third value
 
     def state(self) -> dict[str, Any]:
         """Return the values for a checkpoint."""
@@ -265,16 +266,17 @@ class Progress:
         return {"expert_tokens": self.expert_tokens} if self.expert_tokens else {}
 
     def add(self, n_tokens: int, seconds: float, expert_tokens: list[list[int]]) -> None:
-        """Count an update; `expert_tokens`: its tokens by layer and expert."""
+        """Add an update; `expert_tokens`: the tokens of the update, by layer and expert."""
         self.tokens += n_tokens
         self.step_s.append(seconds)
         self.expert_tokens = np.add(self.expert_tokens or 0, expert_tokens).tolist()
 
 
 def gradient_shares(squares: dict[str, float], model: ModelSpec) -> dict[str, float]:
-    """Return each layer set's share of the squared gradient; embedding and norms are 'rest'.
+    """Return each layer set's share of the squared gradient norm; embedding and norms are 'rest'.
 
-    `squares`: parameter name -> its squared gradient norm. The shares are NaN if all are zero.
+    `squares`: parameter name -> squared gradient norm of the parameter. If all norms are zero, the
+    shares are NaN.
     """
     total = sum(squares.values()) or math.nan
     shares: dict[str, float] = defaultdict(float)
@@ -291,7 +293,7 @@ def stop_early(
     optimizer: AdamW,
     metric: Metric,
 ) -> set[str]:
-    """Judge the `measured` runs at `step`, keep improved weights, return the ids of ending runs."""
+    """Keep the weights of `measured` runs that improved; return the ids of runs that end early."""
     watched = [run for run in runs if run.early_stopping and run.id in measured]
     for run in watched:
         point = progress[run.id].curve[-1]
@@ -304,7 +306,7 @@ def stop_early(
         points = progress[run.id].curve[1:]
         steps = [point["step"] for point in points]
         if no_better(progress[run.id].best.step, steps, run.steps) >= run.early_stopping:
-            # the last point of a learning curve is on the rows of its other points, too
+            # `on_part` is the metric on the rows of earlier evaluations, which are these rows
             points[-1].setdefault(metric.on_part, points[-1][metric.name])
             ending.add(run.id)
     return ending

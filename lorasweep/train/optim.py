@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with a learning rate per run, and LR schedules.
 
 torch.optim.AdamW cannot have several learning rates in one tensor, but a tensor of a pack holds N
-runs. Tests compare the two in float64.
+runs. Tests compare this AdamW with torch's in float64.
 """
 
 import math
@@ -34,7 +34,7 @@ def _gradient(p: torch.Tensor) -> torch.Tensor:
 
 
 class AdamW:
-    """AdamW for the tensors of a pack; each process updates its part of tensors that are split."""
+    """AdamW for the tensors of a pack. Each process updates its part of a sharded tensor."""
 
     def __init__(
         self, trainables: Trainables, specs: Sequence[RunSpec], mesh: Mesh | None = None
@@ -51,7 +51,7 @@ class AdamW:
         self._find_lr_ratios()
 
     def _find_lr_ratios(self) -> None:
-        """Copy the learning rate factors of the runs in each tensor to its device, [n, 1, 1]."""
+        """Copy to the device of each tensor the LR factors of the runs that it holds, [n, 1, 1]."""
         self.lr_ratios: Tensors = {}
         for name, p in self.params.items():
             ratios = torch.tensor(self.trainables.lr_ratios(name), dtype=torch.float64)
@@ -69,7 +69,7 @@ class AdamW:
         self._find_lr_ratios()
 
     def keep_best(self, runs: list[int]) -> None:
-        """Keep the present weights of these runs as their best."""
+        """Keep the present weights of these runs as their best weights."""
         self._copy(self.params, self.best, runs)
 
     def restore_best(self, runs: list[int]) -> None:
@@ -100,7 +100,7 @@ class AdamW:
 
     @torch.no_grad()
     def grad_squares(self) -> list[dict[str, float]]:
-        """Return each run's squared gradient norms, by tensor names in the state of one run."""
+        """Return for each run: tensor name in the state of one run -> squared gradient norm."""
         found: list[dict[str, float]] = [{} for _ in self.specs]
         sums = []
         for p in self.params.values():
@@ -157,7 +157,7 @@ class AdamW:
         torch._foreach_sub_(params, change)
 
     def run_tensors(self, k: int) -> Tensors:
-        """Return views of run k's 'param/', 'm/' and 'v/NAME', with early stopping 'best/NAME'."""
+        """Return run k's tensors (views): 'param/NAME', 'm/NAME', 'v/NAME'; 'best/NAME' if kept."""
         kinds = {"param": self.params, "m": self.exp_avg, "v": self.exp_avg_sq}
         if self.specs[k].early_stopping:
             kinds["best"] = self.best

@@ -1,4 +1,4 @@
-"""Pretrain the base models of recipes. Their saved weights, in bf16, are the base everywhere."""
+"""Pretrain base models by recipes (`spec.model.Recipe`). Runs start from the saved bf16 weights."""
 
 import math
 import os
@@ -28,8 +28,8 @@ def ensure(
 ) -> None:
     """Pretrain the base of a recipe into the first models folder, unless its weights exist.
 
-    Does nothing for other models. `progress` gets the number and the loss of each update, and may
-    stop the training by an exception.
+    Does nothing for models without a recipe. `progress` gets the number and the loss of each
+    update, and may stop the training by an exception.
     """
     if spec.source != "recipe" or find_recipe_weights(spec, models_dirs) is not None:
         return
@@ -72,8 +72,8 @@ def pretrain(
 def updates(model: "PreTrainedModel", recipe: Recipe, data: Data) -> Iterator[tuple[int, float]]:
     """Train `model` in place; yield each update's number and its loss in nats per token.
 
-    AdamW, gradients clipped to norm 1; linear warm-up over 5% of the updates, then a cosine decay
-    to a tenth of the peak learning rate.
+    The optimizer is AdamW, with gradients clipped to norm 1. The learning rate is the product of
+    its peak, a linear warm-up over 5% of the updates, and a cosine from 1 to 0.1 over all updates.
     """
     model.train()
     warmup_steps = recipe.steps // 20

@@ -4,7 +4,7 @@ Each completion has separate random numbers, so the other runs of the pack chang
 rounding.
 
 Shapes: N runs of the pack, A completions of a run (G of each of P prompts), R = N A completions in
-the order of runs and prompts, L the most tokens of a completion.
+the order of runs and prompts, L the maximum number of tokens of a completion.
 """
 
 import inspect
@@ -27,7 +27,7 @@ class Completions:
     """The A completions that one run sampled, prompt by prompt."""
 
     tokens: list[np.ndarray]
-    """Tokens of each completion, its end included."""
+    """Tokens of each completion, including the end."""
     log_p: list[np.ndarray]
     """Log-probability of each token, in nats, under the policy that drew it."""
     entropy: float
@@ -38,12 +38,13 @@ class Completions:
 
 
 ROWS = 1024
-"""Most completions of a run that are sampled at once."""
+"""Maximum number of completions of a run that are sampled at once."""
 CACHE_SHARE = 0.3
-"""Share of a GPU's memory for keys and values. It is of the whole memory: a share of the free one
-would change how many completions a resumed run draws at once."""
+"""Share of a GPU's total memory for cached keys and values. With a share of the free memory, a
+resumed run might draw another number of completions at once."""
 CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""Names of a forward pass's argument for keys and values: from transformers 5.24 on, and before."""
+"""Argument of forward passes for cached keys and values: its name from transformers 5.24 on, and
+its earlier name."""
 
 
 @torch.no_grad()
@@ -56,27 +57,28 @@ def sample(
     mesh: Mesh | None = None,
     forward_parts: int = 1,
 ) -> list[Completions]:
-    """Sample completions at temperature 1; every run has as many prompts and completions.
+    """Sample completions at temperature 1, equally many prompts and completions for every run.
 
-    Several processes share the prompts, and all return all completions.
+    Several processes share the prompts; each returns all completions.
 
     Args:
         prompts: token ids, for each run and prompt.
-        uniforms_NAL: float64 in [0, 1); number t decides token t of a completion.
-        ends: token sequences that end a completion; without any, each has L tokens.
+        uniforms_NAL: random numbers in [0, 1), float64; number t decides token t of a completion.
+        ends: token sequences that end a completion; if empty, every completion has L tokens.
         forward_parts: see Exec.
     """
     n_prompts = len(prompts[0])
     total, longest = uniforms_NAL.shape[1:]
     group = total // n_prompts
     if mesh is not None and mesh.size > 1:
-        # one run: each process samples every size-th prompt, and repetitions do not count
+        # There is one run. Each process samples every size-th prompt. Prompts that are repeated for
+        # equal numbers are dropped later.
         mine = [k % n_prompts for k in mesh.turns(n_prompts)]
         uniforms = uniforms_NAL.reshape(n_prompts, group, -1)[mine].reshape(1, -1, longest)
         own = [[prompts[0][k] for k in mine]]
         with layers_together(model):
             (found,) = sample(model, own, uniforms, ends, precision, None, forward_parts)
-        every = _joined(mesh.gather(found))  # process by process
+        every = _joined(mesh.gather(found))  # ordered by process
         at = np.arange(len(every.tokens)).reshape(mesh.size, -1, group).swapaxes(0, 1)
         by_prompt = at.flatten()[:total]
         tokens, log_p = ([held[k] for k in by_prompt] for held in (every.tokens, every.log_p))
@@ -100,7 +102,7 @@ def sample(
 def completions_at_once(
     model: Any, prompts: Sequence[Sequence[np.ndarray]], most: int, precision: str
 ) -> int:
-    """Return how many completions of a run are sampled at once; a GPU's memory limits them."""
+    """Return how many completions of a run are sampled at once; the GPU's memory limits this."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return ROWS
@@ -148,26 +150,27 @@ def _joined(parts: Sequence[Completions]) -> Completions:
 
 
 class _Steps:
-    """The forward passes: the prompts once, then one token of every completion at a time."""
+    """The forward passes: one over the prompts, then one for each further token of completions."""
 
     def __init__(
         self, model: Any, precision: str, rows: Sequence[np.ndarray], group: int, more: bool
     ) -> None:
-        """Read the prompts `rows`; `more`: completions may have more than one token.
+        """Run the model on the prompts `rows`; `more`: completions may have more than one token.
 
         Raises:
-            ModelError: the forward pass takes no cache of a known name. It would ignore an unknown
-                name, and every token would be drawn as a row's first.
+            ModelError: the forward pass has none of CACHE_ARGUMENTS. It would ignore an unknown
+                argument, and every token would be drawn as if it were the first of its row.
         """
         from transformers import DynamicCache
 
         device, dtype = next(model.parameters()).device, COMPUTE_DTYPES[precision]
 
         class Cache(DynamicCache):
-            """A transformers cache in the type of the products: half as large, or two thirds.
+            """A transformers cache that stores keys and values in the type of matrix products.
 
             Under autocast keys are fp32 (before transformers 5.24 also values). Attention rounds
-            them to bf16 at every token, so rounding them earlier changes no number.
+            them to bf16 at every token, so rounding them earlier changes no number. In bf16 the
+            cache takes two thirds of the memory (before 5.24 half of it).
             """
 
             def update(  # type: ignore[override]
@@ -196,7 +199,7 @@ class _Steps:
         self._next_at = None if at is None else at[:, -1:].repeat_interleave(group, 0) + 1
         self.logits = self._forward(torch.from_numpy(tokens).to(device), at)
         self.index = torch.arange(len(tokens) * group, device=device)
-        """Numbers of the completions that are still computed, by row."""
+        """For each row that is still computed, the number of its completion."""
         if self._cache is not None:
             self._cache.batch_repeat_interleave(group)
             if self._mask is not None:
@@ -226,7 +229,7 @@ class _Steps:
         return self._forward(tokens[:, None], at)
 
     def without_ended(self, alive_R: torch.Tensor, n: int) -> torch.Tensor:
-        """Drop ended completions once half are; every run keeps the same number of rows."""
+        """Drop ended completions once half have ended in every run; keep equal rows per run."""
         alive_NA = alive_R.view(n, -1)
         keep = int(alive_NA.sum(1).max())
         if not 0 < 2 * keep <= alive_NA.shape[1]:
@@ -241,7 +244,7 @@ class _Steps:
 
 
 class _Draw:
-    """The tokens that are drawn, with their log-probabilities."""
+    """The tokens drawn so far, with their log-probabilities."""
 
     def __init__(self, uniforms_RL: torch.Tensor, ends: Sequence[Sequence[int]]) -> None:
         self._uniforms, device = uniforms_RL, uniforms_RL.device
@@ -257,10 +260,10 @@ class _Draw:
         self, logits: torch.Tensor, t: int, index: torch.Tensor, alive: torch.Tensor
     ) -> torch.Tensor:
         """Draw token t of the completions `index` that are alive; return which of them continue."""
-        rows = len(logits)  # with fewer rows than completions, neighbours share one
+        rows = len(logits)  # at token 0 there is one row per prompt
         log_p = torch.log_softmax(logits, -1)
         p = log_p.double().exp()
-        # the first token whose cumulative probability is above the random number
+        # draw the first token at which the cumulative probability exceeds the random number
         cumulative = p.cumsum(-1)
         wanted = self._uniforms[index, t].view(rows, -1) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[1] - 1)

@@ -86,7 +86,7 @@ def load(spec: DatasetSpec, draw: int | None = None) -> Data:
 
 @cache
 def _first_sha256(spec: DatasetSpec) -> str | None:
-    """Return the fingerprint of the first draw, which stands for all draws."""
+    """Return the fingerprint of the data without a draw; all draws share this fingerprint."""
     return load(spec).sha256
 
 
@@ -182,7 +182,7 @@ def context_shares(table_VVVV: np.ndarray) -> np.ndarray:
 
 
 def distance(dialect_VVVV: np.ndarray, language_VVVV: np.ndarray) -> float:
-    """Return the KL from dialect to language: the language's excess loss on it, nats per symbol."""
+    """Return the KL divergence from the dialect to the language, in nats per symbol."""
     kl = (dialect_VVVV * np.log(dialect_VVVV / language_VVVV)).sum(-1)
     return float((context_shares(dialect_VVVV) * kl).sum())
 

@@ -1,12 +1,13 @@
 """Random keys with random values: `facts` to be stored, and a `bandit` to be learned from rewards.
 
-facts: keys of three symbols with values of four symbols out of 16: exactly 16 bits each, to measure
-how much a method can store. The base model knows the format (facts=0), or also a fixed set of facts
-(facts, set, fresh). Its NLL on new values is ln 16 per symbol; every bit below that was stored.
-Held-out rows are the trained facts. Rows of `n_retain` hold facts that are never trained.
+facts: keys of three symbols with values of four symbols out of 16. A value has exactly 16 bits, to
+measure how much a method can store. The base model knows the format (facts=0), or also a fixed set
+of facts (facts, set, fresh). The NLL of new values under the base is ln 16 per symbol; each bit
+below that was stored. Held-out rows are the trained facts. Rows of `n_retain` hold facts that are
+never trained.
 
 bandit: keys with one hidden label out of 16, so 4 bits per context. The base model knows the
-format, not the labels. The same rows teach them by cross-entropy, or by the reward of a sampled
+format, not the labels. The same rows teach labels by cross-entropy, or by the reward of a sampled
 symbol. Held-out rows are the trained contexts.
 """
 
@@ -152,7 +153,7 @@ def load_bandit(spec: DatasetSpec) -> Data:
     check_bandit(spec)
     params = parameters(spec, BANDIT)
     count, rng = int(params["contexts"]), stream("bandit", int(params["set"]))
-    # one after the other from one stream: fewer contexts are the first of more
+    # drawn in order from one stream: a smaller number of contexts has the first ones of a larger
     numbers = rng.permutation(KEYS**KEY)[:count]
     keys = VALUES + np.stack([numbers // KEYS**k % KEYS for k in range(KEY)], 1)
     labels = rng.integers(VALUES, size=KEYS**KEY)[:count]

@@ -18,7 +18,7 @@ class Generator:
     check: Callable[[DatasetSpec], None]
     """Raises DataError if a parameter is unknown or out of range."""
     load: Callable[..., Data]
-    """(spec) -> data; with `draw_by_seed` also draw=number."""
+    """(spec) -> data; with `draw_by_seed`, (spec, draw=number) -> data."""
     verified: bool = False
     """Whether completions can be rewarded."""
 

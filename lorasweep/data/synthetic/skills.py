@@ -3,8 +3,9 @@
 skills: copy, reverse, sort, addition, word problems. The base model is pretrained on easier
 instances (difficulty 1), so that fine-tuning (difficulty 2) teaches the skill and not the format.
 
-words: `cort` means sort, `sverse` reverse, `sopy` copy; to be learned from rewards. The base model
-knows `skills` by their old words, so correct completions are rare at first but not impossible.
+words: new words for three skills, to be learned from rewards. `cort` means sort, `sverse` reverse,
+`sopy` copy. The base model knows these skills by the old words, so correct completions are rare at
+first but not impossible.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ _INDEX = {char: i for i, char in enumerate(ALPHABET)}
 _NAMES = ("ann", "bob", "eve", "tom", "sue", "max")
 _THINGS = ("nuts", "pens", "cups", "hats")
 LONGEST = 48
-"""Bound on the symbols of an instance of `skills` (the longest seen has 46)."""
+"""Upper bound on the number of symbols of an instance of `skills` (the longest seen has 46)."""
 DIFFICULTIES = (1, 2, 3)
 WORDS: dict[str, Callable[[list[str]], list[str]]] = {
     "cort": sorted,
@@ -39,7 +40,7 @@ WORDS: dict[str, Callable[[list[str]], list[str]]] = {
     "sopy": list,
 }
 LENGTHS = (4, 5)
-"""Letters of an instance of `words`."""
+"""Possible numbers of letters in an instance of `words`."""
 LONGEST_WORDS = len("sverse ") + LENGTHS[-1] + len(">") + LENGTHS[-1] + len("\n")
 
 
@@ -68,7 +69,7 @@ def _check_length(spec: DatasetSpec, longest: int) -> None:
 
 
 def load_skills(spec: DatasetSpec) -> Data:
-    """Make the task. The loss covers answers and line ends, or with mask=all all but symbol 0."""
+    """Make the task. The loss covers answer and line end; with mask=all, symbols 1 and later."""
     check_skills(spec)
     difficulty = int(parameters(spec, SKILLS)["difficulty"])
 

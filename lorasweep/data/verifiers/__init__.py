@@ -1,1 +1,1 @@
-"""Compare two results. Knows neither tokens nor data sets."""
+"""Compare an answer with the gold answer. Knows neither tokens nor data sets."""

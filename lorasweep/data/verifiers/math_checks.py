@@ -20,9 +20,9 @@ from pathlib import Path
 from lorasweep.errors import DataError
 
 LIMIT_S = 10.0
-"""Time limit of a check; math-verify's default limits are 5 s to read and 5 s to compare."""
+"""Time limit of a check; the default limits of math-verify are 5 s to read and 5 s to compare."""
 START_S = 120.0
-"""Longest time until a process has imported math-verify, which takes 1 to 3 s."""
+"""Time limit for a process to import math-verify, which takes 1 to 3 s."""
 MOST_PROCESSES = 8
 MOST_KNOWN = 1 << 18
 """Largest number of cached verdicts."""
@@ -39,10 +39,10 @@ def check_installed() -> None:
 
 
 class MathChecks:
-    """A few processes that check answers. They end with this one."""
+    """A few processes that check answers. They end when the present process ends."""
 
     def __init__(self, processes: int, limit_s: float = LIMIT_S) -> None:
-        """Prepare; a process is started when it is first needed."""
+        """Prepare the processes; each is started when it is first needed."""
         self._threads = ThreadPoolExecutor(processes)
         self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for _ in range(processes):
@@ -84,7 +84,7 @@ def check(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
 
 
 class _Worker:
-    """One process, started again after each end."""
+    """One process that checks answers. It is started again whenever it has ended."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
@@ -93,7 +93,7 @@ class _Worker:
 
     def answer(self, question: str) -> str:
         """Return the line that answers a question; empty after a timeout or two dead processes."""
-        for _ in range(2):  # the system may have ended it, for example when out of memory
+        for _ in range(2):  # the system may have ended the process, as when out of memory
             process = self._process or self._start()
             assert process.stdin is not None
             with suppress(BrokenPipeError):
@@ -113,7 +113,7 @@ class _Worker:
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
         self._process = process
-        self._end = weakref.finalize(self, _kill, process)  # at the latest when this process ends
+        self._end = weakref.finalize(self, _kill, process)  # at the latest at exit
         if _line(process, START_S) != "ready":
             self._stop()
             raise DataError(
@@ -129,7 +129,7 @@ class _Worker:
 
 def _line(process: "subprocess.Popen[bytes]", limit_s: float) -> str | None:
     """Return the next line of a process; empty if it has ended, None if none comes in time."""
-    # it writes a short line at a time, so the pipe holds a whole one or none
+    # the process writes one short line at a time, so the pipe holds a whole line or none
     assert process.stdout is not None
     ready, _, _ = select.select([process.stdout], [], [], limit_s)
     return process.stdout.readline().decode().strip() if ready else None

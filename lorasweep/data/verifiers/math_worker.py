@@ -2,8 +2,8 @@
 
 Reads one line per pair: a JSON list of the gold answer and the answer, in LaTeX, without the box.
 Writes `ready`, then one line per pair: right, wrong, or unread if one of them cannot be read. Any
-pair may hang or take all memory; then the parent ends the process, or an alarm if the parent is
-gone. It imports nothing of lorasweep, to start quickly.
+pair may hang or take all memory. Then the parent ends this process; if the parent is gone, an alarm
+does. This file imports nothing of lorasweep, to start quickly.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 from math_verify import parse, verify
 
 MEMORY_BYTES = 4 << 30
-"""Address space of this process: a tower of powers would take all memory."""
+"""Limit on the address space of this process: a tower of powers would take all memory."""
 
 
 @lru_cache(1 << 16)
@@ -42,7 +42,7 @@ def judge(gold: str, answer: str) -> str:
 def main(limit_s: int) -> None:
     """Answer until standard input ends. A pair that takes over `limit_s` ends the process."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # output of libraries goes to stderr
     logging.disable()  # math-verify warns at every call that no time limit is set
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     print("ready", file=out, flush=True)

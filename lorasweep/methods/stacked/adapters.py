@@ -1,4 +1,4 @@
-"""The trainables of a LoRA pack: modules that replace the base's, how factors start, norms."""
+"""The trainables of a LoRA pack: modules around those of the base, initial factors, norms."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -38,10 +38,10 @@ class StackedAdapters:
         methods: Sequence["LoRA"],
         seeds: Sequence[int],
     ) -> None:
-        """Wrap `targets` (name -> what holds the matrices in `base`).
+        """Wrap `targets` (name in `base` -> module with the matrices).
 
-        Runs of equal rank must be neighbours. The random factor is uniform in +-1/sqrt(its inputs)
-        from the stream 'init': the range of PEFT's kaiming_uniform with a = sqrt(5).
+        Runs of equal rank must be neighbours. The random factor is drawn from the stream 'init',
+        uniform in +-1/sqrt(number of inputs): the range of PEFT's kaiming_uniform with a = sqrt(5).
         """
         self._base, self._methods, self._seeds = base, list(methods), list(seeds)
         self._originals: dict[str, Any] = {
@@ -65,7 +65,7 @@ class StackedAdapters:
             n_experts, hidden, width = module.down_proj.shape
             ranks = tuple(m.expert_rank_of(n_experts, target.n_active) for m in methods)
             scalings = tuple(m.expert_scaling(r) for m, r in zip(methods, ranks))
-            # a shared factor is the one on the hidden side
+            # `shared` means the factor on the hidden side
             inner, outer = n_experts, 1 if methods[0].expert_outer == "shared" else n_experts
             parts: dict[str, Factors] = {}
             for part, sides, stacks in (
@@ -90,10 +90,10 @@ class StackedAdapters:
     ) -> tuple[list[slice], list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """Make the arguments of Factors, on the device of `weight`, trained in fp32 at least.
 
-        `sides`: inputs and outputs of each matrix. `stacks`: how many matrices each factor is for,
-        each with a separate stream. One factor is drawn in float64, the other is zero. A is drawn
-        row by row, so a smaller rank has the first rows of a larger one. A process with the device
-        'meta' draws nothing: it gets its values from another one.
+        `sides`: inputs and outputs of each matrix. `stacks`: number of matrices in A and in B, each
+        drawn from a separate stream. One factor is drawn in float64, the other is zero. A is drawn
+        row by row, so at a smaller rank it has the first rows of A at a larger rank. On the device
+        'meta' nothing is drawn: process 0 sends the values.
         """
         (n_in, n_out), (of_a, of_b) = sides, stacks
         on_meta = weight.device.type == "meta"
@@ -182,7 +182,7 @@ class StackedAdapters:
 
     @torch.no_grad()
     def spectra(self) -> list[dict[str, dict[str, float]]]:
-        """Return the spectral norms of A, B and scaling * B A; of stacked experts the largest."""
+        """Return the spectral norms of A, B and scaling * B A; for stacked experts, the largest."""
         rows = []
         for module in self._factors.values():
             parts = [factor_norms(a, b) for _, a, b in module.of_matrices()]
@@ -206,14 +206,14 @@ def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
 
 # ---------------------------------------------------------------- spectral norms
 # |M|^2 is the largest eigenvalue of the smaller of M M' and M' M, in float64. Squaring halves the
-# digits of small singular values, not of the largest: its relative error is about k * 1e-16 for a
-# Gram matrix [k, k]. Nothing here copies to the host.
+# digits of small singular values, but the relative error of the largest one is only about k * 1e-16
+# for a Gram matrix [k, k]. These functions copy nothing to the host.
 
 
 def largest_singular(gram_kk: torch.Tensor) -> torch.Tensor:
     """Return the square root of the largest eigenvalue of each Gram matrix [..., k, k].
 
-    NaN where a matrix is not finite: one run of a pack may have broken down.
+    NaN for a matrix that is not finite, because one run of a pack may have diverged.
     """
     finite = gram_kk.isfinite().all(-1).all(-1)
     safe = torch.where(finite[..., None, None], gram_kk, 0.0)
@@ -223,7 +223,7 @@ def largest_singular(gram_kk: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the largest singular value, float64 [], of a matrix or a block-diagonal [E, ...]."""
+    """Return the largest singular value, float64 [], of a matrix or E diagonal blocks [E, ...]."""
     if matrix.dim() == 3:
         return torch.stack([spectral_norm(m) for m in matrix]).amax()
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
@@ -235,11 +235,11 @@ def spectral_norm(matrix: torch.Tensor) -> torch.Tensor:
 def factor_norms(
     a_nErI: torch.Tensor, b_nEOr: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return |A|, |B| and |B A| of each run, [n] each, from products r x r.
+    """Return the spectral norms |A|, |B| and |B A| of each run, [n] each, from r x r products.
 
-    The E pairs of a run count as one block-diagonal matrix; E may be 1 in either factor, which
-    all pairs then share. |B A|^2 is the largest eigenvalue of S (B'B) S' with A A' = S' S. Its
-    relative error is about r * 1e-16 * (|A| |B| / |B A|)^2.
+    The E pairs of a run count as one block-diagonal matrix. A factor with E = 1 is shared by all
+    pairs. |B A|^2 is the largest eigenvalue of S (B'B) S' with A A' = S' S. Its relative error is
+    about r * 1e-16 * (|A| |B| / |B A|)^2.
     """
     a, b = a_nErI.double(), b_nEOr.double()
     gram_a, gram_b = a @ a.mT, b.mT @ b

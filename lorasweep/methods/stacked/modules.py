@@ -20,16 +20,16 @@ from torch.func import functional_call
 from lorasweep.methods.trainables import whole
 
 ALIGNED_BYTES = 16
-"""torch's grouped_mm wants rows of a multiple of this size."""
+"""The size of a row for torch's grouped_mm must be a multiple of this."""
 GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 """Types that torch's grouped_mm computes in."""
 
 
 class Factors(nn.Module):
-    """scaling_n B_ne A_ne for run n and matrix e of a stack.
+    """The factors of scaling_n B_ne A_ne, for run n and matrix e of a stack.
 
     For each rank there is one A [n, E r, I], one B [n, E O, r], and in `ranks` the slice of runs
-    that they hold. A factor that all matrices of a stack share has no E.
+    that they hold. For a factor that all matrices of a stack share, E is 1.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Factors(nn.Module):
         stacked_b: int = 1,
         base: nn.Module | None = None,
     ) -> None:
-        """Set up; `stacked_a`, `stacked_b`: E of each factor, or 1; `base`: the module replaced."""
+        """Hold the tensors; `stacked_a`, `stacked_b`: E of A and B; `base`: the replaced module."""
         super().__init__()
         self.ranks = ranks
         self.scaling_N: torch.Tensor
@@ -58,7 +58,7 @@ class Factors(nn.Module):
             yield runs, a_nErI, whole(b).unflatten(1, (self.stacked_b, -1))
 
     def keep(self, runs: list[int]) -> dict[str, tuple[str, list[int]]]:
-        """Drop runs as Trainables.keep does; a tensor is named 'A' or 'B' and its first run."""
+        """Drop runs as Trainables.keep does. A tensor's name is 'A' or 'B' with its first run."""
         renamed: dict[str, tuple[str, list[int]]] = {}
         ranks, a, b, start = [], [], [], 0
         for span, old_a, old_b in zip(self.ranks, self.A, self.B):
@@ -91,7 +91,7 @@ class StackedLinear(Factors):
 
 
 class StackedRouter(Factors):
-    """A router with an adapter per run; each run's whole weight is computed, as it is small."""
+    """A router with an adapter per run. It computes every run's merged weight, which is small."""
 
     def forward(self, x: torch.Tensor) -> Any:
         deltas = [b @ a for many_a, many_b in zip(self.A, self.B) for a, b in zip(many_a, many_b)]
@@ -129,7 +129,7 @@ class StackedExperts(nn.Module):
 def _adapted(
     factors: Factors, n_experts: int, x_SK: torch.Tensor, run_S: torch.Tensor, ends_G: torch.Tensor
 ) -> torch.Tensor:
-    """Return scaling B A x of a stack of matrices, [S, O], for pairs sorted by expert and run."""
+    """Return scaling B A x of a stack of matrices, [S, O]; pairs are sorted by expert and run."""
     # All ranks are padded to the largest one, and to aligned rows: zeros add nothing.
     step = max(1, ALIGNED_BYTES // x_SK.element_size())
     rank = -(-max(b.shape[-1] for b in factors.B) // step) * step
@@ -144,7 +144,7 @@ def _adapted(
 
 
 def grouped_product(x_SK: torch.Tensor, w_GOK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
-    """Multiply consecutive groups of rows by a matrix each, [S, O]; `ends_G`: where groups end."""
+    """Multiply each group of rows by its matrix, [S, O]; group g ends before row `ends_G[g]`."""
     sizes = {n * x_SK.element_size() % ALIGNED_BYTES for n in w_GOK.shape[1:]}
     if x_SK.dtype in GROUPED and sizes == {0}:
         return F.grouped_mm(x_SK, w_GOK.mT, offs=ends_G)
@@ -161,8 +161,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """Return the weighted sum of each token's experts, [X, H].
 
-    Without `adapters` this is an experts implementation of transformers. Under autocast the
-    products are in its type, as in an nn.Linear.
+    Without `adapters`, transformers can use this function as its experts implementation. Under
+    autocast the products are computed in the autocast type, as in an nn.Linear.
     """
     kind, n_experts = x_XH.device.type, experts.gate_up_proj.shape[0]
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_XH.dtype

@@ -16,7 +16,7 @@ from lorasweep.errors import ModelError
 State = Mapping[str, torch.Tensor]
 ROUTER = "mlp.gate"
 TOLERANCE = 1e-12
-"""Allowed error of an expert's B A in float64, relative to the largest number in it."""
+"""Allowed error of an expert's B A in float64, relative to the largest number in B A."""
 
 
 def save_peft(
@@ -31,7 +31,7 @@ def save_peft(
 ) -> None:
     """Write one run's adapter as a folder that PeftModel loads.
 
-    Never merge an adapter of an unembedding that is tied to the embedding: that would change both.
+    Never merge an adapter of an unembedding that is tied to the embedding: merging changes both.
 
     Args:
         state: '<module>.A' [rank, inputs] and '<module>.B' [outputs, rank]; for experts
@@ -51,7 +51,7 @@ def save_peft(
     for name in state.keys() - of_experts.keys():
         module, _, which = name.rpartition(".")
         tensors[f"{module}.lora_{which}"] = state[name]
-        if module.endswith(ROUTER):  # its weight is a parameter, not an nn.Linear
+        if module.endswith(ROUTER):  # a router is not an nn.Linear
             parameters.add(f"{ROUTER}.weight")
         else:
             modules.add(module.rpartition(".")[2])
@@ -82,9 +82,9 @@ def save_peft(
 def in_peft_layout(state: State, n_experts: int) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Return the factors of all layers' experts in PEFT's layout, and the rank of each parameter.
 
-    PEFT has one pair of factors for gate and up: the A of both one above the other, and a
-    block-diagonal B. The rows of A are (expert, rank), the columns of B (rank, expert). The module
-    of down wraps that of gate and up.
+    PEFT has one pair of factors for gate and up: their A stacked vertically, and a block-diagonal
+    B. The rows of A are in the order (expert, rank), the columns of B in the order (rank, expert).
+    The module for down wraps the module for gate and up.
 
     Raises:
         ModelError: an expert's B A differs from the one that PEFT reads from the layout.

@@ -1,4 +1,4 @@
-"""Objectives: what is optimised, one file each.
+"""The training objectives, one file each.
 
 Refuses to know the loop.
 """

@@ -17,8 +17,8 @@ from lorasweep.train.events import Record
 DATA_SHA256 = "data_sha256"
 """Key of the data's fingerprint in results and checkpoints."""
 DIVERGENCE_RULE = 2
-"""Version of the divergence rule, in every result. Results without one were judged by rule 1: a
-comparison with the base on held-out rows only."""
+"""Version of the divergence rule, stored in every result. Results without a version were judged by
+rule 1, for which the base was measured on held-out rows only."""
 
 
 class MicroBatch(Protocol):
@@ -37,12 +37,13 @@ BatchT = TypeVar("BatchT", bound=MicroBatch)
 
 
 class Objective(Protocol[BatchT]):
-    """What is optimised, and how it is measured.
+    """A training objective: its loss, its held-out measures, and its divergence rule.
 
-    `runs` are those still in the pack; in `evaluate` and `at_end` those that are measured.
+    The argument `runs` is the runs still in the pack; in `evaluate` and `at_end`, the runs to
+    measure.
 
-    For an update the loop calls `batches`, then `loss` of each batch, and divides by the run's
-    weight in the update. So a mean over tokens does not depend on the micro-batches.
+    For an update the loop calls `batches`, then `loss` of each batch. It divides each run's summed
+    loss by the run's summed `weights`. So a mean over tokens does not depend on the micro-batches.
     """
 
     metric: Metric
@@ -51,38 +52,38 @@ class Objective(Protocol[BatchT]):
         """Return each run's measures, the metric included, under the base without adapters."""
 
     def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[BatchT]:
-        """Return update `step`'s micro-batches (0-based). May sample from the model.
+        """Return the micro-batches of update `step` (0-based). May sample from the model.
 
-        All processes of base.mesh return the same list, and each takes every size-th batch of it:
-        its length is a multiple of the mesh size.
+        All processes of base.mesh return the same list, and its length is a multiple of the mesh
+        size. Each process then takes every size-th batch.
         """
 
     def weights(self, batch: BatchT) -> torch.Tensor:
-        """Return the weight of each run's `loss`, [N]; known before the forward pass."""
+        """Return each run's weight of a batch, [N]. It is known before the forward pass."""
 
     def loss(self, model: nn.Module, batch: BatchT) -> torch.Tensor:
         """Return the summed loss of each run, [N], with gradient."""
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
-        """Return what to record of an update, from each run's mean loss."""
+        """Return the record of an update for each run, from the mean losses of the runs."""
 
     def diverged(self, run_id: str, loss: float) -> bool:
-        """Note an update's mean loss; return whether the run diverged. The loop checks inf, NaN."""
+        """Note the mean loss of an update; return whether the run diverged. The loop checks NaN."""
 
     def evaluate(
         self, model: nn.Module, runs: Sequence[RunSpec], final: bool
     ) -> list[tuple[Record, int]]:
         """Measure runs on held-out items: on all of them if `final`, else on a part.
 
-        Returns each run's measures by name, the metric included, and its number of items. The model
-        has these runs only.
+        Returns each run's measures by name, the metric included, and the number of items. The model
+        has only the adapters of these runs.
         """
 
     def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
-        """Return additional measures of finished runs; the model has these runs only."""
+        """Return more measures of finished runs; the model has only the adapters of these runs."""
 
     def facts(self, run: RunSpec) -> Record:
-        """Return what every result of this run contains, finished or diverged."""
+        """Return the facts that the result of this run contains, finished or diverged."""
 
     def state(self, run_id: str) -> dict[str, Any]:
         """Return a run's state for its checkpoint, as JSON values.
@@ -91,11 +92,11 @@ class Objective(Protocol[BatchT]):
         """
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
-        """Restore the values of `state`, which also has the loop's keys."""
+        """Restore the values of `state`, which also contains the keys of the loop."""
 
 
 class OnData:
-    """An objective whose runs have data sets."""
+    """An objective that trains each run on a data set."""
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class OnData:
         return {**counts, DATA_SHA256: data.sha256, **commit}
 
     def refuse_other_data(self, run_id: str, then: str | None) -> None:
-        """Raise DataError unless a run resumes with the data of its start, by fingerprint."""
+        """Raise DataError if a run resumes with other data (fingerprint) than it started with."""
         now = self._data[run_id].sha256
         if then != now:
             raise DataError(

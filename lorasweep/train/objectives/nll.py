@@ -23,10 +23,11 @@ from lorasweep.models.sharding import Mesh
 from lorasweep.train.events import Record
 
 LOGITS, GPU_LOGITS = 1 << 24, 1 << 26
-"""Logits computed at once on a CPU and on a GPU: there about 500 positions of a vocabulary of
-128,256, and 1.3 GB with what the loss needs. Assumption: not measured on a GPU."""
+"""Maximum number of logits computed at once, on a CPU and on a GPU. On a GPU that is about 500
+positions of a vocabulary of 128,256, and 1.3 GB with loss buffers (assumed, not measured)."""
 PARTS = ("", "_changed", "_unchanged")
-"""Endings of exact measures: over all contexts, those that fine-tuning changes, and the others."""
+"""Suffixes of exact measures: over all contexts, over the contexts with `Truth.changed`, over the
+other contexts."""
 
 
 class Inputs(NamedTuple):
@@ -43,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 Measure = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From logits [R, p, V], targets [R, p] and weights [R, p] of a chunk of positions."""
+"""Function of the logits [R, p, V], targets [R, p] and weights [R, p] of a chunk of p positions."""
 
 
 def nll_sums(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
@@ -71,7 +72,7 @@ def token_log_p(model: nn.Module, batch: Batch, precision: str) -> torch.Tensor:
 
 
 def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[torch.Tensor]:
-    """Return log q of every symbol at each run's loss tokens, [L, V] each, in nats; V is small."""
+    """Return for each run log q of all V symbols at its L loss tokens, [L, V], in nats."""
     given = inputs(model, batch)
     parts = _by_chunks(model, given, precision, lambda logits, *_: _wide(logits).log_softmax(-1))
     log_q_NRPV = torch.cat(parts, 1).unflatten(0, (len(batch.lengths), -1))
@@ -80,7 +81,7 @@ def log_probabilities(model: nn.Module, batch: Batch, precision: str) -> list[to
 
 
 def inputs(model: nn.Module, batch: Batch) -> Inputs:
-    """Move a batch to the model's device: its rows padded, or joined if the batch says so."""
+    """Move a batch to the model's device: rows joined if `batch.join_rows`, else padded."""
     device = next(model.parameters()).device
     arrays = joined(batch) if batch.join_rows else padded(batch)
     tokens, positions, targets, weight, *more = (torch.from_numpy(a).to(device) for a in arrays)
@@ -110,7 +111,7 @@ def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> l
             # contiguous: the product with a slice would copy the weight once per row
             return measure(logits_of(model, hidden.contiguous()), targets, weight)
 
-    # the backward pass computes a chunk's logits again, so that they are never whole in memory
+    # The backward pass recomputes the logits of each chunk, so memory never holds all logits.
     return [
         checkpoint(part, *chunk, use_reentrant=False, preserve_rng_state=False)
         for chunk in zip(*(x.split(step, 1) for x in (hidden_RPH, targets_RP, weight_RP)))
@@ -139,7 +140,8 @@ def evaluate(
 ) -> list[float]:
     """Return each run's NLL in nats per loss token, from its list of held-out batches.
 
-    A run with fewer batches than another repeats some, uncounted. Processes share the batches.
+    A run with fewer batches than another repeats some; the repetitions do not count. Several
+    processes share the batches.
     """
     mesh = mesh or Mesh()
     device = next(model.parameters()).device
@@ -157,7 +159,7 @@ def evaluate(
 
 
 def more_than_a_row(batches_N: Sequence[list[Batch]]) -> bool:
-    """Return whether a forward pass holds several rows of a run, and so could hold fewer."""
+    """Return whether a batch has several rows of a run, so that smaller batches are possible."""
     return any(len(batch.lengths[0]) > 1 for own in batches_N for batch in own)
 
 
@@ -198,13 +200,14 @@ def gain_se(
 ) -> float:
     """Return the standard error of a gain in nats per token: of sum(before - after) / sum(tokens).
 
-    Jackknife over prompts of a ratio of sums (Cochran, Sampling Techniques, 3rd ed., chapter 6), of
-    paired differences with clustered errors (Miller, arXiv 2411.00640). NaN below two prompts.
+    The differences are paired, and errors are clustered by prompt (Miller, arXiv 2411.00640): a
+    jackknife over prompts of a ratio of sums (Cochran, Sampling Techniques, 3rd ed., chapter 6).
+    NaN for fewer than two prompts.
 
     Args:
-        before, after: [rows], summed NLL of a row under the base and under the adapter.
+        before, after: [rows], summed NLL of each row under the base and under the trained model.
         tokens: [rows], loss tokens.
-        prompts: [rows], the number of a row's prompt; None: each row has another.
+        prompts: [rows], number of each row's prompt; None: every row has a different prompt.
     """
     differences = before - after
     if prompts is not None:
@@ -224,10 +227,10 @@ def evaluate_exact(
     name: str,
     mesh: Mesh | None = None,
 ) -> list[Record]:
-    """Return each run's expected NLL over the true distributions, by PARTS.
+    """Return each run's expected NLL over the true distributions, for each of PARTS.
 
-    In a context it is -sum_v p(v) log q(v), the expectation of the NLL that `evaluate` returns.
-    Keys: `name` with each ending of PARTS; NaN for a part without contexts.
+    The expected NLL in a context is -sum_v p(v) log q(v). It is the expectation of the NLL that
+    `evaluate` returns. Keys: `name` with each suffix of PARTS; NaN for a part without contexts.
     """
     mesh = mesh or Mesh()
     sums = torch.zeros(len(batches_N), len(PARTS), dtype=torch.float64)
@@ -251,17 +254,18 @@ def evaluate_exact(
 
 
 def floors(examples: Sequence[Example], name: str) -> Record:
-    """Return the lowest possible value of each measure of `evaluate_exact`.
+    """Return the lowest possible values of the measures of `evaluate_exact`.
 
-    Keys: `name` with each ending of PARTS but the first, the mean entropy of the true distributions
-    in nats; `changed_share`, the share of contexts that fine-tuning changes. Empty without truth.
+    Keys: `name` with each suffix of PARTS except the first: the mean entropy of the true
+    distributions, in nats. `changed_share`: share of the contexts with `Truth.changed`. Empty if no
+    example has a Truth.
     """
     truths = [e.truth for e in examples if e.truth is not None]
     if not truths:
         return {}
     p = np.concatenate([t.probabilities for t in truths]).astype(np.float64)
     changed = np.concatenate([t.changed for t in truths])
-    # a probability below the range of float32 is 0 there, and adds nothing
+    # a probability below the range of float32 is stored as 0, and adds nothing
     entropies = -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1)
     found = {"changed_share": float(changed.mean())}
     for end, chosen in zip(PARTS[1:], (changed, ~changed)):

@@ -1,11 +1,12 @@
 """Policy gradient: sample completions, reward them, and raise the probability of the better ones.
 
-A completion's loss is -ratio * advantage, summed over its tokens (the end included): ratio is
-p_learner / p_sampler, advantage the reward minus the group's mean. This is the study's loss,
-`importance_sampling` of github.com/thinking-machines-lab/tinker-cookbook. Its gradient is the
-expected reward's (Williams 1992) times (G - 1) / G, because the mean contains the completion
-itself. Groups with equal rewards have no gradient and are not computed, but count in the number of
-completions that the loss is divided by.
+The loss of a completion is -ratio * advantage, summed over its tokens (including the end). The
+ratio is p_learner / p_sampler, the advantage is the reward minus the mean reward of the group. The
+study has the same loss: `importance_sampling` of github.com/thinking-machines-lab/tinker-cookbook.
+Except for the sign, its gradient is the gradient of the expected reward (Williams 1992) times
+(G - 1) / G, because the mean contains the completion itself. Groups with equal rewards have no
+gradient, so the learner skips them. They count in the number of completions that the loss is
+divided by.
 
 Shapes: N runs of the pack, M positions per run, G completions of a prompt.
 """
@@ -43,18 +44,19 @@ from lorasweep.train.objectives.rollouts import (
 from lorasweep.train.sampling import sample
 
 COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
-"""A run has collapsed if its mean reward is below this share of `Signal.base_reward` for so many
-updates in a row. Assumption, not tuned."""
+"""A run has collapsed if its mean reward is below COLLAPSED_SHARE times `Signal.base_reward` for
+COLLAPSED_PATIENCE updates in a row. Assumptions, not tuned."""
 FIRST_UPDATES = 8
-"""A run is stopped if no completion of so many first updates is rewarded, or every one."""
+"""A run fails if in its first FIRST_UPDATES updates no completion is rewarded, or every one is."""
 RATIO_BOUND = 1e-3
-"""Largest distance of p_learner / p_sampler from 1 in fp32, where both are the same policy."""
+"""Accepted distance of p_learner / p_sampler from 1 in fp32, where both are the same policy."""
 ROUNDING = 1e-5
-"""Rounding may change a log-probability by this share of the largest logit: 100 steps of fp32."""
+"""Accepted rounding error of a log-probability, as a share of the largest logit: about 100 times
+the precision of fp32."""
 
 
 class PolicyGradient(OnData):
-    """Policy gradient on sampled completions; each run has a data set that rewards them."""
+    """Policy gradient on sampled completions, which the data set of the run rewards."""
 
     metric = METRICS["policy_gradient"]
 
@@ -66,7 +68,7 @@ class PolicyGradient(OnData):
         """The runs of the present update."""
         self._sampled_per_s = math.nan
         self._gap_NK: list[tuple[torch.Tensor, torch.Tensor]] = []
-        """For each micro-batch and run the summed log p_sampler - log p_learner, and its tokens."""
+        """Per micro-batch: sum of log p_sampler - log p_learner, [N], and number of tokens, [N]."""
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Check the data (DataError), and measure the base's reward on each data set, once."""
@@ -78,7 +80,7 @@ class PolicyGradient(OnData):
             data = self._data[run.id]
             key = f"{run.dataset.canonical}/{self._precision}/{run.max_new_tokens}/reward"
             if key not in base.at_start:
-                if mesh.rank == 0:  # the others wait for it, and end with it
+                if mesh.rank == 0:  # other processes wait for process 0, and fail with it
                     check_available(run.dataset)
                     check_rows(run.dataset, data, run.max_new_tokens)
                 base.at_start[key] = self._measure(base.model, [run], [data.test])[0]
@@ -118,13 +120,13 @@ class PolicyGradient(OnData):
                 [g for g in groups if run.kl_weight or any(c.advantage for c in g.completions)]
             )
         if not any(kept_N):
-            kept_N[0] = groups_N[0][:1]  # an update is made even without a gradient
+            kept_N[0] = groups_N[0][:1]  # an update needs a micro-batch, even without a gradient
         share = -(-first.batch_size // self._mesh.size)
         most = min(self._micro_batch_size or share, share)
         return collate_rollouts(kept_N, most, first.batch_size, self._join_rows, self._mesh.size)
 
     def _rewards_of(self, run: RunSpec) -> Rewards:
-        """Return a run's rewards, computed in one process: verifiers may have time limits."""
+        """Return Rewards that process 0 computes for all: with time limits, verdicts may differ."""
         rewards, mesh = self._data[run.id].rewards, self._mesh
         if mesh.size == 1:
             return rewards
@@ -140,7 +142,7 @@ class PolicyGradient(OnData):
     def loss(self, model: nn.Module, batch: Rollouts) -> torch.Tensor:
         """Return the summed loss of each run, [N].
 
-        Also note the KL from sampler to learner, and check that both are one policy.
+        Also note the KL from sampler to learner, and (not in bf16) check that they are one policy.
 
         Raises:
             ModelError: in fp32 the learner is not the policy that sampled the first completions.
@@ -167,7 +169,7 @@ class PolicyGradient(OnData):
         return loss_NM.sum(1)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
-        """Return the record of this update: the record of reward_groups, and more.
+        """Return the record of this update for each run: the keys of reward_groups, and more.
 
         `surrogate`: the mean loss. `sampler_kl`: mean of log p_sampler - log p_learner over loss
         tokens. `sampled_tokens_per_s`: of the whole pack. DataError: see Signal.check.
@@ -185,7 +187,7 @@ class PolicyGradient(OnData):
         return records
 
     def diverged(self, run_id: str, loss: float) -> bool:
-        """Return whether the run has broken down. Its loss is near 0 at any reward."""
+        """Return whether the run has broken down. The loss is no sign: it is always near 0."""
         return self._signals[run_id].collapsed or self._signals[run_id].beyond_fp32
 
     def evaluate(
@@ -193,9 +195,9 @@ class PolicyGradient(OnData):
     ) -> list[tuple[Record, int]]:
         """Return each run's held-out reward with the standard error: see held_out_rewards.
 
-        For sampled rewards also the share of completions that could not be read, which count as
-        wrong. For a known number of choices also the bits learned, and bits per completion. At the
-        end of training also the reward on the rows of earlier evaluations.
+        Sampled rewards come with the share of unreadable completions, which count as wrong. If the
+        number of choices is known, the bits learned are added, in all and per completion. The final
+        evaluation adds the reward on the rows of earlier evaluations.
         """
         tests = [self._data[run.id].test for run in runs]
         firsts = [t[: run.dataset.n_test_curve or None] for run, t in zip(runs, tests)]
@@ -230,7 +232,7 @@ class PolicyGradient(OnData):
         return [{} for _ in runs]
 
     def facts(self, run: RunSpec) -> Record:
-        """Return the reward before training, the best one, and facts about the data set."""
+        """Return the reward before training, the best reward, and facts about the data set."""
         signal = self._signals[run.id]
         return {
             "reward_start": signal.reward_start,
@@ -252,30 +254,30 @@ class PolicyGradient(OnData):
 
 @dataclass
 class Signal:
-    """The rewards of one run so far. They show whether it can learn, and whether it collapsed."""
+    """The rewards of one run so far. They show whether the run can learn, or has collapsed."""
 
     reward_start: float = math.nan
     """The base's held-out reward."""
     first_reward: float = -math.inf
     """The highest mean reward of the first 1, 2, ..., FIRST_UPDATES updates."""
     below: int = 0
-    """Updates in a row with a reward far below the base's."""
+    """Number of updates in a row with a reward below COLLAPSED_SHARE times `base_reward`."""
     completions: int = 0
     rewarded: float = 0.0
-    """Sum of all rewards of these completions."""
+    """Sum of the rewards of all `completions`."""
     best: float = -math.inf
     """Highest held-out reward so far."""
     last: Record = field(default_factory=dict)
     """The record of the present update."""
     beyond_fp32: bool = False
-    """Weights have grown until rounding in fp32 decides: see check_sampler."""
+    """Whether the weights are so large that fp32 rounding errors dominate: see check_sampler."""
 
     @property
     def base_reward(self) -> float:
-        """The reward that a collapse is judged by: the smaller of two measures of the base.
+        """The base's reward, by which a collapse is judged: the smaller of two estimates.
 
-        These are the held-out reward, and `first_reward`, as training prompts may be harder. The
-        latter is the highest of several means, because an early collapse lowers the longer ones.
+        One is the held-out reward. The other is `first_reward`, because training prompts may be
+        harder. It is the highest of several means: an early collapse lowers those of more updates.
         """
         return min(self.reward_start, self.first_reward)
 
@@ -285,7 +287,7 @@ class Signal:
         return self.below >= COLLAPSED_PATIENCE
 
     def note(self, record: Record, completions: int) -> None:
-        """Add an update's record, of so many completions."""
+        """Add the record of an update with this number of completions."""
         self.last = record
         self.completions += completions
         self.rewarded += record["reward"] * completions
@@ -310,10 +312,11 @@ class Signal:
         )
 
     def check_sampler(self, run: RunSpec, off: float) -> None:
-        """Check that the learner is the policy that sampled; ModelError in the first update.
+        """Check that learner and sampler are the same policy; ModelError in the first update.
 
-        Later a difference means that the run has broken down: its weights have grown until rounding
-        decides. `off`: largest distance of p_learner / p_sampler from 1; the loop checks for NaN.
+        In a later update, a difference means that the run has broken down: its weights are so large
+        that rounding errors dominate. `off`: largest distance of p_learner / p_sampler from 1; the
+        loop checks for NaN.
         """
         bound = max(RATIO_BOUND, ROUNDING * self.last["largest_logit"])
         if not off > bound:
@@ -322,14 +325,14 @@ class Signal:
         if self.completions > run.batch_size:
             return
         raise ModelError(
-            f"run {run.id}: the learner's probability of a sampled token is {off:.2g} off the "
-            f"sampler's (bound {bound:.2g}), so they are not the same policy. "
+            f"run {run.id}: for a sampled token, p_learner / p_sampler differs from 1 by "
+            f"{off:.2g} (bound {bound:.2g}), so learner and sampler are not the same policy. "
             f"{run.model.name!r} computes something else with a cache than without: set "
             "objective=sft for it, or choose another model."
         )
 
     def state(self) -> dict[str, Any]:
-        """Return the counts, as JSON values; None before the first of a kind."""
+        """Return counts and rewards as JSON values. A reward is None before its first value."""
         rewards = {"first_reward": self.first_reward, "best_reward": self.best}
         return {
             "below": self.below,
@@ -367,8 +370,8 @@ def surrogate(
         gap_NM: log p_learner - log p_sampler of each token.
         completion_NM: number of the completion that a token belongs to.
         weight_NM: 1 for a token, 0 for filler.
-        level: 'sequence': a completion's tokens share one ratio, their geometric mean, and its loss
-            counts once (arXiv 2507.18071, eq. 5 and 7).
+        level: 'token', or 'sequence': the tokens of a completion share one ratio, the geometric
+            mean, and their mean loss counts, not the sum (arXiv 2507.18071, eq. 5 and 7).
     """
     share_NM = weight_NM
     if level == "sequence":

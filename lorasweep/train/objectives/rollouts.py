@@ -1,4 +1,4 @@
-"""Completions of prompts: their rewards, held out and in training, and their rows for the learner.
+"""Completions of prompts: rewards in training and on held-out rows, and batches for the learner.
 
 Shapes: N runs of the pack, P prompts, G completions of each, M positions per run at which a token
 of a completion is predicted.
@@ -34,7 +34,7 @@ class Completion:
 
     tokens: np.ndarray
     log_p: np.ndarray
-    """Of each token, under the sampler."""
+    """log p of each token under the sampler, in nats."""
     advantage: float
 
 
@@ -57,7 +57,8 @@ class Rollouts:
     completion_NM: np.ndarray
     """Number of the completion that a token belongs to, within its run; int64, 0 at filler."""
     episodes: int
-    """Completions that a run's loss is divided by: its share of all that were sampled."""
+    """Divisor of each run's loss: in the first micro-batch the completions that the run sampled for
+    the update, in the others 0."""
 
     @property
     def tokens_N(self) -> Sequence[int]:
@@ -76,9 +77,10 @@ def reward_groups(
 ) -> tuple[list[Group], Record]:
     """Return a run's groups, one per row, and the record of its completions.
 
-    `reward`: their mean, with the standard error over prompts, as completions of one prompt are
-    similar. `flat_groups`: share of groups with equal rewards. `entropy`: in nats per token.
-    `cut_off`: share of completions without an end. `unread`: share that could not be read.
+    `reward`: mean over completions. `reward_se`: its standard error over prompts, because
+    completions of one prompt are similar. `flat_groups`: share of groups with equal rewards.
+    `entropy`: in nats per token. `cut_off`, `unread`: shares of completions that were cut off
+    before their end, and that the verifier could not read.
     """
     size = len(completions.tokens) // len(rows)
     # equal completions of one prompt are rewarded once
@@ -104,9 +106,10 @@ def reward_groups(
 
 
 def advantages(reward_PG: np.ndarray, scale: str) -> np.ndarray:
-    """Return each reward minus its group's mean; with scale 'group' over the standard deviation.
+    """Return each reward minus the group's mean; with scale 'group' divided by the group's spread.
 
-    The variance has the divisor G - 1, as in TRL and in the code of GRPO (arXiv 2402.03300).
+    The spread is the standard deviation plus DEVIATION_EPS. The variance has the divisor G - 1, as
+    in TRL and in the code of GRPO (arXiv 2402.03300).
     """
     centred = reward_PG - reward_PG.mean(1, keepdims=True)
     flat = (reward_PG == reward_PG[:, :1]).all(1)
@@ -117,7 +120,7 @@ def advantages(reward_PG: np.ndarray, scale: str) -> np.ndarray:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Return the standard error of a mean; NaN of a single value."""
+    """Return the standard error of a mean; NaN for a single value."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
@@ -132,11 +135,11 @@ def held_out_rewards(
     mesh: Mesh | None = None,
     forward_parts: int = 1,
 ) -> list[tuple[float, float, float]]:
-    """Return each run's mean reward on its rows, its standard error, and the share unreadable.
+    """Return each run's mean reward on its rows, standard error, and share of unread completions.
 
-    Where only the row's answer is rewarded, a row's reward is the probability of that answer, the
-    expected reward. Elsewhere it is the reward of one completion, drawn with the same random
-    numbers in every run and at every step. `forward_parts`: see Exec.
+    If only the gold answer is rewarded, the reward of a row is the probability of that answer,
+    which is the expected reward. Otherwise it is the reward of one sampled completion; every run
+    and every step use the same random numbers. `forward_parts`: see Exec.
     """
     if all(r.exact for r in rewards_N):
         most = max(1, EVAL_TOKENS // forward_parts)
@@ -146,7 +149,7 @@ def held_out_rewards(
         return [(float(v.mean()), standard_error(v), 0.0) for v in values_N]
     count = max(map(len, rows_N))
     uniforms = stream("sample", "held out").random((count, max_new_tokens))
-    # a run with fewer rows repeats them, uncounted
+    # a run with fewer rows repeats some; the repetitions do not count
     prompts_N = [[prompt_of(rows[i % len(rows)]) for i in range(count)] for rows in rows_N]
     uniforms_NPL, ends = np.repeat(uniforms[None], len(rows_N), 0), rewards_N[0].ends
     completions_N = sample(model, prompts_N, uniforms_NPL, ends, precision, mesh, forward_parts)
@@ -159,7 +162,7 @@ def held_out_rewards(
 
 
 def bits_learned(reward: float, choices: int) -> float:
-    """Return the least information about one label that reaches this expected reward, in bits.
+    """Return the fewest bits of information about a label that allow this expected reward.
 
     The reward is the probability of naming the label, one of `choices` equally likely ones. This is
     the rate-distortion function of a uniform source under Hamming distortion (Cover & Thomas,
@@ -182,10 +185,10 @@ def collate_rollouts(
     join_rows: bool,
     processes: int = 1,
 ) -> list[Rollouts]:
-    """Return micro-batches of about `rows` completions per run at most, equally many per process.
+    """Return micro-batches of at most `rows` completions (or one group) per run.
 
-    `groups_N`: each run's groups with a gradient; a run without any takes part with no weight.
-    `episodes`: completions of a run in the update.
+    Every process gets equally many. `groups_N`: each run's groups with a gradient; a run that has
+    no more of them takes part with weight 0. `episodes`: completions of a run in the update.
     """
 
     def longest(group: Group) -> int:
@@ -219,13 +222,13 @@ def collate_rollouts(
         )
         counted = episodes if k == 0 else 0
         micro_batches.append(Rollouts(batch, sampler, advantage, completion, counted))
-    while len(micro_batches) % processes:  # a process without a micro-batch gets one
+    while len(micro_batches) % processes:  # equally many per process
         micro_batches.append(_without_signal(some, join_rows, weight=True))
     return micro_batches
 
 
 def _without_signal(groups: Sequence[Group], join_rows: bool, weight: bool) -> Rollouts:
-    """Return a micro-batch of one run without advantages; `weight`: whether tokens bear loss."""
+    """Return a micro-batch of one run with advantages 0; `weight`: keep the weights of tokens."""
     found = _collate(groups[:1], join_rows)
     weight_NM = found.batch.weight_NM if weight else np.zeros_like(found.batch.weight_NM)
     batch = dataclasses.replace(found.batch, weight_NM=weight_NM, tokens_N=(0,))
@@ -233,7 +236,7 @@ def _without_signal(groups: Sequence[Group], join_rows: bool, weight: bool) -> R
 
 
 def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
-    """Collate one run's completions; those of a group that differ in the last token share a row."""
+    """Collate one run's completions; in a group, those equal up to the last token share a row."""
     tokens: list[np.ndarray] = []
     completions: list[Completion] = []
     firsts: list[int] = []

@@ -30,21 +30,22 @@ from lorasweep.train.objectives.nll import (
 DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
 """See Divergence. Assumptions, not tuned."""
 ROWS = "rows"
-"""Key of each row's summed NLL among measures; not recorded."""
+"""Key of the summed NLLs of rows among the measures of a run. It is removed before recording."""
 EVAL_TOKENS, GPU_EVAL_TOKENS = 1024, 8192
-"""Padded tokens per forward pass in evaluation: on a CPU per run, so that every pack sums held-out
-losses over the same rows; on a GPU of all runs."""
+"""Padded tokens per forward pass in evaluation. On a CPU: of each run, so that every pack sums
+held-out losses over the same rows. On a GPU: of all runs together."""
 
 
 @dataclass
 class Divergence:
-    """Decides from a run's train NLLs whether it has diverged.
+    """Decides from the train NLLs of a run whether the run has diverged.
 
-    It has if its NLL is above DIVERGED_NLL_FACTOR times the base's NLL for DIVERGED_PATIENCE
-    updates in a row. The base's NLL is the larger of two: on the first update's rows, because
-    training rows may be harder, and on the held-out rows, because a small first batch may be easy.
-    Later losses are no reference: the second one already shows a learning rate that is far too
-    high. A late call costs time, a false call costs the run.
+    A run has diverged if its NLL is above DIVERGED_NLL_FACTOR times the base's NLL for
+    DIVERGED_PATIENCE updates in a row. The base's NLL is the larger of two values. One is on the
+    rows of the first update, because training rows may be harder. The other is on the held-out
+    rows, because a small first batch may be easy. Losses of later updates are no reference: a far
+    too high learning rate raises even the second one. A late decision costs time; a false one
+    costs the run.
     """
 
     held_out: float
@@ -55,7 +56,7 @@ class Divergence:
     """Updates in a row above the bound."""
 
     def note(self, nll: float) -> bool:
-        """Add an update's train NLL; return whether the run has diverged."""
+        """Add the train NLL of an update; return whether the run has diverged."""
         if self.first is None:
             self.first = nll
         bound = DIVERGED_NLL_FACTOR * max(self.held_out, self.first)
@@ -64,7 +65,7 @@ class Divergence:
 
 
 class SupervisedFineTuning(OnData):
-    """Supervised fine-tuning on examples with a loss mask; each run has a data set."""
+    """Supervised fine-tuning of each run on a data set of examples with a loss mask."""
 
     metric = METRICS["sft"]
 
@@ -75,14 +76,14 @@ class SupervisedFineTuning(OnData):
         self._retain_start: dict[str, float] = {}
         self._divergence: dict[str, Divergence] = {}
         self._unknown_start: set[str] = set()
-        """Runs whose checkpoint has no fingerprint of their data."""
+        """Ids of runs that resumed from a checkpoint without a data fingerprint."""
         self._code_nats = dict.fromkeys(data, 0.0)
         self._n_loss: dict[str, int] = {}
         self._eval_tokens = max(1, EVAL_TOKENS // self._forward_parts)
         self._eval_batches: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
-        """Measure the base's NLL once on each data set, and on its pretraining rows."""
+        """Measure the base's NLL once on each data set, and on the pretraining rows (`retain`)."""
         self._mesh = base.mesh
         if self._join_rows:
             check_rows_stay_apart(base.model)
@@ -106,7 +107,7 @@ class SupervisedFineTuning(OnData):
     def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[Batch]:
         """Return the micro-batches of update `step`, with rows of similar length together.
 
-        Neighbouring micro-batches have equally many rows: each process takes one of them.
+        Consecutive micro-batches, one for each process, have equally many rows.
         """
         processes, by_run = self._mesh.size, []
         for run in runs:
@@ -136,7 +137,7 @@ class SupervisedFineTuning(OnData):
         return [{"train_nll": nll} for nll in losses]
 
     def diverged(self, run_id: str, loss: float) -> bool:
-        """Add the loss to the code length, and judge it: see Divergence."""
+        """Add the loss to the code length; return whether the run diverged (see Divergence)."""
         self._code_nats[run_id] += loss * self._n_loss[run_id]
         return self._divergence[run_id].note(loss)
 
@@ -145,11 +146,11 @@ class SupervisedFineTuning(OnData):
     ) -> list[tuple[Record, int]]:
         """Return each run's NLL and related measures on its validation rows, or first test rows.
 
-        At the end of training on all test rows; then `test_nll_curve` is the NLL on the rows of the
-        earlier evaluations, and, with validation rows, `gain_se` the standard error of the gain.
-        `test_bpb`: bits per byte, for text. With exact_loss also the PARTS of the NLL. `code_nats`:
-        the summed train NLL of all updates, each measured before the update: the length of a
-        prequential code of the training data (Dawid 1984).
+        At the end of training they are measured on all test rows. Then `test_nll_curve` is the NLL
+        on the rows of earlier evaluations. With validation rows, `gain_se` is the standard error of
+        the gain. `test_bpb`: bits per byte, for text. With exact_loss the NLL is also given for
+        PARTS. `code_nats`: sum of the train NLLs of all updates, each measured before its update.
+        This is the length of a prequential code of the training data (Dawid 1984).
         """
         tests = [self._data[run.id].test for run in runs]
         validations = [self._data[run.id].validation for run in runs]
@@ -178,12 +179,12 @@ class SupervisedFineTuning(OnData):
     def _measure(
         self, model: nn.Module, rows: Sequence[Sequence[Example]], by_row: Sequence[bool]
     ) -> list[Record]:
-        """Return each run's NLL on its rows, and where `by_row` is True also each row's: ROWS."""
+        """Return each run's NLL on its rows; where `by_row` is True, also those of rows (ROWS)."""
         batches, name = [self._batched(r) for r in rows], self.metric.name
         with phase(EVALUATION, more_than_a_row(batches)):
             if all(b.truth is not None for own in batches for b in own):
                 return evaluate_exact(model, batches, self._precision, name, self._mesh)
-            # a sum by rows rounds differently, so each run gets the sum that it would get alone
+            # Sums by row round differently. Each run gets the sum that it would get without others.
             sums: Sequence[np.ndarray] = ()
             nlls: Sequence[float] = ()
             if any(by_row):
@@ -198,12 +199,13 @@ class SupervisedFineTuning(OnData):
         ]
 
     def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
-        """Measure the NLL on rows of the pretraining task, if the data set has some."""
+        """Measure the NLL on rows of the pretraining task, for data sets that have such rows."""
         rows = [self._data[run.id].retain for run in runs]
         some = next(filter(None, rows), None)
         if some is None:
             return [{} for _ in runs]
-        # a forward pass has rows of every run: a run without any gets another's, uncounted
+        # A forward pass needs rows of every run. A run without such rows gets those of another run,
+        # and no result.
         batches = [self._batched(own or some) for own in rows]
         with phase(EVALUATION, more_than_a_row(batches)):
             nlls = evaluate(model, batches, self._precision, self._mesh)
@@ -240,9 +242,9 @@ class SupervisedFineTuning(OnData):
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`; DataError if the run was started on other data.
 
-        Without a fingerprint in an old checkpoint the result has none; without a code length it is
-        NaN. Under divergence rule 1 there is no first NLL: the next update's replaces it, and
-        updates above the old bound do not count.
+        An old checkpoint may lack values. Without a data fingerprint, the result has none either.
+        Without a code length, the code length is NaN. Under divergence rule 1 there is no first
+        NLL: the NLL of the next update replaces it, and updates above the old bound do not count.
         """
         judged = self._divergence[run_id]
         judged.first = state.get("first_nll")
@@ -267,14 +269,14 @@ def _loss_tokens(examples: Sequence[Example]) -> np.ndarray:
 
 
 def _prompts(run: RunSpec, examples: Sequence[Example]) -> list[int] | None:
-    """Return each row's prompt number, in the order of evaluation; None if not held out by it."""
+    """Return each row's prompt number, in order of evaluation; None unless held_out_by=prompt."""
     if run.dataset.held_out_by != "prompt":
         return None
     return prompts_of([examples[i] for i in by_length(examples)])
 
 
 class FirstLoss(NamedTuple):
-    """The loss of one update's rows under the base: summed NLL, and number of loss tokens."""
+    """The loss of the rows of one update under the base: summed NLL, and number of loss tokens."""
 
     nats: float
     tokens: int

@@ -121,7 +121,7 @@ def test_text_is_rewarded_by_its_number_and_a_gold_answer_must_be_readable(tmp_p
     with pytest.raises(DataError, match=longest):
         rewards.check_rows(spec, loaded, 62)
     unread = jsonl(tmp_path, [*rows, {"prompt": "p", "completion": "many"}], verifier="integer")
-    with pytest.raises(DataError, match=r"row 4: its own gold answer cannot be read"):
+    with pytest.raises(DataError, match=r"row 4: the gold answer of the row cannot be read"):
         rewards.check_rows(spec, unread, 16)
 
 
@@ -294,7 +294,7 @@ def test_an_answer_to_math_is_what_stands_in_its_last_box(hub):
     rewards.check_rows(spec, loaded, 512)
     assert len(prompt_of(row)) + len(answer_of(row)) == len(row.tokens)
     spec = math(hub, "damaged", wrong="It is late, and nothing is in a box.")
-    with pytest.raises(DataError, match=r"'math_reward', training row \d+: its own gold answer"):
+    with pytest.raises(DataError, match=r"'math_reward', training row \d+: the gold answer"):
         rewards.check_rows(spec, load(spec, llama_like()), 512)
 
 
@@ -312,7 +312,7 @@ def test_the_gold_answer_of_deepmath_is_a_column_and_needs_no_box(hub):
         assert given(loaded, row, box, r"\boxed{-123}", gold, "") == [1.0, 0.0, None, None]
     empty = hub("none", {"default": {"train": [*rows, {**rows[0], "final_answer": " "}]}})
     spec = spec_of("deepmath_reward", empty, n_test=2, holdout=2)
-    with pytest.raises(DataError, match=r"row \d+: its own gold answer cannot be read"):
+    with pytest.raises(DataError, match=r"row \d+: the gold answer of the row cannot be read"):
         rewards.check_rows(spec, load(spec, llama_like()), 8192)
     spec = dataclasses.replace(composed("deepmath"), dataset=shipped("deepmath", verifier="math"))
     with pytest.raises(SpecError, match="completion_field=final_answer"):
