@@ -1,15 +1,23 @@
-"""Curves: tables that must be refused, and where learning curves end."""
+"""Curves of a table: what must be refused, where learning curves end, and metrics of which more is better."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.runs.learning_curves import by_run, same_rows
+from analysis.optimum.fit import fit_all
+from analysis.optimum.likelihood import pools
+from analysis.questions.registry import analyse
+from analysis.runs.learning_curves import by_run, learning_curves, same_rows
 from analysis.runs.lr_curves import lr_curves
+from analysis.runs.metric import NLL, Shown, as_losses, shown
 from analysis.runs.table import TableError
+from lorasweep.spec.metric import METRICS
+from lorasweep.store.table import table_row
 from tests.tables import table
+from tests.world import tiny_spec
 
 A, B = "a" * 64, "b" * 64
 
@@ -59,3 +67,85 @@ def test_a_curve_is_read_to_its_end_where_the_same_rows_were_evaluated_there(at_
     curve[-1] |= at_end
     table = pd.DataFrame([{"result": json.dumps({"curve": curve})}])
     assert same_rows(by_run(table)[0]) == wanted and same_rows(None) == []
+
+
+# ---------------------------------------------------------------- metrics of which more is better
+
+
+REWARD = METRICS["policy_gradient"]
+
+
+def row(lr, value, metric=REWARD, seed=0, curve=None, state="done", **changes):
+    spec = dataclasses.replace(tiny_spec(), lr=lr, seed=seed, **changes)
+    curve = curve or [{"step": 0, metric.name: 0.1}, {"step": 4, metric.name: value}]
+    result = {"run_id": spec.id, "state": state, metric.name: value, "curve": curve}
+    return table_row(spec.plain(), {**result, **metric.stored()})
+
+
+def test_the_best_rate_is_that_of_the_highest_reward():
+    """A planted parabola of the reward, its top between two rates."""
+    rates = 1e-3 * 2.0 ** np.arange(-3, 4)
+    top = np.log(1.2e-3)
+    rewards = {lr: 0.8 - 0.05 * (np.log(lr) - top) ** 2 for lr in rates}
+    noise = {seed: 1e-3 * seed for seed in range(3)}
+    raw = pd.DataFrame([row(lr, r + noise[s], seed=s) for lr, r in rewards.items() for s in noise])
+    assert (raw["test_reward"] > 0).all() and raw["test_nll"].isna().all()
+    losses = as_losses(raw)
+    assert (losses["test_nll"] == -raw["test_reward"]).all()
+    assert (losses["nll_start"] == -0.1).all()
+    assert shown(raw) == shown(losses) == Shown("held-out reward", -1, "reward", "")
+    curve = learning_curves(losses)
+    assert curve["test_nll"].tolist()[:2] == [-0.1, -raw["test_reward"].iloc[0]]
+    assert (as_losses(losses)["test_nll"] == losses["test_nll"]).all()  # a loss stays one
+    (best,) = fit_all(lr_curves(losses))
+    assert best.best_lr.low < np.exp(top) < best.best_lr.high
+    assert best.best_lr.value == pytest.approx(np.exp(top), rel=0.1)
+
+
+def test_a_table_of_nlls_is_left_as_it_is_and_metrics_are_never_mixed():
+    nlls = pd.DataFrame([row(lr, 1.0, METRICS["sft"]) for lr in (1e-3, 2e-3)])
+    assert as_losses(nlls) is nlls and shown(nlls) == NLL
+    mixed = pd.DataFrame([row(1e-3, 1.0, METRICS["sft"]), row(2e-3, 0.5)])
+    with pytest.raises(TableError, match=r"test_nll, test_reward.*Analyse them apart"):
+        as_losses(mixed)
+    with pytest.raises(TableError):
+        analyse(mixed, {"analysis": "lr_ratio", "claims": {}})
+    assert json.loads(nlls["result"].iloc[0])["test_nll"] == 1.0
+
+
+def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
+    """As the control of a bandit is: equal rates and seeds, and neither a run twice nor one curve."""
+    sampled = {"objective": "policy_gradient", "group_size": 4, "max_new_tokens": 1}
+    rates = (1e-3, 2e-3, 4e-3)
+    both = [row(lr, 0.5, **sampled) for lr in rates] + [
+        row(lr, 1.0, METRICS["sft"]) for lr in rates
+    ]
+    table = pd.DataFrame(both)
+    curves = lr_curves(as_losses(table))
+    assert sorted(c.y.mean() for c in curves) == [-0.5, 1.0]
+    assert len({c.group for c in curves}) == 2 and {c.shown.sign for c in curves} == {1, -1}
+    assert [len(pool) for pool in pools(curves)] == [1, 1]  # no noise in common
+    assert any("policy gradient" in c.group for c in curves)
+
+
+def test_a_run_has_collapsed_by_its_own_best_reward():
+    """0.5 is the limit: of the run's best reward on the same rows, and not of the base's."""
+
+    def run(lr, curve, last, state):
+        points = [{"step": k, "test_reward": r} for k, r in enumerate(curve)]
+        points[-1] |= {} if last is None else {"test_reward_curve": last}
+        return row(lr, curve[-1], curve=points, state=state)
+
+    cases = {
+        1e-3: ([0.1, 0.8, 0.41], None, "done", False),
+        2e-3: ([0.1, 0.8, 0.39], None, "done", True),  # although four times the base's reward
+        3e-3: ([0.1, 0.8, 0.39], 0.42, "done", False),  # on the rows of the others it kept more
+        4e-3: ([0.3, 0.2, 0.16], None, "done", False),
+        5e-3: ([0.1, 0.5, 0.45], None, "diverged", True),  # stopped in training
+    }
+    table = pd.DataFrame([run(lr, c, last, state) for lr, (c, last, state, _) in cases.items()])
+    losses = as_losses(table)
+    assert dict(zip(losses["lr"], losses["collapsed"])) == {k: v[3] for k, v in cases.items()}
+    (curve,) = lr_curves(losses)
+    assert np.isnan(curve.y).tolist() == [v[3] for v in cases.values()]
+    assert curve.broke_down.tolist() == [v[3] for v in cases.values()]
