@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -88,6 +89,30 @@ def environment(cwd):
     """The variables of a command whose outputs lie below `cwd`."""
     folders = {f"LORASWEEP_{name.upper()}": f"{cwd}/{name}" for name in ("runs", "reports")}
     return {**os.environ, "PYTHONPATH": str(ROOT), **folders}
+
+
+def start(*arguments, cwd, env=None, **options):
+    """Start Python with these arguments in a new process, its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**environment(cwd), **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for(condition, timeout=400, every=0.05):
+    """Wait until a condition holds; return its value. An idle machine needs a few seconds."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(every)
+    raise AssertionError(f"nothing after {timeout} s")
 
 
 def cli(*args, cwd, env=None, timeout=300, check=True):

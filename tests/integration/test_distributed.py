@@ -16,9 +16,9 @@ from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
-from tests.integration.test_interruptions import furthest, kept, start, wait_for
+from tests.integration.test_interruptions import furthest, kept, start
 from tests.training import EPS, ROUNDING, moved
-from tests.world import cli, compose_request
+from tests.world import cli, compose_request, wait_for
 
 pytestmark = pytest.mark.slow
 

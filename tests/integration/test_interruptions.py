@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,10 @@ from lorasweep.launch import local
 from lorasweep.store import claims
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
+from tests import world
 from tests.integration.conftest import SMOKE
 from tests.training import REWARDED
-from tests.world import cli, compose_request, environment
+from tests.world import cli, compose_request, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -31,25 +30,8 @@ REWARDED = (
 
 def start(*args, cwd):
     """Start the command in a new process group."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lorasweep", *args],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        env=environment(cwd),
-    )
-
-
-def wait_for(condition, timeout=240):
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        if condition():
-            return
-        time.sleep(0.02)
-    pytest.fail("waited in vain")
+    group = {"start_new_session": True, "stderr": subprocess.PIPE}
+    return world.start("-m", "lorasweep", *args, cwd=cwd, **group)
 
 
 def places(tmp_path):

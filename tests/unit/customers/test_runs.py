@@ -71,14 +71,12 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
 @pytest.mark.parametrize(
     "columns, says",
     [
-        ({"name": "good"}, "an earlier row has 'good'"),
         ({"data": "silent.jsonl", "max_length": 16}, "no rows"),
         ({"data": "other.jsonl"}, "has the columns text"),
         ({"data": "empty.jsonl"}, "has no rows"),
         ({"data": "gone"}, "no file"),
         ({"task": "rl"}, "not by rl"),
         ({"data": ""}, "data: missing"),
-        ({"model": "gpt-9"}, "'gpt-9' not found"),
     ],
 )
 def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch, columns, says):

@@ -78,12 +78,6 @@ def list_of(loaded, count=None):
     return list(kept)[:count]
 
 
-def test_the_subset_of_the_batch_size_question_is_the_first_10000_rows_of_the_larger_one():
-    small, large = shipped("openthoughts3_10k"), shipped("openthoughts3")
-    assert (small.n_train, large.n_train) == (10_000, 384_000)
-    assert dataclasses.replace(small, name=large.name, n_train=large.n_train) == large
-
-
 def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(hub):
     kinds = spec_of("math", "").config.split("+")
     content = {

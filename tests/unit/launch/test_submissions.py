@@ -167,12 +167,11 @@ def test_a_follow_up_command_is_tried_again_where_that_may_help(tmp_path, monkey
 
 # ---------------------------------------------------------------- Slurm's output
 
-
 OWNER = {"host": "elsewhere", "boot": "x", "pid": 1, "started": "1"}
 
 
 def job_of(number, restart=0):
-    return {"cluster": "here", "job_of": str(number), "restart": restart}
+    return {"cluster": "here", "job": str(number), "restart": restart}
 
 
 def test_partitions_are_read_and_known_by_name(slurm):
@@ -212,7 +211,7 @@ def test_slurm_decides_whether_an_owner_that_is_a_job_is_alive(slurm, tmp_path, 
     assert alive("here", "12", 1) is False  # a later execution
     assert alive("there", "12", 7) is None  # another cluster
     n = len(asked)
-    assert alive("here", "13", 0) is False and len(asked) == n  # a dead job_of is not queried again
+    assert alive("here", "13", 0) is False and len(asked) == n  # a dead job is not queried again
 
     def attempt(name, number):
         folder = tmp_path / name
@@ -237,7 +236,7 @@ def test_a_job_that_slurm_started_again_recognises_its_earlier_execution(monkeyp
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert "slurm" not in claims.this_process()  # a command in an interactive job_of
+    assert "slurm" not in claims.this_process()  # a command in an interactive job
     monkeypatch.setenv(claims.JOB_VARIABLE, "1")
     assert claims.restarted({"slurm": job_of(12)})
     others = ({"slurm": job_of(12, restart=1)}, {"slurm": job_of(13)}, {})

@@ -124,7 +124,6 @@ def test_of_two_curves_the_one_further_from_a_line_is_taken():
 
 # ---------------------------------------------------------------- the batch effect
 
-
 BATCH_LENGTHS = {4: (8, 512), 16: (8, 256), 64: (8, 64), 256: (8, 16)}  # as in the shipped sweep
 BATCH_STEPS = [s for k in range(3, 10) for s in (2**k, 3 * 2 ** (k - 1))]
 GRID = [

@@ -129,8 +129,6 @@ def test_operations_are_those_of_the_methods(rank):
 
 # ---------------------------------------------------------------- experts
 
-
-pytestmark = pytest.mark.slow  # fits dozens of curves
 TOKENS = [[10, 20, 30, 40], [25, 25, 25, 25]]
 METHODS = {
     "active": Lora(rank=8, layers="mlp"),

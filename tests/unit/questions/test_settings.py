@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from analysis.questions.layers import PARAMETERS_AGREE
 from lorasweep.methods.lora import LoRA as Lora
 from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, check, runs
 
@@ -55,17 +54,6 @@ def test_a_claim_about_all_tasks_is_supported_only_if_it_holds_on_each():
     assert outcomes == {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
     check(found, attention_everywhere="REFUTED")
     assert found["attention_everywhere"]["why"].startswith("by task: REFUTED on 1, SUPPORTED on 1")
-
-
-@pytest.mark.parametrize("scale", ["smoke", "tiny", "small", "paper"])
-def test_attention_and_mlp_have_equal_parameters_at_every_scale(compose, scale):
-    points = [p for p in compose("+sweep=layers", f"scale={scale}").points if p.arm == "lora"]
-    sizes = {}
-    for p in points:
-        size = sizes.setdefault(p.spec.model.name, {})
-        size[p.spec.method.layers] = p.spec.method.n_trainable(p.spec.model)
-    for size in sizes.values():
-        assert abs(math.log(size["attention"] / size["mlp"])) < math.log(1 + PARAMETERS_AGREE)
 
 
 # ---------------------------------------------------------------- recipes
