@@ -59,7 +59,6 @@ def trained(folder, size, kinds):
 
 
 def same(a, b, relative=ROUNDING[1]):
-    """Compare all numbers of two results, by their paths."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         return all(same(a[k], b[k], relative) for k in a)
@@ -84,7 +83,6 @@ OF_REWARDS = (
     ids=["dense", "experts and rewards"],
 )
 def test_two_processes_make_the_update_of_one_in_float64(tmp_path, kinds):
-    """Of adapters, of all weights, and of experts: loss, gradient and change of every matrix."""
     one, two = (trained(tmp_path / str(n), n, kinds) for n in (1, 2))
     for kind in kinds:
         for name in OF_REWARDS if kind == "rewards" else MEASURES:
@@ -100,7 +98,6 @@ LONG = (*SMALL, *KINDS["full"], "exec.checkpoint_s=0.2", "action=run")
 
 
 def processes(command):
-    """The ids of the processes that a command has started."""
     with open(f"/proc/{command.pid}/task/{command.pid}/children", encoding="ascii") as file:
         return [int(n) for n in file.read().split()]
 

@@ -63,7 +63,6 @@ def kept(cwd):
 
 
 def furthest(cwd):
-    """The last update that was recorded of each run."""
     return [max(steps, default=0) for steps in kept(cwd).values()]
 
 

@@ -81,7 +81,6 @@ def curve(result):
 
 @pytest.mark.full
 def test_an_interrupted_run_resumes_from_its_checkpoint(old, tmp_path):
-    """From the first of its two checkpoints, so that the updates to the second can be compared."""
     folder = old.folder(INTERRUPTED)
     checkpoint.keep_only(folder / "checkpoint", FIRST)
     before = old.records(INTERRUPTED)

@@ -99,7 +99,6 @@ def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, 
 
 @pytest.mark.full
 def test_packs_are_measured_when_asked_and_kept(tmp_path):
-    """In a separate process; asked again, nothing is measured; a plan then shows the figures."""
     one = ("model=tiny64", "dataset=dialect_smoke", "method=lora", "batch_size=4")
     first = cli(*one, "action=measure_packs", cwd=tmp_path)
     again = cli(*one, "action=measure_packs", cwd=tmp_path)

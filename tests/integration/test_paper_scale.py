@@ -81,7 +81,6 @@ FEW_ROWS = ("dataset.n_test=16", "dataset.n_test_curve=8")
 
 @pytest.mark.full
 def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
-    """By the study's files and one command, up to the answer."""
     names = ["llama-3.1-8b", "qwen3-30b-a3b-base"]
     shape = tuple(f"model.{name}={value}" for name, value in NARROW.items())
     given = [compose_request([f"model={n}", *shape, "scale=paper"]).points[0].spec for n in names]

@@ -70,7 +70,6 @@ def test_a_submitted_sweep_is_preempted_requeued_and_answered(queue, tmp_path):
 
 @pytest.mark.full
 def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
-    """One submission, one job a node, one kind of harm a job."""
     whole, there = tmp_path / "whole", tmp_path / "there"
     train_here(whole, *EIGHT_JOBS)
     with queue.closed():
@@ -120,7 +119,6 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
 
 
 def _one_with_a_checkpoint_of_each_job(cwd, submission):
-    """Return a run of each job; None while one has no checkpoint."""
     saved = [[r for r in task if _held_with_a_checkpoint(cwd, r)] for task in submission.tasks]
     return [runs[0] for runs in saved] if all(saved) else None
 
@@ -167,7 +165,6 @@ def test_a_job_killed_for_its_memory_says_so_and_more_memory_helps(queue, tmp_pa
 
 @pytest.mark.full
 def test_failed_runs_keep_their_cause_and_are_tried_again_up_to_a_bound(queue, tmp_path):
-    """A trainer that fails every time: two attempts, the second by the follow-up job."""
     bound = ("exec.retry=true", "exec.max_attempts=2")
     ask(tmp_path, *SMOKE, *FAST, *bound, trainer="tests.slurm.trainers:broken")
     queue.drain()

@@ -54,7 +54,6 @@ def trained(slurm, tmp_path_factory):
 
 @pytest.mark.full
 def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(trained):
-    """The follow-up job submits the second stage and writes the answer."""
     here, there, sent, answer = trained
     assert "submitted 6 runs" in sent.stdout and "code snapshot" in sent.stderr
     assert len(results(there)) == 10 and results(there) == results(here)
@@ -83,7 +82,6 @@ def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(trained):
 
 @pytest.mark.full
 def test_packs_side_by_side_have_a_gpu_each(queue, tmp_path):
-    """Two fake GPUs a job: two workers, one GPU each."""
     two = ("cluster.gpus=2", "cluster.cpus=1", "exec.pack_size=1", "steps=200")
     ask(tmp_path, *SMOKE, *ALONE, *two, trainer=HELD)
     wait_for(lambda: len(list((tmp_path / "runs").glob("*/attempts/1/env.json"))) == 2)

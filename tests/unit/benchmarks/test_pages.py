@@ -89,7 +89,6 @@ def test_no_row_is_judged_by_its_own_source():
 
 
 def test_known_outcomes_stay():
-    """Code and maths corpora: full fine-tuning won; instruction data and RL at rank 1: close."""
     found = {(j.entry["source"], j.entry["what"]): j.says for j in outcomes.outcomes()}
     assert found["biderman", "Starcoder-Python, 20B tokens"] == "behind"
     assert found["biderman", "OpenWebMath, 14.7B tokens"] == "behind"

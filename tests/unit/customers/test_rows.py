@@ -176,7 +176,6 @@ def test_training_rows_with_the_prompt_of_a_test_row_are_left_out(tmp_path):
 
 
 def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
-    """Of each prompt some answers are longer than max_length, and left out."""
     said = [("Yes " * (40 if k % 3 == 0 else 2) + f"{k}") for k in range(120)]
     rows = [pair(f"How many? {k // 4}", text) for k, text in enumerate(said)]
     spec = read(write_json(tmp_path / "my.jsonl", rows)).dataset

@@ -91,7 +91,6 @@ def test_ranks_end_at_an_eighth_of_the_width_and_suit_the_experts():
 
 
 def keep(folder, **answer):
-    """Write an answer as the analysis keeps it, and read it."""
     answer = {"scale": "tiny", "verdicts": [], "curves": [], **answer}
     (folder / answer["sweep"]).mkdir()
     (folder / answer["sweep"] / "results.json").write_text(json.dumps(answer))
@@ -280,7 +279,6 @@ def test_where_lora_is_not_faster_or_full_fits_nowhere_a_warning_says_so():
 
 
 def test_sampling_is_in_the_price_of_reinforcement_learning():
-    """By a serving engine on the same GPUs; the longer the answers, the more it takes."""
     shape = {"max_length": 2048, "batch_size": 512}
     rl = {"task": "rl", "episodes": 51_200}
     long = advice(tokens_per_example=512, **rl, **shape)

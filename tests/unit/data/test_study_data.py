@@ -30,7 +30,6 @@ def load(spec, tokenizer=None):
 
 
 def shown(example, tokenizer=None):
-    """The text of a row, and of what is in its loss."""
     decode = (tokenizer or qwen_like()).decode
     return decode(example.tokens), decode(example.tokens[example.loss])
 

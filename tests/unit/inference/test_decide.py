@@ -180,7 +180,6 @@ def test_the_usual_variance_is_that_of_most_samples():
     ],
 )
 def test_intervals_over_three_seeds_cover_and_are_at_least_students(spreads, shared):
-    """Samples of different spread, correlated by seed."""
     rng, inside, n = np.random.default_rng(7), np.zeros(len(spreads)), 500
     for _ in range(n):
         common = rng.standard_normal(3)

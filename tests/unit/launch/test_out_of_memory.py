@@ -98,7 +98,6 @@ def test_micro_batches_then_packs_are_halved_until_all_runs_finish(store):
     ],
 )
 def test_later_checkpoints_keep_a_changed_size(store, name, divisible, tried):
-    """A run that changed its size, was stopped and resumed by another worker stays marked."""
     specs, stop = specs_of(2), StopFlag()
 
     def before(step, pack, exec_):

@@ -105,7 +105,6 @@ def test_a_snapshot_is_named_by_its_content_and_runs(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_both_ways_to_submit_ask_for_the_same(tmp_path, monkeypatch, n):
-    """submitit's batch file and ours have the same options and the same shell lines."""
     from submitit.slurm.slurm import SlurmExecutor
 
     (tmp_path / "bin").mkdir()

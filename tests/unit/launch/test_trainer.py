@@ -118,7 +118,6 @@ def train(pack, tmp_path, trainer=None, **settings):
 
 
 def all_text(store, spec):
-    """The content of all files in a run's folder."""
     files = [p for p in store.folder(spec.id).rglob("*") if p.is_file()]
     return b"\n".join(p.read_bytes() for p in files).decode(errors="replace")
 

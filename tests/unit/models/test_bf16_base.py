@@ -30,7 +30,6 @@ def world():
 
 
 def of_family(family, tied):
-    """A random model of bf16 numbers, held in fp32 and in bf16."""
     wide = family_model(family, tie_word_embeddings=tied)
     for p in wide.parameters():
         p.data = p.data.bfloat16().float()

@@ -189,7 +189,6 @@ def test_curves_fitted_together_are_the_curves_fitted_one_sweep_at_a_time():
     "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "linex")) for f in FAMILIES]
 )
 def test_intervals_hold_planted_truths(family):
-    """A small calibration of each family (the full one: make calibrate), at three noises."""
     rng = np.random.default_rng(11)
     held = ratios = n = n_ratios = 0
     for noise in (1e-4, 1e-3, 1e-2):

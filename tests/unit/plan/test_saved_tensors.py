@@ -40,14 +40,12 @@ ROWS = 2
 
 
 def transformers_model(spec):
-    """Build a model of this shape, with weights of fp32."""
     model = AutoModelForCausalLM.from_config(config_of(spec), dtype=torch.float32).eval()
     use_grouped_experts(model, spec)
     return model
 
 
 def saved_bytes(spec, method, precision, checkpointing, length):
-    """Return the bytes that a forward pass saves for the backward pass."""
     model, saved = transformers_model(spec), {}
     method.attach(model, find_targets(model, spec, method.target_layers()), [method], [0])
     if checkpointing:

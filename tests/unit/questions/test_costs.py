@@ -183,7 +183,6 @@ def test_planted_gaps_and_optima_come_back():
 
 
 def test_the_experts_adapters_are_counted_as_they_are_trained():
-    """By the report and by the method, for every reading."""
     world = Readings({}, {})
     table, spec = planted_table(world, reading_runs()), base("tiny64-experts", "dialect_smoke")
     found = QUESTION.analyse(table, kept_question("experts"))

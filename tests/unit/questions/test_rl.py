@@ -139,7 +139,6 @@ def _rank(spec):
 
 
 def by_contexts(out):
-    """Verdicts by claim and contexts."""
     n = {v["group"]: 64 if "contexts=64)" in v["group"] else 4096 for v in out["verdicts"]}
     return {(v["claim"], n[v["group"]]): v for v in out["verdicts"]}
 

@@ -45,7 +45,6 @@ def test_layer_sets(attention, outcome, tmp_path):
 
 
 def test_a_claim_about_all_tasks_is_supported_only_if_it_holds_on_each():
-    """Attention is slower on one base and faster on the other."""
     of_base = {"tiny64": speeds(0.4), "tiny64-s1": speeds(0.9)}
     world = World(lambda s: of_base[s.model.name][s.method.layers])
     out, found = ask("layers", world, layer_runs(*of_base))

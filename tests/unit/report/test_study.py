@@ -477,7 +477,6 @@ def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(t
 
 
 def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
-    """The same runs judged as they are, with an exploratory claim, and withdrawn."""
     table, asked = kept_answer(reports / "rank-smoke")
     as_asked = question_hash(asked)
     plain = analyse(table, asked)

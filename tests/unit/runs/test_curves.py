@@ -82,7 +82,6 @@ def row(lr, value, metric=REWARD, seed=0, curve=None, state="done", **changes):
 
 
 def test_the_best_rate_is_that_of_the_highest_reward():
-    """A planted parabola of the reward, its top between two rates."""
     rates = 1e-3 * 2.0 ** np.arange(-3, 4)
     top = np.log(1.2e-3)
     rewards = {lr: 0.8 - 0.05 * (np.log(lr) - top) ** 2 for lr in rates}

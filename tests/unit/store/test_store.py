@@ -248,7 +248,6 @@ def test_two_users_of_a_folder_with_the_sticky_bit_share_the_index(tmp_path, gro
 
 @pytest.fixture
 def table(tmp_path):
-    """Three finished runs."""
     store = RunStore(tmp_path / "a")
     for k in range(3):
         work(store, tiny_spec(seed=k))
@@ -367,7 +366,6 @@ def test_all_actions_write_files_that_the_group_may_write(group_folder, compose,
 
 @pytest.mark.parametrize("mode", [0o2775, 0o3775], ids=["g+ws", "g+ws,+t"])
 def test_another_user_of_the_group_resumes_a_sweep(group_folder, tmp_path, mode):
-    """The second user claims a run that the first one left, and finishes it."""
     store, spec = group_folder(mode), tiny_spec()
     n = store.claim(spec)
     store.record(spec.id, {"step": 1})

@@ -28,7 +28,6 @@ EXPLORATORY = ("layers-small", "lr_ratio-small")
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_sweep_has_the_recorded_runs_and_questions(scale):
-    """A changed id means that finished runs stop counting as done."""
     found, points = {}, {}
     with composer() as compose:
         for sweep in SWEEPS:

@@ -44,7 +44,6 @@ def dataset(draw_by_seed=False, rule_shift=0.25):
 
 @pytest.mark.numerics
 def test_the_exact_loss_is_the_sum_by_hand(base, norms_in_float64):
-    """Of two runs in one pass, with draws and sizes of their own."""
     drawn = (data.load(dataset(draw_by_seed=True), [], draw=d).test for d in (100, 101))
     tests = [rows[:n] for rows, n in zip(drawn, (24, 10))]
     found = nll.evaluate_exact(base.model, [eval_batches(t, 256) for t in tests], "fp64", NAME)

@@ -45,7 +45,6 @@ def model_of(family):
 
 
 def batch_of(n_runs, lengths=(40, 17), join_rows=False):
-    """Runs with rows of different lengths and numbers of loss tokens."""
     rng = np.random.default_rng(0)
     parts = []
     for k in range(n_runs):

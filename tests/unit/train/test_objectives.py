@@ -226,7 +226,6 @@ def test_by_hand():
 
 
 def collapsed_after(signal, given):
-    """The update after which the run has collapsed."""
     for k, reward in enumerate(given, 1):
         signal.note({"reward": reward}, 32)
         if signal.collapsed:

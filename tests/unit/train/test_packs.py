@@ -158,7 +158,6 @@ SECRET = 31
 
 
 def customer(spec, name):
-    """A customer's run, and its data."""
     count, longest, steps, rate, rank = CUSTOMERS[name]
     dataset = dataclasses.replace(spec.dataset, name=name, n_test=4, n_test_curve=2)
     data = noise(dataset, longest, train=count, test=4, validation=3)

@@ -76,7 +76,6 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
 
 
 def token_log_p(model, prompt, whole):
-    """The log-probabilities of the tokens after the prompt."""
     log_ps = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
     return log_ps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
 
@@ -207,7 +206,6 @@ def test_a_resumed_run_ends_in_the_same_bits(worlds, name, method):
 
 
 def end_of(spec, base, loaded):
-    """How a run ends, and its result."""
     found = Trained(finetune([spec], base, loaded))
     return found.ends[spec.id], found.results[spec.id]
 
@@ -248,7 +246,6 @@ def test_the_expected_reward_is_the_mean_of_samples(worlds):
 
 
 def rewarded_by(loaded, value):
-    """Data whose rewards are one value."""
     given = {"of": lambda pairs: [value] * len(pairs), "exact": False}
     return dataclasses.replace(loaded, rewards=dataclasses.replace(loaded.rewards, **given))
 
