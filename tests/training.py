@@ -170,6 +170,21 @@ def apart(a, b):
     return difference and difference / float(b.abs().max())
 
 
+def saved_for_backward(model, forward):
+    """Call forward(); return a tensor of each storage that it saves, without the model's own."""
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in held:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept: no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return list(saved.values())
+
+
 def attached(method, model, shape, seed=0):
     """One run of `method` on the model: its Trainables."""
     return pack_of([method], model, shape, [seed])

@@ -4,6 +4,7 @@ killed and resumed on other numbers of processes, and refused where they cannot 
 import os
 import signal
 
+import psutil
 import pytest
 
 from lorasweep.data import load as data
@@ -97,11 +98,6 @@ def test_two_processes_make_the_update_of_one_in_float64(tmp_path, kinds):
 LONG = (*SMALL, *KINDS["full"], "exec.checkpoint_s=0.2", "action=run")
 
 
-def processes(command):
-    with open(f"/proc/{command.pid}/task/{command.pid}/children", encoding="ascii") as file:
-        return [int(n) for n in file.read().split()]
-
-
 def killed_and_resumed(folder, sizes, steps):
     """Train with each number of processes in turn; all but the last are killed with kill -9.
 
@@ -119,7 +115,8 @@ def killed_and_resumed(folder, sizes, steps):
         attempts = store.last_attempt(rid)
         if at == 0:
             leader = store.owner(rid, attempts)["pid"]
-            os.kill(next(pid for pid in processes(command) if pid != leader), signal.SIGKILL)
+            started = psutil.Process(command.pid).children()
+            next(p for p in started if p.pid != leader).kill()
             attempts += 1
             wait_for(lambda n=attempts: store.last_attempt(rid) == n)
         at = max(described(store.folder(rid) / "checkpoint"))

@@ -3,8 +3,8 @@
 import json
 import os
 import signal
-from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.slurm import storm
@@ -95,7 +95,7 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
     queue.command("scontrol", "requeue", jobs["requeued"])
     queue.command("scancel", jobs["cancelled"])
     os.kill(_worker(there, runs["worker killed"][0]), signal.SIGKILL)
-    os.kill(_parent(_worker(there, runs["job killed"][0])), signal.SIGKILL)
+    psutil.Process(_worker(there, runs["job killed"][0])).parent().kill()
     wait_for(lambda: all(_interrupted(there, rid) for rid in everything))
     # Slurm may have taken the node back by itself, and then refuses this.
     queue.update(f"nodename={where[jobs['node failed']]}", "state=resume", check=False)
@@ -135,10 +135,6 @@ def _interrupted(cwd, rid):
 
 def _worker(cwd, rid):
     return read_json(cwd / f"runs/{rid}/attempts/1/owner.json")["pid"]
-
-
-def _parent(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.full

@@ -111,7 +111,6 @@ def test_scripts_for_places_without_submitit(queue, tmp_path):
 
 FLEET = ("action=fleet", "customers=customers.yaml", "exec.threads=1")
 JOBS = (*FAST, "cluster.runs_per_job=3", "exec.pack_size=3")
-STATUS = ("action=status", "customers=customers.yaml", "format=json", *FAST)
 
 
 @pytest.fixture
@@ -138,7 +137,8 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_follow_up_job(queue, f
         assert "submitted 7 runs" in said and "7 runs queued" in said
         assert "4 customers: 0 adapters, 3 not trained yet, 1 with errors" in said
         assert said.count("gone.jsonl") == 1
-        shown = json.loads(ask(folder, *STATUS).splitlines()[-1])  # after the errors of rows
+        asked = ("action=status", *FLEET[1:], "format=json", *FAST)
+        shown = json.loads(ask(folder, *asked).splitlines()[-1])  # after the errors of rows
         assert shown["runs"]["queued"] == 7 and len(shown["follows"]) == 1
         assert shown["customers"] == {"customers": 4, "adapters": 0, "open": 3, "errors": 1}
         assert "submitted" not in ask(folder, *FLEET, *JOBS, trainer=None)

@@ -116,7 +116,6 @@ def test_the_noise_between_seeds_is_the_metrics(compose, fake_trainer):
 # ---------------------------------------------------------------- curves without a data fingerprint
 
 AS_JSON = (*SMOKE, "format=json")
-MORE = "sweep.axes.seed=[0,1]"
 ADVICE = r"would continue lr curves .*exec\.runs_dir=.*/runs-2"
 
 
@@ -142,7 +141,7 @@ def test_a_kept_table_is_judged_again_and_not_continued_and_another_curve_is_tra
     assert act(compose(*AS_JSON), old) == 0 and not old.trained
     for action in ("run", "plan"):
         with pytest.raises(StoreError, match=ADVICE):
-            act(compose(*AS_JSON, MORE, f"action={action}"), old)
+            act(compose(*AS_JSON, "sweep.axes.seed=[0,1]", f"action={action}"), old)
     assert not old.trained
     assert act(compose(*AS_JSON, "sweep.arms.lora.rank=[4,8]"), old) == 0
     assert len(old.trained) == 3

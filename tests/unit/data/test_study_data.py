@@ -165,10 +165,6 @@ def test_long_rows_are_cut_or_left_out(hub):
         load(dataclasses.replace(spec, too_long="skip", max_length=4))
 
 
-DRAWN = ("exact_loss", "draw_by_seed")
-"""Settings of dialects alone."""
-
-
 def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
     stored = tiny_spec(dataset=shipped("gsm8k")).plain()["dataset"]
     for name in ("too_long", "unseen_prompts", "answer_field", "test_location", "test_revision"):
@@ -183,7 +179,8 @@ def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
         ("gsm8k", {"test_revision": "main"}, "there is no test_location"),
         ("dialect", {"too_long": "skip"}, "too_long='skip' has no effect with source=synthetic"),
         ("dialect", {"render": "role_colon"}, "render='role_colon' has no effect"),
-        *(("facts", {name: True}, f"{name}=true: only the generator dialect") for name in DRAWN),
+        ("facts", {"exact_loss": True}, "exact_loss=true: only the generator dialect"),
+        ("facts", {"draw_by_seed": True}, "draw_by_seed=true: only the generator dialect"),
         ("tulu3", {"render": "chatml"}, "render='chatml'. Allowed: role_colon, role_eos, chat"),
     ):
         with pytest.raises(SpecError, match=words):

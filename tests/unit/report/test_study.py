@@ -405,9 +405,7 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     assert "**On some bases and data sets LoRA has no regret" in both
     assert both.endswith(". On c (rank 8, 384 updates of 32 rows) it was 7.8% [5.3, 10.3].")
     assert "**LoRA has regret where" in first("REFUTED")
-    assert "On some bases and data sets" in first("SUPPORTED", "UNDECIDED")
     assert "undecided" in first("UNDECIDED")
-    assert findings.sentences([]) == []
     one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
     assert findings.sentences([answer(tmp_path, one_seed, sweep="rl")]) == []
 
@@ -420,7 +418,6 @@ def test_loads_are_compared_on_one_base_after_one_length(tmp_path):
 
     one = condition("b, x", (8, 1.0))
     (said,) = second(one, condition("b, y", (8, 1.0), rank=14.0, loads=(0.2, 3.0, 0.5)))
-    assert " depends on how bits" in said
     assert "On b after 256 updates a regret of 5% takes ranks of 5 to 14, on 2 data sets." in said
     assert "0.01 to 0.2 by the generator's count, 3 to 6 by the first pass and 0.4 to 0.5" in said
     same = condition("b, z", (8, 1.0), loads=(0.4, 0.4, 0.4))

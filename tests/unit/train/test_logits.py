@@ -20,7 +20,7 @@ from lorasweep.models.forward import check_rows_stay_apart, logits_of
 from lorasweep.plan import memory
 from lorasweep.spec.execution import Exec
 from lorasweep.train.objectives import nll
-from tests.training import EPS, ROUNDING, apart, family_model, pack_of
+from tests.training import EPS, ROUNDING, apart, family_model, pack_of, saved_for_backward
 from tests.world import tiny_spec
 
 VOCAB, LIMIT = 2048, 1 << 14
@@ -190,15 +190,9 @@ def test_padded_rows_need_no_mask_and_each_layer_keeps_a_mask_of_joined_rows():
     """The plan counts these masks (plan/gpu/memory.py). Without one, attention takes its fast path."""
     model, n_layers = model_of("Qwen3"), 2
     for join_rows, expected in ((True, n_layers), (False, 0)):
-        batch, kept = batch_of(2, LONG, join_rows), set()
+        batch = batch_of(2, LONG, join_rows)
         side = batch.padded_tokens if join_rows else max(max(x) for x in batch.lengths)
         rows = 2 if join_rows else 2 * len(LONG)
-
-        def keep(tensor, entries=rows * side**2, kept=kept):
-            if tensor.untyped_storage().nbytes() == entries * tensor.element_size():
-                kept.add(tensor.untyped_storage().data_ptr())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            nll.nll_sums(model, batch, "fp64").sum()
-        assert len(kept) == expected
+        saved = saved_for_backward(model, lambda b=batch: nll.nll_sums(model, b, "fp64"))
+        entries = [t.untyped_storage().nbytes() // t.element_size() for t in saved]
+        assert entries.count(rows * side**2) == expected
