@@ -124,9 +124,6 @@ class Rewards(World):
         return {**named, "test_reward": self.reward(spec, spec.steps), **self.also(spec)}
 
 
-# ---------------------------------------------------------------- tables
-
-
 @functools.cache
 def base(model="tiny64", dataset="dialect", *overrides, **params):
     """A run of a shipped base and data set; `params`: parameters of the data's generator."""

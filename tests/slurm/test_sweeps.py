@@ -282,9 +282,6 @@ def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
     assert len(results(tmp_path)) == 6
 
 
-# ---------------------------------------------------------------- what is refused
-
-
 @pytest.mark.parametrize(
     "given, message",
     [

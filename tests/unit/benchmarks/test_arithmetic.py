@@ -168,9 +168,6 @@ def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
     assert 0.5 < gains[0] / gains[1] < 2
 
 
-# ---------------------------------------------------------------- the time to an answer
-
-
 def test_the_answer_is_timed_whole_and_processes_are_multiplied_up(monkeypatch):
     points = compose_request(["+sweep=lr_ratio", "scale=tiny"]).points
     timed, logged = [], []

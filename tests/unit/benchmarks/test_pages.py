@@ -36,9 +36,6 @@ def test_the_kept_figures_are_enough():
     assert min(r["cases"] for r in json.loads(CALIBRATION.read_text())["coverage"]) >= 2000
 
 
-# ---------------------------------------------------------------- the plan against published figures
-
-
 def covered(figure):
     name = {"memory": "memory_gib", "speed": "tokens_s"}[figure]
     rows = published.rows()
@@ -67,9 +64,6 @@ def test_the_only_fitted_constant_of_the_plan_is_the_one_that_fits():
 def test_the_kept_page_of_the_plan_is_fresh():
     assert (published.FOLDER / "README.md").read_text() == published.page()
     assert (published.FOLDER / "table.csv").read_text() == published.table()
-
-
-# ---------------------------------------------------------------- the adviser against outcomes
 
 
 def test_the_kept_page_of_the_adviser_follows_the_rules_and_shows_its_misses():

@@ -79,8 +79,6 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
         act(extend, trainer)
 
 
-# ---------------------------------------------------------------- a metric of which higher is better
-
 REWARD = {"name": "reward", "higher_is_better": True, "label": "reward"}
 
 

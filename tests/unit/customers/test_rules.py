@@ -22,9 +22,6 @@ from tests.unit.customers.world import advice, known
 LLAMA = known().models["llama-3.1-8b"]()
 
 
-# ---------------------------------------------------------------- capacity
-
-
 def test_operations_are_two_thirds_and_twice_the_rank_over_the_width():
     """On a square matrix of width N at rank R: 2/3 + 2R/N."""
     n, r = 512, 32
@@ -135,9 +132,6 @@ def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else
     assert (a.choice.by, a.choice.method) == (capacity.BY_REGRET, "lora")
 
 
-# ---------------------------------------------------------------- rates
-
-
 @pytest.mark.parametrize(
     "family, hidden, rate",
     [("llama", 4096, 2.86e-4), ("llama", 2048, 4.91e-4), ("qwen", 4096, 4.73e-4)],
@@ -176,9 +170,6 @@ def test_short_runs_may_want_a_higher_rate():
     assert any("fewer than 100 updates" in w for w in short.warnings)
 
 
-# ---------------------------------------------------------------- batches
-
-
 def test_the_cost_of_a_batch_is_a_known_line():
     """Slower by exp(-0.1) for each of two doublings, over e^5 updates: 100 x 0.2 / 5 = 4%."""
     assert workload.regret_of_batch(128, 128 * math.exp(5), -0.1) == pytest.approx(4.0)
@@ -196,9 +187,6 @@ def test_the_largest_batch_obeys_the_allowed_regret():
     assert advice(known(None), examples=10**6, max_regret=50).batches.largest == 32  # nothing kept
     # one that is not stated leaves enough updates
     assert [advice(examples=n).work.batch_size for n in (1000, 100_000)] == [8, 32]
-
-
-# ---------------------------------------------------------------- published figures
 
 
 def test_sources_are_described_and_can_be_taken_out():
@@ -223,9 +211,6 @@ def test_withdrawn_verdicts_are_not_cited_and_exploratory_ones_say_so(tmp_path):
     ]
     (found,) = keep(tmp_path, sweep="rl", verdicts=verdicts).verdicts
     assert found.line == "rl: rank_1 REFUTED (exploratory) -9 [-12, -6] at tiny (b on words)"
-
-
-# ---------------------------------------------------------------- costs
 
 
 def test_costs_are_those_of_the_plan_for_gpus():

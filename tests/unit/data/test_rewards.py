@@ -251,9 +251,6 @@ def test_a_verifier_that_does_not_start_is_said(monkeypatch):
         rewards.check_available(shipped("math_reward"))
 
 
-# ---------------------------------------------------------------- the study's data sets
-
-
 def encoded(text):
     return np.array(llama_like()(text, add_special_tokens=False).input_ids)
 

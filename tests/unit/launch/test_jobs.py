@@ -165,9 +165,6 @@ def test_the_profiles_compose(tmp_path):
         assert f"name: {path.stem}" in cli(*given, "--cfg", "job", cwd=tmp_path).stdout
 
 
-# ---------------------------------------------------------------- before a submission
-
-
 def test_a_run_of_a_machine_that_died_is_found_by_watching(tmp_path, compose, monkeypatch):
     """Its heartbeat does not change, and nobody else knows."""
     monkeypatch.setattr(claims, "SILENCE_S", 0.5)

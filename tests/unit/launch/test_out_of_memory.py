@@ -205,9 +205,6 @@ def test_runs_of_several_processes_start_again_with_less_until_one_does_not_fit(
     assert len(events) == 3 and store.state(other.id) == "running"
 
 
-# ---------------------------------------------------------------- phases
-
-
 @pytest.fixture
 def full(monkeypatch):
     """full(module, name, rows, most): this function has memory for `most` rows of all runs, or for

@@ -67,9 +67,6 @@ def test_a_ratio_of_two_brackets_is_bracketed():
     assert abs(math.log(e.value / 10)) < 0.05 and e.low <= 2.5001 and e.high >= 39.999
 
 
-# ---------------------------------------------------------------- the law
-
-
 def ratios(rng, seeds, sd, alphas, error, log):
     """Ratios `log(width, alpha)` of base models, which differ by `sd` from their width's mean."""
     bases = [(f"{h}-{s}", h, rng.normal(0, sd)) for h in (64, 128, 256) for s in range(seeds)]

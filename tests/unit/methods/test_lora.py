@@ -135,9 +135,6 @@ def test_a_method_starts_as_the_base_and_trains_all_that_it_counts(world, method
     assert evaluate(base.model, batches, "fp64") == before
 
 
-# ---------------------------------------------------------------- further fields
-
-
 @pytest.fixture(scope="module")
 def short(world):
     spec, base, _ = world

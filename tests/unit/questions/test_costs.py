@@ -30,8 +30,6 @@ from tests.planted import (
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
-# ---------------------------------------------------------------- capacity
-
 ONE = LoRA(rank=1, layers="attention")
 PARAMETERS = 4 * (127 + 79 + 79 + 127)  # r (m + n) - r^2 of the four attention matrices
 
@@ -63,9 +61,6 @@ def test_effective_parameters_count_each_matrix_once():
     spec = runs(base(), ONE, [1e-3], [0])[0]
     assert capacity.effective(spec.plain()) == PARAMETERS == 1648
     assert capacity.bits(0.0, 10) == pytest.approx(160) and capacity.bits(math.log(16), 10) == 0
-
-
-# ---------------------------------------------------------------- compute
 
 
 def ask_compute(world, folder=None):

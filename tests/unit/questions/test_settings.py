@@ -9,8 +9,6 @@ from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask,
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
-# ---------------------------------------------------------------- layers
-
 STEPS = 96
 RANKS = {"mlp": (4,), "attention": (4, 8), "attention+mlp": (4,)}
 """As in the shipped sweep: attention at rank 8 has about the MLP's parameters at rank 4."""
@@ -55,8 +53,6 @@ def test_a_claim_about_all_tasks_is_supported_only_if_it_holds_on_each():
     assert found["attention_everywhere"]["why"].startswith("by task: REFUTED on 1, SUPPORTED on 1")
 
 
-# ---------------------------------------------------------------- recipes
-
 LENGTH, RANK = 96, 8
 
 
@@ -97,8 +93,6 @@ def test_forgetting_is_compared_where_both_have_learned_as_much():
     check(found, retention=pytest.approx(1.0, rel=0.1))
     check(found, retention_equal=("REFUTED", pytest.approx(2.0, rel=0.1)))
 
-
-# ---------------------------------------------------------------- invariance
 
 B_BEHIND = 0.03
 TWIN = {"alpha": 8.0, "init_scale": 2.0, "lr_b_ratio": 1.0}

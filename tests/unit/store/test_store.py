@@ -202,9 +202,6 @@ def test_a_pack_resumes_from_its_latest_common_step(tmp_path):
     assert {s["meta"]["step"] for s in loaded.values()} == {2}
 
 
-# ---------------------------------------------------------------- the index of finished runs
-
-
 def finish(store, ids):
     for rid in ids:
         store.folder(rid).mkdir()
@@ -240,9 +237,6 @@ def test_two_users_of_a_folder_with_the_sticky_bit_share_the_index(tmp_path, gro
     kept = json.loads((store.root / ".index/runs.json").read_bytes())
     assert len(kept["runs"]) == 60
     assert {p.name for p in store.root.glob(".*")} == {".index"}
-
-
-# ---------------------------------------------------------------- the table of finished runs
 
 
 @pytest.fixture
@@ -284,9 +278,6 @@ def test_a_table_with_a_bad_row_adds_nothing(tmp_path, table, values, problem):
     with pytest.raises(StoreError, match=problem) if problem else contextlib.nullcontext():
         assert import_table(tmp_path / "b", tmp_path / "t.csv") == 3
     assert len(RunStore(tmp_path / "b").existing()) == (0 if problem else 3)
-
-
-# ---------------------------------------------------------------- looks
 
 
 def test_rounds_added_at_the_same_time_are_all_recorded(tmp_path):

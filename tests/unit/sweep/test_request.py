@@ -151,9 +151,6 @@ def test_power_is_stated_for_a_scale_or_for_all():
     assert stated.planned_at("small") == Planning(0.1) and not stated.is_underpowered_at("small")
 
 
-# ---------------------------------------------------------------- the command line
-
-
 @pytest.mark.parametrize("group", ["model", "dataset"])
 def test_every_model_and_data_set_is_described_in_full(compose, group):
     one = ("method=lora", "method.rank=1", "method.layers=attention")  # experts share a rank

@@ -69,9 +69,6 @@ def assert_equal(found, wanted, rounding=1e-12):
     assert any(float(gradient.abs().max()) > 0 for gradient in wanted[1].values())
 
 
-# ---------------------------------------------------------------- chunks
-
-
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Cohere", "Granite"])
 @both_methods
 def test_loss_and_gradients_in_chunks_are_those_of_the_whole(monkeypatch, family, methods):
@@ -133,8 +130,6 @@ def test_a_model_that_does_not_call_its_decoder_is_refused():
         logits_of(model, torch.zeros(1, 2, 4))
     assert model.model is decoder
 
-
-# ---------------------------------------------------------------- joined rows
 
 LONG = (150, 70, 5)
 

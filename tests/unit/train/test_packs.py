@@ -266,9 +266,6 @@ def test_nothing_of_one_customers_rows_is_in_what_another_gets(fleet, monkeypatc
     assert all(h.sum() <= 1 for h in holds)
 
 
-# ---------------------------------------------------------------- GPUs
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", [LoRA(rank=4), FullFT()], ids=["lora", "fullft"])

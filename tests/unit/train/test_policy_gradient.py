@@ -157,9 +157,6 @@ def test_a_clipped_ratio_stops_the_gradient_only_on_the_side_that_it_went_too_fa
     assert torch.allclose(gap.grad, want, atol=1e-12)
 
 
-# ---------------------------------------------------------------- packs
-
-
 @pytest.mark.parametrize("name", [pytest.param("bandit", marks=pytest.mark.numerics), "words"])
 def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
     """Mixed ranks, rates and seeds, over six updates in float64, where no draw flips."""
@@ -200,9 +197,6 @@ def test_a_resumed_run_ends_in_the_same_bits(worlds, name, method):
     other = dataclasses.replace(loaded, sha256="other")
     with pytest.raises(DataError, match="started on other data"):
         run([spec], base, other, resume=middle)
-
-
-# ---------------------------------------------------------------- how runs end
 
 
 def end_of(spec, base, loaded):
