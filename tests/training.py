@@ -116,8 +116,7 @@ def copied(snapshot):
 
 
 class Trained:
-    """What the events of a pack's training gave, by run: states, records, how it ended, its result;
-    and the states after the updates `at`."""
+    """What events gave, by run: states, records, ends, results; and states after the updates `at`."""
 
     def __init__(self, events, at=()):
         self.states, self.records, self.ends, self.results, self.at = {}, {}, {}, {}, {}
@@ -144,8 +143,7 @@ def results(pack, base, rows, **kwargs):
 
 
 def moved(base, seed=0):
-    """A copy of a base (or of a model) whose weights each lie one unit in the last place higher or
-    lower, at random."""
+    """A copy of a base or model, each weight one unit in the last place higher or lower, at random."""
     if not isinstance(base, torch.nn.Module):
         return dataclasses.replace(base, model=moved(base.model, seed), at_start={})
     model = deepcopy(base)
@@ -157,8 +155,7 @@ def moved(base, seed=0):
 
 
 def worst(a, b):
-    """The largest difference between two runs' tensors (weights and moments), each relative to the
-    largest entry of its tensor."""
+    """The largest difference of two runs' tensors, each relative to the tensor's largest entry."""
     assert a["tensors"].keys() == b["tensors"].keys()
     return max(apart(a["tensors"][n].cpu(), t.cpu()) for n, t in b["tensors"].items())
 
@@ -191,8 +188,7 @@ def attached(method, model, shape, seed=0):
 
 
 def pack_of(methods, model, shape=None, seeds=None, perturb=0.0):
-    """The Trainables of a pack of methods (without a shape on all linear layers); `perturb`: the size
-    of noise added to their tensors."""
+    """Trainables of a pack, without a shape on all linear layers; `perturb`: noise in their tensors."""
     targets = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
     if shape:
         targets = find_targets(model, shape, methods[0].target_layers())

@@ -1,5 +1,4 @@
-"""What tests build their worlds from: the composed configuration, small float64 models, the command
-line."""
+"""What tests build their worlds from: the composed configuration, rows, users, the command line."""
 
 import dataclasses
 import json
@@ -20,8 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def tiny_spec(**changes):
-    """A RunSpec on the shipped 0.2M-parameter base with short sequences; fields by keyword, method
-    too."""
+    """A RunSpec on the shipped 0.2M-parameter base with short sequences; fields by keyword."""
     return dataclasses.replace(_smoke_spec(), **changes)
 
 

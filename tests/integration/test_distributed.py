@@ -1,5 +1,4 @@
-"""Runs that several processes train together, started as a user's are: as one process trains them,
-killed and resumed on other numbers of processes, and refused where they cannot work."""
+"""Runs that several processes train: as one process trains them, killed and resumed, and refused."""
 
 import os
 import signal
@@ -99,10 +98,7 @@ LONG = (*SMALL, *KINDS["full"], "exec.checkpoint_s=0.2", "action=run")
 
 
 def killed_and_resumed(folder, sizes, steps):
-    """Train with each number of processes in turn; all but the last are killed with kill -9.
-
-    Before the first kill, a process that does not lead is killed: the command starts all again.
-    """
+    """Train with each number of processes in turn; all but the last are killed with kill -9."""
     (folder / "killed").mkdir()
     arguments = (*LONG, f"steps={steps}")
     at, attempts = 0, 0

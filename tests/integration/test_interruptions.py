@@ -1,5 +1,4 @@
-"""Commands and workers that are killed, stopped, or run into a full disk: no update is lost or done
-twice."""
+"""Commands and workers that are killed, stopped, or on a full disk lose and repeat no update."""
 
 import json
 import os
@@ -122,8 +121,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_command_resumes_though_its_worker_is_
 @pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
-    """Even if nobody reads their events any more. The runs are interrupted, not failed, and have a
-    checkpoint of their last update."""
+    """Nobody reads their events: interrupted, not failed, with a checkpoint of the last update."""
     arguments = (*LONG, "method=lora", "method.rank=4", "lr=3e-3", "steps=400")
     process = start(*arguments, cwd=tmp_path)
     wait_for(lambda: max(furthest(tmp_path), default=0) >= 10)

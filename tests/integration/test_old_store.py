@@ -1,5 +1,4 @@
-"""A store, a table and answers written in November 2026, before the packages had sub-packages:
-today's code reads them as they were."""
+"""A store, a table and answers written in November 2026: today's code reads them as they were."""
 
 import json
 import shutil

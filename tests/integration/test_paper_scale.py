@@ -102,10 +102,7 @@ def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
 
 
 def one_of_each(runs):
-    """One run of each sweep, arm, family of models, layer set or reading, data set, batch, precision.
-
-    Those of one shape and data differ in numbers only: the one of the lowest rank stands for them.
-    """
+    """The run of the lowest rank of each sweep, arm, family, layer set, data set and precision."""
     found = {}
     for sweep, arm, spec in sorted(runs, key=lambda r: getattr(r[2].method, "rank", 0)):
         numbers = {"rank": 1, "alpha": 1.0, "init_seed": 0} if spec.method.name == "lora" else {}

@@ -66,10 +66,7 @@ def free_ports(n):
 
 
 class Slurm:
-    """A cluster of eight nodes with two CPU cores each, for commands of this process and its children.
-
-    Jobs of tests wait more than they compute, so two real cores are enough.
-    """
+    """A cluster of eight nodes with two CPU cores each: jobs of tests mostly wait."""
 
     def __init__(self, **settings):
         # munge's socket path must be short

@@ -38,8 +38,7 @@ HARMS = (
 
 
 def test_a_submitted_sweep_is_preempted_requeued_and_answered(queue, tmp_path):
-    """Two jobs, one that a more urgent job preempts and one that Slurm queues again. The follow-up
-    job writes the same report as a local command."""
+    """One job is preempted, one queued again; the report is that of a local command."""
     here, there = tmp_path / "here", tmp_path / "there"
     train_here(here, *SMOKE, *SLOWLY)
     answer = ask(here, *SMOKE, *SLOWLY)

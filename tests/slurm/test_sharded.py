@@ -48,8 +48,7 @@ def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_four_processes_on_two_nodes_are_killed_and_stopped_and_resume(queue, tmp_path):
-    """A process of the second node is killed; then Slurm warns the job, which queues itself again.
-    With two processes on each node, of two GPUs."""
+    """A process of the second node is killed; then Slurm warns the job, which queues itself."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     long = ("steps=50", "exec.checkpoint_s=0.2")

@@ -1,5 +1,4 @@
-"""What a command adds to a sweep and when: fresh seeds at the best rates, rounds that are counted, failed runs,
-and never anything to curves without a data fingerprint."""
+"""What a command adds to a sweep: fresh seeds, rounds, failed runs; nothing to unknown data."""
 
 import json
 import shutil

@@ -1,5 +1,4 @@
-"""The rules against certified answers (published counts, planted regrets, identities), and costs that can be
-added up by hand."""
+"""The rules, and costs, against published counts, planted regrets, identities and sums by hand."""
 
 import dataclasses
 import json

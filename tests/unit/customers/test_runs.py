@@ -131,10 +131,7 @@ EARLIER = {
 
 @pytest.fixture
 def customers(tmp_path, monkeypatch):
-    """The table whose runs GOLDEN names: it was written by the code from before folders kept rules.
-
-    Forty rows, two hundred that share forty prompts, a test file, conversations, and few rows.
-    """
+    """The table whose runs GOLDEN names, written by the code from before folders kept rules."""
     monkeypatch.chdir(tmp_path)
     write_rows(Path("ann.jsonl"), 40, "357 in all {k}")
     prompts = [f"Is it late? {k % 40}" for k in range(200)]
@@ -165,8 +162,7 @@ def test_runs_by_the_earlier_rules_keep_their_ids(customers):
 
 
 def test_todays_rules_change_only_the_ids_they_concern(customers):
-    """At scale tiny the plain form was that of then; rows that share prompts, and those of a test
-    file, are divided in another way."""
+    """Rows that share prompts, and those of a test file, are divided in another way today."""
     found = ids(customers, "tiny", Rules())
     changed = {name for name in found if found[name] != GOLDEN[name]}
     assert changed == {"tiny/bob", "tiny/own"}

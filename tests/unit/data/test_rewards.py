@@ -1,5 +1,4 @@
-"""Rewarded data sets: right, wrong and unreadable answers, and settings that are refused. Mathematical
-answers are compared in separate processes; one that hangs is ended."""
+"""Rewarded data sets: right, wrong, unreadable answers, checks that hang, refused settings."""
 
 import dataclasses
 import os

@@ -1,7 +1,4 @@
-"""Data sets of the hub, the study's and others, on folders with a few rows made here in its schemas.
-
-`datasets` reads such a folder as it reads a repository: card, configurations, splits, parquet.
-"""
+"""Data sets of the hub, on folders with a few rows that `datasets` reads as repositories."""
 
 import dataclasses
 import shutil
@@ -216,8 +213,7 @@ def test_an_unpinned_name_is_its_commit_and_a_pinned_one_is_never_replaced(tmp_p
 
 
 def test_kept_tokens_of_training_rows_are_never_served_as_held_out_rows(tmp_path, offline):
-    """A holdout of one split, of which as many rows are trained on as are held out: each row says a
-    number of its own, so a shared row would be seen."""
+    """As many rows are held out as trained on, and each says a number of its own."""
     counts = {"n_train": 10, "n_validation": 4, "n_test": 6, "n_test_curve": 0, "holdout": 10}
     spec = shipped("tulu3", revision=OLD, **counts)
     small_hub.make(tmp_path, [], [spec])

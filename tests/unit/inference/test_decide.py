@@ -1,5 +1,4 @@
-"""The decision rule over intervals, looks and claims, whether a planned sweep can decide, and intervals over
-few seeds."""
+"""The decision rule over intervals, looks and claims; planned sweeps; intervals over few seeds."""
 
 import math
 
@@ -219,8 +218,7 @@ VALUE, SD, LEVEL = 0.821, 0.0766, 0.9706
 
 
 def test_three_seeds_need_nine_and_not_twenty_three():
-    """The interval of three seeds is wide because t is 5.7 there: it narrows faster than 1/sqrt(n),
-    which asked for 23."""
+    """Three seeds' t is 5.7: it narrows faster than 1/sqrt(n), which asked for 23."""
     three = np.exp(math.log(VALUE) + SD * np.linspace(-1, 1, 3))
     verdict = judge("c", SPEED_CLAIM, "g", from_sample(three, log=True), [], 3, True, LEVEL)
     assert verdict.needed == "about 9 seeds at each optimum (now 3)" and verdict.missing == 6

@@ -91,8 +91,7 @@ def test_a_job_has_as_few_nodes_as_hold_its_processes(world_size, node_gpus, set
 
 @pytest.fixture
 def planned(compose, tmp_path):
-    """planned(partition, *overrides): the request and jobs of three models at scale paper, whose
-    runs take one to 16 GPUs."""
+    """planned(partition, *overrides): request and jobs of three models, on 1 to 16 GPUs."""
 
     def plan(partition, *overrides):
         models = "sweep.axes.model=[llama-3.2-1b,llama-3.1-8b,qwen3-32b]"

@@ -33,8 +33,7 @@ NCCL_ERROR = "NCCL error in: NCCLUtils.cpp:77\nLast error:\nCuda failure 2 'out 
 
 
 class Refusing(Scripted):
-    """A trainer whose memory holds `most` rows of all runs together. An earlier attempt must no
-    longer be in memory."""
+    """Memory holds `most` rows of all runs, and must no longer hold an earlier attempt."""
 
     def __init__(self, most):
         super().__init__(STEPS, self.check)
@@ -260,8 +259,7 @@ def test_sampling_that_runs_out_draws_fewer_and_then_halves_the_pack(tmp_path, m
 
 
 def test_evaluation_that_runs_out_holds_less_at_once(tmp_path, monkeypatch, full):
-    """Half of what one run holds fits: halved for the base, and again for two runs. The learner
-    keeps its rows."""
+    """Half of what one run holds fits: halved for the base and for two runs, not for the learner."""
 
     def rows(model, rows_N, batches_N, precision):
         return max(sum(len(b.lengths[0]) for b in bs) for bs in zip(*batches_N))

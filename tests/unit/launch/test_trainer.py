@@ -1,5 +1,4 @@
-"""The real trainer's data: tokenized once for all workers, the same for a whole run folder; and data
-sets of different owners in one pack, of which a broken one fails only its own runs."""
+"""Data of the real trainer: tokenized once, one for a run folder, broken for its owner alone."""
 
 import dataclasses
 import json

@@ -1,5 +1,4 @@
-"""Learning curves compared: rho, when a rank falls behind, straightness, the batch effect, and values at a
-best rate that was not tried."""
+"""Learning curves compared: rho, falling behind, straightness, batches, values at the best LR."""
 
 import math
 

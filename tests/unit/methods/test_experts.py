@@ -1,5 +1,4 @@
-"""Adapters of experts: against a loop over merged weights and against PEFT in float64, their counts,
-and the packs and full fine-tuning of a model with experts."""
+"""Adapters of experts against a loop over merged weights and against PEFT; their counts and packs."""
 
 import copy
 import dataclasses

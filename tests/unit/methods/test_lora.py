@@ -1,5 +1,4 @@
-"""LoRA against PEFT and full fine-tuning against torch, in float64 at every update; the start of each
-method; LoRA's further fields."""
+"""LoRA against PEFT, full fine-tuning against torch, in float64; starts; LoRA's further fields."""
 
 import copy
 import dataclasses

@@ -1,5 +1,4 @@
-"""Memory, time and place of runs on GPUs, those that sample too: components by hand, what fits, and
-what sweeps take."""
+"""Memory, time and place of runs on GPUs, some of which sample: by hand, and of whole sweeps."""
 
 import dataclasses
 import json

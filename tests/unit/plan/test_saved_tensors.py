@@ -1,5 +1,4 @@
-"""Planned activations on a GPU equal what torch saves for the backward pass of transformers' models:
-distinct storages, by bytes, without parameters and buffers."""
+"""Planned activations equal what torch saves for the backward pass of transformers' models."""
 
 import dataclasses
 

@@ -1,5 +1,4 @@
-"""`capacity`, `compute` and `experts` on planted runs: bits a parameter, operations and seconds to one
-loss, and each reading of the rank of experts."""
+"""`capacity`, `compute` and `experts` on planted runs: bits, operations, readings of the rank."""
 
 import math
 
@@ -143,8 +142,7 @@ def reading_runs():
 
 
 class Readings(World):
-    """LoRA lies `behind[reading]` of the whole gain behind full fine-tuning; its optimum is `best`
-    times LORA for some readings."""
+    """LoRA lies `behind[reading]` of the gain behind full fine-tuning, at `best[reading]` times LORA."""
 
     def __init__(self, behind, best):
         super().__init__(

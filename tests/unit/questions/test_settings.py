@@ -100,10 +100,7 @@ TWIN = {"alpha": 8.0, "init_scale": 2.0, "lr_b_ratio": 1.0}
 
 
 class Rules(World):
-    """Under alpha / rank the optimum is free of the rank, under alpha it is not; B random is behind.
-
-    Twins in float64 agree to the last bits, unless eps does not scale with them.
-    """
+    """Under alpha / rank the optimum is free of the rank; B random is behind; twins agree."""
 
     def __init__(self, broken):
         super().__init__(lambda spec: 0.8, best=self.optimum)

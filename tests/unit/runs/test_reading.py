@@ -1,5 +1,4 @@
-"""Anyone's runs: what is read, what is refused with row and column, which runs share a curve, where learning
-curves end, and metrics of which more is better."""
+"""Anyone's runs: what is read or refused, which share a curve, metrics of which more is better."""
 
 import dataclasses
 import json

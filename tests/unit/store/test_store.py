@@ -1,5 +1,4 @@
-"""The run folder: faults in any file operation, states, records, checkpoints, its index, its table, its record
-of looks, its owners and locks, and other users of a group."""
+"""The run folder: faults, states, records, checkpoints, index, table, looks, owners."""
 
 import contextlib
 import errno
@@ -45,8 +44,7 @@ def work(store, spec):
 
 
 class FaultyOS:
-    """Stands in for `os` inside lorasweep.store.files; its operation number `at` raises, writes only
-    half, or kills the process."""
+    """`os` for lorasweep.store.files, whose operation number `at` raises, writes half, or kills."""
 
     OPERATIONS = ("open", "write", "fsync", "replace", "link", "unlink", "mkdir", "rename")
     OPERATIONS += ("rmdir", "ftruncate")

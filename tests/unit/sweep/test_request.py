@@ -1,5 +1,4 @@
-"""What the command line means, what a sweep must state, and what its requests are called. Two requests that
-ask for different runs share no title, so no report and no count of looks."""
+"""What the command line means, what a sweep must state, and what requests are called."""
 
 import dataclasses
 import json

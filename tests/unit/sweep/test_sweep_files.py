@@ -1,5 +1,4 @@
-"""The shipped sweep files: their runs at every scale, the questions that kept answers asked, and what
-`action=layers` lists of them."""
+"""The shipped sweep files: runs at every scale, kept questions, what `action=layers` lists."""
 
 import dataclasses
 import hashlib
@@ -64,10 +63,7 @@ def compare_shared(points, regime):
 
 
 def compare_with_kept(today, path):
-    """Claims, margins, rounds and added runs are those of the kept answer, if there is one.
-
-    Keys that were added to claims later are not compared.
-    """
+    """Claims, margins, rounds and added runs are those kept, but for keys that came later."""
     if not path.exists() or path.parent.name in EXPLORATORY:
         return
     kept = json.loads(path.read_text())

@@ -1,5 +1,4 @@
-"""Loss and gradients do not depend on how rows and positions are computed: logits in chunks, which are
-never whole in memory, and rows joined in one sequence."""
+"""Logits in chunks, never whole in memory, and joined rows change neither loss nor gradients."""
 
 from types import SimpleNamespace
 

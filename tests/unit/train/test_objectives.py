@@ -1,5 +1,4 @@
-"""The interface of objectives: another one trains through the same loop; what supervised fine-tuning measures
-of each run, and when a run is called diverged."""
+"""Objectives: another one in the same loop, what supervised runs measure, which have diverged."""
 
 import dataclasses
 import json

@@ -1,6 +1,4 @@
-"""A pack is its runs alone, to rounding: step by step, over ten updates, beside a run that diverges, and
-with data sets of different rows, lengths, numbers and steps; micro-batches change nothing. On another
-family: tests/unit/methods/test_experts.py."""
+"""A pack is its runs alone, to rounding, whatever their data sets, lengths and ends."""
 
 import dataclasses
 import itertools

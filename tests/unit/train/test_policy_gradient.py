@@ -1,5 +1,4 @@
-"""The policy gradient: its mean is the gradient of the expected reward, a pack is its runs alone, and
-runs end as they should."""
+"""The policy gradient: the gradient of the expected reward, packs as alone, how runs end."""
 
 import copy
 import dataclasses
