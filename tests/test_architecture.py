@@ -262,7 +262,6 @@ def test_names_are_standard_words():
 
 
 def test_the_graph_sees_every_kind_of_import():
-    """Planted files: a circle hidden in a function, an f-string, a registry and a command."""
     texts = {
         "a.top": "from a.low import x",
         "a.low": "def f():\n    import importlib\n    importlib.import_module(f'a.plug.{f}')",

@@ -176,7 +176,6 @@ def odd(world, tmp_path):
 
 
 def test_early_stopping_is_on_the_card_and_survives_a_stop(world, odd):
-    """The second customer has too few rows to hold any out."""
     world.set_table(odd, world.table[2])
     stopped_and_resumed(world, 5, "early_stopping=2")
     ann, few = world.facts("ann"), world.facts("few")

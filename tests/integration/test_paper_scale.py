@@ -163,7 +163,6 @@ def trained(specs, tmp_path, monkeypatch, processes=1):
 
 @pytest.mark.full
 def test_a_rewarded_run_trains_from_the_hubs_cache(tmp_path, monkeypatch):
-    """MATH, whose rows are in two places and whose answers a separate process verifies."""
     rl = compose_request(["+sweep=rl", "scale=paper"]).points
     spec = next(p.spec for p in rl if p.arm == "lora" and p.spec.dataset.name == "math_reward")
     (result,) = trained(shrunken([dataclasses.replace(spec, steps=2)]), tmp_path, monkeypatch)

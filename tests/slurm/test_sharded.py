@@ -3,8 +3,8 @@
 import contextlib
 import os
 import signal
-from pathlib import Path
 
+import psutil
 import pytest
 
 from lorasweep.store.run_store import RunStore
@@ -74,11 +74,10 @@ def test_four_processes_on_two_nodes_are_killed_and_stopped_and_resume(queue, tm
 
 def last_process(job, rank):
     """Return the process id of the process of a run with this number, in a job."""
-    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            command = path.with_name("cmdline").read_text().split("\0")
-            given = set(path.read_text(errors="replace").split("\0"))
+    wanted = {("SLURM_JOB_ID", job), ("SLURM_PROCID", str(rank))}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command, given = process.cmdline(), process.environ().items()
             if "lorasweep.launch.worker" in command and "srun" not in command and wanted <= given:
-                return int(path.parent.name)
+                return process.pid
     raise AssertionError(f"job {job} has no process {rank}")

@@ -85,9 +85,6 @@ def test_the_plain_grid_with_the_same_interval_is_found_between_those_tried():
     assert math.isnan(plain_seeds(math.nan, plain, "ratio"))
 
 
-# ---------------------------------------------------------------- rewarded runs
-
-
 def curves(*ends):
     return [{4: 0.1, 12: end} for end in ends]
 

@@ -116,9 +116,6 @@ def test_the_longest_row_is_the_length_and_none_is_cut(tmp_path):
     assert stated.dataset.max_length == 48
 
 
-# ---------------------------------------------------------------- rows that share prompts
-
-
 def test_no_prompt_is_in_two_splits(tmp_path):
     """Two hundred rows of forty questions, each with five answers: by rows, all of the held-out
     questions were trained on."""
@@ -183,9 +180,6 @@ def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
     validation, test = map(set, held)
     assert not (validation & test or set(train) & (validation | test)) and validation and test
     assert sum(map(len, held)) < spec.holdout
-
-
-# ---------------------------------------------------------------- conversations and forms
 
 
 def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_path):

@@ -118,8 +118,6 @@ def test_a_base_of_more_than_one_gpu_is_its_customers_error(row, data):
     assert fits.points and "llama-3.1-70b takes" in refused.problem
 
 
-# ---------------------------------------------------------------- fleets of earlier versions
-
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden/fleet_ids.json").read_text())
 EARLIER = {
     "tiny": ("{prompt}\n", "role_eos"),

@@ -158,9 +158,6 @@ def test_what_the_plan_says(expected, margin, sd, planned, says):
     assert ("says" in known.line()) == (sd is not None)
 
 
-# ---------------------------------------------------------------- intervals over few seeds
-
-
 def test_the_usual_variance_is_that_of_most_samples():
     rng = np.random.default_rng(5)
     samples = [rng.normal(0, 0.1, n) for n in (2, 3, 6) for _ in range(700)]

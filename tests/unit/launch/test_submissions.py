@@ -164,8 +164,6 @@ def test_a_follow_up_command_is_tried_again_where_that_may_help(tmp_path, monkey
     assert given == [[sys.executable, "-m", "lorasweep", str(path)]] * len(codes)
 
 
-# ---------------------------------------------------------------- Slurm's output
-
 OWNER = {"host": "elsewhere", "boot": "x", "pid": 1, "started": "1"}
 
 
@@ -240,9 +238,6 @@ def test_a_job_that_slurm_started_again_recognises_its_earlier_execution(monkeyp
     assert claims.restarted({"slurm": job_of(12)})
     others = ({"slurm": job_of(12, restart=1)}, {"slurm": job_of(13)}, {})
     assert not any(map(claims.restarted, others))
-
-
-# ---------------------------------------------------------------- follow-up jobs
 
 
 @pytest.mark.parametrize(

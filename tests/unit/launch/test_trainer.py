@@ -82,8 +82,6 @@ def test_data_of_a_folder_that_is_only_read_are_checked_and_not_recorded(load, t
     as_another_user(tmp_path, read)
 
 
-# ---------------------------------------------------------------- broken data
-
 SECRET = "zanzibar 7351"
 
 

@@ -121,8 +121,6 @@ def test_of_two_curves_the_one_further_from_a_line_is_taken():
     assert speed.least_straight(line, AtBest({0: falling(lambda x: x, (64,))})).value is None
 
 
-# ---------------------------------------------------------------- the batch effect
-
 BATCH_LENGTHS = {4: (8, 512), 16: (8, 256), 64: (8, 64), 256: (8, 16)}  # as in the shipped sweep
 BATCH_STEPS = [s for k in range(3, 10) for s in (2**k, 3 * 2 ** (k - 1))]
 GRID = [
@@ -173,9 +171,6 @@ def test_infinite_and_missing_values_and_lonely_prefixes_count_for_nothing():
     ]
     assert effect(grid).best == pytest.approx({0: -0.2, 1: -0.2})
     assert within([1, 2], np.array([1.0, 2.0]), np.array([1.0, 2.0])) is None
-
-
-# ---------------------------------------------------------------- values at the best rate
 
 
 def test_weights_are_lagranges_and_keep_away_from_a_cliff():

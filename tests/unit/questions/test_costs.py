@@ -121,8 +121,6 @@ def test_operations_are_those_of_the_methods(rank):
     assert found == pytest.approx(next(counted) / next(counted))
 
 
-# ---------------------------------------------------------------- experts
-
 TOKENS = [[10, 20, 30, 40], [25, 25, 25, 25]]
 METHODS = {
     "active": Lora(rank=8, layers="mlp"),

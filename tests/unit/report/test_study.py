@@ -68,9 +68,6 @@ def curve(model, dataset="dialect", **more):
     return {**found, "batch_size": 16, **more}
 
 
-# ---------------------------------------------------------------- answers as they are kept
-
-
 def test_a_verdict_is_the_one_of_its_own_report(reports):
     path = reports / "rank-smoke/results.json"
     (kept,) = read_answers([reports])
@@ -141,9 +138,6 @@ def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some():
 def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group, setting):
     low = dialect("low", rule_shift=0.25, new_exceptions=0)
     assert answer(tmp_path, data=(low, *LISTS, FACTS, GSM8K)).setting(group) is setting
-
-
-# ---------------------------------------------------------------- averages over bases
 
 
 def bases(folder, verdicts, **changes):

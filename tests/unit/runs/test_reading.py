@@ -161,9 +161,6 @@ def test_no_file_and_no_table(tmp_path, capsys, name, content, words):
     assert code == 2 and words in err
 
 
-# ---------------------------------------------------------------- curves
-
-
 A, B = "a" * 64, "b" * 64
 
 

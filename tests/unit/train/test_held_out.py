@@ -96,7 +96,6 @@ def test_a_run_records_parts_code_length_and_bits(base):
 
 
 def test_losses_of_rows_are_those_of_each_row_alone_and_add_up(base):
-    """Runs with ragged rows of their own, in several batches; one has more than the other."""
     rng = np.random.default_rng(3)
 
     def rows(count):

@@ -101,7 +101,6 @@ class Largest(TorchDispatchMode):
 
 @both_methods
 def test_logits_are_never_whole(monkeypatch, methods):
-    """Forward and backward, with and without gradients: nothing exceeds a chunk or a weight."""
     model, batch = model_of("Qwen3"), batch_of(len(methods))
     trainables, sizes = pack_of(methods, model, perturb=0.02), {}
     for limit in (1 << 24, LIMIT):
@@ -160,7 +159,6 @@ def test_a_model_that_does_not_keep_rows_apart_is_refused(monkeypatch):
 
 
 def test_exec_join_rows_reaches_training_and_evaluation(monkeypatch, tmp_path, norms_in_float64):
-    """A run of the shipped base: the same losses, in one sequence a forward pass."""
     changes = {"batch_size": 3, "precision": "fp64", "method": LoRA(rank=2), "lr": 1e-2, "eps": EPS}
     pack = [tiny_spec(steps=2, **changes)]
     shapes, ended, inputs = {}, {}, nll.inputs

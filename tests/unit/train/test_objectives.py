@@ -128,7 +128,6 @@ def test_an_objective_that_samples_and_wants_more_trains_through_the_same_loop(w
 
 
 def test_runs_measure_their_own_held_out_rows_and_retention(world, other_weights):
-    """Held-out sets of other sizes that begin alike; data without rows of the pretraining task."""
     spec, base = world
     few = {"n_test": 24, "n_test_curve": 16}
     theirs = dataclasses.replace(spec.dataset, name="theirs", **few, n_retain=8)

@@ -181,7 +181,6 @@ def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
 
 @pytest.mark.parametrize("name, method", [("bandit", FullFT()), ("words", LoRA(rank=4))])
 def test_a_resumed_run_ends_in_the_same_bits(worlds, name, method):
-    """And in the same state of the objective: counts, best reward, learning curve."""
     spec, base, loaded = worlds[name]
     spec = dataclasses.replace(spec, method=method, lr=1e-3)
     found = Trained(finetune([spec], base, loaded), at=(3,))
