@@ -1,5 +1,4 @@
-"""Fixtures: the shipped configuration composed as the command line does, small models and data, a
-fake trainer."""
+"""Fixtures: the shipped configuration, composed as the command line does, and a fake trainer."""
 
 import os
 import shutil
@@ -47,8 +46,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(params=["unmoved", "moved"])
 def other_weights(request):
-    """Return a base as it is, and with weights moved by one unit in the last place, as the second
-    side of a comparison: what holds by luck of one processor's rounding fails on moved weights."""
+    """A base as it is, and on `moved` weights, where luck of one processor's rounding fails."""
     from tests.training import moved
 
     return moved if request.param == "moved" else lambda base: base
@@ -120,8 +118,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def norms_in_float64(monkeypatch):
-    """transformers' norms go through float32 even in a float64 model, and so do the probabilities of
-    a router; a reference of 1e-9 cannot."""
+    """Norms and routers in float64: those of transformers go through float32, as 1e-9 cannot."""
 
     import torch
 

@@ -33,10 +33,7 @@ GRIDS = tuple(
 
 
 class World:
-    """Losses fall by GAIN a doubling of the updates.
-
-    An arm with rho is at update s where full fine-tuning is at s * rho * falls(s).
-    """
+    """Losses fall by GAIN a doubling: an arm is at s where full fine-tuning is at s * rho * falls(s)."""
 
     start = START
 
@@ -124,9 +121,6 @@ class Rewards(World):
         return {**named, "test_reward": self.reward(spec, spec.steps), **self.also(spec)}
 
 
-# ---------------------------------------------------------------- tables
-
-
 @functools.cache
 def base(model="tiny64", dataset="dialect", *overrides, **params):
     """A run of a shipped base and data set; `params`: parameters of the data's generator."""
@@ -189,10 +183,7 @@ def kept_question(sweep, claims=None):
 
 
 def ask(sweep, world, specs, folder: Path | None = None, claims=None):
-    """Ask a kept question of planted runs: results.json's values, and the verdicts by claim.
-
-    With a folder, the whole report is written into it.
-    """
+    """Ask a kept question of planted runs: results.json and verdicts by claim, or a whole report."""
     table, asked = planted_table(world, specs), kept_question(sweep, claims)
     if folder is not None:
         report.judge_and_report(table, asked, folder, kept=answer.KEPT)

@@ -19,8 +19,7 @@ THOUGHTS = 1200
 
 
 def make(folder, models, datasets, shard="2MB"):
-    """Fill caches with models as described, in files of at most `shard`, and small data sets; returns
-    the environment for them."""
+    """Fill caches with models in files of at most `shard` and small data sets; return the environment."""
     made = {}
     for model in models:
         family = dataclasses.replace(model, name="", location="", revision="")

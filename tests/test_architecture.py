@@ -1,23 +1,111 @@
 """Rules of the code: which way rooms depend, which packages they import, docstrings and names.
 
 A room is a folder of `lorasweep` or `analysis`; `benchmarks` may import both, and only tests import
-it. Every import counts, wherever it stands (tests/imports.py).
+it. Every import counts, wherever it stands. So does a module's name that is a string: the argument of
+`importlib.import_module`, an entry of a registry ("package.module:name"), the module after `-m`; an
+f-string counts as an import of every module under its prefix. Imports for the type checker alone
+(`if TYPE_CHECKING:`) do not count.
 """
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tests import imports
+Graph = dict[str, set[str]]
+
+
+def module_name(path: Path, root: Path) -> str:
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def nodes(tree: ast.Module, top_only: bool = False) -> Iterator[ast.AST]:
+    """All nodes that run; with top_only, those that run when the module is imported."""
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        yield node
+        children = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            children = list(node.orelse)
+        elif top_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            children = []
+        stack += children
+
+
+def imported(tree: ast.Module, top_only: bool = False) -> set[str]:
+    """Names that import statements bring in: `from a import b` gives a and a.b."""
+    found = set()
+    for node in nodes(tree, top_only):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import; write the whole name"
+            found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return found
+
+
+def packages(tree: ast.Module, top_only: bool = False) -> set[str]:
+    """Top-level packages that a file imports, by a statement or by `import_module("...")`."""
+    literal = {
+        node.args[0].value
+        for node in nodes(tree, top_only)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
+        and isinstance(node.args[0], ast.Constant)
+    }
+    return {name.split(".")[0] for name in imported(tree, top_only) | literal}
+
+
+def named_in_strings(tree: ast.Module, modules: Iterable[str]) -> set[str]:
+    """Modules that strings name: "a.b", "a.b:attribute", "a.b.attribute", and f"a.{x}" for all under a."""
+    modules, found = set(modules), set()
+    whole = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:\w+)?")
+    for node in nodes(tree):
+        if isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            prefix = str(node.values[0].value)
+            if re.fullmatch(r"([A-Za-z_]\w*\.)+", prefix):
+                found |= {m for m in modules if m.startswith(prefix)}
+        elif isinstance(node, ast.Constant) and whole.fullmatch(str(node.value)):
+            name = node.value.split(":")[0]
+            found |= {name} & modules or {name.rpartition(".")[0]} & modules
+    return found
+
+
+def graph_of(trees: Mapping[str, ast.Module]) -> Graph:
+    """For every module of `trees`, the modules among them that it reaches."""
+    return {
+        name: ((imported(tree) | named_in_strings(tree, trees)) & set(trees)) - {name}
+        for name, tree in trees.items()
+    }
+
+
+def grouped(graph: Graph, group) -> Graph:
+    """The same graph between groups of modules; `group(module)` names a module's group."""
+    found: Graph = {}
+    for module, reached in graph.items():
+        found.setdefault(group(module), set()).update(map(group, reached))
+    return {name: reached - {name} for name, reached in found.items()}
+
+
+def circle(graph: Graph) -> list[str]:
+    """A circle of nodes, the first one also at the end; empty if there is none."""
+    try:
+        graphlib.TopologicalSorter({name: sorted(graph[name]) for name in sorted(graph)}).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSES = ("lorasweep", "analysis", "benchmarks")
 FILES = [p for house in HOUSES for p in sorted((ROOT / house).rglob("*.py"))]
-PATHS = {imports.module_name(p, ROOT): str(p.relative_to(ROOT)) for p in FILES}
+PATHS = {module_name(p, ROOT): str(p.relative_to(ROOT)) for p in FILES}
 TREES = {module: ast.parse((ROOT / path).read_text()) for module, path in PATHS.items()}
-GRAPH = imports.graph_of(TREES)
+GRAPH = graph_of(TREES)
 ARROWS = [(module, other) for module, others in GRAPH.items() for other in others]
 
 # From the bottom; a room uses those below it only. `methods` and `data` do not know each other.
@@ -80,8 +168,8 @@ def test_rooms_depend_only_downwards():
 
 
 def test_no_circles_of_files_or_folders():
-    assert imports.circle(GRAPH) == []
-    assert imports.circle(imports.grouped(GRAPH, room)) == []
+    assert circle(GRAPH) == []
+    assert circle(grouped(GRAPH, room)) == []
 
 
 def test_the_packages_meet_at_one_module_and_know_no_benchmarks():
@@ -101,14 +189,14 @@ def test_packages_are_imported_only_where_they_belong():
     for module, path in PATHS.items():
         if house(module) == "benchmarks":
             continue
-        for package in imports.packages(TREES[module]) & ONLY_IN.keys():
+        for package in packages(TREES[module]) & ONLY_IN.keys():
             if not re.match(ONLY_IN[package], path):
                 found.append(f"{path}: {package}")
-        outside = imports.packages(TREES[module]) - {"lorasweep"} - sys.stdlib_module_names
+        outside = packages(TREES[module]) - {"lorasweep"} - sys.stdlib_module_names
         if outside and re.match(STANDARD_LIBRARY_ONLY, path):
             found.append(f"{path}: {sorted(outside)}")
         if outside & ONLY_IN.keys() and path.startswith("lorasweep/methods/"):
-            top = imports.packages(TREES[module], top_only=True)
+            top = packages(TREES[module], top_only=True)
             if "stacked" not in path and top & ONLY_IN.keys():
                 found.append(f"{path}: at the top {sorted(top & ONLY_IN.keys())}")
     report(found)
@@ -174,7 +262,6 @@ def test_names_are_standard_words():
 
 
 def test_the_graph_sees_every_kind_of_import():
-    """Planted files: a circle hidden in a function, an f-string, a registry and a command."""
     texts = {
         "a.top": "from a.low import x",
         "a.low": "def f():\n    import importlib\n    importlib.import_module(f'a.plug.{f}')",
@@ -183,10 +270,10 @@ def test_the_graph_sees_every_kind_of_import():
         "a.types": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from a.top import y",
         "a.free": "'a.top is only prose here'",
     }
-    graph = imports.graph_of({name: ast.parse(text) for name, text in texts.items()})
+    graph = graph_of({name: ast.parse(text) for name, text in texts.items()})
     assert graph["a.low"] == {"a.plug.one", "a.plug.two"}
     assert graph["a.types"] == graph["a.free"] == set()
     assert graph["a.plug.one"] == {"a.plug.two"}
-    assert set(imports.circle(graph)) >= {"a.low", "a.plug.two", "a.top"}
-    rooms = imports.grouped(graph, lambda m: m.rpartition(".")[0])
-    assert set(imports.circle(rooms)) == {"a", "a.plug"}
+    assert set(circle(graph)) >= {"a.low", "a.plug.two", "a.top"}
+    rooms = grouped(graph, lambda m: m.rpartition(".")[0])
+    assert set(circle(rooms)) == {"a", "a.plug"}

@@ -1,5 +1,4 @@
-"""The numerical tests once more with the kernels that other processors choose: each set in a new
-process, since torch and MKL read these variables when they start."""
+"""The numerical tests with the kernels of other processors, each set in a new process."""
 
 import os
 import re

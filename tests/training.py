@@ -116,8 +116,7 @@ def copied(snapshot):
 
 
 class Trained:
-    """What the events of a pack's training gave, by run: states, records, how it ended, its result;
-    and the states after the updates `at`."""
+    """What events gave, by run: states, records, ends, results; and states after the updates `at`."""
 
     def __init__(self, events, at=()):
         self.states, self.records, self.ends, self.results, self.at = {}, {}, {}, {}, {}
@@ -144,8 +143,7 @@ def results(pack, base, rows, **kwargs):
 
 
 def moved(base, seed=0):
-    """A copy of a base (or of a model) whose weights each lie one unit in the last place higher or
-    lower, at random."""
+    """A copy of a base or model, each weight one unit in the last place higher or lower, at random."""
     if not isinstance(base, torch.nn.Module):
         return dataclasses.replace(base, model=moved(base.model, seed), at_start={})
     model = deepcopy(base)
@@ -157,8 +155,7 @@ def moved(base, seed=0):
 
 
 def worst(a, b):
-    """The largest difference between two runs' tensors (weights and moments), each relative to the
-    largest entry of its tensor."""
+    """The largest difference of two runs' tensors, each relative to the tensor's largest entry."""
     assert a["tensors"].keys() == b["tensors"].keys()
     return max(apart(a["tensors"][n].cpu(), t.cpu()) for n, t in b["tensors"].items())
 
@@ -170,14 +167,28 @@ def apart(a, b):
     return difference and difference / float(b.abs().max())
 
 
+def saved_for_backward(model, forward):
+    """Call forward(); return a tensor of each storage that it saves, without the model's own."""
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in held:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept: no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return list(saved.values())
+
+
 def attached(method, model, shape, seed=0):
     """One run of `method` on the model: its Trainables."""
     return pack_of([method], model, shape, [seed])
 
 
 def pack_of(methods, model, shape=None, seeds=None, perturb=0.0):
-    """The Trainables of a pack of methods (without a shape on all linear layers); `perturb`: the size
-    of noise added to their tensors."""
+    """Trainables of a pack, without a shape on all linear layers; `perturb`: noise in their tensors."""
     targets = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
     if shape:
         targets = find_targets(model, shape, methods[0].target_layers())

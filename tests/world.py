@@ -1,5 +1,4 @@
-"""What tests build their worlds from: the composed configuration, small float64 models, the command
-line."""
+"""What tests build their worlds from: the composed configuration, rows, users, the command line."""
 
 import dataclasses
 import json
@@ -7,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def tiny_spec(**changes):
-    """A RunSpec on the shipped 0.2M-parameter base with short sequences; fields by keyword, method
-    too."""
+    """A RunSpec on the shipped 0.2M-parameter base with short sequences; fields by keyword."""
     return dataclasses.replace(_smoke_spec(), **changes)
 
 
@@ -88,6 +87,30 @@ def environment(cwd):
     """The variables of a command whose outputs lie below `cwd`."""
     folders = {f"LORASWEEP_{name.upper()}": f"{cwd}/{name}" for name in ("runs", "reports")}
     return {**os.environ, "PYTHONPATH": str(ROOT), **folders}
+
+
+def start(*arguments, cwd, env=None, **options):
+    """Start Python with these arguments in a new process, its output in pipes."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**environment(cwd), **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for(condition, timeout=400, every=0.05):
+    """Wait until a condition holds; return its value. An idle machine needs a few seconds."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(every)
+    raise AssertionError(f"nothing after {timeout} s")
 
 
 def cli(*args, cwd, env=None, timeout=300, check=True):

@@ -1,7 +1,4 @@
-"""The real trainer, in one of several processes, with a memory that holds few rows.
-
-It runs out in the backward pass of the last process, when the others already wait for it.
-"""
+"""The real trainer with little memory: the last process runs out, and the others wait for it."""
 
 from unittest import mock
 

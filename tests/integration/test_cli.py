@@ -1,5 +1,4 @@
-"""The command line end to end at scale=smoke: a sweep answers, a wheel, and a mirror: a real W&B run,
-offline, read back from its file."""
+"""The command line end to end at scale=smoke: an answer, a wheel, and a mirror read back."""
 
 import json
 import os

@@ -1,9 +1,9 @@
-"""Runs that several processes train together, started as a user's are: as one process trains them,
-killed and resumed on other numbers of processes, and refused where they cannot work."""
+"""Runs that several processes train: as one process trains them, killed and resumed, and refused."""
 
 import os
 import signal
 
+import psutil
 import pytest
 
 from lorasweep.data import load as data
@@ -16,9 +16,9 @@ from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
-from tests.integration.test_interruptions import furthest, kept, start, wait_for
+from tests.integration.test_interruptions import furthest, kept, start
 from tests.training import EPS, ROUNDING, moved
-from tests.world import cli, compose_request
+from tests.world import cli, compose_request, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,6 @@ def trained(folder, size, kinds):
 
 
 def same(a, b, relative=ROUNDING[1]):
-    """Compare all numbers of two results, by their paths."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         return all(same(a[k], b[k], relative) for k in a)
@@ -84,7 +83,6 @@ OF_REWARDS = (
     ids=["dense", "experts and rewards"],
 )
 def test_two_processes_make_the_update_of_one_in_float64(tmp_path, kinds):
-    """Of adapters, of all weights, and of experts: loss, gradient and change of every matrix."""
     one, two = (trained(tmp_path / str(n), n, kinds) for n in (1, 2))
     for kind in kinds:
         for name in OF_REWARDS if kind == "rewards" else MEASURES:
@@ -99,17 +97,8 @@ def test_two_processes_make_the_update_of_one_in_float64(tmp_path, kinds):
 LONG = (*SMALL, *KINDS["full"], "exec.checkpoint_s=0.2", "action=run")
 
 
-def processes(command):
-    """The ids of the processes that a command has started."""
-    with open(f"/proc/{command.pid}/task/{command.pid}/children", encoding="ascii") as file:
-        return [int(n) for n in file.read().split()]
-
-
 def killed_and_resumed(folder, sizes, steps):
-    """Train with each number of processes in turn; all but the last are killed with kill -9.
-
-    Before the first kill, a process that does not lead is killed: the command starts all again.
-    """
+    """Train with each number of processes in turn; all but the last are killed with kill -9."""
     (folder / "killed").mkdir()
     arguments = (*LONG, f"steps={steps}")
     at, attempts = 0, 0
@@ -122,7 +111,8 @@ def killed_and_resumed(folder, sizes, steps):
         attempts = store.last_attempt(rid)
         if at == 0:
             leader = store.owner(rid, attempts)["pid"]
-            os.kill(next(pid for pid in processes(command) if pid != leader), signal.SIGKILL)
+            started = psutil.Process(command.pid).children()
+            next(p for p in started if p.pid != leader).kill()
             attempts += 1
             wait_for(lambda n=attempts: store.last_attempt(rid) == n)
         at = max(described(store.folder(rid) / "checkpoint"))

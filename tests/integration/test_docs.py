@@ -120,7 +120,6 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_tree_names_every_room():
-    """Every sub-package stands in docs/tree.md, and every path that it names exists."""
     text = (ROOT / "docs" / "tree.md").read_text()
     tree = re.search(r"## Folders\n+```text\n(.*?)```", text, re.DOTALL)[1]
     stack, named = [], set()

@@ -71,7 +71,6 @@ def world(bases, tmp_path, monkeypatch, compose):
             return act(self.request, trainer or TorchTrainer())
 
         def trained(self, *more):
-            """Names of the customers that a run of the command trains."""
             trainer = Counting()
             assert self.run(*more, trainer=trainer) == 0
             return [name for name, _, _ in trainer.asked]
@@ -177,7 +176,6 @@ def odd(world, tmp_path):
 
 
 def test_early_stopping_is_on_the_card_and_survives_a_stop(world, odd):
-    """The second customer has too few rows to hold any out."""
     world.set_table(odd, world.table[2])
     stopped_and_resumed(world, 5, "early_stopping=2")
     ann, few = world.facts("ann"), world.facts("few")
@@ -191,7 +189,6 @@ def test_early_stopping_is_on_the_card_and_survives_a_stop(world, odd):
 
 
 def test_no_row_of_a_customer_reaches_another(world, tmp_path):
-    """Folders, run folders with logs and records, and errors; the page escapes their names."""
     write_rows(tmp_path / "loud.jsonl", 30, "Yes")
     with (tmp_path / "loud.jsonl").open("a") as rows:
         rows.write(f'{{"prompt": "{SECRET}"\n')
@@ -264,7 +261,6 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
 
 
 def test_customers_without_an_adapter_keep_their_earlier_folder(world, tmp_path):
-    """A customer whose new rows break, and one that leaves the table; the page says so."""
     assert world.run("rates=advised") == 0
     (tmp_path / "bob.jsonl").write_text("{")
     world.write(few=(None, None, None))
@@ -326,7 +322,6 @@ def test_the_lower_of_equal_rates_is_chosen_and_diverged_runs_are_skipped(world,
 
 
 def test_adapters_load_and_are_switched_on_one_base(world, bases, tmp_path):
-    """Each gives its customer's answer, alone and beside the others."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,5 +1,4 @@
-"""The interactive report in a real browser: from disk, without network, with thousands of runs and
-hostile names."""
+"""The interactive report in a real browser: from disk, offline, with many runs and hostile names."""
 
 import json
 import os

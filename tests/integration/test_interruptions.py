@@ -1,12 +1,9 @@
-"""Commands and workers that are killed, stopped, or run into a full disk: no update is lost or done
-twice."""
+"""Commands and workers that are killed, stopped, or on a full disk lose and repeat no update."""
 
 import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +12,10 @@ from lorasweep.launch import local
 from lorasweep.store import claims
 from lorasweep.store.checkpoint import described
 from lorasweep.store.run_store import RunStore
+from tests import world
 from tests.integration.conftest import SMOKE
 from tests.training import REWARDED
-from tests.world import cli, compose_request, environment
+from tests.world import cli, compose_request, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -31,25 +29,8 @@ REWARDED = (
 
 def start(*args, cwd):
     """Start the command in a new process group."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lorasweep", *args],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        env=environment(cwd),
-    )
-
-
-def wait_for(condition, timeout=240):
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        if condition():
-            return
-        time.sleep(0.02)
-    pytest.fail("waited in vain")
+    group = {"start_new_session": True, "stderr": subprocess.PIPE}
+    return world.start("-m", "lorasweep", *args, cwd=cwd, **group)
 
 
 def places(tmp_path):
@@ -81,7 +62,6 @@ def kept(cwd):
 
 
 def furthest(cwd):
-    """The last update that was recorded of each run."""
     return [max(steps, default=0) for steps in kept(cwd).values()]
 
 
@@ -141,8 +121,7 @@ def test_ctrl_c_stops_cleanly_and_the_next_command_resumes_though_its_worker_is_
 @pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_when_only_the_command_dies_its_workers_stop_cleanly(tmp_path, number):
-    """Even if nobody reads their events any more. The runs are interrupted, not failed, and have a
-    checkpoint of their last update."""
+    """Nobody reads their events: interrupted, not failed, with a checkpoint of the last update."""
     arguments = (*LONG, "method=lora", "method.rank=4", "lr=3e-3", "steps=400")
     process = start(*arguments, cwd=tmp_path)
     wait_for(lambda: max(furthest(tmp_path), default=0) >= 10)

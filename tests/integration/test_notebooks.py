@@ -1,5 +1,4 @@
-"""Each notebook runs from kept results, trains nothing, holds no mathematics, and is kept without
-outputs."""
+"""Each notebook runs from kept results, holds no mathematics, and is kept without outputs."""
 
 import ast
 

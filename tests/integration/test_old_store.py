@@ -1,5 +1,4 @@
-"""A store, a table and answers written in November 2026, before the packages had sub-packages:
-today's code reads them as they were."""
+"""A store, a table and answers written in November 2026: today's code reads them as they were."""
 
 import json
 import shutil
@@ -81,7 +80,6 @@ def curve(result):
 
 @pytest.mark.full
 def test_an_interrupted_run_resumes_from_its_checkpoint(old, tmp_path):
-    """From the first of its two checkpoints, so that the updates to the second can be compared."""
     folder = old.folder(INTERRUPTED)
     checkpoint.keep_only(folder / "checkpoint", FIRST)
     before = old.records(INTERRUPTED)

@@ -1,5 +1,4 @@
-"""Packs by the command line: resumed with a different pack, verified against runs alone, memory as
-planned, compiled."""
+"""Packs by the command line: resumed in another pack, verified, memory as planned."""
 
 import json
 import os
@@ -25,8 +24,7 @@ MIXED = (
 
 @pytest.mark.full
 def test_a_pack_of_mixed_ranks_resumes_in_a_different_pack_and_records_it(tmp_path):
-    """In float64, over ten updates of the other pack: how numbers add up depends on the shape of a
-    pack and on the processor, and training lets the differences grow."""
+    """In float64 over ten updates: rounding depends on the shape of a pack, and grows."""
     long = (*MIXED, "precision=fp64", "steps=80", "batch_size=8", "exec.checkpoint_s=0.3")
     long = (*long, f"eps={EPS}")
     whole, killed = places(tmp_path)
@@ -99,7 +97,6 @@ def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, 
 
 @pytest.mark.full
 def test_packs_are_measured_when_asked_and_kept(tmp_path):
-    """In a separate process; asked again, nothing is measured; a plan then shows the figures."""
     one = ("model=tiny64", "dataset=dialect_smoke", "method=lora", "batch_size=4")
     first = cli(*one, "action=measure_packs", cwd=tmp_path)
     again = cli(*one, "action=measure_packs", cwd=tmp_path)

@@ -81,7 +81,6 @@ FEW_ROWS = ("dataset.n_test=16", "dataset.n_test_curve=8")
 
 @pytest.mark.full
 def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
-    """By the study's files and one command, up to the answer."""
     names = ["llama-3.1-8b", "qwen3-30b-a3b-base"]
     shape = tuple(f"model.{name}={value}" for name, value in NARROW.items())
     given = [compose_request([f"model={n}", *shape, "scale=paper"]).points[0].spec for n in names]
@@ -103,10 +102,7 @@ def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
 
 
 def one_of_each(runs):
-    """One run of each sweep, arm, family of models, layer set or reading, data set, batch, precision.
-
-    Those of one shape and data differ in numbers only: the one of the lowest rank stands for them.
-    """
+    """The run of the lowest rank of each sweep, arm, family, layer set, data set and precision."""
     found = {}
     for sweep, arm, spec in sorted(runs, key=lambda r: getattr(r[2].method, "rank", 0)):
         numbers = {"rank": 1, "alpha": 1.0, "init_seed": 0} if spec.method.name == "lora" else {}
@@ -167,7 +163,6 @@ def trained(specs, tmp_path, monkeypatch, processes=1):
 
 @pytest.mark.full
 def test_a_rewarded_run_trains_from_the_hubs_cache(tmp_path, monkeypatch):
-    """MATH, whose rows are in two places and whose answers a separate process verifies."""
     rl = compose_request(["+sweep=rl", "scale=paper"]).points
     spec = next(p.spec for p in rl if p.arm == "lora" and p.spec.dataset.name == "math_reward")
     (result,) = trained(shrunken([dataclasses.replace(spec, steps=2)]), tmp_path, monkeypatch)

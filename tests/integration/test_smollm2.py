@@ -1,5 +1,4 @@
-"""The real pretrained model: loads from GGUF, speaks, is adapted as PEFT adapts it (also its tied
-head)."""
+"""The real pretrained model: loads from GGUF, speaks, and is adapted as PEFT adapts it."""
 
 import copy
 import dataclasses

@@ -1,5 +1,4 @@
-"""The study for real at scale smoke: sweeps that share runs, the table of all claims, tasks judged
-first, twins in float64."""
+"""The study at scale smoke: sweeps that share runs, one table of claims, tasks judged first."""
 
 import json
 

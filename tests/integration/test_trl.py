@@ -1,5 +1,4 @@
-"""Against the trainer that most people use: one update of TRL's GRPO, set to the same loss, has our
-gradient up to its constant."""
+"""One update of TRL's GRPO, set to the same loss, has our gradient up to its constant."""
 
 import dataclasses
 

@@ -9,9 +9,7 @@ import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
-import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -20,8 +18,9 @@ from lorasweep.config.compose import compose_request
 from lorasweep.launch import local
 from lorasweep.launch.slurm import submissions
 from lorasweep.store.run_store import RunStore
+from tests import world
 from tests.slurm import trainers
-from tests.world import ROOT, environment
+from tests.world import ROOT, wait_for
 
 SCRIPTS = ROOT / "slurm" / "one_machine"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd")
@@ -42,8 +41,6 @@ ALONE = (*FAST, "cluster.follow=false")
 """Without the follow-up job."""
 STEPS = "tests.slurm.trainers:steps"
 HELD = "tests.slurm.trainers:held"
-PATIENCE_S = 400
-"""Seconds to wait for a condition; an idle machine needs a few."""
 
 
 def missing_commands():
@@ -69,10 +66,7 @@ def free_ports(n):
 
 
 class Slurm:
-    """A cluster of eight nodes with two CPU cores each, for commands of this process and its children.
-
-    Jobs of tests wait more than they compute, so two real cores are enough.
-    """
+    """A cluster of eight nodes with two CPU cores each: jobs of tests mostly wait."""
 
     def __init__(self, **settings):
         # munge's socket path must be short
@@ -132,9 +126,9 @@ class Slurm:
         """List the jobs that run."""
         return [job for job, (state, _) in self.jobs().items() if state == "RUNNING"]
 
-    def drain(self, timeout=PATIENCE_S):
+    def drain(self, timeout=400):
         """Wait until the queue is empty."""
-        wait_for(lambda: not self.jobs(), timeout)
+        wait_for(lambda: not self.jobs(), timeout, every=0.2)
 
     @contextlib.contextmanager
     def closed(self, partition="main"):
@@ -144,17 +138,6 @@ class Slurm:
             yield
         finally:
             self.update(f"partitionname={partition}", "state=up")
-
-
-def wait_for(condition, timeout=PATIENCE_S, every=0.2):
-    """Wait until a condition holds; return its value."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(every)
-    raise AssertionError(f"nothing after {timeout} s")
 
 
 # ---------------------------------------------------------------- giving commands
@@ -169,22 +152,15 @@ sys.exit(act(compose_request(sys.argv[2:]), sys.argv[1]))
 
 
 def command(*args, trainer=None, before=""):
-    """Return the command line, or the same with another trainer, after the code `before`."""
+    """Return Python's arguments for the command, or with another trainer, after the code `before`."""
     given = ["-m", "lorasweep"] if trainer is None else ["-c", before + WITH_TRAINER, trainer]
-    return [sys.executable, *given, *map(str, args)]
+    return [*given, *map(str, args)]
 
 
 def start(cwd, *args, trainer=None, before="", **more):
     """Start a command in a new process, with its output in one pipe."""
-    return subprocess.Popen(
-        command(*args, trainer=trainer, before=before),
-        cwd=cwd,
-        env={**environment(cwd), **more},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    given = command(*args, trainer=trainer, before=before)
+    return world.start(*given, cwd=cwd, env=more, stderr=subprocess.STDOUT)
 
 
 def request(cwd, *args):

@@ -3,8 +3,8 @@
 import json
 import os
 import signal
-from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.slurm import storm
@@ -38,8 +38,7 @@ HARMS = (
 
 
 def test_a_submitted_sweep_is_preempted_requeued_and_answered(queue, tmp_path):
-    """Two jobs, one that a more urgent job preempts and one that Slurm queues again. The follow-up
-    job writes the same report as a local command."""
+    """One job is preempted, one queued again; the report is that of a local command."""
     here, there = tmp_path / "here", tmp_path / "there"
     train_here(here, *SMOKE, *SLOWLY)
     answer = ask(here, *SMOKE, *SLOWLY)
@@ -70,7 +69,6 @@ def test_a_submitted_sweep_is_preempted_requeued_and_answered(queue, tmp_path):
 
 @pytest.mark.full
 def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
-    """One submission, one job a node, one kind of harm a job."""
     whole, there = tmp_path / "whole", tmp_path / "there"
     train_here(whole, *EIGHT_JOBS)
     with queue.closed():
@@ -96,7 +94,7 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
     queue.command("scontrol", "requeue", jobs["requeued"])
     queue.command("scancel", jobs["cancelled"])
     os.kill(_worker(there, runs["worker killed"][0]), signal.SIGKILL)
-    os.kill(_parent(_worker(there, runs["job killed"][0])), signal.SIGKILL)
+    psutil.Process(_worker(there, runs["job killed"][0])).parent().kill()
     wait_for(lambda: all(_interrupted(there, rid) for rid in everything))
     # Slurm may have taken the node back by itself, and then refuses this.
     queue.update(f"nodename={where[jobs['node failed']]}", "state=resume", check=False)
@@ -120,7 +118,6 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
 
 
 def _one_with_a_checkpoint_of_each_job(cwd, submission):
-    """Return a run of each job; None while one has no checkpoint."""
     saved = [[r for r in task if _held_with_a_checkpoint(cwd, r)] for task in submission.tasks]
     return [runs[0] for runs in saved] if all(saved) else None
 
@@ -137,10 +134,6 @@ def _interrupted(cwd, rid):
 
 def _worker(cwd, rid):
     return read_json(cwd / f"runs/{rid}/attempts/1/owner.json")["pid"]
-
-
-def _parent(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.full
@@ -167,7 +160,6 @@ def test_a_job_killed_for_its_memory_says_so_and_more_memory_helps(queue, tmp_pa
 
 @pytest.mark.full
 def test_failed_runs_keep_their_cause_and_are_tried_again_up_to_a_bound(queue, tmp_path):
-    """A trainer that fails every time: two attempts, the second by the follow-up job."""
     bound = ("exec.retry=true", "exec.max_attempts=2")
     ask(tmp_path, *SMOKE, *FAST, *bound, trainer="tests.slurm.trainers:broken")
     queue.drain()

@@ -3,11 +3,10 @@
 import contextlib
 import os
 import signal
-from pathlib import Path
 
+import psutil
 import pytest
 
-from lorasweep.errors import ClusterError
 from lorasweep.store.run_store import RunStore
 from tests.integration.test_distributed import KINDS, MEASURES, SMALL, same, spread
 from tests.slurm.cluster import ALONE, ask, jobs_of, submitted, wait_for
@@ -44,15 +43,12 @@ def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
     nodes = queue.command("sacct", "-n", "-P", "-j", job, "-o", "JobID,NNodes,NTasks")
     steps = dict(line.split("|", 1) for line in nodes.splitlines())
     assert steps[f"{job}.0"] == "1|1" and steps[f"{job}.1"] == "2|2"
-    with pytest.raises(ClusterError, match=r"needs 16 nodes with 2 GPU\(s\) each, .* has 8 node"):
-        ask(there, *RUN, *TWO_NODES, "exec.world_size=32", "batch_size=32", trainer=None)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_four_processes_on_two_nodes_are_killed_and_stopped_and_resume(queue, tmp_path):
-    """A process of the second node is killed; then Slurm warns the job, which queues itself again.
-    With two processes on each node, of two GPUs."""
+    """A process of the second node is killed; then Slurm warns the job, which queues itself."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     long = ("steps=50", "exec.checkpoint_s=0.2")
@@ -78,11 +74,10 @@ def test_four_processes_on_two_nodes_are_killed_and_stopped_and_resume(queue, tm
 
 def last_process(job, rank):
     """Return the process id of the process of a run with this number, in a job."""
-    wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            command = path.with_name("cmdline").read_text().split("\0")
-            given = set(path.read_text(errors="replace").split("\0"))
+    wanted = {("SLURM_JOB_ID", job), ("SLURM_PROCID", str(rank))}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command, given = process.cmdline(), process.environ().items()
             if "lorasweep.launch.worker" in command and "srun" not in command and wanted <= given:
-                return int(path.parent.name)
+                return process.pid
     raise AssertionError(f"job {job} has no process {rank}")

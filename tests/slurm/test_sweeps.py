@@ -1,29 +1,40 @@
-"""Sweeps on a cluster from end to end: real training, more jobs than an array may have, GPUs."""
+"""Sweeps and fleets on a cluster from end to end; commands that submit: killed, two at once, refused."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from lorasweep.errors import ClusterError
+from tests.customers import make_base, write_rows
 from tests.slurm.cluster import (
     ALONE,
     FAST,
     HELD,
     SMOKE,
+    STEPS,
     ask,
     attempts,
+    command,
     curves,
+    jobs_of,
     read_json,
     results,
+    start,
     status,
     submitted,
     wait_for,
 )
 from tests.slurm.trainers import GO
-from tests.world import ROOT, cli
+from tests.world import ROOT, cli, environment
 
 TWO_STAGES = (*SMOKE, "sweep.replicate.seeds=[1]", "sweep.replicate.n_lrs=2", "exec.threads=1")
 
@@ -43,7 +54,6 @@ def trained(slurm, tmp_path_factory):
 
 @pytest.mark.full
 def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(trained):
-    """The follow-up job submits the second stage and writes the answer."""
     here, there, sent, answer = trained
     assert "submitted 6 runs" in sent.stdout and "code snapshot" in sent.stderr
     assert len(results(there)) == 10 and results(there) == results(here)
@@ -72,7 +82,6 @@ def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(trained):
 
 @pytest.mark.full
 def test_packs_side_by_side_have_a_gpu_each(queue, tmp_path):
-    """Two fake GPUs a job: two workers, one GPU each."""
     two = ("cluster.gpus=2", "cluster.cpus=1", "exec.pack_size=1", "steps=200")
     ask(tmp_path, *SMOKE, *ALONE, *two, trainer=HELD)
     wait_for(lambda: len(list((tmp_path / "runs").glob("*/attempts/1/env.json"))) == 2)
@@ -96,10 +105,203 @@ def test_scripts_for_places_without_submitit(queue, tmp_path):
     queue.drain()
     assert len(results(tmp_path)) == 6
     assert all(ends == {1: None} for ends in attempts(tmp_path).values())
-    folder = Path(script).parent
-    with open(folder / "tasks/1.json", "a") as task:
-        task.write(" ")
-    queue.command("sbatch", script)
+
+
+# ---------------------------------------------------------------- fleets
+
+FLEET = ("action=fleet", "customers=customers.yaml", "exec.threads=1")
+JOBS = (*FAST, "cluster.runs_per_job=3", "exec.pack_size=3")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Give a folder with a table: two customers, one of few rows, one without its file."""
+    base = make_base(tmp_path / "base")
+    write_rows(tmp_path / "ann.jsonl", 40, "357 in all {k}")
+    write_rows(tmp_path / "bob.jsonl", 25, "No! {k}", question="Is it late? {k}")
+    write_rows(tmp_path / "few.jsonl", 5, "Yes {k}")
+    row = {"model": str(base / "config.json"), "task": "sft", "epochs": 2}
+    table = [{"name": n, "data": f"{n}.jsonl", **row} for n in ("ann", "bob", "few", "gone")]
+    (tmp_path / "customers.yaml").write_text(json.dumps(table))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.full
+def test_a_fleet_is_spread_over_jobs_and_collected_by_the_follow_up_job(queue, folder):
+    places = ("exec.reports_dir=here", "exec.runs_dir=here_runs")
+    here = ("exec.pack_size=3", "exec.workers=1", *places)
+    cli(*FLEET, *here, cwd=folder, check=False)
+    with queue.closed():
+        said = ask(folder, *FLEET, *JOBS, trainer=None)
+        assert "submitted 7 runs" in said and "7 runs queued" in said
+        assert "4 customers: 0 adapters, 3 not trained yet, 1 with errors" in said
+        assert said.count("gone.jsonl") == 1
+        asked = ("action=status", *FLEET[1:], "format=json", *FAST)
+        shown = json.loads(ask(folder, *asked).splitlines()[-1])  # after the errors of rows
+        assert shown["runs"]["queued"] == 7 and len(shown["follows"]) == 1
+        assert shown["customers"] == {"customers": 4, "adapters": 0, "open": 3, "errors": 1}
+        assert "submitted" not in ask(folder, *FLEET, *JOBS, trainer=None)
+        (first,) = submitted(folder)
+        lost = next(k for k, runs in enumerate(first.tasks) if len(runs) == 3)
+        queue.command("scancel", jobs_of(first)[lost])  # before it started
+        write_rows(folder / "bob.jsonl", 25, "{k}", question="Is it late? {k}")
     queue.drain()
-    outputs = [path.read_text() for path in (folder / "jobs").glob("*.out")]
-    assert sum("tasks/1.json was changed" in text for text in outputs) == 1
+
+    page = (folder / "reports/fleet-customers/index.html").read_text()
+    assert "4 customers: 2 adapters, 0 not trained yet, 2 with errors" in page
+    assert "but the revision" in page and "gone.jsonl" in page
+    again = [s for s in submitted(folder) if s.folder != first.folder]
+    assert {r for s in again for task in s.tasks for r in task} >= set(first.tasks[lost])
+    for path in (folder / "here/fleet-customers").glob("[af]*/adapter_model.safetensors"):
+        name = path.parent.name
+        mine = folder / "reports/fleet-customers" / name
+        one, other = load_file(path), load_file(mine / path.name)
+        assert all(torch.equal(one[k], other[k]) for k in one)
+        facts = [json.loads((p / "facts.json").read_text()) for p in (path.parent, mine)]
+        assert facts[0]["run"] == facts[1]["run"] and facts[0]["gain"] == facts[1]["gain"]
+
+    before = attempts(folder)
+    last = ask(folder, *FLEET, *JOBS, trainer=None)
+    assert "submitted 3 runs" in last  # bob's, of the rows that are there now
+    queue.drain()
+    trained = attempts(folder)
+    assert len(trained) == len(before) + 3 and all(trained[i] == before[i] for i in before)
+    last = ask(folder, *FLEET, *JOBS, trainer=None)
+    assert "4 customers: 3 adapters, 0 not trained yet, 1 with errors" in last
+
+
+# ---------------------------------------------------------------- commands that submit
+
+TWO_JOBS = (*SMOKE, *ALONE, "cluster.runs_per_job=3")
+DIES = {
+    "before sbatch": ("kill -9 $PPID; exit 1", ""),
+    "after sbatch": ('{sbatch} "$@"; kill -9 $PPID; exit 1', ""),
+    "before the record": ('exec {sbatch} "$@"', "die(); was(path, content)"),
+    "after the record": ('exec {sbatch} "$@"', "was(path, content); die()"),
+}
+"""When it is killed -> the commands of its sbatch, and the code with which it records the number."""
+DYING = """
+import os, signal
+from lorasweep.store import files
+was = files.write_atomic
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+def write(path, content):
+    if path.name == "array-0.json":
+        {record}
+    else:
+        was(path, content)
+files.write_atomic = write
+"""
+
+
+@pytest.mark.full
+def test_a_command_killed_while_it_submits_is_put_right_by_the_next(queue, tmp_path):
+    folders = {when: tmp_path / when.replace(" ", "_") for when in DIES}
+    dying = {when: _start_dying(cwd, when) for when, cwd in folders.items()}
+    for when, process in dying.items():
+        text = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL, (when, text)
+    outputs = {when: ask(cwd, *TWO_JOBS) for when, cwd in folders.items()}
+    queue.drain()
+    for (when, text), cwd in zip(outputs.items(), folders.values()):
+        assert ("adopted" in text) == (when == "before the record"), (when, text)
+        assert ("cancelled" in text) == (when == "after sbatch"), (when, text)
+        assert ("submitted 6 runs" in text) == when.endswith("sbatch"), (when, text)
+        assert len(results(cwd)) == 6, when
+        assert all(ends == {1: None} for ends in attempts(cwd).values()), when
+
+
+def _start_dying(cwd, when):
+    sbatch, record = DIES[when]
+    fake = cwd / "bin" / "sbatch"
+    fake.parent.mkdir(parents=True)
+    fake.write_text("#!/bin/sh\n" + sbatch.format(sbatch=shutil.which("sbatch")) + "\n")
+    fake.chmod(0o755)
+    dying = DYING.replace("{record}", record or "was(path, content)")
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    return start(cwd, *TWO_JOBS, trainer=STEPS, before=dying, PATH=path)
+
+
+def test_two_users_who_ask_at_once_submit_one_sweep(queue, tmp_path):
+    with queue.closed():  # a job that starts at once would be reported as running, not as queued
+        both = [start(tmp_path, *SMOKE, *FAST, trainer=STEPS) for _ in range(2)]
+        outputs = [process.communicate()[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], outputs
+        assert sum("submitted 6 runs" in text for text in outputs) == 1
+        assert all("queued" in text for text in outputs) and len(submitted(tmp_path)) == 1
+    queue.drain()
+    assert len(results(tmp_path)) == 6
+    assert all(ends == {1: None} for ends in attempts(tmp_path).values())
+
+
+@pytest.mark.full
+def test_an_edited_sweep_submits_what_is_new_and_takes_back_what_is_gone(queue, tmp_path):
+    with queue.closed():  # nothing starts for now
+        ask(tmp_path, *SMOKE, *ALONE, "cluster.runs_per_job=1", "exec.pack_size=1")
+        edited = (*SMOKE, "sweep.arms.fullft.lr=[1e-3,3e-3]", "~sweep.arms.lora")
+        plan = ask(tmp_path, *edited, *ALONE, "action=plan")
+        assert re.search(r"to submit: [12] runs", plan)
+        assert re.search(r"(\d) queued run\(s\)", plan)[1] in "56"
+        text = ask(tmp_path, *edited, *ALONE, "prune=true")
+        assert re.search(r"submitted [12] runs", text) and re.search(r"cancelled [56] queued", text)
+    queue.drain()
+    assert len(results(tmp_path)) == 2
+
+
+@pytest.mark.full
+def test_a_cancelled_sweep_leaves_the_queue_and_ends_when_asked_for_again(queue, tmp_path):
+    with queue.closed():
+        ask(tmp_path, *SMOKE, *FAST, "cluster.runs_per_job=3")
+        assert len(queue.jobs()) == 3  # two and the one that follows
+        assert "cancelled 2 job(s) with 6 unfinished run(s)" in ask(
+            tmp_path, *SMOKE, *FAST, "action=cancel"
+        )
+        queue.drain()
+        assert results(tmp_path) == {}
+    assert "submitted 6 runs" in ask(tmp_path, *SMOKE, *ALONE)
+    queue.drain()
+    assert len(results(tmp_path)) == 6
+
+
+@pytest.mark.full
+def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
+    """The checkout is broken while the jobs wait."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    for name in ("lorasweep", "analysis", "conf", "sweeps"):  # with what is not committed yet
+        subprocess.run(["cp", "-r", str(ROOT / name), str(clone)], check=True)
+    env = {**environment(tmp_path), "PYTHONPATH": f"{clone}:{ROOT}"}
+    with queue.closed():
+        asked = [sys.executable, *command(*SMOKE, *ALONE, trainer=STEPS)]
+        options = {"capture_output": True, "text": True, "check": True}
+        done = subprocess.run(asked, cwd=clone, env=env, **options)
+        assert re.search(r"code snapshot \w+ of commit \w+", done.stderr)
+        (clone / "lorasweep/launch/worker.py").write_text("a syntax error")
+    queue.drain()
+    assert len(results(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("partition=gpux", "partition 'gpux' not found. Available: main, scavenge, urgent"),
+        ("gpus=3", "cluster.gpus=3, but a node of partition 'main' has at most 2"),
+        ("warn_s=4000", "would be warned at once"),
+        ("constraint=gold", "Slurm refused the jobs: "),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_said_and_not_submitted(slurm, tmp_path, given, message):
+    with pytest.raises(ClusterError, match=re.escape(message)):
+        ask(tmp_path, *SMOKE, *FAST, f"cluster.{given}")
+    assert slurm.jobs() == {}
+
+
+def test_without_slurm_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    with pytest.raises(ClusterError, match=r"no Slurm here.*cluster=local"):
+        ask(tmp_path, *SMOKE, "cluster=slurm")
+    monkeypatch.setenv("SLURM_CONF", "/nowhere.conf")
+    with pytest.raises(ClusterError, match=re.escape("/nowhere.conf: there is no such file")):
+        ask(tmp_path, *SMOKE, "cluster=slurm")

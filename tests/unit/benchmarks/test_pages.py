@@ -36,9 +36,6 @@ def test_the_kept_figures_are_enough():
     assert min(r["cases"] for r in json.loads(CALIBRATION.read_text())["coverage"]) >= 2000
 
 
-# ---------------------------------------------------------------- the plan against published figures
-
-
 def covered(figure):
     name = {"memory": "memory_gib", "speed": "tokens_s"}[figure]
     rows = published.rows()
@@ -69,9 +66,6 @@ def test_the_kept_page_of_the_plan_is_fresh():
     assert (published.FOLDER / "table.csv").read_text() == published.table()
 
 
-# ---------------------------------------------------------------- the adviser against outcomes
-
-
 def test_the_kept_page_of_the_adviser_follows_the_rules_and_shows_its_misses():
     text = outcomes.PAGE.read_text()
     assert text == outcomes.page()
@@ -89,7 +83,6 @@ def test_no_row_is_judged_by_its_own_source():
 
 
 def test_known_outcomes_stay():
-    """Code and maths corpora: full fine-tuning won; instruction data and RL at rank 1: close."""
     found = {(j.entry["source"], j.entry["what"]): j.says for j in outcomes.outcomes()}
     assert found["biderman", "Starcoder-Python, 20B tokens"] == "behind"
     assert found["biderman", "OpenWebMath, 14.7B tokens"] == "behind"

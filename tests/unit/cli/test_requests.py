@@ -72,7 +72,6 @@ def refused(done, *words):
         ("+sweep=lr_ratio +sweep.arms.lora.rnak=[1]", "Did you mean 'rank'"),
         ("+sweep=lr_ratio sweep.arms.lora.lr=[fast]", "expected a finite number, got 'fast'"),
         ("+sweep=large_batches scale=paper", "no scale 'paper'. Its file has: smoke, tiny"),
-        ("lr=1e9", "between"),
         ("action=go", "Available: adapter"),
         ("format=xml", "json"),
         ("mirror=tensorboard", "wandb"),

@@ -1,28 +1,35 @@
-"""What a command adds to a sweep and when: fresh seeds, rounds that are counted, failed runs."""
+"""What a command adds to a sweep: fresh seeds, rounds, failed runs; nothing to unknown data."""
 
 import json
+import shutil
 
 import pytest
 
-from lorasweep.cli import answer
+from lorasweep.cli import answer, finished_runs
 from lorasweep.cli.actions import act
+from lorasweep.cli.finished_runs import noise_floor, train_again
+from lorasweep.cli.points import all_points
+from lorasweep.cli.status import status, status_text
+from lorasweep.errors import StoreError, TrainingError
+from lorasweep.launch import local
+from lorasweep.store.run_store import RunStore
+from lorasweep.store.table import import_table, load_runs
 from tests.planted import Valley, analysed
 
-pytestmark = pytest.mark.slow  # fits hundreds of curves
-
-
 SMOKE = ("+sweep=lr_ratio", "scale=smoke")
+FIVE = "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]"
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
+@pytest.fixture
+def numbers_only(monkeypatch):
     monkeypatch.setattr(answer, "judge", analysed)
 
 
+@pytest.mark.slow  # fits hundreds of curves
+@pytest.mark.usefixtures("numbers_only")
 def test_fresh_seeds_are_trained_and_failed_runs_wait_for_retry(compose, capsys, fake_trainer):
-    rates = "sweep.arms.fullft.lr=[3e-4,6e-4,1.2e-3,2.4e-3,4.8e-3]"
     trainer = fake_trainer(Valley(3).nll)
-    act(compose(*SMOKE, "sweep.replicate.seeds=[5,6]", rates), trainer)
+    act(compose(*SMOKE, "sweep.replicate.seeds=[5,6]", FIVE), trainer)
     assert len(trainer.trained) == 5 + 3 + 2 * 3 * 2  # at the three best rates of each arm
     trainer.fail = lambda s: s.method.name == "lora" and s.lr == 5e-3
     arguments = (*SMOKE, "exec.pack_size=1", "batch_size=2")
@@ -38,6 +45,7 @@ def test_fresh_seeds_are_trained_and_failed_runs_wait_for_retry(compose, capsys,
 
 @pytest.mark.full
 @pytest.mark.slow
+@pytest.mark.usefixtures("numbers_only")
 def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, capsys, fake_trainer):
     """An open claim, its suggested runs as round 2, and no fourth look."""
     valley = Valley(10, noise=0.05)
@@ -68,3 +76,96 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
     assert act(extend, trainer) == 0 and act(run, trainer) == 0
     with pytest.raises(Exception, match="optional stopping"):
         act(extend, trainer)
+
+
+REWARD = {"name": "reward", "higher_is_better": True, "label": "reward"}
+
+
+def trained(compose, fake_trainer, nll, reward, *overrides):
+    """A sweep whose runs are finished, with rewards beside their NLLs; and its store."""
+    request = compose(*SMOKE, *overrides)
+    store = RunStore(request.exec.runs_dir)
+    trainer = fake_trainer(nll, more=lambda s: {"metric": REWARD, "reward": reward(s)})
+    local.run_points(request.points, store, request.exec, lambda event: None, trainer)
+    return request, store
+
+
+def test_the_highest_reward_is_the_best(compose, fake_trainer):
+    """The NLLs of these runs would choose the other end of the rates."""
+    how = (lambda s: 1 + s.lr, lambda s: 100 * s.lr, "sweep.replicate.seeds=[7]", FIVE)
+    request, store = trained(compose, fake_trainer, *how)
+    points = all_points(request, store)
+    fresh = {p.spec.lr for p in points if p.spec.seed == 7 and p.arm == "fullft"}
+    assert fresh == {1.2e-3, 2.4e-3, 4.8e-3}
+    now = status(request, store, request.points)
+    best = {a["arm"]: a["best"] for a in now["arms"]}["fullft"]
+    assert best["reward"] == 100 * 4.8e-3 and "test_nll" not in best
+    assert "0.4800" in status_text(request, now)
+
+
+def test_the_noise_between_seeds_is_the_metrics(compose, fake_trainer):
+    seeds = ("sweep.axes.seed=[0,1]", "sweep.arms.fullft.lr=[1e-3]", "~sweep.arms.lora")
+    how = (lambda s: 1.0, lambda s: 2.0 * s.seed, *seeds)
+    request, store = trained(compose, fake_trainer, *how)
+    assert noise_floor(request.points, store) == 2**0.5
+
+
+# ---------------------------------------------------------------- curves without a data fingerprint
+
+AS_JSON = (*SMOKE, "format=json")
+ADVICE = r"would continue lr curves .*exec\.runs_dir=.*/runs-2"
+
+
+@pytest.fixture
+def trainer(fake_trainer, monkeypatch):
+    monkeypatch.setattr(answer, "judge", lambda *_, **__: "{}")
+    return fake_trainer(lambda spec: 2.0)
+
+
+@pytest.fixture
+def old(compose, trainer, tmp_path):
+    """The table of a sweep from before results held a fingerprint, imported into a run folder."""
+    before = compose(*AS_JSON, f"exec.runs_dir={tmp_path}/before")
+    trainer.more = lambda spec: {"data_sha256": None}
+    assert act(before, trainer) == 0
+    load_runs(tmp_path / "before").to_parquet(tmp_path / "table.parquet")
+    import_table(tmp_path / "runs", tmp_path / "table.parquet")
+    trainer.more, trainer.trained = (lambda spec: {}), []
+    return trainer
+
+
+def test_a_kept_table_is_judged_again_and_not_continued_and_another_curve_is_trained(old, compose):
+    assert act(compose(*AS_JSON), old) == 0 and not old.trained
+    for action in ("run", "plan"):
+        with pytest.raises(StoreError, match=ADVICE):
+            act(compose(*AS_JSON, "sweep.axes.seed=[0,1]", f"action={action}"), old)
+    assert not old.trained
+    assert act(compose(*AS_JSON, "sweep.arms.lora.rank=[4,8]"), old) == 0
+    assert len(old.trained) == 3
+
+
+def test_a_sweep_of_sweeps_is_checked_before_its_first_part_starts(old, compose):
+    request = compose("+sweep=study", "sweep.parts=[rank,lr_ratio]", *AS_JSON[1:])
+    lost = request.parts[1].points[0].id
+    shutil.rmtree(RunStore(request.exec.runs_dir).folder(lost))
+    with pytest.raises(StoreError, match=ADVICE):
+        act(request, old)
+    assert not old.trained
+
+
+def test_no_round_is_added_to_kept_curves(old, compose, monkeypatch):
+    request = compose(*AS_JSON, "action=extend")
+    runs = [{"like": request.points[0].id, "lr": 1e-3, "seed": 9}]
+    monkeypatch.setattr(finished_runs.answer, "next_round", lambda *_: (runs, []))
+    with pytest.raises(StoreError, match=ADVICE):
+        act(request, old)
+    assert not (RunStore(request.exec.runs_dir).root / ".rounds").exists()
+
+
+def test_a_run_is_not_trained_again_on_other_data(compose, trainer):
+    request = compose(*AS_JSON)
+    assert act(request, trainer) == 0
+    spec, store = request.points[0].spec, RunStore(request.exec.runs_dir)
+    trainer.more = lambda spec: {"data_sha256": "other"}
+    with pytest.raises(TrainingError, match=r"other data \(fingerprint planted\).*\(other\)"):
+        train_again(spec, store, request.exec, trainer)

@@ -61,9 +61,6 @@ def test_all_problems_of_a_row_come_at_once():
     assert len(found.value.problems) == 3
 
 
-# ---------------------------------------------------------------- tables
-
-
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return path
@@ -117,8 +114,6 @@ def test_a_wrong_row_does_not_affect_others(tmp_path):
     assert says[2].startswith("row 5: 7 cells under 5 columns")
     assert says[3].startswith("row 6: column name: an earlier row has 'a'")
 
-
-# ---------------------------------------------------------------- shapes
 
 SHAPE = {
     "hidden_size": 1024, "n_layers": 28, "n_heads": 16, "n_kv_heads": 8, "head_size": 128,

@@ -1,4 +1,4 @@
-"""A customer's rows: their form, and which of them are training, validation and test rows."""
+"""A customer's rows: their form, which are training, validation and test rows, and rows of the hub."""
 
 import copy
 import dataclasses
@@ -8,6 +8,8 @@ import pytest
 from lorasweep.customers.rows import BY_ROW, Rules, rows_of, with_lengths
 from lorasweep.data import fields, load
 from lorasweep.errors import DataError
+from lorasweep.spec.dataset import DatasetSpec
+from tests import small_hub
 from tests.bpe import llama_like
 from tests.customers import CHAT_TEMPLATE, write_json, write_rows
 
@@ -114,9 +116,6 @@ def test_the_longest_row_is_the_length_and_none_is_cut(tmp_path):
     assert stated.dataset.max_length == 48
 
 
-# ---------------------------------------------------------------- rows that share prompts
-
-
 def test_no_prompt_is_in_two_splits(tmp_path):
     """Two hundred rows of forty questions, each with five answers: by rows, all of the held-out
     questions were trained on."""
@@ -174,7 +173,6 @@ def test_training_rows_with_the_prompt_of_a_test_row_are_left_out(tmp_path):
 
 
 def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
-    """Of each prompt some answers are longer than max_length, and left out."""
     said = [("Yes " * (40 if k % 3 == 0 else 2) + f"{k}") for k in range(120)]
     rows = [pair(f"How many? {k // 4}", text) for k, text in enumerate(said)]
     spec = read(write_json(tmp_path / "my.jsonl", rows)).dataset
@@ -182,9 +180,6 @@ def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
     validation, test = map(set, held)
     assert not (validation & test or set(train) & (validation | test)) and validation and test
     assert sum(map(len, held)) < spec.holdout
-
-
-# ---------------------------------------------------------------- conversations and forms
 
 
 def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_path):
@@ -223,3 +218,67 @@ def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(tmp_p
         f"<user>{{user 1}}{eos}<assistant>{{assistant 1}}{eos}<user>{{user 2}}{eos}<assistant>"
         f"[{{assistant 2}}{eos}]"
     )
+
+
+# ---------------------------------------------------------------- data sets of the hub
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+SCHOOL, TULU = "openai/gsm8k", "allenai/tulu-3-sft-mixture"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    given = {"source": "hub", "revision": COMMIT}
+    named = [
+        DatasetSpec(name="a", location=SCHOOL, config="main", **given),
+        DatasetSpec(name="b", location=TULU, **given),
+    ]
+    small_hub.make(folder, [], named)
+    return folder / "datasets"
+
+
+@pytest.fixture
+def offline(cache, monkeypatch, tmp_path):
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def read_hub(data):
+    return rows_of("any", data, Rules(), llama_like())
+
+
+@pytest.mark.usefixtures("offline")
+def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps():
+    found, _ = with_lengths(read_hub(f"{SCHOOL}:main"), llama_like(), None, [])
+    spec = found.dataset
+    where = (spec.source, spec.location, spec.config, spec.revision)
+    assert where == ("hub", SCHOOL, "main", COMMIT)
+    assert (spec.prompt_field, spec.completion_field) == ("question", "answer")
+    assert (found.n_train, spec.n_validation, spec.n_test) == (4, 10, 10)  # 20 of 24 are in both
+    data = load.load(spec, [], llama_like())
+    assert (data.n_train, len(data.validation), len(data.test)) == (4, 10, 10)
+    assert data.commit == COMMIT
+    found = read_hub(f"{TULU}@{COMMIT}")
+    spec = found.dataset
+    assert (spec.format, spec.mask, spec.test_split) == ("messages", "last_assistant", "train")
+    assert (found.n_train, spec.n_validation, spec.holdout) == (880, 110, 220)
+
+
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        ("openai/gsm9k", "no file or folder .*openai/gsm9k, and as a data set of the hub"),
+        (f"{SCHOOL}:socratic", "cannot load 'openai/gsm8k'"),
+        (f"{TULU}@{COMMIT[::-1]}", "is pinned to .* but the hub cannot be reached"),
+    ],
+)
+@pytest.mark.usefixtures("offline")
+def test_data_missing_on_the_hub_are_named(data, says):
+    with pytest.raises(DataError, match=says):
+        read_hub(data)

@@ -71,14 +71,12 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
 @pytest.mark.parametrize(
     "columns, says",
     [
-        ({"name": "good"}, "an earlier row has 'good'"),
         ({"data": "silent.jsonl", "max_length": 16}, "no rows"),
         ({"data": "other.jsonl"}, "has the columns text"),
         ({"data": "empty.jsonl"}, "has no rows"),
         ({"data": "gone"}, "no file"),
         ({"task": "rl"}, "not by rl"),
         ({"data": ""}, "data: missing"),
-        ({"model": "gpt-9"}, "'gpt-9' not found"),
     ],
 )
 def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch, columns, says):
@@ -120,8 +118,6 @@ def test_a_base_of_more_than_one_gpu_is_its_customers_error(row, data):
     assert fits.points and "llama-3.1-70b takes" in refused.problem
 
 
-# ---------------------------------------------------------------- fleets of earlier versions
-
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden/fleet_ids.json").read_text())
 EARLIER = {
     "tiny": ("{prompt}\n", "role_eos"),
@@ -133,10 +129,7 @@ EARLIER = {
 
 @pytest.fixture
 def customers(tmp_path, monkeypatch):
-    """The table whose runs GOLDEN names: it was written by the code from before folders kept rules.
-
-    Forty rows, two hundred that share forty prompts, a test file, conversations, and few rows.
-    """
+    """The table whose runs GOLDEN names, written by the code from before folders kept rules."""
     monkeypatch.chdir(tmp_path)
     write_rows(Path("ann.jsonl"), 40, "357 in all {k}")
     prompts = [f"Is it late? {k % 40}" for k in range(200)]
@@ -167,8 +160,7 @@ def test_runs_by_the_earlier_rules_keep_their_ids(customers):
 
 
 def test_todays_rules_change_only_the_ids_they_concern(customers):
-    """At scale tiny the plain form was that of then; rows that share prompts, and those of a test
-    file, are divided in another way."""
+    """Rows that share prompts, and those of a test file, are divided in another way today."""
     found = ids(customers, "tiny", Rules())
     changed = {name for name in found if found[name] != GOLDEN[name]}
     assert changed == {"tiny/bob", "tiny/own"}

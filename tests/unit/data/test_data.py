@@ -21,8 +21,6 @@ from tests.world import write_json, write_splits
 
 
 class Letters:
-    """A tokenizer of one token a byte."""
-
     eos_token_id, bos_token = 0, None
 
     def __call__(self, texts, add_special_tokens=False):
@@ -193,8 +191,6 @@ def test_what_cannot_be_read_is_named(tmp_path, name, text, says):
 
 
 class Counting:
-    """A tokenizer that counts the texts it is given."""
-
     texts = 0
 
     def __getattr__(self, name):

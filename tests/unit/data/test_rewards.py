@@ -1,5 +1,4 @@
-"""Rewarded data sets: right, wrong and unreadable answers, and settings that are refused. Mathematical
-answers are compared in separate processes; one that hangs is ended."""
+"""Rewarded data sets: right, wrong, unreadable answers, checks that hang, refused settings."""
 
 import dataclasses
 import os
@@ -11,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given as any_of
 from hypothesis import settings
@@ -165,21 +165,13 @@ def test_what_cannot_be_rewarded_is_refused_before_anything_starts(compose):
 
 HANGS = r"\binom{10000000}{5000000}"
 DIGITS = "9" * 4400
-TOWER = "9^{9^{9^{9}}}"
 
 
 def children(of=None):
     """Ids of the processes that check answers for a process."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            command = (folder / "cmdline").read_text()
-        except OSError:
-            continue
-        if parent == (of or os.getpid()) and "math_worker" in command:
-            found.add(int(folder.name))
-    return found
+    every = [p.info for p in psutil.process_iter(["pid", "ppid", "cmdline"])]
+    mine = [p for p in every if p["ppid"] == (of or os.getpid())]
+    return {p["pid"] for p in mine if "math_worker" in " ".join(p["cmdline"] or ())}
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +226,7 @@ def test_processes_end_with_the_one_that_asks_even_while_one_hangs():
     code = (
         "from lorasweep.data.verifiers.math_checks import MathChecks as M\n"
         "m = M(1, 5.0)\nprint(m.check([('1', '1')]), flush=True)\n"
-        f"m._free.queue[0]._limit_s = 999\nm.check([('7', {TOWER!r})])"
+        "m._free.queue[0]._limit_s = 999\nm.check([('7', '9^{9^{9^{9}}}')])"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert parent.stdout.readline() == b"[1.0]\n"
@@ -256,9 +248,6 @@ def test_a_verifier_that_does_not_start_is_said(monkeypatch):
     monkeypatch.setattr(math_checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"math-verify.*pip install 'lorasweep\[rl\]'"):
         rewards.check_available(shipped("math_reward"))
-
-
-# ---------------------------------------------------------------- the study's data sets
 
 
 def encoded(text):

@@ -1,7 +1,4 @@
-"""Data sets of the hub, the study's and others, on folders with a few rows made here in its schemas.
-
-`datasets` reads such a folder as it reads a repository: card, configurations, splits, parquet.
-"""
+"""Data sets of the hub, on folders with a few rows that `datasets` reads as repositories."""
 
 import dataclasses
 import shutil
@@ -30,7 +27,6 @@ def load(spec, tokenizer=None):
 
 
 def shown(example, tokenizer=None):
-    """The text of a row, and of what is in its loss."""
     decode = (tokenizer or qwen_like()).decode
     return decode(example.tokens), decode(example.tokens[example.loss])
 
@@ -76,12 +72,6 @@ def list_of(loaded, count=None):
     rows = loaded.train.__closure__
     kept = next(c.cell_contents for c in rows if hasattr(c.cell_contents, "ends"))
     return list(kept)[:count]
-
-
-def test_the_subset_of_the_batch_size_question_is_the_first_10000_rows_of_the_larger_one():
-    small, large = shipped("openthoughts3_10k"), shipped("openthoughts3")
-    assert (small.n_train, large.n_train) == (10_000, 384_000)
-    assert dataclasses.replace(small, name=large.name, n_train=large.n_train) == large
 
 
 def test_math_trains_both_splits_of_all_subjects_without_the_held_out_problems(hub):
@@ -172,10 +162,6 @@ def test_long_rows_are_cut_or_left_out(hub):
         load(dataclasses.replace(spec, too_long="skip", max_length=4))
 
 
-DRAWN = ("exact_loss", "draw_by_seed")
-"""Settings of dialects alone."""
-
-
 def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
     stored = tiny_spec(dataset=shipped("gsm8k")).plain()["dataset"]
     for name in ("too_long", "unseen_prompts", "answer_field", "test_location", "test_revision"):
@@ -190,7 +176,8 @@ def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
         ("gsm8k", {"test_revision": "main"}, "there is no test_location"),
         ("dialect", {"too_long": "skip"}, "too_long='skip' has no effect with source=synthetic"),
         ("dialect", {"render": "role_colon"}, "render='role_colon' has no effect"),
-        *(("facts", {name: True}, f"{name}=true: only the generator dialect") for name in DRAWN),
+        ("facts", {"exact_loss": True}, "exact_loss=true: only the generator dialect"),
+        ("facts", {"draw_by_seed": True}, "draw_by_seed=true: only the generator dialect"),
         ("tulu3", {"render": "chatml"}, "render='chatml'. Allowed: role_colon, role_eos, chat"),
     ):
         with pytest.raises(SpecError, match=words):
@@ -226,8 +213,7 @@ def test_an_unpinned_name_is_its_commit_and_a_pinned_one_is_never_replaced(tmp_p
 
 
 def test_kept_tokens_of_training_rows_are_never_served_as_held_out_rows(tmp_path, offline):
-    """A holdout of one split, of which as many rows are trained on as are held out: each row says a
-    number of its own, so a shared row would be seen."""
+    """As many rows are held out as trained on, and each says a number of its own."""
     counts = {"n_train": 10, "n_validation": 4, "n_test": 6, "n_test_curve": 0, "holdout": 10}
     spec = shipped("tulu3", revision=OLD, **counts)
     small_hub.make(tmp_path, [], [spec])

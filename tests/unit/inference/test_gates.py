@@ -69,9 +69,6 @@ def test_of_many_gates_the_one_that_more_runs_do_not_open_counts_first():
     assert verdict.needed == remedy([solved]) and verdict.gates == (edge, rank, solved)
 
 
-# ---------------------------------------------------------------- next runs
-
-
 @pytest.fixture(scope="module")
 def optimum():
     """One curve with three seeds at every rate and a sure optimum."""

@@ -46,8 +46,7 @@ def described(group_folder, slurm, tmp_path):
 
 
 def run_job(described, tmp_path, meanwhile=lambda described: None):
-    """Run a job's script with a stand-in for srun, after `meanwhile`; return whether it reached
-    srun, and its error messages."""
+    """Run a job's script with a stand-in for srun; return whether it was reached, and the errors."""
     script = tmp_path / "spooled.sh"  # Slurm runs its own copy of the script
     script.write_bytes(sbatch.write_script(described).read_bytes())
     meanwhile(described)

@@ -33,8 +33,7 @@ NCCL_ERROR = "NCCL error in: NCCLUtils.cpp:77\nLast error:\nCuda failure 2 'out 
 
 
 class Refusing(Scripted):
-    """A trainer whose memory holds `most` rows of all runs together. An earlier attempt must no
-    longer be in memory."""
+    """Memory holds `most` rows of all runs, and must no longer hold an earlier attempt."""
 
     def __init__(self, most):
         super().__init__(STEPS, self.check)
@@ -98,7 +97,6 @@ def test_micro_batches_then_packs_are_halved_until_all_runs_finish(store):
     ],
 )
 def test_later_checkpoints_keep_a_changed_size(store, name, divisible, tried):
-    """A run that changed its size, was stopped and resumed by another worker stays marked."""
     specs, stop = specs_of(2), StopFlag()
 
     def before(step, pack, exec_):
@@ -206,9 +204,6 @@ def test_runs_of_several_processes_start_again_with_less_until_one_does_not_fit(
     assert len(events) == 3 and store.state(other.id) == "running"
 
 
-# ---------------------------------------------------------------- phases
-
-
 @pytest.fixture
 def full(monkeypatch):
     """full(module, name, rows, most): this function has memory for `most` rows of all runs, or for
@@ -264,8 +259,7 @@ def test_sampling_that_runs_out_draws_fewer_and_then_halves_the_pack(tmp_path, m
 
 
 def test_evaluation_that_runs_out_holds_less_at_once(tmp_path, monkeypatch, full):
-    """Half of what one run holds fits: halved for the base, and again for two runs. The learner
-    keeps its rows."""
+    """Half of what one run holds fits: halved for the base and for two runs, not for the learner."""
 
     def rows(model, rows_N, batches_N, precision):
         return max(sum(len(b.lengths[0]) for b in bs) for bs in zip(*batches_N))

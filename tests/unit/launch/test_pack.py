@@ -36,7 +36,6 @@ def take_over(store, rid):
 
 @pytest.mark.parametrize("n_lost", [1, 2])
 def test_runs_that_were_taken_over_are_trained_no_further(tmp_path, clock, n_lost):
-    """One update a second: the loss is seen within LOOK_S, and the rest of the pack continues."""
     store, specs, steps, lost_at = RunStore(tmp_path), [tiny_spec(seed=k) for k in range(2)], 50, 8
     ids = [s.id for s in specs]
 

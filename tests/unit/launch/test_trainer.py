@@ -1,5 +1,4 @@
-"""The real trainer's data: tokenized once for all workers, the same for a whole run folder; and data
-sets of different owners in one pack, of which a broken one fails only its own runs."""
+"""Data of the real trainer: tokenized once, one for a run folder, broken for its owner alone."""
 
 import dataclasses
 import json
@@ -83,8 +82,6 @@ def test_data_of_a_folder_that_is_only_read_are_checked_and_not_recorded(load, t
     as_another_user(tmp_path, read)
 
 
-# ---------------------------------------------------------------- broken data
-
 SECRET = "zanzibar 7351"
 
 
@@ -118,7 +115,6 @@ def train(pack, tmp_path, trainer=None, **settings):
 
 
 def all_text(store, spec):
-    """The content of all files in a run's folder."""
     files = [p for p in store.folder(spec.id).rglob("*") if p.is_file()]
     return b"\n".join(p.read_bytes() for p in files).decode(errors="replace")
 

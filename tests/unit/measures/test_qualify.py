@@ -31,8 +31,7 @@ def test_prefixes_and_qualification(rank_answer):
 
 
 def test_runs_are_cut_where_their_task_is_over(rank_answer):
-    """The planted loss falls by GAIN a doubling: at step s the best run has lost GAIN log2(1 + s)
-    of what there was."""
+    """The planted loss falls by GAIN a doubling: by GAIN log2(1 + s) until step s."""
     whole = load_runs(rank_answer / "runs")
     plain = whole[(whole["method"] == "fullft") | (whole["init_seed"].fillna(0) == 0)]
     assert while_unsolved(plain)[1] == ""  # the fake tells no floor

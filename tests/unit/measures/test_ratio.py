@@ -67,9 +67,6 @@ def test_a_ratio_of_two_brackets_is_bracketed():
     assert abs(math.log(e.value / 10)) < 0.05 and e.low <= 2.5001 and e.high >= 39.999
 
 
-# ---------------------------------------------------------------- the law
-
-
 def ratios(rng, seeds, sd, alphas, error, log):
     """Ratios `log(width, alpha)` of base models, which differ by `sd` from their width's mean."""
     bases = [(f"{h}-{s}", h, rng.normal(0, sd)) for h in (64, 128, 256) for s in range(seeds)]
@@ -105,7 +102,6 @@ def test_the_ratios_law_tells_rivals_apart(p, q, name):
 
 @pytest.mark.parametrize("alphas", [(8, 32, 128), (32,) * 5])
 def test_several_alphas_or_data_sets_of_one_base_are_one_witness_of_its_width(alphas):
-    """Bases that differ by 0.3 beyond their width: 95% intervals of p hold the truth."""
     rng, held = np.random.default_rng(9), 0
     for _ in range(300):
         law = ratio_law(ratios(rng, 2, 0.3, alphas, 0.02, lambda h, a: -math.log(a)))
@@ -161,15 +157,10 @@ def test_the_published_formula_gives_its_published_lrs(changes, hidden, lr):
     assert published(c, hidden) == (lr and pytest.approx(lr, rel=2e-3))
 
 
-def test_regret_outside_the_lrs_tried_is_no_number():
+def test_regret_outside_the_lrs_tried_and_an_exponent_of_one_width_are_no_numbers():
     (c, *_), _ = planted_curves(0.0)
     assert regret(c, 5e-4) == pytest.approx(0, abs=0.3)
     assert regret(c, 1.0) is None
-
-
-def test_a_law_over_one_hidden_size_has_no_exponent():
     curves, hidden = planted_curves(0.5, widths=(1024,))
-    (law,) = by_loss(curves, hidden)
-    assert law.p.value is None and "one hidden size" in law.flags
-    (fit,) = by_optima(fit_all(curves), hidden)
-    assert fit.p.value is None
+    (law,), (fit,) = by_loss(curves, hidden), by_optima(fit_all(curves), hidden)
+    assert law.p.value is fit.p.value is None and "one hidden size" in law.flags

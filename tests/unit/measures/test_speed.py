@@ -1,4 +1,4 @@
-"""Learning curves compared: rho, when a rank falls behind, and straightness."""
+"""Learning curves compared: rho, falling behind, straightness, batches, values at the best LR."""
 
 import math
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from analysis.measures import speed
-from analysis.measures.at_best import AtBest
+from analysis.measures.at_best import AtBest, over_seeds, weights
+from analysis.measures.batch_effect import Prefix, difference, effect, within
+from analysis.measures.regret import change_of_needed, crossing
 
 STEPS = [2**k for k in range(7)]
 RANKS, LAST, FIRST = (1, 2, 4, 8), 256.0, 1.0
@@ -117,3 +119,86 @@ def test_of_two_curves_the_one_further_from_a_line_is_taken():
     assert speed.straightness(line).value == pytest.approx(1)
     assert speed.least_straight(line, bent).value == speed.straightness(bent).value < 0.9
     assert speed.least_straight(line, AtBest({0: falling(lambda x: x, (64,))})).value is None
+
+
+BATCH_LENGTHS = {4: (8, 512), 16: (8, 256), 64: (8, 64), 256: (8, 16)}  # as in the shipped sweep
+BATCH_STEPS = [s for k in range(3, 10) for s in (2**k, 3 * 2 ** (k - 1))]
+GRID = [
+    (b, s) for b, (first, last) in BATCH_LENGTHS.items() for s in BATCH_STEPS if first <= s <= last
+]
+
+
+def planted(b, rng, seeds=6, rank=16, common=None):
+    """ln(rho) that falls steeply with updates; noise of a batch and seed is shared by its prefixes."""
+    logs = {key: {} for key in GRID}
+    for seed in range(seeds):
+        whole = rng.normal(0, 0.1) if common is None else common[seed]
+        own = {batch: rng.normal(0, 0.03) for batch in BATCH_LENGTHS}
+        for batch, steps in GRID:
+            falls = -0.5 * math.log2(steps) + 0.02 * math.log2(steps) ** 2
+            noise = own[batch] + rng.normal(0, 0.02)
+            logs[batch, steps][seed] = whole + falls + b * math.log2(batch) + noise
+    return [Prefix(batch, steps, rank, None, None, AtBest(v)) for (batch, steps), v in logs.items()]
+
+
+@pytest.mark.parametrize("b", [0.0, -0.1])
+def test_the_interval_over_six_seeds_covers_the_planted_effect(b):
+    rng = np.random.default_rng(1)
+    found = [over_seeds(effect(planted(b, rng))) for _ in range(1000)]
+    covered = np.mean([e.low <= b <= e.high for e in found])
+    assert 0.93 <= covered <= 0.97
+    assert np.mean([e.value for e in found]) == pytest.approx(b, abs=1e-3)
+
+
+def test_the_difference_of_two_ranks_is_paired_by_seed():
+    rng = np.random.default_rng(3)
+    common = rng.normal(0, 5, 6)  # cancels: seeds are blocks
+    high, low = planted(-0.1, rng, common=common), planted(-0.02, rng, rank=1, common=common)
+    e = difference(high, low)
+    assert e.low < -0.08 < e.high and e.high - e.low < 0.08
+
+
+def test_infinite_and_missing_values_and_lonely_prefixes_count_for_nothing():
+    def prefix(batch, steps, logs):
+        return Prefix(batch, steps, 4, None, None, AtBest(logs))
+
+    grid = [
+        prefix(4, 8, {0: 0.0, 1: 1.0}),
+        prefix(16, 8, {0: -0.4, 1: 0.6}),
+        prefix(4, 16, {0: -math.inf, 1: 0.3}),
+        prefix(16, 16, {0: 7.0}),
+        prefix(4, 512, {0: -9.0, 1: -9.0}),
+    ]
+    assert effect(grid).best == pytest.approx({0: -0.2, 1: -0.2})
+    assert within([1, 2], np.array([1.0, 2.0]), np.array([1.0, 2.0])) is None
+
+
+def test_weights_are_lagranges_and_keep_away_from_a_cliff():
+    tried = [math.log(r) for r in (1e-3, 2e-3, 4e-3, 8e-3)]
+    at = math.log(2.8e-3)
+    for heights in ({x: -x for x in tried}, {x: x for x in tried}):
+        found = weights(tried, at, heights)
+        assert len(found) == 3 and sum(found.values()) == pytest.approx(1)
+        parabola = sum(w * (x - 1) ** 2 for x, w in found.items())
+        assert parabola == pytest.approx((at - 1) ** 2)
+    assert min(found) == tried[0]  # the loss falls towards lower rates, so the third one lies there
+    assert weights(tried, math.log(0.5e-3), heights) == {tried[0]: 1.0}
+    assert weights(tried, tried[1], heights) == {tried[1]: 1.0}
+    assert set(weights([tried[0], tried[1]], math.log(1.5e-3), heights)) == {tried[0], tried[1]}
+
+
+def test_the_needed_rank_lies_where_the_gap_last_falls_to_what_is_allowed():
+    x = [0.0, 2.0, 3.0, 4.0]
+    assert crossing(x, [6.0, 2.0, 0.0, -2.0]) == pytest.approx(3)
+    assert 2 < crossing(x, [6.0, 2.0, -2.0, -3.0]) < 3
+    assert crossing(x, [-1.0, -1.0, -2.0, -2.0]) == -math.inf
+    assert crossing(x, [3.0, 2.0, 1.0, 0.1]) == math.inf
+    # A rank that does well between two that do not is chance: what counts is the last crossing.
+    assert 3 < crossing(x, [3.0, -1.0, 1.0, -1.0]) < 4
+    assert math.isnan(crossing(x, [3.0, math.nan, -1.0, -2.0]))
+
+
+def test_its_change_is_counted_a_doubling_and_is_none_outside_the_ranks_tried():
+    first, last = AtBest({100: 2.0, 101: 3.0}), AtBest({100: 3.0, 101: 5.0})
+    assert change_of_needed(first, last, 2).best == {100: 0.5, 101: 1.0}
+    assert change_of_needed(first, AtBest({100: 3.0, 101: math.inf}), 2) is None

@@ -1,5 +1,4 @@
-"""Adapters of experts: against a loop over merged weights and against PEFT in float64, their counts,
-and the packs and full fine-tuning of a model with experts."""
+"""Adapters of experts against a loop over merged weights and against PEFT; their counts and packs."""
 
 import copy
 import dataclasses
@@ -84,7 +83,6 @@ READINGS = [
 @pytest.mark.parametrize("outer", ["own", "shared"])
 @pytest.mark.parametrize("layers", ["mlp", "attention+mlp+unembedding+router"])
 def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer, other_weights):
-    """All readings of the rank in one pack; logits and every gradient, 1e-12."""
     most = 4 if "router" in layers else 8
     methods = [
         dataclasses.replace(m, layers=layers, expert_outer=outer, rank=min(m.rank, most))
@@ -341,7 +339,6 @@ def test_grouped_products_in_fp32_are_those_of_the_loop_in_float64(norms_in_floa
 
 
 def test_under_autocast_experts_are_computed_in_bf16_whatever_they_are_held_in():
-    """The same bits, of logits and gradients, with the stacks in fp32 and in bf16."""
     wide = moe().float()
     for p in wide.parameters():
         p.data = p.data.to(torch.bfloat16).float()
@@ -361,7 +358,6 @@ def test_under_autocast_experts_are_computed_in_bf16_whatever_they_are_held_in()
 
 @pytest.mark.parametrize("outer", ["own", "shared"])
 def test_peft_computes_what_was_trained(tmp_path, norms_in_float64, outer):
-    """The file's round trip: all layer sets and the router, an alpha of the experts' own."""
     from peft import PeftModel
 
     own = {"expert_alpha": 6.0, "expert_outer": outer, "scaling_by": "sqrt_rank"}

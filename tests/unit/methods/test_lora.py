@@ -1,5 +1,4 @@
-"""LoRA against PEFT and full fine-tuning against torch, in float64 at every update; the start of each
-method; LoRA's further fields."""
+"""LoRA against PEFT, full fine-tuning against torch, in float64; starts; LoRA's further fields."""
 
 import copy
 import dataclasses
@@ -27,7 +26,6 @@ def world():
 
 
 def peft_model(base, method):
-    """The reference: PEFT's LoRA on the same base."""
     model = copy.deepcopy(base.model)
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     size = {"r": method.rank, "lora_alpha": method.alpha, "target_modules": linears}
@@ -76,7 +74,6 @@ def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world, other_weight
 
 @pytest.mark.numerics
 def test_full_fine_tuning_equals_torch_over_a_whole_run(world, other_weights):
-    """Against a plain loop of transformers' forward and torch.optim.AdamW."""
     spec, base, dataset = world
     spec = dataclasses.replace(spec, method=FullFT(), lr=2e-3, weight_decay=0.1, clip_norm=0.5)
     reference = copy.deepcopy(other_weights(base).model).requires_grad_(True)
@@ -135,9 +132,6 @@ def test_a_method_starts_as_the_base_and_trains_all_that_it_counts(world, method
     finally:
         trainables.detach()
     assert evaluate(base.model, batches, "fp64") == before
-
-
-# ---------------------------------------------------------------- further fields
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,6 @@ def test_a_run_that_broke_down_leaves_the_spectra_of_others(world):
 
 
 def test_an_update_and_an_evaluation_copy_no_more_with_more_batches(world, copies):
-    """Losses are summed on the device: copies do not grow with micro-batches or held-out batches."""
     spec, base, rows = world
     counts = []
     for micro in (4, 1):

@@ -16,7 +16,7 @@ from lorasweep.models.forward import autocast, hold_in_bf16
 from lorasweep.models.load import weights_sha256
 from lorasweep.spec.run import validate
 from lorasweep.train.objectives.nll import nll_sums
-from tests.training import attached, family_model, pack_of, run
+from tests.training import attached, family_model, pack_of, run, saved_for_backward
 from tests.world import tiny_spec
 
 
@@ -30,7 +30,6 @@ def world():
 
 
 def of_family(family, tied):
-    """A random model of bf16 numbers, held in fp32 and in bf16."""
     wide = family_model(family, tie_word_embeddings=tied)
     for p in wide.parameters():
         p.data = p.data.bfloat16().float()
@@ -101,18 +100,8 @@ def test_the_backward_pass_keeps_no_copies_of_frozen_matrices():
     for model in of_family("Qwen3", False):
         linears = {n: m for n, m in model.named_modules() if type(m) is torch.nn.Linear}
         pack_of([LoRA(rank=2)], model)
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        storages = {}
-
-        def pack(t, own=own, storages=storages):
-            if t.untyped_storage().data_ptr() not in own:
-                storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = nll_sums(model, batch, "bf16").sum()
-        kept.append(sum(s.nbytes() for s in storages.values()))
-        del loss
+        saved = saved_for_backward(model, lambda m=model: nll_sums(m, batch, "bf16"))
+        kept.append(sum(t.untyped_storage().nbytes() for t in saved))
     first = [f"model.layers.0.self_attn.{m}_proj" for m in "qkv"]  # their input needs no gradient
     copies = sum(2 * m.weight.numel() for n, m in linears.items() if n not in first)
     assert kept[0] - kept[1] == copies > 0

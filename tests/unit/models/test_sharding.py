@@ -1,5 +1,4 @@
-"""The mesh: who takes which batches, what the guard refuses, and what a process holds whole. What it
-computes is held to one process in tests/integration/test_distributed.py."""
+"""The mesh: who takes which batches, what its guard refuses, what a process holds whole."""
 
 import dataclasses
 import json

@@ -79,11 +79,7 @@ HEIGHTS = {7.42e-4: 0.0201, 1.19e-3: 0.0043, 1.9e-3: 0.0, 3.04e-3: 0.0057, 4.86e
 
 @pytest.mark.parametrize("shift", [0.0255, 0.4])
 def test_the_optimum_does_not_depend_on_how_far_apart_the_seeds_are(shift):
-    """The first seed has all rates, fresh seeds have all but the lowest one and higher losses.
-
-    The mean over runs is then far too low at the lowest rate, and the highest one was called
-    collapsed.
-    """
+    """Fresh seeds lack the lowest LR: means over runs called the highest one collapsed."""
 
     def fitted(shift):
         rng = np.random.default_rng(1)
@@ -134,8 +130,7 @@ def test_the_misfits_covariance_is_the_curvatures_integrated_twice():
 
 
 def unsteady_sweep(broken):
-    """Four curves of six rates and three seeds; at the first one's second rate above its best, one
-    seed has begun to break."""
+    """Four curves of six LRs and three seeds; at one LR of the first, a seed has begun to break."""
     rng, out = np.random.default_rng(11), []
     x = np.repeat(math.log(1e-3) + math.log(2) * np.arange(-3, 3), 3)
     for k in range(4):
@@ -189,7 +184,6 @@ def test_curves_fitted_together_are_the_curves_fitted_one_sweep_at_a_time():
     "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "linex")) for f in FAMILIES]
 )
 def test_intervals_hold_planted_truths(family):
-    """A small calibration of each family (the full one: make calibrate), at three noises."""
     rng = np.random.default_rng(11)
     held = ratios = n = n_ratios = 0
     for noise in (1e-4, 1e-3, 1e-2):

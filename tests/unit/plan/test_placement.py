@@ -1,5 +1,4 @@
-"""Memory, time and place of runs on GPUs, those that sample too: components by hand, what fits, and
-what sweeps take."""
+"""Memory, time and place of runs on GPUs, some of which sample: by hand, and of whole sweeps."""
 
 import dataclasses
 import json
@@ -276,7 +275,6 @@ def gsm8k(method="lora", **changes):
 
 
 def given(spec):
-    """The same run on answers that are given."""
     return dataclasses.replace(spec, objective="sft", group_size=0, max_new_tokens=0)
 
 
@@ -354,7 +352,6 @@ def test_a_token_takes_as_long_as_memory_or_products_or_launches_need():
 
 
 def test_on_a_cpu_keys_and_values_are_part_of_the_peak_too():
-    """1,024 held-out prompts of GSM8K, drawn at once."""
     fields = ("objective=policy_gradient", "group_size=8", "max_new_tokens=128", "method=lora")
     asked = ("scale=small", "dataset=gsm8k_reward", "batch_size=32", *fields)
     spec = compose_request(asked).points[0].spec

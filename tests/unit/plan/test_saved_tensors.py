@@ -1,5 +1,4 @@
-"""Planned activations on a GPU equal what torch saves for the backward pass of transformers' models:
-distinct storages, by bytes, without parameters and buffers."""
+"""Planned activations equal what torch saves for the backward pass of transformers' models."""
 
 import dataclasses
 
@@ -16,6 +15,7 @@ from lorasweep.models.targets import find_targets, use_grouped_experts
 from lorasweep.plan.load import WORD_BYTES, load_of
 from lorasweep.plan.memory import Layout, memory_parts
 from lorasweep.spec.model import ROUTER, ModelSpec
+from tests.training import saved_for_backward
 
 LLAMA = ModelSpec(
     name="small", source="folder", hidden_size=256, n_layers=2, n_heads=4, n_kv_heads=4,
@@ -40,33 +40,20 @@ ROWS = 2
 
 
 def transformers_model(spec):
-    """Build a model of this shape, with weights of fp32."""
     model = AutoModelForCausalLM.from_config(config_of(spec), dtype=torch.float32).eval()
     use_grouped_experts(model, spec)
     return model
 
 
 def saved_bytes(spec, method, precision, checkpointing, length):
-    """Return the bytes that a forward pass saves for the backward pass."""
-    model, saved = transformers_model(spec), {}
+    model = transformers_model(spec)
     method.attach(model, find_targets(model, spec, method.target_layers()), [method], [0])
     if checkpointing:
         compute_again(model)
-    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            saved[storage.data_ptr()] = storage  # kept, so that its address is not used again
-        return tensor
-
     tokens = torch.zeros(ROWS, length, dtype=torch.int64)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        autocast(precision, torch.device("cpu")),
-    ):
-        model(input_ids=tokens, use_cache=False)
-    return sum(storage.nbytes() for storage in saved.values())
+    with autocast(precision, torch.device("cpu")):
+        saved = saved_for_backward(model, lambda: model(input_ids=tokens, use_cache=False))
+    return sum(t.untyped_storage().nbytes() for t in saved)
 
 
 def planned_bytes(spec, method, precision, checkpointing, length):

@@ -1,4 +1,4 @@
-"""`capacity` and `compute` on planted runs: bits a parameter, operations and seconds to one loss."""
+"""`capacity`, `compute` and `experts` on planted runs: bits, operations, readings of the rank."""
 
 import math
 
@@ -6,13 +6,28 @@ import numpy as np
 import pytest
 
 from analysis.questions import capacity, compute
+from analysis.questions.experts import QUESTION, READINGS
+from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from tests.planted import FULL, LORA, World, arms, around, ask, base, check, runs
+from lorasweep.methods.lora import LoRA as Lora
+from tests import planted
+from tests.planted import (
+    FULL,
+    GAIN,
+    LORA,
+    World,
+    arms,
+    around,
+    ask,
+    base,
+    check,
+    kept_question,
+    planted_table,
+    runs,
+)
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
-
-# ---------------------------------------------------------------- capacity
 
 ONE = LoRA(rank=1, layers="attention")
 PARAMETERS = 4 * (127 + 79 + 79 + 127)  # r (m + n) - r^2 of the four attention matrices
@@ -45,9 +60,6 @@ def test_effective_parameters_count_each_matrix_once():
     spec = runs(base(), ONE, [1e-3], [0])[0]
     assert capacity.effective(spec.plain()) == PARAMETERS == 1648
     assert capacity.bits(0.0, 10) == pytest.approx(160) and capacity.bits(math.log(16), 10) == 0
-
-
-# ---------------------------------------------------------------- compute
 
 
 def ask_compute(world, folder=None):
@@ -107,3 +119,75 @@ def test_operations_are_those_of_the_methods(rank):
     found = compute.flops_ratio(spec.plain(), method.n_trainable(spec.model))
     counted = (m.step_flops(spec.model, 100) for m in (method, FullFT()))
     assert found == pytest.approx(next(counted) / next(counted))
+
+
+TOKENS = [[10, 20, 30, 40], [25, 25, 25, 25]]
+METHODS = {
+    "active": Lora(rank=8, layers="mlp"),
+    "all": Lora(rank=8, layers="mlp", expert_rank="all"),
+    "whole": Lora(rank=8, layers="mlp", expert_rank="whole"),
+    "shared": Lora(rank=8, layers="mlp", expert_rank="whole", expert_outer="shared"),
+    "divided_alpha": Lora(rank=8, layers="mlp", expert_alpha=16.0),
+}
+
+
+def reading_runs():
+    spec = base("tiny64-experts", "dialect_smoke")
+    found = planted.arms(spec, (), seeds=range(4), steps=64)
+    for method in METHODS.values():
+        found += planted.runs(spec, method, planted.around(LORA), steps=64)
+    return found
+
+
+class Readings(World):
+    """LoRA lies `behind[reading]` of the gain behind full fine-tuning, at `best[reading]` times LORA."""
+
+    def __init__(self, behind, best):
+        super().__init__(
+            lambda spec: 1.0,
+            best=lambda s, step: FULL if s.method.name == "fullft" else LORA * of(best, s, 1.0),
+            more=lambda spec: {"expert_tokens": TOKENS, "n_trainable": 1000},
+        )
+        self.behind = behind
+
+    def loss(self, spec, step):
+        gap = of(self.behind, spec, 0.0)
+        return super().loss(spec, step) + gap * GAIN * math.log2(1 + spec.steps)
+
+
+def of(values, spec, default):
+    name = next((r for r, method in METHODS.items() if method == spec.method), "")
+    return values.get(name, default)
+
+
+def test_planted_gaps_and_optima_come_back():
+    world = Readings({"all": 0.1, "shared": -0.02}, {"divided_alpha": 2.0})
+    out, verdicts = ask("experts", world, reading_runs())
+    refuted = {"all_experts", "ratio", "same_scale"}  # planted ratio: 2
+    outcomes = {name: v["outcome"] for name, v in verdicts.items()}
+    assert outcomes == {k: "REFUTED" if k in refuted else "SUPPORTED" for k in outcomes}
+    ratios = {"ratio": 2, "one_rate": 1, "same_scale": 2}
+    check(verdicts, **{name: pytest.approx(v, rel=0.15) for name, v in ratios.items()})
+    (found,) = out["cells"].values()
+    assert found["all"]["regret_percent"]["value"] == pytest.approx(10, abs=0.5)
+    assert found["all"]["token_shares"][0] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_the_experts_adapters_are_counted_as_they_are_trained():
+    world = Readings({}, {})
+    table, spec = planted_table(world, reading_runs()), base("tiny64-experts", "dialect_smoke")
+    found = QUESTION.analyse(table, kept_question("experts"))
+    (counts,) = [s.rows for s in found.sections if s.title == "What is trained in the experts"]
+    shown = {row[0]: int(row[2].replace(",", "")) for row in counts[1:]}
+    matrices = list(spec.model.matrices(("mlp",)))
+    for reading, method in METHODS.items():
+        trained = sum(method.n_trained(spec.model, m) for m in matrices)
+        assert shown[READINGS[reading]] == trained
+    assert shown[READINGS["whole"]] == 8 * 8 * 4 * 3 * (64 + 112)
+
+
+def test_a_dense_model_is_refused():
+    dense = planted.runs(base(dataset="dialect_smoke"), Lora(rank=4), [LORA])
+    table = planted_table(World(), dense)
+    with pytest.raises(TableError, match="has no known rank of its experts"):
+        QUESTION.analyse(table, kept_question("experts"))

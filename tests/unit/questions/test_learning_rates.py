@@ -16,8 +16,6 @@ from tests.planted import FULL, LORA, Valley, World, arms, ask, base, check, kep
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
-# ---------------------------------------------------------------- lr_ratio
-
 GAINED = planted.START - 2.0
 TEN_TIMES = {3: "REFUTED", 10: "SUPPORTED"}
 """Planted ratio -> the verdict on the regret of 10 times full fine-tuning's optimal LR."""
@@ -123,8 +121,6 @@ def test_a_claim_about_an_unknown_estimand_is_refused():
         QUESTION.analyse(pd.DataFrame(), asked)
 
 
-# ---------------------------------------------------------------- lr_scale
-
 BASES = ("tiny64-3m", "tiny64", "tiny64-s1", "tiny128-3m", "tiny128-4m", "tiny256-3m")
 
 
@@ -146,9 +142,6 @@ def test_the_law_of_the_ratio(power, outcome, tmp_path):
     out, found = ask("lr_scale", world, specs.values(), folder)
     check(found, hidden=(outcome, pytest.approx(power, abs=0.15)), alpha="SUPPORTED")
     assert "smollm2-135m-instruct on gsm8k (small)" in out["outside"]  # a marker, from what is kept
-
-
-# ---------------------------------------------------------------- short_runs
 
 
 @pytest.mark.parametrize(("factor", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.slow  # fits dozens of curves
 
 LOW = {"rule_shift": 0.25, "shift_rank": 2, "new_exceptions": 0.0}
 BEYOND = {"rule_shift": 0.25, "shift_rank": 8, "new_exceptions": 0.3}
-NULL = {"rule_shift": 0.0, "new_exceptions": 0.0}
 IN_LOW = "8 symbols, change of rank 2"
 IN_BEYOND = "8 symbols, change of rank 8 + 30% new exceptions"
 SHARE = 0.4
@@ -169,7 +168,7 @@ def test_the_parts_of_no_gap_are_none_where_the_valley_is_no_parabola():
 
 
 def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_conditions_are_named():
-    out = ask_regime(Gaps(), NULL)
+    out = ask_regime(Gaps(), {"rule_shift": 0.0, "new_exceptions": 0.0})
     assert verdicts(out, "nothing") == {"nothing new": "SUPPORTED"}
     absent = [v for v in out["verdicts"] if v["group"] == "no cell"]
     assert {v["claim"] for v in absent} == {v["claim"] for v in out["verdicts"]} - {"nothing"}

@@ -102,10 +102,7 @@ def contexts_of(spec):
 
 
 class Bandit(Rewards):
-    """`reward[contexts]` of full fine-tuning and rank 4, lower by `behind[contexts]` with rank 1.
-
-    Supervised, full fine-tuning knows 98% of the labels' bits and rank 1 `known` of them.
-    """
+    """`reward[contexts]`, less `behind[contexts]` for rank 1, which knows `known` of the labels."""
 
     def __init__(self, reward, behind, known, bends, bits=None):
         super().__init__(
@@ -139,7 +136,6 @@ def _rank(spec):
 
 
 def by_contexts(out):
-    """Verdicts by claim and contexts."""
     n = {v["group"]: 64 if "contexts=64)" in v["group"] else 4096 for v in out["verdicts"]}
     return {(v["claim"], n[v["group"]]): v for v in out["verdicts"]}
 

@@ -68,9 +68,6 @@ def curve(model, dataset="dialect", **more):
     return {**found, "batch_size": 16, **more}
 
 
-# ---------------------------------------------------------------- answers as they are kept
-
-
 def test_a_verdict_is_the_one_of_its_own_report(reports):
     path = reports / "rank-smoke/results.json"
     (kept,) = read_answers([reports])
@@ -141,9 +138,6 @@ def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some():
 def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group, setting):
     low = dialect("low", rule_shift=0.25, new_exceptions=0)
     assert answer(tmp_path, data=(low, *LISTS, FACTS, GSM8K)).setting(group) is setting
-
-
-# ---------------------------------------------------------------- averages over bases
 
 
 def bases(folder, verdicts, **changes):
@@ -405,9 +399,7 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     assert "**On some bases and data sets LoRA has no regret" in both
     assert both.endswith(". On c (rank 8, 384 updates of 32 rows) it was 7.8% [5.3, 10.3].")
     assert "**LoRA has regret where" in first("REFUTED")
-    assert "On some bases and data sets" in first("SUPPORTED", "UNDECIDED")
     assert "undecided" in first("UNDECIDED")
-    assert findings.sentences([]) == []
     one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
     assert findings.sentences([answer(tmp_path, one_seed, sweep="rl")]) == []
 
@@ -420,7 +412,6 @@ def test_loads_are_compared_on_one_base_after_one_length(tmp_path):
 
     one = condition("b, x", (8, 1.0))
     (said,) = second(one, condition("b, y", (8, 1.0), rank=14.0, loads=(0.2, 3.0, 0.5)))
-    assert " depends on how bits" in said
     assert "On b after 256 updates a regret of 5% takes ranks of 5 to 14, on 2 data sets." in said
     assert "0.01 to 0.2 by the generator's count, 3 to 6 by the first pass and 0.4 to 0.5" in said
     same = condition("b, z", (8, 1.0), loads=(0.4, 0.4, 0.4))
@@ -477,7 +468,6 @@ def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(t
 
 
 def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
-    """The same runs judged as they are, with an exploratory claim, and withdrawn."""
     table, asked = kept_answer(reports / "rank-smoke")
     as_asked = question_hash(asked)
     plain = analyse(table, asked)

@@ -1,16 +1,25 @@
-"""Anyone's runs: what is read, what is refused, and that no message leaves row and column out."""
+"""Anyone's runs: what is read or refused, which share a curve, metrics of which more is better."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.optimum.fit import fit_all
+from analysis.optimum.likelihood import pools
+from analysis.questions.registry import analyse
+from analysis.runs.learning_curves import by_run, learning_curves, same_rows
 from analysis.runs.lr_curves import lr_curves
+from analysis.runs.metric import NLL, Shown, as_losses, shown
 from analysis.runs.reading import read
+from analysis.runs.table import TableError
 from analysis.tables import commands
-from tests.tables import planted, run, write
-from tests.world import ROOT
+from lorasweep.spec.metric import METRICS
+from lorasweep.store.table import table_row
+from tests.tables import planted, run, table, write
+from tests.world import ROOT, tiny_spec
 
 
 def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
@@ -150,3 +159,133 @@ def test_no_file_and_no_table(tmp_path, capsys, name, content, words):
         (tmp_path / name).write_text(content)
     code, _, err = run(capsys, "fit", tmp_path / name)
     assert code == 2 and words in err
+
+
+A, B = "a" * 64, "b" * 64
+
+
+def two_arms(**changes):
+    """Runs 0 to 6 of full fine-tuning and 7 to 13 of LoRA, on the same base and data."""
+    full = table(lambda lr, s: 2.0).assign(method="fullft", rank=np.nan)
+    both = pd.concat([full, table(lambda lr, s: 2.0)], ignore_index=True)
+    both = both.assign(run_id=[f"run{k}" for k in range(14)], base_sha256=A, data_sha256=A)
+    return both.assign(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base_sha256": [A, B] * 7}, "cannot share a curve"),
+        ({"data_sha256": [*[A] * 9, B, *[A] * 4]}, r"a in 13 runs, b{8} in 1 runs; runs run9\)"),
+        ({"data_sha256": [A] * 7 + [B] * 7}, "which cannot share a curve"),  # of two arms
+        ({"data_sha256": [*[A] * 3, None, None, *[A] * 9]}, r"2 of 14 runs \(runs run3, run4\)"),
+    ],
+)
+def test_runs_of_different_or_unknown_bases_or_data_are_never_mixed(changes, words):
+    with pytest.raises(TableError, match=words):
+        lr_curves(two_arms(**changes))
+
+
+def test_runs_of_one_base_and_one_data_set_are_and_so_is_anyones_table():
+    assert len(lr_curves(two_arms())) == 2
+    lr_curves(two_arms(data_sha256=[A] * 7 + [B] * 7, model=["m"] * 7 + ["n"] * 7, base_sha256=A))
+    lr_curves(two_arms().drop(columns="data_sha256"))
+    with pytest.raises(TableError, match="test_nll"):
+        lr_curves(pd.DataFrame({"model": ["m"]}))
+
+
+POINTS = [(0, 3.0), (1, 2.5), (2, 2.0), (4, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("at_end", "wanted"),
+    [
+        ({"test_nll_curve": 1.6}, [(1, 2.5), (2, 2.0), (4, 1.6)]),
+        ({}, [(1, 2.5), (2, 2.0)]),  # the last loss is on more rows
+    ],
+)
+def test_a_curve_is_read_to_its_end_where_the_same_rows_were_evaluated_there(at_end, wanted):
+    curve = [{"step": s, "test_nll": y} for s, y in POINTS]
+    curve[-1] |= at_end
+    table = pd.DataFrame([{"result": json.dumps({"curve": curve})}])
+    assert same_rows(by_run(table)[0]) == wanted and same_rows(None) == []
+
+
+# ---------------------------------------------------------------- metrics of which more is better
+
+REWARD = METRICS["policy_gradient"]
+
+
+def row(lr, value, metric=REWARD, seed=0, curve=None, state="done", **changes):
+    spec = dataclasses.replace(tiny_spec(), lr=lr, seed=seed, **changes)
+    curve = curve or [{"step": 0, metric.name: 0.1}, {"step": 4, metric.name: value}]
+    result = {"run_id": spec.id, "state": state, metric.name: value, "curve": curve}
+    return table_row(spec.plain(), {**result, **metric.stored()})
+
+
+def test_the_best_rate_is_that_of_the_highest_reward():
+    rates = 1e-3 * 2.0 ** np.arange(-3, 4)
+    top = np.log(1.2e-3)
+    rewards = {lr: 0.8 - 0.05 * (np.log(lr) - top) ** 2 for lr in rates}
+    noise = {seed: 1e-3 * seed for seed in range(3)}
+    raw = pd.DataFrame([row(lr, r + noise[s], seed=s) for lr, r in rewards.items() for s in noise])
+    assert (raw["test_reward"] > 0).all() and raw["test_nll"].isna().all()
+    losses = as_losses(raw)
+    assert (losses["test_nll"] == -raw["test_reward"]).all()
+    assert (losses["nll_start"] == -0.1).all()
+    assert shown(raw) == shown(losses) == Shown("held-out reward", -1, "reward", "")
+    curve = learning_curves(losses)
+    assert curve["test_nll"].tolist()[:2] == [-0.1, -raw["test_reward"].iloc[0]]
+    assert (as_losses(losses)["test_nll"] == losses["test_nll"]).all()  # a loss stays one
+    (best,) = fit_all(lr_curves(losses))
+    assert best.best_lr.low < np.exp(top) < best.best_lr.high
+    assert best.best_lr.value == pytest.approx(np.exp(top), rel=0.1)
+
+
+def test_a_table_of_nlls_is_left_as_it_is_and_metrics_are_never_mixed():
+    nlls = pd.DataFrame([row(lr, 1.0, METRICS["sft"]) for lr in (1e-3, 2e-3)])
+    assert as_losses(nlls) is nlls and shown(nlls) == NLL
+    mixed = pd.DataFrame([row(1e-3, 1.0, METRICS["sft"]), row(2e-3, 0.5)])
+    with pytest.raises(TableError, match=r"test_nll, test_reward.*Analyse them apart"):
+        as_losses(mixed)
+    with pytest.raises(TableError):
+        analyse(mixed, {"analysis": "lr_ratio", "claims": {}})
+    assert json.loads(nlls["result"].iloc[0])["test_nll"] == 1.0
+
+
+def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
+    """As the control of a bandit is: equal rates and seeds, and neither a run twice nor one curve."""
+    sampled = {"objective": "policy_gradient", "group_size": 4, "max_new_tokens": 1}
+    rates = (1e-3, 2e-3, 4e-3)
+    both = [row(lr, 0.5, **sampled) for lr in rates] + [
+        row(lr, 1.0, METRICS["sft"]) for lr in rates
+    ]
+    table = pd.DataFrame(both)
+    curves = lr_curves(as_losses(table))
+    assert sorted(c.y.mean() for c in curves) == [-0.5, 1.0]
+    assert len({c.group for c in curves}) == 2 and {c.shown.sign for c in curves} == {1, -1}
+    assert [len(pool) for pool in pools(curves)] == [1, 1]  # no noise in common
+    assert any("policy gradient" in c.group for c in curves)
+
+
+def test_a_run_has_collapsed_by_its_own_best_reward():
+    """0.5 is the limit: of the run's best reward on the same rows, and not of the base's."""
+
+    def run(lr, curve, last, state):
+        points = [{"step": k, "test_reward": r} for k, r in enumerate(curve)]
+        points[-1] |= {} if last is None else {"test_reward_curve": last}
+        return row(lr, curve[-1], curve=points, state=state)
+
+    cases = {
+        1e-3: ([0.1, 0.8, 0.41], None, "done", False),
+        2e-3: ([0.1, 0.8, 0.39], None, "done", True),  # although four times the base's reward
+        3e-3: ([0.1, 0.8, 0.39], 0.42, "done", False),  # on the rows of the others it kept more
+        4e-3: ([0.3, 0.2, 0.16], None, "done", False),
+        5e-3: ([0.1, 0.5, 0.45], None, "diverged", True),  # stopped in training
+    }
+    table = pd.DataFrame([run(lr, c, last, state) for lr, (c, last, state, _) in cases.items()])
+    losses = as_losses(table)
+    assert dict(zip(losses["lr"], losses["collapsed"])) == {k: v[3] for k, v in cases.items()}
+    (curve,) = lr_curves(losses)
+    assert np.isnan(curve.y).tolist() == [v[3] for v in cases.values()]
+    assert curve.broke_down.tolist() == [v[3] for v in cases.values()]

@@ -35,7 +35,6 @@ def test_golden_ids():
 
 
 def test_kept_results_have_the_ids_of_their_specs():
-    """The tables in analysis/results were made by runs that today's code would name the same."""
     pd = pytest.importorskip("pandas")
     tables = list((ROOT / "analysis" / "results").glob("*/table.parquet"))
     assert tables

@@ -21,8 +21,7 @@ def save(folder, *steps):
 
 
 def at_once(count, do):
-    """Call do(k) in `count` processes at the same time, which live until all have returned; return
-    what they return."""
+    """Call do(k) in `count` processes that live until all have returned; return what they return."""
     fork = multiprocessing.get_context("fork")
     start, end, out = fork.Barrier(count), fork.Barrier(count), fork.Queue()
 

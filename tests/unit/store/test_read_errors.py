@@ -1,5 +1,4 @@
-"""A read that fails says nothing about what is there: no reader takes a run for free, finished or
-failed because of it, and none gives up a checkpoint."""
+"""A read that fails says nothing about what is there: no run is taken or ended because of it."""
 
 import builtins
 import errno
@@ -29,8 +28,7 @@ ERRORS = {"EIO": errno.EIO, "ESTALE": errno.ESTALE, "EMFILE": errno.EMFILE, "EAC
 
 @pytest.fixture
 def failing(monkeypatch):
-    """failing(name, number, times): the next `times` reads of files, or lists of folders, of this
-    name fail with this error number."""
+    """failing(name, number, times): reads of files or folders of this name fail with this error."""
     monkeypatch.setattr(files, "PAUSES_S", (0, 0))
     left: dict[str, list[int]] = {}
     listdir = os.listdir
@@ -206,8 +204,7 @@ def test_an_owner_that_cannot_be_read_is_not_called_dead(runs, failing):
 
 
 def test_an_owner_elsewhere_is_dead_after_a_silence(runs, change_owner, monkeypatch, failing):
-    """Only the content of its heartbeat counts, by our own clock; an error of reading is no
-    silence."""
+    """Only its heartbeat's content counts, by our own clock; an error of reading is no silence."""
     rid = runs.id["running"]
     attempt, clock, liveness = runs.store.attempt(rid, 1), [0.0], claims.Liveness()
     change_owner(rid, boot="other", host="elsewhere")

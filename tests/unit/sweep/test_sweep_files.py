@@ -1,4 +1,4 @@
-"""The shipped sweep files: their runs at every scale, and the questions that kept answers asked."""
+"""The shipped sweep files: runs at every scale, kept questions, what `action=layers` lists."""
 
 import dataclasses
 import hashlib
@@ -7,10 +7,14 @@ import json
 import pytest
 import yaml
 
-from lorasweep.config.compose import composer
+from lorasweep.cli.actions import act
+from lorasweep.config.compose import composer, shipped_model
 from lorasweep.errors import NotAtScale, SpecError
+from lorasweep.methods.fullft import FullFT
+from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.grid import assignments, fields_of
 from lorasweep.sweep.request import question
+from lorasweep.sweep.trained import REST, trained_by_set
 from tests.world import ROOT, compose_request
 
 SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
@@ -23,7 +27,6 @@ EXPLORATORY = ("layers-small", "lr_ratio-small")
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_sweep_has_the_recorded_runs_and_questions(scale):
-    """A changed id means that finished runs stop counting as done."""
     found, points = {}, {}
     with composer() as compose:
         for sweep in SWEEPS:
@@ -60,10 +63,7 @@ def compare_shared(points, regime):
 
 
 def compare_with_kept(today, path):
-    """Claims, margins, rounds and added runs are those of the kept answer, if there is one.
-
-    Keys that were added to claims later are not compared.
-    """
+    """Claims, margins, rounds and added runs are those kept, but for keys that came later."""
     if not path.exists() or path.parent.name in EXPLORATORY:
         return
     kept = json.loads(path.read_text())
@@ -95,3 +95,44 @@ def test_axes_of_mappings_set_several_fields_and_are_products_themselves():
 def test_the_study_consists_of_all_sweeps():
     parts = yaml.safe_load((ROOT / "sweeps" / "study.yaml").read_text())["parts"]
     assert sorted(parts) == SWEEPS
+
+
+# ---------------------------------------------------------------- action=layers
+
+METHODS = (
+    LoRA(rank=8),
+    LoRA(rank=8, layers="attention"),
+    FullFT(),
+    FullFT(scope="matrices", layers="attention+mlp"),
+)
+
+
+@pytest.mark.parametrize("name", ["tiny64", "tiny64-experts", "llama-3.2-1b", "qwen3-30b-a3b-base"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{m.layers}")
+def test_counts_add_up(name, method):
+    model = shipped_model(name)
+    found = {f.layer_set: f for f in trained_by_set(method, model)}
+    assert sum(f.trained for f in found.values()) == method.n_trainable(model)
+    assert sum(f.weights for f in found.values()) == model.n_params
+    assert ("router" in found) == bool(model.n_experts)
+    whole = method.target_layers() == ()
+    for layer_set, f in found.items():
+        expected = whole or layer_set in method.target_layers()
+        assert bool(f.trained) == (expected and not (layer_set == REST and not f.weights))
+
+
+def test_the_command_lists_every_kind_of_run_of_a_sweep(compose, capsys):
+    assert act(compose("+sweep=experts", "scale=paper", "action=layers")) == 0
+    out = capsys.readouterr().out
+    assert "lora on qwen3-30b-a3b-base (alpha=32.0, expert_alpha=32.0, expert_rank=all" in out
+    (router,) = {" ".join(x.split()) for x in out.splitlines() if "router" in x and "frozen" in x}
+    assert router == "router 48 2048x128 - frozen 12,582,912"
+    assert act(compose("+sweep=experts", "scale=paper", "action=layers", "format=json")) == 0
+    kinds = json.loads(capsys.readouterr().out)["kinds"]
+    shared = next(k for k in kinds if k["method"].get("expert_outer") == "shared")
+    mlp = next(f for f in shared["layer_sets"] if f["layer_set"] == "mlp")
+    assert mlp["trained"] == 128 * 14_450_688 and mlp["ranks"] == [128]
+    one = ("model=tiny64", "dataset=dialect", "method=lora", "action=layers", "method.rank=4")
+    assert act(compose(*one, "method.layers=mlp")) == 0
+    lines = [" ".join(x.split()) for x in capsys.readouterr().out.splitlines()]
+    assert "mlp 12 64x224, 224x64 4 13,824 172,032" in lines

@@ -45,8 +45,7 @@ def trained(pack, data, base, resume=None):
 
 @pytest.fixture(scope="module")
 def together(world):
-    """Two that overfit, one of them patient; one that only learns; one that makes all its updates: the
-    runs, their rows, and what they gave in one pack."""
+    """One pack: two that overfit, one of them patient; one that only learns; one without patience."""
     spec, base = world
     made = [
         customer(spec, "hasty", 30, 48, patience=1),

@@ -44,7 +44,6 @@ def dataset(draw_by_seed=False, rule_shift=0.25):
 
 @pytest.mark.numerics
 def test_the_exact_loss_is_the_sum_by_hand(base, norms_in_float64):
-    """Of two runs in one pass, with draws and sizes of their own."""
     drawn = (data.load(dataset(draw_by_seed=True), [], draw=d).test for d in (100, 101))
     tests = [rows[:n] for rows, n in zip(drawn, (24, 10))]
     found = nll.evaluate_exact(base.model, [eval_batches(t, 256) for t in tests], "fp64", NAME)
@@ -97,7 +96,6 @@ def test_a_run_records_parts_code_length_and_bits(base):
 
 
 def test_losses_of_rows_are_those_of_each_row_alone_and_add_up(base):
-    """Runs with ragged rows of their own, in several batches; one has more than the other."""
     rng = np.random.default_rng(3)
 
     def rows(count):

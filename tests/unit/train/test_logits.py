@@ -1,5 +1,4 @@
-"""Loss and gradients do not depend on how rows and positions are computed: logits in chunks, which are
-never whole in memory, and rows joined in one sequence."""
+"""Logits in chunks, never whole in memory, and joined rows change neither loss nor gradients."""
 
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from lorasweep.models.forward import check_rows_stay_apart, logits_of
 from lorasweep.plan import memory
 from lorasweep.spec.execution import Exec
 from lorasweep.train.objectives import nll
-from tests.training import EPS, ROUNDING, apart, family_model, pack_of
+from tests.training import EPS, ROUNDING, apart, family_model, pack_of, saved_for_backward
 from tests.world import tiny_spec
 
 VOCAB, LIMIT = 2048, 1 << 14
@@ -45,7 +44,6 @@ def model_of(family):
 
 
 def batch_of(n_runs, lengths=(40, 17), join_rows=False):
-    """Runs with rows of different lengths and numbers of loss tokens."""
     rng = np.random.default_rng(0)
     parts = []
     for k in range(n_runs):
@@ -68,9 +66,6 @@ def assert_equal(found, wanted, rounding=1e-12):
     for name, gradient in wanted[1].items():
         assert apart(found[1][name], gradient) < 1e3 * rounding, name
     assert any(float(gradient.abs().max()) > 0 for gradient in wanted[1].values())
-
-
-# ---------------------------------------------------------------- chunks
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Cohere", "Granite"])
@@ -106,7 +101,6 @@ class Largest(TorchDispatchMode):
 
 @both_methods
 def test_logits_are_never_whole(monkeypatch, methods):
-    """Forward and backward, with and without gradients: nothing exceeds a chunk or a weight."""
     model, batch = model_of("Qwen3"), batch_of(len(methods))
     trainables, sizes = pack_of(methods, model, perturb=0.02), {}
     for limit in (1 << 24, LIMIT):
@@ -134,8 +128,6 @@ def test_a_model_that_does_not_call_its_decoder_is_refused():
         logits_of(model, torch.zeros(1, 2, 4))
     assert model.model is decoder
 
-
-# ---------------------------------------------------------------- joined rows
 
 LONG = (150, 70, 5)
 
@@ -167,7 +159,6 @@ def test_a_model_that_does_not_keep_rows_apart_is_refused(monkeypatch):
 
 
 def test_exec_join_rows_reaches_training_and_evaluation(monkeypatch, tmp_path, norms_in_float64):
-    """A run of the shipped base: the same losses, in one sequence a forward pass."""
     changes = {"batch_size": 3, "precision": "fp64", "method": LoRA(rank=2), "lr": 1e-2, "eps": EPS}
     pack = [tiny_spec(steps=2, **changes)]
     shapes, ended, inputs = {}, {}, nll.inputs
@@ -191,15 +182,9 @@ def test_padded_rows_need_no_mask_and_each_layer_keeps_a_mask_of_joined_rows():
     """The plan counts these masks (plan/gpu/memory.py). Without one, attention takes its fast path."""
     model, n_layers = model_of("Qwen3"), 2
     for join_rows, expected in ((True, n_layers), (False, 0)):
-        batch, kept = batch_of(2, LONG, join_rows), set()
+        batch = batch_of(2, LONG, join_rows)
         side = batch.padded_tokens if join_rows else max(max(x) for x in batch.lengths)
         rows = 2 if join_rows else 2 * len(LONG)
-
-        def keep(tensor, entries=rows * side**2, kept=kept):
-            if tensor.untyped_storage().nbytes() == entries * tensor.element_size():
-                kept.add(tensor.untyped_storage().data_ptr())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            nll.nll_sums(model, batch, "fp64").sum()
-        assert len(kept) == expected
+        saved = saved_for_backward(model, lambda b=batch: nll.nll_sums(model, b, "fp64"))
+        entries = [t.untyped_storage().nbytes() // t.element_size() for t in saved]
+        assert entries.count(rows * side**2) == expected

@@ -1,5 +1,4 @@
-"""The interface of objectives: another one trains through the same loop; and what supervised
-fine-tuning measures of each run."""
+"""Objectives: another one in the same loop, what supervised runs measure, which have diverged."""
 
 import dataclasses
 import json
@@ -10,11 +9,15 @@ import pytest
 import torch
 
 from lorasweep.data import load as data
+from lorasweep.data.examples import Data, Example, shuffled
+from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.streams import stream
 from lorasweep.train.loop import train
+from lorasweep.train.objectives.policy_gradient import FIRST_UPDATES, Signal
+from lorasweep.train.objectives.sft import Divergence
 from tests.training import ROUNDING, Trained, results, small_world
 
 PROMPT, GOOD, DRAWS = (1, 2, 3, 4), 16, 32
@@ -125,7 +128,6 @@ def test_an_objective_that_samples_and_wants_more_trains_through_the_same_loop(w
 
 
 def test_runs_measure_their_own_held_out_rows_and_retention(world, other_weights):
-    """Held-out sets of other sizes that begin alike; data without rows of the pretraining task."""
     spec, base = world
     few = {"n_test": 24, "n_test_curve": 16}
     theirs = dataclasses.replace(spec.dataset, name="theirs", **few, n_retain=8)
@@ -159,3 +161,94 @@ def test_without_rows_for_a_curve_runs_are_measured_at_start_and_end_alone(world
     assert [p["step"] for p in a["curve"]] == [0, 1, 2, 3, 4, 6]
     assert [p["step"] for p in b["curve"]] == [0, 6]
     assert a["test_nll"] == b["test_nll"] == b["test_nll_curve"]
+
+
+# ---------------------------------------------------------------- divergence
+
+
+@pytest.fixture(scope="module")
+def hard_world():
+    """A base, and a run whose training rows are noise, while its held-out rows are what it knows."""
+    spec, base, _ = small_world(method=LoRA(rank=8), batch_size=8, steps=24, eps=1e-8)
+    language = {"rule_shift": 0.0, "new_exceptions": 0.0}
+    dataset = dataclasses.replace(spec.dataset, generator_params=language)
+    rng = stream("noise", "train")
+    rows = [Example(rng.integers(0, 32, 24).astype(np.int32), np.arange(24) > 8) for _ in range(64)]
+    hard = Data(shuffled(dataset, rows), data.load(dataset, []).test, 64)
+    spec = dataclasses.replace(spec, dataset=dataset)
+    return spec, base, hard
+
+
+@pytest.mark.parametrize("rate", [5e-3, 3.0])
+def test_only_a_far_too_high_rate_diverges_on_rows_harder_than_the_held_out_ones(hard_world, rate):
+    """Resumed, it ends as uninterrupted; an old checkpoint calls nothing falsely."""
+    spec, base, hard = hard_world
+    spec = dataclasses.replace(spec, lr=rate)
+
+    def trained(resume=None):
+        base.at_start.clear()
+        found = Trained(finetune([spec], base, hard, resume=resume), at=(5,))
+        nlls = [r["train_nll"] for r in found.records[spec.id]]
+        return found.ends[spec.id], found.results[spec.id], nlls, found.at.get(5)
+
+    state, result, losses, middle = trained()
+    assert result["divergence_rule"] == 2
+    if rate == 3.0:  # at the first update with eight losses in a row above the bound
+        above = [loss > 1.5 * max(losses[0], result["nll_start"]) for loss in losses]
+        full = [step for step in range(8, len(above) + 1) if all(above[step - 8 : step])]
+        assert state == "diverged" and full == [len(losses)] and len(losses) < 14
+    else:
+        assert state == "done" and result["steps_done"] == spec.steps
+        assert min(losses[:9]) > 1.5 * result["nll_start"]  # the first nine: once called diverged
+        assert losses[-1] < losses[0] - 0.5
+    assert json.loads(json.dumps(middle[spec.id]["meta"]["first_nll"])) == losses[0]
+    again = trained(middle)
+    assert again[0] == state and again[2] == losses[5:]
+    del middle[spec.id]["meta"]["first_nll"]  # as rule 1 wrote it, seven updates above its bound
+    middle[spec.id]["meta"]["above"] = 7
+    again = trained(middle)
+    assert len(again[2]) >= 8 and (again[0] == "done" or rate == 3.0)
+
+
+def test_by_hand():
+    def judged(held_out, losses):
+        rule = Divergence(held_out)
+        return next((k for k, nll in enumerate(losses, 1) if rule.note(nll)), None)
+
+    assert judged(2.0, [2.0] + [3.1] * 8) == 9  # above 3 from the second update on
+    assert judged(2.0, [2.0] + [3.0] * 50) is None
+    assert judged(2.0, [2.0, *[9.0] * 7, 2.9, *[9.0] * 8]) == 17  # eight in a row
+    assert judged(2.0, [4.81, 4.7, 4.6, *[4.5] * 20, 4.03]) is None
+    assert judged(2.0, [4.0, *[6.1] * 8]) == 9
+    assert judged(2.0, [0.9] + [2.0] * 20) is None  # one easy batch is not what the base can do
+
+
+def collapsed_after(signal, given):
+    for k, reward in enumerate(given, 1):
+        signal.note({"reward": reward}, 32)
+        if signal.collapsed:
+            return k
+
+
+def test_prompts_harder_than_the_held_out_ones_are_no_collapse():
+    assert collapsed_after(Signal(0.4), [0.15, 0.1, *[0.15, 0.2] * 10]) is None
+    assert collapsed_after(Signal(0.4), [0.4, 0.3, *[0.1] * 8]) == 10
+    assert collapsed_after(Signal(0.4), [0.15] * 12 + [0.05] * 8) == 20
+    assert collapsed_after(Signal(0.4), [0.4, 0.1, *[0.0] * 20]) == 9  # in its first updates
+    # the first updates alone count: a run that has learned and falls back is no worse than the base
+    assert collapsed_after(Signal(0.4), [0.15] * 8 + [0.9] * 20 + [0.1] * 20) is None
+
+
+def test_signals_are_resumed_and_those_of_old_checkpoints_call_nothing_falsely():
+    given = [0.15] * 5 + [0.16] * 7 + [0.05] * 8
+    whole, first, second = Signal(0.4), Signal(0.4), Signal(0.4)
+    assert collapsed_after(whole, given) == 20 and collapsed_after(first, given[:6]) is None
+    second.load(json.loads(json.dumps(first.state())))
+    assert collapsed_after(second, given[6:]) == 14 and second.state() == whole.state()
+    old = {k: v for k, v in first.state().items() if k != "first_reward"}
+    third, fourth = Signal(0.4), Signal(0.4)
+    third.load({**old, "below": 6})  # as rule 1 counted them
+    assert collapsed_after(third, given[6:12]) is None and collapsed_after(third, given[12:]) == 8
+    fourth.load({"below": 0, "answers": 0, "rewarded": 0.0, "best_reward": None})
+    assert collapsed_after(fourth, given) == 20
+    assert FIRST_UPDATES == 8

@@ -1,6 +1,4 @@
-"""A pack is its runs alone, to rounding: step by step, over ten updates, beside a run that diverges, and
-with data sets of different rows, lengths, numbers and steps; micro-batches change nothing. On another
-family: tests/unit/methods/test_experts.py."""
+"""A pack is its runs alone, to rounding, whatever their data sets, lengths and ends."""
 
 import dataclasses
 import itertools
@@ -40,12 +38,8 @@ def mixed(spec, count, wild=()):
 
 @pytest.mark.numerics
 def test_one_step_in_a_pack_is_one_step_alone(world, other_weights):
-    """From the same state, at three points of a run: gradient, moments and update.
-
-    Catches mixed-up runs (a learning rate, an alpha, a data order, moments or a bias correction of
-    another run), a loss divided by another count, and a run beyond the edge of stability that
-    reaches its neighbours.
-    """
+    """From the same state, at three points of a run: gradient, moments and update. Catches whatever
+    runs mix up, and one beyond the edge of stability that reaches its neighbours."""
     spec, base, rows = world
     # the pack is attached to `base` meanwhile
     other = other_weights(models.load(spec.model, [], "fp64"))
@@ -68,7 +62,6 @@ def test_one_step_in_a_pack_is_one_step_alone(world, other_weights):
 
 
 def test_a_run_that_the_caller_drops_is_trained_no_further(world):
-    """The rest of its pack goes on as if alone; a trainer that has lost all runs ends."""
     spec, base, rows = world
     pack = mixed(dataclasses.replace(spec, steps=6), 3)
 
@@ -89,9 +82,8 @@ def test_a_run_that_the_caller_drops_is_trained_no_further(world):
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [False, pytest.param(True, marks=pytest.mark.numerics)])
 def test_ten_updates_of_a_pack_are_those_of_its_runs_alone(world, text):
-    """One pack of eight with weight decay and clipping: four ranks, three data orders, so that
-    ragged rows have other widths in the pack; one ends early. Some runs are trained alone, on the
-    same weights and on moved ones; two resume from the fifth update as another pack."""
+    """Of four ranks and three data orders, so that ragged rows have other widths in the pack; one
+    ends early, and two resume from the fifth update as another pack."""
     spec, base, rows = world
     rows = ragged(longest=40) if text else rows
     pack = mixed(dataclasses.replace(spec, weight_decay=0.1, clip_norm=0.5), 8)
@@ -158,7 +150,6 @@ SECRET = 31
 
 
 def customer(spec, name):
-    """A customer's run, and its data."""
     count, longest, steps, rate, rank = CUSTOMERS[name]
     dataset = dataclasses.replace(spec.dataset, name=name, n_test=4, n_test_curve=2)
     data = noise(dataset, longest, train=count, test=4, validation=3)
@@ -265,9 +256,6 @@ def test_nothing_of_one_customers_rows_is_in_what_another_gets(fleet, monkeypatc
     full = [h for h in holds if len(h) == len(pack)]
     assert full and all(h.tolist() == [False, False, True, False] for h in full)
     assert all(h.sum() <= 1 for h in holds)
-
-
-# ---------------------------------------------------------------- GPUs
 
 
 @pytest.mark.gpu

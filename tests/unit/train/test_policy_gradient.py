@@ -1,5 +1,4 @@
-"""The policy gradient: its mean is the gradient of the expected reward, a pack is its runs alone, and
-runs end as they should."""
+"""The policy gradient: the gradient of the expected reward, packs as alone, how runs end."""
 
 import copy
 import dataclasses
@@ -76,7 +75,6 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_expected_reward(worlds
 
 
 def token_log_p(model, prompt, whole):
-    """The log-probabilities of the tokens after the prompt."""
     log_ps = model(input_ids=whole, use_cache=False).logits[0].log_softmax(-1)
     return log_ps[len(prompt) - 1 : -1].gather(1, whole[0, len(prompt) :, None])[:, 0]
 
@@ -158,9 +156,6 @@ def test_a_clipped_ratio_stops_the_gradient_only_on_the_side_that_it_went_too_fa
     assert torch.allclose(gap.grad, want, atol=1e-12)
 
 
-# ---------------------------------------------------------------- packs
-
-
 @pytest.mark.parametrize("name", [pytest.param("bandit", marks=pytest.mark.numerics), "words"])
 def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
     """Mixed ranks, rates and seeds, over six updates in float64, where no draw flips."""
@@ -186,7 +181,6 @@ def test_a_run_in_a_pack_is_the_run_alone(worlds, name, other_weights):
 
 @pytest.mark.parametrize("name, method", [("bandit", FullFT()), ("words", LoRA(rank=4))])
 def test_a_resumed_run_ends_in_the_same_bits(worlds, name, method):
-    """And in the same state of the objective: counts, best reward, learning curve."""
     spec, base, loaded = worlds[name]
     spec = dataclasses.replace(spec, method=method, lr=1e-3)
     found = Trained(finetune([spec], base, loaded), at=(3,))
@@ -203,11 +197,7 @@ def test_a_resumed_run_ends_in_the_same_bits(worlds, name, method):
         run([spec], base, other, resume=middle)
 
 
-# ---------------------------------------------------------------- how runs end
-
-
 def end_of(spec, base, loaded):
-    """How a run ends, and its result."""
     found = Trained(finetune([spec], base, loaded))
     return found.ends[spec.id], found.results[spec.id]
 
@@ -248,7 +238,6 @@ def test_the_expected_reward_is_the_mean_of_samples(worlds):
 
 
 def rewarded_by(loaded, value):
-    """Data whose rewards are one value."""
     given = {"of": lambda pairs: [value] * len(pairs), "exact": False}
     return dataclasses.replace(loaded, rewards=dataclasses.replace(loaded.rewards, **given))
 
