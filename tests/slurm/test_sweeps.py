@@ -171,6 +171,23 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_follow_up_job(queue, f
     assert "4 customers: 3 adapters, 0 not trained yet, 1 with errors" in last
 
 
+@pytest.mark.full
+def test_runs_that_no_row_asks_for_are_pruned_and_a_fleet_is_cancelled(queue, folder):
+    options = (*FLEET, *JOBS, "cluster.follow=false")
+    with queue.closed():
+        ask(folder, *options, trainer=None)
+        write_rows(folder / "bob.jsonl", 25, "{k}", question="Is it late? {k}")
+        said = ask(folder, *options, trainer=None)
+        assert "submitted 3 runs" in said and "3 queued run(s)" in said and "prune=true" in said
+        assert "cancelled 3 queued run(s)" in ask(folder, *options, "prune=true", trainer=None)
+        assert "unfinished run(s)" in ask(folder, "action=cancel", FLEET[1], *FAST)
+        queue.drain()
+    shown = json.loads(
+        ask(folder, "action=status", FLEET[1], "format=json", *FAST).splitlines()[-1]
+    )
+    assert shown["runs"]["missing"] == 7 and not shown["jobs"]
+
+
 # ---------------------------------------------------------------- commands that submit
 
 TWO_JOBS = (*SMOKE, *ALONE, "cluster.runs_per_job=3")

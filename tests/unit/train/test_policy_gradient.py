@@ -251,6 +251,14 @@ def test_a_collapse_is_a_result(worlds):
     assert result["reward"] < result["reward_start"] / 2
 
 
+def test_a_run_on_prompts_harder_than_the_held_out_ones_ends_done(worlds):
+    spec, base, loaded = worlds["words"]
+    key = f"{spec.dataset.canonical}/{spec.precision}/{spec.max_new_tokens}/reward"
+    known = dataclasses.replace(base, at_start={key: {"test_reward": 0.9, "test_reward_se": 0.0}})
+    state, result = end_of(dataclasses.replace(spec, lr=1e-5, steps=12), known, loaded)
+    assert state == "done" and not result["collapsed"] and result["reward_start"] == 0.9
+
+
 @pytest.mark.parametrize(
     ("value", "said"), [(0.0, "no completion.*easier"), (1.0, "every.*harder")]
 )
