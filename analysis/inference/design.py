@@ -65,7 +65,7 @@ class Outlook:
             interval = f"expected interval {value} +- {number(half, 2)}"
         low, high = self.margin
         margin = f"[{'..' if low <= -FAR else f'{low:g}'}, {'..' if high >= FAR else f'{high:g}'}]"
-        text = f"{start}{interval} within {margin}: "
+        text = f"{start}{interval}, margin {margin}: "
         if self.can_decide:
             stated = ", though its file says `underpowered`" if self.underpowered else ""
             return f"{text}can decide{stated}"

@@ -67,15 +67,16 @@ def needed(
 ) -> int | None:
     """Return the number of units, from `fewest` to `most`, that decides with probability POWER.
 
-    None if `most` are not enough. `value`, `interval` (its present ends) and `margin` (an end may
-    be infinite) are on the scale on which they are compared.
+    None if `most` are not enough. `interval` holds the present ends, `margin` may have infinite
+    ends. For ratios, these and `value` are logarithms.
 
     The present value and variances are taken as true. With n units, the estimate X has standard
     error s / sqrt(n) and the interval X +- h(n), h(n) = t(level, df(n)) s / sqrt(n). A value
     inside the margin [a, b] is SUPPORTED with probability P(a + h <= X <= b - h). A value above b
-    is REFUTED with probability P(X > b + h), a value below a likewise. (X - value) / error is taken
-    to follow Student's t, which approximates the noncentral t of the exact power (Chow, Shao &
-    Wang, Sample Size Calculations in Clinical Research, 2003, chapter 3).
+    is REFUTED with probability P(X > b + h). A value below the margin is REFUTED with probability
+    P(X < a - h). (X - value) / error is taken to follow Student's t, which approximates the
+    noncentral t of the exact power (Chow, Shao & Wang, Sample Size Calculations in Clinical
+    Research, 2003, chapter 3).
     """
     below, above = value - interval[0], interval[1] - value
     if not (below > 0 and above > 0 and math.isfinite(below + above)):
@@ -85,7 +86,7 @@ def needed(
         sd = (below + above) / 2 * math.sqrt(units) / float(stats.norm.ppf(0.5 + level / 2))
         spread = Spread(units, spread.of, (Part(sd, math.inf),))
     half_now, *_ = spread.at(spread.n, level)
-    # Distances to the margin's ends, on the scale of the units' errors.
+    # Distances to the margin's ends, converted to the scale of `Part.sd`.
     to_low = (value - margin[0]) * half_now / (below if value >= margin[0] else above)
     to_high = (margin[1] - value) * half_now / (above if value <= margin[1] else below)
     for n in range(max(fewest, spread.n + 1), most + 1):

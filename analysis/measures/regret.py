@@ -36,8 +36,8 @@ exceptions. The first pass (the study's): the summed loss of full fine-tuning ov
 rows, each taken before the model trains on that row (a prequential code, Dawid 1984). Above its
 entropy: the first pass minus the entropy of the rows."""
 UNSCORED = 3
-"""Number of symbols at the start of a generated row without a full context, and so without a
-loss."""
+"""Number of symbols at the start of a generated row that have no loss, because too few symbols
+precede them."""
 PARTS = ("changed", "unchanged")
 
 
@@ -59,7 +59,7 @@ class Novelty:
 
     @property
     def low(self) -> bool:
-        """Whether no exceptions are new, so that only rules, which are few numbers, may be."""
+        """Whether no exceptions are new. New rules may remain, but these are few numbers."""
         return not self.exceptions
 
     @property
@@ -174,7 +174,7 @@ def starts_of(table: pd.DataFrame) -> dict[int, float]:
 
 
 def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
-    """Return the bits of a data set by way of counting (COUNTS), as means over seeds.
+    """Return the bits of a data set as means over seeds. Each key is a way to count (COUNTS).
 
     Unknown counts are left out. The first pass is of full fine-tuning, so that the load does not
     depend on LoRA.
@@ -214,7 +214,7 @@ def _generator_bits(table: pd.DataFrame) -> float | None:
 
 
 def loads_of(table: pd.DataFrame, o: Optimum, bits: Mapping[str, float]) -> dict[str, float]:
-    """Return loads by way of counting: bits / (BITS_PER_PARAMETER x trained parameters)."""
+    """Return a load for each count of bits: bits / (BITS_PER_PARAMETER x trained parameters)."""
     capacity = BITS_PER_PARAMETER * float(runs_of(table, o.curve)["n_trainable"].mean())
     return {count: value / capacity for count, value in bits.items()}
 
@@ -300,7 +300,7 @@ def crossing(x: Sequence[float] | np.ndarray, y: Sequence[float]) -> float:
         return math.inf
     if max(y) <= 0:
         return -math.inf
-    # A monotone cubic (Fritsch and Butland 1984) crosses 0 only between ranks whose y do.
+    # A monotone cubic (Fritsch and Butland 1984) adds no crossings of 0 to those of the points.
     return float(PchipInterpolator(x, y).roots(extrapolate=False).max())
 
 

@@ -1,6 +1,8 @@
-"""Question: do alpha, A's initial scale and the two LRs act only through two numbers.
+"""Question: do runs with equal alpha x init_A x LR_B and equal init_A / LR_A train alike.
 
-It also asks which scaling rule makes the optimal learning rate independent of the rank.
+init_A is A's initial scale; LR_A and LR_B are the LRs of A and B. The claim: these two numbers
+determine the run, however its four settings differ. The question also asks which scaling rule makes
+the optimal learning rate independent of the rank.
 
 Twins are runs with the settings (alpha, init_A, LR_A, LR_B) and (alpha / pq, p init_A, p LR_A, q
 LR_B). They train to the same function under Adam without eps, decay and clipping; to the last bits
@@ -69,7 +71,10 @@ class Twins:
 
 
 def twin_key(row: pd.Series) -> tuple[float, ...]:
-    """Return, to 9 digits, alpha init_A LR_B, init_A / LR_A, rank, seed, steps: equal for twins."""
+    """Return the values that twins share, to 9 digits.
+
+    These are alpha x init_A x LR_B, init_A / LR_A, rank, seed and steps.
+    """
     lr_b = row["lr"] * row["lr_b_ratio"]
     shared = [row["alpha"] * row["init_scale"] * lr_b, row["init_scale"] / row["lr"]]
     shared += [row[k] for k in ("rank", "seed", "steps")]
@@ -77,7 +82,10 @@ def twin_key(row: pd.Series) -> tuple[float, ...]:
 
 
 def broken_by(a: pd.Series, b: pd.Series) -> str | None:
-    """Return the setting that breaks two runs' symmetry, or "nothing"; None for other pairs."""
+    """Return the one setting that keeps a pair from being twins; "nothing" if they are twins.
+
+    None if the pair shows neither, such as runs that differ in weight decay.
+    """
     clip = [None if pd.isna(r["clip_norm"]) else r["clip_norm"] for r in (a, b)]
     if a["weight_decay"] != b["weight_decay"] or clip[0] != clip[1]:
         return None
@@ -183,7 +191,7 @@ def sections(found: Sequence[Settings], asked: base.Asked) -> list[base.Section]
         log_y=True,
         linear_below=LAST_BITS,
     )
-    head = "one | other | what acts | should be | largest difference (nats)"
+    head = "one | other | symmetry broken by | should be | largest difference (nats)"
     figure = ("twins.png", [panel], "difference of twins' held-out loss over the run")
     twins = base.Section.of("Twins", head, c.twins.rows, [text], *figure)
     rows = [

@@ -51,7 +51,7 @@ class Data(base.Condition):
     last_on_first_rows: Gaps
     """After the last update, on the held-out rows of `first`, which may be fewer."""
     bits: dict[str, float]
-    """Bits of the data set, by way of counting (`regret.COUNTS`); unknown ones are left out."""
+    """Way to count (`regret.COUNTS`) -> bits of the data set; unknown counts are left out."""
 
     @property
     def model(self) -> str:
@@ -95,7 +95,7 @@ class Data(base.Condition):
 
     @functools.cached_property
     def loads(self) -> dict[int, dict[str, float]]:
-        """Loads by rank, then by way of counting (`regret.COUNTS`)."""
+        """Rank -> way to count bits (`regret.COUNTS`) -> load."""
         return {r: regret.loads_of(self.runs, g.lora, self.bits) for r, g in self.last.items()}
 
     @functools.cached_property

@@ -38,8 +38,9 @@ HOW = (
     f"stopped in training, or ended below {100 * COLLAPSED_SHARE:.0f}% of their own best reward. "
     "Means are over the other runs. The choice of the LR is part of the interval: it is repeated "
     "on resampled seeds. Good LRs: those whose fitted reward is within 2 points of the best one. "
-    f"Ranges are compared in doublings of the LR, where all LRs have {MIN_SEEDS} seeds. In the "
-    "figure, bars are intervals over seeds; an episode is a sampled completion."
+    "Range over FullFT's: the width of a curve's range of good LRs, in doublings, divided by the "
+    f"width of full fine-tuning's. It needs {MIN_SEEDS} seeds that ran at all LRs of both curves. "
+    "In the figure, bars are intervals over seeds; an episode is a sampled completion."
 )
 
 

@@ -28,7 +28,7 @@ from analysis.runs.lr_curves import runs_of
 from analysis.runs.table import TableError
 
 ACTIONS, LABEL_BITS = 16, 4
-"""Labels to choose from, and their bits (lorasweep/data/synthetic/bandit.py)."""
+"""Labels to choose from, and their bits (lorasweep/data/synthetic/facts.py)."""
 ALL = 0.99
 """A curve that knows more than this share of the labels' bits cannot gain from other LRs."""
 Bits = dict[int, Estimate]
@@ -96,7 +96,7 @@ class Contexts(rl.Rewarded):
 
     @cached_property
     def bits(self) -> Bits:
-        """Bits learned from rewards: the least information on the labels that gives the reward."""
+        """Lower bound of the bits learned: fewer bits about the labels cannot earn this reward."""
         found = {}
         for r, e in self.episode.items():
             key = self.by_rank[r].curve.key
@@ -241,7 +241,7 @@ def _panel(found: Sequence[Contexts]) -> base.Panel:
             label = rl.name_of(r) + (", supervised" if supervised else "")
             colour = ranks.index(r)
             series.append(base.Series.of(label, mine, list(mine.values()), colour=colour, **look))
-    series.append(base.Series("all of them", needed, needed, style=":", colour="grey"))
+    series.append(base.Series("all bits of the labels", needed, needed, style=":", colour="grey"))
     capacity = [LABEL_BITS * c.contexts / c.load for c in found if c.load]
     name = "capacity of rank 1, 2 bits a parameter"
     lines = {name: float(np.mean(capacity))} if capacity else {}

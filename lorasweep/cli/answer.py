@@ -169,13 +169,16 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
 def code_length(
     base: Sequence[float], code: Sequence[float], tokens: Sequence[int], left: int | None
 ) -> list[dict[str, float | None]]:
-    """Return the nats of all rows (value, low, high): under the base model, and online in training.
+    """Extrapolate the nats of the measured batches to all rows of the data set.
+
+    Returns value, low and high twice: under the base model, and online in training.
 
     Args:
         base: nats of each measured batch under the base model.
         code: nats of each batch before it was trained on.
         tokens: loss tokens of each batch.
-        left: loss tokens of the other rows; None: the rows are endless, and all values are None.
+        left: loss tokens of the rows that were not measured. None: the rows are endless, and all
+            values are None.
     """
     import numpy as np
 

@@ -82,7 +82,7 @@ class Data:
     rewards: Rewards | None = None
     """None: the data set has no verifier of completions."""
     bits: Callable[[int], dict[str, float]] | None = None
-    """Number of training tokens -> bits of new information, by way of counting; None: not known."""
+    """Number of training tokens -> way to count -> bits of new information; None: not known."""
 
 
 def parameters(spec: DatasetSpec, defaults: Mapping[str, float]) -> dict[str, float]:

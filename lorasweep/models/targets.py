@@ -60,8 +60,8 @@ def find_targets(model: nn.Module, spec: ModelSpec, layers: tuple[str, ...]) -> 
             raise ModelError(
                 f"model {spec.name!r}: layer set {layer_set!r}: expected {count} modules named "
                 f"{sorted(names)} that are {kinds.get(layer_set, 'nn.Linear')}, found "
-                f"{len(matching)}, of which something else: {wrong[:3] or 'none'}. Correct the "
-                "model's file in conf/model (a model with experts needs n_experts and "
+                f"{len(matching)} with these names. Not of that kind: {wrong[:3] or 'none'}. "
+                "Correct the model's file in conf/model (a model with experts needs n_experts and "
                 "n_active_experts), or leave this layer set out of method.layers."
             )
         found |= known

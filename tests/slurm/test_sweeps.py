@@ -107,8 +107,6 @@ def test_scripts_for_places_without_submitit(queue, tmp_path):
     assert all(ends == {1: None} for ends in attempts(tmp_path).values())
 
 
-# ---------------------------------------------------------------- fleets
-
 FLEET = ("action=fleet", "customers=customers.yaml", "exec.threads=1")
 JOBS = (*FAST, "cluster.runs_per_job=3", "exec.pack_size=3")
 
@@ -187,8 +185,6 @@ def test_runs_that_no_row_asks_for_are_pruned_and_a_fleet_is_cancelled(queue, fo
     )
     assert shown["runs"]["missing"] == 7 and not shown["jobs"]
 
-
-# ---------------------------------------------------------------- commands that submit
 
 TWO_JOBS = (*SMOKE, *ALONE, "cluster.runs_per_job=3")
 DIES = {

@@ -59,7 +59,11 @@ class Description:
         return first if self.needed.nodes > 1 else ()
 
     def setup(self) -> list[str]:
-        """Return the shell lines before the job's command: run `guard`, import the snapshot."""
+        """Return the shell lines before the job's command.
+
+        They run the cluster's setup lines, check the files with `guard`, and put the snapshot of
+        the code on PYTHONPATH.
+        """
         code = shlex.quote(str(self.code.folder))
         path = f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"
         # No bytecode: new files in the snapshot would change its digest.

@@ -126,7 +126,10 @@ class PolicyGradient(OnData):
         return collate_rollouts(kept_N, most, first.batch_size, self._join_rows, self._mesh.size)
 
     def _rewards_of(self, run: RunSpec) -> Rewards:
-        """Return Rewards that process 0 computes for all: with time limits, verdicts may differ."""
+        """Return Rewards that process 0 computes and broadcasts.
+
+        A program that checks completions may have a time limit, so two processes could disagree.
+        """
         rewards, mesh = self._data[run.id].rewards, self._mesh
         if mesh.size == 1:
             return rewards
@@ -277,7 +280,8 @@ class Signal:
         """The base's reward, by which a collapse is judged: the smaller of two estimates.
 
         One is the held-out reward. The other is `first_reward`, because training prompts may be
-        harder. It is the highest of several means: an early collapse lowers those of more updates.
+        harder. It is the highest of the means over the first 1, 2, ... updates. After an early
+        collapse, only the means over few updates are still high.
         """
         return min(self.reward_start, self.first_reward)
 
@@ -344,8 +348,8 @@ class Signal:
     def load(self, state: dict[str, Any]) -> None:
         """Restore the values of `state`.
 
-        A checkpoint of divergence rule 1 has no first reward: the mean of all rewards replaces it,
-        and updates below the old bound do not count.
+        Checkpoints of older versions (DIVERGENCE_RULE 1) have no first reward. The mean of all
+        rewards replaces it, and the count of updates below the bound starts again at 0.
         """
         self.completions, self.rewarded = state["answers"], state["rewarded"]
         self.below, best = state["below"], state["best_reward"]

@@ -114,9 +114,6 @@ def test_the_figure_shows_two_errors():
     assert difference.series[0].high[1] == pytest.approx(-0.14 + 2 * rows[1]["error"])
 
 
-# ---------------------------------------------------------------- fleets
-
-
 def test_customers_are_drawn_alike_and_within_bounds(tmp_path):
     rows = [{"question": f"{k}?", "answer": str(k)} for k in range(500)]
     for name in ("one", "two"):

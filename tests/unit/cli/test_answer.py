@@ -56,7 +56,7 @@ def test_the_plan_holds_each_claims_expected_interval_against_its_margin(command
     )
     enough = "sweep.replicate.seeds=[1,2,3,4,5]"
     text = command(*plan, enough).stdout
-    assert "claim ratio: expected interval 10 [8.82, 11.3] within [7.1, 14.1]: can decide" in text
+    assert "claim ratio: expected interval 10 [8.82, 11.3], margin [7.1, 14.1]: can decide" in text
     few = command(*plan, "sweep.replicate.seeds=[1,2]").stdout
     assert "warning, claim ratio: " in few and "cannot decide: needs 4 seeds (planned 3)" in few
     ratio, *_, parity = json.loads(command(*plan, enough, "format=json").stdout)["claims"]

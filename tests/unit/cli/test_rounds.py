@@ -110,8 +110,6 @@ def test_the_noise_between_seeds_is_the_metrics(compose, fake_trainer):
     assert noise_floor(request.points, store) == 2**0.5
 
 
-# ---------------------------------------------------------------- curves without a data fingerprint
-
 AS_JSON = (*SMOKE, "format=json")
 ADVICE = r"would continue lr curves .*exec\.runs_dir=.*/runs-2"
 

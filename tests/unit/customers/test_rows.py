@@ -220,8 +220,6 @@ def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(tmp_p
     )
 
 
-# ---------------------------------------------------------------- data sets of the hub
-
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 SCHOOL, TULU = "openai/gsm8k", "allenai/tulu-3-sft-mixture"
 

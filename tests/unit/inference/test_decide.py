@@ -129,7 +129,7 @@ def test_the_interval_to_expect_is_the_one_that_the_seeds_give():
     assert found.half_width == pytest.approx(math.log(e.high / e.low) / 2, rel=0.01)
     assert found.room == pytest.approx(math.log(10 / 7.1))
     low, high = (f"{v:.3g}" for v in (10 * math.exp(s * found.half_width) for s in (-1, 1)))
-    assert f"10 [{low}, {high}] within [7.1, 14.1]: can decide" in found.line()
+    assert f"10 [{low}, {high}], margin [7.1, 14.1]: can decide" in found.line()
     open_ends = outlook("c", 0.01, [-1000, 100000], None, 3)
     assert open_ends.plain()["room"] is None
     refuted = outlook("c", 0.01, [0.02, 1], 1e-3, 3)
@@ -139,11 +139,11 @@ def test_the_interval_to_expect_is_the_one_that_the_seeds_give():
 @pytest.mark.parametrize(
     ("expected", "margin", "sd", "planned", "says"),
     [
-        (-0.01, [-100, 0], 0.0038, 6, "-0.01 +- 0.004 within [.., 0]: can decide"),
+        (-0.01, [-100, 0], 0.0038, 6, "-0.01 +- 0.004, margin [.., 0]: can decide"),
         (-0.01, [-100, 0], 0.0114, 6, "cannot decide: needs 13 seeds (planned 6)"),
-        (0.02, [-0.1, 0.05], 0.0, 1, "0.02 +- 0 within [-0.1, 0.05]: can decide"),
-        (1, [1, 1000], 0.01, 6, "within [1, ..]: cannot decide"),
-        (0, [-0.1, 0.1], 0.01, 1, "0 without an interval within [-0.1, 0.1]: cannot decide"),
+        (0.02, [-0.1, 0.05], 0.0, 1, "0.02 +- 0, margin [-0.1, 0.05]: can decide"),
+        (1, [1, 1000], 0.01, 6, "margin [1, ..]: cannot decide"),
+        (0, [-0.1, 0.1], 0.01, 1, "0 without an interval, margin [-0.1, 0.1]: cannot decide"),
         (0, [-0.1, 0.1], 2.0, 6, "cannot decide: needs more than 64 seeds (planned 6)"),
         (0, [-0.1, 0.1], None, 6, "claim c: not known: no standard deviation stated"),
         (0, [-0.1, 0.1], 0.27, 90, "can decide"),

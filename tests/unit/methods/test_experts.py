@@ -237,7 +237,7 @@ def test_a_set_that_matches_nothing_is_refused():
             find_targets(moe(), shape, (layers,))
     model = moe()
     model.model.layers[1].mlp.experts.is_transposed = True
-    with pytest.raises(ModelError, match=r"something else: .*layers\.1\.mlp\.experts"):
+    with pytest.raises(ModelError, match=r"Not of that kind: .*layers\.1\.mlp\.experts"):
         find_targets(model, SHAPE, ("mlp",))
     with pytest.raises(ModelError, match="active experts is 2, described as 1"):
         models.check_shape(model, dataclasses.replace(SHAPE, n_active_experts=1))

@@ -211,8 +211,6 @@ def test_a_curve_is_read_to_its_end_where_the_same_rows_were_evaluated_there(at_
     assert same_rows(by_run(table)[0]) == wanted and same_rows(None) == []
 
 
-# ---------------------------------------------------------------- metrics of which more is better
-
 REWARD = METRICS["policy_gradient"]
 
 

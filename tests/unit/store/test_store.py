@@ -302,9 +302,6 @@ def test_the_first_look_is_recorded_once(tmp_path):
         looks.append(path, [], "second", [Point("a", tiny_spec())])
 
 
-# ---------------------------------------------------------------- owners, locks and a group's folder
-
-
 def test_an_owner_of_unknown_start_time_is_not_called_dead(store, change_owner, monkeypatch):
     """Login nodes hide other users' processes (hidepid=2), which still exist."""
     spec = tiny_spec()

@@ -97,8 +97,6 @@ def test_the_study_consists_of_all_sweeps():
     assert sorted(parts) == SWEEPS
 
 
-# ---------------------------------------------------------------- action=layers
-
 METHODS = (
     LoRA(rank=8),
     LoRA(rank=8, layers="attention"),

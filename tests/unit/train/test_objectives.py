@@ -163,9 +163,6 @@ def test_without_rows_for_a_curve_runs_are_measured_at_start_and_end_alone(world
     assert a["test_nll"] == b["test_nll"] == b["test_nll_curve"]
 
 
-# ---------------------------------------------------------------- divergence
-
-
 @pytest.fixture(scope="module")
 def hard_world():
     """A base, and a run whose training rows are noise, while its held-out rows are what it knows."""

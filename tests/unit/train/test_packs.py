@@ -138,8 +138,6 @@ def test_in_float32_packing_is_far_within_the_noise_between_seeds():
         assert abs(ours[-1]["test_nll"] - theirs[-1]["test_nll"]) < noise / 20
 
 
-# ---------------------------------------------------------------- data sets of their own
-
 CUSTOMERS = {
     **{"few": (5, 12, 3, 1e-3, 4), "many": (40, 30, 9, 2e-3, 4)},
     **{"long": (12, 70, 6, 4e-3, 4), "one": (1, 20, 7, 2e-3, 8)},
