@@ -244,7 +244,7 @@ def test_a_table_of_nlls_is_left_as_it_is_and_metrics_are_never_mixed():
     nlls = pd.DataFrame([row(lr, 1.0, METRICS["sft"]) for lr in (1e-3, 2e-3)])
     assert as_losses(nlls) is nlls and shown(nlls) == NLL
     mixed = pd.DataFrame([row(1e-3, 1.0, METRICS["sft"]), row(2e-3, 0.5)])
-    with pytest.raises(TableError, match=r"test_nll, test_reward.*Analyse them apart"):
+    with pytest.raises(TableError, match=r"test_nll, test_reward.*Analyse them separately"):
         as_losses(mixed)
     with pytest.raises(TableError):
         analyse(mixed, {"analysis": "lr_ratio", "claims": {}})
