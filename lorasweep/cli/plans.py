@@ -19,7 +19,7 @@ from lorasweep.plan import detect
 from lorasweep.plan.forecast import Forecast, Forecaster, hours_of, without_too_large
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import run_flops
-from lorasweep.plan.packing import forward_tokens
+from lorasweep.plan.packing import pack_tokens
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.plan import Plan, make_plan, refuse_mixing, summary
 from lorasweep.plan.throughput import shape_of
@@ -139,9 +139,7 @@ def plan_text(request: Request, plan: Plan) -> str:
         if request.exec.pack_size is not None:
             why = "exec.pack_size"
         elif speed is None:
-            why = (
-                f"up to {forward_tokens(plan.hardware)} tokens per forward pass; not measured here"
-            )
+            why = f"up to {pack_tokens(plan.hardware)} tokens per update; not measured here"
         else:
             ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.step_s.items()))
             pays = ": packing does not pay" if speed.measured and speed.best_size() == 1 else ""

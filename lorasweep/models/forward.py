@@ -3,7 +3,8 @@
 Shapes: R rows, T tokens, P positions, H hidden, V vocabulary.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -65,6 +66,42 @@ def hold_in_bf16(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Embedding:
             module.register_forward_hook(lambda module, args, out: out.float())
+
+
+@contextmanager
+def frozen_in_bf16(model: nn.Module, precision: str) -> Iterator[None]:
+    """Hold the frozen fp32 matrices of a bf16 model in bf16, in addition to the fp32 ones.
+
+    Autocast would round them to the same values again in every forward pass.
+    """
+    exact: dict[tuple[nn.Module, str], nn.Parameter] = {}
+    for module in model.modules() if precision == "bf16" else ():
+        for kind, p in list(module.named_parameters(recurse=False)):
+            multiplies = kind in EXPERT_STACKS or (kind == "weight" and type(module) is nn.Linear)
+            if multiplies and not p.requires_grad and p.dtype == torch.float32:
+                exact[module, kind] = p
+                setattr(module, kind, nn.Parameter(p.to(torch.bfloat16), requires_grad=False))
+    try:
+        yield
+    finally:
+        for (module, kind), p in exact.items():
+            setattr(module, kind, p)
+
+
+def norms_to_bf16(model: nn.Module) -> None:
+    """Convert the outputs of norms of fp32 states to bf16.
+
+    Autocast would convert them again in each of the matrix products that follow.
+    """
+
+    def convert(
+        module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
+    ) -> torch.Tensor:
+        return out.to(torch.bfloat16) if args[0].dtype == torch.float32 else out
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.register_forward_hook(convert)
 
 
 def are_bf16(values: torch.Tensor) -> bool:

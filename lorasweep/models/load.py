@@ -18,12 +18,14 @@ import torch
 
 from lorasweep.errors import ModelError
 from lorasweep.models import hub
+from lorasweep.models.attention import use_short_rows
 from lorasweep.models.forward import (
     MASTER_DTYPES,
     are_bf16,
     bf16_matrices,
     hold_in_bf16,
     norms_in_float64,
+    norms_to_bf16,
 )
 from lorasweep.models.sharding import Mesh
 from lorasweep.models.targets import use_grouped_experts
@@ -186,8 +188,12 @@ def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
             raise ModelError(f"model {spec.name!r}: a weight is {p.dtype}, not {dtype}.")
     if spec.weights_dtype == precision == "bf16":
         hold_in_bf16(model)
+    if precision == "bf16":
+        norms_to_bf16(model)
     if precision == "fp64":
         norms_in_float64(model)
+    if not torch.cuda.is_available():
+        use_short_rows(model)
     return model
 
 

@@ -32,14 +32,16 @@ CHUNK_LOGITS = 1 << 26
 """Logits computed at once (train/objectives/nll.py, GPU_LOGITS)."""
 
 # ---- a CPU
-CPU_PROCESS_BYTES = 450 * 2**20
+CPU_PROCESS_BYTES = 500 * 2**20
 """Memory of a worker before weights: the interpreter, torch, transformers. Measured (docs/log)."""
-CPU_TEXT_PEAK = 1.2
-"""Tokens of the longest batch of text rows / tokens of a mean batch. Measured on GSM8K in batches
-of 8 (docs/log)."""
+CPU_TEXT_PEAK = 2.0
+"""Longest row of an update / mean row, for text. In batches of 8 rows of GSM8K it is 1.6 on average
+and 2.0 at the 95th percentile (docs/log)."""
 CPU_FRAGMENTATION = 1.4
 """Memory of the activations of adapter runs / their bytes in use: freed blocks are kept
 (launch/process.py). Measured on two processors: 1.2 to 1.8, varying by run (docs/log)."""
+SCORE_BYTES = 1024
+"""Bytes of a token's scores in the longest row that keeps them (models/attention.py)."""
 CPU_CHUNK_BYTES = 320 * 2**20
 """Five fp32 numbers for each of 2^24 logits, the chunk of train/objectives/nll.py (LOGITS)."""
 
@@ -163,7 +165,7 @@ def _cpu_memory(
     peak = 1.0 if spec.dataset.source == "synthetic" else CPU_TEXT_PEAK
     tokens = n_runs * layout.rows * length * peak
     h, f, kv = model.hidden_size, model.mlp_size, model.n_kv_heads * model.head_size
-    scores = model.n_heads * (length if length <= 256 else (length + 256) / 2)
+    scores = model.n_heads * min(length, SCORE_BYTES / word)
     layer = 2 * h * exact + word * (4 * h + 2 * kv + 4 * f + scores)
     copied = word == 2 and (load.whole or held > word)  # bf16 products copy wider weights
     return _state(load, n_runs, states, held, held) | {

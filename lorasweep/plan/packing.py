@@ -17,11 +17,13 @@ from lorasweep.sweep.grid import Point
 SIZES = (1, 2, 4, 8, 16)
 """Pack sizes to choose from without GPUs, smallest first."""
 GPU_SIZES = (*SIZES, 32, 64, 128)
-FORWARD_TOKENS = 4096
-"""Maximum tokens per forward pass of a pack. With more, activations no longer fit into the cache of
-the processor, and training is no faster (docs/log)."""
+PACK_TOKENS = 4096
+"""Maximum tokens per update of a pack by default; larger packs are no faster (docs/log)."""
+FORWARD_NUMBERS = 1 << 18
+"""Maximum tokens * hidden size per forward pass: 1 MiB of fp32 states. With 8 times as many, which
+the processor's cache does not hold, SmolLM2 takes 1.5 times as long (docs/log)."""
 GPU_FORWARD_TOKENS = 65536
-"""The same maximum on a GPU. Assumption: not measured yet."""
+"""Maximum tokens per update and per forward pass on a GPU. Assumption: not measured yet."""
 MEMORY_SHARE = 0.8
 """Share of the memory that all workers together may use."""
 MOST_WORKERS = 8
@@ -47,9 +49,9 @@ def pack_sizes(hardware: Hardware) -> tuple[int, ...]:
     return GPU_SIZES if hardware.gpus else SIZES
 
 
-def forward_tokens(hardware: Hardware) -> int:
-    """Return the maximum number of tokens per forward pass of a pack."""
-    return GPU_FORWARD_TOKENS if hardware.gpus else FORWARD_TOKENS
+def pack_tokens(hardware: Hardware) -> int:
+    """Return the maximum number of tokens per update of a pack of default size."""
+    return GPU_FORWARD_TOKENS if hardware.gpus else PACK_TOKENS
 
 
 def micro_batch(
@@ -60,9 +62,11 @@ def micro_batch(
     checkpointing: bool = False,
     join_rows: bool = False,
 ) -> int:
-    """Return the rows per run, process and pass that forward_tokens and a GPU's memory allow."""
-    share = spec.batch_size // processes
-    rows = max(1, min(share, forward_tokens(hardware) // (n_runs * mean_length(spec))))
+    """Return the rows per run, process and pass that the cache, or a GPU's memory, allow."""
+    tokens, share = GPU_FORWARD_TOKENS, spec.batch_size // processes
+    if not hardware.gpus:
+        tokens = FORWARD_NUMBERS // spec.model.hidden_size
+    rows = max(1, min(share, tokens // (n_runs * mean_length(spec))))
     if hardware.gpus and hardware.gpu_memory_gib is not None:
         room = MEMORY_SHARE * hardware.gpu_memory_gib * 2**30
         shared = (processes, checkpointing, join_rows)
@@ -108,9 +112,9 @@ def pack_size(spec: RunSpec, exec_: Exec, hardware: Hardware, known: ThroughputT
 
 
 def default_size(spec: RunSpec, exec_: Exec, hardware: Hardware) -> int:
-    """Return the largest pack size that fits into one forward pass and into the memory."""
+    """Return the largest pack size that `pack_tokens` and the memory allow."""
     tokens = spec.batch_size * mean_length(spec)
-    sizes = [n for n in pack_sizes(hardware) if n == 1 or n * tokens <= forward_tokens(hardware)]
+    sizes = [n for n in pack_sizes(hardware) if n == 1 or n * tokens <= pack_tokens(hardware)]
     return max((n for n in sizes if _fits(n, spec, exec_, hardware)), default=1)
 
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from lorasweep.methods.trainables import Trainables
-from lorasweep.models.forward import backend
+from lorasweep.models.forward import backend, frozen_in_bf16
 from lorasweep.models.load import Base
 from lorasweep.models.sharding import Mesh, guard, shard
 from lorasweep.models.targets import ExpertTokens, find_targets
@@ -50,11 +51,15 @@ def train(
     targets = find_targets(model, pack[0].model, method.target_layers())
     trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
     counts = ExpertTokens(model)
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(trainables.detach)
+        at_end.callback(counts.close)
         # Measure here: only a sharded base may fit, and new adapters change no output yet.
         if mesh.size > 1:
             mesh = base.mesh = shard(model, trainables, mesh, pack[0].precision)
             at_start = mesh.run(objective.start, base, runs)
+        else:
+            at_end.enter_context(frozen_in_bf16(model, pack[0].precision))
         device = next(model.parameters()).device
         computed_by = backend(model, mesh.size)
         optimizer = AdamW(trainables, pack, mesh)
@@ -200,9 +205,6 @@ def train(
                 runs = [runs[k] for k in stay]
                 if stay:
                     optimizer.keep(stay)
-    finally:
-        counts.close()
-        trainables.detach()
 
 
 def measure(

@@ -38,14 +38,6 @@ def test_fresh_seeds_get_the_learning_rates_that_a_sweep_gives_them(around):
                 assert list(c.x[c.seed == seed]) == lrs_around_optimum(loss, around)
 
 
-def test_paired_seeds_shift_all_curves_alike():
-    design = Design(7, 2.0, 40, noise=1e-3, curves=2)
-    for paired in (True, False):
-        curves, _ = plant("linex", design, np.random.default_rng(5), paired=paired)
-        shifts = [[c.y[c.seed == s].mean() for s in range(40)] for c in curves]
-        assert (np.corrcoef(shifts)[0, 1] > 0.9) == paired
-
-
 def test_intervals_of_a_small_case_hold_the_planted_truth():
     plain, staged = (
         designs("linex", d, 2.0, 12)

@@ -1,0 +1,24 @@
+"""Attention of short rows on a CPU against torch's, in float64."""
+
+import types
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from lorasweep.models.attention import SHORT_BYTES, attention
+
+
+@pytest.mark.parametrize("tokens", [48, 1 + SHORT_BYTES // 8])
+@pytest.mark.parametrize(
+    "mask", [None, torch.rand(2, 1, 200, 200).lt(0.5).logical_or(torch.eye(200))]
+)
+def test_outputs_and_gradients_are_torchs(tokens, mask):
+    shapes = [(2, heads, tokens, 16) for heads in (6, 2, 2)]
+    q, k, v = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    mask = None if mask is None else mask[..., :tokens, :tokens]
+    module = types.SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    want = sdpa(q, k, v, mask, is_causal=mask is None, scale=0.3, enable_gqa=True).transpose(1, 2)
+    outputs = attention(module, q, k, v, mask, scaling=0.3)[0], want
+    found = [[out, *torch.autograd.grad(out.square().sum(), (q, k, v))] for out in outputs]
+    torch.testing.assert_close(*found)
