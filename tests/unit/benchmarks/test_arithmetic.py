@@ -39,13 +39,9 @@ def test_fresh_seeds_get_the_learning_rates_that_a_sweep_gives_them(around):
 
 
 def test_intervals_of_a_small_case_hold_the_planted_truth():
-    plain, staged = (
-        designs("linex", d, 2.0, 12)
-        for d in (
-            Design(7, 2.0, 3, noise=2e-3, curves=2),
-            Design(5, 2.0, 1, 5, noise=2e-3, curves=2),
-        )
-    )
+    shapes = (7, 2.0, 3), (5, 2.0, 1, 5)
+    both = (Design(*shape, noise=2e-3, curves=2) for shape in shapes)
+    plain, staged = (designs("linex", design, 2.0, 12) for design in both)
     for row in (plain, staged):
         assert row["ratio_answered"] == 1 and row["ratio_coverage"] >= 11 / 12
         assert row["gap_coverage"] >= 22 / 24 and row["false_supported"] == 0

@@ -14,8 +14,7 @@ from lorasweep.models.attention import SHORT_BYTES, attention
     "mask", [None, torch.rand(2, 1, 200, 200).lt(0.5).logical_or(torch.eye(200))]
 )
 def test_outputs_and_gradients_are_torchs(tokens, mask):
-    shapes = [(2, heads, tokens, 16) for heads in (6, 2, 2)]
-    q, k, v = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    q, k, v = (torch.randn(2, n, tokens, 16).double().requires_grad_() for n in (6, 2, 2))
     mask = None if mask is None else mask[..., :tokens, :tokens]
     module = types.SimpleNamespace(num_key_value_groups=3, is_causal=True)
     want = sdpa(q, k, v, mask, is_causal=mask is None, scale=0.3, enable_gqa=True).transpose(1, 2)
