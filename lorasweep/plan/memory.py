@@ -233,9 +233,9 @@ def memory_parts(
     if n == 1:  # weights wider than the type of products are copied to that type
         trained = min(load.trained, model.n_matmul_params) if load.whole else 0
         frozen = (model.n_matmul_params - trained) * (frozen_bytes > word)
-        # copies of frozen weights and adapters live only in layers whose activations are kept
+        # copies of frozen weights are held; those of adapters only where activations are kept
         live = 1 / model.n_layers if layout.checkpointing else 1
-        copies = trained * (weight > word) + live * (frozen + adapters * (weight > word))
+        copies = frozen + (trained + live * adapters) * (weight > word)
         parts["copies and buffers"] = word * copies
     else:  # two layers are gathered at a time, and always the weights outside the layers
         outer = _outer_bytes(load, weight, frozen_bytes) + gradient * load.head_trained
