@@ -7,6 +7,7 @@ Writes analysis/results/bench/bench.json, and the page from it.
 
 import json
 from collections.abc import Callable, Sequence
+from datetime import date
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,7 @@ def _record(content: Figures, part: str, figures: Any) -> None:
         "python": env["python"],
     }
     content |= {**headline(content["parts"]), "machine": machine}
+    content.setdefault("measured_on", {})[part] = f"{here.processor}, {date.today()}"
 
 
 def whole_grids(scale: str, values: dict[str, Any], log: Log) -> Figures:
@@ -190,11 +192,20 @@ def _memory(bench: Bench) -> Rows:
     return out
 
 
+def _where(measured_on: dict[str, str]) -> str:
+    """Name the parts of each machine and day."""
+    parts: dict[str, list[str]] = {}
+    for part, where in measured_on.items():
+        parts.setdefault(where, []).append(part)
+    return "; ".join(f"{', '.join(names)}: {where}" for where, names in parts.items())
+
+
 def page(bench: Bench) -> str:
     """Render the whole page."""
     return render(
         "speed",
         **bench,
+        where=_where(bench["measured_on"]),
         grids="\n".join(summary(bench)),
         baselines=_parts(bench),
         steps=_steps(bench),
