@@ -91,7 +91,8 @@ def frozen_in_bf16(model: nn.Module, precision: str) -> Iterator[None]:
 def norms_to_bf16(model: nn.Module) -> None:
     """Convert the outputs of norms of fp32 states to bf16.
 
-    Autocast would convert them again in each of the matrix products that follow.
+    Autocast would convert them again in each of the matrix products that follow. The gradients of
+    these products are then added in bf16 instead of fp32.
     """
 
     def convert(
