@@ -41,8 +41,7 @@ REACHED = {
     **{"tiny64-knows": 0.8102, "tiny64-skills": 0.5059, "tiny64-skilled": 0.8634},
     **{"tiny64-experts": 2.0658, "tiny128": 1.8809, "tiny128-3m": 2.0817, "tiny128-4m": 2.0215},
 }
-"""NLL of the shipped weights on held-out rows of what they were pretrained on, as their recipes
-reached it."""
+"""NLL of the shipped weights on held-out rows of their pretraining task."""
 
 
 @pytest.mark.parametrize(

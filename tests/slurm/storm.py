@@ -52,8 +52,7 @@ QUICK = Target(
     60,
     "tests.slurm.trainers:slow",
 )
-"""Slow while the storm lasts (a pack takes 6 to 60 s), so that some runs end in it on any machine
-and most do not; fast when it is over."""
+"""Slow while the storm lasts (6 to 60 s a pack), so that few runs end in it; fast afterwards."""
 
 
 class Storm:

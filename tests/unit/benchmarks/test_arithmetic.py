@@ -49,6 +49,11 @@ def test_intervals_of_a_small_case_hold_the_planted_truth():
     # The gap in loss gains from seeds at the best rate; its place does not.
     assert staged["gap_half_width"] < plain["gap_half_width"] < 0.02
     assert plain["ratio_half_width"] < staged["ratio_half_width"] < 0.3
+    many, rng = Design(7, 2.0, 40, noise=1e-3, curves=2), np.random.default_rng
+    for paired in (True, False):  # paired seeds shift all curves alike
+        curves, _ = plant("linex", many, rng(5), paired=paired)
+        shifts = [[c.y[c.seed == s].mean() for s in range(40)] for c in curves]
+        assert (np.corrcoef(shifts)[0, 1] > 0.9) == paired
 
 
 def test_a_scaled_ratio_is_supported_as_the_decision_rule_has_it():

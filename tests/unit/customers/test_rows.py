@@ -117,8 +117,7 @@ def test_the_longest_row_is_the_length_and_none_is_cut(tmp_path):
 
 
 def test_no_prompt_is_in_two_splits(tmp_path):
-    """Two hundred rows of forty questions, each with five answers: by rows, all of the held-out
-    questions were trained on."""
+    """Forty questions with five answers each: by rows, all held-out questions were trained on."""
     rows = [pair(f"How many? {k % 40}", f"Yes {k}") for k in range(200)]
     path = write_json(tmp_path / "my.jsonl", rows)
     found = read(path)

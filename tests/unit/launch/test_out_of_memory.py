@@ -225,8 +225,7 @@ def full(monkeypatch):
 
 
 def finished(tmp_path, specs, monkeypatch):
-    """Train with the real trainer: (runs, learner's rows, forward_parts) of each attempt, the limit
-    and the notes."""
+    """Train for real: (runs, learner's rows, forward_parts) by attempt, the limit, the notes."""
     monkeypatch.setattr(packs, "LOOK_S", 1e9)
     tried, real, limits = [], TorchTrainer(), Limits()
 

@@ -106,8 +106,7 @@ ARMS = {
     "near": (RISING, [0, 0, 0.04, 0.08, 0.4, 0.95]),
     "early": (RISING, [0, 0.04, 0.08, 0.2, 0.5, 1]),
 }
-"""Loss by LR above the lowest one, and the probability that a run collapses; where that is at most
-0.1 the LR is truly stable."""
+"""By LR: loss above the lowest one, and the probability of a collapse (at most 0.1: stable)."""
 
 
 @pytest.mark.slow

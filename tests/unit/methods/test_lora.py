@@ -34,8 +34,7 @@ def peft_model(base, method):
 
 @pytest.mark.numerics
 def test_stacked_adapters_equal_peft_at_every_point_of_a_run(world, other_weights):
-    """Same start, loss and gradients; one update from the same state, at each step, within 1e-12.
-    With weight decay and clipping."""
+    """Same start, loss, gradients; at each step one update within 1e-12, with decay and clipping."""
     spec, base, dataset = world
     spec = dataclasses.replace(spec, weight_decay=0.1, clip_norm=0.05)
     reference = peft_model(other_weights(base), spec.method)

@@ -12,7 +12,7 @@ from lorasweep.errors import ModelError, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.models.forward import autocast, hold_in_bf16
+from lorasweep.models.forward import autocast, frozen_in_bf16, hold_in_bf16
 from lorasweep.models.load import weights_sha256
 from lorasweep.spec.run import validate
 from lorasweep.train.objectives.nll import nll_sums
@@ -66,6 +66,9 @@ def test_logits_loss_and_gradients_have_the_same_bits(world, family, tied):
         found.append([logits, sums.detach(), *(p.grad for p in params.values())])
     assert len(found[0]) > 20 and all(map(torch.equal, *found))
     assert all(float(g.abs().max()) > 0 for g in found[1])
+    with frozen_in_bf16(model := of_family(family, tied)[0].requires_grad_(False), "bf16"):
+        held = model.lm_head, model.model.layers[0].mlp.up_proj, model.model.norm
+        assert [m.weight.dtype.itemsize for m in held] == [2, 2, 4]
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,7 @@ def measure(rank, port, folder):
 @pytest.mark.full
 @pytest.mark.slow
 def test_the_plan_counts_what_a_process_of_several_holds_whole(tmp_path):
-    """A layer arrives in bf16. Embedding and unembedding arrive in their own type: fp32 where they
-    are trained, with gradients of fp32."""
+    """A layer arrives in bf16, a trained embedding or unembedding in fp32, as its gradient."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
