@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lorasweep.cli import answer
+from lorasweep.cli import answer, understood
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.progress import Display
 from lorasweep.cli.train import STOPPED, Trained
@@ -117,7 +117,10 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
 def measure(request: Request) -> int:
     """Measure the information in a data set, print it, and save it for action=advise."""
     store, spec = RunStore(request.exec.runs_dir), measuring.run_of(request)
-    check_available(dataclasses.replace(request, points=[Point(spec.method.name, spec)]))
+    one = dataclasses.replace(request, points=[Point(spec.method.name, spec)])
+    check_available(one)
+    for line in understood.lines(one) if request.format != "json" else ():
+        print(line, file=sys.stderr, flush=True)
     store.prepare()
     trainer = TorchTrainer()
     data = trainer.data(spec, request.exec)

@@ -13,6 +13,7 @@ Ask a question (a sweep), or train one run:
   python -m lorasweep +sweep=lr_ratio                 run what is missing, print the answer
   python -m lorasweep +sweep=lr_ratio action=status   show what is done, running, failed
   python -m lorasweep model=tiny128 dataset=dialect method=lora method.rank=16 lr=2e-3
+  python -m lorasweep model=./my-model dataset=rows.csv method.rank=16 lr=2e-4 steps=100
 Choose the size of a sweep with scale=smoke, tiny (the default), small, ...
 Running a command again is safe: finished runs are not repeated, interrupted runs resume.
 """
@@ -43,7 +44,10 @@ Changing a sweep's grid
   sweep.arms.lora.rank=[1,16]   +sweep.axes.batch_size=[4,8]   ~sweep.arms.fullft
   'sweep.arms.lora.lr=${geom:1e-4,1e-2,4}'  4 learning rates per decade
   'sweep.arms.lora.lr=${around:1e-3,7,2}'   7 learning rates around 1e-3, a factor of 2 apart
-Your own sweeps, models and data sets: files in DIR/sweep, DIR/model, DIR/dataset with
+Your own model and rows
+  model=FOLDER, FILE.gguf or owner/name@revision
+  dataset=FILE (.jsonl, .json, .csv, .parquet), FOLDER or owner/name:configuration@revision
+  Sweeps, and what is not read from these: files in DIR/sweep, DIR/model, DIR/dataset with
   python -m lorasweep --config-dir DIR +sweep=mine model=mine
 """
 

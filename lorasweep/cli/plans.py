@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, fleet_costs
+from lorasweep.cli import answer, fleet_costs, understood
 from lorasweep.cli.points import all_points
 from lorasweep.cli.progress import duration, notifier
 from lorasweep.config import preflight
@@ -65,11 +65,13 @@ def show(request: Request, store: RunStore) -> int:
         outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     fleet = {"fleet": fleet_costs.here(request, store, plan)} if request.members else {}
     if request.format == "json":
-        name = {"sweep": request.sweep_name, "scale": request.scale}
+        name: dict[str, Any] = {"sweep": request.sweep_name, "scale": request.scale}
         claims = {"claims": [o.plain() for o in outlooks]} if outlooks else {}
+        if request.described:
+            name["understood"] = understood.lines(request)
         print(json.dumps({**name, **summary(plan), **queue, **claims, **fleet}))
         return 0
-    lines = [plan_text(request, plan), *queue_lines(queue)]
+    lines = [*understood.lines(request), plan_text(request, plan), *queue_lines(queue)]
     if request.members:
         lines += ["", *fleet_costs.lines(fleet["fleet"], f"on {plan.workers} worker(s)")]
     print("\n".join([*lines, *(o.line() for o in outlooks)]))
@@ -232,8 +234,10 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
     if request.format == "json":
         machine = {name: getattr(hardware, name) for name in ("name", "gpus", "price_per_gpu_h")}
         errors = {"memory": MEMORY_ERROR, "speed": SPEED_ERROR}
-        about = {"hardware": machine, "error": errors, "scale": request.scale}
+        about: dict[str, Any] = {"hardware": machine, "error": errors, "scale": request.scale}
         sweeps = [{**v, "claims": p} for v, p in zip(values, prices)]
+        if request.described:
+            about["understood"] = understood.lines(request)
         print(json.dumps({**about, "sweeps": sweeps, "total": values[-1], **queue, **fleet}))
         return 0
     from jinja2 import StrictUndefined, Template  # takes a moment to load
@@ -254,7 +258,7 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         training_share=TRAINING_SHARE,
         verdicts=[(v["name"], p) for v, some in zip(values, prices) for p in some],
     )
-    lines = [text.rstrip(), *queue_lines(queue)]
+    lines = [*understood.lines(request), text.rstrip(), *queue_lines(queue)]
     if request.members:
         lines += ["", *fleet_costs.lines(fleet["fleet"], "in time of one GPU")]
     print("\n".join(lines))

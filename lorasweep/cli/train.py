@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer
+from lorasweep.cli import answer, understood
 from lorasweep.cli.plans import plan_text, unpinned_lines
 from lorasweep.cli.points import all_points, qualifying
 from lorasweep.cli.progress import Display, notifier
@@ -190,6 +190,8 @@ def train(
     store.prepare()
     points = runs_of(request, store)
     check(request, store, points)
+    for line in understood.lines(request) if request.format != "json" else ():
+        print(line, file=sys.stderr, flush=True)
     if request.cluster.kind == "slurm":
         return _train_on_cluster(request, store, trainer, follow)
     notify, quiet = notifier(request), request.format == "json"

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lorasweep.config.actions import check_action
 from lorasweep.config.folders import conf_dir, exec_of
 from lorasweep.config.loader import ScaleLoader, without_hydra
+from lorasweep.config.own import GROUPS
 from lorasweep.config.schema import FORMATS, MIRRORS, Config, writable
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.launch.slurm.resources import check as check_cluster
@@ -107,6 +108,17 @@ def request(cfg: DictConfig, settings: Any = None) -> Request:
     Raises:
         SpecError: the configuration or a run of the sweep is not valid.
     """
+    found = _request(cfg, settings)
+    for own in _loader().names.of(found.points):
+        key = "models_dir" if isinstance(own.spec, ModelSpec) else "data_dir"
+        dirs = dict.fromkeys([*getattr(found.exec, key), *([own.folder] if own.folder else [])])
+        changes: dict[str, Any] = {key: list(dirs)}
+        found.exec = dataclasses.replace(found.exec, **changes)
+        found.described.append(own.spec.name)
+    return found
+
+
+def _request(cfg: DictConfig, settings: Any) -> Request:
     if settings is None:
         settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
@@ -195,19 +207,35 @@ def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point
         of_group = [o for o in overrides if o.lstrip("+~").startswith(f"{group}.")]
         known, key = _loader().looked_up, (group, name, *files, *of_group)
         if key not in known:
+            option = _loader().option(group, str(name), overrides)
             try:
-                chosen = [*files, *of_group, f"{group}={name}"]
+                chosen = [*files, *of_group, f"{group}={option}"]
                 cfg = hydra_compose("config", overrides=chosen)
             except Exception as error:
-                names = option_names(group)
-                if name not in names:
-                    raise SpecError(unknown(group, str(name), names)) from None
                 raise SpecError(f"{group} {name!r}: {error}") from None
             known[key] = build(cls, dataclasses.asdict(_object(cfg[group])))
         return known[key]
 
     models = partial(look_up, "model", ModelSpec)
+    problems = []
+    for group, name in dict.fromkeys(_named(config.sweep.axes, *config.sweep.arms.values())):
+        try:
+            _loader().option(group, name, overrides)
+        except SpecError as error:
+            problems.append(str(error))
+    if problems:
+        raise SpecError("\n".join(problems))
     return expand(_run_spec(config), config.sweep, models, partial(look_up, "dataset", DatasetSpec))
+
+
+def _named(*axes: Any) -> Iterator[tuple[str, str]]:
+    """Yield (group, name) of the models and data sets on axes, also inside mappings."""
+    for values in axes:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            for one in value if isinstance(value, list) else [value]:
+                if key in GROUPS and isinstance(one, str):
+                    yield key, one
+                yield from _named(one)
 
 
 def _parts(sweep_name: str, sweep: Sweep, overrides: Sequence[str]) -> list[Request]:
@@ -251,16 +279,16 @@ def _run_spec(config: Config) -> RunSpec:
 def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
     """Refuse values of the command line that the sweep's grid replaces."""
     for text in overrides:
-        key = text.lstrip("+~").partition("=")[0]
+        key, _, value = text.lstrip("+~").partition("=")
         axis = key.removeprefix("method.")
         arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes_of(axes))]
         is_set = axis in fields_of(sweep.axes) or (arms and not key.startswith("sweep."))
         if key != "method" and not is_set:
             continue
         if axis in sweep.axes:
-            hint = f"Write sweep.axes.{axis}=[...] instead."
+            hint = f"Write sweep.axes.{axis}=[{value.strip('[]')}] instead."
         elif arms:
-            hint = f"Write sweep.arms.{arms[0]}.{axis}=[...] instead."
+            hint = f"Write sweep.arms.{arms[0]}.{axis}=[{value.strip('[]')}] instead."
         else:
             hint = "Remove an arm with ~sweep.arms.NAME instead."
         raise SpecError(f"{text!r} has no effect: the grid of sweep {name!r} sets {axis!r}. {hint}")

@@ -1,4 +1,7 @@
-"""Hydra's configuration loader, which also merges the chosen scale's block of a sweep.
+"""Hydra's configuration loader, which also describes names and merges the chosen scale's block.
+
+`model=` and `dataset=` may name a model or data set that no file describes
+(`lorasweep.config.own`). A sweep can have a block for each scale:
 
     axes: {seed: 100}               # shared by all scales
     arms: {lora: {method: lora}}
@@ -11,11 +14,14 @@ before the command line is applied, so `~sweep.arms.fullft` can remove what a sc
 with `extends: OTHER` (in conf/scale) takes the block of OTHER first, then the scale's block.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from lorasweep.config import own
 from lorasweep.errors import NotAtScale, SpecError
 from lorasweep.sweep.question import Sweep
 
@@ -49,6 +55,48 @@ class ScaleLoader(ConfigLoaderImpl):
         super().__init__(*args, **more)
         self.looked_up: dict[tuple[str, ...], Any] = {}
         """Cache of the models and data sets that an axis names, by group, name and overrides."""
+        self.names = own.Names()
+
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], *args: Any, **more: Any
+    ) -> DictConfig:
+        """Compose after describing what `model=` and `dataset=` name, if no file does."""
+        options: dict[str, str] = {}
+        problems = []
+        for text in overrides:
+            key, _, name = text.partition("=")
+            group = key.lstrip("+")
+            if group not in own.GROUPS or own.is_file(group, name):
+                continue
+            value = OverridesParser.create().parse_override(text).value()
+            if not isinstance(value, str):
+                continue
+            try:
+                options[text] = f"{key}={self.option(group, value, overrides)}"
+            except SpecError as error:
+                problems.append(str(error))
+        if problems:
+            raise SpecError("\n".join(problems))
+        described = [options.get(text, text) for text in overrides]
+        cfg = super().load_configuration(config_name, described, *args, **more)
+        typed = {option: text for text, option in options.items()}
+        cfg.hydra.overrides.task = [typed.get(o, o) for o in cfg.hydra.overrides.task]
+        return cfg
+
+    def option(self, group: str, name: str, overrides: Sequence[str]) -> str:
+        """Return the option of a group for a name, which is described if no file does.
+
+        Raises:
+            SpecError: there is no such model or data set, or it cannot be used.
+        """
+        if own.is_file(group, name):
+            return name
+        options = self.get_group_options(group, config_name="config", overrides=list(overrides))
+        keys = (f"{group}.", "exec.models_dir=", "+exec.models_dir=")
+        set_here = [o for o in overrides if o.startswith(keys)]
+        parsed = OverridesParser.create().parse_overrides(set_here)
+        values = {o.key_or_group: o.value() for o in parsed}
+        return self.names.option(group, name, options, values)
 
     def _load_single_config(self, default: Any, repo: Any) -> Any:
         loaded = super()._load_single_config(default, repo)

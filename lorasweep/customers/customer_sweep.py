@@ -72,11 +72,13 @@ def write(advice: Advice, folder: Path) -> list[str]:
     lines = [f"wrote {folder / path}" for path in files]
     if c.data is None:
         lines.append(f"put the rows in DATA_DIR/{name}/train.jsonl and test.jsonl (exec.data_dir)")
-    elif not own.is_on_hub(c.data) and not own.path_of(c.data).with_name("test.jsonl").is_file():
-        lines.append(
-            f"put held-out rows in test.jsonl beside {own.path_of(c.data)}, and write the sweep "
-            "again: otherwise its runs are evaluated on training rows"
-        )
+    elif not own.is_on_hub(c.data):
+        rows = own.path_of(c.data)
+        if not (test := rows.with_name(f"test{rows.suffix}")).is_file():
+            lines.append(
+                f"put held-out rows in {test.name} beside {rows}, and write the sweep again: "
+                "otherwise its runs are evaluated on training rows"
+            )
     if rewarded:
         lines.append(f"answers are checked by verifier: {dataset['verifier']}")
     command = f"python -m lorasweep --config-dir {folder} +sweep={name} precision=bf16"

@@ -16,6 +16,7 @@ from lorasweep.customers.runs import APART, MOST_RATES
 from lorasweep.data import own, sources
 from lorasweep.data.examples import Data
 from lorasweep.errors import SpecError, TrainingError
+from lorasweep.spec.dataset import FILES
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.names import aligned
@@ -51,7 +52,13 @@ def run_of(request: Request) -> RunSpec:
             f"action=measure with objective={spec.objective}: a reward has at most one bit per "
             "episode, so there is nothing to measure. Leave objective out."
         )
-    dataset = own.dataset_of(request.data) if request.data else spec.dataset
+    dataset = spec.dataset
+    if request.data:
+        named = ("format", "prompt_field", "completion_field")
+        stated = {n: getattr(dataset, n) for n in named if f"dataset.{n}" in request.given}
+        dataset = own.dataset_of(request.data, named=stated)
+    elif dataset.name in request.described:  # all rows are measured, as with data=FILE
+        dataset = dataclasses.replace(dataset, holdout=0, held_out_by="")
     dataset = dataclasses.replace(dataset, n_retain=0, n_validation=0)
     if dataset.source != "synthetic":  # held-out rows of generated data give the entropy
         held_out = min(dataset.n_test, HELD_OUT)
@@ -123,8 +130,8 @@ def information(
         costs = {f"{k}_above_entropy": v for k, v in above.items()}
         known = {"bits": bits, **costs, "ratio": ratio}
     rows_sha256, dataset = None, spec.dataset  # set if the rows are a whole file
-    if dataset.source == "jsonl" and dataset.n_train is None:
-        found = sources.find_jsonl(dataset, dataset.train_split, request.exec.data_dir)
+    if dataset.source in FILES and dataset.n_train is None:
+        found = sources.find_file(dataset, dataset.train_split, request.exec.data_dir)
         rows_sha256 = found[1][: own.DIGITS]
     return {
         "model": spec.model.name,

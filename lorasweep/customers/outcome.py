@@ -127,7 +127,7 @@ class Outcome:
         data, method = rows.dataset, first.method
         source = f"{data.location}{f':{data.config}' if data.config else ''}"
         if data.source != "hub":  # only the last folder of the path
-            source = f"{Path(data.location).name}/{data.train_split}.jsonl".lstrip("/")
+            source = f"{Path(data.location).name}/{data.train_split}.{data.source}".lstrip("/")
         return {
             "name": m.name,
             "folder": m.folder,

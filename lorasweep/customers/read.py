@@ -8,13 +8,16 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from lorasweep.errors import SpecError, unknown
+from lorasweep.data import own
+from lorasweep.errors import ModelError, SpecError, unknown
+from lorasweep.models import hub
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store.files import safetensors_header
@@ -59,7 +62,7 @@ class Customer:
     tokens_per_example: float | None = _col(float, 1, INF, "mean tokens of a row that bear loss")
     bits_per_token: float | None = _col(float, 1e-6, 20, "mean bits of a token that bears loss")
     max_length: int | None = _col(int, 4, INF, "tokens of the longest row")
-    data: str | None = _col(str, 0, INF, "folder with train.jsonl, a .jsonl file, or a hub name")
+    data: str | None = _col(str, 0, INF, "a file, a folder with train and test, or a hub name")
     epochs: float | None = _col(float, 1e-6, 1e6, "passes over the rows")
     batch_size: int | None = _col(int, 1, 1e7, "rows of an update; in RL, episodes")
     steps: int | None = _col(int, 1, 1e9, "updates")
@@ -355,6 +358,8 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
         model = _of_config(config)
     elif c.model.lower() in models:
         model = models[c.model.lower()]()
+    elif missing and (config.suffix == ".gguf" or own.HUB_NAME.fullmatch(c.model)):
+        model = _described(c.model)
     elif missing:
         what = unknown("model", c.model, (name for name in models if "/" not in name))
         if stated:
@@ -374,6 +379,18 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
     return model
 
 
+@cache
+def _described(given: str) -> ModelSpec:
+    """Describe a GGUF file, or a name on the hub."""
+    from lorasweep.models.describe import describe_model
+
+    try:
+        model, folder = describe_model(given)
+    except ModelError as error:
+        raise RowError(f"column model: {error}") from None
+    return replace(model, location=str(Path(folder, model.location))) if folder else model
+
+
 def _of_config(path: Path) -> ModelSpec:
     try:
         config = json.loads(path.read_text())
@@ -383,7 +400,12 @@ def _of_config(path: Path) -> ModelSpec:
         raise RowError(f"column model: {path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise RowError(f"column model: {path} is not the config.json of a model.")
+    folder, is_known = path.absolute().parent, path.name == "config.json" and "model_type" in config
     config = {**config, **config.get("text_config", {})}
+    dtype = "bf16" if _are_bf16(config, folder) else "fp32"
+    where: dict[str, Any] = {"source": "folder", "location": str(folder), "weights_dtype": dtype}
+    if is_known and hub.has_weights(folder):
+        return _counted(ModelSpec(name=folder.name, **where), path.read_text())
     stated: dict[str, Any] = {}
     for name, column in SHAPE.items():
         found = [config[k] for k in column.config_keys if config.get(k) is not None]
@@ -396,23 +418,31 @@ def _of_config(path: Path) -> ModelSpec:
     if missing:
         names = ", ".join(" or ".join(SHAPE[n].config_keys) for n in missing)
         raise RowError(f"column model: {path} lacks {names}.")
-    folder = path.absolute().parent
+    qk_norm = "qwen3" in str(config.get("model_type", ""))
+    return _build(folder.name, stated, **where, qk_norm=qk_norm)
+
+
+@cache
+def _counted(model: ModelSpec, config_text: str) -> ModelSpec:
+    """Add the shape that transformers' modules have, once for all rows with this folder."""
+    from lorasweep.models.describe import config_at, with_shape
+
+    try:
+        found = with_shape(model, config_at(model, Path(model.location)))
+    except ModelError as error:
+        raise RowError(f"column model: {error}") from None
+    return replace(found, context_length=0)  # ids of runs of fleets stay
+
+
+def _are_bf16(config: Mapping[str, Any], folder: Path) -> bool:
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
-        bf16 = "bfloat16" in str(dtype)
-    else:  # read it from the weights; without weights assume bf16, in which models are published
-        headers = [safetensors_header(file) for file in sorted(folder.glob("model*.safetensors"))]
-        tensors = [t for header in headers if header for t in header[0].values()]
-        # norms are often kept in fp32 beside matrices in bf16
-        bf16 = all(len(t["shape"]) < 2 or t["dtype"] == "BF16" for t in tensors)
-    return _build(
-        folder.name,
-        stated,
-        source="folder",
-        location=str(folder),
-        qk_norm="qwen3" in str(config.get("model_type", "")),
-        weights_dtype="bf16" if bf16 else "fp32",
-    )
+        return "bfloat16" in str(dtype)
+    # read it from the weights; without weights assume bf16, in which models are published
+    headers = [safetensors_header(file) for file in sorted(folder.glob("model*.safetensors"))]
+    tensors = [t for header in headers if header for t in header[0].values()]
+    # norms are often kept in fp32 beside matrices in bf16
+    return all(len(t["shape"]) < 2 or t["dtype"] == "BF16" for t in tensors)
 
 
 def _build(name: str, stated: Mapping[str, Any], **more: Any) -> ModelSpec:

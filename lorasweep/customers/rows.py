@@ -5,7 +5,7 @@ This module needs the base's tokenizer, but no model and no learning rate.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,10 @@ from lorasweep.plan.load import TEXT_FILL
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 FEWEST = 20
-"""Smallest number of rows from which some are held out. A convention."""
+"""Smallest number of a customer's rows from which some are held out. A convention."""
+FEWEST_NAMED, LEAST_NAMED = 40, 20
+"""FEWEST, and LEAST (below, but at most a quarter of the rows), for a data set given by name. They
+are larger because its rows answer a question; a customer's card only shows a gain."""
 SHARE, LEAST, MOST = 10, 4, 128
 """Of SHARE rows, one is a validation and one a test row; there are LEAST to MOST of each kind."""
 LEFT = 0.5
@@ -95,8 +98,9 @@ class Rows:
 def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
     """Read all rows of a customer and split them.
 
-    Held-out rows come from test.jsonl beside train.jsonl, or from a test split on the hub. Without
-    these they are taken from the training rows. `tokenizer`: the tokenizer of the base.
+    Held-out rows come from a test file beside that of the training rows, or from a test split on
+    the hub. Without these they are taken from the training rows. `tokenizer`: the tokenizer of the
+    base.
 
     Raises:
         DataError: there are no rows, or one cannot be read.
@@ -110,23 +114,65 @@ def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
         return _divide(spec, _texts(spec, train), tested, where, rules.split)
     spec, path = own.dataset_of(data, name), Path(data).expanduser()
     folder, split = (path, "train") if path.is_dir() else (path.parent, path.stem)
-    if set("=,") & set(split):
-        raise DataError(f"{path}: a name without '=' and ',' is expected. Rename the file.")
-    test = folder / "test.jsonl"
+    test = folder / f"test.{spec.source}"
     there = path.is_dir() and test.is_file()
     place: dict[str, Any] = {
         "location": str(folder),
-        "revision": "",
         "test_split": "test" if there else split,
     }
-    spec = dataclasses.replace(spec, **place, **form)
-    rows = _texts(spec, sources.jsonl_rows(folder / f"{split}.jsonl"))
-    tested = _texts(spec, sources.jsonl_rows(test)) if there else None
-    found = _divide(spec, rows, tested, str(test), rules.split)
+    spec = _pinned(dataclasses.replace(spec, **place, **form), ".")
+    rows = _texts(spec, sources.rows_in(folder / f"{split}.{spec.source}"))
+    tested = _texts(spec, sources.rows_in(test)) if there else None
+    return _divide(spec, rows, tested, str(test), rules.split)
+
+
+def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str]:
+    """Describe rows that are asked for by a file, a folder or a name on the hub.
+
+    A test file or split is divided into validation and test rows; without one a tenth of the rows
+    each, by prompt. `named`: fields of the data set that the command line sets.
+
+    Returns the data set, and the folder in which it is found ('' on the hub): a run's id excludes
+    paths.
+
+    Raises:
+        DataError: there are no such rows, one cannot be read, or there are too few.
+    """
+    spec, folder = own.dataset_of(given, named=named), ""
+    if "mask" in named:
+        spec = dataclasses.replace(spec, mask=named["mask"])
+    if spec.source != "hub":
+        folder = spec.location
+        alone = Path(given).expanduser().is_file() and spec.train_split != "train"
+        test_split = spec.train_split if alone else spec.test_split
+        place: dict[str, Any] = {"location": ".", "revision": "", "test_split": test_split}
+        spec = _pinned(dataclasses.replace(spec, **place), folder)
+    train, held_out = load.sources_of(spec, [folder])
+    rows = _texts(spec, train.rows())
+    tested = _texts(spec, held_out.rows()) if spec.test_split != spec.train_split else None
+    n_unique = len({row.whole for row in [*rows, *(tested or ())]})
+    if n_unique < FEWEST_NAMED:
+        raise DataError(
+            f"{given}: {n_unique} unique rows. Expected at least {FEWEST_NAMED}: validation rows "
+            "choose a learning rate and test rows measure the gain, and fewer tell neither from "
+            "noise. Add rows; action=measure data=FILE and a fleet take fewer."
+        )
+    if tested is not None:
+        _check_tested(tested, f"{given}, split {spec.test_split}")
+    changes, n_train = _by_units(spec, rows, tested, LEAST_NAMED)
+    if not n_train:
+        raise DataError(f"{given}: every training row is held out. Add rows to train on.")
+    return dataclasses.replace(spec, n_test_curve=changes["n_test"], **changes), folder
+
+
+def _pinned(spec: DatasetSpec, folder: str) -> DatasetSpec:
+    """Return local rows with the present content of their files as revision."""
     files = dict.fromkeys((spec.train_split, spec.test_split))
-    pins = [f"{f}={sources.find_jsonl(spec, f, ['.'])[1][:16]}" for f in files]
-    pinned = dataclasses.replace(found.dataset, revision="sha256:" + ",".join(pins))
-    return dataclasses.replace(found, dataset=pinned)
+    if odd := next((name for name in files if set("=,") & set(name)), None):
+        raise DataError(f"{odd!r}: a name without '=' and ',' is expected. Rename the file.")
+    spec = dataclasses.replace(spec, revision="")
+    pins = [f"{f}={sources.find_file(spec, f, [folder])[1][:16]}" for f in files]
+    return dataclasses.replace(spec, revision="sha256:" + ",".join(pins))
 
 
 def _texts(spec: DatasetSpec, rows: Iterable[tuple[str, Any]]) -> list[Text]:
@@ -146,11 +192,8 @@ def _divide(
     pool, both = rows if tested is None else tested, [*rows, *(tested or ())]
     n_unique, n_pool = len({r.whole for r in both}), len({r.whole for r in pool})
     repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
-    if tested is not None and n_pool < 2:
-        raise DataError(
-            f"{test} has {n_pool} unique rows. Expected at least 2, for validation and for test. "
-            "Add rows, or remove them all: training rows are then held out."
-        )
+    if tested is not None:
+        _check_tested(tested, test)
     changes: dict[str, Any]
     if tested is None and n_pool < FEWEST:
         changes, n_train = {"n_test": len(rows)}, len(rows)
@@ -180,13 +223,22 @@ def _divide(
     return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out)
 
 
-def _share(units: int) -> int:
+def _check_tested(tested: Sequence[Text], test: str) -> None:
+    n_unique = len({r.whole for r in tested})
+    if n_unique < 2:
+        raise DataError(
+            f"{test} has {n_unique} unique rows. Expected at least 2, for validation and for test. "
+            "Add rows, or remove them all: training rows are then held out."
+        )
+
+
+def _share(units: int, least: int = LEAST) -> int:
     """Return the number of validation rows or prompts; there are as many for the test."""
-    return max(LEAST, min(units // SHARE, MOST))
+    return max(min(least, units // 4), min(units // SHARE, MOST))
 
 
 def _by_units(
-    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None
+    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, least: int = LEAST
 ) -> tuple[dict[str, Any], int]:
     """Split rows so that splits share no prompt; if prompts are too few, so that they share no row.
 
@@ -199,7 +251,7 @@ def _by_units(
         groups = load.divided(units, [r.whole for r in pool])
         sizes = [len(group) for group in groups]
         if tested is None:
-            each = _share(len(groups))
+            each = _share(len(groups), least)
             first = _fitting(sizes[:each])
             last = _fitting(sizes[first : first + each])
             held = {units[k] for group in groups[: first + last] for k in group}

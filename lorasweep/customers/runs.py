@@ -22,6 +22,7 @@ from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
 from lorasweep.customers.rows import BY_ROW, CHAT, PLAIN, SPLITS, Rows, Rules, rows_of, with_lengths
 from lorasweep.customers.rules.rates import ALPHA
+from lorasweep.data.own import EXPECTED
 from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.forecast import Forecaster
@@ -164,10 +165,7 @@ def _member(
     if c.task != "sft":
         raise RowError(f"column task: a fleet is trained on answers, not by {c.task}.")
     if c.data is None:
-        raise RowError(
-            "column data: missing. It holds a .jsonl file, a folder with train.jsonl, or a "
-            "data set of the hub as owner/name."
-        )
+        raise RowError(f"column data: missing. It holds {EXPECTED}.")
     try:
         tokenizer = tokenizer_of(model)
     except ModelError as error:

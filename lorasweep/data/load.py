@@ -10,7 +10,7 @@ from lorasweep.data.examples import Data, fingerprint, prompts_of, shuffled
 from lorasweep.data.sources import Row, Source
 from lorasweep.data.synthetic.generators import generator
 from lorasweep.errors import DataError
-from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.dataset import FILES, DatasetSpec
 
 OF_A_PROMPT = 8
 """Maximum number of held-out rows per prompt (held_out_by=prompt). More would add little."""
@@ -104,7 +104,7 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
 def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Source:
     if spec.source == "hub":
         return hub.source_of(spec, held_out)
-    return sources.of_jsonl(spec, held_out, data_dirs)
+    return sources.of_files(spec, held_out, data_dirs)
 
 
 def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
@@ -162,12 +162,12 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
     """
     if spec.source == "synthetic":
         generator(spec.location).check(spec)
-    elif spec.source == "jsonl":
+    elif spec.source in FILES:
         held_out = spec.train_split if spec.holdout else spec.test_split
         for split in dict.fromkeys((spec.train_split, held_out)):
-            path, _ = sources.find_jsonl(spec, split, data_dirs)
+            path, _ = sources.find_file(spec, split, data_dirs)
             n_rows = 0
-            for where, row in sources.jsonl_rows(path):
+            for where, row in sources.rows_in(path):
                 fields.messages_of(spec, row, where)
                 n_rows += 1
             sources.check_holdout(spec, path, n_rows)

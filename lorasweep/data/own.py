@@ -1,13 +1,14 @@
-"""Describe rows without a data set file: JSON Lines or a hub data set, in a usual form."""
+"""Describe rows without a data set file: a file, a folder or a hub data set, in a usual form."""
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorasweep.data import fields, hub, sources
 from lorasweep.errors import DataError
-from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.dataset import FILES, DatasetSpec
 
 PAIRS = (
     ("prompt", "completion"),
@@ -16,12 +17,18 @@ PAIRS = (
     ("instruction", "output"),
     ("instruction", "response"),
     ("input", "output"),
+    ("input", "target"),
 )
 """Names of prompt and completion columns, in order of preference."""
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?")
 """A data set of the hub: owner/name, with an optional :configuration and @revision."""
 HELD_OUT = ("test", "validation")
 """Names of held-out splits on the hub, in order of preference."""
+EXPECTED = (
+    f"a file that ends on {', '.join('.' + form for form in FILES[:-1])} or .{FILES[-1]}, a folder "
+    "with train and test in one of these forms, or a data set of the hub as "
+    "owner/name:configuration@revision"
+)
 DIGITS = 16
 """Hexadecimal digits of the SHA-256 of a file in a revision."""
 
@@ -37,11 +44,11 @@ class Counted(NamedTuple):
 
 def is_on_hub(given: str) -> bool:
     """Return whether a name is a data set of the hub: it has the form, and is no local file."""
-    local = given.startswith(("/", ".", "~")) or given.endswith(".jsonl")
+    local = given.startswith(("/", ".", "~")) or Path(given).suffix[1:] in FILES
     return not local and bool(HUB_NAME.fullmatch(given)) and not Path(given).exists()
 
 
-def on_hub(given: str, name: str) -> DatasetSpec:
+def on_hub(given: str, name: str, named: Mapping[str, str] | None = None) -> DatasetSpec:
     """Download a data set of the hub and describe it as `dataset_of` does, pinned to its commit.
 
     Raises:
@@ -69,53 +76,56 @@ def on_hub(given: str, name: str) -> DatasetSpec:
         ) from error
     train = "train" if "train" in rows else next(iter(rows))
     test = next((split for split in HELD_OUT if split in rows and split != train), train)
-    form = _form(f"{given}[{train}]", dict.fromkeys(columns))
+    form = _form(f"{given}[{train}]", dict.fromkeys(columns), named or {})
     changes = {"revision": commit or revision, "train_split": train, "test_split": test, **form}
     return dataclasses.replace(spec, **changes)
 
 
 def path_of(given: str) -> Path:
-    """Return a .jsonl file, or a folder's train.jsonl; raise DataError if there is none."""
+    """Return a file of rows, or that of a folder's training rows; DataError if there is none."""
     path = Path(given).expanduser().absolute()
-    path = path / "train.jsonl" if path.is_dir() else path
+    if path.is_dir():
+        found = [file for form in FILES if (file := path / f"train.{form}").is_file()]
+        if len(found) > 1:
+            names = " and ".join(file.name for file in found)
+            raise DataError(f"{path} has {names}. Keep one of them, or name the file.")
+        path = found[0] if found else path / f"train.{FILES[0]}"
     if not path.is_file():
-        raise DataError(
-            f"no file {path}. Expected a .jsonl file, a folder with train.jsonl, or a data set of "
-            "the hub as owner/name."
-        )
-    if path.suffix != ".jsonl":
-        raise DataError(f"{path} does not end on .jsonl. Expected JSON Lines in such a file.")
+        raise DataError(f"no file {path}. Expected {EXPECTED}.")
+    if path.suffix[1:] not in FILES:
+        raise DataError(f"{path} is in no known form. Expected {EXPECTED}.")
     return path
 
 
-def dataset_of(given: str, name: str = "") -> DatasetSpec:
+def dataset_of(given: str, name: str = "", named: Mapping[str, str] | None = None) -> DatasetSpec:
     """Describe a file of rows, or a data set of the hub, with its content pinned.
 
-    The test split is test.jsonl beside the file; without it, the same file. An empty `name` is
-    replaced by one from the file name and the content.
+    The test split is the file `test` beside it; without it, the same file. An empty `name` is
+    replaced by one from the file name and the content. `named`: a format or columns that are not
+    recognised.
 
     Raises:
         DataError: there is no such file, or its first row has none of the usual forms.
     """
     if is_on_hub(given):
-        return on_hub(given, name)
+        return on_hub(given, name, named)
     path = path_of(given)
     digest = sources.file_sha256(path)[:DIGITS]
-    found = next(sources.jsonl_rows(path), None)
+    found = next(sources.rows_in(path), None)
     if found is None:
         raise DataError(f"{path} has no rows.")
-    test = path.with_name("test.jsonl")
+    test = path.with_name(f"test{path.suffix}")
     folder = path.parent.name if path.stem == "train" else path.stem
     return DatasetSpec(
         name=name or f"{folder}-{digest[:8]}",
-        source="jsonl",
+        source=path.suffix[1:],
         location=str(path.parent),
         revision=f"sha256:{path.stem}={digest}",
         train_split=path.stem,
         test_split="test" if test.is_file() else path.stem,
         max_length=1024,
         too_long="cut_or_skip",
-        **_form(*found),
+        **_form(*found, named or {}),
     )
 
 
@@ -124,7 +134,7 @@ def count(given: str) -> Counted:
     spec = dataset_of(given)
     path = path_of(given)
     rows = answers = 0
-    for where, row in sources.jsonl_rows(path):
+    for where, row in sources.rows_in(path):
         said = zip(fields.messages_of(spec, row, where), fields.in_loss(spec, row, where))
         rows += 1
         answers += sum(len(text.encode()) for (_, text), learned in said if learned)
@@ -136,24 +146,31 @@ def first_answer(spec: DatasetSpec, given: str) -> str:
     if spec.source == "hub":
         rows = hub.source_of(spec, False).rows()
     else:
-        rows = sources.jsonl_rows(path_of(given))
+        rows = sources.rows_in(path_of(given))
     where, row = next(rows)
     said = [text for role, text in fields.messages_of(spec, row, where) if role == "assistant"]
     return said[-1] if said else ""
 
 
-def _form(where: str, row: Any) -> dict[str, Any]:
-    """Return the fields of a data set that describe the form of its rows."""
+def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of a data set that describe the form of its rows.
+
+    `named`: any of format, prompt_field and completion_field, which hold for rows of any form.
+    """
     columns = set(row) if isinstance(row, dict) else set()
-    for name in fields.LISTS:
-        if name in columns:
+    prompt, completion = named.get("prompt_field"), named.get("completion_field")
+    formats = [] if prompt or completion else [named.get("format", name) for name in fields.LISTS]
+    for name in formats:
+        if name in columns and name in fields.LISTS:
             return {"format": name, "mask": "last_assistant"}
-    for prompt, completion in PAIRS:
-        if {prompt, completion} <= columns:
-            return {"prompt_field": prompt, "completion_field": completion}
-    pairs = ", ".join(map(" and ".join, PAIRS))
+    pairs = dict.fromkeys((prompt or p, completion or c) for p, c in PAIRS)
+    for pair in pairs:
+        if set(pair) <= columns:
+            return {"prompt_field": pair[0], "completion_field": pair[1]}
+    shown = ", ".join(map(str, sorted(columns))) or "of no object"
+    text = " A text alone does not say which part is learned." if columns == {"text"} else ""
     raise DataError(
-        f"{where}: the row has the columns {', '.join(map(str, sorted(columns))) or 'of no object'}"
-        f". Expected messages, conversations, or two columns: {pairs}. Rename them, or describe "
-        "the file as a data set (docs/own.md)."
+        f"{where}: the row has the columns {shown}.{text} Expected messages, conversations, or two "
+        f"columns: {', '.join(map(' and '.join, pairs))}. Rename them, or name them: "
+        "dataset.prompt_field=COLUMN dataset.completion_field=COLUMN."
     )

@@ -1,6 +1,8 @@
-"""Rows of text: what a source of rows is, and the source that reads JSON Lines in a folder."""
+"""Rows of text: what a source of rows is, and the source that reads files in a folder."""
 
+import csv
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,17 +31,17 @@ class Source:
     rows: Callable[[], Iterator[Row]]
 
 
-def of_jsonl(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Source:
+def of_files(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Source:
     """Find the training or held-out rows; DataError if their file is missing or not as pinned."""
     n = spec.holdout
-    path, digest = find_jsonl(
+    path, digest = find_file(
         spec, spec.test_split if held_out and not n else spec.train_split, data_dirs
     )
     if not n:
-        return Source(digest, None, lambda: jsonl_rows(path))
+        return Source(digest, None, lambda: rows_in(path))
 
     def rows() -> Iterator[Row]:
-        given = list(jsonl_rows(path))
+        given = list(rows_in(path))
         check_holdout(spec, path, len(given))
         order = holdout_order(len(given))
         yield from (given[k] for k in (order[:n] if held_out else order[n:]))
@@ -61,41 +63,106 @@ def check_holdout(spec: DatasetSpec, path: Path, n_rows: int) -> None:
         )
 
 
-def find_jsonl(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[Path, str]:
-    """Return <data_dir>/<location>/<split>.jsonl and its SHA-256.
+def find_file(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[Path, str]:
+    """Return <data_dir>/<location>/<split>.<source> and its SHA-256.
+
+    Of several such files the pinned one, wherever it is.
 
     Raises:
         DataError: the file is missing, unreadable, or not the pinned one.
     """
-    tried = [Path(folder).expanduser() / spec.location / f"{split}.jsonl" for folder in data_dirs]
-    path = next((p for p in tried if p.is_file()), None)
-    if path is None:
+    name = f"{split}.{spec.source}"
+    tried = [Path(folder).expanduser() / spec.location / name for folder in data_dirs]
+    found = [p for p in tried if p.is_file()]
+    if not found:
         raise DataError(
             f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or set "
-            f"exec.data_dir=[FOLDER] for FOLDER/{spec.location}/{split}.jsonl."
+            f"exec.data_dir=[FOLDER] for FOLDER/{Path(spec.location, name)}."
         )
-    try:
-        digest = file_sha256(path)
-    except OSError as error:
-        raise DataError(
-            f"dataset {spec.name!r}: {path} cannot be read ({error.strerror}). Make it readable."
-        ) from None
+    wanted = ""
     if spec.revision.startswith("sha256:"):
-        wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split)
-        if wanted and wanted != digest[:16]:
+        wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split, "")
+    digests = []
+    for path in found:
+        try:
+            digests.append(file_sha256(path))
+        except OSError as error:
             raise DataError(
-                f"dataset {spec.name!r}: {path} has sha256 {digest[:16]}..., but the revision "
-                f"pins {wanted}. Get the pinned file, or write your own dataset file with another "
-                "name and revision (for a customer's rows: run the command again, which pins the "
-                "present file)."
-            )
-    return path, digest
+                f"dataset {spec.name!r}: {path} cannot be read ({error.strerror}). Make it "
+                "readable."
+            ) from None
+        if digests[-1].startswith(wanted):
+            return path, digests[-1]
+    raise DataError(
+        f"dataset {spec.name!r}: {found[0]} has sha256 {digests[0][:16]}..., but the revision "
+        f"pins {wanted}. Get the pinned file, or write your own dataset file with another "
+        "name and revision (for a customer's rows: run the command again, which pins the "
+        "present file)."
+    )
 
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rows_in(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file in one of the forms `spec.dataset.FILES`.
+
+    A .json file holds a list of rows, or an object with one list. Cells of a .csv file are text,
+    separated by commas, semicolons or tabs; its first line names the columns.
+
+    Raises:
+        DataError: the file has another content than its name says.
+    """
+    return {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}.get(
+        path.suffix, jsonl_rows
+    )(path)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}). JSON Lines end on .jsonl.") from None
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else None
+    if not isinstance(content, list):
+        raise DataError(f"{path}: expected a list of rows, or an object with one list.")
+    yield from ((f"{path} row {number}", row) for number, row in enumerate(content, start=1))
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # else a text of 131,072 characters is an error
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        try:
+            head = next(lines, "")
+            delimiter = max(",;\t", key=head.count)
+            rows = csv.DictReader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
+            for number, row in enumerate(rows, start=1):
+                if None in row or None in row.values():
+                    columns = len(rows.fieldnames or ())
+                    raise DataError(
+                        f"{path} row {number}: not {columns} cells, as the first line has. Quote "
+                        "texts with a separator."
+                    )
+                yield f"{path} row {number}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not CSV ({error}). Save it as CSV in UTF-8.") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    from pyarrow import ArrowException, parquet  # takes a moment to load
+
+    try:
+        batches = parquet.ParquetFile(path).iter_batches()
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path} row {number}", row
+    except ArrowException as error:
+        raise DataError(f"{path}: not a Parquet file ({error}).") from None
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lorasweep.errors import ModelError
@@ -19,6 +20,8 @@ COMPUTE_DTYPES = {**MASTER_DTYPES, "bf16": torch.bfloat16}
 """Type of activations and weight copies in matrix products."""
 EXPERT_STACKS = ("gate_up_proj", "down_proj")
 """Parameters of a module of experts, [experts, outputs, inputs]."""
+GEMMA_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
+"""Norms whose factor is 1 + weight."""
 ROUNDING = 0.03
 """Accepted difference of outputs, as a share of the largest one: above bf16 rounding, far below the
 effect of tokens of another row."""
@@ -44,14 +47,14 @@ def bf16_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the matrices that can be held in bf16 under autocast without changing a result.
 
     Autocast rounds the weights of nn.Linear, and `experts_forward` those of experts, to bf16
-    anyway; `hold_in_bf16` converts the output of nn.Embedding to fp32. Subclasses may use their
+    anyway; `hold_in_bf16` converts the output of embeddings to fp32. Other modules may use their
     weights differently, so their matrices are left out.
     """
     found: dict[str, nn.Parameter] = {}
     others: set[int] = set()
     for name, module in model.named_modules():
         for kind, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            is_plain = kind == "weight" and type(module) in (nn.Linear, nn.Embedding)
+            is_plain = kind == "weight" and (type(module) is nn.Linear or _is_embedding(module))
             if is_plain or (kind in EXPERT_STACKS and p.dim() == 3):
                 found[f"{name}.{kind}"] = p
             else:
@@ -66,6 +69,19 @@ def hold_in_bf16(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Embedding:
             module.register_forward_hook(lambda module, args, out: out.float())
+        elif _is_embedding(module):
+            module.forward = partial(_scaled_rows, module)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """Return whether a module looks up rows; Gemma's also multiplies them with `embed_scale`."""
+    scaled = isinstance(getattr(module, "embed_scale", None), torch.Tensor)
+    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and scaled)
+
+
+def _scaled_rows(module: Any, tokens: torch.Tensor) -> torch.Tensor:
+    rows = F.embedding(tokens, module.weight, module.padding_idx)
+    return rows.float() * module.embed_scale.float()
 
 
 @contextmanager
@@ -113,13 +129,17 @@ def are_bf16(values: torch.Tensor) -> bool:
 def norms_in_float64(model: nn.Module) -> None:
     """Compute RMS norms in float64: transformers computes them in float32 for any input."""
 
-    def rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
-        return module.weight * (x * scale)
+    def rms_norm(module: Any, eps: float, offset: float, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return (module.weight + offset) * (x * scale)
 
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            module.forward = partial(rms_norm, module)
+    known: Any
+    for known in model.modules():
+        name = type(known).__name__
+        if name.endswith("RMSNorm") and hasattr(known, "variance_epsilon"):
+            known.forward = partial(rms_norm, known, known.variance_epsilon, 0.0)
+        elif name in GEMMA_NORMS:
+            known.forward = partial(rms_norm, known, known.eps, 1.0)
 
 
 def hidden_states(

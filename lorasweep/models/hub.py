@@ -9,6 +9,8 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.store.files import safetensors_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLED = "pytorch_model*.bin*"
+"""Weights in an older format."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Names of a tokenizer's vocabulary file; a tokenizer has at least one of them."""
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -23,16 +25,12 @@ def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
         ModelError: the model is inaccessible or damaged; or it is not completely downloaded,
             although `needed` or offline.
     """
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants
 
-    revision = spec.revision or None
-    try:
-        folder = Path(hf_hub_download(spec.location, "config.json", revision=revision)).parent
-    except Exception as error:
-        raise _unavailable(spec, error) from error
+    folder = cached_config(spec)
     damaged, missing = _problems(folder)
     if damaged:
-        again = f"hf download {spec.location} --revision {revision or 'main'} --force-download"
+        again = f"hf download {spec.location} --revision {spec.revision or 'main'} --force-download"
         raise ModelError(
             f"model {spec.name!r}: {damaged}. Download it again: {again} --exclude 'original/*'"
         )
@@ -54,9 +52,52 @@ def check_folder(spec: ModelSpec, folder: Path) -> None:
         )
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a model's folder has files of weights, complete or not."""
+    return any((folder / n).is_file() for n in weight_files(folder)) or any(folder.glob(PICKLED))
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a model's folder has a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER)
+
+
+def tensor_types(spec: ModelSpec, folder: Path) -> dict[str, str]:
+    """Return the types of a model's matrices ('BF16'), by name, without loading any.
+
+    Those of a hub model that is not in the cache come from the headers of its files on the hub.
+    Empty without safetensors, or where the hub cannot be reached.
+    """
+    found = [
+        safetensors_header(path)
+        for path in map(folder.joinpath, weight_files(folder))
+        if path.is_file()
+    ]
+    if found or spec.source != "hub":
+        tensors = [item for header in found if header for item in header[0].items()]
+        return {name: t["dtype"] for name, t in tensors if len(t["shape"]) > 1}
+    from huggingface_hub import get_safetensors_metadata
+
+    with suppress(Exception):  # `check_cached` tells what is wrong, when weights are needed
+        files = get_safetensors_metadata(spec.location, revision=folder.name).files_metadata
+        tensors = [item for file in files.values() for item in file.tensors.items()]
+        return {name: t.dtype for name, t in tensors if len(t.shape) > 1}
+    return {}
+
+
+def cached_config(spec: ModelSpec) -> Path:
+    """Return the folder with a hub model's config.json in the cache, named by its commit.
+
+    Raises:
+        ModelError: it is inaccessible.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(spec.location, "config.json", revision=spec.revision or None)
+    except Exception as error:
+        raise _unavailable(spec, error) from error
+    return Path(path).parent
 
 
 def fetch(spec: ModelSpec) -> tuple[Path, int]:
@@ -81,11 +122,16 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
     return folder, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Name the safetensors files that a model's folder should have."""
+    with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    return [SINGLE]
+
+
 def _problems(folder: Path) -> tuple[str | None, str | None]:
     """Describe a damaged safetensors file (size not as in its header), and missing files."""
-    names = [SINGLE]
-    with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    names = weight_files(folder)
     damaged = missing = None
     absent = [name for name in names if not (folder / name).is_file()]
     for path in (folder / name for name in names if name not in absent):
@@ -94,7 +140,7 @@ def _problems(folder: Path) -> tuple[str | None, str | None]:
             says = f"and its header says {header[1]:,}" if header else "and no readable header"
             damaged = f"an incomplete file of weights: {path} has {size:,} bytes, {says}"
             break
-    if absent and not list(folder.glob("pytorch_model*.bin*")):
+    if absent and not list(folder.glob(PICKLED)):
         there = len(names) - len(absent)
         missing = f"{there} of {len(names)} files of weights: no {absent[0]}"
     return damaged, missing
@@ -125,6 +171,6 @@ def _unavailable(spec: ModelSpec, error: Exception) -> ModelError:
         remedy = (
             "It is not in the hub's cache (HF_HOME), and the hub cannot be reached (or "
             "HF_HUB_OFFLINE is set). Give the same command with action=fetch on a machine that "
-            "reaches the hub, or use local weights: a model file with source=folder."
+            "reaches the hub, or use local weights: model=FOLDER."
         )
     return ModelError(f"model {spec.name!r}: cannot get {what} from the hub. {remedy}")

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,18 +66,70 @@ def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool =
     if spec.source == "folder":
         folder = find(spec, models_dirs)
         hub.check_folder(spec, folder)
+        find_pinned(spec, models_dirs)
         return hub.has_tokenizer(folder)
     if spec.source == "gguf":
-        find(spec, models_dirs)
+        find_pinned(spec, models_dirs)
     return spec.source != "recipe"
 
 
 def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     """Return the folder or file of a local model; raise ModelError if it is missing."""
-    tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
-    for path in tried:
-        if path.is_file() if spec.source == "gguf" else (path / "config.json").is_file():
+    return _candidates(spec, models_dirs)[0]
+
+
+def find_pinned(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
+    """Return the folder or file of a local model with the content that its revision pins.
+
+    Raises:
+        ModelError: it is missing, or has another content.
+    """
+    paths, pinned = _candidates(spec, models_dirs), spec.revision
+    if not (pinned if spec.source == "gguf" else pinned.startswith("sha256:")):
+        return paths[0]
+    found = {}
+    for path in paths:  # a folder of models_dirs may have another model of this name
+        found[path] = content_pin(path)
+        if found[path] == pinned:
             return path
+    path = paths[0]
+    raise ModelError(
+        f"model {spec.name!r}: {path} is {found[path]}, but the model pins {pinned}. Get the "
+        "pinned weights, or describe these as another model: model=FOLDER or FILE, or a file in "
+        "conf/model with another name and revision."
+    )
+
+
+def content_pin(path: Path) -> str:
+    """Return 'sha256:...' of a GGUF file, or of a folder's config.json and weights.
+
+    That of a folder is what `sha256sum config.json model*.safetensors | sha256sum` prints in it.
+    """
+    files = [path]
+    if path.is_dir():
+        weights = sorted(p for p in map(path.joinpath, hub.weight_files(path)) if p.is_file())
+        files = [path / "config.json", *(weights or sorted(path.glob(hub.PICKLED)))]
+    digests = [_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    if path.is_dir():
+        listed = "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, files))
+        digests = [hashlib.sha256(listed.encode()).hexdigest()]
+    return f"sha256:{digests[0]}"
+
+
+@cache
+def _sha256(path: Path, size: int, modified_ns: int) -> str:
+    """Hash a file, once for each state of it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _candidates(spec: ModelSpec, models_dirs: Sequence[str]) -> list[Path]:
+    """Return the folders or files with the name of a local model, at least one."""
+    tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
+    is_gguf = spec.source == "gguf"
+    there = [p for p in tried if (p.is_file() if is_gguf else (p / "config.json").is_file())]
+    if there:
+        return there
     get = "run `make weights`" if "SmolLM2" in spec.location else "put the weights there"
     raise ModelError(
         f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, "
@@ -149,8 +202,7 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
             raise
         raise ModelError(
             f"model {spec.name!r}: cannot load {name!r} from the hub ({error}). Check the network "
-            "and access rights, or use local weights: a model file in conf/model with "
-            "source=folder."
+            "and access rights, or use local weights: model=FOLDER."
         ) from error
 
 
@@ -166,7 +218,7 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
 
 
 def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
-    return str((_converted if spec.source == "gguf" else find)(spec, models_dirs))
+    return str((_converted if spec.source == "gguf" else find_pinned)(spec, models_dirs))
 
 
 def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
@@ -197,20 +249,20 @@ def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
     return model
 
 
+def converted_at(path: Path, models_dir: str) -> Path:
+    """Return the folder for a GGUF file's weights as safetensors, whether or not it exists."""
+    digest = content_pin(path).removeprefix("sha256:")
+    return Path(models_dir).expanduser() / f"{path.stem}-{digest[:12]}"
+
+
 def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     """Convert a GGUF file to safetensors, cached in the first models folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = find(spec, models_dirs)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if spec.revision not in ("", f"sha256:{digest}"):
-        raise ModelError(
-            f"model {spec.name!r}: {path} is sha256:{digest}, but conf/model pins {spec.revision}. "
-            "Get the pinned file, or write your own model file with another name and revision."
-        )
-    cache = Path(models_dirs[0]).expanduser() / f"{path.stem}-{digest[:12]}"
-    if (cache / "config.json").is_file():
-        return cache
+    path = find_pinned(spec, models_dirs)
+    converted = converted_at(path, models_dirs[0])
+    if (converted / "config.json").is_file():
+        return converted
     kwargs = {"gguf_file": path.name}
     quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs)
@@ -219,16 +271,16 @@ def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     config.pop("quantization_config", None)
     model = type(quantised)(type(quantised.config)(**config))
     model.load_state_dict(quantised.state_dict())
-    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+    partial = converted.with_name(f".{converted.name}.{os.getpid()}")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     try:
-        os.rename(partial, cache)
+        os.rename(partial, converted)
     except OSError:  # another process was faster
         shutil.rmtree(partial, ignore_errors=True)
-        if not (cache / "config.json").is_file():
+        if not (converted / "config.json").is_file():
             raise
-    return cache
+    return converted
 
 
 def check_shape(model: Any, spec: ModelSpec) -> None:
@@ -250,8 +302,10 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         finer = [n for n, p in bf16_matrices(model).items() if not are_bf16(p.detach())]
         wrong += [f"weights_dtype is fp32 ({finer[0]}), described as bf16"] if finer else []
     if wrong:
-        # a customer's model has no file in conf/model: its location is the path of its folder
-        alone = spec.source == "folder" and Path(spec.location).is_absolute()
+        # a model given as a folder has no file in conf/model, nor has a customer's, whose location
+        # is the path of its folder
+        pinned = spec.revision.startswith("sha256:")
+        alone = spec.source == "folder" and (pinned or Path(spec.location).is_absolute())
         described = f"{spec.location}/config.json" if alone else "file in conf/model"
         raise ModelError(
             f"model {spec.name!r} differs from its {described}: {'; '.join(wrong)}. Correct the "

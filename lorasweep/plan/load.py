@@ -13,7 +13,10 @@ CURVE_POINTS = 8
 """Number of evaluations on the first held-out rows, before the last evaluation."""
 WORD_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of a number in products, by a run's precision."""
-QKV, MLP_INPUTS = frozenset(("q_proj", "k_proj", "v_proj")), frozenset(("gate_proj", "up_proj"))
+LAST = frozenset(
+    ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2")
+)
+"""Names of the matrices that end attention or an MLP; all others read a norm's output."""
 
 
 # ---------------------------------------------------------------- tokens and operations
@@ -174,21 +177,24 @@ def layer_bytes(load: Load, word: int = 2, stream: int | None = None) -> float:
     h, active = model.hidden_size, model.n_active_experts
     q, kv = model.n_heads * model.head_size, model.n_kv_heads * model.head_size
     f = model.mlp_size * max(1, active)
-    # two norms: their inputs, and for trained weights the normalised inputs
-    kept = 2 * exact * h + 2 * stream * h * load.norms_trained
+    # norms: their inputs, and for trained weights the normalised inputs
+    kept = model.n_norms * h * (exact + stream * load.norms_trained)
     # if the stream is wider than products, each matrix keeps a cast of the norm's output
-    mlp_inputs = frozenset() if model.n_experts else MLP_INPUTS
-    for inputs in (needs & QKV, needs & mlp_inputs):
+    attention, mlp = needs & set(model.attention) - LAST, needs & set(model.mlp) - LAST
+    for inputs in (attention, frozenset() if model.n_experts else mlp):
         kept += word * h * (len(inputs) if stream > word else bool(inputs))
     kept += word * (2 * q + 2 * kv)  # rotated queries and keys, values, attention's output
+    if {"k_proj", "v_proj"}.isdisjoint(model.attention):  # queries, keys and values are one tensor
+        kept += word * (q + kv + q * bool(needs & LAST & set(model.attention)))
     if model.qk_norm:
         kept += (exact + word * load.norms_trained) * (q + kv)
     # gate, its activation, up, and their product if the last matrix needs its input
-    kept += word * f * ((3 if "gate_proj" in model.mlp else 1) + ("down_proj" in needs))
+    gated = not {"gate_proj", "gate_up_proj"}.isdisjoint(model.mlp)
+    kept += word * f * ((3 if gated else 1) + bool(needs & LAST & set(model.mlp)))
     if model.n_experts:
         # outputs of each expert, and if needed the inputs of the expert and of the router
         router = load.norms_trained or ROUTER in needs
-        kept += word * h * (active * (1 + bool(needs & MLP_INPUTS)) + router)
+        kept += word * h * (active * (1 + bool(mlp)) + router)
     return float(kept)
 
 

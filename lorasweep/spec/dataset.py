@@ -6,11 +6,13 @@ from typing import ClassVar
 
 from lorasweep.spec.canonical import Value, fields, later, not_allowed
 
+FILES = ("jsonl", "json", "csv", "parquet")
+"""Sources that are local files, whose names end so."""
 VERIFIERS = ("", "integer", "math")
 FIRST_RENDER = "role_eos"
 """The only form of messages before `render` was a setting."""
 CHOICES = {
-    "source": ("hub", "jsonl", "synthetic"),
+    "source": ("hub", *FILES, "synthetic"),
     "format": ("prompt_completion", "messages", "conversations", "tokens"),
     "mask": ("completion", "last_assistant", "all"),
     "render": ("role_colon", FIRST_RENDER, "chat_template"),
@@ -42,7 +44,7 @@ class DatasetSpec(Value):
     """Hub revision, or 'sha256:SPLIT=DIGITS,...' of local files. It pins the rows."""
     train_split: str = "train"
     test_split: str = "test"
-    """Split names; for jsonl, file names without '.jsonl'. On the hub, 'a+b' means both."""
+    """Split names; for local files, names without their end. On the hub, 'a+b' means both."""
     format: str = "prompt_completion"
     """prompt_completion: two columns. messages: a column with a list of {role, content}.
     conversations: a column with a list of {from, value}, from human or gpt. tokens: drawn by a
@@ -156,7 +158,7 @@ class DatasetSpec(Value):
             yield f"n_validation={n}: expected 0 or more rows, and 0 with source=synthetic."
         if self.holdout != 0 and (synthetic or self.holdout < n + self.n_test):
             yield (
-                f"holdout={self.holdout}: expected 0, or for source=hub and source=jsonl at least "
+                f"holdout={self.holdout}: expected 0, or for the hub and local files at least "
                 f"n_validation + n_test = {n + self.n_test} rows."
             )
         if self.n_retain < 0:

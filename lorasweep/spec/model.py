@@ -1,5 +1,6 @@
 """The base model of a run: where its weights are, and the shapes that costs are computed from."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ ROUTER = "router"
 """A layer set of models with experts. 'all' excludes it: a router is frozen unless named."""
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 MODEL_SOURCES = ("hub", "folder", "gguf", "recipe")
+SHAPE = re.compile(r"[1-9]\d*x[1-9]\d*")
 WEIGHTS_DTYPES = ("fp32", "bf16")
 
 
@@ -70,7 +72,7 @@ class ModelSpec(Value):
     location: str = ""
     """Hub name, or name of a file or folder under exec.models_dir; empty for recipe."""
     revision: str = ""
-    """Hub commit or tag, or 'sha256:...' of the GGUF file. It pins the weights."""
+    """Hub commit or tag, or 'sha256:...' of a GGUF file or a folder. It pins the weights."""
     hidden_size: int = 0
     n_layers: int = 0
     n_heads: int = 0
@@ -95,6 +97,15 @@ class ModelSpec(Value):
     """Experts in the MLP of every layer, with separate matrices; 0: a dense MLP."""
     n_active_experts: int = later(0)
     """Experts that the router chooses for a token."""
+    shapes: dict[str, str] = field(default_factory=dict, metadata={"added": {}})
+    """Inputs and outputs of a matrix by its name, where Llama has no such matrix or another shape,
+    such as fused matrices: {qkv_proj: 3072x9216}."""
+    n_norms: int = later(2)
+    """Norms of a layer over the hidden size; Gemma 3 has 4."""
+    n_other_params: int = later(0)
+    """Parameters outside the matrices: embedding, norms, biases. 0: as many as Llama or Qwen3."""
+    context_length: int = later(0)
+    """Positions that the model was built for, as its config says; 0: not stated."""
 
     def matrices(self, layers: tuple[str, ...]) -> tuple[Matrix, ...]:
         """List the matrices of layer sets; raise SpecError if a set matches nothing."""
@@ -106,16 +117,11 @@ class ModelSpec(Value):
     def _matrices(self) -> dict[tuple[str, ...], tuple[Matrix, ...]]:
         return {}  # filled by `matrices`: thousands of specs of a grid share one model
 
-    def _matrices_of(self, layer_set: str) -> list[Matrix]:
+    @cached_property
+    def known_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the matrices of Llama and Qwen3."""
         h, q, kv = self.hidden_size, self.n_heads * self.head_size, self.n_kv_heads * self.head_size
-        if layer_set == ROUTER:
-            if not self.n_experts:
-                raise SpecError(
-                    f"model {self.name!r} has no experts, so it has no layer set 'router'. "
-                    f"Allowed: {', '.join(LAYER_SETS)}."
-                )
-            return [Matrix(h, self.n_experts, self.n_layers)]
-        shape = {
+        return {
             "q_proj": (h, q),
             "k_proj": (h, kv),
             "v_proj": (h, kv),
@@ -125,12 +131,27 @@ class ModelSpec(Value):
             "down_proj": (self.mlp_size, h),
             "lm_head": (h, self.vocab_size),
         }
+
+    @cached_property
+    def _own_shapes(self) -> dict[str, tuple[int, int]]:
+        found = ((name, text.split("x")) for name, text in self.shapes.items())
+        return {name: (int(n_in), int(n_out)) for name, (n_in, n_out) in found}
+
+    def _matrices_of(self, layer_set: str) -> list[Matrix]:
+        if layer_set == ROUTER:
+            if not self.n_experts:
+                raise SpecError(
+                    f"model {self.name!r} has no experts, so it has no layer set 'router'. "
+                    f"Allowed: {', '.join(LAYER_SETS)}."
+                )
+            return [Matrix(self.hidden_size, self.n_experts, self.n_layers)]
+        shape = {**self.known_shapes, **self._own_shapes}
         names = getattr(self, layer_set)
         if not names or not set(names) <= shape.keys():
             raise SpecError(
                 f"model {self.name!r}: layer set {layer_set!r} is {list(names)}, which matches no "
-                f"known matrix. Known: {', '.join(shape)}. Experts have these names too: give the "
-                "model's n_experts and n_active_experts."
+                f"known matrix. Known: {', '.join(shape)}; give others in shapes. Experts have "
+                "these names too: give the model's n_experts and n_active_experts."
             )
         count = 1 if layer_set == "unembedding" else self.n_layers
         experts = (1, 1)
@@ -173,9 +194,11 @@ class ModelSpec(Value):
 
     @cached_property
     def n_params(self) -> int:
-        """Number of all parameters: matrices, embedding, norms. Llama and Qwen3 have no biases."""
+        """Number of all parameters: matrices, embedding, norms, biases."""
+        if self.n_other_params:
+            return self.n_matmul_params + self.n_other_params
         embedding = 0 if self.tied else self.vocab_size * self.hidden_size
-        norms = (2 * self.n_layers + 1) * self.hidden_size
+        norms = (self.n_norms * self.n_layers + 1) * self.hidden_size
         head_norms = 2 * self.head_size * self.n_layers if self.qk_norm else 0
         return self.n_matmul_params + embedding + norms + head_norms
 
@@ -199,6 +222,12 @@ class ModelSpec(Value):
                 f"n_active_experts={active} of n_experts={n}: expected 1 to n_experts, or 0 of 0 "
                 "for a dense MLP."
             )
+        for name, shape in self.shapes.items():
+            if not SHAPE.fullmatch(shape):
+                yield f"shapes.{name}={shape!r}: expected inputs x outputs, such as 3072x9216."
+        for name in ("n_norms", "n_other_params", "context_length"):
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name)}: expected at least 0."
         if n and self.mlp != EXPERT_MATRICES:
             yield f"mlp={list(self.mlp)}: experts have {list(EXPERT_MATRICES)}."
         if self.source == "recipe" and self.recipe is None:

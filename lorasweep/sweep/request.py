@@ -75,6 +75,8 @@ class Request(Settings):
     """Folders of configuration; the folder of the user comes first."""
     given: list[str] = field(default_factory=list)
     """Keys set on the command line."""
+    described: list[str] = field(default_factory=list)
+    """Names of the models and data sets that no configuration file describes."""
 
     @property
     def title(self) -> str:

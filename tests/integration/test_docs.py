@@ -93,6 +93,9 @@ def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, caps
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "customers.csv", tmp_path / "docs")
     write_rows(tmp_path / "dental.jsonl", 24, "Yes {k}")
+    make_base(tmp_path / "my-model")
+    rows = "".join(f"So? {k},Yes {k}\n" for k in range(60))
+    (tmp_path / "rows.csv").write_text(f"question,answer\n{rows}")
     config = make_base(tmp_path / "base") / "config.json"
     row = f"name,model,task,data\ndental-notes,{config},sft,dental.jsonl\n"
     (tmp_path / "customers.csv").write_text(row)

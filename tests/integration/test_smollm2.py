@@ -13,6 +13,7 @@ from lorasweep.data.batches import collate
 from lorasweep.data.examples import Example
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
+from lorasweep.models.describe import describe_model
 from lorasweep.models.targets import find_targets
 from lorasweep.train.objectives.nll import nll_sums
 from tests.world import ROOT, compose_request, write_splits
@@ -31,6 +32,14 @@ pytestmark = [
 def world():
     spec = compose_request(["scale=small", "+sweep=lr_ratio"]).points[-1].spec
     return spec, models.load(spec.model, [str(ROOT / "models")], "fp32")
+
+
+def test_the_file_alone_describes_it(world):
+    spec, _ = world
+    found, models_dir = describe_model(str(WEIGHTS))
+    assert models_dir == str(WEIGHTS.parent)
+    same = {"name": spec.model.name, "context_length": 0}
+    assert dataclasses.replace(found, **same) == spec.model
 
 
 def test_it_knows_the_capital_of_france(world):

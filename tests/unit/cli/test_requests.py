@@ -23,7 +23,7 @@ def refused(done, *words):
     [
         ("+sweep=lr_ration", "lr_ratio"),
         ("scale=huge", "tiny"),
-        ("model=lama", "tiny64"),
+        ("model=lama", "Did you mean 'llama-3.2-3b'"),
         ("lrr=1", "lrr"),
         ("lr=abc", "abc"),
         ("-m lr=1", "multirun"),

@@ -1,7 +1,9 @@
 """Rows of customers: types, defaults, and every way in which a row can be wrong."""
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +162,19 @@ def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
             shape(model=str(path))
     with pytest.raises(RowError, match="no file"):
         shape(model=str(tmp_path / "gone.json"))
+
+
+def test_a_gguf_file_and_a_name_on_the_hub_are_described_as_for_sweeps(tmp_path, monkeypatch):
+    found = {"a.gguf": "gguf", "owner/name@main": "hub"}
+
+    def describe_model(given):
+        source = found[Path(given).name if given.endswith(".gguf") else given]
+        folder = str(tmp_path) if source == "gguf" else ""
+        return dataclasses.replace(shape(model="tiny64"), source=source, location="a.gguf"), folder
+
+    monkeypatch.setattr("lorasweep.models.describe.describe_model", describe_model)
+    assert shape(model=str(tmp_path / "a.gguf")).location == str(tmp_path / "a.gguf")
+    assert shape(model="owner/name@main").source == "hub"
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 
+import pandas as pd
 import pytest
 
-from lorasweep.customers.rows import BY_ROW, Rules, rows_of, with_lengths
+from lorasweep.customers.rows import BY_ROW, Rules, named_rows, rows_of, with_lengths
 from lorasweep.data import fields, load
 from lorasweep.errors import DataError
-from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.dataset import FILES, DatasetSpec
 from tests import small_hub
 from tests.bpe import llama_like
 from tests.customers import CHAT_TEMPLATE, write_json, write_rows
@@ -106,6 +107,22 @@ def test_changed_rows_are_another_data_set_and_messages_are_recognised(tmp_path)
     assert (found.format, found.mask) == ("messages", "last_assistant")
 
 
+@pytest.mark.parametrize("form", FILES)
+def test_a_file_of_any_form_is_divided_alike(tmp_path, form):
+    lines = read(write_rows(tmp_path / "my.jsonl", 60, "Yes {k}"))
+    frame, path = pd.read_json(tmp_path / "my.jsonl", lines=True), tmp_path / f"a/my.{form}"
+    path.parent.mkdir()
+    if form == "csv":
+        frame.to_csv(path, index=False)
+    elif form == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=form == "jsonl")
+    found = read(path)
+    assert counts(found) == counts(lines) and texts(found.dataset) == texts(lines.dataset)
+    assert found.dataset.source == form
+
+
 def test_the_longest_row_is_the_length_and_none_is_cut(tmp_path):
     path = write_rows(tmp_path / "my.jsonl", 30, "Yes " * 70)
     rows, tokens = with_lengths(read(path), llama_like(), None, ["."])
@@ -179,6 +196,44 @@ def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
     validation, test = map(set, held)
     assert not (validation & test or set(train) & (validation | test)) and validation and test
     assert sum(map(len, held)) < spec.holdout
+
+
+@pytest.mark.parametrize("rows, held_out", [(40, 10), (60, 15), (100, 20), (500, 50), (3000, 128)])
+def test_of_rows_with_a_name_a_tenth_is_validation_a_tenth_test_and_twenty_at_least(
+    tmp_path, rows, held_out
+):
+    spec, folder = named_rows(str(write_rows(tmp_path / "a.jsonl", rows, "Yes {k}")), {})
+    assert (spec.location, folder, spec.held_out_by) == (".", str(tmp_path), "prompt")
+    assert (spec.n_validation, spec.n_test, spec.holdout) == (held_out, held_out, 2 * held_out)
+    assert spec.problem is None and spec.revision.startswith("sha256:a=")
+    data = load.load(dataclasses.replace(spec, max_length=64), [folder], llama_like())
+    sizes = (data.n_train, len(data.validation), len(data.test))
+    assert sizes == (rows - 2 * held_out, held_out, held_out)
+
+
+def test_rows_with_a_name_share_no_prompt_and_a_test_file_of_a_folder_is_divided(tmp_path):
+    rows = [pair(f"How many? {k // 3}", f"Yes {k}") for k in range(120)]
+    write_json(tmp_path / "train.jsonl", rows)
+    spec, folder = named_rows(str(tmp_path / "train.jsonl"), {})
+    data = load.load(dataclasses.replace(spec, max_length=64), [folder], llama_like())
+    parts = [
+        {llama_like().decode(e.tokens[~e.loss]) for e in part}
+        for part in (data.train(0, 0, data.n_train), data.validation, data.test)
+    ]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 40 and len(data.test) >= 20
+    write_rows(tmp_path / "test.jsonl", 30, "No {k}", start=1000)
+    tested, _ = named_rows(str(tmp_path), {})
+    assert (tested.n_validation, tested.n_test, tested.holdout) == (15, 15, 0)
+    assert tested.revision.count("=") == 2 and tested.test_split == "test"
+
+
+def test_too_few_rows_with_a_name_are_refused_with_what_they_do_not_say(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", 39, "Yes {k}")
+    with pytest.raises(DataError, match=r"39 unique rows\. Expected at least 40.*measure the gain"):
+        named_rows(str(path), {})
+    write_json(path, 50 * [pair("So?", "Yes")])
+    with pytest.raises(DataError, match=": 1 unique rows"):
+        named_rows(str(path), {})
 
 
 def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_path):

@@ -1,11 +1,16 @@
 """Data: order, masks, padding, rows that must be refused, and files of tokens that are kept."""
 
 import dataclasses
+import hashlib
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from lorasweep.data import load as data
 from lorasweep.data import own, rows
@@ -14,6 +19,7 @@ from lorasweep.data.examples import Example
 from lorasweep.data.load import check_available
 from lorasweep.data.synthetic import skills
 from lorasweep.errors import DataError
+from lorasweep.spec.dataset import FILES
 from lorasweep.spec.streams import stream
 from tests.bpe import qwen_like
 from tests.unit.data.conftest import shipped
@@ -172,11 +178,16 @@ def test_held_out_rows_are_those_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("train.jsonl", '{"text": "a"}\n', "has the columns text. Expected messages"),
+        ("train.jsonl", '{"text": "a"}\n', "columns text. A text alone .* Expected messages"),
         ("train.jsonl", "3\n", "the columns of no object"),
         ("train.jsonl", "no json\n", "train.jsonl:1: not a JSON row"),
         ("train.jsonl", "\n", "has no rows"),
-        ("rows.csv", "a,b\n", "does not end on .jsonl"),
+        ("rows.csv", "a,b\n", "has no rows"),
+        ("rows.csv", "a,b\n1,2,3\n", "row 1: not 2 cells"),
+        ("rows.json", '{"a": [], "b": []}', "an object with one list"),
+        ("rows.json", '{"a": 1}\n{"a": 1}\n', "JSON Lines end on .jsonl"),
+        ("rows.parquet", "PAR", "not a Parquet file"),
+        ("rows.txt", "a", "in no known form. Expected a file that ends on .jsonl, .json, .csv or"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, text, says):
@@ -188,6 +199,64 @@ def test_what_cannot_be_read_is_named(tmp_path, name, text, says):
     given = write_json(tmp_path / "train.jsonl", [CHAT, {"prompt": "a", "completion": "b"}])
     with pytest.raises(DataError, match=r"train\.jsonl:2"):
         own.count(str(given))
+
+
+ANSWERED = [{"question": f"So? {k}", "answer": f"1,\n{k}", "id": str(k)} for k in range(3)]
+
+
+def written(folder, form, rows=ANSWERED):
+    """The same rows in a file of each form, written by pandas."""
+    path = folder / f"rows.{form}"
+    frame = pd.DataFrame(rows)
+    if form == "parquet":
+        frame.to_parquet(path)
+    elif form == "csv":
+        frame.to_csv(path, index=False, sep=";")
+    else:
+        frame.to_json(path, orient="records", lines=form == "jsonl")
+    return path
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_files_of_every_form_hold_the_same_rows_and_are_pinned(tmp_path, form):
+    path = written(tmp_path, form)
+    spec = own.dataset_of(str(path))
+    assert (spec.source, spec.prompt_field, spec.completion_field) == (form, "question", "answer")
+    source, _ = data.sources_of(spec, ["."])
+    assert [row for _, row in source.rows()] == ANSWERED
+    assert source.identity == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert own.count(str(path)).answer_bytes == 12
+    check_available(spec, ["."])
+    elsewhere = tmp_path / "b"  # a file of the same name and another content, looked at first
+    elsewhere.mkdir()
+    written(elsewhere, form, ANSWERED[:2])
+    there = dataclasses.replace(spec, location=".")
+    assert data.sources_of(there, [str(elsewhere), str(tmp_path)])[0].identity == source.identity
+    with pytest.raises(DataError, match="the revision pins"):
+        data.sources_of(there, [str(elsewhere)])
+
+
+def test_messages_are_read_from_json_and_parquet(tmp_path):
+    table = pa.Table.from_pylist([CHAT, CHAT])
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "rows": [CHAT, CHAT]}))
+    for form in ("json", "parquet"):
+        spec = own.dataset_of(str(tmp_path / f"a.{form}"))
+        assert (spec.format, spec.mask) == ("messages", "last_assistant")
+        assert own.count(str(tmp_path / f"a.{form}")).rows == 2
+
+
+def test_columns_can_be_named(tmp_path):
+    given = str(write_json(tmp_path / "a.jsonl", [{"q": "a", "a": "b", "output": "c", **CHAT}]))
+    for named in ({"prompt_field": "q"}, {"prompt_field": "q", "completion_field": "a"}):
+        spec = own.dataset_of(given, named=named)
+        assert (spec.prompt_field, spec.completion_field) == (
+            "q",
+            named.get("completion_field", "output"),
+        )
+    assert own.dataset_of(given).format == "messages"
+    with pytest.raises(DataError, match="two columns: no and completion, no and response"):
+        own.dataset_of(given, named={"prompt_field": "no"})
 
 
 class Counting:

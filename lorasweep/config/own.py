@@ -1,0 +1,136 @@
+"""Models and data sets of the user's own, by the name of a file, a folder or a place on the hub.
+
+`model=` and `dataset=` take them beside the names of configuration files, which win.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.config_store import ConfigStore
+
+from lorasweep.config.folders import conf_dir, exec_of
+from lorasweep.errors import DataError, ModelError, SpecError
+from lorasweep.spec.canonical import fields
+from lorasweep.spec.dataset import FILES, DatasetSpec
+from lorasweep.spec.model import ModelSpec
+from lorasweep.sweep.grid import Point
+
+GROUPS = ("model", "dataset")
+FORM = ("format", "prompt_field", "completion_field", "mask")
+"""Fields of a data set that say how a row is read."""
+KINDS = {
+    "model": "a folder of transformers, a .gguf file, or a name on the hub (owner/name@revision)",
+    "dataset": f"a {', '.join('.' + form for form in FILES)} file, a folder with train and test in "
+    "one of these forms, or a name on the hub (owner/name:configuration@revision)",
+}
+
+
+class Own(NamedTuple):
+    """A model or data set that no configuration file describes."""
+
+    given: str
+    spec: ModelSpec | DatasetSpec
+    folder: str
+    """Where it is found (exec.models_dir, exec.data_dir); empty on the hub."""
+    option: str
+    """Its name as an option of the group."""
+
+
+class Names:
+    """The names of one command that are no configuration files; each is described once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Own] = {}
+
+    def option(
+        self, group: str, given: str, options: Sequence[str], settings: Mapping[str, Any]
+    ) -> str:
+        """Return the option of a group for a given name, which is described if it is none.
+
+        Args:
+            options: the names of configuration files.
+            settings: what the command line sets, by key.
+
+        Raises:
+            SpecError: there is no such model or data set, or it cannot be used.
+        """
+        named = {f: str(settings[f"{group}.{f}"]) for f in FORM if f"{group}.{f}" in settings}
+        if given in options:
+            return given
+        key = json.dumps([group, given, named if group == "dataset" else {}])
+        if key not in self._known:
+            options = sorted({*options} - {own.option for own in self._known.values()})
+            found = _described(group, given, options, named, settings.get("exec.models_dir"))
+            digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+            own = Own(given, *found, option=f"{found[0].name}-{digest}")
+            same = [o for o in self._known.values() if type(o.spec) is type(own.spec)]
+            other = [o.given for o in same if o.spec.name == own.spec.name and o.spec != own.spec]
+            if other or own.spec.name in options:
+                raise SpecError(
+                    f"{group}={given}: {other[0] if other else 'a configuration file'} has the "
+                    f"name {own.spec.name!r}, too, and results are kept by name. Rename one."
+                )
+            values = json.loads(json.dumps(dataclasses.asdict(own.spec)))
+            node = {f.key: values[f.name] for f in fields(type(own.spec))}
+            ConfigStore.instance().store(group=group, name=own.option, node=node)
+            self._known[key] = own
+        return self._known[key].option
+
+    def of(self, points: Iterable[Point]) -> list[Own]:
+        """Return the models and data sets of some runs that were described here."""
+        specs = [part for p in points for part in (p.spec.model, p.spec.dataset)]
+        wanted = {(type(spec), spec.name) for spec in specs}
+        return [own for own in self._known.values() if (type(own.spec), own.spec.name) in wanted]
+
+
+def is_file(group: str, name: str) -> bool:
+    """Return quickly whether a name is a shipped configuration file."""
+    path = conf_dir() / group / f"{name.removesuffix('.yaml')}.yaml"
+    return "/" not in name and path.is_file()
+
+
+def _described(
+    group: str, given: str, options: Sequence[str], named: Mapping[str, str], models_dir: Any
+) -> tuple[ModelSpec | DatasetSpec, str]:
+    dirs: list[str] = []
+    try:
+        if group == "model":
+            from lorasweep.models.describe import describe_model
+
+            dirs = exec_of({} if models_dir is None else {"models_dir": models_dir}).models_dir
+            return describe_model(given, dirs)
+        from lorasweep.customers.rows import named_rows
+
+        return named_rows(given, named)
+    except (ModelError, DataError, OSError) as error:
+        tried = [Path(given).expanduser().absolute(), *(Path(d, given) for d in dirs)]
+        if any(path.exists() for path in tried):
+            raise SpecError(f"{group}={given}: {error}") from None
+        local = given.startswith(("/", ".", "~")) or Path(given).suffix[1:] in (*FILES, "gguf")
+        near = _nearest(group, given, options)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        missing = str(error)  # a name of the hub: what was tried
+        if local or "/" not in given:
+            missing = f"no file or folder {' or '.join(map(str, tried))}."
+        raise SpecError(
+            f"{group}={given}: no {given}.yaml in conf/{group} or --config-dir; {missing}{hint} "
+            f"Expected a name of conf/{group}, {KINDS[group]}."
+        ) from None
+
+
+def _nearest(group: str, given: str, options: Sequence[str]) -> list[str]:
+    """Return up to three names like a wrong one: options, and files beside it or here."""
+    ends = {f".{form}" for form in FILES} if group == "dataset" else {".gguf"}
+    names = {name: name for name in options}
+    for folder in dict.fromkeys((Path(given).parent, Path())):
+        if folder.expanduser().is_dir():
+            for path in sorted(folder.expanduser().iterdir()):
+                if not path.name.startswith(".") and (path.is_dir() or path.suffix in ends):
+                    names.setdefault(path.name, str(folder / path.name))
+    close = difflib.get_close_matches(Path(given).name, names, n=3, cutoff=0.5)
+    return [names[name] for name in close]

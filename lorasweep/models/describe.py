@@ -1,0 +1,290 @@
+"""Describe a model without a file in conf/model: a folder, a GGUF file, or a name on the hub.
+
+Its matrices are counted in transformers' modules, built from its config without weights.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorasweep.errors import ModelError
+from lorasweep.models import hub
+from lorasweep.spec.model import EXPERT_MATRICES, LAYER_SETS, ROUTER, ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
+"""A model of the hub: owner/name, with an optional @revision."""
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names of architectures that predict the next token."""
+NAMED = 3
+"""Modules of a kind, or near names, that a message names."""
+
+
+def describe_model(given: str, models_dirs: Sequence[str] = ()) -> tuple[ModelSpec, str]:
+    """Return a model's spec, and the folder to append to exec.models_dir ('' for the hub).
+
+    Args:
+        given: a folder of transformers, a .gguf file, or a name on the hub with @revision.
+        models_dirs: folders in which a relative path is also looked for.
+
+    Raises:
+        ModelError: there is no such model, or its architecture cannot be adapted.
+    """
+    paths = [Path(given), *(Path(folder) / given for folder in models_dirs)]
+    tried = [Path(p) for p in dict.fromkeys(os.path.abspath(p.expanduser()) for p in paths)]
+    path = next((p for p in sorted(tried, key=_is_model, reverse=True) if p.exists()), None)
+    if path is not None:
+        return _local(given, path, models_dirs), str(path.parent)
+    match = HUB_NAME.fullmatch(given)
+    if match is None or given.endswith(".gguf") or given.startswith(("/", ".", "~")):
+        raise ModelError(_not_found(given, tried, "Give the path of a folder or a .gguf file, or "))
+    location, revision = match[1], match[2] or ""
+    spec = ModelSpec(name=given, source="hub", location=location, revision=revision)
+    try:
+        folder = hub.cached_config(spec)
+    except ModelError as error:
+        problem = str(error).removeprefix(f"model {given!r}: ")
+        raise ModelError(_not_found(given, tried, f"As a name, {problem} Or correct ")) from error
+    if hub.has_weights(folder):
+        _check_tokenizer(given, folder)
+    name = location.replace("/", "-")
+    return replace(_described(spec, folder), name=name, revision=folder.name), ""
+
+
+def _not_found(given: str, tried: Sequence[Path], remedy: str) -> str:
+    """Write the message for a model that is neither here nor on the hub."""
+    there = {p.name for folder in tried for p in folder.parent.glob("*") if _is_model(p)}
+    near = difflib.get_close_matches(Path(given).name, sorted(there), NAMED, cutoff=0.4)
+    nearest = f"Nearest there: {', '.join(near)}. " if near else ""
+    return (
+        f"model {given!r}: no folder or file {' or '.join(map(str, tried))}. {nearest}{remedy}the "
+        "name on the hub, model=owner/name or owner/name@revision."
+    )
+
+
+def _is_model(path: Path) -> bool:
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    return is_gguf or (path / "config.json").is_file()
+
+
+def _local(given: str, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
+    """Describe a folder or a GGUF file."""
+    from lorasweep.models.load import content_pin, converted_at
+
+    if path.is_file() and path.suffix != ".gguf":
+        raise ModelError(
+            f"model {given!r}: {path} is no .gguf file. Give a .gguf file, or the folder with "
+            "config.json, weights (model.safetensors) and tokenizer."
+        )
+    source = "gguf" if path.is_file() else "folder"
+    spec = ModelSpec(name=given, source=source, location=path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in path.iterdir())[: 2 * NAMED]) or "nothing"
+            raise ModelError(
+                f"model {given!r}: {path} has no config.json, only {found}. Expected a folder of "
+                "transformers: config.json, weights (model.safetensors) and tokenizer."
+            )
+        hub.check_folder(spec, path)
+        _check_tokenizer(given, path)
+    if path.is_dir():
+        spec, stem = _described(spec, path), path.name
+    else:  # its values are computed in fp32; reading its config takes seconds
+        converted = converted_at(path, [*models_dirs, str(path.parent)][0])
+        known = converted if (converted / "config.json").is_file() else path
+        spec, stem = with_shape(spec, config_at(spec, known)), path.stem
+    pin = content_pin(path)
+    return replace(spec, name=f"{stem}-{pin.removeprefix('sha256:')[:8]}", revision=pin)
+
+
+def _check_tokenizer(given: str, folder: Path) -> None:
+    if not hub.has_tokenizer(folder):
+        raise ModelError(
+            f"model {given!r}: {folder} has no tokenizer, none of {', '.join(hub.TOKENIZER)}. Copy "
+            "the tokenizer's files of the model there (or tokenizer.save_pretrained)."
+        )
+
+
+def _described(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """Add the shape and the type of weights, from a folder with config.json."""
+    config, types = config_at(spec, folder), set(hub.tensor_types(spec, folder).values())
+    bf16 = types == {"BF16"} if types else "bfloat16" in str(getattr(config, "dtype", None))
+    return with_shape(replace(spec, weights_dtype="bf16" if bf16 else "fp32"), config)
+
+
+def config_at(spec: ModelSpec, path: Path) -> Any:
+    """Read a folder's config, or that in a GGUF file.
+
+    Raises:
+        ModelError: transformers does not know it, or the weights are quantised.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    if path.is_file():
+        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        config = transformers.AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    except Exception as error:  # of any type: a config is somebody else's file
+        raise ModelError(
+            f"model {spec.name!r}: transformers {transformers.__version__} cannot read the config "
+            f"of {path}: {_first_line(error)} Expected the config of a model that this version "
+            "knows without code of its own; a newer version may know it."
+        ) from error
+    if path.is_dir() and getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"model {spec.name!r}: the weights in {path} are quantised (quantization_config). "
+            "Expected weights in bf16, fp16 or fp32: give the model that was quantised."
+        )
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}".rstrip(".") + "."
+
+
+def with_shape(spec: ModelSpec, config: Any) -> ModelSpec:
+    """Return the spec with the shape of transformers' model of this config.
+
+    Raises:
+        ModelError: it is no causal language model whose layers all have the same nn.Linear matrices
+            and experts.
+    """
+    from lorasweep.models.targets import find_targets
+
+    model, refused = _without_weights(spec, config)
+    named = {module: name for name, module in model.named_modules()}
+    layers, head = _layers(model), model.get_output_embeddings()
+    if not layers:
+        raise refused("no list of its layers was found")
+    sets, experts, odd = _matrices(layers)
+    if odd or not sets["attention"] or not (sets["mlp"] or experts):
+        found = ", ".join(odd[:NAMED]) or "none in attention or MLP"
+        raise refused(f"other matrices in its layers: {found}")
+    found_in = [item for of_set in sets.values() for item in of_set.items()]
+    uneven = [n for n, s in found_in if len(s) != len(layers) or len(set(s)) > 1]
+    if uneven or len(experts) not in (0, len(layers)):
+        raise refused(f"its {len(layers)} layers differ, in {uneven[0] if uneven else 'experts'}")
+    if twice := sets["attention"].keys() & sets["mlp"].keys():
+        raise refused(f"attention and MLP both have matrices named {', '.join(sorted(twice))}")
+    if experts and sets["mlp"]:
+        raise refused(f"it has matrices beside its experts: {', '.join(sets['mlp'])}")
+    last = named[head].rpartition(".")[2]
+    of_mlp = {n: s[0] for n, s in sets["mlp"].items()}
+    shapes = {n: s[0] for n, s in found_in} | {last: (head.in_features, head.out_features)}
+    config = model.config  # of the text model
+    n_heads = getattr(config, "num_attention_heads", 0)
+    n_experts, _, width = experts[0] if experts else (0, 0, max(map(max, of_mlp.values())))
+    spec = replace(
+        spec,
+        hidden_size=config.hidden_size,
+        n_layers=len(layers),
+        n_heads=n_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // max(1, n_heads),
+        mlp_size=width if experts or "down_proj" not in of_mlp else of_mlp["down_proj"][0],
+        vocab_size=config.vocab_size,
+        tied=head.weight is model.get_input_embeddings().weight,
+        qk_norm=any(name.endswith(".q_norm") for name in named.values()),
+        attention=tuple(sets["attention"]),
+        mlp=EXPERT_MATRICES if experts else tuple(of_mlp),
+        unembedding=(last,),
+        n_experts=n_experts,
+        n_active_experts=getattr(config, "num_experts_per_tok", 0) if experts else 0,
+        n_norms=_norms(layers[0], config.hidden_size),
+        context_length=getattr(config, "max_position_embeddings", None) or 0,
+    )
+    own = {n: f"{s[0]}x{s[1]}" for n, s in shapes.items() if spec.known_shapes.get(n) != s}
+    spec = replace(spec, shapes=own)
+    n_params = sum(p.numel() for p in model.parameters())
+    if n_params != spec.n_params:
+        spec = replace(spec, n_other_params=n_params - spec.n_matmul_params)
+    if spec.problem:
+        raise refused(spec.problem)
+    try:
+        find_targets(model, spec, (*LAYER_SETS, ROUTER) if experts else LAYER_SETS)
+    except ModelError as error:  # experts of another layout
+        problem, _, _ = str(error).removeprefix(f"model {spec.name!r}: ").partition(". ")
+        raise refused(problem) from error
+    return spec
+
+
+def _without_weights(spec: ModelSpec, config: Any) -> tuple[Any, Callable[[str], ModelError]]:
+    """Build transformers' model on the device 'meta'; also return what makes an error about it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = type(config).__name__.removesuffix("Config")
+
+    def refused(problem: str) -> ModelError:
+        return ModelError(
+            f"model {spec.name!r} ({kind}): {problem}. Expected a causal language model of "
+            "transformers whose layers all have the same nn.Linear matrices in attention and MLP, "
+            "or stacks of experts, such as Llama, Mistral, Qwen, Gemma, OLMo or Phi-3."
+        )
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
+    except Exception as error:  # of any type, as above
+        raise refused(f"transformers cannot build it: {_first_line(error)[:-1]}") from error
+    stated = [str(name) for name in getattr(config, "architectures", None) or ()]
+    if stated and not any(n == type(model).__name__ or n.endswith(CAUSAL) for n in stated):
+        raise refused(f"its config.json says {', '.join(stated)}")
+    if model.config.get_text_config() is not model.config:
+        raise refused(f"{type(model).__name__} is more than a language model")
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise refused("its unembedding is no nn.Linear")
+    return model, refused
+
+
+def _layers(model: Any) -> "list[nn.Module]":
+    """Return the layers of a model: its first list of as many modules as its config says."""
+    from torch import nn
+
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    return list(next((m for m in lists if len(m) == model.config.num_hidden_layers), []))
+
+
+def _norms(layer: "nn.Module", size: int) -> int:
+    """Count a layer's norms over the hidden size; those inside attention are of heads."""
+    named = layer.named_parameters()
+    weights = [n for n, p in named if p.shape == (size,) and n.endswith("norm.weight")]
+    return sum("attn." not in name for name in weights)
+
+
+def _matrices(
+    layers: "Sequence[nn.Module]",
+) -> tuple[dict[str, dict[str, list[tuple[int, int]]]], list[tuple[int, int, int]], list[str]]:
+    """Return the matrices of layers, by set and name; the shapes of experts; and all others.
+
+    The shape of experts is their number, hidden size and width.
+    """
+    from torch import nn
+
+    sets: dict[str, dict[str, list[tuple[int, int]]]] = {"attention": {}, "mlp": {}}
+    experts: list[tuple[int, int, int]] = []
+    odd: list[str] = []
+    for layer in layers:
+        for name, module in layer.named_modules():
+            last = name.rpartition(".")[2]
+            wide = [n for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
+            if isinstance(module, nn.Linear):
+                layer_set = "attention" if "attn" in name or "attention" in name else "mlp"
+                sides = (module.in_features, module.out_features)
+                sets[layer_set].setdefault(last, []).append(sides)
+            elif last == "experts" and "down_proj" in wide:  # `find_targets` checks the layout
+                experts.append(tuple(module.down_proj.shape))
+            elif wide and last != "gate":
+                odd.append(f"{name or last} ({type(module).__name__})")
+    return sets, experts, list(dict.fromkeys(odd))

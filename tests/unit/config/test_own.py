@@ -1,0 +1,126 @@
+"""Names that no configuration file describes: what they become, and what is said of wrong ones."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lorasweep.errors import SpecError
+from tests import small_hub
+from tests.customers import make_base, write_rows
+from tests.world import write_json
+
+RUN = ("method.rank=1", "steps=2", "batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a model and rows, beside which commands are given."""
+    folder = tmp_path_factory.mktemp("mine")
+    make_base(folder / "support-model")
+    write_rows(folder / "rows.jsonl", 60, "Yes {k}")
+    same = {"prompt": "So?", "completion": "Yes"}
+    rows = [{"frage": f"So? {k}", "antwort": f"Yes {k}", **same} for k in range(60)]
+    write_json(folder / "deutsch.jsonl", rows)
+    return folder
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made
+
+
+def test_a_folder_and_a_file_are_a_model_and_a_data_set(compose, here):
+    found = compose("model=./support-model", "dataset=rows.jsonl", *RUN)
+    (point,) = found.points
+    model, data = point.spec.model, point.spec.dataset
+    assert (model.source, model.location, model.n_layers) == ("folder", "support-model", 2)
+    assert (data.source, data.location, data.n_validation) == ("jsonl", ".", 15)
+    assert found.exec.models_dir[-1] == found.exec.data_dir[-1] == str(here)
+    assert found.described == [model.name, data.name]
+    (again,) = compose(f"model={here}/support-model/", f"dataset='{here}/rows.jsonl'", *RUN).points
+    assert again.id == point.id and str(here) not in point.spec.canonical
+
+
+def test_the_same_names_are_values_of_axes(compose, here):
+    sweep = ("+sweep=lr_ratio", "scale=smoke", "sweep.arms.fullft.lr=[1e-3]")
+    axes = "sweep.axes.model=[./support-model,tiny64]", "sweep.axes.dataset=[rows.jsonl]"
+    found = compose(*sweep, *axes)
+    specs = [p.spec for p in found.points]
+    assert {s.model.location for s in specs} == {"support-model", ""}
+    assert {s.dataset.source for s in specs} == {"jsonl"} and found.changes[-2:] == [*axes]
+    assert str(here) in found.exec.models_dir and str(here) in found.exec.data_dir
+    arm = compose(*sweep, "+sweep.arms.lora.dataset=rows.jsonl")
+    assert {p.spec.dataset.source for p in arm.points if p.arm == "lora"} == {"jsonl"}
+
+
+def test_columns_can_be_named_and_other_fields_set(compose, here):
+    names = ("dataset.prompt_field=frage", "dataset.completion_field=antwort")
+    given = ("model=support-model", "dataset=deutsch.jsonl", *RUN)
+    spec = compose(*given, *names, "dataset.max_length=64").points[0].spec.dataset
+    assert (spec.prompt_field, spec.completion_field, spec.max_length) == ("frage", "antwort", 64)
+    with pytest.raises(SpecError, match=": 1 unique rows"):  # by the columns that are recognised
+        compose(*given)
+
+
+def test_configuration_files_win(compose, here, tmp_path):
+    make_base(here / "tiny64")
+    assert not compose("model=tiny64").described
+    assert compose("model=./tiny64", "dataset=rows.jsonl").points[0].spec.model.location == "tiny64"
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset/rows.jsonl.yaml").write_text(
+        "name: rows.jsonl\nsource: synthetic\nlocation: skills\n"
+    )
+    found = compose(f"hydra.searchpath=[file://{tmp_path}]", "dataset=rows.jsonl")
+    assert found.points[0].spec.dataset.location == "skills" and not found.described
+
+
+def test_wrong_names_are_said_together_with_the_nearest_ones(compose, here):
+    with pytest.raises(SpecError) as error:
+        compose("model=./suport-model", "dataset=rows.json", *RUN)
+    model, data = str(error.value).split("\n")
+    assert "no ./suport-model.yaml in conf/model or --config-dir" in model
+    assert f"no file or folder {here}/suport-model or " in model
+    assert "Did you mean 'support-model'" in model and "Did you mean 'rows.jsonl'" in data
+    assert "a .jsonl, .json, .csv, .parquet file" in data
+    sweep = ("+sweep=lr_ratio", "scale=smoke", "sweep.axes.model=[tiny46]")
+    with pytest.raises(SpecError) as error:
+        compose(*sweep, "+sweep.arms.lora.dataset=[dialekt,row.jsonl]")
+    assert str(error.value).count("\n") == 2
+    for near in ("tiny64", "dialect", "rows.jsonl"):
+        assert f"Did you mean '{near}'" in str(error.value)
+
+
+def test_a_name_that_is_there_but_cannot_be_used_says_why(compose, here):
+    (here / "empty").mkdir(exist_ok=True)
+    with pytest.raises(SpecError) as error:
+        compose("model=empty", "dataset=empty", *RUN)
+    assert "config.json" in str(error.value) and "train.jsonl" in str(error.value)
+    assert "Did you mean" not in str(error.value)
+
+
+def test_names_of_the_hub_are_pinned(compose, monkeypatch, tmp_path):
+    import datasets
+    from huggingface_hub import constants
+
+    commit, school = "0123456789abcdef" * 2 + "01234567", "openai/gsm8k"
+    rows = {"train": [small_hub.school(k) for k in range(60)]}
+    small_hub.download(tmp_path, school, "main", commit, rows)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    for module in (datasets.config, constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    data = compose("model=smollm2-135m", f"dataset={school}:main@{commit}").points[0].spec.dataset
+    assert (data.location, data.config, data.revision) == (school, "main", commit)
+    assert (data.holdout, data.held_out_by, data.prompt_field) == (30, "prompt", "question")
+    with pytest.raises(SpecError, match=r"as a data set of the hub .* cannot load 'owner/none'"):
+        compose("dataset=owner/none")
+
+
+def test_shipped_names_need_no_torch():
+    code = (
+        "import sys; from lorasweep.config.compose import compose_request as c; "
+        "c(['+sweep=lr_ratio', 'scale=smoke']); c(['model=smollm2-135m', 'dataset=gsm8k']); "
+        "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
