@@ -121,7 +121,7 @@ def searched(start: Point, how: Search, loss: Callable[[str], float | None]) -> 
 def fresh_seeds(
     start: Point, points: Sequence[Point], how: Search, loss: Callable[[str], float | None]
 ) -> Iterator[list[Point]]:
-    """Yield for each fresh seed the full runs around the best learning rate of a finished search."""
+    """Yield for each fresh seed the full runs around the best learning rate of a search."""
     full = [p for p in points if p.spec.steps == start.spec.steps]
     losses = {p.spec.lr: math.inf if (v := loss(p.id)) is None else v for p in full}
     for seed in range(start.spec.seed + 1, start.spec.seed + 1 + how.seeds):
