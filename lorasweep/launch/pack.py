@@ -24,6 +24,7 @@ from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
+from lorasweep.store.checkpoint import State
 from lorasweep.store.claims import Heartbeat
 from lorasweep.store.run_store import Record, RunStore
 from lorasweep.tracking import provenance
@@ -36,6 +37,8 @@ LOOK_S = 5.0
 """Seconds between checks of ownership. Each check also writes the new records. A check at every
 update would cost about a millisecond per run on a network file system."""
 ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
+END = "end"
+"""Folder of the final state of a short run (exec.short_steps)."""
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
 """Stored key: whether the run resumed in a different pack, or with other ROWS, PROCESSES, PARTS."""
 NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
@@ -251,6 +254,8 @@ class _Attempt:
         for i in ids:
             store.cut_records(i, metas[i]["records_size"] if metas else 0)
             checkpoint.keep_only(folders[i], metas[i]["step"] if metas else None)
+        if states is None and (states := self._beginnings()):
+            metas = {i: states[i]["meta"] for i in ids}
         self.states = states
         self.wall_s = {i: metas[i]["wall_s"] if metas else 0.0 for i in ids}
         self.different_pack = False
@@ -268,6 +273,20 @@ class _Attempt:
         self.exec = dataclasses.replace(
             exec_, threads=threads, micro_batch_size=rows, forward_parts=parts
         )
+
+    def _beginnings(self) -> dict[str, State] | None:
+        """Return the final states of the shorter runs that are the beginnings of these runs.
+
+        Their records become the first records of these runs. None unless every run has one.
+        """
+        steps, store = self.pack.exec.short_steps, self.store
+        if steps is None or any(s.steps <= steps or s.schedule != "constant" for s in self.runs):
+            return None
+        shorter = {s.id: dataclasses.replace(s, steps=steps).id for s in self.runs}
+        states = checkpoint.load_pack({i: store.folder(k) / END for i, k in shorter.items()})
+        for i in shorter if states else ():
+            store.record(i, *store.records(shorter[i]))
+        return states
 
     def run(self) -> None:
         """Train and record; raise Stopped, with checkpoints written, if `stop` was set."""
@@ -351,14 +370,17 @@ class _Attempt:
         return True
 
     def _finish(self, event: Event) -> None:
-        keep = self.exec.keep_weights and any(s == "done" for s, _ in event.ended.values())
+        kept = self.exec.keep_weights or self.exec.short_steps in {s.steps for s in self.runs}
+        keep = kept and any(state == "done" for state, _ in event.ended.values())
         states = event.snapshot() if keep else {}
         for i, (state, measures) in event.ended.items():
             if i not in self.live or not self._still_owned(i):
                 continue
-            if state == "done" and states:
-                checkpoint.save_weights(self.store.folder(i), states[i])
             spec = self.runs[self.ids.index(i)]
+            if state == "done" and self.exec.keep_weights:
+                checkpoint.save_weights(self.store.folder(i), states[i])
+            if state == "done" and spec.steps == self.exec.short_steps:
+                self._save_state(i, END, states[i], list(states))
             result = {
                 **measures,
                 "wall_s": self.wall_s[i],
@@ -380,12 +402,16 @@ class _Attempt:
         for i in layout:
             if not self._still_owned(i):  # the checkpoints before may have taken minutes
                 continue
-            self.store.sync_records(i)
-            meta = {
-                **states[i]["meta"],
-                "layout": layout,
-                "records_size": self.store.records_size(i),
-                **self._circumstances(),
-                "wall_s": self.wall_s[i],
-            }
-            checkpoint.save(self.store.folder(i) / "checkpoint", {**states[i], "meta": meta})
+            self._save_state(i, "checkpoint", states[i], layout)
+
+    def _save_state(self, i: str, name: str, state: State, layout: list[str]) -> None:
+        """Write the state of a run into the folder `name` of its folder."""
+        self.store.sync_records(i)
+        meta = {
+            **state["meta"],
+            "layout": layout,
+            "records_size": self.store.records_size(i),
+            **self._circumstances(),
+            "wall_s": self.wall_s[i],
+        }
+        checkpoint.save(self.store.folder(i) / name, {**state, "meta": meta})

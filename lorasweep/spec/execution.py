@@ -44,6 +44,9 @@ class Exec:
     """Seconds between checkpoints."""
     keep_weights: bool = False
     """Keep the weights of finished runs in their folders: only adapters trained by one process."""
+    short_steps: int | None = None
+    """Runs of this many updates keep their final state. A longer run that differs from one in its
+    updates only, at a constant learning rate, starts from that state."""
     skip_broken_data: bool = False
     """True: bad data fails only the runs that use it (for data sets of different owners). False:
     bad data stops the command before anything starts."""
