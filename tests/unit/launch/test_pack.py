@@ -8,11 +8,13 @@ import os
 import threading
 
 import pytest
+import torch
 
 from lorasweep.launch import pack, process
 from lorasweep.launch.pack import LOOK_S
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.methods.lora import LoRA
 from lorasweep.store import checkpoint, claims, files
 from lorasweep.store.run_store import RunStore
 from tests.unit.launch.trainers import Scripted, steps_of, train
@@ -135,3 +137,20 @@ def test_waiting_threads_of_a_worker_sleep_unless_the_user_wants_them_to_spin(mo
     assert process.worker_environment(2)["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert process.worker_environment(2)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_a_longer_run_starts_where_its_beginning_ended(tmp_path):
+    """Same numbers as in one piece, and nothing that was trained is trained again."""
+    specs = [tiny_spec(method=LoRA(rank=2), lr=lr, steps=6) for lr in (1e-3, 4e-3, 2e-3)]
+    short = [dataclasses.replace(s, steps=2) for s in specs[:2]]
+    parts, whole = RunStore(tmp_path / "parts"), RunStore(tmp_path / "whole")
+    train(parts, short, TorchTrainer(StopFlag()), short_steps=2)
+    train(parts, specs[:2], TorchTrainer(StopFlag()), short_steps=2, keep_weights=True)
+    train(whole, specs[:2], TorchTrainer(StopFlag()), keep_weights=True)
+    for s in specs[:2]:
+        assert parts.env(s.id)["resumed_from_step"] == 2 and steps_of(parts, s.id) == [*range(1, 7)]
+        one, other = (checkpoint.load_weights(store.folder(s.id)) for store in (parts, whole))
+        assert one and all(torch.equal(one[name], other[name]) for name in one)
+        assert parts.result(s.id)["test_nll"] == whole.result(s.id)["test_nll"]
+    train(parts, specs[2:], TorchTrainer(StopFlag()), short_steps=2)  # without a beginning
+    assert parts.env(specs[2].id)["resumed_from_step"] is None
