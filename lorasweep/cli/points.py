@@ -1,11 +1,20 @@
 """Collect the runs of a sweep: its grid, second stage, and added rounds."""
 
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from lorasweep.customers.evidence import published
+from lorasweep.customers.rules.rates import family_of, law_rate
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
 from lorasweep.sweep.replicates import added_points, second_stage
 from lorasweep.sweep.request import Request
+from lorasweep.sweep.search import fresh_seeds, searched
 
 
 def all_points(request: Request, store: RunStore) -> list[Point]:
@@ -15,21 +24,55 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
     points = list(request.points)
     if request.sweep is None:
         return points
+    if request.sweep.search is not None:
+        return _searched(request, store)
     if request.sweep.replicate.seeds:
         results = {p.id: store.result(p.id) or {} for p in points}
         unfinished = {curve_key(p) for p in points if not results[p.id]}
         over = [p for p in points if curve_key(p) not in unfinished]
 
-        def loss(rid: str) -> float | None:
-            metric = metric_of(results[rid])
-            value = metric.value(results[rid])
-            if value is None or results[rid].get("state") != "done":
-                return None
-            return metric.loss(value)
-
-        points += second_stage(over, request.sweep.replicate, loss)
+        points += second_stage(over, request.sweep.replicate, lambda rid: _loss(results[rid]))
     rounds = looks.read(looks.path_of(store.root, request.title))
     return points + added_points(rounds, points)
+
+
+def _loss(result: Mapping[str, Any], on_validation: bool = False) -> float | None:
+    """Return a run's final metric as a loss, lower is better; None if the run diverged."""
+    metric = metric_of(result)
+    value = result.get(metric.on_part) if on_validation else metric.value(result)
+    return metric.loss(value) if value is not None and result.get("state") == "done" else None
+
+
+def _searched(request: Request, store: RunStore) -> list[Point]:
+    """Return the runs of a search so far: those of every arm, and then those with fresh seeds."""
+    assert request.sweep is not None and request.sweep.search is not None
+    how, results = request.sweep.search, cache(store.result)
+
+    def loss(rid: str) -> float | None:
+        result = results(rid)
+        if result is None:
+            return None
+        found = _loss(result, on_validation=request.points[0].spec.dataset.n_validation > 0)
+        return math.inf if found is None else found
+
+    starts = [start_of(point) for point in request.points]
+    by_arm = [searched(start, how, loss) for start in starts]
+    points = [p for found in by_arm for p in found]
+    for fresh in zip(*(fresh_seeds(*pair, how, loss) for pair in zip(starts, by_arm))):
+        if any(loss(p.id) is None for p in points):
+            break
+        points += [p for found in fresh for p in found]
+    return points
+
+
+def start_of(point: Point) -> Point:
+    """Return the run at the published learning rate for its method and width."""
+    spec = point.spec
+    kind = "lora" if spec.method.name == "lora" else "full"
+    families = [family_of(spec.model)] if family_of(spec.model) else ["llama", "qwen"]
+    laws = [law_rate(published(), str(f), spec.model.hidden_size, kind) for f in families]
+    lr = math.prod(law for law in laws if law) ** (1 / len(laws))
+    return Point(point.arm, dataclasses.replace(spec, lr=lr))
 
 
 def qualifying(points: list[Point]) -> list[Point]:

@@ -183,6 +183,9 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     points = _expand(config, overrides, alone)
     check_directions(sweep_name, sweep, {p.spec.objective for p in points})
     found = Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
+    if sweep.search is not None:
+        short = max(1, max(p.spec.steps for p in points) // sweep.search.prefix)
+        found.exec = dataclasses.replace(exec_, short_steps=short, keep_weights=True)
     changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
     asked = runs_hash(points, sweep)
     stated = ""

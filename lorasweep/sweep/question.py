@@ -91,6 +91,24 @@ class Replicates:
 
 
 @dataclass
+class Search:
+    """How a sweep searches learning rates instead of trying a grid."""
+
+    prefix: int = 8
+    """A short run has the first 1/prefix of a full run's updates."""
+    n_short: int = 5
+    """Number of learning rates that are tried first."""
+    wide: float = 4.0
+    """Factor between the learning rates of short runs."""
+    fine: float = 2.0
+    """Largest factor between the best learning rate of full runs and its neighbours."""
+    n_lrs: int = 3
+    """Learning rates around the best that are trained in full first, and that get fresh seeds."""
+    seeds: int = 6
+    """Maximum number of fresh seeds."""
+
+
+@dataclass
 class Sweep:
     """The content of one file of sweeps/."""
 
@@ -113,6 +131,8 @@ class Sweep:
     """Name -> {method: name, axis: value or list, ..., added_after: {what, why}}. With
     `added_after`, `rounds` must be 2 or more."""
     replicate: Replicates = field(default_factory=Replicates)
+    search: Search | None = None
+    """Search learning rates from those of the adviser; None: the arms state them."""
     scales: dict[str, Any] = field(default_factory=dict)
     """Scale -> {axes, arms, replicate}, merged over the keys above (config/loader.py); empty: the
     sweep is the same at any scale."""
@@ -150,6 +170,8 @@ def stored_sweep(sweep: Sweep) -> dict[str, Any]:
     """Return a sweep as JSON values, with the keys of kept requests."""
     values = {**dataclasses.asdict(sweep), "second": dataclasses.asdict(sweep.replicate)}
     del values["replicate"], values["scales"]
+    if sweep.search is None:
+        del values["search"]
     return {**values, "claims": {k: stored_claim(c) for k, c in sweep.claims.items()}}
 
 
@@ -174,8 +196,12 @@ def sweep_from_stored(values: dict[str, Any], scale: str) -> Sweep:
             added = added.get(scale)
         if added:
             axes[ADDED_AFTER] = added
-    rest = {k: v for k, v in values.items() if k not in ("claims", "arms", "second", "at")}
-    return Sweep(**rest, claims=claims, arms=arms, replicate=Replicates(**values["second"]))
+    search = Search(**values["search"]) if values.get("search") else None
+    rest = {
+        k: v for k, v in values.items() if k not in ("claims", "arms", "second", "at", "search")
+    }
+    replicate = Replicates(**values["second"])
+    return Sweep(**rest, claims=claims, arms=arms, replicate=replicate, search=search)
 
 
 def axes_of(arm: dict[str, Any]) -> dict[str, Any]:

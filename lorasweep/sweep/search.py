@@ -7,10 +7,10 @@ on results alone, so every process that asks gets the same runs.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from lorasweep.errors import SpecError
 from lorasweep.sweep.grid import Point, around
+from lorasweep.sweep.question import Search
 from lorasweep.sweep.replicates import lrs_around_optimum
 
 LOWEST, HIGHEST = 1e-8, 10.0
@@ -18,24 +18,6 @@ LOWEST, HIGHEST = 1e-8, 10.0
 
 Losses = dict[float, float]
 """Learning rate -> loss (lower is better); infinity if the run diverged."""
-
-
-@dataclass
-class Search:
-    """How a sweep searches learning rates instead of trying a grid."""
-
-    prefix: int = 8
-    """A short run has the first 1/prefix of a full run's updates."""
-    n_short: int = 5
-    """Number of learning rates that are tried first."""
-    wide: float = 4.0
-    """Factor between the learning rates of short runs."""
-    fine: float = 2.0
-    """Largest factor between the best learning rate of full runs and its neighbours."""
-    n_lrs: int = 3
-    """Learning rates around the best that are trained in full first, and that get fresh seeds."""
-    seeds: int = 6
-    """Maximum number of fresh seeds."""
 
 
 def next_lrs(centre: float, short: Losses, full: Losses, how: Search) -> tuple[list[float], bool]:
