@@ -16,6 +16,10 @@ class SpecError(LorasweepError, ValueError):
     """A configuration, sweep or run that is not valid."""
 
 
+class RankTooLarge(SpecError):
+    """A rank above the smallest side of a matrix that it adapts."""
+
+
 class NotAtScale(SpecError):
     """A sweep that does not have the chosen scale."""
 

@@ -98,38 +98,43 @@ def _make(o: Optimum, lr: float, seeds: Iterable[int], why: str) -> Suggestion:
 
 
 def _open_gates(o: Optimum) -> list[Suggestion]:
-    """Suggest LRs or seeds that lift the gates of one curve; empty if none is open.
-
-    New LRs lie beyond the edge of the LRs tried, below a diverged one, or around the best.
-    """
-    x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
-    seeds, counts = np.unique(o.curve.seed, return_counts=True)
-
-    def at(logs: Iterable[float], why: str) -> list[Suggestion]:
-        return [_make(o, math.exp(v), [seeds[int(np.argmax(counts))]], why) for v in logs]
-
-    if not len(x):
-        below = (every[0] - k * math.log(2) for k in (1, 2, 3))
-        return at(below, "every learning rate broke down")
-    step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
-    first_diverged = min(every[every > x[-1]], default=math.inf)
-    side = o.open_side
-    if side > 0 and math.isfinite(first_diverged):
-        thirds = (x[-1] + (first_diverged - x[-1]) * k / 3 for k in (1, 2))
-        return at(thirds, "between the best learning rate and the first that breaks down")
-    if side:
-        end = x[-1] if side > 0 else every[0]
-        beyond = (end + side * k * step for k in (1, 2))
-        return at(beyond, "beyond the edge of the learning rates tried")
-    if "few_points" in o.flags or "no_variance" in o.flags:
-        best = float(x[int(np.argmin(_means(o, x)))])
-        return at((best - step / 2, best + step / 2), "more learning rates around the best one")
+    """Suggest LRs or seeds that lift the gates of one curve; empty if none is open."""
+    lrs, why = missing_lrs(o)
+    if lrs:
+        seeds, counts = np.unique(o.curve.seed, return_counts=True)
+        return [_make(o, lr, [seeds[int(np.argmax(counts))]], why) for lr in lrs]
     have = seeds_at_best(o)
     if have < MIN_SEEDS:
         return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
     if "flat" in o.flags:
         return _more_seeds(o, MIN_SEEDS, "the LR curve is too flat for its noise")
     return []
+
+
+def missing_lrs(o: Optimum) -> tuple[list[float], str]:
+    """Return learning rates that a curve needs for a verdict, and why; none if it has enough.
+
+    They lie beyond the edge of the LRs tried, below a diverged one, or around the best.
+    """
+    x, every = np.unique(o.curve.x[o.curve.usable]), np.unique(o.curve.x)
+    if not len(x):
+        below = [math.exp(every[0] - k * math.log(2)) for k in (1, 2, 3)]
+        return below, "every learning rate broke down"
+    step = float(np.median(np.diff(x))) if len(x) > 1 else math.log(2)
+    first_diverged = min(every[every > x[-1]], default=math.inf)
+    side = o.open_side
+    if side > 0 and math.isfinite(first_diverged):
+        thirds = [math.exp(x[-1] + (first_diverged - x[-1]) * k / 3) for k in (1, 2)]
+        return thirds, "between the best learning rate and the first that breaks down"
+    if side:
+        end = x[-1] if side > 0 else every[0]
+        beyond = [math.exp(end + side * k * step) for k in (1, 2)]
+        return beyond, "beyond the edge of the learning rates tried"
+    if "few_points" in o.flags or "no_variance" in o.flags:
+        best = float(x[int(np.argmin(_means(o, x)))])
+        around = [math.exp(best - step / 2), math.exp(best + step / 2)]
+        return around, "more learning rates around the best one"
+    return [], ""
 
 
 def _means(o: Optimum, x: np.ndarray) -> list[float]:

@@ -99,6 +99,54 @@ def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json
         return judge_and_report(table, question, folder, as_json, KEPT)
 
 
+def look(table: "pd.DataFrame", question: dict[str, Any]) -> tuple[bool, dict[str, list[float]]]:
+    """Judge the runs of a search so far.
+
+    Returns whether they decide it, and the learning rates that a curve still needs, by the id of
+    one of its runs. With one seed, no curve has a variance, which asks for no learning rate.
+
+    Raises:
+        StoreError: the runs cannot be judged together.
+    """
+    from analysis.measures.next_runs import missing_lrs
+    from analysis.questions.registry import analyse
+    from analysis.report.report import results_of
+    from analysis.runs.lr_curves import runs_of
+
+    with _table_errors():
+        found = analyse(table, question)
+        lrs = {}
+        for o in found.optima:
+            if table["seed"].nunique() > 1 or "no_variance" not in o.flags:
+                run = str(runs_of(table, o.curve)["run_id"].iloc[0])
+                lrs[run] = [float(f"{lr:.2e}") for lr in missing_lrs(o)[0]]
+        return not open_questions(results_of(found, question, table)), lrs
+
+
+KNOWN_PERCENT = 1.0
+"""A learning rate is known if the regret of choosing it is below this share of the gain."""
+
+
+def open_questions(results: dict[str, Any]) -> list[str]:
+    """Return what the runs of a search have not decided; `results`: those of its analysis."""
+    found = []
+    for arm in results["arms"]:
+        name, regret = arm_name(arm), arm["regret_percent"]
+        if regret is None:
+            found.append(f"the learning rate of {name} ({', '.join(arm['flags']) or 'no seeds'})")
+        elif regret > KNOWN_PERCENT:
+            found.append(f"the learning rate of {name} (it may cost {regret:.2g}% of the gain)")
+    if len({arm["method"] for arm in results["arms"]}) > 1:
+        for v in (v for v in results["verdicts"] if v["outcome"] == "UNDECIDED"):
+            found.append(f"LoRA against full fine-tuning (needed: {v['needed'] or v['why']})")
+    return found
+
+
+def arm_name(arm: dict[str, Any]) -> str:
+    """Name an arm of a search in words."""
+    return f"LoRA rank {arm['rank']}" if arm["rank"] else "full fine-tuning"
+
+
 def claims_hash(question: dict[str, Any]) -> str:
     """Hash the claims and their margins, to detect changes after the runs."""
     from analysis.report.report import question_hash

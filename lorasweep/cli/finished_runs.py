@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
-from lorasweep.cli.points import all_points
+from lorasweep.cli.points import all_points, is_search, judged
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
@@ -47,7 +47,7 @@ def export(request: Request, store: RunStore) -> int:
     path = Path(request.table)
     if path.suffix not in (".parquet", ".csv"):
         raise SpecError(f"table={request.table!r}: expected a file name in .parquet or .csv.")
-    ids = [p.id for p in all_points(request, store)] if request.sweep else None
+    ids = [p.id for p in judged(request, all_points(request, store))] if request.sweep else None
     table = load_runs(store.root, ids)
     if table.empty:
         raise SpecError(f"no finished runs in {store.root}. Run a sweep, or set exec.runs_dir.")
@@ -294,6 +294,8 @@ def extend(request: Request, store: RunStore) -> int:
     """Add the runs that help most to decide claims, as the next round; start none."""
     if request.sweep is None:
         raise SpecError("action=extend needs a sweep: +sweep=NAME.")
+    if is_search(request):
+        raise SpecError("a search adds runs itself: run it again with a larger budget.")
     points = all_points(request, store)
     missing = [p for p in points if not store.result(p.id)]
     if missing:

@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, fleet_costs, understood
-from lorasweep.cli.points import all_points
+from lorasweep.cli import answer, fleet_costs, tuned, understood
+from lorasweep.cli.points import all_points, is_search
 from lorasweep.cli.progress import duration, notifier
 from lorasweep.config import preflight
 from lorasweep.errors import SpecError
@@ -72,6 +72,8 @@ def show(request: Request, store: RunStore) -> int:
         print(json.dumps({**name, **summary(plan), **queue, **claims, **fleet}))
         return 0
     lines = [*understood.lines(request), plan_text(request, plan), *queue_lines(queue)]
+    if is_search(request):
+        lines += tuned.outlook(request, store)
     if request.members:
         lines += ["", *fleet_costs.lines(fleet["fleet"], f"on {plan.workers} worker(s)")]
     print("\n".join([*lines, *(o.line() for o in outlooks)]))

@@ -2,19 +2,22 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from lorasweep.cli import answer
 from lorasweep.customers.evidence import published
 from lorasweep.customers.rules.rates import family_of, law_rate
+from lorasweep.plan.budget import parse_budget
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
+from lorasweep.store.table import load_runs
 from lorasweep.sweep.grid import Point, curve_key
 from lorasweep.sweep.replicates import added_points, second_stage
-from lorasweep.sweep.request import Request
-from lorasweep.sweep.search import fresh_seeds, searched
+from lorasweep.sweep.request import Request, question
+from lorasweep.sweep.search import Look, is_short, search
 
 
 def all_points(request: Request, store: RunStore) -> list[Point]:
@@ -43,10 +46,20 @@ def _loss(result: Mapping[str, Any], on_validation: bool = False) -> float | Non
     return metric.loss(value) if value is not None and result.get("state") == "done" else None
 
 
+def judged(request: Request, points: Sequence[Point]) -> list[Point]:
+    """Return the runs that the analysis judges: all but the short runs of a search."""
+    return [p for p in points if not (is_search(request) and is_short(p, request.points))]
+
+
+def is_search(request: Request) -> bool:
+    """Return whether the sweep searches learning rates."""
+    return request.sweep is not None and request.sweep.search is not None
+
+
 def _searched(request: Request, store: RunStore) -> list[Point]:
-    """Return the runs of a search so far: those of every arm, and then those with fresh seeds."""
+    """Return the runs of a search so far, within its budget."""
     assert request.sweep is not None and request.sweep.search is not None
-    how, results = request.sweep.search, cache(store.result)
+    results, budget = cache(store.result), parse_budget(request.budget)
 
     def loss(rid: str) -> float | None:
         result = results(rid)
@@ -55,18 +68,31 @@ def _searched(request: Request, store: RunStore) -> list[Point]:
         found = _loss(result, on_validation=request.points[0].spec.dataset.n_validation > 0)
         return math.inf if found is None else found
 
-    starts = [start_of(point) for point in request.points]
-    by_arm = [searched(start, how, loss) for start in starts]
-    points = [p for found in by_arm for p in found]
-    for fresh in zip(*(fresh_seeds(*pair, how, loss) for pair in zip(starts, by_arm))):
-        if any(loss(p.id) is None for p in points):
-            break
-        points += [p for found in fresh for p in found]
-    return points
+    def may_begin(known: Sequence[Point], new: Sequence[Point]) -> bool:
+        return budget is None or budget.allows(new, known, store)
+
+    def look(points: Sequence[Point]) -> Look:
+        ids = tuple(p.id for p in judged(request, points))
+        key = (request.title, *ids)
+        if key not in _LOOKS:
+            _LOOKS[key] = Look(*answer.look(load_runs(store.root, ids), question(request)))
+        return _LOOKS[key]
+
+    starts = [start_of(p, "lr" in request.given) for p in request.points]
+    return search(starts, request.sweep.search, loss, may_begin, look)
 
 
-def start_of(point: Point) -> Point:
-    """Return the run at the published learning rate for its method and width."""
+_LOOKS: dict[tuple[str, ...], Look] = {}
+"""(title, run ids) -> the analysis of these finished runs, for the time of a command."""
+
+
+def start_of(point: Point, at_own: bool = False) -> Point:
+    """Return the run at the published learning rate for its method and width.
+
+    `at_own`: the user has set the learning rate; keep it.
+    """
+    if at_own:
+        return point
     spec = point.spec
     kind = "lora" if spec.method.name == "lora" else "full"
     families = [family_of(spec.model)] if family_of(spec.model) else ["llama", "qwen"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, understood
+from lorasweep.cli import answer, tuned, understood
 from lorasweep.cli.plans import plan_text, unpinned_lines
-from lorasweep.cli.points import all_points, qualifying
+from lorasweep.cli.points import all_points, is_search, judged, qualifying
 from lorasweep.cli.progress import Display, notifier
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import GaveUp, SpecError
@@ -93,12 +93,14 @@ def run(
                 measure = f", {metric.label} {value:.4f} (from {start:.4f})"
             print(f"{name}: {result['state']}{measure}. Folder: {store.folder(points[0].id)}")
         return trained.status
-    finished = [p.id for p in points if store.result(p.id)]
+    finished = [p.id for p in judged(request, points) if store.result(p.id)]
     if not finished:
         print("no run has finished, so there is no answer yet", file=sys.stderr)
         return trained.status
     asked, folder = question(request), Path(request.exec.reports_dir) / request.title
-    print(answer.judge(load_runs(store.root, finished), asked, folder, as_json=as_json))
+    searched = is_search(request)
+    text = answer.judge(load_runs(store.root, finished), asked, folder, as_json or searched)
+    print(tuned.finish(request, store, points, text) if searched else text)
     path = looks.path_of(store.root, request.title)
     looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
     return trained.status
@@ -188,21 +190,29 @@ def train(
     if request.hardware and hardware_of(request).has_speeds:
         request = within_limit(request)
     store.prepare()
-    points = runs_of(request, store)
-    check(request, store, points)
+    notify = notifier(request)
     for line in understood.lines(request) if request.format != "json" else ():
         print(line, file=sys.stderr, flush=True)
+    if is_search(request):
+        request, left_out = tuned.without_unfit(request)
+        for line in (*tuned.outlook(request, store), *filter(None, [left_out])):
+            notify(line)
+    points = runs_of(request, store)
+    check(request, store, points)
     if request.cluster.kind == "slurm":
         return _train_on_cluster(request, store, trainer, follow)
-    notify, quiet = notifier(request), request.format == "json"
+    quiet = request.format == "json"
     plan = make_plan(points, store, request.exec, detect.this_machine())
     if plan.todo and not quiet:
         _warn_of_claims(request)
     try:
         while plan.todo:  # results of the first stage choose the second
-            notify(plan_text(request, plan))
+            searched = is_search(request)
+            notify(tuned.stage(request, store, points) if searched else plan_text(request, plan))
             with Display(plan.todo, quiet) as display:
                 local.run_points(points, store, request.exec, display.event, trainer, plan=plan)
+            if searched:
+                tuned.prune(request, store, points)
             known, points = len(points), runs_of(request, store)
             if len(points) == known:
                 break
@@ -266,6 +276,8 @@ def _train_on_cluster(
     else:
         _print_submitted(request, store, done)
     points = runs_of(request, store)
+    if is_search(request):
+        tuned.prune(request, store, points)
     return Trained(points, 0 if waiting else _status(points, store), waiting)
 
 

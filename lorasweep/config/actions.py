@@ -32,7 +32,12 @@ FLEET_SETTINGS = ("customers", "rates", "instead_of_full", "out")
 ACTIONS: dict[str, Action] = {
     action.name: action
     for action in (
-        Action("run", "train what is missing and print the answer (the default)"),
+        Action(
+            "run",
+            "train what is missing and print the answer (the default). With +sweep=tune: "
+            "budget=2h, 90min, 40runs or 500gpuh; out=DIR writes the best adapter or weights",
+            reads=("out",),
+        ),
         Action(
             "plan",
             "show what would run and what it costs, here or on other machines (conf/hardware)",

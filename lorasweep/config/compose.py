@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ from lorasweep.launch.slurm.resources import check as check_cluster
 from lorasweep.launch.slurm.resources import check_pack_size
 from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.plan import detect
+from lorasweep.plan.budget import parse_budget
 from lorasweep.plan.hardware import from_plain
 from lorasweep.spec.canonical import build
 from lorasweep.spec.dataset import DatasetSpec
@@ -36,8 +38,9 @@ from lorasweep.spec.execution import Cluster
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
 from lorasweep.sweep.grid import Point, around, expand, fields_of, geom
-from lorasweep.sweep.question import Sweep, axes_of, check_directions, check_sweep
+from lorasweep.sweep.question import Search, Sweep, axes_of, check_directions, check_sweep
 from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
+from lorasweep.sweep.search import check_search
 
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
@@ -174,6 +177,7 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
             titles = "\n".join(p.title for p in parts)
             found.changed = hashlib.sha256(titles.encode()).hexdigest()[:HASH_DIGITS]
         return found
+    sweep.arms = _chosen_arms(sweep, config.arms)
     _refuse_overwritten(overrides, sweep_name, sweep)
     in_files = _loader().as_in_files  # before the next composition replaces it
     # with `@package _global_` or a defaults list, a user's sweep may also set models or data sets
@@ -184,8 +188,18 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     check_directions(sweep_name, sweep, {p.spec.objective for p in points})
     found = Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
     if sweep.search is not None:
-        short = max(1, max(p.spec.steps for p in points) // sweep.search.prefix)
+        check_search(points)
+        if "steps" not in found.given:
+            found.points = points = _with_steps(points, sweep.search)
+        short = sweep.search.short_steps(points[0].spec.steps)
         found.exec = dataclasses.replace(exec_, short_steps=short, keep_weights=True)
+    elif config.budget or (config.out and action.name == "run"):
+        key = "budget" if config.budget else "out"
+        raise SpecError(
+            f"{key}= is for a sweep that searches learning rates, such as +sweep=tune. Sweep "
+            f"{sweep_name!r} trains all of its grid. Leave {key} out."
+        )
+    parse_budget(config.budget)
     changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
     asked = runs_hash(points, sweep)
     stated = ""
@@ -229,6 +243,25 @@ def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point
     if problems:
         raise SpecError("\n".join(problems))
     return expand(_run_spec(config), config.sweep, models, partial(look_up, "dataset", DatasetSpec))
+
+
+def _chosen_arms(sweep: Sweep, names: Any) -> dict[str, Any]:
+    """Return the arms of a sweep that arms=NAME or arms=[NAME,...] asks for; all by default."""
+    chosen = [names] if isinstance(names, str) else list(names)
+    if wrong := next((name for name in chosen if name and name not in sweep.arms), None):
+        raise SpecError(unknown("arm", str(wrong), sweep.arms))
+    return {name: arm for name, arm in sweep.arms.items() if not any(chosen) or name in chosen}
+
+
+def _with_steps(points: list[Point], how: Search) -> list[Point]:
+    """Set the updates of a search on the user's own rows: `epochs` of them, within limits."""
+    of_rows = {own.spec.name: own.n_train for own in _loader().names.of(points) if own.n_train}
+    n_rows = of_rows.get(points[0].spec.dataset.name)
+    if n_rows is None:
+        return points
+    wanted = math.ceil(how.epochs * n_rows / points[0].spec.batch_size)
+    steps = min(max(wanted, how.min_steps), how.max_steps)
+    return [Point(p.arm, dataclasses.replace(p.spec, steps=steps)) for p in points]
 
 
 def _named(*axes: Any) -> Iterator[tuple[str, str]]:

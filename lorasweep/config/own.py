@@ -39,6 +39,8 @@ class Own(NamedTuple):
     """Where it is found (exec.models_dir, exec.data_dir); empty on the hub."""
     option: str
     """Its name as an option of the group."""
+    n_train: int
+    """Number of training rows; 0 for a model."""
 
 
 class Names:
@@ -67,7 +69,8 @@ class Names:
             options = sorted({*options} - {own.option for own in self._known.values()})
             found = _described(group, given, options, named, settings.get("exec.models_dir"))
             digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-            own = Own(given, *found, option=f"{found[0].name}-{digest}")
+            spec, folder, n_train = found
+            own = Own(given, spec, folder, f"{spec.name}-{digest}", n_train)
             same = [o for o in self._known.values() if type(o.spec) is type(own.spec)]
             other = [o.given for o in same if o.spec.name == own.spec.name and o.spec != own.spec]
             if other or own.spec.name in options:
@@ -96,14 +99,14 @@ def is_file(group: str, name: str) -> bool:
 
 def _described(
     group: str, given: str, options: Sequence[str], named: Mapping[str, str], models_dir: Any
-) -> tuple[ModelSpec | DatasetSpec, str]:
+) -> tuple[ModelSpec | DatasetSpec, str, int]:
     dirs: list[str] = []
     try:
         if group == "model":
             from lorasweep.models.describe import describe_model
 
             dirs = exec_of({} if models_dir is None else {"models_dir": models_dir}).models_dir
-            return describe_model(given, dirs)
+            return *describe_model(given, dirs), 0
         from lorasweep.customers.rows import named_rows
 
         return named_rows(given, named)

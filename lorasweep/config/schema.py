@@ -53,6 +53,8 @@ class Config(Settings, writable(RunSpec)):  # type: ignore[misc]
     """The whole configuration: the fields of a run, the scale, and the settings of the command."""
 
     rates: int | str = 3
+    arms: Any = ""
+    """Names of the sweep's arms to train, one or a list; empty: all."""
     scale: Scale = field(default_factory=Scale)
     cluster: writable(Cluster) = field(default_factory=writable(Cluster))  # type: ignore[valid-type]
     exec: writable(Exec) = field(default_factory=writable(Exec))  # type: ignore[valid-type]

@@ -126,14 +126,14 @@ def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
     return _divide(spec, rows, tested, str(test), rules.split)
 
 
-def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str]:
+def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, int]:
     """Describe rows that are asked for by a file, a folder or a name on the hub.
 
     A test file or split is divided into validation and test rows; without one a tenth of the rows
     each, by prompt. `named`: fields of the data set that the command line sets.
 
-    Returns the data set, and the folder in which it is found ('' on the hub): a run's id excludes
-    paths.
+    Returns the data set, the folder in which it is found ('' on the hub): a run's id excludes
+    paths, and the number of training rows.
 
     Raises:
         DataError: there are no such rows, one cannot be read, or there are too few.
@@ -162,7 +162,8 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str]:
     changes, n_train = _by_units(spec, rows, tested, LEAST_NAMED)
     if not n_train:
         raise DataError(f"{given}: every training row is held out. Add rows to train on.")
-    return dataclasses.replace(spec, n_test_curve=changes["n_test"], **changes), folder
+    spec = dataclasses.replace(spec, n_test_curve=changes["n_test"], **changes)
+    return spec, folder, n_train
 
 
 def _pinned(spec: DatasetSpec, folder: str) -> DatasetSpec:

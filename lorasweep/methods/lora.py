@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
-from lorasweep.errors import SpecError
+from lorasweep.errors import RankTooLarge, SpecError
 from lorasweep.spec.canonical import later, not_allowed
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import Matrix, ModelSpec
@@ -108,7 +108,7 @@ class LoRA(Method):
         dense = [m for m in matrices if m.n_experts == 1]
         smallest = min((min(m.d_in, m.d_out) for m in dense), default=self.rank)
         if not 1 <= self.rank <= smallest:
-            raise SpecError(
+            raise RankTooLarge(
                 f"method.rank={self.rank}. Allowed on model {model.name!r} with layers "
                 f"{self.layers}: from 1 to {smallest}, the smallest side of an adapted matrix."
             )

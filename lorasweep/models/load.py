@@ -206,6 +206,26 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
         ) from error
 
 
+def save_trained(
+    spec: ModelSpec, models_dirs: Sequence[str], weights: "dict[str, torch.Tensor]", folder: Path
+) -> None:
+    """Write a fully fine-tuned model and its tokenizer as a folder of transformers.
+
+    `weights`: the trained tensors by the names of the model's parameters.
+
+    Raises:
+        ModelError: the base is missing, or does not have these parameters.
+    """
+    model, tokenizer, _ = _read(spec, models_dirs)
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unknown:
+        raise ModelError(f"model {spec.name!r} has no parameters {', '.join(unknown)}.")
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    model.to(types.get(spec.weights_dtype, torch.float32)).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
 def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
     """Load only the tokenizer; None if the model has none, ModelError if the model is missing."""
     from transformers import AutoTokenizer

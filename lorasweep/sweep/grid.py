@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.errors import SpecError
+from lorasweep.errors import RankTooLarge, SpecError
 from lorasweep.methods.registry import method_class
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
@@ -103,6 +103,9 @@ def expand(
                 spec = with_axes(start, named(start, values))
                 validate(spec)
             except SpecError as error:
+                begun = any(p.arm == arm for p in points.values())
+                if sweep.search and begun and isinstance(error, RankTooLarge):
+                    continue  # a search compares the ranks that the model can have
                 shown = ", ".join(f"{k}={v}" for k, v in values.items())
                 problems.append(f"arm {arm!r}, point {shown}: {error}")
                 if len(problems) >= MAX_PROBLEMS:

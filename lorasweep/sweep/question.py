@@ -90,6 +90,10 @@ class Replicates:
     """Arms that get fresh seeds; empty: all."""
 
 
+MIN_SHORT = 8
+"""Fewest updates of a short run."""
+
+
 @dataclass
 class Search:
     """How a sweep searches learning rates instead of trying a grid."""
@@ -104,8 +108,21 @@ class Search:
     """Largest factor between the best learning rate of full runs and its neighbours."""
     n_lrs: int = 3
     """Learning rates around the best that are trained in full first, and that get fresh seeds."""
+    n_full: int = 5
+    """Learning rates with finite losses that an arm tries in full; the analysis needs as many."""
+    most_lrs: int = 9
+    """Learning rates of an arm in full beyond which the analysis gets no more."""
     seeds: int = 6
     """Maximum number of fresh seeds."""
+    epochs: float = 3
+    """Passes over the user's own training rows in a full run, if `steps` is not given."""
+    min_steps: int = 40
+    max_steps: int = 500
+    """Limits of the updates that follow from `epochs`."""
+
+    def short_steps(self, steps: int) -> int:
+        """Return the updates of a short run; after fewer than MIN_SHORT, losses say little."""
+        return min(steps, max(MIN_SHORT, steps // self.prefix))
 
 
 @dataclass

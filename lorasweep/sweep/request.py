@@ -45,6 +45,9 @@ class Settings:
     """action=advise: the customer whose sweep is written."""
     data: str = ""
     """action=measure: a file of rows, in place of a data set."""
+    budget: str = ""
+    """What a search of learning rates may use, such as 2h, 90min, 40runs or 500gpuh; empty: until
+    it is decided."""
     instead_of_full: str = ""
     """action=fleet: "lora" trains LoRA where the adviser says full fine-tuning."""
 

@@ -1,23 +1,114 @@
-"""Search the learning rate of an arm: from the runs that have finished to the next ones.
+"""Search learning rates: from the runs that have finished to the next ones.
 
-Short runs over a wide range find the neighbourhood; runs of full length judge. All functions depend
-on results alone, so every process that asks gets the same runs.
+Short runs over a wide range find the neighbourhood, runs of full length judge, and fresh seeds give
+intervals. All functions depend on results alone, so every process that asks gets the same runs.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from lorasweep.errors import SpecError
-from lorasweep.sweep.grid import Point, around
+from lorasweep.sweep.grid import Point, around, curve_key
 from lorasweep.sweep.question import Search
 from lorasweep.sweep.replicates import lrs_around_optimum
 
 LOWEST, HIGHEST = 1e-8, 10.0
 """Learning rates beyond which a search gives up."""
+FINEST = 1.15
+"""Neighbouring learning rates are not closer than this factor."""
 
 Losses = dict[float, float]
 """Learning rate -> loss (lower is better); infinity if the run diverged."""
+
+
+class Look(NamedTuple):
+    """What the analysis says of finished runs."""
+
+    decided: bool
+    """Whether they answer the question."""
+    lrs: Mapping[str, Sequence[float]]
+    """Id of a run -> learning rates that its arm still needs, as its optimum is at an edge, or has
+    too few learning rates around it."""
+
+
+def search(
+    starts: Sequence[Point],
+    how: Search,
+    loss: Callable[[str], float | None],
+    may_begin: Callable[[Sequence[Point], Sequence[Point]], bool],
+    look: Callable[[Sequence[Point]], Look],
+) -> list[Point]:
+    """Return the runs of a search so far, in the order in which they are trained.
+
+    Args:
+        starts: a run of full length for each arm and rank, at the learning rate to start from.
+        loss: run id -> loss, infinity if the run diverged, None if it has not finished.
+        may_begin: whether the budget allows runs (second argument) after others (first argument).
+        look: judges finished runs, once the range of all arms is known.
+    """
+    points: list[Point] = []
+    while True:
+        new = [p for start in starts for p in _next_of(start, points, how, loss)]
+        if not new:
+            seeds = len({p.spec.seed for p in points})
+            if seeds == 1 or seeds >= MIN_SEEDS:
+                found = look(points)
+                new = _more_lrs(starts, points, how, found.lrs)
+                if not new and found.decided and seeds >= MIN_SEEDS:
+                    return points
+        new = new or _fresh_seed(starts, points, how, loss)
+        if not new or not may_begin(points, new):
+            return points
+        points += new
+        if any(loss(p.id) is None for p in new):
+            return points
+
+
+MIN_SEEDS = 3
+"""Seeds without which no claim is judged."""
+
+
+def check_search(points: Sequence[Point]) -> None:
+    """Raise SpecError unless the runs to start from are of one model and data set and comparable.
+
+    A short run is the beginning of the long one only at a constant learning rate.
+    """
+    specs = [p.spec for p in points]
+    places = sorted({f"model={s.model.name} dataset={s.dataset.name}" for s in specs})
+    if len(places) > 1:
+        raise SpecError(
+            f"a search is about one model and one data set, not {len(places)}: "
+            f"{', '.join(places)}. Give one of each."
+        )
+    for s in specs:
+        if s.schedule != "constant" or s.warmup_steps:
+            raise SpecError(
+                f"schedule={s.schedule}, warmup_steps={s.warmup_steps}: a search starts with short "
+                "runs, which are the beginnings of longer ones at a constant learning rate only. "
+                "Leave both out."
+            )
+
+
+def is_short(point: Point, points: Iterable[Point]) -> bool:
+    """Return whether a run is shorter than others of its search, so that it is not judged."""
+    return point.spec.steps < max(p.spec.steps for p in points)
+
+
+def full_runs(points: Iterable[Point]) -> float:
+    """Return the updates of some runs, in runs of full length.
+
+    A short run is the beginning of the longer one with its learning rate, so it counts once.
+    """
+    longest: dict[str, int] = {}
+    for p in points:
+        key = dataclasses.replace(p.spec, steps=1).id
+        longest[key] = max(longest.get(key, 0), p.spec.steps)
+    return sum(longest.values()) / max(longest.values(), default=1)
+
+
+# ---------------------------------------------------------------- one arm
 
 
 def next_lrs(centre: float, short: Losses, full: Losses, how: Search) -> tuple[list[float], bool]:
@@ -30,37 +121,36 @@ def next_lrs(centre: float, short: Losses, full: Losses, how: Search) -> tuple[l
     """
     if not short:
         return around(centre, how.n_short, how.wide), False
-    beyond = _beyond(short, how.wide)
+    beyond = _beyond(full or short, how.wide)
     if beyond and not full:
         return [beyond], False
     if not full:
         return lrs_around_optimum(short, how.n_lrs), True
-    beyond = _beyond(full, how.wide)
     if beyond:
         # a short run of nearly this learning rate is the beginning of the full one
         near = [lr for lr in short if abs(math.log(lr / beyond)) < math.log(how.fine) / 2]
         return near or [beyond], True
-    return _between(full, how.fine), True
+    return _between(full, how), True
 
 
-def _between(losses: Losses, fine: float) -> list[float]:
-    """Return a learning rate between the best and the neighbour towards which the losses fall.
+def _between(losses: Losses, how: Search) -> list[float]:
+    """Return a learning rate between the best and a neighbour; empty if no more is needed.
 
-    That is the side of the vertex of the parabola in ln(lr) through the three losses; a neighbour
-    that diverged counts as infinitely bad. Empty if this neighbour is within a factor `fine`.
+    The gap towards which losses fall comes first: that is the side of the vertex of the parabola in
+    ln(lr) through the three losses. A gap is wide enough if it is larger than `fine`, or if fewer
+    than `n_full` losses are finite.
     """
     lrs = sorted(losses)
     at = lrs.index(min(lrs, key=losses.__getitem__))
-    if at == len(lrs) - 1:
-        side = at - 1
-    else:
-        slopes = [
-            abs(losses[lrs[k]] - losses[lrs[at]]) / abs(math.log(lrs[k] / lrs[at]))
-            for k in (at - 1, at + 1)
-        ]
-        side = at - 1 if slopes[0] < slopes[1] else at + 1
-    low, high = sorted((lrs[at], lrs[side]))
-    return [float(f"{math.sqrt(low * high):.2e}")] if high / low > fine * 1.1 else []
+    sides = [k for k in (at - 1, at + 1) if 0 <= k < len(lrs)]
+    sides.sort(key=lambda k: abs((losses[lrs[k]] - losses[lrs[at]]) / math.log(lrs[k] / lrs[at])))
+    few = sum(map(math.isfinite, losses.values())) < how.n_full
+    for widest in (how.fine * 1.1, FINEST**2 if few else math.inf):
+        for k in sides:
+            low, high = sorted((lrs[at], lrs[k]))
+            if high / low > widest:
+                return [float(f"{math.sqrt(low * high):.2e}")]
+    return []
 
 
 def _beyond(losses: Losses, factor: float) -> float | None:
@@ -79,36 +169,72 @@ def _beyond(losses: Losses, factor: float) -> float | None:
     return float(f"{found:.2e}") if found <= HIGHEST else None
 
 
-def searched(start: Point, how: Search, loss: Callable[[str], float | None]) -> list[Point]:
-    """Return the runs of a search from `start` so far, the unfinished ones last.
-
-    `loss`: run id -> loss, infinity if the run diverged, None if it has not finished.
-    """
-    short: Losses = {}
-    full: Losses = {}
-    points: list[Point] = []
-    steps = max(1, start.spec.steps // how.prefix)
-    while True:
-        lrs, in_full = next_lrs(start.spec.lr, short, full, how)
-        length = start.spec.steps if in_full else steps
-        new = [_at(start, lr, length, start.spec.seed) for lr in lrs]
-        points += new
-        found = {p.spec.lr: loss(p.id) for p in new}
-        known = {lr: value for lr, value in found.items() if value is not None}
-        if len(known) < len(found) or not found:
-            return points
-        (full if in_full else short).update(known)
-
-
-def fresh_seeds(
+def _next_of(
     start: Point, points: Sequence[Point], how: Search, loss: Callable[[str], float | None]
-) -> Iterator[list[Point]]:
-    """Yield for each fresh seed the full runs around the best learning rate of a search."""
-    full = [p for p in points if p.spec.steps == start.spec.steps]
-    losses = {p.spec.lr: math.inf if (v := loss(p.id)) is None else v for p in full}
-    for seed in range(start.spec.seed + 1, start.spec.seed + 1 + how.seeds):
-        lrs = lrs_around_optimum(losses, how.n_lrs)
-        yield [_at(start, lr, start.spec.steps, seed) for lr in lrs]
+) -> list[Point]:
+    """Return the next runs of an arm with its first seed; empty if its range is known."""
+    mine = [p for p in points if _is_of(p, start) and p.spec.seed == start.spec.seed]
+    full = {p.spec.lr: _loss(p, loss) for p in mine if p.spec.steps == start.spec.steps}
+    short = {p.spec.lr: _loss(p, loss) for p in mine if p.spec.steps < start.spec.steps}
+    try:
+        lrs, in_full = next_lrs(start.spec.lr, short, full, how)
+    except SpecError as error:
+        rank = getattr(start.spec.method, "rank", None)
+        name = f"arm {start.arm!r}" + (f", rank {rank}" if rank else "")
+        raise SpecError(f"{name}: {error}") from None
+    steps = start.spec.steps if in_full else how.short_steps(start.spec.steps)
+    return [_at(start, lr, steps, start.spec.seed) for lr in lrs]
+
+
+def _more_lrs(
+    starts: Sequence[Point],
+    points: Sequence[Point],
+    how: Search,
+    wanted: Mapping[str, Sequence[float]],
+) -> list[Point]:
+    """Return full runs at more learning rates of some arms, with all seeds so far."""
+    found = []
+    for start in starts:
+        mine = [p for p in points if _is_of(p, start) and p.spec.steps == start.spec.steps]
+        tried = {p.spec.lr for p in mine}
+        seeds = sorted({p.spec.seed for p in mine})
+        new = {lr for p in mine for lr in wanted.get(p.id, ()) if LOWEST < lr < HIGHEST}
+        far = [lr for lr in new if all(abs(math.log(lr / t)) > math.log(FINEST) for t in tried)]
+        for lr in sorted(far)[: max(0, how.most_lrs - len(tried))]:
+            found += [_at(start, lr, start.spec.steps, seed) for seed in seeds]
+    return found
+
+
+def _fresh_seed(
+    starts: Sequence[Point],
+    points: Sequence[Point],
+    how: Search,
+    loss: Callable[[str], float | None],
+) -> list[Point]:
+    """Return full runs with the next seed around the best learning rate of each arm."""
+    seed, first = max(p.spec.seed for p in points) + 1, starts[0].spec.seed
+    found: list[Point] = []
+    for start in starts if seed <= first + how.seeds else ():
+        mine = [p for p in points if _is_of(p, start) and p.spec.steps == start.spec.steps]
+        by_lr: dict[float, list[float]] = {}
+        for p in mine:
+            by_lr.setdefault(p.spec.lr, []).append(_loss(p, loss))
+        means = {lr: sum(losses) / len(losses) for lr, losses in by_lr.items()}
+        lrs = lrs_around_optimum(means, how.n_lrs)
+        found += [_at(start, lr, start.spec.steps, seed) for lr in lrs]
+    return found
+
+
+def _is_of(point: Point, start: Point) -> bool:
+    """Return whether a run is one of an arm and rank, at any length."""
+    same = dataclasses.replace(point.spec, steps=start.spec.steps)
+    return point.arm == start.arm and curve_key(Point(point.arm, same)) == curve_key(start)
+
+
+def _loss(point: Point, loss: Callable[[str], float | None]) -> float:
+    found = loss(point.id)
+    assert found is not None, "a search goes on when all its runs have finished"
+    return found
 
 
 def _at(start: Point, lr: float, steps: int, seed: int) -> Point:

@@ -202,7 +202,7 @@ def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
 def test_of_rows_with_a_name_a_tenth_is_validation_a_tenth_test_and_twenty_at_least(
     tmp_path, rows, held_out
 ):
-    spec, folder = named_rows(str(write_rows(tmp_path / "a.jsonl", rows, "Yes {k}")), {})
+    spec, folder, _ = named_rows(str(write_rows(tmp_path / "a.jsonl", rows, "Yes {k}")), {})
     assert (spec.location, folder, spec.held_out_by) == (".", str(tmp_path), "prompt")
     assert (spec.n_validation, spec.n_test, spec.holdout) == (held_out, held_out, 2 * held_out)
     assert spec.problem is None and spec.revision.startswith("sha256:a=")
@@ -214,7 +214,7 @@ def test_of_rows_with_a_name_a_tenth_is_validation_a_tenth_test_and_twenty_at_le
 def test_rows_with_a_name_share_no_prompt_and_a_test_file_of_a_folder_is_divided(tmp_path):
     rows = [pair(f"How many? {k // 3}", f"Yes {k}") for k in range(120)]
     write_json(tmp_path / "train.jsonl", rows)
-    spec, folder = named_rows(str(tmp_path / "train.jsonl"), {})
+    spec, folder, _ = named_rows(str(tmp_path / "train.jsonl"), {})
     data = load.load(dataclasses.replace(spec, max_length=64), [folder], llama_like())
     parts = [
         {llama_like().decode(e.tokens[~e.loss]) for e in part}
@@ -222,7 +222,7 @@ def test_rows_with_a_name_share_no_prompt_and_a_test_file_of_a_folder_is_divided
     ]
     assert sum(map(len, parts)) == len(set().union(*parts)) == 40 and len(data.test) >= 20
     write_rows(tmp_path / "test.jsonl", 30, "No {k}", start=1000)
-    tested, _ = named_rows(str(tmp_path), {})
+    tested, _, _ = named_rows(str(tmp_path), {})
     assert (tested.n_validation, tested.n_test, tested.holdout) == (15, 15, 0)
     assert tested.revision.count("=") == 2 and tested.test_split == "test"
 

@@ -1,0 +1,203 @@
+"""Question: which method, rank and learning rate for one model and one file of rows.
+
+With validation rows, learning rates are fitted to validation losses, and every loss that is
+reported or judged is on test rows. Without them, test rows do both.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.measures import at_best
+from analysis.measures.regret import Gap, gain_from, starts_of
+from analysis.optimum.optimum import Optimum
+from analysis.questions import base
+from analysis.runs.learning_curves import learning_curves, on_curve_rows
+from analysis.runs.lr_curves import runs_of
+
+KNOWN_PERCENT = 1.0
+"""A learning rate is known if the regret of choosing it is below this share of the gain."""
+FULL = 0
+"""Key of full fine-tuning in `by_rank`."""
+
+
+@dataclass(frozen=True)
+class Arms(base.Condition):
+    """Full fine-tuning and ranks of LoRA; one of the two methods may be missing."""
+
+    chosen_on: str
+    """Rows that choose the learning rates: validation or test."""
+
+    @property
+    def missing(self) -> str:
+        return "fullft" if FULL not in self.by_rank else "" if self.lora else "lora"
+
+    @property
+    def shown(self) -> bool:
+        return bool(self.optima)
+
+    @cached_property
+    def losses(self) -> dict[int, at_best.AtBest[float]]:
+        """Rank -> test losses at the optimal learning rate, in nats, by seed."""
+
+        def read(run: pd.Series) -> dict[str, float]:
+            return {"test": float(run["test_nll"])}
+
+        ranks, optima = zip(*self.by_rank.items())
+        found = at_best.parts_at_best(self.runs, optima, read)
+        return {r: losses.map(lambda v: v["test"]) for r, losses in zip(ranks, found)}
+
+    @cached_property
+    def gains(self) -> dict[int, at_best.AtBest[float]]:
+        """Rank -> how much training lowers the test loss, in nats, by seed."""
+        start = starts_of(self.runs)
+        return {r: gain_from(start, losses) for r, losses in self.losses.items()}
+
+    @cached_property
+    def gaps(self) -> dict[int, Gap]:
+        """Rank -> LoRA compared with full fine-tuning on test rows."""
+        nats = {r: self.losses[r].minus(self.losses[FULL]) for r in self.lora}
+        pooled = at_best.pooled_over(nats.values())
+        return {
+            r: Gap(r, o, self.full, nats[r], self.gains[FULL], None, pooled)
+            for r, o in self.lora.items()
+        }
+
+    def loss(self, rank: int) -> float | None:
+        """Return the mean test loss at the optimal learning rate, else at the best one tried."""
+        if self.losses[rank].best:
+            return _known(at_best.mean_of(self.losses[rank]))
+        runs, lr = runs_of(self.runs, self.by_rank[rank].curve), _best_tried(self.by_rank[rank])
+        at_lr = runs[np.isclose(runs["lr"], lr or math.nan) & (runs["status"] == "done")]
+        return _known(float(at_lr["test_nll"].mean()))
+
+    def lr_regret(self, rank: int, level: float) -> float | None:
+        """Return the regret of the chosen learning rate in percent of the gain, at most.
+
+        The upper end of an interval of this level, over draws of the optimum. None: not known.
+        """
+        o, gain = self.by_rank[rank], at_best.mean_of(self.gains[rank])
+        draws, shape = o.best_lr.draws, o.shape
+        if o.best_lr.value is None or draws is None or shape is None or not gain > 0:
+            return None
+        # the loss at the chosen rate if the optimum were elsewhere, by the shape of the fitted one
+        off = shape.m + math.log(o.best_lr.value) - np.log(draws)
+        return float(100 * np.quantile(shape.height(off), level) / gain)
+
+
+def conditions(table: pd.DataFrame) -> list[Arms]:
+    """Fit the learning rates of every model and data set."""
+    validated = [json.loads(spec)["dataset"].get("n_validation", 0) > 0 for spec in table["spec"]]
+    choosing = table
+    if all(validated):
+        curves = learning_curves(table)
+        before = curves[curves["step"] == 0].set_index("run")["test_nll"]
+        start = before.reindex(table.index).fillna(table["nll_start"])
+        choosing = on_curve_rows(table).assign(nll_start=start)
+    rows = "validation" if all(validated) else "test"
+    groups = base.by_group(base.fit(choosing))
+    return [Arms(name, table, optima, rows) for name, optima in groups.items()]
+
+
+def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
+    """Return for each arm the learning rate and its range, the loss, and the cost of a run.
+
+    `gap_percent`: LoRA's gap in percent of full fine-tuning's gain. `best_rank`: the smallest rank
+    within KNOWN_PERCENT of the gain of the best one. `start`: the test loss before training.
+    """
+    (c,) = found
+    arms = []
+    for rank, o in c.by_rank.items():
+        gain = at_best.mean_of(c.gains[rank])
+        runs = runs_of(c.runs, o.curve)
+        done = [json.loads(text) for text in runs.loc[runs["status"] == "done", "result"]]
+        times = [r["wall_s"] for r in done if r.get("wall_s")]
+        band = o.band(KNOWN_PERCENT / 100 * gain) if gain > 0 else None
+        gap = c.gaps[rank].percent() if c.missing == "" and rank else None
+        arms.append(
+            {
+                "method": "lora" if rank else "fullft",
+                "rank": rank or None,
+                "best_lr": o.best_lr,
+                "best_tried": _best_tried(o),
+                "good": band,
+                "loss": c.loss(rank),
+                "gain": _known(gain),
+                "regret_percent": c.lr_regret(rank, asked.level),
+                "gap_percent": gap,
+                "seconds": float(np.median(times)) if times else None,
+                "seeds": len(c.losses[rank].best),
+                "flags": list(o.flags),
+            }
+        )
+    start = float(np.mean(list(starts_of(c.runs).values())))
+    return {
+        "arms": arms,
+        "chosen_on": c.chosen_on,
+        "best_rank": _best_rank(c),
+        "start": _known(start),
+    }
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _best_tried(o: Optimum) -> float | None:
+    """Return the learning rate with the lowest mean loss; None if no run is usable."""
+    x, y = o.curve.x[o.curve.usable], o.curve.y[o.curve.usable]
+    means = {v: float(y[x == v].mean()) for v in x}
+    return float(np.exp(min(means, key=means.__getitem__))) if means else None
+
+
+def _best_rank(c: Arms) -> int | None:
+    known = {r: loss for r in c.lora if (loss := c.loss(r)) is not None}
+    if not known:
+        return None
+    best = min(known, key=known.__getitem__)
+    start = float(np.mean(list(starts_of(c.runs).values())))
+    allowed = known[best] + KNOWN_PERCENT / 100 * max(start - known[best], 0.0)
+    return min(r for r, loss in known.items() if loss <= allowed)
+
+
+def sections(found: Sequence[Arms], asked: base.Asked) -> list[base.Section]:
+    """Return a table of the arms."""
+    (c,) = found
+    rows: list[list[Any]] = []
+    for arm, o in zip(measures(found, asked)["arms"], c.by_rank.values()):
+        gap: Estimate | None = arm["gap_percent"]
+        rows.append(
+            [
+                o.curve.name,
+                with_interval(o.best_lr, rate),
+                "-" if not arm["good"] else " to ".join(map(rate, arm["good"])),
+                number(arm["loss"], 5),
+                number(arm["regret_percent"]),
+                "-" if gap is None else with_interval(gap),
+                number(arm["seconds"]),
+            ]
+        )
+    head = (
+        "arm | best LR [95%] | within 1% of the gain | test NLL | regret of the LR, at most, % | "
+        "gap, % of FullFT's gain [95%] | seconds a run"
+    )
+    notes = [f"Learning rates are chosen on {c.chosen_on} rows, losses are on test rows."]
+    return [base.Section.of("The arms", head, rows, notes)]
+
+
+ESTIMANDS = [
+    base.over_allowed(
+        "over_allowed_top_rank",
+        lambda c: c.gaps[c.top],
+        seeds=lambda c: base.fewest_seeds(c.pair()),
+        read=lambda c: f"rank {c.top}",
+    ),
+]
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections)

@@ -1,0 +1,360 @@
+"""The answer of a search of learning rates: six lines, and the best run's adapter or weights."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorasweep.cli import answer
+from lorasweep.cli.finished_runs import write_adapter
+from lorasweep.cli.points import judged
+from lorasweep.cli.progress import duration
+from lorasweep.customers.pages import plain_text, render
+from lorasweep.errors import SpecError
+from lorasweep.launch.pack import END
+from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.methods.lora import LoRA
+from lorasweep.plan import detect
+from lorasweep.plan.budget import Budget, parse_budget
+from lorasweep.plan.memory import pack_bytes
+from lorasweep.plan.packing import micro_batch
+from lorasweep.plan.plan import make_plan
+from lorasweep.spec.metric import metric_of
+from lorasweep.spec.run import RunSpec
+from lorasweep.store import checkpoint
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.request import Request
+from lorasweep.sweep.search import MIN_SEEDS, is_short
+
+FULL, LORA = "fullft", "lora"
+ALLOWED = 0.05
+"""Share of full fine-tuning's gain that LoRA may give up. The claim of sweeps/tune.yaml has it."""
+
+
+# ---------------------------------------------------------------- before and during training
+
+
+def without_unfit(request: Request) -> tuple[Request, str]:
+    """Leave out the arms that do not fit into the memory, and say which; at least one is kept."""
+    hardware = hardware_of(request) if request.hardware else detect.this_machine()
+    if hardware.worker_gib is None or request.cluster.kind == "slurm":
+        return request, ""
+    need = {p.id: _memory_gib(p.spec, request) for p in request.points}
+    kept = [p for p in request.points if need[p.id] <= hardware.worker_gib]
+    if not kept or len(kept) == len(request.points):
+        return request, ""
+    gone = {f"{p.arm} ({need[p.id]:.0f} GiB)": None for p in request.points if p not in kept}
+    request.points = kept
+    return request, f"left out, as the memory has {hardware.worker_gib:.0f} GiB: {', '.join(gone)}"
+
+
+def outlook(request: Request, store: RunStore) -> list[str]:
+    """Say what the search takes, and what its budget buys.
+
+    Raises:
+        SpecError: the budget is below one run.
+    """
+    how, budget = request.sweep.search, parse_budget(request.budget)
+    n, steps = len(request.points), request.points[0].spec.steps
+    begun = min(how.n_lrs, how.n_short)  # full runs that go on from a short one
+    first = n * (how.n_short / how.prefix + how.n_full - begun / how.prefix)
+    each = n * how.n_lrs
+    found = [
+        f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
+        f"runs of {steps} updates judge. In all about {first:.0f} runs of full length for the "
+        f"learning rates, and {each} with each of up to {how.seeds} fresh seeds"
+    ]
+    run_s = _run_s(request, store)
+    if run_s is not None:
+        times = [duration(count * run_s) for count in (first, each)]
+        found[0] += f" (here about {times[0]} and {times[1]})"
+    if budget is None:
+        return found
+    size = {"runs": 1.0, "gpuh": None}.get(budget.unit, run_s)
+    if size is not None and budget.amount < size:
+        raise SpecError(
+            f"budget={budget.text} is below one run of {steps} updates, which takes about "
+            f"{_amount(budget, size)}. Give a larger budget, or fewer updates: steps=N."
+        )
+    if size is not None:
+        runs = budget.amount / size
+        seeds = min(how.seeds, int((runs - first) / each))
+        buys = f"the learning rates and {seeds} fresh seed(s)"
+        if seeds < 0:
+            buys = "less than the search for the learning rates"
+        more = "" if seeds >= MIN_SEEDS - 1 else f"; an answer needs {MIN_SEEDS - 1} fresh seeds"
+        found.append(f"budget={budget.text} buys about {runs:.0f} runs: {buys}{more}")
+    return found
+
+
+def _amount(budget: Budget, amount: float) -> str:
+    """Write an amount of a budget in words."""
+    if budget.unit == "runs":
+        return f"{amount:.3g} runs"
+    return duration(amount) + (" of GPUs" if budget.unit == "gpuh" else "")
+
+
+def _run_s(request: Request, store: RunStore) -> float | None:
+    """Return the expected seconds here of one full run while all workers are busy."""
+    if request.cluster.kind == "slurm":
+        return None
+    plan = make_plan(request.points, store, request.exec, detect.this_machine())
+    updates = sum(p.spec.steps for p in plan.todo) / request.points[0].spec.steps
+    return 3600 * plan.hours / updates if updates else None
+
+
+def stage(request: Request, store: RunStore, points: Sequence[Point]) -> str:
+    """Describe the unfinished runs of a search, and the budget that is left."""
+    todo = [p for p in points if not store.result(p.id)]
+    known = [p for p in points if store.result(p.id)]
+    if not todo:
+        return ""
+    lrs = f"{min(p.spec.lr for p in todo):g} to {max(p.spec.lr for p in todo):g}"
+    if is_short(todo[0], request.points):
+        what = "short runs to find the range"
+    elif todo[0].spec.seed != request.points[0].spec.seed:
+        what = f"seed {todo[0].spec.seed}"
+    else:
+        what = "full runs"
+    line = f"search: {what}, {len(todo)} runs at learning rates from {lrs}"
+    if budget := parse_budget(request.budget):
+        used = budget.used(known, store)
+        left = _amount(budget, max(0.0, budget.amount - used))
+        line += f"; used {_amount(budget, used)} of {_amount(budget, budget.amount)}, left {left}"
+        if expected := budget.expected(todo, known, store):
+            line += f", these take about {_amount(budget, expected)}"
+    return line
+
+
+def prune(request: Request, store: RunStore, points: Sequence[Point]) -> None:
+    """Delete states and weights that no later run and no export needs.
+
+    Kept: the weights of the best run of each arm and rank, and the final states of short runs until
+    full runs have begun from them.
+    """
+    fresh = any(p.spec.seed != request.points[0].spec.seed for p in points)
+    full = {p.id for p in judged(request, points) if store.result(p.id)}
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for p in points:
+        if is_short(p, request.points):
+            steps = request.points[0].spec.steps
+            if fresh or dataclasses.replace(p.spec, steps=steps).id in full:
+                shutil.rmtree(store.folder(p.id) / END, ignore_errors=True)
+        elif p.id in full:
+            curves.setdefault(curve_key(p), []).append(p)
+    for mine in curves.values():
+        best = min(mine, key=lambda p: _chosen_by(p, store))
+        for p in mine:
+            if p.id != best.id:
+                (store.folder(p.id) / checkpoint.WEIGHTS).unlink(missing_ok=True)
+
+
+def _chosen_by(point: Point, store: RunStore) -> float:
+    """Return a run's final loss on the rows that choose; infinity if it diverged."""
+    result = store.result(point.id) or {}
+    metric = metric_of(result)
+    value = result.get(metric.on_part, metric.value(result))
+    done = result.get("state") == "done" and value is not None
+    return metric.loss(value) if done else float("inf")
+
+
+# ---------------------------------------------------------------- the answer
+
+
+def finish(request: Request, store: RunStore, points: Sequence[Point], results: str) -> str:
+    """Return the answer in lines, or as JSON, and write the best run into request.out.
+
+    `results`: the results of the analysis as JSON.
+    """
+    found = json.loads(results)
+    prune(request, store, points)
+    conclusion = _conclusion(request, found)
+    budget = parse_budget(request.budget)
+    if budget:
+        used = budget.used(judged(request, points), store)
+        conclusion["budget"] = {"given": budget.text, "used": _amount(budget, used)}
+    conclusion["written"] = _export(request, store, points, found, conclusion)
+    if request.format == "json":
+        return json.dumps({**found, "answer": conclusion})
+    return "\n".join(_lines(request, found, conclusion))
+
+
+def _conclusion(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the setting to use and why, and what the runs have not decided."""
+    arms = {arm["rank"]: arm for arm in results["arms"]}
+    rank, spec = results["best_rank"], request.points[0].spec
+    outcome = next((v["outcome"] for v in results["verdicts"]), "")
+    if rank is None and None not in arms:
+        raise SpecError("no run of full length has trained, so there is no answer.")
+    lost = _lost(results, arms, rank)
+    if rank is None:
+        chosen, why = arms[None], "no run of LoRA trains"
+    elif None in arms and (outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > ALLOWED)):
+        chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
+    else:
+        chosen, why = arms[rank], "the smallest rank within 1% of the gain of the best one"
+    return {
+        "method": chosen["method"],
+        "rank": chosen["rank"],
+        "lr": chosen["best_lr"]["value"] or chosen["best_tried"],
+        "steps": spec.steps,
+        "batch_size": spec.batch_size,
+        "why": why,
+        "open": answer.open_questions(dict(results)),
+    }
+
+
+def _lost(results: Mapping[str, Any], arms: Mapping[Any, Any], rank: int | None) -> float:
+    """Return the share of full fine-tuning's gain that LoRA gives up, as measured; 0 if unknown."""
+    losses = [arms[r]["loss"] for r in (None, rank) if r in arms]
+    if len(losses) < 2 or None in (*losses, results["start"]):
+        return 0.0
+    full, lora = losses
+    return (lora - full) / (results["start"] - full) if results["start"] > full else 0.0
+
+
+def _lines(
+    request: Request, results: Mapping[str, Any], conclusion: Mapping[str, Any]
+) -> list[str]:
+    """Return the answer: a line per arm, the gap, the setting, and what is open."""
+    specs = {getattr(p.spec.method, "rank", None): p.spec for p in request.points}
+    lines = []
+    for arm in results["arms"]:
+        e, good = arm["best_lr"], arm["good"]
+        name = answer.arm_name(arm)
+        if e["value"] is None and arm["best_tried"] is None:
+            lr = "no learning rate trains"
+        elif e["value"] is None:
+            lr = f"best learning rate tried {arm['best_tried']:.1e} ({', '.join(arm['flags'])})"
+        else:
+            between = f" [{e['low']:.1e}, {e['high']:.1e}]" if e["low"] and e["high"] else ""
+            lr = f"best learning rate {e['value']:.1e}{between}"
+        if good:
+            lr += f", good from {good[0]:.1e} to {good[1]:.1e}"
+        loss = "" if arm["loss"] is None else f"; test loss {arm['loss']:.4f}"
+        cost = f"{arm['seconds'] or 0:.0f} s, {_memory_gib(specs[arm['rank']], request):.1f} GiB"
+        lines.append(f"{name}: {lr}{loss}; a run takes {cost}")
+    lines += [_gap_line(results)]
+    rank = f" rank {conclusion['rank']}" if conclusion["rank"] else ""
+    name = "LoRA" if rank else "full fine-tuning"
+    lines.append(
+        f"use: {name}{rank}, learning rate {conclusion['lr']:.1e}, {conclusion['steps']} updates "
+        f"of {conclusion['batch_size']} rows ({conclusion['why']})"
+        + (f"; written to {request.out}" if conclusion["written"] else "")
+    )
+    spent = ""
+    if budget := conclusion.get("budget"):
+        spent = f"; used {budget['used']} of {budget['given']}"
+    lines.append(f"open: {'; '.join(conclusion['open']) or 'nothing'}{spent}")
+    return lines
+
+
+def _gap_line(results: Mapping[str, Any]) -> str:
+    """Say what LoRA at the highest rank gives up."""
+    with_gap = [arm for arm in results["arms"] if arm["gap_percent"]]
+    if not with_gap:
+        return "LoRA against full fine-tuning: not compared"
+    arm = max(with_gap, key=lambda a: a["rank"])
+    gap, verdict = arm["gap_percent"], results["verdicts"][0]
+    if gap["value"] is None:
+        return f"LoRA at rank {arm['rank']} gives up: no interval ({verdict['why']})"
+    between = "" if gap["low"] is None else f" [{gap['low']:.1f}%, {gap['high']:.1f}%]"
+    said = {"SUPPORTED": "less than 5%", "REFUTED": "more than 5%"}
+    return (
+        f"LoRA at rank {arm['rank']} gives up {gap['value']:.1f}%{between} of full fine-tuning's "
+        f"gain on the {results['held_out'] or 'test'} rows: {said.get(verdict['outcome'], '')}"
+        f"{'not decided whether less than 5%' if verdict['outcome'] not in said else ''}"
+    )
+
+
+def _memory_gib(spec: RunSpec, request: Request) -> float:
+    """Return the planned peak memory of one run on this machine."""
+    hardware = detect.this_machine()
+    rows = request.exec.micro_batch_size or micro_batch(spec, 1, hardware)
+    return pack_bytes(1, spec, hardware, rows) / 2**30
+
+
+# ---------------------------------------------------------------- the folder of the best run
+
+
+def _export(
+    request: Request,
+    store: RunStore,
+    points: Sequence[Point],
+    results: Mapping[str, Any],
+    conclusion: Mapping[str, Any],
+) -> dict[str, str]:
+    """Write the weights of the best run, and where full fine-tuning wins, the best adapter too.
+
+    Returns what was written: method -> folder.
+    """
+    if not request.out:
+        return {}
+    from lorasweep.models import load as models
+
+    out = Path(request.out).expanduser()
+    wins, written = conclusion["method"], {}
+    folders = {wins: out, **({LORA: out / "adapter"} if wins == FULL else {})}
+    for method, folder in folders.items():
+        rank = conclusion["rank"] if method == wins else results["best_rank"]
+        mine = [
+            p
+            for p in judged(request, points)
+            if p.spec.method.name == method and getattr(p.spec.method, "rank", None) == rank
+        ]
+        if not mine:
+            continue
+        best = min(mine, key=lambda p: _chosen_by(p, store))
+        weights = checkpoint.load_weights(store.folder(best.id))
+        if weights is None:
+            raise SpecError(
+                f"the weights of the best run, {best.id}, were not kept: it was trained by another "
+                f"command, or the disk was nearly full. Train it again: python -m lorasweep "
+                f"action=adapter run={best.id} out={request.out}"
+            )
+        final = store.result(best.id) or {}
+        if isinstance(best.spec.method, LoRA):
+            base = None
+            if best.spec.model.source in ("local", "gguf"):
+                base = str(models.find_pinned(best.spec.model, request.exec.models_dir))
+            write_adapter(folder, best.spec, weights, final.get("base_commit"), base)
+        else:
+            models.save_trained(best.spec.model, request.exec.models_dir, weights, folder)
+        (folder / "README.md").write_text(_card(best, store, request, results))
+        written[method] = str(folder)
+    return written
+
+
+def _card(best: Point, store: RunStore, request: Request, results: Mapping[str, Any]) -> str:
+    """Return the card of the written adapter or weights."""
+    import yaml
+
+    spec, final = best.spec, store.result(best.id) or {}
+    arm = next(a for a in results["arms"] if a["rank"] == getattr(spec.method, "rank", None))
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["fine-tuned"]}
+    if isinstance(spec.method, LoRA):
+        head = {"library_name": "peft", "tags": ["lora"]}
+    if spec.model.source == "hub":  # else the hub would link the card to another model
+        head = {"base_model": spec.model.location, **head}
+    settings = ", ".join(f"{k} {v}" for k, v in spec.method.plain().items() if k != "name")
+    facts = {
+        "method": f"{answer.arm_name(arm)} ({settings})",
+        "base": f"{spec.model.name} ({spec.model.location or spec.model.source})",
+        "trained on": f"{final.get('n_train')} rows of {spec.dataset.name}",
+        "training": f"{spec.steps} updates of {spec.batch_size} rows, learning rate {spec.lr:g}, "
+        f"seed {spec.seed} (run {best.id})",
+        "chosen": f"the lowest loss of its arm on {results['chosen_on']} rows",
+        "loss": f"{final.get('nll_start'):.4f} nats per token before, {final.get('test_nll'):.4f} "
+        f"after, on {final.get('n_test')} test rows",
+    }
+    if arm["gap_percent"]:
+        facts["against full fine-tuning"] = _gap_line({**results, "arms": [arm]})
+    return render(
+        "card.md",
+        head=yaml.safe_dump(head, sort_keys=False),
+        name=plain_text(Path(request.out).name),
+        facts=[(name, plain_text(str(text))) for name, text in facts.items()],
+    )

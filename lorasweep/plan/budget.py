@@ -1,0 +1,86 @@
+"""The budget of a search: time, runs or GPU hours, and what finished runs have used of it."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lorasweep.errors import SpecError
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.search import full_runs
+
+UNITS = {"min": 60.0, "h": 3600.0, "gpuh": 3600.0, "runs": 1.0}
+"""Unit -> its size in seconds, or in runs of full length."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of a unit."""
+
+    text: str
+    unit: str
+    amount: float
+    """Seconds, or runs of full length."""
+
+    def used(self, points: Iterable[Point], store: RunStore) -> float:
+        """Return how much of the budget the runs have used, in seconds or runs."""
+        if self.unit == "runs":
+            return full_runs(p for p in points if store.result(p.id))
+        times = {p.id: _times(p.id, store) for p in points}
+        if self.unit == "gpuh":
+            return sum(
+                sum(end - start for start, end in spans) * _processes(rid, store)
+                for rid, spans in times.items()
+            )
+        total, until = 0.0, 0.0
+        for start, end in sorted(span for spans in times.values() for span in spans):
+            total += max(0.0, end - max(start, until))
+            until = max(until, end)
+        return total
+
+    def expected(self, new: Sequence[Point], known: Sequence[Point], store: RunStore) -> float:
+        """Return how much of the budget `new` runs will use, as measured on the `known` runs.
+
+        0 if no run has finished.
+        """
+        done = full_runs(known)
+        more = full_runs([*known, *new]) - done
+        return self.used(known, store) / done * more if done else 0.0
+
+    def allows(self, new: Sequence[Point], known: Sequence[Point], store: RunStore) -> bool:
+        """Return whether runs may begin after others; runs that have begun always go on."""
+        if any(store.last_attempt(p.id) or store.result(p.id) for p in new):
+            return True
+        return self.used(known, store) + self.expected(new, known, store) <= self.amount
+
+
+def parse_budget(text: str) -> Budget | None:
+    """Read budget=2h, 90min, 40runs or 500gpuh; None if empty; SpecError if it is none of them."""
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(h|min|runs|gpuh)", text.strip())
+    if found is None or not float(found[1]):
+        raise SpecError(
+            f"budget={text}: expected an amount and its unit, for example budget=2h, "
+            "budget=90min (time here, or of the chain of jobs), budget=40runs (of full length) or "
+            "budget=500gpuh."
+        )
+    return Budget(text, found[2], float(found[1]) * UNITS[found[2]])
+
+
+def _times(rid: str, store: RunStore) -> list[tuple[float, float]]:
+    """Return start and end of each attempt at a run, in seconds since 1970."""
+    spans = []
+    for n in range(1, (store.last_attempt(rid) or 0) + 1):
+        changed = {f.name: f.stat().st_mtime for f in store.attempt(rid, n).iterdir()}
+        spans.append([changed.get("owner.json", max(changed.values())), max(changed.values())])
+    result = store.folder(rid) / "result.json"
+    if spans and result.exists():
+        spans[-1][1] = result.stat().st_mtime
+    return [(start, max(start, end)) for start, end in spans]
+
+
+def _processes(rid: str, store: RunStore) -> float:
+    """Return the share of processes (GPUs) that a run had: a pack's runs share one."""
+    result = store.result(rid) or {}
+    return (result.get("world_size") or 1) / (result.get("pack_size") or 1)
