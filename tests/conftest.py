@@ -82,7 +82,8 @@ class FakeTrainer:
             nll, more = self.nll(spec), {"steps_done": 1, **self.more(spec)}
             records[spec.id] = {"step": 1, "train_nll": nll, "test_nll": nll}
             ended[spec.id] = planted_end(spec, self.start, nll, self.curve(spec), **more)
-        yield Event(1, records, ended, dict)
+        states = {spec.id: {"tensors": {}, "meta": {"step": 1}} for spec in pack}
+        yield Event(1, records, ended, lambda: states)
 
 
 @pytest.fixture

@@ -143,6 +143,7 @@ def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
         "chosen_on": c.chosen_on,
         "best_rank": _best_rank(c),
         "start": _known(start),
+        "n_test": json.loads(c.runs["result"].iloc[0]).get("n_test"),
     }
 
 

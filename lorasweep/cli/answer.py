@@ -61,7 +61,7 @@ def outlooks(
     Raises:
         SpecError: the analysis of the sweep cannot judge one of the claims.
     """
-    if sweep is None:
+    if sweep is None or sweep.search is not None:  # a search ends when its claim is decided
         return []
     check_claims(sweep)
     from analysis.inference.design import outlook

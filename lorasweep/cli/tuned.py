@@ -75,9 +75,10 @@ def outlook(request: Request, store: RunStore) -> list[str]:
         return found
     size = {"runs": 1.0, "gpuh": None}.get(budget.unit, run_s)
     if size is not None and budget.amount < size:
+        takes = "" if budget.unit == "runs" else f", which takes about {duration(size)}"
         raise SpecError(
-            f"budget={budget.text} is below one run of {steps} updates, which takes about "
-            f"{_amount(budget, size)}. Give a larger budget, or fewer updates: steps=N."
+            f"budget={budget.text} is below one run of {steps} updates{takes}. Give a larger "
+            "budget, or fewer updates: steps=N."
         )
     if size is not None:
         runs = budget.amount / size
@@ -171,7 +172,7 @@ def finish(request: Request, store: RunStore, points: Sequence[Point], results: 
     """
     found = json.loads(results)
     prune(request, store, points)
-    conclusion = _conclusion(request, found)
+    conclusion = conclude(request, found)
     budget = parse_budget(request.budget)
     if budget:
         used = budget.used(judged(request, points), store)
@@ -182,13 +183,15 @@ def finish(request: Request, store: RunStore, points: Sequence[Point], results: 
     return "\n".join(_lines(request, found, conclusion))
 
 
-def _conclusion(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
+def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the setting to use and why, and what the runs have not decided."""
     arms = {arm["rank"]: arm for arm in results["arms"]}
     rank, spec = results["best_rank"], request.points[0].spec
     outcome = next((v["outcome"] for v in results["verdicts"]), "")
     if rank is None and None not in arms:
         raise SpecError("no run of full length has trained, so there is no answer.")
+    ranks = dict.fromkeys(getattr(p.spec.method, "rank", None) for p in request.points)
+    absent = [answer.arm_name({"rank": r}) for r in ranks if r not in arms]
     lost = _lost(results, arms, rank)
     if rank is None:
         chosen, why = arms[None], "no run of LoRA trains"
@@ -203,7 +206,10 @@ def _conclusion(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
         "steps": spec.steps,
         "batch_size": spec.batch_size,
         "why": why,
-        "open": answer.open_questions(dict(results)),
+        "open": [
+            *(f"{name}, of which no run of full length has finished" for name in absent),
+            *answer.open_questions(dict(results)),
+        ],
     }
 
 
@@ -258,16 +264,21 @@ def _gap_line(results: Mapping[str, Any]) -> str:
     if not with_gap:
         return "LoRA against full fine-tuning: not compared"
     arm = max(with_gap, key=lambda a: a["rank"])
+    top = max(a["rank"] for a in results["arms"] if a["rank"])
     gap, verdict = arm["gap_percent"], results["verdicts"][0]
     if gap["value"] is None:
         return f"LoRA at rank {arm['rank']} gives up: no interval ({verdict['why']})"
     between = "" if gap["low"] is None else f" [{gap['low']:.1f}%, {gap['high']:.1f}%]"
-    said = {"SUPPORTED": "less than 5%", "REFUTED": "more than 5%"}
-    return (
+    line = (
         f"LoRA at rank {arm['rank']} gives up {gap['value']:.1f}%{between} of full fine-tuning's "
-        f"gain on the {results['held_out'] or 'test'} rows: {said.get(verdict['outcome'], '')}"
-        f"{'not decided whether less than 5%' if verdict['outcome'] not in said else ''}"
+        f"gain on {results['n_test']} test rows"
     )
+    said = {
+        "SUPPORTED": "less than 5%",
+        "REFUTED": "more than 5%",
+        "UNDECIDED": "not decided at 5%",
+    }
+    return f"{line}: {said[verdict['outcome']]}" if arm["rank"] == top else line
 
 
 def _memory_gib(spec: RunSpec, request: Request) -> float:

@@ -150,6 +150,13 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
     train, held_out = load.sources_of(spec, [folder])
     rows = _texts(spec, train.rows())
     tested = _texts(spec, held_out.rows()) if spec.test_split != spec.train_split else None
+    empty = [k for k, row in enumerate(rows) if not row.whole[-1][1].strip()]
+    if empty:
+        raise DataError(
+            f"{given}: {len(empty)} of {len(rows)} rows have no answer, the first is row "
+            f"{empty[0] + 1}. Remove these rows, or name the column of the answers: "
+            "dataset.completion_field=NAME."
+        )
     n_unique = len({row.whole for row in [*rows, *(tested or ())]})
     if n_unique < FEWEST_NAMED:
         raise DataError(

@@ -134,23 +134,22 @@ def next_lrs(centre: float, short: Losses, full: Losses, how: Search) -> tuple[l
 
 
 def _between(losses: Losses, how: Search) -> list[float]:
-    """Return a learning rate between the best and a neighbour; empty if no more is needed.
+    """Return learning rates between the best and its neighbours; empty if no more is needed.
 
-    The gap towards which losses fall comes first: that is the side of the vertex of the parabola in
-    ln(lr) through the three losses. A gap is wide enough if it is larger than `fine`, or if fewer
-    than `n_full` losses are finite.
+    A gap gets one if it is wider than `fine`, or while fewer than `n_full` losses are finite. The
+    gap towards which losses fall comes first: that is the side of the vertex of the parabola in
+    ln(lr) through the three losses.
     """
     lrs = sorted(losses)
     at = lrs.index(min(lrs, key=losses.__getitem__))
     sides = [k for k in (at - 1, at + 1) if 0 <= k < len(lrs)]
     sides.sort(key=lambda k: abs((losses[lrs[k]] - losses[lrs[at]]) / math.log(lrs[k] / lrs[at])))
-    few = sum(map(math.isfinite, losses.values())) < how.n_full
-    for widest in (how.fine * 1.1, FINEST**2 if few else math.inf):
-        for k in sides:
-            low, high = sorted((lrs[at], lrs[k]))
-            if high / low > widest:
-                return [float(f"{math.sqrt(low * high):.2e}")]
-    return []
+    gaps = [(min(lrs[at], lrs[k]), max(lrs[at], lrs[k])) for k in sides]
+    missing = how.n_full - sum(map(math.isfinite, losses.values()))
+    wide = [gap for gap in gaps if gap[1] / gap[0] > how.fine * 1.1]
+    if not wide and missing > 0:
+        wide = [gap for gap in gaps if gap[1] / gap[0] > FINEST**2][:missing]
+    return [float(f"{math.sqrt(low * high):.2e}") for low, high in wide]
 
 
 def _beyond(losses: Losses, factor: float) -> float | None:

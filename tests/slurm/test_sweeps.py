@@ -107,6 +107,22 @@ def test_scripts_for_places_without_submitit(queue, tmp_path):
     assert all(ends == {1: None} for ends in attempts(tmp_path).values())
 
 
+@pytest.mark.full
+def test_a_search_goes_on_in_follow_up_jobs_to_the_local_answer(slurm, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    tune = ("+sweep=tune", "scale=smoke", "steps=32", "arms=lora", "budget=7runs")
+    sent = cli(*tune, *FAST, "cluster.runs_per_job=3", cwd=there)
+    answer = cli(*tune, cwd=here)
+    slurm.drain()
+    assert "submitted 5 runs" in sent.stdout
+    assert results(there) == results(here) and len(results(here)) > 5
+    again = cli(*tune, *FAST, cwd=there)
+    answers = [re.sub("; a run takes.*", "", text.stdout) for text in (answer, again)]
+    assert answers[0] == answers[1]
+
+
 FLEET = ("action=fleet", "customers=customers.yaml", "exec.threads=1")
 JOBS = (*FAST, "cluster.runs_per_job=3", "exec.pack_size=3")
 

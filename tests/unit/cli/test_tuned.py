@@ -1,0 +1,155 @@
+"""`+sweep=tune` on planted losses: its answer, what it keeps, and how a budget ends it."""
+
+import json
+
+import pytest
+
+from lorasweep.cli import tuned
+from lorasweep.cli.actions import act
+from lorasweep.cli.points import all_points, judged
+from lorasweep.errors import SpecError
+from lorasweep.store import checkpoint
+from lorasweep.store.run_store import RunStore
+from tests.planted import FULL_BEST, Valley
+
+TUNE = ("+sweep=tune", "scale=smoke", "steps=64")
+
+
+class Slow(Valley):
+    """A short run's loss is half way to that of the full run."""
+
+    def nll(self, spec):
+        return super().nll(spec) + (0.5 if spec.steps < 64 else 0.0)
+
+
+@pytest.fixture
+def tune(compose, capsys, fake_trainer):
+    """Run the search; returns its answer, its runs and the trainer."""
+
+    def run(world, *arguments, trainer=None):
+        request = compose(*TUNE, *arguments)
+        trainer = trainer or fake_trainer(world.nll)
+        capsys.readouterr()
+        assert act(request, trainer) == 0
+        store = RunStore(request.exec.runs_dir)
+        out = capsys.readouterr()
+        return out.out, out.err, all_points(request, store), trainer
+
+    return run
+
+
+def rates(points, arm):
+    return {p.spec.lr for p in points if p.arm == arm and p.spec.steps == 64}
+
+
+@pytest.mark.slow
+def test_the_search_finds_planted_optima_and_says_so_in_a_line_each(tune):
+    text, _, points, _ = tune(Valley(10, noise=2e-4))
+    lines = text.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "full fine-tuning",
+        "LoRA rank 8",
+        lines[2].partition(":")[0],
+        "use",
+        "open",
+    ]
+    assert lines[2].startswith("LoRA at rank 8 gives up ") and lines[2].endswith("less than 5%")
+    assert lines[3].startswith("use: LoRA rank 8, learning rate 1.")
+    assert lines[4] == "open: nothing"
+    assert max(p.spec.seed for p in points) < 6  # decided before the last seed
+    for arm, best in (("fullft", FULL_BEST), ("lora", 10 * FULL_BEST)):
+        assert min(rates(points, arm)) < best < max(rates(points, arm))
+
+
+@pytest.mark.slow
+def test_where_lora_loses_full_fine_tuning_is_the_setting(tune):
+    text, _, _, _ = tune(Valley(10, noise=2e-4, behind={8: 0.3}), "format=json")
+    answer = json.loads(text)["answer"]
+    assert (answer["method"], answer["rank"], answer["open"]) == ("fullft", None, [])
+    assert answer["lr"] == pytest.approx(FULL_BEST, rel=0.15)
+    assert "gives up" in answer["why"]
+
+
+@pytest.mark.slow
+def test_a_budget_ends_the_search_and_a_larger_one_goes_on(tune):
+    world = Valley(10, noise=2e-4)
+    text, err, few, trainer = tune(world, "budget=14runs")
+    assert "used" in text.splitlines()[-1] and "of 14runs" in text
+    assert "open: the learning rate of full fine-tuning" in text
+    assert "budget=14runs buys about 14 runs: the learning rates and 0 fresh seed(s)" in err
+    count = len(trainer.trained)
+    _, _, again, _ = tune(world, "budget=14runs", trainer=trainer)
+    assert len(trainer.trained) == count and [p.id for p in again] == [p.id for p in few]
+    _, _, more, _ = tune(world, "budget=60runs", trainer=trainer)
+    assert [p.id for p in more[: len(few)]] == [p.id for p in few]
+    assert len(trainer.trained) == len(more) > count
+
+
+@pytest.mark.slow
+def test_lora_alone_ends_when_its_rates_are_known(tune):
+    text, _, points, _ = tune(Valley(10, noise=2e-4), "arms=lora")
+    assert {p.arm for p in points} == {"lora"}
+    assert "not compared" in text and text.splitlines()[-1] == "open: nothing"
+
+
+@pytest.mark.slow
+def test_short_runs_are_not_judged_and_only_the_best_weights_are_kept(tune, compose):
+    world = Slow(10, noise=2e-4)
+    points = tune(world)[2]
+    request = compose(*TUNE)
+    store = RunStore(request.exec.runs_dir)
+    short = [p for p in points if p not in judged(request, points)]
+    assert {p.spec.steps for p in short} == {8} and json.loads(
+        next(store.root.parent.glob("reports/tune*/results.json")).read_text()
+    )["runs"] == len(points) - len(short)
+    kept = [p for p in points if (store.folder(p.id) / checkpoint.WEIGHTS).exists()]
+    full = judged(request, points)
+    for arm in ("fullft", "lora"):
+        best = min((p for p in full if p.arm == arm), key=lambda p: world.nll(p.spec))
+        assert [p.id for p in kept if p.arm == arm and p in full] == [best.id]
+    assert not list(store.root.glob("*/end"))
+
+
+def test_a_budget_below_a_run_and_settings_of_other_sweeps_are_refused(compose, fake_trainer):
+    with pytest.raises(SpecError, match=r"budget=0\.5runs is below one run of 64 updates"):
+        act(compose(*TUNE, "budget=0.5runs"), fake_trainer(Valley(10).nll))
+    with pytest.raises(SpecError, match=r"budget= is for a sweep that searches.*\+sweep=tune"):
+        compose("+sweep=lr_ratio", "scale=smoke", "budget=2h")
+    with pytest.raises(SpecError, match=r"arm 'lorra' not found. Did you mean 'lora'"):
+        compose(*TUNE, "arms=lorra")
+    with pytest.raises(SpecError, match="a search adds runs itself"):
+        act(compose(*TUNE, "action=extend"))
+
+
+def test_the_plan_says_what_a_search_takes_and_a_budget_buys(compose, capsys):
+    assert act(compose(*TUNE, "action=plan", "budget=40runs")) == 0
+    out = capsys.readouterr().out
+    assert "search of 2 arm(s): short runs of 8 updates find the range, runs of 64 updates" in out
+    assert "budget=40runs buys about 40 runs: the learning rates and 4 fresh seed(s)" in out
+
+
+def arm(rank, loss, gap=None, regret=0.5):
+    rate = {"value": 1e-3, "low": 9e-4, "high": 1.1e-3}
+    named = {"method": "lora" if rank else "fullft", "rank": rank, "best_tried": 1e-3, "flags": []}
+    return {**named, "best_lr": rate, "loss": loss, "gap_percent": gap, "regret_percent": regret}
+
+
+@pytest.mark.parametrize(
+    "outcome, loss, method",
+    [
+        ("SUPPORTED", 1.04, "lora"),
+        ("UNDECIDED", 1.04, "lora"),
+        ("UNDECIDED", 1.06, "fullft"),
+        ("REFUTED", 1.04, "fullft"),
+    ],
+)
+def test_full_fine_tuning_is_used_if_lora_is_known_or_measured_to_lose_more(
+    compose, outcome, loss, method
+):
+    verdicts = [{"outcome": outcome, "needed": "4 seeds", "why": ""}]
+    results = {"arms": [arm(None, 1.0), arm(8, loss)], "best_rank": 8, "start": 2.0}
+    found = tuned.conclude(compose(*TUNE), {**results, "verdicts": verdicts})
+    assert found["method"] == method
+    assert found["open"] == (
+        ["LoRA against full fine-tuning (needed: 4 seeds)"] if outcome == "UNDECIDED" else []
+    )

@@ -1,0 +1,72 @@
+"""Budgets: what is typed, what finished runs used, and what may begin."""
+
+import dataclasses
+import os
+
+import pytest
+
+from lorasweep.errors import SpecError
+from lorasweep.plan.budget import parse_budget
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.grid import Point
+from tests.world import tiny_spec
+
+
+@pytest.mark.parametrize(
+    "text, amount", [("2h", 7200), ("90min", 5400), ("1.5h", 5400), ("40runs", 40)]
+)
+def test_a_budget_is_an_amount_with_its_unit(text, amount):
+    assert parse_budget(text).amount == amount and parse_budget("") is None
+
+
+@pytest.mark.parametrize("text", ["2", "h", "0h", "-1h", "2 days", "1e3runs"])
+def test_a_bare_number_is_refused_with_examples(text):
+    with pytest.raises(SpecError, match=r"budget=.*for example budget=2h, budget=90min.*500gpuh"):
+        parse_budget(text)
+
+
+def finished(store, spec, spans, **result):
+    """A run with attempts at these times, in seconds."""
+    for n, (begin, end) in enumerate(spans, 1):
+        store.claim(spec)
+        attempt = store.attempt(spec.id, n)
+        store.log(spec.id, n, "")
+        if n < len(spans):
+            store.write_end(spec.id, n, "stopped", "")
+        for file in attempt.iterdir():
+            at = begin if file.name == "owner.json" else end
+            os.utime(file, (at, at))
+    store.finish(spec.id, "done", {"test_nll": 1.0, **result})
+    os.utime(store.folder(spec.id) / "result.json", (spans[-1][1],) * 2)
+    return Point("lora", spec)
+
+
+@pytest.fixture
+def points(tmp_path):
+    store = RunStore(tmp_path)
+    store.prepare()
+    specs = [tiny_spec(lr=lr, steps=40) for lr in (1e-3, 2e-3, 4e-3)]
+    short = finished(store, dataclasses.replace(specs[0], steps=10), [(1000, 1010)])
+    together = [finished(store, s, [(1010, 1050)], pack_size=2) for s in specs[:2]]
+    resumed = finished(store, specs[2], [(1030, 1060), (5000, 5020)])
+    return store, [short, *together, resumed]
+
+
+def test_time_is_the_union_of_all_attempts_and_packs_share_a_gpu(points):
+    store, known = points
+    assert parse_budget("1h").used(known, store) == 10 + 50 + 20
+    assert parse_budget("1gpuh").used(known, store) == 10 + 40 + 50
+    assert parse_budget("9runs").used(known, store) == 3  # a short run counts in the longer one
+
+
+def test_runs_may_begin_if_the_measured_cost_of_such_runs_fits(points):
+    store, known = points
+    new = [Point("lora", tiny_spec(lr=lr, steps=40)) for lr in (1e-2, 2e-2, 4e-2)]
+    # 3 full runs took 80 s, so 3 more take as long
+    assert parse_budget("2.67min").allows(new, known, store)
+    assert not parse_budget("2.66min").allows(new, known, store)
+    assert parse_budget("6runs").allows(new, known, store)
+    assert not parse_budget("5.9runs").allows(new, known, store)
+    store.claim(new[0].spec)  # begun: they go on
+    assert parse_budget("1min").allows(new, known, store)
+    assert parse_budget("1min").allows(new, [], store)

@@ -1,0 +1,130 @@
+"""The search of learning rates on planted losses: what it asks for, and when it ends."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+
+from lorasweep.errors import SpecError
+from lorasweep.sweep.grid import Point
+from lorasweep.sweep.question import Search
+from lorasweep.sweep.search import (
+    LOWEST,
+    Look,
+    check_search,
+    full_runs,
+    is_short,
+    next_lrs,
+    search,
+)
+from tests.world import tiny_spec
+
+HOW = Search()
+NOTHING = Look(decided=False, lrs={})
+
+
+def valley(best, cliff=math.inf, curvature=0.03):
+    def loss(lr):
+        return math.inf if lr > cliff * best else 1 + curvature * math.log(lr / best) ** 2
+
+    return loss
+
+
+def start(arm="lora", lr=1e-3, steps=64, **changes):
+    return Point(arm, tiny_spec(lr=lr, steps=steps, seed=0, **changes))
+
+
+def run(starts, world, how=HOW, may_begin=lambda known, new: True, look=lambda points: NOTHING):
+    """Train what a search asks for until it asks for no more; every step starts from results alone."""
+    losses, batches = {}, []
+    while True:
+        points = search(starts, how, losses.get, may_begin, look)
+        new = [p for p in points if p.id not in losses]
+        if not new:
+            return points, batches
+        assert [p.id for p in points[: len(losses)]] == list(losses)  # it only ever adds runs
+        batches.append(new)
+        losses |= {p.id: world(p) for p in new}
+
+
+@pytest.mark.parametrize("best, cliff", [(1e-3, 64), (3e-2, 64), (2e-5, 64), (1e-3, 1.5), (0.2, 2)])
+def test_the_range_is_found_from_any_start_and_never_ends_at_an_edge(best, cliff):
+    loss = valley(best, cliff)
+    points, batches = run([start()], lambda p: loss(p.spec.lr), dataclasses.replace(HOW, seeds=0))
+    full = {p.spec.lr: loss(p.spec.lr) for p in points if p.spec.steps == 64}
+    lrs = sorted(full)
+    at = lrs.index(min(lrs, key=full.__getitem__))
+    assert 0 < at < len(lrs) - 1 and sum(map(math.isfinite, full.values())) >= HOW.n_full
+    for k in (at - 1, at + 1):
+        assert max(lrs[at] / lrs[k], lrs[k] / lrs[at]) <= 1.1 * HOW.fine
+    assert full[lrs[at]] - 1 < 0.03 * math.log(2) ** 2 / 4 + 1e-9  # at most sqrt(2) off
+    assert full_runs(points) <= (7 if cliff > 2 else 8)
+    assert {p.spec.steps for p in batches[0]} == {8} and len(batches[0]) == HOW.n_short
+
+
+def test_a_short_run_is_the_beginning_of_a_long_one_and_counts_once():
+    points, _ = run([start()], lambda p: valley(1e-3)(p.spec.lr), dataclasses.replace(HOW, seeds=0))
+    short = [p for p in points if is_short(p, points)]
+    full = [p for p in points if not is_short(p, points)]
+    begun = {p.spec.lr for p in short} & {p.spec.lr for p in full}
+    assert len(begun) == HOW.n_lrs
+    assert full_runs(points) == len(full) + (len(short) - len(begun)) / 8
+
+
+def test_the_optimum_of_short_runs_may_lie_elsewhere():
+    def world(p):
+        return valley(1e-3 if p.spec.steps == 64 else 1.6e-2)(p.spec.lr)
+
+    points, _ = run([start()], world, dataclasses.replace(HOW, seeds=0))
+    full = {p.spec.lr: world(p) for p in points if p.spec.steps == 64}
+    assert min(full.values()) < 1 + 0.03 * math.log(2) ** 2
+
+
+def test_what_the_analysis_asks_for_is_trained_with_all_seeds_and_a_decision_ends_the_search():
+    def look(points):
+        seeds = {p.spec.seed for p in points}
+        if len(seeds) == 1 and not any(p.spec.lr == 7e-4 for p in points):
+            return Look(False, {points[-1].id: [7e-4, 1.02e-3, 1e3, 1e-9]})
+        return Look(len(seeds) >= 4, {points[-1].id: [1.2e-3]} if len(seeds) == 3 else {})
+
+    points, batches = run([start()], lambda p: valley(1e-3)(p.spec.lr), look=look)
+    full = [p for p in points if p.spec.steps == 64]
+    asked = [(p.spec.lr, p.spec.seed) for p in full if p.spec.lr in (7e-4, 1.2e-3)]
+    assert set(asked) >= {(7e-4, 0), (1.2e-3, 0), (1.2e-3, 1), (1.2e-3, 2)}
+    assert not any(p.spec.lr in (1.02e-3, 1e3, 1e-9) for p in full)  # tried nearby, out of range
+    assert {p.spec.seed for p in full} == {0, 1, 2, 3} and len(batches[-1]) == HOW.n_lrs
+
+
+def test_all_arms_get_fresh_seeds_at_their_best_rates_up_to_the_limit():
+    starts = [start("lora"), start("other", lr=1e-4, weight_decay=0.1)]
+    best = {"lora": 4e-3, "other": 3e-5}
+    points, _ = run(starts, lambda p: valley(best[p.arm])(p.spec.lr))
+    for arm, seed in itertools.product(best, range(1, HOW.seeds + 1)):
+        lrs = sorted(p.spec.lr for p in points if p.arm == arm and p.spec.seed == seed)
+        assert len(lrs) == HOW.n_lrs and lrs[0] < best[arm] < lrs[-1]
+    assert max(p.spec.seed for p in points) == HOW.seeds
+
+
+def test_a_search_ends_before_runs_that_the_budget_does_not_allow():
+    def may_begin(known, new):
+        return full_runs([*known, *new]) <= 6
+
+    points, _ = run([start()], lambda p: valley(1e-3)(p.spec.lr), may_begin=may_begin)
+    assert 4 < full_runs(points) <= 6
+
+
+def test_a_model_that_does_not_train_ends_the_search_with_the_arm_and_the_lowest_rate():
+    with pytest.raises(SpecError, match=r"arm 'lora', rank \d+: no learning rate from .* trains"):
+        run([start()], lambda p: math.inf)
+    lrs, full = next_lrs(1e-3, {LOWEST * 5: 1.0, LOWEST * 20: 2.0}, {}, HOW)
+    assert lrs == [pytest.approx(LOWEST * 1.25)] and not full
+
+
+def test_a_search_is_about_one_model_and_file_at_a_constant_rate():
+    check_search([start(), start(weight_decay=0.1)])
+    other = dataclasses.replace(tiny_spec().dataset, name="mine")
+    with pytest.raises(SpecError, match=r"one model and one data set, not 2: .*mine"):
+        check_search([start(), start(dataset=other)])
+    with pytest.raises(SpecError, match=r"schedule=linear.*beginnings of longer ones"):
+        check_search([start(schedule="linear")])
