@@ -192,7 +192,8 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
         if "steps" not in found.given:
             found.points = points = _with_steps(points, sweep.search)
         short = sweep.search.short_steps(points[0].spec.steps)
-        found.exec = dataclasses.replace(exec_, short_steps=short, keep_weights=True)
+        keep = exec_.world_size == 1  # else every process holds a part of the weights
+        found.exec = dataclasses.replace(exec_, short_steps=short, keep_weights=keep)
     elif config.budget or (config.out and action.name == "run"):
         key = "budget" if config.budget else "out"
         raise SpecError(

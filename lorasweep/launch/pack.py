@@ -37,6 +37,8 @@ LOOK_S = 5.0
 """Seconds between checks of ownership. Each check also writes the new records. A check at every
 update would cost about a millisecond per run on a network file system."""
 ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
+SPARE = 4
+"""Final states and weights are kept if the disk has room for this many times the checkpoints."""
 END = "end"
 """Folder of the final state of a short run (exec.short_steps)."""
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
@@ -372,14 +374,17 @@ class _Attempt:
     def _finish(self, event: Event) -> None:
         kept = self.exec.keep_weights or self.exec.short_steps in {s.steps for s in self.runs}
         keep = kept and any(state == "done" for state, _ in event.ended.values())
+        if keep:  # kept states must not fill the disk
+            free, need = checkpoint.free_bytes(self.store.root), checkpoint_bytes(self.runs)
+            keep = free > SPARE * need
         states = event.snapshot() if keep else {}
         for i, (state, measures) in event.ended.items():
             if i not in self.live or not self._still_owned(i):
                 continue
             spec = self.runs[self.ids.index(i)]
-            if state == "done" and self.exec.keep_weights:
+            if state == "done" and keep and self.exec.keep_weights:
                 checkpoint.save_weights(self.store.folder(i), states[i])
-            if state == "done" and spec.steps == self.exec.short_steps:
+            if state == "done" and keep and spec.steps == self.exec.short_steps:
                 self._save_state(i, END, states[i], list(states))
             result = {
                 **measures,

@@ -76,11 +76,11 @@ def check_search(points: Sequence[Point]) -> None:
     A short run is the beginning of the long one only at a constant learning rate.
     """
     specs = [p.spec for p in points]
-    places = sorted({f"model={s.model.name} dataset={s.dataset.name}" for s in specs})
-    if len(places) > 1:
+    pairs = sorted({f"model={s.model.name} dataset={s.dataset.name}" for s in specs})
+    if len(pairs) > 1:
         raise SpecError(
-            f"a search is about one model and one data set, not {len(places)}: "
-            f"{', '.join(places)}. Give one of each."
+            f"a search is about one model and one data set, not {len(pairs)}: "
+            f"{', '.join(pairs)}. Give one of each."
         )
     for s in specs:
         if s.schedule != "constant" or s.warmup_steps:

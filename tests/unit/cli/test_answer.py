@@ -34,7 +34,7 @@ UNKNOWN = {
 @pytest.mark.parametrize(
     "scale", ["tiny", *(pytest.param(s, marks=pytest.mark.full) for s in ("small", "tiny_beyond"))]
 )
-@pytest.mark.parametrize("sweep", SWEEPS)
+@pytest.mark.parametrize("sweep", [s for s in SWEEPS if s != "tune"])  # it ends when it is decided
 def test_a_shipped_sweep_can_decide_its_claims_or_says_that_it_cannot(compose, sweep, scale):
     """If not: change `sweep.replicate.seeds`, the claim's `sd`, or `underpowered`."""
     try:
