@@ -73,7 +73,7 @@ def show(request: Request, store: RunStore) -> int:
         return 0
     lines = [*understood.lines(request), plan_text(request, plan), *queue_lines(queue)]
     if is_search(request):
-        lines += tuned.outlook(request, store)
+        lines += tuned.outlook_here(request, store)
     if request.members:
         lines += ["", *fleet_costs.lines(fleet["fleet"], f"on {plan.workers} worker(s)")]
     print("\n".join([*lines, *(o.line() for o in outlooks)]))
@@ -261,6 +261,11 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         verdicts=[(v["name"], p) for v, some in zip(values, prices) for p in some],
     )
     lines = [*understood.lines(request), text.rstrip(), *queue_lines(queue)]
+    if is_search(request):
+        n = len(found[0].runs)
+        busy_s = 3600 * found[0].gpu_hours / n if n else None
+        lines += ["", "one run of each arm, above; the search goes on from there:"]
+        lines += tuned.outlook(request, busy_s, max(1, hardware.gpus))
     if request.members:
         lines += ["", *fleet_costs.lines(fleet["fleet"], "in time of one GPU")]
     print("\n".join(lines))

@@ -194,8 +194,9 @@ def train(
     for line in understood.lines(request) if request.format != "json" else ():
         print(line, file=sys.stderr, flush=True)
     if is_search(request):
+        tuned.check_out(request)
         request, left_out = tuned.without_unfit(request)
-        for line in (*tuned.outlook(request, store), *filter(None, [left_out])):
+        for line in (*tuned.outlook_here(request, store), *filter(None, [left_out])):
             notify(line)
     points = runs_of(request, store)
     check(request, store, points)

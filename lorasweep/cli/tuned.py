@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +31,8 @@ from lorasweep.sweep.grid import Point, curve_key
 from lorasweep.sweep.request import Request
 from lorasweep.sweep.search import MIN_SEEDS, is_short
 
-FULL, LORA = "fullft", "lora"
+ANSWER = "lorasweep.json"
+"""File with the results and the answer in the folder of the best run."""
 ALLOWED = 0.05
 """Share of full fine-tuning's gain that LoRA may give up. The claim of sweeps/tune.yaml has it."""
 
@@ -51,44 +54,56 @@ def without_unfit(request: Request) -> tuple[Request, str]:
     return request, f"left out, as the memory has {hardware.worker_gib:.0f} GiB: {', '.join(gone)}"
 
 
-def outlook(request: Request, store: RunStore) -> list[str]:
+def outlook(request: Request, busy_s: float | None, workers: int) -> list[str]:
     """Say what the search takes, and what its budget buys.
+
+    Args:
+        busy_s: seconds of one worker (one GPU) for a run of full length; None: not known.
+        workers: workers that train at the same time.
 
     Raises:
         SpecError: the budget is below one run.
     """
     how, budget = request.sweep.search, parse_budget(request.budget)
     n, steps = len(request.points), request.points[0].spec.steps
-    begun = min(how.n_lrs, how.n_short)  # full runs that go on from a short one
-    first = n * (how.n_short / how.prefix + how.n_full - begun / how.prefix)
+    first = n * (how.n_full + (how.n_short - how.n_lrs) / how.prefix)  # n_lrs short runs go on
     each = n * how.n_lrs
     found = [
         f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
         f"runs of {steps} updates judge. In all about {first:.0f} runs of full length for the "
         f"learning rates, and {each} with each of up to {how.seeds} fresh seeds"
     ]
-    run_s = _run_s(request, store)
-    if run_s is not None:
-        times = [duration(count * run_s) for count in (first, each)]
-        found[0] += f" (here about {times[0]} and {times[1]})"
+    if busy_s is not None:
+        times = [duration(count * busy_s / workers) for count in (first, each)]
+        found[0] += f": about {times[0]} and {times[1]} on {workers} worker(s)"
     if budget is None:
         return found
-    size = {"runs": 1.0, "gpuh": None}.get(budget.unit, run_s)
-    if size is not None and budget.amount < size:
+    wall_s = None if busy_s is None else busy_s / workers
+    size = {"runs": 1.0, "gpuh": busy_s}.get(budget.unit, wall_s)
+    if size is None:
+        return found
+    if budget.amount < size:
         takes = "" if budget.unit == "runs" else f", which takes about {duration(size)}"
         raise SpecError(
             f"budget={budget.text} is below one run of {steps} updates{takes}. Give a larger "
             "budget, or fewer updates: steps=N."
         )
-    if size is not None:
-        runs = budget.amount / size
-        seeds = min(how.seeds, int((runs - first) / each))
+    runs = budget.amount / size
+    seeds = min(how.seeds, math.floor((runs - first) / each))
+    buys = "less than the search for the learning rates"
+    if seeds >= 0:
         buys = f"the learning rates and {seeds} fresh seed(s)"
-        if seeds < 0:
-            buys = "less than the search for the learning rates"
-        more = "" if seeds >= MIN_SEEDS - 1 else f"; an answer needs {MIN_SEEDS - 1} fresh seeds"
-        found.append(f"budget={budget.text} buys about {runs:.0f} runs: {buys}{more}")
-    return found
+    more = "" if seeds >= MIN_SEEDS - 1 else f"; an answer needs {MIN_SEEDS - 1} fresh seeds"
+    return [*found, f"budget={budget.text} buys about {runs:.0f} runs: {buys}{more}"]
+
+
+def outlook_here(request: Request, store: RunStore) -> list[str]:
+    """Return `outlook` for this machine; a cluster's speed is not known."""
+    if request.cluster.kind == "slurm":
+        return outlook(request, None, 1)
+    plan = make_plan(request.points, store, request.exec, detect.this_machine())
+    runs = sum(p.spec.steps for p in plan.todo) / request.points[0].spec.steps
+    return outlook(request, 3600 * plan.hours * plan.workers / runs if runs else None, plan.workers)
 
 
 def _amount(budget: Budget, amount: float) -> str:
@@ -98,33 +113,24 @@ def _amount(budget: Budget, amount: float) -> str:
     return duration(amount) + (" of GPUs" if budget.unit == "gpuh" else "")
 
 
-def _run_s(request: Request, store: RunStore) -> float | None:
-    """Return the expected seconds here of one full run while all workers are busy."""
-    if request.cluster.kind == "slurm":
-        return None
-    plan = make_plan(request.points, store, request.exec, detect.this_machine())
-    updates = sum(p.spec.steps for p in plan.todo) / request.points[0].spec.steps
-    return 3600 * plan.hours / updates if updates else None
-
-
 def stage(request: Request, store: RunStore, points: Sequence[Point]) -> str:
-    """Describe the unfinished runs of a search, and the budget that is left."""
-    todo = [p for p in points if not store.result(p.id)]
-    known = [p for p in points if store.result(p.id)]
+    """Describe the unfinished runs of a search, and the budget that is left; '' if all finished."""
+    known, todo = [], []
+    for p in points:
+        (known if store.result(p.id) else todo).append(p)
     if not todo:
         return ""
-    lrs = f"{min(p.spec.lr for p in todo):g} to {max(p.spec.lr for p in todo):g}"
+    what, seed = "full runs", todo[0].spec.seed
     if is_short(todo[0], request.points):
         what = "short runs to find the range"
-    elif todo[0].spec.seed != request.points[0].spec.seed:
-        what = f"seed {todo[0].spec.seed}"
-    else:
-        what = "full runs"
-    line = f"search: {what}, {len(todo)} runs at learning rates from {lrs}"
+    elif seed != request.points[0].spec.seed:
+        what = f"full runs with seed {seed}"
+    lrs = sorted(p.spec.lr for p in todo)
+    line = f"search: {len(todo)} {what}, learning rates from {lrs[0]:g} to {lrs[-1]:g}"
     if budget := parse_budget(request.budget):
         used = budget.used(known, store)
         left = _amount(budget, max(0.0, budget.amount - used))
-        line += f"; used {_amount(budget, used)} of {_amount(budget, budget.amount)}, left {left}"
+        line += f"; used {_amount(budget, used)} of {budget.text}, left {left}"
         if expected := budget.expected(todo, known, store):
             line += f", these take about {_amount(budget, expected)}"
     return line
@@ -165,6 +171,18 @@ def _chosen_by(point: Point, store: RunStore) -> float:
 # ---------------------------------------------------------------- the answer
 
 
+def check_out(request: Request) -> None:
+    """Raise SpecError if request.out has files that a search did not write."""
+    out = Path(request.out).expanduser()
+    if not request.out or not out.exists() or (out / ANSWER).is_file():
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise SpecError(
+            f"out={request.out} exists and was not written by a search, whose output would replace "
+            "it. Give the name of a new folder."
+        )
+
+
 def finish(request: Request, store: RunStore, points: Sequence[Point], results: str) -> str:
     """Return the answer in lines, or as JSON, and write the best run into request.out.
 
@@ -173,11 +191,11 @@ def finish(request: Request, store: RunStore, points: Sequence[Point], results: 
     found = json.loads(results)
     prune(request, store, points)
     conclusion = conclude(request, found)
-    budget = parse_budget(request.budget)
-    if budget:
-        used = budget.used(judged(request, points), store)
-        conclusion["budget"] = {"given": budget.text, "used": _amount(budget, used)}
-    conclusion["written"] = _export(request, store, points, found, conclusion)
+    if budget := parse_budget(request.budget):
+        used = _amount(budget, budget.used(judged(request, points), store))
+        conclusion["budget"] = {"given": budget.text, "used": used}
+    if request.out:
+        conclusion["out"] = _export(request, store, points, found, conclusion)
     if request.format == "json":
         return json.dumps({**found, "answer": conclusion})
     return "\n".join(_lines(request, found, conclusion))
@@ -190,7 +208,7 @@ def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
     outcome = next((v["outcome"] for v in results["verdicts"]), "")
     if rank is None and None not in arms:
         raise SpecError("no run of full length has trained, so there is no answer.")
-    ranks = dict.fromkeys(getattr(p.spec.method, "rank", None) for p in request.points)
+    ranks = dict.fromkeys(map(_rank, request.points))
     absent = [answer.arm_name({"rank": r}) for r in ranks if r not in arms]
     lost = _lost(results, arms, rank)
     if rank is None:
@@ -226,7 +244,7 @@ def _lines(
     request: Request, results: Mapping[str, Any], conclusion: Mapping[str, Any]
 ) -> list[str]:
     """Return the answer: a line per arm, the gap, the setting, and what is open."""
-    specs = {getattr(p.spec.method, "rank", None): p.spec for p in request.points}
+    specs = {_rank(p): p.spec for p in request.points}
     lines = []
     for arm in results["arms"]:
         e, good = arm["best_lr"], arm["good"]
@@ -249,13 +267,11 @@ def _lines(
     lines.append(
         f"use: {name}{rank}, learning rate {conclusion['lr']:.1e}, {conclusion['steps']} updates "
         f"of {conclusion['batch_size']} rows ({conclusion['why']})"
-        + (f"; written to {request.out}" if conclusion["written"] else "")
+        + (f"; {conclusion['out']}" if "out" in conclusion else "")
     )
-    spent = ""
-    if budget := conclusion.get("budget"):
-        spent = f"; used {budget['used']} of {budget['given']}"
-    lines.append(f"open: {'; '.join(conclusion['open']) or 'nothing'}{spent}")
-    return lines
+    budget = conclusion.get("budget")
+    spent = f"; used {budget['used']} of {budget['given']}" if budget else ""
+    return [*lines, f"open: {'; '.join(conclusion['open']) or 'nothing'}{spent}"]
 
 
 def _gap_line(results: Mapping[str, Any]) -> str:
@@ -297,54 +313,60 @@ def _export(
     points: Sequence[Point],
     results: Mapping[str, Any],
     conclusion: Mapping[str, Any],
-) -> dict[str, str]:
+) -> str:
     """Write the weights of the best run, and where full fine-tuning wins, the best adapter too.
 
-    Returns what was written: method -> folder.
+    Returns a sentence that says where they are, or why not.
     """
-    if not request.out:
-        return {}
     from lorasweep.models import load as models
 
-    out = Path(request.out).expanduser()
-    wins, written = conclusion["method"], {}
-    folders = {wins: out, **({LORA: out / "adapter"} if wins == FULL else {})}
-    for method, folder in folders.items():
-        rank = conclusion["rank"] if method == wins else results["best_rank"]
-        mine = [
-            p
-            for p in judged(request, points)
-            if p.spec.method.name == method and getattr(p.spec.method, "rank", None) == rank
-        ]
-        if not mine:
-            continue
-        best = min(mine, key=lambda p: _chosen_by(p, store))
-        weights = checkpoint.load_weights(store.folder(best.id))
-        if weights is None:
-            raise SpecError(
-                f"the weights of the best run, {best.id}, were not kept: it was trained by another "
-                f"command, or the disk was nearly full. Train it again: python -m lorasweep "
-                f"action=adapter run={best.id} out={request.out}"
-            )
-        final = store.result(best.id) or {}
-        if isinstance(best.spec.method, LoRA):
-            base = None
-            if best.spec.model.source in ("local", "gguf"):
-                base = str(models.find_pinned(best.spec.model, request.exec.models_dir))
-            write_adapter(folder, best.spec, weights, final.get("base_commit"), base)
-        else:
-            models.save_trained(best.spec.model, request.exec.models_dir, weights, folder)
-        (folder / "README.md").write_text(_card(best, store, request, results))
-        written[method] = str(folder)
-    return written
+    out, rank = Path(request.out).expanduser(), conclusion["rank"]
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    folders = (
+        {rank: partial} if rank else {None: partial, results["best_rank"]: partial / "adapter"}
+    )
+    try:
+        for rank, folder in folders.items():
+            mine = [p for p in judged(request, points) if _rank(p) == rank]
+            if not mine:
+                continue
+            best = min(mine, key=lambda p: _chosen_by(p, store))
+            spec, final = best.spec, store.result(best.id) or {}
+            weights = checkpoint.load_weights(store.folder(best.id))
+            if weights is None:
+                return (
+                    f"not written to {request.out}, as the weights of run {best.id} were not kept "
+                    "(another command trained it, several processes did, or the disk was nearly "
+                    f"full): python -m lorasweep action=adapter run={best.id} out=FOLDER"
+                )
+            folder.mkdir(parents=True)
+            if isinstance(spec.method, LoRA):
+                base = None
+                if spec.model.source in ("local", "gguf"):
+                    base = str(models.find_pinned(spec.model, request.exec.models_dir))
+                write_adapter(folder, spec, weights, final.get("base_commit"), base)
+            else:
+                models.save_trained(spec.model, request.exec.models_dir, weights, folder)
+            (folder / "README.md").write_text(_card(best, final, results, out.name))
+        (partial / ANSWER).write_text(json.dumps({**results, "answer": conclusion}, indent=1))
+        shutil.rmtree(out, ignore_errors=True)  # `check_out` refused any other folder
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return f"written to {request.out}"
 
 
-def _card(best: Point, store: RunStore, request: Request, results: Mapping[str, Any]) -> str:
-    """Return the card of the written adapter or weights."""
+def _rank(point: Point) -> int | None:
+    """Return the rank of a LoRA run, None for full fine-tuning."""
+    return getattr(point.spec.method, "rank", None)
+
+
+def _card(best: Point, final: Mapping[str, Any], results: Mapping[str, Any], name: str) -> str:
+    """Return the card of the written adapter or weights; `final`: the result of the run."""
     import yaml
 
-    spec, final = best.spec, store.result(best.id) or {}
-    arm = next(a for a in results["arms"] if a["rank"] == getattr(spec.method, "rank", None))
+    spec = best.spec
+    arm = next(a for a in results["arms"] if a["rank"] == _rank(best))
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["fine-tuned"]}
     if isinstance(spec.method, LoRA):
         head = {"library_name": "peft", "tags": ["lora"]}
@@ -366,6 +388,6 @@ def _card(best: Point, store: RunStore, request: Request, results: Mapping[str, 
     return render(
         "card.md",
         head=yaml.safe_dump(head, sort_keys=False),
-        name=plain_text(Path(request.out).name),
+        name=plain_text(name),
         facts=[(name, plain_text(str(text))) for name, text in facts.items()],
     )

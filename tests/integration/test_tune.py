@@ -47,8 +47,9 @@ def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home):
     assert found["chosen_on"] == "validation" and "lora" in methods
     assert answer["open"] and answer["budget"]["given"] == "7runs"
     assert ("fullft" in methods) != any("no run of full length" in text for text in answer["open"])
-    folder = home / answer["written"]["lora"]
-    assert (folder / "README.md").is_file()
+    assert answer["out"] == "written to best"
+    folder = home / "best" if answer["rank"] else home / "best" / "adapter"
+    assert (folder / "README.md").is_file() and (home / "best" / "lorasweep.json").is_file()
     short = [p for p in home.glob("runs/*/spec.json") if json.loads(p.read_text())["steps"] == 8]
     assert len(short) >= 10
 
@@ -59,4 +60,4 @@ def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home):
     adapter = PeftModel.from_pretrained(model, folder)
     assert adapter.peft_config["default"].r == answer["rank"] or answer["method"] == "fullft"
     if answer["method"] == "fullft":
-        AutoModelForCausalLM.from_pretrained(home / answer["written"]["fullft"])
+        AutoModelForCausalLM.from_pretrained(home / "best")

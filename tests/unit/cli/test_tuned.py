@@ -110,13 +110,16 @@ def test_short_runs_are_not_judged_and_only_the_best_weights_are_kept(tune, comp
     assert not list(store.root.glob("*/end"))
 
 
-def test_a_budget_below_a_run_and_settings_of_other_sweeps_are_refused(compose, fake_trainer):
+def test_a_budget_below_a_run_and_wrong_settings_are_refused(compose, fake_trainer, tmp_path):
     with pytest.raises(SpecError, match=r"budget=0\.5runs is below one run of 64 updates"):
         act(compose(*TUNE, "budget=0.5runs"), fake_trainer(Valley(10).nll))
     with pytest.raises(SpecError, match=r"budget= is for a sweep that searches.*\+sweep=tune"):
         compose("+sweep=lr_ratio", "scale=smoke", "budget=2h")
     with pytest.raises(SpecError, match=r"arm 'lorra' not found. Did you mean 'lora'"):
         compose(*TUNE, "arms=lorra")
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(SpecError, match=r"out=.* exists and was not written by a search"):
+        act(compose(*TUNE, f"out={tmp_path}"), fake_trainer(Valley(10).nll))
     with pytest.raises(SpecError, match="a search adds runs itself"):
         act(compose(*TUNE, "action=extend"))
 
