@@ -220,6 +220,7 @@ def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "method": chosen["method"],
         "rank": chosen["rank"],
+        "layers": next(p.spec.method.layers for p in request.points if _rank(p) == chosen["rank"]),
         "lr": chosen["best_lr"]["value"] or chosen["best_tried"],
         "steps": spec.steps,
         "batch_size": spec.batch_size,
@@ -262,10 +263,11 @@ def _lines(
         cost = f"{arm['seconds'] or 0:.0f} s, {_memory_gib(specs[arm['rank']], request):.1f} GiB"
         lines.append(f"{name}: {lr}{loss}; a run takes {cost}")
     lines += [_gap_line(results)]
-    rank = f" rank {conclusion['rank']}" if conclusion["rank"] else ""
-    name = "LoRA" if rank else "full fine-tuning"
+    name = "full fine-tuning"
+    if conclusion["rank"]:
+        name = f"LoRA rank {conclusion['rank']} on {conclusion['layers']}"
     lines.append(
-        f"use: {name}{rank}, learning rate {conclusion['lr']:.1e}, {conclusion['steps']} updates "
+        f"use: {name}, learning rate {conclusion['lr']:.1e}, {conclusion['steps']} updates "
         f"of {conclusion['batch_size']} rows ({conclusion['why']})"
         + (f"; {conclusion['out']}" if "out" in conclusion else "")
     )

@@ -54,7 +54,7 @@ def test_the_search_finds_planted_optima_and_says_so_in_a_line_each(tune):
         "open",
     ]
     assert lines[2].startswith("LoRA at rank 8 gives up ") and lines[2].endswith("less than 5%")
-    assert lines[3].startswith("use: LoRA rank 8, learning rate 1.")
+    assert lines[3].startswith("use: LoRA rank 8 on attention+mlp, learning rate 1.")
     assert lines[4] == "open: nothing"
     assert max(p.spec.seed for p in points) < 6  # decided before the last seed
     for arm, best in (("fullft", FULL_BEST), ("lora", 10 * FULL_BEST)):
