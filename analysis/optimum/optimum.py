@@ -14,6 +14,8 @@ from analysis.runs.lr_curves import LrCurve
 
 WITHIN = 0.01
 """Extra loss allowed in the low-regret band, in units of the metric."""
+N_REGRETS = 40
+"""Number of draws of the optimum for the regret of the best learning rate."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,29 @@ class Optimum:
     @functools.cached_property
     def shape(self) -> valley.Shape | None:
         """The likeliest shape with its minimum at the posterior's median; None without a fit."""
+        return None if self.posterior is None else self._shape_at(self.posterior.quantile(0.5))
+
+    def _shape_at(self, m: float) -> valley.Shape | None:
+        """Return the likeliest shape with its minimum at ln(lr) m; None without a fit."""
         e = self.likelihood
-        if self.posterior is None or e is None or self.pooled is None:
+        if e is None or self.pooled is None:
             return None
-        m = float(self.posterior.quantile(0.5))
         return valley.likeliest(
-            e.x, e.root, e.root @ e.loss, m, self.pooled.noise, self.pooled.misfit
+            e.x, e.root, e.root @ e.loss, float(m), self.pooled.noise, self.pooled.misfit
         )
+
+    def regret_of_best(self, level: float) -> float | None:
+        """Return the regret of choosing `best_lr`, at most, in nats; None without draws.
+
+        The upper end of a one-sided interval of this level: the optimum is drawn from its
+        posterior, and the likeliest shape with this optimum gives the loss at `best_lr`.
+        """
+        if self.best_lr.value is None or self.best_lr.draws is None:
+            return None
+        at, logs = np.array([math.log(self.best_lr.value)]), np.log(self.best_lr.draws)
+        optima = np.quantile(logs, (np.arange(N_REGRETS) + 0.5) / N_REGRETS)
+        shapes = [self._shape_at(m) for m in optima]
+        return float(np.quantile([s.height(at)[0] for s in shapes if s], level))
 
     @functools.cached_property
     def best_nll(self) -> float | None:

@@ -79,17 +79,10 @@ class Arms(base.Condition):
         return _known(float(at_lr["test_nll"].mean()))
 
     def lr_regret(self, rank: int, level: float) -> float | None:
-        """Return the regret of the chosen learning rate in percent of the gain, at most.
-
-        The upper end of an interval of this level, over draws of the optimum. None: not known.
-        """
-        o, gain = self.by_rank[rank], at_best.mean_of(self.gains[rank])
-        draws, shape = o.best_lr.draws, o.shape
-        if o.best_lr.value is None or draws is None or shape is None or not gain > 0:
-            return None
-        # the loss at the chosen rate if the optimum were elsewhere, by the shape of the fitted one
-        off = shape.m + math.log(o.best_lr.value) - np.log(draws)
-        return float(100 * np.quantile(shape.height(off), level) / gain)
+        """Return the regret of the chosen learning rate in percent of the gain, at most."""
+        gain = at_best.mean_of(self.gains[rank])
+        nats = self.by_rank[rank].regret_of_best(level) if gain > 0 else None
+        return None if nats is None else 100 * nats / gain
 
 
 def conditions(table: pd.DataFrame) -> list[Arms]:

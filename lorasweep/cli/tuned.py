@@ -64,7 +64,7 @@ def outlook(request: Request, busy_s: float | None, workers: int) -> list[str]:
     Raises:
         SpecError: the budget is below one run.
     """
-    how, budget = request.sweep.search, parse_budget(request.budget)
+    how, budget = request.sweep.search, parse_budget(request.budget, request.points[0].spec.steps)
     n, steps = len(request.points), request.points[0].spec.steps
     first = n * (how.n_full + (how.n_short - how.n_lrs) / how.prefix)  # n_lrs short runs go on
     each = n * how.n_lrs
@@ -127,7 +127,7 @@ def stage(request: Request, store: RunStore, points: Sequence[Point]) -> str:
         what = f"full runs with seed {seed}"
     lrs = sorted(p.spec.lr for p in todo)
     line = f"search: {len(todo)} {what}, learning rates from {lrs[0]:g} to {lrs[-1]:g}"
-    if budget := parse_budget(request.budget):
+    if budget := parse_budget(request.budget, request.points[0].spec.steps):
         used = budget.used(known, store)
         left = _amount(budget, max(0.0, budget.amount - used))
         line += f"; used {_amount(budget, used)} of {budget.text}, left {left}"
@@ -191,8 +191,8 @@ def finish(request: Request, store: RunStore, points: Sequence[Point], results: 
     found = json.loads(results)
     prune(request, store, points)
     conclusion = conclude(request, found)
-    if budget := parse_budget(request.budget):
-        used = _amount(budget, budget.used(judged(request, points), store))
+    if budget := parse_budget(request.budget, request.points[0].spec.steps):
+        used = _amount(budget, budget.used(points, store))
         conclusion["budget"] = {"given": budget.text, "used": used}
     if request.out:
         conclusion["out"] = _export(request, store, points, found, conclusion)

@@ -200,7 +200,7 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
             f"{key}= is for a sweep that searches learning rates, such as +sweep=tune. Sweep "
             f"{sweep_name!r} trains all of its grid. Leave {key} out."
         )
-    parse_budget(config.budget)
+    parse_budget(config.budget, points[0].spec.steps)
     changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
     asked = runs_hash(points, sweep)
     stated = ""

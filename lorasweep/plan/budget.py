@@ -21,11 +21,13 @@ class Budget:
     unit: str
     amount: float
     """Seconds, or runs of full length."""
+    steps: int
+    """Updates of a run of full length."""
 
     def used(self, points: Iterable[Point], store: RunStore) -> float:
         """Return how much of the budget the runs have used, in seconds or runs."""
         if self.unit == "runs":
-            return full_runs(p for p in points if store.result(p.id))
+            return full_runs((p for p in points if store.result(p.id)), self.steps)
         times = {p.id: _times(p.id, store) for p in points}
         if self.unit == "gpuh":
             return sum(
@@ -43,8 +45,8 @@ class Budget:
 
         0 if no run has finished.
         """
-        done = full_runs(known)
-        more = full_runs([*known, *new]) - done
+        done = full_runs(known, self.steps)
+        more = full_runs([*known, *new], self.steps) - done
         return self.used(known, store) / done * more if done else 0.0
 
     def allows(self, new: Sequence[Point], known: Sequence[Point], store: RunStore) -> bool:
@@ -54,8 +56,11 @@ class Budget:
         return self.used(known, store) + self.expected(new, known, store) <= self.amount
 
 
-def parse_budget(text: str) -> Budget | None:
-    """Read budget=2h, 90min, 40runs or 500gpuh; None if empty; SpecError if it is none of them."""
+def parse_budget(text: str, steps: int) -> Budget | None:
+    """Read budget=2h, 90min, 40runs or 500gpuh; None if empty; SpecError if it is none of them.
+
+    `steps`: updates of a run of full length.
+    """
     if not text:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(h|min|runs|gpuh)", text.strip())
@@ -65,7 +70,7 @@ def parse_budget(text: str) -> Budget | None:
             "budget=90min (time here, or of the chain of jobs), budget=40runs (of full length) or "
             "budget=500gpuh."
         )
-    return Budget(text, found[2], float(found[1]) * UNITS[found[2]])
+    return Budget(text, found[2], float(found[1]) * UNITS[found[2]], steps)
 
 
 def _times(rid: str, store: RunStore) -> list[tuple[float, float]]:

@@ -96,8 +96,8 @@ def is_short(point: Point, points: Iterable[Point]) -> bool:
     return point.spec.steps < max(p.spec.steps for p in points)
 
 
-def full_runs(points: Iterable[Point]) -> float:
-    """Return the updates of some runs, in runs of full length.
+def full_runs(points: Iterable[Point], steps: int) -> float:
+    """Return the updates of some runs, in runs of full length (`steps` updates).
 
     A short run is the beginning of the longer one with its learning rate, so it counts once.
     """
@@ -105,7 +105,7 @@ def full_runs(points: Iterable[Point]) -> float:
     for p in points:
         key = dataclasses.replace(p.spec, steps=1).id
         longest[key] = max(longest.get(key, 0), p.spec.steps)
-    return sum(longest.values()) / max(longest.values(), default=1)
+    return sum(longest.values()) / steps
 
 
 # ---------------------------------------------------------------- one arm

@@ -16,13 +16,13 @@ from tests.world import tiny_spec
     "text, amount", [("2h", 7200), ("90min", 5400), ("1.5h", 5400), ("40runs", 40)]
 )
 def test_a_budget_is_an_amount_with_its_unit(text, amount):
-    assert parse_budget(text).amount == amount and parse_budget("") is None
+    assert parse_budget(text, 40).amount == amount and parse_budget("", 40) is None
 
 
 @pytest.mark.parametrize("text", ["2", "h", "0h", "-1h", "2 days", "1e3runs"])
 def test_a_bare_number_is_refused_with_examples(text):
     with pytest.raises(SpecError, match=r"budget=.*for example budget=2h, budget=90min.*500gpuh"):
-        parse_budget(text)
+        parse_budget(text, 40)
 
 
 def finished(store, spec, spans, **result):
@@ -54,19 +54,21 @@ def points(tmp_path):
 
 def test_time_is_the_union_of_all_attempts_and_packs_share_a_gpu(points):
     store, known = points
-    assert parse_budget("1h").used(known, store) == 10 + 50 + 20
-    assert parse_budget("1gpuh").used(known, store) == 10 + 40 + 50
-    assert parse_budget("9runs").used(known, store) == 3  # a short run counts in the longer one
+    assert parse_budget("1h", 40).used(known, store) == 10 + 50 + 20
+    assert parse_budget("1gpuh", 40).used(known, store) == 10 + 40 + 50
+    assert parse_budget("9runs", 40).used(known, store) == 3  # a short run counts in the longer one
 
 
 def test_runs_may_begin_if_the_measured_cost_of_such_runs_fits(points):
     store, known = points
     new = [Point("lora", tiny_spec(lr=lr, steps=40)) for lr in (1e-2, 2e-2, 4e-2)]
     # 3 full runs took 80 s, so 3 more take as long
-    assert parse_budget("2.67min").allows(new, known, store)
-    assert not parse_budget("2.66min").allows(new, known, store)
-    assert parse_budget("6runs").allows(new, known, store)
-    assert not parse_budget("5.9runs").allows(new, known, store)
+    assert parse_budget("2.67min", 40).allows(new, known, store)
+    assert not parse_budget("2.66min", 40).allows(new, known, store)
+    assert parse_budget("6runs", 40).allows(new, known, store)
+    assert not parse_budget("5.9runs", 40).allows(new, known, store)
+    # 10 s for a quarter of a run, so one more takes 40 s
+    assert parse_budget("1h", 40).expected(new[:1], known[:1], store) == 40
     store.claim(new[0].spec)  # begun: they go on
-    assert parse_budget("1min").allows(new, known, store)
-    assert parse_budget("1min").allows(new, [], store)
+    assert parse_budget("1min", 40).allows(new, known, store)
+    assert parse_budget("1min", 40).allows(new, [], store)

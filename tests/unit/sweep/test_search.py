@@ -59,7 +59,7 @@ def test_the_range_is_found_from_any_start_and_never_ends_at_an_edge(best, cliff
     for k in (at - 1, at + 1):
         assert max(lrs[at] / lrs[k], lrs[k] / lrs[at]) <= 1.1 * HOW.fine
     assert full[lrs[at]] - 1 < 0.03 * math.log(2) ** 2 / 4 + 1e-9  # at most sqrt(2) off
-    assert full_runs(points) <= (7 if cliff > 2 else 8)
+    assert full_runs(points, 64) <= (7 if cliff > 2 else 8)
     assert {p.spec.steps for p in batches[0]} == {8} and len(batches[0]) == HOW.n_short
 
 
@@ -69,7 +69,7 @@ def test_a_short_run_is_the_beginning_of_a_long_one_and_counts_once():
     full = [p for p in points if not is_short(p, points)]
     begun = {p.spec.lr for p in short} & {p.spec.lr for p in full}
     assert len(begun) == HOW.n_lrs
-    assert full_runs(points) == len(full) + (len(short) - len(begun)) / 8
+    assert full_runs(points, 64) == len(full) + (len(short) - len(begun)) / 8
 
 
 def test_the_optimum_of_short_runs_may_lie_elsewhere():
@@ -108,10 +108,10 @@ def test_all_arms_get_fresh_seeds_at_their_best_rates_up_to_the_limit():
 
 def test_a_search_ends_before_runs_that_the_budget_does_not_allow():
     def may_begin(known, new):
-        return full_runs([*known, *new]) <= 6
+        return full_runs([*known, *new], 64) <= 6
 
     points, _ = run([start()], lambda p: valley(1e-3)(p.spec.lr), may_begin=may_begin)
-    assert 4 < full_runs(points) <= 6
+    assert 4 < full_runs(points, 64) <= 6
 
 
 def test_a_model_that_does_not_train_ends_the_search_with_the_arm_and_the_lowest_rate():
