@@ -157,7 +157,8 @@ def _best_rank(c: Arms) -> int | None:
         return None
     best = min(known, key=known.__getitem__)
     start = float(np.mean(list(starts_of(c.runs).values())))
-    allowed = known[best] + KNOWN_PERCENT / 100 * max(start - known[best], 0.0)
+    gain = start - known[best]
+    allowed = known[best] + (KNOWN_PERCENT / 100 * gain if gain > 0 else 0.0)  # NaN: not known
     return min(r for r, loss in known.items() if loss <= allowed)
 
 
