@@ -55,8 +55,7 @@ def _tokenizer(model: ModelSpec, models_dirs: Sequence[str]) -> Any:
     from lorasweep.models import load as models
 
     try:
-        models.check_available(model, models_dirs, fetched=True)
-        return models.tokenizer_of(model, models_dirs)
+        return models.tokenizer_of(model, models_dirs, fetched=True)
     except (LorasweepError, OSError, ValueError):
         return None
 

@@ -11,7 +11,7 @@ from lorasweep.customers.pages import render
 from lorasweep.customers.rules.capacity import ranks_of
 from lorasweep.customers.rules.rates import family_of, law_rate
 from lorasweep.customers.rules.workload import GROUP
-from lorasweep.data import own, rewards
+from lorasweep.data import fields, load, own, rewards
 from lorasweep.errors import SpecError
 
 FOLDER = "settle"
@@ -107,27 +107,27 @@ def middle_rates(advice: Advice) -> tuple[float, float]:
 
 def _dataset(advice: Advice, name: str) -> dict[str, Any]:
     """Return the customer's data set as fields; without a file, the rows have format messages."""
-    c = advice.customer
+    c, verifier = advice.customer, "math"
     sizes = {"max_length": advice.work.max_length, "n_test": 512, "n_test_curve": 64}
     if c.data is None:
         form = {"format": "messages", "mask": "last_assistant", "too_long": "cut_or_skip"}
         values = {"name": name, "source": "jsonl", "location": name, **form, **sizes}
     else:
-        found = {**own.dataset_of(c.data, name).plain(), **sizes}
-        values = {k: v for k, v in found.items() if v not in ({}, "", None)}
+        spec = own.dataset_of(c.data, name)
+        values = {k: v for k, v in {**spec.plain(), **sizes}.items() if v not in ({}, "", None)}
     if c.task != "rl":
         return values
-    form = {"format": "prompt_completion", "mask": "completion", "too_long": "skip"}
-    verifier = "math"
     if c.data is not None:  # choose by the first row
-        spec = own.dataset_of(c.data)
-        gold = own.first_answer(spec, c.data)
-        integer = rewards.integer(gold) is not None
-        verifier = "integer" if integer else "math"
-        if spec.format != form["format"] or not (integer or rewards.boxed(gold) is not None):
+        where, row = next(load.sources_of(spec, ["."])[0].rows())
+        listed = spec.format in fields.LISTS
+        gold = "" if listed else fields.prompt_and_completion(spec, row, where)[1]
+        if rewards.integer(gold) is not None:
+            verifier = "integer"
+        elif rewards.boxed(gold) is None:
             raise SpecError(
                 f"write_sweep={c.name}: no verifier can check the answers in {c.data}. Expected "
                 "two columns, such as prompt and completion, and completions that end in a whole "
                 "number after '####' or in a result in \\boxed{}."
             )
+    form = {"format": "prompt_completion", "mask": "completion", "too_long": "skip"}
     return {**values, **form, "verifier": verifier}

@@ -20,7 +20,6 @@ from lorasweep.errors import ModelError, SpecError, unknown
 from lorasweep.models import hub
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
-from lorasweep.store.files import safetensors_header
 
 TASKS = ("sft", "rl")
 LONGEST_EXAMPLE = 131_072
@@ -351,25 +350,28 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
         RowError: the model is not known and the row lacks its shape, or the row has another shape.
     """
     stated = dict(c.shape)
+    missing = [n for n in NEEDED if n not in stated]
     path = Path(c.model).expanduser()
     config = path / "config.json" if path.is_dir() else path
-    missing = [n for n in NEEDED if n not in stated]
-    if config.suffix == ".json":
-        model = _of_config(config)
-    elif c.model.lower() in models:
-        model = models[c.model.lower()]()
-    elif missing and (config.suffix == ".gguf" or own.HUB_NAME.fullmatch(c.model)):
-        model = _described(c.model)
-    elif missing:
-        what = unknown("model", c.model, (name for name in models if "/" not in name))
-        if stated:
-            what = f"{c.model!r} is not in the catalogue, and its shape is incomplete."
-        raise RowError(
-            f"column model: {what} Give the path of its config.json as model, or fill the columns "
-            f"{', '.join(missing)}."
-        )
-    else:
-        return _build(c.model, stated)
+    try:
+        if config.suffix == ".json":
+            model = _of_config(config)
+        elif c.model.lower() in models:
+            model = models[c.model.lower()]()
+        elif not missing:
+            return _build(c.model, stated, source="hub", location=c.model, weights_dtype="bf16")
+        elif config.suffix == ".gguf" or own.HUB_NAME.fullmatch(c.model):
+            model = _described(c.model)
+        else:
+            what = unknown("model", c.model, (name for name in models if "/" not in name))
+            if stated:
+                what = f"{c.model!r} is not in the catalogue, and its shape is incomplete."
+            raise ModelError(
+                f"{what} Give the path of its config.json as model, or fill the columns "
+                f"{', '.join(missing)}."
+            )
+    except (ModelError, SpecError) as error:
+        raise RowError(f"column model: {error}") from None
     wrong = {n: getattr(model, n) for n, v in stated.items() if getattr(model, n) != v}
     hint = "Leave it out, or give the model another name."
     if wrong:
@@ -384,28 +386,31 @@ def _described(given: str) -> ModelSpec:
     """Describe a GGUF file, or a name on the hub."""
     from lorasweep.models.describe import describe_model
 
-    try:
-        model, folder = describe_model(given)
-    except ModelError as error:
-        raise RowError(f"column model: {error}") from None
+    model, folder = describe_model(given)
     return replace(model, location=str(Path(folder, model.location))) if folder else model
 
 
 def _of_config(path: Path) -> ModelSpec:
     try:
-        config = json.loads(path.read_text())
+        text = path.read_text()
+        config = json.loads(text)
     except FileNotFoundError:
-        raise RowError(f"column model: no file {path}.") from None
+        raise ModelError(f"no file {path}.") from None
     except (OSError, ValueError) as error:
-        raise RowError(f"column model: {path} cannot be read: {error}") from None
+        raise ModelError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise RowError(f"column model: {path} is not the config.json of a model.")
+        raise ModelError(f"{path} is not the config.json of a model.")
     folder, is_known = path.absolute().parent, path.name == "config.json" and "model_type" in config
     config = {**config, **config.get("text_config", {})}
-    dtype = "bf16" if _are_bf16(config, folder) else "fp32"
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype is not None:
+        bf16 = "bfloat16" in str(dtype)
+    else:  # without weights assume bf16, in which models are published
+        bf16 = hub.types_in(sorted(folder.glob("model*.safetensors"))) <= {"BF16"}
+    dtype = "bf16" if bf16 else "fp32"
     where: dict[str, Any] = {"source": "folder", "location": str(folder), "weights_dtype": dtype}
     if is_known and hub.has_weights(folder):
-        return _counted(ModelSpec(name=folder.name, **where), path.read_text())
+        return _counted(ModelSpec(name=folder.name, **where), text)
     stated: dict[str, Any] = {}
     for name, column in SHAPE.items():
         found = [config[k] for k in column.config_keys if config.get(k) is not None]
@@ -417,9 +422,8 @@ def _of_config(path: Path) -> ModelSpec:
     missing = [n for n in NEEDED if n not in stated]
     if missing:
         names = ", ".join(" or ".join(SHAPE[n].config_keys) for n in missing)
-        raise RowError(f"column model: {path} lacks {names}.")
-    qk_norm = "qwen3" in str(config.get("model_type", ""))
-    return _build(folder.name, stated, **where, qk_norm=qk_norm)
+        raise ModelError(f"{path} lacks {names}.")
+    return _build(folder.name, stated, **where, qk_norm="qwen3" in str(config.get("model_type")))
 
 
 @cache
@@ -427,30 +431,12 @@ def _counted(model: ModelSpec, config_text: str) -> ModelSpec:
     """Add the shape that transformers' modules have, once for all rows with this folder."""
     from lorasweep.models.describe import config_at, with_shape
 
-    try:
-        found = with_shape(model, config_at(model, Path(model.location)))
-    except ModelError as error:
-        raise RowError(f"column model: {error}") from None
+    found = with_shape(model, config_at(model, Path(model.location)))
     return replace(found, context_length=0)  # ids of runs of fleets stay
 
 
-def _are_bf16(config: Mapping[str, Any], folder: Path) -> bool:
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    if dtype is not None:
-        return "bfloat16" in str(dtype)
-    # read it from the weights; without weights assume bf16, in which models are published
-    headers = [safetensors_header(file) for file in sorted(folder.glob("model*.safetensors"))]
-    tensors = [t for header in headers if header for t in header[0].values()]
-    # norms are often kept in fp32 beside matrices in bf16
-    return all(len(t["shape"]) < 2 or t["dtype"] == "BF16" for t in tensors)
-
-
 def _build(name: str, stated: Mapping[str, Any], **more: Any) -> ModelSpec:
-    where = {"source": "hub", "location": name, "weights_dtype": "bf16", **more}
-    try:
-        model = ModelSpec(name=name, **where, **stated)
-    except SpecError as error:
-        raise RowError(f"column model: {error}") from None
+    model = ModelSpec(name=name, **stated, **more)
     if model.problem:
         raise RowError(f"columns of the shape: {model.problem}")
     return model

@@ -5,7 +5,7 @@ This module needs the base's tokenizer, but no model and no learning rate.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,25 +105,15 @@ def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
     Raises:
         DataError: there are no rows, or one cannot be read.
     """
-    form = rules.form(tokenizer)
-    if own.is_on_hub(data):
-        spec = dataclasses.replace(own.on_hub(data, name), **form)
-        train, held_out = (source.rows() for source in load.sources_of(spec, []))
-        tested = _texts(spec, held_out) if spec.test_split != spec.train_split else None
-        where = f"{data}[{spec.test_split}]"
-        return _divide(spec, _texts(spec, train), tested, where, rules.split)
-    spec, path = own.dataset_of(data, name), Path(data).expanduser()
-    folder, split = (path, "train") if path.is_dir() else (path.parent, path.stem)
-    test = folder / f"test.{spec.source}"
-    there = path.is_dir() and test.is_file()
-    place: dict[str, Any] = {
-        "location": str(folder),
-        "test_split": "test" if there else split,
-    }
-    spec = _pinned(dataclasses.replace(spec, **place, **form), ".")
-    rows = _texts(spec, sources.rows_in(folder / f"{split}.{spec.source}"))
-    tested = _texts(spec, sources.rows_in(test)) if there else None
-    return _divide(spec, rows, tested, str(test), rules.split)
+    spec = dataclasses.replace(own.dataset_of(data, name), **rules.form(tokenizer))
+    test = f"{data}[{spec.test_split}]"
+    if spec.source != "hub":
+        path = Path(data).expanduser()
+        folder, split = (path, spec.test_split) if path.is_dir() else (path.parent, path.stem)
+        spec = dataclasses.replace(spec, location=str(folder), test_split=split)
+        spec, test = _pinned(spec, "."), str(folder / f"test.{spec.source}")
+    rows, tested = _texts(spec, ".")
+    return _divide(spec, rows, tested, test, rules.split)
 
 
 def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, int]:
@@ -143,13 +133,9 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
         spec = dataclasses.replace(spec, mask=named["mask"])
     if spec.source != "hub":
         folder = spec.location
-        alone = Path(given).expanduser().is_file() and spec.train_split != "train"
-        test_split = spec.train_split if alone else spec.test_split
-        place: dict[str, Any] = {"location": ".", "revision": "", "test_split": test_split}
-        spec = _pinned(dataclasses.replace(spec, **place), folder)
-    train, held_out = load.sources_of(spec, [folder])
-    rows = _texts(spec, train.rows())
-    tested = _texts(spec, held_out.rows()) if spec.test_split != spec.train_split else None
+        split = spec.test_split if spec.train_split == "train" else spec.train_split
+        spec = _pinned(dataclasses.replace(spec, location=".", test_split=split), folder)
+    rows, tested = _texts(spec, folder)
     empty = [k for k, row in enumerate(rows) if not row.whole[-1][1].strip()]
     if empty:
         raise DataError(
@@ -183,27 +169,33 @@ def _pinned(spec: DatasetSpec, folder: str) -> DatasetSpec:
     return dataclasses.replace(spec, revision="sha256:" + ",".join(pins))
 
 
-def _texts(spec: DatasetSpec, rows: Iterable[tuple[str, Any]]) -> list[Text]:
-    found = []
-    for where, row in rows:
-        whole = tuple(fields.messages_of(spec, row, where))
-        # with mask=all every token is learned, so a row has no prompt
-        prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
-        found.append(Text(whole, prompt))
-    return found
+def _texts(spec: DatasetSpec, folder: str) -> tuple[list[Text], list[Text] | None]:
+    """Return the training rows, and those of the test split; None if both are one split."""
+
+    def read(source: sources.Source) -> list[Text]:
+        found = []
+        for where, row in source.rows():
+            whole = tuple(fields.messages_of(spec, row, where))
+            # with mask=all every token is learned, so a row has no prompt
+            prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
+            found.append(Text(whole, prompt))
+        return found
+
+    train, held_out = load.sources_of(spec, [folder])
+    return read(train), read(held_out) if spec.test_split != spec.train_split else None
 
 
 def _divide(
     spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, test: str, split: str
 ) -> Rows:
     """Split rows. `tested`: rows of the test file or split `test`; None: there is no such file."""
-    pool, both = rows if tested is None else tested, [*rows, *(tested or ())]
-    n_unique, n_pool = len({r.whole for r in both}), len({r.whole for r in pool})
+    both = [*rows, *(tested or ())]
+    n_unique = len({r.whole for r in both})
     repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
     if tested is not None:
         _check_tested(tested, test)
     changes: dict[str, Any]
-    if tested is None and n_pool < FEWEST:
+    if tested is None and n_unique < FEWEST:
         changes, n_train = {"n_test": len(rows)}, len(rows)
     elif split == BY_ROW or (tested is None and not same_prompt):
         # split by whole text; if no prompt has two answers, a split by prompt is the same

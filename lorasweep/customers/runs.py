@@ -302,8 +302,7 @@ def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
     def tokenizer_of(model: ModelSpec) -> Any:
         if model not in loaded:
             try:
-                load.check_available(model, dirs, fetched)
-                loaded[model] = load.tokenizer_of(model, dirs) or ModelError(
+                loaded[model] = load.tokenizer_of(model, dirs, fetched) or ModelError(
                     f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
                     "tokenizer's files beside the weights, or choose a model that reads text."
                 )

@@ -1,6 +1,6 @@
 """Rows of data sets of the Hugging Face hub; splits and columns are checked before rows load."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lorasweep.data.fields import columns
@@ -40,7 +40,7 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
     place = _place(spec, held_out)
     builders = [_builder(spec, place, config) for config in place.configs]
     for builder in builders:
-        _check_described(spec, place, builder)
+        _check(spec, place, builder.info)
     commit = "+".join(dict.fromkeys(builder.hash for builder in builders))
     identity = f"{place.location}/{'+'.join(place.configs)}@{commit}[{place.split}]"
     if spec.holdout:
@@ -49,11 +49,10 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
     def rows() -> Iterator[Row]:
         import datasets
 
-        parts = []
         for builder in builders:
-            _check_splits(spec, place, _counts(spec, place, builder))
-            parts.append(builder.as_dataset(split=place.split))
-            _check_columns(spec, place, parts[-1].column_names)
+            _prepare(spec, place, builder)
+            _check(spec, place, builder.info)
+        parts = [builder.as_dataset(split=place.split) for builder in builders]
         found = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
         if spec.holdout:
             # mixtures are sorted by source: unshuffled, all held-out rows could be of one source
@@ -75,7 +74,7 @@ def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
     """
     place = _place(spec, False)
     builder = _builder(spec, place, spec.config)
-    rows = _counts(spec, place, builder)
+    rows = _prepare(spec, place, builder)
     return list(builder.info.features), rows, builder.hash if is_commit(builder.hash) else ""
 
 
@@ -89,10 +88,9 @@ def fetch(spec: DatasetSpec) -> int:
     for place in (_place(spec, held_out) for held_out in (False, True)):
         for config in place.configs:
             builder = _builder(spec, place, config)
-            _check_described(spec, place, builder)
-            splits = _counts(spec, place, builder)
-            _check_splits(spec, place, splits)
-            _check_columns(spec, place, list(builder.info.features))
+            _check(spec, place, builder.info)
+            splits = _prepare(spec, place, builder)
+            _check(spec, place, builder.info)
             rows |= {(place.location, config, name): splits[name] for name in place.splits}
     return sum(rows.values())
 
@@ -118,48 +116,37 @@ def _builder(spec: DatasetSpec, place: _Place, config: str) -> Any:
     return builder
 
 
-def _check_described(spec: DatasetSpec, place: _Place, builder: Any) -> None:
-    info = builder.info
-    if info.features is not None:
-        _check_columns(spec, place, list(info.features))
-    counts = {name: split.num_examples for name, split in (info.splits or {}).items()}
-    if counts:
-        _check_splits(spec, place, counts)
-
-
-def _check_columns(spec: DatasetSpec, place: _Place, found: Sequence[str]) -> None:
-    missing = [name for name in columns(spec) if name not in found]
+def _check(spec: DatasetSpec, place: _Place, info: Any) -> None:
+    """Check columns and splits. Before the download, a description may lack one of them."""
+    where = f"dataset {spec.name!r}: {place.location}"
+    wanted, found = columns(spec), info.features
+    missing = [name for name in wanted if found is not None and name not in found]
     if missing:
         raise DataError(
-            f"dataset {spec.name!r}: {place.location}[{place.split}] has no column "
-            f"{', '.join(missing)}. Found: {', '.join(found)}. Expected (format={spec.format}): "
-            f"{', '.join(columns(spec))}. Set format, prompt_field, completion_field or "
-            "answer_field to existing columns, or pin a revision that has these columns."
+            f"{where}[{place.split}] has no column {', '.join(missing)}. Found: "
+            f"{', '.join(found)}. Expected (format={spec.format}): {', '.join(wanted)}. Set "
+            "format, prompt_field, completion_field or answer_field to existing columns, or pin a "
+            "revision that has these columns."
         )
-
-
-def _check_splits(spec: DatasetSpec, place: _Place, counts: dict[str, int]) -> None:
-    for name in place.splits:
-        if name not in counts:
-            raise DataError(
-                f"dataset {spec.name!r}: {place.location} has no split {name!r}. Found: "
-                f"{', '.join(counts)}. Set train_split and test_split to these, or holdout=ROWS "
-                "to hold rows of the training split out."
-            )
-    rows = sum(counts[name] for name in place.splits)
-    if not rows:
+    if not info.splits:
+        return
+    absent = [name for name in place.splits if name not in info.splits]
+    if absent:
         raise DataError(
-            f"dataset {spec.name!r}: {place.location}[{place.split}] has no rows. Name a split "
-            "that has some."
+            f"{where} has no split {absent[0]!r}. Found: {', '.join(info.splits)}. Set train_split "
+            "and test_split to these, or holdout=ROWS to hold rows of the training split out."
         )
+    rows = sum(info.splits[name].num_examples for name in place.splits)
+    if not rows:
+        raise DataError(f"{where}[{place.split}] has no rows. Name a split that has some.")
     if rows <= spec.holdout:
         raise DataError(
-            f"dataset {spec.name!r}: {place.location}[{place.split}] has {rows} rows, expected "
-            f"more than {spec.holdout} (holdout). Name a split with more rows, or hold fewer out."
+            f"{where}[{place.split}] has {rows} rows, expected more than {spec.holdout} "
+            "(holdout). Name a split with more rows, or hold fewer out."
         )
 
 
-def _counts(spec: DatasetSpec, place: _Place, builder: Any) -> dict[str, int]:
+def _prepare(spec: DatasetSpec, place: _Place, builder: Any) -> dict[str, int]:
     """Download the rows, unless they are cached; return the number of rows by split."""
     try:
         builder.download_and_prepare()

@@ -131,25 +131,13 @@ def dataset_of(given: str, name: str = "", named: Mapping[str, str] | None = Non
 
 def count(given: str) -> Counted:
     """Count a file's rows and their bytes in the loss; DataError for a row of another form."""
-    spec = dataset_of(given)
-    path = path_of(given)
+    spec, path = dataset_of(given), path_of(given)
     rows = answers = 0
     for where, row in sources.rows_in(path):
         said = zip(fields.messages_of(spec, row, where), fields.in_loss(spec, row, where))
         rows += 1
         answers += sum(len(text.encode()) for (_, text), learned in said if learned)
     return Counted(rows, answers, sources.file_sha256(path))
-
-
-def first_answer(spec: DatasetSpec, given: str) -> str:
-    """Return the last answer of the first row; empty if it has none."""
-    if spec.source == "hub":
-        rows = hub.source_of(spec, False).rows()
-    else:
-        rows = sources.rows_in(path_of(given))
-    where, row = next(rows)
-    said = [text for role, text in fields.messages_of(spec, row, where) if role == "assistant"]
-    return said[-1] if said else ""
 
 
 def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 """A model of the hub: owner/name, with an optional @revision."""
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of architectures that predict the next token."""
+KINDS = ("attention", "mlp", "experts")
+"""Kinds of matrices in a layer that can be adapted."""
 NAMED = 3
 """Modules of a kind, or near names, that a message names."""
 
@@ -51,8 +53,6 @@ def describe_model(given: str, models_dirs: Sequence[str] = ()) -> tuple[ModelSp
     except ModelError as error:
         problem = str(error).removeprefix(f"model {given!r}: ")
         raise ModelError(_not_found(given, tried, f"As a name, {problem} Or correct ")) from error
-    if hub.has_weights(folder):
-        _check_tokenizer(given, folder)
     name = location.replace("/", "-")
     return replace(_described(spec, folder), name=name, revision=folder.name), ""
 
@@ -77,12 +77,7 @@ def _local(given: str, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
     """Describe a folder or a GGUF file."""
     from lorasweep.models.load import content_pin, converted_at
 
-    if path.is_file() and path.suffix != ".gguf":
-        raise ModelError(
-            f"model {given!r}: {path} is no .gguf file. Give a .gguf file, or the folder with "
-            "config.json, weights (model.safetensors) and tokenizer."
-        )
-    source = "gguf" if path.is_file() else "folder"
+    source = "folder" if path.is_dir() else "gguf"
     spec = ModelSpec(name=given, source=source, location=path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -92,28 +87,28 @@ def _local(given: str, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
                 "transformers: config.json, weights (model.safetensors) and tokenizer."
             )
         hub.check_folder(spec, path)
-        _check_tokenizer(given, path)
-    if path.is_dir():
         spec, stem = _described(spec, path), path.name
-    else:  # its values are computed in fp32; reading its config takes seconds
+    elif path.suffix == ".gguf":  # values are computed in fp32; reading a config takes seconds
         converted = converted_at(path, [*models_dirs, str(path.parent)][0])
         known = converted if (converted / "config.json").is_file() else path
         spec, stem = with_shape(spec, config_at(spec, known)), path.stem
+    else:
+        raise ModelError(
+            f"model {given!r}: {path} is no .gguf file. Give a .gguf file, or the folder with "
+            "config.json, weights (model.safetensors) and tokenizer."
+        )
     pin = content_pin(path)
     return replace(spec, name=f"{stem}-{pin.removeprefix('sha256:')[:8]}", revision=pin)
 
 
-def _check_tokenizer(given: str, folder: Path) -> None:
-    if not hub.has_tokenizer(folder):
-        raise ModelError(
-            f"model {given!r}: {folder} has no tokenizer, none of {', '.join(hub.TOKENIZER)}. Copy "
-            "the tokenizer's files of the model there (or tokenizer.save_pretrained)."
-        )
-
-
 def _described(spec: ModelSpec, folder: Path) -> ModelSpec:
     """Add the shape and the type of weights, from a folder with config.json."""
-    config, types = config_at(spec, folder), set(hub.tensor_types(spec, folder).values())
+    if hub.has_weights(folder) and not hub.has_tokenizer(folder):
+        raise ModelError(
+            f"model {spec.name!r}: {folder} has no tokenizer, none of {', '.join(hub.TOKENIZER)}. "
+            "Copy the tokenizer's files of the model there (or tokenizer.save_pretrained)."
+        )
+    config, types = config_at(spec, folder), hub.matrix_types(spec, folder)
     bf16 = types == {"BF16"} if types else "bfloat16" in str(getattr(config, "dtype", None))
     return with_shape(replace(spec, weights_dtype="bf16" if bf16 else "fp32"), config)
 
@@ -127,11 +122,9 @@ def config_at(spec: ModelSpec, path: Path) -> Any:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
-    if path.is_file():
-        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    folder, more = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     try:
-        config = transformers.AutoConfig.from_pretrained(**source, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:  # of any type: a config is somebody else's file
         raise ModelError(
             f"model {spec.name!r}: transformers {transformers.__version__} cannot read the config "
@@ -158,31 +151,36 @@ def with_shape(spec: ModelSpec, config: Any) -> ModelSpec:
         ModelError: it is no causal language model whose layers all have the same nn.Linear matrices
             and experts.
     """
+    from torch import nn
+
     from lorasweep.models.targets import find_targets
 
     model, refused = _without_weights(spec, config)
-    named = {module: name for name, module in model.named_modules()}
-    layers, head = _layers(model), model.get_output_embeddings()
+    config = model.config  # of the text model
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    layers = next((m for m in lists if len(m) == config.num_hidden_layers), None)
     if not layers:
         raise refused("no list of its layers was found")
-    sets, experts, odd = _matrices(layers)
-    if odd or not sets["attention"] or not (sets["mlp"] or experts):
-        found = ", ".join(odd[:NAMED]) or "none in attention or MLP"
-        raise refused(f"other matrices in its layers: {found}")
-    found_in = [item for of_set in sets.values() for item in of_set.items()]
-    uneven = [n for n, s in found_in if len(s) != len(layers) or len(set(s)) > 1]
-    if uneven or len(experts) not in (0, len(layers)):
-        raise refused(f"its {len(layers)} layers differ, in {uneven[0] if uneven else 'experts'}")
-    if twice := sets["attention"].keys() & sets["mlp"].keys():
-        raise refused(f"attention and MLP both have matrices named {', '.join(sorted(twice))}")
-    if experts and sets["mlp"]:
-        raise refused(f"it has matrices beside its experts: {', '.join(sets['mlp'])}")
-    last = named[head].rpartition(".")[2]
-    of_mlp = {n: s[0] for n, s in sets["mlp"].items()}
-    shapes = {n: s[0] for n, s in found_in} | {last: (head.in_features, head.out_features)}
-    config = model.config  # of the text model
+    found = [_matrices(layer) for layer in layers]
+    attention, mlp, experts = ({n: s for of, n, s in found[0] if of == kind} for kind in KINDS)
+    others = list(dict.fromkeys(n for layer in found for of, n, _ in layer if of not in KINDS))
+    if others or not attention or not (mlp or experts):
+        named = ", ".join(others[:NAMED]) or "none in attention or MLP"
+        raise refused(f"other matrices in its layers: {named}")
+    if uneven := [n for layer in found for _, n, _ in sorted(set(layer) ^ set(found[0]))]:
+        raise refused(f"its {len(layers)} layers differ, in {uneven[0]}")
+    names = [n for _, n, _ in found[0]]
+    if twice := sorted(n for n in set(names) if names.count(n) > 1):
+        raise refused(f"attention and MLP both have matrices named {', '.join(twice)}")
+    if experts and mlp:
+        raise refused(f"it has matrices beside its experts: {', '.join(mlp)}")
+    head, modules = model.get_output_embeddings(), {m: n for n, m in model.named_modules()}
+    last = modules[head].rpartition(".")[2]
     n_heads = getattr(config, "num_attention_heads", 0)
-    n_experts, _, width = experts[0] if experts else (0, 0, max(map(max, of_mlp.values())))
+    n_experts, _, width = experts.get("experts", (0, 0, 0))
+    if mlp:
+        width = mlp["down_proj"][0] if "down_proj" in mlp else max(map(max, mlp.values()))
+    norms = (n for n, p in layers[0].named_parameters() if p.shape == (config.hidden_size,))
     spec = replace(
         spec,
         hidden_size=config.hidden_size,
@@ -190,18 +188,20 @@ def with_shape(spec: ModelSpec, config: Any) -> ModelSpec:
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // max(1, n_heads),
-        mlp_size=width if experts or "down_proj" not in of_mlp else of_mlp["down_proj"][0],
+        mlp_size=width,
         vocab_size=config.vocab_size,
         tied=head.weight is model.get_input_embeddings().weight,
-        qk_norm=any(name.endswith(".q_norm") for name in named.values()),
-        attention=tuple(sets["attention"]),
-        mlp=EXPERT_MATRICES if experts else tuple(of_mlp),
+        qk_norm=any(name.endswith(".q_norm") for name in modules.values()),
+        attention=tuple(attention),
+        mlp=EXPERT_MATRICES if experts else tuple(mlp),
         unembedding=(last,),
         n_experts=n_experts,
         n_active_experts=getattr(config, "num_experts_per_tok", 0) if experts else 0,
-        n_norms=_norms(layers[0], config.hidden_size),
+        # norms inside attention are of heads
+        n_norms=sum(n.endswith("norm.weight") and "attn." not in n for n in norms),
         context_length=getattr(config, "max_position_embeddings", None) or 0,
     )
+    shapes = {**attention, **mlp, last: (head.in_features, head.out_features)}
     own = {n: f"{s[0]}x{s[1]}" for n, s in shapes.items() if spec.known_shapes.get(n) != s}
     spec = replace(spec, shapes=own)
     n_params = sum(p.numel() for p in model.parameters())
@@ -248,43 +248,19 @@ def _without_weights(spec: ModelSpec, config: Any) -> tuple[Any, Callable[[str],
     return model, refused
 
 
-def _layers(model: Any) -> "list[nn.Module]":
-    """Return the layers of a model: its first list of as many modules as its config says."""
+def _matrices(layer: "nn.Module") -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return kind, name and shape of a layer's matrices; experts: number, hidden size, width."""
     from torch import nn
 
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
-    return list(next((m for m in lists if len(m) == model.config.num_hidden_layers), []))
-
-
-def _norms(layer: "nn.Module", size: int) -> int:
-    """Count a layer's norms over the hidden size; those inside attention are of heads."""
-    named = layer.named_parameters()
-    weights = [n for n, p in named if p.shape == (size,) and n.endswith("norm.weight")]
-    return sum("attn." not in name for name in weights)
-
-
-def _matrices(
-    layers: "Sequence[nn.Module]",
-) -> tuple[dict[str, dict[str, list[tuple[int, int]]]], list[tuple[int, int, int]], list[str]]:
-    """Return the matrices of layers, by set and name; the shapes of experts; and all others.
-
-    The shape of experts is their number, hidden size and width.
-    """
-    from torch import nn
-
-    sets: dict[str, dict[str, list[tuple[int, int]]]] = {"attention": {}, "mlp": {}}
-    experts: list[tuple[int, int, int]] = []
-    odd: list[str] = []
-    for layer in layers:
-        for name, module in layer.named_modules():
-            last = name.rpartition(".")[2]
-            wide = [n for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
-            if isinstance(module, nn.Linear):
-                layer_set = "attention" if "attn" in name or "attention" in name else "mlp"
-                sides = (module.in_features, module.out_features)
-                sets[layer_set].setdefault(last, []).append(sides)
-            elif last == "experts" and "down_proj" in wide:  # `find_targets` checks the layout
-                experts.append(tuple(module.down_proj.shape))
-            elif wide and last != "gate":
-                odd.append(f"{name or last} ({type(module).__name__})")
-    return sets, experts, list(dict.fromkeys(odd))
+    found: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, module in layer.named_modules():
+        last = name.rpartition(".")[2]
+        wide = [n for n, p in module.named_parameters(recurse=False) if p.dim() > 1]
+        if isinstance(module, nn.Linear):
+            kind = "attention" if "attn" in name or "attention" in name else "mlp"
+            found.append((kind, last, (module.in_features, module.out_features)))
+        elif last == "experts" and "down_proj" in wide:  # `find_targets` checks the layout
+            found.append(("experts", last, tuple(module.down_proj.shape)))
+        elif wide and last != "gate":
+            found.append(("other", f"{name or last} ({type(module).__name__})", ()))
+    return found

@@ -1,6 +1,7 @@
 """Download base models; check by file names and headers that they are complete. No torch."""
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,27 +63,29 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER)
 
 
-def tensor_types(spec: ModelSpec, folder: Path) -> dict[str, str]:
-    """Return the types of a model's matrices ('BF16'), by name, without loading any.
+def matrix_types(spec: ModelSpec, folder: Path) -> set[str]:
+    """Return the types of a model's matrices, such as 'BF16', without loading any.
 
     Those of a hub model that is not in the cache come from the headers of its files on the hub.
     Empty without safetensors, or where the hub cannot be reached.
     """
-    found = [
-        safetensors_header(path)
-        for path in map(folder.joinpath, weight_files(folder))
-        if path.is_file()
-    ]
-    if found or spec.source != "hub":
-        tensors = [item for header in found if header for item in header[0].items()]
-        return {name: t["dtype"] for name, t in tensors if len(t["shape"]) > 1}
+    files = [path for path in map(folder.joinpath, weight_files(folder)) if path.is_file()]
+    if files or spec.source != "hub":
+        return types_in(files)
     from huggingface_hub import get_safetensors_metadata
 
     with suppress(Exception):  # `check_cached` tells what is wrong, when weights are needed
-        files = get_safetensors_metadata(spec.location, revision=folder.name).files_metadata
-        tensors = [item for file in files.values() for item in file.tensors.items()]
-        return {name: t.dtype for name, t in tensors if len(t.shape) > 1}
-    return {}
+        found = get_safetensors_metadata(spec.location, revision=folder.name).files_metadata
+        tensors = [t for file in found.values() for t in file.tensors.values()]
+        return {t.dtype for t in tensors if len(t.shape) > 1}
+    return set()
+
+
+def types_in(files: Iterable[Path]) -> set[str]:
+    """Return the types of the matrices in safetensors files; norms often have another one."""
+    headers = [header for header in map(safetensors_header, files) if header]
+    tensors = [t for header in headers for t in header[0].values()]
+    return {t["dtype"] for t in tensors if len(t["shape"]) > 1}
 
 
 def cached_config(spec: ModelSpec) -> Path:

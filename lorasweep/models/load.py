@@ -63,38 +63,38 @@ def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool =
     if spec.source == "hub":
         folder = hub.check_cached(spec, fetched)
         return folder is None or hub.has_tokenizer(folder)
-    if spec.source == "folder":
-        folder = find(spec, models_dirs)
-        hub.check_folder(spec, folder)
-        find_pinned(spec, models_dirs)
-        return hub.has_tokenizer(folder)
-    if spec.source == "gguf":
-        find_pinned(spec, models_dirs)
-    return spec.source != "recipe"
-
-
-def find(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
-    """Return the folder or file of a local model; raise ModelError if it is missing."""
-    return _candidates(spec, models_dirs)[0]
+    if spec.source == "recipe":
+        return False
+    path = find_pinned(spec, models_dirs)
+    return path.is_file() or hub.has_tokenizer(path)
 
 
 def find_pinned(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     """Return the folder or file of a local model with the content that its revision pins.
 
     Raises:
-        ModelError: it is missing, or has another content.
+        ModelError: it is missing or incomplete, or has another content.
     """
-    paths, pinned = _candidates(spec, models_dirs), spec.revision
-    if not (pinned if spec.source == "gguf" else pinned.startswith("sha256:")):
-        return paths[0]
-    found = {}
-    for path in paths:  # a folder of models_dirs may have another model of this name
-        found[path] = content_pin(path)
-        if found[path] == pinned:
+    tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
+    is_gguf, pinned = spec.source == "gguf", spec.revision
+    there = [p for p in tried if (p.is_file() if is_gguf else (p / "config.json").is_file())]
+    if not there:
+        get = "run `make weights`" if "SmolLM2" in spec.location else "put the weights there"
+        raise ModelError(
+            f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, "
+            f"{get}, or set exec.models_dir=[FOLDER]."
+        )
+    pins = []
+    for path in there:  # a folder of models_dirs may have another model of this name
+        if not is_gguf:
+            hub.check_folder(spec, path)
+        if not (pinned if is_gguf else pinned.startswith("sha256:")):
             return path
-    path = paths[0]
+        pins.append(content_pin(path))
+        if pins[-1] == pinned:
+            return path
     raise ModelError(
-        f"model {spec.name!r}: {path} is {found[path]}, but the model pins {pinned}. Get the "
+        f"model {spec.name!r}: {there[0]} is {pins[0]}, but the model pins {pinned}. Get the "
         "pinned weights, or describe these as another model: model=FOLDER or FILE, or a file in "
         "conf/model with another name and revision."
     )
@@ -121,20 +121,6 @@ def _sha256(path: Path, size: int, modified_ns: int) -> str:
     """Hash a file, once for each state of it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _candidates(spec: ModelSpec, models_dirs: Sequence[str]) -> list[Path]:
-    """Return the folders or files with the name of a local model, at least one."""
-    tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
-    is_gguf = spec.source == "gguf"
-    there = [p for p in tried if (p.is_file() if is_gguf else (p / "config.json").is_file())]
-    if there:
-        return there
-    get = "run `make weights`" if "SmolLM2" in spec.location else "put the weights there"
-    raise ModelError(
-        f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, "
-        f"{get}, or set exec.models_dir=[FOLDER]."
-    )
 
 
 def load(
@@ -226,11 +212,11 @@ def save_trained(
         tokenizer.save_pretrained(folder)
 
 
-def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str]) -> Any:
-    """Load only the tokenizer; None if the model has none, ModelError if the model is missing."""
+def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> Any:
+    """Load only the tokenizer; None if there is none. Raises ModelError as `check_available`."""
     from transformers import AutoTokenizer
 
-    if not check_available(spec, models_dirs):
+    if not check_available(spec, models_dirs, fetched):
         return None
     if spec.source == "hub":
         return AutoTokenizer.from_pretrained(spec.location, revision=spec.revision or None)
@@ -322,11 +308,10 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         finer = [n for n, p in bf16_matrices(model).items() if not are_bf16(p.detach())]
         wrong += [f"weights_dtype is fp32 ({finer[0]}), described as bf16"] if finer else []
     if wrong:
-        # a model given as a folder has no file in conf/model, nor has a customer's, whose location
-        # is the path of its folder
-        pinned = spec.revision.startswith("sha256:")
-        alone = spec.source == "folder" and (pinned or Path(spec.location).is_absolute())
-        described = f"{spec.location}/config.json" if alone else "file in conf/model"
+        # a model given as a folder is pinned, and a customer's has an absolute location
+        alone = spec.revision.startswith("sha256:") or Path(spec.location).is_absolute()
+        is_folder = spec.source == "folder" and alone
+        described = f"{spec.location}/config.json" if is_folder else "file in conf/model"
         raise ModelError(
             f"model {spec.name!r} differs from its {described}: {'; '.join(wrong)}. Correct the "
             "file, or get the weights that it describes."
