@@ -79,10 +79,9 @@ def _data_lines(spec: DatasetSpec, tokenizer: Any, data_dirs: Sequence[str]) -> 
         f"{spec.n_validation:,} validation and {n_test:,} test rows{mean}"
     )
     if tokenizer is not None:
-        parts = text.parts_of(spec, row, where, tokenizer)
-        texts = [(p.text + (tokenizer.eos_token if p.eos else ""), p.in_loss) for p in parts]
-        shown = "".join(f"[[{part}]]" if learned else part for part, learned in texts if part)
-        shown = shown.replace("]][[", "").replace("\n", "\\n")
+        pieces = text.rendered(spec, row, where, tokenizer)
+        shown = "".join(f"[[{piece}]]" if in_loss else piece for piece, in_loss in pieces)
+        shown = shown.replace("\n", "\\n")
         if len(shown) > SHOWN:
             shown = f"{shown[: SHOWN // 2]} ... {shown[-SHOWN // 2 :]}"
         yield f"example, [[in the loss]]: {shown}"

@@ -61,25 +61,22 @@ class ScaleLoader(ConfigLoaderImpl):
         self, config_name: str | None, overrides: list[str], *args: Any, **more: Any
     ) -> DictConfig:
         """Compose after describing what `model=` and `dataset=` name, if no file does."""
-        options: dict[str, str] = {}
-        problems = []
-        for text in overrides:
-            key, _, name = text.partition("=")
-            group = key.lstrip("+")
-            if group not in own.GROUPS or own.is_file(group, name):
+        typed: dict[str, str] = {}
+        described, problems = list(overrides), []
+        for k, text in enumerate(overrides):
+            key = text.partition("=")[0]
+            if (group := key.lstrip("+")) not in own.GROUPS:
                 continue
-            value = OverridesParser.create().parse_override(text).value()
-            if not isinstance(value, str):
-                continue
+            name = OverridesParser.create().parse_override(text).value()
             try:
-                options[text] = f"{key}={self.option(group, value, overrides)}"
+                if isinstance(name, str):
+                    described[k] = f"{key}={self.option(group, name, overrides)}"
+                    typed[described[k]] = text
             except SpecError as error:
                 problems.append(str(error))
         if problems:
             raise SpecError("\n".join(problems))
-        described = [options.get(text, text) for text in overrides]
         cfg = super().load_configuration(config_name, described, *args, **more)
-        typed = {option: text for text, option in options.items()}
         cfg.hydra.overrides.task = [typed.get(o, o) for o in cfg.hydra.overrides.task]
         return cfg
 
@@ -92,6 +89,8 @@ class ScaleLoader(ConfigLoaderImpl):
         if own.is_file(group, name):
             return name
         options = self.get_group_options(group, config_name="config", overrides=list(overrides))
+        if name in options:
+            return name
         keys = (f"{group}.", "exec.models_dir=", "+exec.models_dir=")
         set_here = [o for o in overrides if o.startswith(keys)]
         parsed = OverridesParser.create().parse_overrides(set_here)

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 from hydra.core.config_store import ConfigStore
 
 from lorasweep.config.folders import conf_dir, exec_of
+from lorasweep.data.own import EXPECTED
 from lorasweep.errors import DataError, ModelError, SpecError
+from lorasweep.models.describe import describe_model
 from lorasweep.spec.canonical import fields
 from lorasweep.spec.dataset import FILES, DatasetSpec
 from lorasweep.spec.model import ModelSpec
@@ -25,8 +27,7 @@ FORM = ("format", "prompt_field", "completion_field", "mask")
 """Fields of a data set that say how a row is read."""
 KINDS = {
     "model": "a folder of transformers, a .gguf file, or a name on the hub (owner/name@revision)",
-    "dataset": f"a {', '.join('.' + form for form in FILES)} file, a folder with train and test in "
-    "one of these forms, or a name on the hub (owner/name:configuration@revision)",
+    "dataset": EXPECTED,
 }
 
 
@@ -52,7 +53,7 @@ class Names:
     def option(
         self, group: str, given: str, options: Sequence[str], settings: Mapping[str, Any]
     ) -> str:
-        """Return the option of a group for a given name, which is described if it is none.
+        """Return the option of a group with which a name is registered, after describing it once.
 
         Args:
             options: the names of configuration files.
@@ -62,33 +63,33 @@ class Names:
             SpecError: there is no such model or data set, or it cannot be used.
         """
         named = {f: str(settings[f"{group}.{f}"]) for f in FORM if f"{group}.{f}" in settings}
-        if given in options:
-            return given
-        key = json.dumps([group, given, named if group == "dataset" else {}])
+        key = json.dumps([group, given, named])
         if key not in self._known:
             options = sorted({*options} - {own.option for own in self._known.values()})
-            found = _described(group, given, options, named, settings.get("exec.models_dir"))
-            digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-            spec, folder, n_train = found
-            own = Own(given, spec, folder, f"{spec.name}-{digest}", n_train)
-            same = [o for o in self._known.values() if type(o.spec) is type(own.spec)]
-            other = [o.given for o in same if o.spec.name == own.spec.name and o.spec != own.spec]
-            if other or own.spec.name in options:
+            models_dir = settings.get("exec.models_dir")
+            spec, folder, n_train = _described(group, given, options, named, models_dir)
+            same = [o for o in self._known.values() if _key(o.spec) == _key(spec)]
+            other = [o.given for o in same if o.spec != spec]
+            if other or spec.name in options:
                 raise SpecError(
                     f"{group}={given}: {other[0] if other else 'a configuration file'} has the "
-                    f"name {own.spec.name!r}, too, and results are kept by name. Rename one."
+                    f"name {spec.name!r}, too, and results are kept by name. Rename one."
                 )
-            values = json.loads(json.dumps(dataclasses.asdict(own.spec)))
-            node = {f.key: values[f.name] for f in fields(type(own.spec))}
-            ConfigStore.instance().store(group=group, name=own.option, node=node)
-            self._known[key] = own
+            option = f"{spec.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+            values = json.loads(json.dumps(dataclasses.asdict(spec)))
+            node = {f.key: values[f.name] for f in fields(type(spec))}
+            ConfigStore.instance().store(group=group, name=option, node=node)
+            self._known[key] = Own(given, spec, folder, option, n_train)
         return self._known[key].option
 
     def of(self, points: Iterable[Point]) -> list[Own]:
         """Return the models and data sets of some runs that were described here."""
-        specs = [part for p in points for part in (p.spec.model, p.spec.dataset)]
-        wanted = {(type(spec), spec.name) for spec in specs}
-        return [own for own in self._known.values() if (type(own.spec), own.spec.name) in wanted]
+        wanted = {_key(part) for p in points for part in (p.spec.model, p.spec.dataset)}
+        return [own for own in self._known.values() if _key(own.spec) in wanted]
+
+
+def _key(spec: ModelSpec | DatasetSpec) -> tuple[type, str]:
+    return type(spec), spec.name
 
 
 def is_file(group: str, name: str) -> bool:
@@ -103,8 +104,6 @@ def _described(
     dirs: list[str] = []
     try:
         if group == "model":
-            from lorasweep.models.describe import describe_model
-
             dirs = exec_of({} if models_dir is None else {"models_dir": models_dir}).models_dir
             return *describe_model(given, dirs), 0
         from lorasweep.customers.rows import named_rows

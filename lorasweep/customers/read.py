@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lorasweep.data import own
 from lorasweep.errors import ModelError, SpecError, unknown
-from lorasweep.models import hub
+from lorasweep.models import describe, hub
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
 
@@ -360,7 +359,7 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
             model = models[c.model.lower()]()
         elif not missing:
             return _build(c.model, stated, source="hub", location=c.model, weights_dtype="bf16")
-        elif config.suffix == ".gguf" or own.HUB_NAME.fullmatch(c.model):
+        elif config.suffix == ".gguf" or describe.HUB_NAME.fullmatch(c.model):
             model = _described(c.model)
         else:
             what = unknown("model", c.model, (name for name in models if "/" not in name))
@@ -384,9 +383,7 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
 @cache
 def _described(given: str) -> ModelSpec:
     """Describe a GGUF file, or a name on the hub."""
-    from lorasweep.models.describe import describe_model
-
-    model, folder = describe_model(given)
+    model, folder = describe.describe_model(given)
     return replace(model, location=str(Path(folder, model.location))) if folder else model
 
 
@@ -429,9 +426,8 @@ def _of_config(path: Path) -> ModelSpec:
 @cache
 def _counted(model: ModelSpec, config_text: str) -> ModelSpec:
     """Add the shape that transformers' modules have, once for all rows with this folder."""
-    from lorasweep.models.describe import config_at, with_shape
-
-    found = with_shape(model, config_at(model, Path(model.location)))
+    config = describe.config_at(model, Path(model.location))
+    found = describe.with_shape(model, config)
     return replace(found, context_length=0)  # ids of runs of fleets stay
 
 

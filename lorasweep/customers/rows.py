@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorasweep.customers.read import LONGEST_EXAMPLE
 from lorasweep.customers.rules.workload import rounded
 from lorasweep.data import fields, load, own, sources, text
 from lorasweep.data.fields import Message
@@ -34,10 +35,6 @@ SPLITS = BY_PROMPT, BY_ROW = "prompt", "row"
 """Training and held-out rows share no prompt, or (in earlier versions) no row."""
 EXAMPLES = 20
 """A card shows the shortest of this many first rows as an example."""
-LONGEST = 131_072
-"""Maximum tokens of a row if no max_length is stated: no public row is longer."""
-Messages = tuple[Message, ...]
-"""A row's messages, or its prompt and completion."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,8 @@ class Rules:
 class Text(NamedTuple):
     """The text of a row, and its prompt: the messages before the first one in the loss."""
 
-    whole: Messages
-    prompt: Messages
+    whole: tuple[Message, ...]
+    prompt: tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -96,11 +93,10 @@ class Rows:
 
 
 def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
-    """Read all rows of a customer and split them.
+    """Read all rows of a customer and split them. `tokenizer`: the tokenizer of the base.
 
-    Held-out rows come from a test file beside that of the training rows, or from a test split on
-    the hub. Without these they are taken from the training rows. `tokenizer`: the tokenizer of the
-    base.
+    Held-out rows come from a test file in the same folder, or from a test split on the hub. Without
+    these they are taken from the training rows.
 
     Raises:
         DataError: there are no rows, or one cannot be read.
@@ -112,92 +108,14 @@ def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
         folder, split = (path, spec.test_split) if path.is_dir() else (path.parent, path.stem)
         spec = dataclasses.replace(spec, location=str(folder), test_split=split)
         spec, test = _pinned(spec, "."), str(folder / f"test.{spec.source}")
-    rows, tested = _texts(spec, ".")
-    return _divide(spec, rows, tested, test, rules.split)
-
-
-def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, int]:
-    """Describe rows that are asked for by a file, a folder or a name on the hub.
-
-    A test file or split is divided into validation and test rows; without one a tenth of the rows
-    each, by prompt. `named`: fields of the data set that the command line sets.
-
-    Returns the data set, the folder in which it is found ('' on the hub): a run's id excludes
-    paths, and the number of training rows.
-
-    Raises:
-        DataError: there are no such rows, one cannot be read, or there are too few.
-    """
-    spec, folder = own.dataset_of(given, named=named), ""
-    if "mask" in named:
-        spec = dataclasses.replace(spec, mask=named["mask"])
-    if spec.source != "hub":
-        folder = spec.location
-        split = spec.test_split if spec.train_split == "train" else spec.train_split
-        spec = _pinned(dataclasses.replace(spec, location=".", test_split=split), folder)
-    rows, tested = _texts(spec, folder)
-    empty = [k for k, row in enumerate(rows) if not row.whole[-1][1].strip()]
-    if empty:
-        raise DataError(
-            f"{given}: {len(empty)} of {len(rows)} rows have no answer, the first is row "
-            f"{empty[0] + 1}. Remove these rows, or name the column of the answers: "
-            "dataset.completion_field=NAME."
-        )
-    n_unique = len({row.whole for row in [*rows, *(tested or ())]})
-    if n_unique < FEWEST_NAMED:
-        raise DataError(
-            f"{given}: {n_unique} unique rows. Expected at least {FEWEST_NAMED}: validation rows "
-            "choose a learning rate and test rows measure the gain, and fewer tell neither from "
-            "noise. Add rows; action=measure data=FILE and a fleet take fewer."
-        )
-    if tested is not None:
-        _check_tested(tested, f"{given}, split {spec.test_split}")
-    changes, n_train = _by_units(spec, rows, tested, LEAST_NAMED)
-    if not n_train:
-        raise DataError(f"{given}: every training row is held out. Add rows to train on.")
-    spec = dataclasses.replace(spec, n_test_curve=changes["n_test"], **changes)
-    return spec, folder, n_train
-
-
-def _pinned(spec: DatasetSpec, folder: str) -> DatasetSpec:
-    """Return local rows with the present content of their files as revision."""
-    files = dict.fromkeys((spec.train_split, spec.test_split))
-    if odd := next((name for name in files if set("=,") & set(name)), None):
-        raise DataError(f"{odd!r}: a name without '=' and ',' is expected. Rename the file.")
-    spec = dataclasses.replace(spec, revision="")
-    pins = [f"{f}={sources.find_file(spec, f, [folder])[1][:16]}" for f in files]
-    return dataclasses.replace(spec, revision="sha256:" + ",".join(pins))
-
-
-def _texts(spec: DatasetSpec, folder: str) -> tuple[list[Text], list[Text] | None]:
-    """Return the training rows, and those of the test split; None if both are one split."""
-
-    def read(source: sources.Source) -> list[Text]:
-        found = []
-        for where, row in source.rows():
-            whole = tuple(fields.messages_of(spec, row, where))
-            # with mask=all every token is learned, so a row has no prompt
-            prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
-            found.append(Text(whole, prompt))
-        return found
-
-    train, held_out = load.sources_of(spec, [folder])
-    return read(train), read(held_out) if spec.test_split != spec.train_split else None
-
-
-def _divide(
-    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, test: str, split: str
-) -> Rows:
-    """Split rows. `tested`: rows of the test file or split `test`; None: there is no such file."""
+    rows, tested = _texts(spec, ".", test)
     both = [*rows, *(tested or ())]
     n_unique = len({r.whole for r in both})
     repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
-    if tested is not None:
-        _check_tested(tested, test)
     changes: dict[str, Any]
     if tested is None and n_unique < FEWEST:
         changes, n_train = {"n_test": len(rows)}, len(rows)
-    elif split == BY_ROW or (tested is None and not same_prompt):
+    elif rules.split == BY_ROW or (tested is None and not same_prompt):
         # split by whole text; if no prompt has two answers, a split by prompt is the same
         texts = [r.whole for r in rows]
         if tested is not None:
@@ -223,13 +141,83 @@ def _divide(
     return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out)
 
 
-def _check_tested(tested: Sequence[Text], test: str) -> None:
-    n_unique = len({r.whole for r in tested})
-    if n_unique < 2:
+def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, int]:
+    """Describe rows that are asked for by a file, a folder or a name on the hub.
+
+    A test file or split is divided into validation and test rows; without one a tenth of the rows
+    each, by prompt. `named`: fields of the data set that the command line sets.
+
+    Returns the data set, the folder in which it is found ('' on the hub; a run's id excludes
+    paths), and the number of training rows.
+
+    Raises:
+        DataError: there are no such rows, one cannot be read, or there are too few.
+    """
+    spec, folder = own.dataset_of(given, named=named), ""
+    if "mask" in named:
+        spec = dataclasses.replace(spec, mask=named["mask"])
+    if spec.source != "hub":
+        folder = spec.location
+        split = spec.test_split if spec.train_split == "train" else spec.train_split
+        spec = _pinned(dataclasses.replace(spec, location=".", test_split=split), folder)
+    rows, tested = _texts(spec, folder, f"{given}, split {spec.test_split}")
+    empty = [k for k, row in enumerate(rows) if not row.whole[-1][1].strip()]
+    if empty:
         raise DataError(
-            f"{test} has {n_unique} unique rows. Expected at least 2, for validation and for test. "
-            "Add rows, or remove them all: training rows are then held out."
+            f"{given}: {len(empty)} of {len(rows)} rows have no answer, the first is row "
+            f"{empty[0] + 1}. Remove these rows, or name the column of the answers: "
+            "dataset.completion_field=NAME."
         )
+    n_unique = len({row.whole for row in [*rows, *(tested or ())]})
+    if n_unique < FEWEST_NAMED:
+        raise DataError(
+            f"{given}: {n_unique} unique rows. Expected at least {FEWEST_NAMED}: validation rows "
+            "choose a learning rate and test rows measure the gain, and fewer tell neither from "
+            "noise. Add rows; action=measure data=FILE and a fleet take fewer."
+        )
+    changes, n_train = _by_units(spec, rows, tested, LEAST_NAMED)
+    if not n_train:
+        raise DataError(f"{given}: every training row is held out. Add rows to train on.")
+    spec = dataclasses.replace(spec, n_test_curve=changes["n_test"], **changes)
+    return spec, folder, n_train
+
+
+def _pinned(spec: DatasetSpec, folder: str) -> DatasetSpec:
+    """Return local rows with the present content of their files as revision."""
+    files = dict.fromkeys((spec.train_split, spec.test_split))
+    if odd := next((name for name in files if set("=,") & set(name)), None):
+        raise DataError(f"{odd!r}: a name without '=' and ',' is expected. Rename the file.")
+    spec = dataclasses.replace(spec, revision="")
+    pins = [f"{f}={sources.find_file(spec, f, [folder])[1][:16]}" for f in files]
+    return dataclasses.replace(spec, revision="sha256:" + ",".join(pins))
+
+
+def _texts(spec: DatasetSpec, folder: str, test: str) -> tuple[list[Text], list[Text] | None]:
+    """Return the training rows, and those of the test split; None if both are one split.
+
+    `test`: the test split, for a message.
+    """
+
+    def read(source: sources.Source) -> list[Text]:
+        found = []
+        for where, row in source.rows():
+            whole = tuple(fields.messages_of(spec, row, where))
+            # with mask=all every token is learned, so a row has no prompt
+            prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
+            found.append(Text(whole, prompt))
+        return found
+
+    train, held_out = load.sources_of(spec, [folder])
+    rows, tested = read(train), None
+    if spec.test_split != spec.train_split:
+        tested = read(held_out)
+        n_unique = len({r.whole for r in tested})
+        if n_unique < 2:
+            raise DataError(
+                f"{test} has {n_unique} unique rows. Expected at least 2, for validation and for "
+                "test. Add rows, or remove them all: training rows are then held out."
+            )
+    return rows, tested
 
 
 def _share(units: int, least: int = LEAST) -> int:
@@ -286,7 +274,7 @@ def with_lengths(
     Raises:
         DataError: a row has no token that bears loss, or no row can be used.
     """
-    spec = dataclasses.replace(rows.dataset, max_length=max_length or LONGEST)
+    spec = dataclasses.replace(rows.dataset, max_length=max_length or LONGEST_EXAMPLE)
     train, held_out = load.sources_of(spec, data_dirs)
     found = text.examples(spec, spec.train_split, train, tokenizer, None, "")
     most = spec.n_validation + spec.n_test
@@ -320,13 +308,7 @@ def _rendered(
     else:
         where, names = rows[0][0], ["{prompt}", "{completion}"]
         row = {spec.prompt_field: names[0], spec.completion_field: names[1]}
-    found: list[list[Any]] = []
-    for part in text.parts_of(spec, row, where, tokenizer):
-        written = part.text + (tokenizer.eos_token if part.eos else "")
-        if found and found[-1][1] == part.in_loss:
-            found[-1][0] += written
-        elif written:
-            found.append([written, part.in_loss])
+    found = text.rendered(spec, row, where, tokenizer)
     answer = next((written for written, in_loss in reversed(found) if in_loss), "")
     last = max(names, key=lambda name: answer.rfind(name))
     return found, answer.rpartition(last)[2] if last in answer else ""

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def build_runs(
         known: basis of the advice. If the hardware has speeds, a base must fit on one GPU.
         request: all runs are copies of the one run in it, with other model, data set, rank, alpha,
             layers, learning rate, batch size and number of updates.
-        tokenizer_of: returns the tokenizer of a base, or raises ModelError.
+        tokenizer_of: returns the tokenizer of a base, or the error why there is none.
 
     Raises:
         SpecError: adapters cannot be trained with the settings of the request.
@@ -166,10 +166,9 @@ def _member(
         raise RowError(f"column task: a fleet is trained on answers, not by {c.task}.")
     if c.data is None:
         raise RowError(f"column data: missing. It holds {EXPECTED}.")
-    try:
-        tokenizer = tokenizer_of(model)
-    except ModelError as error:
-        raise RowError(f"column model: {error}") from None
+    tokenizer = tokenizer_of(model)
+    if isinstance(tokenizer, Exception):
+        raise RowError(f"column model: {tokenizer}")
     folder = folder_of(c.name)
     try:
         rows = rows_of(folder, c.data, rules, tokenizer)
@@ -292,25 +291,19 @@ def _given(request: Request) -> dict[str, Any]:
 
 
 def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
-    """Return a function that loads the tokenizer of a base once, or raises ModelError."""
+    """Return a function that loads the tokenizer of a base once; if it cannot, it returns why."""
     from lorasweep.models import load
 
-    dirs = request.exec.models_dir
-    fetched = request.cluster.kind == "slurm" and request.action != "fetch"
-    loaded: dict[ModelSpec, Any] = {}
-
+    @cache
     def tokenizer_of(model: ModelSpec) -> Any:
-        if model not in loaded:
-            try:
-                loaded[model] = load.tokenizer_of(model, dirs, fetched) or ModelError(
-                    f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
-                    "tokenizer's files beside the weights, or choose a model that reads text."
-                )
-            except (ModelError, OSError, ValueError) as error:
-                loaded[model] = ModelError(str(error))
-        if isinstance(loaded[model], ModelError):
-            raise loaded[model]
-        return loaded[model]
+        fetched = request.cluster.kind == "slurm" and request.action != "fetch"
+        try:
+            return load.tokenizer_of(model, request.exec.models_dir, fetched) or ModelError(
+                f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
+                "tokenizer's files beside the weights, or choose a model that reads text."
+            )
+        except (ModelError, OSError, ValueError) as error:
+            return error
 
     return tokenizer_of
 

@@ -20,8 +20,10 @@ PAIRS = (
     ("input", "target"),
 )
 """Names of prompt and completion columns, in order of preference."""
-HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?")
-"""A data set of the hub: owner/name, with an optional :configuration and @revision."""
+HUB_NAME = re.compile(
+    r"(?P<location>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w.-]+))?"
+)
+LENGTH: dict[str, Any] = {"max_length": 1024, "too_long": "cut_or_skip"}
 HELD_OUT = ("test", "validation")
 """Names of held-out splits on the hub, in order of preference."""
 EXPECTED = (
@@ -48,39 +50,6 @@ def is_on_hub(given: str) -> bool:
     return not local and bool(HUB_NAME.fullmatch(given)) and not Path(given).exists()
 
 
-def on_hub(given: str, name: str, named: Mapping[str, str] | None = None) -> DatasetSpec:
-    """Download a data set of the hub and describe it as `dataset_of` does, pinned to its commit.
-
-    Raises:
-        DataError: the download fails, or the columns have none of the usual forms.
-    """
-    match = HUB_NAME.fullmatch(given)
-    assert match is not None
-    location, config, revision = (part or "" for part in match.groups())
-    plain = f"{location}-{config}" if config else location
-    spec = DatasetSpec(
-        name=name or plain.replace("/", "-"),
-        source="hub",
-        location=location,
-        config=config,
-        revision=revision,
-        max_length=1024,
-        too_long="cut_or_skip",
-    )
-    try:
-        columns, rows, commit = hub.contents(spec)
-    except DataError as error:
-        raise DataError(
-            f"no file or folder {Path(given).absolute()}, and as a data set of the hub (owner/name"
-            f":configuration@revision): {error}"
-        ) from error
-    train = "train" if "train" in rows else next(iter(rows))
-    test = next((split for split in HELD_OUT if split in rows and split != train), train)
-    form = _form(f"{given}[{train}]", dict.fromkeys(columns), named or {})
-    changes = {"revision": commit or revision, "train_split": train, "test_split": test, **form}
-    return dataclasses.replace(spec, **changes)
-
-
 def path_of(given: str) -> Path:
     """Return a file of rows, or that of a folder's training rows; DataError if there is none."""
     path = Path(given).expanduser().absolute()
@@ -97,18 +66,18 @@ def path_of(given: str) -> Path:
     return path
 
 
-def dataset_of(given: str, name: str = "", named: Mapping[str, str] | None = None) -> DatasetSpec:
-    """Describe a file of rows, or a data set of the hub, with its content pinned.
+def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> DatasetSpec:
+    """Describe a file of rows, or a data set of the hub that is downloaded, with pinned content.
 
     The test split is the file `test` beside it; without it, the same file. An empty `name` is
     replaced by one from the file name and the content. `named`: a format or columns that are not
     recognised.
 
     Raises:
-        DataError: there is no such file, or its first row has none of the usual forms.
+        DataError: there is no such file or data set, or its rows have none of the usual forms.
     """
     if is_on_hub(given):
-        return on_hub(given, name, named)
+        return _on_hub(given, name, named)
     path = path_of(given)
     digest = sources.file_sha256(path)[:DIGITS]
     found = next(sources.rows_in(path), None)
@@ -123,10 +92,29 @@ def dataset_of(given: str, name: str = "", named: Mapping[str, str] | None = Non
         revision=f"sha256:{path.stem}={digest}",
         train_split=path.stem,
         test_split="test" if test.is_file() else path.stem,
-        max_length=1024,
-        too_long="cut_or_skip",
-        **_form(*found, named or {}),
+        **LENGTH,
+        **_form(*found, named),
     )
+
+
+def _on_hub(given: str, name: str, named: Mapping[str, str]) -> DatasetSpec:
+    match = HUB_NAME.fullmatch(given)
+    assert match is not None
+    place = match.groupdict("")
+    plain = "-".join(filter(None, (place["location"], place["config"]))).replace("/", "-")
+    spec = DatasetSpec(name=name or plain, source="hub", **place, **LENGTH)
+    try:
+        columns, rows, commit = hub.contents(spec)
+    except DataError as error:
+        raise DataError(
+            f"no file or folder {Path(given).absolute()}, and as a data set of the hub (owner/name"
+            f":configuration@revision): {error}"
+        ) from error
+    train = "train" if "train" in rows else next(iter(rows))
+    test = next((split for split in HELD_OUT if split in rows and split != train), train)
+    form = _form(f"{given}[{train}]", dict.fromkeys(columns), named)
+    splits = {"train_split": train, "test_split": test}
+    return dataclasses.replace(spec, revision=commit or spec.revision, **splits, **form)
 
 
 def count(given: str) -> Counted:

@@ -79,9 +79,8 @@ def find_file(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[
             f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or set "
             f"exec.data_dir=[FOLDER] for FOLDER/{Path(spec.location, name)}."
         )
-    wanted = ""
-    if spec.revision.startswith("sha256:"):
-        wanted = dict(part.split("=") for part in spec.revision[7:].split(",")).get(split, "")
+    pinned = spec.revision.startswith("sha256:")
+    pins = dict(part.split("=") for part in spec.revision[7:].split(",")) if pinned else {}
     digests = []
     for path in found:
         try:
@@ -91,11 +90,11 @@ def find_file(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[
                 f"dataset {spec.name!r}: {path} cannot be read ({error.strerror}). Make it "
                 "readable."
             ) from None
-        if digests[-1].startswith(wanted):
+        if digests[-1].startswith(pins.get(split, "")):
             return path, digests[-1]
     raise DataError(
         f"dataset {spec.name!r}: {found[0]} has sha256 {digests[0][:16]}..., but the revision "
-        f"pins {wanted}. Get the pinned file, or write your own dataset file with another "
+        f"pins {pins[split]}. Get the pinned file, or write your own dataset file with another "
         "name and revision (for a customer's rows: run the command again, which pins the "
         "present file)."
     )
@@ -116,12 +115,23 @@ def rows_in(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file has another content than its name says.
     """
-    return {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}.get(
-        path.suffix, jsonl_rows
-    )(path)
+    if path.suffix in READERS:
+        rows = enumerate(READERS[path.suffix](path), start=1)
+        yield from ((f"{path} row {number}", row) for number, row in rows)
+        return
+    with path.open(encoding="utf-8") as lines:
+        number = 0
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path}:{number}: not a JSON row ({error}). Correct or remove the line."
+            ) from None
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -131,10 +141,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
         content = lists[0] if len(lists) == 1 else None
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a list of rows, or an object with one list.")
-    yield from ((f"{path} row {number}", row) for number, row in enumerate(content, start=1))
+    yield from content
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path) -> Iterator[Any]:
     csv.field_size_limit(2**31 - 1)  # else a text of 131,072 characters is an error
     with path.open(encoding="utf-8-sig", newline="") as lines:
         try:
@@ -148,32 +158,19 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                         f"{path} row {number}: not {columns} cells, as the first line has. Quote "
                         "texts with a separator."
                     )
-                yield f"{path} row {number}", row
+                yield row
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not CSV ({error}). Save it as CSV in UTF-8.") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[Any]:
     from pyarrow import ArrowException, parquet  # takes a moment to load
 
     try:
-        batches = parquet.ParquetFile(path).iter_batches()
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        for number, row in enumerate(rows, start=1):
-            yield f"{path} row {number}", row
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
     except ArrowException as error:
         raise DataError(f"{path}: not a Parquet file ({error}).") from None
 
 
-def jsonl_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a JSON Lines file; raise DataError for a line that is not JSON."""
-    with path.open(encoding="utf-8", errors="strict") as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{path}:{number}: not a JSON row ({error}). Correct or remove the line."
-            ) from None
+READERS = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

@@ -176,6 +176,14 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
     return parts
 
 
+def rendered(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[list[Any]]:
+    """Return a row as it is trained on, in pieces: [text, whether it is in the loss]."""
+    parts = parts_of(spec, row, where, tokenizer)
+    texts = [(part.text + (tokenizer.eos_token if part.eos else ""), part) for part in parts]
+    pieces = itertools.groupby((t for t in texts if t[0]), lambda t: t[1].in_loss)
+    return [["".join(text for text, _ in piece), in_loss] for in_loss, piece in pieces]
+
+
 def _chat_parts(
     messages: Sequence[Message], in_loss: Sequence[bool], heads: bool, tokenizer: Any
 ) -> list[Part]:

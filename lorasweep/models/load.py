@@ -180,7 +180,7 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
             if commit is None:
                 raise OSError(f"{config} is in no folder named by a commit")
         else:
-            name = _folder(spec, models_dirs)
+            name = str(_folder(spec, models_dirs))
         model = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name, revision=commit), commit
     except OSError as error:
@@ -223,10 +223,6 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = Fa
     return AutoTokenizer.from_pretrained(_folder(spec, models_dirs))
 
 
-def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
-    return str((_converted if spec.source == "gguf" else find_pinned)(spec, models_dirs))
-
-
 def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
     """Build a model from transformers' config as `load` does, but on the device 'meta'."""
     from transformers import AutoModelForCausalLM
@@ -261,12 +257,12 @@ def converted_at(path: Path, models_dir: str) -> Path:
     return Path(models_dir).expanduser() / f"{path.stem}-{digest[:12]}"
 
 
-def _converted(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
-    """Convert a GGUF file to safetensors, cached in the first models folder."""
+def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
+    """Return a local model's folder; of a GGUF file a conversion, cached in models_dirs[0]."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = find_pinned(spec, models_dirs)
-    converted = converted_at(path, models_dirs[0])
+    converted = path if path.is_dir() else converted_at(path, models_dirs[0])
     if (converted / "config.json").is_file():
         return converted
     kwargs = {"gguf_file": path.name}

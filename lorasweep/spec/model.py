@@ -118,8 +118,8 @@ class ModelSpec(Value):
         return {}  # filled by `matrices`: thousands of specs of a grid share one model
 
     @cached_property
-    def known_shapes(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the matrices of Llama and Qwen3."""
+    def known_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Inputs and outputs of matrices by name: those of Llama and Qwen3, and `shapes`."""
         h, q, kv = self.hidden_size, self.n_heads * self.head_size, self.n_kv_heads * self.head_size
         return {
             "q_proj": (h, q),
@@ -130,12 +130,8 @@ class ModelSpec(Value):
             "up_proj": (h, self.mlp_size),
             "down_proj": (self.mlp_size, h),
             "lm_head": (h, self.vocab_size),
+            **{name: tuple(map(int, text.split("x"))) for name, text in self.shapes.items()},
         }
-
-    @cached_property
-    def _own_shapes(self) -> dict[str, tuple[int, int]]:
-        found = ((name, text.split("x")) for name, text in self.shapes.items())
-        return {name: (int(n_in), int(n_out)) for name, (n_in, n_out) in found}
 
     def _matrices_of(self, layer_set: str) -> list[Matrix]:
         if layer_set == ROUTER:
@@ -145,8 +141,7 @@ class ModelSpec(Value):
                     f"Allowed: {', '.join(LAYER_SETS)}."
                 )
             return [Matrix(self.hidden_size, self.n_experts, self.n_layers)]
-        shape = {**self.known_shapes, **self._own_shapes}
-        names = getattr(self, layer_set)
+        shape, names = self.known_shapes, getattr(self, layer_set)
         if not names or not set(names) <= shape.keys():
             raise SpecError(
                 f"model {self.name!r}: layer set {layer_set!r} is {list(names)}, which matches no "
@@ -210,10 +205,12 @@ class ModelSpec(Value):
             yield not_allowed("source", self.source, MODEL_SOURCES)
         if self.weights_dtype not in WEIGHTS_DTYPES:
             yield not_allowed("weights_dtype", self.weights_dtype, WEIGHTS_DTYPES)
-        heads = ("n_heads", "n_kv_heads", "head_size")
-        for name in ("hidden_size", "n_layers", *heads, "mlp_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                yield f"{name}={getattr(self, name)}: expected at least 1."
+        sizes = ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "head_size", "mlp_size")
+        counts = ("n_norms", "n_other_params", "context_length")
+        for name in (*sizes, "vocab_size", *counts):
+            least = 0 if name in counts else 1
+            if getattr(self, name) < least:
+                yield f"{name}={getattr(self, name)}: expected at least {least}."
         if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:
             yield f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}."
         n, active = self.n_experts, self.n_active_experts
@@ -225,9 +222,6 @@ class ModelSpec(Value):
         for name, shape in self.shapes.items():
             if not SHAPE.fullmatch(shape):
                 yield f"shapes.{name}={shape!r}: expected inputs x outputs, such as 3072x9216."
-        for name in ("n_norms", "n_other_params", "context_length"):
-            if getattr(self, name) < 0:
-                yield f"{name}={getattr(self, name)}: expected at least 0."
         if n and self.mlp != EXPERT_MATRICES:
             yield f"mlp={list(self.mlp)}: experts have {list(EXPERT_MATRICES)}."
         if self.source == "recipe" and self.recipe is None:

@@ -83,7 +83,7 @@ def test_wrong_names_are_said_together_with_the_nearest_ones(compose, here):
     assert "no ./suport-model.yaml in conf/model or --config-dir" in model
     assert f"no file or folder {here}/suport-model or " in model
     assert "Did you mean 'support-model'" in model and "Did you mean 'rows.jsonl'" in data
-    assert "a .jsonl, .json, .csv, .parquet file" in data
+    assert "a file that ends on .jsonl, .json, .csv or .parquet" in data
     sweep = ("+sweep=lr_ratio", "scale=smoke", "sweep.axes.model=[tiny46]")
     with pytest.raises(SpecError) as error:
         compose(*sweep, "+sweep.arms.lora.dataset=[dialekt,row.jsonl]")
