@@ -124,10 +124,16 @@ def measure(request: Request) -> int:
     store.prepare()
     trainer = TorchTrainer()
     data = trainer.data(spec, request.exec)
-    asked, spec = spec.steps, measuring.one_pass(spec, data)
-    if spec.steps < asked:
-        rows = f"{data.n_train:,} rows are enough for {spec.steps} updates of {spec.batch_size}"
-        print(f"{rows}: steps={spec.steps}", file=sys.stderr)
+    if data.n_train is not None and spec.steps * spec.batch_size > data.n_train:
+        steps = data.n_train // spec.batch_size  # one pass over the rows
+        if not steps:
+            raise SpecError(
+                f"batch_size={spec.batch_size}: {spec.dataset.name} has {data.n_train} rows. Set a "
+                f"batch_size of at most {data.n_train}."
+            )
+        rows = f"{data.n_train:,} rows are enough for {steps} updates of {spec.batch_size}"
+        print(f"{rows}: steps={steps}", file=sys.stderr)
+        spec = dataclasses.replace(spec, steps=steps)
     rates = around(spec.lr, request.rates, runs.APART)
     specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
     points = [Point(s.method.name, s) for s in specs]

@@ -22,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from lorasweep.config import own
+from lorasweep.config.folders import conf_dir
 from lorasweep.errors import NotAtScale, SpecError
 from lorasweep.sweep.question import Sweep
 
@@ -86,7 +87,8 @@ class ScaleLoader(ConfigLoaderImpl):
         Raises:
             SpecError: there is no such model or data set, or it cannot be used.
         """
-        if own.is_file(group, name):
+        shipped = conf_dir() / group / f"{name.removesuffix('.yaml')}.yaml"
+        if "/" not in name and shipped.is_file():  # the common case, found quickly
             return name
         options = self.get_group_options(group, config_name="config", overrides=list(overrides))
         if name in options:

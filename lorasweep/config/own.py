@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from hydra.core.config_store import ConfigStore
 
-from lorasweep.config.folders import conf_dir, exec_of
+from lorasweep.config.folders import exec_of
 from lorasweep.data.own import EXPECTED
 from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.models.describe import describe_model
@@ -92,12 +92,6 @@ def _key(spec: ModelSpec | DatasetSpec) -> tuple[type, str]:
     return type(spec), spec.name
 
 
-def is_file(group: str, name: str) -> bool:
-    """Return quickly whether a name is a shipped configuration file."""
-    path = conf_dir() / group / f"{name.removesuffix('.yaml')}.yaml"
-    return "/" not in name and path.is_file()
-
-
 def _described(
     group: str, given: str, options: Sequence[str], named: Mapping[str, str], models_dir: Any
 ) -> tuple[ModelSpec | DatasetSpec, str, int]:
@@ -114,8 +108,15 @@ def _described(
         if any(path.exists() for path in tried):
             raise SpecError(f"{group}={given}: {error}") from None
         local = given.startswith(("/", ".", "~")) or Path(given).suffix[1:] in (*FILES, "gguf")
-        near = _nearest(group, given, options)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        ends = {f".{form}" for form in FILES} if group == "dataset" else {".gguf"}
+        names = {name: name for name in options}
+        for folder in dict.fromkeys((Path(given).parent, Path())):  # files beside it or here
+            for path in sorted(folder.expanduser().glob("[!.]*")):
+                if path.is_dir() or path.suffix in ends:
+                    names.setdefault(path.name, str(folder / path.name))
+        close = difflib.get_close_matches(Path(given).name, names, n=3, cutoff=0.5)
+        near = " or ".join(repr(names[name]) for name in close)
+        hint = f" Did you mean {near}?" if near else ""
         missing = str(error)  # a name of the hub: what was tried
         if local or "/" not in given:
             missing = f"no file or folder {' or '.join(map(str, tried))}."
@@ -123,16 +124,3 @@ def _described(
             f"{group}={given}: no {given}.yaml in conf/{group} or --config-dir; {missing}{hint} "
             f"Expected a name of conf/{group}, {KINDS[group]}."
         ) from None
-
-
-def _nearest(group: str, given: str, options: Sequence[str]) -> list[str]:
-    """Return up to three names like a wrong one: options, and files beside it or here."""
-    ends = {f".{form}" for form in FILES} if group == "dataset" else {".gguf"}
-    names = {name: name for name in options}
-    for folder in dict.fromkeys((Path(given).parent, Path())):
-        if folder.expanduser().is_dir():
-            for path in sorted(folder.expanduser().iterdir()):
-                if not path.name.startswith(".") and (path.is_dir() or path.suffix in ends):
-                    names.setdefault(path.name, str(folder / path.name))
-    close = difflib.get_close_matches(Path(given).name, names, n=3, cutoff=0.5)
-    return [names[name] for name in close]

@@ -40,7 +40,7 @@ def write(advice: Advice, folder: Path) -> list[str]:
     """
     c, model, rank = advice.customer, advice.model, advice.choice.rank
     name, rewarded = f"settle_{plain_name(c.name)}", c.task == "rl"
-    in_catalogue = bool(model.revision or model.recipe)
+    in_catalogue = c.model.lower() in advice.known.models and bool(model.revision or model.recipe)
     lora, full = middle_rates(advice)
     low = max((r for r in ranks_of(model) if r < rank), default=rank)
     dataset = _dataset(advice, name)
@@ -60,8 +60,7 @@ def write(advice: Advice, folder: Path) -> list[str]:
     )
     files = {f"sweep/{name}.yaml": sweep, f"dataset/{name}.yaml": _text(dataset)}
     if not in_catalogue:
-        derived = ("attention", "mlp", "unembedding", "recipe")
-        shape = {k: v for k, v in model.plain().items() if k not in derived}
+        shape = {k: v for k, v in model.plain().items() if v is not None}
         files[f"model/{name}.yaml"] = _text({**shape, "name": name})
     try:
         for path, text in files.items():

@@ -67,19 +67,6 @@ def run_of(request: Request) -> RunSpec:
     return dataclasses.replace(spec, dataset=dataset)
 
 
-def one_pass(spec: RunSpec, data: Data) -> RunSpec:
-    """Limit a run to one pass over the rows; SpecError: the rows do not fill a batch."""
-    if data.n_train is None or spec.steps * spec.batch_size <= data.n_train:
-        return spec
-    steps = data.n_train // spec.batch_size
-    if not steps:
-        raise SpecError(
-            f"batch_size={spec.batch_size}: {spec.dataset.name} has {data.n_train} rows. Set a "
-            f"batch_size of at most {data.n_train}."
-        )
-    return dataclasses.replace(spec, steps=steps)
-
-
 def information(
     specs: Sequence[RunSpec],
     data: Data,

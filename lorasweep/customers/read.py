@@ -175,11 +175,10 @@ def _csv(text: str) -> list[Row | Failed]:
         return []
     header = [cell.strip() for cell in lines[0][1]]
     # a misspelt column would count as not stated
-    odd = next((name for name in header if name not in COLUMNS), None)
+    if odd := [name for name in header if name not in COLUMNS]:
+        raise SpecError(unknown("column", odd[0], COLUMNS))
     twice = sorted({name for name in header if header.count(name) > 1})
     missing = [name for name in REQUIRED if name not in header]
-    if odd is not None:
-        raise SpecError(unknown("column", odd, COLUMNS))
     if twice or missing:
         what = f"column {twice[0]} twice" if twice else f"no column {', '.join(missing)}"
         raise SpecError(f"{what}. {expected()}")
@@ -371,12 +370,14 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
             )
     except (ModelError, SpecError) as error:
         raise RowError(f"column model: {error}") from None
-    wrong = {n: getattr(model, n) for n, v in stated.items() if getattr(model, n) != v}
-    hint = "Leave it out, or give the model another name."
+    wrong = [
+        f"column {n}: {v}, but {c.model} has {getattr(model, n)}. Leave it out, or give the model "
+        "another name."
+        for n, v in stated.items()
+        if getattr(model, n) != v
+    ]
     if wrong:
-        raise RowError(
-            *(f"column {n}: {stated[n]}, but {c.model} has {v}. {hint}" for n, v in wrong.items())
-        )
+        raise RowError(*wrong)
     return model
 
 

@@ -285,30 +285,22 @@ def with_lengths(
         lengths, held = (np.diff(part.ends, prepend=0) for part in (found, tested))
         longest = max(lengths.max(), held.max())
         max_length = rounded(max(float(longest), float(lengths.mean()) / TEXT_FILL))
-    example, end = _rendered(spec, list(itertools.islice(train.rows(), EXAMPLES)), tokenizer)
     spec = dataclasses.replace(spec, max_length=max_length)
-    rows = dataclasses.replace(rows, dataset=spec, end=end, example=example)
-    return rows, float(found.loss.sum()) / len(found)
-
-
-def _rendered(
-    spec: DatasetSpec, rows: Sequence[tuple[str, Any]], tokenizer: Any
-) -> tuple[list[list[Any]], str]:
-    """Render the shortest conversation, with a placeholder such as {user 1} for each message.
-
-    Returns [text, whether it is in the loss] for each part, and the text that ends the last answer.
-    """
+    # the example: the shortest row, with a placeholder such as {user 1} for each message
+    first = list(itertools.islice(train.rows(), EXAMPLES))
     if spec.format in fields.LISTS:
         content = fields.LISTS[spec.format][1]
-        where, row = min(rows, key=lambda r: len(r[1][spec.format]))
+        where, row = min(first, key=lambda r: len(r[1][spec.format]))
         roles = [role for role, _ in fields.messages_of(spec, row, where)]
         names = [f"{{{role} {roles[: k + 1].count(role)}}}" for k, role in enumerate(roles)]
         turns = zip(row[spec.format], names, strict=True)
         row = {spec.format: [{**turn, content: name} for turn, name in turns]}
     else:
-        where, names = rows[0][0], ["{prompt}", "{completion}"]
+        where, names = first[0][0], ["{prompt}", "{completion}"]
         row = {spec.prompt_field: names[0], spec.completion_field: names[1]}
-    found = text.rendered(spec, row, where, tokenizer)
-    answer = next((written for written, in_loss in reversed(found) if in_loss), "")
+    example = text.rendered(spec, row, where, tokenizer)
+    answer = next((piece for piece, in_loss in reversed(example) if in_loss), "")
     last = max(names, key=lambda name: answer.rfind(name))
-    return found, answer.rpartition(last)[2] if last in answer else ""
+    end = answer.rpartition(last)[2] if last in answer else ""
+    rows = dataclasses.replace(rows, dataset=spec, end=end, example=example)
+    return rows, float(found.loss.sum()) / len(found)

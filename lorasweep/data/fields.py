@@ -99,9 +99,8 @@ def opening(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
 def prompt_of(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
     """Return a row's prompt: the messages before the first one in the loss.
 
-    If only the last answer of a conversation is in the loss, the prompt is the whole conversation
-    before that answer, not the first question alone. If all answers are in the loss, the prompt
-    ends before the first one. So rows that share the messages before a later answer also share it.
+    If only the last answer of a conversation is in the loss, that is all of the conversation before
+    it; if all answers are in the loss, what precedes the first one.
     """
     messages, learned = messages_of(spec, row, where), in_loss(spec, row, where)
     return tuple(messages[: learned.index(True)] if True in learned else messages)

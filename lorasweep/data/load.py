@@ -163,14 +163,9 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
     if spec.source == "synthetic":
         generator(spec.location).check(spec)
     elif spec.source in FILES:
-        held_out = spec.train_split if spec.holdout else spec.test_split
-        for split in dict.fromkeys((spec.train_split, held_out)):
-            path, _ = sources.find_file(spec, split, data_dirs)
-            n_rows = 0
-            for where, row in sources.rows_in(path):
+        for held_out in (False, True):
+            for where, row in sources.of_files(spec, held_out, data_dirs).rows():
                 fields.messages_of(spec, row, where)
-                n_rows += 1
-            sources.check_holdout(spec, path, n_rows)
     else:
         sources_of(spec, data_dirs)
 

@@ -34,15 +34,18 @@ class Source:
 def of_files(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Source:
     """Find the training or held-out rows; DataError if their file is missing or not as pinned."""
     n = spec.holdout
-    path, digest = find_file(
-        spec, spec.test_split if held_out and not n else spec.train_split, data_dirs
-    )
+    split = spec.test_split if held_out and not n else spec.train_split
+    path, digest = find_file(spec, split, data_dirs)
     if not n:
         return Source(digest, None, lambda: rows_in(path))
 
     def rows() -> Iterator[Row]:
         given = list(rows_in(path))
-        check_holdout(spec, path, len(given))
+        if len(given) <= n:
+            raise DataError(
+                f"dataset {spec.name!r}: {path} has {len(given)} rows, expected more than {n} "
+                "(holdout). Add rows, or hold fewer out."
+            )
         order = holdout_order(len(given))
         yield from (given[k] for k in (order[:n] if held_out else order[n:]))
 
@@ -52,15 +55,6 @@ def of_files(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sou
 def holdout_order(n_rows: int) -> np.ndarray:
     """Return a shuffled order of rows; the first are held out. It depends only on n_rows."""
     return stream("holdout", 0).permutation(n_rows)
-
-
-def check_holdout(spec: DatasetSpec, path: Path, n_rows: int) -> None:
-    """Raise DataError if no row is left to train on."""
-    if spec.holdout and n_rows <= spec.holdout:
-        raise DataError(
-            f"dataset {spec.name!r}: {path} has {n_rows} rows, expected more than {spec.holdout} "
-            "(holdout). Add rows, or hold fewer out."
-        )
 
 
 def find_file(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[Path, str]:

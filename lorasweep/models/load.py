@@ -206,8 +206,8 @@ def save_trained(
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise ModelError(f"model {spec.name!r} has no parameters {', '.join(unknown)}.")
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    model.to(types.get(spec.weights_dtype, torch.float32)).save_pretrained(folder)
+    dtype = torch.bfloat16 if spec.weights_dtype == "bf16" else torch.float32
+    model.to(dtype).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
