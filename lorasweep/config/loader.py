@@ -82,11 +82,7 @@ class ScaleLoader(ConfigLoaderImpl):
         return cfg
 
     def option(self, group: str, name: str, overrides: Sequence[str]) -> str:
-        """Return the option of a group for a name, which is described if no file does.
-
-        Raises:
-            SpecError: there is no such model or data set, or it cannot be used.
-        """
+        """Return the option of a group for a name, described if no file does. Raises SpecError."""
         shipped = conf_dir() / group / f"{name.removesuffix('.yaml')}.yaml"
         if "/" not in name and shipped.is_file():  # the common case, found quickly
             return name

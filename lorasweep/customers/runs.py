@@ -141,14 +141,13 @@ def build_runs(
     planner = Forecaster(hardware, request.exec) if hardware and hardware.has_speeds else None
     found = []
     for c in customers:
-        try:
-            if not isinstance(c, Failed):
+        if not isinstance(c, Failed):
+            try:
                 found.append(_member(c, known, request, rules, tokenizer_of, planner))
                 continue
-            failed = c
-        except (RowError, SpecError) as error:
-            failed = Failed(c.where, c.name, getattr(error, "problems", [str(error)]))
-        found.append(Member(failed.where, failed.name, folder_of(failed.name), failed.error))
+            except (RowError, SpecError) as error:
+                c = Failed(c.where, c.name, getattr(error, "problems", [str(error)]))
+        found.append(Member(c.where, c.name, folder_of(c.name), c.error))
     return found
 
 
@@ -244,8 +243,21 @@ def fleet_of(
     """
     if request.exec.world_size > 1:
         raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
+    from lorasweep.models import load
+
+    @cache
+    def tokenizer_of(model: ModelSpec) -> Any:
+        fetched = request.cluster.kind == "slurm" and request.action != "fetch"
+        try:
+            return load.tokenizer_of(model, request.exec.models_dir, fetched) or ModelError(
+                f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
+                "tokenizer's files beside the weights, or choose a model that reads text."
+            )
+        except (ModelError, OSError, ValueError) as error:
+            return error
+
     spec, given = request.points[0].spec, _given(request)
-    members = partial(build_runs, customers, known, request, tokenizer_of=_tokenizers(request))
+    members = partial(build_runs, customers, known, request, tokenizer_of=tokenizer_of)
     kept = read_rules(fleet_folder(request))
     rules = dataclasses.replace(kept or Rules(layers=spec.method.plain()["layers"]), **given)
     found = members(rules)
@@ -288,24 +300,6 @@ def _given(request: Request) -> dict[str, Any]:
     if "method.layers" in keys:
         found["layers"] = spec.method.plain()["layers"]
     return found
-
-
-def _tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
-    """Return a function that loads the tokenizer of a base once; if it cannot, it returns why."""
-    from lorasweep.models import load
-
-    @cache
-    def tokenizer_of(model: ModelSpec) -> Any:
-        fetched = request.cluster.kind == "slurm" and request.action != "fetch"
-        try:
-            return load.tokenizer_of(model, request.exec.models_dir, fetched) or ModelError(
-                f"model {model.name!r} has no tokenizer, and customers' rows are text. Put its "
-                "tokenizer's files beside the weights, or choose a model that reads text."
-            )
-        except (ModelError, OSError, ValueError) as error:
-            return error
-
-    return tokenizer_of
 
 
 def data_dirs(request: Request) -> list[str]:

@@ -67,11 +67,7 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
 
 
 def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
-    """Download a data set; return its columns, the number of rows of each split, and the commit.
-
-    Raises:
-        DataError: the download fails.
-    """
+    """Download a data set; return its columns, rows by split, and commit; DataError: it fails."""
     place = _place(spec, False)
     builder = _builder(spec, place, spec.config)
     rows = _prepare(spec, place, builder)

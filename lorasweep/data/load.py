@@ -67,11 +67,7 @@ def load(
 
 
 def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Source]:
-    """Find the training and held-out rows of a text data set.
-
-    Raises:
-        DataError: the rows are missing, or not the pinned ones.
-    """
+    """Find training and held-out rows of text; DataError: they are missing, or not as pinned."""
     if spec.held_out_by or (spec.unseen_rows and spec.holdout):
         whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
         pool = whole if spec.holdout else _found(spec, True, data_dirs)

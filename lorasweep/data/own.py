@@ -100,7 +100,7 @@ def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> Dat
 def _on_hub(given: str, name: str, named: Mapping[str, str]) -> DatasetSpec:
     match = HUB_NAME.fullmatch(given)
     assert match is not None
-    place = match.groupdict("")
+    place: dict[str, Any] = match.groupdict("")
     plain = "-".join(filter(None, (place["location"], place["config"]))).replace("/", "-")
     spec = DatasetSpec(name=name or plain, source="hub", **place, **LENGTH)
     try:
@@ -113,8 +113,8 @@ def _on_hub(given: str, name: str, named: Mapping[str, str]) -> DatasetSpec:
     train = "train" if "train" in rows else next(iter(rows))
     test = next((split for split in HELD_OUT if split in rows and split != train), train)
     form = _form(f"{given}[{train}]", dict.fromkeys(columns), named)
-    splits = {"train_split": train, "test_split": test}
-    return dataclasses.replace(spec, revision=commit or spec.revision, **splits, **form)
+    form |= {"revision": commit or spec.revision, "train_split": train, "test_split": test}
+    return dataclasses.replace(spec, **form)
 
 
 def count(given: str) -> Counted:

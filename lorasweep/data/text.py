@@ -61,18 +61,17 @@ def examples(
         first = list(itertools.islice(given, 1))
         usable = _tokenized(spec, itertools.chain(first, given), tokenizer)
         found = Rows.of(itertools.islice(usable, limit))
+        where = f"dataset {spec.name!r}, split {split!r}: no rows"
+        if not first:
+            raise DataError(
+                f"{where} (unseen_prompts={spec.unseen_prompts}). Set train_split and test_split "
+                "to splits that have rows."
+            )
         if not found:
-            if first:
-                why = (
-                    f"can be used (too_long={spec.too_long}, max_length={spec.max_length}): all "
-                    "are longer. Raise max_length."
-                )
-            else:
-                why = (
-                    f"(unseen_prompts={spec.unseen_prompts}). Set train_split and test_split to "
-                    "splits that have rows."
-                )
-            raise DataError(f"dataset {spec.name!r}, split {split!r}: no rows {why}")
+            raise DataError(
+                f"{where} can be used (too_long={spec.too_long}, max_length={spec.max_length}): "
+                "all are longer. Raise max_length."
+            )
         return found
 
     backend = getattr(tokenizer, "backend_tokenizer", None)

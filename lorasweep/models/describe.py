@@ -114,11 +114,7 @@ def _described(spec: ModelSpec, folder: Path) -> ModelSpec:
 
 
 def config_at(spec: ModelSpec, path: Path) -> Any:
-    """Read a folder's config, or that in a GGUF file.
-
-    Raises:
-        ModelError: transformers does not know it, or the weights are quantised.
-    """
+    """Read the config of a folder or GGUF file; ModelError: it is unknown, or weights quantised."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -48,8 +48,7 @@ def check_folder(spec: ModelSpec, folder: Path) -> None:
     damaged, missing = _problems(folder)
     if damaged or missing:
         raise ModelError(
-            f"model {spec.name!r}: {folder} has {damaged or missing}. Copy the files again from "
-            "their source."
+            f"model {spec.name!r}: {folder} has {damaged or missing}. Copy the files again."
         )
 
 
@@ -89,11 +88,7 @@ def types_in(files: Iterable[Path]) -> set[str]:
 
 
 def cached_config(spec: ModelSpec) -> Path:
-    """Return the folder with a hub model's config.json in the cache, named by its commit.
-
-    Raises:
-        ModelError: it is inaccessible.
-    """
+    """Cache a hub model's config.json; return its folder, named by commit. Raises ModelError."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -120,9 +115,8 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
         )
     except Exception as error:
         raise _unavailable(spec, error) from error
-    folder = check_cached(spec, needed=True)
-    assert folder is not None and folder == Path(found)
-    return folder, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    check_cached(spec, needed=True)
+    return Path(found), sum(p.stat().st_size for p in Path(found).rglob("*") if p.is_file())
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -288,18 +288,17 @@ def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
 def check_shape(model: Any, spec: ModelSpec) -> None:
     """Raise ModelError if a loaded model differs from `spec` in shape or type of weights."""
     config = model.config
-    got = {
-        "hidden_size": config.hidden_size,
-        "n_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-        "tied": bool(config.tie_word_embeddings),
-        "parameters": sum(p.numel() for p in model.parameters()),
+    active = getattr(config, "num_experts_per_tok", None) if spec.n_experts else 0
+    values = {
+        "hidden_size": (config.hidden_size, spec.hidden_size),
+        "n_layers": (config.num_hidden_layers, spec.n_layers),
+        "vocab_size": (config.vocab_size, spec.vocab_size),
+        "tied": (bool(config.tie_word_embeddings), spec.tied),
+        "parameters": (sum(p.numel() for p in model.parameters()), spec.n_params),
+        "active experts": (active, spec.n_active_experts),
     }
-    want = {k: getattr(spec, k) for k in list(got)[:4]} | {"parameters": spec.n_params}
-    if spec.n_experts:
-        got["active experts"] = getattr(config, "num_experts_per_tok", None)
-        want["active experts"] = spec.n_active_experts
-    wrong = [f"{k} is {got[k]}, described as {want[k]}" for k in got if got[k] != want[k]]
+    differ = {k: v for k, v in values.items() if v[0] != v[1]}
+    wrong = [f"{k} is {got}, described as {want}" for k, (got, want) in differ.items()]
     if spec.weights_dtype == "bf16":
         finer = [n for n, p in bf16_matrices(model).items() if not are_bf16(p.detach())]
         wrong += [f"weights_dtype is fp32 ({finer[0]}), described as bf16"] if finer else []

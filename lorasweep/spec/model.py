@@ -152,7 +152,8 @@ class ModelSpec(Value):
         experts = (1, 1)
         if layer_set == "mlp" and self.n_experts:
             experts = (self.n_experts, self.n_active_experts)
-        return [Matrix(*shape[name], count * experts[0], *experts) for name in names]
+        sides = (shape[name] for name in names)
+        return [Matrix(n_in, n_out, count * experts[0], *experts) for n_in, n_out in sides]
 
     def modules(self, layer_set: str) -> tuple[tuple[str, ...], int]:
         """Return the names (last part) of the modules of a layer set, and the number of modules.
