@@ -59,12 +59,11 @@ def run_of(request: Request) -> RunSpec:
         dataset = own.dataset_of(request.data, named=stated)
     elif dataset.name in request.described:  # all rows are measured, as with data=FILE
         dataset = dataclasses.replace(dataset, holdout=0, held_out_by="")
-    dataset = dataclasses.replace(dataset, n_retain=0, n_validation=0)
+    changes: dict[str, Any] = {"n_retain": 0, "n_validation": 0}
     if dataset.source != "synthetic":  # held-out rows of generated data give the entropy
-        held_out = min(dataset.n_test, HELD_OUT)
-        curve = min(dataset.n_test_curve, held_out, CURVE)
-        dataset = dataclasses.replace(dataset, n_test=held_out, n_test_curve=curve)
-    return dataclasses.replace(spec, dataset=dataset)
+        n = changes["n_test"] = min(dataset.n_test, HELD_OUT)
+        changes["n_test_curve"] = min(dataset.n_test_curve, n, CURVE)
+    return dataclasses.replace(spec, dataset=dataclasses.replace(dataset, **changes))
 
 
 def information(

@@ -154,8 +154,6 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
         DataError: there are no such rows, one cannot be read, or there are too few.
     """
     spec, folder = own.dataset_of(given, named=named), ""
-    if "mask" in named:
-        spec = dataclasses.replace(spec, mask=named["mask"])
     if spec.source != "hub":
         folder = spec.location
         split = spec.test_split if spec.train_split == "train" else spec.train_split

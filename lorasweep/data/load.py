@@ -71,6 +71,8 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
     if spec.held_out_by or (spec.unseen_rows and spec.holdout):
         whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
         pool = whole if spec.holdout else _found(spec, True, data_dirs)
+        # what is held out as a whole: rows with one prompt, or rows with the same content
+        unit_of = fields.prompt_of if spec.held_out_by == "prompt" else content_of
 
         def drawn() -> Iterator[Row]:
             given = list(pool.rows())
@@ -101,13 +103,6 @@ def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sourc
     if spec.source == "hub":
         return hub.source_of(spec, held_out)
     return sources.of_files(spec, held_out, data_dirs)
-
-
-def unit_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return what is held out as a whole (held_out_by): the row's prompt, or all of its content."""
-    if spec.held_out_by == "prompt":
-        return fields.prompt_of(spec, row, where)
-    return content_of(spec, row, where)
 
 
 def content_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:

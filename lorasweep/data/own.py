@@ -70,8 +70,8 @@ def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> Dat
     """Describe a file of rows, or a data set of the hub that is downloaded, with pinned content.
 
     The test split is the file `test` beside it; without it, the same file. An empty `name` is
-    replaced by one from the file name and the content. `named`: a format or columns that are not
-    recognised.
+    replaced by one from the file name and the content. `named`: the mask, and a format or columns
+    that are not recognised.
 
     Raises:
         DataError: there is no such file or data set, or its rows have none of the usual forms.
@@ -129,20 +129,18 @@ def count(given: str) -> Counted:
 
 
 def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields of a data set that describe the form of its rows.
-
-    `named`: any of format, prompt_field and completion_field, which hold for rows of any form.
-    """
+    """Return the fields of a data set that describe its rows; `named` ones need no recognition."""
     columns = set(row) if isinstance(row, dict) else set()
     prompt, completion = named.get("prompt_field"), named.get("completion_field")
     formats = [] if prompt or completion else [named.get("format", name) for name in fields.LISTS]
     for name in formats:
         if name in columns and name in fields.LISTS:
-            return {"format": name, "mask": "last_assistant"}
+            return {"format": name, "mask": named.get("mask", "last_assistant")}
     pairs = dict.fromkeys((prompt or p, completion or c) for p, c in PAIRS)
     for pair in pairs:
         if set(pair) <= columns:
-            return {"prompt_field": pair[0], "completion_field": pair[1]}
+            mask = named.get("mask", "completion")
+            return {"prompt_field": pair[0], "completion_field": pair[1], "mask": mask}
     shown = ", ".join(map(str, sorted(columns))) or "of no object"
     text = " A text alone does not say which part is learned." if columns == {"text"} else ""
     raise DataError(

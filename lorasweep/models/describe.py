@@ -43,26 +43,23 @@ def describe_model(given: str, models_dirs: Sequence[str] = ()) -> tuple[ModelSp
     path = next((p for p in sorted(tried, key=_is_model, reverse=True) if p.exists()), None)
     if path is not None:
         return _local(given, path, models_dirs), str(path.parent)
+    remedy = "Give the path of a folder or a .gguf file, or "
     match = HUB_NAME.fullmatch(given)
-    if match is None or given.endswith(".gguf") or given.startswith(("/", ".", "~")):
-        raise ModelError(_not_found(given, tried, "Give the path of a folder or a .gguf file, or "))
-    location, revision = match[1], match[2] or ""
-    spec = ModelSpec(name=given, source="hub", location=location, revision=revision)
-    try:
-        folder = hub.cached_config(spec)
-    except ModelError as error:
-        problem = str(error).removeprefix(f"model {given!r}: ")
-        raise ModelError(_not_found(given, tried, f"As a name, {problem} Or correct ")) from error
-    name = location.replace("/", "-")
-    return replace(_described(spec, folder), name=name, revision=folder.name), ""
-
-
-def _not_found(given: str, tried: Sequence[Path], remedy: str) -> str:
-    """Write the message for a model that is neither here nor on the hub."""
-    there = {p.name for folder in tried for p in folder.parent.glob("*") if _is_model(p)}
+    if match and not given.endswith(".gguf") and not given.startswith(("/", ".", "~")):
+        location, revision = match[1], match[2] or ""
+        spec = ModelSpec(name=given, source="hub", location=location, revision=revision)
+        try:
+            folder = hub.cached_config(spec)
+        except ModelError as error:
+            problem = str(error).removeprefix(f"model {given!r}: ")
+            remedy = f"As a name, {problem} Or correct "
+        else:
+            name = location.replace("/", "-")
+            return replace(_described(spec, folder), name=name, revision=folder.name), ""
+    there = {p.name for missing in tried for p in missing.parent.glob("*") if _is_model(p)}
     near = difflib.get_close_matches(Path(given).name, sorted(there), NAMED, cutoff=0.4)
     nearest = f"Nearest there: {', '.join(near)}. " if near else ""
-    return (
+    raise ModelError(
         f"model {given!r}: no folder or file {' or '.join(map(str, tried))}. {nearest}{remedy}the "
         "name on the hub, model=owner/name or owner/name@revision."
     )
