@@ -344,7 +344,7 @@ def _export(
             folder.mkdir(parents=True)
             if isinstance(spec.method, LoRA):
                 base = None
-                if spec.model.source in ("local", "gguf"):
+                if spec.model.source in ("folder", "gguf"):
                     base = str(models.find_pinned(spec.model, request.exec.models_dir))
                 write_adapter(folder, spec, weights, final.get("base_commit"), base)
             else:
