@@ -236,6 +236,15 @@ def test_too_few_rows_with_a_name_are_refused_with_what_they_do_not_say(tmp_path
         named_rows(str(path), {})
 
 
+def test_rows_with_a_name_that_have_no_answer_are_refused_with_the_first(tmp_path):
+    rows = [pair(f"So? {k}", "" if k in (3, 7) else f"Yes {k}") for k in range(60)]
+    write_json(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        DataError, match=r"2 of 60 rows have no answer, the first is row 4\. .*NAME"
+    ):
+        named_rows(str(tmp_path / "a.jsonl"), {})
+
+
 def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_path):
     """With the last answer in the loss that is all before it: rows with one first question and
     another last one share nothing that is learned. With all answers it is the first question."""
