@@ -134,11 +134,7 @@ def load(
     Raises:
         ModelError: the weights are missing, or do not have the described shape.
     """
-    import transformers
-
     mesh = mesh or Mesh()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     if mesh.rank:
         config, tokenizer, digest, commit = mesh.broadcast()
         model = without_weights(config, spec, precision)
@@ -158,8 +154,10 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
     """Read a model and its tokenizer; from the hub, both at one commit, which is also returned."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import cached_file, extract_commit_hash
+    from transformers.utils import cached_file, extract_commit_hash, logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if spec.source == "recipe":
         path = find_recipe_weights(spec, models_dirs)
         if path is None:
