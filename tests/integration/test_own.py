@@ -30,7 +30,11 @@ def home(tmp_path_factory):
     return folder
 
 
-def test_a_run_and_a_sweep_on_ones_own_files_are_trained_once_wherever_they_lie(home, tmp_path):
+def results(home):
+    return {p.parent.name: p.stat().st_mtime_ns for p in home.glob("runs/*/result.json")}
+
+
+def test_a_run_on_ones_own_files_is_trained_once_wherever_they_lie(home, tmp_path):
     first = cli(*ONE, cwd=home)
     assert "done, test NLL" in first.stdout
     model, data, example = first.stderr.splitlines()[:3]
@@ -41,26 +45,33 @@ def test_a_run_and_a_sweep_on_ones_own_files_are_trained_once_wherever_they_lie(
     assert "csv, prompt_completion, columns question -> answer (not read: topic)" in data
     assert "30 training, 15 validation and 15 test rows" in data
     assert example.startswith("example, [[in the loss]]: So? ") and "\\n[[Yes, " in example
-    answered = cli(*SWEEP, cwd=home)
-    assert "report:" in answered.stdout and "2 runs" in answered.stderr
-    runs = {p.parent.name: p.stat().st_mtime_ns for p in home.glob("runs/*/result.json")}
-    assert len(runs) == 2 and any(run in first.stdout for run in runs)  # one is of both
-    moved = tmp_path / "elsewhere"
-    shutil.move(home / "base", moved / "base")
-    shutil.move(home / "rows.csv", moved / "rows.csv")
+    before = results(home)
+    shutil.copytree(home / "base", tmp_path / "base")
+    shutil.copy(home / "rows.csv", tmp_path)
     store = f"exec.runs_dir={home}/runs"
-    for command, answer in ((ONE, first), (SWEEP, answered)):
-        again = cli(*command, store, cwd=moved)
-        assert again.stdout.splitlines()[0] == answer.stdout.splitlines()[0]
-        assert "to do" not in again.stderr
-    after = {p.parent.name: p.stat().st_mtime_ns for p in home.glob("runs/*/result.json")}
-    assert after == runs
-    plan = json.loads(cli(*ONE, store, "action=plan", "format=json", cwd=moved).stdout)
+    plan = json.loads(cli(*ONE, store, "action=plan", "format=json", cwd=tmp_path).stdout)
     assert plan["runs"]["todo"] == 0 and plan["understood"] == [model, data, example]
-    # all rows are measured, none of them held out
-    lines = ("action=measure", "rates=1", "format=json")
-    measured = json.loads(cli(*ONE, store, *lines, cwd=moved).stdout)
-    assert measured["rows"]["all"] == 60 and measured["rows_sha256"]
-    wrong = cli("model=./bass", "dataset=row.csv", cwd=moved, check=False)
+    assert results(home) == before
+    wrong = cli("model=./bass", "dataset=row.csv", cwd=tmp_path, check=False)
     assert wrong.returncode == 2 and wrong.stderr.count("Did you mean ") == 2
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.full
+def test_a_sweep_on_ones_own_files_shares_the_run_and_all_rows_are_measured(home, tmp_path):
+    first, answered = cli(*ONE, cwd=home), cli(*SWEEP, cwd=home)
+    assert "report:" in answered.stdout and "2 runs" in answered.stderr
+    runs = results(home)
+    assert len(runs) == 2 and any(run in first.stdout for run in runs)  # one is of both
+    shutil.copytree(home / "base", tmp_path / "base")
+    shutil.copy(home / "rows.csv", tmp_path)
+    store = f"exec.runs_dir={home}/runs"
+    for command, answer in ((ONE, first), (SWEEP, answered)):
+        again = cli(*command, store, cwd=tmp_path)
+        assert again.stdout.splitlines()[0] == answer.stdout.splitlines()[0]
+        assert "to do" not in again.stderr
+    assert results(home) == runs
+    # all rows are measured, none of them held out
+    lines = ("action=measure", "rates=1", "format=json")
+    measured = json.loads(cli(*ONE, store, *lines, cwd=tmp_path).stdout)
+    assert measured["rows"]["all"] == 60 and measured["rows_sha256"]
