@@ -9,12 +9,13 @@ NAMES = {
     "fleet": "a fleet against one TRL process for each customer (extra `bench`)",
     "cluster": "the time that Slurm adds",
     "calibration": "intervals and verdicts on simulated sweeps with known optima",
+    "search": "the search for learning rates against a grid and Optuna (extra `bench`)",
     "published": "the plan's memory and speed against published figures",
     "outcomes": "the adviser against published outcomes",
     "public_evidence": "runs published by others: TULU3_SWEEP.csv RL_RUNS.csv",
     "pages": "render the pages again from the files of figures, without measuring",
 }
-PAGES = ("speed", "rewards", "fleet", "calibration.page")
+PAGES = ("speed", "rewards", "fleet", "calibration.page", "search.page")
 """Modules that render a page from a file of figures."""
 
 
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
         for part in PAGES:
             importlib.import_module(f"benchmarks.{part}").write()
     else:
-        module = "calibration.run" if name == "calibration" else name
+        module = f"{name}.run" if name in ("calibration", "search") else name
         importlib.import_module(f"benchmarks.{module}").main(rest)
     return 0
 
