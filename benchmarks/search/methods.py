@@ -170,20 +170,22 @@ def optuna(arm: Arm, setting: str, budget: float, name: Sequence[object]) -> lis
     )
     study.enqueue_trial({"lr": spec.lr})
     found: list[Trial] = []
-    while sum(t.updates for t in found) < budget * spec.steps:
-        trial = study.ask()
+
+    def train(trial: Any) -> float:
         lr = float(f"{trial.suggest_float('lr', spec.lr / reach, spec.lr * reach, log=True):.2e}")
-        for step in (s for s in arm.evaluated if s >= prefix):
-            loss = arm.losses(lr, step, 0)
-            if step == spec.steps:
-                study.tell(trial, loss)
-                found.append(Trial(lr, 0, step, loss))
-                break
-            trial.report(loss, step)
+        for step in (s for s in arm.evaluated if prefix <= s < spec.steps):
+            trial.report(arm.losses(lr, step, 0), step)
             if trial.should_prune():
-                study.tell(trial, state=package.trial.TrialState.PRUNED)
                 found.append(Trial(lr, 0, step, None))
-                break
+                raise package.TrialPruned
+        found.append(Trial(lr, 0, spec.steps, arm.losses(lr, spec.steps, 0)))
+        return arm.losses(lr, spec.steps, 0)
+
+    def stop(study: Any, _: object) -> None:
+        if sum(t.updates for t in found) >= budget * spec.steps:
+            study.stop()
+
+    study.optimize(train, callbacks=[stop])
     return found
 
 

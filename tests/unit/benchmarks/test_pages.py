@@ -8,6 +8,7 @@ from analysis.report.text import with_block
 from benchmarks import fleet, outcomes, published, rewards, speed
 from benchmarks.calibration import page as calibration_page
 from benchmarks.harness import FIGURES, ROOT
+from benchmarks.search import page as search_page
 from lorasweep.customers.evidence import published as published_rules
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.time import TRAINING_SHARE
@@ -17,6 +18,7 @@ CASES = {
     "speed": (FIGURES / "bench.json", "README.md", speed, ("usage", "bench")),
     "fleet": (FIGURES / "fleet.json", "fleet.md", fleet, ("fleet", "fleet")),
     "rewards": (FIGURES / "rewards.json", "rewards.md", rewards, ()),
+    "search": (search_page.FOLDER / "search.json", "README.md", search_page, ()),
     "calibration": (CALIBRATION, "README.md", calibration_page, ("answers", "calibration")),
 }
 
