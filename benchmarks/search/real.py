@@ -75,6 +75,7 @@ class Trainer:
         self.weights = {k: v.clone() for k, v in self.base.model.state_dict().items()}
         self.curves: dict[RunSpec, dict[int, float]] = {}
         self.before = math.nan
+        """The loss before training; known when the first run has ended."""
         self._live: tuple[RunSpec | None, Any] = None, None
 
     def loss(self, spec: RunSpec, step: int) -> float:
@@ -94,6 +95,12 @@ class Trainer:
                 curve[event.step] = event.records[spec.id]["test_nll"]
         return curve.get(step, math.inf)
 
+    def ended(self, steps: int) -> list[RunSpec]:
+        """Return the runs that have made `steps` updates, or diverged."""
+        return [
+            s for s, curve in self.curves.items() if steps in curve or math.inf in curve.values()
+        ]
+
 
 def real(name: str, log: Log) -> Figures:
     """Let every method train on a real case, from the published learning rates."""
@@ -104,6 +111,7 @@ def real(name: str, log: Log) -> Figures:
     points = [start_of(p) for p in request.points]
     steps = points[0].spec.steps
     arms = [Arm(p, _trained(trainer, p.spec), eval_steps(steps)) for p in points]
+    trainer.loss(points[0].spec, steps)  # a run of the grid, so that `before` is known
     trials: dict[str, list[list[Trial]]] = {}
     how = Search(seeds=case.fresh)
     trials["tune"] = whole_search(arms, how, trainer.before)[0] if case.fresh else tune(arms, how)
@@ -113,8 +121,8 @@ def real(name: str, log: Log) -> Figures:
     for setting in case.settings:
         trials[setting] = [optuna(arm, setting, case.budget, (name, arm.start.arm)) for arm in arms]
         log(f"{setting}: {trials[setting]}")
-    full = [(spec, curve) for spec, curve in trainer.curves.items() if steps in curve]
-    found = truths(pd.DataFrame([row_of(spec, c[steps], trainer.before) for spec, c in full]))
+    ended = {spec: trainer.loss(spec, steps) for spec in trainer.ended(steps)}
+    found = truths(pd.DataFrame([row_of(s, v, trainer.before) for s, v in ended.items()]))
     methods = {}
     for method, own in trials.items():
         paths = [course(t, steps, truth) for t, truth in zip(own, found)]
@@ -133,7 +141,7 @@ def real(name: str, log: Log) -> Figures:
         "batch_size": spec.batch_size,
         "starts": [p.spec.lr for p in points],
         "arms": [described(t) for t in found],
-        "runs": len(full),
+        "runs": len(ended),
         "methods": methods,
     }
 

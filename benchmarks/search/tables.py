@@ -6,7 +6,7 @@ A learning rate between two of the table gets an interpolated loss.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
@@ -116,9 +116,10 @@ def kept(name: str) -> Kept:
 def interpolated(runs: pd.DataFrame, rng: np.random.Generator) -> tuple[Losses, list[int]]:
     """Return the losses of an arm at any learning rate, and the updates with an evaluation.
 
-    Between learning rates, the loss of a seed is interpolated in ln(lr); beyond the ends it stays
-    constant. A run that is missing gets the value of its learning rate plus the shift of its seed
-    plus noise, as estimated from the others.
+    Between learning rates, the loss of a seed is interpolated in ln(lr). Beyond the ends it is
+    extended by a line, below them at most to the loss before training. A run that is missing gets
+    the value of its learning rate plus the shift of its seed plus noise, as estimated from the
+    others.
     """
     x, seeds = np.log(sorted(runs["lr"].unique())), sorted(runs["seed"].unique())
     full = int(runs["steps"].max())
@@ -130,7 +131,7 @@ def interpolated(runs: pd.DataFrame, rng: np.random.Generator) -> tuple[Losses, 
             by_step.setdefault(step, np.full((len(seeds), len(x)), np.nan))[at] = nll
     alive = ~np.isnan(by_step[full]).all(0)
     last = math.inf if alive.all() else (x[alive][-1] + x[~alive][0]) / 2
-    curves = {}
+    curves, before = {}, float(runs["nll_start"].mean())
     for step, table in by_step.items():
         rate, shift = additive(table[:, alive])
         expected = rate + shift[:, None]
@@ -140,16 +141,25 @@ def interpolated(runs: pd.DataFrame, rng: np.random.Generator) -> tuple[Losses, 
             expected + np.nanstd(off) * rng.standard_normal(expected.shape),
             table[:, alive],
         )
-        curves[step] = [Akima1DInterpolator(x[alive], y, method="makima") for y in filled]
-    low, high = x[alive][[0, -1]]
+        curves[step] = [_line(x[alive], y, before) for y in filled]
 
     def loss(lr: float, steps: int, seed: int) -> float:
-        at = math.log(lr)
-        if at > last:
-            return math.inf
-        return float(curves[steps][seed](min(max(at, low), high)))
+        return curves[steps][seed](math.log(lr)) if math.log(lr) <= last else math.inf
 
     return cache(loss), sorted(by_step)
+
+
+def _line(x: np.ndarray, y: np.ndarray, highest: float) -> Callable[[float], float]:
+    """Return a smooth line through losses over ln(lr)."""
+    inside = Akima1DInterpolator(x, y, method="makima")
+    slope = np.diff(y)[[0, -1]] / np.diff(x)[[0, -1]]
+
+    def value(at: float) -> float:
+        if at < x[0]:
+            return float(max(min(y[0] + slope[0] * (at - x[0]), highest), y[0]))
+        return float(inside(at) if at <= x[-1] else y[-1] + max(slope[1], 0.0) * (at - x[-1]))
+
+    return value
 
 
 def replays(log: Log, n: int = 1000) -> list[Figures]:
