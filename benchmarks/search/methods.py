@@ -82,7 +82,8 @@ class Truth:
     def regret(self, lr: float) -> float:
         """Return the regret of a learning rate in percent of the gain."""
         assert self.optimum.shape is not None
-        return 100 * float(self.optimum.shape.height(np.array([math.log(lr)]))[0]) / self.gain
+        height = float(self.optimum.shape.height(np.array([math.log(lr)]))[0])
+        return 100 * max(height, 0.0) / self.gain
 
 
 def truths(table: pd.DataFrame) -> list[Truth]:
