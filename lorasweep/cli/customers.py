@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lorasweep.customers.advice import Advice, answers, plain_of
 from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
 from lorasweep.customers.outcome import outcome_of
 from lorasweep.customers.read import Failed, Row, check_rows, expected, read_customers
+from lorasweep.data import chat
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch import local
 from lorasweep.launch.slurm import submissions
@@ -166,6 +168,9 @@ def plan_fleet(request: Request) -> Request:
     for m in members:
         if m.problem:
             print(f"error in {pages.printable(m.problem)}", file=sys.stderr)
+    kinds = sum((Counter(m.rows.kinds) for m in members if not m.problem), Counter())
+    if kinds and request.format != "json":
+        print(chat.rows_line(kinds), file=sys.stderr)
     folder, dirs = runs.fleet_folder(request), runs.data_dirs(request)
     if request.action == "fleet":
         runs.write_rules(folder, rules)

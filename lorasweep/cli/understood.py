@@ -1,9 +1,12 @@
 """Say what was understood of models and data sets that no configuration file describes."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
-from lorasweep.data import fields, load, text
+from lorasweep.data import chat, fields, load, sources, text
 from lorasweep.errors import LorasweepError
 from lorasweep.models.describe import config_at
 from lorasweep.spec.dataset import DatasetSpec
@@ -16,7 +19,7 @@ SHOWN = 300
 
 
 def lines(request: Request) -> list[str]:
-    """Return a line for each such model, and for each data set one and a rendered example.
+    """Return a line for each such model; for each data set two, and a rendered example.
 
     Text is rendered by the first base of a data set; no example if its tokenizer is not here.
     """
@@ -54,17 +57,31 @@ def _data_lines(spec: DatasetSpec, tokenizer: Any, data_dirs: Sequence[str]) -> 
     n_test = min(sum(1 for _ in held_out.rows()) - spec.n_validation, spec.n_test)
     where, row = rows[0]
     columns = fields.columns(spec)
-    others = ", ".join(str(name) for name in row if name not in columns)
+    read = (*columns, chat.TOOLS) if spec.format == "messages" else columns
+    others = ", ".join(str(name) for name in row if name not in read)
     about = (
         f"data {spec.name}: {spec.source}, {spec.format}, columns {' -> '.join(columns)}"
         f"{f' (not read: {others})' if others else ''}, {len(rows):,} training, "
         f"{spec.n_validation:,} validation and {n_test:,} test rows"
     )
+    # all rows of the files, also those that are left out of training and held-out rows
+    whole = dataclasses.replace(spec, holdout=0, held_out_by="")
+    of_files = load.sources_of(whole, data_dirs)[: 1 if spec.test_split == spec.train_split else 2]
+    given = chain.from_iterable(source.rows() for source in of_files)
+
+    def kinds(row: Any, where: str) -> list[str]:
+        found = chat.kinds_of(spec.format, row)
+        if tokenizer is not None and chat.WITH_TOOLS in found:
+            text.parts_of(spec, row, where, tokenizer)  # refused if the chat template has no tools
+        return found
+
+    understood = chat.rows_line(Counter(chain.from_iterable(sources.each(given, kinds))))
     if tokenizer is None:
-        yield about
+        yield from (about, understood)
         return
     tokens = text.examples(spec, spec.train_split, train, tokenizer, SAMPLE, "")
     yield f"{about}, {len(tokens.tokens) / len(tokens):.0f} tokens a row"
+    yield understood
     pieces = text.rendered(spec, row, where, tokenizer)
     shown = "".join(f"[[{piece}]]" if in_loss else piece for piece, in_loss in pieces)
     shown = shown.replace("\n", "\\n")

@@ -109,7 +109,7 @@ def _dataset(advice: Advice, name: str) -> dict[str, Any]:
     c, verifier = advice.customer, "math"
     sizes = {"max_length": advice.work.max_length, "n_test": 512, "n_test_curve": 64}
     if c.data is None:
-        form = {"format": "messages", "mask": "last_assistant", "too_long": "cut_or_skip"}
+        form = {"format": "messages", "mask": "completion", "too_long": "cut_or_skip"}
         values = {"name": name, "source": "jsonl", "location": name, **form, **sizes}
     else:
         spec = own.dataset_of(c.data, name)

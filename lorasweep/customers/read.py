@@ -61,6 +61,7 @@ class Customer:
     bits_per_token: float | None = _col(float, 1e-6, 20, "mean bits of a token that bears loss")
     max_length: int | None = _col(int, 4, INF, "tokens of the longest row")
     data: str | None = _col(str, 0, INF, "a file, a folder with train and test, or a hub name")
+    validation: str | None = _col(str, 0, INF, "a file of held-out rows beside the file data")
     epochs: float | None = _col(float, 1e-6, 1e6, "passes over the rows")
     batch_size: int | None = _col(int, 1, 1e7, "rows of an update; in RL, episodes")
     steps: int | None = _col(int, 1, 1e9, "updates")
@@ -304,6 +305,8 @@ def _contradictions(c: Customer) -> Iterator[str]:
     """Yield contradictions between columns, and values that seem to belong to another column."""
     if c.task == "sft" and c.episodes is not None:
         yield "column episodes: only with task=rl. Leave it out, or set task to rl."
+    if c.validation is not None and c.data is None:
+        yield "column validation: only with data. Give the training rows, or leave it out."
     tokens = c.tokens_per_example
     if tokens is not None and tokens > LONGEST_EXAMPLE:
         yield (

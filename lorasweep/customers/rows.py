@@ -5,6 +5,7 @@ This module needs the base's tokenizer, but no model and no learning rate.
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorasweep.customers.read import LONGEST_EXAMPLE
+from lorasweep.customers.read import LONGEST_EXAMPLE, RowError
 from lorasweep.customers.rules.workload import rounded
-from lorasweep.data import fields, load, own, sources, text
+from lorasweep.data import chat, fields, load, own, sources, text
 from lorasweep.data.fields import Message
 from lorasweep.errors import DataError
 from lorasweep.plan.load import TEXT_FILL
@@ -45,18 +46,24 @@ class Rules:
     render: str | None = None
     """Fields of DatasetSpec; set both or none. None: the base's chat template, else plain text."""
     mask: str | None = None
-    """Field of DatasetSpec. None: loss on the completion, or on a conversation's last answer."""
+    """Field of DatasetSpec. None: loss on the completion, on `answers` of messages, or on the last
+    answer of conversations."""
     split: str = BY_PROMPT
     layers: str = "all"
+    answers: str = "last"
+    """Answers of messages in the loss if there is no mask: all in new fleets, last in those whose
+    folder does not say it."""
 
-    def form(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the fields of DatasetSpec that determine how text is rendered."""
+    def form(self, format: str, tokenizer: Any) -> dict[str, Any]:
+        """Return the fields of DatasetSpec that determine how text is rendered and learned."""
         if self.render is not None and self.template is not None:
             found: dict[str, Any] = {"render": self.render, "template": self.template}
         elif getattr(tokenizer, "chat_template", None):
             found = {"render": "chat_template", "template": CHAT}
         else:
             found = {"render": FIRST_RENDER, "template": PLAIN}
+        if self.mask is None and self.answers == "last" and format == "messages":
+            return {**found, "mask": "last_assistant"}
         return found if self.mask is None else {**found, "mask": self.mask}
 
 
@@ -85,6 +92,8 @@ class Rows:
     """The text that ends an answer, such as the end token."""
     example: list[list[Any]] = field(default_factory=list)
     """A rendered row with names in place of texts: [text, whether it is in the loss]."""
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Number of rows in all files by `chat.kinds_of`."""
 
     @property
     def shared(self) -> bool:
@@ -92,23 +101,35 @@ class Rows:
         return self.held_out and self.same_prompt > 0 and self.dataset.held_out_by != BY_PROMPT
 
 
-def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
+def rows_of(
+    name: str, data: str, rules: Rules, tokenizer: Any, validation: str | None = None
+) -> Rows:
     """Read all rows of a customer and split them. `tokenizer`: the tokenizer of the base.
 
-    Held-out rows come from a test file in the same folder, or from a test split on the hub. Without
-    these they are taken from the training rows.
+    Held-out rows come from the file `validation`, from a test file in the folder `data`, or from a
+    test split on the hub. Without these they are taken from the training rows.
 
     Raises:
         DataError: there are no rows, or one cannot be read.
+        RowError: the file `validation` is not beside the training rows.
     """
-    spec = dataclasses.replace(own.dataset_of(data, name), **rules.form(tokenizer))
+    spec = own.dataset_of(data, name)
+    spec = dataclasses.replace(spec, **rules.form(spec.format, tokenizer))
     test = f"{data}[{spec.test_split}]"
     if spec.source != "hub":
         path = Path(data).expanduser()
         folder, split = (path, spec.test_split) if path.is_dir() else (path.parent, path.stem)
+        if validation is not None:
+            split = _beside(own.path_of(data), validation)
         spec = dataclasses.replace(spec, location=str(folder), test_split=split)
-        spec, test = _pinned(spec, "."), str(folder / f"test.{spec.source}")
-    rows, tested = _texts(spec, ".", test)
+        spec, test = _pinned(spec, "."), str(folder / f"{split}.{spec.source}")
+    elif validation is not None:
+        raise RowError(
+            f"column validation: {validation}, but the rows are on the hub, where a split test or "
+            "validation is held out. Leave the column empty."
+        )
+    kinds: Counter[str] = Counter()
+    rows, tested = _texts(spec, ".", test, kinds)
     both = [*rows, *(tested or ())]
     n_unique = len({r.whole for r in both})
     repeated, same_prompt = len(both) - n_unique, n_unique - len({r.prompt for r in both})
@@ -138,7 +159,20 @@ def rows_of(name: str, data: str, rules: Rules, tokenizer: Any) -> Rows:
     # no learning curve: with few rows, evaluations would cost as much as training
     spec = dataclasses.replace(spec, n_test_curve=0, **changes)
     left_out = len(rows) - n_train if tested is not None else 0
-    return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out)
+    held_out = spec.n_validation > 0
+    return Rows(spec, n_train, held_out, repeated, same_prompt, left_out, kinds=kinds)
+
+
+def _beside(train: Path, validation: str) -> str:
+    """Return the split that a file of validation rows is; RowError if it is elsewhere."""
+    path = Path(validation).expanduser().absolute()
+    same_folder = path.resolve().parent == train.resolve().parent
+    if path.is_file() and path != train and same_folder and path.suffix == train.suffix:
+        return path.stem
+    raise RowError(
+        f"column validation: {validation} is no other file beside {train.name} with the same "
+        f"ending. Put the rows into {train.parent}/NAME{train.suffix}, and name that file."
+    )
 
 
 def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, int]:
@@ -158,7 +192,7 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
         folder = spec.location
         split = spec.test_split if spec.train_split == "train" else spec.train_split
         spec = _pinned(dataclasses.replace(spec, location=".", test_split=split), folder)
-    rows, tested = _texts(spec, folder, f"{given}, split {spec.test_split}")
+    rows, tested = _texts(spec, folder, f"{given}, split {spec.test_split}", Counter())
     empty = [k for k, row in enumerate(rows) if not row.whole[-1][1].strip()]
     if empty:
         raise DataError(
@@ -190,25 +224,25 @@ def _pinned(spec: DatasetSpec, folder: str) -> DatasetSpec:
     return dataclasses.replace(spec, revision="sha256:" + ",".join(pins))
 
 
-def _texts(spec: DatasetSpec, folder: str, test: str) -> tuple[list[Text], list[Text] | None]:
+def _texts(
+    spec: DatasetSpec, folder: str, test: str, kinds: Counter[str]
+) -> tuple[list[Text], list[Text] | None]:
     """Return the training rows, and those of the test split; None if both are one split.
 
-    `test`: the test split, for a message.
+    `test`: the test split, for a message. `kinds`: the rows of each kind are counted in it.
     """
 
-    def read(source: sources.Source) -> list[Text]:
-        found = []
-        for where, row in source.rows():
-            whole = tuple(fields.messages_of(spec, row, where))
-            # with mask=all every token is learned, so a row has no prompt
-            prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
-            found.append(Text(whole, prompt))
-        return found
+    def read(row: Any, where: str) -> Text:
+        whole = fields.whole_of(spec, row, where)
+        # with mask=all every token is learned, so a row has no prompt
+        prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
+        kinds.update(chat.kinds_of(spec.format, row))
+        return Text(whole, prompt)
 
     train, held_out = load.sources_of(spec, [folder])
-    rows, tested = read(train), None
+    rows, tested = list(sources.each(train.rows(), read)), None
     if spec.test_split != spec.train_split:
-        tested = read(held_out)
+        tested = list(sources.each(held_out.rows(), read))
         n_unique = len({r.whole for r in tested})
         if n_unique < 2:
             raise DataError(
@@ -284,19 +318,20 @@ def with_lengths(
         longest = max(lengths.max(), held.max())
         max_length = rounded(max(float(longest), float(lengths.mean()) / TEXT_FILL))
     spec = dataclasses.replace(spec, max_length=max_length)
-    # the example: the shortest row, with a placeholder such as {user 1} for each message
+    # the example: the shortest row without tools, with placeholders such as {user 1} for messages
     first = list(itertools.islice(train.rows(), EXAMPLES))
     if spec.format in fields.LISTS:
-        content = fields.LISTS[spec.format][1]
-        where, row = min(first, key=lambda r: len(r[1][spec.format]))
-        roles = [role for role, _ in fields.messages_of(spec, row, where)]
+        speaker, content = fields.LISTS[spec.format]
+        plain = [r for _, r in first if chat.WITH_TOOLS not in chat.kinds_of(spec.format, r)]
+        question_and_answer = [{speaker: "user"}, {speaker: "assistant"}]
+        turns = min((r[spec.format] for r in plain), key=len, default=question_and_answer)
+        roles = [chat.ROLES[spec.format][turn[speaker]] for turn in turns]
         names = [f"{{{role} {roles[: k + 1].count(role)}}}" for k, role in enumerate(roles)]
-        turns = zip(row[spec.format], names, strict=True)
-        row = {spec.format: [{**turn, content: name} for turn, name in turns]}
+        row = {spec.format: [{**turn, content: name} for turn, name in zip(turns, names)]}
     else:
-        where, names = first[0][0], ["{prompt}", "{completion}"]
+        names = ["{prompt}", "{completion}"]
         row = {spec.prompt_field: names[0], spec.completion_field: names[1]}
-    example = text.rendered(spec, row, where, tokenizer)
+    example = text.rendered(spec, row, "example", tokenizer)
     answer = next((piece for piece, in_loss in reversed(example) if in_loss), "")
     last = max(names, key=lambda name: answer.rfind(name))
     end = answer.rpartition(last)[2] if last in answer else ""

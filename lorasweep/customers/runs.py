@@ -170,7 +170,7 @@ def _member(
         raise RowError(f"column model: {tokenizer}")
     folder = folder_of(c.name)
     try:
-        rows = rows_of(folder, c.data, rules, tokenizer)
+        rows = rows_of(folder, c.data, rules, tokenizer, c.validation)
         rows, tokens = with_lengths(rows, tokenizer, c.max_length, data_dirs(request))
     except (DataError, OSError) as error:
         raise RowError(f"column data: {error}") from None
@@ -259,13 +259,15 @@ def fleet_of(
     spec, given = request.points[0].spec, _given(request)
     members = partial(build_runs, customers, known, request, tokenizer_of=tokenizer_of)
     kept = read_rules(fleet_folder(request))
-    rules = dataclasses.replace(kept or Rules(layers=spec.method.plain()["layers"]), **given)
+    new = Rules(layers=spec.method.plain()["layers"], answers="all")
+    rules = dataclasses.replace(kept or new, **given)
     found = members(rules)
     there = set() if kept else set(RunStore(request.exec.runs_dir).existing())
     if not there:
         return rules, found
     data = spec.dataset
-    past = dataclasses.replace(rules, template=data.template, render=data.render, split=BY_ROW)
+    of_scale = {"template": data.template, "render": data.render}
+    past = dataclasses.replace(rules, **of_scale, split=BY_ROW, answers="last")
     then = members(past)
     now, before = ({p.id for m in fleet for p in m.points} for fleet in (found, then))
     if (before - now).isdisjoint(there):
@@ -329,7 +331,8 @@ def read_rules(folder: Path) -> Rules | None:
     try:
         found = Rules(**json.loads(path.read_text()))
         parse_layers(found.layers)
-        if found.split not in SPLITS or (found.render is None) != (found.template is None):
+        known = found.split in SPLITS and found.answers in ("last", "all")
+        if not known or (found.render is None) != (found.template is None):
             raise ValueError(f"{json.dumps(vars(found))} is not known")
         return found
     except (OSError, ValueError, TypeError, AttributeError) as error:

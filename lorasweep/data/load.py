@@ -72,12 +72,12 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
         whole = _found(dataclasses.replace(spec, holdout=0), False, data_dirs)
         pool = whole if spec.holdout else _found(spec, True, data_dirs)
         # what is held out as a whole: rows with one prompt, or rows with the same content
-        unit_of = fields.prompt_of if spec.held_out_by == "prompt" else content_of
+        unit_of = fields.prompt_of if spec.held_out_by == "prompt" else fields.whole_of
 
         def drawn() -> Iterator[Row]:
             given = list(pool.rows())
             units = [unit_of(spec, row, where) for where, row in given]
-            contents = [content_of(spec, row, where) for where, row in given]
+            contents = [fields.whole_of(spec, row, where) for where, row in given]
             order = [k for rows in divided(units, contents) for k in rows]
             yield from (given[k] for k in order[: spec.holdout or None])
 
@@ -93,7 +93,7 @@ def sources_of(spec: DatasetSpec, data_dirs: Sequence[str]) -> tuple[Source, Sou
             identity = f"{held_out.identity} without repetitions"
             rows = partial(_distinct, spec, held_out.rows)
             held_out = dataclasses.replace(held_out, identity=identity, rows=rows)
-            train = _without(spec, train, held_out, content_of, "rows")
+            train = _without(spec, train, held_out, fields.whole_of, "rows")
     if spec.unseen_prompts:
         train = _without(spec, train, held_out, fields.opening, "prompts")
     return train, held_out
@@ -103,11 +103,6 @@ def _found(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sourc
     if spec.source == "hub":
         return hub.source_of(spec, held_out)
     return sources.of_files(spec, held_out, data_dirs)
-
-
-def content_of(spec: DatasetSpec, row: Any, where: str) -> Hashable:
-    """Return all messages of a row. Rows with equal messages are duplicates."""
-    return tuple(fields.messages_of(spec, row, where))
 
 
 def divided(units: Sequence[Hashable], contents: Sequence[Hashable]) -> list[list[int]]:
@@ -127,7 +122,7 @@ def divided(units: Sequence[Hashable], contents: Sequence[Hashable]) -> list[lis
 def _distinct(spec: DatasetSpec, rows: Callable[[], Iterator[Row]]) -> Iterator[Row]:
     seen = set()
     for where, row in rows():
-        content = content_of(spec, row, where)
+        content = fields.whole_of(spec, row, where)
         if content not in seen:
             seen.add(content)
             yield where, row
@@ -156,7 +151,7 @@ def check_available(spec: DatasetSpec, data_dirs: Sequence[str]) -> None:
     elif spec.source in FILES:
         for held_out in (False, True):
             for where, row in sources.of_files(spec, held_out, data_dirs).rows():
-                fields.messages_of(spec, row, where)
+                fields.whole_of(spec, row, where)
     else:
         sources_of(spec, data_dirs)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorasweep.data import fields, hub, sources
+from lorasweep.data import chat, fields, hub, sources
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES, DatasetSpec
 
@@ -135,12 +135,14 @@ def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
     formats = [] if prompt or completion else [named.get("format", name) for name in fields.LISTS]
     for name in formats:
         if name in columns and name in fields.LISTS:
-            return {"format": name, "mask": named.get("mask", "last_assistant")}
+            by_default = "completion" if name == "messages" else "last_assistant"
+            return {"format": name, "mask": named.get("mask", by_default)}
     pairs = dict.fromkeys((prompt or p, completion or c) for p, c in PAIRS)
     for pair in pairs:
         if set(pair) <= columns:
             mask = named.get("mask", "completion")
             return {"prompt_field": pair[0], "completion_field": pair[1], "mask": mask}
+    chat.refuse_pairs(row, where)
     shown = ", ".join(map(str, sorted(columns))) or "of no object"
     text = " A text alone does not say which part is learned." if columns == {"text"} else ""
     raise DataError(

@@ -4,10 +4,10 @@ import csv
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,11 @@ from lorasweep.spec.streams import stream
 
 Row = tuple[str, Any]
 """Place of the row (for error messages) and content of the row."""
+T = TypeVar("T")
+SHOWN = 3
+"""Maximum number of refused rows whose reasons are shown."""
+READ_ON = 100_000
+"""Number of rows after which refused ones are no longer counted."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,27 @@ def find_file(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[
         "name and revision (for a customer's rows: run the command again, which pins the "
         "present file)."
     )
+
+
+def each(rows: Iterable[Row], read: Callable[[Any, str], T]) -> Iterator[T]:
+    """Yield `read(row, where)` of each row before the first refused one.
+
+    Raises:
+        DataError: rows are refused; with the number of all of them, and the first reasons.
+    """
+    n_read, refused = 0, []
+    for n_read, (where, row) in enumerate(rows, start=1):
+        try:
+            found = read(row, where)
+        except DataError as error:
+            refused.append(str(error))
+        if not refused:
+            yield found
+        elif n_read >= READ_ON:
+            break
+    if refused:
+        reasons = " ".join(list(dict.fromkeys(refused))[:SHOWN])
+        raise DataError(f"{reasons} Refused: {len(refused):,} of {n_read:,} rows.")
 
 
 def file_sha256(path: Path) -> str:

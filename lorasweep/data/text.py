@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,16 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorasweep.data import fields, rows
+from lorasweep.data.chat import CALLS, TOOLS, Turn, text_of, tools_of
 from lorasweep.data.examples import Example
-from lorasweep.data.fields import Message
 from lorasweep.data.rows import Rows
-from lorasweep.data.sources import Row, Source
+from lorasweep.data.sources import Row, Source, each
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 TOGETHER = 256
 """Rows per call of the tokenizer, which is faster than one by one."""
-VERSION = 2
+VERSION = 3
 """Increase it when the same rows give other tokens, so that cached files are made again."""
 NOT_IN_ROWS = (
     *("name", "revision", "test_revision", "n_train", "n_test", "n_test_curve"),
@@ -89,11 +90,11 @@ def examples(
 
 def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Iterator[Example]:
     """Tokenize rows part by part, except those that `too_long` leaves out."""
-    while together := list(itertools.islice(given, TOGETHER)):
-        of_rows = [parts_of(spec, row, where, tokenizer) for where, row in together]
-        texts = [part.text for parts in of_rows for part in parts]
+    rendered = each(given, lambda row, where: (where, parts_of(spec, row, where, tokenizer)))
+    while together := list(itertools.islice(rendered, TOGETHER)):
+        texts = [part.text for _, parts in together for part in parts]
         pieces = iter(tokenizer(texts, add_special_tokens=False).input_ids)
-        for (where, _), parts in zip(together, of_rows):
+        for where, parts in together:
             ids: list[int] = []
             loss: list[bool] = []
             for part, piece in zip(parts, pieces):
@@ -137,40 +138,58 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
 
     chat_template: the tokenizer's template. An answer is the text that the template adds for it,
     without line ends after EOS. Text after the last answer in the loss is left out, unless
-    mask=all.
+    mask=all. Tools and their calls are rendered by chat templates only.
 
     Raises:
-        DataError: a column is missing, or the chat template refuses the row.
+        DataError: a column is missing, or the chat template refuses the row, or leaves out a call.
     """
     heads = spec.mask == "all"
     if spec.format == "prompt_completion" and spec.render == FIRST_RENDER:
         prompt, completion = fields.prompt_and_completion(spec, row, where)
         return [Part(prompt, heads), Part(completion, True, eos=True)]
-    messages, in_loss = fields.messages_of(spec, row, where), fields.in_loss(spec, row, where)
+    turns, in_loss = fields.turns_of(spec, row, where), fields.in_loss(spec, row, where)
+    tools = tools_of(spec.format, row, where)
+    template = getattr(tokenizer, "chat_template", None)
+    calling = any(CALLS in turn for turn in turns)
+    names = [name for name, found in ((TOOLS, tools), (CALLS, calling)) if found]
+    if names:
+        missing = [name for name in names if name not in str(template)]
+        why = "" if spec.render == "chat_template" else f"render={spec.render} has no form for them"
+        if not template:
+            why = "the tokenizer has no chat template"
+        elif missing:
+            why = f"the tokenizer's chat template does not mention {' and '.join(missing)}"
+        if why:
+            raise DataError(
+                f"{where}: the row has {' and '.join(names)}, but {why}. Set dataset.render="
+                "chat_template, with a model whose chat template has tools, or remove the row."
+            )
     if spec.render == "chat_template":
-        if not getattr(tokenizer, "chat_template", None):
+        if not template:
             raise DataError(
                 f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose "
                 "an instruct model, or set render=role_colon."
             )
         try:
-            return _chat_parts(messages, in_loss, heads, tokenizer)
+            return _chat_parts(turns, tools, in_loss, heads, tokenizer)
         except Exception as error:  # templates may raise any exception
+            other = "choose a model with another template" if names else "dataset.render=role_colon"
             raise DataError(
                 f"{where}: the tokenizer's chat template does not take the row with mask="
-                f"{spec.mask} ({error}). Remove the row, set mask=last_assistant, or set "
-                "render=role_colon."
+                f"{spec.mask} ({error}). Remove the row, set dataset.mask=last_assistant, or "
+                f"{other}."
             ) from error
     colon = spec.render == "role_colon"
     parts = [Part(tokenizer.bos_token, False)] if colon and tokenizer.bos_token else []
-    for (role, content), learned in zip(messages, in_loss, strict=True):
-        head, answer = f"{role.capitalize()}:", role == "assistant"
+    for turn, learned in zip(turns, in_loss, strict=True):
+        head, answer = f"{turn['role'].capitalize()}:", turn["role"] == "assistant"
+        content = text_of(turn)
         if colon:
             parts += [Part(head, heads), Part(f" {content}\n\n", learned)]
         else:
             parts += [Part(f"{head} ", heads), Part(content, learned, eos=answer)]
             parts += [] if answer else [Part("\n\n", heads and learned)]
-    if colon and messages and messages[-1][0] == "assistant":
+    if colon and turns and turns[-1]["role"] == "assistant":
         parts.append(Part("User:", in_loss[-1]))
     return parts
 
@@ -184,23 +203,28 @@ def rendered(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[li
 
 
 def _chat_parts(
-    messages: Sequence[Message], in_loss: Sequence[bool], heads: bool, tokenizer: Any
+    turns: list[Turn], tools: list[Turn], in_loss: Sequence[bool], heads: bool, tokenizer: Any
 ) -> list[Part]:
     """Render by the chat template. `heads`: whether text between messages is in the loss, too."""
 
-    def apply(messages: Sequence[Message], is_open: bool) -> str:
-        given = [{"role": role, "content": content} for role, content in messages]
-        return tokenizer.apply_chat_template(
-            given, tokenize=False, add_generation_prompt=is_open, date_string=DATE
-        )
+    how: dict[str, Any] = {"tools": tools or None, "tokenize": False, "date_string": DATE}
+
+    def apply(turns: list[Turn], is_open: bool) -> str:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=is_open, **how)
 
     parts: list[Part] = []
     done, eos = "", tokenizer.eos_token or ""
-    for i, learned in enumerate(in_loss):
-        if learned == heads:  # no border: the text around it has the same mask
+    for i, (turn, learned) in enumerate(zip(turns, in_loss, strict=True)):
+        calls = Counter(call["function"]["name"] for call in turn.get(CALLS, ()))
+        if learned == heads and not calls:  # no border: the text around it has the same mask
             continue
-        before = apply(messages[:i], messages[i][0] == "assistant")
-        after = apply(messages[: i + 1], False)
+        before = apply(turns[:i], turn["role"] == "assistant")
+        after = apply(turns[: i + 1], False)
+        for name, n in calls.items():
+            if after.count(name) - before.count(name) < n:
+                raise ValueError(f"it leaves out a call of {name!r} by message {i + 1}")
+        if learned == heads:
+            continue
         if not before.startswith(done) or not after.startswith(before):
             raise ValueError(f"message {i + 1} changes the text before it")
         answer = after[len(before) :]
@@ -209,7 +233,7 @@ def _chat_parts(
         parts += [Part(before[len(done) :], heads), Part(said, learned, eos=ended)]
         done = before + said + (eos if ended else "")
     if heads:
-        whole = apply(messages, False)
+        whole = apply(turns, False)
         if not whole.startswith(done):
             raise ValueError("a message that is not learned is changed by what follows")
         parts.append(Part(whole[len(done) :], True))

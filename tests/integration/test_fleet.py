@@ -111,7 +111,11 @@ class Counting(TorchTrainer):
 
 def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_path, capsys):
     assert len(world.trained()) == 13  # three rates for four customers, one for the few rows
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert (
+        "rows: " in errors
+        and json.loads((world.folder / "fleet.json").read_text())["answers"] == "all"
+    )
     assert "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
     assert "too few unique rows" in printed
     ann = world.facts("ann")
@@ -396,7 +400,8 @@ def test_without_kept_rules_a_fleet_resumes_by_the_rules_of_its_runs(world, tmp_
     kept.unlink()
     assert not world.trained(*settings, "scale=small")
     assert "It keeps the prompt form of scale=small" in capsys.readouterr().err
-    assert json.loads(kept.read_text()) == rules and set(world.runs) == runs
+    assert json.loads(kept.read_text()) == {**rules, "answers": "last"}
+    assert set(world.runs) == runs
     assert not world.trained(*settings, "scale=tiny")
     assert "It keeps" not in capsys.readouterr().err
     # the card says which form, and where the interval is not over prompts

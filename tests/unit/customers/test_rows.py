@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import re
 
 import pandas as pd
 import pytest
 
+from lorasweep.customers.read import RowError
 from lorasweep.customers.rows import BY_ROW, Rules, named_rows, rows_of, with_lengths
 from lorasweep.data import fields, load
 from lorasweep.errors import DataError
@@ -283,6 +285,68 @@ def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(tmp_p
     )
 
 
+def test_all_answers_of_messages_are_learned_in_new_fleets_and_of_conversations_the_last(tmp_path):
+    said = turns("So?", "Yes", "How many?", "No")
+    new, old = Rules(answers="all"), Rules()
+    path = write_json(tmp_path / "my.jsonl", [said] * 30)
+    assert read(path, new).dataset.mask == "completion"
+    assert read(path, old).dataset.mask == "last_assistant"
+    assert read(path, dataclasses.replace(new, mask="all")).dataset.mask == "all"
+    from_ = [{"from": m["role"], "value": m["content"]} for m in said["messages"]]
+    path = write_json(tmp_path / "other.jsonl", [{"conversations": from_}] * 30)
+    assert read(path, new).dataset.mask == read(path, old).dataset.mask == "last_assistant"
+
+
+def test_a_validation_file_beside_the_training_file_is_divided_as_a_test_file(tmp_path):
+    path = write_rows(tmp_path / "a/my.jsonl", 50, "Yes {k}")
+    held = write_rows(tmp_path / "a/held.jsonl", 30, "No {k}", start=40)
+    (tmp_path / "b").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / f"b/{name}.jsonl").write_text((path if name == "train" else held).read_text())
+    found = rows_of("any", str(path), Rules(), llama_like(), str(held))
+    tested = read(tmp_path / "b")
+    train_and_held = texts(tested.dataset)
+    assert texts(found.dataset) == train_and_held and counts(found) == counts(tested)
+    assert (found.left_out, found.dataset.test_split) == (10, "held")
+    assert found.kinds == tested.kinds == {"prompt_completion": 80}
+    in_folder = path.rename(tmp_path / "a/train.jsonl").parent
+    beside = rows_of("any", str(in_folder), Rules(), llama_like(), str(held))
+    assert texts(beside.dataset) == train_and_held
+    other = write_rows(tmp_path / "a/held.json", 3, "No")
+    wrong = (tmp_path / "b/test.jsonl", in_folder / "train.jsonl", in_folder / "gone.jsonl", other)
+    for given in map(str, wrong):
+        with pytest.raises(RowError, match=r"is no other file beside train.jsonl.*NAME.jsonl"):
+            rows_of("any", str(in_folder), Rules(), llama_like(), given)
+
+
+def test_all_refused_rows_are_counted_and_the_first_three_are_named(tmp_path):
+    rows = [pair(f"So? {k}", "Yes") if k % 4 else {"prompt": "So?"} for k in range(40)]
+    with pytest.raises(DataError, match=r"Refused: 9 of 40 rows\.$") as error:
+        read(write_json(tmp_path / "my.jsonl", rows[1:] + [pair("a", "b")]))
+    assert re.findall(r"my.jsonl:(\d+): no text", str(error.value)) == ["4", "8", "12"]
+
+
+def test_the_example_of_rows_with_tools_has_nothing_of_the_rows(tmp_path):
+    chat = copy.deepcopy(llama_like())
+    chat.chat_template = CHAT_TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}"
+    ).replace("{% for m", "{{ tools }}{% for m", 1)
+    called = [{"function": {"name": "secret", "arguments": '{"secret": "secret"}'}}]
+    tools = [{"type": "function", "function": {"name": "secret", "parameters": {}}}]
+    rows = [turns(f"secret {k}", "secret") for k in range(30)]
+    for row in rows:
+        row["messages"][1:1] = [
+            {"role": "assistant", "content": None, "tool_calls": called},
+            {"role": "tool", "content": "secret", "name": "secret"},
+        ]
+    path = write_json(tmp_path / "my.jsonl", [{**row, "tools": tools} for row in rows])
+    found, _ = with_lengths(read(path, Rules(answers="all"), chat), chat, None, ["."])
+    assert found.kinds == {"messages": 30, "with tools": 30}
+    shown = "".join(text for text, _ in found.example)
+    assert "secret" not in shown and "{user 1}" in shown and "{assistant 1}" in shown
+    assert found.end.endswith(chat.eos_token)
+
+
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 SCHOOL, TULU = "openai/gsm8k", "allenai/tulu-3-sft-mixture"
 
@@ -343,3 +407,5 @@ def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps():
 def test_data_missing_on_the_hub_are_named(data, says):
     with pytest.raises(DataError, match=says):
         read_hub(data)
+    with pytest.raises(RowError, match=r"on the hub.*Leave the column empty"):
+        rows_of("any", f"{SCHOOL}:main", Rules(), llama_like(), "held.jsonl")

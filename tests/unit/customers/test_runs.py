@@ -8,7 +8,8 @@ import pytest
 
 from lorasweep.customers.read import Row, check_rows
 from lorasweep.customers.rows import BY_ROW, Rules
-from lorasweep.customers.runs import build_runs, folder_of, planned
+from lorasweep.customers.runs import RULES, build_runs, folder_of, planned, read_rules, write_rules
+from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.grid import Point
 from tests.bpe import llama_like
@@ -77,6 +78,11 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
         ({"data": "gone"}, "no file"),
         ({"task": "rl"}, "not by rl"),
         ({"data": ""}, "data: missing"),
+        ({"data": "", "validation": "a.jsonl"}, "column validation: only with data"),
+        (
+            {"validation": "gone.jsonl"},
+            "column validation: gone.jsonl is no other file beside good",
+        ),
     ],
 )
 def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch, columns, says):
@@ -166,3 +172,15 @@ def test_todays_rules_change_only_the_ids_they_concern(customers):
     assert changed == {"tiny/bob", "tiny/own"}
     for scale in ("small", "paper"):  # batch, updates and learning rate are the customer's
         assert list(ids(customers, scale, Rules()).values()) == list(found.values())
+
+
+def test_a_folder_of_an_earlier_version_says_nothing_of_answers_and_keeps_the_last(tmp_path):
+    earlier = {"template": None, "render": None, "mask": None, "split": "prompt", "layers": "all"}
+    (tmp_path / RULES).write_text(json.dumps(earlier))
+    assert read_rules(tmp_path) == Rules() and Rules().answers == "last"
+    for answers in ("all", "last"):
+        write_rules(tmp_path, Rules(answers=answers))
+        assert read_rules(tmp_path).answers == answers
+    write_rules(tmp_path, Rules(answers="some"))
+    with pytest.raises(SpecError, match=r"some.*is not known"):
+        read_rules(tmp_path)

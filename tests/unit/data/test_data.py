@@ -242,7 +242,7 @@ def test_messages_are_read_from_json_and_parquet(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"version": 1, "rows": [CHAT, CHAT]}))
     for form in ("json", "parquet"):
         spec = own.dataset_of(str(tmp_path / f"a.{form}"))
-        assert (spec.format, spec.mask) == ("messages", "last_assistant")
+        assert (spec.format, spec.mask) == ("messages", "completion")
         assert own.count(str(tmp_path / f"a.{form}")).rows == 2
 
 

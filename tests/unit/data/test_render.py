@@ -148,7 +148,7 @@ def test_weights_in_a_chat_template_are_those_of_the_texts_characters(tmp_path, 
         (1, 0.5, r"\[1\].weight is 0.5. Allowed: 0 \(the answer is not learned\), 1"),
         (3, True, r"\[3\].weight is True"),
         (3, "1", r"\[3\].weight is '1'"),
-        (0, 1, r"\[0\].weight is 1 on a message of role 'user'. With mask=last_assistant only"),
+        (0, 1, r"\[0\].weight is 1 on a message of role 'user'. With mask=\w+ only"),
     ],
 )
 def test_other_weights_are_refused_with_row_and_field(tmp_path, form, k, weight, says):

@@ -1,0 +1,323 @@
+"""Rows of hosted fine-tuning services: what is in the loss, token by token, and what is refused.
+
+Rows are drawn as plain messages. They are written to a file in the forms that services take (parts,
+JSON text, null contents, the role developer). The reference renders the plain messages.
+"""
+
+import copy
+import dataclasses
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+
+from lorasweep.data import chat, fields, load, own, text
+from lorasweep.errors import DataError
+from tests.bpe import llama_like, qwen_like
+from tests.world import write_json
+
+CHATML = """
+{%- if tools %}
+  {{- '<|im_start|>system\n' }}
+  {%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
+  {{- '# Tools\n<tools>' }}
+  {%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}
+  {{- '\n</tools>' + eos_token + '\n' }}
+{%- elif messages[0].role == 'system' %}
+  {{- '<|im_start|>system\n' + messages[0].content + eos_token + '\n' }}
+{%- endif %}
+{%- for message in messages %}
+  {%- if message.role == 'user' or (message.role == 'assistant' and not message.tool_calls) %}
+    {{- '<|im_start|>' + message.role + '\n' + message.content + eos_token + '\n' }}
+  {%- elif message.role == 'assistant' %}
+    {{- '<|im_start|>assistant' }}
+    {%- if message.content %}{{- '\n' + message.content }}{%- endif %}
+    {%- for call in message.tool_calls %}
+      {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+      {{- call.function.arguments | tojson }}
+      {{- '}\n</tool_call>' }}
+    {%- endfor %}
+    {{- eos_token + '\n' }}
+  {%- elif message.role == 'tool' %}
+    {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}
+      {{- '<|im_start|>user' }}
+    {%- endif %}
+    {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+    {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}
+      {{- eos_token + '\n' }}
+    {%- endif %}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""
+NO_TOOLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+DROPS_CALLS = NO_TOOLS + "{# tools, tool_calls #}"
+WORDS = ["yes", "no", "late", "12", "345", "it", "is,", "how", "many?", "in", "all", "so"]
+N = 200
+
+
+def with_template(template, tokenizer=qwen_like):
+    found = copy.deepcopy(tokenizer())
+    found.chat_template = template
+    return found
+
+
+# ---------------------------------------------------------------- rows
+
+
+def said(rng):
+    return rng.choice(["Yes", "No", "So"]) + " " + " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
+
+
+def call(rng):
+    values = {"city": said(rng), "days": rng.randint(1, 9), "more": [True, None, {"é": said(rng)}]}
+    arguments = dict(rng.sample(sorted(values.items()), rng.randint(0, 3)))
+    function = {"name": rng.choice(["get_weather", "late"]), "arguments": arguments}
+    return {"id": f"call_{rng.random()}", "type": "function", "function": function}
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": n, "description": "So?", "parameters": {"a": [1]}}}
+    for n in ("get_weather", "late")
+]
+
+
+def plain_row(rng, feature):
+    """Draw plain messages; answers have the key `learned`."""
+    messages = [{"role": "system", "content": said(rng)}] if rng.random() < 0.5 else []
+    tools = feature in ("tools", "all") and rng.random() < 0.9
+    for _ in range(rng.randint(1, 4)):
+        messages.append({"role": "user", "content": said(rng)})
+        for _ in range(rng.randint(0, 2) if tools else 0):
+            calls = [call(rng) for _ in range(rng.randint(1, 3))]
+            content = rng.choice([None, said(rng)])
+            messages.append({"role": "assistant", "content": content, "tool_calls": calls})
+            for c in calls:
+                answer = {"role": "tool", "content": said(rng), "tool_call_id": c["id"]}
+                messages.append({**answer, "name": c["function"]["name"]})
+        messages.append({"role": "assistant", "content": said(rng)})
+    answers = [m for m in messages if m["role"] == "assistant"]
+    for m in answers:
+        m["learned"] = True
+        if feature in ("weights", "all"):
+            m["weight"] = rng.choice([0, 1, None])
+            m["learned"] = m["weight"] != 0
+    if not any(m["learned"] for m in answers):
+        answers[-1] |= {"weight": 1, "learned": True}
+    return messages, TOOLS if tools and rng.random() < 0.8 else None
+
+
+def as_parts(rng, content):
+    cut = rng.randint(0, len(content))
+    return [{"type": "text", "text": t} for t in (content[:cut], content[cut:])]
+
+
+def as_given(rng, feature, messages, tools):
+    """Write plain messages in the forms that services take."""
+    found = []
+    for m in copy.deepcopy(messages):
+        m.pop("learned", None)
+        if feature in ("developer", "all") and m["role"] == "system":
+            m["role"] = rng.choice(["system", "developer"])
+        if feature in ("parts", "all") and m["content"] is not None and rng.random() < 0.5:
+            m["content"] = as_parts(rng, m["content"])
+        if m["content"] is None and rng.random() < 0.5:
+            del m["content"]
+        for c in m.get("tool_calls", ()):
+            if rng.random() < 0.8:
+                c["function"]["arguments"] = json.dumps(c["function"]["arguments"])
+        found.append(m)
+    row = {"messages": found, "parallel_tool_calls": True}
+    return row if tools is None else {**row, "tools": rng.choice([tools, json.dumps(tools)])}
+
+
+FEATURES = ("answers", "weights", "parts", "developer", "tools", "all")
+
+
+def drawn(feature):
+    """Return N plain rows, and the same rows as they are given."""
+    rng = random.Random(feature)
+    plain = [plain_row(rng, feature) for _ in range(N)]
+    return plain, [as_given(rng, feature, *row) for row in plain]
+
+
+def reference(tokenizer, messages, tools):
+    """Return token ids and loss of a row: answers stand between <|im_start|>assistant and EOS."""
+    whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    eos = re.escape(tokenizer.eos_token)
+    spans = [m.span(1) for m in re.finditer(rf"<\|im_start\|>assistant\n(.*?{eos})", whole, re.S)]
+    answers = [m["learned"] for m in messages if m["role"] == "assistant"]
+    assert len(spans) == len(answers)
+    inside = [span for span, learned in zip(spans, answers) if learned]
+    whole = whole[: inside[-1][1]]  # what follows the last answer is left out
+    given = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    loss = [any(a <= start < b for a, b in inside) for start, _ in given.offset_mapping]
+    return given.input_ids, loss
+
+
+def tokens_of(path, tokenizer, **changes):
+    """Return token ids and loss of each row of a file given by name."""
+    spec = own.dataset_of(str(path))
+    changes = {"render": "chat_template", "max_length": 4096, **changes}
+    spec = dataclasses.replace(spec, **changes)
+    source, _ = load.sources_of(spec, ["."])
+    found = text.examples(spec, spec.train_split, source, tokenizer, None, "")
+    return [(e.tokens.tolist(), e.loss.tolist()) for e in found]
+
+
+@pytest.mark.parametrize("tokenizer", [qwen_like, llama_like])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_the_loss_of_rows_is_that_of_the_formats_description(tmp_path, feature, tokenizer):
+    tokenizer = with_template(CHATML, tokenizer)
+    plain, given = drawn(feature)
+    found = tokens_of(write_json(tmp_path / "rows.jsonl", given), tokenizer)
+    assert len(found) == N
+    for (messages, tools), tokens_and_loss in zip(plain, found, strict=True):
+        assert tokens_and_loss == reference(tokenizer, messages, tools)
+
+
+@pytest.mark.parametrize("render", ["role_eos", "role_colon"])
+def test_parts_and_developers_are_read_without_a_template_as_plain_rows(tmp_path, render):
+    rng = random.Random(render)
+    plain = [plain_row(rng, "parts")[0] for _ in range(N)]
+    given = [as_given(rng, f, row, None) for f, row in zip(("parts", "developer") * N, plain)]
+    rows = [given, [{"messages": messages} for messages in plain]]
+    one, other = (
+        tokens_of(write_json(tmp_path / f"{k}.jsonl", r), qwen_like(), render=render)
+        for k, r in enumerate(rows)
+    )
+    assert one == other and len(one) == N
+
+
+def test_kinds_of_rows_are_counted(tmp_path):
+    plain, given = drawn("all")
+    counts = Counter(kind for row in given for kind in chat.kinds_of("messages", row))
+    calling = [tools or any("tool_calls" in m for m in messages) for messages, tools in plain]
+    weights = [any(m.get("weight") is not None for m in messages) for messages, _ in plain]
+    parts = [any(isinstance(m.get("content"), list) for m in row["messages"]) for row in given]
+    n = [sum(map(bool, found)) for found in (calling, weights, parts)]
+    assert chat.rows_line(counts + Counter(prompt_completion=12)) == (
+        f"rows: {N + 12} understood: {N} messages, 12 prompt_completion, {n[0]} with tools, "
+        f"{n[1]} with weights, {n[2]} with text parts"
+    )
+
+
+def test_rows_that_differ_in_ids_are_duplicates_and_tools_belong_to_the_prompt(tmp_path):
+    rng = random.Random(0)
+    spec = own.dataset_of(str(write_json(tmp_path / "a.jsonl", [{"messages": []}])))
+    for _ in range(N):
+        messages, _ = plain_row(rng, "tools")
+        other = copy.deepcopy(messages)
+        for m in other:
+            for c in m.get("tool_calls", ()):
+                c["id"] = "new"
+        rows = [{"messages": m, "tools": TOOLS} for m in (messages, other)]
+        rows.append({"messages": messages, "tools": TOOLS[:1]})
+        same, new_ids, fewer = ([f(spec, r, "") for f in READINGS] for r in rows)
+        assert same == new_ids and all(a != b for a, b in zip(same, fewer))
+    # what is called is part of the answer
+    asked = {"role": "user", "content": "So?"}
+    answers = [{"role": "assistant", "tool_calls": [call(random.Random(k))]} for k in range(9)]
+    rows = [{"messages": [asked, answer]} for answer in answers]
+    assert len({fields.whole_of(spec, r, "") for r in rows}) > 5
+    assert len({fields.prompt_of(spec, r, "") for r in rows}) == 1
+
+
+READINGS = (fields.whole_of, fields.prompt_of, fields.opening)
+
+
+# ---------------------------------------------------------------- refusals
+
+USER, YES = {"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yes"}
+CALLED = [{"id": "1", "function": {"name": "late", "arguments": "{}"}}]
+GOOD = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": CALLED}]}
+
+
+def part(kind):
+    return [{"type": "text", "text": "So?"}, {"type": kind, kind: {"url": "a"}}]
+
+
+def answer(**changes):
+    return {"messages": [USER, {**YES, **changes}]}
+
+
+def calling(arguments="{}", name="late", **more):
+    return answer(tool_calls=[{"function": {"name": name, "arguments": arguments}, **more}])
+
+
+REFUSED = [
+    *(
+        ({"messages": [{"role": "user", "content": part(kind)}, YES]}, rf"messages\[0\].content\[1\] is a part of type '{kind}'. Only text")
+        for kind in ("image_url", "input_audio", "file", "refusal")
+    ),
+    (answer(content=["Yes"]), r"messages\[1\].content\[0\] is a part of type 'str'"),
+    (answer(content=None), r"messages\[1\].content is null. Allowed: a text, a list of text parts"),
+    (answer(content=None, tool_calls=[]), r"messages\[1\].content is null"),
+    ({"messages": [{"role": "user"}, YES]}, r"messages\[0\].content is null"),
+    (answer(content=3), r"messages\[1\].content is 3. Allowed"),
+    (answer(role="function"), r"messages\[1\]: 'function' is not read. Write instead the role \"tool"),
+    (answer(role="critic"), r"messages\[1\]: a message is from 'critic'. Allowed: .*user, assist"),
+    (answer(role=None), r"messages\[1\]: a message is from None"),
+    (answer(function_call={"name": "a"}), r"\[1\]: 'function_call' is not read. Write .*tool_calls"),
+    ({**answer(), "functions": [{}]}, "jsonl:2: 'functions' is not read. Write instead tools: "),
+    (calling("late=3"), r"\[1\].tool_calls\[0\].function.arguments is 'late=3'. Allowed: an obj"),
+    (calling(""), r"arguments is ''. Allowed: an object, or its JSON as text \('{}' for none"),
+    (calling("[1]"), r"arguments is '\[1\]'"),
+    (calling(None), "arguments is None"),
+    (calling(name=""), r"messages\[1\].tool_calls\[0\] is .*Expected {\"type\": \"function\""),
+    (calling(type="custom"), r"tool_calls\[0\] is .*custom.*Expected"),
+    (answer(tool_calls={"a": 1}), r"messages\[1\].tool_calls is {'a': 1}. Expected a list"),
+    (answer(role="user", tool_calls=CALLED), "Only the assistant calls tools"),
+    ({**GOOD, "tools": "late"}, "jsonl:2: tools is 'late'. Expected a list of"),
+    ({**GOOD, "tools": [{"name": "late"}]}, r"tools\[0\] is {'name': 'late'}. Expected"),
+    ({"chosen": "a", "rejected": "b"}, "chosen and rejected are a preference pair.*Only supervised"),
+    ({"input": {}, "preferred_output": [], "non_preferred_output": []}, "preferred_output and non"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, says", REFUSED)
+def test_what_is_not_understood_is_refused_with_file_row_and_reason(tmp_path, row, says):
+    path = write_json(tmp_path / "rows.jsonl", [GOOD, row])
+    with pytest.raises(DataError, match=r"rows.jsonl:2") as error:
+        tokens_of(path, with_template(CHATML))
+    assert re.search(says, str(error.value)) and "Refused: 1 of 2 rows." in str(error.value)
+    assert len(tokens_of(write_json(path, [GOOD, {**GOOD, "tools": None}]), with_template(CHATML)))
+
+
+def test_preference_pairs_are_refused_by_their_columns(tmp_path):
+    for better, worse in chat.PAIRS:
+        path = write_json(tmp_path / "rows.jsonl", [{"prompt": "a", better: "b", worse: "c"}])
+        with pytest.raises(DataError, match=f"jsonl:1: {better} and {worse} are a preference pair"):
+            own.dataset_of(str(path))
+    columns = {"prompt_field": "prompt", "completion_field": "chosen"}
+    assert own.dataset_of(str(path), named=columns).completion_field == "chosen"
+
+
+@pytest.mark.parametrize(
+    "template, changes, says",
+    [
+        (None, {"render": "role_eos"}, "has tool_calls, but the tokenizer has no chat template. S"),
+        (CHATML, {"render": "role_eos"}, "render=role_eos has no form for them"),
+        (CHATML, {"render": "role_colon"}, "render=role_colon has no form for them"),
+        (NO_TOOLS, {}, "chat template does not mention tool_calls"),
+        (DROPS_CALLS, {}, r"leaves out a call of 'late' by message 2\)\. Remove the row"),
+        (DROPS_CALLS, {"mask": "all"}, "leaves out a call of 'late' by message 2"),
+    ],
+)
+def test_rows_with_tools_are_refused_where_the_base_has_no_form_for_them(
+    tmp_path, template, changes, says
+):
+    row = {"messages": [USER, {**GOOD["messages"][1], "content": "So"}, *answer()["messages"]]}
+    plain = {"messages": [USER, YES]}
+    path = write_json(tmp_path / "rows.jsonl", [plain, row, plain, row, row, row])
+    with pytest.raises(DataError, match=says) as error:
+        tokens_of(path, with_template(template), **changes)
+    shown = re.findall(r"rows.jsonl:(\d)", str(error.value))
+    assert shown == ["2", "4", "5"] and str(error.value).endswith("Refused: 4 of 6 rows.")
+    with pytest.raises(DataError, match="has tools, but"):
+        tokens_of(write_json(path, [{**plain, "tools": TOOLS}]), with_template(NO_TOOLS))
