@@ -327,7 +327,7 @@ def with_lengths(
         turns = min((r[spec.format] for r in plain), key=len, default=question_and_answer)
         roles = [chat.ROLES[spec.format][turn[speaker]] for turn in turns]
         names = [f"{{{role} {roles[: k + 1].count(role)}}}" for k, role in enumerate(roles)]
-        row = {spec.format: [{**turn, content: name} for turn, name in zip(turns, names)]}
+        row: Any = {spec.format: [{**turn, content: name} for turn, name in zip(turns, names)]}
     else:
         names = ["{prompt}", "{completion}"]
         row = {spec.prompt_field: names[0], spec.completion_field: names[1]}

@@ -173,11 +173,11 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
         try:
             return _chat_parts(turns, tools, in_loss, heads, tokenizer)
         except Exception as error:  # templates may raise any exception
-            other = "choose a model with another template" if names else "dataset.render=role_colon"
+            other = "another model" if names else "dataset.render=role_colon"
+            other += "" if spec.mask == "last_assistant" else " or dataset.mask=last_assistant"
             raise DataError(
                 f"{where}: the tokenizer's chat template does not take the row with mask="
-                f"{spec.mask} ({error}). Remove the row, set dataset.mask=last_assistant, or "
-                f"{other}."
+                f"{spec.mask} ({error}). Remove the row, or choose {other}."
             ) from error
     colon = spec.render == "role_colon"
     parts = [Part(tokenizer.bos_token, False)] if colon and tokenizer.bos_token else []
