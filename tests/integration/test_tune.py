@@ -14,7 +14,7 @@ from tests.world import cli, start, wait_for
 pytestmark = pytest.mark.slow
 TUNE = (
     *("+sweep=tune", "scale=smoke", "model=./base", "dataset=rows.csv", "batch_size=4"),
-    *("steps=64", "dataset.max_length=64", "sweep.arms.lora.rank=2", "exec.threads=1"),
+    *("steps=64", "dataset.max_length=64", "sweep.arms.lora.rank=2", "arms=lora", "exec.threads=1"),
 )
 
 
@@ -33,31 +33,28 @@ def home(tmp_path_factory):
 
 
 def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home):
-    process = start("-m", "lorasweep", *TUNE, "budget=7runs", cwd=home, start_new_session=True)
-    wait_for(lambda: len(list(home.glob("runs/*/result.json"))) >= 4)
+    process = start("-m", "lorasweep", *TUNE, "budget=4runs", cwd=home, start_new_session=True)
+    wait_for(lambda: len(list(home.glob("runs/*/result.json"))) >= 3)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {p.parent.name: p.read_bytes() for p in home.glob("runs/*/result.json")}
-    done = cli(*TUNE, "budget=7runs", "out=best", "format=json", cwd=home)
+    done = cli(*TUNE, "budget=4runs", "out=best", "format=json", cwd=home)
     found = json.loads(done.stdout)
     assert {p.parent.name: p.read_bytes() for p in home.glob("runs/*/result.json")}.items() >= (
         before.items()
     )
-    answer, methods = found["answer"], {arm["method"] for arm in found["arms"]}
-    assert found["chosen_on"] == "validation" and "lora" in methods
-    assert answer["open"] and answer["budget"]["given"] == "7runs"
-    assert ("fullft" in methods) != any("no run of full length" in text for text in answer["open"])
+    answer = found["answer"]
+    assert found["chosen_on"] == "validation" and answer["method"] == "lora"
+    assert answer["open"] and answer["budget"]["given"] == "4runs"
     assert answer["out"] == "written to best"
-    folder = home / "best" if answer["rank"] else home / "best" / "adapter"
+    folder = home / "best"
     assert (folder / "README.md").is_file() and (home / "best" / "lorasweep.json").is_file()
     short = [p for p in home.glob("runs/*/spec.json") if json.loads(p.read_text())["steps"] == 8]
-    assert len(short) >= 10
+    assert len(short) >= 5
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(home / "base")
     adapter = PeftModel.from_pretrained(model, folder)
-    assert adapter.peft_config["default"].r == answer["rank"] or answer["method"] == "fullft"
-    if answer["method"] == "fullft":
-        AutoModelForCausalLM.from_pretrained(home / "best")
+    assert adapter.peft_config["default"].r == answer["rank"] == 2
