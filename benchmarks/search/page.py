@@ -187,8 +187,8 @@ def _case(found: Content, name: str) -> Content:
         f"{found['prefix']}; one seed to the end of tune's range. Every method starts at the "
         f"published learning rate: {starts}. The optimum is the fit of the {found['runs']} full "
         f"runs of all methods. The grid and Optuna train the start in full first, so a start near "
-        "the optimum makes them right at once. "
-        f"Optuna spends {CASES[name].budget:g} full runs per arm."
+        f"the optimum makes them right at once. Optuna spends {CASES[name].budget:g} full runs per "
+        "arm."
     )
     return {"title": f"{found['model']} on {found['dataset']}", "text": text, "rows": rows}
 
