@@ -37,7 +37,9 @@ class Optimum:
     @functools.cached_property
     def shape(self) -> valley.Shape | None:
         """The likeliest shape with its minimum at the posterior's median; None without a fit."""
-        return None if self.posterior is None else self._shape_at(self.posterior.quantile(0.5))
+        return (
+            None if self.posterior is None else self._shape_at(float(self.posterior.quantile(0.5)))
+        )
 
     def _shape_at(self, m: float) -> valley.Shape | None:
         """Return the likeliest shape with its minimum at ln(lr) m; None without a fit."""
@@ -45,7 +47,7 @@ class Optimum:
         if e is None or self.pooled is None:
             return None
         return valley.likeliest(
-            e.x, e.root, e.root @ e.loss, float(m), self.pooled.noise, self.pooled.misfit
+            e.x, e.root, e.root @ e.loss, m, self.pooled.noise, self.pooled.misfit
         )
 
     def regret_of_best(self, level: float) -> float | None:
@@ -58,7 +60,7 @@ class Optimum:
             return None
         at, logs = np.array([math.log(self.best_lr.value)]), np.log(self.best_lr.draws)
         optima = np.quantile(logs, (np.arange(N_REGRETS) + 0.5) / N_REGRETS)
-        shapes = [self._shape_at(m) for m in optima]
+        shapes = [self._shape_at(float(m)) for m in optima]
         return float(np.quantile([s.height(at)[0] for s in shapes if s], level))
 
     @functools.cached_property

@@ -187,7 +187,7 @@ def sections(found: Sequence[Arms], asked: base.Asked) -> list[base.Section]:
     return [base.Section.of("The arms", head, rows, notes)]
 
 
-ESTIMANDS = [
+ESTIMANDS: list[base.Estimand[Arms]] = [
     base.over_allowed(
         "over_allowed_top_rank",
         lambda c: c.gaps[c.top],

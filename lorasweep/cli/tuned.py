@@ -115,9 +115,8 @@ def _amount(budget: Budget, amount: float) -> str:
 
 def stage(request: Request, store: RunStore, points: Sequence[Point]) -> str:
     """Describe the unfinished runs of a search, and the budget that is left; '' if all finished."""
-    known, todo = [], []
-    for p in points:
-        (known if store.result(p.id) else todo).append(p)
+    known = [p for p in points if store.result(p.id)]
+    todo = [p for p in points if p not in known]
     if not todo:
         return ""
     what, seed = "full runs", todo[0].spec.seed
@@ -220,7 +219,9 @@ def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "method": chosen["method"],
         "rank": chosen["rank"],
-        "layers": next(p.spec.method.layers for p in request.points if _rank(p) == chosen["rank"]),
+        "layers": next(
+            p.spec.method.plain()["layers"] for p in request.points if _rank(p) == chosen["rank"]
+        ),
         "lr": chosen["best_lr"]["value"] or chosen["best_tried"],
         "steps": spec.steps,
         "batch_size": spec.batch_size,
