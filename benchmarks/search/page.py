@@ -188,7 +188,7 @@ def _case(found: Content, name: str) -> Content:
         f"published learning rate: {starts}. The optimum is the fit of the {found['runs']} full "
         f"runs of all methods. The grid and Optuna train the start in full first, so a start near "
         f"the optimum makes them right at once. Optuna spends {CASES[name].budget:g} full runs per "
-        "arm."
+        f"arm.{found.get('note', '')}"
     )
     return {"title": f"{found['model']} on {found['dataset']}", "text": text, "rows": rows}
 
