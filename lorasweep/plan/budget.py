@@ -87,5 +87,5 @@ def _times(rid: str, store: RunStore) -> list[tuple[float, float]]:
 
 def _processes(rid: str, store: RunStore) -> float:
     """Return the share of processes (GPUs) that a run had: a pack's runs share one."""
-    result = store.result(rid) or {}
-    return (result.get("world_size") or 1) / (result.get("pack_size") or 1)
+    processes = store.env(rid).get("processes") or 1
+    return processes / ((store.result(rid) or {}).get("pack_size") or 1)

@@ -59,6 +59,17 @@ def test_time_is_the_union_of_all_attempts_and_packs_share_a_gpu(points):
     assert parse_budget("9runs", 40).used(known, store) == 3  # a short run counts in the longer one
 
 
+def test_several_processes_of_a_run_take_a_gpu_each(tmp_path):
+    store = RunStore(tmp_path)
+    store.prepare()
+    run = finished(store, tiny_spec(lr=1e-3, steps=40), [(1000, 1040)])
+    store.write_env(run.id, 1, {"processes": 4})
+    for file in store.attempt(run.id, 1).iterdir():
+        os.utime(file, (1000, 1000))
+    assert parse_budget("1gpuh", 40).used([run], store) == 160
+    assert parse_budget("1h", 40).used([run], store) == 40
+
+
 def test_runs_may_begin_if_the_measured_cost_of_such_runs_fits(points):
     store, known = points
     new = [Point("lora", tiny_spec(lr=lr, steps=40)) for lr in (1e-2, 2e-2, 4e-2)]
