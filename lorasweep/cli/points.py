@@ -59,10 +59,8 @@ def is_search(request: Request) -> bool:
 def _searched(request: Request, store: RunStore) -> list[Point]:
     """Return the runs of a search so far, within its budget."""
     assert request.sweep is not None and request.sweep.search is not None
-    results, budget = (
-        cache(store.result),
-        parse_budget(request.budget, request.points[0].spec.steps),
-    )
+    results = cache(store.result)
+    budget = parse_budget(request.budget, request.points[0].spec.steps)
 
     def loss(rid: str) -> float | None:
         result = results(rid)

@@ -188,7 +188,7 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     check_directions(sweep_name, sweep, {p.spec.objective for p in points})
     found = Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
     if sweep.search is not None:
-        check_search(points)
+        check_search(points, sweep.search)
         if "steps" not in found.given:
             found.points = points = _with_steps(points, sweep.search)
         short = sweep.search.short_steps(points[0].spec.steps)

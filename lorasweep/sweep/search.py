@@ -70,17 +70,35 @@ MIN_SEEDS = 3
 """Seeds without which no claim is judged."""
 
 
-def check_search(points: Sequence[Point]) -> None:
-    """Raise SpecError unless the runs to start from are of one model and data set and comparable.
+def check_search(points: Sequence[Point], how: Search) -> None:
+    """Raise SpecError unless a search can start from these runs, with these settings.
 
-    A short run is the beginning of the long one only at a constant learning rate.
+    The runs have one model and data set, and differ in method and rank only. A short run is the
+    beginning of the long one only at a constant learning rate.
     """
+    if min(how.prefix, how.n_lrs, how.n_full) < 1 or how.n_short < 3 or how.seeds < 0:
+        raise SpecError(
+            f"sweep.search={how}: expected prefix, n_lrs and n_full of 1 or more, n_short of 3 or "
+            "more, seeds of 0 or more."
+        )
+    if min(how.wide, how.fine) <= FINEST:
+        raise SpecError(
+            f"sweep.search.wide={how.wide:g}, fine={how.fine:g}: expected factors between learning "
+            f"rates above {FINEST}, such as wide=4 fine=2."
+        )
     specs = [p.spec for p in points]
     pairs = sorted({f"model={s.model.name} dataset={s.dataset.name}" for s in specs})
     if len(pairs) > 1:
         raise SpecError(
             f"a search is about one model and one data set, not {len(pairs)}: "
             f"{', '.join(pairs)}. Give one of each."
+        )
+    arms = [(s.method.name, getattr(s.method, "rank", None)) for s in specs]
+    if twice := next((arm for arm in arms if arms.count(arm) > 1), None):
+        raise SpecError(
+            f"a search compares full fine-tuning with ranks of LoRA, but {arms.count(twice)} arms "
+            f"have method {twice[0]}{'' if twice[1] is None else f' and rank {twice[1]}'}. Give "
+            "every other setting, such as layers, alpha, batch_size or seed, one value."
         )
     for s in specs:
         if s.schedule != "constant" or s.warmup_steps:

@@ -6,11 +6,14 @@ import math
 
 import pytest
 
+from analysis.inference import gates
 from lorasweep.errors import SpecError
+from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Search
 from lorasweep.sweep.search import (
     LOWEST,
+    MIN_SEEDS,
     Look,
     check_search,
     full_runs,
@@ -121,10 +124,31 @@ def test_a_model_that_does_not_train_ends_the_search_with_the_arm_and_the_lowest
     assert lrs == [pytest.approx(LOWEST * 1.25)] and not full
 
 
+def lora(rank, **changes):
+    spec = start(**changes).spec
+    return Point("lora", dataclasses.replace(spec, method=LoRA(rank=rank)))
+
+
 def test_a_search_is_about_one_model_and_file_at_a_constant_rate():
-    check_search([start(), start(weight_decay=0.1)])
+    check_search([lora(2), lora(4)], HOW)
     other = dataclasses.replace(tiny_spec().dataset, name="mine")
     with pytest.raises(SpecError, match=r"one model and one data set, not 2: .*mine"):
-        check_search([start(), start(dataset=other)])
+        check_search([lora(2), lora(4, dataset=other)], HOW)
     with pytest.raises(SpecError, match=r"schedule=linear.*beginnings of longer ones"):
-        check_search([start(schedule="linear")])
+        check_search([lora(2, schedule="linear")], HOW)
+
+
+def test_arms_that_differ_in_more_than_the_rank_are_refused():
+    """They would be one arm for the analysis: the answer of one would stand for the other."""
+    with pytest.raises(SpecError, match=r"2 arms have method lora and rank 2\. .*layers"):
+        check_search([lora(2), lora(2, batch_size=2)], HOW)
+
+
+@pytest.mark.parametrize("wrong", [{"prefix": 0}, {"n_short": 2}, {"seeds": -1}, {"fine": 1.0}])
+def test_settings_without_which_a_search_would_not_end_are_refused(wrong):
+    with pytest.raises(SpecError, match=r"sweep\.search.*expected"):
+        check_search([lora(2)], Search(**wrong))
+
+
+def test_the_search_looks_when_the_analysis_judges():
+    assert MIN_SEEDS == gates.MIN_SEEDS
