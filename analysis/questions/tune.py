@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.measures import at_best
-from analysis.measures.regret import Gap, gain_from, starts_of
+from analysis.measures.regret import ALLOWED, Gap, gain_from, starts_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import learning_curves, on_curve_rows
@@ -104,6 +104,7 @@ def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
 
     `gap_percent`: LoRA's gap in percent of full fine-tuning's gain. `best_rank`: the smallest rank
     within KNOWN_PERCENT of the gain of the best one. `start`: the test loss before training.
+    `allowed`: the share of the gain up to which LoRA has no regret.
     """
     (c,) = found
     arms = []
@@ -114,6 +115,7 @@ def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
         times = [r["wall_s"] for r in done if r.get("wall_s")]
         band = o.band(KNOWN_PERCENT / 100 * gain) if gain > 0 else None
         gap = c.gaps[rank].percent() if c.missing == "" and rank else None
+        regret = c.lr_regret(rank, asked.level)
         arms.append(
             {
                 "method": "lora" if rank else "fullft",
@@ -123,7 +125,8 @@ def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
                 "good": band,
                 "loss": c.loss(rank),
                 "gain": _known(gain),
-                "regret_percent": c.lr_regret(rank, asked.level),
+                "regret_percent": regret,
+                "known": regret is not None and regret <= KNOWN_PERCENT,
                 "gap_percent": gap,
                 "seconds": float(np.median(times)) if times else None,
                 "seeds": len(c.losses[rank].best),
@@ -136,6 +139,7 @@ def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
         "chosen_on": c.chosen_on,
         "best_rank": _best_rank(c),
         "start": _known(start),
+        "allowed": ALLOWED,
         "n_test": json.loads(c.runs["result"].iloc[0]).get("n_test"),
     }
 

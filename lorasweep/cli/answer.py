@@ -123,10 +123,6 @@ def look(table: "pd.DataFrame", question: dict[str, Any]) -> tuple[bool, dict[st
         return not open_questions(results_of(found, question, table)), lrs
 
 
-KNOWN_PERCENT = 1.0
-"""A learning rate is known if the regret of choosing it is below this share of the gain."""
-
-
 def open_questions(results: dict[str, Any]) -> list[str]:
     """Return what the runs of a search have not decided; `results`: those of its analysis."""
     found = []
@@ -134,7 +130,7 @@ def open_questions(results: dict[str, Any]) -> list[str]:
         name, regret = arm_name(arm), arm["regret_percent"]
         if regret is None:
             found.append(f"the learning rate of {name} ({', '.join(arm['flags']) or 'no seeds'})")
-        elif regret > KNOWN_PERCENT:
+        elif not arm["known"]:
             found.append(f"the learning rate of {name} (it may cost {regret:.2g}% of the gain)")
     if len({arm["method"] for arm in results["arms"]}) > 1:
         for v in (v for v in results["verdicts"] if v["outcome"] == "UNDECIDED"):

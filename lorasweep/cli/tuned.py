@@ -33,8 +33,6 @@ from lorasweep.sweep.search import MIN_SEEDS, is_short
 
 ANSWER = "lorasweep.json"
 """File with the results and the answer in the folder of the best run."""
-ALLOWED = 0.05
-"""Share of full fine-tuning's gain that LoRA may give up. The claim of sweeps/tune.yaml has it."""
 
 
 # ---------------------------------------------------------------- before and during training
@@ -210,9 +208,12 @@ def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
     ranks = dict.fromkeys(map(_rank, request.points))
     absent = [answer.arm_name({"rank": r}) for r in ranks if r not in arms]
     lost = _lost(results, arms, rank)
+    too_much = outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
     if rank is None:
         chosen, why = arms[None], "no run of LoRA trains"
-    elif None in arms and (outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > ALLOWED)):
+    elif None in arms and (
+        outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
+    ):
         chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
     else:
         chosen, why = arms[rank], "the smallest rank within 1% of the gain of the best one"

@@ -19,7 +19,7 @@ SHOWN = 300
 
 
 def lines(request: Request) -> list[str]:
-    """Return a line for each such model; for each data set two, and a rendered example.
+    """Return a line for each such model; for each data set one, and a rendered example.
 
     Text is rendered by the first base of a data set; no example if its tokenizer is not here.
     """
@@ -77,11 +77,10 @@ def _data_lines(spec: DatasetSpec, tokenizer: Any, data_dirs: Sequence[str]) -> 
 
     understood = chat.rows_line(Counter(chain.from_iterable(sources.each(given, kinds))))
     if tokenizer is None:
-        yield from (about, understood)
+        yield f"{about}; {understood}"
         return
     tokens = text.examples(spec, spec.train_split, train, tokenizer, SAMPLE, "")
-    yield f"{about}, {len(tokens.tokens) / len(tokens):.0f} tokens a row"
-    yield understood
+    yield f"{about}, {len(tokens.tokens) / len(tokens):.0f} tokens a row; {understood}"
     pieces = text.rendered(spec, row, where, tokenizer)
     shown = "".join(f"[[{piece}]]" if in_loss else piece for piece, in_loss in pieces)
     shown = shown.replace("\n", "\\n")

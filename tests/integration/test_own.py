@@ -37,8 +37,8 @@ def results(home):
 def test_a_run_on_ones_own_files_is_trained_once_wherever_they_lie(home, tmp_path):
     first = cli(*ONE, cwd=home)
     assert "done, test NLL" in first.stdout
-    model, data, understood, example = first.stderr.splitlines()[:4]
-    assert understood == "rows: 60 understood: 60 prompt_completion"
+    model, data, example = first.stderr.splitlines()[:3]
+    assert data.endswith("tokens a row; rows: 60 understood: 60 prompt_completion")
     assert (
         model.startswith("model base-")
         and "llama, 0.03M parameters, 2 layers, bf16, context 2,048" in model
@@ -51,7 +51,7 @@ def test_a_run_on_ones_own_files_is_trained_once_wherever_they_lie(home, tmp_pat
     shutil.copy(home / "rows.csv", tmp_path)
     store = f"exec.runs_dir={home}/runs"
     plan = json.loads(cli(*ONE, store, "action=plan", "format=json", cwd=tmp_path).stdout)
-    assert plan["runs"]["todo"] == 0 and plan["understood"] == [model, data, understood, example]
+    assert plan["runs"]["todo"] == 0 and plan["understood"] == [model, data, example]
     assert results(home) == before
     wrong = cli("model=./bass", "dataset=row.csv", cwd=tmp_path, check=False)
     assert wrong.returncode == 2 and wrong.stderr.count("Did you mean ") == 2

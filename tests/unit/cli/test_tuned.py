@@ -134,7 +134,14 @@ def test_the_plan_says_what_a_search_takes_and_a_budget_buys(compose, capsys):
 def arm(rank, loss, gap=None, regret=0.5):
     rate = {"value": 1e-3, "low": 9e-4, "high": 1.1e-3}
     named = {"method": "lora" if rank else "fullft", "rank": rank, "best_tried": 1e-3, "flags": []}
-    return {**named, "best_lr": rate, "loss": loss, "gap_percent": gap, "regret_percent": regret}
+    return {
+        **named,
+        "best_lr": rate,
+        "loss": loss,
+        "gap_percent": gap,
+        "regret_percent": regret,
+        "known": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -150,7 +157,12 @@ def test_full_fine_tuning_is_used_if_lora_is_known_or_measured_to_lose_more(
     compose, outcome, loss, method
 ):
     verdicts = [{"outcome": outcome, "needed": "4 seeds", "why": ""}]
-    results = {"arms": [arm(None, 1.0), arm(8, loss)], "best_rank": 8, "start": 2.0}
+    results = {
+        "arms": [arm(None, 1.0), arm(8, loss)],
+        "best_rank": 8,
+        "start": 2.0,
+        "allowed": 0.05,
+    }
     found = tuned.conclude(compose(*TUNE), {**results, "verdicts": verdicts})
     assert found["method"] == method
     assert found["open"] == (
