@@ -211,9 +211,7 @@ def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
     too_much = outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
     if rank is None:
         chosen, why = arms[None], "no run of LoRA trains"
-    elif None in arms and (
-        outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
-    ):
+    elif None in arms and too_much:
         chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
     else:
         chosen, why = arms[rank], "the smallest rank within 1% of the gain of the best one"

@@ -193,7 +193,8 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
         split = spec.test_split if spec.train_split == "train" else spec.train_split
         spec = _pinned(dataclasses.replace(spec, location=".", test_split=split), folder)
     rows, tested = _texts(spec, folder, f"{given}, split {spec.test_split}", Counter())
-    empty = [k for k, row in enumerate(rows) if not row.whole[-1][1].strip()]
+    answered = [any(r == "assistant" and t.strip() for r, t in row.whole) for row in rows]
+    empty = [k for k, has_answer in enumerate(answered) if not has_answer]
     if empty:
         raise DataError(
             f"{given}: {len(empty)} of {len(rows)} rows have no answer, the first is row "
