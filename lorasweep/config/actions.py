@@ -23,6 +23,8 @@ class Action:
     allows_sweep: bool = True
     needs_run: bool = True
     """Without a sweep, the action uses the single run of the command line, or a fleet's runs."""
+    of_search: bool = False
+    """A search's command takes the action with all its settings, such as out=DIR."""
     of_fleet: bool = False
     """With customers=FILE, the action uses the runs of a fleet."""
 
@@ -37,22 +39,31 @@ ACTIONS: dict[str, Action] = {
             "train what is missing and print the answer (the default). With +sweep=tune: "
             "budget=2h, 90min, 40runs or 500gpuh; out=DIR writes the best adapter or weights",
             reads=("out",),
+            of_search=True,
         ),
         Action(
             "plan",
             "show what would run and what it costs, here or on other machines (conf/hardware)",
             "hardware=h100",
-            reads=("hardware",),
+            reads=("hardware", "out"),
+            of_search=True,
             of_fleet=True,
         ),
         Action(
             "status",
             "show what is done, running, diverged and failed",
             "watch=true",
-            reads=("watch",),
+            reads=("watch", "out"),
+            of_search=True,
             of_fleet=True,
         ),
-        Action("cancel", "cancel the sweep's jobs on the cluster", of_fleet=True),
+        Action(
+            "cancel",
+            "cancel the sweep's jobs on the cluster",
+            reads=("out",),
+            of_search=True,
+            of_fleet=True,
+        ),
         Action(
             "export",
             "write finished runs as .parquet or .csv",

@@ -157,6 +157,16 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
         "folders": [s.path for s in sources if s.schema == "file"],
         "given": [o.lstrip("+~").partition("=")[0] for o in overrides],
     }
+    searches = sweep_name is not None and config.sweep.search is not None
+    out = config.out and action.of_search and not config.customers
+    if not searches and (config.budget or out):
+        key = "budget" if config.budget else "out"
+        more = "" if config.budget else ", and for action=adapter, action=advise and action=fleet"
+        raise SpecError(
+            f"{key}= is for a sweep that searches learning rates, such as +sweep=tune{more}. "
+            f"{f'Sweep {sweep_name!r}' if sweep_name else 'This command'} searches none. Leave "
+            f"{key} out."
+        )
     base = _run_spec(config)
     if sweep_name is None:
         if config.prune and not config.customers:
@@ -194,13 +204,7 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
         short = sweep.search.short_steps(points[0].spec.steps)
         keep = exec_.world_size == 1  # else every process holds a part of the weights
         found.exec = dataclasses.replace(exec_, short_steps=short, keep_weights=keep)
-    elif config.budget or (config.out and action.name == "run"):
-        key = "budget" if config.budget else "out"
-        raise SpecError(
-            f"{key}= is for a sweep that searches learning rates, such as +sweep=tune. Sweep "
-            f"{sweep_name!r} trains all of its grid. Leave {key} out."
-        )
-    parse_budget(config.budget, points[0].spec.steps)
+        parse_budget(config.budget, points[0].spec.steps)
     changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
     asked = runs_hash(points, sweep)
     stated = ""

@@ -115,6 +115,12 @@ def test_a_budget_below_a_run_and_wrong_settings_are_refused(compose, fake_train
         act(compose(*TUNE, "budget=0.5runs"), fake_trainer(Valley(10).nll))
     with pytest.raises(SpecError, match=r"budget= is for a sweep that searches.*\+sweep=tune"):
         compose("+sweep=lr_ratio", "scale=smoke", "budget=2h")
+    for other in (("+sweep=study",), ("action=plan", "+sweep=lr_ratio"), ("model=tiny64",)):
+        with pytest.raises(SpecError, match=r"out= is for a sweep that searches"):
+            compose(*other, "out=best")
+        with pytest.raises(SpecError, match=r"budget= is for a sweep that searches"):
+            compose(*other, "budget=2h")
+    assert compose(*TUNE, "action=status", "out=best", "budget=2h").points
     with pytest.raises(SpecError, match=r"arm 'lorra' not found. Did you mean 'lora'"):
         compose(*TUNE, "arms=lorra")
     (tmp_path / "mine.txt").touch()
