@@ -355,8 +355,19 @@ def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
             shown = [number(a.nll, 5), signed(gap), a.share]
             rows.append([name, f"{a.n_trainable:,}", of_full, *shown])
         out.append(base.Section.of(t.name, head, rows))
+    if left_out := [row for t in tasks for row in _without_unembedding(t)]:
+        head = "task | rank | loss on attention+mlp less loss on all layers, nats [95%]"
+        text = "Exploratory: what leaving out the adapter of the unembedding costs at equal rank."
+        out.append(base.Section.of("Without the unembedding", head, left_out, [text]))
     caption, panels = "step efficiency by layer set and task", [_panel(t) for t in tasks]
     return [*out, base.Section("Layer sets", [], [], "layers.png", panels, caption)]
+
+
+def _without_unembedding(t: Task) -> list[list[Any]]:
+    """Return task, rank and difference in loss of attention+mlp and EVERY_LAYER, for each rank."""
+    pairs = ((a, t.get(EVERY_LAYER, a.rank)) for a in t.adapted if a.layers == "attention+mlp")
+    known = [(a, b) for a, b in pairs if b is not None]
+    return [[t.name, a.rank, at_best.over_seeds(a.losses.minus(b.losses))] for a, b in known]
 
 
 def _panel(t: Task) -> base.Panel:
