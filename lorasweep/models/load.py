@@ -31,6 +31,7 @@ from lorasweep.models.forward import (
 from lorasweep.models.sharding import Mesh
 from lorasweep.models.targets import use_grouped_experts
 from lorasweep.spec.model import ModelSpec
+from lorasweep.store.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -219,6 +220,17 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = Fa
     if spec.source == "hub":
         return AutoTokenizer.from_pretrained(spec.location, revision=spec.revision or None)
     return AutoTokenizer.from_pretrained(_folder(spec, models_dirs))
+
+
+def architecture_of(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
+    """Return the class that the config.json of a model with a tokenizer names; '' if it names none.
+
+    Raises:
+        ModelError: the model is missing.
+    """
+    folder = hub.cached_config(spec) if spec.source == "hub" else _folder(spec, models_dirs)
+    config = read_json(folder / "config.json") or {}
+    return next(iter(config.get("architectures") or ()), "")
 
 
 def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
