@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from lorasweep.cli import answer, understood
@@ -173,7 +174,14 @@ def plan_fleet(request: Request) -> Request:
         print(chat.rows_line(kinds), file=sys.stderr)
     folder, dirs = runs.fleet_folder(request), runs.data_dirs(request)
     if request.action == "fleet":
+        from lorasweep.models import load
+
         runs.write_rules(folder, rules)
+        license_of = cache(lambda model: load.license_of(model, request.exec.models_dir))
+        members = [
+            dataclasses.replace(m, license=license_of(m.points[0].spec.model)) if m.points else m
+            for m in members
+        ]
     return dataclasses.replace(
         request,
         action="run" if request.action == "fleet" else request.action,
@@ -194,6 +202,8 @@ def fleet(
 
     Returns 1 if a customer could not be planned or got no adapter, unless its runs are in jobs.
     """
+    from lorasweep.models import load
+
     plan = plan_fleet(request)
     if plan.points and training(plan, store).status == STOPPED:
         return STOPPED
@@ -205,7 +215,8 @@ def fleet(
         unfinished = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]
         waiting = sum(all(t.run in there or t.state == "running" for t in u) for u in unfinished)
     folder, title = Path(plan.out), Path(plan.customers).stem
-    outcomes = adapters.export(outcomes, store, folder, title, write_adapter)
+    tokenizer_of = cache(lambda model: load.tokenizer_of(model, plan.exec.models_dir))
+    outcomes = adapters.export(outcomes, store, folder, title, write_adapter, tokenizer_of)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
     if plan.mirror == "wandb":
         from lorasweep.tracking.wandb import mirror
