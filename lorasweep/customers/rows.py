@@ -343,7 +343,7 @@ def with_lengths(
     last = max(names, key=lambda name: answer.rfind(name))
     end = answer.rpartition(last)[2] if last in answer else ""
     messages, _ = templates.request_of(spec, row, "example")
-    more = {"messages": messages, "stop": _stop(end, tokenizer)}
+    more: dict[str, Any] = {"messages": messages, "stop": _stop(end, tokenizer)}
     rows = dataclasses.replace(rows, dataset=spec, end=end, example=example, **more)
     return rows, float(found.loss.sum()) / len(found)
 
