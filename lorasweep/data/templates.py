@@ -5,7 +5,7 @@ two columns the prompt and the completion, as they are in the columns.
 """
 
 import copy
-import itertools
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,10 +81,8 @@ def _literal(given: str) -> str:
 
 def request_of(spec: DatasetSpec, row: Any, where: str) -> tuple[list[Turn], list[dict[str, Any]]]:
     """Return a row as a client sends it to a server: its messages, and its tools."""
-    if spec.format in fields.LISTS:
-        return fields.turns_of(spec, row, where), tools_of(spec.format, row, where)
-    said = ("user", spec.prompt_field), ("assistant", spec.completion_field)
-    return [{"role": r, "content": fields.text_of(row, name, where)} for r, name in said], []
+    as_given = dataclasses.replace(spec, template="{prompt}")
+    return fields.turns_of(as_given, row, where), tools_of(spec.format, row, where)
 
 
 def check_rows(spec: DatasetSpec, rows: Iterable[Row], tokenizer: Any) -> None:
@@ -125,33 +123,32 @@ def check(
     last = max((k for k, (_, in_loss) in enumerate(pieces) if in_loss), default=0)
     prompt = "".join(piece for piece, _ in pieces[:last])
     answers = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
+    what = ""
     try:
-        whole = apply(turns, False)
-        same = whole.startswith(trained) if spec.render == "chat_template" else whole == trained
-        if same and spec.mask != "all" and prompt:
-            whole, trained = apply(turns[: answers[-1]], True), prompt
+        found = apply(turns, False)
+        same = found.startswith(trained) if spec.render == "chat_template" else found == trained
+        if same and prompt and spec.mask != "all":
+            found, trained = apply(turns[: answers[-1]], True), prompt
             same = any(apply(turns[:k], True) == prompt for k in reversed(answers))
+        if not same:
+            pairs = enumerate(zip(found, trained))
+            differ = next((k for k, (a, b) in pairs if a != b), min(len(found), len(trained)))
+            near = slice(max(0, differ - 20), differ + 20)
+            what = f"gives {found[near]!r} where training has {trained[near]!r}"
     except Exception as error:  # templates may raise any exception
-        raise _unequal(spec, where, f"raises {error}") from error
-    if not same:
-        k = sum(1 for _ in itertools.takewhile(lambda c: c[0] == c[1], zip(whole, trained)))
-        start = max(0, k - 20)
-        served_as, trained_as = whole[start : k + 20], trained[start : k + 20]
-        raise _unequal(spec, where, f"gives {served_as!r} where training has {trained_as!r}")
-
-
-def _unequal(spec: DatasetSpec, where: str, what: str) -> DataError:
-    other = "role_colon" if spec.render != "role_colon" else FIRST_RENDER
-    return DataError(
-        f"{where}: the chat template for servers {what}. An adapter could not be served in the "
-        f"form render={spec.render} in which it is trained. Set dataset.render={other}."
-    )
+        what = f"raises {error}"
+    if what:
+        other = "role_colon" if spec.render != "role_colon" else FIRST_RENDER
+        raise DataError(
+            f"{where}: the chat template for servers {what}. An adapter could not be served in the "
+            f"form render={spec.render} in which it is trained. Set dataset.render={other}."
+        )
 
 
 def save(served: Any, stop: dict[str, list[Any]], folder: Path) -> None:
     """Write a tokenizer with its chat template, and where generation ends, as transformers does."""
     served.save_pretrained(folder)
-    ends = [served.eos_token_id, *stop.get("stop_token_ids", ())]
-    settings = {"eos_token_id": ends, "stop_strings": stop.get("stop")}
-    kept = {name: value for name, value in settings.items() if value}
-    (folder / "generation_config.json").write_text(json.dumps(kept, indent=2))
+    ends = {"eos_token_id": [served.eos_token_id, *stop.get("stop_token_ids", ())]}
+    if "stop" in stop:
+        ends["stop_strings"] = stop["stop"]
+    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
