@@ -12,16 +12,17 @@ from typing import Any
 
 import yaml
 
+from lorasweep.customers.folders import ADAPTER, problems
 from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
 from lorasweep.customers.pages import plain_text, render
 from lorasweep.customers.picture import picture_of
+from lorasweep.customers.serving import BASE, PEFT, Profile, serve_command
 from lorasweep.data import templates
 from lorasweep.errors import DataError, ModelError
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 
-ADAPTER = "adapter_model.safetensors"
 CARD, FACTS, PAGE = "README.md", "facts.json", "index.html"
 WriteAdapter = Callable[..., None]
 """(folder, spec, weights, commit of the base, name of the base): writes a folder for PEFT."""
@@ -46,6 +47,7 @@ def export(
     title: str,
     save: WriteAdapter,
     tokenizer_of: TokenizerOf,
+    profile: Profile = PEFT,
 ) -> list[Outcome]:
     """Write the folders of customers with an adapter, and the page; return the outcomes.
 
@@ -53,7 +55,7 @@ def export(
     the table, keeps the folder of an earlier command.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = [_export(o, store, folder, save, tokenizer_of) if o.spec else o for o in found]
+    found = [_export(o, store, folder, save, tokenizer_of, profile) if o.spec else o for o in found]
     chosen = [o for o in found if o.spec is not None]
     for run in (t.run for o in chosen for t in o.tried if t.run != o.spec.id):
         (store.folder(run) / checkpoint.WEIGHTS).unlink(missing_ok=True)
@@ -85,6 +87,7 @@ def export(
         names=names,
         rows=[cells(o) for o in found],
         cards=cards,
+        commands=_commands(chosen, profile),
         gone=[str(earlier[f].get("name")) for f in sorted(gone)],
     )
     files.write_atomic(folder / PAGE, page.encode(errors="replace"))
@@ -92,7 +95,12 @@ def export(
 
 
 def _export(
-    outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter, tokenizer_of: TokenizerOf
+    outcome: Outcome,
+    store: RunStore,
+    folder: Path,
+    save: WriteAdapter,
+    tokenizer_of: TokenizerOf,
+    profile: Profile,
 ) -> Outcome:
     """Replace a customer's folder as a whole, unless it is up to date.
 
@@ -126,6 +134,13 @@ def _export(
         templates.save(served, rows.stop, partial)
     except (ModelError, DataError) as error:  # such as: PEFT would read other weights
         return dataclasses.replace(outcome, spec=None, result={}, problem=str(error))
+    member = outcome.member
+    largest = profile.largest_rank(member.advised["rank"])
+    architecture = member.served.get("architecture", "")
+    if wrong := problems(partial, profile, spec.model, largest, architecture):
+        shutil.rmtree(partial)
+        problem = f"{profile.server} would not serve the adapter as trained: {' '.join(wrong)}"
+        return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
     # text that UTF-8 cannot hold is written with question marks
     (partial / CARD).write_text(_card(outcome), encoding="utf-8", errors="replace")
     (partial / FACTS).write_text(facts)
@@ -164,6 +179,7 @@ def _card(outcome: Outcome) -> str:
         example=example,
         fence="`" * max(3, ticks + 1),  # longer than any in the example
         folder=p["folder"],
+        serve=outcome.member.served.get("command"),
         repository=re.sub("-+", "-", p["folder"]).strip("-"),  # a name that the hub allows
     )
 
@@ -175,6 +191,26 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     text = render("facts.txt", p=outcome.plain(), rows=member.rows, model=model)
     facts = (line.partition(": ") for line in text.split("\n") if line)
     return [(name, fact) for name, _, fact in facts]
+
+
+def _commands(found: Sequence[Outcome], profile: Profile) -> list[tuple[str, str]]:
+    """Return (base, command that serves all its adapters from the fleet's folder) by base."""
+    by_base: dict[str, list[Outcome]] = {}
+    for o in found:
+        by_base.setdefault(o.base, []).append(o)
+    return [
+        (
+            base,
+            serve_command(
+                profile,
+                base if own[0].spec.model.source == "hub" else BASE,
+                {o.member.folder: f"./{o.member.folder}" for o in own},
+                max(o.member.advised["rank"] for o in own),
+            ),
+        )
+        for base, own in by_base.items()
+        if profile.command
+    ]
 
 
 def cells(outcome: Outcome) -> list[str]:

@@ -50,6 +50,8 @@ class Settings:
     it is decided."""
     instead_of_full: str = ""
     """action=fleet: "lora" trains LoRA where the adviser says full fine-tuning."""
+    serve: str = "peft"
+    """action=fleet: the server of the adapters, by a file in conf/serve."""
 
 
 @dataclass(kw_only=True)
