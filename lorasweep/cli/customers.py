@@ -5,6 +5,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from lorasweep.cli import answer, understood
@@ -184,7 +185,14 @@ def plan_fleet(request: Request) -> Request:
         )
     folder, dirs = runs.fleet_folder(request), runs.data_dirs(request)
     if request.action == "fleet":
+        from lorasweep.models import load
+
         runs.write_rules(folder, rules)
+        license_of = cache(lambda model: load.license_of(model, request.exec.models_dir))
+        members = [
+            dataclasses.replace(m, license=license_of(m.points[0].spec.model)) if m.points else m
+            for m in members
+        ]
     return dataclasses.replace(
         request,
         action="run" if request.action == "fleet" else request.action,
@@ -206,6 +214,8 @@ def fleet(
 
     Returns 1 if a customer could not be planned or got no adapter, unless its runs are in jobs.
     """
+    from lorasweep.models import load
+
     plan = plan_fleet(request)
     if plan.points and training(plan, store).status == STOPPED:
         return STOPPED
@@ -217,8 +227,9 @@ def fleet(
         unfinished = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]
         waiting = sum(all(t.run in there or t.state == "running" for t in u) for u in unfinished)
     folder, title = Path(plan.out), Path(plan.customers).stem
+    tokenizer_of = cache(lambda model: load.tokenizer_of(model, plan.exec.models_dir))
     profile = _profiles(plan)[plan.serve]()
-    outcomes = adapters.export(outcomes, store, folder, title, write_adapter, profile)
+    outcomes = adapters.export(outcomes, store, folder, title, write_adapter, tokenizer_of, profile)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
     if plan.mirror == "wandb":
         from lorasweep.tracking.wandb import mirror

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,15 +15,23 @@ import yaml
 from lorasweep.customers.folders import ADAPTER, problems
 from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
 from lorasweep.customers.pages import plain_text, render
+from lorasweep.customers.picture import picture_of
 from lorasweep.customers.serving import BASE, PEFT, Profile, serve_command
-from lorasweep.errors import ModelError
+from lorasweep.data import templates
+from lorasweep.errors import DataError, ModelError
+from lorasweep.spec.model import ModelSpec
 from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 
 CARD, FACTS, PAGE = "README.md", "facts.json", "index.html"
 WriteAdapter = Callable[..., None]
 """(folder, spec, weights, commit of the base, name of the base): writes a folder for PEFT."""
-NUMBERS = ("gain", "before", "after", "learning rate", "tried", "rows", "held out", "rank")
+TokenizerOf = Callable[[ModelSpec], Any]
+"""Loads the tokenizer of a base."""
+NUMBERS = (
+    *("gain", "before", "after", "learning rate", "tried", "rows", "held out", "rank"),
+    *("seconds", "GPU-hours"),
+)
 HEAD = ("customer", *NUMBERS, "notes")
 NAMED = 12
 """Maximum number of customers that the page names in a group. The table lists all customers."""
@@ -37,6 +46,7 @@ def export(
     folder: Path,
     title: str,
     save: WriteAdapter,
+    tokenizer_of: TokenizerOf,
     profile: Profile = PEFT,
 ) -> list[Outcome]:
     """Write the folders of customers with an adapter, and the page; return the outcomes.
@@ -45,7 +55,7 @@ def export(
     the table, keeps the folder of an earlier command.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = [_export(o, store, folder, save, profile) if o.spec else o for o in found]
+    found = [_export(o, store, folder, save, tokenizer_of, profile) if o.spec else o for o in found]
     chosen = [o for o in found if o.spec is not None]
     for run in (t.run for o in chosen for t in o.tried if t.run != o.spec.id):
         (store.folder(run) / checkpoint.WEIGHTS).unlink(missing_ok=True)
@@ -61,7 +71,8 @@ def export(
             cards.append({"error": o.problem, "earlier": earlier.get(o.member.folder)})
         else:
             note = f"folder {o.member.folder}, run {o.spec.id}"
-            cards.append({"error": "", "facts": _facts(o), "note": note})
+            card = {"error": "", "facts": _facts(o), "note": note, "example": o.plain()["example"]}
+            cards.append({**card, "verdict": o.verdict, "gain": o.gain})
     few = len(found) / 2  # the page names the customers of small groups only
     names = [o.member.name or "?" for o in found]
     gone = earlier.keys() - {o.member.folder for o in found}
@@ -69,6 +80,7 @@ def export(
         "fleet.html",
         title=title,
         counts=counts_line(counts(found)),
+        picture=picture_of(found),
         groups=[(k, g, g[:NAMED] if len(g) <= few else []) for k, g in _groups(found).items()],
         head=HEAD,
         numbers=NUMBERS,
@@ -83,16 +95,29 @@ def export(
 
 
 def _export(
-    outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter, profile: Profile
+    outcome: Outcome,
+    store: RunStore,
+    folder: Path,
+    save: WriteAdapter,
+    tokenizer_of: TokenizerOf,
+    profile: Profile,
 ) -> Outcome:
-    """Replace a customer's folder as a whole, unless it is up to date."""
+    """Replace a customer's folder as a whole, unless it is up to date.
+
+    The folder of an earlier version with the chosen run stays if the run's weights are gone.
+    """
     mine, facts = folder / outcome.member.folder, json.dumps(outcome.plain(), indent=1)
-    there = mine / FACTS
-    if there.is_file() and there.read_text() == facts and (mine / ADAPTER).is_file():
+    earlier = ""
+    with suppress(OSError):
+        earlier = (mine / FACTS).read_text() if (mine / ADAPTER).is_file() else ""
+    if earlier == facts:
         return outcome
-    spec = outcome.spec
+    spec, rows = outcome.spec, outcome.member.rows
     weights = checkpoint.load_weights(store.folder(spec.id))
     if weights is None:
+        with suppress(ValueError):
+            if json.loads(earlier)["run"] == spec.id:
+                return outcome
         problem = (
             f"the weights of run {spec.id} were not kept: another learning rate was chosen before, "
             "or the run is from a sweep. Train it again: python -m lorasweep action=adapter "
@@ -101,8 +126,13 @@ def _export(
         return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
     partial = folder / f".{mine.name}.{os.getpid()}-{os.urandom(3).hex()}"
     try:
+        tokenizer = tokenizer_of(spec.model)
+        served = templates.with_template(spec.dataset, tokenizer)
+        if rows.messages:  # none if an earlier version planned the runs
+            templates.check(spec.dataset, served, rows.messages, [], rows.example, "example")
         save(partial, spec, weights, outcome.result.get("base_commit"), outcome.base)
-    except ModelError as error:  # PEFT would read other weights
+        templates.save(served, rows.stop, partial)
+    except (ModelError, DataError) as error:  # such as: PEFT would read other weights
         return dataclasses.replace(outcome, spec=None, result={}, problem=str(error))
     member = outcome.member
     largest = profile.largest_rank(member.advised["rank"])
@@ -111,18 +141,8 @@ def _export(
         shutil.rmtree(partial)
         problem = f"{profile.server} would not serve the adapter as trained: {' '.join(wrong)}"
         return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
-    on_hub = spec.model.source == "hub"  # else the hub would link the card to another model
-    head: dict[str, Any] = {"base_model": outcome.base} if on_hub else {}
-    head |= {"library_name": "peft", "tags": ["lora"]}
-    card = render(
-        "card.md",
-        head=yaml.safe_dump(head, sort_keys=False),
-        name=plain_text(outcome.member.name),
-        facts=[(name, plain_text(text)) for name, text in _facts(outcome)],
-        serve=outcome.member.served.get("command"),
-    )
     # text that UTF-8 cannot hold is written with question marks
-    (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
+    (partial / CARD).write_text(_card(outcome), encoding="utf-8", errors="replace")
     (partial / FACTS).write_text(facts)
     shutil.rmtree(mine, ignore_errors=True)
     try:
@@ -135,6 +155,33 @@ def _export(
 
 
 # ---------------------------------------------------------------- cards and table
+
+
+def _card(outcome: Outcome) -> str:
+    """Return the card in Markdown, with the head of the hub's model cards.
+
+    Keys of the head: github.com/huggingface/hub-docs, modelcard.md.
+    """
+    p, spec = outcome.plain(), outcome.spec
+    # without a name on the hub, the hub would link the card to another model or data set
+    head: dict[str, Any] = {"base_model": p["base"]} if spec.model.source == "hub" else {}
+    head |= p["license"]
+    if spec.dataset.source == "hub":
+        head["datasets"] = [spec.dataset.location]
+    head |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora"]}
+    example = "".join(f"⟦{e['text']}⟧" if e["in_loss"] else e["text"] for e in p["example"])
+    ticks = max(map(len, re.findall("`+", example)), default=0)
+    return render(
+        "card.md",
+        head=yaml.safe_dump(head, sort_keys=False),
+        name=plain_text(outcome.member.name),
+        facts=[(name, plain_text(text)) for name, text in _facts(outcome)],
+        example=example,
+        fence="`" * max(3, ticks + 1),  # longer than any in the example
+        folder=p["folder"],
+        serve=outcome.member.served.get("command"),
+        repository=re.sub("-+", "-", p["folder"]).strip("-"),  # a name that the hub allows
+    )
 
 
 def _facts(outcome: Outcome) -> list[tuple[str, str]]:
@@ -195,6 +242,8 @@ def cells(outcome: Outcome) -> list[str]:
         f"{p['n_train']:,}",
         f"{p['n_validation']} + {p['n_test']}" if held_out else "none",
         str(p["rank"]),
+        f"{p['seconds_used']:,.0f}",
+        "" if p["gpu_hours_used"] is None else f"{p['gpu_hours_used']:.3g}",
         ", ".join(notes),
     ]
 

@@ -25,6 +25,7 @@ class Tried:
     state: str
     validation: float | None
     """Final loss on validation rows in nats per token; None: there is none."""
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class Outcome:
             "tied": first.model.tied and "unembedding" in method.target_layers(),
             "data": source,
             "revision": data.revision,
+            "license": m.license,
             "n_train": found.get("n_train", rows.n_train),
             "n_repeated": rows.repeated,
             "n_same_prompt": rows.same_prompt,
@@ -156,6 +158,8 @@ class Outcome:
             "mask": data.mask,
             "end": rows.end,
             "example": [{"text": text, "in_loss": in_loss} for text, in_loss in rows.example],
+            "messages": rows.messages,
+            "stop": rows.stop,
             "steps": first.steps,
             "steps_done": found.get("steps_done"),
             "best_step": found.get("best_step"),
@@ -170,6 +174,8 @@ class Outcome:
             "gained": None if self.spec is None else self.verdict,
             "tokens": found.get("tokens"),
             "seconds": found.get("wall_s"),
+            "seconds_used": sum(t.seconds or 0.0 for t in self.tried),
+            "gpu_hours_used": None,
             "room": self.room,
             "advised": advised["method"],
             "advised_why": advised["why"],
@@ -191,7 +197,7 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
     for p in member.points:
         result = store.result(p.id) or {}
         loss = result.get(CHOSEN_BY) if states[p.id] == "done" else None
-        tried.append(Tried(p.spec.lr, p.id, states[p.id], loss))
+        tried.append(Tried(p.spec.lr, p.id, states[p.id], loss, result.get("wall_s")))
         if loss is not None:
             found.append((loss, p.spec.lr, p.spec, result))
     open_ = [t for t in tried if t.state not in FINAL]

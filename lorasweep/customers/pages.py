@@ -3,6 +3,7 @@
 The template engine escapes HTML. `plain_text` escapes Markdown in texts of customers.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
@@ -58,7 +59,7 @@ def _environment() -> Any:
         keep_trailing_newline=True,
     )
     filters: dict[str, Any] = {"short": short, "amount": amount, "shown": shown, "counted": counted}
-    found.filters |= {**filters, "repr": repr, "dollars": "${:,.0f}".format}
+    found.filters |= {**filters, "repr": repr, "dollars": "${:,.0f}".format, "json": json.dumps}
     return found
 
 

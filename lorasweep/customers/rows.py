@@ -15,7 +15,7 @@ import numpy as np
 
 from lorasweep.customers.read import LONGEST_EXAMPLE, RowError
 from lorasweep.customers.rules.workload import rounded
-from lorasweep.data import chat, fields, load, own, sources, text
+from lorasweep.data import chat, fields, load, own, sources, templates, text
 from lorasweep.data.fields import Message
 from lorasweep.errors import DataError
 from lorasweep.plan.load import TEXT_FILL
@@ -94,6 +94,10 @@ class Rows:
     """The text that ends an answer, such as the end token."""
     example: list[list[Any]] = field(default_factory=list)
     """A rendered row with names in place of texts: [text, whether it is in the loss]."""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """The example as a client sends it to a server."""
+    stop: dict[str, list[Any]] = field(default_factory=dict)
+    """What a request needs for generation to end with an answer; empty: the end token ends it."""
     kinds: dict[str, int] = field(default_factory=dict)
     """Number of rows in all files by `chat.kinds_of`."""
 
@@ -307,7 +311,8 @@ def with_lengths(
     mean length, TEXT_FILL x max_length, is not below the mean of these rows.
 
     Raises:
-        DataError: a row has no token that bears loss, or no row can be used.
+        DataError: a row has no token that bears loss, or no row can be used; or servers could not
+            render the first EXAMPLES rows in the form of training.
     """
     spec = dataclasses.replace(rows.dataset, max_length=max_length or LONGEST_EXAMPLE)
     train, held_out = load.sources_of(spec, data_dirs)
@@ -323,6 +328,7 @@ def with_lengths(
     spec = dataclasses.replace(spec, max_length=max_length)
     # the example: the shortest row without tools, with placeholders such as {user 1} for messages
     first = list(itertools.islice(train.rows(), EXAMPLES))
+    templates.check_rows(spec, first, tokenizer)
     if spec.format in fields.LISTS:
         speaker, content = fields.LISTS[spec.format]
         plain = [r for _, r in first if chat.WITH_TOOLS not in chat.kinds_of(spec.format, r)]
@@ -338,5 +344,19 @@ def with_lengths(
     answer = next((piece for piece, in_loss in reversed(example) if in_loss), "")
     last = max(names, key=lambda name: answer.rfind(name))
     end = answer.rpartition(last)[2] if last in answer else ""
-    rows = dataclasses.replace(rows, dataset=spec, end=end, example=example)
+    messages, _ = templates.request_of(spec, row, "example")
+    more: dict[str, Any] = {"messages": messages, "stop": _stop(end, tokenizer)}
+    rows = dataclasses.replace(rows, dataset=spec, end=end, example=example, **more)
     return rows, float(found.loss.sum()) / len(found)
+
+
+def _stop(end: str, tokenizer: Any) -> dict[str, list[Any]]:
+    """Return parameters of a request with which generation stops at the end of an answer.
+
+    A special token is named by its number, because servers leave its text out of the answer.
+    """
+    said, eos = end.strip(), tokenizer.eos_token
+    if not end or (eos and said.endswith(eos)):
+        return {}
+    number = tokenizer.get_added_vocab().get(said)
+    return {"stop": [end]} if number is None else {"stop_token_ids": [number]}

@@ -70,6 +70,8 @@ class Member:
     served: dict[str, str] = field(default_factory=dict)
     """For a server: its name, the architecture of the base if it matters, why the unembedding was
     left out, and the command to serve."""
+    license: dict[str, str] = field(default_factory=dict)
+    """License of the base, as in the head of a model card; empty: not known."""
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values, from which `planned` rebuilds the Member together with the runs."""

@@ -14,7 +14,7 @@ PICKLED = "pytorch_model*.bin*"
 """Weights in an older format."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Names of a tokenizer's vocabulary file; a tokenizer has at least one of them."""
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 UNWANTED = ["original/*"]
 """Weights in Meta's format, which some repositories have in addition to transformers' format."""
 

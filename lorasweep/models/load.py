@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "bases"
 """Folder with the weights of recipes that come with the package."""
+LICENSE = ("license", "license_name", "license_link")
+"""Keys of a model card's head."""
 
 
 @dataclass
@@ -220,6 +223,38 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = Fa
     if spec.source == "hub":
         return AutoTokenizer.from_pretrained(spec.location, revision=spec.revision or None)
     return AutoTokenizer.from_pretrained(_folder(spec, models_dirs))
+
+
+def license_of(spec: ModelSpec, models_dirs: Sequence[str]) -> dict[str, str]:
+    """Return license, license_name and license_link of a base; empty if the license is not known.
+
+    They are keys of the head of a model card (github.com/huggingface/hub-docs, modelcard.md), and
+    are read from the base's card or from a GGUF file.
+    """
+    given: dict[str, Any] = {}
+    with suppress(Exception):  # a base without a readable card has no known license
+        if spec.source == "gguf":
+            import gguf
+
+            fields = gguf.GGUFReader(find_pinned(spec, models_dirs)).fields
+            for name in LICENSE:
+                if field := fields.get(f"general.{name.replace('_', '.')}"):
+                    given[name] = bytes(field.parts[field.data[0]]).decode()
+        elif spec.source != "recipe":
+            from huggingface_hub import hf_hub_download, metadata_load
+
+            name, revision = "README.md", spec.revision or None
+            on_hub = spec.source == "hub"
+            path = None if on_hub else find_pinned(spec, models_dirs) / name
+            given = metadata_load(path or hf_hub_download(spec.location, name, revision=revision))
+    found = {k: v for k in LICENSE if isinstance(v := (given or {}).get(k), str) and v.strip()}
+    if "license" not in found:
+        return {}
+    found["license"] = found["license"].lower()
+    link = found.get("license_link", "")
+    if spec.source == "hub" and link and "://" not in link:  # a file of the base's repository
+        found["license_link"] = f"https://huggingface.co/{spec.location}/blob/main/{link}"
+    return found
 
 
 def architecture_of(spec: ModelSpec, models_dirs: Sequence[str]) -> str:

@@ -139,6 +139,21 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     assert not world.trained()
     assert {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")} == before
 
+    # folders of an earlier version get the new files, unless the weights of their runs are gone
+    for name in ("bob", "eve"):
+        old = {
+            k: v for k, v in world.facts(name).items() if k not in ("messages", "stop", "license")
+        }
+        (world.folder / name / "facts.json").write_text(json.dumps(old, indent=1))
+        (world.folder / name / "tokenizer.json").unlink()
+    (world.store.folder(world.facts("eve")["run"]) / "weights.safetensors").unlink()
+    assert not world.trained() and "5 adapters, 0 not trained yet, 0 with errors" in world.page
+    assert "messages" in world.facts("bob") and "messages" not in world.facts("eve")
+    assert (world.folder / "bob/tokenizer.json").is_file()
+    assert not (world.folder / "eve/tokenizer.json").exists()
+    assert (world.folder / "eve/adapter_model.safetensors").is_file()
+
+    before = {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")}
     write_rows(tmp_path / "bob.jsonl", 25, "Yes! {k}", question="Is it late? {k}")
     world.write(zoe=(None, None, None))
     assert world.trained() == ["bob"] * 3
@@ -416,6 +431,8 @@ def test_without_kept_rules_a_fleet_resumes_by_the_rules_of_its_runs(world, tmp_
 
 
 def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, bases, tmp_path):
+    from transformers import AutoTokenizer
+
     instruct = shutil.copytree(bases[0], tmp_path / "instruct")
     (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     world.write(chat=(instruct, "ann.jsonl", 1), **{HOSTILE: (None, None, None)})
@@ -430,7 +447,18 @@ def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, ba
     ]
     assert (ann["render"], ann["template"], ann["mask"]) == ("role_eos", "{prompt}\n", "completion")
     assert "the chat template of the base, with '{prompt}' as the message" in world.card("chat")
-    assert "⟦{completion}&lt;" in world.card("chat") and "⟦{completion}" in world.page
+    row = f"<user>{{prompt}}{eos}<assistant>⟦{{completion}}{eos}⟧"
+    assert f"```text\n{row}\n```" in world.card("chat") and "⟦{completion}" in world.page
+    assert "hf upload OWNER/chat chat --private" in world.card("chat")
+    served = AutoTokenizer.from_pretrained(world.folder / "chat")
+    asked = [{"role": "user", "content": "So?"}]
+    said = served.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert said == f"<user>So?{eos}<assistant>" and chat["stop"] == {}
+    plain = AutoTokenizer.from_pretrained(world.folder / "ann")
+    assert (
+        plain.apply_chat_template(chat["messages"], tokenize=False)
+        == f"{{prompt}}\n{{completion}}{eos}"
+    )
     assert not world.trained(*settings, "scale=tiny")
     assert len(world.trained(*settings, "dataset.template='Q: {prompt} A: '")) == 5
     assert not world.trained(*settings)  # named once, it is kept

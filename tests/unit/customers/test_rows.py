@@ -6,10 +6,11 @@ import re
 
 import pandas as pd
 import pytest
+from transformers import GenerationConfig
 
 from lorasweep.customers.read import RowError
 from lorasweep.customers.rows import BY_ROW, Rules, named_rows, rows_of, with_lengths
-from lorasweep.data import fields, load
+from lorasweep.data import fields, load, templates
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES, DatasetSpec
 from tests import small_hub
@@ -409,3 +410,48 @@ def test_data_missing_on_the_hub_are_named(data, says):
         read_hub(data)
     with pytest.raises(RowError, match=r"on the hub.*Leave the column empty"):
         rows_of("any", f"{SCHOOL}:main", Rules(), llama_like(), "held.jsonl")
+
+
+def test_a_template_that_breaks_on_a_row_and_one_that_servers_could_not_use(tmp_path, monkeypatch):
+    rows = [turns("How many?", f"Yes {k}") for k in range(30)]
+    rows[27] = {"messages": [{"role": "system", "content": "Say yes."}, *rows[27]["messages"]]}
+    path = write_json(tmp_path / "my.jsonl", rows)
+    breaking, served = copy.copy(llama_like()), copy.copy(llama_like())
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    breaking.chat_template, served.chat_template = no_system + CHAT_TEMPLATE, CHAT_TEMPLATE
+    with pytest.raises(DataError, match=r"my.jsonl:28: the tokenizer's chat template .*no system"):
+        with_lengths(read(path, tokenizer=breaking), breaking, None, ["."])
+    with_lengths(read(path, tokenizer=served), served, None, ["."])
+    monkeypatch.setattr(templates, "_extended", lambda spec, given: f"!{given}")
+    with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers gives '!<user"):
+        with_lengths(read(path, tokenizer=served), served, None, ["."])
+
+
+@pytest.mark.parametrize(
+    "rules, template, stop",
+    [
+        (Rules(render="role_colon", template="{prompt}"), None, {"stop": ["\n\nUser:"]}),
+        (Rules(render="role_eos", template="{prompt}\n"), None, {}),
+        (Rules(), CHAT_TEMPLATE, {}),
+        (
+            Rules(),
+            CHAT_TEMPLATE.replace("{{ eos_token }}", "<|end|>\n"),
+            {"stop_token_ids": [len(llama_like())]},
+        ),
+        (Rules(), CHAT_TEMPLATE.replace("{{ eos_token }}", "##\n"), {"stop": ["##\n"]}),
+    ],
+)
+def test_a_request_names_the_end_of_an_answer_if_the_end_token_does_not(
+    tmp_path, rules, template, stop
+):
+    tokenizer = copy.deepcopy(llama_like())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = template
+    path = write_rows(tmp_path / "my.jsonl", 30, "Yes {k}")
+    found, _ = with_lengths(read(path, rules, tokenizer), tokenizer, None, ["."])
+    assert found.stop == stop
+    assert [m["content"] for m in found.messages] == ["{prompt}", "{completion}"]
+    templates.save(templates.with_template(found.dataset, tokenizer), found.stop, tmp_path)
+    ends = GenerationConfig.from_pretrained(tmp_path)
+    assert ends.eos_token_id == [1, *stop.get("stop_token_ids", [])]
+    assert ends.stop_strings == stop.get("stop")
