@@ -22,7 +22,7 @@ NEEDED = ("r", "lora_alpha", "target_modules")
 EXPERTS = {"experts.base_layer": "mlp.experts.gate_up_proj", "experts": "mlp.experts.down_proj"}
 """End of a module's name in PEFT's layout of experts -> the parameter that it adapts."""
 NAMED = 3
-"""Places in a sentence."""
+"""Modules or tensors that a sentence names."""
 
 
 def problems(
@@ -105,7 +105,7 @@ def _of_tensors(
     limit: int | None,
     architecture: str,
 ) -> Iterator[str]:
-    found: dict[str, list[str]] = {}  # kind of problem -> where
+    found: dict[str, list[str]] = {}  # kind of problem -> modules or tensors
     shapes, ranks = _shapes(model), {0}
     factors: dict[str, set[str]] = {}  # module -> A and B
     layers: dict[str, set[int]] = {}  # end of a module's name -> layers
@@ -144,9 +144,9 @@ def _of_tensors(
         if kind not in model.unembedding and len(there) < model.n_layers:
             where = f"{kind} in {len(there)} of {model.n_layers} layers"
             found.setdefault("not every layer is adapted", []).append(where)
-    for what, places in found.items():
-        more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-        yield f"{what}: {', '.join(places[:NAMED])}{more}."
+    for what, names in found.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        yield f"{what}: {', '.join(names[:NAMED])}{more}."
     if not tensors:
         yield f"{ADAPTER} has no tensors."
     if limit is not None and max(ranks) > limit:
