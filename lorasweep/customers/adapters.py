@@ -24,6 +24,8 @@ from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 
 CARD, FACTS, PAGE = "README.md", "facts.json", "index.html"
+TEMPLATE = "chat_template.jinja"
+"""File that a tokenizer writes its chat template to."""
 WriteAdapter = Callable[..., None]
 """(folder, spec, weights, commit of the base, name of the base): writes a folder for PEFT."""
 TokenizerOf = Callable[[ModelSpec], Any]
@@ -87,7 +89,11 @@ def export(
         names=names,
         rows=[cells(o) for o in found],
         cards=cards,
-        commands=_commands(chosen, profile),
+        commands=_commands(
+            [(o, folder / o.member.folder, f"./{o.member.folder}") for o in chosen],
+            profile,
+            tokenizer_of,
+        ),
         gone=[str(earlier[f].get("name")) for f in sorted(gone)],
     )
     files.write_atomic(folder / PAGE, page.encode(errors="replace"))
@@ -142,7 +148,11 @@ def _export(
         problem = f"{profile.server} would not serve the adapter as trained: {' '.join(wrong)}"
         return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
     # text that UTF-8 cannot hold is written with question marks
-    (partial / CARD).write_text(_card(outcome), encoding="utf-8", errors="replace")
+    commands = [
+        command for _, command in _commands([(outcome, partial, ".")], profile, tokenizer_of)
+    ]
+    card = _card(outcome, "".join(commands))
+    (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
     (partial / FACTS).write_text(facts)
     shutil.rmtree(mine, ignore_errors=True)
     try:
@@ -157,8 +167,10 @@ def _export(
 # ---------------------------------------------------------------- cards and table
 
 
-def _card(outcome: Outcome) -> str:
+def _card(outcome: Outcome, serve: str) -> str:
     """Return the card in Markdown, with the head of the hub's model cards.
+
+    `serve`: the command that serves the adapter; '' if there is none.
 
     Keys of the head: github.com/huggingface/hub-docs, modelcard.md.
     """
@@ -179,7 +191,7 @@ def _card(outcome: Outcome) -> str:
         example=example,
         fence="`" * max(3, ticks + 1),  # longer than any in the example
         folder=p["folder"],
-        serve=outcome.member.served.get("command"),
+        serve=serve,
         repository=re.sub("-+", "-", p["folder"]).strip("-"),  # a name that the hub allows
     )
 
@@ -193,24 +205,31 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     return [(name, fact) for name, _, fact in facts]
 
 
-def _commands(found: Sequence[Outcome], profile: Profile) -> list[tuple[str, str]]:
-    """Return (base, command that serves all its adapters from the fleet's folder) by base."""
-    by_base: dict[str, list[Outcome]] = {}
-    for o in found:
-        by_base.setdefault(o.base, []).append(o)
-    return [
-        (
-            base,
-            serve_command(
-                profile,
-                base if own[0].spec.model.source == "hub" else BASE,
-                {o.member.folder: f"./{o.member.folder}" for o in own},
-                max(o.member.advised["rank"] for o in own),
-            ),
+def _commands(
+    found: Sequence[tuple[Outcome, Path, str]], profile: Profile, tokenizer_of: TokenizerOf
+) -> list[tuple[str, str]]:
+    """Return (base, command that serves its adapters) for each base and chat template.
+
+    `found`: each adapter with its folder, and with its folder as the command names it.
+    """
+    groups: dict[tuple[str, str], list[tuple[Outcome, str]]] = {}
+    for o, folder, named in found if profile.command else ():
+        path = folder / TEMPLATE  # missing if an earlier version wrote the folder
+        template = path.read_text() if path.is_file() else ""
+        if template == getattr(tokenizer_of(o.spec.model), "chat_template", None):
+            template = ""  # the server has it from the base
+        groups.setdefault((o.base, template), []).append((o, named))
+    commands = []
+    for (base, template), own in groups.items():
+        command = serve_command(
+            profile,
+            base if own[0][0].spec.model.source == "hub" else BASE,
+            {o.member.folder: named for o, named in own},
+            max(o.member.advised["rank"] for o, _ in own),
+            f"{own[0][1]}/{TEMPLATE}" if template else "",
         )
-        for base, own in by_base.items()
-        if profile.command
-    ]
+        commands.append((base, command))
+    return commands
 
 
 def cells(outcome: Outcome) -> list[str]:

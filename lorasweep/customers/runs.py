@@ -22,7 +22,7 @@ from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
 from lorasweep.customers.rows import BY_ROW, CHAT, PLAIN, SPLITS, Rows, Rules, rows_of, with_lengths
 from lorasweep.customers.rules.rates import ALPHA
-from lorasweep.customers.serving import BASE, PEFT, Profile, adapted, serve_command
+from lorasweep.customers.serving import PEFT, Profile, adapted
 from lorasweep.data.own import EXPECTED
 from lorasweep.errors import DataError, ModelError, SpecError, unknown
 from lorasweep.methods.lora import LoRA
@@ -68,8 +68,8 @@ class Member:
     not_early: str = ""
     """Why early stopping, although requested, is off."""
     served: dict[str, str] = field(default_factory=dict)
-    """For a server: its name, the architecture of the base if it matters, why the unembedding was
-    left out, and the command to serve."""
+    """For a server: its name, the architecture of the base if it matters, and why the unembedding
+    was left out."""
     license: dict[str, str] = field(default_factory=dict)
     """License of the base, as in the head of a model card; empty: not known."""
 
@@ -168,7 +168,7 @@ def _member(
     rules: Rules,
     tokenizer_of: Callable[[ModelSpec], Any],
     planner: Forecaster | None,
-    served: Callable[[ModelSpec, str, int], tuple[str, dict[str, str]]],
+    served: Callable[[ModelSpec, int], tuple[str, dict[str, str]]],
 ) -> Member:
     """Read a customer's rows, advise, and build the runs; RowError, SpecError: the row is wrong."""
     model = shape_of(c, known.models)
@@ -201,7 +201,7 @@ def _member(
             f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
             f"train LoRA of rank {choice.rank} nevertheless; its card will say so."
         )
-    layers, by = served(advice.model, folder, choice.rank)
+    layers, by = served(advice.model, choice.rank)
     size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": layers}
     steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / batch))
     rate, patience = middle_rates(advice)[0], base.early_stopping
@@ -243,7 +243,6 @@ def _served(
     layers: str,
     architecture_of: Callable[[ModelSpec], str],
     model: ModelSpec,
-    folder: str,
     rank: int,
 ) -> tuple[str, dict[str, str]]:
     """Return the layers to adapt, and Member.served; SpecError: the server takes none."""
@@ -252,10 +251,8 @@ def _served(
     profile.largest_rank(rank)
     architecture = architecture_of(model)
     layers, left_out = adapted(profile, layers, model, architecture)
-    base = model.location if model.source == "hub" else BASE
-    command = serve_command(profile, base, {folder: "."}, rank)
     by = {"by": profile.server, "architecture": architecture}
-    return layers, {**by, "left_out": left_out, "command": command}
+    return layers, {**by, "left_out": left_out}
 
 
 # ---------------------------------------------------------------- a request's fleet

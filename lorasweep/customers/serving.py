@@ -46,6 +46,8 @@ class Profile(Value):
     """Keys that change the adapter in PEFT, and that the server ignores."""
     command: str = ""
     """Template of the command to serve; empty: there is none."""
+    chat_template: str = ""
+    """Template of the option with a chat template other than the base's own."""
 
     def largest_rank(self, rank: int) -> int:
         """Return the lowest largest rank of the server for adapters up to `rank`.
@@ -106,18 +108,23 @@ def adapted(profile: Profile, layers: str, model: ModelSpec, architecture: str) 
     return left, why
 
 
-def serve_command(profile: Profile, base: str, folders: Mapping[str, str], rank: int) -> str:
+def serve_command(
+    profile: Profile, base: str, folders: Mapping[str, str], rank: int, template: str = ""
+) -> str:
     """Return the command that serves adapters on one base; '' for a profile without a server.
 
     Args:
         folders: name of each adapter -> its folder.
         rank: the largest rank of the adapters.
+        template: file with the chat template of the adapters; '': the base's own.
     """
     modules = (shlex.quote(f"{name}={folder}") for name, folder in folders.items())
-    return profile.command.format(
+    command = profile.command.format(
         base=shlex.quote(base),
         rank=profile.largest_rank(rank),
         in_batch=min(len(folders), IN_BATCH),
         adapters=len(folders),
         modules=" ".join(modules),
     )
+    option = profile.chat_template.format(file=shlex.quote(template)) if template else ""
+    return f"{command} {option}".rstrip()

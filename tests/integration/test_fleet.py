@@ -511,9 +511,16 @@ def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tm
     assert (
         facts["rank"] == 4 and "```bash\nvllm serve BASE --enable-lora --max-lora-rank 8 " in card
     )
-    assert "--lora-modules few=.\n```" in card and "**served by:** vLLM 0.32.0; the unem" in card
+    form = "--chat-template ./{}chat_template.jinja"  # the base has none
+    assert (
+        f"--lora-modules few=. {form.format('')}\n```" in card
+        and "**served by:** vLLM 0.32.0; the unem" in card
+    )
     names = " ".join(f"{f}=./{f}" for f in ("few", folder_of("a b")))
-    assert page.count("vllm serve BASE") == 1 and f"--lora-modules {names}</pre>" in page
+    assert (
+        page.count("vllm serve BASE") == 1
+        and f"--lora-modules {names} {form.format('few/')}</pre>" in page
+    )
     assert world.trained() == [] and world.facts("few") == facts  # the folder keeps serve=vllm
     fault = {"use_dora": True}
     broken = Mock(side_effect=lambda folder, *given: spoiled(write_adapter, folder, given, fault))

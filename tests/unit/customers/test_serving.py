@@ -259,6 +259,8 @@ def test_the_command_names_every_adapter_and_an_allowed_rank():
     assert "--max-lora-rank 32 --max-loras 8 --max-cpu-loras 100 " in many and many.endswith(
         " c99=./c99"
     )
+    own_form = serve_command(VLLM, "us/plain", {"ann": "."}, 3, "./chat_template.jinja")
+    assert own_form.endswith(" ann=. --chat-template ./chat_template.jinja")
 
 
 def test_the_fleets_folder_keeps_the_profile(tmp_path):
