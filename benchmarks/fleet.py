@@ -136,7 +136,7 @@ def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
         rows = fleet_table.gsm8k(values["data_dir"])
     table = fleet_table.write_table(folder, model, case.customers, case.updates, rows)
     dirs = ",".join([*values["models_dir"], "/"])
-    return [f"customers={table}", f"exec.models_dir=[{dirs}]", *case.options]
+    return [f"customers={table}", f"exec.models_dir=[{dirs}]", "rates=3", *case.options]
 
 
 def _fleet(asked: Sequence[str], folder: Path, log: Log) -> Figures:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorasweep.cli import answer, understood
 from lorasweep.cli.finished_runs import write_adapter
+from lorasweep.cli.points import all_points
 from lorasweep.cli.progress import Display
 from lorasweep.cli.train import STOPPED, Trained
 from lorasweep.config import catalogue
@@ -193,7 +194,7 @@ def plan_fleet(request: Request) -> Request:
             dataclasses.replace(m, license=license_of(m.points[0].spec.model)) if m.points else m
             for m in members
         ]
-    return dataclasses.replace(
+    fleet = dataclasses.replace(
         request,
         action="run" if request.action == "fleet" else request.action,
         out=str(folder),
@@ -205,6 +206,7 @@ def plan_fleet(request: Request) -> Request:
         sweep_name=runs.fleet_name(request),
         members=[m.plain() for m in members],
     )
+    return dataclasses.replace(fleet, points=all_points(fleet, RunStore(fleet.exec.runs_dir)))
 
 
 def fleet(
@@ -217,15 +219,20 @@ def fleet(
     from lorasweep.models import load
 
     plan = plan_fleet(request)
-    if plan.points and training(plan, store).status == STOPPED:
+    trained = training(plan, store) if plan.points else Trained([], 0)
+    if trained.status == STOPPED:
         return STOPPED
-    outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, plan.points)]
+    outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, trained.points)]
     waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
     if plan.cluster.kind == "slurm":
         queue = submissions.look(store.root)
         there = queue.covered().keys() | queue.unknown_runs()
-        unfinished = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]
-        waiting = sum(all(t.run in there or t.state == "running" for t in u) for u in unfinished)
+        unfinished = [
+            [i for i, state in o.states.items() if state not in FINAL and state != "running"]
+            for o in outcomes
+            if o.open
+        ]
+        waiting = sum(there.issuperset(ids) for ids in unfinished)
     folder, title = Path(plan.out), Path(plan.customers).stem
     tokenizer_of = cache(lambda model: load.tokenizer_of(model, plan.exec.models_dir))
     profile = _profiles(plan)[plan.serve]()

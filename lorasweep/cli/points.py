@@ -8,6 +8,7 @@ from typing import Any
 
 from lorasweep.cli import answer
 from lorasweep.customers.evidence import published
+from lorasweep.customers.outcome import with_further
 from lorasweep.customers.rules.rates import family_of, law_rate
 from lorasweep.plan.budget import parse_budget
 from lorasweep.spec.metric import metric_of
@@ -21,10 +22,15 @@ from lorasweep.sweep.search import Look, is_short, search
 
 
 def all_points(request: Request, store: RunStore) -> list[Point]:
-    """Return the runs of the grid, of the second stage of finished curves, and of added rounds."""
+    """Return the runs of the grid, of the second stage of finished curves, and of added rounds.
+
+    For a fleet: the trials so far, and the runs that are measured on test rows.
+    """
     if request.parts:
         return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
     points = list(request.points)
+    if request.members:
+        return with_further(points, store, go_on="rates" not in request.given)
     if request.sweep is None:
         return points
     if request.sweep.search is not None:

@@ -207,9 +207,10 @@ def train(
     if plan.todo and not quiet:
         _warn_of_claims(request)
     try:
+        text = plan_text(request, plan)
         while plan.todo:  # results of the first stage choose the second
             searched = is_search(request)
-            notify(tuned.stage(request, store, points) if searched else plan_text(request, plan))
+            notify(tuned.stage(request, store, points) if searched else text)
             with Display(plan.todo, quiet) as display:
                 local.run_points(points, store, request.exec, display.event, trainer, plan=plan)
             if searched:
@@ -218,6 +219,9 @@ def train(
             if len(points) == known:
                 break
             plan = make_plan(points, store, request.exec, plan.hardware)
+            text = plan_text(request, plan)
+            if request.members:  # the first stage's plan has listed the customers
+                text = text.partition("\n")[0]
     except (Stopped, KeyboardInterrupt):
         print(
             "stopped; finished runs are kept, unfinished runs resume from their checkpoints when "

@@ -136,9 +136,9 @@ ACTIONS: dict[str, Action] = {
         Action(
             "fleet",
             "train an adapter for each customer of a table (column data: a .jsonl, .json, .csv or "
-            ".parquet file, or a folder with train and test). rates=3: learning rates tried around "
-            "the advised one, or rates=advised; instead_of_full=lora; serve=vllm: adapters for "
-            "vLLM; out=DIR. action=plan, status, cancel, fetch and measure_packs take "
+            ".parquet file, or a folder with train and test). rates=N: exactly N learning rates "
+            "around the advised one, or rates=advised; instead_of_full=lora; serve=vllm: adapters "
+            "for vLLM; out=DIR. action=plan, status, cancel, fetch and measure_packs take "
             "customers=FILE, too",
             "customers=FILE",
             reads=FLEET_SETTINGS,

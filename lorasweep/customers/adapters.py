@@ -262,7 +262,7 @@ def cells(outcome: Outcome) -> list[str]:
         f"{p['n_validation']} + {p['n_test']}" if held_out else "none",
         str(p["rank"]),
         f"{p['seconds_used']:,.0f}",
-        "" if p["gpu_hours_used"] is None else f"{p['gpu_hours_used']:.3g}",
+        f"{p['gpu_hours_used']:.3g}",
         ", ".join(notes),
     ]
 

@@ -1,18 +1,26 @@
-"""Choose a customer's learning rate on validation rows, and measure the gain on test rows."""
+"""Choose a customer's learning rate on validation rows, and measure the gain on test rows.
+
+A customer's runs: a trial for each learning rate, measured on validation rows. When the best one is
+known, a run at its learning rate takes the weights of the trial and is measured on test rows.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lorasweep.customers.rules.capacity import FULL, ROOM
-from lorasweep.customers.runs import Member
-from lorasweep.spec.run import RunSpec
-from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.customers.runs import APART, Member
+from lorasweep.spec.run import LR_RANGE, RunSpec
+from lorasweep.store.run_store import FINAL, TRIAL, Result, RunStore
+from lorasweep.sweep.grid import Point
 
 CHOSEN_BY = "test_nll_curve"
 """Key of a result: the final loss on validation rows."""
+MOST_TRIED = 6
+"""Most learning rates that are tried until the best one is neither the lowest nor the highest."""
 VERDICTS = GAINED, WORSE, UNKNOWN = "gained", "got worse", "not known"
 
 
@@ -25,7 +33,6 @@ class Tried:
     state: str
     validation: float | None
     """Final loss on validation rows in nats per token; None: there is none."""
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,12 @@ class Outcome:
     """The result of the chosen run; empty if no run was chosen."""
     problem: str
     """Why no run was chosen; empty if one was chosen."""
+    states: dict[str, str] = field(default_factory=dict)
+    """State of each run of the customer, by id: the trials, and the run that was measured."""
+    seconds_used: float = 0.0
+    """Seconds of training and measuring of all runs, each its share of its pack."""
+    gpu_hours_used: float = 0.0
+    """The part of `seconds_used` that was on GPUs, in hours."""
 
     @property
     def base(self) -> str:
@@ -50,7 +63,7 @@ class Outcome:
     @property
     def open(self) -> bool:
         """Whether some runs are unfinished, and no run failed."""
-        states = {t.state for t in self.tried}
+        states = set(self.states.values())
         return not self.spec and "failed" not in states and not states <= set(FINAL)
 
     @property
@@ -174,8 +187,8 @@ class Outcome:
             "gained": None if self.spec is None else self.verdict,
             "tokens": found.get("tokens"),
             "seconds": found.get("wall_s"),
-            "seconds_used": sum(t.seconds or 0.0 for t in self.tried),
-            "gpu_hours_used": None,
+            "seconds_used": self.seconds_used,
+            "gpu_hours_used": self.gpu_hours_used,
             "room": self.room,
             "advised": advised["method"],
             "advised_why": advised["why"],
@@ -185,6 +198,68 @@ class Outcome:
         }
 
 
+def with_further(points: Sequence[Point], store: RunStore, go_on: bool) -> list[Point]:
+    """Return the runs of customers as far as results tell which are needed.
+
+    Args:
+        points: runs of customers, at least at the learning rates to begin with.
+        go_on: try further learning rates, each APART from the last one, while the best one is the
+            lowest or the highest, at most MOST_TRIED in all.
+    """
+    by_arm: dict[str, dict[float, Point]] = {}
+    for p in points:
+        whole = Point(p.arm, replace(p.spec, test_rows=True))
+        by_arm.setdefault(p.arm, {})[p.spec.lr] = whole
+    result = cache(store.result)
+    found = []
+    for mine in by_arm.values():
+        runs = [mine[lr] for lr in sorted(mine)]
+        if len(runs) > 1:
+            runs = [_trial(p, result) for p in runs]
+            while go_on and len(runs) < MOST_TRIED and (best := _best(runs, result)):
+                factor = {runs[0].id: 1 / APART, runs[-1].id: APART}.get(best.id, 1.0)
+                lr = best.spec.lr * factor
+                if factor == 1.0 or not LR_RANGE[0] <= lr <= LR_RANGE[1]:
+                    break
+                new = _trial(Point(best.arm, replace(best.spec, lr=lr, test_rows=True)), result)
+                runs = sorted([*runs, new], key=lambda p: p.spec.lr)
+            best = _best(runs, result)
+            if best and _loss(best, result) < math.inf:
+                measured = Point(best.arm, replace(best.spec, test_rows=True))
+                runs += [measured] if measured.id != best.id else []
+        found += runs
+    return found
+
+
+ResultOf = Callable[[str], Result | None]
+"""Run id -> result; None: the run has not ended."""
+
+
+def _trial(point: Point, result: ResultOf) -> Point:
+    """Return the trial of a run; or the run itself, if it ended without one (earlier versions)."""
+    trial = Point(point.arm, point.spec.trial)
+    return point if result(trial.id) is None and result(point.id) is not None else trial
+
+
+def _best(runs: Sequence[Point], result: ResultOf) -> Point | None:
+    """Return the run with the lowest validation loss; None if some have not ended.
+
+    In a tie it is the run with the lowest learning rate.
+    """
+    if not all(result(p.id) for p in runs):
+        return None
+    return min(runs, key=lambda p: (_loss(p, result), p.spec.lr))
+
+
+def _loss(point: Point, result: ResultOf) -> float:
+    """Return the validation loss of a run that has ended; infinity if it diverged."""
+    both = [result(point.id) or {}, result(replace(point.spec, test_rows=True).id) or {}]
+    if any(found.get("state") == "diverged" for found in both):
+        return math.inf
+    loss = both[0].get(CHOSEN_BY)
+    return math.inf if loss is None else loss
+
+
 def outcome_of(member: Member, store: RunStore) -> Outcome:
     """Choose the learning rate with the lowest validation loss; in a tie, the lowest such rate.
 
@@ -192,32 +267,47 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
     """
     if member.problem:
         return Outcome(member, [], None, {}, member.problem)
-    states = store.states(p.id for p in member.points)
-    tried, found = [], []
+    states, result = store.states(p.id for p in member.points), cache(store.result)
+    by_lr: dict[float, Point] = {}  # the trials come first
     for p in member.points:
-        result = store.result(p.id) or {}
-        loss = result.get(CHOSEN_BY) if states[p.id] == "done" else None
-        tried.append(Tried(p.spec.lr, p.id, states[p.id], loss, result.get("wall_s")))
-        if loss is not None:
-            found.append((loss, p.spec.lr, p.spec, result))
-    open_ = [t for t in tried if t.state not in FINAL]
-    failed = next((t for t in open_ if t.state == "failed"), None)
+        by_lr.setdefault(p.spec.lr, p)
+    runs = list(by_lr.values())
+    tried = []
+    for p in runs:
+        loss = _loss(p, result) if states[p.id] == "done" else math.inf
+        tried.append(Tried(p.spec.lr, p.id, states[p.id], loss if loss < math.inf else None))
+    best, chosen = _best(runs, result), None
+    if best and (len(runs) == 1 or _loss(best, result) < math.inf):
+        chosen = replace(best.spec, test_rows=True)
+        states.setdefault(chosen.id, store.state(chosen.id))
+    open_ = [i for i, state in states.items() if state not in FINAL]
+    failed = next((i for i in open_ if states[i] == "failed"), None)
     if failed is not None:
-        problem = f"{store.failure(failed.run)} (run {failed.run}; try again: exec.retry=true)"
+        problem = f"{store.failure(failed)} (run {failed}; try again: exec.retry=true)"
     elif open_:
-        problem = f"not trained yet: {len(open_)} of {len(tried)} runs"
-        killed = max(store.failures(t.run) for t in open_)
+        problem = f"not trained yet: {len(open_)} of {len(states)} runs"
+        killed = max(map(store.failures, open_))
         if killed:
             problem += (
                 f"; the process of one run was killed {killed} times (out of memory? Try fewer "
                 "exec.workers)"
             )
-    elif not found:
+    elif chosen is None or states[chosen.id] == "diverged":
         problem = f"every learning rate diverged: {', '.join(f'{t.lr:g}' for t in tried)}"
     else:
-        _, _, spec, result = min(found, key=lambda f: f[:2])
-        return Outcome(member, tried, spec, result, "")
-    return Outcome(member, tried, None, {}, problem)
+        seconds, on_gpus = _used(states, chosen.id, store, result)
+        final = result(chosen.id) or {}
+        return Outcome(member, tried, chosen, final, "", states, seconds, on_gpus / 3600)
+    return Outcome(member, tried, None, {}, problem, states)
+
+
+def _used(
+    states: Mapping[str, str], chosen: str, store: RunStore, result: ResultOf
+) -> tuple[float, float]:
+    """Return the seconds of a customer's runs, and the part of them on GPUs."""
+    trial = (result(chosen) or {}).get(TRIAL)  # the seconds of the chosen run include its trial's
+    seconds = {i: (result(i) or {}).get("wall_s") or 0.0 for i in states if i != trial}
+    return sum(seconds.values()), sum(s for i, s in seconds.items() if store.env(i).get("gpu"))
 
 
 def counts(found: Sequence[Outcome]) -> dict[str, int]:

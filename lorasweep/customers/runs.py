@@ -64,7 +64,7 @@ class Member:
     """Fields of the advice that the card shows: method, why, rank, load, lr_source, warnings."""
     rows: Rows = None  # type: ignore[assignment]
     points: list[Point] = field(default_factory=list)
-    """A run for each learning rate, lowest first."""
+    """A run for each learning rate, lowest first; in `planned`, all that `with_further` returns."""
     not_early: str = ""
     """Why early stopping, although requested, is off."""
     served: dict[str, str] = field(default_factory=dict)

@@ -26,7 +26,7 @@ from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
 from lorasweep.store.checkpoint import State
 from lorasweep.store.claims import Heartbeat
-from lorasweep.store.run_store import Record, RunStore
+from lorasweep.store.run_store import TRIAL, Record, RunStore
 from lorasweep.tracking import provenance
 from lorasweep.train.events import Event
 
@@ -165,7 +165,8 @@ class _Pack:
         into parts, trained one after the other. Raises Stopped, with checkpoints written, if `stop`
         was set.
         """
-        parts = [runs]
+        tried = [s for s in runs if self.exec.world_size == 1 and _has_trial(s, self.store)]
+        parts = [part for part in (tried, [s for s in runs if s not in tried]) if part]
         while parts:
             part = [s for s in parts.pop(0) if not self.store.result(s.id) and self.owns(s.id)]
             if not part:
@@ -256,7 +257,7 @@ class _Attempt:
         for i in ids:
             store.cut_records(i, metas[i]["records_size"] if metas else 0)
             checkpoint.keep_only(folders[i], metas[i]["step"] if metas else None)
-        if states is None and (states := self._beginnings()):
+        if states is None and (states := self._trials() or self._beginnings()):
             metas = {i: states[i]["meta"] for i in ids}
         self.states = states
         self.wall_s = {i: metas[i]["wall_s"] if metas else 0.0 for i in ids}
@@ -275,6 +276,31 @@ class _Attempt:
         self.exec = dataclasses.replace(
             exec_, threads=threads, micro_batch_size=rows, forward_parts=parts
         )
+
+    def _trials(self) -> dict[str, State] | None:
+        """Return the weights and results of the trials of these runs; None unless all have one.
+
+        The records of the trials become the first records of these runs.
+        """
+        store, states = self.store, {}
+        for spec in self.runs if self.pack.exec.world_size == 1 else ():
+            trial = spec.trial.id
+            weights = _has_trial(spec, store) and checkpoint.load_weights(store.folder(trial))
+            if not weights:
+                return None
+            result, env = store.result(trial) or {}, store.env(trial)
+            kept = {k: v for k, v in result.items() if k not in ("run_id", "state")}
+            meta = {
+                **{k: env.get(k, 1) for k in ("threads", ROWS, PROCESSES, PARTS)},
+                **{k: result[k] for k in ("wall_s", RESUMED_WITH_DIFFERENT_PACK)},
+                **{"step": result["steps_done"], "layout": self.ids},
+                **{"result": {**kept, TRIAL: trial}, "last": (store.records(trial) or [{}])[-1]},
+            }
+            tensors = {f"{checkpoint.PARAM}{name}": tensor for name, tensor in weights.items()}
+            states[spec.id] = State(tensors=tensors, meta=meta)
+        for spec in self.runs if states else ():
+            store.record(spec.id, *store.records(spec.trial.id)[:-1])
+        return states or None
 
     def _beginnings(self) -> dict[str, State] | None:
         """Return the final states of the shorter runs that are the beginnings of these runs.
@@ -338,11 +364,11 @@ class _Attempt:
             **self._circumstances(),
             "gpu": next((gpu.name for gpu in detect.gpus()), None),
             "compile": self.exec.compile,
-            "resumed_from_step": self.states[self.ids[0]]["meta"]["step"] if self.states else None,
             **more,
         }
         for i in self.ids:
-            self.store.write_env(i, self.pack.attempts[i], env)
+            step = self.states[i]["meta"]["step"] if self.states else None
+            self.store.write_env(i, self.pack.attempts[i], {**env, "resumed_from_step": step})
 
     def _circumstances(self) -> dict[str, Any]:
         """Return the settings of execution that env.json and checkpoints record."""
@@ -420,3 +446,11 @@ class _Attempt:
             "wall_s": self.wall_s[i],
         }
         checkpoint.save(self.store.folder(i) / name, {**state, "meta": meta})
+
+
+def _has_trial(spec: RunSpec, store: RunStore) -> bool:
+    """Return whether the trial of a run has ended, so that the run only has to be measured."""
+    if not spec.test_rows or not spec.dataset.n_validation:
+        return False
+    weights = store.folder(spec.trial.id) / checkpoint.WEIGHTS
+    return weights.is_file() and (store.result(spec.trial.id) or {}).get("state") == "done"

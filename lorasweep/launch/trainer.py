@@ -29,6 +29,8 @@ TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, shared by all workers."""
 FINGERPRINTS = ".data"
 """Folder in the run folder with the data's fingerprint for every model and data set."""
+STARTS = ".starts"
+"""Folder in the run folder with the losses of held-out rows under each base, before training."""
 EVAL_ROWS = 4
 """Default number of rows per forward pass without gradients; few, as logits take much memory."""
 Report = Callable[[dict[str, Any]], None]
@@ -168,6 +170,9 @@ class TorchTrainer:
                 f"({type(error).__name__}: {error}). Choose a smaller model=, or a device with "
                 "more memory: action=plan shows the expected memory."
             ) from None
+        if exec_.skip_broken_data and self._base.mesh.size == 1:  # a fleet trains in stages
+            folder = Path(exec_.runs_dir) / STARTS / self._base.sha256[:16]
+            self._base.at_start = KeptStarts(folder)
         self._base_key = key
         if exec_.activation_checkpointing:
             compute_again(self._base.model)
@@ -175,6 +180,27 @@ class TorchTrainer:
             # without the unembedding, which is computed in chunks
             self._base.model.base_model.compile(dynamic=True)
         return self._base
+
+
+class KeptStarts(dict[str, dict[str, Any]]):
+    """Measures of a base before training (Base.at_start), which are also kept in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __contains__(self, key: object) -> bool:
+        if not super().__contains__(key) and (found := files.read_json(self._path(key))):
+            super().__setitem__(str(key), found)
+        return super().__contains__(key)
+
+    def __setitem__(self, key: str, measures: dict[str, Any]) -> None:
+        super().__setitem__(key, measures)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(self._path(key), json.dumps(measures, default=list).encode())
+
+    def _path(self, key: object) -> Path:
+        return self._folder / f"{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.json"
 
 
 def finetune(
@@ -190,9 +216,10 @@ def finetune(
 
     `data`: one data set for all runs, or run id -> data set. `micro_batch_size`: sequences per run
     and training forward pass; None: all sequences of an update. `resume`: run id -> state from the
-    snapshot() of an event. `join_rows`, `forward_parts`: see Exec.
+    snapshot() of an event, or the state of the run's trial, which is then measured (see
+    `measure_trials`). `join_rows`, `forward_parts`: see Exec.
     """
-    from lorasweep.train.loop import train
+    from lorasweep.train.loop import measure_trials, train
     from lorasweep.train.objectives.policy_gradient import PolicyGradient
     from lorasweep.train.objectives.sft import SupervisedFineTuning
 
@@ -202,4 +229,6 @@ def finetune(
     objective = objectives[pack[0].objective](
         by_run, pack[0].precision, micro_batch_size, join_rows, forward_parts
     )
+    if resume and "result" in resume[pack[0].id]["meta"]:
+        return measure_trials(pack, base, objective, resume)
     return train(pack, base, objective, resume)

@@ -143,7 +143,7 @@ class Forecaster:
         """Return the kind of a run; SpecError: no speed is known for the precision of the run."""
         # not given by the rank alone: experts may share parts of an adapter
         trained = spec.method.n_trainable(spec.model)
-        rows = spec.dataset.canonical  # with the numbers of evaluated rows
+        rows = (spec.dataset.canonical, spec.test_rows)  # with the numbers of evaluated rows
         early = spec.early_stopping > 0
         key = (*shape_of(spec), rows, early, spec.steps, spec.schedule, trained)
         if key not in self._kinds:

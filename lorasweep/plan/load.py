@@ -74,7 +74,7 @@ def run_flops(spec: RunSpec) -> float:
         return train_flops(spec) + sampling_flops(spec, sampled, sampled)
     d = spec.dataset
     few = (d.n_validation or d.n_test_curve) if spec.has_curve else 0
-    rows = d.n_test + d.n_validation + CURVE_POINTS * few
+    rows = d.n_test * spec.test_rows + d.n_validation + CURVE_POINTS * few
     return train_flops(spec) + 2.0 * spec.model.n_active_params * mean_length(spec) * rows
 
 

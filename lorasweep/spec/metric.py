@@ -23,6 +23,10 @@ class Metric:
         """Return the metric's value in a result; None if it is missing, as for a diverged run."""
         return result.get(self.name)
 
+    def on_first(self, measures: Mapping[str, Any]) -> float:
+        """Return the metric of an evaluation on the rows of all evaluations before the end."""
+        return measures[self.on_part if self.on_part in measures else self.name]
+
     def loss(self, value: float) -> float:
         """Return the value with its sign chosen so that lower is better."""
         return -value if self.higher_is_better else value

@@ -82,6 +82,9 @@ class RunSpec(Value):
     early_stopping: int = later(0)
     """sft: end after this many evaluations in a row without a better validation loss, and keep the
     weights of the best one. 0: make all updates, and keep the last weights."""
+    test_rows: bool = later(True)
+    """False: a trial, which is measured on validation rows only. A run that differs in nothing else
+    takes the weights of its trial, if they are kept, and only measures the test rows."""
     train_version: int = TRAIN_VERSION
 
     def __post_init__(self) -> None:
@@ -97,6 +100,11 @@ class RunSpec(Value):
     def draw(self) -> int | None:
         """Number of the data set's draw; None if all seeds share one draw."""
         return self.seed if self.dataset.draw_by_seed else None
+
+    @property
+    def trial(self) -> "RunSpec":
+        """This run without the measures on test rows."""
+        return dataclasses.replace(self, test_rows=False)
 
     @property
     def has_curve(self) -> bool:
@@ -157,6 +165,11 @@ class RunSpec(Value):
             yield (
                 f"dataset.n_validation={rows} has no effect with objective={self.objective}. Set "
                 "it to 0."
+            )
+        if not self.test_rows and not rows:
+            yield (
+                "test_rows=false with dataset.n_validation=0: no rows would be measured. Leave "
+                "test_rows out, or raise n_validation."
             )
         yield from filter(None, (self.model.problem, self.dataset.problem))
 

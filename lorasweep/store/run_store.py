@@ -34,6 +34,8 @@ Record = dict[str, Any]
 """Measurements of one update: JSON values, at least `step`."""
 Result = dict[str, Any]
 """End and measurements of a run: JSON values, at least `run_id` and `state`."""
+TRIAL = "trial"
+"""Key in a result: the run (RunSpec.trial) whose weights were measured on test rows."""
 RECENT_BYTES = 2**14
 """Bytes that `recent_records` reads; a record has about 250."""
 INDEX_VERSION = 3

@@ -27,7 +27,7 @@ from lorasweep.spec.evaluations import EARLY_STOPPING_RULE, Best, eval_steps, no
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
-from lorasweep.store.checkpoint import State
+from lorasweep.store.checkpoint import PARAM, State
 from lorasweep.train.events import EVALUATION, Event, Record, phase
 from lorasweep.train.objectives.base import DIVERGENCE_RULE, BatchT, Objective
 from lorasweep.train.optim import AdamW
@@ -135,7 +135,7 @@ def train(
                     records[i] |= {**measures, "test_items": n_items}
                     names = ("step", "examples", "tokens", *measures)
                     progress[i].curve.append({name: records[i][name] for name in names})
-                    if not math.isfinite(measures[metric.name]):
+                    if not math.isfinite(measures.get(metric.name, metric.on_first(measures))):
                         diverged.add(i)
             last |= stop_early(step, runs, due - diverged, progress, optimizer, metric)
             done = last - diverged
@@ -205,6 +205,53 @@ def train(
                 runs = [runs[k] for k in stay]
                 if stay:
                     optimizer.keep(stay)
+
+
+def measure_trials(
+    pack: Sequence[RunSpec], base: Base, objective: Objective[Any], trials: dict[str, State]
+) -> Iterator[Event]:
+    """Measure the runs of `pack` on all held-out items with the weights of their trials.
+
+    Yields one Event, in which all runs end. `trials`: run id -> weights, and in `meta` the trial's
+    result and last record. For one process.
+    """
+    model, metric = base.model, objective.metric
+    objective.start(base, pack)
+    targets = find_targets(model, pack[0].model, pack[0].method.target_layers())
+    methods, seeds = [s.method for s in pack], [s.seed for s in pack]
+    trainables = pack[0].method.attach(model, targets, methods, seeds)
+    with ExitStack() as at_end:
+        at_end.callback(trainables.detach)
+        at_end.enter_context(frozen_in_bf16(model, pack[0].precision))
+        load_weights(trainables, [trials[run.id] for run in pack])
+        for run in pack:
+            objective.load_state(run.id, trials[run.id]["meta"]["result"])
+        ids = {run.id for run in pack}
+        found = measure(model, objective, trainables, base.mesh, pack, ids, True)
+        records, ended = {}, {}
+        for run in pack:
+            measures, n_items = found[run.id]
+            result, last = (trials[run.id]["meta"][k] for k in ("result", "last"))
+            if result.get("best_step", result["steps_done"]) == result["steps_done"]:
+                # else the last evaluation was of other weights
+                last = {**last, **measures, "test_items": n_items}
+                curve = [*result["curve"][:-1], {**result["curve"][-1], **measures}]
+                result = {**result, "curve": curve}
+            records[run.id] = last
+            state = "done" if math.isfinite(measures[metric.name]) else "diverged"
+            ended[run.id] = (state, {**result, **measures})
+        step = max(trials[i]["meta"]["step"] for i in ids)
+        yield Event(step, records, ended, lambda: trials, backend(model, base.mesh.size))
+
+
+@torch.no_grad()
+def load_weights(trainables: Trainables, states: Sequence[State]) -> None:
+    """Copy each run's weights from its state."""
+    for name, tensor in trainables.parameters().items():
+        in_state, runs = trainables.part_of(name)
+        for k in range(runs.start, runs.stop):
+            mine = tensor[k - runs.start] if trainables.stacked else tensor
+            mine.copy_(states[k]["tensors"][PARAM + in_state])
 
 
 def measure(
@@ -299,7 +346,7 @@ def stop_early(
     watched = [run for run in runs if run.early_stopping and run.id in measured]
     for run in watched:
         point = progress[run.id].curve[-1]
-        loss = metric.loss(point.get(metric.on_part, point[metric.name]))
+        loss = metric.loss(metric.on_first(point))
         progress[run.id].best.note(step, loss)
     better = {run.id for run in watched if progress[run.id].best.step == step}
     optimizer.keep_best([k for k, run in enumerate(runs) if run.id in better])
@@ -309,6 +356,6 @@ def stop_early(
         steps = [point["step"] for point in points]
         if no_better(progress[run.id].best.step, steps, run.steps) >= run.early_stopping:
             # `on_part` is the metric on the rows of earlier evaluations, which are these rows
-            points[-1].setdefault(metric.on_part, points[-1][metric.name])
+            points[-1].setdefault(metric.on_part, metric.on_first(points[-1]))
             ending.add(run.id)
     return ending

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,6 +17,7 @@ from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.customers.outcome import outcome_of
 from lorasweep.customers.runs import folder_of, planned
 from lorasweep.errors import ModelError, SpecError
+from lorasweep.launch.local import run_points
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.plan import detect
@@ -111,7 +113,8 @@ class Counting(TorchTrainer):
 
 
 def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_path, capsys):
-    assert len(world.trained()) == 13  # three rates for four customers, one for the few rows
+    begun = Counter(world.trained())  # at least three trials and a test, one run for the few rows
+    assert begun["few"] == 1 and all(4 <= n <= 7 for name, n in begun.items() if name != "few")
     printed, errors = capsys.readouterr()
     assert (
         "rows: " in errors
@@ -121,7 +124,9 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     assert "too few unique rows" in printed
     ann = world.facts("ann")
     losses = {t["lr"]: t["validation"] for t in ann["tried"]}
-    assert ann["lr"] == min(losses, key=lambda lr: (losses[lr], lr)) and len(losses) == 3
+    assert ann["lr"] == min(losses, key=lambda lr: (losses[lr], lr)) and not ann["edge"]
+    assert len(losses) == begun["ann"] - 1 and ann["seconds_used"] > ann["seconds"] > 0
+    assert ann["gpu_hours_used"] == 0
     chosen = world.store.result(ann["run"])
     assert ann["gain"] == chosen["nll_start"] - chosen["test_nll"] > 0
     low, high = ann["gain_interval"]
@@ -156,7 +161,7 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     before = {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")}
     write_rows(tmp_path / "bob.jsonl", 25, "Yes! {k}", question="Is it late? {k}")
     world.write(zoe=(None, None, None))
-    assert world.trained() == ["bob"] * 3
+    assert set(world.trained()) == {"bob"}
     untouched = {p for p, t in before.items() if p.stat().st_mtime_ns == t}
     assert before.keys() - untouched == {p for p in before if p.parent.name == "bob"}
 
@@ -304,30 +309,11 @@ def test_errors_are_printed_once_and_a_broken_base_fails_its_customers(world, tm
     assert "7 customers: 5 adapters, 0 not trained yet, 2 with errors" in printed.out
 
 
-def test_the_lower_of_equal_rates_is_chosen_and_diverged_runs_are_skipped(world, capsys):
+def test_the_verdict_of_a_gain_is_by_its_interval(world):
     world.run("rates=3")
     plan = plan_fleet(world.request)
     member = next(m for m in planned(plan.members, plan.points) if m.name == "ann")
-    store, ids = world.store, [p.id for p in member.points]
-
-    class Planted:
-        def __init__(self, losses):
-            self.losses = dict(zip(ids, losses))
-
-        def states(self, given):
-            return {i: "diverged" if self.losses[i] is None else "done" for i in given}
-
-        def result(self, rid):
-            return {**store.result(rid), "test_nll_curve": self.losses[rid], "test_nll": 9.0}
-
-    for losses, chosen, edge in (
-        ([1.0, 1.0, 2.0], 0, "lowest"),
-        ([None, 2.0, 2.0], 1, ""),
-        ([3.0, None, 2.0], 2, "highest"),
-    ):
-        found = outcome_of(member, Planted(losses))
-        assert found.spec.id == ids[chosen] and found.edge == edge and found.gain < 0
-        assert [t.validation for t in found.tried] == losses
+    found = outcome_of(member, world.store)
     verdicts = {9.5: "gained", 9.2: "not known", 8.5: "got worse"}
     for before, verdict in verdicts.items():
         # 4 rows: Student's t of 3 degrees of freedom is 3.18
@@ -337,8 +323,6 @@ def test_the_lower_of_equal_rates_is_chosen_and_diverged_runs_are_skipped(world,
         assert judged.interval == pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
     judged = dataclasses.replace(judged, result=judged.result | {"gain_se": None})
     assert judged.verdict == "not known" and judged.interval is None
-    none = outcome_of(member, Planted([None] * 3))
-    assert none.spec is None and "every learning rate diverged" in none.problem
 
 
 def test_adapters_load_and_are_switched_on_one_base(world, bases, tmp_path):
@@ -539,6 +523,68 @@ def spoiled(write, folder, given, config):
     write(folder, *given)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_measured_run_is_the_run_that_is_trained_in_one_go(world, odd, precision, patience):
+    """Weights, result and records are equal, bit for bit, where each run is a pack; and where the
+    weights of the trial were lost, the run trains."""
+    world.set_table(odd)
+    alone = (f"precision={precision}", f"early_stopping={patience}", "exec.pack_size=1", "rates=3")
+    assert world.run(*alone) == 0
+    ann = world.facts("ann")
+    store, plan = world.store, plan_fleet(world.request)
+    (point,) = [p for p in plan.points if p.spec.test_rows]
+    trial, measured = point.spec.trial.id, store.result(point.id)
+    assert ann["run"] == point.id and measured["trial"] == trial in [t["run"] for t in ann["tried"]]
+    assert "test_nll" not in store.result(trial) and "gain_se" not in store.result(trial)
+    assert (store.result(trial)["steps_done"] < point.spec.steps) == bool(patience)
+    assert measured["wall_s"] > store.result(trial)["wall_s"]
+    assert not (store.folder(trial) / "weights.safetensors").exists()
+    shutil.move(store.folder(point.id), "measured")
+    run_points([point], store, plan.exec, lambda event: None, TorchTrainer())
+    whole, timed = store.result(point.id), ("wall_s", "step_s", "attempt", "trial")
+    a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, measured))
+    assert a == b and "trial" not in whole
+    one, other = (
+        load_file(d / "weights.safetensors") for d in (Path("measured"), store.folder(point.id))
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    speed = ("step_s", "tokens_per_s")
+    before = map(json.loads, Path("measured/metrics.jsonl").read_text().splitlines())
+    for r, s in zip(store.records(point.id), before, strict=True):
+        assert {k: v for k, v in r.items() if k not in speed} == {
+            k: v for k, v in s.items() if k not in speed
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_fleet_killed_between_its_stages_goes_on(world, tmp_path):
+    """Killed with -9 when trials have ended, and again when further rates are tried."""
+    arguments = ("action=fleet", "customers=customers.yaml", "exec.workers=1", "exec.threads=1")
+    store = RunStore(tmp_path / "runs")
+
+    def ended():
+        return sum(store.result(i) is not None for i in store.existing())
+
+    for n in (13, 15):
+        killed_at(lambda: ended() >= n, *arguments, cwd=tmp_path)
+    before = {i: store.last_attempt(i) for i in store.existing() if store.result(i)}
+    command = start(*arguments, cwd=tmp_path)
+    assert command.wait(240) == 0, command.stderr.read()
+    assert all(store.last_attempt(i) == n for i, n in before.items())
+    for name in ("ann", "bob", "eve"):
+        facts = world.facts(name)
+        assert not facts["edge"] and store.result(facts["run"])["trial"]
+    shutil.move(world.folder, "killed")
+    shutil.move(store.root, "killed_runs")
+    command = start(*arguments, cwd=tmp_path)
+    assert command.wait(240) == 0, command.stderr.read()
+    kept = [json.loads(p.read_text()) for p in sorted(Path("killed").glob("*/facts.json"))]
+    whole = [json.loads(p.read_text()) for p in sorted(world.folder.glob("*/facts.json"))]
+    assert [f["run"] for f in kept] == [f["run"] for f in whole]
 
 
 @pytest.mark.slow

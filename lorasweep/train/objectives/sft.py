@@ -75,6 +75,8 @@ class SupervisedFineTuning(OnData):
         self._start_rows: dict[str, np.ndarray | None] = {}
         self._retain_start: dict[str, float] = {}
         self._divergence: dict[str, Divergence] = {}
+        self._on_first: dict[str, float] = {}
+        """Run id -> final NLL on the first held-out rows, for runs with the weights of a trial."""
         self._unknown_start: set[str] = set()
         """Ids of runs that resumed from a checkpoint without a data fingerprint."""
         self._code_nats = dict.fromkeys(data, 0.0)
@@ -97,7 +99,8 @@ class SupervisedFineTuning(OnData):
                     by_row = name == key and bool(data.validation)
                     base.at_start[name] = self._measure(base.model, [examples], [by_row])[0]
             found = dict(base.at_start[key])
-            self._start_rows[run.id] = found.pop(ROWS, None)
+            rows = found.pop(ROWS, None)
+            self._start_rows[run.id] = None if rows is None else np.asarray(rows)
             self._start[run.id] = found
             self._divergence[run.id] = Divergence(found[self.metric.name])
             if data.retain:
@@ -147,10 +150,11 @@ class SupervisedFineTuning(OnData):
         """Return each run's NLL and related measures on its validation rows, or first test rows.
 
         At the end of training they are measured on all test rows. Then `test_nll_curve` is the NLL
-        on the rows of earlier evaluations. With validation rows, `gain_se` is the standard error of
-        the gain. `test_bpb`: bits per byte, for text. With exact_loss the NLL is also given for
-        PARTS. `code_nats`: sum of the train NLLs of all updates, each measured before its update.
-        This is the length of a prequential code of the training data (Dawid 1984).
+        on the rows of earlier evaluations; a trial (RunSpec.test_rows) is measured on these only.
+        With validation rows, `gain_se` is the standard error of the gain. `test_bpb`: bits per
+        byte, for text. With exact_loss the NLL is also given for PARTS. `code_nats`: sum of the
+        train NLLs of all updates, each measured before its update. This is the length of a
+        prequential code of the training data (Dawid 1984).
         """
         tests = [self._data[run.id].test for run in runs]
         validations = [self._data[run.id].validation for run in runs]
@@ -158,9 +162,14 @@ class SupervisedFineTuning(OnData):
             v or t[: run.dataset.n_test_curve or None]
             for run, v, t in zip(runs, validations, tests)
         ]
-        rows = tests if final else firsts
-        found = at_first = self._measure(model, rows, [final and bool(v) for v in validations])
-        if final and (any(validations) or any(len(f) < len(t) for f, t in zip(firsts, tests))):
+        tested = [final and run.test_rows for run in runs]
+        rows = [t if every else f for every, f, t in zip(tested, firsts, tests)]
+        by_row = [every and bool(v) for every, v in zip(tested, validations)]
+        found = at_first = self._measure(model, rows, by_row)
+        if any(
+            every and (v or len(f) < len(t)) and run.id not in self._on_first
+            for run, every, v, f, t in zip(runs, tested, validations, firsts, tests)
+        ):
             at_first = self._measure(model, firsts, [False] * len(firsts))
         for run, test, measures, first in zip(runs, tests, found, at_first):
             n_bytes = [e.n_bytes for e in test if e.n_bytes is not None]
@@ -168,7 +177,11 @@ class SupervisedFineTuning(OnData):
                 bytes_per_token = sum(n_bytes) / sum(int(e.loss.sum()) for e in test)
                 measures["test_bpb"] = measures[self.metric.name] / math.log(2) / bytes_per_token
             if final:
-                measures[self.metric.on_part] = first[self.metric.name]
+                on_first = self._on_first.get(run.id, first[self.metric.name])
+                measures[self.metric.on_part] = on_first
+            if final and not run.test_rows:
+                measures.pop("test_bpb", None)
+                del measures[self.metric.name]
             after, before = measures.pop(ROWS, None), self._start_rows[run.id]
             if after is not None and before is not None:
                 prompts = _prompts(run, test)
@@ -242,7 +255,8 @@ class SupervisedFineTuning(OnData):
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
         """Restore the values of `state`; DataError if the run was started on other data.
 
-        An old checkpoint may lack values. Without a data fingerprint, the result has none either.
+        `state` may also be the result of the run's trial. An old checkpoint may lack values.
+        Without a data fingerprint, the result has none either.
         Without a code length, the code length is NaN. Under divergence rule 1 there is no first
         NLL: the NLL of the next update replaces it, and updates above the old bound do not count.
         """
@@ -250,6 +264,8 @@ class SupervisedFineTuning(OnData):
         judged.first = state.get("first_nll")
         judged.above = 0 if judged.first is None else state["above"]
         self._code_nats[run_id] = state.get("code_nats", math.nan)
+        if self.metric.on_part in state:
+            self._on_first[run_id] = state[self.metric.on_part]
         if DATA_SHA256 not in state:
             self._unknown_start.add(run_id)
         else:
