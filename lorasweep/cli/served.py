@@ -1,10 +1,11 @@
-"""action=verify_served: does each customer's adapter do on a server what it did in training?"""
+"""Compare the adapters of a fleet on a running server with what they do in training."""
 
 import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,9 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.names import aligned
 from lorasweep.sweep.request import Request
 
-COMMON_ROWS, OWN_ROWS, TOKENS = 8, 2, 8
+COMMON_ROWS, OWN_ROWS, TOKENS = 8, 2, 5
 """Rows that all adapters of a base are asked, further rows of each customer, and answer tokens of a
-row: 80 tokens an adapter, and as many requests to a vLLM server."""
+row: 50 tokens an adapter, and as many requests to a vLLM server."""
 HEAD = ("customer", "verdict", "change", "distance", "accepted", "factor", "notes")
 FITS, REFUSED, MISSING, NONE = "folder is right", "folder refused", "missing", "no adapter"
 GOOD = (served.SERVED, FITS)
@@ -59,7 +60,7 @@ def verify(request: Request, store: RunStore) -> int:
     outcomes = [outcome_of(m, store) for m in runs.planned(request.members, request.points)]
     rows = {o.member.folder: _of_folder(o, Path(request.out)) for o in outcomes}
     trained = [o for o in outcomes if o.spec is not None]
-    lines, servers = [], [Server(url) for url in request.url.split(",") if url]
+    servers = [Server(url) for url in request.url.split(",") if url]
     at = {name: s for s in servers for name in s.models if name in rows}
     if servers and not at:
         names = ", ".join(sorted({name for s in servers for name in s.models}))
@@ -68,13 +69,11 @@ def verify(request: Request, store: RunStore) -> int:
             f"{', '.join([*rows][:5])}). Start it with the command on the fleet's page: "
             f"{Path(request.out) / 'index.html'}"
         )
-    trainer, bases = (
-        TorchTrainer(),
-        dict.fromkeys((o.spec.model, o.spec.precision) for o in trained),
-    )
-    for base in bases if servers else ():
-        group = [o for o in trained if (o.spec.model, o.spec.precision) == base]
-        lines.append(_compare(group, at, rows, trainer, store, request.exec))
+    groups: dict[Any, list[Outcome]] = {}
+    for o in trained if servers else ():
+        groups.setdefault((o.spec.model, o.spec.precision), []).append(o)
+    trainer = TorchTrainer()
+    lines = [_compare(g, at, rows, trainer, store, request.exec) for g in groups.values()]
     if request.format == "json":
         found = [{**vars(r), "found": r.found and vars(r.found)} for r in rows.values()]
         print(json.dumps(found))
@@ -116,10 +115,15 @@ def _compare(
     own = {o.member.folder: _rows(trainer.data(o.spec, exec_), spec.seed) for o in group}
     each = -(-COMMON_ROWS // len(own))
     common = [row for mine in own.values() for row in mine[:each]][:COMMON_ROWS]
-    asked = {name: common + mine[each : each + OWN_ROWS] for name, mine in own.items()}
-    here = {name: trainer.log_p(spec, exec_, mine) for name, mine in asked.items()}
+    own = {name: mine[each : each + OWN_ROWS] for name, mine in own.items()}
+    of_common = trainer.log_p(spec, exec_, common)
+    here = {n: np.append(of_common, trainer.log_p(spec, exec_, mine)) for n, mine in own.items()}
     # before the adapters: a server may load these at their first request, and mix them up
-    base = {name: s.log_p(s.base_of(name, at), asked[name]) for name, s in there.items()}
+    by_url = {s.url: s.log_p(s.base_of(name, at), common) for name, s in there.items()}
+    base = {
+        name: np.append(by_url[s.url], s.log_p(s.base_of(name, at), own[name]))
+        for name, s in there.items()
+    }
     noise = served.rms(np.concatenate([base[name] - here[name] for name in there]))
     spread = float(np.std(np.concatenate([*here.values()])))
     if noise > served.OTHER_BASE * spread:
@@ -131,19 +135,19 @@ def _compare(
             "adapters were trained on. On a CPU, vLLM gives its base the adapter in its last slot: "
             "set --max-loras above the number of adapters."
         )
-    n_common, trained = sum(int(row.loss.sum()) for row in common), {}
+    trained = {}
     for o in group:
         name, weights = o.member.folder, checkpoint.load_weights(store.folder(o.spec.id))
         if weights is None:
             rows[name].verdict = NONE
             rows[name].notes.append(f"the weights of run {o.spec.id} were not kept")
         else:
-            trained[name] = trainer.log_p(o.spec, exec_, asked[name], weights)
-    of_common = {name: values[:n_common] for name, values in trained.items()}
-    for name in there.keys() & trained.keys():
-        answers = there[name].log_p(name, asked[name])
+            trained[name] = trainer.log_p(o.spec, exec_, [*common, *own[name]], weights)
+    shared = {name: values[: len(of_common)] for name, values in trained.items()}
+    for name in (n for n in there if n in trained):
+        answers = there[name].log_p(name, [*common, *own[name]])
         probe = served.Probe(here[name], trained[name], base[name], answers)
-        row, found = rows[name], served.judge(name, probe, of_common, noise)
+        row, found = rows[name], served.judge(name, probe, shared, noise)
         row.found, row.verdict = found, found.verdict if row.verdict == FITS else row.verdict
         if found.verdict == served.ANOTHERS:
             row.notes.append(f"it is the adapter of {rows[found.nearest].name}")

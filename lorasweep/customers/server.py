@@ -72,12 +72,12 @@ class Server:
             found = [a["choices"][0]["logprobs"]["token_logprobs"] for a in answers]
             if not self._is_vllm:  # the first token has no log p
                 found = [np.array(f[1 : len(r.loss)])[r.loss[1:]] for f, r in zip(found, rows)]
-            return np.concatenate(found).astype(float)
+            return np.concatenate([np.zeros(0), *found]).astype(float)
         except (KeyError, TypeError, ValueError, IndexError):
             raise SpecError(
                 f"url={self.url}: the server returns no log-probabilities of given tokens "
-                "(/v1/completions with echo=true and logprobs=1), so its answers cannot be compared "
-                "with the trainer's. vLLM and SGLang return them."
+                "(/v1/completions with echo=true and logprobs=1), so its answers cannot be "
+                "compared with the trainer's. vLLM and SGLang return them."
             ) from None
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -37,4 +37,4 @@ def log_p(
         at_end.enter_context(frozen_in_bf16(model, run.precision))
         found = [token_log_p(model, collate([row]), run.precision)[0] for row in rows]
     values = [f[: int(row.loss.sum())].double().cpu().numpy() for f, row in zip(found, rows)]
-    return np.concatenate(values)
+    return np.concatenate([np.zeros(0), *values])
