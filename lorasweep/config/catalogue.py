@@ -1,4 +1,4 @@
-"""The models and machines of configuration files, by name; each is read when first needed."""
+"""Models, machines and serving profiles by name, from files that are read when first needed."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from lorasweep.customers.serving import Profile
 from lorasweep.plan import hardware
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.canonical import build
@@ -37,6 +38,14 @@ def machines(folders: Sequence[Path]) -> dict[str, Callable[[], Hardware]]:
         path.stem.lower(): cache(lambda path=path: hardware.from_plain(_plain(path)))
         for path in _files(folders, "hardware")
         if path.stem != "this_machine"
+    }
+
+
+def profiles(folders: Sequence[Path]) -> dict[str, Callable[[], Profile]]:
+    """Return functions that read serving profiles, by file name."""
+    return {
+        path.stem: cache(lambda path=path: build(Profile, _plain(path)))
+        for path in reversed(_files(folders, "serve"))
     }
 
 
