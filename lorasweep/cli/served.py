@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from lorasweep.config import catalogue
 from lorasweep.customers import runs, served
+from lorasweep.customers.folders import problems
 from lorasweep.customers.outcome import Outcome, outcome_of
 from lorasweep.customers.pages import printable
 from lorasweep.customers.server import Server
+from lorasweep.customers.serving import Profile
 from lorasweep.data.examples import Data, Example
 from lorasweep.errors import SpecError
 from lorasweep.launch.trainer import TorchTrainer
@@ -58,14 +61,18 @@ def verify(request: Request, store: RunStore) -> int:
             it returns no log-probabilities.
     """
     outcomes = [outcome_of(m, store) for m in runs.planned(request.members, request.points)]
-    rows = {o.member.folder: _of_folder(o, Path(request.out)) for o in outcomes}
+    profile = catalogue.profiles([Path(f) for f in request.folders])[
+        getattr(request, "serve", "peft")
+    ]()
+    rows = {o.member.folder: _of_folder(o, Path(request.out), profile) for o in outcomes}
     trained = [o for o in outcomes if o.spec is not None]
-    servers = [Server(url) for url in request.url.split(",") if url]
+    urls = [request.url] if isinstance(request.url, str) else request.url
+    servers = [Server(str(url)) for url in urls if url]
     at = {name: s for s in servers for name in s.models if name in rows}
     if servers and not at:
         names = ", ".join(sorted({name for s in servers for name in s.models}))
         raise SpecError(
-            f"url={request.url}: serves {names}, and no customer of {request.customers} (expected "
+            f"url={','.join(urls)}: serves {names}, and no customer of {request.customers} (expected "
             f"{', '.join([*rows][:5])}). Start it with the command on the fleet's page: "
             f"{Path(request.out) / 'index.html'}"
         )
@@ -84,12 +91,15 @@ def verify(request: Request, store: RunStore) -> int:
     return 0 if all(r.verdict in GOOD for r in rows.values()) else 1
 
 
-def _of_folder(outcome: Outcome, fleet: Path) -> Row:
-    """Check a customer's folder as a server would."""
-    name, folder = outcome.member.name, outcome.member.folder
-    if outcome.spec is None:
-        return Row(name, folder, NONE, [outcome.problem])
-    return Row(name, folder, FITS, [])
+def _of_folder(outcome: Outcome, fleet: Path, profile: Profile) -> Row:
+    """Check a customer's folder for what the server would refuse or ignore."""
+    member, spec = outcome.member, outcome.spec
+    if spec is None:
+        return Row(member.name, member.folder, NONE, [outcome.problem])
+    rank = profile.largest_rank(spec.method.rank)
+    folder, class_of = fleet / member.folder, getattr(member, "served", {}).get("architecture", "")
+    wrong = problems(folder, profile, spec.model, rank, class_of)
+    return Row(member.name, member.folder, REFUSED if wrong else FITS, wrong)
 
 
 def _compare(

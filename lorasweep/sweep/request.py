@@ -50,8 +50,8 @@ class Settings:
     it is decided."""
     instead_of_full: str = ""
     """action=fleet: "lora" trains LoRA where the adviser says full fine-tuning."""
-    url: str = ""
-    """action=verify_served: addresses of servers, separated by commas; empty: folders only."""
+    url: Any = ""
+    """action=verify_served: address of a server, or a list; empty: only folders are checked."""
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,7 @@
 """Verdicts on planted log-probabilities, and how a server is asked."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from lorasweep.customers.served import (
 from lorasweep.customers.server import KEY, Server
 from lorasweep.data.examples import Example
 from lorasweep.errors import SpecError
+from tests.answering import answering, openai
 
 COMMON, OWN, NOISE = 64, 16, 0.02
 
@@ -99,58 +99,19 @@ ROWS = [
 
 
 def log_p_of(model, tokens):
-    """Planted: log p of the last token."""
-    return -(len(model) + sum(tokens) + 10 * len(tokens)) / 7
+    """Planted: log p of all tokens but the first."""
+    return [-(len(model) + sum(tokens[:t]) + 10 * t) / 7 for t in range(2, len(tokens) + 1)]
 
 
 @pytest.fixture
-def serve(request):
-    """Start a server that answers as `reply(path, body)` says; returns its address."""
-    started = []
-
-    def start(reply):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.answer(None)
-
-            def do_POST(self):
-                self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def answer(self, body):
-                status, text = reply(self.path, body, self.headers)
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *args):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        started.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
+def serve():
+    """Start a server that answers as `reply(path, body, headers)` says; returns its address."""
+    with ExitStack() as started:
+        yield lambda reply: started.enter_context(answering(reply))
 
 
 def reply_of(owner, models=(("base", None), ("ann", "base"))):
-    def reply(path, body, headers):
-        if path == "/v1/models":
-            listed = [{"id": n, "parent": p, "owned_by": owner} for n, p in models]
-            return 200, json.dumps({"data": listed})
-        tokens = body["prompt"]
-        if owner == "vllm":
-            values = [log_p_of(body["model"], [*tokens, *body["allowed_token_ids"]])]
-        else:
-            assert body["echo"]
-            values = [log_p_of(body["model"], tokens[: t + 1]) for t in range(len(tokens) + 1)]
-            values[0] = None
-        return 200, json.dumps({"choices": [{"logprobs": {"token_logprobs": values}}]})
-
-    return reply
+    return openai(owner, dict(models), log_p_of)
 
 
 @pytest.mark.parametrize("owner", ["vllm", "sglang"])
@@ -158,7 +119,7 @@ def test_both_ways_to_ask_give_the_answer_tokens_in_order(serve, owner):
     server = Server(serve(reply_of(owner)) + "/v1/")
     assert server.models == {"base": "", "ann": "base"}
     assert server.base_of("ann", ["ann"]) == "base"
-    expected = [log_p_of("ann", t) for t in ([5, 6, 7], [5, 6, 7, 8], [9, 4])]
+    expected = [log_p_of("ann", t)[-1] for t in ([5, 6, 7], [5, 6, 7, 8], [9, 4])]
     assert server.log_p("ann", ROWS) == pytest.approx(expected)
 
 
