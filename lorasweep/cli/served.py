@@ -71,10 +71,10 @@ def verify(request: Request, store: RunStore) -> int:
     at = {name: s for s in servers for name in s.models if name in rows}
     if servers and not at:
         names = ", ".join(sorted({name for s in servers for name in s.models}))
+        page = Path(request.out) / "index.html"
         raise SpecError(
-            f"url={','.join(urls)}: serves {names}, and no customer of {request.customers} (expected "
-            f"{', '.join([*rows][:5])}). Start it with the command on the fleet's page: "
-            f"{Path(request.out) / 'index.html'}"
+            f"url={','.join(urls)}: serves {names}, and no customer of {request.customers} "
+            f"(expected {', '.join([*rows][:5])}). Start it with the command on the page {page}"
         )
     groups: dict[Any, list[Outcome]] = {}
     for o in trained if servers else ():
