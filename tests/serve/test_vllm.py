@@ -148,7 +148,7 @@ def wider(found):
 
 
 def with_head(found, vocab):
-    a = next(t for n, t in found.items() if "q_proj.lora_A" in n)
+    a = next(t for n, t in found.items() if "q_proj.lora_A" in n).clone()
     head = "base_model.model.lm_head.lora"
     return {**found, f"{head}_A.weight": a, f"{head}_B.weight": torch.zeros(vocab, len(a))}
 
@@ -215,20 +215,20 @@ LLAMA = {
 def test_faults_of_a_folder_are_found_before_it_is_served(three, tmp_path):
     verdicts, _, status = three.verified()
     assert status == 0 and set(verdicts.values()) == {"folder is right"}
-    mine = three.folder / "shout"
-    shutil.copytree(mine, tmp_path / "kept")
-    for fault, (plant, sentence) in FOLDER_FAULTS.items():
-        plant(mine, *three.sizes)
+    for name in three.names:
+        shutil.copytree(three.folder / name, tmp_path / name)
+    faults = list(FOLDER_FAULTS.items())
+    for start in range(0, len(faults), len(three.names)):
+        planted = dict(zip(three.names, faults[start:]))
+        for name, (_, (plant, _)) in planted.items():
+            plant(three.folder / name, *three.sizes)
         verdicts, found, status = three.verified()
-        shutil.rmtree(mine)
-        shutil.copytree(tmp_path / "kept", mine)
-        assert status == 1, fault
-        assert verdicts == {
-            "maths": "folder is right",
-            "shout": "folder refused",
-            "refuse": "folder is right",
-        }
-        assert any(sentence in note for note in found["shout"]["notes"]), (fault, found["shout"])
+        for name, (fault, (_, sentence)) in planted.items():
+            assert verdicts[name] == "folder refused", fault
+            assert any(sentence in note for note in found[name]["notes"]), (fault, found[name])
+            shutil.rmtree(three.folder / name)
+            shutil.copytree(tmp_path / name, three.folder / name)
+        assert status == 1
 
 
 def test_three_customers_are_served_and_faults_of_the_server_are_found(three, tmp_path):
