@@ -19,6 +19,7 @@ from lorasweep.customers.advice import Advice, answers, plain_of
 from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
 from lorasweep.customers.outcome import outcome_of
 from lorasweep.customers.read import Failed, Row, check_rows, expected, read_customers
+from lorasweep.customers.serving import Profile
 from lorasweep.data import chat
 from lorasweep.errors import SpecError, unknown
 from lorasweep.launch import local
@@ -155,6 +156,10 @@ def measure(request: Request) -> int:
 # ---------------------------------------------------------------- action=fleet
 
 
+def _profiles(request: Request) -> dict[str, Callable[[], Profile]]:
+    return catalogue.profiles([Path(folder) for folder in request.folders])
+
+
 def plan_fleet(request: Request) -> Request:
     """Return the request for the runs of a table's customers; print the problems of rows.
 
@@ -164,13 +169,19 @@ def plan_fleet(request: Request) -> Request:
     if request.members:  # a follow-up job trains the planned runs, without reading the table again
         return request
     customers = read_customers(Path(request.customers))
-    rules, members = runs.fleet_of(request, customers, known(request))
+    rules, members = runs.fleet_of(request, customers, known(request), _profiles(request))
     for m in members:
         if m.problem:
             print(f"error in {pages.printable(m.problem)}", file=sys.stderr)
     kinds = sum((Counter(m.rows.kinds) for m in members if not m.problem), Counter())
     if kinds and request.format != "json":
         print(chat.rows_line(kinds), file=sys.stderr)
+    left_out = Counter(why for m in members if (why := m.served.get("left_out")))
+    for why, count in left_out.items():
+        of = f"{count} of {len(members)} customers"
+        print(
+            f"serve={rules.serve}: no adapter of the unembedding for {of}: {why}", file=sys.stderr
+        )
     folder, dirs = runs.fleet_folder(request), runs.data_dirs(request)
     if request.action == "fleet":
         runs.write_rules(folder, rules)
@@ -178,6 +189,7 @@ def plan_fleet(request: Request) -> Request:
         request,
         action="run" if request.action == "fleet" else request.action,
         out=str(folder),
+        serve=rules.serve,
         exec=dataclasses.replace(
             request.exec, data_dir=dirs, keep_weights=True, skip_broken_data=True
         ),
@@ -205,7 +217,8 @@ def fleet(
         unfinished = [[t for t in o.tried if t.state not in FINAL] for o in outcomes if o.open]
         waiting = sum(all(t.run in there or t.state == "running" for t in u) for u in unfinished)
     folder, title = Path(plan.out), Path(plan.customers).stem
-    outcomes = adapters.export(outcomes, store, folder, title, write_adapter)
+    profile = _profiles(plan)[plan.serve]()
+    outcomes = adapters.export(outcomes, store, folder, title, write_adapter, profile)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
     if plan.mirror == "wandb":
         from lorasweep.tracking.wandb import mirror

@@ -61,9 +61,7 @@ def verify(request: Request, store: RunStore) -> int:
             it returns no log-probabilities.
     """
     outcomes = [outcome_of(m, store) for m in runs.planned(request.members, request.points)]
-    profile = catalogue.profiles([Path(f) for f in request.folders])[
-        getattr(request, "serve", "peft")
-    ]()
+    profile = catalogue.profiles([Path(folder) for folder in request.folders])[request.serve]()
     rows = {o.member.folder: _of_folder(o, Path(request.out), profile) for o in outcomes}
     trained = [o for o in outcomes if o.spec is not None]
     urls = [request.url] if isinstance(request.url, str) else request.url
@@ -97,7 +95,7 @@ def _of_folder(outcome: Outcome, fleet: Path, profile: Profile) -> Row:
     if spec is None:
         return Row(member.name, member.folder, NONE, [outcome.problem])
     rank = profile.largest_rank(spec.method.rank)
-    folder, class_of = fleet / member.folder, getattr(member, "served", {}).get("architecture", "")
+    folder, class_of = fleet / member.folder, member.served.get("architecture", "")
     wrong = problems(folder, profile, spec.model, rank, class_of)
     return Row(member.name, member.folder, REFUSED if wrong else FITS, wrong)
 

@@ -29,7 +29,7 @@ class Action:
     """With customers=FILE, the action uses the runs of a fleet."""
 
 
-FLEET_SETTINGS = ("customers", "rates", "instead_of_full", "out")
+FLEET_SETTINGS = ("customers", "rates", "instead_of_full", "serve", "out")
 
 ACTIONS: dict[str, Action] = {
     action.name: action
@@ -137,8 +137,9 @@ ACTIONS: dict[str, Action] = {
             "fleet",
             "train an adapter for each customer of a table (column data: a .jsonl, .json, .csv or "
             ".parquet file, or a folder with train and test). rates=3: learning rates tried around "
-            "the advised one, or rates=advised; instead_of_full=lora; out=DIR. action=plan, "
-            "status, cancel, fetch and measure_packs take customers=FILE, too",
+            "the advised one, or rates=advised; instead_of_full=lora; serve=vllm: adapters for "
+            "vLLM; out=DIR. action=plan, status, cancel, fetch and measure_packs take "
+            "customers=FILE, too",
             "customers=FILE",
             reads=FLEET_SETTINGS,
             about="customers",

@@ -128,6 +128,12 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     sources = settings.runtime.config_sources
     _refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
     config = _object(cfg)
+    if changed := next((o for o in overrides if o.lstrip("+~").startswith("serve.")), None):
+        raise SpecError(
+            f"{changed!r} changes a rule of a server. Rules are read from its file: copy one of "
+            "conf/serve to DIR/serve/NAME.yaml, change it there, and add --config-dir=DIR "
+            "serve=NAME."
+        )
     for name, allowed in (("format", FORMATS), ("mirror", MIRRORS)):
         if getattr(config, name) not in allowed:
             raise SpecError(unknown(name, getattr(config, name), allowed))
@@ -139,6 +145,7 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     check_cluster(cluster)
     check_pack_size(exec_, cluster)
     sweep_name = settings.runtime.choices.get("sweep")
+    config.serve = settings.runtime.choices["serve"]
     action = check_action(config, sweep_name)
     if hardware:
         machine = from_plain(hardware).name

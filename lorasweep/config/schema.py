@@ -53,6 +53,8 @@ class Config(Settings, writable(RunSpec)):  # type: ignore[misc]
     """The whole configuration: the fields of a run, the scale, and the settings of the command."""
 
     rates: int | str = 3
+    serve: Any = "peft"
+    """Read from a file in conf/serve; a request has its name."""
     arms: Any = ""
     """Names of the sweep's arms to train, one or a list; empty: all."""
     scale: Scale = field(default_factory=Scale)

@@ -11,13 +11,14 @@ from typing import Any
 
 import yaml
 
+from lorasweep.customers.folders import ADAPTER, problems
 from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
 from lorasweep.customers.pages import plain_text, render
+from lorasweep.customers.serving import BASE, PEFT, Profile, serve_command
 from lorasweep.errors import ModelError
 from lorasweep.store import checkpoint, files
 from lorasweep.store.run_store import RunStore
 
-ADAPTER = "adapter_model.safetensors"
 CARD, FACTS, PAGE = "README.md", "facts.json", "index.html"
 WriteAdapter = Callable[..., None]
 """(folder, spec, weights, commit of the base, name of the base): writes a folder for PEFT."""
@@ -31,7 +32,12 @@ NAMED = 12
 
 
 def export(
-    found: Sequence[Outcome], store: RunStore, folder: Path, title: str, save: WriteAdapter
+    found: Sequence[Outcome],
+    store: RunStore,
+    folder: Path,
+    title: str,
+    save: WriteAdapter,
+    profile: Profile = PEFT,
 ) -> list[Outcome]:
     """Write the folders of customers with an adapter, and the page; return the outcomes.
 
@@ -39,7 +45,7 @@ def export(
     the table, keeps the folder of an earlier command.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = [_export(o, store, folder, save) if o.spec else o for o in found]
+    found = [_export(o, store, folder, save, profile) if o.spec else o for o in found]
     chosen = [o for o in found if o.spec is not None]
     for run in (t.run for o in chosen for t in o.tried if t.run != o.spec.id):
         (store.folder(run) / checkpoint.WEIGHTS).unlink(missing_ok=True)
@@ -69,13 +75,16 @@ def export(
         names=names,
         rows=[cells(o) for o in found],
         cards=cards,
+        commands=_commands(chosen, profile),
         gone=[str(earlier[f].get("name")) for f in sorted(gone)],
     )
     files.write_atomic(folder / PAGE, page.encode(errors="replace"))
     return found
 
 
-def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter) -> Outcome:
+def _export(
+    outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter, profile: Profile
+) -> Outcome:
     """Replace a customer's folder as a whole, unless it is up to date."""
     mine, facts = folder / outcome.member.folder, json.dumps(outcome.plain(), indent=1)
     there = mine / FACTS
@@ -95,6 +104,13 @@ def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter)
         save(partial, spec, weights, outcome.result.get("base_commit"), outcome.base)
     except ModelError as error:  # PEFT would read other weights
         return dataclasses.replace(outcome, spec=None, result={}, problem=str(error))
+    member = outcome.member
+    largest = profile.largest_rank(member.advised["rank"])
+    architecture = member.served.get("architecture", "")
+    if wrong := problems(partial, profile, spec.model, largest, architecture):
+        shutil.rmtree(partial)
+        problem = f"{profile.server} would not serve the adapter as trained: {' '.join(wrong)}"
+        return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
     on_hub = spec.model.source == "hub"  # else the hub would link the card to another model
     head: dict[str, Any] = {"base_model": outcome.base} if on_hub else {}
     head |= {"library_name": "peft", "tags": ["lora"]}
@@ -103,6 +119,7 @@ def _export(outcome: Outcome, store: RunStore, folder: Path, save: WriteAdapter)
         head=yaml.safe_dump(head, sort_keys=False),
         name=plain_text(outcome.member.name),
         facts=[(name, plain_text(text)) for name, text in _facts(outcome)],
+        serve=outcome.member.served.get("command"),
     )
     # text that UTF-8 cannot hold is written with question marks
     (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
@@ -127,6 +144,26 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     text = render("facts.txt", p=outcome.plain(), rows=member.rows, model=model)
     facts = (line.partition(": ") for line in text.split("\n") if line)
     return [(name, fact) for name, _, fact in facts]
+
+
+def _commands(found: Sequence[Outcome], profile: Profile) -> list[tuple[str, str]]:
+    """Return (base, command that serves all its adapters from the fleet's folder) by base."""
+    by_base: dict[str, list[Outcome]] = {}
+    for o in found:
+        by_base.setdefault(o.base, []).append(o)
+    return [
+        (
+            base,
+            serve_command(
+                profile,
+                base if own[0].spec.model.source == "hub" else BASE,
+                {o.member.folder: f"./{o.member.folder}" for o in own},
+                max(o.member.advised["rank"] for o in own),
+            ),
+        )
+        for base, own in by_base.items()
+        if profile.command
+    ]
 
 
 def cells(outcome: Outcome) -> list[str]:

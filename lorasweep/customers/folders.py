@@ -172,10 +172,10 @@ def _of_tensors(
         yield f"adapters of experts: {profile.no_experts}."
 
 
-def _shapes(model: ModelSpec) -> dict[str, tuple[int, int, int]]:
+def _shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return inputs, outputs and number of experts of a base's modules, by the end of the name."""
     names = [n for layer_set in LAYER_SETS for n in model.modules(layer_set)[0] if n != "experts"]
-    found = {n: (*model.known_shapes[n], 1) for n in names}
+    found: dict[str, tuple[int, ...]] = {n: (*model.known_shapes[n], 1) for n in names}
     if n := model.n_experts:
         found[model.modules(ROUTER)[0][0]] = (model.hidden_size, n, 1)
         found["experts.base_layer"] = (model.hidden_size, 2 * model.mlp_size, n)

@@ -175,6 +175,7 @@ class Outcome:
             "advised_why": advised["why"],
             "advised_lr": advised["lr_source"],
             "warnings": advised["warnings"],
+            **({"served": m.served} if m.served else {}),
         }
 
 

@@ -40,7 +40,7 @@ EXAMPLES = 20
 
 @dataclass(frozen=True)
 class Rules:
-    """How a fleet reads rows, and which layers it adapts. The fleet's folder keeps the rules."""
+    """How a fleet reads rows, and what it adapts for which server. Its folder keeps the rules."""
 
     template: str | None = None
     render: str | None = None
@@ -53,6 +53,8 @@ class Rules:
     answers: str = "last"
     """Answers of messages in the loss if there is no mask: all in new fleets, last in those whose
     folder does not say it."""
+    serve: str = "peft"
+    """Name of the serving profile."""
 
     def form(self, format: str, tokenizer: Any) -> dict[str, Any]:
         """Return the fields of DatasetSpec that determine how text is rendered and learned."""

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
 from lorasweep.customers.rows import BY_ROW, CHAT, PLAIN, SPLITS, Rows, Rules, rows_of, with_lengths
 from lorasweep.customers.rules.rates import ALPHA
+from lorasweep.customers.serving import BASE, PEFT, Profile, adapted, serve_command
 from lorasweep.data.own import EXPECTED
-from lorasweep.errors import DataError, ModelError, SpecError
+from lorasweep.errors import DataError, ModelError, SpecError, unknown
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.forecast import Forecaster
 from lorasweep.plan.placement import Misfit
@@ -66,6 +67,9 @@ class Member:
     """A run for each learning rate, lowest first."""
     not_early: str = ""
     """Why early stopping, although requested, is off."""
+    served: dict[str, str] = field(default_factory=dict)
+    """For a server: its name, the architecture of the base if it matters, why the unembedding was
+    left out, and the command to serve."""
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values, from which `planned` rebuilds the Member together with the runs."""
@@ -107,6 +111,8 @@ def build_runs(
     request: Request,
     rules: Rules,
     tokenizer_of: Callable[[ModelSpec], Any],
+    profile: Profile = PEFT,
+    architecture_of: Callable[[ModelSpec], str] = lambda model: "",
 ) -> list[Member]:
     """Advise each customer and build its runs; a wrong row does not affect other customers.
 
@@ -115,6 +121,7 @@ def build_runs(
         request: all runs are copies of the one run in it, with other model, data set, rank, alpha,
             layers, learning rate, batch size and number of updates.
         tokenizer_of: returns the tokenizer of a base, or the error why there is none.
+        architecture_of: returns the class that a base's config.json names; '' if it names none.
 
     Raises:
         SpecError: adapters cannot be trained with the settings of the request.
@@ -143,7 +150,8 @@ def build_runs(
     for c in customers:
         if not isinstance(c, Failed):
             try:
-                found.append(_member(c, known, request, rules, tokenizer_of, planner))
+                served = partial(_served, profile, rules.layers, architecture_of)
+                found.append(_member(c, known, request, rules, tokenizer_of, planner, served))
                 continue
             except (RowError, SpecError) as error:
                 c = Failed(c.where, c.name, getattr(error, "problems", [str(error)]))
@@ -158,6 +166,7 @@ def _member(
     rules: Rules,
     tokenizer_of: Callable[[ModelSpec], Any],
     planner: Forecaster | None,
+    served: Callable[[ModelSpec, str, int], tuple[str, dict[str, str]]],
 ) -> Member:
     """Read a customer's rows, advise, and build the runs; RowError, SpecError: the row is wrong."""
     model = shape_of(c, known.models)
@@ -190,7 +199,8 @@ def _member(
             f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
             f"train LoRA of rank {choice.rank} nevertheless; its card will say so."
         )
-    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": rules.layers}
+    layers, by = served(advice.model, folder, choice.rank)
+    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": layers}
     steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / batch))
     rate, patience = middle_rates(advice)[0], base.early_stopping
     not_early = why_not_early(patience, steps, rows.dataset.n_validation) if patience else ""
@@ -223,14 +233,37 @@ def _member(
         warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
     advised = {key: getattr(choice, key) for key in ("method", "why", "rank", "load")}
     advised |= {"lr_source": advice.rate.source, "warnings": warnings}
-    return Member(c.where, c.name, folder, "", advised, rows, points, not_early)
+    return Member(c.where, c.name, folder, "", advised, rows, points, not_early, by)
+
+
+def _served(
+    profile: Profile,
+    layers: str,
+    architecture_of: Callable[[ModelSpec], str],
+    model: ModelSpec,
+    folder: str,
+    rank: int,
+) -> tuple[str, dict[str, str]]:
+    """Return the layers to adapt, and Member.served; SpecError: the server takes none."""
+    if profile == PEFT:
+        return layers, {}
+    profile.largest_rank(rank)
+    architecture = architecture_of(model)
+    layers, left_out = adapted(profile, layers, model, architecture)
+    base = model.location if model.source == "hub" else BASE
+    command = serve_command(profile, base, {folder: "."}, rank)
+    by = {"by": profile.server, "architecture": architecture}
+    return layers, {**by, "left_out": left_out, "command": command}
 
 
 # ---------------------------------------------------------------- a request's fleet
 
 
 def fleet_of(
-    request: Request, customers: Sequence[Customer | Failed], known: Known
+    request: Request,
+    customers: Sequence[Customer | Failed],
+    known: Known,
+    profiles: Mapping[str, Callable[[], Profile]],
 ) -> tuple[Rules, list[Member]]:
     """Return the rules by which rows are read, and the customers with their runs.
 
@@ -257,11 +290,29 @@ def fleet_of(
             return error
 
     spec, given = request.points[0].spec, _given(request)
-    members = partial(build_runs, customers, known, request, tokenizer_of=tokenizer_of)
     kept = read_rules(fleet_folder(request))
     new = Rules(layers=spec.method.plain()["layers"], answers="all")
     rules = dataclasses.replace(kept or new, **given)
+    if rules.serve not in profiles:
+        raise SpecError(unknown("serve", rules.serve, profiles))
+    profile = profiles[rules.serve]()
+    members = partial(
+        build_runs,
+        customers,
+        known,
+        request,
+        tokenizer_of=tokenizer_of,
+        profile=profile,
+        architecture_of=partial(load.architecture_of, models_dirs=request.exec.models_dir),
+    )
     found = members(rules)
+    changed = [m for m in found if m.served.get("left_out")]
+    if changed and "layers" in given:
+        raise SpecError(
+            f"method.layers={given['layers']} with serve={rules.serve}: the unembedding of "
+            f"customer {changed[0].name!r} is left out, as {changed[0].served['left_out']}. Add "
+            "method.layers=attention+mlp, or leave method.layers out, or add serve=peft."
+        )
     there = set() if kept else set(RunStore(request.exec.runs_dir).existing())
     if not there:
         return rules, found
@@ -299,6 +350,8 @@ def _given(request: Request) -> dict[str, Any]:
         found["template"] = data.template if whole or "template" in named else by_default
     if "mask" in named:
         found["mask"] = data.mask
+    if "serve" in keys:
+        found["serve"] = request.serve
     if "method.layers" in keys:
         found["layers"] = spec.method.plain()["layers"]
     return found

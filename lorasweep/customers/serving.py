@@ -4,7 +4,7 @@ A profile is a file of conf/serve, in which every rule has its source.
 """
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,8 @@ from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ROUTER, ModelSpec
 
 HEAD = "unembedding"
+BASE = "BASE"
+"""What a command names in place of a base that is not on the hub."""
 IN_BATCH = 8
 """Largest number of adapters in a batch that a command asks for; each takes GPU memory. A
 convention; vLLM's default is 1."""
@@ -77,9 +79,10 @@ class Profile(Value):
         )
 
 
-def adapted(
-    profile: Profile, layers: str, model: ModelSpec, architecture_of: Callable[[ModelSpec], str]
-) -> tuple[str, str]:
+PEFT = Profile()
+
+
+def adapted(profile: Profile, layers: str, model: ModelSpec, architecture: str) -> tuple[str, str]:
     """Return the layer sets to adapt for a server, and why the unembedding was left out of them.
 
     Raises:
@@ -91,9 +94,8 @@ def adapted(
             f"serve={profile.name}, and model {model.name!r} has experts: {profile.no_experts}. "
             "Add method.layers=attention, or serve=peft."
         )
-    needs_class = HEAD in sets and profile.heads is not None
-    why = profile.why_no_head(model, architecture_of(model) if needs_class else "")
-    if HEAD not in sets or not why:
+    why = profile.why_no_head(model, architecture) if HEAD in sets else ""
+    if not why:
         return layers, ""
     left = "+".join(s for s in sets if s != HEAD)
     if not left:

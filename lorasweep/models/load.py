@@ -221,6 +221,17 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = Fa
     return AutoTokenizer.from_pretrained(_folder(spec, models_dirs))
 
 
+def architecture_of(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
+    """Return the class that the config.json of a model with a tokenizer names; '' if it names none.
+
+    Raises:
+        ModelError: the model is missing.
+    """
+    folder = hub.cached_config(spec) if spec.source == "hub" else _folder(spec, models_dirs)
+    config = json.loads((folder / "config.json").read_text())
+    return next(iter(config.get("architectures") or ()), "")
+
+
 def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
     """Build a model from transformers' config as `load` does, but on the device 'meta'."""
     from transformers import AutoModelForCausalLM

@@ -52,6 +52,8 @@ class Settings:
     """action=fleet: "lora" trains LoRA where the adviser says full fine-tuning."""
     url: Any = ""
     """action=verify_served: address of a server, or a list; empty: only folders are checked."""
+    serve: str = "peft"
+    """action=fleet: the server of the adapters, by a file in conf/serve."""
 
 
 @dataclass(kw_only=True)

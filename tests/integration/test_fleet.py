@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from lorasweep.cli.actions import act
 from lorasweep.cli.customers import plan_fleet
+from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.customers.outcome import outcome_of
-from lorasweep.customers.runs import planned
+from lorasweep.customers.runs import folder_of, planned
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
@@ -453,6 +454,56 @@ def test_the_card_counts_shared_prompts_and_the_interval_is_over_prompts(world, 
     card = world.card("bob")
     assert "160 rows have the prompt of another row" in card and "no prompt is both" in card
     assert "(4 prompts): a gain of" in card and "(Student's t over prompts)" in card
+
+
+def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tmp_path, capsys):
+    world.set_table(
+        *[
+            {"name": n, "model": str(tmp_path / "base"), "task": "sft", "data": "tiny.jsonl"}
+            for n in ("few", "a b")
+        ]
+    )
+    make_base(tmp_path / "base")
+    with pytest.raises(
+        SpecError, match=r"method.layers=.*serve=vllm.*'few'.*Add method.layers=att"
+    ):
+        world.run("serve=vllm", "method.layers=all")
+    assert world.run() == 0 and "served" not in world.facts("few")
+    plain = world.facts("few")["run"]
+    capsys.readouterr()
+    assert world.run("serve=vllm") == 0
+    line = "serve=vllm: no adapter of the unembedding for 2 of 2 customers: the base ties it"
+    assert capsys.readouterr().err.count(line) == 1
+    facts, kept = world.facts("few"), json.loads((world.folder / "fleet.json").read_text())
+    assert facts["layers"] == "attention+mlp" and facts["run"] != plain and kept["serve"] == "vllm"
+    card, page = (
+        (world.folder / "few/README.md").read_text(),
+        (world.folder / "index.html").read_text(),
+    )
+    assert (
+        facts["rank"] == 4 and "```bash\nvllm serve BASE --enable-lora --max-lora-rank 8 " in card
+    )
+    assert "--lora-modules few=.\n```" in card and "**served by:** vLLM 0.32.0; the unem" in card
+    names = " ".join(f"{f}=./{f}" for f in ("few", folder_of("a b")))
+    assert page.count("vllm serve BASE") == 1 and f"--lora-modules {names}</pre>" in page
+    assert world.trained() == [] and world.facts("few") == facts  # the folder keeps serve=vllm
+    fault = {"use_dora": True}
+    broken = Mock(side_effect=lambda folder, *given: spoiled(write_adapter, folder, given, fault))
+    shutil.rmtree(world.folder / "few")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorasweep.cli.customers.write_adapter", broken)
+        assert world.run() == 1
+    assert "would not serve the adapter as trained: use_dora is true" in capsys.readouterr().out
+    assert not (world.folder / "few").exists()
+    assert world.run("serve=peft") == 0 and world.facts("few")["run"] == plain
+    assert "served" not in world.facts("few")
+
+
+def spoiled(write, folder, given, config):
+    """Write an adapter's folder, with other values in adapter_config.json."""
+    write(folder, *given)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
 
 
 @pytest.mark.slow
