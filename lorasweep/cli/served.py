@@ -94,7 +94,7 @@ def _of_folder(outcome: Outcome, fleet: Path, profile: Profile) -> Row:
     member, spec = outcome.member, outcome.spec
     if spec is None:
         return Row(member.name, member.folder, NONE, [outcome.problem])
-    rank = profile.largest_rank(spec.method.rank)
+    rank = profile.largest_rank(member.advised["rank"])
     folder, class_of = fleet / member.folder, member.served.get("architecture", "")
     wrong = problems(folder, profile, spec.model, rank, class_of)
     return Row(member.name, member.folder, REFUSED if wrong else FITS, wrong)
