@@ -41,7 +41,7 @@ class Fleet:
     """A table of customers, and the commands on it."""
 
     def __init__(self, home, model, base, names, epochs):
-        self.home, self.base, self.names = home, base, names
+        self.home, self.names = home, names
         self.folder = home / "reports/fleet-customers"
         lines = ["name,model,task,data,epochs"]
         for k, name in enumerate(names):
@@ -51,16 +51,15 @@ class Fleet:
         (home / "customers.csv").write_text("\n".join(lines))
         done = self.act("fleet", "exec.workers=1", f"exec.models_dir=[{MODELS}]")
         assert done.returncode == 0, done.stderr
+        # the folder of transformers' format that lorasweep made of a GGUF file
+        self.base = base or next(MODELS.glob(f"{SMOLLM2.stem}-*"))
+        rank = json.loads((self.folder / names[0] / CONFIG).read_text())["r"]
+        vocabulary = json.loads((self.base / "config.json").read_text())["vocab_size"]
+        self.sizes = rank, vocabulary
 
     def act(self, action, *more):
         settings = ("customers=customers.csv", "serve=vllm", "rates=advised")
         return cli(f"action={action}", *settings, *more, cwd=self.home, timeout=1200, check=False)
-
-    @property
-    def sizes(self):
-        """The rank of the adapters, and the size of the base's vocabulary."""
-        rank = json.loads((self.folder / self.names[0] / CONFIG).read_text())["r"]
-        return rank, json.loads((self.base / "config.json").read_text())["vocab_size"]
 
     def verified(self, url=""):
         """Verdicts and notes by name, and the exit status."""
@@ -197,10 +196,7 @@ def three(tmp_path_factory):
     else:
         base, epochs = make_base(home / "base", **LLAMA, tie_word_embeddings=True), 4
         model = str(base / "config.json")
-    fleet = Fleet(home, model, base, ["maths", "shout", "refuse"], epochs)
-    # transformers' format of a GGUF file, which lorasweep made beside it
-    fleet.base = base or next(MODELS.glob("SmolLM2-135M-Instruct.Q4_1-*"))
-    return fleet
+    return Fleet(home, model, base, ["maths", "shout", "refuse"], epochs)
 
 
 LLAMA = {
@@ -263,8 +259,14 @@ def test_what_the_folder_check_refuses_vllm_refuses_or_serves_in_silence(three, 
             folder = shutil.copytree(three.folder / "shout", tmp_path / fault.replace(" ", "-"))
             plant(folder, *three.sizes)
             said[fault] = load(url, "shout", folder)
-    silent = {fault for fault, answer in said.items() if not answer}
-    assert silent == {"tied head"}, said
+        silent = {fault for fault, answer in said.items() if not answer}
+        assert silent == {"prefix", "other base", "tied head"}, said
+        # the server's answers show what it ignored
+        assert load(url, "shout", tmp_path / "prefix") == ""
+        assert load(url, "refuse", tmp_path / "other-base") == ""
+        verdicts, found, status = three.verified(url)
+        assert status == 1 and verdicts["maths"] == "served", found
+        assert verdicts["shout"] == "not applied" and verdicts["refuse"] != "served", found
 
 
 def test_twenty_right_folders_with_an_adapted_unembedding_are_all_served(tmp_path):
