@@ -5,7 +5,7 @@ Nothing is unpickled, and no weight is read.
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ NEEDED = ("r", "lora_alpha", "target_modules")
 EXPERTS = {"experts.base_layer": "mlp.experts.gate_up_proj", "experts": "mlp.experts.down_proj"}
 """End of a module's name in PEFT's layout of experts -> the parameter that it adapts."""
 NAMED = 3
-"""Names in a sentence."""
+"""Places in a sentence."""
 
 
 def problems(
@@ -105,70 +105,57 @@ def _of_tensors(
     limit: int | None,
     architecture: str,
 ) -> Iterator[str]:
-    other = [name for name in tensors if not FACTOR.fullmatch(name)]
-    if odd := [name for name in other if not name.startswith(PREFIX)]:
-        yield f"keys without the prefix {PREFIX!r}: {_some(odd)}."
-    if dora := [name for name in other if "lora_magnitude_vector" in name]:
-        yield f"DoRA's lora_magnitude_vector, which is neither A nor B: {_some(dora)}."
-    if left := [name for name in other if name not in {*odd, *dora}]:
-        yield f"tensors that are neither A nor B of a matrix: {_some(left)}."
-    pairs: dict[str, dict[str, list[int]]] = {}
-    for name in tensors:
-        if match := FACTOR.fullmatch(name):
-            pairs.setdefault(match[1], {})[match[2]] = tensors[name]["shape"]
-    if not pairs and not odd:
-        yield f"{ADAPTER} holds no A and B."
-    types = {tensors[name]["dtype"] for name in tensors} - {*profile.weights}
-    if types:
-        yield f"tensors of type {_some(types)}. Expected {', '.join(profile.weights)}."
-    if alone := [name for name, both in pairs.items() if len(both) < 2]:
-        yield f"A without B, or B without A: {_some(alone)}."
-    shapes, covered = _shapes(model), dict[str, set[int]]()
-    foreign, unequal, ranks = [], [], {0}
-    for module, both in pairs.items():
-        kind, layer = _kind(module), [int(p) for p in module.split(".") if p.isdigit()]
+    found: dict[str, list[str]] = {}  # kind of problem -> where
+    shapes, ranks = _shapes(model), {0}
+    factors: dict[str, set[str]] = {}  # module -> A and B
+    layers: dict[str, set[int]] = {}  # end of a module's name -> layers
+    for name, tensor in tensors.items():
+        if tensor["dtype"] not in profile.weights:
+            found.setdefault(f"tensors of a type that {profile.server} refuses", []).append(name)
+        match = FACTOR.fullmatch(name)
+        if match is None:
+            what = "tensors that are neither A nor B of a matrix"
+            if not name.startswith(PREFIX):
+                what = f"keys without the prefix {PREFIX!r}"
+            elif "lora_magnitude_vector" in name:
+                what = "DoRA's lora_magnitude_vector"
+            found.setdefault(what, []).append(name)
+            continue
+        module, which = match.groups()
+        factors.setdefault(module, set()).add(which)
+        kind, layer = _kind(module), [int(part) for part in module.split(".") if part.isdigit()]
         in_head = kind in model.unembedding
         inside = not layer if in_head else len(layer) == 1 and layer[0] < model.n_layers
-        if kind not in shapes or not inside:
-            foreign.append(module)
+        shape = tensor["shape"][:: -1 if which == "A" else 1]  # width, rank x experts
+        if kind not in shapes or not inside or [shapes[kind][which == "B"]] != shape[:-1]:
+            where = f"{module}.{which} {tensor['shape']}"
+            found.setdefault(f"weights of another base than {model.name!r}", []).append(where)
             continue
-        covered.setdefault(kind, set()).update(layer)
-        wide_in, wide_out, n_experts = shapes[kind]
-        rows, columns = both.get("A"), both.get("B")
-        fits_in = rows is None or (len(rows) == 2 and rows[1] == wide_in)
-        fits_out = columns is None or (len(columns) == 2 and columns[0] == wide_out)
-        if not fits_in or not fits_out:
-            foreign.append(f"{module} {rows} {columns}")
-            continue
-        stated = _rank_of(config, module)
-        of_module = {rows[0]} if rows else set()
-        of_module |= {columns[1]} if columns else set()
-        if stated is not None and of_module != {stated * n_experts}:
-            unequal.append(f"{module} has {_some(n // n_experts for n in of_module)}, not {stated}")
-        ranks |= {n // n_experts for n in of_module} | ({stated} if stated else set())
-    if foreign:
-        yield f"weights of another base, which do not fit {model.name!r}: {_some(foreign)}."
-    if unequal:
-        yield f"the rank of the tensors differs from the rank in {CONFIG}: {_some(unequal)}."
+        layers.setdefault(kind, set()).update(layer)
+        n_experts, stated = shapes[kind][2], _rank_of(config, module)
+        if stated is not None and shape[1] != stated * n_experts:
+            what = f"another rank in the tensors than in {CONFIG}"
+            where = f"{module}.{which} has {shape[1] // n_experts}, not {stated}"
+            found.setdefault(what, []).append(where)
+        ranks |= {shape[1] // n_experts, stated or 0}
+    if alone := [module for module, both in factors.items() if len(both) < 2]:
+        found["A without B, or B without A"] = alone
+    for kind, there in layers.items():
+        if kind not in model.unembedding and len(there) < model.n_layers:
+            where = f"{kind} in {len(there)} of {model.n_layers} layers"
+            found.setdefault("not every layer is adapted", []).append(where)
+    for what, places in found.items():
+        more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+        yield f"{what}: {', '.join(places[:NAMED])}{more}."
+    if not tensors:
+        yield f"{ADAPTER} has no tensors."
     if limit is not None and max(ranks) > limit:
         yield f"rank {max(ranks)} is above the largest of the server, {limit}."
-    short = [
-        f"{kind} in {len(layers)} of {model.n_layers} layers"
-        for kind, layers in covered.items()
-        if kind not in model.unembedding and len(layers) < model.n_layers
-    ]
-    if short:
-        yield f"not every layer is adapted: {_some(short)}."
-    targets = config.get("target_modules")
-    there = {_kind(module).split(".")[0] for module in pairs}
-    if isinstance(targets, list) and (absent := {*map(str, targets)} - there) and pairs:
-        yield f"target_modules names {_some(absent)}, of which there are no tensors."
-    if covered.keys() & {*model.unembedding}:
-        judged = model.tied or architecture
-        if judged and (why := profile.why_no_head(model, architecture)):
-            tied = "tied " if model.tied else ""
-            yield f"an adapter of the {tied}unembedding {model.unembedding[0]}: {why}."
-    if profile.no_experts and any(kind in EXPERTS for kind in covered):
+    why = profile.why_no_head(model, architecture) if model.tied or architecture else ""
+    if why and layers.keys() & {*model.unembedding}:
+        tied = "tied " if model.tied else ""
+        yield f"an adapter of the {tied}unembedding {model.unembedding[0]}: {why}."
+    if profile.no_experts and layers.keys() & EXPERTS.keys():
         yield f"adapters of experts: {profile.no_experts}."
 
 
@@ -202,10 +189,3 @@ def _rank_of(config: dict[str, Any], module: str) -> int | None:
                 return rank
     stated = config.get("r")
     return stated if isinstance(stated, int) else None
-
-
-def _some(names: Collection[Any] | Iterator[Any]) -> str:
-    """Name the first few of many."""
-    listed = sorted(map(str, names))
-    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
-    return ", ".join(listed[:NAMED]) + more

@@ -153,7 +153,7 @@ def build_runs(
                 served = partial(_served, profile, rules.layers, architecture_of)
                 found.append(_member(c, known, request, rules, tokenizer_of, planner, served))
                 continue
-            except (RowError, SpecError) as error:
+            except (RowError, SpecError, ModelError) as error:
                 c = Failed(c.where, c.name, getattr(error, "problems", [str(error)]))
         found.append(Member(c.where, c.name, folder_of(c.name), c.error))
     return found

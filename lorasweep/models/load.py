@@ -31,6 +31,7 @@ from lorasweep.models.forward import (
 from lorasweep.models.sharding import Mesh
 from lorasweep.models.targets import use_grouped_experts
 from lorasweep.spec.model import ModelSpec
+from lorasweep.store.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -228,7 +229,7 @@ def architecture_of(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
         ModelError: the model is missing.
     """
     folder = hub.cached_config(spec) if spec.source == "hub" else _folder(spec, models_dirs)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json") or {}
     return next(iter(config.get("architectures") or ()), "")
 
 

@@ -401,7 +401,7 @@ def test_without_kept_rules_a_fleet_resumes_by_the_rules_of_its_runs(world, tmp_
     kept.unlink()
     assert not world.trained(*settings, "scale=small")
     assert "It keeps the prompt form of scale=small" in capsys.readouterr().err
-    assert json.loads(kept.read_text()) == {**rules, "answers": "last"}
+    assert json.loads(kept.read_text()) == {**rules, "answers": "last", "serve": "peft"}
     assert set(world.runs) == runs
     assert not world.trained(*settings, "scale=tiny")
     assert "It keeps" not in capsys.readouterr().err

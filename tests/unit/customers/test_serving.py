@@ -150,7 +150,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 FAULTS = {
     "wrong prefix": (lambda f: renamed(f, "base_model.model.", "base."), ["without the prefix"]),
     "rank above the server's": (lambda f: None, ["rank 8 is above the largest of the server, 4"]),
-    "rank of the config": (lambda f: change(f, {"r": 4}), ["the rank of the tensors differs"]),
+    "rank of the config": (lambda f: change(f, {"r": 4}), ["another rank in the tensors"]),
     "no weights": (lambda f: (f / ADAPTER).unlink(), [f"{ADAPTER} is missing"]),
     "no config": (lambda f: (f / CONFIG).unlink(), [f"{CONFIG} is missing"]),
     "config of another kind": (lambda f: (f / CONFIG).write_text("[1"), ["truncated, or no JSON"]),
@@ -172,7 +172,7 @@ FAULTS = {
         ["weights of another base"],
     ),
     "another depth": (lambda f: renamed(f, "layers.1.", "layers.7."), ["weights of another base", "1 of 2 layers"]),
-    "other modules": (lambda f: renamed(f, "q_proj", "c_attn"), ["weights of another base", "names q_proj"]),
+    "other modules": (lambda f: renamed(f, "q_proj", "c_attn"), ["weights of another base"]),
     "another base by name": (lambda f: change(f, {"base_model_name_or_path": "us/else"}), ["names the base 'us/else'"]),
     "A without B": (lambda f: without(f, "layers.0.self_attn.q_proj.lora_B"), ["A without B"]),
     "a layer left out": (lambda f: without(f, "layers.1.self_attn.q_proj"), ["q_proj in 1 of 2"]),
