@@ -26,7 +26,7 @@ class Server:
     def __init__(self, url: str) -> None:
         """Ask for the models. Raises SpecError if no server of the OpenAI API answers at `url`."""
         self.url = url.rstrip("/").removesuffix("/v1")
-        listed = self._ask("models")
+        listed = self._call("models")
         try:
             self.models: dict[str, str] = {m["id"]: m.get("parent") or "" for m in listed["data"]}
             """Name -> name of its base; '' for a base, or if the server does not say."""
@@ -67,7 +67,7 @@ class Server:
             for t in np.flatnonzero(row.loss):
                 asked.append({**fixed, "prompt": tokens[:t], "allowed_token_ids": [tokens[t]]})
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            answers = list(pool.map(lambda body: self._ask("completions", body), asked))
+            answers = list(pool.map(lambda body: self._call("completions", body), asked))
         try:
             found = [a["choices"][0]["logprobs"]["token_logprobs"] for a in answers]
             if not self._is_vllm:  # the first token has no log p
@@ -80,7 +80,7 @@ class Server:
                 "compared with the trainer's. vLLM and SGLang return them."
             ) from None
 
-    def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the JSON answer to a GET, or with `body` to a POST."""
         headers = {"Content-Type": "application/json"}
         if os.environ.get(KEY):
