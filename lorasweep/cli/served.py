@@ -127,7 +127,8 @@ def _compare(
     of_common = trainer.log_p(spec, exec_, common)
     here = {n: np.append(of_common, trainer.log_p(spec, exec_, mine)) for n, mine in own.items()}
     # before the adapters: a server may load these at their first request, and mix them up
-    by_url = {s.url: s.log_p(s.base_of(name, at), common) for name, s in there.items()}
+    first = {s.url: (s, s.base_of(name, at)) for name, s in there.items()}
+    by_url = {url: s.log_p(of, common) for url, (s, of) in first.items()}
     base = {
         name: np.append(by_url[s.url], s.log_p(s.base_of(name, at), own[name]))
         for name, s in there.items()

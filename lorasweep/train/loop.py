@@ -27,7 +27,7 @@ from lorasweep.spec.evaluations import EARLY_STOPPING_RULE, Best, eval_steps, no
 from lorasweep.spec.metric import Metric
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
-from lorasweep.store.checkpoint import PARAM, State
+from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.train.events import EVALUATION, Event, Record, phase
 from lorasweep.train.objectives.base import DIVERGENCE_RULE, BatchT, Objective
 from lorasweep.train.optim import AdamW
@@ -223,7 +223,7 @@ def measure_trials(
     with ExitStack() as at_end:
         at_end.callback(trainables.detach)
         at_end.enter_context(frozen_in_bf16(model, pack[0].precision))
-        load_weights(trainables, [trials[run.id] for run in pack])
+        load_weights(trainables, [weights_of(trials[run.id]) for run in pack])
         for run in pack:
             objective.load_state(run.id, trials[run.id]["meta"]["result"])
         ids = {run.id for run in pack}
@@ -245,13 +245,13 @@ def measure_trials(
 
 
 @torch.no_grad()
-def load_weights(trainables: Trainables, states: Sequence[State]) -> None:
-    """Copy each run's weights from its state."""
+def load_weights(trainables: Trainables, weights: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Copy each run's trained tensors, by the names of a state."""
     for name, tensor in trainables.parameters().items():
         in_state, runs = trainables.part_of(name)
         for k in range(runs.start, runs.stop):
             mine = tensor[k - runs.start] if trainables.stacked else tensor
-            mine.copy_(states[k]["tensors"][PARAM + in_state])
+            mine.copy_(weights[k][in_state])
 
 
 def measure(

@@ -12,6 +12,7 @@ from lorasweep.models.forward import frozen_in_bf16
 from lorasweep.models.load import Base
 from lorasweep.models.targets import find_targets
 from lorasweep.spec.run import RunSpec
+from lorasweep.train.loop import load_weights
 from lorasweep.train.objectives.nll import token_log_p
 
 
@@ -32,8 +33,7 @@ def log_p(
             targets = find_targets(model, run.model, method.target_layers())
             adapter = method.attach(model, targets, [method], [run.seed])
             at_end.callback(adapter.detach)
-            for name, tensor in adapter.parameters().items():
-                tensor[0].copy_(weights[adapter.part_of(name)[0]])
+            load_weights(adapter, [weights])
         at_end.enter_context(frozen_in_bf16(model, run.precision))
         found = [token_log_p(model, collate([row]), run.precision)[0] for row in rows]
     values = [f[: int(row.loss.sum())].double().cpu().numpy() for f, row in zip(found, rows)]
