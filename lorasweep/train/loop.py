@@ -210,12 +210,12 @@ def train(
 def measure_trials(
     pack: Sequence[RunSpec], base: Base, objective: Objective[Any], trials: dict[str, State]
 ) -> Iterator[Event]:
-    """Measure the runs of `pack` on all held-out items with the weights of their trials.
+    """Measure the runs of `pack` on all held-out items, with the weights of their trials.
 
-    Yields one Event, in which all runs end. `trials`: run id -> weights, and in `meta` the trial's
-    result and last record. For one process.
+    Yields one Event, in which all runs end. For one process. `trials`: run id -> the weights of the
+    trial, and in `meta` its result and last record.
     """
-    model, metric = base.model, objective.metric
+    model, metric, records, ended = base.model, objective.metric, {}, {}
     objective.start(base, pack)
     targets = find_targets(model, pack[0].model, pack[0].method.target_layers())
     methods, seeds = [s.method for s in pack], [s.seed for s in pack]
@@ -223,35 +223,26 @@ def measure_trials(
     with ExitStack() as at_end:
         at_end.callback(trainables.detach)
         at_end.enter_context(frozen_in_bf16(model, pack[0].precision))
-        load_weights(trainables, [trials[run.id] for run in pack])
+        for name, tensor in trainables.parameters().items():
+            in_state, runs = trainables.part_of(name)
+            for k, run in enumerate(pack[runs], runs.start):
+                mine = tensor[k - runs.start] if trainables.stacked else tensor
+                mine.detach().copy_(trials[run.id]["tensors"][PARAM + in_state])
         for run in pack:
             objective.load_state(run.id, trials[run.id]["meta"]["result"])
-        ids = {run.id for run in pack}
-        found = measure(model, objective, trainables, base.mesh, pack, ids, True)
-        records, ended = {}, {}
-        for run in pack:
-            measures, n_items = found[run.id]
-            result, last = (trials[run.id]["meta"][k] for k in ("result", "last"))
+        found = measure(model, objective, trainables, base.mesh, pack, set(trials), True)
+        for i, (measures, n_items) in found.items():
+            result, last = (trials[i]["meta"][key] for key in ("result", "last"))
             if result.get("best_step", result["steps_done"]) == result["steps_done"]:
                 # else the last evaluation was of other weights
                 last = {**last, **measures, "test_items": n_items}
                 curve = [*result["curve"][:-1], {**result["curve"][-1], **measures}]
                 result = {**result, "curve": curve}
-            records[run.id] = last
+            records[i] = last
             state = "done" if math.isfinite(measures[metric.name]) else "diverged"
-            ended[run.id] = (state, {**result, **measures})
-        step = max(trials[i]["meta"]["step"] for i in ids)
+            ended[i] = (state, {**result, **measures})
+        step = max(state["meta"]["step"] for state in trials.values())
         yield Event(step, records, ended, lambda: trials, backend(model, base.mesh.size))
-
-
-@torch.no_grad()
-def load_weights(trainables: Trainables, states: Sequence[State]) -> None:
-    """Copy each run's weights from its state."""
-    for name, tensor in trainables.parameters().items():
-        in_state, runs = trainables.part_of(name)
-        for k in range(runs.start, runs.stop):
-            mine = tensor[k - runs.start] if trainables.stacked else tensor
-            mine.copy_(states[k]["tensors"][PARAM + in_state])
 
 
 def measure(
