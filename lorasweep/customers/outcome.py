@@ -199,36 +199,40 @@ class Outcome:
 
 
 def with_further(points: Sequence[Point], store: RunStore, go_on: bool) -> list[Point]:
-    """Return the runs of customers as far as results tell which are needed.
+    """Return the runs that customers need, as far as the results of earlier runs tell.
+
+    For each customer: the trials, lowest learning rate first, then the run that is measured.
 
     Args:
-        points: runs of customers, at least at the learning rates to begin with.
-        go_on: try further learning rates, each APART from the last one, while the best one is the
-            lowest or the highest, at most MOST_TRIED in all.
+        points: runs of the customers, at least at the learning rates to begin with.
+        go_on: while a customer's best learning rate is the lowest or the highest, add the next one
+            beyond it, a factor APART away; at most MOST_TRIED in all.
     """
     by_arm: dict[str, dict[float, Point]] = {}
     for p in points:
-        whole = Point(p.arm, replace(p.spec, test_rows=True))
-        by_arm.setdefault(p.arm, {})[p.spec.lr] = whole
+        by_arm.setdefault(p.arm, {})[p.spec.lr] = _measured(p)
     result = cache(store.result)
     found = []
-    for mine in by_arm.values():
-        runs = [mine[lr] for lr in sorted(mine)]
+    for by_lr in by_arm.values():
+        runs = [by_lr[lr] for lr in sorted(by_lr)]
         if len(runs) > 1:
             runs = [_trial(p, result) for p in runs]
             while go_on and len(runs) < MOST_TRIED and (best := _best(runs, result)):
-                factor = {runs[0].id: 1 / APART, runs[-1].id: APART}.get(best.id, 1.0)
-                lr = best.spec.lr * factor
-                if factor == 1.0 or not LR_RANGE[0] <= lr <= LR_RANGE[1]:
+                lr = best.spec.lr * {runs[0].id: 1 / APART, runs[-1].id: APART}.get(best.id, 0)
+                if not LR_RANGE[0] <= lr <= LR_RANGE[1]:  # 0: the best is inside
                     break
-                new = _trial(Point(best.arm, replace(best.spec, lr=lr, test_rows=True)), result)
-                runs = sorted([*runs, new], key=lambda p: p.spec.lr)
+                new = Point(best.arm, replace(_measured(best).spec, lr=lr))
+                runs = sorted([*runs, _trial(new, result)], key=lambda p: p.spec.lr)
             best = _best(runs, result)
-            if best and _loss(best, result) < math.inf:
-                measured = Point(best.arm, replace(best.spec, test_rows=True))
-                runs += [measured] if measured.id != best.id else []
+            if best and not best.spec.test_rows and _loss(best, result) < math.inf:
+                runs.append(_measured(best))
         found += runs
     return found
+
+
+def _measured(point: Point) -> Point:
+    """Return the run with test rows at the learning rate of a trial."""
+    return Point(point.arm, replace(point.spec, test_rows=True))
 
 
 ResultOf = Callable[[str], Result | None]
@@ -253,7 +257,7 @@ def _best(runs: Sequence[Point], result: ResultOf) -> Point | None:
 
 def _loss(point: Point, result: ResultOf) -> float:
     """Return the validation loss of a run that has ended; infinity if it diverged."""
-    both = [result(point.id) or {}, result(replace(point.spec, test_rows=True).id) or {}]
+    both = [result(point.id) or {}, result(_measured(point).id) or {}]
     if any(found.get("state") == "diverged" for found in both):
         return math.inf
     loss = both[0].get(CHOSEN_BY)
@@ -278,7 +282,7 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
         tried.append(Tried(p.spec.lr, p.id, states[p.id], loss if loss < math.inf else None))
     best, chosen = _best(runs, result), None
     if best and (len(runs) == 1 or _loss(best, result) < math.inf):
-        chosen = replace(best.spec, test_rows=True)
+        chosen = _measured(best).spec
         states.setdefault(chosen.id, store.state(chosen.id))
     open_ = [i for i, state in states.items() if state not in FINAL]
     failed = next((i for i in open_ if states[i] == "failed"), None)

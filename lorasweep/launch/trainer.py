@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -198,7 +199,7 @@ class TorchTrainer:
 
 
 class KeptStarts(dict[str, dict[str, Any]]):
-    """Measures of a base before training (Base.at_start), which are also kept in a folder."""
+    """Measures of a base before training (Base.at_start), kept in a folder for later processes."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -211,8 +212,9 @@ class KeptStarts(dict[str, dict[str, Any]]):
 
     def __setitem__(self, key: str, measures: dict[str, Any]) -> None:
         super().__setitem__(key, measures)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(self._path(key), json.dumps(measures, default=list).encode())
+        with suppress(OSError):  # a full disk, or another user's folder: nothing is kept
+            self._folder.mkdir(parents=True, exist_ok=True)
+            files.write_atomic(self._path(key), json.dumps(measures, default=list).encode())
 
     def _path(self, key: object) -> Path:
         return self._folder / f"{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.json"

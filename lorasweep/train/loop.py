@@ -210,12 +210,12 @@ def train(
 def measure_trials(
     pack: Sequence[RunSpec], base: Base, objective: Objective[Any], trials: dict[str, State]
 ) -> Iterator[Event]:
-    """Measure the runs of `pack` on all held-out items with the weights of their trials.
+    """Measure the runs of `pack` on all held-out items, with the weights of their trials.
 
-    Yields one Event, in which all runs end. `trials`: run id -> weights, and in `meta` the trial's
-    result and last record. For one process.
+    Yields one Event, in which all runs end. For one process. `trials`: run id -> the weights of the
+    trial, and in `meta` its result and last record.
     """
-    model, metric = base.model, objective.metric
+    model, metric, records, ended = base.model, objective.metric, {}, {}
     objective.start(base, pack)
     targets = find_targets(model, pack[0].model, pack[0].method.target_layers())
     methods, seeds = [s.method for s in pack], [s.seed for s in pack]
@@ -226,21 +226,18 @@ def measure_trials(
         load_weights(trainables, [weights_of(trials[run.id]) for run in pack])
         for run in pack:
             objective.load_state(run.id, trials[run.id]["meta"]["result"])
-        ids = {run.id for run in pack}
-        found = measure(model, objective, trainables, base.mesh, pack, ids, True)
-        records, ended = {}, {}
-        for run in pack:
-            measures, n_items = found[run.id]
-            result, last = (trials[run.id]["meta"][k] for k in ("result", "last"))
+        found = measure(model, objective, trainables, base.mesh, pack, set(trials), True)
+        for i, (measures, n_items) in found.items():
+            result, last = (trials[i]["meta"][key] for key in ("result", "last"))
             if result.get("best_step", result["steps_done"]) == result["steps_done"]:
                 # else the last evaluation was of other weights
                 last = {**last, **measures, "test_items": n_items}
                 curve = [*result["curve"][:-1], {**result["curve"][-1], **measures}]
                 result = {**result, "curve": curve}
-            records[run.id] = last
+            records[i] = last
             state = "done" if math.isfinite(measures[metric.name]) else "diverged"
-            ended[run.id] = (state, {**result, **measures})
-        step = max(trials[i]["meta"]["step"] for i in ids)
+            ended[i] = (state, {**result, **measures})
+        step = max(state["meta"]["step"] for state in trials.values())
         yield Event(step, records, ended, lambda: trials, backend(model, base.mesh.size))
 
 

@@ -171,16 +171,22 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_follow_up_job(queue, f
         name = path.parent.name
         mine = folder / "reports/fleet-customers" / name
         one, other = load_file(path), load_file(mine / path.name)
-        assert all(torch.equal(one[k], other[k]) for k in one)
+        # a further learning rate is in another pack, as bob has no runs
+        assert all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
         facts = [json.loads((p / "facts.json").read_text()) for p in (path.parent, mine)]
-        assert facts[0]["run"] == facts[1]["run"] and facts[0]["gain"] == facts[1]["gain"]
+        assert facts[0]["run"] == facts[1]["run"] and len(facts[0]["tried"]) == len(
+            facts[1]["tried"]
+        )
+        if name == "ann":
+            assert facts[0]["gain"] == pytest.approx(facts[1]["gain"], abs=1e-3)
+            assert not facts[0]["edge"] and len(facts[0]["tried"]) > 3
 
     before = attempts(folder)
     last = ask(folder, *FLEET, *JOBS, trainer=None)
-    assert "submitted 3 runs" in last  # bob's, of the rows that are there now
+    assert "submitted 3 runs" in last  # bob's, of the rows that are there now; then further rates
     queue.drain()
     trained = attempts(folder)
-    assert len(trained) == len(before) + 3 and all(trained[i] == before[i] for i in before)
+    assert len(trained) >= len(before) + 4 and all(trained[i] == before[i] for i in before)
     last = ask(folder, *FLEET, *JOBS, trainer=None)
     assert "4 customers: 3 adapters, 0 not trained yet, 1 with errors" in last
 
