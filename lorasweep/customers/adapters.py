@@ -184,7 +184,7 @@ def _card(outcome: Outcome, serve: str) -> str:
     example = "".join(f"⟦{e['text']}⟧" if e["in_loss"] else e["text"] for e in p["example"])
     ticks = max(map(len, re.findall("`+", example)), default=0)
     return render(
-        "card.md",
+        "adapter.md",
         head=yaml.safe_dump(head, sort_keys=False),
         name=plain_text(outcome.member.name),
         facts=[(name, plain_text(text)) for name, text in _facts(outcome)],
