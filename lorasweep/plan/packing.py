@@ -24,6 +24,9 @@ FORWARD_NUMBERS = 1 << 18
 the processor's cache does not hold, SmolLM2 takes 1.5 times as long (docs/log)."""
 GPU_FORWARD_TOKENS = 65536
 """Maximum tokens per update and per forward pass on a GPU. Assumption: not measured yet."""
+LIKE_LENGTH = 2.0
+"""Largest ratio of row lengths in a pack without GPUs: shorter rows are padded to the longest, and
+a smaller pack is hardly slower (docs/log)."""
 MEMORY_SHARE = 0.8
 """Share of the memory that all workers together may use."""
 MOST_WORKERS = 8
@@ -173,7 +176,8 @@ def make_packs(
         # Runs of one rank must be neighbours. Equal row lengths need less padding. With equal steps
         # the pack stays full longer.
         runs.sort(key=lambda p: (_rank(p), mean_length(p.spec), p.spec.steps))
-        chunks += split(runs, size)
+        for alike in [runs] if hardware.gpus else _of_like_length(runs):
+            chunks += split(alike, size)
     shared, packs = (exec_.world_size, exec_.activation_checkpointing, exec_.join_rows), []
     for points in chunks:
         # estimate memory for the largest rank, the longest rows, and early stopping if a run has it
@@ -189,6 +193,19 @@ def make_packs(
         memory = pack_bytes(n, spec, hardware, rows, *shared)
         packs.append(Pack(points, rows, sum(run_flops(p.spec) for p in points), seconds, memory))
     return sorted(packs, key=lambda pack: -pack.flops)
+
+
+def _of_like_length(runs: Sequence[Point]) -> list[list[Point]]:
+    """Divide sorted runs where row lengths differ by more than a factor LIKE_LENGTH."""
+    found: list[list[Point]] = []
+    for p in runs:
+        length = mean_length(p.spec)
+        own = [mean_length(q.spec) for q in found[-1]] if found else []
+        if own and max(*own, length) <= LIKE_LENGTH * min(*own, length):
+            found[-1].append(p)
+        else:
+            found.append([p])
+    return found
 
 
 def _rank(point: Point) -> int:
