@@ -355,7 +355,9 @@ def test_neighbours_are_of_one_length_of_rows_and_of_runs(tmp_path):
     assert all(shape == sorted(shape) for shape in shapes)
     assert sum(len(set(shape)) for shape in shapes) <= len(packs) + 3
     short, long = packs_of(runs(2, rates=2, lengths=(16, 60)), tmp_path, pack_size=8)
-    assert len(short.points) == len(long.points) == 2  # one would be padded to four times its length
+    assert (
+        len(short.points) == len(long.points) == 2
+    )  # one would be padded to four times its length
     (pack,) = packs_of(runs(2, rates=2, lengths=(32, 60)), tmp_path, pack_size=8)
     longest = max((p.spec for p in pack.points), key=lambda s: s.dataset.max_length)
     assert pack.memory_bytes == pack_bytes(4, longest, CPU, pack.micro_batch_size)
