@@ -202,17 +202,33 @@ def train(
     check(request, store, points)
     if request.cluster.kind == "slurm":
         return _train_on_cluster(request, store, trainer, follow)
-    quiet = request.format == "json"
+    try:
+        points = _train_here(request, store, points, trainer)
+    except (Stopped, KeyboardInterrupt):
+        print(
+            "stopped; finished runs are kept, unfinished runs resume from their checkpoints when "
+            "you run the command again",
+            file=sys.stderr,
+        )
+        return Trained(points, STOPPED)
+    return Trained(points, _status(points, store))
+
+
+def _train_here(
+    request: Request, store: RunStore, points: list[Point], trainer: Trainer | str | None
+) -> list[Point]:
+    """Train the missing runs on this machine, stage by stage; return the runs of all stages."""
+    quiet, searched, notify = request.format == "json", is_search(request), notifier(request)
     plan = make_plan(points, store, request.exec, detect.this_machine())
     if plan.todo and not quiet:
         _warn_of_claims(request)
-    try:
-        text = plan_text(request, plan)
+    text = plan_text(request, plan)
+    with local.Workers(store, request.exec.world_size) as workers:
         while plan.todo:  # results of the first stage choose the second
-            searched = is_search(request)
             notify(tuned.stage(request, store, points) if searched else text)
             with Display(plan.todo, quiet) as display:
-                local.run_points(points, store, request.exec, display.event, trainer, plan=plan)
+                again: Any = {"plan": plan, "workers": workers}
+                local.run_points(points, store, request.exec, display.event, trainer, **again)
             if searched:
                 tuned.prune(request, store, points)
             known, points = len(points), runs_of(request, store)
@@ -222,14 +238,7 @@ def train(
             text = plan_text(request, plan)
             if request.members:  # the first stage's plan has listed the customers
                 text = text.partition("\n")[0]
-    except (Stopped, KeyboardInterrupt):
-        print(
-            "stopped; finished runs are kept, unfinished runs resume from their checkpoints when "
-            "you run the command again",
-            file=sys.stderr,
-        )
-        return Trained(points, STOPPED)
-    return Trained(points, _status(points, store))
+    return points
 
 
 def _warn_of_claims(request: Request) -> None:

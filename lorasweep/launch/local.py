@@ -1,8 +1,8 @@
 """Train runs on this machine or in this Slurm job, in worker processes that claim free runs.
 
 A worker is one process of `launch.worker`, or exec.world_size processes that train each run
-together. Two commands for the same sweep share the runs: each waits for runs that the other has
-claimed.
+together. The stages of a sweep use the same workers. Two commands for the same sweep share the
+runs: each waits for runs that the other has claimed.
 """
 
 import hashlib
@@ -16,10 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import StoreError, TrainingError
@@ -57,6 +56,7 @@ def run_points(
     skip: str | None = None,
     n_nodes: int = 1,
     plan: Plan | None = None,
+    workers: "Workers | None" = None,
 ) -> None:
     """Train every run of `points` until it is finished or has a recorded failure.
 
@@ -66,40 +66,42 @@ def run_points(
     `skip`: file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
     `plan`: plan of these points on this machine, if it was just made.
+    `workers`: processes of an earlier call with the same `exec_`, to be used again.
     Raises Stopped after Ctrl-C, or after a signal that stopped the workers.
     """
-    hardware = detect.this_machine()
+    hardware = plan.hardware if plan else detect.this_machine()
     limits = Limits()
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
-    while True:
-        unwanted = skipped(skip) | tried
-        now, plan = plan, None
-        if now is None:
-            now = make_plan([p for p in points if p.id not in unwanted], store, exec_, hardware)
-        mine = [p for p in now.todo if now.states[p.id] != "running"]
-        others = {p.id for p in now.todo if now.states[p.id] == "running"}
-        if mine:
-            if trainer is None or isinstance(trainer, str):
-                settings = {"trainer": trainer, "skip": skip}
-                _run_workers(now, store, exec_, report, limits, n_nodes, **settings)
+    with nullcontext(workers) if workers else Workers(store, exec_.world_size, n_nodes) as pool:
+        while True:
+            unwanted = skipped(skip) | tried
+            now, plan = plan, None
+            if now is None:
+                now = make_plan([p for p in points if p.id not in unwanted], store, exec_, hardware)
+            mine = [p for p in now.todo if now.states[p.id] != "running"]
+            others = {p.id for p in now.todo if now.states[p.id] == "running"}
+            if mine:
+                if trainer is None or isinstance(trainer, str):
+                    settings = {"trainer": trainer, "skip": skip}
+                    _run_workers(now, store, exec_, report, limits, pool, **settings)
+                else:
+                    for pack in now.packs:
+                        specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
+                        execute(specs, exec_, store, trainer, report, StopFlag(), rows, limits)
+                for rid, state in store.states(p.id for p in mine).items():
+                    killed = state == "interrupted" and store.failures(rid) >= exec_.max_attempts
+                    if state == "failed" or killed:
+                        tried.add(rid)
+                quiet_since = time.monotonic()
+            elif others:
+                if others != held:
+                    quiet_since, held = time.monotonic(), others
+                elif time.monotonic() - quiet_since > patience_s:
+                    return
+                time.sleep(POLL_S)
             else:
-                for pack in now.packs:
-                    specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
-                    execute(specs, exec_, store, trainer, report, StopFlag(), rows, limits)
-            for rid, state in store.states(p.id for p in mine).items():
-                killed = state == "interrupted" and store.failures(rid) >= exec_.max_attempts
-                if state == "failed" or killed:
-                    tried.add(rid)
-            quiet_since = time.monotonic()
-        elif others:
-            if others != held:
-                quiet_since, held = time.monotonic(), others
-            elif time.monotonic() - quiet_since > patience_s:
                 return
-            time.sleep(POLL_S)
-        else:
-            return
 
 
 def _run_workers(
@@ -108,10 +110,10 @@ def _run_workers(
     exec_: Exec,
     report: Report,
     limits: Limits,
-    n_nodes: int,
+    workers: "Workers",
     **settings: Any,
 ) -> None:
-    """Start workers with one job file, report their events, and wait for all of them."""
+    """Train the packs of a plan in workers with one job file, and report their events."""
     packs = []
     for pack in plan.packs:
         limit, runs = limits.of(pack.points[0].spec), [p.spec.plain() for p in pack.points]
@@ -135,12 +137,11 @@ def _run_workers(
             f"{path} cannot be written ({error.strerror}). Free some space, then run the "
             "command again."
         ) from None
-    log, arguments = path.with_suffix(".log"), [str(path), hashlib.sha256(content).hexdigest()]
-    workers = Workers(arguments, log, plan.threads, exec_.world_size, n_nodes)
+    arguments, number = [str(path), hashlib.sha256(content).hexdigest()], len(plan.packs)
     try:
-        workers.start(min(plan.workers, len(plan.packs)), plan.workers)
+        workers.begin(arguments, min(plan.workers, number), plan.workers, plan.threads)
         error_event = workers.pass_on(report)
-        codes = workers.wait()
+        codes = workers.codes()
     except KeyboardInterrupt:
         workers.stop()
         raise Stopped from None
@@ -151,10 +152,10 @@ def _run_workers(
     crashed = [c for c in codes if c != 0]
     # A worker killed by a signal (code below 0) leaves interrupted runs, which are tried again.
     if crashed and all(c > 0 for c in crashed) and not workers.shortages:
-        tail = log.read_text(errors="replace").splitlines()[-8:]
-        raise TrainingError("\n".join([f"a worker crashed. The end of its log, {log}:", *tail]))
+        tail = workers.log.read_text(errors="replace").splitlines()[-8:]
+        text = f"a worker crashed. The end of its log, {workers.log}:"
+        raise TrainingError("\n".join([text, *tail]))
     path.unlink(missing_ok=True)
-    log.unlink(missing_ok=True)
     for rid, shortage in workers.shortages.items():
         spec = next(p.spec for p in plan.todo if p.id == rid)
         end_shortage(spec, shortage, exec_, store, limits, report)
@@ -179,52 +180,88 @@ def end_shortage(
 
 
 class Workers:
-    """Worker processes, all with the same job file."""
+    """Worker processes. One that trains alone takes job after job, and keeps its base model.
 
-    def __init__(
-        self, job: list[str], log: Path, threads: int, world_size: int, n_nodes: int = 1
-    ) -> None:
-        """Set up. `job`: first two arguments of `launch.worker`. `log`: file for their stderr."""
-        self._job, self._log, self._world_size, self._nodes = job, log, world_size, n_nodes
-        self._environment = worker_environment(threads)
-        self._groups: list[list[subprocess.Popen]] = []
+    A context manager: at its end all workers end. Their stderr is in the file `log`.
+    """
+
+    def __init__(self, store: RunStore, world_size: int = 1, n_nodes: int = 1) -> None:
+        """Set up; no process starts before the first job."""
+        self.log = store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.log"
+        self._world_size, self._nodes = world_size, n_nodes
+        self._share: tuple[int, int] | None = None
+        self._groups: dict[int, list[subprocess.Popen]] = {}
+        self._busy: set[subprocess.Popen] = set()
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.shortages: dict[str, Shortage] = {}
         """Run id -> shortage of memory, for runs that are trained by several processes."""
 
-    def start(self, number: int, shares: int) -> None:
-        """Start `number` workers, each with 1 / `shares` of the GPUs.
+    def __enter__(self) -> "Workers":
+        """Return itself."""
+        return self
+
+    def __exit__(self, error: object, *rest: object) -> None:
+        """End all workers; keep the log after an error."""
+        self._end(list(self._groups))
+        if error is None:
+            self.log.unlink(missing_ok=True)
+
+    def begin(self, job: list[str], number: int, shares: int, threads: int) -> None:
+        """Give a job to `number` workers, each with 1 / `shares` of the GPUs; start missing ones.
+
+        `job`: first two arguments of `launch.worker`.
+        """
+        keep = number if self._share == (shares, threads) else 0
+        self._end([k for k in self._groups if k >= keep])
+        self._share, self.shortages = (shares, threads), {}
+        for k in range(number):
+            if k not in self._groups or not self._send(self._groups[k][0], job):
+                self._start(k, job)
+
+    def _send(self, process: subprocess.Popen, job: list[str]) -> bool:
+        """Give a job to a waiting worker; return whether the worker is still there."""
+        assert process.stdin is not None
+        self._busy.add(process)
+        try:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+        except OSError:
+            self._busy.discard(process)
+            return False
+        return True
+
+    def _start(self, k: int, job: list[str]) -> None:
+        """Start worker `k`.
 
         On several nodes, srun starts a worker as a job step, with equally many processes on each
         node. The job survives a failed step. A process sees all GPUs of its node and takes the one
         with number LOCAL_RANK.
         """
-        size, srun = self._world_size, ""
+        assert self._share is not None
+        (shares, threads), size, srun = self._share, self._world_size, ""
+        environments = [devices_of(k, shares)]
         if self._nodes > 1:
             srun = (
                 f"srun --overlap --nodes={self._nodes} --ntasks={size} "
                 f"--ntasks-per-node={size // self._nodes} --distribution=block "
                 f"--wait={LAST_S:.0f} --kill-on-bad-exit=0 --export=ALL --unbuffered"
             )
-        with open(self._log, "ab") as errors:
-            for k in range(number):
-                environments = [devices_of(k, shares)]
-                if self._nodes > 1:
-                    environments = [_address(socket.gethostname(), size)]
-                elif size > 1:
-                    shared = {**environments[0], **_address("127.0.0.1", size)}
-                    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
-                    environments = [{**shared, **rank} for rank in ranks]
-                worker = [sys.executable, "-m", "lorasweep.launch.worker", *self._job, str(k)]
-                pipes: Any = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
-                group: list[subprocess.Popen] = []
-                self._groups.append(group)
-                for more in environments:
-                    env = {**self._environment, **more}
-                    group.append(subprocess.Popen([*srun.split(), *worker], env=env, **pipes))
-        for group in self._groups:
-            for process in group:
-                threading.Thread(target=self._read, args=(process, group), daemon=True).start()
+            environments = [_address(socket.gethostname(), size)]
+        elif size > 1:
+            shared = {**environments[0], **_address("127.0.0.1", size)}
+            ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
+            environments = [{**shared, **rank} for rank in ranks]
+        worker = [sys.executable, "-m", "lorasweep.launch.worker", *job, str(k)]
+        jobs = subprocess.PIPE if size == 1 else subprocess.DEVNULL
+        group = self._groups[k] = []
+        with open(self.log, "ab") as errors:
+            pipes: Any = {"stdin": jobs, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            for more in environments:
+                env = {**worker_environment(threads), **more}
+                group.append(subprocess.Popen([*srun.split(), *worker], env=env, **pipes))
+        self._busy.update(group)
+        for process in group:
+            threading.Thread(target=self._read, args=(process, group), daemon=True).start()
 
     def _read(self, process: subprocess.Popen, group: list[subprocess.Popen]) -> None:
         """Queue the events of a process. When process 0 ended or a process failed, end `group`."""
@@ -232,7 +269,9 @@ class Workers:
         for line in process.stdout:
             with suppress(ValueError):  # not an event
                 event = json.loads(line)
-                if isinstance(event, dict):
+                if isinstance(event, dict) and "job_done" in event:
+                    self._over(process)
+                elif isinstance(event, dict):
                     self._events.put(event)
         code, first = process.wait(), process is group[0]
         for other in group if code or first else ():
@@ -240,16 +279,20 @@ class Workers:
                 other.wait(LAST_S if first else 0)
             except subprocess.TimeoutExpired:
                 other.kill()
+        self._over(process)
+
+    def _over(self, process: subprocess.Popen) -> None:
+        self._busy.discard(process)  # after its events were queued
         self._events.put(None)
 
     def pass_on(self, report: Callable[[dict[str, Any]], None]) -> str | None:
-        """Report events until every process has ended; return the last error event, or None."""
-        error, running = None, sum(map(len, self._groups))
-        while running:
+        """Report events until the job is over in every process; return the last error, or None."""
+        error = None
+        while self._busy or not self._events.empty():
             event = self._events.get()
-            if event is None:
-                running -= 1
-            elif "error" in event:
+            if event is None:  # a process is over with its job
+                continue
+            if "error" in event:
                 error = event["error"]
             elif "out_of_memory" in event:
                 self.shortages[event["run"]] = Shortage(**event["out_of_memory"])
@@ -257,22 +300,40 @@ class Workers:
                 report(event)
         return error
 
-    def wait(self) -> list[int]:
-        """Wait for all processes; return the exit status of each worker, negative after a signal.
+    def codes(self) -> list[int]:
+        """Return the exit status of each worker after a job, negative after a signal.
 
-        The status of process 0 counts. If a signal killed process 0, the highest status of the
-        worker counts: a positive one belongs to the process whose error was the cause.
+        A worker that waits for the next job counts as 0. The status of process 0 counts. If a
+        signal killed process 0, the highest status of the worker counts: a positive one belongs to
+        the process whose error was the cause.
         """
-        codes = [[process.wait() for process in group] for group in self._groups]
-        if self._nodes > 1:
-            codes = [[SRUN_KILLED - c if c > SRUN_KILLED else c for c in group] for group in codes]
-        return [first if first >= 0 else max((first, *rest)) for first, *rest in codes]
+        found = []
+        for k, group in list(self._groups.items()):
+            codes = [process.poll() for process in group]
+            if codes != [None]:  # it has ended: all its processes have
+                del self._groups[k]
+            known = [c or 0 for c in codes]
+            if self._nodes > 1:
+                known = [SRUN_KILLED - c if c > SRUN_KILLED else c for c in known]
+            first, *rest = known
+            found.append(first if first >= 0 else max((first, *rest)))
+        return found
 
     def stop(self) -> None:
         """Let all workers finish their update, write a checkpoint and exit."""
-        for process in (p for group in self._groups for p in group if p.poll() is None):
+        for process in (p for group in self._groups.values() for p in group if p.poll() is None):
             process.send_signal(SRUN_STOP if self._nodes > 1 else signal.SIGTERM)
-        self.wait()
+        self._end(list(self._groups))
+
+    def _end(self, numbers: Iterable[int]) -> None:
+        """Take these workers' input away, and wait until they have ended."""
+        ended = [p for k in numbers for p in self._groups.pop(k)]
+        for process in ended:
+            if process.stdin is not None:
+                with suppress(OSError):
+                    process.stdin.close()
+        for process in ended:
+            process.wait()
 
 
 def _address(host: str, world_size: int) -> dict[str, str]:

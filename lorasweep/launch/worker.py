@@ -1,6 +1,9 @@
-"""A worker process: train the free packs of a job file, and print events as JSON lines.
+"""A worker process: train the free packs of job files, and print events as JSON lines.
 
     python -m lorasweep.launch.worker JOB.json SHA256 [FIRST]
+
+It prints {"job_done": true} after a job. Further jobs are lines on its standard input, [JOB.json,
+SHA256] as JSON; until this input ends, it keeps the base model and the data for the next job.
 
     {"packs": [{"runs": [spec, ...], "micro_batch_size": n, "most_rows": n or null,
                 "forward_parts": n}, ...],
@@ -18,6 +21,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,35 +47,24 @@ SLURM_RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 def main(job_path: str, sha256: str, first: int = 0) -> int:
-    """Train the free packs of a job file, beginning with pack `first`; return the exit status."""
+    """Train the free packs of job files, beginning with pack `first`; return the exit status."""
     die_with_parent()
     keep_freed_memory()
     stop = StopFlag()
     stop.install()
+    trainers: dict[str | None, Trainer] = {}
     try:
-        content = Path(job_path).read_bytes()
-        # others may be able to write the file, which names the trainer to import
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise StoreError(f"{job_path} was changed after it was written. Run the command again.")
-        job = json.loads(content)
-        store = RunStore(job["exec"]["runs_dir"], dead=job["dead"], jobs=RunningJobs())
-        files.share_as(store.root)
-        if job["exec"]["world_size"] == 1:
-            _run(job, first, store, trainer_named(job["trainer"], stop), stop)
-            return 0
-        from lorasweep.models.sharding import Mesh
-
-        os.environ.update({k: os.environ[v] for k, v in SLURM_RANKS.items() if k not in os.environ})
-        mesh = Mesh.join()
-        trainer = trainer_named(job["trainer"], stop, mesh)
-        if mesh.rank:
-            follow(trainer, mesh, stop)
-            return 0
-        leader = Leader(trainer, mesh, stop)
-        try:
-            _run(job, first, store, leader, stop)
-        finally:
-            leader.dismiss()
+        for path, sha in chain([(job_path, sha256)], map(json.loads, sys.stdin)):
+            job = _read_job(Path(path), sha)
+            store = RunStore(job["exec"]["runs_dir"], dead=job["dead"], jobs=RunningJobs())
+            files.share_as(store.root)
+            if job["exec"]["world_size"] > 1:
+                _run_together(job, first, store, stop)
+                return 0
+            name = job["trainer"]
+            trainers[name] = trainers.get(name) or trainer_named(name, stop)
+            _run(job, first, store, trainers[name], stop)
+            print(json.dumps({"job_done": True}), flush=True)
     except Stopped:
         return STOPPED
     except OutOfMemoryTogether as together:
@@ -82,6 +75,31 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
         print(json.dumps({"error": str(refusal)}), flush=True)
         return REFUSED
     return 0
+
+
+def _read_job(path: Path, sha256: str) -> dict[str, Any]:
+    content = path.read_bytes()
+    # others may be able to write the file, which names the trainer to import
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise StoreError(f"{path} was changed after it was written. Run the command again.")
+    return json.loads(content)
+
+
+def _run_together(job: dict[str, Any], first: int, store: RunStore, stop: StopFlag) -> None:
+    """Train together with the other processes of this worker."""
+    from lorasweep.models.sharding import Mesh
+
+    os.environ.update({k: os.environ[v] for k, v in SLURM_RANKS.items() if k not in os.environ})
+    mesh = Mesh.join()
+    trainer = trainer_named(job["trainer"], stop, mesh)
+    if mesh.rank:
+        follow(trainer, mesh, stop)
+        return
+    leader = Leader(trainer, mesh, stop)
+    try:
+        _run(job, first, store, leader, stop)
+    finally:
+        leader.dismiss()
 
 
 def _run(

@@ -48,3 +48,7 @@ def train(store, specs, trainer, rows=None, stop=None, limits=None, report=None,
 def steps_of(store, rid):
     """Steps of a run's records."""
     return [record["step"] for record in store.records(rid)]
+
+
+one_update = Scripted(1)
+"""For worker processes, which import their trainer by name."""

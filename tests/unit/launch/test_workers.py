@@ -1,0 +1,61 @@
+"""Worker processes wait for the next stage of a sweep, and are replaced if they die meanwhile."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lorasweep.launch.local import Workers, run_points
+from lorasweep.launch.process import Stopped
+from lorasweep.store.run_store import RunStore
+
+TRAINER = "tests.unit.launch.trainers:one_update"
+
+
+@pytest.fixture
+def stage(compose, tmp_path):
+    """`stage(seed, workers)`: train six runs in packs of one; return the ids of the processes."""
+    store = RunStore(tmp_path / "runs")
+    store.prepare()
+
+    def train(seed, pool, *settings):
+        given = (f"sweep.axes.seed={seed}", "exec.pack_size=1", f"exec.runs_dir={store.root}")
+        request = compose("+sweep=lr_ratio", "scale=smoke", *given, "exec.threads=1", *settings)
+        run_points(request.points, store, request.exec, lambda e: None, TRAINER, workers=pool)
+        assert set(store.states(p.id for p in request.points).values()) == {"done"}
+        return {store.owner(p.id, 1)["pid"] for p in request.points}
+
+    train.store = store
+    return train
+
+
+def is_there(pid):
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_stages_share_workers_and_a_dead_one_is_replaced(stage):
+    with Workers(stage.store) as pool:
+        one = stage(0, pool, "exec.workers=1")
+        assert stage(1, pool, "exec.workers=1") == one
+        (pid,) = one
+        os.kill(pid, signal.SIGKILL)
+        other = stage(2, pool, "exec.workers=1")
+        assert len(other) == 1 and other != one
+        assert stage(3, pool, "exec.workers=2") - other, "another share of the machine: new ones"
+        assert not any(map(is_there, other)) and pool.log.exists()
+    assert not pool.log.exists() and not list(pool.log.parent.glob("*.json"))
+    assert not any(map(is_there, one | other))
+
+
+def test_ctrl_c_ends_workers_that_wait(stage, monkeypatch):
+    with pytest.raises(Stopped), Workers(stage.store) as pool:
+        (pid,) = stage(0, pool, "exec.workers=1")
+        assert is_there(pid)
+
+        def interrupt(report):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(pool, "pass_on", interrupt)
+        stage(1, pool, "exec.workers=1")
+    assert not is_there(pid)
