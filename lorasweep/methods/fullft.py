@@ -121,6 +121,9 @@ class _WholeModel:
     def only(self, runs: list[int]) -> AbstractContextManager[None]:
         return nullcontext()  # there is only one run
 
+    def grouped(self, groups: list[int]) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def norms(self) -> list[dict[str, float]]:
         import torch
 

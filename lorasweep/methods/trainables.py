@@ -64,6 +64,12 @@ class Trainables(Protocol):
     def only(self, runs: list[int]) -> AbstractContextManager[None]:
         """Restrict the model, `norms` and `spectra` to `runs` (increasing); not for gradients."""
 
+    def grouped(self, groups: list[int]) -> AbstractContextManager[None]:
+        """Restrict the model to the first run of each group; at the end every run has the gradient.
+
+        `groups`: the group of each run, numbered by their first runs.
+        """
+
     def norms(self) -> list[dict[str, float]]:
         """Return the norms to record, one dict per run."""
 

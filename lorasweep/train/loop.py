@@ -77,14 +77,16 @@ def train(
         # ---------------------------------------------------------------- loop
         while runs:
             started = time.perf_counter()
+            groups = objective.groups(step, runs)
             batches = objective.batches(model, step, runs)
             weight_N = torch.stack([objective.weights(b) for b in batches]).sum(0)
             divisor_N = weight_N.to(device)
-            total_N = torch.zeros(len(runs), dtype=torch.float64, device=device)
-            for batch in mesh.share(batches):
-                sums_N = mesh.run(objective.loss, model, batch)
-                (sums_N / divisor_N.to(sums_N)).sum().backward()
-                total_N += sums_N.detach()
+            total_N = torch.zeros(len(weight_N), dtype=torch.float64, device=device)
+            with trainables.grouped(groups):
+                for batch in mesh.share(batches):
+                    sums_N = mesh.run(objective.loss, model, batch)
+                    (sums_N / divisor_N.to(sums_N)).sum().backward()
+                    total_N += sums_N.detach()
             mesh.sum_(total_N)
             if step == 0:
                 for run, squares in zip(runs, optimizer.grad_squares()):
@@ -101,15 +103,15 @@ def train(
             seconds = (time.perf_counter() - started) / len(runs)
 
             # ------------------------------------------------------------ records
-            losses = (total_N / divisor_N.double()).tolist()
+            losses = (total_N / divisor_N.double())[groups].tolist()
             n_padded = sum(b.padded_tokens for b in batches)
             records: dict[str, Record] = {}
             diverged = set()
             update = objective.metrics(losses)
-            expert_tokens = counts.take(len(runs), mesh)
+            expert_tokens = counts.take(len(total_N), mesh)
             for k, run in enumerate(runs):
-                n_tokens = sum(b.tokens_N[k] for b in batches)
-                progress[run.id].add(n_tokens, seconds, expert_tokens[k])
+                n_tokens = sum(b.tokens_N[groups[k]] for b in batches)
+                progress[run.id].add(n_tokens, seconds, expert_tokens[groups[k]])
                 records[run.id] = {
                     "step": step,
                     "examples": step * run.batch_size,

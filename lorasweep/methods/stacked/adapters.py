@@ -163,6 +163,18 @@ class StackedAdapters:
             for f, held in all_runs.items():
                 f.ranks, f.A, f.B, f.scaling_N = held
 
+    @contextmanager
+    def grouped(self, groups: list[int]) -> Iterator[None]:
+        firsts = [groups.index(group) for group in range(max(groups) + 1)]
+        held = {f: (f.ranks, f.A, f.B) for f in self._factors.values()}
+        with self.only(firsts):
+            yield
+            for f, (spans, *both) in held.items() if len(firsts) < len(groups) else ():
+                for tensors, few in zip(both, (f.A, f.B)):
+                    grads = [grad for p in few for grad in p.grad]
+                    for span, tensor in zip(spans, tensors):
+                        tensor.grad = torch.stack([grads[group] for group in groups[span]])
+
     @torch.no_grad()
     def norms(self) -> list[dict[str, float]]:
         """Return each run's Frobenius norms over all matrices: of A, of B, of scaling * B A."""

@@ -44,9 +44,17 @@ class Objective(Protocol[BatchT]):
 
     For an update the loop calls `batches`, then `loss` of each batch. It divides each run's summed
     loss by the run's summed `weights`. So a mean over tokens does not depend on the micro-batches.
+    In batches N counts groups of runs, see `groups`; it is the number of runs after the first
+    update.
     """
 
     metric: Metric
+
+    def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
+        """Return the group of each run: runs of a group have the same gradient at update `step`.
+
+        Groups are numbered by their first runs, which alone are in the batches.
+        """
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Return each run's measures, the metric included, under the base without adapters."""
@@ -115,6 +123,10 @@ class OnData:
         """
         self._data, self._precision, self._micro_batch_size = data, precision, micro_batch_size
         self._join_rows, self._forward_parts, self._mesh = join_rows, forward_parts, Mesh()
+
+    def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
+        """Return a group for each run."""
+        return list(range(len(runs)))
 
     def data_facts(self, run: RunSpec) -> Record:
         """Return facts about the run's data set that every result contains."""

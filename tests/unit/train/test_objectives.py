@@ -45,6 +45,9 @@ class DrawTheGoodSymbol:
         self.usual = {run.id: 0.0 for run in runs}
         return self.measured(base.model, 1) * len(runs)
 
+    def groups(self, step, runs):
+        return list(range(len(runs)))
+
     @torch.no_grad()
     def batches(self, model, step, runs):
         symbols, advantages, length = [], [], len(PROMPT) + DRAWS

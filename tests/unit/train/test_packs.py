@@ -61,6 +61,44 @@ def test_one_step_in_a_pack_is_one_step_alone(world, other_weights):
     assert max(wild) - wild[0] > 0.5
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_the_first_update_is_computed_once_for_all_learning_rates(
+    world, other_weights, micro_batch
+):
+    """Until then runs that differ in nothing else have the same weights, rows and gradients."""
+    spec, base, rows = world
+    other = other_weights(models.load(spec.model, [], "fp64"))
+    pack = [
+        dataclasses.replace(spec, lr=lr, seed=seed, method=LoRA(rank=rank, alpha=32.0))
+        for rank, seed, lr in [(2, 0, 1e-3), (2, 1, 2e-3), (2, 0, 2e-3), (4, 0, 1e-3), (4, 0, 3e-3)]
+    ]
+    trained_rows = []
+
+    def count(module, args, kwargs):
+        if torch.is_grad_enabled():
+            trained_rows[-1] += len(kwargs["input_ids"])
+
+    with base.model.base_model.register_forward_pre_hook(count, with_kwargs=True):
+        trained_rows.append(0)
+        states = []
+        for event in finetune(pack, base, rows, micro_batch):
+            states.append((event.records, copied(event.snapshot())))
+            trained_rows.append(0)
+            if event.step == 2:
+                break
+    assert trained_rows[:2] == [3 * spec.batch_size, 5 * spec.batch_size]
+    for one in pack:
+        alone = finetune([one], other, rows, micro_batch)
+        for records, state in states:
+            event = next(alone)
+            assert worst(event.snapshot()[one.id], state[one.id]) < ROUNDING[10]
+            for name in ("tokens", "examples"):
+                assert records[one.id][name] == event.records[one.id][name]
+            for name in ("train_nll", "grad_norm"):
+                assert records[one.id][name] == pytest.approx(event.records[one.id][name], rel=1e-9)
+
+
 def test_a_run_that_the_caller_drops_is_trained_no_further(world):
     spec, base, rows = world
     pack = mixed(dataclasses.replace(spec, steps=6), 3)
