@@ -32,7 +32,7 @@ from lorasweep.models.forward import (
 from lorasweep.models.sharding import Mesh
 from lorasweep.models.targets import use_grouped_experts
 from lorasweep.spec.model import ModelSpec
-from lorasweep.store.files import read_json
+from lorasweep.store.files import read_json, write_atomic
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -234,12 +234,11 @@ def license_of(spec: ModelSpec, models_dirs: Sequence[str]) -> dict[str, str]:
     given: dict[str, Any] = {}
     with suppress(Exception):  # a base without a readable card has no known license
         if spec.source == "gguf":
-            import gguf
-
-            fields = gguf.GGUFReader(find_pinned(spec, models_dirs)).fields
-            for name in LICENSE:
-                if field := fields.get(f"general.{name.replace('_', '.')}"):
-                    given[name] = bytes(field.parts[field.data[0]]).decode()
+            path = find_pinned(spec, models_dirs)
+            kept = converted_at(path, models_dirs[0]) / "license.json"
+            given = read_json(kept) or _license_in_gguf(path)
+            with suppress(OSError):  # for the next time: reading a GGUF file takes seconds
+                write_atomic(kept, json.dumps(given).encode())
         elif spec.source != "recipe":
             from huggingface_hub import hf_hub_download, metadata_load
 
@@ -255,6 +254,14 @@ def license_of(spec: ModelSpec, models_dirs: Sequence[str]) -> dict[str, str]:
     if spec.source == "hub" and link and "://" not in link:  # a file of the base's repository
         found["license_link"] = f"https://huggingface.co/{spec.location}/blob/main/{link}"
     return found
+
+
+def _license_in_gguf(path: Path) -> dict[str, str]:
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    found = {name: fields.get(f"general.{name.replace('_', '.')}") for name in LICENSE}
+    return {k: bytes(f.parts[f.data[0]]).decode() for k, f in found.items() if f}
 
 
 def architecture_of(spec: ModelSpec, models_dirs: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from lorasweep.plan.hardware import Hardware
@@ -163,7 +164,17 @@ def make_packs(
             share = all_workers * sum(run_flops(p.spec) for p in runs) / total
             size = min(size, -(-len(runs) // max(1, int(share + 1e-9))))
         size = -(-len(runs) // -(-len(runs) // size))
-        return [runs[k : k + size] for k in range(0, len(runs), size)]
+        packs: list[list[Point]] = [[]]
+        # the runs of one data set stay together: they may have the first update in common
+        for _, of_data in groupby(runs, key=lambda p: p.spec.dataset.canonical):
+            own = list(of_data)
+            if len(own) < size < len(packs[-1]) + len(own):
+                packs.append([])
+            for p in own:
+                if len(packs[-1]) == size:
+                    packs.append([])
+                packs[-1].append(p)
+        return packs
 
     small: dict[tuple[Any, ...], list[Point]] = {}
     for (key, _), runs in groups.items():
