@@ -239,6 +239,8 @@ def cells(outcome: Outcome) -> list[str]:
         return [p["name"] or "?", *[""] * (len(HEAD) - 2), p["error"]]
     held_out = outcome.member.rows.held_out
     notes = [n for n in (outcome.room, outcome.edge and f"{outcome.edge} learning rate") if n]
+    if outcome.hurts:
+        notes.append("training hurts at every learning rate")
     if (p["steps_done"] or p["steps"]) < p["steps"]:
         notes.append(f"ended early, after {p['steps_done']} of {p['steps']} updates")
     gain = "?"
@@ -279,6 +281,9 @@ def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
         "gain uncertain: its 95% interval contains 0, or there is none": of[UNKNOWN],
         "gain not measured, as no row was held out": [k for k in trained if k not in held],
         "best learning rate at the edge of those tried": [k for k, o in trained.items() if o.edge],
+        "training hurts at every learning rate, on validation rows": [
+            k for k, o in trained.items() if o.hurts
+        ],
         "data above half of the capacity of the rank": [k for k in held if found[k].room],
     }
     return {label: group for label, group in groups.items() if group}

@@ -19,6 +19,8 @@ from lorasweep.sweep.grid import Point
 
 CHOSEN_BY = "test_nll_curve"
 """Key of a result: the final loss on validation rows."""
+START = "nll_start_curve"
+"""Key of a trial's result: the loss on validation rows before training."""
 MOST_TRIED = 6
 """Most learning rates that are tried until the best one is neither the lowest nor the highest."""
 VERDICTS = GAINED, WORSE, UNKNOWN = "gained", "got worse", "not known"
@@ -53,6 +55,8 @@ class Outcome:
     """Seconds of training and measuring of all runs, each its share of its pack."""
     gpu_hours_used: float = 0.0
     """The part of `seconds_used` that was on GPUs, in hours."""
+    hurts: bool = False
+    """Whether training at any learning rate raises the loss on validation rows."""
 
     @property
     def base(self) -> str:
@@ -97,9 +101,12 @@ class Outcome:
 
     @property
     def edge(self) -> str:
-        """'lowest' or 'highest' if this one of the learning rates tried was chosen; else ''."""
+        """'lowest' or 'highest' if this one of the learning rates tried was chosen; else ''.
+
+        Also '' if training hurts at every learning rate.
+        """
         rates = [t.lr for t in self.tried]
-        if self.spec is None or len(rates) == 1:
+        if self.spec is None or len(rates) == 1 or self.hurts:
             return ""
         return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.spec.lr, "")
 
@@ -151,6 +158,7 @@ class Outcome:
             "lr": self.spec.lr if self.spec else None,
             "tried": [vars(t) for t in self.tried],
             "edge": self.edge,
+            "hurts": self.hurts,
             "rank": advised["rank"],
             "alpha": method.plain()["alpha"],
             "layers": method.plain()["layers"],
@@ -206,7 +214,8 @@ def with_further(points: Sequence[Point], store: RunStore, go_on: bool) -> list[
     Args:
         points: runs of the customers, at least at the learning rates to begin with.
         go_on: while a customer's best learning rate is the lowest or the highest, add the next one
-            beyond it, a factor APART away; at most MOST_TRIED in all.
+            beyond it, a factor APART away; at most MOST_TRIED in all, and no lower one that would
+            only train less (`hurts`).
     """
     by_arm: dict[str, dict[float, Point]] = {}
     for p in points:
@@ -219,8 +228,8 @@ def with_further(points: Sequence[Point], store: RunStore, go_on: bool) -> list[
             runs = [_trial(p, result) for p in runs]
             while go_on and len(runs) < MOST_TRIED and (best := _best(runs, result)):
                 lr = best.spec.lr * {runs[0].id: 1 / APART, runs[-1].id: APART}.get(best.id, 0)
-                if not LR_RANGE[0] <= lr <= LR_RANGE[1]:  # 0: the best is inside
-                    break
+                if not LR_RANGE[0] <= lr <= LR_RANGE[1] or hurts(runs, result):
+                    break  # 0: the best is inside
                 new = Point(best.arm, replace(_measured(best).spec, lr=lr))
                 runs = sorted([*runs, _trial(new, result)], key=lambda p: p.spec.lr)
             best = _best(runs, result)
@@ -228,6 +237,21 @@ def with_further(points: Sequence[Point], store: RunStore, go_on: bool) -> list[
                 runs.append(_measured(best))
         found += runs
     return found
+
+
+def hurts(runs: Sequence[Point], result: "ResultOf") -> bool:
+    """Return whether training at any learning rate raises the loss on validation rows.
+
+    It does if the loss is lowest at the lowest learning rate, and a parabola through the losses
+    there, at the next one, and before training (learning rate 0) rises from its beginning. False if
+    a loss is not known.
+    """
+    start = (result(runs[0].id) or {}).get(START)
+    if start is None or len(runs) < 2 or _best(runs, result) != runs[0]:
+        return False
+    change, next_change = (_loss(p, result) - start for p in runs[:2])
+    apart = runs[1].spec.lr / runs[0].spec.lr
+    return next_change < math.inf and apart**2 * change >= next_change
 
 
 def _measured(point: Point) -> Point:
@@ -301,7 +325,8 @@ def outcome_of(member: Member, store: RunStore) -> Outcome:
     else:
         seconds, on_gpus = _used(states, chosen.id, store, result)
         final = result(chosen.id) or {}
-        return Outcome(member, tried, chosen, final, "", states, seconds, on_gpus / 3600)
+        used = seconds, on_gpus / 3600
+        return Outcome(member, tried, chosen, final, "", states, *used, hurts(runs, result))
     return Outcome(member, tried, None, {}, problem, states)
 
 

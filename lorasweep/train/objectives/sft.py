@@ -75,6 +75,8 @@ class SupervisedFineTuning(OnData):
         self._start: dict[str, Record] = {}
         self._start_rows: dict[str, np.ndarray | None] = {}
         self._retain_start: dict[str, float] = {}
+        self._validation_start: dict[str, float] = {}
+        """Run id -> NLL of the validation rows under the base, for trials (RunSpec.test_rows)."""
         self._divergence: dict[str, Divergence] = {}
         self._on_first: dict[str, float] = {}
         """Run id -> final NLL on the first held-out rows, for runs with the weights of a trial."""
@@ -98,17 +100,23 @@ class SupervisedFineTuning(OnData):
         for run in runs:
             data = self._data[run.id]
             key = f"{run.dataset.canonical}/{run.draw}/{self._precision}"
-            for name, examples in ((key, data.test), (f"{key}/retain", data.retain)):
+            on_validation, retain = f"{key}/validation", f"{key}/retain"
+            parts = {key: data.test, retain: data.retain}
+            if not run.test_rows:
+                parts[on_validation] = data.validation
+            for name, examples in parts.items():
                 if examples and name not in base.at_start:
                     by_row = name == key and bool(data.validation)
                     base.at_start[name] = self._measure(base.model, [examples], [by_row])[0]
+            if not run.test_rows and data.validation:
+                self._validation_start[run.id] = base.at_start[on_validation][self.metric.name]
             found = dict(base.at_start[key])
             rows = found.pop(ROWS, None)
             self._start_rows[run.id] = None if rows is None else np.asarray(rows)
             self._start[run.id] = found
             self._divergence[run.id] = Divergence(found[self.metric.name])
             if data.retain:
-                self._retain_start[run.id] = base.at_start[f"{key}/retain"][self.metric.name]
+                self._retain_start[run.id] = base.at_start[retain][self.metric.name]
         return [self._start[run.id] for run in runs]
 
     def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
@@ -254,8 +262,10 @@ class SupervisedFineTuning(OnData):
         data = self._data[run.id]
         bits = data.bits(run.steps * self._n_loss[run.id]) if data.bits else {}
         prompts = _prompts(run, data.test)
+        on_validation = self._validation_start.get(run.id)
         return {
             "nll_start": self._start[run.id][self.metric.name],
+            **({} if on_validation is None else {"nll_start_curve": on_validation}),
             "floor_nats": data.entropy_floor_nats,
             **self.data_facts(run),
             **({DATA_SHA256: None} if run.id in self._unknown_start else {}),

@@ -48,7 +48,7 @@ def store(tmp_path):
     return RunStore(tmp_path / "runs")
 
 
-def played(store, loss, first=None, go_on=True):
+def played(store, loss, first=None, go_on=True, start=99.0):
     """Train what is asked for until nothing is; returns all runs, and how many each stage had."""
     points, stages = first or around_advised(), []
     while True:
@@ -58,7 +58,9 @@ def played(store, loss, first=None, go_on=True):
             return points, stages
         stages.append(len(todo))
         for p in todo:
-            more = {"trial": p.spec.trial.id, "wall_s": 1.5} if p.spec.test_rows else {}
+            more = {"nll_start_curve": start}
+            if p.spec.test_rows:
+                more = {"trial": p.spec.trial.id, "wall_s": 1.5}
             end(store, p.spec, loss(place(p.spec)), **more)
 
 
@@ -106,6 +108,22 @@ def test_a_customer_whose_rates_all_diverge_has_an_error_after_six(store):
     found = outcome(points, store)
     assert sum(stages) == MOST_TRIED == len(points) and place(points[0].spec) == -4
     assert found.spec is None and "every learning rate diverged" in found.problem and not found.open
+
+
+@pytest.mark.parametrize(
+    ("slope", "bend", "hurts"), [(1.0, 0.0, True), (1.0, 1.0, True), (-0.3, 1.0, False)]
+)
+def test_no_lower_rate_is_tried_where_training_hurts_at_every_rate(store, slope, bend, hurts):
+    """Loss 2 + slope * lr + bend * lr^2 in units of the lowest rate: lower ones only train less."""
+
+    def loss(k):
+        return 2.0 + slope * 3.0 ** (k + 1) + bend * 9.0 ** (k + 1)
+
+    points, _ = played(store, loss, start=2.0)
+    found = outcome(points, store)
+    assert found.hurts == found.plain()["hurts"] == hurts and found.edge == ""
+    assert len(found.tried) == (3 if hurts else 6)
+    assert place(found.spec) == (-1 if hurts else -3)
 
 
 @pytest.mark.parametrize("rates", [1, 3, 5])
