@@ -22,8 +22,10 @@ from analysis.inference.estimate import Estimate, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
+from analysis.measures.ratio import MIN_RANK, ratio_of
+from analysis.measures.speed import fall_over
 from analysis.optimum.optimum import Optimum
-from analysis.questions import base
+from analysis.questions import base, rank
 from analysis.runs.learning_curves import at_step, on_curve_rows
 from analysis.runs.lr_curves import title
 from analysis.runs.table import TableError
@@ -32,6 +34,8 @@ FIRST = 64
 """Updates after which the gap is first read, to see whether it grows."""
 EIGHTH = 8
 """The study's ranks end at an eighth of the hidden size."""
+GROWING = (8, 32)
+"""Lowest and highest of the ranks whose gaps are compared over updates, besides the smallest."""
 FITTING = 0.5
 """Largest load at which the capacity of a rank counts as sufficient, with a factor 2 to spare."""
 Gaps = dict[int, regret.Gap]
@@ -122,6 +126,23 @@ class Data(base.Condition):
         if smallest not in self.first:
             return None
         return self.first[smallest], self.last_on_first_rows[smallest]
+
+    @functools.cached_property
+    def growths(self) -> dict[int, Estimate]:
+        """The growth of the gap from FIRST to all updates, on the same rows, by rank in GROWING."""
+        low, high = GROWING
+        ranks = [r for r in self.last if r in self.first and low <= r <= high]
+        return {r: regret.growth(self.first[r], self.last_on_first_rows[r]) for r in ranks}
+
+    def gates_on_growths(self) -> list[Gate]:
+        """List the gates on `growths`."""
+        gaps = [each[r] for r in self.growths for each in (self.first, self.last_on_first_rows)]
+        return list(dict.fromkeys(gate for g in gaps for gate in base.gates_on_gap(g)))
+
+    @functools.cached_property
+    def ranks(self) -> rank.Ranks:
+        """The ranks' learning curves and speeds, before the task is solved."""
+        return rank.conditions(self.runs)[0]
 
     @property
     def is_new(self) -> bool:
@@ -296,6 +317,43 @@ ESTIMANDS = [
         _gates_on_growth,
         applies=_where(lambda c: c.is_new and c.growing),
         read=lambda c: f"smallest rank, update {FIRST} to the last",
+    ),
+    base.Estimand(
+        "gap_growth_high_ranks",
+        # All ranks must grow, so the one with the lowest end of its interval decides.
+        lambda c: min(c.growths.values(), key=lambda e: math.inf if e.low is None else e.low),
+        Data.gates_on_growths,
+        applies=_where(lambda c: c.is_low and c.growths),
+        read=lambda c: f"ranks {min(c.growths)} to {max(c.growths)}, update {FIRST} to the last",
+    ),
+    base.Estimand(
+        "rho_slope_lists",
+        lambda c: c.ranks.slope,
+        lambda c: c.ranks.gates_on_slope(),
+        applies=_where(lambda c: c.is_new and not c.is_low),
+        read=lambda c: f"ranks {min(c.last)} to {max(c.last)}",
+    ),
+    base.Estimand(
+        "rate_over_rank_1",
+        lambda c: ratio_of(c.high, c.lora[1]),
+        lambda c: base.gates_on([c.lora[1], *c.high]),
+        log=True,
+        applies=_where(lambda c: c.is_new and 1 in c.lora and c.high),
+        seeds=lambda c: base.fewest_seeds([c.lora[1], *c.high]),
+        read=lambda c: f"ranks {MIN_RANK} to {max(c.last)}, after the last update",
+    ),
+    base.Estimand(
+        "fall_overfull",
+        lambda c: fall_over(c.ranks.points[c.overfull], c.ranks.points[0]),
+        lambda c: c.ranks.gates_on([0, c.overfull]),
+        applies=_where(lambda c: c.is_new and c.overfull),
+        read=lambda c: f"rank {c.overfull}",
+    ),
+    base.Estimand(
+        "generator_over_first_pass",
+        lambda c: over_seeds(regret.share_of_first_pass(c.runs, c.gap.full)),
+        lambda c: base.gates_on([c.gap.full]),
+        applies=_where(lambda c: c.is_new and {regret.GENERATOR, regret.FIRST_PASS} <= set(c.bits)),
     ),
     base.Estimand(
         "gap_low",

@@ -1,10 +1,12 @@
 """Question: does rank 1 match full fine-tuning where completions are sampled and rewarded.
 
 Each curve is at its best stable learning rate (`measures.rewards`). Rewards are paired by seed: all
-arms have the same prompts and random numbers. Points are percent of completions that are right.
+arms have the same prompts and random numbers. Points are percent of completions that are right. A
+control is full fine-tuning of the matrices that LoRA adapts: against it only the low rank differs.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -55,6 +57,19 @@ class Rewarded(base.Condition):
         full = rewards.reward_of(self.full)
         return {r: rewards.reward_of(o).minus(full) for r, o in self.lora.items()}
 
+    @property
+    def control(self) -> Optimum | None:
+        """The curve of full fine-tuning of LoRA's matrices; None if it is missing."""
+        return next(filter(base.is_control, self.optima), None)
+
+    @cached_property
+    def behind_control(self) -> dict[int, AtBest[float]]:
+        """The reward of each curve minus the control's by rank, in points; 0: full fine-tuning."""
+        if self.control is None:
+            return {}
+        control = rewards.reward_of(self.control)
+        return {r: rewards.reward_of(o).minus(control) for r, o in self.by_rank.items()}
+
     @cached_property
     def curves(self) -> dict[int, AtBest[Points]]:
         """Learning curves (losses) at the best stable learning rate by rank."""
@@ -62,11 +77,16 @@ class Rewarded(base.Condition):
 
     @property
     def rests(self) -> list[Optimum]:
-        return list(self.by_rank.values())
+        return [*self.by_rank.values(), *([self.control] if self.control else [])]
 
     def points(self, rank: int) -> Estimate:
         """Return a rank's reward minus full fine-tuning's, in points."""
         return over_seeds(self.behind[rank], pooled_over(self.behind.values()))
+
+    def points_control(self, rank: int) -> Estimate:
+        """Return a rank's reward minus the control's, in points; rank 0: the reverse, of FullFT."""
+        found, pooled = self.behind_control, pooled_over(self.behind_control.values())
+        return over_seeds(found[rank] if rank else found[0].map(operator.neg), pooled)
 
     def ratio(self, rank: int) -> Estimate:
         """Return a rank's optimal learning rate over full fine-tuning's."""
@@ -83,7 +103,15 @@ class Rewarded(base.Condition):
 
     def gates_on_points(self, rank: int) -> list[Gate]:
         """List the gates on `points`; the reward must start in START and end at most at MOST."""
-        optima, gates = self.pair(rank), self.gates_on_stable(rank)
+        return self.gates_on_rewards(self.pair(rank))
+
+    def gates_on_control(self, rank: int) -> list[Gate]:
+        """List the gates on `points_control`, as of `gates_on_points`."""
+        return self.gates_on_rewards([self.control, self.by_rank[rank]])
+
+    def gates_on_rewards(self, optima: Sequence[Optimum]) -> list[Gate]:
+        """List the gates on final rewards: of their curves, and an unfit task."""
+        gates = rewards.gates_on_stable([o.curve for o in optima])
         start = -self.full.curve.nll_start
         if math.isfinite(start) and not START[0] <= start <= START[1]:
             low, high = START
@@ -125,6 +153,21 @@ def at_rank(
     )
 
 
+def against_control(
+    name: str, rank_of: Callable[[Rewarded], int], absent: str
+) -> base.Estimand[Any]:
+    """Declare a reward minus the control's at one rank; rank 0: control minus full fine-tuning.
+
+    `absent`: the curve that is missing if the control is there.
+    """
+    return base.Estimand(
+        name,
+        lambda c: c.points_control(rank_of(c)) if rank_of(c) in c.behind_control else None,
+        lambda c: c.gates_on_control(rank_of(c)),
+        lambda c: absent if c.control else "fullft of LoRA's matrices",
+    )
+
+
 def at_top(**more: Any) -> list[base.Estimand[Any]]:
     """Declare ratios to full fine-tuning at the top rank: of optimal LRs, and of good ranges."""
     more = {"log": True, **more}
@@ -149,6 +192,9 @@ def at_top(**more: Any) -> list[base.Estimand[Any]]:
 ESTIMANDS = [
     at_rank("points_rank_1", lambda c: 1, Rewarded.points, Rewarded.gates_on_points),
     at_rank("points_top_rank", lambda c: c.top, Rewarded.points, Rewarded.gates_on_points),
+    against_control("points_rank_1_control", lambda c: 1, "lora r1"),
+    against_control("points_top_rank_control", lambda c: c.top or -1, "lora"),
+    against_control("points_control", lambda c: 0, "fullft"),
     *at_top(),
     at_rank(
         "rho_rank_1",
@@ -195,16 +241,26 @@ def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
 
 def compared(c: Rewarded) -> list[list[Any]]:
     """Return a row of HEAD for each curve, full fine-tuning's first."""
-    rows = []
-    for rank, o in c.by_rank.items():
+
+    def row(name: str, o: Optimum, *behind: Estimate | None) -> list[Any]:
         band = o.band(rewards.GOOD)
         good = "-" if band is None else " to ".join(map(rate, band))
-        points, ratio, width = None, None, None
-        if rank in c.behind:
-            points, ratio, width = over_seeds(c.behind[rank]), c.ratio(rank), c.ranges[rank][0]
+        points, ratio, width = behind or (None, None, None)
         collapsed = "{} of {}".format(*rewards.collapsed_at_best(o.curve))
         lr, reward = base.best_lr(o), over_seeds(rewards.reward_of(o))
-        rows.append([o.curve.name, lr, reward, collapsed, points, ratio, good, width])
+        return [name, lr, reward, collapsed, points, ratio, good, width]
+
+    rows = []
+    for rank, o in c.by_rank.items():
+        behind: tuple[Estimate | None, ...] = ()
+        if rank in c.behind:
+            behind = (over_seeds(c.behind[rank]), c.ratio(rank), c.ranges[rank][0])
+        rows.append(row(o.curve.name, o, *behind))
+    if c.control:
+        points = c.points_control(0) if 0 in c.behind_control else None
+        rows.append(
+            row(f"{c.control.curve.name} of LoRA's matrices", c.control, points, None, None)
+        )
     return rows
 
 
@@ -217,6 +273,10 @@ def sections(found: Sequence[Rewarded], asked: base.Asked) -> list[base.Section]
         figure = "rewards.png" if k == 1 else f"rewards_{k}.png"
         shown = (compared(c), [HOW], figure, [panel], CAPTION)
         out.append(base.Section.of(f"Rewards, {c.name}", HEAD, *shown))
+        if against := [[o.curve.name, c.points_control(r)] for r, o in c.lora.items() if c.control]:
+            title = f"Against full fine-tuning of LoRA's matrices, {c.name}"
+            text = "Both train the same matrices, so that only the low rank differs."
+            out.append(base.Section.of(title, "curve | reward, points [95%]", against, [text]))
     return out
 
 
