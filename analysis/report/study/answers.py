@@ -89,15 +89,15 @@ class Answer:
         """Name the base, the data, the rank and the number of updates of a verdict."""
         curves = self.curves(v)
         if not curves:
-            cells = self.results.get("cells")
-            updates = [c["updates"] for c in cells if c["cell"] == v.group] if cells else []
-            length = f"{updates[0]} updates" if updates else ""
+            cells = self.results["cells"] if self.sweep == "regime" else []
+            length = [f"{c['updates']} updates" for c in cells if c["cell"] == v.group]
             read = re.sub(
                 r"rank of ([\d.]+) of the width",
                 lambda m: f"rank {float(m[1]) * self.runs['hidden_size'].max():g}",
                 self.read(v),
             )
-            return f"{v.group} ({', '.join(filter(None, [read, length]))})".replace(" ()", "")
+            more = ", ".join(filter(None, [read, *length]))
+            return f"{v.group} ({more})" if more else v.group
         data = (
             "only rules new"
             if self.setting(v.group) == Setting.IN_REGIME
@@ -106,13 +106,11 @@ class Answer:
         read = self.read(v).partition(";")[0]
         if "update" not in read:
             arms = self.results.get("ranks") if self.sweep == "layers" else None
-            by_arm = (arms or {}).get(v.group)
-            ranks = (
-                listed([f"{k} at rank {r}" for k, r in by_arm.items()])
-                if by_arm
-                else f"rank {rank([c['rank'] for c in curves if c['rank'] is not None]):g}"
-            )
-            read = f"{ranks}, {int(curves[0]['steps'])} updates"
+            by_arm = (arms or {}).get(v.group, {})
+            known = [c["rank"] for c in curves if c["rank"] is not None]
+            one = [f"rank {rank(known):g}"] if known else []
+            ranks = [listed([f"{k} at rank {r}" for k, r in by_arm.items()])] if by_arm else one
+            read = ", ".join([*ranks, f"{int(curves[0]['steps'])} updates"])
         return f"{curves[0]['model']} ({data}; {read})"
 
     def parameters_an_episode(self, v: Verdict) -> float | None:

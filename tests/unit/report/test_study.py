@@ -154,6 +154,23 @@ def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group,
     assert answer(tmp_path, data=(low, *LISTS, FACTS, GSM8K)).setting(group) is setting
 
 
+def test_a_verdict_says_where_it_was_measured_as_far_as_that_is_known(tmp_path):
+    group = "b on dialect, batch 16, steps 256"
+    arms = [curve("b", rank=r) for r in (None, 1.0, 8.0)]
+    made = answer(tmp_path, curves=arms)
+    assert made.where(verdict(1, group=group)) == "b (dialect; rank 8, 256 updates)"
+    assert made.where(verdict(1, group=group), min) == "b (dialect; rank 1, 256 updates)"
+    full = answer(tmp_path, curves=arms[:1])
+    assert full.where(verdict(1, group=group)) == "b (dialect; 256 updates)"
+    facts = answer(tmp_path, sweep="capacity", cells=[{"facts": 64}])  # of another form
+    assert facts.where(verdict(1, group="b, facts of 16 bits")) == "b, facts of 16 bits"
+    regime = answer(tmp_path, sweep="regime", cells=[condition("b, x", (8, 1.0))])
+    regime.question["claims"]["low"] = {"estimand": "eighth"}
+    regime.results["read"] = {"eighth": "rank of 0.125 of the width"}
+    v = verdict(1, claim="low", group="b, x")
+    assert regime.where(v) == "b, x (rank 8, 256 updates)"
+
+
 def bases(folder, verdicts, **changes):
     named = [dataclasses.replace(v, group=f"b{k} on dialect") for k, v in enumerate(verdicts)]
     return [
