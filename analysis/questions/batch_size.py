@@ -218,7 +218,7 @@ def _slopes(c: Batches) -> base.Panel:
     (the partial residual of the fit).
     """
     series = []
-    for k, (rank, effect) in enumerate(c.effects.items(), 1):
+    for k, (rank, effect) in enumerate(c.effects.items()):
         by_steps: dict[int, list[batch_effect.Prefix]] = {}
         for p in c.usable[rank]:
             by_steps.setdefault(p.steps, []).append(p)
@@ -232,13 +232,13 @@ def _slopes(c: Batches) -> base.Panel:
         if slope is None or c.gates_on_effect(rank):
             continue
         # Points of the ranks lie side by side.
-        at, speeds = [b * 1.06 ** (k - 1) for b, _ in points], [y for _, y in points]
-        series.append(base.Series(f"rank {rank}", at, speeds, style="os^Dv"[k % 5], colour=k))
+        at, speeds = [b * 1.06**k for b, _ in points], [y for _, y in points]
+        series.append(base.Series(f"rank {rank}", at, speeds, style="osD^v"[k % 5], colour=k))
         ends = [min(b for b, _ in points), max(b for b, _ in points)]
         shown = base.mapped(effect, lambda b: 100 * math.expm1(b))
         line = [math.exp(slope * math.log2(b / c.batches[0])) for b in ends]
         label = f"fit: {with_interval(shown)}% a doubling"
-        series.append(base.Series(label, ends, line, style="-" if k % 2 else "--", colour=k))
+        series.append(base.Series(label, ends, line, style="--" if k % 2 else "-", colour=k))
     speed = f"speed / fitted speed at a batch of {c.batches[0]}"
     ticks = [(float(b), f"{b}") for b in c.batches]
     title = "change with the batch, after equally many updates"
