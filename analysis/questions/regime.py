@@ -120,6 +120,22 @@ class Data(base.Condition):
         return max(ranks, default=None)
 
     @functools.cached_property
+    def over_updates(self) -> dict[int, dict[int, Estimate]]:
+        """Rank -> updates (FIRST / 2, doubled up to the last) -> gap in nats.
+
+        All gaps are on the same held-out rows. Empty where `first` is.
+        """
+        found: dict[int, dict[int, Estimate]] = {r: {} for r in self.first}
+        same = on_curve_rows(self.runs)
+        doubled = [FIRST // 2 * 2**k for k in range((2 * self.steps // FIRST).bit_length())]
+        for step in sorted({*doubled, self.steps}) if found else ():
+            part = at_step(same, step)
+            for r, g in (_by_rank(part, base.fit(part)) if len(part) else {}).items():
+                if r in found and (e := g.mean()).has_interval():
+                    found[r][step] = e
+        return found
+
+    @functools.cached_property
     def growing(self) -> tuple[regret.Gap, regret.Gap] | None:
         """The smallest rank's gap after FIRST and after all updates, on the same rows."""
         smallest = min(self.last)
@@ -456,8 +472,9 @@ def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
     return out
 
 
-LINEAR = 1.0
-"""Below this percentage of the gain the axis is linear, so that 0 and less can be drawn."""
+LINEAR, LINEAR_NATS = 1.0, 0.01
+"""Below this percentage of the gain, or this gap in nats, an axis is linear, so that 0 and less can
+be drawn."""
 
 
 def _over_rank(found: Sequence[Data]) -> base.Section:
@@ -526,23 +543,29 @@ def _capacity(found: Sequence[Data]) -> base.Section:
 
 def _over_updates(found: Sequence[Data]) -> base.Section:
     rows, panels = [], []
+    shown = [e for c in found for of in c.over_updates.values() for e in of.values()]
+    ends = [end for e in shown for end in e.interval]
+    y_range = (1.1 * min([0.0, *ends]), 1.3 * max([0.0, *ends]))
     for c in found:
-        series = []
-        for k, (r, g) in enumerate(c.last_on_first_rows.items(), 1):
-            if r not in c.first:
-                continue
-            estimates = [c.first[r].mean(), g.mean()]
-            shown = [*estimates, regret.growth(c.first[r], g)]
-            rows.append([c.name, r, *(with_interval(e, signed) for e in shown)])
-            series.append(base.Series.of(f"rank {r}", [FIRST, c.steps], estimates, colour=k))
-        if series:
-            y, lines = "LoRA's loss - full fine-tuning's (nats)", {"full fine-tuning": 0.0}
-            ticks = [(float(n), str(n)) for n in (FIRST, c.steps)]
-            look: dict[str, Any] = {"log_x": True, "lines": lines, "ticks": ticks}
+        for r, g in c.last_on_first_rows.items():
+            if r in c.first:
+                gaps = [c.first[r].mean(), g.mean(), regret.growth(c.first[r], g)]
+                rows.append([c.name, r, *(with_interval(e, signed) for e in gaps)])
+        if any(c.over_updates.values()) and not (c.novelty and c.novelty.nothing):
+            series = [
+                base.Series.of(f"rank {r}", of, list(of.values()), colour=k)
+                for k, (r, of) in enumerate(c.over_updates.items(), 1)
+            ]
+            steps = sorted({n for of in c.over_updates.values() for n in of})
+            look: dict[str, Any] = {"log_y": True, "linear_below": LINEAR_NATS}
+            look |= {"lines": {"full fine-tuning": 0.0}, "y_range": y_range}
+            look |= {"log_x": True, "ticks": [(float(n), str(n)) for n in steps]}
+            y = "LoRA's loss - full fine-tuning's (nats)"
             panels.append(base.Panel(c.name, "updates", y, series, **look))
     text = [
-        "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. Both "
-        "gaps are on the same held-out rows."
+        "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. All "
+        "gaps are on the same held-out rows. The figure's axis is linear up to "
+        f"{LINEAR_NATS:g} nats, and logarithmic above."
     ]
     head = f"condition | rank | gap at {FIRST} updates [95%] | at the last [95%] | growth"
     figure = ("growth.png", panels, "the gap in nats after few and after many updates")

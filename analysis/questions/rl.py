@@ -24,6 +24,7 @@ from analysis.measures.speed import rho
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points
+from analysis.runs.lr_curves import LrCurve
 from analysis.runs.metric import COLLAPSED_SHARE
 
 START, MOST = (0.05, 0.4), 0.9
@@ -34,6 +35,7 @@ HEAD = (
     "| ratio of best LRs [95%] | good LRs | range over FullFT's [95%]"
 )
 CAPTION = "reward over episodes by rank"
+REWARD = "held-out reward"
 HOW = (
     "Rewards are at the best stable LR, by a parabola through it and the stable LRs around it. An "
     f"LR is stable if at most {100 * rewards.MAX_COLLAPSED:.0f}% of its runs collapse: they were "
@@ -225,18 +227,54 @@ def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
         ranks: ranks of all panels of the figure, 0 first; a rank's index gives its colour.
     """
     one = next(iter(c.by_rank.values())).curve
-    completions, start, series = int(one.key["batch_size"]), -one.nll_start, []
+    completions, series = int(one.key["batch_size"]), []
     for rank, curve in c.curves.items():
         of_seeds = [dict(points) for points in curve.best.values()]
         steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
         means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
         lost, n = rewards.collapsed_at_best(c.by_rank[rank].curve)
         name = name_of(rank) + (f" (without {lost} of {n} runs: collapsed)" if lost else "")
-        look: dict[str, Any] = {"size": 4, "colour": ranks.index(rank)}
+        look = look_of(rank, ranks)
         series.append(base.Series.of(name, [s * completions for s in steps], means, **look))
-    lines = {"before training": start} if np.isfinite(start) else {}
     title = f"{title}, each at its best stable LR"
-    return base.Panel(title, "episodes", "held-out reward", series, log_x=True, lines=lines)
+    return base.Panel(title, "episodes", REWARD, series, log_x=True, lines=before_training(one))
+
+
+def before_training(curve: LrCurve) -> dict[str, float]:
+    """Return the line of the reward before training; empty if it is unknown."""
+    return {"before training": -curve.nll_start} if np.isfinite(curve.nll_start) else {}
+
+
+def look_of(rank: int, ranks: Sequence[int]) -> dict[str, Any]:
+    """Return the colour and the marker of a rank, the same in all panels of a figure."""
+    k = ranks.index(rank)
+    return {"size": 4, "colour": k, "style": f"{'osD^v'[k % 5]}-"}
+
+
+def over_rates(c: Rewarded) -> list[base.Panel]:
+    """Return rewards over the learning rate, and the share of runs that do not collapse there.
+
+    There are no panels if each curve has one learning rate.
+    """
+    if all(len(np.unique(o.curve.x)) < 2 for o in c.optima):
+        return []
+    rewarded, survived = [], []
+    for rank, o in c.by_rank.items():
+        at = rewards.at_each_lr(o.curve)
+        look = look_of(rank, sorted(c.by_rank))
+        known = {lr: e for lr, (e, _) in at.items() if e.value is not None}
+        rewarded.append(base.Series.of(name_of(rank), list(known), list(known.values()), **look))
+        share = [100 * left for _, left in at.values()]
+        survived.append(base.Series(name_of(rank), list(at), share, **look))
+    least = 100 * (1 - rewards.MAX_COLLAPSED)
+    stable = {f"stable: {least:.0f}% or more": least}
+    start = before_training(c.optima[0].curve)
+    title = "at the end, without the runs that collapsed"
+    more: dict[str, Any] = {"log_x": True, "lines": stable, "y_range": (0, 105)}
+    return [
+        base.Panel(title, "learning rate", REWARD, rewarded, log_x=True, lines=start),
+        base.Panel("runs that do not collapse", "learning rate", "% of runs", survived, **more),
+    ]
 
 
 def compared(c: Rewarded) -> list[list[Any]]:
@@ -271,7 +309,7 @@ def sections(found: Sequence[Rewarded], asked: base.Asked) -> list[base.Section]
         key = c.optima[0].curve.key
         panel = progress(f"{key['model']} on {key['dataset']}", c, sorted(c.curves))
         figure = "rewards.png" if k == 1 else f"rewards_{k}.png"
-        shown = (compared(c), [HOW], figure, [panel], CAPTION)
+        shown = (compared(c), [HOW], figure, [panel, *over_rates(c)], CAPTION)
         out.append(base.Section.of(f"Rewards, {c.name}", HEAD, *shown))
         if against := [[o.curve.name, c.points_control(r)] for r, o in c.lora.items() if c.control]:
             title = f"Against full fine-tuning of LoRA's matrices, {c.name}"

@@ -10,7 +10,19 @@ from analysis.measures.regret import UNSCORED
 from analysis.optimum.valley import linex
 from lorasweep.data.synthetic.dialect import load as load_dialect
 from lorasweep.methods.fullft import FullFT
-from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, runs
+from tests.planted import (
+    CURVATURE,
+    FULL,
+    GAIN,
+    LORA,
+    World,
+    arms,
+    around,
+    ask,
+    base,
+    panels_of,
+    runs,
+)
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
@@ -306,6 +318,20 @@ def test_growth_is_read_on_the_same_held_out_rows_at_both_lengths():
     grown = verdict(out, "growth")
     assert grown["estimate"]["value"] == pytest.approx(0, abs=2e-3)
     assert grown["outcome"] == "UNDECIDED"
+
+
+def test_the_gap_is_drawn_over_updates_by_rank():
+    """A gap of a tenth of the gain that rises by a fiftieth with each doubling of the updates."""
+    specs = arms(data(**LOW), (1, 8), steps=256, batch_size=BATCH, seeds=range(4))
+    world = Gaps(lambda r, step, e: (0.1 + 0.02 * math.log2(step / 32)) / r)
+    (panel,) = (p for p in panels_of("regime", world, specs).values() if p.x == "updates")
+    gain = GAIN * math.log2(1 + 256)
+    for series, rank in zip(panel.series, (1, 8)):
+        assert series.label == f"rank {rank}" and list(series.x) == [32, 64, 128, 256]
+        wanted = [gain * (0.1 + 0.02 * k) / rank for k in range(4)]
+        assert series.y == pytest.approx(wanted, abs=4e-3)
+    low, high = panel.y_range
+    assert low <= 0 and high > max(panel.series[0].y)
 
 
 def test_bits_are_counted_three_ways_and_by_full_fine_tuning_alone():

@@ -6,7 +6,7 @@ import pytest
 
 from analysis.measures import speed
 from lorasweep.methods.lora import LoRA
-from tests.planted import FULL, GAIN, LORA, World, arms, ask, base, check, runs
+from tests.planted import FULL, GAIN, LORA, World, arms, ask, base, check, panels_of, runs
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
@@ -108,6 +108,7 @@ def test_each_model_is_compared_with_full_fine_tuning_of_itself():
 
 
 LENGTHS = {4: 256, 16: 128, 64: 32}
+SLOPES = "change with the batch, after equally many updates"
 
 
 def batches(ranks=(4,), lengths=LENGTHS, full=FULL, lora=LORA, n=5):
@@ -178,6 +179,23 @@ def test_whether_the_gap_at_batch_32_shrinks(doubling, outcome):
     assert out["read"]["gap_change_at_32"] == "rank 4, update 32 to 128"
     _, found = ask("large_batches", world, batches((4,), {16: 128, 512: 8}))
     assert found["shrinks"]["why"] == "no curve of batch 32"
+
+
+def test_the_fitted_effect_of_the_batch_is_drawn_through_the_speeds_of_each_rank():
+    world = World(lambda s: 0.9 * math.exp(-0.1 * math.log2(s.batch_size / 4)), falls=falls)
+    panel = panels_of("batch_size", world, batches((1, 4)))[SLOPES]
+    points, lines = panel.series[::2], panel.series[1::2]
+    assert [s.label for s in points] == ["rank 1", "rank 4"]
+    for speeds, line in zip(points, lines):
+        assert "% a doubling" in line.label and list(line.x) == [4, 64]
+        assert line.y == pytest.approx([1, math.exp(-0.4)], abs=0.03)
+        at = [math.exp(-0.1 * math.log2(x / 4)) for x in speeds.x]
+        assert len(at) > 4 and speeds.y == pytest.approx(at, abs=0.04)
+
+
+def test_an_effect_that_cannot_be_judged_is_not_drawn():
+    world = World(best=lambda s, step: 1e-2 if s.batch_size == 64 else 1.6e-3)
+    assert SLOPES not in panels_of("batch_size", world, batches(lora=FULL))
 
 
 def test_runs_of_two_lengths_of_one_batch_are_judged_together():
