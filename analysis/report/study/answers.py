@@ -25,7 +25,8 @@ from analysis.measures.regret import novelty_of
 from analysis.questions.base import NO_CELL
 
 ORDER = (
-    *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts", "rl_bits", "rl"),
+    *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts"),
+    *("rl_bits", "rl", "rl_unembedding", "rl_matrices"),
     *("batch_size", "large_batches", "capacity", "invariance", "compute", "recipes"),
 )
 """The order of the study's questions; any others follow by name."""
@@ -266,7 +267,7 @@ def rows_of(answers: Sequence[Answer]) -> list[list[str]]:
 
 def listed(words: Sequence[str]) -> str:
     """Join words by commas and a last "and"."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def within(margin: tuple[float, float]) -> str:

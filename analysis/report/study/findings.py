@@ -7,7 +7,7 @@ bases, ranks and numbers of updates, and says if it rests on one base.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed, number
@@ -30,17 +30,17 @@ from analysis.report.study.figures import (
 )
 
 FULL = " times full fine-tuning's"
-ONE_BASE = "; one base only"
-ASKED_LATER = ("rank", "short_runs", "compute")
-"""Questions that were asked of runs of `regime` after their final losses had been seen."""
+ONE_BASE = "one base only"
 UNKNOWN = Estimate(None).plain()
 Found = list[tuple[Answer, Verdict]]
 Show = Callable[[Estimate], str]
+Place = tuple[str, int, int]
+"""Base, rank, number of updates."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence: a conclusion, and the numbers that it rests on."""
+    """One sentence: a conclusion, and the number that it rests on."""
 
     sweep: str
     """The question whose page has the details."""
@@ -48,6 +48,9 @@ class Finding:
     said: str
     exploratory: bool = False
     """Whether no verdict behind it confirms anything."""
+    one_base: bool = False
+    more: str = ""
+    """Sentences with further settings and numbers, for the question's page alone."""
 
     @property
     def text(self) -> str:
@@ -55,7 +58,9 @@ class Finding:
 
     @property
     def short(self) -> str:
-        return f"**{self.lead}**{f' ({EXPLORATORY})' if self.exploratory else ''}"
+        marks = {EXPLORATORY: self.exploratory, ONE_BASE: self.one_base}
+        shown = "; ".join(mark for mark, holds in marks.items() if holds)
+        return f"**{self.lead}**{f' ({shown})' if shown else ''}"
 
 
 def main(answers: Sequence[Answer]) -> list[Finding]:
@@ -138,11 +143,11 @@ def of_claim(
     """Return a claim's outcome with the number of each answer; `said` comes before the first."""
     if not verdicts:
         return None
-    sweep = verdicts[0][0].sweep
-    explores = sweep in ASKED_LATER or all(v.exploratory for _, v in verdicts)
+    explores = all(v.exploratory for _, v in verdicts)
     numbers = listed([shown(a, v, show, rank, not explores) for a, v in verdicts])
-    said = f"{said} {numbers}{_one_base(verdicts)}"
-    return Finding(sweep, lead(verdicts, yes, no, partly), said, explores)
+    start = lead(verdicts, yes, no, partly)
+    marks = (explores, _one_base(verdicts))
+    return Finding(verdicts[0][0].sweep, start, f"{said} {numbers}", *marks)
 
 
 def shown(
@@ -153,8 +158,10 @@ def shown(
     marked: bool = True,
 ) -> str:
     """Return a number with its base, data, rank and number of updates; mark it if exploratory."""
-    mark = f" ({EXPLORATORY})" if marked and v.exploratory else ""
-    return f"{show(v.estimate)} on {a.where(v, rank)}{mark}"
+    where = a.where(v, rank)
+    if marked and v.exploratory:
+        where = f"{where.removesuffix(')')}; {EXPLORATORY})" if ")" in where else where
+    return f"{show(v.estimate)} on {where}"
 
 
 def count(verdicts: Found, outcome: str) -> int:
@@ -183,8 +190,8 @@ def percent(value: float) -> str:
     return fixed(value, 1)
 
 
-def _one_base(verdicts: Found) -> str:
-    return ONE_BASE if len({base for a, _ in verdicts for base in a.bases}) == 1 else ""
+def _one_base(verdicts: Found) -> bool:
+    return len({base for a, _ in verdicts for base in a.bases}) == 1
 
 
 def _span(values: Sequence[float], digits: int = 2) -> str:
@@ -203,118 +210,134 @@ def _ends(estimates: Sequence[Estimate], show: Show) -> str:
 Row = dict[str, Any]
 
 
-def _at_eighth(verdicts: Found) -> dict[str, list[tuple[str, Row]]]:
-    """Return place (base, rank, updates) -> (outcome, row of results.json) of each data set.
+def _at_eighth(verdicts: Found) -> dict[Place, list[tuple[Verdict, Row]]]:
+    """Return the verdict and the row of results.json of each data set, by place.
 
     The verdicts are of `regime`; the row is that of the rank of an eighth of the width.
     """
-    named: dict[str, list[tuple[str, Row]]] = {}
+    named: dict[Place, list[tuple[Verdict, Row]]] = {}
     for a, v in verdicts:
         conditions: list[dict[str, Any]] = a.results["cells"]
         condition: Row = next((c for c in conditions if c["cell"] == v.group), {"ranks": []})
         width = a.runs["hidden_size"].max()
         row = next((r for r in condition["ranks"] if r["rank"] >= width / EIGHTH), None)
         if row is not None:
-            base = condition["cell"].partition(",")[0]
-            place = f"{base} (rank {row['rank']}, {condition['updates']} updates"
-            named.setdefault(place, []).append((v.outcome, row))
+            place = (v.group.partition(",")[0], row["rank"], condition["updates"])
+            named.setdefault(place, []).append((v, row))
     return named
 
 
-def _sets(rows: Sequence[Any]) -> str:
-    return f"; {len(rows)} data sets)" if len(rows) > 1 else ")"
+def _sets(n: int) -> str:
+    return f", {n} data sets" if n > 1 else ""
+
+
+def _numbers(verdicts: Found) -> str:
+    """List the regrets of all data sets, by base, rank and number of updates."""
+    show = with_unit(percent, "%")
+    return listed(
+        [
+            f"{listed([show(estimate_of(r['regret_percent'])) for _, r in rows])} on {base} "
+            f"(rank {rank}, {updates} updates{_sets(len(rows))})"
+            for (base, rank, updates), rows in _at_eighth(verdicts).items()
+        ]
+    )
 
 
 def _regret(answers: Sequence[Answer]) -> Finding | None:
     """Report the regret at an eighth of the width, by base, rank and number of updates."""
     low, beyond = found(answers, REGIME, "low"), found(answers, REGIME, "beyond")
-    if not low:
+    places: dict[Place, list[tuple[str, Estimate]]] = {}
+    for place, rows in _at_eighth(low).items():
+        places[place] = [(v.outcome, estimate_of(r["regret_percent"])) for v, r in rows]
+    if not places:
         return None
-    show = with_unit(percent, "%")
-
-    def by_base(verdicts: Found) -> list[str]:
-        return [
-            f"{listed([show(estimate_of(r['regret_percent'])) for _, r in rows])} on {place}"
-            f"{_sets(rows)}"
-            for place, rows in _at_eighth(verdicts).items()
-        ]
-
-    numbers = by_base(low)
-    outcomes = {p.partition(" ")[0]: [o for o, _ in rows] for p, rows in _at_eighth(low).items()}
     for line, a in controls_of(answers):
         rank = max(line.regrets)
-        if rank * EIGHTH == a.runs["hidden_size"].max():
-            at = f"{line.base} (rank {rank}, {line.updates} updates)"
-            numbers.append(f"{show(line.regrets[rank])} on {at}")
-            control = found([a], BATCHES, f"at_{CONTROL}")
-            outcomes.setdefault(line.base, []).extend(v.outcome for _, v in control)
-    what = "LoRA at a rank of an eighth of the hidden size has"
-    most = f"at most {100 * ALLOWED:g}% of the gain"
-    words = {"yes": f"{what} no regret ({most}) on", "no": "it has regret on"}
-    words["open"] = "this is undecided on"
-    groups: dict[str, list[str]] = {k: [] for k in words}
-    for base, of_base in outcomes.items():
-        held, lost = (all(o == x for o in of_base) for x in ("SUPPORTED", "REFUTED"))
-        groups["yes" if held else "no" if lost else "open"].append(base)
-    if not groups["yes"]:
-        words |= {"no": f"{what} regret (more than {100 * ALLOWED:g}% of the gain) on"}
-        words |= {"open": f"it is undecided whether {what} no regret ({most}) on"}
-    parts = [f"{words[k]} {listed(names)}" for k, names in groups.items() if names]
-    said = f"regret was {listed(numbers)}"
-    if lists := by_base(beyond):
-        said += f"; where lists to memorise are new too, it was {listed(lists)}"
-    return Finding(REGIME, f"Where only rules are new, {', and '.join(parts)}", said)
+        for _, v in found([a], BATCHES, f"at_{CONTROL}"):
+            if rank * EIGHTH == a.runs["hidden_size"].max():
+                here = (line.base, rank, line.updates)
+                places.setdefault(here, []).append((v.outcome, line.regrets[rank]))
+    start, parts = "", []
+    show = with_unit(percent, "%")
+    for (base, rank, updates), sets in places.items():
+        held, lost = (all(o == x for o, _ in sets) for x in ("SUPPORTED", "REFUTED"))
+        regrets = [e for _, e in sets]
+        worst = f"at most {show(max(regrets, key=lambda e: e.value or 0.0))}"
+        regret = worst if held and len(sets) > 1 else _ends(regrets, show)
+        after = f"({updates} updates{_sets(len(sets))})"
+        if not start:
+            lora, full = f"LoRA of rank {rank}", f"full fine-tuning on {base}"
+            start = f"{lora} {'matches' if held else 'does not match'} {full}"
+            start = start if held or lost else f"it is undecided whether {lora} matches {full}"
+            parts.append(f"its regret is {regret} {after}")
+        else:
+            does = "matches it" if held else "does not" if lost else "may not"
+            parts.append(f"rank {rank} of {base} {does}: {regret} {after}")
+    more = f"A match is a regret of at most {100 * ALLOWED:g}% of the gain, at a rank of an eighth "
+    more += f"of the hidden size. Data set by data set, the regret is {_numbers(low)}"
+    if lists := _numbers(beyond):
+        more += f"; where lists to memorise are new too, it is {lists}"
+    text = f"Where only rules are new, {start}"
+    one_base = len({base for base, _, _ in places}) == 1
+    return Finding(REGIME, text, "; ".join(parts), False, one_base, f"{more}.")
 
 
 def _growth(answers: Sequence[Answer]) -> Finding | None:
-    """Report the regret after FIRST updates and at the end, on the data sets of `_regret`."""
-    show, parts, rising = with_unit(percent, "%"), [], []
-    for place, rows in _at_eighth(found(answers, REGIME, "low")).items():
-        base, _, arms = place.partition(" (")
-        rank, _, updates = arms.partition(", ")
-        known = []
-        for _, r in rows:
-            if (first := estimate_of(r["gap_nats_first"] or UNKNOWN)).has_interval():
-                of_gain = mapped(first, (100 / r["gain_nats"]).__mul__)
-                known.append((of_gain, estimate_of(r["regret_percent"])))
-        rising += [(last.value or 0.0) > (first.value or 0.0) for first, last in known]
-        if known:
-            firsts, lasts = (listed([show(e) for e in of]) for of in zip(*known))
-            parts.append(
-                f"on {base} ({rank}{_sets(known)} it was {firsts} of the final gain after {FIRST} "
-                f"updates, and {lasts} after {updates.partition(' ')[0]}"
-            )
-    if not parts:
+    """Report the regret after FIRST updates and at the end, at an eighth of the width.
+
+    The sentence has the numbers of one data set: of those on which growth was shown, the one with
+    the least growth.
+    """
+    asked = found(answers, REGIME, "growth_high")
+    show, known, details = with_unit(percent, "%"), [], []
+    for (base, rank, updates), rows in _at_eighth(asked).items():
+        for v, r in rows:
+            if (early := estimate_of(r["gap_nats_first"] or UNKNOWN)).has_interval():
+                first = mapped(early, (100 / r["gain_nats"]).__mul__)
+                last = estimate_of(r["regret_percent"])
+                where = f"at rank {rank} of {base}"
+                rises = f"from {show(first)} after {FIRST} updates to {show(last)} after {updates}"
+                grown = (last.value or 0.0) - (first.value or 0.0)
+                known.append((v.outcome != "SUPPORTED", grown, f"{where} {rises}"))
+                details.append(f"{v.group}: {rises}")
+    if not known:
         return None
-    grows = "grows with training" if all(rising) else "does not always grow with training"
-    text = f"Where only rules are new, the regret {grows}"
-    asked = [v for a, v in found(answers, REGIME, "growth") if not a.setting(v.group)]
-    said = f"{listed(parts)} (below 0 LoRA is ahead)"
-    if open_ones := sum(v.outcome != "SUPPORTED" for v in asked):
-        said += (
-            f"; for the lowest rank it was asked beforehand, and not shown on {open_ones} of "
-            f"{len(asked)} data sets"
+    text = "The regret grows with training where only rules are new"
+    no = "The regret does not grow with training where only rules are new"
+    start = lead(asked, text, no, text)
+    said = min(known)[2]
+    if len(asked) > 1:
+        said += f" (one data set; it is shown on {count(asked, 'SUPPORTED')} of {len(asked)})"
+    more = "In percent of the final gain, at an eighth of the hidden size (below 0 LoRA is ahead): "
+    more += f"{'; '.join(details)}."
+    beforehand = [v for a, v in found(answers, REGIME, "growth") if not a.setting(v.group)]
+    if open_ones := sum(v.outcome != "SUPPORTED" for v in beforehand):
+        more += (
+            f" For the lowest rank it was asked beforehand, and not shown on {open_ones} of "
+            f"{len(beforehand)} data sets."
         )
-    said += f"{ONE_BASE if len(parts) == 1 else ''}"
-    return Finding(REGIME, text, said, True)
+    explores = all(v.exploratory for _, v in asked)
+    return Finding(REGIME, start, said, explores, _one_base(asked), more)
 
 
 def _learning_rates(answers: Sequence[Answer]) -> Finding | None:
-    """Report the ratio of best learning rates on every base, and the cost of exactly ten times."""
+    """Report the ratio of best learning rates; on further bases, and its cost, as details."""
     ratio = found(answers, "lr_ratio", "ratio")
     if not ratio:
         return None
+    often = "not ten times" if count(ratio, "REFUTED") == len(ratio) else "not always ten times"
+    yes, no = (
+        f"LoRA's best learning rate is {times} full fine-tuning's"
+        for times in ("about ten times", often)
+    )
+    text = lead(ratio, yes, no, no)
+    said = listed([shown(a, v, with_unit(percent, " times")) for a, v in ratio])
     named = {base for a, _ in ratio for base in a.bases}
     rest = [c for c in rate_curves(answers) if c.base not in named and c.ratio.has_interval()]
-    show = with_unit(percent)
-    numbers = [(a.setting(v.group), shown(a, v, show)) for a, v in ratio]
+    more = []
     if rest:
-        ratios = _ends([c.ratio for c in rest], show)
-        numbers.append((rest[0].setting, f"{ratios} {_together(rest)}"))
-    numbers.sort(key=lambda one: one[0])
-    ends = [v.estimate.interval for _, v in ratio] + [c.ratio.interval for c in rest]
-    apart = max(low for low, _ in ends) > min(high for _, high in ends)
-    multiple = "no fixed multiple" if apart else "a similar multiple on all bases"
+        ratios = _ends([c.ratio for c in rest], with_unit(percent))
+        more.append(f"The ratio is {ratios} {_together(rest)}.")
     costs = []
     for a, _ in ratio:
         judged = found([a], "lr_ratio", "ten_times")
@@ -325,10 +348,10 @@ def _learning_rates(answers: Sequence[Answer]) -> Finding | None:
             if (nats := r["regrets"].get(TEN)) is not None:
                 gain = float(a.runs["nll_start"].mean()) - best[0]
                 costs.append(f"{percent(100 * nats / gain)}% of the gain on {', '.join(a.bases)}")
-    said = f"the ratio was {listed([text for _, text in numbers])}"
-    said += f"; exactly ten times costs {listed(costs)}" if costs else ""
-    text = f"LoRA's best learning rate is {multiple} of full fine-tuning's"
-    return Finding("lr_ratio", text, said)
+    if costs:
+        more.append(f"Exactly ten times costs {listed(costs)}.")
+    explores = all(v.exploratory for _, v in ratio)
+    return Finding("lr_ratio", text, said, explores, _one_base(ratio), " ".join(more))
 
 
 def _together(curves: Sequence[RateCurve]) -> str:
@@ -352,7 +375,7 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
     )
     if made is None:
         return None
-    said = made.said.removesuffix(ONE_BASE)
+    more = []
     for a in speed_answers(answers).values():
         last = judged_to(a)
         known = sorted((r, of[last]) for r, of in speeds(a.runs, [last]).items() if last in of)
@@ -361,27 +384,29 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
         values[-1:] = [show(v.estimate) for _, v in found([a], "rank", "parity")] or values[-1:]
         if known:
             ranks = listed([str(r) for r, _ in known])
-            said += f"; it was {listed(values)} times full fine-tuning's at ranks {ranks}"
-    said += _one_base(found(answers, "rank", "alike"))
-    return Finding(made.sweep, made.lead, said, made.exploratory)
+            more.append(f"It is {listed(values)}{FULL} at ranks {ranks} ({', '.join(a.bases)}).")
+    return replace(made, more=" ".join(more))
 
 
 def _batches(answers: Sequence[Answer]) -> Finding | None:
+    """Report how much a doubling of the batch changes LoRA's speed against full fine-tuning's."""
     penalty = found(answers, "batch_size", "penalty")
-    if not penalty:
-        return None
-    show = with_unit(lambda slope: signed(100 * math.expm1(slope)), "%")
-    numbers = listed([shown(a, v, show) for a, v in penalty])
-    said = f"each doubling changes LoRA's speed relative to full fine-tuning by {numbers}"
-    slower = all((v.estimate.high or 0.0) < 0 for _, v in penalty)
     text = "Larger batches slow LoRA more than full fine-tuning"
-    if slower and count(penalty, "UNDECIDED"):
-        edge = percent(max(abs(100 * v.margin[1]) for _, v in penalty))
-        said += f", and whether by more than the claim's margin of {edge}% is undecided"
-    elif not slower:
-        no = "Larger batches do not slow LoRA more than full fine-tuning"
-        text = lead(penalty, text, no)
-    return Finding("batch_size", text, said + _one_base(penalty))
+    no = "Larger batches do not slow LoRA more than full fine-tuning"
+    change = with_unit(lambda slope: signed(100 * math.expm1(slope)), "%")
+    made = of_claim(penalty, text, no, "a doubling changes the ratio of speeds by", change)
+    if made is None or not all((v.estimate.high or 0.0) < 0 for _, v in penalty):
+        return made
+    slower = with_unit(lambda slope: percent(-100 * math.expm1(-slope)), "%")
+
+    def each(e: Estimate) -> str:
+        return f"{slower(mapped(e, float.__neg__))} a doubling"
+
+    said = f"by {listed([shown(a, v, each) for a, v in penalty])}"
+    if count(penalty, "UNDECIDED"):
+        edge = max(abs(100 * v.margin[1]) for _, v in penalty)
+        said += f"; whether over {edge:g}% is undecided"
+    return replace(made, lead=text, said=said)
 
 
 # ---------------------------------------------------------------- other findings
@@ -414,7 +439,8 @@ def _capacity(answers: Sequence[Answer]) -> Finding | None:
         f"on {base} after {updates} updates a regret of {100 * ALLOWED:g}% takes ranks of "
         f"{_span([c['rank_interpolated']['value'] for c in known])}, on {len(known)} data sets, "
         f"and at 2 bits a parameter their load is {listed(loads)} (the last count was chosen "
-        f"after a look){ONE_BASE}",
+        "after a look)",
+        True,
         True,
     )
 
@@ -431,7 +457,8 @@ def _large_batches(answers: Sequence[Answer]) -> Finding | None:
     has = "has" if count(control, "REFUTED") else "may have"
     said = f"the control, a batch of {CONTROL}, {has} regret as well on {listed(named)}"
     text = "Whether batches of 512 and more are bad for LoRA cannot be said"
-    return Finding(BATCHES, text, said + _one_base(control)) if named else None
+    explores, one_base = all(v.exploratory for _, v in control), _one_base(control)
+    return Finding(BATCHES, text, said, explores, one_base) if named else None
 
 
 def _rewards(answers: Sequence[Answer]) -> Finding | None:
@@ -457,4 +484,4 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
             "; the study's claim is about more parameters than episodes, and here rank 1 has "
             f"{_span(few)} parameters an episode"
         )
-    return Finding(made.sweep, made.lead, said, made.exploratory)
+    return replace(made, said=said)

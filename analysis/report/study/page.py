@@ -120,11 +120,9 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
             **common,
             findings=main,
             others=others,
-            withdrawn={
-                sweep: f"{why.partition(', ')[0]}"
-                for sweep, mine in by_sweep.items()
-                if (why := mine[0].question.get("withdrawn"))
-            },
+            withdrawn=[
+                (sweep, *one) for sweep, mine in by_sweep.items() for one in withdrawn(mine)
+            ],
             law=law_figure(by_sweep.get(LAW, []), folder),
             n_forest=(min(n_rows, MOST), n_rows),
             bases=base_rows(answers),
@@ -176,8 +174,8 @@ def question_of(
         "sweep": answers[0].sweep,
         "title": asked["question"],
         "source": f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(),
-        "withdrawn": asked.get("withdrawn"),
-        "found": [f.text for f in found if f.sweep == answers[0].sweep],
+        "withdrawn": withdrawn(answers),
+        "found": [f"{f.text} {f.more}".strip() for f in found if f.sweep == answers[0].sweep],
         "outcomes": ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())),
         "answers": shown,
         "averages": averages,
@@ -189,6 +187,12 @@ def question_of(
             if (a.folder / name).is_file()
         ],
     }
+
+
+def withdrawn(answers: Sequence[Answer]) -> list[tuple[str, str]]:
+    """Return the scale of each withdrawn answer, and why it is withdrawn."""
+    whys = [(a.results["scale"], a.question.get("withdrawn")) for a in answers]
+    return [(scale, why) for scale, why in whys if why]
 
 
 def law_figure(answers: Sequence[Answer], folder: Path) -> str:
