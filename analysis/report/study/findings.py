@@ -34,7 +34,7 @@ ONE_BASE = "one base only"
 UNKNOWN = Estimate(None).plain()
 Found = list[tuple[Answer, Verdict]]
 Show = Callable[[Estimate], str]
-Place = tuple[str, int, int]
+Where = tuple[str, int, int]
 """Base, rank, number of updates."""
 
 
@@ -210,12 +210,12 @@ def _ends(estimates: Sequence[Estimate], show: Show) -> str:
 Row = dict[str, Any]
 
 
-def _at_eighth(verdicts: Found) -> dict[Place, list[tuple[Verdict, Row]]]:
-    """Return the verdict and the row of results.json of each data set, by place.
+def _at_eighth(verdicts: Found) -> dict[Where, list[tuple[Verdict, Row]]]:
+    """Return the verdict and the row of results.json of each data set, by `Where`.
 
     The verdicts are of `regime`; the row is that of the rank of an eighth of the width.
     """
-    named: dict[Place, list[tuple[Verdict, Row]]] = {}
+    named: dict[Where, list[tuple[Verdict, Row]]] = {}
     for a, v in verdicts:
         conditions: list[dict[str, Any]] = a.results["cells"]
         condition: Row = next((c for c in conditions if c["cell"] == v.group), {"ranks": []})
@@ -246,20 +246,20 @@ def _numbers(verdicts: Found) -> str:
 def _regret(answers: Sequence[Answer]) -> Finding | None:
     """Report the regret at an eighth of the width, by base, rank and number of updates."""
     low, beyond = found(answers, REGIME, "low"), found(answers, REGIME, "beyond")
-    places: dict[Place, list[tuple[str, Estimate]]] = {}
+    measured: dict[Where, list[tuple[str, Estimate]]] = {}
     for place, rows in _at_eighth(low).items():
-        places[place] = [(v.outcome, estimate_of(r["regret_percent"])) for v, r in rows]
-    if not places:
+        measured[place] = [(v.outcome, estimate_of(r["regret_percent"])) for v, r in rows]
+    if not measured:
         return None
     for line, a in controls_of(answers):
         rank = max(line.regrets)
         for _, v in found([a], BATCHES, f"at_{CONTROL}"):
             if rank * EIGHTH == a.runs["hidden_size"].max():
                 here = (line.base, rank, line.updates)
-                places.setdefault(here, []).append((v.outcome, line.regrets[rank]))
+                measured.setdefault(here, []).append((v.outcome, line.regrets[rank]))
     start, parts = "", []
     show = with_unit(percent, "%")
-    for (base, rank, updates), sets in places.items():
+    for (base, rank, updates), sets in measured.items():
         held, lost = (all(o == x for o, _ in sets) for x in ("SUPPORTED", "REFUTED"))
         regrets = [e for _, e in sets]
         worst = f"at most {show(max(regrets, key=lambda e: e.value or 0.0))}"
@@ -278,7 +278,7 @@ def _regret(answers: Sequence[Answer]) -> Finding | None:
     if lists := _numbers(beyond):
         more += f"; where lists to memorise are new too, it is {lists}"
     text = f"Where only rules are new, {start}"
-    one_base = len({base for base, _, _ in places}) == 1
+    one_base = len({base for base, _, _ in measured}) == 1
     return Finding(REGIME, text, "; ".join(parts), False, one_base, f"{more}.")
 
 
