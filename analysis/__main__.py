@@ -126,13 +126,13 @@ def _run_table_command(argv: Sequence[str]) -> int:
 
 def _study(argv: Sequence[str]) -> int:
     """Print one table of all claims, or render all kept results again."""
-    out = "write study.md (Markdown with figures) into this folder"
+    out = "write study.md, the pages beside it and their figures into this folder"
     parser = _parser("study", out, description="One table of all claims.")
     parser.add_argument(
         "--write",
         action="store_true",
-        help="render all kept answers, analysis/results/README.md and the findings in README.md "
-        "again, from the kept tables (two minutes)",
+        help="render all kept answers, the pages in analysis/results and the findings in README.md "
+        "again, from the kept tables (three minutes)",
     )
     args = parser.parse_args(argv)
 

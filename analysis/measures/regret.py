@@ -180,6 +180,19 @@ def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
     depend on LoRA.
     """
     found = {} if (known := _generator_bits(table)) is None else {GENERATOR: known}
+    codes = codes_of(table, full)
+    for count in (FIRST_PASS, ABOVE_FLOOR):
+        by_seed = [v[count] for v in codes.best.values() if count in v]
+        if by_seed:
+            found[count] = float(np.mean(by_seed))
+    return found
+
+
+def codes_of(table: pd.DataFrame, full: Optimum) -> AtBest[dict[str, float]]:
+    """Return full fine-tuning's bits of the first pass, by seed; keys are ways to count (COUNTS).
+
+    Unknown counts are left out.
+    """
 
     def read(run: pd.Series) -> dict[str, float]:
         """Return the bits of a run's first pass over its rows; empty if not recorded."""
@@ -200,11 +213,21 @@ def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
         return bits
 
     (codes,) = at_best.values_at_best(table, [full], read)
-    for count in (FIRST_PASS, ABOVE_FLOOR):
-        by_seed = [v[count] for v in codes.best.values() if count in v]
-        if by_seed:
-            found[count] = float(np.mean(by_seed))
-    return found
+    return codes
+
+
+def share_of_first_pass(table: pd.DataFrame, full: Optimum) -> AtBest[float]:
+    """Return the generator's bits / the bits of full fine-tuning's first pass, by seed.
+
+    Seeds for which a count is unknown are left out.
+    """
+    known = {int(s): _generator_bits(runs) for s, runs in table.groupby("seed")}
+
+    def read(codes: dict[int, dict[str, float]]) -> dict[int, float]:
+        pairs = ((s, known.get(s), v.get(FIRST_PASS)) for s, v in codes.items())
+        return {s: new / code for s, new, code in pairs if new is not None and code}
+
+    return codes_of(table, full).each(read)
 
 
 def _generator_bits(table: pd.DataFrame) -> float | None:

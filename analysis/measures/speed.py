@@ -257,6 +257,34 @@ def least_straight(*curves: AtBest[Points]) -> Estimate:
     return unknown[0] if unknown else max(found, key=lambda e: abs(math.log(e.value or 1.0)))
 
 
+# ---------------------------------------------------------------- the last doubling of updates
+
+
+def last_fall(points: Points) -> float:
+    """Return how far the loss falls over the last doubling of the updates, in nats.
+
+    The loss is interpolated in ln(updates). NaN if the curve begins after half of its updates.
+    """
+    steps, losses = np.array(points, dtype=float).T if points else (np.zeros(1), np.zeros(1))
+    if not 0 < steps[0] <= steps[-1] / 2:
+        return math.nan
+    return float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses) - losses[-1])
+
+
+def fall_over(one: AtBest[Points], other: AtBest[Points]) -> Estimate:
+    """Return `last_fall` of one curve / that of another, paired by seed; 0 at a floor of the first.
+
+    There is no value if the other's loss does not fall in any seed.
+    """
+
+    def share(a: Points, b: Points) -> float:
+        fall = last_fall(b)
+        return last_fall(a) / fall if fall > 0 else math.nan
+
+    shares = one.paired(other, share)
+    return over_seeds(shares) if is_finite(shares) else Estimate(None, n=len(shares.best))
+
+
 # ---------------------------------------------------------------- whether ranks start equally
 
 RESAMPLES = 2000

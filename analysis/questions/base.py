@@ -214,8 +214,15 @@ def by_group(optima: Iterable[Optimum]) -> dict[str, list[Optimum]]:
 
 
 def full_of(optima: Sequence[Optimum]) -> Optimum | None:
-    """Return the first curve of full fine-tuning, or None."""
-    return next((o for o in optima if o.curve.key["method"] == "fullft"), None)
+    """Return the first curve of full fine-tuning of all weights, or None."""
+    return next(
+        (o for o in optima if o.curve.key["method"] == "fullft" and not is_control(o)), None
+    )
+
+
+def is_control(o: Optimum) -> bool:
+    """Return whether a curve is of full fine-tuning of some matrices only."""
+    return o.curve.key.get("scope") == "matrices"
 
 
 def lora_of(optima: Sequence[Optimum], min_rank: int = 0) -> list[Optimum]:

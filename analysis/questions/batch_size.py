@@ -5,22 +5,30 @@ nats after equally many examples, the study's setting. Each method is at its opt
 for the batch size and the number of updates.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import at_level
 from analysis.inference.estimate import Estimate, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import batch_effect
-from analysis.measures.at_best import mean_of, over_seeds
-from analysis.measures.regret import ALLOWED, Gap
+from analysis.measures.at_best import AtBest, losses_at_best, mean_of, over_seeds
+from analysis.measures.regret import ALLOWED, Gap, gaps_of, growth
+from analysis.optimum.optimum import Optimum
 from analysis.questions import base
+from analysis.runs.learning_curves import at_step, on_curve_rows
 
 AT = (32, 256, 512, 1024)
 """Batch sizes that popular summaries of the study name."""
+SMALL = 32
+"""The largest batch that counts as small: the smallest one of the study."""
+SHARE = 4
+"""A gap is compared with the gap after the first 1/SHARE of the updates."""
 
 
 class Batches(base.Condition):
@@ -97,6 +105,53 @@ class Batches(base.Condition):
         near = [(b, g) for b, g in self.at_equal_examples[1] if batch / 2 <= b <= batch]
         return max(near, key=lambda pair: (pair[0], pair[1].rank))[1] if near else None
 
+    @cached_property
+    def losses(self) -> dict[int, dict[int, tuple[Optimum, AtBest[float]]]]:
+        """Rank (0: full fine-tuning) -> batch size -> curve and losses after equal examples."""
+        gaps = self.at_equal_examples[1]
+        optima = base.distinct(o for _, g in gaps for o in (g.full, g.lora))
+        found: dict[int, dict[int, tuple[Optimum, AtBest[float]]]] = {}
+        for o, losses in zip(optima, losses_at_best(optima)):
+            batch = int(o.curve.key["batch_size"])
+            found.setdefault(base.rank_of(o), {})[batch] = (o, losses)
+        return found
+
+    @cached_property
+    def small_best(self) -> tuple[list[Optimum], Estimate] | None:
+        """Curves, and the lowest loss of larger batches minus that of batches up to SMALL, in nats.
+
+        Of full fine-tuning or the highest rank, whichever has the lower end of the interval; None
+        without batches on both sides.
+        """
+        found = []
+        for rank in (0, self.top):
+            sides = [
+                [v for b, v in self.losses.get(rank, {}).items() if (b <= SMALL) == small]
+                for small in (True, False)
+            ]
+            if not all(sides):
+                return None
+            small, large = (min(side, key=lambda v: mean_of(v[1])) for side in sides)
+            found.append(([small[0], large[0]], over_seeds(large[1].minus(small[1]))))
+        used = [o for optima, _ in found for o in optima]
+        lowest = min(found, key=lambda v: -math.inf if v[1].low is None else v[1].low)
+        return used, lowest[1]
+
+    @cached_property
+    def gap_change(self) -> tuple[Gap, Gap] | None:
+        """The highest rank's gap at batch SMALL after 1/SHARE of the updates, and after all.
+
+        Both on the rows of learning curves; None without runs of this batch, or if the LR changes.
+        """
+        runs = self.runs[self.runs["batch_size"] == SMALL].reset_index(drop=True)
+        if not len(runs) or (runs["schedule"] != "constant").any():
+            return None
+        steps = int(runs["steps"].max())
+        runs = on_curve_rows(runs[runs["steps"] == steps].reset_index(drop=True))
+        early = at_step(runs, steps // SHARE)
+        gaps = [gaps_of(part, base.fit(part)) if len(part) else [] for part in (early, runs)]
+        return None if not all(gaps) else (gaps[0][-1], gaps[1][-1])
+
 
 def conditions(table: pd.DataFrame) -> list[Batches]:
     """Return the one condition of a model and data set."""
@@ -119,6 +174,14 @@ def _where(c: Batches) -> str:
         )
     effects = (f"rank {r}: {with_interval(c.effects[r])}" for r in others)
     return "; ".join([f"rank {top}, {place}", *effects])
+
+
+def _ends(c: Batches) -> str:
+    """Return rank and updates of `gap_change`."""
+    if c.gap_change is None:
+        return ""
+    steps = int(c.runs.loc[c.runs["batch_size"] == SMALL, "steps"].max())
+    return f"rank {c.top}, update {steps // SHARE} to {steps}"
 
 
 def _over_allowed(batch: int) -> base.Estimand[Batches]:
@@ -146,6 +209,24 @@ ESTIMANDS = [
         seeds=lambda c: c.seeds_of(c.ranks[0], c.top) if len(c.ranks) > 1 else 0,
     ),
     *(_over_allowed(batch) for batch in AT),
+    base.Estimand[Batches](
+        "small_batches_gain",
+        lambda c: c.small_best[1] if c.small_best else None,
+        lambda c: base.gates_on(c.small_best[0]) if c.small_best else [],
+        absent=f"batches up to {SMALL} and above, of both methods",
+        seeds=lambda c: base.fewest_seeds(c.small_best[0]) if c.small_best else 0,
+        read=lambda c: f"rank {c.top} or FullFT, after {c.at_equal_examples[0]:,} examples",
+    ),
+    base.Estimand[Batches](
+        "gap_change_at_32",
+        lambda c: growth(*c.gap_change) if c.gap_change else None,
+        lambda c: [gate for g in c.gap_change or () for gate in base.gates_on_gap(g)],
+        absent=f"batch {SMALL}",
+        seeds=lambda c: base.fewest_seeds(
+            [o for g in c.gap_change or () for o in (g.full, g.lora)]
+        ),
+        read=_ends,
+    ),
 ]
 
 
@@ -195,6 +276,8 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
         y, look = "rho: FullFT's updates / LoRA's", {"ticks": None, "log_y": True}
         one = {"full fine-tuning": 1.0}
         panels.append(base.panel_over("updates", f"rank {rank}", y, lines, lines=one, **look))
+    if (slopes := _slopes(c)).series:
+        panels.append(slopes)
     regrets: dict[int, dict[float, Estimate]] = {}
     for batch, g in each:
         regrets.setdefault(g.rank, {})[batch] = g.percent()
@@ -205,6 +288,40 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     caption = "step efficiency over updates by batch, and regret over the batch"
     figure = base.Section("Batch size", figure="batch.png", panels=panels, caption=caption)
     return [*out, figure]
+
+
+def _slopes(c: Batches) -> base.Panel:
+    """Draw the fitted effect of the batch by rank, with the speeds that it is fitted to.
+
+    A speed is divided by the one that the fit gives the smallest batch after equally many updates
+    (the partial residual of the fit).
+    """
+    series = []
+    for k, (rank, effect) in enumerate(c.effects.items()):
+        by_steps: dict[int, list[batch_effect.Prefix]] = {}
+        for p in c.usable[rank]:
+            by_steps.setdefault(p.steps, []).append(p)
+        slope = effect.value
+        points: list[tuple[float, float]] = []
+        for used in by_steps.values():
+            if len(used) > 1 and slope is not None:
+                x = np.log2([p.batch / c.batches[0] for p in used])
+                y = np.log([float(p.rho.value or np.nan) for p in used])
+                points += zip(c.batches[0] * 2**x, np.exp(y - np.mean(y) + slope * np.mean(x)))
+        if slope is None or c.gates_on_effect(rank):
+            continue
+        # Points of the ranks lie side by side.
+        at, speeds = [b * 1.06**k for b, _ in points], [y for _, y in points]
+        series.append(base.Series(f"rank {rank}", at, speeds, style="osD^v"[k % 5], colour=k))
+        ends = [min(b for b, _ in points), max(b for b, _ in points)]
+        shown = base.mapped(effect, lambda b: 100 * math.expm1(b))
+        line = [math.exp(slope * math.log2(b / c.batches[0])) for b in ends]
+        label = f"fit: {with_interval(shown)}% a doubling"
+        series.append(base.Series(label, ends, line, style="--" if k % 2 else "-", colour=k))
+    speed = f"speed / fitted speed at a batch of {c.batches[0]}"
+    ticks = [(float(b), f"{b}") for b in c.batches]
+    title = "change with the batch, after equally many updates"
+    return base.Panel(title, "batch size (sequences)", speed, series, True, True, ticks=ticks)
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

@@ -82,7 +82,7 @@ def conditions(table: pd.DataFrame) -> list[Experts]:
     """
     found = []
     for group, mine in base.by_group(base.fit(table)).items():
-        full = base.full_of([o for o in mine if o.curve.key.get("scope") != "matrices"])
+        full = base.full_of(mine)
         lora: dict[str, Optimum] = {}
         for o in base.lora_of(mine):
             key = o.curve.key

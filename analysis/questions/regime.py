@@ -22,8 +22,10 @@ from analysis.inference.estimate import Estimate, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
+from analysis.measures.ratio import MIN_RANK, ratio_of
+from analysis.measures.speed import fall_over
 from analysis.optimum.optimum import Optimum
-from analysis.questions import base
+from analysis.questions import base, rank
 from analysis.runs.learning_curves import at_step, on_curve_rows
 from analysis.runs.lr_curves import title
 from analysis.runs.table import TableError
@@ -32,6 +34,8 @@ FIRST = 64
 """Updates after which the gap is first read, to see whether it grows."""
 EIGHTH = 8
 """The study's ranks end at an eighth of the hidden size."""
+GROWING = (8, 32)
+"""Lowest and highest of the ranks whose gaps are compared over updates, besides the smallest."""
 FITTING = 0.5
 """Largest load at which the capacity of a rank counts as sufficient, with a factor 2 to spare."""
 Gaps = dict[int, regret.Gap]
@@ -116,12 +120,45 @@ class Data(base.Condition):
         return max(ranks, default=None)
 
     @functools.cached_property
+    def over_updates(self) -> dict[int, dict[int, Estimate]]:
+        """Rank -> updates (FIRST / 2, doubled up to the last) -> gap in nats.
+
+        All gaps are on the same held-out rows. Empty where `first` is.
+        """
+        found: dict[int, dict[int, Estimate]] = {r: {} for r in self.first}
+        same = on_curve_rows(self.runs)
+        doubled = [FIRST // 2 * 2**k for k in range((2 * self.steps // FIRST).bit_length())]
+        for step in sorted({*doubled, self.steps}) if found else ():
+            part = at_step(same, step)
+            for r, g in (_by_rank(part, base.fit(part)) if len(part) else {}).items():
+                if r in found and (e := g.mean()).has_interval():
+                    found[r][step] = e
+        return found
+
+    @functools.cached_property
     def growing(self) -> tuple[regret.Gap, regret.Gap] | None:
         """The smallest rank's gap after FIRST and after all updates, on the same rows."""
         smallest = min(self.last)
         if smallest not in self.first:
             return None
         return self.first[smallest], self.last_on_first_rows[smallest]
+
+    @functools.cached_property
+    def growths(self) -> dict[int, Estimate]:
+        """The growth of the gap from FIRST to all updates, on the same rows, by rank in GROWING."""
+        low, high = GROWING
+        ranks = [r for r in self.last if r in self.first and low <= r <= high]
+        return {r: regret.growth(self.first[r], self.last_on_first_rows[r]) for r in ranks}
+
+    def gates_on_growths(self) -> list[Gate]:
+        """List the gates on `growths`."""
+        gaps = [each[r] for r in self.growths for each in (self.first, self.last_on_first_rows)]
+        return list(dict.fromkeys(gate for g in gaps for gate in base.gates_on_gap(g)))
+
+    @functools.cached_property
+    def ranks(self) -> rank.Ranks:
+        """The ranks' learning curves and speeds, before the task is solved."""
+        return rank.conditions(self.runs)[0]
 
     @property
     def is_new(self) -> bool:
@@ -298,6 +335,43 @@ ESTIMANDS = [
         read=lambda c: f"smallest rank, update {FIRST} to the last",
     ),
     base.Estimand(
+        "gap_growth_high_ranks",
+        # All ranks must grow, so the one with the lowest end of its interval decides.
+        lambda c: min(c.growths.values(), key=lambda e: math.inf if e.low is None else e.low),
+        Data.gates_on_growths,
+        applies=_where(lambda c: c.is_low and c.growths),
+        read=lambda c: f"ranks {min(c.growths)} to {max(c.growths)}, update {FIRST} to the last",
+    ),
+    base.Estimand(
+        "rho_slope_lists",
+        lambda c: c.ranks.slope,
+        lambda c: c.ranks.gates_on_slope(),
+        applies=_where(lambda c: c.is_new and not c.is_low),
+        read=lambda c: f"ranks {min(c.last)} to {max(c.last)}",
+    ),
+    base.Estimand(
+        "rate_over_rank_1",
+        lambda c: ratio_of(c.high, c.lora[1]),
+        lambda c: base.gates_on([c.lora[1], *c.high]),
+        log=True,
+        applies=_where(lambda c: c.is_new and 1 in c.lora and c.high),
+        seeds=lambda c: base.fewest_seeds([c.lora[1], *c.high]),
+        read=lambda c: f"ranks {MIN_RANK} to {max(c.last)}, after the last update",
+    ),
+    base.Estimand(
+        "fall_overfull",
+        lambda c: fall_over(c.ranks.points[c.overfull], c.ranks.points[0]),
+        lambda c: c.ranks.gates_on([0, c.overfull]),
+        applies=_where(lambda c: c.is_new and c.overfull),
+        read=lambda c: f"rank {c.overfull}",
+    ),
+    base.Estimand(
+        "generator_over_first_pass",
+        lambda c: over_seeds(regret.share_of_first_pass(c.runs, c.gap.full)),
+        lambda c: base.gates_on([c.gap.full]),
+        applies=_where(lambda c: c.is_new and {regret.GENERATOR, regret.FIRST_PASS} <= set(c.bits)),
+    ),
+    base.Estimand(
         "gap_low",
         lambda c: c.gap.mean(),
         Data.gates_at_eighth,
@@ -398,8 +472,9 @@ def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
     return out
 
 
-LINEAR = 1.0
-"""Below this percentage of the gain the axis is linear, so that 0 and less can be drawn."""
+LINEAR, LINEAR_NATS = 1.0, 0.01
+"""Below this percentage of the gain, or this gap in nats, an axis is linear, so that 0 and less can
+be drawn."""
 
 
 def _over_rank(found: Sequence[Data]) -> base.Section:
@@ -468,23 +543,29 @@ def _capacity(found: Sequence[Data]) -> base.Section:
 
 def _over_updates(found: Sequence[Data]) -> base.Section:
     rows, panels = [], []
+    shown = [e for c in found for of in c.over_updates.values() for e in of.values()]
+    ends = [end for e in shown for end in e.interval]
+    y_range = (1.1 * min([0.0, *ends]), 1.3 * max([0.0, *ends]))
     for c in found:
-        series = []
-        for k, (r, g) in enumerate(c.last_on_first_rows.items(), 1):
-            if r not in c.first:
-                continue
-            estimates = [c.first[r].mean(), g.mean()]
-            shown = [*estimates, regret.growth(c.first[r], g)]
-            rows.append([c.name, r, *(with_interval(e, signed) for e in shown)])
-            series.append(base.Series.of(f"rank {r}", [FIRST, c.steps], estimates, colour=k))
-        if series:
-            y, lines = "LoRA's loss - full fine-tuning's (nats)", {"full fine-tuning": 0.0}
-            ticks = [(float(n), str(n)) for n in (FIRST, c.steps)]
-            look: dict[str, Any] = {"log_x": True, "lines": lines, "ticks": ticks}
+        for r, g in c.last_on_first_rows.items():
+            if r in c.first:
+                gaps = [c.first[r].mean(), g.mean(), regret.growth(c.first[r], g)]
+                rows.append([c.name, r, *(with_interval(e, signed) for e in gaps)])
+        if any(c.over_updates.values()) and not (c.novelty and c.novelty.nothing):
+            series = [
+                base.Series.of(f"rank {r}", of, list(of.values()), colour=k)
+                for k, (r, of) in enumerate(c.over_updates.items(), 1)
+            ]
+            steps = sorted({n for of in c.over_updates.values() for n in of})
+            look: dict[str, Any] = {"log_y": True, "linear_below": LINEAR_NATS}
+            look |= {"lines": {"full fine-tuning": 0.0}, "y_range": y_range}
+            look |= {"log_x": True, "ticks": [(float(n), str(n)) for n in steps]}
+            y = "LoRA's loss - full fine-tuning's (nats)"
             panels.append(base.Panel(c.name, "updates", y, series, **look))
     text = [
-        "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. Both "
-        "gaps are on the same held-out rows."
+        "A lack of capacity lets the gap grow with updates; slower learning lets it shrink. All "
+        "gaps are on the same held-out rows. The figure's axis is linear up to "
+        f"{LINEAR_NATS:g} nats, and logarithmic above."
     ]
     head = f"condition | rank | gap at {FIRST} updates [95%] | at the last [95%] | growth"
     figure = ("growth.png", panels, "the gap in nats after few and after many updates")

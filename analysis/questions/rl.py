@@ -1,10 +1,12 @@
 """Question: does rank 1 match full fine-tuning where completions are sampled and rewarded.
 
 Each curve is at its best stable learning rate (`measures.rewards`). Rewards are paired by seed: all
-arms have the same prompts and random numbers. Points are percent of completions that are right.
+arms have the same prompts and random numbers. Points are percent of completions that are right. A
+control is full fine-tuning of the matrices that LoRA adapts: against it only the low rank differs.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -22,6 +24,7 @@ from analysis.measures.speed import rho
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points
+from analysis.runs.lr_curves import LrCurve
 from analysis.runs.metric import COLLAPSED_SHARE
 
 START, MOST = (0.05, 0.4), 0.9
@@ -32,6 +35,7 @@ HEAD = (
     "| ratio of best LRs [95%] | good LRs | range over FullFT's [95%]"
 )
 CAPTION = "reward over episodes by rank"
+REWARD = "held-out reward"
 HOW = (
     "Rewards are at the best stable LR, by a parabola through it and the stable LRs around it. An "
     f"LR is stable if at most {100 * rewards.MAX_COLLAPSED:.0f}% of its runs collapse: they were "
@@ -55,6 +59,19 @@ class Rewarded(base.Condition):
         full = rewards.reward_of(self.full)
         return {r: rewards.reward_of(o).minus(full) for r, o in self.lora.items()}
 
+    @property
+    def control(self) -> Optimum | None:
+        """The curve of full fine-tuning of LoRA's matrices; None if it is missing."""
+        return next(filter(base.is_control, self.optima), None)
+
+    @cached_property
+    def behind_control(self) -> dict[int, AtBest[float]]:
+        """The reward of each curve minus the control's by rank, in points; 0: full fine-tuning."""
+        if self.control is None:
+            return {}
+        control = rewards.reward_of(self.control)
+        return {r: rewards.reward_of(o).minus(control) for r, o in self.by_rank.items()}
+
     @cached_property
     def curves(self) -> dict[int, AtBest[Points]]:
         """Learning curves (losses) at the best stable learning rate by rank."""
@@ -62,11 +79,16 @@ class Rewarded(base.Condition):
 
     @property
     def rests(self) -> list[Optimum]:
-        return list(self.by_rank.values())
+        return [*self.by_rank.values(), *([self.control] if self.control else [])]
 
     def points(self, rank: int) -> Estimate:
         """Return a rank's reward minus full fine-tuning's, in points."""
         return over_seeds(self.behind[rank], pooled_over(self.behind.values()))
+
+    def points_control(self, rank: int) -> Estimate:
+        """Return a rank's reward minus the control's, in points; rank 0: the reverse, of FullFT."""
+        found, pooled = self.behind_control, pooled_over(self.behind_control.values())
+        return over_seeds(found[rank] if rank else found[0].map(operator.neg), pooled)
 
     def ratio(self, rank: int) -> Estimate:
         """Return a rank's optimal learning rate over full fine-tuning's."""
@@ -83,7 +105,15 @@ class Rewarded(base.Condition):
 
     def gates_on_points(self, rank: int) -> list[Gate]:
         """List the gates on `points`; the reward must start in START and end at most at MOST."""
-        optima, gates = self.pair(rank), self.gates_on_stable(rank)
+        return self.gates_on_rewards(self.pair(rank))
+
+    def gates_on_control(self, rank: int) -> list[Gate]:
+        """List the gates on `points_control`, as of `gates_on_points`."""
+        return self.gates_on_rewards([self.control, self.by_rank[rank]])
+
+    def gates_on_rewards(self, optima: Sequence[Optimum]) -> list[Gate]:
+        """List the gates on final rewards: of their curves, and an unfit task."""
+        gates = rewards.gates_on_stable([o.curve for o in optima])
         start = -self.full.curve.nll_start
         if math.isfinite(start) and not START[0] <= start <= START[1]:
             low, high = START
@@ -125,6 +155,21 @@ def at_rank(
     )
 
 
+def against_control(
+    name: str, rank_of: Callable[[Rewarded], int], absent: str
+) -> base.Estimand[Any]:
+    """Declare a reward minus the control's at one rank; rank 0: control minus full fine-tuning.
+
+    `absent`: the curve that is missing if the control is there.
+    """
+    return base.Estimand(
+        name,
+        lambda c: c.points_control(rank_of(c)) if rank_of(c) in c.behind_control else None,
+        lambda c: c.gates_on_control(rank_of(c)),
+        lambda c: absent if c.control else "fullft of LoRA's matrices",
+    )
+
+
 def at_top(**more: Any) -> list[base.Estimand[Any]]:
     """Declare ratios to full fine-tuning at the top rank: of optimal LRs, and of good ranges."""
     more = {"log": True, **more}
@@ -149,6 +194,9 @@ def at_top(**more: Any) -> list[base.Estimand[Any]]:
 ESTIMANDS = [
     at_rank("points_rank_1", lambda c: 1, Rewarded.points, Rewarded.gates_on_points),
     at_rank("points_top_rank", lambda c: c.top, Rewarded.points, Rewarded.gates_on_points),
+    against_control("points_rank_1_control", lambda c: 1, "lora r1"),
+    against_control("points_top_rank_control", lambda c: c.top or -1, "lora"),
+    against_control("points_control", lambda c: 0, "fullft"),
     *at_top(),
     at_rank(
         "rho_rank_1",
@@ -179,32 +227,78 @@ def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
         ranks: ranks of all panels of the figure, 0 first; a rank's index gives its colour.
     """
     one = next(iter(c.by_rank.values())).curve
-    completions, start, series = int(one.key["batch_size"]), -one.nll_start, []
+    completions, series = int(one.key["batch_size"]), []
     for rank, curve in c.curves.items():
         of_seeds = [dict(points) for points in curve.best.values()]
         steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
         means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
         lost, n = rewards.collapsed_at_best(c.by_rank[rank].curve)
         name = name_of(rank) + (f" (without {lost} of {n} runs: collapsed)" if lost else "")
-        look: dict[str, Any] = {"size": 4, "colour": ranks.index(rank)}
+        look = look_of(rank, ranks)
         series.append(base.Series.of(name, [s * completions for s in steps], means, **look))
-    lines = {"before training": start} if np.isfinite(start) else {}
     title = f"{title}, each at its best stable LR"
-    return base.Panel(title, "episodes", "held-out reward", series, log_x=True, lines=lines)
+    return base.Panel(title, "episodes", REWARD, series, log_x=True, lines=before_training(one))
+
+
+def before_training(curve: LrCurve) -> dict[str, float]:
+    """Return the line of the reward before training; empty if it is unknown."""
+    return {"before training": -curve.nll_start} if np.isfinite(curve.nll_start) else {}
+
+
+def look_of(rank: int, ranks: Sequence[int]) -> dict[str, Any]:
+    """Return the colour and the marker of a rank, the same in all panels of a figure."""
+    k = ranks.index(rank)
+    return {"size": 4, "colour": k, "style": f"{'osD^v'[k % 5]}-"}
+
+
+def over_rates(c: Rewarded) -> list[base.Panel]:
+    """Return rewards over the learning rate, and the share of runs that do not collapse there.
+
+    There are no panels if each curve has one learning rate.
+    """
+    if all(len(np.unique(o.curve.x)) < 2 for o in c.optima):
+        return []
+    rewarded, survived = [], []
+    for rank, o in c.by_rank.items():
+        at = rewards.at_each_lr(o.curve)
+        look = look_of(rank, sorted(c.by_rank))
+        known = {lr: e for lr, (e, _) in at.items() if e.value is not None}
+        rewarded.append(base.Series.of(name_of(rank), list(known), list(known.values()), **look))
+        share = [100 * left for _, left in at.values()]
+        survived.append(base.Series(name_of(rank), list(at), share, **look))
+    least = 100 * (1 - rewards.MAX_COLLAPSED)
+    stable = {f"stable: {least:.0f}% or more": least}
+    start = before_training(c.optima[0].curve)
+    title = "at the end, without the runs that collapsed"
+    more: dict[str, Any] = {"log_x": True, "lines": stable, "y_range": (0, 105)}
+    return [
+        base.Panel(title, "learning rate", REWARD, rewarded, log_x=True, lines=start),
+        base.Panel("runs that do not collapse", "learning rate", "% of runs", survived, **more),
+    ]
 
 
 def compared(c: Rewarded) -> list[list[Any]]:
     """Return a row of HEAD for each curve, full fine-tuning's first."""
-    rows = []
-    for rank, o in c.by_rank.items():
+
+    def row(name: str, o: Optimum, *behind: Estimate | None) -> list[Any]:
         band = o.band(rewards.GOOD)
         good = "-" if band is None else " to ".join(map(rate, band))
-        points, ratio, width = None, None, None
-        if rank in c.behind:
-            points, ratio, width = over_seeds(c.behind[rank]), c.ratio(rank), c.ranges[rank][0]
+        points, ratio, width = behind or (None, None, None)
         collapsed = "{} of {}".format(*rewards.collapsed_at_best(o.curve))
         lr, reward = base.best_lr(o), over_seeds(rewards.reward_of(o))
-        rows.append([o.curve.name, lr, reward, collapsed, points, ratio, good, width])
+        return [name, lr, reward, collapsed, points, ratio, good, width]
+
+    rows = []
+    for rank, o in c.by_rank.items():
+        behind: tuple[Estimate | None, ...] = ()
+        if rank in c.behind:
+            behind = (over_seeds(c.behind[rank]), c.ratio(rank), c.ranges[rank][0])
+        rows.append(row(o.curve.name, o, *behind))
+    if c.control:
+        points = c.points_control(0) if 0 in c.behind_control else None
+        rows.append(
+            row(f"{c.control.curve.name} of LoRA's matrices", c.control, points, None, None)
+        )
     return rows
 
 
@@ -215,8 +309,12 @@ def sections(found: Sequence[Rewarded], asked: base.Asked) -> list[base.Section]
         key = c.optima[0].curve.key
         panel = progress(f"{key['model']} on {key['dataset']}", c, sorted(c.curves))
         figure = "rewards.png" if k == 1 else f"rewards_{k}.png"
-        shown = (compared(c), [HOW], figure, [panel], CAPTION)
+        shown = (compared(c), [HOW], figure, [panel, *over_rates(c)], CAPTION)
         out.append(base.Section.of(f"Rewards, {c.name}", HEAD, *shown))
+        if against := [[o.curve.name, c.points_control(r)] for r, o in c.lora.items() if c.control]:
+            title = f"Against full fine-tuning of LoRA's matrices, {c.name}"
+            text = "Both train the same matrices, so that only the low rank differs."
+            out.append(base.Section.of(title, "curve | reward, points [95%]", against, [text]))
     return out
 
 

@@ -2,7 +2,8 @@
 
 A bandit's labels have 4 bits per context. Rank 1 should match full fine-tuning while its capacity,
 at 2 bits per parameter, suffices for the labels, and fall behind with more labels. Supervised runs,
-which learn the same labels by cross-entropy, show how much the adapter can store.
+which learn the same labels by cross-entropy, show how much the adapter can store. If some LoRA runs
+adapt the unembedding and some do not, those without are judged; the others show its effect.
 """
 
 import functools
@@ -21,7 +22,7 @@ from analysis.inference.estimate import Estimate, exp_of, number, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.regret import BITS_PER_PARAMETER
-from analysis.measures.rewards import gates_on_stable, stable, values_at_stable
+from analysis.measures.rewards import gates_on_stable, reward_of, stable, values_at_stable
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base, rl
 from analysis.runs.lr_curves import runs_of
@@ -51,6 +52,8 @@ class Contexts(rl.Rewarded):
     rewarded: list[Optimum]
     supervised: dict[int, Optimum]
     """Rank -> curve; rank 0 is full fine-tuning."""
+    with_unembedding: dict[int, Optimum]
+    """Rank -> curve of rewarded runs that adapt the unembedding too; empty if all LoRA runs do."""
 
     @cached_property
     def by_rank(self) -> dict[int, Optimum]:
@@ -113,6 +116,17 @@ class Contexts(rl.Rewarded):
             for r, o in self.supervised.items()
         }
 
+    def without_unembedding(self, rank: int) -> Estimate | None:
+        """Return the reward without an adapter of the unembedding minus that with it, in points."""
+        if rank not in self.with_unembedding or rank not in self.lora:
+            return None
+        without, adapted = self.lora[rank], self.with_unembedding[rank]
+        return over_seeds(reward_of(without).minus(reward_of(adapted)))
+
+    def gates_on_unembedding(self, rank: int) -> list[Gate]:
+        """List the gates on `without_unembedding`."""
+        return gates_on_stable([self.lora[rank].curve, self.with_unembedding[rank].curve])
+
     def behind_if_supervised(self) -> Estimate | None:
         """Return the labels' bits that rank 1 knows minus full fine-tuning's, in percent of all."""
         if not self.supervised.keys() >= {0, 1}:
@@ -145,9 +159,18 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
     for n, optima in sorted(by_contexts.items()):
         rewarded = [o for o in optima if o.curve.key.get("objective") == "policy_gradient"]
         rest = [o for o in optima if o.curve.key.get("objective") != "policy_gradient"]
-        name, supervised = (rewarded or rest)[0].curve.group, {base.rank_of(o): o for o in rest}
-        found.append(Contexts(name, table, [*rewarded, *rest], n, rewarded, supervised))
+        name, used = (rewarded or rest)[0].curve.group, [*rewarded, *rest]
+        (rewarded, adapted), (rest, _) = _families(rewarded), _families(rest)
+        supervised, others = ({base.rank_of(o): o for o in each} for each in (rest, adapted))
+        found.append(Contexts(name, table, used, n, rewarded, supervised, others))
     return found
+
+
+def _families(optima: list[Optimum]) -> tuple[list[Optimum], list[Optimum]]:
+    """Split off LoRA's curves that adapt the unembedding, if there are others that do not."""
+    adapted = [o for o in base.lora_of(optima) if "unembedding" in o.curve.key["layers"]]
+    rest = [o for o in optima if not any(o is a for a in adapted)]
+    return (rest, adapted) if base.lora_of(rest) else (optima, [])
 
 
 def _points(name: str, applies: Callable[[Contexts], bool]) -> base.Estimand[Any]:
@@ -172,6 +195,20 @@ ESTIMANDS = [
         Contexts.gates_on_stable,
         log=True,
         applies=lambda c: c.is_complete,
+    ),
+    base.Estimand[Contexts](
+        "points_without_unembedding",
+        lambda c: c.without_unembedding(1),
+        lambda c: c.gates_on_unembedding(1),
+        "lora r1 with and without an adapter of the unembedding",
+        applies=lambda c: c.is_complete,
+    ),
+    rl.at_rank(
+        "points_top_rank",
+        lambda c: c.top,
+        Contexts.points,
+        Contexts.gates_on_stable,
+        applies=lambda c: c.is_complete and c.top > 1,
     ),
     *rl.at_top(applies=lambda c: c.is_complete and c.top > 1),
 ]
@@ -225,7 +262,21 @@ def sections(found: Sequence[Contexts], asked: base.Asked) -> list[base.Section]
         "labels' bits minus the loss on them."
     )
     figure = ("bits.png", [_panel(found)], "bits gained")
-    return [rewarded, base.Section.of("Bits", head, rows, [said], *figure)]
+    bits = base.Section.of("Bits", head, rows, [said], *figure)
+    return [rewarded, *_of_unembedding(found), bits]
+
+
+def _of_unembedding(found: Sequence[Contexts]) -> list[base.Section]:
+    """Return rewards with and without an adapter of the unembedding; empty without both."""
+    rows = [
+        [c.contexts, r, *(over_seeds(reward_of(o[r])) for o in (c.lora, c.with_unembedding)), e]
+        for c in found
+        for r in c.with_unembedding
+        if (e := c.without_unembedding(r)) is not None
+    ]
+    head = "contexts | rank | reward without it [95%] | reward with it [95%] | difference [95%]"
+    title, text = "The adapter of the unembedding", "Rewards in points, paired by seed."
+    return [base.Section.of(title, head, rows, [text])] if rows else []
 
 
 def _panel(found: Sequence[Contexts]) -> base.Panel:

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -140,7 +140,12 @@ def _label_ticks(ax: Axes, panel: Panel) -> None:
         return f"{value:g}"
 
     low, high = ax.get_ylim()
-    if ax.get_yscale() == "log" and high < 100 * low:
+    if ax.get_yscale() == "symlog" and high < 1000 * panel.linear_below:
+        steps = (0, *(s * k for k in (0.5, 1, 2, 4, 10, 20, 50, 100) for s in (-1, 1)))
+        ax.set_yticks(sorted(t for s in steps if low <= (t := s * panel.linear_below) <= high))
+        ax.yaxis.set_major_formatter(plain)
+        ax.yaxis.set_minor_locator(NullLocator())
+    elif ax.get_yscale() == "log" and high < 100 * low:
         # Less than two decades: label minor ticks with plain numbers too.
         ax.yaxis.set_major_formatter(plain)
         if high >= 6 * low:
@@ -157,6 +162,8 @@ def _label_ticks(ax: Axes, panel: Panel) -> None:
         if right < 10 * left:  # else labels are powers of ten that overlap
             ax.xaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5, 7)))
             ax.xaxis.set_minor_formatter(plain)
+        else:
+            ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(plain)
 
 

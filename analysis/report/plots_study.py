@@ -1,6 +1,5 @@
-"""Figures of the page over all answers: claims in units of margins, regret over rank and LR."""
+"""Figures of the page over all answers: regret over rank and over LR, and the study's claims."""
 
-import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -8,116 +7,47 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.lines import Line2D
 
 from analysis.measures.regret import ALLOWED
 from analysis.report.plots import COLOURS, MARKERS, drawn
-from analysis.report.study.answers import WORDS, Setting
-from analysis.report.study.figures import Line, Mark, RateCurve, Row
+from analysis.report.study.answers import Setting
+from analysis.report.study.figures import Line, RateCurve, Row
 
-EDGE = 4.6
-"""Values further from a claim than this many margins are drawn at the edge, as arrows."""
 MARGIN = COLOURS[3]
-SYMBOLS = {"SUPPORTED": "o", "REFUTED": "X", "UNDECIDED": "o", "": "D"}
-TONES = {Setting.IN_REGIME: COLOURS[1], Setting.BEYOND: COLOURS[2], Setting.REAL: COLOURS[4]}
-PALE = 0.6
-"""Share of the colour that exploratory verdicts keep."""
+DASHES = {Setting.IN_REGIME: "-", Setting.BEYOND: "--", Setting.REAL: ":"}
 
-
-def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
-    """Draw one row per claim and one column per setting, in units of the claims' margins."""
-    heights = [max(2.4, 0.75 + max(map(len, r.marks.values()))) for r in rows]
-    tops = list(itertools.accumulate(heights, initial=0.0))
-    size = (9.0, 1.1 + 0.17 * tops[-1])
-    with drawn(path, inputs, 1, 3, size, sharey=True) as (fig, axes):
-        for ax, setting in zip(axes, Setting):
-            for row, top, height in zip(rows, tops, heights):
-                low, high = (min(max(end, -6), 6) for end in row.band)
-                y = [top, top + height]
-                ax.fill_between([low, high], y[0], y[1], color=MARGIN, alpha=0.15, lw=0, zorder=0)
-                ax.plot([0, 0], y, color=MARGIN, lw=0.8, zorder=0)
-                marks = row.marks.get(setting, [])
-                for k, mark in enumerate(marks):
-                    _mark(ax, mark, top + height * (k + 0.5) / len(marks), TONES[setting])
-            ax.set(xlim=(-5, 5), ylim=(tops[-1], 0), xticks=(-3, -1, 1, 3))
-            ax.set_title(WORDS[setting], fontsize=10, color=TONES[setting], weight="bold")
-            ax.grid(visible=False)
-            ax.spines["left"].set_visible(False)
-            ax.tick_params(axis="y", length=0)
-            for top in tops:
-                ax.axhline(top, color="0.85", lw=0.6, zorder=0)
-        middles = [top + height / 2 for top, height in zip(tops, heights)]
-        axes[0].set_yticks(middles, [textwrap.fill(r.says, 44) for r in rows], fontsize=8)
-        axes[1].set_xlabel(
-            "0: the claim's value; green: its margin, from -1 to 1 where it has ends"
-        )
-        fig.tight_layout(rect=(0, 0.35 / size[1], 1, 1), w_pad=0.6)
-        keys = [
-            Line2D([], [], label=k.lower() or "average over bases", **_symbol(k, COLOURS[0]))
-            for k in SYMBOLS
-        ]
-        keys.append(Line2D([], [], lw=3, label="pale: exploratory", color=_paler(COLOURS[0])))
-        fig.legend(handles=keys, loc="lower center", ncol=5, frameon=False, fontsize=8)
-
-
-def _mark(ax: Axes, mark: Mark, y: float, tone: str) -> None:
-    colour = tone if mark.outcome else COLOURS[0]
-    colour = _paler(colour) if mark.exploratory else colour
-    low, high, value = (min(max(x, -EDGE), EDGE) for x in (mark.low, mark.high, mark.value))
-    if math.isfinite(mark.low):
-        ax.plot([low, high], [y, y], color=colour, lw=1.3)
-    if (math.isfinite(mark.low) and mark.low < -EDGE) or mark.value < -EDGE:
-        ax.plot([-EDGE], [y], "<", color=colour, ms=4)
-    if (math.isfinite(mark.low) and mark.high > EDGE) or mark.value > EDGE:
-        ax.plot([EDGE], [y], ">", color=colour, ms=4)
-    # A value outside the figure has its symbol next to its arrow.
-    value -= math.copysign(0.5, value) * (abs(mark.value) > EDGE)
-    ax.plot([value], [y], **_symbol(mark.outcome, colour))
-
-
-def _symbol(outcome: str, colour: str) -> dict[str, Any]:
-    face = "white" if outcome == "UNDECIDED" else colour
-    return {
-        "marker": SYMBOLS[outcome],
-        "mfc": face,
-        "mec": colour,
-        "ms": 6 if outcome == "REFUTED" else 5,
-        "ls": "none",
-    }
-
-
-def _paler(colour: str) -> str:
-    red, green, blue = (1 - PALE * (1 - part) for part in to_rgb(colour))
-    return to_hex((red, green, blue))
-
+# ---------------------------------------------------------------- regret over rank
 
 LOWEST = 0.1
-"""Lower end of the y axis of `regret_over_rank`, percent of the gain; triangles: lower values."""
+"""Lower end of the y axis of `regret_map`, percent of the gain; triangles: lower values."""
 APART = 0.015
 """Horizontal distance of neighbouring lines at one rank, as a share of that rank."""
+STEP = 0.105
+"""Vertical distance of neighbouring labels, as a share of the axis."""
 
 
-def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
-    """Draw a line per condition, with a symbol per base; a regret below the axis is a triangle."""
-    bases = list(dict.fromkeys(line.base for line in lines))
+def regret_map(lines: Sequence[Line], path: Path, inputs: str = "") -> None:
+    """Draw a line per condition with its label; a regret below the axis is a triangle."""
     ranks = sorted({rank for line in lines for rank in line.regrets})
-    with drawn(path, inputs, 1, 1, (8.0, 6.0)) as (fig, (ax,)):
+    with drawn(path, inputs, 1, 1, (9.0, 4.8)) as (fig, (ax,)):
         limit = 100 * ALLOWED
-        ax.axhspan(LOWEST, limit, color=MARGIN, alpha=0.13, lw=0, label=f"up to {limit:g}%: none")
+        ax.axhspan(LOWEST, limit, color=MARGIN, alpha=0.13, lw=0)
+        ax.text(ranks[0], 0.93 * limit, f"up to {limit:g}%: no regret", va="top", fontsize=9)
+        ends = []
         for k, line in enumerate(lines, 1):
-            marker = MARKERS[bases.index(line.base) % len(MARKERS)]
+            colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
             shift = 1 + APART * (k - (len(lines) + 1) / 2)
-            look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "lw": 1.2, "ms": 6}
+            look: dict[str, Any] = {"color": colour, "lw": 1.4, "ms": 6}
             known = [(rank * shift, e, float(e.value or 0.0)) for rank, e in line.regrets.items()]
             for x, e, value in known:
-                ends = (max(value if v is None else v, LOWEST) for v in (e.low, e.high))
-                ax.plot([x, x], list(ends), "-_", **look)
+                bar = [max(value if v is None else v, LOWEST) for v in (e.low, e.high)]
+                ax.plot([x, x], bar, "-_", **look)
             shown = [(x, v) for x, _, v in known if v >= LOWEST]
             below = [x for x, _, v in known if v < LOWEST]
-            ax.plot(*zip(*shown), f"{marker}-", label=line.name, **look)
-            end = {"mec": look["color"], "mfc": "white", "ms": 7, "ls": "none"}
-            ax.plot(below, [LOWEST] * len(below), "v", **end)
+            ax.plot(*zip(*shown), marker, ls=DASHES[line.setting], **look)
+            ax.plot(below, [LOWEST] * len(below), "v", mec=colour, mfc="white", ms=7, ls="none")
+            ends.append((max(known[-1][2], LOWEST), known[-1][0], colour, marker, line))
         ax.set(xscale="log", yscale="log")
         highest = max(e.high or float(e.value or 0) for x in lines for e in x.regrets.values())
         ax.set_ylim(0.8 * LOWEST, 1.3 * max(highest, limit))
@@ -127,9 +57,91 @@ def regret_over_rank(lines: Sequence[Line], path: Path, inputs: str = "") -> Non
         ax.minorticks_off()
         ax.set_xlabel("rank")
         ax.set_ylabel("regret, % of full fine-tuning's gain")
-        ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-        fig.tight_layout()
+        fig.subplots_adjust(left=0.08, right=0.61, top=0.97, bottom=0.12)
+        _labels(ax, sorted(ends, key=lambda end: (-end[0], end[1])))
 
+
+def _labels(ax: Axes, ends: Sequence[tuple[float, float, str, str, Line]]) -> None:
+    """Write the name of each line right of the axes, with a thin line to its last point."""
+    low, high = map(math.log, ax.get_ylim())
+    at = [(math.log(y) - low) / (high - low) for y, *_ in ends]
+    for k in range(1, len(at)):
+        at[k] = min(at[k], at[k - 1] - STEP)
+    at[-1] = max(at[-1], 0.03)
+    for k in reversed(range(len(at) - 1)):
+        at[k] = max(at[k], at[k + 1] + STEP)
+    for (y, x, colour, marker, line), height in zip(ends, at):
+        where: dict[str, Any] = {"xycoords": "data", "textcoords": "axes fraction"}
+        arrow = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 0, "shrinkB": 4}
+        ax.annotate("", (x, y), (1.04, height), arrowprops=arrow, **where)
+        mark: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False, "color": colour}
+        ls = DASHES[line.setting]
+        ax.plot([1.04, 1.07, 1.10], [height] * 3, ls, lw=1.4, **mark)
+        ax.plot([1.07], [height], marker, ms=6, **mark)
+        ax.text(1.12, height, line.name, transform=ax.transAxes, va="center", fontsize=8)
+
+
+# ---------------------------------------------------------------- claims in units of margins
+
+EDGE = 4.6
+"""Values further from a claim than this many margins are drawn at the edge, as arrows."""
+SYMBOLS = {"SUPPORTED": ("o", MARGIN), "REFUTED": ("X", COLOURS[2]), "UNDECIDED": ("o", "white")}
+"""Outcome -> marker and its face."""
+MEASURED, WITHIN, OUTCOME = 1.04, 2.17, 2.8
+"""Places of the columns right of the axes, in widths of the axes."""
+
+
+def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
+    """Draw a row per verdict in units of the claim's margin, with its numbers beside it."""
+    height = 0.56 * len(rows)
+    with drawn(path, inputs, 1, 1, (9.5, height + 1.1)) as (fig, (ax,)):
+        for k, row in enumerate(rows):
+            low, high = (min(max(end, -6), 6) for end in row.band)
+            ax.fill_between([low, high], k - 0.5, k + 0.5, color=MARGIN, alpha=0.15, lw=0)
+            ax.axhline(k + 0.5, color="0.85", lw=0.6)
+            _mark(ax, row, k)
+            where: dict[str, Any] = {"va": "center", "transform": ax.get_yaxis_transform()}
+            left: dict[str, Any] = {"ha": "right", "transform": ax.get_yaxis_transform()}
+            says = textwrap.fill(row.says, 76)
+            under = "\n".join(textwrap.shorten(t, 86) for t in (row.where, row.measure))
+            ax.text(-0.04, k - 0.03, says, va="bottom", fontsize=7.5, **left)
+            ax.text(-0.04, k + 0.02, under, va="top", fontsize=6.7, color="0.35", **left)
+            texts = {MEASURED: row.measured, WITHIN: row.margin, OUTCOME: row.outcome}
+            for x, text in texts.items():
+                ax.text(x, k, text, fontsize=8, **where)
+        heads = {MEASURED: "measured", WITHIN: "margin", OUTCOME: "verdict"}
+        for x, text in heads.items():
+            ax.text(x, -0.75, text, transform=ax.get_yaxis_transform(), fontsize=8, weight="bold")
+        ax.axvline(0, color=MARGIN, lw=0.8, zorder=0)
+        ax.set(xlim=(-5, 5), ylim=(len(rows) - 0.5, -0.5), yticks=[], xticks=(-3, -1, 1, 3))
+        ax.set_xlabel("0: the claim's value; green: its margin", fontsize=9)
+        ax.grid(visible=False)
+        ax.spines["left"].set_visible(False)
+        fig.subplots_adjust(
+            left=0.45, right=0.61, top=1 - 0.35 / (height + 1.1), bottom=0.75 / (height + 1.1)
+        )
+        keys = [
+            Line2D([], [], marker=m, mfc=face, mec="black", ls="none", label=outcome.lower())
+            for outcome, (m, face) in SYMBOLS.items()
+        ]
+        fig.legend(handles=keys, loc="lower center", ncol=3, frameon=False, fontsize=8)
+
+
+def _mark(ax: Axes, row: Row, y: float) -> None:
+    low, high, value = (min(max(x, -EDGE), EDGE) for x in (row.low, row.high, row.value))
+    if math.isfinite(row.low):
+        ax.plot([low, high], [y, y], color="black", lw=1.3)
+    for side, beyond in (("<", row.low), (">", row.high)):
+        sign = -1 if side == "<" else 1
+        if sign * row.value > EDGE or (math.isfinite(row.low) and sign * beyond > EDGE):
+            ax.plot([sign * EDGE], [y], side, color="black", ms=4)
+    # A value outside the figure has its symbol next to its arrow.
+    value -= math.copysign(0.5, value) * (abs(row.value) > EDGE)
+    marker, face = SYMBOLS[row.outcome]
+    ax.plot([value], [y], marker, mfc=face, mec="black", ms=8 if marker == "X" else 6, ls="none")
+
+
+# ---------------------------------------------------------------- learning rates
 
 HIGHEST = 40.0
 """Upper end of the y axis of `rates`, percent of the gain."""
@@ -137,20 +149,21 @@ HIGHEST = 40.0
 
 def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
     """Draw LoRA's regret over its LR, in multiples of full fine-tuning's best LR."""
-    with drawn(path, inputs, 1, 1, (8.0, 4.6)) as (fig, (ax,)):
-        ax.axvline(10, color="0.3", lw=1.4, ls="--", label="10 times")
+    with drawn(path, inputs, 1, 1, (9.0, 4.2 + 0.2 * len(curves))) as (fig, (ax,)):
+        ax.axvline(10, color="0.3", lw=1.4, ls="--")
+        ax.text(10.3, 0.97 * HIGHEST, "10 times", va="top", fontsize=9)
         for k, c in enumerate(curves, 1):
-            colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
-            ax.plot(c.fitted_times, c.fitted_percent, "-", color=colour, lw=1.4)
-            ax.plot(c.times, c.percent, marker, color=colour, ms=6)
-            ax.plot([], [], f"{marker}-", color=colour, ms=6, lw=1.4, label=c.label)
+            look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "lw": 1.4, "ms": 6}
+            marker = MARKERS[(k - 1 + (k - 1) // len(COLOURS)) % len(MARKERS)]
+            ls = DASHES[c.setting]
+            ax.plot(c.fitted_times, c.fitted_percent, ls, **look)
+            ax.plot(c.times, c.percent, marker, **look)
+            ax.plot([], [], marker, ls=ls, label=c.label, **look)
         ticks = (0.5, 1, 2, 5, 10, 20, 50)
         ax.set(xscale="log", ylim=(-2, HIGHEST), xlim=(0.4, 80))
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         ax.set_xlabel("LoRA's learning rate / full fine-tuning's best learning rate")
         ax.set_ylabel("regret, % of LoRA's gain at its best learning rate")
-        ax.legend(
-            frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=2
-        )
+        ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
         fig.tight_layout()

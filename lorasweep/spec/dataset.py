@@ -168,8 +168,12 @@ class DatasetSpec(Value):
                 f"n_retain={self.n_retain}: only synthetic data sets have pretraining rows of the "
                 "base. Leave it at 0."
             )
-        for name in ("exact_loss", "draw_by_seed"):
-            if getattr(self, name) and self.location != "dialect":
-                yield f"{name}=true: only the generator dialect supports it. Set it to false."
+        for name, known in {
+            "exact_loss": ["dialect"],
+            "draw_by_seed": ["dialect", "bandit"],
+        }.items():
+            if getattr(self, name) and self.location not in known:
+                which = " and ".join(known)
+                yield f"{name}=true: only the generator {which} supports it. Set it to false."
         if self.n_train is not None and self.n_train < 1:
             yield f"n_train={self.n_train}: expected at least 1 row, or null for all."

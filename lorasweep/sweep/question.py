@@ -63,7 +63,8 @@ class Claim:
     """True or a list of scales (`is_underpowered_at`)."""
     exploratory: dict[str, str] = field(default_factory=dict)
     """{scale: why}: verdicts at this scale are exploratory, because the claim or its analysis was
-    changed after the runs had been seen. The reason is shown with every verdict."""
+    changed, or the question asked, after the runs had been seen. The reason is shown with every
+    verdict."""
     not_withdrawn: bool = False
     """Judge the claim although the answer is withdrawn, for a reason that does not affect it."""
 

@@ -7,6 +7,7 @@ single model, or changes the grid, is only planned.
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,10 @@ from tests.integration.conftest import SMOKE
 from tests.world import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = ("slurm/README.md", "DECISIONS.md", "docs/log/README.md", "analysis/results/README.md")
-LINKED = [*PAGES, *(ROOT / name for name in OTHERS)]
+OTHERS = ("slurm/README.md", "DECISIONS.md", "docs/log/README.md")
+INDEX = {"questions/README.md"}
+RESULTS = [*sorted(KEPT.glob("*.md")), *sorted(KEPT.glob("questions/*.md"))]
+LINKED = [*PAGES, *(ROOT / name for name in OTHERS), *RESULTS]
 MAY_REFUSE = {
     "action=extend": "nothing would decide more at smoke",
     "action=qualify": "a task of eight updates is not fit",
@@ -143,6 +146,16 @@ def test_the_front_page_is_short_and_its_findings_are_those_of_the_kept_results(
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert study_page.readme(text, KEPT) == text
-    kept = (KEPT / "README.md").read_text()
-    assert kept == study_page.page(answers.read_answers([KEPT]), KEPT, kept=True)
-    assert "rule_shift=" not in kept  # parameters are words
+
+
+def test_the_page_of_results_is_one_screen_and_all_its_pages_are_of_the_kept_results():
+    today = study_page.pages(answers.read_answers([KEPT]), KEPT / "README.md", kept=True)
+    assert {name: (KEPT / name).read_text() for name in today} == today
+    there = {f"questions/{p.name}" for p in (KEPT / "questions").iterdir()}
+    assert there == {name for name in today if name.startswith("questions/")}
+    assert not any("rule_shift=" in text for text in today.values())  # parameters are words
+    front = today["README.md"]
+    assert len(front.splitlines()) <= 85
+    assert front.count("](") - front.count("![") > 5 and front.count("![") == 3
+    assert len(re.findall(r"^\d\. \*\*", front, re.MULTILINE)) == 5
+    assert all(f"]({p.stem}.md)" in today["questions/README.md"] for p in map(Path, there - INDEX))

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -156,10 +157,9 @@ def test_figures_of_the_validation_were_drawn_from_its_numbers(name, numbers):
 
 
 def test_figures_of_the_page_over_all_answers_were_drawn_from_the_kept_answers():
-    text = (KEPT / "README.md").read_text()
-    wanted = {
-        name for name in (page.REGRET, page.FOREST, page.RATES, page.SPEED) if f"]({name})" in text
-    }
+    paths = (KEPT / "README.md", *(KEPT / page.QUESTIONS).glob("*.md"))
+    linked = {Path(t).name for p in paths for t in re.findall(r"\]\(([^)]+)\)", p.read_text())}
+    wanted = linked & set(page.FIGURES)
     kept_ones = {p.name for p in KEPT.glob("*.png")} - {"interactive.png"}
     assert wanted == kept_ones
     inputs = page.inputs_hash(answers.read_answers([KEPT]))

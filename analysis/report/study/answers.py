@@ -6,7 +6,8 @@ Nothing is judged again: all verdicts are read from results.json.
 import functools
 import json
 import math
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -24,7 +25,8 @@ from analysis.measures.regret import novelty_of
 from analysis.questions.base import NO_CELL
 
 ORDER = (
-    *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts", "rl_bits", "rl"),
+    *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts"),
+    *("rl_bits", "rl", "rl_unembedding", "rl_matrices"),
     *("batch_size", "large_batches", "capacity", "invariance", "compute", "recipes"),
 )
 """The order of the study's questions; any others follow by name."""
@@ -83,6 +85,34 @@ class Answer:
             if f"{v.group}, ".startswith(f"{c['model']} on {c['dataset']}, ")
             if f"steps {c['steps']}" in v.group or "steps" not in v.group
         ]
+
+    def where(self, v: Verdict, rank: Callable[[Sequence[float]], float] = max) -> str:
+        """Name the base, the data, the rank and the number of updates of a verdict."""
+        curves = self.curves(v)
+        if not curves:
+            cells = self.results["cells"] if self.sweep == "regime" else []
+            length = [f"{c['updates']} updates" for c in cells if c["cell"] == v.group]
+            read = re.sub(
+                r"rank of ([\d.]+) of the width",
+                lambda m: f"rank {float(m[1]) * self.runs['hidden_size'].max():g}",
+                self.read(v),
+            )
+            more = ", ".join(filter(None, [read, *length]))
+            return f"{v.group} ({more})" if more else v.group
+        data = (
+            "only rules new"
+            if self.setting(v.group) == Setting.IN_REGIME
+            else str(curves[0]["dataset"]).partition("(")[0]
+        )
+        read = self.read(v).partition(";")[0]
+        if "update" not in read:
+            arms = self.results.get("ranks") if self.sweep == "layers" else None
+            by_arm = (arms or {}).get(v.group, {})
+            known = [c["rank"] for c in curves if c["rank"] is not None]
+            one = [f"rank {rank(known):g}"] if known else []
+            ranks = [listed([f"{k} at rank {r}" for k, r in by_arm.items()])] if by_arm else one
+            read = ", ".join([*ranks, f"{int(curves[0]['steps'])} updates"])
+        return f"{curves[0]['model']} ({data}; {read})"
 
     def parameters_an_episode(self, v: Verdict) -> float | None:
         """Return the lowest rank's parameters per sampled completion; None without RL of LoRA."""
@@ -225,7 +255,7 @@ def rows_of(answers: Sequence[Answer]) -> list[list[str]]:
                 [
                     f"{a.sweep}: {v.claim}{' (primary)' if v.primary else ''}{where}",
                     a.results["scale"],
-                    f"{v.expected:g}, within {within(v)}",
+                    f"{v.expected:g}, within {within(v.margin)}",
                     with_interval(v.estimate),
                     v.shown,
                     str(a.results.get("runs", "-")),
@@ -235,9 +265,14 @@ def rows_of(answers: Sequence[Answer]) -> list[list[str]]:
     return rows
 
 
-def within(v: Verdict) -> str:
+def listed(words: Sequence[str]) -> str:
+    """Join words by commas and a last "and"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def within(margin: tuple[float, float]) -> str:
     """Return a claim's margin in words."""
-    low, high = v.margin
+    low, high = margin
     if high >= FAR:
         return f"{low:g} and more"
     return f"up to {high:g}" if low <= -FAR else f"{low:g} to {high:g}"

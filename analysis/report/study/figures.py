@@ -1,5 +1,6 @@
 """Compute the data of the study's figures, which `analysis.report.plots_study` draws."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,14 +10,17 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import scale_of
-from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
+from analysis.inference.design import FAR
+from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, with_interval
 from analysis.measures.batch_effect import EARLIEST
+from analysis.measures.ratio import ratio_of
+from analysis.measures.regret import novelty_of
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import rate_means
 from analysis.optimum.optimum import WITHIN
 from analysis.questions.base import Panel, Series, by_group, full_of, lora_of
-from analysis.report.study.answers import WORDS, Answer, Pooled, Setting, estimate_of
+from analysis.report.study.answers import WORDS, Answer, Setting, estimate_of, within
 from analysis.runs.learning_curves import at_step, by_run, on_curve_rows
 from analysis.runs.lr_curves import lr_curves
 
@@ -38,22 +42,24 @@ class Line:
     batch_size: int | None
     """None in answers that did not record it."""
     updates: int
+    setting: Setting
     regrets: dict[int, Estimate]
     """Rank -> regret in percent of full fine-tuning's gain."""
 
     @property
     def name(self) -> str:
         size = f" of {self.batch_size}" if self.batch_size else ""
-        return f"{self.base}, {self.data}, {self.updates} updates{size}"
+        return f"{self.base}, {self.updates} updates{size}:\n{self.data}"
 
 
 def regret_lines(answers: Sequence[Answer]) -> list[Line]:
     """Return a line for each condition of `regime`, and for the control of `large_batches`."""
     found = []
-    for condition in conditions_of(answers):
-        base, _, data = condition["cell"].partition(", ")
-        size, updates = condition.get("batch_size"), int(condition["updates"])
-        found.append(Line(base, data, size, updates, _by_rank(condition["ranks"])))
+    for a in answers:
+        for c in conditions_of([a]):
+            base, _, data = c["cell"].partition(", ")
+            place = (c.get("batch_size"), int(c["updates"]), a.setting(c["cell"]))
+            found.append(Line(base, data, *place, _by_rank(c["ranks"])))
     return [line for line in [*found, *(c for c, _ in controls_of(answers))] if line.regrets]
 
 
@@ -69,9 +75,10 @@ def controls_of(answers: Sequence[Answer]) -> Iterator[tuple[Line, Answer]]:
         mine = [r for r in a.results.get("regrets", ()) if r["batch_size"] == CONTROL]
         if a.sweep != BATCHES or not mine or len(a.bases) != 1:
             continue
-        if a.setting(a.verdicts[0].group) == Setting.IN_REGIME:
-            updates = mine[0]["updates"]
-            yield Line(a.bases[0], "only rules new", CONTROL, updates, _by_rank(mine)), a
+        if (setting := a.setting(a.verdicts[0].group)) == Setting.IN_REGIME:
+            novelty = novelty_of(json.loads(a.runs["spec"].iloc[0])["dataset"])
+            place = (CONTROL, mine[0]["updates"], setting)
+            yield Line(a.bases[0], novelty.name if novelty else "", *place, _by_rank(mine)), a
 
 
 def _by_rank(rows: Sequence[dict[str, Any]]) -> dict[int, Estimate]:
@@ -123,59 +130,68 @@ def scale_for(v: Verdict) -> Scale:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """One measured value in a row."""
+class Row:
+    """One verdict of the figure of claims."""
 
+    says: str
+    where: str
+    """Base, data, rank and number of updates."""
+    measure: str
+    """The measured quantity and its unit."""
+    measured: str
+    margin: str
+    outcome: str
+    band: tuple[float, float]
     value: float
     low: float
     high: float
     """Ends of the interval; infinite where there is none."""
-    outcome: str
-    """SUPPORTED, REFUTED or UNDECIDED; empty for an average over bases."""
-    exploratory: bool
 
 
-@dataclass(frozen=True)
-class Row:
-    """One claim."""
+def claim_rows(answers: Sequence[Answer]) -> list[Row]:
+    """Return a row per verdict on a primary claim of the study that confirms or refutes it.
 
-    says: str
-    band: tuple[float, float]
-    marks: dict[Setting, list[Mark]]
-
-
-def claim_rows(answers: Sequence[Answer], over_bases: Sequence[Pooled]) -> list[Row]:
-    """Return a row per sentence of the study that has a measured value and is not withdrawn."""
-    rows: dict[str, Row] = {}
-
-    def add(a: Answer, v: Verdict, e: Estimate, outcome: str) -> None:
-        scale, says = scale_for(v), a.says(v.claim)
-        row = rows.setdefault(says, Row(says, scale.band, {}))
-        low = -math.inf if e.low is None else scale.at(e.low)
-        high = math.inf if e.high is None or AT_LEAST in e.flags else scale.at(e.high)
-        mark = Mark(scale.at(float(e.value or 0.0)), low, high, outcome, bool(v.exploratory))
-        row.marks.setdefault(a.setting(v.group), []).append(mark)
-
+    Verdicts that are exploratory, withdrawn or without a value are left out.
+    """
+    rows: list[Row] = []
     for a in answers:
         for v in a.single:
-            known = v.estimate.value is not None and not v.is_withdrawn
-            if known and a.word(v.claim, "whose") == "study":
-                add(a, v, v.estimate, v.outcome)
-    for pool in over_bases:
-        a, v = pool.one
-        if a.says(v.claim) in rows and pool.estimate.value is not None:
-            add(a, v, pool.estimate, "")
-    return list(rows.values())
+            e, whose = v.estimate, a.word(v.claim, "whose")
+            if not v.primary or v.exploratory or v.is_withdrawn or e.value is None:
+                continue
+            if whose == "study":
+                scale = scale_for(v)
+                low = -math.inf if e.low is None else scale.at(e.low)
+                high = math.inf if e.high is None or AT_LEAST in e.flags else scale.at(e.high)
+                measure = a.word(v.claim, "measure").partition(";")[0]
+                far = [FAR if math.isinf(end) else 0.0 for end in scale.band]
+                margin = (v.margin[0] - far[0], v.margin[1] + far[1])  # an open end is no number
+                texts = (a.says(v.claim), a.where(v), measure, with_interval(e), within(margin))
+                rows.append(Row(*texts, v.outcome, scale.band, scale.at(e.value), low, high))
+    return rows
 
 
 # ---------------------------------------------------------------- learning rates
+
+ALPHA = 32.0
+"""The alpha of the figure; the study's."""
+WIDTHS = "lr_scale"
+"""The sweep with bases of several widths."""
 
 
 @dataclass(frozen=True)
 class RateCurve:
     """LoRA's regret on one base, over LoRA's LR / full fine-tuning's best LR."""
 
-    label: str
+    base: str
+    hidden: int
+    rank: int
+    alpha: float
+    updates: int
+    setting: Setting
+    exploratory: bool
+    ratio: Estimate
+    """LoRA's best LR / full fine-tuning's."""
     times: np.ndarray
     percent: np.ndarray
     """Mean regret at each LR tried, in percent of LoRA's gain at LoRA's best LR."""
@@ -183,18 +199,24 @@ class RateCurve:
     fitted_percent: np.ndarray
     """Regret of the fitted curve at `fitted_times`, in percent as above."""
 
+    @property
+    def label(self) -> str:
+        arms = f"rank {self.rank}, alpha {self.alpha:g}, {self.updates} updates"
+        return f"{self.base} (hidden size {self.hidden}), {arms}"
+
 
 def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
-    """Return a curve per base and setting, at the highest rank.
+    """Return a curve per base and setting, at the highest rank and ALPHA, real models last.
 
     If there are several answers, confirmatory ones are preferred, then the one with the most runs.
     """
     chosen: dict[tuple[str, Setting], RateCurve] = {}
-    mine = [a for a in answers if a.sweep == "lr_ratio"]
-    for a in sorted(mine, key=lambda a: (a.exploratory, -a.results["runs"])):
+    mine = [a for a in answers if a.sweep in ("lr_ratio", WIDTHS)]
+    for a in sorted(mine, key=lambda a: (a.sweep == WIDTHS, a.exploratory, -a.results["runs"])):
         for group, optima in by_group(fit_all(lr_curves(a.runs))).items():
-            full, lora = full_of(optima), lora_of(optima)
-            where = (str(optima[0].curve.key["model"]), a.setting(group))
+            full, key = full_of(optima), optima[0].curve.key
+            lora = [o for o in lora_of(optima) if o.curve.key.get("alpha", ALPHA) == ALPHA]
+            where = (str(key["model"]), a.setting(group))
             if full is None or not lora or where in chosen:
                 continue
             o = max(lora, key=lambda o: o.curve.key["rank"])
@@ -203,11 +225,14 @@ def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
                 continue
             lr = np.exp(np.linspace(rates[0], rates[-1], 200))
             if (fitted := o.predict(lr)) is not None:
-                label = f"{where[0]}, rank {o.curve.key['rank']:g}, {WORDS[where[1]]}"
+                width = a.runs.loc[a.runs["model"] == where[0], "hidden_size"].max()
+                arms = (int(o.curve.key["rank"]), float(o.curve.key.get("alpha", ALPHA)))
+                named = (where[0], int(width), *arms, int(key["steps"]), where[1], a.exploratory)
                 (tried, losses), percent = rate_means(o.curve), 100 / (o.curve.nll_start - best)
                 runs, fits = percent * (losses - best), percent * (fitted - best)
-                chosen[where] = RateCurve(label, np.exp(tried) / unit, runs, lr / unit, fits)
-    return list(chosen.values())
+                shown = (np.exp(tried) / unit, runs, lr / unit, fits)
+                chosen[where] = RateCurve(*named, ratio_of([o], full), *shown)
+    return sorted(chosen.values(), key=lambda c: (c.setting == Setting.REAL, c.hidden))
 
 
 def has_rate_curves(answers: Sequence[Answer]) -> bool:
@@ -215,7 +240,7 @@ def has_rate_curves(answers: Sequence[Answer]) -> bool:
     return any(
         {c["method"] for c in a.results["curves"] if c["best_lr"] is not None} >= {"fullft", "lora"}
         for a in answers
-        if a.sweep == "lr_ratio"
+        if a.sweep in ("lr_ratio", WIDTHS)
     )
 
 
@@ -227,14 +252,14 @@ Speeds = dict[int, dict[int, Estimate]]
 
 def speed_answers(answers: Sequence[Answer]) -> dict[Setting, Answer]:
     """Return one answer of `rank` per setting: confirmatory if possible, on the largest base."""
-    mine = [a for a in answers if a.sweep == "rank" and _judged_to(a) >= 2 * EARLIEST]
+    mine = [a for a in answers if a.sweep == "rank" and judged_to(a) >= 2 * EARLIEST]
     found: dict[Setting, Answer] = {}
     for a in sorted(mine, key=lambda a: (a.exploratory, -a.size)):
         found.setdefault(a.setting(a.verdicts[0].group), a)
     return dict(sorted(found.items()))
 
 
-def _judged_to(a: Answer) -> int:
+def judged_to(a: Answer) -> int:
     """Return the number of updates after which an answer was judged; runs may be longer."""
     return max((int(c["steps"]) for c in a.results["curves"]), default=0)
 
@@ -243,9 +268,10 @@ def speed_panels(answers: Sequence[Answer]) -> list[Panel]:
     """Return a panel of rho over updates for each setting."""
     out = []
     for setting, a in speed_answers(answers).items():
+        by_rank = sorted(speeds(a.runs, doublings(judged_to(a))).items())
         series = [
             Series.of(f"rank {rank}", list(mine), list(mine.values()), colour=k)
-            for k, (rank, mine) in enumerate(sorted(speeds(a.runs, _judged_to(a)).items()), 1)
+            for k, (rank, mine) in enumerate(by_rank, 1)
         ]
         title = f"{', '.join(a.bases)}, {WORDS[setting]}"
         look: dict[str, Any] = {"log_x": True, "log_y": True, "lines": {"full fine-tuning": 1.0}}
@@ -253,14 +279,18 @@ def speed_panels(answers: Sequence[Answer]) -> list[Panel]:
     return out
 
 
-def speeds(runs: pd.DataFrame, to: int) -> Speeds:
-    """Measure rho after 8, 16, 32, ..., `to` updates, each method at its best LR there."""
+def doublings(to: int) -> list[int]:
+    """Return 8, 16, 32, ... and `to` itself: the numbers of updates at which speed is shown."""
+    return sorted({s for s in (*(EARLIEST * 2**k for k in range(to.bit_length())), to) if s <= to})
+
+
+def speeds(runs: pd.DataFrame, steps: Sequence[int]) -> Speeds:
+    """Measure rho after some numbers of updates, each method at its best LR there."""
     plain = (runs["method"] == "fullft") | (runs["init_seed"].fillna(0) == 0)
     table = on_curve_rows(runs[plain].reset_index(drop=True))
     evaluated = {int(s) for curve in by_run(table).values() for s in curve["step"]}
-    doubled = [EARLIEST * 2**k for k in range(to.bit_length())]
     found: Speeds = {}
-    for step in sorted({s for s in (*doubled, to) if s <= to} & evaluated):
+    for step in sorted(set(steps) & evaluated):
         part = at_step(table, step)
         optima = fit_all(lr_curves(part))
         points = dict(zip(map(id, optima), curves_at_best(part, optima)))

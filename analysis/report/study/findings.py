@@ -1,79 +1,99 @@
-"""The findings of the study: at most eight, and the answers that are withdrawn.
+"""The findings of the study: five on the page, others on the pages of their questions.
 
-Every number is read from an answer, and the wording follows from the verdicts. Each sentence is
-about one base, rank and number of updates.
+Every number is read from an answer, and the wording follows from the verdicts. A finding names its
+bases, ranks and numbers of updates, and says if it rests on one base.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed, number
 from analysis.measures.regret import ALLOWED, COUNTS
 from analysis.questions.base import mapped
-from analysis.questions.regime import EIGHTH
-from analysis.report.study.answers import Answer, Setting, estimate_of
-from analysis.report.study.figures import BATCHES, CONTROL, REGIME, conditions_of, controls_of
+from analysis.questions.lr_ratio import TEN
+from analysis.questions.regime import EIGHTH, FIRST
+from analysis.report.study.answers import Answer, estimate_of, listed
+from analysis.report.study.figures import (
+    BATCHES,
+    CONTROL,
+    REGIME,
+    RateCurve,
+    conditions_of,
+    controls_of,
+    judged_to,
+    rate_curves,
+    speed_answers,
+    speeds,
+)
 
 FULL = " times full fine-tuning's"
-HEADLINES = ("regret", "learning_rates", "speed")
-"""Subjects of the findings on the project's front page."""
+ONE_BASE = "one base only"
+UNKNOWN = Estimate(None).plain()
 Found = list[tuple[Answer, Verdict]]
 Show = Callable[[Estimate], str]
+Where = tuple[str, int, int]
+"""Base, rank, number of updates."""
 
 
-def by_subject(answers: Sequence[Answer]) -> dict[str, str]:
-    """Return subject -> finding, for subjects with an answer; regret in the regime comes first."""
-    ratio, order = found(answers, "lr_ratio", "ratio"), found(answers, "lr_ratio", "order")
-    cost = found(answers, "lr_ratio", "ten_times")
-    rates, ten = "LoRA's best learning rate is", "of the order of ten times full fine-tuning's"
-    learning_rates = [
-        f"{lead(order, f'{rates} {ten}', f'{rates} not {ten}')}.",
-        each(ratio, "The ratio was", with_unit(number)),
-        each(cost, "Regret at exactly ten times was", with_unit(percent, "% of the gain")),
-    ]
+@dataclass(frozen=True)
+class Finding:
+    """One sentence: a conclusion, and the number that it rests on."""
+
+    sweep: str
+    """The question whose page has the details."""
+    lead: str
+    said: str
+    exploratory: bool = False
+    """Whether no verdict behind it confirms anything."""
+    one_base: bool = False
+    more: str = ""
+    """Sentences with further settings and numbers, for the question's page alone."""
+
+    @property
+    def text(self) -> str:
+        return f"{self.short}: {self.said}."
+
+    @property
+    def short(self) -> str:
+        marks = {EXPLORATORY: self.exploratory, ONE_BASE: self.one_base}
+        shown = "; ".join(mark for mark, holds in marks.items() if holds)
+        return f"**{self.lead}**{f' ({shown})' if shown else ''}"
+
+
+def main(answers: Sequence[Answer]) -> list[Finding]:
+    """Return the findings of the page: at most five."""
+    made = (_regret, _growth, _learning_rates, _speed, _batches)
+    return [f for of in made if (f := of(answers)) is not None]
+
+
+def others(answers: Sequence[Answer]) -> list[Finding]:
+    """Return the findings that only the pages of their questions have in full."""
     worse = found(answers, "layers", "attention_worse")
     alone, mlp = "Adapters on attention alone", "learn more slowly than on the MLP alone"
-    texts = {
-        "regret": _regret(answers),
-        "capacity": _capacity(answers),
-        "learning_rates": " ".join(filter(None, learning_rates)) if ratio and order else "",
-        "speed": of_claim(
-            found(answers, "rank", "parity"),
-            "LoRA's highest rank learns as fast as full fine-tuning",
-            "Even LoRA's highest rank learns more slowly than full fine-tuning",
-            "The number of updates to the same loss was",
-            lambda e: with_unit(number, FULL)(mapped(e, lambda v: 1 / v)),
-        ),
-        "batches": _batches(answers),
-        "layers": of_claim(
+    made = [
+        _capacity(answers),
+        _large_batches(answers),
+        of_claim(
             worse,
             f"{alone} {mlp}",
             f"{alone} do not {mlp}",
-            "At equal parameters the ratio of their speeds was",
+            "at equal parameters the ratio of their speeds was",
             with_unit(number),
             partly=f"{alone} {mlp} on {count(worse, 'SUPPORTED')} of {len(worse)} tasks",
         ),
-        "rewards": _rewards(answers),
-        "work": of_claim(
+        _rewards(answers),
+        of_claim(
             found(answers, "compute", "flops_to_loss"),
             "LoRA saves a third of the work",
             "LoRA does not save a third of the work",
-            "The number of operations to the same loss was",
+            "the number of operations to the same loss was",
             with_unit(number, FULL),
         ),
-    }
-    return {subject: text for subject, text in texts.items() if text}
-
-
-def sentences(answers: Sequence[Answer]) -> list[str]:
-    """Return all findings, then the answers that are withdrawn."""
-    withdrawn = {a.sweep: why for a in answers if (why := a.question.get("withdrawn"))}
-    return [
-        *by_subject(answers).values(),
-        *(f"**The answer of `{name}` is withdrawn**: {why}." for name, why in withdrawn.items()),
     ]
+    return [f for f in made if f is not None]
 
 
 # ---------------------------------------------------------------- how a finding is worded
@@ -92,26 +112,23 @@ def found(answers: Sequence[Answer], sweep: str, claim: str) -> Found:
     return sorted(known, key=lambda one: one[0].exploratory)
 
 
-def lead(verdicts: Found, yes: str, no: str, partly: str = "", condition: str = "") -> str:
-    """Return the start of a finding by the outcomes, emphasised.
+def lead(verdicts: Found, yes: str, no: str, partly: str = "") -> str:
+    """Return the start of a finding by the outcomes.
 
     Args:
         yes: if all verdicts are SUPPORTED.
         no: if some are REFUTED and none is SUPPORTED.
         partly: if some are SUPPORTED and others are not; default: `yes` in some settings only.
-        condition: added to the chosen text.
     """
     held = count(verdicts, "SUPPORTED")
     if held == len(verdicts):
-        text = yes
-    elif held:
-        text = partly or f"{yes} in some settings only"
-    elif count(verdicts, "REFUTED"):
-        text = no
-    else:
-        start = yes if yes.startswith("LoRA") else yes[0].lower() + yes[1:]
-        text = f"It is undecided whether {start}"
-    return f"**{text}{condition}**"
+        return yes
+    if held:
+        return partly or f"{yes} in some settings only"
+    if count(verdicts, "REFUTED"):
+        return no
+    start = yes if yes.startswith("LoRA") else yes[0].lower() + yes[1:]
+    return f"It is undecided whether {start}"
 
 
 def of_claim(
@@ -122,48 +139,29 @@ def of_claim(
     show: Show,
     rank: Callable[[Sequence[float]], float] = max,
     partly: str = "",
-) -> str:
-    """Return a claim's outcome and a sentence for each answer; `said` begins the first of them."""
+) -> Finding | None:
+    """Return a claim's outcome with the number of each answer; `said` comes before the first."""
     if not verdicts:
-        return ""
-    in_regime = all(a.setting(v.group) == Setting.IN_REGIME for a, v in verdicts)
-    condition = ", where only rules are new" if in_regime else ""
-    return f"{lead(verdicts, yes, no, partly, condition)}. {each(verdicts, said, show, rank)}"
+        return None
+    explores = all(v.exploratory for _, v in verdicts)
+    numbers = listed([shown(a, v, show, rank, not explores) for a, v in verdicts])
+    start = lead(verdicts, yes, no, partly)
+    marks = (explores, _one_base(verdicts))
+    return Finding(verdicts[0][0].sweep, start, f"{said} {numbers}", *marks)
 
 
-def each(
-    verdicts: Found, said: str, show: Show, rank: Callable[[Sequence[float]], float] = max
+def shown(
+    a: Answer,
+    v: Verdict,
+    show: Show,
+    rank: Callable[[Sequence[float]], float] = max,
+    marked: bool = True,
 ) -> str:
-    """Return a sentence for each answer: base, rank and number of updates may differ."""
-    out: list[str] = []
-    for a, v in verdicts:
-        where = _where(a, v, rank)
-        mark = f" ({EXPLORATORY})" if v.exploratory else ""
-        text = f"On {where} it was {show(v.estimate)}" if out else f"{said} {show(v.estimate)}"
-        out.append(f"{text}{mark}." if out else f"{text} on {where}{mark}.")
-    return " ".join(out)
-
-
-def _where(a: Answer, v: Verdict, rank: Callable[[Sequence[float]], float]) -> str:
-    """Name the base, the data, the rank and the number of updates of a verdict."""
-    curves = a.curves(v)
-    if not curves:
-        return v.group
-    data = (
-        "only rules new"
-        if a.setting(v.group) == Setting.IN_REGIME
-        else str(curves[0]["dataset"]).partition("(")[0]
-    )
-    read = a.read(v).partition(";")[0]
-    if "update" not in read:
-        by_arm = (a.results.get("ranks") or {}).get(v.group) if a.sweep == "layers" else None
-        ranks = (
-            listed([f"{k} at rank {r}" for k, r in by_arm.items()])
-            if by_arm
-            else f"rank {rank([c['rank'] for c in curves if c['rank'] is not None]):g}"
-        )
-        read = f"{ranks}, {int(curves[0]['steps'])} updates"
-    return f"{curves[0]['model']} ({data}; {read})"
+    """Return a number with its base, data, rank and number of updates; mark it if exploratory."""
+    where = a.where(v, rank)
+    if marked and v.exploratory:
+        where = f"{where.removesuffix(')')}; {EXPLORATORY})" if ")" in where else where
+    return f"{show(v.estimate)} on {where}"
 
 
 def count(verdicts: Found, outcome: str) -> int:
@@ -192,66 +190,229 @@ def percent(value: float) -> str:
     return fixed(value, 1)
 
 
-def listed(words: Sequence[str]) -> str:
-    """Join words by commas and a last "and"."""
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+def _one_base(verdicts: Found) -> bool:
+    return len({base for a, _ in verdicts for base in a.bases}) == 1
 
 
-def _span(values: Sequence[float]) -> str:
-    return " to ".join(dict.fromkeys(number(v, 2) for v in (min(values), max(values))))
+def _span(values: Sequence[float], digits: int = 2) -> str:
+    return " to ".join(dict.fromkeys(number(v, digits) for v in (min(values), max(values))))
 
 
-# ---------------------------------------------------------------- findings with more than one claim
+def _ends(estimates: Sequence[Estimate], show: Show) -> str:
+    """Show the lowest and the highest of some estimates with their intervals."""
+    low, high = (f(estimates, key=lambda e: float(e.value or 0.0)) for f in (min, max))
+    return " to ".join(dict.fromkeys((show(low), show(high))))
 
 
-def _regret(answers: Sequence[Answer]) -> str:
+# ---------------------------------------------------------------- the findings of the page
+
+
+Row = dict[str, Any]
+
+
+def _at_eighth(verdicts: Found) -> dict[Where, list[tuple[Verdict, Row]]]:
+    """Return the verdict and the row of results.json of each data set, by `Where`.
+
+    The verdicts are of `regime`; the row is that of the rank of an eighth of the width.
+    """
+    named: dict[Where, list[tuple[Verdict, Row]]] = {}
+    for a, v in verdicts:
+        conditions: list[dict[str, Any]] = a.results["cells"]
+        condition: Row = next((c for c in conditions if c["cell"] == v.group), {"ranks": []})
+        width = a.runs["hidden_size"].max()
+        row = next((r for r in condition["ranks"] if r["rank"] >= width / EIGHTH), None)
+        if row is not None:
+            place = (v.group.partition(",")[0], row["rank"], condition["updates"])
+            named.setdefault(place, []).append((v, row))
+    return named
+
+
+def _sets(n: int) -> str:
+    return f", {n} data sets" if n > 1 else ""
+
+
+def _numbers(verdicts: Found) -> str:
+    """List the regrets of all data sets, by base, rank and number of updates."""
+    show = with_unit(percent, "%")
+    return listed(
+        [
+            f"{listed([show(estimate_of(r['regret_percent'])) for _, r in rows])} on {base} "
+            f"(rank {rank}, {updates} updates{_sets(len(rows))})"
+            for (base, rank, updates), rows in _at_eighth(verdicts).items()
+        ]
+    )
+
+
+def _regret(answers: Sequence[Answer]) -> Finding | None:
     """Report the regret at an eighth of the width, by base, rank and number of updates."""
     low, beyond = found(answers, REGIME, "low"), found(answers, REGIME, "beyond")
-    if not low:
-        return ""
+    measured: dict[Where, list[tuple[str, Estimate]]] = {}
+    for place, rows in _at_eighth(low).items():
+        measured[place] = [(v.outcome, estimate_of(r["regret_percent"])) for v, r in rows]
+    if not measured:
+        return None
+    for line, a in controls_of(answers):
+        rank = max(line.regrets)
+        for _, v in found([a], BATCHES, f"at_{CONTROL}"):
+            if rank * EIGHTH == a.runs["hidden_size"].max():
+                here = (line.base, rank, line.updates)
+                measured.setdefault(here, []).append((v.outcome, line.regrets[rank]))
+    start, parts = "", []
+    show = with_unit(percent, "%")
+    for (base, rank, updates), sets in measured.items():
+        held, lost = (all(o == x for o, _ in sets) for x in ("SUPPORTED", "REFUTED"))
+        regrets = [e for _, e in sets]
+        worst = f"at most {show(max(regrets, key=lambda e: e.value or 0.0))}"
+        regret = worst if held and len(sets) > 1 else _ends(regrets, show)
+        after = f"({updates} updates{_sets(len(sets))})"
+        if not start:
+            lora, full = f"LoRA of rank {rank}", f"full fine-tuning on {base}"
+            start = f"{lora} {'matches' if held else 'does not match'} {full}"
+            start = start if held or lost else f"it is undecided whether {lora} matches {full}"
+            parts.append(f"its regret is {regret} {after}")
+        else:
+            does = "matches it" if held else "does not" if lost else "may not"
+            parts.append(f"rank {rank} of {base} {does}: {regret} {after}")
+    more = f"A match is a regret of at most {100 * ALLOWED:g}% of the gain, at a rank of an eighth "
+    more += f"of the hidden size. Data set by data set, the regret is {_numbers(low)}"
+    if lists := _numbers(beyond):
+        more += f"; where lists to memorise are new too, it is {lists}"
+    text = f"Where only rules are new, {start}"
+    one_base = len({base for base, _, _ in measured}) == 1
+    return Finding(REGIME, text, "; ".join(parts), False, one_base, f"{more}.")
 
-    def by_place(verdicts: Found, start: str, also: str = "") -> list[str]:
-        by_base: dict[str, list[str]] = {}
-        for a, v in verdicts:
-            conditions: list[dict[str, Any]] = a.results["cells"]
-            condition = next((c for c in conditions if c["cell"] == v.group), {})
-            width = a.runs["hidden_size"].max()
-            row = next((r for r in condition.get("ranks", ()) if r["rank"] >= width / EIGHTH), None)
-            if row is not None:
-                size = f" of {condition['batch_size']} rows" if condition.get("batch_size") else ""
-                base = condition["cell"].partition(",")[0]
-                place = f"{base} (rank {row['rank']}, {condition['updates']} updates{size})"
-                regret = with_unit(percent, "%")(estimate_of(row["regret_percent"]))
-                by_base.setdefault(place, []).append(regret)
-        return [
-            f"{start} on {place}{also} was {listed(values)} of full fine-tuning's gain"
-            f"{f' on {len(values)} data sets' if len(values) > 1 else ''}"
-            for place, values in by_base.items()
-        ]
 
-    controls = [
-        (line, a)
-        for line, a in controls_of(answers)
-        if max(line.regrets) * EIGHTH == a.runs["hidden_size"].max()
-    ]
-    none = f"no regret (at most {100 * ALLOWED:g}% of full fine-tuning's gain)"
-    where = "where only rules are new, at a rank of an eighth of the width"
-    start = lead(
-        [*low, *found([a for _, a in controls], BATCHES, f"at_{CONTROL}")],
-        f"LoRA has {none} {where}",
-        f"LoRA has regret {where}",
-        f"On some bases and data sets LoRA has {none} {where}",
+def _growth(answers: Sequence[Answer]) -> Finding | None:
+    """Report the regret after FIRST updates and at the end, at an eighth of the width.
+
+    The sentence has the numbers of one data set: of those on which growth was shown, the one with
+    the least growth.
+    """
+    asked = found(answers, REGIME, "growth_high")
+    show, known, details = with_unit(percent, "%"), [], []
+    for (base, rank, updates), rows in _at_eighth(asked).items():
+        for v, r in rows:
+            if (early := estimate_of(r["gap_nats_first"] or UNKNOWN)).has_interval():
+                first = mapped(early, (100 / r["gain_nats"]).__mul__)
+                last = estimate_of(r["regret_percent"])
+                where = f"at rank {rank} of {base}"
+                rises = f"from {show(first)} after {FIRST} updates to {show(last)} after {updates}"
+                grown = (last.value or 0.0) - (first.value or 0.0)
+                known.append((v.outcome != "SUPPORTED", grown, f"{where} {rises}"))
+                details.append(f"{v.group}: {rises}")
+    if not known:
+        return None
+    text = "The regret grows with training where only rules are new"
+    no = "The regret does not grow with training where only rules are new"
+    start = lead(asked, text, no, text)
+    said = min(known)[2]
+    if len(asked) > 1:
+        said += f" (one data set; it is shown on {count(asked, 'SUPPORTED')} of {len(asked)})"
+    more = "In percent of the final gain, at an eighth of the hidden size (below 0 LoRA is ahead): "
+    more += f"{'; '.join(details)}."
+    beforehand = [v for a, v in found(answers, REGIME, "growth") if not a.setting(v.group)]
+    if open_ones := sum(v.outcome != "SUPPORTED" for v in beforehand):
+        more += (
+            f" For the lowest rank it was asked beforehand, and not shown on {open_ones} of "
+            f"{len(beforehand)} data sets."
+        )
+    explores = all(v.exploratory for _, v in asked)
+    return Finding(REGIME, start, said, explores, _one_base(asked), more)
+
+
+def _learning_rates(answers: Sequence[Answer]) -> Finding | None:
+    """Report the ratio of best learning rates; on further bases, and its cost, as details."""
+    ratio = found(answers, "lr_ratio", "ratio")
+    if not ratio:
+        return None
+    often = "not ten times" if count(ratio, "REFUTED") == len(ratio) else "not always ten times"
+    yes, no = (
+        f"LoRA's best learning rate is {times} full fine-tuning's"
+        for times in ("about ten times", often)
     )
-    of_controls = [
-        f"On {line.base} (rank {max(line.regrets)}, {line.updates} updates of "
-        f"{line.batch_size} rows) it was {with_unit(percent, '%')(line.regrets[max(line.regrets)])}"
-        for line, _ in controls
-    ]
-    lists = by_place(beyond, "Regret", ", where lists to memorise are new too,")
-    return ". ".join([start, *by_place(low, "Its regret"), *of_controls, *lists]) + "."
+    text = lead(ratio, yes, no, no)
+    said = listed([shown(a, v, with_unit(percent, " times")) for a, v in ratio])
+    named = {base for a, _ in ratio for base in a.bases}
+    rest = [c for c in rate_curves(answers) if c.base not in named and c.ratio.has_interval()]
+    more = []
+    if rest:
+        ratios = _ends([c.ratio for c in rest], with_unit(percent))
+        more.append(f"The ratio is {ratios} {_together(rest)}.")
+    costs = []
+    for a, _ in ratio:
+        judged = found([a], "lr_ratio", "ten_times")
+        show_cost = with_unit(percent, "%")
+        costs += [f"{show_cost(v.estimate)} of the gain on {', '.join(b.bases)}" for b, v in judged]
+        best = [c["best_nll"] for c in a.results["curves"] if c["method"] == "fullft"]
+        for r in a.results.get("ratios", ()) if not judged else ():
+            if (nats := r["regrets"].get(TEN)) is not None:
+                gain = float(a.runs["nll_start"].mean()) - best[0]
+                costs.append(f"{percent(100 * nats / gain)}% of the gain on {', '.join(a.bases)}")
+    if costs:
+        more.append(f"Exactly ten times costs {listed(costs)}.")
+    explores = all(v.exploratory for _, v in ratio)
+    return Finding("lr_ratio", text, said, explores, _one_base(ratio), " ".join(more))
 
 
-def _capacity(answers: Sequence[Answer]) -> str:
+def _together(curves: Sequence[RateCurve]) -> str:
+    """Name some bases by what they share."""
+    widths, ranks, updates = (
+        _span([getattr(c, k) for c in curves], 4) for k in ("hidden", "rank", "updates")
+    )
+    mark = f" ({EXPLORATORY})" if all(c.exploratory for c in curves) else ""
+    arms = f"(hidden size {widths}; rank {ranks}, {updates} updates)"
+    return f"on {len(curves)} more bases {arms}{mark}"
+
+
+def _speed(answers: Sequence[Answer]) -> Finding | None:
+    """Report how the speed changes with the rank, and the speeds of all ranks."""
+    made = of_claim(
+        found(answers, "rank", "alike"),
+        "The rank makes no difference to the speed of learning",
+        "The higher the rank, the faster LoRA learns",
+        "each doubling of the rank raises the speed by",
+        with_unit(lambda slope: number(100 * math.expm1(slope), 2), "%"),
+    )
+    if made is None:
+        return None
+    more = []
+    for a in speed_answers(answers).values():
+        last = judged_to(a)
+        known = sorted((r, of[last]) for r, of in speeds(a.runs, [last]).items() if last in of)
+        values = [fixed(float(e.value or 0.0), 2) for _, e in known]
+        show = with_unit(lambda v: fixed(v, 2))
+        values[-1:] = [show(v.estimate) for _, v in found([a], "rank", "parity")] or values[-1:]
+        if known:
+            ranks = listed([str(r) for r, _ in known])
+            more.append(f"It is {listed(values)}{FULL} at ranks {ranks} ({', '.join(a.bases)}).")
+    return replace(made, more=" ".join(more))
+
+
+def _batches(answers: Sequence[Answer]) -> Finding | None:
+    """Report how much a doubling of the batch changes LoRA's speed against full fine-tuning's."""
+    penalty = found(answers, "batch_size", "penalty")
+    text = "Larger batches slow LoRA more than full fine-tuning"
+    no = "Larger batches do not slow LoRA more than full fine-tuning"
+    change = with_unit(lambda slope: signed(100 * math.expm1(slope)), "%")
+    made = of_claim(penalty, text, no, "a doubling changes the ratio of speeds by", change)
+    if made is None or not all((v.estimate.high or 0.0) < 0 for _, v in penalty):
+        return made
+    slower = with_unit(lambda slope: percent(-100 * math.expm1(-slope)), "%")
+
+    def each(e: Estimate) -> str:
+        return f"{slower(mapped(e, float.__neg__))} a doubling"
+
+    said = f"by {listed([shown(a, v, each) for a, v in penalty])}"
+    if count(penalty, "UNDECIDED"):
+        edge = max(abs(100 * v.margin[1]) for _, v in penalty)
+        said += f"; whether over {edge:g}% is undecided"
+    return replace(made, lead=text, said=said)
+
+
+# ---------------------------------------------------------------- other findings
+
+
+def _capacity(answers: Sequence[Answer]) -> Finding | None:
     """Report the load at the needed rank, for each way of counting bits, on one base."""
     known = [
         c
@@ -260,62 +421,67 @@ def _capacity(answers: Sequence[Answer]) -> str:
     ]
     lengths = {(c["cell"].partition(",")[0], c["updates"]) for c in known}
     if len(lengths) != 1 or len(known) < 2:
-        return ""
+        return None
     ((base, updates),) = lengths
     spans = {
         kind: [v for c in known if (v := c["loads_needed"][kind]["value"]) is not None]
         for kind in COUNTS
     }
     if not all(spans.values()):
-        return ""
+        return None
     ends = sorted((min(values), max(values)) for values in spans.values())
     apart = all(low > high for (_, high), (low, _) in itertools.pairwise(ends))
     loads = [f"{_span(values)} by {COUNTS[kind]}" for kind, values in spans.items()]
-    return (
-        f"**Whether the data fit an adapter {'depends' if apart else 'hardly depends'} on how bits "
-        f"are counted**. On {base} after {updates} updates a regret of {100 * ALLOWED:g}% takes "
-        f"ranks of {_span([c['rank_interpolated']['value'] for c in known])}, on {len(known)} data "
-        f"sets. At 2 bits a parameter their load is {listed(loads)}; the last count was chosen "
-        "after a look."
+    return Finding(
+        REGIME,
+        f"Whether the data fit an adapter {'depends' if apart else 'hardly depends'} on how bits "
+        "are counted",
+        f"on {base} after {updates} updates a regret of {100 * ALLOWED:g}% takes ranks of "
+        f"{_span([c['rank_interpolated']['value'] for c in known])}, on {len(known)} data sets, "
+        f"and at 2 bits a parameter their load is {listed(loads)} (the last count was chosen "
+        "after a look)",
+        True,
+        True,
     )
 
 
-def _batches(answers: Sequence[Answer]) -> str:
-    said = of_claim(
-        found(answers, "batch_size", "penalty"),
-        "Large batches slow LoRA more than full fine-tuning",
-        "Large batches do not slow LoRA more than full fine-tuning",
-        "With each doubling LoRA's speed relative to full fine-tuning changed by",
-        with_unit(lambda slope: signed(100 * math.expm1(slope)), "%"),
-    )
+def _large_batches(answers: Sequence[Answer]) -> Finding | None:
+    """Say where large batches are no evidence, since LoRA has regret at a small one too."""
     control = found(answers, BATCHES, f"at_{CONTROL}")
-    if said and control and count(control, "SUPPORTED") < len(control):
-        bases = listed([_where(a, v, max).partition(" (")[0] for a, v in control])
-        has = "has" if count(control, "REFUTED") else "may have"
-        said += (
-            f" Batches of 512 and more on {bases} are no evidence: the control, a batch of "
-            f"{CONTROL}, {has} regret as well."
-        )
-    return said
+    if not control or count(control, "SUPPORTED") == len(control):
+        return None
+    named = [
+        f"{line.base} (rank {max(line.regrets)}, {line.updates} updates)"
+        for line, _ in controls_of(answers)
+    ]
+    has = "has" if count(control, "REFUTED") else "may have"
+    said = f"the control, a batch of {CONTROL}, {has} regret as well on {listed(named)}"
+    text = "Whether batches of 512 and more are bad for LoRA cannot be said"
+    explores, one_base = all(v.exploratory for _, v in control), _one_base(control)
+    return Finding(BATCHES, text, said, explores, one_base) if named else None
 
 
-def _rewards(answers: Sequence[Answer]) -> str:
+def _rewards(answers: Sequence[Answer]) -> Finding | None:
     points = with_unit(signed, " points")
     one, top = found(answers, "rl", "rank_1"), found(answers, "rl", "top_rank")
-    said = of_claim(
+    made = of_claim(
         one,
         "From rewards rank 1 learns as much as full fine-tuning",
         "From rewards rank 1 does not learn as much as full fine-tuning",
-        "The difference of the final reward was",
+        "the difference of the final reward was",
         points,
         min,
     )
-    if said and top:
-        said += f" {each(top, 'The difference was', points)}"
+    if made is None:
+        return None
+    said = made.said
+    if top:
+        numbers = [shown(a, v, points, marked=not made.exploratory) for a, v in top]
+        said += f"; at the highest rank it was {listed(numbers)}"
     few = [r for a, v in one if (r := a.parameters_an_episode(v)) is not None and r < 1]
     if few:
         said += (
-            " The study's claim is about more parameters than episodes; here rank 1 has "
-            f"{_span(few)} parameters an episode."
+            "; the study's claim is about more parameters than episodes, and here rank 1 has "
+            f"{_span(few)} parameters an episode"
         )
-    return said
+    return replace(made, said=said)

@@ -1,14 +1,19 @@
-"""Write the pages over all answers: analysis/results/README.md, and a study's own page.
+"""Write the pages over all answers: one of a screen, and beside it the details.
 
 `python -m analysis study --write` renders all kept answers and pages again from the kept tables.
-The text is in `analysis/report/templates/study.md`; no measured number is typed by hand.
+The texts are in `analysis/report/templates/study/`; no measured number is typed by hand.
 """
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
 
 from analysis.inference.estimate import (
     BETTER,
@@ -25,15 +30,30 @@ from analysis.questions.lr_ratio import ONE, TEN
 from analysis.questions.registry import analyse, question_named
 from analysis.report import plots, plots_study
 from analysis.report.report import added_after, band_text, command_of, write_answer
-from analysis.report.study import figures
-from analysis.report.study.answers import Answer, estimate_of, pooled, read_answers, within
-from analysis.report.study.findings import HEADLINES, by_subject, sentences
+from analysis.report.study import figures, findings
+from analysis.report.study.answers import (
+    Answer,
+    Pooled,
+    estimate_of,
+    pooled,
+    read_answers,
+    within,
+)
 from analysis.report.study.ledger import ledger
 from analysis.report.text import Rows, rendered, text_hash, with_block
 from analysis.runs.lr_curves import in_words
 from analysis.runs.table import read as read_table
 
-REGRET, FOREST, RATES, SPEED = "regret.png", "forest.png", "rates.png", "speed.png"
+MAP, FOREST, RATES, SPEED = "map.png", "forest.png", "rates.png", "speed.png"
+FIGURES = (MAP, FOREST, RATES, SPEED)
+QUESTIONS = "questions"
+"""Folder of the pages of the questions."""
+LAW = "rate_law"
+"""The question whose figure replaces RATES on the page once it has runs."""
+MOST = 12
+"""Largest number of rows of the figure of claims."""
+BASES = Path(__file__).with_name("bases.yaml")
+"""Base model -> what it is, in words."""
 RATES_HEAD = (
     "base, data, batch, updates|method|best learning rate|regret under 0.01 nats|best NLL|"
     "ratio to full fine-tuning|regret at 10 times full fine-tuning's (nats)|"
@@ -42,20 +62,21 @@ RATES_HEAD = (
 
 
 def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
-    """Write the page and, beside it, its figures; see `page`."""
+    """Write the page and, beside it, its figures and the pages of details; see `pages`."""
     folder, inputs = path.parent, inputs_hash(answers)
-    folder.mkdir(parents=True, exist_ok=True)
-    for figure in (REGRET, FOREST, RATES, SPEED):
-        (folder / figure).unlink(missing_ok=True)
+    (folder / QUESTIONS).mkdir(parents=True, exist_ok=True)
+    for old in [*(folder / f for f in FIGURES), *(folder / QUESTIONS).glob("*.md")]:
+        old.unlink(missing_ok=True)
     if lines := figures.regret_lines(answers):
-        plots_study.regret_over_rank(lines, folder / REGRET, inputs)
-    if rows := figures.claim_rows(answers, pooled(answers)):
-        plots_study.forest(rows, folder / FOREST, inputs)
+        plots_study.regret_map(lines, folder / MAP, inputs)
+    if rows := figures.claim_rows(answers):
+        plots_study.forest(rows[:MOST], folder / FOREST, inputs)
     if figures.has_rate_curves(answers):
         plots_study.rates(figures.rate_curves(answers), folder / RATES, inputs)
     if figures.speed_answers(answers):
         plots.panels(figures.speed_panels(answers), folder / SPEED, inputs)
-    path.write_text(page(answers, folder, kept))
+    for name, text in pages(answers, path, kept).items():
+        (folder / name).write_text(text)
 
 
 def inputs_hash(answers: Sequence[Answer]) -> str:
@@ -64,82 +85,155 @@ def inputs_hash(answers: Sequence[Answer]) -> str:
     return text_hash("".join(texts) + "".join(sorted(i for a in answers for i in a.run_ids)))
 
 
-def page(answers: Sequence[Answer], folder: Path, kept: bool = False) -> str:
-    """Render the page of answers.
+def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str, str]:
+    """Render the page of answers and the pages beside it: name in the page's folder -> text.
 
     Args:
-        folder: folder of the page; links to the answers are relative to it.
-        kept: for kept answers, also list changes after a look, and sentences not tested.
+        path: the page; links are relative to its folder.
+        kept: for kept answers, also list changes after a look, and what was not tested.
     """
-    over_bases = pooled(answers)
-    by_question: dict[str, list[Answer]] = {}
+    by_sweep: dict[str, list[Answer]] = {}
     for a in answers:
-        by_question.setdefault(a.question["question"], []).append(a)
-    questions = []
-    for mine in by_question.values():
-        asked, shown = mine[0].question, []
-        for a in mine:
-            here = os.path.relpath(a.folder, folder)
-            # Early answers get no command, because the sweep file may have changed since.
-            command = "" if "fingerprint_stamped" in a.question else f", `{command_of(a.question)}`"
-            links = f"[report]({here}/report.md), [table]({here}/table.parquet){command}"
-            runs = f"{a.results.get('runs', 0):,} runs, {a.trained}"
-            shown.append(f"`{a.results['scale']}`: {runs} ({links})")
-        averages = []
-        for p in (p for p in over_bases if p.one[0].sweep == mine[0].sweep):
-            says, margin = p.one[0].says(p.one[1].claim), within(p.one[1])
-            gated = f" ({len(p.left_out)} not to be judged: {', '.join(p.left_out)})"
-            value = f"{says}; {with_interval(p.estimate)}, margin {margin}"
-            averages.append(
-                f"No average over bases{gated}: {says}"
-                if p.estimate.value is None
-                else f"Average over {', '.join(p.bases)}{gated if p.left_out else ''}: {value}"
-            )
-        head = ["claim", "scale", "measured", "margin", "verdict", "notes"]
-        questions.append(
-            {
-                "title": asked["question"],
-                "source": f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(),
-                "withdrawn": asked.get("withdrawn"),
-                "answers": shown,
-                "averages": averages,
-                "verdicts": [head, *(verdict_row(a, v) for a in mine for v in a.verdicts)],
-                "figures": [
-                    (caption[0].upper() + caption[1:], os.path.relpath(a.folder / name, folder))
-                    for a in mine
-                    for name, caption in a.results.get("figures") or []
-                    if (a.folder / name).is_file()
-                ],
-            }
+        by_sweep.setdefault(a.sweep, []).append(a)
+    over_bases, folder = pooled(answers), path.parent
+    main, others = findings.main(answers), findings.others(answers)
+    shown = {
+        MAP: bool(figures.regret_lines(answers)),
+        FOREST: bool(n_rows := len(figures.claim_rows(answers))),
+        RATES: figures.has_rate_curves(answers),
+        SPEED: bool(figures.speed_answers(answers)),
+    }
+    common: dict[str, Any] = {
+        "kept": kept,
+        "page": path.name,
+        "n_claims": len({(a.sweep, v.claim) for a in answers for v in a.single}),
+        "n_runs": len(set().union(*(a.run_ids for a in answers))),
+        "figures": [name for name, there in shown.items() if there],
+    }
+    questions = [
+        question_of(mine, over_bases, folder / QUESTIONS, [*main, *others])
+        for mine in by_sweep.values()
+    ]
+    texts = {
+        path.name: rendered(
+            "study/page.md",
+            **common,
+            findings=main,
+            others=others,
+            withdrawn=[
+                (sweep, *one) for sweep, mine in by_sweep.items() for one in withdrawn(mine)
+            ],
+            law=law_figure(by_sweep.get(LAW, []), folder),
+            n_forest=(min(n_rows, MOST), n_rows),
+            bases=base_rows(answers),
+            questions=questions,
+        ),
+        "ledger.md": rendered("study/ledger.md", **common, ledger=ledger(answers)),
+        f"{QUESTIONS}/README.md": rendered("study/questions.md", **common, questions=questions),
+    }
+    if kept:
+        added = [(a.folder.name, line) for a in answers for line in added_after(a.question)]
+        texts["changes.md"] = rendered("study/changes.md", added=added)
+    tables = {"regime": (bits_rows, load_rows), "lr_ratio": (best_rates,)}
+    for q in questions:
+        more = [of(answers) for of in tables.get(q["sweep"], ())]
+        more += [[]] * (2 - len(more))
+        text = rendered("study/question.md", **common, q=q, tables=more)
+        texts[f"{QUESTIONS}/{q['sweep']}.md"] = text
+    return {name: in_words(text) for name, text in texts.items()}
+
+
+def question_of(
+    answers: Sequence[Answer],
+    over_bases: Sequence[Pooled],
+    folder: Path,
+    found: Sequence[findings.Finding],
+) -> dict[str, Any]:
+    """Return the parts of a question's page, which is in `folder`."""
+    asked, shown = answers[0].question, []
+    for a in answers:
+        here = os.path.relpath(a.folder, folder)
+        # Early answers get no command, because the sweep file may have changed since.
+        command = "" if "fingerprint_stamped" in a.question else f", `{command_of(a.question)}`"
+        links = f"[report]({here}/report.md), [table]({here}/table.parquet){command}"
+        runs = f"{a.results.get('runs', 0):,} runs, {a.trained}"
+        shown.append(f"`{a.results['scale']}`: {runs} ({links})")
+    averages = []
+    for p in (p for p in over_bases if p.one[0].sweep == answers[0].sweep):
+        says, margin = p.one[0].says(p.one[1].claim), within(p.one[1].margin)
+        gated = f" ({len(p.left_out)} not to be judged: {', '.join(p.left_out)})"
+        value = f"{says}; {with_interval(p.estimate)}, margin {margin}"
+        averages.append(
+            f"No average over bases{gated}: {says}"
+            if p.estimate.value is None
+            else f"Average over {', '.join(p.bases)}{gated if p.left_out else ''}: {value}"
         )
-    text = rendered(
-        "study.md",
-        kept=kept,
-        conclusions=sentences(answers),
-        n_claims=len({(a.sweep, v.claim) for a in answers for v in a.single}),
-        n_runs=len(set().union(*(a.run_ids for a in answers))),
-        regret=REGRET if figures.regret_lines(answers) else "",
-        forest=FOREST if figures.claim_rows(answers, over_bases) else "",
-        rates=RATES if figures.has_rate_curves(answers) else "",
-        speed=SPEED if figures.speed_answers(answers) else "",
-        bits=bits_rows(answers),
-        loads=load_rows(answers),
-        ledger=ledger(answers),
-        added=[(a.folder.name, line) for a in answers for line in added_after(a.question)],
-        best_rates=best_rates(answers),
-        questions=questions,
-    )
-    return in_words(text)
+    outcomes = Counter(v.shown for a in answers for v in a.single)
+    head = ["claim", "scale", "measured", "margin", "verdict", "notes"]
+    return {
+        "sweep": answers[0].sweep,
+        "title": asked["question"],
+        "source": f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(),
+        "withdrawn": withdrawn(answers),
+        "found": [f"{f.text} {f.more}".strip() for f in found if f.sweep == answers[0].sweep],
+        "outcomes": ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())),
+        "answers": shown,
+        "averages": averages,
+        "verdicts": [head, *(verdict_row(a, v) for a in answers for v in a.verdicts)],
+        "figures": [
+            (caption[0].upper() + caption[1:], os.path.relpath(a.folder / name, folder))
+            for a in answers
+            for name, caption in a.results.get("figures") or []
+            if (a.folder / name).is_file()
+        ],
+    }
+
+
+def withdrawn(answers: Sequence[Answer]) -> list[tuple[str, str]]:
+    """Return the scale of each withdrawn answer, and why it is withdrawn."""
+    whys = [(a.results["scale"], a.question.get("withdrawn")) for a in answers]
+    return [(scale, why) for scale, why in whys if why]
+
+
+def law_figure(answers: Sequence[Answer], folder: Path) -> str:
+    """Return the path of the law's figure if it was judged on measured ratios; else nothing."""
+    for a in (a for a in answers if any(v.estimate.value is not None for v in a.single)):
+        for name, _ in a.results.get("figures") or []:
+            if (a.folder / name).is_file():
+                return os.path.relpath(a.folder / name, folder)
+    return ""
 
 
 def readme(text: str, kept: Path) -> str:
-    """Return the project's README with its three findings rendered again from kept results."""
-    known = by_subject(read_answers([kept]))
-    headlines = [known[subject] for subject in HEADLINES if subject in known]
-    return with_block(text, "answers", [f"{k}. {line}" for k, line in enumerate(headlines, 1)])
+    """Return the project's README with its findings rendered again from kept results."""
+    found = findings.main(read_answers([kept]))
+    return with_block(text, "answers", [f"{k}. {f.text}" for k, f in enumerate(found, 1)])
 
 
 # ---------------------------------------------------------------- tables
+
+
+def base_rows(answers: Sequence[Answer]) -> Rows:
+    """Return each base model's size, and the ranks, alphas and updates of its runs."""
+    what = yaml.safe_load(BASES.read_text())
+    kept = ["model", "hidden_size", "method", "n_trainable", "rank", "alpha", "steps"]
+    tables = [a.runs[kept] for a in answers if set(kept) <= set(a.runs.columns)]
+    rows = [["base", "hidden size", "parameters", "what it is", "ranks", "alpha", "updates"]]
+    runs = pd.concat(tables) if tables else pd.DataFrame(columns=kept)
+    sizes = runs[runs["method"] == "fullft"].groupby("model")["n_trainable"].max()
+    for base, mine in sorted(runs.groupby("model"), key=lambda m: (sizes.get(m[0], 0), m[0])):
+        lora = mine[mine["method"] == "lora"]
+        spans = [_span(lora["rank"]), _span(lora["alpha"]), _span(mine["steps"])]
+        size = f"{sizes[base] / 1e6:.3g}M" if base in sizes else "-"
+        rows.append([base, f"{mine['hidden_size'].max():g}", size, what.get(base, "-"), *spans])
+    return rows if len(rows) > 1 else []
+
+
+def _span(values: pd.Series) -> str:
+    """Return all values if there are at most three, else the first and the last."""
+    known = sorted(values.dropna().unique())
+    shown = [f"{v:,g}" for v in known]
+    return ", ".join(shown) if len(shown) < 4 else f"{shown[0]} to {shown[-1]}"
 
 
 def bits_rows(answers: Sequence[Answer]) -> Rows:
@@ -211,7 +305,7 @@ def verdict_row(a: Answer, v: Verdict) -> list[str]:
         f"{a.says(v.claim)}{where} (`{a.sweep}: {v.claim}`, {marks})",
         a.results["scale"],
         with_interval(v.estimate),
-        within(v),
+        within(v.margin),
         f"**{v.shown}**",
         "; ".join(filter(None, notes)),
     ]

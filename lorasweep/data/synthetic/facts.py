@@ -8,9 +8,11 @@ never trained.
 
 bandit: keys with one hidden label out of 16, so 4 bits per context. The base model knows the
 format, not the labels. The same rows teach labels by cross-entropy, or by the reward of a sampled
-symbol. Held-out rows are the trained contexts.
+symbol. Held-out rows are the trained contexts. With draw_by_seed, each seed has its own contexts
+and labels.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -148,11 +150,16 @@ def check_bandit(spec: DatasetSpec) -> None:
         raise DataError(f"{where}max_length={spec.max_length}. Allowed: {BANDIT_LENGTH} or more.")
 
 
-def load_bandit(spec: DatasetSpec) -> Data:
-    """Draw the contexts and their labels. The loss covers the label."""
+def load_bandit(spec: DatasetSpec, draw: int | None = None) -> Data:
+    """Draw the contexts and their labels; the loss covers the label.
+
+    Each number `draw` gives other contexts and labels, with the fingerprint of the data without a
+    draw.
+    """
     check_bandit(spec)
     params = parameters(spec, BANDIT)
-    count, rng = int(params["contexts"]), stream("bandit", int(params["set"]))
+    count = int(params["contexts"])
+    rng = stream("bandit", int(params["set"]), *(() if draw is None else ("draw", draw)))
     # drawn in order from one stream: a smaller number of contexts has the first ones of a larger
     numbers = rng.permutation(KEYS**KEY)[:count]
     keys = VALUES + np.stack([numbers // KEYS**k % KEYS for k in range(KEY)], 1)
@@ -167,4 +174,6 @@ def load_bandit(spec: DatasetSpec) -> Data:
         entropy_floor_nats=0.0,
         rewards=Rewards(same_tokens, (), exact=True, choices=VALUES),
     )
-    return with_fingerprint(data, tokens)
+    if draw is None:
+        return with_fingerprint(data, tokens)
+    return dataclasses.replace(data, sha256=load_bandit(spec).sha256)

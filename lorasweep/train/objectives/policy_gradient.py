@@ -78,7 +78,8 @@ class PolicyGradient(OnData):
         found = []
         for run in runs:
             data = self._data[run.id]
-            key = f"{run.dataset.canonical}/{self._precision}/{run.max_new_tokens}/reward"
+            rows = f"{run.dataset.canonical}/{run.draw}"
+            key = f"{rows}/{self._precision}/{run.max_new_tokens}/reward"
             if key not in base.at_start:
                 if mesh.rank == 0:  # other processes wait for process 0, and fail with it
                     check_available(run.dataset)

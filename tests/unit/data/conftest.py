@@ -9,6 +9,7 @@ from tests.world import compose_request
 
 MODELS = {
     "bandit": "tiny64-knows",
+    "bandit_drawn": "tiny64-knows",
     "facts": "tiny64-facts",
     "skills": "tiny64-skills",
     "words": "tiny64-skills",

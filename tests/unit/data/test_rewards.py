@@ -43,6 +43,9 @@ def test_every_context_has_one_hidden_label_of_sixteen_and_comes_once_an_epoch()
     assert {tuple(r.tokens) for r in epoch} == {tuple(r.tokens) for r in rows}
     fewer = data.load(shipped("bandit", generator_params={"contexts": 64}), [])
     assert all((a.tokens == b.tokens).all() for a, b in zip(fewer.test, rows))
+    one, two = (data.load(shipped("bandit_drawn"), [], draw=seed) for seed in (300, 301))
+    assert one.sha256 == two.sha256 == data.load(shipped("bandit_drawn"), []).sha256
+    assert not np.array_equal([e.tokens for e in one.test], [e.tokens for e in two.test])
     other = data.load(shipped("bandit", generator_params={"set": 1}), [])
     assert other.sha256 != fewer.sha256
     of = loaded.rewards.of

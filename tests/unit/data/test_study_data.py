@@ -177,7 +177,8 @@ def test_settings_that_have_no_effect_are_refused_and_left_out_of_ids():
         ("dialect", {"too_long": "skip"}, "too_long='skip' has no effect with source=synthetic"),
         ("dialect", {"render": "role_colon"}, "render='role_colon' has no effect"),
         ("facts", {"exact_loss": True}, "exact_loss=true: only the generator dialect"),
-        ("facts", {"draw_by_seed": True}, "draw_by_seed=true: only the generator dialect"),
+        ("facts", {"draw_by_seed": True}, "draw_by_seed=true: only the generator dialect and band"),
+        ("bandit", {"exact_loss": True}, "exact_loss=true: only the generator dialect"),
         ("tulu3", {"render": "chatml"}, "render='chatml'. Allowed: role_colon, role_eos, chat"),
     ):
         with pytest.raises(SpecError, match=words):

@@ -7,7 +7,13 @@ import pytest
 
 from analysis.inference.gates import GateCode
 from analysis.measures.at_best import over_seeds
-from analysis.measures.rewards import collapsed_at_best, gates_on_stable, good_range, stable
+from analysis.measures.rewards import (
+    at_each_lr,
+    collapsed_at_best,
+    gates_on_stable,
+    good_range,
+    stable,
+)
 from tests.tables import lr_curve
 
 X = np.log([1, 1.41, 2, 2.83, 4, 5.66])
@@ -80,6 +86,13 @@ def test_an_lr_that_spoils_every_run_does_not_bend_the_parabola():
     losses = [[-0.3] * 4, [-0.5] * 4, [-0.52] * 4, [-0.5] * 4, [-0.12] * 4]
     spoiled, rest = stable(curve(losses, X[:5])), stable(curve(losses[:4], X[:4]))
     assert over_seeds(spoiled.loss).value == pytest.approx(over_seeds(rest.loss).value, abs=1e-9)
+
+
+def test_each_lr_has_the_reward_of_its_survivors_and_their_share():
+    found = at_each_lr(curve([[-0.4, -0.6], [-0.7, NAN], [NAN, NAN]], X[:3]))
+    rewards, shares = zip(*found.values())
+    assert list(found) == pytest.approx([1, 1.41, 2], rel=1e-4) and shares == (1.0, 0.5, 0.0)
+    assert [e.value for e in rewards] == [pytest.approx(0.5), pytest.approx(0.7), None]
 
 
 def test_only_lrs_of_all_seeds_count():

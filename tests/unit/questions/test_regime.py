@@ -10,7 +10,19 @@ from analysis.measures.regret import UNSCORED
 from analysis.optimum.valley import linex
 from lorasweep.data.synthetic.dialect import load as load_dialect
 from lorasweep.methods.fullft import FullFT
-from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, runs
+from tests.planted import (
+    CURVATURE,
+    FULL,
+    GAIN,
+    LORA,
+    World,
+    arms,
+    around,
+    ask,
+    base,
+    panels_of,
+    runs,
+)
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
@@ -113,6 +125,78 @@ def test_claims_about_the_regime_can_be_refuted():
     assert verdicts(out, "beyond") == {IN_BEYOND: "REFUTED"}
     assert verdicts(out, "growth")[IN_LOW] == "REFUTED"
     assert [g["code"] for g in verdict(out, "unchanged")["gates"]] == ["NO_ADVANTAGE"]
+
+
+@pytest.mark.parametrize(
+    ("power", "factor", "faster", "lower"),
+    [(0.4, 1.6, "SUPPORTED", "SUPPORTED"), (-0.4, 0.6, "REFUTED", "REFUTED")],
+)
+def test_speeds_and_learning_rates_of_the_ranks_where_lists_are_new(power, factor, faster, lower):
+    """rho is .5 (rank / 4)^power; the best LR of ranks 4 and 8 is `factor` times that of rank 1."""
+
+    def best(spec, step):
+        rank = getattr(spec.method, "rank", 0)
+        return FULL if not rank else LORA if rank > 1 else LORA / factor
+
+    world = Gaps(best=best, also=lambda spec, step: 0.0)
+    world.rho = lambda spec: 0.5 * (spec.method.rank / 4) ** power
+    found = ask_regime(world, BEYOND, ranks=(1, 4, 8), steps=96)
+    assert verdicts(found, "faster") == {IN_BEYOND: faster}
+    slope = verdict(found, "faster")["estimate"]["value"]
+    assert slope == pytest.approx(power * math.log(2), abs=0.03)
+    assert verdicts(found, "rank_1_lower") == {IN_BEYOND: lower}
+    ratio = verdict(found, "rank_1_lower")["estimate"]["value"]
+    assert ratio == pytest.approx(factor, rel=0.05)
+    only_rules = ask_regime(world, LOW, ranks=(1, 4, 8), steps=24)
+    assert verdict(only_rules, "faster")["group"] == "no cell"
+    assert verdicts(only_rules, "rank_1_lower") == {IN_LOW: lower}
+
+
+@pytest.mark.parametrize(
+    ("of_8", "of_16", "outcome"),
+    [(0.02, 0.03, "SUPPORTED"), (0.02, -0.03, "REFUTED")],
+)
+def test_the_gaps_of_high_ranks_grow_only_if_each_does(of_8, of_16, outcome):
+    """Rank 1 is no high rank; its gap shrinks."""
+    slopes = {1: -0.05, 8: of_8, 16: of_16}
+    world = Gaps(lambda r, step, e: 0.2 + slopes[r] * math.log2(step / 64))
+    found = verdict(ask_regime(world, LOW, ranks=(1, 8, 16)), "growth_high")
+    assert found["outcome"] == outcome
+    gain = GAIN * math.log2(257)
+    assert found["estimate"]["value"] == pytest.approx(2 * gain * min(of_8, of_16), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("share", "floor", "outcome"),
+    [(0.6, 256, "SUPPORTED"), (1.0, 32, "REFUTED"), (1.3, 256, "REFUTED")],
+)
+def test_a_floor_is_told_from_slower_learning(share, floor, outcome):
+    """Rank 1 learns `share` of what full fine-tuning does at each update, up to update `floor`. Its
+    load is 1.9."""
+
+    def also(spec, step):
+        if is_full(spec) or spec.method.rank > 1:
+            return 0.0
+        return GAIN * (math.log2(1 + step) - share * math.log2(1 + min(step, floor)))
+
+    found = verdict(ask_regime(Gaps(bits=2e4, also=also), BEYOND), "no_floor")
+    assert found["outcome"] == outcome
+    expected = share if floor == 256 else 0.0
+    assert found["estimate"]["value"] == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize(("of_code", "outcome"), [(0.5, "SUPPORTED"), (2.0, "REFUTED")])
+def test_the_first_pass_is_compared_with_the_generators_bits(of_code, outcome):
+    world = Gaps()
+
+    def results(spec):
+        bits = 1e4 / of_code + 100 * math.log(spec.lr / FULL) if is_full(spec) else 1e9
+        return {**world.apart(spec), "code_nats": bits * math.log(2)}
+
+    world.more = results
+    found = verdict(ask_regime(world, LOW, steps=24), "first_pass")
+    assert found["outcome"] == outcome
+    assert found["estimate"]["value"] == pytest.approx(of_code, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +318,20 @@ def test_growth_is_read_on_the_same_held_out_rows_at_both_lengths():
     grown = verdict(out, "growth")
     assert grown["estimate"]["value"] == pytest.approx(0, abs=2e-3)
     assert grown["outcome"] == "UNDECIDED"
+
+
+def test_the_gap_is_drawn_over_updates_by_rank():
+    """A gap of a tenth of the gain that rises by a fiftieth with each doubling of the updates."""
+    specs = arms(data(**LOW), (1, 8), steps=256, batch_size=BATCH, seeds=range(4))
+    world = Gaps(lambda r, step, e: (0.1 + 0.02 * math.log2(step / 32)) / r)
+    (panel,) = (p for p in panels_of("regime", world, specs).values() if p.x == "updates")
+    gain = GAIN * math.log2(1 + 256)
+    for series, rank in zip(panel.series, (1, 8)):
+        assert series.label == f"rank {rank}" and list(series.x) == [32, 64, 128, 256]
+        wanted = [gain * (0.1 + 0.02 * k) / rank for k in range(4)]
+        assert series.y == pytest.approx(wanted, abs=4e-3)
+    low, high = panel.y_range
+    assert low <= 0 and high > max(panel.series[0].y)
 
 
 def test_bits_are_counted_three_ways_and_by_full_fine_tuning_alone():

@@ -1,12 +1,16 @@
 """`rl` and `rl_bits` on planted rewards: points behind, optimal LRs, capacity, bits an episode."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
+from lorasweep.methods.fullft import FullFT
+from lorasweep.sweep.request import question
 from lorasweep.train.objectives.rollouts import bits_learned
-from tests.planted import Rewards, arms, ask, base, check
+from tests.planted import Rewards, arms, ask, base, check, panels_of
+from tests.world import compose_request
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
@@ -57,6 +61,19 @@ def test_planted_differences_come_back(rho, ratio, bends, outcomes, tmp_path):
         assert "| best reward |" in text and "NLL" not in text and "| 0 of 4 |" in text
 
 
+def test_rewards_and_runs_that_do_not_collapse_are_drawn_over_the_learning_rate():
+    panels = panels_of("rl", world(0.5, 4, 0.04, 0.016), rl_runs(4))
+    rewarded = panels["at the end, without the runs that collapsed"]
+    survived = panels["runs that do not collapse"]
+    assert [s.label for s in rewarded.series] == ["FullFT", "rank 1", "rank 8"]
+    full, one, top = rewarded.series
+    assert full.x[np.argmax(full.y)] == pytest.approx(1e-4, rel=0.01)
+    assert top.x[np.argmax(top.y)] == pytest.approx(4e-4, rel=0.01)
+    assert max(one.y) < max(top.y) == pytest.approx(START + 0.06 * math.log2(65), abs=0.02)
+    assert all(v == 100 for s in survived.series for v in s.y)
+    assert {s.style[0] for s in rewarded.series} == {s.style[0] for s in survived.series}
+
+
 def test_a_task_that_is_nearly_solved_decides_nothing():
     solved = Rewards(lambda s, step: 0.95, lambda s: 2e-4, lambda s: 0.03)
     _, found = ask("rl", solved, rl_runs(2))
@@ -81,6 +98,36 @@ def test_of_the_base_that_solves_the_task_only_progress_is_asked():
     for (claim, model), value in {("rank_1", first): -12, ("progress", second): 0.5}.items():
         verdict = {claim: judged[claim, model]}
         check(verdict, **{claim: ("REFUTED", pytest.approx(value, rel=0.1))})
+
+
+@pytest.mark.parametrize("fewer", [0.0, 0.12])
+def test_a_control_separates_the_rank_from_the_choice_of_matrices(fewer, tmp_path):
+    """Training fewer matrices costs `fewer` of reward, and rank 1 costs .1 more; rank 8 nothing."""
+
+    def top(spec, step):
+        behind = 0.1 * (_rank(spec) == 1) + fewer * (spec.method != FullFT())
+        return START + 0.06 * math.log2(1 + step) - behind * step / spec.steps
+
+    planted = Rewards(top, lambda s: 1e-4 * (4 if _rank(s) else 1), lambda s: 0.03)
+    specs = rl_runs(4)
+    whole = [s for s in specs if s.method == FullFT()]
+    specs += [dataclasses.replace(s, method=FullFT(scope="matrices")) for s in whole]
+    claims = question(compose_request(["+sweep=rl_matrices", "scale=smoke"]))["claims"]
+    _, found = ask("rl", planted, specs, tmp_path, claims)
+    same, worse = "SUPPORTED", "REFUTED"
+    check(found, control=(worse if fewer else same, pytest.approx(-100 * fewer, abs=0.3)))
+    check(found, rank_1=(worse, pytest.approx(-10 - 100 * fewer, abs=0.3)))
+    check(found, rank_1_control=(worse, pytest.approx(-10, abs=0.3)))
+    check(found, top_rank_control=(same, pytest.approx(0, abs=0.3)))
+    text = (tmp_path / "report.md").read_text()
+    assert "| fullft of LoRA's matrices |" in text
+    _, found = ask("rl", planted, rl_runs(4), claims=claims)
+    assert found["control"]["why"] == "no curve of fullft of LoRA's matrices"
+    _, found = ask("rl", planted, [s for s in specs if s.method.name == "fullft"], claims=claims)
+    assert [found[c]["why"] for c in ("rank_1_control", "top_rank_control")] == [
+        "no curve of lora r1",
+        "no curve of lora",
+    ]
 
 
 FULL, LORA = 5.6e-4, 2.24e-3
@@ -133,6 +180,38 @@ class Bandit(Rewards):
 
 def _rank(spec):
     return getattr(spec.method, "rank", 0)
+
+
+@pytest.mark.parametrize("costs", [0.0, 0.1])
+def test_arms_without_an_adapter_of_the_unembedding_are_judged(costs, tmp_path):
+    """Rank 1 costs .05 of reward, and an adapter of the unembedding `costs` more at every rank."""
+    plain = Bandit({64: 0.9}, {64: 0.05}, 0.97, (0.04, 0.016))
+    reward = plain.top
+
+    def top(spec, step):
+        adapted = _rank(spec) > 0 and "unembedding" in spec.method.layers
+        return reward(spec, step) - costs * adapted
+
+    plain.top = top
+    both = [
+        dataclasses.replace(s, method=dataclasses.replace(s.method, layers=layers))
+        for s in bit_runs([64])
+        for layers in ("attention+mlp", "attention+mlp+unembedding")
+        if _rank(s)
+    ]
+    specs = [*both, *(s for s in bit_runs([64]) if not _rank(s))]
+    asked = question(compose_request(["+sweep=rl_unembedding", "scale=smoke"]))["claims"]
+    out, found = ask("rl_bits", plain, specs, tmp_path, asked)
+    check(found, tie=("REFUTED", pytest.approx(-5, abs=0.5)))
+    outcome = "SUPPORTED" if costs else "REFUTED"
+    check(found, unembedding=(outcome, pytest.approx(100 * costs, abs=0.3)))
+    check(found, top_rank=("SUPPORTED", pytest.approx(0, abs=0.3)), taught="SUPPORTED")
+    assert "## The adapter of the unembedding" in (tmp_path / "report.md").read_text()
+    (cell,) = out["cells"]
+    assert cell["load"] == pytest.approx(4 * 64 / (2 * 5120))  # without the unembedding
+    _, found = ask("rl_bits", plain, bit_runs([64]), claims=asked)
+    assert "no curve of lora r1 with and without" in found["unembedding"]["why"]
+    check(found, tie=pytest.approx(-5 - 100 * costs, abs=0.5))
 
 
 def by_contexts(out):

@@ -6,7 +6,7 @@ import pytest
 
 from analysis.measures import speed
 from lorasweep.methods.lora import LoRA
-from tests.planted import FULL, LORA, World, arms, ask, base, check, runs
+from tests.planted import FULL, GAIN, LORA, World, arms, ask, base, check, panels_of, runs
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
@@ -108,6 +108,7 @@ def test_each_model_is_compared_with_full_fine_tuning_of_itself():
 
 
 LENGTHS = {4: 256, 16: 128, 64: 32}
+SLOPES = "change with the batch, after equally many updates"
 
 
 def batches(ranks=(4,), lengths=LENGTHS, full=FULL, lora=LORA, n=5):
@@ -132,6 +133,69 @@ def test_batch_penalty(b, outcome, tmp_path):
     check(found, below_32="REFUTED")  # 0.9 and falling: more than 5% of the gain
     assert found["below_256"]["why"] == "no curve of batch 256"
     assert "batches of 4 to 64 after 8 to 128 updates" in out["read"]["batch_effect"]
+
+
+class ByBatch(World):
+    """Losses after `examples` are `of(spec)`, whatever the batch; LoRA is `gap(step)` behind."""
+
+    def __init__(self, of=lambda spec: 0.0, gap=lambda step: 0.0):
+        super().__init__(lambda spec: 1.0)
+        self.of, self.gap = of, gap
+
+    def loss(self, spec, step):
+        lora = spec.method.name == "lora"
+        return super().loss(spec, step) + self.of(spec) + lora * self.gap(step)
+
+
+@pytest.mark.parametrize(
+    ("of_full", "of_lora", "outcome"),
+    [(0.0, 0.0, "SUPPORTED"), (0.0, 0.8, "REFUTED"), (0.8, 0.8, "REFUTED")],
+)
+def test_the_best_batch_is_small_only_if_it_is_for_both_methods(of_full, of_lora, outcome):
+    """1,024 examples: batch 4 after 256 updates is the best, batch 64 after 16 the best above 32.
+    `of_full` and `of_lora` are added at batches up to 32."""
+
+    def of(spec):
+        return (of_full if spec.method.name == "fullft" else of_lora) * (spec.batch_size <= 32)
+
+    sizes = {4: 256, 16: 64, 64: 16, 128: 8}
+    _, found = ask("batch_size", ByBatch(of), batches((1, 4), sizes))
+    by_updates = GAIN * math.log2(257 / 17)
+    expected = by_updates - max(of_full, of_lora)
+    check(found, small_best=(outcome, pytest.approx(expected, abs=5e-3)))
+    _, found = ask("batch_size", ByBatch(of), batches((1, 4), {4: 32, 16: 8}))
+    assert found["small_best"]["why"] == "no curve of batches up to 32 and above, of both methods"
+
+
+@pytest.mark.parametrize(
+    ("doubling", "outcome"), [(-0.02, "SUPPORTED"), (0.02, "REFUTED"), (0.0, "UNDECIDED")]
+)
+def test_whether_the_gap_at_batch_32_shrinks(doubling, outcome):
+    """The gap changes by `doubling` nats at each doubling of the updates, here from 32 to 128."""
+    world = ByBatch(gap=lambda step: 0.2 + doubling * math.log2(step / 32))
+    runs_at = batches((4,), {32: 128, 512: 8})
+    out, found = ask("large_batches", world, runs_at)
+    check(found, shrinks=(outcome, pytest.approx(2 * doubling, abs=3e-3)))
+    assert out["read"]["gap_change_at_32"] == "rank 4, update 32 to 128"
+    _, found = ask("large_batches", world, batches((4,), {16: 128, 512: 8}))
+    assert found["shrinks"]["why"] == "no curve of batch 32"
+
+
+def test_the_fitted_effect_of_the_batch_is_drawn_through_the_speeds_of_each_rank():
+    world = World(lambda s: 0.9 * math.exp(-0.1 * math.log2(s.batch_size / 4)), falls=falls)
+    panel = panels_of("batch_size", world, batches((1, 4)))[SLOPES]
+    points, lines = panel.series[::2], panel.series[1::2]
+    assert [s.label for s in points] == ["rank 1", "rank 4"]
+    for speeds, line in zip(points, lines):
+        assert "% a doubling" in line.label and list(line.x) == [4, 64]
+        assert line.y == pytest.approx([1, math.exp(-0.4)], abs=0.03)
+        at = [math.exp(-0.1 * math.log2(x / 4)) for x in speeds.x]
+        assert len(at) > 4 and speeds.y == pytest.approx(at, abs=0.04)
+
+
+def test_an_effect_that_cannot_be_judged_is_not_drawn():
+    world = World(best=lambda s, step: 1e-2 if s.batch_size == 64 else 1.6e-3)
+    assert SLOPES not in panels_of("batch_size", world, batches(lora=FULL))
 
 
 def test_runs_of_two_lengths_of_one_batch_are_judged_together():

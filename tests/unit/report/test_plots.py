@@ -74,6 +74,15 @@ def test_zero_is_drawn_at_zero(drawn):
     assert list(ax.lines[0].get_ydata()) == [0, 0] and -1e-14 < low < 0 and high > 1e-3
 
 
+def test_an_axis_that_is_linear_around_zero_has_plain_ticks(drawn):
+    series = [Series("a", [1, 2], [-0.006, 0.2])]
+    look = {"log_y": True, "linear_below": 0.01, "y_range": (-0.007, 0.3)}
+    (ax,) = drawn(plots.panels, [Panel("t", "x", "y", series, **look)]).axes
+    assert ax.get_yscale() == "symlog" and ax.get_ylim() == (-0.007, 0.3)
+    shown = [ax.yaxis.get_major_formatter()(v) for v in ax.get_yticks()]
+    assert shown == ["-0.005", "0", "0.005", "0.01", "0.02", "0.04", "0.1", "0.2"]
+
+
 def runs():
     """Five rates and a curve of evaluations each."""
     common = {"model": "m", "dataset": "dialect(rule_shift=0)", "batch_size": 4, "steps": 16}

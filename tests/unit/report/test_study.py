@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -63,6 +64,10 @@ def answer(
     return Answer(at, results, {**asked, "analysis": sweep, "claims": says}, list(verdicts))
 
 
+def pages(found, folder):
+    return page.pages(found, folder / "README.md", kept=True)
+
+
 def curve(model, dataset="dialect", **more):
     found = {"model": model, "dataset": dataset, "method": "lora", "rank": 8.0, "steps": 256}
     return {**found, "batch_size": 16, **more}
@@ -83,26 +88,35 @@ def test_a_verdict_is_the_one_of_its_own_report(reports):
     # The report has corrected its two primary claims; the page corrects nothing again.
     assert sum(v.primary for v in kept.verdicts) == 2
     assert {(v.outcome, v.gates) for v in kept.verdicts} == {("SUPPORTED", ())}
-    assert "**SUPPORTED** at `smoke`" in page.page([kept], reports, kept=True)
+    assert "**SUPPORTED** at `smoke`" in pages([kept], reports)["ledger.md"]
 
 
 def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(reports, tmp_path):
     shutil.copytree(reports / "rank-smoke", tmp_path / "kept" / "rank-smoke")
     found = read_answers([reports, tmp_path / "kept"])  # the first of one name is used
     assert [a.folder for a in found] == [reports / "rank-smoke"]
-    (tmp_path / page.REGRET).write_bytes(b"of an answer that is gone")
+    (tmp_path / page.MAP).write_bytes(b"of an answer that is gone")
+    (tmp_path / "questions").mkdir()
+    (tmp_path / "questions" / "gone.md").write_text("of an answer that is gone")
     page.write(found, tmp_path / "study.md")
-    text = (tmp_path / "study.md").read_text()
-    for figure in (page.FOREST, page.SPEED):
-        assert f"]({figure})" in text and (tmp_path / figure).is_file()
-    assert page.REGRET not in text and not (tmp_path / page.REGRET).exists()
-    assert "reports/rank-smoke/report.md" in text
+    texts = page.pages(found, tmp_path / "study.md")
+    assert {n: (tmp_path / n).read_text() for n in texts} == texts
+    assert set(texts) == {"study.md", "ledger.md", "questions/README.md", "questions/rank.md"}
+    assert f"]({page.FOREST})" in texts["study.md"] and (tmp_path / page.FOREST).is_file()
+    assert f"](../{page.SPEED})" in texts["questions/rank.md"] and (tmp_path / page.SPEED).is_file()
+    assert page.MAP not in texts["study.md"] and not (tmp_path / page.MAP).exists()
+    assert not (tmp_path / "questions" / "gone.md").exists()
+    assert "../reports/rank-smoke/report.md" in texts["questions/rank.md"]
+    for name, text in texts.items():
+        for target in re.findall(r"\]\(([^)#]+)", text):
+            there = ((tmp_path / name).parent / target).exists()
+            assert target.startswith("http") or there, (name, target)
 
 
 def test_speed_is_measured_along_the_run_at_each_lengths_best_rate(reports):
     """All ranks of the planted runs need 1 / 0.7 as many updates, whatever the length."""
     (kept,) = read_answers([reports])
-    found = figures.speeds(kept.runs, 96)
+    found = figures.speeds(kept.runs, figures.doublings(96))
     assert found and all(set(mine) >= {16, 32, 64} for mine in found.values())
     values = [e.value for mine in found.values() for e in mine.values()]
     assert values == pytest.approx([0.7] * len(values), abs=0.05)
@@ -138,6 +152,23 @@ def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some():
 def test_the_setting_follows_from_the_data_that_a_verdict_names(tmp_path, group, setting):
     low = dialect("low", rule_shift=0.25, new_exceptions=0)
     assert answer(tmp_path, data=(low, *LISTS, FACTS, GSM8K)).setting(group) is setting
+
+
+def test_a_verdict_says_where_it_was_measured_as_far_as_that_is_known(tmp_path):
+    group = "b on dialect, batch 16, steps 256"
+    arms = [curve("b", rank=r) for r in (None, 1.0, 8.0)]
+    made = answer(tmp_path, curves=arms)
+    assert made.where(verdict(1, group=group)) == "b (dialect; rank 8, 256 updates)"
+    assert made.where(verdict(1, group=group), min) == "b (dialect; rank 1, 256 updates)"
+    full = answer(tmp_path, curves=arms[:1])
+    assert full.where(verdict(1, group=group)) == "b (dialect; 256 updates)"
+    facts = answer(tmp_path, sweep="capacity", cells=[{"facts": 64}])  # of another form
+    assert facts.where(verdict(1, group="b, facts of 16 bits")) == "b, facts of 16 bits"
+    regime = answer(tmp_path, sweep="regime", cells=[condition("b, x", (8, 1.0))])
+    regime.question["claims"]["low"] = {"estimand": "eighth"}
+    regime.results["read"] = {"eighth": "rank of 0.125 of the width"}
+    v = verdict(1, claim="low", group="b, x")
+    assert regime.where(v) == "b, x (rank 8, 256 updates)"
 
 
 def bases(folder, verdicts, **changes):
@@ -188,8 +219,8 @@ def test_answers_that_must_not_be_judged_are_left_out_of_the_average(tmp_path):
     # Too few are left: no average.
     (none,) = pooled(four[1:])
     assert none.estimate.value is None and none.left_out == ("b3",)
-    (row,) = figures.claim_rows(four[1:], [none])
-    assert all(m.outcome for m in row.marks[Setting.BEYOND])
+    (text,) = (t for n, t in pages(four[1:], tmp_path).items() if n == "questions/rank.md")
+    assert "No average over bases (1 not to be judged: b3): c holds" in text
     # Another answer of that base, with fewer runs and no gate, stands for it.
     again = bases(tmp_path / "again", [verdict(0.8, 0.01)], seeds=(100,))[0]
     again = dataclasses.replace(again, results={**again.results, "scale": "tiny_3"})
@@ -220,22 +251,42 @@ def test_values_are_placed_in_units_of_the_margin(expected, margin, log, value, 
     assert scale.band == pytest.approx(band)
 
 
-def test_claims_with_one_sentence_share_a_row_and_averages_have_no_verdict(tmp_path):
+def test_the_figure_of_claims_has_the_primary_verdicts_that_count_with_their_numbers(tmp_path):
     made = bases(tmp_path, [verdict(v) for v in (0.5, 0.6, 0.7)])
     nothing = verdict(0.0, estimate=Estimate(None), group=NO_CELL)
-    made.append(answer(tmp_path, nothing, sweep="other"))
-    (row,) = figures.claim_rows(made, pooled(made))
-    assert [m.outcome for m in row.marks[Setting.BEYOND]] == ["REFUTED"] * 3 + [""]
-    assert row.marks[Setting.BEYOND][0].value == pytest.approx(-5)
-    plots_study.forest([row], tmp_path / "forest.png")
+    gone = Gate(GateCode.WITHDRAWN, "an arm is missing")
+    out = [{"exploratory": "later"}, {"primary": False}, {"gates": (gone,)}]
+    left = [verdict(0.9, claim=f"c{k}", **change) for k, change in enumerate(out)]
+    made.append(answer(tmp_path, nothing, *left, sweep="other"))
+    ours = answer(tmp_path, verdict(0.9, claim="ours"), sweep="another")
+    ours.question["claims"]["ours"]["whose"] = "ours"
+    rows = figures.claim_rows([*made, ours])
+    assert [r.value for r in rows] == pytest.approx([-5, -4, -3])
+    one = rows[0]
+    assert (one.measured, one.margin, one.outcome) == ("0.5 [0.4, 0.6]", "0.9 to 1.1", "REFUTED")
+    assert one.says == "c holds" and one.where.startswith("b0 on dialect")
+    open_end = figures.claim_rows([answer(tmp_path, verdict(-1.0, margin=(-10, 0), expected=0.0))])
+    assert open_end[0].margin == "up to 0"  # the open end is no number
+    plots_study.forest(rows, tmp_path / "forest.png")
+
+
+def test_the_page_shows_twelve_claims_at_most_and_says_of_how_many(tmp_path):
+    many = answer(tmp_path, *(verdict(0.5, claim=f"c{k}") for k in range(14)))
+    text = pages([many], tmp_path)["README.md"]
+    assert "The first 12 of 14 verdicts" in text
+    assert "The first" not in pages([answer(tmp_path, verdict(0.5))], tmp_path)["README.md"]
 
 
 def plain(value, half=1.0):
     return Estimate(value, value - half, value + half).plain()
 
 
-def condition(name, *ranks, rank=5.0, loads=(0.01, 6.0, 0.4), updates=256):
-    """Ranks as (rank, regret in percent); `loads` of the needed rank, by the three counts."""
+def condition(name, *ranks, rank=5.0, loads=(0.01, 6.0, 0.4), updates=256, first=None):
+    """Ranks as (rank, regret in percent); `loads` of the needed rank, by the three counts.
+
+    `first`: the gap after 64 updates, in percent of a gain of half a nat.
+    """
+    early = None if first is None else plain(first / 200, 1 / 200)
     by_count = dict(zip(COUNTS, loads))
     return {
         "cell": name,
@@ -245,7 +296,14 @@ def condition(name, *ranks, rank=5.0, loads=(0.01, 6.0, 0.4), updates=256):
         "rank_interpolated": plain(rank),
         "loads_needed": {count: plain(load, 0.1) for count, load in by_count.items()},
         "ranks": [
-            {"rank": r, "loads": by_count, "regret_percent": plain(percent)} for r, percent in ranks
+            {
+                "rank": r,
+                "loads": by_count,
+                "regret_percent": plain(percent),
+                "gain_nats": 0.5,
+                "gap_nats_first": early,
+            }
+            for r, percent in ranks
         ],
     }
 
@@ -270,10 +328,11 @@ def test_regret_is_drawn_a_line_a_condition_with_the_other_bases_control(tmp_pat
     lines = figures.regret_lines([regime, batches(tmp_path, 7.8)])
     values = {line.name: {r: e.value for r, e in line.regrets.items()} for line in lines}
     assert values == {
-        "b, 8 symbols, change of rank 2, 256 updates of 16": {1: 20.0, 8: 0.05},
-        "c, only rules new, 384 updates of 32": {8: 7.8},
+        "b, 256 updates of 16:\n8 symbols, change of rank 2": {1: 20.0, 8: 0.05},
+        "c, 384 updates of 32:\n8 symbols, drawn anew": {8: 7.8},
     }
-    plots_study.regret_over_rank(lines, tmp_path / "regret.png")
+    assert [line.setting for line in lines] == [Setting.BEYOND, Setting.IN_REGIME]
+    plots_study.regret_map(lines, tmp_path / "map.png")
 
 
 def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path):
@@ -285,13 +344,16 @@ def test_regret_is_drawn_over_multiples_of_full_fine_tunings_best_rate(tmp_path)
             rows.append({"method": method, "rank": rank, "lr": best * 2.0**k, "seed": seed})
             rows[-1] |= {"test_nll": nll, "run_id": str(len(rows))}
     common = {"model": "b", "dataset": "dialect", "batch_size": 16, "steps": 100, "alpha": 32.0}
-    common |= {"status": "done", "nll_start": 3.1, "spec": json.dumps({"dataset": LISTS[0]})}
+    common |= {"status": "done", "nll_start": 3.1, "hidden_size": 64}
+    common |= {"spec": json.dumps({"dataset": LISTS[0]})}
     curves = [{"method": m, "best_lr": best} for m, _, best, _ in arms]
     made = answer(tmp_path, sweep="lr_ratio", curves=curves)
     pd.DataFrame(rows).assign(**common).to_parquet(made.folder / "table.parquet")
     assert figures.has_rate_curves([made])
     (found,) = figures.rate_curves([made])
-    assert found.label == "b, rank 8, beyond the regime"
+    assert found.label == "b (hidden size 64), rank 8, alpha 32, 100 updates"
+    assert found.ratio.value == pytest.approx(5, rel=0.1) and found.ratio.has_interval()
+    assert found.setting is Setting.BEYOND
     # 10 times full fine-tuning's best rate is twice LoRA's: 0.05 of a gain of 1 nat.
     at_ten = np.interp(10, found.fitted_times, found.fitted_percent)
     assert at_ten == pytest.approx(5, abs=0.5) and found.fitted_percent.min() < 0.3
@@ -305,9 +367,40 @@ def test_a_rate_that_was_added_later_is_on_the_page_and_no_empty_section_is(tmp_
     one = answer(tmp_path, verdict(0.5))
     added = {"arm": "lora", "what": "learning rate 1e-3", "why": "four were left"}
     one.question["added_after"] = [added]
-    text = page.page([one], tmp_path, kept=True)
-    assert "- `rank-tiny`, arm lora: learning rate 1e-3; four were left" in text
-    assert "## The claims" in text and "## Regret over rank" not in text
+    texts = pages([one], tmp_path)
+    assert "- `rank-tiny`, arm lora: learning rate 1e-3; four were left" in texts["changes.md"]
+    text = texts["README.md"]
+    assert "## The study's primary claims" in text and "## Regret over rank" not in text
+
+
+def test_the_laws_figure_takes_the_place_of_the_learning_rates_once_it_has_runs(tmp_path):
+    rates = [{"method": m, "best_lr": 1e-3} for m in ("fullft", "lora")]
+    both = [answer(tmp_path, sweep="lr_ratio", curves=[])]
+    both[0].results["curves"] = rates
+    vars(both[0])["runs"] = both[0].runs.assign(method="lora", n_trainable=1, alpha=32.0)
+    law = {"figures": [["law.png", "measured over predicted"]], "sweep": "rate_law"}
+    shown = []
+    for e in (Estimate(None), Estimate(-0.05, -0.08, -0.02)):
+        made = answer(tmp_path, verdict(0.0, claim="law", estimate=e), **law)
+        (made.folder / "law.png").write_bytes(b"drawn")
+        shown.append(page.law_figure([made], tmp_path))
+    assert shown == ["", "rate_law-tiny/law.png"]
+    assert page.law_figure([], tmp_path) == ""
+
+
+def test_the_table_of_bases_has_the_ranges_of_all_their_runs(tmp_path):
+    def runs(sweep, **columns):
+        made = answer(tmp_path, sweep=sweep)
+        vars(made)["runs"] = pd.DataFrame({"model": "tiny64", "hidden_size": 64, **columns})
+        return made
+
+    lora = {"method": "lora", "rank": [1.0, 4.0, 8.0, 16.0], "alpha": 32.0, "n_trainable": 9}
+    full = {"method": ["fullft"], "rank": math.nan, "alpha": math.nan, "n_trainable": 217_664}
+    head, row = page.base_rows([runs("a", **lora, steps=16), runs("b", **full, steps=2000)])
+    shown = dict(zip(head, row))
+    assert shown["base"] == "tiny64" and shown["parameters"] == "0.218M"
+    assert shown["what it is"].startswith("small Llama")
+    assert (shown["ranks"], shown["alpha"], shown["updates"]) == ("1 to 16", "32", "16, 2,000")
 
 
 # ---------------------------------------------------------------- the ledger
@@ -373,8 +466,8 @@ def test_the_studys_condition_on_rewards_is_shown_with_the_verdict(tmp_path):
     pd.DataFrame(rows).to_parquet(made.folder / "table.parquet")
     (shown,) = filter(None, outcomes_of([made], "rank 1 reaches full"))
     assert shown == "**REFUTED** at `tiny`<br>at 0.2 parameters an episode"
-    (said,) = findings.sentences([made])
-    assert said.endswith("here rank 1 has 0.2 parameters an episode.")
+    (said,) = findings.others([made])
+    assert said.text.endswith("here rank 1 has 0.2 parameters an episode.")
 
 
 # ---------------------------------------------------------------- the findings
@@ -385,34 +478,131 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
         made = [
             verdict(-0.01, outcome=o, claim="low", group=f"b, {k}") for k, o in enumerate(outcomes)
         ]
+        made.append(verdict(0.01, claim="beyond", group="b, lists"))
         cells = [condition(f"b, {k}", (4, 9.0), (8, 2.0 + k)) for k in range(len(outcomes))]
+        cells.append(condition("b, lists", (8, 6.0)))
         parts = [answer(tmp_path, *made, sweep="regime", data=RULES, cells=cells)]
         parts += [batches(tmp_path, 7.8, control)] if control else []
-        return findings.sentences(parts)[0]
+        return findings.main(parts)[0]
 
     held = first("SUPPORTED", "SUPPORTED")
-    # The rank of an eighth of the width of 64, with an interval on either data set.
-    assert "**LoRA has no regret (at most 5% of full fine-tuning's gain) where only rules" in held
-    assert "b (rank 8, 256 updates of 16 rows) was 2.0% [1.0, 3.0] and 3.0% [2.0, 4.0]" in held
-    # Another base of the same share of the width has a sentence of its own.
+    # The rank of an eighth of the width of 64; of two data sets the one with more regret.
+    assert held.lead.endswith("LoRA of rank 8 matches full fine-tuning on b")
+    assert held.said == "its regret is at most 3.0% [2.0, 4.0] (256 updates, 2 data sets)"
+    assert "(one base only)" in held.text
+    # The question's page has all data sets, those with lists apart.
+    each = "2.0% [1.0, 3.0] and 3.0% [2.0, 4.0] on b (rank 8, 256 updates, 2 data sets)"
+    assert f"{each}; where lists to memorise are new too, it is 6.0% [5.0, 7.0]" in held.more
+    # Another base of the same share of the width is named apart, with its own numbers.
     both = first("SUPPORTED", "SUPPORTED", control="REFUTED")
-    assert "**On some bases and data sets LoRA has no regret" in both
-    assert both.endswith(". On c (rank 8, 384 updates of 32 rows) it was 7.8% [5.3, 10.3].")
-    assert "**LoRA has regret where" in first("REFUTED")
-    assert "undecided" in first("UNDECIDED")
+    assert both.lead == held.lead and "one base" not in both.text
+    assert both.said.endswith("; rank 8 of c does not: 7.8% [5.3, 10.3] (384 updates)")
+    assert "; rank 8 of c may not: 7.8%" in first("SUPPORTED", control="UNDECIDED").said
+    assert "; rank 8 of c matches it: 7.8%" in first("SUPPORTED", control="SUPPORTED").said
+    assert "LoRA of rank 8 does not match full fine-tuning on b" in first("REFUTED").lead
+    assert first("REFUTED").said == "its regret is 2.0% [1.0, 3.0] (256 updates)"
+    assert "undecided whether LoRA" in first("UNDECIDED").lead
+    mixed = first("SUPPORTED", "REFUTED")  # data sets of one base that differ
+    assert "undecided whether LoRA" in mixed.lead
+    assert mixed.said.startswith("its regret is 2.0% [1.0, 3.0] to 3.0% [2.0, 4.0] (")
     one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
-    assert findings.sentences([answer(tmp_path, one_seed, sweep="rl")]) == []
+    made = [answer(tmp_path, one_seed, sweep="rl")]
+    assert findings.main(made) == findings.others(made) == []
+
+
+def test_growth_has_the_numbers_of_the_least_growth_that_was_shown(tmp_path):
+    def second(*outcomes, mark="stated later"):
+        numbers = {"b, x": (-2.0, 1.0), "b, y": (-1.0, 1.0), "b, z": (0.5, 1.0)}
+        cells = [condition(c, (8, last), first=first) for c, (first, last) in numbers.items()]
+        asked = [
+            verdict(0.0, claim="growth_high", group=c, outcome=o, exploratory=mark)
+            for c, o in zip(numbers, outcomes)
+        ]
+        asked += [verdict(0.0, claim=c, group="b, x") for c in ("low", "growth")]
+        made = answer(tmp_path, *asked, sweep="regime", data=RULES, cells=cells)
+        return next(f for f in findings.main([made]) if "training" in f.lead or "grow" in f.lead)
+
+    grown = second("SUPPORTED", "SUPPORTED", "UNDECIDED")
+    least = "at rank 8 of b from -1.0% [-2.0, 0.0] after 64 updates to 1.0% [0.0, 2.0] after 256"
+    assert grown.said == f"{least} (one data set; it is shown on 2 of 3)"
+    assert grown.lead == "The regret grows with training where only rules are new"
+    assert "(exploratory; one base only)" in grown.text
+    assert "(exploratory" not in second("SUPPORTED", "SUPPORTED", "SUPPORTED", mark="").text
+    assert all(f"b, {c}: from " in grown.more for c in "xyz")
+    assert "asked beforehand, and not shown on 1 of 1" in grown.more
+    assert "does not grow" in second("REFUTED", "REFUTED", "REFUTED").lead
+    assert (
+        "It is undecided whether the regret grows"
+        in second("UNDECIDED", "UNDECIDED", "UNDECIDED").lead
+    )
+    assert len(findings.main([answer(tmp_path, sweep="regime", cells=[])])) == 0
+
+
+def test_learning_rates_name_every_base_and_the_cost_of_ten_times(tmp_path):
+    def said(*ratios, mark=""):
+        made = []
+        for k, (value, half, outcome) in enumerate(ratios):
+            group = f"b{k} on dialect, batch 16, steps 256"
+            own = [
+                verdict(value, half, outcome, group, claim="ratio", exploratory=mark if k else ""),
+                verdict(9.0, 5.0, claim="ten_times", group=group),
+            ]
+            curves = [curve(f"b{k}", rank=16.0)]
+            made.append(
+                answer(tmp_path, *own, sweep="lr_ratio", scale=f"s{k}", base=f"b{k}", curves=curves)
+            )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(findings, "rate_curves", lambda answers: [])
+            (found,) = findings.main(made)
+        return found
+
+    low, near = (4.0, 1.0, "REFUTED"), (12.0, 3.0, "UNDECIDED")
+    apart = said(low, near, mark="early seeds")
+    assert "is not always ten times" in apart.lead and "one base" not in apart.text
+    assert "4.0 times [3.0, 5.0] on b0 (dialect; rank 16, 256 updates) and" in apart.said
+    assert "[9.0, 15.0] on b1 (dialect; rank 16, 256 updates; exploratory)" in apart.said
+    cost = "9.0% [4.0, 14.0] of the gain"
+    assert apart.more == f"Exactly ten times costs {cost} on b0 and {cost} on b1."
+    assert said(low, low).lead.endswith("is not ten times full fine-tuning's")
+    held = (10.0, 1.0, "SUPPORTED")
+    assert said(held, held).lead.endswith("is about ten times full fine-tuning's")
+    assert "is not always ten times" in said(held, near).lead
+    assert "undecided whether" in said(near).lead and said(near).one_base
+
+
+@pytest.mark.parametrize("mark", ["", "asked of runs that had been seen"])
+def test_a_finding_on_runs_that_had_been_seen_says_so(tmp_path, mark):
+    group = "b on dialect, batch 16, steps 256"
+    slope = verdict(0.24, 0.02, claim="alike", group=group, exploratory=mark)
+    made = answer(tmp_path, slope, data=RULES, curves=[curve("b")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(findings, "speed_answers", lambda answers: {})  # no learning curves here
+        (found,) = findings.main([made])
+    shown = "exploratory; one base only" if mark else "one base only"
+    assert found.text.startswith(f"**The higher the rank, the faster LoRA learns** ({shown}): each")
+    assert "27% [25, 30] on b (only rules new; rank 8, 256 updates)." in found.text
+
+
+@pytest.mark.parametrize("name", ["README.md", "analysis/results/README.md"])
+def test_a_finding_of_the_pages_is_one_short_sentence(name):
+    block = (ROOT / name).read_text().partition("\n## Findings\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\d\. (.*?)(?: \[Details\].*)?$", block, re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        numbers_as_one = re.sub(r"\[[^]]*\]", "", line)  # an interval is read with its number
+        assert len(numbers_as_one.split()) <= 38 and len(re.findall(r"\.(?:\s|$)", line)) == 1, line
+        assert re.search(r"\[[-\d.]+, [-\d.]+\]", line) and re.search(r"\bupdates?\b", line)
 
 
 def test_loads_are_compared_on_one_base_after_one_length(tmp_path):
     def second(*cells):
         low = [verdict(-0.01, claim="low", group=c["cell"]) for c in cells]
         made = [answer(tmp_path, *low, sweep="regime", cells=list(cells))]
-        return [x for x in findings.sentences(made) if "bits are counted" in x]
+        return [f.text for f in findings.others(made) if "bits are counted" in f.lead]
 
     one = condition("b, x", (8, 1.0))
     (said,) = second(one, condition("b, y", (8, 1.0), rank=14.0, loads=(0.2, 3.0, 0.5)))
-    assert "On b after 256 updates a regret of 5% takes ranks of 5 to 14, on 2 data sets." in said
+    assert "on b after 256 updates a regret of 5% takes ranks of 5 to 14, on 2 data sets" in said
     assert "0.01 to 0.2 by the generator's count, 3 to 6 by the first pass and 0.4 to 0.5" in said
     same = condition("b, z", (8, 1.0), loads=(0.4, 0.4, 0.4))
     assert "hardly depends" in second(same, one)[0]
@@ -420,23 +610,36 @@ def test_loads_are_compared_on_one_base_after_one_length(tmp_path):
     assert second(one, condition("b, y", (8, 1.0), updates=64)) == []
 
 
-def test_batches_are_no_evidence_where_their_control_fails(tmp_path):
-    def said(outcome):
-        penalty = verdict(-0.05, 0.02, outcome="UNDECIDED", claim="penalty")
+def test_the_effect_of_the_batch_is_told_apart_from_its_margin(tmp_path):
+    def said(value, half, outcome):
+        margin = {"margin": (-2.0, -0.03), "outcome": outcome, "claim": "penalty"}
         read = {"batch_effect": "rank 16, batches of 4 to 256 after 8 to 256 updates; rank 1: -1"}
         more = {"curves": [curve("b", rank=16.0)], "read": read}
-        small = answer(tmp_path, penalty, sweep="batch_size", data=RULES, **more)
+        made = verdict(value, half, **margin)
+        small = answer(tmp_path, made, sweep="batch_size", data=RULES, **more)
         small.question["claims"]["penalty"]["estimand"] = "batch_effect"
-        (sentence,) = findings.sentences([small, batches(tmp_path, 7.8, outcome)])
-        return sentence
+        (found,) = findings.main([small])
+        return found
 
-    where = "on b (only rules new; rank 16, batches of 4 to 256 after"
-    assert f"-4.9% [-6.8, -3.0] {where}" in said("SUPPORTED")
-    assert "control" not in said("SUPPORTED")
-    assert said("REFUTED").endswith(
-        "on c are no evidence: the control, a batch of 32, has regret as well."
-    )
-    assert said("UNDECIDED").endswith("may have regret as well.")
+    slower = "Larger batches slow LoRA more than full fine-tuning"
+    close = said(-0.05, 0.04, "UNDECIDED")
+    where = "on b (only rules new; rank 16, batches of 4 to 256 after 8 to 256 updates)"
+    assert close.lead == slower and close.one_base
+    assert close.said == f"by 4.9% [1.0, 8.6] a doubling {where}; whether over 3% is undecided"
+    clear = said(-0.1, 0.02, "SUPPORTED")
+    assert clear.lead == slower and "undecided" not in clear.said
+    assert said(0.0, 0.01, "REFUTED").lead.startswith("Larger batches do not slow LoRA")
+    assert said(0.0, 0.05, "UNDECIDED").lead.startswith("It is undecided whether larger batches")
+
+
+def test_batches_are_no_evidence_where_their_control_fails(tmp_path):
+    def said(outcome):
+        return [f.text for f in findings.others([batches(tmp_path, 7.8, outcome)])]
+
+    assert said("SUPPORTED") == []
+    (text,) = said("REFUTED")
+    assert "the control, a batch of 32, has regret as well on c (rank 8, 384 updates)" in text
+    assert "may have regret as well" in said("UNDECIDED")[0]
 
 
 def test_nothing_is_shown_as_minus_zero():
@@ -452,7 +655,7 @@ def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(t
     gone = Gate(GateCode.WITHDRAWN, "an arm is missing")
     away = verdict(-20.0, claim="tie", outcome="UNDECIDED", gates=(gone,))
     withdrawn = answer(tmp_path, away, sweep="rl_bits", data=(FACTS,))
-    withdrawn.question["withdrawn"] = "an arm is missing"
+    withdrawn.question["withdrawn"] = "an arm is missing, and more"
     both = [explores, withdrawn]
     assert [r[4] for r in rows_of(both)[1:]] == ["REFUTED (exploratory)", "REFUTED", "WITHDRAWN"]
     shown = "".join(outcomes_of(both, "rank 1 reaches full fine-tuning's accuracy"))
@@ -460,11 +663,51 @@ def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(t
     shown = "".join(outcomes_of(both, "it ties with full fine-tuning"))
     assert "**WITHDRAWN** at `tiny`" in shown and "UNDECIDED" not in shown
     assert page.verdict_row(explores, made)[4] == "**REFUTED (exploratory)**"
-    said = findings.sentences(both)
-    assert "an arm is missing" in said[-1] and not any("-20" in text for text in said)
-    (row,) = figures.claim_rows(both, [])  # no withdrawn number is in the figure
-    assert [m.exploratory for marks in row.marks.values() for m in marks] == [True, False]
-    assert "**WITHDRAWN**: an arm is missing." in page.page(both, tmp_path)
+    said = [f.text for f in (*findings.main(both), *findings.others(both))]
+    assert said and not any("-20" in text for text in said)
+    (row,) = figures.claim_rows(both)  # no withdrawn or exploratory number is in the figure
+    assert row.measured.startswith("-8 ")
+    texts = pages(both, tmp_path)
+    line = "- **Withdrawn at scale `tiny`**: [rl_bits](questions/rl_bits.md), an arm is missing\n"
+    assert line in texts["README.md"]
+    why = "answer at scale `tiny` is withdrawn (WITHDRAWN)**: an arm is missing, and more."
+    assert why in texts["questions/rl_bits.md"]
+
+
+def test_a_withdrawn_answer_is_named_with_its_scale_and_the_others_stand(tmp_path):
+    made = [
+        answer(tmp_path, verdict(-9.0, claim="rank_1"), sweep="rl", scale=scale, data=(FACTS,))
+        for scale in ("small", "tiny")
+    ]
+    made[0].question["withdrawn"] = "too few seeds, and more"
+    for found in (made, made[::-1]):
+        texts = pages(found, tmp_path)
+        assert texts["README.md"].count("Withdrawn") == 1
+        assert "- **Withdrawn at scale `small`**: [rl](" in texts["README.md"]
+        assert "- **From rewards rank 1 does not learn" in texts["README.md"]
+        assert texts["questions/rl.md"].count("is withdrawn") == 1
+
+
+def test_two_sweeps_with_one_analysis_have_a_page_and_a_line_each(tmp_path):
+    """`rl_matrices` is judged by the analysis of `rl`; its answer here is that of `rl`, renamed."""
+    for name in ("rl_matrices", "rl"):
+        shutil.copytree(KEPT / "rl-small", at := tmp_path / "kept" / f"{name}-small")
+        asked = json.loads((at / "question.json").read_text())
+        assert asked["analysis"] == "rl"
+        changed = {"name": name, "question": f"Of {name}?", "withdrawn": ""}
+        (at / "question.json").write_text(json.dumps({**asked, **changed}))
+    page.render_answers(tmp_path / "kept")
+    found = read_answers([tmp_path / "kept"])
+    assert [a.sweep for a in found] == ["rl", "rl_matrices"]
+    texts = pages(found, tmp_path)
+    lines = texts["questions/README.md"].splitlines()
+    for name, other in (("rl", "rl_matrices"), ("rl_matrices", "rl")):
+        text = texts[f"questions/{name}.md"]
+        assert text.startswith(f"# Of {name}?") and f"(`{name}: rank_1`" in text
+        assert f"`{other}: " not in text and f"../kept/{name}-small/" in text
+        assert sum(line.startswith(f"| [{name}]({name}.md): Of {name}?") for line in lines) == 1
+    (claimed,) = outcomes_of(found, "full fine-tuning of LoRA's matrices alone reaches")[:1]
+    assert claimed in ("", ledger.NOT_TESTED)  # no claim of one is counted as the other's
 
 
 def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):

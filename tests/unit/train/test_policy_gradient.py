@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorasweep.data import load as data
 from lorasweep.data.rewards import answer_of, prompt_of
 from lorasweep.errors import DataError, ModelError
 from lorasweep.launch.trainer import finetune
@@ -242,6 +243,19 @@ def rewarded_by(loaded, value):
     return dataclasses.replace(loaded, rewards=dataclasses.replace(loaded.rewards, **given))
 
 
+def test_each_draw_of_the_data_has_its_own_reward_before_training(worlds):
+    spec, base, _ = worlds["bandit"]
+    drawn = dataclasses.replace(spec.dataset, draw_by_seed=True)
+    runs = [dataclasses.replace(spec, dataset=drawn, seed=seed) for seed in (300, 301)]
+    loaded = {one.id: data.load(drawn, [], draw=one.draw) for one in runs}
+    together = PolicyGradient(loaded, spec.precision).start(base, runs)
+    for one, found in zip(runs, together):
+        base.at_start.clear()
+        (alone,) = PolicyGradient({one.id: loaded[one.id]}, spec.precision).start(base, [one])
+        assert found == alone
+    assert together[0] != together[1]
+
+
 def test_a_collapse_is_a_result(worlds):
     spec, base, loaded = worlds["words"]
     wild = dataclasses.replace(spec, lr=1.0, steps=40, batch_size=64)
@@ -253,7 +267,7 @@ def test_a_collapse_is_a_result(worlds):
 
 def test_a_run_on_prompts_harder_than_the_held_out_ones_ends_done(worlds):
     spec, base, loaded = worlds["words"]
-    key = f"{spec.dataset.canonical}/{spec.precision}/{spec.max_new_tokens}/reward"
+    key = f"{spec.dataset.canonical}/None/{spec.precision}/{spec.max_new_tokens}/reward"
     known = dataclasses.replace(base, at_start={key: {"test_reward": 0.9, "test_reward_se": 0.0}})
     state, result = end_of(dataclasses.replace(spec, lr=1e-5, steps=12), known, loaded)
     assert state == "done" and not result["collapsed"] and result["reward_start"] == 0.9
