@@ -424,6 +424,8 @@ class _Attempt:
             self.store.finish(i, state, result)
             metric = metric_of(measures)
             outcome = {"measure": metric.label, "value": metric.value(measures)}
+            if not spec.test_rows:
+                outcome = {"measure": "validation NLL", "value": measures.get(metric.on_part)}
             self.pack.report({"run": i, "ended": state, **outcome, "wall_s": self.wall_s[i]})
         self.live = [i for i in self.live if i not in event.ended]
 
