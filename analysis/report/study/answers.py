@@ -30,6 +30,16 @@ ORDER = (
     *("batch_size", "large_batches", "capacity", "invariance", "compute", "recipes"),
 )
 """The order of the study's questions; any others follow by name."""
+NAMES = {
+    "smollm2-135m-instruct": "SmolLM2",
+    "mlp": "the MLP",
+    "gsm8k": "word problems",
+    "skills": "exercises",
+    "words": "exercises, rewarded under new words",
+}
+"""Base model, layer set or data set -> its name in sentences, where that differs."""
+TINIEST = 1e-6
+"""A margin whose ends are both closer to 0 than this allows for rounding alone."""
 SPANS = {"rank": "LoRA rank", "batch_size": "batch", "steps": "updates"}
 
 
@@ -102,17 +112,19 @@ class Answer:
         data = (
             "only rules new"
             if self.setting(v.group) == Setting.IN_REGIME
-            else str(curves[0]["dataset"]).partition("(")[0]
+            else called(str(curves[0]["dataset"]).partition("(")[0])
         )
         read = self.read(v).partition(";")[0]
+        read = re.sub(r"\bto update (\d+)", r"up to \1 updates", read)
         if "update" not in read:
             arms = self.results.get("ranks") if self.sweep == "layers" else None
             by_arm = (arms or {}).get(v.group, {})
             known = [c["rank"] for c in curves if c["rank"] is not None]
             one = [f"rank {rank(known):g}"] if known else []
-            ranks = [listed([f"{k} at rank {r}" for k, r in by_arm.items()])] if by_arm else one
+            sets = [f"{called(k)} at rank {r}" for k, r in by_arm.items()]
+            ranks = [listed(sets)] if sets else one
             read = ", ".join([*ranks, f"{int(curves[0]['steps'])} updates"])
-        return f"{curves[0]['model']} ({data}; {read})"
+        return f"{called(curves[0]['model'])} ({data}; {read})"
 
     def parameters_an_episode(self, v: Verdict) -> float | None:
         """Return the lowest rank's parameters per sampled completion; None without RL of LoRA."""
@@ -270,9 +282,16 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
+def called(name: str) -> str:
+    """Return the name of a base model, layer set or data set in sentences."""
+    return NAMES.get(name, name)
+
+
 def within(margin: tuple[float, float]) -> str:
     """Return a claim's margin in words."""
     low, high = margin
+    if -TINIEST < low < 0 < high < TINIEST:
+        return "0, to rounding"
     if high >= FAR:
         return f"{low:g} and more"
     return f"up to {high:g}" if low <= -FAR else f"{low:g} to {high:g}"

@@ -1,7 +1,7 @@
 """The findings of the study: five on the page, others on the pages of their questions.
 
 Every number is read from an answer, and the wording follows from the verdicts. A finding names its
-bases, ranks and numbers of updates, and says if it rests on one base.
+bases, ranks and numbers of updates, and says what the study claims: it is called "the post".
 """
 
 import itertools
@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed, number
-from analysis.measures.regret import ALLOWED, COUNTS
+from analysis.measures.regret import ABOVE_FLOOR, ALLOWED, COUNTS, FIRST_PASS, GENERATOR
 from analysis.questions.base import mapped
 from analysis.questions.lr_ratio import TEN
 from analysis.questions.regime import EIGHTH, FIRST
-from analysis.report.study.answers import Answer, estimate_of, listed
+from analysis.report.study.answers import Answer, called, estimate_of, listed
 from analysis.report.study.figures import (
     BATCHES,
     CONTROL,
@@ -30,8 +30,13 @@ from analysis.report.study.figures import (
 )
 
 FULL = " times full fine-tuning's"
-ONE_BASE = "one base only"
 UNKNOWN = Estimate(None).plain()
+COUNTED = {
+    GENERATOR: "by what the generator of the data changed",
+    FIRST_PASS: "by the loss of a first pass over them (the post's count)",
+    ABOVE_FLOOR: "by that loss without their randomness",
+}
+"""The keys of COUNTS -> words for a reader who knows none of them."""
 Found = list[tuple[Answer, Verdict]]
 Show = Callable[[Estimate], str]
 Where = tuple[str, int, int]
@@ -40,7 +45,7 @@ Where = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence: a conclusion, and the number that it rests on."""
+    """One or two sentences: a conclusion, and the numbers that it rests on."""
 
     sweep: str
     """The question whose page has the details."""
@@ -48,19 +53,15 @@ class Finding:
     said: str
     exploratory: bool = False
     """Whether no verdict behind it confirms anything."""
-    one_base: bool = False
     more: str = ""
     """Sentences with further settings and numbers, for the question's page alone."""
+    post: str = ""
+    """Whether the study says so, in words that follow the lead."""
 
     @property
     def text(self) -> str:
-        return f"{self.short}: {self.said}."
-
-    @property
-    def short(self) -> str:
-        marks = {EXPLORATORY: self.exploratory, ONE_BASE: self.one_base}
-        shown = "; ".join(mark for mark, holds in marks.items() if holds)
-        return f"**{self.lead}**{f' ({shown})' if shown else ''}"
+        mark = f" ({EXPLORATORY})" if self.exploratory else ""
+        return f"**{self.lead}**{mark}{f', {self.post}' if self.post else ''}: {self.said}."
 
 
 def main(answers: Sequence[Answer]) -> list[Finding]:
@@ -80,16 +81,16 @@ def others(answers: Sequence[Answer]) -> list[Finding]:
             worse,
             f"{alone} {mlp}",
             f"{alone} do not {mlp}",
-            "at equal parameters the ratio of their speeds was",
+            "at equal parameters, the speed on attention over that on the MLP is",
             with_unit(number),
             partly=f"{alone} {mlp} on {count(worse, 'SUPPORTED')} of {len(worse)} tasks",
         ),
         _rewards(answers),
         of_claim(
             found(answers, "compute", "flops_to_loss"),
-            "LoRA saves a third of the work",
-            "LoRA does not save a third of the work",
-            "the number of operations to the same loss was",
+            "LoRA saves a third of the operations",
+            "LoRA does not save a third of the operations",
+            "to the same loss it takes",
             with_unit(number, FULL),
         ),
     ]
@@ -146,8 +147,16 @@ def of_claim(
     explores = all(v.exploratory for _, v in verdicts)
     numbers = listed([shown(a, v, show, rank, not explores) for a, v in verdicts])
     start = lead(verdicts, yes, no, partly)
-    marks = (explores, _one_base(verdicts))
-    return Finding(verdicts[0][0].sweep, start, f"{said} {numbers}", *marks)
+    return Finding(verdicts[0][0].sweep, start, f"{said} {numbers}", explores)
+
+
+def agreement(verdicts: Found, claim: str) -> str:
+    """Say after a finding's lead whether the verdicts agree with the study, which says `claim`."""
+    held = count(verdicts, "SUPPORTED")
+    if held == len(verdicts):
+        return "as the post says"
+    against = "against" if not held and count(verdicts, "REFUTED") else "undecided for"
+    return f"{against} the post, for which {claim}"
 
 
 def shown(
@@ -188,10 +197,6 @@ def signed(value: float) -> str:
 def percent(value: float) -> str:
     """Show a value that is in percent, with one decimal."""
     return fixed(value, 1)
-
-
-def _one_base(verdicts: Found) -> bool:
-    return len({base for a, _ in verdicts for base in a.bases}) == 1
 
 
 def _span(values: Sequence[float], digits: int = 2) -> str:
@@ -261,25 +266,33 @@ def _regret(answers: Sequence[Answer]) -> Finding | None:
     show = with_unit(percent, "%")
     for (base, rank, updates), sets in measured.items():
         held, lost = (all(o == x for o, _ in sets) for x in ("SUPPORTED", "REFUTED"))
-        regrets = [e for _, e in sets]
-        worst = f"at most {show(max(regrets, key=lambda e: e.value or 0.0))}"
-        regret = worst if held and len(sets) > 1 else _ends(regrets, show)
-        after = f"({updates} updates{_sets(len(sets))})"
+        most = max((e for _, e in sets), key=lambda e: e.value or 0.0)
+        regret, after = show(most), f"({updates} updates)"
         if not start:
             lora, full = f"LoRA of rank {rank}", f"full fine-tuning on {base}"
             start = f"{lora} {'matches' if held else 'does not match'} {full}"
             start = start if held or lost else f"it is undecided whether {lora} matches {full}"
-            parts.append(f"its regret is {regret} {after}")
+            what = f"the largest regret of {len(sets)} data sets" if len(sets) > 1 else "the regret"
+            parts.append(f"{what} is {regret} {after}")
+        elif held or lost:
+            does = "matches as well" if held else "does not"
+            parts.append(f"Rank {rank} on {base} {does}: {regret} {after}")
         else:
-            does = "matches it" if held else "does not" if lost else "may not"
-            parts.append(f"rank {rank} of {base} {does}: {regret} {after}")
+            edge = 100 * ALLOWED
+            crosses = (most.low or 0.0) < edge < (most.high or 0.0)
+            why = f"{regret} includes {edge:g}%" if crosses else regret
+            parts.append(f"For rank {rank} on {base} {after} it is undecided: {why}")
     more = f"A match is a regret of at most {100 * ALLOWED:g}% of the gain, at a rank of an eighth "
     more += f"of the hidden size. Data set by data set, the regret is {_numbers(low)}"
     if lists := _numbers(beyond):
         more += f"; where lists to memorise are new too, it is {lists}"
     text = f"Where only rules are new, {start}"
-    one_base = len({base for base, _, _ in measured}) == 1
-    return Finding(REGIME, text, "; ".join(parts), False, one_base, f"{more}.")
+    first = next(iter(measured))[0]
+    post = agreement(
+        [one for one in low if first in one[0].bases],
+        "LoRA ends at the same loss while it can hold what is new",
+    )
+    return Finding(REGIME, text, ". ".join(parts), False, f"{more}.", post)
 
 
 def _growth(answers: Sequence[Answer]) -> Finding | None:
@@ -295,10 +308,11 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
             if (early := estimate_of(r["gap_nats_first"] or UNKNOWN)).has_interval():
                 first = mapped(early, (100 / r["gain_nats"]).__mul__)
                 last = estimate_of(r["regret_percent"])
-                where = f"at rank {rank} of {base}"
+                where = f"at rank {rank} on {base}"
                 rises = f"from {show(first)} after {FIRST} updates to {show(last)} after {updates}"
+                still = ", still a match" if (last.high or math.inf) <= 100 * ALLOWED else ""
                 grown = (last.value or 0.0) - (first.value or 0.0)
-                known.append((v.outcome != "SUPPORTED", grown, f"{where} {rises}"))
+                known.append((v.outcome != "SUPPORTED", grown, f"{where} {rises}{still}"))
                 details.append(f"{v.group}: {rises}")
     if not known:
         return None
@@ -307,7 +321,7 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
     start = lead(asked, text, no, text)
     said = min(known)[2]
     if len(asked) > 1:
-        said += f" (one data set; it is shown on {count(asked, 'SUPPORTED')} of {len(asked)})"
+        said += f". Growth is {_tally(asked)}"
     more = "In percent of the final gain, at an eighth of the hidden size (below 0 LoRA is ahead): "
     more += f"{'; '.join(details)}."
     beforehand = [v for a, v in found(answers, REGIME, "growth") if not a.setting(v.group)]
@@ -317,7 +331,8 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
             f"{len(beforehand)} data sets."
         )
     explores = all(v.exploratory for _, v in asked)
-    return Finding(REGIME, start, said, explores, _one_base(asked), more)
+    post = "" if start == no else "which the post ties to a lack of capacity"
+    return Finding(REGIME, start, said, explores, more, post)
 
 
 def _learning_rates(answers: Sequence[Answer]) -> Finding | None:
@@ -325,13 +340,22 @@ def _learning_rates(answers: Sequence[Answer]) -> Finding | None:
     ratio = found(answers, "lr_ratio", "ratio")
     if not ratio:
         return None
-    often = "not ten times" if count(ratio, "REFUTED") == len(ratio) else "not always ten times"
     yes, no = (
-        f"LoRA's best learning rate is {times} full fine-tuning's"
-        for times in ("about ten times", often)
+        f"LoRA's best learning rate is {times} times full fine-tuning's"
+        for times in ("about ten", "not ten")
     )
-    text = lead(ratio, yes, no, no)
-    said = listed([shown(a, v, with_unit(percent, " times")) for a, v in ratio])
+    text = lead(ratio, yes, no)
+    for outcome, what in (("SUPPORTED", yes), ("REFUTED", no)):
+        if 0 < count(ratio, outcome) < len(ratio):
+            where = [called(b) for a, v in ratio if v.outcome == outcome for b in a.bases]
+            text = f"On {listed(list(dict.fromkeys(where)))} {what}"
+
+    def times(e: Estimate) -> str:
+        ten = ", which includes ten," if (e.low or 0.0) <= 10 <= (e.high or 0.0) else ""
+        return f"{with_unit(percent)(e)}{ten}"
+
+    numbers = listed([shown(a, v, times) for a, v in ratio])
+    said = f"the post says ten (15 in short runs); it is {numbers}"
     named = {base for a, _ in ratio for base in a.bases}
     rest = [c for c in rate_curves(answers) if c.base not in named and c.ratio.has_interval()]
     more = []
@@ -342,16 +366,28 @@ def _learning_rates(answers: Sequence[Answer]) -> Finding | None:
     for a, _ in ratio:
         judged = found([a], "lr_ratio", "ten_times")
         show_cost = with_unit(percent, "%")
-        costs += [f"{show_cost(v.estimate)} of the gain on {', '.join(b.bases)}" for b, v in judged]
+        costs += [f"{show_cost(v.estimate)} of the gain on {_bases(b)}" for b, v in judged]
         best = [c["best_nll"] for c in a.results["curves"] if c["method"] == "fullft"]
         for r in a.results.get("ratios", ()) if not judged else ():
             if (nats := r["regrets"].get(TEN)) is not None:
                 gain = float(a.runs["nll_start"].mean()) - best[0]
-                costs.append(f"{percent(100 * nats / gain)}% of the gain on {', '.join(a.bases)}")
+                costs.append(f"{percent(100 * nats / gain)}% of the gain on {_bases(a)}")
     if costs:
         more.append(f"Exactly ten times costs {listed(costs)}.")
     explores = all(v.exploratory for _, v in ratio)
-    return Finding("lr_ratio", text, said, explores, _one_base(ratio), " ".join(more))
+    return Finding("lr_ratio", text, said, explores, " ".join(more))
+
+
+def _bases(a: Answer) -> str:
+    return listed([called(base) for base in a.bases])
+
+
+def _tally(verdicts: Found) -> str:
+    """Count the outcomes in words: "supported on 2 data sets, undecided on 1"."""
+    counts = [(o.lower(), count(verdicts, o)) for o in ("SUPPORTED", "REFUTED", "UNDECIDED")]
+    (first, n), *rest = [one for one in counts if one[1]]
+    sets = f"{first} on {n} data set{'s' if n > 1 else ''}"
+    return ", ".join([sets, *(f"{outcome} on {m}" for outcome, m in rest)])
 
 
 def _together(curves: Sequence[RateCurve]) -> str:
@@ -366,16 +402,17 @@ def _together(curves: Sequence[RateCurve]) -> str:
 
 def _speed(answers: Sequence[Answer]) -> Finding | None:
     """Report how the speed changes with the rank, and the speeds of all ranks."""
+    alike = found(answers, "rank", "alike")
     made = of_claim(
-        found(answers, "rank", "alike"),
+        alike,
         "The rank makes no difference to the speed of learning",
         "The higher the rank, the faster LoRA learns",
-        "each doubling of the rank raises the speed by",
+        "each doubling raises the speed by",
         with_unit(lambda slope: number(100 * math.expm1(slope), 2), "%"),
     )
     if made is None:
         return None
-    more = []
+    more, said = [], made.said
     for a in speed_answers(answers).values():
         last = judged_to(a)
         known = sorted((r, of[last]) for r, of in speeds(a.runs, [last]).items() if last in of)
@@ -384,8 +421,12 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
         values[-1:] = [show(v.estimate) for _, v in found([a], "rank", "parity")] or values[-1:]
         if known:
             ranks = listed([str(r) for r, _ in known])
-            more.append(f"It is {listed(values)}{FULL} at ranks {ranks} ({', '.join(a.bases)}).")
-    return replace(made, more=" ".join(more))
+            more.append(f"It is {listed(values)}{FULL} at ranks {ranks} ({_bases(a)}).")
+            if a is alike[0][0] and len(alike) == 1:
+                ends = [f"{v} (rank {r})" for v, (r, _) in zip(values, known)]
+                said += f", from {ends[0]} to {ends[-1]}"
+    post = agreement(alike, "ranks with enough capacity learn equally fast")
+    return replace(made, said=said, more=" ".join(more), post=post)
 
 
 def _batches(answers: Sequence[Answer]) -> Finding | None:
@@ -396,17 +437,18 @@ def _batches(answers: Sequence[Answer]) -> Finding | None:
     change = with_unit(lambda slope: signed(100 * math.expm1(slope)), "%")
     made = of_claim(penalty, text, no, "a doubling changes the ratio of speeds by", change)
     if made is None or not all((v.estimate.high or 0.0) < 0 for _, v in penalty):
-        return made
+        return made and replace(made, post=agreement(penalty, "larger batches slow LoRA more"))
     slower = with_unit(lambda slope: percent(-100 * math.expm1(-slope)), "%")
 
     def each(e: Estimate) -> str:
-        return f"{slower(mapped(e, float.__neg__))} a doubling"
+        return slower(mapped(e, float.__neg__))
 
-    said = f"by {listed([shown(a, v, each) for a, v in penalty])}"
+    said = "at equal updates, each doubling lowers LoRA's speed by "
+    said += listed([shown(a, v, each) for a, v in penalty])
     if count(penalty, "UNDECIDED"):
         edge = max(abs(100 * v.margin[1]) for _, v in penalty)
-        said += f"; whether over {edge:g}% is undecided"
-    return replace(made, lead=text, said=said)
+        said += f". Whether this exceeds the {edge:g}% fixed beforehand as relevant is undecided"
+    return replace(made, lead=text, said=said, post="as the post says")
 
 
 # ---------------------------------------------------------------- other findings
@@ -431,17 +473,17 @@ def _capacity(answers: Sequence[Answer]) -> Finding | None:
         return None
     ends = sorted((min(values), max(values)) for values in spans.values())
     apart = all(low > high for (_, high), (low, _) in itertools.pairwise(ends))
-    loads = [f"{_span(values)} by {COUNTS[kind]}" for kind, values in spans.items()]
+    loads = [f"{_span(values)} times {COUNTED[kind]}" for kind, values in spans.items()]
+    ranks = [c["rank_interpolated"]["value"] for c in known]
     return Finding(
         REGIME,
-        f"Whether the data fit an adapter {'depends' if apart else 'hardly depends'} on how bits "
-        "are counted",
-        f"on {base} after {updates} updates a regret of {100 * ALLOWED:g}% takes ranks of "
-        f"{_span([c['rank_interpolated']['value'] for c in known])}, on {len(known)} data sets, "
-        f"and at 2 bits a parameter their load is {listed(loads)} (the last count was chosen "
-        "after a look)",
+        f"Whether the data fit an adapter {'depends' if apart else 'hardly depends'} on how the "
+        "bits of the data are counted",
+        f"where the regret is {100 * ALLOWED:g}% (ranks of {_span(ranks)} on {len(known)} data "
+        f"sets; {base}, {updates} updates), the data fill an adapter of 2 bits a parameter "
+        f"{listed(loads)}",
         True,
-        True,
+        "The last count was chosen after a look.",
     )
 
 
@@ -450,15 +492,17 @@ def _large_batches(answers: Sequence[Answer]) -> Finding | None:
     control = found(answers, BATCHES, f"at_{CONTROL}")
     if not control or count(control, "SUPPORTED") == len(control):
         return None
+    show = with_unit(percent, "%")
     named = [
-        f"{line.base} (rank {max(line.regrets)}, {line.updates} updates)"
+        f"{line.base} (rank {(top := max(line.regrets))}, {line.updates} updates: "
+        f"{show(line.regrets[top])})"
         for line, _ in controls_of(answers)
     ]
     has = "has" if count(control, "REFUTED") else "may have"
-    said = f"the control, a batch of {CONTROL}, {has} regret as well on {listed(named)}"
+    said = f"even in batches of {CONTROL}, LoRA {has} regret on {listed(named)}"
     text = "Whether batches of 512 and more are bad for LoRA cannot be said"
-    explores, one_base = all(v.exploratory for _, v in control), _one_base(control)
-    return Finding(BATCHES, text, said, explores, one_base) if named else None
+    explores = all(v.exploratory for _, v in control)
+    return Finding(BATCHES, text, said, explores) if named else None
 
 
 def _rewards(answers: Sequence[Answer]) -> Finding | None:
@@ -466,22 +510,22 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
     one, top = found(answers, "rl", "rank_1"), found(answers, "rl", "top_rank")
     made = of_claim(
         one,
-        "From rewards rank 1 learns as much as full fine-tuning",
-        "From rewards rank 1 does not learn as much as full fine-tuning",
-        "the difference of the final reward was",
+        "In reinforcement learning rank 1 learns as much as full fine-tuning",
+        "In reinforcement learning rank 1 does not learn as much as full fine-tuning",
+        "the final reward (up to 100 points) of rank 1 minus full fine-tuning's is",
         points,
         min,
     )
     if made is None:
         return None
-    said = made.said
+    more = []
     if top:
         numbers = [shown(a, v, points, marked=not made.exploratory) for a, v in top]
-        said += f"; at the highest rank it was {listed(numbers)}"
+        more.append(f"At the highest rank the difference is {listed(numbers)}.")
     few = [r for a, v in one if (r := a.parameters_an_episode(v)) is not None and r < 1]
     if few:
-        said += (
-            "; the study's claim is about more parameters than episodes, and here rank 1 has "
-            f"{_span(few)} parameters an episode"
+        more.append(
+            "The study's claim is about more parameters than episodes, and here rank 1 has "
+            f"{_span(few)} parameters an episode."
         )
-    return replace(made, said=said)
+    return replace(made, more=" ".join(more))

@@ -6,6 +6,7 @@ The texts are in `analysis/report/templates/study/`; no measured number is typed
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
@@ -18,6 +19,7 @@ import yaml
 from analysis.inference.estimate import (
     BETTER,
     EXPLORATORY,
+    WITHDRAWN,
     Verdict,
     number,
     rate,
@@ -34,7 +36,9 @@ from analysis.report.study import figures, findings
 from analysis.report.study.answers import (
     Answer,
     Pooled,
+    called,
     estimate_of,
+    listed,
     pooled,
     read_answers,
     within,
@@ -52,6 +56,9 @@ LAW = "rate_law"
 """The question whose figure replaces RATES on the page once it has runs."""
 MOST = 12
 """Largest number of rows of the figure of claims."""
+ALPHA = "alpha (output times alpha / rank)"
+MIXED = "mixed"
+"""Outcome of a claim whose verdicts differ between its data sets or bases."""
 BASES = Path(__file__).with_name("bases.yaml")
 """Base model -> what it is, in words."""
 RATES_HEAD = (
@@ -103,6 +110,8 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
         RATES: figures.has_rate_curves(answers),
         SPEED: bool(figures.speed_answers(answers)),
     }
+    runs = base_runs(answers)
+    sizes = sizes_of(runs) / 1e6
     common: dict[str, Any] = {
         "kept": kept,
         "page": path.name,
@@ -120,12 +129,12 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
             **common,
             findings=main,
             others=others,
-            withdrawn=[
-                (sweep, *one) for sweep, mine in by_sweep.items() for one in withdrawn(mine)
-            ],
+            tally=tally(answers),
+            spans=[sizes.min(), sizes.max(), runs["steps"].max()] if len(sizes) else [],
+            withdrawn=[one for mine in by_sweep.values() for one in withdrawn_on(mine)],
             law=law_figure(by_sweep.get(LAW, []), folder),
             n_forest=(min(n_rows, MOST), n_rows),
-            bases=base_rows(answers),
+            bases=base_rows(runs, main),
             questions=questions,
         ),
         "ledger.md": rendered("study/ledger.md", **common, ledger=ledger(answers)),
@@ -195,6 +204,48 @@ def withdrawn(answers: Sequence[Answer]) -> list[tuple[str, str]]:
     return [(scale, why) for scale, why in whys if why]
 
 
+def withdrawn_on(answers: Sequence[Answer]) -> list[dict[str, str]]:
+    """Return each withdrawn answer of a question, with its bases and those whose answer stands."""
+    on = {a.folder: listed([called(b) for b in a.bases]) for a in answers}
+    stands = listed([on[a.folder] for a in answers if not a.question.get("withdrawn")])
+    return [
+        {
+            "sweep": a.sweep,
+            "asked": a.question["question"],
+            "on": on[a.folder],
+            "why": a.question["withdrawn"].partition(", ")[0],
+            "stands": stands,
+        }
+        for a in answers
+        if a.question.get("withdrawn")
+    ]
+
+
+def tally(answers: Sequence[Answer]) -> str:
+    """Count the claims by outcome, and the exploratory ones among them.
+
+    A claim whose verdicts differ between conditions is counted as mixed. Withdrawn verdicts count
+    only for claims that have no other.
+    """
+    claims: dict[tuple[str, str], list[Verdict]] = {}
+    for a in answers:
+        for v in a.single:
+            claims.setdefault((a.sweep, v.claim), []).append(v)
+    counts: dict[str, list[bool]] = {}
+    for verdicts in claims.values():
+        stand = [v for v in verdicts if not v.is_withdrawn]
+        outcomes = {v.outcome.lower() for v in stand} or {WITHDRAWN.lower()}
+        outcome = outcomes.pop() if len(outcomes) == 1 else MIXED
+        explores = bool(stand) and all(v.exploratory for v in stand)
+        counts.setdefault(outcome, []).append(explores)
+    order = ("supported", "refuted", "undecided", MIXED, WITHDRAWN.lower())
+    return ", ".join(
+        f"{len(marks)} {outcome}{f' ({sum(marks)} {EXPLORATORY})' if any(marks) else ''}"
+        for outcome in order
+        if (marks := counts.get(outcome))
+    )
+
+
 def law_figure(answers: Sequence[Answer], folder: Path) -> str:
     """Return the path of the law's figure if it was judged on measured ratios; else nothing."""
     for a in (a for a in answers if any(v.estimate.value is not None for v in a.single)):
@@ -213,27 +264,48 @@ def readme(text: str, kept: Path) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def base_rows(answers: Sequence[Answer]) -> Rows:
-    """Return each base model's size, and the ranks, alphas and updates of its runs."""
-    what = yaml.safe_load(BASES.read_text())
+def base_runs(answers: Sequence[Answer]) -> pd.DataFrame:
+    """Return the columns of all runs that the table of base models is made of."""
     kept = ["model", "hidden_size", "method", "n_trainable", "rank", "alpha", "steps"]
     tables = [a.runs[kept] for a in answers if set(kept) <= set(a.runs.columns)]
-    rows = [["base", "hidden size", "parameters", "what it is", "ranks", "alpha", "updates"]]
-    runs = pd.concat(tables) if tables else pd.DataFrame(columns=kept)
-    sizes = runs[runs["method"] == "fullft"].groupby("model")["n_trainable"].max()
-    for base, mine in sorted(runs.groupby("model"), key=lambda m: (sizes.get(m[0], 0), m[0])):
+    return pd.concat(tables) if tables else pd.DataFrame(columns=kept)
+
+
+def sizes_of(runs: pd.DataFrame) -> pd.Series:
+    """Return the number of parameters of each base model that full fine-tuning trained."""
+    return runs[runs["method"] == "fullft"].groupby("model")["n_trainable"].max()
+
+
+def base_rows(runs: pd.DataFrame, main: Sequence[findings.Finding]) -> Rows:
+    """Return each base model's size, and the ranks, alphas and updates of its runs.
+
+    The bases that the findings of the page name come first. Ranks and updates are ranges; alphas,
+    of which there are few, are listed.
+    """
+    what = yaml.safe_load(BASES.read_text())
+    head = ["base", "hidden size", "parameters", "what it is", "ranks", ALPHA, "updates"]
+    sizes, named = sizes_of(runs), set(re.findall(r"[\w-]+", " ".join(f.text for f in main)))
+
+    def place(base: str) -> tuple[bool, int, str]:
+        return called(base) not in named, int(sizes.get(base, 0)), base
+
+    rows = [head]
+    for base in sorted(runs["model"].unique(), key=place):
+        mine = runs[runs["model"] == base]
         lora = mine[mine["method"] == "lora"]
-        spans = [_span(lora["rank"]), _span(lora["alpha"]), _span(mine["steps"])]
+        alphas = ", ".join(f"{v:g}" for v in sorted(lora["alpha"].dropna().unique()))
+        spans = [_span(lora["rank"]), alphas, _span(mine["steps"])]
         size = f"{sizes[base] / 1e6:.3g}M" if base in sizes else "-"
-        rows.append([base, f"{mine['hidden_size'].max():g}", size, what.get(base, "-"), *spans])
+        width = f"{mine['hidden_size'].max():g}"
+        rows.append([called(base), width, size, what.get(base, "-"), *spans])
     return rows if len(rows) > 1 else []
 
 
 def _span(values: pd.Series) -> str:
-    """Return all values if there are at most three, else the first and the last."""
-    known = sorted(values.dropna().unique())
-    shown = [f"{v:,g}" for v in known]
-    return ", ".join(shown) if len(shown) < 4 else f"{shown[0]} to {shown[-1]}"
+    """Return the lowest and the highest value."""
+    known = values.dropna()
+    ends = (known.min(), known.max()) if len(known) else ()
+    return " to ".join(dict.fromkeys(f"{v:,g}" for v in ends))
 
 
 def bits_rows(answers: Sequence[Answer]) -> Rows:
