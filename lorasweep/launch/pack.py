@@ -21,7 +21,7 @@ from lorasweep.launch.trainer import Report, Trainer, UnusableData
 from lorasweep.plan import detect
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.metric import metric_of
+from lorasweep.spec.metric import VALIDATION_START, metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
 from lorasweep.store.checkpoint import State
@@ -43,6 +43,8 @@ END = "end"
 """Folder of the final state of a short run (exec.short_steps)."""
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
 """Stored key: whether the run resumed in a different pack, or with other ROWS, PROCESSES, PARTS."""
+OF_TRIAL = ("run_id", "state", VALIDATION_START)
+"""Keys in the result of a trial that the run with its weights does not take over."""
 NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
 """Errors that are never caused by a data set."""
 
@@ -289,7 +291,7 @@ class _Attempt:
             if not weights:
                 return None
             result, env = store.result(trial) or {}, store.env(trial)
-            kept = {k: v for k, v in result.items() if k not in ("run_id", "state")}
+            kept = {k: v for k, v in result.items() if k not in OF_TRIAL}
             meta = {
                 **{k: env.get(k, 1) for k in ("threads", ROWS, PROCESSES, PARTS)},
                 **{k: result[k] for k in ("wall_s", RESUMED_WITH_DIFFERENT_PACK)},

@@ -36,6 +36,8 @@ class Metric:
         return {} if self == Metric() else {"metric": asdict(self)}
 
 
+VALIDATION_START = "nll_start_curve"
+"""Key in the result of a trial (RunSpec.test_rows): the base's NLL on the validation rows."""
 METRICS = {
     "sft": Metric(),
     "policy_gradient": Metric("test_reward", higher_is_better=True, label="held-out reward"),

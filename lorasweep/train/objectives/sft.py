@@ -13,7 +13,7 @@ from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merg
 from lorasweep.data.examples import Data, Example, prompts_of
 from lorasweep.models.forward import check_rows_stay_apart
 from lorasweep.models.load import Base
-from lorasweep.spec.metric import METRICS
+from lorasweep.spec.metric import METRICS, VALIDATION_START
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import EVALUATION, Record, phase
 from lorasweep.train.objectives.base import DATA_SHA256, OnData
@@ -265,7 +265,7 @@ class SupervisedFineTuning(OnData):
         on_validation = self._validation_start.get(run.id)
         return {
             "nll_start": self._start[run.id][self.metric.name],
-            **({} if on_validation is None else {"nll_start_curve": on_validation}),
+            **({} if on_validation is None else {VALIDATION_START: on_validation}),
             "floor_nats": data.entropy_floor_nats,
             **self.data_facts(run),
             **({DATA_SHA256: None} if run.id in self._unknown_start else {}),
