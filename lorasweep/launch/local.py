@@ -201,10 +201,12 @@ class Workers:
         return self
 
     def __exit__(self, error: object, *rest: object) -> None:
-        """End all workers; keep the log after an error."""
+        """End all workers; after an error stop their runs, and keep the log."""
+        if error is not None:
+            self.stop()
+            return
         self._end(list(self._groups))
-        if error is None:
-            self.log.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
 
     def begin(self, job: list[str], number: int, shares: int, threads: int) -> None:
         """Give a job to `number` workers, each with 1 / `shares` of the GPUs; start missing ones.
