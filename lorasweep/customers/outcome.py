@@ -213,8 +213,8 @@ def with_further(points: Sequence[Point], store: RunStore, go_on: bool) -> list[
     Args:
         points: runs of the customers, at least at the learning rates to begin with.
         go_on: while a customer's best learning rate is the lowest or the highest, add the next one
-            beyond it, a factor APART away; at most MOST_TRIED in all, and no lower one that would
-            only train less (`hurts`).
+            beyond it, a factor APART away; at most MOST_TRIED in all, and none lower where
+            training hurts at every learning rate (`hurts`).
     """
     by_arm: dict[str, dict[float, Point]] = {}
     for p in points:
