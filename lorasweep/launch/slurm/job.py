@@ -4,6 +4,7 @@
 
     {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these runs
     {"follow": REQUEST.json, "command": [...], "idle": n, "finished": n}   follow up on a sweep
+    {"arguments": [...], "requeues": n}                                    run a command
 
 A job may be killed at any time and start again on another node: runs resume from checkpoints. At
 its time limit a job requeues itself. After preemption, Slurm decides whether to requeue the job.
@@ -71,6 +72,10 @@ def run(path: str) -> None:
     try:
         if "follow" in task:
             return _follow([sys.executable, *task["command"], path])
+        if "arguments" in task:
+            if code := _call([sys.executable, *task["arguments"]]):
+                raise LorasweepError(f"the command ended with status {code}: see above.")
+            return
         _train(task)
         if submission := submissions.read(Path(path).parent.parent):
             with suppress(ClusterError):
@@ -119,23 +124,33 @@ def _train(task: dict[str, Any]) -> None:
     _print("over: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
 
 
-def _follow(command: list[str]) -> None:
-    """Run the follow-up command in a separate process, and stop it cleanly after a signal."""
-    for pause in (*FOLLOW_PAUSES_S, None):
-        process = subprocess.Popen(command)
+def _call(command: list[str]) -> int:
+    """Run a command in a separate process, and stop it cleanly after a signal; return its status.
+
+    Slurm signals all processes of a job. The command ignores USR2, and gets a TERM from here.
+    """
+    ignored = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
+    process = subprocess.Popen(command, preexec_fn=ignored)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()  # it may hold a lock, or not have recorded an sbatch yet
         try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.terminate()  # it may hold a lock, or not have recorded an sbatch yet
-            try:
-                process.wait(CLOSE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
+            process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    if code < 0 or code == INTERRUPTED:
+        time.sleep(LISTEN_S)  # the signal also reaches this process, and stops it here
+    return code
+
+
+def _follow(command: list[str]) -> None:
+    """Run the follow-up command, up to five times if it asks to be tried again."""
+    for pause in (*FOLLOW_PAUSES_S, None):
+        code = _call(command)
         if code == 0:
             return
-        if code < 0 or code == INTERRUPTED:
-            time.sleep(LISTEN_S)  # the signal also reaches this process, and stops it here
         if code != TRY_AGAIN or pause is None:
             raise LorasweepError(f"the follow-up command ended with status {code}: see above.")
         _print(f"next try in {pause:.0f} s")
