@@ -1,10 +1,12 @@
 """Submit one command of lorasweep as a job, such as `action=check_gpu` on a node with GPUs."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import resources, sbatch, submissions, submit
+from lorasweep.launch.slurm.container import container_of
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
 from lorasweep.launch.slurm.submissions import Array, Notify
@@ -61,7 +63,9 @@ def submit_command(
         folder = submissions.home(root) / submissions.new_name(name)
         array = Array("0", f"{folder.name}-0", 0, 1)
         command = ["-u", "-m", "lorasweep", *arguments, "cluster=local"]
+        container = container_of(cluster, exec_)
         task = {"arguments": command, "requeues": cluster.requeues}
+        task |= {"container": container and dataclasses.asdict(container)}
         contents = {"tasks/0.json": task}
         submit.write_files(folder, contents, cluster, name, [], [[]], [array], code)
         described = Description(folder, array, needed, cluster, code)

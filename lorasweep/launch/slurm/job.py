@@ -26,6 +26,7 @@ from lorasweep.errors import ClusterError, LorasweepError
 from lorasweep.launch import local
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import client, submissions
+from lorasweep.launch.slurm.container import Container
 from lorasweep.launch.worker import skipped
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
@@ -73,7 +74,7 @@ def run(path: str) -> None:
         if "follow" in task:
             return _follow([sys.executable, *task["command"], path])
         if "arguments" in task:
-            if code := _call([sys.executable, *task["arguments"]]):
+            if code := _command(task["arguments"], container_from(task)):
                 raise LorasweepError(f"the command ended with status {code}: see above.")
             return
         _train(task)
@@ -119,7 +120,8 @@ def _train(task: dict[str, Any]) -> None:
             _print(json.dumps(event))
 
     n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
-    local.run_points(left, store, exec_, report, trainer, PATIENCE_S, skip, n_nodes)
+    inside = container_from(task)
+    local.run_points(left, store, exec_, report, trainer, PATIENCE_S, skip, n_nodes, inside)
     counts = Counter(store.states(p.id for p in left).values())
     _print("over: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
 
@@ -127,14 +129,13 @@ def _train(task: dict[str, Any]) -> None:
 def _call(command: list[str]) -> int:
     """Run a command in a separate process, and stop it cleanly after a signal; return its status.
 
-    Slurm signals all processes of a job. The command ignores USR2, and gets a TERM from here.
+    The command must handle USR2, which srun passes on (see `local.SRUN_STOP`).
     """
-    ignored = partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)
-    process = subprocess.Popen(command, preexec_fn=ignored)
+    process = subprocess.Popen(command)
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.terminate()  # it may hold a lock, or not have recorded an sbatch yet
+        process.send_signal(signal.SIGUSR2)  # it may hold a lock, or not have recorded an sbatch
         try:
             process.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
@@ -143,6 +144,20 @@ def _call(command: list[str]) -> int:
     if code < 0 or code == INTERRUPTED:
         time.sleep(LISTEN_S)  # the signal also reaches this process, and stops it here
     return code
+
+
+def _command(arguments: list[str], container: Container | None) -> int:
+    """Run a command of lorasweep, inside the container if there is one; return its status."""
+    if container is None:
+        return _call([sys.executable, *arguments])
+    srun = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--unbuffered", *container.srun()]
+    python = container.python(os.environ, ("CUDA_VISIBLE_DEVICES",))
+    return _call([*(srun if container.by_srun else ()), *python, *arguments])
+
+
+def container_from(task: dict[str, Any]) -> Container | None:
+    """Return the container of a task; None without."""
+    return Container(**task["container"]) if task.get("container") else None
 
 
 def _follow(command: list[str]) -> None:

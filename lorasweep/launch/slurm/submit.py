@@ -18,6 +18,7 @@ from typing import Any
 from lorasweep.errors import ClusterError, StoreError
 from lorasweep.launch.slurm import client, guard, planning, resources, sbatch, snapshot, submissions
 from lorasweep.launch.slurm.client import Partition
+from lorasweep.launch.slurm.container import container_of
 from lorasweep.launch.slurm.planning import Jobs, Task, Work
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
@@ -192,7 +193,7 @@ def _submit(
         others = {j.label for s, _, j in queue.live() if s.record["sweep"] == request.title}
         after = tuple(sorted({*numbers, *others}))
         partition = cluster.follow_partition or cluster.partition
-        small = dataclasses.replace(cluster, gpus=0, partition=partition)
+        small = dataclasses.replace(cluster, gpus=0, partition=partition, container=None)
         needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
         try:
             last = sbatch.submit(Description(folder, arrays[-1], needed, small, code, after))
@@ -224,7 +225,9 @@ def write_submission(
     """Write task files, manifest and record; raise ClusterError if other users could write them."""
     requeues = request.cluster.requeues
     skip = str(submissions.note(folder, "withdrawn.json"))
+    container = container_of(request.cluster, request.exec)
     common = {"requeues": requeues, "skip": skip, "trainer": follow_up.trainer}
+    common |= {"container": container and dataclasses.asdict(container)}
     contents: dict[str, Any] = {}
     for k, task in enumerate(tasks):
         specs, settings = [p.spec.plain() for p in task.points], dataclasses.asdict(task.exec)

@@ -149,7 +149,7 @@ def test_a_follow_up_command_is_tried_again_where_that_may_help(tmp_path, monkey
     """`codes`: the exit status of each try, and of none after them."""
     given, left = [], list(codes)
 
-    def start(command, preexec_fn):
+    def start(command):
         given.append(command)
         return Mock(wait=lambda: left.pop(0))
 
