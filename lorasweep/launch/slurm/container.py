@@ -83,8 +83,9 @@ def container_of(cluster: Cluster, exec_: Exec) -> Container | None:
         return None
     if image.endswith((".sif", ".sqsh")) and not Path(image).exists():
         raise ClusterError(f"cluster.container={image}: there is no such file.")
-    hub = Path.home() / ".cache" / "huggingface"
-    named = [exec_.runs_dir, exec_.reports_dir, *exec_.models_dir, *exec_.data_dir, hub, Path.cwd()]
+    hub = str(Path.home() / ".cache" / "huggingface")
+    here = str(Path.cwd())
+    named = [exec_.runs_dir, exec_.reports_dir, *exec_.models_dir, *exec_.data_dir, hub, here]
     paths = [Path(folder).absolute() for folder in named]
     folders = list(dict.fromkeys(str(q) for p in paths for q in (p, p.resolve())))
     for folder in folders:
