@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SMALLER = ("small", "tiny")
 """Scales whose standard deviation between seeds is used if a larger scale states none."""
+MIN_SEEDS = 3
+"""Seeds at each optimum without which most claims get no verdict (analysis.inference.gates)."""
 N_AROUND = 3
 """Learning rates at which a look adds seeds (analysis.measures.next_runs.N_AROUND)."""
 HEAD = ("claim", "sweep", "runs", "GPU-hours", "cumulative")
@@ -93,8 +95,8 @@ def claim_costs(request: Request, missing: Sequence[Point], planner: Forecaster)
     """Return the cost of each claim of a sweep; empty if nothing is missing.
 
     Uses the standard deviation between seeds of this scale, else of the first scale in SMALLER that
-    states one. A claim over other units than seeds is given as many seeds as have its share of the
-    planned runs.
+    states one. A claim over other units than seeds is given MIN_SEEDS, or more if these have less
+    than its share of the planned runs.
     """
     sweep = request.sweep
     if sweep is None or not missing:
@@ -102,7 +104,7 @@ def claim_costs(request: Request, missing: Sequence[Point], planner: Forecaster)
     outlooks = answer.outlooks(request.points, sweep, request.scale, *SMALLER)
     planned = len(sweep.replicate.seeds)
     grid = max(1, planned_seeds(request.points, sweep.replicate) - planned)
-    most = max((o.needed or 0 for _, o in outlooks if o.units == "seeds"), default=0)
+    most = max([MIN_SEEDS, *(o.needed or 0 for _, o in outlooks if o.units == "seeds")])
     used = {*sweep.replicate.seeds, *(p.spec.seed for p in request.points)}
     more = [max(used) + 1 + k for k in range(max(most - grid - planned, 0))]
     seeds = [*sweep.replicate.seeds, *more]
@@ -116,7 +118,9 @@ def claim_costs(request: Request, missing: Sequence[Point], planner: Forecaster)
             n = max(o.needed - grid, 0)
         elif o.needed is not None and o.needed <= o.planned:
             share = o.needed / o.planned * by_seeds[planned].n_runs
-            n = next(k for k, f in enumerate(by_seeds) if f.n_runs >= share)
+            n = next(
+                k for k, f in enumerate(by_seeds) if f.n_runs >= share and k + grid >= MIN_SEEDS
+            )
         found = ClaimCost(request, o, scale, looks=_looks(sweep, scale, o, by_seeds))
         if n is not None:
             found = dataclasses.replace(found, fresh=seeds[:n], runs=by_seeds[n])
