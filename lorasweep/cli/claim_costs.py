@@ -74,11 +74,6 @@ class ClaimCost:
         return sum((b - a) * p for a, b, p in zip(hours, hours[1:], undecided))
 
     @property
-    def seeds_per_look(self) -> int:
-        """Seeds that each look after the first adds."""
-        return int(self.looks[1]["seeds"] - self.looks[0]["seeds"])
-
-    @property
     def looks_text(self) -> str:
         """What several looks cost, in words; empty with one look."""
         if not self.looks:
@@ -155,43 +150,35 @@ def within_budget(request: Request, costs: Sequence[ClaimCost]) -> dict[str, Any
     """
     asked = parse_budget(request.budget, 1)
     assert asked is not None
-    budget = asked.amount / 3600
-    known = {}
-    for cost in costs:
-        if cost.runs is not None:
-            names = (cost.request.sweep_name or "", cost.outlook.claim)
-            known[priority.Need(*names, cost.runs.hours_by_run())] = cost
-    chosen, others = priority.choose(list(known), budget)
-    fresh: dict[str, list[int]] = {}
-    for choice in chosen:
-        cost = known[choice.need]
-        fresh[choice.need.sweep] = max(fresh.get(choice.need.sweep, []), cost.fresh or [], key=len)
-    parts = {cost.request.sweep_name: cost.request for cost in costs}
-    open_ = [
-        {"claim": c.outlook.claim, "sweep": c.request.sweep_name, "why": c.stays_open}
+    known = {
+        priority.Need(c.request.sweep_name or "", c.outlook.claim, c.runs.hours_by_run()): c
         for c in costs
-        if c.runs is None
-    ]
-    beyond = [
-        {"claim": n.claim, "sweep": n.sweep, "why": "over budget", "gpu_hours": hours}
-        for n, hours in sorted(others, key=lambda other: other[1])
-    ]
+        if c.runs is not None
+    }
+    chosen, others = priority.choose(list(known), asked.amount / 3600)
+    most: dict[str, ClaimCost] = {}  # by sweep, the chosen claim with the most seeds
+    for cost in (known[c.need] for c in chosen):
+        name = cost.request.sweep_name or ""
+        most[name] = max(most.get(name, cost), cost, key=lambda c: len(c.fresh or []))
+    beyond = [{**_name(known[need]), "gpu_hours": hours} for need, hours in others]
     return {
-        "gpu_hours": budget,
+        "gpu_hours": asked.amount / 3600,
         "used": chosen[-1].total if chosen else 0.0,
         "chosen": [
-            {
-                "claim": c.need.claim,
-                "sweep": c.need.sweep,
-                "runs": c.runs,
-                "gpu_hours": c.gpu_hours,
-                "cumulative_gpu_hours": c.total,
-            }
+            _name(known[c.need])
+            | {"runs": c.runs, "gpu_hours": c.gpu_hours, "cumulative_gpu_hours": c.total}
             for c in chosen
         ],
-        "commands": [_command(parts[sweep], seeds) for sweep, seeds in fresh.items()],
-        "open": [*beyond, *open_],
+        "commands": [_command(cost.request, cost.fresh or []) for cost in most.values()],
+        "open": [
+            *({**c, "why": "over budget"} for c in sorted(beyond, key=lambda c: c["gpu_hours"])),
+            *({**_name(c), "why": c.stays_open} for c in costs if c.runs is None),
+        ],
     }
+
+
+def _name(cost: ClaimCost) -> dict[str, Any]:
+    return {"claim": cost.outlook.claim, "sweep": cost.request.sweep_name}
 
 
 def _command(request: Request, fresh: list[int]) -> str:
@@ -210,19 +197,19 @@ def budget_lines(found: dict[str, Any]) -> list[str]:
     def hours(value: float) -> str:
         return f"{value:,.0f}" if value >= 10 or not value else f"{value:.2g}"
 
-    rows = []
+    rows, left = [HEAD], [OPEN_HEAD]
     for c in found["chosen"]:
         costs = (hours(c[key]) for key in ("gpu_hours", "cumulative_gpu_hours"))
         rows.append((c["claim"], c["sweep"], f"{c['runs']:,}", *costs))
+    for c in found["open"]:
+        more = hours(c["gpu_hours"]) if "gpu_hours" in c else "-"
+        left.append((c["claim"], c["sweep"], more, c["why"]))
     total = f"{hours(found['used'])} of {hours(found['gpu_hours'])} GPU-hours"
-    lines = ["", f"within the budget, by decided claims per GPU-hour: {len(rows)} claims, {total}"]
-    if rows:
-        lines += aligned([HEAD, *rows], range(2, len(HEAD)))
-        lines += ["", "to train them:", *(f"  {command}" for command in found["commands"])]
-    if found["open"]:
-        left = [
-            (c["claim"], c["sweep"], hours(c["gpu_hours"]) if "gpu_hours" in c else "-", c["why"])
-            for c in found["open"]
-        ]
-        lines += ["", "what stays open:", *aligned([OPEN_HEAD, *left], [2])]
-    return lines
+    return [
+        "",
+        f"within the budget, by decided claims per GPU-hour: {len(rows) - 1} claims, {total}",
+        *(aligned(rows, range(2, len(HEAD))) if rows[1:] else []),
+        *(["", "to train them:"] if rows[1:] else []),
+        *(f"  {command}" for command in found["commands"]),
+        *(["", "what stays open:", *aligned(left, [2])] if left[1:] else []),
+    ]

@@ -265,7 +265,6 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         speed_error=f"{SPEED_ERROR:.0%}",
         training_share=TRAINING_SHARE,
         verdicts=[(v["name"], c) for v, some in zip(values, costs) for c in some],
-        looks=next((c.seeds_per_look for some in costs for c in some if c.looks), 0),
     )
     lines = [*understood.lines(request), text.rstrip(), *queue_lines(queue)]
     lines += claim_costs.budget_lines(budget["budget"]) if budget else []

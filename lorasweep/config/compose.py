@@ -168,8 +168,14 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     out = config.out and action.of_search and not config.customers
     budget = config.budget
     if budget and not searches and sweep_name and action.name == "plan":
-        _check_claims_budget(budget, hardware)
-        budget = ""
+        amount = parse_budget(budget, 1)
+        if amount and amount.unit == "gpuh" and hardware and from_plain(hardware).has_speeds:
+            budget = ""
+        else:
+            raise SpecError(
+                f"budget={budget}: the claims of a sweep are planned in hours of GPUs with a data "
+                "sheet, for example hardware=h100 budget=500gpuh."
+            )
     if not searches and (budget or out):
         key = "budget" if budget else "out"
         more = ", and for action=adapter, action=advise and action=fleet"
@@ -229,21 +235,6 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     if changes and asked != stated:
         found.changed, found.changes = asked, changes
     return found
-
-
-def _check_claims_budget(budget: str, hardware: dict[str, Any]) -> None:
-    """Raise SpecError unless a budget of claims is in GPU-hours, of GPUs with a data sheet."""
-    asked = parse_budget(budget, 1)
-    if asked is not None and asked.unit != "gpuh":
-        raise SpecError(
-            f"budget={budget}: the claims of a sweep are planned in hours of GPUs, for example "
-            "budget=500gpuh."
-        )
-    if not hardware or not from_plain(hardware).has_speeds:
-        raise SpecError(
-            f"budget={budget}: claims have a price on GPUs with a data sheet only. Add "
-            "hardware=h100, or another one of conf/hardware."
-        )
 
 
 def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point]:

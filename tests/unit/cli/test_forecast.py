@@ -124,10 +124,10 @@ def test_the_printed_commands_train_what_the_budget_pays(command, nowhere):
 
 def test_a_budget_of_claims_is_in_hours_of_gpus_with_a_data_sheet(command):
     wrong = {
-        (*ASKED, "budget=2h"): "planned in hours of GPUs, for example budget=500gpuh",
+        (*ASKED, "budget=2h"): "in hours of GPUs with a data sheet, for example hardware=h100",
         (*ASKED, "budget=40runs"): "budget=500gpuh",
         (*ASKED, "budget=much"): "expected an amount and its unit",
-        ("action=plan", "budget=500gpuh"): "Add hardware=h100",
+        ("action=plan", "budget=500gpuh"): "for example hardware=h100",
         ("budget=500gpuh",): "and for action=plan with +sweep=NAME hardware=h100",
         (*ASKED, "out=DIR"): "out= is for a sweep that searches",
     }
