@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from analysis.inference.decide import look_level, scale_of
 from analysis.inference.estimate import number
 from analysis.inference.gates import MIN_SEEDS
@@ -13,6 +16,8 @@ from analysis.inference.spread import MAX_NEEDED, Part, Spread, needed
 
 FAR = 100.0
 """A margin's end beyond -FAR or FAR counts as open."""
+N_SIMULATED = 4000
+"""Simulated sweeps for a probability; its standard error is then at most 0.008."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,7 @@ def outlook(
         underpowered: the file says that the claim cannot be decided.
     """
     to, level = scale_of(log), look_level(rounds)
-    ends = (
-        (-math.inf if margin[0] <= -FAR else to(margin[0])),
-        (math.inf if margin[1] >= FAR else to(margin[1])),
-    )
-    value = to(expected)
+    ends, value = _ends(margin, log), to(expected)
     room = min(value - ends[0], ends[1] - value)
     base = Outlook(claim, expected, (margin[0], margin[1]), level, log, planned, units, room)
     base = dataclasses.replace(base, underpowered=underpowered)
@@ -118,3 +119,41 @@ def outlook(
     half_width = spread.at(planned, level)[0] if planned > 1 else None
     can_decide = n is not None and n <= planned
     return dataclasses.replace(base, half_width=half_width, needed=n, can_decide=can_decide)
+
+
+def decided_by(
+    expected: float,
+    margin: Sequence[float],
+    sd: float,
+    units: Sequence[int],
+    log: bool = False,
+) -> list[float]:
+    """Return the probability that a claim is decided by each look, if the expected value is true.
+
+    Sweeps are simulated: normal units, and at each look Student's interval of the level of
+    `look_level` over all units so far. Variances are not pooled over samples.
+
+    Args:
+        sd: standard deviation between units (of the logarithm, if log); 0: always decided.
+        units: number of units at each planned look, ascending.
+    """
+    value, (low, high), level = scale_of(log)(expected), _ends(margin, log), look_level(len(units))
+    if sd == 0:
+        return [1.0] * len(units)
+    drawn = np.random.default_rng(20251126).normal(value, sd, (N_SIMULATED, units[-1]))
+    decided, by_look = np.zeros(N_SIMULATED, bool), []
+    for n in units:
+        if n > 1:
+            mean, error = drawn[:, :n].mean(1), drawn[:, :n].std(1, ddof=1) / math.sqrt(n)
+            half = stats.t.ppf(0.5 + level / 2, n - 1) * error
+            inside = (mean - half >= low) & (mean + half <= high)
+            decided |= inside | (mean + half < low) | (mean - half > high)
+        by_look.append(float(decided.mean()))
+    return by_look
+
+
+def _ends(margin: Sequence[float], log: bool) -> tuple[float, float]:
+    """Return the ends of a margin on the scale of errors; open ends are infinite."""
+    low, high = margin
+    to = scale_of(log)
+    return -math.inf if low <= -FAR else to(low), math.inf if high >= FAR else to(high)

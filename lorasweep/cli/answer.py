@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import SpecError, StoreError, unknown
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Sweep
+from lorasweep.sweep.question import Claim, Sweep
 from lorasweep.sweep.replicates import planned_seeds
 
 if TYPE_CHECKING:
@@ -85,6 +85,24 @@ def outlooks(
         )
         found.append((source, decides))
     return found
+
+
+def decided_by(
+    claim: Claim, scale: str, outlook: "Outlook", rounds: int
+) -> tuple[list[int], list[float]]:
+    """Return the seeds at each planned look, and the probability of a decision by each.
+
+    The first look has the planned seeds; action=extend adds up to MAX_NEW_SEEDS for each further
+    one. Both are empty with one look, without a standard deviation, or with other units than seeds.
+    """
+    sd = claim.planned_at(scale).sd
+    if rounds == 1 or not sd or outlook.units != "seeds":
+        return [], []
+    from analysis.inference import design
+    from analysis.measures.next_runs import MAX_NEW_SEEDS
+
+    seeds = [outlook.planned + MAX_NEW_SEEDS * k for k in range(rounds)]
+    return seeds, design.decided_by(claim.expected, claim.margin, sd, seeds, outlook.log)
 
 
 def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json: bool) -> str:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, fleet_costs, tuned, understood
+from lorasweep.cli import answer, claim_costs, fleet_costs, tuned, understood
 from lorasweep.cli.points import all_points, is_search
 from lorasweep.cli.progress import duration, notifier
 from lorasweep.config import preflight
@@ -37,8 +37,8 @@ from lorasweep.sweep.trained import trained_plain, trained_text
 OUTLOOK_RUNS = 2000
 """With more runs, action=plan does not say which claims can be decided, because loading the
 analysis takes longer than planning. The command that starts the runs does say it."""
-SMALLER = ("small", "tiny")
-"""Scales whose standard deviation between seeds is used if a larger scale states none."""
+ENGINE = " with a serving engine*"
+"""End of the name of a row that is not in the total."""
 BASIS = {
     "measured": "from finished runs",
     "calibrated": "from measured step times",
@@ -214,15 +214,19 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
 
 def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
     """Print the cost of sweeps on GPUs, a line for each, without looking at this machine."""
-    planner, found, prices = Forecaster(hardware, request.exec), [], []
+    planner, found, costs = Forecaster(hardware, request.exec), [], []
     for part in request.parts or [request]:
         states = store.states(p.id for p in part.points)
         missing = [p for p in part.points if states[p.id] not in FINAL]
         second = part.sweep.replicate if part.sweep else Replicates()
         found.append(planner.forecast(part.sweep_name or "run", missing, second))
-        prices.append(_prices(part, found[-1]))
+        costs.append(claim_costs.claim_costs(part, missing, planner))
     found.append(planner.total(found))
     values = [forecast_plain(f, request.cluster.work_max) for f in found]
+    budget = {}
+    if request.budget and not is_search(request):
+        every = [cost for some in costs for cost in some]
+        budget = {"budget": claim_costs.within_budget(request, every)}
     queue: dict[str, Any] = {}
     if request.cluster.kind == "slurm" and not request.parts:
         points = without_too_large(request.points, hardware, request.exec)
@@ -237,14 +241,16 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         machine = {name: getattr(hardware, name) for name in ("name", "gpus", "price_per_gpu_h")}
         errors = {"memory": MEMORY_ERROR, "speed": SPEED_ERROR}
         about: dict[str, Any] = {"hardware": machine, "error": errors, "scale": request.scale}
-        sweeps = [{**v, "claims": p} for v, p in zip(values, prices)]
+        sweeps = [{**v, "claims": [c.plain() for c in some]} for v, some in zip(values, costs)]
         if request.described:
             about["understood"] = understood.lines(request)
-        print(json.dumps({**about, "sweeps": sweeps, "total": values[-1], **queue, **fleet}))
+        total = {"total": values[-1]}
+        print(json.dumps({**about, "sweeps": sweeps, **total, **budget, **queue, **fleet}))
         return 0
     from jinja2 import StrictUndefined, Template  # takes a moment to load
 
-    rows = [_row(v) for v in (values if len(values) > 2 else values[:1])]  # one sweep has no total
+    shown = values if len(values) > 2 else values[:1]  # one sweep has no total
+    rows = [row for v in shown for row in _rows(v, v is not values[-1])]
     form = Path(__file__).with_name("templates") / "forecast.txt"
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     text = Template(form.read_text(), undefined=StrictUndefined, **options).render(
@@ -258,9 +264,10 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         memory_error=f"{MEMORY_ERROR:.0%}",
         speed_error=f"{SPEED_ERROR:.0%}",
         training_share=TRAINING_SHARE,
-        verdicts=[(v["name"], p) for v, some in zip(values, prices) for p in some],
+        verdicts=[(v["name"], c) for v, some in zip(values, costs) for c in some],
     )
     lines = [*understood.lines(request), text.rstrip(), *queue_lines(queue)]
+    lines += claim_costs.budget_lines(budget["budget"]) if budget else []
     if is_search(request):
         n = len(found[0].runs)
         busy_s = 3600 * found[0].gpu_hours / n if n else None
@@ -270,33 +277,6 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         lines += ["", *fleet_costs.lines(fleet["fleet"], "in time of one GPU")]
     print("\n".join(lines))
     return 0
-
-
-def _prices(request: Request, found: Forecast) -> list[dict[str, Any]]:
-    """Return for each claim the runs and GPU-hours until a verdict is expected.
-
-    Uses the standard deviation between seeds of this scale, else of the first scale in SMALLER that
-    states one.
-    """
-    if request.sweep is None or not found.runs:
-        return []
-    first, second = found.stage_hours()
-    seeds, runs = len(request.sweep.replicate.seeds), len(found.runs)
-    prices, scales = [], (request.scale, *SMALLER)
-    for scale, outlook in answer.outlooks(request.points, request.sweep, *scales):
-        price: dict[str, Any] = {"claim": outlook.claim, "spread_from": scale}
-        names = ("half_width", "planned", "needed", "units", "can_decide")
-        price |= {name: getattr(outlook, name) for name in names}
-        if outlook.needed is not None and outlook.units == "seeds" and seeds:
-            more = max(0, outlook.needed - 1) / seeds  # one seed is the first stage's
-            price["runs"] = len(found.first) + round(more * (runs - len(found.first)))
-            price["gpu_hours"] = first + more * second
-        elif outlook.needed is not None:
-            share = outlook.needed / max(1, outlook.planned)
-            price["runs"] = round(share * runs)
-            price["gpu_hours"] = share * (first + second)
-        prices.append(price)
-    return prices
 
 
 def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
@@ -330,6 +310,7 @@ def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
         "gpu_hours_of_sampling": sum(
             hours_of(k, where, n) * where.sampling_s / where.seconds for k, where, n in placed
         ),
+        "gpu_hours_with_serving_engine": found.served_hours(),
         # on all GPUs of the hardware, or on the GPUs of the largest run if these are more
         "days": found.gpu_hours / 24 / max(hardware.gpus, largest),
         "cost_usd": cost(found.gpu_hours),
@@ -351,22 +332,32 @@ def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
     }
 
 
-def _row(values: dict[str, Any]) -> tuple[str, ...]:
+def _rows(values: dict[str, Any], with_engine: bool) -> list[tuple[str, ...]]:
+    """Return a forecast's row, and if it samples one with a serving engine."""
+
     def ends(key: str) -> str:
         if values[key] is None:
             return "-"
         low, high = (f"{value:,.0f}" for value in values[key])
         return low if low == high else f"{low} to {high}"
 
-    memory, cost = values["memory_gib"], values["cost_usd"]
-    return (
+    def costs(share: float) -> tuple[str, str, str]:
+        hours, days, usd = (values[key] for key in ("gpu_hours", "days", "cost_usd"))
+        dollars = "-" if usd is None else f"{share * usd:,.0f}"
+        return f"{share * hours:,.0f}", f"{share * days:.1f}", dollars
+
+    memory, hours = values["memory_gib"], values["gpu_hours"]
+    row = (
         values["name"],
         *(f"{values[key]:,}" for key in ("runs", "packs", "jobs")),
         *(ends(key) for key in ("gpus_a_run", "micro_batch")),
         "-" if memory is None else f"{memory:.0f}",
         *(f"{values[key]:.2g}" for key in ("tokens", "flops")),
         ends("tokens_s"),
-        f"{values['gpu_hours']:,.0f}",
-        f"{values['days']:.1f}",
-        "-" if cost is None else f"{cost:,.0f}",
+        *costs(1),
     )
+    if not with_engine or not values["gpu_hours_of_sampling"]:
+        return [row]
+    served = costs(values["gpu_hours_with_serving_engine"] / hours)
+    blank = ("",) * (len(HEAD) - 1 - len(served))
+    return [row, (f"{values['name']}{ENGINE}", *blank, *served)]

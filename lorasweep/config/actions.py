@@ -43,7 +43,8 @@ ACTIONS: dict[str, Action] = {
         ),
         Action(
             "plan",
-            "show what would run and what it costs, here or on other machines (conf/hardware)",
+            "show what would run and what it costs, here or on other machines (conf/hardware). "
+            "budget=500gpuh: which claims to ask first, and what stays open",
             "hardware=h100",
             reads=("hardware", "out"),
             of_search=True,

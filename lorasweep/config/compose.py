@@ -166,9 +166,20 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     }
     searches = sweep_name is not None and config.sweep.search is not None
     out = config.out and action.of_search and not config.customers
-    if not searches and (config.budget or out):
-        key = "budget" if config.budget else "out"
-        more = "" if config.budget else ", and for action=adapter, action=advise and action=fleet"
+    budget = config.budget
+    if budget and not searches and sweep_name and action.name == "plan":
+        amount = parse_budget(budget, 1)
+        if amount and amount.unit == "gpuh" and hardware and from_plain(hardware).has_speeds:
+            budget = ""
+        else:
+            raise SpecError(
+                f"budget={budget}: the claims of a sweep are planned in hours of GPUs with a data "
+                "sheet, for example hardware=h100 budget=500gpuh."
+            )
+    if not searches and (budget or out):
+        key = "budget" if budget else "out"
+        more = ", and for action=adapter, action=advise and action=fleet"
+        more = ", and for action=plan with +sweep=NAME hardware=h100" if budget else more
         raise SpecError(
             f"{key}= is for a sweep that searches learning rates, such as +sweep=tune{more}. "
             f"{f'Sweep {sweep_name!r}' if sweep_name else 'This command'} searches none. Leave "

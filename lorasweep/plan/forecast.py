@@ -15,10 +15,12 @@ from lorasweep.plan.load import mean_length
 from lorasweep.plan.packing import GPU_SIZES
 from lorasweep.plan.placement import FORWARD_TOKENS, Misfit, Placement, place
 from lorasweep.plan.throughput import Shape, shape_of
+from lorasweep.plan.time import served_sampling_s
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
-from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Replicates
+from lorasweep.sweep.replicates import expected_second_stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +51,9 @@ class Forecast:
     name: str
     hardware: Hardware
     runs: dict[str, Kind]
-    """Run id -> kind. The keys of second-stage runs consist of curve, seed and number."""
-    first: frozenset[str] = frozenset()
-    """Keys of the runs of the first stage."""
+    """Run id -> kind. Second-stage runs have the learning rates of `expected_second_stage`."""
+    stages: tuple[frozenset[str], ...] = ()
+    """Ids of the runs of the first stage, then of those that each fresh seed adds."""
 
     def counts(self) -> Counter[Kind]:
         """Count the runs of each kind."""
@@ -97,10 +99,25 @@ class Forecast:
         """Training tokens of the runs that are trained."""
         return sum(n * where.tokens / kind.pack_size for kind, where, n in self.placed())
 
-    def stage_hours(self) -> tuple[float, float]:
-        """Return the GPU-hours of the first stage and of the second."""
-        first = replace(self, runs={k: v for k, v in self.runs.items() if k in self.first})
-        return first.gpu_hours, self.gpu_hours - first.gpu_hours
+    def with_fresh(self, n: int) -> "Forecast":
+        """Return the part of the first stage and of the first `n` fresh seeds."""
+        stages = self.stages[: 1 + n]
+        return replace(self, runs={i: self.runs[i] for s in stages for i in s}, stages=stages)
+
+    def hours_by_run(self) -> dict[str, float]:
+        """Return run id -> GPU-hours, of the runs that are trained."""
+        each = {kind: hours_of(kind, where, 1) for kind, where, _ in self.placed()}
+        return {i: each[kind] for i, kind in self.runs.items() if kind in each}
+
+    def served_hours(self) -> float:
+        """Return the least GPU-hours if a serving engine on the same GPUs sampled completions."""
+        total = 0.0
+        for kind, where, n in self.placed():
+            gpus = where.layout.gpus
+            engine = kind.pack_size * served_sampling_s(kind.spec, self.hardware, gpus)
+            seconds = where.seconds - where.sampling_s + engine
+            total += hours_of(kind, where, n) * seconds / where.seconds
+        return total
 
 
 def hours_of(kind: Kind, where: Placement, n: int) -> float:
@@ -118,19 +135,10 @@ class Forecaster:
 
     def forecast(self, name: str, points: Sequence[Point], second: Replicates) -> Forecast:
         """Forecast a sweep: its grid, and the fresh seeds of its second stage."""
-        runs = {p.id: self.kind(p.spec) for p in points}
-        first = frozenset(runs)
-        curves: dict[tuple[str, str], list[Point]] = {}
-        for p in points:
-            if not second.arms or p.arm in second.arms:
-                curves.setdefault(curve_key(p), []).append(p)
-        # the learning rates of fresh seeds are not known yet, but the number of them is
-        for (_, curve), some in curves.items():
-            n_lrs = min(second.n_lrs, len({p.spec.lr for p in some}))
-            for seed in sorted(set(second.seeds) - {p.spec.seed for p in some}):
-                kind = self.kind(some[0].spec)
-                runs |= {f"{curve} {seed} {number}": kind for number in range(n_lrs)}
-        return Forecast(name, self.hardware, runs, first)
+        fresh = expected_second_stage(points, second)
+        runs = {p.id: self.kind(p.spec) for p in (*points, *fresh)}
+        seeds = [frozenset(p.id for p in fresh if p.spec.seed == s) for s in second.seeds]
+        return Forecast(name, self.hardware, runs, (frozenset(p.id for p in points), *seeds))
 
     def total(self, parts: Iterable[Forecast]) -> Forecast:
         """Return the sum of forecasts; shared runs count once."""

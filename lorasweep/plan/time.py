@@ -213,3 +213,14 @@ def served_s(
     products = 2.0 * model.n_active_params / (gpus * _products_flops_s(hardware, "bf16"))
     prefill_s = products * prompt * completions / group
     return completions / rows * completion * max(reads, products * rows) + prefill_s
+
+
+def served_sampling_s(spec: RunSpec, hardware: Hardware, gpus: int) -> float:
+    """Return the `served_s` of all completions of a run: of its updates and its evaluations."""
+    draws = [(spec.steps, spec.batch_size, spec.group_size)] if spec.max_new_tokens else []
+    draws += [(1, completions, 1) for completions in evaluated_completions(spec)]
+    lengths = (prompt_tokens(spec), completion_tokens(spec))
+    return sum(
+        n * served_s(spec.model, hardware, gpus, completions, group, *lengths)
+        for n, completions, group in draws
+    )

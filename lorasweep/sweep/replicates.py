@@ -40,6 +40,23 @@ def second_stage(
     return [p for p in extra.values() if p.id not in known]
 
 
+def expected_second_stage(points: Sequence[Point], replicate: Replicates) -> list[Point]:
+    """Return the second stage if each optimum is in the middle of its curve's learning rates.
+
+    Used for plans: which learning rates get fresh seeds is not known before the first stage ends.
+    """
+    tried: dict[tuple[str, str], set[float]] = {}
+    for p in points:
+        tried.setdefault(curve_key(p), set()).add(p.spec.lr)
+    ranks = {key: {lr: k for k, lr in enumerate(sorted(lrs))} for key, lrs in tried.items()}
+    from_middle = {
+        p.id: abs(of_curve[p.spec.lr] - (len(of_curve) - 1) / 2)
+        for p in points
+        for of_curve in (ranks[curve_key(p)],)
+    }
+    return second_stage(points, replicate, from_middle.get)
+
+
 def lrs_around_optimum(losses: dict[float, float], n: int) -> list[float]:
     """Return `n` neighbouring learning rates around the best one; empty if no loss is finite.
 

@@ -1,9 +1,13 @@
 """The plan for a cluster's GPUs: text and JSON, whatever machine it is made on."""
 
 import json
+import re
 
 import pytest
 
+from analysis.inference import gates
+from analysis.measures import next_runs
+from lorasweep.cli import claim_costs
 from lorasweep.plan import detect
 from tests.world import ROOT
 
@@ -73,3 +77,90 @@ def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere
     assert needed == [(1, 1, 1), (1, 4, 1)]
     assert plan["queue"]["to_submit"] <= plan["sweeps"][0]["runs"]
     assert "CPU core(s), 4 GPU(s)" in command(*CLUSTER, "action=plan").stdout
+
+
+# ---------------------------------------------------------------- claims within a budget
+
+SHARED = ("+sweep=study", "sweep.parts=[compute,short_runs,layers,capacity]", "scale=paper")
+ASKED = ("action=plan", "hardware=h100", "format=json")
+
+
+def planned(command, *args):
+    return json.loads(command(*args, *ASKED).stdout)
+
+
+def test_a_budget_buys_claims_of_several_sweeps_and_shared_runs_once(command, nowhere):
+    found = planned(command, *SHARED, "budget=1000gpuh")
+    budget = found["budget"]
+    chosen, used = budget["chosen"], budget["used"]
+    assert sum(c["gpu_hours"] for c in chosen) == pytest.approx(used) and 500 < used <= 1000
+    assert chosen[-1]["cumulative_gpu_hours"] == used
+    assert [c["claim"] for c in chosen[:2]] == ["no_leak", "two_bits"]
+    alone = {(s["name"], c["claim"]): c for s in found["sweeps"] for c in s["claims"]}
+    shared = next(c for c in chosen if c["claim"] == "same_movement")  # most of it is in `compute`
+    price = alone["short_runs", "same_movement"]
+    assert shared["gpu_hours"] < 0.7 * price["gpu_hours"] and shared["runs"] < price["runs"]
+    left = {c["claim"]: c for c in budget["open"]}
+    assert {c["claim"] for c in chosen} | set(left) == {claim for _, claim in alone}
+    assert left["attention_worse"]["why"] == "over budget"
+    assert left["attention_worse"]["gpu_hours"] + used > 1000
+    assert "no number of seeds" in left["trace"]["why"] and "gpu_hours" not in left["trace"]
+
+
+def test_the_printed_commands_train_what_the_budget_pays(command, nowhere):
+    found = planned(command, *BATCHES, "budget=600gpuh")["budget"]
+    assert [c["claim"] for c in found["chosen"]] == ["penalty"]
+    (line,) = found["commands"]
+    assert "'sweep.replicate.seeds=[1,2]'" in line and "cluster=slurm hardware=h100" in line
+    words = [w.strip("'") for w in line.split()[3:] if not w.startswith(("cluster=", "hardware="))]
+    again = planned(command, *words)["total"]
+    assert again["gpu_hours"] == pytest.approx(found["used"])
+    assert again["runs"] == found["chosen"][0]["runs"]
+    text = command(*BATCHES, "action=plan", "hardware=h100", "budget=600gpuh").stdout
+    assert "1 claims, 573 of 600 GPU-hours" in text and line in text
+    assert re.search(r"^below_32 +batch_size +- +no number of seeds", text, re.MULTILINE)
+    assert "serving engine" not in text
+
+
+def test_a_budget_of_claims_is_in_hours_of_gpus_with_a_data_sheet(command):
+    wrong = {
+        (*ASKED, "budget=2h"): "in hours of GPUs with a data sheet, for example hardware=h100",
+        (*ASKED, "budget=40runs"): "budget=500gpuh",
+        (*ASKED, "budget=much"): "expected an amount and its unit",
+        ("action=plan", "budget=500gpuh"): "for example hardware=h100",
+        ("budget=500gpuh",): "and for action=plan with +sweep=NAME hardware=h100",
+        (*ASKED, "out=DIR"): "out= is for a sweep that searches",
+    }
+    for args, message in wrong.items():
+        done = command(*BATCHES, *args)
+        assert done.returncode == 2 and message in done.stderr, (args, done.stderr)
+
+
+def test_several_looks_have_an_expected_cost_and_one_look_has_none(command, nowhere):
+    assert claim_costs.N_AROUND == next_runs.N_AROUND and claim_costs.MIN_SEEDS == gates.MIN_SEEDS
+    experts = ("+sweep=experts", "scale=paper")
+    found = planned(command, *experts)["sweeps"][0]
+    claim = next(c for c in found["claims"] if c["claim"] == "all_experts")
+    first, last = claim["looks"]
+    assert (first["seeds"], last["seeds"]) == (4, 4 + next_runs.MAX_NEW_SEEDS)
+    assert first["gpu_hours"] == pytest.approx(found["gpu_hours"])
+    more = planned(command, *experts, f"sweep.replicate.seeds={[*range(101, 109)]}")["sweeps"][0]
+    assert last["gpu_hours"] == pytest.approx(more["gpu_hours"])
+    assert 0.5 < first["decided"] < last["decided"]
+    extra = (1 - first["decided"]) * (last["gpu_hours"] - first["gpu_hours"])
+    assert claim["expected_gpu_hours"] == pytest.approx(first["gpu_hours"] + extra)
+    assert not any("looks" in c for c in planned(command, *BATCHES)["sweeps"][0]["claims"])
+
+
+def test_sampling_by_a_serving_engine_has_a_row_that_is_not_in_the_total(command, nowhere):
+    study = ("+sweep=study", "sweep.parts=[rl,capacity]", "scale=paper", "budget=1gpuh")
+    found = planned(command, *study)
+    rl, total = found["sweeps"][0], found["total"]
+    rest = rl["gpu_hours"] - rl["gpu_hours_of_sampling"]
+    assert rest < rl["gpu_hours_with_serving_engine"] < rl["gpu_hours"] / 3
+    assert total["gpu_hours"] == pytest.approx(sum(s["gpu_hours"] for s in found["sweeps"]))
+    text = command(*study, *ASKED[:2]).stdout
+    (row,) = [line for line in text.splitlines() if line.startswith("rl with a serving engine*")]
+    assert row.split()[-3] == f"{rl['gpu_hours_with_serving_engine']:,.0f}"
+    assert "* not built in, and not in the total" in text
+    assert re.search(r"^rank_1 +rl +166,... +over budget", text, re.MULTILINE)

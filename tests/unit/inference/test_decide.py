@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.inference.decide import holm, judge, look_level, p_value
-from analysis.inference.design import outlook
+from analysis.inference.decide import at_level, holm, judge, look_level, p_value
+from analysis.inference.design import decided_by, outlook
 from analysis.inference.estimate import Estimate, from_draws
 from analysis.inference.gates import REMEDIES, Gate, GateCode
 from analysis.inference.meta import meta_regression, within_groups
@@ -117,6 +117,45 @@ def test_the_seeds_that_are_named_decide_in_four_cases_of_five(sd, margin, round
     if found.needed >= 8:
         assert 0.77 < share[0] < 0.88
     assert found.can_decide == (found.needed <= 6)
+
+
+def test_one_look_decides_with_the_power_of_students_test():
+    """Supported below one end of a margin: a noncentral t; an exact value decides at once."""
+    for n, room, sd in ((3, 1.0, 0.3), (4, 1.0, 0.5), (9, 1.0, 1.0)):
+        power = stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, room * math.sqrt(n) / sd)
+        assert decided_by(0, [-1000, room], sd, [n])[0] == pytest.approx(power, abs=0.03)
+    assert decided_by(0, [-1, 1], 0, [1, 2]) == [1, 1]
+    assert decided_by(0, [-1, 1], 0.01, [1, 4])[0] == 0  # one value has no interval
+
+
+@pytest.mark.parametrize(
+    ("expected", "margin", "sd", "units", "log"),
+    [
+        (0, [-1, 1], 0.5, [4, 9], False),
+        (-0.01, [-100, 0], 0.006, [3, 5, 7], False),
+        (0.9, [-1, 0.5], 0.3, [4, 9], False),  # to be refuted
+        (10, [7.1, 14.1], 0.3, [3, 8], True),
+        (0, [-100, 0], 0.5, [3, 5, 7, 9], False),  # on the end: decided by errors, together 5%
+    ],
+)
+def test_the_expected_look_is_that_of_simulated_sweeps(expected, margin, sd, units, log):
+    rng, level, at_look = np.random.default_rng(7), look_level(len(units)), []
+    for _ in range(400):
+        x = (np.log(expected) if log else expected) + sd * rng.standard_normal(units[-1])
+        x = np.exp(x) if log else x
+        intervals = [at_level(from_sample(list(x[:n]), log), level).interval for n in units]
+        inside = [margin[0] <= low and high <= margin[1] for low, high in intervals]
+        outside = [high < margin[0] or low > margin[1] for low, high in intervals]
+        decided = np.flatnonzero(np.logical_or(inside, outside))
+        at_look.append(decided[0] if len(decided) else len(units))
+    by = np.array(decided_by(expected, margin, sd, units, log))
+    simulated = np.array([np.mean(np.array(at_look) <= k) for k in range(len(units))])
+    assert by == pytest.approx(simulated, abs=0.08) and (np.diff(by) >= 0).all()
+    stop = units[0] + np.diff(units) @ (1 - by[:-1])  # expected units until the sweep stops
+    each = [units[min(k, len(units) - 1)] for k in at_look]
+    assert stop == pytest.approx(np.mean(each), abs=4 * np.std(each) / 20 + 0.03)
+    if expected == margin[1]:
+        assert by[-1] < 0.07
 
 
 def test_the_interval_to_expect_is_the_one_that_the_seeds_give():

@@ -198,8 +198,9 @@ def test_fresh_seeds_of_the_second_stage_are_counted_once():
     runs = points("fullft", FullFT()) + points("lora", LoRA(rank=16), seeds=(0, 1))
     found = forecast(runs, Replicates(seeds=[1, 2], n_lrs=2))
     assert found.n_runs == 9 + 2 * 2 + 1 * 2  # the adapters have seed 1 at every rate already
-    first, second = found.stage_hours()
-    assert first + second == pytest.approx(found.gpu_hours) and second > 0
+    assert [found.with_fresh(n).n_runs for n in (0, 1, 2)] == [9, 11, 15]
+    hours = found.with_fresh(1).hours_by_run()
+    assert sum(hours.values()) == pytest.approx(found.with_fresh(1).gpu_hours)
     one_arm = forecast(runs, Replicates(seeds=[1, 2], n_lrs=9, arms=["fullft"]))
     assert one_arm.n_runs == 9 + 3 * 2
 
@@ -212,6 +213,18 @@ def test_runs_that_sweeps_share_count_once_in_a_total():
     total = made.total([one, one, two])
     assert total.n_runs == one.n_runs + two.n_runs == 8
     assert total.gpu_hours == pytest.approx(one.gpu_hours + two.gpu_hours)
+
+
+def test_a_run_of_one_sweeps_grid_and_of_anothers_second_stage_counts_once_in_a_total():
+    made = Forecaster(card(), Exec())
+    seeds = made.forecast("seeds", points("lora", LoRA(rank=16), seeds=(0, 1)), Replicates())
+    second = made.forecast(
+        "second", points("other", LoRA(rank=16)), Replicates(seeds=[1, 2], n_lrs=1)
+    )
+    assert (seeds.n_runs, second.n_runs) == (6, 5)
+    total = made.total([seeds, second])
+    assert total.n_runs == 7  # of `second` only seed 2 at the middle learning rate is new
+    assert total.gpu_hours == pytest.approx(seeds.gpu_hours * 7 / 6)
 
 
 def test_small_batches_train_in_packs_over_one_base():
@@ -380,6 +393,22 @@ def test_a_rewarded_run_samples_learns_and_is_evaluated():
     assert found.seconds == pytest.approx(spec.steps * found.step_s + evaluation)
     assert found.sampling_s == pytest.approx(spec.steps * found.step["sampling"] + evaluation)
     assert place([given(spec)], card()).sampling_s == 0
+
+
+def test_a_serving_engine_takes_the_place_of_sampling_only():
+    spec = gsm8k()
+    found = forecast([Point("lora", spec)])
+    ((_, where, _),) = found.placed()
+    length = {"prompt": (768 - 256) * 0.4, "completion": 256 * 0.4}
+    draws = [(spec.batch_size, spec.group_size)] * spec.steps
+    draws += [(n, 1) for n in evaluated_completions(spec)]
+    engine = sum(
+        time.served_s(spec.model, card(), where.layout.gpus, *draw, **length) for draw in draws
+    )
+    least = (where.seconds - where.sampling_s + engine) * where.layout.gpus / 3600
+    assert found.served_hours() == pytest.approx(least) and least < 0.7 * found.gpu_hours
+    supervised = forecast([Point("lora", given(spec))])
+    assert supervised.served_hours() == pytest.approx(supervised.gpu_hours)
 
 
 def test_the_plan_of_the_studys_rewards_says_what_sampling_takes(command):
