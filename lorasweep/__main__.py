@@ -43,8 +43,13 @@ def main() -> None:
 
     compose.register(help_template)
     main_of = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-    # SIGTERM acts like Ctrl-C: workers write a checkpoint, then stop
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # signals act like Ctrl-C: workers write a checkpoint, then stop
+    if "LORASWEEP_JOB" in os.environ:
+        from lorasweep.launch.slurm.job import Signals
+
+        Signals()
+    else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     # so that errors reach the handlers below; otherwise Hydra prints them and exits
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if Path(sys.argv[0]).name == "__main__.py":

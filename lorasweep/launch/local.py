@@ -24,7 +24,8 @@ from typing import Any
 from lorasweep.errors import StoreError, TrainingError
 from lorasweep.launch.out_of_memory import Limits, Shortage
 from lorasweep.launch.pack import execute
-from lorasweep.launch.process import StopFlag, Stopped, worker_environment
+from lorasweep.launch.process import THREAD_VARIABLES, StopFlag, Stopped, worker_environment
+from lorasweep.launch.slurm.container import Container
 from lorasweep.launch.trainer import Report, Trainer
 from lorasweep.launch.worker import STOPPED, skipped
 from lorasweep.plan import detect
@@ -43,7 +44,7 @@ SRUN_STOP = signal.SIGUSR2
 """Stop signal for srun, which passes it to all processes and waits for them. At SIGTERM srun would
 kill them at once."""
 SRUN_KILLED = 128
-"""If a signal kills a process, srun exits with this number plus the number of the signal."""
+"""If a signal kills a process, srun and apptainer exit with this plus the signal's number."""
 
 
 def run_points(
@@ -55,6 +56,7 @@ def run_points(
     patience_s: float = math.inf,
     skip: str | None = None,
     n_nodes: int = 1,
+    container: Container | None = None,
     plan: Plan | None = None,
     workers: "Workers | None" = None,
 ) -> None:
@@ -65,6 +67,7 @@ def run_points(
     `patience_s`: seconds without progress after which to return, if only other processes train.
     `skip`: file of run ids that must not be started.
     `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
+    `container`: the workers run inside it.
     `plan`: plan of these points on this machine, if it was just made.
     `workers`: processes of an earlier call with the same `exec_`, to be used again.
     Raises Stopped after Ctrl-C, or after a signal that stopped the workers.
@@ -73,7 +76,8 @@ def run_points(
     limits = Limits()
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
-    with nullcontext(workers) if workers else Workers(store, exec_.world_size, n_nodes) as pool:
+    new = Workers(store, exec_.world_size, n_nodes, container)
+    with nullcontext(workers) if workers else new as pool:
         while True:
             unwanted = skipped(skip) | tried
             now, plan = plan, None
@@ -185,10 +189,17 @@ class Workers:
     A context manager: at its end all workers end. Their stderr is in the file `log`.
     """
 
-    def __init__(self, store: RunStore, world_size: int = 1, n_nodes: int = 1) -> None:
+    def __init__(
+        self,
+        store: RunStore,
+        world_size: int = 1,
+        n_nodes: int = 1,
+        container: Container | None = None,
+    ) -> None:
         """Set up; no process starts before the first job."""
         self.log = store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.log"
-        self._world_size, self._nodes = world_size, n_nodes
+        self._world_size, self._nodes, self._container = world_size, n_nodes, container
+        self._by_srun = n_nodes > 1 or bool(container and container.by_srun)
         self._share: tuple[int, int] | None = None
         self._groups: dict[int, list[subprocess.Popen]] = {}
         self._busy: set[subprocess.Popen] = set()
@@ -235,35 +246,46 @@ class Workers:
     def _start(self, k: int, job: list[str]) -> None:
         """Start worker `k`.
 
-        On several nodes, srun starts a worker as a job step, with equally many processes on each
-        node. The job survives a failed step. A process sees all GPUs of its node and takes the one
-        with number LOCAL_RANK.
+        On several nodes, and with pyxis, srun starts a worker as a job step, with equally many
+        processes on each node. The job survives a failed step. On several nodes a process sees all
+        GPUs of its node and takes the one with number LOCAL_RANK.
         """
         assert self._share is not None
-        (shares, threads), size, srun = self._share, self._world_size, ""
-        environments = [devices_of(k, shares)]
-        if self._nodes > 1:
-            srun = (
-                f"srun --overlap --nodes={self._nodes} --ntasks={size} "
-                f"--ntasks-per-node={size // self._nodes} --distribution=block "
-                f"--wait={LAST_S:.0f} --kill-on-bad-exit=0 --export=ALL --unbuffered"
-            )
-            environments = [_address(socket.gethostname(), size)]
+        (shares, threads), size, start = self._share, self._world_size, [sys.executable]
+        environments = [devices_of(k, shares)] if self._nodes == 1 else [{}]
+        if self._by_srun and size > 1:
+            environments[0] |= _address(socket.gethostname(), size)
         elif size > 1:
             shared = {**environments[0], **_address("127.0.0.1", size)}
             ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
             environments = [{**shared, **rank} for rank in ranks]
-        worker = [sys.executable, "-m", "lorasweep.launch.worker", *job, str(k)]
+        worker = ["-m", "lorasweep.launch.worker", *job, str(k)]
         jobs = subprocess.PIPE if size == 1 else subprocess.DEVNULL
         group = self._groups[k] = []
         with open(self.log, "ab") as errors:
             pipes: Any = {"stdin": jobs, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
             for more in environments:
                 env = {**worker_environment(threads), **more}
-                group.append(subprocess.Popen([*srun.split(), *worker], env=env, **pipes))
+                if self._container:
+                    start = self._container.python(env, (*THREAD_VARIABLES, *more))
+                group.append(subprocess.Popen([*self._srun(), *start, *worker], env=env, **pipes))
         self._busy.update(group)
         for process in group:
             threading.Thread(target=self._read, args=(process, group), daemon=True).start()
+
+    def _srun(self) -> list[str]:
+        """Return the words that start a worker as a job step; empty if this process starts it."""
+        if not self._by_srun:
+            return []
+        size = self._world_size
+        srun = (
+            f"srun --overlap --nodes={self._nodes} --ntasks={size} "
+            f"--ntasks-per-node={size // self._nodes} --distribution=block "
+            f"--wait={LAST_S:.0f} --kill-on-bad-exit=0 --export=ALL --unbuffered"
+        )
+        if self._nodes == 1:  # the job's other processes, on the same cores, are one task
+            srun += f" --cpus-per-task={max(1, detect.cores() // size)}"
+        return [*srun.split(), *(self._container.srun() if self._container else ())]
 
     def _read(self, process: subprocess.Popen, group: list[subprocess.Popen]) -> None:
         """Queue the events of a process. When process 0 ended or a process failed, end `group`."""
@@ -315,7 +337,7 @@ class Workers:
             if codes != [None]:  # it has ended: all its processes have
                 del self._groups[k]
             known = [c or 0 for c in codes]
-            if self._nodes > 1:
+            if self._by_srun or self._container:
                 known = [SRUN_KILLED - c if c > SRUN_KILLED else c for c in known]
             first, *rest = known
             found.append(first if first >= 0 else max((first, *rest)))
@@ -324,7 +346,7 @@ class Workers:
     def stop(self) -> None:
         """Let all workers finish their update, write a checkpoint and exit."""
         for process in (p for group in self._groups.values() for p in group if p.poll() is None):
-            process.send_signal(SRUN_STOP if self._nodes > 1 else signal.SIGTERM)
+            process.send_signal(SRUN_STOP if self._by_srun else signal.SIGTERM)
         self._end(list(self._groups))
 
     def _end(self, numbers: Iterable[int]) -> None:

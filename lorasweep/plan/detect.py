@@ -88,8 +88,14 @@ def devices() -> tuple[str, ...]:
 
 @cache
 def gpus() -> tuple[Gpu, ...]:
-    """List the GPUs in CUDA_VISIBLE_DEVICES; none without nvidia-smi or with a torch for CPUs."""
-    if shutil.which("nvidia-smi") is None or metadata.version("torch").endswith("+cpu"):
+    """List the GPUs in CUDA_VISIBLE_DEVICES; none without nvidia-smi or with a torch for CPUs.
+
+    In a job that trains inside a container, this environment's torch does not count.
+    """
+    trains_here = "LORASWEEP_CONTAINER" not in os.environ
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    if trains_here and metadata.version("torch").endswith("+cpu"):
         return ()
     fields = "--query-gpu=index,uuid,name,memory.total"
     command = ["nvidia-smi", fields, "--format=csv,noheader,nounits"]

@@ -123,8 +123,16 @@ class Cluster:
     """Time limit of the follow-up job in minutes."""
     follow_partition: str | None = None
     """Partition of the follow-up job, if `partition` takes no jobs without GPUs. None: the same."""
+    container: str | None = None
+    """Image in which jobs train: a .sqsh or .sif file, or an image's name for pyxis, such as
+    nvcr.io#nvidia/pytorch:25.06-py3. Its `python3` has lorasweep's dependencies. None: none."""
+    container_kind: str | None = None
+    """pyxis (an option of srun) or apptainer. None: apptainer for a .sif file, otherwise pyxis."""
+    container_mounts: list[str] = field(default_factory=list)
+    """More folders to see inside, FOLDER or FOLDER:FOLDER_INSIDE. The run folder, reports, models,
+    data, the hub's cache and the current folder are there at their own paths."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines at the start of a job, such as `module load ...`."""
+    """Shell lines at the start of a job, outside a container, such as `module load ...`."""
     options: dict[str, str] = field(default_factory=dict)
     """More sbatch options, by name without dashes. Write "true" for an option without a value."""
     submit: bool = True

@@ -23,6 +23,7 @@ SLURM = {
     "partition": "SLURM_JOB_PARTITION",
     "restart": "SLURM_RESTART_COUNT",
     "gpus": "CUDA_VISIBLE_DEVICES",
+    "container": "LORASWEEP_CONTAINER",
 }
 """Recorded fact about a Slurm job -> environment variable."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ClusterError, unknown
+from lorasweep.launch.slurm.container import inside
 from lorasweep.spec.execution import Cluster
 
 ENDED = {
@@ -132,6 +133,12 @@ def run(*command: str) -> str:
 
 def require() -> None:
     """Check that jobs can be submitted from this machine; raise ClusterError if not."""
+    if found := inside():
+        raise ClusterError(
+            f"this command runs inside a container ({found}). Jobs and the follow-up job start "
+            "outside, with the Python that submits them, and this Python is not there. Run the "
+            "command on the login node outside; cluster.container=IMAGE names the image for jobs."
+        )
     conf = os.environ.get("SLURM_CONF")
     if conf and not Path(conf).is_file():  # each command would fail only after a minute
         raise ClusterError(
@@ -144,9 +151,11 @@ def require() -> None:
 
 
 def _no_slurm(*lacking: str) -> ClusterError:
+    files = [path for path in ("/.dockerenv", "/run/.containerenv") if Path(path).exists()]
+    where = f" This is a container ({files[0]}); run the command outside." if files else ""
     return ClusterError(
-        f"no Slurm here ({', '.join(lacking)} not on the PATH). Run the command on the cluster's "
-        "login node, or use this machine with cluster=local."
+        f"no Slurm here ({', '.join(lacking)} not on the PATH).{where} Run the command on the "
+        "cluster's login node, or use this machine with cluster=local."
     )
 
 

@@ -4,6 +4,7 @@
 
     {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these runs
     {"follow": REQUEST.json, "command": [...], "idle": n, "finished": n}   follow up on a sweep
+    {"arguments": [...], "requeues": n}                                    run a command
 
 A job may be killed at any time and start again on another node: runs resume from checkpoints. At
 its time limit a job requeues itself. After preemption, Slurm decides whether to requeue the job.
@@ -25,6 +26,7 @@ from lorasweep.errors import ClusterError, LorasweepError
 from lorasweep.launch import local
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm import client, submissions
+from lorasweep.launch.slurm.container import Container
 from lorasweep.launch.worker import skipped
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
@@ -71,6 +73,10 @@ def run(path: str) -> None:
     try:
         if "follow" in task:
             return _follow([sys.executable, *task["command"], path])
+        if "arguments" in task:
+            if code := _command(task["arguments"], container_from(task)):
+                raise LorasweepError(f"the command ended with status {code}: see above.")
+            return
         _train(task)
         if submission := submissions.read(Path(path).parent.parent):
             with suppress(ClusterError):
@@ -114,28 +120,52 @@ def _train(task: dict[str, Any]) -> None:
             _print(json.dumps(event))
 
     n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
-    local.run_points(left, store, exec_, report, trainer, PATIENCE_S, skip, n_nodes)
+    inside = container_from(task)
+    local.run_points(left, store, exec_, report, trainer, PATIENCE_S, skip, n_nodes, inside)
     counts = Counter(store.states(p.id for p in left).values())
     _print("over: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
 
 
-def _follow(command: list[str]) -> None:
-    """Run the follow-up command in a separate process, and stop it cleanly after a signal."""
-    for pause in (*FOLLOW_PAUSES_S, None):
-        process = subprocess.Popen(command)
+def _call(command: list[str]) -> int:
+    """Run a command in a separate process, and stop it cleanly after a signal; return its status.
+
+    The command must handle USR2, which srun passes on (see `local.SRUN_STOP`).
+    """
+    process = subprocess.Popen(command)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGUSR2)  # it may hold a lock, or not have recorded an sbatch
         try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.terminate()  # it may hold a lock, or not have recorded an sbatch yet
-            try:
-                process.wait(CLOSE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
+            process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    if code < 0 or code == INTERRUPTED:
+        time.sleep(LISTEN_S)  # the signal also reaches this process, and stops it here
+    return code
+
+
+def _command(arguments: list[str], container: Container | None) -> int:
+    """Run a command of lorasweep, inside the container if there is one; return its status."""
+    if container is None:
+        return _call([sys.executable, *arguments])
+    srun = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--unbuffered", *container.srun()]
+    python = container.python(os.environ, ("CUDA_VISIBLE_DEVICES",))
+    return _call([*(srun if container.by_srun else ()), *python, *arguments])
+
+
+def container_from(task: dict[str, Any]) -> Container | None:
+    """Return the container of a task; None without."""
+    return Container(**task["container"]) if task.get("container") else None
+
+
+def _follow(command: list[str]) -> None:
+    """Run the follow-up command, up to five times if it asks to be tried again."""
+    for pause in (*FOLLOW_PAUSES_S, None):
+        code = _call(command)
         if code == 0:
             return
-        if code < 0 or code == INTERRUPTED:
-            time.sleep(LISTEN_S)  # the signal also reaches this process, and stops it here
         if code != TRY_AGAIN or pause is None:
             raise LorasweepError(f"the follow-up command ended with status {code}: see above.")
         _print(f"next try in {pause:.0f} s")

@@ -11,6 +11,7 @@ from lorasweep.plan.packing import Pack
 from lorasweep.spec.execution import Cluster, Exec
 
 KINDS = ("local", "slurm")
+CONTAINER_KINDS = ("pyxis", "apptainer")
 POSITIVE = ("cpus", "parallel", "warn_s", "work_min", "work_max", "follow_min")
 POSITIVE_OR_NONE = ("workers", "mem_gib", "time_min", "runs_per_job", "gpus_per_node")
 RESERVED_OPTIONS = {"job-name", "array", "output", "error", "signal", "dependency", "nodes"}
@@ -138,12 +139,19 @@ def check(cluster: Cluster) -> None:
     named = vars(c)
     texts = {name: value for name, value in named.items() if isinstance(value, str)}
     texts |= {f"options.{name}": value for name, value in c.options.items()}
+    texts |= {f"container_mounts.{k}": value for k, value in enumerate(c.container_mounts)}
     for name, value in texts.items():
         if UNSAFE.search(value) or UNSAFE.search(name) or " " in name:
             raise ClusterError(
                 f"cluster.{name}={value!r} has a character that a shell could read as a command, "
                 "such as a quote or a newline. Leave it out."
             )
+    if c.container_kind not in (None, *CONTAINER_KINDS):
+        raise ClusterError(unknown("cluster.container_kind", c.container_kind, CONTAINER_KINDS))
+    if (c.container_kind or c.container_mounts) and not c.container:
+        raise ClusterError(
+            "cluster.container_kind and cluster.container_mounts need cluster.container=IMAGE."
+        )
     for line in c.setup:  # shell lines of the user
         if re.search(r"[\x00-\x08\n-\x1f]", line):
             raise ClusterError(

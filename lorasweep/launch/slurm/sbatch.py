@@ -10,6 +10,7 @@ from typing import Any
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import guard, job
+from lorasweep.launch.slurm.container import VARIABLE
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.launch.slurm.submissions import Array
@@ -53,10 +54,10 @@ class Description:
         return {k: v for k, v in given.items() if v is not None}
 
     def srun(self) -> tuple[str, ...]:
-        """Return srun's options for the job's command: one task on the first node, if several."""
+        """Return srun's options for the job's command: one task, beside the steps of workers."""
         # --overlap: share the cores with the steps of the workers
         first = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
-        return first if self.needed.nodes > 1 else ()
+        return first if self.needed.nodes > 1 or self.cluster.container else ()
 
     def setup(self) -> list[str]:
         """Return the shell lines before the job's command.
@@ -75,7 +76,9 @@ class Description:
         check += [str(self.folder), manifest, str(self.array.first)]
         check += [str(self.code.folder), self.code.sha256]
         checked = f"{shlex.join(check)} || exit 1".splitlines()
-        return [*self.cluster.setup, *checked, python, srun, path]
+        image = self.cluster.container
+        container = [f"export {VARIABLE}={shlex.quote(image)}"] if image else []
+        return [*self.cluster.setup, *checked, python, srun, path, *container]
 
 
 def submit(described: Description) -> str:

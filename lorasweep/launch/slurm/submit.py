@@ -17,6 +17,8 @@ from typing import Any
 
 from lorasweep.errors import ClusterError, StoreError
 from lorasweep.launch.slurm import client, guard, planning, resources, sbatch, snapshot, submissions
+from lorasweep.launch.slurm.client import Partition
+from lorasweep.launch.slurm.container import container_of
 from lorasweep.launch.slurm.planning import Jobs, Task, Work
 from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
@@ -25,6 +27,7 @@ from lorasweep.launch.slurm.submissions import FOLLOW, Array, Notify, Queue, Sub
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.packing import Pack
 from lorasweep.plan.plan import make_plan
+from lorasweep.spec.execution import Cluster
 from lorasweep.store import checkpoint, files
 from lorasweep.store.claims import SILENCE_S
 from lorasweep.store.run_store import FINAL, RunStore
@@ -93,16 +96,8 @@ def submit(
         StoreError: the disk is too small, or another command is submitting and does not end.
     """
     cluster = request.cluster
-    client.require()
-    partition = client.partition_of(cluster, client.partitions())
-    if not cluster.shared:
-        check_visible(store.root, partition.hosts, mounts())
+    partition, code = prepare(cluster, store.root)
     watch_others(store, points(), notify)
-    home = submissions.home(store.root)
-    (home / "code").mkdir(parents=True, exist_ok=True)
-    for shared in (home, home / "code"):
-        files.protect_entries(shared)
-    code = snapshot.take(home / "code")
     with submissions.locked(store.root, notify):
         queue = submissions.reconcile(store.root, notify)
         if queue.unavailable:
@@ -135,6 +130,22 @@ def submit(
             follow_up = dataclasses.replace(follow_up, finished=finished)
             _submit(request, jobs, code, queue, outcome, follow_up)
         return outcome
+
+
+def prepare(cluster: Cluster, root: Path) -> tuple[Partition, Snapshot]:
+    """Check that this machine can submit and the nodes see the run folder; copy the code there.
+
+    Raises ClusterError if not.
+    """
+    client.require()
+    partition = client.partition_of(cluster, client.partitions())
+    if not cluster.shared:
+        check_visible(root, partition.hosts, mounts())
+    home = submissions.home(root)
+    (home / "code").mkdir(parents=True, exist_ok=True)
+    for shared in (home, home / "code"):
+        files.protect_entries(shared)
+    return partition, snapshot.take(home / "code")
 
 
 def _submit(
@@ -182,7 +193,7 @@ def _submit(
         others = {j.label for s, _, j in queue.live() if s.record["sweep"] == request.title}
         after = tuple(sorted({*numbers, *others}))
         partition = cluster.follow_partition or cluster.partition
-        small = dataclasses.replace(cluster, gpus=0, partition=partition)
+        small = dataclasses.replace(cluster, gpus=0, partition=partition, container=None)
         needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
         try:
             last = sbatch.submit(Description(folder, arrays[-1], needed, small, code, after))
@@ -212,29 +223,47 @@ def write_submission(
     code: Snapshot,
 ) -> None:
     """Write task files, manifest and record; raise ClusterError if other users could write them."""
+    requeues = request.cluster.requeues
+    skip = str(submissions.note(folder, "withdrawn.json"))
+    container = container_of(request.cluster, request.exec)
+    common = {"requeues": requeues, "skip": skip, "trainer": follow_up.trainer}
+    common |= {"container": container and dataclasses.asdict(container)}
+    contents: dict[str, Any] = {}
+    for k, task in enumerate(tasks):
+        specs, settings = [p.spec.plain() for p in task.points], dataclasses.asdict(task.exec)
+        contents[f"tasks/{k}.json"] = {"runs": specs, "exec": settings, **common}
+    if any(a.part == FOLLOW for a in arrays):
+        again = {"action": "run", "format": "text", "watch": False, "prune": False}
+        contents["request.json"] = {**request.plain(), **again}
+        last = {"follow": str(folder / "request.json"), "requeues": requeues}
+        contents[f"tasks/{len(tasks)}.json"] = {**last, **dataclasses.asdict(follow_up)}
+    asked, runs = [p.id for p in request.points], [[p.id for p in task.points] for task in tasks]
+    write_files(folder, contents, request.cluster, request.title, asked, runs, arrays, code)
+
+
+def write_files(
+    folder: Path,
+    contents: dict[str, Any],
+    cluster: Cluster,
+    title: str,
+    asked: list[str],
+    tasks: list[list[str]],
+    arrays: Sequence[Array],
+    code: Snapshot,
+) -> None:
+    """Write files of JSON values by relative path, their manifest, and then submission.json.
+
+    Raises ClusterError if other users could write them.
+    """
     sums: dict[str, str] = {}
-
-    def write(name: str, plain: Any) -> None:
-        # no flush of each file: the record is written last, and `guard` refuses incomplete files
-        content = json.dumps(plain).encode()
-        (folder / name).write_bytes(content)
-        sums[name] = hashlib.sha256(content).hexdigest()
-
     with files.own_only():
         for new in (folder, folder / "tasks", folder / "jobs"):
             files.own_folder(new)
-        requeues = request.cluster.requeues
-        skip = str(submissions.note(folder, "withdrawn.json"))
-        common = {"requeues": requeues, "skip": skip, "trainer": follow_up.trainer}
-        for k, task in enumerate(tasks):
-            specs, settings = [p.spec.plain() for p in task.points], dataclasses.asdict(task.exec)
-            write(f"tasks/{k}.json", {"runs": specs, "exec": settings, **common})
-        if any(a.part == FOLLOW for a in arrays):
-            again = {"action": "run", "format": "text", "watch": False, "prune": False}
-            write("request.json", {**request.plain(), **again})
-            last = {"follow": str(folder / "request.json"), "requeues": requeues}
-            write(f"tasks/{len(tasks)}.json", {**last, **dataclasses.asdict(follow_up)})
-        write(guard.MANIFEST, dict(sums))
+        # no flush of each file: the record is written last, and `guard` refuses incomplete files
+        for name, plain in [*contents.items(), (guard.MANIFEST, sums)]:
+            content = json.dumps(plain).encode()
+            (folder / name).write_bytes(content)
+            sums[name] = hashlib.sha256(content).hexdigest()
         files.sync(folder / "tasks")
         written = (folder, folder / "tasks", folder / guard.MANIFEST)
         if problem := guard.untrusted(map(str, written)):
@@ -244,12 +273,12 @@ def write_submission(
             )
         submissions.write_record(
             folder,
-            request.title,
-            [p.id for p in request.points],
-            [[p.id for p in task.points] for task in tasks],
+            title,
+            asked,
+            tasks,
             arrays,
             code=code.folder.name,
-            script=not request.cluster.submit,
+            script=not cluster.submit,
             cluster=client.setting("ClusterName"),
             host=socket.gethostname(),
         )

@@ -1,0 +1,58 @@
+"""One command of lorasweep as a job: submitted once, run with its log, stopped and queued again."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lorasweep.launch.slurm.command import submit_command
+from tests.slurm.cluster import (
+    ALONE,
+    SMOKE,
+    read_json,
+    request,
+    results,
+    status,
+    submitted,
+    wait_for,
+)
+
+LAYERS = ("action=layers", "model=llama-3.2-1b", "method=lora")
+
+
+def submit(cwd, name, *arguments, settings=()):
+    wanted = request(cwd, *SMOKE, *ALONE, *settings)
+    given = (*arguments, f"exec.runs_dir={cwd}/runs", f"exec.reports_dir={cwd}/reports")
+    said = submit_command(wanted.cluster, wanted.exec, given, name, print)
+    number, log = re.search(r"job (\d+)[^;]*; log: (\S+)", said).groups()
+    return said, number, Path(log)
+
+
+def test_a_command_runs_as_one_job_with_its_log(queue, tmp_path):
+    with queue.closed():
+        said, number, log = submit(tmp_path, "look", *LAYERS)
+        assert "submitted" in said and list(queue.jobs()) == [number]
+        again = submit(tmp_path, "look", *LAYERS)
+        assert "queued already" in again[0] and again[1:] == (number, log)
+        assert submit(tmp_path, "another", *LAYERS)[1] != number
+    queue.drain()
+    assert "lora on llama-3.2-1b" in log.read_text(), log.read_text()
+    assert status(tmp_path, *SMOKE)["jobs"] == []
+    assert "submitted" in submit(tmp_path, "look", "action=nothing")[0]  # the first one is over
+    queue.drain()
+    *_, last = submitted(tmp_path)
+    assert "the command ended with status" in last.log(last.arrays[0].job).read_text()
+
+
+@pytest.mark.full
+def test_a_command_stops_at_its_time_limit_and_goes_on(queue, tmp_path):
+    """Its runs resume; Slurm's warning of a time limit is the signal USR2 alone."""
+    train = (*SMOKE, "steps=150", "exec.checkpoint_s=0.1", "exec.workers=1", "exec.threads=1")
+    _, number, log = submit(tmp_path, "training", *train)
+    wait_for(lambda: list((tmp_path / "runs").glob("*/checkpoint/*.json")))
+    queue.command("scancel", "--signal=USR2", number)
+    wait_for(lambda: "queued again" in log.read_text())
+    queue.drain()
+    assert len(results(tmp_path)) == 6
+    again = [read_json(p) for p in (tmp_path / "runs").glob("*/attempts/2/env.json")]
+    assert again and all(env["resumed_from_step"] > 0 for env in again), log.read_text()
