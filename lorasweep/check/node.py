@@ -129,17 +129,17 @@ def _attention(small: bool, there: torch.device) -> dict[str, Any]:
     """Time the kernels of causal attention, forward and backward; find the one torch takes."""
     rows, heads, length, d = (2, 2, 64, 16) if small else (4, 32, 2048, 128)
     shape = (rows, heads, length, d)
-    inputs = [
+    q, k, v = (
         torch.randn(shape, device=there, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    ]
+    )
     # the plan's count: 2 operations forward and 5 backward, half of the scores are masked
     flops = 7 * heads * d * length * rows * length
 
     gradient = torch.ones(shape, device=there, dtype=torch.bfloat16)
 
     def both() -> None:
-        out = F.scaled_dot_product_attention(*inputs, is_causal=True)
-        torch.autograd.grad(out, inputs, gradient)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(out, (q, k, v), gradient)
 
     speeds: dict[str, float | None] = dict.fromkeys(KERNELS)
     for name, kernel in KERNELS.items():

@@ -108,6 +108,7 @@ def _run(
         )
         timer = threading.Timer(left_s + LAST_S, child.kill)
         timer.start()
+        assert child.stdin and child.stdout
         try:
             child.stdin.write(json.dumps(job))
             child.stdin.close()

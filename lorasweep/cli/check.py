@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lorasweep.check import page, process
 from lorasweep.check.cases import CORRECTNESS, LOOP, NODE, PACKS, SPEED, Case
 from lorasweep.config import catalogue
 from lorasweep.errors import SpecError, TrainingError
+from lorasweep.launch.slurm.command import submit_command
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
@@ -35,7 +37,9 @@ KEPT = Path(lorasweep.__file__).parents[1] / "analysis" / "results"
 
 
 def check_gpu(request: Request, store: RunStore) -> int:
-    """Measure what is missing; return 1 if a check of correctness failed."""
+    """Measure what is missing, here or as a job; return 1 if a check failed."""
+    if request.cluster.kind == "slurm":
+        return _submit(request)
     here = _Check(request)
     here.folder.mkdir(parents=True, exist_ok=True)
     for part in (NODE, CORRECTNESS, SPEED, PACKS, LOOP):
@@ -46,11 +50,27 @@ def check_gpu(request: Request, store: RunStore) -> int:
         print(json.dumps({"page": str(here.page), "predicted": here.predicted, "cases": results}))
     else:
         print(f"\npage: {here.page}\nhardware file: {here.hardware_path}")
-        print(
-            f"plan with it: --config-dir {here.folder / 'conf'} hardware={here.hardware_path.stem}"
-        )
+        chosen = f"--config-dir {here.folder / 'conf'} hardware={here.hardware_path.stem}"
+        print(f"plan with it: python -m lorasweep {chosen} +sweep=study scale=paper action=plan")
     failed = [c for c in here.cases if "failed" in results.get(c.name, {})]
     return int(bool(page.failures(here.cases, results) or failed))
+
+
+def _submit(request: Request) -> int:
+    """Submit this command as a job, with one GPU if hardware= names GPUs."""
+    cluster, exec_ = request.cluster, request.exec
+    if request.hardware and not cluster.gpus:
+        cluster = dataclasses.replace(cluster, gpus=1)
+    folders = [f"exec.{n}_dir={getattr(exec_, f'{n}_dir')}" for n in ("runs", "reports")]
+    arguments = ["action=check_gpu", *folders]
+    if request.hardware:
+        own = ["--config-dir", request.folders[0]] if len(request.folders) > 1 else []
+        arguments = [*own, f"hardware={request.hardware['name']}", *arguments]
+    notify = partial(print, file=sys.stderr)
+    print(submit_command(cluster, exec_, arguments, "check_gpu", notify))
+    if not cluster.gpus:
+        print("the job has no GPU, so it measures small shapes: cluster.gpus=1 asks for one")
+    return 0
 
 
 class _Check:
