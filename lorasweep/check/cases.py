@@ -144,7 +144,7 @@ def predict(case: Case, hardware: Hardware) -> dict[str, Any]:
     """Return what the plan expects of a case on one GPU.
 
     Keys: rows (of a forward pass), checkpointing, step_s, tokens_s, memory_gib, flops (of an
-    update), sampling_s, parts (seconds by component); or only misfit: why it does not fit.
+    update), sampled_tokens_s, parts (seconds by component); or only misfit: why it does not fit.
     """
     assert case.spec is not None
     specs = [case.spec] * case.n_runs
@@ -153,7 +153,12 @@ def predict(case: Case, hardware: Hardware) -> dict[str, Any]:
     if isinstance(place_, Misfit):
         return {"misfit": place_.why}
     flops = case.n_runs * train_flops(case.spec) / case.spec.steps
+    sampled: dict[str, float] = {}
+    if seconds := place_.step.get("sampling"):
+        tokens = case.n_runs * case.spec.batch_size * case.spec.max_new_tokens
+        sampled = {"sampled_tokens_s": tokens / seconds}
     return {
+        **sampled,
         "rows": place_.layout.rows,
         "checkpointing": place_.layout.checkpointing,
         "step_s": place_.step_s,

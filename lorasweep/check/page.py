@@ -1,6 +1,7 @@
 """The page of action=check_gpu, and the hardware file with the measured constants."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 
 from lorasweep.check.cases import CORRECTNESS, LOOP, PACKS, SPEED, Case, predict
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.time import LAUNCH_S
 
 Results = Mapping[str, dict[str, Any]]
 WRONG = 0.25
@@ -20,7 +22,6 @@ COMPARED = {
     "memory_gib": "GiB at the peak",
     "sampled_tokens_s": "tokens sampled a second",
 }
-PRODUCTS = ("bf16", "fp32", "fp64")
 
 
 # ---------------------------------------------------------------- hardware
@@ -78,40 +79,23 @@ def comparisons(
     The plan knows nothing of the options of a case.
     """
     found = []
-    for case in cases:
-        before, after = _with_sampling(case, predicted.get(case.name, {})), results.get(case.name)
-        for key in COMPARED if not case.options else ():
-            if after and before.get(key) and after.get(key):
-                found.append((case, key, before[key], after[key]))
+    for case in (c for c in cases if not c.options):
+        before, after = predicted.get(case.name, {}), results.get(case.name, {})
+        both = [key for key in COMPARED if before.get(key) and after.get(key)]
+        found += [(case, key, before[key], after[key]) for key in both]
     return found
-
-
-def _with_sampling(case: Case, before: dict[str, Any]) -> dict[str, Any]:
-    if seconds := before.get("parts", {}).get("sampling"):
-        tokens = case.spec.batch_size * case.spec.max_new_tokens if case.spec else 0
-        return {**before, "sampled_tokens_s": tokens / seconds}
-    return before
-
-
-def off_by(predicted: float, measured: float) -> float:
-    """Return how far a prediction is off, as a share of the measured number."""
-    return abs(predicted / measured - 1)
 
 
 def failures(cases: Sequence[Case], results: Results) -> list[str]:
     """List the checks of correctness that failed: the cause, or the difference."""
     found = []
-    for case in (c for c in cases if c.part == CORRECTNESS):
-        result = results.get(case.name)
-        if result is None:
-            continue
+    for case in (c for c in cases if c.part == CORRECTNESS and c.name in results):
+        result = results[case.name]
         if "failed" in result:
             found.append(f"{case.name}: {result['failed']}")
         elif not result["difference"] <= result["bound"]:
-            found.append(
-                f"{case.name}: a difference of {result['difference']:.2g}, where "
-                f"{result['bound']:.2g} is allowed"
-            )
+            allowed = f"where {result['bound']:.2g} is allowed"
+            found.append(f"{case.name}: a difference of {result['difference']:.2g}, {allowed}")
     return found
 
 
@@ -130,179 +114,153 @@ def page(
     `predicted`: see `cases.predictions`; empty before they were made. `answer`: the result of the
     last part. `measured`: the machine with measured constants.
     """
-    node = results.get("node")
-    if node is None or "failed" in node:
-        return f"# Check of a GPU\n\nPart 1 failed: {(node or {}).get('failed', 'not run')}\n"
-    compared = comparisons(cases, predicted.get("cases", {}), results)
-    blocks = [
-        f"# Check of {node['name']}",
-        _summary(cases, predicted, results, compared, measured, answer),
-        "## The card",
-        _table(_card(node, predicted)),
-        "## Correctness",
-        _table(_correctness(cases, results)),
-    ]
+    node = results.get("node", {"failed": "it was not run"})
+    if "failed" in node:
+        return f"# Check of a GPU\n\nPart 1 failed: {node['failed']}\n"
+    plans = predicted.get("cases", {})
+    compared = comparisons(cases, plans, results)
+    blocks = [f"# Check of {node['name']}", _summary(cases, results)]
+    blocks.append("\n".join(_accuracy(compared, measured) + _answer(answer)))
+    wrong = [row for row in compared if abs(row[2] / row[3] - 1) > WRONG]
+    if wrong:
+        wrong.sort(key=lambda row: -abs(math.log(row[3] / row[2])))
+        shown = f", the {MOST} worst" if len(wrong) > MOST else ""
+        blocks.append(f"Wrong by more than {WRONG:.0%}{shown}:")
+        rows = [("case", "quantity", "predicted", "measured", "measured / predicted", "mostly")]
+        for case, key, before, after in wrong[:MOST]:
+            parts = plans[case.name]["parts"]
+            mostly = max(parts, key=lambda name: parts[name]) if key == "step_s" else ""
+            numbers = (f"{before:.4g}", f"{after:.4g}", f"{after / before:.2f}")
+            rows.append((case.name, COMPARED[key], *numbers, mostly))
+        blocks.append(_table(rows))
+    blocks += ["## The card", _table(_card(node, predicted.get("hardware", {})))]
+    checked = [r for c in cases if c.part == CORRECTNESS and "bound" in (r := _named(c, results))]
+    head = ("check", "difference", "allowed")
+    blocks += ["## Correctness", _table([head, *map(_check, checked)])]
     titles = {SPEED: "Speed", PACKS: "Packs", LOOP: "Rows, compiling and sampling"}
     for part, title in titles.items():
-        rows = _speeds([c for c in cases if c.part == part], predicted, results, node)
-        if len(rows) > 1:
-            blocks += [f"## {title}", _table(rows)]
-    if answer:
-        blocks += ["## A sweep on this machine", _table(_answer(answer))]
-    left = [c for c in cases if c.name not in results]
-    left_out = [(c, r) for c in cases if (r := results.get(c.name)) and "misfit" in r]
-    failed = [(c, r) for c in cases if (r := results.get(c.name)) and "failed" in r]
-    lines = [f"- {c.part}, {c.name}: {r['misfit']}" for c, r in left_out]
-    lines += [f"- {c.part}, {c.name}: failed: {r['failed']}" for c, r in failed]
-    lines += [f"- {c.part}, {c.name}: the same command measures it" for c in left]
-    if lines:
-        blocks += ["## Not measured", "\n".join(lines)]
+        some = [c for c in cases if c.part == part and "step_s" in results.get(c.name, {})]
+        blocks += [f"## {title}", _table(_speeds(some, plans, results, node))] if some else []
+    missing = [
+        f"- {c.part}, {c.name}: {r.get('misfit') or r['failed']}"
+        for c in cases
+        if {"misfit", "failed"} & (r := results.get(c.name, {"failed": "not measured yet"})).keys()
+    ]
+    blocks += ["## Not measured", "\n".join(missing)] if missing else []
     return "\n\n".join(blocks) + "\n"
 
 
-def _summary(
-    cases: Sequence[Case],
-    predicted: Mapping[str, Any],
-    results: Results,
-    compared: Sequence[tuple[Case, str, float, float]],
-    measured: Hardware | None,
-    answer: Mapping[str, Any] | None,
-) -> str:
+def _named(case: Case, results: Results) -> dict[str, Any]:
+    return {"name": case.name, **results.get(case.name, {})}
+
+
+def _check(result: Mapping[str, Any]) -> tuple[str, ...]:
+    return (result["name"], f"{result['difference']:.2g}", f"{result['bound']:.2g}")
+
+
+def _summary(cases: Sequence[Case], results: Results) -> str:
     node = results["node"]
     software = ", ".join(f"{k} {v}" for k, v in node["software"].items() if v)
     lines = [f"{node['memory_gib']:.1f} GiB, {software}.", ""]
     if any(c.options.get("small") for c in cases):
-        lines += [
-            "**This machine has no GPU.** Shapes are shrunken, and the plan's formulas for GPUs "
-            "are applied to a processor: the ratios below say nothing about a GPU.",
-            "",
-        ]
-    checks = [c for c in cases if c.part == CORRECTNESS and c.name in results]
+        text = "Shapes are shrunken, and the plan's formulas for GPUs are applied to a processor"
+        lines += [f"**This machine has no GPU.** {text}: the ratios say nothing about a GPU.", ""]
     wrong = failures(cases, results)
-    lines.append(f"- **Correctness:** {len(checks) - len(wrong)} of {len(checks)} checks passed.")
-    lines += [f"  - {text}" for text in wrong]
+    checks = sum(c.part == CORRECTNESS and c.name in results for c in cases)
+    lines.append(f"- **Correctness:** {checks - len(wrong)} of {checks} checks passed.")
+    return "\n".join([*lines, *(f"  - {text}" for text in wrong)])
+
+
+def _accuracy(
+    compared: Sequence[tuple[Case, str, float, float]], measured: Hardware | None
+) -> list[str]:
+    """Return a line for each quantity, and one for the seconds with the measured constants."""
+    lines = []
     for key, label in COMPARED.items():
-        pairs = [(p, m) for _, k, p, m in compared if k == key]
-        if pairs:
-            middle = statistics.median(m / p for p, m in pairs)
-            far = sum(off_by(p, m) > WRONG for p, m in pairs)
+        ratios = [after / before for _, k, before, after in compared if k == key]
+        if ratios:
+            far = sum(abs(1 / ratio - 1) > WRONG for ratio in ratios)
             lines.append(
                 f"- **{label[0].upper()}{label[1:]}:** the median of measured / predicted is "
-                f"{middle:.2f}; {far} of {len(pairs)} predictions are off by more than {WRONG:.0%}."
+                f"{statistics.median(ratios):.2f}; {far} of {len(ratios)} predictions are off by "
+                f"more than {WRONG:.0%}."
             )
     if measured is not None:
-        again = {c.name: predict(c, measured) for c, key, _, _ in compared if key == "step_s"}
-        ratios = [
-            m / again[c.name]["step_s"]
-            for c, k, _, m in compared
-            if k == "step_s" and "step_s" in again[c.name]
-        ]
+        timed = [(predict(c, measured), after) for c, k, _, after in compared if k == "step_s"]
+        ratios = [after / again["step_s"] for again, after in timed if "step_s" in again]
         if ratios:
+            middle = statistics.median(ratios)
             lines.append(
-                f"- **With the measured constants** the median of the seconds is "
-                f"{statistics.median(ratios):.2f}."
+                f"- **With the measured constants** the median of seconds is {middle:.2f}."
             )
-    if answer:
-        inside = [c["inside"] for c in answer["claims"] if c["inside"] is not None]
-        text = f"{sum(inside)} of {len(inside)} estimates lie in the kept intervals"
-        lines.append(f"- **{answer['sweep']}:** {text if inside else 'no kept answer to compare'}.")
-    wrong_by = sorted(
-        (row for row in compared if off_by(*row[2:]) > WRONG), key=lambda row: -off_by(*row[2:])
-    )
-    if wrong_by:
-        shown = f", the {MOST} worst" if len(wrong_by) > MOST else ""
-        lines += ["", f"Wrong by more than {WRONG:.0%}{shown}:", ""]
-        rows = [("case", "quantity", "predicted", "measured", "measured / predicted", "mostly")]
-        for case, key, before, after in wrong_by[:MOST]:
-            parts = predicted["cases"][case.name]["parts"]
-            mostly = max(parts, key=lambda name: parts[name]) if key == "step_s" else ""
-            numbers = (f"{before:.4g}", f"{after:.4g}", f"{after / before:.2f}")
-            rows.append((case.name, COMPARED[key], *numbers, mostly))
-        lines.append(_table(rows))
-    return "\n".join(lines)
+    return lines
 
 
-def _card(node: Mapping[str, Any], predicted: Mapping[str, Any]) -> list[Sequence[str]]:
-    known = predicted.get("hardware", {})
-    share = known.get("attainable_share", 1.0)
-    rows: list[Sequence[str]] = [("constant", "in the plan", "measured")]
-    for p in PRODUCTS:
-        planned = known.get("matmul_flops_s", {}).get(p)
-        here = node["matmul_flops_s"].get(p)
-        rows.append((f"products in {p}, TFLOP/s", _tera(planned and planned * share), _tera(here)))
-    attention = node["attention"]
-    planned = known.get("attention_flops_s")
-    rows.append(("causal attention in bf16, TFLOP/s", _tera(planned), _tera(attention["flops_s"])))
+def _answer(answer: Mapping[str, Any] | None) -> list[str]:
+    lines = []
+    for claim in answer["claims"] if answer else ():
+        here = "no estimate" if claim["value"] is None else f"{claim['value']:.3g}"
+        kept = "no kept answer"
+        if claim["kept"]:
+            inside = "" if claim["inside"] else ", **outside**"
+            kept = "kept {value:.3g} [{low:.3g}, {high:.3g}]".format(**claim["kept"]) + inside
+        lines.append(f"  - {claim['claim']}: {here}; {kept}")
+    return [f"- **{answer['sweep']} on this machine:**", *lines] if answer else []
+
+
+def _card(node: Mapping[str, Any], plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    speeds, attention = plan.get("matmul_flops_s", {}), node["attention"]
+    share = plan.get("attainable_share", 1.0)
+    rows = [("constant", "in the plan", "measured")]
+    rows += [
+        (f"products in {p}, TFLOP/s", _tera(speeds.get(p), share), _tera(found))
+        for p, found in node["matmul_flops_s"].items()
+    ]
+    known, found = plan.get("attention_flops_s"), attention["flops_s"]
+    rows.append(("causal attention in bf16, TFLOP/s", _tera(known), _tera(found)))
     for name, speed in attention["kernels"].items():
-        mark = " (taken)" if name == attention["most_like"] else ""
-        rows.append((f"- {name} kernel{mark}", "", _tera(speed) if speed else "refused"))
-    bandwidth = known.get("bandwidth_bytes_s")
+        taken = " (taken)" if name == attention["most_like"] else ""
+        rows.append((f"- {name} kernel{taken}", "", _tera(speed)))
+    bandwidth = plan.get("bandwidth_bytes_s")
     rows.append(("bandwidth, TB/s", _tera(bandwidth), _tera(node["bandwidth_bytes_s"])))
-    rows.append(("launch of a kernel, us", "6", f"{node['launch_s'] * 1e6:.1f}"))
-    return rows
-
-
-def _correctness(cases: Sequence[Case], results: Results) -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = [("check", "difference", "allowed", "")]
-    for case in (c for c in cases if c.part == CORRECTNESS):
-        result = results.get(case.name)
-        if result and "failed" not in result:
-            passed = "passed" if result["difference"] <= result["bound"] else "FAILED"
-            numbers = (f"{result['difference']:.2g}", f"{result['bound']:.2g}")
-            rows.append((case.name, *numbers, passed))
-    return rows
+    launch = (f"{LAUNCH_S * 1e6:.1f}", f"{node['launch_s'] * 1e6:.1f}")
+    return [*rows, ("launch of a kernel, microseconds", *launch)]
 
 
 def _speeds(
-    cases: Sequence[Case], predicted: Mapping[str, Any], results: Results, node: Mapping[str, Any]
-) -> list[Sequence[str]]:
-    """Return a row for each measured case; packs are also compared with runs one by one."""
-    rows: list[Sequence[str]] = [
+    cases: Sequence[Case], plans: Results, results: Results, node: Mapping[str, Any]
+) -> list[tuple[str, ...]]:
+    """Return a row for each measured case; packs are compared with runs one by one, too."""
+    rows: list[tuple[str, ...]] = [
         (
-            *("case", "rows a pass", "s an update", "planned", "tokens/s", "of the peak"),
+            *("case", "rows per pass", "s an update", "planned", "tokens/s", "share of the peak"),
             *("GiB", "planned", "one by one / pack"),
         )
     ]
-    alone: dict[Any, float] = {}
+    alone = {c.spec: results[c.name]["step_s"] for c in cases if c.n_runs == 1}
     for case in cases:
-        after, before = results.get(case.name), predicted.get("cases", {}).get(case.name)
-        if not after or not before or "step_s" not in after:
-            continue
-        if case.n_runs == 1:
-            alone[case.spec] = after["step_s"]
-        peak = node["matmul_flops_s"].get(case.spec.precision) if case.spec else None
-        share = before["flops"] / after["step_s"] / peak if peak else None
-        one = alone.get(case.spec)
-        rate = after.get("sampled_tokens_s") or after["tokens_s"]
+        after, before = results[case.name], plans[case.name]
+        assert case.spec is not None
+        peak = node["matmul_flops_s"].get(case.spec.precision)
+        one, step_s = alone.get(case.spec, math.nan), after["step_s"]
         rows.append(
             (
-                *(case.name, f"{before['rows']}{', again' if before['checkpointing'] else ''}"),
-                *(f"{after['step_s']:.4g}", f"{before['step_s']:.4g}", f"{rate:,.0f}"),
-                f"{share:.0%}" if share else "",
+                *(case.name, f"{before['rows']}{', recomputed' * before['checkpointing']}"),
+                *(f"{step_s:.4g}", f"{before['step_s']:.4g}"),
+                f"{after.get('sampled_tokens_s') or after['tokens_s']:,.0f}",
+                f"{before['flops'] / step_s / peak:.0%}" if peak else "",
                 *(f"{after['memory_gib']:.1f}", f"{before['memory_gib']:.1f}"),
-                f"{case.n_runs * one / after['step_s']:.2f}" if one and case.n_runs > 1 else "",
+                f"{case.n_runs * one / step_s:.2f}" if case.n_runs > 1 else "",
             )
         )
     return rows
 
 
-def _answer(answer: Mapping[str, Any]) -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = [("claim", "estimate here", "kept", "kept interval", "inside")]
-    for claim in answer["claims"]:
-        kept = claim["kept"]
-        interval = f"{kept['low']:.3g} to {kept['high']:.3g}" if kept else ""
-        inside = {True: "yes", False: "NO", None: ""}[claim["inside"]]
-        value = "" if claim["value"] is None else f"{claim['value']:.3g}"
-        before = f"{kept['value']:.3g}" if kept else ""
-        rows.append((claim["claim"], value, before, interval, inside))
-    return rows
-
-
-def _tera(number: float | None) -> str:
-    return f"{number / 1e12:.3g}" if number else "-"
+def _tera(number: float | None, share: float = 1.0) -> str:
+    return f"{number * share / 1e12:.3g}" if number else "-"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table; the first row is the head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    head, *lines = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *lines])
