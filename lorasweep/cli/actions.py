@@ -102,7 +102,7 @@ def follow_up(path: str) -> int:
 
     Returns 0 when done, 2 after a permanent error, TRY_AGAIN after one that may be temporary,
     INTERRUPTED after a signal. The file holds {"follow": REQUEST.json, "trainer": name or null,
-    "idle": n, "finished": n}.
+    "idle": n, "updates": n}.
     """
     Signals()
     task = json.loads(Path(path).read_bytes())

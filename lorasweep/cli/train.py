@@ -18,14 +18,14 @@ from lorasweep.launch import local
 from lorasweep.launch.distributed import check_world_size
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm.planning import hardware_of
-from lorasweep.launch.slurm.submit import MAX_IDLE, FollowUp, Outcome, cancel, submit
+from lorasweep.launch.slurm.submit import MAX_IDLE, FollowUp, Outcome, cancel, submit, updates_of
 from lorasweep.launch.trainer import Trainer
 from lorasweep.plan import detect
 from lorasweep.plan.forecast import refuse_unfit, settings_of, without_too_large
 from lorasweep.plan.plan import make_plan, refuse_mixing
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import files, looks
-from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
@@ -255,18 +255,17 @@ def _status(points: Sequence[Point], store: RunStore) -> int:
 def _train_on_cluster(
     request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
 ) -> Trained:
-    """Submit the missing runs; GaveUp: no run finished in the last rounds of jobs."""
+    """Submit the missing runs; GaveUp: the last rounds of jobs saved no update of any run."""
     notify, idle = notifier(request), 0
     for line in unpinned_lines(request.points):
         notify(line)
     _warn_of_claims(request)
     if follow is not None:
-        states = store.states(p.id for p in runs_of(request, store)).values()
-        finished = sum(s in FINAL for s in states)
-        idle = follow["idle"] + 1 if finished <= follow["finished"] else 0
+        updates = updates_of(runs_of(request, store), store)
+        idle = follow["idle"] + 1 if updates <= follow["updates"] else 0
         if idle >= MAX_IDLE:
             raise GaveUp(
-                f"no run finished in {idle} rounds of jobs, so no more are submitted. "
+                f"no run got further in {idle} rounds of jobs, so no more are submitted. "
                 "See the causes with action=status."
             )
     following = FollowUp(FOLLOW_COMMAND, trainer if isinstance(trainer, str) else None, idle)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from lorasweep.errors import StoreError
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import TRAIN_VERSION, RunSpec
-from lorasweep.store import claims, files
+from lorasweep.store import checkpoint, claims, files
 
 STATES = ("missing", "running", "interrupted", "failed", "diverged", "done")
 """States of a run, computed from its folder and never stored. missing: not started. interrupted:
@@ -205,9 +205,24 @@ class RunStore:
         return {k: env[k] for k in ("threads", "micro_batch_size")} if env else {}
 
     def failures(self, rid: str) -> int:
-        """Count the attempts that failed or were killed; clean stops do not count."""
-        ends = [self.end(rid, n) for n in range(1, (self.last_attempt(rid) or 0) + 1)]
-        return sum(e is None or e["state"] == "failed" for e in ends)
+        """Count the attempts that failed or were killed; clean stops do not count.
+
+        Neither do killed attempts from which a later checkpoint than their first one is left: a
+        long run may be preempted often.
+        """
+        saved, count = self.saved_step(rid), 0
+        for n in range(1, (self.last_attempt(rid) or 0) + 1):
+            end = self.end(rid, n)
+            if end is None:
+                env = files.read_json(self.attempt(rid, n) / "env.json")
+                count += env is None or (env.get("resumed_from_step") or 0) >= saved
+            else:
+                count += end["state"] == "failed"
+        return count
+
+    def saved_step(self, rid: str) -> int:
+        """Return the number of updates in the last checkpoint; 0 without one."""
+        return max(checkpoint.described(self.folder(rid) / "checkpoint"), default=0)
 
     def end(self, rid: str, attempt: int) -> dict[str, Any] | None:
         """Return how an attempt ended, {state: stopped | failed, cause}; None if not recorded."""

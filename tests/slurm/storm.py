@@ -62,7 +62,7 @@ class Storm:
         self.slurm, self.cwd, self.target = slurm, Path(cwd), target
         self.random, self.round = random.Random(seed), []
         self.harms = (
-            *(self.preempt, self.requeue, self.node_down),
+            *(self.preempt, self.preempt_and_cancel, self.requeue, self.node_down),
             *(self.cancel, self.kill_job, self.kill_submitter),
         )
         self.done = Counter({harm.__name__: 0 for harm in self.harms})
@@ -78,6 +78,13 @@ class Storm:
     def preempt(self):
         """Let an urgent job take a node; the partition decides on the grace time of its victims."""
         words = ("-p", "urgent", "-J", "urgent", "-c", "2", "-o", "/dev/null", "--wrap", "sleep 2")
+        self.slurm.command("sbatch", *words, check=False)
+
+    def preempt_and_cancel(self):
+        """Let an urgent job take the node of a job that Slurm then cancels (PreemptMode=CANCEL)."""
+        listed = self.slurm.command("squeue", "-h", "-pspot", "-tRUNNING", "-o%N", check=False)
+        node = self.random.choice(listed.split())
+        words = ("-p", "urgent", "-w", node, "-c", "2", "-o", "/dev/null", "--wrap", "sleep 2")
         self.slurm.command("sbatch", *words, check=False)
 
     def requeue(self):
@@ -113,15 +120,16 @@ class Storm:
         process.kill()
         process.communicate()
 
-    def ask(self):
-        """Start the command that submits the sweep."""
-        part = self.random.choice(["cluster.partition=scavenge", "cluster.partition=main"])
-        return start(self.cwd, *self.target.sweep, *CLUSTER, part, trainer=self.target.trainer)
+    def ask(self, *partitions):
+        """Start the command that submits the sweep, to one of these partitions or of all three."""
+        part = self.random.choice(partitions or ("scavenge", "main", "spot"))
+        given = (*CLUSTER, f"cluster.partition={part}")
+        return start(self.cwd, *self.target.sweep, *given, trainer=self.target.trainer)
 
     def disturb(self, seconds):
         """Disturb the sweep for `seconds`, and at least two rounds; then let it end."""
         started, runs = time.monotonic(), self.target.runs
-        output = self.ask().communicate()[0]
+        output = self.ask("spot").communicate()[0]
         while len(results(self.cwd)) < runs and (
             time.monotonic() - started < seconds or min(self.done.values()) < 2
         ):

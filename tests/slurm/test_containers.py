@@ -95,11 +95,11 @@ def test_a_sweep_inside_a_container_is_stopped_preempted_and_answered(
         assert re.match("env PYTHONNOUSERSITE=1 PYTHONPATH=.* python3 -m lorasweep.launch", command)
 
 
-@kinds
+@pytest.mark.parametrize(("kind", "per_node"), [("apptainer", 1), ("pyxis", 1), ("pyxis", 2)])
 @pytest.mark.full
-def test_a_run_over_two_nodes_inside_a_container(queue, tmp_path, inside, kind):
+def test_a_run_of_two_processes_inside_a_container(queue, tmp_path, inside, kind, per_node):
     options = inside(kind, *TWO_NODES)
-    spread = ("exec.world_size=2", "cluster.gpus_per_node=1", "steps=1")
+    spread = ("exec.world_size=2", f"cluster.gpus_per_node={per_node}", "steps=1")
     ask(tmp_path, *RUN, *options, *spread, trainer=None)
     queue.drain()
     store, rid, result = finished(tmp_path)
@@ -108,7 +108,6 @@ def test_a_run_over_two_nodes_inside_a_container(queue, tmp_path, inside, kind):
 
 
 @kinds
-@pytest.mark.full
 def test_a_command_runs_inside_a_container(queue, tmp_path, inside, kind):
     wanted = request(tmp_path, *SMOKE, *inside(kind, *FAST))
     given = ("action=layers", "model=llama-3.2-1b", "method=lora")

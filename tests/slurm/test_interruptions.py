@@ -117,14 +117,55 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
     assert sorted(again) == sorted(lost)  # the follow-up job submitted lost runs only
 
 
+@pytest.mark.full
+def test_jobs_that_a_preemption_cancels_are_submitted_again_and_again(queue, tmp_path):
+    """Four times, in which no run finishes: the follow-up job sees that the runs get further."""
+    whole, there = tmp_path / "whole", tmp_path / "there"
+    one_pack = (*SMOKE, "~sweep.arms.fullft", *SLOWLY)
+    train_here(whole, *one_pack)
+    spot = ("cluster.partition=spot", "cluster.follow_partition=main", "exec.max_attempts=2")
+    ask(there, *one_pack, *FAST, *spot, trainer=HELD)
+    for n in range(1, 5):
+        job = wait_for(lambda: len(_jobs(there)) == n and _jobs(there)[-1])
+        wait_for(lambda: job in queue.running())
+        runs = submitted(there)[-1].tasks[0]
+        before = _saved(there, runs[0])
+        wait_for(lambda: _saved(there, runs[0]) > before)
+        node = queue.jobs()[job][1]
+        queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
+        if n % 2:  # as on a cluster whose preemption leaves no time
+            last = max(attempts(there)[runs[0]])
+            os.kill(_worker(there, runs[0], last), signal.SIGKILL)
+    wait_for(lambda: len(_jobs(there)) == 5)
+    (there / "runs" / GO).touch()
+    queue.drain()
+
+    states = [
+        queue.command("sacct", "-n", "-X", "-j", j, "-o", "State").split() for j in _jobs(there)
+    ]
+    assert states == [["PREEMPTED"]] * 4 + [["COMPLETED"]]
+    assert len(results(there)) == 3 and curves(there) == curves(whole)
+    for ends in attempts(there).values():  # None: killed, twice at least, and at last finished
+        assert "failed" not in ends.values() and list(ends.values()).count(None) >= 3, ends
+    assert list((there / "reports").glob("lr_ratio-smoke-*/report.md"))
+
+
+def _jobs(cwd):
+    return [job for sent in submitted(cwd) for job in jobs_of(sent)]
+
+
+def _saved(cwd, rid):
+    saved = [read_json(p) for p in (cwd / f"runs/{rid}/checkpoint").glob("*.json")]
+    return max((d["step"] for d in saved if d), default=0)
+
+
 def _one_with_a_checkpoint_of_each_job(cwd, submission):
     saved = [[r for r in task if _held_with_a_checkpoint(cwd, r)] for task in submission.tasks]
     return [runs[0] for runs in saved] if all(saved) else None
 
 
 def _held_with_a_checkpoint(cwd, rid):
-    saved = [read_json(p) for p in (cwd / f"runs/{rid}/checkpoint").glob("*.json")]
-    return any(d and d["step"] >= FREE_STEPS for d in saved)
+    return _saved(cwd, rid) >= FREE_STEPS
 
 
 def _interrupted(cwd, rid):
@@ -132,15 +173,15 @@ def _interrupted(cwd, rid):
     return ends[1] is not None or len(ends) > 1
 
 
-def _worker(cwd, rid):
-    return read_json(cwd / f"runs/{rid}/attempts/1/owner.json")["pid"]
+def _worker(cwd, rid, attempt=1):
+    return read_json(cwd / f"runs/{rid}/attempts/{attempt}/owner.json")["pid"]
 
 
 @pytest.mark.full
 def test_in_a_storm_nothing_is_lost_doubled_or_different(queue, tmp_path):
     seed = int(os.environ.get("LORASWEEP_STORM_SEED", 1))
     seen = storm.compare(queue, tmp_path, storm.QUICK, seconds=45, seed=seed)
-    assert min(seen.harm.values()) >= 2 and len(seen.harm) == 6  # of each kind at least two
+    assert min(seen.harm.values()) >= 2 and len(seen.harm) == 7  # of each kind at least two
     assert max(seen.attempts) >= 2  # it did harm
     assert seen.finished == seen.wanted == 60 and seen.different == []
 

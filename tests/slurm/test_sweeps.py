@@ -320,7 +320,7 @@ def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("partition=gpux", "partition 'gpux' not found. Available: main, scavenge, urgent"),
+        ("partition=gpux", "partition 'gpux' not found. Available: main, scavenge, spot, urgent"),
         ("gpus=3", "cluster.gpus=3, but a node of partition 'main' has at most 2"),
         ("warn_s=4000", "would be warned at once"),
         ("constraint=gold", "Slurm refused the jobs: "),

@@ -3,7 +3,7 @@
     python -m lorasweep.launch.slurm.job TASK.json
 
     {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these runs
-    {"follow": REQUEST.json, "command": [...], "idle": n, "finished": n}   follow up on a sweep
+    {"follow": REQUEST.json, "command": [...], "idle": n, "updates": n}    follow up on a sweep
     {"arguments": [...], "requeues": n}                                    run a command
 
 A job may be killed at any time and start again on another node: runs resume from checkpoints. At

@@ -42,7 +42,7 @@ WATCH_POLL_S = 2.0
 FOLLOW_GIB = 2.0
 """Assumed memory of the follow-up job (plans, fits, figures): a few times that after imports."""
 MAX_IDLE = 3
-"""Follow-up jobs in a row without a new finished run, after which no more jobs are submitted."""
+"""Follow-up jobs in a row without a saved update, after which no more jobs are submitted."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class FollowUp:
     """Arguments of Python, before the path of the task file."""
     trainer: str | None = None
     idle: int = 0
-    """Follow-up jobs in a row, so far, without a new finished run."""
-    finished: int = 0
-    """Finished runs when the job was submitted."""
+    """Follow-up jobs in a row, so far, before which no update was saved."""
+    updates: int = 0
+    """`updates_of` the runs when the job was submitted."""
 
 
 @dataclass
@@ -126,10 +126,16 @@ def submit(
         follows = cluster.follow and cluster.submit
         covered = any(served >= ids for served, _ in _followers(queue, request))
         if jobs or (work.covered and follows and not covered):
-            finished = sum(s in FINAL for s in now.states.values())
-            follow_up = dataclasses.replace(follow_up, finished=finished)
+            follow_up = dataclasses.replace(follow_up, updates=updates_of(now.points, store))
             _submit(request, jobs, code, queue, outcome, follow_up)
         return outcome
+
+
+def updates_of(points: Sequence[Point], store: RunStore) -> int:
+    """Count the updates of finished runs, and those in the checkpoints of the others."""
+    states = store.states(p.id for p in points)
+    ended = {i for i, state in states.items() if state in FINAL}
+    return sum(p.spec.steps if p.id in ended else store.saved_step(p.id) for p in points)
 
 
 def prepare(cluster: Cluster, root: Path) -> tuple[Partition, Snapshot]:

@@ -254,7 +254,7 @@ def test_a_job_that_slurm_started_again_recognises_its_earlier_execution(monkeyp
 def test_the_exit_status_says_whether_to_try_again(compose, tmp_path, monkeypatch, error, code):
     asked = compose("+sweep=lr_ratio", "scale=smoke", "cluster=slurm")
     (tmp_path / "request.json").write_text(json.dumps(asked.plain()))
-    task = {"follow": str(tmp_path / "request.json"), "trainer": "a.b:c", "idle": 1, "finished": 4}
+    task = {"follow": str(tmp_path / "request.json"), "trainer": "a.b:c", "idle": 1, "updates": 4}
     (tmp_path / "task.json").write_text(json.dumps(task))
     acted = []
 

@@ -141,6 +141,25 @@ def test_recent_records_are_read_from_the_end(store):
     assert recent == all_records[-len(recent) :]
 
 
+def test_kills_after_which_a_run_got_further_do_not_count(store, change_owner):
+    spec = tiny_spec()
+    rid, slots = spec.id, store.folder(spec.id) / "checkpoint"
+    counted = []
+    for start, saved in ((None, 3), (3, 4), (4, None), (4, None), ("killed while it loads", None)):
+        n = store.claim(spec)
+        if not isinstance(start, str):
+            store.write_env(rid, n, {"threads": 1, "resumed_from_step": start})
+        slots.mkdir(exist_ok=True)
+        if saved:
+            save(slots, saved)
+        change_owner(rid, pid=DEAD_PID)
+        counted.append((store.saved_step(rid), store.failures(rid)))
+    assert counted == [(3, 0), (4, 0), (4, 1), (4, 2), (4, 3)]
+    store.write_end(rid, store.claim(spec), "stopped", "asked")
+    store.write_end(rid, store.claim(spec), "failed", "an error")
+    assert store.failures(rid) == 4
+
+
 def test_states_of_a_run(store):
     spec = tiny_spec()
     rid = spec.id
