@@ -111,7 +111,7 @@ ARROWS = [(module, other) for module, others in GRAPH.items() for other in other
 # From the bottom; a room uses those below it only. `methods` and `data` do not know each other.
 ORDER = {
     "lorasweep": "errors < spec < methods data < sweep < store < tracking < plan < models < train"
-    " < launch < customers < config < cli < __main__",
+    " < launch < check < customers < config < cli < __main__",
     "analysis": "runs < inference < optimum < measures < questions < report < tables < __main__",
 }
 RANK = {
@@ -124,6 +124,7 @@ DOOR = "lorasweep.cli.answer"  # the only module of lorasweep that reaches `anal
 NOT_IN_TRAIN = r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"
 
 TORCH = r"lorasweep/(train|models|methods)/|lorasweep/launch/(trainer|measure_packs)\.py"
+TORCH += r"|lorasweep/check/(node|correctness|speed)\.py"
 ONLY_IN = {
     **dict.fromkeys(("hydra", "omegaconf"), r"lorasweep/(config/.*|__main__)\.py"),
     "wandb": r"lorasweep/tracking/wandb\.py",
@@ -204,7 +205,7 @@ def test_packages_are_imported_only_where_they_belong():
 
 def test_importing_everything_but_the_training_side_imports_no_torch():
     """In one process: what plans, launches, asks and answers starts in a second."""
-    heavy = r"lorasweep\.(train|models|methods\.stacked)\b|benchmarks\b"
+    heavy = r"lorasweep\.(train|models|methods\.stacked|check)\b|benchmarks\b"
     modules = [m for m in PATHS if not re.match(heavy, m)]
     code = (
         f"import sys, importlib\nfor m in {sorted(modules)!r}: importlib.import_module(m)\n"

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, customers, finished_runs, plans, served, status, train
+from lorasweep.cli import answer, check, customers, finished_runs, plans, served, status, train
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, StoreError
 from lorasweep.launch.slurm.client import RunningJobs
 from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN, Signals
@@ -41,6 +41,7 @@ def functions(
         "qualify": partial(train.qualify, trainer=trainer),
         "measure_packs": plans.measure,
         "layers": plans.layers,
+        "check_gpu": check.check_gpu,
         "fetch": plans.fetch,
         "advise": lambda request, store: customers.advise(request),
         "measure": lambda request, store: customers.measure(request),

@@ -113,6 +113,16 @@ ACTIONS: dict[str, Action] = {
             of_fleet=True,
         ),
         Action(
+            "check_gpu",
+            "measure this machine's GPU in six parts, compare it with the plan, and write a page "
+            "and a hardware file; the same command goes on where it was. With cluster=slurm: as a "
+            "job. Without a GPU: the same with small shapes",
+            reads=("hardware",),
+            about="one machine",
+            allows_sweep=False,
+            needs_run=False,
+        ),
+        Action(
             "advise",
             "LoRA or full fine-tuning, with which rank, learning rate and batch size, at what "
             "cost: for each row of a CSV or YAML table, or for one customer "

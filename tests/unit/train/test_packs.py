@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from lorasweep.data import load as data_sets
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.train.objectives import nll, sft
 from tests.training import ROUNDING, Trained, copied, moved, noise, ragged, run, small_world, worst
-from tests.world import tiny_spec
 
 
 @pytest.fixture(scope="module")
@@ -292,32 +290,3 @@ def test_nothing_of_one_customers_rows_is_in_what_another_gets(fleet, monkeypatc
     full = [h for h in holds if len(h) == len(pack)]
     assert full and all(h.tolist() == [False, False, True, False] for h in full)
     assert all(h.sum() <= 1 for h in holds)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("method", [LoRA(rank=4), FullFT()], ids=["lora", "fullft"])
-def test_on_a_gpu_it_is_the_cpus_run(method):
-    """float64, the same curve as on the CPU; then bf16 autocast, near it."""
-    spec = tiny_spec(method=method, steps=10, lr=1e-3, precision="fp64")
-    rows, curves = data_sets.load(spec.dataset, []), {}
-    for device in ("cpu", "cuda"):
-        base = models.load(spec.model, [], "fp64")
-        base.model.to(device)
-        curves[device] = run([spec], base, rows)[1][spec.id][-1]
-    wanted = curves["cpu"]["test_nll"]
-    assert curves["cuda"]["test_nll"] == pytest.approx(wanted, abs=1e-6)  # norms in float32
-    low = dataclasses.replace(spec, precision="bf16")
-    got = run([low], models.load(low.model, [], "bf16"), rows)[1][low.id][-1]
-    assert got["test_nll"] == pytest.approx(wanted, abs=0.02)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_pack_on_a_gpu_is_its_runs_alone(norms_in_float64):
-    spec, base, _ = small_world(steps=10, lr=1e-3)
-    pack, rows = mixed(spec, 8), ragged()
-    together, _ = run(pack, base, rows)
-    for one in pack[::3]:
-        alone, _ = run([one], base, rows)
-        assert worst(alone[one.id], together[one.id]) < ROUNDING[10]
