@@ -36,6 +36,7 @@ NAMES = {
     "gsm8k": "word problems",
     "skills": "exercises",
     "words": "exercises, rewarded under new words",
+    "bandit_drawn": "a bandit's hidden labels",
 }
 """Base model, layer set or data set -> its name in sentences, where that differs."""
 TINIEST = 1e-6

@@ -507,7 +507,10 @@ def _large_batches(answers: Sequence[Answer]) -> Finding | None:
 
 def _rewards(answers: Sequence[Answer]) -> Finding | None:
     points = with_unit(signed, " points")
-    one, top = found(answers, "rl", "rank_1"), found(answers, "rl", "top_rank")
+    asked = next((s for s in ("rl_matrices", "rl") if found(answers, s, "rank_1")), "rl")
+    top = found(answers, asked, "top_rank")
+    one = [*found(answers, asked, "rank_1"), *found(answers, "rl_unembedding", "tie")]
+    one.sort(key=lambda each: each[1].exploratory)
     made = of_claim(
         one,
         "In reinforcement learning rank 1 learns as much as full fine-tuning",

@@ -477,6 +477,16 @@ def test_the_studys_condition_on_rewards_is_shown_with_the_verdict(tmp_path):
     assert said.more.endswith("here rank 1 has 0.2 parameters an episode.")
     place = "b (exercises, rewarded under new words; rank 1, 100 updates)"
     assert said.text.endswith(f"is -8.6 points [-11.6, -5.6] on {place}.")
+    asked = verdict(-11.0, 3.0, claim="tie", group="c on bandit_drawn, policy gradient")
+    arms = [curve("c", "bandit_drawn", rank=1.0, steps=400)]
+    labels = {"name": "bandit_drawn", "location": "bandit", "source": "synthetic", "knobs": {}}
+    bandit = answer(tmp_path, asked, sweep="rl_unembedding", data=(labels,), curves=arms)
+    v = dataclasses.replace(v, exploratory="asked after a look")
+    looked = Answer(made.folder, made.results, made.question, [v])
+    (both,) = findings.others([looked, bandit])
+    assert both.sweep == "rl_unembedding" and not both.exploratory
+    labels = "-11.0 points [-14.0, -8.0] on c (a bandit's hidden labels; rank 1, 400 updates)"
+    assert f"is {labels} and -8.6 points" in both.text and "; exploratory)" in both.text
 
 
 # ---------------------------------------------------------------- the findings
