@@ -16,6 +16,7 @@ from tests.slurm.cluster import (
     submitted,
     wait_for,
 )
+from tests.world import cli
 
 LAYERS = ("action=layers", "model=llama-3.2-1b", "method=lora")
 
@@ -56,3 +57,19 @@ def test_a_command_stops_at_its_time_limit_and_goes_on(queue, tmp_path):
     assert len(results(tmp_path)) == 6
     again = [read_json(p) for p in (tmp_path / "runs").glob("*/attempts/2/env.json")]
     assert again and all(env["resumed_from_step"] > 0 for env in again), log.read_text()
+
+
+@pytest.mark.full
+def test_a_node_is_checked_in_a_job(queue, tmp_path):
+    """action=check_gpu: submitted once, with a page in the reports folder at the end."""
+    check = ("action=check_gpu", *ALONE, "cluster.mem_gib=4")
+    with queue.closed():
+        said = cli(*check, cwd=tmp_path).stdout
+        assert "check_gpu: submitted" in said and "the job has no GPU" in said
+        assert "check_gpu: job" in cli(*check, cwd=tmp_path).stdout
+    queue.drain()
+    log = Path(re.search(r"log: (\S+)", said)[1]).read_text()
+    (page,) = (tmp_path / "reports" / "check_gpu").glob("*/page.md")
+    assert f"page: {page}" in log, log
+    text = page.read_text()
+    assert "7 of 7 checks passed" in text and "## Not measured" not in text, log
