@@ -11,7 +11,7 @@ from lorasweep.cli import answer, fleet_costs, tuned, understood
 from lorasweep.cli.points import all_points, is_search
 from lorasweep.cli.progress import duration, notifier
 from lorasweep.config import preflight
-from lorasweep.errors import SpecError
+from lorasweep.errors import SpecError, check_installed
 from lorasweep.launch.measure_packs import measure_packs
 from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm.planning import hardware_of
@@ -242,6 +242,7 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
             about["understood"] = understood.lines(request)
         print(json.dumps({**about, "sweeps": sweeps, "total": values[-1], **queue, **fleet}))
         return 0
+    check_installed("jinja2", "a plan with hardware=NAME")
     from jinja2 import StrictUndefined, Template  # takes a moment to load
 
     rows = [_row(v) for v in (values if len(values) > 2 else values[:1])]  # one sweep has no total
