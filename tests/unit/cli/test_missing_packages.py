@@ -111,7 +111,7 @@ def test_a_report_without_a_package_is_the_same_answer_less_what_needs_it(
 
 def test_pages_that_need_a_package_are_refused(without, tmp_path, capsys):
     without("plotly", "matplotlib")
-    (tmp_path / "runs.csv").write_text("model,lr,test_nll\nm,1e-3,2.0\n")
+    (tmp_path / "runs.csv").write_text("model,method,rank,lr,test_nll\nm,lora,4,1e-3,2.0\n")
     page = ["--out", str(tmp_path / "page.html")]
     assert analysis(["html", str(tmp_path / "runs.csv"), *page]) == 2
     assert "pip install plotly " in capsys.readouterr().err
