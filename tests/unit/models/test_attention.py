@@ -28,7 +28,7 @@ def test_outputs_and_gradients_are_torchs(tokens, masked):
 
 
 def test_a_softcap_of_scores_is_not_dropped():
-    """Before transformers 5.20 Gemma 2 takes torch's attention, which has none."""
+    """On transformers 5.8 Gemma 2 takes torch's attention, which has none."""
     from transformers import Gemma2Config
 
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
