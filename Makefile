@@ -9,16 +9,20 @@ SCALE ?= tiny
 SERVE := .venv-serve
 SERVE_READY := $(if $(LORASWEEP_SERVE_PYTHON),,$(SERVE)/.installed)
 PARALLEL := -n $(or $(JOBS),2) --dist loadgroup
+FAST := -m "not slow and not full and not real and not gpu" tests/unit tests/test_architecture.py
+# The versions that were tested together; make lock writes them.
+TESTED := constraints/tested.txt
+LOWEST := .venv-lowest
 
-.PHONY: help run small weights test test-fast test-full serve-test lint nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
+.PHONY: help run small weights test test-fast test-full test-lowest serve-test lint lock wheelhouse nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(TESTED)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[test]'
+	$(BIN)/pip install --quiet -c $(TESTED) -e '.[test]'
 	touch $@
 
 run: $(VENV)/.installed ## answer the main question on this machine (a few minutes)
@@ -47,7 +51,17 @@ test-full: lint $(SERVE_READY) ## run lint and all tests that take less than an 
 	$(BIN)/python -m pytest $(PARALLEL) -m "not nightly"
 
 test-fast: $(VENV)/.installed ## the tests that train nothing or a few steps (about a minute)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not full and not real and not gpu" tests/unit tests/test_architecture.py
+	$(BIN)/python -m pytest $(PARALLEL) $(FAST)
+
+$(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --upgrade pip
+	$(LOWEST)/bin/pip install --quiet -c constraints/lowest.txt -e '.[test-core]'
+	touch $@
+
+test-lowest: $(LOWEST)/.installed ## the fast tests, packs, processes and the command with the lowest versions (Python 3.11, installs 5 GB)
+	$(LOWEST)/bin/python -m pytest $(PARALLEL) $(FAST)
+	$(LOWEST)/bin/python -m pytest $(PARALLEL) -m "not full and not real" $(addprefix tests/integration/test_,packs.py distributed.py cli.py)
 
 $(SERVE)/.installed:
 	$(PYTHON) -m venv $(SERVE)
@@ -63,13 +77,20 @@ lint: $(VENV)/.installed ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+lock: ## write constraints/tested.txt: the versions in .venv, with which make run and make test install
+	$(BIN)/pip list --format=freeze --exclude lorasweep --exclude pip --exclude setuptools \
+	  | grep -vE '^(nvidia|cuda|triton)' | sed 's/+.*//' > $(TESTED)
+
+wheelhouse: ## gather what a machine without a network lacks: HAS=pip-list.txt PYTHON_VERSION=3.12 (both optional)
+	$(PYTHON) constraints/wheelhouse.py $(if $(HAS),--has $(HAS)) $(if $(PYTHON_VERSION),--python-version $(PYTHON_VERSION))
+
 nightly: weights storm ## the long versions (about seven hours): storm, bases trained again, a calibration
 	$(BIN)/python -m lorasweep.cli.bases --check
 	$(BIN)/python -m pytest $(PARALLEL)
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m benchmarks calibration --cases $(or $(CASES),500) --out build/calibration
 
 bench: weights data/gsm8k/train.jsonl ## measure on an idle machine, and write analysis/results/bench and the README's table
-	$(BIN)/pip install --quiet -e '.[bench]'
+	$(BIN)/pip install --quiet -c $(TESTED) -e '.[bench]'
 	$(BIN)/python -m benchmarks speed
 	$(BIN)/python -m benchmarks rewards
 	$(BIN)/python -m benchmarks fleet
@@ -93,4 +114,4 @@ storm: $(VENV)/.installed ## run a sweep of 200 runs under preemptions, node fai
 	$(BIN)/python -m tests.slurm.storm --minutes $(or $(MINUTES),20)
 
 clean: ## delete the environment and build files; keep runs, reports and models
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) wheelhouse build dist *.egg-info

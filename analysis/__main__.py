@@ -136,9 +136,12 @@ def _study(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
 
-    from analysis.report.study import answers, page
-    from analysis.report.text import aligned
+    from analysis.report.study import answers
+    from analysis.report.text import aligned, check_installed
 
+    if args.write or args.out:
+        check_installed("the page of all answers", "matplotlib", "jinja2")
+        from analysis.report.study import page
     if args.write:
         page.render_all(KEPT, ROOT / "README.md")
         return 0

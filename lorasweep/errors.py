@@ -5,6 +5,7 @@ other exception is a bug.
 """
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -46,6 +47,18 @@ class ClusterError(LorasweepError):
 
 class GaveUp(ClusterError):
     """A sweep that was submitted several times without finishing any run."""
+
+
+def check_installed(package: str, what: str) -> None:
+    """Raise SpecError if a package is missing that `what` needs. Imports nothing.
+
+    All packages are dependencies, but a compute node without a network may lack some.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise SpecError(
+            f"{what} needs {package}, which is not installed: pip install {package} (for a machine "
+            "without a network: make wheelhouse)."
+        )
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> str:

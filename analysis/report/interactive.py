@@ -15,10 +15,12 @@ import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict
 from analysis.optimum.optimum import Optimum
-from analysis.report.text import plain, rendered
+from analysis.report.text import check_installed, plain, rendered
 from analysis.runs.learning_curves import learning_curves
 from analysis.runs.lr_curves import runs_of
 
+NEEDED = ("plotly", "jinja2")
+"""Packages that the page is made with."""
 _FIT_POINTS = 80
 _DETAILS = (
     *("run_id", "status", "model", "dataset", "method", "rank", "alpha", "layers", "scope"),
@@ -45,7 +47,11 @@ def write(
         table: runs to which the optima were fitted, one per row, with the metric as a loss.
         ratios: (group, name, LoRA / FullFT) for the forest plot.
         within: extra loss allowed in the low-regret band.
+
+    Raises:
+        TableError: plotly or jinja2 is not installed.
     """
+    check_installed("the interactive page", *NEEDED)
     learned = learning_curves(table).query("step >= 1").dropna(subset="test_nll")
     points = {
         run: list(zip(c["step"].tolist(), c["test_nll"].tolist()))

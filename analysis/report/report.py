@@ -17,8 +17,8 @@ from analysis.inference.estimate import Verdict, number, rate, with_interval
 from analysis.optimum.optimum import WITHIN, Optimum
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse
-from analysis.report import interactive, plots, plots_curves
-from analysis.report.text import aligned, plain, rendered, text_hash
+from analysis.report import interactive
+from analysis.report.text import aligned, missing, plain, rendered, text_hash
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names, in_words
 from analysis.runs.metric import NLL, as_losses
@@ -51,7 +51,8 @@ def judge_and_report(
 ) -> str:
     """Judge the runs, write the report into `folder`, and return the answer for the terminal.
 
-    Writes report.md, report.html, figures, results.json, question.json and table.parquet.
+    Writes report.md, report.html, figures, results.json, question.json and table.parquet. What
+    needs a package that is not installed is left out, and the answer says so.
 
     Args:
         as_json: return one JSON object instead of text.
@@ -64,9 +65,15 @@ def judge_and_report(
     results = write_answer(found, table, question, folder)
     title = f"{question['name']} at scale {question['scale']}: {question['question']}"
     shown = (found.optima, found.ratios, found.verdicts, WITHIN)
-    interactive.write(folder / "report.html", title, as_losses(table), *shown)
+    pages, left_out = [folder / "report.html", folder / "report.md"], lacking()
+    if "report.html" in left_out:
+        pages[0].unlink(missing_ok=True)
+    else:
+        interactive.write(pages[0], title, as_losses(table), *shown)
+    pages = [page for page in pages if page.name not in left_out]
     if as_json:
-        return json.dumps({**results, "report": str(folder / "report.md")})
+        report = {"report": str(pages[-1]) if pages else None}
+        return json.dumps({**results, **report, "left_out": list(left_out.values())})
     out = [question["question"], ""]
     if found.optima:
         out += [*aligned(optima_rows(found.optima)), ""]
@@ -80,18 +87,41 @@ def judge_and_report(
             f"{v.expected:g} within {margin}{primary}: {v.why}"
             + (f". Needed: {v.needed}" if v.needed else "")
         )
-    out += ["", f"report: {folder / 'report.html'} (interactive), {folder / 'report.md'}"]
+    out += ["", *(f"left out: {why}" for why in left_out.values())]
+    names = [f"{page} (interactive)" if page.suffix == ".html" else str(page) for page in pages]
+    out += [f"report: {', '.join(names) or folder / 'results.json'}"]
     return "\n".join(out)
+
+
+def lacking() -> dict[str, str]:
+    """Return the parts of a report that are left out, and which missing packages they need."""
+    needed = {
+        "figures": ("matplotlib",),
+        "report.html": interactive.NEEDED,
+        "report.md": ("jinja2",),
+    }
+    found = {what: missing(what, *packages) for what, packages in needed.items()}
+    return {what: why for what, why in found.items() if why}
 
 
 def write_answer(
     found: Analysis, table: pd.DataFrame, question: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """Write results.json, report.md and the figures; return the results."""
-    results = results_of(found, question, table)
+    """Write results.json, report.md and the figures (see `lacking`); return the results."""
+    results, left_out = results_of(found, question, table), lacking()
     text = json.dumps(results, indent=1) + "\n"
     (folder / "results.json").write_text(text)
-    (folder / "report.md").write_text(render(found, question, table))
+    if "report.md" in left_out:
+        (folder / "report.md").unlink(missing_ok=True)  # it may be of earlier runs
+    else:
+        page = render(found, question, table, left_out.get("figures", ""))
+        (folder / "report.md").write_text(page)
+    if "figures" in left_out:
+        for name in ("lr_nll.png", "learning.png", *(s.figure for s in found.sections if s.panels)):
+            (folder / name).unlink(missing_ok=True)
+        return results
+    from analysis.report import plots, plots_curves
+
     inputs = inputs_hash(table, text)
     for section in found.sections:
         if section.panels:
@@ -151,8 +181,10 @@ def question_hash(question: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- report.md
 
 
-def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> str:
-    """Return the text of report.md."""
+def render(
+    found: Analysis, question: dict[str, Any], table: pd.DataFrame, without_figures: str = ""
+) -> str:
+    """Return the text of report.md. `without_figures`: why it shows no figures."""
     exploratory: dict[str, dict[str, None]] = {}
     for v in found.verdicts:
         if v.exploratory:
@@ -184,8 +216,9 @@ def render(found: Analysis, question: dict[str, Any], table: pd.DataFrame) -> st
         sections=found.sections,
         optima=optima_rows(found.optima) if found.optima else None,
         metrics=" or ".join(dict.fromkeys(o.curve.shown.name for o in found.optima)),
-        noise=noise,
-        has_curves=bool(found.optima) and bool(by_run(table)),
+        noise=[] if without_figures else noise,
+        without_figures=without_figures,
+        has_curves=bool(found.optima) and bool(by_run(table)) and not without_figures,
         conditions=_conditions(found.optima, table),
         runs=len(table),
         claims_hash=question_hash(question),

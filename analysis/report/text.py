@@ -1,13 +1,15 @@
 """Text of reports: tables for a terminal or in Markdown, templates, and hashes of inputs."""
 
 import hashlib
+import importlib.util
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from analysis.runs.table import TableError
 
 Rows = Sequence[Sequence[str]]
 
@@ -26,6 +28,8 @@ def markdown(rows: Rows) -> list[str]:
 
 def rendered(template: str, package: str = "analysis.report", **values: Any) -> str:
     """Fill a template of a package; values are escaped in .html templates only."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
     environment = Environment(
         loader=PackageLoader(package),
         autoescape=select_autoescape(["html"]),
@@ -37,6 +41,23 @@ def rendered(template: str, package: str = "analysis.report", **values: Any) -> 
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters["table"] = lambda rows: "\n".join(markdown(rows))
     return environment.get_template(template).render(values)
+
+
+def missing(what: str, *packages: str) -> str:
+    """Say which of the packages that `what` needs are not installed; empty if all are."""
+    absent = " ".join(p for p in packages if importlib.util.find_spec(p) is None)
+    if not absent:
+        return ""
+    return (
+        f"{what} needs {absent}, not installed here: pip install {absent} (for a machine without "
+        "a network: make wheelhouse)"
+    )
+
+
+def check_installed(what: str, *packages: str) -> None:
+    """Raise TableError if a package is missing that `what` needs."""
+    if absent := missing(what, *packages):
+        raise TableError(absent)
 
 
 def with_block(text: str, name: str, lines: Sequence[str]) -> str:

@@ -219,13 +219,17 @@ def qualify(table: "pd.DataFrame") -> tuple[dict[str, bool], list[dict[str, Any]
 
 def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
     """Write the page of all answers, `reports/title/study.md`; return its table in lines."""
-    from analysis.report.study import answers, page
-    from analysis.report.text import aligned
+    from analysis.report.study import answers
+    from analysis.report.text import aligned, missing
 
     found = answers.read_answers([reports], titles)
-    path = reports / title / "study.md"
+    path, lines = reports / title / "study.md", ["", *aligned(answers.rows_of(found)), ""]
+    if why := missing("study.md", "matplotlib", "jinja2"):
+        return [*lines, f"left out: {why}"]
+    from analysis.report.study import page
+
     page.write(found, path)
-    return ["", *aligned(answers.rows_of(found)), "", f"page: {path}"]
+    return [*lines, f"page: {path}"]
 
 
 def code_length(

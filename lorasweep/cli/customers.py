@@ -23,7 +23,7 @@ from lorasweep.customers.outcome import outcome_of
 from lorasweep.customers.read import Failed, Row, check_rows, expected, read_customers
 from lorasweep.customers.serving import Profile
 from lorasweep.data import chat
-from lorasweep.errors import SpecError, unknown
+from lorasweep.errors import SpecError, check_installed, unknown
 from lorasweep.launch import local
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.planning import hardware_of
@@ -168,6 +168,7 @@ def plan_fleet(request: Request) -> Request:
     Raises:
         SpecError: a fleet cannot use the settings, or the table cannot be read.
     """
+    check_installed("jinja2", f"action={request.action} with a table of customers")
     if request.members:  # a follow-up job trains the planned runs, without reading the table again
         return request
     customers = read_customers(Path(request.customers))

@@ -11,7 +11,7 @@ from lorasweep.cli import answer, claim_costs, fleet_costs, tuned, understood
 from lorasweep.cli.points import all_points, is_search
 from lorasweep.cli.progress import duration, notifier
 from lorasweep.config import preflight
-from lorasweep.errors import SpecError
+from lorasweep.errors import SpecError, check_installed
 from lorasweep.launch.measure_packs import measure_packs
 from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm.planning import hardware_of
@@ -247,6 +247,7 @@ def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
         total = {"total": values[-1]}
         print(json.dumps({**about, "sweeps": sweeps, **total, **budget, **queue, **fleet}))
         return 0
+    check_installed("jinja2", "a plan with hardware=NAME")
     from jinja2 import StrictUndefined, Template  # takes a moment to load
 
     shown = values if len(values) > 2 else values[:1]  # one sweep has no total

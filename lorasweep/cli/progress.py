@@ -4,10 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from lorasweep.plan.load import run_flops
 from lorasweep.sweep.grid import Point
@@ -30,7 +28,10 @@ def notifier(request: Request) -> Callable[[str], None]:
 
 
 class Display:
-    """A progress bar in floating-point operations, with the time left."""
+    """A line for each ended run; in a terminal also a progress bar, with the time left.
+
+    The bar is in floating-point operations.
+    """
 
     def __init__(self, todo: list[Point], quiet: bool = False) -> None:
         self._points = {p.id: p for p in todo}
@@ -41,7 +42,20 @@ class Display:
         self._first: dict[str, float] = {}
         self._ended = 0
         self._started = time.monotonic()
-        console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self._print: Callable[[str], Any] = partial(print, file=sys.stderr, flush=True)
+        self._bar: Any = None
+        if quiet:
+            self._print = lambda text: None
+        elif sys.stderr.isatty() and find_spec("rich") is None:
+            self._print("no progress bar: rich is not installed (pip install rich)")
+        elif sys.stderr.isatty():
+            self._add_bar(f"0/{len(todo)} runs")
+
+    def _add_bar(self, description: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._print = partial(console.print, markup=False)  # above the bar
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -50,16 +64,17 @@ class Display:
             TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
-            disable=quiet or not sys.stderr.isatty(),
         )
-        self._task = self._bar.add_task(f"0/{len(todo)} runs", total=1.0, left="")
+        self._task = self._bar.add_task(description, total=1.0, left="")
 
     def __enter__(self) -> "Display":
-        self._bar.start()
+        if self._bar:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._bar:
+            self._bar.stop()
 
     def event(self, event: dict[str, Any]) -> None:
         """Show an event of a worker."""
@@ -83,12 +98,10 @@ class Display:
                 value, spent = event.get("value"), duration(event["wall_s"])
                 measure = "" if value is None else f"  {event['measure']} {value:.4f}"
                 self._print(f"{head}  {event['ended']:8}{measure}  {spent}  ({self._left()})")
-        self._bar.update(
-            self._task,
-            completed=self._done(),
-            left=self._left(),
-            description=f"{self._ended}/{len(self._points)} runs",
-        )
+        if self._bar:
+            runs = f"{self._ended}/{len(self._points)} runs"
+            done, left = self._done(), self._left()
+            self._bar.update(self._task, completed=done, left=left, description=runs)
 
     def _done(self) -> float:
         return sum(self._work[i] * s for i, s in self._share.items()) / self._total

@@ -13,7 +13,7 @@ from lorasweep.cli.plans import plan_text, unpinned_lines
 from lorasweep.cli.points import all_points, is_search, judged, qualifying
 from lorasweep.cli.progress import Display, notifier
 from lorasweep.config.preflight import check_available
-from lorasweep.errors import GaveUp, SpecError
+from lorasweep.errors import GaveUp, SpecError, check_installed
 from lorasweep.launch import local
 from lorasweep.launch.distributed import check_world_size
 from lorasweep.launch.process import Stopped
@@ -163,6 +163,10 @@ def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
 
     `points`: all runs, including the second stage and added rounds.
     """
+    if request.mirror == "wandb":
+        check_installed("wandb", "mirror=wandb")
+    if request.cluster.kind == "slurm" and request.cluster.submit:
+        check_installed("submitit", f"cluster={request.cluster.name}")
     specs = [p.spec for p in request.points]
     if request.exec.world_size > 1:
         check_world_size(specs, request.exec, request.cluster, detect.this_machine())

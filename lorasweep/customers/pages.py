@@ -13,6 +13,7 @@ from typing import Any
 from lorasweep.customers.advice import Advice, totals
 from lorasweep.customers.evidence import Sure, shown
 from lorasweep.customers.read import Failed
+from lorasweep.errors import check_installed
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 
 METHODS = {"lora": "LoRA", "full": "full", "open": "undecided"}
@@ -48,6 +49,7 @@ def counted(counts: Mapping[str, int | None]) -> str:
 
 @cache
 def _environment() -> Any:
+    check_installed("jinja2", "a page or card of customers")
     import jinja2  # takes a moment to load
 
     found = jinja2.Environment(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from lorasweep.data.fields import columns
 from lorasweep.data.sources import Row, Source
-from lorasweep.errors import DataError
+from lorasweep.errors import DataError, check_installed
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.run import is_commit
 
@@ -92,6 +92,7 @@ def fetch(spec: DatasetSpec) -> int:
 
 
 def _builder(spec: DatasetSpec, place: _Place, config: str) -> Any:
+    check_installed("datasets", f"dataset {spec.name!r} of the hub")
     import datasets
 
     datasets.logging.set_verbosity_error()  # `datasets` warns whenever it reads its cache

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasweep.errors import ModelError
+from lorasweep.errors import ModelError, check_installed
 from lorasweep.models import hub
 from lorasweep.spec.model import EXPERT_MATRICES, LAYER_SETS, ROUTER, ModelSpec
 
@@ -116,6 +116,8 @@ def config_at(spec: ModelSpec, path: Path) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     folder, more = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    if more:
+        check_installed("gguf", f"model {spec.name!r}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **more)
     except Exception as error:  # of any type: a config is somebody else's file

@@ -174,8 +174,7 @@ def logits_of(model: Any, hidden_RPH: torch.Tensor) -> torch.Tensor:
     if not computed.called:
         raise ModelError(
             f"{type(model).__name__} does not compute logits from the output of its module "
-            f"{name!r}, so they cannot be computed in parts. Choose another model, or a smaller "
-            "exec.micro_batch_size."
+            f"{name!r}, so they cannot be computed for some positions only. Choose another model."
         )
     return logits
 

@@ -104,7 +104,7 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
     Raises:
         ModelError: the model is inaccessible or damaged.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         found = snapshot_download(
@@ -112,6 +112,7 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
             revision=spec.revision or None,
             allow_patterns=WANTED,
             ignore_patterns=UNWANTED,
+            local_files_only=constants.HF_HUB_OFFLINE,  # some releases list the files online
         )
     except Exception as error:
         raise _unavailable(spec, error) from error

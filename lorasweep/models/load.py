@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorasweep.errors import ModelError
+from lorasweep.errors import ModelError, check_installed
 from lorasweep.models import hub
 from lorasweep.models.attention import use_short_rows
 from lorasweep.models.forward import (
@@ -70,6 +70,8 @@ def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool =
     if spec.source == "recipe":
         return False
     path = find_pinned(spec, models_dirs)
+    if path.is_file() and not (converted_at(path, models_dirs[0]) / "config.json").is_file():
+        check_installed("gguf", f"model {spec.name!r}")
     return path.is_file() or hub.has_tokenizer(path)
 
 
@@ -298,6 +300,8 @@ def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
         norms_to_bf16(model)
     if precision == "fp64":
         norms_in_float64(model)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # sdpa of some releases drops the softcap
     if not torch.cuda.is_available():
         use_short_rows(model)
     return model
@@ -317,6 +321,7 @@ def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     converted = path if path.is_dir() else converted_at(path, models_dirs[0])
     if (converted / "config.json").is_file():
         return converted
+    check_installed("gguf", f"model {spec.name!r}")
     kwargs = {"gguf_file": path.name}
     quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs)

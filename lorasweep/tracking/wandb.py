@@ -9,18 +9,17 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lorasweep.errors import StoreError
+from lorasweep.errors import check_installed
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
 
 
 def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
-    """Copy newly finished runs; return how many. Raises StoreError if wandb is not installed."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise StoreError("mirror=wandb needs the package wandb: pip install wandb") from error
+    """Copy newly finished runs; return how many. Raises SpecError if wandb is not installed."""
+    check_installed("wandb", "mirror=wandb")
+    import wandb
+
     mode: Any = os.environ.get("WANDB_MODE", "offline")
     count, names = 0, run_names(points)
     for point in points:

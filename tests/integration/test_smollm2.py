@@ -88,7 +88,7 @@ def test_one_step_equals_peft_in_float64_with_the_tied_head_adapted(world, norms
     ids = base.tokenizer("Question: What is 3 + 4?\nAnswer: It is 7.").input_ids
     example = Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 8)
     batch = collate([example])
-    for m in (model, reference):
+    for m in (model, reference.get_base_model()):
         nll_sums(m, batch, "fp64").sum().backward()
     for n, p in ours.items():
         other = theirs[pair[n]].grad

@@ -175,9 +175,12 @@ def _adapted(
 
 
 def grouped_product(x_SK: torch.Tensor, w_GOK: torch.Tensor, ends_G: torch.Tensor) -> torch.Tensor:
-    """Multiply each group of rows by its matrix, [S, O]; group g ends before row `ends_G[g]`."""
+    """Multiply each group of rows by its matrix, [S, O]; group g ends before row `ends_G[g]`.
+
+    Before torch 2.10, which has no F.grouped_mm, the groups are multiplied one after another.
+    """
     sizes = {n * x_SK.element_size() % ALIGNED_BYTES for n in w_GOK.shape[1:]}
-    if x_SK.dtype in GROUPED and sizes == {0}:
+    if x_SK.dtype in GROUPED and sizes == {0} and hasattr(F, "grouped_mm"):
         return F.grouped_mm(x_SK, w_GOK.mT, offs=ends_G)
     counts = ends_G.diff(prepend=ends_G.new_zeros(1)).tolist()
     return torch.cat([x @ w.mT for x, w in zip(x_SK.split(counts), w_GOK)])

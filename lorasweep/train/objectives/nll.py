@@ -94,17 +94,10 @@ def _by_chunks(model: Any, given: Inputs, precision: str, measure: Measure) -> l
     rows, width = positions_RP.shape
     most = LOGITS if tokens_RT.device.type == "cpu" else GPU_LOGITS
     step = max(1, most // (rows * model.config.get_text_config().vocab_size))
-    if step >= width:
-        with autocast(precision, tokens_RT.device):
-            logits_RPV = model(
-                input_ids=tokens_RT,
-                position_ids=position_ids_RT,
-                logits_to_keep=positions_RP,
-                use_cache=False,
-            ).logits
-        return [measure(logits_RPV, targets_RP, weight_RP)]
     with autocast(precision, tokens_RT.device):
         hidden_RPH = hidden_states(model, tokens_RT, positions_RP, position_ids_RT)
+        if step >= width:
+            return [measure(logits_of(model, hidden_RPH), targets_RP, weight_RP)]
 
     def part(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with autocast(precision, hidden.device):

@@ -124,7 +124,7 @@ def test_a_model_that_does_not_call_its_decoder_is_refused():
 
     decoder = nn.Identity()
     model = Other({"model": decoder, "head": nn.Linear(4, 8)})
-    with pytest.raises(ModelError, match="smaller exec"):
+    with pytest.raises(ModelError, match="Choose another model"):
         logits_of(model, torch.zeros(1, 2, 4))
     assert model.model is decoder
 

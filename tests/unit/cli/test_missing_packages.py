@@ -1,0 +1,130 @@
+"""A package that is missing is named where it is needed, with what to type; the rest goes on."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from analysis.__main__ import main as analysis
+from analysis.report.report import judge_and_report
+from lorasweep.cli.actions import act
+from lorasweep.cli.progress import Display
+from lorasweep.config.compose import compose_request
+from lorasweep.data import hub
+from lorasweep.errors import SpecError
+from lorasweep.models.describe import describe_model
+from lorasweep.spec.dataset import DatasetSpec
+from tests.world import ROOT
+
+KEPT = ROOT / "analysis/results"
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make packages look as if they were not installed."""
+
+    def block(*packages):
+        for name in [m for m in sys.modules if m.split(".")[0] in packages]:
+            monkeypatch.delitem(sys.modules, name)
+        for package in packages:
+            monkeypatch.setitem(sys.modules, package, None)
+
+    return block
+
+
+def names(error, package, what):
+    text = str(error.value)
+    return what in text and f"pip install {package} " in text and "make wheelhouse" in text
+
+
+@pytest.mark.parametrize(
+    "package, arguments, what",
+    [
+        ("wandb", ["mirror=wandb"], "mirror=wandb"),
+        ("submitit", ["cluster=slurm"], "cluster=slurm"),
+        ("jinja2", ["action=plan", "hardware=h100"], "hardware"),
+    ],
+)
+def test_a_request_is_refused_before_it_trains(without, tmp_path, package, arguments, what):
+    without(package)
+    runs = f"exec.runs_dir={tmp_path}"
+    with pytest.raises(SpecError) as error:
+        act(compose_request(["scale=smoke", *arguments, runs]))
+    assert names(error, package, what)
+    assert not list(tmp_path.glob("*/spec.json"))
+
+
+def test_rows_of_the_hub_and_a_gguf_file_name_what_reads_them(without, tmp_path):
+    without("datasets", "gguf")
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    with pytest.raises(SpecError) as error:
+        describe_model(str(tmp_path / "some.gguf"))
+    assert names(error, "gguf", "some.gguf")
+    rows = DatasetSpec(name="rows", source="hub", location="org/rows", format="text")
+    with pytest.raises(SpecError) as error:
+        hub.source_of(rows, False)
+    assert names(error, "datasets", "rows")
+
+
+@pytest.mark.parametrize(
+    "absent, left_out",
+    [
+        ((), set()),
+        (("matplotlib",), {"figures"}),
+        (("plotly",), {"report.html"}),
+        (("matplotlib", "jinja2"), {"figures", "report.html", "report.md"}),
+    ],
+)
+def test_a_report_without_a_package_is_the_same_answer_less_what_needs_it(
+    without, tmp_path, absent, left_out
+):
+    """Also a part of an earlier report is gone, so that none is older than the answer beside it."""
+    from analysis.runs.table import read
+
+    folder = KEPT / "lr_ratio-tiny"
+    table, asked = (
+        read(folder / "table.parquet"),
+        json.loads((folder / "question.json").read_text()),
+    )
+    for old in ("report.md", "report.html", "lr_nll.png", "own.png"):
+        (tmp_path / old).write_text("old")
+    without(*absent)
+    text = judge_and_report(table, asked, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["verdicts"]
+    assert "expected" in text
+    said = re.findall(r"^left out: (\S+) needs", text, re.M)
+    assert len(said) == len(left_out) and set(said) == left_out
+    for package in absent:
+        assert f"pip install {package} " in text
+    there = {p.name for p in tmp_path.iterdir()}
+    assert ("lr_nll.png" in there) == ("matplotlib" not in absent)
+    assert ("report.html" in there) == (not {"plotly", "jinja2"} & set(absent))
+    assert ("report.md" in there) == ("jinja2" not in absent)
+    assert (tmp_path / "own.png").read_text() == "old"
+    for page in there & {"report.md", "report.html"}:
+        assert str(tmp_path / page) in text and len((tmp_path / page).read_text()) > 1000
+    if "report.md" in there:
+        page = (tmp_path / "report.md").read_text()
+        assert ("](lr_nll.png)" in page) == ("matplotlib" not in absent) == ("Left out" not in page)
+
+
+def test_pages_that_need_a_package_are_refused(without, tmp_path, capsys):
+    without("plotly", "matplotlib")
+    (tmp_path / "runs.csv").write_text("model,method,rank,lr,test_nll\nm,lora,4,1e-3,2.0\n")
+    page = ["--out", str(tmp_path / "page.html")]
+    assert analysis(["html", str(tmp_path / "runs.csv"), *page]) == 2
+    assert "pip install plotly " in capsys.readouterr().err
+    assert analysis(["study", "--out", str(tmp_path)]) == 2
+    assert "pip install matplotlib " in capsys.readouterr().err
+
+
+def test_progress_without_rich_is_one_line_for_each_run(without, monkeypatch, capsys):
+    without("rich")
+    point = compose_request(["scale=smoke"]).points[0]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Display([point]) as display:
+        display.event({"runs": [point.id], "step": 1})
+        display.event({"run": point.id, "ended": "failed", "cause": "a reason", "wall_s": 1.0})
+    shown = capsys.readouterr().err
+    assert "pip install rich" in shown and "FAILED: a reason" in shown

@@ -1,0 +1,58 @@
+"""Versions: pyproject.toml, the lowest and the tested ones agree; the workflow calls what exists."""
+
+import re
+import tomllib
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tests.world import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DIRECT = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = [Requirement(r) for lines in PROJECT["optional-dependencies"].values() for r in lines]
+
+
+def versions(name):
+    """Name -> version of a file of constraints; each line is one and nothing else."""
+    lines = (ROOT / "constraints" / name).read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    for _, version in pairs:
+        assert Version(version).local is None
+    found = {canonicalize_name(package): version for package, version in pairs}
+    assert len(found) == len(pairs)
+    return found
+
+
+def test_the_lowest_versions_are_the_lower_bounds():
+    bounds = {
+        canonicalize_name(r.name): s.version
+        for r in DIRECT
+        for s in r.specifier
+        if s.operator == ">="
+    }
+    lowest = versions("lowest.txt")
+    assert lowest.keys() == bounds.keys() == {canonicalize_name(r.name) for r in DIRECT}
+    assert {n: Version(v) for n, v in lowest.items()} == {n: Version(v) for n, v in bounds.items()}
+
+
+def test_the_tested_versions_are_those_of_all_packages_and_within_their_ranges():
+    tested = versions("tested.txt")
+    for r in [*DIRECT, *EXTRAS]:
+        if r.name != "lorasweep":
+            assert r.specifier.contains(tested[canonicalize_name(r.name)]), r
+    assert "lorasweep" not in tested and "/" not in (ROOT / "constraints/tested.txt").read_text()
+
+
+def test_the_workflow_calls_targets_that_exist_on_the_oldest_and_a_new_python():
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    commands = "\n".join(step.get("run", "") for step in job["steps"])
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    called = re.findall(r"make ([a-z-]+)", commands)
+    assert called == ["weights", "lint", "test"] and set(called) <= targets
+    own = (ROOT / ".ci/run").read_text()
+    wanted = set(re.findall(r"\b(?:slurm|munge|mariadb)[a-z-]*\b", commands.split("recommends")[1]))
+    assert len(wanted) == 7 and wanted <= set(re.findall(r"[a-z-]+", own))
