@@ -33,7 +33,7 @@ SMALL = ("tiny64", DatasetSpec("dialect", "synthetic", "dialect", format="tokens
 """Base model and data of the checks of correctness; both come with the package."""
 ANSWER_S = 600.0
 KEPT = Path(lorasweep.__file__).parents[1] / "analysis" / "results"
-"""Kept answers of a checkout; an installed package has none."""
+"""Kept answers; an installed package has the one that is compared."""
 
 
 def check_gpu(request: Request, store: RunStore) -> int:
