@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,14 @@ def claim_rows(answers: Sequence[Answer]) -> list[Row]:
                 measure = a.word(v.claim, "measure").partition(";")[0]
                 far = [FAR if math.isinf(end) else 0.0 for end in scale.band]
                 margin = (v.margin[0] - far[0], v.margin[1] + far[1])  # an open end is no number
-                texts = (a.says(v.claim), a.where(v), measure, with_interval(e), within(margin))
+                rank = min if re.search(r"\brank 1\b", measure) else max
+                texts = (
+                    a.says(v.claim),
+                    a.where(v, rank),
+                    measure,
+                    with_interval(e),
+                    within(margin),
+                )
                 rows.append(Row(*texts, v.outcome, scale.band, scale.at(e.value), low, high))
     return rows
 

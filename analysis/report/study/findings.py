@@ -145,8 +145,8 @@ def of_claim(
     if not verdicts:
         return None
     explores = all(v.exploratory for _, v in verdicts)
-    numbers = listed([shown(a, v, show, rank, not explores) for a, v in verdicts])
     start = lead(verdicts, yes, no, partly)
+    numbers = listed([shown(a, v, show, rank, not explores, start == no) for a, v in verdicts])
     return Finding(verdicts[0][0].sweep, start, f"{said} {numbers}", explores)
 
 
@@ -165,11 +165,17 @@ def shown(
     show: Show,
     rank: Callable[[Sequence[float]], float] = max,
     marked: bool = True,
+    refuted: bool = False,
 ) -> str:
-    """Return a number with its base, data, rank and number of updates; mark it if exploratory."""
+    """Return a number with its base, data, rank and number of updates; mark it if exploratory.
+
+    With `refuted`, a number that is undecided is marked, too.
+    """
     where = a.where(v, rank)
-    if marked and v.exploratory:
-        where = f"{where.removesuffix(')')}; {EXPLORATORY})" if ")" in where else where
+    marks = [EXPLORATORY] if marked and v.exploratory else []
+    marks += ["undecided"] if refuted and v.outcome == "UNDECIDED" else []
+    if marks and ")" in where:
+        where = "; ".join([where.removesuffix(")"), *marks]) + ")"
     return f"{show(v.estimate)} on {where}"
 
 
@@ -331,7 +337,7 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
             f"{len(beforehand)} data sets."
         )
     explores = all(v.exploratory for _, v in asked)
-    post = "" if start == no else "which the post ties to a lack of capacity"
+    post = "" if start == no else "although the post expects this only beyond an adapter's capacity"
     return Finding(REGIME, start, said, explores, more, post)
 
 

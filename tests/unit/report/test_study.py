@@ -551,7 +551,10 @@ def test_growth_has_the_numbers_of_the_least_growth_that_was_shown(tmp_path):
     outcomes = "Growth is supported on 2 data sets, undecided on 1"
     assert grown.said == f"{least}, still a match. {outcomes}"
     assert grown.lead == "The regret grows with training where only rules are new"
-    assert "** (exploratory), which the post ties to a lack of capacity: at" in grown.text
+    assert (
+        "** (exploratory), although the post expects this only beyond an adapter's capacity: at"
+        in grown.text
+    )
     assert "(exploratory" not in second("SUPPORTED", "SUPPORTED", "SUPPORTED", mark="").text
     assert all(f"b, {c}: from " in grown.more for c in "xyz")
     assert "asked beforehand, and not shown on 1 of 1" in grown.more
