@@ -46,6 +46,8 @@ def tried(args):
     """Return the arguments with which a documented command of lorasweep is tried."""
     if not args or {"--help", "action=import", "action=advise", "action=measure"} & set(args):
         return args
+    if "action=check_gpu" in args:  # here, not as a job
+        return [a for a in args if not a.startswith("cluster")]
     large = ("cluster=", "sweep.", "+sweep.", "model=", "hardware=")
     args = [a for a in args if not a.startswith("scale=")]
     acts = any(a.startswith("action=") for a in args)
@@ -67,7 +69,7 @@ def commands():
 
 
 LONG = (
-    *(f"action={a}" for a in ("fleet", "qualify", "extend", "verify")),
+    *(f"action={a}" for a in ("fleet", "qualify", "extend", "verify", "check_gpu")),
     "+sweep=study",
     "mirror=",
 )

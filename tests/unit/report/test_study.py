@@ -273,8 +273,8 @@ def test_the_figure_of_claims_has_the_primary_verdicts_that_count_with_their_num
 def test_the_page_shows_twelve_claims_at_most_and_says_of_how_many(tmp_path):
     many = answer(tmp_path, *(verdict(0.5, claim=f"c{k}") for k in range(14)))
     text = pages([many], tmp_path)["README.md"]
-    assert "The first 12 of 14 verdicts" in text
-    assert "The first" not in pages([answer(tmp_path, verdict(0.5))], tmp_path)["README.md"]
+    assert "withdrawn verdicts, and 2 of 14 for want of room." in text
+    assert "for want" not in pages([answer(tmp_path, verdict(0.5))], tmp_path)["README.md"]
 
 
 def plain(value, half=1.0):
