@@ -226,7 +226,7 @@ def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
         title: model and data set.
         ranks: ranks of all panels of the figure, 0 first; a rank's index gives its colour.
     """
-    one = next(iter(c.by_rank.values())).curve
+    one = c.optima[0].curve  # of any rank: there may be the control alone
     completions, series = int(one.key["batch_size"]), []
     for rank, curve in c.curves.items():
         of_seeds = [dict(points) for points in curve.best.values()]
