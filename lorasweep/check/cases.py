@@ -149,23 +149,23 @@ def predict(case: Case, hardware: Hardware) -> dict[str, Any]:
     assert case.spec is not None
     specs = [case.spec] * case.n_runs
     how = {"join_rows": case.options.get("join_rows", False)}
-    place_ = place(specs, hardware, gpus=1, **how)
-    if isinstance(place_, Misfit):
-        return {"misfit": place_.why}
+    placed = place(specs, hardware, gpus=1, **how)
+    if isinstance(placed, Misfit):
+        return {"misfit": placed.why}
     flops = case.n_runs * train_flops(case.spec) / case.spec.steps
     sampled: dict[str, float] = {}
-    if seconds := place_.step.get("sampling"):
+    if seconds := placed.step.get("sampling"):
         tokens = case.n_runs * case.spec.batch_size * case.spec.max_new_tokens
         sampled = {"sampled_tokens_s": tokens / seconds}
     return {
         **sampled,
-        "rows": place_.layout.rows,
-        "checkpointing": place_.layout.checkpointing,
-        "step_s": place_.step_s,
-        "tokens_s": place_.tokens / case.spec.steps / place_.step_s,
-        "memory_gib": place_.memory_gib,
+        "rows": placed.layout.rows,
+        "checkpointing": placed.layout.checkpointing,
+        "step_s": placed.step_s,
+        "tokens_s": placed.tokens / case.spec.steps / placed.step_s,
+        "memory_gib": placed.memory_gib,
         "flops": flops,
-        "parts": place_.step,
+        "parts": placed.step,
     }
 
 

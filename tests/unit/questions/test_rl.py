@@ -128,6 +128,9 @@ def test_a_control_separates_the_rank_from_the_choice_of_matrices(fewer, tmp_pat
         "no curve of lora r1",
         "no curve of lora",
     ]
+    alone = [s for s in specs if s.method == FullFT(scope="matrices")]
+    _, found = ask("rl", planted, alone, claims=claims)
+    assert {v["outcome"] for v in found.values()} == {"UNDECIDED"}
 
 
 FULL, LORA = 5.6e-4, 2.24e-3
