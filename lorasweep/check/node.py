@@ -83,9 +83,8 @@ def measure(small: bool) -> dict[str, Any]:
     if there.type == "cuda":
         properties = torch.cuda.get_device_properties(there)
         found["memory_gib"] = properties.total_memory / 2**30
-        found["capability"] = f"{properties.major}.{properties.minor}"
-        free, total = torch.cuda.mem_get_info()
-        found["context_gib"] = (total - free - torch.cuda.memory_reserved()) / 2**30
+        capability = f"{properties.major}.{properties.minor}"
+        found["software"]["compute capability"] = capability
     return found
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,9 @@ def _run(
         timer.start()
         assert child.stdin and child.stdout
         try:
-            child.stdin.write(json.dumps(job))
-            child.stdin.close()
+            with suppress(BrokenPipeError):  # it died while it started: its status says so
+                child.stdin.write(json.dumps(job))
+                child.stdin.close()
             for line in child.stdout:
                 case = by_name[line.strip()]
                 report(case, result_of(folder, case) or {})
