@@ -1,12 +1,12 @@
 """Question: does one law predict LoRA's best learning rate from full fine-tuning's.
 
 LoRA changes a layer's output by about alpha x rate x T x (A's start + A's own movement), full
-fine-tuning by hidden x rate x T. Equal changes give, for the ratio rho of best learning rates,
+fine-tuning by hidden x rate x T. Equal changes give, for the ratio R of best learning rates,
 
-    rho (1 + q rho) = L,   L = g sqrt(3) hidden / alpha,   q = k hidden lr_full (T / 128)^beta
+    R (1 + q R) = L,   L = g sqrt(3) hidden / alpha,   q = k hidden lr_full (T / 128)^beta
 
-with T updates and alpha scaled as alpha / rank. Where q L is small, A hardly moves and rho falls as
-1 / alpha; where it is large, rho falls as 1 / sqrt(alpha).
+with T updates and alpha scaled as alpha / rank. Where q L is small, A hardly moves and R falls as
+1 / alpha; where it is large, R falls as 1 / sqrt(alpha).
 
 Constants, rivals, conditions and the rule below were fixed before the first run of the sweep. The
 constants come from an earlier fit to 26 kept ratios of which no list was stored. `KEPT` takes every

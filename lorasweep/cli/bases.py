@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
 
-    from lorasweep.models.load import SHIPPED, load, recipe_file_name
+    from lorasweep.models.find import SHIPPED, recipe_file_name
+    from lorasweep.models.load import load
     from lorasweep.train import pretrain
 
     def report(step: int, nll: float) -> None:

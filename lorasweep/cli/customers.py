@@ -187,10 +187,10 @@ def plan_fleet(request: Request) -> Request:
         )
     folder, dirs = runs.fleet_folder(request), runs.data_dirs(request)
     if request.action == "fleet":
-        from lorasweep.models import load
+        from lorasweep.models import find
 
         runs.write_rules(folder, rules)
-        license_of = cache(lambda model: load.license_of(model, request.exec.models_dir))
+        license_of = cache(lambda model: find.license_of(model, request.exec.models_dir))
         members = [
             dataclasses.replace(m, license=license_of(m.points[0].spec.model)) if m.points else m
             for m in members

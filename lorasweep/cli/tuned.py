@@ -320,7 +320,7 @@ def _export(
 
     Returns a sentence that says where they are, or why not.
     """
-    from lorasweep.models import load as models
+    from lorasweep.models import find, load
 
     out, rank = Path(request.out).expanduser(), conclusion["rank"]
     partial = out.with_name(f".{out.name}.{os.getpid()}")
@@ -345,10 +345,10 @@ def _export(
             if isinstance(spec.method, LoRA):
                 base = None
                 if spec.model.source in ("folder", "gguf"):
-                    base = str(models.find_pinned(spec.model, request.exec.models_dir))
+                    base = str(find.pinned_path(spec.model, request.exec.models_dir))
                 write_adapter(folder, spec, weights, final.get("base_commit"), base)
             else:
-                models.save_trained(spec.model, request.exec.models_dir, weights, folder)
+                load.save_trained(spec.model, request.exec.models_dir, weights, folder)
             (folder / "README.md").write_text(_card(best, final, results, out.name))
         (partial / ANSWER).write_text(json.dumps({**results, "answer": conclusion}, indent=1))
         shutil.rmtree(out, ignore_errors=True)  # `check_out` refused any other folder

@@ -23,8 +23,7 @@ def lines(request: Request) -> list[str]:
 
     Text is rendered by the first base of a data set; no example if its tokenizer is not here.
     """
-    from lorasweep.models import hub
-    from lorasweep.models import load as models
+    from lorasweep.models import find, hub
 
     specs = [p.spec for p in request.points]
     bases = {s.model.name: s.model for s in specs}
@@ -33,7 +32,7 @@ def lines(request: Request) -> list[str]:
     for name in request.described:
         if name in bases:
             m, on_hub = bases[name], bases[name].source == "hub"
-            path = hub.cached_config(m) if on_hub else models.find_pinned(m, dirs)
+            path = hub.cached_config(m) if on_hub else find.pinned_path(m, dirs)
             experts = f", {m.n_experts} experts ({m.n_active_experts} active)"
             context = f", context {m.context_length:,}" if m.context_length else ""
             found.append(
@@ -42,9 +41,11 @@ def lines(request: Request) -> list[str]:
                 f"{m.weights_dtype}{context}"
             )
         if name in pairs:
+            from lorasweep.models import load  # only here: it imports torch
+
             dataset, model = pairs[name]
             try:
-                tokenizer = models.tokenizer_of(model, dirs, fetched=True)
+                tokenizer = load.tokenizer_of(model, dirs, fetched=True)
             except (LorasweepError, OSError, ValueError):
                 tokenizer = None
             found += _data_lines(dataset, tokenizer, request.exec.data_dir)

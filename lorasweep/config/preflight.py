@@ -21,13 +21,13 @@ def check_available(request: Request) -> None:
     """
     from lorasweep.data import load as data
     from lorasweep.data import rewards
-    from lorasweep.models import load as models
+    from lorasweep.models import find
 
     specs = [p.spec for p in request.points]
     fetched = request.cluster.kind == "slurm"
     reads_text = {}
     for model in {s.model.name: s.model for s in specs}.values():
-        reads_text[model.name] = models.check_available(model, request.exec.models_dir, fetched)
+        reads_text[model.name] = find.check_available(model, request.exec.models_dir, fetched)
     for spec in {(s.dataset.name, s.objective): s for s in specs}.values():
         if METRICS[spec.objective].higher_is_better:
             rewards.check_available(spec.dataset)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import ModelError, check_installed
-from lorasweep.models import hub
+from lorasweep.models import find, hub
 from lorasweep.spec.model import EXPERT_MATRICES, LAYER_SETS, ROUTER, ModelSpec
 
 if TYPE_CHECKING:
@@ -72,8 +72,6 @@ def _is_model(path: Path) -> bool:
 
 def _local(given: str, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
     """Describe a folder or a GGUF file."""
-    from lorasweep.models.load import content_pin, converted_at
-
     source = "folder" if path.is_dir() else "gguf"
     spec = ModelSpec(name=given, source=source, location=path.name)
     if path.is_dir():
@@ -86,7 +84,7 @@ def _local(given: str, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
         hub.check_folder(spec, path)
         spec, stem = _described(spec, path), path.name
     elif path.suffix == ".gguf":  # values are computed in fp32; reading a config takes seconds
-        converted = converted_at(path, [*models_dirs, str(path.parent)][0])
+        converted = find.converted_at(path, [*models_dirs, str(path.parent)][0])
         known = converted if (converted / "config.json").is_file() else path
         spec, stem = with_shape(spec, config_at(spec, known)), path.stem
     else:
@@ -94,7 +92,7 @@ def _local(given: str, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
             f"model {given!r}: {path} is no .gguf file. Give a .gguf file, or the folder with "
             "config.json, weights (model.safetensors) and tokenizer."
         )
-    pin = content_pin(path)
+    pin = find.content_pin(path)
     return replace(spec, name=f"{stem}-{pin.removeprefix('sha256:')[:8]}", revision=pin)
 
 

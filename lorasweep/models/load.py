@@ -1,4 +1,4 @@
-"""Find and load base models, from the hub, a folder, a GGUF file or a recipe; check their shape.
+"""Load base models, from the hub, a folder, a GGUF file or a recipe; check their shape.
 
 A recipe describes a small model that `lorasweep.train.pretrain` trains. The weights of some recipes
 come with the package.
@@ -10,16 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorasweep.errors import ModelError, check_installed
-from lorasweep.models import hub
+from lorasweep.models import find, hub
 from lorasweep.models.attention import use_short_rows
 from lorasweep.models.forward import (
     MASTER_DTYPES,
@@ -32,15 +30,10 @@ from lorasweep.models.forward import (
 from lorasweep.models.sharding import Mesh
 from lorasweep.models.targets import use_grouped_experts
 from lorasweep.spec.model import ModelSpec
-from lorasweep.store.files import read_json, write_atomic
+from lorasweep.store.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-SHIPPED = Path(__file__).parent / "bases"
-"""Folder with the weights of recipes that come with the package."""
-LICENSE = ("license", "license_name", "license_link")
-"""Keys of a model card's head."""
 
 
 @dataclass
@@ -56,77 +49,6 @@ class Base:
     commit: str | None = None
     """The hub's commit; None for other sources."""
     mesh: Mesh = field(default_factory=Mesh)
-
-
-def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
-    """Check weights without loading them; return whether a tokenizer exists, or will be downloaded.
-
-    Raises:
-        ModelError: the weights are missing or incomplete; with `fetched`, not in the hub's cache.
-    """
-    if spec.source == "hub":
-        folder = hub.check_cached(spec, fetched)
-        return folder is None or hub.has_tokenizer(folder)
-    if spec.source == "recipe":
-        return False
-    path = find_pinned(spec, models_dirs)
-    if path.is_file() and not (converted_at(path, models_dirs[0]) / "config.json").is_file():
-        check_installed("gguf", f"model {spec.name!r}")
-    return path.is_file() or hub.has_tokenizer(path)
-
-
-def find_pinned(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
-    """Return the folder or file of a local model with the content that its revision pins.
-
-    Raises:
-        ModelError: it is missing or incomplete, or has another content.
-    """
-    tried = [Path(folder).expanduser() / spec.location for folder in models_dirs]
-    is_gguf, pinned = spec.source == "gguf", spec.revision
-    there = [p for p in tried if (p.is_file() if is_gguf else (p / "config.json").is_file())]
-    if not there:
-        get = "run `make weights`" if "SmolLM2" in spec.location else "put the weights there"
-        raise ModelError(
-            f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, "
-            f"{get}, or set exec.models_dir=[FOLDER]."
-        )
-    pins = []
-    for path in there:  # a folder of models_dirs may have another model of this name
-        if not is_gguf:
-            hub.check_folder(spec, path)
-        if not (pinned if is_gguf else pinned.startswith("sha256:")):
-            return path
-        pins.append(content_pin(path))
-        if pins[-1] == pinned:
-            return path
-    raise ModelError(
-        f"model {spec.name!r}: {there[0]} is {pins[0]}, but the model pins {pinned}. Get the "
-        "pinned weights, or describe these as another model: model=FOLDER or FILE, or a file in "
-        "conf/model with another name and revision."
-    )
-
-
-def content_pin(path: Path) -> str:
-    """Return 'sha256:...' of a GGUF file, or of a folder's config.json and weights.
-
-    That of a folder is what `sha256sum config.json model*.safetensors | sha256sum` prints in it.
-    """
-    files = [path]
-    if path.is_dir():
-        weights = sorted(p for p in map(path.joinpath, hub.weight_files(path)) if p.is_file())
-        files = [path / "config.json", *(weights or sorted(path.glob(hub.PICKLED)))]
-    digests = [_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    if path.is_dir():
-        listed = "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, files))
-        digests = [hashlib.sha256(listed.encode()).hexdigest()]
-    return f"sha256:{digests[0]}"
-
-
-@cache
-def _sha256(path: Path, size: int, modified_ns: int) -> str:
-    """Hash a file, once for each state of it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(
@@ -165,10 +87,10 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if spec.source == "recipe":
-        path = find_recipe_weights(spec, models_dirs)
+        path = find.recipe_weights(spec, models_dirs)
         if path is None:
             raise ModelError(
-                f"model {spec.name!r}: no weights {recipe_file_name(spec)} in "
+                f"model {spec.name!r}: no weights {find.recipe_file_name(spec)} in "
                 f"{', '.join(models_dirs) or 'any folder'}. Pretrain it first: "
                 "lorasweep.train.pretrain.ensure(spec, models_dirs)."
             )
@@ -217,53 +139,14 @@ def save_trained(
 
 
 def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> Any:
-    """Load only the tokenizer; None if there is none. Raises ModelError as `check_available`."""
+    """Load only the tokenizer; None if there is none. ModelError as from `find.check_available`."""
     from transformers import AutoTokenizer
 
-    if not check_available(spec, models_dirs, fetched):
+    if not find.check_available(spec, models_dirs, fetched):
         return None
     if spec.source == "hub":
         return AutoTokenizer.from_pretrained(spec.location, revision=spec.revision or None)
     return AutoTokenizer.from_pretrained(_folder(spec, models_dirs))
-
-
-def license_of(spec: ModelSpec, models_dirs: Sequence[str]) -> dict[str, str]:
-    """Return license, license_name and license_link of a base; empty if the license is not known.
-
-    They are keys of the head of a model card (github.com/huggingface/hub-docs, modelcard.md), and
-    are read from the base's card or from a GGUF file.
-    """
-    given: dict[str, Any] = {}
-    with suppress(Exception):  # a base without a readable card has no known license
-        if spec.source == "gguf":
-            path = find_pinned(spec, models_dirs)
-            kept = converted_at(path, models_dirs[0]) / "license.json"
-            given = read_json(kept) or _license_in_gguf(path)
-            with suppress(OSError):  # for the next time: reading a GGUF file takes seconds
-                write_atomic(kept, json.dumps(given).encode())
-        elif spec.source != "recipe":
-            from huggingface_hub import hf_hub_download, metadata_load
-
-            name, revision = "README.md", spec.revision or None
-            on_hub = spec.source == "hub"
-            path = None if on_hub else find_pinned(spec, models_dirs) / name
-            given = metadata_load(path or hf_hub_download(spec.location, name, revision=revision))
-    found = {k: v for k in LICENSE if isinstance(v := (given or {}).get(k), str) and v.strip()}
-    if "license" not in found:
-        return {}
-    found["license"] = found["license"].lower()
-    link = found.get("license_link", "")
-    if spec.source == "hub" and link and "://" not in link:  # a file of the base's repository
-        found["license_link"] = f"https://huggingface.co/{spec.location}/blob/main/{link}"
-    return found
-
-
-def _license_in_gguf(path: Path) -> dict[str, str]:
-    import gguf
-
-    fields = gguf.GGUFReader(path).fields
-    found = {name: fields.get(f"general.{name.replace('_', '.')}") for name in LICENSE}
-    return {k: bytes(f.parts[f.data[0]]).decode() for k, f in found.items() if f}
 
 
 def architecture_of(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
@@ -307,18 +190,12 @@ def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
     return model
 
 
-def converted_at(path: Path, models_dir: str) -> Path:
-    """Return the folder for a GGUF file's weights as safetensors, whether or not it exists."""
-    digest = content_pin(path).removeprefix("sha256:")
-    return Path(models_dir).expanduser() / f"{path.stem}-{digest[:12]}"
-
-
 def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     """Return a local model's folder; of a GGUF file a conversion, cached in models_dirs[0]."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = find_pinned(spec, models_dirs)
-    converted = path if path.is_dir() else converted_at(path, models_dirs[0])
+    path = find.pinned_path(spec, models_dirs)
+    converted = path if path.is_dir() else find.converted_at(path, models_dirs[0])
     if (converted / "config.json").is_file():
         return converted
     check_installed("gguf", f"model {spec.name!r}")
@@ -380,22 +257,6 @@ def weights_sha256(model: Any) -> str:
 
 
 # ---------------------------------------------------------------- recipes
-
-
-def recipe_file_name(spec: ModelSpec) -> str:
-    """Name the weights file of a recipe: model name, and hash of recipe and shape."""
-    fields = spec.plain()
-    for name in ("location", "revision", "attention", "mlp", "unembedding", "weights_dtype"):
-        fields.pop(name, None)
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    return f"{spec.name}-{digest[:10]}.safetensors"
-
-
-def find_recipe_weights(spec: ModelSpec, models_dirs: Sequence[str]) -> Path | None:
-    """Find the weights of a recipe in the package or a models folder; None if there are none."""
-    folders = [SHIPPED, *(Path(d).expanduser() for d in models_dirs)]
-    paths = (folder / recipe_file_name(spec) for folder in folders)
-    return next((path for path in paths if path.is_file()), None)
 
 
 def config_of(spec: ModelSpec, **more: Any) -> "PretrainedConfig":

@@ -11,7 +11,8 @@ import torch
 from lorasweep.data.batches import collate, eval_batches
 from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
-from lorasweep.models.load import empty_model, find_recipe_weights, recipe_file_name
+from lorasweep.models.find import recipe_file_name, recipe_weights
+from lorasweep.models.load import empty_model
 from lorasweep.models.targets import use_grouped_experts
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec, Recipe
@@ -31,7 +32,7 @@ def ensure(
     Does nothing for models without a recipe. `progress` gets the number and the loss of each
     update, and may stop the training by an exception.
     """
-    if spec.source != "recipe" or find_recipe_weights(spec, models_dirs) is not None:
+    if spec.source != "recipe" or recipe_weights(spec, models_dirs) is not None:
         return
     path = Path(models_dirs[0]).expanduser() / recipe_file_name(spec)
     print(f"pretraining base model {spec.name} once, from its recipe, into {path}", flush=True)

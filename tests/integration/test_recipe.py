@@ -11,6 +11,7 @@ import torch
 from lorasweep.cli import bases
 from lorasweep.config.compose import shipped_model
 from lorasweep.errors import ModelError
+from lorasweep.models import find
 from lorasweep.models import load as models
 from lorasweep.train import pretrain
 from tests.world import ROOT
@@ -31,7 +32,7 @@ def test_a_recipe_is_trained_once_and_cached_by_content(tmp_path, capsys):
     pretrain.ensure(short, folder)
     assert capsys.readouterr().out == ""
     other = dataclasses.replace(short, recipe=dataclasses.replace(short.recipe, seed=1))
-    assert models.recipe_file_name(other) != models.recipe_file_name(short)
+    assert find.recipe_file_name(other) != find.recipe_file_name(short)
     pretrain.ensure(other, folder)
     assert models.load(other, folder).sha256 != first.sha256
 
@@ -50,7 +51,7 @@ REACHED = {
 )
 def test_shipped_bases_belong_to_the_recipe_in_conf(name):
     spec = shipped_model(name)
-    assert (models.SHIPPED / models.recipe_file_name(spec)).is_file()
+    assert (find.SHIPPED / find.recipe_file_name(spec)).is_file()
     data = pretrain.pretraining_data(spec.recipe)
     nll = pretrain.held_out_nll(models.load(spec, []).model, data)
     assert nll == pytest.approx(REACHED[name], abs=1e-3)
@@ -58,8 +59,8 @@ def test_shipped_bases_belong_to_the_recipe_in_conf(name):
 
 def test_no_base_is_shipped_without_this_test():
     assert set(bases.NAMES) == REACHED.keys()
-    assert {p.name for p in models.SHIPPED.glob("*.safetensors")} == {
-        models.recipe_file_name(shipped_model(n)) for n in REACHED
+    assert {p.name for p in find.SHIPPED.glob("*.safetensors")} == {
+        find.recipe_file_name(shipped_model(n)) for n in REACHED
     }
 
 

@@ -117,10 +117,13 @@ def test_names_of_the_hub_are_pinned(compose, monkeypatch, tmp_path):
         compose("dataset=owner/none")
 
 
-def test_shipped_names_need_no_torch():
+def test_shipped_names_and_plans_need_no_torch(tmp_path):
     code = (
-        "import sys; from lorasweep.config.compose import compose_request as c; "
+        "import runpy, sys; from lorasweep.config.compose import compose_request as c; "
         "c(['+sweep=lr_ratio', 'scale=smoke']); c(['model=smollm2-135m', 'dataset=gsm8k']); "
-        "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+        "sys.argv[1:] = ['+sweep=lr_ratio', 'scale=smoke', 'action=plan']\n"
+        "try: runpy.run_module('lorasweep', run_name='__main__')\n"
+        "finally: print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, text=True, cwd=tmp_path).endswith("\n[]\n")

@@ -18,7 +18,7 @@ from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, Tried
 from lorasweep.customers.picture import KINDS, _ticks, picture_of
 from lorasweep.customers.rows import Rows
 from lorasweep.customers.runs import Member
-from lorasweep.models.load import license_of
+from lorasweep.models.find import license_of
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store import checkpoint

@@ -16,6 +16,7 @@ from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked.peft_export import save_peft
+from lorasweep.models import find
 from lorasweep.models import load as models
 from lorasweep.models.describe import describe_model, with_shape
 from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
@@ -154,7 +155,7 @@ def test_what_is_described_trains_by_both_methods(saved, family):
     model, models_dir = describe_model(str(folder))
     lora = LoRA(rank=2, layers="attention+mlp")
     spec = tiny_spec(model=model, method=lora, steps=2, lr=1e-2, batch_size=2)
-    assert models.check_available(model, [models_dir])
+    assert find.check_available(model, [models_dir])
     base = models.load(model, [models_dir], "fp32")
     assert base.tokenizer is not None
     rows = noise(spec.dataset, 12, train=8, test=4, validation=2)
@@ -236,7 +237,7 @@ def test_a_folder_is_known_by_its_content(tmp_path):
     # a folder of exec.models_dir may have another model of this name
     dirs = [str(tmp_path / "c"), at]
     assert models.load(spec, dirs).model.config.hidden_size == 16
-    for check in (models.check_available, models.load):
+    for check in (find.check_available, models.load):
         with pytest.raises(ModelError, match=rf"{other} is sha256:.* pins {spec.revision}"):
             check(spec, dirs[:1])
 

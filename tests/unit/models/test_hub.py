@@ -8,7 +8,7 @@ import pytest
 from lorasweep.cli.actions import act
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import ModelError, SpecError
-from lorasweep.models import load as models
+from lorasweep.models import find
 from lorasweep.models.load import load
 from tests import small_hub
 from tests.bpe import qwen_like
@@ -48,7 +48,7 @@ def test_the_commit_that_a_name_stood_for_is_known(hub):
     pinned = load(hub, [])
     assert unpinned.commit == pinned.commit == COMMIT
     assert unpinned.sha256 == pinned.sha256 and unpinned.tokenizer is not None
-    assert models.check_available(hub, [])
+    assert find.check_available(hub, [])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_weights_that_were_half_downloaded_are_named(hub, snapshot, source, kept
         model = dataclasses.replace(model, location=f"models--org--tiny/snapshots/{COMMIT}")
     remedy = {"folder": "Copy the files again", "hub": "hf download org/tiny|action=fetch"}
     with pytest.raises(ModelError, match=rf"(?s)model 'tiny': .*{words}.*({remedy[source]})"):
-        models.check_available(model, [str(snapshot.parents[2])])
+        find.check_available(model, [str(snapshot.parents[2])])
 
 
 def test_a_node_that_downloads_needs_no_weights_yet_but_a_job_does(hub, snapshot, monkeypatch):
@@ -80,11 +80,11 @@ def test_a_node_that_downloads_needs_no_weights_yet_but_a_job_does(hub, snapshot
         path.unlink()
     missing = r"files of weights: no model-00001-of.*action=fetch"
     with pytest.raises(ModelError, match=missing):
-        models.check_available(hub, [])
+        find.check_available(hub, [])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert models.check_available(hub, [])
+    assert find.check_available(hub, [])
     with pytest.raises(ModelError, match=missing):
-        models.check_available(hub, [], fetched=True)
+        find.check_available(hub, [], fetched=True)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_an_inaccessible_model_is_refused_with_what_to_do(hub, monkeypatch, kind
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
     with pytest.raises(ModelError, match=f"model 'tiny'.*{words}"):
-        models.check_available(dataclasses.replace(hub, revision=""), [])
+        find.check_available(dataclasses.replace(hub, revision=""), [])
 
 
 def with_model(request, model):
