@@ -1,8 +1,9 @@
-"""Measure the effect of the batch size on rho after equally many updates.
+"""Measure the effect of the batch size on rho after equally many updates, or examples.
 
 A prefix is a run that was cut after some number of updates. For each rank, ln rho = f(updates) + b
 log2(batch) is fitted to all prefixes, with one free value of f for each number of updates. So b
-compares batch sizes only after equally many updates.
+compares batch sizes only after equally many updates. After these a larger batch has seen more
+examples; f(examples) in place of f(updates) compares them after equally many examples.
 """
 
 import math
@@ -49,10 +50,11 @@ class Prefix:
         return Estimate(None) if self.bound else exp_of(over_seeds(self.logs))
 
 
-def prefixes_of(table: pd.DataFrame) -> list[Prefix]:
+def prefixes_of(table: pd.DataFrame, examples: bool = False) -> list[Prefix]:
     """Measure rho after every number of updates at which two or more batch sizes were evaluated.
 
-    Runs of one batch size may differ in length: all that are long enough are fitted.
+    With `examples`, after every such number of examples. Runs of one batch size may differ in
+    length: all that are long enough are fitted.
 
     Raises:
         TableError: an LR schedule is not constant, so that a run cannot be cut to a shorter
@@ -60,13 +62,15 @@ def prefixes_of(table: pd.DataFrame) -> list[Prefix]:
     """
     table = on_curve_rows(table.reset_index(drop=True))
     found = []
-    batches: dict[int, set[int]] = {}  # number of updates -> batch sizes
+    seen: dict[int, dict[int, int]] = {}  # number of updates or examples -> batch size -> updates
     for run, curve in by_run(table).items():
         if table.at[run, "status"] == "done":
-            for step in curve["step"]:
-                batches.setdefault(int(step), set()).add(int(table.at[run, "batch_size"]))
-    for step in sorted(s for s, b in batches.items() if s >= EARLIEST and len(b) > 1):
-        part = _after(table, step)
+            batch = int(table.at[run, "batch_size"])
+            for step in (int(s) for s in curve["step"] if s >= EARLIEST):
+                seen.setdefault(step * batch if examples else step, {})[batch] = step
+    for _, steps in sorted((n, of_batch) for n, of_batch in seen.items() if len(of_batch) > 1):
+        parts = [_after(table[table["batch_size"] == b], step) for b, step in steps.items()]
+        part = pd.concat(parts, ignore_index=True)
         # The order of a curve's draws depends on its index in the list. Small batches come first:
         # they have the most updates, so a curve keeps its index at all numbers of updates.
         optima = sorted(fit_all(lr_curves(part)), key=lambda o: o.curve.key["batch_size"])
@@ -75,8 +79,8 @@ def prefixes_of(table: pd.DataFrame) -> list[Prefix]:
         for o in optima:
             if o.curve.key["method"] == "lora" and (other := full.get(o.curve.group)):
                 logs = log_rho(points[id(o)], points[id(other)])
-                key = o.curve.key
-                found.append(Prefix(int(key["batch_size"]), step, int(key["rank"]), o, other, logs))
+                batch = int(o.curve.key["batch_size"])
+                found.append(Prefix(batch, steps[batch], int(o.curve.key["rank"]), o, other, logs))
     return sorted(found, key=lambda p: (p.rank, p.batch, p.steps))
 
 
@@ -86,14 +90,15 @@ def _after(table: pd.DataFrame, step: int) -> pd.DataFrame:
     return at_step(table, step).drop_duplicates(keys).reset_index(drop=True)
 
 
-def effect(prefixes: Sequence[Prefix]) -> AtBest[float]:
+def effect(prefixes: Sequence[Prefix], examples: bool = False) -> AtBest[float]:
     """Fit b, the change of ln(rho) per doubling of the batch size, to each seed's prefixes.
 
     All prefixes have one rank. The fit is least squares with fixed effects of the number of
-    updates. Each seed has its own fit, since the prefixes of one run are not independent.
+    updates, or of examples. Each seed has its own fit, since the prefixes of one run are not
+    independent.
     """
     batches = np.log2([p.batch for p in prefixes])
-    steps = [p.steps for p in prefixes]
+    steps = [p.steps * p.batch if examples else p.steps for p in prefixes]
 
     def slopes(by_prefix: Sequence[dict[int, float]]) -> dict[int, float]:
         found = {

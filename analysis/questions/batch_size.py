@@ -50,14 +50,21 @@ class Batches(base.Condition):
     @cached_property
     def usable(self) -> dict[int, list[batch_effect.Prefix]]:
         """The prefixes without gates and with a value of rho, by rank."""
-        known = [
-            p for p in self.prefixes if not p.bound and not base.gates_on_speed([p.full, p.lora])
-        ]
+        return self._usable(self.prefixes)
+
+    def _usable(self, prefixes: list[batch_effect.Prefix]) -> dict[int, list[batch_effect.Prefix]]:
+        known = [p for p in prefixes if not p.bound and not base.gates_on_speed([p.full, p.lora])]
         return {r: [p for p in known if p.rank == r] for r in (*self.ranks, self.top)}
 
     @cached_property
     def effects(self) -> dict[int, Estimate]:
         return {r: over_seeds(batch_effect.effect(self.usable[r])) for r in self.ranks}
+
+    @cached_property
+    def effects_at_equal_examples(self) -> dict[int, Estimate]:
+        """As `effects`, between batches after equally many examples: the post's comparison."""
+        known = self._usable(batch_effect.prefixes_of(self.runs, examples=True))
+        return {r: over_seeds(batch_effect.effect(known[r], examples=True)) for r in self.ranks}
 
     def difference(self) -> Estimate:
         """Return the effect at the highest rank minus that at the lowest."""
@@ -238,7 +245,11 @@ def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
     for b, g in each:
         place = {"batch_size": b, "updates": examples // b, "rank": g.rank}
         regrets.append({**place, "regret_percent": at_level(g.percent(), asked.level)})
-    return {"batch_effect": c.effects, "regrets": regrets}
+    return {
+        "batch_effect": c.effects,
+        "batch_effect_at_equal_examples": c.effects_at_equal_examples,
+        "regrets": regrets,
+    }
 
 
 def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
@@ -263,7 +274,11 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     rows = [[b, examples // b, g.rank, mean_of(g.gain), g.percent()] for b, g in each]
     text = [
         f"After {examples:,} examples at every batch. Regret: LoRA's loss minus full fine-tuning's,"
-        f" in percent of what full fine-tuning gains; up to {ALLOWED:.0%} counts as none."
+        f" in percent of what full fine-tuning gains; up to {ALLOWED:.0%} counts as none.",
+        "Change of ln(speed) per doubling of the batch, between batches after equally many "
+        "examples (not asked beforehand): "
+        + "; ".join(f"rank {r} {with_interval(e)}" for r, e in c.effects_at_equal_examples.items())
+        + ".",
     ]
     head = "batch | updates | rank | gain of FullFT | regret, % of the gain [95%]"
     out.append(base.Section.of("At equal examples", head, rows, text))

@@ -47,6 +47,9 @@ HOW = (
     "In the figure, bars are intervals over seeds; an episode is a sampled completion."
 )
 
+CONTROL = -1
+"""Stands for full fine-tuning of LoRA's matrices among the ranks of a figure."""
+
 
 class Rewarded(base.Condition):
     """The curves of one model and data set, from runs that are trained on rewards."""
@@ -72,14 +75,19 @@ class Rewarded(base.Condition):
         control = rewards.reward_of(self.control)
         return {r: rewards.reward_of(o).minus(control) for r, o in self.by_rank.items()}
 
+    @property
+    def drawn(self) -> dict[int, Optimum]:
+        """All curves by rank; 0: full fine-tuning."""
+        return self.by_rank | ({CONTROL: self.control} if self.control else {})
+
     @cached_property
     def curves(self) -> dict[int, AtBest[Points]]:
         """Learning curves (losses) at the best stable learning rate by rank."""
-        return rewards.learning_at_stable(self.runs, self.by_rank) if self.by_rank else {}
+        return rewards.learning_at_stable(self.runs, self.drawn) if self.drawn else {}
 
     @property
     def rests(self) -> list[Optimum]:
-        return [*self.by_rank.values(), *([self.control] if self.control else [])]
+        return [*self.drawn.values()]
 
     def points(self, rank: int) -> Estimate:
         """Return a rank's reward minus full fine-tuning's, in points."""
@@ -216,7 +224,7 @@ def measures(found: Sequence[Rewarded], asked: base.Asked) -> dict[str, Any]:
 
 def name_of(rank: int) -> str:
     """Name a curve in a legend; 0: full fine-tuning."""
-    return f"rank {rank}" if rank else "FullFT"
+    return {0: "FullFT", CONTROL: "FullFT of LoRA's matrices"}.get(rank, f"rank {rank}")
 
 
 def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
@@ -232,7 +240,7 @@ def progress(title: str, c: Rewarded, ranks: Sequence[int]) -> base.Panel:
         of_seeds = [dict(points) for points in curve.best.values()]
         steps = sorted(set.intersection(*map(set, of_seeds))) if of_seeds else []
         means = [from_sample([-points[s] for points in of_seeds]) for s in steps]
-        lost, n = rewards.collapsed_at_best(c.by_rank[rank].curve)
+        lost, n = rewards.collapsed_at_best(c.drawn[rank].curve)
         name = name_of(rank) + (f" (without {lost} of {n} runs: collapsed)" if lost else "")
         look = look_of(rank, ranks)
         series.append(base.Series.of(name, [s * completions for s in steps], means, **look))
@@ -259,9 +267,9 @@ def over_rates(c: Rewarded) -> list[base.Panel]:
     if all(len(np.unique(o.curve.x)) < 2 for o in c.optima):
         return []
     rewarded, survived = [], []
-    for rank, o in c.by_rank.items():
+    for rank, o in c.drawn.items():
         at = rewards.at_each_lr(o.curve)
-        look = look_of(rank, sorted(c.by_rank))
+        look = look_of(rank, list(c.drawn))
         known = {lr: e for lr, (e, _) in at.items() if e.value is not None}
         rewarded.append(base.Series.of(name_of(rank), list(known), list(known.values()), **look))
         share = [100 * left for _, left in at.values()]
@@ -307,7 +315,7 @@ def sections(found: Sequence[Rewarded], asked: base.Asked) -> list[base.Section]
     out = []
     for k, c in enumerate(found, 1):
         key = c.optima[0].curve.key
-        panel = progress(f"{key['model']} on {key['dataset']}", c, sorted(c.curves))
+        panel = progress(f"{key['model']} on {key['dataset']}", c, list(c.drawn))
         figure = "rewards.png" if k == 1 else f"rewards_{k}.png"
         shown = (compared(c), [HOW], figure, [panel, *over_rates(c)], CAPTION)
         out.append(base.Section.of(f"Rewards, {c.name}", HEAD, *shown))

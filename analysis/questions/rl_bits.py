@@ -237,7 +237,7 @@ def sections(found: Sequence[Contexts], asked: base.Asked) -> list[base.Section]
     head = f"contexts | load of rank 1 | {rl.HEAD}"
     text = f"Load: bits of the labels over 2 bits for each parameter of rank 1. {rl.HOW}"
     run = [c for c in found if c.by_rank]
-    ranks = sorted({r for c in run for r in c.curves})
+    ranks = list(dict.fromkeys(r for c in run for r in c.drawn))
     panels = [rl.progress(f"{c.contexts} contexts", c, ranks) for c in run]
     figure = ("rewards.png", panels, rl.CAPTION)
     rewarded = base.Section.of("Rewards", head, rows, [text], *figure)

@@ -116,7 +116,7 @@ class Answer:
             else called(str(curves[0]["dataset"]).partition("(")[0])
         )
         read = self.read(v).partition(";")[0]
-        read = re.sub(r"\bto update (\d+)", r"up to \1 updates", read)
+        read = re.sub(r"\bto update (\d+)", r"after \1 updates", read)
         if "update" not in read:
             arms = self.results.get("ranks") if self.sweep == "layers" else None
             by_arm = (arms or {}).get(v.group, {})

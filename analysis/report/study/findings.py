@@ -81,7 +81,8 @@ def others(answers: Sequence[Answer]) -> list[Finding]:
             worse,
             f"{alone} {mlp}",
             f"{alone} do not {mlp}",
-            "at equal parameters, the speed on attention over that on the MLP is",
+            "at equal parameters, the speed on attention over that on the MLP, each against full "
+            "fine-tuning, is",
             with_unit(number),
             partly=f"{alone} {mlp} on {count(worse, 'SUPPORTED')} of {len(worse)} tasks",
         ),
@@ -234,6 +235,7 @@ def _at_eighth(verdicts: Found) -> dict[Where, list[tuple[Verdict, Row]]]:
         row = next((r for r in condition["ranks"] if r["rank"] >= width / EIGHTH), None)
         if row is not None:
             place = (v.group.partition(",")[0], row["rank"], condition["updates"])
+            row = row | {"batch_size": condition.get("batch_size")}
             named.setdefault(place, []).append((v, row))
     return named
 
@@ -258,8 +260,10 @@ def _regret(answers: Sequence[Answer]) -> Finding | None:
     """Report the regret at an eighth of the width, by base, rank and number of updates."""
     low, beyond = found(answers, REGIME, "low"), found(answers, REGIME, "beyond")
     measured: dict[Where, list[tuple[str, Estimate]]] = {}
+    batch: dict[Where, int | None] = {}
     for place, rows in _at_eighth(low).items():
         measured[place] = [(v.outcome, estimate_of(r["regret_percent"])) for v, r in rows]
+        batch[place] = rows[0][1]["batch_size"]
     if not measured:
         return None
     for line, a in controls_of(answers):
@@ -268,12 +272,15 @@ def _regret(answers: Sequence[Answer]) -> Finding | None:
             if rank * EIGHTH == a.runs["hidden_size"].max():
                 here = (line.base, rank, line.updates)
                 measured.setdefault(here, []).append((v.outcome, line.regrets[rank]))
+                batch[here] = line.batch_size
     start, parts = "", []
     show = with_unit(percent, "%")
-    for (base, rank, updates), sets in measured.items():
+    for place, sets in measured.items():
+        base, rank, updates = place
         held, lost = (all(o == x for o, _ in sets) for x in ("SUPPORTED", "REFUTED"))
         most = max((e for _, e in sets), key=lambda e: e.value or 0.0)
-        regret, after = show(most), f"({updates} updates)"
+        size = f" of {batch[place]} rows" if batch[place] else ""
+        regret, after = show(most), f"({updates} updates{size})"
         if not start:
             lora, full = f"LoRA of rank {rank}", f"full fine-tuning on {base}"
             start = f"{lora} {'matches' if held else 'does not match'} {full}"
@@ -301,6 +308,14 @@ def _regret(answers: Sequence[Answer]) -> Finding | None:
     return Finding(REGIME, text, ". ".join(parts), False, f"{more}.", post)
 
 
+def first_pass_loads(answers: Sequence[Answer]) -> str:
+    """Say how often the data of the first finding fill its adapter by the post's count of bits."""
+    for (_, rank, _), rows in _at_eighth(found(answers, REGIME, "low")).items():
+        if loads := [r["loads"][FIRST_PASS] for _, r in rows if r.get("loads")]:
+            return f"{_span(loads)} times what rank {rank} can hold"
+    return ""
+
+
 def _growth(answers: Sequence[Answer]) -> Finding | None:
     """Report the regret after FIRST updates and at the end, at an eighth of the width.
 
@@ -322,14 +337,17 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
                 details.append(f"{v.group}: {rises}")
     if not known:
         return None
-    text = "The regret grows with training where only rules are new"
-    no = "The regret does not grow with training where only rules are new"
+    on = f"On {listed(list(dict.fromkeys(base for base, _, _ in _at_eighth(asked))))} the regret"
+    text = f"{on} grows with training where only rules are new"
+    no = f"{on} does not grow with training where only rules are new"
     start = lead(asked, text, no, text)
     said = min(known)[2]
     if len(asked) > 1:
         said += f". Growth is {_tally(asked)}"
-    more = "In percent of the final gain, at an eighth of the hidden size (below 0 LoRA is ahead): "
-    more += f"{'; '.join(details)}."
+    more = (
+        "In percent of the final gain and at an eighth of the hidden size (below 0 LoRA is ahead): "
+    )
+    more += f"{'; '.join(details)}. Learning rates are constant, without warm-up."
     beforehand = [v for a, v in found(answers, REGIME, "growth") if not a.setting(v.group)]
     if open_ones := sum(v.outcome != "SUPPORTED" for v in beforehand):
         more += (
@@ -337,7 +355,8 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
             f"{len(beforehand)} data sets."
         )
     explores = all(v.exploratory for _, v in asked)
-    post = "" if start == no else "although the post expects this only beyond an adapter's capacity"
+    beyond = "which the post expects only beyond an adapter's capacity"
+    post = "" if start == no else beyond
     return Finding(REGIME, start, said, explores, more, post)
 
 
@@ -361,7 +380,9 @@ def _learning_rates(answers: Sequence[Answer]) -> Finding | None:
         return f"{with_unit(percent)(e)}{ten}"
 
     numbers = listed([shown(a, v, times) for a, v in ratio])
-    said = f"the post says ten (15 in short runs); it is {numbers}"
+    alphas = {number(c["alpha"]) for a, _ in ratio for c in a.results.get("ratios", ())}
+    at = f", at alpha {listed(sorted(alphas))}," if alphas else ""
+    said = f"the post says ten (15 in short runs); it is{at} {numbers}"
     named = {base for a, _ in ratio for base in a.bases}
     rest = [c for c in rate_curves(answers) if c.base not in named and c.ratio.has_interval()]
     more = []
@@ -413,7 +434,7 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
         alike,
         "The rank makes no difference to the speed of learning",
         "The higher the rank, the faster LoRA learns",
-        "each doubling raises the speed by",
+        "each doubling raises the speed on average by",
         with_unit(lambda slope: number(100 * math.expm1(slope), 2), "%"),
     )
     if made is None:
@@ -430,31 +451,43 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
             more.append(f"It is {listed(values)}{FULL} at ranks {ranks} ({_bases(a)}).")
             if a is alike[0][0] and len(alike) == 1:
                 ends = [f"{v} (rank {r})" for v, (r, _) in zip(values, known)]
-                said += f", from {ends[0]} to {ends[-1]}"
-    post = agreement(alike, "ranks with enough capacity learn equally fast")
+                said += (
+                    f". It is {listed([*ends[:1], *ends[len(ends) // 2 :: len(ends)], *ends[-1:]])}"
+                )
+    below = "as the post says where capacity is short"
+    post = below if count(alike, "REFUTED") == len(alike) else ""
     return replace(made, said=said, more=" ".join(more), post=post)
 
 
 def _batches(answers: Sequence[Answer]) -> Finding | None:
     """Report how much a doubling of the batch changes LoRA's speed against full fine-tuning's."""
     penalty = found(answers, "batch_size", "penalty")
-    text = "Larger batches slow LoRA more than full fine-tuning"
-    no = "Larger batches do not slow LoRA more than full fine-tuning"
+    text = "Larger batches slow LoRA more than full fine-tuning after equally many updates"
+    no = text.replace("slow", "do not slow")
     change = with_unit(lambda slope: signed(100 * math.expm1(slope)), "%")
     made = of_claim(penalty, text, no, "a doubling changes the ratio of speeds by", change)
     if made is None or not all((v.estimate.high or 0.0) < 0 for _, v in penalty):
-        return made and replace(made, post=agreement(penalty, "larger batches slow LoRA more"))
+        return made
     slower = with_unit(lambda slope: percent(-100 * math.expm1(-slope)), "%")
 
     def each(e: Estimate) -> str:
         return slower(mapped(e, float.__neg__))
 
-    said = "at equal updates, each doubling lowers LoRA's speed by "
+    said = "each doubling lowers LoRA's speed by "
     said += listed([shown(a, v, each) for a, v in penalty])
+    at_examples = [
+        each(estimate_of(of[rank]))
+        for a, _ in penalty
+        if (of := a.results.get("batch_effect_at_equal_examples")) and (rank := max(of, key=int))
+    ]
+    if at_examples:
+        said += ". After equally many examples, which the post compares, it is "
+        said += f"{listed(at_examples)} ({EXPLORATORY})"
+    more = ""
     if count(penalty, "UNDECIDED"):
         edge = max(abs(100 * v.margin[1]) for _, v in penalty)
-        said += f". Whether this exceeds the {edge:g}% fixed beforehand as relevant is undecided"
-    return replace(made, lead=text, said=said, post="as the post says")
+        more = f"Whether this exceeds the {edge:g}% fixed beforehand as relevant is undecided."
+    return replace(made, lead=text, said=said, more=more)
 
 
 # ---------------------------------------------------------------- other findings
@@ -528,13 +561,19 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
     if made is None:
         return None
     more = []
+    same = found(answers, asked, "rank_1_control")
+    if same and count(same, "REFUTED") == len(same):
+        numbers = [f"{points(v.estimate)} on {_bases(a)}" for a, v in same]
+        cause = "so the low rank is the cause, not the choice of matrices"
+        own = f"Against full fine-tuning of LoRA's own matrices it is {listed(numbers)}, {cause}"
+        made = replace(made, said=f"{made.said}. {own}")
     if top:
         numbers = [shown(a, v, points, marked=not made.exploratory) for a, v in top]
         more.append(f"At the highest rank the difference is {listed(numbers)}.")
     few = [r for a, v in one if (r := a.parameters_an_episode(v)) is not None and r < 1]
     if few:
-        more.append(
-            "The study's claim is about more parameters than episodes, and here rank 1 has "
-            f"{_span(few)} parameters an episode."
+        said = (
+            f"{made.said}. The post's rank 1 has more parameters than episodes, ours {_span(few)}"
         )
+        made = replace(made, said=f"{said} an episode")
     return replace(made, more=" ".join(more))

@@ -128,6 +128,7 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
             "study/page.md",
             **common,
             findings=main,
+            loads=findings.first_pass_loads(answers),
             others=others,
             tally=tally(answers),
             spans=[sizes.min(), sizes.max(), runs["steps"].max()] if len(sizes) else [],

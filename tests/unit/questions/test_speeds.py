@@ -130,6 +130,10 @@ def test_batch_penalty(b, outcome, tmp_path):
     out, found = ask("batch_size", world, batches((1, 4)), tmp_path if b else None)
     check(found, penalty=(outcome, pytest.approx(b, abs=0.02)))
     check(found, any_rank=("SUPPORTED", pytest.approx(0, abs=0.03)))
+    # half of LoRA's speed is lost in 64 updates: at equal examples, a doubling halves the updates
+    at_examples = {r: e["value"] for r, e in out["batch_effect_at_equal_examples"].items()}
+    regained = math.log(2) / 6
+    assert at_examples == {r: pytest.approx(b + regained, abs=0.04) for r in ("1", "4")}
     check(found, below_32="REFUTED")  # 0.9 and falling: more than 5% of the gain
     assert found["below_256"]["why"] == "no curve of batch 256"
     assert "batches of 4 to 64 after 8 to 128 updates" in out["read"]["batch_effect"]

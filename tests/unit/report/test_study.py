@@ -474,9 +474,9 @@ def test_the_studys_condition_on_rewards_is_shown_with_the_verdict(tmp_path):
     (shown,) = filter(None, outcomes_of([made], "rank 1 reaches full"))
     assert shown == "**REFUTED** at `tiny`<br>at 0.2 parameters an episode"
     (said,) = findings.others([made])
-    assert said.more.endswith("here rank 1 has 0.2 parameters an episode.")
     place = "b (exercises, rewarded under new words; rank 1, 100 updates)"
-    assert said.text.endswith(f"is -8.6 points [-11.6, -5.6] on {place}.")
+    of_study = "The post's rank 1 has more parameters than episodes, ours 0.2 an episode."
+    assert said.text.endswith(f"is -8.6 points [-11.6, -5.6] on {place}. {of_study}")
     asked = verdict(-11.0, 3.0, claim="tie", group="c on bandit_drawn, policy gradient")
     arms = [curve("c", "bandit_drawn", rank=1.0, steps=400)]
     labels = {"name": "bandit_drawn", "location": "bandit", "source": "synthetic", "knobs": {}}
@@ -507,7 +507,9 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     held = first("SUPPORTED", "SUPPORTED")
     # The rank of an eighth of the width of 64; of two data sets the one with more regret.
     assert held.lead.endswith("LoRA of rank 8 matches full fine-tuning on b")
-    assert held.said == "the largest regret of 2 data sets is 3.0% [2.0, 4.0] (256 updates)"
+    assert (
+        held.said == "the largest regret of 2 data sets is 3.0% [2.0, 4.0] (256 updates of 16 rows)"
+    )
     assert f"on b**, as the post says: {held.said}." in held.text
     # The question's page has all data sets, those with lists apart.
     each = "2.0% [1.0, 3.0] and 3.0% [2.0, 4.0] on b (rank 8, 256 updates, 2 data sets)"
@@ -515,14 +517,14 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     # Another base of the same share of the width is named apart, with its own numbers.
     both = first("SUPPORTED", "SUPPORTED", control="REFUTED")
     assert both.lead == held.lead and both.post == held.post
-    assert both.said.endswith(". Rank 8 on c does not: 7.8% [5.3, 10.3] (384 updates)")
-    unclear = "For rank 8 on c (384 updates) it is undecided: 7.8% [5.3, 10.3]"
+    assert both.said.endswith(". Rank 8 on c does not: 7.8% [5.3, 10.3] (384 updates of 32 rows)")
+    unclear = "For rank 8 on c (384 updates of 32 rows) it is undecided: 7.8% [5.3, 10.3]"
     assert first("SUPPORTED", control="UNDECIDED").said.endswith(unclear)
     near = first("SUPPORTED", control="UNDECIDED", regret=6.0).said
     assert near.endswith("it is undecided: 6.0% [3.5, 8.5] includes 5%")
     assert ". Rank 8 on c matches as well: 7.8%" in first("SUPPORTED", control="SUPPORTED").said
     assert "LoRA of rank 8 does not match full fine-tuning on b" in first("REFUTED").lead
-    assert first("REFUTED").said == "the regret is 2.0% [1.0, 3.0] (256 updates)"
+    assert first("REFUTED").said == "the regret is 2.0% [1.0, 3.0] (256 updates of 16 rows)"
     assert first("REFUTED").post.startswith("against the post, for which LoRA ends at the same")
     assert "undecided whether LoRA" in first("UNDECIDED").lead
     mixed = first("SUPPORTED", "REFUTED")  # data sets of one base that differ
@@ -550,18 +552,16 @@ def test_growth_has_the_numbers_of_the_least_growth_that_was_shown(tmp_path):
     least = "at rank 8 on b from -1.0% [-2.0, 0.0] after 64 updates to 1.0% [0.0, 2.0] after 256"
     outcomes = "Growth is supported on 2 data sets, undecided on 1"
     assert grown.said == f"{least}, still a match. {outcomes}"
-    assert grown.lead == "The regret grows with training where only rules are new"
-    assert (
-        "** (exploratory), although the post expects this only beyond an adapter's capacity: at"
-        in grown.text
-    )
+    assert grown.lead == "On b the regret grows with training where only rules are new"
+    post = "** (exploratory), which the post expects only beyond an adapter's capacity: at"
+    assert post in grown.text
     assert "(exploratory" not in second("SUPPORTED", "SUPPORTED", "SUPPORTED", mark="").text
     assert all(f"b, {c}: from " in grown.more for c in "xyz")
     assert "asked beforehand, and not shown on 1 of 1" in grown.more
     none = second("REFUTED", "REFUTED", "REFUTED")
     assert "does not grow" in none.lead and not none.post
     assert (
-        "It is undecided whether the regret grows"
+        "It is undecided whether on b the regret grows"
         in second("UNDECIDED", "UNDECIDED", "UNDECIDED").lead
     )
     assert len(findings.main([answer(tmp_path, sweep="regime", cells=[])])) == 0
@@ -610,7 +610,10 @@ def test_a_finding_on_runs_that_had_been_seen_says_so(tmp_path, mark):
         (found,) = findings.main([made])
     shown = " (exploratory)" if mark else ""
     lead = "**The higher the rank, the faster LoRA learns**"
-    assert found.text.startswith(f"{lead}{shown}, against the post, for which ranks with enough")
+    post = "as the post says where capacity is short"
+    assert found.text.startswith(
+        f"{lead}{shown}, {post}: each doubling raises the speed on average"
+    )
     assert "27% [25, 30] on b (only rules new; rank 8, 256 updates)." in found.text
 
 
@@ -624,7 +627,9 @@ def test_the_speeds_of_the_lowest_and_the_highest_rank_stand_in_the_finding(tmp_
         at_end = {r: {256: Estimate(v)} for r, v in ((32, 1.04), (1, 0.31), (8, 0.7))}
         patch.setattr(findings, "speeds", lambda runs, steps: at_end)
         (found,) = findings.main([made])
-    assert found.said.endswith(", from 0.31 (rank 1) to 1.05 [0.98, 1.12] (rank 32)")
+    assert found.said.endswith(
+        ". It is 0.31 (rank 1), 0.70 (rank 8) and 1.05 [0.98, 1.12] (rank 32)"
+    )
 
 
 @pytest.mark.parametrize("name", ["README.md", "analysis/results/README.md"])
@@ -659,24 +664,27 @@ def test_the_effect_of_the_batch_is_told_apart_from_its_margin(tmp_path):
     def said(value, half, outcome):
         margin = {"margin": (-2.0, -0.03), "outcome": outcome, "claim": "penalty"}
         read = {"batch_effect": "rank 16, batches of 4 to 256 after 8 to 256 updates; rank 1: -1"}
+        other = {"1": Estimate(-0.1, -0.2, 0.0).plain(), "16": Estimate(-0.01, -0.02, 0.01).plain()}
         more = {"curves": [curve("b", rank=16.0)], "read": read}
+        more["batch_effect_at_equal_examples"] = other
         made = verdict(value, half, **margin)
         small = answer(tmp_path, made, sweep="batch_size", data=RULES, **more)
         small.question["claims"]["penalty"]["estimand"] = "batch_effect"
         (found,) = findings.main([small])
         return found
 
-    slower = "Larger batches slow LoRA more than full fine-tuning"
+    slower = "Larger batches slow LoRA more than full fine-tuning after equally many updates"
     close = said(-0.05, 0.04, "UNDECIDED")
     where = "on b (only rules new; rank 16, batches of 4 to 256 after 8 to 256 updates)"
-    assert close.lead == slower and close.post == "as the post says"
-    each = "at equal updates, each doubling lowers LoRA's speed by 4.9% [1.0, 8.6]"
-    open_ = "Whether this exceeds the 3% fixed beforehand as relevant is undecided"
-    assert close.said == f"{each} {where}. {open_}"
+    assert close.lead == slower
+    each = "each doubling lowers LoRA's speed by 4.9% [1.0, 8.6]"
+    examples = "After equally many examples, which the post compares, it is 1.0% [-1.0, 2.0]"
+    assert close.said == f"{each} {where}. {examples} (exploratory)"
+    assert close.more == "Whether this exceeds the 3% fixed beforehand as relevant is undecided."
     clear = said(-0.1, 0.02, "SUPPORTED")
-    assert clear.lead == slower and "undecided" not in clear.said
+    assert clear.lead == slower and not clear.more
     none = said(0.0, 0.01, "REFUTED")
-    assert none.lead.startswith("Larger batches do not slow LoRA") and "against" in none.post
+    assert none.lead.startswith("Larger batches do not slow LoRA")
     assert said(0.0, 0.05, "UNDECIDED").lead.startswith("It is undecided whether larger batches")
 
 
@@ -720,6 +728,19 @@ def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(t
     assert line in texts["README.md"]
     why = "answer at scale `tiny` is withdrawn (WITHDRAWN)**: an arm is missing, and more."
     assert why in texts["questions/rl_bits.md"]
+
+
+def test_the_low_rank_is_named_as_the_cause_only_if_the_control_shows_it(tmp_path):
+    def said(outcome):
+        behind = verdict(-9.4, claim="rank_1", outcome="REFUTED")
+        control = verdict(-9.7, claim="rank_1_control", outcome=outcome)
+        made = answer(tmp_path, behind, control, sweep="rl_matrices", data=(FACTS,))
+        (found,) = [f.said for f in findings.others([made]) if f.sweep == "rl_matrices"]
+        return found
+
+    own = "Against full fine-tuning of LoRA's own matrices it is -9.7 points"
+    assert own in said("REFUTED") and said("REFUTED").endswith("not the choice of matrices")
+    assert own not in said("UNDECIDED") and "-9.4 points" in said("UNDECIDED")
 
 
 def test_a_withdrawn_answer_is_named_with_its_base_and_the_others_stand(tmp_path):
