@@ -94,7 +94,7 @@ class Answer:
             c
             for c in self.results["curves"]
             if f"{v.group}, ".startswith(f"{c['model']} on {c['dataset']}, ")
-            if f"steps {c['steps']}" in v.group or "steps" not in v.group
+            if re.search(rf"\bsteps {c['steps']}\b", v.group) or "steps" not in v.group
         ]
 
     def base(self, group: str) -> str:

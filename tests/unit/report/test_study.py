@@ -160,6 +160,8 @@ def test_a_verdict_says_where_it_was_measured_as_far_as_that_is_known(tmp_path):
     made = answer(tmp_path, curves=arms)
     assert made.where(verdict(1, group=group)) == "b (dialect; rank 8, 256 updates)"
     assert made.where(verdict(1, group=group), min) == "b (dialect; rank 1, 256 updates)"
+    short = answer(tmp_path, curves=[curve("b", rank=1.0, steps=25), *arms])
+    assert short.where(verdict(1, group=group)) == "b (dialect; rank 8, 256 updates)"
     full = answer(tmp_path, curves=arms[:1])
     assert full.where(verdict(1, group=group)) == "b (dialect; 256 updates)"
     facts = answer(tmp_path, sweep="capacity", cells=[{"facts": 64}])  # of another form
