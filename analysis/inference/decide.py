@@ -57,6 +57,8 @@ def judge(
     outcome, why, remedied, p, missing = "UNDECIDED", "", "", None, None
     unread = [] if gates else [f for f in estimate.flags if f in NO_INTERVAL]
     estimate = at_level(estimate, level)
+    if estimate.value is not None and math.isnan(estimate.value):  # some run has no value
+        estimate = Estimate(None, n=estimate.n, flags=estimate.flags)
     if (draws := estimate.draws) is not None:
         p = p_value(draws, low, high)
     shown = f"the {100 * level:.3g}% interval"

@@ -251,9 +251,9 @@ def straightness(curves: AtBest[Points]) -> Estimate:
 
 
 def least_straight(*curves: AtBest[Points]) -> Estimate:
-    """Return the straightness that is furthest from 1; no value if a curve has none."""
+    """Return the straightness that is furthest from 1; no interval if a curve has none."""
     found = [straightness(c) for c in curves]
-    unknown = [e for e in found if e.value is None]
+    unknown = [e for e in found if not e.has_interval()]
     return unknown[0] if unknown else max(found, key=lambda e: abs(math.log(e.value or 1.0)))
 
 

@@ -236,6 +236,19 @@ def rank_of(o: Optimum) -> int:
     return int(o.curve.key["rank"]) if o.curve.key["method"] == "lora" else 0
 
 
+def check_ranks(optima: Iterable[Optimum]) -> None:
+    """Raise TableError if two curves have one rank: a condition compares one curve of each rank."""
+    known: dict[int, Optimum] = {}
+    for o in (o for o in optima if not is_control(o)):
+        other = known.setdefault(rank_of(o), o)
+        if other is not o:
+            one, two = (f"{c.group}, {c.variant}" for c in (other.curve, o.curve))
+            raise TableError(
+                f"two curves of {o.curve.name}, which are compared as one: {one}; {two}. Analyse "
+                "one setting at a time."
+            )
+
+
 def distinct(optima: Iterable[Optimum]) -> list[Optimum]:
     """Return the optima in order, without duplicates."""
     return list({id(o): o for o in optima}.values())
@@ -381,6 +394,9 @@ class TwoArms(Condition):
 
     note: str
     """A sentence about the update at which runs were cut; empty without a cut."""
+
+    def __post_init__(self) -> None:
+        check_ranks(self.optima)
 
     @property
     def missing(self) -> str:

@@ -78,7 +78,8 @@ class Arms(base.TwoArms):
         if not self.short:
             return None, AtBest({})
         optima = base.fit(at_step(self.runs, self.short))
-        (k,) = (k for k, o in enumerate(optima) if o.curve.key["method"] == "fullft")
+        full = base.full_of(optima)
+        k = next(k for k, o in enumerate(optima) if o is full)
         return optima[k], self.read(optima, self.short, self.short)[k]
 
     def read(self, optima: Sequence[Optimum], length: int, until: int) -> list[AtBest[Points]]:

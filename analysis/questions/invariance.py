@@ -154,7 +154,7 @@ def _drift(name: str, rule: str) -> base.Estimand[Settings]:
 ESTIMANDS = [
     base.Estimand[Settings](
         "twin_difference",
-        lambda c: exactly(max(c.twins.held), len(c.twins.held)) if c.twins.held else None,
+        lambda c: exactly(float(np.max(held)), len(held)) if (held := c.twins.held) else None,
         absent="twins",
     ),
     base.Estimand[Settings](

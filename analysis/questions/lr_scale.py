@@ -113,7 +113,8 @@ def _ratios(bases: Sequence[Base]) -> list[Ratio]:
 def conditions(table: pd.DataFrame) -> list[Bases]:
     """Pair every LoRA curve with the full fine-tuning curve of its base."""
     optima = base.fit(table)
-    full = {o.curve.group: o for o in reversed(optima) if o.curve.key["method"] == "fullft"}
+    groups = base.by_group(optima).items()
+    full = {group: o for group, mine in groups if (o := base.full_of(mine)) is not None}
     models = table.drop_duplicates("model").set_index("model")
     found = []
     for lora in (o for o in base.lora_of(optima) if o.curve.group in full):
@@ -123,7 +124,7 @@ def conditions(table: pd.DataFrame) -> list[Bases]:
         tokens = None
         if recipe:
             tokens = float(recipe["steps"] * recipe["batch_size"] * recipe["length"])
-        nll, of_full = float(row.get("retain_start", math.nan)), full[lora.curve.group]
+        nll, of_full = float(row.get("retain_start") or math.nan), full[lora.curve.group]
         found.append(Base(lora.curve.key["model"], size, alpha, tokens, nll, lora, of_full))
     return [Bases(str(table["dataset"].iloc[0]), table, optima, found)]
 

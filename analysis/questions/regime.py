@@ -336,8 +336,9 @@ ESTIMANDS = [
     ),
     base.Estimand(
         "gap_growth_high_ranks",
-        # All ranks must grow, so the one with the lowest end of its interval decides.
-        lambda c: min(c.growths.values(), key=lambda e: math.inf if e.low is None else e.low),
+        # All ranks must grow, so the one with the lowest end of its interval decides, or one
+        # without an interval.
+        lambda c: min(c.growths.values(), key=lambda e: -math.inf if e.low is None else e.low),
         Data.gates_on_growths,
         applies=_where(lambda c: c.is_low and c.growths),
         read=lambda c: f"ranks {min(c.growths)} to {max(c.growths)}, update {FIRST} to the last",

@@ -133,8 +133,14 @@ class Rewarded(base.Condition):
 
 
 def conditions(table: pd.DataFrame) -> list[Rewarded]:
-    """Return one condition for every model and data set."""
+    """Return one condition for every model and data set.
+
+    Raises:
+        TableError: two curves of one condition have the same rank.
+    """
     groups = base.by_group(base.fit(table))
+    for optima in groups.values():
+        base.check_ranks(optima)
     return [Rewarded(name, table, optima) for name, optima in groups.items()]
 
 

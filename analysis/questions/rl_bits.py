@@ -58,7 +58,7 @@ class Contexts(rl.Rewarded):
     @cached_property
     def by_rank(self) -> dict[int, Optimum]:
         """Rank -> curve of rewarded runs; rank 0 is full fine-tuning."""
-        return {base.rank_of(o): o for o in self.rewarded}
+        return _by_rank(self.rewarded)
 
     @property
     def rests(self) -> list[Optimum]:
@@ -147,7 +147,7 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
     """Return a condition for every number of contexts, rising.
 
     Raises:
-        TableError: a data set is not a bandit.
+        TableError: a data set is not a bandit, or two curves of a condition have the same rank.
     """
     by_contexts: dict[int, list[Optimum]] = {}
     for o in base.fit(table):
@@ -161,9 +161,14 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
         rest = [o for o in optima if o.curve.key.get("objective") != "policy_gradient"]
         name, used = (rewarded or rest)[0].curve.group, [*rewarded, *rest]
         (rewarded, adapted), (rest, _) = _families(rewarded), _families(rest)
-        supervised, others = ({base.rank_of(o): o for o in each} for each in (rest, adapted))
+        base.check_ranks(rewarded)
+        supervised, others = map(_by_rank, (rest, adapted))
         found.append(Contexts(name, table, used, n, rewarded, supervised, others))
     return found
+
+
+def _by_rank(optima: Sequence[Optimum]) -> dict[int, Optimum]:
+    return {base.rank_of(o): o for o in optima if not base.is_control(o)}
 
 
 def _families(optima: list[Optimum]) -> tuple[list[Optimum], list[Optimum]]:

@@ -13,6 +13,7 @@ CURVE_KEYS = (
     *("start", "init_seed", "expert_rank", "expert_alpha", "expert_outer", "schedule"),
     *("warmup_steps", "precision", "beta1", "beta2", "eps", "weight_decay", "clip_norm"),
     *("group_size", "max_new_tokens", "reward_scale", "ratio_level", "clip_ratio", "kl_weight"),
+    "early_stopping",
 )
 """Runs that agree in these columns form one LR curve: they differ only in lr and seed."""
 CUT_FROM = "cut_from_steps"

@@ -307,10 +307,13 @@ class _Attempt:
     def _beginnings(self) -> dict[str, State] | None:
         """Return the final states of the shorter runs that are the beginnings of these runs.
 
-        Their records become the first records of these runs. None unless every run has one.
+        Their records become the first records of these runs. None unless every run has one. A run
+        that may end early has none: the final state of the shorter one has its best weights.
         """
         steps, store = self.pack.exec.short_steps, self.store
-        if steps is None or any(s.steps <= steps or s.schedule != "constant" for s in self.runs):
+        if steps is None or any(
+            s.steps <= steps or s.schedule != "constant" or s.early_stopping for s in self.runs
+        ):
             return None
         shorter = {s.id: dataclasses.replace(s, steps=steps).id for s in self.runs}
         states = checkpoint.load_pack({i: store.folder(k) / END for i, k in shorter.items()})

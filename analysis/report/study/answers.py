@@ -94,8 +94,18 @@ class Answer:
             c
             for c in self.results["curves"]
             if f"{v.group}, ".startswith(f"{c['model']} on {c['dataset']}, ")
-            if f"steps {c['steps']}" in v.group or "steps" not in v.group
+            if re.search(rf"\bsteps {c['steps']}\b", v.group) or "steps" not in v.group
         ]
+
+    def base(self, group: str) -> str:
+        """Return the base model that the name of a group begins with."""
+        named = (b for b in self.bases if group.startswith((f"{b},", f"{b} on ")))
+        return next(named, group.partition(",")[0])
+
+    def width(self, group: str) -> int:
+        """Return the hidden size of a group's base model; of the widest one if it is unknown."""
+        mine = self.runs["model"] == self.base(group)
+        return int(self.runs[mine if mine.any() else slice(None)]["hidden_size"].max())
 
     def where(self, v: Verdict, rank: Callable[[Sequence[float]], float] = max) -> str:
         """Name the base, the data, the rank and the number of updates of a verdict."""
@@ -105,7 +115,7 @@ class Answer:
             length = [f"{c['updates']} updates" for c in cells if c["cell"] == v.group]
             read = re.sub(
                 r"rank of ([\d.]+) of the width",
-                lambda m: f"rank {float(m[1]) * self.runs['hidden_size'].max():g}",
+                lambda m: f"rank {float(m[1]) * self.width(v.group):g}",
                 self.read(v),
             )
             more = ", ".join(filter(None, [read, *length]))

@@ -120,13 +120,15 @@ def lead(verdicts: Found, yes: str, no: str, partly: str = "") -> str:
     Args:
         yes: if all verdicts are SUPPORTED.
         no: if some are REFUTED and none is SUPPORTED.
-        partly: if some are SUPPORTED and others are not; default: `yes` in some settings only.
+        partly: if some are SUPPORTED and others are not; default: `yes` in some settings, or in
+            some settings only if others are REFUTED.
     """
     held = count(verdicts, "SUPPORTED")
     if held == len(verdicts):
         return yes
     if held:
-        return partly or f"{yes} in some settings only"
+        only = " only" if count(verdicts, "REFUTED") else ""
+        return partly or f"{yes} in some settings{only}"
     if count(verdicts, "REFUTED"):
         return no
     start = yes if yes.startswith("LoRA") else yes[0].lower() + yes[1:]
@@ -231,10 +233,10 @@ def _at_eighth(verdicts: Found) -> dict[Where, list[tuple[Verdict, Row]]]:
     for a, v in verdicts:
         conditions: list[dict[str, Any]] = a.results["cells"]
         condition: Row = next((c for c in conditions if c["cell"] == v.group), {"ranks": []})
-        width = a.runs["hidden_size"].max()
+        width = a.width(v.group)
         row = next((r for r in condition["ranks"] if r["rank"] >= width / EIGHTH), None)
         if row is not None:
-            place = (v.group.partition(",")[0], row["rank"], condition["updates"])
+            place = (a.base(v.group), row["rank"], condition["updates"])
             row = row | {"batch_size": condition.get("batch_size")}
             named.setdefault(place, []).append((v, row))
     return named
@@ -483,11 +485,13 @@ def _batches(answers: Sequence[Answer]) -> Finding | None:
     if at_examples:
         said += ". After equally many examples, which the post compares, it is "
         said += f"{listed(at_examples)} ({EXPLORATORY})"
-    more = ""
+    relevant = f"{max(abs(100 * v.margin[1]) for _, v in penalty):g}% fixed beforehand as relevant"
+    more = []
+    if less := [called(b) for a, v in penalty if v.outcome == "REFUTED" for b in a.bases]:
+        more.append(f"On {listed(less)} the effect is less than the {relevant}.")
     if count(penalty, "UNDECIDED"):
-        edge = max(abs(100 * v.margin[1]) for _, v in penalty)
-        more = f"Whether this exceeds the {edge:g}% fixed beforehand as relevant is undecided."
-    return replace(made, lead=text, said=said, more=more)
+        more.append(f"Whether this exceeds the {relevant} is undecided.")
+    return replace(made, lead=text, said=said, more=" ".join(more))
 
 
 # ---------------------------------------------------------------- other findings

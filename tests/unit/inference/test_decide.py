@@ -86,6 +86,16 @@ def test_holm_corrects_primary_claims_only():
     assert [v.outcome for v in holm([close])] == ["SUPPORTED"]
 
 
+def test_a_run_without_a_value_decides_nothing_and_makes_no_other_claim_easier():
+    claim = {**CLAIM, "margin": [-10, 0]}
+    unknown = judge("unknown", claim, "g", from_sample([math.nan, -5.0, -5.1]), [], 3, False)
+    assert unknown.outcome == "UNDECIDED" and unknown.why == "no interval" and unknown.p is None
+    one_sided = stats.norm.ppf((np.arange(4000) + 0.5) / 4000) - stats.norm.ppf(1 - 0.03 / 2)
+    weak = judge("weak", claim, "g", from_draws(one_sided, 5), [], 5, False)
+    assert weak.outcome == "SUPPORTED" and weak.p == pytest.approx(0.03)
+    assert [v.outcome for v in holm([unknown, weak])] == ["UNDECIDED", "UNDECIDED"]
+
+
 def test_where_likely_rates_say_nothing_there_is_no_interval():
     best, far = {s: 0.1 * s for s in range(3)}, dict.fromkeys(range(3), -math.inf)
     assert over_seeds(AtBest(best, (best,) * 40)).has_interval()

@@ -154,3 +154,12 @@ def test_a_longer_run_starts_where_its_beginning_ended(tmp_path):
         assert parts.result(s.id)["test_nll"] == whole.result(s.id)["test_nll"]
     train(parts, specs[2:], TorchTrainer(StopFlag()), short_steps=2)  # without a beginning
     assert parts.env(specs[2].id)["resumed_from_step"] is None
+
+
+def test_a_run_that_may_end_early_is_no_beginning_of_a_longer_one(tmp_path):
+    """It keeps its best weights, not its last ones."""
+    store, spec = RunStore(tmp_path), tiny_spec(early_stopping=1, steps=6)
+    train(store, [dataclasses.replace(spec, steps=2)], Scripted(2), short_steps=2)
+    train(store, [spec], Scripted(6), short_steps=2)
+    assert store.env(spec.id)["resumed_from_step"] is None
+    assert steps_of(store, spec.id) == [*range(1, 7)]

@@ -1,5 +1,6 @@
 """`lr_ratio`, `lr_scale` and `short_runs`: planted optima come back, and each verdict can be reached."""
 
+import dataclasses
 import json
 import math
 
@@ -9,8 +10,10 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.optimum.valley import linex
+from analysis.questions import lr_scale
 from analysis.questions.lr_ratio import QUESTION
 from analysis.runs.table import TableError
+from lorasweep.methods.fullft import FullFT
 from tests import planted
 from tests.planted import FULL, LORA, Valley, World, arms, ask, base, check, kept_question
 
@@ -142,6 +145,17 @@ def test_the_law_of_the_ratio(power, outcome, tmp_path):
     out, found = ask("lr_scale", world, specs.values(), folder)
     check(found, hidden=(outcome, pytest.approx(power, abs=0.15)), alpha="SUPPORTED")
     assert "smollm2-135m-instruct on gsm8k (small)" in out["outside"]  # a marker, from what is kept
+
+
+def test_a_control_is_not_what_a_bases_ratio_is_measured_against():
+    """A control of fewer matrices, whose optimum is LoRA's."""
+    world = World(best=lambda s, step: FULL if s.method == FullFT() else LORA)
+    specs = arms(base(dataset="dialect_smoke"), (4,), steps=16)
+    full = [s for s in specs if s.method == FullFT()]
+    control = FullFT(scope="matrices", layers="attention+mlp")
+    specs += [dataclasses.replace(s, method=control) for s in full]
+    (found,) = lr_scale.conditions(planted.planted_table(world, specs))
+    assert [b.ratio.value for b in found.bases] == [pytest.approx(LORA / FULL, rel=0.1)]
 
 
 @pytest.mark.parametrize(("factor", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])

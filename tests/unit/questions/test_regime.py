@@ -2,12 +2,16 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from analysis.inference.decide import judge
+from analysis.inference.estimate import Estimate
 from analysis.measures.regret import UNSCORED
 from analysis.optimum.valley import linex
+from analysis.questions import regime
 from lorasweep.data.synthetic.dialect import load as load_dialect
 from lorasweep.methods.fullft import FullFT
 from tests.planted import (
@@ -114,6 +118,14 @@ def test_the_boundary_comes_back_by_condition_and_rank():
     assert condition(out, IN_BEYOND)["rank_needed"] == [8.0, None]
     found = {r["rank"]: r["regret_percent"]["value"] for r in condition(out)["ranks"]}
     assert found == pytest.approx({8: -2, 1: 10}, abs=0.4)
+
+
+def test_growth_at_all_ranks_is_open_while_one_rank_has_no_interval():
+    (growth,) = [e for e in regime.ESTIMANDS if e.name == "gap_growth_high_ranks"]
+    unread = Estimate(0.01, n=3, flags=("unread_at_likely_rates",))
+    found = growth.measure(SimpleNamespace(growths={8: Estimate(0.02, 0.01, 0.03, 3), 32: unread}))
+    judged = judge("growth", {"margin": [0, 10], "expected": 0.01}, "g", found, [], 3, False)
+    assert judged.outcome == "UNDECIDED" and "unread" in judged.why
 
 
 def test_claims_about_the_regime_can_be_refuted():

@@ -6,10 +6,13 @@ import math
 import numpy as np
 import pytest
 
+from analysis.questions import rl_bits
+from analysis.runs.metric import as_losses
+from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.sweep.request import question
 from lorasweep.train.objectives.rollouts import bits_learned
-from tests.planted import Rewards, arms, ask, base, check, panels_of
+from tests.planted import Rewards, arms, ask, base, check, panels_of, planted_table
 from tests.world import compose_request
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
@@ -72,6 +75,18 @@ def test_rewards_and_runs_that_do_not_collapse_are_drawn_over_the_learning_rate(
     assert max(one.y) < max(top.y) == pytest.approx(START + 0.06 * math.log2(65), abs=0.02)
     assert all(v == 100 for s in survived.series for v in s.y)
     assert {s.style[0] for s in rewarded.series} == {s.style[0] for s in survived.series}
+
+
+def test_two_curves_of_one_rank_are_refused():
+    """With and without an adapter of the unembedding: the difference may be large."""
+    specs = rl_runs(2)
+    lora = [s for s in specs if s.method.name == "lora"]
+    layers = "attention+mlp"
+    specs += [
+        dataclasses.replace(s, method=dataclasses.replace(s.method, layers=layers)) for s in lora
+    ]
+    with pytest.raises(TableError, match="two curves of lora r1"):
+        ask("rl", world(0.5, 4, 0.04, 0.016), specs)
 
 
 def test_a_task_that_is_nearly_solved_decides_nothing():
@@ -215,6 +230,15 @@ def test_arms_without_an_adapter_of_the_unembedding_are_judged(costs, tmp_path):
     _, found = ask("rl_bits", plain, bit_runs([64]), claims=asked)
     assert "no curve of lora r1 with and without" in found["unembedding"]["why"]
     check(found, tie=pytest.approx(-5 - 100 * costs, abs=0.5))
+
+
+def test_a_control_of_a_bandit_is_not_taken_for_full_fine_tuning():
+    bandit = Bandit({64: 0.9}, {64: 0.05}, 0.97, (0.04, 0.016))
+    specs = bit_runs([64], (1,), supervised=False)
+    full = [s for s in specs if s.method == FullFT()]
+    specs += [dataclasses.replace(s, method=FullFT(scope="matrices")) for s in full]
+    (found,) = rl_bits.conditions(as_losses(planted_table(bandit, specs)))
+    assert found.full.curve.key["scope"] == "all" and found.control is not None
 
 
 def by_contexts(out):

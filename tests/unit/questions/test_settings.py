@@ -1,9 +1,12 @@
 """`layers`, `recipes` and `invariance` on planted runs: layer sets, popular settings, twins."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from analysis.inference.decide import judge
+from analysis.questions import invariance
 from lorasweep.methods.lora import LoRA as Lora
 from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, check, runs
 
@@ -130,6 +133,13 @@ def setting_runs():
         found += runs(spec, Lora(rank=4), [1e-3], [0], **common)
         found += runs(spec, Lora(rank=4, **TWIN), [2e-3], [0], **common)
     return found
+
+
+def test_a_pair_of_twins_without_a_loss_is_no_equal_pair():
+    (twins,) = [e for e in invariance.ESTIMANDS if e.name == "twin_difference"]
+    found = twins.measure(SimpleNamespace(twins=SimpleNamespace(held=[1e-16, math.nan])))
+    judged = judge("twins", {"margin": [-1e-6, 1e-6], "expected": 0}, "g", found, [], 0, False)
+    assert judged.outcome == "UNDECIDED"
 
 
 @pytest.mark.parametrize(("broken", "outcome"), [(1e-3, "SUPPORTED"), (1e-9, "REFUTED")])

@@ -1,12 +1,29 @@
 """`rank` and `batch_size` on planted runs: which ranks keep up, and what LoRA loses per doubling of the batch."""
 
+import dataclasses
 import math
 
 import pytest
 
 from analysis.measures import speed
+from analysis.measures.at_best import AtBest
+from analysis.measures.batch_effect import prefixes_of
+from analysis.runs.table import TableError
+from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from tests.planted import FULL, GAIN, LORA, World, arms, ask, base, check, panels_of, runs
+from tests.planted import (
+    FULL,
+    GAIN,
+    LORA,
+    World,
+    arms,
+    ask,
+    base,
+    check,
+    panels_of,
+    planted_table,
+    runs,
+)
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
@@ -48,6 +65,23 @@ def test_an_optimum_between_tried_lrs_is_interpolated():
     rho, best = {1: 0.2, 4: 0.8}, lambda spec, step: between[spec.method.name]
     _, found = ask("rank", World(lambda s: rho[s.method.rank], best), rank_runs((1, 4), 384))
     check(found, parity=pytest.approx(0.8, rel=0.03))
+
+
+def test_two_curves_of_one_rank_are_refused():
+    """Which of two alphas is compared would be chance."""
+    spec = base("tiny64", "dialect_smoke")
+    both = [s for alpha in (32.0, 64.0) for s in arms(spec, (1, 4), steps=16, alpha=alpha)]
+    unique = {s.id: s for s in both}.values()
+    with pytest.raises(TableError, match=r"two curves of lora r1, .* alpha 32.0.* alpha 64.0"):
+        ask("rank", World(), unique)
+
+
+def test_a_curve_whose_straightness_has_no_interval_leaves_the_claim_open():
+    straight = [(float(2**k), 3.0 - 0.1 * k) for k in range(9)]
+    sure = AtBest({s: [(t, v + 1e-3 * s * (t == 1)) for t, v in straight] for s in range(3)})
+    one_seed = AtBest({0: straight})
+    assert speed.straightness(sure).has_interval()
+    assert not speed.least_straight(sure, one_seed).has_interval()
 
 
 def test_ranks_that_are_all_behind_at_once_have_no_order():
@@ -121,6 +155,18 @@ def batches(ranks=(4,), lengths=LENGTHS, full=FULL, lora=LORA, n=5):
 def falls(step):
     """LoRA's speed after `step` updates over that at the start: half of it is lost in 64."""
     return step ** (-1 / 6)
+
+
+def test_a_control_is_not_what_batches_are_compared_with():
+    """Full fine-tuning of the adapted matrices only, at half the speed."""
+    world = World(lambda s: 0.8 if s.method.name == "lora" else 0.5)
+    specs = batches((4,), {4: 32, 16: 16})
+    full = [s for s in specs if s.method.name == "fullft"]
+    controls = [dataclasses.replace(s, method=FullFT(scope="matrices")) for s in full]
+    found = prefixes_of(planted_table(world, specs + controls))
+    values = [p.rho.value for p in found]
+    assert {p.full.curve.key["scope"] for p in found} == {"all"}
+    assert values == pytest.approx([0.8] * len(values), abs=0.05)
 
 
 @pytest.mark.parametrize(("b", "outcome"), [(-0.1, "SUPPORTED"), (0.0, "REFUTED")])

@@ -160,6 +160,8 @@ def test_a_verdict_says_where_it_was_measured_as_far_as_that_is_known(tmp_path):
     made = answer(tmp_path, curves=arms)
     assert made.where(verdict(1, group=group)) == "b (dialect; rank 8, 256 updates)"
     assert made.where(verdict(1, group=group), min) == "b (dialect; rank 1, 256 updates)"
+    short = answer(tmp_path, curves=[curve("b", rank=1.0, steps=25), *arms])
+    assert short.where(verdict(1, group=group)) == "b (dialect; rank 8, 256 updates)"
     full = answer(tmp_path, curves=arms[:1])
     assert full.where(verdict(1, group=group)) == "b (dialect; 256 updates)"
     facts = answer(tmp_path, sweep="capacity", cells=[{"facts": 64}])  # of another form
@@ -531,9 +533,44 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     assert "undecided whether LoRA" in mixed.lead
     assert mixed.post.startswith("undecided for the post")
     assert mixed.said == held.said
+    # Conditions that differ in updates alone have full titles.
+    titles = [f"b on dialect (a, b), batch 16, {n} updates" for n in (128, 256)]
+    made = [verdict(0.1, claim="low", group=title) for title in titles]
+    cells = [condition(t, (8, 9.0), updates=n) for t, n in zip(titles, (128, 256))]
+    titled = answer(tmp_path, *made, sweep="regime", data=RULES, cells=cells)
+    (long, *_) = findings.main([titled])
+    assert long.lead.endswith("LoRA of rank 8 does not match full fine-tuning on b")
+    assert long.post.startswith("against the post")
     one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
     made = [answer(tmp_path, one_seed, sweep="rl")]
     assert findings.main(made) == findings.others(made) == []
+
+
+def test_each_base_has_the_rank_of_an_eighth_of_its_own_width(tmp_path):
+    groups = ("b, x", "wide, x")
+    made = [verdict(0.1, claim="low", group=g) for g in groups]
+    cells = [condition(g, (8, 9.0), (16, 3.0)) for g in groups]
+    both = answer(tmp_path, *made, sweep="regime", data=RULES, cells=cells)
+    wide = both.runs.assign(model="wide", hidden_size=128)
+    vars(both)["runs"] = pd.concat([both.runs, wide])
+    (found, *_) = findings.main([both])
+    assert found.lead.endswith("LoRA of rank 8 does not match full fine-tuning on b")
+    assert found.said.endswith("Rank 16 on wide does not: 3.0% [2.0, 4.0] (256 updates)")
+    both.question["claims"]["low"]["estimand"] = "eighth"
+    both.results["read"] = {"eighth": "rank of 0.125 of the width"}
+    assert [both.where(v) for v in made] == [
+        f"{g} (rank {r}, 256 updates)" for g, r in zip(groups, (8, 16))
+    ]
+
+
+def test_a_claim_is_true_in_some_settings_only_if_it_is_refuted_in_others(tmp_path):
+    def lead(*outcomes):
+        made = [verdict(0.7, claim="flops_to_loss", outcome=o) for o in outcomes]
+        found = [(answer(tmp_path, v, sweep="compute"), v) for v in made]
+        return findings.lead(found, "LoRA saves", "LoRA does not save")
+
+    assert lead("SUPPORTED", "REFUTED") == "LoRA saves in some settings only"
+    assert lead("SUPPORTED", "UNDECIDED") == "LoRA saves in some settings"
 
 
 def test_growth_has_the_numbers_of_the_least_growth_that_was_shown(tmp_path):
@@ -683,6 +720,9 @@ def test_the_effect_of_the_batch_is_told_apart_from_its_margin(tmp_path):
     assert close.more == "Whether this exceeds the 3% fixed beforehand as relevant is undecided."
     clear = said(-0.1, 0.02, "SUPPORTED")
     assert clear.lead == slower and not clear.more
+    small = said(-0.015, 0.01, "REFUTED")
+    assert small.lead == slower
+    assert small.more == "On b the effect is less than the 3% fixed beforehand as relevant."
     none = said(0.0, 0.01, "REFUTED")
     assert none.lead.startswith("Larger batches do not slow LoRA")
     assert said(0.0, 0.05, "UNDECIDED").lead.startswith("It is undecided whether larger batches")
