@@ -555,7 +555,7 @@ def test_each_base_has_the_rank_of_an_eighth_of_its_own_width(tmp_path):
     vars(both)["runs"] = pd.concat([both.runs, wide])
     (found, *_) = findings.main([both])
     assert found.lead.endswith("LoRA of rank 8 does not match full fine-tuning on b")
-    assert found.said.endswith("Rank 16 on wide does not: 3.0% [2.0, 4.0] (256 updates)")
+    assert found.said.endswith("Rank 16 on wide does not: 3.0% [2.0, 4.0] (256 updates of 16 rows)")
     both.question["claims"]["low"]["estimand"] = "eighth"
     both.results["read"] = {"eighth": "rank of 0.125 of the width"}
     assert [both.where(v) for v in made] == [
