@@ -370,7 +370,13 @@ class RateLaw(base.Question[Cells]):
 
 
 ESTIMANDS = [
-    base.Estimand[Cells]("worst_criterion", lambda c: c.worst, Cells.gates, seeds=lambda c: 0)
+    base.Estimand[Cells](
+        "worst_criterion",
+        lambda c: c.worst,
+        Cells.gates,
+        applies=lambda c: not c.others or 2 * len(c.own) >= len(c.cells),  # one answer, one verdict
+        seeds=lambda c: 0,
+    )
 ]
 
 

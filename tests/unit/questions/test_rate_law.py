@@ -275,7 +275,7 @@ def test_both_scales_are_judged_together(truth, expected, tmp_path):
     for title in ("The law and its rivals", "The slope over alpha", "Shorter runs", "Fitted again"):
         assert f"## {title}" in text
     found = analyse(read(folder / "table.parquet"), question(small), tmp_path)
-    assert found.verdicts[0].outcome == expected  # from the other side, too
+    assert [v.group for v in found.verdicts] == [base.NO_CELL]  # the verdict is given once
 
 
 def test_full_fine_tuning_of_smollm2_has_the_kept_runs():
