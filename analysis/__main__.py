@@ -1,6 +1,7 @@
 """Judge a sweep again, or analyse any table of runs. Trains nothing and needs no torch."""
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -31,11 +32,15 @@ examples
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 for success, 2 for a wrong request."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if importlib.util.find_spec("pandas") is None:
+        where = "Activate the environment in which lorasweep is installed"
+        print(f"analysis: {sys.executable} has no pandas. {where}.", file=sys.stderr)
+        return 2
     from analysis.runs.table import TableError
 
     try:
-        if argv and argv[0] in ("fit", "ratio", "drift", "law", "html"):
+        if argv[0] in ("fit", "ratio", "drift", "law", "html"):
             return _run_table_command(argv)
         if argv[:1] == ["study"]:
             return _study(argv[1:])
@@ -156,7 +161,7 @@ def _study(argv: Sequence[str]) -> int:
 
 def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     """Judge a sweep again and report it, or suggest runs for it."""
-    out = "folder to write to; default: the report's folder"
+    out = "folder to write to; default: the report's folder (a kept report is only printed)"
     parser = _parser("", out, description=__doc__, epilog=EPILOG)
     parser.add_argument("sweep", help="name of the sweep, e.g. lr_ratio; or a command, see below")
     scale = "end of the report folder's name: scale and hash, if any; default: newest report"
@@ -176,8 +181,13 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
     folder = find_report(args.reports_dir, args.sweep, args.scale)
     question: dict[str, Any] = json.loads((folder / "question.json").read_text())
     table = read(args.table or folder / "table.parquet")
+    is_kept = folder.parent == KEPT
+    if is_kept:
+        page = f"its report is {folder / 'report.md'}"
+        print(f"kept answer, as {args.reports_dir} has none of your own; {page}", file=sys.stderr)
     if not suggest:
-        print(judge_and_report(table, question, args.out or folder, args.json, KEPT))
+        to = args.out or (None if is_kept else folder)  # kept reports: study --write
+        print(judge_and_report(table, question, to, args.json, KEPT))
         return 0
     wanted = next_runs.suggest(analyse(table, question, KEPT))
     nothing = "nothing to add: every claim is decided, or more runs cannot help"

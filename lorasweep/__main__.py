@@ -1,5 +1,6 @@
 """The command line, `python -m lorasweep ...`: compose the request with Hydra, then act on it."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -34,6 +35,11 @@ def main() -> None:
             "See `python -m lorasweep --help`."
         )
 
+    if importlib.util.find_spec("hydra") is None:
+        _fail(
+            f"hydra is not installed for {sys.executable}. Activate the environment in which "
+            "lorasweep is installed (after make run: . .venv/bin/activate), or pip install -e ."
+        )
     import hydra
     from hydra.errors import HydraException
     from yaml import YAMLError
@@ -57,8 +63,8 @@ def main() -> None:
     try:
         main_of(_act)()
     except HydraException as error:
-        cause = error.__cause__
-        _fail(str(error) if cause is None or str(cause) in str(error) else f"{error}\n{cause}")
+        cause = str(error.__cause__ or "").partition("\n")[0]
+        _fail(str(error) if cause in str(error) else f"{error}\n{cause}")
     except LorasweepError as error:  # raised while Hydra composes
         _fail(str(error))
     except YAMLError as error:

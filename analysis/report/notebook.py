@@ -32,14 +32,23 @@ def kept(name: str) -> Path:
     return folder
 
 
-def table(folder: Path) -> pd.DataFrame:
-    """Read a result's runs."""
-    return read(folder / "table.parquet")
+def table(folder: Path | str) -> pd.DataFrame:
+    """Read a result's runs: `folder` is a kept one, or a report's, such as reports/lr_ratio-tiny.
+
+    Raises:
+        TableError: there is no report in it.
+    """
+    return read(Path(folder) / "table.parquet")
 
 
-def answer(folder: Path) -> Analysis:
-    """Fit and judge a result's runs under its question."""
-    return analyse(table(folder), json.loads((folder / "question.json").read_text()), RESULTS)
+def answer(folder: Path | str) -> Analysis:
+    """Fit and judge a result's runs under its question. Raises TableError as `table` does."""
+    return analyse(table(folder), _question(folder), RESULTS)
+
+
+def _question(folder: Path | str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(folder) / "question.json").read_text())
+    return found
 
 
 def _frame(rows: Sequence[Sequence[str]]) -> pd.DataFrame:
@@ -52,15 +61,21 @@ def optima(found: Analysis) -> pd.DataFrame:
     return _frame(report.optima_rows(found.optima))
 
 
-def verdicts(found: Analysis, folder: Path) -> pd.DataFrame:
+def verdicts(found: Analysis, folder: Path | str) -> pd.DataFrame:
     """Return one row per claim."""
-    question = json.loads((folder / "question.json").read_text())
-    return _frame(report.verdict_rows(found.verdicts, question))
+    return _frame(report.verdict_rows(found.verdicts, _question(folder)))
 
 
 def section(found: Analysis, title: str) -> pd.DataFrame:
-    """Return the table of one section of the report."""
-    return _frame(next(s.rows for s in found.sections if s.title == title))
+    """Return the table of one section of the report.
+
+    Raises:
+        KeyError: there is no such section; the message lists those that exist.
+    """
+    sections = {s.title: s.rows for s in found.sections}
+    if title not in sections:
+        raise KeyError(f"no section {title!r}. There are: {', '.join(sections)}")
+    return _frame(sections[title])
 
 
 def suggestions(found: Analysis) -> pd.DataFrame:

@@ -45,7 +45,7 @@ CONDITIONS = {
 def judge_and_report(
     table: pd.DataFrame,
     question: dict[str, Any],
-    folder: Path,
+    folder: Path | None,
     as_json: bool = False,
     kept: Path | None = None,
 ) -> str:
@@ -55,22 +55,28 @@ def judge_and_report(
     needs a package that is not installed is left out, and the answer says so.
 
     Args:
+        folder: None: write nothing.
         as_json: return one JSON object instead of text.
         kept: folder of kept results, which some questions show together with their own.
     """
     found = analyse(table, question, kept)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
-    write(table, folder / "table.parquet")
-    results = write_answer(found, table, question, folder)
-    title = f"{question['name']} at scale {question['scale']}: {question['question']}"
-    shown = (found.optima, found.ratios, found.verdicts, WITHIN)
-    pages, left_out = [folder / "report.html", folder / "report.md"], lacking()
-    if "report.html" in left_out:
-        pages[0].unlink(missing_ok=True)
+    pages: list[Path] = []
+    left_out: dict[str, str] = {}
+    if folder is None:
+        results = results_of(found, question, table)
     else:
-        interactive.write(pages[0], title, as_losses(table), *shown)
-    pages = [page for page in pages if page.name not in left_out]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "question.json").write_text(json.dumps(question, indent=1) + "\n")
+        write(table, folder / "table.parquet")
+        results = write_answer(found, table, question, folder)
+        title = f"{question['name']} at scale {question['scale']}: {question['question']}"
+        shown = (found.optima, found.ratios, found.verdicts, WITHIN)
+        pages, left_out = [folder / "report.html", folder / "report.md"], lacking()
+        if "report.html" in left_out:
+            pages[0].unlink(missing_ok=True)
+        else:
+            interactive.write(pages[0], title, as_losses(table), *shown)
+        pages = [page for page in pages if page.name not in left_out]
     if as_json:
         report = {"report": str(pages[-1]) if pages else None}
         return json.dumps({**results, **report, "left_out": list(left_out.values())})
@@ -87,6 +93,8 @@ def judge_and_report(
             f"{v.expected:g} within {margin}{primary}: {v.why}"
             + (f". Needed: {v.needed}" if v.needed else "")
         )
+    if folder is None:
+        return "\n".join(out)
     out += ["", *(f"left out: {why}" for why in left_out.values())]
     names = [f"{page} (interactive)" if page.suffix == ".html" else str(page) for page in pages]
     out += [f"report: {', '.join(names) or folder / 'results.json'}"]

@@ -347,7 +347,8 @@ def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
         if axis in sweep.axes:
             hint = f"Write sweep.axes.{axis}=[{value.strip('[]')}] instead."
         elif arms:
-            hint = f"Write sweep.arms.{arms[0]}.{axis}=[{value.strip('[]')}] instead."
+            new = (f"sweep.arms.{arm}.{axis}=[{value.strip('[]')}]" for arm in arms)
+            hint = f"Write {' or '.join(new)} instead."
         else:
             hint = "Remove an arm with ~sweep.arms.NAME instead."
         raise SpecError(f"{text!r} has no effect: the grid of sweep {name!r} sets {axis!r}. {hint}")

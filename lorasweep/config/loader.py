@@ -15,15 +15,18 @@ with `extends: OTHER` (in conf/scale) takes the block of OTHER first, then the s
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from lorasweep.config import own
 from lorasweep.config.folders import conf_dir
-from lorasweep.errors import NotAtScale, SpecError
+from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.sweep.question import Sweep
 
 RENAMED = {
@@ -45,6 +48,9 @@ RENAMED = {
 }
 """Group -> key in files for version 0.1 -> new name of the key."""
 
+PARTS = ("method", "exec", "dataset", "cluster")
+"""Groups in which a setting without its group is looked for."""
+
 
 class ScaleLoader(ConfigLoaderImpl):
     """Hydra 1.3's loader, which also refuses the keys of version 0.1."""
@@ -57,6 +63,7 @@ class ScaleLoader(ConfigLoaderImpl):
         self.looked_up: dict[tuple[str, ...], Any] = {}
         """Cache of the models and data sets that an axis names, by group, name and overrides."""
         self.names = own.Names()
+        self._overrides: list[Override] = []
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], *args: Any, **more: Any
@@ -77,7 +84,17 @@ class ScaleLoader(ConfigLoaderImpl):
                 problems.append(str(error))
         if problems:
             raise SpecError("\n".join(problems))
-        cfg = super().load_configuration(config_name, described, *args, **more)
+        self._overrides = OverridesParser.create().parse_overrides(described)
+        try:
+            cfg = super().load_configuration(config_name, described, *args, **more)
+        except MissingConfigException as error:
+            group, _, name = str(error.missing_cfg_file).rpartition("/")
+            if not group or error.options is None:
+                raise
+            raise SpecError(
+                f"{unknown(group, name, error.options)} A file of your own, "
+                f"DIR/{group}/{name}.yaml, is found with --config-dir DIR."
+            ) from None
         cfg.hydra.overrides.task = [typed.get(o, o) for o in cfg.hydra.overrides.task]
         return cfg
 
@@ -114,6 +131,9 @@ class ScaleLoader(ConfigLoaderImpl):
                     changes.append(f"{where} is now {new}")
         if changes:
             raise SpecError(f"{group} {name!r}: {'; '.join(changes)}. See docs/own.md.")
+        known = [field.name for field in fields(Sweep)]
+        if group == "sweep" and (odd := [k for k in values.get(group) or () if k not in known]):
+            raise SpecError(f"{group} {name!r}: {unknown('key', str(odd[0]), known)}")
         return loaded
 
     def _compose_config_from_defaults_list(self, defaults: Any, repo: Any) -> DictConfig:
@@ -133,7 +153,42 @@ class ScaleLoader(ConfigLoaderImpl):
             cfg.sweep = OmegaConf.merge(OmegaConf.structured(Sweep), values)
         if cfg.sweep.arms:
             self.as_in_files = without_hydra(cfg)
+        for override in self._overrides:
+            key = override.key_or_group
+            if key.startswith("sweep.") and not (cfg.sweep.arms or cfg.sweep.parts):
+                raise SpecError(f"{override.input_line!r} changes a sweep. Add one: +sweep=NAME.")
+            if not repo.group_exists(key):
+                _check_key(cfg, override)
         return cfg
+
+
+def _check_key(cfg: DictConfig, override: Override) -> None:
+    """Raise SpecError if an override sets a key that does not exist.
+
+    Hydra would accept it with a + before it, and nothing would read it. Only mappings without a
+    schema, such as sweep.axes, take new keys.
+    """
+    node: Any = cfg
+    path: list[str] = []
+    for name in override.key_or_group.split("."):
+        if not isinstance(node, DictConfig) or node._is_none() or "[" in name:
+            return
+        if name not in [*node]:  # `in node` is false for a key without a value
+            break
+        node, path = node._get_node(name), [*path, name]
+    else:
+        return
+    takes_new = OmegaConf.get_type(node) is dict
+    if takes_new and (override.is_add() or override.is_force_add()):
+        return
+    given = str(override.input_line)
+    if inside := [part for part in PARTS if not path and name in cfg[part]]:
+        raise SpecError(f"{given!r}: no such setting. Did you mean '{inside[0]}.{name}'?")
+    is_run_field = name in cfg or name in cfg.method
+    if takes_new and not override.is_delete() and (is_run_field or path[0] != "sweep"):
+        raise SpecError(f"{given!r}: {'.'.join(path)} has no {name!r} yet. To add it: +{given}")
+    names = [".".join([*path, str(key)]) for key in node if key != "hydra"]
+    raise SpecError(f"{given!r}: {unknown('setting', '.'.join([*path, name]), names)}")
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:

@@ -142,9 +142,14 @@ def read_customers(path: Path) -> list[Customer | Failed]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except FileNotFoundError:
-        raise SpecError(f"customers={path}: no such file.") from None
+        raise SpecError(
+            f"customers={path}: no such file {path.absolute()}. Give a CSV or YAML table, such as "
+            "docs/customers.csv; docs/advice.md describes its columns."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"customers={path}: cannot be read as text: {error}") from None
+        raise SpecError(
+            f"customers={path}: cannot be read as text: {error}. Give a CSV or YAML table in UTF-8."
+        ) from None
     is_yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
         rows = _yaml(text) if is_yaml else _csv(text)
@@ -362,7 +367,13 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
         elif not missing:
             return _build(c.model, stated, source="hub", location=c.model, weights_dtype="bf16")
         elif config.suffix == ".gguf" or describe.HUB_NAME.fullmatch(c.model):
-            model = _described(c.model)
+            try:
+                model = _described(c.model)
+            except ModelError as error:
+                columns = ", ".join(missing)
+                raise ModelError(
+                    f"{error} Or fill the columns {columns}, then no network is needed."
+                ) from None
         else:
             what = unknown("model", c.model, (name for name in models if "/" not in name))
             if stated:

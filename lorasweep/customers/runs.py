@@ -331,9 +331,18 @@ def fleet_of(
     return past, then
 
 
+BY_CUSTOMER = ("model", "lr", "batch_size", "steps", "method.rank", "method.alpha")
+"""Settings that each customer has its own values of."""
+
+
 def _given(request: Request) -> dict[str, Any]:
     """Return the fields of Rules that the command line sets."""
     keys, spec = set(request.given), request.points[0].spec
+    if unread := [k for k in request.given if k in BY_CUSTOMER or k.startswith("model.")]:
+        raise SpecError(
+            f"{unread[0]} has no effect: a fleet takes model, batch_size and steps from the "
+            "table's columns, and rank, alpha and learning rates from the adviser. Leave it out."
+        )
     data, named = spec.dataset, {k[len("dataset.") :] for k in keys if k.startswith("dataset.")}
     if named - FORM:
         raise SpecError(

@@ -98,10 +98,17 @@ def prompt_of(spec: DatasetSpec, row: Any, where: str) -> tuple[Message, ...]:
 
 def text_of(row: Any, name: str, where: str) -> str:
     """Return the text in a row's column; raise DataError if there is none."""
-    if not isinstance(row, dict) or not isinstance(row.get(name), str):
-        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object with a text {name!r}, got {str(row)[:40]!r}.")
+    if name not in row:
+        there = ", ".join(map(str, sorted(row))) or "none"
         raise DataError(
-            f"{where}: no text field {name!r}. The row has: {keys}. Set prompt_field, "
-            "completion_field and answer_field in the dataset file."
+            f"{where}: no field {name!r}, only {there}. Correct the row, or set prompt_field, "
+            "completion_field and answer_field of the data set."
+        )
+    if not isinstance(row[name], str):
+        raise DataError(
+            f"{where}: field {name!r} is {str(row[name])[:40]} ({type(row[name]).__name__}), not a "
+            "text. Put it into quotes, or remove the row."
         )
     return row[name]

@@ -82,7 +82,7 @@ def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> Dat
     digest = sources.file_sha256(path)[:DIGITS]
     found = next(sources.rows_in(path), None)
     if found is None:
-        raise DataError(f"{path} has no rows.")
+        raise DataError(f"{path} has no rows. Add rows, or give another file.")
     test = path.with_name(f"test{path.suffix}")
     folder = path.parent.name if path.stem == "train" else path.stem
     return DatasetSpec(

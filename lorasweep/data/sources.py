@@ -145,10 +145,12 @@ def rows_in(path: Path) -> Iterator[Row]:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}:{number}", json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}:{number}: not a JSON row ({error}). Correct or remove the line."
             ) from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 ({error}). Save it in UTF-8.") from None
 
 
 def _json_rows(path: Path) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from lorasweep.sweep.question import Sweep, axes_of
 
 MAX_RUNS = 100_000
 MAX_PROBLEMS = 5
-"""Invalid runs that one message lists."""
+"""Problems of runs that one message lists."""
 GENERATOR_PARAMS = "generator_params"
 """The axis whose values are mappings, each with parameters of a synthetic data set."""
 Axes = dict[str, Any]
@@ -67,10 +67,11 @@ def expand(
     `model` and `dataset` turn names on the axes model and dataset into specs.
 
     Raises:
-        SpecError: runs are not valid; the message lists up to MAX_PROBLEMS of them.
+        SpecError: runs are not valid; the message has up to MAX_PROBLEMS problems, each with its
+            first run.
     """
     points: dict[str, Point] = {}
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     look_up: dict[str, Callable[[str], Any]] = {"model": model, "dataset": dataset}
     # one spec per name, so that it is checked and encoded once for thousands of runs
     with_params: dict[str, DatasetSpec] = {}
@@ -107,16 +108,22 @@ def expand(
                 if sweep.search and begun and isinstance(error, RankTooLarge):
                     continue  # a search compares the ranks that the model can have
                 shown = ", ".join(f"{k}={v}" for k, v in values.items())
-                problems.append(f"arm {arm!r}, point {shown}: {error}")
+                problems.setdefault(str(error), []).append(f"arm {arm!r}, point {shown}")
                 if len(problems) >= MAX_PROBLEMS:
-                    raise SpecError("\n".join([*problems, "..."])) from None
+                    raise SpecError("\n".join([*_listed(problems), "..."])) from None
                 continue
             points.setdefault(spec.id, Point(arm, spec))
     if problems:
-        raise SpecError("\n".join(problems))
+        raise SpecError("\n".join(_listed(problems)))
     if not points:
         raise SpecError("the grid is empty: no arm has any run. Give each axis at least one value.")
     return list(points.values())
+
+
+def _listed(problems: dict[str, list[str]]) -> list[str]:
+    """Return a line for each problem, with the first run that has it and the number of others."""
+    others = [f" and {len(runs) - 1} other runs" * (len(runs) > 1) for runs in problems.values()]
+    return [f"{runs[0]}{more}: {p}" for (p, runs), more in zip(problems.items(), others)]
 
 
 def assignments(axes: Axes) -> list[dict[str, Any]]:

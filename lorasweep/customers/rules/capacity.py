@@ -121,8 +121,8 @@ def _by_capacity(case: Case, work: Workload) -> Choice:
     if high <= ROOM:
         method = "lora"
         why = (
-            f"rank {rank} is the smallest of {least} or more with a load of at most {ROOM} at the "
-            "high end of the bits"
+            f"rank {rank} is the smallest of {usable[0]} or more with a load of at most {ROOM} at "
+            "the high end of the bits"
         )
     elif low > FULL:
         method = "full"

@@ -135,6 +135,8 @@ def note_habits(case: Case, work: Workload, choice: Choice, rate: Rate, batches:
         here, cost = cited("recipes", "attention_at_full_lr", "original"), "; ".join(costs)
         words = {"times": rate.rate / c.lr, "advised": rate.rate, "cost": cost or "not known"}
         case.warn("full_rate", lr=c.lr, here=here, **words)
+    elif c.lr is not None and c.lr > rate.high:
+        case.warn("high_rate", lr=c.lr, advised=rate.rate, high=rate.high)
     batch = work.batch_size
     if c.task == "sft" and c.batch_size and batch >= HUGE_BATCH:
         regret = regret_of_batch(batch, work.rows or 1000.0 * batch, batches.per_doubling)

@@ -147,7 +147,13 @@ def require() -> None:
     commands = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
     if lacking := [c for c in commands if shutil.which(c) is None]:
         raise _no_slurm(*lacking)
-    run("scontrol", "ping")
+    try:
+        run("scontrol", "ping")
+    except ClusterError as error:
+        raise ClusterError(
+            f"{error}\nSlurm is installed, but does not answer. Run the command on the cluster's "
+            "login node, or use this machine with cluster=local. action=plan needs no Slurm."
+        ) from None
 
 
 def _no_slurm(*lacking: str) -> ClusterError:

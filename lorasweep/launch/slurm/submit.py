@@ -304,9 +304,9 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
     A submission belongs to the sweep if it has the same title and some of these runs. Raises
     ClusterError if there is no Slurm here, or some jobs belong to other users.
     """
-    client.require()
-    if files.status(submissions.home(store.root)) is None:
+    if files.status(submissions.home(store.root)) is None:  # nothing was submitted
         return 0, 0
+    client.require()
     ids = {p.id for p in request.points}
     with submissions.locked(store.root, notify):
         queue = submissions.reconcile(store.root, notify)

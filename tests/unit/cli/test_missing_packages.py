@@ -8,6 +8,7 @@ import pytest
 
 from analysis.__main__ import main as analysis
 from analysis.report.report import judge_and_report
+from lorasweep.__main__ import main as lorasweep
 from lorasweep.cli.actions import act
 from lorasweep.cli.progress import Display
 from lorasweep.config.compose import compose_request
@@ -53,6 +54,16 @@ def test_a_request_is_refused_before_it_trains(without, tmp_path, package, argum
         act(compose_request(["scale=smoke", *arguments, runs]))
     assert names(error, package, what)
     assert not list(tmp_path.glob("*/spec.json"))
+
+
+def test_a_python_without_the_environment_is_named(without, monkeypatch, capsys):
+    without("hydra", "pandas")
+    monkeypatch.setattr(sys, "argv", ["lorasweep", "+sweep=lr_ratio"])
+    with pytest.raises(SystemExit) as end:
+        lorasweep()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and sys.executable in said and "activate" in said
+    assert analysis(["lr_ratio"]) == 2 and sys.executable in capsys.readouterr().err
 
 
 def test_rows_of_the_hub_and_a_gguf_file_name_what_reads_them(without, tmp_path):

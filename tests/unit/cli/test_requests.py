@@ -21,11 +21,16 @@ def refused(done, *words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("+sweep=lr_ration", "lr_ratio"),
+        ("+sweep=lr_ration", "Did you mean 'lr_ratio'"),
+        ("+sweeps=lr_ratio", "Did you mean 'sweep'"),
+        ("+sweep.axes.model=[tiny64]", "+sweep=NAME"),
         ("scale=huge", "tiny"),
         ("model=lama", "Did you mean 'llama-3.2-3b'"),
         ("lrr=1", "lrr"),
         ("lr=abc", "abc"),
+        ("+learning_rate=1e-3", "'learning_rate' not found"),
+        ("rank=4", "Did you mean 'method.rank'"),
+        ("+method.layer=mlp", "Did you mean 'method.layers'"),
         ("-m lr=1", "multirun"),
         ("method=fullft method.rank=3", "rank"),
         ("steps", "steps"),
@@ -62,8 +67,14 @@ def refused(done, *words):
         (f"{FLEET} instead_of_full=yes", "Allowed: lora"),
         (f"{FLEET} early_stopping=-1", "early_stopping=-1"),
         (f"{FLEET} method=fullft", "method=lora"),
+        (f"{FLEET} lr=1e-3", "lr has no effect"),
+        (f"{FLEET} method.rank=4", "method.rank has no effect"),
         ("rates=5", "only for action=measure and action=fleet"),
-        ("+sweep=lr_ratio lr=3e-3", "sweep.arms.fullft.lr"),
+        ("+sweep=lr_ratio lr=3e-3", "sweep.arms.fullft.lr=[3e-3] or sweep.arms.lora.lr=[3e-3]"),
+        ("+sweep=lr_ratio sweep.axes.batch_size=[4]", "To add it: +sweep.axes.batch_size=[4]"),
+        ("+sweep=lr_ratio sweep.arms.lra.rank=[4]", "Did you mean 'sweep.arms.lora'"),
+        ("+sweep=lr_ratio ~sweep.arms.full", "Did you mean 'sweep.arms.fullft'"),
+        ("+sweep=lr_ratio sweep.arms.lora.rank=[64]", "and 2 other runs: method.rank=64"),
         ("+sweep=lr_ratio model=tiny64", "sweep.axes.model"),
         ("+sweep=lr_ratio method.rank=4", "sweep.arms.lora.rank"),
         ("+sweep=lr_ratio sweep.axes.model=[tinny64]", "Did you mean 'tiny64'"),
@@ -108,6 +119,12 @@ def own(folder, name, text):
     return "--config-dir", folder / "mine"
 
 
+def test_cancel_without_any_submission_needs_no_slurm(command, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    done = command("+sweep=lr_ratio", "scale=smoke", "action=cancel")
+    assert (done.returncode, done.stdout) == (0, "nothing to cancel\n")
+
+
 def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
     text = (ROOT / "sweeps/lr_ratio.yaml").read_text().replace("model: tiny64,", "model: narrow,")
     own(tmp_path, "sweep/my_ratio.yaml", text)
@@ -119,6 +136,8 @@ def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
     own(tmp_path, "sweep/lr_ratio.yaml", text)
     refused(command(*mine, "+sweep=lr_ratio", "action=plan"), "would be ignored. Rename it")
     (tmp_path / "mine/sweep/lr_ratio.yaml").unlink()
+    own(tmp_path, "sweep/odd.yaml", text.replace("question:", "quesion:"))
+    refused(command(*mine, "+sweep=odd", "action=plan"), "Did you mean 'question'")
     own(tmp_path, "sweep/broken.yaml", "question: [")
     refused(command(*mine, "+sweep=broken", "action=plan"), "YAML")
 

@@ -129,6 +129,7 @@ def test_every_number_has_a_formula_and_a_source():
         ({"rank": 64}, ("rank 64", "advice is rank 16")),
         ({"rank": 256}, ("Rank 256 is 16 times",)),
         ({"lr": 2e-5}, ("0.027 nats on meta-llama/Llama-3.1-8B", "recipes: original REFUTED")),
+        ({"lr": 0.5}, ("learning rate 0.5 is above", "advised: 0.000")),
         ({"batch_size": 512}, ("a batch of 512",)),
         ({"rank": 4}, ("planned rank 4",)),
         ({"task": "rl", "rank": 128}, ("collapsed",)),

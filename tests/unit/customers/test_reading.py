@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from lorasweep.customers import read
 from lorasweep.customers.advice import answers
 from lorasweep.customers.read import Customer, RowError, customer_of, read_customers, shape_of
-from lorasweep.errors import SpecError
+from lorasweep.errors import ModelError, SpecError
 from tests.unit.customers.world import known
 
 ROW = {"name": "acme", "model": "qwen3-8b", "task": "sft"}
@@ -140,6 +140,15 @@ def test_columns_give_the_shape_of_a_model_that_is_not_known():
         shape(model="x", **{k: v for k, v in SHAPE.items() if k not in ("mlp_size", "vocab_size")})
     with pytest.raises(RowError, match="n_heads=16 is not a multiple of n_kv_heads=5"):
         shape(model="x", **{**SHAPE, "n_kv_heads": 5})
+
+
+def test_a_name_that_the_hub_does_not_answer_says_that_columns_suffice(monkeypatch):
+    def describe(given):
+        raise ModelError(f"cannot get {given}.")
+
+    monkeypatch.setattr(read, "_described", describe)
+    with pytest.raises(RowError, match=r"cannot get o/x\. Or fill the columns hidden_size"):
+        shape(model="o/x")
 
 
 def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):

@@ -84,6 +84,8 @@ def test_ranks_end_at_an_eighth_of_the_width_and_suit_the_experts():
     models = known().models
     assert capacity.ranks_of(models["llama-3.2-1b"]())[-1] == 256
     assert capacity.ranks_of(models["qwen3-30b-a3b"]())[0] == 8
+    narrow = advice(model="tiny64-skills", examples=10)  # 16 is the least rank elsewhere
+    assert narrow.choice.rank == 8 and "smallest of 8 or more" in narrow.choice.why
 
 
 def keep(folder, **answer):

@@ -72,16 +72,22 @@ def test_order_depends_on_data_set_split_and_seed_only(tmp_path):
     ("rows", "words"),
     [
         (['{"prompt": "a", "completion": "b"}', '{"prompt": '], r"train\.jsonl:2: not a JSON row"),
-        ([{"prompt": "a"}], r"train\.jsonl:1: no text field 'completion'"),
-        ([{"prompt": "a", "completion": 3}], r":1: no text field"),
+        ([{"prompt": "a"}], r"train\.jsonl:1: no field 'completion', only prompt"),
+        ([{"prompt": "a", "completion": 3}], r":1: field 'completion' is 3 \(int\)"),
         ([{"prompt": "p" * 600, "completion": "b"}], r":1: no token counts in the loss"),
-        (["[]"], r":1: no text field"),
+        (["[]"], r":1: expected an object .* got '\[\]'"),
         ([], "no rows"),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, words):
     with pytest.raises(DataError, match=words):
         jsonl(tmp_path, rows)
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "a", "completion": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl: not UTF-8 .* Save it in UTF-8"):
+        own.dataset_of(str(tmp_path / "rows.jsonl"))
 
 
 def test_a_file_other_than_the_pinned_one_is_refused(tmp_path):

@@ -292,3 +292,15 @@ def test_a_follow_up_job_that_is_stopped_releases_its_lock_first(tmp_path):
     printed, _ = following.communicate(timeout=30)
     assert following.returncode == 0 and "stopped by SIGTERM" in printed
     assert (tmp_path / "lock" / "1" / "released").exists()
+
+
+def test_a_slurm_that_is_installed_and_does_not_answer_says_what_to_do(monkeypatch):
+    def run(*command):
+        raise ClusterError(f"{command[0]} failed: no configuration")
+
+    monkeypatch.setattr(client, "inside", lambda: None)
+    monkeypatch.setattr(client.shutil, "which", str)
+    monkeypatch.setattr(client, "run", run)
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    with pytest.raises(ClusterError, match=r"failed: no configuration\n.*login node.*action=plan"):
+        client.require()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analysis.__main__ import KEPT
 from tests.tables import planted, run, write
 from tests.world import ROOT
 
@@ -152,3 +153,16 @@ def test_public_tables_give_what_the_kept_page_says():
         # Printed digits differ between processors.
         near = "." in old and float(new) == pytest.approx(float(old), rel=0.02, abs=2e-4)
         assert new == old or near, (new, old)
+
+
+def test_a_kept_answer_is_printed_and_not_written(tmp_path, capsys):
+    before = {p: p.stat().st_mtime_ns for p in (KEPT / "lr_ratio-tiny").iterdir()}
+    code, text, err = run(capsys, "lr_ratio", "--reports-dir", tmp_path)
+    assert code == 0 and "REFUTED: ratio" in text and "none of your own" in err
+    assert {p: p.stat().st_mtime_ns for p in (KEPT / "lr_ratio-tiny").iterdir()} == before
+
+
+def test_without_arguments_the_commands_are_listed(capsys):
+    with pytest.raises(SystemExit) as end:
+        run(capsys)
+    assert end.value.code == 0 and "suggest SWEEP" in capsys.readouterr().out
