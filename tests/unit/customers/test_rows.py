@@ -324,7 +324,11 @@ def test_all_refused_rows_are_counted_and_the_first_three_are_named(tmp_path):
     rows = [pair(f"So? {k}", "Yes") if k % 4 else {"prompt": "So?"} for k in range(40)]
     with pytest.raises(DataError, match=r"Refused: 9 of 40 rows\.$") as error:
         read(write_json(tmp_path / "my.jsonl", rows[1:] + [pair("a", "b")]))
-    assert re.findall(r"my.jsonl:(\d+): no field 'completion'", str(error.value)) == ["4", "8", "12"]
+    assert re.findall(r"my.jsonl:(\d+): no field 'completion'", str(error.value)) == [
+        "4",
+        "8",
+        "12",
+    ]
 
 
 def test_the_example_of_rows_with_tools_has_nothing_of_the_rows(tmp_path):
