@@ -49,6 +49,7 @@ class Names:
 
     def __init__(self) -> None:
         self._known: dict[str, Own] = {}
+        self._refused: dict[str, SpecError] = {}
 
     def option(
         self, group: str, given: str, options: Sequence[str], settings: Mapping[str, Any]
@@ -64,10 +65,16 @@ class Names:
         """
         named = {f: str(settings[f"{group}.{f}"]) for f in FORM if f"{group}.{f}" in settings}
         key = json.dumps([group, given, named])
+        if key in self._refused:  # Hydra composes a wrong request twice
+            raise self._refused[key]
         if key not in self._known:
             options = sorted({*options} - {own.option for own in self._known.values()})
             models_dir = settings.get("exec.models_dir")
-            spec, folder, n_train = _described(group, given, options, named, models_dir)
+            try:
+                spec, folder, n_train = _described(group, given, options, named, models_dir)
+            except SpecError as error:
+                self._refused[key] = error
+                raise
             same = [o for o in self._known.values() if _key(o.spec) == _key(spec)]
             other = [o.given for o in same if o.spec != spec]
             if other or spec.name in options:

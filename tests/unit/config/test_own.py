@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from lorasweep.errors import SpecError
+from lorasweep.config import own
+from lorasweep.errors import ModelError, SpecError
 from tests import small_hub
 from tests.customers import make_base, write_rows
 from tests.world import write_json
@@ -127,3 +128,19 @@ def test_shipped_names_and_plans_need_no_torch(tmp_path):
     )
     command = [sys.executable, "-c", code]
     assert subprocess.check_output(command, text=True, cwd=tmp_path).endswith("\n[]\n")
+
+
+def test_a_refused_name_is_looked_for_once(monkeypatch):
+    """Hydra composes twice, and a hub that does not answer takes half a minute."""
+    asked = []
+
+    def describe(given, dirs):
+        asked.append(given)
+        raise ModelError("the hub cannot be reached.")
+
+    monkeypatch.setattr(own, "describe_model", describe)
+    names = own.Names()
+    for _ in range(2):
+        with pytest.raises(SpecError, match="cannot be reached"):
+            names.option("model", "o/x", [], {})
+    assert asked == ["o/x"]
