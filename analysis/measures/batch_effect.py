@@ -75,9 +75,7 @@ def prefixes_of(table: pd.DataFrame, examples: bool = False) -> list[Prefix]:
         # they have the most updates, so a curve keeps its index at all numbers of updates.
         optima = sorted(fit_all(lr_curves(part)), key=lambda o: o.curve.key["batch_size"])
         points = dict(zip(map(id, optima), curves_at_best(part, optima)))
-        of_full = (o for o in optima if o.curve.key["method"] == "fullft")
-        # full fine-tuning of some matrices only is a control
-        full = {o.curve.group: o for o in of_full if o.curve.key.get("scope") != "matrices"}
+        full = {o.curve.group: o for o in optima if o.curve.is_full}
         for o in optima:
             if o.curve.key["method"] == "lora" and (other := full.get(o.curve.group)):
                 logs = log_rho(points[id(o)], points[id(other)])

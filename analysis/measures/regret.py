@@ -145,16 +145,14 @@ def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
 
 def controls_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
     """Compare full fine-tuning of some matrices (rank 0) with full fine-tuning of all weights."""
-    full = (o for o in optima if o.curve.key["method"] == "fullft")
-    return _against_full(table, optima, [o for o in full if o.curve.key.get("scope") == "matrices"])
+    return _against_full(table, optima, [o for o in optima if o.curve.is_control])
 
 
 def _against_full(
     table: pd.DataFrame, optima: Sequence[Optimum], others: Sequence[Optimum]
 ) -> list[Gap]:
     """Compare `others` with full fine-tuning of all weights; empty if its curve is missing."""
-    full_ft = (o for o in optima if o.curve.key["method"] == "fullft")
-    whole = [o for o in full_ft if o.curve.key.get("scope") != "matrices"]
+    whole = [o for o in optima if o.curve.is_full]
     if not whole:
         return []
     losses = dict(zip(map(id, optima), losses_at_best(optima)))

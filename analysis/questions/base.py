@@ -215,14 +215,7 @@ def by_group(optima: Iterable[Optimum]) -> dict[str, list[Optimum]]:
 
 def full_of(optima: Sequence[Optimum]) -> Optimum | None:
     """Return the first curve of full fine-tuning of all weights, or None."""
-    return next(
-        (o for o in optima if o.curve.key["method"] == "fullft" and not is_control(o)), None
-    )
-
-
-def is_control(o: Optimum) -> bool:
-    """Return whether a curve is of full fine-tuning of some matrices only."""
-    return o.curve.key.get("scope") == "matrices"
+    return next((o for o in optima if o.curve.is_full), None)
 
 
 def lora_of(optima: Sequence[Optimum], min_rank: int = 0) -> list[Optimum]:
@@ -239,7 +232,7 @@ def rank_of(o: Optimum) -> int:
 def check_ranks(optima: Iterable[Optimum]) -> None:
     """Raise TableError if two curves have one rank: a condition compares one curve of each rank."""
     known: dict[int, Optimum] = {}
-    for o in (o for o in optima if not is_control(o)):
+    for o in (o for o in optima if not o.curve.is_control):
         other = known.setdefault(rank_of(o), o)
         if other is not o:
             one, two = (f"{c.group}, {c.variant}" for c in (other.curve, o.curve))

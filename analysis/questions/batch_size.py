@@ -6,7 +6,7 @@ for the batch size and the number of updates.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -62,9 +62,27 @@ class Batches(base.Condition):
 
     @cached_property
     def effects_at_equal_examples(self) -> dict[int, Estimate]:
-        """As `effects`, between batches after equally many examples: the post's comparison."""
+        """As `effects`, between batches after equally many examples: the study's comparison.
+
+        No value if a batch cannot be compared with another one.
+        """
         known = self._usable(batch_effect.prefixes_of(self.runs, examples=True))
-        return {r: over_seeds(batch_effect.effect(known[r], examples=True)) for r in self.ranks}
+        found = {}
+        for r in self.ranks:
+            seen = {(p.batch, p.steps * p.batch) for p in known[r]}
+            is_whole = not self._alone(seen)
+            effect = over_seeds(batch_effect.effect(known[r], examples=True))
+            found[r] = effect if is_whole else base.UNKNOWN
+        return found
+
+    def _alone(self, seen: Collection[tuple[int, int]]) -> list[int]:
+        """List the batches that share no length, of pairs of batch and length, with another."""
+        lengths = {b: {n for batch, n in seen if batch == b} for b in self.batches}
+        return [
+            b
+            for b, mine in lengths.items()
+            if not any(mine & lengths[other] for other in self.batches if other != b)
+        ]
 
     def difference(self) -> Estimate:
         """Return the effect at the highest rank minus that at the lowest."""
@@ -81,11 +99,8 @@ class Batches(base.Condition):
     def gates_on_effect(self, rank: int) -> list[Gate]:
         """List the gates of a rank; each batch size needs as many updates as another batch size."""
         mine = [p for p in self.prefixes if p.rank == rank]
-        seen = {b: {p.steps for p in self.usable[rank] if p.batch == b} for b in self.batches}
         found: list[Gate] = []
-        for batch in self.batches:
-            if any(seen[batch] & seen[b] for b in self.batches if b != batch):
-                continue
+        for batch in self._alone({(p.batch, p.steps) for p in self.usable[rank]}):
             of_batch = (p for p in mine if p.batch == batch)
             longest = max(of_batch, key=lambda p: p.steps, default=None)
             closed = base.gates_on_speed([longest.full, longest.lora]) if longest else []

@@ -65,7 +65,7 @@ class Rewarded(base.Condition):
     @property
     def control(self) -> Optimum | None:
         """The curve of full fine-tuning of LoRA's matrices; None if it is missing."""
-        return next(filter(base.is_control, self.optima), None)
+        return next((o for o in self.optima if o.curve.is_control), None)
 
     @cached_property
     def behind_control(self) -> dict[int, AtBest[float]]:
@@ -77,7 +77,7 @@ class Rewarded(base.Condition):
 
     @property
     def drawn(self) -> dict[int, Optimum]:
-        """All curves by rank; 0: full fine-tuning."""
+        """All curves by rank; 0: full fine-tuning, CONTROL: of LoRA's matrices."""
         return self.by_rank | ({CONTROL: self.control} if self.control else {})
 
     @cached_property
@@ -87,7 +87,7 @@ class Rewarded(base.Condition):
 
     @property
     def rests(self) -> list[Optimum]:
-        return [*self.drawn.values()]
+        return list(self.drawn.values())
 
     def points(self, rank: int) -> Estimate:
         """Return a rank's reward minus full fine-tuning's, in points."""

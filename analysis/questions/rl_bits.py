@@ -168,7 +168,7 @@ def conditions(table: pd.DataFrame) -> list[Contexts]:
 
 
 def _by_rank(optima: Sequence[Optimum]) -> dict[int, Optimum]:
-    return {base.rank_of(o): o for o in optima if not base.is_control(o)}
+    return {base.rank_of(o): o for o in optima if not o.curve.is_control}
 
 
 def _families(optima: list[Optimum]) -> tuple[list[Optimum], list[Optimum]]:

@@ -55,6 +55,16 @@ class LrCurve:
         return f"{name} (experts: {', '.join(filter(None, parts))})"
 
     @property
+    def is_full(self) -> bool:
+        """Whether the curve is of full fine-tuning of all weights."""
+        return bool(self.key["method"] == "fullft" and not self.is_control)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the curve is of full fine-tuning of some matrices only."""
+        return self.key.get("scope") == "matrices"
+
+    @property
     def broke_down(self) -> np.ndarray:
         """Mask of runs that diverged, collapsed, or ended no better than the untrained model."""
         return ~np.isfinite(self.y) | (self.y >= self.nll_start)

@@ -261,6 +261,7 @@ def test_runs_of_two_lengths_of_one_batch_are_judged_together():
 def test_every_batch_has_to_take_part():
     """The LRs of batch 64 do not bracket its optimum: what the others say is not enough."""
     world = World(best=lambda s, step: 1e-2 if s.batch_size == 64 else 1.6e-3)
-    _, found = ask("batch_size", world, batches(lora=FULL))
+    out, found = ask("batch_size", world, batches(lora=FULL))
     check(found, penalty="UNDECIDED")
+    assert [e["value"] for e in out["batch_effect_at_equal_examples"].values()] == [None]
     assert {g["place"].split(",")[0] for g in found["penalty"]["gates"]} == {"batch 64"}
