@@ -19,7 +19,7 @@ from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 METHODS = {"lora": "LoRA", "full": "full", "open": "undecided"}
 HEAD = (
     *("customer", "model", "method", "rank", "learning rate", "largest batch", "load", "GPUs"),
-    *("hours", "dollars", "GiB LoRA", "GiB full", "warnings"),
+    *("hours", "dollars", "GiB per GPU, LoRA", "GiB per GPU, full", "warnings"),
 )
 NUMBERS = ("rank", "largest batch", "load", *HEAD[8:])
 BASIS = (
@@ -87,6 +87,12 @@ def name_of(found: Advice | Failed) -> str:
     return found.name or (found.where if isinstance(found, Failed) else "")
 
 
+def _memory(plain: dict[str, Any], method: str) -> str:
+    """Return the memory of each GPU that a method needs, and their number if it is not one."""
+    gpus, gib = plain[f"gpus_{method}"], short(plain[f"peak_gib_{method}"])
+    return f"{gib} (x {gpus})" if (gpus or 1) > 1 else gib
+
+
 def cells(advice: Advice | Failed) -> list[str]:
     """Return the customer's row of the table with the columns HEAD."""
     if isinstance(advice, Failed):
@@ -103,8 +109,8 @@ def cells(advice: Advice | Failed) -> list[str]:
         f"{p['gpus'] or '?'} x {p['gpu']}",
         amount(p["hours"]),
         amount(p["cost_usd"]),
-        short(p["peak_gib_lora"]),
-        short(p["peak_gib_full"]),
+        _memory(p, "lora"),
+        _memory(p, "full"),
         str(len(p["warnings"])),
     ]
 
