@@ -198,7 +198,7 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
 
 
 def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
-    """Find a sweep's report at the given scale, else the newest; kept reports come last.
+    """Find a sweep's report at the given scale, else the newest; else a kept one, tiny first.
 
     Raises:
         TableError: there is no such report.
@@ -217,8 +217,10 @@ def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
             f"Run it first: python -m lorasweep +sweep={sweep}. "
             "For a table of runs: python -m analysis fit FILE"
         )
-    own = [p for p in wanted if p.parent != KEPT] or wanted
-    return max(own, key=lambda p: (p / "question.json").stat().st_mtime)
+    if own := [p for p in wanted if p.parent != KEPT]:
+        return max(own, key=lambda p: (p / "question.json").stat().st_mtime)
+    # The times of kept files are those of the checkout and say nothing.
+    return min(wanted, key=lambda p: (p.name != f"{sweep}-tiny", p.name))
 
 
 if __name__ == "__main__":
