@@ -452,11 +452,10 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
             ranks = listed([str(r) for r, _ in known])
             more.append(f"It is {listed(values)}{FULL} at ranks {ranks} ({_bases(a)}).")
             if a is alike[0][0] and len(alike) == 1:
-                ends = [f"{v} (rank {r})" for v, (r, _) in zip(values, known)]
-                said += (
-                    f". It is {listed([*ends[:1], *ends[len(ends) // 2 :: len(ends)], *ends[-1:]])}"
-                )
-    below = "as the post says where capacity is short"
+                each = [f"{v} (rank {r})" for v, (r, _) in zip(values, known)]
+                some = dict.fromkeys((each[0], each[len(each) // 2], each[-1]))
+                said += f". It is {listed(list(some))}"
+    below = "as the post says of ranks without capacity"
     post = below if count(alike, "REFUTED") == len(alike) else ""
     return replace(made, said=said, more=" ".join(more), post=post)
 
@@ -480,7 +479,8 @@ def _batches(answers: Sequence[Answer]) -> Finding | None:
     at_examples = [
         each(estimate_of(of[rank]))
         for a, _ in penalty
-        if (of := a.results.get("batch_effect_at_equal_examples")) and (rank := max(of, key=int))
+        if (of := a.results.get("batch_effect_at_equal_examples"))
+        and of[rank := max(of, key=int)]["value"] is not None
     ]
     if at_examples:
         said += ". After equally many examples, which the post compares, it is "

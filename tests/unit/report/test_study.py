@@ -541,6 +541,10 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     (long, *_) = findings.main([titled])
     assert long.lead.endswith("LoRA of rank 8 does not match full fine-tuning on b")
     assert long.post.startswith("against the post")
+    low = verdict(-0.01, claim="low", group="b, 0")
+    regime = answer(tmp_path, low, sweep="regime", data=RULES, cells=[condition("b, 0", (8, 2.0))])
+    assert findings.first_pass_loads([regime]) == "6 times what rank 8 can hold"
+    assert findings.first_pass_loads([]) == ""
     one_seed = verdict(2.0, outcome="UNDECIDED", claim="rank_1", estimate=Estimate(2.0))
     made = [answer(tmp_path, one_seed, sweep="rl")]
     assert findings.main(made) == findings.others(made) == []
@@ -647,7 +651,7 @@ def test_a_finding_on_runs_that_had_been_seen_says_so(tmp_path, mark):
         (found,) = findings.main([made])
     shown = " (exploratory)" if mark else ""
     lead = "**The higher the rank, the faster LoRA learns**"
-    post = "as the post says where capacity is short"
+    post = "as the post says of ranks without capacity"
     assert found.text.startswith(
         f"{lead}{shown}, {post}: each doubling raises the speed on average"
     )
