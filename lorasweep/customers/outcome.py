@@ -348,6 +348,6 @@ def counts(found: Sequence[Outcome]) -> dict[str, int]:
 def counts_line(values: Mapping[str, int]) -> str:
     """Return the counts in words."""
     text = (
-        "{customers} customers: {adapters} adapters, {open} not trained yet, {errors} with errors"
+        "{customers} customer{s}: {adapters} adapters, {open} not trained yet, {errors} with errors"
     )
-    return text.format(**values)
+    return text.format(**values, s="" if values["customers"] == 1 else "s")

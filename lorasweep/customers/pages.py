@@ -122,8 +122,9 @@ def summary_lines(found: Sequence[Advice | Failed]) -> list[str]:
 
 
 def _comparable(t: Mapping[str, Any]) -> str:
+    customers = "customer" if t["comparable"] == 1 else "customers"
     return (
-        f"The {t['comparable']} customers for whom both methods have a price (for the others the "
+        f"The {t['comparable']} {customers} for whom both methods have a price (for the others the "
         "length of training is not known, or a method fits nowhere)"
     )
 

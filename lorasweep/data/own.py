@@ -147,6 +147,6 @@ def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
     text = " A text alone does not say which part is learned." if columns == {"text"} else ""
     raise DataError(
         f"{where}: the row has the columns {shown}.{text} Expected messages, conversations, or two "
-        f"columns: {', '.join(map(' and '.join, pairs))}. Rename them, or name them: "
-        "dataset.prompt_field=COLUMN dataset.completion_field=COLUMN."
+        f"columns: {', '.join(map(' and '.join, pairs))}. Rename them, or name them "
+        "(without customers=FILE): dataset.prompt_field=COLUMN dataset.completion_field=COLUMN."
     )

@@ -183,6 +183,15 @@ def test_a_page_holds_no_markup_of_customers_and_no_script():
     assert "<img" not in written and "\\|" in written and "<b>" not in written
 
 
+def test_a_table_of_errors_alone_has_no_costs():
+    found = answers_to({"model": ""})
+    assert pages.summary_lines(found) == [
+        "1 customer: 0 LoRA, 0 full fine-tuning, 0 undecided, 1 with errors"
+    ]
+    shown = [pages.html(f, "t") for f in (found, answers_to({}))]
+    assert ["What each choice costs" in text for text in shown] == [False, True]
+
+
 def test_the_portfolio_counts_and_sums():
     found = answers_to({}, {"examples": 10**9, "adapters_served": 1}, {"model": ""})
     t = totals(found)
