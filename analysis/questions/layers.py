@@ -316,7 +316,10 @@ def measures(tasks: Sequence[Task], asked: base.Asked) -> dict[str, Any]:
     return {
         "attention_over_mlp": {t.name: t.ratios[0] for t in used},
         "mlp_over_both": {t.name: t.ratios[1] for t in used},
-        "ranks": {t.name: {a.layers: a.rank for a in t.pairs[0].arms} for t in used},
+        "ranks": {
+            t.name: {p.arms[0].layers: {a.layers: a.rank for a in p.arms} for p in t.pairs}
+            for t in used
+        },
         "gradient_share": {t.name: {a.layers: a.share for a in t.adapted} for t in tasks},
     }
 

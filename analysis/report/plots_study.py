@@ -164,6 +164,6 @@ def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         ax.set_xlabel("LoRA's learning rate / full fine-tuning's best learning rate")
-        ax.set_ylabel("regret, % of LoRA's gain at its best learning rate")
+        ax.set_ylabel("loss above LoRA's lowest, % of LoRA's gain")
         ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
         fig.tight_layout()

@@ -35,8 +35,8 @@ NAMES = {
     "mlp": "the MLP",
     "gsm8k": "word problems",
     "skills": "exercises",
-    "words": "exercises, rewarded under new words",
-    "bandit_drawn": "a bandit's hidden labels",
+    "words": "exercises under new names, by rewards",
+    "bandit_drawn": "hidden labels, by rewards",
 }
 """Base model, layer set or data set -> its name in sentences, where that differs."""
 TINIEST = 1e-6
@@ -128,14 +128,21 @@ class Answer:
         read = self.read(v).partition(";")[0]
         read = re.sub(r"\bto update (\d+)", r"after \1 updates", read)
         if "update" not in read:
-            arms = self.results.get("ranks") if self.sweep == "layers" else None
-            by_arm = (arms or {}).get(v.group, {})
             known = [c["rank"] for c in curves if c["rank"] is not None]
-            one = [f"rank {rank(known):g}"] if known else []
-            sets = [f"{called(k)} at rank {r}" for k, r in by_arm.items()]
-            ranks = [listed(sets)] if sets else one
-            read = ", ".join([*ranks, f"{int(curves[0]['steps'])} updates"])
+            one = f"rank {rank(known):g}" if known else ""
+            ranks = self._compared(v) or one
+            read = ", ".join(filter(None, [ranks, f"{int(curves[0]['steps'])} updates"]))
         return f"{called(curves[0]['model'])} ({data}; {read})"
+
+    def _compared(self, v: Verdict) -> str:
+        """Return the layer sets that a verdict of `layers` compares, with their ranks, or ''."""
+        if self.sweep != "layers" or v.group not in (pairs := self.results.get("ranks", {})):
+            return ""
+        first = self.question["claims"][v.claim]["estimand"].partition("_")[0]
+        by_arm = pairs[v.group][first]
+        if len(set(by_arm.values())) == 1:
+            return f"rank {max(by_arm.values())}"
+        return listed([f"{called(layers)} at rank {rank}" for layers, rank in by_arm.items()])
 
     def parameters_an_episode(self, v: Verdict) -> float | None:
         """Return the lowest rank's parameters per sampled completion; None without RL of LoRA."""

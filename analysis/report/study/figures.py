@@ -164,7 +164,7 @@ def claim_rows(answers: Sequence[Answer]) -> list[Row]:
                 scale = scale_for(v)
                 low = -math.inf if e.low is None else scale.at(e.low)
                 high = math.inf if e.high is None or AT_LEAST in e.flags else scale.at(e.high)
-                measure = a.word(v.claim, "measure").partition(";")[0]
+                measure = re.split(";|, where ", a.word(v.claim, "measure"))[0]
                 far = [FAR if math.isinf(end) else 0.0 for end in scale.band]
                 margin = (v.margin[0] - far[0], v.margin[1] + far[1])  # an open end is no number
                 rank = min if re.search(r"\brank 1\b", measure) else max

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
+
 from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed, number
 from analysis.measures.regret import ABOVE_FLOOR, ALLOWED, COUNTS, FIRST_PASS, GENERATOR
 from analysis.questions.base import mapped
@@ -31,6 +33,7 @@ from analysis.report.study.figures import (
 
 FULL = " times full fine-tuning's"
 UNKNOWN = Estimate(None).plain()
+BEYOND = "which the post expects only beyond an adapter's capacity"
 COUNTED = {
     GENERATOR: "by what the generator of the data changed",
     FIRST_PASS: "by the loss of a first pass over them (the post's count)",
@@ -57,6 +60,8 @@ class Finding:
     """Sentences with further settings and numbers, for the question's page alone."""
     post: str = ""
     """Whether the study says so, in words that follow the lead."""
+    also: tuple[str, ...] = ()
+    """Other questions that the numbers come from."""
 
     @property
     def text(self) -> str:
@@ -74,6 +79,7 @@ def others(answers: Sequence[Answer]) -> list[Finding]:
     """Return the findings that only the pages of their questions have in full."""
     worse = found(answers, "layers", "attention_worse")
     alone, mlp = "Adapters on attention alone", "learn more slowly than on the MLP alone"
+    slower = f" (slower: under {worse[0][1].margin[1]:g})" if worse else ""
     made = [
         _capacity(answers),
         _large_batches(answers),
@@ -81,8 +87,8 @@ def others(answers: Sequence[Answer]) -> list[Finding]:
             worse,
             f"{alone} {mlp}",
             f"{alone} do not {mlp}",
-            "at equal parameters, the speed on attention over that on the MLP, each against full "
-            "fine-tuning, is",
+            f"at equal parameters, the speed on attention over that on the MLP{slower}, each "
+            "against full fine-tuning, is",
             with_unit(number),
             partly=f"{alone} {mlp} on {count(worse, 'SUPPORTED')} of {len(worse)} tasks",
         ),
@@ -280,8 +286,8 @@ def _regret(answers: Sequence[Answer]) -> Finding | None:
     for place, sets in measured.items():
         base, rank, updates = place
         held, lost = (all(o == x for o, _ in sets) for x in ("SUPPORTED", "REFUTED"))
-        most = max((e for _, e in sets), key=lambda e: e.value or 0.0)
-        size = f" of {batch[place]} rows" if batch[place] else ""
+        most = _largest([e for _, e in sets])
+        size = f", batch {batch[place]}" if batch[place] else ""
         regret, after = show(most), f"({updates} updates{size})"
         if not start:
             lora, full = f"LoRA of rank {rank}", f"full fine-tuning on {base}"
@@ -297,17 +303,25 @@ def _regret(answers: Sequence[Answer]) -> Finding | None:
             crosses = (most.low or 0.0) < edge < (most.high or 0.0)
             why = f"{regret} includes {edge:g}%" if crosses else regret
             parts.append(f"For rank {rank} on {base} {after} it is undecided: {why}")
+    first = next(iter(measured))
     more = f"A match is a regret of at most {100 * ALLOWED:g}% of the gain, at a rank of an eighth "
     more += f"of the hidden size. Data set by data set, the regret is {_numbers(low)}"
-    if lists := _numbers(beyond):
-        more += f"; where lists to memorise are new too, it is {lists}"
+    lists = _at_eighth(beyond)
+    if rows := lists.get(first):
+        most = _largest([estimate_of(r["regret_percent"]) for _, r in rows])
+        parts[0] += f", with lists {show(most)}"
+    if lists:
+        more += f"; where lists to memorise are new too, it is {_numbers(beyond)}"
     text = f"Where only rules are new, {start}"
-    first = next(iter(measured))[0]
     post = agreement(
-        [one for one in low if first in one[0].bases],
+        [one for one in low if first[0] in one[0].bases],
         "LoRA ends at the same loss while it can hold what is new",
     )
     return Finding(REGIME, text, ". ".join(parts), False, f"{more}.", post)
+
+
+def _largest(estimates: Sequence[Estimate]) -> Estimate:
+    return max(estimates, key=lambda e: e.value or 0.0)
 
 
 def first_pass_loads(answers: Sequence[Answer]) -> str:
@@ -326,26 +340,27 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
     """
     asked = found(answers, REGIME, "growth_high")
     show, known, details = with_unit(percent, "%"), [], []
+    bases = list(dict.fromkeys(base for base, _, _ in _at_eighth(asked)))
     for (base, rank, updates), rows in _at_eighth(asked).items():
         for v, r in rows:
             if (early := estimate_of(r["gap_nats_first"] or UNKNOWN)).has_interval():
                 first = mapped(early, (100 / r["gain_nats"]).__mul__)
                 last = estimate_of(r["regret_percent"])
-                where = f"at rank {rank} on {base}"
+                where = f"at rank {rank}{f' on {base}' if len(bases) > 1 else ''}"
                 rises = f"from {show(first)} after {FIRST} updates to {show(last)} after {updates}"
-                still = ", still a match" if (last.high or math.inf) <= 100 * ALLOWED else ""
+                still = ", a match" if (last.high or math.inf) <= 100 * ALLOWED else ""
                 grown = (last.value or 0.0) - (first.value or 0.0)
                 known.append((v.outcome != "SUPPORTED", grown, f"{where} {rises}{still}"))
                 details.append(f"{v.group}: {rises}")
     if not known:
         return None
-    on = f"On {listed(list(dict.fromkeys(base for base, _, _ in _at_eighth(asked))))} the regret"
+    on = f"On {listed(bases)} the regret"
     text = f"{on} grows with training where only rules are new"
     no = f"{on} does not grow with training where only rules are new"
     start = lead(asked, text, no, text)
     said = min(known)[2]
     if len(asked) > 1:
-        said += f". Growth is {_tally(asked)}"
+        said += f". Growth at ranks 8 to 32: {_tally(asked)}"
     more = (
         "In percent of the final gain and at an eighth of the hidden size (below 0 LoRA is ahead): "
     )
@@ -357,8 +372,7 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
             f"{len(beforehand)} data sets."
         )
     explores = all(v.exploratory for _, v in asked)
-    beyond = "which the post expects only beyond an adapter's capacity"
-    post = "" if start == no else beyond
+    post = "" if start == no else BEYOND
     return Finding(REGIME, start, said, explores, more, post)
 
 
@@ -455,8 +469,7 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
                 each = [f"{v} (rank {r})" for v, (r, _) in zip(values, known)]
                 some = dict.fromkeys((each[0], each[len(each) // 2], each[-1]))
                 said += f". It is {listed(list(some))}"
-    below = "as the post says of ranks without capacity"
-    post = below if count(alike, "REFUTED") == len(alike) else ""
+    post = BEYOND if count(alike, "REFUTED") == len(alike) else ""
     return replace(made, said=said, more=" ".join(more), post=post)
 
 
@@ -516,15 +529,15 @@ def _capacity(answers: Sequence[Answer]) -> Finding | None:
         return None
     ends = sorted((min(values), max(values)) for values in spans.values())
     apart = all(low > high for (_, high), (low, _) in itertools.pairwise(ends))
-    loads = [f"{_span(values)} times {COUNTED[kind]}" for kind, values in spans.items()]
+    loads = [f"{_span(values)} {COUNTED[kind]}" for kind, values in spans.items()]
     ranks = [c["rank_interpolated"]["value"] for c in known]
     return Finding(
         REGIME,
         f"Whether the data fit an adapter {'depends' if apart else 'hardly depends'} on how the "
         "bits of the data are counted",
         f"where the regret is {100 * ALLOWED:g}% (ranks of {_span(ranks)} on {len(known)} data "
-        f"sets; {base}, {updates} updates), the data fill an adapter of 2 bits a parameter "
-        f"{listed(loads)}",
+        f"sets; {base}, {updates} updates), the bits of the data over those of the adapter (2 a "
+        f"parameter) are {listed(loads)}",
         True,
         "The last count was chosen after a look.",
     )
@@ -570,7 +583,7 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
         numbers = [f"{points(v.estimate)} on {_bases(a)}" for a, v in same]
         cause = "so the low rank is the cause, not the choice of matrices"
         own = f"Against full fine-tuning of LoRA's own matrices it is {listed(numbers)}, {cause}"
-        made = replace(made, said=f"{made.said}. {own}")
+        made = replace(made, said=f"{made.said}. {own}{_of_unembedding(answers, same)}")
     if top:
         numbers = [shown(a, v, points, marked=not made.exploratory) for a, v in top]
         more.append(f"At the highest rank the difference is {listed(numbers)}.")
@@ -579,5 +592,19 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
         said = (
             f"{made.said}. The post's rank 1 has more parameters than episodes, ours {_span(few)}"
         )
-        made = replace(made, said=f"{said} an episode")
-    return replace(made, more=" ".join(more))
+        made = replace(made, said=f"{said} parameters an episode")
+    also = dict.fromkeys(a.sweep for a, _ in one if a.sweep != made.sweep)
+    return replace(made, more=" ".join(more), also=tuple(also))
+
+
+def _of_unembedding(answers: Sequence[Answer], same: Found) -> str:
+    """Say what an adapter of the unembedding costs rank 1, if the arms in `same` have one."""
+    costs = found(answers, "rl_unembedding", "unembedding")
+    sets = pd.concat([a.runs.loc[a.runs["method"] == "lora", "layers"] for a, _ in same])
+    if not costs or not sets.str.contains("unembedding").all():
+        return ""
+    points = listed([with_unit(signed, " points")(v.estimate) for _, v in costs]).replace("+", "")
+    bases = listed(sorted({called(b) for a, _ in costs for b in a.bases}))
+    here = listed(sorted({called(b) for a, _ in same for b in a.bases}))
+    said = f"One of these is the unembedding, whose adapter costs rank 1 {points} on {bases}"
+    return f". {said}; without it rank 1 was not trained on {here}"

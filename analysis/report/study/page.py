@@ -161,6 +161,7 @@ def question_of(
 ) -> dict[str, Any]:
     """Return the parts of a question's page, which is in `folder`."""
     asked, shown = answers[0].question, []
+    mine = [f for f in found if answers[0].sweep in (f.sweep, *f.also)]
     for a in answers:
         here = os.path.relpath(a.folder, folder)
         # Early answers get no command, because the sweep file may have changed since.
@@ -185,7 +186,7 @@ def question_of(
         "title": asked["question"],
         "source": f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(),
         "withdrawn": withdrawn(answers),
-        "found": [f"{f.text} {f.more}".strip() for f in found if f.sweep == answers[0].sweep],
+        "found": [f"{f.text} {f.more}".strip() for f in mine],
         "outcomes": ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())),
         "answers": shown,
         "averages": averages,

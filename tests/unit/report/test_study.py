@@ -53,7 +53,7 @@ def answer(
     at.mkdir(parents=True, exist_ok=True)
     rows = [
         {"run_id": f"{scale}{seed}{d['name']}", "seed": seed, "spec": json.dumps({"dataset": d})}
-        | {"hidden_size": 64, **curve(base, d["name"])}
+        | {"hidden_size": 64, "layers": "attention+mlp+unembedding", **curve(base, d["name"])}
         for seed in seeds
         for d in data
     ]
@@ -476,8 +476,10 @@ def test_the_studys_condition_on_rewards_is_shown_with_the_verdict(tmp_path):
     (shown,) = filter(None, outcomes_of([made], "rank 1 reaches full"))
     assert shown == "**REFUTED** at `tiny`<br>at 0.2 parameters an episode"
     (said,) = findings.others([made])
-    place = "b (exercises, rewarded under new words; rank 1, 100 updates)"
-    of_study = "The post's rank 1 has more parameters than episodes, ours 0.2 an episode."
+    place = "b (exercises under new names, by rewards; rank 1, 100 updates)"
+    of_study = (
+        "The post's rank 1 has more parameters than episodes, ours 0.2 parameters an episode."
+    )
     assert said.text.endswith(f"is -8.6 points [-11.6, -5.6] on {place}. {of_study}")
     asked = verdict(-11.0, 3.0, claim="tie", group="c on bandit_drawn, policy gradient")
     arms = [curve("c", "bandit_drawn", rank=1.0, steps=400)]
@@ -487,7 +489,7 @@ def test_the_studys_condition_on_rewards_is_shown_with_the_verdict(tmp_path):
     looked = Answer(made.folder, made.results, made.question, [v])
     (both,) = findings.others([looked, bandit])
     assert both.sweep == "rl_unembedding" and not both.exploratory
-    labels = "-11.0 points [-14.0, -8.0] on c (a bandit's hidden labels; rank 1, 400 updates)"
+    labels = "-11.0 points [-14.0, -8.0] on c (hidden labels, by rewards; rank 1, 400 updates)"
     assert f"is {labels} and -8.6 points" in both.text and "; exploratory)" in both.text
 
 
@@ -509,9 +511,9 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     held = first("SUPPORTED", "SUPPORTED")
     # The rank of an eighth of the width of 64; of two data sets the one with more regret.
     assert held.lead.endswith("LoRA of rank 8 matches full fine-tuning on b")
-    assert (
-        held.said == "the largest regret of 2 data sets is 3.0% [2.0, 4.0] (256 updates of 16 rows)"
-    )
+    lists = ", with lists 6.0% [5.0, 7.0]"
+    most = f"the largest regret of 2 data sets is 3.0% [2.0, 4.0] (256 updates, batch 16){lists}"
+    assert held.said == most
     assert f"on b**, as the post says: {held.said}." in held.text
     # The question's page has all data sets, those with lists apart.
     each = "2.0% [1.0, 3.0] and 3.0% [2.0, 4.0] on b (rank 8, 256 updates, 2 data sets)"
@@ -519,14 +521,14 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     # Another base of the same share of the width is named apart, with its own numbers.
     both = first("SUPPORTED", "SUPPORTED", control="REFUTED")
     assert both.lead == held.lead and both.post == held.post
-    assert both.said.endswith(". Rank 8 on c does not: 7.8% [5.3, 10.3] (384 updates of 32 rows)")
-    unclear = "For rank 8 on c (384 updates of 32 rows) it is undecided: 7.8% [5.3, 10.3]"
+    assert both.said.endswith(". Rank 8 on c does not: 7.8% [5.3, 10.3] (384 updates, batch 32)")
+    unclear = "For rank 8 on c (384 updates, batch 32) it is undecided: 7.8% [5.3, 10.3]"
     assert first("SUPPORTED", control="UNDECIDED").said.endswith(unclear)
     near = first("SUPPORTED", control="UNDECIDED", regret=6.0).said
     assert near.endswith("it is undecided: 6.0% [3.5, 8.5] includes 5%")
     assert ". Rank 8 on c matches as well: 7.8%" in first("SUPPORTED", control="SUPPORTED").said
     assert "LoRA of rank 8 does not match full fine-tuning on b" in first("REFUTED").lead
-    assert first("REFUTED").said == "the regret is 2.0% [1.0, 3.0] (256 updates of 16 rows)"
+    assert first("REFUTED").said == f"the regret is 2.0% [1.0, 3.0] (256 updates, batch 16){lists}"
     assert first("REFUTED").post.startswith("against the post, for which LoRA ends at the same")
     assert "undecided whether LoRA" in first("UNDECIDED").lead
     mixed = first("SUPPORTED", "REFUTED")  # data sets of one base that differ
@@ -559,7 +561,7 @@ def test_each_base_has_the_rank_of_an_eighth_of_its_own_width(tmp_path):
     vars(both)["runs"] = pd.concat([both.runs, wide])
     (found, *_) = findings.main([both])
     assert found.lead.endswith("LoRA of rank 8 does not match full fine-tuning on b")
-    assert found.said.endswith("Rank 16 on wide does not: 3.0% [2.0, 4.0] (256 updates of 16 rows)")
+    assert found.said.endswith("Rank 16 on wide does not: 3.0% [2.0, 4.0] (256 updates, batch 16)")
     both.question["claims"]["low"]["estimand"] = "eighth"
     both.results["read"] = {"eighth": "rank of 0.125 of the width"}
     assert [both.where(v) for v in made] == [
@@ -590,9 +592,9 @@ def test_growth_has_the_numbers_of_the_least_growth_that_was_shown(tmp_path):
         return next(f for f in findings.main([made]) if "training" in f.lead or "grow" in f.lead)
 
     grown = second("SUPPORTED", "SUPPORTED", "UNDECIDED")
-    least = "at rank 8 on b from -1.0% [-2.0, 0.0] after 64 updates to 1.0% [0.0, 2.0] after 256"
-    outcomes = "Growth is supported on 2 data sets, undecided on 1"
-    assert grown.said == f"{least}, still a match. {outcomes}"
+    least = "at rank 8 from -1.0% [-2.0, 0.0] after 64 updates to 1.0% [0.0, 2.0] after 256"
+    outcomes = "Growth at ranks 8 to 32: supported on 2 data sets, undecided on 1"
+    assert grown.said == f"{least}, a match. {outcomes}"
     assert grown.lead == "On b the regret grows with training where only rules are new"
     post = "** (exploratory), which the post expects only beyond an adapter's capacity: at"
     assert post in grown.text
@@ -651,7 +653,7 @@ def test_a_finding_on_runs_that_had_been_seen_says_so(tmp_path, mark):
         (found,) = findings.main([made])
     shown = " (exploratory)" if mark else ""
     lead = "**The higher the rank, the faster LoRA learns**"
-    post = "as the post says of ranks without capacity"
+    post = "which the post expects only beyond an adapter's capacity"
     assert found.text.startswith(
         f"{lead}{shown}, {post}: each doubling raises the speed on average"
     )
@@ -692,9 +694,9 @@ def test_loads_are_compared_on_one_base_after_one_length(tmp_path):
 
     one = condition("b, x", (8, 1.0))
     (said,) = second(one, condition("b, y", (8, 1.0), rank=14.0, loads=(0.2, 3.0, 0.5)))
-    assert "regret is 5% (ranks of 5 to 14 on 2 data sets; b, 256 updates), the data fill" in said
-    assert "0.01 to 0.2 times by what the generator of the data changed, 3 to 6 times by" in said
-    assert "0.4 to 0.5 times by that loss without their randomness" in said
+    assert "regret is 5% (ranks of 5 to 14 on 2 data sets; b, 256 updates), the bits of" in said
+    assert "0.01 to 0.2 by what the generator of the data changed, 3 to 6 by" in said
+    assert "0.4 to 0.5 by that loss without their randomness" in said
     same = condition("b, z", (8, 1.0), loads=(0.4, 0.4, 0.4))
     assert "hardly depends" in second(same, one)[0]
     assert second(one) == second(one, condition("c, y", (8, 1.0))) == []
@@ -775,16 +777,40 @@ def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(t
 
 
 def test_the_low_rank_is_named_as_the_cause_only_if_the_control_shows_it(tmp_path):
-    def said(outcome):
+    def asked(outcome):
         behind = verdict(-9.4, claim="rank_1", outcome="REFUTED")
         control = verdict(-9.7, claim="rank_1_control", outcome=outcome)
-        made = answer(tmp_path, behind, control, sweep="rl_matrices", data=(FACTS,))
-        (found,) = [f.said for f in findings.others([made]) if f.sweep == "rl_matrices"]
-        return found
+        return answer(tmp_path, behind, control, sweep="rl_matrices", data=(FACTS,))
+
+    def found(*answers):
+        return next(f for f in findings.others(answers) if f.sweep == "rl_matrices")
 
     own = "Against full fine-tuning of LoRA's own matrices it is -9.7 points"
-    assert own in said("REFUTED") and said("REFUTED").endswith("not the choice of matrices")
-    assert own not in said("UNDECIDED") and "-9.4 points" in said("UNDECIDED")
+    shown, open_ = (found(asked(outcome)).said for outcome in ("REFUTED", "UNDECIDED"))
+    assert own in shown and shown.endswith("not the choice of matrices")
+    assert own not in open_ and "-9.4 points" in open_
+    # The matrices of LoRA hold the unembedding, whose adapter has a cost of its own.
+    claims = [verdict(x, 1.0, claim=c) for x, c in ((6.8, "unembedding"), (-5.0, "tie"))]
+    other = answer(tmp_path, *claims, sweep="rl_unembedding", data=(FACTS,), base="c")
+    both = [asked("REFUTED"), other]
+    cost = "adapter costs rank 1 6.8 points [5.8, 7.8] on c; without it rank 1 was not trained on b"
+    assert found(*both).said.endswith(cost)
+    texts = pages(both, tmp_path)
+    assert "[more](questions/rl_unembedding.md)" in texts["README.md"]
+    assert cost in texts["questions/rl_unembedding.md"]
+
+
+def test_layers_are_named_with_the_ranks_that_a_claim_compares(tmp_path):
+    task = "b on dialect, batch 16, steps 256"
+    ranks = {"attention": {"attention": 8, "mlp": 4}, "mlp": {"mlp": 4, "attention+mlp": 4}}
+    asked = [verdict(0.5, claim=c, group=task) for c in ("slower", "enough")]
+    arms = [curve("b", rank=r) for r in (4.0, 8.0)]
+    made = answer(tmp_path, *asked, sweep="layers", ranks={task: ranks}, curves=arms)
+    made.question["claims"]["slower"]["estimand"] = "attention_over_mlp"
+    made.question["claims"]["enough"]["estimand"] = "mlp_over_both"
+    slower, enough = (made.where(v) for v in asked)
+    assert "; attention at rank 8 and the MLP at rank 4, 256 updates)" in slower
+    assert enough.endswith("; rank 4, 256 updates)")
 
 
 def test_a_withdrawn_answer_is_named_with_its_base_and_the_others_stand(tmp_path):
