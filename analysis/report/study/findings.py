@@ -450,7 +450,7 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
         alike,
         "The rank makes no difference to the speed of learning",
         "The higher the rank, the faster LoRA learns",
-        "each doubling raises the speed on average by",
+        "each doubling raises speed on average by",
         with_unit(lambda slope: number(100 * math.expm1(slope), 2), "%"),
     )
     if made is None:

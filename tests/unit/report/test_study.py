@@ -655,7 +655,7 @@ def test_a_finding_on_runs_that_had_been_seen_says_so(tmp_path, mark):
     lead = "**The higher the rank, the faster LoRA learns**"
     post = "which the post expects only beyond an adapter's capacity"
     assert found.text.startswith(
-        f"{lead}{shown}, {post}: each doubling raises the speed on average"
+        f"{lead}{shown}, {post}: each doubling raises speed on average"
     )
     assert "27% [25, 30] on b (only rules new; rank 8, 256 updates)." in found.text
 
