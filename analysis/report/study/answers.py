@@ -26,7 +26,7 @@ from analysis.questions.base import NO_CELL
 
 ORDER = (
     *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts"),
-    *("rl_bits", "rl", "rl_unembedding", "rl_matrices"),
+    *("rl_bits", "rl", "rl_unembedding", "rl_matrices", "rl_layers"),
     *("batch_size", "large_batches", "capacity", "invariance", "compute", "recipes"),
 )
 """The order of the study's questions; any others follow by name."""
