@@ -593,18 +593,26 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
             f"{made.said}. The post's rank 1 has more parameters than episodes, ours {_span(few)}"
         )
         made = replace(made, said=f"{said} parameters an episode")
-    also = dict.fromkeys(a.sweep for a, _ in one if a.sweep != made.sweep)
+    others = [*one, *found(answers, "rl_layers", "rank_1")]
+    also = dict.fromkeys(a.sweep for a, _ in others if a.sweep != made.sweep)
     return replace(made, more=" ".join(more), also=tuple(also))
 
 
 def _of_unembedding(answers: Sequence[Answer], same: Found) -> str:
     """Say what an adapter of the unembedding costs rank 1, if the arms in `same` have one."""
-    costs = found(answers, "rl_unembedding", "unembedding")
+    costs, without = (
+        found(answers, sweep, claim)
+        for sweep, claim in (("rl_unembedding", "unembedding"), ("rl_layers", "rank_1"))
+    )
     sets = pd.concat([a.runs.loc[a.runs["method"] == "lora", "layers"] for a, _ in same])
     if not costs or not sets.str.contains("unembedding").all():
         return ""
-    points = listed([with_unit(signed, " points")(v.estimate) for _, v in costs]).replace("+", "")
+    points = with_unit(signed, " points")
+    lost = listed([points(v.estimate) for _, v in costs]).replace("+", "")
     bases = listed(sorted({called(b) for a, _ in costs for b in a.bases}))
+    said = f". One of these is the unembedding, whose adapter costs rank 1 {lost} on {bases}; "
+    if without:
+        numbers = [shown(a, v, points, refuted=True) for a, v in without]
+        return f"{said}without it the difference from full fine-tuning is {listed(numbers)}"
     here = listed(sorted({called(b) for a, _ in same for b in a.bases}))
-    said = f"One of these is the unembedding, whose adapter costs rank 1 {points} on {bases}"
-    return f". {said}; without it rank 1 was not trained on {here}"
+    return f"{said}without it rank 1 was not trained on {here}"

@@ -654,9 +654,7 @@ def test_a_finding_on_runs_that_had_been_seen_says_so(tmp_path, mark):
     shown = " (exploratory)" if mark else ""
     lead = "**The higher the rank, the faster LoRA learns**"
     post = "which the post expects only beyond an adapter's capacity"
-    assert found.text.startswith(
-        f"{lead}{shown}, {post}: each doubling raises speed on average"
-    )
+    assert found.text.startswith(f"{lead}{shown}, {post}: each doubling raises speed on average")
     assert "27% [25, 30] on b (only rules new; rank 8, 256 updates)." in found.text
 
 
@@ -798,6 +796,13 @@ def test_the_low_rank_is_named_as_the_cause_only_if_the_control_shows_it(tmp_pat
     texts = pages(both, tmp_path)
     assert "[more](questions/rl_unembedding.md)" in texts["README.md"]
     assert cost in texts["questions/rl_unembedding.md"]
+    alone = answer(tmp_path, verdict(-3.0, 4.0, claim="rank_1"), sweep="rl_layers", data=(FACTS,))
+    measured = found(*both, alone)
+    assert (
+        "without it the difference from full fine-tuning is -3.0 points [-7.0, +1.0] on"
+        in measured.said
+    )
+    assert measured.also == ("rl_unembedding", "rl_layers")
 
 
 def test_layers_are_named_with_the_ranks_that_a_claim_compares(tmp_path):
