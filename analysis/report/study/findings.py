@@ -600,19 +600,20 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
 
 def _of_unembedding(answers: Sequence[Answer], same: Found) -> str:
     """Say what an adapter of the unembedding costs rank 1, if the arms in `same` have one."""
-    costs, without = (
-        found(answers, sweep, claim)
-        for sweep, claim in (("rl_unembedding", "unembedding"), ("rl_layers", "rank_1"))
-    )
+    points = with_unit(signed, " points")
+    without = found(answers, "rl_layers", "rank_1")
+    marks = [f" ({EXPLORATORY})" if v.exploratory else "" for _, v in without]
+    if without:
+        each = zip(without, marks)
+        numbers = [f"{points(v.estimate)} on {_bases(a)}{mark}" for (a, v), mark in each]
+        return f". Without an adapter of the unembedding it is {listed(numbers)}"
+    costs = found(answers, "rl_unembedding", "unembedding")
     sets = pd.concat([a.runs.loc[a.runs["method"] == "lora", "layers"] for a, _ in same])
     if not costs or not sets.str.contains("unembedding").all():
         return ""
-    points = with_unit(signed, " points")
     lost = listed([points(v.estimate) for _, v in costs]).replace("+", "")
-    bases = listed(sorted({called(b) for a, _ in costs for b in a.bases}))
-    said = f". One of these is the unembedding, whose adapter costs rank 1 {lost} on {bases}; "
-    if without:
-        numbers = [shown(a, v, points, refuted=True) for a, v in without]
-        return f"{said}without it the difference from full fine-tuning is {listed(numbers)}"
-    here = listed(sorted({called(b) for a, _ in same for b in a.bases}))
-    return f"{said}without it rank 1 was not trained on {here}"
+    bases, here = (
+        listed(sorted({called(b) for a, _ in some for b in a.bases})) for some in (costs, same)
+    )
+    said = f"One of these is the unembedding, whose adapter costs rank 1 {lost} on {bases}"
+    return f". {said}; without it rank 1 was not trained on {here}"

@@ -798,9 +798,8 @@ def test_the_low_rank_is_named_as_the_cause_only_if_the_control_shows_it(tmp_pat
     assert cost in texts["questions/rl_unembedding.md"]
     alone = answer(tmp_path, verdict(-3.0, 4.0, claim="rank_1"), sweep="rl_layers", data=(FACTS,))
     measured = found(*both, alone)
-    assert (
-        "without it the difference from full fine-tuning is -3.0 points [-7.0, +1.0] on"
-        in measured.said
+    assert measured.said.endswith(
+        ". Without an adapter of the unembedding it is -3.0 points [-7.0, +1.0] on b"
     )
     assert measured.also == ("rl_unembedding", "rl_layers")
 
