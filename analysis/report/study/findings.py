@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
-
 from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed, number
 from analysis.measures.regret import ABOVE_FLOOR, ALLOWED, COUNTS, FIRST_PASS, GENERATOR
 from analysis.questions.base import mapped
@@ -360,7 +358,8 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
     start = lead(asked, text, no, text)
     said = min(known)[2]
     if len(asked) > 1:
-        said += f". Growth at ranks 8 to 32: {_tally(asked)}"
+        ranks = listed(sorted({a.read(v).partition(",")[0] for a, v in asked}))
+        said += f". Growth{ranks and f' at {ranks}'}: {_tally(asked)}"
     more = (
         "In percent of the final gain and at an eighth of the hidden size (below 0 LoRA is ahead): "
     )
@@ -583,7 +582,12 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
         numbers = [f"{points(v.estimate)} on {_bases(a)}" for a, v in same]
         cause = "so the low rank is the cause, not the choice of matrices"
         own = f"Against full fine-tuning of LoRA's own matrices it is {listed(numbers)}, {cause}"
-        made = replace(made, said=f"{made.said}. {own}{_of_unembedding(answers, same)}")
+        made = replace(made, said=f"{made.said}. {own}")
+    alone = found(answers, "rl_layers", "rank_1")
+    if alone:
+        differs = "Without an adapter of the unembedding the difference from full fine-tuning is"
+        numbers = [shown(a, v, points) for a, v in alone]
+        made = replace(made, said=f"{made.said}. {differs} {listed(numbers)}")
     if top:
         numbers = [shown(a, v, points, marked=not made.exploratory) for a, v in top]
         more.append(f"At the highest rank the difference is {listed(numbers)}.")
@@ -593,27 +597,5 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
             f"{made.said}. The post's rank 1 has more parameters than episodes, ours {_span(few)}"
         )
         made = replace(made, said=f"{said} parameters an episode")
-    others = [*one, *found(answers, "rl_layers", "rank_1")]
-    also = dict.fromkeys(a.sweep for a, _ in others if a.sweep != made.sweep)
+    also = dict.fromkeys(a.sweep for a, _ in [*one, *alone] if a.sweep != made.sweep)
     return replace(made, more=" ".join(more), also=tuple(also))
-
-
-def _of_unembedding(answers: Sequence[Answer], same: Found) -> str:
-    """Say what an adapter of the unembedding costs rank 1, if the arms in `same` have one."""
-    points = with_unit(signed, " points")
-    without = found(answers, "rl_layers", "rank_1")
-    marks = [f" ({EXPLORATORY})" if v.exploratory else "" for _, v in without]
-    if without:
-        each = zip(without, marks)
-        numbers = [f"{points(v.estimate)} on {_bases(a)}{mark}" for (a, v), mark in each]
-        return f". Without an adapter of the unembedding it is {listed(numbers)}"
-    costs = found(answers, "rl_unembedding", "unembedding")
-    sets = pd.concat([a.runs.loc[a.runs["method"] == "lora", "layers"] for a, _ in same])
-    if not costs or not sets.str.contains("unembedding").all():
-        return ""
-    lost = listed([points(v.estimate) for _, v in costs]).replace("+", "")
-    bases, here = (
-        listed(sorted({called(b) for a, _ in some for b in a.bases})) for some in (costs, same)
-    )
-    said = f"One of these is the unembedding, whose adapter costs rank 1 {lost} on {bases}"
-    return f". {said}; without it rank 1 was not trained on {here}"

@@ -53,7 +53,7 @@ def answer(
     at.mkdir(parents=True, exist_ok=True)
     rows = [
         {"run_id": f"{scale}{seed}{d['name']}", "seed": seed, "spec": json.dumps({"dataset": d})}
-        | {"hidden_size": 64, "layers": "attention+mlp+unembedding", **curve(base, d["name"])}
+        | {"hidden_size": 64, **curve(base, d["name"])}
         for seed in seeds
         for d in data
     ]
@@ -588,12 +588,14 @@ def test_growth_has_the_numbers_of_the_least_growth_that_was_shown(tmp_path):
             for c, o in zip(numbers, outcomes)
         ]
         asked += [verdict(0.0, claim=c, group="b, x") for c in ("low", "growth")]
-        made = answer(tmp_path, *asked, sweep="regime", data=RULES, cells=cells)
+        read = {"gap": "ranks 8 to 16, update 64 to the last"}
+        made = answer(tmp_path, *asked, sweep="regime", data=RULES, cells=cells, read=read)
+        made.question["claims"]["growth_high"]["estimand"] = "gap"
         return next(f for f in findings.main([made]) if "training" in f.lead or "grow" in f.lead)
 
     grown = second("SUPPORTED", "SUPPORTED", "UNDECIDED")
     least = "at rank 8 from -1.0% [-2.0, 0.0] after 64 updates to 1.0% [0.0, 2.0] after 256"
-    outcomes = "Growth at ranks 8 to 32: supported on 2 data sets, undecided on 1"
+    outcomes = "Growth at ranks 8 to 16: supported on 2 data sets, undecided on 1"
     assert grown.said == f"{least}, a match. {outcomes}"
     assert grown.lead == "On b the regret grows with training where only rules are new"
     post = "** (exploratory), which the post expects only beyond an adapter's capacity: at"
@@ -787,21 +789,14 @@ def test_the_low_rank_is_named_as_the_cause_only_if_the_control_shows_it(tmp_pat
     shown, open_ = (found(asked(outcome)).said for outcome in ("REFUTED", "UNDECIDED"))
     assert own in shown and shown.endswith("not the choice of matrices")
     assert own not in open_ and "-9.4 points" in open_
-    # The matrices of LoRA hold the unembedding, whose adapter has a cost of its own.
-    claims = [verdict(x, 1.0, claim=c) for x, c in ((6.8, "unembedding"), (-5.0, "tie"))]
-    other = answer(tmp_path, *claims, sweep="rl_unembedding", data=(FACTS,), base="c")
-    both = [asked("REFUTED"), other]
-    cost = "adapter costs rank 1 6.8 points [5.8, 7.8] on c; without it rank 1 was not trained on b"
-    assert found(*both).said.endswith(cost)
-    texts = pages(both, tmp_path)
-    assert "[more](questions/rl_unembedding.md)" in texts["README.md"]
-    assert cost in texts["questions/rl_unembedding.md"]
+    # LoRA's matrices hold the unembedding; another answer has rank 1 without an adapter of it.
     alone = answer(tmp_path, verdict(-3.0, 4.0, claim="rank_1"), sweep="rl_layers", data=(FACTS,))
-    measured = found(*both, alone)
-    assert measured.said.endswith(
-        ". Without an adapter of the unembedding it is -3.0 points [-7.0, +1.0] on b"
-    )
-    assert measured.also == ("rl_unembedding", "rl_layers")
+    both = [asked("REFUTED"), alone]
+    without = "Without an adapter of the unembedding the difference from full fine-tuning is -3.0"
+    assert without in found(*both).said and without not in shown
+    texts = pages(both, tmp_path)
+    assert "[rl_layers](questions/rl_layers.md)" in texts["README.md"]
+    assert without in texts["questions/rl_layers.md"]
 
 
 def test_layers_are_named_with_the_ranks_that_a_claim_compares(tmp_path):
