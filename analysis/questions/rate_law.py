@@ -128,7 +128,8 @@ KEPT = (
     Cell("tiny128", 128, 32, 256, 3.903e-04, 3.716, 0.058, "regime-tiny", "all rules, rank 2"),
 )
 """The 26 kept ratios: all matrices adapted, constant rate, batch 16 in fp32 (SmolLM2:
-8 in bf16). Where an answer has several ranks from 4 up, their mean ln(LR)."""
+8 in bf16). Where an answer has several ranks from 4 up, their mean ln(LR). Those of `short_runs`
+are without the learning rates that it was given later."""
 
 
 # ---------------------------------------------------------------- the law and its rivals
