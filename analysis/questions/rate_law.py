@@ -511,6 +511,9 @@ def _of_errors(c: Cells) -> base.Section:
         f"{len(c.cells)} of {COUNTED} new conditions. Intervals: all resamples of the "
         f"{len(_names(c.cells))} base models. The law has the constants g = {G}, k = {K}, beta = "
         f"{BETA}; rivals are fitted to the {len(KEPT)} kept ratios.",
+        "Errors are without the variance of the measurements. On simulated sweeps intervals of "
+        "ratios are wider than needed, so too much may be subtracted; the second column subtracts "
+        "nothing.",
         *(
             f"Published runs that the law misses: {name}: predicted {law_says}, found {seen}."
             for name, law_says, seen in PUBLIC
