@@ -31,6 +31,7 @@ class GateCode(StrEnum):
     NOISY = "the gap's standard error is {0} of the gain; at most 1.25% is judged"
     NO_GAP = "LoRA is not behind here, so there is no gap to grow or shrink"
     NO_CELL = "no condition that the claim is about was run"
+    ELSEWHERE = "judged in another scale's answer, together with these runs"
     FEW_CONDITIONS = "only {0} conditions were measured"
     NO_LAW = "too few conditions whose needed rank lies inside the ranks tried"
     NO_ADVANTAGE = "LoRA is not better here, so there is no advantage to explain"
@@ -79,6 +80,7 @@ REMEDIES: dict[str, str] = {
     GateCode.MISSING: "the missing arm",
     GateCode.NO_GAP: "a condition in which LoRA is behind",
     GateCode.NO_CELL: "the conditions that the claim is about",
+    GateCode.ELSEWHERE: "nothing",
     GateCode.FEW_CONDITIONS: "the missing conditions",
     GateCode.NO_LAW: "more conditions, or ranks on both sides of the needed rank",
     GateCode.NO_ADVANTAGE: "a condition in which LoRA is better",

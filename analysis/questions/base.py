@@ -418,6 +418,8 @@ class Estimand(Generic[C]):
     """Whether the estimand is a ratio, so that distances to the margin are in logarithms."""
     applies: Callable[[C], bool] = lambda c: True
     """Whether the condition can answer claims about the estimand."""
+    unanswered: GateCode = GateCode.NO_CELL
+    """Why there is no verdict if no condition can answer them."""
     seeds: Callable[[C], int] | None = None
     """Number of seeds behind the estimate; None: the condition's `seeds`."""
     margin_gates: Callable[[C, tuple[float, float]], Sequence[Gate]] = lambda c, margin: ()
@@ -562,7 +564,7 @@ class Question(Generic[C]):
         for name, claim in claims.items():
             e = estimands[claim["estimand"]]
             if not any(e.applies(c) for c in conditions):
-                gates = [Gate(GateCode.NO_CELL)]
+                gates = [Gate(e.unanswered)]
                 verdicts.append(judge(name, claim, NO_CELL, UNKNOWN, gates, 0, e.log, asked.level))
         measures = plain(self.measures(shown, asked)) if shown else {}
         if any(e.read for e in self.estimands):

@@ -298,6 +298,11 @@ class Cells(base.Condition):
         }
 
     @property
+    def is_judged(self) -> bool:
+        """Whether the verdict is this answer's: both scales are judged once."""
+        return not self.others or 2 * len(self.own) >= len(self.cells)
+
+    @property
     def worst(self) -> Estimate:
         return worst_of(self.errors)
 
@@ -375,7 +380,8 @@ ESTIMANDS = [
         "worst_criterion",
         lambda c: c.worst,
         Cells.gates,
-        applies=lambda c: not c.others or 2 * len(c.own) >= len(c.cells),  # one answer, one verdict
+        applies=lambda c: c.is_judged,
+        unanswered=GateCode.ELSEWHERE,
         seeds=lambda c: 0,
     )
 ]
@@ -530,7 +536,8 @@ def _of_cells(c: Cells) -> base.Section:
         "ln(measured / law) | from LoRA's best LR alone"
     )
     caption = "measured ratios against the law, and the crossover between its two limits"
-    return base.Section.of("New conditions", head, rows, [], "law.png", _panels(c), caption)
+    figure = ("law.png", _panels(c), caption) if c.is_judged else ()
+    return base.Section.of("New conditions", head, rows, [], *figure)
 
 
 def _row(cell: Cell) -> list[Any]:

@@ -14,6 +14,7 @@ from analysis.inference.estimate import EXPLORATORY, Estimate, Verdict, fixed, n
 from analysis.measures.regret import ABOVE_FLOOR, ALLOWED, COUNTS, FIRST_PASS, GENERATOR
 from analysis.questions.base import mapped
 from analysis.questions.lr_ratio import TEN
+from analysis.questions.rate_law import RATE_LAW, WITHIN
 from analysis.questions.regime import EIGHTH, FIRST
 from analysis.report.study.answers import Answer, called, estimate_of, listed
 from analysis.report.study.figures import (
@@ -29,8 +30,11 @@ from analysis.report.study.figures import (
     speeds,
 )
 
+MOST = 5
+"""Largest number of findings of the page."""
 FULL = " times full fine-tuning's"
 UNKNOWN = Estimate(None).plain()
+UNDECIDED = "It is undecided whether"
 BEYOND = "which the post expects only beyond an adapter's capacity"
 COUNTED = {
     GENERATOR: "by what the generator of the data changed",
@@ -68,9 +72,15 @@ class Finding:
 
 
 def main(answers: Sequence[Answer]) -> list[Finding]:
-    """Return the findings of the page: at most five."""
-    made = (_regret, _growth, _learning_rates, _speed, _batches)
-    return [f for of in made if (f := of(answers)) is not None]
+    """Return the findings of the page: at most MOST."""
+    return _ranked(answers)[:MOST]
+
+
+def _ranked(answers: Sequence[Answer]) -> list[Finding]:
+    """Return the findings that may be on the page, important ones first and undecided ones last."""
+    made = (_regret, _growth, _learning_rates, _law, _speed, _batches)
+    known = [f for of in made if (f := of(answers)) is not None]
+    return sorted(known, key=lambda f: f.lead.startswith(UNDECIDED))
 
 
 def others(answers: Sequence[Answer]) -> list[Finding]:
@@ -79,6 +89,7 @@ def others(answers: Sequence[Answer]) -> list[Finding]:
     alone, mlp = "Adapters on attention alone", "learn more slowly than on the MLP alone"
     slower = f" (slower: under {worse[0][1].margin[1]:g})" if worse else ""
     made = [
+        *_ranked(answers)[MOST:],
         _capacity(answers),
         _large_batches(answers),
         of_claim(
@@ -136,7 +147,7 @@ def lead(verdicts: Found, yes: str, no: str, partly: str = "") -> str:
     if count(verdicts, "REFUTED"):
         return no
     start = yes if yes.startswith("LoRA") else yes[0].lower() + yes[1:]
-    return f"It is undecided whether {start}"
+    return f"{UNDECIDED} {start}"
 
 
 def of_claim(
@@ -418,6 +429,29 @@ def _learning_rates(answers: Sequence[Answer]) -> Finding | None:
         more.append(f"Exactly ten times costs {listed(costs)}.")
     explores = all(v.exploratory for _, v in ratio)
     return Finding("lr_ratio", text, said, explores, " ".join(more))
+
+
+def _law(answers: Sequence[Answer]) -> Finding | None:
+    """Report whether the law of `rate_law` predicts the ratio of best learning rates."""
+    judged = found(answers, "rate_law", "law")
+    if not judged:
+        return None
+    (a, v), *_ = judged
+    law = "A law in width, alpha and updates, fixed beforehand,"
+    what = "predict{} the ratio of best learning rates".format
+    start = lead(judged, f"{law} {what('s')}", f"{law} does not {what('')}")
+    errors = {k: mapped(estimate_of(e), math.exp) for k, e in a.results["errors"].items()}
+    own, show = errors.pop(RATE_LAW), with_unit(lambda factor: number(factor, 3))
+    best = min(errors, key=lambda name: float(errors[name].value or math.inf))
+    cells: list[dict[str, Any]] = a.results["cells"]
+    bases = listed(list(dict.fromkeys(called(c["base"]) for c in cells)))
+    alphas, steps = (_span([c[key] for c in cells], 4) for key in ("alpha", "steps"))
+    said = (
+        f"its rms error is a factor of {show(own)} in {len(cells)} new conditions on {bases} "
+        f"(alpha {alphas}, {steps} updates); its best rival ({best}) has {show(errors[best])}"
+    )
+    more = f"It counts as right up to a factor of {math.exp(WITHIN):.3g}."
+    return Finding("rate_law", start, said, bool(v.exploratory), more)
 
 
 def _bases(a: Answer) -> str:

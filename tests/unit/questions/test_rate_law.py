@@ -293,7 +293,9 @@ def test_both_scales_are_judged_together(truth, expected, tmp_path):
         assert f"## {title}" in text
     assert rate_law.PERHAPS in text
     found = analyse(read(folder / "table.parquet"), question(small), tmp_path)
-    assert [v.group for v in found.verdicts] == [base.NO_CELL]  # the verdict is given once
+    (v,) = found.verdicts  # the verdict is given once
+    assert v.group == base.NO_CELL and "judged in another scale's answer" in v.why
+    assert not any(s.figure == "law.png" for s in found.sections)
 
 
 def test_full_fine_tuning_of_smollm2_has_the_kept_runs():

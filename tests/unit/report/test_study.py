@@ -375,6 +375,28 @@ def test_a_rate_that_was_added_later_is_on_the_page_and_no_empty_section_is(tmp_
     assert "## The post's primary claims" in text and "## Regret over rank" not in text
 
 
+@pytest.mark.parametrize(
+    ("outcome", "start"),
+    [
+        ("SUPPORTED", "A law in width, alpha and updates, fixed beforehand, predicts the ratio"),
+        ("REFUTED", "A law in width, alpha and updates, fixed beforehand, does not predict the"),
+        ("UNDECIDED", "It is undecided whether a law in width, alpha and updates, fixed"),
+    ],
+)
+def test_the_law_is_a_finding_with_its_error_and_its_best_rivals(outcome, start, tmp_path):
+    def error(value):
+        return Estimate(value, value - 0.1, value + 0.1, 4).plain()
+
+    cells = [{"base": b, "alpha": a, "steps": 512} for b in ("tiny64-3m", "b") for a in (0.5, 2048)]
+    errors = {"the law": error(0.2), "constant": error(1.0), "power law": error(0.5)}
+    judged = verdict(0.1, outcome=outcome, claim="law")
+    made = answer(tmp_path, judged, sweep="rate_law", cells=cells, errors=errors)
+    (found,) = findings.main([made])
+    assert found.lead.startswith(start) and "4 new conditions on tiny64-3m and b" in found.said
+    assert "a factor of 1.22 [1.11, 1.35]" in found.said and "(power law) has 1.65 [" in found.said
+    assert "(alpha 0.5 to 2048, 512 updates)" in found.said and "1.16" in found.more
+
+
 def test_the_laws_figure_takes_the_place_of_the_learning_rates_once_it_has_runs(tmp_path):
     rates = [{"method": m, "best_lr": 1e-3} for m in ("fullft", "lora")]
     both = [answer(tmp_path, sweep="lr_ratio", curves=[])]
