@@ -437,20 +437,25 @@ def _law(answers: Sequence[Answer]) -> Finding | None:
     if not judged:
         return None
     (a, v), *_ = judged
-    law = "A law in width, alpha and updates, fixed beforehand,"
-    what = "predict{} the ratio of best learning rates".format
-    start = lead(judged, f"{law} {what('s')}", f"{law} does not {what('')}")
+    what = "LoRA's best learning rate from full fine-tuning's, width, alpha and updates"
+    yes, no = (f"A law fixed beforehand {does} {what}" for does in ("predicts", "does not predict"))
+    start = lead(judged, yes, no)
     errors = {k: mapped(estimate_of(e), math.exp) for k, e in a.results["errors"].items()}
     own, show = errors.pop(RATE_LAW), with_unit(lambda factor: number(factor, 3))
     best = min(errors, key=lambda name: float(errors[name].value or math.inf))
     cells: list[dict[str, Any]] = a.results["cells"]
-    bases = listed(list(dict.fromkeys(called(c["base"]) for c in cells)))
-    alphas, steps = (_span([c[key] for c in cells], 4) for key in ("alpha", "steps"))
+    at: dict[str, list[str]] = {}
+    for name in dict.fromkeys(c["base"] for c in cells):
+        mine = [c for c in cells if c["base"] == name]
+        alphas, steps = (_span([c[key] for c in mine], 4) for key in ("alpha", "steps"))
+        at.setdefault(f"(alpha {alphas}, {steps} updates)", []).append(called(name))
     said = (
-        f"its rms error is a factor of {show(own)} in {len(cells)} new conditions on {bases} "
-        f"(alpha {alphas}, {steps} updates); its best rival ({best}) has {show(errors[best])}"
+        f"its rms error is a factor of {show(own)} in {len(cells)} new conditions on "
+        f"{listed([f'{listed(names)} {where}' for where, names in at.items()])}; its best rival "
+        f"({best}) has {show(errors[best])}"
     )
-    more = f"It counts as right up to a factor of {math.exp(WITHIN):.3g}."
+    allowed = math.exp(WITHIN)
+    more = f"It counts as right up to a factor of {allowed:.3g}, if every rival's error is larger."
     return Finding("rate_law", start, said, bool(v.exploratory), more)
 
 

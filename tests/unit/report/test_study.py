@@ -378,9 +378,9 @@ def test_a_rate_that_was_added_later_is_on_the_page_and_no_empty_section_is(tmp_
 @pytest.mark.parametrize(
     ("outcome", "start"),
     [
-        ("SUPPORTED", "A law in width, alpha and updates, fixed beforehand, predicts the ratio"),
-        ("REFUTED", "A law in width, alpha and updates, fixed beforehand, does not predict the"),
-        ("UNDECIDED", "It is undecided whether a law in width, alpha and updates, fixed"),
+        ("SUPPORTED", "A law fixed beforehand predicts LoRA's best learning rate from"),
+        ("REFUTED", "A law fixed beforehand does not predict LoRA's best learning rate from"),
+        ("UNDECIDED", "It is undecided whether a law fixed beforehand predicts LoRA's best"),
     ],
 )
 def test_the_law_is_a_finding_with_its_error_and_its_best_rivals(outcome, start, tmp_path):
@@ -394,7 +394,7 @@ def test_the_law_is_a_finding_with_its_error_and_its_best_rivals(outcome, start,
     (found,) = findings.main([made])
     assert found.lead.startswith(start) and "4 new conditions on tiny64-3m and b" in found.said
     assert "a factor of 1.22 [1.11, 1.35]" in found.said and "(power law) has 1.65 [" in found.said
-    assert "(alpha 0.5 to 2048, 512 updates)" in found.said and "1.16" in found.more
+    assert "b (alpha 0.5 to 2048, 512 updates);" in found.said and "1.16" in found.more
 
 
 def test_the_laws_figure_takes_the_place_of_the_learning_rates_once_it_has_runs(tmp_path):
