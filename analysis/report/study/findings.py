@@ -437,22 +437,22 @@ def _law(answers: Sequence[Answer]) -> Finding | None:
     if not judged:
         return None
     (a, v), *_ = judged
-    what = "LoRA's best learning rate from full fine-tuning's, width, alpha and updates"
+    what = "LoRA's best learning rate from full fine-tuning's"
     yes, no = (f"A law fixed beforehand {does} {what}" for does in ("predicts", "does not predict"))
     start = lead(judged, yes, no)
     errors = {k: mapped(estimate_of(e), math.exp) for k, e in a.results["errors"].items()}
-    own, show = errors.pop(RATE_LAW), with_unit(lambda factor: number(factor, 3))
+    own, show = errors.pop(RATE_LAW), with_unit(lambda factor: number(factor, 3), "-fold")
     best = min(errors, key=lambda name: float(errors[name].value or math.inf))
     cells: list[dict[str, Any]] = a.results["cells"]
     at: dict[str, list[str]] = {}
     for name in dict.fromkeys(c["base"] for c in cells):
         mine = [c for c in cells if c["base"] == name]
         alphas, steps = (_span([c[key] for c in mine], 4) for key in ("alpha", "steps"))
-        at.setdefault(f"(alpha {alphas}, {steps} updates)", []).append(called(name))
+        at.setdefault(f"(alpha {alphas}; {steps} updates)", []).append(called(name))
     said = (
-        f"its rms error is a factor of {show(own)} in {len(cells)} new conditions on "
-        f"{listed([f'{listed(names)} {where}' for where, names in at.items()])}; its best rival "
-        f"({best}) has {show(errors[best])}"
+        f"its rms error is {show(own)} in {len(cells)} conditions, its best rival's ({best}) "
+        f"{show(errors[best])}: "
+        f"{listed([f'{listed(names)} {where}' for where, names in at.items()])}"
     )
     allowed = math.exp(WITHIN)
     more = f"It counts as right up to a factor of {allowed:.3g}, if every rival's error is larger."

@@ -392,9 +392,11 @@ def test_the_law_is_a_finding_with_its_error_and_its_best_rivals(outcome, start,
     judged = verdict(0.1, outcome=outcome, claim="law")
     made = answer(tmp_path, judged, sweep="rate_law", cells=cells, errors=errors)
     (found,) = findings.main([made])
-    assert found.lead.startswith(start) and "4 new conditions on tiny64-3m and b" in found.said
-    assert "a factor of 1.22 [1.11, 1.35]" in found.said and "(power law) has 1.65 [" in found.said
-    assert "b (alpha 0.5 to 2048, 512 updates);" in found.said and "1.16" in found.more
+    assert found.lead.startswith(start) and found.said == (
+        "its rms error is 1.22-fold [1.11, 1.35] in 4 conditions, its best rival's (power law) "
+        "1.65-fold [1.49, 1.82]: tiny64-3m and b (alpha 0.5 to 2048; 512 updates)"
+    )
+    assert "right up to a factor of 1.16" in found.more
 
 
 def test_the_laws_figure_takes_the_place_of_the_learning_rates_once_it_has_runs(tmp_path):
