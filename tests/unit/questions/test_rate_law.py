@@ -59,6 +59,8 @@ DATA = {
 
 ADDED_LATER = (9.9e-4, 1.98e-3, 3.96e-3, 7.92e-3)
 """Learning rates of `short_runs` that were added after the ratios had been read."""
+LATER_COLUMNS = ["expert_rank", "expert_alpha", "expert_outer"]
+"""Empty columns of its newer table: the random stream of a curve depends on them."""
 
 
 @pytest.mark.slow
@@ -67,8 +69,10 @@ def test_the_kept_ratios_are_those_of_the_kept_tables(answer):
     """`regime` is fitted with all of its conditions: they share one noise."""
     wanted = [c for c in KEPT if c.answer == answer]
     table = read(planted.answer.KEPT / answer / "table.parquet")
-    asked = (table["schedule"] == "constant") & ~table["lr"].isin(ADDED_LATER)
-    table = table[asked].reset_index(drop=True)
+    table = table[table["schedule"] == "constant"].reset_index(drop=True)
+    if answer == "short_runs-tiny":
+        table = table[~table["lr"].isin(ADDED_LATER)].drop(columns=LATER_COLUMNS)
+        table = table.reset_index(drop=True)
     for steps in dict.fromkeys(c.steps for c in wanted):
         cut = table if steps == table["steps"].max() else at_step(table, steps)
         found = {}
@@ -85,10 +89,9 @@ def test_the_kept_ratios_are_those_of_the_kept_tables(answer):
             data = DATA.get(c.data)
             at = [k for k in found if (k[0], k[2]) == (c.base, c.alpha) and data in (None, k[1])]
             full, ratio = found[at[0]]
-            # draws depend on the order of a table's rows
             assert full.best_lr.value == pytest.approx(c.full, rel=1e-3)
-            assert ratio.value == pytest.approx(c.ratio, rel=3e-3)
-            assert ratio.log_draws.std() == pytest.approx(c.sd, abs=2e-3)
+            assert ratio.value == pytest.approx(c.ratio, rel=1e-3)
+            assert ratio.log_draws.std() == pytest.approx(c.sd, abs=1e-3)
 
 
 def test_the_law_fits_the_kept_ratios_and_the_power_law_does_not():
