@@ -30,8 +30,8 @@ from analysis.report.study.figures import (
     speeds,
 )
 
-MOST = 5
-"""Largest number of findings of the page."""
+ON_PAGE = 5
+"""Largest number of findings on the page."""
 FULL = " times full fine-tuning's"
 UNKNOWN = Estimate(None).plain()
 UNDECIDED = "It is undecided whether"
@@ -72,12 +72,10 @@ class Finding:
 
 
 def main(answers: Sequence[Answer]) -> list[Finding]:
-    """Return the findings of the page: at most MOST."""
-    return _ranked(answers)[:MOST]
+    """Return the findings for the page: important ones first, undecided ones last.
 
-
-def _ranked(answers: Sequence[Answer]) -> list[Finding]:
-    """Return the findings that may be on the page, important ones first and undecided ones last."""
+    The page has room for the first ON_PAGE; the rest stand among the others.
+    """
     made = (_regret, _growth, _learning_rates, _law, _speed, _batches)
     known = [f for of in made if (f := of(answers)) is not None]
     return sorted(known, key=lambda f: f.lead.startswith(UNDECIDED))
@@ -89,7 +87,6 @@ def others(answers: Sequence[Answer]) -> list[Finding]:
     alone, mlp = "Adapters on attention alone", "learn more slowly than on the MLP alone"
     slower = f" (slower: under {worse[0][1].margin[1]:g})" if worse else ""
     made = [
-        *_ranked(answers)[MOST:],
         _capacity(answers),
         _large_batches(answers),
         of_claim(

@@ -103,7 +103,9 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
     for a in answers:
         by_sweep.setdefault(a.sweep, []).append(a)
     over_bases, folder = pooled(answers), path.parent
-    main, others = findings.main(answers), findings.others(answers)
+    ranked = findings.main(answers)
+    main, rest = ranked[: findings.ON_PAGE], ranked[findings.ON_PAGE :]
+    others = [*rest, *findings.others(answers)]
     shown = {
         MAP: bool(figures.regret_lines(answers)),
         FOREST: bool(n_rows := len(figures.claim_rows(answers))),
@@ -259,7 +261,7 @@ def law_figure(answers: Sequence[Answer], folder: Path) -> str:
 
 def readme(text: str, kept: Path) -> str:
     """Return the project's README with its findings rendered again from kept results."""
-    found = findings.main(read_answers([kept]))
+    found = findings.main(read_answers([kept]))[: findings.ON_PAGE]
     return with_block(text, "answers", [f"{k}. {f.text}" for k, f in enumerate(found, 1)])
 
 
