@@ -306,6 +306,11 @@ class Cells(base.Condition):
     def worst(self) -> Estimate:
         return worst_of(self.errors)
 
+    @property
+    def best_rival(self) -> str:
+        """The rival with the smallest error."""
+        return min(RIVALS, key=lambda name: float(np.median(self.errors[name])))
+
     def gates(self) -> list[Gate]:
         """List the gates on all curves; also if conditions are missing."""
         found = base.gates_on([*self.optima, *self.others])
@@ -466,6 +471,7 @@ def measures(found: Sequence[Cells], asked: base.Asked) -> dict[str, Any]:
     return {
         "cells": rows,
         "errors": {name: _error(c, name) for name in c.errors},
+        "best_rival": c.best_rival,
         "errors_kept": {n: rms(misses(KEPT, p)) for n, p in c.predictions.items()},
         "from_lora": {
             "new": from_draws(back, len(c.cells)),
@@ -514,7 +520,7 @@ def _of_errors(c: Cells) -> base.Section:
         "prediction | rms error of ln(ratio) [95%] | with measurement noise | "
         "the law's error - this one [95%] | on the kept ratios"
     )
-    own, best = c.errors[RATE_LAW], min(RIVALS, key=lambda name: float(np.mean(c.errors[name])))
+    own, best = c.errors[RATE_LAW], c.best_rival
     excess = [from_draws(v, len(c.cells)) for v in (own - WITHIN, own - c.errors[best])]
     text = [
         f"{len(c.cells)} of {COUNTED} new conditions. Intervals: all resamples of the "
@@ -628,7 +634,7 @@ def _panels(c: Cells) -> list[base.Panel]:
         return start * moved * cell.full, 1 / start
 
     ratios, crossed = [], []
-    sets = [("earlier ratios, fitted", list(KEPT))]
+    sets = [("earlier ratios", list(KEPT))]
     looks: list[dict[str, Any]] = [{"style": "x", "colour": "grey", "size": 4, "alpha": 0.6}]
     for k, name in enumerate(_names(c.cells)):
         sets.append((name, [x for x in c.cells if x.base == name]))

@@ -438,18 +438,17 @@ def _law(answers: Sequence[Answer]) -> Finding | None:
     yes, no = (f"A law fixed beforehand {does} {what}" for does in ("predicts", "does not predict"))
     start = lead(judged, yes, no)
     errors = {k: mapped(estimate_of(e), math.exp) for k, e in a.results["errors"].items()}
-    own, show = errors.pop(RATE_LAW), with_unit(lambda factor: number(factor, 3), "-fold")
-    best = min(errors, key=lambda name: float(errors[name].value or math.inf))
+    best, show = a.results["best_rival"], with_unit(lambda factor: number(factor, 3), "-fold")
     cells: list[dict[str, Any]] = a.results["cells"]
     at: dict[str, list[str]] = {}
     for name in dict.fromkeys(c["base"] for c in cells):
         mine = [c for c in cells if c["base"] == name]
         alphas, steps = (_span([c[key] for c in mine], 4) for key in ("alpha", "steps"))
         at.setdefault(f"(alpha {alphas}; {steps} updates)", []).append(called(name))
+    where = listed([f"{listed(names)} {conditions}" for conditions, names in at.items()])
     said = (
-        f"its rms error is {show(own)} in {len(cells)} conditions, its best rival's ({best}) "
-        f"{show(errors[best])}: "
-        f"{listed([f'{listed(names)} {where}' for where, names in at.items()])}"
+        f"its rms error is {show(errors[RATE_LAW])} in {len(cells)} conditions, its best rival's "
+        f"({best}) {show(errors[best])}: {where}"
     )
     allowed = math.exp(WITHIN)
     more = f"It counts as right up to a factor of {allowed:.3g}, if every rival's error is larger."

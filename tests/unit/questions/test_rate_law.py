@@ -291,6 +291,8 @@ def test_both_scales_are_judged_together(truth, expected, tmp_path):
     out = json.loads((tmp_path / "rate_law-tiny" / "results.json").read_text())
     assert out["verdicts"][0]["outcome"] == expected and len(out["cells"]) == COUNTED
     assert (out["errors"][truth]["high"] < 0.1) and out["from_lora"]["kept"] < 0.2
+    rivals = {name: out["errors"][name]["value"] for name in RIVALS}
+    assert out["best_rival"] == min(rivals, key=rivals.get)
     text = (tmp_path / "rate_law-tiny" / "report.md").read_text()
     for title in ("The law and its rivals", "The slope over alpha", "Shorter runs", "Fitted again"):
         assert f"## {title}" in text

@@ -390,7 +390,8 @@ def test_the_law_is_a_finding_with_its_error_and_its_best_rivals(outcome, start,
     cells = [{"base": b, "alpha": a, "steps": 512} for b in ("tiny64-3m", "b") for a in (0.5, 2048)]
     errors = {"the law": error(0.2), "constant": error(1.0), "power law": error(0.5)}
     judged = verdict(0.1, outcome=outcome, claim="law")
-    made = answer(tmp_path, judged, sweep="rate_law", cells=cells, errors=errors)
+    more = {"cells": cells, "errors": errors, "best_rival": "power law"}
+    made = answer(tmp_path, judged, sweep="rate_law", **more)
     (found,) = findings.main([made])
     assert found.lead.startswith(start) and found.said == (
         "its rms error is 1.22-fold [1.11, 1.35] in 4 conditions, its best rival's (power law) "
