@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lorasweep.errors import LorasweepError
+from lorasweep.launch.process import hangups_ignored
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -56,6 +57,8 @@ def main() -> None:
         Signals()
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if not hangups_ignored():
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
     # so that errors reach the handlers below; otherwise Hydra prints them and exits
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     if Path(sys.argv[0]).name == "__main__.py":

@@ -104,13 +104,15 @@ def command(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
         GlobalHydra.instance().clear()
-        handler, code = signal.getsignal(signal.SIGTERM), 0
+        signals, code = (signal.SIGTERM, signal.SIGHUP), 0
+        handlers = [signal.getsignal(number) for number in signals]
         try:
             main()
         except SystemExit as end:
             code = end.code or 0
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in zip(signals, handlers):
+                signal.signal(number, handler)
             GlobalHydra.instance().clear()
         return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 

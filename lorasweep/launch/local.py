@@ -123,12 +123,14 @@ def _run_workers(
         limit, runs = limits.of(pack.points[0].spec), [p.spec.plain() for p in pack.points]
         sizes = {"most_rows": limit.rows, "forward_parts": limit.forward_parts}
         packs.append({"runs": runs, "micro_batch_size": pack.micro_batch_size, **sizes})
+    begun = [p.id for p in plan.todo if plan.states[p.id] != "missing"]
+    attempts = {i: store.last_attempt(i) for i in begun}
     # A worker has not watched the heartbeats of other machines, so it gets a list of dead owners.
     ended = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
     job = {
         "packs": packs,
         "exec": {**asdict(exec_), "threads": plan.threads, "workers": plan.workers},
-        "dead": {i: store.last_attempt(i) for i in ended},
+        "dead": {i: attempts[i] for i in ended},
         **settings,
     }
     content = json.dumps(job).encode()
@@ -154,10 +156,15 @@ def _run_workers(
     if STOPPED in codes:
         raise Stopped
     crashed = [c for c in codes if c != 0]
-    # A worker killed by a signal (code below 0) leaves interrupted runs, which are tried again.
-    if crashed and all(c > 0 for c in crashed) and not workers.shortages:
+    # A worker killed by a signal (code below 0) leaves interrupted runs, which are tried again. One
+    # that was killed before it claimed a run would be started again and again.
+    killed = any(c < 0 for c in crashed) and any(
+        store.last_attempt(p.id) != attempts.get(p.id) for p in plan.todo
+    )
+    if crashed and not killed and not workers.shortages:
         tail = workers.log.read_text(errors="replace").splitlines()[-8:]
-        text = f"a worker crashed. The end of its log, {workers.log}:"
+        by = f" (signal {-min(crashed)})" if min(crashed) < 0 else ""
+        text = f"a worker crashed{by}. The end of its log, {workers.log}:"
         raise TrainingError("\n".join([text, *tail]))
     path.unlink(missing_ok=True)
     for rid, shortage in workers.shortages.items():

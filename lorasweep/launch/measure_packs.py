@@ -28,7 +28,7 @@ from lorasweep.plan.throughput import ThroughputTable, measured_path, shape_of
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
-from lorasweep.store.claims import Lock
+from lorasweep.store.claims import SILENCE_S, Lock
 from lorasweep.store.run_store import RunStore
 
 BUDGET_S = 25.0
@@ -53,7 +53,7 @@ def measure_packs(
     """
     shapes = list({shape_of(s): s for s in specs}.values())
     lock = Lock(store.root / ".calibration" / "lock")
-    wait_s = 60 + BUDGET_S * len(shapes)
+    wait_s = SILENCE_S + 30 + BUDGET_S * len(shapes)
     with lock.held(wait_s, lambda holder: report(f"waiting for the measurement by {holder}")):
         known = ThroughputTable(store, hardware, exec_)
         unknown = [s for s in shapes if known.of(s) is None]

@@ -45,6 +45,7 @@ RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
 """Stored key: whether the run resumed in a different pack, or with other ROWS, PROCESSES, PARTS."""
 OF_TRIAL = ("run_id", "state", VALIDATION_START)
 """Keys in the result of a trial that the run with its weights does not take over."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
 """Errors that are never caused by a data set."""
 
@@ -86,7 +87,7 @@ def execute(
         raise
     except Exception as error:
         cause, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             claimed.end_all("stopped", cause, trace)
             free, need = checkpoint.free_bytes(store.root), checkpoint_bytes(pack)
             raise StoreError(
@@ -95,7 +96,12 @@ def execute(
                 "action=plan shows the need of the whole sweep. Finished runs are safe. Free some "
                 "space, then run the same command again: it resumes from the last checkpoints."
             ) from None
-        claimed.end_all("failed", cause, trace)
+        if unwritten := claimed.end_all("failed", cause, trace):
+            # this process is alive, so the run would count as running: its end ends the claim
+            raise StoreError(
+                f"the failure of run {unwritten} ({cause}) cannot be written to {store.root}. When "
+                "the folder can be written again, run the same command again."
+            ) from error
     finally:
         if heartbeat is not None:
             heartbeat.stop()
@@ -116,7 +122,16 @@ class _Pack:
     def claim(self, pack: Sequence[RunSpec]) -> list[RunSpec]:
         """Claim and return the free runs. If the first is taken, claim none: packs stay whole."""
         for spec in pack:
-            n = self.store.claim(spec)
+            try:
+                n = self.store.claim(spec)
+            except OSError as error:
+                if error.errno in DISK_FULL:
+                    raise
+                raise StoreError(
+                    f"run {spec.id} cannot be claimed: {error.strerror or error} "
+                    f"({error.filename}). Make the run folder writable for this user, or use "
+                    "another: exec.runs_dir=FOLDER."
+                ) from None
             if n is not None:
                 self.attempts[spec.id] = n
             elif not self.attempts:
@@ -146,8 +161,13 @@ class _Pack:
             self.store.write_end(spec.id, n, "failed", cause)
             self.report({"run": spec.id, "ended": "failed", "cause": cause})
 
-    def end_all(self, state: str, cause: str, trace: str = "") -> None:
-        """End the attempts at all unfinished runs as 'stopped' or 'failed'."""
+    def end_all(self, state: str, cause: str, trace: str = "") -> str:
+        """End the attempts at all unfinished runs as 'stopped' or 'failed'.
+
+        Returns a run whose end could not be written, or ''. Once this process has ended, such a run
+        counts as interrupted.
+        """
+        unwritten = ""
         for rid, n in self.attempts.items():
             try:
                 if self.store.result(rid) is not None:
@@ -156,9 +176,11 @@ class _Pack:
                     self.store.log(rid, n, trace)
                 self.store.write_end(rid, n, state, cause)
             except (OSError, StoreError):
-                continue  # without end.json the run counts as interrupted
+                unwritten = rid
+                continue
             if state == "failed":
                 self.report({"run": rid, "ended": "failed", "cause": cause})
+        return unwritten
 
     def train(self, runs: list[RunSpec], planned_rows: int | None, limit: Limit) -> None:
         """Train the runs to the end, each attempt from the latest checkpoint.

@@ -21,7 +21,10 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Flag to finish the update, checkpoint and exit. SIGINT, SIGTERM, Slurm's SIGUSR2 set it."""
+    """Flag to finish the update, checkpoint and exit.
+
+    SIGINT, SIGTERM, SIGHUP (the terminal was closed) and Slurm's SIGUSR2 set it.
+    """
 
     SAME_S = 2.0
     """Seconds in which signals count as one. Ctrl-C reaches a worker directly and from its parent.
@@ -33,8 +36,9 @@ class StopFlag:
 
     def install(self) -> None:
         """Handle these signals. A second signal, later than SAME_S, ends the process at once."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+            if number != signal.SIGHUP or not hangups_ignored():
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # inside a job, only Ctrl-C ends the process at once: Slurm itself kills it if needed
@@ -43,6 +47,11 @@ class StopFlag:
             os._exit(128 + number)
         if not self.set:
             self.set, self._since = True, time.monotonic()
+
+
+def hangups_ignored() -> bool:
+    """Return whether this process outlives its terminal, as under nohup."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def die_with_parent() -> None:

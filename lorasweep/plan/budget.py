@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lorasweep.errors import SpecError
+from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.search import full_runs
@@ -77,8 +78,10 @@ def _times(rid: str, store: RunStore) -> list[tuple[float, float]]:
     """Return start and end of each attempt at a run, in seconds since 1970."""
     spans = []
     for n in range(1, (store.last_attempt(rid) or 0) + 1):
-        changed = {f.name: f.stat().st_mtime for f in store.attempt(rid, n).iterdir()}
-        spans.append([changed.get("owner.json", max(changed.values())), max(changed.values())])
+        found = {f.name: files.status(f) for f in store.attempt(rid, n).iterdir()}
+        changed = {name: stat.st_mtime for name, stat in found.items() if stat is not None}
+        last = max(changed.values())
+        spans.append([changed.get("owner.json", last), last])
     result = store.folder(rid) / "result.json"
     if spans and result.exists():
         spans[-1][1] = result.stat().st_mtime

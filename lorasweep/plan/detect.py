@@ -5,6 +5,7 @@ The command line and jobs call this module and pass the result to the planner.
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -97,13 +98,39 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     if trains_here and metadata.version("torch").endswith("+cpu"):
         return ()
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "MIG-" in (wanted or ""):
+        return visible(slices(_nvidia_smi("-L")), wanted)
     fields = "--query-gpu=index,uuid,name,memory.total"
-    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits"]
+    return visible(_nvidia_smi(fields, "--format=csv,noheader,nounits"), wanted)
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """Return the output of nvidia-smi; empty if it fails."""
+    command = ["nvidia-smi", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ()
-    return visible(done.stdout, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return ""
+    return done.stdout
+
+
+SLICE = re.compile(r"MIG (?P<profile>\S+\.(?P<gb>\d+)gb\S*) .*\(UUID: (?P<uuid>MIG-\S+)\)")
+
+
+def slices(listed: str) -> str:
+    """Return the table that `visible` parses of the MIG slices in the output of nvidia-smi -L.
+
+    The memory of a slice is the one in its profile's name: 1g.10gb has 10 GB.
+    """
+    rows, card = [], ""
+    for line in listed.splitlines():
+        if found := SLICE.search(line):
+            mib = int(found["gb"]) * 10**9 // 2**20
+            rows.append(f"-, {found['uuid']}, {card} MIG {found['profile']}, {mib}")
+        elif line.startswith("GPU "):
+            card = line.partition(": ")[2].partition(" (UUID")[0]
+    return "\n".join(rows)
 
 
 def visible(table: str, wanted: str | None) -> tuple[Gpu, ...]:
@@ -112,11 +139,10 @@ def visible(table: str, wanted: str | None) -> tuple[Gpu, ...]:
     `wanted`: the value of CUDA_VISIBLE_DEVICES, numbers or prefixes of uuids; None: all GPUs.
     """
     rows = [[cell.strip() for cell in row] for row in csv.reader(table.splitlines()) if row]
-    found = {i: Gpu(uuid, name, int(mib) * 2**20) for i, uuid, name, mib in rows if mib.isdigit()}
+    found = [(i, Gpu(uuid, name, int(mib) * 2**20)) for i, uuid, name, mib in rows if mib.isdigit()]
     if wanted is None:
-        return tuple(found.values())
-    names = _names(wanted)
-    return tuple(g for n in names for i, g in found.items() if n == i or g.uuid.startswith(n))
+        return tuple(gpu for _, gpu in found)
+    return tuple(g for n in _names(wanted) for i, g in found if n == i or g.uuid.startswith(n))
 
 
 def _names(devices: str) -> list[str]:

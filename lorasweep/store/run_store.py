@@ -78,7 +78,7 @@ class RunStore:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             files.share_as(self.root)
-            probe = self.root / f".probe.{os.getpid()}"
+            probe = self.root / f".probe.{os.getpid()}-{os.urandom(3).hex()}"
             files.write_atomic(probe, b"")
             probe.unlink()
             files.create_once(mark, json.dumps({"train_version": TRAIN_VERSION}).encode())

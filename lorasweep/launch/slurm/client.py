@@ -316,6 +316,7 @@ class RunningJobs:
     def __init__(self) -> None:
         self._running: dict[str, int] | None = None
         self._asked = 0.0
+        self._silent_until = 0.0
         self._dead: set[tuple[str, int]] = set()
 
     def refresh(self) -> None:
@@ -323,11 +324,14 @@ class RunningJobs:
         states = "RUNNING,COMPLETING,STOPPED,SUSPENDED"
         fields = "JobID:|,RestartCnt:|"
         self._running = None
-        with suppress(ClusterError):
+        try:
             listed = run("squeue", "-a", "-h", "-r", "-t", states, "-O", fields)
-            cells = (line.split("|") for line in listed.splitlines())
-            self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
-            self._asked = time.monotonic()
+        except ClusterError:
+            self._silent_until = time.monotonic() + FRESH_S
+            return
+        cells = (line.split("|") for line in listed.splitlines())
+        self._running = {c[0].strip(): int(c[1].strip() or 0) for c in cells}
+        self._asked = time.monotonic()
 
     def __call__(
         self, cluster: str, job: str, restart: int, known_before: bool = False
@@ -339,10 +343,13 @@ class RunningJobs:
         """
         if (job, restart) in self._dead:
             return False
+        if time.monotonic() < self._silent_until:  # a try takes seconds, and each run makes one
+            return None
         try:
             if cluster != setting("ClusterName"):
                 return None
         except ClusterError:
+            self._silent_until = time.monotonic() + FRESH_S
             return None
         running = self._running if time.monotonic() - self._asked < FRESH_S else None
         if running is None or not (running.get(job) == restart or known_before):

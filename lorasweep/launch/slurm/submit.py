@@ -143,6 +143,11 @@ def prepare(cluster: Cluster, root: Path) -> tuple[Partition, Snapshot]:
 
     Raises ClusterError if not.
     """
+    if os.pathsep in str(root):
+        raise ClusterError(
+            f"exec.runs_dir={root} has a '{os.pathsep}' in its name, at which PYTHONPATH splits: "
+            "jobs would not import the copied code in it. Choose a folder without it."
+        )
     client.require()
     partition = client.partition_of(cluster, client.partitions())
     if not cluster.shared:

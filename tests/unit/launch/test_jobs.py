@@ -191,6 +191,11 @@ def test_a_run_folder_that_nodes_cannot_see_is_refused():
     submit.check_visible(Path("/tmp/runs"), here, mounts)  # the node is this machine
 
 
+def test_a_run_folder_with_a_colon_is_refused_as_the_path_of_imports_splits_there():
+    with pytest.raises(ClusterError, match=r"has a ':' in its name.*Choose a folder without"):
+        submit.prepare(Cluster(kind="slurm"), Path("/home/me/2026-11-29T10:00/runs"))
+
+
 def test_a_disk_that_is_too_small_is_refused(packs, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 2**20)
     with pytest.raises(StoreError, match=r"0\.00 GiB .* 0\.\d\d GiB"):

@@ -1,6 +1,7 @@
 """One pack in a worker: claims that other workers take over, stops, and accesses to the folder."""
 
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import threading
 import pytest
 import torch
 
+from lorasweep.errors import StoreError
 from lorasweep.launch import pack, process
 from lorasweep.launch.pack import LOOK_S
 from lorasweep.launch.process import StopFlag, Stopped
@@ -91,6 +93,36 @@ def test_a_run_lost_while_others_are_saved_is_not_saved(tmp_path, clock, monkeyp
     with pytest.raises(Stopped):
         train(store, specs, Scripted(3), stop=stop)
     assert saved == [ids[0]] and not (store.folder(ids[1]) / "checkpoint").exists()
+
+
+def test_a_run_that_cannot_be_claimed_is_an_error_and_no_failure_of_others(tmp_path, monkeypatch):
+    store, specs = RunStore(tmp_path), [tiny_spec(seed=k) for k in range(2)]
+    claim = store.claim
+
+    def of_another_user(spec):
+        if spec is specs[1]:
+            raise PermissionError(errno.EACCES, "Permission denied", f"{tmp_path}/x/attempts/1")
+        return claim(spec)
+
+    monkeypatch.setattr(store, "claim", of_another_user)
+    with pytest.raises(StoreError, match=rf"{specs[1].id} cannot be claimed: .*attempts/1.*writ"):
+        train(store, specs, Scripted(1))
+    assert store.end(specs[0].id, 1)["state"] == "stopped"
+
+
+def test_a_failure_that_cannot_be_written_ends_the_process(tmp_path, monkeypatch):
+    """Else the run counts as running, and a command waits for it for ever."""
+    store, spec = RunStore(tmp_path), tiny_spec()
+
+    def breaks(step, *_):
+        raise RuntimeError("broken")
+
+    def unwritable(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(store, "write_end", unwritable)
+    with pytest.raises(StoreError, match=rf"{spec.id} \(RuntimeError: broken\) cannot be written"):
+        train(store, [spec], Scripted(1, breaks))
 
 
 def test_between_two_checks_an_update_touches_no_file(tmp_path, clock, monkeypatch):

@@ -229,6 +229,21 @@ def test_slurm_decides_whether_an_owner_that_is_a_job_is_alive(slurm, tmp_path, 
     assert not any(map(liveness.alive, many)) and sum(c[0] == "squeue" for c in asked) == 1
 
 
+def test_a_slurm_that_does_not_answer_is_not_asked_again_for_each_run(monkeypatch):
+    tries = []
+
+    def silent(*words):
+        tries.append(words)
+        raise ClusterError("Unable to contact slurm controller")
+
+    monkeypatch.setattr(client, "run", silent)
+    alive = RunningJobs()
+    assert [alive("here", str(k), 0) for k in range(50)] == [None] * 50 and len(tries) == 1
+    monkeypatch.setattr(client, "FRESH_S", -1.0)  # later
+    alive.refresh()
+    assert alive("here", "1", 0) is None and len(tries) == 3
+
+
 def test_a_job_that_slurm_started_again_recognises_its_earlier_execution(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "here")

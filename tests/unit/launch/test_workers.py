@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from lorasweep.errors import TrainingError
 from lorasweep.launch.local import Workers, run_points
 from lorasweep.launch.process import Stopped
 from lorasweep.store.run_store import RunStore
@@ -19,10 +22,10 @@ def stage(compose, tmp_path):
     store = RunStore(tmp_path / "runs")
     store.prepare()
 
-    def train(seed, pool, *settings):
+    def train(seed, pool, *settings, trainer=TRAINER):
         given = (f"sweep.axes.seed={seed}", "exec.pack_size=1", f"exec.runs_dir={store.root}")
         request = compose("+sweep=lr_ratio", "scale=smoke", *given, "exec.threads=1", *settings)
-        run_points(request.points, store, request.exec, lambda e: None, TRAINER, workers=pool)
+        run_points(request.points, store, request.exec, lambda e: None, trainer, workers=pool)
         assert set(store.states(p.id for p in request.points).values()) == {"done"}
         return {store.owner(p.id, 1)["pid"] for p in request.points}
 
@@ -59,3 +62,17 @@ def test_ctrl_c_ends_workers_that_wait(stage, monkeypatch):
         monkeypatch.setattr(pool, "pass_on", interrupt)
         stage(1, pool, "exec.workers=1")
     assert not is_there(pid)
+
+
+def test_workers_that_are_killed_before_they_claim_a_run_are_not_started_for_ever(stage):
+    with pytest.raises(TrainingError, match=r"a worker crashed \(signal 9\)"):
+        stage(0, None, "exec.workers=1", trainer="tests.unit.launch.trainers:killed")
+
+
+def test_a_closed_terminal_stops_a_worker_cleanly_unless_it_is_to_outlive_it():
+    lines = "import os, signal; from lorasweep.launch.process import StopFlag"
+    lines += "; flag = StopFlag(); flag.install(); os.kill(os.getpid(), signal.SIGHUP)"
+    command = [sys.executable, "-c", lines + "; print(flag.set)"]
+    for start, stops in (([], "True"), (["nohup"], "False")):
+        done = subprocess.run([*start, *command], capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (0, stops)

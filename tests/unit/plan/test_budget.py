@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 
@@ -31,9 +32,10 @@ def finished(store, spec, spans, **result):
         store.claim(spec)
         attempt = store.attempt(spec.id, n)
         store.log(spec.id, n, "")
+        (attempt / ".partial").symlink_to("a file that was renamed since")
         if n < len(spans):
             store.write_end(spec.id, n, "stopped", "")
-        for file in attempt.iterdir():
+        for file in filter(Path.exists, attempt.iterdir()):
             at = begin if file.name == "owner.json" else end
             os.utime(file, (at, at))
     store.finish(spec.id, "done", {"test_nll": 1.0, **result})
@@ -64,7 +66,7 @@ def test_several_processes_of_a_run_take_a_gpu_each(tmp_path):
     store.prepare()
     run = finished(store, tiny_spec(lr=1e-3, steps=40), [(1000, 1040)])
     store.write_env(run.id, 1, {"processes": 4})
-    for file in store.attempt(run.id, 1).iterdir():
+    for file in filter(Path.exists, store.attempt(run.id, 1).iterdir()):
         os.utime(file, (1000, 1000))
     assert parse_budget("1gpuh", 40).used([run], store) == 160
     assert parse_budget("1h", 40).used([run], store) == 40

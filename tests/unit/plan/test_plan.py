@@ -315,6 +315,20 @@ def test_gpus_are_those_that_the_environment_leaves(wanted, names):
     assert found == [(f"GPU-{3 * name}", 81559 * 2**20) for name in names]
 
 
+MIG = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaa)
+  MIG 1g.10gb     Device  0: (UUID: MIG-1111-aa)
+  MIG 3g.40gb     Device  1: (UUID: MIG-2222-bb)
+  MIG 1g.10gb+me  Device  2: (UUID: MIG-3333-cc)
+"""
+
+
+def test_a_slice_of_a_gpu_counts_as_a_gpu_with_the_memory_of_its_profile():
+    (found,) = detect.visible(detect.slices(MIG), "MIG-2222-bb")
+    assert (found.uuid, found.name) == ("MIG-2222-bb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb")
+    assert found.memory_bytes == pytest.approx(40e9, abs=2**20)
+    assert len(detect.visible(detect.slices(MIG), "MIG-3333-cc,MIG-1111-aa")) == 2
+
+
 def test_one_worker_a_gpu(asked, monkeypatch):
     monkeypatch.setattr(detect, "gpus", lambda: detect.visible(SMI, None))
     monkeypatch.setattr(detect, "cores", lambda: 16)
