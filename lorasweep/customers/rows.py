@@ -55,6 +55,9 @@ class Rules:
     folder does not say it."""
     serve: str = "peft"
     """Name of the serving profile."""
+    whole_prompt: bool = False
+    """Field of DatasetSpec, for messages without a chat template: true in new fleets, false in
+    those whose folder does not say it."""
 
     def form(self, format: str, tokenizer: Any) -> dict[str, Any]:
         """Return the fields of DatasetSpec that determine how text is rendered and learned."""
@@ -64,6 +67,8 @@ class Rules:
             found = {"render": "chat_template", "template": CHAT}
         else:
             found = {"render": FIRST_RENDER, "template": PLAIN}
+        by_role = format in fields.LISTS and found["render"] != "chat_template"
+        found["whole_prompt"] = self.whole_prompt and by_role
         if self.mask is None and self.answers == "last" and format == "messages":
             return {**found, "mask": "last_assistant"}
         return found if self.mask is None else {**found, "mask": self.mask}

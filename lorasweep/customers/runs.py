@@ -290,7 +290,7 @@ def fleet_of(
 
     spec, given = request.points[0].spec, _given(request)
     kept = read_rules(fleet_folder(request))
-    new = Rules(layers=spec.method.plain()["layers"], answers="all")
+    new = Rules(layers=spec.method.plain()["layers"], answers="all", whole_prompt=True)
     rules = dataclasses.replace(kept or new, **given)
     if rules.serve not in profiles:
         raise SpecError(unknown("serve", rules.serve, profiles))
@@ -317,7 +317,7 @@ def fleet_of(
         return rules, found
     data = spec.dataset
     of_scale = {"template": data.template, "render": data.render}
-    past = dataclasses.replace(rules, **of_scale, split=BY_ROW, answers="last")
+    past = dataclasses.replace(rules, **of_scale, split=BY_ROW, answers="last", whole_prompt=False)
     then = members(past)
     now, before = ({p.id for m in fleet for p in m.points} for fleet in (found, then))
     if (before - now).isdisjoint(there):

@@ -74,6 +74,8 @@ def turns_of(form: str, row: Any, where: str) -> list[Turn]:
 
 def _content(given: Any, calling: bool, at: str) -> str | None:
     """Return a message's text, or that of its parts; None is allowed beside calls of tools."""
+    if isinstance(given, str):
+        check_text(given, at)
     if isinstance(given, str) or (given is None and calling):
         return given
     if not isinstance(given, list):
@@ -88,7 +90,20 @@ def _content(given: Any, calling: bool, at: str) -> str | None:
                 f"{at}[{k}] is a part of type {kind!r}. Only text is trained. Allowed: "
                 '{"type": "text", "text": TEXT}. Remove the part or the row.'
             )
-    return "".join(part["text"] for part in given)
+    text = "".join(part["text"] for part in given)
+    check_text(text, at)
+    return text
+
+
+def check_text(text: str, at: str) -> None:
+    """Raise DataError if a text has half of a UTF-16 pair, as of an emoji that was cut in two."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{at}: character {error.start + 1} is {text[error.start]!r}, half of a character, "
+            "which no tokenizer reads. Correct the text or remove the row."
+        ) from None
 
 
 def _calls(message: Mapping[str, Any], role: str, at: str) -> list[dict[str, Any]]:

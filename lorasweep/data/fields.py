@@ -12,13 +12,15 @@ from lorasweep.data.chat import LISTS, WEIGHT, Turn
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 
+JOINED = "+"
+"""Joins the names of several columns in DatasetSpec.prompt_field."""
 Message = tuple[str, str]
 """Role and text. The text of a message that calls tools has the calls, too."""
 
 
 def columns(spec: DatasetSpec) -> tuple[str, ...]:
     """Return the columns that rows of a data set must have."""
-    pair = (spec.prompt_field, spec.completion_field)
+    pair = (*spec.prompt_field.split(JOINED), spec.completion_field)
     needed = (spec.format,) if spec.format in LISTS else pair
     return (*needed, spec.answer_field) if spec.answer_field else needed
 
@@ -74,7 +76,11 @@ def in_loss(spec: DatasetSpec, row: Any, where: str) -> list[bool]:
 
 def prompt_and_completion(spec: DatasetSpec, row: Any, where: str) -> tuple[str, str]:
     """Return the prompt (in the template) and the completion of a row with two columns."""
-    prompt = spec.template.replace("{prompt}", text_of(row, spec.prompt_field, where))
+    name = spec.prompt_field
+    names = [name] if isinstance(row, dict) and name in row else name.split(JOINED)
+    texts = [text_of(row, one, where) for one in names]
+    said = "\n\n".join(filter(None, texts)) if len(texts) > 1 else texts[0]
+    prompt = spec.template.replace("{prompt}", said)
     return prompt, text_of(row, spec.completion_field, where)
 
 
@@ -111,4 +117,5 @@ def text_of(row: Any, name: str, where: str) -> str:
             f"{where}: field {name!r} is {str(row[name])[:40]} ({type(row[name]).__name__}), not a "
             "text. Put it into quotes, or remove the row."
         )
+    chat.check_text(row[name], f"{where}: field {name!r}")
     return row[name]

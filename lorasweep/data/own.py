@@ -14,12 +14,13 @@ PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("question", "answer"),
+    ("instruction+input", "output"),
     ("instruction", "output"),
     ("instruction", "response"),
     ("input", "output"),
     ("input", "target"),
 )
-"""Names of prompt and completion columns, in order of preference."""
+"""Names of prompt and completion columns, in order of preference. a+b: both, the second if any."""
 HUB_NAME = re.compile(
     r"(?P<location>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w.-]+))?"
 )
@@ -136,10 +137,11 @@ def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
     for name in formats:
         if name in columns and name in fields.LISTS:
             by_default = "completion" if name == "messages" else "last_assistant"
-            return {"format": name, "mask": named.get("mask", by_default)}
+            mask = named.get("mask", by_default)
+            return {"format": name, "mask": mask, "whole_prompt": True}
     pairs = dict.fromkeys((prompt or p, completion or c) for p, c in PAIRS)
     for pair in pairs:
-        if set(pair) <= columns:
+        if {*pair[0].split(fields.JOINED), pair[1]} <= columns or set(pair) <= columns:
             mask = named.get("mask", "completion")
             return {"prompt_field": pair[0], "completion_field": pair[1], "mask": mask}
     chat.refuse_pairs(row, where)

@@ -98,6 +98,12 @@ def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
                 f"which with max_new_tokens={max_new_tokens} is more than max_length="
                 f"{spec.max_length}. Set dataset.max_length={longest + max_new_tokens}{less}."
             )
+        for k, row in enumerate(rows):
+            if (answers := np.diff(row.loss.astype(np.int8), prepend=0).tolist().count(1)) > 1:
+                raise DataError(
+                    f"{where} {k} has {answers} answers in the loss. A reward judges the answer to "
+                    'one prompt. Set "weight": 0 on the other answers, or split the row.'
+                )
         for k, found in enumerate(of_gold(rows)):
             if found != 1.0:
                 raise DataError(

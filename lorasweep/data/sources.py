@@ -139,7 +139,7 @@ def rows_in(path: Path) -> Iterator[Row]:
         rows = enumerate(READERS[path.suffix](path), start=1)
         yield from ((f"{path} row {number}", row) for number, row in rows)
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         number = 0
         try:
             for number, line in enumerate(lines, start=1):

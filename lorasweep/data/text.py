@@ -90,7 +90,18 @@ def examples(
 
 def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Iterator[Example]:
     """Tokenize rows part by part, except those that `too_long` leaves out."""
-    rendered = each(given, lambda row, where: (where, parts_of(spec, row, where, tokenizer)))
+
+    def read(row: Any, where: str) -> tuple[str, list[Part]]:
+        parts = parts_of(spec, row, where, tokenizer)
+        if tokenizer.eos_token_id is None and any(part.eos for part in parts):
+            raise DataError(
+                f"dataset {spec.name!r}: with render={spec.render} an answer ends with the EOS "
+                "token, and the tokenizer has none. Name it in tokenizer_config.json (eos_token), "
+                "or set dataset.render=role_colon."
+            )
+        return where, _joined(parts) if spec.whole_prompt else parts
+
+    rendered = each(given, read)
     while together := list(itertools.islice(rendered, TOGETHER)):
         texts = [part.text for _, parts in together for part in parts]
         pieces = iter(tokenizer(texts, add_special_tokens=False).input_ids)
@@ -200,6 +211,16 @@ def rendered(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[li
     texts = [(part.text + (tokenizer.eos_token if part.eos else ""), part) for part in parts]
     pieces = itertools.groupby((t for t in texts if t[0]), lambda t: t[1].in_loss)
     return [["".join(text for text, _ in piece), in_loss] for in_loss, piece in pieces]
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """Join each part with the next one of the same mask, unless EOS is between them."""
+    found: list[Part] = []
+    for part in parts:
+        if found and found[-1].in_loss == part.in_loss and not found[-1].eos:
+            part = part._replace(text=found.pop().text + part.text)
+        found.append(part)
+    return found
 
 
 def _chat_parts(

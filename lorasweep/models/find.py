@@ -61,7 +61,7 @@ def pinned_path(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
         if not (pinned if is_gguf else pinned.startswith("sha256:")):
             return path
         pins.append(content_pin(path))
-        if pins[-1] == pinned:
+        if pinned in (pins[-1], content_pin(path, with_tokenizer=False)):
             return path
     raise ModelError(
         f"model {spec.name!r}: {there[0]} is {pins[0]}, but the model pins {pinned}. Get the "
@@ -70,15 +70,18 @@ def pinned_path(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     )
 
 
-def content_pin(path: Path) -> str:
-    """Return 'sha256:...' of a GGUF file, or of a folder's config.json and weights.
+def content_pin(path: Path, with_tokenizer: bool = True) -> str:
+    """Return 'sha256:...' of a GGUF file, or of a folder's config.json, weights and tokenizer.
 
-    That of a folder is what `sha256sum config.json model*.safetensors | sha256sum` prints in it.
+    That of a folder is what `sha256sum FILES | sha256sum` prints in it, with config.json, the
+    weights and the tokenizer's files in this order. Earlier versions pinned no tokenizer.
     """
     files = [path]
     if path.is_dir():
         weights = sorted(p for p in map(path.joinpath, hub.weight_files(path)) if p.is_file())
         files = [path / "config.json", *(weights or sorted(path.glob(hub.PICKLED)))]
+        if with_tokenizer:
+            files += [p for p in map(path.joinpath, hub.OF_TOKENIZER) if p.is_file()]
     digests = [_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     if path.is_dir():
         listed = "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, files))

@@ -14,6 +14,11 @@ PICKLED = "pytorch_model*.bin*"
 """Weights in an older format."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """Names of a tokenizer's vocabulary file; a tokenizer has at least one of them."""
+OF_TOKENIZER = (
+    *(*TOKENIZER, "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
+)
+"""Names of all files of a tokenizer that determine the tokens of a row."""
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 UNWANTED = ["original/*"]
 """Weights in Meta's format, which some repositories have in addition to transformers' format."""

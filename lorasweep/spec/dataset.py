@@ -22,7 +22,7 @@ CHOICES = {
 }
 """Allowed values of fields."""
 OF_TEXT = (
-    *("render", "too_long", "unseen_prompts", "unseen_rows"),
+    *("render", "whole_prompt", "too_long", "unseen_prompts", "unseen_rows"),
     *("answer_field", "verifier", "held_out_by"),
 )
 """Fields that apply to text only; generators draw tokens."""
@@ -83,6 +83,9 @@ class DatasetSpec(Value):
     """How messages become text: see `lorasweep.data.text.parts_of`. role_colon: the study's form
     for base models. role_eos: the same words; the EOS token ends an answer. chat_template: the
     tokenizer's form, for instruct models."""
+    whole_prompt: bool = later(False)
+    """Tokenize the text before an answer as a whole, as servers do. False: each role and each
+    message alone, as the renderers of tinker-cookbook do, which may give other tokens."""
     too_long: str = later("cut")
     """Treatment of rows longer than max_length. cut: cut on the right; an error if no loss token is
     left. cut_or_skip: cut on the right; left out if no loss token is left. skip: left out."""

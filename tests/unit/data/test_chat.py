@@ -260,6 +260,8 @@ REFUSED = [
     (answer(content=None), r"messages\[1\].content is null. Allowed: a text, a list of text parts"),
     (answer(content=None, tool_calls=[]), r"messages\[1\].content is null"),
     ({"messages": [{"role": "user"}, YES]}, r"messages\[0\].content is null"),
+    (answer(content="Yes \ud83d"), r"messages\[1\].content: character 5 is '\\ud83d', half of a ch"),
+    (answer(content=[{"type": "text", "text": "\ud83d"}]), r"messages\[1\].content: character 1 is"),
     (answer(content=3), r"messages\[1\].content is 3. Allowed"),
     (answer(role="function"), r"messages\[1\]: 'function' is not read. Write instead the role \"tool"),
     (answer(role="critic"), r"messages\[1\]: a message is from 'critic'. Allowed: .*user, assist"),

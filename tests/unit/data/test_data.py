@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
+from lorasweep.data import fields, own, rows
 from lorasweep.data import load as data
-from lorasweep.data import own, rows
 from lorasweep.data.batches import collate, merge, padded
 from lorasweep.data.examples import Example
 from lorasweep.data.load import check_available
@@ -155,11 +155,12 @@ FORMS = (
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "héllo"}]},
     {"question": "Hi", "answer": "héllo", "id": 3},
     {"instruction": "Hi", "output": "héllo"},
+    {"instruction": "Say", "input": "Hi", "output": "héllo"},
     {"prompt": "Hi", "completion": "héllo"},
 )
 
 
-@pytest.mark.parametrize("row", FORMS, ids=lambda row: next(iter(row)))
+@pytest.mark.parametrize("row", FORMS, ids=lambda row: "-".join(row))
 def test_the_usual_forms_are_read_and_counted(tmp_path, row):
     given = str(write_json(tmp_path / "train.jsonl", [row, row]))
     spec = own.dataset_of(given)
@@ -168,6 +169,26 @@ def test_the_usual_forms_are_read_and_counted(tmp_path, row):
     counted = own.count(given)
     assert (counted.rows, counted.answer_bytes) == (2, 2 * len("héllo".encode()))
     assert spec.revision == f"sha256:train={counted.sha256[: own.DIGITS]}"
+
+
+def test_an_instruction_has_its_input_if_there_is_one(tmp_path):
+    rows = [{"instruction": "Say.", "input": text, "output": "héllo"} for text in ("Hi", "")]
+    spec = own.dataset_of(str(write_json(tmp_path / "train.jsonl", rows)))
+    prompts = [fields.prompt_and_completion(spec, row, "")[0] for row in rows]
+    assert prompts == ["Say.\n\nHi\n", "Say.\n"]
+    named = {"prompt_field": "instruction"}
+    spec = own.dataset_of(str(tmp_path), named=named)
+    assert fields.prompt_and_completion(spec, rows[0], "")[0] == "Say.\n"
+    with pytest.raises(DataError, match="no field 'input', only instruction, output"):
+        del rows[1]["input"]
+        both = dataclasses.replace(spec, prompt_field="instruction+input")
+        fields.prompt_and_completion(both, rows[1], "")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = write_json(tmp_path / "train.jsonl", [CHAT])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert own.count(str(path)).rows == 1
 
 
 def test_held_out_rows_are_those_beside_it(tmp_path):

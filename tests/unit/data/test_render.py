@@ -2,9 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 
-from lorasweep.data import fields, own
+from lorasweep.data import fields, own, templates
 from lorasweep.data import load as data
 from lorasweep.errors import DataError
 from tests.bpe import llama_like, qwen_like
@@ -47,6 +48,37 @@ def test_role_eos_ends_answers_with_eos_and_has_no_bos(tmp_path, tokenizer):
     text, row = tokens_of(tmp_path, tokenizer(), TURNS[:2], render="role_eos")
     assert text == f"User : _ Is _it _late ? // Assistant : _ [Yes] [,] [_it] [_is] [.] [{eos}]"
     assert row.n_bytes == len("Yes, it is.")
+
+
+@pytest.mark.parametrize("render", ["role_eos", "role_colon"])
+@pytest.mark.parametrize("tokenizer", [llama_like, qwen_like])
+def test_a_whole_prompt_has_the_tokens_that_a_server_sends(tmp_path, tokenizer, render):
+    """Of one or two questions; an earlier answer is in the prompt, too."""
+    differ = 0
+    for n in (2, 4):
+        served = templates.with_template(shipped("tulu3", render=render), tokenizer())
+        sent = served.apply_chat_template(
+            TURNS[: n - 1], add_generation_prompt=True, tokenize=False
+        )
+        sent = served(sent, add_special_tokens=False).input_ids
+        alone, whole = (
+            tokens_of(tmp_path, tokenizer(), TURNS[:n], render=render, whole_prompt=w)[1]
+            for w in (False, True)
+        )
+        asked = whole.loss.tolist().index(True)
+        assert whole.tokens[:asked].tolist() == sent
+        answers = [e.tokens[e.loss].tolist() for e in (alone, whole)]
+        assert answers[0] == answers[1] and whole.n_bytes == alone.n_bytes
+        differ += not np.array_equal(alone.tokens, whole.tokens)
+    assert differ == (2 if render == "role_eos" else 0)
+
+
+def test_an_answer_that_ends_with_eos_needs_a_tokenizer_that_has_one(tmp_path):
+    tokenizer = copy.deepcopy(qwen_like())
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"tokenizer has none.*or set dataset.render=role_colon"):
+        tokens_of(tmp_path, tokenizer, render="role_eos")
+    assert tokens_of(tmp_path, tokenizer)[0].endswith("[User] [:]")
 
 
 def weighted(*weights, turns=TURNS):

@@ -30,6 +30,7 @@ from tests.small_hub import deep, problem
 from tests.unit.data.conftest import composed, shipped
 from tests.unit.data.test_data import jsonl
 from tests.unit.data.test_study_data import load, spec_of
+from tests.world import write_splits
 
 
 def test_every_context_has_one_hidden_label_of_sixteen_and_comes_once_an_epoch():
@@ -126,6 +127,24 @@ def test_text_is_rewarded_by_its_number_and_a_gold_answer_must_be_readable(tmp_p
     unread = jsonl(tmp_path, [*rows, {"prompt": "p", "completion": "many"}], verifier="integer")
     with pytest.raises(DataError, match=r"row 4: the gold answer of the row cannot be read"):
         rewards.check_rows(spec, unread, 16)
+
+
+def test_a_row_with_two_answers_in_the_loss_has_no_prompt_to_reward(tmp_path):
+    said = [("user", "2+2?"), ("assistant", "#### 4"), ("user", "3+3?"), ("assistant", "#### 6")]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    spec = {"source": "jsonl", "location": "mine", "revision": "", "holdout": 0}
+    spec = shipped("tulu3", **spec, mask="completion", verifier="integer")
+
+    def loaded():
+        write_splits(tmp_path / "mine", [row])
+        return data.load(spec, [str(tmp_path)], llama_like())
+
+    with pytest.raises(
+        DataError, match=r"row 0 has 2 answers in the loss.*Set \"weight\": 0 on the"
+    ):
+        rewards.check_rows(spec, loaded(), 16)
+    row["messages"][1]["weight"] = 0
+    rewards.check_rows(spec, loaded(), 16)
 
 
 RL = ("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "batch_size=32")

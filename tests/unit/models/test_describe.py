@@ -247,9 +247,20 @@ def test_the_pin_of_a_folder_is_what_sha256sum_prints(tmp_path):
 
     folder = save(random_model("Llama"), tmp_path / "mine")
     spec, _ = describe_model(str(folder))
-    command = "sha256sum config.json model*.safetensors | sha256sum"
-    printed = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
-    assert spec.revision == f"sha256:{printed.stdout.split()[0]}"
+
+    def pin(*more):
+        command = " ".join(["sha256sum config.json model*.safetensors", *more, "| sha256sum"])
+        done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+        return f"sha256:{done.stdout.split()[0]}"
+
+    assert spec.revision == pin("tokenizer.json", "tokenizer_config.json")
+    # another chat template makes other rows, so it is another model
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    changed, _ = describe_model(str(folder))
+    assert changed.revision == pin("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    # earlier versions pinned no tokenizer
+    before = dataclasses.replace(spec, location=folder.name, revision=pin())
+    assert find.pinned_path(before, [str(tmp_path)]) == folder
 
 
 # ---------------------------------------------------------------- the hub, and a GGUF file
