@@ -15,6 +15,7 @@ class GateCode(StrEnum):
     FLAGGED = "{1}"
     FEW_SEEDS = f"{{0}} seed(s), {MIN_SEEDS} needed"
     FEW_SEEDS_AT_BEST = f"{{0}} seed(s) at the optimum, {MIN_SEEDS} needed"
+    FEW_SEEDS_OF_BOTH = f"{{0}} seed(s) that both methods have, {MIN_SEEDS} needed"
     FEW_SEEDS_AT_RECIPE = f"{{0}} seed(s) at the recipe's learning rate, {MIN_SEEDS} needed"
     FEW_SEEDS_AS_GOOD = "{0} seed(s) with such a learning rate"
     RECIPE_OUTSIDE = "the recipe's learning rate is outside those tried"
@@ -27,6 +28,7 @@ class GateCode(StrEnum):
     TASK = "task: {0}"
     BY_TASK = "by task: {0}"
     MISSING = "no curve of {0}"
+    NOT_APART = "no rank leaves its band within the run"
     ONE_RANK = "one rank only"
     NOISY = "the gap's standard error is {0} of the gain; at most 1.25% is judged"
     NO_GAP = "LoRA is not behind here, so there is no gap to grow or shrink"
@@ -73,6 +75,7 @@ REMEDIES: dict[str, str] = {
     GateCode.WITHDRAWN: "other runs: the reason says which",
     "unread_at_likely_rates": "more learning rates around the best one",
     "one_rank_departs": "longer runs, or two ranks that fall behind within them",
+    GateCode.NOT_APART: "longer runs",
     GateCode.NOT_REACHED: "longer runs, or higher ranks",
     GateCode.NOT_CONVERGED: "more exposures of each fact",
     GateCode.BUSY: "the same runs on a quiet machine",

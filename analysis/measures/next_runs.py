@@ -174,6 +174,8 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     else:
         x = np.log2([float(o.curve.key["rank"]) for o in known])
         shares = ((x - x.mean()) / (float(((x - x.mean()) ** 2).sum()) or 1.0)).tolist()
+    if not any(shares):  # all curves have one rank: the estimand is no slope over it
+        return []
     # The standard error at which the interval excludes the margin's nearest edge with probability
     # POWER. It is in ln for ratios. The errors of optima are taken to be normal.
     to, level = scale_of(verdict.log), verdict.estimate.level

@@ -124,10 +124,10 @@ class Gap:
         It comes from the noise of repeated full fine-tuning runs, so it does not depend on the gap.
         """
         runs, gain = self.full.likelihood, mean_of(self.gain)
-        if runs is None or not runs.df or not gain > 0:
+        if runs is None or not runs.df or not gain > 0 or not self.nats.best:
             return math.inf
         noise = math.sqrt(runs.squares / runs.df)
-        return math.sqrt(2 / len(self.gain.best)) * noise / gain
+        return math.sqrt(2 / len(self.nats.best)) * noise / gain
 
 
 def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:

@@ -49,6 +49,8 @@ class Stable:
     """The loss at the top by seed: the mean is the estimate, and the spread its error."""
     draws: np.ndarray
     """ln of the tried learning rates nearest to the tops of N_LR_DRAWS bootstrap samples."""
+    ends: tuple[float, float]
+    """ln of the lowest and the highest learning rate at which all seeds ran."""
 
 
 def stable(curve: LrCurve) -> Stable | None:
@@ -89,7 +91,8 @@ def stable(curve: LrCurve) -> Stable | None:
         return x[np.abs(x[:, None] - to).argmin(0)]
 
     loss_by_seed = AtBest(dict(zip(seeds, by_seed.tolist())))
-    return Stable(nearest(np.array([at]))[0], loss_by_seed, nearest(tops[:N_LR_DRAWS]))
+    ends = (float(x[0]), float(x[-1]))
+    return Stable(nearest(np.array([at]))[0], loss_by_seed, nearest(tops[:N_LR_DRAWS]), ends)
 
 
 def _tops(
@@ -181,6 +184,27 @@ def at_each_lr(curve: LrCurve) -> dict[float, tuple[Estimate, float]]:
     return found
 
 
+def _at_edge(best: Stable, curve: LrCurve) -> bool:
+    """Return whether a better LR may be beyond those at which all seeds ran.
+
+    It may not if the next LR, at which some seeds ran, is unstable or worse for these seeds.
+    """
+    for end, side in zip(best.ends, (-1, 1)):
+        if abs(best.x - end) >= SAME:
+            continue
+        beyond = side * (curve.x - end) > SAME
+        if not beyond.any():
+            return True
+        following = curve.x[beyond][np.abs(curve.x[beyond] - end).argmin()]
+        there = np.abs(curve.x - following) < SAME
+        here = (np.abs(curve.x - end) < SAME) & np.isin(curve.seed, curve.seed[there])
+        unstable = curve.broke_down[there].mean() > MAX_COLLAPSED
+        means = [float(curve.y[at & ~curve.broke_down].mean()) for at in (there, here)]
+        if not unstable and means[0] < means[1]:
+            return True
+    return False
+
+
 def gates_on_stable(curves: Sequence[LrCurve]) -> list[Gate]:
     """Return the gates on rewards at stable LRs: too few seeds, or the best LR at an edge."""
     gates = []
@@ -189,7 +213,7 @@ def gates_on_stable(curves: Sequence[LrCurve]) -> list[Gate]:
         n = 0 if best is None else len(best.loss.best)
         if best is None or n < MIN_SEEDS:
             gates.append(Gate(GateCode.FEW_SEEDS, n, f"{curve.name}: "))
-        elif min(abs(best.x - curve.x.min()), abs(best.x - curve.x.max())) < SAME:
+        elif _at_edge(best, curve):
             gates.append(Gate(GateCode.FLAGGED, place=f"{curve.name}: ", flags=("at_edge",)))
     return gates
 

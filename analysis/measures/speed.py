@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, exp_of, from_draws
+from analysis.inference.estimate import LEVEL, Estimate, exp_of, from_draws
 from analysis.inference.meta import censored_slope, pseudo_values
 from analysis.inference.seeds import PooledVariance, from_sample
 from analysis.inference.spread import Spread
@@ -318,14 +318,15 @@ class Start:
     steps: list[float]
     ranks: list[Apart]
     first: Estimate
-    """The step at which the first rank leaves its band."""
+    """The step at which the first rank leaves its band. No value if none does so within the run, in
+    so many resamples that the interval has no upper end."""
     growth: Estimate
     """Change of the lowest rank's difference per doubling of the updates, in nats; over seeds."""
 
 
 def start_of(table: pd.DataFrame, top: int) -> Start | None:
     """Compare ranks with rank `top` at the LR with several draws of A; None with only one rank."""
-    part = table[table["method"] == "lora"]
+    part = table[(table["method"] == "lora") & (table["status"] == "done")]
     lrs = part.loc[part["init_seed"].fillna(0) > 0, "lr"].unique()
     found: dict[int, dict[int, list[dict[float, float]]]] = {}
     for run, points in by_run(part[part["lr"].isin(lrs)]).items():
@@ -339,6 +340,8 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
         return None
     curves = [c for seeds in again.values() for draws in seeds.values() for c in draws]
     steps = sorted(set.intersection(*map(set, curves)))
+    if len(steps) < 2:
+        return None
     drawn = {
         r: {s: np.array([[c[t] for t in steps] for c in draws]) for s, draws in seeds.items()}
         for r, seeds in again.items()
@@ -369,7 +372,7 @@ def _leaves(apart: np.ndarray, band: np.ndarray, steps: Sequence[float]) -> floa
 
 
 def _first_to_leave(drawn: Draws, band: dict[int, np.ndarray], steps: Sequence[float]) -> Estimate:
-    """Return the step at which the first rank leaves its band; twice the last step if none does.
+    """Return the step at which the first rank leaves its band: see `Start.first`.
 
     The interval is from a bootstrap over seeds, and over draws of A within each seed.
     """
@@ -385,4 +388,6 @@ def _first_to_leave(drawn: Draws, band: dict[int, np.ndarray], steps: Sequence[f
         found.append(min(_leaves(mean[r] - mean[top], band[r], steps) for r in drawn if r != top))
     n = sum(len(draws) for by_seed in drawn.values() for draws in by_seed.values())
     spread = Spread(len(seeds), "seeds with other draws of A")  # draws of one seed share batches
+    if np.isinf(found).mean() >= (1 - LEVEL) / 2:
+        return Estimate(None, n=n, spread=spread)
     return from_draws(np.minimum(np.array(found), 2.0 * steps[-1]), n, spread=spread)

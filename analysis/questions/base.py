@@ -305,6 +305,8 @@ def gates_on_gap(gap: Gap) -> list[Gate]:
     A gap in nats with its own error is valid on a small or nearly solved task too.
     """
     found = gates_on([gap.full, gap.lora])
+    if not found and len(gap.nats.best) < MIN_SEEDS:
+        found.append(Gate(GateCode.FEW_SEEDS_OF_BOTH, len(gap.nats.best)))
     if gap.planned_error > MAX_ERROR:
         known = math.isfinite(gap.planned_error)
         share = f"{100 * gap.planned_error:.2g}%" if known else "an unknown share"

@@ -19,6 +19,7 @@ from analysis.inference.estimate import AT_LEAST, Estimate, exactly, rate
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.seeds import from_sample
 from analysis.questions import base
+from analysis.runs.table import TableError
 
 SYMBOLS, VALUES, ROW = 4, 16, 8
 """Symbols per value, values per symbol, facts per row (lorasweep/data/synthetic/facts.py)."""
@@ -131,14 +132,26 @@ class Facts(base.Condition):
         share = f"{max(stored):.0%} of the bits, {PLAUSIBLE:.0%} needed"
         return [Gate(GateCode.TASK, f"full fine-tuning stores {share}")]
 
-    def gates_on_most(self) -> list[Gate]:
-        """List the gates of the load with the most bits per parameter."""
-        best = _fullest(self.of_lora)
+    @property
+    def at_100(self) -> list[Load]:
+        """LoRA's loads with about 100 exposures of each fact."""
+        return [v for v in self.of_lora if 70 <= v.exposures <= 140]
+
+    def gates_on_runs(self, loads: Sequence[Load]) -> list[Gate]:
+        """List the gates of the load with the most bits per parameter: few seeds, or an edge."""
+        if not loads:
+            return []
+        best = _fullest(loads)
         gates, place = [], f"{best.facts} facts x {best.exposures:.0f}: "
         if len(best.bits) < MIN_SEEDS:
             gates.append(Gate(GateCode.FEW_SEEDS, len(best.bits), place))
         if best.at_edge:
             gates.append(Gate(GateCode.FLAGGED, place=place, flags=("at_edge",)))
+        return gates
+
+    def gates_on_most(self) -> list[Gate]:
+        """List the gates on the most bits per parameter, among them whether they still grow."""
+        best, gates = _fullest(self.of_lora), self.gates_on_runs(self.of_lora)
         same = (c for c in self.of_lora if c.facts == best.facts)
         fewer = (c for c in same if c.exposures < best.exposures)
         if before := max(fewer, key=lambda c: c.exposures, default=None):
@@ -162,7 +175,15 @@ def most(loads: Sequence[Load]) -> Estimate | None:
 
 
 def conditions(table: pd.DataFrame) -> list[Facts]:
-    """Return the one condition of a model."""
+    """Return the one condition of a model.
+
+    Raises:
+        TableError: LoRA has more than one rank, so that its parameters differ.
+    """
+    ranks = sorted(table.loc[table["method"] == "lora", "rank"].dropna().unique())
+    if len(ranks) > 1:
+        listed = ", ".join(f"{r:g}" for r in ranks)
+        raise TableError(f"LoRA has the ranks {listed}, but bits a parameter need one. Keep one.")
     return [Facts(f"{table['model'].iloc[0]}, facts of 16 bits", table, [], loads_of(table))]
 
 
@@ -176,8 +197,8 @@ ESTIMANDS = [
     ),
     base.Estimand[Facts](
         "bits_at_100",
-        lambda c: most([v for v in c.of_lora if 70 <= v.exposures <= 140]),
-        Facts.gates_on_task,
+        lambda c: most(c.at_100),
+        lambda c: c.gates_on_task() + c.gates_on_runs(c.at_100),
         absent="about 100 exposures",
         log=True,
     ),

@@ -51,7 +51,10 @@ class Twins:
         for a, b in pairs:
             if (acts := broken_by(a, b)) is None:
                 continue
-            off = np.abs(np.subtract(*(learned[r.name]["test_nll"].to_numpy() for r in (a, b))))
+            one, other = (learned[r.name].set_index("step")["test_nll"] for r in (a, b))
+            off = (one - other).dropna().abs().loc[1:]  # step 0 is the base
+            if off.empty:  # one of them diverged at once
+                continue
             equal, most = acts == "nothing", float(off.max())
             if equal:
                 self.held.append(most)
@@ -66,8 +69,9 @@ class Twins:
                 expected = "equal" if equal else "different"
                 self.rows.append([*settings, acts, expected, f"{most:.2g}"])
                 label, colour = ("", "grey") if equal else (acts, None)
-                steps = learned[a.name]["step"].tolist()[1:]
-                self.series.append(base.Series(label, steps, off[1:].tolist(), colour=colour))
+                self.series.append(
+                    base.Series(label, off.index.tolist(), off.tolist(), colour=colour)
+                )
 
 
 def twin_key(row: pd.Series) -> tuple[float, ...]:
@@ -165,7 +169,12 @@ ESTIMANDS = [
     _drift("drift_alpha_over_rank", "rank"),
     _drift("drift_alpha_over_root", "sqrt_rank"),
     _drift("drift_alpha", "none"),
-    base.Estimand[Settings]("start_b_gap", lambda c: c.start_gap, absent="start=b"),
+    base.Estimand[Settings](
+        "start_b_gap",
+        lambda c: c.start_gap,
+        lambda c: base.gates_on(c.starts or ()),
+        absent="start=b",
+    ),
 ]
 
 

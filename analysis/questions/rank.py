@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, number, rate, signed
-from analysis.inference.gates import Gate, GateCode
+from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures import speed
 from analysis.measures.at_best import AtBest, pooled_over
 from analysis.measures.qualify import stalled
@@ -131,9 +131,19 @@ def _slope_where(name: str, in_regime: bool) -> base.Estimand[Ranks]:
 
 
 def _at_start(name: str, value: str) -> base.Estimand[Ranks]:
+    def gates(c: Ranks) -> list[Gate]:
+        if c.start is None or c.start.first.spread is None:
+            return []
+        seeds = c.start.first.spread.n
+        found = [Gate(GateCode.FEW_SEEDS, seeds)] if seeds < MIN_SEEDS else []
+        if getattr(c.start, value).value is None:
+            found.append(Gate(GateCode.NOT_APART))
+        return found
+
     return base.Estimand(
         name,
         lambda c: getattr(c.start, value) if c.start else None,
+        gates,
         absent="redraws of A at two ranks",
         read=lambda c: c.common_lr,
     )

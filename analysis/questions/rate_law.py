@@ -40,7 +40,7 @@ promises (0.015): four bases are few to resample.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ from scipy import optimize, stats
 
 from analysis.inference.estimate import LEVEL, Estimate, from_draws, number, with_interval
 from analysis.inference.gates import Gate, GateCode
+from analysis.inference.meta import BASES
+from analysis.inference.spread import Spread
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
@@ -304,7 +306,7 @@ class Cells(base.Condition):
 
     @property
     def worst(self) -> Estimate:
-        return worst_of(self.errors)
+        return replace(worst_of(self.errors), spread=Spread(len(_names(self.cells)), BASES))
 
     @property
     def best_rival(self) -> str:
@@ -497,7 +499,7 @@ def sections(found: Sequence[Cells], asked: base.Asked) -> list[base.Section]:
     """Return errors, conditions, slopes, refits, shorter runs and the kept ratios."""
     (c,) = found
     return [
-        _of_errors(c),
+        _of_errors(c, asked.level),
         _of_cells(c),
         _of_slopes(c),
         *_of_refits(c),
@@ -506,7 +508,7 @@ def sections(found: Sequence[Cells], asked: base.Asked) -> list[base.Section]:
     ]
 
 
-def _of_errors(c: Cells) -> base.Section:
+def _of_errors(c: Cells, level: float) -> base.Section:
     rows: list[list[Any]] = []
     for name, predict in c.predictions.items():
         apart = from_draws(c.errors[RATE_LAW] - c.errors[name], len(c.cells))
@@ -521,14 +523,16 @@ def _of_errors(c: Cells) -> base.Section:
         "the law's error - this one [95%] | on the kept ratios"
     )
     own, best = c.errors[RATE_LAW], c.best_rival
-    excess = [from_draws(v, len(c.cells)) for v in (own - WITHIN, own - c.errors[best])]
+    criteria = (own - WITHIN, own - c.errors[best])
+    excess = [from_draws(v, len(c.cells), level) for v in criteria]
     text = [
         f"{len(c.cells)} of {COUNTED} new conditions. Intervals: all resamples of the "
         f"{len(_names(c.cells))} base models. The law has the constants g = {G}, k = {K}, beta = "
         f"{BETA}; rivals are fitted to the {len(KEPT)} kept ratios, the last table.",
         f"The verdict is on the law's error - {WITHIN:g}, {with_interval(excess[0])}, and on its "
         f"error - that of each rival; of the best one, {best}, this is {with_interval(excess[1])}. "
-        "All must be below 0.",
+        f"All must be below 0. These are {100 * level:.3g}% intervals, as the verdict's; the "
+        "table's are 95%.",
         "Errors are without the variance of the measurements. On simulated sweeps intervals of "
         "ratios are wider than needed, so too much may be subtracted; the second column subtracts "
         "nothing.",

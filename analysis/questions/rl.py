@@ -122,7 +122,7 @@ class Rewarded(base.Condition):
     def gates_on_rewards(self, optima: Sequence[Optimum]) -> list[Gate]:
         """List the gates on final rewards: of their curves, and an unfit task."""
         gates = rewards.gates_on_stable([o.curve for o in optima])
-        start = -self.full.curve.nll_start
+        start = -optima[0].curve.nll_start
         if math.isfinite(start) and not START[0] <= start <= START[1]:
             low, high = START
             gates.append(Gate(GateCode.TASK, f"starts at {start:.2g}, {low:g} to {high:g} needed"))

@@ -11,7 +11,7 @@ import numpy as np
 from analysis.inference.estimate import number, rate, row_interval
 from analysis.inference.meta import drift
 from analysis.measures import lr_law
-from analysis.measures.ratio import Ratio, gaps, pool_ratios, ratio_law, ratio_of
+from analysis.measures.ratio import MIN_RANK, Ratio, gaps, pool_ratios, ratio_law, ratio_of
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import lowest_loss, rate_means
 from analysis.optimum.optimum import WITHIN, Optimum
@@ -81,7 +81,10 @@ def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[st
 def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     """Return LoRA's best LR / full fine-tuning's, by group and rank, and pooled over groups.
 
-    TableError if the table lacks an arm.
+    Pooled are the ranks of MIN_RANK and more; of groups without these, all ranks.
+
+    Raises:
+        TableError: the table lacks an arm.
     """
     rows, overall = [], []
     optima = optima_of(reading, share)
@@ -106,7 +109,7 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
                     "flags": sorted({*o.flags, *full.flags}),
                 }
             )
-        overall.append(ratio_of(lora, full))
+        overall.append(ratio_of(lora_of(lora, MIN_RANK) or lora, full))
     # Variants share full fine-tuning's curve, so their ratios are not independent.
     independent = len({id(full) for _, _, full in groups}) == len(overall)
     p = pool_ratios(overall) if independent else None
@@ -149,7 +152,8 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
     if result["pooled"]:
         p = {k: number(v) for k, v in result["pooled"].items()}
         out.append(
-            f"pooled over {result['pooled']['groups']} groups: {p['ratio']} [{p['low']}, "
+            f"pooled over {result['pooled']['groups']} groups (ranks of {MIN_RANK} and more, "
+            f"where there are such): {p['ratio']} [{p['low']}, "
             f"{p['high']}]; standard deviation between groups: a factor {p['spread']}; prediction "
             f"interval for another group: [{p['low_next']}, {p['high_next']}]"
         )
@@ -245,7 +249,8 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
             costs.append({"model": c.key["model"], "curve": c.name, **cost})
     log_ratios = []
     for _, lora, full in arms_of(optima):
-        known = [o for o in lora if o.best_lr.draws is not None]
+        judged = lora_of(lora, MIN_RANK) or lora
+        known = [o for o in judged if o.best_lr.draws is not None]
         h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
         if known and full.best_lr.draws is not None and h and a is not None and a == a:
             # One row per model and alpha, because ranks share full fine-tuning's curve.

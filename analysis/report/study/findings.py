@@ -613,9 +613,12 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
         return None
     more = []
     same = found(answers, asked, "rank_1_control")
-    if same and count(same, "REFUTED") == len(same):
+    if same and all(v.outcome == "REFUTED" and not v.is_better for _, v in same):
         numbers = [f"{points(v.estimate)} on {_bases(a)}" for a, v in same]
-        cause = "so the low rank is the cause, not the choice of matrices"
+        cause = "so the low rank is the cause"
+        matrices = found(answers, asked, "control")
+        if matrices and count(matrices, "SUPPORTED") == len(matrices):
+            cause += ", not the choice of matrices"
         own = f"Against full fine-tuning of LoRA's own matrices it is {listed(numbers)}, {cause}"
         made = replace(made, said=f"{made.said}. {own}")
     alone = found(answers, "rl_layers", "rank_1")

@@ -110,6 +110,16 @@ def test_a_best_lr_at_the_edge_of_those_tried_is_gated(best):
     assert gate.code == GateCode.FEW_SEEDS
 
 
+@pytest.mark.parametrize(
+    ("beyond", "gated"),
+    [((-0.7, -0.7), True), ((-0.5, -0.5), False), ((NAN, -0.7), False), ((None, None), True)],
+)
+def test_a_best_lr_at_the_end_of_those_with_all_seeds_is_compared_with_the_next(beyond, gated):
+    """Two of five seeds ran there; the best of the others is .6, at their highest LR."""
+    losses = [[-0.4] * 5, [-0.5] * 5, [-0.6] * 5, [*beyond, None, None, None]]
+    assert bool(gates_on_stable([curve(losses, X[:4])])) == gated
+
+
 RISING = 0.05 * (X[-1] - X)
 ARMS = {
     "plateau": (np.array([0.05, 0.01, 0, 0, 0, 0]), [0] * 6),

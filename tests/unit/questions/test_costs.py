@@ -1,8 +1,10 @@
 """`capacity`, `compute` and `experts` on planted runs: bits, operations, readings of the rank."""
 
+import dataclasses
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis.questions import capacity, compute
@@ -54,6 +56,18 @@ def test_capacity(bits, outcome, tmp_path):
     world = Facts(more=lambda s: {"retain_nll": 3.0, "retain_start": math.log(16)})
     _, found = ask("capacity", world, specs, tmp_path if bits == 2 else None)
     check(found, two_bits=(outcome, pytest.approx(bits, rel=0.05)), no_leak="SUPPORTED")
+    other = runs(spec, dataclasses.replace(ONE, rank=4), [1e-2], steps=400)
+    with pytest.raises(TableError, match="LoRA has the ranks 1, 4, but bits a parameter need one"):
+        ask("capacity", world, [*specs, *other])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "at_edge", "code"), [(2, False, "FEW_SEEDS"), (3, True, "FLAGGED"), (3, False, None)]
+)
+def test_bits_at_100_exposures_need_seeds_and_an_inner_learning_rate(seeds, at_edge, code):
+    load = capacity.Load(512, 100.0, "lora", 1e-2, [900.0] * seeds, [], PARAMETERS, at_edge)
+    facts = capacity.Facts("f", pd.DataFrame(), [], [load])
+    assert [g.code.name for g in facts.gates_on_runs(facts.at_100)] == [code][: code is not None]
 
 
 def test_effective_parameters_count_each_matrix_once():

@@ -118,6 +118,23 @@ def test_the_regret_of_the_highest_rank(behind, outcome):
     check(found, no_regret=(outcome, pytest.approx((behind - 0.05) * GAINED, abs=2e-3)))
 
 
+def test_a_gap_needs_three_seeds_that_both_methods_have():
+    def specs(first):
+        spec = base(dataset="dialect_smoke")
+        full = arms(spec, (), 1.2e-3, 0, seeds=range(3), steps=8)
+        lora = arms(
+            spec, (16,), 1.2e-3, planted.FULL_BEST * 10, seeds=range(first, 3 + first), steps=8
+        )
+        return full + [s for s in lora if s.method.name == "lora"]
+
+    outcomes = []
+    for first in (0, 1):
+        _, found = ask("lr_ratio", Valley(10), specs(first))
+        outcomes.append(found["no_regret"]["outcome"])
+    assert outcomes == ["SUPPORTED", "UNDECIDED"]
+    assert "2 seed(s) that both methods have, 3 needed" in found["no_regret"]["why"]
+
+
 def test_a_claim_about_an_unknown_estimand_is_refused():
     asked = kept_question("lr_ratio", {"ratio": {"estimand": "rho", "margin": [0, 1]}})
     with pytest.raises(TableError, match=r"lr_ratio measures lr_ratio, .* not 'rho'"):

@@ -190,6 +190,16 @@ def outcome(cells):
     return judge("law", CLAIM, "all", condition.worst, gates, 0, False, look_level(2)).outcome
 
 
+def test_an_open_verdict_asks_for_bases_and_not_for_seeds():
+    rng = np.random.default_rng(3)
+    cells = next(
+        c for c in iter(lambda: planted_cells(rng, cell_sd=0.12), None) if outcome(c) == "UNDECIDED"
+    )
+    worst = Cells("all", pd.DataFrame(), [], cells, cells, []).worst
+    needed = judge("law", CLAIM, "all", worst, [], 0, False, look_level(2)).needed
+    assert needed.endswith("bases (now 4)") or needed.endswith("bases")
+
+
 def simulate(n, seed=0, **truth):
     """Share of the three verdicts in n simulated sweeps."""
     rng = np.random.default_rng(seed)
@@ -296,7 +306,7 @@ def test_both_scales_are_judged_together(truth, expected, tmp_path):
     text = (tmp_path / "rate_law-tiny" / "report.md").read_text()
     for title in ("The law and its rivals", "The slope over alpha", "Shorter runs", "Fitted again"):
         assert f"## {title}" in text
-    assert rate_law.PERHAPS in text
+    assert rate_law.PERHAPS in text and "These are 97.1% intervals, as the verdict's" in text
     found = analyse(read(folder / "table.parquet"), question(small), tmp_path)
     (v,) = found.verdicts  # the verdict is given once
     assert v.group == base.NO_CELL and "judged in another scale's answer" in v.why

@@ -143,6 +143,9 @@ def test_a_control_separates_the_rank_from_the_choice_of_matrices(fewer, tmp_pat
         "no curve of lora r1",
         "no curve of lora",
     ]
+    others = [s for s in specs if s.method != FullFT()]
+    _, found = ask("rl", planted, others, claims=claims)
+    check(found, rank_1="UNDECIDED", rank_1_control=(worse, pytest.approx(-10, abs=0.3)))
     alone = [s for s in specs if s.method == FullFT(scope="matrices")]
     _, found = ask("rl", planted, alone, claims=claims)
     assert {v["outcome"] for v in found.values()} == {"UNDECIDED"}

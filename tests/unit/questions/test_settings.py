@@ -1,5 +1,6 @@
 """`layers`, `recipes` and `invariance` on planted runs: layer sets, popular settings, twins."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,7 +9,20 @@ import pytest
 from analysis.inference.decide import judge
 from analysis.questions import invariance
 from lorasweep.methods.lora import LoRA as Lora
-from tests.planted import CURVATURE, FULL, GAIN, LORA, World, arms, around, ask, base, check, runs
+from tests.planted import (
+    CURVATURE,
+    FULL,
+    GAIN,
+    LORA,
+    World,
+    arms,
+    around,
+    ask,
+    base,
+    check,
+    planted_table,
+    runs,
+)
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
 
@@ -140,6 +154,37 @@ def test_a_pair_of_twins_without_a_loss_is_no_equal_pair():
     found = twins.measure(SimpleNamespace(twins=SimpleNamespace(held=[1e-16, math.nan])))
     judged = judge("twins", {"margin": [-1e-6, 1e-6], "expected": 0}, "g", found, [], 0, False)
     assert judged.outcome == "UNDECIDED"
+
+
+def test_twins_are_compared_up_to_where_one_of_them_diverged():
+    table = planted_table(Rules(1e-3), setting_runs())
+    proofs = table[table["precision"] == "fp64"].reset_index(drop=True)
+    whole = invariance.Twins(proofs)
+
+    def cut(last):
+        """The first run, without its evaluations after a step."""
+        result = json.loads(proofs.at[0, "result"])
+        result["curve"] = [point for point in result["curve"] if point["step"] <= last]
+        first = proofs.index == 0
+        return proofs.assign(result=proofs["result"].where(~first, json.dumps(result)))
+
+    fewer = invariance.Twins(cut(8))
+    assert len(fewer.held) == len(whole.held) and fewer.broken == whole.broken
+    assert len(invariance.Twins(cut(0)).held) < len(whole.held)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_a_start_with_b_random_needs_three_seeds(seeds):
+    spec = base(dataset="dialect_smoke")
+    specs = [
+        s
+        for factor in ("a", "b")
+        for s in runs(
+            spec, Lora(rank=4, random_factor=factor), around(LORA), range(seeds), steps=64
+        )
+    ]
+    _, found = ask("invariance", Rules(1e-3), specs)
+    check(found, start_b="UNDECIDED" if seeds < 3 else "REFUTED")
 
 
 @pytest.mark.parametrize(("broken", "outcome"), [(1e-3, "SUPPORTED"), (1e-9, "REFUTED")])

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
 from analysis.measures import speed
@@ -15,6 +16,7 @@ from tests.planted import (
     FULL,
     GAIN,
     LORA,
+    START,
     World,
     arms,
     ask,
@@ -58,6 +60,36 @@ def test_parity_and_the_steps_from_which_ranks_are_behind(top, outcome, tmp_path
     left = out["departures"]
     assert max(left["1"]) <= min(left["4"])
     assert all(v is None for v in left["8"]) == (top == 1.0)
+
+
+class Alike(World):
+    """All ranks learn equally; draws of A differ by noise."""
+
+    def loss(self, spec, step):
+        noise = np.random.default_rng([int(spec.id, 16), step]).normal(0, 1e-3)
+        off = math.log(spec.lr / (FULL if spec.method.name == "fullft" else LORA))
+        return START - 0.14 * math.log2(1 + step) + 0.06 * off**2 + noise
+
+
+def test_ranks_that_do_not_part_within_the_run_leave_the_start_open():
+    specs = rank_runs(steps=32)
+    _, found = ask("rank", Alike(), specs)
+    check(found, start="UNDECIDED", start_popular="UNDECIDED")
+    assert found["start"]["why"] == "no rank leaves its band within the run"
+    # a draw that diverged says nothing about the others
+    table = planted_table(Alike(), specs)
+    start = speed.start_of(table, 8)
+    table.loc[table["init_seed"] == 1, "status"] = "diverged"
+    fewer = speed.start_of(table, 8)
+    assert fewer.steps == start.steps and fewer.first.value is None
+    table.loc[table["init_seed"] > 0, "status"] = "diverged"
+    assert speed.start_of(table, 8) is None
+
+
+def test_the_start_needs_three_seeds_with_other_draws_of_a():
+    _, found = ask("rank", World(lambda s: 0.3), rank_runs(steps=32, seeds=range(2)))
+    for claim in ("start", "start_popular", "grows"):
+        assert "2 seed(s), 3 needed" in found[claim]["why"]
 
 
 def test_an_optimum_between_tried_lrs_is_interpolated():

@@ -67,6 +67,17 @@ def test_ratio_and_drift_come_back(tmp_path, capsys, asked, name):
     assert pooled["groups"] == 2 and pooled["low"] < 9.5 < pooled["high"]
 
 
+def test_rank_1_is_not_pooled_with_higher_ranks(asked):
+    low = planted(ratio=2.5, ranks=(1,)).dropna(subset=["rank"])
+    models = [pd.concat([planted(), low]).assign(model=name) for name in "mno"]
+    found = asked("ratio", pd.concat(models))
+    assert {r["rank"] for r in found["ratios"]} == {1, 4, 16}
+    assert found["pooled"]["low"] < 10 < found["pooled"]["high"] < 12
+    only = [planted(ratio=2.5, ranks=(None, 1)).assign(model=name) for name in "mno"]
+    alone = asked("ratio", pd.concat(only))
+    assert alone["pooled"]["low"] < 2.5 < alone["pooled"]["high"]
+
+
 def of_widths(table, widths):
     return pd.concat([table.assign(model=f"org/Llama-{h}", hidden_size=h) for h in widths])
 

@@ -802,10 +802,11 @@ def test_exploratory_and_withdrawn_verdicts_are_marked_wherever_they_are_shown(t
 
 
 def test_the_low_rank_is_named_as_the_cause_only_if_the_control_shows_it(tmp_path):
-    def asked(outcome):
+    def asked(outcome, matrices="SUPPORTED"):
         behind = verdict(-9.4, claim="rank_1", outcome="REFUTED")
         control = verdict(-9.7, claim="rank_1_control", outcome=outcome)
-        return answer(tmp_path, behind, control, sweep="rl_matrices", data=(FACTS,))
+        same = verdict(0.3, claim="control", outcome=matrices)
+        return answer(tmp_path, behind, control, same, sweep="rl_matrices", data=(FACTS,))
 
     def found(*answers):
         return next(f for f in findings.others(answers) if f.sweep == "rl_matrices")
@@ -814,6 +815,8 @@ def test_the_low_rank_is_named_as_the_cause_only_if_the_control_shows_it(tmp_pat
     shown, open_ = (found(asked(outcome)).said for outcome in ("REFUTED", "UNDECIDED"))
     assert own in shown and shown.endswith("not the choice of matrices")
     assert own not in open_ and "-9.4 points" in open_
+    unsure = found(asked("REFUTED", "UNDECIDED")).said
+    assert own in unsure and unsure.endswith("so the low rank is the cause")
     # LoRA's matrices hold the unembedding; another answer has rank 1 without an adapter of it.
     alone = answer(tmp_path, verdict(-3.0, 4.0, claim="rank_1"), sweep="rl_layers", data=(FACTS,))
     both = [asked("REFUTED"), alone]
