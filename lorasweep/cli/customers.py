@@ -99,15 +99,26 @@ def advise(request: Request) -> int:
 
 def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
     """Print the reasons of one customer's advice, or write the sweep that decides the method."""
+    if request.why and request.write_sweep:
+        raise SpecError("why and write_sweep are two questions. Ask one at a time.")
     name = request.why or request.write_sweep
-    mine = next((a for a in found if name in (a.name, customer_sweep.plain_name(a.name))), None)
-    if mine is None:
+    plain = customer_sweep.plain_name
+    fitting = [a for a in found if a.name == name] or [a for a in found if plain(a.name) == name]
+    if not fitting:
         names = unknown("customer", name, (a.name for a in found))
         raise SpecError(f"{names} A name in small letters and underscores will do: big_co.")
+    if len(fitting) > 1:
+        raise SpecError(
+            f"{name} may be {' or '.join(repr(a.name) for a in fitting)}. Write the name as in the "
+            f"table, in quotes: 'why=\"{fitting[0].name}\"'."
+        )
+    (mine,) = fitting
     if isinstance(mine, Failed):
         raise SpecError(mine.error)
     if request.write_sweep:
-        print("\n".join(customer_sweep.write(mine, Path(request.out or customer_sweep.FOLDER))))
+        alone = sum(plain(a.name) == plain(mine.name) for a in found) == 1
+        out = Path(request.out or customer_sweep.FOLDER)
+        print("\n".join(customer_sweep.write(mine, out, alone)))
     elif request.format == "json":
         reasons = mine.reasons.values()
         print(json.dumps([{**vars(r), "sure": r.sure.name.lower()} for r in reasons]))

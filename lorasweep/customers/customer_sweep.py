@@ -1,5 +1,6 @@
 """Write a small sweep that tests the advice for a customer, as files for --config-dir."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,19 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "customer"
 
 
-def write(advice: Advice, folder: Path) -> list[str]:
+def write(advice: Advice, folder: Path, alone: bool = True) -> list[str]:
     """Write a customer's sweep below `folder`; return lines with the files and the next commands.
+
+    `alone`: no other customer has the same `plain_name`; else the files' names get a digest.
 
     Raises:
         SpecError: no verifier can check the customer's answers, or a file cannot be written.
     """
     c, model, rank = advice.customer, advice.model, advice.choice.rank
     name, rewarded = f"settle_{plain_name(c.name)}", c.task == "rl"
+    if not alone:
+        name += f"_{hashlib.sha256(c.name.encode()).hexdigest()[:8]}"
+    steps = min(advice.work.steps or STEPS, STEPS)
     in_catalogue = c.model.lower() in advice.known.models and bool(model.revision or model.recipe)
     lora, full = middle_rates(advice)
     low = max((r for r in ranks_of(model) if r < rank), default=rank)
@@ -50,7 +56,8 @@ def write(advice: Advice, folder: Path) -> list[str]:
         rewarded=rewarded,
         method=advice.choice.method,
         model=model.name if in_catalogue else name,
-        steps=min(advice.work.steps or STEPS, STEPS),
+        steps=steps,
+        share=_share(advice, steps),
         batch_size=advice.work.batch_size,
         max_length=advice.work.max_length,
         ranks=sorted({low, rank}),
@@ -78,6 +85,8 @@ def write(advice: Advice, folder: Path) -> list[str]:
                 f"put held-out rows in {test.name} beside {rows}, and write the sweep again: "
                 "otherwise its runs are evaluated on training rows"
             )
+    if share := _share(advice, steps):
+        lines.append(f"{share}. All of them: sweep.axes.steps=[{advice.work.steps}]")
     if rewarded:
         lines.append(f"answers are checked by verifier: {dataset['verifier']}")
     command = f"python -m lorasweep --config-dir {folder} +sweep={name} precision=bf16"
@@ -86,6 +95,20 @@ def write(advice: Advice, folder: Path) -> list[str]:
         f"show its cost: {command} action=plan hardware={advice.costs.hardware.name}",
         f"run it: {command}",
     ]
+
+
+def _share(advice: Advice, steps: int) -> str:
+    """Say which share of the data the sweep sees, and what it loads its rank with; '' if all."""
+    work, load = advice.work, advice.choice.load
+    seen = steps * work.batch_size
+    if work.rows is None or seen >= work.rows:
+        return ""
+    what = "episodes" if advice.customer.task == "rl" else "rows"
+    said = f"its runs see {seen:,} of {work.rows:,.0f} {what}"
+    if load is None:
+        return said
+    here = f"{load * seen / work.rows:.2g}, not {load:.2g}"
+    return f"{said}, so the load of rank {advice.choice.rank} is {here}"
 
 
 def _text(values: dict[str, Any]) -> str:

@@ -30,6 +30,8 @@ SLACK = 0.1
 FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
 """Matches cells that a spreadsheet would compute (OWASP, CSV injection)."""
 THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
+AMBIGUOUS = re.compile(r"^[+-]?[1-9]\d{0,2}([.,]\d{3})+$")
+"""Matches cells with a separator of thousands in one country, and of decimals in another."""
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 INF = float("inf")
 
@@ -191,7 +193,16 @@ def _csv(text: str) -> list[Row | Failed]:
     rows: list[Row | Failed] = []
     for where, cells in lines[1:]:
         values = dict(zip(header, cells, strict=False))
-        if any(cell.strip() for cell in cells[len(header) :]):
+        unclear = [
+            f"column {name}: {cell.strip()!r} is another number where a comma separates decimals. "
+            "Write it without separators of thousands and with a decimal point, as 50000 or 2.95."
+            for name, cell in values.items()
+            if delimiter == ";" and COLUMNS[name].kind in (int, float)
+            if AMBIGUOUS.match(cell.strip())
+        ]
+        if unclear:
+            rows.append(Failed(where, str(values["name"]).strip(), unclear))
+        elif any(cell.strip() for cell in cells[len(header) :]):
             problem = f"{len(cells)} cells under {len(header)} columns. Quote commas."
             rows.append(Failed(where, str(values["name"]).strip(), [problem]))
         else:
@@ -298,6 +309,9 @@ def _value(column: str, raw: Any) -> Any:
         raise ValueError(
             f"expected a number ({meaning}), got {text!r}. Write it out, as 50000 or 5e4."
         ) from None
+    if kind is int and isinstance(raw, str) and "." in text and AMBIGUOUS.match(text):
+        whole = text.replace(".", "")
+        raise ValueError(f"{text!r} may be {number:g} or {whole}. Write {number:g} or {whole}.")
     if kind is int and number % 1:
         raise ValueError(f"expected a whole number ({meaning}), got {text!r}.")
     if not low <= number <= high:
@@ -357,9 +371,9 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
     """
     stated = dict(c.shape)
     missing = [n for n in NEEDED if n not in stated]
-    path = Path(c.model).expanduser()
-    config = path / "config.json" if path.is_dir() else path
     try:
+        path = Path(c.model).expanduser()
+        config = path / "config.json" if path.is_dir() else path
         if config.suffix == ".json":
             model = _of_config(config)
         elif c.model.lower() in models:
@@ -368,7 +382,10 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
             return _build(c.model, stated, source="hub", location=c.model, weights_dtype="bf16")
         elif config.suffix == ".gguf" or describe.HUB_NAME.fullmatch(c.model):
             try:
-                model = _described(c.model)
+                found = _described(c.model)
+                if isinstance(found, str):
+                    raise ModelError(found)
+                model = found
             except ModelError as error:
                 columns = ", ".join(missing)
                 raise ModelError(
@@ -384,6 +401,8 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
             )
     except (ModelError, SpecError) as error:
         raise RowError(f"column model: {error}") from None
+    except (OSError, RuntimeError) as error:  # a name too long for a path, or an unknown ~user
+        raise RowError(f"column model: {c.model[:80]!r} is no path and no name: {error}") from None
     wrong = [
         f"column {n}: {v}, but {c.model} has {getattr(model, n)}. Leave it out, or give the model "
         "another name."
@@ -396,9 +415,12 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
 
 
 @cache
-def _described(given: str) -> ModelSpec:
-    """Describe a GGUF file, or a name on the hub."""
-    model, folder = describe.describe_model(given)
+def _described(given: str) -> ModelSpec | str:
+    """Describe a GGUF file or a name on the hub, or say why not: asking again takes as long."""
+    try:
+        model, folder = describe.describe_model(given)
+    except ModelError as error:
+        return str(error)
     return replace(model, location=str(Path(folder, model.location))) if folder else model
 
 
@@ -413,7 +435,7 @@ def _of_config(path: Path) -> ModelSpec:
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not the config.json of a model.")
     folder, is_known = path.absolute().parent, path.name == "config.json" and "model_type" in config
-    config = {**config, **config.get("text_config", {})}
+    config = {**config, **(config.get("text_config") or {})}
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         bf16 = "bfloat16" in str(dtype)
@@ -421,8 +443,9 @@ def _of_config(path: Path) -> ModelSpec:
         bf16 = hub.types_in(sorted(folder.glob("model*.safetensors"))) <= {"BF16"}
     dtype = "bf16" if bf16 else "fp32"
     where: dict[str, Any] = {"source": "folder", "location": str(folder), "weights_dtype": dtype}
+    known = ModelSpec(name=folder.name, **where)
     if is_known and hub.has_weights(folder):
-        return _counted(ModelSpec(name=folder.name, **where), text)
+        return _counted(known, text)
     stated: dict[str, Any] = {}
     for name, column in SHAPE.items():
         found = [config[k] for k in column.config_keys if config.get(k) is not None]
@@ -435,6 +458,8 @@ def _of_config(path: Path) -> ModelSpec:
     if missing:
         names = ", ".join(" or ".join(SHAPE[n].config_keys) for n in missing)
         raise ModelError(f"{path} lacks {names}.")
+    if is_known:  # matrices that the columns do not describe, such as those of shared experts
+        return _counted(known, text)
     return _build(folder.name, stated, **where, qk_norm="qwen3" in str(config.get("model_type")))
 
 

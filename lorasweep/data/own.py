@@ -1,6 +1,7 @@
 """Describe rows without a data set file: a file, a folder or a hub data set, in a usual form."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,13 +49,17 @@ class Counted(NamedTuple):
 def is_on_hub(given: str) -> bool:
     """Return whether a name is a data set of the hub: it has the form, and is no local file."""
     local = given.startswith(("/", ".", "~")) or Path(given).suffix[1:] in FILES
-    return not local and bool(HUB_NAME.fullmatch(given)) and not Path(given).exists()
+    return not local and bool(HUB_NAME.fullmatch(given)) and not os.path.exists(given)
 
 
 def path_of(given: str) -> Path:
     """Return a file of rows, or that of a folder's training rows; DataError if there is none."""
-    path = Path(given).expanduser().absolute()
-    if path.is_dir():
+    try:
+        path = Path(given).expanduser().absolute()
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long for a path, or an unknown ~user
+        raise DataError(f"{given[:80]!r} is no path: {error}. Expected {EXPECTED}.") from None
+    if is_folder:
         found = [file for form in FILES if (file := path / f"train.{form}").is_file()]
         if len(found) > 1:
             names = " and ".join(file.name for file in found)

@@ -1,12 +1,13 @@
 """Choose method and rank: by measured regret if it covers the customer's case, else by capacity."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
 from lorasweep.customers.evidence import Case, Interval, MeasuredRegret
+from lorasweep.customers.read import RowError
 from lorasweep.customers.rules.workload import Workload
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
@@ -45,9 +46,24 @@ class Choice:
 
 @cache
 def ranks_of(model: ModelSpec) -> tuple[int, ...]:
-    """List the standard ranks that a model can have, up to an eighth of its width."""
+    """List the standard ranks that a model can have, up to an eighth of its width.
+
+    The rank of a model with experts is a multiple of the active ones; where no standard rank is,
+    they are the standard ranks times the active experts.
+
+    Raises:
+        RowError: there is no such rank.
+    """
+    multiples = [model.n_active_experts * rank for rank in RANKS]
+    found = _possible(model, RANKS) or _possible(model, multiples)
+    if not found:
+        raise RowError(f"column model: no rank of LoRA fits {model.name}. Check its shape.")
+    return found
+
+
+def _possible(model: ModelSpec, ranks: Sequence[int]) -> tuple[int, ...]:
     found: list[int] = []
-    for rank in RANKS:
+    for rank in ranks:
         try:
             LoRA(rank=rank, layers=LAYERS).check(model)
         except SpecError:

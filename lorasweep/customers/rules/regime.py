@@ -129,7 +129,7 @@ def note_habits(case: Case, work: Workload, choice: Choice, rate: Rate, batches:
             )
             words = {"times": c.rank / choice.rank, "cost": price, "gain": gain or "not known"}
             case.warn(f"high_rank.{c.task}", rank=c.rank, **words)
-    if c.lr is not None and c.lr <= rate.rate / FULL_RATE:
+    if c.lr is not None and c.lr < rate.low and c.lr <= rate.rate / FULL_RATE:
         entries = published.entries("low_rate_gaps") if c.task == "sft" else []
         costs = [f"{e['nats']:.3f} nats on {e['model']} at 4e-5" for e in entries]
         here, cost = cited("recipes", "attention_at_full_lr", "original"), "; ".join(costs)

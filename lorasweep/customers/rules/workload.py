@@ -79,13 +79,17 @@ def workload_of(case: Case) -> Workload:
             raise RowError(f"columns examples and data: {stated}.")
         examples = float(counted.rows)
         case.note("examples", counted.rows, data=c.data)
-    batch = c.batch_size
-    if batch is None:  # halve it if updates would be too few
+    batch, planned = c.batch_size, _planned(case, examples)
+    if batch is None and c.steps is not None and planned is not None:
+        batch = max(1, round(planned / c.steps))
+        case.note("batch_size", batch, "of_steps", {"rows": planned, "steps": c.steps})
+    elif batch is None:  # halve it if updates would be too few
         assumed, few = BATCH[c.task], UPDATES[c.task]
         batch, rows = assumed, _rows(case, examples, assumed)
-        while c.steps is None and rows is not None and batch > SMALLEST and rows / batch < few:
+        smallest = GROUP if c.task == "rl" else SMALLEST
+        while c.steps is None and rows is not None and batch > smallest and rows / batch < few:
             batch //= 2
-        case.note("batch_size", batch, c.task, assumed=assumed, smallest=SMALLEST, few=few)
+        case.note("batch_size", batch, c.task, assumed=assumed, smallest=smallest, few=few)
     rows = _rows(case, examples, batch)
     if c.task == "sft" and examples is None and rows is not None:
         examples = rows / (c.epochs or 1.0)
@@ -109,6 +113,14 @@ def workload_of(case: Case) -> Workload:
         if counted is not None:
             case.warn("not_measured", model=case.model.name, data=c.data)
     return Workload(examples, tokens, row_tokens, length, batch, steps, rows, *bits)
+
+
+def _planned(case: Case, examples: float | None) -> float | None:
+    """Return the rows trained on (in RL, episodes) if they are stated without the updates."""
+    c = case.customer
+    if c.task == "rl":
+        return None if c.episodes is None else float(c.episodes)
+    return None if examples is None or c.epochs is None else examples * c.epochs
 
 
 def _rows(case: Case, examples: float | None, batch: int) -> float | None:
@@ -206,8 +218,9 @@ def batches_of(case: Case, work: Workload) -> Batches:
     case.note("steps_min", least, c.task)
     sizes = [2**k for k in range(13) if 2**k <= LARGEST]
     if c.task == "rl":
-        enough = [b for b in sizes if b <= RL_BATCH and (rows is None or rows / b >= least)]
-        largest = max(enough, default=1)
+        sizes = [b for b in sizes if GROUP <= b <= RL_BATCH]
+        enough = [b for b in sizes if rows is None or rows / b >= least]
+        largest = max(enough, default=GROUP)
         case.note("batch_size_max", largest, "rl", {"episodes": rows}, most=RL_BATCH, least=least)
         return Batches(largest, least, 0.0)
     effects = case.known.kept.batch_effects

@@ -43,6 +43,24 @@ def test_json_is_one_list_and_a_wrong_row_makes_the_status_1(command, table):
     assert why.returncode == 0 and "source: " in why.stdout and "lr_factor = 10" in why.stdout
 
 
+def test_the_name_as_written_wins_and_names_that_look_alike_are_told_apart(command, tmp_path):
+    path = tmp_path / "c.csv"
+    rows = ["Acme,llama-3.1-8b,sft,500", "acme,llama-3.2-1b,sft,90000"]
+    rows += ["M\u00fcller,llama-3.1-8b,sft,500", "M\u00f6ller,llama-3.2-1b,sft,90000"]
+    path.write_text("\n".join(["name,model,task,examples", *rows]))
+    asked = ("action=advise", f"customers={path}")
+    assert "acme: llama-3.2-1b" in command(*asked, "why=acme").stdout
+    unclear = command(*asked, "why=m_ller")
+    assert (
+        unclear.returncode == 2 and "may be 'Müller' or 'Möller'. Write the name" in unclear.stderr
+    )
+    for name in ("Müller", "Möller"):
+        assert command(*asked, f"write_sweep='{name}'").returncode == 0
+    assert len(list((tmp_path / "settle/sweep").glob("settle_m_ller_*.yaml"))) == 2
+    both = command(*asked, "why=acme", "write_sweep=acme")
+    assert both.returncode == 2 and "Ask one at a time" in both.stderr
+
+
 SHAPE = (
     "hidden_size: 1024, n_layers: 28, n_heads: 16, n_kv_heads: 8, head_size: 128, mlp_size: 3072, "
     "vocab_size: 151936, tied: true"
@@ -57,6 +75,9 @@ def test_a_written_sweep_composes_and_is_planned(command, tmp_path, model):
     assert done.returncode == 0, done.stderr
     sweep = yaml.safe_load((tmp_path / "settle/sweep/settle_big_co.yaml").read_text())
     assert sweep["axes"]["steps"] == [1000] and sweep["arms"]["lora"]["rank"] == [32, 64]
+    share = "its runs see 32,000 of 40,000 rows, so the load of rank 64 is"
+    assert share in " ".join(sweep["how"].split()) and share in done.stdout
+    assert "All of them: sweep.axes.steps=[1250]" in done.stdout
     asked = ("--config-dir", tmp_path / "settle", "+sweep=settle_big_co", "precision=bf16")
     plan = command(*asked, "action=plan", "hardware=h100", "format=json")
     assert plan.returncode == 0, plan.stderr

@@ -93,6 +93,26 @@ def test_tables_as_spreadsheets_write_them(tmp_path):
     assert rows[0] == Customer("acme", "qwen3-8b", "sft", 10, where="row 2")
 
 
+def test_numbers_that_countries_read_differently_are_refused(tmp_path):
+    text = "name;model;task;examples;price_per_gpu_h\n"
+    text += "a;qwen3-8b;sft;50.000;2\nb;qwen3-8b;sft;50000;2,950\nc;qwen3-8b;sft;50000;0.125\n"
+    one, two, three = read_customers(write(tmp_path / "c.csv", text))
+    assert "column examples: '50.000' is another number where a comma" in one.error
+    assert "column price_per_gpu_h: '2,950' is another number" in two.error
+    assert three.price_per_gpu_h == 0.125
+    with pytest.raises(RowError, match=r"column examples: '50.000' may be 50 or 50000"):
+        customer_of({**ROW, "examples": "50.000"})
+    assert customer_of({**ROW, "examples": "50,000"}).examples == 50_000
+
+
+@pytest.mark.parametrize("given", ["x" * 300, "~nosuchuser/model", "~nosuchuser/rows.jsonl"])
+def test_a_cell_that_is_no_path_is_an_error_of_its_row(given, tmp_path):
+    column = "data" if given.endswith("jsonl") else "model"
+    rows = [read.Row("row 2", {**ROW, column: given}), read.Row("row 3", {**ROW, "name": "b"})]
+    wrong, right = answers(read.check_rows(rows), known())
+    assert wrong.error.startswith(f"row 2: column {column}: ") and right.name == "b"
+
+
 def test_yaml_holds_a_list_and_an_entry_that_is_none_is_an_error_of_its_own(tmp_path):
     rows = read_customers(write(tmp_path / "c.yaml", "- {name: a, model: b, task: sft}\n- 3\n"))
     assert rows[0].name == "a" and rows[1].where == "entry 2" and rows[1].problems
@@ -146,9 +166,18 @@ def test_a_name_that_the_hub_does_not_answer_says_that_columns_suffice(monkeypat
     def describe(given):
         raise ModelError(f"cannot get {given}.")
 
-    monkeypatch.setattr(read, "_described", describe)
-    with pytest.raises(RowError, match=r"cannot get o/x\. Or fill the columns hidden_size"):
-        shape(model="o/x")
+    asked = []
+
+    def described(given):
+        asked.append(given)
+        return describe(given)
+
+    read._described.cache_clear()
+    monkeypatch.setattr("lorasweep.models.describe.describe_model", described)
+    for _ in range(3):  # a name that cannot be reached takes half a minute
+        with pytest.raises(RowError, match=r"cannot get o/x\. Or fill the columns hidden_size"):
+            shape(model="o/x")
+    assert asked == ["o/x"]
 
 
 def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
@@ -171,6 +200,34 @@ def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
             shape(model=str(path))
     with pytest.raises(RowError, match="no file"):
         shape(model=str(tmp_path / "gone.json"))
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [
+        # github.com/huggingface/transformers, modules on the meta device
+        (
+            {
+                "model_type": "starcoder2", "hidden_size": 3072, "num_hidden_layers": 30,
+                "num_attention_heads": 24, "num_key_value_heads": 2, "intermediate_size": 12288,
+                "vocab_size": 49152, "text_config": None,
+            },
+            3030,
+        ),
+        (
+            {
+                "model_type": "gemma2", "hidden_size": 2304, "num_hidden_layers": 26,
+                "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 9216,
+                "head_dim": 256, "vocab_size": 256000,
+            },
+            2614,
+        ),
+    ],
+    ids=["no gate", "tied by default"],
+)  # fmt: skip
+def test_a_config_json_is_counted_as_its_architecture_has_it(config, millions, tmp_path):
+    path = write(tmp_path / "config.json", json.dumps(config))
+    assert shape(model=str(path)).n_params / 1e6 == pytest.approx(millions, rel=0.001)
 
 
 def test_a_gguf_file_and_a_name_on_the_hub_are_described_as_for_sweeps(tmp_path, monkeypatch):

@@ -88,6 +88,35 @@ def test_ranks_end_at_an_eighth_of_the_width_and_suit_the_experts():
     assert narrow.choice.rank == 8 and "smallest of 8 or more" in narrow.choice.why
 
 
+def test_ranks_of_a_model_with_six_active_experts_are_multiples_of_six():
+    experts = {"n_experts": 64, "n_active_experts": 6, "n_kv_heads": 16, "head_size": 128}
+    experts |= {"hidden_size": 2048, "n_layers": 27, "n_heads": 16, "mlp_size": 1408}
+    found = advice(model="mine", vocab_size=102_400, examples=1000, **experts)
+    assert found.choice.rank == 24 and capacity.ranks_of(found.model)[:3] == (6, 12, 24)
+
+
+def test_stated_rows_and_updates_give_the_batch():
+    rows = {"examples": 1_000_000, "epochs": 1, "tokens_per_example": 300}
+    one, other = (advice(**rows, **more) for more in ({"steps": 1000}, {"batch_size": 1000}))
+    assert one.work.batch_size == 1000 and one.choice.load == other.choice.load
+    assert one.reasons["batch_size"].formula.endswith("stated rows or episodes / steps")
+    rl = advice(task="rl", examples=1000, episodes=320_000, steps=100)
+    assert rl.work.batch_size == 3200 and rl.work.rows == 320_000
+
+
+def test_no_batch_of_rewards_is_smaller_than_a_group():
+    few = advice(task="rl", examples=10)
+    assert few.work.batch_size == few.batches.largest == 16
+    assert {c.name: c.state for c in few.conditions}["a small batch"] == "met"
+
+
+def test_a_planned_rate_inside_the_advised_interval_is_no_habit():
+    inside, below = (advice(task="rl", examples=1000, lr=lr) for lr in (1e-5, 1e-6))
+    assert {c.name: c.state for c in inside.conditions}["LoRA's own learning rate"] == "met"
+    said = ["full fine-tuning's learning rate" in " ".join(a.warnings) for a in (inside, below)]
+    assert said == [False, True]
+
+
 def keep(folder, **answer):
     answer = {"scale": "tiny", "verdicts": [], "curves": [], **answer}
     (folder / answer["sweep"]).mkdir()
