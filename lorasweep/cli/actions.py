@@ -1,9 +1,10 @@
 """Call the function of the requested action; `lorasweep.config.actions` is the table of actions."""
 
+import io
 import json
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,21 +80,48 @@ def _on_runs(
     on_gpus = bool(request.hardware) and hardware_of(request).has_speeds
     if on_gpus and request.action in OF_PLANNED_RUNS:
         request = train.within_limit(request)
+    as_json = request.format == "json"
     if not request.parts or request.action in WHOLE_STUDY or (on_gpus and request.action == "plan"):
-        return do(request, store)
+        call = _print_json if as_json and not request.watch else _call
+        return call(do, request, store)
     if request.action == "run":  # find problems before the first part starts
         for part in request.parts:
             train.check(part, store, train.runs_of(part, store))
-    code = 0
+    code, printed = 0, {}
     for part in request.parts:
-        if request.format != "json":
+        if as_json:
+            with redirect_stdout(io.StringIO()) as out:
+                code = max(code, act(part, trainer))
+            printed[part.title] = json.loads(out.getvalue() or "null")
+        else:
             print(f"== {part.sweep_name}", flush=True)
-        code = max(code, act(part, trainer))
+            code = max(code, act(part, trainer))
         if code >= train.STOPPED:
-            return code
+            break
+    if as_json:
+        print(json.dumps(printed))
+    if code >= train.STOPPED:
+        return code
     if request.action == "run" and request.cluster.kind == "local" and request.format != "json":
         titles = [part.title for part in request.parts]
         print("\n".join(answer.study(Path(request.exec.reports_dir), titles, request.title)))
+    return code
+
+
+def _call(do: Callable[[Request, RunStore], int], request: Request, store: RunStore) -> int:
+    return do(request, store)
+
+
+def _print_json(do: Callable[[Request, RunStore], int], request: Request, store: RunStore) -> int:
+    """Call an action and print one JSON object: {"output": LINES} if the action prints lines."""
+    with redirect_stdout(io.StringIO()) as out:
+        code = do(request, store)
+    text = out.getvalue()
+    try:
+        json.loads(text)
+    except ValueError:
+        text = json.dumps({"output": text.splitlines()}) + "\n"
+    print(text, end="")
     return code
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
 from lorasweep.cli.points import all_points, is_search, judged
-from lorasweep.errors import SpecError, TrainingError
+from lorasweep.errors import SpecError, StoreError, TrainingError
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
@@ -51,11 +51,15 @@ def export(request: Request, store: RunStore) -> int:
     table = load_runs(store.root, ids)
     if table.empty:
         raise SpecError(f"no finished runs in {store.root}. Run a sweep, or set exec.runs_dir.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        table.to_parquet(path, index=False, compression="zstd", compression_level=12)
-    else:
-        table.to_csv(path, index=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            table.to_parquet(path, index=False, compression="zstd", compression_level=12)
+        else:
+            table.to_csv(path, index=False)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StoreError(f"table={path} cannot be written ({reason}). Name another file.") from None
     print(f"{len(table)} runs written to {path}")
     return 0
 

@@ -15,7 +15,8 @@ from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
-from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.grid import Point, curve_key, fields_of
+from lorasweep.sweep.question import axes_of
 from lorasweep.sweep.replicates import added_points, second_stage
 from lorasweep.sweep.request import Request, question
 from lorasweep.sweep.search import Look, is_short, search
@@ -85,7 +86,11 @@ def _searched(request: Request, store: RunStore) -> list[Point]:
             _LOOKS[key] = Look(*answer.look(load_runs(store.root, ids), question(request)))
         return _LOOKS[key]
 
-    starts = [start_of(p, "lr" in request.given) for p in request.points]
+    arms = request.sweep.arms
+    starts = [
+        start_of(p, "lr" in request.given or "lr" in fields_of(axes_of(arms.get(p.arm, {}))))
+        for p in request.points
+    ]
     return search(starts, request.sweep.search, loss, may_begin, look)
 
 

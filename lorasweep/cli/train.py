@@ -37,6 +37,9 @@ FOLLOW_COMMAND = ("-u", "-m", "lorasweep", "--follow")
 """Arguments of Python in a follow-up job, before the path of the task file."""
 
 
+CHANGED_CLAIMS = "the claims were changed after a first answer from these runs"
+
+
 @dataclass(frozen=True)
 class Trained:
     """The runs of a request after training."""
@@ -56,6 +59,8 @@ def run(
     follow: dict[str, Any] | None = None,
 ) -> int:
     """Train the missing runs, judge and report; on a cluster, submit jobs and report later."""
+    if request.sweep is not None:  # not only after hours of training
+        files.check_writable(Path(request.exec.reports_dir), "exec.reports_dir")
     trained = train(request, store, trainer, follow)
     points, as_json = trained.points, request.format == "json"
     if trained.waiting or trained.status == STOPPED:
@@ -98,10 +103,15 @@ def run(
         print("no run has finished, so there is no answer yet", file=sys.stderr)
         return trained.status
     asked, folder = question(request), Path(request.exec.reports_dir) / request.title
-    searched = is_search(request)
+    searched, path = is_search(request), looks.path_of(store.root, request.title)
+    if looks.first_claims(path) not in (None, answer.claims_hash(asked)):
+        for claim in asked["claims"].values():
+            claim["exploratory"] = {
+                request.scale: CHANGED_CLAIMS,
+                **(claim.get("exploratory") or {}),
+            }
     text = answer.judge(load_runs(store.root, finished), asked, folder, as_json or searched)
     print(tuned.finish(request, store, points, text) if searched else text)
-    path = looks.path_of(store.root, request.title)
     looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
     return trained.status
 

@@ -52,6 +52,7 @@ CHANGE_NO_RUNS = (
     *("exec.", "+exec.", "cluster=", "cluster.", "+cluster.", "hardware=", "hardware."),
 )
 """Prefixes of overrides that do not change the requested runs."""
+CHANGE_CLAIMS = ("sweep.claims", "sweep.rounds")
 CHOOSE_PARTS = ("model=", "dataset=", "method=")
 
 
@@ -140,7 +141,9 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     if isinstance(config.rates, str) and config.rates != "advised":
         raise SpecError(f"rates={config.rates!r}. Expected a number, or with a fleet: advised.")
     hardware = {} if config.hardware == {"name": detect.NAME} else config.hardware
-    exec_ = exec_of(dataclasses.asdict(config.exec))
+    keys = (o.lstrip("+").partition("=")[0] for o in overrides)
+    typed = [key.removeprefix("exec.") for key in keys if key.startswith("exec.")]
+    exec_ = exec_of(dataclasses.asdict(config.exec), typed)
     cluster = Cluster(**dataclasses.asdict(config.cluster))
     check_cluster(cluster)
     check_pack_size(exec_, cluster)
@@ -217,7 +220,8 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     found = Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
     if sweep.search is not None:
         check_search(points, sweep.search)
-        if "steps" not in found.given:
+        on_axes = fields_of(sweep.axes).union(*(fields_of(axes_of(a)) for a in sweep.arms.values()))
+        if "steps" not in found.given and "steps" not in on_axes:
             found.points = points = _with_steps(points, sweep.search)
         short = sweep.search.short_steps(points[0].spec.steps)
         keep = exec_.world_size == 1  # else every process holds a part of the weights
@@ -234,6 +238,8 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
             stated = runs_hash(_expand(config, files, alone), config.sweep)
     if changes and asked != stated:
         found.changed, found.changes = asked, changes
+    else:
+        found.changes = [o for o in overrides if o.lstrip("+~").startswith(CHANGE_CLAIMS)]
     return found
 
 
@@ -279,9 +285,11 @@ def _chosen_arms(sweep: Sweep, names: Any) -> dict[str, Any]:
 def _with_steps(points: list[Point], how: Search) -> list[Point]:
     """Set the updates of a search on the user's own rows: `epochs` of them, within limits."""
     of_rows = {own.spec.name: own.n_train for own in _loader().names.of(points) if own.n_train}
-    n_rows = of_rows.get(points[0].spec.dataset.name)
+    dataset = points[0].spec.dataset
+    n_rows = of_rows.get(dataset.name)
     if n_rows is None:
         return points
+    n_rows = min(n_rows, dataset.n_train or n_rows)
     wanted = math.ceil(how.epochs * n_rows / points[0].spec.batch_size)
     steps = min(max(wanted, how.min_steps), how.max_steps)
     return [Point(p.arm, dataclasses.replace(p.spec, steps=steps)) for p in points]
@@ -339,12 +347,22 @@ def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
     """Refuse values of the command line that the sweep's grid replaces."""
     for text in overrides:
         key, _, value = text.lstrip("+~").partition("=")
-        axis = key.removeprefix("method.")
+        if key.startswith("sweep.scales"):
+            raise SpecError(
+                f"{text!r} has no effect: the file's scales are read before. Write sweep.axes, "
+                "sweep.arms or sweep.replicate instead, which change the chosen scale."
+            )
+        of_axes = key.startswith("sweep.axes.")
+        axis = key.removeprefix("sweep.axes." if of_axes else "method.")
         arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes_of(axes))]
-        is_set = axis in fields_of(sweep.axes) or (arms and not key.startswith("sweep."))
+        if of_axes:  # an arm's own values win
+            is_set = bool(arms) and len(arms) == len(sweep.arms)
+        else:
+            in_arms = bool(arms) and not key.startswith("sweep.")
+            is_set = in_arms or axis in fields_of(sweep.axes)
         if key != "method" and not is_set:
             continue
-        if axis in sweep.axes:
+        if axis in sweep.axes and not of_axes:
             hint = f"Write sweep.axes.{axis}=[{value.strip('[]')}] instead."
         elif arms:
             new = (f"sweep.arms.{arm}.{axis}=[{value.strip('[]')}]" for arm in arms)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,20 @@ def conf_dir() -> Path:
     raise SpecError(f"no configuration (conf/config.yaml) next to {here}. Reinstall lorasweep.")
 
 
-def exec_of(values: dict[str, Any]) -> Exec:
-    """Return a checked Exec with absolute folders; SpecError: a setting is not valid."""
+def exec_of(values: dict[str, Any], given: Collection[str] = ()) -> Exec:
+    """Return a checked Exec with absolute folders; SpecError: a setting is not valid.
+
+    `given`: names of the folders that the command line sets.
+    """
     exec_ = Exec(**values)
     for problem in exec_.problems():
         raise SpecError(problem)
     folders: dict[str, Any] = {}
     for name, variable in ENVIRONMENT.items():
         value, default = getattr(exec_, name), getattr(Exec(), name)
-        given = os.environ.get(variable)
-        if value == default and given:
-            value = given.split(os.pathsep) if isinstance(default, list) else given
+        set_to = os.environ.get(variable)
+        if value == default and set_to and name not in given:
+            value = set_to.split(os.pathsep) if isinstance(default, list) else set_to
         folders[name] = _absolute(value) if isinstance(value, str) else [*map(_absolute, value)]
     return dataclasses.replace(exec_, **folders)
 

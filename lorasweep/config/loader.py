@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lorasweep.config import own
 from lorasweep.config.folders import conf_dir
@@ -149,8 +150,16 @@ class ScaleLoader(ConfigLoaderImpl):
             values: Any = OmegaConf.to_container(cfg.sweep, resolve=False)
             by_scale = values.pop("scales")
             for name in names:
-                values = _merged(values, by_scale[name])
-            cfg.sweep = OmegaConf.merge(OmegaConf.structured(Sweep), values)
+                values = _merged(values, by_scale[name] or {})
+            try:
+                cfg.sweep = OmegaConf.merge(OmegaConf.structured(Sweep), values)
+            except OmegaConfBaseException as error:
+                given = (o.value() for o in self._overrides if o.key_or_group == "sweep")
+                message = str(error).strip().partition("\n")[0]
+                raise SpecError(
+                    f"sweep {next(given, '')!r}, scales.{names[-1]}: {message}. Allowed there: "
+                    f"{', '.join(f.name for f in fields(Sweep))} (docs/own.md)."
+                ) from None
         if cfg.sweep.arms:
             self.as_in_files = without_hydra(cfg)
         for override in self._overrides:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,8 @@ class Names:
                     f"{group}={given}: {other[0] if other else 'a configuration file'} has the "
                     f"name {spec.name!r}, too, and results are kept by name. Rename one."
                 )
-            option = f"{spec.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+            plain = re.sub(r"[^A-Za-z0-9_.-]", "-", spec.name)  # Hydra parses it unquoted
+            option = f"{plain}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
             values = json.loads(json.dumps(dataclasses.asdict(spec)))
             node = {f.key: values[f.name] for f in fields(type(spec))}
             ConfigStore.instance().store(group=group, name=option, node=node)

@@ -92,6 +92,17 @@ def status(path: str | Path) -> os.stat_result | None:
     return patiently(path, lambda: os.stat(path))
 
 
+def check_writable(folder: Path, setting: str) -> None:
+    """Raise StoreError unless a folder, which need not exist, can be written.
+
+    `setting`: the name of the setting that names the folder.
+    """
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        why = "you may not write there" if there.is_dir() else "it is a file"
+        raise StoreError(f"{setting}={folder}: {there}: {why}. Choose another folder.")
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Replace `path` with `content`: temporary file, fsync, rename, fsync of the folder."""
     partial = _partial(path)

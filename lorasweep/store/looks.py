@@ -45,6 +45,12 @@ def note_look(path: Path, claims_hash: str, planned: int) -> None:
         files.create_once(path, json.dumps(first, indent=1).encode())
 
 
+def first_claims(path: Path) -> str | None:
+    """Return the hash of the claims of the first look; None if there was none."""
+    content = files.read_json(path)
+    return content.get("claims_hash") if isinstance(content, dict) else None
+
+
 def append(
     path: Path, runs: Sequence[dict[str, Any]], claims_hash: str, known: Sequence[Point]
 ) -> int:

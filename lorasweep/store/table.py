@@ -100,7 +100,7 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
             spec, result = spec_from(json.loads(spec_text)), json.loads(result_text)
             validate(spec)
             rid, named = spec.id, result["run_id"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StoreError(f"{row} not a run ({error}). Correct or remove the row.") from None
         if rid != named:
             raise StoreError(f"{row} the spec belongs to run {rid}, the result to run {named}.")

@@ -81,6 +81,11 @@ def check_search(points: Sequence[Point], how: Search) -> None:
             f"sweep.search={how}: expected prefix, n_lrs and n_full of 1 or more, n_short of 3 or "
             "more, seeds of 0 or more."
         )
+    if not 1 <= how.min_steps <= how.max_steps or how.epochs <= 0:
+        raise SpecError(
+            f"sweep.search.min_steps={how.min_steps}, max_steps={how.max_steps}, epochs="
+            f"{how.epochs:g}: expected 1 <= min_steps <= max_steps, and epochs above 0."
+        )
     if min(how.wide, how.fine) <= FINEST:
         raise SpecError(
             f"sweep.search.wide={how.wide:g}, fine={how.fine:g}: expected factors between learning "

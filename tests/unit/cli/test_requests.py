@@ -175,3 +175,39 @@ def test_a_hub_name_without_a_commit_is_named_and_shipped_ones_have_one(command)
     shipped = [text for p in files if "source: hub" in (text := p.read_text())]
     assert len(shipped) > 17
     assert all(re.search(r"^revision: [0-9a-f]{40}$", text, re.M) for text in shipped)
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        (
+            "{armz: {}}",
+            "sweep 'mine', scales.tiny: Key 'armz' not in 'Sweep'. Allowed there: quest",
+        ),
+        ("{rounds: two}", "sweep 'mine', scales.tiny: Value 'two'"),
+        ("", "sweep 'mine'"),
+    ],
+)
+def test_a_wrong_scale_of_a_users_sweep_is_named(command, tmp_path, block, says):
+    path = tmp_path / "sweep/mine.yaml"
+    path.parent.mkdir()
+    text = "# @package sweep\nquestion: So?\nanalysis: lr_ratio\nscales:\n  tiny: "
+    path.write_text(f"{text}{block}\n")
+    refused(command("--config-dir", tmp_path, "+sweep=mine", "action=plan"), says)
+
+
+def test_with_format_json_every_action_prints_one_object(command, tmp_path):
+    asked = ("+sweep=study", "scale=smoke", "sweep.parts=[lr_ratio,rank]", "format=json")
+    parts = json.loads(command(*asked, "action=plan").stdout)
+    assert set(parts) == {"lr_ratio-smoke", "rank-smoke"}
+    table = ROOT / "analysis/results/lr_ratio-small/table.parquet"
+    (line,) = json.loads(command("action=import", f"table={table}", "format=json").stdout)["output"]
+    assert "runs imported" in line
+    refused(command("action=export", f"table={table}/x.csv"), "cannot be written", "Name another")
+
+
+def test_reports_that_cannot_be_written_are_an_error_before_training(command, tmp_path):
+    (tmp_path / "a").write_text("")
+    asked = ("+sweep=lr_ratio", "scale=smoke", f"exec.reports_dir={tmp_path}/a/b")
+    refused(command(*asked), f"{tmp_path}/a: it is a file. Choose another folder")
+    assert not (tmp_path / "runs").exists()

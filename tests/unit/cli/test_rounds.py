@@ -10,6 +10,7 @@ from lorasweep.cli.actions import act
 from lorasweep.cli.finished_runs import noise_floor, train_again
 from lorasweep.cli.points import all_points
 from lorasweep.cli.status import status, status_text
+from lorasweep.cli.train import CHANGED_CLAIMS
 from lorasweep.errors import StoreError, TrainingError
 from lorasweep.launch import local
 from lorasweep.store.run_store import RunStore
@@ -73,7 +74,11 @@ def test_a_sweep_is_extended_in_rounds_that_are_recorded_and_counted(compose, ca
     assert again["estimate"]["n"] > ratio["estimate"]["n"]
     with pytest.raises(Exception, match="claims, margins or rounds were changed"):
         act(compose(*base, "sweep.claims.ratio.margin=[5,30]", "action=extend"), trainer)
+    assert act(compose(*base, "sweep.claims.ratio.margin=[1,100]", "format=json"), trainer) == 0
+    changed = json.loads(capsys.readouterr().out)["verdicts"]
+    assert {v["exploratory"] for v in changed} == {CHANGED_CLAIMS}
     assert act(extend, trainer) == 0 and act(run, trainer) == 0
+    capsys.readouterr()
     with pytest.raises(Exception, match="optional stopping"):
         act(extend, trainer)
 

@@ -1,12 +1,15 @@
 """Names that no configuration file describes: what they become, and what is said of wrong ones."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 
+from lorasweep.cli.points import all_points
 from lorasweep.config import own
 from lorasweep.errors import ModelError, SpecError
+from lorasweep.store.run_store import RunStore
 from tests import small_hub
 from tests.customers import make_base, write_rows
 from tests.world import write_json
@@ -54,6 +57,28 @@ def test_the_same_names_are_values_of_axes(compose, here):
     assert str(here) in found.exec.models_dir and str(here) in found.exec.data_dir
     arm = compose(*sweep, "+sweep.arms.lora.dataset=rows.jsonl")
     assert {p.spec.dataset.source for p in arm.points if p.arm == "lora"} == {"jsonl"}
+
+
+def test_a_file_may_have_any_name(compose, here):
+    path = here / "donn\u00e9es (1).jsonl"
+    path.write_bytes((here / "rows.jsonl").read_bytes())
+    (point,) = compose("model=./support-model", f"dataset='{path}'", *RUN).points
+    assert point.spec.dataset.name.startswith("donn\u00e9es (1)-")
+    grid = ("+sweep=lr_ratio", "scale=smoke", f"sweep.axes.dataset=['{path}']")
+    assert {p.spec.dataset.name for p in compose(*grid).points} == {point.spec.dataset.name}
+
+
+def test_a_search_takes_what_the_command_line_says(compose, here):
+    asked = ("+sweep=tune", "model=./support-model", "dataset=rows.jsonl", "batch_size=2")
+    (steps,) = {p.spec.steps for p in compose(*asked).points}
+    assert steps == math.ceil(3 * 30 / 2)  # three passes over 60 rows less 30 held out
+    assert {p.spec.steps for p in compose(*asked, "+sweep.axes.steps=50").points} == {50}
+    few = compose(*asked, "dataset.n_train=28").points
+    assert {p.spec.steps for p in few} == {42}
+    search = compose(*asked, "+sweep.arms.lora.lr=3e-3")
+    store = RunStore(search.exec.runs_dir)
+    lora = [p.spec.lr for p in all_points(search, store) if p.arm == "lora"]
+    assert 3e-3 in lora and 3e-3 not in [p.spec.lr for p in all_points(compose(*asked), store)]
 
 
 def test_columns_can_be_named_and_other_fields_set(compose, here):

@@ -185,7 +185,8 @@ def test_a_failure_is_recorded_for_the_runs_that_can_be_read(store, failing):
             failing("result.json", errno.EIO, len(files.PAUSES_S) + 1)  # of the first run
             raise RuntimeError("broken")
 
-    train(store, specs, Scripted(3, before))
+    with pytest.raises(StoreError, match=rf"{specs[0].id} \(RuntimeError: broken\) cannot be wr"):
+        train(store, specs, Scripted(3, before))
     assert store.end(specs[0].id, 1) is None
     assert store.failure(specs[1].id) == "RuntimeError: broken"
     assert steps_of(store, specs[1].id) == [1]  # a failed run keeps its records

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
@@ -70,6 +71,19 @@ def test_options_that_change_no_run_keep_the_title(compose):
     margin = ["sweep.claims.ratio.margin=[2,50]"]  # the looks keep the first: see store.looks
     for changes in (options, ["weight_decay=0"], margin):
         assert compose(*ASKED, *changes).title == "lr_ratio-smoke"
+    assert question(compose(*ASKED, *margin))["changes"] == margin
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("+sweep.axes.lr=[1e-3,2e-3]", "Write sweep.arms.fullft.lr=[1e-3,2e-3] or sweep.arms.lora"),
+        ("+sweep.scales.smoke.axes.seed=5", "has no effect: the file's scales are read before"),
+    ],
+)
+def test_what_the_grid_or_its_scale_replaces_is_refused(compose, given, hint):
+    with pytest.raises(SpecError, match=re.escape(hint)):
+        compose(*ASKED, given)
 
 
 @pytest.mark.full
@@ -200,3 +214,12 @@ def test_all_that_is_wrong_is_said_at_once(compose):
     with pytest.raises(SpecError) as error:
         compose("+sweep=lr_ratio", "sweep.arms.lora.lr=[0.0]", "sweep.arms.lora.rank=[4,16]")
     assert str(error.value).count("lr=0") >= 2
+
+
+def test_a_folder_that_is_typed_wins_over_the_environment(compose, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORASWEEP_RUNS", "/elsewhere")
+    from tests.world import compose_request
+
+    assert compose_request([*ASKED]).exec.runs_dir == "/elsewhere"
+    assert compose_request([*ASKED, "exec.runs_dir=runs"]).exec.runs_dir == f"{tmp_path}/runs"

@@ -144,7 +144,18 @@ def test_arms_that_differ_in_more_than_the_rank_are_refused():
         check_search([lora(2), lora(2, batch_size=2)], HOW)
 
 
-@pytest.mark.parametrize("wrong", [{"prefix": 0}, {"n_short": 2}, {"seeds": -1}, {"fine": 1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prefix": 0},
+        {"n_short": 2},
+        {"seeds": -1},
+        {"fine": 1.0},
+        {"min_steps": 0},
+        {"min_steps": 9, "max_steps": 8},
+        {"epochs": -1},
+    ],
+)
 def test_settings_without_which_a_search_would_not_end_are_refused(wrong):
     with pytest.raises(SpecError, match=r"sweep\.search.*expected"):
         check_search([lora(2)], Search(**wrong))
