@@ -400,7 +400,8 @@ def test_without_kept_rules_a_fleet_resumes_by_the_rules_of_its_runs(world, tmp_
     kept.unlink()
     assert not world.trained(*settings, "scale=small")
     assert "It keeps the prompt form of scale=small" in capsys.readouterr().err
-    assert json.loads(kept.read_text()) == {**rules, "answers": "last", "serve": "peft"}
+    later = {"answers": "last", "serve": "peft", "whole_prompt": False}
+    assert json.loads(kept.read_text()) == {**rules, **later}
     assert set(world.runs) == runs
     assert not world.trained(*settings, "scale=tiny")
     assert "It keeps" not in capsys.readouterr().err
