@@ -318,8 +318,8 @@ class Start:
     steps: list[float]
     ranks: list[Apart]
     first: Estimate
-    """The step at which the first rank leaves its band. No value if none does so within the run, in
-    so many resamples that the interval has no upper end."""
+    """The step at which the first rank leaves its band. It has no value if so many resamples never
+    leave the band that the interval has no upper end."""
     growth: Estimate
     """Change of the lowest rank's difference per doubling of the updates, in nats; over seeds."""
 

@@ -17,6 +17,7 @@ import pandas as pd
 from analysis.inference.decide import holm, judge, look_level
 from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, number, rate, with_interval
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
+from analysis.measures.at_best import AtBest
 from analysis.measures.next_runs import lines, suggest
 from analysis.measures.ratio import MIN_RANK, lr_drift
 from analysis.measures.regret import Gap
@@ -299,14 +300,19 @@ def gates_on_speed(optima: Sequence[Optimum]) -> list[Gate]:
     return found + [Gate(GateCode.TASK, problem) for problem in problems]
 
 
+def gates_on_pairs(values: AtBest[Any]) -> list[Gate]:
+    """Return the gate on a difference by seed, if too few seeds are on both sides."""
+    n = len(values.best)
+    return [Gate(GateCode.FEW_SEEDS_OF_BOTH, n)] if n < MIN_SEEDS else []
+
+
 def gates_on_gap(gap: Gap) -> list[Gate]:
     """List the gates of a gap: gates on its optima, and too much noise; an unfit task is no gate.
 
     A gap in nats with its own error is valid on a small or nearly solved task too.
     """
     found = gates_on([gap.full, gap.lora])
-    if not found and len(gap.nats.best) < MIN_SEEDS:
-        found.append(Gate(GateCode.FEW_SEEDS_OF_BOTH, len(gap.nats.best)))
+    found += [] if found else gates_on_pairs(gap.nats)
     if gap.planned_error > MAX_ERROR:
         known = math.isfinite(gap.planned_error)
         share = f"{100 * gap.planned_error:.2g}%" if known else "an unknown share"

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, exactly, number, signed, with_interval
-from analysis.measures.at_best import losses_at_best, over_seeds
+from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
 from analysis.measures.ratio import lr_drift
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
@@ -130,12 +130,17 @@ class Settings(base.Condition):
         return (a[0], b) if a and b is not None else None
 
     @cached_property
+    def start_difference(self) -> AtBest[float]:
+        """The loss with B random minus that with A random, in nats, by seed."""
+        if self.starts is None:
+            return AtBest({})
+        with_a, with_b = losses_at_best(self.starts)
+        return with_b.minus(with_a)
+
+    @cached_property
     def start_gap(self) -> Estimate | None:
         """The loss with B random minus that with A random, in nats."""
-        if self.starts is None:
-            return None
-        with_a, with_b = losses_at_best(self.starts)
-        return over_seeds(with_b.minus(with_a))
+        return over_seeds(self.start_difference) if self.starts else None
 
 
 def conditions(table: pd.DataFrame) -> list[Settings]:
@@ -172,7 +177,7 @@ ESTIMANDS = [
     base.Estimand[Settings](
         "start_b_gap",
         lambda c: c.start_gap,
-        lambda c: base.gates_on(c.starts or ()),
+        lambda c: base.gates_on(c.starts or ()) + base.gates_on_pairs(c.start_difference),
         absent="start=b",
     ),
 ]

@@ -113,11 +113,12 @@ class Rewarded(base.Condition):
 
     def gates_on_points(self, rank: int) -> list[Gate]:
         """List the gates on `points`; the reward must start in START and end at most at MOST."""
-        return self.gates_on_rewards(self.pair(rank))
+        return self.gates_on_rewards(self.pair(rank)) or base.gates_on_pairs(self.behind[rank])
 
     def gates_on_control(self, rank: int) -> list[Gate]:
         """List the gates on `points_control`, as of `gates_on_points`."""
-        return self.gates_on_rewards([self.control, self.by_rank[rank]])
+        found = self.gates_on_rewards([self.control, self.by_rank[rank]])
+        return found or base.gates_on_pairs(self.behind_control[rank])
 
     def gates_on_rewards(self, optima: Sequence[Optimum]) -> list[Gate]:
         """List the gates on final rewards: of their curves, and an unfit task."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.cli import answer, check, customers, finished_runs, plans, served, status, train
-from lorasweep.errors import ClusterError, GaveUp, LorasweepError, StoreError
+from lorasweep.errors import ClusterError, GaveUp, LorasweepError, SpecError, StoreError
 from lorasweep.launch.slurm.client import RunningJobs
 from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN, Signals
 from lorasweep.launch.slurm.planning import hardware_of
@@ -87,22 +87,24 @@ def _on_runs(
     if request.action == "run":  # find problems before the first part starts
         for part in request.parts:
             train.check(part, store, train.runs_of(part, store))
+    if as_json and request.watch:
+        raise SpecError("watch=true prints one JSON object after another. Name one sweep instead.")
     code, printed = 0, {}
-    for part in request.parts:
-        if as_json:
-            with redirect_stdout(io.StringIO()) as out:
+    try:
+        for part in request.parts:
+            if as_json:
+                with redirect_stdout(io.StringIO()) as out:
+                    code = max(code, act(part, trainer))
+                printed[part.title] = json.loads(out.getvalue() or "null")
+            else:
+                print(f"== {part.sweep_name}", flush=True)
                 code = max(code, act(part, trainer))
-            printed[part.title] = json.loads(out.getvalue() or "null")
-        else:
-            print(f"== {part.sweep_name}", flush=True)
-            code = max(code, act(part, trainer))
-        if code >= train.STOPPED:
-            break
-    if as_json:
-        print(json.dumps(printed))
-    if code >= train.STOPPED:
-        return code
-    if request.action == "run" and request.cluster.kind == "local" and request.format != "json":
+            if code >= train.STOPPED:
+                return code
+    finally:
+        if as_json:
+            print(json.dumps(printed))
+    if request.action == "run" and request.cluster.kind == "local" and not as_json:
         titles = [part.title for part in request.parts]
         print("\n".join(answer.study(Path(request.exec.reports_dir), titles, request.title)))
     return code
@@ -113,7 +115,7 @@ def _call(do: Callable[[Request, RunStore], int], request: Request, store: RunSt
 
 
 def _print_json(do: Callable[[Request, RunStore], int], request: Request, store: RunStore) -> int:
-    """Call an action and print one JSON object: {"output": LINES} if the action prints lines."""
+    """Call an action and print one JSON value: {"output": LINES} if the action prints lines."""
     with redirect_stdout(io.StringIO()) as out:
         code = do(request, store)
     text = out.getvalue()

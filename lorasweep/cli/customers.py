@@ -110,7 +110,7 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
     if len(fitting) > 1:
         raise SpecError(
             f"{name} may be {' or '.join(repr(a.name) for a in fitting)}. Write the name as in the "
-            f"table, in quotes: 'why=\"{fitting[0].name}\"'."
+            f"table, in quotes: '{'why' if request.why else 'write_sweep'}=\"{fitting[0].name}\"'."
         )
     (mine,) = fitting
     if isinstance(mine, Failed):

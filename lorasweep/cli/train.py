@@ -59,7 +59,7 @@ def run(
     follow: dict[str, Any] | None = None,
 ) -> int:
     """Train the missing runs, judge and report; on a cluster, submit jobs and report later."""
-    if request.sweep is not None:  # not only after hours of training
+    if request.sweep is not None and follow is None:  # not only after hours of training
         files.check_writable(Path(request.exec.reports_dir), "exec.reports_dir")
     trained = train(request, store, trainer, follow)
     points, as_json = trained.points, request.format == "json"
@@ -335,12 +335,15 @@ def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
         )
     for warning in warnings:
         print(warning, file=sys.stderr)
+    out = sys.stderr if request.format == "json" else sys.stdout
     if done.pruned:
-        print(f"cancelled {done.pruned} queued run(s) that are no longer part of this command line")
+        gone = f"cancelled {done.pruned} queued run(s) that are no longer part of this command line"
+        print(gone, file=out)
     elif work.n_removed:
         print(
             f"{work.n_removed} queued run(s) of this sweep are no longer part of this command "
-            "line; cancel them with prune=true"
+            "line; cancel them with prune=true",
+            file=out,
         )
     if done.waiting:
         print(

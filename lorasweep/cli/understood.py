@@ -60,8 +60,8 @@ def _data_lines(spec: DatasetSpec, tokenizer: Any, data_dirs: Sequence[str]) -> 
     columns = fields.columns(spec)
     read = (*columns, chat.TOOLS) if spec.format == "messages" else columns
     others = ", ".join(str(name) for name in row if name not in read)
-    listed = spec.format in chat.LISTS
-    used = columns if listed else (spec.prompt_field, *columns[-1:])
+    pair = (spec.prompt_field, spec.completion_field)
+    used = columns if spec.format in chat.LISTS else pair
     about = (
         f"data {spec.name}: {spec.source}, {spec.format}, columns {' -> '.join(used)}"
         f"{f' (not read: {others})' if others else ''}, {len(rows):,} training, "

@@ -24,7 +24,7 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.sweep.grid import Point
 
 GROUPS = ("model", "dataset")
-FORM = ("format", "prompt_field", "completion_field", "mask")
+FORM = ("format", "prompt_field", "completion_field", "mask", "render")
 """Fields of a data set that say how a row is read."""
 KINDS = {
     "model": "a folder of transformers, a .gguf file, or a name on the hub (owner/name@revision)",

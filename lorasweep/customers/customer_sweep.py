@@ -101,7 +101,7 @@ def _share(advice: Advice, steps: int) -> str:
     """Say which share of the data the sweep sees, and what it loads its rank with; '' if all."""
     work, load = advice.work, advice.choice.load
     seen = steps * work.batch_size
-    if work.rows is None or seen >= work.rows:
+    if work.rows is None or work.steps is None or steps >= work.steps:
         return ""
     what = "episodes" if advice.customer.task == "rl" else "rows"
     said = f"its runs see {seen:,} of {work.rows:,.0f} {what}"

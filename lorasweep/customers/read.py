@@ -194,8 +194,8 @@ def _csv(text: str) -> list[Row | Failed]:
     for where, cells in lines[1:]:
         values = dict(zip(header, cells, strict=False))
         unclear = [
-            f"column {name}: {cell.strip()!r} is another number where a comma separates decimals. "
-            "Write it without separators of thousands and with a decimal point, as 50000 or 2.95."
+            f"column {name}: {cell.strip()!r} means different numbers in different countries. "
+            "Write 50000 or 2.95: no separators of thousands, and a decimal point."
             for name, cell in values.items()
             if delimiter == ";" and COLUMNS[name].kind in (int, float)
             if AMBIGUOUS.match(cell.strip())
@@ -374,6 +374,9 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
     try:
         path = Path(c.model).expanduser()
         config = path / "config.json" if path.is_dir() else path
+    except (OSError, RuntimeError) as error:  # a name too long for a path, or an unknown ~user
+        raise RowError(f"column model: {c.model[:80]!r} is no path and no name: {error}") from None
+    try:
         if config.suffix == ".json":
             model = _of_config(config)
         elif c.model.lower() in models:
@@ -401,8 +404,6 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
             )
     except (ModelError, SpecError) as error:
         raise RowError(f"column model: {error}") from None
-    except (OSError, RuntimeError) as error:  # a name too long for a path, or an unknown ~user
-        raise RowError(f"column model: {c.model[:80]!r} is no path and no name: {error}") from None
     wrong = [
         f"column {n}: {v}, but {c.model} has {getattr(model, n)}. Leave it out, or give the model "
         "another name."
@@ -458,8 +459,14 @@ def _of_config(path: Path) -> ModelSpec:
     if missing:
         names = ", ".join(" or ".join(SHAPE[n].config_keys) for n in missing)
         raise ModelError(f"{path} lacks {names}.")
-    if is_known:  # matrices that the columns do not describe, such as those of shared experts
-        return _counted(known, text)
+    if is_known:
+        try:
+            return _counted(known, text)
+        except ModelError as error:
+            raise ModelError(
+                f"{error} To be advised by the columns of the shape alone, give a name instead of "
+                f"the file, and fill {', '.join(NEEDED)}."
+            ) from None
     return _build(folder.name, stated, **where, qk_norm="qwen3" in str(config.get("model_type")))
 
 

@@ -16,6 +16,7 @@ PAIRS = (
     ("prompt", "response"),
     ("question", "answer"),
     ("instruction+input", "output"),
+    ("instruction+input", "response"),
     ("instruction", "output"),
     ("instruction", "response"),
     ("input", "output"),
@@ -76,8 +77,8 @@ def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> Dat
     """Describe a file of rows, or a data set of the hub that is downloaded, with pinned content.
 
     The test split is the file `test` beside it; without it, the same file. An empty `name` is
-    replaced by one from the file name and the content. `named`: the mask, and a format or columns
-    that are not recognised.
+    replaced by one from the file name and the content. `named`: mask, render, and a format or
+    columns that are not recognised.
 
     Raises:
         DataError: there is no such file or data set, or its rows have none of the usual forms.
@@ -142,8 +143,9 @@ def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
     for name in formats:
         if name in columns and name in fields.LISTS:
             by_default = "completion" if name == "messages" else "last_assistant"
-            mask = named.get("mask", by_default)
-            return {"format": name, "mask": mask, "whole_prompt": True}
+            found = {"format": name, "mask": named.get("mask", by_default)}
+            # a chat template gives the whole text in any case
+            return {**found, "whole_prompt": named.get("render") != "chat_template"}
     pairs = dict.fromkeys((prompt or p, completion or c) for p, c in PAIRS)
     for pair in pairs:
         if {*pair[0].split(fields.JOINED), pair[1]} <= columns or set(pair) <= columns:

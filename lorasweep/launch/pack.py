@@ -67,7 +67,7 @@ def execute(
 
     Raises:
         Stopped: `stop` was set; checkpoints are written.
-        StoreError: the disk is full, or a file of the run folder cannot be read now.
+        StoreError: the disk is full, or a file of the run folder cannot be read or written now.
         SpecError, DataError, ModelError: something that the user must correct.
     """
     claimed = _Pack(exec_, store, trainer, report, stop)
@@ -164,8 +164,8 @@ class _Pack:
     def end_all(self, state: str, cause: str, trace: str = "") -> str:
         """End the attempts at all unfinished runs as 'stopped' or 'failed'.
 
-        Returns a run whose end could not be written, or ''. Once this process has ended, such a run
-        counts as interrupted.
+        Returns a run whose result cannot be read, or whose end cannot be written; '' if there is
+        none. Once this process has ended, such a run counts as interrupted.
         """
         unwritten = ""
         for rid, n in self.attempts.items():

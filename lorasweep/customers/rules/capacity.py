@@ -48,8 +48,8 @@ class Choice:
 def ranks_of(model: ModelSpec) -> tuple[int, ...]:
     """List the standard ranks that a model can have, up to an eighth of its width.
 
-    The rank of a model with experts is a multiple of the active ones; where no standard rank is,
-    they are the standard ranks times the active experts.
+    The rank of a model with experts is a multiple of the active experts. If no standard rank is,
+    the ranks are the standard ones times the active experts.
 
     Raises:
         RowError: there is no such rank.

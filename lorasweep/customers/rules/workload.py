@@ -81,7 +81,8 @@ def workload_of(case: Case) -> Workload:
         case.note("examples", counted.rows, data=c.data)
     batch, planned = c.batch_size, _planned(case, examples)
     if batch is None and c.steps is not None and planned is not None:
-        batch = max(1, round(planned / c.steps))
+        unit = GROUP if c.task == "rl" else 1
+        batch = max(unit, round(planned / c.steps / unit) * unit)
         case.note("batch_size", batch, "of_steps", {"rows": planned, "steps": c.steps})
     elif batch is None:  # halve it if updates would be too few
         assumed, few = BATCH[c.task], UPDATES[c.task]

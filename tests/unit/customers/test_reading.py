@@ -97,8 +97,8 @@ def test_numbers_that_countries_read_differently_are_refused(tmp_path):
     text = "name;model;task;examples;price_per_gpu_h\n"
     text += "a;qwen3-8b;sft;50.000;2\nb;qwen3-8b;sft;50000;2,950\nc;qwen3-8b;sft;50000;0.125\n"
     one, two, three = read_customers(write(tmp_path / "c.csv", text))
-    assert "column examples: '50.000' is another number where a comma" in one.error
-    assert "column price_per_gpu_h: '2,950' is another number" in two.error
+    assert "column examples: '50.000' means different numbers" in one.error
+    assert "column price_per_gpu_h: '2,950' means different numbers" in two.error
     assert three.price_per_gpu_h == 0.125
     with pytest.raises(RowError, match=r"column examples: '50.000' may be 50 or 50000"):
         customer_of({**ROW, "examples": "50.000"})

@@ -102,6 +102,8 @@ def test_stated_rows_and_updates_give_the_batch():
     assert one.reasons["batch_size"].formula.endswith("stated rows or episodes / steps")
     rl = advice(task="rl", examples=1000, episodes=320_000, steps=100)
     assert rl.work.batch_size == 3200 and rl.work.rows == 320_000
+    rl = advice(task="rl", examples=100, episodes=1000, steps=300)
+    assert rl.work.batch_size == 16  # a group
 
 
 def test_no_batch_of_rewards_is_smaller_than_a_group():

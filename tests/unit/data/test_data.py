@@ -156,6 +156,7 @@ FORMS = (
     {"question": "Hi", "answer": "héllo", "id": 3},
     {"instruction": "Hi", "output": "héllo"},
     {"instruction": "Say", "input": "Hi", "output": "héllo"},
+    {"instruction": "Say", "input": "Hi", "response": "héllo"},
     {"prompt": "Hi", "completion": "héllo"},
 )
 
