@@ -20,6 +20,7 @@ from tests.tables import GRID, table
 SEEDS = "about 33 seeds at each optimum (now 3)"
 BY_SEEDS = (
     *(GateCode.FEW_SEEDS, GateCode.FEW_SEEDS_AT_BEST, GateCode.FEW_SEEDS_AT_RECIPE),
+    GateCode.FEW_SEEDS_OF_BOTH,
     *(GateCode.FEW_SEEDS_AS_GOOD, GateCode.RECIPE_OUTSIDE, GateCode.ONLY_A_BOUND),
     *(GateCode.ONLY_BOUNDS, GateCode.BY_TASK),
 )
