@@ -450,8 +450,16 @@ def _law(answers: Sequence[Answer]) -> Finding | None:
         f"its rms error is {show(errors[RATE_LAW])} in {len(cells)} conditions, its best rival's "
         f"({best}) {show(errors[best])}: {where}"
     )
+    by_alpha: dict[float, list[float]] = {}
+    for c in cells:
+        by_alpha.setdefault(c["alpha"], []).append(c["ratio"] / c["law"])
+    alpha, off = max(by_alpha.items(), key=lambda each: sum(math.log(v) ** 2 for v in each[1]))
     allowed = math.exp(WITHIN)
-    more = f"It counts as right up to a factor of {allowed:.3g}, if every rival's error is larger."
+    more = (
+        f"It counts as right up to a factor of {allowed:.3g}, if every rival's error is larger. It "
+        f"is farthest off at alpha {alpha:g}, where the measured ratios are {_span(off)} times its "
+        "own."
+    )
     return Finding("rate_law", start, said, bool(v.exploratory), more)
 
 

@@ -387,7 +387,11 @@ def test_the_law_is_a_finding_with_its_error_and_its_best_rivals(outcome, start,
     def error(value):
         return Estimate(value, value - 0.1, value + 0.1, 4).plain()
 
-    cells = [{"base": b, "alpha": a, "steps": 512} for b in ("tiny64-3m", "b") for a in (0.5, 2048)]
+    off = {("tiny64-3m", 0.5): 1.1, ("b", 0.5): 0.9, ("tiny64-3m", 2048): 0.6, ("b", 2048): 0.75}
+    cells = [
+        {"base": b, "alpha": a, "steps": 512, "ratio": 2 * v, "law": 2.0}
+        for (b, a), v in off.items()
+    ]
     errors = {"the law": error(0.2), "constant": error(1.0), "power law": error(0.5)}
     judged = verdict(0.1, outcome=outcome, claim="law")
     more = {"cells": cells, "errors": errors, "best_rival": "power law"}
@@ -398,6 +402,7 @@ def test_the_law_is_a_finding_with_its_error_and_its_best_rivals(outcome, start,
         "1.65-fold [1.49, 1.82]: tiny64-3m and b (alpha 0.5 to 2048; 512 updates)"
     )
     assert "right up to a factor of 1.16" in found.more
+    assert "at alpha 2048, where the measured ratios are 0.6 to 0.75 times its own" in found.more
 
 
 def test_the_laws_figure_takes_the_place_of_the_learning_rates_once_it_has_runs(tmp_path):
