@@ -197,10 +197,11 @@ def _at_edge(best: Stable, curve: LrCurve) -> bool:
             return True
         following = curve.x[beyond][np.abs(curve.x[beyond] - end).argmin()]
         there = np.abs(curve.x - following) < SAME
+        if curve.broke_down[there].mean() > MAX_COLLAPSED:
+            continue
         here = (np.abs(curve.x - end) < SAME) & np.isin(curve.seed, curve.seed[there])
-        unstable = curve.broke_down[there].mean() > MAX_COLLAPSED
-        means = [float(curve.y[at & ~curve.broke_down].mean()) for at in (there, here)]
-        if not unstable and means[0] < means[1]:
+        beyond_mean, mean = (curve.y[at & ~curve.broke_down].mean() for at in (there, here))
+        if beyond_mean < mean:
             return True
     return False
 

@@ -82,8 +82,9 @@ def _on_runs(
         request = train.within_limit(request)
     as_json = request.format == "json"
     if not request.parts or request.action in WHOLE_STUDY or (on_gpus and request.action == "plan"):
-        call = _print_json if as_json and not request.watch else _call
-        return call(do, request, store)
+        if as_json and not request.watch:
+            return _print_json(do, request, store)
+        return do(request, store)
     if request.action == "run":  # find problems before the first part starts
         for part in request.parts:
             train.check(part, store, train.runs_of(part, store))
@@ -108,10 +109,6 @@ def _on_runs(
         titles = [part.title for part in request.parts]
         print("\n".join(answer.study(Path(request.exec.reports_dir), titles, request.title)))
     return code
-
-
-def _call(do: Callable[[Request, RunStore], int], request: Request, store: RunStore) -> int:
-    return do(request, store)
 
 
 def _print_json(do: Callable[[Request, RunStore], int], request: Request, store: RunStore) -> int:

@@ -35,9 +35,8 @@ STOPPED = 130
 """Exit status after Ctrl-C."""
 FOLLOW_COMMAND = ("-u", "-m", "lorasweep", "--follow")
 """Arguments of Python in a follow-up job, before the path of the task file."""
-
-
 CHANGED_CLAIMS = "the claims were changed after a first answer from these runs"
+"""Why the verdicts of such a sweep are exploratory."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,13 @@ def test_a_best_lr_at_the_edge_of_those_tried_is_gated(best):
 
 @pytest.mark.parametrize(
     ("beyond", "gated"),
-    [((-0.7, -0.7), True), ((-0.5, -0.5), False), ((NAN, -0.7), False), ((None, None), True)],
+    [
+        ((-0.7, -0.7), True),
+        ((-0.5, -0.5), False),
+        ((NAN, -0.7), False),
+        ((NAN, NAN), False),
+        ((None, None), True),
+    ],
 )
 def test_a_best_lr_at_the_end_of_those_with_all_seeds_is_compared_with_the_next(beyond, gated):
     """Two of five seeds ran there; the best of the others is .6, at their highest LR."""
