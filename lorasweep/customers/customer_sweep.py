@@ -46,6 +46,7 @@ def write(advice: Advice, folder: Path, alone: bool = True) -> list[str]:
     if not alone:
         name += f"_{hashlib.sha256(c.name.encode()).hexdigest()[:8]}"
     steps = min(advice.work.steps or STEPS, STEPS)
+    share = _share(advice, steps)
     in_catalogue = c.model.lower() in advice.known.models and bool(model.revision or model.recipe)
     lora, full = middle_rates(advice)
     low = max((r for r in ranks_of(model) if r < rank), default=rank)
@@ -57,7 +58,7 @@ def write(advice: Advice, folder: Path, alone: bool = True) -> list[str]:
         method=advice.choice.method,
         model=model.name if in_catalogue else name,
         steps=steps,
-        share=_share(advice, steps),
+        share=share,
         batch_size=advice.work.batch_size,
         max_length=advice.work.max_length,
         ranks=sorted({low, rank}),
@@ -85,7 +86,7 @@ def write(advice: Advice, folder: Path, alone: bool = True) -> list[str]:
                 f"put held-out rows in {test.name} beside {rows}, and write the sweep again: "
                 "otherwise its runs are evaluated on training rows"
             )
-    if share := _share(advice, steps):
+    if share:
         lines.append(f"{share}. All of them: sweep.axes.steps=[{advice.work.steps}]")
     if rewarded:
         lines.append(f"answers are checked by verifier: {dataset['verifier']}")
