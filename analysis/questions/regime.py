@@ -403,6 +403,13 @@ ESTIMANDS = [
     base.over_allowed(
         "over_allowed_real", lambda c: c.gap, applies=_where(lambda c: c.novelty is None)
     ),
+    base.over_allowed(
+        "over_allowed_real_16",
+        lambda c: c.last[16],
+        seeds=lambda c: base.fewest_seeds([c.last[16].lora, c.last[16].full]),
+        applies=_where(lambda c: c.novelty is None and 16 in c.last),
+        read=lambda c: "rank 16",
+    ),
     base.Estimand(
         "rank_by_updates",
         lambda c: base.UNKNOWN if c.change is None else over_seeds(c.change),

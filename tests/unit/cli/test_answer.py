@@ -24,7 +24,7 @@ def test_a_single_run_does_not_load_the_analysis(compose, monkeypatch):
 
 UNKNOWN = {
     "rank": ["faster"],
-    "regime": ["nothing", "real"],
+    "regime": ["nothing", "real", "real_16"],
     "rl": ["wider"],
     "rl_bits": ["taught", "one_bit", "wider"],
 }
