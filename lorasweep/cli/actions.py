@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from lorasweep.launch.slurm.client import RunningJobs
 from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN, Signals
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.trainer import Trainer
-from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, from_plain
 
@@ -61,8 +60,6 @@ def act(
     `trainer`: replaces the real trainer in tests and benchmarks. `follow`: task of a follow-up job.
     """
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
-    with suppress(OSError):  # the action reports problems with the folder
-        files.share_as(store.root)
     if request.customers and request.action != "advise":
         runs = customers.plan_fleet(request)
         if runs.action == "run":

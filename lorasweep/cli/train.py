@@ -174,7 +174,7 @@ def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
     """
     if request.mirror == "wandb":
         check_installed("wandb", "mirror=wandb")
-    if request.cluster.kind == "slurm" and request.cluster.submit:
+    if request.cluster.kind == "slurm":
         check_installed("submitit", f"cluster={request.cluster.name}")
     specs = [p.spec for p in request.points]
     if request.exec.world_size > 1:
@@ -294,7 +294,6 @@ def _train_on_cluster(
             "refused": done.refused,
             "unknown": work.unknown_runs,
             "exhausted": len(work.exhausted),
-            "scripts": [str(p) for p in done.scripts],
             "jobs": [a.job for s in done.submitted for a in s.arrays if a.job],
         }
         print(json.dumps(values))
@@ -313,8 +312,6 @@ def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
         arrays = [a for a in s.arrays if a.job and a.part != "follow"]
         jobs = ", ".join(f"{a.n} job(s) as {a.job}" for a in arrays)
         print(f"submitted {done.n_submitted} runs: {jobs}; records and logs in {s.folder}")
-    for script in done.scripts:
-        print(f"submit it yourself: sbatch {script}")
     warnings = []
     if done.refused:
         warnings.append(
@@ -323,9 +320,8 @@ def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
         )
     if work.unknown_runs:
         warnings.append(
-            f"{work.unknown_runs} runs may be in jobs of another cluster, or in jobs of another "
-            "user that Slurm hides: run the command there, or as that user. If those jobs are "
-            f"gone, delete their folders in {store.root}/.slurm"
+            f"{work.unknown_runs} runs may be in jobs of another cluster: run the command there. "
+            f"If those jobs are gone, delete their folders in {store.root}/.slurm"
         )
     if work.exhausted:
         warnings.append(

@@ -57,7 +57,6 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
         for path, sha in chain([(job_path, sha256)], map(json.loads, sys.stdin)):
             job = _read_job(Path(path), sha)
             store = RunStore(job["exec"]["runs_dir"], dead=job["dead"], jobs=RunningJobs())
-            files.share_as(store.root)
             if job["exec"]["world_size"] > 1:
                 _run_together(job, first, store, stop)
                 return 0

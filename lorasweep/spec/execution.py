@@ -135,7 +135,5 @@ class Cluster:
     """Shell lines at the start of a job, outside a container, such as `module load ...`."""
     options: dict[str, str] = field(default_factory=dict)
     """More sbatch options, by name without dashes. Write "true" for an option without a value."""
-    submit: bool = True
-    """False: only write sbatch scripts, for sites where submitit cannot run."""
     shared: bool = False
     """True: the nodes share the run folder, although it looks local to this machine."""

@@ -149,37 +149,25 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
     return True
 
 
-def share_as(folder: Path) -> None:
-    """Make new files of this process group-writable if `folder` is group-writable (chmod g+ws)."""
-    if folder.stat().st_mode & stat.S_IWGRP:
-        os.umask(os.umask(0o077) & ~0o070)
+def make_own(folder: Path) -> None:
+    """Create a folder if there is none; only this user writes it, and what this process creates.
 
-
-@contextmanager
-def own_only() -> Iterator[None]:
-    """Make files that this process creates in the block writable by its user only."""
-    before = os.umask(0o077)
-    os.umask(before | 0o022)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-def own_folder(path: Path) -> None:
-    """Create a folder in which only this user writes. Raises FileExistsError if it exists."""
-    with own_only():
-        os.mkdir(path)
-    with suppress(OSError, AttributeError):  # a default ACL would override the umask
-        os.removexattr(path, "system.posix_acl_default")
-    os.chmod(path, os.stat(path).st_mode & ~0o022)
-
-
-def protect_entries(folder: Path) -> None:
-    """Set the sticky bit of a group-writable folder, so that users delete only their own files."""
+    Raises StoreError if others may write it: they could change what jobs of this user run.
+    """
+    os.umask(os.umask(0o077) | 0o022)
+    folder.mkdir(parents=True, exist_ok=True)
     found = os.stat(folder)
-    if found.st_mode & stat.S_IWGRP and found.st_uid == os.geteuid():  # only the owner may chmod
-        os.chmod(folder, found.st_mode | stat.S_ISVTX)
+    if os.geteuid() not in (found.st_uid, 0):
+        raise StoreError(
+            f"exec.runs_dir={folder} belongs to another user (number {found.st_uid}), and only its "
+            "owner writes a run folder. Choose a folder of your own; action=status, plan and "
+            "export read this one."
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise StoreError(
+            f"exec.runs_dir={folder}: others may write it, and could change what your jobs run. "
+            f"Only its owner writes a run folder: chmod go-w {folder}"
+        )
 
 
 def append(path: Path, content: bytes) -> None:

@@ -76,8 +76,7 @@ class RunStore:
         """Create the folder; raise StoreError if it is not writable or of another train_version."""
         mark = self.root / "store.json"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            files.share_as(self.root)
+            files.make_own(self.root)
             probe = self.root / f".probe.{os.getpid()}-{os.urandom(3).hex()}"
             files.write_atomic(probe, b"")
             probe.unlink()

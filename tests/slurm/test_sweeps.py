@@ -29,7 +29,6 @@ from tests.slurm.cluster import (
     read_json,
     results,
     start,
-    status,
     submitted,
     wait_for,
 )
@@ -89,22 +88,6 @@ def test_packs_side_by_side_have_a_gpu_each(queue, tmp_path):
     queue.drain()
     envs = [read_json(p)["slurm"] for p in (tmp_path / "runs").glob("*/attempts/1/env.json")]
     assert len(envs) == 6 and {e["gpus"] for e in envs} == {"0", "1"}
-
-
-@pytest.mark.full
-def test_scripts_for_places_without_submitit(queue, tmp_path):
-    output = ask(tmp_path, *SMOKE, *FAST, "cluster.submit=false", "cluster.runs_per_job=3")
-    script = re.search(r"sbatch (\S+)", output)[1]
-    text = Path(script).read_text()
-    assert "#SBATCH --array=0-1%2" in text and "submitit" not in text
-    with queue.closed():
-        queue.command("sbatch", script)
-        again = ask(tmp_path, *SMOKE, *FAST)
-        assert "submitted 6 runs" not in again and "6 runs queued" in again
-        assert status(tmp_path, *SMOKE)["runs"]["queued"] == 6
-    queue.drain()
-    assert len(results(tmp_path)) == 6
-    assert all(ends == {1: None} for ends in attempts(tmp_path).values())
 
 
 @pytest.mark.full

@@ -11,6 +11,7 @@ from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.sbatch import Description
 from lorasweep.launch.slurm.submissions import Array, Notify
 from lorasweep.spec.execution import Cluster, Exec
+from lorasweep.store.run_store import RunStore
 
 
 def submit_command(
@@ -44,7 +45,7 @@ def submit_command(
         StoreError: another command is submitting and does not end.
     """
     root = Path(exec_.runs_dir)
-    root.mkdir(parents=True, exist_ok=True)
+    RunStore(root).prepare()
     partition, code = submit.prepare(cluster, root)
     workers = resources.workers_of(cluster)
     limit = cluster.time_min or int(min(time_min, partition.time_min))
@@ -67,10 +68,8 @@ def submit_command(
         task = {"arguments": command, "requeues": cluster.requeues}
         task |= {"container": container and dataclasses.asdict(container)}
         contents = {"tasks/0.json": task}
-        submit.write_files(folder, contents, cluster, name, [], [[]], [array], code)
+        submit.write_files(folder, contents, name, [], [[]], [array], code)
         described = Description(folder, array, needed, cluster, code)
-        if not cluster.submit:
-            return f"submit it yourself: sbatch {sbatch.write_script(described)}"
         try:
             number = sbatch.submit(described)
         except ClusterError:

@@ -2,10 +2,9 @@
 
     python -I -c "<this file>" JOB_FOLDER MANIFEST_SHA256 FIRST_TASK CODE_FOLDER CODE_DIGEST
 
-A run folder may be writable for a group. Whoever can write the files that a job imports or
-unpickles can run code as the job's user. So a job runs this check before it loads anything. The
-check is part of the job's script, which Slurm keeps, so others cannot change it. It imports only
-the standard library.
+Whoever can write the files that a job imports or unpickles can run code as the job's user. So a job
+runs this check before it loads anything. The check is part of the job's script, which Slurm keeps,
+so others cannot change it. It imports only the standard library.
 """
 
 import hashlib

@@ -30,7 +30,7 @@ from lorasweep.launch.slurm.container import Container
 from lorasweep.launch.worker import skipped
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
-from lorasweep.store import claims, files
+from lorasweep.store import claims
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 
@@ -106,7 +106,7 @@ def run(path: str) -> None:
 def _train(task: dict[str, Any]) -> None:
     exec_ = Exec(**task["exec"])
     store = RunStore(exec_.runs_dir, jobs=client.RunningJobs())
-    files.share_as(store.root)
+    store.prepare()
     points = [Point(s.method.name, s) for s in map(spec_from, task["runs"])]
     trainer, skip = task.get("trainer"), task["skip"]
     unwanted = skipped(skip)

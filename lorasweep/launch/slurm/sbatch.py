@@ -1,4 +1,4 @@
-"""Submit an array of jobs with submitit (used only here), or write it as an sbatch script."""
+"""Submit an array of jobs with submitit (used only here)."""
 
 import os
 import shlex
@@ -15,7 +15,6 @@ from lorasweep.launch.slurm.resources import JobResources
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.launch.slurm.submissions import Array
 from lorasweep.spec.execution import Cluster
-from lorasweep.store import files
 from lorasweep.store.claims import JOB_VARIABLE
 
 
@@ -94,7 +93,6 @@ def submit(described: Description) -> str:
     hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
     with ExitStack() as stack:
         stack.callback(os.environ.update, hidden)
-        stack.enter_context(files.own_only())
         executor = submitit.SlurmExecutor(folder=folder / "jobs")
         executor.update_parameters(
             job_name=array.name,
@@ -114,29 +112,3 @@ def submit(described: Description) -> str:
             complaint = "; ".join(dict.fromkeys(lines)) or text.strip()
             raise ClusterError(f"Slurm refused the jobs: {complaint}") from None
     return jobs[0].job_id.partition("_")[0]
-
-
-def write_script(described: Description) -> Path:
-    """Write an sbatch script that runs the tasks of an array, and return its path."""
-    array, folder, cluster = described.array, described.folder, described.cluster
-    log = "%A_%a" if array.n > 1 else "%j"
-    options = {
-        "job-name": array.name,
-        "time": described.needed.time_min,
-        "signal": f"USR2@{cluster.warn_s}",
-        "open-mode": "append",
-        "output": str(folder / "jobs" / f"{log}_0_log.out"),
-        **({"array": f"0-{array.n - 1}%{min(array.n, cluster.parallel)}"} if array.n > 1 else {}),
-        **described.options(),
-    }
-    texts = {k: "" if v is True else f"={shlex.quote(str(v))}" for k, v in options.items()}
-    flags = [f"#SBATCH --{k}{text}" for k, text in texts.items()]
-    number = f'"$(({array.first} + ${{SLURM_ARRAY_TASK_ID:-0}}))"'
-    task = f"{shlex.quote(str(folder / 'tasks'))}/{number}.json"
-    python = f"{shlex.quote(sys.executable)} -u -m lorasweep.launch.slurm.job"
-    command = " ".join(["srun --unbuffered", *described.srun(), python, task])
-    path = folder / f"array-{array.part}.sh"
-    lines = ["#!/bin/bash", *flags, "", *described.setup(), command, ""]
-    with files.own_only():
-        files.write_atomic(path, "\n".join(lines).encode())
-    return path

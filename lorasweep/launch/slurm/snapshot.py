@@ -37,27 +37,26 @@ def take(root: Path) -> Snapshot:
         return _checked(here, sha256 if _name(sha256) == here.name else "")
     sha256 = guard.digest_of({t.as_posix(): guard.sha256(str(s)) for s, t in _files(here)})
     if not (root / _name(sha256)).is_dir():
-        with files.own_only():
-            partial = root / f".copy.{os.getpid()}.{os.urandom(3).hex()}"
-            files.own_folder(partial)
-            for source, target in _files(here):
-                path = partial / target
-                path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, path)
-                files.sync(path)
-            sha256 = guard.digest(str(partial))  # files may have changed since the first digest
-            folder = root / _name(sha256)
-            copied = (*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/")
-            edited = [f for f in provenance.edited() if f.startswith(copied)]
-            about = {**provenance.code(), "snapshot": folder.name, "edited": edited}
-            files.write_atomic(partial / guard.ABOUT, json.dumps(about, indent=1).encode())
-            try:
-                os.rename(partial, folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-                shutil.rmtree(partial)  # another command was faster, with the same content
-            files.sync(root)
+        partial = root / f".copy.{os.getpid()}.{os.urandom(3).hex()}"
+        partial.mkdir()
+        for source, target in _files(here):
+            path = partial / target
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, path)
+            files.sync(path)
+        sha256 = guard.digest(str(partial))  # files may have changed since the first digest
+        folder = root / _name(sha256)
+        copied = (*(f"{p}/" for p in PACKAGES), "conf/", "sweeps/")
+        edited = [f for f in provenance.edited() if f.startswith(copied)]
+        about = {**provenance.code(), "snapshot": folder.name, "edited": edited}
+        files.write_atomic(partial / guard.ABOUT, json.dumps(about, indent=1).encode())
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(partial)  # another command was faster, with the same content
+        files.sync(root)
     return _checked(root / _name(sha256), sha256)
 
 

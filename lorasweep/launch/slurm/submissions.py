@@ -1,7 +1,7 @@
 """Record what was submitted to a cluster, and reconcile the records with Slurm's queue.
 
     <runs_dir>/.slurm/
-        lock/                     one submitting command at a time, of any user
+        lock/                     one submitting command at a time
         code/<snapshot>/          code that the jobs run
         <name>/submission.json    written before the first sbatch: sweep, and runs of each task
                tasks/<k>.json     runs of task k
@@ -12,11 +12,9 @@
                      withdrawn.json   runs that no task may start any more
                      ended.json       how the jobs ended, when all have ended
 
-A submission is written only by the user who submits. All users of the run folder write notes. This
-module must not depend on submitit and planning.
+This module must not depend on submitit and planning.
 """
 
-import getpass
 import json
 import os
 import re
@@ -33,7 +31,7 @@ from lorasweep.store import files
 from lorasweep.store.claims import Lock
 
 GIVE_UP_S = 600.0
-"""Seconds after a submission in which accounting records, or jobs of a script, may be late."""
+"""Seconds after a submission in which accounting records may be late."""
 LOCK_S = 600.0
 """Seconds to wait for another command that is submitting."""
 FOLLOW = "follow"
@@ -103,7 +101,7 @@ class Queue:
     unavailable: str | None = None
     """Why Slurm could not be queried; then no run counts as queued."""
     unknown_jobs: list[Submission] = field(default_factory=list)
-    """Submissions of another cluster, or of another user whose jobs Slurm hides."""
+    """Submissions of another cluster."""
 
     def live(self) -> list[tuple[Submission, int, client.Job]]:
         """List the tasks that are running or may still run, oldest submission first."""
@@ -136,9 +134,7 @@ def note(folder: Path, name: str) -> Path:
 
 
 def _read_note(folder: Path, name: str) -> Any:
-    """Return a note; earlier versions kept notes next to submission.json."""
-    content = files.read_json(note(folder, name))
-    return files.read_json(folder / name) if content is None else content
+    return files.read_json(note(folder, name))
 
 
 def _write_note(folder: Path, name: str, content: Any) -> None:
@@ -162,7 +158,6 @@ def write_record(
     content = {
         "sweep": sweep,
         "asked": sorted(asked),
-        "user": getpass.getuser(),
         "created_s": time.time(),
         "tasks": [list(t) for t in tasks],
         "arrays": [{k: getattr(a, k) for k in ("part", "name", "first", "n")} for a in arrays],
@@ -218,12 +213,9 @@ def look(runs_dir: Path) -> Queue:
     queue = Queue(open_)
     if not open_:
         return queue
-    me = getpass.getuser()
     try:
-        here, private = client.setting("ClusterName"), client.hides_jobs()
-        queue.unknown_jobs = [
-            s for s in open_ if s.record["cluster"] != here or (private and s.record["user"] != me)
-        ]
+        here = client.setting("ClusterName")
+        queue.unknown_jobs = [s for s in open_ if s.record["cluster"] != here]
         queue.submissions = [s for s in open_ if s not in queue.unknown_jobs]
         names = {a.name: (s, a) for s in queue.submissions for a in s.arrays}
         jobs = client.queue(list(names))
@@ -262,7 +254,8 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     for s in queue.submissions:
         for array in s.arrays:
             if array.job is None and (not array.abandoned or array.name in strays):
-                changed |= _settle(s, array, strays.get(array.name), notify)
+                _settle(s, array, strays.get(array.name), notify)
+                changed = True
     live = {s.name for s, _, _ in queue.live()} | {n for n, j in queue.follows.items() if j.live}
     names = {a.name: s.name for s in queue.submissions for a in s.arrays}
     live |= {names[j.name] for j in queue.strays}
@@ -284,30 +277,22 @@ def reconcile(runs_dir: Path, notify: Notify) -> Queue:
     return look(runs_dir) if changed else queue
 
 
-def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> bool:
-    """Record the Slurm id of an array, or that it is abandoned; return False if undecided.
+def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> None:
+    """Record the Slurm id of an array, or that it is abandoned.
 
     `number`: Slurm id of its live job, if there is one.
     """
     if number is None:
         accounted = client.named(array.name)
         number = accounted[0].partition("_")[0] if accounted else None
-    is_script = s.record["script"]
-    if number is not None and not array.abandoned and (is_script or s.complete(array, number)):
+    if number is not None and not array.abandoned and s.complete(array, number):
         notify(f"adopted job {number} of {s.name}, from a command that died after submitting it")
     elif number is not None:
         notify(f"cancelled job {number} of {s.name}, from a command that died while submitting it")
         if denied := client.cancel([number]):
-            owner = s.record["user"]
-            notify(f"  it could not be cancelled: it belongs to {owner}, and will fail ({denied})")
+            notify(f"  it could not be cancelled, and will fail ({denied})")
         number = None
-    elif is_script and time.time() - s.record["created_s"] < GIVE_UP_S:
-        return False  # the user may submit the script later
-    else:  # delete the script: its runs are planned again
-        with suppress(PermissionError):  # another user's script; its job would be cancelled
-            (s.folder / f"array-{array.part}.sh").unlink(missing_ok=True)
     note_array(s.folder, array.part, number)
-    return True
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:

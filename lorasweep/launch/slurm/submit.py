@@ -68,7 +68,6 @@ class Outcome:
     refused: str | None = None
     """Why Slurm refused some of the jobs; None: it refused none."""
     pruned: int = 0
-    scripts: list[Path] = field(default_factory=list)
 
     @property
     def queued(self) -> int:
@@ -77,8 +76,8 @@ class Outcome:
 
     @property
     def waiting(self) -> bool:
-        """Whether runs are in jobs, or wait for their scripts to be submitted."""
-        return bool(self.queued or self.work.running or self.scripts or self.work.unknown_runs)
+        """Whether runs are in jobs, or may be."""
+        return bool(self.queued or self.work.running or self.work.unknown_runs)
 
 
 def submit(
@@ -123,9 +122,8 @@ def submit(
             packs = [pack for same in jobs for task in same.tasks for pack in task.packs]
             check_disk(store.root, packs, at_once)
             notify(f"jobs run {snapshot.describe(code)}")
-        follows = cluster.follow and cluster.submit
         covered = any(served >= ids for served, _ in _followers(queue, request))
-        if jobs or (work.covered and follows and not covered):
+        if jobs or (work.covered and cluster.follow and not covered):
             follow_up = dataclasses.replace(follow_up, updates=updates_of(now.points, store))
             _submit(request, jobs, code, queue, outcome, follow_up)
         return outcome
@@ -154,8 +152,6 @@ def prepare(cluster: Cluster, root: Path) -> tuple[Partition, Snapshot]:
         check_visible(root, partition.hosts, mounts())
     home = submissions.home(root)
     (home / "code").mkdir(parents=True, exist_ok=True)
-    for shared in (home, home / "code"):
-        files.protect_entries(shared)
     return partition, snapshot.take(home / "code")
 
 
@@ -182,12 +178,9 @@ def _submit(
             described.append(Description(folder, array, same.needed, cluster, code))
             first += array.n
     arrays = [d.array for d in described]
-    if cluster.follow and cluster.submit:
+    if cluster.follow:
         arrays.append(Array(FOLLOW, f"{folder.name}-{FOLLOW}", len(tasks), 1))
     write_submission(folder, request, tasks, arrays, follow_up, code)
-    if not cluster.submit:
-        outcome.scripts += map(sbatch.write_script, described)
-        return
     numbers: list[str] = []
     for d in described:
         try:
@@ -216,7 +209,7 @@ def _submit(
             ids = {p.id for p in request.points}
             old = [j.id for served, j in _followers(queue, request) if served <= ids]
             if old:  # the new follow-up job replaces them
-                client.cancel(old)  # a job of another user stays, and does no harm
+                client.cancel(old)
     if numbers:
         n_tasks = sum(a.n for a in arrays[: len(numbers)])
         outcome.n_submitted += sum(len(t.points) for t in tasks[:n_tasks])
@@ -249,13 +242,12 @@ def write_submission(
         last = {"follow": str(folder / "request.json"), "requeues": requeues}
         contents[f"tasks/{len(tasks)}.json"] = {**last, **dataclasses.asdict(follow_up)}
     asked, runs = [p.id for p in request.points], [[p.id for p in task.points] for task in tasks]
-    write_files(folder, contents, request.cluster, request.title, asked, runs, arrays, code)
+    write_files(folder, contents, request.title, asked, runs, arrays, code)
 
 
 def write_files(
     folder: Path,
     contents: dict[str, Any],
-    cluster: Cluster,
     title: str,
     asked: list[str],
     tasks: list[list[str]],
@@ -267,32 +259,30 @@ def write_files(
     Raises ClusterError if other users could write them.
     """
     sums: dict[str, str] = {}
-    with files.own_only():
-        for new in (folder, folder / "tasks", folder / "jobs"):
-            files.own_folder(new)
-        # no flush of each file: the record is written last, and `guard` refuses incomplete files
-        for name, plain in [*contents.items(), (guard.MANIFEST, sums)]:
-            content = json.dumps(plain).encode()
-            (folder / name).write_bytes(content)
-            sums[name] = hashlib.sha256(content).hexdigest()
-        files.sync(folder / "tasks")
-        written = (folder, folder / "tasks", folder / guard.MANIFEST)
-        if problem := guard.untrusted(map(str, written)):
-            raise ClusterError(
-                f"{problem}, so others could make your jobs run their code. Choose a run folder on "
-                "a file system that keeps permissions: exec.runs_dir=FOLDER."
-            )
-        submissions.write_record(
-            folder,
-            title,
-            asked,
-            tasks,
-            arrays,
-            code=code.folder.name,
-            script=not cluster.submit,
-            cluster=client.setting("ClusterName"),
-            host=socket.gethostname(),
+    for new in (folder, folder / "tasks", folder / "jobs"):
+        new.mkdir()
+    # no flush of each file: the record is written last, and `guard` refuses incomplete files
+    for name, plain in [*contents.items(), (guard.MANIFEST, sums)]:
+        content = json.dumps(plain).encode()
+        (folder / name).write_bytes(content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+    files.sync(folder / "tasks")
+    written = (folder, folder / "tasks", folder / guard.MANIFEST)
+    if problem := guard.untrusted(map(str, written)):
+        raise ClusterError(
+            f"{problem}, so others could make your jobs run their code. Choose a run folder on a "
+            "file system that keeps permissions: exec.runs_dir=FOLDER."
         )
+    submissions.write_record(
+        folder,
+        title,
+        asked,
+        tasks,
+        arrays,
+        code=code.folder.name,
+        cluster=client.setting("ClusterName"),
+        host=socket.gethostname(),
+    )
 
 
 def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Job]]:
@@ -307,7 +297,7 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
     """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
 
     A submission belongs to the sweep if it has the same title and some of these runs. Raises
-    ClusterError if there is no Slurm here, or some jobs belong to other users.
+    ClusterError if there is no Slurm here, or it did not cancel some jobs.
     """
     if files.status(submissions.home(store.root)) is None:  # nothing was submitted
         return 0, 0
@@ -324,11 +314,7 @@ def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]
         ending = [r for r in runs if store.state(r) not in FINAL]
         labels = [*follows, *(j.label for _, _, j in live)]
         if denied := client.cancel(labels):
-            users = ", ".join(sorted({s.record["user"] for s in mine.values()}))
-            raise ClusterError(
-                f"some jobs could not be cancelled: {denied}. The jobs belong to {users}; each "
-                "user must run action=cancel for their own jobs."
-            )
+            raise ClusterError(f"some jobs could not be cancelled: {denied}.")
         return len(live), len(ending)
 
 

@@ -6,9 +6,6 @@ from lorasweep.launch.slurm import client
 from lorasweep.plan import detect
 from lorasweep.plan.plan import make_plan
 from lorasweep.store.run_store import RunStore
-from tests.unit.store.conftest import group_folder
-
-__all__ = ["group_folder"]
 
 
 @pytest.fixture

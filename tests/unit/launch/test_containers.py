@@ -102,12 +102,11 @@ def test_the_script_runs_the_check_and_the_job_outside(tmp_path, image):
     needed = resources.JobResources(2, 0, 1.0, 10, 1)
     code = snapshot.Snapshot(tmp_path / "code", "0" * 64)
     described = sbatch.Description(tmp_path, Array("0", "n", 0, 1), needed, cluster, code)
-    *setup, last = sbatch.write_script(described).read_text().splitlines()
-    assert last.startswith("srun --unbuffered --overlap --nodes=1 --ntasks=1 --relative=0 /")
-    assert "apptainer" not in last and "--container" not in last
+    setup = described.setup()
+    assert described.srun() == ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
     assert f"export {container.VARIABLE}={image}".replace(NGC, f"'{NGC}'") in setup
     follow = dataclasses.replace(described, cluster=dataclasses.replace(cluster, container=None))
-    assert container.VARIABLE not in sbatch.write_script(follow).read_text()
+    assert container.VARIABLE not in "".join(follow.setup())
 
 
 @pytest.mark.parametrize(

@@ -1,39 +1,35 @@
-"""In a run folder that a group can write, a job runs only what its user submitted."""
+"""A job runs only what its user submitted, and only its owner writes a run folder."""
 
 import json
 import os
 import re
 import shutil
-import struct
+import stat
 import subprocess
 
 import pytest
 
-from lorasweep.errors import ClusterError
+from lorasweep.errors import ClusterError, StoreError
 from lorasweep.launch import worker
 from lorasweep.launch.slurm import guard, resources, sbatch, snapshot, submissions, submit
 from lorasweep.launch.slurm.planning import Task
 from lorasweep.plan.packing import Pack
 from lorasweep.spec.execution import Cluster
-from lorasweep.store import files
-from lorasweep.store.claims import Lock
 from lorasweep.store.run_store import RunStore
-from tests.world import OTHER_USER, as_another_user, compose_request
-
-ARRAY = submissions.Array("0", "s-0", 0, 1)
+from lorasweep.store.table import load_runs
+from tests.world import OTHER_USER, as_another_user, compose_request, tiny_spec
 
 
 @pytest.fixture
-def described(group_folder, slurm, tmp_path):
-    """In a group's run folder: a submission of two jobs and a follow-up job, with some code."""
+def described(slurm, tmp_path):
+    """A submission of two jobs and a follow-up job, with some code."""
     slurm("here")
-    home, code = submissions.home(group_folder().root), tmp_path / "snapshot"
+    RunStore(tmp_path / "runs").prepare()
+    home, code = submissions.home(tmp_path / "runs"), tmp_path / "snapshot"
     home.mkdir()
-    files.protect_entries(home)
-    with files.own_only():
-        (code / "package").mkdir(parents=True)
-        for name in ("package/a.py", "package/b.py", "snapshot.json"):
-            (code / name).write_text(f"{name} = 1")
+    (code / "package").mkdir(parents=True)
+    for name in ("package/a.py", "package/b.py", "snapshot.json"):
+        (code / name).write_text(f"{name} = 1")
     taken = snapshot.Snapshot(code, guard.digest(str(code)))
     request = compose_request(["+sweep=lr_ratio", "scale=smoke", "cluster=slurm"])
     parts = (request.points[:3], request.points[3:])
@@ -48,7 +44,7 @@ def described(group_folder, slurm, tmp_path):
 def run_job(described, tmp_path, meanwhile=lambda described: None):
     """Run a job's script with a stand-in for srun; return whether it was reached, and the errors."""
     script = tmp_path / "spooled.sh"  # Slurm runs its own copy of the script
-    script.write_bytes(sbatch.write_script(described).read_bytes())
+    script.write_text("\n".join([*described.setup(), "srun job", ""]))
     meanwhile(described)
     (tmp_path / "bin").mkdir(exist_ok=True)
     (tmp_path / "bin/srun").write_text("#!/bin/sh\necho reached\n")
@@ -147,48 +143,29 @@ def test_a_worker_refuses_a_job_file_with_another_checksum(tmp_path, capsys, mon
     assert str(path) in json.loads(capsys.readouterr().out)["error"]
 
 
-def test_a_group_shares_the_notes_and_nothing_that_a_job_runs(described, tmp_path):
-    """A second user reads a submission, writes notes on it and submits, but cannot change what the
-    first user's jobs read, nor move it away."""
-    home = described.folder.parent
-    runs = home.parent
-    submissions.note_array(described.folder, "0", "12")
-    (home / "code").mkdir()
-
-    def second_user():
-        RunStore(runs).prepare()
-        with Lock(home / "lock").held(5, print):
-            (found,) = submissions.read_all(runs)
-            assert found.arrays[0].job == "12" and found.complete(ARRAY, "9") is False
-            submissions.withdraw(found, ["x"])
-            submissions.note_array(found.folder, "0", "13")
-        files.own_folder(home / "mine")
-        for harm in (
-            lambda: (found.folder / "tasks/1.json").write_text("{}"),
-            lambda: (found.folder / "tasks/1.json").unlink(),
-            lambda: (found.folder / "jobs/x.pkl").write_text(""),
-            lambda: found.folder.rename(home / "away"),
-            lambda: (found.folder / "jobs").rename(found.folder / "away"),
-        ):
-            with pytest.raises(PermissionError):
-                harm()
-
-    as_another_user(tmp_path, second_user)
-    (found,) = submissions.read_all(runs)
-    assert found.arrays[0].job == "13" and found.withdrawn == {"x"}
-    assert run_job(described, tmp_path)[0]
+@pytest.mark.parametrize("mode", [0o775, 0o777, 0o2775, 0o3775])
+def test_a_run_folder_that_others_may_write_is_refused_with_the_remedy(tmp_path, mode):
+    store = RunStore(tmp_path / "runs")
+    store.prepare()
+    store.root.chmod(mode)
+    with pytest.raises(StoreError, match=f"chmod go-w {store.root}"):
+        store.prepare()
 
 
-def test_a_default_acl_of_the_group_does_not_open_a_job_folder(tmp_path):
-    """As on many group folders, where it comes before the umask."""
-    entry = struct.Struct("<HHI")
-    anybody = 0xFFFFFFFF  # the id of an entry without a user: owner, group, others
-    acl = struct.pack("<I", 2) + b"".join(entry.pack(tag, 7, anybody) for tag in (1, 4, 32))
-    try:
-        os.setxattr(tmp_path, "system.posix_acl_default", acl)
-    except OSError:
-        pytest.skip("this file system has no ACLs")
-    files.own_folder(tmp_path / "job")
-    with files.own_only():
-        (tmp_path / "job" / "x").write_text("")
-    assert guard.untrusted([str(tmp_path / "job"), str(tmp_path / "job" / "x")]) is None
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be two users")
+def test_another_user_reads_a_run_folder_and_does_not_write_it(tmp_path):
+    store, spec = RunStore(tmp_path / "runs"), tiny_spec()
+    os.umask(os.umask(0) & ~0o022)  # a login whose files the group may write
+    store.prepare()
+    store.claim(spec)
+    store.finish(spec.id, "done", {"test_nll": 1.0})
+    written = [p.stat().st_mode for p in store.root.rglob("*")]
+    assert not any(mode & (stat.S_IWGRP | stat.S_IWOTH) for mode in written)
+
+    def other():
+        there = RunStore(store.root)
+        assert there.state(spec.id) == "done" and len(load_runs(store.root)) == 1
+        with pytest.raises(StoreError, match="belongs to another user"):
+            there.prepare()
+
+    as_another_user(tmp_path, other)

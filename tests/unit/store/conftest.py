@@ -1,15 +1,13 @@
-"""A run folder, owners of runs, a folder of a group, and processes that work at the same time."""
+"""A run folder, owners of runs, and processes that work at the same time."""
 
 import json
 import multiprocessing
-import os
 
 import pytest
 import torch
 
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
-from tests.world import OTHER_USER
 
 
 def save(folder, *steps):
@@ -42,25 +40,6 @@ def at_once(count, do):
 @pytest.fixture
 def store(tmp_path):
     return RunStore(tmp_path / "runs")
-
-
-@pytest.fixture
-def group_folder(tmp_path):
-    """`group_folder(mode)`: a run folder of a group, with the usual umask."""
-    before = os.umask(0o022)
-
-    def make(mode=0o2775):
-        runs = tmp_path / "runs"
-        runs.mkdir()
-        if os.geteuid() == 0:
-            os.chown(runs, 0, OTHER_USER)
-        runs.chmod(mode)
-        store = RunStore(runs)
-        store.prepare()
-        return store
-
-    yield make
-    os.umask(before)
 
 
 @pytest.fixture

@@ -5,17 +5,14 @@ import errno
 import json
 import os
 import signal
-import stat
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 
-from lorasweep.cli.actions import act
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.store import checkpoint, claims, files, looks
 from lorasweep.store.claims import Liveness, Lock
@@ -24,7 +21,7 @@ from lorasweep.store.table import import_table, load_runs
 from lorasweep.sweep.grid import Point
 from tests.unit.launch.trainers import steps_of
 from tests.unit.store.conftest import at_once, save
-from tests.world import as_another_user, tiny_spec
+from tests.world import tiny_spec
 
 RESULT = {"nll_start": 3.0, "test_nll": 2.5, "curve": [], "base_sha256": "x"}
 DEAD_PID = 2**22 + 1
@@ -240,22 +237,6 @@ def test_the_index_is_only_a_cache(store, monkeypatch):
     assert RunStore(store.root).states(ids)[ids[1]] == "done"
 
 
-def test_two_users_of_a_folder_with_the_sticky_bit_share_the_index(tmp_path, group_folder):
-    store = group_folder(0o3775)
-    finish(store, [str(k) for k in range(30)])
-
-    def second_user():
-        other = RunStore(store.root)
-        other.prepare()
-        finish(other, [str(k) for k in range(30, 60)])
-        assert len(other.finished(map(str, range(60)))) == 60
-
-    as_another_user(tmp_path, second_user)
-    kept = json.loads((store.root / ".index/runs.json").read_bytes())
-    assert len(kept["runs"]) == 60
-    assert {p.name for p in store.root.glob(".*")} == {".index"}
-
-
 @pytest.fixture
 def table(tmp_path):
     store = RunStore(tmp_path / "a")
@@ -336,55 +317,6 @@ def test_an_owner_of_unknown_start_time_is_not_called_dead(store, change_owner, 
     assert Liveness().verdict(attempt) is None and Liveness().alive(attempt)
     change_owner(spec.id, pid=2**22 + 1)
     assert Liveness().verdict(attempt) is False
-
-
-def writable(folder):
-    """File or folder -> whether the group may write it."""
-    written = [p for p in folder.rglob("*") if p.name != "store.json"]
-    return {p: bool(p.stat().st_mode & stat.S_IWGRP) for p in written}
-
-
-def test_files_of_a_groups_folder_are_writable_for_the_group(group_folder, tmp_path):
-    store, spec = group_folder(), tiny_spec()
-    assert store.claim(spec) == 1
-    store.record(spec.id, {"step": 1})
-    assert len(writable(store.root)) >= 5 and all(writable(store.root).values())
-    os.umask(0o022)
-    mine = tmp_path / "mine"
-    mine.mkdir(mode=0o755)
-    files.share_as(mine)
-    (mine / "x").write_text("")
-    assert not (mine / "x").stat().st_mode & stat.S_IWGRP
-
-
-@pytest.mark.parametrize("action", ["extend", "verify", "adapter", "status"])
-def test_all_actions_write_files_that_the_group_may_write(group_folder, compose, action):
-    """The lock of the looks, for example: another user adds a round, too."""
-    runs = group_folder().root
-    with suppress(SpecError):  # there is no run yet
-        act(compose("+sweep=lr_ratio", "scale=smoke", f"action={action}"))
-    with Lock(runs / "lock").held(1, print):
-        pass
-    assert all(writable(runs).values())
-
-
-@pytest.mark.parametrize("mode", [0o2775, 0o3775], ids=["g+ws", "g+ws,+t"])
-def test_another_user_of_the_group_resumes_a_sweep(group_folder, tmp_path, mode):
-    store, spec = group_folder(mode), tiny_spec()
-    n = store.claim(spec)
-    store.record(spec.id, {"step": 1})
-    store.write_end(spec.id, n, "stopped", "asked to stop")
-
-    def resume():
-        other = RunStore(store.root)
-        other.prepare()
-        assert other.claim(spec) == n + 1
-        other.record(spec.id, {"step": 2})
-        assert other.finish(spec.id, "done", {"test_nll": 1.0})
-
-    as_another_user(tmp_path, resume)
-    assert store.state(spec.id) == "done"
-    assert [r["step"] for r in store.records(spec.id)] == [1, 2]
 
 
 def test_a_late_claim_that_a_later_holder_deletes_is_made_again(tmp_path, monkeypatch):
