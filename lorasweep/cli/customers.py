@@ -15,7 +15,7 @@ from lorasweep.cli.progress import Display
 from lorasweep.cli.train import STOPPED, Trained
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
-from lorasweep.customers import adapters, customer_sweep, pages, runs
+from lorasweep.customers import adapters, pages, runs
 from lorasweep.customers import measure as measuring
 from lorasweep.customers.advice import Advice, answers, plain_of
 from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
@@ -71,19 +71,19 @@ def advise(request: Request) -> int:
     else:
         table = check_rows([Row("customer", {"name": "customer", **request.customer})])
     found = answers(table, known(request))
-    if request.why or request.write_sweep:
+    if request.why:
         return _one(request, found)
     title = Path(request.customers).stem if request.customers else "customer"
     out = request.out
     if not out and request.format != "json":
         out = str(Path(request.exec.reports_dir) / f"advice-{title}.html")
     if out:
-        path, writers = Path(out), {".html": pages.html, ".md": pages.markdown}
-        if path.suffix not in writers:
-            raise SpecError(f"out={out}: expected a file that ends in {' or '.join(writers)}.")
+        path = Path(out)
+        if path.suffix != ".html":
+            raise SpecError(f"out={out}: expected a file that ends in .html.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(writers[path.suffix](found, title))
+            path.write_text(pages.html(found, title))
         except OSError as error:
             raise SpecError(f"out={out}: {error}") from None
     if request.format == "json":
@@ -92,17 +92,14 @@ def advise(request: Request) -> int:
         errors = [f"error in {a.error}" for a in found if isinstance(a, Failed)]
         lines = _table(pages.HEAD, [pages.cells(a) for a in found], pages.NUMBERS)
         lines += ["", *errors, *([""] if errors else []), *pages.summary_lines(found), pages.BASIS]
-        lines += [f"page: {out}. Reasons: why=NAME. A sweep to test the advice: write_sweep=NAME"]
+        lines += [f"page: {out}. Reasons, and the command that tests the advice: why=NAME"]
         print("\n".join(lines))
     return 1 if any(isinstance(a, Failed) for a in found) else 0
 
 
 def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
-    """Print the reasons of one customer's advice, or write the sweep that decides the method."""
-    if request.why and request.write_sweep:
-        raise SpecError("why and write_sweep are two questions. Ask one at a time.")
-    name = request.why or request.write_sweep
-    plain = customer_sweep.plain_name
+    """Print the reasons of one customer's advice."""
+    name, plain = request.why, runs.plain_name
     fitting = [a for a in found if a.name == name] or [a for a in found if plain(a.name) == name]
     if not fitting:
         names = unknown("customer", name, (a.name for a in found))
@@ -110,16 +107,12 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
     if len(fitting) > 1:
         raise SpecError(
             f"{name} may be {' or '.join(repr(a.name) for a in fitting)}. Write the name as in the "
-            f"table, in quotes: '{'why' if request.why else 'write_sweep'}=\"{fitting[0].name}\"'."
+            f"table, in quotes: 'why=\"{fitting[0].name}\"'."
         )
     (mine,) = fitting
     if isinstance(mine, Failed):
         raise SpecError(mine.error)
-    if request.write_sweep:
-        alone = sum(plain(a.name) == plain(mine.name) for a in found) == 1
-        out = Path(request.out or customer_sweep.FOLDER)
-        print("\n".join(customer_sweep.write(mine, out, alone)))
-    elif request.format == "json":
+    if request.format == "json":
         reasons = mine.reasons.values()
         print(json.dumps([{**vars(r), "sure": r.sure.name.lower()} for r in reasons]))
     else:

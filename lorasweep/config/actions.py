@@ -126,10 +126,10 @@ ACTIONS: dict[str, Action] = {
             "advise",
             "LoRA or full fine-tuning, with which rank, learning rate and batch size, at what "
             "cost: for each row of a CSV or YAML table, or for one customer "
-            "(+customer.model=llama-3.1-8b +customer.task=sft ...). out=FILE.html or FILE.md: the "
-            "page; why=NAME: all reasons; write_sweep=NAME: the experiment that would resolve it",
+            "(+customer.model=llama-3.1-8b +customer.task=sft ...). out=FILE.html: the page; "
+            "why=NAME: all reasons, and the command that tests the advice",
             "customers=FILE",
-            reads=("customers", "customer", "why", "write_sweep", "out", "hardware"),
+            reads=("customers", "customer", "why", "out", "hardware"),
             about="customers",
             allows_sweep=False,
             needs_run=False,

@@ -1,4 +1,4 @@
-"""Format advice as cells of a table, and as pages in Markdown and HTML from `templates/`.
+"""Format advice as cells of a table, and as a page in HTML from `templates/`.
 
 The template engine escapes HTML. `plain_text` escapes Markdown in texts of customers.
 """
@@ -27,7 +27,7 @@ BASIS = (
     f"lie within {MEMORY_ERROR:.0%} of the memory and {SPEED_ERROR:.0%} of the time. Method, rank "
     "and learning rate follow published rules, which disagree; measured regret covers small "
     "models only. Load is the information in the data, in bits, over 2 bits for each trained "
-    "parameter. Where the method is undecided, run a sweep (write_sweep=NAME)."
+    "parameter. Where the method is undecided, search on the customer's rows: +sweep=tune."
 )
 
 
@@ -126,23 +126,6 @@ def _comparable(t: Mapping[str, Any]) -> str:
     return (
         f"The {t['comparable']} {customers} for whom both methods have a price (for the others the "
         "length of training is not known, or a method fits nowhere)"
-    )
-
-
-def markdown(found: Sequence[Advice | Failed], title: str) -> str:
-    """Return the page in Markdown."""
-    return render(
-        "advice.md",
-        title=title,
-        lines=[*(f"- {line}" for line in summary_lines(found)), "", BASIS],
-        head=HEAD,
-        rules=["---:" if h in NUMBERS else "---" for h in HEAD],
-        rows=[[plain_text(c) for c in cells(a)] for a in found],
-        warnings=[
-            (plain_text(name_of(a)), [plain_text(text) for text in said])
-            for a in found
-            if (said := [a.error] if isinstance(a, Failed) else a.warnings)
-        ],
     )
 
 

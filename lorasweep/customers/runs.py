@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.customers.advice import advise
-from lorasweep.customers.customer_sweep import middle_rates, plain_name
 from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
 from lorasweep.customers.rows import BY_ROW, CHAT, PLAIN, SPLITS, Rows, Rules, rows_of, with_lengths
@@ -39,6 +38,8 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
 
+FACTOR = 10.0
+"""LoRA's learning rate / full fine-tuning's, where the adviser says full fine-tuning."""
 APART = 3.0
 """Factor between the learning rates that are tried, as in public grids (rules/rates.py, STEP)."""
 MOST_RATES = 9
@@ -94,6 +95,11 @@ def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Me
             values = {**values, "rows": rows, "points": mine}
         found.append(Member(**values))
     return found
+
+
+def plain_name(name: str) -> str:
+    """Return a name in small letters, digits and underscores, for files and options."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "customer"
 
 
 def folder_of(name: str) -> str:
@@ -204,7 +210,9 @@ def _member(
     layers, by = served(advice.model, choice.rank)
     size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": layers}
     steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / batch))
-    rate, patience = middle_rates(advice)[0], base.early_stopping
+    rate, patience = advice.rate.rate, base.early_stopping
+    if choice.method == "full":  # the advised learning rate is full fine-tuning's
+        rate *= FACTOR
     not_early = why_not_early(patience, steps, rows.dataset.n_validation) if patience else ""
     spec = dataclasses.replace(
         base,

@@ -41,8 +41,6 @@ class Settings:
     """action=advise: one customer, by column."""
     why: str = ""
     """action=advise: the customer whose reasons are shown."""
-    write_sweep: str = ""
-    """action=advise: the customer whose sweep is written."""
     data: str = ""
     """action=measure: a file of rows, in place of a data set."""
     budget: str = ""

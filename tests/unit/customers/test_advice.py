@@ -2,17 +2,14 @@
 
 import csv
 import dataclasses
-import re
 
 import pytest
-import yaml
 
-from lorasweep.customers import customer_sweep, pages
+from lorasweep.customers import pages
 from lorasweep.customers.advice import SURE_OF, answers, plain_of, totals
 from lorasweep.customers.evidence import Sure, read_information
 from lorasweep.customers.read import COLUMNS, Failed, Row, check_rows, read_customers
 from lorasweep.data import own
-from lorasweep.errors import SpecError
 from tests.customers import write_json
 from tests.unit.customers.world import advice, known
 from tests.world import ROOT
@@ -179,8 +176,6 @@ def test_a_page_holds_no_markup_of_customers_and_no_script():
     assert not [tag for tag in ("<img", "<b>x", "<i>no", "<script") if tag in text]
     assert "&lt;img src=x onerror=&#34;alert(1)&#34;&gt;" in text
     assert "default-src 'none'" in text and "src=" not in text.replace("src=x", "")
-    written = pages.markdown(found, "t")
-    assert "<img" not in written and "\\|" in written and "<b>" not in written
 
 
 def test_a_table_of_errors_alone_has_no_costs():
@@ -202,43 +197,8 @@ def test_the_portfolio_counts_and_sums():
     assert t["serving_gib_lora"] == pytest.approx((a.costs.full.file_mib + adapters) / 1024)
 
 
-def read(folder, kind):
-    """A file of the customer's sweep, as it was written."""
-    return yaml.safe_load((folder / f"{kind}/settle_acme.yaml").read_text())
-
-
-@pytest.mark.parametrize(
-    ("answer", "verifier"), [("so #### 2", "integer"), (r"so \boxed{\frac{4}{2}}", "math")]
-)
-def test_a_sweep_of_reinforcement_learning_names_the_verifier(tmp_path, answer, verifier):
-    def write(answer):
-        path = write_json(tmp_path / "train.jsonl", [{"question": "1 + 1?", "answer": answer}])
-        path.with_name("test.jsonl").write_text(path.read_text())
-        customer = advice(task="rl", episodes=4000, data=str(path), tokens_per_example=200)
-        return customer_sweep.write(customer, tmp_path)
-
-    lines = write(answer)
-    written, sweep = read(tmp_path, "dataset"), read(tmp_path, "sweep")
-    assert (written["verifier"], written["mask"]) == (verifier, "completion")
-    axes = sweep["axes"]
-    assert axes["batch_size"][0] % axes["group_size"][0] == 0 and sweep["analysis"] == "rl"
-    assert any(f"verifier: {verifier}" in line for line in lines)
-    with pytest.raises(SpecError, match="two columns"):
-        write("two")
-
-
-def test_a_written_sweep_reads_the_customers_own_form(tmp_path):
-    path = write_json(tmp_path / "support.jsonl", [{"question": "a", "answer": "b"}])
-    answer = advice(data=str(path), tokens_per_example=9)
-    lines = customer_sweep.write(answer, tmp_path / "settle")
-    written = read(tmp_path / "settle", "dataset")
-    assert written["prompt_field"] == "question" and written["train_split"] == "support"
-    assert any("test.jsonl beside" in line for line in lines)
-    path.with_name("test.jsonl").write_text(path.read_text())
-    assert not any("test.jsonl" in t for t in customer_sweep.write(answer, tmp_path / "settle"))
-
-
 CUSTOMERS = ROOT / "docs/customers.csv"
+KEPT = ROOT / "tests/golden/advice.csv"
 
 
 def test_the_customers_are_many_and_varied_and_all_are_answered():
@@ -252,15 +212,16 @@ def test_the_customers_are_many_and_varied_and_all_are_answered():
     assert COLUMNS.keys() - filled == {"data", "validation", "n_experts", "n_active_experts"}
 
 
-def test_the_kept_page_is_that_of_the_table():
-    """Made by `python -m lorasweep action=advise customers=docs/customers.csv out=docs/customers.md`."""
-    found = answers(read_customers(CUSTOMERS), known())
-    kept = (ROOT / "docs/customers.md").read_text()
-    assert kept == pages.markdown(found, "customers"), "answers have changed: make the page again"
+def test_the_answers_are_those_kept():
+    """To keep others: python -m tests.unit.customers.test_advice."""
+    with KEPT.open(newline="") as text:
+        assert list(csv.reader(text)) == table_of(answers(read_customers(CUSTOMERS), known()))
 
 
-def test_the_guide_names_every_column():
-    text = (ROOT / "docs/advice.md").read_text()
-    rows = re.search(r"\| column \|.*?\n\n", text, re.DOTALL)[0]
-    first = " ".join(r.split("|")[1] for r in rows.splitlines() if "|" in r)
-    assert set(re.findall(r"`(\w+)`", first)) == COLUMNS.keys()
+def table_of(found):
+    return [list(pages.HEAD), *(pages.cells(a) for a in found)]
+
+
+if __name__ == "__main__":
+    with KEPT.open("w", newline="") as file:
+        csv.writer(file).writerows(table_of(answers(read_customers(CUSTOMERS), known())))
