@@ -174,12 +174,12 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
         parser.error("--table needs --out FOLDER, so that no other report is overwritten")
 
     from analysis.measures import next_runs
-    from analysis.questions.registry import analyse
+    from analysis.questions.registry import analyse, read_question
     from analysis.report.report import judge_and_report
     from analysis.runs.table import read
 
     folder = find_report(args.reports_dir, args.sweep, args.scale)
-    question: dict[str, Any] = json.loads((folder / "question.json").read_text())
+    question = read_question(folder)
     table = read(args.table or folder / "table.parquet")
     is_kept = folder.parent == KEPT
     if is_kept:

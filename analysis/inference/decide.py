@@ -106,7 +106,7 @@ def judge(
         why=why,
         gates=tuple(gates),
         needed=remedied,
-        rivals=dict(claim.get("rivals") or {}),
+        rivals=dict(claim.get("alternatives") or {}),
         log=log,
         p=p,
         missing=missing,

@@ -496,7 +496,7 @@ class Question(Generic[C]):
     shows: tuple[str, ...] = ()
     """Questions whose kept answers the report shows too: they are rendered before it."""
     by_base: bool = False
-    """Whether a claim may leave out base models (`not_on`)."""
+    """Whether a claim may leave out base models (`except_models`)."""
     of_rates: bool = False
     """Whether the claims are about optimal learning rates themselves."""
 
@@ -565,7 +565,7 @@ class Question(Generic[C]):
             model = c.optima[0].curve.key["model"] if c.optima else None
             for name, claim in claims.items():
                 e = estimands[claim["estimand"]]
-                if e.applies(c) and model not in claim.get("not_on", ()):
+                if e.applies(c) and model not in claim.get("except_models", ()):
                     parts = c.parts if e.each else ()
                     each = [_judged(p, estimands[e.each], name, claim, asked.level) for p in parts]
                     verdicts.append(_over_parts(_judged(c, e, name, claim, asked.level), each))
@@ -605,7 +605,7 @@ def _judged(c: Any, e: Estimand[Any], name: str, claim: dict[str, Any], level: f
     if c.missing:
         return judge(name, claim, c.name, UNKNOWN, missing(c.missing), 0, e.log, level)
     if rivals := e.rivals(c):
-        claim = {**claim, "rivals": {**(claim.get("rivals") or {}), **rivals}}
+        claim = {**claim, "alternatives": {**(claim.get("alternatives") or {}), **rivals}}
     if (estimate := e.measure(c)) is None:
         absent = missing(e.absent if isinstance(e.absent, str) else e.absent(c))
         return judge(name, claim, c.name, UNKNOWN, absent, 0, e.log, level)

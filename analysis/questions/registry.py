@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,19 @@ def question_named(name: str) -> Question[Any]:
     return found
 
 
+OLDER_KEYS = {"not_on": "except_models", "rivals": "alternatives", "stands": "not_withdrawn"}
+OLDER_KEYS |= {"says": "text", "whose": "source", "beside": "note"}
+"""Keys of claims in reports from before version 0.3 -> their names today."""
+
+
+def read_question(folder: Path) -> dict[str, Any]:
+    """Read question.json of a report; claims of older reports get today's keys."""
+    found: dict[str, Any] = json.loads((folder / "question.json").read_text())
+    claims = found["claims"].items()
+    found["claims"] = {n: {OLDER_KEYS.get(k, k): v for k, v in c.items()} for n, c in claims}
+    return found
+
+
 def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None) -> Analysis:
     """Fit and judge a sweep's runs with the analysis that its question names.
 
@@ -53,8 +67,8 @@ def analyse(table: pd.DataFrame, question: dict[str, Any], kept: Path | None = N
         claim = question["claims"][v.claim]
         why = (claim.get("exploratory") or {}).get(question.get("scale"), "")
         v = dataclasses.replace(v, exploratory=why)
-        # A withdrawn question leaves claims UNDECIDED, except those marked `stands`.
-        if question.get("withdrawn") and not claim.get("stands"):
+        # A withdrawn question leaves claims UNDECIDED, except those marked `not_withdrawn`.
+        if question.get("withdrawn") and not claim.get("not_withdrawn"):
             gates = (Gate(GateCode.WITHDRAWN, question["withdrawn"]), *v.gates)
             why, needed = "; ".join(g.sentence for g in gates), remedy(gates)
             v = dataclasses.replace(v, outcome="UNDECIDED", why=why, needed=needed)

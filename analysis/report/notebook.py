@@ -1,6 +1,5 @@
 """Tables and figures of kept results for the notebooks, which do not compute anything."""
 
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import pandas as pd
 from analysis.inference.estimate import rate
 from analysis.measures import next_runs
 from analysis.questions.base import Analysis
-from analysis.questions.registry import analyse
+from analysis.questions.registry import analyse, read_question
 from analysis.report import plots_curves, report
 from analysis.report.study.answers import read_answers, rows_of
 from analysis.runs.table import read
@@ -43,12 +42,7 @@ def table(folder: Path | str) -> pd.DataFrame:
 
 def answer(folder: Path | str) -> Analysis:
     """Fit and judge a result's runs under its question. Raises TableError as `table` does."""
-    return analyse(table(folder), _question(folder), RESULTS)
-
-
-def _question(folder: Path | str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(folder) / "question.json").read_text())
-    return found
+    return analyse(table(folder), read_question(Path(folder)), RESULTS)
 
 
 def _frame(rows: Sequence[Sequence[str]]) -> pd.DataFrame:
@@ -63,7 +57,7 @@ def optima(found: Analysis) -> pd.DataFrame:
 
 def verdicts(found: Analysis, folder: Path | str) -> pd.DataFrame:
     """Return one row per claim."""
-    return _frame(report.verdict_rows(found.verdicts, _question(folder)))
+    return _frame(report.verdict_rows(found.verdicts, read_question(Path(folder))))
 
 
 def section(found: Analysis, title: str) -> pd.DataFrame:

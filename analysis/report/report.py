@@ -25,8 +25,8 @@ from analysis.runs.metric import NLL, as_losses
 from analysis.runs.table import write
 
 NOT_JUDGED = (
-    *("says", "whose", "measure", "beside", "sd", "units", "underpowered", "better"),
-    *("exploratory", "stands"),
+    *("text", "source", "measure", "note", "planning", "underpowered", "better"),
+    *("exploratory", "not_withdrawn"),
 )
 """Fields of a claim that are left out of its hash: wording, planned power, and marks."""
 CONDITIONS = {
@@ -178,10 +178,14 @@ def inputs_hash(table: pd.DataFrame, results: str) -> str:
 def question_hash(question: dict[str, Any]) -> str:
     """Hash the claims and their margins, as proof that they were not changed after the runs."""
     rounds = int(question.get("rounds", 1))
-    claims: Any = {
-        name: {k: v for k, v in claim.items() if k not in NOT_JUDGED and (k != "not_on" or v)}
-        for name, claim in question["claims"].items()
-    }
+    claims: Any = {}
+    for name, claim in question["claims"].items():
+        judged = {k: v for k, v in claim.items() if k not in NOT_JUDGED}
+        # hashes that are kept have older names for two of the keys
+        judged["rivals"] = judged.pop("alternatives")
+        if models := judged.pop("except_models", None):
+            judged["not_on"] = models
+        claims[name] = judged
     asked = claims if rounds == 1 else {"claims": claims, "rounds": rounds}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -30,31 +30,12 @@ from lorasweep.config.folders import conf_dir
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.sweep.question import Sweep
 
-RENAMED = {
-    "sweep": {
-        "second": "replicate",
-        "at": "scales",
-        "claims.*.says": "text",
-        "claims.*.whose": "source",
-        "claims.*.beside": "note",
-        "claims.*.not_on": "except_models",
-        "claims.*.rivals": "alternatives",
-        "claims.*.sd": "planning: {SCALE: {sd: ...}}",
-        "claims.*.units": "planning: {SCALE: {units: ...}}",
-        "claims.*.stands": "not_withdrawn",
-        "axes.knobs": "generator_params",
-    },
-    "dataset": {"knobs": "generator_params"},
-    "model": {"recipe.knobs": "generator_params"},
-}
-"""Group -> key in files for version 0.1 -> new name of the key."""
-
 PARTS = ("method", "exec", "dataset", "cluster")
 """Groups in which a setting without its group is looked for."""
 
 
 class ScaleLoader(ConfigLoaderImpl):
-    """Hydra 1.3's loader, which also refuses the keys of version 0.1."""
+    """Hydra 1.3's loader, which also refuses unknown keys of a sweep's file."""
 
     as_in_files: DictConfig
     """The last composed sweep as in its files, before overrides of single keys."""
@@ -116,24 +97,11 @@ class ScaleLoader(ConfigLoaderImpl):
     def _load_single_config(self, default: Any, repo: Any) -> Any:
         loaded = super()._load_single_config(default, repo)
         group, _, name = str(default.config_path).partition("/")
-        if group not in RENAMED:
+        if group != "sweep":
             return loaded
         values: Any = OmegaConf.to_container(loaded.config, resolve=False)
-        changes = []
-        for block in ("", "scales.*.", "at.*."):
-            for old, new in RENAMED[group].items():
-                *path, key = f"{block}{old}".split(".")
-                nodes = [values.get(group)]  # Hydra nests a file under its group
-                for step in path:
-                    found = [n for n in nodes if isinstance(n, dict)]
-                    nodes = [v for n in found for k, v in n.items() if step in ("*", k)]
-                if any(isinstance(n, dict) and key in n for n in nodes):
-                    where = ".".join([group, *path, key]).replace("*", "NAME")
-                    changes.append(f"{where} is now {new}")
-        if changes:
-            raise SpecError(f"{group} {name!r}: {'; '.join(changes)}. See docs/own.md.")
         known = [field.name for field in fields(Sweep)]
-        if group == "sweep" and (odd := [k for k in values.get(group) or () if k not in known]):
+        if odd := [k for k in values.get(group) or () if k not in known]:
             raise SpecError(f"{group} {name!r}: {unknown('key', str(odd[0]), known)}")
         return loaded
 

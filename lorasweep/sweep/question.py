@@ -1,9 +1,8 @@
 """The content of a file of `sweeps/`: a question, claims with margins, arms and axes.
 
-Fields are named as keys of these files. Kept answers have older names for some (STORED_KEYS).
+Fields are named as keys of these files, and of kept questions.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -158,68 +157,15 @@ class Sweep:
     """Sweeps that run one after another, instead of arms; used by +sweep=study."""
 
 
-STORED_KEYS = {
-    "text": "says",
-    "source": "whose",
-    "note": "beside",
-    "except_models": "not_on",
-    "alternatives": "rivals",
-    "not_withdrawn": "stands",
-}
-"""Keys of a claim -> their names in kept answers, where these differ."""
-STORED_ORDER = (
-    *("says", "whose", "measure", "beside", "estimand", "expected", "margin", "better", "not_on"),
-    *("primary", "rivals", "sd", "units", "underpowered", "exploratory", "stands"),
-)
-
-
-def stored_claim(claim: Claim) -> dict[str, Any]:
-    """Return a claim with the keys of kept answers: `sd`, `units` are values or {scale: value}."""
-    values = dataclasses.asdict(claim)
-    planning = values.pop("planning")
-    stored = {STORED_KEYS.get(k, k): v for k, v in values.items()}
-    for name in ("sd", "units"):
-        by_scale = {scale: p[name] for scale, p in planning.items() if p[name] is not None}
-        stored[name] = by_scale.get(ALL_SCALES, by_scale or None)
-    return {key: stored[key] for key in STORED_ORDER}
-
-
-def stored_sweep(sweep: Sweep) -> dict[str, Any]:
-    """Return a sweep as JSON values, with the keys of kept requests."""
-    values = {**dataclasses.asdict(sweep), "second": dataclasses.asdict(sweep.replicate)}
-    del values["replicate"], values["scales"]
-    if sweep.search is None:
-        del values["search"]
-    return {**values, "claims": {k: stored_claim(c) for k, c in sweep.claims.items()}}
-
-
-def sweep_from_stored(values: dict[str, Any], scale: str) -> Sweep:
-    """Rebuild a sweep from the values of `stored_sweep`, also from those of version 0.1."""
-    new_keys = {old: new for new, old in STORED_KEYS.items()}
+def sweep_from_plain(values: dict[str, Any]) -> Sweep:
+    """Rebuild a sweep from the values of `dataclasses.asdict`."""
     claims = {}
-    for name, stored in values["claims"].items():
-        claim = {new_keys.get(k, k): v for k, v in stored.items()}
-        planning: dict[str, Planning] = {}
-        for key in ("sd", "units"):
-            stated = claim.pop(key, None)
-            by_scale = stated if isinstance(stated, dict) else {ALL_SCALES: stated}
-            for at, value in by_scale.items():
-                if value is not None:
-                    setattr(planning.setdefault(at, Planning()), key, value)
-        claims[name] = Claim(**claim, planning=planning)
-    arms = {arm: dict(axes) for arm, axes in values["arms"].items()}
-    for axes in arms.values():
-        added = axes.pop(ADDED_AFTER, None) or {}
-        if "what" not in added:  # version 0.1: {scale: {what, why}}
-            added = added.get(scale)
-        if added:
-            axes[ADDED_AFTER] = added
-    search = Search(**values["search"]) if values.get("search") else None
-    rest = {
-        k: v for k, v in values.items() if k not in ("claims", "arms", "second", "at", "search")
-    }
-    replicate = Replicates(**values["second"])
-    return Sweep(**rest, claims=claims, arms=arms, replicate=replicate, search=search)
+    for name, claim in values["claims"].items():
+        planning = {scale: Planning(**inputs) for scale, inputs in claim["planning"].items()}
+        claims[name] = Claim(**{**claim, "planning": planning})
+    replicate, search = Replicates(**values["replicate"]), values["search"]
+    rest = {"claims": claims, "replicate": replicate, "search": search and Search(**search)}
+    return Sweep(**{**values, **rest})
 
 
 def axes_of(arm: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Sweep, added_after, stored_sweep, sweep_from_stored
+from lorasweep.sweep.question import Sweep, added_after, sweep_from_plain
 
 HASH_DIGITS = 6
 """Hexadecimal digits of the hash in a title. 6 suffice: a folder holds few titles."""
@@ -106,7 +106,7 @@ class Request(Settings):
         """Return the request as JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = {name: dataclasses.asdict(values[name]) for name in ("exec", "cluster")}
-        sweep = stored_sweep(self.sweep) if self.sweep else None
+        sweep = dataclasses.asdict(self.sweep) if self.sweep else None
         points = [{"arm": p.arm, "spec": p.spec.plain()} for p in self.points]
         del values["parts"]  # a job handles one sweep
         return {**values, **parts, "sweep": sweep, "points": points}
@@ -115,7 +115,7 @@ class Request(Settings):
 def from_plain(values: dict[str, Any]) -> Request:
     """Rebuild a request from the values of `Request.plain`."""
     stored = values["sweep"]
-    sweep = sweep_from_stored(stored, values["scale"]) if stored else None
+    sweep = sweep_from_plain(stored) if stored else None
     points = [Point(p["arm"], spec_from(p["spec"])) for p in values["points"]]
     parts = {"exec": Exec(**values["exec"]), "cluster": Cluster(**values["cluster"])}
     return Request(**{**values, **parts, "sweep": sweep, "points": points})
@@ -134,7 +134,7 @@ def runs_hash(points: Sequence[Point], sweep: Sweep) -> str:
 def question(request: Request) -> dict[str, Any]:
     """Return the parts of a sweep that its report keeps, as JSON values."""
     assert request.sweep is not None, "a single run asks no question"
-    sweep = stored_sweep(request.sweep)
+    sweep = dataclasses.asdict(request.sweep)
     kept = ("question", "source", "how", "withdrawn", "claims", "rounds")
     return {
         "name": request.sweep_name,

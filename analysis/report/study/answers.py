@@ -23,6 +23,7 @@ from analysis.inference.gates import gate_of
 from analysis.inference.meta import random_effects
 from analysis.measures.regret import novelty_of
 from analysis.questions.base import NO_CELL
+from analysis.questions.registry import read_question
 
 ORDER = (
     *("regime", "lr_ratio", "lr_scale", "short_runs", "rank", "layers", "experts"),
@@ -77,10 +78,10 @@ class Answer:
 
     def says(self, claim: str) -> str:
         """Return a claim's sentence."""
-        return self.word(claim, "says") or claim.replace("_", " ")
+        return self.word(claim, "text") or claim.replace("_", " ")
 
     def word(self, claim: str, kind: str) -> str:
-        """Return a text field of a claim: `says`, `whose`, `measure` or `beside`; may be empty."""
+        """Return a text field of a claim: `text`, `source`, `measure` or `note`; may be empty."""
         return self.question["claims"].get(claim, {}).get(kind) or ""
 
     def read(self, v: Verdict) -> str:
@@ -249,7 +250,7 @@ def read_answers(folders: Sequence[Path], names: Collection[str] | None = None) 
             if names is not None and path.parent.name not in names:
                 continue
             results = json.loads(path.read_text())
-            question = json.loads((path.parent / "question.json").read_text())
+            question = read_question(path.parent)
             verdicts = [verdict_of(plain) for plain in results["verdicts"]]
             found.setdefault(path.parent.name, Answer(path.parent, results, question, verdicts))
 

@@ -157,7 +157,7 @@ def claim_rows(answers: Sequence[Answer]) -> list[Row]:
     rows: list[Row] = []
     for a in answers:
         for v in a.single:
-            e, whose = v.estimate, a.word(v.claim, "whose")
+            e, whose = v.estimate, a.word(v.claim, "source")
             if not v.primary or v.exploratory or v.is_withdrawn or e.value is None:
                 continue
             if whose == "study":

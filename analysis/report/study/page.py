@@ -4,7 +4,6 @@
 The texts are in `analysis/report/templates/study/`; no measured number is typed by hand.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -29,7 +28,7 @@ from analysis.inference.estimate import (
 )
 from analysis.measures.regret import COUNTS
 from analysis.questions.lr_ratio import ONE, TEN
-from analysis.questions.registry import analyse, question_named
+from analysis.questions.registry import analyse, question_named, read_question
 from analysis.report import plots, plots_study
 from analysis.report.report import added_after, band_text, command_of, write_answer
 from analysis.report.study import figures, findings
@@ -375,7 +374,7 @@ def verdict_row(a: Answer, v: Verdict) -> list[str]:
         f"needs {v.needed}" if is_open and v.needed else "",
         f"{EXPLORATORY}: {v.exploratory}" if v.exploratory else "",
         a.read(v),
-        *(a.word(v.claim, k) for k in ("measure", "beside")),
+        *(a.word(v.claim, k) for k in ("measure", "note")),
     ]
     return [
         f"{a.says(v.claim)}{where} (`{a.sweep}: {v.claim}`, {marks})",
@@ -392,7 +391,7 @@ def verdict_row(a: Answer, v: Verdict) -> list[str]:
 
 def in_order(kept: Path) -> list[Path]:
     """Return the folders of all kept answers, each after the answers that it shows as well."""
-    question = {p.parent: json.loads(p.read_text()) for p in sorted(kept.glob("*/question.json"))}
+    question = {p.parent: read_question(p.parent) for p in sorted(kept.glob("*/question.json"))}
     folders = list(question)
     shows = {f: question_named(question[f]["analysis"]).shows for f in folders}
     graph = {f: [g for g in folders if question[g]["name"] in shows[f]] for f in folders}
@@ -403,7 +402,7 @@ def render_answers(kept: Path) -> None:
     """Judge the kept tables again and write their results, reports and figures."""
     for folder in in_order(kept):
         table = read_table(folder / "table.parquet")
-        question = json.loads((folder / "question.json").read_text())
+        question = read_question(folder)
         for figure in folder.glob("*.png"):
             figure.unlink()
         write_answer(analyse(table, question, kept), table, question, folder)

@@ -59,7 +59,7 @@ def answer(
     ]
     pd.DataFrame(rows).to_parquet(at / "table.parquet")
     results = {"sweep": sweep, "scale": scale, "runs": len(rows), "curves": [], **more}
-    says = {v.claim: {"says": f"{v.claim} holds", "whose": "study"} for v in verdicts}
+    says = {v.claim: {"text": f"{v.claim} holds", "source": "study"} for v in verdicts}
     asked = {"name": sweep, "scale": scale, "question": f"{sweep}?", "source": "the study"}
     return Answer(at, results, {**asked, "analysis": sweep, "claims": says}, list(verdicts))
 
@@ -124,13 +124,13 @@ def test_speed_is_measured_along_the_run_at_each_lengths_best_rate(reports):
 
 
 def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some():
-    words = {"says": "other words", "measure": "metres", "beside": "the point"}
-    known = {"sd": {"smoke": 0.5}, "units": 7, "underpowered": True}
+    words = {"text": "other words", "measure": "metres", "note": "the point"}
+    known = {"planning": {"smoke": {"sd": 0.5, "units": 7}}, "underpowered": True}
     with composer() as compose:
         questions = [question(compose([f"+sweep={n}", "scale=smoke"])) for n in answers.ORDER]
     for asked in questions:
         claims = asked["claims"]
-        assert asked["how"] and all(c["says"] and c["measure"] for c in claims.values())
+        assert asked["how"] and all(c["text"] and c["measure"] for c in claims.values())
         first = next(iter(claims))
         other = {**asked, "claims": {**claims, first: {**claims[first], **words, **known}}}
         assert question_hash(other) == question_hash(asked)
@@ -261,7 +261,7 @@ def test_the_figure_of_claims_has_the_primary_verdicts_that_count_with_their_num
     left = [verdict(0.9, claim=f"c{k}", **change) for k, change in enumerate(out)]
     made.append(answer(tmp_path, nothing, *left, sweep="other"))
     ours = answer(tmp_path, verdict(0.9, claim="ours"), sweep="another")
-    ours.question["claims"]["ours"]["whose"] = "ours"
+    ours.question["claims"]["ours"]["source"] = "ours"
     rows = figures.claim_rows([*made, ours])
     assert [r.value for r in rows] == pytest.approx([-5, -4, -3])
     one = rows[0]
@@ -921,7 +921,7 @@ def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
     assert next_runs.suggest(found) == []  # more seeds do not bring it back
     text = report.render(found, asked, table)
     assert "**WITHDRAWN**: an arm is missing." in text and "**REFUTED" not in text
-    asked["claims"][first]["stands"] = True
+    asked["claims"][first]["not_withdrawn"] = True
     again = {v.claim: v.shown for v in analyse(table, asked).verdicts}
     assert again.pop(first) == f"{outcome} (exploratory)" and set(again.values()) == {"WITHDRAWN"}
     assert question_hash(asked) == as_asked

@@ -5,7 +5,6 @@ import json
 import re
 
 import pytest
-import yaml
 
 from lorasweep.cli.answer import check_claims
 from lorasweep.errors import SpecError
@@ -24,19 +23,6 @@ def test_a_request_comes_back_from_its_file(compose):
     again = from_plain(json.loads(json.dumps(asked.plain())))
     assert again.points == asked.points and again.title == "lr_ratio-tiny"
     assert (again.exec, again.cluster, again.sweep) == (asked.exec, asked.cluster, asked.sweep)
-
-
-def test_a_request_of_version_0_1_is_read(compose):
-    """Its claims have the stored keys, which are the same today, and `at` and added runs by scale."""
-    asked = compose("+sweep=large_batches", "scale=tiny")
-    stored = json.loads(json.dumps(asked.plain()))
-    claim = stored["sweep"]["claims"]["at_32"]
-    assert [claim[k] for k in ("whose", "sd", "units")] == ["popular", {"tiny": 0.0027}, None]
-    stored["sweep"]["at"] = {"tiny": {"ranks": [8]}}
-    for axes in stored["sweep"]["arms"].values():
-        axes["added_after"] = {"tiny": axes["added_after"], "small": {"what": "x", "why": "y"}}
-    again = from_plain(stored)
-    assert again.sweep == asked.sweep and question(again) == question(asked)
 
 
 def test_a_grid_is_changed_from_the_command_line_and_names_say_what_differs(compose):
@@ -182,32 +168,6 @@ def test_a_scale_that_extends_another_takes_its_block_first(compose):
 def test_changing_an_arm_changes_the_arms_that_refer_to_it(compose):
     points = compose("+sweep=rank", "scale=smoke", "sweep.arms.lora.rank=[2,4]").points
     assert {p.spec.method.rank for p in points if p.arm == "redraw"} == {2, 4}
-
-
-@pytest.mark.parametrize(
-    ("group", "change", "words"),
-    [
-        ("sweep", {"claims": {"c": {"says": "x"}}}, r"sweep\.claims\.NAME\.says is now text"),
-        ("sweep", {"claims": {"c": {"sd": 0.1}}}, r"sd is now planning: \{SCALE: \{sd: \.\.\.\}\}"),
-        ("sweep", {"second": {"seeds": [1]}}, r"sweep\.second is now replicate"),
-        ("sweep", {"at": {"tiny": {}}}, r"sweep\.at is now scales"),
-        (
-            "sweep",
-            {"second": {}, "at": {"tiny": {"axes": {"knobs": [{}]}}}},
-            r"second is now replicate; sweep\.at is now scales; sweep\.at\.NAME\.axes\.knobs is now",
-        ),
-        ("sweep", {"axes": {"knobs": [{}]}}, r"sweep\.axes\.knobs is now generator_params"),
-        ("dataset", {"knobs": {"a": 8}}, r"'mine': dataset\.knobs is now generator_params"),
-    ],
-)
-def test_old_keys_are_refused_with_the_new_ones(compose, tmp_path, group, change, words):
-    values = {"name": "mine"} if group == "dataset" else {"question": "?"}
-    (tmp_path / group).mkdir()
-    text = f"# @package {group}\n{yaml.safe_dump({**values, **change})}"
-    (tmp_path / group / "mine.yaml").write_text(text)
-    with pytest.raises(SpecError, match=words):
-        new = "+" * (group == "sweep")
-        compose(f"hydra.searchpath=[file://{tmp_path}]", f"{new}{group}=mine")
 
 
 def test_all_that_is_wrong_is_said_at_once(compose):

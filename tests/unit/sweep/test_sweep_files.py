@@ -74,13 +74,12 @@ def compare_with_kept(today, folder, scale):
     verdicts = json.loads((folder / "results.json").read_text())["verdicts"]
     judged = {v["claim"] for v in verdicts if [g["code"] for g in v["gates"]] != ["NO_CELL"]}
     for name in today["claims"].keys() - kept["claims"].keys():
-        assert scale not in (today["claims"][name].get("sd") or {}), name
+        assert scale not in today["claims"][name]["planning"], name
     for name, claim in kept["claims"].items():
         if name not in judged:
             continue
-        now = today["claims"][name]
-        later = {"sd", "underpowered"} - claim.keys()
-        assert claim == {k: now[k] for k in claim if k not in later}, name
+        later = {"planning": {}, "underpowered": False}
+        assert {**claim, **later} == {**today["claims"][name], **later}, name
     for key in ("question", "source", "how", "rounds", "analysis"):
         assert kept[key] == today[key], key
     assert kept.get("withdrawn", "") == today["withdrawn"]
