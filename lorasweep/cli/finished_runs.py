@@ -20,7 +20,6 @@ from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
-from lorasweep.plan.plan import refuse_mixing
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
@@ -312,8 +311,6 @@ def extend(request: Request, store: RunStore) -> int:
     if not runs:
         print("nothing to add: every claim is decided, or more runs cannot help")
         return 0
-    like = {run["like"] for run in runs}
-    refuse_mixing(points, store, request.exec, [p for p in points if p.id in like])
     path = looks.path_of(store.root, request.title)
     number = looks.append(path, runs, answer.claims_hash(asked), points)
     print(*lines, sep="\n")

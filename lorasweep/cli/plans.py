@@ -21,7 +21,7 @@ from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import run_flops
 from lorasweep.plan.packing import pack_tokens
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
-from lorasweep.plan.plan import Plan, make_plan, refuse_mixing, summary
+from lorasweep.plan.plan import Plan, make_plan, summary
 from lorasweep.plan.throughput import shape_of
 from lorasweep.plan.time import TRAINING_SHARE
 from lorasweep.spec.dataset import DatasetSpec
@@ -57,7 +57,6 @@ def show(request: Request, store: RunStore) -> int:
     if request.hardware and hardware.has_speeds:
         return _show_on_gpus(request, store, hardware)
     points = all_points(request, store)
-    refuse_mixing(points, store, request.exec)
     plan = make_plan(points, store, request.exec, hardware)
     queue = planning.difference(request, store, plan)
     outlooks = []

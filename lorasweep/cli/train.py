@@ -22,7 +22,7 @@ from lorasweep.launch.slurm.submit import MAX_IDLE, FollowUp, Outcome, cancel, s
 from lorasweep.launch.trainer import Trainer
 from lorasweep.plan import detect
 from lorasweep.plan.forecast import refuse_unfit, settings_of, without_too_large
-from lorasweep.plan.plan import make_plan, refuse_mixing
+from lorasweep.plan.plan import make_plan
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import files, looks
 from lorasweep.store.run_store import RunStore
@@ -184,7 +184,6 @@ def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
         must_fit(request.points, hardware, request.exec)
     check_available(request)
     answer.check_claims(request.sweep)
-    refuse_mixing(points, store, request.exec)
 
 
 # ---------------------------------------------------------------- training

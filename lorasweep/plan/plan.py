@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.errors import StoreError
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import run_flops
 from lorasweep.plan.memory import checkpoint_bytes
@@ -14,7 +13,7 @@ from lorasweep.plan.time import assumed_flops
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.run_store import FINAL, STATES, RunStore
-from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.grid import Point
 
 RATED_RUNS = 16
 """Finished runs per method and precision from which its measured speed is computed."""
@@ -175,32 +174,3 @@ def summary(plan: Plan) -> dict[str, Any]:
     }
     runs = {"total": len(plan.points), "todo": len(plan.todo), **plan.counts()}
     return {"runs": runs, "arms": list(arms.values()), "packs": packs, "cost": cost}
-
-
-# ---------------------------------------------------------------- curves without a fingerprint
-
-
-def refuse_mixing(
-    points: Sequence[Point], store: RunStore, exec_: Exec, more: Iterable[Point] | None = None
-) -> None:
-    """Raise StoreError if runs to train would continue curves without a data fingerprint.
-
-    The analysis never uses runs with and without a fingerprint in one curve, so that the new runs
-    would be useless. `more`: runs to train; None: the missing runs of `points`.
-    """
-    finished = store.finished(p.id for p in points)
-    unknown = [p for p in points if p.id in finished and finished[p.id].data_sha256 is None]
-    if not unknown:
-        return
-    if more is None:
-        more = _runs_to_do(points, store.states(p.id for p in points), store, exec_)
-    curves = {curve_key(p) for p in unknown}
-    mixed = [p for p in more if curve_key(p) in curves]
-    if mixed:
-        raise StoreError(
-            f"{len(mixed)} runs to train would continue lr curves of finished runs without a data "
-            f"fingerprint ({len(unknown)} in {store.root}, such as {unknown[0].id}, by an earlier "
-            "version). Runs with and without one are never mixed in a curve. Train all runs of the "
-            f"curves in a new run folder: exec.runs_dir={store.root}-2. To judge the finished "
-            "runs, use a command that asks for no other runs."
-        )
