@@ -150,7 +150,8 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
             k: v for k, v in world.facts(name).items() if k not in ("messages", "stop", "license")
         }
         (world.folder / name / "facts.json").write_text(json.dumps(old, indent=1))
-        (world.folder / name / "tokenizer.json").unlink()
+        for file in ("tokenizer.json", ".lorasweep.jsonl"):
+            (world.folder / name / file).unlink()
     (world.store.folder(world.facts("eve")["run"]) / "weights.safetensors").unlink()
     assert not world.trained() and "5 adapters, 0 not trained yet, 0 with errors" in world.page
     assert "messages" in world.facts("bob") and "messages" not in world.facts("eve")

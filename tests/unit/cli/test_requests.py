@@ -209,5 +209,5 @@ def test_with_format_json_every_action_prints_one_object(command, tmp_path):
 def test_reports_that_cannot_be_written_are_an_error_before_training(command, tmp_path):
     (tmp_path / "a").write_text("")
     asked = ("+sweep=lr_ratio", "scale=smoke", f"exec.reports_dir={tmp_path}/a/b")
-    refused(command(*asked), f"{tmp_path}/a: it is a file. Choose another folder")
+    refused(command(*asked), f"{tmp_path}/a: it is no folder. Choose another folder")
     assert not (tmp_path / "runs").exists()

@@ -125,7 +125,7 @@ def test_a_budget_below_a_run_and_wrong_settings_are_refused(compose, fake_train
     with pytest.raises(SpecError, match=r"arm 'lorra' not found. Did you mean 'lora'"):
         compose(*TUNE, "arms=lorra")
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(SpecError, match=r"out=.* exists and was not written by a search"):
+    with pytest.raises(SpecError, match=r"in use|would be mixed|has files"):
         act(compose(*TUNE, f"out={tmp_path}"), fake_trainer(Valley(10).nll))
     with pytest.raises(SpecError, match="a search adds runs itself"):
         act(compose(*TUNE, "action=extend"))
