@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
@@ -73,7 +74,8 @@ def act(
 
 def _act(request: Request, trainer: Trainer | str | None, follow: dict[str, Any] | None) -> int:
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
-    with suppress(OSError):  # the action reports problems with the folder
+    with suppress(FileNotFoundError, PermissionError):  # the action reports them
+        os.scandir(store.root).close()
         files.share_as(store.root)
     if request.customers and request.action != "advise":
         runs = customers.plan_fleet(request)

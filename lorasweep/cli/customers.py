@@ -190,9 +190,8 @@ def plan_fleet(request: Request) -> Request:
     )
     if request.action == "fleet":
         points = [p for m in members for p in m.points]
-        rows = [c for c in customers if isinstance(c, Customer)]
-        named = {name for c in rows for name in (c.data, c.validation, c.model) if name}
-        inputs = {request.customers, *filter(os.path.exists, named)}
+        data = {c.data for c in customers if isinstance(c, Customer) and c.data}
+        inputs = {request.customers, *filter(os.path.exists, data)}
         models = {p.spec.model for p in points}
         check = partial(folders.check, exec_=exec_, models=models, inputs=inputs)
         check(folder)

@@ -181,7 +181,7 @@ def stopped_and_resumed(world, stop_at, *settings):
     assert world.run(*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
     settings = (*settings, "exec.checkpoint_s=0")
     assert world.run(*settings, trainer=Counting(stop_at)) == 130
-    assert [p.name for p in world.folder.iterdir()] == ["fleet.json"]
+    assert {p.name for p in world.folder.iterdir()} == {"fleet.json", ".lorasweep.jsonl"}
     rest = Counting()
     assert world.run(*settings, trainer=rest) == 0
     assert any(resumed for _, _, resumed in rest.asked)

@@ -116,7 +116,9 @@ def test_two_commands_at_once_leave_the_files_of_one(tmp_path):
     assert len({*found.values()}) == 1 and len(found) == 3
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("os error 28")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), Exception("os error 28")]
+)
 def test_a_full_disk_leaves_what_was_there(tmp_path, error):
     for name, before in {"old": {"README.md": "a"}, "new": {}}.items():
         out = tmp_path / name
