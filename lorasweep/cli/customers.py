@@ -131,14 +131,14 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
 
 def measure(request: Request) -> int:
     """Measure the information in a data set, print it, and save it for action=advise."""
+    folder = Path(request.exec.reports_dir) / INFORMATION
+    files.check_writable(folder, "exec.reports_dir")
     store, spec = RunStore(request.exec.runs_dir), measuring.run_of(request)
     one = dataclasses.replace(request, points=[Point(spec.method.name, spec)])
     check_available(one)
     for line in understood.lines(one) if request.format != "json" else ():
         print(line, file=sys.stderr, flush=True)
     store.prepare()
-    folder = Path(request.exec.reports_dir) / INFORMATION
-    files.check_writable(folder, "exec.reports_dir")
     trainer = TorchTrainer()
     data = trainer.data(spec, request.exec)
     if data.n_train is not None and spec.steps * spec.batch_size > data.n_train:

@@ -148,7 +148,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_written(tmp_path, out):
     (tmp_path / "table.csv").write_text("a")
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises((SpecError, StoreError), match="would be mixed|is a link|no folder"):
+    with pytest.raises((SpecError, StoreError), match=r"would be mixed|is a link|no folder"):
         folders.check(tmp_path / out, exec_in(tmp_path), [], [tmp_path / "table.csv"])
     folders.check(tmp_path / "new/one", exec_in(tmp_path), [])
     assert sorted(tmp_path.rglob("*")) == before
