@@ -61,18 +61,6 @@ def act(
 
     `trainer`: replaces the real trainer in tests and benchmarks. `follow`: task of a follow-up job.
     """
-    try:
-        return _act(request, trainer, follow)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"{error.filename or 'a file'} cannot be written or read ({error.strerror or error}). "
-            "Name another file or folder, and run the command again; finished runs are kept."
-        ) from error
-
-
-def _act(request: Request, trainer: Trainer | str | None, follow: dict[str, Any] | None) -> int:
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
     with suppress(FileNotFoundError, PermissionError):  # the action reports them
         os.scandir(store.root).close()

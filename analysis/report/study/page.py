@@ -72,7 +72,8 @@ def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
     """Write the page and, beside it, its figures and the pages of details; see `pages`."""
     folder, inputs = path.parent, inputs_hash(answers)
     (folder / QUESTIONS).mkdir(parents=True, exist_ok=True)
-    for old in [*(folder / f for f in FIGURES), *(folder / QUESTIONS).glob("*.md")]:
+    pages_before = (folder / QUESTIONS).glob("*.md") if kept else ()  # elsewhere not all are ours
+    for old in [*(folder / f for f in FIGURES), *pages_before]:
         old.unlink(missing_ok=True)
     if lines := figures.regret_lines(answers):
         plots_study.regret_map(lines, folder / MAP, inputs)
