@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
@@ -61,7 +62,8 @@ def act(
     `trainer`: replaces the real trainer in tests and benchmarks. `follow`: task of a follow-up job.
     """
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
-    with suppress(OSError):  # the action reports problems with the folder
+    with suppress(FileNotFoundError, PermissionError):  # the action reports them
+        os.scandir(store.root).close()
         files.share_as(store.root)
     if request.customers and request.action != "advise":
         runs = customers.plan_fleet(request)

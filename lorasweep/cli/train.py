@@ -59,7 +59,8 @@ def run(
 ) -> int:
     """Train the missing runs, judge and report; on a cluster, submit jobs and report later."""
     if request.sweep is not None and follow is None:  # not only after hours of training
-        files.check_writable(Path(request.exec.reports_dir), "exec.reports_dir")
+        folder = Path(request.exec.reports_dir) / request.title
+        files.check_writable(folder, "exec.reports_dir")
     trained = train(request, store, trainer, follow)
     points, as_json = trained.points, request.format == "json"
     if trained.waiting or trained.status == STOPPED:
@@ -125,6 +126,8 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
             "action=qualify judges the tasks of a sweep on this machine. Add +sweep=NAME and "
             "cluster=local."
         )
+    path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
+    files.check_writable(path.parent, "exec.reports_dir")
     trained = train(request, store, trainer)
     if trained.status == STOPPED:
         return STOPPED
@@ -132,7 +135,6 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
     qualified, checks, lines = answer.qualify(load_runs(store.root, finished))
     content: dict[str, Any] = {"sweep": request.sweep_name, "scale": request.scale}
     content |= {"qualified": qualified, "checks": checks}
-    path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     if request.format == "json":

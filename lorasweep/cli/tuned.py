@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.points import judged
 from lorasweep.cli.progress import duration
 from lorasweep.customers.pages import plain_text, render
-from lorasweep.errors import SpecError
+from lorasweep.customers.rows import shown
+from lorasweep.data import templates
+from lorasweep.errors import LorasweepError, SpecError, StoreError
 from lorasweep.launch.pack import END
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.lora import LoRA
@@ -25,7 +26,7 @@ from lorasweep.plan.packing import micro_batch
 from lorasweep.plan.plan import make_plan
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
-from lorasweep.store import checkpoint
+from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
 from lorasweep.sweep.request import Request
@@ -169,15 +170,25 @@ def _chosen_by(point: Point, store: RunStore) -> float:
 
 
 def check_out(request: Request) -> None:
-    """Raise SpecError if request.out has files that a search did not write."""
-    out = Path(request.out).expanduser()
-    if not request.out or not out.exists() or (out / ANSWER).is_file():
-        return
-    if not out.is_dir() or any(out.iterdir()):
-        raise SpecError(
-            f"out={request.out} exists and was not written by a search, whose output would replace "
-            "it. Give the name of a new folder."
-        )
+    """Raise an error if request.out cannot be written, or a server would render other texts."""
+    if request.out:
+        models = {p.spec.model for p in request.points}
+        folders.check(Path(request.out).expanduser(), request.exec, models)
+        _served(request)
+
+
+def _served(request: Request) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenizer with the rows' chat template, and `shown`; nothing without text."""
+    from lorasweep.models import load
+
+    spec, fetched = request.points[0].spec, request.cluster.kind == "slurm"
+    if spec.dataset.source == "synthetic":
+        return None, {}
+    tokenizer = load.tokenizer_of(spec.model, request.exec.models_dir, fetched)
+    served = templates.with_template(spec.dataset, tokenizer)
+    form = shown(spec.dataset, [], tokenizer)
+    templates.check(spec.dataset, served, form["messages"], [], form["example"], "example")
+    return served, form
 
 
 def finish(request: Request, store: RunStore, points: Sequence[Point], results: str) -> str:
@@ -320,41 +331,38 @@ def _export(
 
     Returns a sentence that says where they are, or why not.
     """
-    from lorasweep.models import find, load
+    from lorasweep.models import load
 
-    out, rank = Path(request.out).expanduser(), conclusion["rank"]
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    folders = (
-        {rank: partial} if rank else {None: partial, results["best_rank"]: partial / "adapter"}
-    )
+    out, (served, form) = Path(request.out).expanduser(), _served(request)
+    parts = {conclusion["rank"]: "."}
+    parts.setdefault(results["best_rank"], "adapter")  # where full fine-tuning wins
     try:
-        for rank, folder in folders.items():
-            mine = [p for p in judged(request, points) if _rank(p) == rank]
-            if not mine:
-                continue
-            best = min(mine, key=lambda p: _chosen_by(p, store))
-            spec, final = best.spec, store.result(best.id) or {}
-            weights = checkpoint.load_weights(store.folder(best.id))
-            if weights is None:
-                return (
-                    f"not written to {request.out}, as the weights of run {best.id} were not kept "
-                    "(another command trained it, several processes did, or the disk was nearly "
-                    f"full): python -m lorasweep action=adapter run={best.id} out=FOLDER"
-                )
-            folder.mkdir(parents=True)
-            if isinstance(spec.method, LoRA):
-                base = None
-                if spec.model.source in ("folder", "gguf"):
-                    base = str(find.pinned_path(spec.model, request.exec.models_dir))
-                write_adapter(folder, spec, weights, final.get("base_commit"), base)
-            else:
-                load.save_trained(spec.model, request.exec.models_dir, weights, folder)
-            (folder / "README.md").write_text(_card(best, final, results, out.name))
-        (partial / ANSWER).write_text(json.dumps({**results, "answer": conclusion}, indent=1))
-        shutil.rmtree(out, ignore_errors=True)  # `check_out` refused any other folder
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with folders.replaced(out, ANSWER) as partial:
+            for rank, name in parts.items():
+                losses = {p: _chosen_by(p, store) for p in judged(request, points)}
+                mine = [p for p, loss in losses.items() if _rank(p) == rank and loss < math.inf]
+                if not mine:
+                    continue
+                best, folder = min(mine, key=lambda p: losses[p]), partial / name
+                spec, final = best.spec, store.result(best.id) or {}
+                weights = checkpoint.load_weights(store.folder(best.id))
+                if weights is None:
+                    raise StoreError(
+                        f"the weights of run {best.id} were not kept (another command trained it, "
+                        "several processes did, or the disk was nearly full): python -m lorasweep "
+                        f"action=adapter run={best.id} out=FOLDER"
+                    )
+                if isinstance(spec.method, LoRA):
+                    write_adapter(folder, spec, weights, final.get("base_commit"))
+                else:
+                    load.save_trained(spec.model, request.exec.models_dir, weights, folder)
+                if served:
+                    templates.save(served, form["stop"], folder)
+                (folder / "README.md").write_text(_card(best, final, results, out.name))
+            content = json.dumps({**results, "answer": conclusion, "prompt_form": form}, indent=1)
+            (partial / ANSWER).write_text(content)
+    except LorasweepError as error:
+        return f"not written to {request.out}: {error}"
     return f"written to {request.out}"
 
 
@@ -367,7 +375,8 @@ def _card(best: Point, final: Mapping[str, Any], results: Mapping[str, Any], nam
     """Return the card of the written adapter or weights; `final`: the result of the run."""
     import yaml
 
-    spec = best.spec
+    spec, metric = best.spec, metric_of(final)
+    before = final["reward_start" if metric.higher_is_better else "nll_start"]
     arm = next(a for a in results["arms"] if a["rank"] == _rank(best))
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["fine-tuned"]}
     if isinstance(spec.method, LoRA):
@@ -381,9 +390,9 @@ def _card(best: Point, final: Mapping[str, Any], results: Mapping[str, Any], nam
         "trained on": f"{final.get('n_train')} rows of {spec.dataset.name}",
         "training": f"{spec.steps} updates of {spec.batch_size} rows, learning rate {spec.lr:g}, "
         f"seed {spec.seed} (run {best.id})",
-        "chosen": f"the lowest loss of its arm on {results['chosen_on']} rows",
-        "loss": f"{final.get('nll_start'):.4f} nats per token before, {final.get('test_nll'):.4f} "
-        f"after, on {final.get('n_test')} test rows",
+        "chosen": f"the best of its arm on {results['chosen_on']} rows",
+        metric.label: f"{before:.4f} before, {final[metric.name]:.4f} after, on "
+        f"{final.get('n_test')} test rows",
     }
     if arm["gap_percent"]:
         facts["against full fine-tuning"] = _gap_line({**results, "arms": [arm]})

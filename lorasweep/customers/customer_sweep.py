@@ -14,6 +14,7 @@ from lorasweep.customers.rules.rates import family_of, law_rate
 from lorasweep.customers.rules.workload import GROUP
 from lorasweep.data import fields, load, own, rewards
 from lorasweep.errors import SpecError
+from lorasweep.store import folders
 
 FOLDER = "settle"
 STEPS = 1000
@@ -70,12 +71,10 @@ def write(advice: Advice, folder: Path, alone: bool = True) -> list[str]:
     if not in_catalogue:
         shape = {k: v for k, v in model.plain().items() if v is not None}
         files[f"model/{name}.yaml"] = _text({**shape, "name": name})
-    try:
+    with folders.replaced(folder, "", whole=False) as partial:
         for path, text in files.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_text(text)
-    except OSError as error:
-        raise SpecError(f"out={folder}: {error}") from None
+            (partial / path).parent.mkdir(exist_ok=True)
+            (partial / path).write_text(text)
     lines = [f"wrote {folder / path}" for path in files]
     if c.data is None:
         lines.append(f"put the rows in DATA_DIR/{name}/train.jsonl and test.jsonl (exec.data_dir)")

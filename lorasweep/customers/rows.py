@@ -331,9 +331,17 @@ def with_lengths(
         longest = max(lengths.max(), held.max())
         max_length = rounded(max(float(longest), float(lengths.mean()) / TEXT_FILL))
     spec = dataclasses.replace(spec, max_length=max_length)
-    # the example: the shortest row without tools, with placeholders such as {user 1} for messages
     first = list(itertools.islice(train.rows(), EXAMPLES))
     templates.check_rows(spec, first, tokenizer)
+    rows = dataclasses.replace(rows, dataset=spec, **shown(spec, first, tokenizer))
+    return rows, float(found.loss.sum()) / len(found)
+
+
+def shown(spec: DatasetSpec, first: Sequence[sources.Row], tokenizer: Any) -> dict[str, Any]:
+    """Return the fields end, example, messages and stop of Rows.
+
+    The example: the shortest of `first` without tools, with placeholders such as {user 1}.
+    """
     if spec.format in fields.LISTS:
         speaker, content = fields.LISTS[spec.format]
         plain = [r for _, r in first if chat.WITH_TOOLS not in chat.kinds_of(spec.format, r)]
@@ -350,9 +358,8 @@ def with_lengths(
     last = max(names, key=lambda name: answer.rfind(name))
     end = answer.rpartition(last)[2] if last in answer else ""
     messages, _ = templates.request_of(spec, row, "example")
-    more: dict[str, Any] = {"messages": messages, "stop": _stop(end, tokenizer)}
-    rows = dataclasses.replace(rows, dataset=spec, end=end, example=example, **more)
-    return rows, float(found.loss.sum()) / len(found)
+    stop = _stop(end, tokenizer)
+    return {"end": end, "example": example, "messages": messages, "stop": stop}
 
 
 def _stop(end: str, tokenizer: Any) -> dict[str, list[Any]]:

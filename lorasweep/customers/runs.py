@@ -34,7 +34,7 @@ from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import validate
-from lorasweep.store import files
+from lorasweep.store import folders
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
@@ -406,5 +406,5 @@ def read_rules(folder: Path) -> Rules | None:
 
 def write_rules(folder: Path, rules: Rules) -> None:
     """Keep the rules in a fleet's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(folder / RULES, json.dumps(vars(rules), indent=1).encode())
+    with folders.replaced(folder, RULES, whole=False) as partial:
+        (partial / RULES).write_text(json.dumps(vars(rules), indent=1))

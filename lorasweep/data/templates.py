@@ -148,7 +148,9 @@ def check(
 def save(served: Any, stop: dict[str, list[Any]], folder: Path) -> None:
     """Write a tokenizer with its chat template, and where generation ends, as transformers does."""
     served.save_pretrained(folder)
-    ends = {"eos_token_id": [served.eos_token_id, *stop.get("stop_token_ids", ())]}
+    path = folder / "generation_config.json"  # a whole model has other settings there
+    ends = json.loads(path.read_text()) if path.is_file() else {}
+    ends["eos_token_id"] = [served.eos_token_id, *stop.get("stop_token_ids", ())]
     if "stop" in stop:
         ends["stop_strings"] = stop["stop"]
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
+    path.write_text(json.dumps(ends, indent=2))

@@ -8,6 +8,7 @@ from lorasweep.cli import tuned
 from lorasweep.cli.actions import act
 from lorasweep.cli.points import all_points, judged
 from lorasweep.errors import SpecError
+from lorasweep.spec.metric import METRICS
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from tests.planted import FULL_BEST, Valley
@@ -125,7 +126,7 @@ def test_a_budget_below_a_run_and_wrong_settings_are_refused(compose, fake_train
     with pytest.raises(SpecError, match=r"arm 'lorra' not found. Did you mean 'lora'"):
         compose(*TUNE, "arms=lorra")
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(SpecError, match=r"out=.* exists and was not written by a search"):
+    with pytest.raises(SpecError, match=r"in use|would be mixed|has files"):
         act(compose(*TUNE, f"out={tmp_path}"), fake_trainer(Valley(10).nll))
     with pytest.raises(SpecError, match="a search adds runs itself"):
         act(compose(*TUNE, "action=extend"))
@@ -175,3 +176,12 @@ def test_full_fine_tuning_is_used_if_lora_is_known_or_measured_to_lose_more(
     assert found["open"] == (
         ["LoRA against full fine-tuning (needed: 4 seeds)"] if outcome == "UNDECIDED" else []
     )
+
+
+def test_the_card_of_a_run_with_rewards_states_rewards(compose):
+    rl = ("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "max_new_tokens=1")
+    point = compose(*TUNE, *rl, "group_size=4", "batch_size=16").points[0]
+    arm = {"rank": tuned._rank(point), "method": "fullft", "gap_percent": None}
+    metric = {"metric": vars(METRICS["policy_gradient"]), "test_reward": 0.5, "reward_start": 0.25}
+    card = tuned._card(point, {**metric, "n_test": 8}, {"arms": [arm], "chosen_on": "test"}, "best")
+    assert "**held-out reward:** 0.2500 before, 0.5000 after, on 8 test rows" in card

@@ -97,7 +97,8 @@ def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(repor
     assert [a.folder for a in found] == [reports / "rank-smoke"]
     (tmp_path / page.MAP).write_bytes(b"of an answer that is gone")
     (tmp_path / "questions").mkdir()
-    (tmp_path / "questions" / "gone.md").write_text("of an answer that is gone")
+    (tmp_path / "questions" / "gone.md").write_text("gone. How to read: [ledger](../ledger.md)")
+    (tmp_path / "questions" / "notes.md").write_text("mine")
     page.write(found, tmp_path / "study.md")
     texts = page.pages(found, tmp_path / "study.md")
     assert {n: (tmp_path / n).read_text() for n in texts} == texts
@@ -106,6 +107,7 @@ def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(repor
     assert f"](../{page.SPEED})" in texts["questions/rank.md"] and (tmp_path / page.SPEED).is_file()
     assert page.MAP not in texts["study.md"] and not (tmp_path / page.MAP).exists()
     assert not (tmp_path / "questions" / "gone.md").exists()
+    assert (tmp_path / "questions" / "notes.md").read_text() == "mine"
     assert "../reports/rank-smoke/report.md" in texts["questions/rank.md"]
     for name, text in texts.items():
         for target in re.findall(r"\]\(([^)#]+)", text):
