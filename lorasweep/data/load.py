@@ -60,6 +60,7 @@ def load(
         test=test[first:],
         validation=test[:first],
         n_train=len(train),
+        fit=train.fit,
         sha256=fingerprint(train.sha256, test.sha256),
         commit=source.commit,
         rewards=rewards.of_text(spec, tokenizer) if spec.verifier else None,
