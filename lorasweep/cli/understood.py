@@ -22,8 +22,7 @@ SHOWN = 300
 def lines(request: Request) -> list[str]:
     """Return a line for each such model; for each data set and base a line, and a rendered example.
 
-    Raises:
-        DataError: max_length leaves out or cuts more than half of the training rows.
+    Raises DataError if max_length leaves out or cuts more than half of the training rows.
     """
     from lorasweep.models import find, hub
 
@@ -84,8 +83,8 @@ def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> It
         f"{about}, {n_train:,} training, {len(data.validation):,} validation and "
         f"{len(data.test):,} test rows, {tokens:.0f} tokens a row; {understood}"
     )
-    if warning := text.check_fit(data, spec.max_length, "dataset.max_length="):
-        yield f"warning: {spec.name} with {base}: {warning}"
+    if warning := text.check_fit(spec, data, "dataset.max_length="):
+        yield f"warning ({base}): {warning}"
     pieces = text.rendered(spec, row, where, tokenizer)
     shown = "".join(f"[[{piece}]]" if in_loss else piece for piece, in_loss in pieces)
     shown = shown.replace("\n", "\\n")

@@ -324,7 +324,7 @@ def with_lengths(
     tested = text.examples(spec, spec.test_split, held_out, tokenizer, most, "")
     if not found.n_bytes.any():
         raise DataError(f"all {len(found)} training rows have an empty answer. Fill them in.")
-    warning = text.check_fit(found, spec.max_length, "the column max_length at ")
+    warning = text.check_fit(spec, found, "the column max_length to ")
     if max_length is None:
         lengths, held = (np.diff(part.ends, prepend=0) for part in (found, tested))
         longest = max(lengths.max(), held.max())
@@ -340,7 +340,6 @@ def with_lengths(
         turns = min((r[spec.format] for r in plain), key=len, default=question_and_answer)
         roles = [chat.ROLES[spec.format][turn[speaker]] for turn in turns]
         names = [f"{{{role} {roles[: k + 1].count(role)}}}" for k, role in enumerate(roles)]
-        # no other key, which may have a text of the customer
         turns = [{k: turn[k] for k in (speaker, chat.WEIGHT) if k in turn} for turn in turns]
         row: Any = {spec.format: [{**turn, content: name} for turn, name in zip(turns, names)]}
     else:

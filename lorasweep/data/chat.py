@@ -38,8 +38,7 @@ OF_ROWS = {
     *("system", "system_prompt", "history", "documents", "image", "images", "audio", "audios"),
     *("video", "videos", "weight", "label", "chat_template_kwargs", "functions", TOOLS),
 }
-"""Columns that change what is to be learned. Only tools are read; a label, if it is a truth value,
-says whether the answer is wanted."""
+"""Columns that change what is to be learned. Only tools of messages are read."""
 
 
 def turns_of(form: str, row: Any, where: str) -> list[Turn]:
@@ -62,7 +61,6 @@ def turns_of(form: str, row: Any, where: str) -> list[Turn]:
         turn["content"] = _content(message.get(content), bool(calls), f"{at}.{content}")
         if calls:
             turn[CALLS] = calls
-        # a chat template may read them: `text.parts_of` refuses those that are not rendered
         read = {speaker, content, WEIGHT, CALLS}
         others = {k: v for k, v in message.items() if v is not None and k not in read}
         if twice := turn.keys() & others:

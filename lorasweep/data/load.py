@@ -46,8 +46,8 @@ def load(
         raise DataError(
             f"dataset {spec.name!r}: {len(test)} held-out rows can be used (too_long="
             f"{spec.too_long}, max_length={spec.max_length}), and n_validation={first} of them "
-            "are validation rows, so no test row is left. Hold more rows out, or set a smaller "
-            "n_validation."
+            "are validation rows, so no test row is left. Raise max_length, hold more rows out, or "
+            "set a smaller n_validation."
         )
     if spec.held_out_by == "prompt" and first:
         # Too-long rows were dropped, so a prompt may have validation and test rows. Move all of

@@ -74,7 +74,7 @@ def examples(
         if not found:
             raise DataError(
                 f"{where} can be used (too_long={spec.too_long}, max_length={spec.max_length}): "
-                f"all are longer. Set dataset.max_length={enough}."
+                f"all are longer. Set max_length={enough}."
             )
         left_out = len(lengths) - len(found)
         cut = sum(length > spec.max_length for length in lengths) - left_out
@@ -94,15 +94,12 @@ def examples(
     return rows.kept(Path(cache) / f"{name}.rows", make)
 
 
-def check_fit(found: Rows | Data, max_length: int, setting: str) -> str:
-    """Warn if max_length cuts or leaves out over 1% of the training rows, else return ''.
-
-    `setting`: how a user sets it. Raises DataError if it does so with over half of the rows.
-    """
+def check_fit(spec: DatasetSpec, found: Rows | Data, setting: str) -> str:
+    """Warn if max_length cuts or leaves out over 1% of the rows; DataError: over half of them."""
     n, cut, left_out, enough = found.fit or (0, 0, 0, 0)
     said = (
-        f"max_length={max_length} leaves out {left_out:,} and cuts {cut:,} of {n:,} training rows. "
-        f"Set {setting}{enough}, with which 99% are whole."
+        f"dataset {spec.name!r}: max_length={spec.max_length} leaves out {left_out:,} and cuts "
+        f"{cut:,} of {n:,} training rows. Set {setting}{enough}, with which 99% are whole."
     )
     if cut + left_out > n / 2:
         raise DataError(said)
