@@ -114,12 +114,11 @@ def test_the_counts_are_those_of_training(compose, here):
         loaded = load.load(data, asked.exec.data_dir, llama_like())
         assert f"{loaded.n_train} training, {len(loaded.validation)} validation and " in line
         assert loaded.n_train < 40 and "training rows. Set dataset.max_length=" in warning
-    rows = [
-        {**row, "prompt": row["prompt"] + " late" * 90 * (k % 3 > 0)} for k, row in enumerate(rows)
-    ]
-    write_json(here / "long.jsonl", rows)
-    with pytest.raises(DataError, match=r"of 40 training rows. Set dataset.max_length=\d+, with"):
-        understood.lines(compose(*given, "dataset.max_length=64"))
+    for key, says in (("prompt", "longer. Set max_length="), ("completion", "Set dataset.max_le")):
+        rows = [{"prompt": "So?", "completion": "Y", key: f"{k}" + " late" * 90} for k in range(80)]
+        write_json(here / "long.jsonl", [{"prompt": "So?", "completion": "Y"}, *rows])
+        with pytest.raises(DataError, match=says):
+            understood.lines(compose(*given, "dataset.max_length=64"))
 
 
 def test_columns_can_be_named_and_other_fields_set(compose, here):
