@@ -411,3 +411,9 @@ def test_rows_of_arrow_have_no_keys_of_other_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
     lines = tokens_of(write_json(tmp_path / "a.jsonl", rows), with_template(CHATML))
     assert tokens_of(tmp_path / "b.parquet", with_template(CHATML)) == lines
+
+
+def test_rows_without_a_learned_answer_are_an_error_of_their_file(tmp_path):
+    path = write_json(tmp_path / "a.jsonl", [answer(weight=0)] * 3)
+    with pytest.raises(DataError, match="a.jsonl:1: no token counts in the loss"):
+        tokens_of(path, with_template(CHATML))
