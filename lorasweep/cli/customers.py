@@ -136,7 +136,8 @@ def measure(request: Request) -> int:
     store, spec = RunStore(request.exec.runs_dir), measuring.run_of(request)
     one = dataclasses.replace(request, points=[Point(spec.method.name, spec)])
     check_available(one)
-    for line in understood.lines(one) if request.format != "json" else ():
+    lines = understood.lines(one)  # also refuses rows
+    for line in lines if request.format != "json" else ():
         print(line, file=sys.stderr, flush=True)
     store.prepare()
     trainer = TorchTrainer()
@@ -207,6 +208,8 @@ def plan_fleet(request: Request) -> Request:
     for m in members:
         if m.problem:
             print(f"error in {pages.printable(m.problem)}", file=sys.stderr)
+        elif m.rows.warning:
+            print(f"{pages.printable(m.name)}: {m.rows.warning}", file=sys.stderr)
     kinds = sum((Counter(m.rows.kinds) for m in members if not m.problem), Counter())
     if kinds and request.format != "json":
         print(chat.rows_line(kinds), file=sys.stderr)

@@ -206,7 +206,8 @@ def train(
         request = within_limit(request)
     store.prepare()
     notify = notifier(request)
-    for line in understood.lines(request) if request.format != "json" else ():
+    lines = understood.lines(request)  # also refuses rows
+    for line in lines if request.format != "json" else ():
         print(line, file=sys.stderr, flush=True)
     if is_search(request):
         tuned.check_out(request)

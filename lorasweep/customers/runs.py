@@ -20,10 +20,10 @@ from lorasweep.customers.advice import advise
 from lorasweep.customers.customer_sweep import middle_rates, plain_name
 from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
-from lorasweep.customers.rows import BY_ROW, CHAT, PLAIN, SPLITS, Rows, Rules, rows_of, with_lengths
+from lorasweep.customers.rows import BY_ROW, SPLITS, Rows, Rules, rows_of, with_lengths
 from lorasweep.customers.rules.rates import ALPHA
 from lorasweep.customers.serving import PEFT, Profile, adapted
-from lorasweep.data.own import EXPECTED
+from lorasweep.data.own import CHAT, EXPECTED, PLAIN
 from lorasweep.errors import DataError, ModelError, SpecError, unknown
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.forecast import Forecaster
@@ -230,7 +230,7 @@ def _member(
                 f"{model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), but a run "
                 "of a fleet uses one. Choose a smaller model, or larger GPUs (hardware=...)."
             )
-    warnings = advice.warnings
+    warnings = [*advice.warnings, *filter(None, [rows.warning])]
     if not on_hub:  # a card names no folder of this machine
         warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
     advised = {key: getattr(choice, key) for key in ("method", "why", "rank", "load")}

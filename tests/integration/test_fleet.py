@@ -444,7 +444,7 @@ def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, ba
     plain = AutoTokenizer.from_pretrained(world.folder / "ann")
     assert (
         plain.apply_chat_template(chat["messages"], tokenize=False)
-        == f"{{prompt}}\n{{completion}}{eos}"
+        == f"<|begin_of_text|>{{prompt}}\n{{completion}}{eos}"
     )
     assert not world.trained(*settings, "scale=tiny")
     assert len(world.trained(*settings, "dataset.template='Q: {prompt} A: '")) == 5
