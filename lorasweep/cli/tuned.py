@@ -385,6 +385,7 @@ def _card(best: Point, final: Mapping[str, Any], results: Mapping[str, Any], nam
         "loss": f"{final.get('nll_start'):.4f} nats per token before, {final.get('test_nll'):.4f} "
         f"after, on {final.get('n_test')} test rows",
     }
+    facts["weights"] = f"float32, as in training; the loss is measured in {spec.precision}"
     if arm["gap_percent"]:
         facts["against full fine-tuning"] = _gap_line({**results, "arms": [arm]})
     return render(
