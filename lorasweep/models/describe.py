@@ -88,8 +88,7 @@ def _local(given: str, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
         converted = find.converted_at(path, [*models_dirs, str(path.parent)][0])
         known = converted if (converted / "config.json").is_file() else path
         config = config_at(spec, known)
-        spec, stem = with_shape(spec, config), path.stem
-        try_out(spec, config, known)
+        spec, stem = try_out(with_shape(spec, config), config, known), path.stem
     else:
         raise ModelError(
             f"model {given!r}: {path} is no .gguf file. Give a .gguf file, or the folder with "
@@ -108,9 +107,8 @@ def _described(spec: ModelSpec, folder: Path) -> ModelSpec:
         )
     config, types = config_at(spec, folder), hub.matrix_types(spec, folder)
     bf16 = types == {"BF16"} if types else "bfloat16" in str(getattr(config, "dtype", None))
-    spec = with_shape(replace(spec, weights_dtype="bf16" if bf16 else "fp32"), config)
-    try_out(spec, config, folder)
-    return spec
+    spec = replace(spec, weights_dtype="bf16" if bf16 else "fp32")
+    return try_out(with_shape(spec, config), config, folder)
 
 
 def config_at(spec: ModelSpec, path: Path) -> Any:
@@ -247,12 +245,11 @@ def _without_weights(spec: ModelSpec, config: Any) -> tuple[Any, Callable[[str],
     return model, refused
 
 
-def try_out(spec: ModelSpec, config: Any, path: Path) -> None:
-    """Check a model's files, and a training step of a random model of its config; one narrow layer.
+def try_out(spec: ModelSpec, config: Any, path: Path) -> ModelSpec:
+    """Return a described model if its files fit and a training step works, else raise ModelError.
 
-    `path`: its folder, which may be incomplete, or a GGUF file. No value of a weight is read.
-
-    Raises ModelError if the files do not fit, or if the step fails or computes other logits.
+    The step is that of a random model with one narrow layer, on the CPU. No weight is read.
+    `path`: the folder, in which files may be missing, or a GGUF file.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -291,6 +288,7 @@ def try_out(spec: ModelSpec, config: Any, path: Path) -> None:
     unused = [name for name, p in attached.parameters().items() if p.grad is None]
     if unused or not torch.allclose(logits, expected, atol=ROUNDING * float(expected.abs().max())):
         raise refused(f"its forward pass bypasses {unused[0] if unused else 'attention'}")
+    return spec
 
 
 def _matrices(layer: "nn.Module") -> list[tuple[str, str, tuple[int, ...]]]:

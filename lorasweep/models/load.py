@@ -122,9 +122,7 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
 def save_trained(
     spec: ModelSpec, models_dirs: Sequence[str], weights: "dict[str, torch.Tensor]", folder: Path
 ) -> None:
-    """Write a fully fine-tuned model, as it was measured, and its tokenizer for transformers.
-
-    The type is that of the trained tensors: rounded to the base's bf16, most small changes vanish.
+    """Write a fully fine-tuned model and its tokenizer as a folder of transformers.
 
     `weights`: the trained tensors by the names of the model's parameters.
 
@@ -132,7 +130,7 @@ def save_trained(
         ModelError: the base is missing, or does not have these parameters.
     """
     model, tokenizer, _ = _read(spec, models_dirs)
-    model.to(next(iter(weights.values())).dtype)
+    model.to(next(iter(weights.values())).dtype)  # rounding to the base's bf16 loses small changes
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise ModelError(f"model {spec.name!r} has no parameters {', '.join(unknown)}.")
@@ -147,20 +145,18 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = Fa
 
     if not find.check_available(spec, models_dirs, fetched):
         return None
-    place, more = spec.location, {"trust_remote_code": False, "revision": spec.revision or None}
-    if spec.source != "hub":
-        place, more["revision"] = str(_folder(spec, models_dirs)), None
-    return AutoTokenizer.from_pretrained(place, **more)
+    on_hub = spec.source == "hub"
+    place, revision = (spec.location, spec.revision) if on_hub else (_folder(spec, models_dirs), "")
+    return AutoTokenizer.from_pretrained(place, revision=revision or None, trust_remote_code=False)
 
 
 def model_at(spec: ModelSpec, place: Path | str, **more: Any) -> Any:
-    """Load a model in fp32, without running code of its own. ModelError: its weights do not fit."""
+    """Load a model in fp32 and run no code of its own. ModelError: weights differ (not: tied)."""
     from transformers import AutoModelForCausalLM
 
     more |= {"dtype": torch.float32, "trust_remote_code": False}
     more |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
     model, loaded = cast(Any, AutoModelForCausalLM).from_pretrained(place, **more)
-    # without tied weights, and without tensors that transformers ignores
     wrong = [f"{len(keys)} {kind}: {min(map(str, keys))}" for kind, keys in loaded.items() if keys]
     if wrong:
         raise ModelError(
