@@ -90,6 +90,12 @@ class Comparison:
         return self.same_state and (self.difference is None or abs(self.difference) <= bound)
 
 
+def _folders(rid: str, store: RunStore, exec_: Exec) -> dict[str, Any]:
+    """Return the folders of models and data: those of the command, then those of the run."""
+    env = store.env(rid)
+    return {k: [*getattr(exec_, k), *env.get(k, [])] for k in ("models_dir", "data_dir")}
+
+
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
     """Return the standard deviation between seeds of the final metric, pooled over conditions.
 
@@ -123,7 +129,8 @@ def train_again(
     state = ""
     final: dict[str, Any] = {}
     at_end: State = {"tensors": {}, "meta": {}}
-    for event in trainer([spec], dataclasses.replace(exec_, **store.layout(spec.id)), None):
+    exec_ = dataclasses.replace(exec_, **store.layout(spec.id), **_folders(spec.id, store, exec_))
+    for event in trainer([spec], exec_, None):
         if spec.id not in event.ended:
             continue
         state, final = event.ended[spec.id]
@@ -180,7 +187,7 @@ def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
 
 
 def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
-    """Train a finished LoRA run again, alone, and save it in PEFT's format.
+    """Train a finished run again, alone; save its adapter in PEFT's format, or its weights.
 
     Weights of runs are not kept, as a sweep has thousands of runs. The retrained weights are equal
     up to rounding, and bit for bit if the run was trained alone on the same processor.
@@ -197,8 +204,6 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
             "action=export."
         )
     spec = spec_from(store.spec(request.run))
-    if not isinstance(spec.method, LoRA):
-        raise SpecError(f"a {spec.method.name} run has no adapter. Set run= to a LoRA run.")
     out = Path(request.out).expanduser()
     folders.check(out, request.exec, [spec.model])
     if trainer is None or isinstance(trainer, str):
@@ -217,12 +222,21 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
         needed = math.ceil(100 * abs(comparison.difference or 0.0)) / 100
         accept = f"To accept it, add max_difference={needed:g}. " if comparison.same_state else ""
         raise TrainingError(
-            f"run {spec.id} {outcome}. At most {bound:.1e} is accepted, so no adapter was written. "
+            f"run {spec.id} {outcome}. At most {bound:.1e} is accepted, so nothing was written. "
             f"What differs: {why}. {accept}Or use the machine of the recorded run."
         )
-    with folders.replaced(out, ADAPTER) as partial:
-        write_adapter(partial, spec, weights_of(state), final.get("base_commit"))
     print(outcome + (f"; what differs: {why}" if comparison.difference else ""))
+    with folders.replaced(out, ADAPTER) as partial:
+        if not isinstance(spec.method, LoRA):
+            from lorasweep.models.load import save_trained
+
+            dirs = _folders(spec.id, store, request.exec)["models_dir"]
+            save_trained(spec.model, dirs, weights_of(state), partial)
+        else:
+            write_adapter(partial, spec, weights_of(state), final.get("base_commit"))
+    if not isinstance(spec.method, LoRA):
+        print(f"weights of run {request.run} saved to {request.out}")
+        return 0
     where = f"adapter of run {request.run} saved to {request.out}"
     print(f"{where}: load it with peft.PeftModel.from_pretrained")
     if spec.model.tied and "unembedding" in spec.method.target_layers():

@@ -394,6 +394,7 @@ def _card(best: Point, final: Mapping[str, Any], results: Mapping[str, Any], nam
         metric.label: f"{before:.4f} before, {final[metric.name]:.4f} after, on "
         f"{final.get('n_test')} test rows",
     }
+    facts["weights"] = f"float32, as in training; the loss is measured in {spec.precision}"
     if arm["gap_percent"]:
         facts["against full fine-tuning"] = _gap_line({**results, "arms": [arm]})
     return render(

@@ -391,6 +391,8 @@ class _Attempt:
             **self._circumstances(),
             "gpu": next((gpu.name for gpu in detect.gpus()), None),
             "compile": self.exec.compile,
+            "models_dir": self.exec.models_dir,
+            "data_dir": self.exec.data_dir,
             **more,
         }
         for i in self.ids:
