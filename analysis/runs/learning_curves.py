@@ -81,8 +81,9 @@ def cut(result: str, step: int) -> str:
 def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     """Return the table that the same runs would give if they had ended after `step` updates.
 
-    Losses come from the learning curves, whose held-out rows are fewer, but the same in all runs;
-    so does the loss before training. Runs without an evaluation at `step` are left out, unless they had diverged by then.
+    Losses, also those before training, come from the learning curves, whose held-out rows are
+    fewer, but the same in all runs. Runs without an evaluation at `step` are left out, unless they
+    had diverged by then.
 
     Raises:
         TableError: a schedule is not constant, so runs are not beginnings of longer ones.

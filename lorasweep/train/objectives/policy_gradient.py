@@ -87,7 +87,9 @@ class PolicyGradient(OnData):
                 (at_start,) = self._measure(base.model, [run], [data.test])
                 first, name = self.curve_rows(run), self.metric.name
                 if len(first) < len(data.test):
-                    at_start[self.metric.on_part] = self._measure(base.model, [run], [first])[0][name]
+                    at_start[self.metric.on_part] = self._measure(base.model, [run], [first])[0][
+                        name
+                    ]
                 base.at_start[key] = {self.metric.on_part: at_start[name], **at_start}
             found.append(dict(base.at_start[key]))
             self._signals[run.id].reward_start = found[-1][self.metric.name]
