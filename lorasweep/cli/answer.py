@@ -3,7 +3,7 @@
 `analysis` is imported inside functions, because pandas and scipy take a second to load.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -162,7 +162,7 @@ def trains(arm: dict[str, Any]) -> bool:
     return arm["best_lr"]["value"] is not None or arm["best_tried"] is not None
 
 
-def arm_name(arm: dict[str, Any]) -> str:
+def arm_name(arm: Mapping[str, Any]) -> str:
     """Name an arm of a search in words."""
     return f"LoRA rank {arm['rank']}" if arm["rank"] else "full fine-tuning"
 
