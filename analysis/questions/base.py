@@ -215,10 +215,7 @@ def by_group(optima: Iterable[Optimum]) -> dict[str, list[Optimum]]:
 
 
 def by_variant(optima: Sequence[Optimum], group: str = "") -> dict[str, list[Optimum]]:
-    """Return the optima by the settings in which they differ; see `variants`.
-
-    `group`: comes first in the keys; it is the whole key if all have the same settings.
-    """
+    """Return the optima by `group` and the settings in which they differ; see `variants`."""
     found: dict[str, list[Optimum]] = {}
     for o, variant in zip(optima, variants([o.curve for o in optima])):
         found.setdefault("; ".join(filter(None, (group, variant))), []).append(o)

@@ -193,11 +193,7 @@ def runs_of(table: pd.DataFrame, curve: LrCurve) -> pd.DataFrame:
 
 
 def variants(curves: Sequence[LrCurve]) -> list[str]:
-    """Describe each curve by the settings, such as alpha and layers, in which the curves differ.
-
-    Group, method, rank and scope are no such settings. Curves of one setting have one text; it is
-    empty if all curves have the same settings.
-    """
+    """Describe each curve by the settings beyond group, method and rank in which they differ."""
     keys = [k for k in CURVE_KEYS if k not in (*GROUP_KEYS, "method", "rank", "scope")]
     apart = [k for k in keys if len({str(c.key.get(k)) for c in curves}) > 1]
     return [", ".join(_setting(k, c.key.get(k)) for k in apart) for c in curves]

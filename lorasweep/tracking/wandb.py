@@ -12,19 +12,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasweep.errors import SpecError, check_installed
+from lorasweep.errors import check_installed
+from lorasweep.store.files import check_writable
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
 
 
-def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
-    """Copy newly finished runs; return how many. Raises SpecError if wandb is not installed."""
+def check() -> Path:
+    """Return W&B's folder. Raises SpecError without wandb, StoreError if it cannot be written."""
     check_installed("wandb", "mirror=wandb")
+    folder = Path(os.environ.get("WANDB_DIR") or ".")
+    check_writable(folder, "WANDB_DIR")
+    return folder / "wandb"
+
+
+def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
+    """Copy newly finished runs; return how many. Raises as `check` does."""
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE", "offline")
-    count, names, home = 0, run_names(points), Path(os.environ.get("WANDB_DIR") or ".", "wandb")
+    count, names, home = 0, run_names(points), check()
     for point in points:
         result = store.result(point.id)
         mark = store.folder(point.id) / f"mirrored-{mode}.json"
@@ -33,11 +41,7 @@ def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
         partial = home / f".lorasweep-{point.id}"
         if not mark.exists():
             shutil.rmtree(partial, ignore_errors=True)
-            try:
-                partial.mkdir(parents=True)
-            except OSError as error:
-                why = f"mirror=wandb: {partial} cannot be written: {error.strerror}"
-                raise SpecError(f"{why}. Set WANDB_DIR to a folder that can.") from None
+            partial.mkdir(parents=True)
             run = wandb.init(
                 dir=partial if mode == "offline" else None,
                 id=point.id,

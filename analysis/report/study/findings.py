@@ -313,12 +313,12 @@ def _regret(answers: Sequence[Answer]) -> Finding | None:
     lists = _at_eighth(beyond)
     if rows := lists.get(first):
         regret = f"up to {show(_largest([estimate_of(r['regret_percent']) for _, r in rows]))}"
-        outcomes, where = {v.outcome for v, _ in rows}, "with lists to memorise as well"
-        if outcomes == {"SUPPORTED"} or outcomes == {"REFUTED"}:
-            behind = "falls" if outcomes == {"SUPPORTED"} else "does not fall"
-            parts.append(f"W{where[1:]} LoRA {behind} behind: {regret}")
+        (outcome, *other), where = {v.outcome for v, _ in rows}, "ith lists to memorise"
+        if other or outcome == "UNDECIDED":
+            undecided.insert(0, f"w{where} ({regret})")
         else:
-            undecided.insert(0, f"{where} ({regret})")
+            behind = "falls behind" if outcome == "SUPPORTED" else "does not fall behind"
+            parts.append(f"W{where} LoRA {behind}: {regret}")
     if undecided:
         parts.append(f"It is undecided {listed(undecided)}")
     if lists:
@@ -493,12 +493,13 @@ def _together(curves: Sequence[RateCurve]) -> str:
 def _speed(answers: Sequence[Answer]) -> Finding | None:
     """Report how the speed changes with the rank, and the speeds of all ranks."""
     alike = found(answers, "rank", "alike")
+    slope = with_unit(lambda log: number(100 * math.expm1(log), 2), "%")
     made = of_claim(
         alike,
         "The rank makes no difference to the speed of learning",
         "The higher the rank, the faster LoRA learns",
         AVERAGE,
-        with_unit(lambda slope: number(100 * math.expm1(slope), 2), "%"),
+        slope,
     )
     if made is None:
         return None
@@ -514,20 +515,20 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
             more.append(f"It is {listed(values)}{FULL} at ranks {ranks} ({_bases(a)}).")
             if a is alike[0][0] and len(alike) == 1:
                 each = [f"{v} (rank {r})" for v, (r, _) in zip(values, known)]
-                some = dict.fromkeys((each[0], each[len(each) // 2], each[-1]))
-                said += f". The speed is {listed(list(some))}"
+                said += f". The speed is {listed(list(dict.fromkeys((each[0], each[-1]))))}"
                 if len(known) > 2:  # the rise falls with the rank, which its average hides
-                    ends = f"by {_rise(*known[:2])}, by {_rise(*known[-2:])}, on average by"
-                    said = said.replace(AVERAGE, f"a doubling of the rank raises the speed {ends}")
+                    average = f"{AVERAGE} {slope(alike[0][1].estimate)}"
+                    ends = f"{_rise(*known[:2])} and by {_rise(*known[-2:])}"
+                    said = said.replace(average, f"a doubling raises the speed by {ends}")
+                    more.append(f"{average.capitalize()}.")
     post = BEYOND if count(alike, "REFUTED") == len(alike) else ""
     return replace(made, said=said, more=" ".join(more), post=post)
 
 
 def _rise(low: tuple[int, Estimate], high: tuple[int, Estimate]) -> str:
-    """Say how much a doubling of the rank raises the speed between two ranks."""
-    times = float(high[1].value or 0.0) / float(low[1].value or math.nan)
-    rise = 100 * math.expm1(math.log(times) / math.log2(high[0] / low[0]))
-    return f"{number(rise, 2)}% from rank {low[0]} to {high[0]}"
+    times = (high[1].value or 0.0) / (low[1].value or math.nan)
+    a_doubling = float(times ** (1 / math.log2(high[0] / low[0])))
+    return f"{number(100 * (a_doubling - 1), 2)}% from rank {low[0]} to {high[0]}"
 
 
 def _batches(answers: Sequence[Answer]) -> Finding | None:

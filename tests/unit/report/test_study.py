@@ -540,7 +540,7 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     # The rank of an eighth of the width of 64; of two data sets the one with more regret.
     assert held.lead.endswith("LoRA of rank 8 matches full fine-tuning on b")
     most = "the largest regret of 2 data sets is 3.0% [2.0, 4.0] (256 updates, batch 16)"
-    lists = "with lists to memorise as well"
+    lists = "with lists to memorise"
     behind = f". W{lists[1:]} LoRA falls behind: up to 6.0% [5.0, 7.0]"
     assert held.said == most + behind
     # Never more than the verdict says.
@@ -625,7 +625,7 @@ def test_growth_has_the_numbers_of_the_least_growth_that_was_shown(tmp_path):
 
     grown = second("SUPPORTED", "SUPPORTED", "UNDECIDED")
     least = "at rank 8 from -1.0% [-2.0, 0.0] after 64 updates to 1.0% [0.0, 2.0] after 256"
-    outcomes = "Growth at ranks 8 to 16: supported on 2 data sets, undecided on 1"
+    outcomes = "That it grows at all ranks 8 to 16 is supported on 2 data sets, undecided on 1"
     assert grown.said == f"{least}, a match. {outcomes}"
     assert grown.lead == "On b the regret grows with training where only rules are new"
     post = "** (exploratory), which the post expects only beyond an adapter's capacity: at"
@@ -701,11 +701,10 @@ def test_the_speeds_of_the_lowest_and_the_highest_rank_stand_in_the_finding(tmp_
         patch.setattr(findings, "speeds", lambda runs, steps: at_end)
         (found,) = findings.main([made])
     # The two ends, not the average alone: the rise falls with the rank.
-    ends = "by 31% from rank 1 to 8, by 22% from rank 8 to 32, on average by 27% [25, 30]"
-    assert found.said.startswith(f"a doubling of the rank raises the speed {ends} on b (")
-    assert found.said.endswith(
-        ". The speed is 0.31 (rank 1), 0.70 (rank 8) and 1.05 [0.98, 1.12] (rank 32)"
-    )
+    ends = "by 31% from rank 1 to 8 and by 22% from rank 8 to 32"
+    assert found.said.startswith(f"a doubling raises the speed {ends} on b (")
+    assert found.more.endswith("Each doubling raises speed on average by 27% [25, 30].")
+    assert found.said.endswith(". The speed is 0.31 (rank 1) and 1.05 [0.98, 1.12] (rank 32)")
 
 
 @pytest.mark.parametrize("name", ["README.md", "analysis/results/README.md"])
@@ -715,7 +714,7 @@ def test_a_finding_of_the_pages_is_a_few_short_sentences(name):
     assert len(lines) == 5
     for line in lines:
         numbers_as_one = re.sub(r"\[[^]]*\]", "", line)  # an interval is read with its number
-        assert len(numbers_as_one.split()) <= 55 and len(re.findall(r"\.(?:\s|$)", line)) <= 2, line
+        assert len(numbers_as_one.split()) <= 60 and len(re.findall(r"\.(?:\s|$)", line)) <= 2, line
         assert re.search(r"\[[-\d.]+, [-\d.]+\]", line) and re.search(r"\bupdates?\b", line)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorasweep.errors import SpecError
+from lorasweep.errors import StoreError
 from lorasweep.sweep.grid import Point
 from lorasweep.tracking.wandb import mirror
 from tests.world import tiny_spec
@@ -65,5 +65,5 @@ def test_a_kill_leaves_one_whole_copy(world, tmp_path, monkeypatch, place):
 def test_a_folder_that_cannot_be_written_is_named(world, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "file"))
-    with pytest.raises(SpecError, match=r"cannot be written.*Set WANDB_DIR"):
+    with pytest.raises(StoreError, match=r"WANDB_DIR=.*it is a file"):
         mirror([POINT], world, "g")
