@@ -30,6 +30,7 @@ from lorasweep.store.table import load_runs
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request, question
+from lorasweep.tracking import wandb
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
@@ -82,9 +83,7 @@ def run(
                 file=sys.stderr,
             )
     if request.mirror == "wandb":
-        from lorasweep.tracking.wandb import mirror
-
-        mirror(points, store, request.sweep_name or "single")
+        wandb.mirror(points, store, request.sweep_name or "single")
     if request.sweep_name is None:
         result = store.result(points[0].id)
         if result is not None and as_json:
@@ -175,7 +174,7 @@ def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
     `points`: all runs, including the second stage and added rounds.
     """
     if request.mirror == "wandb":
-        check_installed("wandb", "mirror=wandb")
+        wandb.check()
     if request.cluster.kind == "slurm" and request.cluster.submit:
         check_installed("submitit", f"cluster={request.cluster.name}")
     specs = [p.spec for p in request.points]

@@ -501,7 +501,7 @@ def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tm
     form = "--chat-template ./{}chat_template.jinja"  # the base has none
     assert (
         f"--lora-modules few=. {form.format('')}\n```" in card
-        and "**served by:** vLLM 0.32.0; the unem" in card
+        and "**served by:** vLLM 0.33.0; the unem" in card
     )
     names = " ".join(f"{f}=./{f}" for f in ("few", folder_of("a b")))
     assert (
