@@ -332,8 +332,8 @@ def with_lengths(
     spec = dataclasses.replace(spec, max_length=max_length)
     first = list(itertools.islice(train.rows(), EXAMPLES))
     templates.check_rows(spec, first, tokenizer)
-    counted = {"n_train": len(found), "warning": warning}
-    rows = dataclasses.replace(rows, dataset=spec, **counted, **shown(spec, first, tokenizer))
+    more = {"n_train": len(found), "warning": warning, **shown(spec, first, tokenizer)}
+    rows = dataclasses.replace(rows, dataset=spec, **more)
     return rows, float(found.loss.sum()) / len(found)
 
 

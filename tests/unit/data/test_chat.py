@@ -415,5 +415,5 @@ def test_rows_of_arrow_have_no_keys_of_other_rows(tmp_path):
 
 def test_rows_without_a_learned_answer_are_an_error_of_their_file(tmp_path):
     path = write_json(tmp_path / "a.jsonl", [answer(weight=0)] * 3)
-    with pytest.raises(DataError, match="a.jsonl:1: no token counts in the loss"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no token counts in the loss"):
         tokens_of(path, with_template(CHATML))
