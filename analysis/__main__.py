@@ -191,9 +191,8 @@ def _sweep(argv: Sequence[str], suggest: bool = False) -> int:
         return 0
     wanted = next_runs.suggest(analyse(table, question, KEPT))
     nothing = "nothing to add: every claim is decided, or more runs cannot help"
-    objects = [s.plain() for s in wanted]
     text = "\n".join(next_runs.lines(wanted)) or nothing
-    print(json.dumps(objects, indent=1) if args.json else text)
+    print(json.dumps(next_runs.plain(wanted), indent=1) if args.json else text)
     return 0
 
 

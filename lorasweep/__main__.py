@@ -92,6 +92,9 @@ def _act(cfg: "DictConfig") -> None:
     except BrokenPipeError:  # the reader (head, less) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:  # such as a full disk
+        why = f"{error.filename or 'a file'} cannot be written or read ({error.strerror or error})"
+        _fail(f"{why}. Name another, or correct it, and run again: finished runs are kept.")
     if code:
         sys.exit(code)
 

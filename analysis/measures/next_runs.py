@@ -17,7 +17,7 @@ from analysis.inference.spread import POWER, SEEDS
 from analysis.optimum.likelihood import gather
 from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.optimum.posterior import expected_spread
-from analysis.runs.lr_curves import LrCurve
+from analysis.runs.lr_curves import LrCurve, full_names
 
 MAX_NEW_SEEDS = 5
 """The most new seeds that are suggested for one curve at a time."""
@@ -35,18 +35,6 @@ class Suggestion:
     lr: float
     seeds: tuple[int, ...]
     why: str
-
-    def plain(self) -> dict[str, Any]:
-        """Return the suggestion as plain values for JSON."""
-        c, rank = self.curve, self.curve.key.get("rank")
-        return {
-            **{"curve": c.name, "group": c.group, "variant": c.variant},
-            "method": c.key["method"],
-            "rank": None if rank is None or rank != rank else int(rank),
-            "lr": self.lr,
-            "seeds": list(self.seeds),
-            "why": self.why,
-        }
 
 
 class Judged(Protocol):
@@ -242,10 +230,23 @@ def _expected(o: Optimum, n: int, lrs: bool) -> float:
     return expected_spread(runs, o.pooled.noise, o.pooled.misfit)
 
 
+def plain(suggestions: Sequence[Suggestion]) -> list[dict[str, Any]]:
+    """Return suggestions as plain values for JSON; names of curves say in what they differ."""
+    return [
+        {
+            **{"curve": name, "group": s.curve.group, "method": s.curve.key["method"]},
+            "rank": None if (r := s.curve.key.get("rank")) is None or r != r else int(r),
+            **{"lr": s.lr, "seeds": list(s.seeds), "why": s.why},
+        }
+        for name, s in zip(full_names([s.curve for s in suggestions]), suggestions)
+    ]
+
+
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:
     """Format suggestions as lines of text."""
     return [
-        f"{s.curve.name} ({s.curve.group}): lr {s.lr:g}, seeds {', '.join(map(str, s.seeds))}: "
-        f"{s.why}"
-        for s in suggestions
+        "{curve} ({group}): lr {lr:g}, seeds {ids}: {why}".format(
+            ids=", ".join(map(str, s["seeds"])), **s
+        )
+        for s in plain(suggestions)
     ]

@@ -280,6 +280,9 @@ def range_ratio(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
     )
     if len(seeds) < MIN_SEEDS:
         return Estimate(None), [Gate(GateCode.FEW_SEEDS, len(seeds), "all rates: ")]
+    place = "range of good rates: "
+    if min(map(len, lrs)) < 2:  # no width
+        return Estimate(None), [Gate(GateCode.FLAGGED, place=place, flags=("few_points",))]
     grids = [  # ln(lr) [n] and rewards [n, seeds]; 0 if a run has none
         (np.array(xs), np.nan_to_num(-np.array([[runs[x, s] for s in seeds] for x in xs]), nan=0.0))
         for runs, xs in zip(both, lrs)
@@ -293,5 +296,5 @@ def range_ratio(lora: Optimum, full: Optimum) -> tuple[Estimate, list[Gate]]:
     whole, is_open = log_ratio(every)
     rest = [log_ratio([k for k in every if k != s])[0] for s in every]
     estimate = exp_of(from_sample(pseudo_values(whole, rest)))
-    open_gate = Gate(GateCode.FLAGGED, place="range of good rates: ", flags=("at_edge",))
+    open_gate = Gate(GateCode.FLAGGED, place=place, flags=("at_edge",))
     return estimate, [open_gate] if is_open else []

@@ -156,10 +156,10 @@ def departure(lora: Points, full: Points, start: float) -> Departure:
     """Return the step from which LoRA stays behind; `start` is the NLL before training, in nats."""
     other = dict(full)
     steps = [s for s, _ in lora if s in other]
-    gain = max(start - full[-1][1], 1e-12)
-    lack = [(nll - other[s]) / gain for s, nll in lora if s in other]
     if not steps:
         return UNKNOWN
+    gain = max(start - full[-1][1], 1e-12)
+    lack = [(nll - other[s]) / gain for s, nll in lora if s in other]
     if lack[-1] <= DEPARTED:
         return Departure(steps[-1], math.inf)
     inside = [k for k, v in enumerate(lack) if v <= DEPARTED]

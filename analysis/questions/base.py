@@ -24,7 +24,7 @@ from analysis.measures.regret import Gap
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.runs.learning_curves import task_problems
-from analysis.runs.lr_curves import lr_curves
+from analysis.runs.lr_curves import lr_curves, variants
 from analysis.runs.table import TableError
 
 UNKNOWN = Estimate(None)
@@ -214,6 +214,14 @@ def by_group(optima: Iterable[Optimum]) -> dict[str, list[Optimum]]:
     return found
 
 
+def by_variant(optima: Sequence[Optimum], group: str = "") -> dict[str, list[Optimum]]:
+    """Return the optima by `group` and the settings in which they differ; see `variants`."""
+    found: dict[str, list[Optimum]] = {}
+    for o, variant in zip(optima, variants([o.curve for o in optima])):
+        found.setdefault("; ".join(filter(None, (group, variant))), []).append(o)
+    return found
+
+
 def full_of(optima: Sequence[Optimum]) -> Optimum | None:
     """Return the first curve of full fine-tuning of all weights, or None."""
     return next((o for o in optima if o.curve.is_full), None)
@@ -236,7 +244,8 @@ def check_ranks(optima: Iterable[Optimum]) -> None:
     for o in (o for o in optima if not o.curve.is_control):
         other = known.setdefault(rank_of(o), o)
         if other is not o:
-            one, two = (f"{c.group}, {c.variant}" for c in (other.curve, o.curve))
+            both = [other.curve, o.curve]
+            one, two = (f"{c.group}, {v}" for c, v in zip(both, variants(both)))
             raise TableError(
                 f"two curves of {o.curve.name}, which are compared as one: {one}; {two}. Analyse "
                 "one setting at a time."

@@ -42,6 +42,7 @@ class Twins:
         self.rows: list[list[str]] = []
         self.series: list[base.Series] = []
         learned = by_run(proofs)
+        proofs = proofs[proofs.index.isin(list(learned))]  # others' tables may lack curves
         keys = [str(twin_key(r)) for _, r in proofs.iterrows()]
         pairs = [
             pair

@@ -168,10 +168,8 @@ def conditions(table: pd.DataFrame) -> list[Variant]:
                 f"{group}: {len(full)} fullft curves, but lr_ratio compares with one. Keep a "
                 "single scope, schedule and precision per table."
             )
-        variants = list(dict.fromkeys(o.curve.variant for o in base.lora_of(mine))) or [""]
-        for variant in variants:
-            name = group if len(variants) == 1 else f"{group}; {variant}"
-            arms = [*full, *(o for o in base.lora_of(mine) if o.curve.variant == variant)]
+        for name, lora in (base.by_variant(base.lora_of(mine), group) or {group: []}).items():
+            arms = [*full, *lora]
             width = widths.get(arms[0].curve.key["model"], 0)
             found.append(Variant(name, table, arms, width, points))
     return found

@@ -24,7 +24,13 @@ from analysis.measures.qualify import stalled
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.measures.regret import novelty_of
 from analysis.questions import base
-from analysis.runs.learning_curves import Points, while_unsolved
+from analysis.runs.learning_curves import (
+    Points,
+    learning_curves,
+    starts_on_curve,
+    while_unsolved,
+)
+from analysis.runs.lr_curves import runs_of
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,15 @@ class Ranks(base.TwoArms):
         return gates
 
     @cached_property
+    def start_nll(self) -> float:
+        """Full fine-tuning's mean loss before training, on the rows of the learning curves."""
+        runs = runs_of(self.runs, self.full.curve)
+        return float(starts_on_curve(runs, learning_curves(runs)).mean())
+
+    @cached_property
     def departures(self) -> dict[int, AtBest[speed.Departure]]:
         """The step from which each rank is behind, by seed."""
-        start = self.full.curve.nll_start
+        start = self.start_nll
         return {
             r: self.points[r].paired(self.points[0], lambda a, b: speed.departure(a, b, start))
             for r in self.lora
@@ -210,7 +222,7 @@ def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
     rows = []
     for rank, by_seed in c.departures.items():
         of_seeds = ", ".join(map(_shown, by_seed.best.values()))
-        of_envelope = speed.departure(envelopes[rank], envelopes[0], c.full.curve.nll_start)
+        of_envelope = speed.departure(envelopes[rank], envelopes[0], c.start_nll)
         rows.append([rank, of_seeds, _shown(of_envelope), c.rho[rank]])
     every = [d for by_seed in c.departures.values() for d in by_seed.best.values()]
     never, at_once = sum(d.never for d in every), sum(d.at_once for d in every)

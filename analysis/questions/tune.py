@@ -19,7 +19,7 @@ from analysis.measures import at_best
 from analysis.measures.regret import ALLOWED, Gap, gain_from, starts_of
 from analysis.optimum.optimum import Optimum
 from analysis.questions import base
-from analysis.runs.learning_curves import learning_curves, on_curve_rows
+from analysis.runs.learning_curves import on_curve_rows
 from analysis.runs.lr_curves import runs_of
 
 KNOWN_PERCENT = 1.0
@@ -90,10 +90,7 @@ def conditions(table: pd.DataFrame) -> list[Arms]:
     validated = [json.loads(spec)["dataset"].get("n_validation", 0) > 0 for spec in table["spec"]]
     choosing = table
     if all(validated):
-        curves = learning_curves(table)
-        before = curves[curves["step"] == 0].set_index("run")["test_nll"]
-        start = before.reindex(table.index).fillna(table["nll_start"])
-        choosing = on_curve_rows(table).assign(nll_start=start)
+        choosing = on_curve_rows(table)
     rows = "validation" if all(validated) else "test"
     groups = base.by_group(base.fit(choosing))
     return [Arms(name, table, optima, rows) for name, optima in groups.items()]

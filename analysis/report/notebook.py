@@ -76,8 +76,8 @@ def suggestions(found: Analysis) -> pd.DataFrame:
     """Return one row per suggestion: learning rates and seeds likely to decide open claims."""
     head = ["model and data", "curve", "lr", "seeds", "why"]
     rows = [
-        [s.curve.group, s.curve.name, rate(s.lr), ", ".join(map(str, s.seeds)), s.why]
-        for s in next_runs.suggest(found)
+        [s["group"], s["curve"], rate(s["lr"]), ", ".join(map(str, s["seeds"])), s["why"]]
+        for s in next_runs.plain(next_runs.suggest(found))
     ]
     return _frame([head, *rows])
 

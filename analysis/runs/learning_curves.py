@@ -7,6 +7,7 @@ the loss over learning rates, are in `lr_curves`.
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,8 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
     """Return all evaluations of a table's runs, in order; empty if there are none.
 
     Columns: `run`, the run's label in the table's index; `step`; `test_nll` in nats;
-    `test_nll_curve`, at the end of training the loss on the rows of the earlier evaluations;
+    `test_nll_curve`, before training and at its end the loss on the rows of the evaluations between
+    (before training not in results of old versions);
     `grad_share`, the share of the squared gradient by layer set. Missing values are NaN.
     """
     assert table.index.is_unique, "the index of the table must be unique: call reset_index() first"
@@ -79,8 +81,9 @@ def cut(result: str, step: int) -> str:
 def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
     """Return the table that the same runs would give if they had ended after `step` updates.
 
-    Losses come from the learning curves, whose held-out rows are fewer, but the same in all runs.
-    Runs without an evaluation at `step` are left out, unless they had diverged by then.
+    Losses, also those before training, come from the learning curves, whose held-out rows are
+    fewer, but the same in all runs. Runs without an evaluation at `step` are left out, unless they
+    had diverged by then.
 
     Raises:
         TableError: a schedule is not constant, so runs are not beginnings of longer ones.
@@ -89,10 +92,11 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
         raise TableError("only runs with a constant learning rate can be cut to shorter ones.")
     learned = learning_curves(table)
     nll = learned[learned["step"] == step].set_index("run")["test_nll"]
+    start = starts_on_curve(table, learned)
     rows = []
 
-    def whole(row: pd.Series) -> dict[str, int]:
-        return {CUT_FROM: int(row.get(CUT_FROM, row["steps"]))}
+    def whole(row: pd.Series) -> dict[str, Any]:
+        return {CUT_FROM: int(row.get(CUT_FROM, row["steps"])), "nll_start": start[row.name]}
 
     for run, row in table.iterrows():
         if row["steps"] == step:
@@ -106,10 +110,25 @@ def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
 
 
 def on_curve_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with final losses on the rows of earlier evaluations, where recorded."""
-    learned = learning_curves(table).dropna(subset="test_nll_curve")
-    again = learned.groupby("run")["test_nll_curve"].last()
-    return table.assign(test_nll=again.reindex(table.index).fillna(table["test_nll"]))
+    """Return the table with losses on the rows of the evaluations between, where recorded.
+
+    These are the final losses and those before training.
+    """
+    learned = learning_curves(table)
+    ended = learned[learned["step"] > 0].dropna(subset="test_nll_curve")
+    again = ended.groupby("run")["test_nll_curve"].last()
+    final = again.reindex(table.index).fillna(table["test_nll"])
+    return table.assign(test_nll=final, nll_start=starts_on_curve(table, learned))
+
+
+def starts_on_curve(table: pd.DataFrame, learned: pd.DataFrame) -> pd.Series:
+    """Return each run's loss before training on the rows of its learning curve.
+
+    Old results have it on all test rows only. `learned`: the learning curves of the table.
+    """
+    on_curve = learned[learned["step"] == 0].set_index("run")["test_nll_curve"]
+    start = table["nll_start"] if "nll_start" in table.columns else math.nan
+    return on_curve.reindex(table.index).fillna(pd.Series(start, table.index))
 
 
 def steps_seen(table: pd.DataFrame) -> list[int]:
@@ -135,6 +154,7 @@ def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     varies = table["steps"].nunique() > 1 or (table["schedule"] != "constant").any()
     if varies or not np.isfinite(start - floor):
         return table, ""
+    on_curve = float(np.nanmean(starts_on_curve(table, learning_curves(table))))
     for step in (last := int(table["steps"].max()), *reversed(steps_seen(table))):
         part = table if step == last else at_step(table, step)
         done = part[part["status"] == "done"]
@@ -142,7 +162,8 @@ def while_unsolved(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         # some LRs.
         left = (done["test_nll"] - done["floor_nats"]).rename("left")
         by_rate = left.groupby([done[c] for c in ("method", "rank", "lr")], dropna=False)
-        if by_rate.mean().min() >= MIN_REST * (start - floor):
+        excess = (start if step == last else on_curve) - floor
+        if by_rate.mean().min() >= MIN_REST * excess:
             return part, "" if step == last else (
                 f"Cut at {step} of {last} updates: later less than {MIN_REST:.0%} of the "
                 "excess over the floor is left, and the task is nearly solved."

@@ -82,14 +82,6 @@ class LrCurve:
         return rates[first:][: len(rest) if rest.all() else int(rest.argmin())]
 
     @property
-    def variant(self) -> str:
-        """Describe the settings other than group, method and rank, such as alpha and layers."""
-        rest = {
-            k: v for k, v in self.key.items() if k not in (*GROUP_KEYS, "method", "rank", "scope")
-        }
-        return ", ".join(f"{k} {v}" for k, v in rest.items() if _known(v))
-
-    @property
     def group(self) -> str:
         """Name the group within which arms are compared: see GROUP_KEYS."""
         steps = self.key.get("steps")
@@ -200,6 +192,18 @@ def runs_of(table: pd.DataFrame, curve: LrCurve) -> pd.DataFrame:
     return table[belongs]
 
 
+def variants(curves: Sequence[LrCurve]) -> list[str]:
+    """Describe each curve by the settings beyond group, method and rank in which they differ."""
+    keys = [k for k in CURVE_KEYS if k not in (*GROUP_KEYS, "method", "rank", "scope")]
+    apart = [k for k in keys if len({str(c.key.get(k)) for c in curves}) > 1]
+    return [", ".join(_setting(k, c.key.get(k)) for k in apart) for c in curves]
+
+
+def _setting(key: str, value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{key} {text if _known(value) else 'unknown'}"
+
+
 def full_names(curves: Sequence[LrCurve]) -> list[str]:
     """Name curves by method, rank, and the settings in which they differ from each other."""
     keys = [k for k in (curves[0].key if curves else ()) if k not in (*GROUP_KEYS, *IN_NAME)]
@@ -221,7 +225,6 @@ def full_names(curves: Sequence[LrCurve]) -> list[str]:
         for k in of_lora if c.key["method"] == "lora" else of_full:
             value = c.key[k]
             if _known(value):
-                text = f"{value:g}" if isinstance(value, float) else str(value)
-                settings.append(text if k == "layers" and text == value else f"{k} {text}")
+                settings.append(str(value) if k == "layers" else _setting(k, value))
         names.append(", ".join([c.name, *settings]))
     return names

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.runs.table import TableError
@@ -53,7 +54,7 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
     runs differ in metric.
     """
     if "metric" not in table.columns or table["metric"].isna().all():
-        return table
+        return _ended(table)
     objective = table["objective"].fillna("") if "objective" in table.columns else ""
     groups = [table["model"], table["dataset"], pd.Series(objective, table.index)]
     for (model, dataset, _), metrics in table["metric"].fillna(LOSS).groupby(groups):
@@ -83,7 +84,13 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
             row[COLLAPSED] = row["status"] == "diverged" or lost
         result = json.dumps({**changed, **of_start}, sort_keys=True)
         rows.append({**row, "result": result})
-    return pd.DataFrame(rows, index=table.index)
+    return _ended(pd.DataFrame(rows, index=table.index))
+
+
+def _ended(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with runs without a finite loss as diverged: others' tables have such."""
+    lost = (table["status"] == "done") & ~np.isfinite(table[LOSS].astype(float))
+    return table.assign(status=table["status"].mask(lost, "diverged")) if lost.any() else table
 
 
 def _with_loss(values: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from analysis.measures.ratio import MIN_RANK, Ratio, gaps, pool_ratios, ratio_la
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import lowest_loss, rate_means
 from analysis.optimum.optimum import WITHIN, Optimum
-from analysis.questions.base import by_group, lora_of
+from analysis.questions.base import by_group, by_variant, lora_of
 from analysis.report import interactive
 from analysis.report.text import aligned, plain
 from analysis.runs.lr_curves import lr_curves
@@ -129,16 +129,13 @@ def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum
     out = []
     for group, members in by_group(optima).items():
         full = [o for o in members if o.curve.key["method"] == "fullft"]
-        variants: dict[str, list[Optimum]] = {}
-        for o in lora_of(members):
-            variants.setdefault(o.curve.variant, []).append(o)
         if len(full) > 1:
             raise TableError(
                 f"{group}: {len(full)} full fine-tuning curves (they differ in scope, schedule or "
                 "precision), but a ratio needs one. Keep one per table."
             )
-        for variant, lora in variants.items() if full else ():
-            out.append((group if len(variants) == 1 else f"{group}; {variant}", lora, full[0]))
+        lora = by_variant(lora_of(members), group) if full else {}
+        out += [(name, curves, full[0]) for name, curves in lora.items()]
     return out
 
 
@@ -167,10 +164,8 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
     """
     groups: dict[str, list[Optimum]] = {}
     lora = lora_of(optima_of(reading, share))
-    has_variants = len({o.curve.variant for o in lora}) > 1
-    for o in lora:
-        name = f"{o.curve.group}; {o.curve.variant}" if has_variants else o.curve.group
-        groups.setdefault(name, []).append(o)
+    for group, mine in by_group(lora).items():
+        groups |= by_variant(mine, group)
     if not groups:
         raise TableError(
             "the table has no lora run (rows with a rank), which a drift with the rank needs."

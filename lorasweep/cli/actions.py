@@ -2,9 +2,10 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def act(
     `trainer`: replaces the real trainer in tests and benchmarks. `follow`: task of a follow-up job.
     """
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
+    with suppress(FileNotFoundError, PermissionError):  # the action reports them
+        os.scandir(store.root).close()
     if request.customers and request.action != "advise":
         runs = customers.plan_fleet(request)
         if runs.action == "run":

@@ -3,7 +3,7 @@
 `analysis` is imported inside functions, because pandas and scipy take a second to load.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -144,19 +144,25 @@ def look(table: "pd.DataFrame", question: dict[str, Any]) -> tuple[bool, dict[st
 def open_questions(results: dict[str, Any]) -> list[str]:
     """Return what the runs of a search have not decided; `results`: those of its analysis."""
     found = []
-    for arm in results["arms"]:
+    arms = [arm for arm in results["arms"] if trains(arm)]
+    for arm in arms:
         name, regret = arm_name(arm), arm["regret_percent"]
         if regret is None:
             found.append(f"the learning rate of {name} ({', '.join(arm['flags']) or 'no seeds'})")
         elif not arm["known"]:
             found.append(f"the learning rate of {name} (it may cost {regret:.2g}% of the gain)")
-    if len({arm["method"] for arm in results["arms"]}) > 1:
+    if len({arm["method"] for arm in arms}) > 1:
         for v in (v for v in results["verdicts"] if v["outcome"] == "UNDECIDED"):
             found.append(f"LoRA against full fine-tuning (needed: {v['needed'] or v['why']})")
     return found
 
 
-def arm_name(arm: dict[str, Any]) -> str:
+def trains(arm: dict[str, Any]) -> bool:
+    """Return whether a learning rate of an arm of a search lowers the loss."""
+    return arm["best_lr"]["value"] is not None or arm["best_tried"] is not None
+
+
+def arm_name(arm: Mapping[str, Any]) -> str:
     """Name an arm of a search in words."""
     return f"LoRA rank {arm['rank']}" if arm["rank"] else "full fine-tuning"
 

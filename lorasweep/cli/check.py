@@ -38,6 +38,7 @@ KEPT = Path(lorasweep.__file__).parents[1] / "analysis" / "results"
 
 def check_gpu(request: Request, store: RunStore) -> int:
     """Measure what is missing, here or as a job; return 1 if a check failed."""
+    files.check_writable(Path(request.exec.reports_dir) / "check_gpu", "exec.reports_dir")
     if request.cluster.kind == "slurm":
         return _submit(request)
     here = _Check(request)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from lorasweep.cli import answer, understood
@@ -19,16 +20,17 @@ from lorasweep.customers import adapters, pages, runs
 from lorasweep.customers import measure as measuring
 from lorasweep.customers.advice import Advice, answers, plain_of
 from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
-from lorasweep.customers.outcome import outcome_of
-from lorasweep.customers.read import Failed, Row, check_rows, expected, read_customers
+from lorasweep.customers.outcome import outcome_of, with_further
+from lorasweep.customers.read import Customer, Failed, Row, check_rows, expected, read_customers
+from lorasweep.customers.runs import Member
 from lorasweep.customers.serving import Profile
 from lorasweep.data import chat
-from lorasweep.errors import SpecError, check_installed, unknown
+from lorasweep.errors import LorasweepError, SpecError, check_installed, unknown
 from lorasweep.launch import local
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.trainer import TorchTrainer
-from lorasweep.store import files
+from lorasweep.store import files, folders
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.names import aligned
@@ -81,11 +83,8 @@ def advise(request: Request) -> int:
         path = Path(out)
         if path.suffix != ".html":
             raise SpecError(f"out={out}: expected a file that ends in .html.")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(pages.html(found, title))
-        except OSError as error:
-            raise SpecError(f"out={out}: {error}") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(pages.html(found, title))
     if request.format == "json":
         print(json.dumps([plain_of(a) for a in found]))
     else:
@@ -125,10 +124,13 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
 
 def measure(request: Request) -> int:
     """Measure the information in a data set, print it, and save it for action=advise."""
+    folder = Path(request.exec.reports_dir) / INFORMATION
+    files.check_writable(folder, "exec.reports_dir")
     store, spec = RunStore(request.exec.runs_dir), measuring.run_of(request)
     one = dataclasses.replace(request, points=[Point(spec.method.name, spec)])
     check_available(one)
-    for line in understood.lines(one) if request.format != "json" else ():
+    lines = understood.lines(one)  # also refuses rows
+    for line in lines if request.format != "json" else ():
         print(line, file=sys.stderr, flush=True)
     store.prepare()
     trainer = TorchTrainer()
@@ -150,7 +152,6 @@ def measure(request: Request) -> int:
         local.run_points(points, store, request.exec, display.event, trainer)
     base = trainer.first_pass(spec, request.exec)
     found = measuring.information(specs, data, base, request, store, answer.code_length)
-    folder = Path(request.exec.reports_dir) / INFORMATION
     path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(found, indent=1).encode())
@@ -177,9 +178,31 @@ def plan_fleet(request: Request) -> Request:
         return request
     customers = read_customers(Path(request.customers))
     rules, members = runs.fleet_of(request, customers, known(request), _profiles(request))
+    folder, dirs = runs.fleet_folder(request), runs.data_dirs(request)
+    exec_ = dataclasses.replace(
+        request.exec, data_dir=dirs, keep_weights=True, skip_broken_data=True
+    )
+    if request.action == "fleet":
+        points = [p for m in members for p in m.points]
+        data = {c.data for c in customers if isinstance(c, Customer) and c.data}
+        inputs = {request.customers, *filter(os.path.exists, data)}
+        models = {p.spec.model for p in points}
+        check = partial(folders.check, exec_=exec_, models=models, inputs=inputs)
+        check(folder)
+        store = RunStore(exec_.runs_dir)
+        every = with_further(points, store, go_on="rates" not in request.given)
+        unfinished = {p.arm for p in every if not store.result(p.id)}
+        for k, m in enumerate(members):
+            try:
+                if m.folder in unfinished:  # else it is checked only if it is written
+                    check(folder / m.folder)
+            except LorasweepError as error:
+                members[k] = Member(m.where, m.name, m.folder, f"{m.where}: {error}")
     for m in members:
         if m.problem:
             print(f"error in {pages.printable(m.problem)}", file=sys.stderr)
+        elif m.rows.warning:
+            print(f"{pages.printable(m.name)}: {m.rows.warning}", file=sys.stderr)
     kinds = sum((Counter(m.rows.kinds) for m in members if not m.problem), Counter())
     if kinds and request.format != "json":
         print(chat.rows_line(kinds), file=sys.stderr)
@@ -189,7 +212,6 @@ def plan_fleet(request: Request) -> Request:
         print(
             f"serve={rules.serve}: no adapter of the unembedding for {of}: {why}", file=sys.stderr
         )
-    folder, dirs = runs.fleet_folder(request), runs.data_dirs(request)
     if request.action == "fleet":
         from lorasweep.models import find
 
@@ -204,9 +226,7 @@ def plan_fleet(request: Request) -> Request:
         action="run" if request.action == "fleet" else request.action,
         out=str(folder),
         serve=rules.serve,
-        exec=dataclasses.replace(
-            request.exec, data_dir=dirs, keep_weights=True, skip_broken_data=True
-        ),
+        exec=exec_,
         points=[p for m in members for p in m.points],
         sweep_name=runs.fleet_name(request),
         members=[m.plain() for m in members],

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
 from lorasweep.cli.points import all_points, is_search, judged
-from lorasweep.errors import SpecError, StoreError, TrainingError
+from lorasweep.customers.folders import ADAPTER
+from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
@@ -24,7 +25,7 @@ from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
-from lorasweep.store import looks
+from lorasweep.store import folders, looks
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs
@@ -50,15 +51,11 @@ def export(request: Request, store: RunStore) -> int:
     table = load_runs(store.root, ids)
     if table.empty:
         raise SpecError(f"no finished runs in {store.root}. Run a sweep, or set exec.runs_dir.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            table.to_parquet(path, index=False, compression="zstd", compression_level=12)
-        else:
-            table.to_csv(path, index=False)
-    except OSError as error:
-        reason = error.strerror or error
-        raise StoreError(f"table={path} cannot be written ({reason}). Name another file.") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        table.to_parquet(path, index=False, compression="zstd", compression_level=12)
+    else:
+        table.to_csv(path, index=False)
     print(f"{len(table)} runs written to {path}")
     return 0
 
@@ -90,6 +87,12 @@ class Comparison:
     def within(self, bound: float) -> bool:
         """Return whether both trainings ended in one state, with metrics at most `bound` apart."""
         return self.same_state and (self.difference is None or abs(self.difference) <= bound)
+
+
+def _folders(rid: str, store: RunStore, exec_: Exec) -> dict[str, Any]:
+    """Return the folders of models and data: those of the command, then those of the run."""
+    env = store.env(rid)
+    return {k: [*getattr(exec_, k), *env.get(k, [])] for k in ("models_dir", "data_dir")}
 
 
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
@@ -125,7 +128,8 @@ def train_again(
     state = ""
     final: dict[str, Any] = {}
     at_end: State = {"tensors": {}, "meta": {}}
-    for event in trainer([spec], dataclasses.replace(exec_, **store.layout(spec.id)), None):
+    exec_ = dataclasses.replace(exec_, **store.layout(spec.id), **_folders(spec.id, store, exec_))
+    for event in trainer([spec], exec_, None):
         if spec.id not in event.ended:
             continue
         state, final = event.ended[spec.id]
@@ -182,7 +186,7 @@ def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
 
 
 def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
-    """Train a finished LoRA run again, alone, and save it in PEFT's format.
+    """Train a finished run again, alone; save its adapter in PEFT's format, or its weights.
 
     Weights of runs are not kept, as a sweep has thousands of runs. The retrained weights are equal
     up to rounding, and bit for bit if the run was trained alone on the same processor.
@@ -199,8 +203,8 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
             "action=export."
         )
     spec = spec_from(store.spec(request.run))
-    if not isinstance(spec.method, LoRA):
-        raise SpecError(f"a {spec.method.name} run has no adapter. Set run= to a LoRA run.")
+    out = Path(request.out).expanduser()
+    folders.check(out, request.exec, [spec.model])
     if trainer is None or isinstance(trainer, str):
         trainer = trainer_named(trainer)
     comparison, state, final = train_again(spec, store, request.exec, trainer)
@@ -217,11 +221,21 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
         needed = math.ceil(100 * abs(comparison.difference or 0.0)) / 100
         accept = f"To accept it, add max_difference={needed:g}. " if comparison.same_state else ""
         raise TrainingError(
-            f"run {spec.id} {outcome}. At most {bound:.1e} is accepted, so no adapter was written. "
+            f"run {spec.id} {outcome}. At most {bound:.1e} is accepted, so nothing was written. "
             f"What differs: {why}. {accept}Or use the machine of the recorded run."
         )
-    write_adapter(Path(request.out), spec, weights_of(state), final.get("base_commit"))
     print(outcome + (f"; what differs: {why}" if comparison.difference else ""))
+    with folders.replaced(out, ADAPTER) as partial:
+        if not isinstance(spec.method, LoRA):
+            from lorasweep.models.load import save_trained
+
+            dirs = _folders(spec.id, store, request.exec)["models_dir"]
+            save_trained(spec.model, dirs, weights_of(state), partial)
+        else:
+            write_adapter(partial, spec, weights_of(state), final.get("base_commit"))
+    if not isinstance(spec.method, LoRA):
+        print(f"weights of run {request.run} saved to {request.out}")
+        return 0
     where = f"adapter of run {request.run} saved to {request.out}"
     print(f"{where}: load it with peft.PeftModel.from_pretrained")
     if spec.model.tied and "unembedding" in spec.method.target_layers():
@@ -234,16 +248,15 @@ def write_adapter(
     spec: RunSpec,
     weights: "dict[str, Tensor]",
     commit: str | None,
-    base: str | None = None,
 ) -> None:
-    """Write the adapter of a LoRA run as a folder that PEFT loads.
+    """Write the adapter of a LoRA run as a folder that PEFT loads; it names no local path.
 
-    `commit`: the base's commit on the hub. `base`: name of the base; None: the location in `spec`.
+    `commit`: the base's commit on the hub.
     """
     from lorasweep.methods.stacked.peft_export import save_peft
 
     assert isinstance(spec.method, LoRA)
-    base = base or spec.model.location or spec.model.name
+    base = spec.model.location if spec.model.source == "hub" else spec.model.name
     experts = spec.model.n_experts, spec.method.scaling_of_experts(spec.model)
     save_peft(folder, weights, spec.method.rank, base, commit, spec.method.scaling, *experts)
 

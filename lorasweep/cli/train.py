@@ -30,6 +30,7 @@ from lorasweep.store.table import load_runs
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request, question
+from lorasweep.tracking import wandb
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
@@ -59,7 +60,8 @@ def run(
 ) -> int:
     """Train the missing runs, judge and report; on a cluster, submit jobs and report later."""
     if request.sweep is not None and follow is None:  # not only after hours of training
-        files.check_writable(Path(request.exec.reports_dir), "exec.reports_dir")
+        folder = Path(request.exec.reports_dir) / request.title
+        files.check_writable(folder, "exec.reports_dir")
     trained = train(request, store, trainer, follow)
     points, as_json = trained.points, request.format == "json"
     if trained.waiting or trained.status == STOPPED:
@@ -81,9 +83,7 @@ def run(
                 file=sys.stderr,
             )
     if request.mirror == "wandb":
-        from lorasweep.tracking.wandb import mirror
-
-        mirror(points, store, request.sweep_name or "single")
+        wandb.mirror(points, store, request.sweep_name or "single")
     if request.sweep_name is None:
         result = store.result(points[0].id)
         if result is not None and as_json:
@@ -125,6 +125,8 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
             "action=qualify judges the tasks of a sweep on this machine. Add +sweep=NAME and "
             "cluster=local."
         )
+    path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
+    files.check_writable(path.parent, "exec.reports_dir")
     trained = train(request, store, trainer)
     if trained.status == STOPPED:
         return STOPPED
@@ -132,7 +134,6 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
     qualified, checks, lines = answer.qualify(load_runs(store.root, finished))
     content: dict[str, Any] = {"sweep": request.sweep_name, "scale": request.scale}
     content |= {"qualified": qualified, "checks": checks}
-    path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     if request.format == "json":
@@ -173,7 +174,7 @@ def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
     `points`: all runs, including the second stage and added rounds.
     """
     if request.mirror == "wandb":
-        check_installed("wandb", "mirror=wandb")
+        wandb.check()
     if request.cluster.kind == "slurm":
         check_installed("submitit", f"cluster={request.cluster.name}")
     specs = [p.spec for p in request.points]
@@ -203,7 +204,8 @@ def train(
         request = within_limit(request)
     store.prepare()
     notify = notifier(request)
-    for line in understood.lines(request) if request.format != "json" else ():
+    lines = understood.lines(request)  # also refuses rows
+    for line in lines if request.format != "json" else ():
         print(line, file=sys.stderr, flush=True)
     if is_search(request):
         tuned.check_out(request)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.points import judged
 from lorasweep.cli.progress import duration
 from lorasweep.customers.pages import plain_text, render
-from lorasweep.errors import SpecError
+from lorasweep.customers.rows import shown
+from lorasweep.data import templates
+from lorasweep.errors import LorasweepError, SpecError, StoreError
 from lorasweep.launch.pack import END
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.lora import LoRA
@@ -23,13 +24,13 @@ from lorasweep.plan.budget import Budget, parse_budget
 from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import micro_batch
 from lorasweep.plan.plan import make_plan
-from lorasweep.spec.metric import metric_of
+from lorasweep.spec.metric import METRICS, metric_of
 from lorasweep.spec.run import RunSpec
-from lorasweep.store import checkpoint
+from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
 from lorasweep.sweep.request import Request
-from lorasweep.sweep.search import MIN_SEEDS, is_short
+from lorasweep.sweep.search import LOWEST, MIN_SEEDS, is_short
 
 ANSWER = "lorasweep.json"
 """File with the results and the answer in the folder of the best run."""
@@ -169,15 +170,25 @@ def _chosen_by(point: Point, store: RunStore) -> float:
 
 
 def check_out(request: Request) -> None:
-    """Raise SpecError if request.out has files that a search did not write."""
-    out = Path(request.out).expanduser()
-    if not request.out or not out.exists() or (out / ANSWER).is_file():
-        return
-    if not out.is_dir() or any(out.iterdir()):
-        raise SpecError(
-            f"out={request.out} exists and was not written by a search, whose output would replace "
-            "it. Give the name of a new folder."
-        )
+    """Raise an error if request.out cannot be written, or a server would render other texts."""
+    if request.out:
+        models = {p.spec.model for p in request.points}
+        folders.check(Path(request.out).expanduser(), request.exec, models)
+        _served(request)
+
+
+def _served(request: Request) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenizer with the rows' chat template, and `shown`; nothing without text."""
+    from lorasweep.models import load
+
+    spec, fetched = request.points[0].spec, request.cluster.kind == "slurm"
+    if spec.dataset.source == "synthetic":
+        return None, {}
+    tokenizer = load.tokenizer_of(spec.model, request.exec.models_dir, fetched)
+    served = templates.with_template(spec.dataset, tokenizer)
+    form = shown(spec.dataset, [], tokenizer)
+    templates.check(spec.dataset, served, form["messages"], [], form["example"], "example")
+    return served, form
 
 
 def finish(request: Request, store: RunStore, points: Sequence[Point], results: str) -> str:
@@ -191,7 +202,9 @@ def finish(request: Request, store: RunStore, points: Sequence[Point], results: 
     if budget := parse_budget(request.budget, request.points[0].spec.steps):
         used = _amount(budget, budget.used(points, store))
         conclusion["budget"] = {"given": budget.text, "used": used}
-    if request.out:
+    if request.out and conclusion["method"] is None:
+        conclusion["out"] = f"nothing is written to {request.out}"
+    elif request.out:
         conclusion["out"] = _export(request, store, points, found, conclusion)
     if request.format == "json":
         return json.dumps({**found, "answer": conclusion})
@@ -202,26 +215,28 @@ def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the setting to use and why, and what the runs have not decided."""
     arms = {arm["rank"]: arm for arm in results["arms"]}
     rank, spec = results["best_rank"], request.points[0].spec
+    assert request.sweep is not None and request.sweep.search is not None
     outcome = next((v["outcome"] for v in results["verdicts"]), "")
-    if rank is None and None not in arms:
-        raise SpecError("no run of full length has trained, so there is no answer.")
     ranks = dict.fromkeys(map(_rank, request.points))
     absent = [answer.arm_name({"rank": r}) for r in ranks if r not in arms]
     lost = _lost(results, arms, rank)
     too_much = outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
     if rank is None:
-        chosen, why = arms[None], "no run of LoRA trains"
+        chosen, why = arms.get(None), "no run of LoRA trains"
     elif None in arms and too_much:
         chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
     else:
         chosen, why = arms[rank], "the smallest rank within 1% of the gain of the best one"
+    lr = chosen and (chosen["best_lr"]["value"] or chosen["best_tried"])
+    if not chosen or not lr or lr < LOWEST * request.sweep.search.wide:
+        chosen, lr = {"method": None, "rank": None}, None
+        why = f"no learning rate lowers the loss on {results['chosen_on']} rows"
+    methods = {_rank(p): p.spec.method.plain() for p in request.points}
     return {
         "method": chosen["method"],
         "rank": chosen["rank"],
-        "layers": next(
-            p.spec.method.plain()["layers"] for p in request.points if _rank(p) == chosen["rank"]
-        ),
-        "lr": chosen["best_lr"]["value"] or chosen["best_tried"],
+        "layers": methods[chosen["rank"]]["layers"] if lr else None,
+        "lr": lr,
         "steps": spec.steps,
         "batch_size": spec.batch_size,
         "why": why,
@@ -250,7 +265,7 @@ def _lines(
     for arm in results["arms"]:
         e, good = arm["best_lr"], arm["good"]
         name = answer.arm_name(arm)
-        if e["value"] is None and arm["best_tried"] is None:
+        if not answer.trains(arm):
             lr = "no learning rate trains"
         elif e["value"] is None:
             lr = f"best learning rate tried {arm['best_tried']:.1e} ({', '.join(arm['flags'])})"
@@ -259,33 +274,44 @@ def _lines(
             lr = f"best learning rate {e['value']:.1e}{between}"
         if good:
             lr += f", good from {good[0]:.1e} to {good[1]:.1e}"
-        loss = "" if arm["loss"] is None else f"; test loss {arm['loss']:.4f}"
+        loss = "" if arm["loss"] is None else f"; {_measured(request, arm['loss'])}"
         cost = f"{arm['seconds'] or 0:.0f} s, {_memory_gib(specs[arm['rank']], request):.1f} GiB"
         lines.append(f"{name}: {lr}{loss}; a run takes {cost}")
-    lines += [_gap_line(results)]
-    name = "full fine-tuning"
+    with_gap = [arm for arm in results["arms"] if arm["gap_percent"]]
+    lines += [_gap_line(results, max(with_gap, key=lambda a: a["rank"], default=None))]
+    use = f"{answer.arm_name(conclusion)}"
     if conclusion["rank"]:
-        name = f"LoRA rank {conclusion['rank']} on {conclusion['layers']}"
-    lines.append(
-        f"use: {name}, learning rate {conclusion['lr']:.1e}, {conclusion['steps']} updates "
-        f"of {conclusion['batch_size']} rows ({conclusion['why']})"
-        + (f"; {conclusion['out']}" if "out" in conclusion else "")
-    )
+        use += f" on {conclusion['layers']}"
+    if conclusion["method"] is None:
+        use = "the base as it is: nothing trains here"
+    else:
+        use += (
+            f", learning rate {conclusion['lr']:.1e}, {conclusion['steps']} updates of "
+            f"{conclusion['batch_size']} rows"
+        )
+    out = f"; {conclusion['out']}" if "out" in conclusion else ""
+    lines.append(f"use: {use} ({conclusion['why']}){out}")
     budget = conclusion.get("budget")
     spent = f"; used {budget['used']} of {budget['given']}" if budget else ""
     return [*lines, f"open: {'; '.join(conclusion['open']) or 'nothing'}{spent}"]
 
 
-def _gap_line(results: Mapping[str, Any]) -> str:
-    """Say what LoRA at the highest rank gives up."""
-    with_gap = [arm for arm in results["arms"] if arm["gap_percent"]]
-    if not with_gap:
+def _gap_line(results: Mapping[str, Any], arm: Mapping[str, Any] | None) -> str:
+    """Say what LoRA gives up at the rank of an arm, with the interval that decides the claim.
+
+    The claim is about the highest rank, and its interval may be wider than 95%.
+    """
+    if arm is None:
         return "LoRA against full fine-tuning: not compared"
-    arm = max(with_gap, key=lambda a: a["rank"])
     top = max(a["rank"] for a in results["arms"] if a["rank"])
     gap, verdict = arm["gap_percent"], results["verdicts"][0]
     if gap["value"] is None:
         return f"LoRA at rank {arm['rank']} gives up: no interval ({verdict['why']})"
+    gain = next(a["gain"] for a in results["arms"] if not a["rank"])
+    if arm["rank"] == top and gain and verdict["estimate"]["value"] is not None:
+        nats = {k: verdict["estimate"][k] for k in ("value", "low", "high")}
+        shares = {k: None if v is None else v / gain for k, v in nats.items()}
+        gap = {k: v if v is None else 100 * (results["allowed"] + v) for k, v in shares.items()}
     between = "" if gap["low"] is None else f" [{gap['low']:.1f}%, {gap['high']:.1f}%]"
     line = (
         f"LoRA at rank {arm['rank']} gives up {gap['value']:.1f}%{between} of full fine-tuning's "
@@ -294,9 +320,15 @@ def _gap_line(results: Mapping[str, Any]) -> str:
     said = {
         "SUPPORTED": "less than 5%",
         "REFUTED": "more than 5%",
-        "UNDECIDED": "not decided at 5%",
+        "UNDECIDED": f"not decided at 5% ({verdict['why']})",
     }
     return f"{line}: {said[verdict['outcome']]}" if arm["rank"] == top else line
+
+
+def _measured(request: Request, loss: float) -> str:
+    """Name the metric of a search's runs, with its value; `loss`: the value, lower is better."""
+    metric = METRICS[request.points[0].spec.objective]
+    return f"{'test loss' if metric == METRICS['sft'] else metric.label} {metric.loss(loss):.4f}"
 
 
 def _memory_gib(spec: RunSpec, request: Request) -> float:
@@ -320,41 +352,38 @@ def _export(
 
     Returns a sentence that says where they are, or why not.
     """
-    from lorasweep.models import find, load
+    from lorasweep.models import load
 
-    out, rank = Path(request.out).expanduser(), conclusion["rank"]
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    folders = (
-        {rank: partial} if rank else {None: partial, results["best_rank"]: partial / "adapter"}
-    )
+    out, (served, form) = Path(request.out).expanduser(), _served(request)
+    parts = {conclusion["rank"]: "."}
+    parts.setdefault(results["best_rank"], "adapter")  # where full fine-tuning wins
     try:
-        for rank, folder in folders.items():
-            mine = [p for p in judged(request, points) if _rank(p) == rank]
-            if not mine:
-                continue
-            best = min(mine, key=lambda p: _chosen_by(p, store))
-            spec, final = best.spec, store.result(best.id) or {}
-            weights = checkpoint.load_weights(store.folder(best.id))
-            if weights is None:
-                return (
-                    f"not written to {request.out}, as the weights of run {best.id} were not kept "
-                    "(another command trained it, several processes did, or the disk was nearly "
-                    f"full): python -m lorasweep action=adapter run={best.id} out=FOLDER"
-                )
-            folder.mkdir(parents=True)
-            if isinstance(spec.method, LoRA):
-                base = None
-                if spec.model.source in ("folder", "gguf"):
-                    base = str(find.pinned_path(spec.model, request.exec.models_dir))
-                write_adapter(folder, spec, weights, final.get("base_commit"), base)
-            else:
-                load.save_trained(spec.model, request.exec.models_dir, weights, folder)
-            (folder / "README.md").write_text(_card(best, final, results, out.name))
-        (partial / ANSWER).write_text(json.dumps({**results, "answer": conclusion}, indent=1))
-        shutil.rmtree(out, ignore_errors=True)  # `check_out` refused any other folder
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with folders.replaced(out, ANSWER) as partial:
+            for rank, name in parts.items():
+                losses = {p: _chosen_by(p, store) for p in judged(request, points)}
+                mine = [p for p, loss in losses.items() if _rank(p) == rank and loss < math.inf]
+                if not mine:
+                    continue
+                best, folder = min(mine, key=lambda p: losses[p]), partial / name
+                spec, final = best.spec, store.result(best.id) or {}
+                weights = checkpoint.load_weights(store.folder(best.id))
+                if weights is None:
+                    raise StoreError(
+                        f"the weights of run {best.id} were not kept (another command trained it, "
+                        "several processes did, or the disk was nearly full): python -m lorasweep "
+                        f"action=adapter run={best.id} out=FOLDER"
+                    )
+                if isinstance(spec.method, LoRA):
+                    write_adapter(folder, spec, weights, final.get("base_commit"))
+                else:
+                    load.save_trained(spec.model, request.exec.models_dir, weights, folder)
+                if served:
+                    templates.save(served, form["stop"], folder)
+                (folder / "README.md").write_text(_card(best, final, results, out.name))
+            content = json.dumps({**results, "answer": conclusion, "prompt_form": form}, indent=1)
+            (partial / ANSWER).write_text(content)
+    except LorasweepError as error:
+        return f"not written to {request.out}: {error}"
     return f"written to {request.out}"
 
 
@@ -367,7 +396,9 @@ def _card(best: Point, final: Mapping[str, Any], results: Mapping[str, Any], nam
     """Return the card of the written adapter or weights; `final`: the result of the run."""
     import yaml
 
-    spec = best.spec
+    spec, metric = best.spec, metric_of(final)
+    before = final["reward_start" if metric.higher_is_better else "nll_start"]
+    unit = " nats per token" if metric == METRICS["sft"] else ""
     arm = next(a for a in results["arms"] if a["rank"] == _rank(best))
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["fine-tuned"]}
     if isinstance(spec.method, LoRA):
@@ -381,12 +412,13 @@ def _card(best: Point, final: Mapping[str, Any], results: Mapping[str, Any], nam
         "trained on": f"{final.get('n_train')} rows of {spec.dataset.name}",
         "training": f"{spec.steps} updates of {spec.batch_size} rows, learning rate {spec.lr:g}, "
         f"seed {spec.seed} (run {best.id})",
-        "chosen": f"the lowest loss of its arm on {results['chosen_on']} rows",
-        "loss": f"{final.get('nll_start'):.4f} nats per token before, {final.get('test_nll'):.4f} "
-        f"after, on {final.get('n_test')} test rows",
+        "chosen": f"the best of its arm on {results['chosen_on']} rows",
+        metric.label: f"{before:.4f}{unit} before, {final[metric.name]:.4f} after, on "
+        f"{final.get('n_test')} test rows",
     }
+    facts["weights"] = f"float32, as in training; the loss is measured in {spec.precision}"
     if arm["gap_percent"]:
-        facts["against full fine-tuning"] = _gap_line({**results, "arms": [arm]})
+        facts["against full fine-tuning"] = _gap_line(results, arm)
     return render(
         "card.md",
         head=yaml.safe_dump(head, sort_keys=False),

@@ -81,8 +81,8 @@ ACTIONS: dict[str, Action] = {
         ),
         Action(
             "adapter",
-            "retrain a finished LoRA run and save the adapter in PEFT's format, unless the final "
-            "loss differs; max_difference=0.02 accepts a difference of up to 0.02",
+            "retrain a finished run and save its adapter for PEFT (full fine-tuning: its weights), "
+            "unless the final loss differs; max_difference=0.02 accepts a difference of up to 0.02",
             "run=ID out=DIR",
             reads=("run", "out", "max_difference"),
             needs_run=False,

@@ -25,6 +25,7 @@ from lorasweep.config.folders import conf_dir, exec_of
 from lorasweep.config.loader import ScaleLoader, without_hydra
 from lorasweep.config.own import GROUPS
 from lorasweep.config.schema import FORMATS, MIRRORS, Config, writable
+from lorasweep.data.own import as_served
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.launch.slurm.resources import check as check_cluster
 from lorasweep.launch.slurm.resources import check_pack_size
@@ -220,6 +221,9 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     found = Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
     if sweep.search is not None:
         check_search(points, sweep.search)
+        if not {"dataset.render", "dataset.template"} & {*found.given}:
+            fetched = cluster.kind == "slurm" and action.name != "fetch"
+            found.points = points = _with_form(points, exec_.models_dir, fetched)
         on_axes = fields_of(sweep.axes).union(*(fields_of(axes_of(a)) for a in sweep.arms.values()))
         if "steps" not in found.given and "steps" not in on_axes:
             found.points = points = _with_steps(points, sweep.search)
@@ -293,6 +297,24 @@ def _with_steps(points: list[Point], how: Search) -> list[Point]:
     wanted = math.ceil(how.epochs * n_rows / points[0].spec.batch_size)
     steps = min(max(wanted, how.min_steps), how.max_steps)
     return [Point(p.arm, dataclasses.replace(p.spec, steps=steps)) for p in points]
+
+
+def _with_form(points: list[Point], models_dirs: list[str], fetched: bool) -> list[Point]:
+    """Set the form of a search on the user's own rows: the base's chat template, if it has one."""
+    own, spec = _loader().names.of(points), points[0].spec
+    if all(isinstance(o.spec, ModelSpec) for o in own):
+        return points
+    from lorasweep.models.load import tokenizer_of  # only here: it imports torch
+
+    try:
+        dirs = [*models_dirs, *(o.folder for o in own if o.folder)]
+        tokenizer = tokenizer_of(spec.model, dirs, fetched)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{error} Or set dataset.render=chat_template or role_eos.") from None
+    if getattr(tokenizer, "chat_template", None):
+        data = dataclasses.replace(spec.dataset, **as_served(spec.dataset.format, "chat_template"))
+        points = [Point(p.arm, dataclasses.replace(p.spec, dataset=data)) for p in points]
+    return points
 
 
 def _named(*axes: Any) -> Iterator[tuple[str, str]]:

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,16 +16,16 @@ from lorasweep.customers.pages import plain_text, render
 from lorasweep.customers.picture import picture_of
 from lorasweep.customers.serving import BASE, PEFT, Profile, serve_command
 from lorasweep.data import templates
-from lorasweep.errors import DataError, ModelError
+from lorasweep.errors import LorasweepError, ModelError
 from lorasweep.spec.model import ModelSpec
-from lorasweep.store import checkpoint, files
+from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import RunStore
 
 CARD, FACTS, PAGE = "README.md", "facts.json", "index.html"
 TEMPLATE = "chat_template.jinja"
 """File that a tokenizer writes its chat template to."""
 WriteAdapter = Callable[..., None]
-"""(folder, spec, weights, commit of the base, name of the base): writes a folder for PEFT."""
+"""(folder, spec, weights, commit of the base): writes a folder for PEFT."""
 TokenizerOf = Callable[[ModelSpec], Any]
 """Loads the tokenizer of a base."""
 NUMBERS = (
@@ -56,7 +54,6 @@ def export(
     Deletes the weights of runs that were not chosen. A customer that has no adapter now, or left
     the table, keeps the folder of an earlier command.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     found = [_export(o, store, folder, save, tokenizer_of, profile) if o.spec else o for o in found]
     chosen = [o for o in found if o.spec is not None]
     for run in (t.run for o in chosen for t in o.tried if t.run != o.spec.id):
@@ -96,7 +93,8 @@ def export(
         ),
         gone=[str(earlier[f].get("name")) for f in sorted(gone)],
     )
-    files.write_atomic(folder / PAGE, page.encode(errors="replace"))
+    with folders.replaced(folder, PAGE, whole=False) as partial:
+        (partial / PAGE).write_text(page, encoding="utf-8", errors="replace")
     return found
 
 
@@ -108,7 +106,7 @@ def _export(
     tokenizer_of: TokenizerOf,
     profile: Profile,
 ) -> Outcome:
-    """Replace a customer's folder as a whole, unless it is up to date.
+    """Replace our files in a customer's folder, unless it is up to date.
 
     The folder of an earlier version with the chosen run stays if the run's weights are gone.
     """
@@ -130,37 +128,28 @@ def _export(
             f"run={spec.id} out=FOLDER"
         )
         return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
-    partial = folder / f".{mine.name}.{os.getpid()}-{os.urandom(3).hex()}"
+    member = outcome.member
+    largest = profile.largest_rank(member.advised["rank"])
+    architecture = member.served.get("architecture", "")
     try:
         tokenizer = tokenizer_of(spec.model)
         served = templates.with_template(spec.dataset, tokenizer)
         if rows.messages:  # none if an earlier version planned the runs
             templates.check(spec.dataset, served, rows.messages, [], rows.example, "example")
-        save(partial, spec, weights, outcome.result.get("base_commit"), outcome.base)
-        templates.save(served, rows.stop, partial)
-    except (ModelError, DataError) as error:  # such as: PEFT would read other weights
+        with folders.replaced(mine, FACTS) as partial:
+            save(partial, spec, weights, outcome.result.get("base_commit"))
+            templates.save(served, rows.stop, partial)
+            if wrong := problems(partial, profile, spec.model, largest, architecture):
+                raise ModelError(
+                    f"{profile.server} would not serve the adapter as trained: {' '.join(wrong)}"
+                )
+            # text that UTF-8 cannot hold is written with question marks
+            command = _commands([(outcome, partial, ".")], profile, tokenizer_of)
+            card = _card(outcome, "".join(text for _, text in command))
+            (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
+            (partial / FACTS).write_text(facts)
+    except LorasweepError as error:  # such as a full disk; other customers are served
         return dataclasses.replace(outcome, spec=None, result={}, problem=str(error))
-    member = outcome.member
-    largest = profile.largest_rank(member.advised["rank"])
-    architecture = member.served.get("architecture", "")
-    if wrong := problems(partial, profile, spec.model, largest, architecture):
-        shutil.rmtree(partial)
-        problem = f"{profile.server} would not serve the adapter as trained: {' '.join(wrong)}"
-        return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
-    # text that UTF-8 cannot hold is written with question marks
-    commands = [
-        command for _, command in _commands([(outcome, partial, ".")], profile, tokenizer_of)
-    ]
-    card = _card(outcome, "".join(commands))
-    (partial / CARD).write_text(card, encoding="utf-8", errors="replace")
-    (partial / FACTS).write_text(facts)
-    shutil.rmtree(mine, ignore_errors=True)
-    try:
-        partial.rename(mine)
-    except OSError:  # another command wrote the folder, such as a follow-up job
-        if not mine.is_dir():
-            raise
-        shutil.rmtree(partial)
     return outcome
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorasweep.customers.rules.capacity import FULL, ROOM
 from lorasweep.customers.runs import APART, Member
-from lorasweep.spec.metric import VALIDATION_START
+from lorasweep.spec.metric import CURVE_START
 from lorasweep.spec.run import LR_RANGE, RunSpec
 from lorasweep.store.run_store import FINAL, TRIAL, Result, RunStore
 from lorasweep.sweep.grid import Point
@@ -245,7 +245,7 @@ def hurts(runs: Sequence[Point], result: "ResultOf") -> bool:
     there, at the next one, and before training (learning rate 0) rises from its beginning. False if
     a loss is not known.
     """
-    start = (result(runs[0].id) or {}).get(VALIDATION_START)
+    start = (result(runs[0].id) or {}).get(CURVE_START)
     if start is None or len(runs) < 2 or _best(runs, result) != runs[0]:
         return False
     change, next_change = (_loss(p, result) - start for p in runs[:2])

@@ -5,7 +5,6 @@ All errors of a row are reported at once; a wrong row does not affect other cust
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lorasweep.data.sources import parsed
 from lorasweep.errors import ModelError, SpecError, unknown
 from lorasweep.models import describe, hub
 from lorasweep.spec.method import parse_layers
@@ -213,7 +213,7 @@ def _csv(text: str) -> list[Row | Failed]:
 def _yaml(text: str) -> list[Row | Failed]:
     try:
         found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"not valid YAML: {error}") from None
     if isinstance(found, dict) and set(found) == {"customers"}:
         found = found["customers"]
@@ -428,7 +428,7 @@ def _described(given: str) -> ModelSpec | str:
 def _of_config(path: Path) -> ModelSpec:
     try:
         text = path.read_text()
-        config = json.loads(text)
+        config = parsed(text)
     except FileNotFoundError:
         raise ModelError(f"no file {path}.") from None
     except (OSError, ValueError) as error:
@@ -475,6 +475,8 @@ def _counted(model: ModelSpec, config_text: str) -> ModelSpec:
     """Add the shape that transformers' modules have, once for all rows with this folder."""
     config = describe.config_at(model, Path(model.location))
     found = describe.with_shape(model, config)
+    if hub.has_weights(Path(model.location)):  # else it is only advised on
+        describe.try_out(found, config, Path(model.location))
     return replace(found, context_length=0)  # ids of runs of fleets stay
 
 

@@ -30,8 +30,6 @@ SHARE, LEAST, MOST = 10, 4, 128
 """Of SHARE rows, one is a validation and one a test row; there are LEAST to MOST of each kind."""
 LEFT = 0.5
 """Smallest share of the rows that a split by prompt may leave for training. A convention."""
-PLAIN, CHAT = "{prompt}\n", "{prompt}"
-"""The template of a prompt as plain text, and as a user's message."""
 SPLITS = BY_PROMPT, BY_ROW = "prompt", "row"
 """Training and held-out rows share no prompt, or (in earlier versions) no row."""
 EXAMPLES = 20
@@ -56,19 +54,17 @@ class Rules:
     serve: str = "peft"
     """Name of the serving profile."""
     whole_prompt: bool = False
-    """Field of DatasetSpec, for messages without a chat template: true in new fleets, false in
-    those whose folder does not say it."""
+    """Fields whole_prompt and bos of DatasetSpec, without a chat template: true in new fleets,
+    false in those whose folder does not say it."""
 
     def form(self, format: str, tokenizer: Any) -> dict[str, Any]:
         """Return the fields of DatasetSpec that determine how text is rendered and learned."""
-        if self.render is not None and self.template is not None:
-            found: dict[str, Any] = {"render": self.render, "template": self.template}
-        elif getattr(tokenizer, "chat_template", None):
-            found = {"render": "chat_template", "template": CHAT}
-        else:
-            found = {"render": FIRST_RENDER, "template": PLAIN}
-        by_role = format in fields.LISTS and found["render"] != "chat_template"
-        found["whole_prompt"] = self.whole_prompt and by_role
+        chat = "chat_template" if getattr(tokenizer, "chat_template", None) else FIRST_RENDER
+        found = own.as_served(format, self.render or chat)
+        if self.template is not None:
+            found["template"] = self.template
+        found["whole_prompt"] &= self.whole_prompt
+        found["bos"] &= self.whole_prompt and bool(text.bos_of(DatasetSpec(bos=True), tokenizer))
         if self.mask is None and self.answers == "last" and format == "messages":
             return {**found, "mask": "last_assistant"}
         return found if self.mask is None else {**found, "mask": self.mask}
@@ -105,6 +101,8 @@ class Rows:
     """What a request needs for generation to end with an answer; empty: the end token ends it."""
     kinds: dict[str, int] = field(default_factory=dict)
     """Number of rows in all files by `chat.kinds_of`."""
+    warning: str = ""
+    """What max_length does to training rows, if it is much."""
 
     @property
     def shared(self) -> bool:
@@ -316,8 +314,8 @@ def with_lengths(
     mean length, TEXT_FILL x max_length, is not below the mean of these rows.
 
     Raises:
-        DataError: a row has no token that bears loss, or no row can be used; or servers could not
-            render the first EXAMPLES rows in the form of training.
+        DataError: a row has no token that bears loss, or max_length leaves out or cuts over half of
+            the rows; or servers could not render the first EXAMPLES rows in the form of training.
     """
     spec = dataclasses.replace(rows.dataset, max_length=max_length or LONGEST_EXAMPLE)
     train, held_out = load.sources_of(spec, data_dirs)
@@ -326,14 +324,24 @@ def with_lengths(
     tested = text.examples(spec, spec.test_split, held_out, tokenizer, most, "")
     if not found.n_bytes.any():
         raise DataError(f"all {len(found)} training rows have an empty answer. Fill them in.")
+    warning = text.check_fit(spec, found, "the column max_length to ")
     if max_length is None:
         lengths, held = (np.diff(part.ends, prepend=0) for part in (found, tested))
         longest = max(lengths.max(), held.max())
         max_length = rounded(max(float(longest), float(lengths.mean()) / TEXT_FILL))
     spec = dataclasses.replace(spec, max_length=max_length)
-    # the example: the shortest row without tools, with placeholders such as {user 1} for messages
     first = list(itertools.islice(train.rows(), EXAMPLES))
     templates.check_rows(spec, first, tokenizer)
+    more = {"n_train": len(found), "warning": warning, **shown(spec, first, tokenizer)}
+    rows = dataclasses.replace(rows, dataset=spec, **more)
+    return rows, float(found.loss.sum()) / len(found)
+
+
+def shown(spec: DatasetSpec, first: Sequence[sources.Row], tokenizer: Any) -> dict[str, Any]:
+    """Return the fields end, example, messages and stop of Rows.
+
+    The example: the shortest of `first` without tools, with placeholders such as {user 1}.
+    """
     if spec.format in fields.LISTS:
         speaker, content = fields.LISTS[spec.format]
         plain = [r for _, r in first if chat.WITH_TOOLS not in chat.kinds_of(spec.format, r)]
@@ -341,6 +349,7 @@ def with_lengths(
         turns = min((r[spec.format] for r in plain), key=len, default=question_and_answer)
         roles = [chat.ROLES[spec.format][turn[speaker]] for turn in turns]
         names = [f"{{{role} {roles[: k + 1].count(role)}}}" for k, role in enumerate(roles)]
+        turns = [{k: turn[k] for k in (speaker, chat.WEIGHT) if k in turn} for turn in turns]
         row: Any = {spec.format: [{**turn, content: name} for turn, name in zip(turns, names)]}
     else:
         names = ["{prompt}", "{completion}"]
@@ -350,9 +359,8 @@ def with_lengths(
     last = max(names, key=lambda name: answer.rfind(name))
     end = answer.rpartition(last)[2] if last in answer else ""
     messages, _ = templates.request_of(spec, row, "example")
-    more: dict[str, Any] = {"messages": messages, "stop": _stop(end, tokenizer)}
-    rows = dataclasses.replace(rows, dataset=spec, end=end, example=example, **more)
-    return rows, float(found.loss.sum()) / len(found)
+    stop = _stop(end, tokenizer)
+    return {"end": end, "example": example, "messages": messages, "stop": stop}
 
 
 def _stop(end: str, tokenizer: Any) -> dict[str, list[Any]]:

@@ -19,10 +19,10 @@ from typing import Any
 from lorasweep.customers.advice import advise
 from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
-from lorasweep.customers.rows import BY_ROW, CHAT, PLAIN, SPLITS, Rows, Rules, rows_of, with_lengths
+from lorasweep.customers.rows import BY_ROW, SPLITS, Rows, Rules, rows_of, with_lengths
 from lorasweep.customers.rules.rates import ALPHA
 from lorasweep.customers.serving import PEFT, Profile, adapted
-from lorasweep.data.own import EXPECTED
+from lorasweep.data.own import CHAT, EXPECTED, PLAIN
 from lorasweep.errors import DataError, ModelError, SpecError, unknown
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.forecast import Forecaster
@@ -33,7 +33,7 @@ from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import validate
-from lorasweep.store import files
+from lorasweep.store import folders
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
@@ -238,7 +238,7 @@ def _member(
                 f"{model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), but a run "
                 "of a fleet uses one. Choose a smaller model, or larger GPUs (hardware=...)."
             )
-    warnings = advice.warnings
+    warnings = [*advice.warnings, *filter(None, [rows.warning])]
     if not on_hub:  # a card names no folder of this machine
         warnings = [text.replace(c.data, Path(c.data).name) for text in warnings]
     advised = {key: getattr(choice, key) for key in ("method", "why", "rank", "load")}
@@ -414,5 +414,5 @@ def read_rules(folder: Path) -> Rules | None:
 
 def write_rules(folder: Path, rules: Rules) -> None:
     """Keep the rules in a fleet's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(folder / RULES, json.dumps(vars(rules), indent=1).encode())
+    with folders.replaced(folder, RULES, whole=False) as partial:
+        (partial / RULES).write_text(json.dumps(vars(rules), indent=1))

@@ -20,6 +20,13 @@ AT_ONCE = 16
 TIMEOUT_S = 120
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow no redirect, as the other address would get the key."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
 class Server:
     """A server that answers, with the names of its models."""
 
@@ -88,12 +95,15 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         try:
             request = urllib.request.Request(f"{self.url}/v1/{path}", data, headers)
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            opener = urllib.request.build_opener(_NoRedirects)
+            with opener.open(request, timeout=TIMEOUT_S) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             said = error.read(500).decode(errors="replace")
             what = f" for model {body['model']!r}" if body else ""
             hint = f" Set {KEY} to the server's key." if error.code in (401, 403) else ""
+            if there := error.headers.get("Location"):
+                hint = f" It redirects to {there}, which would get the key: give the final address."
             raise SpecError(
                 f"url={self.url}: /v1/{path}{what} answers {error.code}: {said}{hint}"
             ) from None

@@ -5,14 +5,15 @@ Rows have the form of OpenAI's chat files (`messages`, with `tools`) or of Share
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
+from lorasweep.data.sources import parsed
 from lorasweep.errors import DataError
 
 Turn = dict[str, Any]
-"""A message as chat templates take it: role and content; tool_calls, tool_call_id, name."""
+"""A message as chat templates take it: role, content, tool_calls, and other keys of the row."""
 LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 """Format, which is also the column with a list of messages -> keys of sender and text."""
 WEIGHT = "weight"
@@ -32,15 +33,12 @@ ROLES = {
 """Format -> senders -> roles."""
 CALL = '{"type": "function", "function": {"name": NAME, "arguments": {...}}}'
 TOOL = '{"type": "function", "function": {"name": NAME, "parameters": {...}}}'
-INSTEAD = {
-    "function": 'the role "tool", with the tool_call_id of the call that it answers',
-    "function_call": f"{CALLS}: [{CALL}]",
-    "functions": f"{TOOLS}: [{TOOL}]",
-}
-"""Names that OpenAI has replaced -> what to write."""
-PAIRS = (("preferred_output", "non_preferred_output"), ("chosen", "rejected"))
-"""Columns of preference pairs."""
 WITH_TOOLS = "with tools"
+OF_ROWS = {
+    *("system", "system_prompt", "history", "documents", "image", "images", "audio", "audios"),
+    *("video", "videos", "weight", "label", "chat_template_kwargs", "functions", TOOLS),
+}
+"""Columns that change what is to be learned. Only tools of messages are read."""
 
 
 def turns_of(form: str, row: Any, where: str) -> list[Turn]:
@@ -48,7 +46,6 @@ def turns_of(form: str, row: Any, where: str) -> list[Turn]:
     speaker, content = LISTS[form]
     messages = row.get(form) if isinstance(row, dict) else None
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        refuse_pairs(row, where)
         raise DataError(
             f"{where}: format={form} expects a list {form!r} of {{{speaker}, {content}}}. Correct "
             "the row, or set another format."
@@ -56,8 +53,6 @@ def turns_of(form: str, row: Any, where: str) -> list[Turn]:
     turns = []
     for k, message in enumerate(messages):
         at, who = f"{where}: {form}[{k}]", message.get(speaker)
-        if who == "function" or message.get("function_call"):
-            _replaced(at, "function" if who == "function" else "function_call")
         if not isinstance(who, str) or who not in ROLES[form]:
             allowed = ", ".join(ROLES[form])
             raise DataError(f"{at}: a message is from {who!r}. Allowed: {allowed}. Correct it.")
@@ -66,10 +61,29 @@ def turns_of(form: str, row: Any, where: str) -> list[Turn]:
         turn["content"] = _content(message.get(content), bool(calls), f"{at}.{content}")
         if calls:
             turn[CALLS] = calls
-        if turn["role"] == "tool":
-            turn |= {key: message[key] for key in ("tool_call_id", "name") if message.get(key)}
-        turns.append(turn)
+        read = {speaker, content, WEIGHT, CALLS}
+        others = {k: v for k, v in message.items() if v is not None and k not in read}
+        if twice := turn.keys() & others:
+            raise DataError(f"{at}: {min(twice)!r} beside {speaker} and {content}. Remove one.")
+        turns.append(turn | others)
     return turns
+
+
+def others_of(turn: Turn) -> dict[str, Any]:
+    """Return what a message has beside its role, text and calls, unless it is empty or false."""
+    read = {"role", "content", CALLS, *(("tool_call_id", "name") if turn["role"] == "tool" else ())}
+    return {key: value for key, value in turn.items() if value and key not in read}
+
+
+def refuse_columns(row: Any, read: Collection[str], where: str) -> None:
+    """Raise DataError if a row has a value in a column that changes what is to be learned."""
+    for name in OF_ROWS - {*read} if isinstance(row, dict) else ():
+        given = row.get(name)
+        if given not in (None, "", "[]", [], {}) and (name != "label" or isinstance(given, bool)):
+            raise DataError(
+                f"{where}: column {name!r} is {given!r:.80}, and is not read. Write it into the "
+                "messages or the prompt, or remove the column."
+            )
 
 
 def _content(given: Any, calling: bool, at: str) -> str | None:
@@ -127,8 +141,6 @@ def tools_of(form: str, row: Mapping[str, Any], where: str) -> list[dict[str, An
     """Return the tools that a row of messages describes, as a list or as the list's JSON."""
     if form != "messages":
         return []
-    if row.get("functions"):
-        _replaced(where, "functions")
     given = _from_json(row.get(TOOLS)) or []
     _functions(given, f"{where}: {TOOLS}", TOOL)
     return given
@@ -149,30 +161,16 @@ def _functions(given: Any, at: str, form: str) -> list[dict[str, Any]]:
 def _from_json(given: Any) -> Any:
     """Return what a text says in JSON; anything else as it is."""
     with suppress(ValueError):
-        return json.loads(given) if isinstance(given, str) else given
+        return parsed(given) if isinstance(given, str) else given
     return given
 
 
-def _replaced(at: str, name: str) -> NoReturn:
-    raise DataError(f"{at}: {name!r} is not read. Write instead {INSTEAD[name]}.")
-
-
-def refuse_pairs(row: Any, where: str) -> None:
-    """Raise DataError if a row is a preference pair."""
-    for better, worse in PAIRS:
-        if isinstance(row, dict) and {better, worse} <= row.keys():
-            raise DataError(
-                f"{where}: {better} and {worse} are a preference pair, as for DPO. Only supervised "
-                f"answers are trained. Write the prompt with the text of {better} as messages, or "
-                "as prompt and completion."
-            )
-
-
 def text_of(turn: Turn) -> str:
-    """Return a message as one text: its content, then its calls as JSON, without their ids."""
+    """Return a message as one text: its content, then as JSON its calls and its other keys."""
     functions = [call["function"] for call in turn.get(CALLS, ())]
     calls = [{"name": f["name"], "arguments": f["arguments"]} for f in functions]
-    return (turn["content"] or "") + (json.dumps(calls, sort_keys=True) if calls else "")
+    more = [json.dumps(part, sort_keys=True) for part in (calls, others_of(turn)) if part]
+    return "".join([turn["content"] or "", *more])
 
 
 def kinds_of(form: str, row: Mapping[str, Any]) -> list[str]:
@@ -186,6 +184,7 @@ def kinds_of(form: str, row: Mapping[str, Any]) -> list[str]:
         "with weights": any(m.get(WEIGHT) is not None for m in messages),
         "with text parts": any(isinstance(m.get(content), list) for m in messages),
     }
+    kinds |= {f"with {key}": True for turn in turns_of(form, row, "") for key in others_of(turn)}
     return [form, *(kind for kind, found in kinds.items() if found)]
 
 

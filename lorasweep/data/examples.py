@@ -16,6 +16,8 @@ from lorasweep.spec.streams import stream
 
 CHUNK = 256
 """Generated sequences per random stream. So making example i does not need all earlier ones."""
+Fit = tuple[int, int, int, int]
+"""Numbers of rows that were read, cut and left out, and the max_length that leaves 99% whole."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Data:
     """Fingerprint of training and test data: equal for all seeds, and only for equal data."""
     commit: str | None = None
     """The hub's commit; None for other sources."""
+    fit: Fit | None = None
+    """What max_length does to training rows; None for generated data."""
     rewards: Rewards | None = None
     """None: the data set has no verifier of completions."""
     bits: Callable[[int], dict[str, float]] | None = None

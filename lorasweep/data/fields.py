@@ -27,6 +27,8 @@ def columns(spec: DatasetSpec) -> tuple[str, ...]:
 
 def turns_of(spec: DatasetSpec, row: Any, where: str) -> list[Turn]:
     """Return a row's messages for a chat template; a prompt and a completion make two messages."""
+    tools = [chat.TOOLS] if spec.format == "messages" else []
+    chat.refuse_columns(row, [*columns(spec), *tools], where)
     if spec.format not in LISTS:
         prompt, completion = prompt_and_completion(spec, row, where)
         said = (("user", prompt), ("assistant", completion))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lorasweep.data.fields import columns
-from lorasweep.data.sources import Row, Source
+from lorasweep.data.sources import Row, Source, without_nulls
 from lorasweep.errors import DataError, check_installed
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.run import is_commit
@@ -61,7 +61,8 @@ def source_of(spec: DatasetSpec, held_out: bool) -> Source:
             found = found.select(range(n) if held_out else range(n, len(found)))
         part = spec.test_split if held_out else spec.train_split
         for number, row in enumerate(found):
-            yield f"{place.location}[{part}] row {number}", row
+            where = f"{place.location}[{part}] row {number}"
+            yield where, {column: without_nulls(given) for column, given in row.items()}
 
     return Source(identity, commit, rows)
 

@@ -43,11 +43,12 @@ def load(
     first = spec.n_validation
     test = text.examples(spec, spec.test_split, held_out, tokenizer, first + spec.n_test, cache)
     if len(test) <= first:
+        enough = max(part.fit[-1] for part in (train, test) if part.fit)
         raise DataError(
             f"dataset {spec.name!r}: {len(test)} held-out rows can be used (too_long="
             f"{spec.too_long}, max_length={spec.max_length}), and n_validation={first} of them "
-            "are validation rows, so no test row is left. Hold more rows out, or set a smaller "
-            "n_validation."
+            f"are validation rows, so no test row is left. With max_length={enough} 99% are whole. "
+            "Set it, hold more rows out, or set a smaller n_validation."
         )
     if spec.held_out_by == "prompt" and first:
         # Too-long rows were dropped, so a prompt may have validation and test rows. Move all of
@@ -60,6 +61,7 @@ def load(
         test=test[first:],
         validation=test[:first],
         n_train=len(train),
+        fit=train.fit,
         sha256=fingerprint(train.sha256, test.sha256),
         commit=source.commit,
         rewards=rewards.of_text(spec, tokenizer) if spec.verifier else None,

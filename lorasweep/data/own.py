@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorasweep.data import chat, fields, hub, sources
+from lorasweep.data import fields, hub, sources
 from lorasweep.errors import DataError
-from lorasweep.spec.dataset import FILES, DatasetSpec
+from lorasweep.spec.dataset import FILES, FIRST_RENDER, DatasetSpec
 
 PAIRS = (
     ("prompt", "completion"),
@@ -26,6 +26,8 @@ PAIRS = (
 HUB_NAME = re.compile(
     r"(?P<location>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w.-]+))?"
 )
+PLAIN, CHAT = "{prompt}\n", "{prompt}"
+"""The template of a prompt as plain text, and as a user's message."""
 LENGTH: dict[str, Any] = {"max_length": 1024, "too_long": "cut_or_skip"}
 HELD_OUT = ("test", "validation")
 """Names of held-out splits on the hub, in order of preference."""
@@ -135,6 +137,15 @@ def count(given: str) -> Counted:
     return Counted(rows, answers, sources.file_sha256(path))
 
 
+def as_served(form: str, render: str) -> dict[str, Any]:
+    """Return the fields of a data set with which its prompts have the tokens of a server's."""
+    first = render == FIRST_RENDER
+    # a chat template gives the whole text in any case
+    whole = form in fields.LISTS and render != "chat_template"
+    template = PLAIN if first else CHAT
+    return {"render": render, "template": template, "whole_prompt": whole, "bos": first}
+
+
 def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of a data set that describe its rows; `named` ones need no recognition."""
     columns = set(row) if isinstance(row, dict) else set()
@@ -144,14 +155,13 @@ def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
         if name in columns and name in fields.LISTS:
             by_default = "completion" if name == "messages" else "last_assistant"
             found = {"format": name, "mask": named.get("mask", by_default)}
-            # a chat template gives the whole text in any case
-            return {**found, "whole_prompt": named.get("render") != "chat_template"}
+            return found | as_served(name, named.get("render", FIRST_RENDER))
     pairs = dict.fromkeys((prompt or p, completion or c) for p, c in PAIRS)
     for pair in pairs:
         if {*pair[0].split(fields.JOINED), pair[1]} <= columns or set(pair) <= columns:
             mask = named.get("mask", "completion")
-            return {"prompt_field": pair[0], "completion_field": pair[1], "mask": mask}
-    chat.refuse_pairs(row, where)
+            found = {"prompt_field": pair[0], "completion_field": pair[1], "mask": mask}
+            return found | as_served("", named.get("render", FIRST_RENDER))
     shown = ", ".join(map(str, sorted(columns))) or "of no object"
     text = " A text alone does not say which part is learned." if columns == {"text"} else ""
     raise DataError(

@@ -1,6 +1,6 @@
 """Keep tokenized rows as arrays, in memory or mapped from a file that all processes share.
 
-first 4,096 bytes: {"rows", "tokens", "sha256"} as JSON, filled up with spaces
+first 4,096 bytes: {"rows", "tokens", "sha256", "fit"} as JSON, filled up with spaces
 ends     int64 [rows]     end of each row in the tokens
 n_bytes  int64 [rows]     UTF-8 bytes of the text in the loss
 tokens   int32 [tokens]
@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
-from lorasweep.data.examples import Example
+from lorasweep.data.examples import Example, Fit
 
 HEADER = 4096
 DTYPES = ("<i8", "<i8", "<i4", "?")
@@ -29,9 +29,10 @@ DTYPES = ("<i8", "<i8", "<i4", "?")
 class Rows(Sequence[Example]):
     """Tokenized rows, end to end in four arrays. Examples are views of them."""
 
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+    def __init__(self, arrays: Sequence[np.ndarray], fit: Fit | None = None) -> None:
         """Hold `arrays`: ends, n_bytes, tokens, loss."""
         self.ends, self.n_bytes, self.tokens, self.loss = arrays
+        self.fit = fit
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Rows":
@@ -88,7 +89,8 @@ def kept(path: Path, make: Callable[[], Rows]) -> Rows:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if (rows := read(path)) is None:
             made = make()
-            head = {"rows": len(made), "tokens": len(made.tokens), "sha256": made.sha256}
+            head: dict[str, Any] = {"rows": len(made), "tokens": len(made.tokens)}
+            head |= {"sha256": made.sha256, "fit": made.fit}
             partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}")
             try:
                 with partial.open("wb") as file:
@@ -119,5 +121,6 @@ def read(path: Path) -> Rows | None:
     ends = np.cumsum([HEADER, *sizes])
     if ends[-1] != len(whole):
         return None
-    rows = Rows([whole[a:b].view(t) for a, b, t in zip(ends, ends[1:], DTYPES)])
+    arrays = [whole[a:b].view(t) for a, b, t in zip(ends, ends[1:], DTYPES)]
+    rows = Rows(arrays, head["fit"])
     return rows if rows.sha256 == head["sha256"] else None

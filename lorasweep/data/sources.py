@@ -111,6 +111,8 @@ def each(rows: Iterable[Row], read: Callable[[Any, str], T]) -> Iterator[T]:
             found = read(row, where)
         except DataError as error:
             refused.append(str(error))
+        except RecursionError as error:
+            refused.append(f"{where}: {error}.")
         if not refused:
             yield found
         elif n_read >= READ_ON:
@@ -124,6 +126,35 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parsed(content: str) -> Any:
+    """Return the value of a JSON text; ValueError: it is none, or an object has a key twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        refuse_twice([key for key, _ in pairs])
+        return dict(pairs)
+
+    try:
+        return json.loads(content, object_pairs_hook=once)
+    except RecursionError as error:  # thousands of brackets
+        raise ValueError(str(error)) from None
+
+
+def refuse_twice(names: Sequence[str]) -> None:
+    """Raise ValueError if a name comes twice, as only one of its values would be read."""
+    if len(names) > len({*names}) and (twice := {n for n in names if n and names.count(n) > 1}):
+        raise ValueError(f"{min(twice)!r} is named twice: remove or rename one")
+
+
+def without_nulls(given: Any) -> Any:
+    """Return a value of Arrow without nulls in objects, such as the arguments of a call.
+
+    In Arrow all objects of a column have the same keys: those that one lacks become nulls.
+    """
+    if isinstance(given, dict):
+        return {key: without_nulls(one) for key, one in given.items() if one is not None}
+    return [*map(without_nulls, given)] if isinstance(given, list) else given
 
 
 def rows_in(path: Path) -> Iterator[Row]:
@@ -144,18 +175,18 @@ def rows_in(path: Path) -> Iterator[Row]:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
+                    yield f"{path}:{number}", parsed(line)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 ({error}). Save it in UTF-8.") from None
+        except ValueError as error:
             raise DataError(
                 f"{path}:{number}: not a JSON row ({error}). Correct or remove the line."
             ) from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error}). Save it in UTF-8.") from None
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parsed(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}). JSON Lines end on .jsonl.") from None
     if isinstance(content, dict):
@@ -173,15 +204,16 @@ def _csv_rows(path: Path) -> Iterator[Any]:
             head = next(lines, "")
             delimiter = max(",;\t", key=head.count)
             rows = csv.DictReader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
+            refuse_twice(rows.fieldnames or ())
             for number, row in enumerate(rows, start=1):
                 if None in row or None in row.values():
                     columns = len(rows.fieldnames or ())
-                    raise DataError(
-                        f"{path} row {number}: not {columns} cells, as the first line has. Quote "
-                        "texts with a separator."
+                    raise ValueError(
+                        f"row {number}: not {columns} cells, as the first line has. Quote texts "
+                        "with a separator"
                     )
                 yield row
-        except (csv.Error, UnicodeDecodeError) as error:
+        except (csv.Error, ValueError) as error:
             raise DataError(f"{path}: not CSV ({error}). Save it as CSV in UTF-8.") from None
 
 
@@ -189,9 +221,12 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     from pyarrow import ArrowException, parquet  # takes a moment to load
 
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except ArrowException as error:
+        file = parquet.ParquetFile(path)
+        refuse_twice(file.schema_arrow.names)
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                yield {column: without_nulls(given) for column, given in row.items()}
+    except (ArrowException, ValueError) as error:
         raise DataError(f"{path}: not a Parquet file ({error}).") from None
 
 

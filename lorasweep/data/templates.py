@@ -31,7 +31,7 @@ def with_template(spec: DatasetSpec, tokenizer: Any) -> Any:
     """Return a copy of the tokenizer whose chat template renders messages as rows are rendered."""
     found, given = copy.copy(tokenizer), getattr(tokenizer, "chat_template", None)
     if spec.render != "chat_template":
-        found.chat_template = _plain(spec, bool(tokenizer.bos_token))
+        found.chat_template = _plain(spec, bool(text.bos_of(spec, tokenizer)))
     elif isinstance(given, dict):  # several, by name, such as one for tools
         found.chat_template = {name: _extended(spec, one) for name, one in given.items()}
     else:
@@ -67,9 +67,9 @@ def _plain(spec: DatasetSpec, bos: bool) -> str:
         end = '{% if add_generation_prompt %}{{ "Assistant: " }}{% endif %}'
     else:
         each, end = f'{{{{ {said} ~ (eos_token if {answer} else "") }}}}', ""
-    start = "{{ bos_token }}" if colon and bos else ""
+    start = "{{ bos_token }}" if bos else ""
     if spec.format not in fields.LISTS and spec.render == FIRST_RENDER:
-        start = '{% if messages | map(attribute="role") | list not in [["user"], ["user", '
+        start += '{% if messages | map(attribute="role") | list not in [["user"], ["user", '
         start += f'"assistant"]] %}}{{{{ raise_exception({_literal(ONE_PROMPT)}) }}}}{{% endif %}}'
     return f"{start}{{% for m in messages %}}{each}{{% endfor %}}{end}"
 
@@ -148,7 +148,9 @@ def check(
 def save(served: Any, stop: dict[str, list[Any]], folder: Path) -> None:
     """Write a tokenizer with its chat template, and where generation ends, as transformers does."""
     served.save_pretrained(folder)
-    ends = {"eos_token_id": [served.eos_token_id, *stop.get("stop_token_ids", ())]}
+    path = folder / "generation_config.json"  # a whole model has other settings there
+    ends = json.loads(path.read_text()) if path.is_file() else {}
+    ends["eos_token_id"] = [served.eos_token_id, *stop.get("stop_token_ids", ())]
     if "stop" in stop:
         ends["stop_strings"] = stop["stop"]
-    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2))
+    path.write_text(json.dumps(ends, indent=2))

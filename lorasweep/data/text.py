@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorasweep.data import fields, rows
-from lorasweep.data.chat import CALLS, TOOLS, Turn, text_of, tools_of
-from lorasweep.data.examples import Example
+from lorasweep.data.chat import CALLS, TOOLS, Turn, check_text, others_of, text_of, tools_of
+from lorasweep.data.examples import Data, Example
 from lorasweep.data.rows import Rows
 from lorasweep.data.sources import Row, Source, each
 from lorasweep.errors import DataError
@@ -24,7 +25,7 @@ from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
 
 TOGETHER = 256
 """Rows per call of the tokenizer, which is faster than one by one."""
-VERSION = 3
+VERSION = 4
 """Increase it when the same rows give other tokens, so that cached files are made again."""
 NOT_IN_ROWS = (
     *("name", "revision", "test_revision", "n_train", "n_test", "n_test_curve"),
@@ -60,7 +61,8 @@ def examples(
         if spec.too_long == "cut":
             given = itertools.islice(given, limit)  # later rows may be unreadable
         first = list(itertools.islice(given, 1))
-        usable = _tokenized(spec, itertools.chain(first, given), tokenizer)
+        lengths: list[int] = []
+        usable = _tokenized(spec, itertools.chain(first, given), tokenizer, lengths)
         found = Rows.of(itertools.islice(usable, limit))
         where = f"dataset {spec.name!r}, split {split!r}: no rows"
         if not first:
@@ -68,11 +70,15 @@ def examples(
                 f"{where} (unseen_prompts={spec.unseen_prompts}). Set train_split and test_split "
                 "to splits that have rows."
             )
+        enough = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1]
         if not found:
             raise DataError(
                 f"{where} can be used (too_long={spec.too_long}, max_length={spec.max_length}): "
-                "all are longer. Raise max_length."
+                f"all are longer. Set max_length={enough}."
             )
+        left_out = len(lengths) - len(found)
+        cut = sum(length > spec.max_length for length in lengths) - left_out
+        found.fit = (len(lengths), cut, left_out, enough)
         return found
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -88,11 +94,27 @@ def examples(
     return rows.kept(Path(cache) / f"{name}.rows", make)
 
 
-def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Iterator[Example]:
-    """Tokenize rows part by part, except those that `too_long` leaves out."""
+def check_fit(spec: DatasetSpec, found: Rows | Data, setting: str) -> str:
+    """Warn if max_length cuts or leaves out over 1% of the rows; DataError: over half of them."""
+    n, cut, left_out, enough = found.fit or (0, 0, 0, 0)
+    said = (
+        f"dataset {spec.name!r}: max_length={spec.max_length} leaves out {left_out:,} and cuts "
+        f"{cut:,} of {n:,} training rows. Set {setting}{enough}, with which 99% are whole."
+    )
+    if cut + left_out > n / 2:
+        raise DataError(said)
+    return said if cut + left_out > 0.01 * n else ""
+
+
+def _tokenized(
+    spec: DatasetSpec, given: Iterator[Row], tokenizer: Any, lengths: list[int]
+) -> Iterator[Example]:
+    """Tokenize rows part by part, except those that `too_long` leaves out; note all `lengths`."""
 
     def read(row: Any, where: str) -> tuple[str, list[Part]]:
         parts = parts_of(spec, row, where, tokenizer)
+        for part in parts:  # also what is in calls and tools
+            check_text(part.text, f"{where}, as rendered")
         if tokenizer.eos_token_id is None and any(part.eos for part in parts):
             raise DataError(
                 f"dataset {spec.name!r}: with render={spec.render} an answer ends with the EOS "
@@ -104,7 +126,7 @@ def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Itera
     rendered = each(given, read)
     while together := list(itertools.islice(rendered, TOGETHER)):
         texts = [part.text for _, parts in together for part in parts]
-        pieces = iter(tokenizer(texts, add_special_tokens=False).input_ids)
+        pieces = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else ())
         for where, parts in together:
             ids: list[int] = []
             loss: list[bool] = []
@@ -112,6 +134,7 @@ def _tokenized(spec: DatasetSpec, given: Iterator[Row], tokenizer: Any) -> Itera
                 ids += [*piece, tokenizer.eos_token_id] if part.eos else piece
                 loss += [part.in_loss] * (len(ids) - len(loss))
             n_bytes = sum(len(part.text.encode()) for part in parts if part.in_loss)
+            lengths.append(len(ids))
             cut = len(ids) > spec.max_length
             if cut and spec.too_long == "skip":
                 continue
@@ -144,8 +167,9 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
     covers its space and blank line. The loss of a last answer also covers 'User:', which is added
     after it and ends sampling.
 
-    role_eos: no BOS, 'Role: ' and 'content'. EOS ends an answer; a blank line ends other messages.
-    A row with a prompt column has only the filled template and the completion.
+    role_eos: BOS if `spec.bos` and the tokenizer adds it to texts, 'Role: ' and 'content'. EOS ends
+    an answer; a blank line ends other messages. A row with a prompt column has, after BOS, only the
+    filled template and the completion.
 
     chat_template: the tokenizer's template. An answer is the text that the template adds for it,
     without line ends after EOS. Text after the last answer in the loss is left out, unless
@@ -154,28 +178,26 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
     Raises:
         DataError: a column is missing, or the chat template refuses the row, or leaves out a call.
     """
-    heads = spec.mask == "all"
+    heads, bos = spec.mask == "all", bos_of(spec, tokenizer)
+    start = [Part(bos, False)] if bos else []
     if spec.format == "prompt_completion" and spec.render == FIRST_RENDER:
         prompt, completion = fields.prompt_and_completion(spec, row, where)
-        return [Part(prompt, heads), Part(completion, True, eos=True)]
+        return [*start, Part(prompt, heads), Part(completion, True, eos=True)]
     turns, in_loss = fields.turns_of(spec, row, where), fields.in_loss(spec, row, where)
     tools = tools_of(spec.format, row, where)
     template = getattr(tokenizer, "chat_template", None)
     calling = any(CALLS in turn for turn in turns)
     names = [name for name, found in ((TOOLS, tools), (CALLS, calling)) if found]
-    if names:
-        missing = [name for name in names if name not in str(template)]
-        why = "" if spec.render == "chat_template" else f"render={spec.render} has no form for them"
-        if not template:
-            why = "the tokenizer has no chat template"
-        elif missing:
-            why = f"the tokenizer's chat template does not mention {' and '.join(missing)}"
-        if why:
-            raise DataError(
-                f"{where}: the row has {' and '.join(names)}, but {why}. Set dataset.render="
-                "chat_template, with a model whose chat template has tools, or remove the row."
-            )
-    if spec.render == "chat_template":
+    names += sorted({key for turn in turns for key in others_of(turn)})
+    is_chat = spec.render == "chat_template"
+    if lost := [name for name in names if not is_chat or name not in str(template)]:
+        form = "the tokenizer's chat template" if is_chat else f"render={spec.render}"
+        raise DataError(
+            f"{where}: the row has {' and '.join(lost)}, for which {form} has no form. All forms "
+            "have a role and a text. Set dataset.render=chat_template, with a model whose chat "
+            "template reads the rest, or remove it."
+        )
+    if is_chat:
         if not template:
             raise DataError(
                 f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose "
@@ -190,8 +212,7 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
                 f"{where}: the tokenizer's chat template does not take the row with mask="
                 f"{spec.mask} ({error}). Remove the row, or choose {other}."
             ) from error
-    colon = spec.render == "role_colon"
-    parts = [Part(tokenizer.bos_token, False)] if colon and tokenizer.bos_token else []
+    colon, parts = spec.render == "role_colon", start
     for turn, learned in zip(turns, in_loss, strict=True):
         head, answer = f"{turn['role'].capitalize()}:", turn["role"] == "assistant"
         content = text_of(turn)
@@ -203,6 +224,14 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
     if colon and turns and turns[-1]["role"] == "assistant":
         parts.append(Part("User:", in_loss[-1]))
     return parts
+
+
+def bos_of(spec: DatasetSpec, tokenizer: Any) -> str:
+    """Return the BOS token with which a row begins; '' if with none, or by the chat template."""
+    begins = spec.render == "role_colon"
+    if spec.render == FIRST_RENDER and spec.bos:
+        begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return (begins and tokenizer.bos_token) or ""
 
 
 def rendered(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[list[Any]]:
@@ -237,13 +266,18 @@ def _chat_parts(
     done, eos = "", tokenizer.eos_token or ""
     for i, (turn, learned) in enumerate(zip(turns, in_loss, strict=True)):
         calls = Counter(call["function"]["name"] for call in turn.get(CALLS, ()))
-        if learned == heads and not calls:  # no border: the text around it has the same mask
+        others = others_of(turn)
+        if learned == heads and not calls and not others:  # no border: the same mask around it
             continue
         before = apply(turns[:i], turn["role"] == "assistant")
         after = apply(turns[: i + 1], False)
         for name, n in calls.items():
             if after.count(name) - before.count(name) < n:
                 raise ValueError(f"it leaves out a call of {name!r} by message {i + 1}")
+        for key in others:
+            without = {name: value for name, value in turn.items() if name != key}
+            if apply([*turns[:i], without], False) == after:
+                raise ValueError(f"it leaves out {key!r} of message {i + 1}")
         if learned == heads:
             continue
         if not before.startswith(done) or not after.startswith(before):

@@ -21,7 +21,7 @@ from lorasweep.launch.trainer import Report, Trainer, UnusableData
 from lorasweep.plan import detect
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.metric import VALIDATION_START, metric_of
+from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
 from lorasweep.store.checkpoint import State
@@ -43,7 +43,7 @@ END = "end"
 """Folder of the final state of a short run (exec.short_steps)."""
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
 """Stored key: whether the run resumed in a different pack, or with other ROWS, PROCESSES, PARTS."""
-OF_TRIAL = ("run_id", "state", VALIDATION_START)
+OF_TRIAL = ("run_id", "state")
 """Keys in the result of a trial that the run with its weights does not take over."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_OF_THE_DATA = (Stopped, SpecError, ModelError, StoreError, OSError)
@@ -391,6 +391,8 @@ class _Attempt:
             **self._circumstances(),
             "gpu": next((gpu.name for gpu in detect.gpus()), None),
             "compile": self.exec.compile,
+            "models_dir": self.exec.models_dir,
+            "data_dir": self.exec.data_dir,
             **more,
         }
         for i in self.ids:

@@ -1,4 +1,4 @@
 """The fine-tuning methods, one file each.
 
-Refuses to know the training loop, data and files.
+Must not import the training loop, data or the run folder.
 """

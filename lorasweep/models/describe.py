@@ -3,6 +3,7 @@
 Its matrices are counted in transformers' modules, built from its config without weights.
 """
 
+import copy
 import difflib
 import os
 import re
@@ -86,7 +87,8 @@ def _local(given: str, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
     elif path.suffix == ".gguf":  # values are computed in fp32; reading a config takes seconds
         converted = find.converted_at(path, [*models_dirs, str(path.parent)][0])
         known = converted if (converted / "config.json").is_file() else path
-        spec, stem = with_shape(spec, config_at(spec, known)), path.stem
+        config = config_at(spec, known)
+        spec, stem = try_out(with_shape(spec, config), config, known), path.stem
     else:
         raise ModelError(
             f"model {given!r}: {path} is no .gguf file. Give a .gguf file, or the folder with "
@@ -105,7 +107,8 @@ def _described(spec: ModelSpec, folder: Path) -> ModelSpec:
         )
     config, types = config_at(spec, folder), hub.matrix_types(spec, folder)
     bf16 = types == {"BF16"} if types else "bfloat16" in str(getattr(config, "dtype", None))
-    return with_shape(replace(spec, weights_dtype="bf16" if bf16 else "fp32"), config)
+    spec = replace(spec, weights_dtype="bf16" if bf16 else "fp32")
+    return try_out(with_shape(spec, config), config, folder)
 
 
 def config_at(spec: ModelSpec, path: Path) -> Any:
@@ -113,6 +116,7 @@ def config_at(spec: ModelSpec, path: Path) -> Any:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     folder, more = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     if more:
         check_installed("gguf", f"model {spec.name!r}")
@@ -239,6 +243,52 @@ def _without_weights(spec: ModelSpec, config: Any) -> tuple[Any, Callable[[str],
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         raise refused("its unembedding is no nn.Linear")
     return model, refused
+
+
+def try_out(spec: ModelSpec, config: Any, path: Path) -> ModelSpec:
+    """Return a described model if its files fit and a training step works, else raise ModelError.
+
+    The step is that of a random model with one narrow layer, on the CPU. No weight is read.
+    `path`: the folder, in which files may be missing, or a GGUF file.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lorasweep.methods.lora import LoRA
+    from lorasweep.models.forward import ROUNDING, hidden_states, logits_of
+    from lorasweep.models.load import model_at, prepared
+    from lorasweep.models.targets import find_targets
+
+    complete, tried = hub.is_complete(path), "its tokenizer"
+    if complete:
+        model_at(spec, path, device_map="meta")
+    model, refused = _without_weights(spec, config)
+    small = copy.deepcopy(model.config)
+    for name, value in vars(model.config).items():
+        if isinstance(value, list) and len(value) == spec.n_layers:  # such as layer_types
+            setattr(small, name, value[:1])
+        if name.endswith("intermediate_size") and isinstance(value, int):
+            setattr(small, name, min(value, 64))
+    small.num_hidden_layers, small.vocab_size, small.pad_token_id = 1, 8, None
+    tokens_RT = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 3, 2, 4, 5, 7]])
+    try:
+        if complete:
+            AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tried = "a training step"
+        one = with_shape(ModelSpec(spec.name, "folder", "tried"), small)
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+        expected, method = model(tokens_RT).logits.detach(), LoRA(rank=max(1, one.n_active_experts))
+        model = prepared(model, one, "fp32")
+        attached = method.attach(model, find_targets(model, one, LAYER_SETS), [method], [0])
+        logits = logits_of(model, hidden_states(model, tokens_RT, torch.arange(6).expand(2, 6)))
+        logits.square().sum().backward()
+    except Exception as error:  # of any type, as above
+        raise refused(f"{tried} fails: {_first_line(error)[:-1]}") from error
+    unused = [name for name, p in attached.parameters().items() if p.grad is None]
+    if unused or not torch.allclose(logits, expected, atol=ROUNDING * float(expected.abs().max())):
+        raise refused(f"its forward pass bypasses {unused[0] if unused else 'attention'}")
+    return spec
 
 
 def _matrices(layer: "nn.Module") -> list[tuple[str, str, tuple[int, ...]]]:

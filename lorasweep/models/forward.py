@@ -185,8 +185,9 @@ class _Computed(nn.Module):
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
         self.hidden, self.called = hidden, False
+        self.__dict__["decoder"] = self  # OPT's forward pass calls a decoder inside the decoder
 
-    def forward(self, **_: Any) -> Any:
+    def forward(self, *_: Any, **more: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         self.called = True

@@ -62,6 +62,11 @@ def has_weights(folder: Path) -> bool:
     return any((folder / n).is_file() for n in weight_files(folder)) or any(folder.glob(PICKLED))
 
 
+def is_complete(folder: Path) -> bool:
+    """Return whether a model's folder has all files of weights, of the size in their headers."""
+    return has_weights(folder) and not any(_problems(folder))
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a model's folder has a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZER)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -70,7 +70,7 @@ def load(
     model, tokenizer, commit = _read(spec, models_dirs)
     check_shape(model, spec)
     config = copy.deepcopy(model.config)  # other processes build the model from it
-    model = _prepared(model, spec, precision)
+    model = prepared(model, spec, precision)
     if torch.cuda.is_available() and mesh.size == 1:
         model = model.cuda()
     digest = weights_sha256(model)
@@ -81,7 +81,7 @@ def load(
 def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
     """Read a model and its tokenizer; from the hub, both at one commit, which is also returned."""
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import cached_file, extract_commit_hash, logging
 
     logging.set_verbosity_error()
@@ -96,7 +96,8 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
             )
         model = empty_model(spec)
         state = {k: v.float() for k, v in load_file(path).items()}
-        model.load_state_dict(state, strict=not spec.tied)
+        tied = {"lm_head.weight": state["model.embed_tokens.weight"]} if spec.tied else {}
+        model.load_state_dict(state | tied)
         return model, None, None
     name, commit = spec.location, None
     try:
@@ -107,8 +108,8 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
                 raise OSError(f"{config} is in no folder named by a commit")
         else:
             name = str(_folder(spec, models_dirs))
-        model = AutoModelForCausalLM.from_pretrained(name, revision=commit, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name, revision=commit), commit
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False)
+        return model_at(spec, name, revision=commit), tokenizer, commit
     except OSError as error:
         if spec.source != "hub":
             raise
@@ -129,11 +130,11 @@ def save_trained(
         ModelError: the base is missing, or does not have these parameters.
     """
     model, tokenizer, _ = _read(spec, models_dirs)
+    model.to(next(iter(weights.values())).dtype)  # rounding to the base's bf16 loses small changes
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise ModelError(f"model {spec.name!r} has no parameters {', '.join(unknown)}.")
-    dtype = torch.bfloat16 if spec.weights_dtype == "bf16" else torch.float32
-    model.to(dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -144,9 +145,25 @@ def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = Fa
 
     if not find.check_available(spec, models_dirs, fetched):
         return None
-    if spec.source == "hub":
-        return AutoTokenizer.from_pretrained(spec.location, revision=spec.revision or None)
-    return AutoTokenizer.from_pretrained(_folder(spec, models_dirs))
+    on_hub = spec.source == "hub"
+    place, revision = (spec.location, spec.revision) if on_hub else (_folder(spec, models_dirs), "")
+    return AutoTokenizer.from_pretrained(place, revision=revision or None, trust_remote_code=False)
+
+
+def model_at(spec: ModelSpec, place: Path | str, **more: Any) -> Any:
+    """Load a model in fp32 and run no code of its own. ModelError: weights differ (not: tied)."""
+    from transformers import AutoModelForCausalLM
+
+    more |= {"dtype": torch.float32, "trust_remote_code": False}
+    more |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
+    model, loaded = cast(Any, AutoModelForCausalLM).from_pretrained(place, **more)
+    wrong = [f"{len(keys)} {kind}: {min(map(str, keys))}" for kind, keys in loaded.items() if keys]
+    if wrong:
+        raise ModelError(
+            f"model {spec.name!r}: its weights do not fit its config.json ({'; '.join(wrong)}). "
+            "Get the complete weights, or the config.json that belongs to them."
+        )
+    return model
 
 
 def architecture_of(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
@@ -166,11 +183,11 @@ def without_weights(config: Any, spec: ModelSpec, precision: str) -> Any:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return _prepared(model, spec, precision)
+    return prepared(model, spec, precision)
 
 
-def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
-    """Convert a model to the tensor types and numerics of `precision`."""
+def prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
+    """Return the model with the tensor types and numerics of `precision`, converted in place."""
     dtype = MASTER_DTYPES[precision]
     use_grouped_experts(model, spec)
     model = model.to(dtype).eval()
@@ -192,15 +209,15 @@ def _prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
 
 def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     """Return a local model's folder; of a GGUF file a conversion, cached in models_dirs[0]."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     path = find.pinned_path(spec, models_dirs)
     converted = path if path.is_dir() else find.converted_at(path, models_dirs[0])
     if (converted / "config.json").is_file():
         return converted
     check_installed("gguf", f"model {spec.name!r}")
-    kwargs = {"gguf_file": path.name}
-    quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
+    kwargs = {"gguf_file": path.name, "trust_remote_code": False}
+    quantised = model_at(spec, path.parent, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs)
     # transformers refuses to save a model loaded from GGUF, so a new model gets the weights
     config = quantised.config.to_dict()

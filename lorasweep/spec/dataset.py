@@ -22,7 +22,7 @@ CHOICES = {
 }
 """Allowed values of fields."""
 OF_TEXT = (
-    *("render", "whole_prompt", "too_long", "unseen_prompts", "unseen_rows"),
+    *("render", "whole_prompt", "bos", "too_long", "unseen_prompts", "unseen_rows"),
     *("answer_field", "verifier", "held_out_by"),
 )
 """Fields that apply to text only; generators draw tokens."""
@@ -86,6 +86,8 @@ class DatasetSpec(Value):
     whole_prompt: bool = later(False)
     """Tokenize the text before an answer as a whole, as servers do. False: each role and each
     message alone, as the renderers of tinker-cookbook do, which may give other tokens."""
+    bos: bool = later(False)
+    """Begin rows of role_eos with BOS, if the tokenizer begins texts with it, as servers do."""
     too_long: str = later("cut")
     """Treatment of rows longer than max_length. cut: cut on the right; an error if no loss token is
     left. cut_or_skip: cut on the right; left out if no loss token is left. skip: left out."""

@@ -36,8 +36,9 @@ class Metric:
         return {} if self == Metric() else {"metric": asdict(self)}
 
 
-VALIDATION_START = "nll_start_curve"
-"""Key in the result of a trial (RunSpec.test_rows): the base's NLL on the validation rows."""
+CURVE_START = "nll_start_curve"
+"""Key in a result: the base's NLL on the rows of evaluations before the end: validation rows, or
+the first test rows. Results of earlier versions lack it, unless they are of trials."""
 METRICS = {
     "sft": Metric(),
     "policy_gradient": Metric("test_reward", higher_is_better=True, label="held-out reward"),

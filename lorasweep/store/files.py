@@ -97,9 +97,9 @@ def check_writable(folder: Path, setting: str) -> None:
 
     `setting`: the name of the setting that names the folder.
     """
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        why = "you may not write there" if there.is_dir() else "it is a file"
+        why = "you may not write there" if there.is_dir() else "it is no folder"
         raise StoreError(f"{setting}={folder}: {there}: {why}. Choose another folder.")
 
 

@@ -78,14 +78,15 @@ class RunStore:
         try:
             files.make_own(self.root)
             probe = self.root / f".probe.{os.getpid()}-{os.urandom(3).hex()}"
-            files.write_atomic(probe, b"")
+            files.create_once(probe, b"")  # which needs hard links, as the results do
             probe.unlink()
             files.create_once(mark, json.dumps({"train_version": TRAIN_VERSION}).encode())
             version = json.loads(mark.read_bytes())["train_version"]
         except OSError as error:
             raise StoreError(
-                f"run folder {self.root} cannot be written ({error.strerror or error}). "
-                "Choose another: exec.runs_dir=FOLDER, or set LORASWEEP_RUNS."
+                f"run folder {self.root} cannot be written, or its file system has no hard links "
+                f"({error.strerror or error}). Choose another: exec.runs_dir=FOLDER, or set "
+                "LORASWEEP_RUNS."
             ) from None
         except (ValueError, KeyError, TypeError):
             raise StoreError(

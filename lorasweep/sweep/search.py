@@ -15,7 +15,7 @@ from lorasweep.sweep.question import Search
 from lorasweep.sweep.replicates import lrs_around_optimum
 
 LOWEST, HIGHEST = 1e-8, 10.0
-"""Learning rates beyond which a search gives up."""
+"""Learning rates beyond which a search does not go."""
 FINEST = 1.15
 """Neighbouring learning rates are not closer than this factor."""
 
@@ -52,13 +52,13 @@ def search(
     while True:
         new = [p for start in starts for p in _next_of(start, points, how, loss)]
         if not new:
-            seeds = len({p.spec.seed for p in points})
-            if seeds == 1 or seeds >= MIN_SEEDS:
+            seeds, live = len({p.spec.seed for p in points}), _trained(starts, points, how, loss)
+            if live and (seeds == 1 or seeds >= MIN_SEEDS):
                 found = look(points)
-                new = _more_lrs(starts, points, how, found.lrs)
+                new = _more_lrs(live, points, how, found.lrs)
                 if not new and found.decided and seeds >= MIN_SEEDS:
                     return points
-        new = new or _fresh_seed(starts, points, how, loss)
+            new = new or _fresh_seed(live, points, how, loss)
         if not new or not may_begin(points, new):
             return points
         points += new
@@ -137,14 +137,14 @@ def full_runs(points: Iterable[Point], steps: int) -> float:
 def next_lrs(centre: float, short: Losses, full: Losses, how: Search) -> tuple[list[float], bool]:
     """Return the learning rates to try next, and whether in full; none if the range is known.
 
-    `centre`: where the search starts.
-
-    Raises:
-        SpecError: no learning rate from LOWEST on trains.
+    Where no learning rate from LOWEST on trains, one full run confirms it. `centre`: where the
+    search starts.
     """
     if not short:
         return around(centre, how.n_short, how.wide), False
     beyond = _beyond(full or short, how.wide)
+    if beyond and beyond < LOWEST:
+        return [] if full else [min(short)], True
     if beyond and not full:
         return [beyond], False
     if not full:
@@ -183,11 +183,6 @@ def _beyond(losses: Losses, factor: float) -> float | None:
         return None
     low = best == lrs[0] or math.isinf(losses[best])
     found = lrs[0] / factor if low else lrs[-1] * factor
-    if found < LOWEST:
-        raise SpecError(
-            f"no learning rate from {lrs[0]:g} on trains: all losses are worse than that of the "
-            "lowest one, or not finite. Check the model's weights and the rows."
-        )
     return float(f"{found:.2e}") if found <= HIGHEST else None
 
 
@@ -198,14 +193,33 @@ def _next_of(
     mine = [p for p in points if _is_of(p, start) and p.spec.seed == start.spec.seed]
     full = {p.spec.lr: _loss(p, loss) for p in mine if p.spec.steps == start.spec.steps}
     short = {p.spec.lr: _loss(p, loss) for p in mine if p.spec.steps < start.spec.steps}
-    try:
-        lrs, in_full = next_lrs(start.spec.lr, short, full, how)
-    except SpecError as error:
-        rank = getattr(start.spec.method, "rank", None)
-        name = f"arm {start.arm!r}" + (f", rank {rank}" if rank else "")
-        raise SpecError(f"{name}: {error}") from None
+    lrs, in_full = next_lrs(start.spec.lr, short, full, how)
     steps = start.spec.steps if in_full else how.short_steps(start.spec.steps)
     return [_at(start, lr, steps, start.spec.seed) for lr in lrs]
+
+
+def _trained(
+    starts: Sequence[Point],
+    points: Sequence[Point],
+    how: Search,
+    loss: Callable[[str], float | None],
+) -> list[Point]:
+    """Return the arms, by their starts, of which the losses are not lowest at the lowest end."""
+    found = []
+    for start in starts:
+        full = _means(start, points, loss)
+        if full and not (_beyond(full, how.wide) or LOWEST) < LOWEST:
+            found.append(start)
+    return found
+
+
+def _means(start: Point, points: Sequence[Point], loss: Callable[[str], float | None]) -> Losses:
+    """Return the mean losses of an arm's full runs, by learning rate."""
+    by_lr: dict[float, list[float]] = {}
+    for p in points:
+        if _is_of(p, start) and p.spec.steps == start.spec.steps:
+            by_lr.setdefault(p.spec.lr, []).append(_loss(p, loss))
+    return {lr: sum(losses) / len(losses) for lr, losses in by_lr.items()}
 
 
 def _more_lrs(
@@ -234,15 +248,10 @@ def _fresh_seed(
     loss: Callable[[str], float | None],
 ) -> list[Point]:
     """Return full runs with the next seed around the best learning rate of each arm."""
-    seed, first = max(p.spec.seed for p in points) + 1, starts[0].spec.seed
+    seed = max((p.spec.seed for p in points), default=0) + 1
     found: list[Point] = []
-    for start in starts if seed <= first + how.seeds else ():
-        mine = [p for p in points if _is_of(p, start) and p.spec.steps == start.spec.steps]
-        by_lr: dict[float, list[float]] = {}
-        for p in mine:
-            by_lr.setdefault(p.spec.lr, []).append(_loss(p, loss))
-        means = {lr: sum(losses) / len(losses) for lr, losses in by_lr.items()}
-        lrs = lrs_around_optimum(means, how.n_lrs)
+    for start in (s for s in starts if seed <= s.spec.seed + how.seeds):
+        lrs = lrs_around_optimum(_means(start, points, loss), how.n_lrs)
         found += [_at(start, lr, start.spec.steps, seed) for lr in lrs]
     return found
 

@@ -1,4 +1,4 @@
 """The training loop of a pack, its optimizer, sampling and objectives.
 
-Refuses to know the store, the launcher and configuration files.
+Must not import the launcher or configuration; of the store only `checkpoint`.
 """

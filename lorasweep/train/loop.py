@@ -1,7 +1,7 @@
 """The training loop of a pack of N runs over one base model; N may be 1.
 
-Yields events, which the caller records. Refuses to know methods and objectives (other than by their
-interfaces), the store, the launcher and configuration files.
+Yields events, which the caller records. Must not import methods and objectives (other than their
+interfaces), the launcher or configuration; of the store only `checkpoint`.
 """
 
 import math

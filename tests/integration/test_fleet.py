@@ -16,7 +16,8 @@ from lorasweep.cli.customers import plan_fleet
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.customers.outcome import outcome_of
 from lorasweep.customers.runs import folder_of, planned
-from lorasweep.errors import ModelError, SpecError
+from lorasweep.data import templates
+from lorasweep.errors import LorasweepError, ModelError, SpecError
 from lorasweep.launch.local import run_points
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
@@ -150,7 +151,8 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
             k: v for k, v in world.facts(name).items() if k not in ("messages", "stop", "license")
         }
         (world.folder / name / "facts.json").write_text(json.dumps(old, indent=1))
-        (world.folder / name / "tokenizer.json").unlink()
+        for file in ("tokenizer.json", ".lorasweep.jsonl"):
+            (world.folder / name / file).unlink()
     (world.store.folder(world.facts("eve")["run"]) / "weights.safetensors").unlink()
     assert not world.trained() and "5 adapters, 0 not trained yet, 0 with errors" in world.page
     assert "messages" in world.facts("bob") and "messages" not in world.facts("eve")
@@ -180,7 +182,7 @@ def stopped_and_resumed(world, stop_at, *settings):
     assert world.run(*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
     settings = (*settings, "exec.checkpoint_s=0")
     assert world.run(*settings, trainer=Counting(stop_at)) == 130
-    assert [p.name for p in world.folder.iterdir()] == ["fleet.json"]
+    assert {p.name for p in world.folder.iterdir()} == {"fleet.json", ".lorasweep.jsonl"}
     rest = Counting()
     assert world.run(*settings, trainer=rest) == 0
     assert any(resumed for _, _, resumed in rest.asked)
@@ -442,7 +444,7 @@ def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, ba
     plain = AutoTokenizer.from_pretrained(world.folder / "ann")
     assert (
         plain.apply_chat_template(chat["messages"], tokenize=False)
-        == f"{{prompt}}\n{{completion}}{eos}"
+        == f"<|begin_of_text|>{{prompt}}\n{{completion}}{eos}"
     )
     assert not world.trained(*settings, "scale=tiny")
     assert len(world.trained(*settings, "dataset.template='Q: {prompt} A: '")) == 5
@@ -499,7 +501,7 @@ def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tm
     form = "--chat-template ./{}chat_template.jinja"  # the base has none
     assert (
         f"--lora-modules few=. {form.format('')}\n```" in card
-        and "**served by:** vLLM 0.32.0; the unem" in card
+        and "**served by:** vLLM 0.33.0; the unem" in card
     )
     names = " ".join(f"{f}=./{f}" for f in ("few", folder_of("a b")))
     assert (
@@ -621,3 +623,45 @@ def test_early_stopping_survives_a_kill(world, odd, tmp_path):
     a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, resumed))
     assert a == b and a["best_step"] < a["steps_done"] and resumed["attempt"] == 2
     check_same_adapters(tmp_path / "killed", tmp_path / "runs")
+
+
+def test_a_users_folder_and_a_full_disk_are_the_problem_of_one_customer(world, tmp_path, capsys):
+    """Rows, contracts and links in the way stay; other customers are trained and served."""
+    ann, few = world.table[0], world.table[2]
+    world.set_table(few)
+    assert world.run("rates=advised") == 0
+    (world.folder / "few/README.md").write_text("my card")  # of a folder that is up to date
+    contract = world.folder / "ann/contract.txt"
+    write_rows(contract.with_name("train.jsonl"), 20, "Yes {k}")
+    contract.write_text("the only copy")
+    (tmp_path / "elsewhere").mkdir()
+    (world.folder / "eve").symlink_to(tmp_path / "elsewhere")
+    world.write(runs=(Path(ann["model"]).parent, "ann.jsonl", 1))
+    trainer, save = Counting(), templates.save
+
+    def full(served, stop, folder):
+        save(served, stop, folder)
+        if folder.parent.name == "bob":
+            raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(templates, "save", full)
+        assert world.run("rates=advised", trainer=trainer) == 1
+    out, err = capsys.readouterr()
+    assert "ann has files, and no .lorasweep.jsonl" in err and "eve is a link" in err
+    assert "bob cannot be written (No space left on device)" in out
+    assert {name for name, *_ in trainer.asked}.isdisjoint({"ann", "eve"})
+    assert contract.read_text() == "the only copy" and not [*(tmp_path / "elsewhere").iterdir()]
+    assert not (world.folder / "bob").exists() and world.card("few") == "my card"
+    assert world.facts("runs")["run"] in world.runs
+    world.write(ann=(None, None, None), eve=(None, None, None))
+    assert not world.trained("rates=advised") and world.facts("bob")["run"] in world.runs
+
+
+@pytest.mark.parametrize("out", [".", "runs", "runs/x", "owner", "customers.yaml", "link"])
+def test_a_folder_that_is_in_use_is_no_fleets_folder(world, tmp_path, out):
+    (tmp_path / "link").symlink_to(tmp_path / "owner")
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    with pytest.raises(LorasweepError, match=r"^out="):
+        world.run(f"out={out}")
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before

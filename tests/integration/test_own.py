@@ -45,7 +45,10 @@ def test_a_run_on_ones_own_files_is_trained_once_wherever_they_lie(home, tmp_pat
     )
     assert "csv, prompt_completion, columns question -> answer (not read: topic)" in data
     assert "30 training, 15 validation and 15 test rows" in data
-    assert example.startswith("example, [[in the loss]]: So? ") and "\\n[[Yes, " in example
+    assert (
+        example.startswith("example, [[in the loss]]: <|begin_of_text|>So? ")
+        and "\\n[[Yes, " in example
+    )
     before = results(home)
     shutil.copytree(home / "base", tmp_path / "base")
     shutil.copy(home / "rows.csv", tmp_path)

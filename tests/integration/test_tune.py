@@ -53,8 +53,33 @@ def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home):
     assert len(short) >= 5
 
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(home / "base")
     adapter = PeftModel.from_pretrained(model, folder)
     assert adapter.peft_config["default"].r == answer["rank"] == 2
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"].startswith("base-")  # no path of this machine
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert found_in(folder)["prompt_form"]["messages"]
+
+
+def found_in(folder):
+    return json.loads((folder / "lorasweep.json").read_text())
+
+
+def test_full_fine_tuning_alone_is_written_and_a_users_files_stay(home):
+    from transformers import AutoModelForCausalLM
+
+    asked = (*TUNE[:-3], "arms=fullft", "exec.threads=1", "budget=6runs", "out=full")
+    cli(*asked, cwd=home)
+    folder = home / "full"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
+    assert not (folder / "adapter").exists() and (folder / "chat_template.jinja").is_file()
+    (folder / "notes.txt").write_text("mine")
+    cli(*asked, cwd=home)
+    (folder / "README.md").write_text("my card")
+    refused = cli(*asked, cwd=home, check=False)
+    assert refused.returncode == 2 and "README.md is not as lorasweep wrote it" in refused.stderr
+    assert (folder / "notes.txt").read_text() == "mine" and "[" not in refused.stdout

@@ -33,6 +33,7 @@ from analysis.report.study.figures import (
 ON_PAGE = 5
 """Largest number of findings on the page."""
 FULL = " times full fine-tuning's"
+AVERAGE = "each doubling raises speed on average by"
 UNKNOWN = Estimate(None).plain()
 UNDECIDED = "It is undecided whether"
 BEYOND = "which the post expects only beyond an adapter's capacity"
@@ -287,35 +288,39 @@ def _regret(answers: Sequence[Answer]) -> Finding | None:
                 here = (line.base, rank, line.updates)
                 measured.setdefault(here, []).append((v.outcome, line.regrets[rank]))
                 batch[here] = line.batch_size
-    start, parts = "", []
+    start, parts, undecided = "", [], []
     show = with_unit(percent, "%")
     for place, sets in measured.items():
         base, rank, updates = place
         held, lost = (all(o == x for o, _ in sets) for x in ("SUPPORTED", "REFUTED"))
         most = _largest([e for _, e in sets])
         size = f", batch {batch[place]}" if batch[place] else ""
-        regret, after = show(most), f"({updates} updates{size})"
+        regret, after = show(most), f"{updates} updates{size}"
         if not start:
             lora, full = f"LoRA of rank {rank}", f"full fine-tuning on {base}"
             start = f"{lora} {'matches' if held else 'does not match'} {full}"
             start = start if held or lost else f"it is undecided whether {lora} matches {full}"
             what = f"the largest regret of {len(sets)} data sets" if len(sets) > 1 else "the regret"
-            parts.append(f"{what} is {regret} {after}")
+            parts.append(f"{what} is {regret} ({after})")
         elif held or lost:
             does = "matches as well" if held else "does not"
-            parts.append(f"Rank {rank} on {base} {does}: {regret} {after}")
+            parts.append(f"Rank {rank} on {base} {does}: {regret} ({after})")
         else:
-            edge = 100 * ALLOWED
-            crosses = (most.low or 0.0) < edge < (most.high or 0.0)
-            why = f"{regret} includes {edge:g}%" if crosses else regret
-            parts.append(f"For rank {rank} on {base} {after} it is undecided: {why}")
+            undecided.append(f"for rank {rank} on {base} ({after}; {regret})")
     first = next(iter(measured))
     more = f"A match is a regret of at most {100 * ALLOWED:g}% of the gain, at a rank of an eighth "
     more += f"of the hidden size. Data set by data set, the regret is {_numbers(low)}"
     lists = _at_eighth(beyond)
     if rows := lists.get(first):
-        most = _largest([estimate_of(r["regret_percent"]) for _, r in rows])
-        parts[0] += f", with lists {show(most)}"
+        regret = f"up to {show(_largest([estimate_of(r['regret_percent']) for _, r in rows]))}"
+        (outcome, *other), where = {v.outcome for v, _ in rows}, "ith lists to memorise"
+        if other or outcome == "UNDECIDED":
+            undecided.insert(0, f"w{where} ({regret})")
+        else:
+            behind = "falls behind" if outcome == "SUPPORTED" else "does not fall behind"
+            parts.append(f"W{where} LoRA {behind}: {regret}")
+    if undecided:
+        parts.append(f"It is undecided {listed(undecided)}")
     if lists:
         more += f"; where lists to memorise are new too, it is {_numbers(beyond)}"
     text = f"Where only rules are new, {start}"
@@ -367,7 +372,7 @@ def _growth(answers: Sequence[Answer]) -> Finding | None:
     said = min(known)[2]
     if len(asked) > 1:
         ranks = listed(sorted({a.read(v).partition(",")[0] for a, v in asked}))
-        said += f". Growth{ranks and f' at {ranks}'}: {_tally(asked)}"
+        said += f". That it grows{ranks and f' at all {ranks}'} is {_tally(asked)}"
     more = (
         "In percent of the final gain and at an eighth of the hidden size (below 0 LoRA is ahead): "
     )
@@ -404,8 +409,8 @@ def _learning_rates(answers: Sequence[Answer]) -> Finding | None:
 
     numbers = listed([shown(a, v, times) for a, v in ratio])
     alphas = {number(c["alpha"]) for a, _ in ratio for c in a.results.get("ratios", ())}
-    at = f", at alpha {listed(sorted(alphas))}," if alphas else ""
-    said = f"the post says ten (15 in short runs); it is{at} {numbers}"
+    at = f" at alpha {listed(sorted(alphas))}" if alphas else ""
+    said = f"the post says ten (15 in short runs); the ratio{at} is {numbers}"
     named = {base for a, _ in ratio for base in a.bases}
     rest = [c for c in rate_curves(answers) if c.base not in named and c.ratio.has_interval()]
     more = []
@@ -488,12 +493,13 @@ def _together(curves: Sequence[RateCurve]) -> str:
 def _speed(answers: Sequence[Answer]) -> Finding | None:
     """Report how the speed changes with the rank, and the speeds of all ranks."""
     alike = found(answers, "rank", "alike")
+    slope = with_unit(lambda log: number(100 * math.expm1(log), 2), "%")
     made = of_claim(
         alike,
         "The rank makes no difference to the speed of learning",
         "The higher the rank, the faster LoRA learns",
-        "each doubling raises speed on average by",
-        with_unit(lambda slope: number(100 * math.expm1(slope), 2), "%"),
+        AVERAGE,
+        slope,
     )
     if made is None:
         return None
@@ -509,16 +515,26 @@ def _speed(answers: Sequence[Answer]) -> Finding | None:
             more.append(f"It is {listed(values)}{FULL} at ranks {ranks} ({_bases(a)}).")
             if a is alike[0][0] and len(alike) == 1:
                 each = [f"{v} (rank {r})" for v, (r, _) in zip(values, known)]
-                some = dict.fromkeys((each[0], each[len(each) // 2], each[-1]))
-                said += f". It is {listed(list(some))}"
+                said += f". The speed is {listed(list(dict.fromkeys((each[0], each[-1]))))}"
+                if len(known) > 2:  # the rise falls with the rank, which its average hides
+                    average = f"{AVERAGE} {slope(alike[0][1].estimate)}"
+                    ends = f"{_rise(*known[:2])} and by {_rise(*known[-2:])}"
+                    said = said.replace(average, f"a doubling raises the speed by {ends}")
+                    more.append(f"{average.capitalize()}.")
     post = BEYOND if count(alike, "REFUTED") == len(alike) else ""
     return replace(made, said=said, more=" ".join(more), post=post)
+
+
+def _rise(low: tuple[int, Estimate], high: tuple[int, Estimate]) -> str:
+    times = (high[1].value or 0.0) / (low[1].value or math.nan)
+    a_doubling = float(times ** (1 / math.log2(high[0] / low[0])))
+    return f"{number(100 * (a_doubling - 1), 2)}% from rank {low[0]} to {high[0]}"
 
 
 def _batches(answers: Sequence[Answer]) -> Finding | None:
     """Report how much a doubling of the batch changes LoRA's speed against full fine-tuning's."""
     penalty = found(answers, "batch_size", "penalty")
-    text = "Larger batches slow LoRA more than full fine-tuning after equally many updates"
+    text = "After equally many updates, larger batches slow LoRA more than full fine-tuning"
     no = text.replace("slow", "do not slow")
     change = with_unit(lambda slope: signed(100 * math.expm1(slope)), "%")
     made = of_claim(penalty, text, no, "a doubling changes the ratio of speeds by", change)
@@ -532,14 +548,16 @@ def _batches(answers: Sequence[Answer]) -> Finding | None:
     said = "each doubling lowers LoRA's speed by "
     said += listed([shown(a, v, each) for a, v in penalty])
     at_examples = [
-        each(estimate_of(of[rank]))
+        estimate_of(of[rank])
         for a, _ in penalty
         if (of := a.results.get("batch_effect_at_equal_examples"))
         and of[rank := max(of, key=int)]["value"] is not None
     ]
     if at_examples:
+        too = all((e.high or 0.0) < 0 for e in at_examples)
+        text += f"; after equally many examples {'too' if too else 'this is not shown'}"
         said += ". After equally many examples, which the post compares, it is "
-        said += f"{listed(at_examples)} ({EXPLORATORY})"
+        said += f"{listed([each(e) for e in at_examples])} ({EXPLORATORY})"
     relevant = f"{max(abs(100 * v.margin[1]) for _, v in penalty):g}% fixed beforehand as relevant"
     more = []
     if less := [called(b) for a, v in penalty if v.outcome == "REFUTED" for b in a.bases]:
@@ -578,8 +596,8 @@ def _capacity(answers: Sequence[Answer]) -> Finding | None:
         f"Whether the data fit an adapter {'depends' if apart else 'hardly depends'} on how the "
         "bits of the data are counted",
         f"where the regret is {100 * ALLOWED:g}% (ranks of {_span(ranks)} on {len(known)} data "
-        f"sets; {base}, {updates} updates), the bits of the data over those of the adapter (2 a "
-        f"parameter) are {listed(loads)}",
+        f"sets; {base}, {updates} updates), the data have this many times the bits of the adapter "
+        f"(2 a parameter): {listed(loads)}",
         True,
         "The last count was chosen after a look.",
     )
@@ -639,9 +657,7 @@ def _rewards(answers: Sequence[Answer]) -> Finding | None:
         more.append(f"At the highest rank the difference is {listed(numbers)}.")
     few = [r for a, v in one if (r := a.parameters_an_episode(v)) is not None and r < 1]
     if few:
-        said = (
-            f"{made.said}. The post's rank 1 has more parameters than episodes, ours {_span(few)}"
-        )
-        made = replace(made, said=f"{said} parameters an episode")
+        said = f"{made.said}. The post's rank 1 has more than one parameter per episode; ours has"
+        made = replace(made, said=f"{said} {_span(few)}")
     also = dict.fromkeys(a.sweep for a, _ in [*one, *alone] if a.sweep != made.sweep)
     return replace(made, more=" ".join(more), also=tuple(also))

@@ -71,7 +71,9 @@ def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
     """Write the page and, beside it, its figures and the pages of details; see `pages`."""
     folder, inputs = path.parent, inputs_hash(answers)
     (folder / QUESTIONS).mkdir(parents=True, exist_ok=True)
-    for old in [*(folder / f for f in FIGURES), *(folder / QUESTIONS).glob("*.md")]:
+    before = (folder / QUESTIONS).glob("*.md")
+    ours = [old for old in before if "](../ledger.md" in old.read_text(errors="replace")]
+    for old in [*(folder / f for f in FIGURES), *ours]:
         old.unlink(missing_ok=True)
     if lines := figures.regret_lines(answers):
         plots_study.regret_map(lines, folder / MAP, inputs)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from lorasweep.data.examples import Data
+from lorasweep.data.examples import Data, Example
 from lorasweep.errors import DataError
 from lorasweep.models.load import Base
 from lorasweep.models.sharding import Mesh
@@ -127,6 +127,11 @@ class OnData:
     def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
         """Return a group for each run."""
         return list(range(len(runs)))
+
+    def curve_rows(self, run: RunSpec) -> Sequence[Example]:
+        """Return the held-out rows of evaluations before the end: validation or first test rows."""
+        data = self._data[run.id]
+        return data.validation or data.test[: run.dataset.n_test_curve or None]
 
     def data_facts(self, run: RunSpec) -> Record:
         """Return facts about the run's data set that every result contains."""

@@ -84,7 +84,13 @@ class PolicyGradient(OnData):
                 if mesh.rank == 0:  # other processes wait for process 0, and fail with it
                     check_available(run.dataset)
                     check_rows(run.dataset, data, run.max_new_tokens)
-                base.at_start[key] = self._measure(base.model, [run], [data.test])[0]
+                (at_start,) = self._measure(base.model, [run], [data.test])
+                first, name = self.curve_rows(run), self.metric.name
+                if len(first) < len(data.test):
+                    at_start[self.metric.on_part] = self._measure(base.model, [run], [first])[0][
+                        name
+                    ]
+                base.at_start[key] = {self.metric.on_part: at_start[name], **at_start}
             found.append(dict(base.at_start[key]))
             self._signals[run.id].reward_start = found[-1][self.metric.name]
         if any(run.kl_weight for run in runs):
@@ -204,7 +210,7 @@ class PolicyGradient(OnData):
         evaluation adds the reward on the rows of earlier evaluations.
         """
         tests = [self._data[run.id].test for run in runs]
-        firsts = [t[: run.dataset.n_test_curve or None] for run, t in zip(runs, tests)]
+        firsts = [self.curve_rows(run) for run in runs]
         rows = tests if final else firsts
         found = at_first = self._measure(model, runs, rows)
         if final and any(len(f) < len(t) for f, t in zip(firsts, tests)):

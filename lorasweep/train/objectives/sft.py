@@ -13,7 +13,7 @@ from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merg
 from lorasweep.data.examples import Data, Example, prompts_of
 from lorasweep.models.forward import check_rows_stay_apart
 from lorasweep.models.load import Base
-from lorasweep.spec.metric import METRICS, VALIDATION_START
+from lorasweep.spec.metric import CURVE_START, METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import EVALUATION, Record, phase
 from lorasweep.train.objectives.base import DATA_SHA256, OnData
@@ -75,8 +75,6 @@ class SupervisedFineTuning(OnData):
         self._start: dict[str, Record] = {}
         self._start_rows: dict[str, np.ndarray | None] = {}
         self._retain_start: dict[str, float] = {}
-        self._validation_start: dict[str, float] = {}
-        """Run id -> NLL of the validation rows under the base, for trials (RunSpec.test_rows)."""
         self._divergence: dict[str, Divergence] = {}
         self._on_first: dict[str, float] = {}
         """Run id -> final NLL on the first held-out rows, for runs with the weights of a trial."""
@@ -100,17 +98,16 @@ class SupervisedFineTuning(OnData):
         for run in runs:
             data = self._data[run.id]
             key = f"{run.dataset.canonical}/{run.draw}/{self._precision}"
-            on_validation, retain = f"{key}/validation", f"{key}/retain"
-            parts = {key: data.test, retain: data.retain}
-            if not run.test_rows:
-                parts[on_validation] = data.validation
+            on_curve, retain = f"{key}/curve", f"{key}/retain"
+            first = self.curve_rows(run)
+            on_curve = on_curve if len(first) < len(data.test) or data.validation else key
+            parts = {key: data.test, on_curve: first, retain: data.retain}
             for name, examples in parts.items():
                 if examples and name not in base.at_start:
                     by_row = name == key and bool(data.validation)
                     base.at_start[name] = self._measure(base.model, [examples], [by_row])[0]
-            if not run.test_rows and data.validation:
-                self._validation_start[run.id] = base.at_start[on_validation][self.metric.name]
-            found = dict(base.at_start[key])
+            at_first = base.at_start[on_curve][self.metric.name]
+            found = {**base.at_start[key], self.metric.on_part: at_first}
             rows = found.pop(ROWS, None)
             self._start_rows[run.id] = None if rows is None else np.asarray(rows)
             self._start[run.id] = found
@@ -185,10 +182,7 @@ class SupervisedFineTuning(OnData):
         """
         tests = [self._data[run.id].test for run in runs]
         validations = [self._data[run.id].validation for run in runs]
-        firsts = [
-            v or t[: run.dataset.n_test_curve or None]
-            for run, v, t in zip(runs, validations, tests)
-        ]
+        firsts = [self.curve_rows(run) for run in runs]
         tested = [final and run.test_rows for run in runs]
         rows = [t if every else f for every, f, t in zip(tested, firsts, tests)]
         by_row = [every and bool(v) for every, v in zip(tested, validations)]
@@ -262,10 +256,9 @@ class SupervisedFineTuning(OnData):
         data = self._data[run.id]
         bits = data.bits(run.steps * self._n_loss[run.id]) if data.bits else {}
         prompts = _prompts(run, data.test)
-        on_validation = self._validation_start.get(run.id)
         return {
             "nll_start": self._start[run.id][self.metric.name],
-            **({} if on_validation is None else {VALIDATION_START: on_validation}),
+            CURVE_START: self._start[run.id][self.metric.on_part],
             "floor_nats": data.entropy_floor_nats,
             **self.data_facts(run),
             **({DATA_SHA256: None} if run.id in self._unknown_start else {}),

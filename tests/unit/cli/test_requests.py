@@ -209,5 +209,12 @@ def test_with_format_json_every_action_prints_one_object(command, tmp_path):
 def test_reports_that_cannot_be_written_are_an_error_before_training(command, tmp_path):
     (tmp_path / "a").write_text("")
     asked = ("+sweep=lr_ratio", "scale=smoke", f"exec.reports_dir={tmp_path}/a/b")
-    refused(command(*asked), f"{tmp_path}/a: it is a file. Choose another folder")
+    refused(command(*asked), f"{tmp_path}/a: it is no folder. Choose another folder")
+    for asked in ("check_gpu", "measure model=tiny64 dataset=dialect", "qualify +sweep=lr_ratio"):
+        done = command(*f"action={asked} exec.reports_dir={tmp_path}/a".split())
+        refused(done, f"{tmp_path}/a: it is no folder. Choose another folder")
+    for action in ("status", "plan", "adapter run=x out=y"):
+        refused(
+            command(*f"action={action}".split(), f"exec.runs_dir={tmp_path}/a"), f"{tmp_path}/a"
+        )
     assert not (tmp_path / "runs").exists()

@@ -1,6 +1,7 @@
 """`+sweep=tune` on planted losses: its answer, what it keeps, and how a budget ends it."""
 
 import json
+import math
 
 import pytest
 
@@ -8,9 +9,11 @@ from lorasweep.cli import tuned
 from lorasweep.cli.actions import act
 from lorasweep.cli.points import all_points, judged
 from lorasweep.errors import SpecError
+from lorasweep.spec.metric import METRICS
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
-from tests.planted import FULL_BEST, Valley
+from tests.conftest import FakeTrainer
+from tests.planted import FULL_BEST, Rewards, Valley
 
 TUNE = ("+sweep=tune", "scale=smoke", "steps=64")
 
@@ -110,6 +113,59 @@ def test_short_runs_are_not_judged_and_only_the_best_weights_are_kept(tune, comp
     assert not list(store.root.glob("*/end"))
 
 
+class Hurt(Valley):
+    """Training raises the loss, from FakeTrainer's 3; `short`: that of a short run."""
+
+    def __init__(self, full=1.0, short=1.0):
+        super().__init__(10)
+        self.by = {True: short, False: full}
+
+    def nll(self, spec):
+        return 3.0 + self.by[spec.steps < 64] * (spec.lr + abs(math.log(spec.lr / 1e-3)) / 1e6)
+
+
+@pytest.mark.parametrize(
+    "world, budget, arms",
+    [
+        (Hurt(), "60runs", "[]"),
+        (Hurt(short=-1.0), "9runs", "[]"),  # the full runs overfit
+        (Hurt(full=math.nan), "60runs", "lora"),
+        (Hurt(math.nan, math.nan), "60runs", "[]"),
+    ],
+)
+def test_where_nothing_trains_the_answer_is_the_base(tune, tmp_path, world, budget, arms):
+    arguments = (f"budget={budget}", f"arms={arms}", f"out={tmp_path}/best")
+    text = tune(world, *arguments)[0]
+    assert "no learning rate trains" in text and "use: the base as it is" in text
+    found = json.loads(tune(world, *arguments, "format=json")[0])["answer"]
+    assert found["method"] is found["rank"] is found["lr"] is None
+    assert not (tmp_path / "best").exists()
+
+
+def test_a_rewarded_search_is_answered_in_rewards(tune):
+    world = Rewards(lambda spec, step: 0.8, lambda spec: 1e-3, lambda spec: 0.01)
+    arguments = (
+        *("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "max_new_tokens=1"),
+        *("group_size=4", "budget=9runs", "arms=lora"),
+    )
+    trainer = FakeTrainer(world.nll, curve=world.curve, more=world.more)
+    assert "; held-out reward 0." in tune(world, *arguments, trainer=trainer)[0]
+
+
+@pytest.mark.parametrize("outcome", ["SUPPORTED", "UNDECIDED", "REFUTED"])
+def test_the_gap_is_printed_with_the_interval_that_decides(outcome):
+    beyond = {"SUPPORTED": (-0.04, -0.01), "UNDECIDED": (-0.01, 0.01), "REFUTED": (0.01, 0.02)}
+    low, high = beyond[outcome]
+    narrow = {"value": 6.7, "low": 5.9, "high": 7.6}  # of another level and another mean
+    estimate = {"value": (low + high) / 2, "low": low, "high": high}
+    verdict = {"outcome": outcome, "why": "the 98.4% interval ...", "estimate": estimate}
+    arms = [{"rank": None, "gain": 0.5, "gap_percent": None}, {"rank": 8, "gap_percent": narrow}]
+    results = {"arms": arms, "verdicts": [verdict], "allowed": 0.05, "n_test": 9}
+    text = tuned._gap_line(results, arms[1])
+    assert f"[{5 + 200 * low:.1f}%, {5 + 200 * high:.1f}%]" in text
+    assert ("98.4%" in text) == (outcome == "UNDECIDED")
+
+
 def test_a_budget_below_a_run_and_wrong_settings_are_refused(compose, fake_trainer, tmp_path):
     with pytest.raises(SpecError, match=r"budget=0\.5runs is below one run of 64 updates"):
         act(compose(*TUNE, "budget=0.5runs"), fake_trainer(Valley(10).nll))
@@ -125,7 +181,7 @@ def test_a_budget_below_a_run_and_wrong_settings_are_refused(compose, fake_train
     with pytest.raises(SpecError, match=r"arm 'lorra' not found. Did you mean 'lora'"):
         compose(*TUNE, "arms=lorra")
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(SpecError, match=r"out=.* exists and was not written by a search"):
+    with pytest.raises(SpecError, match=r"in use|would be mixed|has files"):
         act(compose(*TUNE, f"out={tmp_path}"), fake_trainer(Valley(10).nll))
     with pytest.raises(SpecError, match="a search adds runs itself"):
         act(compose(*TUNE, "action=extend"))
@@ -175,3 +231,12 @@ def test_full_fine_tuning_is_used_if_lora_is_known_or_measured_to_lose_more(
     assert found["open"] == (
         ["LoRA against full fine-tuning (needed: 4 seeds)"] if outcome == "UNDECIDED" else []
     )
+
+
+def test_the_card_of_a_run_with_rewards_states_rewards(compose):
+    rl = ("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "max_new_tokens=1")
+    point = compose(*TUNE, *rl, "group_size=4", "batch_size=16").points[0]
+    arm = {"rank": tuned._rank(point), "method": "fullft", "gap_percent": None}
+    metric = {"metric": vars(METRICS["policy_gradient"]), "test_reward": 0.5, "reward_start": 0.25}
+    card = tuned._card(point, {**metric, "n_test": 8}, {"arms": [arm], "chosen_on": "test"}, "best")
+    assert "**held-out reward:** 0.2500 before, 0.5000 after, on 8 test rows" in card

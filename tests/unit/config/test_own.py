@@ -6,12 +6,15 @@ import sys
 
 import pytest
 
+from lorasweep.cli import understood
 from lorasweep.cli.points import all_points
 from lorasweep.config import own
-from lorasweep.errors import ModelError, SpecError
+from lorasweep.data import load
+from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.store.run_store import RunStore
 from tests import small_hub
-from tests.customers import make_base, write_rows
+from tests.bpe import llama_like
+from tests.customers import CHAT_TEMPLATE, make_base, write_rows
 from tests.world import write_json
 
 RUN = ("method.rank=1", "steps=2", "batch_size=2")
@@ -79,6 +82,43 @@ def test_a_search_takes_what_the_command_line_says(compose, here):
     store = RunStore(search.exec.runs_dir)
     lora = [p.spec.lr for p in all_points(search, store) if p.arm == "lora"]
     assert 3e-3 in lora and 3e-3 not in [p.spec.lr for p in all_points(compose(*asked), store)]
+
+
+def test_a_search_takes_the_chat_template_of_the_base(compose, here):
+    chats = make_base(here / "chat-model")
+    (chats / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    asked = ("+sweep=tune", "dataset=rows.jsonl")
+    (chat, plain, named) = (
+        {p.spec.dataset for p in compose(*asked, f"model=./{name}", *more).points}
+        for name, *more in (
+            ("chat-model",),
+            ("support-model",),
+            ("chat-model", "dataset.render=role_eos"),
+        )
+    )
+    assert [(d.render, d.template, d.bos) for d in chat] == [("chat_template", "{prompt}", False)]
+    assert [(d.render, d.template, d.bos) for d in plain] == [("role_eos", "{prompt}\n", True)]
+    assert named == plain
+
+
+def test_the_counts_are_those_of_training(compose, here):
+    rows = [
+        {"prompt": f"So? {k}" + " late" * 90 * (k % 4 == 0), "completion": "Y"} for k in range(80)
+    ]
+    write_json(here / "long.jsonl", rows)
+    given = ("model=./support-model", "dataset=long.jsonl", *RUN)
+    for sweep in ((), ("+sweep=tune",)):
+        asked = compose(*given[:2], *sweep, "dataset.max_length=48")
+        (line, warning) = understood.lines(asked)[1:3]
+        data = asked.points[0].spec.dataset
+        loaded = load.load(data, asked.exec.data_dir, llama_like())
+        assert f"{loaded.n_train} training, {len(loaded.validation)} validation and " in line
+        assert loaded.n_train < 40 and "training rows. Set dataset.max_length=" in warning
+    for key, says in (("prompt", "longer. Set max_length="), ("completion", "Set dataset.max_le")):
+        rows = [{"prompt": "So?", "completion": "Y", key: f"{k}" + " late" * 90} for k in range(80)]
+        write_json(here / "long.jsonl", [{"prompt": "So?", "completion": "Y"}, *rows])
+        with pytest.raises(DataError, match=says):
+            understood.lines(compose(*given, "dataset.max_length=64"))
 
 
 def test_columns_can_be_named_and_other_fields_set(compose, here):

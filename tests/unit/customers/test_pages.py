@@ -55,7 +55,7 @@ def exported(found, folder, tokenizer=llama_like):
             save_file({"a": torch.zeros(1)}, weights)
 
     def save(partial, *rest):
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
         (partial / adapters.ADAPTER).write_bytes(b"")
 
     with mock.patch.object(adapters, "problems", return_value=[]):  # the adapter is no real one

@@ -14,7 +14,7 @@ from lorasweep.data import fields, load, templates
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES, DatasetSpec
 from tests import small_hub
-from tests.bpe import llama_like
+from tests.bpe import llama_like, qwen_like
 from tests.customers import CHAT_TEMPLATE, write_json, write_rows
 
 
@@ -132,8 +132,58 @@ def test_the_longest_row_is_the_length_and_none_is_cut(tmp_path):
     longest = max(len(llama_like()(f"How many? {k}\n" + "Yes " * 70).input_ids) for k in range(30))
     assert longest - 1 <= rows.dataset.max_length <= 4 * longest
     assert 0.4 * rows.dataset.max_length >= 0.5 * tokens
-    stated, _ = with_lengths(read(path), llama_like(), 48, ["."])
-    assert stated.dataset.max_length == 48
+    stated, _ = with_lengths(read(path), llama_like(), longest, ["."])
+    assert stated.dataset.max_length == longest and not stated.warning
+
+
+def test_rows_that_are_left_out_or_cut_are_counted_and_most_of_them_an_error(tmp_path):
+    """By a stated max_length, in a fleet as for rows given by name; the counts are those trained."""
+    rows = [pair(f"So? {k} " + "late " * 99 * (k % 5 == 0), "Yes") for k in range(200)]
+    path = write_json(tmp_path / "my.jsonl", rows)
+    found, _ = with_lengths(read(path), llama_like(), 64, ["."])
+    data = load.load(found.dataset, ["."], llama_like())
+    n_read, cut, left_out, enough = data.fit
+    assert (found.n_train, data.n_train, n_read, cut) == (n_read - left_out, found.n_train, 160, 0)
+    assert f"leaves out {left_out} and cuts 0 of 160 training rows" in found.warning
+    assert f"Set the column max_length to {enough}, with which 99% are whole" in found.warning
+    whole, _ = with_lengths(read(path), llama_like(), enough, ["."])
+    assert not whole.warning and whole.n_train == 160
+    spec = dataclasses.replace(found.dataset, too_long="cut_or_skip", max_length=enough - 1)
+    cut = load.load(spec, ["."], llama_like()).fit[1]  # the last token of the longest rows
+    assert 0 < cut <= 40
+    long = write_json(path, [pair(f"So? {k} " + "late " * 99, "Yes " * 9) for k in range(40)])
+    with pytest.raises(DataError, match=r"cuts 3. of 3. training rows. Set the column max_length"):
+        with_lengths(read(long), llama_like(), enough, ["."])
+
+
+@pytest.mark.parametrize("tokenizer", [llama_like, qwen_like])
+def test_rows_begin_with_bos_where_a_server_sends_it(tmp_path, tokenizer):
+    """As a server makes tokens of a text, and as it renders messages by the folder's template."""
+    tokenizer, path = tokenizer(), write_rows(tmp_path / "my.jsonl", 60, "Yes {k}")
+    for rules in (Rules(whole_prompt=True), None):
+        found = read(path, rules, tokenizer) if rules else None
+        spec, folder, _ = (found.dataset, ".", 0) if found else named_rows(str(path), {})
+        row = next(iter(load.load(spec, [folder], tokenizer).test))
+        prompt = tokenizer.decode(row.tokens[~row.loss], skip_special_tokens=True)
+        assert row.tokens[~row.loss].tolist() == tokenizer(prompt).input_ids
+        served = templates.with_template(spec, tokenizer)
+        said = [{"role": "user", "content": prompt.removesuffix("\n")}]
+        sent = served.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        assert served(sent, add_special_tokens=False).input_ids == row.tokens[~row.loss].tolist()
+    old = read(path, Rules(), tokenizer).dataset
+    assert not old.bos and (tokenizer.bos_token or old == found.dataset if found else True)
+
+
+def test_an_example_shows_no_other_text_of_a_customer(tmp_path):
+    chat = copy.deepcopy(llama_like())
+    chat.chat_template = CHAT_TEMPLATE.replace("{{ m.content }}", "{{ m.note }}{{ m.content }}")
+    rows = [turns("So?", f"Yes {k}") for k in range(30)]
+    for row in rows:
+        row["messages"][1]["note"] = "secret"
+    found, _ = with_lengths(
+        read(write_json(tmp_path / "my.jsonl", rows), None, chat), chat, None, ["."]
+    )
+    assert found.example and "secret" not in str(found.example) + str(found.messages)
 
 
 def test_no_prompt_is_in_two_splits(tmp_path):

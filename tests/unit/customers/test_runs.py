@@ -74,6 +74,10 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
     [
         ({"data": "silent.jsonl", "max_length": 16}, "no rows"),
         ({"data": "other.jsonl"}, "has the columns text"),
+        ({"data": "unlearned.jsonl"}, "no token counts in the loss"),
+        ({"data": "brackets.jsonl"}, "brackets.jsonl:41: not a JSON row"),
+        ({"data": "digits.jsonl"}, "digits.jsonl:41: not a JSON row"),
+        ({"data": "long.jsonl", "max_length": 64}, "training rows. Set the column max_length to"),
         ({"data": "empty.jsonl"}, "has no rows"),
         ({"data": "gone"}, "no file"),
         ({"task": "rl"}, "not by rl"),
@@ -90,6 +94,13 @@ def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch, col
     write_rows(tmp_path / "silent.jsonl", 40, "Yes {k}", question="How many? " * 40)
     write_json(tmp_path / "other.jsonl", [{"text": "a"}])
     write_json(tmp_path / "empty.jsonl", [])
+    answer = {"role": "assistant", "content": "Yes", "weight": 0}
+    said = [[{"role": "user", "content": f"So? {k}"}, answer] for k in range(40)]
+    write_json(tmp_path / "unlearned.jsonl", [{"messages": messages} for messages in said])
+    for name, odd in (("brackets", "[" * 100_000), ("digits", "9" * 5000)):
+        path = write_rows(tmp_path / f"{name}.jsonl", 40, "Yes {k}")
+        path.write_text(path.read_text() + odd + "\n")
+    write_rows(tmp_path / "long.jsonl", 40, "Yes " * 99)
     good = {**row, **data("good", 40)}
     first, wrong = plan([good, {**good, "name": "other", **columns}])
     assert len(first.points) == 3 and not first.problem

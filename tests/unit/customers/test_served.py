@@ -2,6 +2,8 @@
 
 import json
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -161,5 +163,27 @@ def test_what_is_no_server_or_cannot_answer_says_what_to_type(serve, monkeypatch
         return reply_of("x")(path, body, headers)
 
     monkeypatch.setenv(KEY, "secret")
-    Server(serve(keyed))
+    there = serve(keyed)
+    Server(there)
     assert seen == ["Bearer secret"]
+    # the key goes to no other address
+    with ExitStack() as started:
+        first = started.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Redirecting))
+        first.there = there.replace("127.0.0.1", "localhost") + "/v1/models"
+        Thread(target=first.serve_forever, daemon=True).start()
+        started.callback(first.shutdown)
+        with pytest.raises(SpecError, match=f"answers 302.* redirects to {first.there}"):
+            Server(f"http://127.0.0.1:{first.server_port}")
+    assert seen == ["Bearer secret"]
+
+
+class Redirecting(BaseHTTPRequestHandler):
+    """Send every request to the address `there` of the server."""
+
+    def do_GET(self):
+        self.send_response(302)
+        self.send_header("Location", self.server.there)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass

@@ -185,7 +185,7 @@ FAULTS = {
         ["modules_to_save is", "neither A nor B"],
     ),
     "bias": (lambda f: change(f, {"bias": "all"}), ['bias is "all", which vLLM']),
-    "an ignored key": (lambda f: change(f, {"target_parameters": ["x"]}), ["vLLM 0.32.0 ignores"]),
+    "an ignored key": (lambda f: change(f, {"target_parameters": ["x"]}), ["vLLM 0.33.0 ignores"]),
     "transposed": (lambda f: change(f, {"fan_in_fan_out": True}), ["fan_in_fan_out is true"]),
     "a pattern that differs": (lambda f: change(f, {"rank_pattern": {"q_proj": 2}}), ["has 8, not 2"]),
     "PiSSA": (lambda f: change(f, {"init_lora_weights": "pissa_niter_4"}), ["pissa_niter_4"]),
@@ -208,7 +208,7 @@ def test_an_unembedding_that_the_server_refuses_is_found(tmp_path):
         (found,) = problems(tied, VLLM, TIED, 8, given)
         assert found.startswith("an adapter of the tied unembedding lm_head: the base ties it")
     (found,) = problems(plain, VLLM, PLAIN, 8, "MistralForCausalLM")
-    assert "the unembedding lm_head: vLLM 0.32.0 takes it for some" in found
+    assert "the unembedding lm_head: vLLM 0.33.0 takes it for some" in found
     (found, ignored) = problems(write(tmp_path / "e", EXPERTS, 4, "mlp"), VLLM, EXPERTS, 8, LLAMA)[
         ::-1
     ]

@@ -11,7 +11,9 @@ import random
 import re
 from collections import Counter
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from lorasweep.data import chat, fields, load, own, text
 from lorasweep.errors import DataError
@@ -187,7 +189,8 @@ def test_parts_and_developers_are_read_without_a_template_as_plain_rows(tmp_path
     rng = random.Random(render)
     plain = [plain_row(rng, "parts")[0] for _ in range(N)]
     given = [as_given(rng, f, row, None) for f, row in zip(("parts", "developer") * N, plain)]
-    rows = [given, [{"messages": messages} for messages in plain]]
+    messages = [[{k: v for k, v in m.items() if k != "learned"} for m in row] for row in plain]
+    rows = [given, [{"messages": row} for row in messages]]
     one, other = (
         tokens_of(write_json(tmp_path / f"{k}.jsonl", r), qwen_like(), render=render)
         for k, r in enumerate(rows)
@@ -251,6 +254,15 @@ def calling(arguments="{}", name="late", **more):
     return answer(tool_calls=[{"function": {"name": name, "arguments": arguments}, **more}])
 
 
+OTHERS = {"function_call": {"name": "a"}, "refusal": "No", "audio": {"id": "a"}, "prefix": True}
+OTHERS |= {"thinking": "so", "reasoning_content": "so"}
+COLUMNS = {
+    "functions": [{}],
+    "system": "Be brief.",
+    "images": ["a.png"],
+    "label": False,
+    "weight": 0,
+}
 REFUSED = [
     *(
         ({"messages": [{"role": "user", "content": part(kind)}, YES]}, rf"messages\[0\].content\[1\] is a part of type '{kind}'. Only text")
@@ -263,11 +275,16 @@ REFUSED = [
     (answer(content="Yes \ud83d"), r"messages\[1\].content: character 5 is '\\ud83d', half of a ch"),
     (answer(content=[{"type": "text", "text": "\ud83d"}]), r"messages\[1\].content: character 1 is"),
     (answer(content=3), r"messages\[1\].content is 3. Allowed"),
-    (answer(role="function"), r"messages\[1\]: 'function' is not read. Write instead the role \"tool"),
+    (answer(role="function"), r"messages\[1\]: a message is from 'function'. Allowed: .*tool"),
     (answer(role="critic"), r"messages\[1\]: a message is from 'critic'. Allowed: .*user, assist"),
     (answer(role=None), r"messages\[1\]: a message is from None"),
-    (answer(function_call={"name": "a"}), r"\[1\]: 'function_call' is not read. Write .*tool_calls"),
-    ({**answer(), "functions": [{}]}, "jsonl:2: 'functions' is not read. Write instead tools: "),
+    *((answer(**{key: value}), f"has {key}, for which the tokenizer's chat template has no form")
+      for key, value in OTHERS.items()),
+    *(({**answer(), column: value}, f"jsonl:2: column '{column}' is .*, and is not read")
+      for column, value in COLUMNS.items()),
+    (calling("[" * 100_000), r"arguments is '\[\[\["),
+    (calling('{"a": 1, "a": 2}'), "arguments is '{\"a\": 1, \"a\": 2}'"),
+    (calling('{"a": "\\ud83d"}'), "as rendered: character [0-9]+ is"),
     (calling("late=3"), r"\[1\].tool_calls\[0\].function.arguments is 'late=3'. Allowed: an obj"),
     (calling(""), r"arguments is ''. Allowed: an object, or its JSON as text \('{}' for none"),
     (calling("[1]"), r"arguments is '\[1\]'"),
@@ -278,8 +295,6 @@ REFUSED = [
     (answer(role="user", tool_calls=CALLED), "Only the assistant calls tools"),
     ({**GOOD, "tools": "late"}, "jsonl:2: tools is 'late'. Expected a list of"),
     ({**GOOD, "tools": [{"name": "late"}]}, r"tools\[0\] is {'name': 'late'}. Expected"),
-    ({"chosen": "a", "rejected": "b"}, "chosen and rejected are a preference pair.*Only supervised"),
-    ({"input": {}, "preferred_output": [], "non_preferred_output": []}, "preferred_output and non"),
 ]  # fmt: skip
 
 
@@ -293,10 +308,9 @@ def test_what_is_not_understood_is_refused_with_file_row_and_reason(tmp_path, ro
 
 
 def test_preference_pairs_are_refused_by_their_columns(tmp_path):
-    for better, worse in chat.PAIRS:
-        path = write_json(tmp_path / "rows.jsonl", [{"prompt": "a", better: "b", worse: "c"}])
-        with pytest.raises(DataError, match=f"jsonl:1: {better} and {worse} are a preference pair"):
-            own.dataset_of(str(path))
+    path = write_json(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(DataError, match=r"jsonl:1: .* columns chosen, prompt, rejected. Expected"):
+        own.dataset_of(str(path))
     columns = {"prompt_field": "prompt", "completion_field": "chosen"}
     assert own.dataset_of(str(path), named=columns).completion_field == "chosen"
 
@@ -304,10 +318,10 @@ def test_preference_pairs_are_refused_by_their_columns(tmp_path):
 @pytest.mark.parametrize(
     "template, changes, says",
     [
-        (None, {"render": "role_eos"}, "has tool_calls, but the tokenizer has no chat template. S"),
-        (CHATML, {"render": "role_eos"}, "render=role_eos has no form for them"),
-        (CHATML, {"render": "role_colon"}, "render=role_colon has no form for them"),
-        (NO_TOOLS, {}, "chat template does not mention tool_calls"),
+        (None, {"render": "role_eos"}, "has tool_calls, for which render=role_eos has no form"),
+        (CHATML, {"render": "role_eos"}, "render=role_eos has no form"),
+        (CHATML, {"render": "role_colon"}, "render=role_colon has no form"),
+        (NO_TOOLS, {}, "has tool_calls, for which the tokenizer's chat template has no form"),
         (DROPS_CALLS, {}, r"leaves out a call of 'late' by message 2\)\. Remove the row"),
         (DROPS_CALLS, {"mask": "all"}, "leaves out a call of 'late' by message 2"),
     ],
@@ -322,5 +336,84 @@ def test_rows_with_tools_are_refused_where_the_base_has_no_form_for_them(
         tokens_of(path, with_template(template), **changes)
     shown = re.findall(r"rows.jsonl:(\d)", str(error.value))
     assert shown == ["2", "4", "5"] and str(error.value).endswith("Refused: 4 of 6 rows.")
-    with pytest.raises(DataError, match="has tools, but"):
+    with pytest.raises(DataError, match="has tools, for which"):
         tokens_of(write_json(path, [{**plain, "tools": TOOLS}]), with_template(NO_TOOLS))
+
+
+# ---------------------------------------------------------------- other keys of a message
+
+REASONS = CHATML.replace(
+    "+ message.content + eos_token",
+    "+ ('<think>' ~ message.reasoning_content ~ '</think>' if message.reasoning_content and "
+    "loop.last else '') + message.content + eos_token",
+)
+"""As in Qwen3's, the reasoning of earlier answers is left out."""
+
+
+@pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
+def test_reasoning_that_the_chat_template_renders_is_learned(tmp_path, mask):
+    tokenizer = with_template(REASONS)
+    said = answer(reasoning_content="So it is.", refusal=None, audio=None)["messages"]
+    (row,) = [{"messages": said}]
+    ((ids, loss),) = tokens_of(write_json(tmp_path / "a.jsonl", [row]), tokenizer, mask=mask)
+    whole = tokenizer.apply_chat_template(said, tokenize=False)
+    assert tokenizer.decode(ids) == (whole if mask == "all" else whole.removesuffix("\n"))
+    learned = tokenizer.decode([token for token, is_in in zip(ids, loss) if is_in])
+    assert learned.endswith("<think>So it is.</think>Yes<|endoftext|>" + "\n" * (mask == "all"))
+    spec = own.dataset_of(str(tmp_path / "a.jsonl"))
+    other = answer(reasoning_content="No.")
+    assert fields.whole_of(spec, row, "") != fields.whole_of(spec, other, "")
+    assert chat.kinds_of("messages", row) == ["messages", "with reasoning_content"]
+
+
+def test_reasoning_of_an_earlier_answer_is_left_out_as_a_server_does(tmp_path):
+    said = [*answer(reasoning_content="So.")["messages"], *answer()["messages"]]
+    path, tokenizer = write_json(tmp_path / "a.jsonl", [{"messages": said}]), with_template(REASONS)
+    ((ids, _),) = tokens_of(path, tokenizer, mask="last_assistant")
+    assert tokenizer.decode(ids) + "\n" == tokenizer.apply_chat_template(said, tokenize=False)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "name"])
+def test_a_key_that_changes_no_text_is_refused_and_an_empty_one_is_not(tmp_path, key):
+    template = CHATML + f"{{# {key} #}}"
+    path = write_json(tmp_path / "a.jsonl", [answer(**{key: "so"})])
+    with pytest.raises(DataError, match=f"a.jsonl:1: .* leaves out '{key}' of message 2"):
+        tokens_of(path, with_template(template))
+    for render in ("role_eos", "role_colon"):
+        with pytest.raises(DataError, match=f"has {key}, for which render={render} has no form"):
+            tokens_of(path, with_template(template), render=render)
+    assert tokens_of(write_json(path, [answer(**{key: ""})]), with_template(template))
+
+
+def test_what_other_formats_say_elsewhere_is_refused(tmp_path):
+    said = [{"from": "human", "value": "So?"}, {"from": "gpt", "value": "Yes"}]
+    for more in ({"tools": "[{}]"}, {"system": "Be brief."}):
+        path = write_json(tmp_path / "a.jsonl", [{"conversations": said, **more}])
+        with pytest.raises(DataError, match=f"column '{next(iter(more))}' is"):
+            tokens_of(path, with_template(CHATML))
+    twice = write_json(path, [{"conversations": [said[0], {**said[1], "content": "No"}]}])
+    with pytest.raises(DataError, match="'content' beside from and value"):
+        tokens_of(twice, with_template(CHATML))
+    path = write_json(path, [{"conversations": said, "tools": "[]", "system": ""}])
+    assert tokens_of(path, with_template(CHATML))
+
+
+def test_rows_of_arrow_have_no_keys_of_other_rows(tmp_path):
+    """Parquet has the keys of all calls and tools in every row, as nulls."""
+    tools = [
+        {**TOOLS[0], "function": {"name": "late", "parameters": {k: {"type": k}}}} for k in "ab"
+    ]
+    called = [{"function": {"name": "late", "arguments": a}} for a in ({"a": 1}, {"b": "x"}, {})]
+    rows = [
+        {**answer(content=None, tool_calls=[called[k % 3]]), "tools": [tools[k % 2]]}
+        for k in range(6)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    lines = tokens_of(write_json(tmp_path / "a.jsonl", rows), with_template(CHATML))
+    assert tokens_of(tmp_path / "b.parquet", with_template(CHATML)) == lines
+
+
+def test_rows_without_a_learned_answer_are_an_error_of_their_file(tmp_path):
+    path = write_json(tmp_path / "a.jsonl", [answer(weight=0)] * 3)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no token counts in the loss"):
+        tokens_of(path, with_template(CHATML))

@@ -84,6 +84,38 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, words):
         jsonl(tmp_path, rows)
 
 
+ODD = {
+    "a key twice": (
+        '{"prompt": "a", "completion": "b", "completion": "c"}',
+        "'completion' is named",
+    ),
+    "digits": ('{"prompt": "a", "completion": "b", "id": %s}' % ("9" * 5000), "4300 digits"),
+    "brackets": ('{"prompt": "a", "completion": "b", "id": %s}' % ("[" * 100_000), "recursion"),
+}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+@pytest.mark.parametrize(("row", "words"), ODD.values(), ids=ODD)
+def test_a_row_that_python_cannot_read_is_an_error_of_its_file(tmp_path, ending, row, words):
+    path = tmp_path / f"rows.{ending}"
+    path.write_text(f"[{row}]" if ending == "json" else f"\n{row}\n")
+    with pytest.raises(DataError, match=f"rows.{ending}(:2)?: not .*{words}"):
+        own.dataset_of(str(path))
+
+
+def test_a_column_that_is_named_twice_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,completion,,\na,gold,rejected,,\n")
+    with pytest.raises(DataError, match="'completion' is named twice"):
+        own.dataset_of(str(path))
+    path.write_text("prompt,completion,,\na,gold,,\n")  # as spreadsheets write empty columns
+    assert own.dataset_of(str(path))
+    columns, names = [pa.array(["a"])] * 3, ["prompt", "completion", "completion"]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="'completion' is named twice"):
+        own.dataset_of(str(tmp_path / "rows.parquet"))
+
+
 def test_a_file_in_another_encoding_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "a", "completion": "caf\xe9"}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl: not UTF-8 .* Save it in UTF-8"):

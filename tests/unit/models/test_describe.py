@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from lorasweep.customers.read import RowError, customer_of, shape_of
 from lorasweep.errors import ModelError
@@ -35,6 +36,14 @@ FAMILIES = {
     "Gemma3": {"head_dim": 12, "sliding_window": 4},
 }
 """Architectures, and changes to a small config of each."""
+CALLED_OTHERWISE = {
+    "GPTNeoX": {},  # Pythia
+    "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "Falcon": {},
+    "GPTJ": {"rotary_dim": 4, "n_inner": 24},
+    "Bloom": {},
+}
+"""Architectures whose forward pass passes the tokens by position, or calls an inner decoder."""
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -46,16 +55,17 @@ def random_model(family, **changes):
     """A model with random weights and biases; its vocabulary is the tokenizer's."""
     cls = getattr(transformers, f"{config_name(family)}Config")
     torch.manual_seed(0)
-    config = cls(
-        **{
-            **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
-            **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
-            **{"vocab_size": len(qwen_like()), "max_position_embeddings": 128},
-            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
-            **FAMILIES.get(family, {}),
-            **changes,
-        }
-    )
+    shape = {
+        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        **{"vocab_size": len(qwen_like()), "max_position_embeddings": 128},
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+        **{**FAMILIES, **CALLED_OTHERWISE}.get(family, {}),
+        **changes,
+    }
+    if family == "Falcon":  # which computes it
+        del shape["head_dim"]
+    config = cls(**shape)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -170,7 +180,9 @@ def test_what_is_described_trains_by_both_methods(saved, family):
             assert result["norm_delta"] > 0 and result["test_nll"] < result["nll_start"] + 0.1
 
 
-@pytest.mark.parametrize("family", ["Gemma3", "Phi3", "Qwen2", "Olmo2"], indirect=True)
+@pytest.mark.parametrize(
+    "family", ["Gemma3", "Phi3", "Qwen2", "Olmo2", *CALLED_OTHERWISE], indirect=True
+)
 def test_peft_computes_what_an_exported_adapter_computed(saved, family, tmp_path):
     """The reference is W + scaling B A, added to the weights of transformers' model."""
     _, folder = saved
@@ -394,6 +406,82 @@ def test_what_is_missing_is_named(tmp_path):
     (folder / "model.safetensors").unlink()
     assert "0 of 1 files of weights: no model.safetensors" in refusal(folder)
     assert "no .gguf file" in refusal(folder / "config.json")
+
+
+@pytest.mark.parametrize("form", ["one file", "several files", "pickled"])
+@pytest.mark.parametrize("wrong", ["missing", "no head", "unexpected", "mismatched"])
+def test_weights_that_do_not_fit_are_refused_in_the_plan_and_before_training(tmp_path, wrong, form):
+    folder = save(random_model("Llama"), tmp_path / "mine")
+    spec, models_dir = describe_model(str(folder))
+    weights = load_file(folder / "model.safetensors")
+    name = "lm_head.weight" if wrong == "no head" else "model.layers.1.mlp.down_proj.weight"
+    tensor = weights.pop(name)
+    if wrong == "unexpected":
+        weights |= {name: tensor, "model.layers.1.mlp.more.weight": tensor.clone()}
+        name = "model.layers.1.mlp.more.weight"
+    if wrong == "mismatched":
+        weights[name] = tensor[:-1].clone()
+    (folder / "model.safetensors").unlink()
+    if form == "pickled":
+        torch.save(weights, folder / "pytorch_model.bin")
+    elif form == "one file":
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    else:
+        names = sorted(weights)
+        files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, part in files.items():
+            save_file({n: weights[n] for n in part}, folder / file, {"format": "pt"})
+        index = {"metadata": {}, "weight_map": {n: f for f, part in files.items() for n in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = refusal(folder)
+    assert "\n" not in found and name in found
+    assert ("missing" if wrong == "no head" else wrong) in found
+    unpinned = dataclasses.replace(spec, revision="")  # as a file in conf/model describes it
+    with pytest.raises(ModelError, match=name):
+        models.load(unpinned, [models_dir])
+    with pytest.raises(RowError, match=name):
+        row = {"name": "a", "model": str(folder / "config.json"), "task": "sft"}
+        shape_of(customer_of(row), {})
+
+
+def test_a_tied_head_may_be_stored_or_not(tmp_path):
+    folder = save(random_model("Llama", tie_word_embeddings=True), tmp_path / "mine")
+    weights = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # of old versions
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    spec, models_dir = describe_model(str(folder))
+    assert spec.tied and models.load(spec, [models_dir])
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")  # the answer to transformers' question
+    folder = save(random_model("Llama"), tmp_path / "mine")
+    spec, models_dir = describe_model(str(folder))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    found = refusal(folder)
+    assert "tokenizer fails" in found and "custom code" in found and "\n" not in found
+    unpinned = dataclasses.replace(spec, revision="")
+    for load in (models.load, models.tokenizer_of):
+        with pytest.raises(ValueError, match="custom code"):
+            load(unpinned, [models_dir])
+    assert not ran.exists()
+
+
+def test_a_model_whose_training_step_fails_is_refused(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.BioGptConfig(**shape, num_attention_heads=2, vocab_size=len(qwen_like()))
+    folder = save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "mine")
+    found = refusal(folder)
+    assert "BioGpt" in found and "a training step fails" in found and "\n" not in found
 
 
 # ---------------------------------------------------------------- customers

@@ -69,6 +69,22 @@ def test_validation_rows_choose_the_rate_and_test_rows_measure_the_loss_there():
         assert arm["good"][0] < best / SHIFT < arm["good"][1] and arm["seconds"] == 3.0
 
 
+def test_harder_validation_rows_do_not_make_good_runs_count_as_untrained():
+    class Harder(Shifted):
+        """Validation losses are 5 nats higher than test losses, before and after training."""
+
+        def chosen_by(self, spec):
+            found = super().chosen_by(spec)
+            found["curve"][0]["test_nll_curve"] = self.start + 5
+            found["curve"][-1]["test_nll_curve"] += 5
+            return found
+
+    easy, harder = (by_rank(results(world, specs())) for world in (Shifted(), Harder()))
+    for rank, arm in harder.items():
+        best = easy[rank]["best_lr"]["value"]
+        assert arm["best_lr"]["value"] == pytest.approx(best) and arm["best_tried"]
+
+
 def test_without_validation_rows_test_rows_do_both():
     data = dataclasses.replace(specs()[0].dataset, n_validation=0)
     runs = [dataclasses.replace(s, dataset=data) for s in specs()]

@@ -118,12 +118,13 @@ def test_one_arm_has_no_ratio_and_one_point_no_optimum(asked, refused):
 
 
 def test_layer_sets_share_one_full_fine_tuning_curve(tmp_path, capsys):
-    both = pd.concat([planted().assign(layers="attention"), planted().assign(layers="mlp")])
+    one = planted().assign(alpha=32.0, scaling_by="rank", init_scale=1.0, eps=1e-8)
+    both = pd.concat([one.assign(layers="attention"), one.assign(layers="mlp")])
     code, text, err = run(capsys, "ratio", write(tmp_path, both), "--json")
     found = json.loads(text)
     assert code == 0 and len(found["ratios"]) == 4 and "repeat another row" in err
     variants = {r["group"].split("; ")[1] for r in found["ratios"]}
-    assert variants == {"layers attention", "layers mlp"}
+    assert variants == {"layers attention", "layers mlp"}  # not what all have, such as alpha
     assert found["pooled"] is None  # one full fine-tuning curve is not two witnesses
 
 

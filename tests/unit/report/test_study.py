@@ -97,7 +97,8 @@ def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(repor
     assert [a.folder for a in found] == [reports / "rank-smoke"]
     (tmp_path / page.MAP).write_bytes(b"of an answer that is gone")
     (tmp_path / "questions").mkdir()
-    (tmp_path / "questions" / "gone.md").write_text("of an answer that is gone")
+    (tmp_path / "questions" / "gone.md").write_text("gone. How to read: [ledger](../ledger.md)")
+    (tmp_path / "questions" / "notes.md").write_text("mine")
     page.write(found, tmp_path / "study.md")
     texts = page.pages(found, tmp_path / "study.md")
     assert {n: (tmp_path / n).read_text() for n in texts} == texts
@@ -106,6 +107,7 @@ def test_the_page_is_written_with_its_figures_and_none_that_is_out_of_date(repor
     assert f"](../{page.SPEED})" in texts["questions/rank.md"] and (tmp_path / page.SPEED).is_file()
     assert page.MAP not in texts["study.md"] and not (tmp_path / page.MAP).exists()
     assert not (tmp_path / "questions" / "gone.md").exists()
+    assert (tmp_path / "questions" / "notes.md").read_text() == "mine"
     assert "../reports/rank-smoke/report.md" in texts["questions/rank.md"]
     for name, text in texts.items():
         for target in re.findall(r"\]\(([^)#]+)", text):
@@ -507,9 +509,7 @@ def test_the_studys_condition_on_rewards_is_shown_with_the_verdict(tmp_path):
     assert shown == "**REFUTED** at `tiny`<br>at 0.2 parameters an episode"
     (said,) = findings.others([made])
     place = "b (exercises under new names, by rewards; rank 1, 100 updates)"
-    of_study = (
-        "The post's rank 1 has more parameters than episodes, ours 0.2 parameters an episode."
-    )
+    of_study = "The post's rank 1 has more than one parameter per episode; ours has 0.2."
     assert said.text.endswith(f"is -8.6 points [-11.6, -5.6] on {place}. {of_study}")
     asked = verdict(-11.0, 3.0, claim="tie", group="c on bandit_drawn, policy gradient")
     arms = [curve("c", "bandit_drawn", rank=1.0, steps=400)]
@@ -527,23 +527,27 @@ def test_the_studys_condition_on_rewards_is_shown_with_the_verdict(tmp_path):
 
 
 def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
-    def first(*outcomes, control=None, regret=7.8):
+    def first(*outcomes, control=None, beyond="SUPPORTED"):
         made = [
             verdict(-0.01, outcome=o, claim="low", group=f"b, {k}") for k, o in enumerate(outcomes)
         ]
-        made.append(verdict(0.01, claim="beyond", group="b, lists"))
+        made.append(verdict(0.01, outcome=beyond, claim="beyond", group="b, lists"))
         cells = [condition(f"b, {k}", (4, 9.0), (8, 2.0 + k)) for k in range(len(outcomes))]
         cells.append(condition("b, lists", (8, 6.0)))
         parts = [answer(tmp_path, *made, sweep="regime", data=RULES, cells=cells)]
-        parts += [batches(tmp_path, regret, control)] if control else []
+        parts += [batches(tmp_path, 7.8, control)] if control else []
         return findings.main(parts)[0]
 
     held = first("SUPPORTED", "SUPPORTED")
     # The rank of an eighth of the width of 64; of two data sets the one with more regret.
     assert held.lead.endswith("LoRA of rank 8 matches full fine-tuning on b")
-    lists = ", with lists 6.0% [5.0, 7.0]"
-    most = f"the largest regret of 2 data sets is 3.0% [2.0, 4.0] (256 updates, batch 16){lists}"
-    assert held.said == most
+    most = "the largest regret of 2 data sets is 3.0% [2.0, 4.0] (256 updates, batch 16)"
+    lists = "with lists to memorise"
+    behind = f". W{lists[1:]} LoRA falls behind: up to 6.0% [5.0, 7.0]"
+    assert held.said == most + behind
+    # Never more than the verdict says.
+    open_one = first("SUPPORTED", "SUPPORTED", beyond="UNDECIDED")
+    assert open_one.said == f"{most}. It is undecided {lists} (up to 6.0% [5.0, 7.0])"
     assert f"on b**, as the post says: {held.said}." in held.text
     # The question's page has all data sets, those with lists apart.
     each = "2.0% [1.0, 3.0] and 3.0% [2.0, 4.0] on b (rank 8, 256 updates, 2 data sets)"
@@ -551,14 +555,12 @@ def test_the_first_finding_names_every_base_rank_and_length(tmp_path):
     # Another base of the same share of the width is named apart, with its own numbers.
     both = first("SUPPORTED", "SUPPORTED", control="REFUTED")
     assert both.lead == held.lead and both.post == held.post
-    assert both.said.endswith(". Rank 8 on c does not: 7.8% [5.3, 10.3] (384 updates, batch 32)")
-    unclear = "For rank 8 on c (384 updates, batch 32) it is undecided: 7.8% [5.3, 10.3]"
+    assert ". Rank 8 on c does not: 7.8% [5.3, 10.3] (384 updates, batch 32)" in both.said
+    unclear = "It is undecided for rank 8 on c (384 updates, batch 32; 7.8% [5.3, 10.3])"
     assert first("SUPPORTED", control="UNDECIDED").said.endswith(unclear)
-    near = first("SUPPORTED", control="UNDECIDED", regret=6.0).said
-    assert near.endswith("it is undecided: 6.0% [3.5, 8.5] includes 5%")
     assert ". Rank 8 on c matches as well: 7.8%" in first("SUPPORTED", control="SUPPORTED").said
     assert "LoRA of rank 8 does not match full fine-tuning on b" in first("REFUTED").lead
-    assert first("REFUTED").said == f"the regret is 2.0% [1.0, 3.0] (256 updates, batch 16){lists}"
+    assert first("REFUTED").said == f"the regret is 2.0% [1.0, 3.0] (256 updates, batch 16){behind}"
     assert first("REFUTED").post.startswith("against the post, for which LoRA ends at the same")
     assert "undecided whether LoRA" in first("UNDECIDED").lead
     mixed = first("SUPPORTED", "REFUTED")  # data sets of one base that differ
@@ -625,7 +627,7 @@ def test_growth_has_the_numbers_of_the_least_growth_that_was_shown(tmp_path):
 
     grown = second("SUPPORTED", "SUPPORTED", "UNDECIDED")
     least = "at rank 8 from -1.0% [-2.0, 0.0] after 64 updates to 1.0% [0.0, 2.0] after 256"
-    outcomes = "Growth at ranks 8 to 16: supported on 2 data sets, undecided on 1"
+    outcomes = "That it grows at all ranks 8 to 16 is supported on 2 data sets, undecided on 1"
     assert grown.said == f"{least}, a match. {outcomes}"
     assert grown.lead == "On b the regret grows with training where only rules are new"
     post = "** (exploratory), which the post expects only beyond an adapter's capacity: at"
@@ -663,7 +665,7 @@ def test_learning_rates_name_every_base_and_the_cost_of_ten_times(tmp_path):
     low, near = (4.0, 1.0, "REFUTED"), (12.0, 3.0, "UNDECIDED")
     apart = said(low, near, mark="early seeds")
     assert apart.lead == "On b0 LoRA's best learning rate is not ten times full fine-tuning's"
-    assert "it is 4.0 [3.0, 5.0] on b0 (dialect; rank 16, 256 updates) and" in apart.said
+    assert "the ratio is 4.0 [3.0, 5.0] on b0 (dialect; rank 16, 256 updates) and" in apart.said
     second = "12.0 [9.0, 15.0], which includes ten, on b1 (dialect; rank 16, 256 updates; "
     assert apart.said.endswith(f"{second}exploratory)")
     cost = "9.0% [4.0, 14.0] of the gain"
@@ -700,19 +702,21 @@ def test_the_speeds_of_the_lowest_and_the_highest_rank_stand_in_the_finding(tmp_
         at_end = {r: {256: Estimate(v)} for r, v in ((32, 1.04), (1, 0.31), (8, 0.7))}
         patch.setattr(findings, "speeds", lambda runs, steps: at_end)
         (found,) = findings.main([made])
-    assert found.said.endswith(
-        ". It is 0.31 (rank 1), 0.70 (rank 8) and 1.05 [0.98, 1.12] (rank 32)"
-    )
+    # The two ends, not the average alone: the rise falls with the rank.
+    ends = "by 31% from rank 1 to 8 and by 22% from rank 8 to 32"
+    assert found.said.startswith(f"a doubling raises the speed {ends} on b (")
+    assert found.more.endswith("Each doubling raises speed on average by 27% [25, 30].")
+    assert found.said.endswith(". The speed is 0.31 (rank 1) and 1.05 [0.98, 1.12] (rank 32)")
 
 
 @pytest.mark.parametrize("name", ["README.md", "analysis/results/README.md"])
-def test_a_finding_of_the_pages_is_one_or_two_short_sentences(name):
+def test_a_finding_of_the_pages_is_a_few_short_sentences(name):
     block = (ROOT / name).read_text().partition("\n## Findings\n")[2].partition("\n## ")[0]
     lines = re.findall(r"^\d\. (.*?)(?: \[Details\].*)?$", block, re.MULTILINE)
     assert len(lines) == 5
     for line in lines:
         numbers_as_one = re.sub(r"\[[^]]*\]", "", line)  # an interval is read with its number
-        assert len(numbers_as_one.split()) <= 50 and len(re.findall(r"\.(?:\s|$)", line)) <= 2, line
+        assert len(numbers_as_one.split()) <= 60 and len(re.findall(r"\.(?:\s|$)", line)) <= 2, line
         assert re.search(r"\[[-\d.]+, [-\d.]+\]", line) and re.search(r"\bupdates?\b", line)
 
 
@@ -724,7 +728,7 @@ def test_loads_are_compared_on_one_base_after_one_length(tmp_path):
 
     one = condition("b, x", (8, 1.0))
     (said,) = second(one, condition("b, y", (8, 1.0), rank=14.0, loads=(0.2, 3.0, 0.5)))
-    assert "regret is 5% (ranks of 5 to 14 on 2 data sets; b, 256 updates), the bits of" in said
+    assert "regret is 5% (ranks of 5 to 14 on 2 data sets; b, 256 updates), the data have" in said
     assert "0.01 to 0.2 by what the generator of the data changed, 3 to 6 by" in said
     assert "0.4 to 0.5 by that loss without their randomness" in said
     same = condition("b, z", (8, 1.0), loads=(0.4, 0.4, 0.4))
@@ -746,7 +750,8 @@ def test_the_effect_of_the_batch_is_told_apart_from_its_margin(tmp_path):
         (found,) = findings.main([small])
         return found
 
-    slower = "Larger batches slow LoRA more than full fine-tuning after equally many updates"
+    slower = "After equally many updates, larger batches slow LoRA more than full fine-tuning"
+    slower += "; after equally many examples this is not shown"
     close = said(-0.05, 0.04, "UNDECIDED")
     where = "on b (only rules new; rank 16, batches of 4 to 256 after 8 to 256 updates)"
     assert close.lead == slower
@@ -760,8 +765,8 @@ def test_the_effect_of_the_batch_is_told_apart_from_its_margin(tmp_path):
     assert small.lead == slower
     assert small.more == "On b the effect is less than the 3% fixed beforehand as relevant."
     none = said(0.0, 0.01, "REFUTED")
-    assert none.lead.startswith("Larger batches do not slow LoRA")
-    assert said(0.0, 0.05, "UNDECIDED").lead.startswith("It is undecided whether larger batches")
+    assert "larger batches do not slow LoRA" in none.lead and "examples" not in none.lead
+    assert said(0.0, 0.05, "UNDECIDED").lead.startswith("It is undecided whether after equally")
 
 
 def test_batches_are_no_evidence_where_their_control_fails(tmp_path):

@@ -117,9 +117,20 @@ def test_a_search_ends_before_runs_that_the_budget_does_not_allow():
     assert 4 < full_runs(points, 64) <= 6
 
 
-def test_a_model_that_does_not_train_ends_the_search_with_the_arm_and_the_lowest_rate():
-    with pytest.raises(SpecError, match=r"arm 'lora', rank \d+: no learning rate from .* trains"):
-        run([start()], lambda p: math.inf)
+@pytest.mark.parametrize("world", [lambda lr: math.inf, lambda lr: 1 + lr])
+def test_an_arm_that_does_not_train_has_one_full_run_and_another_goes_on(world):
+    starts = [start("broken", weight_decay=0.1), start("lora")]
+
+    def loss(p):
+        return world(p.spec.lr) if p.arm == "broken" else valley(1e-3)(p.spec.lr)
+
+    alone, _ = run(starts[:1], loss)
+    both, _ = run(starts, loss)
+    for points in (alone, both):
+        mine = [p for p in points if p.arm == "broken"]
+        (full,) = [p for p in mine if p.spec.steps == 64]
+        assert full.spec.lr == min(p.spec.lr for p in mine) < HOW.wide * LOWEST
+    assert {p.spec.seed for p in both} == set(range(HOW.seeds + 1))
     lrs, full = next_lrs(1e-3, {LOWEST * 5: 1.0, LOWEST * 20: 2.0}, {}, HOW)
     assert lrs == [pytest.approx(LOWEST * 1.25)] and not full
 

@@ -90,6 +90,9 @@ def test_a_run_records_parts_code_length_and_bits(base):
     first, last = result["curve"][0], result["curve"][-1]
     assert {f"{NAME}{end}" for end in nll.PARTS} <= first.keys() & last.keys()
     assert last["test_nll_curve"] != last["test_nll"]  # 8 rows and 24
+    (begun,) = nll.evaluate_exact(base.model, [eval_batches(loaded.test[:8], 256)], "fp64", NAME)
+    assert first["test_nll_curve"] == result["nll_start_curve"] == pytest.approx(begun[NAME])
+    assert result["nll_start_curve"] != result["nll_start"] == first["test_nll"]
     del state[spec.id]["meta"]["code_nats"]
     (old,) = results([spec], base, loaded, resume=state)
     assert math.isnan(old["code_nats"])

@@ -1,0 +1,200 @@
+"""Whatever ended in a store or stands in a table, every question, action and command of tables
+answers, or says in one line why not."""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import itertools
+import math
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from analysis.__main__ import main as tables
+from lorasweep.cli import answer
+from lorasweep.cli.actions import act
+from lorasweep.config.compose import compose_request
+from lorasweep.errors import LorasweepError
+from lorasweep.spec.metric import METRICS
+from lorasweep.store.run_store import RunStore
+from lorasweep.store.table import table_row
+from lorasweep.sweep.request import question
+from tests.conftest import FakeTrainer
+from tests.world import ROOT, planted_end
+
+SWEEPS = sorted({path.stem for path in (ROOT / "sweeps").glob("*.yaml")} - {"study"})
+KEPT = {
+    "all": lambda specs: specs,
+    "one": lambda specs: specs[:1],
+    "one rate": lambda specs: [s for s in specs if s.lr == _lowest(s, specs)],
+    "one seed": lambda specs: [s for s in specs if s.seed == specs[0].seed],
+    "no fullft": lambda specs: [s for s in specs if s.method.name != "fullft"],
+    "no lora": lambda specs: [s for s in specs if s.method.name != "lora"],
+}
+ENDS = ("good", "hurt", "equal", "diverged", "nan", "none", "infinite")
+CURVES = ("whole", "start", "none")
+TABLE_ACTIONS = ("status", "plan", "export", "extend", "qualify")
+COMMANDS = ("fit", "ratio", "drift", "law", "html")
+
+
+def _lowest(spec, specs):
+    return min(s.lr for s in specs if s.method == spec.method)
+
+
+@functools.cache
+def _specs(sweep):
+    """A sweep's runs at scale smoke, each with three seeds; and its request."""
+    request = compose_request([f"+sweep={sweep}", "scale=smoke"])
+    specs = [
+        dataclasses.replace(p.spec, seed=p.spec.seed + k) for k in range(3) for p in request.points
+    ]
+    return request, list({s.id: s for s in specs}.values())
+
+
+def result_of(spec, end="good", curve="whole"):
+    """A run's result: its loss falls, rises, stays or is no number; the curve may be missing."""
+    metric = METRICS[spec.objective]
+    start, gain = (0.3, 0.1) if metric.higher_is_better else (2.0, -0.5)
+    off = 0.01 * math.log(spec.lr / 1e-3) ** 2 + 0.001 * (spec.seed % 7)
+    change = {"hurt": -gain, "equal": 0.0}.get(end, gain) + (end != "equal") * off
+    value = {"nan": math.nan, "none": None, "infinite": math.inf, "diverged": None}
+    value = value.get(end, start + change)
+    points = [{"step": 0, metric.name: start, metric.on_part: start}]
+    if curve == "whole" and end != "diverged":
+        steps = sorted({1, 2, spec.steps})
+        points += [{"step": s, metric.name: start + change * s / spec.steps} for s in steps]
+        points[-1] |= {metric.name: value, metric.on_part: value}
+    _, result = planted_end(spec, start, start, points if curve != "none" else [])
+    more = {"run_id": spec.id, "state": "diverged" if end == "diverged" else "done"}
+    return {**result, **more, metric.name: value, metric.on_part: value, **metric.stored()}
+
+
+def answers(*asked):
+    """Each of `asked` returns, or raises an error of one line."""
+    for ask in asked:
+        try:
+            ask()
+        except LorasweepError as error:
+            assert "\n" not in str(error)
+
+
+def judge(sweep, kept, ends, curve, folder=None):
+    """Ask all that is asked of a table; `ends`: method -> how its runs end."""
+    request, specs = _specs(sweep)
+    rows = [
+        table_row(s.plain(), result_of(s, ends[s.method.name], curve)) for s in KEPT[kept](specs)
+    ]
+    table, asked = pd.DataFrame(rows), question(request)
+    if len(table):
+        answers(
+            lambda: answer.judge(table, asked, folder, folder is None),
+            lambda: answer.qualify(table),
+            lambda: answer.next_round(table, asked),
+        )
+
+
+planted = st.tuples(
+    st.sampled_from(SWEEPS),
+    st.sampled_from(sorted(KEPT)),
+    st.fixed_dictionaries(dict.fromkeys(("fullft", "lora"), st.sampled_from(ENDS))),
+    st.sampled_from(CURVES),
+)
+CASES = [
+    ("rank", "one seed", {"fullft": "diverged", "lora": "good"}, "whole"),
+    ("rl", "one rate", {"fullft": "good", "lora": "good"}, "whole"),
+    ("capacity", "all", {"fullft": "nan", "lora": "nan"}, "whole"),
+    ("invariance", "one seed", {"fullft": "good", "lora": "good"}, "none"),
+    ("tune", "no lora", {"fullft": "hurt", "lora": "good"}, "start"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:2]))
+def test_a_table_that_once_ended_in_a_traceback_is_answered(case):
+    judge(*case)
+
+
+@pytest.mark.full
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(case=planted, pages=st.booleans())
+def test_any_planted_table_is_answered_with_all_pages(case, pages):
+    with tempfile.TemporaryDirectory() as folder:
+        judge(*case, Path(folder) if pages else None)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_every_sweep_is_answered_however_its_runs_end(sweep):
+    for kept, end, curve in itertools.product(KEPT, ENDS, CURVES):
+        if (kept == "all") + (end == "good") + (curve == "whole") >= 2:
+            judge(sweep, kept, {"fullft": end, "lora": "good"}, curve)
+            judge(sweep, kept, {"fullft": end, "lora": end}, curve)
+
+
+@pytest.mark.parametrize("action", TABLE_ACTIONS)
+def test_actions_on_any_store_answer(compose, capsys, tmp_path, action):
+    asked = compose("+sweep=lr_ratio", "scale=smoke", f"action={action}")
+    for ends in ((), ("diverged",), ("good", "hurt", "nan"), ("none",)):
+        exec_ = dataclasses.replace(asked.exec, runs_dir=f"{tmp_path}/{'-'.join(ends)}runs")
+        more = {"table": f"{tmp_path}/{len(ends)}.csv"} if action == "export" else {}
+        request = dataclasses.replace(asked, exec=exec_, **more)
+        store = RunStore(exec_.runs_dir)
+        store.prepare()
+        for k, p in enumerate(request.points if ends else ()):
+            store.put(p.spec, result_of(p.spec, ends[k % len(ends)]))
+        answers(functools.partial(act, request, FakeTrainer(lambda spec: math.nan)))
+
+
+CELLS = st.sampled_from(["", "nan", "inf", "-1", "0", "1e-4", "2e-4", "1e-3", "2.5", "done", "x"])
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "model": st.sampled_from(["m", "n"]),
+            "lr": st.one_of(st.sampled_from(["1e-4", "2e-4", "4e-4", "8e-4"]), CELLS),
+            "test_nll": st.one_of(st.sampled_from(["1.0", "1.1", "1.3", ""]), CELLS),
+            "rank": st.sampled_from(["", "4", "16"]),
+            "status": st.sampled_from(["done", "diverged", ""]),
+            "seed": st.sampled_from(["0", "1"]),
+            "hidden_size": st.sampled_from(["64", "128", ""]),
+            "nll_start": st.sampled_from(["2.0", "0.5", ""]),
+        }
+    ),
+    max_size=12,
+)
+
+
+def _run_tables(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "runs.csv"
+        names = rows[0] if rows else ["model", "lr", "test_nll", "rank"]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(names))
+            writer.writeheader()
+            writer.writerows(rows)
+        for command in COMMANDS:
+            out, errors = io.StringIO(), io.StringIO()
+            where = ["--out", f"{folder}/page.html"] if command == "html" else []
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+                code = tables([command, str(path), *where])
+            assert (code == 0) == (not errors.getvalue().startswith("analysis:"))
+            assert code in (0, 2) and len(errors.getvalue().splitlines()) <= 6
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(ROWS)
+def test_commands_on_any_table_answer(rows):
+    _run_tables(rows)
+
+
+@pytest.mark.full
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(ROWS)
+def test_commands_on_many_tables_answer(rows):
+    _run_tables(rows)

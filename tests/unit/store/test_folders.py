@@ -1,0 +1,154 @@
+"""Folders that are replaced: no file of the user's is lost, whatever happens in between."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lorasweep.errors import SpecError, StoreError
+from lorasweep.spec.execution import Exec
+from lorasweep.store import folders
+from lorasweep.store.folders import MARK, replaced
+from tests.unit.store.conftest import at_once
+
+
+def write(folder, last="facts.json", whole=True, **contents):
+    with replaced(folder, last, whole) as partial:
+        for name, text in contents.items():
+            path = partial / name.replace("__", "/").replace("_", ".")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+
+
+def files_of(folder):
+    found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: p.read_text() for name, p in found.items() if name != MARK}
+
+
+def exec_in(folder):
+    return Exec(runs_dir=str(folder / "runs"), models_dir=[], data_dir=[str(folder / "data")])
+
+
+OLD = {"facts_json": "1", "README_md": "a", "adapter__model": "x"}
+
+
+def test_only_our_files_are_replaced_and_those_of_the_user_stay(tmp_path):
+    out = tmp_path / "out"
+    write(out, **OLD)
+    (out / "notes.txt").write_text("mine")
+    write(out, facts_json="2", README_md="b")
+    assert files_of(out) == {"facts.json": "2", "README.md": "b", "notes.txt": "mine"}
+    write(out, facts_json="1", README_md="a")  # an earlier content is ours, too
+    assert files_of(out)["README.md"] == "a"
+
+
+@pytest.mark.parametrize(
+    "spoil, match",
+    [
+        (lambda out: (out / "README.md").write_text("edited"), "README.md is not as"),
+        (lambda out: (out / "new.txt").write_text("mine"), "new.txt is not as"),
+        (lambda out: (out / "new.txt").symlink_to(out.parent / "other"), "new.txt is not as"),
+        (lambda out: (out / "new.txt").mkdir(), "new.txt is not as"),
+        (lambda out: (out / MARK).unlink(), "no .lorasweep.jsonl"),
+        (lambda out: out.rename(out.parent / "real") and out.symlink_to("real"), "is a link"),
+    ],
+)
+def test_what_the_user_changed_or_added_is_refused_and_kept(tmp_path, spoil, match):
+    out = tmp_path / "out"
+    write(out, README_md="a", x_txt="1")
+    (tmp_path / "other").write_text("mine")
+    spoil(out)
+    before = files_of(out)
+    with pytest.raises(SpecError, match=match):
+        write(out, README_md="b", new_txt="2")
+    assert files_of(out) == before and (tmp_path / "other").read_text() == "mine"
+
+
+def test_a_name_in_a_marker_cannot_point_outside(tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other.txt"
+    write(out, README_md="a")
+    other.write_text("a")
+    line = (out / MARK).read_text().replace("README.md", "../other.txt")
+    (out / MARK).write_text((out / MARK).read_text() + line)
+    with pytest.raises(SpecError, match="is not as lorasweep wrote it"):
+        write(out, facts_json="1")
+    assert other.read_text() == "a"
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_after_a_kill_at_any_rename_the_next_command_repairs(tmp_path, monkeypatch, at):
+    """An exception that nothing handles stands for the kill; the staged files stay, too."""
+    out = tmp_path / "out"
+    write(out, **OLD)
+    (out / "notes.txt").write_text("mine")
+    monkeypatch.setattr(folders.shutil, "rmtree", lambda *a, **k: None)
+    steps = iter(range(100))
+
+    def killed(do):
+        def one(*given, **more):
+            if next(steps) == at:
+                raise SystemExit
+            return do(*given, **more)
+
+        return one
+
+    monkeypatch.setattr(folders.os, "replace", killed(os.replace))
+    monkeypatch.setattr(folders.Path, "unlink", killed(Path.unlink))
+    with pytest.raises(SystemExit):
+        write(out, facts_json="2", README_md="b", new_txt="3", more_txt="4")
+    monkeypatch.undo()
+    assert files_of(out).get("facts.json") != "2"  # the last: so the folder is not complete
+    write(out, facts_json="3", README_md="c")
+    assert files_of(out) == {"facts.json": "3", "README.md": "c", "notes.txt": "mine"}
+
+
+def test_two_commands_at_once_leave_the_files_of_one(tmp_path):
+    out = tmp_path / "out"
+
+    def one(k):
+        for turn in range(20):
+            write(out, facts_json=f"{k}", README_md=f"{k}", **{f"f{turn % 3}_txt": f"{k}"})
+        return 0
+
+    at_once(4, one)
+    found = files_of(out)
+    assert len({*found.values()}) == 1 and len(found) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), Exception("os error 28")]
+)
+def test_a_full_disk_leaves_what_was_there(tmp_path, error):
+    for name, before in {"old": {"README.md": "a"}, "new": {}}.items():
+        out = tmp_path / name
+        if before:
+            write(out, README_md="a")
+        with pytest.raises(StoreError, match="cannot be written"), replaced(out, "x") as partial:
+            (partial / "README.md").write_text("b")
+            raise error
+        assert out.exists() == bool(before)
+        assert not before or (files_of(out) == before and not (out / folders.PARTIAL).exists())
+
+
+@pytest.mark.parametrize("mark, name", [("facts", "run"), ("lorasweep", "answer")])
+def test_folders_of_version_0_2_are_known_and_get_a_marker(tmp_path, mark, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    old = {f"{mark}.json": json.dumps({name: 1}), "README.md": "a", "model.safetensors": "w"}
+    for file, text in {**old, "notes.txt": "mine"}.items():
+        (out / file).write_text(text)
+    folders.check(out, exec_in(tmp_path), [])
+    write(out, README_md="b")
+    assert files_of(out) == {"README.md": "b", "notes.txt": "mine"} and (out / MARK).is_file()
+
+
+@pytest.mark.parametrize("out", [".", "runs", "runs/x", "data", "table.csv", "link"])
+def test_a_folder_in_use_is_refused_before_anything_is_written(tmp_path, out):
+    (tmp_path / "table.csv").write_text("a")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((SpecError, StoreError), match=r"would be mixed|is a link|no folder"):
+        folders.check(tmp_path / out, exec_in(tmp_path), [], [tmp_path / "table.csv"])
+    folders.check(tmp_path / "new/one", exec_in(tmp_path), [])
+    assert sorted(tmp_path.rglob("*")) == before

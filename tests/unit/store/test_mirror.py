@@ -1,0 +1,69 @@
+"""Copies for Weights & Biases: a kill at any place leaves one copy of a run, and a whole one."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lorasweep.errors import StoreError
+from lorasweep.sweep.grid import Point
+from lorasweep.tracking.wandb import mirror
+from tests.world import tiny_spec
+
+POINT = Point("lora", tiny_spec())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Return a store of one finished run, and a W&B that writes a line a record."""
+
+    def init(id, dir=None, **_):
+        n = len(list(tmp_path.rglob("offline-run-*")))
+        file = Path(dir or tmp_path, "wandb", f"offline-run-{n}-{id}", "run")
+        file.parent.mkdir(parents=True)
+
+        def log(values, step):
+            with file.open("a") as f:
+                f.write(f"{step}\n")
+
+        return SimpleNamespace(log=log, summary={}, finish=lambda: log({}, "end"))
+
+    fake = SimpleNamespace(init=init, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr("lorasweep.tracking.wandb.check_installed", lambda *_: None)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    (tmp_path / "runs").mkdir()
+    return SimpleNamespace(
+        result=lambda run: {"test_nll": 1.0},
+        folder=lambda run: tmp_path / "runs",
+        records=lambda run: [{"step": k, "loss": 1.0} for k in (1, 2)],
+    )
+
+
+@pytest.mark.parametrize("place", ["records", "write_text", "rename"])
+def test_a_kill_leaves_one_whole_copy(world, tmp_path, monkeypatch, place):
+    """While the records are copied; before the mark; between the mark and the move."""
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(world if place == "records" else Path, place, kill)
+        mirror([POINT], world, "g")
+    mirror([POINT], world, "g")
+    assert mirror([POINT], world, "g") == 0
+    (copy,) = (tmp_path / "wandb").rglob("run")
+    assert copy.parent.parent == tmp_path / "wandb"
+    assert copy.read_text().split() == ["1", "2", "end"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(world, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "file"))
+    with pytest.raises(StoreError, match=r"WANDB_DIR=.*it is a file"):
+        mirror([POINT], world, "g")
