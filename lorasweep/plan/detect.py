@@ -40,8 +40,14 @@ def this_machine() -> Hardware:
         gpus=len(found),
         gpu_name=smallest.name if smallest else None,
         gpu_memory_gib=smallest.memory_bytes / 2**30 if smallest else None,
+        # a torch with CUDA takes more even without a GPU (docs/log)
+        process_gib=500 / 1024 if _torch_for_cpus() else 1.0,
         fast_bf16=None if found else fast_bf16(),
     )
+
+
+def _torch_for_cpus() -> bool:
+    return metadata.version("torch").endswith("+cpu")
 
 
 def cores() -> int:
@@ -96,7 +102,7 @@ def gpus() -> tuple[Gpu, ...]:
     trains_here = "LORASWEEP_CONTAINER" not in os.environ
     if shutil.which("nvidia-smi") is None:
         return ()
-    if trains_here and metadata.version("torch").endswith("+cpu"):
+    if trains_here and _torch_for_cpus():
         return ()
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if "MIG-" in (wanted or ""):

@@ -11,6 +11,7 @@ POSITIVE = (
     *("cores", "memory_gib", "gpus_per_node", "gpu_memory_gib", "attainable_share"),
     *("attention_flops_s", "bandwidth_bytes_s", "link_bytes_s", "network_bytes_s"),
     "price_per_gpu_h",
+    "process_gib",
 )
 
 
@@ -47,6 +48,9 @@ class Hardware(Value):
     """One GPU's share of the bandwidth between nodes, in one direction."""
     price_per_gpu_h: float | None = None
     """Price of one GPU in US dollars per hour."""
+    process_gib: float = 500 / 1024
+    """Memory of a worker on a CPU before weights: the interpreter, torch, transformers. Measured
+    with a torch for CPUs (docs/log)."""
     fast_bf16: bool | None = None
     """False: the processor has no bf16 instructions."""
 

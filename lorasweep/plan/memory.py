@@ -32,8 +32,6 @@ CHUNK_LOGITS = 1 << 26
 """Logits computed at once (train/objectives/nll.py, GPU_LOGITS)."""
 
 # ---- a CPU
-CPU_PROCESS_BYTES = 500 * 2**20
-"""Memory of a worker before weights: the interpreter, torch, transformers. Measured (docs/log)."""
 CPU_TEXT_PEAK = 2.0
 """Longest row of an update / mean row, for text. In batches of 8 rows of GSM8K it is 1.6 on average
 and 2.0 at the 95th percentile (docs/log)."""
@@ -113,6 +111,7 @@ def pack_memory(n_runs: int, spec: RunSpec, hardware: Hardware, layout: Layout) 
         )
     else:
         parts = _cpu_memory(load, spec, layout, n_runs, states, held)
+        parts["process"] = hardware.process_gib * 2**30
     if spec.early_stopping:
         parts["best weights"] = parts["trained weights"]
     if not spec.max_new_tokens:
@@ -173,7 +172,6 @@ def _cpu_memory(
         "activations": tokens * model.n_layers * layer * (1 if load.whole else CPU_FRAGMENTATION),
         # a chunk of logits, their logarithms, gradients and temporaries
         "logits": min(CPU_CHUNK_BYTES, 5 * exact * tokens * model.vocab_size),
-        "process": float(CPU_PROCESS_BYTES),
     }
 
 
