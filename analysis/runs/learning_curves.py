@@ -30,7 +30,8 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
     Columns: `run`, the run's label in the table's index; `step`; `test_nll` in nats;
     `test_nll_curve`, before training and at its end the loss on the rows of the evaluations between
     (before training not in results of old versions);
-    `grad_share`, the share of the squared gradient by layer set. Missing values are NaN.
+    `grad_share`, the share of the squared gradient by layer set. Missing and infinite values are
+    NaN.
     """
     assert table.index.is_unique, "the index of the table must be unique: call reset_index() first"
     results = table["result"].items() if "result" in table.columns else ()
@@ -40,9 +41,9 @@ def learning_curves(table: pd.DataFrame) -> pd.DataFrame:
         if isinstance(text, str)
         for point in json.loads(text).get("curve") or []
     ]
-    return pd.DataFrame(points, columns=list(COLUMNS)).astype(
-        {"test_nll": float, "test_nll_curve": float}
-    )
+    found = pd.DataFrame(points, columns=list(COLUMNS))
+    found = found.astype({"test_nll": float, "test_nll_curve": float})
+    return found.replace([math.inf, -math.inf], math.nan)
 
 
 def by_run(table: pd.DataFrame) -> dict[object, pd.DataFrame]:

@@ -90,7 +90,8 @@ def as_losses(table: pd.DataFrame) -> pd.DataFrame:
 def _ended(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table with runs without a finite loss as diverged: others' tables have such."""
     lost = (table["status"] == "done") & ~np.isfinite(table[LOSS].astype(float))
-    return table.assign(status=table["status"].mask(lost, "diverged")) if lost.any() else table
+    ended = {"status": table["status"].mask(lost, "diverged"), LOSS: table[LOSS].mask(lost)}
+    return table.assign(**ended) if lost.any() else table
 
 
 def _with_loss(values: dict[str, Any], metric: dict[str, Any]) -> dict[str, Any]:
