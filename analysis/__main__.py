@@ -12,11 +12,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "analysis" / "results"
 EPILOG = """commands
-  fit FILE      best learning rate of every curve, with interval or bound and low-regret band
-  ratio FILE    LoRA's best learning rate divided by full fine-tuning's
-  drift FILE    how the best learning rate changes with the rank
-  law FILE      fit the learning rate as a power law of the hidden size, and the ratio as a power
-                law of hidden size and alpha
+  fit FILE      best learning rate of every curve, with interval or bound and low-regret band;
+                with --ratio, --drift or --law what follows from these
   html FILE     interactive page of curves, fits and runs, in one file (--out page.html)
   SWEEP         report of a sweep, from its kept table or from --table
   study         all claims in one table, from kept results and your own reports
@@ -26,8 +23,16 @@ EPILOG = """commands
 examples
   python -m analysis lr_ratio --scale small
   python -m analysis fit runs.csv --map learning_rate=lr --map lora_r=rank --out fits.json
-  python -m analysis ratio runs.csv --higher accuracy --json
+  python -m analysis fit runs.csv --ratio --higher accuracy --json
 """
+
+OF_FITS = {
+    "ratio": "LoRA's best learning rate divided by full fine-tuning's",
+    "drift": "how the best learning rate changes with the rank",
+    "law": "the best learning rate as a power law of the hidden size, and the ratio as one of "
+    "hidden size and alpha",
+}
+"""Flag of `fit` -> what it prints instead of the fits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from analysis.runs.table import TableError
 
     try:
-        if argv[0] in ("fit", "ratio", "drift", "law", "html"):
+        if argv[0] in ("fit", "html"):
             return _run_table_command(argv)
         if argv[:1] == ["study"]:
             return _study(argv[1:])
@@ -66,10 +71,9 @@ def _parser(command: str, out: str, reports: bool = True, **look: Any) -> argpar
 
 
 def _run_table_command(argv: Sequence[str]) -> int:
-    """Run `fit`, `ratio`, `drift`, `law` or `html` on a file."""
+    """Run `fit` or `html` on a file."""
     parser = _parser(argv[0], "write the JSON (or the page) here", reports=False, epilog=EPILOG)
     add = parser.add_argument
-    add("command", help=argparse.SUPPRESS)
     add(
         "file",
         type=Path,
@@ -86,7 +90,11 @@ def _run_table_command(argv: Sequence[str]) -> int:
     add("--within", type=float, default=0.01, help=within)
     share = "use a model's other ranks as a prior for the shape of each curve"
     add("--share", action="store_true", help=share)
-    args = parser.parse_args(argv)
+    what = parser.add_mutually_exclusive_group()
+    for name, about in OF_FITS.items() if argv[0] == "fit" else ():
+        what.add_argument(f"--{name}", dest="command", action="store_const", const=name, help=about)
+    parser.set_defaults(command=argv[0])
+    args = parser.parse_args(argv[1:])
 
     from analysis.runs import reading
     from analysis.runs.table import TableError

@@ -1,4 +1,4 @@
-"""The commands `fit`, `ratio`, `drift`, `law` and `html` on a table made by any program.
+"""The commands `fit` (with its flags) and `html` on a table made by any program.
 
 The package knows no sweeps or claims, and prints nothing.
 """

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -19,7 +18,7 @@ from typing import Any
 from lorasweep.customers.advice import advise
 from lorasweep.customers.evidence import Known
 from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
-from lorasweep.customers.rows import BY_ROW, SPLITS, Rows, Rules, rows_of, with_lengths
+from lorasweep.customers.rows import SPLITS, Rows, Rules, rows_of, with_lengths
 from lorasweep.customers.rules.rates import ALPHA
 from lorasweep.customers.serving import PEFT, Profile, adapted
 from lorasweep.data.own import CHAT, EXPECTED, PLAIN
@@ -34,7 +33,6 @@ from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import validate
 from lorasweep.store import folders
-from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.request import Request
 
@@ -274,9 +272,7 @@ def fleet_of(
 ) -> tuple[Rules, list[Member]]:
     """Return the rules by which rows are read, and the customers with their runs.
 
-    The command line has precedence over the rules in the fleet's folder. The folder of a fleet of
-    an earlier version has no rules. Such a fleet keeps the rules of that version, if runs would
-    otherwise be trained again.
+    The command line has precedence over the rules in the fleet's folder.
 
     Raises:
         SpecError: a fleet cannot use the settings.
@@ -303,16 +299,15 @@ def fleet_of(
     if rules.serve not in profiles:
         raise SpecError(unknown("serve", rules.serve, profiles))
     profile = profiles[rules.serve]()
-    members = partial(
-        build_runs,
+    found = build_runs(
         customers,
         known,
         request,
-        tokenizer_of=tokenizer_of,
-        profile=profile,
-        architecture_of=partial(load.architecture_of, models_dirs=request.exec.models_dir),
+        rules,
+        tokenizer_of,
+        profile,
+        partial(load.architecture_of, models_dirs=request.exec.models_dir),
     )
-    found = members(rules)
     changed = [m for m in found if m.served.get("left_out")]
     if changed and "layers" in given:
         raise SpecError(
@@ -320,23 +315,7 @@ def fleet_of(
             f"customer {changed[0].name!r} is left out, as {changed[0].served['left_out']}. Add "
             "method.layers=attention+mlp, or leave method.layers out, or add serve=peft."
         )
-    there = set() if kept else set(RunStore(request.exec.runs_dir).existing())
-    if not there:
-        return rules, found
-    data = spec.dataset
-    of_scale = {"template": data.template, "render": data.render}
-    past = dataclasses.replace(rules, **of_scale, split=BY_ROW, answers="last", whole_prompt=False)
-    then = members(past)
-    now, before = ({p.id for m in fleet for p in m.points} for fleet in (found, then))
-    if (before - now).isdisjoint(there):
-        return rules, found
-    print(
-        "This fleet was trained before its folder recorded how rows are read. It keeps the prompt "
-        f"form of scale={request.scale}, and held-out rows may share prompts with training rows. "
-        "To train it by today's rules, add exec.runs_dir=DIR out=DIR.",
-        file=sys.stderr,
-    )
-    return past, then
+    return rules, found
 
 
 BY_CUSTOMER = ("model", "lr", "batch_size", "steps", "method.rank", "method.alpha")

@@ -40,7 +40,7 @@ KEPT = {
 ENDS = ("good", "hurt", "equal", "diverged", "nan", "none", "infinite")
 CURVES = ("whole", "start", "none")
 TABLE_ACTIONS = ("status", "plan", "export", "extend", "qualify")
-COMMANDS = ("fit", "ratio", "drift", "law", "html")
+COMMANDS = ("fit", "fit --ratio", "fit --drift", "fit --law", "html")
 
 
 def _lowest(spec, specs):
@@ -186,7 +186,7 @@ def _run_tables(rows):
             out, errors = io.StringIO(), io.StringIO()
             where = ["--out", f"{folder}/page.html"] if command == "html" else []
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-                code = tables([command, str(path), *where])
+                code = tables([*command.split(), str(path), *where])
             refused = any(v.startswith("analysis:") for v in errors.getvalue().splitlines())
             assert refused == (code == 2)
             assert code in (0, 2) and len(errors.getvalue().splitlines()) <= 6

@@ -16,12 +16,18 @@ from tests.world import ROOT
 EVIDENCE = Path(os.environ.get("LORASWEEP_TEST_EVIDENCE", "/nonexistent"))
 
 
+def words_of(command, path):
+    """The command line of fit, html, or a flag of fit."""
+    return [command, path] if command in ("fit", "html") else ["fit", path, f"--{command}"]
+
+
 @pytest.fixture
 def asked(tmp_path, capsys):
     """asked(command, table, *options): the values that the command prints about a table."""
 
     def values(command, table, *options, name="runs.csv"):
-        code, text, _ = run(capsys, command, write(tmp_path, table, name), *options, "--json")
+        path = write(tmp_path, table, name)
+        code, text, _ = run(capsys, *words_of(command, path), *options, "--json")
         assert code == 0
         return json.loads(text)
 
@@ -33,7 +39,7 @@ def refused(tmp_path, capsys):
     """refused(command, table, *options): the message with which the command refuses a table."""
 
     def message(command, table, *options):
-        code, _, err = run(capsys, command, write(tmp_path, table), *options)
+        code, _, err = run(capsys, *words_of(command, write(tmp_path, table)), *options)
         assert code == 2
         return err
 
@@ -61,7 +67,9 @@ def test_ratio_and_drift_come_back(tmp_path, capsys, asked, name):
     assert all(r["low"] < 10 < r["high"] for r in found["ratios"])
     (row,) = asked("drift", planted(), name=name)
     assert row["low"] < 0 < row["high"] and row["ranks"] == [4, 16]
-    assert all(run(capsys, command, tmp_path / name)[0] == 0 for command in ("drift", "ratio"))
+    assert all(
+        run(capsys, *words_of(command, tmp_path / name))[0] == 0 for command in ("drift", "ratio")
+    )
     both = pd.concat([planted(), planted(ratio=9.0).assign(model="n")])
     pooled = asked("ratio", both, name=name)["pooled"]
     assert pooled["groups"] == 2 and pooled["low"] < 9.5 < pooled["high"]
@@ -86,7 +94,7 @@ def test_law_needs_a_width_and_then_speaks(tmp_path, capsys, asked, refused):
     found = asked("law", of_widths(planted(ratio=10).assign(alpha=32), (1024, 2048, 4096)))
     assert {v["method"] for v in found["by_optima"]} == {"lora", "fullft"}
     assert found["ratio_law"]["p"]["low"] < 0 < found["ratio_law"]["p"]["high"]
-    assert run(capsys, "law", tmp_path / "runs.csv")[0] == 0
+    assert run(capsys, "fit", tmp_path / "runs.csv", "--law")[0] == 0
     assert "hidden_size" in refused("law", planted())
     table = of_widths(planted(ranks=(4,), higher=True), (1024, 2048, 4096, 8192))
     (law,) = asked("law", table, "--higher", "test_nll")["by_loss"]
@@ -120,7 +128,7 @@ def test_one_arm_has_no_ratio_and_one_point_no_optimum(asked, refused):
 def test_layer_sets_share_one_full_fine_tuning_curve(tmp_path, capsys):
     one = planted().assign(alpha=32.0, scaling_by="rank", init_scale=1.0, eps=1e-8)
     both = pd.concat([one.assign(layers="attention"), one.assign(layers="mlp")])
-    code, text, err = run(capsys, "ratio", write(tmp_path, both), "--json")
+    code, text, err = run(capsys, "fit", write(tmp_path, both), "--ratio", "--json")
     found = json.loads(text)
     assert code == 0 and len(found["ratios"]) == 4 and "repeat another row" in err
     variants = {r["group"].split("; ")[1] for r in found["ratios"]}
@@ -132,7 +140,7 @@ def test_layer_sets_share_one_full_fine_tuning_curve(tmp_path, capsys):
 def test_tables_without_a_surviving_run_have_no_numbers(tmp_path, capsys, asked, command):
     for row in asked("fit", planted().assign(status="diverged", test_nll="")):
         assert row["best_lr"] is None and "no_usable_points" in row["flags"]
-    assert run(capsys, command, tmp_path / "runs.csv")[0] == 0
+    assert run(capsys, *words_of(command, tmp_path / "runs.csv"))[0] == 0
 
 
 def test_names_are_data_on_the_page_and_never_markup(tmp_path, capsys):
