@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from lorasweep.customers.advice import Advice, answers, plain_of
 from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
 from lorasweep.customers.outcome import outcome_of, with_further
 from lorasweep.customers.read import Customer, Failed, Row, check_rows, expected, read_customers
+from lorasweep.customers.rows import FEWEST_NAMED
 from lorasweep.customers.runs import Member
 from lorasweep.customers.serving import Profile
 from lorasweep.data import chat
@@ -115,8 +118,31 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
         reasons = mine.reasons.values()
         print(json.dumps([{**vars(r), "sure": r.sure.name.lower()} for r in reasons]))
     else:
-        print(pages.render("reasons.txt", a=mine).rstrip())
+        print(pages.render("reasons.txt", a=mine, search=_search_of(mine)).rstrip())
     return 0
+
+
+def _search_of(advice: Advice) -> str:
+    """Return the command that tests the advice on the customer's rows; '' if a search cannot."""
+    c, model = advice.customer, advice.customer.model.removesuffix("/config.json")
+    few = advice.work.rows is not None and advice.work.rows < FEWEST_NAMED
+    there = model.lower() in advice.known.models or Path(model).is_dir() or model.count("/") == 1
+    if c.task != "sft" or few or not there:
+        return ""
+    values = {"model": model, "dataset": c.data or "ROWS"}
+    named = [_option(key, value) for key, value in values.items()]
+    return shlex.join(
+        ["python", "-m", "lorasweep", "+sweep=tune", *named]
+        + [f"sweep.arms.lora.rank={advice.choice.rank}"]
+    )
+
+
+def _option(key: str, value: str) -> str:
+    """Write an option; Hydra needs quotes around a value with other characters than in names."""
+    if re.fullmatch(r"[\w./:@-]+", value):
+        return f"{key}={value}"
+    escaped = value.replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 # ---------------------------------------------------------------- action=measure
@@ -188,14 +214,14 @@ def plan_fleet(request: Request) -> Request:
         inputs = {request.customers, *filter(os.path.exists, data)}
         models = {p.spec.model for p in points}
         check = partial(folders.check, exec_=exec_, models=models, inputs=inputs)
-        check(folder)
+        check(folder, runs.RULES)
         store = RunStore(exec_.runs_dir)
         every = with_further(points, store, go_on="rates" not in request.given)
         unfinished = {p.arm for p in every if not store.result(p.id)}
         for k, m in enumerate(members):
             try:
                 if m.folder in unfinished:  # else it is checked only if it is written
-                    check(folder / m.folder)
+                    check(folder / m.folder, adapters.FACTS)
             except LorasweepError as error:
                 members[k] = Member(m.where, m.name, m.folder, f"{m.where}: {error}")
     for m in members:

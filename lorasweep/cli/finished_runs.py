@@ -204,7 +204,7 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
         )
     spec = spec_from(store.spec(request.run))
     out = Path(request.out).expanduser()
-    folders.check(out, request.exec, [spec.model])
+    folders.check(out, ADAPTER, request.exec, [spec.model])
     if trainer is None or isinstance(trainer, str):
         trainer = trainer_named(trainer)
     comparison, state, final = train_again(spec, store, request.exec, trainer)

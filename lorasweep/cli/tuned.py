@@ -173,7 +173,7 @@ def check_out(request: Request) -> None:
     """Raise an error if request.out cannot be written, or a server would render other texts."""
     if request.out:
         models = {p.spec.model for p in request.points}
-        folders.check(Path(request.out).expanduser(), request.exec, models)
+        folders.check(Path(request.out).expanduser(), ANSWER, request.exec, models)
         _served(request)
 
 
@@ -198,7 +198,10 @@ def finish(request: Request, store: RunStore, points: Sequence[Point], results: 
     """
     found = json.loads(results)
     prune(request, store, points)
-    conclusion = conclude(request, found)
+    lowest: dict[int | None, float] = {}  # of each arm
+    for p in judged(request, points):
+        lowest[_rank(p)] = min(p.spec.lr, lowest.get(_rank(p), math.inf))
+    conclusion = conclude(request, found, max(lowest.values(), default=math.inf))
     if budget := parse_budget(request.budget, request.points[0].spec.steps):
         used = _amount(budget, budget.used(points, store))
         conclusion["budget"] = {"given": budget.text, "used": used}
@@ -211,8 +214,11 @@ def finish(request: Request, store: RunStore, points: Sequence[Point], results: 
     return "\n".join(_lines(request, found, conclusion))
 
 
-def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the setting to use and why, and what the runs have not decided."""
+def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) -> dict[str, Any]:
+    """Return the setting to use and why, and what the runs have not decided.
+
+    `lowest`: the learning rate down to which all arms had full runs.
+    """
     arms = {arm["rank"]: arm for arm in results["arms"]}
     rank, spec = results["best_rank"], request.points[0].spec
     assert request.sweep is not None and request.sweep.search is not None
@@ -222,15 +228,23 @@ def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
     lost = _lost(results, arms, rank)
     too_much = outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
     if rank is None:
-        chosen, why = arms.get(None), "no run of LoRA trains"
+        chosen = arms.get(None)
+        why = "no run of LoRA trains" if len(ranks) > 1 else "the only method that was asked for"
     elif None in arms and too_much:
         chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
     else:
         chosen, why = arms[rank], "the smallest rank within 1% of the gain of the best one"
     lr = chosen and (chosen["best_lr"]["value"] or chosen["best_tried"])
-    if not chosen or not lr or lr < LOWEST * request.sweep.search.wide:
+    end, more = LOWEST * request.sweep.search.wide, []
+    start, loss = results["start"], chosen and chosen["loss"]
+    if not chosen or not lr or lr < end or (None not in (start, loss) and loss >= start):
+        why = f"nothing trains: no learning rate lowers the loss on {results['chosen_on']} rows"
+        if chosen and lr and lr >= end:
+            why = f"{answer.arm_name(chosen)} at {lr:.1e} does not lower the loss on test rows"
+        elif lowest >= end:
+            why = f"no learning rate tried in full, from {lowest:.1e} on, lowers the loss"
+            more = ["lower learning rates, which the budget did not allow"]
         chosen, lr = {"method": None, "rank": None}, None
-        why = f"no learning rate lowers the loss on {results['chosen_on']} rows"
     methods = {_rank(p): p.spec.method.plain() for p in request.points}
     return {
         "method": chosen["method"],
@@ -241,6 +255,7 @@ def conclude(request: Request, results: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": spec.batch_size,
         "why": why,
         "open": [
+            *more,
             *(f"{name}, of which no run of full length has finished" for name in absent),
             *answer.open_questions(dict(results)),
         ],
@@ -275,6 +290,8 @@ def _lines(
         if good:
             lr += f", good from {good[0]:.1e} to {good[1]:.1e}"
         loss = "" if arm["loss"] is None else f"; {_measured(request, arm['loss'])}"
+        if loss and results["start"] is not None:
+            loss += f" (base {_measured(request, results['start']).rpartition(' ')[2]})"
         cost = f"{arm['seconds'] or 0:.0f} s, {_memory_gib(specs[arm['rank']], request):.1f} GiB"
         lines.append(f"{name}: {lr}{loss}; a run takes {cost}")
     with_gap = [arm for arm in results["arms"] if arm["gap_percent"]]
@@ -283,7 +300,7 @@ def _lines(
     if conclusion["rank"]:
         use += f" on {conclusion['layers']}"
     if conclusion["method"] is None:
-        use = "the base as it is: nothing trains here"
+        use = "the base as it is"
     else:
         use += (
             f", learning rate {conclusion['lr']:.1e}, {conclusion['steps']} updates of "

@@ -223,7 +223,8 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
         check_search(points, sweep.search)
         if not {"dataset.render", "dataset.template"} & {*found.given}:
             fetched = cluster.kind == "slurm" and action.name != "fetch"
-            found.points = points = _with_form(points, exec_.models_dir, fetched)
+            plans = action.name == "plan"
+            found.points = points = _with_form(points, exec_.models_dir, fetched, plans)
         on_axes = fields_of(sweep.axes).union(*(fields_of(axes_of(a)) for a in sweep.arms.values()))
         if "steps" not in found.given and "steps" not in on_axes:
             found.points = points = _with_steps(points, sweep.search)
@@ -299,8 +300,13 @@ def _with_steps(points: list[Point], how: Search) -> list[Point]:
     return [Point(p.arm, dataclasses.replace(p.spec, steps=steps)) for p in points]
 
 
-def _with_form(points: list[Point], models_dirs: list[str], fetched: bool) -> list[Point]:
-    """Set the form of a search on the user's own rows: the base's chat template, if it has one."""
+def _with_form(
+    points: list[Point], models_dirs: list[str], fetched: bool, plans: bool
+) -> list[Point]:
+    """Set the form of a search on the user's own rows: the base's chat template, if it has one.
+
+    `plans`: nothing is trained, so that a base need not be here.
+    """
     own, spec = _loader().names.of(points), points[0].spec
     if all(isinstance(o.spec, ModelSpec) for o in own):
         return points
@@ -310,6 +316,8 @@ def _with_form(points: list[Point], models_dirs: list[str], fetched: bool) -> li
         dirs = [*models_dirs, *(o.folder for o in own if o.folder)]
         tokenizer = tokenizer_of(spec.model, dirs, fetched)
     except (OSError, ValueError) as error:
+        if plans:
+            return points
         raise SpecError(f"{error} Or set dataset.render=chat_template or role_eos.") from None
     if getattr(tokenizer, "chat_template", None):
         data = dataclasses.replace(spec.dataset, **as_served(spec.dataset.format, "chat_template"))

@@ -63,7 +63,9 @@ def export(
     for path in sorted(folder.glob(f"*/{FACTS}")):
         if path.parent.name not in now and not path.parent.name.startswith("."):
             with suppress(OSError, ValueError):
-                earlier[path.parent.name] = json.loads(path.read_text())
+                facts = json.loads(path.read_text())
+                if isinstance(facts, dict) and "run" in facts:  # else a file of the user's
+                    earlier[path.parent.name] = facts
     cards: list[dict[str, Any]] = []
     for o in found:
         if o.spec is None:
@@ -119,7 +121,7 @@ def _export(
     spec, rows = outcome.spec, outcome.member.rows
     weights = checkpoint.load_weights(store.folder(spec.id))
     if weights is None:
-        with suppress(ValueError):
+        with suppress(ValueError, KeyError, TypeError):
             if json.loads(earlier)["run"] == spec.id:
                 return outcome
         problem = (

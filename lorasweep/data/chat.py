@@ -70,9 +70,12 @@ def turns_of(form: str, row: Any, where: str) -> list[Turn]:
 
 
 def others_of(turn: Turn) -> dict[str, Any]:
-    """Return what a message has beside its role, text and calls, unless it is empty or false."""
+    """Return what a message has beside its role, text and calls, unless it is null or empty.
+
+    False is a value: `"train": false` says something of what is to be learned.
+    """
     read = {"role", "content", CALLS, *(("tool_call_id", "name") if turn["role"] == "tool" else ())}
-    return {key: value for key, value in turn.items() if value and key not in read}
+    return {k: v for k, v in turn.items() if k not in read and v not in (None, "", [], {})}
 
 
 def refuse_columns(row: Any, read: Collection[str], where: str) -> None:

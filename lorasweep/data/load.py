@@ -61,7 +61,7 @@ def load(
         test=test[first:],
         validation=test[:first],
         n_train=len(train),
-        fit=train.fit,
+        fit=text.fit_of(train, test),
         sha256=fingerprint(train.sha256, test.sha256),
         commit=source.commit,
         rewards=rewards.of_text(spec, tokenizer) if spec.verifier else None,

@@ -94,12 +94,21 @@ def examples(
     return rows.kept(Path(cache) / f"{name}.rows", make)
 
 
+def fit_of(*parts: Rows) -> tuple[int, int, int, int] | None:
+    """Return how max_length fits the rows of all parts together; None: it is not known."""
+    known = [part.fit for part in parts if part.fit]
+    if not known:
+        return None
+    n, cut, left_out, enough = zip(*known)
+    return sum(n), sum(cut), sum(left_out), max(enough)
+
+
 def check_fit(spec: DatasetSpec, found: Rows | Data, setting: str) -> str:
     """Warn if max_length cuts or leaves out over 1% of the rows; DataError: over half of them."""
     n, cut, left_out, enough = found.fit or (0, 0, 0, 0)
     said = (
         f"dataset {spec.name!r}: max_length={spec.max_length} leaves out {left_out:,} and cuts "
-        f"{cut:,} of {n:,} training rows. Set {setting}{enough}, with which 99% are whole."
+        f"{cut:,} of {n:,} rows. Set {setting}{enough}, with which 99% are whole."
     )
     if cut + left_out > n / 2:
         raise DataError(said)

@@ -132,6 +132,8 @@ def fetch(spec: ModelSpec) -> tuple[Path, int]:
 
 def weight_files(folder: Path) -> list[str]:
     """Name the safetensors files that a model's folder should have."""
+    if (folder / SINGLE).is_file():  # transformers reads it, even beside an index
+        return [SINGLE]
     with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
         return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     return [SINGLE]

@@ -166,7 +166,7 @@ def make_own(folder: Path) -> None:
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise StoreError(
             f"exec.runs_dir={folder}: others may write it, and could change what your jobs run. "
-            f"Only its owner writes a run folder: chmod go-w {folder}"
+            f"Only its owner writes a run folder: chmod -R go-w {folder}"
         )
 
 

@@ -20,16 +20,34 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.store import files
 
 MARK, PARTIAL, START = ".lorasweep.jsonl", ".lorasweep.partial", ".lorasweep."
-OF_02 = {"facts.json": "run", "lorasweep.json": "answer", "fleet.json": "mask"}
-"""File by which a folder of version 0.2, which has no marker, is known -> a key in it."""
-NAMES_OF_02 = re.compile(
-    r"README\.md|index\.html|chat_template\.jinja|(adapter_|generation_|tokenizer_)?config\.json"
-    r"|(facts|lorasweep|fleet|tokenizer|special_tokens_map)\.json|(adapter_)?model.*\.safetensors.*"
-)
+ADAPTER = r"README\.md|adapter_config\.json|adapter_model\.safetensors"
+KINDS = {
+    "facts.json": (
+        "run",
+        rf"{ADAPTER}|facts\.json|chat_template\.jinja|generation_config\.json"
+        r"|tokenizer(_config)?\.json|special_tokens_map\.json",
+    ),
+    "lorasweep.json": (
+        "answer",
+        rf"{ADAPTER}|lorasweep\.json|(generation_)?config\.json"
+        r"|model.*\.safetensors.*",
+    ),
+    "fleet.json": ("mask", r"fleet\.json|index\.html"),
+}
+"""File that says what a folder is -> a key in it, and the names of our files in such a folder of
+version 0.2, which has no marker."""
+CARD, OLD_CARD = "README.md", "README.0.2.md"
+"""A card of version 0.2 gets another name, as it may have been edited."""
+NO_RESULTS = (".DS_Store", ".git", ".gitattributes")
+"""Names that a new folder may have."""
 
 
 def check(
-    folder: Path, exec_: Exec, models: Iterable[ModelSpec], inputs: Iterable[str | Path] = ()
+    folder: Path,
+    last: str,
+    exec_: Exec,
+    models: Iterable[ModelSpec],
+    inputs: Iterable[str | Path] = (),
 ) -> None:
     """Raise SpecError or StoreError unless a folder can be written and `replaced`.
 
@@ -46,7 +64,7 @@ def check(
                 "Name another folder."
             )
     files.check_writable(folder, "out")
-    _unchanged(folder)
+    _unchanged(folder, last)
 
 
 @contextmanager
@@ -54,16 +72,13 @@ def replaced(folder: Path, last: str, whole: bool = True) -> Iterator[Path]:
     """Yield a new folder, whose files replace our files in `folder` when the block ends.
 
     The file `last` is moved last: a folder that has it is complete. `whole`: remove our other
-    files, and refuse a folder that has files and no marker.
+    files, and refuse a folder of another kind, or one that has files and no marker.
 
     Raises SpecError if a file is not ours or was changed, StoreError as on a full disk.
     """
     partial, mark = folder / PARTIAL, folder / MARK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with mark.open("ab") as lock:
-            with suppress(OSError):  # without locks on the file system, the slower command fails
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(mark):
             shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
             try:
                 partial.mkdir()
@@ -84,12 +99,33 @@ def replaced(folder: Path, last: str, whole: bool = True) -> Iterator[Path]:
         ) from error
 
 
+@contextmanager
+def _locked(mark: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is made, in its marker."""
+    while True:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = mark.open("ab")
+        except FileNotFoundError:  # a command that failed has deleted the folder
+            continue
+        with lock:
+            with suppress(OSError):  # without locks on the file system, the slower command fails
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            now = files.status(mark)
+            if now and now.st_ino == os.fstat(lock.fileno()).st_ino:
+                yield
+                return
+
+
 def _move(folder: Path, partial: Path, last: str, whole: bool) -> None:
     new = {}
     for path in filter(Path.is_file, partial.rglob("*")):
         files.sync(path)
         new[path.relative_to(partial).as_posix()] = _sha256(path)
-    there = _unchanged(folder, new, whole)
+    there = _unchanged(folder, last, new, whole)
+    if CARD in there and not (folder / MARK).stat().st_size:
+        os.rename(folder / CARD, folder / OLD_CARD)
+        del there[CARD]
     gone = there.keys() - new.keys() if whole else set()
     if gone or not there.items() >= new.items():
         files.append(folder / MARK, f"\n{json.dumps(there)}\n{json.dumps(new)}\n".encode())
@@ -102,7 +138,9 @@ def _move(folder: Path, partial: Path, last: str, whole: bool) -> None:
         files.sync(folder)
 
 
-def _unchanged(folder: Path, new: Mapping[str, str] = {}, whole: bool = True) -> dict[str, str]:
+def _unchanged(
+    folder: Path, last: str, new: Mapping[str, str] = {}, whole: bool = True
+) -> dict[str, str]:
     """Return our files in a folder with SHA-256; SpecError: one was changed or is in the way."""
     if folder.is_symlink():
         raise SpecError(f"out={folder} is a link. Name a folder.")
@@ -111,17 +149,22 @@ def _unchanged(folder: Path, new: Mapping[str, str] = {}, whole: bool = True) ->
         with suppress(ValueError, AttributeError, TypeError):  # a line that was cut off
             for name, digest in json.loads(line).items():
                 listed.setdefault(name, set()).add(digest)
-    if not listed and any(not n.startswith(START) for n in files.names(folder)):
-        known = {name: files.read_json(folder / name) for name in OF_02}
-        if any(isinstance(v, dict) and OF_02[name] in v for name, v in known.items()):
-            every = filter(Path.is_file, (*folder.glob("*"), *folder.glob("adapter/*")))
-            old = [path for path in every if NAMES_OF_02.fullmatch(path.name)]
-            listed = {p.relative_to(folder).as_posix(): {_sha256(p)} for p in old}
-        elif whole:
+    if not listed and any(n not in NO_RESULTS for n in files.names(folder) if START not in n):
+        of_02 = [k for k, (key, _) in KINDS.items() if key in _object(folder / k)]
+        every = [*folder.glob("*"), *folder.glob("adapter/*")] if of_02 else []
+        for path in every:
+            if path.is_file() and any(re.fullmatch(KINDS[k][1], path.name) for k in of_02):
+                listed[path.relative_to(folder).as_posix()] = {_sha256(path)}
+        if whole and (not of_02 or all((folder / card).exists() for card in (CARD, OLD_CARD))):
             raise SpecError(
                 f"{folder} has files, and no {MARK} that says which of them lorasweep wrote. "
                 "Nothing in it is replaced: name a new folder with out=, or move the files away."
             )
+    if whole and (other := KINDS.keys() & listed.keys() - {last}):
+        raise SpecError(
+            f"out={folder} is the folder of a fleet, of a customer of one or of a search "
+            f"({min(other)}). Name another folder."
+        )
     there = {}
     for name in sorted({*listed, *new}):
         path = folder / name
@@ -134,6 +177,11 @@ def _unchanged(folder: Path, new: Mapping[str, str] = {}, whole: bool = True) ->
                     "name another folder with out=."
                 )
     return there
+
+
+def _object(path: Path) -> dict[str, object]:
+    found = files.read_json(path)
+    return found if isinstance(found, dict) else {}
 
 
 def _sha256(path: Path) -> str:

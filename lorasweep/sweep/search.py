@@ -49,6 +49,12 @@ def search(
         look: judges finished runs, once the range of all arms is known.
     """
     points: list[Point] = []
+    for p in starts:
+        if how.short_steps(p.spec.steps) >= p.spec.steps:
+            raise SpecError(
+                f"steps={p.spec.steps}: a search begins with runs of "
+                f"{how.short_steps(p.spec.steps)} updates. Set steps=N above that."
+            )
     while True:
         new = [p for start in starts for p in _next_of(start, points, how, loss)]
         if not new:
@@ -59,6 +65,7 @@ def search(
                 if not new and found.decided and seeds >= MIN_SEEDS:
                     return points
             new = new or _fresh_seed(live, points, how, loss)
+        new = [p for p in new if p not in points]
         if not new or not may_begin(points, new):
             return points
         points += new
@@ -151,7 +158,11 @@ def next_lrs(centre: float, short: Losses, full: Losses, how: Search) -> tuple[l
         return lrs_around_optimum(short, how.n_lrs), True
     if beyond:
         # a short run of nearly this learning rate is the beginning of the full one
-        near = [lr for lr in short if abs(math.log(lr / beyond)) < math.log(how.fine) / 2]
+        near = [
+            lr
+            for lr in short
+            if lr not in full and abs(math.log(lr / beyond)) < math.log(how.fine) / 2
+        ]
         return near or [beyond], True
     return _between(full, how), True
 

@@ -8,11 +8,12 @@ a copy is made again: online, W&B resumes the run of that id; offline, the old o
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasweep.errors import check_installed
+from lorasweep.errors import SpecError, check_installed
 from lorasweep.store.files import check_writable
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
@@ -22,6 +23,11 @@ from lorasweep.sweep.names import run_names
 def check() -> Path:
     """Return W&B's folder. Raises SpecError without wandb, StoreError if it cannot be written."""
     check_installed("wandb", "mirror=wandb")
+    if os.environ.get("WANDB_MODE", "offline") == "online":
+        import wandb  # takes a moment to load
+
+        if not wandb.api.api_key:
+            raise SpecError("WANDB_MODE=online, but no key is known. Type: wandb login")
     folder = Path(os.environ.get("WANDB_DIR") or ".")
     check_writable(folder, "WANDB_DIR")
     return folder / "wandb"
@@ -42,24 +48,28 @@ def mirror(points: Sequence[Point], store: RunStore, group: str) -> int:
         if not mark.exists():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            run = wandb.init(
-                dir=partial if mode == "offline" else None,
-                id=point.id,
-                name=names[point.id],
-                group=group,
-                mode=mode,
-                resume="allow",
-                project=os.environ.get("WANDB_PROJECT", "lorasweep"),
-                config=point.spec.plain(),
-                settings=wandb.Settings(
-                    x_disable_stats=True,
-                    x_disable_meta=True,
-                    console="off",
-                    silent=True,
-                    disable_git=True,
-                    disable_code=True,
-                ),
-            )
+            try:
+                run = wandb.init(
+                    dir=partial if mode == "offline" else None,
+                    id=point.id,
+                    name=names[point.id],
+                    group=group,
+                    mode=mode,
+                    resume="allow",
+                    project=os.environ.get("WANDB_PROJECT", "lorasweep"),
+                    config=point.spec.plain(),
+                    settings=wandb.Settings(
+                        x_disable_stats=True,
+                        x_disable_meta=True,
+                        console="off",
+                        silent=True,
+                        disable_git=True,
+                        disable_code=True,
+                    ),
+                )
+            except wandb.errors.Error as error:  # the results are in the run folder
+                print(f"not copied to W&B, run the command again: {error}", file=sys.stderr)
+                break
             for r in store.records(point.id):
                 numbers = {k: v for k, v in r.items() if isinstance(v, int | float)}
                 run.log({k: v for k, v in numbers.items() if k != "step"}, step=r["step"])

@@ -72,8 +72,8 @@ def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
     folder, inputs = path.parent, inputs_hash(answers)
     (folder / QUESTIONS).mkdir(parents=True, exist_ok=True)
     before = (folder / QUESTIONS).glob("*.md")
-    ours = [old for old in before if "](../ledger.md" in old.read_text(errors="replace")]
-    for old in [*(folder / f for f in FIGURES), *ours]:
+    mine = [old for old in before if "](../ledger.md" in old.read_text(errors="replace")]
+    for old in [*(folder / f for f in FIGURES), *mine]:
         old.unlink(missing_ok=True)
     if lines := figures.regret_lines(answers):
         plots_study.regret_map(lines, folder / MAP, inputs)
@@ -369,7 +369,7 @@ def best_rates(answers: Sequence[Answer]) -> Rows:
 def verdict_row(a: Answer, v: Verdict) -> list[str]:
     """Return one verdict as a row of its question's table, with qualifications as notes."""
     where = f", {v.group}" if len({w.group for w in a.verdicts}) > 1 else ""
-    marks = f"{a.word(v.claim, 'whose') or 'ours'}{', primary' if v.primary else ''}"
+    marks = f"{a.word(v.claim, 'source') or 'ours'}{', primary' if v.primary else ''}"
     is_open = v.outcome == "UNDECIDED" and not v.is_withdrawn
     notes = [
         v.why if is_open else BETTER if v.is_better else "",

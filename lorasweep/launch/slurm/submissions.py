@@ -285,7 +285,9 @@ def _settle(s: Submission, array: Array, number: str | None, notify: Notify) -> 
     if number is None:
         accounted = client.named(array.name)
         number = accounted[0].partition("_")[0] if accounted else None
-    if number is not None and not array.abandoned and s.complete(array, number):
+    # "script": of version 0.2, submitted by the user without submitit's files
+    complete = number is not None and (s.record.get("script") or s.complete(array, number))
+    if complete and not array.abandoned:
         notify(f"adopted job {number} of {s.name}, from a command that died after submitting it")
     elif number is not None:
         notify(f"cancelled job {number} of {s.name}, from a command that died while submitting it")

@@ -51,7 +51,7 @@ def refused(done, *words):
         ("customers=c.csv", "customers is only for action=advise"),
         ("action=advise +sweep=rank customers=c.csv", "Leave +sweep=rank out"),
         ("action=advise customers=customers.csv why=acne", "Did you mean 'acme'"),
-        ("action=advise customers=customers.csv out=page.pdf", ".html or .md"),
+        ("action=advise customers=customers.csv out=page.pdf", ".html"),
         ("action=measure +sweep=rank", "is about one model and one data set"),
         ("action=measure data=no.jsonl", "no file"),
         ("action=measure rates=0", "expected 1 to 9"),

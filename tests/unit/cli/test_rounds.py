@@ -1,20 +1,18 @@
 """What a command adds to a sweep: fresh seeds, rounds, failed runs; nothing to unknown data."""
 
 import json
-import shutil
 
 import pytest
 
-from lorasweep.cli import answer, finished_runs
+from lorasweep.cli import answer
 from lorasweep.cli.actions import act
 from lorasweep.cli.finished_runs import noise_floor, train_again
 from lorasweep.cli.points import all_points
 from lorasweep.cli.status import status, status_text
 from lorasweep.cli.train import CHANGED_CLAIMS
-from lorasweep.errors import StoreError, TrainingError
+from lorasweep.errors import TrainingError
 from lorasweep.launch import local
 from lorasweep.store.run_store import RunStore
-from lorasweep.store.table import import_table, load_runs
 from tests.planted import Valley, analysed
 
 SMOKE = ("+sweep=lr_ratio", "scale=smoke")
@@ -116,53 +114,12 @@ def test_the_noise_between_seeds_is_the_metrics(compose, fake_trainer):
 
 
 AS_JSON = (*SMOKE, "format=json")
-ADVICE = r"would continue lr curves .*exec\.runs_dir=.*/runs-2"
 
 
 @pytest.fixture
 def trainer(fake_trainer, monkeypatch):
     monkeypatch.setattr(answer, "judge", lambda *_, **__: "{}")
     return fake_trainer(lambda spec: 2.0)
-
-
-@pytest.fixture
-def old(compose, trainer, tmp_path):
-    """The table of a sweep from before results held a fingerprint, imported into a run folder."""
-    before = compose(*AS_JSON, f"exec.runs_dir={tmp_path}/before")
-    trainer.more = lambda spec: {"data_sha256": None}
-    assert act(before, trainer) == 0
-    load_runs(tmp_path / "before").to_parquet(tmp_path / "table.parquet")
-    import_table(tmp_path / "runs", tmp_path / "table.parquet")
-    trainer.more, trainer.trained = (lambda spec: {}), []
-    return trainer
-
-
-def test_a_kept_table_is_judged_again_and_not_continued_and_another_curve_is_trained(old, compose):
-    assert act(compose(*AS_JSON), old) == 0 and not old.trained
-    for action in ("run", "plan"):
-        with pytest.raises(StoreError, match=ADVICE):
-            act(compose(*AS_JSON, "sweep.axes.seed=[0,1]", f"action={action}"), old)
-    assert not old.trained
-    assert act(compose(*AS_JSON, "sweep.arms.lora.rank=[4,8]"), old) == 0
-    assert len(old.trained) == 3
-
-
-def test_a_sweep_of_sweeps_is_checked_before_its_first_part_starts(old, compose):
-    request = compose("+sweep=study", "sweep.parts=[rank,lr_ratio]", *AS_JSON[1:])
-    lost = request.parts[1].points[0].id
-    shutil.rmtree(RunStore(request.exec.runs_dir).folder(lost))
-    with pytest.raises(StoreError, match=ADVICE):
-        act(request, old)
-    assert not old.trained
-
-
-def test_no_round_is_added_to_kept_curves(old, compose, monkeypatch):
-    request = compose(*AS_JSON, "action=extend")
-    runs = [{"like": request.points[0].id, "lr": 1e-3, "seed": 9}]
-    monkeypatch.setattr(finished_runs.answer, "next_round", lambda *_: (runs, []))
-    with pytest.raises(StoreError, match=ADVICE):
-        act(request, old)
-    assert not (RunStore(request.exec.runs_dir).root / ".rounds").exists()
 
 
 def test_a_run_is_not_trained_again_on_other_data(compose, trainer):

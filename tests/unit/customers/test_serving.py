@@ -82,8 +82,7 @@ def write(folder, model, rank, layers):
                     torch.zeros(o, rank),
                 )
     spec = RunSpec(model=model, dataset=compose_request([]).points[0].spec.dataset, method=method)
-    base = model.location if model.source == "hub" else model.name
-    write_adapter(folder, spec, state, "0" * 40, base)
+    write_adapter(folder, spec, state, "0" * 40)
     return folder
 
 
@@ -264,7 +263,7 @@ def test_the_command_names_every_adapter_and_an_allowed_rank():
 
 
 def test_the_fleets_folder_keeps_the_profile(tmp_path):
-    (tmp_path / "fleet.json").write_text('{"answers": "last"}')
+    (tmp_path / "fleet.json").write_text('{"mask": null, "answers": "last"}')
     assert read_rules(tmp_path).serve == "peft"
     write_rules(tmp_path, Rules(serve="vllm"))
     assert read_rules(tmp_path).serve == "vllm"

@@ -148,7 +148,7 @@ def test_a_run_folder_that_others_may_write_is_refused_with_the_remedy(tmp_path,
     store = RunStore(tmp_path / "runs")
     store.prepare()
     store.root.chmod(mode)
-    with pytest.raises(StoreError, match=f"chmod go-w {store.root}"):
+    with pytest.raises(StoreError, match=f"chmod -R go-w {store.root}"):
         store.prepare()
 
 

@@ -44,6 +44,21 @@ def test_submissions_are_read_back(folder, tmp_path):
     assert set(queue.covered()) == {"r1"}
 
 
+def test_a_job_of_a_script_of_version_0_2_is_adopted(folder, tmp_path, monkeypatch):
+    """Its user submitted the script, so that submitit wrote no files."""
+    path = folder / "submission.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "script": True}))
+    submissions.note(folder, "array-0.json").unlink()
+    live = client.Job("77_0", "77", 0, "RUNNING", "", 0, "", "a-0")
+    monkeypatch.setattr(client, "queue", lambda names: [live])
+    monkeypatch.setattr(client, "named", lambda name: [])
+    monkeypatch.setattr(client, "setting", lambda name: "here")
+    monkeypatch.setattr(client, "cancel", lambda jobs: pytest.fail(f"cancelled {jobs}"))
+    submissions.reconcile(tmp_path, print)
+    (found,) = submissions.read_all(tmp_path)
+    assert found.arrays[0].job == "77"
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

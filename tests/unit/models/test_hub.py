@@ -9,6 +9,7 @@ from lorasweep.cli.actions import act
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.models import find
+from lorasweep.models.hub import weight_files
 from lorasweep.models.load import load
 from tests import small_hub
 from tests.bpe import qwen_like
@@ -141,3 +142,13 @@ def test_fetching_what_is_there_says_where_it_is(hub, snapshot, capsys):
     assert f"model tiny: 0.0 GB in {snapshot}" in capsys.readouterr().out
     assert act(compose_request(["action=fetch"])) == 0
     assert "nothing of these runs comes from the hub" in capsys.readouterr().out
+
+
+def test_a_single_file_beside_an_index_is_the_one_that_is_loaded_and_pinned(tmp_path):
+    """As transformers reads it; the files that a stale index names may be gone."""
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "one", "b": "two"}}'
+    )
+    assert weight_files(tmp_path) == ["one", "two"]
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert weight_files(tmp_path) == ["model.safetensors"]

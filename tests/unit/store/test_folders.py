@@ -133,14 +133,52 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, error):
 
 @pytest.mark.parametrize("mark, name", [("facts", "run"), ("lorasweep", "answer")])
 def test_folders_of_version_0_2_are_known_and_get_a_marker(tmp_path, mark, name):
-    out = tmp_path / "out"
+    """What was exported then is replaced; a merged model beside an adapter is the user's."""
+    out, last = tmp_path / "out", f"{mark}.json"
     out.mkdir()
-    old = {f"{mark}.json": json.dumps({name: 1}), "README.md": "a", "model.safetensors": "w"}
+    old = {last: json.dumps({name: 1}), "README.md": "a", "model.safetensors": "w"}
     for file, text in {**old, "notes.txt": "mine"}.items():
         (out / file).write_text(text)
-    folders.check(out, exec_in(tmp_path), [])
-    write(out, README_md="b")
-    assert files_of(out) == {"README.md": "b", "notes.txt": "mine"} and (out / MARK).is_file()
+    folders.check(out, last, exec_in(tmp_path), [])
+    write(out, last, README_md="b")
+    kept = {"README.md": "b", "README.0.2.md": "a", "notes.txt": "mine"}
+    if mark == "facts":
+        kept["model.safetensors"] = "w"
+    assert files_of(out) == kept and (out / MARK).is_file()
+    write(out, last, README_md="c")
+    assert files_of(out) == {**kept, "README.md": "c"}
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path):
+    """An adapter must not take the place of a fleet's rules, nor a search that of a customer."""
+    write(tmp_path / "fleet", "fleet.json", fleet_json="{}")
+    write(tmp_path / "fleet", "index.html", whole=False, index_html="x")
+    for last in ("lorasweep.json", "adapter_model.safetensors"):
+        with pytest.raises(SpecError, match="folder of a fleet"):
+            folders.check(tmp_path / "fleet", last, exec_in(tmp_path), [])
+    folders.check(tmp_path / "fleet", "fleet.json", exec_in(tmp_path), [])
+
+
+@pytest.mark.parametrize("name", [".git", ".DS_Store", ".gitattributes"])
+def test_a_clone_without_files_is_a_new_folder(tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    write(tmp_path / "out", README_md="b")
+    assert files_of(tmp_path / "out") == {"README.md": "b"} and (tmp_path / "out" / name).exists()
+
+
+def test_a_command_that_fails_does_not_stop_another_in_the_same_new_folder(tmp_path):
+    def one(k):
+        for turn in range(40):
+            try:
+                with replaced(tmp_path / "out", "a") as partial:
+                    (partial / "a").write_text(str(k))
+                    if k and turn % 2:
+                        raise ValueError
+            except ValueError:
+                pass
+        return 0
+
+    assert at_once(4, one) == [0] * 4 and (tmp_path / "out" / "a").exists()
 
 
 @pytest.mark.parametrize("out", [".", "runs", "runs/x", "data", "table.csv", "link"])
@@ -149,6 +187,6 @@ def test_a_folder_in_use_is_refused_before_anything_is_written(tmp_path, out):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises((SpecError, StoreError), match=r"would be mixed|is a link|no folder"):
-        folders.check(tmp_path / out, exec_in(tmp_path), [], [tmp_path / "table.csv"])
-    folders.check(tmp_path / "new/one", exec_in(tmp_path), [])
+        folders.check(tmp_path / out, "x", exec_in(tmp_path), [], [tmp_path / "table.csv"])
+    folders.check(tmp_path / "new/one", "x", exec_in(tmp_path), [])
     assert sorted(tmp_path.rglob("*")) == before

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorasweep.errors import StoreError
+from lorasweep.errors import SpecError, StoreError
 from lorasweep.sweep.grid import Point
-from lorasweep.tracking.wandb import mirror
+from lorasweep.tracking.wandb import check, mirror
 from tests.world import tiny_spec
 
 POINT = Point("lora", tiny_spec())
@@ -33,7 +33,9 @@ def world(tmp_path, monkeypatch):
 
         return SimpleNamespace(log=log, summary={}, finish=lambda: log({}, "end"))
 
-    fake = SimpleNamespace(init=init, Settings=lambda **_: None)
+    errors = SimpleNamespace(Error=ConnectionError)
+    api = SimpleNamespace(api_key=None)
+    fake = SimpleNamespace(init=init, Settings=lambda **_: None, errors=errors, api=api)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr("lorasweep.tracking.wandb.check_installed", lambda *_: None)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -65,5 +67,21 @@ def test_a_kill_leaves_one_whole_copy(world, tmp_path, monkeypatch, place):
 def test_a_folder_that_cannot_be_written_is_named(world, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "file"))
-    with pytest.raises(StoreError, match=r"WANDB_DIR=.*it is a file"):
+    with pytest.raises(StoreError, match=r"WANDB_DIR=.*it is no folder"):
         mirror([POINT], world, "g")
+
+
+def test_online_needs_a_key_before_training_and_a_lost_network_costs_no_answer(
+    world, monkeypatch, capsys
+):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(SpecError, match="wandb login"):
+        check()
+    sys.modules["wandb"].api.api_key = "key"
+    check()
+
+    def lost(**_):
+        raise ConnectionError("no network")
+
+    sys.modules["wandb"].init = lost
+    assert mirror([POINT], world, "g") == 0 and "no network" in capsys.readouterr().err

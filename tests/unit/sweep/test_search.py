@@ -172,5 +172,13 @@ def test_settings_without_which_a_search_would_not_end_are_refused(wrong):
         check_search([lora(2)], Search(**wrong))
 
 
+@pytest.mark.parametrize("steps, prefix", [(8, 8), (1, 8), (100, 1)])
+def test_a_run_too_short_to_have_a_beginning_is_refused(steps, prefix):
+    """No run would count as short, and the search would ask for the same ones for ever."""
+    start = Point("lora", dataclasses.replace(lora(2).spec, steps=steps))
+    with pytest.raises(SpecError, match=f"steps={steps}"):
+        search([start], Search(prefix=prefix), lambda _: 1.0, lambda *_: True, lambda _: None)
+
+
 def test_the_search_looks_when_the_analysis_judges():
     assert MIN_SEEDS == gates.MIN_SEEDS
