@@ -1,10 +1,12 @@
 """`action=advise` as typed: a table, one customer, reasons, a page."""
 
 import json
+import shlex
 
 import pytest
 
 from lorasweep.customers.advice import KEYS
+from tests.customers import make_base
 
 TABLE = (
     "name,model,task,examples,tokens_per_example,hardware\n"
@@ -54,3 +56,22 @@ def test_the_name_as_written_wins_and_names_that_look_alike_are_told_apart(comma
     assert (
         unclear.returncode == 2 and "may be 'Müller' or 'Möller'. Write the name" in unclear.stderr
     )
+
+
+def test_the_recommended_search_runs_for_every_row_that_it_is_recommended_for(command, tmp_path):
+    """Names with blanks, a config.json in a folder of weights; and none for too few rows."""
+    make_base(tmp_path / "base")
+    (tmp_path / "my data").mkdir()
+    rows = [{"prompt": f"How many? {k}", "completion": f"It is {k}."} for k in range(60)]
+    for name, part in (("my data/a 'b.jsonl", rows), ("few.jsonl", rows[:25])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    path = tmp_path / "c.csv"
+    named = ["one,./base/config.json,sft,my data/a 'b.jsonl", "two,./base,sft,few.jsonl"]
+    path.write_text("\n".join(["name,model,task,data", *named]))
+    asked = ("action=advise", f"customers={path}")
+    said = command(*asked, "why=one").stdout.strip().splitlines()[-1]
+    words = shlex.split(said)
+    assert words[:3] == ["python", "-m", "lorasweep"]
+    done = command(*words[3:], "scale=smoke", "action=plan")
+    assert done.returncode == 0 and "60 understood" in done.stdout, done.stderr
+    assert "+sweep=tune" not in command(*asked, "why=two").stdout

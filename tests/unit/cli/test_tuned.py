@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -231,6 +232,25 @@ def test_full_fine_tuning_is_used_if_lora_is_known_or_measured_to_lose_more(
     assert found["open"] == (
         ["LoRA against full fine-tuning (needed: 4 seeds)"] if outcome == "UNDECIDED" else []
     )
+
+
+@pytest.mark.parametrize(
+    "arms, lowest, why",
+    [
+        ([(8, 2.1)], 1e-3, "rank 8 at .* does not lower the loss on test rows"),
+        ([], 1e-3, "tried in full, from 1.0e-03 on, lowers"),
+        ([], 1e-8, "nothing trains: no learning rate lowers the loss on"),
+    ],
+)
+def test_the_base_stays_only_for_a_reason_that_was_measured(compose, arms, lowest, why):
+    """Weights that are worse than the base on test rows are not used, and a budget that has ended
+    is not a proof that nothing trains."""
+    results = {"arms": [arm(*a) for a in arms], "best_rank": 8 if arms else None, "start": 2.0}
+    results |= {"allowed": 0.05, "verdicts": [], "chosen_on": "validation"}
+    found = tuned.conclude(compose(*TUNE), results, lowest)
+    assert found["method"] is found["lr"] is None and re.search(why, found["why"])
+    ended = "lower learning rates, which the budget did not allow"
+    assert (ended in found["open"]) == ("from 1.0e-03" in why)
 
 
 def test_the_card_of_a_run_with_rewards_states_rewards(compose):

@@ -113,7 +113,8 @@ def test_the_counts_are_those_of_training(compose, here):
         data = asked.points[0].spec.dataset
         loaded = load.load(data, asked.exec.data_dir, llama_like())
         assert f"{loaded.n_train} training, {len(loaded.validation)} validation and " in line
-        assert loaded.n_train < 40 and "training rows. Set dataset.max_length=" in warning
+        # test rows that are left out count, too
+        assert loaded.n_train < 40 and " 20 and cuts 0 of 80 rows. Set dataset.max_len" in warning
     for key, says in (("prompt", "longer. Set max_length="), ("completion", "Set dataset.max_le")):
         rows = [{"prompt": "So?", "completion": "Y", key: f"{k}" + " late" * 90} for k in range(80)]
         write_json(here / "long.jsonl", [{"prompt": "So?", "completion": "Y"}, *rows])

@@ -172,6 +172,23 @@ def test_settings_without_which_a_search_would_not_end_are_refused(wrong):
         check_search([lora(2)], Search(**wrong))
 
 
+def test_a_search_with_narrow_steps_ends():
+    """Full runs want a higher rate than short ones, and short rates near it were tried in full."""
+    how, start = Search(wide=1.4, fine=2), lora(2)
+    known = {}
+
+    def may_begin(points, new):
+        known.update({p.id: p.spec for p in new})
+        assert len({p.id for p in points}) == len(points) < 200
+        return True
+
+    def loss(i):
+        best = 4e-3 if known[i].steps == start.spec.steps else 1e-3
+        return math.log(known[i].lr / best) ** 2
+
+    assert search([start], how, loss, may_begin, lambda points: Look(True, {}))
+
+
 @pytest.mark.parametrize("steps, prefix", [(8, 8), (1, 8), (100, 1)])
 def test_a_run_too_short_to_have_a_beginning_is_refused(steps, prefix):
     """No run would count as short, and the search would ask for the same ones for ever."""
