@@ -182,7 +182,8 @@ def question_hash(question: dict[str, Any]) -> str:
     for name, claim in question["claims"].items():
         judged = {k: v for k, v in claim.items() if k not in NOT_JUDGED}
         # hashes that are kept have older names for two of the keys
-        judged["rivals"] = judged.pop("alternatives")
+        if "alternatives" in judged:
+            judged["rivals"] = judged.pop("alternatives")
         if models := judged.pop("except_models", None):
             judged["not_on"] = models
         claims[name] = judged

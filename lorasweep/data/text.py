@@ -17,7 +17,7 @@ import numpy as np
 
 from lorasweep.data import fields, rows
 from lorasweep.data.chat import CALLS, TOOLS, Turn, check_text, others_of, text_of, tools_of
-from lorasweep.data.examples import Data, Example
+from lorasweep.data.examples import Example, Fit
 from lorasweep.data.rows import Rows
 from lorasweep.data.sources import Row, Source, each
 from lorasweep.errors import DataError
@@ -94,7 +94,7 @@ def examples(
     return rows.kept(Path(cache) / f"{name}.rows", make)
 
 
-def fit_of(*parts: Rows) -> tuple[int, int, int, int] | None:
+def fit_of(*parts: Rows) -> Fit | None:
     """Return how max_length fits the rows of all parts together; None: it is not known."""
     known = [part.fit for part in parts if part.fit]
     if not known:
@@ -103,9 +103,9 @@ def fit_of(*parts: Rows) -> tuple[int, int, int, int] | None:
     return sum(n), sum(cut), sum(left_out), max(enough)
 
 
-def check_fit(spec: DatasetSpec, found: Rows | Data, setting: str) -> str:
+def check_fit(spec: DatasetSpec, fit: Fit | None, setting: str) -> str:
     """Warn if max_length cuts or leaves out over 1% of the rows; DataError: over half of them."""
-    n, cut, left_out, enough = found.fit or (0, 0, 0, 0)
+    n, cut, left_out, enough = fit or (0, 0, 0, 0)
     said = (
         f"dataset {spec.name!r}: max_length={spec.max_length} leaves out {left_out:,} and cuts "
         f"{cut:,} of {n:,} rows. Set {setting}{enough}, with which 99% are whole."

@@ -157,6 +157,7 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     assert not world.trained() and "5 adapters, 0 not trained yet, 0 with errors" in world.page
     assert "messages" in world.facts("bob") and "messages" not in world.facts("eve")
     assert (world.folder / "bob/tokenizer.json").is_file()
+    (world.folder / "bob/README.0.2.md").unlink()  # the card of then
     assert not (world.folder / "eve/tokenizer.json").exists()
     assert (world.folder / "eve/adapter_model.safetensors").is_file()
 
@@ -386,35 +387,6 @@ def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
     assert world.run("mirror=wandb", "rates=advised") == 0
     points, _, group = mirror.call_args.args
     assert group == "fleet-customers" and len({p.arm for p in points}) == len(points) == 5
-
-
-def test_without_kept_rules_a_fleet_resumes_by_the_rules_of_its_runs(world, tmp_path, capsys):
-    """Its runs keep their ids (tests/unit/customers/test_runs.py), although its folder names no rules:
-    nothing is trained again, and the prompt form of its scale is kept from then on."""
-    of_scale = {"template": "Question: {prompt}\nAnswer: ", "render": "role_eos"}
-    rules = {**of_scale, "mask": None, "split": "row", "layers": "attention+mlp+unembedding"}
-    world.folder.mkdir(parents=True)
-    kept = world.folder / "fleet.json"
-    kept.write_text(json.dumps(rules))
-    settings = ("precision=fp32", "rates=advised")
-    assert world.run(*settings) == 0
-    runs = set(world.runs)
-    kept.unlink()
-    assert not world.trained(*settings, "scale=small")
-    assert "It keeps the prompt form of scale=small" in capsys.readouterr().err
-    later = {"answers": "last", "serve": "peft", "whole_prompt": False}
-    assert json.loads(kept.read_text()) == {**rules, **later}
-    assert set(world.runs) == runs
-    assert not world.trained(*settings, "scale=tiny")
-    assert "It keeps" not in capsys.readouterr().err
-    # the card says which form, and where the interval is not over prompts
-    form = "**prompt form:** 'Question: {prompt}\\\\nAnswer: '; in the loss: every answer"
-    assert form in world.card("bob")
-    # in another folder for runs there is nothing to keep
-    new = ("exec.runs_dir=new_runs", "exec.reports_dir=new", "scale=small")
-    assert len(world.trained(*settings, *new)) == 5
-    found = json.loads((tmp_path / "new/fleet-customers/bob/facts.json").read_text())
-    assert found["template"] == "{prompt}\n" and not {found["run"]} & runs
 
 
 def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, bases, tmp_path):
