@@ -29,6 +29,7 @@ from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.replicates import lrs_around_optimum
 from lorasweep.sweep.request import Request
 from lorasweep.sweep.search import LOWEST, MIN_SEEDS, is_short
 
@@ -137,7 +138,8 @@ def stage(request: Request, store: RunStore, points: Sequence[Point]) -> str:
 def prune(request: Request, store: RunStore, points: Sequence[Point]) -> None:
     """Delete states and weights that no later run and no export needs.
 
-    Kept: the weights of the best run of each arm and rank, and the final states of short runs until
+    Kept: the weights of the best run at each of the learning rates around the best one, of each arm
+    and rank, for the best one may still change; and the final states of short runs until
     full runs have begun from them.
     """
     fresh = any(p.spec.seed != request.points[0].spec.seed for p in points)
@@ -150,18 +152,32 @@ def prune(request: Request, store: RunStore, points: Sequence[Point]) -> None:
                 shutil.rmtree(store.folder(p.id) / END, ignore_errors=True)
         elif p.id in full:
             curves.setdefault(curve_key(p), []).append(p)
+    assert request.sweep is not None and request.sweep.search is not None
     for mine in curves.values():
-        best = min(mine, key=lambda p: _chosen_by(p, store))
+        by_lr = _by_lr(mine, store)
+        means = {lr: sum(losses.values()) / len(losses) for lr, losses in by_lr.items()}
+        near = lrs_around_optimum(means, request.sweep.search.n_lrs)
+        kept = {min(by_lr[lr], key=by_lr[lr].__getitem__) for lr in near}
         for p in mine:
-            if p.id != best.id:
+            if p not in kept:
                 (store.folder(p.id) / checkpoint.WEIGHTS).unlink(missing_ok=True)
+
+
+def _by_lr(points: Sequence[Point], store: RunStore) -> dict[float, dict[Point, float]]:
+    """Return the runs of an arm by learning rate, each with `_chosen_by`."""
+    found: dict[float, dict[Point, float]] = {}
+    for p in points:
+        found.setdefault(p.spec.lr, {})[p] = _chosen_by(p, store)
+    return found
 
 
 def _chosen_by(point: Point, store: RunStore) -> float:
     """Return a run's final loss on the rows that choose; infinity if it diverged."""
     result = store.result(point.id) or {}
     metric = metric_of(result)
-    value = result.get(metric.on_part, metric.value(result))
+    value = metric.value(result)
+    if point.spec.dataset.n_validation:
+        value = result.get(metric.on_part, value)
     done = result.get("state") == "done" and value is not None
     return metric.loss(value) if done else float("inf")
 
@@ -372,16 +388,20 @@ def _export(
     from lorasweep.models import load
 
     out, (served, form) = Path(request.out).expanduser(), _served(request)
-    parts = {conclusion["rank"]: "."}
+    tried = {arm["rank"]: arm["best_tried"] for arm in results["arms"]}
+    rates, parts = [], {conclusion["rank"]: "."}
     parts.setdefault(results["best_rank"], "adapter")  # where full fine-tuning wins
     try:
         with folders.replaced(out, ANSWER) as partial:
             for rank, name in parts.items():
-                losses = {p: _chosen_by(p, store) for p in judged(request, points)}
-                mine = [p for p, loss in losses.items() if _rank(p) == rank and loss < math.inf]
-                if not mine:
+                mine = _by_lr([p for p in judged(request, points) if _rank(p) == rank], store)
+                # of the seeds at the learning rate that the answer chose
+                lr = min(mine, key=lambda lr: abs(math.log(lr / (tried.get(rank) or lr))))
+                best, loss = min(mine[lr].items(), key=lambda found: found[1])
+                if loss == math.inf:
                     continue
-                best, folder = min(mine, key=lambda p: losses[p]), partial / name
+                folder = partial / name
+                rates.append(f"{lr:g}")
                 spec, final = best.spec, store.result(best.id) or {}
                 weights = checkpoint.load_weights(store.folder(best.id))
                 if weights is None:
@@ -401,7 +421,7 @@ def _export(
             (partial / ANSWER).write_text(content)
     except LorasweepError as error:
         return f"not written to {request.out}: {error}"
-    return f"written to {request.out}"
+    return f"written to {request.out}, trained at {' and '.join(rates)}"
 
 
 def _rank(point: Point) -> int | None:

@@ -14,6 +14,8 @@ from lorasweep.errors import DataError
 
 Turn = dict[str, Any]
 """A message as chat templates take it: role, content, tool_calls, and other keys of the row."""
+LEARNED = ("train", "training", "trainable", "learn", "loss", "mask", "masked")
+"""Keys with which other programs mark the messages that are learned."""
 LISTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 """Format, which is also the column with a list of messages -> keys of sender and text."""
 WEIGHT = "weight"
@@ -70,12 +72,13 @@ def turns_of(form: str, row: Any, where: str) -> list[Turn]:
 
 
 def others_of(turn: Turn) -> dict[str, Any]:
-    """Return what a message has beside its role, text and calls, unless it is null or empty.
+    """Return what a message has beside its role, text and calls, unless it is empty or false.
 
-    False is a value: `"train": false` says something of what is to be learned.
+    Of keys that say what is learned, false is a value, too.
     """
     read = {"role", "content", CALLS, *(("tool_call_id", "name") if turn["role"] == "tool" else ())}
-    return {k: v for k, v in turn.items() if k not in read and v not in (None, "", [], {})}
+    marks = {k for k in turn if k in LEARNED and turn[k] not in (None, "")}
+    return {k: v for k, v in turn.items() if k not in read and (v or k in marks)}
 
 
 def refuse_columns(row: Any, read: Collection[str], where: str) -> None:

@@ -95,12 +95,12 @@ def examples(
 
 
 def fit_of(*parts: Rows) -> Fit | None:
-    """Return how max_length fits the rows of all parts together; None: it is not known."""
+    """Return how max_length fits the part that loses most; None: it is not known."""
     known = [part.fit for part in parts if part.fit]
     if not known:
         return None
-    n, cut, left_out, enough = zip(*known)
-    return sum(n), sum(cut), sum(left_out), max(enough)
+    n, cut, left_out, _ = max(known, key=lambda fit: (fit[1] + fit[2]) / fit[0])
+    return n, cut, left_out, max(enough for *_, enough in known)
 
 
 def check_fit(spec: DatasetSpec, fit: Fit | None, setting: str) -> str:
@@ -108,7 +108,8 @@ def check_fit(spec: DatasetSpec, fit: Fit | None, setting: str) -> str:
     n, cut, left_out, enough = fit or (0, 0, 0, 0)
     said = (
         f"dataset {spec.name!r}: max_length={spec.max_length} leaves out {left_out:,} and cuts "
-        f"{cut:,} of {n:,} rows. Set {setting}{enough}, with which 99% are whole."
+        f"{cut:,} of {n:,} training or held-out rows. Set {setting}{enough}, with which 99% are "
+        "whole."
     )
     if cut + left_out > n / 2:
         raise DataError(said)

@@ -19,27 +19,24 @@ from lorasweep.spec.execution import Exec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store import files
 
-MARK, PARTIAL, START = ".lorasweep.jsonl", ".lorasweep.partial", ".lorasweep."
+MARK, PARTIAL = ".lorasweep.jsonl", ".lorasweep.partial"
+CARD, OLD_CARD, WEIGHTS = "README.md", "README.0.2.md", "adapter_model.safetensors"
+"""OLD_CARD: a card of version 0.2 is kept by this name, as it may have been edited."""
 ADAPTER = r"README\.md|adapter_config\.json|adapter_model\.safetensors"
+MODEL = r"README\.md|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 KINDS = {
     "facts.json": (
         "run",
         rf"{ADAPTER}|facts\.json|chat_template\.jinja|generation_config\.json"
         r"|tokenizer(_config)?\.json|special_tokens_map\.json",
     ),
-    "lorasweep.json": (
-        "answer",
-        rf"{ADAPTER}|lorasweep\.json|(generation_)?config\.json"
-        r"|model.*\.safetensors.*",
-    ),
+    "lorasweep.json": ("answer", rf"{ADAPTER}|lorasweep\.json"),
     "fleet.json": ("mask", r"fleet\.json|index\.html"),
 }
 """File that says what a folder is -> a key in it, and the names of our files in such a folder of
 version 0.2, which has no marker."""
-CARD, OLD_CARD = "README.md", "README.0.2.md"
-"""A card of version 0.2 gets another name, as it may have been edited."""
-NO_RESULTS = (".DS_Store", ".git", ".gitattributes")
-"""Names that a new folder may have."""
+NO_RESULTS = ("lost+found", "Thumbs.db", "desktop.ini", "@eaDir")
+"""Names that a new folder may have, beside those that begin with a dot."""
 
 
 def check(
@@ -123,9 +120,10 @@ def _move(folder: Path, partial: Path, last: str, whole: bool) -> None:
         files.sync(path)
         new[path.relative_to(partial).as_posix()] = _sha256(path)
     there = _unchanged(folder, last, new, whole)
-    if CARD in there and not (folder / MARK).stat().st_size:
-        os.rename(folder / CARD, folder / OLD_CARD)
-        del there[CARD]
+    for name in there.keys() & {CARD, f"adapter/{CARD}"}:
+        if not (folder / MARK).stat().st_size:
+            os.rename(folder / name, (folder / name).with_name(OLD_CARD))
+            del there[name]
     gone = there.keys() - new.keys() if whole else set()
     if gone or not there.items() >= new.items():
         files.append(folder / MARK, f"\n{json.dumps(there)}\n{json.dumps(new)}\n".encode())
@@ -149,20 +147,21 @@ def _unchanged(
         with suppress(ValueError, AttributeError, TypeError):  # a line that was cut off
             for name, digest in json.loads(line).items():
                 listed.setdefault(name, set()).add(digest)
-    if not listed and any(n not in NO_RESULTS for n in files.names(folder) if START not in n):
-        of_02 = [k for k, (key, _) in KINDS.items() if key in _object(folder / k)]
-        every = [*folder.glob("*"), *folder.glob("adapter/*")] if of_02 else []
-        for path in every:
-            if path.is_file() and any(re.fullmatch(KINDS[k][1], path.name) for k in of_02):
-                listed[path.relative_to(folder).as_posix()] = {_sha256(path)}
-        if whole and (not of_02 or all((folder / card).exists() for card in (CARD, OLD_CARD))):
+    results = [n for n in files.names(folder) if n[0] != "." and n not in NO_RESULTS]
+    if not listed and results:
+        old = _of_02(folder)
+        if whole and (not old or (CARD in results and OLD_CARD in results)):
             raise SpecError(
                 f"{folder} has files, and no {MARK} that says which of them lorasweep wrote. "
                 "Nothing in it is replaced: name a new folder with out=, or move the files away."
             )
-    if whole and (other := KINDS.keys() & listed.keys() - {last}):
+        listed = {path.relative_to(folder).as_posix(): {_sha256(path)} for path in old}
+    other = KINDS.keys() & listed.keys() - {last}
+    if not other and last in KINDS and last not in listed:
+        other = {WEIGHTS} & listed.keys()  # an adapter alone, of action=adapter
+    if whole and other and any(map(os.path.lexists, (folder / name for name in listed))):
         raise SpecError(
-            f"out={folder} is the folder of a fleet, of a customer of one or of a search "
+            f"out={folder} is the folder of a fleet, of a customer, of a search or of an adapter "
             f"({min(other)}). Name another folder."
         )
     there = {}
@@ -179,9 +178,18 @@ def _unchanged(
     return there
 
 
-def _object(path: Path) -> dict[str, object]:
-    found = files.read_json(path)
-    return found if isinstance(found, dict) else {}
+def _of_02(folder: Path) -> list[Path]:
+    """Return our files in a folder of version 0.2."""
+    found: list[Path] = []
+    for name, (key, pattern) in KINDS.items():
+        values = files.read_json(folder / name)
+        if isinstance(values, dict) and key in values:
+            answer = values[key] if name == "lorasweep.json" else None
+            if isinstance(answer, dict) and answer.get("method") == "fullft":
+                pattern = rf"{MODEL}|lorasweep\.json"
+                found += [p for p in folder.glob("adapter/*") if re.fullmatch(ADAPTER, p.name)]
+            found += [p for p in folder.glob("*") if re.fullmatch(pattern, p.name)]
+    return [path for path in found if path.is_file()]
 
 
 def _sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lorasweep.errors import SpecError
 from lorasweep.sweep.grid import Point, around, curve_key
-from lorasweep.sweep.question import Search
+from lorasweep.sweep.question import MIN_SHORT, Search
 from lorasweep.sweep.replicates import lrs_around_optimum
 
 LOWEST, HIGHEST = 1e-8, 10.0
@@ -52,8 +52,8 @@ def search(
     for p in starts:
         if how.short_steps(p.spec.steps) >= p.spec.steps:
             raise SpecError(
-                f"steps={p.spec.steps}: a search begins with runs of "
-                f"{how.short_steps(p.spec.steps)} updates. Set steps=N above that."
+                f"steps={p.spec.steps}, sweep.search.prefix={how.prefix}: a search begins with "
+                f"shorter runs. Set steps={MIN_SHORT + 1} or more, and a prefix of 2 or more."
             )
     while True:
         new = [p for start in starts for p in _next_of(start, points, how, loss)]

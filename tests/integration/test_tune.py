@@ -46,8 +46,10 @@ def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home):
     answer = found["answer"]
     assert found["chosen_on"] == "validation" and answer["method"] == "lora"
     assert answer["open"] and answer["budget"]["given"] == "4runs"
-    assert answer["out"] == "written to best"
-    folder = home / "best"
+    folder, (arm,) = home / "best", found["arms"]
+    # the run that is written is one at the learning rate of the answer, not the luckiest of all
+    assert answer["out"] == f"written to best, trained at {arm['best_tried']:g}"
+    assert f"learning rate {arm['best_tried']:g}," in (folder / "README.md").read_text()
     assert (folder / "README.md").is_file() and (home / "best" / "lorasweep.json").is_file()
     short = [p for p in home.glob("runs/*/spec.json") if json.loads(p.read_text())["steps"] == 8]
     assert len(short) >= 5

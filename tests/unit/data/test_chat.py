@@ -277,6 +277,7 @@ REFUSED = [
     (answer(content=3), r"messages\[1\].content is 3. Allowed"),
     (answer(content="Yes", train=False), "the row has train, for which"),
     (answer(content="Yes", loss=0), "the row has loss, for which"),
+    (answer(content="Yes", mask=True, edited=False), "the row has mask, for which"),
     (answer(role="function"), r"messages\[1\]: a message is from 'function'. Allowed: .*tool"),
     (answer(role="critic"), r"messages\[1\]: a message is from 'critic'. Allowed: .*user, assist"),
     (answer(role=None), r"messages\[1\]: a message is from None"),

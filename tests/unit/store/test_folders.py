@@ -131,19 +131,34 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, error):
         assert not before or (files_of(out) == before and not (out / folders.PARTIAL).exists())
 
 
-@pytest.mark.parametrize("mark, name", [("facts", "run"), ("lorasweep", "answer")])
-def test_folders_of_version_0_2_are_known_and_get_a_marker(tmp_path, mark, name):
+@pytest.mark.parametrize(
+    "last, known, ours",
+    [
+        ("facts.json", {"run": 1}, ()),
+        ("lorasweep.json", {"answer": {"method": "lora"}}, ()),
+        (
+            "lorasweep.json",
+            {"answer": {"method": "fullft"}},
+            ("model.safetensors", "config.json", "adapter/adapter_model.safetensors"),
+        ),
+    ],
+)
+def test_folders_of_version_0_2_are_known_and_get_a_marker(tmp_path, last, known, ours):
     """What was exported then is replaced; a merged model beside an adapter is the user's."""
-    out, last = tmp_path / "out", f"{mark}.json"
-    out.mkdir()
-    old = {last: json.dumps({name: 1}), "README.md": "a", "model.safetensors": "w"}
-    for file, text in {**old, "notes.txt": "mine"}.items():
+    out = tmp_path / "out"
+    (out / "adapter").mkdir(parents=True)
+    old = {last: json.dumps(known), "README.md": "a"}
+    if ours:
+        old["adapter/README.md"] = "b"
+    more = ("model.safetensors", "config.json", "adapter/adapter_model.safetensors")
+    mine = dict.fromkeys((*more, "model-q8.safetensors.bak", "notes.txt"), "w")
+    for file, text in {**old, **mine}.items():
         (out / file).write_text(text)
     folders.check(out, last, exec_in(tmp_path), [])
     write(out, last, README_md="b")
-    kept = {"README.md": "b", "README.0.2.md": "a", "notes.txt": "mine"}
-    if mark == "facts":
-        kept["model.safetensors"] = "w"
+    kept = {name: text for name, text in mine.items() if name not in ours}
+    kept |= {"README.md": "b", "README.0.2.md": "a"}
+    kept |= {"adapter/README.0.2.md": "b"} if ours else {}
     assert files_of(out) == kept and (out / MARK).is_file()
     write(out, last, README_md="c")
     assert files_of(out) == {**kept, "README.md": "c"}
@@ -157,9 +172,15 @@ def test_a_folder_of_another_kind_is_refused(tmp_path):
         with pytest.raises(SpecError, match="folder of a fleet"):
             folders.check(tmp_path / "fleet", last, exec_in(tmp_path), [])
     folders.check(tmp_path / "fleet", "fleet.json", exec_in(tmp_path), [])
+    with replaced(tmp_path / "one", "adapter_model.safetensors") as partial:
+        (partial / "adapter_model.safetensors").write_text("x")
+    with pytest.raises(SpecError, match="or of an adapter"):
+        write(tmp_path / "one", facts_json="1")
+    (tmp_path / "one/adapter_model.safetensors").unlink()
+    write(tmp_path / "one", facts_json="1")  # nothing is left to lose
 
 
-@pytest.mark.parametrize("name", [".git", ".DS_Store", ".gitattributes"])
+@pytest.mark.parametrize("name", [".git", ".DS_Store", ".gitkeep", "lost+found"])
 def test_a_clone_without_files_is_a_new_folder(tmp_path, name):
     (tmp_path / "out" / name).mkdir(parents=True)
     write(tmp_path / "out", README_md="b")
