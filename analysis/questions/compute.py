@@ -79,6 +79,8 @@ class Arms(base.TwoArms):
             return None, AtBest({})
         optima = base.fit(at_step(self.runs, self.short))
         full = base.full_of(optima)
+        if full is None:  # no such run came as far
+            return None, AtBest({})
         k = next(k for k, o in enumerate(optima) if o is full)
         return optima[k], self.read(optima, self.short, self.short)[k]
 

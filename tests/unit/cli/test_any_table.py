@@ -107,6 +107,7 @@ planted = st.tuples(
 )
 CASES = [
     ("rank", "one seed", {"fullft": "diverged", "lora": "good"}, "whole"),
+    ("compute", "all", {"fullft": "diverged", "lora": "good"}, "whole"),
     ("rl", "one rate", {"fullft": "good", "lora": "good"}, "whole"),
     ("capacity", "all", {"fullft": "nan", "lora": "nan"}, "whole"),
     ("invariance", "one seed", {"fullft": "good", "lora": "good"}, "none"),
