@@ -83,7 +83,7 @@ def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> It
         f"{about}, {n_train:,} training, {len(data.validation):,} validation and "
         f"{len(data.test):,} test rows, {tokens:.0f} tokens a row; {understood}"
     )
-    if warning := text.check_fit(spec, data.fit, "dataset.max_length="):
+    if warning := text.check_fit(spec, data.fits, "dataset.max_length="):
         yield f"warning ({base}): {warning}"
     pieces = text.rendered(spec, row, where, tokenizer)
     shown = "".join(f"[[{piece}]]" if in_loss else piece for piece, in_loss in pieces)

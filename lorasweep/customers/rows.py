@@ -324,7 +324,7 @@ def with_lengths(
     tested = text.examples(spec, spec.test_split, held_out, tokenizer, most, "")
     if not found.n_bytes.any():
         raise DataError(f"all {len(found)} training rows have an empty answer. Fill them in.")
-    warning = text.check_fit(spec, text.fit_of(found, tested), "the column max_length to ")
+    warning = text.check_fit(spec, text.fits_of(found, tested), "the column max_length to ")
     if max_length is None:
         lengths, held = (np.diff(part.ends, prepend=0) for part in (found, tested))
         longest = max(lengths.max(), held.max())

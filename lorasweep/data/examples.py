@@ -5,7 +5,7 @@ Example i of (data set, split, seed) is the same for every method and learning r
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -81,8 +81,8 @@ class Data:
     """Fingerprint of training and test data: equal for all seeds, and only for equal data."""
     commit: str | None = None
     """The hub's commit; None for other sources."""
-    fit: Fit | None = None
-    """What max_length does to training rows; None for generated data."""
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+    """What max_length does to training and to held-out rows; empty for generated data."""
     rewards: Rewards | None = None
     """None: the data set has no verifier of completions."""
     bits: Callable[[int], dict[str, float]] | None = None

@@ -42,8 +42,9 @@ def load(
     train = text.examples(spec, spec.train_split, source, tokenizer, spec.n_train, cache)
     first = spec.n_validation
     test = text.examples(spec, spec.test_split, held_out, tokenizer, first + spec.n_test, cache)
+    fits = text.fits_of(train, test)
     if len(test) <= first:
-        enough = max(part.fit[-1] for part in (train, test) if part.fit)
+        enough = max(fit[-1] for fit in fits.values())
         raise DataError(
             f"dataset {spec.name!r}: {len(test)} held-out rows can be used (too_long="
             f"{spec.too_long}, max_length={spec.max_length}), and n_validation={first} of them "
@@ -61,7 +62,7 @@ def load(
         test=test[first:],
         validation=test[:first],
         n_train=len(train),
-        fit=text.fit_of(train, test),
+        fits=fits,
         sha256=fingerprint(train.sha256, test.sha256),
         commit=source.commit,
         rewards=rewards.of_text(spec, tokenizer) if spec.verifier else None,

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,26 +94,27 @@ def examples(
     return rows.kept(Path(cache) / f"{name}.rows", make)
 
 
-def fit_of(*parts: Rows) -> Fit | None:
-    """Return how max_length fits the part that loses most; None: it is not known."""
-    known = [part.fit for part in parts if part.fit]
-    if not known:
-        return None
-    n, cut, left_out, _ = max(known, key=lambda fit: (fit[1] + fit[2]) / fit[0])
-    return n, cut, left_out, max(enough for *_, enough in known)
+def fits_of(train: Rows, held_out: Rows) -> dict[str, Fit]:
+    """Return what max_length does to the rows of each part, as far as it is known."""
+    parts = {"training": train.fit, "held-out": held_out.fit}
+    return {name: fit for name, fit in parts.items() if fit}
 
 
-def check_fit(spec: DatasetSpec, fit: Fit | None, setting: str) -> str:
-    """Warn if max_length cuts or leaves out over 1% of the rows; DataError: over half of them."""
-    n, cut, left_out, enough = fit or (0, 0, 0, 0)
+def check_fit(spec: DatasetSpec, fits: Mapping[str, Fit], setting: str) -> str:
+    """Warn if max_length cuts or leaves out over 1% of a part; DataError: over half of it."""
+    shares = {name: (cut + left_out) / n for name, (n, cut, left_out, _) in fits.items()}
+    if max(shares.values(), default=0.0) <= 0.01:
+        return ""
+    worst = max(shares, key=shares.__getitem__)
+    n, cut, left_out, _ = fits[worst]
+    enough = max(fit[-1] for fit in fits.values())
     said = (
         f"dataset {spec.name!r}: max_length={spec.max_length} leaves out {left_out:,} and cuts "
-        f"{cut:,} of {n:,} training or held-out rows. Set {setting}{enough}, with which 99% are "
-        "whole."
+        f"{cut:,} of {n:,} {worst} rows. Set {setting}{enough}, with which 99% are whole."
     )
-    if cut + left_out > n / 2:
+    if shares[worst] > 0.5:
         raise DataError(said)
-    return said if cut + left_out > 0.01 * n else ""
+    return said
 
 
 def _tokenized(

@@ -167,7 +167,7 @@ def _unchanged(
     there = {}
     for name in sorted({*listed, *new}):
         path = folder / name
-        if os.path.lexists(path):
+        if os.path.lexists(path) or path.parent.is_symlink():
             real = os.path.join(os.path.realpath(folder), name)  # "": a link or a folder
             there[name] = _sha256(path) if os.path.realpath(path) == real and path.is_file() else ""
             if there[name] not in {*listed.get(name, ()), new.get(name)}:

@@ -74,7 +74,7 @@ def found_in(folder):
 def test_full_fine_tuning_alone_is_written_and_a_users_files_stay(home):
     from transformers import AutoModelForCausalLM
 
-    asked = (*TUNE[:-3], "arms=fullft", "exec.threads=1", "budget=6runs", "out=full")
+    asked = (*TUNE[:-3], "arms=fullft", "exec.threads=1", "budget=4runs", "out=full")
     cli(*asked, cwd=home)
     folder = home / "full"
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2

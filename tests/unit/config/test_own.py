@@ -114,7 +114,7 @@ def test_the_counts_are_those_of_training(compose, here):
         loaded = load.load(data, asked.exec.data_dir, llama_like())
         assert f"{loaded.n_train} training, {len(loaded.validation)} validation and " in line
         # test rows that are left out count, too
-        assert loaded.n_train < 40 and "held-out rows. Set dataset.max_length=" in warning
+        assert loaded.n_train < 40 and "rows. Set dataset.max_length=" in warning
     for key, says in (("prompt", "longer. Set max_length="), ("completion", "Set dataset.max_le")):
         rows = [{"prompt": "So?", "completion": "Y", key: f"{k}" + " late" * 90} for k in range(80)]
         write_json(here / "long.jsonl", [{"prompt": "So?", "completion": "Y"}, *rows])

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from lorasweep.customers.read import RowError
 from lorasweep.customers.rows import BY_ROW, Rules, named_rows, rows_of, with_lengths
-from lorasweep.data import fields, load, templates
+from lorasweep.data import fields, load, templates, text
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES, DatasetSpec
 from tests import small_hub
@@ -142,22 +142,41 @@ def test_rows_that_are_left_out_or_cut_are_counted_and_most_of_them_an_error(tmp
     path = write_json(tmp_path / "my.jsonl", rows)
     found, _ = with_lengths(read(path), llama_like(), 64, ["."])
     data = load.load(found.dataset, ["."], llama_like())
-    n_read, cut, left_out, enough = data.fit
-    parts = (data.n_train, len(data.validation), len(data.test))
-    assert found.n_train == data.n_train and sum(parts) == 160 and cut == 0
-    assert left_out / n_read >= 0.2  # of the part that loses most
-    assert f"leaves out {left_out} and cuts 0 of {n_read} training or held-out" in found.warning
+    n_read, cut, left_out, _ = data.fits["training"]
+    enough = max(fit[-1] for fit in data.fits.values())
+    assert (found.n_train, data.n_train, n_read, cut) == (n_read - left_out, found.n_train, 160, 0)
+    assert left_out + data.fits["held-out"][2] == 40 == data.fits["held-out"][0]
+    assert f"leaves out {left_out} and cuts 0 of 160 training rows" in found.warning
     assert f"Set the column max_length to {enough}, with which 99% are whole" in found.warning
     whole, _ = with_lengths(read(path), llama_like(), enough, ["."])
     assert not whole.warning and whole.n_train == 160
     spec = dataclasses.replace(found.dataset, too_long="cut_or_skip", max_length=enough - 1)
-    cut = load.load(spec, ["."], llama_like()).fit[1]  # the last token of the longest rows
+    cut = load.load(spec, ["."], llama_like()).fits["training"][
+        1
+    ]  # the last token of the longest rows
     assert 0 < cut <= 40
     long = write_json(path, [pair(f"So? {k} " + "late " * 99, "Yes " * 9) for k in range(40)])
-    with pytest.raises(
-        DataError, match=r"cuts .* training or held-out rows. Set the column max_length"
-    ):
+    with pytest.raises(DataError, match=r"cuts 3. of 3. training rows. Set the column max_length"):
         with_lengths(read(long), llama_like(), enough, ["."])
+
+
+@pytest.mark.parametrize(
+    "training, held_out, says",
+    [
+        ((100, 90, 0, 99), (256, 0, 0, 60), "cuts 90 of 100 training rows. Set max_length=99"),
+        ((120, 0, 0, 60), (100, 0, 48, 99), "leaves out 48 and cuts 0 of 100 held-out rows"),
+        ((100, 0, 10, 99), (1024, 0, 0, 60), "leaves out 10 and cuts 0 of 100 training rows"),
+        ((1000, 5, 5, 99), (100, 0, 0, 60), ""),
+    ],
+)
+def test_many_short_rows_of_one_part_do_not_hide_what_the_other_loses(training, held_out, says):
+    fits, spec = {"training": training, "held-out": held_out}, DatasetSpec("rows")
+    try:
+        said = text.check_fit(spec, fits, "max_length=")
+    except DataError as error:
+        said = str(error)
+        assert training[1] > training[0] / 2
+    assert says in said and bool(says) == bool(said)
 
 
 @pytest.mark.parametrize("tokenizer", [llama_like, qwen_like])

@@ -77,7 +77,7 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
         ({"data": "unlearned.jsonl"}, "no token counts in the loss"),
         ({"data": "brackets.jsonl"}, "brackets.jsonl:41: not a JSON row"),
         ({"data": "digits.jsonl"}, "digits.jsonl:41: not a JSON row"),
-        ({"data": "long.jsonl", "max_length": 64}, "held-out rows. Set the column max_length to"),
+        ({"data": "long.jsonl", "max_length": 64}, "training rows. Set the column max_length to"),
         ({"data": "empty.jsonl"}, "has no rows"),
         ({"data": "gone"}, "no file"),
         ({"task": "rl"}, "not by rl"),

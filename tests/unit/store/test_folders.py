@@ -131,6 +131,16 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, error):
         assert not before or (files_of(out) == before and not (out / folders.PARTIAL).exists())
 
 
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out", README_md="a")
+    (tmp_path / "out/adapter").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SpecError, match=r"adapter/new\.txt is not as"):
+        write(tmp_path / "out", README_md="b", adapter__new_txt="mine")
+    assert not [*(tmp_path / "elsewhere").iterdir()]
+
+
 @pytest.mark.parametrize(
     "last, known, ours",
     [
