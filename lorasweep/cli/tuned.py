@@ -395,13 +395,16 @@ def _export(
         with folders.replaced(out, ANSWER) as partial:
             for rank, name in parts.items():
                 mine = _by_lr([p for p in judged(request, points) if _rank(p) == rank], store)
+                if not mine:
+                    continue
                 # of the seeds at the learning rate that the answer chose
                 lr = min(mine, key=lambda lr: abs(math.log(lr / (tried.get(rank) or lr))))
                 best, loss = min(mine[lr].items(), key=lambda found: found[1])
                 if loss == math.inf:
                     continue
                 folder = partial / name
-                rates.append(f"{lr:g}")
+                where = "" if name == "." else f"in {request.out}/{name} "
+                rates.append(f"{where}learning rate {lr:g}")
                 spec, final = best.spec, store.result(best.id) or {}
                 weights = checkpoint.load_weights(store.folder(best.id))
                 if weights is None:
@@ -421,7 +424,7 @@ def _export(
             (partial / ANSWER).write_text(content)
     except LorasweepError as error:
         return f"not written to {request.out}: {error}"
-    return f"written to {request.out}, trained at {' and '.join(rates)}"
+    return f"written to {request.out} ({'; '.join(rates)})"
 
 
 def _rank(point: Point) -> int | None:

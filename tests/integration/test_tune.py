@@ -48,7 +48,7 @@ def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home):
     assert answer["open"] and answer["budget"]["given"] == "4runs"
     folder, (arm,) = home / "best", found["arms"]
     # the run that is written is one at the learning rate of the answer, not the luckiest of all
-    assert answer["out"] == f"written to best, trained at {arm['best_tried']:g}"
+    assert answer["out"] == f"written to best (learning rate {arm['best_tried']:g})"
     assert f"learning rate {arm['best_tried']:g}," in (folder / "README.md").read_text()
     assert (folder / "README.md").is_file() and (home / "best" / "lorasweep.json").is_file()
     short = [p for p in home.glob("runs/*/spec.json") if json.loads(p.read_text())["steps"] == 8]
@@ -74,7 +74,8 @@ def found_in(folder):
 def test_full_fine_tuning_alone_is_written_and_a_users_files_stay(home):
     from transformers import AutoModelForCausalLM
 
-    asked = (*TUNE[:-3], "arms=fullft", "exec.threads=1", "budget=4runs", "out=full")
+    settings = [s for s in TUNE if not s.startswith(("steps=", "arms=", "sweep."))]
+    asked = (*settings, "steps=16", "arms=fullft", "budget=4runs", "out=full")
     cli(*asked, cwd=home)
     folder = home / "full"
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
