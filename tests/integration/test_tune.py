@@ -75,7 +75,7 @@ def test_full_fine_tuning_alone_is_written_and_a_users_files_stay(home):
     from transformers import AutoModelForCausalLM
 
     settings = [s for s in TUNE if not s.startswith(("steps=", "arms=", "sweep."))]
-    asked = (*settings, "steps=16", "arms=fullft", "budget=4runs", "out=full")
+    asked = (*settings, "steps=32", "arms=fullft", "budget=5runs", "out=full")
     cli(*asked, cwd=home)
     folder = home / "full"
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
