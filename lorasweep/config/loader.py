@@ -126,7 +126,7 @@ class ScaleLoader(ConfigLoaderImpl):
                 message = str(error).strip().partition("\n")[0]
                 raise SpecError(
                     f"sweep {next(given, '')!r}, scales.{names[-1]}: {message}. Allowed there: "
-                    f"{', '.join(f.name for f in fields(Sweep))} (docs/own.md)."
+                    f"{', '.join(f.name for f in fields(Sweep))} (docs/sweep_files.md)."
                 ) from None
         if cfg.sweep.arms:
             self.as_in_files = without_hydra(cfg)

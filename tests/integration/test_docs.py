@@ -91,8 +91,8 @@ def in_halves():
 @pytest.mark.xdist_group("smoke")
 @pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_every_documented_command_runs(half, command, smoke_copy, tmp_path, capsys, monkeypatch):
-    own = (ROOT / "docs" / "own.md").read_text()
-    for name, body in re.findall(r"```yaml\n# (mine/\S+)\n(.*?)```", own, re.DOTALL):
+    pages = "".join((ROOT / "docs" / f"{n}.md").read_text() for n in ("rows", "sweep_files"))
+    for name, body in re.findall(r"```yaml\n# (mine/\S+)\n(.*?)```", pages, re.DOTALL):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(body)
     (tmp_path / "docs").mkdir()
