@@ -23,8 +23,8 @@ from benchmarks import fleet_table, harness
 from benchmarks.harness import FIGURES, ROOT, Figures, Log, command, cpu_s, render
 from lorasweep.cli.customers import plan_fleet
 from lorasweep.config.compose import compose_request
-from lorasweep.customers.runs import Member, planned
 from lorasweep.data.load import load as load_data
+from lorasweep.fleet.runs import Member, planned
 from lorasweep.launch.process import WAIT_POLICY
 from lorasweep.models.load import tokenizer_of
 from lorasweep.store.run_store import RunStore

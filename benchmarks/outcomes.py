@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from benchmarks.harness import RESULTS, render
+from lorasweep.advise.advice import Advice, advise
+from lorasweep.advise.evidence import Case, Known
+from lorasweep.advise.read import customer_of
+from lorasweep.advise.rules.rates import STEP, rate_of
 from lorasweep.config import catalogue
 from lorasweep.config.folders import conf_dir
-from lorasweep.customers.advice import Advice, advise
-from lorasweep.customers.evidence import Case, Known
-from lorasweep.customers.read import customer_of
-from lorasweep.customers.rules.rates import STEP, rate_of
 
 PAGE = RESULTS / "advice" / "README.md"
 OUTCOMES = Path(__file__).with_name("outcomes.yaml")

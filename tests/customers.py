@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lorasweep.customers.read import Customer, shape_of
+from lorasweep.advise.read import Customer, shape_of
 from tests.bpe import llama_like
 from tests.world import write_json
 

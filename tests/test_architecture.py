@@ -111,7 +111,7 @@ ARROWS = [(module, other) for module, others in GRAPH.items() for other in other
 # From the bottom; a room uses those below it only. `methods` and `data` do not know each other.
 ORDER = {
     "lorasweep": "errors < spec < methods data < sweep < store < tracking < plan < models < train"
-    " < launch < check < customers < config < cli < __main__",
+    " < launch < check < advise < fleet < config < cli < __main__",
     "analysis": "runs < inference < optimum < measures < questions < report < tables < __main__",
 }
 RANK = {
@@ -134,7 +134,7 @@ ONLY_IN = {
     **dict.fromkeys(("peft", "trl", "tokenizers"), "$"),
     "datasets": r"lorasweep/data/",
     "safetensors": TORCH + r"|lorasweep/(methods|store|cli)/",
-    "jinja2": r"lorasweep/(customers/pages|cli/plans)\.py|analysis/report/",
+    "jinja2": r"lorasweep/(advise/pages|cli/plans)\.py|analysis/report/",
     "matplotlib": r"analysis/report/plots\w*\.py",
     "plotly": r"analysis/report/interactive\.py",
     "IPython": r"analysis/report/notebook\.py",

@@ -11,6 +11,12 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
+from lorasweep.advise import measure as measuring
+from lorasweep.advise import pages
+from lorasweep.advise.advice import Advice, answers, plain_of
+from lorasweep.advise.evidence import INFORMATION, Known, read_information, read_kept
+from lorasweep.advise.read import Customer, Failed, Row, check_rows, expected, read_customers
+from lorasweep.advise.rules.rates import APART
 from lorasweep.cli import answer, understood
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.points import all_points
@@ -18,17 +24,13 @@ from lorasweep.cli.progress import Display
 from lorasweep.cli.train import STOPPED, Trained
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
-from lorasweep.customers import adapters, pages, runs
-from lorasweep.customers import measure as measuring
-from lorasweep.customers.advice import Advice, answers, plain_of
-from lorasweep.customers.evidence import INFORMATION, Known, read_information, read_kept
-from lorasweep.customers.outcome import outcome_of, with_further
-from lorasweep.customers.read import Customer, Failed, Row, check_rows, expected, read_customers
-from lorasweep.customers.rows import FEWEST_NAMED
-from lorasweep.customers.runs import Member
-from lorasweep.customers.serving import Profile
 from lorasweep.data import chat
 from lorasweep.errors import LorasweepError, SpecError, check_installed, unknown
+from lorasweep.fleet import adapters, runs
+from lorasweep.fleet.outcome import outcome_of, with_further
+from lorasweep.fleet.rows import FEWEST_NAMED
+from lorasweep.fleet.runs import Member
+from lorasweep.fleet.serving import Profile
 from lorasweep.launch import local
 from lorasweep.launch.slurm import submissions
 from lorasweep.launch.slurm.planning import hardware_of
@@ -171,7 +173,7 @@ def measure(request: Request) -> int:
         rows = f"{data.n_train:,} rows are enough for {steps} updates of {spec.batch_size}"
         print(f"{rows}: steps={steps}", file=sys.stderr)
         spec = dataclasses.replace(spec, steps=steps)
-    rates = around(spec.lr, request.rates, runs.APART)
+    rates = around(spec.lr, request.rates, APART)
     specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
     points = [Point(s.method.name, s) for s in specs]
     with Display(points, request.format == "json") as display:

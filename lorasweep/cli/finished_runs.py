@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
 from lorasweep.cli.points import all_points, is_search, judged
-from lorasweep.customers.folders import ADAPTER
 from lorasweep.errors import SpecError, TrainingError
+from lorasweep.fleet.folders import ADAPTER
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from

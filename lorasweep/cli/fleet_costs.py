@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorasweep.cli.progress import duration
-from lorasweep.customers.outcome import counts, counts_line, outcome_of
-from lorasweep.customers.runs import planned
+from lorasweep.fleet.outcome import counts, counts_line, outcome_of
+from lorasweep.fleet.runs import planned
 from lorasweep.launch.measure_packs import BUDGET_S
 from lorasweep.plan.forecast import Forecaster
 from lorasweep.plan.hardware import Hardware

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from lorasweep.advise.evidence import published
+from lorasweep.advise.rules.rates import family_of, law_rate
 from lorasweep.cli import answer
-from lorasweep.customers.evidence import published
-from lorasweep.customers.outcome import with_further
-from lorasweep.customers.rules.rates import family_of, law_rate
+from lorasweep.fleet.outcome import with_further
 from lorasweep.plan.budget import parse_budget
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from lorasweep.advise.pages import printable
 from lorasweep.config import catalogue
-from lorasweep.customers import runs, served
-from lorasweep.customers.folders import problems
-from lorasweep.customers.outcome import Outcome, outcome_of
-from lorasweep.customers.pages import printable
-from lorasweep.customers.server import Server
-from lorasweep.customers.serving import Profile
 from lorasweep.data.examples import Data, Example
 from lorasweep.errors import SpecError
+from lorasweep.fleet import runs, served
+from lorasweep.fleet.folders import problems
+from lorasweep.fleet.outcome import Outcome, outcome_of
+from lorasweep.fleet.server import Server
+from lorasweep.fleet.serving import Profile
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint

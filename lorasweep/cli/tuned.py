@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorasweep.advise.pages import plain_text, render
 from lorasweep.cli import answer
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.points import judged
 from lorasweep.cli.progress import duration
-from lorasweep.customers.pages import plain_text, render
-from lorasweep.customers.rows import shown
 from lorasweep.data import templates
 from lorasweep.errors import LorasweepError, SpecError, StoreError
+from lorasweep.fleet.rows import shown
 from lorasweep.launch.pack import END
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.lora import LoRA

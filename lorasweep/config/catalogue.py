@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from lorasweep.customers.serving import Profile
+from lorasweep.fleet.serving import Profile
 from lorasweep.plan import hardware
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.canonical import build

@@ -109,7 +109,7 @@ def _described(
         if group == "model":
             dirs = exec_of({} if models_dir is None else {"models_dir": models_dir}).models_dir
             return *describe_model(given, dirs), 0
-        from lorasweep.customers.rows import named_rows
+        from lorasweep.fleet.rows import named_rows
 
         return named_rows(given, named)
     except (ModelError, DataError, OSError) as error:

@@ -73,7 +73,7 @@ class Request(Settings):
     changes: list[str] = field(default_factory=list)
     """The options that changed the runs, as typed."""
     members: list[dict[str, Any]] = field(default_factory=list)
-    """The customers of a fleet, in the form of `customers.runs.Member.plain`."""
+    """The customers of a fleet, in the form of `fleet.runs.Member.plain`."""
     rates: int = 3
     """Number of learning rates, around lr (action=measure) or the advised one (action=fleet)."""
     folders: list[str] = field(default_factory=list)

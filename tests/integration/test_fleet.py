@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from lorasweep.cli.actions import act
 from lorasweep.cli.customers import plan_fleet
 from lorasweep.cli.finished_runs import write_adapter
-from lorasweep.customers.outcome import outcome_of
-from lorasweep.customers.runs import folder_of, planned
 from lorasweep.data import templates
 from lorasweep.errors import LorasweepError, ModelError, SpecError
+from lorasweep.fleet.outcome import outcome_of
+from lorasweep.fleet.runs import folder_of, planned
 from lorasweep.launch.local import run_points
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer

@@ -14,10 +14,10 @@ from benchmarks.calibration.generators import Design, plant
 from benchmarks.calibration.run import CLAIM
 from benchmarks.fleet import extrapolate, spread
 from benchmarks.rewards import compared, differing, panels
+from lorasweep.advise.read import read_customers
 from lorasweep.config.compose import compose_request
-from lorasweep.customers.read import read_customers
-from lorasweep.customers.rows import Rules, rows_of
 from lorasweep.data.load import load as load_data
+from lorasweep.fleet.rows import Rules, rows_of
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models

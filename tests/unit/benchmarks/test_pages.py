@@ -9,7 +9,7 @@ from benchmarks import fleet, outcomes, published, rewards, speed
 from benchmarks.calibration import page as calibration_page
 from benchmarks.harness import FIGURES, ROOT
 from benchmarks.search import page as search_page
-from lorasweep.customers.evidence import published as published_rules
+from lorasweep.advise.evidence import published as published_rules
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.time import TRAINING_SHARE
 

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from lorasweep.customers.advice import KEYS
+from lorasweep.advise.advice import KEYS
 from tests.customers import make_base
 
 TABLE = (

@@ -5,10 +5,10 @@ import dataclasses
 
 import pytest
 
-from lorasweep.customers import pages
-from lorasweep.customers.advice import SURE_OF, answers, plain_of, totals
-from lorasweep.customers.evidence import Sure, read_information
-from lorasweep.customers.read import COLUMNS, Failed, Row, check_rows, read_customers
+from lorasweep.advise import pages
+from lorasweep.advise.advice import SURE_OF, answers, plain_of, totals
+from lorasweep.advise.evidence import Sure, read_information
+from lorasweep.advise.read import COLUMNS, Failed, Row, check_rows, read_customers
 from lorasweep.data import own
 from tests.customers import write_json
 from tests.unit.customers.world import advice, known

@@ -8,10 +8,11 @@ import math
 
 import pytest
 
-from lorasweep.customers.outcome import MOST_TRIED, outcome_of, with_further
-from lorasweep.customers.rows import Rows
-from lorasweep.customers.runs import APART, Member
+from lorasweep.advise.rules.rates import APART
 from lorasweep.errors import SpecError
+from lorasweep.fleet.outcome import MOST_TRIED, outcome_of, with_further
+from lorasweep.fleet.rows import Rows
+from lorasweep.fleet.runs import Member
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.run import validate

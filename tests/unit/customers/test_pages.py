@@ -13,11 +13,11 @@ import yaml
 from markupsafe import escape
 from safetensors.torch import save_file
 
-from lorasweep.customers import adapters
-from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, Tried
-from lorasweep.customers.picture import KINDS, _ticks, picture_of
-from lorasweep.customers.rows import Rows
-from lorasweep.customers.runs import Member
+from lorasweep.fleet import adapters
+from lorasweep.fleet.outcome import GAINED, UNKNOWN, WORSE, Outcome, Tried
+from lorasweep.fleet.picture import KINDS, _ticks, picture_of
+from lorasweep.fleet.rows import Rows
+from lorasweep.fleet.runs import Member
 from lorasweep.models.find import license_of
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorasweep.customers import read
-from lorasweep.customers.advice import answers
-from lorasweep.customers.read import Customer, RowError, customer_of, read_customers, shape_of
+from lorasweep.advise import read
+from lorasweep.advise.advice import answers
+from lorasweep.advise.read import Customer, RowError, customer_of, read_customers, shape_of
 from lorasweep.errors import ModelError, SpecError
 from tests.unit.customers.world import known
 

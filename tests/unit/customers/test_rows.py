@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from transformers import GenerationConfig
 
-from lorasweep.customers.read import RowError
-from lorasweep.customers.rows import BY_ROW, Rules, named_rows, rows_of, with_lengths
+from lorasweep.advise.read import RowError
 from lorasweep.data import fields, load, templates, text
 from lorasweep.errors import DataError
+from lorasweep.fleet.rows import BY_ROW, Rules, named_rows, rows_of, with_lengths
 from lorasweep.spec.dataset import FILES, DatasetSpec
 from tests import small_hub
 from tests.bpe import llama_like, qwen_like

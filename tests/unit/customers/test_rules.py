@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from lorasweep.customers.evidence import Interval, Kept, MeasuredRegret, Sure, published, read_kept
-from lorasweep.customers.rules import capacity, rates, workload
-from lorasweep.customers.rules.costs import NOT_FASTER
+from lorasweep.advise.evidence import Interval, Kept, MeasuredRegret, Sure, published, read_kept
+from lorasweep.advise.rules import capacity, rates, workload
+from lorasweep.advise.rules.costs import NOT_FASTER
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.placement import Placement, place

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.customers.read import Row, check_rows
-from lorasweep.customers.rows import BY_ROW, Rules
-from lorasweep.customers.runs import RULES, build_runs, folder_of, planned, read_rules, write_rules
+from lorasweep.advise.read import Row, check_rows
 from lorasweep.errors import SpecError
+from lorasweep.fleet.rows import BY_ROW, Rules
+from lorasweep.fleet.runs import RULES, build_runs, folder_of, planned, read_rules, write_rules
 from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.grid import Point
 from tests.bpe import llama_like

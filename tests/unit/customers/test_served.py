@@ -8,7 +8,9 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from lorasweep.customers.served import (
+from lorasweep.data.examples import Example
+from lorasweep.errors import SpecError
+from lorasweep.fleet.served import (
     ANOTHERS,
     DIFFERS,
     NOT_APPLIED,
@@ -18,9 +20,7 @@ from lorasweep.customers.served import (
     Probe,
     judge,
 )
-from lorasweep.customers.server import KEY, Server
-from lorasweep.data.examples import Example
-from lorasweep.errors import SpecError
+from lorasweep.fleet.server import KEY, Server
 from tests.answering import answering, openai
 
 COMMON, OWN, NOISE = 64, 16, 0.02

@@ -6,12 +6,12 @@ import struct
 import pytest
 
 from lorasweep.config import catalogue
-from lorasweep.customers import folders
-from lorasweep.customers.folders import ADAPTER, CONFIG, problems
-from lorasweep.customers.rows import Rules
-from lorasweep.customers.runs import read_rules, write_rules
-from lorasweep.customers.serving import PEFT, adapted, serve_command
 from lorasweep.errors import SpecError
+from lorasweep.fleet import folders
+from lorasweep.fleet.folders import ADAPTER, CONFIG, problems
+from lorasweep.fleet.rows import Rules
+from lorasweep.fleet.runs import read_rules, write_rules
+from lorasweep.fleet.serving import PEFT, adapted, serve_command
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec

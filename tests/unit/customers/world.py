@@ -3,10 +3,10 @@
 from functools import cache
 from pathlib import Path
 
+from lorasweep.advise.advice import advise
+from lorasweep.advise.evidence import Kept, Known, read_kept
+from lorasweep.advise.read import customer_of
 from lorasweep.config import catalogue
-from lorasweep.customers.advice import advise
-from lorasweep.customers.evidence import Kept, Known, read_kept
-from lorasweep.customers.read import customer_of
 from tests.world import ROOT
 
 CONF = [ROOT / "conf"]

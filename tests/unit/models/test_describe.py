@@ -11,7 +11,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lorasweep.customers.read import RowError, customer_of, shape_of
+from lorasweep.advise.read import RowError, customer_of, shape_of
 from lorasweep.errors import ModelError
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lorasweep.customers.read import Customer, Models
+from lorasweep.advise.read import Customer, Models
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.model import ModelSpec
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome
+from lorasweep.fleet.outcome import GAINED, UNKNOWN, WORSE, Outcome
 
 WIDTH, LEFT, RIGHT, TOP = 900, 190, 24, 46
 """Sizes in pixels: of the picture, and of its margins."""

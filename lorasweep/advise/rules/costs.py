@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
-from lorasweep.customers.evidence import Case
-from lorasweep.customers.read import RowError
-from lorasweep.customers.rules.capacity import LAYERS, trained
-from lorasweep.customers.rules.workload import GROUP, Workload
+from lorasweep.advise.evidence import Case
+from lorasweep.advise.read import RowError
+from lorasweep.advise.rules.capacity import LAYERS, trained
+from lorasweep.advise.rules.workload import GROUP, Workload
 from lorasweep.errors import unknown
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from lorasweep.customers.evidence import Case, Sure, Verdict
-from lorasweep.customers.rules.capacity import FULL, LAYERS, ROOM, Choice, load_at, trained
-from lorasweep.customers.rules.rates import Rate
-from lorasweep.customers.rules.workload import SAFE, Batches, Workload, regret_of_batch
+from lorasweep.advise.evidence import Case, Sure, Verdict
+from lorasweep.advise.rules.capacity import FULL, LAYERS, ROOM, Choice, load_at, trained
+from lorasweep.advise.rules.rates import Rate
+from lorasweep.advise.rules.workload import SAFE, Batches, Workload, regret_of_batch
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import parse_layers
 

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.customers.evidence import Case, Known
-from lorasweep.customers.read import Customer, Failed, RowError, shape_of
-from lorasweep.customers.rules.capacity import LAYERS, Choice, choose
-from lorasweep.customers.rules.costs import Arm, Costs, costs_of, hardware_of
-from lorasweep.customers.rules.rates import ALPHA, Rate, rate_of
-from lorasweep.customers.rules.regime import Condition, conditions_of, note_habits
-from lorasweep.customers.rules.workload import Batches, Workload, batches_of, workload_of
+from lorasweep.advise.evidence import Case, Known
+from lorasweep.advise.read import Customer, Failed, RowError, shape_of
+from lorasweep.advise.rules.capacity import LAYERS, Choice, choose
+from lorasweep.advise.rules.costs import Arm, Costs, costs_of, hardware_of
+from lorasweep.advise.rules.rates import ALPHA, Rate, rate_of
+from lorasweep.advise.rules.regime import Condition, conditions_of, note_habits
+from lorasweep.advise.rules.workload import Batches, Workload, batches_of, workload_of
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.method import parse_layers

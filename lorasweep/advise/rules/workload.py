@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.customers.evidence import Case, Measured
-from lorasweep.customers.read import RowError
+from lorasweep.advise.evidence import Case, Measured
+from lorasweep.advise.read import RowError
 from lorasweep.data import own
 from lorasweep.errors import DataError
 from lorasweep.plan.load import TEXT_FILL

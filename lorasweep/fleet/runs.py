@@ -15,14 +15,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from lorasweep.customers.advice import advise
-from lorasweep.customers.evidence import Known
-from lorasweep.customers.read import COLUMNS, Customer, Failed, RowError, shape_of
-from lorasweep.customers.rows import SPLITS, Rows, Rules, rows_of, with_lengths
-from lorasweep.customers.rules.rates import ALPHA
-from lorasweep.customers.serving import PEFT, Profile, adapted
+from lorasweep.advise.advice import advise
+from lorasweep.advise.evidence import Known
+from lorasweep.advise.read import COLUMNS, Customer, Failed, RowError, shape_of
+from lorasweep.advise.rules.rates import ALPHA, APART, MOST_RATES
 from lorasweep.data.own import CHAT, EXPECTED, PLAIN
 from lorasweep.errors import DataError, ModelError, SpecError, unknown
+from lorasweep.fleet.rows import SPLITS, Rows, Rules, rows_of, with_lengths
+from lorasweep.fleet.serving import PEFT, Profile, adapted
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.forecast import Forecaster
 from lorasweep.plan.placement import Misfit
@@ -38,9 +38,6 @@ from lorasweep.sweep.request import Request
 
 FACTOR = 10.0
 """LoRA's learning rate / full fine-tuning's, where the adviser says full fine-tuning."""
-APART = 3.0
-"""Factor between the learning rates that are tried, as in public grids (rules/rates.py, STEP)."""
-MOST_RATES = 9
 FORM = {"template", "render", "mask"}
 """Fields of a data set that the command line may set for a fleet."""
 SAFE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")

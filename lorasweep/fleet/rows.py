@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorasweep.customers.read import LONGEST_EXAMPLE, RowError
-from lorasweep.customers.rules.workload import rounded
+from lorasweep.advise.read import LONGEST_EXAMPLE, RowError
+from lorasweep.advise.rules.workload import rounded
 from lorasweep.data import chat, fields, load, own, sources, templates, text
 from lorasweep.data.fields import Message
 from lorasweep.errors import DataError

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from lorasweep.customers.evidence import Case, Interval, MeasuredRegret
-from lorasweep.customers.read import RowError
-from lorasweep.customers.rules.workload import Workload
+from lorasweep.advise.evidence import Case, Interval, MeasuredRegret
+from lorasweep.advise.read import RowError
+from lorasweep.advise.rules.workload import Workload
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.spec.model import ModelSpec

@@ -6,8 +6,8 @@ The interval spans all sources. For published rates it adds half a step of the g
 import math
 from dataclasses import dataclass
 
-from lorasweep.customers.evidence import Case, Published
-from lorasweep.customers.rules.workload import Workload
+from lorasweep.advise.evidence import Case, Published
+from lorasweep.advise.rules.workload import Workload
 from lorasweep.spec.model import ModelSpec
 
 SHORT = 100
@@ -17,6 +17,9 @@ STEP = 1.8
 """Factor by which a published best learning rate is uncertain on both sides: half a step of the
 coarsest public grid, whose learning rates are a factor 3.3 apart. Without it, the best learning
 rates of 7 of 10 held-out sources lay outside the interval (analysis/results/advice)."""
+APART = 3.0
+"""Factor between the learning rates that a fleet tries, as in public grids (STEP)."""
+MOST_RATES = 9
 LAW_WIDTH = 2000
 ALPHA = 32
 

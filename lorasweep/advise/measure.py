@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasweep.customers.pages import render
-from lorasweep.customers.runs import APART, MOST_RATES
+from lorasweep.advise.pages import render
+from lorasweep.advise.rules.rates import APART, MOST_RATES
 from lorasweep.data import own, sources
 from lorasweep.data.examples import Data
 from lorasweep.errors import SpecError, TrainingError

@@ -11,8 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorasweep.customers.rules.capacity import FULL, ROOM
-from lorasweep.customers.runs import APART, Member
+from lorasweep.advise.rules.capacity import FULL, ROOM
+from lorasweep.advise.rules.rates import APART
+from lorasweep.fleet.runs import Member
 from lorasweep.spec.metric import CURVE_START
 from lorasweep.spec.run import LR_RANGE, RunSpec
 from lorasweep.store.run_store import FINAL, TRIAL, Result, RunStore

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from lorasweep.customers.folders import ADAPTER, problems
-from lorasweep.customers.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
-from lorasweep.customers.pages import plain_text, render
-from lorasweep.customers.picture import picture_of
-from lorasweep.customers.serving import BASE, PEFT, Profile, serve_command
+from lorasweep.advise.pages import plain_text, render
 from lorasweep.data import templates
 from lorasweep.errors import LorasweepError, ModelError
+from lorasweep.fleet.folders import ADAPTER, problems
+from lorasweep.fleet.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
+from lorasweep.fleet.picture import picture_of
+from lorasweep.fleet.serving import BASE, PEFT, Profile, serve_command
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import RunStore

@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lorasweep.customers.advice import Advice, totals
-from lorasweep.customers.evidence import Sure, shown
-from lorasweep.customers.read import Failed
+from lorasweep.advise.advice import Advice, totals
+from lorasweep.advise.evidence import Sure, shown
+from lorasweep.advise.read import Failed
 from lorasweep.errors import check_installed
 from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 
@@ -53,7 +53,7 @@ def _environment() -> Any:
     import jinja2  # takes a moment to load
 
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        loader=jinja2.FileSystemLoader([*Path(__file__).parents[1].glob("*/templates")]),
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorasweep.customers.serving import Profile
+from lorasweep.fleet.serving import Profile
 from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
 from lorasweep.store import files
 
