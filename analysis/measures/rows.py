@@ -1,0 +1,337 @@
+"""Flat rows: one for each judged claim, and one for each quantity measured on a curve or condition.
+
+Pages, figures, findings, the ledger and the adviser read these rows. No other module of the report
+interprets the keys of results.json, from which the rows are made.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.estimate import Estimate, Verdict
+from analysis.inference.gates import gate_of
+from analysis.measures.regret import novelty_of
+from analysis.runs.lr_curves import LrCurve, full_names
+from analysis.runs.table import CURVE_KEYS
+
+
+class Setting(IntEnum):
+    """Where a row was measured. If there are several settings, the last of them counts."""
+
+    IN_REGIME = 0
+    """Only rules of a synthetic language are new: few numbers to learn."""
+    BEYOND = 1
+    """Lists to memorise are new as well, or alone: exceptions, facts, exercises."""
+    REAL = 2
+    """A model and data that were not made by a program of this project."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured quantity; with `verdict`, the judged claim about it."""
+
+    sweep: str
+    scale: str
+    task: str
+    """The condition, as the question names it."""
+    base: str
+    """Base model; several are joined by " and "."""
+    data: str
+    """Data set of the condition, or what is new in it."""
+    setting: Setting
+    quantity: str
+    """Estimand of a claim; otherwise a name such as best_lr or regret_percent."""
+    estimate: Estimate
+    arm: str = ""
+    """Name of the curve, unique in its task; empty: not of one curve."""
+    rank: int | None = None
+    batch_size: int | None = None
+    updates: int | None = None
+    alpha: float | None = None
+    at: str = ""
+    """Rank and number of updates of a claim's quantity in words; empty: not known."""
+    verdict: Verdict | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """The claim as in question.json: its text, source, measure and note."""
+
+    @property
+    def claim(self) -> str:
+        """Name of the claim; empty without a verdict."""
+        return self.verdict.claim if self.verdict else ""
+
+    @property
+    def says(self) -> str:
+        """The claim's sentence."""
+        return self.asked.get("text") or self.claim.replace("_", " ")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the row's cells, by column; None: not known."""
+        e, v = self.estimate, self.verdict
+        known = {k: getattr(self, k) for k in COLUMNS if hasattr(self, k)}
+        known |= {k: getattr(e, k) for k in ("value", "low", "high", "level")}
+        known |= {"setting": self.setting.name, "flags": " ".join(e.flags)}
+        if v is not None:
+            known |= {k: getattr(v, k) for k in ("expected", "primary", "outcome", "exploratory")}
+            known |= {"margin_low": v.margin[0], "margin_high": v.margin[1]}
+            known |= {"source": self.asked.get("source"), "why": v.why, "needed": v.needed}
+            known |= {"gates": " ".join(g.code.name for g in v.gates)}
+        return {k: known.get(k) for k in COLUMNS}
+
+
+COLUMNS = (
+    *("sweep", "scale", "base", "data", "setting", "task", "arm", "rank", "batch_size", "updates"),
+    *("alpha", "at", "quantity", "value", "low", "high", "level", "flags", "claim", "source"),
+    *("primary", "expected", "margin_low", "margin_high", "outcome", "gates", "exploratory"),
+    *("why", "needed"),
+)
+"""Columns of a table of rows. `gates`, `flags`: names with spaces between them."""
+
+
+def csv_of(rows: Iterable[Row]) -> str:
+    """Return rows as a table in CSV; a cell that is not known is empty."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(r.plain() for r in rows)
+    return text.getvalue()
+
+
+def pick(rows: Iterable[Row], quantity: str = "", **values: Any) -> list[Row]:
+    """Return the rows of a quantity (empty: any) with the given values of attributes."""
+    wanted = {**({"quantity": quantity} if quantity else {}), **values}
+    return [r for r in rows if all(getattr(r, k) == v for k, v in wanted.items())]
+
+
+# ---------------------------------------------------------------- rows of an answer
+
+
+def estimate_of(plain: Mapping[str, Any] | None) -> Estimate:
+    """Read an estimate from results.json."""
+    return Estimate(**{**plain, "flags": tuple(plain["flags"])}) if plain else Estimate(None)
+
+
+def verdict_of(plain: Mapping[str, Any]) -> Verdict:
+    """Read a verdict from results.json; older results have no gates."""
+    gates = tuple(map(gate_of, plain.get("gates", ())))
+    known = {"estimate": estimate_of(plain["estimate"]), "margin": tuple(plain["margin"])}
+    return Verdict(**{**plain, **known, "gates": gates})
+
+
+def rows_of(
+    results: Mapping[str, Any], question: Mapping[str, Any], runs: pd.DataFrame
+) -> list[Row]:
+    """Return the rows of an answer: of its curves, its other measurements, and its verdicts.
+
+    Args:
+        results: results.json.
+        question: question.json, with today's keys.
+        runs: the table of runs; without columns, settings and parameters are not known.
+    """
+    made = _Maker(results, question, runs)
+    return [*made.of_curves(), *made.of_conditions(), *made.of_verdicts()]
+
+
+class _Maker:
+    def __init__(
+        self, results: Mapping[str, Any], question: Mapping[str, Any], runs: pd.DataFrame
+    ) -> None:
+        self.results, self.question, self.runs = results, question, runs
+        self.bases = sorted(runs["model"].unique()) if "model" in runs else []
+        self.settings = _settings(runs)
+        none = np.empty(0)
+        keys = [{k: c[k] for k in CURVE_KEYS if k in c} for c in results["curves"]]
+        curves = [LrCurve(key, none, none, none, none, none, math.nan, math.nan) for key in keys]
+        self.curves = list(zip(_names(curves), curves))
+        self.updates = {c["cell"]: c["updates"] for c in self.cells("updates")}
+
+    def cells(self, key: str) -> list[dict[str, Any]]:
+        """Return the question's conditions, if they have a key."""
+        return [c for c in self.results.get("cells") or () if key in c]
+
+    def row(self, task: str, quantity: str, e: Estimate, **more: Any) -> Row:
+        bases, data = _parts(task, self.bases)
+        known = (self.results["sweep"], self.results["scale"], task)
+        base = " and ".join(bases or self.bases)
+        return Row(*known, base, data, _setting(task, self.settings), quantity, e, **more)
+
+    # ---- curves
+
+    def place(self, k: int) -> dict[str, Any]:
+        """Return the columns that name the k-th curve."""
+        name, curve = self.curves[k]
+        key = {n: None if v != v else v for n, v in curve.key.items()}
+        whole = {n: v if (v := key.get(n)) is None else int(v) for n in ("rank", "batch_size")}
+        steps = key.get("steps")
+        updates = None if steps is None else int(steps)
+        return {"arm": name, **whole, "updates": updates, "alpha": key.get("alpha")}
+
+    def of_curves(self) -> Iterator[Row]:
+        for k, c in enumerate(self.results["curves"]):
+            place, task = self.place(k), self.curves[k][1].group
+            best = Estimate(c["best_lr"], c["low"], c["high"], c["n"], tuple(c["flags"]))
+            yield self.row(task, "best_lr", best, **place)
+            yield self.row(task, "best_loss", Estimate(c["best_nll"]), **place)
+            if c["band"]:
+                yield self.row(task, "lr_band", Estimate(None, *c["band"]), **place)
+            rewarded = c["method"] == "lora" and c.get("objective") == "policy_gradient"
+            if rewarded and "n_trainable" in self.runs:
+                ratio = Estimate(self._parameters_an_episode(c))
+                yield self.row(task, "parameters_an_episode", ratio, **place)
+        for r in self.results.get("ratios") or ():
+            place = {"alpha": r["alpha"]} if r["at"] is None else self.place(r["at"])
+            task = r["group"] if r["at"] is None else self.curves[r["at"]][1].group
+            yield self.row(task, "lr_ratio", estimate_of(r["ratio"]), **place)
+            for rule, nats in r["regrets"].items():
+                yield self.row(task, f"nats lost at {rule}", Estimate(nats), **place)
+
+    def _parameters_an_episode(self, c: Mapping[str, Any]) -> float:
+        keys = ["model", "dataset", "steps", "batch_size", "method", "rank", "objective", "layers"]
+        keys = [k for k in keys if k in self.runs and k in c]
+        runs = self.runs.merge(pd.DataFrame([{k: c[k] for k in keys}]), on=keys)
+        return float((runs["n_trainable"] / (runs["batch_size"] * runs["steps"])).mean())
+
+    # ---- conditions
+
+    def of_conditions(self) -> Iterator[Row]:
+        for c in self.cells("ranks"):
+            place: dict[str, Any] = {"batch_size": c.get("batch_size"), "updates": c["updates"]}
+            for count, bits in (c.get("bits") or {}).items():
+                yield self.row(c["cell"], f"bits, {count}", Estimate(bits), **place)
+                load = estimate_of(c["loads_needed"][count])
+                yield self.row(c["cell"], f"load at the needed rank, {count}", load, **place)
+            needed = estimate_of(c.get("rank_interpolated"))
+            yield self.row(c["cell"], "needed_rank", needed, **place)
+            for r in c["ranks"]:
+                arm = {**place, "arm": f"lora r{r['rank']}", "rank": int(r["rank"])}
+                for count, load in (r.get("loads") or {}).items():
+                    yield self.row(c["cell"], f"load, {count}", Estimate(load), **arm)
+                e = estimate_of(r["regret_percent"])
+                yield self.row(c["cell"], "regret_percent", e, **arm)
+                if early := r.get("gap_nats_first"):
+                    ends = ("value", "low", "high")
+                    share = {k: early[k] and 100 * early[k] / r["gain_nats"] for k in ends}
+                    e = estimate_of({**early, **share})
+                    yield self.row(c["cell"], "regret_percent_first", e, **arm)
+        whole = next((v["group"] for v in self.results["verdicts"]), "")
+        for r in self.results.get("regrets") or ():
+            place = {k: r[k] for k in ("batch_size", "updates", "rank")}
+            e = estimate_of(r["regret_percent"])
+            yield self.row(whole, "regret_percent", e, arm=f"lora r{r['rank']}", **place)
+        for quantity in ("batch_effect", "batch_effect_at_equal_examples"):
+            for rank, plain in (self.results.get(quantity) or {}).items():
+                arm = {"arm": f"lora r{rank}", "rank": int(rank)}
+                yield self.row(whole, quantity, estimate_of(plain), **arm)
+        for law, plain in (self.results.get("errors") or {}).items():
+            yield self.row(whole, "rms_error", estimate_of(plain), arm=law)
+        for c in self.cells("law"):
+            place = {"alpha": c["alpha"], "updates": c["steps"]}
+            e = Estimate(c["ratio"] / c["law"])
+            yield self.row(c["base"], "measured_over_law", e, **place)
+
+    # ---- verdicts
+
+    def of_verdicts(self) -> Iterator[Row]:
+        for plain in self.results["verdicts"]:
+            v = verdict_of(plain)
+            asked = self.question["claims"].get(v.claim, {})
+            quantity = asked.get("estimand", v.claim)
+            yield self.row(
+                v.group, quantity, v.estimate, **self._at(quantity, v.group), verdict=v, asked=asked
+            )
+
+    def _at(self, quantity: str, task: str) -> dict[str, Any]:
+        """Return the rank and the number of updates of an estimand in a task, also in words."""
+        said = (self.results.get("read") or {}).get(quantity, "").partition(";")[0]
+        known = [c.key for _, c in self.curves if _is_of(c.group, task)]
+        arms = (self.results.get("ranks") or {}).get(task, {}).get(quantity.partition("_")[0], {})
+        ranks = sorted(
+            {int(k["rank"]) for k in known if k.get("rank") == k.get("rank") is not None}
+        )
+        ranks = ranks[:1] if "rank_1" in quantity else ranks[-1:] if "top" in quantity else ranks
+        ranks = sorted(set(arms.values())) or ranks
+        lengths = {self.updates[task]} if task in self.updates else {int(k["steps"]) for k in known}
+        if share := re.fullmatch(r"rank of ([\d.]+) of the width", said):
+            mine = self.runs["model"].isin(_parts(task, self.bases)[0])
+            ranks = [round(float(share[1]) * self.runs[mine]["hidden_size"].max())]
+            said = f"rank {ranks[0]}"
+        if len(ranks) > 1 and arms:
+            said = " and ".join(f"{arm} at rank {r}" for arm, r in arms.items())
+        rank = ranks[0] if len(ranks) == 1 else None
+        span = f"ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+        words = [said or (f"rank {rank}" if rank else span)]
+        if lengths and not re.search("update|example", said):
+            ends = dict.fromkeys((min(lengths), max(lengths)))
+            words.append(f"{' to '.join(map(str, ends))} updates")
+        at = ", ".join(filter(None, words))
+        updates = lengths.pop() if len(lengths) == 1 else None
+        sizes = {k["batch_size"] for k in known}
+        batch = int(sizes.pop()) if len(sizes) == 1 else None
+        return {"rank": rank, "updates": updates, "batch_size": batch, "at": at}
+
+
+def _names(curves: Sequence[LrCurve]) -> list[str]:
+    """Name every curve by method, rank and the settings that set it apart within its group."""
+    names = [""] * len(curves)
+    for group in {c.group for c in curves}:
+        mine = [k for k, c in enumerate(curves) if c.group == group]
+        for k, name in zip(mine, full_names([curves[k] for k in mine])):
+            names[k] = name
+    return names
+
+
+def _is_of(group: str, task: str) -> bool:
+    """Whether the curves of a group belong to a task, which may name less, more, or several."""
+    parts = [p.partition(";")[0] for p in task.split(" and ")]
+    return any(f"{group}, ".startswith(f"{p}, ") for p in parts)
+
+
+def _parts(task: str, bases: Sequence[str]) -> tuple[list[str], str]:
+    """Return the base models that a task names, and its data sets (or what is new in them)."""
+    found: dict[str, None] = {}
+    data: dict[str, None] = {}
+    for part in task.split(" and "):
+        base = next((b for b in bases if part == b or part.startswith((f"{b},", f"{b} on "))), "")
+        rest = part.removeprefix(base).removeprefix(" on ").removeprefix(", ")
+        name = re.match(r"(\w+)(\(|, batch|, policy|$)", rest)
+        found |= {base: None} if base else {}
+        data[name[1] if name else rest] = None
+    return list(found), " and ".join(data)
+
+
+def _settings(runs: pd.DataFrame) -> list[tuple[str, Setting, tuple[str, ...]]]:
+    """Return each model and data set of a table: its setting, and its names in tasks."""
+    if "spec" not in runs:
+        return []
+    datasets = runs["spec"].map(lambda spec: json.dumps(json.loads(spec)["dataset"]))
+    found = []
+    for model, text in sorted(set(zip(runs["model"], datasets))):
+        dataset = json.loads(text)
+        novelty = novelty_of(dataset)
+        names: tuple[str, ...] = (f" on {dataset['name']}", f", {dataset['name']}")
+        setting = Setting.BEYOND if dataset["source"] == "synthetic" else Setting.REAL
+        if novelty is not None:
+            setting = Setting.IN_REGIME if novelty.low else Setting.BEYOND
+            names = (*names, f", {novelty.name}")
+        found.append((model, setting, names))
+    return found
+
+
+def _setting(task: str, known: Sequence[tuple[str, Setting, tuple[str, ...]]]) -> Setting:
+    """Return the setting of a task; of all runs if it names no data set."""
+    parts = task.split(" and ")
+    found = [
+        setting
+        for model, setting, names in known
+        for part in parts
+        if any(part == model + n or part.startswith(f"{model}{n},") for n in names)
+    ]
+    return max(found or [setting for _, setting, _ in known], default=Setting.BEYOND)
