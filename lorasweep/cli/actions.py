@@ -4,13 +4,15 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorasweep.cli import answer, check, customers, finished_runs, plans, served, status, train
+from lorasweep.cli import answer as answers
+from lorasweep.cli import check, customers, finished_runs, plans, served, status, train
+from lorasweep.cli.printed import Answer
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, SpecError, StoreError
 from lorasweep.launch.slurm.client import RunningJobs
 from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN, Signals
@@ -27,8 +29,8 @@ OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "lay
 
 def functions(
     trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None
-) -> dict[str, Callable[[Request, RunStore], int]]:
-    """Return the function of each action by name; each function returns the exit status."""
+) -> dict[str, Callable[[Request, RunStore], Any]]:
+    """Return the function of each action by name; it returns an Answer, or yields several."""
     return {
         "run": partial(train.run, trainer=trainer, follow=follow),
         "plan": plans.show,
@@ -56,72 +58,74 @@ def functions(
 def act(
     request: Request, trainer: Trainer | str | None = None, follow: dict[str, Any] | None = None
 ) -> int:
-    """Call the function of the requested action; return the exit status.
+    """Do the requested action and print its answer; return the exit status.
+
+    A sweep of sweeps is answered part by part, as one JSON object with format=json.
 
     `trainer`: replaces the real trainer in tests and benchmarks. `follow`: task of a follow-up job.
     """
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
     with suppress(FileNotFoundError, PermissionError):  # the action reports them
         os.scandir(store.root).close()
-    if request.customers and request.action != "advise":
-        runs = customers.plan_fleet(request)
-        if runs.action == "run":
-            return functions(trainer, follow)["fleet"](runs, store)
-        code = _on_runs(runs, store, trainer, follow) if runs.points else 0
-        return max(code, int(any(m["problem"] for m in runs.members)))
-    return _on_runs(request, store, trainer, follow)
-
-
-def _on_runs(
-    request: Request, store: RunStore, trainer: Trainer | str | None, follow: dict[str, Any] | None
-) -> int:
-    """Call an action for the runs of a request, or for each part of a sweep of sweeps."""
-    do = functions(trainer, follow)[request.action]
+    name, status = request.action, 0
+    if request.customers and name != "advise":
+        request = customers.plan_fleet(request)
+        if request.action == "run":
+            name = "fleet"
+        else:
+            status = int(any(m["problem"] for m in request.members))
+            if not request.points:
+                return status
+    do, as_json = functions(trainer, follow)[name], request.format == "json"
     on_gpus = bool(request.hardware) and hardware_of(request).has_speeds
-    if on_gpus and request.action in OF_PLANNED_RUNS:
-        request = train.within_limit(request)
-    as_json = request.format == "json"
-    if not request.parts or request.action in WHOLE_STUDY or (on_gpus and request.action == "plan"):
-        if as_json and not request.watch:
-            return _print_json(do, request, store)
-        return do(request, store)
-    if request.action == "run":  # find problems before the first part starts
-        for part in request.parts:
-            train.check(part, store, train.runs_of(part, store))
-    if as_json and request.watch:
+    whole = name in WHOLE_STUDY or (on_gpus and name == "plan")
+    parts = [] if whole else request.parts
+    if parts and as_json and request.watch:
         raise SpecError("watch=true prints one JSON object after another. Name one sweep instead.")
-    code, printed = 0, {}
+    for part in parts if name == "run" else ():  # find problems before the first part starts
+        train.check(part, store, train.runs_of(part, store))
+    values = {}
     try:
-        for part in request.parts:
-            if as_json:
-                with redirect_stdout(io.StringIO()) as out:
-                    code = max(code, act(part, trainer))
-                printed[part.title] = json.loads(out.getvalue() or "null")
-            else:
+        for part in parts or [request]:
+            if parts and not as_json:
                 print(f"== {part.sweep_name}", flush=True)
-                code = max(code, act(part, trainer))
-            if code >= train.STOPPED:
-                return code
+            if on_gpus and name in OF_PLANNED_RUNS:
+                part = train.within_limit(part)
+            for k, answer in enumerate(_answers(do, part, store)):
+                status = max(status, answer.status)
+                if parts and as_json:
+                    values[part.title] = answer.plain()
+                    continue
+                if k and not as_json and sys.stdout.isatty():
+                    print("\033[2J\033[H", end="")  # a watched table is shown in place
+                answer.show(as_json)
+            if parts and status >= train.STOPPED:
+                return status
     finally:
-        if as_json:
-            print(json.dumps(printed))
-    if request.action == "run" and request.cluster.kind == "local" and not as_json:
-        titles = [part.title for part in request.parts]
-        print("\n".join(answer.study(Path(request.exec.reports_dir), titles, request.title)))
-    return code
+        if parts and as_json:
+            print(json.dumps(values))
+    if parts and name == "run" and request.cluster.kind == "local" and not as_json:
+        titles = [part.title for part in parts]
+        page = answers.study(Path(request.exec.reports_dir), titles, request.title)
+        print("\n".join(page))
+    return status
 
 
-def _print_json(do: Callable[[Request, RunStore], int], request: Request, store: RunStore) -> int:
-    """Call an action and print one JSON value: {"output": LINES} if the action prints lines."""
-    with redirect_stdout(io.StringIO()) as out:
-        code = do(request, store)
-    text = out.getvalue()
-    try:
-        json.loads(text)
-    except ValueError:
-        text = json.dumps({"output": text.splitlines()}) + "\n"
-    print(text, end="")
-    return code
+def _answers(
+    do: Callable[[Request, RunStore], Any], request: Request, store: RunStore
+) -> Iterator[Answer]:
+    """Yield what an action returns. Until all are ported, one may print, and return a status."""
+    out = io.StringIO()
+    with redirect_stdout(out) if request.format == "json" else nullcontext():
+        done = do(request, store)
+    if isinstance(done, int):
+        try:
+            value = json.loads(out.getvalue())
+        except ValueError:
+            value = {"output": out.getvalue().splitlines()}
+        yield Answer(value, status=done)
+    else:
+        yield from [done] if isinstance(done, Answer) else done
 
 
 def follow_up(path: str) -> int:

@@ -5,7 +5,6 @@ standard deviation between seeds.
 """
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
 from lorasweep.cli.points import all_points, is_search, judged
+from lorasweep.cli.printed import Answer
+from lorasweep.cli.progress import notifier
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.fleet.folders import ADAPTER
 from lorasweep.launch.trainer import Trainer, trainer_named
@@ -42,7 +43,7 @@ NO_FLOOR_NATS = 0.01
 differ by about as much (docs/log)."""
 
 
-def export(request: Request, store: RunStore) -> int:
+def export(request: Request, store: RunStore) -> Answer:
     """Write the finished runs of the sweep, or without a sweep of the store, as a table."""
     path = Path(request.table)
     if path.suffix not in (".parquet", ".csv"):
@@ -56,15 +57,13 @@ def export(request: Request, store: RunStore) -> int:
         table.to_parquet(path, index=False, compression="zstd", compression_level=12)
     else:
         table.to_csv(path, index=False)
-    print(f"{len(table)} runs written to {path}")
-    return 0
+    return Answer(text=f"{len(table)} runs written to {path}")
 
 
-def import_(request: Request, store: RunStore) -> int:
+def import_(request: Request, store: RunStore) -> Answer:
     """Add the runs of an exported table to the store."""
     new = import_table(request.exec.runs_dir, request.table)
-    print(f"{new} runs imported into {request.exec.runs_dir}")
-    return 0
+    return Answer(text=f"{new} runs imported into {request.exec.runs_dir}")
 
 
 # ---------------------------------------------------------------- training again
@@ -185,7 +184,7 @@ def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
 # ---------------------------------------------------------------- adapter, verify, extend
 
 
-def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
+def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> Answer:
     """Train a finished run again, alone; save its adapter in PEFT's format, or its weights.
 
     Weights of runs are not kept, as a sweep has thousands of runs. The retrained weights are equal
@@ -224,7 +223,7 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
             f"run {spec.id} {outcome}. At most {bound:.1e} is accepted, so nothing was written. "
             f"What differs: {why}. {accept}Or use the machine of the recorded run."
         )
-    print(outcome + (f"; what differs: {why}" if comparison.difference else ""))
+    lines = [outcome + (f"; what differs: {why}" if comparison.difference else "")]
     with folders.replaced(out, ADAPTER) as partial:
         if not isinstance(spec.method, LoRA):
             from lorasweep.models.load import save_trained
@@ -234,13 +233,12 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
         else:
             write_adapter(partial, spec, weights_of(state), final.get("base_commit"))
     if not isinstance(spec.method, LoRA):
-        print(f"weights of run {request.run} saved to {request.out}")
-        return 0
+        return Answer(text=[*lines, f"weights of run {request.run} saved to {request.out}"])
     where = f"adapter of run {request.run} saved to {request.out}"
-    print(f"{where}: load it with peft.PeftModel.from_pretrained")
+    lines.append(f"{where}: load it with peft.PeftModel.from_pretrained")
     if spec.model.tied and "unembedding" in spec.method.target_layers():
-        print("do not merge this adapter: it changes the unembedding, which is tied")
-    return 0
+        lines.append("do not merge this adapter: it changes the unembedding, which is tied")
+    return Answer(text=lines)
 
 
 def write_adapter(
@@ -261,14 +259,14 @@ def write_adapter(
     save_peft(folder, weights, spec.method.rank, base, commit, spec.method.scaling, *experts)
 
 
-def verify(request: Request, store: RunStore) -> int:
+def verify(request: Request, store: RunStore) -> Answer:
     """Train a fixed sample of the finished runs again, alone; return 1 if a result differs.
 
     Runs that shared a pack come first.
     """
     if request.sample < 1:
         raise SpecError(f"sample={request.sample}: expected at least 1 run.")
-    points, quiet = all_points(request, store), request.format == "json"
+    points = all_points(request, store)
     finished = [(result, p) for p in points if (result := store.result(p.id)) is not None]
     trained_here = [
         (result.get("pack_size", 1) == 1, stream("verify", p.id).random(), p.spec)
@@ -280,22 +278,21 @@ def verify(request: Request, store: RunStore) -> int:
     sample = [spec for _, _, spec in sorted(trained_here, key=lambda row: row[:2])]
     names, trainer, compared = run_names(points), trainer_named(None), []
     for spec in sample[: request.sample]:
-        c, _, _ = train_again(spec, store, request.exec, trainer)
-        compared.append(c)
-        if not quiet:
-            print(f"{names[c.run]:32} {c.run}  pack of {c.pack_size}  {_outcome(c)}", flush=True)
+        notifier(request)(f"training again, alone: {names[spec.id]}")
+        compared.append(train_again(spec, store, request.exec, trainer)[0])
     floor = noise_floor(points, store)
     differing = [c.run for c in compared if not c.within(NO_FLOOR_NATS if floor is None else floor)]
-    if quiet:
-        rows = list(map(asdict, compared))
-        print(json.dumps({"runs": rows, "noise_floor": floor, "differing": differing}))
-    else:
-        noise = "no condition has two seeds"
-        if floor is not None:
-            noise = f"standard deviation between seeds {floor:.1e} nats"
-        gaps = [abs(c.difference) for c in compared if c.difference is not None]
-        print(f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}")
-    return int(bool(differing))
+    noise = "no condition has two seeds"
+    if floor is not None:
+        noise = f"standard deviation between seeds {floor:.1e} nats"
+    gaps = [abs(c.difference) for c in compared if c.difference is not None]
+    form = "{:32} {}  pack of {}  {}".format
+    rows = [form(names[c.run], c.run, c.pack_size, _outcome(c)) for c in compared]
+    return Answer(
+        {"runs": [*map(asdict, compared)], "noise_floor": floor, "differing": differing},
+        [*rows, f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}"],
+        status=int(bool(differing)),
+    )
 
 
 def _outcome(c: Comparison) -> str:
@@ -306,7 +303,7 @@ def _outcome(c: Comparison) -> str:
     return f"recorded {c.recorded:.6f}, alone {c.alone:.6f}, difference {c.difference:+.1e} nats"
 
 
-def extend(request: Request, store: RunStore) -> int:
+def extend(request: Request, store: RunStore) -> Answer:
     """Add the runs that help most to decide claims, as the next round; start none."""
     if request.sweep is None:
         raise SpecError("action=extend needs a sweep: +sweep=NAME.")
@@ -322,10 +319,10 @@ def extend(request: Request, store: RunStore) -> int:
     asked = question(request)
     runs, lines = answer.next_round(load_runs(store.root, [p.id for p in points]), asked)
     if not runs:
-        print("nothing to add: every claim is decided, or more runs cannot help")
-        return 0
+        return Answer(text="nothing to add: every claim is decided, or more runs cannot help")
     path = looks.path_of(store.root, request.title)
     number = looks.append(path, runs, answer.claims_hash(asked), points)
-    print(*lines, sep="\n")
-    print(f"round {number}: {len(runs)} runs added; run the command without action=extend to train")
-    return 0
+    added = (
+        f"round {number}: {len(runs)} runs added; run the command without action=extend to train"
+    )
+    return Answer(text=[*lines, added])

@@ -1,14 +1,15 @@
 """Show the status of a sweep from the run folder, and of its jobs if Slurm can be asked."""
 
-import json
-import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from lorasweep.cli import fleet_costs
 from lorasweep.cli.points import all_points
+from lorasweep.cli.printed import Answer
 from lorasweep.cli.progress import duration
 from lorasweep.launch.slurm import submissions
 from lorasweep.plan import detect
@@ -31,16 +32,13 @@ WINDOW_S = 1800.0
 """The speed counts runs that finished within this time before the latest one."""
 
 
-def show(request: Request, store: RunStore) -> int:
-    """Print the status; with watch=true repeatedly, until nothing is left to do."""
+def show(request: Request, store: RunStore) -> Iterator[Answer]:
+    """Yield the status; with watch=true repeatedly, until nothing is left to do."""
     while True:
         values = status(request, store, all_points(request, store))
-        if request.watch and request.format != "json" and sys.stdout.isatty():
-            print("\033[2J\033[H", end="")
-        shown = json.dumps(values) if request.format == "json" else status_text(request, values)
-        print(shown, flush=True)
+        yield Answer(values, partial(status_text, request, values))
         if not (request.watch and any(values["runs"].get(s) for s in OPEN_STATES)):
-            return 0
+            return
         time.sleep(WATCH_S)
 
 
