@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import FIGURES, ROOT, Log
-from lorasweep.launch.slurm import client as slurm
+from lorasweep.launch.slurm import queue as slurm
 from lorasweep.store import files
 
 NOTHING = (

@@ -14,9 +14,9 @@ from lorasweep.cli import answer as answers
 from lorasweep.cli import check, customers, finished_runs, plans, served, status, train
 from lorasweep.cli.printed import Answer
 from lorasweep.errors import ClusterError, GaveUp, LorasweepError, SpecError, StoreError
-from lorasweep.launch.slurm.client import RunningJobs
 from lorasweep.launch.slurm.job import INTERRUPTED, TRY_AGAIN, Signals
 from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.slurm.queue import RunningJobs
 from lorasweep.launch.trainer import Trainer
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, from_plain
@@ -64,7 +64,7 @@ def act(
 
     `trainer`: replaces the real trainer in tests and benchmarks. `follow`: task of a follow-up job.
     """
-    store = RunStore(request.exec.runs_dir, jobs=RunningJobs())
+    store = RunStore(request.exec.runs_dir, jobs=RunningJobs(request.exec.runs_dir))
     with suppress(FileNotFoundError, PermissionError):  # the action reports them
         os.scandir(store.root).close()
     name, status = request.action, 0
@@ -132,12 +132,12 @@ def follow_up(path: str) -> int:
     """Run the request of a task file again, in a follow-up job.
 
     Returns 0 when done, 2 after a permanent error, TRY_AGAIN after one that may be temporary,
-    INTERRUPTED after a signal. The file holds {"follow": REQUEST.json, "trainer": name or null,
-    "idle": n, "updates": n}.
+    INTERRUPTED after a signal. The last line of the file is {"follow": request, "trainer": name or
+    null, "idle": n, "updates": n}.
     """
     Signals()
-    task = json.loads(Path(path).read_bytes())
-    request = from_plain(json.loads(Path(task["follow"]).read_bytes()))
+    task = json.loads(Path(path).read_text().splitlines()[-1])
+    request = from_plain(task["follow"])
     try:
         act(request, task.get("trainer"), follow=task)
     except LorasweepError as error:

@@ -19,8 +19,8 @@ from lorasweep.check import page, process
 from lorasweep.check.cases import CORRECTNESS, LOOP, NODE, PACKS, SPEED, Case
 from lorasweep.config import catalogue
 from lorasweep.errors import SpecError, TrainingError
-from lorasweep.launch.slurm.command import submit_command
 from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.slurm.submit import submit_command
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
 from lorasweep.spec.dataset import DatasetSpec

@@ -32,7 +32,7 @@ from lorasweep.fleet.rows import FEWEST_NAMED
 from lorasweep.fleet.runs import Member
 from lorasweep.fleet.serving import Profile
 from lorasweep.launch import local
-from lorasweep.launch.slurm import submissions
+from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.store import files, folders
@@ -278,8 +278,8 @@ def fleet(
     outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, trained.points)]
     waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
     if plan.cluster.kind == "slurm":
-        queue = submissions.look(store.root)
-        there = queue.covered().keys() | queue.unknown_runs()
+        queue = slurm.look(store.root)
+        there = queue.covered().keys() | queue.elsewhere
         unfinished = [
             [i for i, state in o.states.items() if state not in FINAL and state != "running"]
             for o in outcomes

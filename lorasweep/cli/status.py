@@ -11,7 +11,7 @@ from lorasweep.cli import fleet_costs
 from lorasweep.cli.points import all_points
 from lorasweep.cli.printed import Answer
 from lorasweep.cli.progress import duration
-from lorasweep.launch.slurm import submissions
+from lorasweep.launch.slurm import queue as slurm
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops
 from lorasweep.plan.plan import make_plan
@@ -44,7 +44,7 @@ def show(request: Request, store: RunStore) -> Iterator[Answer]:
 
 def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, Any]:
     """Return the status of a sweep as JSON values."""
-    queue = submissions.look(store.root)
+    queue = slurm.look(store.root)
     plan = make_plan(points, store, request.exec, detect.this_machine())
     covered = queue.covered()
     states = {
@@ -77,7 +77,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     finished = [p for p in plan.points if p.id in entries]
     flops_done = sum(run_flops(p.spec) for p in finished)
     rate = _rate_per_h(entries)
-    if rate and plan.todo and queue.live():  # use the recent speed of the jobs
+    if rate and plan.todo and queue.jobs:  # use the recent speed of the jobs
         left_s = flops_left / (flops_done / len(finished)) / rate * 3600
     else:
         left_s = plan.hours * 3600 * (flops_left / plan.flops if plan.flops else 0.0)
@@ -87,7 +87,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     left: float | None = 0.0
     if flops_left:
         left = used * flops_left / flops_done if flops_done else None
-    mine = {s.name for s in queue.submissions if s.record["sweep"] == request.title}
+    mine = {s.folder for s in queue.submissions if s.record["sweep"] == request.title}
     return {
         "sweep": request.sweep_name,
         "scale": request.scale,
@@ -115,12 +115,12 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
                 "restarts": j.restarts,
                 "runs": len(s.tasks[k]),
                 "over": sum(r in entries for r in s.tasks[k]),
-                "log": str(s.log(j.label)),
+                "log": str(slurm.log_of(s.folder, j.label)),
             }
-            for s, k, j in queue.live()
+            for s, k, j in queue.jobs
             if not states.keys().isdisjoint(s.tasks[k])
         ],
-        "follows": [j.label for name, j in queue.follows.items() if j.live and name in mine],
+        "follows": [j.label for folder, j in queue.follows.items() if folder in mine],
         "slurm": queue.unavailable,
         "unrecorded": len(queue.strays),
     }
@@ -140,7 +140,7 @@ def _problems(
     bad = [p.id for p in points if states[p.id] in ("failed", "diverged", "interrupted")]
     lost = [i for i in bad if states[i] == "interrupted" and not store.failure(i)]
     owners = {i: store.owner(i, store.last_attempt(i) or 0) for i in lost}
-    causes = submissions.causes(store.root, owners)
+    causes = slurm.causes(store.root, owners)
     problems = []
     for i in bad:
         log = store.folder(i) / f"attempts/{store.last_attempt(i)}/log.txt"

@@ -18,7 +18,7 @@ from lorasweep.launch import local
 from lorasweep.launch.distributed import check_world_size
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.slurm.planning import hardware_of
-from lorasweep.launch.slurm.submit import MAX_IDLE, FollowUp, Outcome, cancel, submit, updates_of
+from lorasweep.launch.slurm.submit import Outcome, cancel, submit, updates_of
 from lorasweep.launch.trainer import Trainer
 from lorasweep.plan import detect
 from lorasweep.plan.forecast import refuse_unfit, settings_of, without_too_large
@@ -34,8 +34,8 @@ from lorasweep.tracking import wandb
 
 STOPPED = 130
 """Exit status after Ctrl-C."""
-FOLLOW_COMMAND = ("-u", "-m", "lorasweep", "--follow")
-"""Arguments of Python in a follow-up job, before the path of the task file."""
+MAX_IDLE = 3
+"""Follow-up jobs in a row without a saved update, after which no more jobs are submitted."""
 CHANGED_CLAIMS = "the claims were changed after a first answer from these runs"
 """Why the verdicts of such a sweep are exploratory."""
 
@@ -282,8 +282,8 @@ def _train_on_cluster(
                 f"no run got further in {idle} rounds of jobs, so no more are submitted. "
                 "See the causes with action=status."
             )
-    following = FollowUp(FOLLOW_COMMAND, trainer if isinstance(trainer, str) else None, idle)
-    done = submit(request, store, lambda: runs_of(request, store), notify, following)
+    named = trainer if isinstance(trainer, str) else None
+    done = submit(request, store, lambda: runs_of(request, store), notify, named, idle)
     waiting, work = done.waiting, done.work
     if request.format == "json" and (waiting or done.n_submitted):
         values = {
@@ -293,9 +293,9 @@ def _train_on_cluster(
             "removed": work.n_removed,
             "pruned": done.pruned,
             "refused": done.refused,
-            "unknown": work.unknown_runs,
-            "exhausted": len(work.exhausted),
-            "jobs": [a.job for s in done.submitted for a in s.arrays if a.job],
+            "unknown": work.unknown,
+            "exhausted": work.exhausted,
+            "jobs": [*done.sent, *filter(None, [done.follow])],
         }
         print(json.dumps(values))
         waiting = True
@@ -309,24 +309,23 @@ def _train_on_cluster(
 
 def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
     work = done.work
-    for s in done.submitted:
-        arrays = [a for a in s.arrays if a.job and a.part != "follow"]
-        jobs = ", ".join(f"{a.n} job(s) as {a.job}" for a in arrays)
-        print(f"submitted {done.n_submitted} runs: {jobs}; records and logs in {s.folder}")
+    if done.sent:
+        jobs = ", ".join(f"{n} job(s) as {number}" for number, n in done.sent.items())
+        print(f"submitted {done.n_submitted} runs: {jobs}; records and logs in {done.folder}")
     warnings = []
     if done.refused:
         warnings.append(
             f"Slurm did not accept all jobs: {done.refused}\n"
             "The rest is submitted when jobs have ended, or when you run the command again"
         )
-    if work.unknown_runs:
+    if work.unknown:
         warnings.append(
-            f"{work.unknown_runs} runs may be in jobs of another cluster: run the command there. "
+            f"{work.unknown} runs may be in jobs of another cluster: run the command there. "
             f"If those jobs are gone, delete their folders in {store.root}/.slurm"
         )
     if work.exhausted:
         warnings.append(
-            f"{len(work.exhausted)} runs were killed {request.exec.max_attempts} times and are not "
+            f"{work.exhausted} runs were killed {request.exec.max_attempts} times and are not "
             "submitted again: see the causes with action=status, then raise exec.max_attempts"
         )
     for warning in warnings:

@@ -27,8 +27,7 @@ from lorasweep.config.own import GROUPS
 from lorasweep.config.schema import FORMATS, MIRRORS, Config, writable
 from lorasweep.data.own import as_served
 from lorasweep.errors import NotAtScale, SpecError, unknown
-from lorasweep.launch.slurm.resources import check as check_cluster
-from lorasweep.launch.slurm.resources import check_pack_size
+from lorasweep.launch.slurm.planning import check as check_cluster
 from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
@@ -146,8 +145,7 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     typed = [key.removeprefix("exec.") for key in keys if key.startswith("exec.")]
     exec_ = exec_of(dataclasses.asdict(config.exec), typed)
     cluster = Cluster(**dataclasses.asdict(config.cluster))
-    check_cluster(cluster)
-    check_pack_size(exec_, cluster)
+    check_cluster(cluster, exec_)
     sweep_name = settings.runtime.choices.get("sweep")
     config.serve = settings.runtime.choices["serve"]
     action = check_action(config, sweep_name)

@@ -30,7 +30,7 @@ from lorasweep.launch.distributed import Leader, follow
 from lorasweep.launch.out_of_memory import Limits, OutOfMemoryTogether
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_freed_memory
-from lorasweep.launch.slurm.client import RunningJobs
+from lorasweep.launch.slurm.queue import RunningJobs
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Exec
@@ -56,7 +56,8 @@ def main(job_path: str, sha256: str, first: int = 0) -> int:
     try:
         for path, sha in chain([(job_path, sha256)], map(json.loads, sys.stdin)):
             job = _read_job(Path(path), sha)
-            store = RunStore(job["exec"]["runs_dir"], dead=job["dead"], jobs=RunningJobs())
+            folder = job["exec"]["runs_dir"]
+            store = RunStore(folder, dead=job["dead"], jobs=RunningJobs(folder))
             if job["exec"]["world_size"] > 1:
                 _run_together(job, first, store, stop)
                 return 0

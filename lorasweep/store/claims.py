@@ -27,6 +27,8 @@ SILENCE_S = 90.0
 than the 60 s for which NFS clients usually cache attributes."""
 LOCK_POLL_S = 0.2
 UNKNOWN = "unknown"
+Notify = Callable[[str], None]
+"""Prints a line for the user."""
 JOB_VARIABLE = "LORASWEEP_JOB"
 """Environment variable that is set in submitted jobs, which end with their process. An interactive
 job may outlive its command. So if that job runs, the command may nevertheless be dead."""

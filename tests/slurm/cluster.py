@@ -16,7 +16,7 @@ from pathlib import Path
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import compose_request
 from lorasweep.launch import local
-from lorasweep.launch.slurm import submissions
+from lorasweep.launch.slurm import queue
 from lorasweep.store.run_store import RunStore
 from tests import world
 from tests.slurm import trainers
@@ -230,10 +230,16 @@ def read_json(path):
 
 def submitted(cwd):
     """List the submissions from a run folder, oldest first."""
-    return submissions.read_all(Path(cwd) / "runs", over=True)
+    return queue.read_all(Path(cwd) / "runs", over=True)
 
 
 def jobs_of(submission):
-    """Return the job (12, or 12_3) of each task of a submission."""
-    arrays = [a for a in submission.arrays if a.part != submissions.FOLLOW]
-    return [f"{a.job}_{k}" if a.n > 1 else a.job for a in arrays for k in range(a.n)]
+    """Return the job (12, or 12_3) of each task of a submission; the follow-up job came last."""
+    names = [p.name.split("_") for p in (submission.folder / "jobs").glob("*_submitted.pkl")]
+    labels = sorted(tuple(map(int, name[:-1])) for name in names)
+    return ["_".join(map(str, label)) for label in labels][: len(submission.tasks)]
+
+
+def job_log(submission, job):
+    """Return the log of a job."""
+    return queue.log_of(submission.folder, job).read_text()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.launch.slurm import client
+from lorasweep.launch.slurm import queue as commands
 from tests.slurm.cluster import Slurm, missing_commands
 
 HERE = Path(__file__).parent
@@ -29,11 +29,11 @@ def slurm():
         pytest.fail(reason)
     if reason:
         pytest.skip(reason)
-    client.setting.cache_clear()  # of another cluster, or of a test that invented one
+    commands.setting.cache_clear()  # of another cluster, or of a test that invented one
     cluster = Slurm(SLURM_TEST_MAX_ARRAY="6")
     yield cluster
     cluster.stop()
-    client.setting.cache_clear()
+    commands.setting.cache_clear()
 
 
 @pytest.fixture

@@ -5,17 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.launch.slurm.command import submit_command
-from tests.slurm.cluster import (
-    ALONE,
-    SMOKE,
-    read_json,
-    request,
-    results,
-    status,
-    submitted,
-    wait_for,
-)
+from lorasweep.launch.slurm.submit import submit_command
+from tests.slurm.cluster import ALONE, SMOKE, job_log, jobs_of, read_json, request
+from tests.slurm.cluster import results, status, submitted, wait_for
 from tests.world import cli
 
 LAYERS = ("action=layers", "model=llama-3.2-1b", "method=lora")
@@ -42,7 +34,7 @@ def test_a_command_runs_as_one_job_with_its_log(queue, tmp_path):
     assert "submitted" in submit(tmp_path, "look", "action=nothing")[0]  # the first one is over
     queue.drain()
     *_, last = submitted(tmp_path)
-    assert "the command ended with status" in last.log(last.arrays[0].job).read_text()
+    assert "the command ended with status" in job_log(last, jobs_of(last)[0])
 
 
 @pytest.mark.full

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lorasweep.errors import ClusterError
-from lorasweep.launch.slurm.command import submit_command
+from lorasweep.launch.slurm.submit import submit_command
 from tests.slurm import stand_ins
 from tests.slurm.cluster import (
     FAST,
@@ -15,6 +15,7 @@ from tests.slurm.cluster import (
     ask,
     attempts,
     curves,
+    job_log,
     jobs_of,
     read_json,
     request,
@@ -79,7 +80,7 @@ def test_a_sweep_inside_a_container_is_stopped_preempted_and_answered(
     (there / "runs" / GO).touch()
     queue.drain()
 
-    assert "queued again" in submission.log(warned).read_text()
+    assert "queued again" in job_log(submission, warned)
     assert len(results(there)) == 6
     assert results(there) == results(here) and curves(there) == curves(here)
     for rid in started:

@@ -1,9 +1,9 @@
-"""The program inside a Slurm job: train the runs of one task in parallel.
+"""The program inside a Slurm job: do one task of a submission.
 
-    python -m lorasweep.launch.slurm.job TASK.json
+    python -m lorasweep.launch.slurm.job TASKS.jsonl LINE
 
     {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these runs
-    {"follow": REQUEST.json, "command": [...], "idle": n, "updates": n}    follow up on a sweep
+    {"follow": request, "command": [...], "idle": n, "updates": n}         follow up on a sweep
     {"arguments": [...], "requeues": n}                                    run a command
 
 A job may be killed at any time and start again on another node: runs resume from checkpoints. At
@@ -25,7 +25,7 @@ from typing import Any
 from lorasweep.errors import ClusterError, LorasweepError
 from lorasweep.launch import local
 from lorasweep.launch.process import Stopped
-from lorasweep.launch.slurm import client, submissions
+from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.container import Container
 from lorasweep.launch.worker import skipped
 from lorasweep.methods.registry import spec_from
@@ -66,25 +66,22 @@ class Signals:
             raise KeyboardInterrupt
 
 
-def run(path: str) -> None:
-    """Do the task in a file that `guard` has checked. After a LorasweepError the job is FAILED."""
+def run(path: str, number: int) -> None:
+    """Do the task in a line of a file that `guard` has checked. LorasweepError: the job failed."""
     signals = Signals()
-    task = json.loads(Path(path).read_bytes())
+    task = json.loads(Path(path).read_text().splitlines()[number])
     try:
         if "follow" in task:
             return _follow([sys.executable, *task["command"], path])
         if "arguments" in task:
-            if code := _command(task["arguments"], container_from(task)):
+            if code := _command(task["arguments"], _container(task)):
                 raise LorasweepError(f"the command ended with status {code}: see above.")
             return
         _train(task)
-        if submission := submissions.read(Path(path).parent.parent):
-            with suppress(ClusterError):
-                # else held jobs would wait until somebody runs the sweep's command
-                jobs = client.queue([a.name for a in submission.arrays])
-                if held := [j.label for j in jobs if j.stuck]:
-                    _print(f"released jobs that Slurm held after a failed start: {', '.join(held)}")
-                    client.release(held)
+        with suppress(ClusterError):  # else held jobs would wait until somebody runs the command
+            name, jobs = Path(path).parent.name, slurm.jobs_of(Path(task["exec"]["runs_dir"]))
+            if held := slurm.release(j for j in jobs if j.name.startswith(name)):
+                _print(f"released jobs that Slurm held after a failed start: {', '.join(held)}")
     except (Stopped, KeyboardInterrupt):
         time.sleep(LISTEN_S)
         names = ", ".join(signal.Signals(n).name for n in sorted(signals.got))
@@ -105,11 +102,10 @@ def run(path: str) -> None:
 
 def _train(task: dict[str, Any]) -> None:
     exec_ = Exec(**task["exec"])
-    store = RunStore(exec_.runs_dir, jobs=client.RunningJobs())
+    store = RunStore(exec_.runs_dir, jobs=slurm.RunningJobs(exec_.runs_dir))
     store.prepare()
     points = [Point(s.method.name, s) for s in map(spec_from, task["runs"])]
-    trainer, skip = task.get("trainer"), task["skip"]
-    unwanted = skipped(skip)
+    unwanted = skipped(task["skip"])
     left = [p for p in points if p.id not in unwanted and store.state(p.id) not in FINAL]
     _print(f"{len(points)} runs, {len(left)} to do, {exec_.workers} worker(s)")
     if not left:
@@ -120,30 +116,14 @@ def _train(task: dict[str, Any]) -> None:
             _print(json.dumps(event))
 
     n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
-    inside = container_from(task)
-    local.run_points(left, store, exec_, report, trainer, PATIENCE_S, skip, n_nodes, inside)
+    more = (task["trainer"], PATIENCE_S, task["skip"], n_nodes, _container(task))
+    local.run_points(left, store, exec_, report, *more)
     counts = Counter(store.states(p.id for p in left).values())
     _print("over: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
 
 
-def _call(command: list[str]) -> int:
-    """Run a command in a separate process, and stop it cleanly after a signal; return its status.
-
-    The command must handle USR2, which srun passes on (see `local.SRUN_STOP`).
-    """
-    process = subprocess.Popen(command)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGUSR2)  # it may hold a lock, or not have recorded an sbatch
-        try:
-            process.wait(CLOSE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
-    if code < 0 or code == INTERRUPTED:
-        time.sleep(LISTEN_S)  # the signal also reaches this process, and stops it here
-    return code
+def _container(task: dict[str, Any]) -> Container | None:
+    return Container(**task["container"]) if task.get("container") else None
 
 
 def _command(arguments: list[str], container: Container | None) -> int:
@@ -155,9 +135,24 @@ def _command(arguments: list[str], container: Container | None) -> int:
     return _call([*(srun if container.by_srun else ()), *python, *arguments])
 
 
-def container_from(task: dict[str, Any]) -> Container | None:
-    """Return the container of a task; None without."""
-    return Container(**task["container"]) if task.get("container") else None
+def _call(command: list[str]) -> int:
+    """Run a command in a separate process, and stop it cleanly after a signal; return its status.
+
+    The command must handle USR2, which srun passes on (see `local.SRUN_STOP`).
+    """
+    process = subprocess.Popen(command)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGUSR2)  # it may hold a lock, or be in the middle of an sbatch
+        try:
+            process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+    if code < 0 or code == INTERRUPTED:
+        time.sleep(LISTEN_S)  # the signal also reaches this process, and stops it here
+    return code
 
 
 def _follow(command: list[str]) -> None:
@@ -174,6 +169,6 @@ def _follow(command: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        run(sys.argv[1])
+        run(sys.argv[1], int(sys.argv[2]))
     except LorasweepError as error:
         sys.exit(f"lorasweep: {error}")

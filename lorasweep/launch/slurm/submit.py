@@ -1,35 +1,37 @@
-"""Submit the missing runs of a sweep to a cluster, and cancel queued runs.
+"""Submit the missing runs of a sweep, or one command, to a cluster, and cancel queued runs.
 
 A run is submitted only if no live job has it. One lock per run folder protects this decision. If
 two jobs have a run nevertheless, the first job that claims the run trains it.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
+import re
+import shlex
+import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ClusterError, StoreError
-from lorasweep.launch.slurm import client, guard, planning, resources, sbatch, snapshot, submissions
-from lorasweep.launch.slurm.client import Partition
-from lorasweep.launch.slurm.container import container_of
-from lorasweep.launch.slurm.planning import Jobs, Task, Work
-from lorasweep.launch.slurm.resources import JobResources
-from lorasweep.launch.slurm.sbatch import Description
+from lorasweep.launch.slurm import guard, job, planning, snapshot
+from lorasweep.launch.slurm import queue as slurm
+from lorasweep.launch.slurm.container import VARIABLE, container_of
+from lorasweep.launch.slurm.planning import JobResources, Jobs, Work
+from lorasweep.launch.slurm.queue import FOLLOW, RUNNING, Partition, Queue
 from lorasweep.launch.slurm.snapshot import Snapshot
-from lorasweep.launch.slurm.submissions import FOLLOW, Array, Notify, Queue, Submission
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.packing import Pack
 from lorasweep.plan.plan import make_plan
-from lorasweep.spec.execution import Cluster
+from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import checkpoint, files
-from lorasweep.store.claims import SILENCE_S
+from lorasweep.store.claims import JOB_VARIABLE, SILENCE_S, Notify
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
@@ -39,32 +41,27 @@ RUN_BYTES, STEP_BYTES = 40_000, 250
 LOCAL_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay", "squashfs")
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 WATCH_POLL_S = 2.0
+FOLLOW_COMMAND = ("-u", "-m", "lorasweep", "--follow")
+"""Arguments of Python in a follow-up job, before the path of the file with its task."""
 FOLLOW_GIB = 2.0
 """Assumed memory of the follow-up job (plans, fits, figures): a few times that after imports."""
-MAX_IDLE = 3
-"""Follow-up jobs in a row without a saved update, after which no more jobs are submitted."""
-
-
-@dataclass(frozen=True)
-class FollowUp:
-    """A follow-up job: submits the missing runs or, if there are none, writes the answer."""
-
-    command: Sequence[str]
-    """Arguments of Python, before the path of the task file."""
-    trainer: str | None = None
-    idle: int = 0
-    """Follow-up jobs in a row, so far, before which no update was saved."""
-    updates: int = 0
-    """`updates_of` the runs when the job was submitted."""
+COMMAND_GIB, COMMAND_MIN = 16.0, 60
+"""Memory and time limit in minutes of a job with one command, if the profile sets none."""
 
 
 @dataclass
 class Outcome:
-    """Jobs that a command submitted, and the sweep's work before that (`planning.Work`)."""
+    """Jobs that a command submitted, and the sweep's work before that."""
 
     work: Work
-    submitted: list[Submission] = field(default_factory=list)
+    folder: Path = Path()
+    """Folder with records and logs of the jobs."""
+    sent: dict[str, int] = field(default_factory=dict)
+    """Slurm id of an array -> its number of jobs."""
+    follow: str | None = None
+    """Slurm id of the follow-up job."""
     n_submitted: int = 0
+    """Number of runs in the jobs."""
     refused: str | None = None
     """Why Slurm refused some of the jobs; None: it refused none."""
     pruned: int = 0
@@ -77,7 +74,7 @@ class Outcome:
     @property
     def waiting(self) -> bool:
         """Whether runs are in jobs, or may be."""
-        return bool(self.queued or self.work.running or self.work.unknown_runs)
+        return bool(self.queued or self.work.running or self.work.unknown)
 
 
 def submit(
@@ -85,48 +82,303 @@ def submit(
     store: RunStore,
     points: Callable[[], list[Point]],
     notify: Notify,
-    follow_up: FollowUp,
+    trainer: str | None = None,
+    idle: int = 0,
 ) -> Outcome:
-    """Submit the sweep's missing runs that are not in a live job.
+    """Submit the sweep's missing runs that are not in a live job, and a follow-up job.
+
+    `idle`: follow-up jobs in a row, so far, before which no update was saved.
 
     Raises:
         ClusterError: no Slurm or partition, no node is large enough or sees the run folder, or
             Slurm refused the jobs.
         StoreError: the disk is too small, or another command is submitting and does not end.
     """
-    cluster = request.cluster
+    cluster, ids = request.cluster, {p.id for p in request.points}
     partition, code = prepare(cluster, store.root)
     watch_others(store, points(), notify)
-    with submissions.locked(store.root, notify):
-        queue = submissions.reconcile(store.root, notify)
-        if queue.unavailable:
-            raise ClusterError(queue.unavailable)
+    with slurm.locked(store.root, notify):
+        queue = slurm.settle(store.root, notify)
         now = make_plan(points(), store, request.exec, planning.hardware_of(request))
         outcome = Outcome(planning.work_of(request, store, now, queue))
-        work, ids = outcome.work, {p.id for p in request.points}
+        work = outcome.work
         if request.prune:
             outcome.pruned = work.n_removed
-            empty = []  # pending tasks, all of whose runs are withdrawn
-            for s in [s for s in queue.submissions if s.name in work.removed]:
-                submissions.withdraw(s, work.removed[s.name])
-                waiting = [(k, j) for t, k, j in queue.live() if t is s and j.state == "PENDING"]
-                empty += [j.label for k, j in waiting if s.withdrawn >= set(s.tasks[k])]
-            if empty and (denied := client.cancel(empty)):
+            for s, runs in work.removed:
+                s.withdraw(runs)
+            pending = [(s, k, j) for s, k, j in queue.jobs if j.state == "PENDING"]
+            empty = [j.label for s, k, j in pending if s.withdrawn >= set(s.tasks[k])]
+            if denied := slurm.cancel(empty):
                 notify(f"some jobs could not be cancelled; they will train nothing ({denied})")
         jobs: list[Jobs] = []
         if work.todo:
             jobs = planning.jobs_of(request, store, work.todo, now, partition)
             for same in jobs:
-                resources.check_fits(same.needed, cluster, partition)
+                planning.check_fits(same.needed, cluster, partition)
             at_once = sum(same.needed.workers for same in jobs) * cluster.parallel
             packs = [pack for same in jobs for task in same.tasks for pack in task.packs]
             check_disk(store.root, packs, at_once)
             notify(f"jobs run {snapshot.describe(code)}")
         covered = any(served >= ids for served, _ in _followers(queue, request))
         if jobs or (work.covered and cluster.follow and not covered):
-            follow_up = dataclasses.replace(follow_up, updates=updates_of(now.points, store))
-            _submit(request, jobs, code, queue, outcome, follow_up)
+            updates = updates_of(now.points, store)
+            last = {"trainer": trainer, "idle": idle, "updates": updates}
+            _submit(request, jobs, code, queue, outcome, last)
         return outcome
+
+
+def _followers(queue: Queue, request: Request) -> list[tuple[set[str], slurm.Job]]:
+    """List this sweep's other live follow-up jobs, each with the sweep's runs."""
+    mine = os.environ.get("SLURM_JOB_ID")
+    same = [s for s in queue.submissions if s.record["sweep"] == request.title]
+    found = [(set(s.record["asked"]), queue.follows.get(s.folder)) for s in same]
+    return [(served, j) for served, j in found if j and j.id != mine]
+
+
+def _submit(
+    request: Request,
+    jobs: list[Jobs],
+    code: Snapshot,
+    queue: Queue,
+    outcome: Outcome,
+    last: dict[str, Any],
+) -> None:
+    """Write the tasks, then submit them; raise ClusterError if the first array is refused.
+
+    `last`: values for the follow-up job.
+    """
+    cluster, root = request.cluster, Path(request.exec.runs_dir)
+    outcome.folder = folder = _new_folder(root, request.title)
+    container = container_of(cluster, request.exec)
+    common: dict[str, Any] = {"requeues": cluster.requeues, "trainer": last["trainer"]}
+    common |= {"container": container and dataclasses.asdict(container)}
+    common |= {"skip": str(folder / "withdrawn.json")}
+    tasks = [task for same in jobs for task in same.tasks]
+    lines = [
+        {"runs": [p.spec.plain() for p in t.points], "exec": dataclasses.asdict(t.exec), **common}
+        for t in tasks
+    ]
+    if cluster.follow:
+        again = {"action": "run", "format": "text", "watch": False, "prune": False}
+        asked: dict[str, Any] = {"follow": {**request.plain(), **again}, "command": FOLLOW_COMMAND}
+        lines.append({**asked, "requeues": cluster.requeues, **last})
+    runs = [[p.id for p in task.points] for task in tasks]
+    _write(folder, request.title, [p.id for p in request.points], runs, lines)
+    # task indices begin at 0 and must be below MaxArraySize
+    first, most = 0, max(1, int(slurm.setting("MaxArraySize") or 1001) - 1)
+    arrays = []
+    for same in jobs:
+        for n in [min(most, len(same.tasks) - k) for k in range(0, len(same.tasks), most)]:
+            arrays.append(Array(folder, str(first), first, n, same.needed, cluster, code))
+            first += n
+    for array in arrays:
+        try:
+            outcome.sent[array.submit()] = array.n
+        except ClusterError as error:
+            if not outcome.sent:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            outcome.refused = str(error)
+            break  # the follow-up job will submit the rest
+        outcome.n_submitted += sum(map(len, runs[array.first : array.first + array.n]))
+    if cluster.follow:  # a follow-up job for these arrays and the sweep's other live jobs
+        others = {j.label for s, _, j in queue.jobs if s.record["sweep"] == request.title}
+        after = tuple(sorted({*outcome.sent, *others}))
+        where = cluster.follow_partition or cluster.partition
+        small = dataclasses.replace(cluster, gpus=0, partition=where, container=None)
+        needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
+        try:
+            follow = Array(folder, FOLLOW, len(tasks), 1, needed, small, code, after)
+            outcome.follow = follow.submit()
+        except ClusterError as error:
+            outcome.refused = f"no follow-up job: {error}"
+        else:  # it replaces the others
+            ids = {p.id for p in request.points}
+            slurm.cancel([j.id for served, j in _followers(queue, request) if served <= ids])
+
+
+def _new_folder(root: Path, title: str) -> Path:
+    """Return a new folder for a submission; its name is the start of the names of its jobs."""
+    return slurm.home(root) / f"{re.sub('[^A-Za-z0-9_.-]', '_', title)}-{os.urandom(4).hex()}"
+
+
+def _write(
+    folder: Path, title: str, asked: list[str], runs: list[list[str]], tasks: Sequence[Any]
+) -> None:
+    """Write the tasks and the record of a submission; `runs`: run ids by task.
+
+    Raises ClusterError if other users could write them.
+    """
+    folder.mkdir()
+    (folder / "jobs").mkdir()
+    lines = "".join(json.dumps(task) + "\n" for task in tasks)
+    files.write_atomic(folder / guard.TASKS, lines.encode())
+    if why := guard.untrusted(map(str, (folder, *folder.iterdir()))):
+        raise ClusterError(
+            f"{why}, so others could make your jobs run their code. Choose a run folder on a file "
+            "system that keeps permissions: exec.runs_dir=FOLDER."
+        )
+    record = {"sweep": title, "asked": sorted(asked), "created_s": time.time(), "tasks": runs}
+    record |= {"cluster": slurm.setting("ClusterName")}
+    files.write_atomic(folder / "submission.json", json.dumps(record).encode())
+
+
+def submit_command(
+    cluster: Cluster, exec_: Exec, arguments: Sequence[str], name: str, notify: Notify
+) -> str:
+    """Submit a job that runs `python -m lorasweep ARGUMENTS cluster=local`; return a line to print.
+
+    The line names the job and its log. The function does not wait for the job. The job gets the
+    profile's partition, GPUs and CPU cores of one job, and runs a snapshot of this code in the
+    current folder. At its time limit it stops the command and queues itself again. While a job of
+    this name is queued or running, no other one is submitted, whatever its arguments.
+
+    Raises:
+        ClusterError: no Slurm or partition, no node is large enough or sees the run folder, or
+            Slurm refused the job.
+        StoreError: another command is submitting and does not end.
+    """
+    root = Path(exec_.runs_dir)
+    RunStore(root).prepare()
+    partition, code = prepare(cluster, root)
+    workers = planning.workers_of(cluster)
+    limit = cluster.time_min or int(min(COMMAND_MIN, partition.time_min))
+    memory = cluster.mem_gib or COMMAND_GIB
+    needed = JobResources(cluster.cpus * workers, cluster.gpus, memory, limit, workers)
+    planning.check_fits(needed, cluster, partition)
+    with slurm.locked(root, notify):
+        for s, _, j in slurm.settle(root, notify).jobs:
+            if s.record["sweep"] == name:
+                state = "running" if j.state in RUNNING else "queued"
+                log = slurm.log_of(s.folder, j.label)
+                return f"{name}: job {j.label} is {state} already; log: {log}"
+        folder, container = _new_folder(root, name), container_of(cluster, exec_)
+        command = ["-u", "-m", "lorasweep", *arguments, "cluster=local"]
+        task: dict[str, Any] = {"arguments": command, "requeues": cluster.requeues}
+        task |= {"container": container and dataclasses.asdict(container)}
+        _write(folder, name, [], [[]], [task])
+        number = Array(folder, "0", 0, 1, needed, cluster, code).submit()
+    log = slurm.log_of(folder, number)
+    return f"{name}: submitted as job {number}; log: {log} (scancel {number} ends it)"
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array of jobs: the tasks `first` to `first + n - 1` of a submission."""
+
+    folder: Path
+    part: str
+    """End of the job's name: the number of the first task, or FOLLOW."""
+    first: int
+    n: int
+    needed: JobResources
+    cluster: Cluster
+    code: Snapshot
+    after: tuple[str, ...] = ()
+    """Ids of jobs that must end first."""
+
+    def options(self) -> dict[str, str | int | bool]:
+        """Return the sbatch options by name without dashes, except name, time and signal."""
+        c = self.cluster
+        given: dict[str, Any] = {
+            **{name: getattr(c, name) for name in ("partition", "account", "qos", "constraint")},
+            "nodes": self.needed.nodes,
+            "ntasks-per-node": self.needed.tasks,
+            "cpus-per-task": self.needed.cpus // self.needed.tasks,
+            "gpus-per-node": self.needed.gpus or None,
+            "mem": f"{round(self.needed.mem_gib * 1024)}M",
+            "requeue": True,
+        }
+        if self.after:
+            after = ":".join(self.after)
+            given |= {"dependency": f"afterany:{after}", "kill-on-invalid-dep": "no"}
+        given |= {k: True if v.lower() == "true" else v for k, v in c.options.items()}
+        return {k: v for k, v in given.items() if v is not None}
+
+    def srun(self) -> tuple[str, ...]:
+        """Return srun's options for the job's command: one task, beside the steps of workers."""
+        # --overlap: share the cores with the steps of the workers
+        first = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
+        return first if self.needed.nodes > 1 or self.cluster.container else ()
+
+    def setup(self) -> list[str]:
+        """Return the shell lines before the job's command.
+
+        They run the cluster's setup lines, check the files with `guard`, and put the snapshot of
+        the code on PYTHONPATH.
+        """
+        folder, code = str(self.folder), str(self.code.folder)
+        check = [sys.executable, "-I", "-c", Path(guard.__file__).read_text(encoding="utf-8")]
+        check += [folder, guard.digest(f"{folder}/{guard.TASKS}"), code, self.code.sha256]
+        image = self.cluster.container
+        return [
+            *self.cluster.setup,
+            *f"{shlex.join(check)} || exit 1".splitlines(),
+            # No bytecode: new files in the snapshot would change its digest.
+            f"export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 {JOB_VARIABLE}=1",
+            # Some releases of Slurm do not pass the job's CPU cores to its steps.
+            "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+            f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}",
+            *([f"export {VARIABLE}={shlex.quote(image)}"] if image else []),
+        ]
+
+    def submit(self) -> str:
+        """Submit through submitit and return Slurm's id; raise ClusterError if refused."""
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        # Inside a job, hide the variables of this job. Otherwise the new job would inherit a second
+        # memory limit, and submitit would confuse the job ids.
+        names = [k for k in os.environ if k.startswith(("SLURM_", "SUBMITIT_", "SRUN_"))]
+        hidden = {k: os.environ.pop(k) for k in names if k != "SLURM_CONF"}
+        with ExitStack() as stack:
+            stack.callback(os.environ.update, hidden)
+            executor = submitit.SlurmExecutor(folder=self.folder / "jobs")
+            executor.update_parameters(
+                job_name=f"{self.folder.name}-{self.part}",
+                time=self.needed.time_min,
+                signal_delay_s=self.cluster.warn_s,
+                array_parallelism=self.cluster.parallel,
+                setup=self.setup(),
+                stderr_to_stdout=True,
+                additional_parameters=self.options(),
+                srun_args=self.srun(),
+            )
+            tasks, path = range(self.first, self.first + self.n), str(self.folder / guard.TASKS)
+            try:
+                jobs = executor.map_array(job.run, [path] * self.n, tasks)
+            except (FailedJobError, FailedSubmissionError) as error:  # contains sbatch's message
+                text = str(error)
+                lines = [line.strip() for line in text.splitlines() if "error:" in line.lower()]
+                complaint = "; ".join(dict.fromkeys(lines)) or text.strip()
+                raise ClusterError(f"Slurm refused the jobs: {complaint}") from None
+        return jobs[0].job_id.partition("_")[0]
+
+
+def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
+    """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
+
+    A submission belongs to the sweep if it has the same title and some of these runs. Raises
+    ClusterError if there is no Slurm here, or it did not cancel some jobs.
+    """
+    if files.status(slurm.home(store.root)) is None:  # nothing was submitted
+        return 0, 0
+    slurm.require()
+    ids = {p.id for p in request.points}
+    with slurm.locked(store.root, notify):
+        queue = slurm.settle(store.root, notify)
+        same = [s for s in queue.submissions if s.record["sweep"] == request.title]
+        mine = {s.folder for s in same if not ids.isdisjoint(s.record["asked"])}
+        live = [(s, k, j) for s, k, j in queue.jobs if s.folder in mine]
+        runs = {r for s, k, _ in live for r in s.tasks[k] if r not in s.withdrawn}
+        ending = [r for r in runs if store.state(r) not in FINAL]
+        follows = [j.label for folder, j in queue.follows.items() if folder in mine]
+        if denied := slurm.cancel([*follows, *(j.label for _, _, j in live)]):
+            raise ClusterError(f"some jobs could not be cancelled: {denied}.")
+        return len(live), len(ending)
+
+
+# ---------------------------------------------------------------- before submitting
 
 
 def updates_of(points: Sequence[Point], store: RunStore) -> int:
@@ -146,179 +398,13 @@ def prepare(cluster: Cluster, root: Path) -> tuple[Partition, Snapshot]:
             f"exec.runs_dir={root} has a '{os.pathsep}' in its name, at which PYTHONPATH splits: "
             "jobs would not import the copied code in it. Choose a folder without it."
         )
-    client.require()
-    partition = client.partition_of(cluster, client.partitions())
+    slurm.require()
+    partition = slurm.partition_of(cluster, slurm.partitions())
     if not cluster.shared:
         check_visible(root, partition.hosts, mounts())
-    home = submissions.home(root)
+    home = slurm.home(root)
     (home / "code").mkdir(parents=True, exist_ok=True)
     return partition, snapshot.take(home / "code")
-
-
-def _submit(
-    request: Request,
-    jobs: list[Jobs],
-    code: Snapshot,
-    queue: Queue,
-    outcome: Outcome,
-    follow_up: FollowUp,
-) -> None:
-    """Record the submission, then submit it; raise ClusterError if its first array is refused."""
-    cluster = request.cluster
-    tasks = [task for same in jobs for task in same.tasks]
-    folder = submissions.home(Path(request.exec.runs_dir)) / submissions.new_name(request.title)
-    described: list[Description] = []
-    # task indices begin at 0 and must be below MaxArraySize
-    first, most = 0, max(1, int(client.setting("MaxArraySize") or 1001) - 1)
-    for same in jobs:
-        end = first + len(same.tasks)
-        while first < end:
-            part = str(len(described))
-            array = Array(part, f"{folder.name}-{part}", first, min(most, end - first))
-            described.append(Description(folder, array, same.needed, cluster, code))
-            first += array.n
-    arrays = [d.array for d in described]
-    if cluster.follow:
-        arrays.append(Array(FOLLOW, f"{folder.name}-{FOLLOW}", len(tasks), 1))
-    write_submission(folder, request, tasks, arrays, follow_up, code)
-    numbers: list[str] = []
-    for d in described:
-        try:
-            numbers.append(sbatch.submit(d))
-        except ClusterError as error:
-            for refused in arrays if not numbers else arrays[len(numbers) : len(described)]:
-                submissions.note_array(folder, refused.part, None)
-            if not numbers:
-                raise
-            outcome.refused = str(error)
-            break  # the follow-up job will submit the rest
-        submissions.note_array(folder, d.array.part, numbers[-1])
-    if cluster.follow:  # a follow-up job for these arrays and the sweep's other live jobs
-        others = {j.label for s, _, j in queue.live() if s.record["sweep"] == request.title}
-        after = tuple(sorted({*numbers, *others}))
-        partition = cluster.follow_partition or cluster.partition
-        small = dataclasses.replace(cluster, gpus=0, partition=partition, container=None)
-        needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
-        try:
-            last = sbatch.submit(Description(folder, arrays[-1], needed, small, code, after))
-        except ClusterError as error:
-            submissions.note_array(folder, FOLLOW, None)
-            outcome.refused = f"no follow-up job: {error}"
-        else:
-            submissions.note_array(folder, FOLLOW, last)
-            ids = {p.id for p in request.points}
-            old = [j.id for served, j in _followers(queue, request) if served <= ids]
-            if old:  # the new follow-up job replaces them
-                client.cancel(old)
-    if numbers:
-        n_tasks = sum(a.n for a in arrays[: len(numbers)])
-        outcome.n_submitted += sum(len(t.points) for t in tasks[:n_tasks])
-        submission = submissions.read(folder)
-        assert submission is not None
-        outcome.submitted.append(submission)
-
-
-def write_submission(
-    folder: Path,
-    request: Request,
-    tasks: list[Task],
-    arrays: Sequence[Array],
-    follow_up: FollowUp,
-    code: Snapshot,
-) -> None:
-    """Write task files, manifest and record; raise ClusterError if other users could write them."""
-    requeues = request.cluster.requeues
-    skip = str(submissions.note(folder, "withdrawn.json"))
-    container = container_of(request.cluster, request.exec)
-    common = {"requeues": requeues, "skip": skip, "trainer": follow_up.trainer}
-    common |= {"container": container and dataclasses.asdict(container)}
-    contents: dict[str, Any] = {}
-    for k, task in enumerate(tasks):
-        specs, settings = [p.spec.plain() for p in task.points], dataclasses.asdict(task.exec)
-        contents[f"tasks/{k}.json"] = {"runs": specs, "exec": settings, **common}
-    if any(a.part == FOLLOW for a in arrays):
-        again = {"action": "run", "format": "text", "watch": False, "prune": False}
-        contents["request.json"] = {**request.plain(), **again}
-        last = {"follow": str(folder / "request.json"), "requeues": requeues}
-        contents[f"tasks/{len(tasks)}.json"] = {**last, **dataclasses.asdict(follow_up)}
-    asked, runs = [p.id for p in request.points], [[p.id for p in task.points] for task in tasks]
-    write_files(folder, contents, request.title, asked, runs, arrays, code)
-
-
-def write_files(
-    folder: Path,
-    contents: dict[str, Any],
-    title: str,
-    asked: list[str],
-    tasks: list[list[str]],
-    arrays: Sequence[Array],
-    code: Snapshot,
-) -> None:
-    """Write files of JSON values by relative path, their manifest, and then submission.json.
-
-    Raises ClusterError if other users could write them.
-    """
-    sums: dict[str, str] = {}
-    for new in (folder, folder / "tasks", folder / "jobs"):
-        new.mkdir()
-    # no flush of each file: the record is written last, and `guard` refuses incomplete files
-    for name, plain in [*contents.items(), (guard.MANIFEST, sums)]:
-        content = json.dumps(plain).encode()
-        (folder / name).write_bytes(content)
-        sums[name] = hashlib.sha256(content).hexdigest()
-    files.sync(folder / "tasks")
-    written = (folder, folder / "tasks", folder / guard.MANIFEST)
-    if problem := guard.untrusted(map(str, written)):
-        raise ClusterError(
-            f"{problem}, so others could make your jobs run their code. Choose a run folder on a "
-            "file system that keeps permissions: exec.runs_dir=FOLDER."
-        )
-    submissions.write_record(
-        folder,
-        title,
-        asked,
-        tasks,
-        arrays,
-        code=code.folder.name,
-        cluster=client.setting("ClusterName"),
-        host=socket.gethostname(),
-    )
-
-
-def _followers(queue: Queue, request: Request) -> list[tuple[set[str], client.Job]]:
-    """List this sweep's other live follow-up jobs, each with the sweep's runs."""
-    mine = os.environ.get("SLURM_JOB_ID")
-    same = [s for s in queue.submissions if s.record["sweep"] == request.title]
-    found = [(set(s.record["asked"]), queue.follows.get(s.name)) for s in same]
-    return [(served, j) for served, j in found if j and j.live and j.id != mine]
-
-
-def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
-    """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
-
-    A submission belongs to the sweep if it has the same title and some of these runs. Raises
-    ClusterError if there is no Slurm here, or it did not cancel some jobs.
-    """
-    if files.status(submissions.home(store.root)) is None:  # nothing was submitted
-        return 0, 0
-    client.require()
-    ids = {p.id for p in request.points}
-    with submissions.locked(store.root, notify):
-        queue = submissions.reconcile(store.root, notify)
-        same = [s for s in queue.submissions if s.record["sweep"] == request.title]
-        mine = {s.name: s for s in same if not ids.isdisjoint(s.record["asked"])}
-        live = [(s, k, j) for s, k, j in queue.live() if s.name in mine]
-        follows = [j.label for n, j in queue.follows.items() if n in mine and j.live]
-        withdrawn = {r for s, _, _ in live for r in s.withdrawn}
-        runs = {r for s, k, _ in live for r in s.tasks[k]} - withdrawn
-        ending = [r for r in runs if store.state(r) not in FINAL]
-        labels = [*follows, *(j.label for _, _, j in live)]
-        if denied := client.cancel(labels):
-            raise ClusterError(f"some jobs could not be cancelled: {denied}.")
-        return len(live), len(ending)
-
-
-# ---------------------------------------------------------------- checks before submitting
 
 
 def mounts() -> list[tuple[str, str]]:
@@ -337,12 +423,11 @@ def check_visible(folder: Path, hosts: frozenset[str], mounted: Sequence[tuple[s
     folder = folder.resolve()
     above = [m for m in mounted if folder.is_relative_to(m[0])]
     file_system = max(above, key=lambda m: len(m[0]), default=("/", ""))[1]
-    local = next((f for f in LOCAL_FOLDERS if folder.is_relative_to(f)), None)
-    if file_system in LOCAL_FILE_SYSTEMS:
-        local = f"its {file_system}"
+    local = [f for f in LOCAL_FOLDERS if folder.is_relative_to(f)]
+    local = [f"its {file_system}"] if file_system in LOCAL_FILE_SYSTEMS else local
     if local:
         raise ClusterError(
-            f"run folder {folder}: {local} is local to this machine, so the nodes "
+            f"run folder {folder}: {local[0]} is local to this machine, so the nodes "
             f"({', '.join(sorted(hosts)[:3])}, ...) cannot see it. Set exec.runs_dir=FOLDER (or "
             "LORASWEEP_RUNS) on a shared file system. If it is on one, set cluster.shared=true."
         )
@@ -355,8 +440,7 @@ def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
     """
     checkpoints = sorted((checkpoint_bytes(p.spec for p in k.points) for k in packs), reverse=True)
     results = sum(RUN_BYTES + STEP_BYTES * p.spec.steps for pack in packs for p in pack.points)
-    need = sum(checkpoints[:at_once]) + results
-    free = checkpoint.free_bytes(root)
+    need, free = sum(checkpoints[:at_once]) + results, checkpoint.free_bytes(root)
     if free < need:
         raise StoreError(
             f"the disk of {root} has {free / 2**30:.2f} GiB free, and this sweep needs up to "

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorasweep.launch.slurm import client
+from lorasweep.launch.slurm import queue
 from lorasweep.plan import detect
 from lorasweep.plan.plan import make_plan
 from lorasweep.store.run_store import RunStore
@@ -31,9 +31,9 @@ def slurm(monkeypatch):
             output = outputs.get(command, "")
             return output(*arguments) if callable(output) else output
 
-        client.setting.cache_clear()
-        monkeypatch.setattr(client, "run", run)
+        queue.setting.cache_clear()
+        monkeypatch.setattr(queue, "run", run)
         return asked
 
     yield set_up
-    client.setting.cache_clear()
+    queue.setting.cache_clear()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lorasweep.errors import ClusterError, SpecError, StoreError
-from lorasweep.launch.slurm import planning, resources, submit
-from lorasweep.launch.slurm.client import Partition
+from lorasweep.launch.slurm import planning, submit
+from lorasweep.launch.slurm.queue import Partition
 from lorasweep.plan.placement import Placement, place
 from lorasweep.plan.plan import make_plan
 from lorasweep.spec.execution import Cluster
@@ -24,34 +24,28 @@ def slurm_cluster(**settings):
     return Cluster(kind="slurm", **settings)
 
 
-@pytest.mark.parametrize(
-    ("minutes", "least", "most"),
-    [({"work_min": 5}, 10, 16), ({"work_min": 60, "work_max": 60}, 1, 2)],
-)
-def test_jobs_hold_every_pack_once_and_as_much_work_as_asked(packs, minutes, least, most):
+def test_jobs_hold_every_pack_once_and_as_much_work_as_asked(packs):
     flops_s = sum(p.flops for p in packs) / 3600  # an hour of work in all
-    cluster = slurm_cluster(**minutes)
-    tasks = resources.group(packs, cluster, flops_s)
-    assert sorted(id(p) for t in tasks for p in t) == sorted(map(id, packs))
-    assert least <= len(tasks) <= most
-    work_min = max(sum(p.flops for p in t) / flops_s / 60 for t in tasks)
-    assert work_min <= max(cluster.work_min, cluster.work_max) + 1e-9
-
-
-def test_runs_per_job_and_workers_set_the_packs_of_a_job(packs):
-    tasks = resources.group(packs, slurm_cluster(runs_per_job=8), 1e9)
+    for least, most, minutes in (10, 16, {"work_min": 5}), (1, 2, {"work_min": 60, "work_max": 60}):
+        cluster = slurm_cluster(**minutes)
+        tasks = planning.group(packs, cluster, flops_s)
+        assert sorted(id(p) for t in tasks for p in t) == sorted(map(id, packs))
+        assert least <= len(tasks) <= most
+        longest = max(sum(p.flops for p in t) / flops_s / 60 for t in tasks)
+        assert longest <= max(cluster.work_min, cluster.work_max) + 1e-9
+    tasks = planning.group(packs, slurm_cluster(runs_per_job=8), 1e9)
     n_runs = [sum(len(p.points) for p in t) for t in tasks]
     assert max(n_runs) <= 8 and sum(n_runs) == 24
     four = slurm_cluster(gpus=4, work_min=0.01, work_max=0.01)
-    tasks = resources.group(packs, four, 1e6)  # a pack for each worker
+    tasks = planning.group(packs, four, 1e6)  # a pack for each worker
     assert all(len(t) >= 4 for t in tasks[:-1]) and sum(map(len, tasks)) > 4
 
 
 def test_a_job_requests_what_its_packs_need(packs):
-    tasks = resources.group(packs, slurm_cluster(work_min=10), 1e7)
+    tasks = planning.group(packs, slurm_cluster(work_min=10), 1e7)
 
     def needed(flops_s=1e7, **settings):
-        return resources.resources_for(tasks, slurm_cluster(**settings), flops_s, GPUS)
+        return planning.resources_for(tasks, slurm_cluster(**settings), flops_s, GPUS)
 
     two = needed(cpus=3, workers=2)
     assert (two.cpus, two.workers) == (6, 2) and 1 < two.mem_gib < 4 and 15 < two.time_min <= 2880
@@ -67,7 +61,7 @@ def test_a_job_requests_what_its_packs_need(packs):
 def test_jobs_that_fit_no_node_are_refused(setting, value, limit):
     cluster = slurm_cluster(**{setting: value})
     with pytest.raises(ClusterError, match=f"{value}.* {limit}"):
-        resources.check_fits(resources.resources_for([], cluster, 1.0, GPUS), cluster, GPUS)
+        planning.check_fits(planning.resources_for([], cluster, 1.0, GPUS), cluster, GPUS)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +79,7 @@ def test_jobs_that_fit_no_node_are_refused(setting, value, limit):
 def test_a_job_has_as_few_nodes_as_hold_its_processes(world_size, node_gpus, settings, expected):
     partition = dataclasses.replace(GPUS, gpus=node_gpus)
     cluster = slurm_cluster(**settings)
-    n = resources.resources_for([], cluster, 1.0, partition, world_size)
+    n = planning.resources_for([], cluster, 1.0, partition, world_size)
     assert (n.nodes, n.gpus, n.tasks, n.cpus, n.workers) == expected
 
 
@@ -114,7 +108,7 @@ def test_jobs_train_each_run_as_the_plan_places_it(planned):
     hardware, seen = planning.hardware_of(request), []
     for task in (task for j in jobs for task in j.tasks):
         size, again = task.exec.world_size, (task.exec.activation_checkpointing,)
-        resources.check_fits(sizes[size].needed, request.cluster, NODES)
+        planning.check_fits(sizes[size].needed, request.cluster, NODES)
         for pack in task.packs:
             rows, specs = pack.micro_batch_size, [p.spec for p in pack.points]
             assert rows == task.exec.micro_batch_size
@@ -128,9 +122,9 @@ def test_jobs_train_each_run_as_the_plan_places_it(planned):
 def test_runs_that_the_partition_cannot_hold_are_refused(planned):
     one = dataclasses.replace(NODES, nodes=1)
     request, jobs = planned(one)
-    with pytest.raises(ClusterError, match=r"2 nodes .* exec\.max_gpus=8"):
+    with pytest.raises(ClusterError, match=r"nodes=2 .* exec\.max_gpus=8"):
         for same in jobs:
-            resources.check_fits(same.needed, request.cluster, one)
+            planning.check_fits(same.needed, request.cluster, one)
     with pytest.raises(SpecError, match=r"exec\.compile=true"):
         planned(NODES, "exec.compile=true")
     _, jobs = planned(NODES, "exec.world_size=16")
@@ -138,23 +132,27 @@ def test_runs_that_the_partition_cannot_hold_are_refused(planned):
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "given, named",
     [
-        ("cluster.kind=pbs", "cluster.kind 'pbs'"),
-        ("cluster.cpus=0", "cluster.cpus=0: .* above 0"),
-        ("cluster.gpus=-1", "cluster.gpus=-1"),
-        ("+cluster.options.array=3", "cluster.options.array is reserved"),
-        ("cluster.runs_per_job=0", "cluster.runs_per_job=0: .* null"),
-        ("cluster.work_min=0", r"cluster\.work_min=0\.0: "),
-        ("cluster.partition='gpu\nrm -r x'", r"cluster\.partition='gpu\\nrm -r x'"),
-        ('cluster.account="a\\"b"', r"cluster\.account="),
-        ("cluster.constraint='$(id)'", r"cluster\.constraint="),
-        ("+cluster.options.comment='a`id`'", r"cluster\.options\.comment="),
-        ("cluster.setup=['module load x\nid']", r"cluster\.setup has "),
+        ("cluster.kind=pbs", "kind 'pbs'"),
+        ("cluster.container_kind=docker", "container_kind 'docker'"),
+        ("cluster.container_mounts=[/a]", r"container_mounts.*cluster\.container=IMAGE"),
+        ('cluster.container="a;b"', "container="),
+        ("cluster.cpus=0", "cpus=0: .* above 0"),
+        ("cluster.gpus=-1", "gpus=-1"),
+        ("+cluster.options.array=3", "options.array"),
+        ("cluster.runs_per_job=0", "runs_per_job=0: .* null"),
+        ("cluster.work_min=0", r"work_min=0\.0: "),
+        ("cluster.work_max=1", r"work_max=1\.0: .*work_min"),
+        ("cluster.partition='gpu\nrm -r x'", r"partition='gpu\\nrm -r x'"),
+        ('cluster.account="a\\"b"', "account="),
+        ("cluster.constraint='$(id)'", "constraint="),
+        ("+cluster.options.comment='a`id`'", r"options\.comment="),
+        ("cluster.setup=['module load x\nid']", "setup="),
     ],
 )
-def test_settings_without_a_meaning_are_refused(compose, given, message):
-    with pytest.raises(ClusterError, match=message):
+def test_settings_without_a_meaning_are_refused(compose, given, named):
+    with pytest.raises(ClusterError, match=f"^cluster.{named}"):
         compose("+sweep=lr_ratio", "cluster=slurm", given)
 
 

@@ -3,6 +3,7 @@
 import builtins
 import errno
 import io
+import json
 import os
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -11,8 +12,7 @@ import pytest
 
 from lorasweep.errors import StoreError
 from lorasweep.launch.process import StopFlag, Stopped
-from lorasweep.launch.slurm import submissions
-from lorasweep.launch.slurm.submissions import Array, Submission
+from lorasweep.launch.slurm import queue
 from lorasweep.launch.worker import skipped
 from lorasweep.store import checkpoint, claims, files, looks
 from lorasweep.store.claims import Lock
@@ -20,7 +20,6 @@ from tests.unit.launch.trainers import Scripted, steps_of, train
 from tests.unit.store.conftest import save
 from tests.world import tiny_spec
 
-ARRAY = Array("0", "s-0", 0, 1)
 RESULT = {"test_nll": 2.5, "curve": [], "base_sha256": "x"}
 FOLDERS = ("attempts", "jobs", "lock", ".slurm")
 ERRORS = {"EIO": errno.EIO, "ESTALE": errno.ESTALE, "EMFILE": errno.EMFILE, "EACCES": errno.EACCES}
@@ -56,7 +55,7 @@ def failing(monkeypatch):
 
 
 @pytest.fixture
-def runs(store, tmp_path):
+def runs(store, tmp_path, monkeypatch):
     """A store with one run in each of some states, a submission, a record of looks and a lock."""
     kinds = ("done", "running", "failed", "damaged")
     specs = {kind: tiny_spec(seed=k) for k, kind in enumerate(kinds)}
@@ -72,13 +71,14 @@ def runs(store, tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     slots = store.folder(specs["running"].id) / "checkpoint"
     save(slots, 3, 4)
-    folder = submissions.home(store.root) / "s"
+    folder = queue.home(store.root) / "s"
     (folder / "jobs").mkdir(parents=True)
-    (folder / "jobs" / "12_submitted.pkl").write_bytes(b"")
-    submissions.write_record(folder, "t", [], [["x"]], [ARRAY])
-    submissions.note_array(folder, "0", "12")
-    submissions.withdraw(submissions.read(folder), ["x"])
-    submissions.note(folder, "ended.json").write_text("{}")
+    record = {"sweep": "t", "asked": [], "tasks": [["x"]], "created_s": 0, "cluster": "here"}
+    (folder / "submission.json").write_text(json.dumps(record))
+    queue.read(folder).withdraw(["x"])
+    job = queue.Job("12", "12", 0, "RUNNING", "", 0, "", "s-0")
+    monkeypatch.setattr(queue, "setting", lambda name: "here")
+    monkeypatch.setattr(queue, "jobs_of", lambda runs_dir: [job])
     paths = {"slots": slots, "submission": folder, "lock": tmp_path / "lock"}
     found = SimpleNamespace(store=store, specs=specs, looks=store.root / "looks.json", **paths)
     found.id = {kind: spec.id for kind, spec in specs.items()}
@@ -108,13 +108,12 @@ READERS = [
     ("a.json", lambda r: save(r.slots, 5)),
     ("a.json", lambda r: checkpoint.layout(r.slots)),
     ("b.safetensors", lambda r: checkpoint.load(r.slots, 4)),
-    ("submission.json", lambda r: submissions.read(r.submission)),
-    ("array-0.json", lambda r: submissions.read(r.submission)),
-    ("withdrawn.json", lambda r: submissions.read(r.submission)),
-    ("withdrawn.json", lambda r: skipped(str(submissions.note(r.submission, "withdrawn.json")))),
-    ("ended.json", lambda r: submissions.read_all(r.store.root)),
-    (".slurm", lambda r: submissions.read_all(r.store.root)),
-    ("jobs", lambda r: Submission(r.submission, {}, []).complete(ARRAY, "12")),
+    ("submission.json", lambda r: queue.read(r.submission)),
+    ("withdrawn.json", lambda r: queue.read(r.submission)),
+    ("withdrawn.json", lambda r: skipped(str(r.submission / "withdrawn.json"))),
+    ("over", lambda r: queue.read_all(r.store.root)),
+    (".slurm", lambda r: queue.read_all(r.store.root)),
+    ("jobs", lambda r: queue.look(r.store.root)),
     ("looks.json", lambda r: looks.read(r.looks)),
     ("looks.json", lambda r: looks.note_look(r.looks, "x", 1)),
     ("released", lambda r: Lock(r.lock).acquire(0, print)),
@@ -143,8 +142,8 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(runs, failing):
     assert runs.store.state(runs.id["done"]) == "done"
     failing("b.safetensors", errno.EIO, 1)
     assert checkpoint.load_pack({"x": runs.slots})["x"]["meta"]["step"] == 4
-    failing("array-0.json", errno.EMFILE, 2)
-    assert submissions.read(runs.submission).arrays[0].job == "12"
+    failing("submission.json", errno.EMFILE, 2)
+    assert queue.read(runs.submission).tasks == [["x"]]
 
 
 def test_a_checkpoint_that_safetensors_cannot_open_is_not_lost(runs, monkeypatch):
