@@ -6,8 +6,18 @@ from pathlib import Path
 import pytest
 
 from lorasweep.launch.slurm.submit import submit_command
-from tests.slurm.cluster import ALONE, SMOKE, job_log, jobs_of, read_json, request
-from tests.slurm.cluster import results, status, submitted, wait_for
+from tests.slurm.cluster import (
+    ALONE,
+    SMOKE,
+    job_log,
+    jobs_of,
+    read_json,
+    request,
+    results,
+    status,
+    submitted,
+    wait_for,
+)
 from tests.world import cli
 
 LAYERS = ("action=layers", "model=llama-3.2-1b", "method=lora")
