@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasweep.errors import SpecError
-from lorasweep.launch.out_of_memory import OutOfMemoryTogether, Shortage, is_out_of_memory
+from lorasweep.errors import ModelError, SpecError
+from lorasweep.launch.out_of_memory import Shortage, is_out_of_memory
 from lorasweep.launch.process import StopFlag
 from lorasweep.launch.trainer import Trainer
 from lorasweep.methods.registry import spec_from
@@ -42,12 +42,10 @@ def check_world_size(
     """Check that exec.world_size processes can train each run; raise SpecError if not."""
     size = exec_.world_size
     for spec in specs:
-        batch = spec.batch_size
-        if batch % size:
-            sizes = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        if spec.batch_size % size:
             raise SpecError(
-                f"exec.world_size={size} does not divide batch_size={batch}: every process takes "
-                f"the same number of rows. Allowed for this batch: {sizes}."
+                f"exec.world_size={size} does not divide batch_size={spec.batch_size}: every "
+                "process takes the same number of rows. Choose a number that divides it."
             )
         rank = getattr(spec.method, "rank", 0)  # each factor of an adapter is split along a side
         for m in load_of(spec.model, spec.method).adapted:
@@ -59,15 +57,20 @@ def check_world_size(
                         "number that divides the model's width, such as a power of 2."
                     )
     gpus, workers = hardware.gpus, exec_.workers or 1
-    if cluster.kind != "local" or not gpus or size * workers <= gpus:
-        return  # on a cluster, nodes are checked when jobs are planned
-    fitting = f"exec.world_size=1 to {gpus // workers}"
-    if size <= gpus and workers > 1:
-        fitting += f", or exec.workers={gpus // size}"
-    raise SpecError(
-        f"exec.world_size={size}: every process of a run needs a separate GPU, and this machine "
-        f"has {gpus} ({hardware.gpu_name}). Allowed: {fitting}. Several machines: cluster=slurm."
-    )
+    if cluster.kind == "local" and gpus and size * workers > gpus:  # nodes are checked with jobs
+        raise SpecError(
+            f"exec.world_size={size}: every process of a run needs a separate GPU, and this "
+            f"machine has {gpus} ({hardware.gpu_name}). exec.world_size times exec.workers must "
+            f"be at most {gpus}. Several machines: cluster=slurm."
+        )
+
+
+class OutOfMemoryTogether(ModelError):
+    """One process of a run is out of memory. The others wait for it, so all must start again."""
+
+    def __init__(self, run: str, shortage: Shortage) -> None:
+        super().__init__(f"out of memory{shortage.request} in one of the processes of a run")
+        self.run, self.shortage = run, shortage
 
 
 class Leader:
@@ -76,14 +79,13 @@ class Leader:
     def __init__(self, trainer: Trainer, mesh: "Mesh", stop: StopFlag) -> None:
         self._trainer, self._mesh, self._stop = trainer, mesh, stop
         self._events: Generator[Event, None, None] | None = None
-        self.broken = False
-        """Whether training failed in this process while the others wait: none can continue."""
+        self._broken = False
 
     def __call__(
         self, pack: list[RunSpec], exec_: Exec, resume: dict[str, State] | None, /
     ) -> Iterator[Event]:
         """Train one run, from the start or from its state in `resume`."""
-        self.leave()
+        self.broken()
         self._events = self._lead(pack, exec_, resume)
         return self._events
 
@@ -110,7 +112,7 @@ class Leader:
 
         with _with_others(pack[0], exec_):
             self._mesh.broadcast(([s.plain() for s in pack], dataclasses.asdict(exec_), states))
-            self.broken = True
+            self._broken = True
             for event in self._trainer(pack, exec_, states):
                 self._stop.set = self._mesh.any(self._stop.set)
                 event.snapshot = partial(snapshot, event.snapshot)
@@ -118,20 +120,20 @@ class Leader:
                     yield event
                 except GeneratorExit:
                     self._mesh.broadcast((END, None, None))
-                    self.broken = False
+                    self._broken = False
                     raise
                 self._mesh.broadcast((GO, event.dropped, None))
-            self.broken = False
+            self._broken = False
 
-    def leave(self) -> None:
-        """End an unfinished training in all processes."""
+    def broken(self) -> bool:
+        """End an unfinished training; return whether it failed here while the others wait."""
         if self._events is not None:
             self._events.close()
+        return self._broken
 
     def dismiss(self) -> None:
-        """Order the other processes to exit."""
-        self.leave()
-        if not self.broken:
+        """Let the other processes wait for the next job."""
+        if not self.broken():
             self._mesh.broadcast(None)
 
 

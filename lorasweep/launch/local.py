@@ -5,7 +5,6 @@ together. The stages of a sweep use the same workers. Two commands for the same 
 runs: each waits for runs that the other has claimed.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
@@ -32,7 +31,6 @@ from lorasweep.plan import detect
 from lorasweep.plan.plan import Plan, make_plan
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
-from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
@@ -53,42 +51,37 @@ def run_points(
     exec_: Exec,
     report: Report,
     trainer: Trainer | str | None = None,
-    patience_s: float = math.inf,
-    skip: str | None = None,
-    n_nodes: int = 1,
-    container: Container | None = None,
     plan: Plan | None = None,
     workers: "Workers | None" = None,
+    skip: str | None = None,
+    patience_s: float = math.inf,
 ) -> None:
     """Train every run of `points` until it is finished or has a recorded failure.
 
     `trainer`: None for the real trainer or a name (package.module:object): train in worker
     processes. A callable trains in this process (for tests).
-    `patience_s`: seconds without progress after which to return, if only other processes train.
-    `skip`: file of run ids that must not be started.
-    `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
-    `container`: the workers run inside it.
     `plan`: plan of these points on this machine, if it was just made.
-    `workers`: processes of an earlier call with the same `exec_`, to be used again.
+    `workers`: processes for runs with this `exec_`; None: new ones.
+    `skip`: file of run ids that must not be started.
+    `patience_s`: seconds without progress after which to return, if only other processes train.
     Raises Stopped after Ctrl-C, or after a signal that stopped the workers.
     """
     hardware = plan.hardware if plan else detect.this_machine()
     limits = Limits()
     tried: set[str] = set()
     quiet_since, held = time.monotonic(), None
-    new = Workers(store, exec_.world_size, n_nodes, container)
-    with nullcontext(workers) if workers else new as pool:
+    with nullcontext(workers) if workers else Workers(store, exec_.world_size) as pool:
         while True:
-            unwanted = skipped(skip) | tried
             now, plan = plan, None
             if now is None:
+                unwanted = skipped(skip) | tried
                 now = make_plan([p for p in points if p.id not in unwanted], store, exec_, hardware)
             mine = [p for p in now.todo if now.states[p.id] != "running"]
             others = {p.id for p in now.todo if now.states[p.id] == "running"}
             if mine:
                 if trainer is None or isinstance(trainer, str):
                     settings = {"trainer": trainer, "skip": skip}
-                    _run_workers(now, store, exec_, report, limits, pool, **settings)
+                    _run_workers(now, store, exec_, report, limits, pool, settings)
                 else:
                     for pack in now.packs:
                         specs, rows = [p.spec for p in pack.points], pack.micro_batch_size
@@ -98,14 +91,14 @@ def run_points(
                     if state == "failed" or killed:
                         tried.add(rid)
                 quiet_since = time.monotonic()
-            elif others:
-                if others != held:
-                    quiet_since, held = time.monotonic(), others
-                elif time.monotonic() - quiet_since > patience_s:
-                    return
-                time.sleep(POLL_S)
-            else:
+            elif not others:
                 return
+            elif others != held:
+                quiet_since, held = time.monotonic(), others
+            elif time.monotonic() - quiet_since > patience_s:
+                return
+            else:
+                time.sleep(POLL_S)
 
 
 def _run_workers(
@@ -115,9 +108,9 @@ def _run_workers(
     report: Report,
     limits: Limits,
     workers: "Workers",
-    **settings: Any,
+    settings: dict[str, Any],
 ) -> None:
-    """Train the packs of a plan in workers with one job file, and report their events."""
+    """Train the packs of a plan in workers, and report their events."""
     packs = []
     for pack in plan.packs:
         limit, runs = limits.of(pack.points[0].spec), [p.spec.plain() for p in pack.points]
@@ -125,34 +118,22 @@ def _run_workers(
         packs.append({"runs": runs, "micro_batch_size": pack.micro_batch_size, **sizes})
     begun = [p.id for p in plan.todo if plan.states[p.id] != "missing"]
     attempts = {i: store.last_attempt(i) for i in begun}
-    # A worker has not watched the heartbeats of other machines, so it gets a list of dead owners.
-    ended = [p.id for p in plan.todo if plan.states[p.id] == "interrupted"]
     job = {
         "packs": packs,
         "exec": {**asdict(exec_), "threads": plan.threads, "workers": plan.workers},
-        "dead": {i: attempts[i] for i in ended},
+        # A worker has not watched the heartbeats of other machines.
+        "dead": {i: n for i, n in attempts.items() if plan.states[i] == "interrupted"},
         **settings,
     }
-    content = json.dumps(job).encode()
-    path = store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.json"
     try:
-        path.parent.mkdir(exist_ok=True)
-        files.write_atomic(path, content)
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be written ({error.strerror}). Free some space, then run the "
-            "command again."
-        ) from None
-    arguments, number = [str(path), hashlib.sha256(content).hexdigest()], len(plan.packs)
-    try:
-        workers.begin(arguments, min(plan.workers, number), plan.workers, plan.threads)
-        error_event = workers.pass_on(report)
-        codes = workers.codes()
+        number = min(plan.workers, len(packs))
+        error = workers.run(job, number, plan.workers, plan.threads, report)
     except KeyboardInterrupt:
         workers.stop()
         raise Stopped from None
-    if error_event:
-        raise TrainingError(error_event)
+    codes = workers.codes()
+    if error:
+        raise TrainingError(error)
     if STOPPED in codes:
         raise Stopped
     crashed = [c for c in codes if c != 0]
@@ -166,7 +147,6 @@ def _run_workers(
         by = f" (signal {-min(crashed)})" if min(crashed) < 0 else ""
         text = f"a worker crashed{by}. The end of its log, {workers.log}:"
         raise TrainingError("\n".join([text, *tail]))
-    path.unlink(missing_ok=True)
     for rid, shortage in workers.shortages.items():
         spec = next(p.spec for p in plan.todo if p.id == rid)
         end_shortage(spec, shortage, exec_, store, limits, report)
@@ -177,7 +157,7 @@ def end_shortage(
 ) -> None:
     """After one process of a run ran out of memory: end the attempt, and lower the size limit."""
     rid, n = spec.id, store.last_attempt(spec.id)
-    if n is None or store.state(rid) != "interrupted" or not store.owns(rid, n):
+    if n is None or store.state(rid) != "interrupted":
         return  # another worker claimed it
     if instead := limits.of(spec).lower(shortage, 1):
         text = shortage.retry_text(spec, 1, instead)
@@ -191,7 +171,7 @@ def end_shortage(
 
 
 class Workers:
-    """Worker processes. One that trains alone takes job after job, and keeps its base model.
+    """Worker processes, which take job after job and keep their base model.
 
     A context manager: at its end all workers end. Their stderr is in the file `log`.
     """
@@ -203,14 +183,17 @@ class Workers:
         n_nodes: int = 1,
         container: Container | None = None,
     ) -> None:
-        """Set up; no process starts before the first job."""
+        """Set up; no process starts before the first job.
+
+        `n_nodes`: nodes of this Slurm job, over which the processes of a run are spread.
+        `container`: the workers run inside it.
+        """
         self.log = store.root / ".jobs" / f"{os.getpid()}-{os.urandom(3).hex()}.log"
         self._world_size, self._nodes, self._container = world_size, n_nodes, container
         self._by_srun = n_nodes > 1 or bool(container and container.by_srun)
-        self._share: tuple[int, int] | None = None
+        self._share = (0, 0)
         self._groups: dict[int, list[subprocess.Popen]] = {}
-        self._busy: set[subprocess.Popen] = set()
-        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         self.shortages: dict[str, Shortage] = {}
         """Run id -> shortage of memory, for runs that are trained by several processes."""
 
@@ -226,38 +209,52 @@ class Workers:
         self._end(list(self._groups))
         self.log.unlink(missing_ok=True)
 
-    def begin(self, job: list[str], number: int, shares: int, threads: int) -> None:
-        """Give a job to `number` workers, each with 1 / `shares` of the GPUs; start missing ones.
+    def run(
+        self,
+        job: dict[str, Any],
+        number: int,
+        shares: int,
+        threads: int,
+        report: Callable[[dict[str, Any]], None],
+    ) -> str | None:
+        """Let `number` workers, each with 1 / `shares` of the GPUs, do a job; report their events.
 
-        `job`: first two arguments of `launch.worker`.
+        Returns the last error, or None. Workers that are not there yet are started.
         """
-        keep = number if self._share == (shares, threads) else 0
-        self._end([k for k in self._groups if k >= keep])
-        self._share, self.shortages = (shares, threads), {}
+        same = self._share == (shares, threads)
+        self._end([k for k in self._groups if k >= number or not same or self._ended(k)])
+        self._share, self.shortages, error = (shares, threads), {}, None
         for k in range(number):
-            if k not in self._groups or not self._send(self._groups[k][0], job):
-                self._start(k, job)
+            if k not in self._groups:
+                self._start(k)
+        for process in (p for group in self._groups.values() for p in group):
+            assert process.stdin is not None
+            with suppress(OSError):  # it has died
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
+        busy = list(self._groups.values())
+        while busy:
+            event = self._events.get()
+            if "over" in event:  # this worker has done the job, or has ended
+                busy = [group for group in busy if group is not event["over"]]
+            elif "error" in event:
+                error = event["error"]
+            elif "out_of_memory" in event:
+                self.shortages[event["run"]] = Shortage(**event["out_of_memory"])
+            else:
+                report(event)
+        return error
 
-    def _send(self, process: subprocess.Popen, job: list[str]) -> bool:
-        """Give a job to a waiting worker; return whether the worker is still there."""
-        assert process.stdin is not None
-        self._busy.add(process)
-        try:
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-        except OSError:
-            self._busy.discard(process)
-            return False
-        return True
+    def _ended(self, k: int) -> bool:
+        return any(process.poll() is not None for process in self._groups[k])
 
-    def _start(self, k: int, job: list[str]) -> None:
+    def _start(self, k: int) -> None:
         """Start worker `k`.
 
         On several nodes, and with pyxis, srun starts a worker as a job step, with equally many
         processes on each node. The job survives a failed step. On several nodes a process sees all
         GPUs of its node and takes the one with number LOCAL_RANK.
         """
-        assert self._share is not None
         (shares, threads), size, start = self._share, self._world_size, [sys.executable]
         environments = [devices_of(k, shares)] if self._nodes == 1 else [{}]
         if self._by_srun and size > 1:
@@ -266,17 +263,23 @@ class Workers:
             shared = {**environments[0], **_address("127.0.0.1", size)}
             ranks = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
             environments = [{**shared, **rank} for rank in ranks]
-        worker = ["-m", "lorasweep.launch.worker", *job, str(k)]
-        jobs = subprocess.PIPE if size == 1 else subprocess.DEVNULL
         group = self._groups[k] = []
-        with open(self.log, "ab") as errors:
-            pipes: Any = {"stdin": jobs, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        try:
+            self.log.parent.mkdir(exist_ok=True)
+            errors = open(self.log, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise StoreError(
+                f"{self.log} cannot be written ({error.strerror}). Free some space, then run the "
+                "command again."
+            ) from None
+        with errors:
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
             for more in environments:
                 env = {**worker_environment(threads), **more}
                 if self._container:
                     start = self._container.python(env, (*THREAD_VARIABLES, *more))
-                group.append(subprocess.Popen([*self._srun(), *start, *worker], env=env, **pipes))
-        self._busy.update(group)
+                words = [*self._srun(), *start, "-m", "lorasweep.launch.worker", str(k)]
+                group.append(subprocess.Popen(words, env=env, text=True, **pipes))
         for process in group:
             threading.Thread(target=self._read, args=(process, group), daemon=True).start()
 
@@ -300,36 +303,16 @@ class Workers:
         for line in process.stdout:
             with suppress(ValueError):  # not an event
                 event = json.loads(line)
-                if isinstance(event, dict) and "job_done" in event:
-                    self._over(process)
-                elif isinstance(event, dict):
-                    self._events.put(event)
+                if isinstance(event, dict):
+                    self._events.put({"over": group} if "job_done" in event else event)
         code, first = process.wait(), process is group[0]
         for other in group if code or first else ():
             try:
                 other.wait(LAST_S if first else 0)
             except subprocess.TimeoutExpired:
                 other.kill()
-        self._over(process)
-
-    def _over(self, process: subprocess.Popen) -> None:
-        self._busy.discard(process)  # after its events were queued
-        self._events.put(None)
-
-    def pass_on(self, report: Callable[[dict[str, Any]], None]) -> str | None:
-        """Report events until the job is over in every process; return the last error, or None."""
-        error = None
-        while self._busy or not self._events.empty():
-            event = self._events.get()
-            if event is None:  # a process is over with its job
-                continue
-            if "error" in event:
-                error = event["error"]
-            elif "out_of_memory" in event:
-                self.shortages[event["run"]] = Shortage(**event["out_of_memory"])
-            else:
-                report(event)
-        return error
+        if first:
+            self._events.put({"over": group})
 
     def codes(self) -> list[int]:
         """Return the exit status of each worker after a job, negative after a signal.
@@ -339,15 +322,11 @@ class Workers:
         the process whose error was the cause.
         """
         found = []
-        for k, group in list(self._groups.items()):
-            codes = [process.poll() for process in group]
-            if codes != [None]:  # it has ended: all its processes have
-                del self._groups[k]
-            known = [c or 0 for c in codes]
+        for k in [k for k in self._groups if self._ended(k)]:
+            known = [process.wait() for process in self._groups.pop(k)]
             if self._by_srun or self._container:
                 known = [SRUN_KILLED - c if c > SRUN_KILLED else c for c in known]
-            first, *rest = known
-            found.append(first if first >= 0 else max((first, *rest)))
+            found.append(known[0] if known[0] >= 0 else max(known))
         return found
 
     def stop(self) -> None:
@@ -356,13 +335,13 @@ class Workers:
             process.send_signal(SRUN_STOP if self._by_srun else signal.SIGTERM)
         self._end(list(self._groups))
 
-    def _end(self, numbers: Iterable[int]) -> None:
+    def _end(self, numbers: Sequence[int]) -> None:
         """Take these workers' input away, and wait until they have ended."""
         ended = [p for k in numbers for p in self._groups.pop(k)]
         for process in ended:
-            if process.stdin is not None:
-                with suppress(OSError):
-                    process.stdin.close()
+            assert process.stdin is not None
+            with suppress(OSError):
+                process.stdin.close()
         for process in ended:
             process.wait()
 

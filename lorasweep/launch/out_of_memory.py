@@ -6,7 +6,6 @@ import re
 import sys
 from dataclasses import dataclass
 
-from lorasweep.errors import ModelError
 from lorasweep.plan.packing import pack_key
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
@@ -87,14 +86,6 @@ class Shortage:
             f"Choose {more}a smaller model=, a smaller dataset.max_length, or a device "
             "with more memory (action=plan shows the expected memory), then add exec.retry=true."
         )
-
-
-class OutOfMemoryTogether(ModelError):
-    """One process of a run is out of memory. The others wait for it, so all must start again."""
-
-    def __init__(self, run: str, shortage: Shortage) -> None:
-        super().__init__(f"out of memory{shortage.request} in one of the processes of a run")
-        self.run, self.shortage = run, shortage
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""A worker process: train the free packs of job files, and print events as JSON lines.
+"""A worker process: train the free packs of jobs, and print events as JSON lines.
 
-    python -m lorasweep.launch.worker JOB.json SHA256 [FIRST]
+    python -m lorasweep.launch.worker FIRST
 
-It prints {"job_done": true} after a job. Further jobs are lines on its standard input, [JOB.json,
-SHA256] as JSON; until this input ends, it keeps the base model and the data for the next job.
+A job is a line on its standard input. It begins with pack FIRST, and prints {"job_done": true}
+after a job. Until the input ends, it keeps the base model and the data for the next job.
 
     {"packs": [{"runs": [spec, ...], "micro_batch_size": n, "most_rows": n or null,
                 "forward_parts": n}, ...],
@@ -11,23 +11,22 @@ SHA256] as JSON; until this input ends, it keeps the base model and the data for
      "dead": {run id: attempt}, "trainer": null or "package.module:object",
      "skip": null or a file of run ids not to start}
 
-With exec.world_size above one, several such processes train each run together; their ranks come
-from torchrun's environment variables (RANK, MASTER_ADDR, ...) or from Slurm.
+With exec.world_size above one, several such processes get the same jobs and train each run
+together; their ranks come from torchrun's environment variables (RANK, MASTER_ADDR, ...) or from
+Slurm.
 """
 
-import hashlib
 import json
 import os
 import sys
 import time
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorasweep.errors import LorasweepError, StoreError
-from lorasweep.launch.distributed import Leader, follow
-from lorasweep.launch.out_of_memory import Limits, OutOfMemoryTogether
+from lorasweep.errors import LorasweepError
+from lorasweep.launch.distributed import Leader, OutOfMemoryTogether, follow
+from lorasweep.launch.out_of_memory import Limits
 from lorasweep.launch.pack import execute
 from lorasweep.launch.process import StopFlag, Stopped, die_with_parent, keep_freed_memory
 from lorasweep.launch.slurm.queue import RunningJobs
@@ -37,89 +36,82 @@ from lorasweep.spec.execution import Exec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 
-STOPPED, REFUSED, OUT_OF_MEMORY = 3, 4, 5
-"""Exit statuses. REFUSED: an error that the user must correct. OUT_OF_MEMORY: only if several
-processes train a run; a single process handles the shortage itself."""
+if TYPE_CHECKING:
+    from lorasweep.models.sharding import Mesh
+
+STOPPED, REFUSED = 3, 4
+"""Exit statuses. REFUSED: an error that was printed as an event."""
 REPORT_S = 0.3
 """Minimum seconds between progress reports. Ends of runs and notes are reported at once."""
 SLURM_RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}
 """Environment variable of torchrun -> that of Slurm."""
 
 
-def main(job_path: str, sha256: str, first: int = 0) -> int:
-    """Train the free packs of job files, beginning with pack `first`; return the exit status."""
+def main(first: int) -> int:
+    """Train the free packs of jobs, beginning with pack `first`; return the exit status."""
     die_with_parent()
     keep_freed_memory()
     stop = StopFlag()
     stop.install()
     trainers: dict[str | None, Trainer] = {}
     try:
-        for path, sha in chain([(job_path, sha256)], map(json.loads, sys.stdin)):
-            job = _read_job(Path(path), sha)
-            folder = job["exec"]["runs_dir"]
-            store = RunStore(folder, dead=job["dead"], jobs=RunningJobs(folder))
-            if job["exec"]["world_size"] > 1:
-                _run_together(job, first, store, stop)
-                return 0
+        mesh = _join()
+        for line in sys.stdin:
+            job = json.loads(line)
             name = job["trainer"]
-            trainers[name] = trainers.get(name) or trainer_named(name, stop)
-            _run(job, first, store, trainers[name], stop)
-            print(json.dumps({"job_done": True}), flush=True)
+            trainers[name] = trainers.get(name) or trainer_named(name, stop, mesh)
+            if not _train(job, first, trainers[name], stop, mesh):
+                break
     except Stopped:
         return STOPPED
     except OutOfMemoryTogether as together:
         event = {"run": together.run, "out_of_memory": asdict(together.shortage)}
         print(json.dumps(event), flush=True)
-        return OUT_OF_MEMORY
+        return REFUSED
     except LorasweepError as refusal:
         print(json.dumps({"error": str(refusal)}), flush=True)
         return REFUSED
     return 0
 
 
-def _read_job(path: Path, sha256: str) -> dict[str, Any]:
-    content = path.read_bytes()
-    # others may be able to write the file, which names the trainer to import
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise StoreError(f"{path} was changed after it was written. Run the command again.")
-    return json.loads(content)
-
-
-def _run_together(job: dict[str, Any], first: int, store: RunStore, stop: StopFlag) -> None:
-    """Train together with the other processes of this worker."""
+def _join() -> "Mesh | None":
+    """Join the other processes of this worker; None if there are none."""
+    if "WORLD_SIZE" not in os.environ:
+        return None
     from lorasweep.models.sharding import Mesh
 
     os.environ.update({k: os.environ[v] for k, v in SLURM_RANKS.items() if k not in os.environ})
-    mesh = Mesh.join()
-    trainer = trainer_named(job["trainer"], stop, mesh)
-    if mesh.rank:
+    return Mesh.join()
+
+
+def _train(
+    job: dict[str, Any], first: int, trainer: Trainer, stop: StopFlag, mesh: "Mesh | None"
+) -> bool:
+    """Do a job. Return False if the other processes of this worker can train no further run."""
+    if mesh and mesh.rank:
         follow(trainer, mesh, stop)
-        return
-    leader = Leader(trainer, mesh, stop)
-    try:
-        _run(job, first, store, leader, stop)
-    finally:
-        leader.dismiss()
-
-
-def _run(
-    job: dict[str, Any], first: int, store: RunStore, trainer: Trainer, stop: StopFlag
-) -> None:
+        return not stop.set
     exec_, report, limits = Exec(**job["exec"]), Reporter(stop), Limits()
-    for pack in job["packs"][first:] + job["packs"][:first]:
-        unwanted = skipped(job["skip"])
-        specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
-        if specs:
-            limit, rows = limits.of(specs[0]), pack["micro_batch_size"]
-            limit.rows = pack["most_rows"] or limit.rows
-            limit.forward_parts = max(limit.forward_parts, pack["forward_parts"])
-            execute(specs, exec_, store, trainer, report, stop, rows, limits)
-        if stop.set:
-            raise Stopped
-        if isinstance(trainer, Leader):
-            trainer.leave()
-            if trainer.broken:
-                return  # the failure is recorded; new processes train the other packs
+    store = RunStore(exec_.runs_dir, dead=job["dead"], jobs=RunningJobs(exec_.runs_dir))
+    leader = Leader(trainer, mesh, stop) if mesh else None
+    try:
+        for pack in job["packs"][first:] + job["packs"][:first]:
+            unwanted = skipped(job["skip"])
+            specs = [s for s in map(spec_from, pack["runs"]) if s.id not in unwanted]
+            if specs:
+                limit, rows = limits.of(specs[0]), pack["micro_batch_size"]
+                limit.rows = pack["most_rows"] or limit.rows
+                limit.forward_parts = max(limit.forward_parts, pack["forward_parts"])
+                execute(specs, exec_, store, leader or trainer, report, stop, rows, limits)
+            if stop.set:
+                raise Stopped
+            if leader and leader.broken():
+                return False  # the failure is recorded; new processes train the other packs
+    finally:
+        if leader:
+            leader.dismiss()
+    print(json.dumps({"job_done": True}), flush=True)
+    return True
 
 
 def skipped(path: str | None) -> set[str]:
@@ -147,4 +139,4 @@ class Reporter:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])))
+    sys.exit(main(int(sys.argv[1])))

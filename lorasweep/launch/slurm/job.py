@@ -116,8 +116,9 @@ def _train(task: dict[str, Any]) -> None:
             _print(json.dumps(event))
 
     n_nodes = int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
-    more = (task["trainer"], PATIENCE_S, task["skip"], n_nodes, _container(task))
-    local.run_points(left, store, exec_, report, *more)
+    more = {"skip": task["skip"], "patience_s": PATIENCE_S}
+    with local.Workers(store, exec_.world_size, n_nodes, _container(task)) as workers:
+        local.run_points(left, store, exec_, report, task["trainer"], workers=workers, **more)
     counts = Counter(store.states(p.id for p in left).values())
     _print("over: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
 

@@ -1,5 +1,6 @@
 """What a job's lines are with a container, and where a command cannot submit jobs."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_workers_start_inside(tmp_path, monkeypatch, kind, size, nodes, expected
     started = []
 
     class Process:
-        stdin, stdout, returncode = None, (), 0
+        stdout, returncode = (), 0
 
         def __init__(self, words, env, **pipes):
             k = words.index("env")
@@ -130,10 +131,13 @@ def test_workers_start_inside(tmp_path, monkeypatch, kind, size, nodes, expected
             started.append(" ".join([*prefix, "env", *gpus]))
             assert (size == 1) == (not any(w.startswith("MASTER_PORT=") for w in words))
 
+            self.stdin = io.StringIO()
+
         def wait(self, timeout=None):
             return 0
 
-        poll = wait
+        def poll(self):
+            return None
 
     store = RunStore(tmp_path / "runs")
     (store.root / ".jobs").mkdir(parents=True)
@@ -141,7 +145,7 @@ def test_workers_start_inside(tmp_path, monkeypatch, kind, size, nodes, expected
     monkeypatch.setattr(local, "devices_of", lambda k, n: {"CUDA_VISIBLE_DEVICES": str(k)})
     monkeypatch.setattr(container.shutil, "which", lambda name: name)
     with local.Workers(store, size, nodes, Container("i", kind, [], [])) as workers:
-        workers.begin(["job.json", "0"], 2, 2, 1)
+        workers.run({}, 2, 2, 1, print)
     assert started == expected
 
 
