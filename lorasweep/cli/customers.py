@@ -24,7 +24,7 @@ from lorasweep.cli.progress import Display
 from lorasweep.cli.train import STOPPED, Trained
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
-from lorasweep.data import chat
+from lorasweep.data.messages import rows_line
 from lorasweep.errors import LorasweepError, SpecError, check_installed, unknown
 from lorasweep.fleet import adapters, runs
 from lorasweep.fleet.outcome import outcome_of, with_further
@@ -233,7 +233,7 @@ def plan_fleet(request: Request) -> Request:
             print(f"{pages.printable(m.name)}: {m.rows.warning}", file=sys.stderr)
     kinds = sum((Counter(m.rows.kinds) for m in members if not m.problem), Counter())
     if kinds and request.format != "json":
-        print(chat.rows_line(kinds), file=sys.stderr)
+        print(rows_line(kinds), file=sys.stderr)
     left_out = Counter(why for m in members if (why := m.served.get("left_out")))
     for why, count in left_out.items():
         of = f"{count} of {len(members)} customers"

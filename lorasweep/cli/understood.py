@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lorasweep.data import chat, fields, load, sources, text
+from lorasweep.data import load, messages, sources, text
 from lorasweep.errors import LorasweepError
 from lorasweep.launch.trainer import TOKENS
 from lorasweep.models.describe import config_at
@@ -57,17 +57,17 @@ def lines(request: Request) -> list[str]:
 def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> Iterator[str]:
     train, _ = load.sources_of(spec, exec_.data_dir)
     where, row = next(train.rows())
-    columns = fields.columns(spec)
-    read = (*columns, chat.TOOLS) if spec.format == "messages" else columns
+    columns = messages.columns(spec)
+    read = (*columns, messages.TOOLS) if spec.format == "messages" else columns
     others = ", ".join(str(name) for name in row if name not in read)
     pair = (spec.prompt_field, spec.completion_field)
-    used = columns if spec.format in chat.LISTS else pair
+    used = columns if spec.format in messages.LISTS else pair
     # all rows of the files, also those that are left out of training and held-out rows
     whole = dataclasses.replace(spec, holdout=0, held_out_by="")
     of_files = load.sources_of(whole, exec_.data_dir)
     given = chain(*(s.rows() for s in of_files[: 1 + (spec.test_split != spec.train_split)]))
-    kinds = sources.each(given, lambda row, where: chat.kinds_of(spec.format, row))
-    understood = chat.rows_line(Counter(chain.from_iterable(kinds)))
+    kinds = sources.each(given, lambda row, where: messages.read(spec, row, where).kinds)
+    understood = messages.rows_line(Counter(chain.from_iterable(kinds)))
     about = (
         f"data {spec.name}: {spec.source}, {spec.format}, columns {' -> '.join(used)}"
         f"{f' (not read: {others})' if others else ''}"

@@ -4,9 +4,11 @@ Example i of (data set, split, seed) is the same for every method and learning r
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,8 +67,7 @@ class Rewards:
 class Data:
     """A loaded data set."""
 
-    train: Callable[[int, int, int], list[Example]]
-    """(seed, start, count) -> training examples start .. start + count - 1 in the seed's order."""
+    train: "Serve"
     test: Sequence[Example]
     n_train: int | None
     """Rows in the training split; None: unlimited (generated)."""
@@ -89,15 +90,31 @@ class Data:
     """Number of training tokens -> way to count -> bits of new information; None: not known."""
 
 
-def parameters(spec: DatasetSpec, defaults: Mapping[str, float]) -> dict[str, float]:
-    """Return a generator's parameters, set or default; raise DataError for an unknown one."""
-    for key in spec.generator_params:
-        if key not in defaults:
-            allowed = ", ".join(defaults) or f"none, generator {spec.location!r} has no parameters"
+class Parameter(NamedTuple):
+    """A parameter of a generator, and its allowed values."""
+
+    default: float
+    low: float = 0.0
+    high: float = math.inf
+    whole: bool = False
+
+
+def parameters(
+    given: Mapping[str, float], declared: Mapping[str, Parameter], where: str
+) -> dict[str, float]:
+    """Return a generator's parameters, given or default; DataError: unknown, or out of range."""
+    for key in given.keys() - declared.keys():
+        allowed = ", ".join(declared) or "none"
+        raise DataError(f"{where}: generator_params.{key} is unknown. Allowed: {allowed}.")
+    found = {name: float(p.default) for name, p in declared.items()} | dict(given)
+    for name, (_, low, high, whole) in declared.items():
+        if not low <= found[name] <= high or (whole and found[name] % 1):
+            kind = "a whole number from " if whole else ""
+            allowed = f"{kind}{low:g} to {high:g}"
             raise DataError(
-                f"dataset {spec.name!r}: generator_params.{key} is unknown. Allowed: {allowed}."
+                f"{where}: generator_params.{name}={found[name]:g}. Allowed: {allowed}."
             )
-    return {**defaults, **spec.generator_params}
+    return found
 
 
 def prompt_of(row: Example) -> np.ndarray:
@@ -121,9 +138,11 @@ def prompts_of(rows: Sequence[Example]) -> list[int]:
     return [numbers.setdefault(prompt_of(e).tobytes(), len(numbers)) for e in rows]
 
 
-def shuffled(
-    spec: DatasetSpec, rows: Sequence[Example]
-) -> Callable[[int, int, int], list[Example]]:
+Serve = Callable[[int, int, int], list[Example]]
+"""(seed, start, count) -> training examples start .. start + count - 1 in the seed's order."""
+
+
+def shuffled(spec: DatasetSpec, rows: Sequence[Example]) -> Serve:
     """Serve rows in a new order each epoch. The order depends only on data set, split and seed."""
 
     @cache
@@ -138,15 +157,16 @@ def shuffled(
 
 
 def generated(
-    spec: DatasetSpec, split: str, draw: Callable[[np.random.Generator, int], list[Example]]
-) -> Callable[[int, int, int], list[Example]]:
+    spec: DatasetSpec, draw: Callable[[np.random.Generator, int], list[Example]]
+) -> Serve:
     """Serve generated examples by index; with `n_train`, that many rows, as `shuffled` does."""
+    here = ("data", spec.name, spec.train_split)
     if spec.n_train is not None:
-        return shuffled(spec, draw(stream("data", spec.name, split, "rows"), spec.n_train))
+        return shuffled(spec, draw(stream(*here, "rows"), spec.n_train))
 
     @lru_cache(64)
     def rows_of(seed: int, chunk: int) -> list[Example]:
-        return draw(stream("data", spec.name, split, seed, chunk), CHUNK)
+        return draw(stream(*here, seed, chunk), CHUNK)
 
     def train(seed: int, start: int, count: int) -> list[Example]:
         indices = (divmod(i, CHUNK) for i in range(start, start + count))
@@ -159,16 +179,14 @@ def fingerprint(*parts: str | np.ndarray | Sequence[Example]) -> str:
     """Return the SHA-256 of texts, of arrays, and of examples' token ids and loss masks."""
     digest = hashlib.sha256()
     for part in parts:
-        arrays: list[np.ndarray]
         if isinstance(part, str):
             arrays = [np.frombuffer(part.encode(), dtype=np.uint8)]
         elif isinstance(part, np.ndarray):
             arrays = [part]
         else:
             arrays = [np.array([len(e.tokens) for e in part], dtype="<i8")]
-            if len(part):
-                arrays.append(np.concatenate([e.tokens for e in part]).astype("<i4"))
-                arrays.append(np.concatenate([e.loss for e in part]))
+            for name, dtype in (("tokens", "<i4"), ("loss", "?")) if len(part) else ():
+                arrays.append(np.concatenate([getattr(e, name) for e in part]).astype(dtype))
         for array in arrays:
             digest.update(f"{array.dtype.str}{array.shape}".encode())
             digest.update(np.ascontiguousarray(array).data)

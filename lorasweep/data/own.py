@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorasweep.data import fields, hub, sources
+from lorasweep.data import hub, messages, sources
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FILES, FIRST_RENDER, DatasetSpec
 
@@ -45,7 +45,7 @@ class Counted(NamedTuple):
 
     rows: int
     answer_bytes: int
-    """UTF-8 bytes of the text in the loss (`fields.in_loss`)."""
+    """UTF-8 bytes of the text in the loss."""
     sha256: str
 
 
@@ -59,20 +59,20 @@ def path_of(given: str) -> Path:
     """Return a file of rows, or that of a folder's training rows; DataError if there is none."""
     try:
         path = Path(given).expanduser().absolute()
-        is_folder = path.is_dir()
+        found = [path]
+        if path.is_dir():
+            files = [path / f"train.{form}" for form in FILES]
+            found = [file for file in files if file.is_file()] or files[:1]
+        there = found[0].is_file()
     except (OSError, RuntimeError) as error:  # a name too long for a path, or an unknown ~user
         raise DataError(f"{given[:80]!r} is no path: {error}. Expected {EXPECTED}.") from None
-    if is_folder:
-        found = [file for form in FILES if (file := path / f"train.{form}").is_file()]
-        if len(found) > 1:
-            names = " and ".join(file.name for file in found)
-            raise DataError(f"{path} has {names}. Keep one of them, or name the file.")
-        path = found[0] if found else path / f"train.{FILES[0]}"
-    if not path.is_file():
-        raise DataError(f"no file {path}. Expected {EXPECTED}.")
-    if path.suffix[1:] not in FILES:
-        raise DataError(f"{path} is in no known form. Expected {EXPECTED}.")
-    return path
+    if len(found) > 1:
+        names = " and ".join(file.name for file in found)
+        raise DataError(f"{path} has {names}. Keep one of them, or name the file.")
+    if not there or found[0].suffix[1:] not in FILES:
+        what = "is in no known form" if there else "is no file"
+        raise DataError(f"{found[0]} {what}. Expected {EXPECTED}.")
+    return found[0]
 
 
 def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> DatasetSpec:
@@ -115,10 +115,8 @@ def _on_hub(given: str, name: str, named: Mapping[str, str]) -> DatasetSpec:
     try:
         columns, rows, commit = hub.contents(spec)
     except DataError as error:
-        raise DataError(
-            f"no file or folder {Path(given).absolute()}, and as a data set of the hub (owner/name"
-            f":configuration@revision): {error}"
-        ) from error
+        where = f"no file or folder {Path(given).absolute()}, and as a data set of the hub"
+        raise DataError(f"{where} (owner/name:configuration@revision): {error}") from error
     train = "train" if "train" in rows else next(iter(rows))
     test = next((split for split in HELD_OUT if split in rows and split != train), train)
     form = _form(f"{given}[{train}]", dict.fromkeys(columns), named)
@@ -129,19 +127,17 @@ def _on_hub(given: str, name: str, named: Mapping[str, str]) -> DatasetSpec:
 def count(given: str) -> Counted:
     """Count a file's rows and their bytes in the loss; DataError for a row of another form."""
     spec, path = dataset_of(given), path_of(given)
-    rows = answers = 0
-    for where, row in sources.rows_in(path):
-        said = zip(fields.messages_of(spec, row, where), fields.in_loss(spec, row, where))
-        rows += 1
-        answers += sum(len(text.encode()) for (_, text), learned in said if learned)
-    return Counted(rows, answers, sources.file_sha256(path))
+    read = [messages.read(spec, row, where) for where, row in sources.rows_in(path)]
+    said = (pair for row in read for pair in zip(row.messages, row.learned))
+    answers = sum(len(text.encode()) for (_, text), learned in said if learned)
+    return Counted(len(read), answers, sources.file_sha256(path))
 
 
 def as_served(form: str, render: str) -> dict[str, Any]:
     """Return the fields of a data set with which its prompts have the tokens of a server's."""
     first = render == FIRST_RENDER
     # a chat template gives the whole text in any case
-    whole = form in fields.LISTS and render != "chat_template"
+    whole = form in messages.LISTS and render != "chat_template"
     template = PLAIN if first else CHAT
     return {"render": render, "template": template, "whole_prompt": whole, "bos": first}
 
@@ -150,18 +146,20 @@ def _form(where: str, row: Any, named: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of a data set that describe its rows; `named` ones need no recognition."""
     columns = set(row) if isinstance(row, dict) else set()
     prompt, completion = named.get("prompt_field"), named.get("completion_field")
-    formats = [] if prompt or completion else [named.get("format", name) for name in fields.LISTS]
-    for name in formats:
-        if name in columns and name in fields.LISTS:
-            by_default = "completion" if name == "messages" else "last_assistant"
-            found = {"format": name, "mask": named.get("mask", by_default)}
-            return found | as_served(name, named.get("render", FIRST_RENDER))
     pairs = dict.fromkeys((prompt or p, completion or c) for p, c in PAIRS)
-    for pair in pairs:
-        if {*pair[0].split(fields.JOINED), pair[1]} <= columns or set(pair) <= columns:
-            mask = named.get("mask", "completion")
-            found = {"prompt_field": pair[0], "completion_field": pair[1], "mask": mask}
-            return found | as_served("", named.get("render", FIRST_RENDER))
+    found: dict[str, Any] = {}
+    if not (prompt or completion):
+        for name in dict.fromkeys(named.get("format", name) for name in messages.LISTS):
+            if name in columns and name in messages.LISTS and not found:
+                by_default = "completion" if name == "messages" else "last_assistant"
+                found = {"format": name, "mask": by_default}
+    for pair in pairs if not found else ():
+        if {*pair[0].split(messages.JOINED), pair[1]} <= columns or set(pair) <= columns:
+            found = {"prompt_field": pair[0], "completion_field": pair[1], "mask": "completion"}
+            break
+    if found:
+        found["mask"] = named.get("mask", found["mask"])
+        return found | as_served(found.get("format", ""), named.get("render", FIRST_RENDER))
     shown = ", ".join(map(str, sorted(columns))) or "of no object"
     text = " A text alone does not say which part is learned." if columns == {"text"} else ""
     raise DataError(

@@ -38,13 +38,8 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
             numbers = [(integer(gold), integer(answer)) for gold, answer in texts]
             return [None if found is None else float(found == gold) for gold, found in numbers]
         read = [(gold if whole_completion else boxed(gold), boxed(a)) for gold, a in texts]
-        readable = {
-            k: (gold, answer)
-            for k, (gold, answer) in enumerate(read)
-            if gold is not None and answer is not None
-        }
-        verdicts = math_checks.check(list(readable.values())) if readable else []
-        found = dict(zip(readable, verdicts, strict=True))
+        readable = {k: (g, a) for k, (g, a) in enumerate(read) if g is not None and a is not None}
+        found = dict(zip(readable, math_checks.check(list(readable.values())), strict=True))
         return [found.get(k) for k in range(len(texts))]
 
     def of_all(pairs: Sequence[tuple[Example, np.ndarray]]) -> list[float | None]:
@@ -60,21 +55,18 @@ def of_text(spec: DatasetSpec, tokenizer: Any) -> Rewards:
 
 def check_available(spec: DatasetSpec) -> None:
     """Raise DataError if completions cannot be rewarded. Needs no rows."""
-    synthetic = spec.source == "synthetic"
-    if not (generator(spec.location).verified if synthetic else spec.verifier):
+    if not (generator(spec.location).verified if spec.source == "synthetic" else spec.verifier):
         generated = ", ".join(name for name, g in GENERATORS.items() if g.verified)
         raise DataError(
             f"dataset {spec.name!r} has no verifier, so completions cannot be rewarded. Choose one "
-            f"that has (synthetic: {generated}; text: set verifier, one of "
-            f"{', '.join(filter(None, VERIFIERS))}, in its file), or set objective=sft."
+            f"that has ({generated}), set verifier ({', '.join(filter(None, VERIFIERS))}) in the "
+            "file of a text data set, or set objective=sft."
         )
     if spec.verifier == "math":
         math_checks.check_installed()
     if spec.mask != "completion":
-        raise DataError(
-            f"dataset {spec.name!r}: mask={spec.mask} does not say where an answer starts. Set "
-            "mask=completion."
-        )
+        where = f"dataset {spec.name!r}: mask={spec.mask} does not say where an answer starts"
+        raise DataError(f"{where}. Set mask=completion.")
 
 
 def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
@@ -88,29 +80,25 @@ def check_rows(spec: DatasetSpec, data: Data, max_new_tokens: int) -> None:
     of_gold = data.rewards.of_gold or (lambda own: reward([(r, answer_of(r)) for r in own]))
     for split, rows in (("held-out", data.test), ("training", first)):
         where = f"dataset {spec.name!r}, {split} row"
-        lengths = [len(prompt_of(row)) for row in rows]
-        longest = max(lengths, default=0)
-        if longest + max_new_tokens > spec.max_length:
-            room = spec.max_length - longest
-            less = f", or max_new_tokens={room} at most" if room > 0 else ""
+        lengths = [len(prompt_of(row)) + max_new_tokens for row in rows]
+        if (longest := max(lengths, default=0)) > spec.max_length:
             raise DataError(
-                f"{where} {lengths.index(longest)}: its prompt, the longest, has {longest} tokens, "
-                f"which with max_new_tokens={max_new_tokens} is more than max_length="
-                f"{spec.max_length}. Set dataset.max_length={longest + max_new_tokens}{less}."
+                f"{where} {lengths.index(longest)}: its prompt, the longest, has "
+                f"{longest - max_new_tokens} tokens, which with max_new_tokens={max_new_tokens} is "
+                f"more than max_length={spec.max_length}. Set dataset.max_length={longest}, or "
+                "lower max_new_tokens."
             )
-        for k, row in enumerate(rows):
+        for k, (row, found) in enumerate(zip(rows, of_gold(rows), strict=True)):
             if (answers := np.diff(row.loss.astype(np.int8), prepend=0).tolist().count(1)) > 1:
                 raise DataError(
                     f"{where} {k} has {answers} answers in the loss. A reward judges the answer to "
                     'one prompt. Set "weight": 0 on the other answers, or split the row.'
                 )
-        for k, found in enumerate(of_gold(rows)):
             if found != 1.0:
                 raise DataError(
                     f"{where} {k}: the gold answer of the row cannot be read or is not rewarded "
-                    f"(verifier={spec.verifier or 'exact'}, {len(answer_of(rows[k]))} tokens). "
-                    "Correct the row, raise dataset.max_length so that it is not cut, or set "
-                    "too_long=skip."
+                    f"(verifier={spec.verifier or 'exact'}, {len(answer_of(row))} tokens). Correct "
+                    "the row, raise dataset.max_length so that it is not cut, or set too_long=skip."
                 )
 
 

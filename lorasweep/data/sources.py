@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lorasweep.errors import DataError
-from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.dataset import FILES, DatasetSpec
 from lorasweep.spec.streams import stream
 
 Row = tuple[str, Any]
@@ -46,15 +46,20 @@ def of_files(spec: DatasetSpec, held_out: bool, data_dirs: Sequence[str]) -> Sou
 
     def rows() -> Iterator[Row]:
         given = list(rows_in(path))
-        if len(given) <= n:
-            raise DataError(
-                f"dataset {spec.name!r}: {path} has {len(given)} rows, expected more than {n} "
-                "(holdout). Add rows, or hold fewer out."
-            )
+        check_count(spec, str(path), len(given))
         order = holdout_order(len(given))
         yield from (given[k] for k in (order[:n] if held_out else order[n:]))
 
     return Source(f"{digest} {'first' if held_out else 'without the first'} {n}", None, rows)
+
+
+def check_count(spec: DatasetSpec, where: str, n_rows: int) -> None:
+    """Raise DataError if no row would be left for training."""
+    if n_rows <= spec.holdout:
+        raise DataError(
+            f"dataset {spec.name!r}: {where} has {n_rows or 'no'} rows, expected more than "
+            f"{spec.holdout} (holdout). Add rows, name another split, or hold fewer out."
+        )
 
 
 def holdout_order(n_rows: int) -> np.ndarray:
@@ -72,30 +77,26 @@ def find_file(spec: DatasetSpec, split: str, data_dirs: Sequence[str]) -> tuple[
     """
     name = f"{split}.{spec.source}"
     tried = [Path(folder).expanduser() / spec.location / name for folder in data_dirs]
-    found = [p for p in tried if p.is_file()]
-    if not found:
+    pinned = spec.revision.startswith("sha256:")
+    pins = dict(part.split("=") for part in spec.revision[7:].split(",")) if pinned else {}
+    digests = {}
+    for path in filter(Path.is_file, tried):
+        try:
+            digests[path] = file_sha256(path)
+        except OSError as error:
+            raise DataError(f"dataset {spec.name!r}: {path}: {error.strerror}.") from None
+        if digests[path].startswith(pins.get(split, "")):
+            return path, digests[path]
+    if not digests:
         raise DataError(
             f"dataset {spec.name!r}: no file {' or '.join(map(str, tried))}. Put it there, or set "
             f"exec.data_dir=[FOLDER] for FOLDER/{Path(spec.location, name)}."
         )
-    pinned = spec.revision.startswith("sha256:")
-    pins = dict(part.split("=") for part in spec.revision[7:].split(",")) if pinned else {}
-    digests = []
-    for path in found:
-        try:
-            digests.append(file_sha256(path))
-        except OSError as error:
-            raise DataError(
-                f"dataset {spec.name!r}: {path} cannot be read ({error.strerror}). Make it "
-                "readable."
-            ) from None
-        if digests[-1].startswith(pins.get(split, "")):
-            return path, digests[-1]
+    found = " and ".join(f"{path} has sha256 {sha[:16]}..." for path, sha in digests.items())
     raise DataError(
-        f"dataset {spec.name!r}: {found[0]} has sha256 {digests[0][:16]}..., but the revision "
-        f"pins {pins[split]}. Get the pinned file, or write your own dataset file with another "
-        "name and revision (for a customer's rows: run the command again, which pins the "
-        "present file)."
+        f"dataset {spec.name!r}: {found}, but the revision pins {pins[split]}. Get the pinned "
+        "file, or describe this one in a dataset file with another name and revision (for a "
+        "customer's rows: run the command again, which pins the present file)."
     )
 
 
@@ -132,7 +133,7 @@ def parsed(content: str) -> Any:
     """Return the value of a JSON text; ValueError: it is none, or an object has a key twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        refuse_twice([key for key, _ in pairs])
+        _refuse_twice([key for key, _ in pairs])
         return dict(pairs)
 
     try:
@@ -141,7 +142,7 @@ def parsed(content: str) -> Any:
         raise ValueError(str(error)) from None
 
 
-def refuse_twice(names: Sequence[str]) -> None:
+def _refuse_twice(names: Sequence[str]) -> None:
     """Raise ValueError if a name comes twice, as only one of its values would be read."""
     if len(names) > len({*names}) and (twice := {n for n in names if n and names.count(n) > 1}):
         raise ValueError(f"{min(twice)!r} is named twice: remove or rename one")
@@ -166,68 +167,62 @@ def rows_in(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file has another content than its name says.
     """
-    if path.suffix in READERS:
-        rows = enumerate(READERS[path.suffix](path), start=1)
-        yield from ((f"{path} row {number}", row) for number, row in rows)
-        return
-    with path.open(encoding="utf-8-sig") as lines:
-        number = 0
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", parsed(line)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error}). Save it in UTF-8.") from None
-        except ValueError as error:
-            raise DataError(
-                f"{path}:{number}: not a JSON row ({error}). Correct or remove the line."
-            ) from None
-
-
-def _json_rows(path: Path) -> Iterator[Any]:
+    form, between = path.suffix[1:], ":" if path.suffix == ".jsonl" else " row "
     try:
-        content = parsed(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}). JSON Lines end on .jsonl.") from None
+        for number, row in READERS[form](path):
+            yield f"{path}{between}{number}", row
+    except DataError:
+        raise
+    except (ValueError, csv.Error, NotImplementedError) as error:  # Arrow's are of these, too
+        raise DataError(f"{path}: not {form} in UTF-8 ({error}). Correct the file.") from None
+
+
+Numbered = Iterator[tuple[int, Any]]
+
+
+def _jsonl_rows(path: Path) -> Numbered:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = parsed(line)
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: not a JSON row ({error}).") from None
+                yield number, row
+
+
+def _json_rows(path: Path) -> Numbered:
+    content = parsed(path.read_text(encoding="utf-8-sig"))
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else None
     if not isinstance(content, list):
-        raise DataError(f"{path}: expected a list of rows, or an object with one list.")
-    yield from content
+        raise ValueError("expected a list of rows, or an object with one list")
+    yield from enumerate(content, start=1)
 
 
-def _csv_rows(path: Path) -> Iterator[Any]:
+def _csv_rows(path: Path) -> Numbered:
     csv.field_size_limit(2**31 - 1)  # else a text of 131,072 characters is an error
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        try:
-            head = next(lines, "")
-            delimiter = max(",;\t", key=head.count)
-            rows = csv.DictReader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
-            refuse_twice(rows.fieldnames or ())
-            for number, row in enumerate(rows, start=1):
-                if None in row or None in row.values():
-                    columns = len(rows.fieldnames or ())
-                    raise ValueError(
-                        f"row {number}: not {columns} cells, as the first line has. Quote texts "
-                        "with a separator"
-                    )
-                yield row
-        except (csv.Error, ValueError) as error:
-            raise DataError(f"{path}: not CSV ({error}). Save it as CSV in UTF-8.") from None
+        head = next(lines, "")
+        delimiter = max(",;\t", key=head.count)
+        rows = csv.DictReader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
+        _refuse_twice(names := rows.fieldnames or ())
+        for number, row in enumerate(rows, start=1):
+            if None in row or None in row.values():
+                quote = "as the first line has. Quote texts with a separator"
+                raise ValueError(f"row {number}: not {len(names)} cells, {quote}")
+            yield number, row
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
-    from pyarrow import ArrowException, parquet  # takes a moment to load
+def _parquet_rows(path: Path) -> Numbered:
+    from pyarrow import parquet  # takes a moment to load
 
-    try:
-        file = parquet.ParquetFile(path)
-        refuse_twice(file.schema_arrow.names)
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                yield {column: without_nulls(given) for column, given in row.items()}
-    except (ArrowException, ValueError) as error:
-        raise DataError(f"{path}: not a Parquet file ({error}).") from None
+    file = parquet.ParquetFile(path)
+    _refuse_twice(file.schema_arrow.names)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
+    for number, row in enumerate(rows, start=1):
+        yield number, {column: without_nulls(given) for column, given in row.items()}
 
 
-READERS = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+READERS = dict(zip(FILES, (_jsonl_rows, _json_rows, _csv_rows, _parquet_rows), strict=True))

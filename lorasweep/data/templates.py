@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lorasweep.data import fields, text
-from lorasweep.data.chat import Turn, tools_of
+from lorasweep.data import messages, text
+from lorasweep.data.messages import Turn
 from lorasweep.data.sources import Row
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
@@ -41,7 +41,7 @@ def with_template(spec: DatasetSpec, tokenizer: Any) -> Any:
 
 def _user(spec: DatasetSpec) -> str:
     """Return the Jinja expression for the text of a user's message `m`."""
-    if spec.format in fields.LISTS or spec.template == "{prompt}":
+    if spec.format in messages.LISTS or spec.template == "{prompt}":
         return "m.content"
     return f'{_literal(spec.template)} | replace("{{prompt}}", m.content)'
 
@@ -62,13 +62,13 @@ def _plain(spec: DatasetSpec, bos: bool) -> str:
         each = f'{role}{{{{ ": " ~ {said} ~ "\\n\\n" }}}}'
         end = '{% if add_generation_prompt %}{{ "Assistant:" }}{% elif messages and '
         end += 'messages[-1].role == "assistant" %}{{ "User:" }}{% endif %}'
-    elif spec.format in fields.LISTS:
+    elif spec.format in messages.LISTS:
         each = f'{role}{{{{ ": " ~ {said} ~ (eos_token if {answer} else "\\n\\n") }}}}'
         end = '{% if add_generation_prompt %}{{ "Assistant: " }}{% endif %}'
     else:
         each, end = f'{{{{ {said} ~ (eos_token if {answer} else "") }}}}', ""
     start = "{{ bos_token }}" if bos else ""
-    if spec.format not in fields.LISTS and spec.render == FIRST_RENDER:
+    if spec.format not in messages.LISTS and spec.render == FIRST_RENDER:
         start += '{% if messages | map(attribute="role") | list not in [["user"], ["user", '
         start += f'"assistant"]] %}}{{{{ raise_exception({_literal(ONE_PROMPT)}) }}}}{{% endif %}}'
     return f"{start}{{% for m in messages %}}{each}{{% endfor %}}{end}"
@@ -82,7 +82,8 @@ def _literal(given: str) -> str:
 def request_of(spec: DatasetSpec, row: Any, where: str) -> tuple[list[Turn], list[dict[str, Any]]]:
     """Return a row as a client sends it to a server: its messages, and its tools."""
     as_given = dataclasses.replace(spec, template="{prompt}")
-    return fields.turns_of(as_given, row, where), tools_of(spec.format, row, where)
+    found = messages.read(as_given, row, where)
+    return found.turns, found.tools
 
 
 def check_rows(spec: DatasetSpec, rows: Iterable[Row], tokenizer: Any) -> None:

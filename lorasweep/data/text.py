@@ -9,15 +9,15 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorasweep.data import fields, rows
-from lorasweep.data.chat import CALLS, TOOLS, Turn, check_text, others_of, text_of, tools_of
+from lorasweep.data import messages, rows
 from lorasweep.data.examples import Example, Fit
+from lorasweep.data.messages import CALLS, TOOLS, Conversation, Turn, others_of
 from lorasweep.data.rows import Rows
 from lorasweep.data.sources import Row, Source, each
 from lorasweep.errors import DataError
@@ -60,12 +60,10 @@ def examples(
         given = source.rows()
         if spec.too_long == "cut":
             given = itertools.islice(given, limit)  # later rows may be unreadable
-        first = list(itertools.islice(given, 1))
         lengths: list[int] = []
-        usable = _tokenized(spec, itertools.chain(first, given), tokenizer, lengths)
-        found = Rows.of(itertools.islice(usable, limit))
+        found = Rows.of(itertools.islice(_tokenized(spec, given, tokenizer, lengths), limit))
         where = f"dataset {spec.name!r}, split {split!r}: no rows"
-        if not first:
+        if not lengths:
             raise DataError(
                 f"{where} (unseen_prompts={spec.unseen_prompts}). Set train_split and test_split "
                 "to splits that have rows."
@@ -122,10 +120,10 @@ def _tokenized(
 ) -> Iterator[Example]:
     """Tokenize rows part by part, except those that `too_long` leaves out; note all `lengths`."""
 
-    def read(row: Any, where: str) -> tuple[str, list[Part]]:
+    def rendered(row: Any, where: str) -> tuple[str, list[Part]]:
         parts = parts_of(spec, row, where, tokenizer)
         for part in parts:  # also what is in calls and tools
-            check_text(part.text, f"{where}, as rendered")
+            messages.check_text(part.text, f"{where}, as rendered")
         if tokenizer.eos_token_id is None and any(part.eos for part in parts):
             raise DataError(
                 f"dataset {spec.name!r}: with render={spec.render} an answer ends with the EOS "
@@ -134,8 +132,8 @@ def _tokenized(
             )
         return where, _joined(parts) if spec.whole_prompt else parts
 
-    rendered = each(given, read)
-    while together := list(itertools.islice(rendered, TOGETHER)):
+    rows = each(given, rendered)
+    while together := list(itertools.islice(rows, TOGETHER)):
         texts = [part.text for _, parts in together for part in parts]
         pieces = iter(tokenizer(texts, add_special_tokens=False).input_ids if texts else ())
         for where, parts in together:
@@ -147,21 +145,17 @@ def _tokenized(
             n_bytes = sum(len(part.text.encode()) for part in parts if part.in_loss)
             lengths.append(len(ids))
             cut = len(ids) > spec.max_length
-            if cut and spec.too_long == "skip":
-                continue
             tokens = np.array(ids[: spec.max_length], dtype=np.int32)
             mask = np.array(loss[: spec.max_length], dtype=bool)
             mask[:1] = False  # nothing predicts the first token
+            if cut and (spec.too_long == "skip" or (spec.too_long != "cut" and not mask.any())):
+                continue
             if not mask.any():
-                if cut and spec.too_long == "cut_or_skip":
-                    continue
-                length, remedy = "", "add an answer, or set the weight of an answer to 1"
-                if cut:
-                    length = f", max_length={spec.max_length}"
-                    remedy = "raise max_length, change the mask, or set too_long=cut_or_skip"
+                length = f", max_length={spec.max_length}" if cut else ""
                 raise DataError(
                     f"{where}: no token counts in the loss (mask={spec.mask}, {len(ids)} tokens"
-                    f"{length}). Remove the row, {remedy}."
+                    f"{length}). Remove the row, add an answer or give one weight 1, change the "
+                    "mask, raise max_length, or set too_long=cut_or_skip."
                 )
             if cut:  # count the bytes that were kept, so that bits per byte are right
                 n_bytes = len(tokenizer.decode(tokens[mask], skip_special_tokens=True).encode())
@@ -191,31 +185,29 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
     """
     heads, bos = spec.mask == "all", bos_of(spec, tokenizer)
     start = [Part(bos, False)] if bos else []
+    found = messages.read(spec, row, where)
     if spec.format == "prompt_completion" and spec.render == FIRST_RENDER:
-        prompt, completion = fields.prompt_and_completion(spec, row, where)
+        prompt, completion = (turn["content"] for turn in found.turns)
         return [*start, Part(prompt, heads), Part(completion, True, eos=True)]
-    turns, in_loss = fields.turns_of(spec, row, where), fields.in_loss(spec, row, where)
-    tools = tools_of(spec.format, row, where)
     template = getattr(tokenizer, "chat_template", None)
-    calling = any(CALLS in turn for turn in turns)
-    names = [name for name, found in ((TOOLS, tools), (CALLS, calling)) if found]
-    names += sorted({key for turn in turns for key in others_of(turn)})
+    calling = any(CALLS in turn for turn in found.turns)
+    names = [name for name, there in ((TOOLS, found.tools), (CALLS, calling)) if there]
+    names += sorted({key for turn in found.turns for key in others_of(turn)})
     is_chat = spec.render == "chat_template"
+    if is_chat and not template:
+        raise DataError(
+            f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose an "
+            "instruct model, or set render=role_colon."
+        )
     if lost := [name for name in names if not is_chat or name not in str(template)]:
         form = "the tokenizer's chat template" if is_chat else f"render={spec.render}"
         raise DataError(
-            f"{where}: the row has {' and '.join(lost)}, for which {form} has no form. All forms "
-            "have a role and a text. Set dataset.render=chat_template, with a model whose chat "
-            "template reads the rest, or remove it."
+            f"{where}: the row has {' and '.join(lost)}, for which {form} has no form. Set dataset."
+            "render=chat_template, with a model whose chat template reads it, or remove it."
         )
     if is_chat:
-        if not template:
-            raise DataError(
-                f"dataset {spec.name!r}: render=chat_template, but the tokenizer has none. Choose "
-                "an instruct model, or set render=role_colon."
-            )
         try:
-            return _chat_parts(turns, tools, in_loss, heads, tokenizer)
+            return _chat_parts(found, heads, tokenizer)
         except Exception as error:  # templates may raise any exception
             other = "another model" if names else "dataset.render=role_colon"
             other += "" if spec.mask == "last_assistant" else " or dataset.mask=last_assistant"
@@ -224,16 +216,16 @@ def parts_of(spec: DatasetSpec, row: Any, where: str, tokenizer: Any) -> list[Pa
                 f"{spec.mask} ({error}). Remove the row, or choose {other}."
             ) from error
     colon, parts = spec.render == "role_colon", start
-    for turn, learned in zip(turns, in_loss, strict=True):
+    for turn, learned in zip(found.turns, found.learned, strict=True):
         head, answer = f"{turn['role'].capitalize()}:", turn["role"] == "assistant"
-        content = text_of(turn)
+        content = messages.text_of(turn)
         if colon:
             parts += [Part(head, heads), Part(f" {content}\n\n", learned)]
         else:
             parts += [Part(f"{head} ", heads), Part(content, learned, eos=answer)]
             parts += [] if answer else [Part("\n\n", heads and learned)]
-    if colon and turns and turns[-1]["role"] == "assistant":
-        parts.append(Part("User:", in_loss[-1]))
+    if colon and found.turns and found.turns[-1]["role"] == "assistant":
+        parts.append(Part("User:", found.learned[-1]))
     return parts
 
 
@@ -263,19 +255,17 @@ def _joined(parts: list[Part]) -> list[Part]:
     return found
 
 
-def _chat_parts(
-    turns: list[Turn], tools: list[Turn], in_loss: Sequence[bool], heads: bool, tokenizer: Any
-) -> list[Part]:
+def _chat_parts(row: Conversation, heads: bool, tokenizer: Any) -> list[Part]:
     """Render by the chat template. `heads`: whether text between messages is in the loss, too."""
-
-    how: dict[str, Any] = {"tools": tools or None, "tokenize": False, "date_string": DATE}
+    turns = row.turns
+    how: dict[str, Any] = {"tools": row.tools or None, "tokenize": False, "date_string": DATE}
 
     def apply(turns: list[Turn], is_open: bool) -> str:
         return tokenizer.apply_chat_template(turns, add_generation_prompt=is_open, **how)
 
     parts: list[Part] = []
     done, eos = "", tokenizer.eos_token or ""
-    for i, (turn, learned) in enumerate(zip(turns, in_loss, strict=True)):
+    for i, (turn, learned) in enumerate(zip(turns, row.learned, strict=True)):
         calls = Counter(call["function"]["name"] for call in turn.get(CALLS, ()))
         others = others_of(turn)
         if learned == heads and not calls and not others:  # no border: the same mask around it

@@ -15,8 +15,8 @@ import numpy as np
 
 from lorasweep.advise.read import LONGEST_EXAMPLE, RowError
 from lorasweep.advise.rules.workload import rounded
-from lorasweep.data import chat, fields, load, own, sources, templates, text
-from lorasweep.data.fields import Message
+from lorasweep.data import load, messages, own, sources, templates, text
+from lorasweep.data.messages import Message
 from lorasweep.errors import DataError
 from lorasweep.plan.load import TEXT_FILL
 from lorasweep.spec.dataset import FIRST_RENDER, DatasetSpec
@@ -100,7 +100,7 @@ class Rows:
     stop: dict[str, list[Any]] = field(default_factory=dict)
     """What a request needs for generation to end with an answer; empty: the end token ends it."""
     kinds: dict[str, int] = field(default_factory=dict)
-    """Number of rows in all files by `chat.kinds_of`."""
+    """Number of rows in all files by kind (`Conversation`)."""
     warning: str = ""
     """What max_length does to training rows, if it is much."""
 
@@ -243,11 +243,10 @@ def _texts(
     """
 
     def read(row: Any, where: str) -> Text:
-        whole = fields.whole_of(spec, row, where)
+        found = messages.read(spec, row, where)
+        kinds.update(found.kinds)
         # with mask=all every token is learned, so a row has no prompt
-        prompt = whole if spec.mask == "all" else fields.prompt_of(spec, row, where)
-        kinds.update(chat.kinds_of(spec.format, row))
-        return Text(whole, prompt)
+        return Text(found.whole, found.whole if spec.mask == "all" else found.prompt)
 
     train, held_out = load.sources_of(spec, [folder])
     rows, tested = list(sources.each(train.rows(), read)), None
@@ -342,14 +341,14 @@ def shown(spec: DatasetSpec, first: Sequence[sources.Row], tokenizer: Any) -> di
 
     The example: the shortest of `first` without tools, with placeholders such as {user 1}.
     """
-    if spec.format in fields.LISTS:
-        speaker, content = fields.LISTS[spec.format]
-        plain = [r for _, r in first if chat.WITH_TOOLS not in chat.kinds_of(spec.format, r)]
+    if spec.format in messages.LISTS:
+        speaker, content = messages.LISTS[spec.format]
+        plain = [r for w, r in first if not messages.read(spec, r, w).with_tools]
         question_and_answer = [{speaker: "user"}, {speaker: "assistant"}]
         turns = min((r[spec.format] for r in plain), key=len, default=question_and_answer)
-        roles = [chat.ROLES[spec.format][turn[speaker]] for turn in turns]
+        roles = [messages.ROLES[spec.format][turn[speaker]] for turn in turns]
         names = [f"{{{role} {roles[: k + 1].count(role)}}}" for k, role in enumerate(roles)]
-        turns = [{k: turn[k] for k in (speaker, chat.WEIGHT) if k in turn} for turn in turns]
+        turns = [{k: turn[k] for k in (speaker, messages.WEIGHT) if k in turn} for turn in turns]
         row: Any = {spec.format: [{**turn, content: name} for turn, name in zip(turns, names)]}
     else:
         names = ["{prompt}", "{completion}"]
@@ -358,9 +357,9 @@ def shown(spec: DatasetSpec, first: Sequence[sources.Row], tokenizer: Any) -> di
     answer = next((piece for piece, in_loss in reversed(example) if in_loss), "")
     last = max(names, key=lambda name: answer.rfind(name))
     end = answer.rpartition(last)[2] if last in answer else ""
-    messages, _ = templates.request_of(spec, row, "example")
+    turns, _ = templates.request_of(spec, row, "example")
     stop = _stop(end, tokenizer)
-    return {"end": end, "example": example, "messages": messages, "stop": stop}
+    return {"end": end, "example": example, "messages": turns, "stop": stop}
 
 
 def _stop(end: str, tokenizer: Any) -> dict[str, list[Any]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from lorasweep.errors import ModelError
+from lorasweep.errors import ModelError, from_hub
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store.files import safetensors_header
 
@@ -157,30 +157,5 @@ def _problems(folder: Path) -> tuple[str | None, str | None]:
 
 
 def _unavailable(spec: ModelSpec, error: Exception) -> ModelError:
-    from huggingface_hub import errors, get_token
-
-    what = f"{spec.location} at {spec.revision or 'its newest commit'}"
-    if isinstance(error, errors.GatedRepoError):
-        who = "this account has no access to it" if get_token() else "no one is logged in"
-        remedy = (
-            f"It is gated, and {who}. Accept its terms at https://huggingface.co/{spec.location}, "
-            "and log in with `hf auth login` (or set HF_TOKEN)."
-        )
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        remedy = (
-            "It does not exist, or is private and no one with access is logged in. Correct "
-            "model.location, or log in with `hf auth login` (or set HF_TOKEN)."
-        )
-    elif isinstance(error, errors.RevisionNotFoundError):
-        remedy = "Set model.revision to a commit or tag that it has."
-    elif isinstance(error, errors.EntryNotFoundError) and not isinstance(
-        error, errors.LocalEntryNotFoundError
-    ):
-        remedy = "It has no config.json, so transformers cannot load it. Correct model.location."
-    else:
-        remedy = (
-            "It is not in the hub's cache (HF_HOME), and the hub cannot be reached (or "
-            "HF_HUB_OFFLINE is set). Give the same command with action=fetch on a machine that "
-            "reaches the hub, or use local weights: model=FOLDER."
-        )
-    return ModelError(f"model {spec.name!r}: cannot get {what} from the hub. {remedy}")
+    place = f"{spec.location}@{spec.revision}" if spec.revision else spec.location
+    return ModelError(from_hub(f"model {spec.name!r}", place, error))

@@ -18,22 +18,33 @@ from functools import cache
 
 import numpy as np
 
-from lorasweep.data.examples import Data, Example, Truth, generated, rounded, with_fingerprint
+from lorasweep.data.examples import (
+    Data,
+    Example,
+    Parameter,
+    Truth,
+    generated,
+    parameters,
+    rounded,
+    with_fingerprint,
+)
 from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 VOCAB = 32
-DEFAULTS = {
-    "rule_shift": 0.5,  # fraction of symbols with changed feature rows
-    "shift_rank": 0.0,  # rank of the change; 0: the rows are drawn again
-    "shift_nats": 0.3,  # with shift_rank: KL from the dialect to the language, nats per symbol
-    "new_exceptions": 0.3,  # fraction of the exceptions that are replaced
-    "exceptions": 0.3,  # fraction of contexts with a memorised next symbol
-    "mass": 0.8,  # probability of a memorised symbol
-    "sharpness": 2.0,  # standard deviation of the rule's logits
-    "features": 8.0,  # rank of the rule
-    "language": 0.0,  # seed of the language; another value is another language with its dialect
+PARAMETERS = {
+    "rule_shift": Parameter(0.5, 0, 1),  # fraction of symbols with changed feature rows
+    "shift_rank": Parameter(0, whole=True),  # rank of the change; 0: the rows are drawn again
+    # with shift_rank: KL from the dialect to the language, nats per symbol
+    "shift_nats": Parameter(0.3, 1e-4),
+    "new_exceptions": Parameter(0.3, 0, 1),  # fraction of the exceptions that are replaced
+    "exceptions": Parameter(0.3, 0, 1),  # fraction of contexts with a memorised next symbol
+    "mass": Parameter(0.8, 0, 1),  # probability of a memorised symbol
+    "sharpness": Parameter(2.0, -math.inf),  # standard deviation of the rule's logits
+    "features": Parameter(8, 1),  # rank of the rule
+    # seed of the language; another value is another language with its dialect
+    "language": Parameter(0, -math.inf),
 }
 CONTEXT_STEPS = 30
 """Number of symbols after which the context frequencies are stationary, to about 1e-7."""
@@ -72,33 +83,31 @@ def load(spec: DatasetSpec, draw: int | None = None) -> Data:
             for e, p, c in zip(test, true, changed)
         ]
     data = Data(
-        train=generated(spec, spec.train_split, sequences),
+        train=generated(spec, sequences),
         test=test,
         n_train=spec.n_train,
         retain=retain,
         entropy_floor_nats=float(floor.mean()),
         bits=lambda n_tokens: bits(spec.generator_params, n_tokens, draw),
     )
-    if draw is None:
-        return with_fingerprint(data, rounded(table))
-    return dataclasses.replace(data, sha256=_first_sha256(spec))
+    return with_fingerprint(data, rounded(table))
 
 
-@cache
-def _first_sha256(spec: DatasetSpec) -> str | None:
-    """Return the fingerprint of the data without a draw; all draws share this fingerprint."""
-    return load(spec).sha256
-
-
-def check(spec: DatasetSpec) -> None:
-    """Raise DataError if a generator parameter is unknown or out of range."""
-    _checked(spec.generator_params, f"dataset {spec.name!r}")
+def checked(params: dict[str, float], where: str) -> dict[str, float]:
+    """Return all parameters; raise DataError if one is unknown or out of range."""
+    k = parameters(params, PARAMETERS, where)
+    if k["shift_rank"] > k["features"]:
+        raise DataError(
+            f"{where}: generator_params.shift_rank={k['shift_rank']:g}. Allowed: a whole number "
+            f"from 0 to features={k['features']:g}."
+        )
+    return k
 
 
 def transition(
     params: dict[str, float], where: str = "dialect", draw: int | None = None
 ) -> np.ndarray:
-    """Return P(next | a, b, c) as float64 [V, V, V, V]; raise DataError as `check` does."""
+    """Return P(next | a, b, c) as float64 [V, V, V, V]; raise DataError as `checked` does."""
     return _table(parts_of(params, draw, where))
 
 
@@ -117,8 +126,8 @@ class Parts:
 
 
 def parts_of(params: dict[str, float], draw: int | None = None, where: str = "dialect") -> Parts:
-    """Draw the parts of a dialect's table; raise DataError as `check` does."""
-    k = _checked(params, where)
+    """Draw the parts of a dialect's table; raise DataError as `checked` does."""
+    k = checked(params, where)
     rank, v, number = int(k["features"]), VOCAB, int(k["language"])
     old = stream("dialect", number, "language")
     new = stream("dialect", number, "dialect", *(() if draw is None else ("draw", draw)))
@@ -223,26 +232,6 @@ def bits(params: dict[str, float], n_tokens: int, draw: int | None = None) -> di
         return count * math.log2(VOCAB) + which / math.log(2)
 
     return {"generator": rule + of_exceptions(len(shares)), "learnable": rule + of_exceptions(seen)}
-
-
-def _checked(params: dict[str, float], where: str) -> dict[str, float]:
-    for key in params:
-        if key not in DEFAULTS:
-            raise DataError(
-                f"{where}: generator_params.{key} is unknown. Allowed: {', '.join(DEFAULTS)}."
-            )
-    k = {**DEFAULTS, **params}
-    whole = f"a whole number from 0 to features={k['features']:g}"
-    shares = ("rule_shift", "new_exceptions", "exceptions", "mass")
-    for key, valid, allowed in (
-        *((key, 0 <= k[key] <= 1, "0 to 1") for key in shares),
-        ("shift_rank", 0 <= k["shift_rank"] <= k["features"] and not k["shift_rank"] % 1, whole),
-        ("shift_nats", k["shift_nats"] > 0, "above 0"),
-        ("features", k["features"] >= 1, "1 or more"),
-    ):
-        if not valid:
-            raise DataError(f"{where}: generator_params.{key}={k[key]:g}. Allowed: {allowed}.")
-    return k
 
 
 def sample(table: np.ndarray, rng: np.random.Generator, count: int, length: int) -> np.ndarray:

@@ -12,7 +12,6 @@ symbol. Held-out rows are the trained contexts. With draw_by_seed, each seed has
 and labels.
 """
 
-import dataclasses
 import math
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from lorasweep.data.examples import (
     Data,
     Example,
+    Parameter,
     Rewards,
     generated,
     parameters,
@@ -37,41 +37,37 @@ KEY, VALUE = 3, 4
 FACT = 1 + KEY + VALUE
 """Symbols per fact: a separator, the key, the value."""
 FACTS = {
-    "facts": 512.0,  # number of facts to store; 0: new facts in every row
-    "set": 0.0,  # seed of the set of facts
+    # number of facts to store; 0: new facts in every row
+    "facts": Parameter(512, 0, KEYS**KEY // 2, whole=True),
+    "set": Parameter(0),  # seed of the set of facts
     # share of training rows with facts that never repeat, to pretrain a base that knows some facts
-    "fresh": 0.0,
+    "fresh": Parameter(0, 0, 1),
 }
 BANDIT = {
-    "contexts": 64.0,
-    "set": 0.0,  # seed of the contexts and their labels
+    "contexts": Parameter(64, 1, KEYS**KEY, whole=True),
+    "set": Parameter(0),  # seed of the contexts and their labels
 }
 BANDIT_LENGTH = 1 + KEY + 1
 """Symbols of a row of `bandit`: a separator, the key, the label."""
 
 
-def check_facts(spec: DatasetSpec) -> None:
-    """Check the generator parameters and the row length."""
-    where, params = f"dataset {spec.name!r}: ", parameters(spec, FACTS)
-    count, fresh, row = params["facts"], params["fresh"], spec.max_length // FACT
+def check_facts(spec: DatasetSpec) -> dict[str, float]:
+    """Return the generator parameters; raise DataError if facts do not fill the rows."""
+    where = f"dataset {spec.name!r}"
+    params, row = parameters(spec.generator_params, FACTS, where), spec.max_length // FACT
     if spec.max_length % FACT:
+        raise DataError(f"{where}: max_length={spec.max_length}. Allowed: a multiple of {FACT}.")
+    if params["facts"] % row:
         raise DataError(
-            f"{where}max_length={spec.max_length}. Allowed: a multiple of {FACT} (symbols per "
-            "fact)."
+            f"{where}: generator_params.facts={params['facts']:g}. Allowed: 0, or a multiple of "
+            f"{row}, the facts of a row."
         )
-    if not 0 <= fresh <= 1:
-        raise DataError(f"{where}generator_params.fresh={fresh:g}. Allowed: 0 to 1.")
-    if count < 0 or count % row or count > KEYS**KEY // 2:
-        raise DataError(
-            f"{where}generator_params.facts={count:g}. Allowed: 0, or a multiple of {row} (the "
-            f"facts per row) up to {KEYS**KEY // 2}."
-        )
+    return params
 
 
 def load_facts(spec: DatasetSpec) -> Data:
     """Make the facts. The loss covers the values, or with mask=all every symbol but the first."""
-    check_facts(spec)
-    params = parameters(spec, FACTS)
+    params = check_facts(spec)
     count, row = int(params["facts"]), spec.max_length // FACT
     if not count:
 
@@ -80,15 +76,14 @@ def load_facts(spec: DatasetSpec) -> Data:
             return _rows(keys, rng.integers(VALUES, size=(rows * row, VALUE)), spec)
 
         test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
-        data = Data(generated(spec, spec.train_split, draw), test, n_train=None)
+        data = Data(generated(spec, draw), test, n_train=None)
         return with_fingerprint(data, "new facts in every row")
     rng = stream("facts", int(params["set"]))
     unseen = spec.n_retain * row
     if count + unseen > KEYS**KEY:
         raise DataError(
-            f"dataset {spec.name!r}: n_retain={spec.n_retain} leaves too few keys for {count} "
-            f"facts. There are {KEYS**KEY} keys, and each row needs {row}: lower n_retain or "
-            "generator_params.facts."
+            f"dataset {spec.name!r}: n_retain={spec.n_retain}, and there are {KEYS**KEY} keys: "
+            f"{count} for facts, {row} a row. Lower n_retain or generator_params.facts."
         )
     number = rng.permutation(KEYS**KEY)[: count + unseen]
     keys = VALUES + np.stack([number // KEYS**k % KEYS for k in range(KEY)], 1)
@@ -138,26 +133,12 @@ def _rows(keys: np.ndarray, values: np.ndarray, spec: DatasetSpec) -> list[Examp
     return [Example(tokens=tokens, loss=loss) for tokens in facts.reshape(-1, spec.max_length)]
 
 
-def check_bandit(spec: DatasetSpec) -> None:
-    """Check the generator parameters and the row length."""
-    where, contexts = f"dataset {spec.name!r}: ", parameters(spec, BANDIT)["contexts"]
-    if not 1 <= contexts <= KEYS**KEY or contexts % 1:
-        raise DataError(
-            f"{where}generator_params.contexts={contexts:g}. Allowed: a whole number from 1 to "
-            f"{KEYS**KEY}."
-        )
-    if spec.max_length < BANDIT_LENGTH:
-        raise DataError(f"{where}max_length={spec.max_length}. Allowed: {BANDIT_LENGTH} or more.")
-
-
 def load_bandit(spec: DatasetSpec, draw: int | None = None) -> Data:
     """Draw the contexts and their labels; the loss covers the label.
 
-    Each number `draw` gives other contexts and labels, with the fingerprint of the data without a
-    draw.
+    Each number `draw` gives other contexts and labels.
     """
-    check_bandit(spec)
-    params = parameters(spec, BANDIT)
+    params = parameters(spec.generator_params, BANDIT, f"dataset {spec.name!r}")
     count = int(params["contexts"])
     rng = stream("bandit", int(params["set"]), *(() if draw is None else ("draw", draw)))
     # drawn in order from one stream: a smaller number of contexts has the first ones of a larger
@@ -174,6 +155,4 @@ def load_bandit(spec: DatasetSpec, draw: int | None = None) -> Data:
         entropy_floor_nats=0.0,
         rewards=Rewards(same_tokens, (), exact=True, choices=VALUES),
     )
-    if draw is None:
-        return with_fingerprint(data, tokens)
-    return dataclasses.replace(data, sha256=load_bandit(spec).sha256)
+    return with_fingerprint(data, tokens)

@@ -15,25 +15,24 @@ import numpy as np
 from lorasweep.data.examples import (
     Data,
     Example,
+    Parameter,
     Rewards,
     generated,
     parameters,
     same_tokens,
     with_fingerprint,
 )
-from lorasweep.errors import DataError
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.streams import stream
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789+-*=:>.?"
 VOCAB = 48  # the alphabet, rounded up; the extra symbols are never used
-SKILLS = {"difficulty": 2.0}
+SKILLS = {"difficulty": Parameter(2, 1, 3, whole=True)}
 _INDEX = {char: i for i, char in enumerate(ALPHABET)}
 _NAMES = ("ann", "bob", "eve", "tom", "sue", "max")
 _THINGS = ("nuts", "pens", "cups", "hats")
 LONGEST = 48
 """Upper bound on the number of symbols of an instance of `skills` (the longest seen has 46)."""
-DIFFICULTIES = (1, 2, 3)
 WORDS: dict[str, Callable[[list[str]], list[str]]] = {
     "cort": sorted,
     "sverse": lambda letters: letters[::-1],
@@ -44,34 +43,10 @@ LENGTHS = (4, 5)
 LONGEST_WORDS = len("sverse ") + LENGTHS[-1] + len(">") + LENGTHS[-1] + len("\n")
 
 
-def check_skills(spec: DatasetSpec) -> None:
-    """Check the generator parameters and the row length."""
-    difficulty = parameters(spec, SKILLS)["difficulty"]
-    if difficulty not in DIFFICULTIES:
-        raise DataError(
-            f"dataset {spec.name!r}: generator_params.difficulty={difficulty:g}. Allowed: 1, 2, 3."
-        )
-    _check_length(spec, LONGEST)
-
-
-def check_words(spec: DatasetSpec) -> None:
-    """Check that there are no generator parameters, and the row length."""
-    parameters(spec, {})
-    _check_length(spec, LONGEST_WORDS)
-
-
-def _check_length(spec: DatasetSpec, longest: int) -> None:
-    if spec.max_length < longest:
-        raise DataError(
-            f"dataset {spec.name!r}: max_length={spec.max_length} would cut answers off. Allowed: "
-            f"{longest} or more."
-        )
-
-
 def load_skills(spec: DatasetSpec) -> Data:
     """Make the task. The loss covers answer and line end; with mask=all, symbols 1 and later."""
-    check_skills(spec)
-    difficulty = int(parameters(spec, SKILLS)["difficulty"])
+    params = parameters(spec.generator_params, SKILLS, f"dataset {spec.name!r}")
+    difficulty = int(params["difficulty"])
 
     def draw(rng: np.random.Generator, count: int, difficulty: int = difficulty) -> list[Example]:
         rows = []
@@ -83,9 +58,8 @@ def load_skills(spec: DatasetSpec) -> Data:
         return rows
 
     test = draw(stream("data", spec.name, spec.test_split), spec.n_test)
-    retain = draw(stream("data", spec.name, "retain"), spec.n_retain, DIFFICULTIES[0])
-    train = generated(spec, spec.train_split, draw)
-    data = Data(train, test, n_train=spec.n_train, retain=retain)
+    retain = draw(stream("data", spec.name, "retain"), spec.n_retain, 1)
+    data = Data(generated(spec, draw), test, n_train=spec.n_train, retain=retain)
     return with_fingerprint(data, f"difficulty {difficulty}")
 
 
@@ -116,9 +90,8 @@ def encoded(text: str) -> np.ndarray:
 
 def load_words(spec: DatasetSpec) -> Data:
     """Make the task of new words. The loss covers the answer and its line end."""
-    check_words(spec)
     data = Data(
-        train=generated(spec, spec.train_split, _draw_words),
+        train=generated(spec, _draw_words),
         test=_draw_words(stream("data", spec.name, spec.test_split), spec.n_test),
         n_train=spec.n_train,
         rewards=Rewards(same_tokens, ((ALPHABET.index("\n"),),), exact=True),

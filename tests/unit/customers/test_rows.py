@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig
 
 from lorasweep.advise.read import RowError
-from lorasweep.data import fields, load, templates, text
+from lorasweep.data import load, messages, templates, text
 from lorasweep.errors import DataError
 from lorasweep.fleet.rows import BY_ROW, Rules, named_rows, rows_of, with_lengths
 from lorasweep.spec.dataset import FILES, DatasetSpec
@@ -38,7 +38,7 @@ def turns(*said, weights=()):
 def texts(spec):
     """The texts of the rows that are trained on, and of the held-out ones."""
     return [
-        [tuple(fields.messages_of(spec, row, where)) for where, row in source.rows()]
+        [tuple(messages.read(spec, row, where).messages) for where, row in source.rows()]
         for source in load.sources_of(spec, ["."])
     ]
 

@@ -79,7 +79,7 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
         ({"data": "digits.jsonl"}, "digits.jsonl:41: not a JSON row"),
         ({"data": "long.jsonl", "max_length": 64}, "training rows. Set the column max_length to"),
         ({"data": "empty.jsonl"}, "has no rows"),
-        ({"data": "gone"}, "no file"),
+        ({"data": "gone"}, "is no file"),
         ({"task": "rl"}, "not by rl"),
         ({"data": ""}, "data: missing"),
         ({"data": "", "validation": "a.jsonl"}, "column validation: only with data"),
