@@ -127,7 +127,9 @@ def train_again(
     state = ""
     final: dict[str, Any] = {}
     at_end: State = {"tensors": {}, "meta": {}}
-    exec_ = dataclasses.replace(exec_, **store.layout(spec.id), **_folders(spec.id, store, exec_))
+    env = store.env(spec.id)  # empty for imported runs
+    layout = {k: env[k] for k in ("threads", "micro_batch_size") if env}
+    exec_ = dataclasses.replace(exec_, **layout, **_folders(spec.id, store, exec_))
     for event in trainer([spec], exec_, None):
         if spec.id not in event.ended:
             continue

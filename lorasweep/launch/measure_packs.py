@@ -28,7 +28,6 @@ from lorasweep.plan.throughput import ThroughputTable, measured_path, shape_of
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
-from lorasweep.store.claims import SILENCE_S, Lock
 from lorasweep.store.run_store import RunStore
 
 BUDGET_S = 25.0
@@ -52,9 +51,8 @@ def measure_packs(
     another process is measuring in this run folder and does not end.
     """
     shapes = list({shape_of(s): s for s in specs}.values())
-    lock = Lock(store.root / ".calibration" / "lock")
-    wait_s = SILENCE_S + 30 + BUDGET_S * len(shapes)
-    with lock.held(wait_s, lambda holder: report(f"waiting for the measurement by {holder}")):
+    lock = store.root / ".calibration" / ".lock"
+    with files.locked(lock, 30 + 2 * BUDGET_S * len(shapes), report):
         known = ThroughputTable(store, hardware, exec_)
         unknown = [s for s in shapes if known.of(s) is None]
         missing = {measured_path(store.root, s, hardware, exec_): s for s in unknown}

@@ -1,4 +1,4 @@
-"""Record which process works on a run or holds a lock, and tell whether it is still alive.
+"""Record which process works on a run, and tell whether it is still alive.
 
 For a process on this machine, boot id, process id and start time decide. For a job on another
 machine, the scheduler decides. For any other process, its heartbeat decides: the process is alive
@@ -7,17 +7,15 @@ if the heartbeat changes while we watch. Clocks of two machines are never compar
 
 import json
 import os
-import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from lorasweep.errors import StoreError
 from lorasweep.store import files
 
 HEARTBEAT_S = 15.0
@@ -25,23 +23,15 @@ HEARTBEAT_S = 15.0
 SILENCE_S = 90.0
 """Seconds without a new heartbeat after which an owner on another machine counts as dead. Longer
 than the 60 s for which NFS clients usually cache attributes."""
-LOCK_POLL_S = 0.2
 UNKNOWN = "unknown"
-Notify = Callable[[str], None]
-"""Prints a line for the user."""
 JOB_VARIABLE = "LORASWEEP_JOB"
 """Environment variable that is set in submitted jobs, which end with their process. An interactive
 job may outlive its command. So if that job runs, the command may nevertheless be dead."""
 
 
-class RunningJobs(Protocol):
-    """Tells which jobs of a scheduler are running (launch/slurm/client.RunningJobs)."""
-
-    def refresh(self) -> None:
-        """Query all running jobs once."""
-
-    def __call__(self, cluster: str, job: str, restart: int, known_before: bool) -> bool | None:
-        """Return whether this execution of a job is still running; None if that is unknown."""
+RunningJobs = Callable[[str, str, int, float], bool | None]
+"""Says whether a job (cluster, id, number of restarts) of a scheduler is running; None if that is
+unknown. The last argument: a time.monotonic() when it had begun (slurm/queue.RunningJobs)."""
 
 
 def host() -> str:
@@ -117,20 +107,13 @@ class Liveness:
         self._jobs = jobs
         self._seen: dict[Path, tuple[bytes, float, bool]] = {}
         """Attempt -> last heartbeat, time when it was first seen, whether a change was seen."""
-        self._known: set[Path] = set()
-        """Attempts of jobs that started before the last query to the scheduler."""
+        self._known: dict[Path, float] = {}
+        """Attempt -> a time when it had begun, so that one later query serves all attempts."""
 
     def prepare(self, attempts: Iterable[Path]) -> None:
-        """Read many owners, so that one query to the scheduler serves all of them."""
-        new = set()
-        for attempt in set(attempts) - self._known:  # the owner of an attempt never changes
-            with suppress(OSError):
-                owner = read_owner(attempt)
-                if owner.get("slurm") and owner.get("host") != host():
-                    new.add(attempt)
-        self._known |= new
-        if new and self._jobs:
-            self._jobs.refresh()
+        """Note which attempts have begun, before the scheduler is asked about them."""
+        for attempt in attempts:
+            self._known.setdefault(attempt, time.monotonic())
 
     def verdict(self, attempt: Path) -> bool | None:
         """Return whether the owner is alive; None if neither machine nor scheduler can tell."""
@@ -147,9 +130,9 @@ class Liveness:
                 return started == owner["started"] != ""
         if restarted(owner):
             return False
-        job = owner.get("slurm")
-        if job and self._jobs:
-            return self._jobs(job["cluster"], job["job"], job["restart"], attempt in self._known)
+        self.prepare([attempt])
+        if (job := owner.get("slurm")) and self._jobs:
+            return self._jobs(job["cluster"], job["job"], job["restart"], self._known[attempt])
         return None
 
     def alive(self, attempt: Path) -> bool:
@@ -203,65 +186,3 @@ class Heartbeat:
         """Stop, and wait for the thread."""
         self._done.set()
         self._thread.join()
-
-
-class Lock:
-    """A lock folder. The claim with the highest number holds the lock, unless its owner is dead."""
-
-    def __init__(self, folder: Path, jobs: RunningJobs | None = None) -> None:
-        self._folder = self._claim = folder
-        self._liveness = Liveness(jobs)
-
-    @contextmanager
-    def held(self, wait_s: float, waiting: Callable[[str], None]) -> Iterator[None]:
-        """Hold the lock in the block; see `acquire`."""
-        self.acquire(wait_s, waiting)
-        try:
-            yield
-        finally:
-            self.release()
-
-    def acquire(self, wait_s: float, waiting: Callable[[str], None]) -> None:
-        """Take the lock. If another process holds it, wait, and pass its name once to `waiting`.
-
-        Raises StoreError if the holder is alive after `wait_s`, or the folder cannot be read now.
-        """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        end, announced = time.monotonic() + wait_s, False
-        while True:
-            last = files.highest_number(self._folder) or 0
-            held = self._folder / str(last)
-            released = files.status(held / "released") is not None
-            if last == 0 or released or not self._liveness.alive(held):
-                self._claim = self._folder / str(last + 1)
-                owner = {"owner.json": json.dumps(this_process()).encode()}
-                if files.create_folder_once(self._claim, owner):
-                    if files.highest_number(self._folder) == last + 1:
-                        self._heartbeat = Heartbeat(lambda: [self._claim])
-                        return
-                    # Others took and released the lock meanwhile. They may also delete this claim.
-                    shutil.rmtree(self._claim, ignore_errors=True)
-                continue
-            try:
-                if not (found := read_owner(held)):
-                    continue  # released in the meantime
-                holder = f"process {found['pid']} on {found['host']}"
-            except OSError as error:
-                holder = f"a process whose name cannot be read ({error.strerror})"
-            if not announced:
-                waiting(holder)
-                announced = True
-            if time.monotonic() > end:
-                raise StoreError(
-                    f"{held} is held by {holder}, which is still running. Run the command again "
-                    "when it has ended."
-                )
-            time.sleep(LOCK_POLL_S)
-
-    def release(self) -> None:
-        """Release the lock, and delete the claims of earlier holders."""
-        self._heartbeat.stop()
-        files.write_atomic(self._claim / "released", b"")
-        for name in files.names(self._folder):
-            if name.isdigit() and int(name) < int(self._claim.name):
-                shutil.rmtree(self._folder / name, ignore_errors=True)

@@ -6,6 +6,7 @@ checkpoint lost. Tests replace `os` in this module to make each operation fail i
 """
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -19,6 +20,9 @@ from typing import Any, TypeVar
 from lorasweep.errors import StoreError
 
 T = TypeVar("T")
+Notify = Callable[[str], None]
+"""Prints a line for the user."""
+LOCK_POLL_S = 0.2
 NOT_THERE = (FileNotFoundError, NotADirectoryError)
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 """Error numbers of a folder in which this user may not write."""
@@ -186,6 +190,34 @@ def truncate(path: Path, size: int) -> None:
     """Cut a log back to `size` bytes; a missing file counts as empty."""
     with _opened(path, os.O_WRONLY | os.O_CREAT) as fd:
         os.ftruncate(fd, size)
+
+
+@contextmanager
+def locked(path: Path, wait_s: float, notify: Notify = lambda text: None) -> Iterator[None]:
+    """Hold the lock of a file, which is created; a process that ends loses its locks.
+
+    While another process holds it, wait, and say so once. Raises StoreError after `wait_s`. On a
+    file system without locks nobody waits.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end, announced = time.monotonic() + wait_s, False
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not announced:
+                    notify(f"waiting for another command, which holds {path}")
+                announced = True
+            except OSError:
+                break
+            if time.monotonic() > end:
+                raise StoreError(
+                    f"another command holds {path}. Run this one again when that one has ended."
+                )
+            time.sleep(LOCK_POLL_S)
+        yield
 
 
 @contextmanager

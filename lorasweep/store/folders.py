@@ -4,7 +4,6 @@ A marker in each folder lists the names and SHA-256 of our files. Lines are only
 files are moved in, so neither a kill nor a second command makes our files look like the user's.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,21 +19,11 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.store import files
 
 MARK, PARTIAL = ".lorasweep.jsonl", ".lorasweep.partial"
-CARD, OLD_CARD, WEIGHTS = "README.md", "README.0.2.md", "adapter_model.safetensors"
-"""OLD_CARD: a card of version 0.2 is kept by this name, as it may have been edited."""
-ADAPTER = r"README\.md|adapter_config\.json|adapter_model\.safetensors"
-MODEL = r"README\.md|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-KINDS = {
-    "facts.json": (
-        "run",
-        rf"{ADAPTER}|facts\.json|chat_template\.jinja|generation_config\.json"
-        r"|tokenizer(_config)?\.json|special_tokens_map\.json",
-    ),
-    "lorasweep.json": ("answer", rf"{ADAPTER}|lorasweep\.json"),
-    "fleet.json": ("mask", r"fleet\.json|index\.html"),
-}
-"""File that says what a folder is -> a key in it, and the names of our files in such a folder of
-version 0.2, which has no marker."""
+WEIGHTS = "adapter_model.safetensors"
+KINDS = {"facts.json", "lorasweep.json", "fleet.json"}
+"""Files that say what a folder is: of a customer, of a search, of a fleet."""
+LOCK_S = 600.0
+"""Seconds to wait for another command that writes the folder."""
 NO_RESULTS = ("lost+found", "Thumbs.db", "desktop.ini", "@eaDir")
 """Names that a new folder may have, beside those that begin with a dot."""
 
@@ -73,9 +62,9 @@ def replaced(folder: Path, last: str, whole: bool = True) -> Iterator[Path]:
 
     Raises SpecError if a file is not ours or was changed, StoreError as on a full disk.
     """
-    partial, mark = folder / PARTIAL, folder / MARK
+    partial = folder / PARTIAL
     try:
-        with _locked(mark):
+        with files.locked(folder / MARK, LOCK_S):
             shutil.rmtree(partial, ignore_errors=True)  # of a command that was killed
             try:
                 partial.mkdir()
@@ -83,10 +72,6 @@ def replaced(folder: Path, last: str, whole: bool = True) -> Iterator[Path]:
                 _move(folder, partial, last, whole)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-                with suppress(OSError):  # leave no new folder without files
-                    if not mark.stat().st_size:
-                        mark.unlink()
-                        folder.rmdir()
     except Exception as error:  # libraries name the operating system's error in the text
         if not isinstance(error, OSError) and not re.search(r"os error \d+", str(error)):
             raise
@@ -96,34 +81,12 @@ def replaced(folder: Path, last: str, whole: bool = True) -> Iterator[Path]:
         ) from error
 
 
-@contextmanager
-def _locked(mark: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is made, in its marker."""
-    while True:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = mark.open("ab")
-        except FileNotFoundError:  # a command that failed has deleted the folder
-            continue
-        with lock:
-            with suppress(OSError):  # without locks on the file system, the slower command fails
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            now = files.status(mark)
-            if now and now.st_ino == os.fstat(lock.fileno()).st_ino:
-                yield
-                return
-
-
 def _move(folder: Path, partial: Path, last: str, whole: bool) -> None:
     new = {}
     for path in filter(Path.is_file, partial.rglob("*")):
         files.sync(path)
         new[path.relative_to(partial).as_posix()] = _sha256(path)
     there = _unchanged(folder, last, new, whole)
-    for name in there.keys() & {CARD, f"adapter/{CARD}"}:
-        if not (folder / MARK).stat().st_size:
-            os.rename(folder / name, (folder / name).with_name(OLD_CARD))
-            del there[name]
     gone = there.keys() - new.keys() if whole else set()
     if gone or not there.items() >= new.items():
         files.append(folder / MARK, f"\n{json.dumps(there)}\n{json.dumps(new)}\n".encode())
@@ -148,15 +111,12 @@ def _unchanged(
             for name, digest in json.loads(line).items():
                 listed.setdefault(name, set()).add(digest)
     results = [n for n in files.names(folder) if n[0] != "." and n not in NO_RESULTS]
-    if not listed and results:
-        old = _of_02(folder)
-        if whole and (not old or (CARD in results and OLD_CARD in results)):
-            raise SpecError(
-                f"{folder} has files, and no {MARK} that says which of them lorasweep wrote. "
-                "Nothing in it is replaced: name a new folder with out=, or move the files away."
-            )
-        listed = {path.relative_to(folder).as_posix(): {_sha256(path)} for path in old}
-    other = KINDS.keys() & listed.keys() - {last}
+    if not listed and results and whole:
+        raise SpecError(
+            f"{folder} has files, and no {MARK} that says which of them lorasweep wrote. Nothing "
+            "in it is replaced: name a new folder with out=, or move the files away."
+        )
+    other = KINDS & listed.keys() - {last}
     if not other and last in KINDS and last not in listed:
         other = {WEIGHTS} & listed.keys()  # an adapter alone, of action=adapter
     if whole and other and any(map(os.path.lexists, (folder / name for name in listed))):
@@ -176,20 +136,6 @@ def _unchanged(
                     "name another folder with out=."
                 )
     return there
-
-
-def _of_02(folder: Path) -> list[Path]:
-    """Return our files in a folder of version 0.2."""
-    found: list[Path] = []
-    for name, (key, pattern) in KINDS.items():
-        values = files.read_json(folder / name)
-        if isinstance(values, dict) and key in values:
-            answer = values[key] if name == "lorasweep.json" else None
-            if isinstance(answer, dict) and answer.get("method") == "fullft":
-                pattern = rf"{MODEL}|lorasweep\.json"
-                found += [p for p in folder.glob("adapter/*") if re.fullmatch(ADAPTER, p.name)]
-            found += [p for p in folder.glob("*") if re.fullmatch(pattern, p.name)]
-    return [path for path in found if path.is_file()]
 
 
 def _sha256(path: Path) -> str:

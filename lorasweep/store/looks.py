@@ -10,12 +10,11 @@ from typing import Any
 
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.store import files
-from lorasweep.store.claims import SILENCE_S, Lock
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.replicates import added_points
 
-LOCK_S = SILENCE_S + 30
-"""Seconds to wait for the lock: longer than a dead holder on another machine keeps it."""
+LOCK_S = 60.0
+"""Seconds to wait for another command that adds runs."""
 
 
 def path_of(runs_dir: str | Path, title: str) -> Path:
@@ -65,7 +64,7 @@ def append(
     """
     if files.status(path) is None:
         raise SpecError("the sweep has no answer yet. Run it first, without action=extend.")
-    with Lock(path.parent / "lock").held(LOCK_S, lambda holder: None):
+    with files.locked(path.parent / ".lock", LOCK_S):
         read(path)  # raises if the file is damaged
         record = json.loads(path.read_text())
         if record["claims_hash"] != claims_hash:

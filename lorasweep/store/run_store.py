@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +37,10 @@ TRIAL = "trial"
 """Key in a result: the run (RunSpec.trial) whose weights were measured on test rows."""
 RECENT_BYTES = 2**14
 """Bytes that `recent_records` reads; a record has about 250."""
-INDEX_VERSION = 3
 
 
 class Entry(NamedTuple):
-    """Part of a result that the index of finished runs keeps."""
+    """Part of a result that is kept in memory."""
 
     size: int
     mtime_ns: int
@@ -53,8 +51,6 @@ class Entry(NamedTuple):
     """Value of the metric."""
     wall_s: float | None
     threads: int | None
-    data_sha256: str | None
-    """Fingerprint of the data; None for results of versions without one."""
 
 
 class RunStore:
@@ -70,7 +66,7 @@ class RunStore:
         self.root = Path(root).expanduser().absolute()
         self._liveness = claims.Liveness(jobs)
         self._dead = dead or {}
-        self._known: dict[str, list[Any]] = {}
+        self._known: dict[str, Entry] = {}
 
     def prepare(self) -> None:
         """Create the folder; raise StoreError if it is not writable or of another train_version."""
@@ -148,42 +144,25 @@ class RunStore:
         }
 
     def finished(self, ids: Iterable[str]) -> dict[str, Entry]:
-        """Return the index entries of the finished runs among `ids`.
+        """Return parts of the results of the finished runs among `ids`.
 
-        The index, `.index/runs.json`, is a cache, which makes reading ten thousand runs fast. An
-        entry is valid while size and modification time of the run's result.json do not change.
+        A result is read once, and again if size or modification time of its file changed.
         """
-        # .index has no sticky bit, with which nobody could replace another user's file
-        path, known = self.root / ".index" / "runs.json", self._known
-        if not known:
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                stored = json.loads(path.read_bytes())
-                runs, fields = stored["runs"], len(Entry._fields)
-                if stored["version"] == INDEX_VERSION:
-                    known |= runs if all(len(e) == fields for e in runs.values()) else {}
         found: dict[str, Entry] = {}
-        behind = 0
         for rid in ids:
             stat = files.status(f"{self.root}/{rid}/result.json")  # a Path would be slow here
             if stat is None:
                 continue
-            entry = known.get(rid)
-            if entry is None or entry[0] != stat.st_size or entry[1] != stat.st_mtime_ns:
-                body = self.result(rid)
-                if body is None:
+            entry = self._known.get(rid)
+            if entry is None or (entry.size, entry.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+                if (body := self.result(rid)) is None:
                     continue  # damaged: not finished
                 metric = metric_of(body)
                 judged = (metric.name, metric.higher_is_better, metric.value(body))
-                rest = map(body.get, ("wall_s", "threads", "data_sha256"))
-                entry = [stat.st_size, stat.st_mtime_ns, body["state"], *judged, *rest]
-                known[rid] = entry
-                behind += 1
-            found[rid] = Entry(*entry)
-        if behind > 20 + len(known) // 50:
-            with suppress(OSError):  # a full disk or another user's folder: then no cache
-                path.parent.mkdir(exist_ok=True)
-                content = json.dumps({"version": INDEX_VERSION, "runs": known})
-                files.write_atomic(path, content.encode())
+                spent = (body.get("wall_s"), body.get("threads"))
+                entry = Entry(stat.st_size, stat.st_mtime_ns, body["state"], *judged, *spent)
+                self._known[rid] = entry
+            found[rid] = entry
         return found
 
     def unsure(self, ids: Iterable[str]) -> list[str]:
@@ -198,11 +177,6 @@ class RunStore:
     def env(self, rid: str) -> dict[str, Any]:
         """Return env.json of the last attempt; empty for imported runs."""
         return files.read_json(self.attempt(rid, self.last_attempt(rid) or 0) / "env.json") or {}
-
-    def layout(self, rid: str) -> dict[str, Any]:
-        """Return {threads, micro_batch_size} of the last attempt; empty for imported runs."""
-        env = self.env(rid)
-        return {k: env[k] for k in ("threads", "micro_batch_size")} if env else {}
 
     def failures(self, rid: str) -> int:
         """Count the attempts that failed or were killed; clean stops do not count.

@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm.submit import submit_command
 from tests.slurm import stand_ins
 from tests.slurm.cluster import (
@@ -119,10 +118,3 @@ def test_a_command_runs_inside_a_container(queue, tmp_path, inside, kind):
     assert seen["command"][-3:] == [*given[1:], "cluster=local"] and log, text
     with open(log[1], encoding="utf-8") as file:
         assert "lora on llama-3.2-1b" in file.read()
-
-
-def test_submitting_from_inside_a_container_is_refused(queue, tmp_path, monkeypatch):
-    monkeypatch.setenv("APPTAINER_CONTAINER", "/images/here.sif")
-    with pytest.raises(ClusterError, match=r"inside a container .*here\.sif.* login node"):
-        ask(tmp_path, *SMOKE, *FAST)
-    assert queue.jobs() == {}

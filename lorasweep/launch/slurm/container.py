@@ -16,8 +16,6 @@ from lorasweep.spec.execution import Cluster, Exec
 APPTAINER, PYXIS = "apptainer", "pyxis"
 VARIABLE = "LORASWEEP_CONTAINER"
 """Environment variable with the image, in jobs whose workers run inside a container."""
-USER_CONTAINERS = ("APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
-"""Environment variables that apptainer and singularity set inside a container."""
 FORCED = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE", "HF_HOME")
 """Environment variables that must not be replaced by those of the image."""
 
@@ -96,22 +94,3 @@ def container_of(cluster: Cluster, exec_: Exec) -> Container | None:
             )
     kind = cluster.container_kind or (APPTAINER if image.endswith(".sif") else PYXIS)
     return Container(image, kind, [f for f in folders if f != "/"], cluster.container_mounts)
-
-
-def inside() -> str | None:
-    """Return in which container of a user this process runs, such as apptainer; None outside.
-
-    A container that is a machine of a cluster (Docker, Kubernetes) does not count.
-    """
-    if found := next((name for name in USER_CONTAINERS if name in os.environ), None):
-        return f"{found}={os.environ[found]}"
-    if Path("/.singularity.d").exists():
-        return "there is a folder /.singularity.d"
-    if VARIABLE in os.environ and shutil.which("srun") is None:
-        return f"{VARIABLE}={os.environ[VARIABLE]}"
-    try:
-        mounted = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    roots = [fields[3] for fields in map(str.split, mounted) if fields[4] == "/"]
-    return next((f"the root is {r}" for r in roots if re.search("enroot|pyxis", r)), None)

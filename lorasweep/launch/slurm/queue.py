@@ -1,7 +1,7 @@
 """Ask Slurm about the jobs of a run folder, and read which runs they train.
 
     <runs_dir>/.slurm/
-        lock/                     one submitting command at a time
+        submitting                a lock: one submitting command at a time
         code/<snapshot>/          code that the jobs run
         <name>/submission.json    sweep, cluster, and runs of each task
                tasks.jsonl        what each task does, one line a task
@@ -15,6 +15,7 @@ submitting; such a job cannot start.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -27,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from lorasweep.errors import ClusterError, unknown
-from lorasweep.launch.slurm.container import inside
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import files
-from lorasweep.store.claims import Lock, Notify
+from lorasweep.store.files import Notify
 
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 ENDED |= {"PREEMPTED", "REVOKED", "TIMEOUT"}
@@ -84,11 +84,6 @@ def run(*command: str) -> str:
 
 def require() -> None:
     """Check that jobs can be submitted from this machine; raise ClusterError if not."""
-    if found := inside():
-        raise ClusterError(
-            f"this command runs inside a container ({found}), and jobs start outside. Run it on "
-            "the login node outside; cluster.container=IMAGE names the image for jobs."
-        )
     conf = os.environ.get("SLURM_CONF")
     if conf and not Path(conf).is_file():  # each command would fail only after a minute
         raise ClusterError(
@@ -248,50 +243,34 @@ def jobs_of(runs_dir: Path) -> list[Job]:
 
 
 class RunningJobs:
-    """Tells which jobs are running; one query serves all jobs (see `store.claims.RunningJobs`)."""
+    """Tells which jobs are running; one query serves all jobs (`store.claims.RunningJobs`)."""
 
     def __init__(self, runs_dir: str | Path) -> None:
         """Ask about the jobs of this run folder's owner."""
-        self._runs_dir = Path(runs_dir)
-        self._running: dict[str, int] | None = None
-        self._asked = self._silent_until = 0.0
-        self._dead: set[tuple[str, int]] = set()
+        self._runs_dir, self._asked = Path(runs_dir), -math.inf
+        self._found: tuple[str, set[tuple[str, int]]] | None = None
+        """Name of the cluster, and (id, restarts) of its running jobs; None: Slurm was silent."""
 
-    def refresh(self) -> None:
-        """Query the running jobs and their restart counts."""
-        try:
-            listed = jobs_of(self._runs_dir)
-        except ClusterError:
-            self._running, self._silent_until = None, time.monotonic() + FRESH_S
-            return
-        self._running = {j.id: j.restarts for j in listed if j.state in RUNNING}
-        self._asked = time.monotonic()
-
-    def __call__(
-        self, cluster: str, job: str, restart: int, known_before: bool = False
-    ) -> bool | None:
+    def __call__(self, cluster: str, job: str, restart: int, begun: float) -> bool | None:
         """Return whether a job is still running in its `restart`-th execution.
 
-        None if Slurm does not answer, or if the job belongs to another cluster. `known_before`: the
-        job is older than the last `refresh`; otherwise Slurm is queried again.
+        None if Slurm does not answer, or if the job belongs to another cluster. Slurm is asked
+        again if the last answer is older than FRESH_S, or than `begun`. A try that fails takes
+        seconds, so it is not repeated sooner.
         """
-        if (job, restart) in self._dead:
-            return False
-        if time.monotonic() < self._silent_until:  # a try takes seconds, and each run makes one
+        now = time.monotonic()
+        if now - self._asked > FRESH_S or (self._found and self._asked < begun):
+            self._asked = now
+            try:
+                running = {
+                    (j.id, j.restarts) for j in jobs_of(self._runs_dir) if j.state in RUNNING
+                }
+                self._found = setting("ClusterName"), running
+            except ClusterError:
+                self._found = None
+        if self._found is None or self._found[0] != cluster:
             return None
-        try:
-            if cluster != setting("ClusterName"):
-                return None
-        except ClusterError:
-            self._silent_until = time.monotonic() + FRESH_S
-            return None
-        running = self._running if time.monotonic() - self._asked < FRESH_S else None
-        if running is None or not (running.get(job) == restart or known_before):
-            self.refresh()
-        if self._running is None or self._running.get(job) == restart:
-            return None if self._running is None else True
-        self._dead.add((job, restart))
-        return False
+        return (job, restart) in self._found[1]
 
 
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -377,8 +356,7 @@ def read(folder: Path) -> Submission | None:
 
 def read_all(runs_dir: Path, over: bool = False) -> list[Submission]:
     """List the submissions, oldest first; with `over`, also those whose jobs have all ended."""
-    names = set(files.names(home(runs_dir))) - {"lock", "code", "notes"}
-    folders = [home(runs_dir) / name for name in names]
+    folders = [home(runs_dir) / name for name in files.names(home(runs_dir))]
     found = [read(f) for f in folders if over or files.status(f / "over") is None]
     return sorted((s for s in found if s), key=lambda s: s.record["created_s"])
 
@@ -434,9 +412,8 @@ def look(runs_dir: Path) -> Queue:
 
 
 def locked(runs_dir: Path, notify: Notify) -> AbstractContextManager[None]:
-    """Hold the lock of a run folder's submissions in a `with` block."""
-    lock = Lock(home(runs_dir) / "lock", RunningJobs(runs_dir))
-    return lock.held(LOCK_S, lambda who: notify(f"waiting for {who}, which is submitting now"))
+    """Let one command at a time submit jobs of a run folder, in a `with` block."""
+    return files.locked(home(runs_dir) / "submitting", LOCK_S, notify)
 
 
 def settle(runs_dir: Path, notify: Notify) -> Queue:

@@ -31,7 +31,8 @@ from lorasweep.plan.packing import Pack
 from lorasweep.plan.plan import make_plan
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import checkpoint, files
-from lorasweep.store.claims import JOB_VARIABLE, SILENCE_S, Notify
+from lorasweep.store.claims import JOB_VARIABLE, SILENCE_S
+from lorasweep.store.files import Notify
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request

@@ -1,14 +1,12 @@
 """What a job's lines are with a container, and where a command cannot submit jobs."""
 
 import io
-from pathlib import Path
 
 import pytest
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch import local
 from lorasweep.launch.slurm import container, guard, planning, snapshot, submit
-from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.container import Container, container_of
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store.run_store import RunStore
@@ -147,32 +145,3 @@ def test_workers_start_inside(tmp_path, monkeypatch, kind, size, nodes, expected
     with local.Workers(store, size, nodes, Container("i", kind, [], [])) as workers:
         workers.run({}, 2, 2, 1, print)
     assert started == expected
-
-
-@pytest.mark.parametrize(
-    ("variable", "mounted", "said"),
-    [
-        ("APPTAINER_CONTAINER", "/ /", "APPTAINER_CONTAINER=/x.sif"),
-        ("SINGULARITY_CONTAINER", "/ /", "SINGULARITY_CONTAINER=/x.sif"),
-        ("ENROOT_CACHE_PATH", "/run/enroot/user-1/overlay /", "the root is /run/enroot"),
-        ("PYXIS_VERSION", "/data/pyxis_12.0 /", "the root is /data/pyxis_12.0"),
-        ("ENROOT_CACHE_PATH", "/data/pyxis_12.0 /data", None),
-        ("container", "/ /", None),
-    ],
-)
-def test_a_command_inside_a_users_container_submits_nothing(monkeypatch, variable, mounted, said):
-    for name in (*container.USER_CONTAINERS, container.VARIABLE):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, "/x.sif")
-    read = Path.read_text
-
-    def text(path, **how):
-        here = str(path) == "/proc/self/mountinfo"
-        return f"27 1 254:0 {mounted} rw - ext4 /dev/vda rw\n" if here else read(path, **how)
-
-    monkeypatch.setattr(Path, "read_text", text)
-    if said is None:
-        assert container.inside() is None
-        return
-    with pytest.raises(ClusterError, match=f"{said}.*login node outside.*cluster.container=IMAGE"):
-        slurm.require()

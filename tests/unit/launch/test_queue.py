@@ -170,11 +170,11 @@ def test_slurm_decides_whether_an_owner_that_is_a_job_is_alive(slurm, tmp_path, 
     running = [("12", "12", "N/A", "RUNNING", "x")]
     asked = slurm("here", squeue=lambda *_: listed(*running))
     alive = RunningJobs(tmp_path)
-    assert alive("here", "12", 0) is True and alive("here", "13", 0) is False
-    assert alive("here", "12", 1) is False  # a later execution
-    assert alive("there", "12", 7) is None  # another cluster
+    assert alive("here", "12", 0, 0) is True and alive("here", "13", 0, 0) is False
+    assert alive("here", "12", 1, 0) is False  # a later execution
+    assert alive("there", "12", 7, 0) is None  # another cluster
     n = len(asked)
-    assert alive("here", "13", 0) is False and len(asked) == n  # a dead job is not queried again
+    assert alive("here", "14", 0, time.monotonic()) is False and len(asked) > n
 
     def attempt(name, number):
         folder = tmp_path / name
@@ -204,10 +204,10 @@ def test_a_slurm_that_does_not_answer_is_not_asked_again_for_each_run(tmp_path, 
     queue.setting.cache_clear()
     monkeypatch.setattr(queue, "run", tries)
     alive = RunningJobs(tmp_path)
-    assert {alive("here", str(k), 0) for k in range(50)} == {None} and tries.call_count == 1
+    found = {alive("here", str(k), 0, time.monotonic()) for k in range(50)}
+    assert found == {None} and tries.call_count == 1
     monkeypatch.setattr(queue, "FRESH_S", -1.0)  # later
-    alive.refresh()
-    assert alive("here", "1", 0) is None and tries.call_count == 3
+    assert alive("here", "1", 0, 0) is None and tries.call_count == 2
 
 
 def test_a_job_that_slurm_started_again_recognises_its_earlier_execution(monkeypatch):
@@ -222,7 +222,6 @@ def test_a_job_that_slurm_started_again_recognises_its_earlier_execution(monkeyp
 
 
 def test_a_slurm_that_is_installed_and_does_not_answer_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(queue, "inside", lambda: None)
     monkeypatch.setattr(queue.shutil, "which", str)
     monkeypatch.setattr(queue, "run", Mock(side_effect=ClusterError("failed: no configuration")))
     monkeypatch.delenv("SLURM_CONF", raising=False)
@@ -282,12 +281,12 @@ def test_a_follow_up_job_that_is_stopped_releases_its_lock_first(tmp_path):
     code = (
         "import sys, time; from pathlib import Path\n"
         "from lorasweep.launch.slurm.job import Signals\n"
-        "from lorasweep.store.claims import Lock\n"
+        "from lorasweep.store.files import locked\n"
         "Signals(); folder = Path(sys.argv[1]).parent\n"
-        "with Lock(folder / 'lock').held(9, print):\n"
+        "with locked(folder / 'lock', 9):\n"
         "    (folder / 'held').touch()\n"
         "    try: time.sleep(60)\n"
-        "    finally: time.sleep(1)\n"
+        "    finally: time.sleep(1); (folder / 'released').touch()\n"
     )
     path = tmp_path / "tasks.jsonl"
     path.write_text(json.dumps({"follow": {}, "command": ["-c", code], "requeues": 0}))
@@ -300,4 +299,4 @@ def test_a_follow_up_job_that_is_stopped_releases_its_lock_first(tmp_path):
     following.send_signal(signal.SIGTERM)
     printed, _ = following.communicate(timeout=30)
     assert following.returncode == 0 and "stopped by SIGTERM" in printed
-    assert (tmp_path / "lock" / "1" / "released").exists()
+    assert (tmp_path / "released").exists()

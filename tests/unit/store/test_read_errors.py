@@ -15,13 +15,12 @@ from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.slurm import queue
 from lorasweep.launch.worker import skipped
 from lorasweep.store import checkpoint, claims, files, looks
-from lorasweep.store.claims import Lock
 from tests.unit.launch.trainers import Scripted, steps_of, train
 from tests.unit.store.conftest import save
 from tests.world import tiny_spec
 
 RESULT = {"test_nll": 2.5, "curve": [], "base_sha256": "x"}
-FOLDERS = ("attempts", "jobs", "lock", ".slurm")
+FOLDERS = ("attempts", "jobs", ".slurm")
 ERRORS = {"EIO": errno.EIO, "ESTALE": errno.ESTALE, "EMFILE": errno.EMFILE, "EACCES": errno.EACCES}
 
 
@@ -55,8 +54,8 @@ def failing(monkeypatch):
 
 
 @pytest.fixture
-def runs(store, tmp_path, monkeypatch):
-    """A store with one run in each of some states, a submission, a record of looks and a lock."""
+def runs(store, monkeypatch):
+    """A store with one run in each of some states, a submission, and a record of looks."""
     kinds = ("done", "running", "failed", "damaged")
     specs = {kind: tiny_spec(seed=k) for k, kind in enumerate(kinds)}
     for kind, spec in specs.items():
@@ -79,11 +78,10 @@ def runs(store, tmp_path, monkeypatch):
     job = queue.Job("12", "12", 0, "RUNNING", "", 0, "", "s-0")
     monkeypatch.setattr(queue, "setting", lambda name: "here")
     monkeypatch.setattr(queue, "jobs_of", lambda runs_dir: [job])
-    paths = {"slots": slots, "submission": folder, "lock": tmp_path / "lock"}
+    paths = {"slots": slots, "submission": folder}
     found = SimpleNamespace(store=store, specs=specs, looks=store.root / "looks.json", **paths)
     found.id = {kind: spec.id for kind, spec in specs.items()}
     looks.note_look(found.looks, "x", 2)
-    Lock(found.lock).acquire(5, print)
     return found
 
 
@@ -100,7 +98,7 @@ READERS = [
     ("end.json", lambda r: r.store.claim(r.specs["failed"])),
     ("spec.json", lambda r: r.store.spec(r.id["done"])),
     ("spec.json", lambda r: r.store.claim(r.specs["failed"])),
-    ("env.json", lambda r: r.store.layout(r.id["done"])),
+    ("env.json", lambda r: r.store.env(r.id["done"])),
     ("metrics.jsonl", lambda r: r.store.records(r.id["done"])),
     ("metrics.jsonl", lambda r: r.store.records_size(r.id["done"])),
     ("a.json", lambda r: checkpoint.load_pack({"x": r.slots})),
@@ -116,8 +114,6 @@ READERS = [
     ("jobs", lambda r: queue.look(r.store.root)),
     ("looks.json", lambda r: looks.read(r.looks)),
     ("looks.json", lambda r: looks.note_look(r.looks, "x", 1)),
-    ("released", lambda r: Lock(r.lock).acquire(0, print)),
-    ("lock", lambda r: Lock(r.lock).acquire(0, print)),
 ]
 
 
@@ -195,8 +191,6 @@ def test_an_owner_that_cannot_be_read_is_not_called_dead(runs, failing):
     store, spec = runs.store, runs.specs["running"]
     failing("owner.json", errno.EIO)
     assert store.states([spec.id]) == {spec.id: "running"} and store.claim(spec) is None
-    with pytest.raises(StoreError, match="cannot be read"):
-        Lock(runs.lock).acquire(0.1, print)
     failing.stop()
     assert store.last_attempt(spec.id) == 1
     (store.attempt(spec.id, 1) / "owner.json").write_bytes(b"{")  # damaged, which is different

@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,7 +14,7 @@ import pytest
 
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.store import checkpoint, claims, files, looks
-from lorasweep.store.claims import Liveness, Lock
+from lorasweep.store.claims import Liveness
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs
 from lorasweep.sweep.grid import Point
@@ -223,18 +222,16 @@ def finish(store, ids):
     assert len(store.finished(ids)) == len(ids)
 
 
-def test_the_index_is_only_a_cache(store, monkeypatch):
+def test_finished_runs_are_read_once_until_their_file_changes(store, monkeypatch):
     store.prepare()
-    ids, path = [str(k) for k in range(30)], store.root / ".index/runs.json"
+    ids = [str(k) for k in range(3)]
     finish(store, ids)
-    fresh, read = RunStore(store.root), []
-    monkeypatch.setattr(fresh, "result", read.append)
-    assert fresh.finished(ids).keys() == set(ids) and not read
+    with monkeypatch.context() as m:
+        m.setattr(store, "result", Mock(side_effect=AssertionError))
+        assert store.finished(ids).keys() == set(ids)
     result = store.folder(ids[0]) / "result.json"
     result.write_text(result.read_text().replace("2.0", "3.25"))  # its checksum is wrong
     assert store.states(ids)[ids[0]] != "done" and store.states(ids)[ids[1]] == "done"
-    path.write_text('{"version": 1, "runs": {"x": 3}}')
-    assert RunStore(store.root).states(ids)[ids[1]] == "done"
 
 
 @pytest.fixture
@@ -319,41 +316,21 @@ def test_an_owner_of_unknown_start_time_is_not_called_dead(store, change_owner, 
     assert Liveness().verdict(attempt) is False
 
 
-def test_a_late_claim_that_a_later_holder_deletes_is_made_again(tmp_path, monkeypatch):
-    create = files.create_folder_once
-
-    def late(path, content):
-        made = create(path, content)
-        if path.name == "1":
-            monkeypatch.undo()
-            (path / "released").touch()
-            path.rename(path.with_name("2"))
-        return made
-
-    monkeypatch.setattr(files, "create_folder_once", late)
-    Lock(tmp_path / "lock").acquire(5, print)
-    assert files.highest_number(tmp_path / "lock") == 3
-
-
-def test_a_lock_has_one_holder_and_outlives_a_dead_one(tmp_path):
-    folder, counter = tmp_path / "lock", tmp_path / "n"
+def test_a_lock_has_one_holder_and_ends_with_its_process(tmp_path):
+    lock, counter = tmp_path / "lock", tmp_path / "n"
     counter.write_text("0")
 
     def count(_):
         for _ in range(20):
-            with Lock(folder).held(60, print):
+            with files.locked(lock, 60):
                 n = int(counter.read_text())
                 time.sleep(0.002)
                 counter.write_text(str(n + 1))
 
     at_once(4, count)
     assert counter.read_text() == "80"
-    at_once(1, lambda _: Lock(folder).acquire(60, print))  # the process ends with the lock
-    mine = Lock(folder)
-    mine.acquire(5, lambda who: pytest.fail("waited for a dead process"))
+    at_once(1, lambda _: files.locked(lock, 60).__enter__() and None)  # it dies with the lock
     waited = []
-    with pytest.raises(StoreError, match=f"process {os.getpid()}"):
-        Lock(folder).acquire(0.5, waited.append)
+    with files.locked(lock, 0), pytest.raises(StoreError, match="another command holds"):
+        files.locked(lock, 0.5, waited.append).__enter__()
     assert len(waited) == 1
-    threading.Timer(0.5, mine.release).start()
-    Lock(folder).acquire(5, waited.append)
