@@ -14,7 +14,7 @@ FAST := -m "not slow and not full and not real and not gpu" tests/unit tests/tes
 TESTED := constraints/tested.txt
 LOWEST := .venv-lowest
 
-.PHONY: help run small weights test test-fast test-full test-lowest serve-test lint lock wheelhouse test-hydra nightly bench calibrate bases slurm-up slurm-down bench-slurm storm clean
+.PHONY: help run small weights test test-fast test-full test-lowest serve-test lint lock wheelhouse test-hydra nightly bench calibrate bases slurm-up slurm-down storm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -112,9 +112,6 @@ slurm-up: ## start a real Slurm on this machine (as root): eval "$$(make -s slur
 
 slurm-down: ## stop that Slurm, and delete its files
 	@slurm/one_machine/stop.sh --wipe
-
-bench-slurm: $(VENV)/.installed ## measure the time that a cluster adds: on a login node, or after make slurm-up
-	$(BIN)/python -m benchmarks cluster
 
 storm: $(VENV)/.installed ## run a sweep of 200 runs under preemptions, node failures and kills (twenty minutes)
 	$(BIN)/python -m tests.slurm.storm --minutes $(or $(MINUTES),20)

@@ -7,7 +7,6 @@ NAMES = {
     "speed": "steps, memory, whole grids and a whole answer against TRL and PEFT (extra `bench`)",
     "rewards": "reinforcement learning against TRL's GRPO trainer (extra `bench`)",
     "fleet": "a fleet against one TRL process for each customer (extra `bench`)",
-    "cluster": "the time that Slurm adds",
     "calibration": "intervals and verdicts on simulated sweeps with known optima",
     "search": "the search for learning rates against a grid and Optuna (extra `bench`)",
     "published": "the plan's memory and speed against published figures",
@@ -15,8 +14,6 @@ NAMES = {
     "public_evidence": "runs published by others: TULU3_SWEEP.csv RL_RUNS.csv",
     "pages": "render the pages again from the files of figures, without measuring",
 }
-PAGES = ("speed", "rewards", "fleet", "calibration.page", "search.page")
-"""Modules that render a page from a file of figures."""
 
 
 def main(arguments: list[str]) -> int:
@@ -26,12 +23,12 @@ def main(arguments: list[str]) -> int:
         print("\n".join(f"  {name:<16} {text}" for name, text in NAMES.items()))
         return 2
     name, *rest = arguments
-    if name == "pages":
-        for part in PAGES:
-            importlib.import_module(f"benchmarks.{part}").write()
-    else:
-        module = f"{name}.run" if name in ("calibration", "search") else name
-        importlib.import_module(f"benchmarks.{module}").main(rest)
+    if name != "pages":
+        importlib.import_module(f"benchmarks.{name}").main(rest)
+        return 0
+    for name in NAMES.keys() - {"pages"}:
+        if page := getattr(importlib.import_module(f"benchmarks.{name}"), "PAGE", None):
+            page.write()
     return 0
 
 

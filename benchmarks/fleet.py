@@ -2,12 +2,13 @@
 
     python -m benchmarks fleet [--out FILE] [case[:customers] ...]
 
-Needs the extra `bench`; `smollm2` also needs the weights and GSM8K. Writes
-analysis/results/bench/fleet.json, and the page from it. The fleet is timed whole, from process
-start to the page. The baselines train a sample of the customers. The time for all customers is
-extrapolated: start-up by the number of processes, the rest by the tokens trained on and evaluated.
+Needs the extra `bench`; `smollm2` also needs the weights and GSM8K. The fleet is timed whole, from
+process start to the page. The baselines train a sample of the customers. The time for all customers
+is extrapolated: start-up by the number of processes, the rest by the tokens trained on and
+evaluated.
 """
 
+import csv
 import json
 import os
 import tempfile
@@ -18,16 +19,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analysis.report.text import markdown, with_block
-from benchmarks import fleet_table, harness
-from benchmarks.harness import FIGURES, ROOT, Figures, Log, command, cpu_s, render
+import numpy as np
+
+from analysis.report.text import markdown
+from benchmarks import harness
+from benchmarks.harness import BENCH, Figures, Log, Page, command, cpu_s, packages_of, render
+from benchmarks.trl_baseline import symbol_tokenizer
 from lorasweep.cli.customers import plan_fleet
 from lorasweep.config.compose import compose_request
 from lorasweep.data.load import load as load_data
+from lorasweep.data.synthetic import dialect, skills
 from lorasweep.fleet.runs import Member, planned
 from lorasweep.launch.process import WAIT_POLICY
+from lorasweep.models.load import load as load_model
 from lorasweep.models.load import tokenizer_of
+from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.streams import stream
 from lorasweep.store.run_store import RunStore
+from lorasweep.train import pretrain
 
 WORKER = "lorasweep.launch.worker"
 WATCH_S = 0.5
@@ -94,36 +103,29 @@ def measure(case: Case, log: Log, customers: int = 0) -> Figures:
         if len(members) < len(every):
             raise RuntimeError(f"customers that cannot be planned: {len(every) - len(members)}")
         tokens = [_tokens(m, values) for m in members]
+
+        def timed(kind: str, chosen: Sequence[int]) -> list[Figures]:
+            """Train customers in one process; the first row has the start-up time."""
+            job = {
+                "jobs": [[p.spec.plain() for p in members[k].points] for k in chosen],
+                "exec": {**values, "models_dir": [*values["models_dir"], "/"]},
+                "out": str(folder / kind),
+            }
+            wall_s, rows = harness.baseline(kind, job, folder, **WAIT_POLICY)
+            rows[0]["start_s"] = wall_s - sum(r["job_s"] for r in rows)
+            return rows
+
         chosen = spread(tokens, case.processes)
-        alone = [_baseline("trl", [members[k]], values, folder) for k in chosen]
-        processes = extrapolate(
-            [r for rows in alone for r in rows], [tokens[k] for k in chosen], tokens, len(members)
-        )
-        log(f"one TRL process a customer: {processes['whole_s']:.0f} s, from {len(chosen)}")
+        rows = [row for k in chosen for row in timed("trl", [k])]
+        processes = extrapolate(rows, [tokens[k] for k in chosen], tokens, len(members))
+        log(f"one TRL process a customer: {processes}")
         chosen = spread(tokens, case.looped)
-        rows = _baseline(
-            "loop", [members[chosen[0]], *(members[k] for k in chosen)], values, folder
-        )
-        rows[1] |= {k: rows[0][k] for k in ("start_s", "start_cpu_s")}
-        warm = extrapolate(rows[1:], [tokens[k] for k in chosen], tokens, 1)
-        log(f"a warm PEFT loop: {warm['whole_s']:.0f} s, from {len(chosen)}")
+        first, *rows = timed("loop", [chosen[0], *chosen])
+        rows[0] |= {k: first[k] for k in ("start_s", "start_cpu_s")}
+        warm = extrapolate(rows, [tokens[k] for k in chosen], tokens, 1)
+        log(f"a warm PEFT loop: {warm}")
         found = _fleet(asked, folder, log)
-    whole = found["whole_s"]
-    found |= {
-        "tokens": sum(tokens),
-        "process_a_customer": processes,
-        "warm_peft": warm,
-        "vs_process_a_customer": processes["whole_s"] / whole,
-        "vs_warm_peft": warm["whole_s"] / whole,
-        "cpu_vs_process_a_customer": processes["cpu_s"] / found["cpu_s"],
-        "cpu_vs_warm_peft": warm["cpu_s"] / found["cpu_s"],
-    }
-    log(
-        f"{case.customers} customers on {case.model}: {whole:.0f} s, "
-        f"{found['vs_process_a_customer']:.1f} times faster than one process a customer, "
-        f"{found['vs_warm_peft']:.2f} times than a warm loop"
-    )
-    return found
+    return found | {"tokens": sum(tokens), "process_a_customer": processes, "warm_peft": warm}
 
 
 def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
@@ -131,10 +133,10 @@ def _asked(case: Case, values: dict[str, Any], folder: Path) -> list[str]:
     model, rows = case.model, None
     spec = compose_request([f"model={model}"]).points[0].spec.model
     if spec.source == "recipe":
-        model = str(fleet_table.write_base(spec, values["models_dir"], folder / case.model))
+        model = str(write_base(spec, values["models_dir"], folder / case.model))
     else:
-        rows = fleet_table.gsm8k(values["data_dir"])
-    table = fleet_table.write_table(folder, model, case.customers, case.updates, rows)
+        rows = gsm8k(values["data_dir"])
+    table = write_table(folder, model, case.customers, case.updates, rows)
     dirs = ",".join([*values["models_dir"], "/"])
     return [f"customers={table}", f"exec.models_dir=[{dirs}]", "rates=3", *case.options]
 
@@ -182,20 +184,6 @@ def spread(tokens: Sequence[int], count: int) -> list[int]:
     return [order[int((i + 0.5) * len(order) / count)] for i in range(count)]
 
 
-def _baseline(
-    kind: str, members: Sequence[Member], values: dict[str, Any], folder: Path
-) -> list[Figures]:
-    """Train customers in one baseline process; return rows, the first with the start-up time."""
-    job = {
-        "jobs": [[p.spec.plain() for p in m.points] for m in members],
-        "exec": {**values, "models_dir": [*values["models_dir"], "/"]},
-        "out": str(folder / kind),
-    }
-    wall_s, rows = harness.baseline(kind, job, folder, **WAIT_POLICY)
-    rows[0]["start_s"] = wall_s - sum(r["job_s"] for r in rows)
-    return rows
-
-
 def extrapolate(
     rows: Sequence[dict[str, Any]], own: Sequence[int], tokens: Sequence[int], starts: int
 ) -> dict[str, Any]:
@@ -211,15 +199,97 @@ def extrapolate(
     return found | {"customer_s": means.pop("job_s"), **means}
 
 
+# ---------------------------------------------------------------- customers
+
+FEWEST, MOST = 20, 400
+"""Rows of a customer, log-uniform between them."""
+BATCHES = (1, 2, 4)
+LONGEST_TEXT = 300
+"""Rows of GSM8K with more characters are left out, so that an update takes a second or less."""
+SYMBOLS = "abcdefghijklmnopqrstuvwxyz012345"
+DIALECTS = 8
+DIALECT = {"rule_shift": 0.25, "shift_rank": 2.0}
+"""Generator parameters, as at scale tiny."""
+Row = dict[str, str]
+
+
+def write_table(
+    folder: Path, model: str, count: int, updates: tuple[int, int], rows: Sequence[Row] | None
+) -> Path:
+    """Write `count` customers' table, and their rows into data/ beside it; return its path.
+
+    Args:
+        updates: fewest and most updates of a run.
+        rows: every second customer gets some of them; None: all customers get rows of dialects.
+    """
+    (folder / "data").mkdir(parents=True)
+    path = folder / "customers.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["name", "model", "task", "data", "batch_size", "steps"])
+        for k in range(count):
+            rng = stream("bench", "customer", k)
+            n = round(float(np.exp(rng.uniform(np.log(FEWEST), np.log(MOST)))))
+            if rows is None:
+                mine = _dialect(rng, n, k)
+            elif k % 2:
+                pairs = (skills.instance(rng, 1 + k % 3) for _ in range(n))
+                mine = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
+            else:
+                mine = [rows[int(i)] for i in rng.choice(len(rows), n, replace=False)]
+            data = folder / "data" / f"customer-{k:03d}.jsonl"
+            data.write_text("".join(json.dumps(row) + "\n" for row in mine))
+            steps = int(rng.integers(updates[0], updates[1] + 1))
+            size = BATCHES[int(rng.integers(len(BATCHES)))]
+            table.writerow([data.stem, model, "sft", str(data), size, steps])
+    return path
+
+
+def gsm8k(data_dirs: Sequence[str]) -> list[Row]:
+    """Return the short rows of GSM8K's training split.
+
+    Raises:
+        FileNotFoundError: it is in none of `data_dirs`.
+    """
+    tried = [Path(d) / "gsm8k" / "train.jsonl" for d in data_dirs]
+    found = next((p for p in tried if p.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"no GSM8K at {' or '.join(map(str, tried))}. Type `make data/gsm8k/train.jsonl`."
+        )
+    rows = [json.loads(line) for line in found.read_text().splitlines()]
+    return [r for r in rows if len(r["question"]) + len(r["answer"]) <= LONGEST_TEXT]
+
+
+def write_base(spec: ModelSpec, models_dirs: Sequence[str], folder: Path) -> Path:
+    """Write a base model with a tokenizer of SYMBOLS (the first is EOS); return its config.json."""
+    pretrain.ensure(spec, list(models_dirs))
+    model: Any = load_model(spec, models_dirs).model
+    tokenizer = symbol_tokenizer(SYMBOLS, SYMBOLS[0], eos_token=SYMBOLS[0])
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder / "config.json"
+
+
+def _dialect(rng: np.random.Generator, count: int, k: int) -> list[Row]:
+    """Draw sequences of dialect k; lengths differ between customers and between rows."""
+    longest = int(rng.integers(24, 65))
+    table = dialect.transition(DIALECT, "bench", k % DIALECTS)
+    tokens = dialect.sample(table, rng, count, longest)
+    texts = ["".join(SYMBOLS[t] for t in row) for row in tokens]
+    lengths = rng.integers(longest // 2, longest + 1, size=count)
+    return [{"prompt": t[:3], "completion": t[3:n]} for t, n in zip(texts, lengths)]
+
+
 # ---------------------------------------------------------------- the page
 
 MODELS = {"smollm2": "SmolLM2-135M, fp32", "tiny128": "tiny128, fp32"}
-ROWS = {
-    "smollm2": "On SmolLM2-135M, half of the customers have short rows of GSM8K, the others "
-    "copying, sorting and sums as text; runs have 2 to 4 updates.",
-    "tiny128": "On tiny128, the rows are sequences of eight dialects, of 12 to 64 symbols; runs "
-    "have 8 to 32 updates.",
-}
+NOTES = (
+    "On SmolLM2-135M, half of the customers have short rows of GSM8K, the others copying, sorting "
+    "and sums as text; runs have 2 to 4 updates. On tiny128, the rows are sequences of eight "
+    "dialects, of 12 to 64 symbols; runs have 8 to 32 updates."
+)
 
 
 def summary(content: dict[str, Any]) -> list[str]:
@@ -228,25 +298,17 @@ def summary(content: dict[str, Any]) -> list[str]:
     rows = []
     for c, says in _cases(content):
         alone, warm = c["process_a_customer"], c["warm_peft"]
-        for seconds, ratio, what in (("whole_s", "", "wall"), ("cpu_s", "cpu_", "processor")):
-            rows.append(
-                [
-                    f"{c['adapters']} on {says}" if not ratio else "",
-                    str(c["runs"]) if not ratio else "",
-                    what,
-                    f"{c[seconds]:.0f} s",
-                    f"{alone[seconds]:.0f} s: **{c[f'{ratio}vs_process_a_customer']:.1f}x**",
-                    f"{warm[seconds]:.0f} s: **{c[f'{ratio}vs_warm_peft']:.1f}x**",
-                    f"{c['again_s']:.0f} s" if not ratio else "",
-                ]
-            )
+        for key, what in (("whole_s", "wall"), ("cpu_s", "processor")):
+            others = [f"{b[key]:.0f} s: **{b[key] / c[key]:.1f}x**" for b in (alone, warm)]
+            first = [f"{c['adapters']} on {says}", str(c["runs"])] if key == "whole_s" else ["", ""]
+            again = f"{c['again_s']:.0f} s" if key == "whole_s" else ""
+            rows.append([*first, what, f"{c[key]:.0f} s", *others, again])
     return markdown([head.split("|"), *rows])
 
 
 def page(content: dict[str, Any]) -> str:
     """Render the page."""
     here = content["machine"]
-    packages = ", ".join(f"{k} {v}" for k, v in here["packages"].items())
     parts = [["customers", "baseline", "timed", "start", "updates", "evaluations", "in all"]]
     memory = [["customers", "pack size", "sum of the workers' peaks", "planned"]]
     for c, says in _cases(content):
@@ -261,8 +323,8 @@ def page(content: dict[str, Any]) -> str:
     return render(
         "fleet",
         machine=here,
-        packages=packages,
-        notes=" ".join(says for key, says in ROWS.items() if key in content),
+        packages=packages_of(content),
+        notes=NOTES,
         summary="\n".join(summary(content)),
         baselines=parts,
         memory=memory,
@@ -273,22 +335,10 @@ def _cases(content: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     return [(content[key], says) for key, says in MODELS.items() if key in content]
 
 
-def write() -> None:
-    """Write fleet.md next to fleet.json, and the summary in docs/fleet.md."""
-    content = json.loads((FIGURES / "fleet.json").read_text())
-    (FIGURES / "fleet.md").write_text(page(content))
-    document = ROOT / "docs" / "fleet.md"
-    document.write_text(with_block(document.read_text(), "fleet", summary(content)))
+PAGE = Page(BENCH / "fleet.json", "fleet.md", page, document="fleet fleet", summary=summary)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the named cases, or all, and write the page."""
-
-    def record(content: Figures, part: str, figures: Any) -> None:
-        machine = harness.machine("torch", "transformers", "peft", "trl")
-        content |= {part: figures, "machine": machine}
-
     parts = {name: partial(measure, case) for name, case in CASES.items()}
-    harness.measure_parts("fleet.json", parts, arguments, record)
-    if "--out" not in arguments:
-        write()
+    harness.measure(PAGE, parts, arguments, "torch", "transformers", "peft", "trl")

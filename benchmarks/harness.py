@@ -1,4 +1,4 @@
-"""Time commands, time functions in turns, and write files of figures and pages."""
+"""Time commands and baselines, write files of figures, and render pages from them."""
 
 import json
 import os
@@ -7,64 +7,89 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from analysis.report.text import rendered
+from analysis.report.text import rendered, text_hash, with_block
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
 from lorasweep.store import files
-from lorasweep.tracking import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "analysis" / "results"
-FIGURES = RESULTS / "bench"
-"""Folder of the files of figures and of their pages."""
+BENCH = RESULTS / "bench"
 Log = Callable[[str], None]
 Figures = dict[str, Any]
 
 
-def measure_parts(
-    name: str,
-    parts: Mapping[str, Callable[[Log], Any]],
-    arguments: Sequence[str],
-    record: Callable[[Figures, str, Any], None],
+@dataclass(frozen=True)
+class Page:
+    """A page that is rendered from a file of figures in the same folder."""
+
+    figures: Path
+    name: str
+    render: Callable[[Figures], str]
+    draw: Callable[[Figures, str], None] = lambda figures, inputs: None
+    """Writes the plots, given the figures and the hash of their file."""
+    document: str = ""
+    """"DOCUMENT BLOCK" of the summary in docs/DOCUMENT.md; empty: none."""
+    summary: Callable[[Figures], list[str]] = lambda figures: []
+
+    def write(self) -> None:
+        """Write the page, its plots, and the summary in the document."""
+        text = self.figures.read_text()
+        content = json.loads(text)
+        (self.figures.parent / self.name).write_text(self.render(content))
+        self.draw(content, text_hash(text))
+        if self.document:
+            name, block = self.document.split()
+            path = ROOT / "docs" / f"{name}.md"
+            path.write_text(with_block(path.read_text(), block, self.summary(content)))
+
+
+def measure(
+    page: Page, parts: Mapping[str, Callable[..., Any]], arguments: Sequence[str], *packages: str
 ) -> None:
-    """Measure parts one after another, and write the file `name` of figures after each.
+    """Measure parts one after another; write the file of figures after each, and at last the page.
 
     Args:
-        arguments: `--out FILE`, and the parts to measure (default: all). The other parts' figures
-            stay in the file.
-        record: puts the figures of a part into the content of the file.
+        parts: name -> function of a log (and a size), which returns the part's figures.
+        arguments: `--out FILE` (then no page is written), and the parts to measure, as NAME or
+            NAME:SIZE (default: all). The other parts' figures stay in the file.
+        packages: packages whose versions are recorded.
     """
-    wanted, path = list(arguments), FIGURES / name
+    wanted, path = list(arguments), page.figures
     if "--out" in wanted:
         at = wanted.index("--out")
-        path = Path(wanted[at + 1])
-        del wanted[at : at + 2]
+        _, path = wanted.pop(at), Path(wanted.pop(at))
     unknown = [w for w in wanted if w.partition(":")[0] not in parts]
     if unknown:
         sys.exit(f"no part {', '.join(unknown)}. Allowed: {', '.join(parts)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(path.read_text()) if path.is_file() and wanted else {}
-    started = time.perf_counter()
+    started, here = time.perf_counter(), detect.this_machine()
 
     def log(text: str) -> None:
         print(f"[{time.perf_counter() - started:5.0f} s] {text}", flush=True)
 
     for part in wanted or parts:
         key, _, size = part.partition(":")
-        measured = parts[key](log) if not size else parts[key](log, int(size))  # type: ignore[call-arg]
-        record(content, key, measured)
+        content[key] = parts[key](log, *([int(size)] if size else []))
+        content["machine"] = {
+            "processor": here.processor,
+            "cores": here.cores,
+            "gpus": [here.gpu_name] * here.gpus,
+            "python": sys.version.split()[0],
+            "packages": {name: metadata.version(name) for name in packages},
+        }
+        content.setdefault("measured_on", {})[key] = f"{here.processor}, {date.today()}"
         files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def machine(*packages: str) -> Figures:
-    """Describe this machine and the versions of some packages."""
-    versions = {name: metadata.version(name) for name in packages}
-    return {"processor": provenance.processor(), "cores": detect.cores(), "packages": versions}
+    if path == page.figures:
+        page.write()
 
 
 def exec_values() -> dict[str, Any]:
@@ -74,12 +99,6 @@ def exec_values() -> dict[str, Any]:
         k: [str(Path(d).resolve()) for d in getattr(exec_, k)] for k in ("models_dir", "data_dir")
     }
     return {**vars(Exec()), **absolute}
-
-
-def in_turns(turns: int, timed: Sequence[Callable[[], float]]) -> list[list[float]]:
-    """Call functions in turns, because speed drifts; leave out the values of the first turn."""
-    values = [[one() for one in timed] for _ in range(turns + 1)][1:]
-    return [list(column) for column in zip(*values)]
 
 
 def command(*arguments: str, runs_dir: Path, most_status: int = 0) -> tuple[float, Any]:
@@ -147,3 +166,8 @@ def cpu_s() -> float:
 def render(name: str, **values: Any) -> str:
     """Render a page from benchmarks/templates/NAME.md."""
     return rendered(f"{name}.md", "benchmarks", **values)
+
+
+def packages_of(content: Figures) -> str:
+    """Name the packages that were measured, with their versions."""
+    return ", ".join(f"{k} {v}" for k, v in content["machine"]["packages"].items())

@@ -20,7 +20,7 @@ from lorasweep.advise.rules.rates import STEP, rate_of
 from lorasweep.config import catalogue
 from lorasweep.config.folders import conf_dir
 
-PAGE = RESULTS / "advice" / "README.md"
+TARGET = RESULTS / "advice" / "README.md"
 OUTCOMES = Path(__file__).with_name("outcomes.yaml")
 SAYS = {"met": "close", "missed": "behind", "unknown": "open"}
 """State of the adviser's first condition (capacity for what is new) -> predicted outcome."""
@@ -125,5 +125,5 @@ def _shown(verdict: str) -> str:
 
 def main(arguments: Sequence[str] = ()) -> None:
     """Write the page."""
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page())
+    TARGET.parent.mkdir(exist_ok=True)
+    TARGET.write_text(page())

@@ -3,12 +3,11 @@
 Settings alone decide which rows the plan covers (`not_covered`). One constant of the plan is fitted
 to such figures (TRAINING_SHARE). For each row, it is fitted to the other sources only.
 
-    python -m benchmarks published      writes analysis/results/plan/
+    python -m benchmarks published
 """
 
 import dataclasses
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -173,16 +172,11 @@ def load_of_row(row: Row) -> Load:
     return dataclasses.replace(load, model=model, flops=flops)
 
 
-def _layout(row: Row) -> Layout:
-    assert row.gpus is not None and row.rows is not None
-    return Layout(row.gpus, row.rows, row.checkpointing == "full")
-
-
 def memory_of(row: Row) -> float:
     """Predict the peak memory of one GPU in GiB."""
     parts = memory_parts(
         load_of_row(row),
-        _layout(row),
+        Layout(row.gpus or 1, row.rows or 1, row.checkpointing == "full"),
         row.length or 0,
         states=row.states,
         stream=STREAM,
@@ -198,7 +192,7 @@ def _parts(row: Row) -> dict[str, float]:
     assert row.length is not None and row.card is not None
     return step_parts(
         load_of_row(row),
-        _layout(row),
+        Layout(row.gpus or 1, row.rows or 1, row.checkpointing == "full"),
         row.length,
         card(row.card),
         states=row.states,
@@ -231,45 +225,31 @@ def fitted_share(without: str | None = None) -> float:
     return statistics.median(statistics.median(shares) for shares in by_source.values())
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A published figure and the plan's prediction."""
-
-    row: Row
-    figure: str
-    published: float
-    predicted: float | None
-    """None: not covered."""
-    why_not: str | None = None
-
-    @property
-    def error(self) -> float | None:
-        """Relative error of the prediction."""
-        return None if self.predicted is None else self.predicted / self.published - 1
-
-    @property
-    def within(self) -> bool:
-        """Whether the error is within the tolerance of its figure."""
-        return self.error is not None and abs(self.error) <= TOLERANCE[self.figure]
-
-
 TOLERANCE = {"memory": 0.15, "speed": 0.25}
 
 
 @cache
-def comparisons() -> tuple[Comparison, ...]:
-    """Compare all published figures; for each, the share is fitted to the other sources."""
+def comparisons() -> pd.DataFrame:
+    """Compare all published figures; for each, the share is fitted to the other sources.
+
+    Columns: row, figure, published, predicted (NaN if not covered), error (relative), within (the
+    tolerance of the figure), not_covered (why).
+    """
     found = []
     for row in rows():
-        if row.memory_gib is not None:
-            why = not_covered(row, "memory")
-            value = None if why else memory_of(row)
-            found.append(Comparison(row, "memory", row.memory_gib, value, why))
-        if row.tokens_s is not None:
-            why = not_covered(row, "speed")
-            value = None if why else speed_of(row, fitted_share(without=row.source))
-            found.append(Comparison(row, "speed", row.tokens_s, value, why))
-    return tuple(found)
+        for figure, value in (("memory", row.memory_gib), ("speed", row.tokens_s)):
+            if value is None:
+                continue
+            why, predicted = not_covered(row, figure), float("nan")
+            if why is None and figure == "memory":
+                predicted = memory_of(row)
+            elif why is None:
+                predicted = speed_of(row, fitted_share(without=row.source))
+            error = predicted / value - 1
+            within = abs(error) <= TOLERANCE[figure]
+            found.append((row, row.source, figure, value, predicted, error, within, why))
+    names = "row source figure published predicted error within not_covered"
+    return pd.DataFrame(found, columns=names.split())
 
 
 # ---------------------------------------------------------------- the page
@@ -278,70 +258,75 @@ UNITS = {"memory": "GiB a GPU", "speed": "tokens a second and GPU"}
 COLUMNS = ("source", "model", "method", "card", "gpus", "length", "rows", "checkpointing")
 
 
+def covered(figure: str) -> pd.DataFrame:
+    """Return the comparisons of a figure that the plan covers."""
+    every = comparisons()
+    return every[(every["figure"] == figure) & every["predicted"].notna()]
+
+
+def nine_in_ten(figure: str) -> float:
+    """Return the error that nine in ten covered rows stay below."""
+    errors = sorted(covered(figure)["error"].abs())
+    return errors[min(len(errors) - 1, round(0.9 * len(errors)))]
+
+
 def table() -> str:
     """Return all rows as CSV: settings, published, predicted, error, why not covered."""
+
+    def cell(value: float, digits: str) -> str | None:
+        return None if value != value else format(value, digits)
+
     rows = [
         {
             **{name: getattr(c.row, name) for name in COLUMNS},
             "figure": c.figure,
             "published": f"{c.published:.4g}",
-            "predicted": None if c.predicted is None else f"{c.predicted:.4g}",
-            "error": None if c.error is None else f"{c.error:.3f}",
-            "not_covered": c.why_not,
+            "predicted": cell(c.predicted, ".4g"),
+            "error": cell(c.error, ".3f"),
+            "not_covered": c.not_covered,
         }
-        for c in comparisons()
+        for c in comparisons().itertuples()
     ]
     return pd.DataFrame(rows, dtype=object).to_csv(index=False)
 
 
 def page() -> str:
     """Return the page in Markdown."""
-    counts = Counter((c.why_not, c.figure) for c in comparisons() if c.why_not)
-    reasons = [[str(why), figure, str(n)] for (why, figure), n in counts.items()]
+    reasons = comparisons().dropna(subset="not_covered")
+    counts = reasons.groupby(["not_covered", "figure"], sort=False).size()
     return render(
         "published",
         share=TRAINING_SHARE,
         units=UNITS,
         summaries={figure: _summary(figure) for figure in TOLERANCE},
         all_rows={figure: _rows(figure) for figure in TOLERANCE},
-        not_covered=[["why", "figure", "rows"], *reasons],
+        not_covered=[
+            ["why", "figure", "rows"],
+            *([*names, str(n)] for names, n in counts.items()),
+        ],
         sources=_table()["sources"],
     )
 
 
 def _summary(figure: str) -> tuple[str, Rows]:
-    found, limit = _covered(figure), f"{TOLERANCE[figure]:.0%}"
-    errors = [abs(c.error) for c in found if c.error is not None]
-    within = sum(c.within for c in found)
-    by_source: dict[str, list[Comparison]] = {}
-    for c in found:
-        by_source.setdefault(c.row.source, []).append(c)
+    found, limit = covered(figure), f"{TOLERANCE[figure]:.0%}"
     rows = [["source", "rows", f"within {limit}", "median", "smallest", "largest"]]
-    for source, own in by_source.items():
-        signed = [c.error for c in own if c.error is not None]
-        ends = (f"{v:+.0%}" for v in (statistics.median(signed), min(signed), max(signed)))
-        rows.append([source, str(len(own)), str(sum(c.within for c in own)), *ends])
+    for source, own in found.groupby("source", sort=False):
+        errors = own["error"]
+        ends = (f"{v:+.0%}" for v in (errors.median(), errors.min(), errors.max()))
+        rows.append([str(source), str(len(own)), str(own["within"].sum()), *ends])
+    within, median = found["within"].sum(), found["error"].abs().median()
     text = (
-        f"{within} of {len(found)} covered rows ({within / len(found):.0%}) of {len(by_source)} "
-        f"sources are within {limit}; median error {statistics.median(errors):.0%}, nine "
-        f"in ten within {nine_in_ten(figure):.0%}."
+        f"{within} of {len(found)} covered rows ({within / len(found):.0%}) of {len(rows) - 1} "
+        f"sources are within {limit}; median error {median:.0%}, nine in ten within "
+        f"{nine_in_ten(figure):.0%}."
     )
     return text, rows
 
 
-def nine_in_ten(figure: str) -> float:
-    """Return the error that nine in ten covered rows stay below."""
-    errors = sorted(abs(c.error) for c in _covered(figure) if c.error is not None)
-    return errors[min(len(errors) - 1, round(0.9 * len(errors)))]
-
-
-def _covered(figure: str) -> list[Comparison]:
-    return [c for c in comparisons() if c.figure == figure and c.predicted is not None]
-
-
 def _rows(figure: str) -> Rows:
     rows = [["source", "run", "published", "plan", "error"]]
-    for c in _covered(figure):
+    for c in covered(figure).itertuples():
         r = c.row
         run = f"{r.model}, {r.method}, {r.gpus} x {r.card}, {r.rows} x {r.length:,} tokens"
         error = f"{c.error:+.0%}{'' if c.within else ' **fails**'}"

@@ -2,8 +2,6 @@
 
     python -m benchmarks rewards [--out FILE] [curves] [flips]
 
-Writes analysis/results/bench/rewards.json, and the page from it.
-
 Curves: both sides run full fine-tuning at the middle learning rate of the sweep `rl`, with several
 seeds. Only the random numbers of rollouts differ, so the curves should agree on average. Seconds
 are of processor time.
@@ -13,7 +11,6 @@ only rounding makes a difference. Adapters have a random B, as if trained.
 """
 
 import dataclasses
-import json
 import math
 import tempfile
 import time
@@ -27,9 +24,9 @@ import torch
 from analysis.inference.estimate import number
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
-from analysis.report.text import Rows, text_hash
+from analysis.report.text import Rows
 from benchmarks import harness, trl_baseline
-from benchmarks.harness import FIGURES, Figures, Log, render
+from benchmarks.harness import BENCH, Figures, Log, Page, packages_of, render
 from lorasweep.config.compose import compose_request
 from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
@@ -62,14 +59,6 @@ CASES = {"words, rank 8": ("rl", 8), "bandit, rank 4": ("rl_bits", 4)}
 """Name -> sweep (at scale tiny), rank."""
 Drawn = list[np.ndarray]
 """Tokens of every rollout."""
-
-
-def learning_curve(spec: RunSpec, base: Base, data: Data) -> Curve:
-    """Train a run and return its held-out reward after each evaluated update."""
-    results = [r for event in finetune([spec], base, data) for r in event.ended.values()]
-    ((_, result),) = results
-    curve = {p["step"]: p["test_reward"] for p in result["curve"] if p["step"]}
-    return curve | {spec.steps: result["test_reward_curve"]}
 
 
 def compared(one: Sequence[Curve], other: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -110,8 +99,15 @@ def measure_curves(log: Log) -> Figures:
     base = load_model(spec.model, ["models"], spec.precision)
     weights = {k: v.clone() for k, v in base.model.state_dict().items()}
     at = eval_steps(spec.steps)
+
+    def learned(spec: RunSpec) -> Curve:
+        ended = [r for event in finetune([spec], base, data) for r in event.ended.values()]
+        ((_, result),) = ended
+        curve = {p["step"]: p["test_reward"] for p in result["curve"] if p["step"]}
+        return curve | {spec.steps: result["test_reward_curve"]}
+
     sides: Mapping[str, Callable[[RunSpec], Curve]] = {
-        "lorasweep": lambda s: learning_curve(s, base, data),
+        "lorasweep": learned,
         "trl": lambda s: trl_baseline.learning_curve(s, base.model, data, at, folder.name),
     }
     curves: dict[str, list[Curve]] = {name: [] for name in sides}
@@ -181,13 +177,9 @@ def measure_flips(log: Log) -> list[Figures]:
         data, base = load_data(spec.dataset, []), load_model(spec.model, ["models"], "fp32")
         together = drawn_by(range(RUNS), spec, base, data)
         alone = [drawn_by([s], spec, base, data)[0] for s in range(RUNS)]
-        row = {
-            "case": name,
-            "members": RUNS,
-            "answers": sum(map(len, alone)),
-            "tokens": sum(len(tokens) for own in alone for tokens in own),
-            "differing": sum(map(differing, together, alone)),
-        }
+        counts = {"answers": sum(map(len, alone)), "tokens": sum(len(t) for o in alone for t in o)}
+        row = {"case": name, "members": RUNS, **counts}
+        row["differing"] = sum(map(differing, together, alone))
         log(str(row))
         rows.append(row)
     return rows
@@ -235,13 +227,12 @@ def page(content: dict[str, Any]) -> str:
     compared = [r for r in updates if r["compared"]]
     outside = [str(r["update"]) for r in compared if not r["agree"]]
     found = f"Not met at {', '.join(outside)}." if outside else "It is met: the two agree."
-    packages = ", ".join(f"{k} {v}" for k, v in content["packages"].items())
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in c["seconds_a_run"].items())
     return render(
         "rewards",
         curves=c,
-        packages=packages,
-        processor=content["processor"],
+        packages=packages_of(content),
+        processor=content["machine"]["processor"],
         n_compared=len(compared),
         errors=ERRORS,
         found=found,
@@ -261,22 +252,15 @@ def flips(cases: list[dict[str, Any]]) -> Rows:
     return rows if cases else []
 
 
-def write() -> None:
-    """Write rewards.md and rewards.png next to rewards.json."""
-    text = (FIGURES / "rewards.json").read_text()
-    content = json.loads(text)
-    (FIGURES / "rewards.md").write_text(page(content))
-    plots.panels(panels(content["curves"]), FIGURES / "rewards.png", text_hash(text))
+def draw(content: dict[str, Any], inputs: str) -> None:
+    """Draw the learning curves of both sides."""
+    plots.panels(panels(content["curves"]), BENCH / "rewards.png", inputs)
+
+
+PAGE = Page(BENCH / "rewards.json", "rewards.md", page, draw)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the named parts, or both, and write the page."""
-
-    def record(content: Figures, part: str, figures: Any) -> None:
-        here = harness.machine("torch", "transformers", "trl")
-        content |= {part: figures, "processor": here["processor"], "packages": here["packages"]}
-
     parts = {"curves": measure_curves, "flips": measure_flips}
-    harness.measure_parts("rewards.json", parts, arguments, record)
-    if "--out" not in arguments:
-        write()
+    harness.measure(PAGE, parts, arguments, "torch", "transformers", "trl")

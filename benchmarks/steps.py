@@ -1,17 +1,17 @@
-"""Measure seconds per step by pack and batch size, the peak of matrix products, and profiles."""
+"""Measure seconds per step by pack and batch size, the peak of matrix products, and peak memory."""
 
 import dataclasses
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections import Counter
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks import harness
-from benchmarks.harness import Log
+from benchmarks.harness import ROOT, Log
 from lorasweep.config.compose import compose_request
 from lorasweep.data import load as data
 from lorasweep.launch.process import keep_freed_memory
@@ -21,6 +21,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.plan import detect
 from lorasweep.plan.load import train_flops
+from lorasweep.plan.memory import pack_bytes
 from lorasweep.plan.packing import micro_batch
 from lorasweep.spec.method import Method
 from lorasweep.spec.run import RunSpec
@@ -33,14 +34,6 @@ RANK = 16
 METHODS = (LoRA(rank=RANK), FullFT())
 TURNS = 3
 """How often full fine-tuning and LoRA alternate: a machine's speed drifts by 8% in minutes."""
-KINDS = (
-    ("bmm", "products of adapters and attention"),
-    ("mm", "products with the base's weights"),
-    ("softmax", "softmax"),
-    ("adamw", "optimizer"),
-    ("copy", "copies and casts"),
-)
-"""Part of an operation's name, and the kind of operation that it shows; the first match counts."""
 
 
 def at(scale: str) -> list[str]:
@@ -78,64 +71,36 @@ class Bench:
         spec = dataclasses.replace(self.spec, method=method, batch_size=batch_size)
         return [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(count)]
 
-    def step_s(self, method: Method, batch_size: int, count: int) -> float:
-        """Return the median seconds per step and run, after a training that warms up memory."""
-        pack = self.pack(method, batch_size, count)
-        self._times(pack)
-        return self._median_s(pack)
-
-    def _times(self, pack: list[RunSpec]) -> list[float]:
+    def median_s(self, pack: list[RunSpec]) -> float:
+        """Train a pack; return the median seconds per step and run."""
         micro = micro_batch(pack[0], len(pack), detect.this_machine())
         events = finetune(pack, self.base, self.rows, micro)
-        return [next(iter(e.records.values()))["step_s"] for e in events]
-
-    def in_turns(self, methods: Sequence[Method], batch_size: int) -> list[list[float]]:
-        """Return each method's median seconds per step, by turn, on the same rows."""
-        packs = [self.pack(method, batch_size, 1) for method in methods]
-        return harness.in_turns(TURNS, [partial(self._median_s, pack) for pack in packs])
-
-    def _median_s(self, pack: list[RunSpec]) -> float:
-        return statistics.median(self._times(pack))
-
-    def profile(self, method: Method, batch_size: int) -> dict[str, float]:
-        """Return each kind of operation's share of the time of one step."""
-        from torch.profiler import ProfilerActivity, profile
-
-        pack = self.pack(method, batch_size, 1)
-        micro = micro_batch(pack[0], 1, detect.this_machine())
-        events = finetune(pack, self.base, self.rows, micro)
-        for _ in range(4):  # the fifth update has no evaluation, or (as the last) one of one row
-            next(events)
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            next(events)
-        shares: Counter[str] = Counter()
-        for row in profiled.key_averages():
-            name = row.key.lower()
-            rest = "passes over activations, and Python"
-            kind = next((what for part, what in KINDS if part in name), rest)
-            shares[kind] += row.self_cpu_time_total
-        total = sum(shares.values())
-        return {kind: round(us / total, 3) for kind, us in shares.most_common()}
+        return statistics.median(next(iter(e.records.values()))["step_s"] for e in events)
 
 
 def measure(models_dirs: list[str], data_dirs: list[str], log: Log) -> dict[str, Any]:
     """Time steps of full fine-tuning and LoRA of rank 16 on one thread, as a worker does."""
     keep_freed_memory()  # as workers do
     rows: list[dict[str, Any]] = []
-    out: dict[str, Any] = {"steps": rows, "lora_over_fullft": {}, "profile": {}}
+    out: dict[str, Any] = {"steps": rows, "lora_over_fullft": {}}
     for scale, (batches, sizes) in GRIDS.items():
         torch.set_num_threads(1)
         bench = Bench(scale, models_dirs, data_dirs)
         name, ratios = bench.spec.model.name, {}
         for batch in batches:
             adapters, whole = METHODS
-            turns, alone = bench.in_turns((whole, adapters), batch)
+            # full fine-tuning and LoRA in turns; the first turn warms up memory
+            both = [bench.pack(method, batch, 1) for method in (whole, adapters)]
+            times = [[bench.median_s(pack) for pack in both] for _ in range(TURNS + 1)][1:]
+            turns, alone = map(list, zip(*times))
             full_s = statistics.median(turns)
             own = {"model": name, "batch_size": batch}
             rows.append({**own, "method": "fullft", "pack": 1, "step_s": full_s})
             ratio = {}
             for n in sizes:
-                lora_s = bench.step_s(adapters, batch, n) if n > 1 else statistics.median(alone)
+                pack = bench.pack(adapters, batch, n)  # trained twice, to warm up memory
+                lora_s = statistics.median(alone) if n == 1 else 0.0
+                lora_s = lora_s or [bench.median_s(pack) for _ in range(2)][-1]
                 rows.append({**own, "method": "lora", "pack": n, "step_s": lora_s})
                 ratio[n] = lora_s / full_s
                 log(
@@ -148,5 +113,68 @@ def measure(models_dirs: list[str], data_dirs: list[str], log: Log) -> dict[str,
         one = dataclasses.replace(bench.spec, steps=1)
         lora, full = (train_flops(dataclasses.replace(one, method=m)) for m in METHODS)
         out["lora_over_fullft"][name] = {"formula": lora / full, "by_batch": ratios}
-        out["profile"][name] = {m.name: bench.profile(m, batches[-1]) for m in METHODS}
     return out
+
+
+# ---------------------------------------------------------------- memory
+
+MEMORY_CASES = (("tiny", 16), ("small", 8))
+"""Scale and batch size."""
+MEMORY_UPDATES = 2
+
+
+def measure_memory(models_dirs: list[str], data_dirs: list[str], log: Log) -> dict[str, Any]:
+    """Return peak resident bytes by case; `idle_bytes`: the peak before anything is loaded."""
+    cases = []
+    for scale, batch in MEMORY_CASES:
+        for method in ("fullft", "lora"):
+            cases.append(in_process(scale, method, batch, 1, models_dirs, data_dirs))
+            log(str(cases[-1]))
+    return {"cases": cases}
+
+
+def in_process(*arguments: Any) -> dict[str, Any]:
+    """Call `peak_memory` in a new process on one thread."""
+    command = [sys.executable, "-m", "benchmarks.steps", json.dumps(arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=env)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _resident_peak() -> int:
+    """Return this program's peak resident bytes; ru_maxrss has the parent's memory at the fork."""
+    with open("/proc/self/status") as f:
+        return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def peak_memory(
+    scale: str, method: str, batch: int, count: int, models_dirs: list[str], data_dirs: list[str]
+) -> dict[str, Any]:
+    """Train `count` runs for MEMORY_UPDATES updates in one pack; return peaks and planned bytes."""
+    keep_freed_memory()  # as workers do
+    idle = _resident_peak()
+    spec = compose_request(at(scale)).points[0].spec
+    few = dataclasses.replace(spec.dataset, n_test=4, n_test_curve=4)
+    arm = FullFT() if method == "fullft" else LoRA(rank=RANK)
+    spec = dataclasses.replace(
+        spec, dataset=few, method=arm, batch_size=batch, steps=MEMORY_UPDATES
+    )
+    pretrain.ensure(spec.model, models_dirs)
+    base = models.load(spec.model, models_dirs, spec.precision)
+    rows = data.load(few, data_dirs, base.tokenizer)
+    pack = [dataclasses.replace(spec, lr=1e-5 * (1 + k)) for k in range(count)]
+    hardware = detect.this_machine()
+    micro = micro_batch(spec, count, hardware)
+    for _ in finetune(pack, base, rows, micro):
+        pass
+    return {
+        **{"model": spec.model.name, "method": method, "precision": spec.precision},
+        **{"batch_size": batch, "pack": count},
+        "planned_bytes": pack_bytes(count, spec, hardware, micro),
+        "peak_bytes": _resident_peak(),
+        "idle_bytes": idle,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(peak_memory(*json.loads(sys.argv[1]))))

@@ -27,7 +27,6 @@ from typing import Any  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.fleet_table import symbol_tokenizer  # noqa: E402
 from lorasweep.data.examples import Data, Example  # noqa: E402
 from lorasweep.data.load import load as load_data  # noqa: E402
 from lorasweep.data.rewards import prompt_of  # noqa: E402
@@ -45,6 +44,21 @@ from lorasweep.train.objectives.rollouts import held_out_rewards  # noqa: E402
 
 Rows = Mapping[str, Example]
 """Rows of a data set by the text of their prompt."""
+
+
+def symbol_tokenizer(symbols: Sequence[str], unknown: str, **special: str) -> Any:
+    """Return a tokenizer of symbols; `unknown` is the one that stands for all other characters.
+
+    `special`: eos_token and pad_token.
+    """
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=unknown))
+    inner.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
 def adapted(model: torch.nn.Module, spec: RunSpec, kind: str) -> torch.nn.Module:
@@ -93,17 +107,16 @@ def nll(model: Any, examples: Sequence[Example], precision: str, size: int = 8) 
     return total / count
 
 
-def loop(model: torch.nn.Module, data: Data, spec: RunSpec, fused: bool | None = None) -> None:
-    """Train a PEFT model with a plain loop; `fused`: with torch's fastest optimizer."""
+def train(
+    model: Any, data: Data, spec: RunSpec, kind: str, tokenizer: Any, fused: bool | None = None
+) -> None:
+    """Train with TRL, or with a plain PEFT loop; `fused`: with torch's fastest optimizer."""
+    if kind == "trl":
+        sft(model, data, spec, tokenizer)
+        return
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=spec.lr,
-        betas=(spec.beta1, spec.beta2),
-        eps=spec.eps,
-        weight_decay=0,
-        fused=fused,
-    )
+    look: dict[str, Any] = {"lr": spec.lr, "betas": (spec.beta1, spec.beta2), "eps": spec.eps}
+    optimizer = torch.optim.AdamW(parameters, **look, weight_decay=0, fused=fused)
     model.train()
     for step in range(spec.steps):
         batch = padded_batch(data.train(spec.seed, step * spec.batch_size, spec.batch_size))
@@ -118,22 +131,13 @@ def loop(model: torch.nn.Module, data: Data, spec: RunSpec, fused: bool | None =
 def _options(spec: RunSpec, folder: str) -> dict[str, Any]:
     """Return the options of both TRL trainers: AdamW as in `spec`, no logging, no saving."""
     return {
-        "output_dir": folder,
-        "per_device_train_batch_size": spec.batch_size,
-        "max_steps": spec.steps,
-        "learning_rate": spec.lr,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0,
-        "adam_beta1": spec.beta1,
-        "adam_beta2": spec.beta2,
-        "adam_epsilon": spec.eps,
-        "weight_decay": 0.0,
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
+        **{"output_dir": folder, "per_device_train_batch_size": spec.batch_size},
+        **{"max_steps": spec.steps, "learning_rate": spec.lr},
+        **{"lr_scheduler_type": "constant", "warmup_steps": 0},
+        **{"adam_beta1": spec.beta1, "adam_beta2": spec.beta2, "adam_epsilon": spec.eps},
+        **{"weight_decay": 0.0, "max_grad_norm": 0.0},
+        **{"use_cpu": True, "gradient_checkpointing": False},
+        **{"report_to": "none", "save_strategy": "no", "logging_strategy": "no"},
         "disable_tqdm": True,
     }
 
@@ -144,12 +148,10 @@ def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
     from trl import SFTConfig, SFTTrainer
 
     rows = data.train(spec.seed, 0, spec.steps * spec.batch_size)
-    table = datasets.Dataset.from_dict(
-        {
-            "input_ids": [e.tokens.tolist() for e in rows],
-            "completion_mask": [e.loss.astype(int).tolist() for e in rows],
-        }
+    tokens, masks = (
+        [v.tolist() for v in part] for part in zip(*((e.tokens, e.loss.astype(int)) for e in rows))
     )
+    table = datasets.Dataset.from_dict({"input_ids": tokens, "completion_mask": masks})
     config = SFTConfig(
         **_options(spec, "trl-out"),
         bf16=spec.precision == "bf16",
@@ -168,41 +170,39 @@ def sft(model: Any, data: Data, spec: RunSpec, tokenizer: Any) -> None:
 # ---------------------------------------------------------------- jobs of supervised runs
 
 
-class Stopwatch:
-    """Adds up seconds by part."""
+class Stopwatch(dict[str, float]):
+    """Seconds by part."""
 
     def __init__(self) -> None:
         """Start the clock."""
-        self.parts, self._at = {"train_s": 0.0, "eval_s": 0.0}, time.perf_counter()
+        super().__init__(train_s=0.0, eval_s=0.0)
+        self.at = time.perf_counter()
 
     def add_to(self, part: str) -> None:
         """Add the seconds since the last call to a part."""
         now = time.perf_counter()
-        self.parts[part] = self.parts.get(part, 0.0) + now - self._at
-        self._at = now
+        self[part] = self.get(part, 0.0) + now - self.at
+        self.at = now
 
 
 def one_run(
     base: Base, weights: Mapping[str, Any], data: Data, spec: RunSpec, kind: str, tokenizer: Any
 ) -> dict[str, Any]:
     """Train one run, measure its held-out loss, and restore the base's `weights`."""
-    import peft
-
     watch = Stopwatch()
-    model = adapted(base.model, spec, kind)
+    model: Any = adapted(base.model, spec, kind)
     watch.add_to("load_s")
-    if kind == "trl":
-        sft(model, data, spec, tokenizer)
-    else:
-        loop(model, data, spec)
+    train(model, data, spec, kind, tokenizer)
     watch.add_to("train_s")
-    test_nll = nll(model, data.test, spec.precision, 64 if spec.model.vocab_size < 1000 else 8)
+    watch["test_nll"] = nll(
+        model, data.test, spec.precision, 64 if spec.model.vocab_size < 1000 else 8
+    )
     watch.add_to("eval_s")
-    if isinstance(model, peft.PeftModel):
+    if isinstance(spec.method, LoRA):
         model.unload()
     else:
         base.model.load_state_dict(weights)
-    return {**watch.parts, "test_nll": test_nll}
+    return dict(watch)
 
 
 def customer(
@@ -219,10 +219,7 @@ def customer(
         if k == 0:
             before = nll(model, data.test, spec.precision)  # the base's loss, because B is 0
             watch.add_to("eval_s")
-        if kind == "trl":
-            sft(model, data, spec, tokenizer)
-        else:
-            loop(model, data, spec, fused=True)
+        train(model, data, spec, kind, tokenizer, fused=True)
         watch.add_to("train_s")
         loss = nll(model, data.validation, spec.precision) if data.validation else 0.0
         if loss < best:
@@ -232,7 +229,7 @@ def customer(
         p.data.copy_(kept[i])
     after = nll(model, data.test, runs[0].precision)
     watch.add_to("eval_s")
-    return {**watch.parts, "before": before, "after": after}
+    return {**watch, "before": before, "after": after}
 
 
 def main(kind: str, job_path: str) -> None:
@@ -284,34 +281,6 @@ def text_of(row: Example) -> str:
     return "".join(ALPHABET[t] for t in prompt_of(row))
 
 
-def grpo_config(spec: RunSpec, folder: str) -> Any:
-    """Return TRL's configuration of a run with lorasweep's loss; `folder`: for TRL's files.
-
-    `dr_grpo` without scaling, KL or clipping divides the sum over tokens by a constant: the number
-    of completions times the maximum length. lorasweep divides by the number of completions only. So
-    Adam's epsilon is also divided by the maximum length: equal completions give equal updates.
-    """
-    from trl import GRPOConfig
-
-    own = {"adam_epsilon": spec.eps / spec.max_new_tokens, "weight_decay": spec.weight_decay}
-    return GRPOConfig(
-        **{**_options(spec, folder), **own},
-        seed=spec.seed,
-        loss_type="dr_grpo",
-        scale_rewards="none",
-        beta=0.0,
-        num_iterations=1,
-        num_generations=spec.group_size,
-        max_completion_length=spec.max_new_tokens,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        steps_per_generation=1,
-        shuffle_dataset=False,
-        bf16=False,
-    )
-
-
 def grpo_trainer(
     spec: RunSpec,
     model: Any,
@@ -321,7 +290,11 @@ def grpo_trainer(
     folder: str,
     callbacks: list[Any],
 ) -> Any:
-    """Return a GRPO trainer of all weights.
+    """Return a GRPO trainer of all weights with lorasweep's loss.
+
+    `dr_grpo` without scaling, KL or clipping divides the sum over tokens by a constant: the number
+    of completions times the maximum length. lorasweep divides by the number of completions only. So
+    Adam's epsilon is also divided by the maximum length: equal completions give equal updates.
 
     Args:
         prompts: in order of use, `batch_size / group_size` per update.
@@ -330,7 +303,7 @@ def grpo_trainer(
         callbacks: callbacks of transformers' trainer.
     """
     from datasets import Dataset
-    from trl import GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer
 
     rewards = data.rewards
     assert rewards is not None
@@ -341,10 +314,18 @@ def grpo_trainer(
         drawn = (np.array(ids, dtype=np.int32) for ids in completion_ids)
         return rewards.of([(rows[p], ids) for p, ids in zip(prompts, drawn)])
 
+    options: dict[str, Any] = {
+        **_options(spec, folder),
+        **{"adam_epsilon": spec.eps / spec.max_new_tokens, "weight_decay": spec.weight_decay},
+        **{"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.0, "num_iterations": 1},
+        **{"num_generations": spec.group_size, "max_completion_length": spec.max_new_tokens},
+        **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": spec.seed},
+        **{"steps_per_generation": 1, "shuffle_dataset": False, "bf16": False},
+    }
     return GRPOTrainer(
         model=model,
         reward_funcs=reward,
-        args=grpo_config(spec, folder),
+        args=GRPOConfig(**options),
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=symbol_tokenizer(ALPHABET, "?", eos_token="\n", pad_token="\n"),
         callbacks=callbacks,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memory
+from benchmarks import steps
 from lorasweep.store.run_store import RunStore, checksum
 from tests.integration.conftest import SMOKE
 from tests.integration.test_interruptions import kept, killed_at, places
@@ -91,7 +91,7 @@ def real(*case, also):
     ],
 )
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
-    found = json.loads(memory.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA]))
+    found = steps.in_process(scale, method, batch, count, [f"{ROOT}/models"], [DATA])
     assert found["planned_bytes"] == pytest.approx(found["peak_bytes"], rel=0.2)
 
 

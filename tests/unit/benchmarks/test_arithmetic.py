@@ -1,19 +1,34 @@
-"""The arithmetic of the benchmarks: simulated designs, fleets, rewarded runs, and the time to an answer."""
+"""The arithmetic of the benchmarks: simulated designs, fleets, rewarded runs, and searches."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis.inference.decide import judge
 from analysis.inference.estimate import Estimate, from_draws
-from benchmarks import fleet_table, grids, trl_baseline
-from benchmarks.calibration.designs import designs, plain_seeds, supported
-from benchmarks.calibration.generators import Design, plant
-from benchmarks.calibration.run import CLAIM
-from benchmarks.fleet import extrapolate, spread
-from benchmarks.rewards import compared, differing, panels
+from benchmarks import fleet, search, speed, trl_baseline
+from benchmarks.calibration import CLAIM, designs, plain_seeds, supported
+from benchmarks.generators import Design, plant
+from benchmarks.rewards import compared, differing
+from benchmarks.search import (
+    CASES,
+    GRID,
+    N_GRID,
+    SHAPES,
+    TABLES,
+    TUNE,
+    Case,
+    Trial,
+    additive,
+    chosen,
+    course,
+    regret_at,
+    until_right,
+)
 from lorasweep.advise.read import read_customers
 from lorasweep.config.compose import compose_request
 from lorasweep.data.load import load as load_data
@@ -22,6 +37,7 @@ from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.run import RunSpec
+from lorasweep.store import files
 from lorasweep.sweep.replicates import lrs_around_optimum
 from tests.customers import make_base, model_of, write_rows
 
@@ -29,13 +45,11 @@ from tests.customers import make_base, model_of, write_rows
 @pytest.mark.parametrize("around", [1, 2, 3, 4])
 def test_fresh_seeds_get_the_learning_rates_that_a_sweep_gives_them(around):
     design = Design(7, 2.0, 1, fresh=2, noise=1e-9, fresh_rates=around)
-    for _ in range(5):
-        curves, _ = plant("linex", design, np.random.default_rng(around))
-        for c in curves:
-            assert len(c.x) == design.runs == 7 + 2 * around
-            loss = dict(zip(c.x[c.seed == 0], c.y[c.seed == 0]))
-            for seed in (1, 2):
-                assert list(c.x[c.seed == seed]) == lrs_around_optimum(loss, around)
+    for c in plant("linex", design, np.random.default_rng(around))[0]:
+        assert len(c.x) == design.runs == 7 + 2 * around
+        loss = dict(zip(c.x[c.seed == 0], c.y[c.seed == 0]))
+        for seed in (1, 2):
+            assert list(c.x[c.seed == seed]) == lrs_around_optimum(loss, around)
 
 
 def test_intervals_of_a_small_case_hold_the_planted_truth():
@@ -49,11 +63,6 @@ def test_intervals_of_a_small_case_hold_the_planted_truth():
     # The gap in loss gains from seeds at the best rate; its place does not.
     assert staged["gap_half_width"] < plain["gap_half_width"] < 0.02
     assert plain["ratio_half_width"] < staged["ratio_half_width"] < 0.3
-    many, rng = Design(7, 2.0, 40, noise=1e-3, curves=2), np.random.default_rng
-    for paired in (True, False):  # paired seeds shift all curves alike
-        curves, _ = plant("linex", many, rng(5), paired=paired)
-        shifts = [[c.y[c.seed == s].mean() for s in range(40)] for c in curves]
-        assert (np.corrcoef(shifts)[0, 1] > 0.9) == paired
 
 
 def test_a_scaled_ratio_is_supported_as_the_decision_rule_has_it():
@@ -66,10 +75,7 @@ def test_a_scaled_ratio_is_supported_as_the_decision_rule_has_it():
 
 
 def test_the_plain_grid_with_the_same_interval_is_found_between_those_tried():
-    plain = [
-        [{"seeds": s, "rates": 7, "ratio_half_width": w}]
-        for s, w in ((2, 0.3), (3, 0.2), (6, 0.1), (12, 0.1))
-    ]
+    plain = pd.DataFrame({"seeds": [2.0, 3, 6, 12], "ratio_half_width": [0.3, 0.2, 0.1, 0.1]})
     found = {w: plain_seeds(w, plain, "ratio") for w in (0.5, 0.3, 0.29, 0.2, 0.141, 0.1, 0.09)}
     assert [found[w] for w in (0.5, 0.3, 0.2)] == pytest.approx([2, 2, 3])
     assert found[0.29] == pytest.approx(2 * 1.5 ** (math.log(30 / 29) / math.log(1.5)))
@@ -78,11 +84,10 @@ def test_the_plain_grid_with_the_same_interval_is_found_between_those_tried():
     assert math.isnan(plain_seeds(math.nan, plain, "ratio"))
 
 
-def curves(*ends):
-    return [{4: 0.1, 12: end} for end in ends]
-
-
 def test_two_sides_agree_within_two_errors_of_the_difference_of_their_means():
+    def curves(*ends):
+        return [{4: 0.1, 12: end} for end in ends]
+
     first, last = compared(curves(0.30, 0.32, 0.34), curves(0.33, 0.35, 0.37))
     assert not first["compared"] and first["difference"] == first["error"] == 0 and first["agree"]
     assert last["compared"] and last["difference"] == pytest.approx(-0.03)
@@ -90,31 +95,18 @@ def test_two_sides_agree_within_two_errors_of_the_difference_of_their_means():
     assert last["error"] == pytest.approx(0.02 * np.sqrt(2 / 3))
     assert last["agree"]
     assert not compared(curves(0.30, 0.32, 0.34), curves(0.34, 0.36, 0.38))[1]["agree"]
-
-
-def test_an_answer_that_differs_counts_once():
-    def drawn(*answers):
-        return [np.array(a) for a in answers]
-
-    alone = drawn([1, 2, 0], [3, 0], [4, 5, 0])
-    assert differing(alone, alone) == 0
-    assert differing(drawn([1, 2, 0], [3, 0, 0], [5, 4, 0]), alone) == 2
-
-
-def test_the_figure_shows_two_errors():
-    rows = compared(curves(0.30, 0.32, 0.34), curves(0.44, 0.46, 0.48))
-    _, difference = panels({"updates": rows, "seeds": [1, 2, 3]})
-    assert difference.series[0].high[1] == pytest.approx(-0.14 + 2 * rows[1]["error"])
+    alone, together = (list(map(np.array, v)) for v in (([1, 2, 0], [3, 0]), ([1, 2, 0], [3, 1])))
+    assert differing(alone, alone) == 0 and differing(together, alone) == 1
 
 
 def test_customers_are_drawn_alike_and_within_bounds(tmp_path):
     rows = [{"question": f"{k}?", "answer": str(k)} for k in range(500)]
     for name in ("one", "two"):
-        fleet_table.write_table(tmp_path / name, "tiny", 9, (4, 8), rows)
+        fleet.write_table(tmp_path / name, "tiny", 9, (4, 8), rows)
     for path in (tmp_path / "one/data").iterdir():
         assert path.read_bytes() == (tmp_path / "two/data" / path.name).read_bytes()
         given = [json.loads(line) for line in path.read_text().splitlines()]
-        assert fleet_table.FEWEST <= len(given) <= fleet_table.MOST
+        assert fleet.FEWEST <= len(given) <= fleet.MOST
         assert all(r in rows for r in given) or {"prompt", "completion"} <= set(given[0])
     values = read_customers(tmp_path / "one/customers.csv")
     assert len(values) == 9 and {c.batch_size for c in values} <= {1, 2, 4}
@@ -123,17 +115,17 @@ def test_customers_are_drawn_alike_and_within_bounds(tmp_path):
 
 def test_a_sample_is_spread_over_the_tokens_and_extrapolated_by_them():
     tokens = [50, 10, 40, 20, 30]
-    assert spread(tokens, 5) == [1, 3, 4, 2, 0] and spread(tokens, 1) == [4]
+    assert fleet.spread(tokens, 5) == [1, 3, 4, 2, 0] and fleet.spread(tokens, 1) == [4]
     times = {"train_s": 1.0, "eval_s": 1.0}
     rows = [
         {"start_s": s, "start_cpu_s": 2 * s, "job_s": c, "job_cpu_s": 2 * c, **times}
         for s, c in ((5.0, 2.0), (7.0, 4.0))
     ]
-    found = extrapolate(rows, [20, 40], tokens, 5)
+    found = fleet.extrapolate(rows, [20, 40], tokens, 5)
     assert found["whole_s"] == pytest.approx(5 * 6.0 + 6.0 * 150 / 60)
     assert found["cpu_s"] == pytest.approx(2 * found["whole_s"])
     rows[1] |= {"start_s": 0.0, "start_cpu_s": 0.0}
-    assert extrapolate(rows, [20, 40], tokens, 1)["whole_s"] == pytest.approx(5.0 + 15.0)
+    assert fleet.extrapolate(rows, [20, 40], tokens, 1)["whole_s"] == pytest.approx(5.0 + 15.0)
 
 
 def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
@@ -156,22 +148,93 @@ def test_the_loop_starts_from_the_same_loss_and_keeps_the_best_rate(tmp_path):
 
 
 def test_the_answer_is_timed_whole_and_processes_are_multiplied_up(monkeypatch):
-    points = compose_request(["+sweep=lr_ratio", "scale=tiny"]).points
-    timed, logged = [], []
+    points, processes = compose_request(["+sweep=lr_ratio", "scale=tiny"]).points, []
 
-    def process(kind, sample, values, runs, folder):
-        timed.append((kind, sample[0].id, runs))
-        return {"start_s": 4.0, "train_s": 5.0, "eval_s": 1.0, "run_s": 6.0 + len(timed)}
+    def process(kind, sample, values, folder):
+        processes.extend(p.id for p in sample if kind == "trl")
+        return {"start_s": 4.0, "train_s": 5.0, "eval_s": 1.0, "run_s": 6.0 + len(processes)}
 
-    whole = {"wall_s": 100.0, "runs": len(points)}
-    monkeypatch.setattr(grids, "run_answer", lambda scale, home: (dict(whole), points))
-    monkeypatch.setattr(grids, "baseline", process)
-    found = grids.time_answer("tiny", {}, logged.append)
-    assert [p["rank"] for p in found["processes"]] == [None, 16]
-    assert len({i for _, i, _ in timed}) == len(timed) == 2 * grids.SAMPLES
-    assert {(kind, runs) for kind, _, runs in timed} == {("trl", 1)}
+    ratio = {"rank": None, "ratio": {"value": 4.0, "low": 3.0, "high": 5.0}}
+    whole = 100.0, {"ratios": [ratio]}, points
+    monkeypatch.setattr(speed, "timed", lambda arguments, home: whole)
+    monkeypatch.setattr(speed, "baseline", process)
+    found = speed.whole_sweep({}, 1e12)
+    assert len(set(processes)) == len(processes) == 2 * speed.SAMPLES
     seconds = 12 + 15  # of a process of each curve, the mean of three
-    assert (found["plain_grid_s"], found["same_interval_s"]) == (21 * seconds, 14 * seconds)
-    assert found["vs_plain_grid"] == pytest.approx(21 * seconds / 100)
-    assert found["vs_same_interval"] == pytest.approx(14 * seconds / 100)
-    assert "3 TRL processes of each curve timed, and multiplied up" in logged[-1]
+    answer = found["answer"]
+    assert (answer["plain_grid_s"], answer["same_interval_s"]) == (21 * seconds, 14 * seconds)
+    assert found["process_per_run_s"] == sum(
+        c["runs"] * s for c, s in zip(found["process_per_run"], (12, 15))
+    )
+
+
+# ---------------------------------------------------------------- searches
+
+
+def full(lr, loss, seed=0):
+    return Trial(lr, seed, 8, loss)
+
+
+def test_full_runs_choose_the_vertex_of_the_parabola_or_the_best_of_them():
+    lrs = [1e-3, 2e-3, 4e-3]
+    valley = [(math.log(lr / 1.7e-3)) ** 2 for lr in lrs]
+    assert chosen(map(full, lrs, valley)) == pytest.approx(1.7e-3)
+    assert chosen(map(full, lrs, [1.0, 2.0, 3.0])) == 1e-3
+    assert chosen(map(full, lrs, [2.0, 1.0, math.inf])) == 2e-3
+    assert chosen([]) is None
+    # A seed with higher losses, at two of the learning rates only, does not move the choice.
+    more = [full(lr, v + 5, 1) for lr, v in zip(lrs[1:], valley[1:])]
+    assert chosen([*map(full, lrs, valley), *more]) == pytest.approx(1.7e-3)
+    whole = np.array([3.0, 1.0, 2.0]) + np.array([[-0.5], [0.5]])
+    seen = whole.copy()
+    seen[1, 0] = np.nan
+    rate, shift = additive(seen)
+    assert rate[:, None].T + shift[:, None] == pytest.approx(whole, abs=1e-6)
+
+
+def test_updates_count_until_the_choice_stays_right():
+    truth = SimpleNamespace(regret=lambda lr: 100 * abs(math.log(lr)))
+    trials = [Trial(1.0, 0, 2, None), full(1.0, 3.0), full(2.0, 2.0), full(0.996, 1.0)]
+    path = course(trials, 8, truth)
+    assert [u for u, _ in path] == [0.25, 1.25, 2.25, 3.25]
+    assert until_right(path) == 3.25 and until_right(path[:3]) == math.inf
+    assert regret_at(path, 1.25) == 0 and regret_at(path, 1) == math.inf
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_replays_have_the_losses_of_the_table(name):
+    data = search.kept(name)
+    for truth, arm in zip(data.truths, data.arms):
+        curve = truth.optimum.curve
+        first = curve.usable & (curve.seed == min(curve.seed))
+        for x, y in zip(curve.x[first], curve.y[first]):
+            assert arm.losses(math.exp(x), arm.start.spec.steps, 0) == pytest.approx(y)
+        assert truth.regret(truth.optimum.best_lr.value) < 1e-3
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_every_part_runs_and_gives_a_page(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    short = ("scale=tiny", "steps=24", "sweep.arms.lora.rank=16")
+    monkeypatch.setitem(CASES, "tiny", Case(short, 0, 4, ("Optuna",)))
+    page = search.Page(tmp_path / "search.json", "README.md", search.page, search.draw)
+    monkeypatch.setattr(search, "PAGE", page)
+    search.main(["replays:3", "coverage:1", "tiny"])
+    content = files.read_json(tmp_path / "search.json")
+    for row in content["replays"]:
+        assert row["methods"][TUNE]["right"] == 1
+        assert row["methods"][TUNE]["end"] < row["methods"][GRID]["end"] == N_GRID
+    assert max(max(content["tiny"]["methods"][name]["regrets"]) for name in (TUNE, GRID)) < 5
+    assert (tmp_path / "README.md").read_text() == search.page(content)
+    assert (tmp_path / "search.png").stat().st_size > 0
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_intervals_of_whole_searches_hold_known_optima():
+    rows = search.coverage(print, 2)
+    assert len(rows) == len(SHAPES) and all(r["right"] == 1 for r in rows)
+    for key in ("lr", "gap"):
+        n, held = (sum(r[k][key] for r in rows) for k in ("intervals", "held"))
+        assert held >= 0.85 * n > 0

@@ -14,7 +14,7 @@ from analysis.optimum.fit import MIN_DF, fit_all, fit_sweeps
 from analysis.optimum.likelihood import gather, weights_of
 from analysis.optimum.valley import linex
 from analysis.runs.lr_curves import lr_curves
-from benchmarks.calibration.generators import FAMILIES, Design, plant
+from benchmarks.generators import FAMILIES, Design, plant
 from tests.tables import GRID, lr_curve, table
 
 
@@ -202,7 +202,7 @@ def test_intervals_hold_planted_truths(family):
 
 
 def test_sharing_curvature_narrows_curves_of_few_rates():
-    from benchmarks.calibration.run import sharing
+    from benchmarks.calibration import sharing
 
     told = sharing("linex", 4, 2.0, 1e-3, 12)
     assert told["shared"]["width"] < told["alone"]["width"]

@@ -1,1 +1,0 @@
-"""Check intervals and verdicts on simulated sweeps, which are fitted and judged like real ones."""
