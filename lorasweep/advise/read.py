@@ -16,7 +16,7 @@ import yaml
 
 from lorasweep.data.sources import parsed
 from lorasweep.errors import ModelError, SpecError, unknown
-from lorasweep.models import describe, hub
+from lorasweep.models import describe, find
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
 
@@ -441,11 +441,11 @@ def _of_config(path: Path) -> ModelSpec:
     if dtype is not None:
         bf16 = "bfloat16" in str(dtype)
     else:  # without weights assume bf16, in which models are published
-        bf16 = hub.types_in(sorted(folder.glob("model*.safetensors"))) <= {"BF16"}
+        bf16 = find.types_in(sorted(folder.glob("model*.safetensors"))) <= {"BF16"}
     dtype = "bf16" if bf16 else "fp32"
     where: dict[str, Any] = {"source": "folder", "location": str(folder), "weights_dtype": dtype}
     known = ModelSpec(name=folder.name, **where)
-    if is_known and hub.has_weights(folder):
+    if is_known and find.has_weights(folder):
         return _counted(known, text)
     stated: dict[str, Any] = {}
     for name, column in SHAPE.items():
@@ -475,7 +475,7 @@ def _counted(model: ModelSpec, config_text: str) -> ModelSpec:
     """Add the shape that transformers' modules have, once for all rows with this folder."""
     config = describe.config_at(model, Path(model.location))
     found = describe.with_shape(model, config)
-    if hub.has_weights(Path(model.location)):  # else it is only advised on
+    if find.has_weights(Path(model.location)):  # else it is only advised on
         describe.try_out(found, config, Path(model.location))
     return replace(found, context_length=0)  # ids of runs of fleets stay
 

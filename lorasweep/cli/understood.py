@@ -24,7 +24,7 @@ def lines(request: Request) -> list[str]:
 
     Raises DataError if max_length leaves out or cuts more than half of the training rows.
     """
-    from lorasweep.models import find, hub
+    from lorasweep.models import find
 
     specs = [p.spec for p in request.points]
     bases = {s.model.name: s.model for s in specs}
@@ -34,7 +34,7 @@ def lines(request: Request) -> list[str]:
     for name in request.described:
         if name in bases:
             m, on_hub = bases[name], bases[name].source == "hub"
-            path = hub.cached_config(m) if on_hub else find.pinned_path(m, exec_.models_dir)
+            path = find.cached_config(m) if on_hub else find.pinned_path(m, exec_.models_dir)
             experts = f", {m.n_experts} experts ({m.n_active_experts} active)"
             context = f", context {m.context_length:,}" if m.context_length else ""
             found.append(

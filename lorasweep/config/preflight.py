@@ -62,7 +62,7 @@ def fetch(specs: Iterable[RunSpec], tell: Callable[[str], None]) -> None:
         ModelError, DataError: a download fails.
     """
     from lorasweep.data import hub as data
-    from lorasweep.models import hub as models
+    from lorasweep.models import find as models
 
     specs = list(specs)
     wanted = {s.model.name: s.model for s in specs if s.model.source == "hub"}

@@ -10,7 +10,7 @@ import numpy as np
 from lorasweep.data.examples import CHUNK, Data, Example, Rewards, answer_of, prompt_of
 from lorasweep.data.synthetic.generators import GENERATORS, generator
 from lorasweep.data.verifiers import math_checks
-from lorasweep.errors import DataError
+from lorasweep.errors import DataError, check_installed
 from lorasweep.spec.dataset import VERIFIERS, DatasetSpec
 
 TURN = "User:"
@@ -63,7 +63,7 @@ def check_available(spec: DatasetSpec) -> None:
             "file of a text data set, or set objective=sft."
         )
     if spec.verifier == "math":
-        math_checks.check_installed()
+        check_installed("math_verify", "verifier=math")
     if spec.mask != "completion":
         where = f"dataset {spec.name!r}: mask={spec.mask} does not say where an answer starts"
         raise DataError(f"{where}. Set mask=completion.")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
@@ -31,8 +31,8 @@ class Rows(Sequence[Example]):
 
     def __init__(self, arrays: Sequence[np.ndarray], fit: Fit | None = None) -> None:
         """Hold `arrays`: ends, n_bytes, tokens, loss."""
+        self.arrays, self.fit = arrays, fit
         self.ends, self.n_bytes, self.tokens, self.loss = arrays
-        self.fit = fit
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Rows":
@@ -64,7 +64,7 @@ class Rows(Sequence[Example]):
     def sha256(self) -> str:
         """SHA-256 of the four arrays."""
         digest = hashlib.sha256()
-        for array in (self.ends, self.n_bytes, self.tokens, self.loss):
+        for array in self.arrays:
             digest.update(array.data)
         return digest.hexdigest()
 
@@ -78,34 +78,29 @@ def kept(path: Path, make: Callable[[], Rows]) -> Rows:
         return rows
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("ab")
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         return make()
-    if not os.access(path.parent, os.W_OK):
-        return make()
-    with path.with_suffix(".lock").open("ab") as lock:
+    with lock:
         with suppress(OSError):  # without locks on the file system, processes repeat the work
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if (rows := read(path)) is None:
-            made = make()
-            head: dict[str, Any] = {"rows": len(made), "tokens": len(made.tokens)}
-            head |= {"sha256": made.sha256, "fit": made.fit}
-            partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}")
-            try:
-                with partial.open("wb") as file:
-                    file.write(json.dumps(head).encode().ljust(HEADER))
-                    for array in (made.ends, made.n_bytes, made.tokens, made.loss):
-                        file.write(array.data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-            rows = read(path)
-    if rows is None:
-        raise OSError(f"{path} was damaged while it was written; check the disk")
-    return rows
+        if (rows := read(path)) is not None:
+            return rows
+        made = make()
+        head = {"rows": len(made), "tokens": len(made.tokens), "sha256": made.sha256}
+        partial = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(3).hex()}")
+        try:
+            with partial.open("wb") as file:
+                file.write(json.dumps({**head, "fit": made.fit}).encode().ljust(HEADER))
+                file.writelines(array.data for array in made.arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return read(path) or made
 
 
 def read(path: Path) -> Rows | None:
@@ -115,12 +110,10 @@ def read(path: Path) -> Rows | None:
             head = json.loads(file.read(HEADER))
         counts = [int(head[k]) for k in ("rows", "rows", "tokens", "tokens")]
         whole = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-    except (OSError, ValueError, KeyError, TypeError):
+        sizes = [n * np.dtype(dtype).itemsize for n, dtype in zip(counts, DTYPES)]
+        ends = np.cumsum([HEADER, *sizes])
+        arrays = [whole[a:b].view(t) for a, b, t in zip(ends, ends[1:], DTYPES)]
+        rows = Rows(arrays, head["fit"])
+    except (OSError, ValueError, KeyError, TypeError):  # also of a file that is cut
         return None
-    sizes = [n * np.dtype(dtype).itemsize for n, dtype in zip(counts, DTYPES)]
-    ends = np.cumsum([HEADER, *sizes])
-    if ends[-1] != len(whole):
-        return None
-    arrays = [whole[a:b].view(t) for a, b, t in zip(ends, ends[1:], DTYPES)]
-    rows = Rows(arrays, head["fit"])
-    return rows if rows.sha256 == head["sha256"] else None
+    return rows if ends[-1] == len(whole) and rows.sha256 == head["sha256"] else None

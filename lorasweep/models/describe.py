@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.errors import ModelError, check_installed
-from lorasweep.models import find, hub
+from lorasweep.models import find
 from lorasweep.spec.model import EXPERT_MATRICES, LAYER_SETS, ROUTER, ModelSpec
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ KINDS = ("attention", "mlp", "experts")
 """Kinds of matrices in a layer that can be adapted."""
 NAMED = 3
 """Modules of a kind, or near names, that a message names."""
+FOLDER = "the folder with config.json, weights (model.safetensors) and tokenizer"
 
 
 def describe_model(given: str, models_dirs: Sequence[str] = ()) -> tuple[ModelSpec, str]:
@@ -43,20 +44,23 @@ def describe_model(given: str, models_dirs: Sequence[str] = ()) -> tuple[ModelSp
     tried = [Path(p) for p in dict.fromkeys(os.path.abspath(p.expanduser()) for p in paths)]
     path = next((p for p in sorted(tried, key=_is_model, reverse=True) if p.exists()), None)
     if path is not None:
-        return _local(given, path, models_dirs), str(path.parent)
+        spec = ModelSpec(given, "folder" if path.is_dir() else "gguf", path.name)
+        described = _described(spec, path, [*models_dirs, str(path.parent)])
+        pin = find.content_pin(path)
+        name = f"{path.name.removesuffix('.gguf')}-{pin.removeprefix('sha256:')[:8]}"
+        return replace(described, name=name, revision=pin), str(path.parent)
     remedy = "Give the path of a folder or a .gguf file, or "
     match = HUB_NAME.fullmatch(given)
     if match and not given.endswith(".gguf") and not given.startswith(("/", ".", "~")):
-        location, revision = match[1], match[2] or ""
-        spec = ModelSpec(name=given, source="hub", location=location, revision=revision)
+        spec = ModelSpec(given, "hub", match[1], match[2] or "")
         try:
-            folder = hub.cached_config(spec)
+            folder = find.cached_config(spec)
         except ModelError as error:
             problem = str(error).removeprefix(f"model {given!r}: ")
             remedy = f"As a name, {problem} Or correct "
         else:
-            name = location.replace("/", "-")
-            return replace(_described(spec, folder), name=name, revision=folder.name), ""
+            described = _described(spec, folder, models_dirs)
+            return replace(described, name=match[1].replace("/", "-"), revision=folder.name), ""
     there = {p.name for missing in tried for p in missing.parent.glob("*") if _is_model(p)}
     near = difflib.get_close_matches(Path(given).name, sorted(there), NAMED, cutoff=0.4)
     nearest = f"Nearest there: {', '.join(near)}. " if near else ""
@@ -71,44 +75,30 @@ def _is_model(path: Path) -> bool:
     return is_gguf or (path / "config.json").is_file()
 
 
-def _local(given: str, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
-    """Describe a folder or a GGUF file."""
-    source = "folder" if path.is_dir() else "gguf"
-    spec = ModelSpec(name=given, source=source, location=path.name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            found = ", ".join(sorted(p.name for p in path.iterdir())[: 2 * NAMED]) or "nothing"
-            raise ModelError(
-                f"model {given!r}: {path} has no config.json, only {found}. Expected a folder of "
-                "transformers: config.json, weights (model.safetensors) and tokenizer."
-            )
-        hub.check_folder(spec, path)
-        spec, stem = _described(spec, path), path.name
-    elif path.suffix == ".gguf":  # values are computed in fp32; reading a config takes seconds
-        converted = find.converted_at(path, [*models_dirs, str(path.parent)][0])
-        known = converted if (converted / "config.json").is_file() else path
+def _described(spec: ModelSpec, path: Path, models_dirs: Sequence[str]) -> ModelSpec:
+    """Add the shape and the type of weights, from a folder or a GGUF file; try them out."""
+    where = f"model {spec.name!r}: {path}"
+    if not _is_model(path):
+        there = sorted(p.name for p in path.iterdir())[: 2 * NAMED] if path.is_dir() else ()
+        what = f"has no config.json, only {', '.join(there) or 'nothing'}"
+        what = what if path.is_dir() else "is no .gguf file"
+        raise ModelError(f"{where} {what}. Give a .gguf file, or {FOLDER}.")
+    if path.is_file():  # values are computed in fp32; reading a config takes seconds
+        converted = find.converted_at(path, models_dirs[0])
+        known = converted if _is_model(converted) else path
         config = config_at(spec, known)
-        spec, stem = try_out(with_shape(spec, config), config, known), path.stem
-    else:
+        return try_out(with_shape(spec, config), config, known)
+    if spec.source == "folder":
+        find.check_folder(spec, path)
+    if find.has_weights(path) and not find.has_tokenizer(path):
         raise ModelError(
-            f"model {given!r}: {path} is no .gguf file. Give a .gguf file, or the folder with "
-            "config.json, weights (model.safetensors) and tokenizer."
+            f"{where} has no tokenizer, none of {', '.join(find.TOKENIZER)}. Copy the tokenizer's "
+            "files of the model there (or tokenizer.save_pretrained)."
         )
-    pin = find.content_pin(path)
-    return replace(spec, name=f"{stem}-{pin.removeprefix('sha256:')[:8]}", revision=pin)
-
-
-def _described(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """Add the shape and the type of weights, from a folder with config.json."""
-    if hub.has_weights(folder) and not hub.has_tokenizer(folder):
-        raise ModelError(
-            f"model {spec.name!r}: {folder} has no tokenizer, none of {', '.join(hub.TOKENIZER)}. "
-            "Copy the tokenizer's files of the model there (or tokenizer.save_pretrained)."
-        )
-    config, types = config_at(spec, folder), hub.matrix_types(spec, folder)
+    config, types = config_at(spec, path), find.matrix_types(spec, path)
     bf16 = types == {"BF16"} if types else "bfloat16" in str(getattr(config, "dtype", None))
     spec = replace(spec, weights_dtype="bf16" if bf16 else "fp32")
-    return try_out(with_shape(spec, config), config, folder)
+    return try_out(with_shape(spec, config), config, path)
 
 
 def config_at(spec: ModelSpec, path: Path) -> Any:
@@ -125,28 +115,27 @@ def config_at(spec: ModelSpec, path: Path) -> Any:
     except Exception as error:  # of any type: a config is somebody else's file
         raise ModelError(
             f"model {spec.name!r}: transformers {transformers.__version__} cannot read the config "
-            f"of {path}: {_first_line(error)} Expected the config of a model that this version "
+            f"of {path}: {_first_line(error)}. Expected the config of a model that this version "
             "knows without code of its own; a newer version may know it."
         ) from error
     if path.is_dir() and getattr(config, "quantization_config", None):
         raise ModelError(
-            f"model {spec.name!r}: the weights in {path} are quantised (quantization_config). "
-            "Expected weights in bf16, fp16 or fp32: give the model that was quantised."
+            f"model {spec.name!r}: the weights in {path} are quantised (quantization_config). Give "
+            "the model that was quantised, in bf16, fp16 or fp32."
         )
     return config
 
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text}".rstrip(".") + "."
+    return f"{type(error).__name__}: {text}".rstrip(".")
 
 
 def with_shape(spec: ModelSpec, config: Any) -> ModelSpec:
     """Return the spec with the shape of transformers' model of this config.
 
-    Raises:
-        ModelError: it is no causal language model whose layers all have the same nn.Linear matrices
-            and experts.
+    ModelError: it is no causal language model whose layers all have the same nn.Linear matrices and
+    experts.
     """
     from torch import nn
 
@@ -161,16 +150,18 @@ def with_shape(spec: ModelSpec, config: Any) -> ModelSpec:
     found = [_matrices(layer) for layer in layers]
     attention, mlp, experts = ({n: s for of, n, s in found[0] if of == kind} for kind in KINDS)
     others = list(dict.fromkeys(n for layer in found for of, n, _ in layer if of not in KINDS))
-    if others or not attention or not (mlp or experts):
-        named = ", ".join(others[:NAMED]) or "none in attention or MLP"
-        raise refused(f"other matrices in its layers: {named}")
-    if uneven := [n for layer in found for _, n, _ in sorted(set(layer) ^ set(found[0]))]:
-        raise refused(f"its {len(layers)} layers differ, in {uneven[0]}")
+    uneven = [n for layer in found for _, n, _ in sorted(set(layer) ^ set(found[0]))]
     names = [n for _, n, _ in found[0]]
-    if twice := sorted(n for n in set(names) if names.count(n) > 1):
-        raise refused(f"attention and MLP both have matrices named {', '.join(twice)}")
-    if experts and mlp:
-        raise refused(f"it has matrices beside its experts: {', '.join(mlp)}")
+    twice = sorted(n for n in set(names) if names.count(n) > 1)
+    for wrong, what in (
+        (others[:NAMED], "other matrices in its layers:"),
+        (not (attention and (mlp or experts)), "no matrices in attention or MLP"),
+        (uneven[:1], f"its {len(layers)} layers differ, in"),
+        (twice, "attention and MLP both have matrices named"),
+        (list(mlp) if experts else [], "it has matrices beside its experts:"),
+    ):
+        if wrong:
+            raise refused(f"{what} {', '.join(wrong)}" if isinstance(wrong, list) else what)
     head, modules = model.get_output_embeddings(), {m: n for n, m in model.named_modules()}
     last = modules[head].rpartition(".")[2]
     n_heads = getattr(config, "num_attention_heads", 0)
@@ -219,22 +210,20 @@ def _without_weights(spec: ModelSpec, config: Any) -> tuple[Any, Callable[[str],
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = type(config).__name__.removesuffix("Config")
-
     def refused(problem: str) -> ModelError:
         return ModelError(
-            f"model {spec.name!r} ({kind}): {problem}. Expected a causal language model of "
-            "transformers whose layers all have the same nn.Linear matrices in attention and MLP, "
-            "or stacks of experts, such as Llama, Mistral, Qwen, Gemma, OLMo or Phi-3."
+            f"model {spec.name!r} ({type(config).__name__.removesuffix('Config')}): {problem}. "
+            "Expected a causal language model of transformers whose layers all have the same "
+            "nn.Linear matrices in attention and MLP, or stacks of experts, such as Llama, "
+            "Mistral, Qwen, Gemma, OLMo or Phi-3."
         )
 
+    more = {"dtype": torch.float32, "trust_remote_code": False}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(config, **more)
     except Exception as error:  # of any type, as above
-        raise refused(f"transformers cannot build it: {_first_line(error)[:-1]}") from error
+        raise refused(f"transformers cannot build it: {_first_line(error)}") from error
     stated = [str(name) for name in getattr(config, "architectures", None) or ()]
     if stated and not any(n == type(model).__name__ or n.endswith(CAUSAL) for n in stated):
         raise refused(f"its config.json says {', '.join(stated)}")
@@ -259,7 +248,7 @@ def try_out(spec: ModelSpec, config: Any, path: Path) -> ModelSpec:
     from lorasweep.models.load import model_at, prepared
     from lorasweep.models.targets import find_targets
 
-    complete, tried = hub.is_complete(path), "its tokenizer"
+    complete, tried = find.is_complete(path), "its tokenizer"
     if complete:
         model_at(spec, path, device_map="meta")
     model, refused = _without_weights(spec, config)
@@ -284,7 +273,7 @@ def try_out(spec: ModelSpec, config: Any, path: Path) -> ModelSpec:
         logits = logits_of(model, hidden_states(model, tokens_RT, torch.arange(6).expand(2, 6)))
         logits.square().sum().backward()
     except Exception as error:  # of any type, as above
-        raise refused(f"{tried} fails: {_first_line(error)[:-1]}") from error
+        raise refused(f"{tried} fails: {_first_line(error)}") from error
     unused = [name for name, p in attached.parameters().items() if p.grad is None]
     if unused or not torch.allclose(logits, expected, atol=ROUNDING * float(expected.abs().max())):
         raise refused(f"its forward pass bypasses {unused[0] if unused else 'attention'}")

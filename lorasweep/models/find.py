@@ -1,25 +1,38 @@
-"""Find a base model's files on this machine: weights, tokenizer, license, pinned content. No torch.
+"""A base model's files: weights, tokenizer, license; in folders, in GGUF files or on the hub.
 
-Commands that only plan, ask or wait for workers need no more than this; torch takes seconds.
+Complete by names and headers, pinned by content. No torch: commands that only plan, ask or wait for
+workers need no more than this; torch takes seconds.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorasweep.errors import ModelError, check_installed
-from lorasweep.models import hub
+from lorasweep.errors import ModelError, check_installed, from_hub
 from lorasweep.spec.model import ModelSpec
-from lorasweep.store.files import read_json, write_atomic
+from lorasweep.store.files import read_json, safetensors_header, write_atomic
 
 SHIPPED = Path(__file__).parent / "bases"
 """Folder with the weights of recipes that come with the package."""
 LICENSE = ("license", "license_name", "license_link")
 """Keys of a model card's head."""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLED = "pytorch_model*.bin*"
+"""Weights in an older format."""
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Names of a tokenizer's vocabulary file; a tokenizer has at least one of them."""
+OF_TOKENIZER = (
+    *(*TOKENIZER, "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("tokenizer_config.json", "chat_template.jinja", "chat_template.json"),
+)
+"""Names of all files of a tokenizer that determine the tokens of a row."""
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
+UNWANTED = ["original/*"]
+"""Weights in Meta's format, which some repositories have in addition to transformers' format."""
 
 
 def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> bool:
@@ -29,14 +42,17 @@ def check_available(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool =
         ModelError: the weights are missing or incomplete; with `fetched`, not in the hub's cache.
     """
     if spec.source == "hub":
-        folder = hub.check_cached(spec, fetched)
-        return folder is None or hub.has_tokenizer(folder)
+        folder = check_cached(spec, fetched)
+        return folder is None or has_tokenizer(folder)
     if spec.source == "recipe":
         return False
     path = pinned_path(spec, models_dirs)
     if path.is_file() and not (converted_at(path, models_dirs[0]) / "config.json").is_file():
         check_installed("gguf", f"model {spec.name!r}")
-    return path.is_file() or hub.has_tokenizer(path)
+    return path.is_file() or has_tokenizer(path)
+
+
+# ---------------------------------------------------------------- folders and GGUF files
 
 
 def pinned_path(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
@@ -54,34 +70,29 @@ def pinned_path(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
             f"model {spec.name!r}: no {spec.source} at {' or '.join(map(str, tried))}. To get it, "
             f"{get}, or set exec.models_dir=[FOLDER]."
         )
-    pins = []
     for path in there:  # a folder of models_dirs may have another model of this name
         if not is_gguf:
-            hub.check_folder(spec, path)
-        if not (pinned if is_gguf else pinned.startswith("sha256:")):
-            return path
-        pins.append(content_pin(path))
-        if pinned in (pins[-1], content_pin(path, with_tokenizer=False)):
+            check_folder(spec, path)
+        is_pinned = pinned if is_gguf else pinned.startswith("sha256:")
+        if not is_pinned or pinned == content_pin(path):
             return path
     raise ModelError(
-        f"model {spec.name!r}: {there[0]} is {pins[0]}, but the model pins {pinned}. Get the "
-        "pinned weights, or describe these as another model: model=FOLDER or FILE, or a file in "
-        "conf/model with another name and revision."
+        f"model {spec.name!r}: {there[0]} is {content_pin(there[0])}, but the model pins {pinned}. "
+        "Get the pinned weights, or describe these as another model: model=FOLDER or FILE."
     )
 
 
-def content_pin(path: Path, with_tokenizer: bool = True) -> str:
+def content_pin(path: Path) -> str:
     """Return 'sha256:...' of a GGUF file, or of a folder's config.json, weights and tokenizer.
 
     That of a folder is what `sha256sum FILES | sha256sum` prints in it, with config.json, the
-    weights and the tokenizer's files in this order. Earlier versions pinned no tokenizer.
+    weights and the tokenizer's files in this order.
     """
     files = [path]
     if path.is_dir():
-        weights = sorted(p for p in map(path.joinpath, hub.weight_files(path)) if p.is_file())
-        files = [path / "config.json", *(weights or sorted(path.glob(hub.PICKLED)))]
-        if with_tokenizer:
-            files += [p for p in map(path.joinpath, hub.OF_TOKENIZER) if p.is_file()]
+        weights = sorted(p for p in map(path.joinpath, weight_files(path)) if p.is_file())
+        files = [path / "config.json", *(weights or sorted(path.glob(PICKLED)))]
+        files += [p for p in map(path.joinpath, OF_TOKENIZER) if p.is_file()]
     digests = [_sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     if path.is_dir():
         listed = "".join(f"{digest}  {p.name}\n" for digest, p in zip(digests, files))
@@ -118,6 +129,132 @@ def recipe_weights(spec: ModelSpec, models_dirs: Sequence[str]) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def check_folder(spec: ModelSpec, folder: Path) -> None:
+    """Raise ModelError if the weights of a local model are incomplete."""
+    if problem := _problem(folder)[0]:
+        raise ModelError(f"model {spec.name!r}: {folder} has {problem}. Copy the files again.")
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a model's folder has files of weights, complete or not."""
+    return any((folder / n).is_file() for n in weight_files(folder)) or any(folder.glob(PICKLED))
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a model's folder has all files of weights, of the size in their headers."""
+    return has_weights(folder) and not _problem(folder)[0]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a model's folder has a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Name the safetensors files that a model's folder should have."""
+    if (folder / SINGLE).is_file():  # transformers reads it, even beside an index
+        return [SINGLE]
+    with suppress(FileNotFoundError, ValueError, KeyError):  # an unreadable index counts as none
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    return [SINGLE]
+
+
+def _problem(folder: Path) -> tuple[str, bool]:
+    """Name a file of weights that is damaged (size not as in its header; True) or missing."""
+    names = weight_files(folder)
+    absent = [name for name in names if not (folder / name).is_file()]
+    for path in (folder / name for name in names if name not in absent):
+        size, header = path.stat().st_size, safetensors_header(path)
+        if header is None or size != header[1]:
+            says = f"and its header says {header[1]:,}" if header else "and no readable header"
+            return f"an incomplete file of weights: {path} has {size:,} bytes, {says}", True
+    if absent and not list(folder.glob(PICKLED)):
+        there = len(names) - len(absent)
+        return f"{there} of {len(names)} files of weights: no {absent[0]}", False
+    return "", False
+
+
+def matrix_types(spec: ModelSpec, folder: Path) -> set[str]:
+    """Return the types of a model's matrices, such as 'BF16', without loading any.
+
+    Those of a hub model that is not in the cache come from the headers of its files on the hub.
+    Empty without safetensors, or where the hub cannot be reached.
+    """
+    files = [path for path in map(folder.joinpath, weight_files(folder)) if path.is_file()]
+    if files or spec.source != "hub":
+        return types_in(files)
+    from huggingface_hub import get_safetensors_metadata
+
+    with suppress(Exception):  # `check_cached` tells what is wrong, when weights are needed
+        found = get_safetensors_metadata(spec.location, revision=folder.name).files_metadata
+        tensors = [t for file in found.values() for t in file.tensors.values()]
+        return {t.dtype for t in tensors if len(t.shape) > 1}
+    return set()
+
+
+def types_in(files: Iterable[Path]) -> set[str]:
+    """Return the types of the matrices in safetensors files; norms often have another one."""
+    headers = [header for header in map(safetensors_header, files) if header]
+    tensors = [t for header in headers for t in header[0].values()]
+    return {t["dtype"] for t in tensors if len(t["shape"]) > 1}
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def check_cached(spec: ModelSpec, needed: bool) -> Path | None:
+    """Return the folder of a hub model in the cache; None if the first run will download it.
+
+    Raises:
+        ModelError: the model is inaccessible or damaged; or it is not completely downloaded,
+            although `needed` or offline.
+    """
+    from huggingface_hub import constants
+
+    folder = cached_config(spec)
+    problem, damaged = _problem(folder)
+    if problem and (damaged or needed or constants.HF_HUB_OFFLINE):
+        remedy = "Give the same command with action=fetch on a machine that reaches the hub."
+        if damaged:
+            remedy = f"Download it again: hf download {spec.location} --revision "
+            remedy += f"{spec.revision or 'main'} --force-download --exclude 'original/*'"
+        raise ModelError(f"model {spec.name!r}: {folder} has {problem}. {remedy}")
+    return None if problem else folder
+
+
+def cached_config(spec: ModelSpec) -> Path:
+    """Cache a hub model's config.json; return its folder, named by commit. Raises ModelError."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(spec.location, "config.json", revision=spec.revision or None)
+    except Exception as error:
+        raise ModelError(from_hub(f"model {spec.name!r}", spec.location, error)) from error
+    return Path(path).parent
+
+
+def fetch(spec: ModelSpec) -> tuple[Path, int]:
+    """Download a hub model unless it is cached; return its folder and size in bytes.
+
+    Raises:
+        ModelError: the model is inaccessible or damaged.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        found = snapshot_download(
+            spec.location,
+            revision=spec.revision or None,
+            allow_patterns=WANTED,
+            ignore_patterns=UNWANTED,
+            local_files_only=constants.HF_HUB_OFFLINE,  # some releases list the files online
+        )
+    except Exception as error:
+        raise ModelError(from_hub(f"model {spec.name!r}", spec.location, error)) from error
+    check_cached(spec, needed=True)
+    return Path(found), sum(p.stat().st_size for p in Path(found).rglob("*") if p.is_file())
+
+
 def license_of(spec: ModelSpec, models_dirs: Sequence[str]) -> dict[str, str]:
     """Return license, license_name and license_link of a base; empty if the license is not known.
 
@@ -129,9 +266,14 @@ def license_of(spec: ModelSpec, models_dirs: Sequence[str]) -> dict[str, str]:
         if spec.source == "gguf":
             path = pinned_path(spec, models_dirs)
             kept = converted_at(path, models_dirs[0]) / "license.json"
-            given = read_json(kept) or _license_in_gguf(path)
-            with suppress(OSError):  # for the next time: reading a GGUF file takes seconds
-                write_atomic(kept, json.dumps(given).encode())
+            if not (given := read_json(kept) or {}):
+                import gguf
+
+                fields = gguf.GGUFReader(path).fields
+                named = {name: fields.get(f"general.{name.replace('_', '.')}") for name in LICENSE}
+                given = {k: bytes(f.parts[f.data[0]]).decode() for k, f in named.items() if f}
+                with suppress(OSError):  # for the next time: reading a GGUF file takes seconds
+                    write_atomic(kept, json.dumps(given).encode())
         elif spec.source != "recipe":
             from huggingface_hub import hf_hub_download, metadata_load
 
@@ -147,11 +289,3 @@ def license_of(spec: ModelSpec, models_dirs: Sequence[str]) -> dict[str, str]:
     if spec.source == "hub" and link and "://" not in link:  # a file of the base's repository
         found["license_link"] = f"https://huggingface.co/{spec.location}/blob/main/{link}"
     return found
-
-
-def _license_in_gguf(path: Path) -> dict[str, str]:
-    import gguf
-
-    fields = gguf.GGUFReader(path).fields
-    found = {name: fields.get(f"general.{name.replace('_', '.')}") for name in LICENSE}
-    return {k: bytes(f.parts[f.data[0]]).decode() for k, f in found.items() if f}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lorasweep.errors import ModelError, check_installed
-from lorasweep.models import find, hub
+from lorasweep.models import find
 from lorasweep.models.attention import use_short_rows
 from lorasweep.models.forward import (
     MASTER_DTYPES,
@@ -172,7 +172,7 @@ def architecture_of(spec: ModelSpec, models_dirs: Sequence[str]) -> str:
     Raises:
         ModelError: the model is missing.
     """
-    folder = hub.cached_config(spec) if spec.source == "hub" else _folder(spec, models_dirs)
+    folder = find.cached_config(spec) if spec.source == "hub" else _folder(spec, models_dirs)
     config = read_json(folder / "config.json") or {}
     return next(iter(config.get("architectures") or ()), "")
 

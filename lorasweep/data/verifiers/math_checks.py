@@ -3,7 +3,6 @@
 math-verify's time limit is a signal, which works in the main thread only and not inside C calls.
 """
 
-import importlib.util
 import json
 import os
 import queue
@@ -27,15 +26,6 @@ MOST_PROCESSES = 8
 MOST_KNOWN = 1 << 18
 """Largest number of cached verdicts."""
 VERDICTS = {"right": 1.0, "wrong": 0.0, "unread": None}
-
-
-def check_installed() -> None:
-    """Raise DataError if math-verify cannot be imported."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise DataError(
-            "verifier=math needs the package math-verify, which is not installed. Run "
-            "`pip install 'lorasweep[rl]'`."
-        )
 
 
 class MathChecks:
@@ -62,13 +52,11 @@ class MathChecks:
             finally:
                 self._free.put(worker)
 
-        new = [p for p in dict.fromkeys(pairs) if p not in self._known]
-        known = {p: self._known[p] for p in pairs if p in self._known}
-        known.update(zip(new, self._threads.map(checked, new)))
         if len(self._known) > MOST_KNOWN:
             self._known.clear()
-        self._known.update(known)
-        return [known[p] for p in pairs]
+        new = [p for p in dict.fromkeys(pairs) if p not in self._known]
+        self._known.update(zip(new, self._threads.map(checked, new)))
+        return [self._known[p] for p in pairs]
 
 
 @cache
@@ -116,10 +104,7 @@ class _Worker:
         self._end = weakref.finalize(self, _kill, process)  # at the latest at exit
         if _line(process, START_S) != "ready":
             self._stop()
-            raise DataError(
-                "the process that verifies answers does not start. "
-                f"`{' '.join(command)}` shows why."
-            )
+            raise DataError(f"no process starts that verifies answers: {' '.join(command)}")
         return process
 
     def _stop(self) -> None:

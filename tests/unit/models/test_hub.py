@@ -9,7 +9,7 @@ from lorasweep.cli.actions import act
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.models import find
-from lorasweep.models.hub import weight_files
+from lorasweep.models.find import weight_files
 from lorasweep.models.load import load
 from tests import small_hub
 from tests.bpe import qwen_like
