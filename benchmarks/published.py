@@ -26,8 +26,8 @@ from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.load import Load, load_of
 from lorasweep.plan.memory import Layout, memory_parts
 from lorasweep.plan.time import TRAINING_SHARE, step_parts, step_seconds
-from lorasweep.spec.canonical import build
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.values import build
 
 TABLE = Path(__file__).with_name("published.yaml")
 FOLDER = RESULTS / "plan"

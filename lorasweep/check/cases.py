@@ -83,7 +83,7 @@ def random_tokens(length: int) -> DatasetSpec:
 
 
 def cases_of(
-    models: Mapping[str, Callable[[], ModelSpec]], small: RunSpec, size: Size, precision: str
+    models: Mapping[str, Callable[[], ModelSpec]], small: RunSpec, size: Size, precision: Any
 ) -> list[Case]:
     """List the cases of all parts.
 

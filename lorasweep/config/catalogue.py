@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from lorasweep.fleet.serving import Profile
 from lorasweep.plan import hardware
 from lorasweep.plan.hardware import Hardware
-from lorasweep.spec.canonical import build
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.values import build
 
 
 def models(folders: Sequence[Path]) -> dict[str, Callable[[], ModelSpec]]:

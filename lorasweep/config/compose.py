@@ -24,7 +24,7 @@ from lorasweep.config.actions import check_action
 from lorasweep.config.folders import conf_dir, exec_of
 from lorasweep.config.loader import ScaleLoader, without_hydra
 from lorasweep.config.own import GROUPS
-from lorasweep.config.schema import FORMATS, MIRRORS, Config, writable
+from lorasweep.config.schema import Config, writable
 from lorasweep.data.own import as_served
 from lorasweep.errors import NotAtScale, SpecError, unknown
 from lorasweep.launch.slurm.planning import check as check_cluster
@@ -32,11 +32,11 @@ from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
 from lorasweep.plan.hardware import from_plain
-from lorasweep.spec.canonical import build
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Cluster
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
+from lorasweep.spec.values import build, misfits
 from lorasweep.sweep.grid import Point, around, expand, fields_of, geom
 from lorasweep.sweep.question import Search, Sweep, axes_of, check_directions, check_sweep
 from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
@@ -135,9 +135,9 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
             "conf/serve to DIR/serve/NAME.yaml, change it there, and add --config-dir=DIR "
             "serve=NAME."
         )
-    for name, allowed in (("format", FORMATS), ("mirror", MIRRORS)):
-        if getattr(config, name) not in allowed:
-            raise SpecError(unknown(name, getattr(config, name), allowed))
+    stated = {name: getattr(config, name) for name in SETTINGS}
+    for problem in misfits(Settings(**stated)):
+        raise SpecError(problem)
     if isinstance(config.rates, str) and config.rates != "advised":
         raise SpecError(f"rates={config.rates!r}. Expected a number, or with a fleet: advised.")
     hardware = {} if config.hardware == {"name": detect.NAME} else config.hardware
@@ -157,7 +157,7 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
                 "and cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
             )
     common = {
-        **{name: getattr(config, name) for name in SETTINGS},
+        **stated,
         "rates": 1 if config.rates == "advised" else config.rates,
         "scale": config.scale.name,
         "exec": exec_,

@@ -18,9 +18,9 @@ from lorasweep.config.folders import exec_of
 from lorasweep.data.own import EXPECTED
 from lorasweep.errors import DataError, ModelError, SpecError
 from lorasweep.models.describe import describe_model
-from lorasweep.spec.canonical import fields
 from lorasweep.spec.dataset import FILES, DatasetSpec
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.values import fields
 from lorasweep.sweep.grid import Point
 
 GROUPS = ("model", "dataset")

@@ -13,16 +13,15 @@ from lorasweep.spec.run import RunSpec
 from lorasweep.sweep.question import Sweep
 from lorasweep.sweep.request import Settings
 
-FORMATS = ("text", "json")
-MIRRORS = ("none", "wandb")
-
 
 @functools.cache
 def writable(value: type) -> Any:
     """Make a writable copy of a frozen dataclass, with its YAML keys, for OmegaConf to fill."""
 
     def kind_of(kind: Any) -> Any:
-        if isinstance(kind, types.UnionType):
+        if typing.get_origin(kind) is typing.Literal:
+            return str  # OmegaConf has no type for it
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
             return functools.reduce(operator.or_, map(kind_of, kind.__args__))
         return writable(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else kind
 
@@ -49,7 +48,7 @@ class Scale:
 
 
 @dataclass
-class Config(Settings, writable(RunSpec)):  # type: ignore[misc]
+class Config(writable(Settings), writable(RunSpec)):  # type: ignore[misc]
     """The whole configuration: the fields of a run, the scale, and the settings of the command."""
 
     rates: int | str = 3

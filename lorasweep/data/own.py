@@ -94,9 +94,10 @@ def dataset_of(given: str, name: str = "", named: Mapping[str, str] = {}) -> Dat
         raise DataError(f"{path} has no rows. Add rows, or give another file.")
     test = path.with_name(f"test{path.suffix}")
     folder = path.parent.name if path.stem == "train" else path.stem
+    source: Any = path.suffix[1:]
     return DatasetSpec(
         name=name or f"{folder}-{digest[:8]}",
-        source=path.suffix[1:],
+        source=source,
         location=str(path.parent),
         revision=f"sha256:{path.stem}={digest}",
         train_split=path.stem,

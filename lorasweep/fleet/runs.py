@@ -26,7 +26,6 @@ from lorasweep.fleet.serving import PEFT, Profile, adapted
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.forecast import Forecaster
 from lorasweep.plan.placement import Misfit
-from lorasweep.spec.canonical import not_allowed
 from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import parse_layers
@@ -145,8 +144,6 @@ def build_runs(
             f"early_stopping={base.early_stopping}. Expected 0 (off), or the number of evaluations "
             "in a row without improvement after which a run ends: 2 or 3."
         )
-    if request.instead_of_full not in ("", "lora"):
-        raise SpecError(not_allowed("instead_of_full", request.instead_of_full, ("", "lora")))
     hardware = known.hardware
     planner = Forecaster(hardware, request.exec) if hardware and hardware.has_speeds else None
     found = []

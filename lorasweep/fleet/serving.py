@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.canonical import Value
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ROUTER, ModelSpec
+from lorasweep.spec.values import Value
 
 HEAD = "unembedding"
 BASE = "BASE"

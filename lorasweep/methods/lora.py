@@ -7,23 +7,18 @@ learning rate for A and B. Every expert of a layer has separate adapters for gat
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from lorasweep.errors import RankTooLarge, SpecError
-from lorasweep.spec.canonical import later, not_allowed
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import Matrix, ModelSpec
+from lorasweep.spec.values import ABOVE_0, Is, later, misfits
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lorasweep.methods.stacked.adapters import StackedAdapters
     from lorasweep.methods.trainables import Target
-
-SCALINGS = ("rank", "sqrt_rank", "none")
-RANDOM_FACTORS = ("a", "b")
-EXPERT_RANKS = ("active", "all", "whole")
-EXPERT_OUTERS = ("own", "shared")
 
 
 @dataclass(frozen=True)
@@ -33,27 +28,27 @@ class LoRA(Method):
     name: str = "lora"
     rank: int = 16
     """Rows of A and columns of B; at most the smaller side of every adapted matrix."""
-    alpha: float = 32.0
+    alpha: Annotated[float, Is("the study: 32", ABOVE_0, 1e6)] = 32.0
     """Numerator of scaling = alpha/rank. The study uses 32 everywhere."""
     layers: str = "all"
     """Layer sets joined by '+': attention, mlp, unembedding. 'all' means all three."""
-    scaling_by: str = later("rank")
+    scaling_by: Literal["rank", "sqrt_rank", "none"] = later("rank")
     """Divisor of alpha: rank (the study), sqrt_rank (rsLoRA, arXiv 2312.03732), or none."""
-    init_scale: float = later(1.0)
+    init_scale: Annotated[float, Is("the study: 1", ABOVE_0, 1e6)] = later(1.0)
     """Factor on the initial values of the random factor."""
-    lr_b_ratio: float = later(1.0)
+    lr_b_ratio: Annotated[float, Is("the study: 1", ABOVE_0, 1e6)] = later(1.0)
     """Learning rate of B divided by that of A (`lr`). LoRA+ (arXiv 2402.12354) uses about 16."""
-    random_factor: str = field(default="a", metadata={"added": "a", "key": "start"})
+    random_factor: Literal["a", "b"] = field(default="a", metadata={"added": "a", "key": "start"})
     """Factor (a or b) that starts random, uniform in +-1/sqrt(its inputs). The other is zero."""
-    init_seed: int = later(0)
+    init_seed: Annotated[int, Is("", 0, 2**31 - 1)] = later(0)
     """Second seed of the initial values; batches stay the same. It shows differences by chance."""
-    expert_rank: str = later("active")
+    expert_rank: Literal["active", "all", "whole"] = later("active")
     """Rank of an expert's adapter. active: rank / active experts (the study; NeMo Automodel). all:
     rank / all experts of the layer (SkyRL, PEFT's documentation). whole: rank (Tinker)."""
     expert_alpha: float | None = later(None)
     """Alpha of an expert's adapter; `scaling_by` refers to the rank of that adapter. None: `alpha`,
     as in NeMo Automodel and Megatron-Bridge; the study does not say."""
-    expert_outer: str = later("own")
+    expert_outer: Literal["own", "shared"] = later("own")
     """The factor on the hidden side (A of gate and up, B of down). own: one per expert. shared: one
     per layer (Tinker)."""
     PACKED_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -112,24 +107,8 @@ class LoRA(Method):
                 f"method.rank={self.rank}. Allowed on model {model.name!r} with layers "
                 f"{self.layers}: from 1 to {smallest}, the smallest side of an adapted matrix."
             )
-        for name, value, allowed in (
-            ("scaling_by", self.scaling_by, SCALINGS),
-            ("start", self.random_factor, RANDOM_FACTORS),
-            ("expert_rank", self.expert_rank, EXPERT_RANKS),
-            ("expert_outer", self.expert_outer, EXPERT_OUTERS),
-        ):
-            if value not in allowed:
-                raise SpecError(not_allowed(f"method.{name}", value, allowed))
-        for name, studied in (("alpha", 32), ("init_scale", 1), ("lr_b_ratio", 1)):
-            if not 0 < getattr(self, name) < 1e6:
-                raise SpecError(
-                    f"method.{name}={getattr(self, name)}: expected a number above 0 and below "
-                    f"1e6. The study uses {studied}."
-                )
-        if not 0 <= self.init_seed < 2**31:
-            raise SpecError(
-                f"method.init_seed={self.init_seed}: expected a whole number from 0 to 2^31 - 1."
-            )
+        for problem in misfits(self, self.WHERE):
+            raise SpecError(problem)
         experts = [m for m in matrices if m.n_experts > 1]
         if not experts:
             for f in fields(self):
@@ -151,7 +130,7 @@ class LoRA(Method):
                 f"method.rank={self.rank} on model {model.name!r} with layers {self.layers}: every "
                 f"expert gets rank/{divisor} by method.expert_rank={self.expert_rank}. Expected a "
                 f"multiple of {divisor}: {divisor}, {2 * divisor}, {4 * divisor}, ...; or another "
-                f"method.expert_rank ({', '.join(EXPERT_RANKS)}), or method.layers=attention."
+                "method.expert_rank (active, all, whole), or method.layers=attention."
             )
         smallest = min(min(m.d_in, m.d_out) for m in experts)
         if self.rank // divisor > smallest:

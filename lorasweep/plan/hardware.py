@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.canonical import Value, build
+from lorasweep.spec.values import Value, build
 
 POSITIVE = (
     *("cores", "memory_gib", "gpus_per_node", "gpu_memory_gib", "attainable_share"),

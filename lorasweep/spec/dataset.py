@@ -2,25 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from lorasweep.spec.canonical import Value, fields, later, not_allowed
+from lorasweep.spec.values import UNSET, Is, Value, fields, later, misfits
 
 FILES = ("jsonl", "json", "csv", "parquet")
 """Sources that are local files, whose names end so."""
 VERIFIERS = ("", "integer", "math")
 FIRST_RENDER = "role_eos"
 """The only form of messages before `render` was a setting."""
-CHOICES = {
-    "source": ("hub", *FILES, "synthetic"),
-    "format": ("prompt_completion", "messages", "conversations", "tokens"),
-    "mask": ("completion", "last_assistant", "all"),
-    "render": ("role_colon", FIRST_RENDER, "chat_template"),
-    "too_long": ("cut", "cut_or_skip", "skip"),
-    "verifier": VERIFIERS,
-    "held_out_by": ("", "prompt", "row"),
-}
-"""Allowed values of fields."""
 OF_TEXT = (
     *("render", "whole_prompt", "bos", "too_long", "unseen_prompts", "unseen_rows"),
     *("answer_field", "verifier", "held_out_by"),
@@ -35,7 +25,7 @@ class DatasetSpec(Value):
     WHERE: ClassVar[str] = "dataset."
 
     name: str = "???"
-    source: str = "???"
+    source: Literal["hub", "jsonl", "json", "csv", "parquet", "synthetic"] = UNSET
     location: str = ""
     """Hub name, generator name, or folder looked up under exec.data_dir."""
     config: str = ""
@@ -45,7 +35,9 @@ class DatasetSpec(Value):
     train_split: str = "train"
     test_split: str = "test"
     """Split names; for local files, names without their end. On the hub, 'a+b' means both."""
-    format: str = "prompt_completion"
+    format: Literal["prompt_completion", "messages", "conversations", "tokens"] = (
+        "prompt_completion"
+    )
     """prompt_completion: two columns. messages: a column with a list of {role, content}.
     conversations: a column with a list of {from, value}, from human or gpt. tokens: drawn by a
     generator."""
@@ -53,24 +45,24 @@ class DatasetSpec(Value):
     completion_field: str = "completion"
     template: str = "{prompt}\n"
     """Text put before the completion; {prompt} is the row's prompt."""
-    mask: str = "completion"
+    mask: Literal["completion", "last_assistant", "all"] = "completion"
     """Tokens that count in the loss. completion: the completion, or all assistant messages.
     last_assistant: the last assistant message. all: all tokens. In a message, "weight": 0 or 1
     overrides the mask."""
-    max_length: int = 512
+    max_length: Annotated[int, Is("tokens", 4)] = 512
     """Maximum number of tokens per row. For longer rows see `too_long`."""
-    n_train: int | None = None
+    n_train: Annotated[int | None, Is("rows; null: all", 1)] = None
     """Training rows, from the start of the split. None: all."""
-    n_test: int = 1024
+    n_test: Annotated[int, Is("rows", 1)] = 1024
     """Test rows, which are evaluated at the end."""
-    n_test_curve: int = 256
+    n_test_curve: Annotated[int, Is("rows", 0)] = 256
     """Number of test rows, from the first, that are also evaluated before the end (`eval_steps`).
     0: no evaluation between start and end, unless a run may end early."""
     generator_params: dict[str, float] = field(default_factory=dict, metadata={"stored": "knobs"})
     """Parameters of a synthetic generator."""
-    holdout: int = later(0)
+    holdout: Annotated[int, Is("rows", 0)] = later(0)
     """Number of rows held out from the training split, after a shuffle. 0: use test_split."""
-    n_retain: int = later(0)
+    n_retain: Annotated[int, Is("rows", 0)] = later(0)
     """Rows of pretraining data (for facts: of facts that are never trained) evaluated at the end,
     to measure forgetting."""
     exact_loss: bool = later(False)
@@ -79,7 +71,7 @@ class DatasetSpec(Value):
     draw_by_seed: bool = later(False)
     """Draw new data for each seed. All draws have the same parameters: their runs share a curve."""
 
-    render: str = later(FIRST_RENDER)
+    render: Literal["role_colon", "role_eos", "chat_template"] = later(FIRST_RENDER)
     """How messages become text: see `lorasweep.data.text.parts_of`. role_colon: the study's form
     for base models. role_eos: the same words; the EOS token ends an answer. chat_template: the
     tokenizer's form, for instruct models."""
@@ -88,7 +80,7 @@ class DatasetSpec(Value):
     message alone, as the renderers of tinker-cookbook do, which may give other tokens."""
     bos: bool = later(False)
     """Begin rows of role_eos with BOS, if the tokenizer begins texts with it, as servers do."""
-    too_long: str = later("cut")
+    too_long: Literal["cut", "cut_or_skip", "skip"] = later("cut")
     """Treatment of rows longer than max_length. cut: cut on the right; an error if no loss token is
     left. cut_or_skip: cut on the right; left out if no loss token is left. skip: left out."""
     test_location: str = later("")
@@ -101,16 +93,16 @@ class DatasetSpec(Value):
     completion), and leave out training rows that duplicate a held-out row."""
     answer_field: str = later("")
     """Column of the gold answer; empty: it is in the completion, behind '####' or boxed."""
-    n_validation: int = later(0)
+    n_validation: Annotated[int, Is("rows", 0)] = later(0)
     """Number of validation rows: the first held-out rows. The next n_test are test rows. Validation
     rows are evaluated at the end. Before the end they replace the n_test_curve rows, unless that
     is 0."""
-    verifier: str = later("")
+    verifier: Literal["", "integer", "math"] = later("")
     """Comparison of a completion with the gold answer. integer: compare whole numbers, behind the
     last '####' or in the last box (GSM8K). math: compare the contents of the last boxes, by
     math-verify (MATH, DeepMath). A gold answer from answer_field needs no box; a completion without
     a box is unread. Empty: no comparison. Generators have built-in verifiers."""
-    held_out_by: str = later("")
+    held_out_by: Literal["", "prompt", "row"] = later("")
     """Unit that is held out as a whole. prompt: rows with the same prompt (the messages before the
     first one in the loss) are all training, all validation or all test rows; the standard error of
     a gain is computed over prompts. row: duplicates stay together. Both shuffle held-out rows, also
@@ -118,67 +110,63 @@ class DatasetSpec(Value):
     a test split keeps its order."""
 
     def problems(self) -> Iterator[str]:
-        return (f"dataset {self.name!r}: {problem}" for problem in self._problems())
-
-    def _problems(self) -> Iterator[str]:
-        synthetic = self.source == "synthetic"
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                yield not_allowed(name, getattr(self, name), allowed)
-        for f in fields(type(self)) if synthetic else ():
-            if f.name in OF_TEXT and (value := getattr(self, f.name)) != f.past:
-                yield f"{f.key}={value!r} has no effect with source=synthetic. Leave it out."
-        if self.verifier and self.answer_field not in ("", self.completion_field):
-            yield (
+        """Yield what is wrong with single fields, then with fields together."""
+        where = f"dataset {self.name!r}: "
+        yield from misfits(self, where)
+        synthetic, n, by = self.source == "synthetic", self.n_validation, self.held_out_by
+        unused = [f for f in fields(type(self)) if f.name in OF_TEXT] if synthetic else []
+        stated = [f"{f.key}={v!r}" for f in unused if (v := getattr(self, f.name)) != f.past]
+        implied = [f"{name}=true" for name in ("unseen_rows", "unseen_prompts") if by]
+        implied = [text for text in implied if getattr(self, text.partition("=")[0])]
+        known = {"exact_loss": ["dialect"], "draw_by_seed": ["dialect", "bandit"]}
+        refused = [k for k, v in known.items() if getattr(self, k) and self.location not in v]
+        for wrong, why in (
+            *((v, f"{v} has no effect with source=synthetic. Leave it out.") for v in stated),
+            (
+                self.verifier and self.answer_field not in ("", self.completion_field),
                 f"verifier={self.verifier} reads the gold answer out of the completion. Set "
-                f"completion_field={self.answer_field}, which is answer_field, or leave that out."
-            )
-        location, revision = f"test_location={self.test_location!r}", self.test_revision
-        if self.test_location and (self.source != "hub" or self.holdout):
-            yield f"{location}: only for source=hub without a holdout. Leave it out."
-        if revision and not self.test_location:
-            yield (
-                f"test_revision={revision!r}: there is no test_location, so revision pins both "
-                "splits. Leave it out."
-            )
-        if not self.location:
-            where = "a hub name, a generator, or a folder under exec.data_dir"
-            yield f"location is missing. Set it to {where}."
-        if self.max_length < 4:
-            yield f"max_length={self.max_length}: expected at least 4 tokens."
-        for name in ("unseen_rows", "unseen_prompts") if self.held_out_by else ():
-            if getattr(self, name):
-                yield f"{name}=true: held_out_by={self.held_out_by} implies it. Leave it out."
-        if self.held_out_by == "prompt" and self.mask == "all":
-            yield (
+                f"completion_field={self.answer_field}, which is answer_field, or leave that out.",
+            ),
+            (
+                self.test_location and (self.source != "hub" or self.holdout),
+                f"test_location={self.test_location!r}: only for source=hub without a holdout. "
+                "Leave it out.",
+            ),
+            (
+                self.test_revision and not self.test_location,
+                f"test_revision={self.test_revision!r}: there is no test_location, so revision "
+                "pins both splits. Leave it out.",
+            ),
+            (
+                not self.location,
+                "location is missing. Set it to a hub name, a generator, or a folder under "
+                "exec.data_dir.",
+            ),
+            *((v, f"{v}: held_out_by={by} implies it. Leave it out.") for v in implied),
+            (
+                by == "prompt" and self.mask == "all",
                 "held_out_by=prompt: with mask=all every token is learned, so rows have no prompt. "
-                "Set held_out_by=row, or another mask."
-            )
-        if self.n_test < 1:
-            yield f"n_test={self.n_test}: expected at least 1 row."
-        if not 0 <= self.n_test_curve <= self.n_test:
-            yield f"n_test_curve={self.n_test_curve}: expected 0 to n_test={self.n_test} rows."
-        n = self.n_validation
-        if n < 0 or (n and synthetic):
-            yield f"n_validation={n}: expected 0 or more rows, and 0 with source=synthetic."
-        if self.holdout != 0 and (synthetic or self.holdout < n + self.n_test):
-            yield (
+                "Set held_out_by=row, or another mask.",
+            ),
+            (
+                self.n_test_curve > self.n_test,
+                f"n_test_curve={self.n_test_curve}: expected at most n_test={self.n_test} rows.",
+            ),
+            (synthetic and n, f"n_validation={n}: expected 0 with source=synthetic."),
+            (
+                self.holdout and (synthetic or self.holdout < n + self.n_test),
                 f"holdout={self.holdout}: expected 0, or for the hub and local files at least "
-                f"n_validation + n_test = {n + self.n_test} rows."
-            )
-        if self.n_retain < 0:
-            yield f"n_retain={self.n_retain}: expected 0 or more rows."
-        if self.n_retain and not synthetic:
-            yield (
+                f"n_validation + n_test = {n + self.n_test} rows.",
+            ),
+            (
+                self.n_retain and not synthetic,
                 f"n_retain={self.n_retain}: only synthetic data sets have pretraining rows of the "
-                "base. Leave it at 0."
-            )
-        for name, known in {
-            "exact_loss": ["dialect"],
-            "draw_by_seed": ["dialect", "bandit"],
-        }.items():
-            if getattr(self, name) and self.location not in known:
-                which = " and ".join(known)
-                yield f"{name}=true: only the generator {which} supports it. Set it to false."
-        if self.n_train is not None and self.n_train < 1:
-            yield f"n_train={self.n_train}: expected at least 1 row, or null for all."
+                "base. Leave it at 0.",
+            ),
+            *(
+                (k, f"{k}=true: only the generator {' and '.join(known[k])} supports it.")
+                for k in refused
+            ),
+        ):
+            if wrong:
+                yield where + why

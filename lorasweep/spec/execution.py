@@ -2,6 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from lorasweep.spec.values import ABOVE_0, Is, misfits
+
+Count = Annotated[int, Is("", 1)]
+CountOrNone = Annotated[int | None, Is("", 1)]
+Amount = Annotated[float, Is("", ABOVE_0)]
+AmountOrNone = Annotated[float | None, Is("", ABOVE_0)]
 
 
 @dataclass(frozen=True)
@@ -13,25 +21,25 @@ class Exec:
     models_dir: list[str] = field(default_factory=lambda: ["models"])
     """Folders searched for weights. The first also caches trained recipes and conversions."""
     data_dir: list[str] = field(default_factory=lambda: ["data"])
-    workers: int | None = None
+    workers: CountOrNone = None
     """Worker processes; None: chosen for the machine."""
-    threads: int | None = None
+    threads: CountOrNone = None
     """Threads per worker; None: the cores divided by the workers."""
-    pack_size: int | None = None
+    pack_size: CountOrNone = None
     """Maximum number of runs in a pack. 1: no packing. None: the plan chooses."""
-    micro_batch_size: int | None = None
+    micro_batch_size: CountOrNone = None
     """Sequences per forward pass and run of the pack; None: the plan chooses."""
-    max_gpus: int | None = None
+    max_gpus: CountOrNone = None
     """Maximum number of GPUs of a run. Runs that need more are left out, and the plan prices them
     separately. None: no limit."""
-    forward_parts: int = 1
+    forward_parts: Count = 1
     """Parts into which sampling and evaluation are split, to take less memory; the backward pass is
     not split. The worker doubles this number when either of the two runs out of memory."""
     join_rows: bool = False
     """Join a run's rows into one sequence per forward pass instead of padding them; attention stays
     inside a row. Useful for long rows of different lengths. With X tokens, transformers' sdpa holds
     a mask of X * X bytes, and in bf16 2 * X * X bytes in each layer that keeps its activations."""
-    world_size: int = 1
+    world_size: Count = 1
     """Processes that train one run together, one per GPU if there are GPUs. Above 1: the model is
     sharded (FSDP2) and runs are not packed. 1: with cluster=slurm and hardware=NAME, the plan
     chooses for each run."""
@@ -52,7 +60,7 @@ class Exec:
     bad data stops the command before anything starts."""
     retry: bool = False
     """Try failed runs again."""
-    max_attempts: int = 5
+    max_attempts: Count = 5
 
     def rows_of(self, batch_size: int) -> int:
         """Return the rows of a forward pass, per run of the pack and process."""
@@ -61,15 +69,7 @@ class Exec:
 
     def problems(self) -> Iterator[str]:
         """Yield the problems that the settings have on every machine."""
-        if self.max_attempts < 1:
-            yield f"exec.max_attempts={self.max_attempts}: expected at least 1."
-        if self.forward_parts < 1:
-            yield f"exec.forward_parts={self.forward_parts}: expected at least 1."
-        counts = ("workers", "threads", "micro_batch_size", "pack_size", "max_gpus", "world_size")
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"exec.{name}={value}: expected at least 1, or null to let the plan choose."
+        yield from misfits(self, "exec.")
         if self.world_size > 1 and (self.pack_size or 1) > 1:
             yield (
                 f"exec.pack_size={self.pack_size} with exec.world_size={self.world_size}: several "
@@ -84,49 +84,49 @@ class Cluster:
     """A place to run: one file in conf/cluster/. Run ids do not depend on it."""
 
     name: str = "local"
-    kind: str = "local"
+    kind: Literal["local", "slurm"] = "local"
     """local: worker processes on this machine. slurm: jobs of a Slurm cluster."""
     partition: str | None = None
     """None: the cluster's default."""
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    gpus: int = 0
+    gpus: Annotated[int, Is("", 0)] = 0
     """Minimum number of GPUs per job; a run that needs more gets more, on as few nodes as possible.
     Each GPU trains separate packs. 0: no GPU, unless hardware=NAME names GPUs."""
-    gpus_per_node: int | None = None
+    gpus_per_node: CountOrNone = None
     """Maximum number of GPUs of a node that one job takes. None: as many as a node has."""
-    workers: int | None = None
+    workers: CountOrNone = None
     """Packs that a job trains in parallel. None: as many as its GPUs allow, or one without GPUs."""
-    cpus: int = 2
+    cpus: Count = 2
     """CPU cores per process of a worker."""
-    mem_gib: float | None = None
+    mem_gib: AmountOrNone = None
     """Memory per job and node; None: from the plan's estimate."""
-    time_min: int | None = None
+    time_min: CountOrNone = None
     """Time limit of a job in minutes. None: the plan's estimate, at most the partition's limit."""
-    warn_s: int = 120
+    warn_s: Count = 120
     """Seconds before the limit at which a job writes its checkpoints and requeues itself."""
-    work_min: float = 10.0
+    work_min: Amount = 10.0
     """Minimum expected minutes of work per job (less only if less work is left in the sweep)."""
-    work_max: float = 120.0
+    work_max: Amount = 120.0
     """Maximum expected minutes of work per job (more only if a single pack takes longer)."""
-    runs_per_job: int | None = None
+    runs_per_job: CountOrNone = None
     """Runs per job; replaces work_min and work_max."""
-    parallel: int = 64
+    parallel: Count = 64
     """Tasks of a job array that run at the same time."""
-    requeues: int = 50
+    requeues: Annotated[int, Is("", 0)] = 50
     """How often a job may requeue itself at its time limit."""
     follow: bool = True
     """Also submit a small follow-up job. When the other jobs have ended, it resubmits lost work,
     submits the next stage, and finally writes the answer."""
-    follow_min: int = 30
+    follow_min: Count = 30
     """Time limit of the follow-up job in minutes."""
     follow_partition: str | None = None
     """Partition of the follow-up job, if `partition` takes no jobs without GPUs. None: the same."""
     container: str | None = None
     """Image in which jobs train: a .sqsh or .sif file, or an image's name for pyxis, such as
     nvcr.io#nvidia/pytorch:25.06-py3. Its `python3` has lorasweep's dependencies. None: none."""
-    container_kind: str | None = None
+    container_kind: Literal["pyxis", "apptainer"] | None = None
     """pyxis (an option of srun) or apptainer. None: apptainer for a .sif file, otherwise pyxis."""
     container_mounts: list[str] = field(default_factory=list)
     """More folders to see inside, FOLDER or FOLDER:FOLDER_INSIDE. The run folder, reports, models,

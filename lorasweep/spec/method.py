@@ -6,8 +6,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.canonical import Value
 from lorasweep.spec.model import LAYER_SETS, ROUTER, Matrix, ModelSpec
+from lorasweep.spec.values import Value
 
 if TYPE_CHECKING:
     from torch import nn

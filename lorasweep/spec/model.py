@@ -4,18 +4,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.canonical import Value, later, not_allowed
+from lorasweep.spec.values import UNSET, Is, Value, later, misfits
 
 LAYER_SETS = ("attention", "mlp", "unembedding")
 ROUTER = "router"
 """A layer set of models with experts. 'all' excludes it: a router is frozen unless named."""
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
-MODEL_SOURCES = ("hub", "folder", "gguf", "recipe")
 SHAPE = re.compile(r"[1-9]\d*x[1-9]\d*")
-WEIGHTS_DTYPES = ("fp32", "bf16")
+Count = Annotated[int, Is("", 0)]
+Size = Annotated[int, Is("", 1)]
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,20 @@ class ModelSpec(Value):
     WHERE: ClassVar[str] = "model."
 
     name: str = "???"
-    source: str = "???"
+    source: Literal["hub", "folder", "gguf", "recipe"] = UNSET
     """hub, folder (local, in transformers' format), gguf (one file), or recipe (see Recipe)."""
     location: str = ""
     """Hub name, or name of a file or folder under exec.models_dir; empty for recipe."""
     revision: str = ""
     """Hub commit or tag, or 'sha256:...' of a GGUF file or a folder. It pins the weights."""
-    hidden_size: int = 0
-    n_layers: int = 0
-    n_heads: int = 0
-    n_kv_heads: int = 0
-    head_size: int = 0
-    mlp_size: int = 0
+    hidden_size: Size = 0
+    n_layers: Size = 0
+    n_heads: Size = 0
+    n_kv_heads: Size = 0
+    head_size: Size = 0
+    mlp_size: Size = 0
     """Width of the MLP, or of one expert."""
-    vocab_size: int = 0
+    vocab_size: Size = 0
     tied: bool = False
     """Whether the unembedding and the embedding are the same matrix."""
     qk_norm: bool = False
@@ -90,21 +90,21 @@ class ModelSpec(Value):
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     unembedding: tuple[str, ...] = ("lm_head",)
     recipe: Recipe | None = None
-    weights_dtype: str = later("fp32")
+    weights_dtype: Literal["fp32", "bf16"] = later("fp32")
     """Type of the published weights, fp32 or bf16. With precision=bf16, frozen bf16 matrices stay
     in bf16: half the memory, the same results."""
-    n_experts: int = later(0)
+    n_experts: Count = later(0)
     """Experts in the MLP of every layer, with separate matrices; 0: a dense MLP."""
-    n_active_experts: int = later(0)
+    n_active_experts: Count = later(0)
     """Experts that the router chooses for a token."""
     shapes: dict[str, str] = field(default_factory=dict, metadata={"added": {}})
     """Inputs and outputs of a matrix by its name, where Llama has no such matrix or another shape,
     such as fused matrices: {qkv_proj: 3072x9216}."""
-    n_norms: int = later(2)
+    n_norms: Count = later(2)
     """Norms of a layer over the hidden size; Gemma 3 has 4."""
-    n_other_params: int = later(0)
+    n_other_params: Count = later(0)
     """Parameters outside the matrices: embedding, norms, biases. 0: as many as Llama or Qwen3."""
-    context_length: int = later(0)
+    context_length: Count = later(0)
     """Positions that the model was built for, as its config says; 0: not stated."""
 
     def matrices(self, layers: tuple[str, ...]) -> tuple[Matrix, ...]:
@@ -199,38 +199,36 @@ class ModelSpec(Value):
         return self.n_matmul_params + embedding + norms + head_norms
 
     def problems(self) -> Iterator[str]:
-        return (f"model {self.name!r}: {problem}" for problem in self._problems())
-
-    def _problems(self) -> Iterator[str]:
-        if self.source not in MODEL_SOURCES:
-            yield not_allowed("source", self.source, MODEL_SOURCES)
-        if self.weights_dtype not in WEIGHTS_DTYPES:
-            yield not_allowed("weights_dtype", self.weights_dtype, WEIGHTS_DTYPES)
-        sizes = ("hidden_size", "n_layers", "n_heads", "n_kv_heads", "head_size", "mlp_size")
-        counts = ("n_norms", "n_other_params", "context_length")
-        for name in (*sizes, "vocab_size", *counts):
-            least = 0 if name in counts else 1
-            if getattr(self, name) < least:
-                yield f"{name}={getattr(self, name)}: expected at least {least}."
-        if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:
-            yield f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}."
-        n, active = self.n_experts, self.n_active_experts
-        if n < 0 or not min(n, 1) <= active <= n:
-            yield (
+        """Yield what is wrong with single fields, then with fields together."""
+        where = f"model {self.name!r}: "
+        yield from misfits(self, where)
+        n, active, from_recipe = self.n_experts, self.n_active_experts, self.source == "recipe"
+        odd = [f"{k}={v!r}" for k, v in self.shapes.items() if not SHAPE.fullmatch(v)]
+        for wrong, why in (
+            (
+                self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads,
+                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}.",
+            ),
+            (
+                not min(n, 1) <= active <= n,
                 f"n_active_experts={active} of n_experts={n}: expected 1 to n_experts, or 0 of 0 "
-                "for a dense MLP."
-            )
-        for name, shape in self.shapes.items():
-            if not SHAPE.fullmatch(shape):
-                yield f"shapes.{name}={shape!r}: expected inputs x outputs, such as 3072x9216."
-        if n and self.mlp != EXPERT_MATRICES:
-            yield f"mlp={list(self.mlp)}: experts have {list(EXPERT_MATRICES)}."
-        if self.source == "recipe" and self.recipe is None:
-            yield "source=recipe needs a `recipe:` block."
-        if self.source != "recipe" and self.recipe is not None:
-            yield f"has a `recipe:` block, so it needs source=recipe, not {self.source!r}."
-        if self.source != "recipe" and not self.location:
-            yield (
+                "for a dense MLP.",
+            ),
+            (odd, f"shapes.{', '.join(odd)}: expected inputs x outputs, such as 3072x9216."),
+            (
+                n and self.mlp != EXPERT_MATRICES,
+                f"mlp={list(self.mlp)}: experts have {list(EXPERT_MATRICES)}.",
+            ),
+            (from_recipe and not self.recipe, "source=recipe needs a `recipe:` block."),
+            (
+                self.recipe and not from_recipe,
+                f"has a `recipe:` block, so it needs source=recipe, not {self.source!r}.",
+            ),
+            (
+                not from_recipe and not self.location,
                 "location is missing. Set it to a hub name, or to a file or folder under "
-                "exec.models_dir."
-            )
+                "exec.models_dir.",
+            ),
+        ):
+            if wrong:
+                yield where + why

@@ -6,27 +6,28 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from lorasweep.errors import SpecError, unknown
-from lorasweep.spec.canonical import Value, build, canonical_text, fields, later, not_allowed
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import Method
-from lorasweep.spec.metric import METRICS
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.values import (
+    ABOVE_0,
+    BELOW_1,
+    Is,
+    Value,
+    build,
+    canonical_text,
+    fields,
+    later,
+    misfits,
+)
 
 TRAIN_VERSION = 1
 """Increase it when the training maths changes: old results then no longer count as done."""
 
-CHOICES = {
-    "precision": ("fp32", "bf16", "fp64"),
-    "schedule": ("constant", "linear", "cosine"),
-    "objective": tuple(METRICS),
-    "reward_scale": ("none", "group"),
-    "ratio_level": ("token", "sequence"),
-}
-"""Allowed values of fields."""
 OF_SAMPLING = (
     *("group_size", "max_new_tokens", "reward_scale"),
     *("ratio_level", "clip_ratio", "kl_weight"),
@@ -43,43 +44,41 @@ class RunSpec(Value):
     model: ModelSpec = field(default_factory=ModelSpec)
     dataset: DatasetSpec = field(default_factory=DatasetSpec)
     method: Method = field(default_factory=Method)
-    lr: float = 1e-3
+    lr: Annotated[float, Is("typical: 1e-5 to 1e-2", *LR_RANGE)] = 1e-3
     """Peak learning rate, snapped to 3 significant digits."""
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    batch_size: int = 16
-    """Sequences per update."""
-    steps: int = 100
-    """Number of updates."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    """Gradients are clipped to this global norm; None: no clipping."""
-    precision: str = "fp32"
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Is("updates", 0)] = 0
+    batch_size: Annotated[int, Is("sequences per update", 1)] = 16
+    steps: Annotated[int, Is("updates", 1)] = 100
+    beta1: Annotated[float, Is("", 0, BELOW_1)] = 0.9
+    beta2: Annotated[float, Is("", 0, BELOW_1)] = 0.95
+    eps: Annotated[float, Is("", ABOVE_0, BELOW_1)] = 1e-8
+    weight_decay: Annotated[float, Is("", 0)] = 0.0
+    clip_norm: Annotated[float | None, Is("global norm", ABOVE_0)] = None
+    """Gradients are clipped to it; None: no clipping."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """fp32; bf16: autocast over fp32 trained weights; fp64: for tests of exactness."""
-    seed: int = 0
+    seed: Annotated[int, Is("", 0, 2**31 - 1)] = 0
     """Seed of the random streams 'data', 'init' and 'sample'."""
-    objective: str = later("sft")
+    objective: Literal["sft", "policy_gradient"] = later("sft")
     """sft: the NLL of given answers. policy_gradient: the reward of sampled completions."""
-    group_size: int = later(0)
+    group_size: Annotated[int, Is("completions", 0)] = later(0)
     """policy_gradient (as the next five fields). Completions per prompt; their mean reward is the
     baseline. An update has batch_size / group_size prompts."""
-    max_new_tokens: int = later(0)
+    max_new_tokens: Annotated[int, Is("tokens", 0)] = later(0)
     """Maximum number of tokens of a completion, including the end token."""
-    reward_scale: str = later("none")
+    reward_scale: Literal["none", "group"] = later("none")
     """Divisor of the advantage. none: 1 (the study; Dr. GRPO, arXiv 2503.20783). group: standard
     deviation of the group's rewards, plus 1e-4 (GRPO, arXiv 2402.03300)."""
-    ratio_level: str = later("token")
+    ratio_level: Literal["token", "sequence"] = later("token")
     """Importance ratio of learner to sampler. token: of each token. sequence: geometric mean over
     the tokens of a sequence (GSPO, arXiv 2507.18071)."""
-    clip_ratio: float | None = later(None)
+    clip_ratio: Annotated[float | None, Is("", ABOVE_0)] = later(None)
     """Distance from 1 beyond which a ratio is clipped (PPO, arXiv 1707.06347). With one update per
     batch the ratio is 1 up to rounding, so this is for samplers with lower precision."""
-    kl_weight: float = later(0.0)
+    kl_weight: Annotated[float, Is("", 0)] = later(0.0)
     """Weight in the loss of the KL to the base, by the estimator of arXiv 2402.03300, eq. 4."""
-    early_stopping: int = later(0)
+    early_stopping: Annotated[int, Is("evaluations; 0: off", 0)] = later(0)
     """sft: end after this many evaluations in a row without a better validation loss, and keep the
     weights of the best one. 0: make all updates, and keep the last weights."""
     test_rows: bool = later(True)
@@ -112,89 +111,65 @@ class RunSpec(Value):
         return self.dataset.n_test_curve > 0 or self.early_stopping > 0
 
     def problems(self) -> Iterator[str]:
-        """Yield why this run cannot be trained."""
-        (low, high), adam = LR_RANGE, "0 or more, and below 1"
-        between = f"a learning rate between {low} and {high}. Typical: 1e-5 to 1e-2"
-        warmup = not self.warmup_steps or 0 <= self.warmup_steps < self.steps
-        clip = self.clip_norm is None or self.clip_norm > 0
-        for name, valid, expected in (
-            ("lr", low <= self.lr <= high, between),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("steps", self.steps >= 1, "at least 1"),
-            ("warmup_steps", warmup, f"0 or more, and fewer than steps={self.steps}"),
-            ("beta1", 0 <= self.beta1 < 1, adam),
-            ("beta2", 0 <= self.beta2 < 1, adam),
-            ("eps", 0 < self.eps < 1, "a number above 0 and below 1"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("clip_norm", clip, "a number above 0, or null for no clipping"),
-            ("seed", 0 <= self.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
-        ):
-            if not valid:
-                yield f"{name}={getattr(self, name)}: expected {expected}."
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                yield not_allowed(name, getattr(self, name), allowed)
-        if self.objective == "sft":
-            for f in fields(RunSpec):
-                if f.name in OF_SAMPLING and getattr(self, f.name) != f.past:
-                    yield (
-                        f"{f.name}={getattr(self, f.name)} has no effect with objective=sft. Leave "
-                        "it out, or set objective=policy_gradient."
-                    )
-        else:
-            yield from _problems_of_sampling(self)
-        if self.train_version != TRAIN_VERSION:
-            yield (
+        """Yield why this run cannot be trained: single fields, fields together, model and data."""
+        yield from misfits(self)
+        patience, rows, n = self.early_stopping, self.dataset.n_validation, self.group_size
+        supervised, how = self.objective == "sft", f"with objective={self.objective}"
+        sampling = [f for f in fields(RunSpec) if f.name in OF_SAMPLING] if supervised else []
+        unused = [f"{f.name}={v}" for f in sampling if (v := getattr(self, f.name)) != f.past]
+        never = why_not_early(patience, self.steps, rows) if patience and supervised else ""
+        for wrong, why in (
+            (
+                0 < self.steps <= self.warmup_steps,
+                f"warmup_steps={self.warmup_steps}: expected fewer than steps={self.steps}.",
+            ),
+            *(
+                (v, f"{v} has no effect {how}. Leave it out, or set objective=policy_gradient.")
+                for v in unused
+            ),
+            (
+                not supervised and n < 2,
+                f"group_size={n} {how}: the baseline of a completion is the mean reward of its "
+                "group. Expected at least 2; typical: 8 or 16.",
+            ),
+            (
+                not supervised and n > 1 and self.batch_size % n,
+                f"batch_size={self.batch_size}: expected a multiple of group_size={n}, because an "
+                "update has batch_size / group_size prompts.",
+            ),
+            (
+                not (supervised or 1 <= self.max_new_tokens < self.dataset.max_length),
+                f"max_new_tokens={self.max_new_tokens} {how}: expected 1 or more, and less than "
+                f"dataset.max_length={self.dataset.max_length}, for prompt and completion.",
+            ),
+            (
+                self.train_version != TRAIN_VERSION,
                 f"train_version={self.train_version}: this lorasweep has version {TRAIN_VERSION}. "
-                "Leave train_version out, or install the lorasweep that trained the run."
-            )
-        n, rows = self.early_stopping, self.dataset.n_validation
-        if n < 0:
-            yield f"early_stopping={n}: expected 0 (off), or a number of evaluations."
-        elif n and self.objective != "sft":
-            yield (
-                f"early_stopping={n} with objective={self.objective}: it has no validation "
-                "prompts, and rewards of few completions are noisy. Set it to 0."
-            )
-        elif n and (why := why_not_early(n, self.steps, rows)):
-            yield (
-                f"early_stopping={n} with dataset.n_validation={rows} and steps={self.steps}: "
-                f"{why}. Set early_stopping to 0, or raise n_validation or steps."
-            )
-        if rows and self.objective != "sft":
-            yield (
-                f"dataset.n_validation={rows} has no effect with objective={self.objective}. Set "
-                "it to 0."
-            )
-        if not self.test_rows and not rows:
-            yield (
+                "Leave train_version out, or install the lorasweep that trained the run.",
+            ),
+            (
+                patience and not supervised,
+                f"early_stopping={patience} {how}: it has no validation prompts, and rewards of "
+                "few completions are noisy. Set it to 0.",
+            ),
+            (
+                never,
+                f"early_stopping={patience} with dataset.n_validation={rows} and steps="
+                f"{self.steps}: {never}. Set early_stopping to 0, or raise n_validation or steps.",
+            ),
+            (
+                rows and not supervised,
+                f"dataset.n_validation={rows} has no effect {how}. Set it to 0.",
+            ),
+            (
+                not self.test_rows and not rows,
                 "test_rows=false with dataset.n_validation=0: no rows would be measured. Leave "
-                "test_rows out, or raise n_validation."
-            )
+                "test_rows out, or raise n_validation.",
+            ),
+        ):
+            if wrong:
+                yield why
         yield from filter(None, (self.model.problem, self.dataset.problem))
-
-
-def _problems_of_sampling(spec: RunSpec) -> Iterator[str]:
-    if spec.group_size < 2:
-        yield (
-            f"group_size={spec.group_size} with objective={spec.objective}: the baseline of a "
-            "completion is the mean reward of its group. Expected at least 2; typical: 8 or 16."
-        )
-    elif spec.batch_size % spec.group_size:
-        yield (
-            f"batch_size={spec.batch_size}: expected a multiple of group_size={spec.group_size}, "
-            "because an update has batch_size / group_size prompts."
-        )
-    if not 1 <= spec.max_new_tokens < spec.dataset.max_length:
-        yield (
-            f"max_new_tokens={spec.max_new_tokens} with objective={spec.objective}: expected 1 or "
-            f"more, and less than dataset.max_length={spec.dataset.max_length}, which covers "
-            "prompt and completion."
-        )
-    if spec.clip_ratio is not None and not spec.clip_ratio > 0:
-        yield f"clip_ratio={spec.clip_ratio}: expected a number above 0, or null for no clipping."
-    if spec.kl_weight < 0:
-        yield f"kl_weight={spec.kl_weight}: expected 0 or more."
 
 
 def snap_lr(lr: float) -> float:

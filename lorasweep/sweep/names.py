@@ -3,8 +3,8 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from lorasweep.spec.canonical import fields
 from lorasweep.spec.method import Method
+from lorasweep.spec.values import fields
 from lorasweep.sweep.grid import Point
 
 FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "steps")

@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
+from lorasweep.spec.values import Is
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Sweep, added_after, sweep_from_plain
 
@@ -22,14 +23,14 @@ class Settings:
     """Settings of the command that do not affect any run."""
 
     action: str = "run"
-    format: str = "text"
-    mirror: str = "none"
+    format: Literal["text", "json"] = "text"
+    mirror: Literal["none", "wandb"] = "none"
     table: str = ""
     run: str = ""
     out: str = ""
-    sample: int = 3
+    sample: Annotated[int, Is("runs", 1)] = 3
     """action=verify: number of runs to train again."""
-    max_difference: float | None = None
+    max_difference: Annotated[float | None, Is("nats", 0)] = None
     """action=adapter: accepted difference of the final metric; None: the noise between seeds."""
     watch: bool = False
     """action=status: update until nothing is left to do."""
@@ -46,7 +47,7 @@ class Settings:
     budget: str = ""
     """What a search of learning rates may use, such as 2h, 90min, 40runs or 500gpuh; empty: until
     it is decided."""
-    instead_of_full: str = ""
+    instead_of_full: Literal["", "lora"] = ""
     """action=fleet: "lora" trains LoRA where the adviser says full fine-tuning."""
     url: Any = ""
     """action=verify_served: address of a server, or a list; empty: only folders are checked."""

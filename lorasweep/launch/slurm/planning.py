@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorasweep.errors import ClusterError, unknown
+from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.queue import Partition, Queue
 from lorasweep.plan import detect
@@ -17,14 +17,12 @@ from lorasweep.plan.packing import Pack, make_packs
 from lorasweep.plan.plan import Plan
 from lorasweep.plan.time import ASSUMED_FLOPS_PER_CORE, assumed_flops
 from lorasweep.spec.execution import Cluster, Exec
+from lorasweep.spec.values import misfits
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.request import Request
 
-CHOICES = {"kind": ("local", "slurm"), "container_kind": (None, "pyxis", "apptainer")}
-POSITIVE = ("cpus", "parallel", "warn_s", "work_min", "work_max", "follow_min")
-POSITIVE_OR_NONE = ("workers", "mem_gib", "time_min", "runs_per_job", "gpus_per_node")
 RESERVED_OPTIONS = {"job-name", "array", "output", "error", "signal", "dependency", "nodes"}
 RESERVED_OPTIONS |= {"ntasks-per-node", "requeue"}
 """sbatch options that lorasweep sets itself, because jobs depend on them."""
@@ -44,9 +42,8 @@ an A100, and a tenth of the peak of an H100."""
 def check(cluster: Cluster, exec_: Exec) -> None:
     """Raise ClusterError if a setting is wrong on every cluster."""
     c = vars(cluster)
-    for name, allowed in CHOICES.items():
-        if c[name] not in allowed:
-            raise ClusterError(unknown(f"cluster.{name}", c[name], filter(None, allowed)))
+    for problem in misfits(cluster, "cluster."):
+        raise ClusterError(problem)
     if cluster.kind == "local":
         return
     texts = {name: value for name, value in c.items() if isinstance(value, str)}
@@ -55,9 +52,6 @@ def check(cluster: Cluster, exec_: Exec) -> None:
     unsafe = [n for n, text in texts.items() if UNSAFE.search(text) or UNSAFE.search(n) or " " in n]
     lines = [line for line in cluster.setup if re.search(r"[\x00-\x08\n-\x1f]", line)]
     reserved = sorted(set(cluster.options) & RESERVED_OPTIONS)
-    low = [n for n in (*POSITIVE, *POSITIVE_OR_NONE) if c[n] is not None and not c[n] > 0]
-    low += [n for n in POSITIVE if c[n] is None]
-    negative = [n for n in ("gpus", "requeues") if c[n] < 0]
     inside = [n for n in ("container_kind", "container_mounts") if c[n] and not cluster.container]
     uneven = cluster.workers and cluster.gpus % cluster.workers
     large = (exec_.pack_size or 0) > (cluster.runs_per_job or math.inf)
@@ -65,8 +59,6 @@ def check(cluster: Cluster, exec_: Exec) -> None:
         "no character that a shell could read as a command, such as a quote or a newline": unsafe,
         "one entry per line, without control characters": ["setup"] if lines else [],
         "left out, as lorasweep sets it": [f"options.{name}" for name in reserved],
-        "a number above 0, or null where there is a default": low,
-        "0 or more": negative,
         "only with cluster.container=IMAGE": inside,
         "at least cluster.work_min": ["work_max"] if cluster.work_max < cluster.work_min else [],
         "a multiple of cluster.workers, as each worker gets as many": ["gpus"] if uneven else [],

@@ -134,11 +134,11 @@ def test_runs_that_the_partition_cannot_hold_are_refused(planned):
 @pytest.mark.parametrize(
     "given, named",
     [
-        ("cluster.kind=pbs", "kind 'pbs'"),
-        ("cluster.container_kind=docker", "container_kind 'docker'"),
+        ("cluster.kind=pbs", "kind='pbs'"),
+        ("cluster.container_kind=docker", "container_kind='docker'"),
         ("cluster.container_mounts=[/a]", r"container_mounts.*cluster\.container=IMAGE"),
         ('cluster.container="a;b"', "container="),
-        ("cluster.cpus=0", "cpus=0: .* above 0"),
+        ("cluster.cpus=0", "cpus=0: .* at least 1"),
         ("cluster.gpus=-1", "gpus=-1"),
         ("+cluster.options.array=3", "options.array"),
         ("cluster.runs_per_job=0", "runs_per_job=0: .* null"),

@@ -2,8 +2,8 @@
 
 from analysis.runs.table import CURVE_KEYS
 from lorasweep.methods.registry import METHODS
-from lorasweep.spec.canonical import fields
 from lorasweep.spec.run import RunSpec
+from lorasweep.spec.values import fields
 
 SHARED = {"lr", "seed", "method", "name"}
 """A curve has several learning rates and seeds; the method's name is the column `method`."""

