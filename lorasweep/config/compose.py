@@ -135,8 +135,8 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
             "conf/serve to DIR/serve/NAME.yaml, change it there, and add --config-dir=DIR "
             "serve=NAME."
         )
-    stated = {name: getattr(config, name) for name in SETTINGS}
-    for problem in misfits(Settings(**stated)):
+    values = {name: getattr(config, name) for name in SETTINGS}
+    for problem in misfits(Settings(**values)):
         raise SpecError(problem)
     if isinstance(config.rates, str) and config.rates != "advised":
         raise SpecError(f"rates={config.rates!r}. Expected a number, or with a fleet: advised.")
@@ -157,7 +157,7 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
                 "and cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
             )
     common = {
-        **stated,
+        **values,
         "rates": 1 if config.rates == "advised" else config.rates,
         "scale": config.scale.name,
         "exec": exec_,

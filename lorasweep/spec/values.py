@@ -60,7 +60,9 @@ class Field(NamedTuple):
     def expected(self) -> str:
         """The values that are allowed, in words."""
         text, low, high = self.means
-        what = WORDS.get(self.kind, getattr(self.kind, "__name__", str(self.kind)))
+        what = WORDS.get(
+            self.kind, str(self.kind) if typing.get_origin(self.kind) else self.kind.__name__
+        )
         if self.allowed:
             what = ", ".join(filter(None, self.allowed))
         if low > -math.inf:
