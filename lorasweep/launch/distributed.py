@@ -69,7 +69,7 @@ class OutOfMemoryTogether(ModelError):
     """One process of a run is out of memory. The others wait for it, so all must start again."""
 
     def __init__(self, run: str, shortage: Shortage) -> None:
-        super().__init__(f"out of memory{shortage.request} in one of the processes of a run")
+        super().__init__(f"out of memory{shortage.asked} in one of the processes of a run")
         self.run, self.shortage = run, shortage
 
 

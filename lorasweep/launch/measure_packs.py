@@ -18,7 +18,7 @@ from pathlib import Path
 from lorasweep.errors import TrainingError
 from lorasweep.launch.out_of_memory import is_out_of_memory
 from lorasweep.launch.process import die_with_parent, keep_freed_memory, worker_environment
-from lorasweep.launch.trainer import finetune
+from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
@@ -74,20 +74,14 @@ def measure_packs(
         )
 
 
-def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
+def measure(
+    spec: RunSpec, exec_: Exec, hardware: Hardware, trainer: TorchTrainer
+) -> dict[int, float]:
     """Time STEPS updates of packs of runs like `spec`; return size -> seconds per step and run."""
-    from lorasweep.data import load as data
-    from lorasweep.models import load as models
-    from lorasweep.train import pretrain
-
     n_train = min(64, spec.dataset.n_train or 64)
     few = dataclasses.replace(spec.dataset, n_test=1, n_test_curve=1, n_train=n_train)
     spec = dataclasses.replace(spec, dataset=few, steps=STEPS, schedule="constant", warmup_steps=0)
-    pretrain.ensure(spec.model, exec_.models_dir)
-    base = models.load(spec.model, exec_.models_dir, spec.precision)
-    if exec_.compile:
-        base.model.base_model.compile(dynamic=True)
-    rows = data.load(few, exec_.data_dir, base.tokenizer)
+    trainer.data(spec, exec_)  # loads the base
     found: dict[int, float] = {}
     left = BUDGET_S
     for size in pack_sizes(hardware)[: 1 if spec.method.MAX_PACK == 1 else None]:
@@ -99,7 +93,7 @@ def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
         # learning rates too small to change anything
         pack = [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)]
         try:
-            events = finetune(pack, base, rows, micro)
+            events = trainer(pack, dataclasses.replace(exec_, micro_batch_size=micro), None)
             times = [next(iter(event.records.values()))["step_s"] for event in events]
         except Exception as error:
             if size == 1 or not is_out_of_memory(error):
@@ -115,23 +109,18 @@ def measure(spec: RunSpec, exec_: Exec, hardware: Hardware) -> dict[int, float]:
 
 def main() -> None:
     """Measure the shapes of the job in stdin, and save each result as soon as it is known."""
-    import torch
-
     die_with_parent()
     keep_freed_memory()
-    torch.set_num_threads(1)
     job = json.load(sys.stdin)
-    exec_, hardware = Exec(**job["exec"]), detect.this_machine()
+    hardware, trainer = detect.this_machine(), TorchTrainer()
+    given = Exec(**job["exec"])
+    exec_ = dataclasses.replace(given, threads=1, runs_dir=f"{given.runs_dir}/.calibration")
     for shape in job["shapes"]:
         spec = spec_from(shape["spec"])
-        content = {
-            "step_s": measure(spec, exec_, hardware),
-            "model": spec.model.name,
-            "method": spec.method.name,
-            "batch_size": spec.batch_size,
-            "precision": spec.precision,
-        }
-        files.write_atomic(Path(shape["path"]), json.dumps(content).encode())
+        step_s = measure(spec, exec_, hardware, trainer)
+        names = {"model": spec.model.name, "method": spec.method.name}
+        about = {**names, "batch_size": spec.batch_size, "precision": spec.precision}
+        files.write_atomic(Path(shape["path"]), json.dumps({"step_s": step_s, **about}).encode())
 
 
 if __name__ == "__main__":

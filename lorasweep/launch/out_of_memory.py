@@ -43,7 +43,7 @@ class Shortage:
     """Rows per run, process and forward pass in the phase `learning`."""
     forward_parts: int
     asked: str
-    """Size of the failed request, such as '2.50 GiB'; empty if unknown."""
+    """Size of the failed request, such as ' (asked for 2.50 GiB)'; empty if unknown."""
     phase: str = LEARNING
     divisible: bool = False
     """Whether a larger Exec.forward_parts reduces the memory of the phase."""
@@ -54,37 +54,29 @@ class Shortage:
         found, asked = REQUEST.search(str(error)), ""
         if found:
             number, unit = found[1].split()
-            asked = f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else found[1]
+            size = f"{int(number) / 2**30:.2f} GiB" if unit == "bytes" else found[1]
+            asked = f" (asked for {size})"
         rows, phase = exec_.rows_of(spec.batch_size), phase_of(error)
         return cls(rows, exec_.forward_parts, asked, phase.name, phase.divisible)
-
-    @property
-    def request(self) -> str:
-        """Size of the request, as part of a message."""
-        return f" (asked for {self.asked})" if self.asked else ""
 
     def retry_text(self, spec: RunSpec, n_runs: int, instead: str) -> str:
         """Return the message that `n_runs` runs like `spec` do not fit. `instead`: the next try."""
         learning = self.phase == LEARNING
-        where = "" if learning else f" in {self.phase}"
         held = f" with {self.rows} row(s) of each run at a time" if learning else ""
         return (
-            f"out of memory{where}{self.request}: {n_runs} run(s) of {spec.model.name}"
+            f"out of memory in {self.phase}{self.asked}: {n_runs} run(s) of {spec.model.name}"
             f"{held} do not fit. Resuming from the last checkpoint with {instead}."
         )
 
     def failure_text(self, spec: RunSpec, world_size: int = 1) -> str:
         """Return the message that a single run with one row does not fit, with remedies."""
-        processes, more = "", ""
-        if world_size > 1:
-            processes = f", on {world_size} processes"
-            more = "more processes (exec.world_size), exec.activation_checkpointing=true, "
         return (
-            f"out of memory{self.request}: {spec.model.name} with {spec.method.name} does "
-            f"not fit, even as a single run{processes} with one row (up to "
-            f"{spec.dataset.max_length} tokens) at a time. "
-            f"Choose {more}a smaller model=, a smaller dataset.max_length, or a device "
-            "with more memory (action=plan shows the expected memory), then add exec.retry=true."
+            f"out of memory{self.asked}: {spec.model.name} with {spec.method.name} does not fit, "
+            f"even as a single run on {world_size} process(es) with one row (up to "
+            f"{spec.dataset.max_length} tokens) at a time. Choose more GPUs (exec.world_size), "
+            "exec.activation_checkpointing=true, a smaller model=, a smaller dataset.max_length, "
+            "or a device with more memory (action=plan shows the expected memory), then add "
+            "exec.retry=true."
         )
 
 

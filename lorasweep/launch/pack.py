@@ -37,8 +37,6 @@ LOOK_S = 5.0
 """Seconds between checks of ownership. Each check also writes the new records. A check at every
 update would cost about a millisecond per run on a network file system."""
 ROWS, PROCESSES, PARTS = "micro_batch_size", "processes", "forward_parts"
-SPARE = 4
-"""Final states and weights are kept if the disk has room for this many times the checkpoints."""
 END = "end"
 """Folder of the final state of a short run (exec.short_steps)."""
 RESUMED_WITH_DIFFERENT_PACK = "resumed_in_other_company"
@@ -142,44 +140,39 @@ class _Pack:
         """Return whether this process still owns a run; if not, end the attempt."""
         if rid not in self.attempts:
             return False
-        owned = self.store.owns(rid, self.attempts[rid])
-        if not owned:
-            n = self.attempts.pop(rid)
-            self.store.write_end(rid, n, "stopped", "another process took over")
-        return owned
+        if self.store.last_attempt(rid) == self.attempts[rid]:
+            return True
+        self.end(rid, "stopped", "another process took over")
+        return False
 
     def log(self, spec: RunSpec, text: str) -> None:
         """Write to the log of a run in `attempts`."""
         if spec.id in self.attempts:
             self.store.log(spec.id, self.attempts[spec.id], text)
 
-    def fail(self, spec: RunSpec, cause: str, trace: str = "") -> None:
-        """Record that a run in `attempts` failed."""
-        self.log(spec, trace or cause)
-        n = self.attempts.pop(spec.id, None)
-        if n is not None:
-            self.store.write_end(spec.id, n, "failed", cause)
-            self.report({"run": spec.id, "ended": "failed", "cause": cause})
+    def end(self, rid: str, state: str, cause: str, trace: str = "") -> None:
+        """End the attempt at a run, if it is in `attempts`, as 'stopped' or 'failed'."""
+        if (n := self.attempts.pop(rid, None)) is None:
+            return
+        if trace:
+            self.store.log(rid, n, trace)
+        self.store.write_end(rid, n, state, cause)
+        if state == "failed":
+            self.report({"run": rid, "ended": "failed", "cause": cause})
 
     def end_all(self, state: str, cause: str, trace: str = "") -> str:
-        """End the attempts at all unfinished runs as 'stopped' or 'failed'.
+        """End the attempts at all unfinished runs.
 
         Returns a run whose result cannot be read, or whose end cannot be written; '' if there is
         none. Once this process has ended, such a run counts as interrupted.
         """
         unwritten = ""
-        for rid, n in self.attempts.items():
+        for rid in list(self.attempts):
             try:
-                if self.store.result(rid) is not None:
-                    continue
-                if trace:
-                    self.store.log(rid, n, trace)
-                self.store.write_end(rid, n, state, cause)
+                if self.store.result(rid) is None:
+                    self.end(rid, state, cause, trace)
             except (OSError, StoreError):
                 unwritten = rid
-                continue
-            if state == "failed":
-                self.report({"run": rid, "ended": "failed", "cause": cause})
         return unwritten
 
     def train(self, runs: list[RunSpec], planned_rows: int | None, limit: Limit) -> None:
@@ -190,7 +183,7 @@ class _Pack:
         was set.
         """
         tried = [s for s in runs if self.exec.world_size == 1 and _has_trial(s, self.store)]
-        parts = [part for part in (tried, [s for s in runs if s not in tried]) if part]
+        parts = [tried, [s for s in runs if s not in tried]]
         while parts:
             part = [s for s in parts.pop(0) if not self.store.result(s.id) and self.owns(s.id)]
             if not part:
@@ -218,7 +211,7 @@ class _Pack:
                 self.report({"note": text})
                 parts.insert(0, part)
             else:
-                self.fail(part[0], shortage.failure_text(part[0]), trace)
+                self.end(part[0].id, "failed", shortage.failure_text(part[0]), trace)
 
     def _attempt(
         self, part: list[RunSpec], planned_rows: int | None, limit: Limit
@@ -240,26 +233,26 @@ class _Pack:
     def _without_broken_data(self, part: list[RunSpec], error: Exception) -> list[list[RunSpec]]:
         """Fail the runs whose data caused an error; return the other runs, in parts to train.
 
-        If it is unknown which data set caused the error, each half of the data sets is trained
-        separately. The logs then leave out the error, which may quote data of another owner.
+        If it is unknown which data set caused the error, each is trained separately. The logs then
+        leave out the error, which may quote data of another owner.
         """
         if isinstance(error, UnusableData):
             for spec in part:
                 if spec.id in error.causes:
-                    self.fail(spec, error.causes[spec.id])
+                    self.end(spec.id, "failed", error.causes[spec.id], error.causes[spec.id])
             return [part]
-        datasets = list(dict.fromkeys(s.dataset.canonical for s in part))
-        if len(datasets) == 1:
-            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
-            for spec in part:
-                self.fail(spec, f"{kind}{error}", "".join(traceback.format_exception(error)))
-            return []
-        halves: list[list[RunSpec]] = [[], []]
+        by_data: dict[str, list[RunSpec]] = {}
         for spec in part:
-            self.log(spec, "this pack failed: each half of its data sets is trained separately")
-            second = spec.dataset.canonical in datasets[len(datasets) // 2 :]
-            halves[second].append(spec)
-        return halves
+            by_data.setdefault(spec.dataset.canonical, []).append(spec)
+        if len(by_data) > 1:
+            for spec in part:
+                self.log(spec, "this pack failed: each of its data sets is trained separately")
+            return list(by_data.values())
+        kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+        for spec in part:
+            trace = "".join(traceback.format_exception(error))
+            self.end(spec.id, "failed", f"{kind}{error}", trace)
+        return []
 
 
 class _Attempt:
@@ -277,29 +270,39 @@ class _Attempt:
         states = checkpoint.load_pack(folders)
         if states and any(states[i]["meta"]["records_size"] > store.records_size(i) for i in ids):
             states = None  # a power failure lost records from before the checkpoint
-        metas = {i: states[i]["meta"] for i in ids} if states else {}
         for i in ids:
-            store.cut_records(i, metas[i]["records_size"] if metas else 0)
-            checkpoint.keep_only(folders[i], metas[i]["step"] if metas else None)
-        if states is None and (states := self._trials() or self._beginnings()):
-            metas = {i: states[i]["meta"] for i in ids}
-        self.states = states
+            meta = states[i]["meta"] if states else {"records_size": 0, "step": None}
+            store.cut_records(i, meta["records_size"])
+            checkpoint.keep_only(folders[i], meta["step"])
+        self.states = states = states or self._trials() or self._beginnings()
+        metas = {i: states[i]["meta"] for i in ids} if states else {}
         self.wall_s = {i: metas[i]["wall_s"] if metas else 0.0 for i in ids}
-        self.different_pack = False
         exec_, first = pack.exec, metas.get(ids[0])
         rows = exec_.micro_batch_size or (first[ROWS] if first else planned_rows)
         if limit.rows is not None:
             rows = min(limit.rows, rows or limit.rows)
-        parts, threads = max(exec_.forward_parts, limit.forward_parts), exec_.threads
+        parts, threads, different = (
+            max(exec_.forward_parts, limit.forward_parts),
+            exec_.threads,
+            False,
+        )
         if first:
             before = (first[ROWS], first.get(PROCESSES, 1), first.get(PARTS, 1))
             parts, threads = max(parts, before[2]), first["threads"]
-            self.different_pack = (rows, exec_.world_size, parts) != before or any(
+            different = (rows, exec_.world_size, parts) != before or any(
                 m["layout"] != ids or m.get(RESUMED_WITH_DIFFERENT_PACK) for m in metas.values()
             )
         self.exec = dataclasses.replace(
             exec_, threads=threads, micro_batch_size=rows, forward_parts=parts
         )
+        self.circumstances = {
+            "threads": threads,
+            ROWS: rows,
+            PROCESSES: exec_.world_size,
+            PARTS: parts,
+            RESUMED_WITH_DIFFERENT_PACK: different,
+        }
+        """Settings of execution that env.json and checkpoints record."""
 
     def _trials(self) -> dict[str, State] | None:
         """Return the weights and results of the trials of these runs; None unless all have one.
@@ -372,7 +375,11 @@ class _Attempt:
             self.pack.report({"runs": self.live, "step": event.step})
             due = now - saved_at > max(self.exec.checkpoint_s, CHECKPOINT_SHARE * save_s)
             if self.live and (due or stop.set):
-                self._save(event)
+                self._write_records()
+                layout, states = list(self.live), event.snapshot()
+                for i in layout:
+                    if self._still_owned(i):  # the checkpoints before may have taken minutes
+                        self._save_state(i, "checkpoint", states[i], layout)
                 saved_at = looked_at = time.monotonic()
                 save_s = saved_at - now
             elif number == 0 or now - looked_at > LOOK_S:
@@ -388,26 +395,14 @@ class _Attempt:
         env = {
             **provenance.environment(),
             "pack": self.ids,
-            **self._circumstances(),
+            **self.circumstances,
             "gpu": next((gpu.name for gpu in detect.gpus()), None),
-            "compile": self.exec.compile,
-            "models_dir": self.exec.models_dir,
-            "data_dir": self.exec.data_dir,
+            **{name: getattr(self.exec, name) for name in ("compile", "models_dir", "data_dir")},
             **more,
         }
         for i in self.ids:
             step = self.states[i]["meta"]["step"] if self.states else None
             self.store.write_env(i, self.pack.attempts[i], {**env, "resumed_from_step": step})
-
-    def _circumstances(self) -> dict[str, Any]:
-        """Return the settings of execution that env.json and checkpoints record."""
-        return {
-            "threads": self.exec.threads,
-            ROWS: self.exec.micro_batch_size,
-            PROCESSES: self.exec.world_size,
-            PARTS: self.exec.forward_parts,
-            RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
-        }
 
     def _write_records(self) -> None:
         for i in list(self.live):
@@ -427,19 +422,18 @@ class _Attempt:
         return True
 
     def _finish(self, event: Event) -> None:
-        kept = self.exec.keep_weights or self.exec.short_steps in {s.steps for s in self.runs}
-        keep = kept and any(state == "done" for state, _ in event.ended.values())
-        if keep:  # kept states must not fill the disk
-            free, need = checkpoint.free_bytes(self.store.root), checkpoint_bytes(self.runs)
-            keep = free > SPARE * need
-        states = event.snapshot() if keep else {}
+        """Record the runs that ended, with the weights and states that are kept."""
+        weights, short = self.exec.keep_weights, self.exec.short_steps
+        done = [i for i, (state, _) in event.ended.items() if state == "done"]
+        short_ones = {s.id for s in self.runs if s.steps == short}
+        states = event.snapshot() if done and (weights or short_ones) else {}
         for i, (state, measures) in event.ended.items():
             if i not in self.live or not self._still_owned(i):
                 continue
             spec = self.runs[self.ids.index(i)]
-            if state == "done" and keep and self.exec.keep_weights:
+            if i in done and weights:
                 checkpoint.save_weights(self.store.folder(i), states[i])
-            if state == "done" and keep and spec.steps == self.exec.short_steps:
+            if i in done and i in short_ones:
                 self._save_state(i, END, states[i], list(states))
             result = {
                 **measures,
@@ -447,8 +441,7 @@ class _Attempt:
                 "n_trainable": spec.method.n_trainable(spec.model),
                 "attempt": self.pack.attempts[i],
                 "pack_size": len(self.ids),
-                "threads": self.exec.threads,
-                RESUMED_WITH_DIFFERENT_PACK: self.different_pack,
+                **{k: self.circumstances[k] for k in ("threads", RESUMED_WITH_DIFFERENT_PACK)},
             }
             self.store.finish(i, state, result)
             metric = metric_of(measures)
@@ -458,24 +451,11 @@ class _Attempt:
             self.pack.report({"run": i, "ended": state, **outcome, "wall_s": self.wall_s[i]})
         self.live = [i for i in self.live if i not in event.ended]
 
-    def _save(self, event: Event) -> None:
-        self._write_records()
-        layout, states = list(self.live), event.snapshot()
-        for i in layout:
-            if not self._still_owned(i):  # the checkpoints before may have taken minutes
-                continue
-            self._save_state(i, "checkpoint", states[i], layout)
-
     def _save_state(self, i: str, name: str, state: State, layout: list[str]) -> None:
         """Write the state of a run into the folder `name` of its folder."""
         self.store.sync_records(i)
-        meta = {
-            **state["meta"],
-            "layout": layout,
-            "records_size": self.store.records_size(i),
-            **self._circumstances(),
-            "wall_s": self.wall_s[i],
-        }
+        size, meta = self.store.records_size(i), {**state["meta"], **self.circumstances}
+        meta |= {"layout": layout, "records_size": size, "wall_s": self.wall_s[i]}
         checkpoint.save(self.store.folder(i) / name, {**state, "meta": meta})
 
 

@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,8 +32,6 @@ TOKENS = ".tokens"
 """Folder in the run folder with tokenized text, shared by all workers."""
 FINGERPRINTS = ".data"
 """Folder in the run folder with the data's fingerprint for every model and data set."""
-STARTS = ".starts"
-"""Folder in the run folder with the losses of held-out rows under each base, before training."""
 EVAL_ROWS = 4
 """Default number of rows per forward pass without gradients; few, as logits take much memory."""
 Report = Callable[[dict[str, Any]], None]
@@ -186,9 +183,6 @@ class TorchTrainer:
                 f"({type(error).__name__}: {error}). Choose a smaller model=, or a device with "
                 "more memory: action=plan shows the expected memory."
             ) from None
-        if exec_.skip_broken_data and self._base.mesh.size == 1:  # a fleet trains in stages
-            folder = Path(exec_.runs_dir) / STARTS / self._base.sha256[:16]
-            self._base.at_start = KeptStarts(folder)
         self._base_key = key
         if exec_.activation_checkpointing:
             compute_again(self._base.model)
@@ -196,28 +190,6 @@ class TorchTrainer:
             # without the unembedding, which is computed in chunks
             self._base.model.base_model.compile(dynamic=True)
         return self._base
-
-
-class KeptStarts(dict[str, dict[str, Any]]):
-    """Measures of a base before training (Base.at_start), kept in a folder for later processes."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder = folder
-
-    def __contains__(self, key: object) -> bool:
-        if not super().__contains__(key) and (found := files.read_json(self._path(key))):
-            super().__setitem__(str(key), found)
-        return super().__contains__(key)
-
-    def __setitem__(self, key: str, measures: dict[str, Any]) -> None:
-        super().__setitem__(key, measures)
-        with suppress(OSError):  # a full disk, or another user's folder: nothing is kept
-            self._folder.mkdir(parents=True, exist_ok=True)
-            files.write_atomic(self._path(key), json.dumps(measures, default=list).encode())
-
-    def _path(self, key: object) -> Path:
-        return self._folder / f"{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.json"
 
 
 def finetune(

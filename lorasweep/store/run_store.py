@@ -290,10 +290,6 @@ class RunStore:
     def _alive(self, rid: str, attempt: int) -> bool:
         return self._dead.get(rid) != attempt and self._liveness.alive(self.attempt(rid, attempt))
 
-    def owns(self, rid: str, attempt: int) -> bool:
-        """Return whether `attempt` is still the latest; if not, another process took over."""
-        return self.last_attempt(rid) == attempt
-
     def write_env(self, rid: str, attempt: int, env: dict[str, Any]) -> None:
         """Write env.json of an attempt."""
         content = json.dumps(env, indent=1).encode()

@@ -180,7 +180,7 @@ def test_memory_that_runs_out_in_one_process_halves_the_rows_of_all(tmp_path):
     planted = "tests.integration.planted_memory:trainer"
     more = ("exec.world_size=2", "exec.checkpoint_s=0", "exec.join_rows=true")
     store, rid, (note,) = trained("two", planted, *more)
-    assert note.startswith("out of memory (asked for 2.50 GiB): 1 run(s) of tiny64-skills with 2")
+    assert note.startswith("out of memory in learning (asked for 2.50 GiB): 1 run(s) of tiny64")
     assert note.endswith("from the last checkpoint with 1 of each run.")
     assert store.state(rid) == "done" and store.last_attempt(rid) == 2
     assert store.end(rid, 1) == {"state": "stopped", "cause": note}

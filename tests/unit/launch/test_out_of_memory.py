@@ -151,8 +151,8 @@ def allocator_error():
 @pytest.mark.parametrize(
     "error, asked",
     [
-        (lambda: torch.OutOfMemoryError(GPU_ERROR), "2.50 GiB"),
-        (allocator_error, f"{4e15 / 2**30:.2f} GiB"),
+        (lambda: torch.OutOfMemoryError(GPU_ERROR), " (asked for 2.50 GiB)"),
+        (allocator_error, f" (asked for {4e15 / 2**30:.2f} GiB)"),
         (MemoryError, ""),
         (lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), ""),
         (lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), ""),
@@ -199,7 +199,7 @@ def test_runs_of_several_processes_start_again_with_less_until_one_does_not_fit(
     assert limits.of(spec) == Limit(rows=2, forward_parts=4) and SAMPLING in events[1]["note"]
     cause = end(spec, Shortage(1, 1, "2.50 GiB"))["cause"]
     assert store.state(spec.id) == "failed" and events[2]["cause"] == cause
-    assert "2 processes" in cause and "exec.world_size" in cause
+    assert "2 process" in cause and "exec.world_size" in cause
     end(other, Shortage(1, 1, ""), killed=False)  # another worker claimed it
     assert len(events) == 3 and store.state(other.id) == "running"
 

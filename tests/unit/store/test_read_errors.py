@@ -92,7 +92,6 @@ READERS = [
     ("result.json", lambda r: r.store.claim(r.specs["damaged"])),
     ("attempts", lambda r: r.store.state(r.id["running"])),
     ("attempts", lambda r: r.store.claim(r.specs["running"])),
-    ("attempts", lambda r: r.store.owns(r.id["running"], 1)),
     ("end.json", lambda r: r.store.states([r.id["failed"]])),
     ("end.json", lambda r: r.store.failures(r.id["failed"])),
     ("end.json", lambda r: r.store.claim(r.specs["failed"])),
