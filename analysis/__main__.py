@@ -159,7 +159,7 @@ def _study(argv: Sequence[str]) -> int:
         page.render_all(KEPT, ROOT / "README.md")
         return 0
     found = answers.read_answers([args.reports_dir, KEPT])
-    head, *rows = answers.rows_of(found)
+    head, *rows = answers.claims_table(found)
     if args.out:
         page.write(found, args.out / "study.md")
     objects = [dict(zip(head, row)) for row in rows]

@@ -74,7 +74,7 @@ class Row:
         return self.asked.get("text") or self.claim.replace("_", " ")
 
     def plain(self) -> dict[str, Any]:
-        """Return the row's cells, by column; None: not known."""
+        """Return the row's cells, by column, with six digits; None: not known."""
         e, v = self.estimate, self.verdict
         known = {k: getattr(self, k) for k in COLUMNS if hasattr(self, k)}
         known |= {k: getattr(e, k) for k in ("value", "low", "high", "level")}
@@ -84,7 +84,8 @@ class Row:
             known |= {"margin_low": v.margin[0], "margin_high": v.margin[1]}
             known |= {"source": self.asked.get("source"), "why": v.why, "needed": v.needed}
             known |= {"gates": " ".join(g.code.name for g in v.gates)}
-        return {k: known.get(k) for k in COLUMNS}
+        digits = {k: f"{v:.6g}" for k, v in known.items() if isinstance(v, float)}
+        return {k: digits.get(k, known.get(k)) for k in COLUMNS}
 
 
 COLUMNS = (
@@ -190,8 +191,22 @@ class _Maker:
             place = {"alpha": r["alpha"]} if r["at"] is None else self.place(r["at"])
             task = r["group"] if r["at"] is None else self.curves[r["at"]][1].group
             yield self.row(task, "lr_ratio", estimate_of(r["ratio"]), **place)
+            gain = self._gain(task)
             for rule, nats in r["regrets"].items():
                 yield self.row(task, f"nats lost at {rule}", Estimate(nats), **place)
+                percent = None if nats is None or not gain else 100 * nats / gain
+                yield self.row(task, f"% of the gain lost at {rule}", Estimate(percent), **place)
+
+    def _gain(self, task: str) -> float | None:
+        """Return how much full fine-tuning lowers the loss of the base model in a task, in nats."""
+        full = (c for c, (_, o) in zip(self.results["curves"], self.curves) if o.group == task)
+        c = next((c for c in full if c["method"] == "fullft" and c["best_nll"] is not None), None)
+        if c is None or "nll_start" not in self.runs:
+            return None
+        runs = self.runs[
+            (self.runs["model"] == c["model"]) & (self.runs["dataset"] == c["dataset"])
+        ]
+        return float(runs["nll_start"].mean() - c["best_nll"])
 
     def _parameters_an_episode(self, c: Mapping[str, Any]) -> float:
         keys = ["model", "dataset", "steps", "batch_size", "method", "rank", "objective", "layers"]
@@ -250,13 +265,16 @@ class _Maker:
 
     def _at(self, quantity: str, task: str) -> dict[str, Any]:
         """Return the rank and the number of updates of an estimand in a task, also in words."""
-        said = (self.results.get("read") or {}).get(quantity, "").partition(";")[0]
+        said = (self.results.get("read") or {}).get(quantity, "")
         known = [c.key for _, c in self.curves if _is_of(c.group, task)]
         arms = (self.results.get("ranks") or {}).get(task, {}).get(quantity.partition("_")[0], {})
         ranks = sorted(
             {int(k["rank"]) for k in known if k.get("rank") == k.get("rank") is not None}
         )
-        ranks = ranks[:1] if "rank_1" in quantity else ranks[-1:] if "top" in quantity else ranks
+        if "rank_1" in quantity and "over" not in quantity:
+            ranks = ranks[:1]
+        elif "top" in quantity:
+            ranks = ranks[-1:]
         ranks = sorted(set(arms.values())) or ranks
         lengths = {self.updates[task]} if task in self.updates else {int(k["steps"]) for k in known}
         if share := re.fullmatch(r"rank of ([\d.]+) of the width", said):
@@ -266,8 +284,7 @@ class _Maker:
         if len(ranks) > 1 and arms:
             said = " and ".join(f"{arm} at rank {r}" for arm, r in arms.items())
         rank = ranks[0] if len(ranks) == 1 else None
-        span = f"ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
-        words = [said or (f"rank {rank}" if rank else span)]
+        words = [said or (f"rank {rank}" if rank else "")]
         if lengths and not re.search("update|example", said):
             ends = dict.fromkeys((min(lengths), max(lengths)))
             words.append(f"{' to '.join(map(str, ends))} updates")

@@ -12,7 +12,7 @@ from analysis.measures import next_runs
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse, read_question
 from analysis.report import plots_curves, report
-from analysis.report.study.answers import read_answers, rows_of
+from analysis.report.study.answers import claims_table, read_answers
 from analysis.runs.table import read
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -94,7 +94,7 @@ def learning_curves(runs: pd.DataFrame, found: Analysis) -> Any:
 
 def study() -> pd.DataFrame:
     """Return one row per claim of every kept result."""
-    return _frame(rows_of(read_answers([RESULTS])))
+    return _frame(claims_table(read_answers([RESULTS])))
 
 
 def page(name: str) -> Any:

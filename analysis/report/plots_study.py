@@ -9,10 +9,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from analysis.inference.estimate import with_interval
 from analysis.measures.regret import ALLOWED
+from analysis.measures.rows import Setting
 from analysis.report.plots import COLOURS, MARKERS, drawn
-from analysis.report.study.answers import Setting
-from analysis.report.study.figures import Line, RateCurve, Row
+from analysis.report.study.answers import where
+from analysis.report.study.figures import Line, Placed, RateCurve
 
 MARGIN = COLOURS[3]
 DASHES = {Setting.IN_REGIME: "-", Setting.BEYOND: "--", Setting.REAL: ":"}
@@ -91,7 +93,7 @@ MEASURED, WITHIN, OUTCOME = 1.04, 2.17, 2.8
 """Places of the columns right of the axes, in widths of the axes."""
 
 
-def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
+def forest(rows: Sequence[Placed], path: Path, inputs: str = "") -> None:
     """Draw a row per verdict in units of the claim's margin, with its numbers beside it."""
     height = 0.56 * len(rows)
     with drawn(path, inputs, 1, 1, (9.5, height + 1.1)) as (fig, (ax,)):
@@ -100,15 +102,16 @@ def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
             ax.fill_between([low, high], k - 0.5, k + 0.5, color=MARGIN, alpha=0.15, lw=0)
             ax.axhline(k + 0.5, color="0.85", lw=0.6)
             _mark(ax, row, k)
-            where: dict[str, Any] = {"va": "center", "transform": ax.get_yaxis_transform()}
+            middle: dict[str, Any] = {"va": "center", "transform": ax.get_yaxis_transform()}
             left: dict[str, Any] = {"ha": "right", "transform": ax.get_yaxis_transform()}
-            says = textwrap.fill(row.says, 76)
-            under = "\n".join(textwrap.shorten(t, 86) for t in (row.where, row.measure))
+            says = textwrap.fill(row.row.says, 76)
+            under = "\n".join(textwrap.shorten(t, 86) for t in (where(row.row), row.measure))
             ax.text(-0.04, k - 0.03, says, va="bottom", fontsize=7.5, **left)
             ax.text(-0.04, k + 0.02, under, va="top", fontsize=6.7, color="0.35", **left)
-            texts = {MEASURED: row.measured, WITHIN: row.margin, OUTCOME: row.outcome}
+            measured = with_interval(row.row.estimate)
+            texts = {MEASURED: measured, WITHIN: row.margin, OUTCOME: row.outcome}
             for x, text in texts.items():
-                ax.text(x, k, text, fontsize=8, **where)
+                ax.text(x, k, text, fontsize=8, **middle)
         heads = {MEASURED: "measured", WITHIN: "margin", OUTCOME: "verdict"}
         for x, text in heads.items():
             ax.text(x, -0.75, text, transform=ax.get_yaxis_transform(), fontsize=8, weight="bold")
@@ -127,7 +130,7 @@ def forest(rows: Sequence[Row], path: Path, inputs: str = "") -> None:
         fig.legend(handles=keys, loc="lower center", ncol=3, frameon=False, fontsize=8)
 
 
-def _mark(ax: Axes, row: Row, y: float) -> None:
+def _mark(ax: Axes, row: Placed, y: float) -> None:
     low, high, value = (min(max(x, -EDGE), EDGE) for x in (row.low, row.high, row.value))
     if math.isfinite(row.low):
         ax.plot([low, high], [y, y], color="black", lw=1.3)
@@ -155,7 +158,7 @@ def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
         for k, c in enumerate(curves, 1):
             look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "lw": 1.4, "ms": 6}
             marker = MARKERS[(k - 1 + (k - 1) // len(COLOURS)) % len(MARKERS)]
-            ls = DASHES[c.setting]
+            ls = DASHES[c.row.setting]
             ax.plot(c.fitted_times, c.fitted_percent, ls, **look)
             ax.plot(c.times, c.percent, marker, **look)
             ax.plot([], [], marker, ls=ls, label=c.label, **look)

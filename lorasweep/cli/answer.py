@@ -229,7 +229,7 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
     from analysis.report.text import aligned, missing
 
     found = answers.read_answers([reports], titles)
-    path, lines = reports / title / "study.md", ["", *aligned(answers.rows_of(found)), ""]
+    path, lines = reports / title / "study.md", ["", *aligned(answers.claims_table(found)), ""]
     if why := missing("study.md", "matplotlib", "jinja2"):
         return [*lines, f"left out: {why}"]
     from analysis.report.study import page

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from analysis.measures.rows import csv_of
 from analysis.questions.registry import analyse
 from analysis.report import report
 from analysis.report.plots import INPUTS
@@ -139,6 +140,11 @@ def test_an_answer_that_shows_another_is_stale_once_that_one_changes(tmp_path):
     today = (mine / "results.json").read_text()
     assert _inputs(mine / "law.png") == report.inputs_hash(table, today)
     assert not (mine / "old.png").exists()
+
+
+def test_the_table_of_all_rows_is_of_the_kept_answers():
+    today = csv_of(page.Data(answers.read_answers([KEPT])).rows)
+    assert not differing_text(today, (KEPT / page.TABLE).read_text())
 
 
 def _inputs(path):

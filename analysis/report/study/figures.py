@@ -1,10 +1,11 @@
 """Compute the data of the study's figures, which `analysis.report.plots_study` draws."""
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,17 @@ import pandas as pd
 
 from analysis.inference.decide import scale_of
 from analysis.inference.design import FAR
-from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, with_interval
+from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
 from analysis.measures.batch_effect import EARLIEST
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import novelty_of
+from analysis.measures.rows import Row, Setting, pick
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import rate_means
 from analysis.optimum.optimum import WITHIN
 from analysis.questions.base import Panel, Series, by_group, full_of, lora_of
-from analysis.report.study.answers import WORDS, Answer, Setting, estimate_of, within
+from analysis.report.study.answers import WORDS, Answer, within
 from analysis.runs.learning_curves import at_step, by_run, on_curve_rows
 from analysis.runs.lr_curves import lr_curves
 
@@ -31,60 +33,35 @@ REGIME, BATCHES = "regime", "large_batches"
 CONTROL = 32
 """Batch of the control of `large_batches`, which is a condition like those of `regime`."""
 NOTHING = "nothing new"
-"""End of the name of a condition that has no gain."""
+"""What is new in a condition that has no gain."""
 
 
 @dataclass(frozen=True)
 class Line:
     """The regrets of all ranks in one condition: a base, a data set, a length."""
 
-    base: str
-    data: str
-    batch_size: int | None
-    """None in answers that did not record it."""
-    updates: int
+    name: str
     setting: Setting
     regrets: dict[int, Estimate]
     """Rank -> regret in percent of full fine-tuning's gain."""
 
-    @property
-    def name(self) -> str:
-        size = f" of {self.batch_size}" if self.batch_size else ""
-        return f"{self.base}, {self.updates} updates{size}:\n{self.data}"
-
 
 def regret_lines(answers: Sequence[Answer]) -> list[Line]:
     """Return a line for each condition of `regime`, and for the control of `large_batches`."""
-    found = []
-    for a in answers:
-        for c in conditions_of([a]):
-            base, _, data = c["cell"].partition(", ")
-            place = (c.get("batch_size"), int(c["updates"]), a.setting(c["cell"]))
-            found.append(Line(base, data, *place, _by_rank(c["ranks"])))
-    return [line for line in [*found, *(c for c, _ in controls_of(answers))] if line.regrets]
-
-
-def conditions_of(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Return the conditions of `regime` in which something is new, as in results.json."""
-    found = [c for a in answers if a.sweep == REGIME for c in a.results["cells"]]
-    return [c for c in found if not c["cell"].endswith(NOTHING)]
-
-
-def controls_of(answers: Sequence[Answer]) -> Iterator[tuple[Line, Answer]]:
-    """Yield the control of every answer of `large_batches` where only rules are new."""
-    for a in answers:
-        mine = [r for r in a.results.get("regrets", ()) if r["batch_size"] == CONTROL]
-        if a.sweep != BATCHES or not mine or len(a.bases) != 1:
-            continue
-        if (setting := a.setting(a.verdicts[0].group)) == Setting.IN_REGIME:
-            novelty = novelty_of(json.loads(a.runs["spec"].iloc[0])["dataset"])
-            place = (CONTROL, mine[0]["updates"], setting)
-            yield Line(a.bases[0], novelty.name if novelty else "", *place, _by_rank(mine)), a
-
-
-def _by_rank(rows: Sequence[dict[str, Any]]) -> dict[int, Estimate]:
-    known = {int(r["rank"]): estimate_of(r["regret_percent"]) for r in rows}
-    return {rank: e for rank, e in known.items() if e.value is not None}
+    found: dict[str, Line] = {}
+    for a in (a for a in answers if a.sweep in (REGIME, BATCHES)):
+        for r in pick(a.rows, "regret_percent"):
+            data = r.data
+            if a.sweep == BATCHES:
+                if (r.batch_size, r.setting) != (CONTROL, Setting.IN_REGIME):
+                    continue
+                novelty = novelty_of(json.loads(a.runs["spec"].iloc[0])["dataset"])
+                data = novelty.name if novelty else data
+            if r.rank and r.estimate.value is not None and data != NOTHING:
+                size = f" of {r.batch_size}" if r.batch_size else ""
+                name = f"{r.base}, {r.updates} updates{size}:\n{data}"
+                found.setdefault(name, Line(name, r.setting, {})).regrets[r.rank] = r.estimate
+    return list(found.values())
 
 
 # ---------------------------------------------------------------- claims in units of their margins
@@ -131,15 +108,12 @@ def scale_for(v: Verdict) -> Scale:
 
 
 @dataclass(frozen=True)
-class Row:
+class Placed:
     """One verdict of the figure of claims."""
 
-    says: str
-    where: str
-    """Base, data, rank and number of updates."""
+    row: Row
     measure: str
     """The measured quantity and its unit."""
-    measured: str
     margin: str
     outcome: str
     band: tuple[float, float]
@@ -149,33 +123,25 @@ class Row:
     """Ends of the interval; infinite where there is none."""
 
 
-def claim_rows(answers: Sequence[Answer]) -> list[Row]:
+def claim_rows(answers: Sequence[Answer]) -> list[Placed]:
     """Return a row per verdict on a primary claim of the study that confirms or refutes it.
 
     Verdicts that are exploratory, withdrawn or without a value are left out.
     """
-    rows: list[Row] = []
-    for a in answers:
-        for v in a.single:
-            e, whose = v.estimate, a.word(v.claim, "source")
-            if not v.primary or v.exploratory or v.is_withdrawn or e.value is None:
-                continue
-            if whose == "study":
-                scale = scale_for(v)
-                low = -math.inf if e.low is None else scale.at(e.low)
-                high = math.inf if e.high is None or AT_LEAST in e.flags else scale.at(e.high)
-                measure = re.split(";|, where ", a.word(v.claim, "measure"))[0]
-                far = [FAR if math.isinf(end) else 0.0 for end in scale.band]
-                margin = (v.margin[0] - far[0], v.margin[1] + far[1])  # an open end is no number
-                rank = min if re.search(r"\brank 1\b", measure) else max
-                texts = (
-                    a.says(v.claim),
-                    a.where(v, rank),
-                    measure,
-                    with_interval(e),
-                    within(margin),
-                )
-                rows.append(Row(*texts, v.outcome, scale.band, scale.at(e.value), low, high))
+    rows: list[Placed] = []
+    for r, v in (one for a in answers for one in a.single):
+        e = v.estimate
+        if not v.primary or v.exploratory or v.is_withdrawn or e.value is None:
+            continue
+        if r.asked.get("source") == "study":
+            scale = scale_for(v)
+            low = -math.inf if e.low is None else scale.at(e.low)
+            high = math.inf if e.high is None or AT_LEAST in e.flags else scale.at(e.high)
+            measure = re.split(";|, where ", r.asked.get("measure") or "")[0]
+            far = [FAR if math.isinf(end) else 0.0 for end in scale.band]
+            margin = (v.margin[0] - far[0], v.margin[1] + far[1])  # an open end is no number
+            place = (scale.band, scale.at(e.value), low, high)
+            rows.append(Placed(r, measure, within(margin), v.outcome, *place))
     return rows
 
 
@@ -191,15 +157,9 @@ WIDTHS = "lr_scale"
 class RateCurve:
     """LoRA's regret on one base, over LoRA's LR / full fine-tuning's best LR."""
 
-    base: str
+    row: Row
+    """LoRA's best LR / full fine-tuning's, and where it was measured."""
     hidden: int
-    rank: int
-    alpha: float
-    updates: int
-    setting: Setting
-    exploratory: bool
-    ratio: Estimate
-    """LoRA's best LR / full fine-tuning's."""
     times: np.ndarray
     percent: np.ndarray
     """Mean regret at each LR tried, in percent of LoRA's gain at LoRA's best LR."""
@@ -209,8 +169,9 @@ class RateCurve:
 
     @property
     def label(self) -> str:
-        arms = f"rank {self.rank}, alpha {self.alpha:g}, {self.updates} updates"
-        return f"{self.base} (hidden size {self.hidden}), {arms}"
+        r = self.row
+        arms = f"rank {r.rank}, alpha {r.alpha or ALPHA:g}, {r.updates} updates"
+        return f"{r.base} (hidden size {self.hidden}), {arms}"
 
 
 def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
@@ -221,32 +182,34 @@ def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
     chosen: dict[tuple[str, Setting], RateCurve] = {}
     mine = [a for a in answers if a.sweep in ("lr_ratio", WIDTHS)]
     for a in sorted(mine, key=lambda a: (a.sweep == WIDTHS, a.exploratory, -a.results["runs"])):
+        arms = {(r.task, r.rank): r for r in pick(a.rows, "best_lr") if r.alpha in (None, ALPHA)}
         for group, optima in by_group(fit_all(lr_curves(a.runs))).items():
-            full, key = full_of(optima), optima[0].curve.key
+            full = full_of(optima)
             lora = [o for o in lora_of(optima) if o.curve.key.get("alpha", ALPHA) == ALPHA]
-            where = (str(key["model"]), a.setting(group))
-            if full is None or not lora or where in chosen:
+            if full is None or not lora:
                 continue
             o = max(lora, key=lambda o: o.curve.key["rank"])
+            r = arms[group, o.curve.key["rank"]]
             best, unit, rates = o.best_nll, full.best_lr.value, o.curve.unbroken
-            if best is None or unit is None or not len(rates):
+            where, known = (r.base, r.setting), best is not None and unit is not None
+            if where in chosen or not known or not len(rates):
                 continue
             lr = np.exp(np.linspace(rates[0], rates[-1], 200))
             if (fitted := o.predict(lr)) is not None:
-                width = a.runs.loc[a.runs["model"] == where[0], "hidden_size"].max()
-                arms = (int(o.curve.key["rank"]), float(o.curve.key.get("alpha", ALPHA)))
-                named = (where[0], int(width), *arms, int(key["steps"]), where[1], a.exploratory)
+                width = int(a.runs.loc[a.runs["model"] == r.base, "hidden_size"].max())
                 (tried, losses), percent = rate_means(o.curve), 100 / (o.curve.nll_start - best)
                 runs, fits = percent * (losses - best), percent * (fitted - best)
+                row = replace(r, quantity="lr_ratio", estimate=ratio_of([o], full))
                 shown = (np.exp(tried) / unit, runs, lr / unit, fits)
-                chosen[where] = RateCurve(*named, ratio_of([o], full), *shown)
-    return sorted(chosen.values(), key=lambda c: (c.setting == Setting.REAL, c.hidden))
+                chosen[where] = RateCurve(row, width, *shown)
+    return sorted(chosen.values(), key=lambda c: (c.row.setting == Setting.REAL, c.hidden))
 
 
 def has_rate_curves(answers: Sequence[Answer]) -> bool:
     """Return whether an answer has best LRs of both methods, without fitting the runs again."""
     return any(
-        {c["method"] for c in a.results["curves"] if c["best_lr"] is not None} >= {"fullft", "lora"}
+        {r.rank is None for r in pick(a.rows, "best_lr") if r.estimate.value is not None}
+        == {True, False}
         for a in answers
         if a.sweep in ("lr_ratio", WIDTHS)
     )
@@ -260,29 +223,44 @@ Speeds = dict[int, dict[int, Estimate]]
 
 def speed_answers(answers: Sequence[Answer]) -> dict[Setting, Answer]:
     """Return one answer of `rank` per setting: confirmatory if possible, on the largest base."""
-    mine = [a for a in answers if a.sweep == "rank" and judged_to(a) >= 2 * EARLIEST]
+    mine = [a for a in answers if a.sweep == "rank" and a.updates >= 2 * EARLIEST]
     found: dict[Setting, Answer] = {}
     for a in sorted(mine, key=lambda a: (a.exploratory, -a.size)):
-        found.setdefault(a.setting(a.verdicts[0].group), a)
+        found.setdefault(a.judged[0][0].setting, a)
     return dict(sorted(found.items()))
 
 
-def judged_to(a: Answer) -> int:
-    """Return the number of updates after which an answer was judged; runs may be longer."""
-    return max((int(c["steps"]) for c in a.results["curves"]), default=0)
+def speed_rows(a: Answer) -> list[Row]:
+    """Measure the speed of each rank of an answer after doublings of the updates.
+
+    `speed_rise`: percent by which a doubling of the rank raises the speed, from the rank below.
+    """
+    found, one = [], a.judged[0][0]
+    for rank, mine in sorted(speeds(a.runs, doublings(a.updates)).items()):
+        arm: dict[str, Any] = {"arm": f"lora r{rank}", "rank": rank, "verdict": None, "asked": {}}
+        arm |= {"at": "", "quantity": "speed"}
+        for step, e in mine.items():
+            found.append(replace(one, **arm, updates=step, estimate=e))
+    ends = [r for r in found if r.updates == a.updates]
+    for low, high in itertools.pairwise(ends):
+        times = float(high.estimate.value or 0.0) / float(low.estimate.value or math.nan)
+        each = times ** (1 / math.log2((high.rank or 1) / (low.rank or 1)))
+        found.append(replace(high, quantity="speed_rise", estimate=Estimate(100 * (each - 1))))
+    return found
 
 
-def speed_panels(answers: Sequence[Answer]) -> list[Panel]:
-    """Return a panel of rho over updates for each setting."""
+def speed_panels(rows: Sequence[Row]) -> list[Panel]:
+    """Return a panel of rho over updates for each setting, from the rows of `speed_rows`."""
     out = []
-    for setting, a in speed_answers(answers).items():
-        by_rank = sorted(speeds(a.runs, doublings(judged_to(a))).items())
-        series = [
-            Series.of(f"rank {rank}", list(mine), list(mine.values()), colour=k)
-            for k, (rank, mine) in enumerate(by_rank, 1)
-        ]
-        title = f"{', '.join(a.bases)}, {WORDS[setting]}"
+    for setting in sorted({r.setting for r in rows}):
+        mine = pick(rows, "speed", setting=setting)
+        series = []
+        for k, rank in enumerate(dict.fromkeys(r.rank for r in mine), 1):
+            of = pick(mine, rank=rank)
+            points = ([r.updates or 0 for r in of], [r.estimate for r in of])
+            series.append(Series.of(f"rank {rank}", *points, colour=k))
         look: dict[str, Any] = {"log_x": True, "log_y": True, "lines": {"full fine-tuning": 1.0}}
+        title = f"{mine[0].base}, {WORDS[setting]}"
         out.append(Panel(title, "updates", "speed (rho)", series, **look))
     return out
 

@@ -6,6 +6,7 @@ The texts are in `analysis/report/templates/study/`; no measured number is typed
 
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
@@ -22,26 +23,27 @@ from analysis.inference.estimate import (
     Verdict,
     number,
     rate,
-    row_interval,
     signed,
     with_interval,
 )
-from analysis.measures.regret import COUNTS
+from analysis.measures.regret import COUNTS, FIRST_PASS
+from analysis.measures.rows import Row, csv_of, pick
 from analysis.questions.lr_ratio import ONE, TEN
 from analysis.questions.registry import analyse, question_named, read_question
 from analysis.report import plots, plots_study
 from analysis.report.report import added_after, band_text, command_of, write_answer
-from analysis.report.study import figures, findings
+from analysis.report.study import figures
 from analysis.report.study.answers import (
     Answer,
     Pooled,
     called,
-    estimate_of,
     listed,
     pooled,
     read_answers,
+    where,
     within,
 )
+from analysis.report.study.findings import ON_PAGE, Finding, findings
 from analysis.report.study.ledger import ledger
 from analysis.report.text import Rows, rendered, text_hash, with_block
 from analysis.runs.lr_curves import in_words
@@ -53,6 +55,8 @@ QUESTIONS = "questions"
 """Folder of the pages of the questions."""
 LAW = "rate_law"
 """The question whose figure replaces RATES on the page once it has runs."""
+TABLE = "rows.csv"
+"""All rows: verdicts, and the measurements that the pages show."""
 MOST = 12
 """Largest number of rows of the figure of claims."""
 ALPHA = "alpha (output times alpha / rank)"
@@ -67,23 +71,55 @@ RATES_HEAD = (
 )
 
 
+class Data:
+    """What the pages show beside the answers: all rows, also those measured for figures."""
+
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        has_rates = figures.has_rate_curves(answers)
+        self.rates = figures.rate_curves(answers) if has_rates else []
+        shown = figures.speed_answers(answers).values()
+        self.speeds = [r for a in shown for r in figures.speed_rows(a)]
+        self.lines = figures.regret_lines(answers)
+        self.claims = figures.claim_rows(answers)
+        widths = [c.row for c in self.rates if c.row.sweep == figures.WIDTHS]
+        rows = [*(r for a in answers for r in a.rows), *self.speeds, *widths]
+        self.rows = sorted(rows, key=lambda r: (r.sweep, r.scale))
+
+    @property
+    def figures(self) -> list[str]:
+        """Names of the figures that there are."""
+        known = {MAP: self.lines, FOREST: self.claims, RATES: self.rates, SPEED: self.speeds}
+        return [name for name, values in known.items() if values]
+
+    def draw(self, folder: Path, inputs: str) -> None:
+        if self.lines:
+            plots_study.regret_map(self.lines, folder / MAP, inputs)
+        if self.claims:
+            plots_study.forest(self.claims[:MOST], folder / FOREST, inputs)
+        if self.rates:
+            plots_study.rates(self.rates, folder / RATES, inputs)
+        if self.speeds:
+            plots.panels(figures.speed_panels(self.speeds), folder / SPEED, inputs)
+
+
 def write(answers: Sequence[Answer], path: Path, kept: bool = False) -> None:
-    """Write the page and, beside it, its figures and the pages of details; see `pages`."""
-    folder, inputs = path.parent, inputs_hash(answers)
+    """Write the page and, beside it, its figures and the pages of details; see `pages`.
+
+    Earlier pages are replaced only once all new pages and figures are there.
+    """
+    data, folder = Data(answers), path.parent
+    texts = pages(answers, path, kept, data)
     (folder / QUESTIONS).mkdir(parents=True, exist_ok=True)
-    before = (folder / QUESTIONS).glob("*.md")
-    mine = [old for old in before if "](../ledger.md" in old.read_text(errors="replace")]
-    for old in [*(folder / f for f in FIGURES), *mine]:
-        old.unlink(missing_ok=True)
-    if lines := figures.regret_lines(answers):
-        plots_study.regret_map(lines, folder / MAP, inputs)
-    if rows := figures.claim_rows(answers):
-        plots_study.forest(rows[:MOST], folder / FOREST, inputs)
-    if figures.has_rate_curves(answers):
-        plots_study.rates(figures.rate_curves(answers), folder / RATES, inputs)
-    if figures.speed_answers(answers):
-        plots.panels(figures.speed_panels(answers), folder / SPEED, inputs)
-    for name, text in pages(answers, path, kept).items():
+    with tempfile.TemporaryDirectory(dir=folder) as drawn:
+        data.draw(Path(drawn), inputs_hash(answers))
+        for name in FIGURES:
+            (folder / name).unlink(missing_ok=True)
+        for figure in Path(drawn).iterdir():
+            figure.replace(folder / figure.name)
+    for old in (folder / QUESTIONS).glob("*.md"):
+        if "](../ledger.md" in old.read_text(errors="replace"):  # a page of ours
+            old.unlink()
+    for name, text in texts.items():
         (folder / name).write_text(text)
 
 
@@ -93,52 +129,48 @@ def inputs_hash(answers: Sequence[Answer]) -> str:
     return text_hash("".join(texts) + "".join(sorted(i for a in answers for i in a.run_ids)))
 
 
-def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str, str]:
+def pages(
+    answers: Sequence[Answer], path: Path, kept: bool = False, data: Data | None = None
+) -> dict[str, str]:
     """Render the page of answers and the pages beside it: name in the page's folder -> text.
 
     Args:
         path: the page; links are relative to its folder.
-        kept: for kept answers, also list changes after a look, and what was not tested.
+        kept: for kept answers, also the findings, changes after a look, and what was not tested.
+        data: the answers' `Data`, if they are known.
     """
+    data = data or Data(answers)
     by_sweep: dict[str, list[Answer]] = {}
     for a in answers:
         by_sweep.setdefault(a.sweep, []).append(a)
     over_bases, folder = pooled(answers), path.parent
-    ranked = findings.main(answers)
-    main, rest = ranked[: findings.ON_PAGE], ranked[findings.ON_PAGE :]
-    others = [*rest, *findings.others(answers)]
-    shown = {
-        MAP: bool(figures.regret_lines(answers)),
-        FOREST: bool(n_rows := len(figures.claim_rows(answers))),
-        RATES: figures.has_rate_curves(answers),
-        SPEED: bool(figures.speed_answers(answers)),
-    }
+    found = findings(data.rows) if kept else []
     runs = base_runs(answers)
     sizes = sizes_of(runs) / 1e6
     common: dict[str, Any] = {
         "kept": kept,
         "page": path.name,
-        "n_claims": len({(a.sweep, v.claim) for a in answers for v in a.single}),
+        "n_claims": len({(r.sweep, v.claim) for a in answers for r, v in a.single}),
         "n_runs": len(set().union(*(a.run_ids for a in answers))),
-        "figures": [name for name, there in shown.items() if there],
+        "figures": data.figures,
     }
     questions = [
-        question_of(mine, over_bases, folder / QUESTIONS, [*main, *others])
-        for mine in by_sweep.values()
+        question_of(mine, over_bases, folder / QUESTIONS, found) for mine in by_sweep.values()
     ]
     texts = {
         path.name: rendered(
             "study/page.md",
             **common,
-            findings=main,
-            loads=findings.first_pass_loads(answers),
-            others=others,
+            findings=found[:ON_PAGE],
+            claims=[] if kept else primary_lines(answers),
+            loads=first_pass_loads(data.rows),
+            others=found[ON_PAGE:],
             tally=tally(answers),
             spans=[sizes.min(), sizes.max(), runs["steps"].max()] if len(sizes) else [],
             withdrawn=[one for mine in by_sweep.values() for one in withdrawn_on(mine)],
             law=law_figure(by_sweep.get(LAW, []), folder),
-            n_forest=(min(n_rows, MOST), n_rows),
-            bases=base_rows(runs, main),
+            n_forest=(min(len(data.claims), MOST), len(data.claims)),
+            bases=base_rows(runs, " ".join(f.text for f in found[:ON_PAGE])),
             questions=questions,
         ),
         "ledger.md": rendered("study/ledger.md", **common, ledger=ledger(answers)),
@@ -153,14 +185,36 @@ def pages(answers: Sequence[Answer], path: Path, kept: bool = False) -> dict[str
         more += [[]] * (2 - len(more))
         text = rendered("study/question.md", **common, q=q, tables=more)
         texts[f"{QUESTIONS}/{q['sweep']}.md"] = text
-    return {name: in_words(text) for name, text in texts.items()}
+    return {**{name: in_words(text) for name, text in texts.items()}, TABLE: csv_of(data.rows)}
+
+
+def primary_lines(answers: Sequence[Answer]) -> list[str]:
+    """Return a line for each measured primary verdict: the claim, its outcome, the number."""
+    return [
+        f"**{r.says[0].upper()}{r.says[1:]}**: {v.shown}, {with_interval(v.estimate)} on "
+        f"{where(r)}. [Details]({QUESTIONS}/{r.sweep}.md)"
+        for a in answers
+        for r, v in a.single
+        if v.primary and not v.is_withdrawn and v.estimate.value is not None
+    ]
+
+
+def first_pass_loads(rows: Sequence[Row]) -> str:
+    """Say how often the data fill the adapter of claim `low` by the study's count of bits."""
+    for r in (r for r in pick(rows, sweep=figures.REGIME, claim="low") if r.rank):
+        loads = pick(rows, f"load, {FIRST_PASS}", rank=r.rank, base=r.base, setting=r.setting)
+        known = [x.estimate.value or 0.0 for x in loads if x.data != figures.NOTHING]
+        if known:
+            ends = dict.fromkeys(number(v, 2) for v in (min(known), max(known)))
+            return f"{' to '.join(ends)} times what rank {r.rank} can hold"
+    return ""
 
 
 def question_of(
     answers: Sequence[Answer],
     over_bases: Sequence[Pooled],
     folder: Path,
-    found: Sequence[findings.Finding],
+    found: Sequence[Finding],
 ) -> dict[str, Any]:
     """Return the parts of a question's page, which is in `folder`."""
     asked, shown = answers[0].question, []
@@ -171,29 +225,28 @@ def question_of(
         command = "" if "fingerprint_stamped" in a.question else f", `{command_of(a.question)}`"
         links = f"[report]({here}/report.md), [table]({here}/table.parquet){command}"
         runs = f"{a.results.get('runs', 0):,} runs, {a.trained}"
-        shown.append(f"`{a.results['scale']}`: {runs} ({links})")
+        shown.append(f"`{a.scale}`: {runs} ({links})")
     averages = []
-    for p in (p for p in over_bases if p.one[0].sweep == answers[0].sweep):
-        says, margin = p.one[0].says(p.one[1].claim), within(p.one[1].margin)
+    for p in (p for p in over_bases if p.one.sweep == answers[0].sweep):
         gated = f" ({len(p.left_out)} not to be judged: {', '.join(p.left_out)})"
-        value = f"{says}; {with_interval(p.estimate)}, margin {margin}"
+        value = f"{p.one.says}; {with_interval(p.estimate)}, margin {within(p.margin)}"
         averages.append(
-            f"No average over bases{gated}: {says}"
+            f"No average over bases{gated}: {p.one.says}"
             if p.estimate.value is None
             else f"Average over {', '.join(p.bases)}{gated if p.left_out else ''}: {value}"
         )
-    outcomes = Counter(v.shown for a in answers for v in a.single)
+    outcomes = Counter(v.shown for a in answers for _, v in a.single)
     head = ["claim", "scale", "measured", "margin", "verdict", "notes"]
     return {
         "sweep": answers[0].sweep,
         "title": asked["question"],
         "source": f"Source of the claim: {asked['source']}. {asked.get('how', '')}".strip(),
-        "withdrawn": withdrawn(answers),
+        "withdrawn": [(a.scale, why) for a in answers if (why := a.question.get("withdrawn"))],
         "found": [f"{f.text} {f.more}".strip() for f in mine],
         "outcomes": ", ".join(f"{n} {outcome}" for outcome, n in sorted(outcomes.items())),
         "answers": shown,
         "averages": averages,
-        "verdicts": [head, *(verdict_row(a, v) for a in answers for v in a.verdicts)],
+        "verdicts": [head, *(verdict_row(a, r, v) for a in answers for r, v in a.judged)],
         "figures": [
             (caption[0].upper() + caption[1:], os.path.relpath(a.folder / name, folder))
             for a in answers
@@ -201,12 +254,6 @@ def question_of(
             if (a.folder / name).is_file()
         ],
     }
-
-
-def withdrawn(answers: Sequence[Answer]) -> list[tuple[str, str]]:
-    """Return the scale of each withdrawn answer, and why it is withdrawn."""
-    whys = [(a.results["scale"], a.question.get("withdrawn")) for a in answers]
-    return [(scale, why) for scale, why in whys if why]
 
 
 def withdrawn_on(answers: Sequence[Answer]) -> list[dict[str, str]]:
@@ -234,7 +281,7 @@ def tally(answers: Sequence[Answer]) -> str:
     """
     claims: dict[tuple[str, str], list[Verdict]] = {}
     for a in answers:
-        for v in a.single:
+        for _, v in a.single:
             claims.setdefault((a.sweep, v.claim), []).append(v)
     counts: dict[str, list[bool]] = {}
     for verdicts in claims.values():
@@ -253,7 +300,7 @@ def tally(answers: Sequence[Answer]) -> str:
 
 def law_figure(answers: Sequence[Answer], folder: Path) -> str:
     """Return the path of the law's figure if it was judged on measured ratios; else nothing."""
-    for a in (a for a in answers if any(v.estimate.value is not None for v in a.single)):
+    for a in (a for a in answers if any(v.estimate.value is not None for _, v in a.single)):
         for name, _ in a.results.get("figures") or []:
             if (a.folder / name).is_file():
                 return os.path.relpath(a.folder / name, folder)
@@ -262,7 +309,7 @@ def law_figure(answers: Sequence[Answer], folder: Path) -> str:
 
 def readme(text: str, kept: Path) -> str:
     """Return the project's README with its findings rendered again from kept results."""
-    found = findings.main(read_answers([kept]))[: findings.ON_PAGE]
+    found = findings(Data(read_answers([kept])).rows)[:ON_PAGE]
     return with_block(text, "answers", [f"{k}. {f.text}" for k, f in enumerate(found, 1)])
 
 
@@ -281,15 +328,15 @@ def sizes_of(runs: pd.DataFrame) -> pd.Series:
     return runs[runs["method"] == "fullft"].groupby("model")["n_trainable"].max()
 
 
-def base_rows(runs: pd.DataFrame, main: Sequence[findings.Finding]) -> Rows:
+def base_rows(runs: pd.DataFrame, text: str) -> Rows:
     """Return each base model's size, and the ranks, alphas and updates of its runs.
 
-    The bases that the findings of the page name come first. Ranks and updates are ranges; alphas,
-    of which there are few, are listed.
+    The bases that `text` (the findings of the page) names come first. Ranks and updates are ranges;
+    alphas, of which there are few, are listed.
     """
     what = yaml.safe_load(BASES.read_text())
     head = ["base", "hidden size", "parameters", "what it is", "ranks", ALPHA, "updates"]
-    sizes, named = sizes_of(runs), set(re.findall(r"[\w-]+", " ".join(f.text for f in main)))
+    sizes, named = sizes_of(runs), set(re.findall(r"[\w-]+", text))
 
     def place(base: str) -> tuple[bool, int, str]:
         return called(base) not in named, int(sizes.get(base, 0)), base
@@ -318,12 +365,15 @@ def bits_rows(answers: Sequence[Answer]) -> Rows:
     head = ["data set", "updates", "needed rank [95%]"]
     head += [f"{what} by {words}" for what in ("bits", "load") for words in COUNTS.values()]
     rows = [head]
-    for c in (c for c in figures.conditions_of(answers) if c.get("bits")):
-        bits = [c["bits"].get(count) for count in COUNTS]
-        loads = [with_interval(estimate_of(c["loads_needed"][count])) for count in COUNTS]
-        rank = with_interval(estimate_of(c["rank_interpolated"]))
-        shown = ["-" if b is None else f"{b:,.0f}" for b in bits]
-        rows.append([c["cell"], str(c["updates"]), rank, *shown, *loads])
+    for a in (a for a in answers if a.sweep == figures.REGIME):
+        known = {(r.task, r.quantity): r.estimate for r in a.rows if not r.arm}
+        for r in pick(a.rows, "needed_rank"):
+            bits = [known.get((r.task, f"bits, {count}")) for count in COUNTS]
+            loads = [known.get((r.task, f"load at the needed rank, {count}")) for count in COUNTS]
+            if any(bits) and r.data != figures.NOTHING:
+                shown = ["-" if b is None else f"{b.value:,.0f}" for b in bits]
+                shown += [with_interval(load) if load else "-" for load in loads]
+                rows.append([r.task, str(r.updates), with_interval(r.estimate), *shown])
     return rows if len(rows) > 1 else []
 
 
@@ -331,56 +381,61 @@ def load_rows(answers: Sequence[Answer]) -> Rows:
     """Return each rank's load, by each way of counting bits, and its regret, after the head."""
     head = [f"load by {words}" for words in COUNTS.values()]
     rows = [["data set", "updates", "rank", *head, "regret, % of the gain [95%]"]]
-    for c in (c for c in figures.conditions_of(answers) if c.get("bits")):
-        for r in c["ranks"]:
-            loads = [number(r["loads"].get(count)) for count in COUNTS]
-            regret = with_interval(estimate_of(r["regret_percent"]))
-            rows.append([c["cell"], str(c["updates"]), str(r["rank"]), *loads, regret])
+    for a in (a for a in answers if a.sweep == figures.REGIME):
+        known = {(r.task, r.arm, r.quantity): r.estimate.value for r in a.rows}
+        for r in (r for r in pick(a.rows, "regret_percent") if r.data != figures.NOTHING):
+            loads = [number(known.get((r.task, r.arm, f"load, {count}"))) for count in COUNTS]
+            rows.append([r.task, str(r.updates), str(r.rank), *loads, with_interval(r.estimate)])
     return rows if len(rows) > 1 else []
 
 
 def best_rates(answers: Sequence[Answer]) -> Rows:
     """Return the best learning rates of all answers with ratios, the largest model first."""
     rows = [RATES_HEAD.split("|")]
-    for a in sorted((a for a in answers if a.results.get("ratios")), key=lambda a: -a.size):
-        ratios = {(r["group"], r["rank"]): r for r in a.results["ratios"]}
-        for c in a.results["curves"]:
-            where = (c["model"], c["dataset"], c["batch_size"], c["steps"])
-            group = "{} on {}, batch {}, steps {}".format(*where)
-            lora = c["method"] == "lora"
-            r = ratios.get((group, c["rank"])) if lora else None
-            against = ["", "", ""]
-            if r is not None:
-                costs = [signed(r["regrets"].get(rule)) for rule in (TEN, ONE)]
-                against = [with_interval(estimate_of(r["ratio"])), *costs]
+    for a in sorted((a for a in answers if pick(a.rows, "lr_ratio", verdict=None)), key=_by_size):
+        known = {(r.task, r.arm, r.quantity): r.estimate for r in a.rows if r.verdict is None}
+        for r in pick(a.rows, "best_lr"):
+            ratio, one, ten, band, best = (
+                known.get((r.task, r.arm, quantity))
+                for quantity in (
+                    *("lr_ratio", f"nats lost at {ONE}", f"nats lost at {TEN}"),
+                    *("lr_band", "best_loss"),
+                )
+            )
+            task = f"{r.base}, {r.task.removeprefix(f'{r.base} on ')} (`{a.scale}`)"
             rows.append(
                 [
-                    f"{', '.join(map(str, where))} (`{a.results['scale']}`)",
-                    f"LoRA r{c['rank']:g}" if lora else "full fine-tuning",
-                    row_interval(c, "best_lr", rate),
-                    band_text(c["band"]),
-                    number(c["best_nll"], 4),
-                    *against,
+                    task.replace(", batch ", ", ").replace(", steps ", ", "),
+                    "full fine-tuning" if r.arm == "fullft" else r.arm.replace("lora", "LoRA"),
+                    with_interval(r.estimate, rate),
+                    band_text(band.interval if band else None),
+                    number(best.value if best else None, 4),
+                    with_interval(ratio) if ratio else "",
+                    *(signed(cost.value) if cost else "" for cost in (ten, one)),
                 ]
             )
     return rows if len(rows) > 1 else []
 
 
-def verdict_row(a: Answer, v: Verdict) -> list[str]:
+def _by_size(a: Answer) -> int:
+    return -a.size
+
+
+def verdict_row(a: Answer, r: Row, v: Verdict) -> list[str]:
     """Return one verdict as a row of its question's table, with qualifications as notes."""
-    where = f", {v.group}" if len({w.group for w in a.verdicts}) > 1 else ""
-    marks = f"{a.word(v.claim, 'source') or 'ours'}{', primary' if v.primary else ''}"
+    task = f", {r.task}" if len({other.task for other, _ in a.judged}) > 1 else ""
+    marks = f"{r.asked.get('source') or 'ours'}{', primary' if v.primary else ''}"
     is_open = v.outcome == "UNDECIDED" and not v.is_withdrawn
     notes = [
         v.why if is_open else BETTER if v.is_better else "",
         f"needs {v.needed}" if is_open and v.needed else "",
         f"{EXPLORATORY}: {v.exploratory}" if v.exploratory else "",
-        a.read(v),
-        *(a.word(v.claim, k) for k in ("measure", "note")),
+        r.at,
+        *(r.asked.get(k) or "" for k in ("measure", "note")),
     ]
     return [
-        f"{a.says(v.claim)}{where} (`{a.sweep}: {v.claim}`, {marks})",
-        a.results["scale"],
+        f"{r.says}{task} (`{a.sweep}: {v.claim}`, {marks})",
+        a.scale,
         with_interval(v.estimate),
         within(v.margin),
         f"**{v.shown}**",
@@ -405,9 +460,10 @@ def render_answers(kept: Path) -> None:
     for folder in in_order(kept):
         table = read_table(folder / "table.parquet")
         question = read_question(folder)
-        for figure in folder.glob("*.png"):
-            figure.unlink()
         write_answer(analyse(table, question, kept), table, question, folder)
+        shown = re.findall(r"\]\((\w+\.png)\)", (folder / "report.md").read_text())
+        for figure in (f for f in folder.glob("*.png") if f.name not in shown):
+            figure.unlink()
 
 
 def render_all(kept: Path, front_page: Path) -> None:
