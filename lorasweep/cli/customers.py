@@ -176,7 +176,7 @@ def measure(request: Request) -> int:
     rates = around(spec.lr, request.rates, APART)
     specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
     points = [Point(s.method.name, s) for s in specs]
-    with Display(points, request.format == "json") as display:
+    with Display(points, request) as display:
         local.run_points(points, store, request.exec, display.event, trainer)
     base = trainer.first_pass(spec, request.exec)
     found = measuring.information(specs, data, base, request, store, answer.code_length)
@@ -275,6 +275,8 @@ def fleet(
     trained = training(plan, store) if plan.points else Trained([], 0)
     if trained.status == STOPPED:
         return STOPPED
+    if trained.sent:
+        trained.sent.show(plan.format == "json")
     outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, trained.points)]
     waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
     if plan.cluster.kind == "slurm":

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from lorasweep.plan.load import run_flops
+from lorasweep.store.files import Notify
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import run_names
 from lorasweep.sweep.request import Request
@@ -20,9 +21,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def notifier(request: Request) -> Callable[[str], None]:
-    """Return a function that prints a message on stderr; with format=json it prints nothing."""
-    if request.format == "json":
+def notifier(request: Request, always: bool = False) -> Notify:
+    """Return a function that prints a message on stderr; format=json: only with `always`."""
+    if request.format == "json" and not always:
         return lambda text: None
     return lambda text: print(text, file=sys.stderr, flush=True)
 
@@ -33,7 +34,7 @@ class Display:
     The bar is in floating-point operations.
     """
 
-    def __init__(self, todo: list[Point], quiet: bool = False) -> None:
+    def __init__(self, todo: list[Point], request: Request) -> None:
         self._points = {p.id: p for p in todo}
         self._names = run_names(todo)
         self._work = {p.id: run_flops(p.spec) for p in todo}
@@ -42,13 +43,12 @@ class Display:
         self._first: dict[str, float] = {}
         self._ended = 0
         self._started = time.monotonic()
-        self._print: Callable[[str], Any] = partial(print, file=sys.stderr, flush=True)
+        self._print: Callable[[str], Any] = notifier(request)
         self._bar: Any = None
-        if quiet:
-            self._print = lambda text: None
-        elif sys.stderr.isatty() and find_spec("rich") is None:
+        terminal = request.format != "json" and sys.stderr.isatty()
+        if terminal and find_spec("rich") is None:
             self._print("no progress bar: rich is not installed (pip install rich)")
-        elif sys.stderr.isatty():
+        elif terminal:
             self._add_bar(f"0/{len(todo)} runs")
 
     def _add_bar(self, description: str) -> None:

@@ -71,9 +71,8 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
 
     running = {p.id: p for p in plan.points if states[p.id] == "running"}
     steps = {i: (store.recent_records(i) or [{"step": 0}])[-1]["step"] for i in running}
-    flops_left = plan.flops - sum(
-        run_flops(p.spec) * steps[i] / p.spec.steps for i, p in running.items()
-    )
+    begun = sum(run_flops(p.spec) * steps[i] / p.spec.steps for i, p in running.items())
+    flops_left = plan.flops - begun
     finished = [p for p in plan.points if p.id in entries]
     flops_done = sum(run_flops(p.spec) for p in finished)
     rate = _rate_per_h(entries)
@@ -88,6 +87,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     if flops_left:
         left = used * flops_left / flops_done if flops_done else None
     mine = {s.folder for s in queue.submissions if s.record["sweep"] == request.title}
+    jobs = [(s, s.tasks[k], j) for s, k, j in queue.jobs if states.keys() & set(s.tasks[k])]
     return {
         "sweep": request.sweep_name,
         "scale": request.scale,
@@ -109,16 +109,12 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         "jobs": [
             {
                 "job": j.label,
-                "state": j.state,
-                "reason": j.reason,
-                "node": j.node,
-                "restarts": j.restarts,
-                "runs": len(s.tasks[k]),
-                "over": sum(r in entries for r in s.tasks[k]),
+                **{name: getattr(j, name) for name in ("state", "reason", "node", "restarts")},
+                "runs": len(task),
+                "over": sum(r in entries for r in task),
                 "log": str(slurm.log_of(s.folder, j.label)),
             }
-            for s, k, j in queue.jobs
-            if not states.keys().isdisjoint(s.tasks[k])
+            for s, task, j in jobs
         ],
         "follows": [j.label for folder, j in queue.follows.items() if folder in mine],
         "slurm": queue.unavailable,
@@ -153,12 +149,9 @@ def _problems(
     return problems
 
 
-# ---------------------------------------------------------------- text
-
-
-def status_text(request: Request, status: dict[str, Any]) -> str:
-    """Return a status as text for the terminal."""
-    runs, hours = status["runs"], status["hours"]
+def status_text(request: Request, status: dict[str, Any]) -> list[str]:
+    """Return a status in lines for the terminal."""
+    runs, hours, jobs = status["runs"], status["hours"], status["jobs"]
     columns = [s for s in COLUMNS if runs.get(s)]
     counts = ", ".join(f"{runs[s]} {s}" for s in columns)
     speed = "" if status["rate_per_h"] is None else f"; {status['rate_per_h']:.0f} runs/h recently"
@@ -179,18 +172,13 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
         lines.append(f"  {hours['of']}-hours: {hours['used']:.3g} used{left}")
     form = "  running  {name:32} {run}  step {step}/{steps}"
     lines += _cut([form.format(**r) for r in status["running"]])
-    jobs = status["jobs"]
+    started = [j for j in jobs if j["state"] != "PENDING"]
     if jobs:
-        started = [j for j in jobs if j["state"] != "PENDING"]
-        waiting = Counter(j["reason"] for j in jobs if j["state"] == "PENDING")
-        lines.append(f"  jobs: {len(started)} running, {waiting.total()} waiting")
-        rows = []
-        for j in started:
-            again = f", restart {j['restarts']}" if j["restarts"] else ""
-            over = f"{j['over']}/{j['runs']} runs finished{again}"
-            rows.append(f"    {j['job']:10} {j['state']:10} {j['node']:8} {over}  {j['log']}")
-        lines += _cut(rows)
-        lines += [f"    {n} waiting: {reason}" for reason, n in waiting.items()]
+        lines.append(f"  jobs: {len(started)} running, {len(jobs) - len(started)} waiting")
+    form = "    {job:10} {state:10} {node:8} {over}/{runs} finished, {restarts} restarts  {log}"
+    lines += _cut([form.format(**j) for j in started])
+    waiting = Counter(j["reason"] for j in jobs if j["state"] == "PENDING")
+    lines += [f"    {n} waiting: {reason}" for reason, n in waiting.items()]
     if status["follows"]:
         lines.append(
             f"  follow-up job {', '.join(status['follows'])}: it submits missing runs when the "
@@ -201,7 +189,7 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
     if status["unrecorded"]:
         lines.append(
             f"  {status['unrecorded']} job(s) are from a command that died while submitting: run "
-            "the command again to adopt or cancel them"
+            "the command again to cancel them"
         )
     problems = []
     for p in status["problems"]:
@@ -211,9 +199,7 @@ def status_text(request: Request, status: dict[str, Any]) -> str:
             text = "\n".join([text, f"              log {p['log']}", *tail])
         problems.append(text)
     lines += _cut(problems)
-    if runs.get("failed"):
-        lines.append("  try failed runs again: exec.retry=true")
-    return "\n".join(lines)
+    return [*lines, "  try failed runs again: exec.retry=true"] if runs.get("failed") else lines
 
 
 def _cut(lines: list[str]) -> list[str]:

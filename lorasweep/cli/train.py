@@ -1,8 +1,7 @@
-"""Train the runs of a request, here or by jobs of a cluster, and print the answer."""
+"""Train the runs of a request, here or by jobs of a cluster, and return the answer."""
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from lorasweep.cli import answer, tuned, understood
 from lorasweep.cli.plans import plan_text, unpinned_lines
 from lorasweep.cli.points import all_points, is_search, judged, qualifying
+from lorasweep.cli.printed import Answer
 from lorasweep.cli.progress import Display, notifier
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import GaveUp, SpecError, check_installed
@@ -48,8 +48,8 @@ class Trained:
     """Runs of the first stage, and the runs of the second stage that are known."""
     status: int
     """Exit status: 0, 1 if runs failed or were killed, STOPPED."""
-    waiting: bool = False
-    """Whether jobs of a cluster have not finished."""
+    sent: Answer | None = None
+    """The answer while runs are in jobs of a cluster."""
 
 
 def run(
@@ -57,69 +57,61 @@ def run(
     store: RunStore,
     trainer: Trainer | str | None = None,
     follow: dict[str, Any] | None = None,
-) -> int:
+) -> Answer:
     """Train the missing runs, judge and report; on a cluster, submit jobs and report later."""
     if request.sweep is not None and follow is None:  # not only after hours of training
         folder = Path(request.exec.reports_dir) / request.title
         files.check_writable(folder, "exec.reports_dir")
     trained = train(request, store, trainer, follow)
-    points, as_json = trained.points, request.format == "json"
-    if trained.waiting or trained.status == STOPPED:
-        return trained.status
+    points, status = trained.points, trained.status
+    if trained.sent or status == STOPPED:
+        return trained.sent or Answer(status=status)
     names = run_names(points)
+    warn = notifier(request, always=True)
     for i, state in sorted(store.states(p.id for p in points).items(), key=lambda s: s[1]):
         if state == "failed":
             log = f"{store.folder(i)}/attempts/{store.last_attempt(i)}/log.txt"
-            print(
+            warn(
                 f"run {i} ({names[i]}) failed: {store.failure(i)}. Log: {log}. "
-                "Try again: exec.retry=true",
-                file=sys.stderr,
+                "Try again: exec.retry=true"
             )
         elif state == "interrupted":
-            print(
+            warn(
                 f"run {i} ({names[i]}) did not finish: its process was killed {store.failures(i)} "
                 "times (out of memory?). Try fewer workers (exec.workers) or a smaller "
-                "exec.micro_batch_size, and a larger exec.max_attempts.",
-                file=sys.stderr,
+                "exec.micro_batch_size, and a larger exec.max_attempts."
             )
     if request.mirror == "wandb":
         wandb.mirror(points, store, request.sweep_name or "single")
-    if request.sweep_name is None:
-        result = store.result(points[0].id)
-        if result is not None and as_json:
-            print(json.dumps({k: v for k, v in result.items() if k != "curve"}))
-        elif result is not None:
-            name = f"run {points[0].id} ({names[points[0].id]})"
-            metric, measure = metric_of(result), ""
-            value = metric.value(result)
-            if value is not None:
-                start = metric.value(result["curve"][0])
-                measure = f", {metric.label} {value:.4f} (from {start:.4f})"
-            print(f"{name}: {result['state']}{measure}. Folder: {store.folder(points[0].id)}")
-        return trained.status
     finished = [p.id for p in judged(request, points) if store.result(p.id)]
     if not finished:
-        print("no run has finished, so there is no answer yet", file=sys.stderr)
-        return trained.status
+        warn("no run has finished, so there is no answer yet")
+        return Answer(status=status)
+    if request.sweep_name is None:
+        (rid,) = finished
+        result = store.result(rid) or {}
+        metric, measure = metric_of(result), ""
+        value = metric.value(result)
+        if value is not None:
+            start = metric.value(result["curve"][0])
+            measure = f", {metric.label} {value:.4f} (from {start:.4f})"
+        text = f"run {rid} ({names[rid]}): {result['state']}{measure}. Folder: {store.folder(rid)}"
+        return Answer({k: v for k, v in result.items() if k != "curve"}, text, status)
     asked, folder = question(request), Path(request.exec.reports_dir) / request.title
     searched, path = is_search(request), looks.path_of(store.root, request.title)
     if looks.first_claims(path) not in (None, answer.claims_hash(asked)):
         for claim in asked["claims"].values():
-            claim["exploratory"] = {
-                request.scale: CHANGED_CLAIMS,
-                **(claim.get("exploratory") or {}),
-            }
+            earlier = claim.get("exploratory") or {}
+            claim["exploratory"] = {request.scale: CHANGED_CLAIMS, **earlier}
+    as_json = request.format == "json"
     text = answer.judge(load_runs(store.root, finished), asked, folder, as_json or searched)
-    print(tuned.finish(request, store, points, text) if searched else text)
+    text = tuned.finish(request, store, points, text) if searched else text
     looks.note_look(path, answer.claims_hash(asked), asked["rounds"])
-    return trained.status
+    return Answer(json.loads(text) if as_json else None, text, status)
 
 
-def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> int:
-    """Train the runs that judge a sweep's tasks; print and save whether the tasks qualify.
-
-    Returns 1 if a task does not qualify.
-    """
+def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> Answer:
+    """Train the runs that judge a sweep's tasks; return and save whether the tasks qualify."""
     if request.sweep is None or request.cluster.kind == "slurm":
         raise SpecError(
             "action=qualify judges the tasks of a sweep on this machine. Add +sweep=NAME and "
@@ -129,21 +121,15 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
     files.check_writable(path.parent, "exec.reports_dir")
     trained = train(request, store, trainer)
     if trained.status == STOPPED:
-        return STOPPED
+        return Answer(status=STOPPED)
     finished = [p.id for p in trained.points if store.result(p.id)]
     qualified, checks, lines = answer.qualify(load_runs(store.root, finished))
     content: dict[str, Any] = {"sweep": request.sweep_name, "scale": request.scale}
     content |= {"qualified": qualified, "checks": checks}
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
-    if request.format == "json":
-        print(json.dumps(content))
-    else:
-        print("\n".join(lines))
-        for group, ok in qualified.items():
-            print(f"{group}: {'qualifies' if ok else 'DOES NOT QUALIFY'}")
-        print(f"saved: {path}")
-    return 0 if all(qualified.values()) else 1
+    lines += [f"{g}: {'qualifies' if ok else 'DOES NOT QUALIFY'}" for g, ok in qualified.items()]
+    return Answer(content, [*lines, f"saved: {path}"], int(not all(qualified.values())))
 
 
 # ---------------------------------------------------------------- before training
@@ -198,20 +184,19 @@ def train(
 ) -> Trained:
     """Train the missing runs of a request here, or submit them as jobs of a cluster.
 
-    Prints neither the answer nor failed runs. `follow`: the task of a follow-up job.
+    `follow`: the task of a follow-up job.
     """
     if request.hardware and hardware_of(request).has_speeds:
         request = within_limit(request)
     store.prepare()
     notify = notifier(request)
     lines = understood.lines(request)  # also refuses rows
-    for line in lines if request.format != "json" else ():
-        print(line, file=sys.stderr, flush=True)
     if is_search(request):
         tuned.check_out(request)
         request, left_out = tuned.without_unfit(request)
-        for line in (*tuned.outlook_here(request, store), *filter(None, [left_out])):
-            notify(line)
+        lines += [*tuned.outlook_here(request, store), *filter(None, [left_out])]
+    for line in lines:
+        notify(line)
     points = runs_of(request, store)
     check(request, store, points)
     if request.cluster.kind == "slurm":
@@ -219,10 +204,9 @@ def train(
     try:
         points = _train_here(request, store, points, trainer)
     except (Stopped, KeyboardInterrupt):
-        print(
+        notifier(request, always=True)(
             "stopped; finished runs are kept, unfinished runs resume from their checkpoints when "
-            "you run the command again",
-            file=sys.stderr,
+            "you run the command again"
         )
         return Trained(points, STOPPED)
     return Trained(points, _status(points, store))
@@ -232,17 +216,16 @@ def _train_here(
     request: Request, store: RunStore, points: list[Point], trainer: Trainer | str | None
 ) -> list[Point]:
     """Train the missing runs on this machine, stage by stage; return the runs of all stages."""
-    quiet, searched, notify = request.format == "json", is_search(request), notifier(request)
+    searched, notify = is_search(request), notifier(request)
     plan = make_plan(points, store, request.exec, detect.this_machine())
-    if plan.todo and not quiet:
+    if plan.todo:
         _warn_of_claims(request)
     text = plan_text(request, plan)
     with local.Workers(store, request.exec.world_size) as workers:
         while plan.todo:  # results of the first stage choose the second
             notify(tuned.stage(request, store, points) if searched else text)
-            with Display(plan.todo, quiet) as display:
-                again: Any = {"plan": plan, "workers": workers}
-                local.run_points(points, store, request.exec, display.event, trainer, **again)
+            with Display(plan.todo, request) as show:
+                local.run_points(points, store, request.exec, show.event, trainer, plan, workers)
             if searched:
                 tuned.prune(request, store, points)
             known, points = len(points), runs_of(request, store)
@@ -284,79 +267,67 @@ def _train_on_cluster(
             )
     named = trainer if isinstance(trainer, str) else None
     done = submit(request, store, lambda: runs_of(request, store), notify, named, idle)
-    waiting, work = done.waiting, done.work
-    if request.format == "json" and (waiting or done.n_submitted):
-        values = {
-            "submitted": done.n_submitted,
-            "queued": done.queued,
-            "running": work.running,
-            "removed": work.n_removed,
-            "pruned": done.pruned,
-            "refused": done.refused,
-            "unknown": work.unknown,
-            "exhausted": work.exhausted,
-            "jobs": [*done.sent, *filter(None, [done.follow])],
-        }
-        print(json.dumps(values))
-        waiting = True
-    else:
-        _print_submitted(request, store, done)
     points = runs_of(request, store)
     if is_search(request):
         tuned.prune(request, store, points)
-    return Trained(points, 0 if waiting else _status(points, store), waiting)
+    sent = _submitted(request, store, done)
+    if done.waiting:
+        return Trained(points, 0, sent)
+    for line in sent.as_text().splitlines():
+        notify(line)
+    return Trained(points, _status(points, store))
 
 
-def _print_submitted(request: Request, store: RunStore, done: Outcome) -> None:
-    work = done.work
+def _submitted(request: Request, store: RunStore, done: Outcome) -> Answer:
+    """Return what was submitted, and what stays in the queue."""
+    work, lines = done.work, []
     if done.sent:
         jobs = ", ".join(f"{n} job(s) as {number}" for number, n in done.sent.items())
-        print(f"submitted {done.n_submitted} runs: {jobs}; records and logs in {done.folder}")
-    warnings = []
+        lines.append(
+            f"submitted {done.n_submitted} runs: {jobs}; records and logs in {done.folder}"
+        )
     if done.refused:
-        warnings.append(
+        lines.append(
             f"Slurm did not accept all jobs: {done.refused}\n"
             "The rest is submitted when jobs have ended, or when you run the command again"
         )
     if work.unknown:
-        warnings.append(
+        lines.append(
             f"{work.unknown} runs may be in jobs of another cluster: run the command there. "
             f"If those jobs are gone, delete their folders in {store.root}/.slurm"
         )
     if work.exhausted:
-        warnings.append(
+        lines.append(
             f"{work.exhausted} runs were killed {request.exec.max_attempts} times and are not "
             "submitted again: see the causes with action=status, then raise exec.max_attempts"
         )
-    for warning in warnings:
-        print(warning, file=sys.stderr)
-    out = sys.stderr if request.format == "json" else sys.stdout
-    if done.pruned:
-        gone = f"cancelled {done.pruned} queued run(s) that are no longer part of this command line"
-        print(gone, file=out)
-    elif work.n_removed:
-        print(
-            f"{work.n_removed} queued run(s) of this sweep are no longer part of this command "
-            "line; cancel them with prune=true",
-            file=out,
-        )
+    if work.n_removed:
+        what = f"{work.n_removed} queued run(s) that are no longer part of this command line"
+        lines.append(f"cancelled {what}" if done.pruned else f"{what}: prune=true cancels them")
     if done.waiting:
-        print(
+        lines.append(
             f"{done.queued} runs queued, {work.running} running. Watch them with action=status; "
             "the same command answers when they have finished."
         )
+    values = {
+        "submitted": done.n_submitted,
+        "queued": done.queued,
+        "running": work.running,
+        "removed": work.n_removed,
+        "pruned": done.pruned,
+        "refused": done.refused,
+        "unknown": work.unknown,
+        "exhausted": work.exhausted,
+        "jobs": [*done.sent, *filter(None, [done.follow])],
+    }
+    return Answer(values, lines)
 
 
-def cancel_jobs(request: Request, store: RunStore) -> int:
+def cancel_jobs(request: Request, store: RunStore) -> Answer:
     """Cancel the sweep's jobs on the cluster (Ctrl-C stops local runs)."""
     n_jobs, n_runs = cancel(request, store, notifier(request))
-    if request.format == "json":
-        print(json.dumps({"jobs": n_jobs, "runs": n_runs}))
-    elif n_jobs:
-        print(
-            f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, "
-            "unfinished runs resume from their checkpoints when you run the sweep's command again"
-        )
-    else:
-        print("nothing to cancel")
-    return 0
+    text = (
+        f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, "
+        "unfinished runs resume from their checkpoints when you run the sweep's command again"
+    )
+    return Answer({"jobs": n_jobs, "runs": n_runs}, text if n_jobs else "nothing to cancel")

@@ -132,9 +132,10 @@ def test_pages_that_need_a_package_are_refused(without, tmp_path, capsys):
 
 def test_progress_without_rich_is_one_line_for_each_run(without, monkeypatch, capsys):
     without("rich")
-    point = compose_request(["scale=smoke"]).points[0]
+    request = compose_request(["scale=smoke"])
+    (point,) = request.points
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with Display([point]) as display:
+    with Display([point], request) as display:
         display.event({"runs": [point.id], "step": 1})
         display.event({"run": point.id, "ended": "failed", "cause": "a reason", "wall_s": 1.0})
     shown = capsys.readouterr().err

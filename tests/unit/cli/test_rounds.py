@@ -103,7 +103,7 @@ def test_the_highest_reward_is_the_best(compose, fake_trainer):
     now = status(request, store, request.points)
     best = {a["arm"]: a["best"] for a in now["arms"]}["fullft"]
     assert best["reward"] == 100 * 4.8e-3 and "test_nll" not in best
-    assert "0.4800" in status_text(request, now)
+    assert "0.4800" in "".join(status_text(request, now))
 
 
 def test_the_noise_between_seeds_is_the_metrics(compose, fake_trainer):
