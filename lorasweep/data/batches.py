@@ -51,7 +51,7 @@ class Batch:
 
 def collate(examples: Sequence[Example], join_rows: bool = False) -> Batch:
     """Make the batch of the rows of one run."""
-    lengths = [_up(len(e.tokens)) for e in examples]
+    lengths = [up(len(e.tokens)) for e in examples]
     starts = np.cumsum([0, *lengths])
     tokens = np.zeros(starts[-1], dtype=np.int64)
     loss = np.zeros(starts[-1], dtype=bool)
@@ -59,7 +59,7 @@ def collate(examples: Sequence[Example], join_rows: bool = False) -> Batch:
         row = slice(start, start + len(example.tokens))
         tokens[row], loss[row] = example.tokens, example.loss
     at = np.flatnonzero(loss)
-    width = _up(len(at))
+    width = up(len(at))
     truth: Truth | None = None
     truths = [e.truth for e in examples if e.truth is not None]
     if truths and len(truths) == len(examples):
@@ -68,9 +68,9 @@ def collate(examples: Sequence[Example], join_rows: bool = False) -> Batch:
     return Batch(
         tokens_NX=tokens[None],
         lengths=(tuple(lengths),),
-        loss_positions_NM=_widen(at[None] - 1, width),  # the logits at t-1 predict token t
-        targets_NM=_widen(tokens[at][None], width),
-        weight_NM=_widen(np.ones((1, len(at)), dtype=np.float32), width),
+        loss_positions_NM=widen(at[None] - 1, width),  # the logits at t-1 predict token t
+        targets_NM=widen(tokens[at][None], width),
+        weight_NM=widen(np.ones((1, len(at)), dtype=np.float32), width),
         tokens_N=(sum(len(e.tokens) for e in examples),),
         truth=truth,
         join_rows=join_rows,
@@ -87,11 +87,11 @@ def merge(parts: Sequence[Batch]) -> Batch:
         row if sum(row) == x else (*row, x - sum(row)) for part in parts for row in part.lengths
     )
     return Batch(
-        np.concatenate([_widen(p.tokens_NX, x) for p in parts]),
+        np.concatenate([widen(p.tokens_NX, x) for p in parts]),
         lengths,
-        np.concatenate([_widen(p.loss_positions_NM, m) for p in parts]),
-        np.concatenate([_widen(p.targets_NM, m) for p in parts]),
-        np.concatenate([_widen(p.weight_NM, m) for p in parts]),
+        np.concatenate([widen(p.loss_positions_NM, m) for p in parts]),
+        np.concatenate([widen(p.targets_NM, m) for p in parts]),
+        np.concatenate([widen(p.weight_NM, m) for p in parts]),
         tokens_N=sum((p.tokens_N for p in parts), ()),
         join_rows=parts[0].join_rows,
     )
@@ -148,7 +148,7 @@ def eval_batches(
     groups: list[list[Example]] = [[]]
     total = 0
     for example in (examples[i] for i in by_length(examples)):
-        length = _up(len(example.tokens))
+        length = up(len(example.tokens))
         if groups[-1] and total + length > n_tokens:
             groups.append([])
             total = 0
@@ -162,9 +162,11 @@ def by_length(examples: Sequence[Example]) -> list[int]:
     return sorted(range(len(examples)), key=lambda i: (len(examples[i].tokens), i))
 
 
-def _up(count: int) -> int:
+def up(count: int) -> int:
+    """Round a length up to a multiple of PAD_TO."""
     return -(-count // PAD_TO) * PAD_TO
 
 
-def _widen(values_NX: np.ndarray, width: int) -> np.ndarray:
+def widen(values_NX: np.ndarray, width: int) -> np.ndarray:
+    """Fill rows up with zeros."""
     return np.pad(values_NX, ((0, 0), (0, width - values_NX.shape[1])))

@@ -112,7 +112,7 @@ class TorchTrainer:
         weights: "Mapping[str, Tensor] | None" = None,
     ) -> "np.ndarray":
         """Return log p of rows under a run's base, or with `weights` under its adapter."""
-        from lorasweep.train.reference import log_p
+        from lorasweep.train.loop import log_p
 
         return log_p(self._load_base(spec, exec_), spec, rows, weights)
 
@@ -212,7 +212,7 @@ def finetune(
     from lorasweep.train.objectives.policy_gradient import PolicyGradient
     from lorasweep.train.objectives.sft import SupervisedFineTuning
 
-    objectives: dict[str, Callable[..., Objective[Any]]]
+    objectives: dict[str, Callable[..., Objective]]
     objectives = {"sft": SupervisedFineTuning, "policy_gradient": PolicyGradient}
     by_run = data if isinstance(data, Mapping) else {s.id: data for s in pack}
     objective = objectives[pack[0].objective](

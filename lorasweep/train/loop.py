@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lorasweep.data.batches import collate
+from lorasweep.data.examples import Example
 from lorasweep.methods.trainables import Trainables
 from lorasweep.models.forward import backend, frozen_in_bf16
 from lorasweep.models.load import Base
@@ -29,14 +31,27 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.train.events import EVALUATION, Event, Record, phase
-from lorasweep.train.objectives.base import DIVERGENCE_RULE, BatchT, Objective
+from lorasweep.train.objectives.base import DIVERGENCE_RULE, Objective
+from lorasweep.train.objectives.nll import token_log_p
 from lorasweep.train.optim import AdamW
+
+
+@contextmanager
+def attached(pack: Sequence[RunSpec], base: Base) -> Iterator[Trainables]:
+    """Attach the trainables of a pack to the base, and detach them at the end."""
+    model, method = base.model, pack[0].method
+    targets = find_targets(model, pack[0].model, method.target_layers())
+    trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
+    try:
+        yield trainables
+    finally:
+        trainables.detach()
 
 
 def train(
     pack: Sequence[RunSpec],
     base: Base,
-    objective: Objective[BatchT],
+    objective: Objective,
     resume: dict[str, State] | None = None,
 ) -> Iterator[Event]:
     """Train the runs of `pack` together and yield an Event per update.
@@ -44,15 +59,12 @@ def train(
     `resume` maps every run id of the pack to its state from snapshot(), all at the same step.
     """
     # ---------------------------------------------------------------- setup
-    model, mesh, runs = base.model, base.mesh, list(pack)
-    method, metric = pack[0].method, objective.metric
+    model, mesh, runs, metric = base.model, base.mesh, list(pack), objective.metric
     # no adapter is attached yet: this measures the base, from which all runs start
     at_start = objective.start(base, runs) if mesh.size == 1 else []
-    targets = find_targets(model, pack[0].model, method.target_layers())
-    trainables = method.attach(model, targets, [s.method for s in pack], [s.seed for s in pack])
-    counts = ExpertTokens(model)
     with ExitStack() as at_end:
-        at_end.callback(trainables.detach)
+        trainables = at_end.enter_context(attached(pack, base))
+        counts = ExpertTokens(model)
         at_end.callback(counts.close)
         # Measure here: only a sharded base may fit, and new adapters change no output yet.
         if mesh.size > 1:
@@ -143,11 +155,8 @@ def train(
             done = last - diverged
             at = [k for k, run in enumerate(runs) if run.id in done]
             finished = [runs[k] for k in at]
-            past_best = {
-                run.id
-                for run in finished
-                if run.early_stopping and progress[run.id].best.step != step
-            }
+            stopped = [run for run in finished if run.early_stopping]
+            past_best = {run.id for run in stopped if progress[run.id].best.step != step}
             optimizer.restore_best([k for k in at if runs[k].id in past_best])
             for i, (measures, _) in held_out(runs, past_best, True).items():
                 measured[i] = measures
@@ -210,7 +219,7 @@ def train(
 
 
 def measure_trials(
-    pack: Sequence[RunSpec], base: Base, objective: Objective[Any], trials: dict[str, State]
+    pack: Sequence[RunSpec], base: Base, objective: Objective, trials: dict[str, State]
 ) -> Iterator[Event]:
     """Measure the runs of `pack` on all held-out items, with the weights of their trials.
 
@@ -219,12 +228,7 @@ def measure_trials(
     """
     model, metric, records, ended = base.model, objective.metric, {}, {}
     objective.start(base, pack)
-    targets = find_targets(model, pack[0].model, pack[0].method.target_layers())
-    methods, seeds = [s.method for s in pack], [s.seed for s in pack]
-    trainables = pack[0].method.attach(model, targets, methods, seeds)
-    with ExitStack() as at_end:
-        at_end.callback(trainables.detach)
-        at_end.enter_context(frozen_in_bf16(model, pack[0].precision))
+    with attached(pack, base) as trainables, frozen_in_bf16(model, pack[0].precision):
         load_weights(trainables, [weights_of(trials[run.id]) for run in pack])
         for run in pack:
             objective.load_state(run.id, trials[run.id]["meta"]["result"])
@@ -244,6 +248,26 @@ def measure_trials(
 
 
 @torch.no_grad()
+def log_p(
+    base: Base,
+    run: RunSpec,
+    rows: Sequence[Example],
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> np.ndarray:
+    """Return log p of the loss tokens of rows, float64 [loss tokens], in nats.
+
+    `weights`: the tensors that a LoRA run kept (store/checkpoint.load_weights); None: the base.
+    """
+    with ExitStack() as at_end:
+        if weights is not None:
+            load_weights(at_end.enter_context(attached([run], base)), [weights])
+        at_end.enter_context(frozen_in_bf16(base.model, run.precision))
+        found = [token_log_p(base.model, collate([row]), run.precision)[0] for row in rows]
+    values = [f[: int(row.loss.sum())].double().cpu().numpy() for f, row in zip(found, rows)]
+    return np.concatenate([np.zeros(0), *values])
+
+
+@torch.no_grad()
 def load_weights(trainables: Trainables, weights: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Copy each run's trained tensors, by the names of a state."""
     for name, tensor in trainables.parameters().items():
@@ -255,7 +279,7 @@ def load_weights(trainables: Trainables, weights: Sequence[Mapping[str, torch.Te
 
 def measure(
     model: nn.Module,
-    objective: Objective[Any],
+    objective: Objective,
     trainables: Trainables,
     mesh: Mesh,
     runs: Sequence[RunSpec],

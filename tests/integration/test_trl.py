@@ -63,8 +63,8 @@ def test_one_update_has_the_gradient_of_trls_grpo(tmp_path):
     (batch,) = collate_rollouts([signal], 10**6, len(seen), False)
     for p in model.parameters():
         p.requires_grad_(True).grad = None
-    log_p = token_log_p(model, batch.batch, "fp64")
-    arrays = (batch.advantage_NM, batch.completion_NM, batch.batch.weight_NM)
+    log_p = token_log_p(model, batch, "fp64")
+    arrays = (batch.advantage_NM, batch.completion_NM, batch.weight_NM)
     advantage_NM, completion_NM, weight_NM = map(torch.from_numpy, arrays)
     gap = log_p - log_p.detach()  # the sampler is the learner
     loss = surrogate(gap, advantage_NM.to(gap), completion_NM, weight_NM, "token", None)

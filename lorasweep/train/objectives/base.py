@@ -1,13 +1,15 @@
 """The interface of an objective to the training loop. Shapes: N runs of the pack, in order."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
+from lorasweep.data.batches import Batch
 from lorasweep.data.examples import Data, Example
 from lorasweep.errors import DataError
+from lorasweep.models.forward import check_rows_stay_apart
 from lorasweep.models.load import Base
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.metric import Metric
@@ -21,22 +23,7 @@ DIVERGENCE_RULE = 2
 rule 1, for which the base was measured on held-out rows only."""
 
 
-class MicroBatch(Protocol):
-    """The input of one forward pass: a part of an update, for all runs."""
-
-    @property
-    def tokens_N(self) -> Sequence[int]:
-        """Tokens of each run, without padding."""
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens of one run, with padding."""
-
-
-BatchT = TypeVar("BatchT", bound=MicroBatch)
-
-
-class Objective(Protocol[BatchT]):
+class Objective:
     """A training objective: its loss, its held-out measures, and its divergence rule.
 
     The argument `runs` is the runs still in the pack; in `evaluate` and `at_end`, the runs to
@@ -49,62 +36,6 @@ class Objective(Protocol[BatchT]):
     """
 
     metric: Metric
-
-    def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
-        """Return the group of each run: runs of a group have the same gradient at update `step`.
-
-        Groups are numbered by their first runs, which alone are in the batches.
-        """
-
-    def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
-        """Return each run's measures, the metric included, under the base without adapters."""
-
-    def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> list[BatchT]:
-        """Return the micro-batches of update `step` (0-based). May sample from the model.
-
-        All processes of base.mesh return the same list, and its length is a multiple of the mesh
-        size. Each process then takes every size-th batch.
-        """
-
-    def weights(self, batch: BatchT) -> torch.Tensor:
-        """Return each run's weight of a batch, [N]. It is known before the forward pass."""
-
-    def loss(self, model: nn.Module, batch: BatchT) -> torch.Tensor:
-        """Return the summed loss of each run, [N], with gradient."""
-
-    def metrics(self, losses: Sequence[float]) -> list[Record]:
-        """Return the record of an update for each run, from the mean losses of the runs."""
-
-    def diverged(self, run_id: str, loss: float) -> bool:
-        """Note the mean loss of an update; return whether the run diverged. The loop checks NaN."""
-
-    def evaluate(
-        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
-    ) -> list[tuple[Record, int]]:
-        """Measure runs on held-out items: on all of them if `final`, else on a part.
-
-        Returns each run's measures by name, the metric included, and the number of items. The model
-        has only the adapters of these runs.
-        """
-
-    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
-        """Return more measures of finished runs; the model has only the adapters of these runs."""
-
-    def facts(self, run: RunSpec) -> Record:
-        """Return the facts that the result of this run contains, finished or diverged."""
-
-    def state(self, run_id: str) -> dict[str, Any]:
-        """Return a run's state for its checkpoint, as JSON values.
-
-        The keys step, layout, curve, tokens and best are reserved for the loop.
-        """
-
-    def load_state(self, run_id: str, state: dict[str, Any]) -> None:
-        """Restore the values of `state`, which also contains the keys of the loop."""
-
-
-class OnData:
-    """An objective that trains each run on a data set."""
 
     def __init__(
         self,
@@ -125,27 +56,85 @@ class OnData:
         self._join_rows, self._forward_parts, self._mesh = join_rows, forward_parts, Mesh()
 
     def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
-        """Return a group for each run."""
+        """Return the group of each run: runs of a group have the same gradient at update `step`.
+
+        Groups are numbered by their first runs, which alone are in the batches.
+        """
         return list(range(len(runs)))
 
-    def curve_rows(self, run: RunSpec) -> Sequence[Example]:
-        """Return the held-out rows of evaluations before the end: validation or first test rows."""
-        data = self._data[run.id]
-        return data.validation or data.test[: run.dataset.n_test_curve or None]
+    def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
+        """Return each run's measures, the metric included, under the base without adapters."""
+        self._mesh = base.mesh
+        if self._join_rows:
+            check_rows_stay_apart(base.model)
+        return []
 
-    def data_facts(self, run: RunSpec) -> Record:
-        """Return facts about the run's data set that every result contains."""
+    def batches(self, model: nn.Module, step: int, runs: Sequence[RunSpec]) -> Sequence[Batch]:
+        """Return the micro-batches of update `step` (0-based). May sample from the model.
+
+        All processes of base.mesh return the same list, and its length is a multiple of the mesh
+        size. Each process then takes every size-th batch.
+        """
+        raise NotImplementedError
+
+    def weights(self, batch: Any) -> torch.Tensor:
+        """Return each run's weight of a batch, [N]. It is known before the forward pass."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Return the summed loss of each run, [N], with gradient."""
+        raise NotImplementedError
+
+    def metrics(self, losses: Sequence[float]) -> list[Record]:
+        """Return the record of an update for each run, from the mean losses of the runs."""
+        raise NotImplementedError
+
+    def diverged(self, run_id: str, loss: float) -> bool:
+        """Note the mean loss of an update; return whether the run diverged. The loop checks NaN."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, model: nn.Module, runs: Sequence[RunSpec], final: bool
+    ) -> list[tuple[Record, int]]:
+        """Measure runs on held-out items: on all of them if `final`, else on a part.
+
+        Returns each run's measures by name, the metric included, and the number of items. The model
+        has only the adapters of these runs.
+        """
+        raise NotImplementedError
+
+    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
+        """Return more measures of finished runs; the model has only the adapters of these runs."""
+        return [{} for _ in runs]
+
+    def facts(self, run: RunSpec) -> Record:
+        """Return the facts that the result of this run contains, finished or diverged."""
         data = self._data[run.id]
         commit = {"data_commit": data.commit} if data.commit else {}
         counts = {"n_test": len(data.test), "n_train": data.n_train}
         return {**counts, DATA_SHA256: data.sha256, **commit}
 
-    def refuse_other_data(self, run_id: str, then: str | None) -> None:
-        """Raise DataError if a run resumes with other data (fingerprint) than it started with."""
-        now = self._data[run_id].sha256
+    def state(self, run_id: str) -> dict[str, Any]:
+        """Return a run's state for its checkpoint, as JSON values.
+
+        The keys step, layout, curve, tokens and best are reserved for the loop.
+        """
+        return {DATA_SHA256: self._data[run_id].sha256}
+
+    def load_state(self, run_id: str, state: dict[str, Any]) -> None:
+        """Restore the values of `state`, which also contains the keys of the loop.
+
+        Raises DataError if the run resumes with other data than it started with.
+        """
+        then, now = state[DATA_SHA256], self._data[run_id].sha256
         if then != now:
             raise DataError(
                 f"run {run_id} was started on other data (fingerprint {then}) than are there now "
                 f"({now}). Restore those data, or delete the folder {run_id} in the run folder, "
                 "which starts the run from the beginning."
             )
+
+    def curve_rows(self, run: RunSpec) -> Sequence[Example]:
+        """Return the held-out rows of evaluations before the end: validation or first test rows."""
+        data = self._data[run.id]
+        return data.validation or data.test[: run.dataset.n_test_curve or None]

@@ -7,7 +7,7 @@ positions of a run, L loss tokens of a run, H hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,24 +127,32 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- held-out rows
 
 
+def _merged(
+    batches_N: Sequence[list[Batch]], mesh: Mesh
+) -> Iterator[tuple[int, Batch, list[bool]]]:
+    """Yield this process's share of the batches of all runs together: number, batch, who counts.
+
+    A run with fewer batches than another repeats some; the repetitions do not count.
+    """
+    for k in mesh.turns(max(map(len, batches_N))):
+        yield k, merge([own[k % len(own)] for own in batches_N]), [k < len(b) for b in batches_N]
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches_N: Sequence[list[Batch]], precision: str, mesh: Mesh | None = None
 ) -> list[float]:
     """Return each run's NLL in nats per loss token, from its list of held-out batches.
 
-    A run with fewer batches than another repeats some; the repetitions do not count. Several
-    processes share the batches.
+    Several processes share the batches.
     """
     mesh = mesh or Mesh()
     device = next(model.parameters()).device
     total_N = torch.zeros(len(batches_N), dtype=torch.float64, device=device)
-    for k in mesh.turns(max(map(len, batches_N))):
-        merged = merge([own[k % len(own)] for own in batches_N])
-        sums_N = nll_sums(model, merged, precision).double()
-        if not all(k < len(own) for own in batches_N):
-            counts = torch.tensor([k < len(own) for own in batches_N], device=device)
-            sums_N = torch.where(counts, sums_N, 0.0)
+    for _, batch, counts_N in _merged(batches_N, mesh):
+        sums_N = nll_sums(model, batch, precision).double()
+        if not all(counts_N):
+            sums_N = torch.where(torch.tensor(counts_N, device=device), sums_N, 0.0)
         total_N += sums_N
     mesh.sum_(total_N)
     n_loss_N = torch.tensor([sum(b.n_loss for b in own) for own in batches_N], device=device)
@@ -172,15 +180,14 @@ def row_nlls(
     counts_N = [[int(rows[i].loss.sum()) for i in by_length(rows)] for rows in rows_N]
     ends_N = [np.cumsum([len(b.lengths[0]) for b in own]) for own in batches_N]
     found_N = [torch.zeros(len(rows), dtype=torch.float64) for rows in rows_N]
-    for k in mesh.turns(max(map(len, batches_N))):
-        merged = merge([own[k % len(own)] for own in batches_N])
-        log_p_NM = token_log_p(model, merged, precision).double().cpu().numpy()
-        for n, own in enumerate(batches_N):
-            if k < len(own):
-                rows = slice(ends_N[n][k] - len(own[k].lengths[0]), ends_N[n][k])
-                starts = np.cumsum([0, *counts_N[n][rows][:-1]])
-                sums = np.add.reduceat(log_p_NM[n, : own[k].n_loss], starts)
-                found_N[n][rows] = torch.from_numpy(-sums)
+    for k, batch, is_own_N in _merged(batches_N, mesh):
+        log_p_NM = token_log_p(model, batch, precision).double().cpu().numpy()
+        for n in np.flatnonzero(is_own_N).tolist():
+            own = batches_N[n][k]
+            rows = slice(ends_N[n][k] - len(own.lengths[0]), ends_N[n][k])
+            starts = np.cumsum([0, *counts_N[n][rows][:-1]])
+            sums = np.add.reduceat(log_p_NM[n, : own.n_loss], starts)
+            found_N[n][rows] = torch.from_numpy(-sums)
     mesh.sum_(*found_N)
     return [found.numpy() for found in found_N]
 
@@ -226,17 +233,15 @@ def evaluate_exact(
     `evaluate` returns. Keys: `name` with each suffix of PARTS; NaN for a part without contexts.
     """
     mesh = mesh or Mesh()
-    sums = torch.zeros(len(batches_N), len(PARTS), dtype=torch.float64)
-    counts = torch.zeros(len(batches_N), len(PARTS), dtype=torch.float64)
-    for k in mesh.turns(max(map(len, batches_N))):
-        merged = merge([own[k % len(own)] for own in batches_N])
-        log_q_N = log_probabilities(model, merged, precision)
-        for n, (own, log_q) in enumerate(zip(batches_N, log_q_N)):
-            truth = own[k].truth if k < len(own) else None
+    sums, counts = torch.zeros(2, len(batches_N), len(PARTS), dtype=torch.float64)
+    for k, batch, is_own_N in _merged(batches_N, mesh):
+        log_q_N = log_probabilities(model, batch, precision)
+        for n in np.flatnonzero(is_own_N).tolist():
+            truth = batches_N[n][k].truth
             if truth is None:
                 continue
-            true = torch.from_numpy(truth.probabilities).to(log_q)
-            nll_L = -(true * log_q).sum(-1).double().cpu()
+            true = torch.from_numpy(truth.probabilities).to(log_q_N[n])
+            nll_L = -(true * log_q_N[n]).sum(-1).double().cpu()
             changed_L = torch.from_numpy(truth.changed)
             for part, chosen_L in enumerate((torch.ones_like(changed_L), changed_L, ~changed_L)):
                 sums[n, part] += nll_L[chosen_L].sum()

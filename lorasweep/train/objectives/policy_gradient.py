@@ -23,24 +23,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorasweep.data.examples import Data, Example, Rewards
-from lorasweep.data.rewards import check_available, check_rows, prompt_of
+from lorasweep.data.examples import Data, Example, Rewards, prompt_of
+from lorasweep.data.rewards import check_available, check_rows
 from lorasweep.errors import DataError, ModelError
-from lorasweep.models.forward import check_rows_stay_apart
 from lorasweep.models.load import Base
 from lorasweep.spec.metric import METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
 from lorasweep.train.events import Record
-from lorasweep.train.objectives.base import DATA_SHA256, OnData
+from lorasweep.train.objectives import rollouts
+from lorasweep.train.objectives.base import Objective
 from lorasweep.train.objectives.nll import token_log_p
-from lorasweep.train.objectives.rollouts import (
-    Rollouts,
-    bits_learned,
-    collate_rollouts,
-    held_out_rewards,
-    reward_groups,
-)
+from lorasweep.train.objectives.rollouts import Rollouts
 from lorasweep.train.sampling import sample
 
 COLLAPSED_SHARE, COLLAPSED_PATIENCE = 0.5, 8
@@ -55,7 +49,7 @@ ROUNDING = 1e-5
 the precision of fp32."""
 
 
-class PolicyGradient(OnData):
+class PolicyGradient(Objective):
     """Policy gradient on sampled completions, which the data set of the run rewards."""
 
     metric = METRICS["policy_gradient"]
@@ -72,27 +66,21 @@ class PolicyGradient(OnData):
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Check the data (DataError), and measure the base's reward on each data set, once."""
-        self._mesh = mesh = base.mesh
-        if self._join_rows:
-            check_rows_stay_apart(base.model)
-        found = []
+        found, name, on_part = super().start(base, runs), self.metric.name, self.metric.on_part
         for run in runs:
-            data = self._data[run.id]
-            rows = f"{run.dataset.canonical}/{run.draw}"
+            data, rows = self._data[run.id], f"{run.dataset.canonical}/{run.draw}"
             key = f"{rows}/{self._precision}/{run.max_new_tokens}/reward"
             if key not in base.at_start:
-                if mesh.rank == 0:  # other processes wait for process 0, and fail with it
+                if self._mesh.rank == 0:  # other processes wait for process 0, and fail with it
                     check_available(run.dataset)
                     check_rows(run.dataset, data, run.max_new_tokens)
                 (at_start,) = self._measure(base.model, [run], [data.test])
-                first, name = self.curve_rows(run), self.metric.name
+                first = self.curve_rows(run)
                 if len(first) < len(data.test):
-                    at_start[self.metric.on_part] = self._measure(base.model, [run], [first])[0][
-                        name
-                    ]
-                base.at_start[key] = {self.metric.on_part: at_start[name], **at_start}
+                    at_start[on_part] = self._measure(base.model, [run], [first])[0][name]
+                base.at_start[key] = {on_part: at_start[name], **at_start}
             found.append(dict(base.at_start[key]))
-            self._signals[run.id].reward_start = found[-1][self.metric.name]
+            self._signals[run.id].reward_start = found[-1][name]
         if any(run.kl_weight for run in runs):
             self._reference = copy.deepcopy(base.model).requires_grad_(False)
         return found
@@ -119,7 +107,7 @@ class PolicyGradient(OnData):
         groups_N, kept_N = [], []
         for run, rows, completions in zip(runs, rows_N, completions_N):
             rewards = self._rewards_of(run)
-            groups, record = reward_groups(rows, completions, rewards, run.reward_scale)
+            groups, record = rollouts.reward_groups(rows, completions, rewards, run.reward_scale)
             record["largest_logit"] = completions.largest_logit
             self._signals[run.id].note(record, run.batch_size)
             groups_N.append(groups)
@@ -130,7 +118,8 @@ class PolicyGradient(OnData):
             kept_N[0] = groups_N[0][:1]  # an update needs a micro-batch, even without a gradient
         share = -(-first.batch_size // self._mesh.size)
         most = min(self._micro_batch_size or share, share)
-        return collate_rollouts(kept_N, most, first.batch_size, self._join_rows, self._mesh.size)
+        more = (first.batch_size, self._join_rows, self._mesh.size)
+        return rollouts.collate_rollouts(kept_N, most, *more)
 
     def _rewards_of(self, run: RunSpec) -> Rewards:
         """Return Rewards that process 0 computes and broadcasts.
@@ -152,14 +141,12 @@ class PolicyGradient(OnData):
     def loss(self, model: nn.Module, batch: Rollouts) -> torch.Tensor:
         """Return the summed loss of each run, [N].
 
-        Also note the KL from sampler to learner, and (not in bf16) check that they are one policy.
-
-        Raises:
-            ModelError: in fp32 the learner is not the policy that sampled the first completions.
+        Also note the KL from sampler to learner, and (not in bf16) check that they are one policy:
+        ModelError if in fp32 the learner is not the policy that sampled the first completions.
         """
         first = self._pack[0]
-        log_p_NM = token_log_p(model, batch.batch, self._precision)
-        arrays = (batch.sampler_NM, batch.advantage_NM, batch.batch.weight_NM)
+        log_p_NM = token_log_p(model, batch, self._precision)
+        arrays = (batch.sampler_NM, batch.advantage_NM, batch.weight_NM)
         sampler_NM, advantage_NM, weight_NM = (torch.from_numpy(a).to(log_p_NM) for a in arrays)
         completion_NM = torch.from_numpy(batch.completion_NM).to(log_p_NM.device)
         gap_NM = log_p_NM - sampler_NM
@@ -173,7 +160,7 @@ class PolicyGradient(OnData):
         )
         if first.kl_weight:
             with torch.no_grad():
-                reference_NM = token_log_p(self._reference, batch.batch, self._precision)
+                reference_NM = token_log_p(self._reference, batch, self._precision)
             away_NM = reference_NM - log_p_NM
             loss_NM = loss_NM + first.kl_weight * (away_NM.exp() - away_NM - 1) * weight_NM
         return loss_NM.sum(1)
@@ -222,7 +209,7 @@ class PolicyGradient(OnData):
             signal, data = self._signals[run.id], self._data[run.id]
             signal.best = max(signal.best, measures[name])
             if data.rewards.choices and data.n_train:
-                bits = data.n_train * bits_learned(measures[name], data.rewards.choices)
+                bits = data.n_train * rollouts.bits_learned(measures[name], data.rewards.choices)
                 measures |= {"bits": bits, "bits_per_answer": bits / signal.completions}
         return [(measures, len(items)) for measures, items in zip(found, rows)]
 
@@ -232,14 +219,11 @@ class PolicyGradient(OnData):
         rewards_N, most = [self._rewards_of(run) for run in runs], runs[0].max_new_tokens
         how = (self._precision, self._join_rows, self._mesh, self._forward_parts)
         records, name = [], self.metric.name
-        found = held_out_rewards(model, rows, rewards_N, most, *how)
+        found = rollouts.held_out_rewards(model, rows, rewards_N, most, *how)
         for rewards, (mean, se, unread) in zip(rewards_N, found):
             sampled = {} if rewards.exact else {f"{name}_unread": unread}
             records.append({name: mean, f"{name}_se": se, **sampled})
         return records
-
-    def at_end(self, model: nn.Module, runs: Sequence[RunSpec]) -> list[Record]:
-        return [{} for _ in runs]
 
     def facts(self, run: RunSpec) -> Record:
         """Return the reward before training, the best reward, and facts about the data set."""
@@ -249,16 +233,14 @@ class PolicyGradient(OnData):
             "best_reward": signal.state()["best_reward"],
             "collapsed": signal.collapsed,
             "answers": signal.completions,
-            **self.data_facts(run),
+            **super().facts(run),
         }
 
     def state(self, run_id: str) -> dict[str, Any]:
-        """Return a run's counts, its best reward, and the fingerprint of its data."""
-        return {**self._signals[run_id].state(), DATA_SHA256: self._data[run_id].sha256}
+        return {**self._signals[run_id].state(), **super().state(run_id)}
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
-        """Restore the values of `state`; DataError if the run was started on other data."""
-        self.refuse_other_data(run_id, state[DATA_SHA256])
+        super().load_state(run_id, state)
         self._signals[run_id].load(state)
 
 
@@ -309,9 +291,8 @@ class Signal:
 
     def check(self, run: RunSpec) -> None:
         """Raise DataError if no completion of the first updates was rewarded, or every one."""
-        if self.completions != FIRST_UPDATES * run.batch_size:
-            return
-        if 0 < self.rewarded < self.completions:
+        judged = self.completions == FIRST_UPDATES * run.batch_size
+        if not judged or 0 < self.rewarded < self.completions:
             return
         which, remedy = "no", "easier data, or a base that is right at times"
         if self.rewarded:
@@ -353,18 +334,11 @@ class Signal:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore the values of `state`.
-
-        Checkpoints of older versions (DIVERGENCE_RULE 1) have no first reward. The mean of all
-        rewards replaces it, and the count of updates below the bound starts again at 0.
-        """
+        """Restore the values of `state`."""
         self.completions, self.rewarded = state["answers"], state["rewarded"]
-        self.below, best = state["below"], state["best_reward"]
-        self.best = -math.inf if best is None else best
-        first = state.get("first_reward")
-        if "first_reward" not in state and self.completions:
-            first, self.below = self.rewarded / self.completions, 0
-        self.first_reward = -math.inf if first is None else first
+        rewards = (state["best_reward"], state["first_reward"])
+        self.below = state["below"]
+        self.best, self.first_reward = (-math.inf if x is None else x for x in rewards)
 
 
 def surrogate(

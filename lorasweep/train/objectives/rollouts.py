@@ -4,18 +4,17 @@ Shapes: N runs of the pack, P prompts, G completions of each, M positions per ru
 of a completion is predicted.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from lorasweep.data.batches import PAD_TO, Batch, eval_batches, merge
-from lorasweep.data.examples import Example, Rewards
-from lorasweep.data.rewards import prompt_of
+from lorasweep.data.batches import Batch, eval_batches, merge, up, widen
+from lorasweep.data.examples import Example, Rewards, prompt_of
 from lorasweep.models.sharding import Mesh
 from lorasweep.spec.streams import stream
 from lorasweep.train.events import EVALUATION, Record, phase
@@ -46,27 +45,18 @@ class Group:
     completions: list[Completion]
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """A part of an update's completions, for all runs: the learner's MicroBatch."""
+@dataclass(frozen=True, kw_only=True)
+class Rollouts(Batch):
+    """A part of an update's completions, for all runs: the learner's micro-batch."""
 
-    batch: Batch
     sampler_NM: np.ndarray
     """log p of each token under the sampler; float64, 0 at filler."""
     advantage_NM: np.ndarray
     completion_NM: np.ndarray
     """Number of the completion that a token belongs to, within its run; int64, 0 at filler."""
-    episodes: int
+    episodes: int = 0
     """Divisor of each run's loss: in the first micro-batch the completions that the run sampled for
     the update, in the others 0."""
-
-    @property
-    def tokens_N(self) -> Sequence[int]:
-        return self.batch.tokens_N
-
-    @property
-    def padded_tokens(self) -> int:
-        return self.batch.padded_tokens
 
 
 # ---------------------------------------------------------------- rewards
@@ -209,30 +199,29 @@ def collate_rollouts(
     micro_batches = []
     for k in range(max(map(len, parts_N))):
         own = [
-            _collate(parts[k], join_rows)
-            if k < len(parts)
-            else _without_signal(some, join_rows, weight=False)
+            _collate(parts[k], join_rows) if k < len(parts) else _silent(some, join_rows, False)
             for parts in parts_N
         ]
-        batch = merge([p.batch for p in own])
+        batch = merge(own)
         width = batch.weight_NM.shape[1]
-        sampler, advantage, completion = (
-            np.concatenate([np.pad(r, ((0, 0), (0, width - r.shape[1]))) for r in rows_NM])
-            for rows_NM in zip(*((p.sampler_NM, p.advantage_NM, p.completion_NM) for p in own))
-        )
-        counted = episodes if k == 0 else 0
-        micro_batches.append(Rollouts(batch, sampler, advantage, completion, counted))
+        more: dict[str, Any] = {
+            name: np.concatenate([widen(getattr(part, name), width) for part in own])
+            for name in ("sampler_NM", "advantage_NM", "completion_NM")
+        }
+        shared: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Batch)}
+        micro_batches.append(Rollouts(**shared, **more, episodes=0 if k else episodes))
     while len(micro_batches) % processes:  # equally many per process
-        micro_batches.append(_without_signal(some, join_rows, weight=True))
+        micro_batches.append(_silent(some, join_rows, True))
     return micro_batches
 
 
-def _without_signal(groups: Sequence[Group], join_rows: bool, weight: bool) -> Rollouts:
+def _silent(groups: Sequence[Group], join_rows: bool, weight: bool) -> Rollouts:
     """Return a micro-batch of one run with advantages 0; `weight`: keep the weights of tokens."""
     found = _collate(groups[:1], join_rows)
-    weight_NM = found.batch.weight_NM if weight else np.zeros_like(found.batch.weight_NM)
-    batch = dataclasses.replace(found.batch, weight_NM=weight_NM, tokens_N=(0,))
-    return dataclasses.replace(found, batch=batch, advantage_NM=np.zeros_like(found.advantage_NM))
+    changes: dict[str, Any] = {"advantage_NM": np.zeros_like(found.advantage_NM), "tokens_N": (0,)}
+    if not weight:
+        changes["weight_NM"] = np.zeros_like(found.weight_NM)
+    return replace(found, **changes)
 
 
 def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
@@ -251,30 +240,25 @@ def _collate(groups: Sequence[Group], join_rows: bool) -> Rollouts:
             row = np.concatenate([group.prompt, own[0].tokens[:-1]])
             firsts += [sum(lengths) + len(group.prompt) - 1] * len(own)
             completions += own
-            lengths.append(-(-len(row) // PAD_TO) * PAD_TO)
+            lengths.append(up(len(row)))
             tokens.append(np.pad(row, (0, lengths[-1] - len(row))))
             n_tokens += len(row)
     sizes = np.array([len(c.tokens) for c in completions])
     count = int(sizes.sum())
     within = np.arange(count) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    width = -(-count // PAD_TO) * PAD_TO
 
     def wide(values: np.ndarray) -> np.ndarray:
-        return np.pad(values, (0, width - len(values)))[None]
+        return widen(values[None], up(count))
 
-    batch = Batch(
-        np.concatenate(tokens).astype(np.int64)[None],
-        (tuple(lengths),),
-        wide(np.repeat(firsts, sizes) + within),
-        wide(np.concatenate([c.tokens for c in completions]).astype(np.int64)),
-        wide(np.ones(count, dtype=np.float32)),
-        (n_tokens,),
-        join_rows=join_rows,
-    )
     return Rollouts(
-        batch,
-        wide(np.concatenate([c.log_p for c in completions])),
-        wide(np.repeat([c.advantage for c in completions], sizes)),
-        wide(np.repeat(range(len(completions)), sizes)),
-        0,
+        tokens_NX=np.concatenate(tokens).astype(np.int64)[None],
+        lengths=(tuple(lengths),),
+        loss_positions_NM=wide(np.repeat(firsts, sizes) + within),
+        targets_NM=wide(np.concatenate([c.tokens for c in completions]).astype(np.int64)),
+        weight_NM=wide(np.ones(count, dtype=np.float32)),
+        tokens_N=(n_tokens,),
+        join_rows=join_rows,
+        sampler_NM=wide(np.concatenate([c.log_p for c in completions])),
+        advantage_NM=wide(np.repeat([c.advantage for c in completions], sizes)),
+        completion_NM=wide(np.repeat(range(len(completions)), sizes)),
     )

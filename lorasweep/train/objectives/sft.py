@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,21 +11,13 @@ from torch import nn
 
 from lorasweep.data.batches import Batch, by_length, collate, eval_batches, merge
 from lorasweep.data.examples import Data, Example, prompts_of
-from lorasweep.models.forward import check_rows_stay_apart
 from lorasweep.models.load import Base
 from lorasweep.spec.metric import CURVE_START, METRICS
 from lorasweep.spec.run import RunSpec
 from lorasweep.train.events import EVALUATION, Record, phase
-from lorasweep.train.objectives.base import DATA_SHA256, OnData
-from lorasweep.train.objectives.nll import (
-    evaluate,
-    evaluate_exact,
-    floors,
-    gain_se,
-    more_than_a_row,
-    nll_sums,
-    row_nlls,
-)
+from lorasweep.train.objectives import nll
+from lorasweep.train.objectives.base import Objective
+from lorasweep.train.objectives.nll import evaluate, nll_sums, row_nlls
 
 DIVERGED_NLL_FACTOR, DIVERGED_PATIENCE = 1.5, 8
 """See Divergence. Assumptions, not tuned."""
@@ -65,38 +57,45 @@ class Divergence:
         return self.above >= DIVERGED_PATIENCE
 
 
-class SupervisedFineTuning(OnData):
+@dataclass
+class Measured:
+    """What is known of a run beside its weights."""
+
+    start: Record = field(default_factory=dict)
+    """Measures of the base."""
+    rows: np.ndarray | None = None
+    """Summed NLLs of held-out rows under the base, if they are needed."""
+    retain: float = math.nan
+    """NLL of the rows of the pretraining task under the base."""
+    divergence: Divergence = field(default_factory=lambda: Divergence(math.nan))
+    on_first: float | None = None
+    """Final NLL on the first held-out rows, for a run with the weights of a trial."""
+    code_nats: float = 0.0
+    n_loss: int = 0
+    """Loss tokens of the present update."""
+
+
+class SupervisedFineTuning(Objective):
     """Supervised fine-tuning of each run on a data set of examples with a loss mask."""
 
     metric = METRICS["sft"]
 
     def __init__(self, data: Mapping[str, Data], *settings: Any, **more: Any) -> None:
         super().__init__(data, *settings, **more)
-        self._start: dict[str, Record] = {}
-        self._start_rows: dict[str, np.ndarray | None] = {}
-        self._retain_start: dict[str, float] = {}
-        self._divergence: dict[str, Divergence] = {}
-        self._on_first: dict[str, float] = {}
-        """Run id -> final NLL on the first held-out rows, for runs with the weights of a trial."""
-        self._unknown_start: set[str] = set()
-        """Ids of runs that resumed from a checkpoint without a data fingerprint."""
-        self._code_nats = dict.fromkeys(data, 0.0)
-        self._n_loss: dict[str, int] = {}
+        self._runs = {run_id: Measured() for run_id in data}
         self._eval_tokens = EVAL_TOKENS
         self._eval_batches: dict[tuple[int, ...], list[Batch]] = {}
 
     def start(self, base: Base, runs: Sequence[RunSpec]) -> list[Record]:
         """Measure the base's NLL once on each data set, and on the pretraining rows (`retain`)."""
-        self._mesh = base.mesh
-        if self._join_rows:
-            check_rows_stay_apart(base.model)
+        super().start(base, runs)
         if next(base.model.parameters()).device.type == "cpu":
             most = min(EVAL_TOKENS, EVAL_NUMBERS // runs[0].model.hidden_size)
         else:
             most = GPU_EVAL_TOKENS // len(runs)
         self._eval_tokens = max(1, most // self._forward_parts)
         for run in runs:
-            data = self._data[run.id]
+            data, known = self._data[run.id], self._runs[run.id]
             key = f"{run.dataset.canonical}/{run.draw}/{self._precision}"
             on_curve, retain = f"{key}/curve", f"{key}/retain"
             first = self.curve_rows(run)
@@ -107,14 +106,13 @@ class SupervisedFineTuning(OnData):
                     by_row = name == key and bool(data.validation)
                     base.at_start[name] = self._measure(base.model, [examples], [by_row])[0]
             at_first = base.at_start[on_curve][self.metric.name]
-            found = {**base.at_start[key], self.metric.on_part: at_first}
-            rows = found.pop(ROWS, None)
-            self._start_rows[run.id] = None if rows is None else np.asarray(rows)
-            self._start[run.id] = found
-            self._divergence[run.id] = Divergence(found[self.metric.name])
+            known.start = {**base.at_start[key], self.metric.on_part: at_first}
+            rows = known.start.pop(ROWS, None)
+            known.rows = None if rows is None else np.asarray(rows)
+            known.divergence = Divergence(known.start[self.metric.name])
             if data.retain:
-                self._retain_start[run.id] = base.at_start[retain][self.metric.name]
-        return [self._start[run.id] for run in runs]
+                known.retain = base.at_start[retain][self.metric.name]
+        return [self._runs[run.id].start for run in runs]
 
     def groups(self, step: int, runs: Sequence[RunSpec]) -> list[int]:
         """Return one group for runs that differ in the learning rate only, at the first update.
@@ -137,7 +135,7 @@ class SupervisedFineTuning(OnData):
         for k, run in enumerate(runs):
             size = run.batch_size
             if (first := groups.index(groups[k])) < k:
-                self._n_loss[run.id] = self._n_loss[runs[first].id]
+                self._runs[run.id].n_loss = self._runs[runs[first].id].n_loss
                 continue
             rows = processes * min(most or size, size // processes)
             examples = self._data[run.id].train(run.seed, step * size, size)
@@ -147,7 +145,7 @@ class SupervisedFineTuning(OnData):
                 share = len(part) // processes
                 for k in range(0, len(part), share):
                     own.append(collate(part[k : k + share], self._join_rows))
-            self._n_loss[run.id] = sum(b.n_loss for b in own)
+            self._runs[run.id].n_loss = sum(b.n_loss for b in own)
             by_run.append(own)
         return [merge(parts) for parts in zip(*by_run)]
 
@@ -156,17 +154,17 @@ class SupervisedFineTuning(OnData):
         return torch.from_numpy(batch.weight_NM.sum(1))
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Return the summed NLL in nats of each run, [N]."""
         return nll_sums(model, batch, self._precision)
 
     def metrics(self, losses: Sequence[float]) -> list[Record]:
         """Record the mean loss in nats per token."""
-        return [{"train_nll": nll} for nll in losses]
+        return [{"train_nll": loss} for loss in losses]
 
     def diverged(self, run_id: str, loss: float) -> bool:
         """Add the loss to the code length; return whether the run diverged (see Divergence)."""
-        self._code_nats[run_id] += loss * self._n_loss[run_id]
-        return self._divergence[run_id].note(loss)
+        known = self._runs[run_id]
+        known.code_nats += loss * known.n_loss
+        return known.divergence.note(loss)
 
     def evaluate(
         self, model: nn.Module, runs: Sequence[RunSpec], final: bool
@@ -180,34 +178,34 @@ class SupervisedFineTuning(OnData):
         train NLLs of all updates, each measured before its update. This is the length of a
         prequential code of the training data (Dawid 1984).
         """
-        tests = [self._data[run.id].test for run in runs]
-        validations = [self._data[run.id].validation for run in runs]
+        data, name = [self._data[run.id] for run in runs], self.metric.name
         firsts = [self.curve_rows(run) for run in runs]
         tested = [final and run.test_rows for run in runs]
-        rows = [t if every else f for every, f, t in zip(tested, firsts, tests)]
-        by_row = [every and bool(v) for every, v in zip(tested, validations)]
+        rows = [d.test if every else f for every, f, d in zip(tested, firsts, data)]
+        by_row = [every and bool(d.validation) for every, d in zip(tested, data)]
         found = at_first = self._measure(model, rows, by_row)
         if any(
-            every and (v or len(f) < len(t)) and run.id not in self._on_first
-            for run, every, v, f, t in zip(runs, tested, validations, firsts, tests)
+            every and self._runs[run.id].on_first is None and (d.validation or len(f) < len(d.test))
+            for run, every, f, d in zip(runs, tested, firsts, data)
         ):
             at_first = self._measure(model, firsts, [False] * len(firsts))
-        for run, test, measures, first in zip(runs, tests, found, at_first):
-            n_bytes = [e.n_bytes for e in test if e.n_bytes is not None]
-            if len(n_bytes) == len(test) and any(n_bytes):  # all rows are text
-                bytes_per_token = sum(n_bytes) / sum(int(e.loss.sum()) for e in test)
-                measures["test_bpb"] = measures[self.metric.name] / math.log(2) / bytes_per_token
+        for run, own, measures, first in zip(runs, data, found, at_first):
+            known = self._runs[run.id]
+            n_bytes = [e.n_bytes for e in own.test if e.n_bytes is not None]
+            if len(n_bytes) == len(own.test) and any(n_bytes):  # all rows are text
+                bytes_per_token = sum(n_bytes) / sum(int(e.loss.sum()) for e in own.test)
+                measures["test_bpb"] = measures[name] / math.log(2) / bytes_per_token
             if final:
-                on_first = self._on_first.get(run.id, first[self.metric.name])
+                on_first = first[name] if known.on_first is None else known.on_first
                 measures[self.metric.on_part] = on_first
             if final and not run.test_rows:
                 measures.pop("test_bpb", None)
-                del measures[self.metric.name]
-            after, before = measures.pop(ROWS, None), self._start_rows[run.id]
-            if after is not None and before is not None:
-                prompts = _prompts(run, test)
-                measures["gain_se"] = gain_se(before, after, _loss_tokens(test), prompts)
-            measures["code_nats"] = self._code_nats[run.id]
+                del measures[name]
+            after = measures.pop(ROWS, None)
+            if after is not None and known.rows is not None:
+                tokens, prompts = _loss_tokens(own.test), _prompts(run, own.test)
+                measures["gain_se"] = nll.gain_se(known.rows, after, tokens, prompts)
+            measures["code_nats"] = known.code_nats
         return [(measures, len(items)) for measures, items in zip(found, rows)]
 
     def _measure(
@@ -215,12 +213,12 @@ class SupervisedFineTuning(OnData):
     ) -> list[Record]:
         """Return each run's NLL on its rows; where `by_row` is True, also those of rows (ROWS)."""
         batches, name = [self._batched(r) for r in rows], self.metric.name
-        with phase(EVALUATION, more_than_a_row(batches)):
+        sums: Sequence[np.ndarray] = ()
+        nlls: Sequence[float] = ()
+        with phase(EVALUATION, nll.more_than_a_row(batches)):
             if all(b.truth is not None for own in batches for b in own):
-                return evaluate_exact(model, batches, self._precision, name, self._mesh)
+                return nll.evaluate_exact(model, batches, self._precision, name, self._mesh)
             # Sums by row round differently. Each run gets the sum that it would get without others.
-            sums: Sequence[np.ndarray] = ()
-            nlls: Sequence[float] = ()
             if any(by_row):
                 sums = row_nlls(model, rows, batches, self._precision, self._mesh)
             if not all(by_row):
@@ -237,15 +235,15 @@ class SupervisedFineTuning(OnData):
         rows = [self._data[run.id].retain for run in runs]
         some = next(filter(None, rows), None)
         if some is None:
-            return [{} for _ in runs]
+            return super().at_end(model, runs)
         # A forward pass needs rows of every run. A run without such rows gets those of another run,
         # and no result.
-        batches = [self._batched(own or some) for own in rows]
-        with phase(EVALUATION, more_than_a_row(batches)):
-            nlls = evaluate(model, batches, self._precision, self._mesh)
+        found = self._measure(model, [own or some for own in rows], [False] * len(rows))
         return [
-            {"retain_nll": nll, "retain_start": self._retain_start[run.id]} if own else {}
-            for run, own, nll in zip(runs, rows, nlls)
+            {"retain_nll": of[self.metric.name], "retain_start": self._runs[run.id].retain}
+            if own
+            else {}
+            for run, own, of in zip(runs, rows, found)
         ]
 
     def facts(self, run: RunSpec) -> Record:
@@ -253,45 +251,34 @@ class SupervisedFineTuning(OnData):
 
         `bits_...`: new information in the run's training data, for known generators.
         """
-        data = self._data[run.id]
-        bits = data.bits(run.steps * self._n_loss[run.id]) if data.bits else {}
+        data, known = self._data[run.id], self._runs[run.id]
+        bits = data.bits(run.steps * known.n_loss) if data.bits else {}
         prompts = _prompts(run, data.test)
         return {
-            "nll_start": self._start[run.id][self.metric.name],
-            CURVE_START: self._start[run.id][self.metric.on_part],
+            "nll_start": known.start[self.metric.name],
+            CURVE_START: known.start[self.metric.on_part],
             "floor_nats": data.entropy_floor_nats,
-            **self.data_facts(run),
-            **({DATA_SHA256: None} if run.id in self._unknown_start else {}),
+            **super().facts(run),
             **({"n_test_prompts": len(set(prompts))} if prompts else {}),
-            **floors(data.test, "floor"),
+            **nll.floors(data.test, "floor"),
             **{f"bits_{measure}": value for measure, value in bits.items()},
         }
 
     def state(self, run_id: str) -> dict[str, Any]:
         """Return the state of the divergence rule, the code length, and the data's fingerprint."""
-        judged, code_nats = self._divergence[run_id], self._code_nats[run_id]
-        state: Record = {"above": judged.above, "first_nll": judged.first, "code_nats": code_nats}
-        known = run_id not in self._unknown_start
-        return state | ({DATA_SHA256: self._data[run_id].sha256} if known else {})
+        known = self._runs[run_id]
+        judged = {"above": known.divergence.above, "first_nll": known.divergence.first}
+        return {**judged, "code_nats": known.code_nats, **super().state(run_id)}
 
     def load_state(self, run_id: str, state: dict[str, Any]) -> None:
-        """Restore the values of `state`; DataError if the run was started on other data.
-
-        `state` may also be the result of the run's trial. An old checkpoint may lack values.
-        Without a data fingerprint, the result has none either.
-        Without a code length, the code length is NaN. Under divergence rule 1 there is no first
-        NLL: the NLL of the next update replaces it, and updates above the old bound do not count.
-        """
-        judged = self._divergence[run_id]
-        judged.first = state.get("first_nll")
-        judged.above = 0 if judged.first is None else state["above"]
-        self._code_nats[run_id] = state.get("code_nats", math.nan)
-        if self.metric.on_part in state:
-            self._on_first[run_id] = state[self.metric.on_part]
-        if DATA_SHA256 not in state:
-            self._unknown_start.add(run_id)
-        else:
-            self.refuse_other_data(run_id, state[DATA_SHA256])
+        """Restore the values of `state`, or of the result of the run's trial."""
+        super().load_state(run_id, state)
+        known = self._runs[run_id]
+        known.divergence.first, known.divergence.above = (
+            state.get("first_nll"),
+            state.get("above", 0),
+        )
+        known.code_nats, known.on_first = state["code_nats"], state.get(self.metric.on_part)
 
     def _batched(self, examples: Sequence[Example]) -> list[Batch]:
         """Return held-out examples in batches, made once for all evaluations."""

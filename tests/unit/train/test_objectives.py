@@ -16,6 +16,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.spec.metric import Metric, metric_of
 from lorasweep.spec.streams import stream
 from lorasweep.train.loop import train
+from lorasweep.train.objectives.base import Objective
 from lorasweep.train.objectives.policy_gradient import FIRST_UPDATES, Signal
 from lorasweep.train.objectives.sft import Divergence
 from tests.training import ROUNDING, Trained, results, small_world
@@ -23,13 +24,14 @@ from tests.training import ROUNDING, Trained, results, small_world
 PROMPT, GOOD, DRAWS = (1, 2, 3, 4), 16, 32
 
 
-class DrawTheGoodSymbol:
+class DrawTheGoodSymbol(Objective):
     """A toy: after a fixed prompt, draw one symbol; the good one is rewarded (REINFORCE with a
     running mean of the reward, which is this objective's own state)."""
 
     metric = Metric("reward", higher_is_better=True, label="reward")
 
     def __init__(self):
+        super().__init__({}, "fp64")
         self.usual = {}
 
     def log_p(self, model, n):
@@ -44,9 +46,6 @@ class DrawTheGoodSymbol:
     def start(self, base, runs):
         self.usual = {run.id: 0.0 for run in runs}
         return self.measured(base.model, 1) * len(runs)
-
-    def groups(self, step, runs):
-        return list(range(len(runs)))
 
     @torch.no_grad()
     def batches(self, model, step, runs):
@@ -76,9 +75,6 @@ class DrawTheGoodSymbol:
 
     def evaluate(self, model, runs, final):
         return [(found, 1) for found in self.measured(model, len(runs))]
-
-    def at_end(self, model, runs):
-        return [{} for _ in runs]
 
     def facts(self, run):
         return {"good": GOOD}
@@ -181,7 +177,7 @@ def hard_world():
 
 @pytest.mark.parametrize("rate", [5e-3, 3.0])
 def test_only_a_far_too_high_rate_diverges_on_rows_harder_than_the_held_out_ones(hard_world, rate):
-    """Resumed, it ends as uninterrupted; an old checkpoint calls nothing falsely."""
+    """Resumed, it ends as uninterrupted."""
     spec, base, hard = hard_world
     spec = dataclasses.replace(spec, lr=rate)
 
@@ -204,10 +200,6 @@ def test_only_a_far_too_high_rate_diverges_on_rows_harder_than_the_held_out_ones
     assert json.loads(json.dumps(middle[spec.id]["meta"]["first_nll"])) == losses[0]
     again = trained(middle)
     assert again[0] == state and again[2] == losses[5:]
-    del middle[spec.id]["meta"]["first_nll"]  # as rule 1 wrote it, seven updates above its bound
-    middle[spec.id]["meta"]["above"] = 7
-    again = trained(middle)
-    assert len(again[2]) >= 8 and (again[0] == "done" or rate == 3.0)
 
 
 def test_by_hand():
@@ -239,16 +231,10 @@ def test_prompts_harder_than_the_held_out_ones_are_no_collapse():
     assert collapsed_after(Signal(0.4), [0.15] * 8 + [0.9] * 20 + [0.1] * 20) is None
 
 
-def test_signals_are_resumed_and_those_of_old_checkpoints_call_nothing_falsely():
+def test_signals_are_resumed():
     given = [0.15] * 5 + [0.16] * 7 + [0.05] * 8
     whole, first, second = Signal(0.4), Signal(0.4), Signal(0.4)
     assert collapsed_after(whole, given) == 20 and collapsed_after(first, given[:6]) is None
     second.load(json.loads(json.dumps(first.state())))
     assert collapsed_after(second, given[6:]) == 14 and second.state() == whole.state()
-    old = {k: v for k, v in first.state().items() if k != "first_reward"}
-    third, fourth = Signal(0.4), Signal(0.4)
-    third.load({**old, "below": 6})  # as rule 1 counted them
-    assert collapsed_after(third, given[6:12]) is None and collapsed_after(third, given[12:]) == 8
-    fourth.load({"below": 0, "answers": 0, "rewarded": 0.0, "best_reward": None})
-    assert collapsed_after(fourth, given) == 20
     assert FIRST_UPDATES == 8

@@ -323,5 +323,7 @@ def test_a_run_whose_probabilities_are_lost_to_rounding_has_broken_down(worlds, 
 def test_prompts_that_leave_no_room_are_refused_before_training(worlds):
     spec, base, loaded = worlds["words"]
     long = dataclasses.replace(spec, max_new_tokens=20)
-    with pytest.raises(DataError, match=r"max_length=24\. Set dataset.max_length=\d+, or max_new"):
+    with pytest.raises(
+        DataError, match=r"max_length=24\. Set dataset.max_length=\d+, or lower max_new"
+    ):
         run([long], base, loaded)
