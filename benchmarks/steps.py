@@ -21,8 +21,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.plan import detect
 from lorasweep.plan.load import train_flops
-from lorasweep.plan.memory import pack_bytes
-from lorasweep.plan.packing import micro_batch
+from lorasweep.plan.planner import place
 from lorasweep.spec.method import Method
 from lorasweep.spec.run import RunSpec
 from lorasweep.train import pretrain
@@ -73,7 +72,7 @@ class Bench:
 
     def median_s(self, pack: list[RunSpec]) -> float:
         """Train a pack; return the median seconds per step and run."""
-        micro = micro_batch(pack[0], len(pack), detect.this_machine())
+        micro = place(pack[0], detect.this_machine(), len(pack)).layout.rows
         events = finetune(pack, self.base, self.rows, micro)
         return statistics.median(next(iter(e.records.values()))["step_s"] for e in events)
 
@@ -164,13 +163,13 @@ def peak_memory(
     rows = data.load(few, data_dirs, base.tokenizer)
     pack = [dataclasses.replace(spec, lr=1e-5 * (1 + k)) for k in range(count)]
     hardware = detect.this_machine()
-    micro = micro_batch(spec, count, hardware)
-    for _ in finetune(pack, base, rows, micro):
+    planned = place(spec, hardware, count)
+    for _ in finetune(pack, base, rows, planned.layout.rows):
         pass
     return {
         **{"model": spec.model.name, "method": method, "precision": spec.precision},
         **{"batch_size": batch, "pack": count},
-        "planned_bytes": pack_bytes(count, spec, hardware, micro),
+        "planned_bytes": planned.memory_bytes,
         "peak_bytes": _resident_peak(),
         "idle_bytes": idle,
     }

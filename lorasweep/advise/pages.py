@@ -14,7 +14,7 @@ from lorasweep.advise.advice import Advice, totals
 from lorasweep.advise.evidence import Sure, shown
 from lorasweep.advise.read import Failed
 from lorasweep.errors import check_installed
-from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
+from lorasweep.plan.planner import MEMORY_ERROR, SPEED_ERROR
 
 METHODS = {"lora": "LoRA", "full": "full", "open": "undecided"}
 HEAD = (

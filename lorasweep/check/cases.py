@@ -10,7 +10,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import train_flops
-from lorasweep.plan.placement import Misfit, place
+from lorasweep.plan.planner import place
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
@@ -147,10 +147,10 @@ def predict(case: Case, hardware: Hardware) -> dict[str, Any]:
     update), sampled_tokens_s, parts (seconds by component); or only misfit: why it does not fit.
     """
     assert case.spec is not None
-    specs = [case.spec] * case.n_runs
-    how = {"join_rows": case.options.get("join_rows", False)}
-    placed = place(specs, hardware, gpus=1, **how)
-    if isinstance(placed, Misfit):
+    joined = case.options.get("join_rows", False)
+    how: dict[str, Any] = {"checkpointing": (False, True), "join_rows": joined}
+    placed = place(case.spec, hardware, case.n_runs, **how)
+    if placed.why:
         return {"misfit": placed.why}
     flops = case.n_runs * train_flops(case.spec) / case.spec.steps
     sampled: dict[str, float] = {}

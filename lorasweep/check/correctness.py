@@ -22,7 +22,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.models.load import Base
 from lorasweep.plan import detect
-from lorasweep.plan.memory import pack_bytes
+from lorasweep.plan.planner import place
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store.checkpoint import State
@@ -112,7 +112,8 @@ def little_memory(spec: RunSpec) -> dict[str, Any]:
     """Train with memory for some of a batch's rows; compare with a run with enough memory."""
     spec = replace(spec, steps=3, batch_size=256)
     hardware = detect.this_machine()
-    most, least = (pack_bytes(1, spec, hardware, rows) for rows in (spec.batch_size, 1))
+    sizes = (spec.batch_size, 1)
+    most, least = (place(spec, hardware, rows=rows).memory_bytes for rows in sizes)
     exec_ = Exec(workers=1, micro_batch_size=spec.batch_size)
     whole, _ = _trained(spec, exec_, None)
     for share in SHARES:  # the plan's estimate may be too high

@@ -1,22 +1,18 @@
 """What each claim of sweeps costs on GPUs, its looks, and the claims that a budget decides."""
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import or_
+from typing import Any
 
 from lorasweep.cli import answer
-from lorasweep.plan import priority
-from lorasweep.plan.budget import parse_budget
-from lorasweep.plan.forecast import Forecast, Forecaster
+from lorasweep.plan.budget import choose, parse_budget
+from lorasweep.plan.planner import Planner
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import aligned
-from lorasweep.sweep.question import Sweep
 from lorasweep.sweep.replicates import planned_seeds
 from lorasweep.sweep.request import Request
-
-if TYPE_CHECKING:
-    from analysis.inference.design import Outlook
 
 SMALLER = ("small", "tiny")
 """Scales whose standard deviation between seeds is used if a larger scale states none."""
@@ -33,60 +29,32 @@ class ClaimCost:
     """A claim of a planned sweep, and the runs that are expected to decide it."""
 
     request: Request
-    outlook: "Outlook"
-    spread_from: str
-    """Scale whose standard deviation between seeds was used."""
-    fresh: list[int] | None = None
-    """Fresh seeds that the claim needs; None: no number of seeds is known to decide it."""
-    runs: Forecast | None = None
-    """The missing runs with these seeds."""
-    looks: list[dict[str, Any]] = field(default_factory=list)
-    """Seeds, GPU-hours and probability of a decision at each look; empty with one look."""
+    plain: dict[str, Any]
+    """JSON values: the outlook, and if it can be decided runs, gpu_hours and its looks."""
+    fresh: list[int]
+    """Fresh seeds that the claim needs."""
+    hours: dict[str, float]
+    """Missing run with these seeds -> GPU-hours; empty: no number of seeds decides the claim."""
 
     @property
-    def stays_open(self) -> str:
-        """Why no number of seeds is known to decide the claim; empty: one is."""
-        o = self.outlook
-        if self.runs is not None:
-            return ""
-        if o.can_decide is None:
-            return "no standard deviation between seeds stated"
-        if o.needed is None:
-            return "no number of seeds was found with which it can be decided"
-        return f"{o.needed} {o.units} (planned {o.planned}), which fresh seeds do not add"
-
-    def plain(self) -> dict[str, Any]:
-        """Return the claim's cost as JSON values."""
-        names = ("claim", "half_width", "planned", "needed", "units", "can_decide")
-        price = {name: getattr(self.outlook, name) for name in names}
-        price["spread_from"] = self.spread_from
-        if self.runs is not None:
-            price |= {"runs": self.runs.n_runs, "gpu_hours": self.runs.gpu_hours}
-        if self.looks:
-            price |= {"looks": self.looks, "expected_gpu_hours": self.expected_hours}
-        return price
-
-    @property
-    def expected_hours(self) -> float:
-        """Expected GPU-hours if the sweep stops at the first look that decides the claim."""
-        undecided = [1.0, *(1 - look["decided"] for look in self.looks)]
-        hours = [0.0, *(look["gpu_hours"] for look in self.looks)]
-        return sum((b - a) * p for a, b, p in zip(hours, hours[1:], undecided))
-
-    @property
-    def looks_text(self) -> str:
-        """What several looks cost, in words; empty with one look."""
-        if not self.looks:
-            return ""
-        first, last = self.looks[0], self.looks[-1]
-        return (
-            f"; with {len(self.looks)} looks: the first decides with probability "
-            f"{first['decided']:.2f}, expected {self.expected_hours:,.0f} GPU-hours, at most "
-            f"{last['gpu_hours']:,.0f}"
-        )
+    def name(self) -> dict[str, Any]:
+        """The claim and its sweep."""
+        return {"claim": self.plain["claim"], "sweep": self.request.sweep_name}
 
 
-def claim_costs(request: Request, missing: Sequence[Point], planner: Forecaster) -> list[ClaimCost]:
+def stays_open(plain: Mapping[str, Any]) -> str:
+    """Say why no number of seeds is known to decide a claim; empty: one is."""
+    if "runs" in plain:
+        return ""
+    if plain["can_decide"] is None:
+        return "no standard deviation between seeds stated"
+    if plain["needed"] is None:
+        return "no number of seeds was found with which it can be decided"
+    units = "{needed} {units} (planned {planned})".format(**plain)
+    return f"{units}, which fresh seeds do not add"
+
+
+def claim_costs(request: Request, missing: Sequence[Point], planner: Planner) -> list[ClaimCost]:
     """Return the cost of each claim of a sweep; empty if nothing is missing.
 
     Uses the standard deviation between seeds of this scale, else of the first scale in SMALLER that
@@ -103,40 +71,41 @@ def claim_costs(request: Request, missing: Sequence[Point], planner: Forecaster)
     used = {*sweep.replicate.seeds, *(p.spec.seed for p in request.points)}
     more = [max(used) + 1 + k for k in range(max(most - grid - planned, 0))]
     seeds = [*sweep.replicate.seeds, *more]
-    longer = dataclasses.replace(sweep.replicate, seeds=seeds)
-    forecast = planner.forecast(request.sweep_name or "", missing, longer)
-    by_seeds = [forecast.with_fresh(n) for n in range(len(seeds) + 1)]
-    costs = []
+    stages = planner.forecast(missing, replace(sweep.replicate, seeds=seeds))
+    hours = [{i: k.hours for i, k in stage.items() if k.trains} for stage in stages]
+    by_seeds = list(accumulate(hours, or_))  # run -> GPU-hours, by the number of fresh seeds
+    found = []
     for scale, o in outlooks:
+        names = ("claim", "half_width", "planned", "needed", "units", "can_decide")
+        plain = {name: getattr(o, name) for name in names} | {"spread_from": scale}
         n = None
         if o.needed is not None and o.units == "seeds":
             n = max(o.needed - grid, 0)
         elif o.needed is not None and o.needed <= o.planned:
-            share = o.needed / o.planned * by_seeds[planned].n_runs
-            n = next(
-                k for k, f in enumerate(by_seeds) if f.n_runs >= share and k + grid >= MIN_SEEDS
+            share = o.needed / o.planned * len(by_seeds[planned])
+            enough = (
+                len(runs) >= share and k + grid >= MIN_SEEDS for k, runs in enumerate(by_seeds)
             )
-        found = ClaimCost(request, o, scale, looks=_looks(sweep, scale, o, by_seeds))
+            n = list(enough).index(True)
         if n is not None:
-            found = dataclasses.replace(found, fresh=seeds[:n], runs=by_seeds[n])
-        costs.append(found)
-    return costs
-
-
-def _looks(
-    sweep: Sweep, scale: str, outlook: "Outlook", by_seeds: Sequence[Forecast]
-) -> list[dict[str, Any]]:
-    """Return the seeds, GPU-hours and probability of a decision of each planned look."""
-    claim, planned = sweep.claims[outlook.claim], len(sweep.replicate.seeds)
-    at, decided = answer.decided_by(claim, scale, outlook, sweep.rounds)
-    if not at or not planned:
-        return []
-    first, hours = by_seeds[0].gpu_hours, by_seeds[planned].gpu_hours
-    each = (hours - first) / planned * N_AROUND / sweep.replicate.n_lrs
-    return [
-        {"seeds": n, "gpu_hours": hours + (n - at[0]) * each, "decided": p}
-        for n, p in zip(at, decided)
-    ]
+            plain |= {"runs": len(by_seeds[n]), "gpu_hours": sum(by_seeds[n].values())}
+        at, decided = answer.decided_by(sweep.claims[o.claim], scale, o, sweep.rounds)
+        if at and planned:
+            first, all_seeds = (sum(by_seeds[k].values()) for k in (0, planned))
+            each = (all_seeds - first) / planned * N_AROUND / sweep.replicate.n_lrs
+            plain["looks"] = [
+                {"seeds": k, "gpu_hours": all_seeds + (k - at[0]) * each, "decided": p}
+                for k, p in zip(at, decided)
+            ]
+            undecided = [1.0, *(1 - p for p in decided)]
+            spent = [0.0, *(look["gpu_hours"] for look in plain["looks"])]
+            # if the sweep stops at the first look that decides the claim
+            plain["expected_gpu_hours"] = sum(
+                (b - a) * p for a, b, p in zip(spent, spent[1:], undecided)
+            )
+        runs = {} if n is None else by_seeds[n]
+        found.append(ClaimCost(request, plain, seeds[: n or 0], runs))
+    return found
 
 
 # ---------------------------------------------------------------- within a budget
@@ -150,35 +119,26 @@ def within_budget(request: Request, costs: Sequence[ClaimCost]) -> dict[str, Any
     """
     asked = parse_budget(request.budget, 1)
     assert asked is not None
-    known = {
-        priority.Need(c.request.sweep_name or "", c.outlook.claim, c.runs.hours_by_run()): c
-        for c in costs
-        if c.runs is not None
-    }
-    chosen, others = priority.choose(list(known), asked.amount / 3600)
+    known = [c for c in costs if "runs" in c.plain]
+    chosen, others = choose([c.hours for c in known], asked.amount / 3600)
     most: dict[str, ClaimCost] = {}  # by sweep, the chosen claim with the most seeds
-    for cost in (known[c.need] for c in chosen):
+    for cost in (known[k] for k, *_ in chosen):
         name = cost.request.sweep_name or ""
-        most[name] = max(most.get(name, cost), cost, key=lambda c: len(c.fresh or []))
-    beyond = [{**_name(known[need]), "gpu_hours": hours} for need, hours in others]
+        most[name] = max(most.get(name, cost), cost, key=lambda c: len(c.fresh))
+    keys = ("runs", "gpu_hours", "cumulative_gpu_hours")
     return {
         "gpu_hours": asked.amount / 3600,
-        "used": chosen[-1].total if chosen else 0.0,
-        "chosen": [
-            _name(known[c.need])
-            | {"runs": c.runs, "gpu_hours": c.gpu_hours, "cumulative_gpu_hours": c.total}
-            for c in chosen
-        ],
-        "commands": [_command(cost.request, cost.fresh or []) for cost in most.values()],
+        "used": chosen[-1][-1] if chosen else 0.0,
+        "chosen": [known[k].name | dict(zip(keys, values)) for k, *values in chosen],
+        "commands": [_command(cost.request, cost.fresh) for cost in most.values()],
         "open": [
-            *({**c, "why": "over budget"} for c in sorted(beyond, key=lambda c: c["gpu_hours"])),
-            *({**_name(c), "why": c.stays_open} for c in costs if c.runs is None),
+            *(
+                known[k].name | {"gpu_hours": hours, "why": "over budget"}
+                for k, hours in sorted(others, key=lambda other: other[1])
+            ),
+            *(c.name | {"why": stays_open(c.plain)} for c in costs if c not in known),
         ],
     }
-
-
-def _name(cost: ClaimCost) -> dict[str, Any]:
-    return {"claim": cost.outlook.claim, "sweep": cost.request.sweep_name}
 
 
 def _command(request: Request, fresh: list[int]) -> str:
@@ -199,8 +159,8 @@ def budget_lines(found: dict[str, Any]) -> list[str]:
 
     rows, left = [HEAD], [OPEN_HEAD]
     for c in found["chosen"]:
-        costs = (hours(c[key]) for key in ("gpu_hours", "cumulative_gpu_hours"))
-        rows.append((c["claim"], c["sweep"], f"{c['runs']:,}", *costs))
+        spent = (hours(c[key]) for key in ("gpu_hours", "cumulative_gpu_hours"))
+        rows.append((c["claim"], c["sweep"], f"{c['runs']:,}", *spent))
     for c in found["open"]:
         more = hours(c["gpu_hours"]) if "gpu_hours" in c else "-"
         left.append((c["claim"], c["sweep"], more, c["why"]))

@@ -1,33 +1,39 @@
 """The actions plan, layers, measure_packs and fetch: none starts a run."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+from lorasweep.advise.pages import render
 from lorasweep.cli import answer, claim_costs, fleet_costs, tuned, understood
 from lorasweep.cli.points import all_points, is_search
+from lorasweep.cli.printed import Answer
 from lorasweep.cli.progress import duration, notifier
 from lorasweep.config import preflight
-from lorasweep.errors import SpecError, check_installed
+from lorasweep.errors import SpecError
 from lorasweep.launch.measure_packs import measure_packs
 from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.plan import detect
-from lorasweep.plan.forecast import Forecast, Forecaster, hours_of, without_too_large
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import run_flops
-from lorasweep.plan.packing import pack_tokens
-from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.plan import Plan, make_plan, summary
-from lorasweep.plan.throughput import shape_of
+from lorasweep.plan.planner import (
+    FORWARD_TOKENS,
+    MEMORY_ERROR,
+    PACK_TOKENS,
+    SPEED_ERROR,
+    Kind,
+    Planner,
+    costs,
+)
+from lorasweep.plan.speeds import shape_of
 from lorasweep.plan.time import TRAINING_SHARE
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import is_unpinned
-from lorasweep.store.run_store import FINAL, RunStore
+from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import aligned
 from lorasweep.sweep.question import Replicates
@@ -37,8 +43,6 @@ from lorasweep.sweep.trained import trained_plain, trained_text
 OUTLOOK_RUNS = 2000
 """With more runs, action=plan does not say which claims can be decided, because loading the
 analysis takes longer than planning. The command that starts the runs does say it."""
-ENGINE = " with a serving engine*"
-"""End of the name of a row that is not in the total."""
 BASIS = {
     "measured": "from finished runs",
     "calibrated": "from measured step times",
@@ -51,43 +55,43 @@ HEAD = (
 )
 
 
-def show(request: Request, store: RunStore) -> int:
-    """Print the runs that would be trained and their cost; start none."""
+def show(request: Request, store: RunStore) -> Answer:
+    """Show the runs that would be trained and their cost; start none."""
     hardware = hardware_of(request)
+    about: dict[str, Any] = {"scale": request.scale}
+    if request.described:
+        about["understood"] = understood.lines(request)
     if request.hardware and hardware.has_speeds:
-        return _show_on_gpus(request, store, hardware)
-    points = all_points(request, store)
-    plan = make_plan(points, store, request.exec, hardware)
-    queue = planning.difference(request, store, plan)
-    outlooks = []
+        return _on_gpus(request, store, hardware, about)
+    plan = make_plan(all_points(request, store), store, request.exec, hardware)
+    queue, outlooks = planning.difference(request, store, plan), []
     if len(plan.points) <= OUTLOOK_RUNS:
         outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
-    fleet = {"fleet": fleet_costs.here(request, store, plan)} if request.members else {}
-    if request.format == "json":
-        name: dict[str, Any] = {"sweep": request.sweep_name, "scale": request.scale}
-        claims = {"claims": [o.plain() for o in outlooks]} if outlooks else {}
-        if request.described:
-            name["understood"] = understood.lines(request)
-        print(json.dumps({**name, **summary(plan), **queue, **claims, **fleet}))
-        return 0
-    lines = [*understood.lines(request), plan_text(request, plan), *queue_lines(queue)]
-    if is_search(request):
-        lines += tuned.outlook_here(request, store)
+    found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}
+    if outlooks:
+        found["claims"] = [o.plain() for o in outlooks]
     if request.members:
-        lines += ["", *fleet_costs.lines(fleet["fleet"], f"on {plan.workers} worker(s)")]
-    print("\n".join([*lines, *(o.line() for o in outlooks)]))
-    return 0
+        found["fleet"] = fleet_costs.fleet_costs(request, store, hardware, plan)
+
+    def text() -> list[str]:
+        lines = [*understood.lines(request), plan_text(request, plan), *queue_lines(queue)]
+        if is_search(request):
+            lines += tuned.outlook_here(request, store)
+        if request.members:
+            lines += fleet_costs.lines(found["fleet"], f"on {plan.workers} worker(s)")
+        return [*lines, *(o.line() for o in outlooks)]
+
+    return Answer(found, text)
 
 
-def layers(request: Request, store: RunStore) -> int:
-    """Print the matrices that each kind of run trains, by layer set."""
+def layers(request: Request, store: RunStore) -> Answer:
+    """Show the matrices that each kind of run trains, by layer set."""
     plain = {"sweep": request.sweep_name, "kinds": trained_plain(request.points)}
-    print(json.dumps(plain) if request.format == "json" else trained_text(request.points))
-    return 0
+    return Answer(plain, partial(trained_text, request.points))
 
 
-def measure(request: Request, store: RunStore) -> int:
-    """Measure step times of the missing runs on this machine, per kind of run; print the plan."""
+def measure(request: Request, store: RunStore) -> Answer:
+    """Measure step times of the missing runs on this machine, per kind of run; show the plan."""
     if request.cluster.kind == "slurm":
         raise SpecError(
             "action=measure_packs measures the machine it runs on. On a cluster, run it inside a "
@@ -103,10 +107,12 @@ def measure(request: Request, store: RunStore) -> int:
     return show(request, store)
 
 
-def fetch(request: Request, store: RunStore) -> int:
+def fetch(request: Request, store: RunStore) -> Answer:
     """Download the weights and data of a request's runs."""
-    preflight.fetch((p.spec for part in request.parts or [request] for p in part.points), print)
-    return 0
+    lines: list[str] = []
+    specs = (p.spec for part in request.parts or [request] for p in part.points)
+    preflight.fetch(specs, lines.append)
+    return Answer(text=lines)
 
 
 def plan_text(request: Request, plan: Plan) -> str:
@@ -118,7 +124,7 @@ def plan_text(request: Request, plan: Plan) -> str:
         name = f"sweep {name}, scale {request.scale}"
     if plan.hardware.name != detect.NAME:
         name += f", on {plan.hardware.name}"
-    states = ", ".join(f"{n} {s}" for s, n in plan.counts().items())
+    states = ", ".join(f"{runs[s]} {s}" for s in STATES if s in runs)
     lines = [
         f"{name}: {runs['total']} runs ({states}); {runs['todo']} to do in {cost['packs']} packs "
         f"on {cost['workers']} worker(s) x {cost['threads']} thread(s), about "
@@ -137,19 +143,20 @@ def plan_text(request: Request, plan: Plan) -> str:
         spec, n = pack.points[-1].spec, len(pack.points)
         if spec.method.MAX_PACK is not None:
             continue
-        rank = f" rank {spec.method.rank}" if hasattr(spec.method, "rank") else ""
-        speed = plan.throughputs.of(spec)
+        rank, speed = getattr(spec.method, "rank", None), plan.speeds.of(spec)
+        named = f"{spec.method.name}{f' rank {rank}' if rank else ''} on {spec.model.name}"
         if request.exec.pack_size is not None:
             why = "exec.pack_size"
         elif speed is None:
-            why = f"up to {pack_tokens(plan.hardware)} tokens per update; not measured here"
+            most = FORWARD_TOKENS if plan.hardware.gpus else PACK_TOKENS
+            why = f"up to {most} tokens per update; not measured here"
         else:
             ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.step_s.items()))
             pays = ": packing does not pay" if speed.measured and speed.best_size() == 1 else ""
             why = f"{'measured' if speed.measured else 'recorded'} per step and run: {ms}{pays}"
         packs.append(
-            f"  packs of {spec.method.name}{rank} on {spec.model.name}: {n} run(s), "
-            f"{pack.micro_batch_size} rows of each per forward pass ({why})"
+            f"  packs of {named}: {n} run(s), {pack.micro_batch_size} rows of each per forward "
+            f"pass ({why})"
         )
     # kinds that differ only in their data have the same line
     lines += [*dict.fromkeys(packs), *unpinned_lines(plan.points)]
@@ -211,153 +218,98 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------- on GPUs with a data sheet
 
 
-def _show_on_gpus(request: Request, store: RunStore, hardware: Hardware) -> int:
-    """Print the cost of sweeps on GPUs, a line for each, without looking at this machine."""
-    planner, found, costs = Forecaster(hardware, request.exec), [], []
-    for part in request.parts or [request]:
+def _on_gpus(
+    request: Request, store: RunStore, hardware: Hardware, about: dict[str, Any]
+) -> Answer:
+    """Show the cost of sweeps on GPUs, a row for each, without looking at this machine."""
+    planner, parts, every = Planner(hardware, request.exec), request.parts or [request], []
+    sweeps: list[dict[str, Any]] = []
+    total: dict[str, Kind] = {}  # runs that sweeps share count once
+    for part in parts:
         states = store.states(p.id for p in part.points)
         missing = [p for p in part.points if states[p.id] not in FINAL]
         second = part.sweep.replicate if part.sweep else Replicates()
-        found.append(planner.forecast(part.sweep_name or "run", missing, second))
-        costs.append(claim_costs.claim_costs(part, missing, planner))
-    found.append(planner.total(found))
-    values = [forecast_plain(f, request.cluster.work_max) for f in found]
-    budget = {}
+        runs = {i: k for s in planner.forecast(missing, second) for i, k in s.items()}
+        total |= runs
+        claims = claim_costs.claim_costs(part, missing, planner)
+        every += claims
+        row = costs(part.sweep_name or "run", runs, hardware, request.cluster.work_max)
+        sweeps.append({**row, "claims": [c.plain for c in claims]})
+    names = ("name", "gpus", "price_per_gpu_h")
+    found: dict[str, Any] = {
+        "hardware": {name: getattr(hardware, name) for name in names},
+        "error": {"memory": MEMORY_ERROR, "speed": SPEED_ERROR},
+        **about,
+        "sweeps": sweeps,
+        "total": costs("total", total, hardware, request.cluster.work_max),
+    }
     if request.budget and not is_search(request):
-        every = [cost for some in costs for cost in some]
-        budget = {"budget": claim_costs.within_budget(request, every)}
+        found["budget"] = claim_costs.within_budget(request, every)
     queue: dict[str, Any] = {}
     if request.cluster.kind == "slurm" and not request.parts:
-        points = without_too_large(request.points, hardware, request.exec)
-        # the forecast says which runs fit nowhere, and why
+        points = planner.without_too_large(request.points)
+        # the table says which runs fit nowhere, and why
         with suppress(SpecError):
             if points:
                 plan = make_plan(points, store, request.exec, hardware)
                 asked = dataclasses.replace(request, points=points)
                 queue = planning.difference(asked, store, plan)
-    fleet = {"fleet": fleet_costs.on_gpus(request, store, hardware)} if request.members else {}
-    if request.format == "json":
-        machine = {name: getattr(hardware, name) for name in ("name", "gpus", "price_per_gpu_h")}
-        errors = {"memory": MEMORY_ERROR, "speed": SPEED_ERROR}
-        about: dict[str, Any] = {"hardware": machine, "error": errors, "scale": request.scale}
-        sweeps = [{**v, "claims": [c.plain() for c in some]} for v, some in zip(values, costs)]
-        if request.described:
-            about["understood"] = understood.lines(request)
-        total = {"total": values[-1]}
-        print(json.dumps({**about, "sweeps": sweeps, **total, **budget, **queue, **fleet}))
-        return 0
-    check_installed("jinja2", "a plan with hardware=NAME")
-    from jinja2 import StrictUndefined, Template  # takes a moment to load
-
-    shown = values if len(values) > 2 else values[:1]  # one sweep has no total
-    rows = [row for v in shown for row in _rows(v, v is not values[-1])]
-    form = Path(__file__).with_name("templates") / "forecast.txt"
-    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
-    text = Template(form.read_text(), undefined=StrictUndefined, **options).render(
-        name=request.sweep_name or "run",
-        scale=request.scale,
-        hardware=hardware,
-        usd=hardware.price_per_gpu_h,
-        table="\n".join(aligned([HEAD, *rows], range(1, len(HEAD)))),
-        total=values[-1],
-        unpinned=unpinned_lines([p for part in request.parts or [request] for p in part.points]),
-        memory_error=f"{MEMORY_ERROR:.0%}",
-        speed_error=f"{SPEED_ERROR:.0%}",
-        training_share=TRAINING_SHARE,
-        verdicts=[(v["name"], c) for v, some in zip(values, costs) for c in some],
-    )
-    lines = [*understood.lines(request), text.rstrip(), *queue_lines(queue)]
-    lines += claim_costs.budget_lines(budget["budget"]) if budget else []
-    if is_search(request):
-        n = len(found[0].runs)
-        busy_s = 3600 * found[0].gpu_hours / n if n else None
-        lines += ["", "one run of each arm, above; the search goes on from there:"]
-        lines += tuned.outlook(request, busy_s, max(1, hardware.gpus))
     if request.members:
-        lines += ["", *fleet_costs.lines(fleet["fleet"], "in time of one GPU")]
-    print("\n".join(lines))
-    return 0
+        found["fleet"] = fleet_costs.fleet_costs(request, store, hardware)
+
+    def text() -> list[str]:
+        shown = [*sweeps, found["total"]] if len(sweeps) > 1 else sweeps  # one has no total
+        rows = [row for values in shown for row in _rows(values)]
+        table = render(
+            "forecast.txt",
+            name=request.sweep_name or "run",
+            scale=request.scale,
+            hardware=hardware,
+            usd=hardware.price_per_gpu_h,
+            table="\n".join(aligned([HEAD, *rows], range(1, len(HEAD)))),
+            total=found["total"],
+            unpinned=unpinned_lines([p for part in parts for p in part.points]),
+            memory_error=f"{MEMORY_ERROR:.0%}",
+            speed_error=f"{SPEED_ERROR:.0%}",
+            training_share=TRAINING_SHARE,
+            verdicts=[(c.request.sweep_name, c.plain) for c in every],
+            stays_open=claim_costs.stays_open,
+        )
+        lines = [*understood.lines(request), table.rstrip(), *queue_lines(queue)]
+        lines += claim_costs.budget_lines(found["budget"]) if "budget" in found else []
+        if is_search(request):
+            busy_s = 3600 * found["total"]["gpu_hours"] / len(total) if total else None
+            lines += ["", "one run of each arm, above; the search goes on from there:"]
+            lines += tuned.outlook(request, busy_s, max(1, hardware.gpus))
+        return lines + (
+            fleet_costs.lines(found["fleet"], "in time of one GPU") if request.members else []
+        )
+
+    return Answer(found | queue, text)
 
 
-def forecast_plain(found: Forecast, work_max_min: float) -> dict[str, Any]:
-    """Return a forecast as JSON values; `work_max_min`: the longest job in minutes."""
-    placed, hardware = found.placed(), found.hardware
-    wheres = [where for _, where, _ in placed]
-    largest = max((w.layout.gpus for w in wheres), default=1)
-
-    def cost(hours: float) -> float | None:
-        return None if hardware.price_per_gpu_h is None else hours * hardware.price_per_gpu_h
-
-    def ends(values: Sequence[float]) -> list[float] | None:
-        return [min(values), max(values)] if values else None
-
-    return {
-        "name": found.name,
-        "runs": found.n_runs,
-        "packs": found.packs,
-        "jobs": found.jobs(work_max_min),
-        "gpus_a_run": ends([w.layout.gpus for w in wheres]),
-        "micro_batch": ends([w.layout.rows for w in wheres]),
-        "memory_gib": max((w.memory_gib for w in wheres), default=None),
-        "tokens": found.tokens,
-        "flops": sum(n * run_flops(kind.spec) for kind, _, n in placed),
-        "tokens_s": ends([w.tokens / w.seconds / w.layout.gpus for w in wheres]),
-        "gpu_hours": found.gpu_hours,
-        # no published measurement covers models with experts or sampling
-        "gpu_hours_by_formulas_alone": sum(
-            hours_of(*entry) for entry in placed if entry[0].spec.model.n_experts
-        ),
-        "gpu_hours_of_sampling": sum(
-            hours_of(k, where, n) * where.sampling_s / where.seconds for k, where, n in placed
-        ),
-        "gpu_hours_with_serving_engine": found.served_hours(),
-        # on all GPUs of the hardware, or on the GPUs of the largest run if these are more
-        "days": found.gpu_hours / 24 / max(hardware.gpus, largest),
-        "cost_usd": cost(found.gpu_hours),
-        "fits": not found.misfits(),
-        "left_out": [
-            {
-                "kind": kind.label,
-                "runs": n,
-                "gpus_a_run": where.layout.gpus,
-                "gpu_hours": (hours := hours_of(kind, where, n)),
-                "cost_usd": cost(hours),
-            }
-            for kind, where, n in found.placed(left_out=True)
-        ],
-        "misfits": [
-            {"kind": kind.label, "runs": n, "why": misfit.why, "remedy": misfit.remedy}
-            for kind, misfit, n in found.misfits()
-        ],
-    }
-
-
-def _rows(values: dict[str, Any], with_engine: bool) -> list[tuple[str, ...]]:
-    """Return a forecast's row, and if it samples one with a serving engine."""
+def _rows(v: dict[str, Any]) -> list[list[str]]:
+    """Return the row of a sweep's costs, and if it samples one with a serving engine."""
 
     def ends(key: str) -> str:
-        if values[key] is None:
-            return "-"
-        low, high = (f"{value:,.0f}" for value in values[key])
+        low, high = ("-", "-") if v[key] is None else (f"{value:,.0f}" for value in v[key])
         return low if low == high else f"{low} to {high}"
 
-    def costs(share: float) -> tuple[str, str, str]:
-        hours, days, usd = (values[key] for key in ("gpu_hours", "days", "cost_usd"))
-        dollars = "-" if usd is None else f"{share * usd:,.0f}"
-        return f"{share * hours:,.0f}", f"{share * days:.1f}", dollars
+    def spent(share: float) -> list[str]:
+        dollars = "-" if v["cost_usd"] is None else f"{share * v['cost_usd']:,.0f}"
+        return [f"{share * v['gpu_hours']:,.0f}", f"{share * v['days']:.1f}", dollars]
 
-    memory, hours = values["memory_gib"], values["gpu_hours"]
-    row = (
-        values["name"],
-        *(f"{values[key]:,}" for key in ("runs", "packs", "jobs")),
+    row = [
+        v["name"],
+        *(f"{v[key]:,}" for key in ("runs", "packs", "jobs")),
         *(ends(key) for key in ("gpus_a_run", "micro_batch")),
-        "-" if memory is None else f"{memory:.0f}",
-        *(f"{values[key]:.2g}" for key in ("tokens", "flops")),
+        "-" if v["memory_gib"] is None else f"{v['memory_gib']:.0f}",
+        *(f"{v[key]:.2g}" for key in ("tokens", "flops")),
         ends("tokens_s"),
-        *costs(1),
-    )
-    if not with_engine or not values["gpu_hours_of_sampling"]:
+        *spent(1),
+    ]
+    if v["name"] == "total" or not v["gpu_hours_of_sampling"]:
         return [row]
-    served = costs(values["gpu_hours_with_serving_engine"] / hours)
-    blank = ("",) * (len(HEAD) - 1 - len(served))
-    return [row, (f"{values['name']}{ENGINE}", *blank, *served)]
+    served = spent(v["gpu_hours_with_serving_engine"] / v["gpu_hours"])
+    name = f"{v['name']} with a serving engine*"  # not in the total
+    return [row, [name, *[""] * (len(HEAD) - 1 - len(served)), *served]]

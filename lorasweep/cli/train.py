@@ -21,8 +21,8 @@ from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.slurm.submit import Outcome, cancel, submit, updates_of
 from lorasweep.launch.trainer import Trainer
 from lorasweep.plan import detect
-from lorasweep.plan.forecast import refuse_unfit, settings_of, without_too_large
 from lorasweep.plan.plan import make_plan
+from lorasweep.plan.planner import Planner
 from lorasweep.spec.metric import metric_of
 from lorasweep.store import files, looks
 from lorasweep.store.run_store import RunStore
@@ -143,7 +143,7 @@ def runs_of(request: Request, store: RunStore) -> list[Point]:
 
 def within_limit(request: Request) -> Request:
     """Leave out the runs that need more than exec.max_gpus GPUs, and say how many."""
-    kept = without_too_large(request.points, hardware_of(request), request.exec)
+    kept = Planner(hardware_of(request), request.exec).without_too_large(request.points)
     if len(kept) < len(request.points):
         notifier(request)(
             f"{len(request.points) - len(kept)} runs need more than "
@@ -167,8 +167,9 @@ def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
     if request.exec.world_size > 1:
         check_world_size(specs, request.exec, request.cluster, detect.this_machine())
     if request.hardware and (hardware := hardware_of(request)).has_speeds:
-        must_fit = settings_of if request.cluster.kind == "slurm" else refuse_unfit
-        must_fit(request.points, hardware, request.exec)
+        planner = Planner(hardware, request.exec)
+        on_cluster = request.cluster.kind == "slurm"
+        (planner.settings if on_cluster else planner.refuse_unfit)(request.points)
     check_available(request)
     answer.check_claims(request.sweep)
 

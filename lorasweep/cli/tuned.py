@@ -21,9 +21,8 @@ from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan import detect
 from lorasweep.plan.budget import Budget, parse_budget
-from lorasweep.plan.memory import pack_bytes
-from lorasweep.plan.packing import micro_batch
 from lorasweep.plan.plan import make_plan
+from lorasweep.plan.planner import place
 from lorasweep.spec.metric import METRICS, metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint, folders
@@ -367,8 +366,7 @@ def _measured(request: Request, loss: float) -> str:
 def _memory_gib(spec: RunSpec, request: Request) -> float:
     """Return the planned peak memory of one run on this machine."""
     hardware = detect.this_machine()
-    rows = request.exec.micro_batch_size or micro_batch(spec, 1, hardware)
-    return pack_bytes(1, spec, hardware, rows) / 2**30
+    return place(spec, hardware, rows=request.exec.micro_batch_size).memory_gib
 
 
 # ---------------------------------------------------------------- the folder of the best run

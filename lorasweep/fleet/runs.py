@@ -24,8 +24,7 @@ from lorasweep.errors import DataError, ModelError, SpecError, unknown
 from lorasweep.fleet.rows import SPLITS, Rows, Rules, rows_of, with_lengths
 from lorasweep.fleet.serving import PEFT, Profile, adapted
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.forecast import Forecaster
-from lorasweep.plan.placement import Misfit
+from lorasweep.plan.planner import Planner
 from lorasweep.spec.dataset import FIRST_RENDER
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import parse_layers
@@ -145,7 +144,7 @@ def build_runs(
             "in a row without improvement after which a run ends: 2 or 3."
         )
     hardware = known.hardware
-    planner = Forecaster(hardware, request.exec) if hardware and hardware.has_speeds else None
+    planner = Planner(hardware, request.exec) if hardware and hardware.has_speeds else None
     found = []
     for c in customers:
         if not isinstance(c, Failed):
@@ -165,7 +164,7 @@ def _member(
     request: Request,
     rules: Rules,
     tokenizer_of: Callable[[ModelSpec], Any],
-    planner: Forecaster | None,
+    planner: Planner | None,
     served: Callable[[ModelSpec, int], tuple[str, dict[str, str]]],
 ) -> Member:
     """Read a customer's rows, advise, and build the runs; RowError, SpecError: the row is wrong."""
@@ -223,7 +222,7 @@ def _member(
         validate(p.spec)
     if planner is not None:  # a run on several GPUs would not keep the adapter
         place = planner.kind(points[0].spec).place
-        if isinstance(place, Misfit):
+        if place.why:
             raise RowError(f"{place.why}. It fits with {place.remedy}.")
         if place.layout.gpus > 1:
             raise RowError(

@@ -22,9 +22,8 @@ from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.memory import pack_bytes
-from lorasweep.plan.packing import micro_batch, pack_sizes
-from lorasweep.plan.throughput import ThroughputTable, measured_path, shape_of
+from lorasweep.plan.planner import GPU_SIZES, SIZES, place
+from lorasweep.plan.speeds import Speeds, measured_path, shape_of
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
@@ -53,7 +52,7 @@ def measure_packs(
     shapes = list({shape_of(s): s for s in specs}.values())
     lock = store.root / ".calibration" / ".lock"
     with files.locked(lock, 30 + 2 * BUDGET_S * len(shapes), report):
-        known = ThroughputTable(store, hardware, exec_)
+        known = Speeds(store, hardware, exec_)
         unknown = [s for s in shapes if known.of(s) is None]
         missing = {measured_path(store.root, s, hardware, exec_): s for s in unknown}
         if not missing:
@@ -84,16 +83,18 @@ def measure(
     trainer.data(spec, exec_)  # loads the base
     found: dict[int, float] = {}
     left = BUDGET_S
-    for size in pack_sizes(hardware)[: 1 if spec.method.MAX_PACK == 1 else None]:
-        micro = exec_.micro_batch_size or micro_batch(spec, size, hardware)
-        most = MEMORY_SHARE * (hardware.worker_gib or math.inf) * 2**30
-        if size > 1 and pack_bytes(size, spec, hardware, micro) > most:
+    sizes = GPU_SIZES if hardware.gpus else SIZES
+    for size in sizes[: 1 if spec.method.MAX_PACK == 1 else None]:
+        planned = place(spec, hardware, size, exec_.micro_batch_size)
+        most = MEMORY_SHARE * (hardware.worker_gib or math.inf)
+        if size > 1 and planned.memory_gib > most:
             break
         started = time.monotonic()
         # learning rates too small to change anything
         pack = [dataclasses.replace(spec, lr=1e-6 * (1 + k)) for k in range(size)]
         try:
-            events = trainer(pack, dataclasses.replace(exec_, micro_batch_size=micro), None)
+            as_planned = dataclasses.replace(exec_, micro_batch_size=planned.layout.rows)
+            events = trainer(pack, as_planned, None)
             times = [next(iter(event.records.values()))["step_s"] for event in events]
         except Exception as error:
             if size == 1 or not is_out_of_memory(error):

@@ -1,7 +1,8 @@
-"""The budget of a search: time, runs or GPU hours, and what finished runs have used of it."""
+"""Budgets in time, runs or GPU-hours: what finished runs have used, and which claims one buys."""
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorasweep.errors import SpecError
@@ -92,3 +93,45 @@ def _processes(rid: str, store: RunStore) -> float:
     """Return the share of processes (GPUs) that a run had: a pack's runs share one."""
     processes = store.env(rid).get("processes") or 1
     return processes / ((store.result(rid) or {}).get("pack_size") or 1)
+
+
+def choose(
+    needs: Sequence[Mapping[str, float]], budget: float
+) -> tuple[list[tuple[int, int, float, float]], list[tuple[int, float]]]:
+    """Choose the claims that a budget of GPU-hours decides, by decided claims per GPU-hour.
+
+    `needs`: of each claim, the runs that decide it and their GPU-hours; claims share runs by id.
+
+    Greedy: of the sets of runs that still fit, each time the one that decides most further claims
+    per additional GPU-hour. The candidates are the runs of each claim; they also decide every claim
+    whose runs are among them.
+
+    Returns:
+        The chosen claims, each with the runs and GPU-hours that it adds and the GPU-hours so far;
+        and each other claim with the GPU-hours of its runs that no chosen claim has.
+    """
+    missing = {k: set(runs) for k, runs in enumerate(needs)}
+    chosen: list[tuple[int, int, float, float]] = []
+    total = 0.0
+
+    def cost(k: int) -> float:
+        return math.fsum(needs[k][run] for run in missing[k])  # in any order
+
+    while missing:
+        costs = {k: cost(k) for k in missing}
+        values = {
+            k: sum(runs <= missing[k] for runs in missing.values()) / max(hours, 1e-9)
+            for k, hours in costs.items()
+            if total + hours <= budget
+        }
+        if not values:
+            break
+        bought = missing[max(values, key=values.__getitem__)]
+        decided = [k for k, runs in missing.items() if runs <= bought]
+        for k in sorted(decided, key=costs.__getitem__):
+            hours, runs = cost(k), missing.pop(k)
+            total += hours
+            chosen.append((k, len(runs), hours, total))
+            for others in missing.values():
+                others -= runs
+    return chosen, [(k, cost(k)) for k in missing]

@@ -19,9 +19,6 @@ LAST = frozenset(
 """Names of the matrices that end attention or an MLP; all others read a norm's output."""
 
 
-# ---------------------------------------------------------------- tokens and operations
-
-
 def _fill(spec: RunSpec) -> float:
     return 1.0 if spec.dataset.source == "synthetic" else TEXT_FILL
 
@@ -31,14 +28,10 @@ def mean_length(spec: RunSpec) -> int:
     return round(spec.dataset.max_length * _fill(spec))
 
 
-def completion_tokens(spec: RunSpec) -> float:
-    """Return the expected tokens of a sampled completion; 0 for runs that sample none."""
-    return spec.max_new_tokens * _fill(spec)
-
-
-def prompt_tokens(spec: RunSpec) -> float:
-    """Return the expected tokens of a prompt of sampled completions."""
-    return (spec.dataset.max_length - spec.max_new_tokens) * _fill(spec)
+def sampled_lengths(spec: RunSpec) -> tuple[float, float]:
+    """Return the expected tokens of a prompt and of its sampled completion (0: none is sampled)."""
+    new = spec.max_new_tokens
+    return (spec.dataset.max_length - new) * _fill(spec), new * _fill(spec)
 
 
 def evaluated_completions(spec: RunSpec) -> list[int]:
@@ -54,24 +47,24 @@ def evaluated_completions(spec: RunSpec) -> list[int]:
     return [every, *[few] * CURVE_POINTS, every, few] if few else [every, every]
 
 
-def sampling_flops(spec: RunSpec, completions: int, prompts: int) -> float:
+def _sampling_flops(spec: RunSpec, completions: int, prompts: int) -> float:
     """Estimate the operations of a forward pass over prompts and their completions."""
-    tokens = prompts * prompt_tokens(spec) + completions * completion_tokens(spec)
-    return 2.0 * spec.model.n_active_params * tokens
+    prompt, completion = sampled_lengths(spec)
+    return 2.0 * spec.model.n_active_params * (prompts * prompt + completions * completion)
 
 
 def train_flops(spec: RunSpec) -> float:
     """Estimate the operations of a run's updates, sampling included (Method.step_flops)."""
     update = spec.method.step_flops(spec.model, spec.batch_size * mean_length(spec))
     if spec.max_new_tokens:
-        update += sampling_flops(spec, spec.batch_size, spec.batch_size // spec.group_size)
+        update += _sampling_flops(spec, spec.batch_size, spec.batch_size // spec.group_size)
     return update * spec.steps
 
 
 def run_flops(spec: RunSpec) -> float:
     """Estimate the operations of a run: its updates, and the evaluations on held-out rows."""
     if sampled := sum(evaluated_completions(spec)):
-        return train_flops(spec) + sampling_flops(spec, sampled, sampled)
+        return train_flops(spec) + _sampling_flops(spec, sampled, sampled)
     d = spec.dataset
     few = (d.n_validation or d.n_test_curve) if spec.has_curve else 0
     rows = d.n_test * spec.test_rows + d.n_validation + CURVE_POINTS * few
@@ -111,11 +104,6 @@ class Load:
     def head_params(self) -> int:
         """Weights of the unembedding."""
         return self.model.hidden_size * self.model.vocab_size
-
-    @property
-    def recomputed_flops(self) -> float:
-        """Operations per token of a second forward pass through the layers, for checkpointing."""
-        return 2.0 * (self.model.n_active_params - self.head_params)
 
     @property
     def layer_params(self) -> float:

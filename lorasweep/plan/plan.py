@@ -1,22 +1,43 @@
-"""Plan a sweep: list finished and missing runs, and estimate the cost. No run is started."""
+"""Plan a sweep: list finished and missing runs, group them into packs, and estimate the cost.
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+No run is started.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import run_flops
+from lorasweep.plan.load import mean_length, run_flops, updates_with_evaluations
 from lorasweep.plan.memory import checkpoint_bytes
-from lorasweep.plan.packing import Pack, make_packs, workers_and_threads
-from lorasweep.plan.throughput import ThroughputTable
-from lorasweep.plan.time import assumed_flops
+from lorasweep.plan.planner import Planner, room_bytes
+from lorasweep.plan.speeds import Speeds, measured_seconds
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
+from lorasweep.store import checkpoint
 from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point
 
-RATED_RUNS = 16
-"""Finished runs per method and precision from which its measured speed is computed."""
+LIKE_LENGTH = 2.0
+"""Largest ratio of row lengths in a pack without GPUs: shorter rows are padded to the longest, and
+a smaller pack is hardly slower (docs/log)."""
+MOST_WORKERS = 8
+"""Maximum number of workers by default, without GPUs. Assumption: a laptop stays usable."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs that train together."""
+
+    points: list[Point]
+    micro_batch_size: int
+    """Rows per run and forward pass."""
+    flops: float
+    seconds: float | None
+    """Expected seconds on one worker; None: no step times of this shape were measured."""
+    memory_bytes: float
+    """Expected peak memory of the pack's process."""
 
 
 @dataclass(frozen=True)
@@ -33,42 +54,35 @@ class Plan:
     hours: float
     basis: str
     """Source of `hours`: 'measured' (finished runs of this store), 'calibrated' (step times of
-    these shapes), or 'assumed'."""
-    measured_flops_s: float | None
-    """Operations per second of one worker; None: no run of this store has finished."""
+    these shapes), or 'assumed' (formulas)."""
     checkpoint_gib: float
     """Disk space for the packs that train at the same time."""
     memory_gib: float
     """Expected peak memory of all workers together."""
     hardware: Hardware
-    throughputs: ThroughputTable
-
-    def counts(self) -> dict[str, int]:
-        """Count the runs by state."""
-        values = list(self.states.values())
-        return {s: values.count(s) for s in STATES if s in values}
+    speeds: Speeds
 
 
 def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: Hardware) -> Plan:
     """Read the store and plan the missing runs, and with exec.retry failed ones, for `hardware`."""
     points = list(points)
     states = store.states(p.id for p in points)
-    todo = _runs_to_do(points, states, store, exec_)
-    begun = [p for p in points if states[p.id] != "missing"]
-    known = ThroughputTable(store, hardware, exec_, begun)
-    free = [p for p in todo if states[p.id] != "running"]
-    packs = make_packs(free, states, store, exec_, hardware, known)
-    workers, threads = workers_and_threads(packs, exec_, hardware)
-    flops = sum(run_flops(p.spec) for p in todo)
-    timed = _timed_runs(points, states, store)
+    failed = [p.id for p in points if states[p.id] == "failed"] if exec_.retry else []
+    again = {i for i in failed if store.failures(i) < exec_.max_attempts}
+    todo = [p for p in points if p.id in again or states[p.id] not in (*FINAL, "failed")]
+    speeds = Speeds(store, hardware, exec_, (p for p in points if states[p.id] == "done"))
+    planner = Planner(hardware, exec_, speeds)
+    packs = make_packs([p for p in todo if states[p.id] != "running"], states, store, planner)
+    workers, threads = _workers_and_threads(packs, exec_, hardware)
     times = [pack.seconds for pack in packs if pack.seconds is not None]
-    if timed and hardware.processor is not None:  # else the plan is for another machine
-        seconds, basis = measured_seconds((p.spec for p in todo), timed) / workers, "measured"
+    if speeds.timed and hardware.processor is not None:  # else the plan is for another machine
+        seconds = measured_seconds((p.spec for p in todo), speeds.timed) / workers
+        hours, basis = seconds / 3600, "measured"
     elif packs and len(times) == len(packs):
-        seconds, basis = max(sum(times) / workers, max(times)), "calibrated"
+        hours, basis = max(sum(times) / workers, *times) / 3600, "calibrated"
     else:
-        precision = points[0].spec.precision if points else "fp32"
-        seconds, basis = flops / assumed_flops(precision, hardware), "assumed"
+        hours, basis = sum(planner.kind(p.spec).hours for p in todo), "assumed"
+        hours /= hardware.gpus if hardware.has_speeds else 1
     largest = sorted(packs, key=lambda pack: -pack.memory_bytes)[:workers]
     return Plan(
         points=points,
@@ -77,65 +91,30 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
         packs=packs,
         workers=workers,
         threads=threads,
-        flops=flops,
-        hours=seconds / 3600,
+        flops=sum(run_flops(p.spec) for p in todo),
+        hours=hours,
         basis=basis,
-        measured_flops_s=_flops_s([run for some in timed.values() for run in some]),
         checkpoint_gib=checkpoint_bytes(p.spec for k in largest for p in k.points) / 2**30,
         memory_gib=sum(pack.memory_bytes for pack in largest) / 2**30,
         hardware=hardware,
-        throughputs=known,
+        speeds=speeds,
     )
 
 
-def _runs_to_do(
-    points: Sequence[Point], states: dict[str, str], store: RunStore, exec_: Exec
-) -> list[Point]:
-    """Return unfinished runs; failed ones only with exec.retry and attempts left."""
-    failed = [p.id for p in points if states[p.id] == "failed"] if exec_.retry else []
-    again = {i for i in failed if store.failures(i) < exec_.max_attempts}
-    return [p for p in points if p.id in again or states[p.id] not in (*FINAL, "failed")]
+def _workers_and_threads(packs: Sequence[Pack], exec_: Exec, hardware: Hardware) -> tuple[int, int]:
+    """Choose the number of workers and the threads of each.
 
-
-Timed = tuple[RunSpec, float]
-"""A finished run, and the seconds it took."""
-
-
-def _timed_runs(
-    points: Sequence[Point], states: dict[str, str], store: RunStore
-) -> dict[tuple[str, str], list[Timed]]:
-    """Return finished runs of this store by method and precision, at most RATED_RUNS of each."""
-    done: dict[tuple[str, str], list[Point]] = {}
-    for p in points:
-        if states[p.id] == "done":
-            done.setdefault((p.spec.method.name, p.spec.precision), []).append(p)
-    found: dict[tuple[str, str], list[Timed]] = {}
-    for key, runs in done.items():
-        for p in runs[:: -(-len(runs) // RATED_RUNS)]:  # spread over the grid
-            result = store.result(p.id) or {}
-            if result.get("wall_s") and not result.get("imported"):
-                found.setdefault(key, []).append((p.spec, result["wall_s"]))
-    return found
-
-
-def _flops_s(runs: Sequence[Timed]) -> float | None:
-    """Return the operations per second of one worker; None without runs."""
-    seconds = sum(s for _, s in runs)
-    return sum(run_flops(spec) for spec, _ in runs) / seconds if runs else None
-
-
-def measured_seconds(
-    todo: Iterable[RunSpec], timed: Mapping[tuple[str, str], Sequence[Timed]]
-) -> float:
-    """Return the expected seconds of `todo` on one worker, at the speeds of finished runs.
-
-    `timed`: finished runs by method and precision. Runs of other methods or precisions are expected
-    at the mean speed of all finished runs.
+    There is one process per GPU; without GPUs one per core, as far as memory allows. Measured: two
+    one-thread workers finish 1.5 times as many small runs as one two-thread worker.
     """
-    overall = _flops_s([run for some in timed.values() for run in some])
-    speeds = {key: _flops_s(some) for key, some in timed.items()}
-    found = ((s, speeds.get((s.method.name, s.precision)) or overall) for s in todo)
-    return sum(run_flops(spec) / speed for spec, speed in found if speed)
+    cores, size = hardware.cores or 1, exec_.world_size
+    most = max(1, (hardware.gpus or min(cores, MOST_WORKERS)) // size)
+    if not hardware.gpus and packs:
+        largest = size * max(pack.memory_bytes for pack in packs)
+        most = int(min(most, max(1, room_bytes(hardware) // largest)))
+    workers = exec_.workers or max(1, min(most, len(packs) or 1))
+    processes = size * min(workers, max(1, len(packs)))
+    return workers, exec_.threads or max(1, cores // processes)
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -144,14 +123,8 @@ def summary(plan: Plan) -> dict[str, Any]:
     for p in plan.points:
         method, model = p.spec.method, p.spec.model
         trained = method.n_trainable(model)
-        arm = {
-            "arm": p.arm,
-            "model": model.name,
-            "method": method.name,
-            "rank": getattr(method, "rank", None),
-            "n_trainable": trained,
-            "runs": 0,
-        }
+        names = {"arm": p.arm, "model": model.name, "method": method.name}
+        arm = {**names, "rank": getattr(method, "rank", None), "n_trainable": trained, "runs": 0}
         arms.setdefault((p.arm, model.name, trained), arm)["runs"] += 1
     packs = [
         {
@@ -162,15 +135,119 @@ def summary(plan: Plan) -> dict[str, Any]:
         }
         for p in plan.packs
     ]
-    cost = {
-        "flops": plan.flops,
-        "hours": plan.hours,
-        "basis": plan.basis,
-        "packs": len(plan.packs),
-        "workers": plan.workers,
-        "threads": plan.threads,
-        "checkpoint_gib": plan.checkpoint_gib,
-        "memory_gib": plan.memory_gib,
-    }
-    runs = {"total": len(plan.points), "todo": len(plan.todo), **plan.counts()}
+    keys = ("flops", "hours", "basis", "workers", "threads", "checkpoint_gib", "memory_gib")
+    cost = {"packs": len(plan.packs), **{key: getattr(plan, key) for key in keys}}
+    values = list(plan.states.values())
+    counts = {s: values.count(s) for s in STATES if s in values}
+    runs = {"total": len(plan.points), "todo": len(plan.todo), **counts}
     return {"runs": runs, "arms": list(arms.values()), "packs": packs, "cost": cost}
+
+
+# ---------------------------------------------------------------- packs
+
+ALONE = ("model", "dataset", "method", "lr", "seed", "steps", "early_stopping")
+"""Fields that may differ between the runs of a pack, or that `pack_key` compares separately."""
+
+
+def pack_key(spec: RunSpec) -> tuple[Any, ...]:
+    """Return the key that all runs of one pack share.
+
+    The runs may differ in lr, seed, steps, early stopping and the method's packed fields. With sft
+    they may also differ in the data set, but not in exact_loss.
+    """
+    apart = (*spec.method.PACKED_FIELDS, *ALONE)
+    method = tuple(v for k, v in spec.method.values() if k not in apart)
+    rest = tuple(v for k, v in spec.values() if k not in apart)
+    data = spec.dataset.exact_loss if spec.objective == "sft" else spec.dataset.canonical
+    return (spec.model.canonical, data, method, rest)
+
+
+def make_packs(
+    todo: Sequence[Point], states: dict[str, str], store: RunStore, planner: Planner
+) -> list[Pack]:
+    """Group runs into packs, longest first.
+
+    Runs with a checkpoint keep their pack, so that they resume bit for bit. The runs of one rank
+    and data set share a pack with others only if they fill less than half a pack.
+    """
+    exec_, hardware = planner.exec, planner.hardware
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    resumed: dict[tuple[str, ...], list[Point]] = {}
+    for p in todo:
+        folder = store.folder(p.id) / "checkpoint"
+        layout = () if states[p.id] == "missing" else checkpoint.layout(folder)
+        if layout and exec_.world_size == 1:
+            resumed.setdefault(layout, []).append(p)
+        else:
+            apart = (p.spec.dataset.canonical, _rank(p))
+            groups.setdefault((pack_key(p.spec), apart), []).append(p)
+    chunks = [sorted(runs, key=lambda p: layout.index(p.id)) for layout, runs in resumed.items()]
+    total = sum(run_flops(p.spec) for p in todo)
+    all_workers = exec_.workers or hardware.gpus or hardware.cores or 1
+
+    def split(runs: list[Point], size: int) -> list[list[Point]]:
+        """Split into packs of nearly equal size (7 and 7, not 8 and 6), enough for all workers."""
+        if exec_.pack_size is None:
+            # these runs get the share of the workers that matches their share of the operations
+            share = all_workers * sum(run_flops(p.spec) for p in runs) / total
+            size = min(size, -(-len(runs) // max(1, int(share + 1e-9))))
+        size = -(-len(runs) // -(-len(runs) // size))
+        packs: list[list[Point]] = [[]]
+        # the runs of one data set stay together: they may have the first update in common
+        for _, of_data in groupby(runs, key=lambda p: p.spec.dataset.canonical):
+            own = list(of_data)
+            if len(own) < size < len(packs[-1]) + len(own):
+                packs.append([])
+            for p in own:
+                if len(packs[-1]) == size:
+                    packs.append([])
+                packs[-1].append(p)
+        return packs
+
+    small: dict[tuple[Any, ...], list[Point]] = {}
+    for (key, _), runs in groups.items():
+        size = planner.kind(runs[0].spec).pack_size
+        if 2 * len(runs) < size:
+            small.setdefault((key, size), []).extend(runs)
+        else:
+            chunks += split(runs, size)
+    for (_, size), runs in small.items():
+        # Runs of one rank must be neighbours. Equal row lengths need less padding. With equal steps
+        # the pack stays full longer.
+        runs.sort(key=lambda p: (_rank(p), mean_length(p.spec), p.spec.steps))
+        for alike in [runs] if hardware.gpus else _of_like_length(runs):
+            chunks += split(alike, size)
+    packs = [_pack(points, planner) for points in chunks]
+    return sorted(packs, key=lambda pack: -pack.flops)
+
+
+def _pack(points: list[Point], planner: Planner) -> Pack:
+    """Place runs as one pack with the largest rank, the longest rows, and early stopping if any."""
+    spec, n = max(points, key=_rank).spec, len(points)
+    longest = max((p.spec for p in points), key=mean_length)
+    if mean_length(longest) != mean_length(spec):
+        spec = replace(spec, dataset=longest.dataset)
+    spec = replace(spec, early_stopping=max(p.spec.early_stopping for p in points))
+    found, seconds = planner.speeds and planner.speeds.of(spec), None
+    if found:
+        seconds = found.at(n) * sum(updates_with_evaluations(p.spec) for p in points)
+    where = planner.place(spec, n, planner.kind(spec).place if n > 1 else None)
+    flops = sum(run_flops(p.spec) for p in points)
+    return Pack(points, where.layout.rows, flops, seconds, where.memory_bytes)
+
+
+def _of_like_length(runs: Sequence[Point]) -> list[list[Point]]:
+    """Divide sorted runs where row lengths differ by more than a factor LIKE_LENGTH."""
+    found: list[list[Point]] = []
+    for p in runs:
+        length = mean_length(p.spec)
+        own = [mean_length(q.spec) for q in found[-1]] if found else []
+        if own and max(*own, length) <= LIKE_LENGTH * min(*own, length):
+            found[-1].append(p)
+        else:
+            found.append([p])
+    return found
+
+
+def _rank(point: Point) -> int:
+    return getattr(point.spec.method, "rank", 0)

@@ -9,11 +9,10 @@ from lorasweep.plan.load import (
     WORD_BYTES,
     Load,
     cache_bytes,
-    completion_tokens,
     evaluated_completions,
     layer_bytes,
-    prompt_tokens,
     read_params,
+    sampled_lengths,
 )
 from lorasweep.plan.memory import LOGIT_BYTES, STATE_BYTES, Layout, rounds_of
 from lorasweep.spec.model import ModelSpec
@@ -56,18 +55,16 @@ SERVED_SHARE = 0.9
 """Share of a card's memory that a serving engine takes: vLLM's default gpu_memory_utilization."""
 
 
-def assumed_flops(precision: str, hardware: Hardware) -> float:
-    """Return the assumed operations per second of the whole machine."""
-    if hardware.gpus and precision in hardware.matmul_flops_s:
-        return _products_flops_s(hardware, precision) * hardware.gpus
+def products_flops_s(hardware: Hardware, precision: str, share: float = TRAINING_SHARE) -> float:
+    """Return the operations per second that products reach on one GPU.
+
+    Without a data sheet: on all cores of the machine, assumed.
+    """
+    if precision in hardware.matmul_flops_s:
+        return hardware.matmul_flops_s[precision] * hardware.attainable_share * share
     slow = precision == "bf16" and hardware.fast_bf16 is False
     per_core = SLOW_BF16_FLOPS_PER_CORE if slow else ASSUMED_FLOPS_PER_CORE[precision]
     return per_core * (hardware.cores or 1)
-
-
-def _products_flops_s(hardware: Hardware, precision: str, share: float = TRAINING_SHARE) -> float:
-    """Return the operations per second that products reach on one GPU."""
-    return hardware.matmul_flops_s[precision] * hardware.attainable_share * share
 
 
 def step_parts(
@@ -93,13 +90,15 @@ def step_parts(
     model, again = load.model, layout.checkpointing
     tokens = n_runs * layout.rows * layout.accumulation * row_tokens
     bandwidth = hardware.bandwidth_bytes_s or float("inf")
-    fused = hardware.attention_flops_s if precision == "bf16" else None
-    attention = fused or hardware.matmul_flops_s[precision] / 3
+    attention = hardware.matmul_flops_s.get(precision, float("inf")) / 3
+    if precision == "bf16":
+        attention = hardware.attention_flops_s or attention
     q = model.n_heads * model.head_size
     # causal scores and values: 2 q x length forward, 2.5 times that backward (they are recomputed)
     word = WORD_BYTES[precision]
     scores = (7 + 2 * again) * q * row_tokens * model.n_layers
-    flops = load.flops + again * load.recomputed_flops
+    # checkpointing repeats the forward pass through the layers
+    flops = load.flops + again * 2.0 * (model.n_active_params - load.head_params)
     moved = 2.0 * LOGIT_BYTES * model.vocab_size
     for m in load.adapted:
         active = m.count * m.n_active / m.n_experts
@@ -121,11 +120,11 @@ def step_parts(
             between = gathered * (nodes - 1) / nodes / inside
             communication = max(communication, between / (LINK_SHARE * hardware.network_bytes_s))
     return {
-        "products": tokens * flops / _products_flops_s(hardware, precision, share),
+        "products": tokens * flops / products_flops_s(hardware, precision, share),
         "attention": tokens * scores / attention,
         "activations": tokens * moved / bandwidth,
         "optimizer": 2 * state * n_runs * load.trained / layout.gpus / bandwidth,
-        "launch": layout.accumulation * kernels * (3 + again) * LAUNCH_S,
+        "launch": layout.accumulation * kernels * (3 + again) * LAUNCH_S * hardware.has_speeds,
         "communication": layout.accumulation * communication,
     }
 
@@ -159,13 +158,11 @@ def sampling_s(
     """
     if not completions:
         return 0.0
-    model, precision = load.model, spec.precision
-    word = WORD_BYTES[precision]
+    model, word = load.model, WORD_BYTES[spec.precision]
     at_once, rounds = rounds_of(spec, hardware, n_runs, gpus, completions, group)
     bandwidth = hardware.bandwidth_bytes_s or float("inf")
-    speed = _products_flops_s(hardware, precision)
-    rows = n_runs * at_once
-    prompt, completion = prompt_tokens(spec), completion_tokens(spec)
+    speed, rows = products_flops_s(hardware, spec.precision), n_runs * at_once
+    prompt, completion = sampled_lengths(spec)
     alive = rows * completion / spec.max_new_tokens  # on average over the tokens of a round
     weights = float(word * read_params(model, alive))
     if load.whole and gpus == 1 and word == 2:
@@ -174,17 +171,9 @@ def sampling_s(
     products = 2.0 * model.n_active_params * alive / speed
     memory = (weights + alive * (cache + DRAW_BYTES * model.vocab_size)) / bandwidth
     kernels = KERNELS * model.n_layers + ADAPTER_KERNELS * load.n_adapters + DRAW_KERNELS
-    token_s = max(memory, products, kernels * LAUNCH_S)
+    token_s = max(memory, products, kernels * LAUNCH_S * hardware.has_speeds)
     prefill_s = 2.0 * model.n_active_params * rows / group * prompt / speed
     return rounds * (prefill_s + spec.max_new_tokens * token_s)
-
-
-def evaluation_s(load: Load, spec: RunSpec, hardware: Hardware, n_runs: int, gpus: int) -> float:
-    """Return the seconds in which a pack draws completions of held-out prompts."""
-    return sum(
-        sampling_s(load, spec, hardware, n_runs, gpus, completions, 1)
-        for completions in evaluated_completions(spec)
-    )
 
 
 def served_s(
@@ -210,7 +199,7 @@ def served_s(
     bandwidth = gpus * (hardware.bandwidth_bytes_s or float("inf"))
     cache = rows * cache_bytes(model, 2) * (prompt + completion / 2)
     reads = (2 * read_params(model, rows) + cache) / bandwidth
-    products = 2.0 * model.n_active_params / (gpus * _products_flops_s(hardware, "bf16"))
+    products = 2.0 * model.n_active_params / (gpus * products_flops_s(hardware, "bf16"))
     prefill_s = products * prompt * completions / group
     return completions / rows * completion * max(reads, products * rows) + prefill_s
 
@@ -219,7 +208,7 @@ def served_sampling_s(spec: RunSpec, hardware: Hardware, gpus: int) -> float:
     """Return the `served_s` of all completions of a run: of its updates and its evaluations."""
     draws = [(spec.steps, spec.batch_size, spec.group_size)] if spec.max_new_tokens else []
     draws += [(1, completions, 1) for completions in evaluated_completions(spec)]
-    lengths = (prompt_tokens(spec), completion_tokens(spec))
+    lengths = sampled_lengths(spec)
     return sum(
         n * served_s(spec.model, hardware, gpus, completions, group, *lengths)
         for n, completions, group in draws

@@ -23,7 +23,7 @@ from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops, train_flops
-from lorasweep.plan.throughput import measured_path
+from lorasweep.plan.speeds import measured_path
 from lorasweep.store.run_store import RunStore
 from tests.customers import CHAT_TEMPLATE, make_base, write_json, write_rows
 from tests.integration.test_interruptions import killed_at, start

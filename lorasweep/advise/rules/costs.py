@@ -12,7 +12,7 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import Load, load_of
-from lorasweep.plan.placement import MEMORY_ERROR, MOST_GPUS, SPEED_ERROR, Misfit, Placement, place
+from lorasweep.plan.planner import MEMORY_ERROR, MOST_GPUS, SPEED_ERROR, Placement, place
 from lorasweep.plan.time import served_s, step_parts, step_seconds
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method
@@ -104,12 +104,12 @@ def _arm(case: Case, rank: int, work: Workload, hardware: Hardware) -> Arm:
     unpriced = replace(hardware, price_per_gpu_h=None)
     place_on = partial(_place, model, work.batch_size, work.max_length, unpriced, rank)
     found = place_on(None)
-    if not isinstance(found, Misfit):  # use all available GPUs if they hold the run
+    if not found.why:  # use all available GPUs if they hold the run
         gpus = found.layout.gpus
         while 2 * gpus <= (c.gpus or 1) and work.batch_size % (2 * gpus) == 0:
             gpus *= 2
         found = place_on(gpus)
-    if isinstance(found, Misfit):
+    if found.why:
         arm = Arm(n, *files, why=f"{found.why}. Give {found.remedy}")
     else:
         gpus = found.layout.gpus
@@ -159,10 +159,10 @@ def _load(model: ModelSpec, rank: int) -> Load:
 @lru_cache(maxsize=4096)
 def _place(
     model: ModelSpec, batch: int, length: int, hardware: Hardware, rank: int, gpus: int | None
-) -> Placement | Misfit:
+) -> Placement:
     """Place one method on `gpus` GPUs; None: on the fewest that hold the run."""
     dataset = DatasetSpec(name="customer", source="jsonl", location="customer", max_length=length)
     spec = RunSpec(
         model=model, dataset=dataset, method=_method(rank), batch_size=batch, precision="bf16"
     )
-    return place([spec], hardware, gpus=gpus)
+    return place(spec, hardware, gpus=gpus, checkpointing=(False, True))

@@ -11,11 +11,10 @@ from lorasweep.errors import ClusterError
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.queue import Partition, Queue
 from lorasweep.plan import detect
-from lorasweep.plan.forecast import settings_of
 from lorasweep.plan.hardware import Hardware, from_plain
-from lorasweep.plan.packing import Pack, make_packs
-from lorasweep.plan.plan import Plan
-from lorasweep.plan.time import ASSUMED_FLOPS_PER_CORE, assumed_flops
+from lorasweep.plan.plan import Pack, Plan, make_packs
+from lorasweep.plan.planner import Planner
+from lorasweep.plan.time import ASSUMED_FLOPS_PER_CORE, products_flops_s
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.values import misfits
 from lorasweep.store import files
@@ -199,19 +198,19 @@ def jobs_of(
     cluster, hardware, precision = request.cluster, now.hardware, todo[0].spec.precision
     if not cluster.gpus and request.hardware and hardware_of(request).has_speeds:
         cluster = dataclasses.replace(cluster, gpus=1)  # hardware= names GPUs
-    measured = now.measured_flops_s
+    measured = now.speeds.flops_s
     if hardware.has_speeds:
-        assumed = assumed_flops(precision, hardware) / hardware.gpus
+        assumed = products_flops_s(hardware, precision)
     else:
         assumed = GPU_FLOPS if cluster.gpus else ASSUMED_FLOPS_PER_CORE[precision] * cluster.cpus
     found: dict[tuple[int, int], list[Task]] = {}
-    for chosen, points in settings_of(todo, hardware, request.exec):
+    for chosen, points in Planner(hardware, request.exec, now.speeds).settings(todo):
         size, threads = chosen.world_size, chosen.threads
         if nodes_of(size, cluster, partition) > 1:
             threads = threads or cluster.cpus  # such a job detects the cores of one node
         workers = workers_of(cluster, size)
         exec_ = dataclasses.replace(chosen, workers=workers, threads=threads)
-        made = make_packs(points, now.states, store, exec_, hardware, now.throughputs)
+        made = make_packs(points, now.states, store, Planner(hardware, exec_, now.speeds))
         for task in group(made, cluster, measured or size * assumed, size):
             # all jobs of an array request the same memory
             key = (size, memory_class(task, cluster))

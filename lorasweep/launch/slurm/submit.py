@@ -27,8 +27,7 @@ from lorasweep.launch.slurm.planning import JobResources, Jobs, Work
 from lorasweep.launch.slurm.queue import FOLLOW, RUNNING, Partition, Queue
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.plan.memory import checkpoint_bytes
-from lorasweep.plan.packing import Pack
-from lorasweep.plan.plan import make_plan
+from lorasweep.plan.plan import Pack, make_plan
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store import checkpoint, files
 from lorasweep.store.claims import JOB_VARIABLE, SILENCE_S

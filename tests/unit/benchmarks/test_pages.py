@@ -8,7 +8,7 @@ from analysis.report.text import with_block
 from benchmarks import calibration, fleet, outcomes, published, rewards, search, speed
 from benchmarks.harness import ROOT
 from lorasweep.advise.evidence import published as published_rules
-from lorasweep.plan.placement import MEMORY_ERROR, SPEED_ERROR
+from lorasweep.plan.planner import MEMORY_ERROR, SPEED_ERROR
 from lorasweep.plan.time import TRAINING_SHARE
 
 

@@ -15,7 +15,7 @@ from lorasweep.config.compose import compose_request
 from lorasweep.config.folders import conf_dir
 from lorasweep.errors import SpecError
 from lorasweep.plan.hardware import from_plain
-from lorasweep.plan.placement import place
+from lorasweep.plan.planner import place
 from tests.world import tiny_spec
 
 FOLDERS = [Path(conf_dir())]
@@ -65,7 +65,7 @@ def planted(cases, predicted, factor):
 def test_a_prediction_is_the_plans_number_for_the_layout_that_is_measured(cases, predicted):
     of = predicted["cases"]
     case = next(c for c in cases if c.name == "llama-3.2-1b 8 rows x 4")
-    where = place([case.spec] * 4, H100, gpus=1)
+    where = place(case.spec, H100, 4, checkpointing=(False, True))
     assert of[case.name]["step_s"] == where.step_s
     assert of[case.name]["memory_gib"] == where.memory_gib
     assert of[case.name]["rows"] == where.layout.rows

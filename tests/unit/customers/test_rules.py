@@ -11,7 +11,7 @@ from lorasweep.advise.rules import capacity, rates, workload
 from lorasweep.advise.rules.costs import NOT_FASTER
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.plan.placement import Placement, place
+from lorasweep.plan.planner import place
 from lorasweep.plan.time import served_s
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
@@ -251,8 +251,8 @@ def test_costs_are_those_of_the_plan_for_gpus():
     dataset = DatasetSpec(name="d", source="jsonl", location="d", max_length=1024)
     method = LoRA(rank=a.choice.rank)
     spec = RunSpec(model=a.model, dataset=dataset, method=method, batch_size=32, precision="bf16")
-    found = place([spec], known().machines["h100"]())
-    assert isinstance(found, Placement)
+    found = place(spec, known().machines["h100"](), gpus=None)
+    assert not found.why
     lora = a.costs.lora
     assert lora.peak_gib == pytest.approx(found.memory_gib)
     assert lora.step_s == pytest.approx(found.step_s, rel=1e-3)

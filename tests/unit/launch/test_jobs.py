@@ -9,8 +9,8 @@ import pytest
 from lorasweep.errors import ClusterError, SpecError, StoreError
 from lorasweep.launch.slurm import planning, submit
 from lorasweep.launch.slurm.queue import Partition
-from lorasweep.plan.placement import Placement, place
 from lorasweep.plan.plan import make_plan
+from lorasweep.plan.planner import place
 from lorasweep.spec.execution import Cluster
 from lorasweep.store import checkpoint, claims
 from lorasweep.store.run_store import RunStore
@@ -112,8 +112,8 @@ def test_jobs_train_each_run_as_the_plan_places_it(planned):
         for pack in task.packs:
             rows, specs = pack.micro_batch_size, [p.spec for p in pack.points]
             assert rows == task.exec.micro_batch_size
-            placed = place(specs, hardware, rows, gpus=size, checkpointing=again)
-            assert isinstance(placed, Placement), placed
+            how = {"gpus": size, "checkpointing": again}
+            assert not place(specs[-1], hardware, len(specs), rows, **how).why
             seen += [s.id for s in specs]
     assert sorted(seen) == sorted(p.id for p in request.points)
 

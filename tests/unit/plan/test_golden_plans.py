@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lorasweep.cli.plans import forecast_plain
 from lorasweep.config.compose import composer
 from lorasweep.errors import NotAtScale
-from lorasweep.plan.forecast import Forecaster
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.plan import make_plan
+from lorasweep.plan.planner import Planner, costs
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.question import Replicates
 from tests.world import ROOT
@@ -42,7 +41,8 @@ def plans_of(scale, root):
             plan = make_plan(request.points, store, request.exec, LAPTOP)
             packs = [[p.id for p in pack.points] + [pack.micro_batch_size] for pack in plan.packs]
             second = request.sweep.replicate if request.sweep else Replicates()
-            forecast = Forecaster(h100, request.exec).forecast(sweep, request.points, second)
+            stages = Planner(h100, request.exec).forecast(request.points, second)
+            runs = {i: kind for stage in stages for i, kind in stage.items()}
             found[f"{sweep}-{scale}"] = {
                 "packs": hashlib.sha256(json.dumps(packs).encode()).hexdigest()[:16],
                 "laptop": {
@@ -55,7 +55,7 @@ def plans_of(scale, root):
                     "checkpoint_gib": plan.checkpoint_gib,
                     "memory_gib": plan.memory_gib,
                 },
-                "h100": forecast_plain(forecast, request.cluster.work_max),
+                "h100": costs(sweep, runs, h100, request.cluster.work_max),
             }
     return found
 

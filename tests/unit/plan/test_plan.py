@@ -16,10 +16,9 @@ from lorasweep.methods.registry import spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware, from_plain
 from lorasweep.plan.load import run_flops
-from lorasweep.plan.memory import pack_bytes
-from lorasweep.plan.packing import MEMORY_SHARE, default_size, micro_batch
-from lorasweep.plan.plan import RATED_RUNS, make_plan, measured_seconds
-from lorasweep.plan.throughput import ThroughputTable, measured_path
+from lorasweep.plan.plan import make_plan
+from lorasweep.plan.planner import MEMORY_SHARE, Planner, place
+from lorasweep.plan.speeds import RATED_RUNS, Speeds, measured_path, measured_seconds
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore
@@ -58,7 +57,7 @@ def planned(asked, hardware=CPU):
 
 
 def known(asked, spec, hardware=CPU):
-    return ThroughputTable(RunStore(asked.exec.runs_dir), hardware, asked.exec).of(spec)
+    return Speeds(RunStore(asked.exec.runs_dir), hardware, asked.exec).of(spec)
 
 
 @pytest.mark.parametrize(
@@ -110,16 +109,15 @@ def record(asked, points, step_s, state="done", threads=1, steps=7, diverged=(),
             store.finish(p.id, "done", {**measures, "pack_size": len(points), "threads": threads})
 
 
-@pytest.mark.parametrize("state", ["done", "running"])
-def test_packs_become_smaller_once_records_show_that_smaller_ones_are_as_fast(asked, lora, state):
-    record(asked, lora[:4], 0.005, state)
+def test_packs_become_smaller_once_records_show_that_smaller_ones_are_as_fast(asked, lora):
+    record(asked, lora[:4], 0.005)
     assert known(asked, lora[0].spec) is None  # no runs to read: the table is empty
     one_size, _ = planned(asked)
-    assert one_size.throughputs.of(lora[4].spec).step_s == {4: 0.005}
+    assert one_size.speeds.of(lora[4].spec).step_s == {4: 0.005}
     assert planned(asked)[1] == [12]  # one size alone does not show that a larger one is no better
-    record(asked, lora[4:10], 0.006, state)
+    record(asked, lora[4:10], 0.006)
     now, sizes = planned(asked)
-    assert now.throughputs.of(lora[0].spec).step_s == {4: 0.005, 6: 0.006}
+    assert now.speeds.of(lora[0].spec).step_s == {4: 0.005, 6: 0.006}
     assert sizes == [3, 3]
     assert "recorded per step and run" in plan_text(asked, now)
 
@@ -135,22 +133,21 @@ def test_packs_become_smaller_once_records_show_that_smaller_ones_are_as_fast(as
         {"resumed_in_other_company": True},
         {"resumed_from_step": 4},  # three updates: too few
         {"steps": 3},
-        {"state": "running", "step_s": None},  # a user's own trainer need not measure its updates
+        {"step_s": None},  # a user's own trainer need not measure its updates
     ],
 )
 def test_records_made_otherwise_are_not_compared(asked, lora, how):
     record(asked, lora[:4], **{"step_s": 0.005, **how})
     unnamed = dataclasses.replace(CPU, processor=None)
-    assert planned(asked, unnamed)[0].throughputs.of(lora[0].spec) is None
-    assert planned(asked)[0].throughputs.of(lora[0].spec) is None
+    assert planned(asked, unnamed)[0].speeds.of(lora[0].spec) is None
+    assert planned(asked)[0].speeds.of(lora[0].spec) is None
 
 
-@pytest.mark.parametrize("state", ["done", "running"])
-def test_a_time_counts_for_the_runs_that_shared_it_on_this_machine(asked, lora, state):
-    record(asked, lora[:8], 0.005, state, diverged=lora[5:8])  # at update 3 five are left
+def test_a_time_counts_for_the_runs_that_shared_it_on_this_machine(asked, lora):
+    record(asked, lora[:8], 0.005, diverged=lora[5:8])  # at update 3 five are left
     now, _ = planned(asked)
-    assert now.throughputs.of(lora[0].spec).step_s == {5: 0.005}
-    assert now.basis == ("measured" if state == "done" else "assumed")
+    assert now.speeds.of(lora[0].spec).step_s == {5: 0.005}
+    assert now.basis == "measured"
     assert planned(asked, dataclasses.replace(GPUS, processor=None))[0].basis == "assumed"
 
 
@@ -258,14 +255,15 @@ def test_workers_are_as_many_and_packs_as_large_as_memory_holds(compose, asked, 
     full = compose(*SMOKE, "~sweep.arms.lora")
     now, _ = planned(full, dataclasses.replace(CPU, cores=3))
     assert [len(p.points) for p in now.packs] == [1, 1, 1] and (now.workers, now.threads) == (3, 1)
-    memory = 2.1 * pack_bytes(1, full.points[0].spec, CPU, 4) / MEMORY_SHARE / 2**30
+    memory = 2.1 * place(full.points[0].spec, CPU, rows=4).memory_gib / MEMORY_SHARE
     assert planned(full, dataclasses.replace(CPU, cores=4, memory_gib=memory))[0].workers == 2
     spec = lora[0].spec
     exec_ = dataclasses.replace(asked.exec, micro_batch_size=4)
-    memory = 1.01 * pack_bytes(4, spec, CPU, 4) / MEMORY_SHARE / 2**30
-    assert default_size(spec, exec_, CPU) == 16
-    assert default_size(spec, exec_, dataclasses.replace(CPU, memory_gib=memory)) == 4
-    fits = pack_bytes(2, spec, CPU, spec.batch_size) / MEMORY_SHARE / 2**30 * 1.0001
+    memory = 1.01 * place(spec, CPU, 4, rows=4).memory_gib / MEMORY_SHARE
+    assert Planner(CPU, exec_).kind(spec).pack_size == 16
+    little = dataclasses.replace(CPU, memory_gib=memory)
+    assert Planner(little, exec_).kind(spec).pack_size == 4
+    fits = place(spec, CPU, 2).memory_gib / MEMORY_SHARE * 1.0001
     small = dataclasses.replace(CPU, memory_gib=fits)
     measured(asked, spec, ALWAYS, small)  # what was fastest may not fit now
     assert max(len(p.points) for p in planned(asked, small)[0].packs) <= 2
@@ -278,7 +276,7 @@ def test_peaks_measured_here_are_planned_within_a_fifth(compose):
         scale = "tiny" if case["model"].startswith("tiny") else "small"
         fields = (f"{k}={case[k]}" for k in ("model", "method", "precision", "batch_size"))
         (point,) = compose(f"scale={scale}", *fields).points
-        peak = pack_bytes(1, point.spec, CPU, micro_batch(point.spec, 1, CPU))
+        peak = place(point.spec, CPU).memory_bytes
         assert peak == pytest.approx(case["peak_bytes"], rel=0.2), case
 
 
@@ -289,15 +287,12 @@ def test_a_plan_counts_a_base_published_in_bf16_as_it_is_held(compose, method, g
     asked = compose("scale=paper", f"method={method}", "hardware=h100", "action=plan")
     spec, h100 = asked.points[0].spec, hardware_of(asked)
     model = spec.model
-    assert pack_bytes(1, spec, h100, 1) / 2**30 == pytest.approx(gib, abs=0.1)
+    one = place(spec, h100, rows=1).memory_bytes
+    assert one / 2**30 == pytest.approx(gib, abs=0.1)
     in_fp32 = dataclasses.replace(spec, model=dataclasses.replace(model, weights_dtype="fp32"))
     copies = 2 * model.n_matmul_params if method == "lora" else 0
-    saved = pack_bytes(1, in_fp32, h100, 1) - pack_bytes(1, spec, h100, 1)
+    saved = place(in_fp32, h100, rows=1).memory_bytes - one
     assert saved == 2 * model.n_params + copies
-    if method == "fullft":  # twice what a card has, one row at a time; on four GPUs it fits
-        rows, room = micro_batch(spec, 1, h100, 4, True), MEMORY_SHARE * h100.gpu_memory_gib * 2**30
-        assert 1 == micro_batch(spec, 1, h100) < rows <= spec.batch_size // 4
-        assert pack_bytes(1, spec, h100, rows, 4, True) <= room < pack_bytes(1, spec, h100, 1)
 
 
 SMI = """0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559
@@ -374,7 +369,7 @@ def test_neighbours_are_of_one_length_of_rows_and_of_runs(tmp_path):
     )  # one would be padded to four times its length
     (pack,) = packs_of(runs(2, rates=2, lengths=(32, 60)), tmp_path, pack_size=8)
     longest = max((p.spec for p in pack.points), key=lambda s: s.dataset.max_length)
-    assert pack.memory_bytes == pack_bytes(4, longest, CPU, pack.micro_batch_size)
+    assert pack.memory_bytes == place(longest, CPU, 4, pack.micro_batch_size).memory_bytes
 
 
 @pytest.mark.parametrize(

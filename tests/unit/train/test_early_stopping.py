@@ -9,8 +9,9 @@ from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.memory import checkpoint_bytes, pack_bytes
-from lorasweep.plan.packing import pack_key
+from lorasweep.plan.memory import checkpoint_bytes
+from lorasweep.plan.plan import pack_key
+from lorasweep.plan.planner import place
 from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early
 from lorasweep.spec.run import validate
 from lorasweep.train.loop import Progress
@@ -145,9 +146,9 @@ def test_its_memory_is_planned(world):
     endless = dataclasses.replace(run, early_stopping=0)
     assert pack_key(run) == pack_key(endless) and run.id != endless.id
     machine = Hardware(name="any", cores=2, memory_gib=8.0)
-    more = pack_bytes(4, run, machine) - pack_bytes(4, endless, machine)
+    one, other = (place(s, machine, 4).memory_bytes for s in (run, endless))
     trained_ = run.method.n_trainable(run.model)
-    assert more == 4 * 8 * trained_
+    assert one - other == 4 * 8 * trained_  # the best weights
     assert checkpoint_bytes([run]) - checkpoint_bytes([endless]) == 2 * 4 * trained_
 
 

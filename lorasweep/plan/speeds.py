@@ -1,36 +1,40 @@
-"""Look up step times by pack size, for runs of one shape on given hardware.
+"""Speeds that were measured on some hardware: step times by pack size, and finished runs.
 
-Measurements by `action=measure_packs` (RUNS/.calibration) have precedence over the records of this
-store's runs, which cover only the pack sizes that occurred.
+Measurements by `action=measure_packs` (RUNS/.calibration) have precedence over this store's
+finished runs, which cover only the pack sizes that occurred.
 """
 
 import hashlib
 import json
 import math
 import statistics
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lorasweep
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import run_flops
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
+from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 
 GAIN = 0.96
 """A larger pack counts as faster if its time per step and run is below this share of the time in
 the smaller pack. Smaller differences are noise (docs/log)."""
-SAMPLE = 8
-"""Runs per shape whose records are read."""
+SAMPLE, RATED_RUNS = 8, 16
+"""Runs that are read of each shape, and of each method and precision; spread over the grid."""
 FEWEST_STEPS = 5
 """Minimum number of updates of an attempt whose step time is used. The first update is slow."""
 
 Shape = tuple[Any, ...]
+Timed = Mapping[Hashable, Sequence[tuple[RunSpec, float]]]
+"""(Method, precision) -> finished runs, and the seconds that each took."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Throughput:
     step_s: dict[int, float]
     """Pack size -> seconds per step and run."""
     measured: bool
-    """True: measured by action=measure_packs; False: from the records of runs."""
+    """True: measured by action=measure_packs; False: from finished runs."""
 
     def best_size(self) -> int:
         """Return the fastest pack size; of two that differ by noise, the smaller."""
@@ -77,18 +81,15 @@ def measured_path(root: Path, spec: RunSpec, hardware: Hardware, exec_: Exec) ->
     return root / ".calibration" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-class ThroughputTable:
-    """Map shapes to Throughput, reading files at the first lookup of a shape."""
+class Speeds:
+    """What was measured on some hardware with some settings; files are read at the first use."""
 
     def __init__(
-        self, store: RunStore, hardware: Hardware, exec_: Exec, begun: Iterable[Point] = ()
+        self, store: RunStore, hardware: Hardware, exec_: Exec, done: Iterable[Point] = ()
     ) -> None:
-        """Prepare the lookup; `begun`: runs whose records may be read."""
+        """Prepare the lookup; `done`: finished runs that may be read."""
         self._store, self._hardware, self._exec = store, hardware, exec_
-        self._begun = list(begun)
-        self._by_shape: dict[Shape, list[str]] | None = None
-        self._ends: dict[str, float] = {}
-        self._known: dict[Shape, Throughput | None] = {}
+        self._done, self._known = list(done), dict[Shape, Throughput | None]()
 
     def of(self, spec: RunSpec) -> Throughput | None:
         """Return the step times of runs like `spec`; None if none are known."""
@@ -97,30 +98,27 @@ class ThroughputTable:
             step_s: dict[int, float] = {}
             if self._exec.world_size == 1:  # measured in one process
                 path = measured_path(self._store.root, spec, self._hardware, self._exec)
-                with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-                    found = json.loads(path.read_bytes())["step_s"]
-                    step_s = {int(n): float(s) for n, s in found.items()}
+                found = (files.read_json(path) or {}).get("step_s", {})
+                step_s = {int(n): float(s) for n, s in found.items()}
             self._known[shape] = Throughput(step_s, True) if step_s else self._recorded(shape)
         return self._known[shape]
 
+    @cached_property
+    def _by_shape(self) -> dict[Hashable, list[Point]]:
+        return _sampled(self._done, shape_of, SAMPLE)
+
     def _recorded(self, shape: Shape) -> Throughput | None:
-        if self._by_shape is None:
-            self._by_shape = {}
-            for p in self._begun:
-                self._by_shape.setdefault(shape_of(p.spec), []).append(p.id)
-        ids = self._by_shape.get(shape, [])
         times: dict[int, list[float]] = {}
-        for rid in ids[:: -(-len(ids) // SAMPLE) or 1]:  # spread over the grid
-            env = self._store.env(rid)
-            found = self._step_time(rid, env) if self._comparable(env) else None
-            if found:
-                step, step_s = found
-                # the runs of the pack that were still training
-                size = sum(self._end(other) >= step for other in env["pack"])
-                times.setdefault(size, []).append(step_s)
-        if not times:
-            return None
-        return Throughput({n: statistics.median(s) for n, s in times.items()}, False)
+        for p in self._by_shape.get(shape, ()):
+            result, env = self._store.result(p.id) or {}, self._store.env(p.id)
+            done, since = result.get("steps_done", 0), env.get("resumed_from_step") or 0
+            if result.get("step_s") and done - since >= FEWEST_STEPS and self._comparable(env):
+                half = (since + done) / 2  # the runs of the pack that were still training then
+                others = ((self._store.result(i) or {}) for i in env["pack"])
+                size = sum(other.get("steps_done", math.inf) >= half for other in others)
+                times.setdefault(size, []).append(result["step_s"])
+        medians = {n: statistics.median(s) for n, s in times.items()}
+        return Throughput(medians, False) if times else None
 
     def _comparable(self, env: dict[str, Any]) -> bool:
         """Return whether an attempt ran on the hardware and with the settings of this plan."""
@@ -138,24 +136,45 @@ class ThroughputTable:
             and not env.get("resumed_in_other_company")  # the pack changed
         )
 
-    def _step_time(self, rid: str, env: dict[str, Any]) -> tuple[float, float] | None:
-        """Return (an update, seconds per step around it); None if the run made too few updates."""
-        since = env.get("resumed_from_step") or 0
-        result = self._store.result(rid)
-        if result is not None:
-            done, step_s = result.get("steps_done", 0), result.get("step_s")
-            if step_s is None or done - since < FEWEST_STEPS:
-                return None  # it diverged, or this attempt was short
-            return (since + done) / 2, step_s
-        records = self._store.recent_records(rid)
-        recent = [r for r in records if r["step"] > since and "step_s" in r]
-        if len(recent) < FEWEST_STEPS:
-            return None
-        step_s = statistics.median(r["step_s"] for r in recent[1:])
-        return recent[len(recent) // 2]["step"], step_s
+    @cached_property
+    def timed(self) -> Timed:
+        """Finished runs of this store by method and precision, with their seconds."""
+        found: dict[Hashable, list[tuple[RunSpec, float]]] = {}
+        rated = _sampled(self._done, lambda s: (s.method.name, s.precision), RATED_RUNS)
+        for key, points in rated.items():
+            for p in points:
+                result = self._store.result(p.id) or {}
+                if result.get("wall_s") and not result.get("imported"):
+                    found.setdefault(key, []).append((p.spec, result["wall_s"]))
+        return found
 
-    def _end(self, rid: str) -> float:
-        """Return a run's last step; infinity while it is training."""
-        if rid not in self._ends:
-            self._ends[rid] = (self._store.result(rid) or {}).get("steps_done", math.inf)
-        return self._ends[rid]
+    @property
+    def flops_s(self) -> float | None:
+        """Operations per second of one worker; None: no run of this store has finished."""
+        return _flops_s([run for some in self.timed.values() for run in some])
+
+
+def _sampled(
+    points: Iterable[Point], key: Callable[[RunSpec], Hashable], most: int
+) -> dict[Hashable, list[Point]]:
+    """Group runs, and choose at most `most` of each group, spread over the grid."""
+    groups: dict[Hashable, list[Point]] = {}
+    for p in points:
+        groups.setdefault(key(p.spec), []).append(p)
+    return {k: runs[:: -(-len(runs) // most)] for k, runs in groups.items()}
+
+
+def _flops_s(runs: Sequence[tuple[RunSpec, float]]) -> float | None:
+    seconds = sum(s for _, s in runs)
+    return sum(run_flops(spec) for spec, _ in runs) / seconds if runs else None
+
+
+def measured_seconds(todo: Iterable[RunSpec], timed: Timed) -> float:
+    """Return the expected seconds of `todo` on one worker, at the speeds of finished runs.
+
+    Runs of other methods or precisions are expected at the mean speed of all finished runs.
+    """
+    overall = _flops_s([run for some in timed.values() for run in some])
+    speeds = {key: _flops_s(some) for key, some in timed.items()}
+    found = ((s, speeds.get((s.method.name, s.precision)) or overall) for s in todo)
+    return sum(run_flops(spec) / speed for spec, speed in found if speed)
