@@ -3,6 +3,7 @@
 Every number of an answer is noted with its formula, inputs, source and confidence.
 """
 
+import csv
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,15 +50,11 @@ def shown(value: Any) -> str:
         return "not known"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if value and (abs(value) >= 1e9 or abs(value) < 1e-3):
-            return f"{value:.3g}"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value))
-    return str(value)
+    if isinstance(value, float) and (abs(value) >= 1e9 or abs(value) < 1000):
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
 
 
 # ---------------------------------------------------------------- published figures
@@ -93,8 +90,10 @@ def published() -> Published:
 
 # ---------------------------------------------------------------- kept results
 
-FIRST_PASS = "first_pass"
-"""Key, in kept results, of loads with bits counted in the study's way: loss in the first epoch."""
+ROWS = "rows.csv"
+"""The table of all kept verdicts and measurements, in the folder of the kept results."""
+Row = Mapping[str, str]
+"""A row of it: a quantity, and with a claim the verdict about it. It applies to its base model."""
 
 
 class Interval(NamedTuple):
@@ -111,32 +110,26 @@ class Interval(NamedTuple):
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
-class Verdict(NamedTuple):
-    """One judged claim."""
-
-    sweep: str
-    scale: str
-    claim: str
-    group: str
-    outcome: str
-    found: Interval | None
-    exploratory: bool = False
-
-    @property
-    def line(self) -> str:
-        """The verdict as text."""
-        found = " (exploratory)" if self.exploratory else ""
-        found += f" {self.found.text()}" if self.found else ""
-        return f"{self.sweep}: {self.claim} {self.outcome}{found} at {self.scale} ({self.group})"
+def interval_of(row: Row) -> Interval | None:
+    """Return the measured value of a row, if there is one."""
+    ends = [float(row[k]) if row[k] else None for k in ("value", "low", "high")]
+    return None if ends[0] is None else Interval(ends[0], ends[1], ends[2])
 
 
-class MeasuredRegret(NamedTuple):
-    """The regret of a rank at a load, in percent of full fine-tuning's gain.
+def line_of(row: Row) -> str:
+    """Return a verdict as text."""
+    found = " (exploratory)" if row["exploratory"] else ""
+    found += f" {e.text()}" if (e := interval_of(row)) else ""
+    verdict = f"{row['sweep']}: {row['claim']} {row['outcome']}{found}"
+    return f"{verdict} at {row['scale']} ({row['task']})"
 
-    The sweep `regime` measured it. The bits of the load are those of FIRST_PASS.
+
+class Regret(NamedTuple):
+    """The regret of a rank in percent of full fine-tuning's gain.
+
+    The bits of the load are counted in the study's way, as the loss in the first epoch.
     """
 
-    model: str
     rank: int
     load: float
     regret: Interval
@@ -144,68 +137,50 @@ class MeasuredRegret(NamedTuple):
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept results that rules use. A result applies to the model on which it was measured."""
+    """The kept results that rules use."""
 
-    verdicts: list[Verdict] = field(default_factory=list)
-    regrets: list[MeasuredRegret] = field(default_factory=list)
-    best_rates: dict[tuple[str, str], list[tuple[str, Interval]]] = field(default_factory=dict)
-    """(Model, method) -> scale and data set, and the best learning rate measured there."""
-    batch_effects: list[tuple[str, float]] = field(default_factory=list)
-    """Scale, and change of ln(rho) of the highest rank per doubling of the batch size."""
-    hidden: dict[str, int] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+    hidden: Mapping[str, int] = field(default_factory=dict)
     """Hidden size of each model."""
 
-    def about(self, sweep: str, *claims: str) -> list[Verdict]:
-        """List the verdicts of some claims of a sweep."""
-        return [v for v in self.verdicts if v.sweep == sweep and v.claim in claims]
+    def about(self, sweep: str, *claims: str) -> list[Row]:
+        """List the verdicts on some claims of a sweep, without withdrawn ones."""
+        mine = (r for r in self.rows if r["sweep"] == sweep and r["claim"] in claims)
+        return [r for r in mine if "WITHDRAWN" not in r["gates"].split()]
 
-    def covering(self, hidden: int) -> list[MeasuredRegret]:
+    def measured(self, sweep: str, quantity: str) -> list[tuple[Row, Interval]]:
+        """List a sweep's measurements of a quantity, without verdicts."""
+        wanted = (sweep, quantity, "")
+        mine = (r for r in self.rows if (r["sweep"], r["quantity"], r["claim"]) == wanted)
+        return [(r, e) for r in mine if (e := interval_of(r))]
+
+    def covering(self, hidden: int) -> list[Regret]:
         """List regrets at the measured hidden size nearest to `hidden`; empty outside the range."""
-        widths = sorted({self.hidden[p.model] for p in self.regrets if p.model in self.hidden})
+        loads = self.measured("regime", "load, first_pass")
+        load = {(r["task"], r["rank"]): e.value for r, e in loads}
+        points = [
+            (self.hidden[r["base"]], Regret(int(r["rank"]), load[r["task"], r["rank"]], e))
+            for r, e in self.measured("regime", "regret_percent")
+            if (r["task"], r["rank"]) in load and r["base"] in self.hidden and e.low is not None
+        ]
+        widths = sorted({width for width, _ in points})
         if not widths or not widths[0] <= hidden <= widths[-1]:
             return []
         nearest = min(widths, key=lambda w: abs(math.log(w / hidden)))
-        return [p for p in self.regrets if self.hidden.get(p.model) == nearest]
+        return [point for width, point in points if width == nearest]
+
+    def batch_effects(self) -> list[tuple[str, float]]:
+        """List scales, and the change of ln(rho) of the highest rank per doubling of the batch."""
+        found = self.measured("batch_size", "batch_effect")
+        by_rank = sorted((int(r["rank"]), r["scale"], e.value) for r, e in found)
+        return list({scale: effect for _, scale, effect in by_rank}.items())
 
 
-def read_kept(folder: Path, hidden: dict[str, int]) -> Kept:
-    """Read `folder`/*/results.json, if any; `hidden`: hidden size of each known model."""
-    kept = Kept(hidden=hidden)
-    for path in sorted(folder.glob("*/results.json")):
-        try:
-            answer = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue  # being written, or broken
-        sweep, scale = answer.get("sweep", ""), answer.get("scale", "")
-        for v in answer["verdicts"]:
-            if not any(gate["code"] == "WITHDRAWN" for gate in v.get("gates", ())):
-                where = (sweep, scale, v["claim"], v["group"], v["outcome"])
-                exploratory = bool(v.get("exploratory"))
-                kept.verdicts.append(Verdict(*where, _interval(v["estimate"]), exploratory))
-        if sweep == "regime":
-            for condition in answer["cells"]:
-                model = condition["cell"].partition(",")[0]
-                for r in condition["ranks"]:
-                    regret = _interval(r["regret_percent"])
-                    load = (r.get("loads") or {}).get(FIRST_PASS)
-                    if load and regret is not None and regret.low is not None:
-                        kept.regrets.append(MeasuredRegret(model, int(r["rank"]), load, regret))
-        elif sweep == "lr_ratio":
-            for c in answer["curves"]:
-                if rate := _interval({**c, "value": c["best_lr"]}):
-                    rates = kept.best_rates.setdefault((c["model"], c["method"]), [])
-                    rates.append((f"{scale} on {c['dataset']}", rate))
-        elif sweep == "batch_size":  # use the effect at the highest rank
-            effects = (answer.get("batch_effect") or {}).items()
-            found = [(int(r), e["value"]) for r, e in effects if e["value"] is not None]
-            kept.batch_effects.extend([(scale, max(found)[1])] if found else [])
-    return kept
-
-
-def _interval(found: dict[str, Any] | None) -> Interval | None:
-    if not found or found.get("value") is None:
-        return None
-    return Interval(found["value"], found.get("low"), found.get("high"))
+def read_kept(folder: Path, hidden: Mapping[str, int]) -> Kept:
+    """Read `folder`/rows.csv, if it is there; `hidden`: hidden size of each known model."""
+    path = folder / ROWS
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+    return Kept(rows, hidden)
 
 
 # ---------------------------------------------------------------- measured data sets

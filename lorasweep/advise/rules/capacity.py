@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-from lorasweep.advise.evidence import Case, Interval, MeasuredRegret
+from lorasweep.advise.evidence import Case, Interval, Regret
 from lorasweep.advise.read import RowError
 from lorasweep.advise.rules.workload import Workload
 from lorasweep.errors import SpecError
@@ -155,7 +155,7 @@ def _by_capacity(case: Case, work: Workload) -> Choice:
     return Choice(method, rank, load_at(work.bits, model, rank), BY_CAPACITY, why)
 
 
-def regret_at(points: Iterable[MeasuredRegret], load: float) -> Interval | None:
+def regret_at(points: Iterable[Regret], load: float) -> Interval | None:
     """Interpolate a rank's regret, in percent of the gain, in the logarithm of the load.
 
     None outside the loads measured.

@@ -6,7 +6,7 @@ The interval spans all sources. For published rates it adds half a step of the g
 import math
 from dataclasses import dataclass
 
-from lorasweep.advise.evidence import Case, Published
+from lorasweep.advise.evidence import Case, Published, interval_of
 from lorasweep.advise.rules.workload import Workload
 from lorasweep.spec.model import ModelSpec
 
@@ -55,7 +55,10 @@ def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
     measured: dict[str, float] = {}  # measured on this model: best LRs and interval ends
     arm = "fullft" if method == "full" else "lora"
     if case.customer.task == "sft":
-        for where, best in kept.best_rates.get((case.model.name, arm), ()):
+        for row, best in kept.measured("lr_ratio", "best_lr"):
+            if row["base"] != case.model.name or row["arm"].split()[0] != arm:
+                continue
+            where = f"{row['scale']} on {row['data']}"
             ends = {"low end": best.low, "best": best.value, "high end": best.high}
             measured |= {f"lr_ratio at {where}, {k}": v for k, v in ends.items() if v is not None}
     found = measured or _published(case, method, rank)
@@ -78,9 +81,9 @@ def rate_of(case: Case, method: str, rank: int, work: Workload) -> Rate:
     form = "measured" if measured else "published"
     case.note("lr", rate, form, inputs, short=short, sources=sources)
     ratios = "; ".join(
-        f"{v.found.text()} on {v.group.partition(' ')[0]} ({v.outcome})"
+        f"{e.text()} on {v['base']} ({v['outcome']})"
         for v in kept.about("lr_ratio", "ratio")
-        if v.found
+        if (e := interval_of(v))
     )
     case.note("lr_factor", 10, measured=ratios or "nothing kept", outdated=values["outdated"])
     return Rate(rate, low, high, found_in)

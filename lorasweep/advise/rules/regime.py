@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lorasweep.advise.evidence import Case, Sure, Verdict
+from lorasweep.advise.evidence import Case, Row, Sure, line_of
 from lorasweep.advise.rules.capacity import FULL, LAYERS, ROOM, Choice, load_at, trained
 from lorasweep.advise.rules.rates import Rate
 from lorasweep.advise.rules.workload import SAFE, Batches, Workload, regret_of_batch
@@ -79,7 +79,7 @@ def conditions_of(
     layers = kept.about("layers", "attention_worse", "mlp_is_enough")
     rates = kept.about("lr_ratio", "ratio", "ten_times")
     sizes = kept.about("batch_size", "penalty", "below_256")
-    table: list[tuple[str, tuple[str, str], list[Verdict], Sure]] = [
+    table: list[tuple[str, tuple[str, str], list[Row], Sure]] = [
         ("capacity for the data", capacity, regime, room),
         ("adapters on all matrices, the MLP's above all", matrices, layers, Sure.PUBLISHED),
         ("LoRA's own learning rate", own_rate, rates, Sure.ONCE),
@@ -87,7 +87,7 @@ def conditions_of(
         ("enough updates", enough, [], Sure.ONCE),
     ]
     return [
-        Condition(name, *state, tuple(v.line for v in verdicts), sure)
+        Condition(name, *state, tuple(map(line_of, verdicts)), sure)
         for name, state, verdicts, sure in table
     ]
 
@@ -100,7 +100,9 @@ def note_habits(case: Case, work: Workload, choice: Choice, rate: Rate, batches:
     c, model, published = case.customer, case.model, case.known.published
 
     def cited(sweep: str, *claims: str) -> str:
-        return "; ".join(v.line for v in case.known.kept.about(sweep, *claims)) or "nothing kept"
+        return (
+            "; ".join(line_of(v) for v in case.known.kept.about(sweep, *claims)) or "nothing kept"
+        )
 
     if c.layers is not None and "mlp" not in parse_layers(c.layers):
         gaps, cost = [e["nats"] for e in published.entries("attention_gaps")], "?"

@@ -224,7 +224,7 @@ def batches_of(case: Case, work: Workload) -> Batches:
         largest = max(enough, default=GROUP)
         case.note("batch_size_max", largest, "rl", {"episodes": rows}, most=RL_BATCH, least=least)
         return Batches(largest, least, 0.0)
-    effects = case.known.kept.batch_effects
+    effects = case.known.kept.batch_effects()
     worst = min([0.0, *(e for _, e in effects)])
     assumed = rows if rows is not None else 1000.0 * SAFE
     allowed = [b for b in sizes if regret_of_batch(b, assumed, worst) <= c.max_regret]

@@ -1,12 +1,11 @@
 """The rules, and costs, against published counts, planted regrets, identities and sums by hand."""
 
 import dataclasses
-import json
 import math
 
 import pytest
 
-from lorasweep.advise.evidence import Interval, Kept, MeasuredRegret, Sure, published, read_kept
+from lorasweep.advise.evidence import Kept, Regret, Sure, line_of, published, read_kept
 from lorasweep.advise.rules import capacity, rates, workload
 from lorasweep.advise.rules.costs import NOT_FASTER
 from lorasweep.methods.fullft import FullFT
@@ -119,21 +118,37 @@ def test_a_planned_rate_inside_the_advised_interval_is_no_habit():
     assert said == [False, True]
 
 
-def keep(folder, **answer):
-    answer = {"scale": "tiny", "verdicts": [], "curves": [], **answer}
-    (folder / answer["sweep"]).mkdir()
-    (folder / answer["sweep"] / "results.json").write_text(json.dumps(answer))
-    return read_kept(folder, {"tiny128": 128})
+def rows(*planted):
+    """Kept results with these cells, and with a regret of 5 [4, 6] percent of a model of width 128."""
+    columns = (
+        "sweep",
+        "scale",
+        "base",
+        "data",
+        "task",
+        "arm",
+        "rank",
+        "quantity",
+        "claim",
+        "outcome",
+    )
+    empty = dict.fromkeys((*columns, "exploratory", "gates", "value", "low", "high"), "")
+    common = {"scale": "tiny", "base": "tiny128", "task": "tiny128, rules"}
+    return Kept([{**empty, **common, **cells} for cells in planted], {"tiny128": 128})
 
 
-def test_kept_loads_are_by_the_first_pass_as_customers_bits_are(tmp_path):
+def regret(rank, load, value, count="first_pass"):
+    """The two rows of a rank's regret, in percent, at a load."""
+    place = {"sweep": "regime", "rank": str(rank), "task": f"tiny128, {load}"}
+    ends = {"value": str(value), "low": str(value - 1), "high": str(value + 1)}
+    loads = {**place, "quantity": f"load, {count}", "value": str(load)}
+    return [loads, {**place, "quantity": "regret_percent", **ends}]
+
+
+def test_kept_loads_are_by_the_first_pass_as_customers_bits_are():
     """The generator's count is up to 1,300 times smaller; a load by it would pass for room."""
-    loads = {"generator": 0.0057, "first_pass": 7.5, "above_floor": 0.47}
-    regret = {"value": 5.0, "low": 4.0, "high": 6.0}
-    ranks = [{"rank": 4, "load": 0.0057, "loads": loads, "regret_percent": regret}]
-    kept = keep(tmp_path, sweep="regime", cells=[{"cell": "tiny128, rules", "ranks": ranks}])
-    (point,) = kept.regrets
-    assert (point.model, point.rank, point.load) == ("tiny128", 4, 7.5)
+    found = rows(*regret(4, 0.0057, 5.0, "generator"), *regret(4, 7.5, 5.0)).covering(128)
+    assert found == [Regret(4, 7.5, (5.0, 4.0, 6.0))]
 
 
 def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else():
@@ -142,11 +157,8 @@ def test_planted_regrets_are_followed_where_they_cover_the_case_and_nowhere_else
     load = 0.04
     bits = load * 2 * 8 * per_rank
     planted = ((8, load / 4, 1.0), (8, load * 4, 7.0), (4, load, 9.0), (4, 3 * load, 9.0))
-    points = [
-        MeasuredRegret("tiny128", rank, at, Interval(value, value - 1, value + 1))
-        for rank, at, value in planted
-    ]
-    world = dataclasses.replace(known(None), kept=Kept(regrets=points, hidden={"tiny128": 128}))
+    kept = rows(*(row for each in planted for row in regret(*each)))
+    world = dataclasses.replace(known(None), kept=kept)
     columns = {"model": "tiny128", "examples": 1, "tokens_per_example": 1000}
     found = advice(world, **columns, bits_per_token=bits / 1000, max_regret=5.5)
     choice = found.choice
@@ -209,8 +221,11 @@ def test_the_cost_of_a_batch_is_a_known_line():
 
 
 def test_the_largest_batch_obeys_the_allowed_regret():
-    effects = Kept(batch_effects=[("tiny", -0.05), ("other", 0.02)])
-    world = dataclasses.replace(known(None), kept=effects)
+    each = {"sweep": "batch_size", "quantity": "batch_effect"}
+    effects = (("tiny", "1", "-0.2"), ("tiny", "16", "-0.05"), ("other", "8", "0.02"))
+    kept = rows(*({**each, "scale": s, "rank": r, "value": v} for s, r, v in effects))
+    assert dict(kept.batch_effects()) == {"tiny": -0.05, "other": 0.02}
+    world = dataclasses.replace(known(None), kept=kept)
     for allowed in (1, 2, 5):
         most = advice(world, examples=10**6, max_regret=allowed).batches.largest
         assert workload.regret_of_batch(most, 1e6, -0.05) <= allowed
@@ -234,15 +249,13 @@ def test_sources_are_described_and_can_be_taken_out():
 
 
 def test_withdrawn_verdicts_are_not_cited_and_exploratory_ones_say_so(tmp_path):
-    e = {"value": -9.0, "low": -12.0, "high": -6.0}
-    one = {"claim": "rank_1", "group": "b on words", "outcome": "REFUTED", "estimate": e}
-    gone = [{"code": "WITHDRAWN", "subject": "an arm is missing", "place": "", "flags": []}]
-    verdicts = [
-        {**one, "exploratory": "the rule was written later", "gates": []},
-        {**one, "claim": "tie", "outcome": "UNDECIDED", "gates": gone},
-    ]
-    (found,) = keep(tmp_path, sweep="rl", verdicts=verdicts).verdicts
-    assert found.line == "rl: rank_1 REFUTED (exploratory) -9 [-12, -6] at tiny (b on words)"
+    one = {"sweep": "rl", "claim": "rank_1", "task": "b on words", "outcome": "REFUTED"}
+    one |= {"value": "-9.0", "low": "-12.0", "high": "-6.0", "exploratory": "seen"}
+    gone = {**one, "outcome": "UNDECIDED", "gates": "FLAGGED WITHDRAWN"}
+    (found,) = rows(one, gone).about("rl", "rank_1", "top_rank")
+    said = "rl: rank_1 REFUTED (exploratory) -9 [-12, -6] at tiny (b on words)"
+    assert line_of(found) == said
+    assert read_kept(tmp_path, {}).rows == []  # an installed package without the table
 
 
 def test_costs_are_those_of_the_plan_for_gpus():
