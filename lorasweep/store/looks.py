@@ -24,8 +24,7 @@ def path_of(runs_dir: str | Path, title: str) -> Path:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the looks after the first, {round, runs}; raise StoreError if the file is damaged."""
-    content = files.read(path)
-    if content is None:
+    if (content := files.read(path)) is None:
         return []
     try:
         return json.loads(content)["rounds"]
@@ -65,23 +64,21 @@ def append(
     if files.status(path) is None:
         raise SpecError("the sweep has no answer yet. Run it first, without action=extend.")
     with files.locked(path.parent / ".lock", LOCK_S):
-        read(path)  # raises if the file is damaged
+        so_far = len(read(path)) + 1
         record = json.loads(path.read_text())
+        record["rounds"].append({"round": so_far + 1, "runs": list(runs)})
         if record["claims_hash"] != claims_hash:
             raise SpecError(
                 "the sweep's claims, margins or rounds were changed since its first answer. They "
                 "must not change after a look (interim analysis): restore them, or use another "
                 "sweep name."
             )
-        so_far = len(record["rounds"]) + 1
         if so_far >= record["planned"]:
             raise SpecError(
-                f"all {record['planned']} planned look(s) (interim analyses) of the sweep are "
-                f"used ({so_far} so far). Adding runs until the answer is clear would be optional "
-                "stopping. Plan more looks before the first run of a new sweep: sweep.rounds, at "
-                "most 5."
+                f"all {record['planned']} planned look(s) (interim analyses) are used. Adding runs "
+                "until the answer is clear would be optional stopping. Plan more looks before the "
+                "first run of a new sweep: sweep.rounds, at most 5."
             )
-        record["rounds"].append({"round": so_far + 1, "runs": list(runs)})
         if not added_points(record["rounds"][-1:], known):
             raise SpecError("every run to add is already part of the sweep: nothing to add.")
         files.write_atomic(path, json.dumps(record, indent=1).encode())

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,28 +71,25 @@ class RunStore:
 
     def prepare(self) -> None:
         """Create the folder; raise StoreError if it is not writable or of another train_version."""
-        mark = self.root / "store.json"
+        mark, version = self.root / "store.json", None
         try:
             files.make_own(self.root)
             probe = self.root / f".probe.{os.getpid()}-{os.urandom(3).hex()}"
             files.create_once(probe, b"")  # which needs hard links, as the results do
             probe.unlink()
             files.create_once(mark, json.dumps({"train_version": TRAIN_VERSION}).encode())
-            version = json.loads(mark.read_bytes())["train_version"]
+            with suppress(ValueError, KeyError, TypeError):
+                version = json.loads(mark.read_bytes())["train_version"]
         except OSError as error:
             raise StoreError(
                 f"run folder {self.root} cannot be written, or its file system has no hard links "
                 f"({error.strerror or error}). Choose another: exec.runs_dir=FOLDER, or set "
                 "LORASWEEP_RUNS."
             ) from None
-        except (ValueError, KeyError, TypeError):
-            raise StoreError(
-                f'{mark} is damaged. Replace its content by {{"train_version": {TRAIN_VERSION}}}.'
-            ) from None
         if version != TRAIN_VERSION:
             raise StoreError(
-                f"run folder {self.root} was written with train_version {version}; this lorasweep "
-                f"has version {TRAIN_VERSION}. Use another folder: exec.runs_dir=FOLDER."
+                f"{mark} says train_version {version}; this lorasweep has version {TRAIN_VERSION}, "
+                "and two are never mixed. Use another folder: exec.runs_dir=FOLDER."
             )
 
     def folder(self, rid: str) -> Path:
@@ -116,7 +114,7 @@ class RunStore:
 
         This and the methods below raise StoreError if a file cannot be read now.
         """
-        return _checked(files.read(self._result_path(rid)))
+        return _checked(files.read(self.folder(rid) / "result.json"))
 
     def state(self, rid: str) -> str:
         """Return the state of a run, from its folder alone."""
@@ -220,7 +218,7 @@ class RunStore:
 
     def records(self, rid: str, start: int = 0) -> list[Record]:
         """Return the records of a run from byte `start` on, without incomplete lines."""
-        path = self._records_path(rid)
+        path = self.folder(rid) / "metrics.jsonl"
 
         def lines() -> list[bytes]:
             with open(path, "rb") as file:
@@ -252,14 +250,12 @@ class RunStore:
     def claim(self, spec: RunSpec) -> int | None:
         """Claim a run; return the new attempt's number, None if the run is finished or owned."""
         rid = spec.id
-        folder = self.folder(rid)
+        folder, last = self.folder(rid), self.last_attempt(rid)
         (folder / "attempts").mkdir(parents=True, exist_ok=True)
         if self.result(rid) is not None:
             return None
-        spec_path = folder / "spec.json"
-        if files.read(spec_path) != spec.canonical.encode():
-            files.write_atomic(spec_path, spec.canonical.encode())
-        last = self.last_attempt(rid)
+        if files.read(folder / "spec.json") != spec.canonical.encode():
+            files.write_atomic(folder / "spec.json", spec.canonical.encode())
         if last is not None and self.end(rid, last) is None:
             if self._alive(rid, last):
                 return None
@@ -282,9 +278,8 @@ class RunStore:
 
     def _set_aside_damage(self, rid: str) -> None:
         """Rename a result with a wrong checksum; it is kept for inspection."""
-        path = self._result_path(rid)
-        content = files.read(path)
-        if content is not None and _checked(content) is None:
+        path = self.folder(rid) / "result.json"
+        if files.status(path) and self.result(rid) is None:
             os.replace(path, path.with_name(f"result.damaged-{os.urandom(3).hex()}.json"))
 
     def _alive(self, rid: str, attempt: int) -> bool:
@@ -303,20 +298,20 @@ class RunStore:
         """Append records in one write. Values that are not finite become null."""
         if new:
             text = "".join(json.dumps(_finite(r), allow_nan=False) + "\n" for r in new)
-            files.append(self._records_path(rid), text.encode())
+            files.append(self.folder(rid) / "metrics.jsonl", text.encode())
 
     def records_size(self, rid: str) -> int:
         """Return the size of the records in bytes."""
-        status = files.status(self._records_path(rid))
+        status = files.status(self.folder(rid) / "metrics.jsonl")
         return status.st_size if status else 0
 
     def sync_records(self, rid: str) -> None:
         """Flush the records to the disk; required before a checkpoint with their size."""
-        files.sync(self._records_path(rid))
+        files.sync(self.folder(rid) / "metrics.jsonl")
 
     def cut_records(self, rid: str, size: int) -> None:
         """Cut the records back to `size` bytes, their size at a checkpoint."""
-        files.truncate(self._records_path(rid), size)
+        files.truncate(self.folder(rid) / "metrics.jsonl", size)
 
     def finish(self, rid: str, state: str, result: Result) -> bool:
         """Write the result and delete the checkpoint; return whether this call wrote it."""
@@ -327,7 +322,7 @@ class RunStore:
         # through JSON, so that the checksum holds for the values that are read back
         body = json.loads(json.dumps(_finite({"run_id": rid, "state": state, **result})))
         content = json.dumps({"sha256": checksum(body), "result": body}).encode()
-        first = files.create_once(self._result_path(rid), content)
+        first = files.create_once(self.folder(rid) / "result.json", content)
         shutil.rmtree(self.folder(rid) / "checkpoint", ignore_errors=True)
         return first
 
@@ -345,12 +340,6 @@ class RunStore:
         """Record how an attempt ended without a result: 'stopped' (will resume) or 'failed'."""
         content = json.dumps({"state": state, "cause": cause}).encode()
         files.write_atomic(self.attempt(rid, attempt) / "end.json", content)
-
-    def _result_path(self, rid: str) -> Path:
-        return self.folder(rid) / "result.json"
-
-    def _records_path(self, rid: str) -> Path:
-        return self.folder(rid) / "metrics.jsonl"
 
 
 def checksum(body: Result) -> str:

@@ -79,35 +79,28 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     import pandas as pd
 
     path = Path(path)
-    if not path.is_file():
-        raise StoreError(
-            f"no table {path}. Give table=FILE, a .parquet or .csv of `action=export`."
-        )
+    again = "Write it again with `action=export`."
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+        texts = list(zip(table["spec"], table["result"], strict=True))
     except (OSError, ValueError) as error:  # errors of pandas and pyarrow are ValueErrors
-        raise StoreError(
-            f"{path} cannot be read as a table ({error}). Write it again with `action=export`."
-        ) from None
-    if not {"spec", "result"} <= set(table.columns):
-        raise StoreError(
-            f"{path} has no columns 'spec' and 'result'. Import only tables of `action=export`."
-        )
+        raise StoreError(f"table={path} cannot be read as a table ({error}). {again}") from None
+    except KeyError as error:
+        raise StoreError(f"table={path} has no column {error}. {again}") from None
     rows: dict[str, tuple[RunSpec, dict[str, Any]]] = {}
-    for number, (spec_text, result_text) in enumerate(zip(table["spec"], table["result"]), start=1):
+    for number, (spec_text, result_text) in enumerate(texts, start=1):
         row = f"{path}, row {number}:"
         try:
             spec, result = spec_from(json.loads(spec_text)), json.loads(result_text)
             validate(spec)
-            rid, named = spec.id, result["run_id"]
+            rid, named, state = spec.id, result["run_id"], result.get("state")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise StoreError(f"{row} not a run ({error}). Correct or remove the row.") from None
         if rid != named:
             raise StoreError(f"{row} the spec belongs to run {rid}, the result to run {named}.")
-        if (state := result.get("state")) not in FINAL:
+        if state not in FINAL:
             raise StoreError(
-                f"{row} the state of run {rid} is {state!r}. Only finished runs can be imported "
-                f"({' or '.join(FINAL)}). Remove the row."
+                f"{row} the state of run {rid} is {state!r}, not {' or '.join(FINAL)}."
             )
         if rows.setdefault(rid, (spec, result))[1] != result:
             raise StoreError(f"{row} run {rid} has another result in an earlier row. Keep one row.")

@@ -61,12 +61,6 @@ def code() -> dict[str, Any]:
     }
 
 
-def edited() -> list[str]:
-    """List the files that differ from the checkout's commit; empty for an installed package."""
-    lines = (_git("status", "--porcelain") or "").splitlines()
-    return [line.split(maxsplit=1)[1] for line in lines]
-
-
 def processor() -> str:
     """Return the model name of this machine's processor; empty if the system hides it."""
     try:

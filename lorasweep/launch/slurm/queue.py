@@ -314,8 +314,8 @@ class Submission:
 
     folder: Path
     record: dict[str, Any]
-    """Content of submission.json: `sweep` (a title), `asked` (all runs of the sweep's first stage),
-    `tasks` (run ids of each task), `cluster`, `created_s`."""
+    """Content of submission.json: `sweep` (a title), `tasks` (run ids of each task), `cluster`,
+    `created_s`."""
     withdrawn: set[str] = field(default_factory=set)
 
     @property

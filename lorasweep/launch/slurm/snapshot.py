@@ -37,9 +37,7 @@ def take(root: Path) -> Snapshot:
         _copy(here, partial)
         sha256 = guard.digest(str(partial))
         folder = root / sha256[:12]
-        copied = ("lorasweep/", "analysis/", "conf/", "sweeps/")
-        edited = [f for f in provenance.edited() if f.startswith(copied)]
-        about = {**provenance.code(), "snapshot": folder.name, "edited": edited}
+        about = {**provenance.code(), "snapshot": folder.name}
         files.write_atomic(partial / guard.ABOUT, json.dumps(about, indent=1).encode())
         try:
             os.rename(partial, folder)
@@ -56,14 +54,11 @@ def take(root: Path) -> Snapshot:
 
 
 def describe(snapshot: Snapshot) -> str:
-    """Describe a snapshot in words: its commit, and the files edited since."""
+    """Describe a snapshot in words: its commit, and whether files were edited since."""
     about = json.loads((snapshot.folder / guard.ABOUT).read_bytes())
-    edited, text = about["edited"], f"code snapshot {about['snapshot']}"
-    if about["commit"] is None:
-        return f"{text} (the installed package)"
-    names = ", ".join(edited[:4]) + (", ..." if len(edited) > 4 else "")
-    changed = f", with {len(edited)} file(s) changed since ({names})" if edited else ""
-    return f"{text} of commit {about['commit'][:10]}{changed}"
+    commit, edited = about["commit"], ", with files edited since" if about["dirty"] else ""
+    of = f"of commit {commit[:10]}{edited}" if commit else "of the installed package"
+    return f"code snapshot {about['snapshot']} {of}"
 
 
 def _copy(here: Path, to: Path) -> None:

@@ -24,7 +24,7 @@ from lorasweep.launch.slurm import guard, job, planning, snapshot
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.container import VARIABLE, container_of
 from lorasweep.launch.slurm.planning import JobResources, Jobs, Work
-from lorasweep.launch.slurm.queue import FOLLOW, RUNNING, Partition, Queue
+from lorasweep.launch.slurm.queue import FOLLOW, RUNNING, Partition
 from lorasweep.launch.slurm.snapshot import Snapshot
 from lorasweep.plan.memory import checkpoint_bytes
 from lorasweep.plan.plan import Pack, make_plan
@@ -94,7 +94,7 @@ def submit(
             Slurm refused the jobs.
         StoreError: the disk is too small, or another command is submitting and does not end.
     """
-    cluster, ids = request.cluster, {p.id for p in request.points}
+    cluster = request.cluster
     partition, code = prepare(cluster, store.root)
     watch_others(store, points(), notify)
     with slurm.locked(store.root, notify):
@@ -119,33 +119,30 @@ def submit(
             packs = [pack for same in jobs for task in same.tasks for pack in task.packs]
             check_disk(store.root, packs, at_once)
             notify(f"jobs run {snapshot.describe(code)}")
-        covered = any(served >= ids for served, _ in _followers(queue, request))
-        if jobs or (work.covered and cluster.follow and not covered):
+        same = {s.folder: s for s in queue.submissions if s.record["sweep"] == request.title}
+        mine = os.environ.get("SLURM_JOB_ID")
+        follows = [j.id for f, j in queue.follows.items() if f in same and j.id != mine]
+        if jobs or (work.covered and cluster.follow and not follows):
             updates = updates_of(now.points, store)
             last = {"trainer": trainer, "idle": idle, "updates": updates}
-            _submit(request, jobs, code, queue, outcome, last)
+            after = [j.label for s, _, j in queue.jobs if s.folder in same]
+            _submit(request, jobs, code, outcome, last, after)
+            if outcome.follow:  # it replaces the others
+                slurm.cancel(follows)
         return outcome
-
-
-def _followers(queue: Queue, request: Request) -> list[tuple[set[str], slurm.Job]]:
-    """List this sweep's other live follow-up jobs, each with the sweep's runs."""
-    mine = os.environ.get("SLURM_JOB_ID")
-    same = [s for s in queue.submissions if s.record["sweep"] == request.title]
-    found = [(set(s.record["asked"]), queue.follows.get(s.folder)) for s in same]
-    return [(served, j) for served, j in found if j and j.id != mine]
 
 
 def _submit(
     request: Request,
     jobs: list[Jobs],
     code: Snapshot,
-    queue: Queue,
     outcome: Outcome,
     last: dict[str, Any],
+    live: list[str],
 ) -> None:
     """Write the tasks, then submit them; raise ClusterError if the first array is refused.
 
-    `last`: values for the follow-up job.
+    `last`: values for the follow-up job, which waits for these jobs and the `live` ones.
     """
     cluster, root = request.cluster, Path(request.exec.runs_dir)
     outcome.folder = folder = _new_folder(root, request.title)
@@ -163,7 +160,7 @@ def _submit(
         asked: dict[str, Any] = {"follow": {**request.plain(), **again}, "command": FOLLOW_COMMAND}
         lines.append({**asked, "requeues": cluster.requeues, **last})
     runs = [[p.id for p in task.points] for task in tasks]
-    _write(folder, request.title, [p.id for p in request.points], runs, lines)
+    _write(folder, request.title, runs, lines)
     # task indices begin at 0 and must be below MaxArraySize
     first, most = 0, max(1, int(slurm.setting("MaxArraySize") or 1001) - 1)
     arrays = []
@@ -181,20 +178,18 @@ def _submit(
             outcome.refused = str(error)
             break  # the follow-up job will submit the rest
         outcome.n_submitted += sum(map(len, runs[array.first : array.first + array.n]))
-    if cluster.follow:  # a follow-up job for these arrays and the sweep's other live jobs
-        others = {j.label for s, _, j in queue.jobs if s.record["sweep"] == request.title}
-        after = tuple(sorted({*outcome.sent, *others}))
+    if cluster.follow:
         where = cluster.follow_partition or cluster.partition
         small = dataclasses.replace(cluster, gpus=0, partition=where, container=None)
-        needed = JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1)
+        needed, after = (
+            JobResources(1, 0, FOLLOW_GIB, cluster.follow_min, 1),
+            {*outcome.sent, *live},
+        )
+        follow = Array(folder, FOLLOW, len(tasks), 1, needed, small, code, tuple(sorted(after)))
         try:
-            follow = Array(folder, FOLLOW, len(tasks), 1, needed, small, code, after)
             outcome.follow = follow.submit()
         except ClusterError as error:
             outcome.refused = f"no follow-up job: {error}"
-        else:  # it replaces the others
-            ids = {p.id for p in request.points}
-            slurm.cancel([j.id for served, j in _followers(queue, request) if served <= ids])
 
 
 def _new_folder(root: Path, title: str) -> Path:
@@ -202,9 +197,7 @@ def _new_folder(root: Path, title: str) -> Path:
     return slurm.home(root) / f"{re.sub('[^A-Za-z0-9_.-]', '_', title)}-{os.urandom(4).hex()}"
 
 
-def _write(
-    folder: Path, title: str, asked: list[str], runs: list[list[str]], tasks: Sequence[Any]
-) -> None:
+def _write(folder: Path, title: str, runs: list[list[str]], tasks: Sequence[Any]) -> None:
     """Write the tasks and the record of a submission; `runs`: run ids by task.
 
     Raises ClusterError if other users could write them.
@@ -218,8 +211,8 @@ def _write(
             f"{why}, so others could make your jobs run their code. Choose a run folder on a file "
             "system that keeps permissions: exec.runs_dir=FOLDER."
         )
-    record = {"sweep": title, "asked": sorted(asked), "created_s": time.time(), "tasks": runs}
-    record |= {"cluster": slurm.setting("ClusterName")}
+    record = {"sweep": title, "created_s": time.time(), "tasks": runs}
+    record["cluster"] = slurm.setting("ClusterName")
     files.write_atomic(folder / "submission.json", json.dumps(record).encode())
 
 
@@ -256,7 +249,7 @@ def submit_command(
         command = ["-u", "-m", "lorasweep", *arguments, "cluster=local"]
         task: dict[str, Any] = {"arguments": command, "requeues": cluster.requeues}
         task |= {"container": container and dataclasses.asdict(container)}
-        _write(folder, name, [], [[]], [task])
+        _write(folder, name, [[]], [task])
         number = Array(folder, "0", 0, 1, needed, cluster, code).submit()
     log = slurm.log_of(folder, number)
     return f"{name}: submitted as job {number}; log: {log} (scancel {number} ends it)"
@@ -358,17 +351,14 @@ class Array:
 def cancel(request: Request, store: RunStore, notify: Notify) -> tuple[int, int]:
     """Cancel the sweep's jobs; return the number of jobs and of their unfinished runs.
 
-    A submission belongs to the sweep if it has the same title and some of these runs. Raises
-    ClusterError if there is no Slurm here, or it did not cancel some jobs.
+    Raises ClusterError if there is no Slurm here, or it did not cancel some jobs.
     """
     if files.status(slurm.home(store.root)) is None:  # nothing was submitted
         return 0, 0
     slurm.require()
-    ids = {p.id for p in request.points}
     with slurm.locked(store.root, notify):
         queue = slurm.settle(store.root, notify)
-        same = [s for s in queue.submissions if s.record["sweep"] == request.title]
-        mine = {s.folder for s in same if not ids.isdisjoint(s.record["asked"])}
+        mine = {s.folder for s in queue.submissions if s.record["sweep"] == request.title}
         live = [(s, k, j) for s, k, j in queue.jobs if s.folder in mine]
         runs = {r for s, k, _ in live for r in s.tasks[k] if r not in s.withdrawn}
         ending = [r for r in runs if store.state(r) not in FINAL]

@@ -25,7 +25,7 @@ def array(slurm, tmp_path):
     (code / "package").mkdir(parents=True)
     for name in ("package/a.py", "package/b.py", "snapshot.json"):
         (code / name).write_text(f"{name} = 1")
-    submit._write(folder, "sweep", [], [["a"], ["b"]], [{"runs": ["a"]}, {"runs": ["b"]}])
+    submit._write(folder, "sweep", [["a"], ["b"]], [{"runs": ["a"]}, {"runs": ["b"]}])
     needed = planning.JobResources(1, 0, 1.0, 10, 1)
     taken = snapshot.Snapshot(code, guard.digest(str(code)))
     return submit.Array(folder, "0", 0, 2, needed, Cluster(kind="slurm"), taken)

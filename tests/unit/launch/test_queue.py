@@ -36,7 +36,7 @@ def folder(tmp_path, slurm):
     folder = submit._new_folder(tmp_path, "lr ratio/x")
     assert "/" not in folder.name and queue.read_all(tmp_path) == []
     folder.parent.mkdir()
-    submit._write(folder, "x", ["r1", "r2"], [["r1"], ["r2"]], [{}, {}])
+    submit._write(folder, "x", [["r1"], ["r2"]], [{}, {}])
     return folder
 
 

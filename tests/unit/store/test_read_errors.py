@@ -72,7 +72,7 @@ def runs(store, monkeypatch):
     save(slots, 3, 4)
     folder = queue.home(store.root) / "s"
     (folder / "jobs").mkdir(parents=True)
-    record = {"sweep": "t", "asked": [], "tasks": [["x"]], "created_s": 0, "cluster": "here"}
+    record = {"sweep": "t", "tasks": [["x"]], "created_s": 0, "cluster": "here"}
     (folder / "submission.json").write_text(json.dumps(record))
     queue.read(folder).withdraw(["x"])
     job = queue.Job("12", "12", 0, "RUNNING", "", 0, "", "s-0")
