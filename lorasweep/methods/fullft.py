@@ -7,18 +7,17 @@ that differs from LoRA in the parametrisation only.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorasweep.errors import SpecError
 from lorasweep.methods.trainables import Experts, Router, Target, whole
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import LAYER_SETS, ModelSpec
+from lorasweep.spec.values import misfits
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-SCOPES = ("all", "matrices")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class FullFT(Method):
     """Fields of full fine-tuning."""
 
     name: str = "fullft"
-    scope: str = "all"
+    scope: Literal["all", "matrices"] = "all"
     """'all' parameters, or only the 'matrices' that `layers` names."""
     layers: str = "all"
     """Layer sets trained under scope=matrices. Must stay 'all' under scope=all."""
@@ -34,14 +33,12 @@ class FullFT(Method):
     """Runs that train all weights cannot share a base."""
 
     def check(self, model: ModelSpec) -> None:
-        if self.scope not in SCOPES:
-            raise SpecError(f"method.scope={self.scope!r}. Allowed: {', '.join(SCOPES)}.")
+        for problem in misfits(self, self.WHERE):
+            raise SpecError(problem)
         layers = parse_layers(self.layers)
         if self.scope == "all" and layers != LAYER_SETS:
-            raise SpecError(
-                f"method.layers={self.layers!r} has no effect under method.scope=all. "
-                "Add method.scope=matrices, or leave layers at 'all'."
-            )
+            what = f"method.layers={self.layers!r} has no effect under method.scope=all"
+            raise SpecError(f"{what}. Add method.scope=matrices, or leave layers at 'all'.")
         if self.scope == "matrices":
             model.matrices(layers)
             if model.tied and "unembedding" in layers:
@@ -71,9 +68,7 @@ class FullFT(Method):
         seeds: Sequence[int],
     ) -> "_WholeModel":
         if len(methods) != 1:
-            raise SpecError(
-                f"fullft trains one run at a time, got {len(methods)}. Set exec.pack_size=1."
-            )
+            raise SpecError("fullft trains one run at a time. Set exec.pack_size=1.")
         chosen: list[torch.Tensor] = list(base.parameters()) if self.scope == "all" else []
         for target in targets.values():
             if isinstance(target, Experts):
@@ -127,12 +122,9 @@ class _WholeModel:
     def norms(self) -> list[dict[str, float]]:
         import torch
 
-        squares = []
-        for n, p in self.parameters().items():
-            change = p.detach() - self._start[n]
-            norm = whole(torch.linalg.vector_norm(change, dtype=torch.float64))
-            squares.append(norm.square())
-        return [{"norm_delta": torch.stack(squares).sum().sqrt().item()}]
+        changes = (p.detach() - self._start[n] for n, p in self.parameters().items())
+        norms = [whole(torch.linalg.vector_norm(c, dtype=torch.float64)) for c in changes]
+        return [{"norm_delta": torch.stack([n.square() for n in norms]).sum().sqrt().item()}]
 
     def spectra(self) -> list[dict[str, dict[str, float]]]:
         import torch

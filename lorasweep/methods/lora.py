@@ -45,7 +45,7 @@ class LoRA(Method):
     expert_rank: Literal["active", "all", "whole"] = later("active")
     """Rank of an expert's adapter. active: rank / active experts (the study; NeMo Automodel). all:
     rank / all experts of the layer (SkyRL, PEFT's documentation). whole: rank (Tinker)."""
-    expert_alpha: float | None = later(None)
+    expert_alpha: Annotated[float | None, Is("", ABOVE_0, 1e6)] = later(None)
     """Alpha of an expert's adapter; `scaling_by` refers to the rank of that adapter. None: `alpha`,
     as in NeMo Automodel and Megatron-Bridge; the study does not say."""
     expert_outer: Literal["own", "shared"] = later("own")
@@ -98,46 +98,34 @@ class LoRA(Method):
         return self.rank_of(matrix) * (of_inner * inner + of_outer * model.hidden_size) * layers
 
     def check(self, model: ModelSpec) -> None:
-        layers = parse_layers(self.layers)
-        matrices = model.matrices(layers)
-        dense = [m for m in matrices if m.n_experts == 1]
-        smallest = min((min(m.d_in, m.d_out) for m in dense), default=self.rank)
+        matrices = model.matrices(parse_layers(self.layers))
+        where = f"on model {model.name!r} with layers {self.layers}"
+        smallest = min((m.smaller for m in matrices if m.n_experts == 1), default=self.rank)
         if not 1 <= self.rank <= smallest:
             raise RankTooLarge(
-                f"method.rank={self.rank}. Allowed on model {model.name!r} with layers "
-                f"{self.layers}: from 1 to {smallest}, the smallest side of an adapted matrix."
+                f"method.rank={self.rank}. Allowed {where}: from 1 to {smallest}, the smallest "
+                "side of an adapted matrix."
             )
         for problem in misfits(self, self.WHERE):
             raise SpecError(problem)
         experts = [m for m in matrices if m.n_experts > 1]
+        for f in fields(self) if not experts else ():
+            value = getattr(self, f.name)
+            if f.name.startswith("expert_") and value != f.default:
+                raise SpecError(
+                    f"method.{f.name}={value} has no effect {where}: no expert is adapted. Leave "
+                    "it out, or add mlp to method.layers of a model with experts."
+                )
         if not experts:
-            for f in fields(self):
-                value = getattr(self, f.name)
-                if f.name.startswith("expert_") and value != f.default:
-                    raise SpecError(
-                        f"method.{f.name}={value} has no effect on model {model.name!r} with "
-                        f"layers {self.layers}: no expert is adapted. Leave it out, or add mlp to "
-                        "method.layers of a model with experts."
-                    )
             return
-        if self.expert_alpha is not None and not 0 < self.expert_alpha < 1e6:
-            raise SpecError(
-                f"method.expert_alpha={self.expert_alpha}: expected a number above 0 and below 1e6."
-            )
         divisor = self._divisor(experts[0].n_experts, experts[0].n_active)
-        if self.rank % divisor:
+        smallest = min(m.smaller for m in experts)
+        if self.rank % divisor or self.rank // divisor > smallest:
             raise SpecError(
-                f"method.rank={self.rank} on model {model.name!r} with layers {self.layers}: every "
-                f"expert gets rank/{divisor} by method.expert_rank={self.expert_rank}. Expected a "
-                f"multiple of {divisor}: {divisor}, {2 * divisor}, {4 * divisor}, ...; or another "
+                f"method.rank={self.rank} {where}: every expert gets rank/{divisor} by method."
+                f"expert_rank={self.expert_rank}, at most the smallest side of its matrices. "
+                f"Expected a multiple of {divisor} up to {smallest * divisor}; or another "
                 "method.expert_rank (active, all, whole), or method.layers=attention."
-            )
-        smallest = min(min(m.d_in, m.d_out) for m in experts)
-        if self.rank // divisor > smallest:
-            raise SpecError(
-                f"method.rank={self.rank} on model {model.name!r}: an expert would get rank "
-                f"{self.rank // divisor}. Allowed: up to {smallest * divisor}, so that it is at "
-                "most the smallest side of an expert's matrix."
             )
 
     def n_trainable(self, model: ModelSpec) -> int:

@@ -36,6 +36,11 @@ class Matrix:
         return self.d_in * self.d_out * self.count
 
     @property
+    def smaller(self) -> int:
+        """The smaller side of a matrix, which bounds the rank of an adapter."""
+        return min(self.d_in, self.d_out)
+
+    @property
     def active_size(self) -> int:
         """Weights that one token passes through."""
         return self.size * self.n_active // self.n_experts

@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorasweep.methods.stacked.modules import (
-    Factors,
-    StackedExperts,
-    StackedLinear,
-    StackedRouter,
-)
+from lorasweep.methods.stacked.modules import Factors, StackedExperts, StackedLinear, StackedRouter
 from lorasweep.methods.trainables import Experts, Router, Target
 from lorasweep.spec.streams import stream
 
@@ -56,8 +51,7 @@ class StackedAdapters:
             module = self._originals[name]
             if not isinstance(target, Experts):
                 ranks, scalings = zip(*((m.rank, m.scaling) for m in methods))
-                sides = (module.weight.shape[1], module.weight.shape[0])
-                made = self._made(name, module.weight, sides, ranks, scalings)
+                made = self._made(name, module.weight, module.weight.shape[::-1], ranks, scalings)
                 stacked = StackedRouter if isinstance(target, Router) else StackedLinear
                 self._factors[name] = stacked(*made, base=module)
                 _replace(base, name, self._factors[name])
@@ -68,11 +62,10 @@ class StackedAdapters:
             # `shared` means the factor on the hidden side
             inner, outer = n_experts, 1 if methods[0].expert_outer == "shared" else n_experts
             parts: dict[str, Factors] = {}
-            for part, sides, stacks in (
-                ("gate_proj", (hidden, width), (outer, inner)),
-                ("up_proj", (hidden, width), (outer, inner)),
-                ("down_proj", (width, hidden), (inner, outer)),
-            ):
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                sides, stacks = (hidden, width), (outer, inner)
+                if part == "down_proj":
+                    sides, stacks = sides[::-1], stacks[::-1]
                 in_state = f"{name}.{part}"
                 made = self._made(in_state, module.down_proj, sides, ranks, scalings, stacks)
                 parts[part] = self._factors[in_state] = Factors(*made, *stacks)
@@ -184,11 +177,11 @@ class StackedAdapters:
             scaling_N = module.scaling_N.double()
             for runs, p, q in module.of_matrices():
                 a, b = p.double(), q.double()
-                sums[0, runs] += a.square().sum((1, 2, 3))
-                sums[1, runs] += b.square().sum((1, 2, 3))
                 # |BA|_F^2 = tr(B'B AA'): r x r products instead of an O x I matrix
                 squared = ((b.mT @ b) * (a @ a.mT)).sum((1, 2, 3))
-                sums[2, runs] += scaling_N[runs].square() * squared
+                own = (x.square().sum((1, 2, 3)) for x in (a, b))
+                for k, sum_n in enumerate((*own, scaling_N[runs].square() * squared)):
+                    sums[k, runs] += sum_n
         roots = sums.clamp_min(0).sqrt().T.tolist()
         return [dict(zip(("norm_a", "norm_b", "norm_delta"), root)) for root in roots]
 

@@ -196,17 +196,13 @@ DENSE = dataclasses.replace(SHAPE, n_experts=0, n_active_experts=0)
 @pytest.mark.parametrize(
     ("method", "words", "shape"),
     [
-        (
-            LoRA(rank=3),
-            "rank/2 by method.expert_rank=active. Expected a multiple of 2: 2, 4",
-            SHAPE,
-        ),
+        (LoRA(rank=3), r"rank/2 by method.expert_rank=active.*a multiple of 2 up to 32", SHAPE),
         (LoRA(rank=2, expert_rank="all"), "rank/4 by .*all", SHAPE),
         (LoRA(rank=4, expert_rank="some"), "Allowed: active, all, whole", SHAPE),
         (LoRA(rank=4, expert_outer="none"), "Allowed: own, shared", SHAPE),
         (LoRA(rank=4, expert_alpha=0.0), "expert_alpha=0.0: expected a number above 0", SHAPE),
         (LoRA(rank=4, layers="attention", expert_rank="all"), "no expert is adapted", SHAPE),
-        (LoRA(rank=64, layers="mlp"), "would get rank 32. Allowed: up to 32", SHAPE),
+        (LoRA(rank=64, layers="mlp"), "rank/2 by .*up to 32", SHAPE),
         (LoRA(rank=8, layers="router"), "from 1 to 4, the smallest side", SHAPE),
         (LoRA(rank=4, layers="router"), "has no experts, so it has no layer set 'router'", DENSE),
         (FullFT(scope="matrices", layers="mlp+router"), "has no layer set 'router'", DENSE),
@@ -385,6 +381,6 @@ def test_an_export_that_mixes_experts_up_writes_nothing(tmp_path, monkeypatch):
     state = state_of(attached([method], model))
     fastest = torch.Tensor.permute
     monkeypatch.setattr(torch.Tensor, "permute", lambda t, *dims: fastest(t, 1, 0, 2))
-    with pytest.raises(ModelError, match=r"experts\.base_layer: in PEFT's layout .* expert 0"):
+    with pytest.raises(ModelError, match=r"experts\.base_layer: in PEFT's layout .* of an expert"):
         save_peft(tmp_path / "a", state, 4, "nobody/small", None, 8.0, 4, 16.0)
     assert not (tmp_path / "a").exists()
