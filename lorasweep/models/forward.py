@@ -104,6 +104,16 @@ def frozen_in_bf16(model: nn.Module, precision: str) -> Iterator[None]:
             setattr(module, kind, p)
 
 
+def set_numerics(model: nn.Module, precision: str, published_in_bf16: bool) -> None:
+    """Let a model compute in a precision: matrices and norms in bf16, or norms in float64."""
+    if precision == "bf16":
+        if published_in_bf16:
+            hold_in_bf16(model)
+        norms_to_bf16(model)
+    if precision == "fp64":
+        norms_in_float64(model)
+
+
 def norms_to_bf16(model: nn.Module) -> None:
     """Convert the outputs of norms of fp32 states to bf16.
 
@@ -111,9 +121,7 @@ def norms_to_bf16(model: nn.Module) -> None:
     these products are then added in bf16 instead of fp32.
     """
 
-    def convert(
-        module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
-    ) -> torch.Tensor:
+    def convert(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
         return out.to(torch.bfloat16) if args[0].dtype == torch.float32 else out
 
     for module in model.modules():

@@ -16,17 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lorasweep.errors import ModelError, check_installed
+from lorasweep.errors import ModelError, check_installed, from_hub
 from lorasweep.models import find
 from lorasweep.models.attention import use_short_rows
-from lorasweep.models.forward import (
-    MASTER_DTYPES,
-    are_bf16,
-    bf16_matrices,
-    hold_in_bf16,
-    norms_in_float64,
-    norms_to_bf16,
-)
+from lorasweep.models.forward import MASTER_DTYPES, are_bf16, bf16_matrices, set_numerics
 from lorasweep.models.sharding import Mesh
 from lorasweep.models.targets import use_grouped_experts
 from lorasweep.spec.model import ModelSpec
@@ -81,7 +74,6 @@ def load(
 def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | None]:
     """Read a model and its tokenizer; from the hub, both at one commit, which is also returned."""
     from safetensors.torch import load_file
-    from transformers import AutoTokenizer
     from transformers.utils import cached_file, extract_commit_hash, logging
 
     logging.set_verbosity_error()
@@ -99,24 +91,18 @@ def _read(spec: ModelSpec, models_dirs: Sequence[str]) -> tuple[Any, Any, str | 
         tied = {"lm_head.weight": state["model.embed_tokens.weight"]} if spec.tied else {}
         model.load_state_dict(state | tied)
         return model, None, None
-    name, commit = spec.location, None
+    if spec.source != "hub":
+        folder = _folder(spec, models_dirs)
+        return model_at(spec, folder), _tokenizer_at(folder), None
     try:
-        if spec.source == "hub":
-            config = cached_file(name, "config.json", revision=spec.revision or None)
-            commit = extract_commit_hash(config, None)
-            if commit is None:
-                raise OSError(f"{config} is in no folder named by a commit")
-        else:
-            name = str(_folder(spec, models_dirs))
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=commit, trust_remote_code=False)
-        return model_at(spec, name, revision=commit), tokenizer, commit
+        config = cached_file(spec.location, "config.json", revision=spec.revision or None)
+        commit = extract_commit_hash(config, None)
+        if commit is None:
+            raise OSError(f"{config} is in no folder named by a commit")
+        tokenizer = _tokenizer_at(spec.location, revision=commit)
+        return model_at(spec, spec.location, revision=commit), tokenizer, commit
     except OSError as error:
-        if spec.source != "hub":
-            raise
-        raise ModelError(
-            f"model {spec.name!r}: cannot load {name!r} from the hub ({error}). Check the network "
-            "and access rights, or use local weights: model=FOLDER."
-        ) from error
+        raise ModelError(from_hub(f"model {spec.name!r}", spec.location, error)) from error
 
 
 def save_trained(
@@ -141,13 +127,17 @@ def save_trained(
 
 def tokenizer_of(spec: ModelSpec, models_dirs: Sequence[str], fetched: bool = False) -> Any:
     """Load only the tokenizer; None if there is none. ModelError as from `find.check_available`."""
-    from transformers import AutoTokenizer
-
     if not find.check_available(spec, models_dirs, fetched):
         return None
-    on_hub = spec.source == "hub"
-    place, revision = (spec.location, spec.revision) if on_hub else (_folder(spec, models_dirs), "")
-    return AutoTokenizer.from_pretrained(place, revision=revision or None, trust_remote_code=False)
+    if spec.source == "hub":
+        return _tokenizer_at(spec.location, revision=spec.revision or None)
+    return _tokenizer_at(_folder(spec, models_dirs))
+
+
+def _tokenizer_at(place: Path | str, **more: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **more)
 
 
 def model_at(spec: ModelSpec, place: Path | str, **more: Any) -> Any:
@@ -194,12 +184,7 @@ def prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
     for p in model.parameters():
         if p.dtype != dtype:
             raise ModelError(f"model {spec.name!r}: a weight is {p.dtype}, not {dtype}.")
-    if spec.weights_dtype == precision == "bf16":
-        hold_in_bf16(model)
-    if precision == "bf16":
-        norms_to_bf16(model)
-    if precision == "fp64":
-        norms_in_float64(model)
+    set_numerics(model, precision, spec.weights_dtype == "bf16")
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # sdpa of some releases drops the softcap
     if not torch.cuda.is_available():
@@ -209,16 +194,12 @@ def prepared(model: Any, spec: ModelSpec, precision: str) -> Any:
 
 def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     """Return a local model's folder; of a GGUF file a conversion, cached in models_dirs[0]."""
-    from transformers import AutoTokenizer
-
     path = find.pinned_path(spec, models_dirs)
     converted = path if path.is_dir() else find.converted_at(path, models_dirs[0])
     if (converted / "config.json").is_file():
         return converted
     check_installed("gguf", f"model {spec.name!r}")
-    kwargs = {"gguf_file": path.name, "trust_remote_code": False}
-    quantised = model_at(spec, path.parent, **kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs)
+    quantised = model_at(spec, path.parent, gguf_file=path.name)
     # transformers refuses to save a model loaded from GGUF, so a new model gets the weights
     config = quantised.config.to_dict()
     config.pop("quantization_config", None)
@@ -226,7 +207,7 @@ def _folder(spec: ModelSpec, models_dirs: Sequence[str]) -> Path:
     model.load_state_dict(quantised.state_dict())
     partial = converted.with_name(f".{converted.name}.{os.getpid()}")
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    _tokenizer_at(path.parent, gguf_file=path.name).save_pretrained(partial)
     try:
         os.rename(partial, converted)
     except OSError:  # another process was faster
@@ -248,15 +229,14 @@ def check_shape(model: Any, spec: ModelSpec) -> None:
         "parameters": (sum(p.numel() for p in model.parameters()), spec.n_params),
         "active experts": (active, spec.n_active_experts),
     }
-    differ = {k: v for k, v in values.items() if v[0] != v[1]}
-    wrong = [f"{k} is {got}, described as {want}" for k, (got, want) in differ.items()]
+    wrong = [
+        f"{k} is {got}, described as {want}" for k, (got, want) in values.items() if got != want
+    ]
     if spec.weights_dtype == "bf16":
         finer = [n for n, p in bf16_matrices(model).items() if not are_bf16(p.detach())]
         wrong += [f"weights_dtype is fp32 ({finer[0]}), described as bf16"] if finer else []
     if wrong:
-        # a model given as a folder is pinned, and a customer's has an absolute location
-        alone = spec.revision.startswith("sha256:") or Path(spec.location).is_absolute()
-        is_folder = spec.source == "folder" and alone
+        is_folder = spec.source == "folder"
         described = f"{spec.location}/config.json" if is_folder else "file in conf/model"
         raise ModelError(
             f"model {spec.name!r} differs from its {described}: {'; '.join(wrong)}. Correct the "
@@ -280,25 +260,20 @@ def config_of(spec: ModelSpec, **more: Any) -> "PretrainedConfig":
     """Return a Llama config; with qk_norm a Qwen3 config, with experts a Qwen3-MoE config."""
     from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-    shape: dict[str, Any] = {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.mlp_size,
-        "num_hidden_layers": spec.n_layers,
-        "num_attention_heads": spec.n_heads,
-        "num_key_value_heads": spec.n_kv_heads,
-        "head_dim": spec.head_size,
-        "vocab_size": spec.vocab_size,
-        "tie_word_embeddings": spec.tied,
+    kind: Any = Qwen3MoeConfig if spec.n_experts else Qwen3Config if spec.qk_norm else LlamaConfig
+    if spec.n_experts:
+        more |= {"num_experts": spec.n_experts, "num_experts_per_tok": spec.n_active_experts}
+        more |= {"moe_intermediate_size": spec.mlp_size, "norm_topk_prob": True}
+    return kind(
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.mlp_size,
+        num_hidden_layers=spec.n_layers,
+        num_attention_heads=spec.n_heads,
+        num_key_value_heads=spec.n_kv_heads,
+        head_dim=spec.head_size,
+        vocab_size=spec.vocab_size,
+        tie_word_embeddings=spec.tied,
         **more,
-    }
-    if not spec.n_experts:
-        return (Qwen3Config if spec.qk_norm else LlamaConfig)(**shape)
-    return Qwen3MoeConfig(
-        **shape,
-        num_experts=spec.n_experts,
-        num_experts_per_tok=spec.n_active_experts,
-        moe_intermediate_size=spec.mlp_size,
-        norm_topk_prob=True,
     )
 
 

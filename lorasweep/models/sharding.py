@@ -160,31 +160,30 @@ def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str
         fitting = [axis for axis in range(1, p.dim()) if p.shape[axis] % mesh.size == 0]
         if not fitting:
             raise ModelError(
-                f"exec.world_size={mesh.size} divides no side of an adapter {tuple(p.shape[1:])}, "
-                "so it cannot be split. Choose a number that divides the model's width, such as a "
-                "power of 2."
+                f"exec.world_size={mesh.size} divides no side of an adapter {tuple(p.shape[1:])}. "
+                "Choose a number that divides the model's width, such as a power of 2."
             )
         return Shard(max(fitting, key=lambda axis: p.shape[axis]))
 
     ignored = {p for p in model.parameters() if p.dim() < 2 and not p.requires_grad}
-    common: dict[str, Any] = {
-        "mesh": mesh.devices,
-        "ignored_params": ignored,
-        "shard_placement_fn": placement,
-    }
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+    def split(part: nn.Module, policy: MixedPrecisionPolicy = plain, **more: Any) -> None:
+        common: dict[str, Any] = {"mesh": mesh.devices, "ignored_params": ignored, **more}
+        fully_shard(part, mp_policy=policy, shard_placement_fn=placement, **common)
+
     for block in blocks(model):
         for part in block.modules():
             own = list(part.parameters(recurse=False))
             if own and all(p.dim() < 2 for p in own) and any(p.requires_grad for p in own):
-                fully_shard(part, mp_policy=plain, reshard_after_forward=False, **common)
-        fully_shard(block, mp_policy=bf16 if precision == "bf16" else plain, **common)
+                split(part, reshard_after_forward=False)
+        split(block, bf16 if precision == "bf16" else plain)
     entry = _Entry(model)
-    fully_shard(entry, mp_policy=plain, **common)
-    for split in _split(entry):
-        split.set_gradient_divide_factor(1.0)
-        split.set_force_sum_reduction_for_comms(True)
+    split(entry)
+    for part in _split(entry):
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
     if mesh.rank:
         entry.to_empty(device=mesh.device)
         for first, *others in owners.values():  # tie the shared parameters again
@@ -265,12 +264,10 @@ def guard(model: nn.Module, trained: "Trainables", mesh: Mesh, measures: Sequenc
     """
     if not mesh.devices:
         return
+    alone = "train in one process: exec.world_size=1."
     for name, p in trained.parameters().items():
         if not isinstance(p, DTensor) or p.device_mesh != mesh.devices:
-            raise TrainingError(
-                f"{name} is trained but not spread over the processes, so its gradient would be "
-                "that of one process only. Train in one process: exec.world_size=1."
-            )
+            raise TrainingError(f"{name} is trained, but each process has its gradient: {alone}")
     whole = {n: t.detach().double() for n, t in _tensors(model) if not isinstance(t, DTensor)}
     sums = {n: (t.sum().item(), t.square().sum().item()) for n, t in whole.items()}
     found = mesh.gather((sums, list(measures)))
@@ -278,8 +275,7 @@ def guard(model: nn.Module, trained: "Trainables", mesh: Mesh, measures: Sequenc
         names = [n for n in sums if any(other[0][n] != found[0][0][n] for other in found)]
         raise TrainingError(
             f"the processes of a run differ in {', '.join(names) or 'losses or gradients'}: "
-            f"{[other[1] for other in found]}. Their results would be worthless. Run the command "
-            "again; if it happens again, train in one process: exec.world_size=1."
+            f"{[other[1] for other in found]}. Run the command again; if it happens again, {alone}"
         )
 
 

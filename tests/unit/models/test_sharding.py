@@ -43,7 +43,7 @@ def test_the_guard_refuses_a_trained_tensor_that_is_not_split_and_processes_that
     none, trained = (
         SimpleNamespace(parameters=lambda p=p: p) for p in ({}, {"adapter": torch.zeros(2)})
     )
-    with pytest.raises(TrainingError, match="adapter is trained but not spread"):
+    with pytest.raises(TrainingError, match="adapter is trained, but each"):
         guard(model, trained, mesh, [])
     mesh.__class__.other = staticmethod(lambda value: (value[0], [1.5]))
     with pytest.raises(TrainingError, match="differ in losses or gradients"):
