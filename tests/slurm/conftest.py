@@ -1,11 +1,13 @@
 """The Slurm that these tests share: started once, kept by one process of pytest-xdist."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from lorasweep.launch.slurm import queue as commands
+from tests.slurm import stand_ins
 from tests.slurm.cluster import Slurm, missing_commands
 
 HERE = Path(__file__).parent
@@ -43,3 +45,23 @@ def queue(slurm):
     slurm.command("scancel", "--user=root", check=False)
     slurm.start()  # a daemon that died
     slurm.drain(60)
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """`inside(kind, *options)`: these options, with a container; its notes are `inside.notes()`."""
+    folder = tmp_path / "bin"
+    setup = stand_ins.install(folder)
+    monkeypatch.chdir(tmp_path)
+
+    def options(kind, *given):
+        image = tmp_path / {"apptainer": "image.sif", "pyxis": "image.sqsh"}[kind]
+        image.write_text("")
+        changed = [o.replace("cluster.setup=[", f"cluster.setup=['{setup}',") for o in given]
+        return [*changed, f"cluster.container={image}"]
+
+    def notes():
+        return [json.loads(line) for line in (folder / stand_ins.NOTES).read_text().splitlines()]
+
+    options.notes = notes
+    return options

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 
@@ -39,21 +40,26 @@ HARMS = (
 )
 
 
-def test_a_submitted_sweep_is_preempted_requeued_and_answered(queue, tmp_path):
-    """One job is preempted, one queued again; the report is that of a local command."""
+@pytest.mark.parametrize(
+    "kind", [None, *(pytest.param(k, marks=pytest.mark.full) for k in ("apptainer", "pyxis"))]
+)
+def test_a_submitted_sweep_is_preempted_stopped_and_answered(queue, tmp_path, inside, kind):
+    """One job is preempted, one queued again, also in containers; the report is the local one."""
     here, there = tmp_path / "here", tmp_path / "there"
     train_here(here, *SMOKE, *SLOWLY)
     answer = ask(here, *SMOKE, *SLOWLY)
+    options = (*(inside(kind, *FAST) if kind else FAST), "cluster.runs_per_job=3")
     with queue.closed():
-        sent = ask(there, *SMOKE, *SLOWLY, *FAST, "cluster.runs_per_job=3", trainer=HELD)
+        sent = ask(there, *SMOKE, *SLOWLY, *options, trainer=HELD)
         assert "submitted 6 runs" in sent and "6 runs queued" in sent
         (submission,) = submitted(there)
-        preempted, requeued = jobs_of(submission)
+        preempted, stopped = jobs_of(submission)
         queue.update(f"jobid={preempted}", "partition=scavenge")
     started = wait_for(lambda: _one_with_a_checkpoint_of_each_job(there, submission))
     node = queue.jobs()[preempted][1]
     queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
-    queue.command("scontrol", "requeue", requeued)
+    warn = ("scancel", "--signal=USR2") if kind else ("scontrol", "requeue")
+    queue.command(*warn, stopped)
     wait_for(lambda: all(_interrupted(there, rid) for rid in started))
     (there / "runs" / GO).touch()
     queue.drain()
@@ -62,11 +68,16 @@ def test_a_submitted_sweep_is_preempted_requeued_and_answered(queue, tmp_path):
     assert results(there) == results(here) and curves(there) == curves(here)
     for rid in started:
         assert set(attempts(there)[rid]) == {1, 2}
-        assert read_json(there / f"runs/{rid}/attempts/2/env.json")["resumed_from_step"] > 0
+        env = read_json(there / f"runs/{rid}/attempts/2/env.json")
+        assert env["resumed_from_step"] > 0 and bool(env["slurm"].get("container")) == bool(kind)
     (report,) = (there / "reports").glob("lr_ratio-smoke-*/report.md")
     assert report.read_text() == (here / report.relative_to(there)).read_text()
     again = ask(there, *SMOKE, *SLOWLY, *FAST)
     assert answer.splitlines()[0] in again and len(submitted(there)) == 1
+    for seen in inside.notes() if kind else ():  # a worker for each job, twice
+        assert f"{there}/runs:{there}/runs" in seen["mounts"] and len(inside.notes()) == 4
+        command = " ".join(seen["command"])
+        assert re.match("env PYTHONNOUSERSITE=1 PYTHONPATH=.* python3 -m lorasweep.launch", command)
 
 
 @pytest.mark.full

@@ -45,6 +45,17 @@ def test_two_processes_on_two_nodes_make_the_update_of_one(queue, tmp_path):
     assert steps[f"{job}.0"] == "1|1" and steps[f"{job}.1"] == "2|2"
 
 
+@pytest.mark.parametrize(("kind", "per_node"), [("apptainer", 1), ("pyxis", 1), ("pyxis", 2)])
+@pytest.mark.full
+def test_a_run_of_two_processes_inside_a_container(queue, tmp_path, inside, kind, per_node):
+    spread = ("exec.world_size=2", f"cluster.gpus_per_node={per_node}", "steps=1")
+    ask(tmp_path, *RUN, *inside(kind, *TWO_NODES), *spread, trainer=None)
+    queue.drain()
+    store, rid, result = finished(tmp_path)
+    assert result["backend"] == "transformers on cpu, 2 processes" and store.last_attempt(rid) == 1
+    assert len(inside.notes()) == (2 if kind == "apptainer" else 1)  # one srun starts both
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_four_processes_on_two_nodes_are_killed_and_stopped_and_resume(queue, tmp_path):

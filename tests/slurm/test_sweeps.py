@@ -38,22 +38,19 @@ from tests.world import ROOT, cli, environment
 TWO_STAGES = (*SMOKE, "sweep.replicate.seeds=[1]", "sweep.replicate.n_lrs=2", "exec.threads=1")
 
 
-@pytest.fixture(scope="module")
-def trained(slurm, tmp_path_factory):
-    """Ask for a sweep of two stages, with real training, here and on the cluster; to the end."""
-    folder = tmp_path_factory.mktemp("trained")
-    here, there = folder / "here", folder / "there"
+def both(tmp_path, *arguments):
+    """Ask here and on the cluster, to the end; return both folders, and both outputs."""
+    here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
-    sent = cli(*TWO_STAGES, *FAST, "cluster.runs_per_job=3", cwd=there)
-    answer = cli(*TWO_STAGES, cwd=here)
-    slurm.drain()
-    return here, there, sent, answer
+    sent = cli(*arguments, *FAST, "cluster.runs_per_job=3", cwd=there)
+    return here, there, cli(*arguments, cwd=here), sent
 
 
 @pytest.mark.full
-def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(trained):
-    here, there, sent, answer = trained
+def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(queue, tmp_path):
+    here, there, answer, sent = both(tmp_path, *TWO_STAGES)
+    queue.drain()
     assert "submitted 6 runs" in sent.stdout and "code snapshot" in sent.stderr
     assert len(results(there)) == 10 and results(there) == results(here)
     assert curves(there) == curves(here)
@@ -66,17 +63,12 @@ def test_a_sweep_of_two_stages_ends_by_itself_with_the_local_answer(trained):
     text = next((there / "runs").glob("*/attempts/1/env.json")).read_text()
     assert json.loads(text)["slurm"]["job"] and json.loads(text)["snapshot"]
     assert "SLURM_CONF" not in text
-
-
-@pytest.mark.full
-def test_a_job_that_slurm_runs_twice_does_nothing_the_second_time(trained):
-    _, there, _, _ = trained
-    before = curves(there)
+    # a job that Slurm runs twice does nothing the second time
     tasks = submitted(there)[0].folder / "tasks.jsonl"
     job = [sys.executable, "-X", "importtime", "-m", "lorasweep.launch.slurm.job", tasks, "0"]
     again = subprocess.run(job, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "3 runs, 0 to do" in again.stdout and not re.search(r"\btorch\b", again.stderr)
-    assert curves(there) == before
+    assert curves(there) == curves(here)
 
 
 @pytest.mark.full
@@ -91,19 +83,14 @@ def test_packs_side_by_side_have_a_gpu_each(queue, tmp_path):
 
 
 @pytest.mark.full
-def test_a_search_goes_on_in_follow_up_jobs_to_the_local_answer(slurm, tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    there.mkdir()
+def test_a_search_goes_on_in_follow_up_jobs_to_the_local_answer(queue, tmp_path):
     tune = ("+sweep=tune", "scale=smoke", "steps=32", "arms=lora", "budget=7runs")
-    sent = cli(*tune, *FAST, "cluster.runs_per_job=3", cwd=there)
-    answer = cli(*tune, cwd=here)
-    slurm.drain()
+    here, there, answer, sent = both(tmp_path, *tune)
+    queue.drain()
     assert "submitted 5 runs" in sent.stdout
     assert results(there) == results(here) and len(results(here)) > 5
     again = cli(*tune, *FAST, cwd=there)
-    answers = [re.sub("; a run takes.*", "", text.stdout) for text in (answer, again)]
-    assert answers[0] == answers[1]
+    assert len({re.sub("; a run takes.*", "", text.stdout) for text in (answer, again)}) == 1
 
 
 FLEET = ("action=fleet", "customers=customers.yaml", "exec.threads=1")
@@ -250,8 +237,13 @@ def test_two_users_who_ask_at_once_submit_one_sweep(queue, tmp_path):
 
 
 @pytest.mark.full
-def test_an_edited_sweep_submits_what_is_new_and_takes_back_what_is_gone(queue, tmp_path):
+def test_a_sweep_is_cancelled_and_an_edited_one_takes_back_what_is_gone(queue, tmp_path):
     with queue.closed():  # nothing starts for now
+        ask(tmp_path, *SMOKE, *FAST, "cluster.runs_per_job=3")
+        assert len(queue.jobs()) == 3  # two and the one that follows
+        said = ask(tmp_path, *SMOKE, *FAST, "action=cancel")
+        assert "cancelled 2 job(s) with 6 unfinished run(s)" in said
+        queue.drain()
         ask(tmp_path, *SMOKE, *ALONE, "cluster.runs_per_job=1", "exec.pack_size=1")
         edited = (*SMOKE, "sweep.arms.fullft.lr=[1e-3,3e-3]", "~sweep.arms.lora")
         plan = ask(tmp_path, *edited, *ALONE, "action=plan")
@@ -261,21 +253,6 @@ def test_an_edited_sweep_submits_what_is_new_and_takes_back_what_is_gone(queue, 
         assert re.search(r"submitted [12] runs", text) and re.search(r"cancelled [56] queued", text)
     queue.drain()
     assert len(results(tmp_path)) == 2
-
-
-@pytest.mark.full
-def test_a_cancelled_sweep_leaves_the_queue_and_ends_when_asked_for_again(queue, tmp_path):
-    with queue.closed():
-        ask(tmp_path, *SMOKE, *FAST, "cluster.runs_per_job=3")
-        assert len(queue.jobs()) == 3  # two and the one that follows
-        assert "cancelled 2 job(s) with 6 unfinished run(s)" in ask(
-            tmp_path, *SMOKE, *FAST, "action=cancel"
-        )
-        queue.drain()
-        assert results(tmp_path) == {}
-    assert "submitted 6 runs" in ask(tmp_path, *SMOKE, *ALONE)
-    queue.drain()
-    assert len(results(tmp_path)) == 6
 
 
 @pytest.mark.full
