@@ -122,19 +122,14 @@ def test_a_damaged_result_is_not_done_and_is_kept(store, change_owner, damage):
 
 
 def test_recent_records_are_read_from_the_end(store):
-    spec = tiny_spec()
-    store.claim(spec)
-    assert store.recent_records(spec.id) == []
-    for step in range(1, 501):
-        store.record(spec.id, {"step": step, "train_nll": 1 / step})
-        if step == 3:
-            assert store.recent_records(spec.id) == store.records(spec.id)
-    with open(store.folder(spec.id) / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 501, "tra')
-    # the incomplete last record is ignored
-    recent, all_records = store.recent_records(spec.id), store.records(spec.id)
-    assert 20 < len(recent) < len(all_records) == 500
-    assert recent == all_records[-len(recent) :]
+    rid = tiny_spec().id
+    store.claim(tiny_spec())
+    assert store.recent_records(rid) == []
+    store.record(rid, *({"step": step, "train_nll": 1 / step} for step in range(1, 501)))
+    with open(store.folder(rid) / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 501, "tra')  # the incomplete last record is ignored
+    recent, whole = store.recent_records(rid), store.records(rid)
+    assert 20 < len(recent) < len(whole) == 500 and recent == whole[-len(recent) :]
 
 
 def test_kills_after_which_a_run_got_further_do_not_count(store, change_owner):
@@ -215,17 +210,13 @@ def test_a_pack_resumes_from_its_latest_common_step(tmp_path):
     assert {s["meta"]["step"] for s in loaded.values()} == {2}
 
 
-def finish(store, ids):
+def test_finished_runs_are_read_once_until_their_file_changes(store, monkeypatch):
+    store.prepare()
+    ids = [str(k) for k in range(3)]
     for rid in ids:
         store.folder(rid).mkdir()
         store.finish(rid, "done", {"test_nll": 2.0})
     assert len(store.finished(ids)) == len(ids)
-
-
-def test_finished_runs_are_read_once_until_their_file_changes(store, monkeypatch):
-    store.prepare()
-    ids = [str(k) for k in range(3)]
-    finish(store, ids)
     with monkeypatch.context() as m:
         m.setattr(store, "result", Mock(side_effect=AssertionError))
         assert store.finished(ids).keys() == set(ids)
@@ -277,6 +268,9 @@ def test_a_table_with_a_bad_row_adds_nothing(tmp_path, table, values, problem):
 def test_rounds_added_at_the_same_time_are_all_recorded(tmp_path):
     path, known = looks.path_of(tmp_path, "rank-smoke"), [Point("lora", tiny_spec())]
     looks.note_look(path, "hash", planned=5)
+    looks.note_look(path, "later", planned=9)  # only the first look counts
+    with pytest.raises(SpecError, match="must not change after a look"):
+        looks.append(path, [], "later", known)
 
     def add(seed):
         looks.append(path, [{"like": known[0].id, "lr": 1e-3, "seed": 1 + seed}], "hash", known)
@@ -287,15 +281,6 @@ def test_rounds_added_at_the_same_time_are_all_recorded(tmp_path):
     assert {r["runs"][0]["seed"] for r in rounds} == {1, 2, 3, 4}
     with pytest.raises(SpecError, match="optional stopping"):
         add(9)
-
-
-def test_the_first_look_is_recorded_once(tmp_path):
-    path = looks.path_of(tmp_path, "rank-smoke")
-    looks.note_look(path, "first", planned=2)
-    looks.note_look(path, "second", planned=5)
-    assert json.loads(path.read_text())["claims_hash"] == "first"
-    with pytest.raises(SpecError, match="must not change after a look"):
-        looks.append(path, [], "second", [Point("a", tiny_spec())])
 
 
 def test_an_owner_of_unknown_start_time_is_not_called_dead(store, change_owner, monkeypatch):
