@@ -55,7 +55,7 @@ RUNS, UPDATES_DRAWN = 4, 40
 """Number of runs in the pack, and of updates for which rollouts are drawn."""
 SPREAD = 0.05
 """Standard deviation of B's entries: an assumption."""
-CASES = {"words, rank 8": ("rl", 8), "bandit, rank 4": ("rl_bits", 4)}
+CASES = {"words, rank 8": ("rl", 8), "bandit, rank 16": ("rl_unembedding", 16)}
 """Name -> sweep (at scale tiny), rank."""
 Drawn = list[np.ndarray]
 """Tokens of every rollout."""

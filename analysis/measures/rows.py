@@ -127,6 +127,19 @@ def verdict_of(plain: Mapping[str, Any]) -> Verdict:
     return Verdict(**{**plain, **known, "gates": gates})
 
 
+def ranks_compared(results: Mapping[str, Any], task: str, quantity: str) -> dict[str, int]:
+    """Return the rank of each LoRA arm that a quantity compares, by layer set or name of the rank.
+
+    Empty if it is not known, or if the quantity is over several ranks of one layer set.
+    """
+    at = (results.get("compared") or {}).get(task, {}).get(quantity, ())
+    lora = [c for c in (results["curves"][k] for k in at) if c["method"] == "lora"]
+    if len({c["layers"] for c in lora}) < 2:
+        ranks = {int(c["rank"]) for c in lora}
+        return {f"rank {r}": r for r in ranks} if len(ranks) == 1 else {}
+    return {c["layers"]: int(c["rank"]) for c in lora}
+
+
 def rows_of(
     results: Mapping[str, Any], question: Mapping[str, Any], runs: pd.DataFrame
 ) -> list[Row]:
@@ -267,7 +280,7 @@ class _Maker:
         """Return the rank and the number of updates of an estimand in a task, also in words."""
         said = (self.results.get("read") or {}).get(quantity, "")
         known = [c.key for _, c in self.curves if _is_of(c.group, task)]
-        arms = (self.results.get("ranks") or {}).get(task, {}).get(quantity.partition("_")[0], {})
+        arms = ranks_compared(self.results, task, quantity)
         ranks = sorted(
             {int(k["rank"]) for k in known if k.get("rank") == k.get("rank") is not None}
         )

@@ -165,14 +165,12 @@ def panel_over(
     return Panel(title, x, y, series, log_x=True, **{"ticks": ticks, **look})
 
 
-def panel_of(
-    title: str, y: str, estimates: Mapping[str, Estimate], band: tuple[float, float]
-) -> Panel:
-    """Draw estimates side by side, each above its name."""
+def panel_of(title: str, y: str, estimates: Mapping[str, Estimate], **look: Any) -> Panel:
+    """Draw estimates side by side, each above its name; `look`: other fields of `Panel`."""
     found = list(estimates.values())
     points = Series.of("", range(len(found)), found, style="o", colour=1)
     ticks = [(float(k), name) for k, name in enumerate(estimates)]
-    return Panel(title, "", y, [points], band=band, ticks=ticks)
+    return Panel(title, "", y, [points], ticks=ticks, **look)
 
 
 def mapped(e: Estimate, f: Callable[[float], float]) -> Estimate:

@@ -292,7 +292,7 @@ def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
     )
     shares = {RECIPES[k]: r.estimate for k, r in c.recipes.items()}
     title = "regret as a share of tuned LoRA's gain"
-    panels = [base.panel_of(title, "share", shares, (-0.05, 0.05))]
+    panels = [base.panel_of(title, "share", shares, band=(-0.05, 0.05))]
     figure = ("recipes.png", panels, "regret of recipes")
     costs = base.Section.of("Recipes", head, rows, [text], *figure)
     rows = [

@@ -30,7 +30,7 @@ def check_claims(sweep: Sweep | None) -> None:
     from analysis.questions.registry import UnknownQuestion, question_named
 
     try:
-        asked = question_named(sweep.analysis or "")
+        asked = question_named(sweep.analysis or "", sweep.estimands, sweep.variants)
     except UnknownQuestion as error:
         raise SpecError(unknown("analysis", sweep.analysis, error.known)) from None
     estimands = asked.names
@@ -67,7 +67,7 @@ def outlooks(
     from analysis.inference.design import outlook
     from analysis.questions.registry import question_named
 
-    ratios = question_named(sweep.analysis).logs
+    ratios = question_named(sweep.analysis, sweep.estimands, sweep.variants).logs
     seeds, found = planned_seeds(points, sweep.replicate), []
     for name, claim in sweep.claims.items():
         source = next((s for s in scales if claim.planned_at(s).sd is not None), scales[0])

@@ -137,7 +137,10 @@ class Sweep:
     """Why the answer is withdrawn; empty: it is not. If it is, all verdicts are UNDECIDED, except
     those of claims with `not_withdrawn`. No hash covers this field."""
     analysis: str = ""
-    """Module of analysis/questions that judges the claims."""
+    """Module of analysis/questions that judges the claims, or a sweep whose `estimands` do."""
+    variants: dict[str, Any] = field(default_factory=dict)
+    estimands: dict[str, Any] = field(default_factory=dict)
+    """What is compared; see analysis/questions/arms.py. Empty: those of `analysis`."""
     rounds: int = 1
     """Planned interim analyses, 1 to 5. With more of them, each has wider intervals, so that the
     total error rate stays 5%."""

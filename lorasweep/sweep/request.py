@@ -143,5 +143,5 @@ def question(request: Request) -> dict[str, Any]:
         "changes": request.changes,
         **{key: sweep[key] for key in kept},
         "added_after": added_after(request.sweep),
-        "analysis": sweep["analysis"],
+        **{key: sweep[key] for key in ("analysis", "variants", "estimands")},
     }

@@ -28,8 +28,8 @@ from analysis.inference.estimate import (
 )
 from analysis.measures.regret import COUNTS, FIRST_PASS
 from analysis.measures.rows import Row, csv_of, pick
-from analysis.questions.lr_ratio import ONE, TEN
-from analysis.questions.registry import analyse, question_named, read_question
+from analysis.questions.arms_report import ONE, TEN
+from analysis.questions.registry import analyse, question_for, read_question
 from analysis.report import plots, plots_study
 from analysis.report.report import added_after, band_text, command_of, write_answer
 from analysis.report.study import figures
@@ -450,7 +450,7 @@ def in_order(kept: Path) -> list[Path]:
     """Return the folders of all kept answers, each after the answers that it shows as well."""
     question = {p.parent: read_question(p.parent) for p in sorted(kept.glob("*/question.json"))}
     folders = list(question)
-    shows = {f: question_named(question[f]["analysis"]).shows for f in folders}
+    shows = {f: question_for(question[f]).shows for f in folders}
     graph = {f: [g for g in folders if question[g]["name"] in shows[f]] for f in folders}
     return list(TopologicalSorter(graph).static_order())
 

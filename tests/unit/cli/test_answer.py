@@ -26,7 +26,6 @@ UNKNOWN = {
     "rank": ["faster"],
     "regime": ["nothing", "real", "real_16"],
     "rl": ["wider"],
-    "rl_bits": ["taught", "one_bit", "wider"],
 }
 """Claims of which no data were run at tiny, so that no spread over seeds is known."""
 

@@ -4,11 +4,9 @@ import dataclasses
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from analysis.questions import capacity, compute
-from analysis.questions.experts import QUESTION, READINGS
 from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -24,8 +22,6 @@ from tests.planted import (
     ask,
     base,
     check,
-    kept_question,
-    planted_table,
     runs,
 )
 
@@ -59,15 +55,6 @@ def test_capacity(bits, outcome, tmp_path):
     other = runs(spec, dataclasses.replace(ONE, rank=4), [1e-2], steps=400)
     with pytest.raises(TableError, match="LoRA has the ranks 1, 4, but bits a parameter need one"):
         ask("capacity", world, [*specs, *other])
-
-
-@pytest.mark.parametrize(
-    ("seeds", "at_edge", "code"), [(2, False, "FEW_SEEDS"), (3, True, "FLAGGED"), (3, False, None)]
-)
-def test_bits_at_100_exposures_need_seeds_and_an_inner_learning_rate(seeds, at_edge, code):
-    load = capacity.Load(512, 100.0, "lora", 1e-2, [900.0] * seeds, [], PARAMETERS, at_edge)
-    facts = capacity.Facts("f", pd.DataFrame(), [], [load])
-    assert [g.code.name for g in facts.gates_on_runs(facts.at_100)] == [code][: code is not None]
 
 
 def test_effective_parameters_count_each_matrix_once():
@@ -121,12 +108,6 @@ def test_the_length_at_which_lora_reaches_the_loss(rho, length):
     assert updates(found) == pytest.approx(1 / rho if length < 384 else 256 / 51, rel=0.08)
 
 
-def test_times_of_a_busy_machine_decide_nothing():
-    _, found = ask_compute(World(lambda s: 1.0, more=seconds(0.1, 4.0)))
-    assert [g["code"] for g in found["seconds_a_step"]["gates"]] == ["BUSY"]
-    check(found, flops_to_loss="SUPPORTED")  # counted, not timed
-
-
 @pytest.mark.parametrize("rank", [1, 16])
 def test_operations_are_those_of_the_methods(rank):
     spec, method = base("smollm2-135m-instruct"), LoRA(rank=rank)
@@ -174,34 +155,26 @@ def of(values, spec, default):
     return values.get(name, default)
 
 
-def test_planted_gaps_and_optima_come_back():
+def test_planted_gaps_and_optima_come_back(tmp_path):
     world = Readings({"all": 0.1, "shared": -0.02}, {"divided_alpha": 2.0})
-    out, verdicts = ask("experts", world, reading_runs())
+    _, verdicts = ask("experts", world, reading_runs(), tmp_path)
     refuted = {"all_experts", "ratio", "same_scale"}  # planted ratio: 2
     outcomes = {name: v["outcome"] for name, v in verdicts.items()}
     assert outcomes == {k: "REFUTED" if k in refuted else "SUPPORTED" for k in outcomes}
     ratios = {"ratio": 2, "one_rate": 1, "same_scale": 2}
     check(verdicts, **{name: pytest.approx(v, rel=0.15) for name, v in ratios.items()})
-    (found,) = out["cells"].values()
-    assert found["all"]["regret_percent"]["value"] == pytest.approx(10, abs=0.5)
-    assert found["all"]["token_shares"][0] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    gain = GAIN * math.log2(65)
+    check(verdicts, all_experts=pytest.approx(0.05 * gain, abs=0.005 * gain))
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "| divided alpha |" in text and "| full fine-tuning | 0 | 10.0% | 40.0% | 25.0% |" in text
+    )
 
 
-def test_the_experts_adapters_are_counted_as_they_are_trained():
-    world = Readings({}, {})
-    table, spec = planted_table(world, reading_runs()), base("tiny64-experts", "dialect_smoke")
-    found = QUESTION.analyse(table, kept_question("experts"))
-    (counts,) = [s.rows for s in found.sections if s.title == "What is trained in the experts"]
-    shown = {row[0]: int(row[2].replace(",", "")) for row in counts[1:]}
-    matrices = list(spec.model.matrices(("mlp",)))
-    for reading, method in METHODS.items():
-        trained = sum(method.n_trained(spec.model, m) for m in matrices)
-        assert shown[READINGS[reading]] == trained
-    assert shown[READINGS["whole"]] == 8 * 8 * 4 * 3 * (64 + 112)
-
-
-def test_a_dense_model_is_refused():
-    dense = planted.runs(base(dataset="dialect_smoke"), Lora(rank=4), [LORA])
-    table = planted_table(World(), dense)
-    with pytest.raises(TableError, match="has no known rank of its experts"):
-        QUESTION.analyse(table, kept_question("experts"))
+def test_two_curves_of_one_variant_are_refused_and_a_missing_one_is_named():
+    some = [s for s in reading_runs() if s.method != METHODS["whole"]]
+    _, verdicts = ask("experts", Readings({}, {}), some)
+    assert verdicts["whole"]["why"] == "no curve of whole"
+    twice = planted.runs(some[0], dataclasses.replace(METHODS["all"], rank=16), [LORA], steps=64)
+    with pytest.raises(TableError, match="2 curves are 'all'"):
+        ask("experts", Readings({}, {}), [*some, *twice])

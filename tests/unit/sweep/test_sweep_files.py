@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from analysis.questions.registry import OLDER_NAMES
 from lorasweep.cli.actions import act
 from lorasweep.config.compose import composer, shipped_model
 from lorasweep.errors import NotAtScale, SpecError
@@ -80,7 +81,8 @@ def compare_with_kept(today, folder, scale):
             continue
         later = {"planning": {}, "underpowered": False}
         assert {**claim, **later} == {**today["claims"][name], **later}, name
-    for key in ("question", "source", "how", "rounds", "analysis"):
+    assert today["analysis"] == OLDER_NAMES.get(kept["analysis"], kept["analysis"])
+    for key in ("question", "source", "how", "rounds"):
         assert kept[key] == today[key], key
     assert kept.get("withdrawn", "") == today["withdrawn"]
     assert kept.get("added_after", []) == today["added_after"]

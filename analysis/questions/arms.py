@@ -1,0 +1,593 @@
+"""Judge comparisons of arms that a sweep's file declares, each arm at its best learning rate.
+
+Keys of the file: `variants` names curves of LoRA, `estimands` says what is compared. For example
+
+    variants: {whole: {expert_rank: whole}}
+    estimands:
+      over_allowed_whole: {measure: over_allowed, of: whole, over: full}
+      attention_over_mlp: {measure: speed, of: {layers: attention, like: size}, over: {layers: mlp}}
+      attention_everywhere: {every_task: attention_over_mlp, worst: max}
+
+`measure` is a key of QUANTITIES. An arm is `full`, `control` (full fine-tuning of LoRA's matrices),
+a variant, or settings of a curve of LoRA. Settings with a meaning of their own: `rank: top`;
+`min_rank`: all ranks from this one up; `like: rank` or `size`: as the other arm has; `layers:
+fewest` or `most`; `objective: sft`: the supervised runs beside rewarded ones. Other keys:
+
+    load: [0, 1]           only where the bits to learn, over the capacity of rank 1, lie in between
+    optional: true         no verdict, and no gate, where an arm is missing
+    any_task: true         for `points`: also on tasks whose rewards start or end elsewhere
+    pool: [...]            estimands whose noise is pooled; otherwise that of all ranks
+    log: false, laws: true margin on a linear scale; published laws of the ratio beside the verdict
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis.inference.estimate import Estimate, exp_of
+from analysis.inference.gates import Gate, GateCode
+from analysis.inference.meta import within_groups
+from analysis.measures import at_best, rewards
+from analysis.measures.qualify import stalled
+from analysis.measures.ratio import lr_drift, ratio_of, rivals
+from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
+from analysis.measures.speed import curves_at_best, log_rho, read_to, rho
+from analysis.optimum.optimum import Optimum
+from analysis.questions import base
+from analysis.runs.learning_curves import Points, learning_curves
+from analysis.runs.lr_curves import runs_of
+from analysis.runs.table import TableError
+
+SIZES_AGREE = 0.1
+"""Two arms are of equal size if their trained parameters differ by at most this share."""
+START, MOST = (0.05, 0.4), 0.9
+"""A task can distinguish methods if the reward before training lies in START, and the highest
+reward at the end is at most MOST."""
+ACTIONS, LABEL_BITS = 16, 4
+"""Labels of a bandit to choose from, and their bits (lorasweep/data/synthetic/facts.py)."""
+KNOWN = 0.99
+"""A curve that knows more than this share of the labels' bits cannot gain from other LRs."""
+Said = Mapping[str, Any]
+Arm = str | Said
+
+
+class Pair(NamedTuple):
+    """Two arms that are compared; the first may be several curves."""
+
+    of: list[Optimum]
+    over: Optimum
+
+    @property
+    def one(self) -> Optimum:
+        """The first arm's only curve, or the first of them."""
+        return self.of[0]
+
+    @property
+    def all(self) -> list[Optimum]:
+        """Every curve, the second arm's first."""
+        return base.distinct([self.over, *self.of])
+
+
+@dataclass(frozen=True)
+class Read:
+    """Metrics of all curves of a table at their optima, by id of the optimum."""
+
+    runs: pd.DataFrame
+    optima: list[Optimum]
+    order: list[Optimum]
+    """The optima in the order that seeds the draws of their losses."""
+
+    @cached_property
+    def points(self) -> dict[int, at_best.AtBest[Points]]:
+        """Learning curves."""
+        return dict(zip(map(id, self.optima), curves_at_best(self.runs, self.optima)))
+
+    @cached_property
+    def losses(self) -> dict[int, at_best.AtBest[float]]:
+        """Last losses, in nats."""
+        return dict(zip(map(id, self.order), at_best.losses_at_best(self.order)))
+
+
+@dataclass(frozen=True)
+class Task(base.Condition):
+    """All curves of one model, data set, batch size and number of updates."""
+
+    variants: dict[str, Optimum]
+    estimands: Mapping[str, Said]
+    read: Read
+
+    @cached_property
+    def main(self) -> list[Optimum]:
+        """All curves, without those of supervised runs beside rewarded ones."""
+        return [o for o in self.optima if is_rewarded(o) or not is_rewarded(self.optima[0])]
+
+    @cached_property
+    def whole(self) -> Optimum | None:
+        """Full fine-tuning of all weights."""
+        return next(iter(self.find("full")), None)
+
+    def peers(self, o: Optimum) -> list[Optimum]:
+        """Return the curves of LoRA over which the noise of a curve's differences is pooled."""
+        lora = base.lora_of(self.main)
+        same = [v for v in lora if v.curve.key.get("layers") == o.curve.key.get("layers")]
+        return same if base.rank_of(o) else lora
+
+    def find(self, arm: Arm, other: Optimum | None = None) -> list[Optimum]:
+        """Return the curves of an arm, or an empty list; `other`: the curve it is compared with.
+
+        Raises:
+            TableError: several curves fit the arm at one rank.
+        """
+        if isinstance(arm, str) and arm not in ("full", "control"):
+            return [self.variants[arm]] if arm in self.variants else []
+        if isinstance(arm, str):
+            control = arm == "control"
+            found = [o for o in self.main if (o.curve.is_control if control else o.curve.is_full)]
+            return self._one_a_rank(found, arm)
+        wanted = {"method": "lora", **arm}
+        like, least = wanted.pop("like", ""), wanted.pop("min_rank", 0)
+        among = [o for o in self.optima if not is_rewarded(o)] if "objective" in arm else self.main
+        wanted.pop("objective", None)
+        if wanted.get("rank") == "top":
+            del wanted["rank"]
+        few = wanted.pop("layers") if arm.get("layers") in EXTREMES else ""
+        among = [o for o in among if base.rank_of(o) >= least and not o.curve.is_control]
+        found = [o for o in among if wanted.items() <= o.curve.key.items()]
+        if few and found:
+            size = EXTREMES[few](map(_n_layers, found))
+            found = [o for o in found if _n_layers(o) == size]
+        if like and other is None:
+            return []
+        found = self._one_a_rank(found, arm)
+        if like == "size":
+            apart = {id(o): abs(math.log(self.size(o) / self.size(other))) for o in found}
+            found = [o for o in found if apart[id(o)] <= math.log(1 + SIZES_AGREE)]
+            return sorted(found, key=lambda o: apart[id(o)])[:1]
+        if like:
+            return [o for o in found if o.curve.key[like] == other.curve.key[like]]
+        return found if least and "rank" not in arm else sorted(found, key=base.rank_of)[-1:]
+
+    def _one_a_rank(self, found: list[Optimum], arm: Arm) -> list[Optimum]:
+        if len({base.rank_of(o) for o in found}) < len(found):
+            both = "; ".join(f"{o.curve.name}, {v}" for v, (o,) in base.by_variant(found).items())
+            raise TableError(
+                f"{self.name}: {len(found)} curves are the arm {shown(arm)!r}: {both}. Analyse one "
+                "setting at a time."
+            )
+        return found
+
+    def absent(self, name: str) -> str:
+        """Name the first missing arm of an estimand."""
+        said = self.estimands[name]
+        over = self.find(said["over"])
+        if over and self.find(said["of"], over[0]):
+            return "fullft"
+        return shown(said["of" if over else "over"])
+
+    @cached_property
+    def pairs(self) -> dict[str, Pair]:
+        """Estimand -> its arms, if none is missing."""
+        found = {}
+        for name, said in self.estimands.items():
+            over = self.find(said["over"]) if "of" in said else []
+            of = self.find(said["of"], over[0]) if over else []
+            needs_full = QUANTITIES[said["measure"]].needs_full if of else False
+            same = of and of[0] is over[0] and said["of"] != said["over"]
+            if of and not same and (self.whole or not needs_full):
+                found[name] = Pair(of, over[0])
+        return found
+
+    @property
+    def rests(self) -> list[Optimum]:
+        return base.distinct(o for p in self.pairs.values() for o in self.used(p))
+
+    def used(self, p: Pair, both: bool = True) -> list[Optimum]:
+        """Return full fine-tuning and the arms of a comparison, or the first of them."""
+        return base.distinct(o for o in (self.whole, *(p.all if both else p.of)) if o)
+
+    def size(self, o: Optimum) -> int:
+        """Return the number of trained parameters."""
+        return int(runs_of(self.runs, o.curve)["n_trainable"].iloc[0])
+
+    @cached_property
+    def label_bits(self) -> float | None:
+        """Bits of a bandit's labels; None for other data."""
+        data = json.loads(runs_of(self.runs, self.optima[0].curve)["spec"].iloc[0])["dataset"]
+        is_bandit = data.get("location") == "bandit"
+        return LABEL_BITS * float(data["knobs"]["contexts"]) if is_bandit else None
+
+    @cached_property
+    def load(self) -> float | None:
+        """Bits of the labels over the capacity of rank 1; None if unknown."""
+        if self.label_bits is None or not (one := self.find({"rank": 1, "layers": "fewest"})):
+            return None
+        return self.label_bits / (BITS_PER_PARAMETER * self.size(one[0]))
+
+    def applies(self, name: str, said: Said) -> bool:
+        """Return whether claims about an estimand are asked of this task."""
+        low, high = said.get("load", (0, math.inf))
+        fits = low == 0 if self.load is None else low <= self.load < high
+        return fits and (name in self.pairs or not said.get("optional"))
+
+    def log_rho(self, p: Pair) -> at_best.AtBest[float]:
+        """Return ln(rho of the first arm / rho of the second), by seed."""
+        points, full = self.read.points, self.read.points[id(self.whole)]
+        logs = log_rho(points[id(p.one)], full)
+        return logs if p.over is self.whole else logs.minus(log_rho(points[id(p.over)], full))
+
+    def gap(self, p: Pair) -> Gap:
+        """Return the first arm's loss minus the second's; the gain is full fine-tuning's."""
+        losses, full, pooled = self.read.losses, self.whole, None
+        nats = losses[id(p.one)].minus(losses[id(p.over)])
+        gain = gain_from(starts_of(runs_of(self.runs, full.curve)), losses[id(full)])
+        if p.over is full:
+            peers = self.peers(p.one)
+            pooled = at_best.pooled_over(losses[id(o)].minus(losses[id(full)]) for o in peers)
+        return Gap(base.rank_of(p.one), p.one, full, nats, gain, None, pooled)
+
+    @cached_property
+    def at_stable(self) -> dict[int, at_best.AtBest[Points]]:
+        """id of an optimum -> learning curves (losses) at its best stable learning rate."""
+        return rewards.learning_at_stable(self.runs, {id(o): o for o in self.main})
+
+
+EXTREMES: dict[str, Callable[..., int]] = {"fewest": min, "most": max}
+
+
+def _n_layers(o: Optimum) -> int:
+    return str(o.curve.key.get("layers")).count("+")
+
+
+def is_rewarded(o: Optimum) -> bool:
+    """Return whether a curve's runs were trained on rewards."""
+    return o.curve.key.get("objective") == "policy_gradient"
+
+
+def shown(arm: Arm) -> str:
+    """Name an arm in messages."""
+    if isinstance(arm, str):
+        names = {"full": "fullft", "control": "fullft of LoRA's matrices"}
+        return names.get(arm, arm.replace("_", " "))
+    rank = f" r{arm['rank']}" if isinstance(arm.get("rank"), int) else ""
+    rest = ", ".join(f"{k} {v}" for k, v in arm.items() if k not in ("rank", "method"))
+    return f"{arm.get('method', 'lora')}{rank}" + (f" ({rest})" if rest else "")
+
+
+# ---------------------------------------------------------------- quantities
+
+
+class Quantity(NamedTuple):
+    """What is measured on two arms; the functions get the task, the arms and the declaration."""
+
+    of: Callable[[Task, Pair, Said], Estimate]
+    gates: Callable[[Task, Pair, Said], Sequence[Gate]]
+    log: bool = False
+    needs_full: bool = False
+    """Whether full fine-tuning must be there, even if it is not one of the arms."""
+    margin_gates: Callable[[Task, Pair, Said, float], Sequence[Gate]] = lambda t, p, said, high: ()
+    """Gates that depend on the upper end of the claim's margin."""
+
+
+def speed(t: Task, p: Pair, said: Said) -> Estimate:
+    """Return the first arm's rho over the second's."""
+    points, full = t.read.points, t.read.points[id(t.whole)]
+    if p.over is t.whole:
+        pooled = at_best.pooled_over(log_rho(points[id(o)], full) for o in t.peers(p.one))
+        return rho(points[id(p.one)], full, pooled)
+    logs, pools = t.log_rho(p), [t.pairs[e] for e in said.get("pool", ()) if e in t.pairs]
+    if not at_best.is_finite(logs):
+        return Estimate(None, n=len(logs.best))
+    return exp_of(at_best.over_seeds(logs, at_best.pooled_over(map(t.log_rho, pools))))
+
+
+def _speed_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
+    is_whole, used = p.over is t.whole, t.used(p)
+    own = used if is_whole else [t.whole]
+    gates = base.gates_on_speed(used)
+    gates += stalled(own, [t.read.points[id(o)].best for o in own])
+    bounds = not gates and not is_whole and not at_best.is_finite(t.log_rho(p))
+    return [*gates, Gate(GateCode.ONLY_BOUNDS)] if bounds else gates
+
+
+def _gap_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
+    more = [] if p.over is t.whole else base.gates_on([p.over])
+    return [*base.gates_on_gap(t.gap(p)), *more]
+
+
+def _cost(t: Task, p: Pair, said: Said) -> at_best.Cost:
+    """Return the first arm's regret at `times` the second's best LR, in percent of the gain."""
+    lrs = [said["times"] * lr for lr in at_best.best_and_draws(p.over, 1)]
+    gain, peers = t.gap(p).gain, {id(o): o for o in t.peers(p.one)}
+
+    def percent(k: int, losses: at_best.AtBest[float]) -> at_best.AtBest[float]:
+        (own,) = at_best.losses_at_best([peers[k]])
+        return losses.minus(own).paired(gain, lambda lost, gain: 100 * lost / gain)
+
+    return at_best.costs_at({k: (o, lrs) for k, o in peers.items()}, percent)[id(p.one)]
+
+
+def points(t: Task, p: Pair, said: Said) -> Estimate:
+    """Return the first arm's reward minus the second's, in points.
+
+    The noise is pooled over all arms against the control, or else against full fine-tuning.
+    """
+    reward = {id(o): rewards.reward_of(o) for o in t.main}
+    fixed = next((o for o in p.all if o.curve.is_control), p.over)
+    arms = [*([t.whole] if t.whole else []), *t.peers(p.one)]
+    differ = (reward[id(o)].minus(reward[id(fixed)]) for o in arms if o is not fixed)
+    pooled = None if base.rank_of(fixed) else at_best.pooled_over(differ)
+    return at_best.over_seeds(reward[id(p.one)].minus(reward[id(p.over)]), pooled)
+
+
+def _points_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
+    """List the gates on rewards; the reward must start in START and end at most at MOST."""
+    gates = _stable_gates(t, p, said)
+    if said.get("any_task"):
+        return gates
+    start = -p.over.curve.nll_start
+    if math.isfinite(start) and not START[0] <= start <= START[1]:
+        low, high = START
+        gates.append(Gate(GateCode.TASK, f"starts at {start:.2g}, {low:g} to {high:g} needed"))
+    best = max((-o.best_nll for o in p.all if o.best_nll is not None), default=math.nan)
+    if best > MOST:
+        gates.append(Gate(GateCode.TASK, f"nearly solved: {best:.2f}, at most {MOST:g}"))
+    return gates or base.gates_on_pairs(rewards.reward_of(p.one).minus(rewards.reward_of(p.over)))
+
+
+def _stable_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
+    return rewards.gates_on_stable([o.curve for o in p.all])
+
+
+def share_known(o: Optimum) -> at_best.AtBest[float]:
+    """Return the share (at most 1) of the labels' bits known at the best stable LR, by seed."""
+    found = rewards.stable(o.curve)
+    losses = found.loss if found else at_best.AtBest[float]({})
+    return losses.map(lambda nll: min(1, 1 - nll / math.log(ACTIONS)))
+
+
+def _known_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
+    """List the gates. A curve that knows more than KNOWN may have its best LR at an edge."""
+    seeds = [g for g in _stable_gates(t, p, said) if g.code == GateCode.FEW_SEEDS]
+    learning = [
+        o.curve for o in p.all if not (at_best.over_seeds(share_known(o)).value or 0) > KNOWN
+    ]
+    return [*seeds, *(g for g in rewards.gates_on_stable(learning) if g not in seeds)]
+
+
+def bits_per_episode(t: Task, p: Pair, said: Said) -> Estimate:
+    """Return the bits learned per sampled completion, as a mean over the whole run."""
+
+    def learned(run: pd.Series) -> dict[str, float]:
+        bits = json.loads(run["result"]).get("bits_per_answer")
+        return {"bits": math.log(bits)} if bits else {}
+
+    runs = rewards.values_at_stable(t.runs, p.one.curve, learned)
+    return exp_of(at_best.over_seeds(runs.map(lambda v: v["bits"])))
+
+
+QUANTITIES = {
+    "speed": Quantity(speed, _speed_gates, True, True),
+    "over_allowed": Quantity(
+        lambda t, p, said: t.gap(p).over_allowed(), _gap_gates, needs_full=True
+    ),
+    "best_lr": Quantity(
+        lambda t, p, said: ratio_of(p.of, p.over), lambda t, p, said: base.gates_on(p.all), True
+    ),
+    "lr_drift": Quantity(
+        lambda t, p, said: lr_drift(p.of).slope,
+        lambda t, p, said: (
+            base.gates_on(p.of) + ([Gate(GateCode.ONE_RANK)] if len(p.of) < 2 else [])
+        ),
+    ),
+    "cost_at": Quantity(
+        lambda t, p, said: _cost(t, p, said).estimate,
+        lambda t, p, said: base.gates_on(p.all),
+        needs_full=True,
+        margin_gates=lambda t, p, said, high: _cost(t, p, said).gates(high),
+    ),
+    "points": Quantity(points, _points_gates),
+    "good_range": Quantity(
+        lambda t, p, said: rewards.range_ratio(p.one, p.over)[0],
+        lambda t, p, said: [*base.gates_on(p.all), *rewards.range_ratio(p.one, p.over)[1]],
+        True,
+    ),
+    "progress": Quantity(
+        lambda t, p, said: rho(t.at_stable[id(p.one)], t.at_stable[id(p.over)]), _stable_gates, True
+    ),
+    "labels_known": Quantity(
+        lambda t, p, said: at_best.over_seeds(
+            share_known(p.one).paired(share_known(p.over), lambda a, b: 100 * (a - b))
+        ),
+        _known_gates,
+    ),
+    "bits_per_episode": Quantity(bits_per_episode, _stable_gates, True),
+}
+
+
+# ---------------------------------------------------------------- all tasks
+
+
+@dataclass(frozen=True)
+class AllTasks(base.Condition):
+    """All tasks together."""
+
+    tasks: list[Task]
+
+    @property
+    def parts(self) -> Sequence[Task]:
+        return self.tasks
+
+    @property
+    def shown(self) -> bool:
+        return False
+
+    @property
+    def rests(self) -> list[Optimum]:
+        return base.distinct(o for t in self.tasks for o in t.rests)
+
+    def gates(self, *estimands: base.Estimand[Any]) -> list[Gate]:
+        """List the gates of estimands on each task, with the task's name."""
+        found = [g.at(f"{t.name}: ") for t in self.tasks for e in estimands for g in _gates(e, t)]
+        return list(dict.fromkeys(found))
+
+    def pairs(self, names: Iterable[str]) -> list[tuple[Task, list[Optimum]]]:
+        """Return for each task the curves that all of these estimands compare, if it has all."""
+        each = [(t, [t.pairs[n] for n in names if n in t.pairs]) for t in self.tasks]
+        return [
+            (t, base.distinct(o for p in pairs for o in (*p.of, p.over)))
+            for t, pairs in each
+            if len(pairs) == len(list(names))
+        ]
+
+
+def _gates(e: base.Estimand[Any], t: Task) -> Sequence[Gate]:
+    return e.gates(t) if e.name in t.pairs else base.missing(t.absent(e.name))
+
+
+def _everywhere(name: str, said: Said, found: Mapping[str, Any]) -> base.Estimand[Any]:
+    """Declare an estimand on the task on which it is highest or lowest."""
+    each, worst = found[said["every_task"]], {"max": max, "min": min}[said["worst"]]
+
+    def measure(c: AllTasks) -> Estimate:
+        known = [e for t in c.tasks if (e := each.measure(t)) and e.value is not None]
+        return worst(known, key=lambda e: e.value, default=base.UNKNOWN)
+
+    return base.Estimand(
+        name,
+        measure,
+        lambda c: c.gates(each),
+        log=each.log,
+        applies=lambda c: isinstance(c, AllTasks),
+        seeds=lambda c: min((each.seeds(t) for t in c.tasks if each.name in t.pairs), default=0),
+        each=each.name,
+    )
+
+
+def gradient_share(t: Task, o: Optimum) -> float | None:
+    """Return the share of full fine-tuning's squared gradient at step 0 in a curve's layers.
+
+    A mean over runs; None if it was not recorded.
+    """
+    curves = learning_curves(runs_of(t.runs, t.whole.curve)) if t.whole else pd.DataFrame()
+    first = curves.drop_duplicates("run")["grad_share"].dropna() if len(curves) else []
+    layers = str(o.curve.key["layers"]).split("+")
+    total = sum(float(np.mean([f.get(k, math.nan) for f in first])) for k in layers if len(first))
+    return total or None
+
+
+def _trace(name: str, said: Said, found: Mapping[str, Any]) -> base.Estimand[Any]:
+    """Declare the rank correlation of ln(rho) with ln(gradient share), within tasks."""
+    of_all: Sequence[str] = said["trace"]
+
+    def measure(c: AllTasks) -> Estimate:
+        groups = []
+        for t, arms in c.pairs(of_all):
+            logs = [(gradient_share(t, o), t.log_rho(Pair([o], t.whole))) for o in arms]
+            known = [(share, v) for share, v in logs if share and at_best.is_finite(v)]
+            groups.append([(math.log(share), at_best.mean_of(v)) for share, v in known])
+        return within_groups(groups, "layer sets over all tasks")
+
+    def gates(c: AllTasks) -> list[Gate]:
+        trace, why = measure(c), "layer sets over all tasks are too few to correlate"
+        few = [Gate(GateCode.TASK, f"{trace.n} {why}")] if trace.value is None else []
+        return [*few, *c.gates(*(found[n] for n in of_all))]
+
+    return base.Estimand(name, measure, gates, applies=lambda c: isinstance(c, AllTasks))
+
+
+OVER_TASKS = {"every_task": _everywhere, "trace": _trace}
+"""Keys of quantities of all tasks together."""
+
+
+# ---------------------------------------------------------------- conditions and question
+
+
+def on_task(name: str, said: Said) -> base.Estimand[Any]:
+    """Declare an estimand that compares two arms of a task."""
+    q = QUANTITIES[said["measure"]]
+    return base.Estimand(
+        name,
+        lambda t: q.of(t, t.pairs[name], said) if name in t.pairs else None,
+        lambda t: q.gates(t, t.pairs[name], said),
+        lambda t: t.absent(name),
+        log=said.get("log", q.log),
+        applies=lambda c: isinstance(c, Task) and c.applies(name, said),
+        seeds=lambda t: base.fewest_seeds(t.used(t.pairs[name], said["measure"] != "points")),
+        margin_gates=lambda t, margin: q.margin_gates(t, t.pairs[name], said, margin[1]),
+        rivals=laws_of if said.get("laws") else lambda t: {},
+        read=lambda t: _read(t, name, said),
+    )
+
+
+def _read(t: Task, name: str, said: Said) -> str:
+    """Return the rank and the updates of a comparison with full fine-tuning, in words."""
+    p = t.pairs.get(name)
+    if p is None or p.over is not t.whole or len(p.of) > 1 or "rank" not in said["of"]:
+        return ""
+    to = f", to update {read_to([t.read.points[id(o)] for o in p.all])}"
+    return f"rank {base.rank_of(p.one)}" + (to if said["measure"] == "speed" else "")
+
+
+def laws_of(t: Task) -> dict[str, float]:
+    """Return the ratios that published laws predict; empty if the hidden size is unknown."""
+    key = next((o.curve.key for o in base.lora_of(t.main)), None)
+    if key is None or "hidden_size" not in t.runs:
+        return {}
+    width = t.runs.loc[t.runs["model"] == key["model"], "hidden_size"].fillna(0).iloc[0]
+    return rivals(int(width), float(key.get("alpha", math.nan)))
+
+
+def conditions(
+    table: pd.DataFrame, said: Mapping[str, Said], variants: Mapping[str, Said], of_rates: bool
+) -> list[Any]:
+    """Return the tasks, then all tasks together.
+
+    Raises:
+        TableError: two curves have the settings of one variant.
+    """
+    optima = base.fit(table)
+    groups = base.by_group(optima)
+    at = {g: [mine[0].curve.key[k] for k in base.TASK] for g, mine in groups.items()}
+    rewarded = [g for g, mine in groups.items() if is_rewarded(mine[0])]
+    for name in list(groups):
+        # Supervised runs on the data of rewarded runs are their control.
+        for other in (g for g in rewarded if name not in rewarded and at[g] == at[name]):
+            groups[other] = [*groups[other], *groups.pop(name, [])]
+    named = {g: _named(g, base.lora_of(mine), variants) for g, mine in groups.items()}
+    first = [o for g, mine in groups.items() for o in (base.full_of(mine), *named[g].values()) if o]
+    read = Read(table, optima, base.distinct([*(first if variants else ()), *optima]))
+    tasks = []
+    for g, mine in groups.items():
+        # Where learning rates are asked for, LoRA's curves of one rank are separate conditions.
+        lora = base.lora_of(mine)
+        rest = [o for o in mine if not base.rank_of(o)]
+        each = (base.by_variant(lora, g) if of_rates else {}) or {g: lora}
+        tasks += [Task(n, table, [*rest, *arms], named[g], said, read) for n, arms in each.items()]
+    tasks.sort(key=lambda t: t.label_bits or 0)
+    if not any(k in s for s in said.values() for k in OVER_TASKS):
+        return tasks
+    names = " and ".join(t.name for t in tasks)
+    whole = names if len(tasks) < 3 else f"all {len(tasks)} tasks"
+    return [*tasks, AllTasks(whole, table, [], tasks)]
+
+
+def _named(group: str, lora: list[Optimum], variants: Mapping[str, Said]) -> dict[str, Optimum]:
+    """Return the curve of each variant; a curve belongs to the first variant that it fits."""
+    found = {}
+    for name, keys in variants.items():
+        mine = [o for o in lora if keys.items() <= o.curve.key.items()]
+        if len(mine) > 1:
+            raise TableError(
+                f"{group}: {len(mine)} curves are {name!r}, {dict(keys)}. Analyse one setting at a "
+                "time."
+            )
+        if mine:
+            found[name] = mine[0]
+            lora = [o for o in lora if o is not mine[0]]
+    return found
