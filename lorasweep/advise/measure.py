@@ -6,6 +6,7 @@ of the recorded training losses.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,19 +40,14 @@ def run_of(request: Request) -> RunSpec:
     spec = request.points[0].spec
     if not 1 <= request.rates <= MOST_RATES:
         raise SpecError(
-            f"rates={request.rates}: expected 1 to {MOST_RATES} learning rates, a factor "
-            f"{APART:g} apart."
+            f"rates={request.rates}: expected 1 to {MOST_RATES}, a factor {APART:g} apart."
         )
     if request.cluster.kind == "slurm":
         raise SpecError(
-            "action=measure trains on the machine it runs on. On a cluster, run it inside a job, "
-            "with cluster=local: srun python -m lorasweep action=measure ..."
+            "action=measure trains here. In a job: cluster=local, by srun python -m ..."
         )
     if spec.objective != "sft":
-        raise SpecError(
-            f"action=measure with objective={spec.objective}: a reward has at most one bit per "
-            "episode, so there is nothing to measure. Leave objective out."
-        )
+        raise SpecError(f"objective={spec.objective}: a reward has one bit. Leave objective out.")
     dataset = spec.dataset
     if request.data:
         named = ("format", "prompt_field", "completion_field")
@@ -59,11 +55,16 @@ def run_of(request: Request) -> RunSpec:
         dataset = own.dataset_of(request.data, named=stated)
     elif dataset.name in request.described:  # all rows are measured, as with data=FILE
         dataset = dataclasses.replace(dataset, holdout=0, held_out_by="")
-    changes: dict[str, Any] = {"n_retain": 0, "n_validation": 0}
+    n_test, n_curve = dataset.n_test, dataset.n_test_curve
     if dataset.source != "synthetic":  # held-out rows of generated data give the entropy
-        n = changes["n_test"] = min(dataset.n_test, HELD_OUT)
-        changes["n_test_curve"] = min(dataset.n_test_curve, n, CURVE)
-    return dataclasses.replace(spec, dataset=dataclasses.replace(dataset, **changes))
+        n_test, n_curve = min(n_test, HELD_OUT), min(n_curve, n_test, CURVE)
+    few: dict[str, Any] = {
+        "n_retain": 0,
+        "n_validation": 0,
+        "n_test": n_test,
+        "n_test_curve": n_curve,
+    }
+    return dataclasses.replace(spec, dataset=dataclasses.replace(dataset, **few))
 
 
 def information(
@@ -96,6 +97,7 @@ def information(
         raise TrainingError(f"all {len(specs)} runs diverged. Set lr below {spec.lr:g}.")
     shortest, nats = min(codes, key=lambda code: sum(code[1]))
     rows, tokens = spec.steps * spec.batch_size, sum(b.tokens for b in base)
+    settings = {key: getattr(spec, key) for key in ("batch_size", "precision")}
     all_tokens = None  # endless generated data
     if data.n_train is not None:
         starts = range(0, data.n_train, TOGETHER)
@@ -127,12 +129,7 @@ def information(
         "as_is": _units(sums["as_is"], plain, rows, tokens),
         "prequential": _units(sums["prequential"], online, rows, tokens),
         "known": known,
-        "settings": {
-            "method": spec.method.plain(),
-            "batch_size": spec.batch_size,
-            "precision": spec.precision,
-            "lr": shortest.lr,
-        },
+        "settings": {"method": spec.method.plain(), **settings, "lr": shortest.lr},
         "runs": [{"run": run.id, "lr": run.lr, "nats": sum(code)} for run, code in codes],
         "diverged": len(specs) - len(codes),
         "rows_sha256": rows_sha256,
@@ -158,15 +155,14 @@ NAMES = {"as_is": "under the base model", "prequential": "online, during trainin
 def text_of(found: dict[str, Any], path: Path) -> str:
     """Return the result as text; `path`: the file that keeps it."""
     rows = [["", "", "per token", "per row", "measured rows", "all rows [95%]"]]
-    for key, name in NAMES.items():
-        for unit in ("bits", "nats"):
-            values = found[key][unit]
-            whole, text = values["all"], "-"
-            if whole["value"] is not None:
-                text = f"{whole['value']:,.0f}"
-                if whole["low"] != whole["high"]:
-                    text += f" [{whole['low']:,.0f}, {whole['high']:,.0f}]"
-            per_token, per_example = f"{values['per_token']:.3f}", f"{values['per_example']:,.1f}"
-            rows.append([name, unit, per_token, per_example, f"{values['measured']:,.0f}", text])
+    for key, unit in itertools.product(NAMES, ("bits", "nats")):
+        values = found[key][unit]
+        whole, text = values["all"], "-"
+        if whole["value"] is not None:
+            text = f"{whole['value']:,.0f}"
+            if whole["low"] != whole["high"]:
+                text += f" [{whole['low']:,.0f}, {whole['high']:,.0f}]"
+        each = f"{values['per_token']:.3f}", f"{values['per_example']:,.1f}"
+        rows.append([NAMES[key], unit, *each, f"{values['measured']:,.0f}", text])
     table = "\n".join(aligned(rows))
     return render("measured.txt", found=found, table=table, ln2=math.log(2), path=path)

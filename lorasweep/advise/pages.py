@@ -87,17 +87,15 @@ def name_of(found: Advice | Failed) -> str:
     return found.name or (found.where if isinstance(found, Failed) else "")
 
 
-def _memory(plain: dict[str, Any], method: str) -> str:
-    """Return the memory of each GPU that a method needs, and their number if it is not one."""
-    gpus, gib = plain[f"gpus_{method}"], short(plain[f"peak_gib_{method}"])
-    return f"{gib} (x {gpus})" if (gpus or 1) > 1 else gib
-
-
 def cells(advice: Advice | Failed) -> list[str]:
     """Return the customer's row of the table with the columns HEAD."""
     if isinstance(advice, Failed):
         return [name_of(advice), "", "error", *[""] * (len(HEAD) - 3)]
     p = advice.plain()
+    memory = []  # of each GPU, and their number if it is not one
+    for method in ("lora", "full"):
+        gpus = p[f"gpus_{method}"] or 1
+        memory.append(short(p[f"peak_gib_{method}"]) + f" (x {gpus})" * (gpus > 1))
     return [
         p["name"],
         p["model"],
@@ -109,8 +107,7 @@ def cells(advice: Advice | Failed) -> list[str]:
         f"{p['gpus'] or '?'} x {p['gpu']}",
         amount(p["hours"]),
         amount(p["cost_usd"]),
-        _memory(p, "lora"),
-        _memory(p, "full"),
+        *memory,
         str(len(p["warnings"])),
     ]
 
@@ -122,11 +119,8 @@ def summary_lines(found: Sequence[Advice | Failed]) -> list[str]:
 
 
 def _comparable(t: Mapping[str, Any]) -> str:
-    customers = "customer" if t["comparable"] == 1 else "customers"
-    return (
-        f"The {t['comparable']} {customers} for whom both methods have a price (for the others the "
-        "length of training is not known, or a method fits nowhere)"
-    )
+    whom = "1 customer" if t["comparable"] == 1 else f"{t['comparable']} customers"
+    return f"The {whom} for whom both methods fit and have a price"
 
 
 def html(found: Sequence[Advice | Failed], title: str) -> str:

@@ -7,10 +7,10 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 
@@ -19,8 +19,8 @@ from lorasweep.errors import ModelError, SpecError, unknown
 from lorasweep.models import describe, find
 from lorasweep.spec.method import parse_layers
 from lorasweep.spec.model import ModelSpec
+from lorasweep.spec.values import ABOVE_0, Field, Is, fields, problems_of
 
-TASKS = ("sft", "rl")
 LONGEST_EXAMPLE = 131_072
 """Largest accepted number of tokens of an example: no public row is longer."""
 MOST_TOKENS = 1e13
@@ -32,73 +32,60 @@ FORMULA = re.compile(r"^[=@\t\r]|^[+-](?![\d.])")
 THOUSANDS = re.compile(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$")
 AMBIGUOUS = re.compile(r"^[+-]?[1-9]\d{0,2}([.,]\d{3})+$")
 """Matches cells with a separator of thousands in one country, and of decimals in another."""
-YES, NO = ("true", "yes", "1"), ("false", "no", "0")
-INF = float("inf")
-
-
-class Column(NamedTuple):
-    """The type, range and meaning of a column."""
-
-    kind: type
-    low: float = 0.0
-    high: float = INF
-    meaning: str = ""
-    config_keys: tuple[str, ...] = ()
-    """Names in a config.json of transformers; the first one found counts."""
-
-
-def _col(kind: type, low: float, high: float, meaning: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"column": Column(kind, low, high, meaning)})
+WORDS = {**dict.fromkeys(("true", "yes", "1"), True), **dict.fromkeys(("false", "no", "0"), False)}
 
 
 @dataclass(frozen=True)
-class Customer:
-    """One row, with types. None: not stated."""
+class Columns:
+    """The columns of a row, with types. None: not stated."""
 
-    name: str = _col(str, 0, INF, "any name")
-    model: str = _col(str, 0, INF, "a name of conf/model or the hub, or a config.json")
-    task: str = _col(str, 0, INF, "sft or rl")
-    examples: int | None = _col(int, 1, INF, "rows; in RL, problems")
-    tokens_per_example: float | None = _col(float, 1, INF, "mean tokens of a row that bear loss")
-    bits_per_token: float | None = _col(float, 1e-6, 20, "mean bits of a token that bears loss")
-    max_length: int | None = _col(int, 4, INF, "tokens of the longest row")
-    data: str | None = _col(str, 0, INF, "a file, a folder with train and test, or a hub name")
-    validation: str | None = _col(str, 0, INF, "a file of held-out rows beside the file data")
-    epochs: float | None = _col(float, 1e-6, 1e6, "passes over the rows")
-    batch_size: int | None = _col(int, 1, 1e7, "rows of an update; in RL, episodes")
-    steps: int | None = _col(int, 1, 1e9, "updates")
-    episodes: int | None = _col(int, 1, INF, "samples in RL, all problems and passes")
-    hardware: str | None = _col(str, 0, INF, "a name of conf/hardware")
-    gpus: int | None = _col(int, 1, 512, "available GPUs")
-    price_per_gpu_h: float | None = _col(float, 1e-6, 1e4, "dollars")
-    adapters_served: int = _col(int, 1, 1e6, "adapters served at once on this model", 1)
-    max_regret: float = _col(float, 1e-6, 100, "LoRA's regret, % of full fine-tuning's gain", 2.0)
-    layers: str | None = _col(str, 0, INF, "planned: attention, mlp, unembedding joined by +, all")
-    rank: int | None = _col(int, 1, 1e5, "planned")
-    lr: float | None = _col(float, 1e-12, 1e3, "planned, of LoRA")
-    shape: tuple[tuple[str, int | bool], ...] = ()
-    """Name and value of each column of SHAPE that the row fills."""
+    name: Annotated[str, Is("any name")]
+    model: Annotated[str, Is("a name of conf/model or the hub, or a config.json")]
+    task: Annotated[Literal["sft", "rl"], Is("answers, or rewards")]
+    examples: Annotated[int | None, Is("rows; in RL, problems", 1)] = None
+    tokens_per_example: Annotated[float | None, Is("mean tokens of a row that bear loss", 1)] = None
+    bits_per_token: Annotated[float | None, Is("mean, of tokens that bear loss", ABOVE_0, 20)] = (
+        None
+    )
+    max_length: Annotated[int | None, Is("tokens of the longest row", 4)] = None
+    data: Annotated[str | None, Is("a file, a folder with train and test, or a hub name")] = None
+    validation: Annotated[str | None, Is("a file of held-out rows beside the file data")] = None
+    epochs: Annotated[float | None, Is("passes over the rows", ABOVE_0, 1e6)] = None
+    batch_size: Annotated[int | None, Is("rows of an update; in RL, episodes", 1, 1e7)] = None
+    steps: Annotated[int | None, Is("updates", 1, 1e9)] = None
+    episodes: Annotated[int | None, Is("samples in RL, all problems and passes", 1)] = None
+    hardware: Annotated[str | None, Is("a name of conf/hardware")] = None
+    gpus: Annotated[int | None, Is("available GPUs", 1, 512)] = None
+    price_per_gpu_h: Annotated[float | None, Is("dollars", ABOVE_0, 1e4)] = None
+    adapters_served: Annotated[int, Is("adapters served at once on this model", 1, 1e6)] = 1
+    max_regret: Annotated[float, Is("LoRA's regret, % of the gain", ABOVE_0, 100)] = 2.0
+    layers: Annotated[str | None, Is("planned: all, or sets joined by +")] = None
+    rank: Annotated[int | None, Is("planned", 1, 1e5)] = None
+    lr: Annotated[float | None, Is("planned, of LoRA", ABOVE_0, 1e3)] = None
+    hidden_size: Annotated[int | None, Is("width", 1, 1e6)] = None
+    n_layers: Annotated[int | None, Is("layers", 1, 1e4)] = None
+    n_heads: Annotated[int | None, Is("heads", 1, 1e4)] = None
+    n_kv_heads: Annotated[int | None, Is("key/value heads", 1, 1e4)] = None
+    head_size: Annotated[int | None, Is("width of a head", 1, 1e4)] = None
+    mlp_size: Annotated[int | None, Is("width of the MLP, or of one expert", 1, 1e6)] = None
+    vocab_size: Annotated[int | None, Is("vocabulary", 2, 1e7)] = None
+    tied: Annotated[bool | None, Is("embedding and unembedding are one matrix")] = None
+    n_experts: Annotated[int | None, Is("experts of a layer", 0, 1e4)] = None
+    n_active_experts: Annotated[int | None, Is("experts for a token", 0, 1e4)] = None
+
+
+@dataclass(frozen=True)
+class Customer(Columns):
+    """One row, with its place in the table."""
+
     where: str = "customer"
-    """Place in the table."""
 
 
-HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
-MLP_KEYS = ("moe_intermediate_size", "intermediate_size")
-EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-SHAPE = {
-    "hidden_size": Column(int, 1, 1e6, "width", ("hidden_size",)),
-    "n_layers": Column(int, 1, 1e4, "layers", ("num_hidden_layers",)),
-    "n_heads": Column(int, 1, 1e4, "heads", (HEADS,)),
-    "n_kv_heads": Column(int, 1, 1e4, "key/value heads", (KV_HEADS, HEADS)),
-    "head_size": Column(int, 1, 1e4, "width of a head", ("head_dim",)),
-    "mlp_size": Column(int, 1, 1e6, "width of the MLP, of one expert if there are any", MLP_KEYS),
-    "vocab_size": Column(int, 2, 1e7, "vocabulary", ("vocab_size",)),
-    "tied": Column(bool, meaning="embedding and unembedding are one matrix"),
-    "n_experts": Column(int, 0, 1e4, "experts of a layer", EXPERT_KEYS),
-    "n_active_experts": Column(int, 0, 1e4, "experts for a token", ("num_experts_per_tok",)),
-}
-COLUMNS = {f.name: f.metadata["column"] for f in fields(Customer) if f.metadata} | SHAPE
-REQUIRED = ("name", "model", "task")
+COLUMNS = {f.key: f for f in fields(Columns)}
+REQUIRED = tuple(name for name, f in COLUMNS.items() if f.required)
+SHAPE = tuple(COLUMNS)[tuple(COLUMNS).index("hidden_size") :]
+NEEDED = SHAPE[: SHAPE.index("tied")]
+"""The columns that describe a model, and those of them without which it is not known."""
 
 
 class RowError(Exception):
@@ -143,22 +130,19 @@ def read_customers(path: Path) -> list[Customer | Failed]:
     path = path.expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+        is_yaml = path.suffix.lower() in (".yaml", ".yml")
+        rows = [*(_yaml(text) if is_yaml else _csv(text))]
+        if not rows:
+            raise SpecError(f"no customers in it. {expected()}")
     except FileNotFoundError:
         raise SpecError(
             f"customers={path}: no such file {path.absolute()}. Give a CSV or YAML table, such as "
             "docs/customers.csv; docs/advice.md describes its columns."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(
-            f"customers={path}: cannot be read as text: {error}. Give a CSV or YAML table in UTF-8."
-        ) from None
-    is_yaml = path.suffix.lower() in (".yaml", ".yml")
-    try:
-        rows = _yaml(text) if is_yaml else _csv(text)
+        raise SpecError(f"customers={path}: expected text in UTF-8: {error}") from None
     except SpecError as error:
         raise SpecError(f"customers={path}: {error}") from None
-    if not rows:
-        raise SpecError(f"customers={path}: no customers in it. {expected()}")
     return check_rows(rows)
 
 
@@ -171,7 +155,7 @@ def expected() -> str:
     )
 
 
-def _csv(text: str) -> list[Row | Failed]:
+def _csv(text: str) -> Iterator[Row | Failed]:
     head = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=head.count)  # spreadsheets in some languages use ; or tabs
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
@@ -180,37 +164,29 @@ def _csv(text: str) -> list[Row | Failed]:
     except csv.Error as error:
         raise SpecError(f"row {reader.line_num}: {error}") from None
     if not lines:
-        return []
+        return
     header = [cell.strip() for cell in lines[0][1]]
     # a misspelt column would count as not stated
     if odd := [name for name in header if name not in COLUMNS]:
         raise SpecError(unknown("column", odd[0], COLUMNS))
-    twice = sorted({name for name in header if header.count(name) > 1})
-    missing = [name for name in REQUIRED if name not in header]
-    if twice or missing:
-        what = f"column {twice[0]} twice" if twice else f"no column {', '.join(missing)}"
-        raise SpecError(f"{what}. {expected()}")
-    rows: list[Row | Failed] = []
+    twice = [f"column {name} twice" for name in sorted({*header}) if header.count(name) > 1]
+    if wrong := twice + [f"no column {name}" for name in REQUIRED if name not in header]:
+        raise SpecError(f"{', '.join(wrong)}. {expected()}")
     for where, cells in lines[1:]:
         values = dict(zip(header, cells, strict=False))
-        unclear = [
+        problems = [
             f"column {name}: {cell.strip()!r} means different numbers in different countries. "
             "Write 50000 or 2.95: no separators of thousands, and a decimal point."
             for name, cell in values.items()
             if delimiter == ";" and COLUMNS[name].kind in (int, float)
             if AMBIGUOUS.match(cell.strip())
         ]
-        if unclear:
-            rows.append(Failed(where, str(values["name"]).strip(), unclear))
-        elif any(cell.strip() for cell in cells[len(header) :]):
-            problem = f"{len(cells)} cells under {len(header)} columns. Quote commas."
-            rows.append(Failed(where, str(values["name"]).strip(), [problem]))
-        else:
-            rows.append(Row(where, values))
-    return rows
+        if any(cell.strip() for cell in cells[len(header) :]):
+            problems.append(f"{len(cells)} cells under {len(header)} columns. Quote commas.")
+        yield Failed(where, values["name"].strip(), problems) if problems else Row(where, values)
 
 
-def _yaml(text: str) -> list[Row | Failed]:
+def _yaml(text: str) -> Iterator[Row | Failed]:
     try:
         found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -219,12 +195,11 @@ def _yaml(text: str) -> list[Row | Failed]:
         found = found["customers"]
     if not isinstance(found, list | None):
         raise SpecError("expected a list with an entry for each customer.")
-    return [
-        Row(f"entry {k}", entry)
-        if isinstance(entry, dict)
-        else Failed(f"entry {k}", "", [f"expected columns and values, got {entry!r}."])
-        for k, entry in enumerate(found or [], 1)
-    ]
+    for k, entry in enumerate(found or [], 1):
+        if isinstance(entry, dict):
+            yield Row(f"entry {k}", entry)
+        else:
+            yield Failed(f"entry {k}", "", [f"expected columns and values, got {entry!r}."])
 
 
 # ---------------------------------------------------------------- a row
@@ -256,68 +231,45 @@ def customer_of(row: Mapping[str, Any], where: str = "customer") -> Customer:
     Raises:
         RowError: all problems of the row.
     """
-    problems: list[str] = []
+    filled = {k: raw for k, raw in row.items() if raw is not None and str(raw).strip() != ""}
     values: dict[str, Any] = {}
-    for column, raw in row.items():
-        if column not in COLUMNS:
-            problems.append(unknown("column", str(column), COLUMNS))
-        elif raw is not None and str(raw).strip() != "":
-            try:
-                values[column] = _value(column, raw)
-            except ValueError as error:
-                problems.append(f"column {column}: {error}")
-    missing = [c for c in REQUIRED if str(row.get(c) or "").strip() == ""]
-    problems += [f"column {c}: missing. It holds {COLUMNS[c].meaning}." for c in missing]
-    if problems:
+    problems: list[str] = []
+    for column, raw in filled.items():
+        try:
+            values[column] = _cell(COLUMNS[column], raw) if column in COLUMNS else raw
+        except ValueError as error:
+            problems.append(f"column {column}: {error}")
+    problems += problems_of(Columns, values, "column ")
+    if problems or (problems := [*_contradictions(c := Customer(**values, where=where))]):
         raise RowError(*problems)
-    shape = tuple((name, values.pop(name)) for name in SHAPE if name in values)
-    customer = Customer(**values, shape=shape, where=where)
-    if found := list(_contradictions(customer)):
-        raise RowError(*found)
-    return customer
+    return c
 
 
-def _value(column: str, raw: Any) -> Any:
-    """Convert a cell to the type of its column; ValueError: the problem, in a sentence."""
-    kind, low, high, meaning, _ = COLUMNS[column]
+def _cell(column: Field, raw: Any) -> Any:
+    """Convert a cell to the type of its column as far as that is clear; else ValueError."""
     text = str(raw).strip()
     if isinstance(raw, str) and FORMULA.match(raw):
         raise ValueError(
             f"{text!r} is a formula, not a value. Save the table with values (in a spreadsheet: "
             "copy, paste special, values)."
         )
-    if column == "task":
-        if text.lower() not in TASKS:
-            raise ValueError(unknown("task", text, TASKS))
-        return text.lower()
-    if column == "layers":
+    if column.key == "layers":
         try:
             parse_layers(text)
         except SpecError as error:
             raise ValueError(str(error).replace("method.", "")) from None
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() not in YES + NO:
-            raise ValueError(f"expected true or false, got {text!r}.")
-        return text.lower() in YES
-    if isinstance(raw, bool):
-        raise ValueError(f"expected a number ({meaning}), got {raw}.")
+    if column.kind is str:
+        return text.lower() if column.allowed else text
+    if column.kind is bool:
+        return WORDS.get(text.lower(), raw)
     try:
         number = float(text.replace(",", "") if THOUSANDS.match(text) else text)
     except ValueError:
-        raise ValueError(
-            f"expected a number ({meaning}), got {text!r}. Write it out, as 50000 or 5e4."
-        ) from None
-    if kind is int and isinstance(raw, str) and "." in text and AMBIGUOUS.match(text):
+        return raw
+    if column.kind is int and isinstance(raw, str) and "." in text and AMBIGUOUS.match(text):
         whole = text.replace(".", "")
         raise ValueError(f"{text!r} may be {number:g} or {whole}. Write {number:g} or {whole}.")
-    if kind is int and number % 1:
-        raise ValueError(f"expected a whole number ({meaning}), got {text!r}.")
-    if not low <= number <= high:
-        most = "" if high == INF else f" and at most {high:g}"
-        raise ValueError(f"expected a number of at least {low:g}{most} ({meaning}), got {text!r}.")
-    return kind(number)
+    return number if isinstance(raw, str) else raw
 
 
 def _contradictions(c: Customer) -> Iterator[str]:
@@ -326,39 +278,35 @@ def _contradictions(c: Customer) -> Iterator[str]:
         yield "column episodes: only with task=rl. Leave it out, or set task to rl."
     if c.validation is not None and c.data is None:
         yield "column validation: only with data. Give the training rows, or leave it out."
-    tokens = c.tokens_per_example
-    if tokens is not None and tokens > LONGEST_EXAMPLE:
+    tokens = c.tokens_per_example or 0
+    if tokens > LONGEST_EXAMPLE:
         yield (
             f"column tokens_per_example: {tokens:,.0f} tokens in one example? If that is the "
             "total, divide it by the number of examples."
         )
-    elif tokens is not None and c.max_length is not None and tokens > c.max_length:
+    elif tokens > (c.max_length or LONGEST_EXAMPLE):
         yield (
             f"columns tokens_per_example and max_length: a mean of {tokens:,.0f} tokens in rows of "
             f"at most {c.max_length:,}. Correct one of them."
         )
-    if c.examples is not None and tokens is not None and c.examples * tokens > MOST_TOKENS:
+    if (c.examples or 0) * tokens > MOST_TOKENS:
         yield (
-            f"columns examples and tokens_per_example: {c.examples * tokens:.1e} tokens in all, "
-            "more than base models are pretrained on. Is one of them the total of tokens?"
+            f"columns examples and tokens_per_example: {c.examples} x {tokens:,.0f} tokens, more "
+            "than base models are pretrained on. Is one of them the total of tokens?"
         )
-    if c.steps is None or c.batch_size is None:
-        return
-    trained, planned, names = c.steps * c.batch_size, None, "episodes"
-    if c.task == "rl" and c.episodes is not None:
-        planned = float(c.episodes)
-    elif c.task == "sft" and c.examples is not None and c.epochs is not None:
-        planned, names = c.examples * c.epochs, "examples x epochs"
-    if planned is not None and abs(trained - planned) > max(SLACK * planned, c.batch_size):
+    planned, names = c.episodes, "episodes"
+    if c.task == "sft":
+        planned, names = int((c.examples or 0) * (c.epochs or 0)), "examples x epochs"
+    trained = (c.steps or 0) * (c.batch_size or 0)
+    if planned and trained and abs(trained - planned) > max(SLACK * planned, c.batch_size or 0):
         yield (
             f"columns steps and batch_size: {c.steps:,} x {c.batch_size:,} = {trained:,}, but "
-            f"{names} = {planned:,.0f}. Leave one of them out, or correct it."
+            f"{names} = {planned:,}. Leave one of them out, or correct it."
         )
 
 
 # ---------------------------------------------------------------- the model
 
-NEEDED = tuple(c for c in SHAPE if c not in ("tied", "n_experts", "n_active_experts"))
 Models = Mapping[str, Callable[[], ModelSpec]]
 """Lower-case name in the catalogue or on the hub -> function that reads the shape."""
 
@@ -369,8 +317,8 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
     Raises:
         RowError: the model is not known and the row lacks its shape, or the row has another shape.
     """
-    stated = dict(c.shape)
-    missing = [n for n in NEEDED if n not in stated]
+    stated = {n: value for n in SHAPE if (value := getattr(c, n)) is not None}
+    missing = ", ".join(n for n in NEEDED if n not in stated)
     try:
         path = Path(c.model).expanduser()
         config = path / "config.json" if path.is_dir() else path
@@ -382,25 +330,19 @@ def shape_of(c: Customer, models: Models) -> ModelSpec:
         elif c.model.lower() in models:
             model = models[c.model.lower()]()
         elif not missing:
-            return _build(c.model, stated, source="hub", location=c.model, weights_dtype="bf16")
+            model = ModelSpec(c.model, "hub", c.model, weights_dtype="bf16", **stated)
+            if model.problem:
+                raise RowError(f"columns of the shape: {model.problem}")
         elif config.suffix == ".gguf" or describe.HUB_NAME.fullmatch(c.model):
-            try:
-                found = _described(c.model)
-                if isinstance(found, str):
-                    raise ModelError(found)
-                model = found
-            except ModelError as error:
-                columns = ", ".join(missing)
-                raise ModelError(
-                    f"{error} Or fill the columns {columns}, then no network is needed."
-                ) from None
+            found = _described(c.model)
+            if isinstance(found, str):
+                raise ModelError(f"{found} Or fill the columns {missing}: that needs no network.")
+            model = found
         else:
-            what = unknown("model", c.model, (name for name in models if "/" not in name))
-            if stated:
-                what = f"{c.model!r} is not in the catalogue, and its shape is incomplete."
+            names = (name for name in models if "/" not in name)
             raise ModelError(
-                f"{what} Give the path of its config.json as model, or fill the columns "
-                f"{', '.join(missing)}."
+                f"{unknown('model', c.model, names)} Give the path of its config.json as model, or "
+                f"fill the columns {missing}."
             )
     except (ModelError, SpecError) as error:
         raise RowError(f"column model: {error}") from None
@@ -433,41 +375,18 @@ def _of_config(path: Path) -> ModelSpec:
         raise ModelError(f"no file {path}.") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not the config.json of a model.")
-    folder, is_known = path.absolute().parent, path.name == "config.json" and "model_type" in config
-    config = {**config, **(config.get("text_config") or {})}
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    if path.name != "config.json" or not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(
+            f"{path} is not the config.json of a model of transformers, with a model_type. Give a "
+            f"name instead of the file, and fill {', '.join(NEEDED)}."
+        )
+    folder, dtype = path.absolute().parent, config.get("dtype") or config.get("torch_dtype")
     if dtype is not None:
         bf16 = "bfloat16" in str(dtype)
     else:  # without weights assume bf16, in which models are published
         bf16 = find.types_in(sorted(folder.glob("model*.safetensors"))) <= {"BF16"}
-    dtype = "bf16" if bf16 else "fp32"
-    where: dict[str, Any] = {"source": "folder", "location": str(folder), "weights_dtype": dtype}
-    known = ModelSpec(name=folder.name, **where)
-    if is_known and find.has_weights(folder):
-        return _counted(known, text)
-    stated: dict[str, Any] = {}
-    for name, column in SHAPE.items():
-        found = [config[k] for k in column.config_keys if config.get(k) is not None]
-        if found:
-            stated[name] = found[0]
-    if "head_size" not in stated and stated.get("hidden_size") and stated.get("n_heads"):
-        stated["head_size"] = stated["hidden_size"] // stated["n_heads"]
-    stated["tied"] = bool(config.get("tie_word_embeddings", False))
-    missing = [n for n in NEEDED if n not in stated]
-    if missing:
-        names = ", ".join(" or ".join(SHAPE[n].config_keys) for n in missing)
-        raise ModelError(f"{path} lacks {names}.")
-    if is_known:
-        try:
-            return _counted(known, text)
-        except ModelError as error:
-            raise ModelError(
-                f"{error} To be advised by the columns of the shape alone, give a name instead of "
-                f"the file, and fill {', '.join(NEEDED)}."
-            ) from None
-    return _build(folder.name, stated, **where, qk_norm="qwen3" in str(config.get("model_type")))
+    model = ModelSpec(folder.name, "folder", str(folder), weights_dtype="bf16" if bf16 else "fp32")
+    return _counted(model, text)
 
 
 @cache
@@ -478,10 +397,3 @@ def _counted(model: ModelSpec, config_text: str) -> ModelSpec:
     if find.has_weights(Path(model.location)):  # else it is only advised on
         describe.try_out(found, config, Path(model.location))
     return replace(found, context_length=0)  # ids of runs of fleets stay
-
-
-def _build(name: str, stated: Mapping[str, Any], **more: Any) -> ModelSpec:
-    model = ModelSpec(name=name, **stated, **more)
-    if model.problem:
-        raise RowError(f"columns of the shape: {model.problem}")
-    return model

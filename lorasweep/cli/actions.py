@@ -46,8 +46,8 @@ def functions(
         "layers": plans.layers,
         "check_gpu": check.check_gpu,
         "fetch": plans.fetch,
-        "advise": lambda request, store: customers.advise(request),
-        "measure": lambda request, store: customers.measure(request),
+        "advise": customers.advise,
+        "measure": customers.measure,
         "fleet": partial(
             customers.fleet, training=partial(train.train, trainer=trainer, follow=follow)
         ),

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -20,7 +19,8 @@ from lorasweep.advise.rules.rates import APART
 from lorasweep.cli import answer, understood
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.points import all_points
-from lorasweep.cli.progress import Display
+from lorasweep.cli.printed import Answer
+from lorasweep.cli.progress import Display, notifier
 from lorasweep.cli.train import STOPPED, Trained
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
@@ -47,11 +47,11 @@ WIDTH = 34
 
 def known(request: Request) -> Known:
     """Return the inputs of the adviser's rules: models, machines, kept results, measured data."""
-    folders = [Path(folder) for folder in request.folders]
+    own = [Path(folder) for folder in request.folders]
     return Known(
-        models=catalogue.models(folders),
-        machines=catalogue.machines(folders),
-        kept=read_kept(answer.KEPT, catalogue.widths(folders)),
+        models=catalogue.models(own),
+        machines=catalogue.machines(own),
+        kept=read_kept(answer.KEPT, catalogue.widths(own)),
         hardware=hardware_of(request) if request.hardware else None,
         information=read_information([Path(request.exec.reports_dir), answer.KEPT]),
     )
@@ -65,8 +65,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
 # ---------------------------------------------------------------- action=advise
 
 
-def advise(request: Request) -> int:
-    """Print the advice for customers and write the page; return 1 if a row has an error."""
+def advise(request: Request, store: RunStore) -> Answer:
+    """Advise customers and write the page; the status is 1 if a row has an error."""
     if bool(request.customers) == bool(request.customer):
         raise SpecError(
             "action=advise needs customers=FILE (CSV or YAML), or one customer by columns: "
@@ -79,7 +79,11 @@ def advise(request: Request) -> int:
         table = check_rows([Row("customer", {"name": "customer", **request.customer})])
     found = answers(table, known(request))
     if request.why:
-        return _one(request, found)
+        mine = _named(request.why, found)
+        reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
+        return Answer(
+            reasons, lambda: pages.render("reasons.txt", a=mine, search=_search_of(mine)).rstrip()
+        )
     title = Path(request.customers).stem if request.customers else "customer"
     out = request.out
     if not out and request.format != "json":
@@ -90,20 +94,19 @@ def advise(request: Request) -> int:
             raise SpecError(f"out={out}: expected a file that ends in .html.")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(pages.html(found, title))
-    if request.format == "json":
-        print(json.dumps([plain_of(a) for a in found]))
-    else:
-        errors = [f"error in {a.error}" for a in found if isinstance(a, Failed)]
+    errors = [f"error in {a.error}" for a in found if isinstance(a, Failed)]
+
+    def text() -> list[str]:
         lines = _table(pages.HEAD, [pages.cells(a) for a in found], pages.NUMBERS)
         lines += ["", *errors, *([""] if errors else []), *pages.summary_lines(found), pages.BASIS]
-        lines += [f"page: {out}. Reasons, and the command that tests the advice: why=NAME"]
-        print("\n".join(lines))
-    return 1 if any(isinstance(a, Failed) for a in found) else 0
+        return [*lines, f"page: {out}. Reasons, and the command that tests the advice: why=NAME"]
+
+    return Answer([plain_of(a) for a in found], text, int(bool(errors)))
 
 
-def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
-    """Print the reasons of one customer's advice."""
-    name, plain = request.why, runs.plain_name
+def _named(name: str, found: Sequence[Advice | Failed]) -> Advice:
+    """Return the advice for the customer of a name, as it is written or in plain letters."""
+    plain = runs.plain_name
     fitting = [a for a in found if a.name == name] or [a for a in found if plain(a.name) == name]
     if not fitting:
         names = unknown("customer", name, (a.name for a in found))
@@ -113,15 +116,9 @@ def _one(request: Request, found: Sequence[Advice | Failed]) -> int:
             f"{name} may be {' or '.join(repr(a.name) for a in fitting)}. Write the name as in the "
             f"table, in quotes: 'why=\"{fitting[0].name}\"'."
         )
-    (mine,) = fitting
-    if isinstance(mine, Failed):
-        raise SpecError(mine.error)
-    if request.format == "json":
-        reasons = mine.reasons.values()
-        print(json.dumps([{**vars(r), "sure": r.sure.name.lower()} for r in reasons]))
-    else:
-        print(pages.render("reasons.txt", a=mine, search=_search_of(mine)).rstrip())
-    return 0
+    if isinstance(fitting[0], Failed):
+        raise SpecError(fitting[0].error)
+    return fitting[0]
 
 
 def _search_of(advice: Advice) -> str:
@@ -131,35 +128,27 @@ def _search_of(advice: Advice) -> str:
     there = model.lower() in advice.known.models or Path(model).is_dir() or model.count("/") == 1
     if c.task != "sft" or few or not there:
         return ""
-    values = {"model": model, "dataset": c.data or "ROWS"}
-    named = [_option(key, value) for key, value in values.items()]
-    return shlex.join(
-        ["python", "-m", "lorasweep", "+sweep=tune", *named]
-        + [f"sweep.arms.lora.rank={advice.choice.rank}"]
-    )
-
-
-def _option(key: str, value: str) -> str:
-    """Write an option; Hydra needs quotes around a value with other characters than in names."""
-    if re.fullmatch(r"[\w./:@-]+", value):
-        return f"{key}={value}"
-    escaped = value.replace('"', '\\"')
-    return f'{key}="{escaped}"'
+    named = []
+    for key, value in (("model", model), ("dataset", c.data or "ROWS")):
+        if not re.fullmatch(r"[\w./:@-]+", value):  # Hydra needs quotes
+            value = '"{}"'.format(value.replace('"', '\\"'))
+        named.append(f"{key}={value}")
+    rank = f"sweep.arms.lora.rank={advice.choice.rank}"
+    return shlex.join(["python", "-m", "lorasweep", "+sweep=tune", *named, rank])
 
 
 # ---------------------------------------------------------------- action=measure
 
 
-def measure(request: Request) -> int:
-    """Measure the information in a data set, print it, and save it for action=advise."""
-    folder = Path(request.exec.reports_dir) / INFORMATION
+def measure(request: Request, store: RunStore) -> Answer:
+    """Measure the information in a data set, and save it for action=advise."""
+    folder, notify = Path(request.exec.reports_dir) / INFORMATION, notifier(request)
     files.check_writable(folder, "exec.reports_dir")
-    store, spec = RunStore(request.exec.runs_dir), measuring.run_of(request)
+    spec = measuring.run_of(request)
     one = dataclasses.replace(request, points=[Point(spec.method.name, spec)])
     check_available(one)
-    lines = understood.lines(one)  # also refuses rows
-    for line in lines if request.format != "json" else ():
-        print(line, file=sys.stderr, flush=True)
+    for line in understood.lines(one):  # also refuses rows
+        notify(line)
     store.prepare()
     trainer = TorchTrainer()
     data = trainer.data(spec, request.exec)
@@ -171,24 +160,68 @@ def measure(request: Request) -> int:
                 f"batch_size of at most {data.n_train}."
             )
         rows = f"{data.n_train:,} rows are enough for {steps} updates of {spec.batch_size}"
-        print(f"{rows}: steps={steps}", file=sys.stderr)
+        notify(f"{rows}: steps={steps}")
         spec = dataclasses.replace(spec, steps=steps)
     rates = around(spec.lr, request.rates, APART)
-    specs = [dataclasses.replace(spec, lr=lr) for lr in rates]
-    points = [Point(s.method.name, s) for s in specs]
+    points = [Point(spec.method.name, dataclasses.replace(spec, lr=lr)) for lr in rates]
     with Display(points, request) as display:
         local.run_points(points, store, request.exec, display.event, trainer)
-    base = trainer.first_pass(spec, request.exec)
+    base, specs = trainer.first_pass(spec, request.exec), [p.spec for p in points]
     found = measuring.information(specs, data, base, request, store, answer.code_length)
     path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(found, indent=1).encode())
-    as_json = request.format == "json"
-    print(json.dumps(found) if as_json else measuring.text_of(found, path).rstrip())
-    return 0
+    return Answer(found, lambda: measuring.text_of(found, path).rstrip())
 
 
 # ---------------------------------------------------------------- action=fleet
+
+
+def fleet(
+    request: Request, store: RunStore, training: Callable[[Request, RunStore], Trained]
+) -> Answer:
+    """Train and export an adapter for each customer; `training` trains the missing runs.
+
+    The status is 1 if a customer could not be planned or got no adapter, unless its runs are in
+    jobs.
+    """
+    from lorasweep.models import load
+
+    plan = plan_fleet(request)  # the table, the advice, and the runs of each customer
+    trained = training(plan, store) if plan.points else Trained([], 0)
+    if trained.status == STOPPED:
+        return Answer(status=STOPPED)
+    outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, trained.points)]
+    waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
+    if plan.cluster.kind == "slurm":
+        queue = slurm.look(store.root)
+        there = queue.covered().keys() | queue.elsewhere
+        over = (*FINAL, "running")
+        unfinished = [[i for i, s in o.states.items() if s not in over] for o in outcomes if o.open]
+        waiting = sum(there.issuperset(ids) for ids in unfinished)
+    folder, title = Path(plan.out), Path(plan.customers).stem
+    tokenizer_of = cache(lambda model: load.tokenizer_of(model, plan.exec.models_dir))
+    profile = _profiles(plan)[plan.serve]()
+    outcomes = adapters.export(outcomes, store, folder, title, write_adapter, tokenizer_of, profile)
+    chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
+    if plan.mirror == "wandb":
+        from lorasweep.tracking.wandb import mirror
+
+        mirror(chosen, store, plan.sweep_name or "")
+    facts = [o.facts() for o in outcomes]
+
+    def text() -> list[str]:
+        rows = [adapters.cells(p) for p in facts]
+        for row, o in zip(rows, outcomes, strict=True):
+            if o.member.problem:
+                row[-1] = f"{o.member.where}: see above"
+        lines = [trained.sent.as_text()] if trained.sent else []
+        lines += _table(adapters.HEAD, rows, adapters.NUMBERS)
+        lines += ["", *adapters.summary_lines(outcomes)]
+        return [*lines, f"adapters, cards and the page: {folder / adapters.PAGE}"]
+
+    value = trained.sent.plain() if trained.sent else facts
+    return Answer(value, text, int(len(chosen) + waiting < len(outcomes)))
 
 
 def _profiles(request: Request) -> dict[str, Callable[[], Profile]]:
@@ -202,56 +235,47 @@ def plan_fleet(request: Request) -> Request:
         SpecError: a fleet cannot use the settings, or the table cannot be read.
     """
     check_installed("jinja2", f"action={request.action} with a table of customers")
-    if request.members:  # a follow-up job trains the planned runs, without reading the table again
+    if request.members:  # planned before; a follow-up job does not read the table again
         return request
-    customers = read_customers(Path(request.customers))
-    rules, members = runs.fleet_of(request, customers, known(request), _profiles(request))
-    folder, dirs = runs.fleet_folder(request), runs.data_dirs(request)
+    if request.exec.world_size > 1:
+        raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
+    customers, profiles = read_customers(Path(request.customers)), _profiles(request)
+    rules, basis = runs.rules_of(request), known(request)
+    if rules.serve not in profiles:
+        raise SpecError(unknown("serve", rules.serve, profiles))
+    tokenizer_of, profile = runs.tokenizers(request), profiles[rules.serve]()
+    members = runs.build_runs(customers, basis, request, rules, tokenizer_of, profile)
+    folder, training = runs.fleet_folder(request), request.action == "fleet"
     exec_ = dataclasses.replace(
-        request.exec, data_dir=dirs, keep_weights=True, skip_broken_data=True
+        request.exec, data_dir=runs.data_dirs(request), keep_weights=True, skip_broken_data=True
     )
-    if request.action == "fleet":
-        points = [p for m in members for p in m.points]
-        data = {c.data for c in customers if isinstance(c, Customer) and c.data}
-        inputs = {request.customers, *filter(os.path.exists, data)}
-        models = {p.spec.model for p in points}
-        check = partial(folders.check, exec_=exec_, models=models, inputs=inputs)
-        check(folder, runs.RULES)
-        store = RunStore(exec_.runs_dir)
-        every = with_further(points, store, go_on="rates" not in request.given)
-        unfinished = {p.arm for p in every if not store.result(p.id)}
-        for k, m in enumerate(members):
-            try:
-                if m.folder in unfinished:  # else it is checked only if it is written
-                    check(folder / m.folder, adapters.FACTS)
-            except LorasweepError as error:
-                members[k] = Member(m.where, m.name, m.folder, f"{m.where}: {error}")
+    if training:
+        members = _for_training(
+            members, customers, dataclasses.replace(request, exec=exec_), folder
+        )
+    notify = notifier(request, always=True)
     for m in members:
         if m.problem:
-            print(f"error in {pages.printable(m.problem)}", file=sys.stderr)
+            notify(f"error in {pages.printable(m.problem)}")
         elif m.rows.warning:
-            print(f"{pages.printable(m.name)}: {m.rows.warning}", file=sys.stderr)
+            notify(f"{pages.printable(m.name)}: {m.rows.warning}")
     kinds = sum((Counter(m.rows.kinds) for m in members if not m.problem), Counter())
-    if kinds and request.format != "json":
-        print(rows_line(kinds), file=sys.stderr)
+    if kinds:
+        notifier(request)(rows_line(kinds))
     left_out = Counter(why for m in members if (why := m.served.get("left_out")))
     for why, count in left_out.items():
         of = f"{count} of {len(members)} customers"
-        print(
-            f"serve={rules.serve}: no adapter of the unembedding for {of}: {why}", file=sys.stderr
+        notify(f"serve={rules.serve}: no adapter of the unembedding for {of}: {why}")
+    if left_out and "method.layers" in request.given:
+        raise SpecError(
+            f"method.layers={rules.layers} with serve={rules.serve}: the unembedding is left out. "
+            "Add method.layers=attention+mlp, or leave method.layers out, or add serve=peft."
         )
-    if request.action == "fleet":
-        from lorasweep.models import find
-
+    if training:
         runs.write_rules(folder, rules)
-        license_of = cache(lambda model: find.license_of(model, request.exec.models_dir))
-        members = [
-            dataclasses.replace(m, license=license_of(m.points[0].spec.model)) if m.points else m
-            for m in members
-        ]
-    fleet = dataclasses.replace(
+    planned = dataclasses.replace(
         request,
-        action="run" if request.action == "fleet" else request.action,
+        action="run" if training else request.action,
         out=str(folder),
         serve=rules.serve,
         exec=exec_,
@@ -259,52 +283,40 @@ def plan_fleet(request: Request) -> Request:
         sweep_name=runs.fleet_name(request),
         members=[m.plain() for m in members],
     )
-    return dataclasses.replace(fleet, points=all_points(fleet, RunStore(fleet.exec.runs_dir)))
+    return dataclasses.replace(planned, points=all_points(planned, RunStore(exec_.runs_dir)))
 
 
-def fleet(
-    request: Request, store: RunStore, training: Callable[[Request, RunStore], Trained]
-) -> int:
-    """Train and export an adapter for each customer; `training` trains the missing runs.
+def _for_training(
+    members: Sequence[Member],
+    customers: Sequence[Customer | Failed],
+    request: Request,
+    folder: Path,
+) -> list[Member]:
+    """Check the folders that will be written, and add the licenses of the bases.
 
-    Returns 1 if a customer could not be planned or got no adapter, unless its runs are in jobs.
+    A folder that cannot be written is the problem of its customer alone.
+
+    Raises:
+        LorasweepError: the fleet's own folder cannot be written.
     """
-    from lorasweep.models import load
+    from lorasweep.models import find
 
-    plan = plan_fleet(request)
-    trained = training(plan, store) if plan.points else Trained([], 0)
-    if trained.status == STOPPED:
-        return STOPPED
-    if trained.sent:
-        trained.sent.show(plan.format == "json")
-    outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, trained.points)]
-    waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
-    if plan.cluster.kind == "slurm":
-        queue = slurm.look(store.root)
-        there = queue.covered().keys() | queue.elsewhere
-        unfinished = [
-            [i for i, state in o.states.items() if state not in FINAL and state != "running"]
-            for o in outcomes
-            if o.open
-        ]
-        waiting = sum(there.issuperset(ids) for ids in unfinished)
-    folder, title = Path(plan.out), Path(plan.customers).stem
-    tokenizer_of = cache(lambda model: load.tokenizer_of(model, plan.exec.models_dir))
-    profile = _profiles(plan)[plan.serve]()
-    outcomes = adapters.export(outcomes, store, folder, title, write_adapter, tokenizer_of, profile)
-    chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
-    if plan.mirror == "wandb":
-        from lorasweep.tracking.wandb import mirror
-
-        mirror(chosen, store, plan.sweep_name or "")
-    if plan.format != "json":
-        rows = [adapters.cells(o) for o in outcomes]
-        for row, o in zip(rows, outcomes, strict=True):
-            if o.member.problem:
-                row[-1] = f"{o.member.where}: see above"
-        lines = _table(adapters.HEAD, rows, adapters.NUMBERS)
-        print("\n".join([*lines, "", *adapters.summary_lines(outcomes)]))
-        print(f"adapters, cards and the page: {folder / adapters.PAGE}")
-    elif not waiting:
-        print(json.dumps([o.plain() for o in outcomes]))
-    return 0 if len(chosen) + waiting == len(outcomes) else 1
+    exec_, points = request.exec, [p for m in members for p in m.points]
+    data = {c.data for c in customers if isinstance(c, Customer) and c.data}
+    inputs = {request.customers, *filter(os.path.exists, data)}
+    models = {p.spec.model for p in points}
+    check = partial(folders.check, exec_=exec_, models=models, inputs=inputs)
+    check(folder, runs.RULES)
+    store, license_of = RunStore(exec_.runs_dir), cache(find.license_of)
+    every = with_further(points, store, go_on="rates" not in request.given)
+    unfinished = {p.arm for p in every if not store.result(p.id)}
+    found = []
+    for m in members:
+        try:
+            if m.folder in unfinished:  # else it is checked only if it is written
+                check(folder / m.folder, adapters.FACTS)
+            of = license_of(m.points[0].spec.model, tuple(exec_.models_dir)) if m.points else {}
+            found.append(dataclasses.replace(m, license=of))
+        except LorasweepError as error:
+            found.append(Member(m.where, m.name, m.folder, f"{m.where}: {error}"))
+    return found

@@ -17,7 +17,7 @@ from lorasweep.cli.points import all_points, is_search, judged
 from lorasweep.cli.printed import Answer
 from lorasweep.cli.progress import notifier
 from lorasweep.errors import SpecError, TrainingError
-from lorasweep.fleet.folders import ADAPTER
+from lorasweep.fleet.serving import ADAPTER
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from

@@ -41,12 +41,12 @@ def all_points(request: Request, store: RunStore) -> list[Point]:
         unfinished = {curve_key(p) for p in points if not results[p.id]}
         over = [p for p in points if curve_key(p) not in unfinished]
 
-        points += second_stage(over, request.sweep.replicate, lambda rid: _loss(results[rid]))
+        points += second_stage(over, request.sweep.replicate, lambda rid: final_loss(results[rid]))
     rounds = looks.read(looks.path_of(store.root, request.title))
     return points + added_points(rounds, points)
 
 
-def _loss(result: Mapping[str, Any], on_validation: bool = False) -> float | None:
+def final_loss(result: Mapping[str, Any], on_validation: bool = False) -> float | None:
     """Return a run's final metric as a loss, lower is better; None if the run diverged."""
     metric = metric_of(result)
     value = result.get(metric.on_part) if on_validation else metric.value(result)
@@ -73,7 +73,7 @@ def _searched(request: Request, store: RunStore) -> list[Point]:
         result = results(rid)
         if result is None:
             return None
-        found = _loss(result, on_validation=request.points[0].spec.dataset.n_validation > 0)
+        found = final_loss(result, on_validation=request.points[0].spec.dataset.n_validation > 0)
         return math.inf if found is None else found
 
     def may_begin(known: Sequence[Point], new: Sequence[Point]) -> bool:

@@ -1,7 +1,6 @@
 """Compare the adapters of a fleet on a running server with what they do in training."""
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from lorasweep.advise.pages import printable
+from lorasweep.cli.printed import Answer
 from lorasweep.config import catalogue
 from lorasweep.data.examples import Data, Example
 from lorasweep.errors import SpecError
 from lorasweep.fleet import runs, served
-from lorasweep.fleet.folders import problems
 from lorasweep.fleet.outcome import Outcome, outcome_of
-from lorasweep.fleet.server import Server
-from lorasweep.fleet.serving import Profile
+from lorasweep.fleet.served import Server
+from lorasweep.fleet.serving import Profile, problems
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.spec.execution import Exec
 from lorasweep.store import checkpoint
@@ -30,7 +29,6 @@ COMMON_ROWS, OWN_ROWS, TOKENS = 8, 2, 5
 row: 50 tokens an adapter, and as many requests to a vLLM server."""
 HEAD = ("customer", "verdict", "change", "distance", "accepted", "factor", "notes")
 FITS, REFUSED, MISSING, NONE = "folder is right", "folder refused", "missing", "no adapter"
-GOOD = (served.SERVED, FITS)
 
 
 @dataclasses.dataclass
@@ -53,8 +51,8 @@ class Row:
         return [printable(self.name), self.verdict, *numbers, printable("; ".join(self.notes))]
 
 
-def verify(request: Request, store: RunStore) -> int:
-    """Check a fleet's folders, and with url= the servers; return 1 unless everything is right.
+def verify(request: Request, store: RunStore) -> Answer:
+    """Check a fleet's folders, and with url= the servers; the status is 1 unless all is right.
 
     Raises:
         SpecError: there is no server at a url, it serves none of the customers or another base, or
@@ -63,30 +61,31 @@ def verify(request: Request, store: RunStore) -> int:
     outcomes = [outcome_of(m, store) for m in runs.planned(request.members, request.points)]
     profile = catalogue.profiles([Path(folder) for folder in request.folders])[request.serve]()
     rows = {o.member.folder: _of_folder(o, Path(request.out), profile) for o in outcomes}
-    trained = [o for o in outcomes if o.spec is not None]
     urls = [request.url] if isinstance(request.url, str) else request.url
     servers = [Server(str(url)) for url in urls if url]
     at = {name: s for s in servers for name in s.models if name in rows}
     if servers and not at:
         names = ", ".join(sorted({name for s in servers for name in s.models}))
-        page = Path(request.out) / "index.html"
         raise SpecError(
             f"url={','.join(urls)}: serves {names}, and no customer of {request.customers} "
-            f"(expected {', '.join([*rows][:5])}). Start it with the command on the page {page}"
+            f"(expected {', '.join([*rows][:5])}). The page {request.out}/index.html has the "
+            "command to start it."
         )
     groups: dict[Any, list[Outcome]] = {}
-    for o in trained if servers else ():
-        groups.setdefault((o.spec.model, o.spec.precision), []).append(o)
+    for o in outcomes if servers else ():
+        if o.spec is not None:
+            groups.setdefault((o.spec.model, o.spec.precision), []).append(o)
     trainer = TorchTrainer()
     lines = [_compare(g, at, rows, trainer, store, request.exec) for g in groups.values()]
-    if request.format == "json":
-        found = [{**vars(r), "found": r.found and vars(r.found)} for r in rows.values()]
-        print(json.dumps(found))
-    else:
-        print(*aligned([HEAD, *(r.cells() for r in rows.values())], (2, 3, 4, 5)), "", sep="\n")
+
+    def text() -> list[str]:
         counts = Counter(r.verdict for r in rows.values())
-        print(*lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items()), sep="\n")
-    return 0 if all(r.verdict in GOOD for r in rows.values()) else 1
+        table = aligned([HEAD, *(r.cells() for r in rows.values())], (2, 3, 4, 5))
+        return [*table, "", *lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items())]
+
+    value = [{**vars(r), "found": r.found and vars(r.found)} for r in rows.values()]
+    right = all(r.verdict in (served.SERVED, FITS) for r in rows.values())
+    return Answer(value, text, int(not right))
 
 
 def _of_folder(outcome: Outcome, fleet: Path, profile: Profile) -> Row:
@@ -95,8 +94,8 @@ def _of_folder(outcome: Outcome, fleet: Path, profile: Profile) -> Row:
     if spec is None:
         return Row(member.name, member.folder, NONE, [outcome.problem])
     rank = profile.largest_rank(member.advised["rank"])
-    folder, class_of = fleet / member.folder, member.served.get("architecture", "")
-    wrong = problems(folder, profile, spec.model, rank, class_of)
+    class_of = member.served.get("architecture", "")
+    wrong = problems(fleet / member.folder, profile, spec.model, rank, class_of)
     return Row(member.name, member.folder, REFUSED if wrong else FITS, wrong)
 
 
@@ -114,13 +113,13 @@ def _compare(
     """
     spec = group[0].spec
     assert spec is not None
-    there = {o.member.folder: at[o.member.folder] for o in group if o.member.folder in at}
-    for o in group:
-        if o.member.folder not in there:
-            rows[o.member.folder].verdict = MISSING
+    specs = {o.member.folder: o.spec for o in group}
+    there = {name: at[name] for name in specs if name in at}
+    for name in specs.keys() - there.keys():
+        rows[name].verdict = MISSING
     if not there:
         return f"{spec.model.name}: no adapter is served"
-    own = {o.member.folder: _rows(trainer.data(o.spec, exec_), spec.seed) for o in group}
+    own = {name: _rows(trainer.data(s, exec_), spec.seed) for name, s in specs.items()}
     each = -(-COMMON_ROWS // len(own))
     common = [row for mine in own.values() for row in mine[:each]][:COMMON_ROWS]
     own = {name: mine[each : each + OWN_ROWS] for name, mine in own.items()}
@@ -145,13 +144,13 @@ def _compare(
             "set --max-loras above the number of adapters."
         )
     trained = {}
-    for o in group:
-        name, weights = o.member.folder, checkpoint.load_weights(store.folder(o.spec.id))
+    for name, one in specs.items():
+        weights = checkpoint.load_weights(store.folder(one.id))
         if weights is None:
             rows[name].verdict = NONE
-            rows[name].notes.append(f"the weights of run {o.spec.id} were not kept")
+            rows[name].notes.append(f"the weights of run {one.id} were not kept")
         else:
-            trained[name] = trainer.log_p(o.spec, exec_, [*common, *own[name]], weights)
+            trained[name] = trainer.log_p(one, exec_, [*common, *own[name]], weights)
     shared = {name: values[: len(of_common)] for name, values in trained.items()}
     for name in (n for n in there if n in trained):
         answers = there[name].log_p(name, [*common, *own[name]])
@@ -169,7 +168,4 @@ def _rows(data: Data, seed: int) -> list[Example]:
     if not found:
         found = data.train(seed, 0, min(count, data.n_train or count))
     ends = [int(np.flatnonzero(row.loss)[:TOKENS][-1]) + 1 for row in found[:count]]
-    return [
-        dataclasses.replace(row, tokens=row.tokens[:end], loss=row.loss[:end])
-        for row, end in zip(found, ends)
-    ]
+    return [Example(row.tokens[:end], row.loss[:end]) for row, end in zip(found, ends)]

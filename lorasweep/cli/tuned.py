@@ -11,7 +11,7 @@ from typing import Any
 from lorasweep.advise.pages import plain_text, render
 from lorasweep.cli import answer
 from lorasweep.cli.finished_runs import write_adapter
-from lorasweep.cli.points import judged
+from lorasweep.cli.points import final_loss, judged
 from lorasweep.cli.progress import duration
 from lorasweep.data import templates
 from lorasweep.errors import LorasweepError, SpecError, StoreError
@@ -63,37 +63,34 @@ def outlook(request: Request, busy_s: float | None, workers: int) -> list[str]:
     Raises:
         SpecError: the budget is below one run.
     """
-    how, budget = request.sweep.search, parse_budget(request.budget, request.points[0].spec.steps)
-    n, steps = len(request.points), request.points[0].spec.steps
+    how, n, steps = request.sweep.search, len(request.points), request.points[0].spec.steps
+    budget = parse_budget(request.budget, steps)
     first = n * (how.n_full + (how.n_short - how.n_lrs) / how.prefix)  # n_lrs short runs go on
-    each = n * how.n_lrs
-    found = [
+    each, wall_s = n * how.n_lrs, None if busy_s is None else busy_s / workers
+    said = (
         f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
         f"runs of {steps} updates judge. In all about {first:.0f} runs of full length for the "
         f"learning rates, and {each} with each of up to {how.seeds} fresh seeds"
-    ]
-    if busy_s is not None:
-        times = [duration(count * busy_s / workers) for count in (first, each)]
-        found[0] += f": about {times[0]} and {times[1]} on {workers} worker(s)"
-    if budget is None:
-        return found
-    wall_s = None if busy_s is None else busy_s / workers
-    size = {"runs": 1.0, "gpuh": busy_s}.get(budget.unit, wall_s)
-    if size is None:
-        return found
-    if budget.amount < size:
+    )
+    if wall_s is not None:
+        times = [duration(count * wall_s) for count in (first, each)]
+        said += f": about {times[0]} and {times[1]} on {workers} worker(s)"
+    size = {"runs": 1.0, "gpuh": busy_s}.get(budget.unit, wall_s) if budget else None
+    if budget is None or size is None:
+        return [said]
+    runs = budget.amount / size
+    if runs < 1:
         takes = "" if budget.unit == "runs" else f", which takes about {duration(size)}"
         raise SpecError(
             f"budget={budget.text} is below one run of {steps} updates{takes}. Give a larger "
             "budget, or fewer updates: steps=N."
         )
-    runs = budget.amount / size
     seeds = min(how.seeds, math.floor((runs - first) / each))
-    buys = "less than the search for the learning rates"
-    if seeds >= 0:
-        buys = f"the learning rates and {seeds} fresh seed(s)"
+    buys = f"the learning rates and {seeds} fresh seed(s)"
+    if seeds < 0:
+        buys = "less than the search for the learning rates"
     more = "" if seeds >= MIN_SEEDS - 1 else f"; an answer needs {MIN_SEEDS - 1} fresh seeds"
-    return [*found, f"budget={budget.text} buys about {runs:.0f} runs: {buys}{more}"]
+    return [said, f"budget={budget.text} buys about {runs:.0f} runs: {buys}{more}"]
 
 
 def outlook_here(request: Request, store: RunStore) -> list[str]:
@@ -118,11 +115,11 @@ def stage(request: Request, store: RunStore, points: Sequence[Point]) -> str:
     todo = [p for p in points if p not in known]
     if not todo:
         return ""
-    what, seed = "full runs", todo[0].spec.seed
-    if is_short(todo[0], request.points):
+    first, what = todo[0], "full runs"
+    if is_short(first, request.points):
         what = "short runs to find the range"
-    elif seed != request.points[0].spec.seed:
-        what = f"full runs with seed {seed}"
+    elif first.spec.seed != request.points[0].spec.seed:
+        what = f"full runs with seed {first.spec.seed}"
     lrs = sorted(p.spec.lr for p in todo)
     line = f"search: {len(todo)} {what}, learning rates from {lrs[0]:g} to {lrs[-1]:g}"
     if budget := parse_budget(request.budget, request.points[0].spec.steps):
@@ -163,22 +160,12 @@ def prune(request: Request, store: RunStore, points: Sequence[Point]) -> None:
 
 
 def _by_lr(points: Sequence[Point], store: RunStore) -> dict[float, dict[Point, float]]:
-    """Return the runs of an arm by learning rate, each with `_chosen_by`."""
+    """Return the runs of an arm by learning rate, each with its loss on the rows that choose."""
     found: dict[float, dict[Point, float]] = {}
     for p in points:
-        found.setdefault(p.spec.lr, {})[p] = _chosen_by(p, store)
+        loss = final_loss(store.result(p.id) or {}, p.spec.dataset.n_validation > 0)
+        found.setdefault(p.spec.lr, {})[p] = math.inf if loss is None else loss
     return found
-
-
-def _chosen_by(point: Point, store: RunStore) -> float:
-    """Return a run's final loss on the rows that choose; infinity if it diverged."""
-    result = store.result(point.id) or {}
-    metric = metric_of(result)
-    value = metric.value(result)
-    if point.spec.dataset.n_validation:
-        value = result.get(metric.on_part, value)
-    done = result.get("state") == "done" and value is not None
-    return metric.loss(value) if done else float("inf")
 
 
 # ---------------------------------------------------------------- the answer
@@ -235,32 +222,32 @@ def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) 
     `lowest`: the learning rate down to which all arms had full runs.
     """
     arms = {arm["rank"]: arm for arm in results["arms"]}
-    rank, spec = results["best_rank"], request.points[0].spec
-    assert request.sweep is not None and request.sweep.search is not None
+    rank, spec, start = results["best_rank"], request.points[0].spec, results["start"]
     outcome = next((v["outcome"] for v in results["verdicts"]), "")
-    ranks = dict.fromkeys(map(_rank, request.points))
-    absent = [answer.arm_name({"rank": r}) for r in ranks if r not in arms]
-    lost = _lost(results, arms, rank)
-    too_much = outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
+    methods = {_rank(p): p.spec.method.plain() for p in request.points}
+    absent = [answer.arm_name({"rank": r}) for r in methods if r not in arms]
+    full, lora = (arms[r]["loss"] if r in arms else None for r in (None, rank))
+    lost = 0.0  # share of full fine-tuning's gain that LoRA gives up, as measured
+    if None not in (full, lora, start) and start > full:
+        lost = (lora - full) / (start - full)
+    chosen, why = arms.get(rank), "the smallest rank within 1% of the gain of the best one"
     if rank is None:
-        chosen = arms.get(None)
-        why = "no run of LoRA trains" if len(ranks) > 1 else "the only method that was asked for"
-    elif None in arms and too_much:
+        why = "no run of LoRA trains" if len(methods) > 1 else "the only method that was asked for"
+    elif None in arms and (
+        outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
+    ):
         chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
-    else:
-        chosen, why = arms[rank], "the smallest rank within 1% of the gain of the best one"
     lr = chosen and (chosen["best_lr"]["value"] or chosen["best_tried"])
-    end, more = LOWEST * request.sweep.search.wide, []
-    start, loss = results["start"], chosen and chosen["loss"]
-    if not chosen or not lr or lr < end or (None not in (start, loss) and loss >= start):
+    end, more, loss = LOWEST * request.sweep.search.wide, [], chosen and chosen["loss"]
+    if not lr or lr < end or (None not in (start, loss) and loss >= start):
         why = f"nothing trains: no learning rate lowers the loss on {results['chosen_on']} rows"
-        if chosen and lr and lr >= end:
+        if lr and lr >= end:
             why = f"{answer.arm_name(chosen)} at {lr:.1e} does not lower the loss on test rows"
         elif lowest >= end:
             why = f"no learning rate tried in full, from {lowest:.1e} on, lowers the loss"
             more = ["lower learning rates, which the budget did not allow"]
         chosen, lr = {"method": None, "rank": None}, None
-    methods = {_rank(p): p.spec.method.plain() for p in request.points}
+    more += [f"{name}, of which no run of full length has finished" for name in absent]
     return {
         "method": chosen["method"],
         "rank": chosen["rank"],
@@ -269,21 +256,8 @@ def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) 
         "steps": spec.steps,
         "batch_size": spec.batch_size,
         "why": why,
-        "open": [
-            *more,
-            *(f"{name}, of which no run of full length has finished" for name in absent),
-            *answer.open_questions(dict(results)),
-        ],
+        "open": [*more, *answer.open_questions(dict(results))],
     }
-
-
-def _lost(results: Mapping[str, Any], arms: Mapping[Any, Any], rank: int | None) -> float:
-    """Return the share of full fine-tuning's gain that LoRA gives up, as measured; 0 if unknown."""
-    losses = [arms[r]["loss"] for r in (None, rank) if r in arms]
-    if len(losses) < 2 or None in (*losses, results["start"]):
-        return 0.0
-    full, lora = losses
-    return (lora - full) / (results["start"] - full) if results["start"] > full else 0.0
 
 
 def _lines(
@@ -291,41 +265,35 @@ def _lines(
 ) -> list[str]:
     """Return the answer: a line per arm, the gap, the setting, and what is open."""
     specs = {_rank(p): p.spec for p in request.points}
-    lines = []
+    metric, lines = METRICS[request.points[0].spec.objective], []
     for arm in results["arms"]:
-        e, good = arm["best_lr"], arm["good"]
-        name = answer.arm_name(arm)
-        if not answer.trains(arm):
-            lr = "no learning rate trains"
-        elif e["value"] is None:
+        rate, good, loss, base = arm["best_lr"], arm["good"], arm["loss"], results["start"]
+        lr = "no learning rate trains"
+        if rate["value"] is not None:
+            ends = (
+                f" [{rate['low']:.1e}, {rate['high']:.1e}]" if rate["low"] and rate["high"] else ""
+            )
+            lr = f"best learning rate {rate['value']:.1e}{ends}"
+        elif answer.trains(arm):
             lr = f"best learning rate tried {arm['best_tried']:.1e} ({', '.join(arm['flags'])})"
-        else:
-            between = f" [{e['low']:.1e}, {e['high']:.1e}]" if e["low"] and e["high"] else ""
-            lr = f"best learning rate {e['value']:.1e}{between}"
         if good:
             lr += f", good from {good[0]:.1e} to {good[1]:.1e}"
-        loss = "" if arm["loss"] is None else f"; {_measured(request, arm['loss'])}"
-        if loss and results["start"] is not None:
-            loss += f" (base {_measured(request, results['start']).rpartition(' ')[2]})"
+        if loss is not None:
+            lr += f"; {'test loss' if metric == METRICS['sft'] else metric.label} "
+            lr += f"{metric.loss(loss):.4f}"
+            lr += "" if base is None else f" (base {metric.loss(base):.4f})"
         cost = f"{arm['seconds'] or 0:.0f} s, {_memory_gib(specs[arm['rank']], request):.1f} GiB"
-        lines.append(f"{name}: {lr}{loss}; a run takes {cost}")
+        lines.append(f"{answer.arm_name(arm)}: {lr}; a run takes {cost}")
     with_gap = [arm for arm in results["arms"] if arm["gap_percent"]]
     lines += [_gap_line(results, max(with_gap, key=lambda a: a["rank"], default=None))]
-    use = f"{answer.arm_name(conclusion)}"
-    if conclusion["rank"]:
-        use += f" on {conclusion['layers']}"
-    if conclusion["method"] is None:
-        use = "the base as it is"
-    else:
-        use += (
-            f", learning rate {conclusion['lr']:.1e}, {conclusion['steps']} updates of "
-            f"{conclusion['batch_size']} rows"
-        )
-    out = f"; {conclusion['out']}" if "out" in conclusion else ""
-    lines.append(f"use: {use} ({conclusion['why']}){out}")
-    budget = conclusion.get("budget")
-    spent = f"; used {budget['used']} of {budget['given']}" if budget else ""
-    return [*lines, f"open: {'; '.join(conclusion['open']) or 'nothing'}{spent}"]
+    use, c = "the base as it is", conclusion
+    if c["method"] is not None:
+        on = f" on {c['layers']}" if c["rank"] else ""
+        use = f"{answer.arm_name(c)}{on}, learning rate {c['lr']:.1e}, "
+        use += f"{c['steps']} updates of {c['batch_size']} rows"
+    lines.append("; ".join([f"use: {use} ({c['why']})", *filter(None, [c.get("out")])]))
+    used = [f"used {c['budget']['used']} of {c['budget']['given']}"] if "budget" in c else []
+    return [*lines, "; ".join([f"open: {'; '.join(c['open']) or 'nothing'}", *used])]
 
 
 def _gap_line(results: Mapping[str, Any], arm: Mapping[str, Any] | None) -> str:
@@ -342,31 +310,21 @@ def _gap_line(results: Mapping[str, Any], arm: Mapping[str, Any] | None) -> str:
     gain = next(a["gain"] for a in results["arms"] if not a["rank"])
     if arm["rank"] == top and gain and verdict["estimate"]["value"] is not None:
         nats = {k: verdict["estimate"][k] for k in ("value", "low", "high")}
-        shares = {k: None if v is None else v / gain for k, v in nats.items()}
-        gap = {k: v if v is None else 100 * (results["allowed"] + v) for k, v in shares.items()}
+        share = {k: None if v is None else 100 * v / gain for k, v in nats.items()}
+        gap = {k: None if v is None else 100 * results["allowed"] + v for k, v in share.items()}
     between = "" if gap["low"] is None else f" [{gap['low']:.1f}%, {gap['high']:.1f}%]"
-    line = (
+    said = {"SUPPORTED": ": less than 5%", "REFUTED": ": more than 5%"}
+    said["UNDECIDED"] = f": not decided at 5% ({verdict['why']})"
+    return (
         f"LoRA at rank {arm['rank']} gives up {gap['value']:.1f}%{between} of full fine-tuning's "
         f"gain on {results['n_test']} test rows"
+        + (said[verdict["outcome"]] if arm["rank"] == top else "")
     )
-    said = {
-        "SUPPORTED": "less than 5%",
-        "REFUTED": "more than 5%",
-        "UNDECIDED": f"not decided at 5% ({verdict['why']})",
-    }
-    return f"{line}: {said[verdict['outcome']]}" if arm["rank"] == top else line
-
-
-def _measured(request: Request, loss: float) -> str:
-    """Name the metric of a search's runs, with its value; `loss`: the value, lower is better."""
-    metric = METRICS[request.points[0].spec.objective]
-    return f"{'test loss' if metric == METRICS['sft'] else metric.label} {metric.loss(loss):.4f}"
 
 
 def _memory_gib(spec: RunSpec, request: Request) -> float:
     """Return the planned peak memory of one run on this machine."""
-    hardware = detect.this_machine()
-    return place(spec, hardware, rows=request.exec.micro_batch_size).memory_gib
+    return place(spec, detect.this_machine(), rows=request.exec.micro_batch_size).memory_gib
 
 
 # ---------------------------------------------------------------- the folder of the best run
@@ -392,17 +350,16 @@ def _export(
     try:
         with folders.replaced(out, ANSWER) as partial:
             for rank, name in parts.items():
-                mine = _by_lr([p for p in judged(request, points) if _rank(p) == rank], store)
-                if not mine:
-                    continue
+                by_lr = _by_lr([p for p in judged(request, points) if _rank(p) == rank], store)
                 # of the seeds at the learning rate that the answer chose
-                lr = min(mine, key=lambda lr: abs(math.log(lr / (tried.get(rank) or lr))))
-                best, loss = min(mine[lr].items(), key=lambda found: found[1])
-                if loss == math.inf:
+                at = min(
+                    by_lr, key=lambda lr: abs(math.log(lr / (tried.get(rank) or lr))), default=0
+                )
+                best, loss = min(by_lr.get(at, {}).items(), key=lambda b: b[1], default=(None, 0))
+                if best is None or loss == math.inf:
                     continue
-                folder = partial / name
-                where = "" if name == "." else f"in {request.out}/{name} "
-                rates.append(f"{where}learning rate {lr:g}")
+                folder, where = partial / name, f"in {request.out}/{name} " if name != "." else ""
+                rates.append(f"{where}learning rate {at:g}")
                 spec, final = best.spec, store.result(best.id) or {}
                 weights = checkpoint.load_weights(store.folder(best.id))
                 if weights is None:
@@ -438,9 +395,8 @@ def _card(best: Point, final: Mapping[str, Any], results: Mapping[str, Any], nam
     before = final["reward_start" if metric.higher_is_better else "nll_start"]
     unit = " nats per token" if metric == METRICS["sft"] else ""
     arm = next(a for a in results["arms"] if a["rank"] == _rank(best))
-    head: dict[str, Any] = {"library_name": "transformers", "tags": ["fine-tuned"]}
-    if isinstance(spec.method, LoRA):
-        head = {"library_name": "peft", "tags": ["lora"]}
+    kind = ("peft", "lora") if isinstance(spec.method, LoRA) else ("transformers", "fine-tuned")
+    head: dict[str, Any] = {"library_name": kind[0], "tags": [kind[1]]}
     if spec.model.source == "hub":  # else the hub would link the card to another model
         head = {"base_model": spec.model.location, **head}
     settings = ", ".join(f"{k} {v}" for k, v in spec.method.plain().items() if k != "name")
@@ -453,10 +409,9 @@ def _card(best: Point, final: Mapping[str, Any], results: Mapping[str, Any], nam
         "chosen": f"the best of its arm on {results['chosen_on']} rows",
         metric.label: f"{before:.4f}{unit} before, {final[metric.name]:.4f} after, on "
         f"{final.get('n_test')} test rows",
+        "weights": f"float32, as in training; the loss is measured in {spec.precision}",
+        **({"against full fine-tuning": _gap_line(results, arm)} if arm["gap_percent"] else {}),
     }
-    facts["weights"] = f"float32, as in training; the loss is measured in {spec.precision}"
-    if arm["gap_percent"]:
-        facts["against full fine-tuning"] = _gap_line(results, arm)
     return render(
         "card.md",
         head=yaml.safe_dump(head, sort_keys=False),

@@ -135,6 +135,7 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
             "conf/serve to DIR/serve/NAME.yaml, change it there, and add --config-dir=DIR "
             "serve=NAME."
         )
+    config.serve = settings.runtime.choices["serve"]
     values = {name: getattr(config, name) for name in SETTINGS}
     for problem in misfits(Settings(**values)):
         raise SpecError(problem)
@@ -147,7 +148,6 @@ def _request(cfg: DictConfig, settings: Any) -> Request:
     cluster = Cluster(**dataclasses.asdict(config.cluster))
     check_cluster(cluster, exec_)
     sweep_name = settings.runtime.choices.get("sweep")
-    config.serve = settings.runtime.choices["serve"]
     action = check_action(config, sweep_name)
     if hardware:
         machine = from_plain(hardware).name

@@ -13,10 +13,8 @@ import yaml
 from lorasweep.advise.pages import plain_text, render
 from lorasweep.data import templates
 from lorasweep.errors import LorasweepError, ModelError
-from lorasweep.fleet.folders import ADAPTER, problems
 from lorasweep.fleet.outcome import GAINED, UNKNOWN, WORSE, Outcome, counts, counts_line
-from lorasweep.fleet.picture import picture_of
-from lorasweep.fleet.serving import BASE, PEFT, Profile, serve_command
+from lorasweep.fleet.serving import ADAPTER, BASE, PEFT, Profile, problems, serve_command
 from lorasweep.spec.model import ModelSpec
 from lorasweep.store import checkpoint, folders
 from lorasweep.store.run_store import RunStore
@@ -35,6 +33,8 @@ NUMBERS = (
 HEAD = ("customer", *NUMBERS, "notes")
 NAMED = 12
 """Maximum number of customers that the page names in a group. The table lists all customers."""
+LABELS = {GAINED: "gained", WORSE: "got worse", UNKNOWN: "gain uncertain"}
+"""Verdict on the gain on test rows -> note. It is uncertain if its 95% interval contains 0."""
 
 
 # ---------------------------------------------------------------- folders
@@ -56,7 +56,7 @@ def export(
     """
     found = [_export(o, store, folder, save, tokenizer_of, profile) if o.spec else o for o in found]
     chosen = [o for o in found if o.spec is not None]
-    for run in (t.run for o in chosen for t in o.tried if t.run != o.spec.id):
+    for run in (t["run"] for o in chosen for t in o.tried if t["run"] != o.spec.id):
         (store.folder(run) / checkpoint.WEIGHTS).unlink(missing_ok=True)
     now = {o.member.folder for o in chosen}
     earlier: dict[str, dict[str, Any]] = {}  # facts of adapters for earlier data or settings
@@ -66,34 +66,27 @@ def export(
                 facts = json.loads(path.read_text())
                 if isinstance(facts, dict) and "run" in facts:  # else a file of the user's
                     earlier[path.parent.name] = facts
-    cards: list[dict[str, Any]] = []
-    for o in found:
-        if o.spec is None:
-            cards.append({"error": o.problem, "earlier": earlier.get(o.member.folder)})
-        else:
-            note = f"folder {o.member.folder}, run {o.spec.id}"
-            card = {"error": "", "facts": _facts(o), "note": note, "example": o.plain()["example"]}
-            cards.append({**card, "verdict": o.verdict, "gain": o.gain})
-    few = len(found) / 2  # the page names the customers of small groups only
-    names = [o.member.name or "?" for o in found]
+    customers = [o.facts() for o in found]
+    here = [(o, folder / o.member.folder, f"./{o.member.folder}") for o in chosen]
     gone = earlier.keys() - {o.member.folder for o in found}
     page = render(
         "fleet.html",
         title=title,
         counts=counts_line(counts(found)),
-        picture=picture_of(found),
-        groups=[(k, g, g[:NAMED] if len(g) <= few else []) for k, g in _groups(found).items()],
+        marks=_marks(customers),
+        groups=_groups(customers),
+        named=NAMED,
         head=HEAD,
         numbers=NUMBERS,
-        names=names,
-        rows=[cells(o) for o in found],
-        cards=cards,
-        commands=_commands(
-            [(o, folder / o.member.folder, f"./{o.member.folder}") for o in chosen],
-            profile,
-            tokenizer_of,
-        ),
-        gone=[str(earlier[f].get("name")) for f in sorted(gone)],
+        labels=LABELS,
+        kinds={GAINED: "gained", WORSE: "worse", UNKNOWN: "unknown"},
+        rows=[cells(p) for p in customers],
+        cards=[
+            (p, _card_lines(o) if o.spec else [], earlier.get(o.member.folder))
+            for o, p in zip(found, customers)
+        ],
+        commands=_commands(here, profile, tokenizer_of),
+        gone=[str(earlier[name].get("name")) for name in sorted(gone)],
     )
     with folders.replaced(folder, PAGE, whole=False) as partial:
         (partial / PAGE).write_text(page, encoding="utf-8", errors="replace")
@@ -110,37 +103,31 @@ def _export(
 ) -> Outcome:
     """Replace our files in a customer's folder, unless it is up to date.
 
-    The folder of an earlier version with the chosen run stays if the run's weights are gone.
+    A folder with the chosen run stays if the run's weights are gone.
     """
-    mine, facts = folder / outcome.member.folder, json.dumps(outcome.plain(), indent=1)
-    earlier = ""
+    member, spec, facts = outcome.member, outcome.spec, json.dumps(outcome.facts(), indent=1)
+    mine, rows, there = folder / member.folder, member.rows, ""
     with suppress(OSError):
-        earlier = (mine / FACTS).read_text() if (mine / ADAPTER).is_file() else ""
-    if earlier == facts:
+        there = (mine / FACTS).read_text() if (mine / ADAPTER).is_file() else ""
+    if there == facts:
         return outcome
-    spec, rows = outcome.spec, outcome.member.rows
     weights = checkpoint.load_weights(store.folder(spec.id))
-    if weights is None:
-        with suppress(ValueError, KeyError, TypeError):
-            if json.loads(earlier)["run"] == spec.id:
-                return outcome
-        problem = (
-            f"the weights of run {spec.id} were not kept: another learning rate was chosen before, "
-            "or the run is from a sweep. Train it again: python -m lorasweep action=adapter "
-            f"run={spec.id} out=FOLDER"
-        )
-        return dataclasses.replace(outcome, spec=None, result={}, problem=problem)
-    member = outcome.member
-    largest = profile.largest_rank(member.advised["rank"])
-    architecture = member.served.get("architecture", "")
     try:
-        tokenizer = tokenizer_of(spec.model)
-        served = templates.with_template(spec.dataset, tokenizer)
-        if rows.messages:  # none if an earlier version planned the runs
-            templates.check(spec.dataset, served, rows.messages, [], rows.example, "example")
+        if weights is None:
+            if f'"run": "{spec.id}"' in there:
+                return outcome
+            raise ModelError(
+                f"the weights of run {spec.id} were not kept: another learning rate was chosen "
+                "before, or the run is from a sweep. Train it again: python -m lorasweep "
+                f"action=adapter run={spec.id} out=FOLDER"
+            )
+        served = templates.with_template(spec.dataset, tokenizer_of(spec.model))
+        templates.check(spec.dataset, served, rows.messages, [], rows.example, "example")
         with folders.replaced(mine, FACTS) as partial:
             save(partial, spec, weights, outcome.result.get("base_commit"))
             templates.save(served, rows.stop, partial)
+            largest = profile.largest_rank(member.advised["rank"])
+            architecture = member.served.get("architecture", "")
             if wrong := problems(partial, profile, spec.model, largest, architecture):
                 raise ModelError(
                     f"{profile.server} would not serve the adapter as trained: {' '.join(wrong)}"
@@ -155,7 +142,7 @@ def _export(
     return outcome
 
 
-# ---------------------------------------------------------------- cards and table
+# ---------------------------------------------------------------- cards, commands, table, picture
 
 
 def _card(outcome: Outcome, serve: str) -> str:
@@ -165,7 +152,7 @@ def _card(outcome: Outcome, serve: str) -> str:
 
     Keys of the head: github.com/huggingface/hub-docs, modelcard.md.
     """
-    p, spec = outcome.plain(), outcome.spec
+    p, spec = outcome.facts(), outcome.spec
     # without a name on the hub, the hub would link the card to another model or data set
     head: dict[str, Any] = {"base_model": p["base"]} if spec.model.source == "hub" else {}
     head |= p["license"]
@@ -177,8 +164,8 @@ def _card(outcome: Outcome, serve: str) -> str:
     return render(
         "adapter.md",
         head=yaml.safe_dump(head, sort_keys=False),
-        name=plain_text(outcome.member.name),
-        facts=[(name, plain_text(text)) for name, text in _facts(outcome)],
+        name=plain_text(p["name"]),
+        facts=[(name, plain_text(text)) for name, text in _card_lines(outcome)],
         example=example,
         fence="`" * max(3, ticks + 1),  # longer than any in the example
         folder=p["folder"],
@@ -187,11 +174,9 @@ def _card(outcome: Outcome, serve: str) -> str:
     )
 
 
-def _facts(outcome: Outcome) -> list[tuple[str, str]]:
+def _card_lines(outcome: Outcome) -> list[tuple[str, str]]:
     """Return (name, text) for each fact of a trained adapter, by templates/facts.txt."""
-    member = outcome.member
-    model = member.points[0].spec.model
-    text = render("facts.txt", p=outcome.plain(), rows=member.rows, model=model)
+    text = render("facts.txt", p=outcome.facts(), rows=outcome.member.rows, spec=outcome.spec)
     facts = (line.partition(": ") for line in text.split("\n") if line)
     return [(name, fact) for name, _, fact in facts]
 
@@ -205,11 +190,11 @@ def _commands(
     """
     groups: dict[tuple[str, str], list[tuple[Outcome, str]]] = {}
     for o, folder, named in found if profile.command else ():
-        path = folder / TEMPLATE  # missing if an earlier version wrote the folder
+        path = folder / TEMPLATE
         template = path.read_text() if path.is_file() else ""
         if template == getattr(tokenizer_of(o.spec.model), "chat_template", None):
             template = ""  # the server has it from the base
-        groups.setdefault((o.base, template), []).append((o, named))
+        groups.setdefault((o.facts()["base"], template), []).append((o, named))
     commands = []
     for (base, template), own in groups.items():
         command = serve_command(
@@ -223,64 +208,79 @@ def _commands(
     return commands
 
 
-def cells(outcome: Outcome) -> list[str]:
-    """Return the customer's row of the table with the columns HEAD."""
-    p = outcome.plain()
-    if outcome.spec is None:
+def _notes(p: dict[str, Any]) -> list[str]:
+    """Return what is notable of a customer: the labels of its groups, and notes in the table."""
+    if p["error"]:
+        return ["without an adapter"]
+    edge = p["edge"] and "best learning rate at the edge of those tried"
+    return [
+        *[LABELS[p["gained"]]] * (p["gain"] is not None),
+        *filter(None, [p["room"], edge]),
+        *["training hurts at every learning rate"] * p["hurts"],
+        *["ended early"] * ((p["steps_done"] or p["steps"]) < p["steps"]),
+        *["the adviser says full fine-tuning"] * (p["advised"] == "full"),
+    ]
+
+
+def cells(p: dict[str, Any]) -> list[str]:
+    """Return the customer's row of the table with the columns HEAD; `p`: the facts."""
+    if p["error"]:
         return [p["name"] or "?", *[""] * (len(HEAD) - 2), p["error"]]
-    held_out = outcome.member.rows.held_out
-    notes = [n for n in (outcome.room, outcome.edge and f"{outcome.edge} learning rate") if n]
-    if outcome.hurts:
-        notes.append("training hurts at every learning rate")
-    if (p["steps_done"] or p["steps"]) < p["steps"]:
-        notes.append(f"ended early, after {p['steps_done']} of {p['steps']} updates")
-    gain = "?"
-    if outcome.gain is not None:
-        if outcome.verdict != GAINED:
-            worse = outcome.verdict == WORSE
-            notes.append(WORSE if worse else "gain uncertain")
-        gain = f"{outcome.gain:+.3f}"
-        if outcome.interval is not None:
-            gain += f" ± {outcome.interval[1] - outcome.gain:.3f}"
-    if p["advised"] == "full":
-        notes.append("the adviser says full fine-tuning")
+    gain = "?" if p["gain"] is None else f"{p['gain']:+.3f}"
+    if p["gain_interval"] is not None:
+        gain += f" ± {p['gain_interval'][1] - p['gain']:.3f}"
     return [
         p["name"],
         gain,
         f"{p['loss_before']:.3f}",
         f"{p['loss_after']:.3f}",
         f"{p['lr']:g}",
-        str(len(outcome.tried)),
+        str(len(p["tried"])),
         f"{p['n_train']:,}",
-        f"{p['n_validation']} + {p['n_test']}" if held_out else "none",
+        f"{p['n_validation']} + {p['n_test']}" if p["n_test"] else "none",
         str(p["rank"]),
         f"{p['seconds_used']:,.0f}",
         f"{p['gpu_hours_used']:.3g}",
-        ", ".join(notes),
+        ", ".join(note for note in _notes(p) if note != LABELS[GAINED]),
     ]
 
 
-def _groups(found: Sequence[Outcome]) -> dict[str, list[int]]:
-    """Group the customers by result: label -> indices in `found`. Empty groups are left out."""
-    trained = {k: o for k, o in enumerate(found) if o.spec is not None}
-    held = [k for k, o in trained.items() if o.gain is not None]
-    of = {v: [k for k in held if found[k].verdict == v] for v in (GAINED, WORSE, UNKNOWN)}
-    groups = {
-        "without an adapter": [k for k in range(len(found)) if k not in trained],
-        "gained, on test rows": of[GAINED],
-        "got worse, on test rows": of[WORSE],
-        "gain uncertain: its 95% interval contains 0, or there is none": of[UNKNOWN],
-        "gain not measured, as no row was held out": [k for k in trained if k not in held],
-        "best learning rate at the edge of those tried": [k for k, o in trained.items() if o.edge],
-        "training hurts at every learning rate, on validation rows": [
-            k for k, o in trained.items() if o.hurts
-        ],
-        "data above half of the capacity of the rank": [k for k in held if found[k].room],
-    }
-    return {label: group for label, group in groups.items() if group}
+def _groups(found: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Group the customers by their notes: note -> indices in `found`."""
+    groups: dict[str, list[int]] = {}
+    for k, p in enumerate(found):
+        for note in _notes(p):
+            groups.setdefault(note, []).append(k)
+    return groups
 
 
 def summary_lines(found: Sequence[Outcome]) -> list[str]:
     """Return lines with the number of customers, in total and in each group."""
-    groups = {k: v for k, v in _groups(found).items() if k != "without an adapter"}
+    groups = _groups([o.facts() for o in found if o.spec])
     return [counts_line(counts(found)), *(f"{len(g)} {label}" for label, g in groups.items())]
+
+
+def _marks(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a mark for each measured gain, the largest first; places in percent of the width.
+
+    The axis contains 0 and all gains. It ends where the intervals end, or beyond the gains by their
+    range, so that one wide interval does not hide the others.
+    """
+    shown = [(k, p) for k, p in enumerate(found) if not p["error"] and p["gain"] is not None]
+    gains = [0.0, *(p["gain"] for _, p in shown)]
+    ends = [*gains, *(end for _, p in shown for end in p["gain_interval"] or ())]
+    spread = max(gains) - min(gains) or 1.0
+    low, high = max(min(ends), min(gains) - spread), min(max(ends), max(gains) + spread)
+
+    def at(gain: float) -> float:
+        return round(4 + 92 * (min(max(gain, low), high) - low) / (high - low or 1.0), 1)
+
+    marks = []
+    for k, p in sorted(shown, key=lambda found: -found[1]["gain"]):
+        said, ends = f"{p['gain']:+.3g} nats per token, {p['gained']}", [at(p["gain"])] * 2
+        if p["gain_interval"] is not None:
+            said += ", 95% interval {:+.3g} to {:+.3g}".format(*p["gain_interval"])
+            ends = [at(end) for end in p["gain_interval"]]
+        mark = {"k": k, "name": p["name"], "said": said, "verdict": p["gained"], "zero": at(0.0)}
+        marks.append({**mark, "at": at(p["gain"]), "left": ends[0], "width": ends[1] - ends[0]})
+    return marks

@@ -30,8 +30,8 @@ SHARE, LEAST, MOST = 10, 4, 128
 """Of SHARE rows, one is a validation and one a test row; there are LEAST to MOST of each kind."""
 LEFT = 0.5
 """Smallest share of the rows that a split by prompt may leave for training. A convention."""
-SPLITS = BY_PROMPT, BY_ROW = "prompt", "row"
-"""Training and held-out rows share no prompt, or (in earlier versions) no row."""
+BY_PROMPT, BY_ROW = "prompt", "row"
+"""Training and held-out rows share no prompt, or where prompts are too few, no row."""
 EXAMPLES = 20
 """A card shows the shortest of this many first rows as an example."""
 
@@ -46,16 +46,13 @@ class Rules:
     mask: str | None = None
     """Field of DatasetSpec. None: loss on the completion, on `answers` of messages, or on the last
     answer of conversations."""
-    split: str = BY_PROMPT
     layers: str = "all"
     answers: str = "last"
-    """Answers of messages in the loss if there is no mask: all in new fleets, last in those whose
-    folder does not say it."""
+    """Answers of messages in the loss if there is no mask: all or last. New fleets: all."""
     serve: str = "peft"
     """Name of the serving profile."""
     whole_prompt: bool = False
-    """Fields whole_prompt and bos of DatasetSpec, without a chat template: true in new fleets,
-    false in those whose folder does not say it."""
+    """Fields whole_prompt and bos of DatasetSpec, without a chat template. New fleets: true."""
 
     def form(self, format: str, tokenizer: Any) -> dict[str, Any]:
         """Return the fields of DatasetSpec that determine how text is rendered and learned."""
@@ -104,11 +101,6 @@ class Rows:
     warning: str = ""
     """What max_length does to training rows, if it is much."""
 
-    @property
-    def shared(self) -> bool:
-        """Whether training and held-out rows may share prompts."""
-        return self.held_out and self.same_prompt > 0 and self.dataset.held_out_by != BY_PROMPT
-
 
 def rows_of(
     name: str, data: str, rules: Rules, tokenizer: Any, validation: str | None = None
@@ -129,7 +121,14 @@ def rows_of(
         path = Path(data).expanduser()
         folder, split = (path, spec.test_split) if path.is_dir() else (path.parent, path.stem)
         if validation is not None:
-            split = _beside(own.path_of(data), validation)
+            train, held = own.path_of(data), Path(validation).expanduser().absolute()
+            apart = held == train or held.resolve().parent != train.resolve().parent
+            if apart or not held.is_file() or held.suffix != train.suffix:
+                raise RowError(
+                    f"column validation: {validation} is no other file beside {train.name} with "
+                    f"the same ending. Put the rows into {train.parent}/NAME{train.suffix}."
+                )
+            split = held.stem
         spec = dataclasses.replace(spec, location=str(folder), test_split=split)
         spec, test = _pinned(spec, "."), str(folder / f"{split}.{spec.source}")
     elif validation is not None:
@@ -145,21 +144,11 @@ def rows_of(
     changes: dict[str, Any]
     if tested is None and n_unique < FEWEST:
         changes, n_train = {"n_test": len(rows)}, len(rows)
-    elif rules.split == BY_ROW or (tested is None and not same_prompt):
-        # split by whole text; if no prompt has two answers, a split by prompt is the same
-        texts = [r.whole for r in rows]
-        if tested is not None:
-            held = {r.whole for r in tested}
-            first = min(len(held) // 2, MOST)
-            changes = {"n_validation": first, "n_test": len(held) - first}
-        else:
-            each = _share(len(set(texts)))
-            held = {texts[group[0]] for group in load.divided(texts, texts)[: 2 * each]}
-            changes = {"holdout": 2 * each, "n_validation": each, "n_test": each}
-        changes["unseen_rows"] = repeated > 0
-        n_train = sum(row not in held for row in texts)
+    elif tested is None and not same_prompt:  # a split by row is then one by prompt
+        changes, n_train = _by_units([BY_ROW], rows, tested)
+        changes |= {"held_out_by": "", "unseen_rows": repeated > 0}
     else:
-        changes, n_train = _by_units(spec, rows, tested)
+        changes, n_train = _by_units(_splits(spec), rows, tested)
     if not n_train:
         raise DataError(
             f"every row of {spec.train_split} is also in {test}. Add rows to train on, or remove "
@@ -168,20 +157,7 @@ def rows_of(
     # no learning curve: with few rows, evaluations would cost as much as training
     spec = dataclasses.replace(spec, n_test_curve=0, **changes)
     left_out = len(rows) - n_train if tested is not None else 0
-    held_out = spec.n_validation > 0
-    return Rows(spec, n_train, held_out, repeated, same_prompt, left_out, kinds=kinds)
-
-
-def _beside(train: Path, validation: str) -> str:
-    """Return the split that a file of validation rows is; RowError if it is elsewhere."""
-    path = Path(validation).expanduser().absolute()
-    same_folder = path.resolve().parent == train.resolve().parent
-    if path.is_file() and path != train and same_folder and path.suffix == train.suffix:
-        return path.stem
-    raise RowError(
-        f"column validation: {validation} is no other file beside {train.name} with the same "
-        f"ending. Put the rows into {train.parent}/NAME{train.suffix}, and name that file."
-    )
+    return Rows(spec, n_train, spec.n_validation > 0, repeated, same_prompt, left_out, kinds=kinds)
 
 
 def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, int]:
@@ -217,7 +193,7 @@ def named_rows(given: str, named: Mapping[str, str]) -> tuple[DatasetSpec, str, 
             "choose a learning rate and test rows measure the gain, and fewer tell neither from "
             "noise. Add rows; action=measure data=FILE and a fleet take fewer."
         )
-    changes, n_train = _by_units(spec, rows, tested, LEAST_NAMED)
+    changes, n_train = _by_units(_splits(spec), rows, tested, LEAST_NAMED)
     if not n_train:
         raise DataError(f"{given}: every training row is held out. Add rows to train on.")
     spec = dataclasses.replace(spec, n_test_curve=changes["n_test"], **changes)
@@ -261,13 +237,16 @@ def _texts(
     return rows, tested
 
 
-def _share(units: int, least: int = LEAST) -> int:
-    """Return the number of validation rows or prompts; there are as many for the test."""
-    return max(min(least, units // 4), min(units // SHARE, MOST))
+def _splits(spec: DatasetSpec) -> list[str]:
+    """Return how rows may be split, in order of preference."""
+    return [BY_ROW] if spec.mask == "all" else [BY_PROMPT, BY_ROW]
 
 
 def _by_units(
-    spec: DatasetSpec, rows: Sequence[Text], tested: Sequence[Text] | None, least: int = LEAST
+    splits: Sequence[str],
+    rows: Sequence[Text],
+    tested: Sequence[Text] | None,
+    least: int = LEAST,
 ) -> tuple[dict[str, Any], int]:
     """Split rows so that splits share no prompt; if prompts are too few, so that they share no row.
 
@@ -275,12 +254,13 @@ def _by_units(
     the rows would remain for training. Returns DatasetSpec fields, and the number of training rows.
     """
     pool = rows if tested is None else tested
-    for by in SPLITS if spec.mask != "all" else (BY_ROW,):
+    for by in splits:
         of, units = ([r.prompt if by == BY_PROMPT else r.whole for r in x] for x in (rows, pool))
         groups = load.divided(units, [r.whole for r in pool])
         sizes = [len(group) for group in groups]
         if tested is None:
-            each = _share(len(groups), least)
+            n = len(groups)  # a tenth of them each
+            each = max(min(least, n // 4), min(n // SHARE, MOST))
             first = _fitting(sizes[:each])
             last = _fitting(sizes[first : first + each])
             held = {units[k] for group in groups[: first + last] for k in group}

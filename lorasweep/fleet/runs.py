@@ -9,19 +9,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lorasweep.advise.advice import advise
 from lorasweep.advise.evidence import Known
-from lorasweep.advise.read import COLUMNS, Customer, Failed, RowError, shape_of
+from lorasweep.advise.read import Customer, Failed, RowError, shape_of
 from lorasweep.advise.rules.rates import ALPHA, APART, MOST_RATES
 from lorasweep.data.own import CHAT, EXPECTED, PLAIN
-from lorasweep.errors import DataError, ModelError, SpecError, unknown
-from lorasweep.fleet.rows import SPLITS, Rows, Rules, rows_of, with_lengths
+from lorasweep.errors import DataError, ModelError, SpecError
+from lorasweep.fleet.rows import Rows, Rules, rows_of, with_lengths
 from lorasweep.fleet.serving import PEFT, Profile, adapted
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.planner import Planner
@@ -36,11 +36,12 @@ from lorasweep.sweep.request import Request
 
 FACTOR = 10.0
 """LoRA's learning rate / full fine-tuning's, where the adviser says full fine-tuning."""
-FORM = {"template", "render", "mask"}
-"""Fields of a data set that the command line may set for a fleet."""
-SAFE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 RULES = "fleet.json"
 """File in a fleet's folder that keeps its Rules."""
+FORM = ("dataset", "dataset.mask", "dataset.render", "dataset.template")
+"""Settings that say for all customers how rows are read, beside the columns of the table."""
+BY_CUSTOMER = re.compile(r"model(\..*)?|dataset\..*|lr|batch_size|steps|method\.(rank|alpha)")
+"""Settings that each customer has its own values of."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,16 @@ class Member:
 
     def plain(self) -> dict[str, Any]:
         """Return JSON values, from which `planned` rebuilds the Member together with the runs."""
-        values = {**vars(self), "points": []}
-        if self.points:
-            values["rows"] = {k: v for k, v in vars(self.rows).items() if k != "dataset"}
-        return values
+        rows = {k: v for k, v in vars(self.rows).items() if k != "dataset"} if self.rows else None
+        return {**vars(self), "points": [], "rows": rows}
 
 
 def planned(fleet: Iterable[dict[str, Any]], points: Iterable[Point]) -> list[Member]:
     """Rebuild a fleet from the values of `Member.plain` and the runs of all customers."""
-    runs: dict[str, list[Point]] = {}
-    for p in points:
-        runs.setdefault(p.arm, []).append(p)
-    found = []
+    found, runs = [], list(points)
     for values in fleet:
         if values["rows"] is not None:  # None: the customer has no runs
-            mine = runs[values["folder"]]
+            mine = [p for p in runs if p.arm == values["folder"]]
             rows = Rows(dataset=mine[0].spec.dataset, **values["rows"])
             values = {**values, "rows": rows, "points": mine}
         found.append(Member(**values))
@@ -97,7 +93,7 @@ def plain_name(name: str) -> str:
 
 def folder_of(name: str) -> str:
     """Return a name for a customer's folder, safe on any file system and unique."""
-    if SAFE.fullmatch(name):
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
         return name
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
     return f"{plain_name(name)[:48]}-{digest}"
@@ -113,7 +109,6 @@ def build_runs(
     rules: Rules,
     tokenizer_of: Callable[[ModelSpec], Any],
     profile: Profile = PEFT,
-    architecture_of: Callable[[ModelSpec], str] = lambda model: "",
 ) -> list[Member]:
     """Advise each customer and build its runs; a wrong row does not affect other customers.
 
@@ -122,12 +117,11 @@ def build_runs(
         request: all runs are copies of the one run in it, with other model, data set, rank, alpha,
             layers, learning rate, batch size and number of updates.
         tokenizer_of: returns the tokenizer of a base, or the error why there is none.
-        architecture_of: returns the class that a base's config.json names; '' if it names none.
 
     Raises:
         SpecError: adapters cannot be trained with the settings of the request.
     """
-    base = request.points[0].spec
+    base, hardware = request.points[0].spec, known.hardware
     if not isinstance(base.method, LoRA) or base.objective != "sft":
         raise SpecError(
             f"method={base.method.name} objective={base.objective}: a fleet trains adapters on "
@@ -135,26 +129,18 @@ def build_runs(
         )
     if request.rates != 1 and not 3 <= request.rates <= MOST_RATES:
         raise SpecError(
-            f"rates={request.rates}. Expected advised, or the number of learning rates around the "
-            f"advised one: 3 to {MOST_RATES}."
+            f"rates={request.rates}. Expected advised, or a number of 3 to {MOST_RATES}."
         )
-    if base.early_stopping < 0:
-        raise SpecError(
-            f"early_stopping={base.early_stopping}. Expected 0 (off), or the number of evaluations "
-            "in a row without improvement after which a run ends: 2 or 3."
-        )
-    hardware = known.hardware
     planner = Planner(hardware, request.exec) if hardware and hardware.has_speeds else None
     found = []
     for c in customers:
-        if not isinstance(c, Failed):
-            try:
-                served = partial(_served, profile, rules.layers, architecture_of)
-                found.append(_member(c, known, request, rules, tokenizer_of, planner, served))
-                continue
-            except (RowError, SpecError, ModelError) as error:
-                c = Failed(c.where, c.name, getattr(error, "problems", [str(error)]))
-        found.append(Member(c.where, c.name, folder_of(c.name), c.error))
+        try:
+            if isinstance(c, Failed):
+                raise RowError(*c.problems)
+            found.append(_member(c, known, request, rules, tokenizer_of, profile, planner))
+        except (RowError, SpecError, ModelError) as error:
+            c = Failed(c.where, c.name, getattr(error, "problems", [str(error)]))
+            found.append(Member(c.where, c.name, folder_of(c.name), c.error))
     return found
 
 
@@ -164,11 +150,11 @@ def _member(
     request: Request,
     rules: Rules,
     tokenizer_of: Callable[[ModelSpec], Any],
+    profile: Profile,
     planner: Planner | None,
-    served: Callable[[ModelSpec, int], tuple[str, dict[str, str]]],
 ) -> Member:
     """Read a customer's rows, advise, and build the runs; RowError, SpecError: the row is wrong."""
-    model = shape_of(c, known.models)
+    model, folder, base = shape_of(c, known.models), folder_of(c.name), request.points[0].spec
     if c.task != "sft":
         raise RowError(f"column task: a fleet is trained on answers, not by {c.task}.")
     if c.data is None:
@@ -176,13 +162,12 @@ def _member(
     tokenizer = tokenizer_of(model)
     if isinstance(tokenizer, Exception):
         raise RowError(f"column model: {tokenizer}")
-    folder = folder_of(c.name)
     try:
         rows = rows_of(folder, c.data, rules, tokenizer, c.validation)
         rows, tokens = with_lengths(rows, tokenizer, c.max_length, data_dirs(request))
     except (DataError, OSError) as error:
         raise RowError(f"column data: {error}") from None
-    if tokens < COLUMNS["tokens_per_example"].low:
+    if tokens < 1:
         raise RowError(f"column data: a mean row has {tokens:.2g} loss tokens. Expected 1 or more.")
     counted: dict[str, Any] = {
         "max_length": c.max_length or rows.dataset.max_length,
@@ -192,19 +177,26 @@ def _member(
     if on_hub:  # pass the counts, as the adviser does not use the network
         counted |= {"examples": c.examples or rows.n_train, "data": None}
     advice = advise(dataclasses.replace(c, **counted), known)
-    choice, batch, base = advice.choice, advice.work.batch_size, request.points[0].spec
+    choice, batch, rate = advice.choice, advice.work.batch_size, advice.rate.rate
     if choice.method == "full" and not request.instead_of_full:
         raise RowError(
             f"the adviser says full fine-tuning: {choice.why}. Add instead_of_full=lora to "
             f"train LoRA of rank {choice.rank} nevertheless; its card will say so."
         )
-    layers, by = served(advice.model, choice.rank)
-    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": layers}
-    steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / batch))
-    rate, patience = advice.rate.rate, base.early_stopping
     if choice.method == "full":  # the advised learning rate is full fine-tuning's
         rate *= FACTOR
-    not_early = why_not_early(patience, steps, rows.dataset.n_validation) if patience else ""
+    layers, by = rules.layers, dict[str, str]()
+    if profile != PEFT:
+        from lorasweep.models.load import architecture_of
+
+        profile.largest_rank(choice.rank)
+        architecture = architecture_of(model, models_dirs=request.exec.models_dir)
+        layers, left_out = adapted(profile, layers, model, architecture)
+        by = {"by": profile.server, "architecture": architecture, "left_out": left_out}
+    steps = c.steps or max(1, math.ceil(rows.n_train * (c.epochs or 1.0) / batch))
+    size: dict[str, Any] = {"rank": choice.rank, "alpha": ALPHA, "layers": layers}
+    patience = base.early_stopping
+    not_early = why_not_early(patience, steps, rows.dataset.n_validation) if patience > 0 else ""
     spec = dataclasses.replace(
         base,
         model=advice.model,
@@ -237,41 +229,8 @@ def _member(
     return Member(c.where, c.name, folder, "", advised, rows, points, not_early, by)
 
 
-def _served(
-    profile: Profile,
-    layers: str,
-    architecture_of: Callable[[ModelSpec], str],
-    model: ModelSpec,
-    rank: int,
-) -> tuple[str, dict[str, str]]:
-    """Return the layers to adapt, and Member.served; SpecError: the server takes none."""
-    if profile == PEFT:
-        return layers, {}
-    profile.largest_rank(rank)
-    architecture = architecture_of(model)
-    layers, left_out = adapted(profile, layers, model, architecture)
-    by = {"by": profile.server, "architecture": architecture}
-    return layers, {**by, "left_out": left_out}
-
-
-# ---------------------------------------------------------------- a request's fleet
-
-
-def fleet_of(
-    request: Request,
-    customers: Sequence[Customer | Failed],
-    known: Known,
-    profiles: Mapping[str, Callable[[], Profile]],
-) -> tuple[Rules, list[Member]]:
-    """Return the rules by which rows are read, and the customers with their runs.
-
-    The command line has precedence over the rules in the fleet's folder.
-
-    Raises:
-        SpecError: a fleet cannot use the settings.
-    """
-    if request.exec.world_size > 1:
-        raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
+def tokenizers(request: Request) -> Callable[[ModelSpec], Any]:
+    """Return a function that loads the tokenizer of a base, or returns the error, once."""
     from lorasweep.models import load
 
     @cache
@@ -285,64 +244,10 @@ def fleet_of(
         except (ModelError, OSError, ValueError) as error:
             return error
 
-    spec, given = request.points[0].spec, _given(request)
-    kept = read_rules(fleet_folder(request))
-    new = Rules(layers=spec.method.plain()["layers"], answers="all", whole_prompt=True)
-    rules = dataclasses.replace(kept or new, **given)
-    if rules.serve not in profiles:
-        raise SpecError(unknown("serve", rules.serve, profiles))
-    profile = profiles[rules.serve]()
-    found = build_runs(
-        customers,
-        known,
-        request,
-        rules,
-        tokenizer_of,
-        profile,
-        partial(load.architecture_of, models_dirs=request.exec.models_dir),
-    )
-    changed = [m for m in found if m.served.get("left_out")]
-    if changed and "layers" in given:
-        raise SpecError(
-            f"method.layers={given['layers']} with serve={rules.serve}: the unembedding of "
-            f"customer {changed[0].name!r} is left out, as {changed[0].served['left_out']}. Add "
-            "method.layers=attention+mlp, or leave method.layers out, or add serve=peft."
-        )
-    return rules, found
+    return tokenizer_of
 
 
-BY_CUSTOMER = ("model", "lr", "batch_size", "steps", "method.rank", "method.alpha")
-"""Settings that each customer has its own values of."""
-
-
-def _given(request: Request) -> dict[str, Any]:
-    """Return the fields of Rules that the command line sets."""
-    keys, spec = set(request.given), request.points[0].spec
-    if unread := [k for k in request.given if k in BY_CUSTOMER or k.startswith("model.")]:
-        raise SpecError(
-            f"{unread[0]} has no effect: a fleet takes model, batch_size and steps from the "
-            "table's columns, and rank, alpha and learning rates from the adviser. Leave it out."
-        )
-    data, named = spec.dataset, {k[len("dataset.") :] for k in keys if k.startswith("dataset.")}
-    if named - FORM:
-        raise SpecError(
-            f"dataset.{min(named - FORM)} has no effect: the table names the data of a fleet. "
-            f"Allowed: {', '.join(f'dataset.{name}' for name in sorted(FORM))}, and in the table "
-            "the column max_length."
-        )
-    found: dict[str, Any] = {}
-    if "dataset" in keys or named - {"mask"}:
-        whole = "dataset" in keys
-        found["render"] = data.render if whole or "render" in named else FIRST_RENDER
-        by_default = PLAIN if found["render"] == FIRST_RENDER else CHAT
-        found["template"] = data.template if whole or "template" in named else by_default
-    if "mask" in named:
-        found["mask"] = data.mask
-    if "serve" in keys:
-        found["serve"] = request.serve
-    if "method.layers" in keys:
-        found["layers"] = spec.method.plain()["layers"]
-    return found
+# ---------------------------------------------------------------- the fleet's folder and its rules
 
 
 def data_dirs(request: Request) -> list[str]:
@@ -361,7 +266,37 @@ def fleet_folder(request: Request) -> Path:
     return Path(out).expanduser().absolute()
 
 
-# ---------------------------------------------------------------- rules kept in a fleet's folder
+def rules_of(request: Request) -> Rules:
+    """Return how the rows of a fleet are read: the command line's rules, then the folder's.
+
+    Raises:
+        SpecError: a setting has no effect in a fleet, or the folder's rules cannot be read.
+    """
+    given, spec = set(request.given), request.points[0].spec
+    if unread := sorted(k for k in given - {*FORM} if BY_CUSTOMER.fullmatch(k)):
+        raise SpecError(
+            f"{unread[0]} has no effect: a fleet takes model, data, batch_size, steps and "
+            "max_length from the table's columns, and rank, alpha and learning rates from the "
+            f"adviser. Allowed: {', '.join(FORM)}."
+        )
+    new: dict[str, Any] = {}
+    whole, render = "dataset" in given, "dataset.render" in given
+    if whole or render or "dataset.template" in given:
+        new["render"] = spec.dataset.render if whole or render else FIRST_RENDER
+        new["template"] = PLAIN if new["render"] == FIRST_RENDER else CHAT
+        if whole or "dataset.template" in given:
+            new["template"] = spec.dataset.template
+    if "dataset.mask" in given:
+        new["mask"] = spec.dataset.mask
+    if "serve" in given:
+        new["serve"] = request.serve
+    layers = spec.method.plain()["layers"]
+    if "method.layers" in given:
+        new["layers"] = layers
+    kept = read_rules(fleet_folder(request))
+    return dataclasses.replace(
+        kept or Rules(layers=layers, answers="all", whole_prompt=True), **new
+    )
 
 
 def read_rules(folder: Path) -> Rules | None:
@@ -370,11 +305,12 @@ def read_rules(folder: Path) -> Rules | None:
     if not path.exists():
         return None
     try:
-        found = Rules(**json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        split, found = values.pop("split", "prompt"), Rules(**values)
         parse_layers(found.layers)
-        known = found.split in SPLITS and found.answers in ("last", "all")
+        known = split == "prompt" and found.answers in ("last", "all")
         if not known or (found.render is None) != (found.template is None):
-            raise ValueError(f"{json.dumps(vars(found))} is not known")
+            raise ValueError(f"{values} is not known")
         return found
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SpecError(

@@ -16,14 +16,14 @@ from lorasweep.cli.customers import plan_fleet
 from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.data import templates
 from lorasweep.errors import LorasweepError, ModelError, SpecError
-from lorasweep.fleet.outcome import outcome_of
-from lorasweep.fleet.runs import folder_of, planned
+from lorasweep.fleet.runs import folder_of
 from lorasweep.launch.local import run_points
 from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.speeds import measured_path
+from lorasweep.store import folders
 from lorasweep.store.run_store import RunStore
 from tests.customers import CHAT_TEMPLATE, make_base, write_json, write_rows
 from tests.integration.test_interruptions import killed_at, start
@@ -117,10 +117,8 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     begun = Counter(world.trained())  # at least three trials and a test, one run for the few rows
     assert begun["few"] == 1 and all(4 <= n <= 7 for name, n in begun.items() if name != "few")
     printed, errors = capsys.readouterr()
-    assert (
-        "rows: " in errors
-        and json.loads((world.folder / "fleet.json").read_text())["answers"] == "all"
-    )
+    assert "rows: " in errors
+    assert json.loads((world.folder / "fleet.json").read_text())["answers"] == "all"
     assert "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
     assert "too few unique rows" in printed
     ann = world.facts("ann")
@@ -145,21 +143,13 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     assert not world.trained()
     assert {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")} == before
 
-    # folders of an earlier version get the new files, unless the weights of their runs are gone
+    # other facts are written again, unless the weights of the run are gone
     for name in ("bob", "eve"):
-        old = {
-            k: v for k, v in world.facts(name).items() if k not in ("messages", "stop", "license")
-        }
-        (world.folder / name / "facts.json").write_text(json.dumps(old, indent=1))
-        for file in ("tokenizer.json", ".lorasweep.jsonl"):
-            (world.folder / name / file).unlink()
+        facts = {**world.facts(name), "rank": 99}
+        rewritten(world.folder / name, "facts.json", json.dumps(facts, indent=1))
     (world.store.folder(world.facts("eve")["run"]) / "weights.safetensors").unlink()
     assert not world.trained() and "5 adapters, 0 not trained yet, 0 with errors" in world.page
-    assert "messages" in world.facts("bob") and "messages" not in world.facts("eve")
-    assert (world.folder / "bob/tokenizer.json").is_file()
-    (world.folder / "bob/README.0.2.md").unlink()  # the card of then
-    assert not (world.folder / "eve/tokenizer.json").exists()
-    assert (world.folder / "eve/adapter_model.safetensors").is_file()
+    assert world.facts("bob")["rank"] == 4 and world.facts("eve")["rank"] == 99
 
     before = {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")}
     write_rows(tmp_path / "bob.jsonl", 25, "Yes! {k}", question="Is it late? {k}")
@@ -167,6 +157,12 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     assert set(world.trained()) == {"bob"}
     untouched = {p for p, t in before.items() if p.stat().st_mtime_ns == t}
     assert before.keys() - untouched == {p for p in before if p.parent.name == "bob"}
+
+
+def rewritten(folder, name, text):
+    """Write a file of a folder as an earlier version might have, with its digest in the marker."""
+    with folders.replaced(folder, name, whole=False) as partial:
+        (partial / name).write_text(text)
 
 
 def check_same_adapters(one, other):
@@ -211,7 +207,7 @@ def test_early_stopping_is_on_the_card_and_survives_a_stop(world, odd):
     done, steps = ann["steps_done"], ann["steps"]
     said = f"ended after update {done} of {steps}, because 2 evaluations in a row"
     assert said in world.card("ann") and said in world.page
-    assert f"ended early, after {done} of {steps} updates" in world.page
+    assert "1 ended early" in world.page
     assert few["early_stopping"].startswith("off") and "best_step" in few
     assert "4 are the fewest" in world.card("few")
 
@@ -312,22 +308,6 @@ def test_errors_are_printed_once_and_a_broken_base_fails_its_customers(world, tm
     assert "7 customers: 5 adapters, 0 not trained yet, 2 with errors" in printed.out
 
 
-def test_the_verdict_of_a_gain_is_by_its_interval(world):
-    world.run("rates=3")
-    plan = plan_fleet(world.request)
-    member = next(m for m in planned(plan.members, plan.points) if m.name == "ann")
-    found = outcome_of(member, world.store)
-    verdicts = {9.5: "gained", 9.2: "not known", 8.5: "got worse"}
-    for before, verdict in verdicts.items():
-        # 4 rows: Student's t of 3 degrees of freedom is 3.18
-        result = {"nll_start": before, "test_nll": 9.0, "gain_se": 0.1, "n_test": 4}
-        judged = dataclasses.replace(found, result=found.result | result)
-        assert judged.verdict == verdict
-        assert judged.interval == pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
-    judged = dataclasses.replace(judged, result=judged.result | {"gain_se": None})
-    assert judged.verdict == "not known" and judged.interval is None
-
-
 def test_adapters_load_and_are_switched_on_one_base(world, bases, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -414,10 +394,8 @@ def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, ba
     said = served.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     assert said == f"<user>So?{eos}<assistant>" and chat["stop"] == {}
     plain = AutoTokenizer.from_pretrained(world.folder / "ann")
-    assert (
-        plain.apply_chat_template(chat["messages"], tokenize=False)
-        == f"<|begin_of_text|>{{prompt}}\n{{completion}}{eos}"
-    )
+    text = plain.apply_chat_template(chat["messages"], tokenize=False)
+    assert text == f"<|begin_of_text|>{{prompt}}\n{{completion}}{eos}"
     assert not world.trained(*settings, "scale=tiny")
     assert len(world.trained(*settings, "dataset.template='Q: {prompt} A: '")) == 5
     assert not world.trained(*settings)  # named once, it is kept
@@ -444,16 +422,9 @@ def test_the_card_counts_shared_prompts_and_the_interval_is_over_prompts(world, 
 
 
 def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tmp_path, capsys):
-    world.set_table(
-        *[
-            {"name": n, "model": str(tmp_path / "base"), "task": "sft", "data": "tiny.jsonl"}
-            for n in ("few", "a b")
-        ]
-    )
-    make_base(tmp_path / "base")
-    with pytest.raises(
-        SpecError, match=r"method.layers=.*serve=vllm.*'few'.*Add method.layers=att"
-    ):
+    row = {"model": str(make_base(tmp_path / "base")), "task": "sft", "data": "tiny.jsonl"}
+    world.set_table(*({"name": name, **row} for name in ("few", "a b")))
+    with pytest.raises(SpecError, match=r"method.layers=.*serve=vllm.*Add method.layers=att"):
         world.run("serve=vllm", "method.layers=all")
     assert world.run() == 0 and "served" not in world.facts("few")
     plain = world.facts("few")["run"]
@@ -463,23 +434,16 @@ def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tm
     assert capsys.readouterr().err.count(line) == 1
     facts, kept = world.facts("few"), json.loads((world.folder / "fleet.json").read_text())
     assert facts["layers"] == "attention+mlp" and facts["run"] != plain and kept["serve"] == "vllm"
-    card, page = (
-        (world.folder / "few/README.md").read_text(),
-        (world.folder / "index.html").read_text(),
-    )
-    assert (
-        facts["rank"] == 4 and "```bash\nvllm serve BASE --enable-lora --max-lora-rank 8 " in card
-    )
     form = "--chat-template ./{}chat_template.jinja"  # the base has none
-    assert (
-        f"--lora-modules few=. {form.format('')}\n```" in card
-        and "**served by:** vLLM 0.33.0; the unem" in card
-    )
+    for text in (
+        "```bash\nvllm serve BASE --enable-lora --max-lora-rank 8 ",
+        f"--lora-modules few=. {form.format('')}\n```",
+        "**served by:** vLLM 0.33.0; the unem",
+    ):
+        assert text in world.card("few")
     names = " ".join(f"{f}=./{f}" for f in ("few", folder_of("a b")))
-    assert (
-        page.count("vllm serve BASE") == 1
-        and f"--lora-modules {names} {form.format('few/')}</pre>" in page
-    )
+    assert world.page.count("vllm serve BASE") == 1
+    assert f"--lora-modules {names} {form.format('few/')}</pre>" in world.page
     assert world.trained() == [] and world.facts("few") == facts  # the folder keeps serve=vllm
     fault = {"use_dora": True}
     broken = Mock(side_effect=lambda folder, *given: spoiled(write_adapter, folder, given, fault))
@@ -488,7 +452,7 @@ def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tm
         patch.setattr("lorasweep.cli.customers.write_adapter", broken)
         assert world.run() == 1
     assert "would not serve the adapter as trained: use_dora is true" in capsys.readouterr().out
-    assert not (world.folder / "few").exists()
+    assert not (world.folder / "few/facts.json").exists()
     assert world.run("serve=peft") == 0 and world.facts("few")["run"] == plain
     assert "served" not in world.facts("few")
 
@@ -522,16 +486,14 @@ def test_a_measured_run_is_the_run_that_is_trained_in_one_go(world, odd, precisi
     whole, timed = store.result(point.id), ("wall_s", "step_s", "attempt", "trial")
     a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, measured))
     assert a == b and "trial" not in whole
-    one, other = (
-        load_file(d / "weights.safetensors") for d in (Path("measured"), store.folder(point.id))
-    )
+    pair = (Path("measured"), store.folder(point.id))
+    one, other = (load_file(folder / "weights.safetensors") for folder in pair)
     assert all(torch.equal(one[name], other[name]) for name in one | other)
     speed = ("step_s", "tokens_per_s")
     before = map(json.loads, Path("measured/metrics.jsonl").read_text().splitlines())
-    for r, s in zip(store.records(point.id), before, strict=True):
-        assert {k: v for k, v in r.items() if k not in speed} == {
-            k: v for k, v in s.items() if k not in speed
-        }
+    for both in zip(store.records(point.id), before, strict=True):
+        now, then = ({k: v for k, v in r.items() if k not in speed} for r in both)
+        assert now == then
 
 
 @pytest.mark.slow
@@ -624,7 +586,7 @@ def test_a_users_folder_and_a_full_disk_are_the_problem_of_one_customer(world, t
     assert "bob cannot be written (No space left on device)" in out
     assert {name for name, *_ in trainer.asked}.isdisjoint({"ann", "eve"})
     assert contract.read_text() == "the only copy" and not [*(tmp_path / "elsewhere").iterdir()]
-    assert not (world.folder / "bob").exists() and world.card("few") == "my card"
+    assert not (world.folder / "bob/facts.json").exists() and world.card("few") == "my card"
     assert world.facts("runs")["run"] in world.runs
     world.write(ann=(None, None, None), eve=(None, None, None))
     assert not world.trained("rates=advised") and world.facts("bob")["run"] in world.runs

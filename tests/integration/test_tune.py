@@ -1,48 +1,47 @@
-"""`+sweep=tune` on a model and a file of one's own: killed, asked again, and its adapter in PEFT."""
+"""`+sweep=tune` on a model and a file of one's own: killed, asked again, and its adapter in PEFT;
+and every `python -m lorasweep` that a message recommends, run where it is recommended."""
 
-import csv
 import json
 import os
 import random
+import re
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.customers import make_base
+from lorasweep.store import checkpoint
+from tests.customers import make_base, write_rows
 from tests.world import cli, start, wait_for
 
 pytestmark = pytest.mark.slow
-TUNE = (
-    *("+sweep=tune", "scale=smoke", "model=./base", "dataset=rows.csv", "batch_size=4"),
-    *("steps=64", "dataset.max_length=64", "sweep.arms.lora.rank=2", "arms=lora", "exec.threads=1"),
-)
+SMALL = ("dataset.max_length=64", "exec.workers=1", "exec.threads=1", "batch_size=4")
+TUNE = ("+sweep=tune", "scale=smoke", "model=./base", "dataset=rows.csv", "steps=32", *SMALL)
+ADAPTER, FULL = "adapter_model.safetensors", "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    make_base(folder / "base")
+@pytest.fixture
+def home(tmp_path):
+    make_base(tmp_path / "base")
     draw = random.Random(0)
-    with (folder / "rows.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["instruction", "output"])
-        for k in range(80):
-            a, b = draw.randint(0, 9), draw.randint(0, 9)
-            writer.writerow([f"Case {k}: {a} + {b}?", f"It is {a + b}"])
-    return folder
+    sums = [(draw.randint(0, 9), draw.randint(0, 9)) for _ in range(80)]
+    lines = [f"Case {k}: {a} + {b}?,It is {a + b}" for k, (a, b) in enumerate(sums)]
+    (tmp_path / "rows.csv").write_text("\n".join(["instruction,output", *lines]))
+    return tmp_path
 
 
-def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home):
-    process = start("-m", "lorasweep", *TUNE, "budget=4runs", cwd=home, start_new_session=True)
+def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home, command):
+    tune = (*TUNE, "sweep.arms.lora.rank=2", "arms=lora", "budget=4runs")
+    process = start("-m", "lorasweep", *tune, cwd=home, start_new_session=True)
     wait_for(lambda: len(list(home.glob("runs/*/result.json"))) >= 3)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {p.parent.name: p.read_bytes() for p in home.glob("runs/*/result.json")}
-    done = cli(*TUNE, "budget=4runs", "out=best", "format=json", cwd=home)
+    done = command(*tune, "out=best", "format=json")
     found = json.loads(done.stdout)
-    assert {p.parent.name: p.read_bytes() for p in home.glob("runs/*/result.json")}.items() >= (
-        before.items()
-    )
+    now = {p.parent.name: p.read_bytes() for p in home.glob("runs/*/result.json")}
+    assert now.items() >= before.items()
     answer = found["answer"]
     assert found["chosen_on"] == "validation" and answer["method"] == "lora"
     assert answer["open"] and answer["budget"]["given"] == "4runs"
@@ -50,39 +49,63 @@ def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home):
     # the run that is written is one at the learning rate of the answer, not the luckiest of all
     assert answer["out"] == f"written to best (learning rate {arm['best_tried']:g})"
     assert f"learning rate {arm['best_tried']:g}," in (folder / "README.md").read_text()
-    assert (folder / "README.md").is_file() and (home / "best" / "lorasweep.json").is_file()
-    short = [p for p in home.glob("runs/*/spec.json") if json.loads(p.read_text())["steps"] == 8]
+    short = [p for p in home.glob("runs/*/spec.json") if json.loads(p.read_text())["steps"] < 32]
     assert len(short) >= 5
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(home / "base")
-    adapter = PeftModel.from_pretrained(model, folder)
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(home / "base"), folder)
     assert adapter.peft_config["default"].r == answer["rank"] == 2
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"].startswith("base-")  # no path of this machine
     assert AutoTokenizer.from_pretrained(folder).chat_template
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-    assert found_in(folder)["prompt_form"]["messages"]
+    assert json.loads((folder / "lorasweep.json").read_text())["prompt_form"]["messages"]
 
 
-def found_in(folder):
-    return json.loads((folder / "lorasweep.json").read_text())
-
-
-def test_full_fine_tuning_alone_is_written_and_a_users_files_stay(home):
+def test_full_fine_tuning_alone_is_written_and_a_users_files_stay(home, command):
     from transformers import AutoModelForCausalLM
 
-    settings = [s for s in TUNE if not s.startswith(("steps=", "arms=", "sweep."))]
-    asked = (*settings, "steps=32", "arms=fullft", "budget=5runs", "out=full")
-    cli(*asked, cwd=home)
+    asked = (*TUNE, "arms=fullft", "budget=5runs", "out=full")
+    assert command(*asked).returncode == 0
     folder = home / "full"
     assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
     assert not (folder / "adapter").exists() and (folder / "chat_template.jinja").is_file()
     (folder / "notes.txt").write_text("mine")
-    cli(*asked, cwd=home)
+    assert command(*asked).returncode == 0
     (folder / "README.md").write_text("my card")
-    refused = cli(*asked, cwd=home, check=False)
+    refused = command(*asked)
     assert refused.returncode == 2 and "README.md is not as lorasweep wrote it" in refused.stderr
     assert (folder / "notes.txt").read_text() == "mine" and "[" not in refused.stdout
+
+
+OWN = ("+sweep=tune", "scale=smoke", "model=./base", "dataset=rows.jsonl", "steps=16", *SMALL)
+SEARCH = (*OWN, "budget=8runs", "out=best")
+FLEET = ("action=fleet", "customers=customers.csv", "rates=advised", "exec.threads=1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "file"),
+    [((*SEARCH, "arms=lora"), ADAPTER), ((*SEARCH, "arms=fullft"), FULL), (FLEET, ADAPTER)],
+    ids=["tune", "tune fullft", "fleet"],
+)
+def test_weights_that_were_not_kept_come_from_the_recommended_command(
+    command, home, monkeypatch, asked, file
+):
+    write_rows(home / "rows.jsonl", 60, "It is {k}.")
+    row = "ann,base/config.json,sft,rows.jsonl,1"
+    (home / "customers.csv").write_text(f"name,model,task,data,epochs\n{row}\n")
+    monkeypatch.setattr(checkpoint, "load_weights", lambda folder: None)
+    done = command(*asked)
+    said = re.search(r"python -m lorasweep (action=adapter run=(\w+) out=)FOLDER", done.stdout)
+    assert said, done
+    # the folders of model and rows are not in the command: it works from elsewhere
+    (home / "elsewhere").mkdir()
+    where = (f"out={home}/out", f"exec.runs_dir={home}/runs")
+    cli(*said[1].split()[:2], *where, cwd=home / "elsewhere")
+    monkeypatch.undo()
+    trained, kept = load_file(home / "out" / file), home / "runs" / said[2]
+    if file == FULL:
+        weights = checkpoint.load_weights(kept)
+        assert weights and all(torch.equal(trained[n], t) for n, t in weights.items())

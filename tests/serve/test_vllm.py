@@ -157,34 +157,18 @@ def with_magnitude(found):
     return {**found, **{n: t for n, t in more.items() if "magnitude" in n}}
 
 
+ODD, OTHER = "tensors that are no A or B of", "tensors of another base than"
 FOLDER_FAULTS = {
-    "prefix": (
-        lambda f, r, vocab: edited(
-            f, lambda t: {n.removeprefix("base_model."): x for n, x in t.items()}
-        ),
-        "keys without the prefix",
-    ),
-    "rank above": (
-        lambda f, r, vocab: edited(f, wider, r=r + 1),
-        "above the largest of the server",
-    ),
-    "rank in config": (lambda f, r, vocab: edited(f, r=2 * r), "another rank in the tensors"),
-    "no config": (lambda f, r, vocab: (f / CONFIG).unlink(), f"{CONFIG} is missing"),
-    "no weights": (lambda f, r, vocab: (f / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
-    "other base": (
-        lambda f, r, vocab: edited(f, lambda t: of(t, "A", lambda x: x[:, :-8])),
-        "weights of another base",
-    ),
-    "dora": (lambda f, r, vocab: edited(f, with_magnitude, use_dora=True), "use_dora is true"),
-    "modules_to_save": (
-        lambda f, r, vocab: edited(f, modules_to_save=["embed_tokens"]),
-        "modules_to_save is",
-    ),
-    "tied head": (
-        lambda f, r, vocab: edited(f, lambda t: with_head(t, vocab)),
-        "an adapter of the tied unembedding",
-    ),
-}
+    "prefix": (lambda f, r, v: edited(f, lambda t: {n.removeprefix("base_model."): x for n, x in t.items()}), ODD),
+    "rank above": (lambda f, r, v: edited(f, wider, r=r + 1), "above the largest of the server"),
+    "rank in config": (lambda f, r, v: edited(f, r=2 * r), OTHER),
+    "no config": (lambda f, r, v: (f / CONFIG).unlink(), f"{CONFIG} is missing"),
+    "no weights": (lambda f, r, v: (f / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
+    "other base": (lambda f, r, v: edited(f, lambda t: of(t, "A", lambda x: x[:, :-8])), OTHER),
+    "dora": (lambda f, r, v: edited(f, with_magnitude, use_dora=True), "use_dora is true"),
+    "modules_to_save": (lambda f, r, v: edited(f, modules_to_save=["embed_tokens"]), "modules_to_save is"),
+    "tied head": (lambda f, r, v: edited(f, lambda t: with_head(t, v)), "an adapter of the tied unembedding"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -199,13 +183,8 @@ def three(tmp_path_factory):
     return Fleet(home, model, base, ["maths", "shout", "refuse"], epochs)
 
 
-LLAMA = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-}
+LLAMA = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def test_faults_of_a_folder_are_found_before_it_is_served(three, tmp_path):

@@ -1,7 +1,8 @@
 """Choose method and rank: by measured regret if it covers the customer's case, else by capacity."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -54,23 +55,16 @@ def ranks_of(model: ModelSpec) -> tuple[int, ...]:
     Raises:
         RowError: there is no such rank.
     """
-    multiples = [model.n_active_experts * rank for rank in RANKS]
-    found = _possible(model, RANKS) or _possible(model, multiples)
-    if not found:
-        raise RowError(f"column model: no rank of LoRA fits {model.name}. Check its shape.")
-    return found
-
-
-def _possible(model: ModelSpec, ranks: Sequence[int]) -> tuple[int, ...]:
-    found: list[int] = []
-    for rank in ranks:
-        try:
-            LoRA(rank=rank, layers=LAYERS).check(model)
-        except SpecError:
-            continue
-        if rank <= max(1, model.hidden_size // WIDEST) or not found:
-            found.append(rank)
-    return tuple(found)
+    for ranks in (RANKS, [model.n_active_experts * rank for rank in RANKS]):
+        found = []
+        for rank in ranks:
+            with suppress(SpecError):
+                LoRA(rank=rank, layers=LAYERS).check(model)
+                found.append(rank)
+        if found:
+            widest = max(1, model.hidden_size // WIDEST)
+            return tuple(found[:1] + [rank for rank in found[1:] if rank <= widest])
+    raise RowError(f"column model: no rank of LoRA fits {model.name}. Check its shape.")
 
 
 @cache

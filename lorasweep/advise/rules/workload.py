@@ -59,7 +59,7 @@ def workload_of(case: Case) -> Workload:
     Raises:
         RowError: the data of the row are missing or cannot be read.
     """
-    c = case.customer
+    c, rl = case.customer, case.customer.task == "rl"
     examples: float | None = c.examples
     counted: own.Counted | None = None
     measured: Measured | None = None
@@ -70,34 +70,43 @@ def workload_of(case: Case) -> Workload:
             counted = own.count(c.data)
         except (DataError, OSError) as error:
             raise RowError(f"column data: {error}") from None
+        if examples not in (None, counted.rows):
+            stated = f"{examples:,} stated, and {c.data} has {counted.rows:,} rows"
+            raise RowError(f"columns examples and data: {stated}.")
+        examples = float(counted.rows)
         key = (counted.sha256[: own.DIGITS], case.model.name)
         measured = case.known.information.get(key)
     tokens, row_tokens, length = _lengths(case, counted, measured)
     if counted is not None:
-        if examples is not None and examples != counted.rows:
-            stated = f"{examples:,} stated, and {c.data} has {counted.rows:,} rows"
-            raise RowError(f"columns examples and data: {stated}.")
-        examples = float(counted.rows)
         case.note("examples", counted.rows, data=c.data)
-    batch, planned = c.batch_size, _planned(case, examples)
-    if batch is None and c.steps is not None and planned is not None:
-        unit = GROUP if c.task == "rl" else 1
-        batch = max(unit, round(planned / c.steps / unit) * unit)
-        case.note("batch_size", batch, "of_steps", {"rows": planned, "steps": c.steps})
+    group = GROUP if rl else 1
+
+    def rows_at(batch: int) -> float | None:
+        """Return the rows trained on, counted in each pass; in RL, the episodes."""
+        if rl and c.episodes is not None:
+            return float(c.episodes)
+        if c.steps is not None:
+            return float(c.steps * batch)
+        return None if examples is None else examples * (c.epochs or 1.0) * group
+
+    planned = c.episodes if rl else examples and c.epochs and examples * c.epochs
+    batch = c.batch_size
+    if batch is None and c.steps is not None and planned:
+        batch = max(group, round(planned / c.steps / group) * group)
+        case.note("batch_size", batch, "of_steps", {"rows": float(planned), "steps": c.steps})
     elif batch is None:  # halve it if updates would be too few
-        assumed, few = BATCH[c.task], UPDATES[c.task]
-        batch, rows = assumed, _rows(case, examples, assumed)
-        smallest = GROUP if c.task == "rl" else SMALLEST
-        while c.steps is None and rows is not None and batch > smallest and rows / batch < few:
+        assumed, few, smallest = BATCH[c.task], UPDATES[c.task], GROUP if rl else SMALLEST
+        batch, rows = assumed, None if c.steps else rows_at(assumed)
+        while rows is not None and batch > smallest and rows / batch < few:
             batch //= 2
         case.note("batch_size", batch, c.task, assumed=assumed, smallest=smallest, few=few)
-    rows = _rows(case, examples, batch)
-    if c.task == "sft" and examples is None and rows is not None:
+    rows = rows_at(batch)
+    if not rl and examples is None and rows is not None:
         examples = rows / (c.epochs or 1.0)
     steps = c.steps or (None if rows is None else max(1, math.ceil(rows / batch)))
     # a run may end before it has seen all rows
     trained = examples if rows is None or examples is None else min(examples, rows)
-    if c.task == "rl":
+    if rl:
         bits: tuple[float | None, ...] = (rows, rows, rows)
         if rows is not None:
             case.note("bits", rows, "rewards", {"episodes": rows})
@@ -114,26 +123,6 @@ def workload_of(case: Case) -> Workload:
         if counted is not None:
             case.warn("not_measured", model=case.model.name, data=c.data)
     return Workload(examples, tokens, row_tokens, length, batch, steps, rows, *bits)
-
-
-def _planned(case: Case, examples: float | None) -> float | None:
-    """Return the rows trained on (in RL, episodes) if they are stated without the updates."""
-    c = case.customer
-    if c.task == "rl":
-        return None if c.episodes is None else float(c.episodes)
-    return None if examples is None or c.epochs is None else examples * c.epochs
-
-
-def _rows(case: Case, examples: float | None, batch: int) -> float | None:
-    """Return the rows trained on, counted in each pass; in RL, the episodes."""
-    c = case.customer
-    if c.task == "rl" and c.episodes is not None:
-        return float(c.episodes)
-    if c.steps is not None:
-        return float(c.steps * batch)
-    if examples is None:
-        return None
-    return examples * (c.epochs or 1.0) * (GROUP if c.task == "rl" else 1)
 
 
 def _lengths(

@@ -50,13 +50,8 @@ def rates(points, arm):
 def test_the_search_finds_planted_optima_and_says_so_in_a_line_each(tune):
     text, _, points, _ = tune(Valley(10, noise=2e-4))
     lines = text.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [
-        "full fine-tuning",
-        "LoRA rank 8",
-        lines[2].partition(":")[0],
-        "use",
-        "open",
-    ]
+    heads = [line.partition(":")[0] for line in lines]
+    assert [*heads[:2], *heads[3:]] == ["full fine-tuning", "LoRA rank 8", "use", "open"]
     assert lines[2].startswith("LoRA at rank 8 gives up ") and lines[2].endswith("less than 5%")
     assert lines[3].startswith("use: LoRA rank 8 on attention+mlp, learning rate 1.")
     assert lines[4] == "open: nothing"
@@ -203,14 +198,8 @@ def test_the_plan_says_what_a_search_takes_and_a_budget_buys(compose, capsys):
 def arm(rank, loss, gap=None, regret=0.5):
     rate = {"value": 1e-3, "low": 9e-4, "high": 1.1e-3}
     named = {"method": "lora" if rank else "fullft", "rank": rank, "best_tried": 1e-3, "flags": []}
-    return {
-        **named,
-        "best_lr": rate,
-        "loss": loss,
-        "gap_percent": gap,
-        "regret_percent": regret,
-        "known": True,
-    }
+    found = {"best_lr": rate, "loss": loss, "gap_percent": gap, "regret_percent": regret}
+    return {**named, **found, "known": True}
 
 
 @pytest.mark.parametrize(
@@ -226,17 +215,12 @@ def test_full_fine_tuning_is_used_if_lora_is_known_or_measured_to_lose_more(
     compose, outcome, loss, method
 ):
     verdicts = [{"outcome": outcome, "needed": "4 seeds", "why": ""}]
-    results = {
-        "arms": [arm(None, 1.0), arm(8, loss)],
-        "best_rank": 8,
-        "start": 2.0,
-        "allowed": 0.05,
-    }
+    results = {"arms": [arm(None, 1.0), arm(8, loss)], "best_rank": 8}
+    results |= {"start": 2.0, "allowed": 0.05}
     found = tuned.conclude(compose(*TUNE), {**results, "verdicts": verdicts})
     assert found["method"] == method
-    assert found["open"] == (
-        ["LoRA against full fine-tuning (needed: 4 seeds)"] if outcome == "UNDECIDED" else []
-    )
+    said = ["LoRA against full fine-tuning (needed: 4 seeds)"]
+    assert found["open"] == (said if outcome == "UNDECIDED" else [])
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from lorasweep.advise import read
 from lorasweep.advise.advice import answers
 from lorasweep.advise.read import Customer, RowError, customer_of, read_customers, shape_of
 from lorasweep.errors import ModelError, SpecError
-from tests.unit.customers.world import known
+from tests.customers import make_base
+from tests.unit.advise.world import known
 
 ROW = {"name": "acme", "model": "qwen3-8b", "task": "sft"}
 
@@ -28,29 +28,28 @@ def test_the_first_three_columns_are_enough_and_cells_are_text():
     ("columns", "says"),
     [
         ({"model": ""}, "column model: missing"),
-        ({"task": "dpo"}, "column task: task 'dpo' not found"),
-        ({"examples": "many"}, "column examples: expected a number (rows"),
-        ({"examples": "50k"}, "Write it out, as 50000"),
-        ({"examples": "1.5"}, "a whole number"),
+        ({"task": "dpo"}, "column task='dpo'. Allowed: sft, rl"),
+        ({"examples": "many"}, "column examples='many': expected a whole number of at least 1 (rows"),
+        ({"examples": "1.5"}, "column examples=1.5: expected a whole number"),
         ({"examples": "0"}, "at least 1"),
+        ({"examples": "inf"}, "column examples"),
+        ({"lr": "nan"}, "column lr"),
         ({"gpus": "100000"}, "at most 512"),
-        ({"layers": "atention"}, "unknown layer set"),
+        ({"gpus": True}, "column gpus=True: expected a whole number"),
+        ({"layers": "atention"}, "column layers: "),
         ({"tied": "maybe"}, "expected true or false"),
-        ({"examples": "=B2*2"}, "is a formula"),
-        ({"name": "@SUM(A1)"}, "is a formula"),
+        ({"examples": "=B2*2"}, "column examples: '=B2*2' is a formula"),
+        ({"name": "@SUM(A1)"}, "column name: '@SUM(A1)' is a formula"),
         ({"name": "+cmd|' /C calc'!A0"}, "is a formula"),
         ({"exmaples": "3"}, "Did you mean 'examples'?"),
         ({"episodes": "100"}, "only with task=rl"),
         ({"tokens_per_example": "40000000"}, "If that is the total"),
         ({"examples": "9e9", "tokens_per_example": "9000"}, "Is one of them the total of tokens?"),
         ({"tokens_per_example": "900", "max_length": "512"}, "tokens_per_example and max_length"),
-        (
-            {"examples": "1000", "epochs": "1", "batch_size": "10", "steps": "500"},
-            "500 x 10 = 5,000, but examples x epochs = 1,000",
-        ),
+        ({"examples": "1000", "epochs": "1", "batch_size": "10", "steps": "500"}, "500 x 10 = 5,000, but examples x epochs = 1,000"),
         ({"task": "rl", "episodes": "9000", "batch_size": "10", "steps": "9"}, "but episodes"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_cell_is_named_with_its_column(columns, says):
     with pytest.raises(RowError) as found:
         customer_of({**ROW, **columns})
@@ -163,14 +162,11 @@ def test_columns_give_the_shape_of_a_model_that_is_not_known():
 
 
 def test_a_name_that_the_hub_does_not_answer_says_that_columns_suffice(monkeypatch):
-    def describe(given):
-        raise ModelError(f"cannot get {given}.")
-
     asked = []
 
     def described(given):
         asked.append(given)
-        return describe(given)
+        raise ModelError(f"cannot get {given}.")
 
     read._described.cache_clear()
     monkeypatch.setattr("lorasweep.models.describe.describe_model", described)
@@ -193,8 +189,11 @@ def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
     mine, shipped = shape(model=str(path)), shape(model="qwen3-30b-a3b")
     assert mine == shape(model=str(path.parent))
     assert (mine.n_params, mine.n_active_params) == (shipped.n_params, shipped.n_active_params)
-    del config["vocab_size"]
-    for text, says in ((json.dumps(config), "lacks vocab_size"), ("not json", "cannot be read")):
+    for text, says in (
+        ("{}", "with a model_type"),
+        ("[1]", "with a model_type"),
+        ("not json", "cannot be read"),
+    ):
         path.write_text(text)
         with pytest.raises(RowError, match=says):
             shape(model=str(path))
@@ -249,19 +248,15 @@ def test_a_gguf_file_and_a_name_on_the_hub_are_described_as_for_sweeps(tmp_path,
         ({"dtype": "bfloat16"}, None, "bf16"),
         ({"torch_dtype": "float32"}, None, "fp32"),  # as transformers wrote it before 4.56
         ({"torch_dtype": "float16"}, None, "fp32"),  # bf16 does not hold its values
-        ({"text_config": {"dtype": "float32"}}, None, "fp32"),
         ({}, torch.float32, "fp32"),
         ({"dtype": None}, torch.bfloat16, "bf16"),
         ({}, None, "bf16"),  # the weights are elsewhere: as most are published
     ],
 )
 def test_the_type_of_weights_is_read_from_the_models_folder(tmp_path, stated, stored, found):
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
-    config = {**shape, "intermediate_size": 16, **stated}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if stored is not None:
-        save_file(
-            {"a": torch.zeros(2, 2, dtype=stored), "norm": torch.zeros(2)},
-            tmp_path / "model-00001-of-00001.safetensors",
-        )
+    path = make_base(tmp_path, stored or torch.float32) / "config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k != "dtype"}
+    path.write_text(json.dumps({**config, **stated}))
+    if stored is None:
+        (tmp_path / "model.safetensors").unlink()
     assert shape_of(Customer("any", str(tmp_path), "sft"), {}).weights_dtype == found

@@ -1,11 +1,9 @@
-"""The fleet's page and the cards: the picture of all gains, folded cards, the card's head."""
+"""The fleet's page and the cards: a mark for each gain, folded cards, the card's head."""
 
 import dataclasses
 import json
 import re
-from itertools import pairwise
 from unittest import mock
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,9 +11,9 @@ import yaml
 from markupsafe import escape
 from safetensors.torch import save_file
 
+from lorasweep.data import templates
 from lorasweep.fleet import adapters
-from lorasweep.fleet.outcome import GAINED, UNKNOWN, WORSE, Outcome, Tried
-from lorasweep.fleet.picture import KINDS, _ticks, picture_of
+from lorasweep.fleet.outcome import Outcome
 from lorasweep.fleet.rows import Rows
 from lorasweep.fleet.runs import Member
 from lorasweep.models.find import license_of
@@ -39,14 +37,15 @@ def outcome(k, gain, error=0.01, **more):
     points = [Point(f"c{k}", spec)]
     member = Member("row", f"{NAME} {k}", f"c{k}", "", {**advised, "warnings": []}, rows, points)
     result = {"nll_start": 2 + (gain or 0), "test_nll": 2.0, "gain_se": error, "n_test": 9}
-    return Outcome(member, [Tried(spec.lr, spec.id, "done", 1.0)], spec, result, "")
+    tried = [{"lr": spec.lr, "run": spec.id, "state": "done", "validation": 1.0}]
+    return Outcome(member, "", {}, tried, spec, result)
 
 
 def failed(k):
     return dataclasses.replace(outcome(k, 0.1), spec=None, result={}, problem="it diverged")
 
 
-def exported(found, folder, tokenizer=llama_like):
+def exported(found, folder, check=lambda *form: None):
     store = RunStore(folder / "runs")
     for o in found:
         if o.spec:
@@ -58,84 +57,38 @@ def exported(found, folder, tokenizer=llama_like):
         partial.mkdir(parents=True, exist_ok=True)
         (partial / adapters.ADAPTER).write_bytes(b"")
 
-    with mock.patch.object(adapters, "problems", return_value=[]):  # the adapter is no real one
-        return adapters.export(found, store, folder, "title", save, lambda model: tokenizer())
-
-
-def svg_of(page):
-    (found,) = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    return ElementTree.fromstring(found)
+    with (  # neither adapter nor rows are real ones
+        mock.patch.object(adapters, "problems", return_value=[]),
+        mock.patch.object(adapters.templates, "check", check),
+    ):
+        return adapters.export(found, store, folder, "title", save, lambda model: llama_like())
 
 
 GAINS = [0.1, -0.3, 0.5, None, 0.001, 0.5, -0.002]
-VERDICTS = [GAINED, WORSE, GAINED, None, UNKNOWN, GAINED, UNKNOWN]
+MARKS = ["2 gained", "5 gained", "0 gained", "4 unknown", "6 unknown", "1 worse"]
 
 
-def test_the_picture_has_a_mark_a_customer_in_sorted_order(tmp_path):
-    found = [outcome(k, gain) for k, gain in enumerate(GAINS)] + [failed(7)]
-    exported(found, tmp_path)
+def test_the_page_has_a_mark_a_row_and_a_folded_card_for_each_customer(tmp_path):
+    exported([outcome(k, gain) for k, gain in enumerate(GAINS)] + [failed(7)], tmp_path)
     page = (tmp_path / adapters.PAGE).read_text()
-    svg = svg_of(page)
-    marks = [a for a in svg.iter("a") if a.get("class") == "mark"]
-    assert [a.get("href") for a in marks] == ["#c2", "#c5", "#c0", "#c4", "#c6", "#c1"]
-    shape = {"gained": "circle", "worse": "rect", "unknown": "path"}
-    for a in marks:
-        k = int(a.get("href")[2:])
-        kind = KINDS[VERDICTS[k]]
-        (drawn,) = [e for e in a if e.tag in shape.values()]
-        assert (drawn.tag, drawn.get("class")) == (shape[kind], kind)
-        assert a.find("title").text.startswith(f"{NAME} {k}: {GAINS[k]:+.3g} nats per token, ")
-        assert a.find("text").text == f"{NAME} {k}"
-        (line,) = [e for e in a if e.tag == "line"]
-        zero = float(svg.find("line[@class='zero']").get("x1"))
-        left, right = float(line.get("x1")), float(line.get("x2"))
-        assert {"gained": left > zero, "worse": right < zero}.get(kind, left < zero < right)
-    assert "2 without an adapter or without held-out rows" in page
-    assert svg.find("title").text and "3 gained, 1 got worse, 2 not known" in svg.find("desc").text
-    legend = [e.text for e in svg.findall("text")]
-    assert {"gained (3)", "got worse (1)", "not known (2)", "0"} <= set(legend)
-    assert any("nats per token" in text for text in legend) and "<script" not in page
-    # cards fold away; a link opens one because its target is inside
+    marks = re.findall(r'<a href="#c(\d)" title=.*?class="point (\w+)"', page)
+    assert [" ".join(mark) for mark in marks] == MARKS and "Not shown: 2 without" in page
     cards = re.findall(r'<details class="card">.*?</details>', page, re.DOTALL)
-    assert len(cards) == 8 and page.index("<svg") < page.index("<table") < page.index("<details")
-    for k, card in enumerate(cards):
+    assert len(cards) == 8 and "<script" not in page and "it diverged" in cards[7]
+    assert page.index("<figure") < page.index("<table") < page.index("<details")
+    for k, card in enumerate(cards):  # a link opens a card because its target is inside
         assert f'<div id="c{k}">' in card and escape(f"{NAME} {k}") in card
         assert f'<td><a href="#c{k}">' in page
-    assert "it diverged" in cards[7] and "gain not measured" in cards[3]
+    for note in ("3 gained", "1 got worse", "2 gain uncertain", "1 too few unique", "1 without"):
+        assert f"<li>{note}" in page
 
 
-def test_the_picture_of_none_one_and_many():
-    assert picture_of([failed(0), outcome(1, None)]) is None
-    one = picture_of([outcome(0, 0.0, None)])
-    assert one["marks"][0]["line"] == [] and one["left"] < one["zero"] < one["right"]
-    many = picture_of([outcome(k, 0.01 * k, 0.001) for k in range(200)])
-    assert [m["k"] for m in many["marks"]] == list(range(199, -1, -1))
-    rows = [m["y"] for m in many["marks"]]
-    assert all(b - a >= 7 for a, b in pairwise(rows)) and many["bottom"] < 1600
-    named = [m["y"] for m in many["marks"] if m["name"]]
-    assert len(named) == 100 and all(b - a >= 12 for a, b in pairwise(named))
-    assert 3 <= len(many["ticks"]) <= 7
-
-
-def test_one_wide_interval_hides_no_other():
-    shown = picture_of([outcome(0, 0.1, 50.0), outcome(1, 0.2), outcome(2, 0.3)])
-    places = [m["x"] for m in shown["marks"]]
-    assert max(places) - min(places) > 100
-    (wide,) = [m for m in shown["marks"] if m["k"] == 0]
-    assert [way for _, way in wide["arrows"]] == [-1, 1]
-    assert wide["line"] == [shown["left"], shown["right"]]
-
-
-@pytest.mark.parametrize(
-    "low, high, ticks",
-    [
-        (-0.1, 0.1, [-0.1, -0.05, 0, 0.05, 0.1]),
-        (-1, 6, [0, 2, 4, 6]),
-        (0, 7e-6, [0, 2e-6, 4e-6, 6e-6]),
-    ],
-)
-def test_ticks_are_round_numbers(low, high, ticks):
-    assert _ticks(low, high) == pytest.approx(ticks, abs=1e-12)
+def test_one_wide_interval_hides_no_other_and_no_gain_is_no_picture():
+    facts = [o.facts() for o in (outcome(0, 0.1, 50.0), outcome(1, 0.2), outcome(2, 0.0, None))]
+    small, wide, none = adapters._marks(facts)
+    assert small["at"] - none["at"] > 25 and (wide["left"], wide["width"]) == (4, 92)
+    assert none["width"] == 0 and none["zero"] == none["at"]
+    assert adapters._marks([failed(0).facts(), outcome(1, None).facts()]) == []
 
 
 def head_of(path):
@@ -171,7 +124,7 @@ def test_without_its_tokenizer_or_form_a_customer_has_an_error_and_no_folder(tmp
     rows = {"messages": [{"role": "user", "content": "{prompt}"}], "example": [["{prompt}", False]]}
     here = outcome(0, 0.1)
     member = dataclasses.replace(here.member, rows=dataclasses.replace(here.member.rows, **rows))
-    (found,) = exported([dataclasses.replace(here, member=member)], tmp_path)
+    (found,) = exported([dataclasses.replace(here, member=member)], tmp_path, templates.check)
     assert found.spec is None and "example: the chat template for servers" in found.problem
     assert not (tmp_path / "c0").exists() and not list(tmp_path.glob(".c0*"))
 

@@ -11,7 +11,7 @@ from lorasweep.advise.evidence import Sure, read_information
 from lorasweep.advise.read import COLUMNS, Failed, Row, check_rows, read_customers
 from lorasweep.data import own
 from tests.customers import write_json
-from tests.unit.customers.world import advice, known
+from tests.unit.advise.world import advice, known
 from tests.world import ROOT
 
 SFT = {
@@ -154,7 +154,6 @@ def test_conditions_are_met_missed_or_unknown():
     assert all(c.evidence for c in advice(**good).conditions[:4])
     cited = " ".join(advice(task="rl", episodes=10_000).conditions[0].evidence)
     assert "rl: rank_1" in cited and "regime" not in cited
-    assert "rl_bits" not in cited  # withdrawn
 
 
 def test_a_plan_that_the_model_cannot_have_is_an_error_of_the_row():
@@ -213,7 +212,7 @@ def test_the_customers_are_many_and_varied_and_all_are_answered():
 
 
 def test_the_answers_are_those_kept():
-    """To keep others: python -m tests.unit.customers.test_advice."""
+    """To keep others: python -m tests.unit.advise.test_advice."""
     with KEPT.open(newline="") as text:
         assert list(csv.reader(text)) == table_of(answers(read_customers(CUSTOMERS), known()))
 

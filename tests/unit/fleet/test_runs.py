@@ -8,14 +8,14 @@ import pytest
 
 from lorasweep.advise.read import Row, check_rows
 from lorasweep.errors import SpecError
-from lorasweep.fleet.rows import BY_ROW, Rules
+from lorasweep.fleet.rows import Rules
 from lorasweep.fleet.runs import RULES, build_runs, folder_of, planned, read_rules, write_rules
 from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.grid import Point
 from tests.bpe import llama_like
 from tests.customers import make_base, write_json, write_rows
-from tests.unit.customers.world import known
-from tests.world import compose_request, tiny_spec
+from tests.unit.advise.world import known
+from tests.world import ROOT, compose_request, tiny_spec
 
 
 @pytest.fixture(scope="module")
@@ -135,18 +135,12 @@ def test_a_base_of_more_than_one_gpu_is_its_customers_error(row, data):
     assert fits.points and "llama-3.1-70b takes" in refused.problem
 
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden/fleet_ids.json").read_text())
-EARLIER = {
-    "tiny": ("{prompt}\n", "role_eos"),
-    "small": ("Question: {prompt}\nAnswer: ", "role_eos"),
-    "paper": ("{prompt}\n", "role_colon"),
-}
-"""The form of a prompt by scale, before it was the same at all of them."""
+GOLDEN = json.loads((ROOT / "tests/golden/fleet_ids.json").read_text())
 
 
 @pytest.fixture
 def customers(tmp_path, monkeypatch):
-    """The table whose runs GOLDEN names, written by the code from before folders kept rules."""
+    """The table whose runs GOLDEN names."""
     monkeypatch.chdir(tmp_path)
     write_rows(Path("ann.jsonl"), 40, "357 in all {k}")
     prompts = [f"Is it late? {k % 40}" for k in range(200)]
@@ -166,32 +160,25 @@ def customers(tmp_path, monkeypatch):
 def ids(customers, scale, rules):
     options = ["action=fleet", "customers=c.csv", f"scale={scale}", "precision=fp32"]
     found = runs_of(customers, compose_request(options), rules)
-    return {f"{scale}/{m.name}": [p.id for p in m.points] for m in found}
+    return {m.name: [p.id for p in m.points] for m in found}
 
 
-def test_runs_by_the_earlier_rules_keep_their_ids(customers):
-    found = {}
-    for scale, (template, render) in EARLIER.items():
-        found |= ids(customers, scale, Rules(template, render, split=BY_ROW))
-    assert found == GOLDEN
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("kind", GOLDEN)
+def test_runs_keep_their_ids(customers, scale, kind):
+    """By the rules of new fleets, and of those whose folder says less; at every scale the same."""
+    rules = Rules(answers="all", whole_prompt=True) if kind == "new" else Rules()
+    assert ids(customers, scale, rules) == GOLDEN[kind]
 
 
-def test_todays_rules_change_only_the_ids_they_concern(customers):
-    """Rows that share prompts, and those of a test file, are divided in another way today."""
-    found = ids(customers, "tiny", Rules())
-    changed = {name for name in found if found[name] != GOLDEN[name]}
-    assert changed == {"tiny/bob", "tiny/own"}
-    for scale in ("small", "paper"):  # batch, updates and learning rate are the customer's
-        assert list(ids(customers, scale, Rules()).values()) == list(found.values())
-
-
-def test_a_folder_of_an_earlier_version_says_nothing_of_answers_and_keeps_the_last(tmp_path):
+def test_the_rules_are_kept_in_the_folder_and_earlier_ones_said_less(tmp_path):
     earlier = {"template": None, "render": None, "mask": None, "split": "prompt", "layers": "all"}
+    for rules in (Rules(answers="all"), Rules(serve="vllm")):
+        write_rules(tmp_path, rules)
+        assert read_rules(tmp_path) == rules
     (tmp_path / RULES).write_text(json.dumps(earlier))
-    assert read_rules(tmp_path) == Rules() and Rules().answers == "last"
-    for answers in ("all", "last"):
-        write_rules(tmp_path, Rules(answers=answers))
-        assert read_rules(tmp_path).answers == answers
-    write_rules(tmp_path, Rules(answers="some"))
-    with pytest.raises(SpecError, match=r"some.*is not known"):
-        read_rules(tmp_path)
+    assert read_rules(tmp_path) == Rules() and (Rules().answers, Rules().serve) == ("last", "peft")
+    for odd in ({"answers": "some"}, {"split": "row"}, {"split": "coin"}, {"render": "role_eos"}):
+        (tmp_path / RULES).write_text(json.dumps(earlier | odd))
+        with pytest.raises(SpecError, match="is not known"):
+            read_rules(tmp_path)

@@ -13,14 +13,15 @@ from lorasweep.errors import SpecError
 from lorasweep.fleet.served import (
     ANOTHERS,
     DIFFERS,
+    KEY,
     NOT_APPLIED,
     OF_CHANGE,
     SERVED,
     TOO_SMALL,
     Probe,
+    Server,
     judge,
 )
-from lorasweep.fleet.server import KEY, Server
 from tests.answering import answering, openai
 
 COMMON, OWN, NOISE = 64, 16, 0.02

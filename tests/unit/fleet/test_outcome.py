@@ -82,14 +82,12 @@ def test_rates_go_on_until_the_best_is_inside_or_six_were_tried(store, best):
     tried = [place(p.spec) for p in points if not p.spec.test_rows]
     n = min(3 + abs(best), MOST_TRIED)
     assert len(tried) == n and tried == sorted(tried) == list(range(tried[0], tried[0] + n))
-    assert [t.lr for t in found.tried] == [p.spec.lr for p in points[:n]]
+    assert [t["lr"] for t in found.tried] == [p.spec.lr for p in points[:n]]
     edge = {4: "highest", -4: "lowest"}.get(best, "")
-    assert place(found.spec) == best and found.spec.test_rows and found.edge == edge
+    assert place(found.spec) == best and found.spec.test_rows and found.facts()["edge"] == edge
     assert found.result["test_nll"] == 3.0 and stages == [3, *[1] * (n - 3), 1]
     # the seconds of the run that was measured include its trial's
-    assert found.seconds_used == pytest.approx(n + 0.5) and found.gpu_hours_used == 0
-    plain = found.plain()
-    assert plain["seconds_used"] == found.seconds_used and len(plain["tried"]) == n
+    assert found.used == {"seconds_used": pytest.approx(n + 0.5), "gpu_hours_used": 0}
     assert (
         with_further(points, store, True) == points == with_further(around_advised(), store, True)
     )
@@ -98,10 +96,14 @@ def test_rates_go_on_until_the_best_is_inside_or_six_were_tried(store, best):
 def test_a_diverged_rate_is_worse_than_any_and_of_equal_losses_the_lower_rate_is_better(store):
     points, _ = played(store, lambda k: None if k > 1 else 5.0 - k)
     found = outcome(points, store)
-    assert place(found.spec) == 1 and not found.edge and found.tried[-1].validation is None
+    assert (
+        place(found.spec) == 1
+        and not found.facts()["edge"]
+        and found.tried[-1]["validation"] is None
+    )
     flat = around_advised(seed=7)
     found = outcome(played(store, lambda k: 1.0, flat)[0], store)
-    assert found.edge == "lowest" and len(found.tried) == MOST_TRIED
+    assert found.facts()["edge"] == "lowest" and len(found.tried) == MOST_TRIED
 
 
 def test_a_customer_whose_rates_all_diverge_has_an_error_after_six(store):
@@ -122,7 +124,7 @@ def test_no_lower_rate_is_tried_where_training_hurts_at_every_rate(store, slope,
 
     points, _ = played(store, loss, start=2.0)
     found = outcome(points, store)
-    assert found.hurts == found.plain()["hurts"] == hurts and found.edge == ""
+    assert found.hurts == found.facts()["hurts"] == hurts and found.facts()["edge"] == ""
     assert len(found.tried) == (3 if hurts else 6)
     assert place(found.spec) == (-1 if hurts else -3)
 
@@ -132,7 +134,9 @@ def test_rates_that_are_given_are_tried_and_no_others(store, rates):
     points, _ = played(store, valley(4), around_advised(rates), go_on=False)
     found = outcome(points, store)
     assert len(found.tried) == rates and len(points) == rates + (rates > 1)
-    assert place(found.spec) == rates // 2 and found.edge == ("highest" if rates > 1 else "")
+    assert place(found.spec) == rates // 2 and found.facts()["edge"] == (
+        "highest" if rates > 1 else ""
+    )
 
 
 def test_what_is_left_is_open_and_no_rate_is_tried_that_a_run_may_not_have(store):
@@ -149,17 +153,6 @@ def test_what_is_left_is_open_and_no_rate_is_tried_that_a_run_may_not_have(store
     assert len(played(store, valley(99), high)[1]) == 2  # 60 is the highest below 100
 
 
-def test_runs_of_earlier_versions_are_their_own_trials(store):
-    """They have test rows at every rate. Only missing rates are tried, as trials."""
-    for p in around_advised():
-        end(store, p.spec, valley(1)(place(p.spec)))
-    points, stages = played(store, valley(1))
-    assert stages == [1] and [p.spec.test_rows for p in points] == [True] * 3 + [False]
-    found = outcome(points, store)
-    assert place(found.spec) == 1 and found.result["test_nll"] == 3.0 and len(found.tried) == 4
-    assert found.seconds_used == 4.0
-
-
 def test_a_rate_that_breaks_on_test_rows_counts_as_diverged(store):
     points, _ = played(store, valley(0))
     again = RunStore(store.root.with_name("other"))
@@ -168,7 +161,30 @@ def test_a_rate_that_breaks_on_test_rows_counts_as_diverged(store):
     end(again, points[-1].spec, None)
     points, _ = played(again, valley(0))
     found = outcome(points, again)
-    assert place(found.spec) == -1 and found.tried[2].validation is None and not found.edge
+    assert (
+        place(found.spec) == -1
+        and found.tried[2]["validation"] is None
+        and not found.facts()["edge"]
+    )
+
+
+@pytest.mark.parametrize(
+    "before, error, gained",
+    [
+        (9.5, 0.1, "gained"),
+        (9.2, 0.1, "not known"),
+        (8.5, 0.1, "got worse"),
+        (8.5, None, "not known"),
+    ],
+)
+def test_the_verdict_of_a_gain_is_by_its_interval(store, before, error, gained):
+    """4 rows: Student's t of 3 degrees of freedom is 3.18."""
+    found = outcome(played(store, valley(0))[0], store)
+    result = {"nll_start": before, "test_nll": 9.0, "gain_se": error, "n_test": 4}
+    facts = dataclasses.replace(found, result=found.result | result).facts()
+    assert facts["gained"] == gained
+    ends = error and pytest.approx((before - 9.318, before - 8.682), abs=1e-3)
+    assert facts["gain_interval"] == ends
 
 
 def test_a_trial_needs_validation_rows():

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from lorasweep.advise.read import RowError
 from lorasweep.data import load, messages, templates, text
 from lorasweep.errors import DataError
-from lorasweep.fleet.rows import BY_ROW, Rules, named_rows, rows_of, with_lengths
+from lorasweep.fleet.rows import Rules, named_rows, rows_of, with_lengths
 from lorasweep.spec.dataset import FILES, DatasetSpec
 from tests import small_hub
 from tests.bpe import llama_like, qwen_like
@@ -101,13 +101,11 @@ def test_rows_of_a_test_file_are_held_out_instead_and_not_trained_on(tmp_path):
         read(tmp_path)
 
 
-def test_changed_rows_are_another_data_set_and_messages_are_recognised(tmp_path):
+def test_changed_rows_are_another_data_set(tmp_path):
     path = write_rows(tmp_path / "my.jsonl", 30, "Yes")
     before = read(path).dataset
     assert read(path).dataset == before
     assert read(write_rows(path, 30, "No")).dataset.canonical != before.canonical
-    found = read(write_json(path, [turns("So?", "No")])).dataset
-    assert (found.format, found.mask) == ("messages", "last_assistant")
 
 
 @pytest.mark.parametrize("form", FILES)
@@ -151,10 +149,8 @@ def test_rows_that_are_left_out_or_cut_are_counted_and_most_of_them_an_error(tmp
     whole, _ = with_lengths(read(path), llama_like(), enough, ["."])
     assert not whole.warning and whole.n_train == 160
     spec = dataclasses.replace(found.dataset, too_long="cut_or_skip", max_length=enough - 1)
-    cut = load.load(spec, ["."], llama_like()).fits["training"][
-        1
-    ]  # the last token of the longest rows
-    assert 0 < cut <= 40
+    cut = load.load(spec, ["."], llama_like()).fits["training"][1]
+    assert 0 < cut <= 40  # rows without their last token
     long = write_json(path, [pair(f"So? {k} " + "late " * 99, "Yes " * 9) for k in range(40)])
     with pytest.raises(DataError, match=r"cuts 3. of 3. training rows. Set the column max_length"):
         with_lengths(read(long), llama_like(), enough, ["."])
@@ -197,18 +193,6 @@ def test_rows_begin_with_bos_where_a_server_sends_it(tmp_path, tokenizer):
     assert not old.bos and (tokenizer.bos_token or old == found.dataset if found else True)
 
 
-def test_an_example_shows_no_other_text_of_a_customer(tmp_path):
-    chat = copy.deepcopy(llama_like())
-    chat.chat_template = CHAT_TEMPLATE.replace("{{ m.content }}", "{{ m.note }}{{ m.content }}")
-    rows = [turns("So?", f"Yes {k}") for k in range(30)]
-    for row in rows:
-        row["messages"][1]["note"] = "secret"
-    found, _ = with_lengths(
-        read(write_json(tmp_path / "my.jsonl", rows), None, chat), chat, None, ["."]
-    )
-    assert found.example and "secret" not in str(found.example) + str(found.messages)
-
-
 def test_no_prompt_is_in_two_splits(tmp_path):
     """Forty questions with five answers each: by rows, all held-out questions were trained on."""
     rows = [pair(f"How many? {k % 40}", f"Yes {k}") for k in range(200)]
@@ -217,10 +201,7 @@ def test_no_prompt_is_in_two_splits(tmp_path):
     parts = prompts(found.dataset)
     assert [len(part) for part in parts] == [160, 20, 20]
     assert [len(set(part)) for part in parts] == [32, 4, 4] and len(set().union(*parts)) == 40
-    assert (found.n_train, found.same_prompt, found.shared) == (160, 160, False)
-    by_row = read(path, Rules(split=BY_ROW))
-    train, _, test = prompts(by_row.dataset)
-    assert by_row.shared and not set(test) - set(train)
+    assert (found.n_train, found.same_prompt, found.dataset.held_out_by) == (160, 160, "prompt")
 
 
 def test_a_prompt_with_many_answers_is_held_out_as_a_whole_and_counts_with_a_few(tmp_path):
@@ -238,10 +219,14 @@ def test_with_too_few_prompts_rows_are_divided_and_the_result_says_so(tmp_path):
     rows = [pair("Write a note.", f"Yes {k}") for k in range(100)]
     found = read(write_json(tmp_path / "train.jsonl", rows))
     assert counts(found) == (80, 10, 10) and found.dataset.held_out_by == "row"
-    assert found.shared and found.same_prompt == 99
+    assert found.same_prompt == 99
     write_rows(tmp_path / "test.jsonl", 30, "No {k}", question="Write a note.")
     found = read(tmp_path)
-    assert counts(found) == (100, 15, 15) and found.shared and found.left_out == 0
+    assert (
+        counts(found) == (100, 15, 15)
+        and found.dataset.held_out_by == "row"
+        and found.left_out == 0
+    )
 
 
 def test_a_test_file_sorted_by_topic_is_divided_over_topics_and_capped(tmp_path):
@@ -261,7 +246,7 @@ def test_training_rows_with_the_prompt_of_a_test_row_are_left_out(tmp_path):
     found = read(tmp_path)
     train, validation, test = prompts(found.dataset)
     assert not set(train) & {*validation, *test} and len(train) == 40 == found.n_train
-    assert (found.left_out, found.same_prompt, found.shared) == (10, 10, False)
+    assert (found.left_out, found.same_prompt, found.dataset.held_out_by) == (10, 10, "prompt")
 
 
 def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
@@ -303,22 +288,17 @@ def test_rows_with_a_name_share_no_prompt_and_a_test_file_of_a_folder_is_divided
     assert tested.revision.count("=") == 2 and tested.test_split == "test"
 
 
-def test_too_few_rows_with_a_name_are_refused_with_what_they_do_not_say(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl", 39, "Yes {k}")
-    with pytest.raises(DataError, match=r"39 unique rows\. Expected at least 40.*measure the gain"):
-        named_rows(str(path), {})
-    write_json(path, 50 * [pair("So?", "Yes")])
-    with pytest.raises(DataError, match=": 1 unique rows"):
-        named_rows(str(path), {})
-
-
-def test_rows_with_a_name_that_have_no_answer_are_refused_with_the_first(tmp_path):
-    rows = [pair(f"So? {k}", "" if k in (3, 7) else f"Yes {k}") for k in range(60)]
-    write_json(tmp_path / "a.jsonl", rows)
-    with pytest.raises(
-        DataError, match=r"2 of 60 rows have no answer, the first is row 4\. .*NAME"
-    ):
-        named_rows(str(tmp_path / "a.jsonl"), {})
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ([pair(f"So? {k}", "Yes") for k in range(39)], "39 unique rows. Expected at least 40"),
+        (50 * [pair("So?", "Yes")], ": 1 unique rows"),
+        ([pair(f"So? {k}", "Yes" * (k % 4 != 3)) for k in range(60)], "15 of 60 rows have no answer, the first is row 4"),
+    ],
+)  # fmt: skip
+def test_rows_with_a_name_that_are_too_few_or_have_no_answer_are_refused(tmp_path, rows, says):
+    with pytest.raises(DataError, match=re.escape(says)):
+        named_rows(str(write_json(tmp_path / "a.jsonl", rows)), {})
 
 
 def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_path):
@@ -327,7 +307,8 @@ def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_p
     path = tmp_path / "my.jsonl"
     write_json(path, [turns("So?", "Yes", f"How many? {k % 40}", f"No {k}") for k in range(200)])
     by_last = read(path)
-    assert (by_last.same_prompt, by_last.n_train, by_last.shared) == (160, 160, False)
+    assert (by_last.same_prompt, by_last.n_train) == (160, 160)
+    assert by_last.dataset.held_out_by == "prompt"
     assert read(path, Rules(mask="completion")).same_prompt == 199
     said = [("So?", "Yes", f"Is it late? {k}", "No") for k in range(100)]
     weighted = [turns(*text, weights=(None, k % 2, None, None)) for k, text in enumerate(said)]
@@ -397,30 +378,25 @@ def test_all_refused_rows_are_counted_and_the_first_three_are_named(tmp_path):
     rows = [pair(f"So? {k}", "Yes") if k % 4 else {"prompt": "So?"} for k in range(40)]
     with pytest.raises(DataError, match=r"Refused: 9 of 40 rows\.$") as error:
         read(write_json(tmp_path / "my.jsonl", rows[1:] + [pair("a", "b")]))
-    assert re.findall(r"my.jsonl:(\d+): no field 'completion'", str(error.value)) == [
-        "4",
-        "8",
-        "12",
-    ]
+    first = re.findall(r"my.jsonl:(\d+): no field 'completion'", str(error.value))
+    assert first == ["4", "8", "12"]
 
 
-def test_the_example_of_rows_with_tools_has_nothing_of_the_rows(tmp_path):
+def test_the_example_has_nothing_of_the_rows_nor_of_their_tools(tmp_path):
     chat = copy.deepcopy(llama_like())
-    chat.chat_template = CHAT_TEMPLATE.replace(
-        "{{ m.content }}", "{{ m.content }}{{ m.tool_calls }}"
-    ).replace("{% for m", "{{ tools }}{% for m", 1)
+    more = "{{ m.note }}{{ m.content }}{{ m.tool_calls }}"
+    chat.chat_template = "{{ tools }}" + CHAT_TEMPLATE.replace("{{ m.content }}", more)
     called = [{"function": {"name": "secret", "arguments": '{"secret": "secret"}'}}]
     tools = [{"type": "function", "function": {"name": "secret", "parameters": {}}}]
-    rows = [turns(f"secret {k}", "secret") for k in range(30)]
+    asked = {"role": "assistant", "content": None, "tool_calls": called, "note": "secret"}
+    said = {"role": "tool", "content": "secret", "name": "secret"}
+    rows = [{**turns(f"secret {k}", "secret"), "tools": tools} for k in range(30)]
     for row in rows:
-        row["messages"][1:1] = [
-            {"role": "assistant", "content": None, "tool_calls": called},
-            {"role": "tool", "content": "secret", "name": "secret"},
-        ]
-    path = write_json(tmp_path / "my.jsonl", [{**row, "tools": tools} for row in rows])
+        row["messages"][1:1] = [asked, said]
+    path = write_json(tmp_path / "my.jsonl", rows)
     found, _ = with_lengths(read(path, Rules(answers="all"), chat), chat, None, ["."])
-    assert found.kinds == {"messages": 30, "with tools": 30}
-    shown = "".join(text for text, _ in found.example)
+    assert found.kinds == {"messages": 30, "with tools": 30, "with note": 30}
+    shown = "".join(text for text, _ in found.example) + str(found.messages)
     assert "secret" not in shown and "{user 1}" in shown and "{assistant 1}" in shown
     assert found.end.endswith(chat.eos_token)
 
