@@ -1,26 +1,17 @@
-"""Measure step times of single runs and packs on request (action=measure_packs), for the planner.
-
-The measuring process reads its job from stdin:
-
-    {"exec": {...}, "shapes": [{"spec": {...}, "path": FILE}, ...]}
-"""
+"""Measure step times of runs and packs on request (action=measure_packs), for the planner."""
 
 import dataclasses
 import json
 import math
+import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from lorasweep.errors import TrainingError
 from lorasweep.launch.out_of_memory import is_out_of_memory
-from lorasweep.launch.process import die_with_parent, keep_freed_memory, worker_environment
+from lorasweep.launch.process import keep_freed_memory, worker_environment
 from lorasweep.launch.trainer import TorchTrainer
-from lorasweep.methods.registry import spec_from
-from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.planner import GPU_SIZES, SIZES, place
 from lorasweep.plan.speeds import Speeds, measured_path, shape_of
@@ -42,35 +33,37 @@ def measure_packs(
     store: RunStore,
     exec_: Exec,
     hardware: Hardware,
-    report: Callable[[str], None],
+    report: files.Notify,
 ) -> None:
-    """Measure the shapes of `specs` that were not measured on this machine, in a separate process.
+    """Measure the shapes of `specs` that were not measured on this machine, in this process.
 
     Raises TrainingError if the measurement fails; finished shapes are kept. Raises StoreError if
     another process is measuring in this run folder and does not end.
     """
+    os.environ.update(worker_environment(threads=1))  # before torch is imported
+    keep_freed_memory()
     shapes = list({shape_of(s): s for s in specs}.values())
-    lock = store.root / ".calibration" / ".lock"
-    with files.locked(lock, 30 + 2 * BUDGET_S * len(shapes), report):
+    folder, trainer = store.root / ".calibration", TorchTrainer()
+    with files.locked(folder / ".lock", 30 + 2 * BUDGET_S * len(shapes), report):
         known = Speeds(store, hardware, exec_)
-        unknown = [s for s in shapes if known.of(s) is None]
-        missing = {measured_path(store.root, s, hardware, exec_): s for s in unknown}
+        missing = [s for s in shapes if known.of(s) is None]
         if not missing:
             return report("all kinds of run were measured on this machine before")
         bound = f"at most about {BUDGET_S * len(missing):.0f} s"
         report(f"measuring {len(missing)} kind(s) of run on this machine, once: {bound}")
-        job = {
-            "exec": dataclasses.asdict(exec_),
-            "shapes": [{"spec": s.plain(), "path": str(p)} for p, s in missing.items()],
-        }
-        command = [sys.executable, "-m", "lorasweep.launch.measure_packs"]
-        env, text = worker_environment(threads=1), json.dumps(job)
-        done = subprocess.run(command, input=text, env=env, text=True, capture_output=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        raise TrainingError(
-            f"the measurement failed: {last}. Run the sweep without it, or lower exec.pack_size."
-        )
+        here = dataclasses.replace(exec_, threads=1, runs_dir=str(folder))
+        for spec in missing:
+            try:
+                found: dict[str, object] = {"step_s": measure(spec, here, hardware, trainer)}
+            except Exception as error:
+                raise TrainingError(
+                    f"the measurement failed: {error}. Run the sweep without it, or lower "
+                    "exec.pack_size."
+                ) from error
+            found |= {"model": spec.model.name, "method": spec.method.name}
+            found |= {"batch_size": spec.batch_size, "precision": spec.precision}
+            path = measured_path(store.root, spec, hardware, exec_)
+            files.write_atomic(path, json.dumps(found).encode())
 
 
 def measure(
@@ -106,23 +99,3 @@ def measure(
         if left < 2 * took or found[size] > 1.05 * min(found.values()):
             break
     return found
-
-
-def main() -> None:
-    """Measure the shapes of the job in stdin, and save each result as soon as it is known."""
-    die_with_parent()
-    keep_freed_memory()
-    job = json.load(sys.stdin)
-    hardware, trainer = detect.this_machine(), TorchTrainer()
-    given = Exec(**job["exec"])
-    exec_ = dataclasses.replace(given, threads=1, runs_dir=f"{given.runs_dir}/.calibration")
-    for shape in job["shapes"]:
-        spec = spec_from(shape["spec"])
-        step_s = measure(spec, exec_, hardware, trainer)
-        names = {"model": spec.model.name, "method": spec.method.name}
-        about = {**names, "batch_size": spec.batch_size, "precision": spec.precision}
-        files.write_atomic(Path(shape["path"]), json.dumps({"step_s": step_s, **about}).encode())
-
-
-if __name__ == "__main__":
-    main()
