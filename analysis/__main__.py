@@ -83,11 +83,12 @@ def _run_table_command(argv: Sequence[str]) -> int:
         "one with an empty rank is full fine-tuning",
     )
     a_name = "use the file's column THEIRS as our column OURS; repeatable"
-    add("--map", action="append", default=[], metavar="THEIRS=OURS", help=a_name)
+    pairs: dict[str, Any] = {"action": "append", "type": _renaming, "default": []}
+    add("--map", metavar="THEIRS=OURS", help=a_name, **pairs)
     add("--higher", metavar="COLUMN", help="use this column as the metric; higher is better")
     add("--broken", type=float, help="a metric at least as bad as this counts as diverged")
     within = "extra loss allowed in the low-regret band, in units of the metric; default: 0.01"
-    add("--within", type=float, default=0.01, help=within)
+    add("--within", type=_above_0, default=0.01, help=within)
     share = "use a model's other ranks as a prior for the shape of each curve"
     add("--share", action="store_true", help=share)
     what = parser.add_mutually_exclusive_group()
@@ -97,21 +98,9 @@ def _run_table_command(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv[1:])
 
     from analysis.runs import reading
-    from analysis.runs.table import TableError
     from analysis.tables import commands
 
-    if not args.within > 0:
-        raise TableError(
-            f"--within {args.within:g}: give a loss above 0, in the metric's units, "
-            "e.g. --within 0.01"
-        )
-    mapping = {}
-    for pair in args.map:
-        theirs, _, name = pair.rpartition("=")
-        if not theirs or not name:
-            raise TableError(f"--map {pair}: write THEIR_COLUMN=OURS, e.g. --map learning_rate=lr")
-        mapping[theirs] = name
-    table = reading.read(args.file, mapping, args.higher, args.broken)
+    table = reading.read(args.file, dict(args.map), args.higher, args.broken)
     for note in table.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.command == "html":
@@ -119,22 +108,27 @@ def _run_table_command(argv: Sequence[str]) -> int:
         commands.html(table, out, args.within, args.share)
         print(f"page: {out}")
         return 0
-    result: Any
-    if args.command == "fit":
-        result = commands.fit(table, args.within, args.share)
-        lines = commands.fit_lines(result, args.within)
-    elif args.command == "ratio":
-        lines = commands.ratio_lines(result := commands.ratio(table, args.share))
-    elif args.command == "drift":
-        lines = commands.drift_lines(result := commands.drifts(table, args.share))
-    else:
-        lines = commands.law_lines(result := commands.law(table, args.share))
+    extra = (args.within,) if args.command == "fit" else ()
+    result: Any = commands.COMMANDS[args.command](table, args.share, *extra)
     text = json.dumps(result, indent=1)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n")
-    print(text if args.json else "\n".join(lines))
+    print(text if args.json else "\n".join(commands.lines(result)))
     return 0
+
+
+def _renaming(pair: str) -> tuple[str, str]:
+    theirs, _, name = pair.rpartition("=")
+    if not theirs or not name:
+        raise argparse.ArgumentTypeError(f"{pair}: write THEIR_COLUMN=OURS, e.g. learning_rate=lr")
+    return theirs, name
+
+
+def _above_0(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text}: give a loss above 0, e.g. 0.01")
+    return float(text)
 
 
 def _study(argv: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -31,12 +32,17 @@ class Law:
 
     family: str
     method: str
-    at_2000: Estimate
+    lr_at_2000: Estimate
     p: Estimate
-    n_models: int
-    regret: float | None
-    """Mean over all curves of (loss at the law's LR - best loss tried) / best loss, in percent."""
+    models: int
+    regret_percent: float | None
+    """Mean over all curves of (loss at the law's LR - best loss tried) / best loss."""
     flags: tuple[str, ...] = ()
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        fitted = {"lr_at_2000": self.lr_at_2000.plain(), "p": self.p.plain()}
+        return {**vars(self), **fitted, "flags": list(self.flags)}
 
 
 def family(model: str) -> str:

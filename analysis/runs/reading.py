@@ -12,53 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.runs.table import TableError
+from analysis.runs.table import CURVE_KEYS, TableError
 
 NEEDED = ("model", "lr", "test_nll")
-OPTIONAL = (
-    *("method", "rank", "status", "dataset", "batch_size", "seed", "hidden_size", "layers"),
-    *("alpha", "steps", "nll_start", "scope", "schedule", "precision"),
-)
-ALIASES = {
-    theirs: name
-    for name, all_theirs in {
-        "lr": ("learning_rate", "learningrate", "peak_lr", "max_lr"),
-        "rank": ("lora_r", "lora_rank", "r"),
-        "test_nll": (
-            *("eval_loss", "test_loss", "val_loss", "valid_loss", "validation_loss"),
-            *("loss", "nll", "eval_nll"),
-        ),
-        "model": ("model_id", "model_name", "base_model", "model_name_or_path"),
-        "status": ("state",),
-        "method": ("tuning", "peft_type"),
-        "alpha": ("lora_alpha",),
-        "batch_size": ("bs", "global_batch_size"),
-        "steps": ("max_steps", "n_steps"),
-        "seed": ("random_seed",),
-        "hidden_size": ("hidden", "width", "d_model"),
-        "layers": ("target_modules",),
-        "dataset": ("dataset_name", "task"),
-    }.items()
-    for theirs in all_theirs
-}
-"""Column names of other programs. Error messages suggest them; they are never mapped silently."""
-STATUS = {
-    **dict.fromkeys(("done", "finished", "completed", "complete", "success", "ok"), "done"),
-    **dict.fromkeys(("diverged", "nan", "inf"), "diverged"),
-    **dict.fromkeys(
-        ("failed", "crashed", "killed", "preempted", "running", "stopped", "cancelled"), "failed"
-    ),
-}
-"""Words for how a run ended, W&B's included. Failed runs are left out: they do not show whether the
-learning rate was good."""
-METHODS = dict.fromkeys(
-    (
-        *("full", "fft", "full_ft", "full-ft"),
-        *("full_finetuning", "full-finetuning", "full fine-tuning", "sft_full"),
-    ),
-    "fullft",
-)
-"""Other names of full fine-tuning."""
 WHOLE = ("rank", "seed", "batch_size", "steps", "hidden_size")
 NUMBERS = (
     *WHOLE,
@@ -66,6 +22,33 @@ NUMBERS = (
     *("init_seed", "warmup_steps", "beta1", "beta2", "eps", "weight_decay", "clip_norm"),
 )
 TEXTS = ("layers", "scope", "scaling_by", "start", "schedule", "precision")
+ALIASES = {
+    "model": "model_id model_name base_model model_name_or_path",
+    "lr": "learning_rate learningrate peak_lr max_lr",
+    "test_nll": "eval_loss test_loss val_loss valid_loss validation_loss loss nll eval_nll",
+    "method": "tuning peft_type",
+    "rank": "lora_r lora_rank r",
+    "status": "state",
+    "dataset": "dataset_name task",
+    "batch_size": "bs global_batch_size",
+    "seed": "random_seed",
+    "hidden_size": "hidden width d_model",
+    "layers": "target_modules",
+    "alpha": "lora_alpha",
+    "steps": "max_steps n_steps",
+}
+"""Our columns -> names in other programs. Error messages suggest them; none is mapped silently."""
+KNOWN = tuple(dict.fromkeys((*ALIASES, *NUMBERS, *TEXTS)))
+STATUS = {
+    **dict.fromkeys(("done", "finished", "completed", "complete", "success", "ok"), "done"),
+    **dict.fromkeys(("diverged", "nan", "inf"), "diverged"),
+    **dict.fromkeys(("failed", "crashed", "killed", "preempted"), "failed"),
+    **dict.fromkeys(("running", "stopped", "cancelled"), "failed"),
+}
+"""Words for how a run ended, W&B's included. Failed runs are left out: they do not show whether the
+learning rate was good."""
+FULL = ["full", "fft", "full_ft", "full-ft", "full_finetuning", "full-finetuning", "sft_full"]
+"""Other names of full fine-tuning, beside "full fine-tuning"."""
 EMPTY = {"", "none", "null", "-", "nan", "full", "n/a", "na"}
 MAX_RATE_SPAN = 1e6
 """Learning rates further apart than this factor are taken to be in different units."""
@@ -107,14 +90,12 @@ def load(path: Path) -> pd.DataFrame:
                 path, dtype=str, keep_default_na=False, sep=separator, encoding="utf-8-sig"
             )
     except (ValueError, OSError) as error:
-        raise TableError(
-            f"{path} cannot be read as a table: {str(error).splitlines()[0]}"
-        ) from None
+        said = str(error).splitlines()[0]
+        raise TableError(f"{path} cannot be read as a table: {said}") from None
     prefixes = r"^config\.|^summary\.|^config/"
     table.columns = table.columns.astype(str).str.replace(prefixes, "", regex=True).str.strip()
-    for column in table.columns[[isinstance(t, pd.CategoricalDtype) for t in table.dtypes]]:
-        table[column] = table[column].astype(object)
-    return table
+    categories = table.columns[[isinstance(t, pd.CategoricalDtype) for t in table.dtypes]]
+    return table.astype(dict.fromkeys(categories, object))
 
 
 def read(
@@ -140,20 +121,19 @@ def read(
         raise TableError(f"{path} has columns but no rows: there is nothing to fit.")
     table["_row"] = np.arange(1, len(table) + 1)
     notes: list[str] = []
-    for column in [c for c in NUMBERS if c in table.columns]:
+    for column in table.columns.intersection(NUMBERS):
         table[column] = _numbers(table, column)
-    for column in [c for c in TEXTS if c in table.columns]:
-        text = _words(table[column])
-        table[column] = text.where(text != "", np.nan)
+    for column in table.columns.intersection(TEXTS):
+        table[column] = _words(table[column]).replace("", np.nan)
     if "rank" not in table.columns:
         table["rank"] = np.nan
     name = _words(table["method"]) if "method" in table.columns else pd.Series("", table.index)
-    name = name.str.lower().map(lambda v: METHODS.get(v, v))
+    name = name.str.lower().replace([*FULL, "full fine-tuning"], "fullft")
     table["method"] = name.where(name != "", np.where(table["rank"].isna(), "fullft", "lora"))
     unranked = (table["method"] == "lora") & table["rank"].isna()
     why = "a lora run without a rank. Fill it in, or leave method empty if it is full fine-tuning."
     _refuse(table, unranked, "rank", why)
-    for column in [c for c in ("rank", "alpha", "layers") if c in table.columns]:
+    for column in table.columns.intersection(["rank", "alpha", "layers"]):
         table[column] = table[column].where(table["method"] != "fullft")
     table = _with_status(table, notes)
     sign = -1 if higher else 1
@@ -174,55 +154,39 @@ def read(
 # ---------------------------------------------------------------- columns
 
 
-def missing(column: str, names: list[str]) -> str:
-    """Return the error message for a missing column, with the likeliest of the existing names."""
-    aliases = [n for n in names if ALIASES.get(n.lower().replace(" ", "_")) == column]
-    likely = aliases or difflib.get_close_matches(column, names, 1, 0.5)
-    hint = (
-        f" It may be {likely[0]!r}: add --map {likely[0]}={column}."
-        if likely
-        else f" Map one to it: --map YOUR_COLUMN={column}."
-    )
-    return f"there is no column {column!r}.{hint} The file has: {', '.join(names)}."
-
-
-def did_you_mean(name: str, names: Iterable[object]) -> str:
-    """Suggest the most similar name, as a sentence; empty if none is similar."""
+def _near(name: str, names: Iterable[object]) -> str:
+    """Return the most similar name as a question; empty if none is similar."""
     close = difflib.get_close_matches(name, list(map(str, names)), 1, 0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -> pd.DataFrame:
     """Rename columns; TableError for a name that is unknown, missing or used twice."""
-    known, there = (*NEEDED, *OPTIONAL), list(table.columns)
-    for theirs, column in mapping.items():
-        for name, whose, names, say in (
-            (theirs, "file", there, "It has"),
-            (column, "analysis", known, "Use one of"),
-        ):
-            if name not in names:
-                raise TableError(
-                    f"--map {theirs}={column}: the {whose} has no column {name!r}."
-                    f"{did_you_mean(name, names)} {say}: {', '.join(names)}."
-                )
-    if higher is not None:
-        if higher not in there:
+    there = list(table.columns)
+    asked = [(theirs, there, f"--map {theirs}={ours}") for theirs, ours in mapping.items()]
+    asked += [(ours, KNOWN, f"--map {theirs}={ours}") for theirs, ours in mapping.items()]
+    asked += [(higher, there, f"--higher {higher}")] if higher is not None else []
+    for name, names, option in asked:
+        if name not in names:
             raise TableError(
-                f"--higher {higher}: the file has no column {higher!r}."
-                f"{did_you_mean(higher, there)}"
+                f"{option}: no column {name!r}.{_near(name, names)} One of: {', '.join(names)}."
             )
-        mapping = {**mapping, higher: "test_nll"}
+    mapping = {**mapping, **({higher: "test_nll"} if higher is not None else {})}
     taken = [o for o in mapping.values() if o in there and o not in mapping]
     table = table.drop(columns=taken).rename(columns=mapping)
     if "status" not in table.columns and "State" in table.columns:  # W&B's name of the column
         table = table.rename(columns={"State": "status"})
     there = list(table.columns)
-    for column in NEEDED:
+    for column in (*NEEDED, *(() if "method" in there else ("rank",))):
         if column not in there:
-            raise TableError(missing(column, there))
-    if "method" not in there and "rank" not in there:
-        raise TableError(missing("rank", there) + " Without a rank, there must be a column method.")
-    twice = [c for c in table.columns[table.columns.duplicated()] if c in known]
+            theirs = {n.lower().replace(" ", "_"): n for n in there}
+            known = [theirs[a] for a in ALIASES[column].split() if a in theirs]
+            close = known or difflib.get_close_matches(column, there, 1, 0.5) or ["YOUR_COLUMN"]
+            raise TableError(
+                f"there is no column {column!r}. Map one to it: --map {close[0]}={column}. "
+                f"The file has: {', '.join(there)}."
+            )
+    twice = [c for c in table.columns[table.columns.duplicated()] if c in KNOWN]
     if twice:
         raise TableError(
             f"two columns are called {twice[0]!r} after mapping. Drop one, or map only one of them."
@@ -237,25 +201,17 @@ def _with_status(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
         word = _words(table["status"]).str.lower()
     known = f"{{value}} is not known. Use one of {', '.join(STATUS)}."
     _refuse(table.assign(status=word), ~word.isin([*STATUS, ""]), "status", known)
-    table["status"] = word.map(lambda v: STATUS.get(v, "done"))
+    table["status"] = word.map(STATUS).fillna("done")
     empty = (table["status"] == "done") & table["test_nll"].isna()
-    ended = repr(next(iter(word[empty & (word != "")]), ""))
-    why = (
-        f"empty, although the run's status is {ended}. "
-        "Fill it in, or set status to diverged or failed."
-    )
+    why = "empty, although the run is done. Fill it in, or set status to diverged or failed."
     _refuse(table, empty & (word != ""), "test_nll", why)
     failed = table["status"] == "failed"
-    for out, what, why in (
-        (failed, "run(s) that failed or did not end are left out ", ""),
-        (
-            empty,
-            "run(s) without a value in column test_nll and without a status are left out ",
-            ": it is unknown whether they diverged",
-        ),
+    for out, what in (
+        (failed, "that failed or did not end"),
+        (empty, "without a value in column test_nll and without a status"),
     ):
         if out.any():
-            notes.append(f"{int(out.sum())} {what}(row {_rows_of(table, out)}){why}.")
+            notes.append(f"{out.sum()} run(s) {what} are left out (row {_rows_of(table, out)}).")
     return table[~failed & ~empty].copy()
 
 
@@ -264,19 +220,15 @@ def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFram
 
     Runs with one seed are taken to share batches. Without a seed column, no runs are.
     """
-    not_keys = ("method", "rank", "status", "seed", "nll_start", "hidden_size")
-    others = [c for c in OPTIONAL if c in table.columns and c not in not_keys]
-    keys = ["model", "method", "rank", "lr", *others]
+    keys = [c for c in ("lr", *CURVE_KEYS) if c in table.columns]
     if "seed" not in table.columns or table["seed"].isna().all():
         return table.assign(block=0, seed=table.groupby(keys, dropna=False).cumcount())
     why = "empty, though other rows have one. Fill it in, or drop the column: repeats are then "
     _refuse(table, table["seed"].isna(), "seed", f"{why}numbered as seeds.")
     same = table.duplicated([*keys, "seed", "test_nll", "status"], keep="first")
     if same.any():
-        notes.append(
-            f"{int(same.sum())} row(s) repeat another row and are left out "
-            f"(row {_rows_of(table, same)})."
-        )
+        rows = _rows_of(table, same)
+        notes.append(f"{same.sum()} row(s) repeat another row and are left out (row {rows}).")
     table = table[~same].copy()
     repeated = table.duplicated([*keys, "seed"], keep=False)
     if not repeated.any():
@@ -284,7 +236,7 @@ def _with_seeds(table: pd.DataFrame, notes: list[str], sign: int) -> pd.DataFram
     first = table[repeated].sort_values([*keys, "seed"])[["_row", "test_nll"]].values[:2]
     (one, a), (two, b) = first
     notes.append(
-        f"{int(repeated.sum())} rows have the settings and the seed of another row but a different "
+        f"{repeated.sum()} rows have the settings and the seed of another row but a different "
         f"result, such as rows {one:.0f} and {two:.0f} in column test_nll "
         f"({sign * a:g}, {sign * b:g}): taken as repeats."
     )
@@ -336,22 +288,24 @@ def _check_values(table: pd.DataFrame, higher: str | None) -> None:
     """Raise TableError where a value is impossible or a column mixes units."""
     lr, done = table["lr"], table[table["status"] == "done"]
     value = done["test_nll"]
-    for bad, why in ((lr.isna(), "empty"), (~(lr > 0), "not above 0"), (np.isinf(lr), "infinite")):
-        _refuse(table, bad, "lr", f"{why}. Every run needs its learning rate.")
-    if (lr >= 1).any() or lr.max() / lr.min() > MAX_RATE_SPAN:
-        why = f"{{value}} next to {lr.min():g} looks like mixed units. Give every learning rate as "
-        _refuse(table, table.index == lr.idxmax(), "lr", f"{why}the optimizer's plain number.")
-    low = "{value} is below 1. Leave it empty for full fine-tuning."
-    _refuse(table, table["rank"] < 1, "rank", low)
-    _refuse(done, np.isinf(value), "test_nll", "infinite. Set status to diverged.")
-    _refuse(table, _words(table["model"]) == "", "model", "empty.")
-    if not higher:
-        why = "{value} is below 0, but a loss in nats per token cannot be negative. If higher is "
-        why += "better, give the metric's column: --higher COLUMN."
-        _refuse(done, value == value[value < 0].min(), "test_nll", why)
-        return
-    both = (value <= 1).mean() > 0.2 and (value > 1.5).mean() > 0.2
-    if len(value) and value.min() >= 0 and both:
+    lowest, rate = lr.min(), "Every run needs its learning rate."
+    mixed = (lr >= 1).any() or lr.max() / lowest > MAX_RATE_SPAN
+    units = f"{{value}} next to {lowest:g} looks like mixed units. Give plain learning rates."
+    negative = "{value} is below 0, but a loss in nats per token cannot be negative. If higher is "
+    negative += "better, give the metric's column: --higher COLUMN."
+    for part, bad, column, why in (
+        (table, lr.isna(), "lr", f"empty. {rate}"),
+        (table, ~(lr > 0), "lr", f"not above 0. {rate}"),
+        (table, np.isinf(lr), "lr", f"infinite. {rate}"),
+        (table, mixed & (table.index == lr.idxmax()), "lr", units),
+        (table, table["rank"] < 1, "rank", "{value} is below 1. Empty: full fine-tuning."),
+        (done, np.isinf(value), "test_nll", "infinite. Set status to diverged."),
+        (table, _words(table["model"]) == "", "model", "empty."),
+        (done, (value < 0) & (higher is None), "test_nll", negative),
+    ):
+        _refuse(part, bad, column, why)
+    fractions, others = (value <= 1).mean() > 0.2, (value > 1.5).mean() > 0.2
+    if higher and len(value) and value.min() >= 0 and fractions and others:
         raise TableError(
             f"row {table.at[value.idxmax(), '_row']}, column {higher}: {value.max():g} next to "
             "values of at most 1 looks like mixed units (percent and fractions)."

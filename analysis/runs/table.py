@@ -63,39 +63,32 @@ def check(table: pd.DataFrame) -> None:
             f" first: lr {twice.iloc[0]['lr']:g}, seed {twice.iloc[0]['seed']}. Drop one of each, "
             "or give each its own seed."
         )
-    if "base_sha256" in table.columns:
-        for model, shas in table.dropna(subset=["base_sha256"]).groupby("model")["base_sha256"]:
-            if shas.nunique() > 1:
-                shown = ", ".join(sorted(s[:8] for s in shas.unique()))
-                raise TableError(
-                    f"the runs of model {model!r} start from {shas.nunique()} different sets of "
-                    f"base weights (sha256 {shown}), which cannot share a curve. Retrain the "
-                    "smaller part, or give each base its own model name."
-                )
-    if "data_sha256" not in table.columns or table["data_sha256"].isna().all():
-        return
+    by_id = "run_id" in table.columns
 
     def some(runs: pd.DataFrame) -> str:
-        by_id = "run_id" in runs.columns
         names = [str(v) for v in (runs["run_id"] if by_id else runs.index)]
         more = ", ..." if len(names) > 3 else ""
         return f"{'runs' if by_id else 'rows'} {', '.join(names[:3])}{more}"
 
-    unknown = table["data_sha256"].isna()
-    if unknown.any():
-        raise TableError(
-            f"{int(unknown.sum())} of {len(table)} runs ({some(table[unknown])}) have no "
-            "fingerprint of their data (column data_sha256). Train them again in a fresh run "
-            "folder (exec.runs_dir=FOLDER), or drop these runs, or drop the column if the table "
-            "was not made by lorasweep."
-        )
-    for (model, dataset), part in table.groupby(["model", "dataset"]):
-        counts = part["data_sha256"].value_counts()
-        if len(counts) > 1:
-            shown = ", ".join(f"{sha[:8]} in {n} runs" for sha, n in counts.items())
-            fewest = part[part["data_sha256"] == counts.index[-1]]
+    for column, of in (("base_sha256", ["model"]), ("data_sha256", ["model", "dataset"])):
+        if column not in table.columns or table[column].isna().all():
+            continue
+        unknown = table[column].isna() & (column == "data_sha256")
+        if unknown.any():
             raise TableError(
-                f"the runs of {model!r} on {dataset!r} were trained on {len(counts)} different "
-                f"data sets of that name (sha256 {shown}; {some(fewest)}), which cannot share a "
-                "curve. Train the smaller part again, or give each data set its own name."
+                f"{int(unknown.sum())} of {len(table)} runs ({some(table[unknown])}) have no "
+                "fingerprint of their data (column data_sha256). Train them again in a fresh run "
+                "folder (exec.runs_dir=FOLDER), or drop these runs, or drop the column if the "
+                "table was not made by lorasweep."
             )
+        for name, part in table.groupby(of):
+            counts = part[column].value_counts()
+            if len(counts) > 1:
+                shown = ", ".join(f"{sha[:8]} in {n} runs" for sha, n in counts.items())
+                fewest = some(part[part[column] == counts.index[-1]])
+                raise TableError(
+                    f"the runs of {' on '.join(map(repr, name))} have {len(counts)} different "
+                    f"values of {column} ({shown}; {fewest}): other base weights or other data, "
+                    "which cannot share a curve. Train the smaller part again, or give each its "
+                    "own name."
+                )

@@ -1,14 +1,14 @@
 """Compute the result of each command as plain values, and format it for the terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis.inference.estimate import number, rate, row_interval
+from analysis.inference.estimate import number, row_interval
 from analysis.inference.meta import drift
 from analysis.measures import lr_law
 from analysis.measures.ratio import MIN_RANK, Ratio, gaps, pool_ratios, ratio_law, ratio_of
@@ -24,6 +24,42 @@ from analysis.runs.reading import Reading
 from analysis.runs.table import TableError
 
 
+def lines(result: Any) -> list[str]:
+    """Format a result for the terminal: rows in columns, other values by name.
+
+    The keys `low` and `high` join the key before them.
+    """
+    if isinstance(result, dict):
+        parts = {f"{k}:": v for k, v in result.items()}
+        shown = (
+            (k, lines(v)) if _is_rows(v) else (f"{k} {_cell(v)}", []) for k, v in parts.items()
+        )
+        return [line for head, rows in shown for line in (head, *rows)]
+    rows = list(map(_cells, result))
+    names = [k for k in (rows[0] if rows else ()) if any(row[k] != "-" for row in rows)]
+    return aligned([names, *([row[k] for k in names] for row in rows)])
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """Format the values of a row."""
+    valued = dict(zip(list(row)[1:], row)).get("low")
+    kept = [k for k in row if k not in ("low", "high")]
+    return {k: row_interval(row, k) if k == valued else _cell(row[k]) for k in kept}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        named = (f"{k} {v}" for k, v in _cells(value).items())
+        return row_interval(value) if "value" in value else ", ".join(named)
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value)) or "-"
+    return number(value, 4) if isinstance(value, float) or value is None else str(value)
+
+
 def _whole(value: Any) -> int | None:
     return None if value is None or value != value else int(value)
 
@@ -36,7 +72,7 @@ def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:
     return fit_all(curves, share=share)
 
 
-def fit(reading: Reading, within: float = WITHIN, share: bool = False) -> list[dict[str, Any]]:
+def fit(reading: Reading, share: bool = False, within: float = WITHIN) -> list[dict[str, Any]]:
     """Return one object per curve: the optimum with interval or bound, and the low-regret band.
 
     `within`: extra loss allowed in the band, in units of the metric. `share`: see fit_all.
@@ -60,28 +96,11 @@ def fit(reading: Reading, within: float = WITHIN, share: bool = False) -> list[d
     return rows
 
 
-def fit_lines(rows: Sequence[dict[str, Any]], within: float = WITHIN) -> list[str]:
-    """Format the fits for the terminal, one line per curve."""
-    head = ["model", "data", "curve", "runs", "best LR [95%]", "best", f"within {within:g}"]
-    out = [[*head, "flags"]]
-    for r in rows:
-        words = [r["method"], f"r{r['rank']}" if r["rank"] else "", r["layers"] or ""]
-        words.append(f"batch {r['batch_size']}" if r["batch_size"] else "")
-        best = row_interval(r, "best_lr", rate)
-        band = "-" if r["band"] is None else f"{rate(r['band'][0])} to {rate(r['band'][1])}"
-        name, flags = " ".join(filter(None, words)), ", ".join(r["flags"]) or "-"
-        numbers = [str(r["n"]), best, number(r["best_nll"], 4), band]
-        out.append([str(r["model"]), str(r["dataset"]), name, *numbers, flags])
-    return aligned(out)
-
-
-# ---------------------------------------------------------------- ratio and drift
-
-
 def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     """Return LoRA's best LR / full fine-tuning's, by group and rank, and pooled over groups.
 
-    Pooled are the ranks of MIN_RANK and more; of groups without these, all ranks.
+    Pooled are the ranks of MIN_RANK and more; of groups without these, all ranks. The pooled value
+    has the standard deviation between groups (a factor) and the interval for another group.
 
     Raises:
         TableError: the table lacks an arm.
@@ -98,12 +117,11 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     groups = arms_of(optima)
     for group, lora, full in groups:
         for o, g in zip(lora, gaps(lora, full)):
-            e = ratio_of([o], full)
+            e, key = ratio_of([o], full), o.curve.key
             rows.append(
                 {
-                    "group": group,
-                    "rank": _whole(o.curve.key.get("rank")),
-                    "alpha": plain(o.curve.key.get("alpha")),
+                    **{"group": group, "rank": _whole(key.get("rank"))},
+                    "alpha": plain(key.get("alpha")),
                     **{"ratio": e.value, "low": e.low, "high": e.high},
                     "gap": None if g.value is None else g.value * reading.sign,
                     "flags": sorted({*o.flags, *full.flags}),
@@ -139,32 +157,13 @@ def arms_of(optima: Sequence[Optimum]) -> list[tuple[str, list[Optimum], Optimum
     return out
 
 
-def ratio_lines(result: dict[str, Any]) -> list[str]:
-    """Format the ratios for the terminal."""
-    rows = [["model and data", "rank", "ratio [95%]", "gap", "flags"]]
-    for r in result["ratios"]:
-        numbers = [str(r["rank"]), row_interval(r, "ratio"), number(r["gap"])]
-        rows.append([r["group"], *numbers, ", ".join(r["flags"]) or "-"])
-    out = aligned(rows)
-    if result["pooled"]:
-        p = {k: number(v) for k, v in result["pooled"].items()}
-        out.append(
-            f"pooled over {result['pooled']['groups']} groups (ranks of {MIN_RANK} and more, "
-            f"where there are such): {p['ratio']} [{p['low']}, "
-            f"{p['high']}]; standard deviation between groups: a factor {p['spread']}; prediction "
-            f"interval for another group: [{p['low_next']}, {p['high_next']}]"
-        )
-    return out
-
-
 def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
     """Return each group's slope of ln(best LR) over log2(rank), and the best LR tried by rank.
 
     TableError if the table has no lora run.
     """
     groups: dict[str, list[Optimum]] = {}
-    lora = lora_of(optima_of(reading, share))
-    for group, mine in by_group(lora).items():
+    for group, mine in by_group(lora_of(optima_of(reading, share))).items():
         groups |= by_variant(mine, group)
     if not groups:
         raise TableError(
@@ -195,31 +194,6 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def drift_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Format the drifts for the terminal."""
-    head = ["model and data", "ranks: best tried LR", "slope of ln LR a doubling [95%]"]
-    out = [[*head, "p (no slope)", "p (equal)", "flags"]]
-    for r in rows:
-        by_rank = zip(r["ranks"], r["best_tried"])
-        tried = ", ".join(f"{k}: {v:g}" if v else f"{k}: -" for k, v in by_rank)
-        slope = row_interval(r, "slope")
-        tests, flags = [number(r[k], 2) for k in ("p_slope", "p_equal")], ", ".join(r["flags"])
-        out.append([r["group"], tried, slope, *tests, flags or "-"])
-    return aligned(out)
-
-
-def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = False) -> None:
-    """Write an interactive page about a table of runs."""
-    optima = optima_of(reading, share)
-    arms = [(g, o, full) for g, lora, full in arms_of(optima) for o in lora]
-    ratios = [(group, o.curve.name, ratio_of([o], full)) for group, o, full in arms]
-    title = f"{path.stem}: {len(reading.table)} runs"
-    interactive.write(path, title, reading.table, optima, ratios, (), within)
-
-
-# ---------------------------------------------------------------- laws of the best learning rate
-
-
 def law(reading: Reading, share: bool = False) -> dict[str, Any]:
     """Fit power laws of the LR and of the ratio; return them and the published formula's regret.
 
@@ -234,10 +208,9 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
         )
     widths = table.dropna(subset=["hidden_size"]).groupby("model")["hidden_size"]
     hidden = widths.first().astype(float).to_dict()
-    parts = lr_curves(table)
-    optima = fit_all(parts, share=share)
-    costs = []
-    for c in parts:
+    curves, costs = lr_curves(table), []
+    optima = fit_all(curves, share=share)
+    for c in curves:
         lr = lr_law.published(c, hidden.get(c.key["model"], math.nan))
         if lr is not None:
             cost = {"lr": lr, "percent": lr_law.regret(c, lr)}
@@ -249,75 +222,31 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
         h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
         if known and full.best_lr.draws is not None and h and a is not None and a == a:
             # One row per model and alpha, because ranks share full fine-tuning's curve.
-            logs = np.log(ratio_of(known, full).draws)
-            log_ratios.append(
-                Ratio(full.curve.key["model"], h, float(a), float(logs.mean()), float(logs.std()))
-            )
+            logs, model = np.log(ratio_of(known, full).draws), full.curve.key["model"]
+            log_ratios.append(Ratio(model, h, float(a), float(logs.mean()), float(logs.std())))
     fitted = ratio_law(log_ratios) if len(log_ratios) >= 2 else None
-
-    def rows(laws: Sequence[lr_law.Law]) -> list[dict[str, Any]]:
-        return [
-            {
-                "family": v.family,
-                "method": v.method,
-                "lr_at_2000": v.at_2000.plain(),
-                "p": v.p.plain(),
-                "models": v.n_models,
-                "regret_percent": v.regret,
-                "flags": list(v.flags),
-            }
-            for v in laws
-        ]
-
     return {
-        "by_loss": rows(lr_law.by_loss(parts, hidden)),
-        "by_optima": rows(lr_law.by_optima(optima, hidden)),
+        "by_loss": [v.plain() for v in lr_law.by_loss(curves, hidden)],
+        "by_optima": [v.plain() for v in lr_law.by_optima(optima, hidden)],
         "published_regret": costs,
         "ratio_law": fitted
         and {
             "ratio_at_1000_32": fitted.at_reference.plain(),
-            "p": fitted.p.plain(),
-            "q": fitted.q.plain(),
-            "spread": math.exp(fitted.tau),
-            "rivals": fitted.rivals,
-            "flags": list(fitted.flags),
-            "n": len(log_ratios),
+            **{"p": fitted.p.plain(), "q": fitted.q.plain()},
+            **{"spread": math.exp(fitted.tau), "rivals": fitted.rivals},
+            **{"flags": list(fitted.flags), "n": len(log_ratios)},
         },
         "models_without_hidden_size": sorted(set(table["model"]) - set(hidden)),
     }
 
 
-def law_lines(result: dict[str, Any]) -> list[str]:
-    """Format the laws for the terminal."""
-    head = ["family", "method", "fitted by", "LR at hidden 2000 [95%]", "exponent p [95%]"]
-    rows = [[*head, "models", "regret %", "flags"]]
-    for how in ("by_loss", "by_optima"):
-        for v in result[how]:
-            names = [v["family"], v["method"], how.replace("by_", "")]
-            fitted = [row_interval(v["lr_at_2000"], write=rate), row_interval(v["p"])]
-            numbers = [*fitted, str(v["models"]), number(v["regret_percent"])]
-            rows.append([*names, *numbers, ", ".join(v["flags"]) or "-"])
-    out = aligned(rows)
-    costs = result["published_regret"]
-    known = [c["percent"] for c in costs if c["percent"] is not None]
-    if costs:
-        mean = number(float(np.mean(known)) if known else None)
-        out.append(
-            f"published formula: regret {mean}% on average, at most "
-            f"{number(max(known) if known else None)}%, over {len(known)} of {len(costs)} curves "
-            "where the formula's learning rate lies within those tried"
-        )
-    if fitted := result["ratio_law"]:
-        p, q, at = (row_interval(fitted[k]) for k in ("p", "q", "ratio_at_1000_32"))
-        flags = f"; {', '.join(fitted['flags'])}" if fitted["flags"] else ""
-        out.append(
-            f"ratio = {at} x (hidden/1000)^p x (alpha/32)^q, p {p}, q {q} "
-            f"({fitted['n']} ratios{flags})"
-        )
-        for name, value in fitted["rivals"].items():
-            rejected = " (rejected)" if value is not None and value < 0.05 else ""
-            out.append(f"  {name}: {'no test' if value is None else f'p {value:.2g}{rejected}'}")
-    without = result["models_without_hidden_size"]
-    if without:
-        out.append(f"without a hidden size, left out: {', '.join(without)}")
-    return out
+COMMANDS: dict[str, Callable[..., Any]] = {"fit": fit, "ratio": ratio, "drift": drifts, "law": law}
+
+
+def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = False) -> None:
+    """Write an interactive page about a table of runs."""
+    optima = optima_of(reading, share)
+    arms = [(g, o, full) for g, lora, full in arms_of(optima) for o in lora]
+    ratios = [(group, o.curve.name, ratio_of([o], full)) for group, o, full in arms]
+    title = f"{path.stem}: {len(reading.table)} runs"
+    interactive.write(path, title, reading.table, optima, ratios, (), within)

@@ -137,10 +137,10 @@ def test_both_ways_find_a_planted_law(p):
     (loss,) = by_loss(curves, hidden)
     (fit,) = by_optima(fit_all(curves), hidden)
     for law, off in ((loss, 0.15), (fit, 0.05)):
-        assert law.family == "llama" and law.n_models == 5
+        assert law.family == "llama" and law.models == 5
         assert law.p.value == pytest.approx(p, abs=off) and law.p.low <= p <= law.p.high
-        assert law.at_2000.value == pytest.approx(5e-4, rel=0.15)
-    assert loss.regret < 0.5
+        assert law.lr_at_2000.value == pytest.approx(5e-4, rel=0.15)
+    assert loss.regret_percent < 0.5
 
 
 @pytest.mark.parametrize(

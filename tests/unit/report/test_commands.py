@@ -187,3 +187,7 @@ def test_without_arguments_the_commands_are_listed(capsys):
     with pytest.raises(SystemExit) as end:
         run(capsys)
     assert end.value.code == 0 and "suggest SWEEP" in capsys.readouterr().out
+    for option, value in (("--map", "learning_rate"), ("--within", "0")):
+        with pytest.raises(SystemExit) as end:
+            run(capsys, "fit", "runs.csv", option, value)
+        assert end.value.code == 2 and option in capsys.readouterr().err

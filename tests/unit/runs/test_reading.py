@@ -41,7 +41,6 @@ def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
         (["learning_rate=lr"], "--map eval_loss=test_nll"),
         (["learning_rat=lr"], "Did you mean 'learning_rate'?"),
         (["learning_rate=lrr"], "Did you mean 'lr'?"),
-        (["learning_rate"], "--map learning_rate"),
         (["learning_rate=lr", "eval_loss=test_nll"], ""),
     ],
 )
