@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from analysis.inference.estimate import number, rate, row_interval
+from analysis.inference.estimate import number, rate
 from analysis.inference.meta import random_effects
 from analysis.measures.ratio import MIN_RANK
+from analysis.optimum.likelihood import rate_means
 from analysis.runs import reading
 from analysis.runs.lr_curves import lr_curves
 from analysis.tables import commands
@@ -67,19 +68,13 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
     diverged = table[table["status"] == "diverged"]
     repeats = table[table.duplicated(["model", "rank", "lr"], keep=False)]
     top = float(table["lr"].max())
-    n_largest = 0
-    for c in lr_curves(table):
-        x, y = c.x[c.usable], c.y[c.usable]
-        rates = np.unique(x)
-        n_largest += len(rates) and np.argmin([y[x == v].mean() for v in rates]) == len(rates) - 1
+    tried = [rate_means(c) for c in lr_curves(table)]
     return {
-        "n_curves": len(alone),
-        "n_models": table["model"].nunique(),
-        "n_runs": len(table),
+        **{"n_curves": len(alone), "n_models": table["model"].nunique(), "n_runs": len(table)},
         "n_diverged": len(diverged),
         "n_diverged_at_top": int((diverged["lr"] == top).sum()),
         "top": top,
-        "n_largest": n_largest,
+        "n_largest": sum(len(x) > 0 and np.argmin(y) == len(x) - 1 for x, y in tried),
         "n_bounded": sum("bounded_by_divergence" in r["flags"] for r in alone),
         "fits": [
             ["fit", "best LR with an interval", "median high / low", "a bound only", "nothing"],
@@ -96,16 +91,6 @@ def _bounds(sweep: reading.Reading) -> dict[str, Any]:
 def _drift(sweep: reading.Reading) -> dict[str, Any]:
     rows = commands.drifts(sweep, share=True)
     known = [r for r in rows if r["slope"] is not None]
-    head = ["model", "slope of ln LR a doubling [95%]", "p (no slope)", "p (ranks equal)"]
-    slopes = [
-        [
-            r["group"].split(" on ")[0],
-            row_interval(r, "slope"),
-            number(r["p_slope"], 2),
-            number(r["p_equal"], 2),
-        ]
-        for r in known
-    ]
     upper = dataclasses.replace(sweep, table=sweep.table[sweep.table["rank"] >= MIN_RANK])
     high = [r for r in commands.drifts(upper, share=True) if r["slope"] is not None]
     pooled = []
@@ -117,23 +102,19 @@ def _drift(sweep: reading.Reading) -> dict[str, Any]:
                 verdict = "inside"
             elif e.low > DRIFT_MARGIN or e.high < -DRIFT_MARGIN:
                 verdict = "outside"
-            numbers = {name: getattr(e, name) for name in ("k", "mean", "low", "high", "tau")}
-            pooled.append({"which": which, "verdict": verdict, **numbers})
+            pooled.append({**vars(e), "which": which, "verdict": verdict})
+    names = ("group", "slope", "p_slope", "p_equal")
     return {
-        "moves": _moves(rows, 1),
-        "moves_high": _moves(rows, MIN_RANK),
-        "slopes": [head, *slopes] if known else [],
+        **{"moves": _moves(rows, 1), "moves_high": _moves(rows, MIN_RANK)},
+        "slopes": commands.table(known, *names) if known else [],
         "pooled": pooled,
     }
 
 
 def _moves(rows: Sequence[dict[str, Any]], least: int) -> str:
     """Count how the models' best learning rate tried moves from rank `least` to the highest."""
-    signs = []
-    for r in rows:
-        tried = [v for rank, v in zip(r["ranks"], r["best_tried"]) if v and rank >= least]
-        if len(tried) > 1:
-            signs.append(int(np.sign(tried[-1] - tried[0])))
+    tried = ([v for k, v in zip(r["ranks"], r["best_tried"]) if v and k >= least] for r in rows)
+    signs = [int(np.sign(v[-1] - v[0])) for v in tried if len(v) > 1]
     up, down, same = (signs.count(sign) for sign in (1, -1, 0))
     p = float(stats.binomtest(up, up + down).pvalue) if up + down else 1.0
     return f"rises in {up} models, falls in {down} and stays in {same} (sign test: p {p:.2g})"
@@ -143,47 +124,37 @@ def _law(sweep: reading.Reading) -> dict[str, Any]:
     law = commands.law(sweep)
     costs = [c for c in law["published_regret"] if c["percent"] is not None]
     values = [c["percent"] for c in costs]
-    head = "family|LR at hidden 2000 [95%]|exponent [95%]|models|regret of this law, %|flags"
-    rows = [head.split("|")]
-    for v in law["by_loss"]:
-        fitted = [row_interval(v["lr_at_2000"], write=rate), row_interval(v["p"])]
-        numbers = [*fitted, str(v["models"]), number(v["regret_percent"])]
-        rows.append([v["family"], *numbers, ", ".join(v["flags"]) or "-"])
+    names = ("family", "lr_at_2000", "p", "models", "regret_percent", "flags")
     return {
         "regrets": values,
         "law": {
-            "mean": number(float(np.mean(values))),
-            "median": number(float(np.median(values))),
-            "most": number(max(values)),
-            "above": sum(v > 0.5 for v in values),
+            **{"mean": number(float(np.mean(values))), "median": number(float(np.median(values)))},
+            **{"most": number(max(values)), "above": sum(v > 0.5 for v in values)},
             "largest": "; ".join(
                 f"{c['model']} {c['curve']} {number(c['percent'])}% at {rate(c['lr'])}"
                 for c in sorted(costs, key=lambda c: -c["percent"])[:3]
             ),
-            "rows": rows,
+            "rows": commands.table(law["by_loss"], *names),
             "without": len(law["models_without_hidden_size"]),
         },
     }
 
 
 def _rl(path: Path) -> dict[str, Any]:
-    rows = [["metric", "curve", "best LR [95%]", "accuracy there", "ratio [95%]", "flags"]]
-    ends = []
-    for name, column in (
-        ("best accuracy during the run", "best_eval_accuracy"),
-        ("final accuracy", "final_eval_accuracy"),
-    ):
+    rows: list[dict[str, Any]] = []
+    for column in ("best_eval_accuracy", "final_eval_accuracy"):
         read = reading.read(path, RL_NAMES, column, RL_BROKEN)
         read = dataclasses.replace(read, table=read.table[read.table["model"] == RL_MODEL])
         ratios = {r["rank"]: r for r in commands.ratio(read)["ratios"]}
         for r in commands.fit(read):
-            e, shown = ratios.get(r["rank"]), "-"
-            if e is not None:
-                shown = row_interval(e, "ratio")
-                ends += [] if e["high"] is None else [e["high"]]
-            curve = "full fine-tuning" if r["rank"] is None else f"LoRA r{r['rank']}"
-            numbers = [row_interval(r, "best_lr", rate), number(r["best_nll"]), shown]
-            rows.append([name, curve, *numbers, ", ".join(r["flags"]) or "-"])
+            over = ratios.get(r["rank"], {"ratio": None, "low": None, "high": None})
+            first = {k: r[k] for k in ("metric", "method", "rank", "best_lr", "low", "high")}
+            ratio = {k: over[k] for k in ("ratio", "low", "high")}
+            rows.append(
+                {**first, "accuracy there": r["best_nll"], "over full": ratio}
+                | {"flags": r["flags"]}
+            )
+    ends = [r["over full"]["high"] for r in rows if r["over full"]["high"] is not None]
     runs = reading.load(path)
     best, final = (
         runs[c].replace("", "nan").astype(float)
@@ -191,7 +162,7 @@ def _rl(path: Path) -> dict[str, Any]:
     )
     outside = max(ends, default=0.0) < 10
     return {
-        "rows": rows,
+        "rows": commands.table(rows),
         "highest": number(max(ends)) if ends else "",
         "excluded": f"10 {'lies outside' if outside else 'is not excluded by'} all of them.",
         "late": int(((best >= 0.8 * best.max()) & (final < 0.1)).sum()),

@@ -103,22 +103,17 @@ def outlook(
         rounds: number of looks planned.
         underpowered: the file says that the claim cannot be decided.
     """
-    to, level = scale_of(log), look_level(rounds)
-    ends, value = _ends(margin, log), to(expected)
+    ends, value, level = _ends(margin, log), scale_of(log)(expected), look_level(rounds)
     room = min(value - ends[0], ends[1] - value)
-    base = Outlook(claim, expected, (margin[0], margin[1]), level, log, planned, units, room)
-    base = dataclasses.replace(base, underpowered=underpowered)
-    if sd is None:
-        return base
-    if sd == 0:
-        return dataclasses.replace(base, half_width=0.0, needed=1, can_decide=True)
-    spread = Spread(2, parts=(Part(sd, 1.0),))  # n units leave n - 1 degrees of freedom
-    half, _, _ = spread.at(2, level)
-    interval, most = (value - half, value + half), max(MAX_NEEDED, planned)
-    n = needed(spread, value, interval, ends, level, MIN_SEEDS, most)
-    half_width = spread.at(planned, level)[0] if planned > 1 else None
-    can_decide = n is not None and n <= planned
-    return dataclasses.replace(base, half_width=half_width, needed=n, can_decide=can_decide)
+    half_width, n, can_decide = (0.0, 1, True) if sd == 0 else (None, None, None)
+    if sd:
+        spread = Spread(2, parts=(Part(sd, 1.0),))  # n units leave n - 1 degrees of freedom
+        half, most = spread.at(2, level)[0], max(MAX_NEEDED, planned)
+        n = needed(spread, value, (value - half, value + half), ends, level, MIN_SEEDS, most)
+        half_width = spread.at(planned, level)[0] if planned > 1 else None
+        can_decide = n is not None and n <= planned
+    known = (claim, expected, (margin[0], margin[1]), level, log, planned, units, room)
+    return Outlook(*known, half_width, n, can_decide, underpowered)
 
 
 def decided_by(

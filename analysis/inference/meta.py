@@ -89,30 +89,22 @@ def random_effects(
 ) -> RandomEffects:
     """Pool values with known standard errors; ValueError for fewer than two.
 
-    The variance between groups is by Paule & Mandel (1982). The interval is by Hartung & Knapp
-    (2001), with k - 1 degrees of freedom, and never narrower than the common-effect interval. The
-    prediction interval is by Higgins et al. (2009), with k - 2 degrees of freedom (1 at k = 2).
+    A `meta_regression` on a constant. The prediction interval is by Higgins et al. (2009), with
+    k - 2 degrees of freedom (1 at k = 2).
     """
     y, v = np.asarray(values, float), np.asarray(errors, float) ** 2
-    k = len(y)
+    k, w = len(y), 1 / v
     if k < 2:
         raise ValueError("random_effects needs two or more values")
-
-    def q(tau2: float) -> float:
-        w = 1 / (v + tau2)
-        return float((w * (y - (w @ y) / w.sum()) ** 2).sum())
-
-    top = float(np.var(y, ddof=1) + v.max()) * 10 + 1e-12
-    tau2 = 0.0 if q(0.0) <= k - 1 else float(optimize.brentq(lambda t: q(t) - (k - 1), 0.0, top))
-    w = 1 / (v + tau2)
-    mean = float(w @ y / w.sum())
-    error = math.sqrt(max(q(tau2) / (k - 1), 1.0) / w.sum())
+    fit = meta_regression(y, v, np.ones((k, 1)))
+    mean, error = float(fit.beta[0]), math.sqrt(fit.cov[0, 0])
     half = stats.t.ppf(0.5 + level / 2, k - 1) * error
-    ahead = stats.t.ppf(0.5 + level / 2, max(k - 2, 1)) * math.sqrt(tau2 + error**2)
-    typical = (k - 1) / ((1 / v).sum() - (1 / v**2).sum() / (1 / v).sum())
-    share, p_equal = tau2 / (tau2 + typical), float(stats.chi2.sf(q(0.0), k - 1))
+    ahead = stats.t.ppf(0.5 + level / 2, max(k - 2, 1)) * math.hypot(fit.tau, error)
+    typical = (k - 1) / (w.sum() - (w**2).sum() / w.sum())
+    q = float((w * (y - (w @ y) / w.sum()) ** 2).sum())
+    share, p_equal = fit.tau**2 / (fit.tau**2 + typical), float(stats.chi2.sf(q, k - 1))
     ends, next_ends = (mean - half, mean + half), (mean - ahead, mean + ahead)
-    return RandomEffects(mean, *ends, math.sqrt(tau2), share, p_equal, *next_ends, k)
+    return RandomEffects(mean, *ends, fit.tau, share, p_equal, *next_ends, k)
 
 
 @dataclass(frozen=True)

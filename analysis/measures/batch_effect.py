@@ -8,7 +8,7 @@ examples; f(examples) in place of f(updates) compares them after equally many ex
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,8 +27,7 @@ EARLIEST = 8
 """Fewest updates of a prefix. Before, an adapter that starts at zero has hardly changed."""
 
 
-@dataclass(frozen=True)
-class Prefix:
+class Prefix(NamedTuple):
     """rho at one batch size, number of updates and rank; each method is at its optimal LR there."""
 
     batch: int
@@ -63,11 +62,10 @@ def prefixes_of(table: pd.DataFrame, examples: bool = False) -> list[Prefix]:
     table = on_curve_rows(table.reset_index(drop=True))
     found = []
     seen: dict[int, dict[int, int]] = {}  # number of updates or examples -> batch size -> updates
-    for run, curve in by_run(table).items():
-        if table.at[run, "status"] == "done":
-            batch = int(table.at[run, "batch_size"])
-            for step in (int(s) for s in curve["step"] if s >= EARLIEST):
-                seen.setdefault(step * batch if examples else step, {})[batch] = step
+    for run, curve in by_run(table[table["status"] == "done"]).items():
+        batch = int(table.at[run, "batch_size"])
+        for step in (int(s) for s in curve["step"] if s >= EARLIEST):
+            seen.setdefault(step * batch if examples else step, {})[batch] = step
     for _, steps in sorted((n, of_batch) for n, of_batch in seen.items() if len(of_batch) > 1):
         parts = [_after(table[table["batch_size"] == b], step) for b, step in steps.items()]
         part = pd.concat(parts, ignore_index=True)

@@ -8,8 +8,7 @@ regression on fitted optima.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,12 +21,12 @@ from analysis.runs.lr_curves import LrCurve
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
 """Published constants, with p by family (tinker-cookbook, docs/sl-hyperparams, 2025)."""
 REFERENCE = 2000.0
+T = TypeVar("T")
 _P = np.linspace(-1.5, 2.0, 141)
 _N_K, _BOOT = 161, 400
 
 
-@dataclass(frozen=True)
-class Law:
+class Law(NamedTuple):
     """Constants of one family and method: LR at hidden size 2000 (base x M), and the exponent p."""
 
     family: str
@@ -42,7 +41,7 @@ class Law:
     def plain(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         fitted = {"lr_at_2000": self.lr_at_2000.plain(), "p": self.p.plain()}
-        return {**vars(self), **fitted, "flags": list(self.flags)}
+        return {**self._asdict(), **fitted, "flags": list(self.flags)}
 
 
 def family(model: str) -> str:
@@ -85,12 +84,8 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     Args:
         hidden: model -> hidden size.
     """
-    laws = []
-    groups: dict[tuple[str, str], list[LrCurve]] = {}
-    for c in curves:
-        if hidden.get(c.key["model"], math.nan) > 0 and len(np.unique(c.x[c.usable])) >= 2:
-            groups.setdefault((family(c.key["model"]), c.key["method"]), []).append(c)
-    for (name, method), members in sorted(groups.items()):
+    laws, known = [], [c for c in curves if len(np.unique(c.x[c.usable])) >= 2]
+    for (name, method), members in _groups(known, known, hidden):
         sizes = np.array([hidden[c.key["model"]] for c in members])
         models = sorted({c.key["model"] for c in members})
         n, one_size, enough = len(members), len(set(sizes)) < 2, len(models) >= 4
@@ -112,12 +107,21 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
         ]
         known = [v for v in costs if v is not None]
         mean = float(np.mean(known)) if known else None
-        flags = [
-            *(["one hidden size"] if one_size else []),
-            *([] if enough else [f"{len(models)} model(s): no interval"]),
-        ]
-        laws.append(Law(name, method, at, power, len(models), mean, tuple(flags)))
+        flags = ("one hidden size",) if one_size else ()
+        flags += () if enough else (f"{len(models)} model(s): no interval",)
+        laws.append(Law(name, method, at, power, len(models), mean, flags))
     return laws
+
+
+def _groups(
+    items: Sequence[T], curves: Sequence[LrCurve], hidden: dict[str, float]
+) -> list[tuple[tuple[str, str], list[T]]]:
+    """Group items by the family and method of their curves, where the hidden size is known."""
+    groups: dict[tuple[str, str], list[T]] = {}
+    for item, c in zip(items, curves):
+        if hidden.get(c.key["model"], math.nan) > 0:
+            groups.setdefault((family(c.key["model"]), c.key["method"]), []).append(item)
+    return sorted(groups.items(), key=lambda group: group[0])
 
 
 def _extrapolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
@@ -149,11 +153,7 @@ def by_optima(optima: Sequence[Optimum], hidden: dict[str, float]) -> list[Law]:
         hidden: model -> hidden size.
     """
     laws = []
-    groups: dict[tuple[str, str], list[Optimum]] = {}
-    for o in optima:
-        if hidden.get(o.curve.key["model"], math.nan) > 0:
-            groups.setdefault((family(o.curve.key["model"]), o.curve.key["method"]), []).append(o)
-    for (name, method), members in sorted(groups.items()):
+    for (name, method), members in _groups(optima, [o.curve for o in optima], hidden):
         known = [o for o in members if o.best_lr.draws is not None]
         missing = len(members) - len(known)
         flags = (f"{missing} of {len(members)} optima are bounds only",) if missing else ()

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -37,21 +37,11 @@ class Suggestion:
     why: str
 
 
-class Judged(Protocol):
-    """The parts of a question's analysis that suggestions are made from; see `Analysis`."""
-
-    @property
-    def verdicts(self) -> list[Verdict]: ...
-    @property
-    def members(self) -> dict[str, list[Optimum]]: ...
-    @property
-    def of_rates(self) -> bool: ...
-
-
-def suggest(found: Judged) -> list[Suggestion]:
+def suggest(found: Any) -> list[Suggestion]:
     """Suggest runs for undecided claims: runs that lift a gate, else runs that narrow the interval.
 
-    Empty if every claim is decided, or if another task, arm or rank is needed.
+    Empty if every claim is decided, or if another task, arm or rank is needed. `found`: the
+    `Analysis` of a question, or another object with its verdicts, members and of_rates.
     """
     wanted: list[Suggestion] = []
     for verdict in found.verdicts:
@@ -85,12 +75,17 @@ def _make(o: Optimum, lr: float, seeds: Iterable[int], why: str) -> Suggestion:
     return Suggestion(o.curve, float(f"{lr:.2e}"), tuple(int(s) for s in seeds), why)
 
 
+def _most_used(seeds: np.ndarray, n: int) -> list[int]:
+    """Return the n seeds with the most runs, lower numbers first."""
+    found, counts = np.unique(seeds, return_counts=True)
+    return found[np.argsort(-counts, kind="stable")][:n].tolist()
+
+
 def _open_gates(o: Optimum) -> list[Suggestion]:
     """Suggest LRs or seeds that lift the gates of one curve; empty if none is open."""
     lrs, why = missing_lrs(o)
     if lrs:
-        seeds, counts = np.unique(o.curve.seed, return_counts=True)
-        return [_make(o, lr, [seeds[int(np.argmax(counts))]], why) for lr in lrs]
+        return [_make(o, lr, _most_used(o.curve.seed, 1), why) for lr in lrs]
     have = seeds_at_best(o)
     if have < MIN_SEEDS:
         return _more_seeds(o, MIN_SEEDS - have, f"{MIN_SEEDS} seeds at the optimum")
@@ -119,14 +114,15 @@ def missing_lrs(o: Optimum) -> tuple[list[float], str]:
         beyond = [math.exp(end + side * k * step) for k in (1, 2)]
         return beyond, "beyond the edge of the learning rates tried"
     if "few_points" in o.flags or "no_variance" in o.flags:
-        best = float(x[int(np.argmin(_means(o, x)))])
+        best = _best_tried(o, x)
         around = [math.exp(best - step / 2), math.exp(best + step / 2)]
         return around, "more learning rates around the best one"
     return [], ""
 
 
-def _means(o: Optimum, x: np.ndarray) -> list[float]:
-    return [float(o.curve.y[o.curve.usable & (o.curve.x == v)].mean()) for v in x]
+def _best_tried(o: Optimum, x: np.ndarray) -> float:
+    """Return the ln(lr) of `x` with the lowest mean loss."""
+    return float(x[np.argmin([o.curve.y[o.curve.usable & (o.curve.x == v)].mean() for v in x])])
 
 
 def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
@@ -137,7 +133,7 @@ def _more_seeds(o: Optimum, n: int, why: str) -> list[Suggestion]:
 def _around(o: Optimum) -> np.ndarray:
     """Return the N_AROUND tried learning rates around the optimum, in ln(lr)."""
     x = np.unique(o.curve.x[o.curve.usable])
-    at = math.log(o.best_lr.value) if o.best_lr.value else x[int(np.argmin(_means(o, x)))]
+    at = math.log(o.best_lr.value) if o.best_lr.value else _best_tried(o, x)
     first = int(np.argmin(np.abs(x - at))) - N_AROUND // 2
     first = min(max(first, 0), max(len(x) - N_AROUND, 0))
     return x[first : first + N_AROUND]
@@ -197,7 +193,7 @@ def _narrow(verdict: Verdict, curves: Sequence[Optimum]) -> list[Suggestion]:
     out = []
     for o, (n, lrs) in zip(known, plan):
         if lrs:
-            seeds = sorted(set(o.curve.seed), key=lambda s: -(o.curve.seed == s).sum())[:MIN_SEEDS]
+            seeds = _most_used(o.curve.seed, MIN_SEEDS)
             why = "halfway between the learning rates around the optimum"
             out += [_make(o, math.exp(v), seeds, why) for v in _halfway(o)]
         out += _more_seeds(o, n, "narrows the optimum") if n else []
@@ -220,8 +216,7 @@ def _expected(o: Optimum, n: int, lrs: bool) -> float:
     extra = np.tile(_around(o), n)
     fresh = np.repeat(int(block.max()) + 1 + np.arange(n), N_AROUND)[: len(extra)]
     if lrs:
-        seeds, counts = np.unique(block, return_counts=True)
-        most_used = seeds[np.argsort(-counts, kind="stable")][:MIN_SEEDS]
+        most_used = _most_used(block, MIN_SEEDS)
         extra = np.concatenate([extra, np.repeat(_halfway(o), len(most_used))])
         fresh = np.concatenate([fresh, np.tile(most_used, len(_halfway(o)))])
     planned, blocks = np.concatenate([x, extra]), np.concatenate([block, fresh]).astype(int)
@@ -232,21 +227,16 @@ def _expected(o: Optimum, n: int, lrs: bool) -> float:
 
 def plain(suggestions: Sequence[Suggestion]) -> list[dict[str, Any]]:
     """Return suggestions as plain values for JSON; names of curves say in what they differ."""
-    return [
-        {
-            **{"curve": name, "group": s.curve.group, "method": s.curve.key["method"]},
-            "rank": None if (r := s.curve.key.get("rank")) is None or r != r else int(r),
-            **{"lr": s.lr, "seeds": list(s.seeds), "why": s.why},
-        }
-        for name, s in zip(full_names([s.curve for s in suggestions]), suggestions)
-    ]
+    rows = []
+    for name, s in zip(full_names([s.curve for s in suggestions]), suggestions):
+        r, key = s.curve.key.get("rank"), {"curve": name, "group": s.curve.group}
+        key |= {"method": s.curve.key["method"], "rank": None if r is None or r != r else int(r)}
+        rows.append({**key, "lr": s.lr, "seeds": list(s.seeds), "why": s.why})
+    return rows
 
 
 def lines(suggestions: Sequence[Suggestion]) -> list[str]:
     """Format suggestions as lines of text."""
-    return [
-        "{curve} ({group}): lr {lr:g}, seeds {ids}: {why}".format(
-            ids=", ".join(map(str, s["seeds"])), **s
-        )
-        for s in plain(suggestions)
-    ]
+    text = "{curve} ({group}): lr {lr:g}, seeds {ids}: {why}"
+    rows = plain(suggestions)
+    return [text.format(ids=", ".join(map(str, row["seeds"])), **row) for row in rows]

@@ -6,7 +6,7 @@ UNDECIDED (gate TASK). Noise is only a warning, since it already widens the inte
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, number, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.seeds import from_sample
-from analysis.measures.speed import curves_at_best
+from analysis.measures.speed import curves_at_best, losses_before
 from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import MIN_GAIN, MIN_REST, Points, gain_in_noise
@@ -27,8 +27,7 @@ MAX_NOISE = 0.1
 a factor 2 from the optimal LR."""
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One requirement of a task; `ok` is None if unknown. One that `warns` disqualifies no task."""
 
     group: str
@@ -50,16 +49,18 @@ def qualify(table: pd.DataFrame) -> list[Check]:
         lowest = min((o.best_nll for o in mine if o.best_nll is not None), default=math.nan)
         noise = mine[0].pooled.noise if mine[0].pooled else math.nan
         gain, left = gain_in_noise(start, lowest, noise), (lowest - floor) / (start - floor)
-        shown = f"{number(gain)} standard deviations of the difference between two runs"
-        enough = None if math.isnan(gain) else gain >= MIN_GAIN
-        found.append(Check(group, "to be learned", shown, f"{MIN_GAIN:g} or more", enough))
-        shown = f"{number(left)} of that is left at the best"
-        enough = None if math.isnan(left) else left >= MIN_REST
-        found.append(Check(group, "not solved", shown, f"{MIN_REST} or more", enough))
+        of_gain = f"{number(gain)} standard deviations of the difference between two runs"
+        of_rest = f"{number(left)} of that is left at the best"
+        for name, value, least, shown in (
+            ("to be learned", gain, MIN_GAIN, of_gain),
+            ("not solved", left, MIN_REST, of_rest),
+        ):
+            enough = None if math.isnan(value) else value >= least
+            found.append(Check(group, name, shown, f"{least:g} or more", enough))
         for o in mine:
-            slope, name = _last_gain(points[id(o)].best), o.curve.name
+            (slope, has_stalled), name = _last_gain(points[id(o)].best), o.curve.name
             shown = f"{with_interval(slope)} nats in the last doubling"
-            learns = None if slope.value is None else not _has_stalled(slope)
+            learns = None if slope.value is None else not has_stalled
             found.append(Check(group, f"still learning, {name}", shown, "above 0", learns))
             edge = [f for f in o.flags if f in EDGES]
             shown = ", ".join(edge) or "inside"
@@ -75,34 +76,26 @@ def qualify(table: pd.DataFrame) -> list[Check]:
     return found
 
 
-def _last_gain(points: dict[int, Points]) -> Estimate:
+def _last_gain(points: dict[int, Points]) -> tuple[Estimate, bool]:
     """Return how much the loss falls in the last doubling of the updates, in nats, over seeds.
 
-    Seeds without an evaluation at half of the updates are left out.
+    Also whether learning has stalled: the interval's lower end, or the value without an interval,
+    is at most 0. Seeds whose curve begins after half of the updates are left out.
     """
-    gains = []
-    for found in map(dict, points.values()):
-        last = max(found, default=0)
-        if last / 2 in found:
-            gains.append(found[last / 2] - found[last])
-    return from_sample(gains)
-
-
-def _has_stalled(gain: Estimate) -> bool:
-    """Return whether a gain's lower end is at most 0; without an interval, its value."""
+    ends = (losses_before(mine, 2, 1) for mine in points.values())
+    gain = from_sample([half - last for half, last in ends if half == half])
     least = gain.value if gain.low is None else gain.low
-    return least is not None and least <= 0
+    return gain, least is not None and least <= 0
 
 
 def stalled(optima: Sequence[Optimum], points: Sequence[dict[int, Points]]) -> list[Gate]:
     """Return a gate for each curve that has stopped learning by the end of its runs."""
     found = []
     for o, mine in zip(optima, points):
-        gain = _last_gain(mine)
-        if _has_stalled(gain):
-            last = with_interval(gain)
-            why = f"{o.curve.name} gains {last} nats in the last doubling, not clearly any"
-            found.append(Gate(GateCode.TASK, why))
+        gain, has_stalled = _last_gain(mine)
+        if has_stalled:
+            last = f"{o.curve.name} gains {with_interval(gain)} nats in the last doubling"
+            found.append(Gate(GateCode.TASK, f"{last}, not clearly any"))
     return found
 
 

@@ -7,7 +7,7 @@ two methods share seeds and the shape of their LR curves. Published laws are cal
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,17 +27,16 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
     """
     a, f = [o.best_lr for o in lora], full.best_lr
     n = sum(e.n for e in [*a, f])
+    if all(e.draws is not None for e in [*a, f]):
+        return from_draws(np.exp(np.mean([e.log_draws for e in a], axis=0) - f.log_draws), n)
 
-    def ln(v: float | None) -> float:
-        return math.nan if v is None else math.log(v)
+    def over(mine: str, others: str) -> float | None:
+        """Divide the ends that are known; None if one is unknown."""
+        ends = [*(getattr(e, mine) for e in a), getattr(f, others)]
+        *logs, of_full = [math.nan if v is None else math.log(v) for v in ends]
+        return exp_or_none(float(np.mean(logs)) - of_full)
 
-    if any(e.draws is None for e in [*a, f]):
-        # Bounds from the ends that are known; an unknown end makes the bound NaN.
-        value = float(np.mean([ln(e.value) for e in a])) - ln(f.value)
-        low = float(np.mean([ln(e.low) for e in a])) - ln(f.high)
-        high = float(np.mean([ln(e.high) for e in a])) - ln(f.low)
-        return Estimate(exp_or_none(value), exp_or_none(low), exp_or_none(high), n=n)
-    return from_draws(np.exp(np.mean([e.log_draws for e in a], axis=0) - f.log_draws), n)
+    return Estimate(over("value", "value"), over("low", "high"), over("high", "low"), n=n)
 
 
 def lr_drift(lora: Sequence[Optimum]) -> meta.Drift:
@@ -111,8 +110,7 @@ ALPHA = 32.0
 """The study's alpha. p is fitted to the ratios at this alpha, if it was tried."""
 
 
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     """One measured ratio of optimal LRs: its logarithm, and the standard error of the logarithm."""
 
     base: str
@@ -122,8 +120,7 @@ class Ratio:
     error: float
 
 
-@dataclass(frozen=True)
-class RatioLaw:
+class RatioLaw(NamedTuple):
     """The fit of ln ratio = a + p ln(hidden / 1000) + q ln(alpha / 32), and tests of rivals."""
 
     at_reference: Estimate
@@ -136,7 +133,7 @@ class RatioLaw:
     """Number of base models to which p is fitted."""
     bases_q: int
     """Number of base models to which q is fitted."""
-    rivals: dict[str, float | None] = field(default_factory=dict)
+    rivals: dict[str, float | None]
     """Published law -> p-value of its exponents; None: too few bases to test."""
     flags: tuple[str, ...] = ()
 

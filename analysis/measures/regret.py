@@ -6,9 +6,9 @@ the data, intervals cover the draw of the data too.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,14 @@ from scipy.interpolate import PchipInterpolator
 from analysis.inference.estimate import Estimate
 from analysis.inference.seeds import PooledVariance
 from analysis.measures import at_best
-from analysis.measures.at_best import AtBest, is_finite, losses_at_best, mean_of, over_seeds
+from analysis.measures.at_best import (
+    AtBest,
+    is_finite,
+    losses_at_best,
+    mean_of,
+    over_seeds,
+    pooled_over,
+)
 from analysis.optimum.optimum import Optimum
 from analysis.runs.lr_curves import runs_of
 
@@ -41,8 +48,7 @@ precede them."""
 PARTS = ("changed", "unchanged")
 
 
-@dataclass(frozen=True)
-class Novelty:
+class Novelty(NamedTuple):
     """The new rules and exceptions of a generated data set, from its parameters."""
 
     symbols: int
@@ -132,33 +138,31 @@ class Gap:
 
 def gaps_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
     """Compare every rank with full fine-tuning in one condition; empty if a method is missing."""
-    lora = [o for o in optima if o.curve.key["method"] == "lora"]
-    found = _against_full(table, optima, lora)
-    pooled = at_best.pooled_over(g.nats for g in found)
-    gaps = []
-    for g in found:
-        bits = _generator_bits(runs_of(table, g.lora.curve))
-        load = None if bits is None else loads_of(table, g.lora, {GENERATOR: bits})[GENERATOR]
-        gaps.append(replace(g, rank=int(g.lora.curve.key["rank"]), load=load, pooled=pooled))
-    return gaps
+    return _gaps(table, optima, lambda o: o.curve.key["method"] == "lora")
 
 
 def controls_of(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Gap]:
     """Compare full fine-tuning of some matrices (rank 0) with full fine-tuning of all weights."""
-    return _against_full(table, optima, [o for o in optima if o.curve.is_control])
+    controls = _gaps(table, optima, lambda o: o.curve.is_control)
+    return [replace(g, load=None, pooled=None) for g in controls]
 
 
-def _against_full(
-    table: pd.DataFrame, optima: Sequence[Optimum], others: Sequence[Optimum]
+def _gaps(
+    table: pd.DataFrame, optima: Sequence[Optimum], of: Callable[[Optimum], bool]
 ) -> list[Gap]:
-    """Compare `others` with full fine-tuning of all weights; empty if its curve is missing."""
-    whole = [o for o in optima if o.curve.is_full]
-    if not whole:
+    losses, gaps = losses_at_best(optima), []
+    whole = next(((o, v) for o, v in zip(optima, losses) if o.curve.is_full), None)
+    if whole is None:
         return []
-    losses = dict(zip(map(id, optima), losses_at_best(optima)))
-    full = losses[id(whole[0])]
-    gain = gain_from(starts_of(table), full)
-    return [Gap(0, o, whole[0], losses[id(o)].minus(full), gain, None) for o in others]
+    chosen = [(o, v.minus(whole[1])) for o, v in zip(optima, losses) if of(o)]
+    gain, pooled = gain_from(starts_of(table), whole[1]), pooled_over(v for _, v in chosen)
+    for o, nats in chosen:
+        bits = _generator_bits(runs_of(table, o.curve))
+        load = None if bits is None else loads_of(table, o, {GENERATOR: bits})[GENERATOR]
+        rank = o.curve.key.get("rank")
+        rank = int(rank) if rank is not None and rank == rank else 0
+        gaps.append(Gap(rank, o, whole[0], nats, gain, load, pooled))
+    return gaps
 
 
 def gain_from(start: Mapping[int, float], losses: AtBest[float]) -> AtBest[float]:
@@ -177,13 +181,11 @@ def bits_of(table: pd.DataFrame, full: Optimum) -> dict[str, float]:
     Unknown counts are left out. The first pass is of full fine-tuning, so that the load does not
     depend on LoRA.
     """
-    found = {} if (known := _generator_bits(table)) is None else {GENERATOR: known}
-    codes = codes_of(table, full)
-    for count in (FIRST_PASS, ABOVE_FLOOR):
-        by_seed = [v[count] for v in codes.best.values() if count in v]
-        if by_seed:
-            found[count] = float(np.mean(by_seed))
-    return found
+    codes = codes_of(table, full).best.values()
+    counted = {k: [v[k] for v in codes if k in v] for k in (FIRST_PASS, ABOVE_FLOOR)}
+    known = _generator_bits(table)
+    found = {} if known is None else {GENERATOR: known}
+    return found | {k: float(np.mean(v)) for k, v in counted.items() if v}
 
 
 def codes_of(table: pd.DataFrame, full: Optimum) -> AtBest[dict[str, float]]:
@@ -198,8 +200,8 @@ def codes_of(table: pd.DataFrame, full: Optimum) -> AtBest[dict[str, float]]:
         seen = int(run["batch_size"]) * int(run["steps"])
         rows = min(seen, int(result.get("n_train") or seen))
         points = [*result.get("curve", ()), {**result, "examples": seen}]
-        at_end = (p["code_nats"] for p in points if p.get("examples") == rows and "code_nats" in p)
-        nats = next(at_end, math.nan)
+        at_end = (p.get("code_nats") for p in points if p.get("examples") == rows)
+        nats = next((v for v in at_end if v is not None), math.nan)
         if not math.isfinite(nats):
             return {}
         bits = {FIRST_PASS: nats / math.log(2)}
@@ -268,8 +270,7 @@ def parts_at_best(table: pd.DataFrame, gap: Gap) -> dict[str, AtBest[float]]:
     return found if all(map(is_finite, found.values())) else {}
 
 
-@dataclass(frozen=True)
-class Needed:
+class Needed(NamedTuple):
     """The range (above, up_to] in which the smallest rank with no regret lies."""
 
     above: float

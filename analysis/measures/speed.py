@@ -8,7 +8,7 @@ fraction of full fine-tuning's speed.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -228,20 +228,26 @@ SPAN = 4
 """Two spans of updates are compared: the last one, from n / SPAN to n, and the span before it."""
 
 
+def losses_before(points: Points, *shares: float) -> list[float]:
+    """Return the losses at the last update / each of `shares`, interpolated in ln(updates).
+
+    They are NaN if the curve begins after the first of these updates.
+    """
+    steps, losses = np.array(points, dtype=float).T if points else (np.zeros(1), np.zeros(1))
+    ends = steps[-1] / np.array(shares)
+    if not 0 < steps[0] <= ends[0]:
+        return [math.nan] * len(shares)
+    return np.interp(np.log(ends), np.log(steps), losses).tolist()
+
+
 def bend(points: Points) -> float:
     """Return ln(fall of the loss in the last span / in the span before), below 0 if it flattens.
 
-    The loss is interpolated in ln(updates). NaN if it does not fall in both spans, or if the curve
-    begins after the start of the first span.
+    NaN if the loss does not fall in both spans, or if the curve begins within the first span.
     """
-    steps, losses = np.array(points, dtype=float).T if points else (np.zeros(1), np.zeros(1))
-    ends = steps[-1] / np.array([SPAN**2, SPAN, 1.0])
-    if not 0 < steps[0] <= ends[0]:
-        return math.nan
-    first, middle, last = np.interp(np.log(ends), np.log(steps), losses)
-    if not (first > middle > last):
-        return math.nan
-    return math.log((middle - last) / (first - middle))
+    first, middle, last = losses_before(points, SPAN**2, SPAN, 1.0)
+    falls = first > middle > last  # False for NaN
+    return math.log((middle - last) / (first - middle)) if falls else math.nan
 
 
 def straightness(curves: AtBest[Points]) -> Estimate:
@@ -257,29 +263,15 @@ def least_straight(*curves: AtBest[Points]) -> Estimate:
     return unknown[0] if unknown else max(found, key=lambda e: abs(math.log(e.value or 1.0)))
 
 
-# ---------------------------------------------------------------- the last doubling of updates
-
-
-def last_fall(points: Points) -> float:
-    """Return how far the loss falls over the last doubling of the updates, in nats.
-
-    The loss is interpolated in ln(updates). NaN if the curve begins after half of its updates.
-    """
-    steps, losses = np.array(points, dtype=float).T if points else (np.zeros(1), np.zeros(1))
-    if not 0 < steps[0] <= steps[-1] / 2:
-        return math.nan
-    return float(np.interp(math.log(steps[-1] / 2), np.log(steps), losses) - losses[-1])
-
-
 def fall_over(one: AtBest[Points], other: AtBest[Points]) -> Estimate:
-    """Return `last_fall` of one curve / that of another, paired by seed; 0 at a floor of the first.
+    """Return one curve's fall of the loss over the last doubling / another's, paired by seed.
 
-    There is no value if the other's loss does not fall in any seed.
+    0: the first is at a floor. There is no value if the other's loss does not fall in any seed.
     """
 
     def share(a: Points, b: Points) -> float:
-        fall = last_fall(b)
-        return last_fall(a) / fall if fall > 0 else math.nan
+        (half, last), (other_half, other) = (losses_before(p, 2, 1) for p in (a, b))
+        return (half - last) / (other_half - other) if other_half > other else math.nan
 
     shares = one.paired(other, share)
     return over_seeds(shares) if is_finite(shares) else Estimate(None, n=len(shares.best))
@@ -292,8 +284,7 @@ Draws = dict[int, dict[int, np.ndarray]]
 """Losses by rank and seed: [draws of A, steps]. A draw is a random initialisation of A."""
 
 
-@dataclass(frozen=True)
-class Apart:
+class Apart(NamedTuple):
     """One rank compared with the highest rank."""
 
     rank: int
@@ -305,8 +296,7 @@ class Apart:
     """The step at which the difference leaves the band; infinite if never."""
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """How long all ranks learn equally at one learning rate.
 
     A rank learns differently once its loss leaves the 95% band of the difference between two draws.
@@ -333,14 +323,13 @@ def start_of(table: pd.DataFrame, top: int) -> Start | None:
         rank, seed = int(part.at[run, "rank"]), int(part.at[run, "seed"])
         found.setdefault(rank, {}).setdefault(seed, []).append(dict(same_rows(points)))
     again = {
-        r: {s: draws for s, draws in seeds.items() if len(draws) > 1} for r, seeds in found.items()
+        r: {s: draws for s, draws in seeds.items() if len(draws) > 1}
+        for r, seeds in found.items()
+        if any(len(draws) > 1 for draws in seeds.values())
     }
-    again = {r: seeds for r, seeds in again.items() if seeds}
-    if top not in again or len(again) < 2:
-        return None
     curves = [c for seeds in again.values() for draws in seeds.values() for c in draws]
-    steps = sorted(set.intersection(*map(set, curves)))
-    if len(steps) < 2:
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    if top not in again or len(again) < 2 or len(steps) < 2:
         return None
     drawn = {
         r: {s: np.array([[c[t] for t in steps] for c in draws]) for s, draws in seeds.items()}

@@ -9,9 +9,16 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.estimate import number, row_interval
-from analysis.inference.meta import drift
 from analysis.measures import lr_law
-from analysis.measures.ratio import MIN_RANK, Ratio, gaps, pool_ratios, ratio_law, ratio_of
+from analysis.measures.ratio import (
+    MIN_RANK,
+    Ratio,
+    gaps,
+    lr_drift,
+    pool_ratios,
+    ratio_law,
+    ratio_of,
+)
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import lowest_loss, rate_means
 from analysis.optimum.optimum import WITHIN, Optimum
@@ -35,9 +42,15 @@ def lines(result: Any) -> list[str]:
             (k, lines(v)) if _is_rows(v) else (f"{k} {_cell(v)}", []) for k, v in parts.items()
         )
         return [line for head, rows in shown for line in (head, *rows)]
-    rows = list(map(_cells, result))
-    names = [k for k in (rows[0] if rows else ()) if any(row[k] != "-" for row in rows)]
-    return aligned([names, *([row[k] for k in names] for row in rows)])
+    return aligned(table(result))
+
+
+def table(rows: Sequence[dict[str, Any]], *names: str) -> list[list[str]]:
+    """Return the named values of rows as text (default: those that any row has), after a head."""
+    cells = list(map(_cells, rows))
+    names = names or tuple(k for k in (cells or [{}])[0] if any(row[k] != "-" for row in cells))
+    head = [name.replace("_", " ") for name in names]
+    return [head, *([row[k] for k in names] for row in cells)]
 
 
 def _is_rows(value: Any) -> bool:
@@ -53,8 +66,11 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        named = (f"{k} {v}" for k, v in _cells(value).items())
-        return row_interval(value) if "value" in value else ", ".join(named)
+        cells = _cells(value)
+        named = (f"{k} {v}" for k, v in cells.items())
+        if "value" in value or len(cells) == 1:
+            return row_interval(value) if "value" in value else next(iter(cells.values()))
+        return ", ".join(named)
     if isinstance(value, list):
         return ", ".join(map(_cell, value)) or "-"
     return number(value, 4) if isinstance(value, float) or value is None else str(value)
@@ -173,11 +189,7 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
     for group, members in groups.items():
         members = sorted(members, key=lambda o: o.curve.key["rank"])
         known = [o for o in members if o.best_lr.draws is not None]
-        d = drift(
-            [o.curve.key["rank"] for o in known],
-            [np.log(o.best_lr.draws) for o in known],
-            sum(o.best_lr.n for o in known),
-        )
+        d = lr_drift(known)
         tried = {int(o.curve.key["rank"]): rate_means(o.curve) for o in members}
         best = [math.exp(x[lowest_loss(y)]) if len(x) else None for x, y in tried.values()]
         left_out = ["ranks at an edge left out"] if 2 <= len(known) < len(members) else []

@@ -14,9 +14,12 @@ from analysis.runs.learning_curves import by_run, learning_curves, same_rows
 from analysis.runs.lr_curves import lr_curves, variants
 from analysis.runs.metric import NLL, Shown, as_losses, shown
 from analysis.runs.reading import read
-from analysis.runs.table import TableError
+from analysis.runs.table import CURVE_KEYS, TableError
 from analysis.tables import commands
+from lorasweep.methods.registry import METHODS
 from lorasweep.spec.metric import METRICS
+from lorasweep.spec.run import RunSpec
+from lorasweep.spec.values import fields
 from lorasweep.store.table import table_row
 from tests.tables import planted, run, table, write
 from tests.world import ROOT, tiny_spec
@@ -90,21 +93,16 @@ def broken(row=3, **values):
         (lambda t: t.drop(columns="model"), ["no column 'model'", "--map"]),
         (lambda t: t.drop(columns="rank"), ["no column 'rank'"]),
         (lambda t: t.iloc[:0], ["no rows"]),
-        (broken(lr="fast"), ["row 4", "column lr", "'fast' is not a number"]),
-        (broken(lr=""), ["row 4", "column lr", "empty"]),
-        (broken(lr=-1e-4), ["row 4", "column lr", "not above 0"]),
-        (broken(lr=30), ["row 4", "column lr", "mixed units"]),
-        (broken(test_nll="2.1 nats"), ["row 4", "column test_nll", "not a number"]),
-        (broken(test_nll=""), ["row 4", "column test_nll", "empty", "done"]),
-        (broken(test_nll="nan"), ["row 4", "column test_nll"]),
-        (broken(test_nll="inf"), ["row 4", "column test_nll", "infinite"]),
-        (broken(test_nll=-0.5), ["row 4", "column test_nll", "--higher"]),
-        (broken(status="perhaps"), ["row 4", "column status", "'perhaps'"]),
-        (broken(rank="4.5"), ["row 4", "column rank", "whole number"]),
-        (broken(rank=0), ["row 4", "column rank", "below 1"]),
-        (broken(seed=""), ["row 4", "column seed", "empty"]),
-        (broken(model=""), ["row 4", "column model", "empty"]),
-        (lambda t: t.assign(method="lora"), ["row 1", "column rank", "without a rank"]),
+        *(
+            (broken(**{column: value}), ["row 4", f"column {column}"])
+            for column, values in {
+                "lr": ("fast", "", -1e-4, 30),
+                "test_nll": ("2.1 nats", "", "nan", "inf", -0.5),
+                **{"status": ("perhaps",), "rank": ("4.5", 0), "seed": ("",), "model": ("",)},
+            }.items()
+            for value in values
+        ),
+        (lambda t: t.assign(method="lora"), ["row 1", "column rank"]),
     ],
 )
 def test_bad_tables_are_refused_with_row_and_column(tmp_path, capsys, change, words):
@@ -138,26 +136,20 @@ def test_other_ways_to_write_the_same_table(tmp_path, capsys):
         assert code == 0 and [r["rank"] for r in json.loads(text)] == [None, 4, 16]
 
 
-def test_percent_beside_fractions_is_refused(tmp_path, capsys):
+def test_no_file_no_table_and_mixed_units(tmp_path, capsys):
     table = planted(higher=True)
     table.loc[table.index % 2 == 0, "test_nll"] *= 100
-    code, _, err = run(capsys, "fit", write(tmp_path, table), "--higher", "test_nll")
-    assert code == 2 and "mixed units" in err and "row" in err
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("none.csv", None, "no file"),
-        ("x.parquet", "not parquet", "cannot be read"),
-        ("x.json", "[1, 2", "cannot be read"),
-    ],
-)
-def test_no_file_and_no_table(tmp_path, capsys, name, content, words):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    code, _, err = run(capsys, "fit", tmp_path / name)
-    assert code == 2 and words in err
+    (tmp_path / "x.parquet").write_text("not parquet")
+    (tmp_path / "x.json").write_text("[1, 2")
+    percent = str(write(tmp_path, table))
+    for name, words in (
+        ("none.csv", "no file"),
+        ("x.parquet", "cannot be read"),
+        ("x.json", "cannot be read"),
+        (percent, "mixed units"),
+    ):
+        code, _, err = run(capsys, "fit", tmp_path / name, "--higher", "test_nll")
+        assert code == 2 and words in err
 
 
 A, B = "a" * 64, "b" * 64
@@ -286,3 +278,10 @@ def test_a_run_has_collapsed_by_its_own_best_reward():
     (curve,) = lr_curves(losses)
     assert np.isnan(curve.y).tolist() == [v[3] for v in cases.values()]
     assert curve.broke_down.tolist() == [v[3] for v in cases.values()]
+
+
+def test_runs_that_are_trained_otherwise_share_no_curve():
+    """A curve has several learning rates and seeds; test rows and train_version train nothing."""
+    settings = {f.key for cls in (RunSpec, *METHODS.values()) for f in fields(cls)}
+    known = {"lr", "seed", "method", "name", "test_rows", "train_version"}
+    assert settings - known <= {*CURVE_KEYS}
