@@ -108,14 +108,9 @@ def _named(name: str, found: Sequence[Advice | Failed]) -> Advice:
     """Return the advice for the customer of a name, as it is written or in plain letters."""
     plain = runs.plain_name
     fitting = [a for a in found if a.name == name] or [a for a in found if plain(a.name) == name]
-    if not fitting:
-        names = unknown("customer", name, (a.name for a in found))
-        raise SpecError(f"{names} A name in small letters and underscores will do: big_co.")
-    if len(fitting) > 1:
-        raise SpecError(
-            f"{name} may be {' or '.join(repr(a.name) for a in fitting)}. Write the name as in the "
-            f"table, in quotes: 'why=\"{fitting[0].name}\"'."
-        )
+    if len(fitting) != 1:
+        names = unknown("customer", name, (a.name for a in fitting or found))
+        raise SpecError(f"{names} Write big_co, or in quotes 'why=\"Big Co\"', for Big Co.")
     if isinstance(fitting[0], Failed):
         raise SpecError(fitting[0].error)
     return fitting[0]

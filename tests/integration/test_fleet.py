@@ -284,28 +284,25 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
     assert "in time of one GPU" in on_gpus and "computed from step times" in on_gpus
 
 
-def test_customers_without_an_adapter_keep_their_earlier_folder(world, tmp_path):
+def test_customers_without_an_adapter_keep_their_folder_and_errors_are_printed_once(
+    world, tmp_path, capsys
+):
     assert world.run("rates=advised") == 0
     (tmp_path / "bob.jsonl").write_text("{")
-    world.write(few=(None, None, None))
-    assert world.run("rates=advised") == 1
-    page = world.page
-    assert "4 customers: 3 adapters, 0 not trained yet, 1 with errors" in page
-    assert "holds an earlier adapter" in page and world.facts("bob")["run"] in page
-    assert "No longer in the table, with a folder that stays until you delete it: few." in page
-    assert (world.folder / "few/adapter_model.safetensors").is_file()
-
-
-def test_errors_are_printed_once_and_a_broken_base_fails_its_customers(world, tmp_path, capsys):
     half = tmp_path / "half"
     half.mkdir()
     shutil.copy(world.table[0]["model"], half)
-    world.write(lost=(half, "ann.jsonl", 1), gone=(half, "no.jsonl", 1))
+    none = (None, None, None)
+    world.write(few=none, lost=(half, "ann.jsonl", 1), gone=(half, "no.jsonl", 1))
+    capsys.readouterr()
     assert world.run("rates=advised") == 1
-    printed = capsys.readouterr()
+    printed, page = capsys.readouterr(), world.page
     assert printed.err.count("no model.safetensors") == 2 and "no model" not in printed.out
-    assert "entry 6: see above" in printed.out
-    assert "7 customers: 5 adapters, 0 not trained yet, 2 with errors" in printed.out
+    assert "entry 5: see above" in printed.out
+    assert "6 customers: 3 adapters, 0 not trained yet, 3 with errors" in page
+    assert "holds an earlier adapter" in page and world.facts("bob")["run"] in page
+    assert "No longer in the table, with a folder that stays until you delete it: few." in page
+    assert (world.folder / "few/adapter_model.safetensors").is_file()
 
 
 def test_adapters_load_and_are_switched_on_one_base(world, bases, tmp_path):
@@ -361,12 +358,23 @@ def test_a_base_in_fp32_is_read_from_its_folder_and_trained(world, tmp_path, cap
         world.run("rates=advised", "precision=bf16")
 
 
-def test_a_mirror_has_a_run_a_customer(world, monkeypatch):
+def test_a_mirror_has_a_run_a_customer_and_the_card_counts_shared_prompts(
+    world, tmp_path, monkeypatch
+):
     mirror = Mock()
     monkeypatch.setattr("lorasweep.tracking.wandb.mirror", mirror)
+    rows = [{"prompt": f"How many? {k % 40}", "completion": f"Yes {k}"} for k in range(200)]
+    write_json(tmp_path / "bob.jsonl", rows)
     assert world.run("mirror=wandb", "rates=advised") == 0
     points, _, group = mirror.call_args.args
     assert group == "fleet-customers" and len({p.arm for p in points}) == len(points) == 5
+    bob = world.facts("bob")
+    assert (bob["n_same_prompt"], bob["n_test"], bob["n_test_prompts"]) == (160, 20, 4)
+    # 4 prompts: Student's t of 3 degrees of freedom is 3.182
+    assert bob["gain_interval"][1] - bob["gain"] == pytest.approx(3.182 * bob["gain_se"], rel=1e-3)
+    card = world.card("bob")
+    assert "160 rows have the prompt of another row" in card and "no prompt is both" in card
+    assert "(4 prompts): a gain of" in card and "(Student's t over prompts)" in card
 
 
 def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, bases, tmp_path):
@@ -406,19 +414,6 @@ def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, ba
     (world.folder / "fleet.json").write_text('{"split": "coin"}')
     with pytest.raises(SpecError, match=r"is not known.*out=DIR"):
         world.run(*settings)
-
-
-def test_the_card_counts_shared_prompts_and_the_interval_is_over_prompts(world, tmp_path):
-    rows = [{"prompt": f"How many? {k % 40}", "completion": f"Yes {k}"} for k in range(200)]
-    write_json(tmp_path / "bob.jsonl", rows)
-    assert world.run("rates=advised") == 0
-    bob = world.facts("bob")
-    assert (bob["n_same_prompt"], bob["n_test"], bob["n_test_prompts"]) == (160, 20, 4)
-    # 4 prompts: Student's t of 3 degrees of freedom is 3.182
-    assert bob["gain_interval"][1] - bob["gain"] == pytest.approx(3.182 * bob["gain_se"], rel=1e-3)
-    card = world.card("bob")
-    assert "160 rows have the prompt of another row" in card and "no prompt is both" in card
-    assert "(4 prompts): a gain of" in card and "(Student's t over prompts)" in card
 
 
 def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tmp_path, capsys):

@@ -201,34 +201,6 @@ def test_a_config_json_gives_the_shape_of_experts_too(tmp_path):
         shape(model=str(tmp_path / "gone.json"))
 
 
-@pytest.mark.parametrize(
-    ("config", "millions"),
-    [
-        # github.com/huggingface/transformers, modules on the meta device
-        (
-            {
-                "model_type": "starcoder2", "hidden_size": 3072, "num_hidden_layers": 30,
-                "num_attention_heads": 24, "num_key_value_heads": 2, "intermediate_size": 12288,
-                "vocab_size": 49152, "text_config": None,
-            },
-            3030,
-        ),
-        (
-            {
-                "model_type": "gemma2", "hidden_size": 2304, "num_hidden_layers": 26,
-                "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 9216,
-                "head_dim": 256, "vocab_size": 256000,
-            },
-            2614,
-        ),
-    ],
-    ids=["no gate", "tied by default"],
-)  # fmt: skip
-def test_a_config_json_is_counted_as_its_architecture_has_it(config, millions, tmp_path):
-    path = write(tmp_path / "config.json", json.dumps(config))
-    assert shape(model=str(path)).n_params / 1e6 == pytest.approx(millions, rel=0.001)
-
-
 def test_a_gguf_file_and_a_name_on_the_hub_are_described_as_for_sweeps(tmp_path, monkeypatch):
     found = {"a.gguf": "gguf", "owner/name@main": "hub"}
 

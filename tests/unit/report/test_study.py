@@ -152,7 +152,11 @@ def test_words_are_no_part_of_what_is_hashed_and_every_claim_has_some():
     words = {"text": "other words", "measure": "metres", "note": "the point"}
     known = {"planning": {"smoke": {"sd": 0.5, "units": 7}}, "underpowered": True}
     with composer() as compose:
-        questions = [question(compose([f"+sweep={n}", "scale=smoke"])) for n in answers.ORDER if n != "rl_bits"]
+        questions = [
+            question(compose([f"+sweep={n}", "scale=smoke"]))
+            for n in answers.ORDER
+            if n != "rl_bits"
+        ]
     for asked in questions:
         claims = asked["claims"]
         assert asked["how"] and all(c["text"] and c["measure"] for c in claims.values())
