@@ -84,6 +84,7 @@ class Outcome:
         source = f"{data.location}{f':{data.config}' if data.config else ''}"
         if data.source != "hub":  # only the last folder of the path
             source = f"{Path(data.location).name}/{data.train_split}.{data.source}".lstrip("/")
+        shared = rows.held_out and rows.same_prompt > 0 and data.held_out_by != "prompt"
         room, edge, rates = "", "", [t["lr"] for t in self.tried]
         if not rows.held_out:
             room = "too few unique rows to hold any out"
@@ -91,6 +92,9 @@ class Outcome:
             room = f"the data take more than {'all' if load > FULL else 'half'} of the capacity"
         if spec is not None and len(rates) > 1 and not self.hurts:
             edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(spec.lr, "")
+        verdict = GAINED if low > 0 else WORSE if high < 0 else UNKNOWN
+        of_result = ("n_test_prompts", "steps_done", "best_step", "gain_se", "tokens")
+        of_data = ("revision", "n_validation", "render", "mask", "max_length")
         return {
             "name": m.name,
             "folder": m.folder,
@@ -102,42 +106,28 @@ class Outcome:
             "edge": edge,
             "hurts": self.hurts,
             "rank": m.advised["rank"],
-            "alpha": method.plain()["alpha"],
-            "layers": method.plain()["layers"],
+            **{key: method.plain()[key] for key in ("alpha", "layers")},
             "tied": first.model.tied and "unembedding" in method.target_layers(),
             "data": source,
-            "revision": data.revision,
+            **{key: getattr(data, key) for key in of_data},
+            "template": data.template if data.format == "prompt_completion" else None,
             "license": m.license,
             "n_train": found.get("n_train", rows.n_train),
             "n_repeated": rows.repeated,
             "n_same_prompt": rows.same_prompt,
             "n_left_out": rows.left_out,
-            "prompts_shared": rows.held_out
-            and rows.same_prompt > 0
-            and data.held_out_by != "prompt",
-            "n_validation": data.n_validation,
+            "prompts_shared": shared,
             "n_test": found.get("n_test", data.n_test) if rows.held_out else 0,
-            "n_test_prompts": found.get("n_test_prompts"),
-            "template": data.template if data.format == "prompt_completion" else None,
-            "render": data.render,
-            "mask": data.mask,
-            "end": rows.end,
             "example": [{"text": text, "in_loss": in_loss} for text, in_loss in rows.example],
-            "messages": rows.messages,
-            "stop": rows.stop,
-            "steps": first.steps,
-            "steps_done": found.get("steps_done"),
-            "best_step": found.get("best_step"),
+            **{key: getattr(rows, key) for key in ("end", "messages", "stop")},
+            **{key: getattr(first, key) for key in ("steps", "batch_size")},
+            **{key: found.get(key) for key in of_result},
             "early_stopping": _stopping(m, found),
-            "batch_size": first.batch_size,
-            "max_length": data.max_length,
             "loss_before": found.get("nll_start"),
             "loss_after": found.get("test_nll"),
             "gain": gain,
-            "gain_se": found.get("gain_se"),
             "gain_interval": interval,
-            "gained": spec and (GAINED if low > 0 else WORSE if high < 0 else UNKNOWN),
-            "tokens": found.get("tokens"),
+            "gained": spec and verdict,
             "seconds": found.get("wall_s"),
             **(self.used or {"seconds_used": 0.0, "gpu_hours_used": 0.0}),
             "room": room,
