@@ -22,14 +22,8 @@ from analysis.runs.lr_curves import runs_of
 NEEDED = ("plotly", "jinja2")
 """Packages that the page is made with."""
 _FIT_POINTS = 80
-_DETAILS = (
-    *("run_id", "status", "model", "dataset", "method", "rank", "alpha", "layers", "scope"),
-    *("batch_size", "lr", "seed", "steps", "schedule", "precision", "test_nll", "test_bpb"),
-    *("nll_start", "train_nll", "n_trainable", "norm_a", "norm_b", "norm_delta", "wall_s"),
-    *("base_sha256", "data_sha256"),
-)
-"""Columns shown first for a run, if the table has them. Other columns follow, except _LONG."""
 _LONG = ("spec", "result", "block")
+"""Columns that are not shown with a run."""
 
 
 def write(
@@ -66,8 +60,7 @@ def write(
         nll, is_used = plain(row.get("test_nll")), False
         if curve is not None and row["status"] == "done":
             is_used = round(math.log(row["lr"]), 9) in used[curve]
-        others = [k for k in row if k not in _DETAILS and k not in _LONG]
-        details = {k: plain(row[k]) for k in (*_DETAILS, *others) if k in row}
+        details = {k: plain(v) for k, v in row.items() if k not in _LONG}
         runs.append(
             {
                 "curve": curve,

@@ -30,6 +30,8 @@ MANY = 3
 """A legend with more entries, or in a panel with horizontal lines, goes below the axes."""
 PLAIN = 1e5
 """Tick labels of a logarithmic axis from 1 up to this are plain numbers, not powers of ten."""
+ROWS = 8
+"""From so many named estimates on, a panel has a row for each name instead of a column."""
 ARROW = 24
 """Length of an arrow, in points."""
 INPUTS = "Inputs"
@@ -86,13 +88,18 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
     """Draw panels side by side; equal y labels share y limits, equal legends are drawn once."""
     rows, columns = grid_of(len(parts))
     size = (4.8 * columns if columns > 1 else 7.2, 4.1 * rows)
+    if any(map(_has_rows, parts)):
+        rows, columns = len(parts), 1
+        size = 7.2, (1.4 + 0.36 * max(len(p.ticks or ()) for p in parts)) * rows
     with drawn(path, inputs, rows, columns, size, len(parts), bbox_inches="tight") as (fig, axes):
         used = list(zip(axes, parts))
         for ax, panel in used:
             _draw(ax, panel)
         for ax, panel in used:
-            lows, highs = zip(*(other.get_ylim() for other, p in used if p.y == panel.y))
-            ax.set_ylim(min(lows), max(highs))
+            same = [other for other, p in used if p.y == panel.y and not _has_rows(p)]
+            if ax in same:
+                lows, highs = zip(*(other.get_ylim() for other in same))
+                ax.set_ylim(min(lows), max(highs))
         for ax, panel in used:
             _label_ticks(ax, panel)
         labels = [ax.get_legend_handles_labels()[1] for ax, _ in used]
@@ -111,16 +118,27 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
             fig.legend(handles, labels[0], bbox_to_anchor=(0.5, 0.0), **below)
 
 
+def _has_rows(panel: Panel) -> bool:
+    """Whether a panel's names are rows, so that its values are on the x axis."""
+    return panel.ticks is not None and not panel.log_x and len(panel.ticks) >= ROWS
+
+
 def _draw(ax: Axes, panel: Panel) -> None:
     """Draw a panel's band, lines and series, and set its scales."""
+    flat = _has_rows(panel)
     if panel.band is not None:
         low, high = panel.band
-        label = f"margin {low:g} to {high:g}"
-        ax.axhspan(low, high, color=COLOURS[3], alpha=0.13, lw=0, label=label)
+        look: dict[str, Any] = {"color": COLOURS[3], "alpha": 0.13, "lw": 0}
+        (ax.axvspan if flat else ax.axhspan)(low, high, label=f"margin {low:g} to {high:g}", **look)
     for (label, height), dash in zip(panel.lines.items(), itertools.cycle(("--", ":", "-."))):
-        ax.axhline(height, color="grey", lw=1.2, ls=dash, label=label)
+        look = {"color": "grey", "lw": 1.2, "ls": dash, "label": label}
+        (ax.axvline if flat else ax.axhline)(height, **look)
     for k, series in enumerate(panel.series):
-        _series(ax, series, k)
+        _series(ax, series, k, flat)
+    if flat:
+        ax.set(xlabel=panel.y, ylabel=panel.x, xscale="log" if panel.log_y else "linear")
+        ax.set_title(panel.title, fontsize=10)
+        return
     ax.set(xlabel=panel.x, ylabel=panel.y)
     ax.set_title(panel.title, fontsize=10)
     positive = [float(v) for s in panel.series for v in s.y if v is not None and v > 0]
@@ -139,6 +157,11 @@ def _label_ticks(ax: Axes, panel: Panel) -> None:
     def plain(value: float, _: float) -> str:
         return f"{value:g}"
 
+    if _has_rows(panel):
+        names = panel.ticks or ()
+        ax.set_yticks([v for v, _ in names], [t.replace("\n", " ") for _, t in names])
+        ax.invert_yaxis()
+        return
     low, high = ax.get_ylim()
     if ax.get_yscale() == "symlog" and high < 1000 * panel.linear_below:
         steps = (0, *(s * k for k in (0.5, 1, 2, 4, 10, 20, 50, 100) for s in (-1, 1)))
@@ -167,16 +190,24 @@ def _label_ticks(ax: Axes, panel: Panel) -> None:
         ax.xaxis.set_major_formatter(plain)
 
 
-def _series(ax: Axes, s: Series, k: int) -> None:
+def _series(ax: Axes, s: Series, k: int, flat: bool) -> None:
+    """Draw the k-th series of a panel; `flat`: x upwards and y to the right."""
     index = k if s.colour is None else s.colour
     colour = index if isinstance(index, str) else COLOURS[index % len(COLOURS)]
     x, y = np.asarray(s.x, float), np.array(s.y, float)  # None becomes NaN
     bounds = np.asarray(s.bounds, int) if len(s.bounds) else np.zeros(len(x), int)
     style = s.style.replace("o", MARKERS[k % len(MARKERS)])
     look: dict[str, Any] = {"color": colour, "lw": s.width, "ms": s.size, "alpha": s.alpha}
-    ax.plot(x, np.where(bounds == 0, y, np.nan), style, label=s.label or None, **look)
+
+    def turned(along: Any, value: Any) -> Any:
+        return (value, along) if flat else (along, value)
+
+    points = turned(x, np.where(bounds == 0, y, np.nan))
+    ax.plot(*points, style, label=s.label or None, **look)
     for side in (-1, 1):
-        arrows(ax, x[bounds == side], y[bounds == side], (0, side), colour)
+        mine = bounds == side
+        where: Any = turned(x[mine], y[mine])
+        arrows(ax, where[0], where[1], turned(0, side), colour)
     if len(s.low):
         low, high = np.array(s.low, float), np.array(s.high, float)
         # A range without a value has its error bar around the middle.
@@ -184,7 +215,9 @@ def _series(ax: Axes, s: Series, k: int) -> None:
         reach = np.clip(np.stack([middle - low, high - middle]), 0, None)
         bars = np.where(np.isfinite(reach), reach, 0)
         bars[:, (bounds != 0) & ~(np.isfinite(low) & np.isfinite(high))] = 0
-        ax.errorbar(x, middle, yerr=bars, fmt="none", ecolor=colour, capsize=3, lw=1.2)
+        look = {"fmt": "none", "ecolor": colour, "capsize": 3, "lw": 1.2}
+        look["xerr" if flat else "yerr"] = bars
+        ax.errorbar(*turned(x, middle), **look)
 
 
 def arrows(

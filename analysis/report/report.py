@@ -202,22 +202,8 @@ def render(
     for v in found.verdicts:
         if v.exploratory:
             exploratory.setdefault(v.exploratory, {})[v.claim] = None
-    noise = []  # one text per metric, about its first curve
     pooled = [o for o in found.optima if o.pooled is not None]
-    for metric, o in {o.curve.shown: o for o in reversed(pooled)}.items():
-        what, side = (metric.unit, "top") if metric.sign > 0 else (f" of {metric.name}", "bottom")
-        broke = "diverged" if metric.sign > 0 else "collapsed"
-        known = (
-            f"Noise of one run, pooled over the sweep: {o.pooled.noise:.2g}{what} at the optimum, "
-            f"{o.pooled.df} degrees of freedom. Model error of the curvature: "
-            f"{100 * o.pooled.misfit:.0f}%. "
-        )
-        noise.append(
-            f"{known if o.pooled.df else ''}Crosses at the {side} are runs that were not fitted: "
-            f"they {broke}, ended no better than the untrained model, or have a higher learning "
-            "rate than such a run. A fitted line ends before the first learning rate with such a "
-            "run; the other runs from there on are hollow symbols."
-        )
+    noise = {o.curve.shown: o.pooled for o in reversed(pooled)}  # of each metric's first curve
     text = rendered(
         "report.md",
         question={"source": "", "withdrawn": "", "rounds": 1, **question},
@@ -229,7 +215,7 @@ def render(
         sections=found.sections,
         optima=optima_rows(found.optima) if found.optima else None,
         metrics=" or ".join(dict.fromkeys(o.curve.shown.name for o in found.optima)),
-        noise=[] if without_figures else noise,
+        noise={} if without_figures else noise,
         without_figures=without_figures,
         has_curves=bool(found.optima) and bool(by_run(table)) and not without_figures,
         conditions=_conditions(found.optima, table),

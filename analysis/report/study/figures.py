@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from analysis.inference.decide import scale_of
 from analysis.inference.design import FAR
@@ -22,7 +21,7 @@ from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import fit_all
 from analysis.optimum.likelihood import rate_means
 from analysis.optimum.optimum import WITHIN
-from analysis.questions.base import Panel, Series, by_group, full_of, lora_of
+from analysis.questions.base import Panel, Series, by_group, full_of, lora_of, rank_of
 from analysis.report.study.answers import WORDS, Answer, within
 from analysis.runs.learning_curves import at_step, by_run, on_curve_rows
 from analysis.runs.lr_curves import lr_curves
@@ -205,20 +204,7 @@ def rate_curves(answers: Sequence[Answer]) -> list[RateCurve]:
     return sorted(chosen.values(), key=lambda c: (c.row.setting == Setting.REAL, c.hidden))
 
 
-def has_rate_curves(answers: Sequence[Answer]) -> bool:
-    """Return whether an answer has best LRs of both methods, without fitting the runs again."""
-    return any(
-        {r.rank is None for r in pick(a.rows, "best_lr") if r.estimate.value is not None}
-        == {True, False}
-        for a in answers
-        if a.sweep in ("lr_ratio", WIDTHS)
-    )
-
-
 # ---------------------------------------------------------------- speed of each rank
-
-Speeds = dict[int, dict[int, Estimate]]
-"""Rank -> number of updates -> rho."""
 
 
 def speed_answers(answers: Sequence[Answer]) -> dict[Setting, Answer]:
@@ -231,16 +217,28 @@ def speed_answers(answers: Sequence[Answer]) -> dict[Setting, Answer]:
 
 
 def speed_rows(a: Answer) -> list[Row]:
-    """Measure the speed of each rank of an answer after doublings of the updates.
+    """Measure the speed (rho) of each rank of an answer after 8, 16, 32, ... and all updates.
 
-    `speed_rise`: percent by which a doubling of the rank raises the speed, from the rank below.
+    Each method is at its best LR for that length. `speed_rise`: percent by which a doubling of the
+    rank raises the speed, from the rank below.
     """
-    found, one = [], a.judged[0][0]
-    for rank, mine in sorted(speeds(a.runs, doublings(a.updates)).items()):
-        arm: dict[str, Any] = {"arm": f"lora r{rank}", "rank": rank, "verdict": None, "asked": {}}
-        arm |= {"at": "", "quantity": "speed"}
-        for step, e in mine.items():
-            found.append(replace(one, **arm, updates=step, estimate=e))
+    plain = (a.runs["method"] == "fullft") | (a.runs["init_seed"].fillna(0) == 0)
+    table = on_curve_rows(a.runs[plain].reset_index(drop=True))
+    evaluated = {int(s) for curve in by_run(table).values() for s in curve["step"]}
+    doublings = {EARLIEST * 2**k for k in range(a.updates.bit_length())}
+    one = replace(a.judged[0][0], quantity="speed", at="", verdict=None, asked={})
+    found: list[Row] = []
+    for step in sorted(s for s in (doublings | {a.updates}) & evaluated if s <= a.updates):
+        part = at_step(table, step)
+        optima = fit_all(lr_curves(part))
+        points = dict(zip(map(id, optima), curves_at_best(part, optima)))
+        full = full_of(optima)
+        for o in lora_of(optima) if full is not None else ():
+            e, rank = rho(points[id(o)], points[id(full)]), rank_of(o)
+            if e.value is not None:
+                place: dict[str, Any] = {"arm": f"lora r{rank}", "rank": rank, "updates": step}
+                found.append(replace(one, **place, estimate=e))
+    found.sort(key=lambda r: r.rank or 0)
     ends = [r for r in found if r.updates == a.updates]
     for low, high in itertools.pairwise(ends):
         times = float(high.estimate.value or 0.0) / float(low.estimate.value or math.nan)
@@ -263,26 +261,3 @@ def speed_panels(rows: Sequence[Row]) -> list[Panel]:
         title = f"{mine[0].base}, {WORDS[setting]}"
         out.append(Panel(title, "updates", "speed (rho)", series, **look))
     return out
-
-
-def doublings(to: int) -> list[int]:
-    """Return 8, 16, 32, ... and `to` itself: the numbers of updates at which speed is shown."""
-    return sorted({s for s in (*(EARLIEST * 2**k for k in range(to.bit_length())), to) if s <= to})
-
-
-def speeds(runs: pd.DataFrame, steps: Sequence[int]) -> Speeds:
-    """Measure rho after some numbers of updates, each method at its best LR there."""
-    plain = (runs["method"] == "fullft") | (runs["init_seed"].fillna(0) == 0)
-    table = on_curve_rows(runs[plain].reset_index(drop=True))
-    evaluated = {int(s) for curve in by_run(table).values() for s in curve["step"]}
-    found: Speeds = {}
-    for step in sorted(set(steps) & evaluated):
-        part = at_step(table, step)
-        optima = fit_all(lr_curves(part))
-        points = dict(zip(map(id, optima), curves_at_best(part, optima)))
-        full = full_of(optima)
-        for o in lora_of(optima) if full is not None else ():
-            e = rho(points[id(o)], points[id(full)])
-            if e.value is not None:
-                found.setdefault(int(o.curve.key["rank"]), {})[step] = e
-    return found

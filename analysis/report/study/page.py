@@ -22,16 +22,13 @@ from analysis.inference.estimate import (
     WITHDRAWN,
     Verdict,
     number,
-    rate,
-    signed,
     with_interval,
 )
-from analysis.measures.regret import COUNTS, FIRST_PASS
+from analysis.measures.regret import FIRST_PASS
 from analysis.measures.rows import Row, csv_of, pick
-from analysis.questions.arms_report import ONE, TEN
 from analysis.questions.registry import analyse, question_for, read_question
 from analysis.report import plots, plots_study
-from analysis.report.report import added_after, band_text, command_of, write_answer
+from analysis.report.report import added_after, command_of, write_answer
 from analysis.report.study import figures
 from analysis.report.study.answers import (
     Answer,
@@ -64,19 +61,13 @@ MIXED = "mixed"
 """Outcome of a claim whose verdicts differ between its data sets or bases."""
 BASES = Path(__file__).with_name("bases.yaml")
 """Base model -> what it is, in words."""
-RATES_HEAD = (
-    "base, data, batch, updates|method|best learning rate|regret under 0.01 nats|best NLL|"
-    "ratio to full fine-tuning|regret at 10 times full fine-tuning's (nats)|"
-    "regret at full fine-tuning's (nats)"
-)
 
 
 class Data:
     """What the pages show beside the answers: all rows, also those measured for figures."""
 
     def __init__(self, answers: Sequence[Answer]) -> None:
-        has_rates = figures.has_rate_curves(answers)
-        self.rates = figures.rate_curves(answers) if has_rates else []
+        self.rates = figures.rate_curves(answers)
         shown = figures.speed_answers(answers).values()
         self.speeds = [r for a in shown for r in figures.speed_rows(a)]
         self.lines = figures.regret_lines(answers)
@@ -179,12 +170,8 @@ def pages(
     if kept:
         added = [(a.folder.name, line) for a in answers for line in added_after(a.question)]
         texts["changes.md"] = rendered("study/changes.md", added=added)
-    tables = {"regime": (bits_rows, load_rows), "lr_ratio": (best_rates,)}
     for q in questions:
-        more = [of(answers) for of in tables.get(q["sweep"], ())]
-        more += [[]] * (2 - len(more))
-        text = rendered("study/question.md", **common, q=q, tables=more)
-        texts[f"{QUESTIONS}/{q['sweep']}.md"] = text
+        texts[f"{QUESTIONS}/{q['sweep']}.md"] = rendered("study/question.md", **common, q=q)
     return {**{name: in_words(text) for name, text in texts.items()}, TABLE: csv_of(data.rows)}
 
 
@@ -358,67 +345,6 @@ def _span(values: pd.Series) -> str:
     known = values.dropna()
     ends = (known.min(), known.max()) if len(known) else ()
     return " to ".join(dict.fromkeys(f"{v:,g}" for v in ends))
-
-
-def bits_rows(answers: Sequence[Answer]) -> Rows:
-    """Return each condition's bits and load at the needed rank, by each way of counting bits."""
-    head = ["data set", "updates", "needed rank [95%]"]
-    head += [f"{what} by {words}" for what in ("bits", "load") for words in COUNTS.values()]
-    rows = [head]
-    for a in (a for a in answers if a.sweep == figures.REGIME):
-        known = {(r.task, r.quantity): r.estimate for r in a.rows if not r.arm}
-        for r in pick(a.rows, "needed_rank"):
-            bits = [known.get((r.task, f"bits, {count}")) for count in COUNTS]
-            loads = [known.get((r.task, f"load at the needed rank, {count}")) for count in COUNTS]
-            if any(bits) and r.data != figures.NOTHING:
-                shown = ["-" if b is None else f"{b.value:,.0f}" for b in bits]
-                shown += [with_interval(load) if load else "-" for load in loads]
-                rows.append([r.task, str(r.updates), with_interval(r.estimate), *shown])
-    return rows if len(rows) > 1 else []
-
-
-def load_rows(answers: Sequence[Answer]) -> Rows:
-    """Return each rank's load, by each way of counting bits, and its regret, after the head."""
-    head = [f"load by {words}" for words in COUNTS.values()]
-    rows = [["data set", "updates", "rank", *head, "regret, % of the gain [95%]"]]
-    for a in (a for a in answers if a.sweep == figures.REGIME):
-        known = {(r.task, r.arm, r.quantity): r.estimate.value for r in a.rows}
-        for r in (r for r in pick(a.rows, "regret_percent") if r.data != figures.NOTHING):
-            loads = [number(known.get((r.task, r.arm, f"load, {count}"))) for count in COUNTS]
-            rows.append([r.task, str(r.updates), str(r.rank), *loads, with_interval(r.estimate)])
-    return rows if len(rows) > 1 else []
-
-
-def best_rates(answers: Sequence[Answer]) -> Rows:
-    """Return the best learning rates of all answers with ratios, the largest model first."""
-    rows = [RATES_HEAD.split("|")]
-    for a in sorted((a for a in answers if pick(a.rows, "lr_ratio", verdict=None)), key=_by_size):
-        known = {(r.task, r.arm, r.quantity): r.estimate for r in a.rows if r.verdict is None}
-        for r in pick(a.rows, "best_lr"):
-            ratio, one, ten, band, best = (
-                known.get((r.task, r.arm, quantity))
-                for quantity in (
-                    *("lr_ratio", f"nats lost at {ONE}", f"nats lost at {TEN}"),
-                    *("lr_band", "best_loss"),
-                )
-            )
-            task = f"{r.base}, {r.task.removeprefix(f'{r.base} on ')} (`{a.scale}`)"
-            rows.append(
-                [
-                    task.replace(", batch ", ", ").replace(", steps ", ", "),
-                    "full fine-tuning" if r.arm == "fullft" else r.arm.replace("lora", "LoRA"),
-                    with_interval(r.estimate, rate),
-                    band_text(band.interval if band else None),
-                    number(best.value if best else None, 4),
-                    with_interval(ratio) if ratio else "",
-                    *(signed(cost.value) if cost else "" for cost in (ten, one)),
-                ]
-            )
-    return rows if len(rows) > 1 else []
-
-
-def _by_size(a: Answer) -> int:
-    return -a.size
 
 
 def verdict_row(a: Answer, r: Row, v: Verdict) -> list[str]:
