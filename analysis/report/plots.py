@@ -31,7 +31,7 @@ MANY = 3
 PLAIN = 1e5
 """Tick labels of a logarithmic axis from 1 up to this are plain numbers, not powers of ten."""
 ROWS = 8
-"""From so many named estimates on, a panel has a row for each name instead of a column."""
+"""From so many named estimates in a panel on, a figure has a row for each instead of a column."""
 ARROW = 24
 """Length of an arrow, in points."""
 INPUTS = "Inputs"
@@ -87,28 +87,29 @@ def grid_of(n: int) -> tuple[int, int]:
 def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
     """Draw panels side by side; equal y labels share y limits, equal legends are drawn once."""
     rows, columns = grid_of(len(parts))
-    size = (4.8 * columns if columns > 1 else 7.2, 4.1 * rows)
-    if any(map(_has_rows, parts)):
-        rows, columns = len(parts), 1
-        size = 7.2, (1.4 + 0.36 * max(len(p.ticks or ()) for p in parts)) * rows
+    most = max((len(p.ticks or ()) for p in parts if _is_named(p)), default=0)
+    height = 1.2 + 0.33 * most if most >= ROWS else 4.1
+    size = (4.8 * columns if columns > 1 else 7.2, height * rows)
     with drawn(path, inputs, rows, columns, size, len(parts), bbox_inches="tight") as (fig, axes):
         used = list(zip(axes, parts))
+        flat = {id(ax): most >= ROWS and _is_named(panel) for ax, panel in used}
         for ax, panel in used:
-            _draw(ax, panel)
+            _draw(ax, panel, flat[id(ax)])
         for ax, panel in used:
-            same = [other for other, p in used if p.y == panel.y and not _has_rows(p)]
-            if ax in same:
-                lows, highs = zip(*(other.get_ylim() for other in same))
-                ax.set_ylim(min(lows), max(highs))
+            ends = "xlim" if flat[id(ax)] else "ylim"
+            alike = [o for o, p in used if p.y == panel.y and flat[id(o)] == flat[id(ax)]]
+            lows, highs = zip(*(getattr(other, f"get_{ends}")() for other in alike))
+            ax.set(**{ends: (min(lows), max(highs))})
         for ax, panel in used:
-            _label_ticks(ax, panel)
+            _label_ticks(ax, panel, flat[id(ax)])
         labels = [ax.get_legend_handles_labels()[1] for ax, _ in used]
         shared = len(used) > 1 and all(mine == labels[0] for mine in labels)
         look: dict[str, Any] = {"frameon": False, "fontsize": 8}
         below: dict[str, Any] = {**look, "loc": "upper center", "ncol": 2}
         for (ax, panel), mine in zip(used, labels) if not shared else ():
             if len(mine) > MANY or panel.lines:
-                lines = max((t.count("\n") for _, t in panel.ticks or ()), default=0)
+                texts = [] if flat[id(ax)] else [t for _, t in panel.ticks or ()]
+                lines = max((t.count("\n") for t in texts), default=0)
                 ax.legend(bbox_to_anchor=(0.5, -0.19 - 0.07 * lines), **below)
             elif mine:
                 ax.legend(**look)
@@ -118,14 +119,13 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
             fig.legend(handles, labels[0], bbox_to_anchor=(0.5, 0.0), **below)
 
 
-def _has_rows(panel: Panel) -> bool:
-    """Whether a panel's names are rows, so that its values are on the x axis."""
-    return panel.ticks is not None and not panel.log_x and len(panel.ticks) >= ROWS
+def _is_named(panel: Panel) -> bool:
+    """Whether a panel has a name for each estimate, instead of values of x."""
+    return panel.ticks is not None and not panel.log_x
 
 
-def _draw(ax: Axes, panel: Panel) -> None:
-    """Draw a panel's band, lines and series, and set its scales."""
-    flat = _has_rows(panel)
+def _draw(ax: Axes, panel: Panel, flat: bool) -> None:
+    """Draw a panel's band, lines and series, and set its scales; `flat`: values along x."""
     if panel.band is not None:
         low, high = panel.band
         look: dict[str, Any] = {"color": COLOURS[3], "alpha": 0.13, "lw": 0}
@@ -153,14 +153,14 @@ def _draw(ax: Axes, panel: Panel) -> None:
         ax.set_ylim(*panel.y_range)
 
 
-def _label_ticks(ax: Axes, panel: Panel) -> None:
+def _label_ticks(ax: Axes, panel: Panel, flat: bool) -> None:
     def plain(value: float, _: float) -> str:
         return f"{value:g}"
 
-    if _has_rows(panel):
-        names = panel.ticks or ()
-        ax.set_yticks([v for v, _ in names], [t.replace("\n", " ") for _, t in names])
-        ax.invert_yaxis()
+    if flat:
+        names = [(v, t.replace("\n+", "+").replace("\n", " ")) for v, t in panel.ticks or ()]
+        ax.set_yticks([v for v, _ in names], [t for _, t in names])
+        ax.set_ylim(len(names) - 0.5, -0.5)
         return
     low, high = ax.get_ylim()
     if ax.get_yscale() == "symlog" and high < 1000 * panel.linear_below:
