@@ -26,6 +26,9 @@ COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 """Okabe & Ito's palette, distinguishable for colour-blind readers. Black is full fine-tuning."""
 MARKERS = "osD^vP*"
 DPI = 100
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8}
+BELOW: dict[str, Any] = {**LEGEND, "loc": "upper center"}
+"""A legend below its axes."""
 MANY = 3
 """A legend with more entries, or in a panel with horizontal lines, goes below the axes."""
 PLAIN = 1e5
@@ -104,15 +107,14 @@ def panels(parts: Sequence[Panel], path: Path, inputs: str = "") -> None:
             _label_ticks(ax, panel, flat[id(ax)])
         labels = [ax.get_legend_handles_labels()[1] for ax, _ in used]
         shared = len(used) > 1 and all(mine == labels[0] for mine in labels)
-        look: dict[str, Any] = {"frameon": False, "fontsize": 8}
-        below: dict[str, Any] = {**look, "loc": "upper center", "ncol": 2}
+        below = {**BELOW, "ncol": 2}
         for (ax, panel), mine in zip(used, labels) if not shared else ():
             if len(mine) > MANY or panel.lines:
                 texts = [] if flat[id(ax)] else [t for _, t in panel.ticks or ()]
                 lines = max((t.count("\n") for t in texts), default=0)
                 ax.legend(bbox_to_anchor=(0.5, -0.19 - 0.07 * lines), **below)
             elif mine:
-                ax.legend(**look)
+                ax.legend(**LEGEND)
         fig.tight_layout()
         if shared and labels[0]:
             handles = axes[0].get_legend_handles_labels()[0]

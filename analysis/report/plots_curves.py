@@ -16,12 +16,10 @@ from analysis.inference.estimate import rate, with_interval
 from analysis.optimum.likelihood import rate_means, without_shifts
 from analysis.optimum.optimum import Optimum
 from analysis.questions.base import by_group
-from analysis.report.plots import COLOURS, MARKERS, arrows, drawn, grid_of
+from analysis.report.plots import BELOW, COLOURS, MARKERS, arrows, drawn, grid_of
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names, runs_of, title
 
-BELOW = {"frameon": False, "fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
-"""A legend below its axes."""
 Panels = list[tuple[Axes, list[Optimum]]]
 
 
@@ -50,7 +48,7 @@ def lr_against_nll(optima: Sequence[Optimum], path: Path, inputs: str = "") -> N
             ax.set_title(title(members[0].curve), fontsize=10)
             ax.set_ylim(top=limit)
             ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.legend(**BELOW)
+            ax.legend(**BELOW, bbox_to_anchor=(0.5, -0.16))
         _same_axes(panels)
         fig.tight_layout()
 
@@ -125,7 +123,7 @@ def learning(table: pd.DataFrame, optima: Sequence[Optimum], path: Path, inputs:
                     ax.set_ylim(top=limit * 1.05)
             ax.set(xscale="log", xlabel="updates", ylabel=shown.label)
             ax.set_title(title(members[0].curve), fontsize=10)
-            ax.legend(**BELOW)
+            ax.legend(**BELOW, bbox_to_anchor=(0.5, -0.16))
         _same_axes(panels)
         fig.suptitle(
             "thin: every run; thick: best tried rate (the last evaluation uses more held-out rows)",

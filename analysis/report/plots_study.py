@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from analysis.inference.estimate import with_interval
 from analysis.measures.regret import ALLOWED
 from analysis.measures.rows import Setting
-from analysis.report.plots import COLOURS, MARKERS, drawn
+from analysis.report.plots import BELOW, COLOURS, LEGEND, MARKERS, drawn
 from analysis.report.study.answers import where
 from analysis.report.study.figures import Line, Placed, RateCurve
 
@@ -127,7 +127,7 @@ def forest(rows: Sequence[Placed], path: Path, inputs: str = "") -> None:
             Line2D([], [], marker=m, mfc=face, mec="black", ls="none", label=outcome.lower())
             for outcome, (m, face) in SYMBOLS.items()
         ]
-        fig.legend(handles=keys, loc="lower center", ncol=3, frameon=False, fontsize=8)
+        fig.legend(handles=keys, loc="lower center", ncol=3, **LEGEND)
 
 
 def _mark(ax: Axes, row: Placed, y: float) -> None:
@@ -168,5 +168,5 @@ def rates(curves: Sequence[RateCurve], path: Path, inputs: str = "") -> None:
         ax.minorticks_off()
         ax.set_xlabel("LoRA's learning rate / full fine-tuning's best learning rate")
         ax.set_ylabel("loss above LoRA's lowest, % of LoRA's gain")
-        ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+        ax.legend(**{**BELOW, "fontsize": 9}, bbox_to_anchor=(0.5, -0.13))
         fig.tight_layout()
