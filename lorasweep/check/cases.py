@@ -1,9 +1,8 @@
 """What action=check_gpu measures: its cases by part, and the plan's prediction of each."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lorasweep.methods.fullft import FullFT
@@ -68,75 +67,68 @@ def shrink(model: ModelSpec) -> ModelSpec:
     values |= {"n_heads": 4, "n_kv_heads": 2, "head_size": 16}
     if model.n_experts:
         values |= {"n_experts": 4, "n_active_experts": 2}
-    return dataclasses.replace(model, **values)
-
-
-def random_tokens(length: int) -> DatasetSpec:
-    """Return a data set of rows of `length` tokens that `lorasweep.check.speed` draws."""
-    return DatasetSpec(
-        *("random_tokens", "synthetic", "bandit"),
-        format="tokens",
-        max_length=length,
-        n_test=1,
-        n_test_curve=0,
-    )
+    return replace(model, **values)
 
 
 def cases_of(
-    models: Mapping[str, Callable[[], ModelSpec]], small: RunSpec, size: Size, precision: Any
+    models: Mapping[str, Callable[[], ModelSpec]], small: RunSpec, size: Size, precision: str
 ) -> list[Case]:
     """List the cases of all parts.
 
     Args:
         models: the shapes, by name.
-        small: a run on a shipped base, of any method, for the part `correctness`.
+        small: a run on a shipped base, for the part `correctness`.
         size: ON_GPU or ON_CPU.
         precision: of the cases of speed.
     """
 
     def run(name: str, method: Method, batch_size: int, length: int, **more: Any) -> RunSpec:
         model = shrink(models[name]()) if size.shrunken else models[name]()
-        run = RunSpec(model, random_tokens(length), method, lr=CHANGES_NOTHING)
-        return dataclasses.replace(run, batch_size=batch_size, precision=precision, **more)
+        rows: dict[str, Any] = {"max_length": length, "n_test": 1, "n_test_curve": 0}
+        # rows that lorasweep.check.speed draws
+        dataset = DatasetSpec("random_tokens", "synthetic", "bandit", format="tokens", **rows)
+        more |= {"batch_size": batch_size, "precision": precision}
+        return RunSpec(model, dataset, method, lr=CHANGES_NOTHING, **more)
 
-    small = dataclasses.replace(small, method=LoRA(rank=4))
-    cases = [Case(NODE, "node", "node:measure", options={"small": size.shrunken})]
-    for method in (LoRA(rank=4), FullFT()):
-        spec = dataclasses.replace(small, method=method)
-        name = f"one update of {method.name} in fp64, against the CPU"
-        cases.append(Case(CORRECTNESS, name, "correctness:update_as_on_cpu", spec))
-    for p in ("fp64", "fp32", "bf16"):
-        spec = dataclasses.replace(small, precision=p)
-        cases.append(
-            Case(CORRECTNESS, f"a pack in {p}, against its runs", "correctness:pack", spec)
+    lora, full = LoRA(rank=RANK), FullFT()
+    small = replace(small, method=LoRA(rank=4))
+    cases = [Case(NODE, "node", "speed:node", options={"small": size.shrunken})]
+    checks = {
+        f"one update of {method.name} in fp64, against the CPU": (
+            "update_as_on_cpu",
+            replace(small, method=method),
         )
+        for method in (small.method, full)
+    }
+    for p in ("fp64", "fp32", "bf16"):
+        checks[f"a pack in {p}, against its runs"] = ("pack", replace(small, precision=p))
     for name in ("killed_and_resumed", "little_memory"):
-        text = name.replace("_", " ")
-        cases.append(Case(CORRECTNESS, text, f"correctness:{name}", small))
+        checks[name.replace("_", " ")] = (name, small)
+    for text, (name, spec) in checks.items():
+        cases.append(Case(CORRECTNESS, text, f"correctness:{name}", spec))
     for name in MODELS:
-        for method in (LoRA(rank=RANK), FullFT()):
+        for method in (lora, full):
             spec = run(name, method, size.batch_size, size.length)
             cases.append(Case(SPEED, f"{name} {method.name}", "speed:step", spec))
     for name in PACKED:
         for rows in size.pack_rows:
-            spec = run(name, LoRA(rank=RANK), rows, size.short_length)
+            spec = run(name, lora, rows, size.short_length)
             for n in size.pack_sizes:
                 cases.append(Case(PACKS, f"{name} {rows} rows x {n}", "speed:step", spec, n))
-    name, group = PACKED[0], 4
-    lora = run(name, LoRA(rank=RANK), size.batch_size, size.length)
-    rl = run(
-        *(name, LoRA(rank=RANK), size.completions, 2 * size.new_tokens),
-        objective="policy_gradient",
-        max_new_tokens=size.new_tokens,
-        group_size=group,
-    )
-    for text, options in (
-        ("padded rows", {"ragged": True}),
-        ("joined rows", {"ragged": True, "join_rows": True}),
-        ("torch.compile", {"compile": True}),
+    name = PACKED[0]
+    sft = run(name, lora, size.batch_size, size.length)
+    rl: dict[str, Any] = {
+        "objective": "policy_gradient",
+        "max_new_tokens": size.new_tokens,
+        "group_size": 4,
+    }
+    for text, spec, options in (
+        ("padded rows", sft, {"ragged": True}),
+        ("joined rows", sft, {"ragged": True, "join_rows": True}),
+        ("torch.compile", sft, {"compile": True}),
+        ("sampling", run(name, lora, size.completions, 2 * size.new_tokens, **rl), {}),
     ):
-        cases.append(Case(LOOP, f"{name} {text}", "speed:step", lora, options=options))
-    cases.append(Case(LOOP, f"{name} sampling", "speed:sampling", rl))
+        cases.append(Case(LOOP, f"{name} {text}", "speed:step", spec, options=options))
     return cases
 
 
@@ -147,33 +139,30 @@ def predict(case: Case, hardware: Hardware) -> dict[str, Any]:
     update), sampled_tokens_s, parts (seconds by component); or only misfit: why it does not fit.
     """
     assert case.spec is not None
-    joined = case.options.get("join_rows", False)
+    spec, joined = case.spec, case.options.get("join_rows", False)
     how: dict[str, Any] = {"checkpointing": (False, True), "join_rows": joined}
-    placed = place(case.spec, hardware, case.n_runs, **how)
+    placed = place(spec, hardware, case.n_runs, **how)
     if placed.why:
         return {"misfit": placed.why}
-    flops = case.n_runs * train_flops(case.spec) / case.spec.steps
-    sampled: dict[str, float] = {}
-    if seconds := placed.step.get("sampling"):
-        tokens = case.n_runs * case.spec.batch_size * case.spec.max_new_tokens
-        sampled = {"sampled_tokens_s": tokens / seconds}
-    return {
-        **sampled,
+    found = {
         "rows": placed.layout.rows,
         "checkpointing": placed.layout.checkpointing,
         "step_s": placed.step_s,
-        "tokens_s": placed.tokens / case.spec.steps / placed.step_s,
+        "tokens_s": placed.tokens / spec.steps / placed.step_s,
         "memory_gib": placed.memory_gib,
-        "flops": flops,
+        "flops": case.n_runs * train_flops(spec) / spec.steps,
         "parts": placed.step,
     }
+    if seconds := placed.step.get("sampling"):
+        tokens = case.n_runs * spec.batch_size * spec.max_new_tokens
+        found["sampled_tokens_s"] = tokens / seconds
+    return found
 
 
 def predictions(cases: list[Case], hardware: Hardware) -> dict[str, Any]:
     """Return the predictions of all cases of speed, with the hardware and the time."""
-    found = {c.name: predict(c, hardware) for c in cases if c.part in (SPEED, PACKS, LOOP)}
     return {
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "hardware": dataclasses.asdict(hardware),
-        "cases": found,
+        "hardware": asdict(hardware),
+        "cases": {c.name: predict(c, hardware) for c in cases if c.part in (SPEED, PACKS, LOOP)},
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lorasweep.check.node import device
+from lorasweep.check.speed import device
 from lorasweep.data import load as data_sets
 from lorasweep.launch import local
 from lorasweep.launch.trainer import TorchTrainer, finetune
@@ -25,7 +25,6 @@ from lorasweep.plan import detect
 from lorasweep.plan.planner import place
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
-from lorasweep.store.checkpoint import State
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.train.events import Event
@@ -35,46 +34,35 @@ EPS = 1e-3
 UPDATE_BOUND = 1e-10
 """Largest difference of trained weights after an update in float64, relative to the tensor's
 largest weight. Two orders of adding up differ by 1e-15 to 1e-12 (docs/log)."""
-PACK_STEPS = 10
-PACK_BOUND = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.02}
-"""Largest difference in nats of a held-out loss after PACK_STEPS updates."""
+PACK_STEPS, PACK_BOUND = 10, {"fp64": 1e-9, "fp32": 1e-4, "bf16": 0.02}
+"""Updates, and the largest difference in nats of a held-out loss after them."""
 RESUME_BOUND = 1e-4
-"""The same between a run that was killed and one that was not. On a CPU they are equal; on a GPU
-some sums have no fixed order."""
+"""The same between a run that was interrupted and one that was not. On a CPU they are equal; on a
+GPU some sums have no fixed order."""
 SHARES = (0.5, 0.25, 0.12)
 """Shares of the memory that the plan expects for the rows of a batch: what `little_memory` has."""
 ROOM = "LORASWEEP_CHECK_ROOM"
 """Environment variable: bytes that `few_bytes` leaves to a worker."""
 
 
-def relative_difference(a: State, b: State) -> float:
-    """Return the largest difference of two runs' trained tensors, relative to each tensor."""
-
-    def one(x: torch.Tensor, y: torch.Tensor) -> float:
-        x, y = x.detach().cpu(), y.detach().cpu()
-        difference = float((x - y).abs().max())
-        return difference and difference / float(y.abs().max())
-
-    return max(one(a["tensors"][name], tensor) for name, tensor in b["tensors"].items())
-
-
 def update_as_on_cpu(spec: RunSpec, there: torch.device | None = None) -> dict[str, Any]:
     """Compare one float64 update on the device, row by row, with one on the CPU of all rows."""
     spec = replace(spec, precision="fp64", steps=1, eps=EPS)
-    data = data_sets.load(spec.dataset, [])
-    states = []
+    data, found = data_sets.load(spec.dataset, []), []
     for where, rows in (("cpu", None), (there or device(), 1)):
         base = models.load(spec.model, [], "fp64")
         base.model.to(where)
         (event,) = finetune([spec], base, data, rows)
-        states.append(event.snapshot()[spec.id])
-    return {"difference": relative_difference(states[1], states[0]), "bound": UPDATE_BOUND}
+        tensors = event.snapshot()[spec.id]["tensors"]
+        found.append({name: t.detach().cpu() for name, t in tensors.items()})
+    differences = ((found[1][name] - t).abs().max() / t.abs().max() for name, t in found[0].items())
+    return {"difference": max(d.nan_to_num().item() for d in differences), "bound": UPDATE_BOUND}
 
 
-def pack(spec: RunSpec, n_runs: int = 8) -> dict[str, Any]:
+def pack(spec: RunSpec, n_runs: int = 4) -> dict[str, Any]:
     """Compare LoRA runs of ranks 1 to 16 in one pack with each of them alone."""
     runs = [
-        replace(spec, lr=1e-3 * (1 + k), steps=PACK_STEPS, method=LoRA(rank=(1, 4, 8, 16)[k // 2]))
+        replace(spec, lr=1e-3 * (1 + k), steps=PACK_STEPS, method=LoRA(rank=(1, 4, 8, 16)[k]))
         for k in range(n_runs)
     ]
     data = data_sets.load(spec.dataset, [])
@@ -87,9 +75,8 @@ def pack(spec: RunSpec, n_runs: int = 8) -> dict[str, Any]:
 
 
 def _losses(runs: Sequence[RunSpec], base: Base, data: Any) -> dict[str, float]:
-    events = finetune(runs, base, data)
-    ended = {i: result for event in events for i, (_, result) in event.ended.items()}
-    return {i: result["test_nll"] for i, result in ended.items()}
+    ended = (event.ended for event in finetune(runs, base, data))
+    return {i: result["test_nll"] for some in ended for i, (_, result) in some.items()}
 
 
 # ---------------------------------------------------------------- workers
@@ -97,52 +84,45 @@ def _losses(runs: Sequence[RunSpec], base: Base, data: Any) -> dict[str, float]:
 
 def killed_and_resumed(spec: RunSpec) -> dict[str, Any]:
     """Kill a worker by SIGKILL, train on from its checkpoint; compare with a run in one go."""
-    spec = replace(spec, steps=12)
-    exec_ = Exec(checkpoint_s=0.0, workers=1)
-    whole, _ = _trained(spec, exec_, None)
-    again, store = _trained(spec, exec_, f"{__name__}:kill_once")
-    resumed = store["resumed_from_step"] or 0
-    if not resumed:
+    spec, exec_ = replace(spec, steps=12), Exec(checkpoint_s=0.0, workers=1)
+    whole = _in_one_go(spec)
+    again, env = _trained(spec, exec_, f"{__name__}:kill_once")
+    if not env["resumed_from_step"]:
         raise RuntimeError("the run did not resume from a checkpoint")
-    difference = abs(again["test_nll"] - whole["test_nll"])
-    return {"difference": difference, "bound": RESUME_BOUND, "resumed_from_update": resumed}
+    return {"difference": abs(again - whole), "bound": RESUME_BOUND}
 
 
 def little_memory(spec: RunSpec) -> dict[str, Any]:
     """Train with memory for some of a batch's rows; compare with a run with enough memory."""
-    spec = replace(spec, steps=3, batch_size=256)
-    hardware = detect.this_machine()
+    spec, hardware = replace(spec, steps=3, batch_size=256), detect.this_machine()
     sizes = (spec.batch_size, 1)
     most, least = (place(spec, hardware, rows=rows).memory_bytes for rows in sizes)
     exec_ = Exec(workers=1, micro_batch_size=spec.batch_size)
-    whole, _ = _trained(spec, exec_, None)
+    whole = _in_one_go(spec)
     for share in SHARES:  # the plan's estimate may be too high
         os.environ[ROOM] = str(int(share * (most - least)))
-        try:
-            less, env = _trained(spec, exec_, f"{__name__}:few_bytes")
-        finally:
-            del os.environ[ROOM]
+        less, env = _trained(spec, exec_, f"{__name__}:few_bytes")
         if env["micro_batch_size"] < spec.batch_size:
-            difference = abs(less["test_nll"] - whole["test_nll"])
-            rows = env["micro_batch_size"]
-            return {"difference": difference, "bound": RESUME_BOUND, "rows": rows}
+            return {"difference": abs(less - whole), "bound": RESUME_BOUND}
     raise RuntimeError("the memory did not run out, so nothing was checked")
 
 
-def _trained(spec: RunSpec, exec_: Exec, trainer: str | None) -> tuple[dict[str, Any], Any]:
-    """Train a run in worker processes; return its result and the facts about its last attempt."""
+def _in_one_go(spec: RunSpec) -> float:
+    base = models.load(spec.model, [], spec.precision)
+    return _losses([spec], base, data_sets.load(spec.dataset, []))[spec.id]
+
+
+def _trained(spec: RunSpec, exec_: Exec, trainer: str) -> tuple[float, dict[str, Any]]:
+    """Train a run in worker processes; return its loss and the facts about its last attempt."""
     with tempfile.TemporaryDirectory() as folder:
         store = RunStore(folder)
         store.prepare()
-        notes: list[dict[str, Any]] = []
         points = [Point(spec.method.name, spec)]
-        local.run_points(points, store, replace(exec_, runs_dir=folder), notes.append, trainer)
+        local.run_points(points, store, replace(exec_, runs_dir=folder), lambda _: None, trainer)
         result = store.result(spec.id)
         if result is None:
-            raise RuntimeError(
-                f"the run failed: {store.end(spec.id, store.last_attempt(spec.id) or 0)}"
-            )
-        return result, store.env(spec.id)
+            raise RuntimeError(f"the run failed: {store.failure(spec.id)}")
+        return result["test_nll"], store.env(spec.id)
 
 
 def kill_once(pack: list[RunSpec], exec_: Exec, resume: Any) -> Iterator[Event]:

@@ -1,9 +1,9 @@
 """The page of action=check_gpu, and the hardware file with the measured constants."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import yaml
@@ -13,18 +13,17 @@ from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.time import LAUNCH_S
 
 Results = Mapping[str, dict[str, Any]]
-WRONG = 0.25
-"""The page names predictions that are off by more than this share."""
-MOST = 10
-"""Wrong predictions that are listed."""
+WRONG, MOST = 0.25, 10
+"""The page names predictions that are off by more than this share, and at most so many."""
 COMPARED = {
     "step_s": "seconds an update",
     "memory_gib": "GiB at the peak",
     "sampled_tokens_s": "tokens sampled a second",
 }
-
-
-# ---------------------------------------------------------------- hardware
+SPEEDS = (
+    *("case", "rows per pass", "s an update", "planned", "tokens/s", "share of the peak"),
+    *("GiB", "planned", "one by one / pack"),
+)
 
 
 def measured_hardware(node: Mapping[str, Any], known: Hardware | None, name: str) -> Hardware:
@@ -36,9 +35,8 @@ def measured_hardware(node: Mapping[str, Any], known: Hardware | None, name: str
     share = 1.0
     if known is not None and "bf16" in known.matmul_flops_s and "bf16" in speeds:
         share = speeds["bf16"] / known.matmul_flops_s["bf16"]
-    base = known or Hardware()
-    return dataclasses.replace(
-        base,
+    return replace(
+        known or Hardware(),
         name=name,
         gpus=max(1, node["gpus"]),
         gpu_name=node["name"],
@@ -53,37 +51,19 @@ def measured_hardware(node: Mapping[str, Any], known: Hardware | None, name: str
 
 def hardware_file(hardware: Hardware, node: Mapping[str, Any], date: str) -> str:
     """Return the text of a file for conf/hardware."""
-    defaults = Hardware()
-    values = {
-        f.name: dict(value) if isinstance(value, Mapping) else value
-        for f in dataclasses.fields(Hardware)
-        if (value := getattr(hardware, f.name)) != getattr(defaults, f.name)
+    known = {
+        f.name: (getattr(hardware, f.name), getattr(Hardware(), f.name)) for f in fields(Hardware)
     }
-    software = ", ".join(f"{k} {v}" for k, v in node["software"].items() if v)
-    head = (
-        f"# {node['name']}, measured on {date} by action=check_gpu ({software}).\n"
+    values = {
+        name: dict(value) if isinstance(value, Mapping) else value
+        for name, (value, default) in known.items()
+        if value != default
+    }
+    return (
+        f"# {node['name']}, measured on {date} by action=check_gpu ({_software(node)}).\n"
         "# The best product has matmul_flops_s times attainable_share. Not measured: links,\n"
         "# network and price.\n"
-    )
-    return head + yaml.safe_dump(values, sort_keys=False)
-
-
-# ---------------------------------------------------------------- predicted and measured
-
-
-def comparisons(
-    cases: Sequence[Case], predicted: Results, results: Results
-) -> list[tuple[Case, str, float, float]]:
-    """List (case, quantity, predicted, measured) of everything that has both numbers.
-
-    The plan knows nothing of the options of a case.
-    """
-    found = []
-    for case in (c for c in cases if not c.options):
-        before, after = predicted.get(case.name, {}), results.get(case.name, {})
-        both = [key for key in COMPARED if before.get(key) and after.get(key)]
-        found += [(case, key, before[key], after[key]) for key in both]
-    return found
+    ) + yaml.safe_dump(values, sort_keys=False)
 
 
 def failures(cases: Sequence[Case], results: Results) -> list[str]:
@@ -99,44 +79,54 @@ def failures(cases: Sequence[Case], results: Results) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------- the page
-
-
 def page(
     cases: Sequence[Case],
     predicted: Mapping[str, Any],
     results: Results,
-    answer: Mapping[str, Any] | None,
     measured: Hardware | None,
 ) -> str:
     """Return the page as Markdown.
 
-    `predicted`: see `cases.predictions`; empty before they were made. `answer`: the result of the
-    last part. `measured`: the machine with measured constants.
+    `predicted`: see `cases.predictions`; empty before they were made. `measured`: the machine with
+    measured constants.
     """
     node = results.get("node", {"failed": "it was not run"})
     if "failed" in node:
         return f"# Check of a GPU\n\nPart 1 failed: {node['failed']}\n"
     plans = predicted.get("cases", {})
-    compared = comparisons(cases, plans, results)
-    blocks = [f"# Check of {node['name']}", _summary(cases, results)]
-    blocks.append("\n".join(_accuracy(compared, measured) + _answer(answer)))
+    # the plan knows nothing of the options of a case
+    compared = [
+        (case, key, before, after)
+        for case in (c for c in cases if not c.options)
+        for key in COMPARED
+        if (before := plans.get(case.name, {}).get(key))
+        and (after := results.get(case.name, {}).get(key))
+    ]
+    wrong_checks = failures(cases, results)
+    checks = [c for c in cases if c.part == CORRECTNESS and c.name in results]
+    blocks = [f"# Check of {node['name']}", f"{node['memory_gib']:.1f} GiB, {_software(node)}."]
+    if any(c.options.get("small") for c in cases):
+        text = "Shapes are shrunken, and the plan's formulas for GPUs are applied to a processor"
+        blocks.append(f"**This machine has no GPU.** {text}: the ratios say nothing about a GPU.")
+    passed = f"{len(checks) - len(wrong_checks)} of {len(checks)} checks passed."
+    lines = [f"- **Correctness:** {passed}", *(f"  - {text}" for text in wrong_checks)]
+    blocks.append("\n".join(lines + _accuracy(compared, measured)))
     wrong = [row for row in compared if abs(row[2] / row[3] - 1) > WRONG]
     if wrong:
         wrong.sort(key=lambda row: -abs(math.log(row[3] / row[2])))
         shown = f", the {MOST} worst" if len(wrong) > MOST else ""
-        blocks.append(f"Wrong by more than {WRONG:.0%}{shown}:")
         rows = [("case", "quantity", "predicted", "measured", "measured / predicted", "mostly")]
         for case, key, before, after in wrong[:MOST]:
             parts = plans[case.name]["parts"]
             mostly = max(parts, key=lambda name: parts[name]) if key == "step_s" else ""
             numbers = (f"{before:.4g}", f"{after:.4g}", f"{after / before:.2f}")
             rows.append((case.name, COMPARED[key], *numbers, mostly))
-        blocks.append(_table(rows))
+        blocks += [f"Wrong by more than {WRONG:.0%}{shown}:", _table(rows)]
     blocks += ["## The card", _table(_card(node, predicted.get("hardware", {})))]
-    checked = [r for c in cases if c.part == CORRECTNESS and "bound" in (r := _named(c, results))]
-    head = ("check", "difference", "allowed")
-    blocks += ["## Correctness", _table([head, *map(_check, checked)])]
+    head = [("check", "difference", "allowed")]
+    known = [(c.name, results[c.name]) for c in checks if "bound" in results[c.name]]
+    differences = [(n, f"{r['difference']:.2g}", f"{r['bound']:.2g}") for n, r in known]
+    blocks += ["## Correctness", _table(head + differences)]
     titles = {SPEED: "Speed", PACKS: "Packs", LOOP: "Rows, compiling and sampling"}
     for part, title in titles.items():
         some = [c for c in cases if c.part == part and "step_s" in results.get(c.name, {})]
@@ -150,35 +140,15 @@ def page(
     return "\n\n".join(blocks) + "\n"
 
 
-def _named(case: Case, results: Results) -> dict[str, Any]:
-    return {"name": case.name, **results.get(case.name, {})}
+def _software(node: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in node["software"].items() if v)
 
 
-def _check(result: Mapping[str, Any]) -> tuple[str, ...]:
-    return (result["name"], f"{result['difference']:.2g}", f"{result['bound']:.2g}")
-
-
-def _summary(cases: Sequence[Case], results: Results) -> str:
-    node = results["node"]
-    software = ", ".join(f"{k} {v}" for k, v in node["software"].items() if v)
-    lines = [f"{node['memory_gib']:.1f} GiB, {software}.", ""]
-    if any(c.options.get("small") for c in cases):
-        text = "Shapes are shrunken, and the plan's formulas for GPUs are applied to a processor"
-        lines += [f"**This machine has no GPU.** {text}: the ratios say nothing about a GPU.", ""]
-    wrong = failures(cases, results)
-    checks = sum(c.part == CORRECTNESS and c.name in results for c in cases)
-    lines.append(f"- **Correctness:** {checks - len(wrong)} of {checks} checks passed.")
-    return "\n".join([*lines, *(f"  - {text}" for text in wrong)])
-
-
-def _accuracy(
-    compared: Sequence[tuple[Case, str, float, float]], measured: Hardware | None
-) -> list[str]:
+def _accuracy(compared: Sequence[Any], measured: Hardware | None) -> list[str]:
     """Return a line for each quantity, and one for the seconds with the measured constants."""
     lines = []
     for key, label in COMPARED.items():
-        ratios = [after / before for _, k, before, after in compared if k == key]
-        if ratios:
+        if ratios := [after / before for _, k, before, after in compared if k == key]:
             far = sum(abs(1 / ratio - 1) > WRONG for ratio in ratios)
             lines.append(
                 f"- **{label[0].upper()}{label[1:]}:** the median of measured / predicted is "
@@ -187,8 +157,7 @@ def _accuracy(
             )
     if measured is not None:
         timed = [(predict(c, measured), after) for c, k, _, after in compared if k == "step_s"]
-        ratios = [after / again["step_s"] for again, after in timed if "step_s" in again]
-        if ratios:
+        if ratios := [after / again["step_s"] for again, after in timed if "step_s" in again]:
             middle = statistics.median(ratios)
             lines.append(
                 f"- **With the measured constants** the median of seconds is {middle:.2f}."
@@ -196,47 +165,33 @@ def _accuracy(
     return lines
 
 
-def _answer(answer: Mapping[str, Any] | None) -> list[str]:
-    lines = []
-    for claim in answer["claims"] if answer else ():
-        here = "no estimate" if claim["value"] is None else f"{claim['value']:.3g}"
-        kept = "no kept answer"
-        if claim["kept"]:
-            inside = "" if claim["inside"] else ", **outside**"
-            kept = "kept {value:.3g} [{low:.3g}, {high:.3g}]".format(**claim["kept"]) + inside
-        lines.append(f"  - {claim['claim']}: {here}; {kept}")
-    return [f"- **{answer['sweep']} on this machine:**", *lines] if answer else []
-
-
 def _card(node: Mapping[str, Any], plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    speeds, attention = plan.get("matmul_flops_s", {}), node["attention"]
-    share = plan.get("attainable_share", 1.0)
+    """Return a row for each constant, in the plan and measured."""
+
+    def tera(number: float | None, share: float = 1.0) -> str:
+        return f"{number * share / 1e12:.3g}" if number else "-"
+
+    attention, share = node["attention"], plan.get("attainable_share", 1.0)
+    planned = plan.get("matmul_flops_s", {})
     rows = [("constant", "in the plan", "measured")]
-    rows += [
-        (f"products in {p}, TFLOP/s", _tera(speeds.get(p), share), _tera(found))
-        for p, found in node["matmul_flops_s"].items()
-    ]
-    known, found = plan.get("attention_flops_s"), attention["flops_s"]
-    rows.append(("causal attention in bf16, TFLOP/s", _tera(known), _tera(found)))
-    for name, speed in attention["kernels"].items():
-        taken = " (taken)" if name == attention["most_like"] else ""
-        rows.append((f"- {name} kernel{taken}", "", _tera(speed)))
-    bandwidth = plan.get("bandwidth_bytes_s")
-    rows.append(("bandwidth, TB/s", _tera(bandwidth), _tera(node["bandwidth_bytes_s"])))
+    for p, speed in node["matmul_flops_s"].items():
+        rows.append((f"products in {p}, TFLOP/s", tera(planned.get(p), share), tera(speed)))
+    chosen = (tera(plan.get("attention_flops_s")), tera(attention["flops_s"]))
+    rows.append(("causal attention in bf16, TFLOP/s", *chosen))
+    rows += [(f"- {n} kernel", "", tera(speed)) for n, speed in attention["kernels"].items()]
+    bandwidth = (tera(plan.get("bandwidth_bytes_s")), tera(node["bandwidth_bytes_s"]))
     launch = (f"{LAUNCH_S * 1e6:.1f}", f"{node['launch_s'] * 1e6:.1f}")
-    return [*rows, ("launch of a kernel, microseconds", *launch)]
+    return [
+        *(*rows, ("bandwidth, TB/s", *bandwidth)),
+        ("launch of a kernel, microseconds", *launch),
+    ]
 
 
 def _speeds(
     cases: Sequence[Case], plans: Results, results: Results, node: Mapping[str, Any]
 ) -> list[tuple[str, ...]]:
     """Return a row for each measured case; packs are compared with runs one by one, too."""
-    rows: list[tuple[str, ...]] = [
-        (
-            *("case", "rows per pass", "s an update", "planned", "tokens/s", "share of the peak"),
-            *("GiB", "planned", "one by one / pack"),
-        )
-    ]
+    rows: list[tuple[str, ...]] = [SPEEDS]
     alone = {c.spec: results[c.name]["step_s"] for c in cases if c.n_runs == 1}
     for case in cases:
         after, before = results[case.name], plans[case.name]
@@ -254,10 +209,6 @@ def _speeds(
             )
         )
     return rows
-
-
-def _tera(number: float | None, share: float = 1.0) -> str:
-    return f"{number * share / 1e12:.3g}" if number else "-"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

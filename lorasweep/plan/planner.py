@@ -5,7 +5,7 @@ One planner for this machine and for a card of the catalogue. Measured speeds ov
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +45,7 @@ FORWARD_TOKENS = 32768
 """Maximum tokens per forward pass and GPU, and per update of a pack: more are no faster."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
     """Where a pack trains, and its expected memory and time."""
 
@@ -140,7 +140,7 @@ def place(
         f"a dataset.max_length below {length}, a batch_size that a larger power of two divides "
         f"({spec.batch_size} given; at most {MOST_GPUS} GPU(s) a run), or a GPU with {need:.0f} GiB"
     )
-    if gpus or rows:
+    if hardware.has_speeds and (gpus or rows):
         other = place(
             spec, hardware, n_runs, gpus=None, checkpointing=(False, True), join_rows=join_rows
         )
@@ -255,8 +255,8 @@ class Planner:
     def _pack_size(self, spec: RunSpec, alone: Placement) -> int:
         """Return the largest number of runs like `spec` in a pack.
 
-        The first of these that applies: the method's limit, the user's choice, the fastest known
-        size if it fits into the memory, the largest of usual size that fits.
+        The first of these that applies: the method's limit, the user's choice, the fastest
+        measured size if it fits into the memory, the largest of usual size that fits.
         """
         e, hardware = self.exec, self.hardware
         if spec.method.MAX_PACK is not None or alone.layout.gpus > 1:
@@ -272,11 +272,7 @@ class Planner:
 
         default = next((n for n in reversed(some) if fits(n)), 1)
         found = self.speeds.of(spec) if self.speeds and e.pack_size is None else None
-        if found is None:
-            return default
-        best = found.best_size()
-        if not found.measured and best == max(found.step_s):
-            best = max(best, default)  # larger packs than were recorded may be faster still
+        best = found.best_size() if found else default
         return best if best <= default or fits(best) else default
 
     def forecast(self, points: Sequence[Point], second: Replicates) -> list[dict[str, Kind]]:
@@ -311,7 +307,15 @@ class Planner:
             layout = kind.place.layout
             key = (layout.gpus, kind.pack_size, layout.rows, layout.checkpointing)
             groups.setdefault(key, []).append(point)
-        refuse(k.place for k in dict.fromkeys(self.kind(p.spec) for p in points))
+        misfits = dict.fromkeys(k.place for p in points if (k := self.kind(p.spec)).place.why)
+        if misfits:
+            head = "these runs do not fit with the given settings, and nothing was started:"
+            lines = (f"  {where.why}. It fits with {where.remedy}." for where in misfits)
+            advice = (
+                "  Or choose larger GPUs (hardware=...), or leave the runs out: exec.max_gpus=N, "
+                "~sweep.arms.NAME or sweep.axes.model=[...]."
+            )
+            raise SpecError("\n".join([head, *lines, advice]))
         names = ("world_size", "pack_size", "micro_batch_size", "activation_checkpointing")
         found = [
             (replace(self.exec, **dict(zip(names, key))), some) for key, some in groups.items()
@@ -319,26 +323,6 @@ class Planner:
         if problems := [problem for chosen, _ in found for problem in chosen.problems()]:
             raise SpecError("\n".join(problems))
         return found
-
-    def refuse_unfit(self, points: Sequence[Point]) -> None:
-        """Raise SpecError if runs do not fit with these settings; it says what would help."""
-        e = self.exec
-        how: dict[str, Any] = {"gpus": e.world_size, "join_rows": e.join_rows}
-        how["checkpointing"] = (e.activation_checkpointing,)
-        kinds = dict.fromkeys(self.kind(p.spec) for p in points)
-        refuse(place(k.spec, self.hardware, 1, e.micro_batch_size, **how) for k in kinds)
-
-
-def refuse(placements: Iterable[Placement]) -> None:
-    """Raise SpecError if runs do not fit; the message says what would help."""
-    lines = [f"  {p.why}. It fits with {p.remedy}." for p in placements if p.why]
-    if lines:
-        head = "these runs do not fit with the given settings, and nothing was started:"
-        advice = (
-            "  Or choose larger GPUs (hardware=...), or leave the runs out: exec.max_gpus=N, "
-            "~sweep.arms.NAME or sweep.axes.model=[...]."
-        )
-        raise SpecError("\n".join([head, *lines, advice]))
 
 
 def costs(

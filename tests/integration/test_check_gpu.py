@@ -14,9 +14,9 @@ CHECK = ("action=check_gpu", "exec.threads=1")
 
 def test_a_check_that_was_cut_off_goes_on_and_ends_with_a_page(tmp_path):
     command = [sys.executable, "-m", "lorasweep", *CHECK]
-    pipes = {"stdout": subprocess.PIPE, "text": True, "env": environment(tmp_path), "cwd": tmp_path}
+    pipes = {"stderr": subprocess.PIPE, "text": True, "env": environment(tmp_path), "cwd": tmp_path}
     with subprocess.Popen(command, **pipes) as first:
-        for line in first.stdout:
+        for line in first.stderr:
             if line.startswith("speed"):  # in its third part
                 first.send_signal(signal.SIGKILL)
     (folder,) = (tmp_path / "reports" / "check_gpu").iterdir()
@@ -35,7 +35,6 @@ def test_a_check_that_was_cut_off_goes_on_and_ends_with_a_page(tmp_path):
     assert ("This machine has no GPU" in text) != torch.cuda.is_available()
     for title in ("The card", "Correctness", "Speed", "Packs"):
         assert f"## {title}\n" in text
-    assert "**lr_ratio-" in text
 
     (file,) = (folder / "conf" / "hardware").iterdir()
     plan = ("+sweep=lr_ratio", "scale=small", "action=plan", f"hardware={file.stem}")

@@ -61,22 +61,16 @@ def test_a_users_own_card_is_a_file_and_the_plan_names_it(command, nowhere, tmp_
 CLUSTER = (*BATCHES, "cluster=slurm", "hardware=h100")
 
 
-def test_what_fits_nowhere_says_what_would_and_submits_nothing(command, nowhere):
-    plan = command(*CLUSTER, "hardware.gpu_memory_gib=4", "action=plan")
-    assert plan.returncode == 0 and "does not fit: fullft of llama-3.1-8b" in plan.stdout
-    done = command(*CLUSTER, "hardware.gpu_memory_gib=4")
-    assert done.returncode == 2 and "nothing was started" in done.stderr
-    assert "fullft of llama-3.1-8b takes" in done.stderr and "It fits with" in done.stderr
-    done = command(*CLUSTER, "exec.max_gpus=1")
-    assert "left out" in done.stderr and "nothing was started" not in done.stderr
-
-
 def test_the_plan_of_a_cluster_lists_its_jobs_by_what_they_need(command, nowhere):
     plan = json.loads(command(*CLUSTER, "action=plan", "format=json").stdout)
     needed = [(j["nodes"], j["gpus"], j["workers"]) for j in plan["queue"]["jobs"]]
     assert needed == [(1, 1, 1), (1, 4, 1)]
     assert plan["queue"]["to_submit"] <= plan["sweeps"][0]["runs"]
-    assert "CPU core(s), 4 GPU(s)" in command(*CLUSTER, "action=plan").stdout
+    plan = command(*CLUSTER, "hardware.gpu_memory_gib=4", "action=plan")
+    assert plan.returncode == 0 and "does not fit: fullft of llama-3.1-8b" in plan.stdout
+    done = command(*CLUSTER, "hardware.gpu_memory_gib=4")
+    assert done.returncode == 2 and "nothing was started" in done.stderr
+    assert "fullft of llama-3.1-8b takes" in done.stderr and "It fits with" in done.stderr
 
 
 # ---------------------------------------------------------------- claims within a budget
@@ -122,18 +116,17 @@ def test_the_printed_commands_train_what_the_budget_pays(command, nowhere):
     assert "serving engine" not in text
 
 
-def test_a_budget_of_claims_is_in_hours_of_gpus_with_a_data_sheet(command):
-    wrong = {
-        (*ASKED, "budget=2h"): "in hours of GPUs with a data sheet, for example hardware=h100",
-        (*ASKED, "budget=40runs"): "budget=500gpuh",
-        (*ASKED, "budget=much"): "expected an amount and its unit",
-        ("action=plan", "budget=500gpuh"): "for example hardware=h100",
-        ("budget=500gpuh",): "and for action=plan with +sweep=NAME hardware=h100",
-        (*ASKED, "out=DIR"): "out= is for a sweep that searches",
-    }
-    for args, message in wrong.items():
-        done = command(*BATCHES, *args)
-        assert done.returncode == 2 and message in done.stderr, (args, done.stderr)
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((*ASKED, "budget=2h"), "in hours of GPUs with a data sheet, for example hardware=h100"),
+        ((*ASKED, "budget=40runs"), "budget=500gpuh"),
+        (("budget=500gpuh",), "and for action=plan with +sweep=NAME hardware=h100"),
+    ],
+)
+def test_a_budget_of_claims_is_in_hours_of_gpus_with_a_data_sheet(command, args, message):
+    done = command(*BATCHES, *args)
+    assert done.returncode == 2 and message in done.stderr
 
 
 def test_several_looks_have_an_expected_cost_and_one_look_has_none(command, nowhere):
@@ -153,14 +146,13 @@ def test_several_looks_have_an_expected_cost_and_one_look_has_none(command, nowh
 
 
 def test_sampling_by_a_serving_engine_has_a_row_that_is_not_in_the_total(command, nowhere):
-    study = ("+sweep=study", "sweep.parts=[rl,capacity]", "scale=paper", "budget=1gpuh")
+    study = ("+sweep=study", "sweep.parts=[rl,capacity]", "scale=paper")
     found = planned(command, *study)
     rl, total = found["sweeps"][0], found["total"]
-    rest = rl["gpu_hours"] - rl["gpu_hours_of_sampling"]
-    assert rest < rl["gpu_hours_with_serving_engine"] < rl["gpu_hours"] / 3
+    assert rl["runs"] == 3 * 3 * 7 + 3 * 3 * 3 * 2 and rl["gpus_a_run"] == [1, 8]
     assert total["gpu_hours"] == pytest.approx(sum(s["gpu_hours"] for s in found["sweeps"]))
     text = command(*study, *ASKED[:2]).stdout
     (row,) = [line for line in text.splitlines() if line.startswith("rl with a serving engine*")]
     assert row.split()[-3] == f"{rl['gpu_hours_with_serving_engine']:,.0f}"
     assert "* not built in, and not in the total" in text
-    assert re.search(r"^rank_1 +rl +166,... +over budget", text, re.MULTILINE)
+    assert f"{rl['gpu_hours_of_sampling']:,.0f} of the GPU-hours" in text
