@@ -29,7 +29,7 @@ from analysis.inference.estimate import Estimate, from_draws, number
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures.at_best import losses_at_best, over_seeds, pooled_over
 from analysis.measures.ratio import ratio_of
-from analysis.optimum.fit import fit_sweeps
+from analysis.optimum.fit import fit_all
 from analysis.optimum.optimum import Optimum, seeds_at_best
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
@@ -54,7 +54,7 @@ POSITIONS = ("inside", "below", "above")
 ERRORS = ("error", "ratio_error", "argmin_error", "parabola_error", "global_error")
 """Errors as factors between estimate and truth; only the median of each is kept."""
 BATCH = 100
-"""Number of sweeps fitted together."""
+"""Number of sweeps drawn before the simpler estimators draw from the same stream."""
 WITH_BASELINES = 200
 """Number of sweeps of a condition to which the simpler estimators are applied, too."""
 
@@ -62,11 +62,11 @@ WITH_BASELINES = 200
 def fitted(
     family: str, design: Design, rng: np.random.Generator, sweeps: int, **options: Any
 ) -> Iterator[tuple[list[LrCurve], np.ndarray, list[Optimum]]]:
-    """Simulate sweeps by `plant` and fit BATCH at a time; yield curves, true optima, and fits."""
+    """Simulate BATCH sweeps at a time by `plant`; yield curves, true optima, and fits."""
     for start in range(0, sweeps, BATCH):
-        planted = [plant(family, design, rng, **options) for _ in range(min(BATCH, sweeps - start))]
-        for (curves, truths), optima in zip(planted, fit_sweeps([c for c, _ in planted])):
-            yield curves, truths, optima
+        n = min(BATCH, sweeps - start)
+        for curves, truths in [plant(family, design, rng, **options) for _ in range(n)]:
+            yield curves, truths, fit_all(curves)
 
 
 def covers(e: Estimate, truth: float) -> bool:
@@ -230,9 +230,9 @@ def sharing(family: str, rates: int, factor: float, noise: float, cases: int) ->
     row: Figures = {"family": family, **known}
     planted = [_related(family, rates, factor, noise, rng) for _ in range(cases)]
     for name in ("alone", "shared"):
-        fits = fit_sweeps([c for c, _ in planted], share=name == "shared")
         hits, widths = [], []
-        for (_, truths), optima in zip(planted, fits):
+        for curves, truths in planted:
+            optima = fit_all(curves, share=name == "shared")
             for o, truth in list(zip(optima, truths))[2:]:
                 if o.best_lr.has_interval() and o.best_lr.value is not None:
                     hits.append(covers(o.best_lr, math.exp(float(truth))))

@@ -1,13 +1,10 @@
-"""Compare RL with TRL's GRPO trainer, and rollouts drawn in a pack with those of single runs.
+"""Compare RL with TRL's GRPO trainer.
 
-    python -m benchmarks rewards [--out FILE] [curves] [flips]
+    python -m benchmarks rewards [--out FILE]
 
-Curves: both sides run full fine-tuning at the middle learning rate of the sweep `rl`, with several
-seeds. Only the random numbers of rollouts differ, so the curves should agree on average. Seconds
+Both sides run full fine-tuning at the middle learning rate of the sweep `rl`, with several seeds.
+Only the random numbers of rollouts differ, so the learning curves should agree on average. Seconds
 are of processor time.
-
-Flips: the number of rollouts that differ between a run in a pack and the same run alone. In fp32
-only rounding makes a difference. Adapters have a random B, as if trained.
 """
 
 import dataclasses
@@ -18,28 +15,19 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 
 from analysis.inference.estimate import number
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
-from analysis.report.text import Rows
 from benchmarks import harness, trl_baseline
 from benchmarks.harness import BENCH, Figures, Log, Page, packages_of, render
 from lorasweep.config.compose import compose_request
-from lorasweep.data.examples import Data
 from lorasweep.data.load import load as load_data
-from lorasweep.data.rewards import prompt_of
 from lorasweep.launch.trainer import finetune
-from lorasweep.methods.lora import LoRA
-from lorasweep.models.load import Base
 from lorasweep.models.load import load as load_model
-from lorasweep.models.targets import find_targets
 from lorasweep.spec.evaluations import eval_steps
 from lorasweep.spec.run import RunSpec
-from lorasweep.spec.streams import stream
-from lorasweep.train.sampling import sample
 
 SEEDS = (200, 201, 202, 203, 204)
 """The sweep uses other seeds."""
@@ -51,14 +39,6 @@ ERRORS = 2
 """Two means agree if they differ by at most this many standard errors, the bars of the figure."""
 Curve = dict[int, float]
 """Update -> held-out reward."""
-RUNS, UPDATES_DRAWN = 4, 40
-"""Number of runs in the pack, and of updates for which rollouts are drawn."""
-SPREAD = 0.05
-"""Standard deviation of B's entries: an assumption."""
-CASES = {"words, rank 8": ("rl", 8), "bandit, rank 16": ("rl_unembedding", 16)}
-"""Name -> sweep (at scale tiny), rank."""
-Drawn = list[np.ndarray]
-"""Tokens of every rollout."""
 
 
 def compared(one: Sequence[Curve], other: Sequence[Curve]) -> list[dict[str, Any]]:
@@ -137,54 +117,6 @@ def measure_curves(log: Log) -> Figures:
     }
 
 
-def differing(one: Drawn, other: Drawn) -> int:
-    """Return how many rollouts are not the same."""
-    return sum(a.tolist() != b.tolist() for a, b in zip(one, other, strict=True))
-
-
-def drawn_by(seeds: Sequence[int], spec: RunSpec, base: Base, data: Data) -> list[Drawn]:
-    """Draw rollouts of the runs with these seeds together, as a pack; return them by run."""
-    methods = [LoRA(rank=spec.method.rank)] * RUNS  # type: ignore[attr-defined]
-    targets = find_targets(base.model, spec.model, methods[0].target_layers())
-    trained = methods[0].attach(base.model, targets, methods, range(RUNS))
-    for k, (name, p) in enumerate(trained.parameters().items()):
-        if ".B" in name:
-            p.data.copy_(SPREAD * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
-    if len(seeds) < RUNS:
-        trained.keep(list(seeds))
-    shape, count = (spec.batch_size, spec.max_new_tokens), spec.batch_size // spec.group_size
-    assert data.rewards is not None
-    ends = data.rewards.ends
-    found: list[Drawn] = [[] for _ in seeds]
-    for k in range(UPDATES_DRAWN):
-        uniforms = np.stack([stream("sample", s, k).random(shape) for s in seeds])
-        prompts = [list(map(prompt_of, data.train(s, k * count, count))) for s in seeds]
-        rollouts = sample(base.model, prompts, uniforms, ends, spec.precision)
-        for own, more in zip(found, rollouts):
-            own += more.tokens
-    trained.detach()
-    return found
-
-
-def measure_flips(log: Log) -> list[Figures]:
-    """Draw the rollouts of each case in a pack and run by run, and count differences."""
-    torch.set_num_threads(1)
-    rows = []
-    for name, (sweep, rank) in CASES.items():
-        points = compose_request([f"+sweep={sweep}", "scale=tiny"]).points
-        rewarded = (p.spec for p in points if p.spec.objective == "policy_gradient")
-        spec = next(s for s in rewarded if getattr(s.method, "rank", None) == rank)
-        data, base = load_data(spec.dataset, []), load_model(spec.model, ["models"], "fp32")
-        together = drawn_by(range(RUNS), spec, base, data)
-        alone = [drawn_by([s], spec, base, data)[0] for s in range(RUNS)]
-        counts = {"answers": sum(map(len, alone)), "tokens": sum(len(t) for o in alone for t in o)}
-        row = {"case": name, "members": RUNS, **counts}
-        row["differing"] = sum(map(differing, together, alone))
-        log(str(row))
-        rows.append(row)
-    return rows
-
-
 # ---------------------------------------------------------------- the page
 
 
@@ -238,18 +170,7 @@ def page(content: dict[str, Any]) -> str:
         found=found,
         updates=[head, *rows],
         seconds=seconds,
-        flips=flips(content.get("flips", [])),
     )
-
-
-def flips(cases: list[dict[str, Any]]) -> Rows:
-    """Return how many rollouts differ in a pack, after the head; empty if it was not measured."""
-    head = "run|runs in the pack|rollouts|tokens|rollouts that differ|per million tokens"
-    rows = [head.split("|")]
-    for c in cases:
-        counts = [f"{c[k]:,}" for k in ("members", "answers", "tokens", "differing")]
-        rows.append([c["case"], *counts, number(1e6 * c["differing"] / c["tokens"], 2)])
-    return rows if cases else []
 
 
 def draw(content: dict[str, Any], inputs: str) -> None:
@@ -262,5 +183,5 @@ PAGE = Page(BENCH / "rewards.json", "rewards.md", page, draw)
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the named parts, or both, and write the page."""
-    parts = {"curves": measure_curves, "flips": measure_flips}
+    parts = {"curves": measure_curves}
     harness.measure(PAGE, parts, arguments, "torch", "transformers", "trl")

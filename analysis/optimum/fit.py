@@ -8,7 +8,7 @@ for its noise has neither value nor bound.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -43,68 +43,54 @@ the interval and differs from the median by more than this factor."""
 
 def fit_all(curves: Sequence[LrCurve], share: bool = False) -> list[Optimum]:
     """Find the optima of a sweep; `share`: the other ranks give a curve a prior of the shape."""
-    return fit_sweeps([curves], share)[0]
+    trimmed = [without_collapse(c) for c in curves]
+    found: dict[int, Optimum] = {}
+    for part in pools(trimmed):
+        found |= _fit_pool({k: trimmed[k] for k in part}, share)
+    return [found[k] for k in range(len(found))]
 
 
-def fit_sweeps(sweeps: Sequence[Sequence[LrCurve]], share: bool = False) -> list[list[Optimum]]:
-    """Find the optima of many sweeps at once; each sweep pools its noise and misfit."""
-    trimmed = [[without_collapse(c) for c in curves] for curves in sweeps]
-    groups = [
-        _Group(i, {k: curves[k] for k in part})
-        for i, curves in enumerate(trimmed)
-        for part in pools(curves)
-    ]
-    shape_priors = None
+def _fit_pool(curves: dict[int, LrCurve], share: bool) -> dict[int, Optimum]:
+    """Fit curves that share one noise level; the keys are indices in the sweep."""
+    weights = dict(zip(curves, weights_of(list(curves.values()))))
+    growth = growth_of(list(curves.values()), list(weights.values()))
+
+    def likelihoods(members: Iterable[int]) -> dict[int, Likelihood]:
+        return {k: likelihood_of(curves[k], growth, weights[k]) for k in members}
+
+    fitted = likelihoods(k for k, c in curves.items() if n_rates(c) >= MIN_RATES)
+    posteriors, pooled = weigh(list(fitted.values()))
     if share:
-        alone = weigh([list(g.likelihoods.values()) for g in groups])
-        shape_priors = [_shape_priors(g, *fitted) for g, fitted in zip(groups, alone)]
-    fits = weigh([list(g.likelihoods.values()) for g in groups], shape_priors)
-    found: list[dict[int, Optimum]] = [{} for _ in sweeps]
-    for g, (posteriors, pooled) in zip(groups, fits):
-        by_curve = dict(zip(g.likelihoods, posteriors))
-        for k, curve in g.curves.items():
-            found[g.sweep][k] = _optimum(curve, g.likelihoods.get(k), by_curve.get(k), pooled)
-    return [[optima[k] for k in range(len(optima))] for optima in found]
-
-
-class _Group:
-    """Curves of one sweep that share one noise level; the keys are indices in the sweep."""
-
-    def __init__(self, sweep: int, curves: dict[int, LrCurve]) -> None:
-        self.sweep, self.curves = sweep, curves
-        weights = weights_of(list(curves.values()))
-        self.growth = growth_of(list(curves.values()), weights)
-        self.weights = dict(zip(curves, weights))
-        self.fit([k for k, c in curves.items() if n_rates(c) >= MIN_RATES])
-
-    def fit(self, members: Sequence[int]) -> None:
-        """Compute the likelihoods of these curves."""
-        self.likelihoods: dict[int, Likelihood] = {
-            k: likelihood_of(self.curves[k], self.growth, self.weights[k]) for k in members
-        }
+        priors = _shape_priors(curves, fitted, posteriors, pooled)
+        fitted = likelihoods(priors)
+        posteriors, pooled = weigh(list(fitted.values()), list(priors.values()))
+    by_curve = dict(zip(fitted, posteriors))
+    return {k: _optimum(c, fitted.get(k), by_curve.get(k), pooled) for k, c in curves.items()}
 
 
 def _shape_priors(
-    group: _Group, posteriors: Sequence[Posterior], pooled: Pooled
-) -> list[valley.ShapePrior | None]:
+    curves: Mapping[int, LrCurve],
+    likelihoods: Mapping[int, Likelihood],
+    posteriors: Sequence[Posterior],
+    pooled: Pooled,
+) -> dict[int, valley.ShapePrior | None]:
     """Return a shape prior for every fitted curve, from the curves that differ only in rank.
 
     The prior is empirical Bayes: the mean and standard deviation of asymmetry and ln curvature over
     those curves. It is None if fewer than two of them have a best LR inside the LRs tried. Curves
-    that have enough LRs only with a prior are added to the group's likelihoods.
+    that have enough LRs only with a prior are added.
     """
     shapes = {}
-    for (k, e), posterior in zip(group.likelihoods.items(), posteriors):
+    for (k, e), posterior in zip(likelihoods.items(), posteriors):
         if 0 < e.best < len(e.x) - 1:
-            m = float(posterior.quantile(0.5))
-            at = (m, pooled.noise, pooled.misfit)
+            at = (float(posterior.quantile(0.5)), pooled.noise, pooled.misfit)
             shapes[k] = valley.likeliest(e.x, e.root, e.root @ e.loss, *at)
     key = {
         k: sorted((name, str(v)) for name, v in c.key.items() if name != "rank")
-        for k, c in group.curves.items()
+        for k, c in curves.items()
     }
     priors: dict[int, valley.ShapePrior | None] = {}
-    for k, curve in group.curves.items():
+    for k, curve in curves.items():
         related = [s for j, s in shapes.items() if j != k and key[j] == key[k]]
         if n_rates(curve) >= MIN_RATES_WITH_PRIOR and len(related) >= 2:
             a, c = np.array([s.a for s in related]), np.log([s.c for s in related])
@@ -113,8 +99,7 @@ def _shape_priors(
             priors[k] = valley.ShapePrior(float(a.mean()), spreads[0], centre, spreads[1])
         elif n_rates(curve) >= MIN_RATES:
             priors[k] = None
-    group.fit(list(priors))
-    return list(priors.values())
+    return priors
 
 
 # ---------------------------------------------------------------- from a posterior to an optimum

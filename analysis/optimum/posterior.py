@@ -15,7 +15,6 @@ from analysis.optimum.valley import ShapePrior
 _STEPS, _PAD = 57, 0.7
 _END = 3e-3
 """Mass in the first or last cell above which a posterior is recomputed on a grid over all LRs."""
-_CHUNK = 48
 _NEVER = -1e4
 
 
@@ -51,89 +50,50 @@ class Pooled:
 
 
 def weigh(
-    sweeps: Sequence[Sequence[Likelihood]],
-    shape_priors: Sequence[Sequence[ShapePrior | None]] | None = None,
+    sweep: Sequence[Likelihood],
+    shape_priors: Sequence[ShapePrior | None] | None = None,
     misfit: float | None = None,
-) -> list[tuple[list[Posterior], Pooled]]:
-    """Return each sweep's posteriors, one per curve, and its pooled noise and misfit.
+) -> tuple[list[Posterior], Pooled]:
+    """Return a sweep's posteriors, one per curve, and its pooled noise and misfit.
 
-    `shape_priors`: one per curve of each sweep. `misfit`: a known misfit, rounded to valley.TAUS.
+    `shape_priors`: one per curve. `misfit`: a known misfit, rounded to valley.TAUS.
     """
-    sigmas = []  # noise levels to average over, by sweep
-    for sweep in sweeps:
-        df = sum(e.df for e in sweep)
-        if not sweep:
-            sigmas.append(np.ones(1))
-        elif df >= 10:  # enough repeats: near their standard deviation
-            noise = math.sqrt(max(sum(e.squares for e in sweep) / df, 1e-18))
-            sigmas.append(noise * np.exp(np.linspace(-2.5, 2.5, 5) / math.sqrt(2 * df)))
-        else:
-            scale = float(np.median([np.ptp(e.loss) for e in sweep])) or 1e-6
-            sigmas.append(scale * np.geomspace(1e-4, 0.5, 12))
-    flat = [e for sweep in sweeps for e in sweep]
-    own = [levels for sweep, levels in zip(sweeps, sigmas) for _ in sweep]
-    priors: list[ShapePrior | None] = [None] * len(flat)
-    if shape_priors is not None:
-        priors = [prior for row in shape_priors for prior in row]
+    if not sweep:
+        return [], Pooled(math.nan, math.nan, 0)
+    df = sum(e.df for e in sweep)
+    if df >= 10:  # enough repeats: noise levels to average over, near their standard deviation
+        noise = math.sqrt(max(sum(e.squares for e in sweep) / df, 1e-18))
+        sigmas = noise * np.exp(np.linspace(-2.5, 2.5, 5) / math.sqrt(2 * df))
+    else:
+        scale = float(np.median([np.ptp(e.loss) for e in sweep])) or 1e-6
+        sigmas = scale * np.geomspace(1e-4, 0.5, 12)
+    priors = shape_priors or [None] * len(sweep)
     grids = []  # minima to try: from two LRs below the best one to two above
-    for e in flat:
+    for e in sweep:
         low = e.x[e.best - 2] if e.best >= 2 else e.x[0] - _PAD
         high = e.x[e.best + 2] if e.best + 2 < len(e.x) else e.x[-1] + _PAD
         grids.append(np.linspace(low, min(high, e.first_diverged), _STEPS))
-    logs = _all_logs(flat, grids, own, priors)
-    for wide in (False, True):
-        found, start = [], 0
-        for sweep, levels in zip(sweeps, sigmas):
-            mine = slice(start, start + len(sweep))
-            found.append(_pool(sweep, levels, logs[mine], grids[mine], misfit))
-            start += len(sweep)
-        flatly = [p for posteriors, _ in found for p in posteriors]
-        again = [k for k, p in enumerate(flatly) if max(p.mass[0], p.mass[-1]) > _END]
-        if wide or not again:
-            break
-        for k in again:
-            low, high = flat[k].x[0] - _PAD, flat[k].x[-1] + _PAD
-            grids[k] = np.linspace(low, min(high, flat[k].first_diverged), 2 * _STEPS)
-        wider = _all_logs(
-            [flat[k] for k in again],
-            [grids[k] for k in again],
-            [own[k] for k in again],
-            [priors[k] for k in again],
-        )
-        for k, log in zip(again, wider):
-            logs[k] = log
-    return found
+    logs = [_log_likelihood(e, m, sigmas, prior) for e, m, prior in zip(sweep, grids, priors)]
+    posteriors, pooled = _pool(sweep, sigmas, logs, grids, misfit)
+    again = [k for k, p in enumerate(posteriors) if max(p.mass[0], p.mass[-1]) > _END]
+    for k in again:
+        e = sweep[k]
+        high = min(e.x[-1] + _PAD, e.first_diverged)
+        grids[k] = np.linspace(e.x[0] - _PAD, high, 2 * _STEPS)
+        logs[k] = _log_likelihood(e, grids[k], sigmas, priors[k])
+    return _pool(sweep, sigmas, logs, grids, misfit) if again else (posteriors, pooled)
 
 
-def _all_logs(
-    likelihoods: list[Likelihood],
-    grids: list[np.ndarray],
-    sigmas: list[np.ndarray],
-    shape_priors: list[ShapePrior | None],
-) -> list[np.ndarray]:
-    """Compute the log likelihoods [S, T, M] (noise, misfit, minimum) of many curves.
-
-    Curves with the same design (LRs and repeats) share their tables and are computed together.
-    """
-    groups: dict[tuple, list[int]] = {}
-    for k, (e, m) in enumerate(zip(likelihoods, grids)):
-        design = tuple(np.round(v, 9).tobytes() for v in (e.x - e.x[0], e.root, m - e.x[0]))
-        groups.setdefault((*design, len(sigmas[k]), shape_priors[k]), []).append(k)
-    out: list[np.ndarray] = [np.empty(0)] * len(likelihoods)
-    for members in groups.values():
-        first = likelihoods[members[0]]
-        t = valley.tables(first.x, first.root, grids[members[0]])
-        for at in range(0, len(members), _CHUNK):
-            part = members[at : at + _CHUNK]
-            z = np.array([likelihoods[k].root @ likelihoods[k].loss for k in part])
-            noise = np.array([sigmas[k] for k in part])
-            for k, log in zip(part, valley.log_likelihood(t, z, noise, shape_priors[members[0]])):
-                # The minimum of a unimodal curve lies inside the bracket. The random curvature
-                # alone would also allow a second, lower minimum at another LR.
-                ends = np.array([likelihoods[k].bracket(float(s)) for s in sigmas[k]])
-                inside = (grids[k] >= ends[:, :1]) & (grids[k] <= ends[:, 1:])
-                out[k] = log + np.where(inside, 0.0, _NEVER)[:, None, :]
-    return out
+def _log_likelihood(
+    e: Likelihood, m: np.ndarray, sigmas: np.ndarray, prior: ShapePrior | None
+) -> np.ndarray:
+    """Return the log likelihood [S, T, M] of a curve over noise, misfit and minima m."""
+    log = valley.log_likelihood(valley.tables(e.x, e.root, m), e.root @ e.loss, sigmas, prior)
+    # The minimum of a unimodal curve lies inside the bracket. The random curvature alone would also
+    # allow a second, lower minimum at another LR.
+    ends = np.array([e.bracket(float(s)) for s in sigmas])
+    inside = (m >= ends[:, :1]) & (m <= ends[:, 1:])
+    return log + np.where(inside, 0.0, _NEVER)[:, None, :]
 
 
 def _pool(
@@ -144,8 +104,6 @@ def _pool(
     misfit: float | None,
 ) -> tuple[list[Posterior], Pooled]:
     """Weigh noise and misfit by the likelihood of all curves; average each curve's posterior."""
-    if not sweep:
-        return [], Pooled(math.nan, math.nan, 0)
     prior = np.array(valley.TAU_PRIOR)
     if np.median([np.median(np.diff(e.x)) for e in sweep]) > valley.COARSE:
         prior = np.where(np.array(valley.TAUS) < valley.COARSE_TAU, 0.0, prior)
@@ -174,6 +132,6 @@ def _pool(
 def expected_spread(e: Likelihood, noise: float, misfit: float) -> float:
     """Return the minimum's posterior standard deviation, in ln(lr); `noise` in nats."""
     known = dataclasses.replace(e, squares=100 * noise**2, df=100)
-    ((posterior,), _) = weigh([[known]], misfit=misfit)[0]
+    ((posterior,), _) = weigh([known], misfit=misfit)
     mean = float(posterior.m @ posterior.mass)
     return math.sqrt(max(float((posterior.m - mean) ** 2 @ posterior.mass), 0.0))

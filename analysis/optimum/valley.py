@@ -120,36 +120,30 @@ def _tables(x_key: bytes, root_key: bytes, m_key: bytes, d: int) -> Tables:
 def log_likelihood(
     t: Tables, z: np.ndarray, sigmas: np.ndarray, prior: ShapePrior | None = None
 ) -> np.ndarray:
-    """Return the log likelihood of curves over (sigma, tau, m), [C, S, T, M].
+    """Return the log likelihood of a curve over (sigma, tau, m), [S, T, M].
 
     The likelihood is maximised over the curvature c, and averaged over the prior of a. `z`: root x
-    loss of each curve, [C, D]. `sigmas`: noise levels, [C, S]. Default prior: A_MEAN, A_SD.
+    loss, [D]. `sigmas`: noise levels, [S]. Default prior: A_MEAN, A_SD.
     """
-    turned = np.einsum("madj,cj->cmad", t.turn, z)
+    turned = np.einsum("madj,j->mad", t.turn, z)
     weight = -0.5 * ((_A - (prior.a if prior else A_MEAN)) / (prior.a_sd if prior else A_SD)) ** 2
     pin = 1 / (prior.c * prior.c_spread) ** 2 if prior else 0.0
     aim = prior.c * pin if prior else 0.0
-    plain = np.maximum((turned * t.shape).sum(-1) / (t.shape**2).sum(-1), _C_MIN)
-    out = np.empty((*sigmas.shape, len(TAUS), len(t.shape)))
-    for i in range(sigmas.shape[1]):
-        noise = sigmas[:, i, None, None, None] ** 2
-        for j, tau in enumerate(TAUS):
-            c = plain
-            for _ in range(2):
-                pull = t.shape / ((tau * c)[..., None] ** 2 * t.spread + noise)
-                c = np.maximum(
-                    (np.einsum("cmad,cmad->cma", turned, pull) + aim)
-                    / (np.einsum("mad,cmad->cma", t.shape, pull) + pin),
-                    _C_MIN,
-                )
-            variance = (tau * c)[..., None] ** 2 * t.spread + noise
-            rest = turned - c[..., None] * t.shape
-            log = -0.5 * (rest * rest / variance + np.log(variance)).sum(-1) + weight
-            if prior:
-                log = log - 0.5 * pin * (c - prior.c) ** 2
-            top = log.max(-1)
-            out[:, i, j] = top + np.log(np.exp(log - top[..., None]).sum(-1))
-    return out
+    c = np.maximum((turned * t.shape).sum(-1) / (t.shape**2).sum(-1), _C_MIN)[None, None]
+    noise = sigmas[:, None, None, None, None] ** 2
+    tau = np.array(TAUS)[:, None, None]
+    for _ in range(2):
+        pull = t.shape / ((tau * c)[..., None] ** 2 * t.spread + noise)
+        c = (np.einsum("mad,stmad->stma", turned, pull) + aim) / (
+            np.einsum("mad,stmad->stma", t.shape, pull) + pin
+        )
+        c = np.maximum(c, _C_MIN)
+    variance = (tau * c)[..., None] ** 2 * t.spread + noise
+    rest = turned - c[..., None] * t.shape
+    log = -0.5 * (rest * rest / variance + np.log(variance)).sum(-1) + weight
+    log = log - 0.5 * pin * (c - prior.c) ** 2 if prior else log
+    top = log.max(-1)
+    return top + np.log(np.exp(log - top[..., None]).sum(-1))
 
 
 @dataclass(frozen=True)

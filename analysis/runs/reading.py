@@ -163,8 +163,8 @@ def _near(name: str, names: Iterable[object]) -> str:
 def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -> pd.DataFrame:
     """Rename columns; TableError for a name that is unknown, missing or used twice."""
     there = list(table.columns)
-    asked = [(theirs, there, f"--map {theirs}={ours}") for theirs, ours in mapping.items()]
-    asked += [(ours, KNOWN, f"--map {theirs}={ours}") for theirs, ours in mapping.items()]
+    asked = [(theirs, there, f"--map {theirs}={column}") for theirs, column in mapping.items()]
+    asked += [(column, KNOWN, f"--map {theirs}={column}") for theirs, column in mapping.items()]
     asked += [(higher, there, f"--higher {higher}")] if higher is not None else []
     for name, names, option in asked:
         if name not in names:

@@ -133,6 +133,9 @@ def test_both_ways_find_a_planted_law(p):
         assert law.p.value == pytest.approx(p, abs=off) and law.p.low <= p <= law.p.high
         assert law.lr_at_2000.value == pytest.approx(5e-4, rel=0.15)
     assert loss.regret_percent < 0.5
+    assert regret(curves[0], 1.0) is None  # outside the LRs tried
+    (law,), (fit,) = by_loss(curves[:2], hidden), by_optima(fit_all(curves[:2]), hidden)
+    assert law.p.value is fit.p.value is None and "one hidden size" in law.flags
 
 
 @pytest.mark.parametrize(
@@ -147,12 +150,3 @@ def test_both_ways_find_a_planted_law(p):
 def test_the_published_formula_gives_its_published_lrs(changes, hidden, lr):
     c = lr_curve(*[np.zeros(0)] * 3, **{"model": "meta-llama/Llama-3.1-8B", **changes})
     assert published(c, hidden) == (lr and pytest.approx(lr, rel=2e-3))
-
-
-def test_regret_outside_the_lrs_tried_and_an_exponent_of_one_width_are_no_numbers():
-    (c, *_), _ = planted_curves(0.0)
-    assert regret(c, 5e-4) == pytest.approx(0, abs=0.3)
-    assert regret(c, 1.0) is None
-    curves, hidden = planted_curves(0.5, widths=(1024,))
-    (law,), (fit,) = by_loss(curves, hidden), by_optima(fit_all(curves), hidden)
-    assert law.p.value is fit.p.value is None and "one hidden size" in law.flags

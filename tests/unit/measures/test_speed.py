@@ -73,20 +73,6 @@ def test_ranks_that_never_fall_behind_do_not_bias_the_slope(slope):
     assert "one_rank_departs" in speed.slope_of(left).flags
 
 
-def test_the_error_of_the_optimum_is_in_the_slopes_interval():
-    sure = departures(0.5, 4, np.random.default_rng(1), level=2.0, sd=0.1)
-
-    def unsure(rank, v):
-        factors = (rank**f for f in np.linspace(-0.5, 0.5, 40))
-        at = v.best.items()
-        moved = [{s: speed.Departure(d.low * f, d.high * f) for s, d in at} for f in factors]
-        return AtBest(v.best, tuple(moved))
-
-    one, two = speed.slope_of(sure), speed.slope_of({r: unsure(r, v) for r, v in sure.items()})
-    assert two.value == pytest.approx(one.value, abs=0.03)
-    assert two.high - two.low > one.high - one.low + 0.4
-
-
 def falling(fall, steps=(1, 2, 3, 4, 6, 8, 16, 24, 32, 64, 100, 128)):
     return [(s, 3.0 - fall(math.log(s))) for s in steps]
 

@@ -1,6 +1,5 @@
 """The fit and its model of a valley against what is known: limits, a covariance by quadrature, planted optima."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from scipy import integrate
 
 from analysis.optimum import valley
-from analysis.optimum.fit import MIN_DF, fit_all, fit_sweeps
+from analysis.optimum.fit import MIN_DF, fit_all
 from analysis.optimum.likelihood import gather, weights_of
 from analysis.optimum.valley import linex
 from analysis.runs.lr_curves import lr_curves
@@ -165,15 +164,6 @@ def test_blocks_take_out_what_a_seed_shifts():
     assert np.allclose(one.root @ np.ones(4), 0, atol=1e-9)
 
 
-def test_curves_fitted_together_are_the_curves_fitted_one_sweep_at_a_time():
-    rng = np.random.default_rng(1)
-    sweeps = [plant("linex", Design(7, 2.0, 2), rng)[0] for _ in range(3)]
-    for together, alone in zip(fit_sweeps(sweeps), sweeps):
-        for a, b in zip(together, fit_all(alone)):
-            assert a.best_lr.value == pytest.approx(b.best_lr.value, rel=1e-9)
-            assert a.best_lr.low == pytest.approx(b.best_lr.low, rel=1e-6)
-
-
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "linex")) for f in FAMILIES]
 )
@@ -199,16 +189,6 @@ def test_a_collapse_that_nobody_flagged_leaves_the_optimum_alone():
         y[x > 5.9 * math.log(2)] += rise
         e = fit_all([lr_curve(x, y, np.repeat(np.arange(3), 7))])[0].best_lr
         assert e.low < math.exp(1.7) < e.high and e.high / e.low < 1.8
-
-
-def test_a_loud_data_set_does_not_spoil_a_quiet_one():
-    rng = np.random.default_rng(5)
-    quiet, _ = plant("linex", Design(7, 2.0, 3, noise=3e-4), rng)
-    loud, _ = plant("linex", Design(7, 2.0, 3, noise=1e-2), rng)
-    loud = [dataclasses.replace(c, key={**c.key, "dataset": "loud"}) for c in loud]
-    both = fit_all([*quiet, *loud])
-    noises = both[0].pooled.noise, both[-1].pooled.noise
-    assert noises == pytest.approx((3e-4, 1e-2), rel=0.3)
 
 
 # ---------------------------------------------------------------- regret of the best rate

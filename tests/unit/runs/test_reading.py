@@ -231,7 +231,7 @@ def test_the_best_rate_is_that_of_the_highest_reward():
     assert best.best_lr.value == pytest.approx(np.exp(top), rel=0.1)
 
 
-def test_a_table_of_nlls_is_left_as_it_is_and_metrics_are_never_mixed():
+def test_nlls_are_left_as_they_are_and_metrics_are_never_mixed():
     nlls = pd.DataFrame([row(lr, 1.0, METRICS["sft"]) for lr in (1e-3, 2e-3)])
     assert as_losses(nlls) is nlls and shown(nlls) == NLL
     mixed = pd.DataFrame([row(1e-3, 1.0, METRICS["sft"]), row(2e-3, 0.5)])
@@ -239,7 +239,6 @@ def test_a_table_of_nlls_is_left_as_it_is_and_metrics_are_never_mixed():
         as_losses(mixed)
     with pytest.raises(TableError):
         analyse(mixed, {"analysis": "lr_ratio", "claims": {}})
-    assert json.loads(nlls["result"].iloc[0])["test_nll"] == 1.0
 
 
 def test_the_same_data_learned_by_reward_and_by_cross_entropy_are_two_groups():
