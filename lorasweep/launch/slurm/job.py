@@ -3,8 +3,8 @@
     python -m lorasweep.launch.slurm.job TASKS.jsonl LINE
 
     {"runs": [spec, ...], "exec": {...}, "requeues": n, "skip": FILE}      train these runs
-    {"follow": request, "command": [...], "idle": n, "updates": n}         follow up on a sweep
-    {"arguments": [...], "requeues": n}                                    run a command
+    {"command": [...], "requeues": n}                                      run a command
+    {"command": [...], "follow": request, "idle": n, "updates": n}         follow up on a sweep
 
 A job may be killed at any time and start again on another node: runs resume from checkpoints. At
 its time limit a job requeues itself. After preemption, Slurm decides whether to requeue the job.
@@ -36,10 +36,10 @@ from lorasweep.sweep.grid import Point
 
 PATIENCE_S = claims.SILENCE_S + 2 * claims.HEARTBEAT_S
 """Seconds that a job waits for runs of another process: enough to see whether that one is dead."""
-FOLLOW_PAUSES_S = (30.0, 60.0, 120.0, 240.0)
-"""Seconds between tries of the follow-up command, if Slurm refuses or the lock is held."""
+PAUSES_S = (30.0, 60.0, 120.0, 240.0)
+"""Seconds between tries of a command, such as when Slurm refuses or the lock is held."""
 TRY_AGAIN, INTERRUPTED = 75, 130
-"""Exit statuses of the follow-up command: a temporary failure (EX_TEMPFAIL), a signal."""
+"""Exit statuses of a command: a temporary failure (EX_TEMPFAIL), a signal."""
 LISTEN_S = 1.0
 """Seconds within which all signals of one cause arrive. USR2 alone means that the time limit is
 near. USR2 with TERM means preemption or cancellation."""
@@ -71,12 +71,8 @@ def run(path: str, number: int) -> None:
     signals = Signals()
     task = json.loads(Path(path).read_text().splitlines()[number])
     try:
-        if "follow" in task:
-            return _follow([sys.executable, *task["command"], path])
-        if "arguments" in task:
-            if code := _command(task["arguments"], _container(task)):
-                raise LorasweepError(f"the command ended with status {code}: see above.")
-            return
+        if "command" in task:
+            return _command(task["command"], _container(task))
         _train(task)
         with suppress(ClusterError):  # else held jobs would wait until somebody runs the command
             name, jobs = Path(path).parent.name, slurm.jobs_of(Path(task["exec"]["runs_dir"]))
@@ -127,13 +123,21 @@ def _container(task: dict[str, Any]) -> Container | None:
     return Container(**task["container"]) if task.get("container") else None
 
 
-def _command(arguments: list[str], container: Container | None) -> int:
-    """Run a command of lorasweep, inside the container if there is one; return its status."""
-    if container is None:
-        return _call([sys.executable, *arguments])
-    srun = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--unbuffered", *container.srun()]
-    python = container.python(os.environ, ("CUDA_VISIBLE_DEVICES",))
-    return _call([*(srun if container.by_srun else ()), *python, *arguments])
+def _command(arguments: list[str], container: Container | None) -> None:
+    """Run a command of lorasweep, in the container if there is one; again if that may help."""
+    words = [sys.executable, *arguments]
+    if container:
+        srun = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--unbuffered", *container.srun()]
+        python = container.python(os.environ, ("CUDA_VISIBLE_DEVICES",))
+        words = [*(srun if container.by_srun else ()), *python, *arguments]
+    for pause in (*PAUSES_S, None):
+        code = _call(words)
+        if code == 0:
+            return
+        if code != TRY_AGAIN or pause is None:
+            raise LorasweepError(f"the command ended with status {code}: see above.")
+        _print(f"next try in {pause:.0f} s")
+        time.sleep(pause)
 
 
 def _call(command: list[str]) -> int:
@@ -154,18 +158,6 @@ def _call(command: list[str]) -> int:
     if code < 0 or code == INTERRUPTED:
         time.sleep(LISTEN_S)  # the signal also reaches this process, and stops it here
     return code
-
-
-def _follow(command: list[str]) -> None:
-    """Run the follow-up command, up to five times if it asks to be tried again."""
-    for pause in (*FOLLOW_PAUSES_S, None):
-        code = _call(command)
-        if code == 0:
-            return
-        if code != TRY_AGAIN or pause is None:
-            raise LorasweepError(f"the follow-up command ended with status {code}: see above.")
-        _print(f"next try in {pause:.0f} s")
-        time.sleep(pause)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ def _submit(
     ]
     if cluster.follow:
         again = {"action": "run", "format": "text", "watch": False, "prune": False}
-        asked: dict[str, Any] = {"follow": {**request.plain(), **again}, "command": FOLLOW_COMMAND}
+        command = [*FOLLOW_COMMAND, str(folder / guard.TASKS)]
+        asked: dict[str, Any] = {"follow": {**request.plain(), **again}, "command": command}
         lines.append({**asked, "requeues": cluster.requeues, **last})
     runs = [[p.id for p in task.points] for task in tasks]
     _write(folder, request.title, runs, lines)
@@ -208,8 +209,8 @@ def _write(folder: Path, title: str, runs: list[list[str]], tasks: Sequence[Any]
     files.write_atomic(folder / guard.TASKS, lines.encode())
     if why := guard.untrusted(map(str, (folder, *folder.iterdir()))):
         raise ClusterError(
-            f"{why}, so others could make your jobs run their code. Choose a run folder on a file "
-            "system that keeps permissions: exec.runs_dir=FOLDER."
+            f"{why}. Choose a run folder on a file system that keeps permissions: "
+            "exec.runs_dir=FOLDER."
         )
     record = {"sweep": title, "created_s": time.time(), "tasks": runs}
     record["cluster"] = slurm.setting("ClusterName")
@@ -247,7 +248,7 @@ def submit_command(
                 return f"{name}: job {j.label} is {state} already; log: {log}"
         folder, container = _new_folder(root, name), container_of(cluster, exec_)
         command = ["-u", "-m", "lorasweep", *arguments, "cluster=local"]
-        task: dict[str, Any] = {"arguments": command, "requeues": cluster.requeues}
+        task: dict[str, Any] = {"command": command, "requeues": cluster.requeues}
         task |= {"container": container and dataclasses.asdict(container)}
         _write(folder, name, [[]], [task])
         number = Array(folder, "0", 0, 1, needed, cluster, code).submit()
@@ -385,8 +386,8 @@ def prepare(cluster: Cluster, root: Path) -> tuple[Partition, Snapshot]:
     """
     if os.pathsep in str(root):
         raise ClusterError(
-            f"exec.runs_dir={root} has a '{os.pathsep}' in its name, at which PYTHONPATH splits: "
-            "jobs would not import the copied code in it. Choose a folder without it."
+            f"exec.runs_dir={root} has a '{os.pathsep}' in its name, at which the jobs' PYTHONPATH "
+            "splits. Choose a folder without it."
         )
     slurm.require()
     partition = slurm.partition_of(cluster, slurm.partitions())
@@ -433,9 +434,8 @@ def check_disk(root: Path, packs: Sequence[Pack], at_once: int) -> None:
     need, free = sum(checkpoints[:at_once]) + results, checkpoint.free_bytes(root)
     if free < need:
         raise StoreError(
-            f"the disk of {root} has {free / 2**30:.2f} GiB free, and this sweep needs up to "
-            f"{need / 2**30:.2f} GiB (results, and the checkpoints of runs that train together)."
-            " Free some space, choose exec.runs_dir=FOLDER, or lower cluster.parallel."
+            f"the disk of {root} has {free / 2**30:.2f} GiB free; results and checkpoints need up "
+            f"to {need / 2**30:.2f} GiB. Choose exec.runs_dir=FOLDER, or lower cluster.parallel."
         )
 
 

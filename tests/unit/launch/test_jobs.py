@@ -190,7 +190,7 @@ def test_a_run_folder_that_nodes_cannot_see_is_refused():
 
 
 def test_a_run_folder_with_a_colon_is_refused_as_the_path_of_imports_splits_there():
-    with pytest.raises(ClusterError, match=r"has a ':' in its name.*Choose a folder without"):
+    with pytest.raises(ClusterError, match=r"has a ':' in its name"):
         submit.prepare(Cluster(kind="slurm"), Path("/home/me/2026-11-29T10:00/runs"))
 
 

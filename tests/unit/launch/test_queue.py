@@ -245,11 +245,11 @@ def test_a_follow_up_command_is_tried_again_where_that_may_help(tmp_path, monkey
     monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(job.signal, "signal", lambda *_: None)
     path = tmp_path / "tasks.jsonl"
-    path.write_text(json.dumps({"follow": {}, "command": ["-m", "lorasweep"]}))
+    path.write_text(json.dumps({"command": ["-m", "lorasweep"]}))
     fails = pytest.raises(LorasweepError, match="status")
     with fails if codes[-1] else contextlib.nullcontext():
         job.run(str(path), 0)
-    assert given == [[sys.executable, "-m", "lorasweep", str(path)]] * len(codes)
+    assert given == [[sys.executable, "-m", "lorasweep"]] * len(codes)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_a_follow_up_job_that_is_stopped_releases_its_lock_first(tmp_path):
         "    finally: time.sleep(1); (folder / 'released').touch()\n"
     )
     path = tmp_path / "tasks.jsonl"
-    path.write_text(json.dumps({"follow": {}, "command": ["-c", code], "requeues": 0}))
+    path.write_text(json.dumps({"command": ["-c", code, str(path)], "requeues": 0}))
     command = [sys.executable, "-m", "lorasweep.launch.slurm.job", str(path), "0"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     following = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
