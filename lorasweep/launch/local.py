@@ -269,8 +269,7 @@ class Workers:
             errors = open(self.log, "ab")  # noqa: SIM115
         except OSError as error:
             raise StoreError(
-                f"{self.log} cannot be written ({error.strerror}). Free some space, then run the "
-                "command again."
+                f"{self.log} cannot be written ({error.strerror}). Free some space."
             ) from None
         with errors:
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}

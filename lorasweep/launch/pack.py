@@ -89,16 +89,15 @@ def execute(
             claimed.end_all("stopped", cause, trace)
             free, need = checkpoint.free_bytes(store.root), checkpoint_bytes(pack)
             raise StoreError(
-                f"the disk of {store.root} is full ({free / 2**20:.0f} MiB free). The checkpoints "
-                f"of the {len(pack)} run(s) in training take up to {need / 2**20:.1f} MiB; "
-                "action=plan shows the need of the whole sweep. Finished runs are safe. Free some "
+                f"the disk of {store.root} is full ({free / 2**20:.0f} MiB free); checkpoints of "
+                f"the {len(pack)} run(s) in training take up to {need / 2**20:.1f} MiB. Free some "
                 "space, then run the same command again: it resumes from the last checkpoints."
             ) from None
         if unwritten := claimed.end_all("failed", cause, trace):
             # this process is alive, so the run would count as running: its end ends the claim
             raise StoreError(
-                f"the failure of run {unwritten} ({cause}) cannot be written to {store.root}. When "
-                "the folder can be written again, run the same command again."
+                f"the failure of run {unwritten} ({cause}) cannot be written to {store.root}. Run "
+                "the same command again when it can."
             ) from error
     finally:
         if heartbeat is not None:
@@ -127,8 +126,7 @@ class _Pack:
                     raise
                 raise StoreError(
                     f"run {spec.id} cannot be claimed: {error.strerror or error} "
-                    f"({error.filename}). Make the run folder writable for this user, or use "
-                    "another: exec.runs_dir=FOLDER."
+                    f"({error.filename}). Make the run folder writable: exec.runs_dir=FOLDER."
                 ) from None
             if n is not None:
                 self.attempts[spec.id] = n

@@ -144,12 +144,11 @@ class TorchTrainer:
                 if error.errno not in files.READ_ONLY:
                     raise
             known = files.read_json(path) or mine  # another process may have been faster
-        if (before := known["data_sha256"]) != data.sha256:
+        if known["data_sha256"] != data.sha256:
             raise DataError(
                 f"dataset {spec.dataset.name!r}: the data have changed since runs in {root} were "
-                f"trained on them (fingerprint {before[:12]} then, {data.sha256[:12]} now). "
-                f"Restore the old data, or use a new run folder (exec.runs_dir={root}-2), or give "
-                f"the new data another name. If no run was trained on the old data, delete {path}."
+                f"trained on them ({path}). Restore the old data, give the new data another name, "
+                f"or use a new run folder (exec.runs_dir={root}-2)."
             )
         return self._data.setdefault(cached, data)
 
@@ -179,9 +178,8 @@ class TorchTrainer:
             if not is_out_of_memory(error):
                 raise
             raise ModelError(
-                f"model {spec.model.name!r}: its weights do not fit into the memory "
-                f"({type(error).__name__}: {error}). Choose a smaller model=, or a device with "
-                "more memory: action=plan shows the expected memory."
+                f"model {spec.model.name!r}: its weights do not fit into the memory ({error}). "
+                "Choose a smaller model=, or a larger device (see action=plan)."
             ) from None
         self._base_key = key
         if exec_.activation_checkpointing:
