@@ -156,6 +156,73 @@ def arms(spec, ranks=(1, 4), full=FULL, lora=LORA, n=7, seeds=range(4), alpha=32
     return found
 
 
+def is_full(spec):
+    return spec.method.name == "fullft"
+
+
+def lost(of, **world):
+    """A world in which a run's loss is higher by `of(spec, step)`."""
+
+    class Lost(World):
+        def loss(self, spec, step):
+            return super().loss(spec, step) + of(spec, step)
+
+    return Lost(lambda spec: 1.0, **world)
+
+
+RANKS = {"attention": 8, "mlp": 4, "attention+mlp": 4}
+
+
+def layers(speeds, models=("tiny64",), of=RANKS, also=lambda s, t: 0.0, **world):
+    """LoRA of each layer set at the rank of the shipped sweep."""
+    specs, ranks = [], of
+    for spec in (base(model, "dialect_smoke") for model in models):
+        specs += arms(spec, (), steps=64)
+        for of, rank in ranks.items():
+            specs += runs(spec, LoRA(rank=rank, layers=of), around(LORA), steps=64)
+    world = lost(also, **world)
+    world.rho = lambda s: speeds(s)[s.method.layers]
+    return "layers", world, specs
+
+
+def facts(stored, lrs=3, seeds=range(4), most=1.0):
+    """`stored(updates)`: bits per parameter that LoRA stores; full fine-tuning: a share of all."""
+    parameters = 4 * (127 + 79 + 79 + 127)
+
+    class Facts(World):
+        def loss(self, spec, step):
+            noise = np.random.default_rng(int(spec.id, 16)).normal(0, 1e-3)
+            bits = most * 16 * 512 if is_full(spec) else stored(spec.steps) * parameters
+            off = 0.05 * math.log(spec.lr / (3e-3 if is_full(spec) else 1e-2)) ** 2
+            return math.log(16) - bits / 512 / 4 * math.log(2) + off + noise
+
+    spec, lora = base("tiny64-facts", "facts", facts=512.0), LoRA(rank=1, layers="attention")
+    arms = ((FullFT(), around(3e-3, lrs)), (lora, around(1e-2, lrs)))
+    of = [s for n in (200, 400) for m, lrs in arms for s in runs(spec, m, lrs, seeds, steps=n)]
+    return "capacity", Facts(more=lambda s: {"retain_nll": 3.0, "retain_start": 2.8}), of
+
+
+def rank_runs(ranks=(1, 4, 8), steps=96, seeds=range(4), models=("tiny64",), **params):
+    """Full fine-tuning and all ranks, and redraws of A at one LR."""
+    found = []
+    for spec in (base(model, "dialect_smoke", **params) for model in models):
+        found += arms(spec, ranks, steps=steps, seeds=seeds)
+        for rank, draw in ((r, d) for r in ranks for d in (1, 2)):
+            found += runs(spec, LoRA(rank=rank, init_seed=draw), [LORA], seeds, steps=steps)
+    return found
+
+
+LENGTHS = {4: 256, 16: 128, 64: 32}
+
+
+def batches(ranks=(4,), lengths=LENGTHS, full=FULL, lora=LORA, n=5):
+    """Runs of several batch sizes: size -> updates."""
+    spec, found = base("tiny64", "dialect_smoke"), []
+    for size, steps in lengths.items():
+        found += arms(spec, ranks, full, lora, n, range(3), batch_size=size, steps=steps)
+    return found
+
+
 def planted_table(world, specs):
     """The table that finished runs give, in the columns of the kept ones."""
     rows = []

@@ -20,7 +20,6 @@ from analysis.inference.spread import Spread
 from analysis.measures.at_best import AtBest, is_finite, over_seeds, values_at_best
 from analysis.optimum.optimum import Optimum
 from analysis.runs.learning_curves import Points, by_run, same_rows
-from analysis.runs.lr_curves import runs_of
 
 T = TypeVar("T")
 
@@ -209,17 +208,6 @@ def _slope(by_seed: dict[int, dict[int, Departure]]) -> float:
     return censored_slope(
         [math.log2(r) for r, _ in found], low, [math.log(d.high) for _, d in found]
     )
-
-
-def envelope(table: pd.DataFrame, o: Optimum) -> Points:
-    """Return the lowest loss over LRs at each step, of the seed with the most LRs."""
-    seeds, counts = np.unique(o.curve.seed, return_counts=True)
-    rows = runs_of(table, o.curve)
-    lowest: dict[float, float] = {}
-    for points in by_run(rows[rows["seed"] == seeds[np.argmax(counts)]]).values():
-        for step, nll in same_rows(points):
-            lowest[step] = min(nll, lowest.get(step, math.inf))
-    return sorted(lowest.items())
 
 
 # ---------------------------------------------------------------- loss over ln(updates)

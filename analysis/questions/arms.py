@@ -22,7 +22,7 @@ fewest` or `most`; `objective: sft`: the supervised runs beside rewarded ones. O
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves
 from analysis.runs.lr_curves import runs_of
-from analysis.runs.table import TableError
+from analysis.runs.table import CURVE_KEYS, TableError
 
 SIZES_AGREE = 0.1
 """Two arms are of equal size if their trained parameters differ by at most this share."""
@@ -129,7 +129,7 @@ class Task(base.Condition):
         if isinstance(arm, str):
             control = arm == "control"
             found = [o for o in self.main if (o.curve.is_control if control else o.curve.is_full)]
-            return self._one_a_rank(found, arm)
+            return list(base.check_ranks(found))
         wanted = {"method": "lora", **arm}
         like, least = wanted.pop("like", ""), wanted.pop("min_rank", 0)
         among = [o for o in self.optima if not is_rewarded(o)] if "objective" in arm else self.main
@@ -144,7 +144,7 @@ class Task(base.Condition):
             found = [o for o in found if _n_layers(o) == size]
         if like and other is None:
             return []
-        found = self._one_a_rank(found, arm)
+        base.check_ranks(found)
         if like == "size":
             apart = {id(o): abs(math.log(self.size(o) / self.size(other))) for o in found}
             found = [o for o in found if apart[id(o)] <= math.log(1 + SIZES_AGREE)]
@@ -152,15 +152,6 @@ class Task(base.Condition):
         if like:
             return [o for o in found if o.curve.key[like] == other.curve.key[like]]
         return found if least and "rank" not in arm else sorted(found, key=base.rank_of)[-1:]
-
-    def _one_a_rank(self, found: list[Optimum], arm: Arm) -> list[Optimum]:
-        if len({base.rank_of(o) for o in found}) < len(found):
-            both = "; ".join(f"{o.curve.name}, {v}" for v, (o,) in base.by_variant(found).items())
-            raise TableError(
-                f"{self.name}: {len(found)} curves are the arm {shown(arm)!r}: {both}. Analyse one "
-                "setting at a time."
-            )
-        return found
 
     def absent(self, name: str) -> str:
         """Name the first missing arm of an estimand."""
@@ -503,6 +494,38 @@ def _trace(name: str, said: Said, found: Mapping[str, Any]) -> base.Estimand[Any
 
 OVER_TASKS = {"every_task": _everywhere, "trace": _trace}
 """Keys of quantities of all tasks together."""
+
+
+KEYS = ("measure", "of", "over", "times", "log", "pool", "laws", "load", "optional", "any_task")
+"""Keys of an estimand on a task."""
+
+
+def problems(said: Mapping[str, Said], variants: Mapping[str, Said]) -> Iterator[str]:
+    """Yield what is wrong with a sweep's estimands and variants."""
+    settings = {*CURVE_KEYS, "like", "min_rank"}
+    arms: dict[str, Arm] = {f"variants.{k}": v for k, v in variants.items()}
+    for name, s in said.items():
+        place = f"estimands.{name}"
+        known = ("worst", *OVER_TASKS) if s.keys() & OVER_TASKS.keys() else KEYS
+        of = [s[k] for k in s.keys() & OVER_TASKS.keys()]
+        parts = [v for names in of for v in ([names] if isinstance(names, str) else names)]
+        yield from (_unknown(place, "key", k, known) for k in s if k not in known)
+        yield from (_unknown(place, "estimand", v, said) for v in parts if v not in said)
+        if known is KEYS and not {"measure", "of", "over"} <= s.keys():
+            yield f"{place}: {dict(s)}. Write measure, of and over."
+        elif known is KEYS:
+            arms |= {f"{place}.{k}": s[k] for k in ("of", "over")}
+            if s["measure"] not in QUANTITIES:
+                yield _unknown(place, "measure", s["measure"], QUANTITIES)
+    for place, arm in arms.items():
+        if isinstance(arm, str) and arm not in (names := ("full", "control", *variants)):
+            yield _unknown(place, "arm", arm, names)
+        for k in (k for k in (() if isinstance(arm, str) else arm) if k not in settings):
+            yield _unknown(place, "setting", k, sorted(settings))
+
+
+def _unknown(place: str, what: str, given: str, known: Iterable[str]) -> str:
+    return f"{place}: unknown {what} {given!r}. Use one of: {', '.join(known)}."
 
 
 # ---------------------------------------------------------------- conditions and question

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import operator
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -36,11 +35,6 @@ HOW = (
     "Range over FullFT's: the width of a curve's range of good LRs, in doublings, divided by the "
     f"width of full fine-tuning's. It needs {MIN_SEEDS} seeds that ran at all LRs of both curves. "
     "In the figure, bars are intervals over seeds; an episode is a sampled completion."
-)
-BITS = (
-    "By rewards: the least information about the labels that reaches the mean reward (the "
-    "rate-distortion function of a uniform source), so a lower bound. By cross-entropy: the bits "
-    "of the labels minus the loss on them."
 )
 SHORT = (
     *(("fullft, scope matrices", "full"), ("lora ", ""), ("attention", "attn")),
@@ -132,7 +126,7 @@ def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
             f"{high_next}]."
         )
         out.append(base.Section("Ratio over all groups", text=[text]))
-    return [*out, *_bits(tasks)]
+    return out
 
 
 def _compared(t: Task) -> tuple[base.Section, list[base.Panel]]:
@@ -253,25 +247,3 @@ def _over_rates(t: Task) -> list[base.Panel]:
         base.Panel(what, lr, REWARD, rewarded, log_x=True, lines=_start(t)),
         base.Panel("runs that do not collapse", lr, "% of runs", survived, **more),
     ]
-
-
-def _bits(tasks: Sequence[Task]) -> list[base.Section]:
-    """Return the bits learned of a bandit's labels; empty for other data."""
-    rows: list[list[Any]] = []
-    for t in (t for t in tasks if t.label_bits):
-        for o in t.optima:
-            key, per_episode, bits = o.curve.key, None, Estimate(None)
-            if arms.is_rewarded(o):
-                per_episode = arms.bits_per_episode(t, Pair([o], o), {})
-                episodes = int(key["batch_size"]) * int(key["steps"])
-                bits = base.mapped(per_episode, functools.partial(operator.mul, episodes))
-            else:
-                bits = over_seeds(
-                    arms.share_known(o).map(functools.partial(operator.mul, t.label_bits))
-                )
-            name = f"{o.curve.name}, {key['layers']}"
-            of = "rewards" if arms.is_rewarded(o) else "cross-entropy"
-            shown = with_interval(bits, lambda v: number(v) if v is None else f"{v:,.0f}")
-            rows.append([t.name, f"{t.label_bits:g}", name, of, shown, per_episode])
-    head = "condition | bits of the labels | curve | by | bits learned [95%] | an episode [95%]"
-    return [base.Section.of("Bits", head, rows, [BITS])] if rows else []

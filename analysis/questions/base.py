@@ -236,10 +236,10 @@ def rank_of(o: Optimum) -> int:
     return int(o.curve.key["rank"]) if o.curve.key["method"] == "lora" else 0
 
 
-def check_ranks(optima: Iterable[Optimum]) -> None:
-    """Raise TableError if two curves have one rank: a condition compares one curve of each rank."""
+def check_ranks(optima: Sequence[Optimum]) -> Sequence[Optimum]:
+    """Return curves that are compared as one of each rank; TableError if two have one rank."""
     known: dict[int, Optimum] = {}
-    for o in (o for o in optima if not o.curve.is_control):
+    for o in optima:
         other = known.setdefault(rank_of(o), o)
         if other is not o:
             both = [other.curve, o.curve]
@@ -248,6 +248,7 @@ def check_ranks(optima: Iterable[Optimum]) -> None:
                 f"two curves of {o.curve.name}, which are compared as one: {one}; {two}. Analyse "
                 "one setting at a time."
             )
+    return optima
 
 
 def distinct(optima: Iterable[Optimum]) -> list[Optimum]:
@@ -404,7 +405,7 @@ class TwoArms(Condition):
     """A sentence about the update at which runs were cut; empty without a cut."""
 
     def __post_init__(self) -> None:
-        check_ranks(self.optima)
+        check_ranks([o for o in self.optima if not o.curve.is_control])
 
     @property
     def missing(self) -> str:
@@ -468,11 +469,9 @@ def over_allowed(name: str, gap: Callable[[C], Gap | None], **more: Any) -> Esti
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as in question.json, its runs, and the folder of kept results."""
+    """A question as in question.json."""
 
     question: dict[str, Any]
-    table: pd.DataFrame
-    kept: Path | None
 
     @property
     def level(self) -> float:
@@ -500,8 +499,6 @@ class Question(Generic[C]):
     """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
     split_by: tuple[str, ...] = ()
     """Columns; runs that differ in them are analysed separately, in separate sections."""
-    shows: tuple[str, ...] = ()
-    """Questions whose kept answers the report shows too: they are rendered before it."""
     by_base: bool = False
     """Whether a claim may leave out base models (`except_models`)."""
     of_rates: bool = False
@@ -537,35 +534,42 @@ class Question(Generic[C]):
                     f"claim {name!r}: {question['analysis']} measures {known}, not "
                     f"{claim['estimand']!r}."
                 )
-        by, whole = list(self.split_by), Asked(question, table, kept)
-        tasks = {" on ".join(k): runs for k, runs in table.groupby(by, sort=False)} if by else {}
-        if len(tasks) < 2:
-            return self._analyse(whole)
-        found = {k: self._analyse(Asked(question, runs, kept)) for k, runs in tasks.items()}
-        sections = []
-        for k, (name, one) in enumerate(found.items()):
-            for s in one.sections:
-                figure = s.figure and f"{Path(s.figure).stem}_{k + 1}{Path(s.figure).suffix}"
-                title = f"{s.title}: {name}"
-                sections.append(dataclasses.replace(s, title=title, figure=figure))
-        each = list(found.values())
-        read = [one.measures.pop("read", {}) for one in each]
-        common = {k: v for k, v in read[0].items() if all(r.get(k) == v for r in read)}
-        # The tasks' primary claims are one family of hypotheses, so Holm's correction is applied
-        # again to all of them.
-        return Analysis(
-            optima=[o for one in each for o in one.optima],
-            verdicts=holm([v for one in each for v in one.verdicts], 1 - whole.level),
+        asked, tables = Asked(question), {"": table}
+        if self.split_by:
+            split = table.groupby(list(self.split_by), sort=False)
+            tables = {" on ".join(map(str, names)): runs for names, runs in split}
+        each = {name: self.conditions(runs) for name, runs in tables.items()}
+        conditions = [c for found in each.values() for c in found]
+        measures, sections = {}, []
+        for k, (name, found) in enumerate(each.items(), 1):
+            if shown := [c for c in found if c.shown]:
+                measures[name] = plain(self.measures(shown, asked))
+                of_task = f": {name}" if len(each) > 1 else ""
+                for s in self.sections(shown, asked):
+                    figure = s.figure and k > 1 and f"{Path(s.figure).stem}_{k}.png"
+                    title = s.title + of_task
+                    sections.append(dataclasses.replace(s, title=title, figure=figure or s.figure))
+        values = {"tasks": measures} if len(each) > 1 else next(iter(measures.values()), {})
+        answer = Analysis(
+            optima=distinct(o for c in conditions for o in c.optima),
+            verdicts=holm(self._verdicts(conditions, asked), 1 - asked.level),
             sections=sections,
-            measures={"tasks": {k: one.measures for k, one in found.items()}, "read": common},
-            members={group: curves for one in each for group, curves in one.members.items()},
+            measures=values | ({"read": read} if (read := self._read(conditions, asked)) else {}),
+            members={c.name: c.rests for c in conditions if not c.missing},
             of_rates=self.of_rates,
-            ratios=[ratio for one in each for ratio in one.ratios],
+            ratios=[(c.name, *ratio) for c in conditions if c.shown for ratio in self.ratios(c)],
         )
+        if self.of_rates and (wanted := suggest(answer)):
+            text = (
+                "Runs most likely to decide the open claims (`action=extend` adds them as the "
+                "sweep's next round):"
+            )
+            listed = [text, "", *(f"- {line}" for line in lines(wanted))]
+            sections.append(Section("Next runs", text=listed))
+        return answer
 
-    def _analyse(self, asked: Asked) -> Analysis:
-        conditions = self.conditions(asked.table)
-        whole, shown = [c for c in conditions if not c.missing], [c for c in conditions if c.shown]
+    def _verdicts(self, conditions: Sequence[C], asked: Asked) -> list[Verdict]:
+        """Judge every claim on each condition to which it applies, or say that there is none."""
         claims, estimands = asked.question["claims"], {e.name: e for e in self.estimands}
         verdicts = []
         for c in conditions:
@@ -581,30 +585,19 @@ class Question(Generic[C]):
             if not any(e.applies(c) for c in conditions):
                 gates = [Gate(e.unanswered)]
                 verdicts.append(judge(name, claim, NO_CELL, UNKNOWN, gates, 0, e.log, asked.level))
-        measures = plain(self.measures(shown, asked)) if shown else {}
-        if any(e.read for e in self.estimands):
-            measures["read"] = {}
-            claimed = {claim["estimand"] for claim in claims.values()}
-            for e in (e for e in self.estimands if e.read and e.name in claimed):
-                said = {e.read(c) for c in whole if e.applies(c)} - {""}
-                if len(said) == 1:
-                    measures["read"][e.name] = said.pop()
-        found = Analysis(
-            optima=distinct(o for c in conditions for o in c.optima),
-            verdicts=holm(verdicts, 1 - asked.level),
-            sections=self.sections(shown, asked) if shown else [],
-            measures=measures,
-            members={c.name: c.rests for c in whole},
-            of_rates=self.of_rates,
-            ratios=[(c.name, name, ratio) for c in shown for name, ratio in self.ratios(c)],
-        )
-        if self.of_rates and (wanted := suggest(found)):
-            text = (
-                "Runs most likely to decide the open claims (`action=extend` adds them as the "
-                "sweep's next round):"
+        return verdicts
+
+    def _read(self, conditions: Sequence[C], asked: Asked) -> dict[str, str]:
+        """Return where each claimed estimand is measured, if all conditions agree."""
+        found = {}
+        for name in dict.fromkeys(c["estimand"] for c in asked.question["claims"].values()):
+            e = next(e for e in self.estimands if e.name == name)
+            read = e.read
+            said = (
+                {read(c) for c in conditions if not c.missing and e.applies(c)} if read else set()
             )
-            listed = [text, "", *(f"- {line}" for line in lines(wanted))]
-            found.sections.append(Section("Next runs", text=listed))
+            if len(said - {""}) == 1:
+                found[name] = (said - {""}).pop()
         return found
 
 

@@ -10,7 +10,6 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import at_level
@@ -306,8 +305,6 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
         y, look = "rho: FullFT's updates / LoRA's", {"ticks": None, "log_y": True}
         one = {"full fine-tuning": 1.0}
         panels.append(base.panel_over("updates", f"rank {rank}", y, lines, lines=one, **look))
-    if (slopes := _slopes(c)).series:
-        panels.append(slopes)
     regrets: dict[int, dict[float, Estimate]] = {}
     for batch, g in each:
         regrets.setdefault(g.rank, {})[batch] = g.percent()
@@ -318,40 +315,6 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
     caption = "step efficiency over updates by batch, and regret over the batch"
     figure = base.Section("Batch size", figure="batch.png", panels=panels, caption=caption)
     return [*out, figure]
-
-
-def _slopes(c: Batches) -> base.Panel:
-    """Draw the fitted effect of the batch by rank, with the speeds that it is fitted to.
-
-    A speed is divided by the one that the fit gives the smallest batch after equally many updates
-    (the partial residual of the fit).
-    """
-    series = []
-    for k, (rank, effect) in enumerate(c.effects.items()):
-        by_steps: dict[int, list[batch_effect.Prefix]] = {}
-        for p in c.usable[rank]:
-            by_steps.setdefault(p.steps, []).append(p)
-        slope = effect.value
-        points: list[tuple[float, float]] = []
-        for used in by_steps.values():
-            if len(used) > 1 and slope is not None:
-                x = np.log2([p.batch / c.batches[0] for p in used])
-                y = np.log([float(p.rho.value or np.nan) for p in used])
-                points += zip(c.batches[0] * 2**x, np.exp(y - np.mean(y) + slope * np.mean(x)))
-        if slope is None or c.gates_on_effect(rank):
-            continue
-        # Points of the ranks lie side by side.
-        at, speeds = [b * 1.06**k for b, _ in points], [y for _, y in points]
-        series.append(base.Series(f"rank {rank}", at, speeds, style="osD^v"[k % 5], colour=k))
-        ends = [min(b for b, _ in points), max(b for b, _ in points)]
-        shown = base.mapped(effect, lambda b: 100 * math.expm1(b))
-        line = [math.exp(slope * math.log2(b / c.batches[0])) for b in ends]
-        label = f"fit: {with_interval(shown)}% a doubling"
-        series.append(base.Series(label, ends, line, style="--" if k % 2 else "-", colour=k))
-    speed = f"speed / fitted speed at a batch of {c.batches[0]}"
-    ticks = [(float(b), f"{b}") for b in c.batches]
-    title = "change with the batch, after equally many updates"
-    return base.Panel(title, "batch size (sequences)", speed, series, True, True, ticks=ticks)
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

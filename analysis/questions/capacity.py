@@ -227,29 +227,22 @@ def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
         stored = [from_sample(v.bits), f"{v.share:.0%}", per_parameter, unseen]
         rows.append([v.method, v.facts, v.load, v.exposures, lr, *stored])
 
-    def line(mine: list[Load], x: str) -> dict[float, Estimate]:
+    def line(mine: list[Load]) -> dict[float, Estimate]:
         found = {}
-        for v in sorted(mine, key=lambda v: getattr(v, x)):
+        for v in sorted(mine, key=lambda v: v.load):
             # At an edge of the LRs tried, an LR beyond the edge may store more bits.
             flags = (AT_LEAST,) if v.at_edge else ()
-            found[getattr(v, x)] = from_sample([b / v.parameters for b in v.bits], flags=flags)
+            found[v.load] = from_sample([b / v.parameters for b in v.bits], flags=flags)
         return found
 
-    by_exposure, by_load = {}, {}
-    for n in sorted({v.facts for v in c.of_lora}):
-        mine = [v for v in c.of_lora if v.facts == n]
-        by_exposure[f"{n} facts, load {mine[0].load:.2g}"] = line(mine, "exposures")
+    by_load = {}
     for e in sorted({round(v.exposures, -1) for v in c.of_lora}):
         mine = [v for v in c.of_lora if round(v.exposures, -1) == e]
-        if len(mine) > 1:
-            by_load[f"{e:g} exposures"] = line(mine, "load")
+        by_load[f"{e:g} exposures"] = line(mine)
     look: dict[str, Any] = {"lines": {"2 bits": 2.0}, "ticks": None, "y_range": (-0.3, 2.9)}
     y, look["band"] = "bits stored / effective parameter", asked.margin("bits_per_parameter")
     load = "bits to store / (2 bits x parameters)"
-    panels = [
-        base.panel_over("exposures of each fact", "by exposures", y, by_exposure, **look),
-        base.panel_over(load, "by load", y, by_load, **look),
-    ]
+    panels = [base.panel_over(load, "by load", y, by_load, **look)]
     head = (
         "arm | facts | load at 2 bits | exposures | best LR tried | bits stored [95%] | of all | "
         "bits / parameter | bits known of unseen facts"
@@ -261,7 +254,7 @@ def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
         "update shows 128 facts: with few facts, each comes more than once in an update, and many "
         "exposures take few updates.",
     ]
-    caption = "bits stored per parameter, over load and exposures"
+    caption = "bits stored per parameter, over load"
     return [base.Section.of("Loads", head, rows, text, "capacity.png", panels, caption)]
 
 

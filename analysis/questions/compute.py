@@ -27,7 +27,7 @@ from analysis.runs.learning_curves import (
     steps_seen,
     while_unsolved,
 )
-from analysis.runs.lr_curves import runs_of, title
+from analysis.runs.lr_curves import runs_of
 
 SHARE = 1 / 6
 FASTEST = 0.1
@@ -248,16 +248,6 @@ def sections(found: Sequence[Arms], asked: base.Asked) -> list[base.Section]:
         per_update = [cost["flops_per_step"].value, cost["seconds_per_step"]]
         to_loss = [cost[k] for k in ("steps", "flops_to_loss", "seconds_to_loss")]
         rows.append([rank, *per_update, lr, length, *to_loss])
-    names = {
-        "flops_per_step": "operations per update",
-        "seconds_per_step": "seconds per update",
-        "flops_to_loss": "operations to FullFT's loss",
-        "seconds_to_loss": "seconds to FullFT's loss",
-    }
-    heading = title(c.reached[c.top].optimum.curve, length=False)
-    lines = {name: {r: c.costs[r][k] for r in sorted(c.costs)} for k, name in names.items()}
-    look = {"log_y": True, "band": (0.6, 0.75), "lines": {"equal": 1.0}}
-    panel = base.panel_over("rank", heading, "LoRA / FullFT", lines, **look)
     head = (
         "rank | operations per update | seconds per update [95%] | optimal LR to FullFT's loss "
         "[95%] | of runs of | updates to it [95%] | operations to it [95%] | seconds to it [95%]"
@@ -270,8 +260,7 @@ def sections(found: Sequence[Arms], asked: base.Asked) -> list[base.Section]:
         "estimate.",
         c.note,
     ]
-    caption = "operations and seconds, LoRA over full fine-tuning"
-    return [base.Section.of("Compute", head, rows, text, "compute.png", [panel], caption)]
+    return [base.Section.of("Compute", head, rows, text)]
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

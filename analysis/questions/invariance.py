@@ -26,8 +26,6 @@ from analysis.optimum.optimum import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import by_run
 
-LAST_BITS = 1e-15
-"""Differences (nats) below this are in the last bits of a loss in float64."""
 RULES = {"rank": "alpha / rank", "sqrt_rank": "alpha / sqrt(rank)", "none": "alpha"}
 
 
@@ -40,7 +38,6 @@ class Twins:
         self.broken: dict[str, float] = {}
         """Setting that breaks the symmetry -> the largest such difference over its pairs."""
         self.rows: list[list[str]] = []
-        self.series: list[base.Series] = []
         learned = by_run(proofs)
         proofs = proofs[proofs.index.isin(list(learned))]  # others' tables may lack curves
         keys = [str(twin_key(r)) for _, r in proofs.iterrows()]
@@ -62,17 +59,10 @@ class Twins:
             else:
                 self.broken[acts] = max(self.broken.get(acts, 0.0), most)
             if a["seed"] == proofs["seed"].min():
-                settings = [
-                    f"alpha {r['alpha']:g}, init {r['init_scale']:g}, LR_A {r['lr']:g}, "
-                    f"LR_B {r['lr'] * r['lr_b_ratio']:g}, eps {r['eps']:g}"
-                    for r in (a, b)
-                ]
+                names = ("alpha", "init_scale", "lr", "lr_b_ratio", "eps")
+                settings = [", ".join(f"{k} {r[k]:g}" for k in names) for r in (a, b)]
                 expected = "equal" if equal else "different"
                 self.rows.append([*settings, acts, expected, f"{most:.2g}"])
-                label, colour = ("", "grey") if equal else (acts, None)
-                self.series.append(
-                    base.Series(label, off.index.tolist(), off.tolist(), colour=colour)
-                )
 
 
 def twin_key(row: pd.Series) -> tuple[float, ...]:
@@ -196,19 +186,8 @@ def sections(found: Sequence[Settings], asked: base.Asked) -> list[base.Section]
         "Largest difference of the held-out NLL at any step. If p = q, a single eps scaled by 1/p "
         "keeps the symmetry."
     )
-    series = [base.Series("equal by the claim", [], [], colour="grey"), *c.twins.series]
-    panel = base.Panel(
-        "twins in float64",
-        "update",
-        "|difference of held-out NLL| (nats)",
-        series,
-        log_x=True,
-        log_y=True,
-        linear_below=LAST_BITS,
-    )
     head = "one | other | symmetry broken by | should be | largest difference (nats)"
-    figure = ("twins.png", [panel], "difference of twins' held-out loss over the run")
-    twins = base.Section.of("Twins", head, c.twins.rows, [text], *figure)
+    twins = base.Section.of("Twins", head, c.twins.rows, [text])
     rows = [
         [RULES[r], base.rank_of(o), base.best_lr(o), number(o.best_nll, 5)]
         for r, of_rule in c.rules.items()

@@ -6,10 +6,9 @@ and over base models with equal loss before fine-tuning. Both sets are selected 
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ AGREE = 0.03
 TOKENS, LOSS, ALL = "equal pretraining tokens", "equal base loss", "all bases"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Base:
     """One base model and alpha."""
 
@@ -44,16 +43,6 @@ class Base:
     def ratio(self) -> Estimate:
         """LoRA's optimal learning rate over full fine-tuning's."""
         return ratio_of([self.lora], self.full)
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """A ratio measured by another sweep, shown with the law but not fitted."""
-
-    where: str
-    hidden: int
-    alpha: float
-    ratio: Estimate
 
 
 @dataclass(frozen=True)
@@ -146,34 +135,14 @@ ESTIMANDS = [
 ]
 
 
-def elsewhere(bases: Sequence[Base], kept: Path | None) -> list[Elsewhere]:
-    """Return the ratios in kept results of `lr_ratio`, on models that are not in `bases`."""
-    found, models = [], {b.model for b in bases}
-    for path in sorted(kept.glob("lr_ratio-*/results.json")) if kept else ():
-        results = json.loads(path.read_text())
-        widths = pd.read_parquet(path.parent / "table.parquet", columns=["model", "hidden_size"])
-        hidden = dict(widths.itertuples(index=False, name=None))
-        lora = {r["group"]: results["curves"][r["at"]] for r in results["ratios"] if r["rank"]}
-        for r in (r for r in results["ratios"] if r["rank"] is None):
-            key = lora[r["group"]]
-            if key["model"] not in models and r["ratio"]["value"] is not None:
-                ratio = Estimate(**{**r["ratio"], "flags": tuple(r["ratio"]["flags"])})
-                where = f"{key['model']} on {key['dataset']} ({results['scale']})"
-                alpha = float(r["alpha"])
-                found.append(Elsewhere(where, int(hidden[key["model"]]), alpha, ratio))
-    return found
-
-
 def measures(found: Sequence[Bases], asked: base.Asked) -> dict[str, Any]:
-    """Return the laws, and other sweeps' ratios."""
+    """Return the laws."""
     (c,) = found
-    outside = {o.where: o.ratio for o in elsewhere(c.bases, asked.kept)}
-    laws = {name: {"p": w.p, "q": w.q, "rivals": w.rivals} for name, w in c.laws.items()}
-    return {"outside": outside, "laws": laws}
+    return {"laws": {k: {"p": w.p, "q": w.q, "rivals": w.rivals} for k, w in c.laws.items()}}
 
 
 def sections(found: Sequence[Bases], asked: base.Asked) -> list[base.Section]:
-    """Return the laws, the ratios they are fitted to, and other sweeps' ratios."""
+    """Return the laws, and the ratios they are fitted to."""
     (c,) = found
     rows: list[list[Any]] = []
     for name, law in c.laws.items():
@@ -199,63 +168,39 @@ def sections(found: Sequence[Bases], asked: base.Asked) -> list[base.Section]:
     head = "base | hidden | alpha | base NLL | pretraining tokens | best FullFT LR | best LoRA LR"
     laws = [name.partition(" (")[0] for name in rivals(64, 32.0)]
     head = " | ".join([head, "ratio [95%]", *laws])
-    beyond = elsewhere(c.bases, asked.kept)
     caption = "the ratio over alpha and hidden size, with published laws"
-    panels = _panels(c.bases, beyond)
-    out.append(base.Section.of("Ratios", head, rows, [], "law.png", panels, caption))
-    if beyond:
-        rows = [[o.where, o.hidden, f"{o.alpha:g}", o.ratio] for o in beyond]
-        head = "not fitted | hidden | alpha | ratio [95%]"
-        out.append(base.Section.of("Other sweeps' ratios, not fitted", head, rows))
-    return out
+    figure = ("law.png", _panels(c.bases), caption)
+    return [*out, base.Section.of("Ratios", head, rows, [], *figure)]
 
 
-def _panels(bases: Sequence[Base], beyond: Sequence[Elsewhere]) -> list[base.Panel]:
-    models = list(dict.fromkeys(c.model for c in bases))
-    # Each base is shifted a little, so that markers do not overlap.
-    shift = {m: 1.035 ** (k - (len(models) - 1) / 2) for k, m in enumerate(models)}
-
-    def line(label: str, part: Iterable[Base], x: str, colour: int, style: str) -> base.Series:
-        known = sorted(part, key=lambda c: getattr(c, x))
-        at = [getattr(c, x) * shift[c.model] for c in known]
-        return base.Series.of(label, at, [c.ratio for c in known], style=style, colour=colour)
-
-    def panel(title: str, x: str, series: list[base.Series], values: Iterable[float]) -> base.Panel:
-        ticks = [(v, f"{v:g}") for v in sorted(set(values))]
-        y = "best LoRA LR / best FullFT LR"
-        return base.Panel(title, x, y, series, log_x=True, log_y=True, ticks=ticks)
-
-    over_alpha = [
-        line(m, (c for c in bases if c.model == m), "alpha", k, "o-") for k, m in enumerate(models)
-    ]
-    alphas = sorted({c.alpha for c in bases})
+def _panels(bases: Sequence[Base]) -> list[base.Panel]:
+    """Draw the ratios over alpha by base, and over the hidden size at one alpha with the laws."""
+    y, ratios = "best LoRA LR / best FullFT LR", {b: b.ratio for b in bases}
+    by_alpha = {
+        m: {b.alpha: ratios[b] for b in sorted(bases, key=lambda b: b.alpha) if b.model == m}
+        for m in dict.fromkeys(b.model for b in bases)
+    }
+    alphas = sorted({b.alpha for b in bases})
     mid = 32.0 if 32.0 in alphas else alphas[len(alphas) // 2]  # alpha of the laws' lines
-    others = [o for o in beyond if o.alpha == 32.0]
-    names = ", ".join(dict.fromkeys(o.where.partition(" on ")[0] for o in others))
-    sizes, ratios = [o.hidden for o in others], [o.ratio for o in others]
-    star: dict[str, Any] = {"style": "*", "colour": 3, "size": 9}
-    hiddens = [*(float(c.hidden) for c in bases), *(float(o.hidden) for o in beyond)]
-    grid = np.geomspace(min(hiddens) / 1.2, max(hiddens) * 1.2, 20).tolist()
-    over_hidden = [
-        line("a base", (c for c in bases if c.alpha == mid), "hidden", 0, "o"),
-        base.Series.of(f"not fitted: {names}", sizes, ratios, **star),
-        *(
-            base.Series(
-                f"{name.partition(' (')[0]}, alpha {mid:g}",
-                grid,
-                [rivals(h, mid)[name] for h in grid],
-                style=("--", ":", "-.", "-")[k % 4],
-                colour="grey",
-                width=1.1,
-            )
-            for k, name in enumerate(rivals(64, 32.0))
-        ),
+    at = [b for b in bases if b.alpha == mid]
+    measured = base.Series.of("a base", [b.hidden for b in at], [ratios[b] for b in at], style="o")
+    ends = (min(b.hidden for b in bases), max(b.hidden for b in bases))
+    grid = np.geomspace(*ends, 20).tolist()
+    laws = [
+        base.Series(
+            f"{name.partition(' (')[0]}, alpha {mid:g}",
+            grid,
+            [rivals(h, mid)[name] for h in grid],
+            style=("--", ":", "-.", "-")[k % 4],
+            colour="grey",
+        )
+        for k, name in enumerate(rivals(64, 32.0))
     ]
-    by_hidden = f"by hidden size at alpha {mid:g}, with laws"
+    by_hidden, x = f"by hidden size at alpha {mid:g}, with laws", "hidden size"
     return [
-        panel("by alpha, bases side by side", "alpha", over_alpha, alphas),
-        panel(by_hidden, "hidden size", over_hidden, hiddens),
+        base.panel_over("alpha", "by alpha", y, by_alpha, log_y=True),
+        base.Panel(by_hidden, x, y, [measured, *laws], log_x=True, log_y=True),
     ]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, shows=("lr_ratio",))
+QUESTION = base.Question(ESTIMANDS, conditions, measures, sections)

@@ -2,8 +2,7 @@
 
 The claims expect the slope of ln(rho) over log2(rank) to be 0 where only rules are new, which any
 rank has the capacity to store, and above 0 elsewhere. The step from which a rank falls behind is
-measured at its optimal learning rate, paired by seed. The study's envelope, the lowest loss over
-all learning rates at each step, is shown too; no single run follows it.
+measured at its optimal learning rate, paired by seed.
 """
 
 import json
@@ -218,12 +217,10 @@ def _shown(d: speed.Departure) -> str:
 def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
     """Return the sections on falling behind and on the start of learning."""
     (c,) = found
-    envelopes = {r: speed.envelope(c.runs, o) for r, o in c.by_rank.items()}
-    rows = []
-    for rank, by_seed in c.departures.items():
-        of_seeds = ", ".join(map(_shown, by_seed.best.values()))
-        of_envelope = speed.departure(envelopes[rank], envelopes[0], c.start_nll)
-        rows.append([rank, of_seeds, _shown(of_envelope), c.rho[rank]])
+    rows = [
+        [rank, ", ".join(map(_shown, by_seed.best.values())), c.rho[rank]]
+        for rank, by_seed in c.departures.items()
+    ]
     every = [d for by_seed in c.departures.values() for d in by_seed.best.values()]
     never, at_once = sum(d.never for d in every), sum(d.at_once for d in every)
     text = [
@@ -236,48 +233,32 @@ def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
         "fine-tuning's updates to the rank's last loss, over the rank's own. Curves end at update "
         f"{c.last}.",
     ]
-    single, lowest = [], []
+    single = []
     for r, o in c.by_rank.items():
         curves = [dict(p) for p in c.points[r].best.values()]
         steps = sorted({s for curve in curves for s in curve})
         mean = [float(np.mean([v[s] for v in curves if s in v])) for s in steps]
         single.append(base.Series(o.curve.name, steps, mean))
-        points = dict(envelopes[r])
-        lowest.append(base.Series(o.curve.name, list(points), list(points.values())))
-    panels = [
-        base.Panel(title, "updates", "held-out NLL (nats per token)", series, log_x=True)
-        for title, series in (
-            ("runs at the optimal LR, mean over seeds", single),
-            ("envelopes: lowest over all LRs, one seed", lowest),
-        )
-    ]
-    caption = (
-        "learning curves by rank: at the optimal LR, mean over seeds; and the lowest loss over LRs"
-    )
-    head = "rank | behind from step, by seed | of the envelopes | rho [95%]"
-    figure = ("departures.png", panels, caption)
+    title, y = "runs at the optimal LR, mean over seeds", "held-out NLL (nats per token)"
+    panels = [base.Panel(title, "updates", y, single, log_x=True)]
+    head = "rank | behind from step, by seed | rho [95%]"
+    figure = ("departures.png", panels, "learning curves by rank, at the optimal LR")
     return [base.Section.of("Falling behind", head, rows, text, *figure), _start(c.start)]
 
 
 def _start(start: speed.Start | None) -> base.Section:
-    if start is None:
-        return base.Section("The start")
-    rows, series = [], []
-    for k, r in enumerate(start.ranks, 1):
-        leaves = "never" if math.isinf(r.leaves) else r.leaves
-        rows.append([r.rank, leaves, signed(float(r.difference[0])), signed(float(r.band[0]))])
-        steps, band = [*start.steps, math.nan, *start.steps], [*r.band, math.nan, *-r.band]
-        label = f"95% of redraws, rank {r.rank}"
-        series += [
-            base.Series(f"rank {r.rank}", start.steps, list(r.difference), colour=k),
-            base.Series(label, steps, band, style=":", colour=k, alpha=0.7),
+    rows = [
+        [
+            r.rank,
+            "never" if math.isinf(r.leaves) else r.leaves,
+            signed(float(r.difference[0])),
+            signed(float(r.band[0])),
         ]
-    title = f"one LR for all ranks ({start.lr:g}), mean over seeds and draws"
-    y = f"NLL - NLL of rank {start.top} (nats)"
-    panel = base.Panel(title, "updates", y, series, log_x=True)
+        for r in (start.ranks if start else ())
+    ]
     head = "rank | leaves the band at step | difference at the first step (nats) | band there"
-    figure = ("start.png", [panel], "ranks against redraws of A, at one LR")
-    return base.Section.of("The start", head, rows, [], *figure)
+    text = f"Ranks against redraws of A, at one learning rate ({start.lr:g})." if start else ""
+    return base.Section.of("The start", head, rows, [text])
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

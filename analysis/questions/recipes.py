@@ -308,7 +308,6 @@ def _forgotten(c: Recipes) -> base.Section:
     if not c.is_retained:
         return base.Section(title)
     rows: list[list[Any]] = []
-    series: list[base.Series] = []
     pooled = at_best.pooled_over(c.lost(o) for o in c.main)
     for o, name in zip(c.main, full_names([o.curve for o in c.main])):
         runs = c.retained[id(o)].best.values()
@@ -318,15 +317,6 @@ def _forgotten(c: Recipes) -> base.Section:
         forgotten = at_best.over_seeds(c.lost(o), pooled)
         losses = [number(mean[k], 4) for k in LOSSES]
         rows.append([name, rate(o.best_lr.value), *losses, forgotten])
-        if o in (c.full, c.tuned):  # over the LRs, and at the optimum
-            path, colour = frontier(c.runs, o).values(), len(series)
-            learned, left = ([v[k] for v in path] for k in ("test", "after"))
-            star: dict[str, Any] = {"style": "*", "colour": colour, "size": 15}
-            at = [mean["test"]], [mean["after"]]
-            series += [
-                base.Series(f"{o.curve.name}, low to high LR", learned, left, colour=colour),
-                base.Series(f"{o.curve.name} at its optimal LR", *at, **star),
-            ]
     for seed, v in c.equal.best.items():
         name = (
             "full fine-tuning at the lower LR at which it has learned as much as tuned LoRA: seed "
@@ -334,14 +324,11 @@ def _forgotten(c: Recipes) -> base.Section:
         )
         losses = [number(v[k], 4) for k in LOSSES]
         rows.append([name, rate(v["lr"]), *losses, v["lost"]])
-    x, y = "test NLL on the new task (nats)", "NLL on the pretraining task (nats)"
-    panels = [base.Panel("one point per LR, mean over seeds", x, y, series)] if series else []
-    caption = "loss on the pretraining task, against the loss on the new one"
     head = (
         "curve | at LR | test NLL on the new task | NLL on the pretraining task | before | "
         "forgotten (nats) [95%]"
     )
-    return base.Section.of(title, head, rows, [], "retention.png", panels, caption)
+    return base.Section.of(title, head, rows)
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=("model",))

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.decide import at_level
-from analysis.inference.estimate import Estimate, signed, with_interval
+from analysis.inference.estimate import Estimate, number, signed, with_interval
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
@@ -28,7 +28,6 @@ from analysis.optimum.optimum import Optimum
 from analysis.questions import base, rank
 from analysis.runs.learning_curves import at_step, on_curve_rows
 from analysis.runs.lr_curves import title
-from analysis.runs.table import TableError
 
 FIRST = 64
 """Updates after which the gap is first read, to see whether it grows."""
@@ -275,19 +274,31 @@ def conditions(table: pd.DataFrame) -> list[Data | Base]:
 
 
 def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
-    gaps = regret.gaps_of(runs, optima)
-    found = {g.rank: g for g in gaps}
-    if len(found) < len(gaps):
-        raise TableError(
-            "two curves of one data set have the same rank. Analyse one layer set and one alpha at "
-            "a time."
-        )
-    return found
+    base.check_ranks(base.lora_of(optima))
+    return {g.rank: g for g in regret.gaps_of(runs, optima)}
 
 
-def _where(applies: Callable[[Data], Any]) -> Callable[[Any], bool]:
-    """Restrict an estimand to data sets with both methods that satisfy `applies`."""
-    return lambda c: isinstance(c, Data) and not c.missing and bool(applies(c))
+def _on(
+    where: Callable[[Data], Any], name: str, measure: Any, gates: Any, **more: Any
+) -> base.Estimand[Any]:
+    """Declare an estimand on the data sets with both methods where a condition holds."""
+
+    def applies(c: Data | Base) -> bool:
+        return isinstance(c, Data) and not c.missing and bool(where(c))
+
+    return base.Estimand(name, measure, gates, applies=applies, **more)
+
+
+def _regret(
+    where: Callable[[Data], Any], name: str, gap: Callable[[Data], regret.Gap], **more: Any
+) -> base.Estimand[Any]:
+    return _on(
+        where,
+        name,
+        lambda c: gap(c).over_allowed(),
+        lambda c: base.gates_on_gap(gap(c)),
+        **more,
+    )
 
 
 def _gates_apart(c: Data) -> list[Gate]:
@@ -311,103 +322,90 @@ ESTIMANDS = [
         applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
         read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
     ),
-    base.Estimand(
+    _on(
+        lambda c: c.is_new and not c.is_low,
         "over_allowed_beyond",
         lambda c: c.gap.over_allowed(),
         Data.gates_at_eighth,
-        applies=_where(lambda c: c.is_new and not c.is_low),
     ),
-    base.over_allowed(
-        "over_allowed_fitting",
-        lambda c: c.last[c.fitting],
-        applies=_where(lambda c: c.is_new and c.fitting),
+    _regret(lambda c: c.is_new and c.fitting, "over_allowed_fitting", lambda c: c.last[c.fitting]),
+    _regret(
+        lambda c: c.is_new and c.overfull, "over_allowed_overfull", lambda c: c.last[c.overfull]
     ),
-    base.over_allowed(
-        "over_allowed_overfull",
-        lambda c: c.last[c.overfull],
-        applies=_where(lambda c: c.is_new and c.overfull),
-    ),
-    base.Estimand(
+    _on(
+        lambda c: c.is_new and c.growing,
         "gap_growth",
         lambda c: regret.growth(*c.growing),
         _gates_on_growth,
-        applies=_where(lambda c: c.is_new and c.growing),
         read=lambda c: f"smallest rank, update {FIRST} to the last",
     ),
-    base.Estimand(
+    _on(
+        lambda c: c.is_low and c.growths,
         "gap_growth_high_ranks",
         # All ranks must grow, so the one with the lowest end of its interval decides, or one
         # without an interval.
         lambda c: min(c.growths.values(), key=lambda e: -math.inf if e.low is None else e.low),
         Data.gates_on_growths,
-        applies=_where(lambda c: c.is_low and c.growths),
         read=lambda c: f"ranks {min(c.growths)} to {max(c.growths)}, update {FIRST} to the last",
     ),
-    base.Estimand(
+    _on(
+        lambda c: c.is_new and not c.is_low,
         "rho_slope_lists",
         lambda c: c.ranks.slope,
         lambda c: c.ranks.gates_on_slope(),
-        applies=_where(lambda c: c.is_new and not c.is_low),
         read=lambda c: f"ranks {min(c.last)} to {max(c.last)}",
     ),
-    base.Estimand(
+    _on(
+        lambda c: c.is_new and 1 in c.lora and c.high,
         "rate_over_rank_1",
         lambda c: ratio_of(c.high, c.lora[1]),
         lambda c: base.gates_on([c.lora[1], *c.high]),
         log=True,
-        applies=_where(lambda c: c.is_new and 1 in c.lora and c.high),
         seeds=lambda c: base.fewest_seeds([c.lora[1], *c.high]),
         read=lambda c: f"ranks {MIN_RANK} to {max(c.last)}, after the last update",
     ),
-    base.Estimand(
+    _on(
+        lambda c: c.is_new and c.overfull,
         "fall_overfull",
         lambda c: fall_over(c.ranks.points[c.overfull], c.ranks.points[0]),
         lambda c: c.ranks.gates_on([0, c.overfull]),
-        applies=_where(lambda c: c.is_new and c.overfull),
         read=lambda c: f"rank {c.overfull}",
     ),
-    base.Estimand(
+    _on(
+        lambda c: c.is_new and {regret.GENERATOR, regret.FIRST_PASS} <= set(c.bits),
         "generator_over_first_pass",
         lambda c: over_seeds(regret.share_of_first_pass(c.runs, c.gap.full)),
         lambda c: base.gates_on([c.gap.full]),
-        applies=_where(lambda c: c.is_new and {regret.GENERATOR, regret.FIRST_PASS} <= set(c.bits)),
     ),
-    base.Estimand(
-        "gap_low",
-        lambda c: c.gap.mean(),
-        Data.gates_at_eighth,
-        applies=_where(lambda c: c.is_low),
-    ),
-    base.Estimand(
+    _on(lambda c: c.is_low, "gap_low", lambda c: c.gap.mean(), Data.gates_at_eighth),
+    _on(
+        lambda c: c.novelty and c.novelty.nothing,
         "gap_nothing",
         lambda c: c.gap.mean(),
         # NOISY compares the error with the gain. Here the gain is near 0, so no number of seeds
         # would lift that gate.
         lambda c: [g for g in c.gates_at_eighth() if g.code != GateCode.NOISY],
-        applies=_where(lambda c: c.novelty and c.novelty.nothing),
     ),
-    base.Estimand(
+    _on(
+        lambda c: c.is_low and c.controls,
         "gap_matrices",
         lambda c: c.controls[0].mean(),
         lambda c: base.gates_on_gap(c.controls[0]),
-        applies=_where(lambda c: c.is_low and c.controls),
     ),
-    base.Estimand(
+    _on(
+        lambda c: c.is_low and c.parts_of_gap[c.eighth],
         "unchanged_minus_changed",
         lambda c: over_seeds(
             (parts := c.parts_of_gap[c.eighth])["unchanged"].minus(parts["changed"])
         ),
         _gates_apart,
-        applies=_where(lambda c: c.is_low and c.parts_of_gap[c.eighth]),
     ),
-    base.over_allowed(
-        "over_allowed_real", lambda c: c.gap, applies=_where(lambda c: c.novelty is None)
-    ),
-    base.over_allowed(
+    _regret(lambda c: c.novelty is None, "over_allowed_real", lambda c: c.gap),
+    _regret(
+        lambda c: c.novelty is None and 16 in c.last,
         "over_allowed_real_16",
         lambda c: c.last[16],
         seeds=lambda c: base.fewest_seeds([c.last[16].lora, c.last[16].full]),
-        applies=_where(lambda c: c.novelty is None and 16 in c.last),
         read=lambda c: "rank 16",
     ),
     base.Estimand(
@@ -449,55 +447,58 @@ def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
     return {"cells": cells}
 
 
-def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
-    """Return regret over rank, capacity, growth, the parts of the gap, and controls."""
-    out = [_over_rank(found), _capacity(found), _over_updates(found)]
-    rows = [
-        [c.name, r, *(with_interval(over_seeds(parts[k]), signed) for k in regret.PARTS)]
-        for c in found
-        for r, parts in c.parts_of_gap.items()
-        if parts
-    ]
-    text = (
-        "The gap in nats is the sum of two parts. Changed contexts are those whose next-symbol "
-        "probabilities are new; unchanged contexts are the others. Each part is the share of these "
-        "contexts times the gap on them, interpolated to the optimal LRs."
-    )
-    head = "condition | rank | changed contexts [95%] | unchanged contexts [95%]"
-    out.append(base.Section.of("Where the gap is", head, rows, [text]))
-    rows = [
-        [c.name, g.lora.curve.key["layers"], with_interval(g.mean(), signed)]
-        for c in found
-        for g in c.controls
-    ]
-    if rows:
-        head = "condition | matrices trained | loss minus full fine-tuning's [95%]"
-        text = (
-            "A control trains fully the matrices that LoRA adapts, and no other weights. Its "
-            "regret is due to which matrices are trained, not to the rank."
-        )
-        out.append(base.Section.of("Controls", head, rows, [text]))
-    return out
-
-
 LINEAR, LINEAR_NATS = 1.0, 0.01
 """Below this percentage of the gain, or this gap in nats, an axis is linear, so that 0 and less can
 be drawn."""
 
 
+def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
+    """Return regret, load and the parts of the gap by rank; the gap over updates; controls."""
+    out = [_over_rank(found), _over_updates(found)]
+    rows = [
+        [c.name, g.lora.curve.key["layers"], with_interval(g.mean(), signed)]
+        for c in found
+        for g in c.controls
+    ]
+    head = "condition | matrices trained | loss minus full fine-tuning's [95%]"
+    text = (
+        "A control trains fully the matrices that LoRA adapts, and no other weights. Its regret is "
+        "due to which matrices are trained, not to the rank."
+    )
+    return [*out, base.Section.of("Controls", head, rows, [text])] if rows else out
+
+
 def _over_rank(found: Sequence[Data]) -> base.Section:
     text = [
         "Regret: LoRA's loss minus full fine-tuning's at the last update, in percent of what full "
-        f"fine-tuning gains; up to {regret.ALLOWED:.0%} counts as none."
+        f"fine-tuning gains; up to {regret.ALLOWED:.0%} counts as none. Load: bits to learn over "
+        f"{regret.BITS_PER_PARAMETER:g} bits for each trained parameter. The generator's count is "
+        "the fewest bits that describe the new rules and exceptions; the first pass, the study's "
+        "count, is an upper bound: the summed loss of full fine-tuning over the training rows, "
+        "each before the model trains on it. The gap in nats is the sum of two parts: of contexts "
+        "whose next-symbol probabilities are new (changed), and of the others."
     ]
     rows: list[list[Any]] = []
     lines = {}
     for c in found:
         regrets = {r: g.percent() for r, g in c.last.items()}
-        rows += [[c.name, c.steps, r, mean_of(g.gain), regrets[r]] for r, g in c.last.items()]
+        for r, g in c.last.items():
+            parts = [with_interval(over_seeds(v), signed) for v in c.parts_of_gap[r].values()]
+            loads = [c.loads[r].get(count) for count in regret.COUNTS]
+            row = [
+                c.name,
+                c.steps,
+                r,
+                mean_of(g.gain),
+                regrets[r],
+                *loads,
+                *(parts or (None, None)),
+            ]
+            rows.append(row)
         if str(c.needed) != "-":  # "-": no rank could be judged
-            rank = c.rank_needed
-            between = "" if rank.value is None else f"; interpolated {with_interval(rank)}"
+            rank, needed = c.rank_needed, (number(c.load_needed(k).value) for k in regret.COUNTS)
+            between = f"; interpolated {with_interval(rank)}, loads {', '.join(needed)}"
+            between = "" if rank.value is None else between
             text.append(f"{c.name}: the smallest rank with no regret is {c.needed}{between}.")
         # Where nothing is new there is hardly a gain to compare with.
         known = {r: e for r, e in regrets.items() if e.value is not None}
@@ -514,39 +515,11 @@ def _over_rank(found: Sequence[Data]) -> base.Section:
         lines={f"counts as none: {regret.ALLOWED:.0%}": 100 * regret.ALLOWED},
         y_range=(1.5 * min([-LINEAR, *lows]), None),
     )
-    head = "condition | updates | rank | gain of FullFT | regret, % of the gain [95%]"
+    counts = " | ".join(f"load by {words}" for words in regret.COUNTS.values())
+    head = "condition | updates | rank | gain of FullFT | regret, % of the gain [95%] | "
+    head += f"{counts} | changed contexts, nats [95%] | unchanged contexts"
     figure = ("regret.png", [panel], "regret over rank")
     return base.Section.of("Regret over rank", head, rows, text, *figure)
-
-
-def _capacity(found: Sequence[Data]) -> base.Section:
-    """Show the bits of each condition and the load of each rank, by every count."""
-    loads = " | ".join(f"load by {words}" for words in regret.COUNTS.values())
-    rows: list[list[Any]] = []
-    text = [
-        f"Load: bits to learn divided by {regret.BITS_PER_PARAMETER:g} bits for each trained "
-        "parameter. Bits are counted in three ways. The generator's count is the fewest bits that "
-        "describe the new rules and exceptions. The first pass is the study's count, an upper "
-        "bound: the summed loss of full fine-tuning over the training rows, each taken "
-        "before the model trains on that row. No learning lowers the entropy of the rows; the "
-        "first pass above its entropy leaves it out. The last line of each data set is at the "
-        f"interpolated rank that has a regret of {regret.ALLOWED:.0%}."
-    ]
-    for c in found:
-        for r, g in c.last.items():
-            of_rank = [c.loads[r].get(count) for count in regret.COUNTS]
-            rows.append([c.name, c.steps, r, *of_rank, g.percent()])
-        if (rank := c.rank_needed).value is not None:
-            needed = [c.load_needed(count) for count in regret.COUNTS]
-            allowed = f"{100 * regret.ALLOWED:g}"
-            rows.append([c.name, c.steps, rank.value, *needed, allowed])
-        if c.bits:
-            known = {words: c.bits[k] for k, words in regret.COUNTS.items() if k in c.bits}
-            counted = ", ".join(f"{words} {bits:,.0f}" for words, bits in known.items())
-            n = c.batch_size * c.steps
-            text.append(f"{c.name}: bits of {n:,} rows: {counted}.")
-    head = f"condition | updates | rank | {loads} | regret, % of the gain [95%]"
-    return base.Section.of("Capacity for what is new", head, rows, text)
 
 
 def _over_updates(found: Sequence[Data]) -> base.Section:

@@ -14,6 +14,7 @@ from analysis.inference.gates import Gate, GateCode, remedy
 from analysis.questions import arms, arms_report
 from analysis.questions.base import Analysis, Question
 from analysis.runs.metric import as_losses
+from analysis.runs.table import TableError
 
 
 class UnknownQuestion(ValueError):
@@ -62,7 +63,12 @@ def question_of(said: Mapping[str, arms.Said], variants: Mapping[str, arms.Said]
     """Return the question that a sweep's `estimands` and `variants` declare.
 
     It is about learning rates themselves if published laws of their ratio are among its estimands.
+
+    Raises:
+        TableError: a key or name is not known.
     """
+    if problem := next(arms.problems(said, variants), None):
+        raise TableError(problem)
     found = {name: arms.on_task(name, s) for name, s in said.items() if "of" in s}
     for name, s in said.items():
         for key in s.keys() & arms.OVER_TASKS.keys():

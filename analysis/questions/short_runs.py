@@ -226,39 +226,7 @@ def sections(found: Sequence[Lengths], asked: base.Asked) -> list[base.Section]:
     head = (
         "curve | spectral norm of A | of B | of the change | B / A [95%] | change / FullFT's [95%]"
     )
-    name, caption = "Spectral norms at the optimal LRs", "spectral norms of the change, by matrix"
-    figure = ("norms.png", _matrices(known), caption)
-    return [by_horizon, base.Section.of(name, head, rows, [], *figure)]
-
-
-def _matrices(known: Sequence[tuple[Optimum, Spectra]]) -> list[base.Panel]:
-    """Draw the spectral norm of the change of every matrix that LoRA adapts, for one seed."""
-    first = [(o, next(iter(s.by_seed.values()))) for o, s in known]
-    lora = [norms for o, norms in first if o.curve.key["method"] == "lora"]
-    if not first:
-        return []
-    adapted = dict.fromkeys(n for n, _ in lora[0]) if lora else ()
-    names = sorted(adapted, key=lambda n: ".layers." not in n)  # the head is last
-    layers = [n.split(".layers.")[1].split(".")[0] if ".layers." in n else "head" for n in names]
-    of_one = ", ".join(
-        n.rsplit(".", 1)[-1].removesuffix("_proj")
-        for n, layer in zip(names, layers)
-        if layer == layers[0]
-    )
-    ticks = [
-        (float(k), layer if layer == "head" else f"layer {layer}")
-        for k, layer in enumerate(layers)
-        if k == 0 or layer != layers[k - 1]
-    ]
-    series = [
-        base.Series(
-            o.curve.name, range(len(names)), [v.get((m, "delta")) for m in names], style="o"
-        )
-        for o, v in first
-    ]
-    x = f"matrices of a layer from left to right: {of_one}"
-    heading, y = "one seed, interpolated to each curve's optimal LR", "spectral norm of the change"
-    return [base.Panel(heading, x, y, series, log_y=True, ticks=ticks)]
+    return [by_horizon, base.Section.of("Spectral norms at the optimal LRs", head, rows)]
 
 
 QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)

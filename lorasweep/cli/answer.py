@@ -33,6 +33,8 @@ def check_claims(sweep: Sweep | None) -> None:
         asked = question_named(sweep.analysis or "", sweep.estimands, sweep.variants)
     except UnknownQuestion as error:
         raise SpecError(unknown("analysis", sweep.analysis, error.known)) from None
+    except ValueError as error:
+        raise SpecError(f"sweep.{error}") from None
     estimands = asked.names
     for name, claim in sweep.claims.items():
         if claim.estimand not in estimands:

@@ -6,14 +6,12 @@ Words are compared exactly, numbers to a tolerance: the last digits differ betwe
 import json
 import math
 import re
-import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from analysis.measures.rows import csv_of
 from analysis.questions.registry import analyse
 from analysis.report import report
 from analysis.report.plots import INPUTS
@@ -108,43 +106,6 @@ def test_kept_answers_reports_and_figures_are_what_their_tables_say_today(folder
     assert figures.keys() == set(linked)
     inputs = report.inputs_hash(table, (folder / "results.json").read_text())
     assert {name: _inputs(p) for name, p in figures.items()} == dict.fromkeys(figures, inputs)
-
-
-def test_an_answer_that_shows_another_is_stale_once_that_one_changes(tmp_path):
-    """lr_scale once drew a ratio of lr_ratio that had been measured anew since."""
-    for name in ("lr_ratio-small", "lr_scale-tiny"):
-        shutil.copytree(KEPT / name, tmp_path / name)
-    for folder in set(KEPT.glob("lr_ratio-*")) - {KEPT / "lr_ratio-small"}:
-        (tmp_path / folder.name).mkdir()
-        for shown in ("results.json", "table.parquet"):
-            shutil.copy(folder / shown, tmp_path / folder.name / shown)
-    other, mine = tmp_path / "lr_ratio-small", tmp_path / "lr_scale-tiny"
-    assert page.in_order(tmp_path) == [other, mine]
-    results = _json(other / "results.json")
-    where = "smollm2-135m-instruct on gsm8k (small)"
-    (ratio,) = (r["ratio"] for r in results["ratios"] if r["rank"] is None)
-    ratio |= {"value": 13.4, "low": 7.7, "high": 20.8}
-    (other / "results.json").write_text(json.dumps(results))
-    table, question, _ = fresh(KEPT / "lr_scale-tiny")
-    stale = analyse(table, question, tmp_path)
-    today = json.loads(json.dumps(report.results_of(stale, question, table)))
-    assert {d.split(":")[0] for d in differing(today, _json(mine / "results.json"))} == {
-        f".outside.{where}.{end}" for end in ("value", "low", "high")
-    }
-    assert differing_text(report.render(stale, question, table), (mine / "report.md").read_text())
-    # Rendered by one command, the other first, all of it is right again: the figure too.
-    (mine / "old.png").write_bytes(b"")
-    page.render_answers(tmp_path)
-    again = _json(mine / "results.json")
-    assert again["outside"][where]["value"] == pytest.approx(12.7, abs=0.05)
-    today = (mine / "results.json").read_text()
-    assert _inputs(mine / "law.png") == report.inputs_hash(table, today)
-    assert not (mine / "old.png").exists()
-
-
-def test_the_table_of_all_rows_is_of_the_kept_answers():
-    today = csv_of(page.Data(answers.read_answers([KEPT])).rows)
-    assert not differing_text(today, (KEPT / page.TABLE).read_text())
 
 
 def _inputs(path):

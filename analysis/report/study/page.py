@@ -9,7 +9,6 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from analysis.inference.estimate import (
 )
 from analysis.measures.regret import FIRST_PASS
 from analysis.measures.rows import Row, csv_of, pick
-from analysis.questions.registry import analyse, question_for, read_question
+from analysis.questions.registry import analyse, read_question
 from analysis.report import plots, plots_study
 from analysis.report.report import added_after, command_of, write_answer
 from analysis.report.study import figures
@@ -372,18 +371,9 @@ def verdict_row(a: Answer, r: Row, v: Verdict) -> list[str]:
 # ---------------------------------------------------------------- render all kept answers
 
 
-def in_order(kept: Path) -> list[Path]:
-    """Return the folders of all kept answers, each after the answers that it shows as well."""
-    question = {p.parent: read_question(p.parent) for p in sorted(kept.glob("*/question.json"))}
-    folders = list(question)
-    shows = {f: question_for(question[f]).shows for f in folders}
-    graph = {f: [g for g in folders if question[g]["name"] in shows[f]] for f in folders}
-    return list(TopologicalSorter(graph).static_order())
-
-
 def render_answers(kept: Path) -> None:
     """Judge the kept tables again and write their results, reports and figures."""
-    for folder in in_order(kept):
+    for folder in sorted(p.parent for p in kept.glob("*/question.json")):
         table = read_table(folder / "table.parquet")
         question = read_question(folder)
         write_answer(analyse(table, question, kept), table, question, folder)

@@ -24,7 +24,6 @@ from tests.planted import (
     around,
     ask,
     base,
-    panels_of,
     runs,
 )
 
@@ -271,30 +270,6 @@ def test_where_nothing_is_new_no_claim_of_load_is_made_and_missing_conditions_ar
     assert len(absent) >= 10 and {v["outcome"] for v in absent} == {"UNDECIDED"}
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_a_noisy_condition_is_shown_and_not_judged(full):
-    """Full fine-tuning's noise alone decides: what is judged must not choose where it is judged."""
-
-    def loud(spec, step):
-        rng = np.random.default_rng(int(spec.id, 16))
-        return rng.normal(0, 0.03) if is_full(spec) == full else 0.0
-
-    out = ask_regime(Gaps(also=loud), LOW, steps=12)
-    low = verdict(out, "low")
-    assert low["outcome"] == "UNDECIDED"
-    assert ("NOISY" in {g["code"] for g in low["gates"]}) == full
-
-
-def test_an_advantage_that_gets_smaller_is_no_growing_gap_and_a_sixteenth_no_eighth():
-    """LoRA is better at both lengths, by less at the end; the highest rank is 4 of a width of 64."""
-    world = Gaps(lambda r, step, e: -0.06 + 0.03 * math.log2(step / 128))
-    out = ask_regime(world, LOW, ranks=(1, 4))
-    gates = {v["claim"]: {g["code"] for g in v["gates"]} for v in out["verdicts"]}
-    assert gates["growth"] == {"NO_GAP"}
-    assert all("MISSING" in gates[c] for c in ("low", "better", "unchanged"))
-    assert verdicts(out, "fits") == {IN_LOW: "SUPPORTED"}
-
-
 def test_conditions_of_other_lengths_are_told_apart_and_two_seeds_bound_no_rank():
     two = {"batch_size": BATCH, "seeds": range(2)}
     longer = arms(data(**LOW), (1, 8), steps=24, **two)
@@ -330,20 +305,6 @@ def test_growth_is_read_on_the_same_held_out_rows_at_both_lengths():
     grown = verdict(out, "growth")
     assert grown["estimate"]["value"] == pytest.approx(0, abs=2e-3)
     assert grown["outcome"] == "UNDECIDED"
-
-
-def test_the_gap_is_drawn_over_updates_by_rank():
-    """A gap of a tenth of the gain that rises by a fiftieth with each doubling of the updates."""
-    specs = arms(data(**LOW), (1, 8), steps=256, batch_size=BATCH, seeds=range(4))
-    world = Gaps(lambda r, step, e: (0.1 + 0.02 * math.log2(step / 32)) / r)
-    (panel,) = (p for p in panels_of("regime", world, specs).values() if p.x == "updates")
-    gain = GAIN * math.log2(1 + 256)
-    for series, rank in zip(panel.series, (1, 8)):
-        assert series.label == f"rank {rank}" and list(series.x) == [32, 64, 128, 256]
-        wanted = [gain * (0.1 + 0.02 * k) / rank for k in range(4)]
-        assert series.y == pytest.approx(wanted, abs=4e-3)
-    low, high = panel.y_range
-    assert low <= 0 and high > max(panel.series[0].y)
 
 
 def test_bits_are_counted_three_ways_and_by_full_fine_tuning_alone():

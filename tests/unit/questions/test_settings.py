@@ -20,26 +20,12 @@ from tests.planted import (
     ask,
     base,
     check,
+    layers,
     planted_table,
     runs,
 )
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
-
-STEPS = 96
-RANKS = {"mlp": (4,), "attention": (4, 8), "attention+mlp": (4,)}
-"""As in the shipped sweep: attention at rank 8 has about the MLP's parameters at rank 4."""
-
-
-def layer_runs(*models):
-    found = []
-    for model in models:
-        spec = base(model, "dialect_smoke")
-        found += arms(spec, (), steps=STEPS)
-        for layers, ranks in RANKS.items():
-            for rank in ranks:
-                found += runs(spec, Lora(rank=rank, layers=layers), around(LORA), steps=STEPS)
-    return found
 
 
 def speeds(attention):
@@ -48,21 +34,19 @@ def speeds(attention):
 
 @pytest.mark.parametrize(("attention", "outcome"), [(0.4, "SUPPORTED"), (0.85, "REFUTED")])
 def test_layer_sets(attention, outcome, tmp_path):
-    world = World(lambda s: speeds(attention)[s.method.layers])
     folder = tmp_path if outcome == "SUPPORTED" else None
-    _, found = ask("layers", world, layer_runs("tiny64"), folder)
+    _, found = ask(*layers(lambda s: speeds(attention)), folder)
     check(found, attention_worse=(outcome, pytest.approx(attention / 0.8, rel=0.05)))
     check(found, mlp_is_enough="SUPPORTED", mlp_loses_nothing="SUPPORTED")
-    lost = math.log2((1 + STEPS * 0.8) / (1 + STEPS * attention))  # in doublings of the updates
-    allowed = 0.05 * math.log2(1 + STEPS)
+    lost = math.log2((1 + 64 * 0.8) / (1 + 64 * attention))  # in doublings of the updates
+    allowed = 0.05 * math.log2(1 + 64)
     gap = pytest.approx((lost - allowed) * GAIN, abs=0.03 * GAIN)
     check(found, attention_loses=(outcome, gap))
 
 
 def test_a_claim_about_all_tasks_is_supported_only_if_it_holds_on_each():
     of_base = {"tiny64": speeds(0.4), "tiny64-s1": speeds(0.9)}
-    world = World(lambda s: of_base[s.model.name][s.method.layers])
-    out, found = ask("layers", world, layer_runs(*of_base))
+    out, found = ask(*layers(lambda s: of_base[s.model.name], of_base))
     worse = [v for v in out["verdicts"] if v["claim"] == "attention_worse"]
     outcomes = {v["group"].split()[0]: v["outcome"] for v in worse}
     assert outcomes == {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
@@ -77,8 +61,8 @@ def recipe_runs():
     spec, common = base(dataset="dialect_smoke"), {"steps": LENGTH}
     found = arms(spec, (RANK,), **common)
     found += runs(spec, Lora(rank=RANK, alpha=2.0 * RANK), around(LORA), **common)
-    for layers in ("attention", "attention+mlp"):
-        found += runs(spec, Lora(rank=RANK, layers=layers), around(2e-4), **common)
+    for of in ("attention", "attention+mlp"):
+        found += runs(spec, Lora(rank=RANK, layers=of), around(2e-4), **common)
     original = Lora(rank=RANK, alpha=1.0 * RANK, layers="attention")
     found += runs(spec, original, around(2e-4), schedule="linear", **common)
     few = base(dataset="dialect_few")
@@ -171,20 +155,6 @@ def test_twins_are_compared_up_to_where_one_of_them_diverged():
     fewer = invariance.Twins(cut(8))
     assert len(fewer.held) == len(whole.held) and fewer.broken == whole.broken
     assert len(invariance.Twins(cut(0)).held) < len(whole.held)
-
-
-@pytest.mark.parametrize("seeds", [2, 3])
-def test_a_start_with_b_random_needs_three_seeds(seeds):
-    spec = base(dataset="dialect_smoke")
-    specs = [
-        s
-        for factor in ("a", "b")
-        for s in runs(
-            spec, Lora(rank=4, random_factor=factor), around(LORA), range(seeds), steps=64
-        )
-    ]
-    _, found = ask("invariance", Rules(1e-3), specs)
-    check(found, start_b="UNDECIDED" if seeds < 3 else "REFUTED")
 
 
 @pytest.mark.parametrize(("broken", "outcome"), [(1e-3, "SUPPORTED"), (1e-9, "REFUTED")])
