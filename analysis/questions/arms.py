@@ -183,12 +183,14 @@ class Task(base.Condition):
         return base.distinct(o for o in (self.whole, *(p.all if both else p.of)) if o)
 
     def size(self, o: Optimum) -> int:
-        """Return the number of trained parameters."""
-        return int(runs_of(self.runs, o.curve)["n_trainable"].iloc[0])
+        """Return the number of trained parameters; 0 if the table does not have it."""
+        return int(runs_of(self.runs, o.curve).get("n_trainable", pd.Series(0)).iloc[0])
 
     @cached_property
     def label_bits(self) -> float | None:
         """Bits of a bandit's labels; None for other data."""
+        if "spec" not in self.runs:
+            return None
         data = json.loads(runs_of(self.runs, self.optima[0].curve)["spec"].iloc[0])["dataset"]
         is_bandit = data.get("location") == "bandit"
         return LABEL_BITS * float(data["knobs"]["contexts"]) if is_bandit else None

@@ -164,7 +164,7 @@ def _tokens(t: Task) -> list[base.Section]:
     """Return the shares of each layer's tokens that the experts get, if they were recorded."""
     rows: list[list[Any]] = []
     for o in t.main:
-        results = [json.loads(text) for text in runs_of(t.runs, o.curve)["result"]]
+        results = [json.loads(text) for text in runs_of(t.runs, o.curve).get("result", ())]
         known = [np.array(r["expert_tokens"], float) for r in results if r.get("expert_tokens")]
         mean = np.mean([k / k.sum(1, keepdims=True) for k in known], axis=0) if known else []
         for layer, shares in enumerate(mean):
