@@ -220,7 +220,7 @@ CASES = [
     case("seconds_a_step", "BUSY", costs, World(lambda s: 1.0, more=timed(2))),
     case("two_bits", "NOT_CONVERGED", facts, lambda n: n / 400),
     case("one_bit_at_100", "512 facts x 100: FEW_SEEDS", facts, lambda n: 1.0, seeds=range(2)),
-    case("two_bits", "512 facts x 50: FLAGGED", facts, lambda n: 1.0, 2),
+    case("two_bits", "512 facts x 100: FLAGGED", facts, lambda n: 1.0, 2),
     case("two_bits", "TASK", facts, lambda n: 1.0, most=0.8),
     case("default_rate", "RECIPE_OUTSIDE", recipes, 8e-2),
     case("original", "MISSING", recipes),
