@@ -24,8 +24,6 @@ TARGET = RESULTS / "advice" / "README.md"
 OUTCOMES = Path(__file__).with_name("outcomes.yaml")
 SAYS = {"met": "close", "missed": "behind", "unknown": "open"}
 """State of the adviser's first condition (capacity for what is new) -> predicted outcome."""
-
-
 OUTCOME_HEAD = "source|setting|model|rank|published|adviser|load|verdict"
 RATE_HEAD = "source|model|task|method|published best|adviser|verdict"
 
@@ -111,12 +109,9 @@ def page() -> str:
 
 
 def _count(judged: list[Judged]) -> str:
-    counts = {v: sum(j.verdict == v for j in judged) for v in ("hit", "miss", "open")}
-    return (
-        f"Of {len(judged)} rows {counts['hit']} are hits, {counts['miss']} misses"
-        + (f", {counts['open']} left open" if counts["open"] else "")
-        + "."
-    )
+    hits, misses, left = (sum(j.verdict == v for j in judged) for v in ("hit", "miss", "open"))
+    rest = f", {left} left open" if left else ""
+    return f"Of {len(judged)} rows {hits} are hits, {misses} misses{rest}."
 
 
 def _shown(verdict: str) -> str:

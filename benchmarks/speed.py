@@ -19,7 +19,7 @@ from analysis.inference.estimate import number
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
 from analysis.report.text import Rows, markdown
-from benchmarks import harness, overhead, steps
+from benchmarks import harness, steps
 from benchmarks.harness import BENCH, Figures, Log, Page, command, render
 from benchmarks.steps import at
 from lorasweep.cli.points import all_points
@@ -289,7 +289,7 @@ def main(arguments: Sequence[str]) -> None:
     values = harness.exec_values()
     dirs = (values["models_dir"], values["data_dir"])
     parts: dict[str, Callable[[Log], Any]] = {
-        "overhead": overhead.measure,
+        "overhead": steps.measure_overhead,
         "steps": partial(steps.measure, *dirs),
         "memory": partial(steps.measure_memory, *dirs),
         **{scale: partial(whole_grids, scale, values) for scale in GRIDS},
