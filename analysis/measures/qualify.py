@@ -6,7 +6,7 @@ UNDECIDED (gate TASK). Noise is only a warning, since it already widens the inte
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,8 @@ MAX_NOISE = 0.1
 a factor 2 from the optimal LR."""
 
 
-class Check(NamedTuple):
+@dataclass(frozen=True)
+class Check:
     """One requirement of a task; `ok` is None if unknown. One that `warns` disqualifies no task."""
 
     group: str
