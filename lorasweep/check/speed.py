@@ -183,25 +183,14 @@ def step(
 
 
 def _base(
-    kept: dict[str, Any], model: ModelSpec, precision: str, checkpointing: bool, compiled: bool
+    kept: dict[str, Any], spec: ModelSpec, precision: str, checkpointing: bool, compiled: bool
 ) -> Base:
-    """Return a base with random weights, as the trainer prepares one."""
-    key = (model, precision, checkpointing, compiled)
-    if kept.get("key") != key:
-        kept.clear()
-        free_memory()
-        base = random_base(model, precision)
-        if checkpointing:
-            compute_again(base.model)
-        if compiled:  # on a CPU compiling takes minutes, so there only the capture is checked
-            backend = "inductor" if device().type == "cuda" else "eager"
-            base.model.base_model.compile(dynamic=True, backend=backend)
-        kept |= {"key": key, "base": base}
-    return kept["base"]
-
-
-def random_base(spec: ModelSpec, precision: str) -> Base:
-    """Build a base of a model's shape with random weights on the device."""
+    """Return a base of a model's shape with random weights, as the trainer prepares one."""
+    key = (spec, precision, checkpointing, compiled)
+    if kept.get("key") == key:
+        return kept["base"]
+    kept.clear()
+    free_memory()
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     config = config_of(spec, max_position_embeddings=8192, rope_parameters=rope, **tokens)
@@ -209,15 +198,18 @@ def random_base(spec: ModelSpec, precision: str) -> Base:
     model.tie_weights()
     generator = torch.Generator(device()).manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.normal_(0, SCALE, generator=generator)
-            else:  # norms
-                p.fill_(1)
+        for p in model.parameters():  # those of one dimension are norms
+            p.normal_(0, SCALE, generator=generator) if p.dim() > 1 else p.fill_(1)
     for module in model.modules():
         if hasattr(module, "inv_freq"):  # a buffer that is computed, not loaded
             module.inv_freq = type(module)(config=model.config).inv_freq.to(device())
-    return Base(model, None, "random")
+    if checkpointing:
+        compute_again(model)
+    if compiled:  # on a CPU compiling takes minutes, so there only the capture is checked
+        backend = "inductor" if device().type == "cuda" else "eager"
+        model.base_model.compile(dynamic=True, backend=backend)
+    kept |= {"key": key, "base": Base(model, None, "random")}
+    return kept["base"]
 
 
 def _rows(spec: RunSpec, ragged: bool = False, answer: int = 0, length: int = 0) -> Any:

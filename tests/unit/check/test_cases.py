@@ -1,6 +1,5 @@
 """Cases, predictions, kept results and the page of action=check_gpu, with planted measurements."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -82,22 +81,19 @@ def test_the_page_names_what_the_plan_got_wrong_by_more_than_a_quarter(cases, pr
     assert "7 of 7 checks passed" in text and "takes" in text.partition("## Not measured")[2]
     results["llama-3.2-1b lora"] = {**results["llama-3.2-1b lora"], "step_s": 9.0}
     results["a pack in bf16, against its runs"] = {"difference": 0.5, "bound": 0.02}
-    text = page.page(cases, predicted, results, None)
-    mostly = predicted["cases"]["llama-3.2-1b lora"]["parts"]
-    wrong = text.partition("Wrong by more than 25%:")[2].partition("##")[0]
-    assert "| llama-3.2-1b lora | seconds an update |" in wrong
-    assert max(mostly, key=mostly.get) in wrong and wrong.count("\n| ") == 2
-    assert "6 of 7 checks passed" in text and "a difference of 0.5, where 0.02" in text
-
-
-def test_what_packing_gains_is_runs_one_by_one_over_the_pack(cases, predicted):
-    results = planted(cases, predicted, 1.0)
     results["llama-3.2-1b 1 rows x 1"]["step_s"] = 0.5
     results["llama-3.2-1b 1 rows x 16"]["step_s"] = 2.0
     text = page.page(cases, predicted, results, None)
+    mostly = predicted["cases"]["llama-3.2-1b lora"]["parts"]
+    wrong = text.partition("Wrong by more than 25%")[2].partition("##")[0]
+    assert (
+        "| llama-3.2-1b lora | seconds an update |" in wrong
+        and max(mostly, key=mostly.get) in wrong
+    )
+    assert "6 of 7 checks passed" in text and "a difference of 0.5, where 0.02" in text
     packs = text.partition("## Packs")[2].splitlines()
-    row = next(r for r in packs if r.startswith("| llama-3.2-1b 1 rows x 16 |"))
-    assert row.endswith("| 4.00 |")
+    (row,) = [r for r in packs if r.startswith("| llama-3.2-1b 1 rows x 16 |")]
+    assert row.endswith("| 4.00 |")  # runs one by one / the pack
 
 
 def test_the_hardware_file_has_the_measured_constants_and_can_be_read(tmp_path):
@@ -135,12 +131,9 @@ def test_a_case_that_dies_fails_alone_and_is_measured_again(tmp_path):
     assert "no_such_function" in told[0][1]["failed"] and told[1][1]["difference"] < 1e-10
     measure()
     assert [name for name, _ in told] == ["bad"]
-
-
-def test_a_case_that_does_not_fit_is_left_out_without_a_process(tmp_path):
-    case = Case(SPEED, "large", "speed:no_such_function", tiny_spec())
-    process.measure([case], tmp_path, 1, {"large": {"misfit": "too large"}}, lambda *_: None)
-    assert json.loads(process.path_of(tmp_path, case).read_bytes()) == {"misfit": "too large"}
+    large = {"good": {"misfit": "too large"}}  # left out without a process
+    process.measure([case], tmp_path, 1, large, lambda c, r: told.append((c.name, r)))
+    assert told[-1] == ("good", {"misfit": "too large"})
 
 
 def test_a_torch_without_cuda_beside_a_gpu_is_refused(monkeypatch):

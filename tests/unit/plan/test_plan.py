@@ -184,12 +184,12 @@ def test_hardware_that_cannot_be_planned_for_is_refused(values, message):
         from_plain({"name": "mine", **values})
 
 
-@pytest.mark.parametrize(("workers", "sizes"), [("null", [4] * 4), ("1", [16])])
-def test_no_worker_is_left_without_a_pack(compose, workers, sizes):
-    alone = compose(*SMOKE, SIXTEEN, "~sweep.arms.fullft", f"exec.workers={workers}")
+def test_no_worker_is_left_without_a_pack(compose):
     four = dataclasses.replace(CPU, cores=4)
-    measured(alone, alone.points[0].spec, ALWAYS, four)
-    assert planned(alone, four)[1] == sizes
+    for workers, sizes in (("null", [4] * 4), ("1", [16])):
+        alone = compose(*SMOKE, SIXTEEN, "~sweep.arms.fullft", f"exec.workers={workers}")
+        measured(alone, alone.points[0].spec, ALWAYS, four)
+        assert planned(alone, four)[1] == sizes
 
 
 def test_ranks_are_mixed_only_where_one_alone_fills_little(compose):
@@ -253,15 +253,6 @@ SMI = """0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559
 """
 
 
-@pytest.mark.parametrize(
-    "wanted, names",
-    [(None, "ab"), ("1", "b"), ("GPU-bbb,0", "ba"), ("GPU-b", "b"), ("", ""), ("7", "")],
-)
-def test_gpus_are_those_that_the_environment_leaves(wanted, names):
-    found = [(gpu.uuid, gpu.memory_bytes) for gpu in detect.visible(SMI, wanted)]
-    assert found == [(f"GPU-{3 * name}", 81559 * 2**20) for name in names]
-
-
 MIG = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaa)
   MIG 1g.10gb     Device  0: (UUID: MIG-1111-aa)
   MIG 3g.40gb     Device  1: (UUID: MIG-2222-bb)
@@ -269,7 +260,12 @@ MIG = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaa)
 """
 
 
-def test_a_slice_of_a_gpu_counts_as_a_gpu_with_the_memory_of_its_profile():
+def test_gpus_are_those_that_the_environment_leaves():
+    wanted = {None: "ab", "1": "b", "GPU-bbb,0": "ba", "GPU-b": "b", "": "", "7": ""}
+    for variable, names in wanted.items():
+        found = [(gpu.uuid, gpu.memory_bytes) for gpu in detect.visible(SMI, variable)]
+        assert found == [(f"GPU-{3 * name}", 81559 * 2**20) for name in names]
+    # a slice of a GPU counts as a GPU with the memory of its profile
     (found,) = detect.visible(detect.slices(MIG), "MIG-2222-bb")
     assert (found.uuid, found.name) == ("MIG-2222-bb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb")
     assert found.memory_bytes == pytest.approx(40e9, abs=2**20)
