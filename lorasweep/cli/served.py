@@ -1,6 +1,5 @@
 """Compare the adapters of a fleet on a running server with what they do in training."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,24 +30,8 @@ HEAD = ("customer", "verdict", "change", "distance", "accepted", "factor", "note
 FITS, REFUSED, MISSING, NONE = "folder is right", "folder refused", "missing", "no adapter"
 
 
-@dataclasses.dataclass
-class Row:
-    """A customer's row of the table."""
-
-    name: str
-    folder: str
-    """Name of the folder, and of the adapter on a server."""
-    verdict: str
-    notes: list[str]
-    found: served.Finding | None = None
-
-    def cells(self) -> list[str]:
-        """Return the cells of HEAD; distances in nats."""
-        f, numbers = self.found, [""] * 4
-        if f is not None:
-            numbers = [f"{x:.4f}" for x in (f.change, f.distance, f.bound)]
-            numbers.append(f"{f.factor:.2f} ± {served.ERRORS * f.factor_se:.2f}")
-        return [printable(self.name), self.verdict, *numbers, printable("; ".join(self.notes))]
+Row = dict[str, Any]
+"""Of a customer: name, folder (also the adapter's name on a server), verdict, notes, Finding."""
 
 
 def verify(request: Request, store: RunStore) -> Answer:
@@ -79,24 +62,30 @@ def verify(request: Request, store: RunStore) -> Answer:
     lines = [_compare(g, at, rows, trainer, store, request.exec) for g in groups.values()]
 
     def text() -> list[str]:
-        counts = Counter(r.verdict for r in rows.values())
-        table = aligned([HEAD, *(r.cells() for r in rows.values())], (2, 3, 4, 5))
-        return [*table, "", *lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items())]
+        table = [[*HEAD]]
+        for row in rows.values():
+            f, notes = row["found"], printable("; ".join(row["notes"]))
+            cells = [f"{f[k]:.4f}" if f else "" for k in ("change", "distance", "bound")]
+            factor = f"{f['factor']:.2f} ± {served.ERRORS * f['factor_se']:.2f}" if f else ""
+            table.append([printable(row["name"]), row["verdict"], *cells, factor, notes])
+        counts = Counter(verdicts)
+        total = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+        return [*aligned(table, (2, 3, 4, 5)), "", *lines, total]
 
-    value = [{**vars(r), "found": r.found and vars(r.found)} for r in rows.values()]
-    right = all(r.verdict in (served.SERVED, FITS) for r in rows.values())
-    return Answer(value, text, int(not right))
+    verdicts = [row["verdict"] for row in rows.values()]
+    return Answer([*rows.values()], text, int(not {*verdicts} <= {served.SERVED, FITS}))
 
 
 def _of_folder(outcome: Outcome, fleet: Path, profile: Profile) -> Row:
     """Check a customer's folder for what the server would refuse or ignore."""
-    member, spec = outcome.member, outcome.spec
-    if spec is None:
-        return Row(member.name, member.folder, NONE, [outcome.problem])
-    rank = profile.largest_rank(member.advised["rank"])
-    class_of = member.served.get("architecture", "")
-    wrong = problems(fleet / member.folder, profile, spec.model, rank, class_of)
-    return Row(member.name, member.folder, REFUSED if wrong else FITS, wrong)
+    member, spec, verdict, notes = outcome.member, outcome.spec, NONE, [outcome.problem]
+    if spec is not None:
+        rank = profile.largest_rank(member.advised["rank"])
+        class_of = member.served.get("architecture", "")
+        notes = problems(fleet / member.folder, profile, spec.model, rank, class_of)
+        verdict = REFUSED if notes else FITS
+    named = {"name": member.name, "folder": member.folder}
+    return {**named, "verdict": verdict, "notes": notes, "found": None}
 
 
 def _compare(
@@ -116,7 +105,7 @@ def _compare(
     specs = {o.member.folder: o.spec for o in group}
     there = {name: at[name] for name in specs if name in at}
     for name in specs.keys() - there.keys():
-        rows[name].verdict = MISSING
+        rows[name]["verdict"] = MISSING
     if not there:
         return f"{spec.model.name}: no adapter is served"
     own = {name: _rows(trainer.data(s, exec_), spec.seed) for name, s in specs.items()}
@@ -147,8 +136,8 @@ def _compare(
     for name, one in specs.items():
         weights = checkpoint.load_weights(store.folder(one.id))
         if weights is None:
-            rows[name].verdict = NONE
-            rows[name].notes.append(f"the weights of run {one.id} were not kept")
+            rows[name]["verdict"] = NONE
+            rows[name]["notes"].append(f"the weights of run {one.id} were not kept")
         else:
             trained[name] = trainer.log_p(one, exec_, [*common, *own[name]], weights)
     shared = {name: values[: len(of_common)] for name, values in trained.items()}
@@ -156,9 +145,11 @@ def _compare(
         answers = there[name].log_p(name, [*common, *own[name]])
         probe = served.Probe(here[name], trained[name], base[name], answers)
         row, found = rows[name], served.judge(name, probe, shared, noise)
-        row.found, row.verdict = found, found.verdict if row.verdict == FITS else row.verdict
+        row["found"] = vars(found)
+        if row["verdict"] == FITS:
+            row["verdict"] = found.verdict
         if found.verdict == served.ANOTHERS:
-            row.notes.append(f"it is the adapter of {rows[found.nearest].name}")
+            row["notes"].append(f"it is the adapter of {rows[found.nearest]['name']}")
     return f"{spec.model.name}: noise {noise:.2g} nats (the server's base against the trainer's)"
 
 
