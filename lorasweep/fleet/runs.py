@@ -215,7 +215,7 @@ def _member(
     if planner is not None:  # a run on several GPUs would not keep the adapter
         place = planner.kind(points[0].spec).place
         if place.why:
-            raise RowError(f"{place.why}. It fits with {place.remedy}.")
+            raise RowError(f"{place.why}. It fits with {place.remedy.replace('dataset.', '')}.")
         if place.layout.gpus > 1:
             raise RowError(
                 f"{model.name} takes {place.layout.gpus} GPUs ({planner.hardware.name}), but a run "

@@ -110,7 +110,7 @@ def _arm(case: Case, rank: int, work: Workload, hardware: Hardware) -> Arm:
             gpus *= 2
         found = place_on(gpus)
     if found.why:
-        arm = Arm(n, *files, why=f"{found.why}. Give {found.remedy}")
+        arm = Arm(n, *files, why=f"{found.why}. Give {found.remedy.replace('dataset.', '')}")
     else:
         gpus = found.layout.gpus
         parts = step_parts(_load(model, rank), found.layout, work.row_tokens, hardware)

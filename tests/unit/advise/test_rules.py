@@ -277,7 +277,8 @@ def test_where_lora_is_not_faster_or_full_fits_nowhere_a_warning_says_so():
     assert any("LoRA is not faster" in w for w in small.warnings)
     assert small.costs.lora.step_s > NOT_FASTER * small.costs.full.step_s
     large = advice(model="qwen3-235b-a22b-instruct-2507", examples=10_000, batch_size=2)
-    assert any("full fine-tuning does not fit: " in w for w in large.warnings)
+    (said,) = (w for w in large.warnings if "full fine-tuning does not fit: " in w)
+    assert "max_length" in said and "dataset." not in said  # a column of the table
     assert large.costs.full.gpus is None and large.costs.full.cost_usd is None
     usual = " ".join(advice(examples=10_000).warnings)
     assert "not faster" not in usual and "not fit" not in usual
