@@ -5,12 +5,11 @@ that differs from LoRA in the parametrisation only.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lorasweep.errors import SpecError
-from lorasweep.methods.trainables import Experts, Router, Target, whole
+from lorasweep.methods.trainables import Experts, Router, Target, Trainables, whole
 from lorasweep.spec.method import Method, parse_layers
 from lorasweep.spec.model import LAYER_SETS, ModelSpec
 from lorasweep.spec.values import misfits
@@ -78,10 +77,8 @@ class FullFT(Method):
         return _WholeModel(base, {id(p) for p in chosen})
 
 
-class _WholeModel:
-    """Trainables of one full fine-tuning run: the base's own parameters."""
-
-    stacked = False
+class _WholeModel(Trainables):
+    """The base's own parameters, of one full fine-tuning run."""
 
     def __init__(self, base: "nn.Module", chosen: set[int]) -> None:
         """Train copies, in fp32 at least, of the parameters with Python ids in `chosen`."""
@@ -103,21 +100,6 @@ class _WholeModel:
 
     def parameters(self) -> "dict[str, torch.Tensor]":
         return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
-
-    def part_of(self, name: str) -> tuple[str, slice]:
-        return name, slice(0, 1)
-
-    def lr_ratios(self, name: str) -> list[float]:
-        return [1.0]
-
-    def keep(self, runs: list[int]) -> dict[str, tuple[str, list[int]]]:
-        raise SpecError("a full fine-tuning pack has one run and cannot be compacted")
-
-    def only(self, runs: list[int]) -> AbstractContextManager[None]:
-        return nullcontext()  # there is only one run
-
-    def grouped(self, groups: list[int]) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def norms(self) -> list[dict[str, float]]:
         import torch

@@ -181,9 +181,9 @@ def shard(model: nn.Module, trainables: "Trainables", mesh: Mesh, precision: str
         split(block, bf16 if precision == "bf16" else plain)
     entry = _Entry(model)
     split(entry)
-    for part in _split(entry):
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)
+    for made in _split(entry):
+        made.set_gradient_divide_factor(1.0)
+        made.set_force_sum_reduction_for_comms(True)
     if mesh.rank:
         entry.to_empty(device=mesh.device)
         for first, *others in owners.values():  # tie the shared parameters again

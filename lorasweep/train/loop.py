@@ -157,7 +157,7 @@ def train(
             finished = [runs[k] for k in at]
             stopped = [run for run in finished if run.early_stopping]
             past_best = {run.id for run in stopped if progress[run.id].best.step != step}
-            optimizer.restore_best([k for k in at if runs[k].id in past_best])
+            optimizer.keep_best([k for k in at if runs[k].id in past_best], restore=True)
             for i, (measures, _) in held_out(runs, past_best, True).items():
                 measured[i] = measures
             if finished:

@@ -68,16 +68,10 @@ class AdamW:
         )
         self._find_lr_ratios()
 
-    def keep_best(self, runs: list[int]) -> None:
-        """Keep the present weights of these runs as their best weights."""
-        self._copy(self.params, self.best, runs)
-
-    def restore_best(self, runs: list[int]) -> None:
-        """Restore the best weights of these runs."""
-        self._copy(self.best, self.params, runs)
-
     @torch.no_grad()
-    def _copy(self, old: Tensors, new: Tensors, runs: list[int]) -> None:
+    def keep_best(self, runs: list[int], restore: bool = False) -> None:
+        """Keep the present weights of these runs as their best weights, or restore the best."""
+        old, new = (self.best, self.params) if restore else (self.params, self.best)
         for name in self.params if runs else ():
             span = self.trainables.part_of(name)[1]
             rows = [n - span.start for n in runs if span.start <= n < span.stop]
@@ -174,9 +168,7 @@ class AdamW:
     @torch.no_grad()
     def load_runs(self, states: Sequence[State]) -> int:
         """Copy each run's tensors from its state; return the step of the states."""
-        steps = {state["meta"]["step"] for state in states}
-        if len(steps) != 1:
-            raise ValueError(f"the runs' states are at different steps: {sorted(steps)}")
+        (step,) = {state["meta"]["step"] for state in states}
         for k, state in enumerate(states):
             mine = self.run_tensors(k)
             if not state["tensors"]:
@@ -184,7 +176,7 @@ class AdamW:
                 continue
             for name, tensor in mine.items():
                 tensor.copy_(state["tensors"][name])
-        return steps.pop()
+        return step
 
     def zero_grad(self) -> None:
         """Delete the gradients."""

@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Progress = Callable[[int, float], None]
+"""Gets the number and the loss of each update, and may stop the training by an exception."""
+
+
 def ensure(
-    spec: ModelSpec,
-    models_dirs: Sequence[str],
-    progress: Callable[[int, float], None] | None = None,
+    spec: ModelSpec, models_dirs: Sequence[str], progress: Progress = lambda step, nll: None
 ) -> None:
     """Pretrain the base of a recipe into the first models folder, unless its weights exist.
 
-    Does nothing for models without a recipe. `progress` gets the number and the loss of each
-    update, and may stop the training by an exception.
+    Does nothing for models without a recipe.
     """
     if spec.source != "recipe" or recipe_weights(spec, models_dirs) is not None:
         return
     path = Path(models_dirs[0]).expanduser() / recipe_file_name(spec)
     print(f"pretraining base model {spec.name} once, from its recipe, into {path}", flush=True)
-    model, _ = pretrain(spec, progress)
-    save(model, path)
+    save(pretrain(spec, progress)[0], path)
 
 
 def save(model: "PreTrainedModel", path: Path) -> None:
@@ -45,19 +45,16 @@ def save(model: "PreTrainedModel", path: Path) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    tied = model.config.tie_word_embeddings
-    state = {
-        k: v.to(torch.bfloat16).contiguous()
-        for k, v in model.state_dict().items()
-        if not (tied and k == "lm_head.weight")
-    }
+    state = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(state, partial)
     os.replace(partial, path)
 
 
 def pretrain(
-    spec: ModelSpec, progress: Callable[[int, float], None] | None = None
+    spec: ModelSpec, progress: Progress = lambda step, nll: None
 ) -> tuple["PreTrainedModel", float]:
     """Train the base by its recipe; return the model and its held-out NLL in nats per token."""
     assert spec.recipe is not None
@@ -65,8 +62,7 @@ def pretrain(
     model, data = empty_model(spec), pretraining_data(spec.recipe)
     use_grouped_experts(model, spec)
     for step, nll in updates(model, spec.recipe, data):
-        if progress is not None:
-            progress(step, nll)
+        progress(step, nll)
     return model, held_out_nll(model, data)
 
 

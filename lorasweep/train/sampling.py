@@ -8,7 +8,7 @@ the order of runs and prompts, L the maximum number of tokens of a completion.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,24 +116,142 @@ def completions_at_once(
 
 
 def _together(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[np.ndarray]],
     uniforms_NAL: np.ndarray,
     ends: Sequence[Sequence[int]],
     precision: str,
 ) -> list[Completions]:
-    n, completions, most = uniforms_NAL.shape
-    group = completions // len(prompts[0])
-    step = _Steps(model, precision, [p for own in prompts for p in own], group, most > 1)
-    uniforms_RL = torch.from_numpy(uniforms_NAL).reshape(n * completions, most)
-    draw = _Draw(uniforms_RL.to(step.index.device), ends)
-    alive_R = draw.next(step.logits, 0, step.index, torch.ones_like(step.index, dtype=torch.bool))
-    for t in range(1, most):
-        if not bool(alive_R.any()):
-            break
-        alive_R = step.without_ended(alive_R, n)
-        alive_R = draw.next(step.next(draw.tokens[step.index, t - 1]), t, step.index, alive_R)
-    return draw.by_run(n)
+    """Sample by one forward pass over the prompts, then one for each further token."""
+    (n, total, most), device = uniforms_NAL.shape, next(model.parameters()).device
+    rows = [p for own in prompts for p in own]
+    length, group = max(map(len, rows)), total // len(prompts[0])
+    tokens = np.zeros((len(rows), length), dtype=np.int64)
+    mask = np.zeros_like(tokens)
+    for k, row in enumerate(rows):  # padded on the left
+        tokens[k, length - len(row) :] = row
+        mask[k, length - len(row) :] = 1
+    cache = _cache(model, precision) if most > 1 else None
+    forward, mask_RT, at = _forward(model, precision, cache), None, None
+    if not mask.all():
+        mask_RT = torch.from_numpy(mask).to(device)
+        at = (mask_RT.cumsum(1) - 1).clamp(min=0)
+    logits = forward(torch.from_numpy(tokens).to(device), mask_RT, at)
+    if cache is not None:
+        cache.batch_repeat_interleave(group)
+    if at is not None and mask_RT is not None:
+        at, mask_RT = at[:, -1:].repeat_interleave(group, 0), mask_RT.repeat_interleave(group, 0)
+
+    uniforms_RL = torch.from_numpy(uniforms_NAL).reshape(n * total, most).to(device)
+    ends_ = [torch.tensor(list(end), device=device) for end in ends]
+    drawn_RL = torch.zeros_like(uniforms_RL, dtype=torch.int64)
+    log_p_RL, entropy_RL = torch.zeros_like(uniforms_RL), torch.zeros_like(uniforms_RL)
+    largest_R, length_R = torch.zeros_like(uniforms_RL[:, 0]), torch.zeros_like(drawn_RL[:, 0])
+    ended_R = torch.zeros_like(length_R, dtype=torch.bool)
+    index = torch.arange(n * total, device=device)  # of each computed row: its completion
+    alive = torch.ones_like(index, dtype=torch.bool)
+    for t in range(most):
+        if t:
+            alive_NA = alive.view(n, -1)
+            keep, held = int(alive_NA.sum(1).max()), alive_NA.shape[1]
+            if not keep:
+                break
+            if 2 * keep <= held:
+                # drop ended completions once half have ended in every run; equal rows per run
+                first = (~alive_NA).to(torch.int8).argsort(dim=1, stable=True)[:, :keep]
+                some = (first + torch.arange(n, device=device)[:, None] * held).flatten()
+                cache.batch_select_indices(some)
+                index, alive = index[some], alive[some]
+                if at is not None and mask_RT is not None:
+                    mask_RT, at = mask_RT[some], at[some]
+            if at is not None and mask_RT is not None:
+                at = at + 1
+                mask_RT = torch.cat([mask_RT, torch.ones_like(at)], 1)
+                here = at
+            else:
+                here = torch.full((len(index), 1), length + t - 1, device=device)
+            logits = forward(drawn_RL[index, t - 1][:, None], mask_RT, here)
+        # draw the first token at which the cumulative probability exceeds the random number
+        log_p = torch.log_softmax(logits, -1)
+        p = log_p.double().exp()
+        cumulative = p.cumsum(-1)
+        wanted = uniforms_RL[index, t].view(len(logits), -1) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[1] - 1)
+        entropy = -(p * log_p.double().clamp(min=-1e3)).sum(-1)  # 0 times -inf counts as 0
+        share, at_R = len(index) // len(logits), index[alive]  # at token 0 one row per prompt
+        largest = logits.abs().amax(-1).double().repeat_interleave(share)[alive]
+        log_p_RL[at_R, t] = log_p.gather(1, token).flatten()[alive].double()
+        entropy_RL[at_R, t] = entropy.repeat_interleave(share)[alive]
+        largest_R[at_R] = torch.maximum(largest_R[at_R], largest)
+        drawn_RL[at_R, t] = token.flatten()[alive]
+        length_R[at_R] = t + 1
+        ended = torch.zeros_like(alive)
+        for end in ends_:
+            if t + 1 >= len(end):
+                last = drawn_RL[index, t + 1 - len(end) : t + 1]
+                ended |= alive & (last == end).all(1)
+        ended_R[index[ended]] = True
+        alive = alive & ~ended
+    held_R = drawn_RL, log_p_RL, entropy_RL, length_R, ended_R, largest_R
+    by_run = zip(*(x.view(n, -1, *x.shape[1:]).cpu().numpy() for x in held_R))
+    return [
+        Completions(
+            [row[:m].astype(np.int32) for row, m in zip(tokens, lengths)],
+            [row[:m] for row, m in zip(log_p, lengths)],
+            float(entropy.sum() / lengths.sum()),
+            float(largest.max()),
+            ended,
+        )
+        for tokens, log_p, entropy, lengths, ended, largest in by_run
+    ]
+
+
+def _cache(model: Any, precision: str) -> Any:
+    from transformers import DynamicCache
+
+    dtype = COMPUTE_DTYPES[precision]
+
+    class Cache(DynamicCache):
+        """A transformers cache that stores keys and values in the type of matrix products.
+
+        Under autocast keys are fp32 (before transformers 5.24 also values). Attention rounds them
+        to bf16 at every token, so rounding them earlier changes no number. In bf16 the cache takes
+        two thirds of the memory (before 5.24 half of it).
+        """
+
+        def update(  # type: ignore[override]
+            self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
+
+    return Cache(config=model.config)
+
+
+def _forward(model: Any, precision: str, cache: Any) -> Callable[..., torch.Tensor]:
+    """Return the function (tokens, mask, positions) -> logits at the last token.
+
+    ModelError: the forward pass has none of CACHE_ARGUMENTS. It would ignore an unknown argument,
+    and every token would be drawn as if it were the first of its row.
+    """
+    taken = inspect.signature(model.forward).parameters
+    names = [name for name in CACHE_ARGUMENTS if name in taken]
+    if not names:
+        raise ModelError(
+            f"{type(model).__name__}.forward takes no cache of keys and values: none of its "
+            f"arguments is named {' or '.join(CACHE_ARGUMENTS)}, so completions cannot be sampled. "
+            "Use objective=sft, or another model."
+        )
+    how = {"use_cache": cache is not None, "logits_to_keep": 1, names[0]: cache}
+
+    def forward(
+        tokens: torch.Tensor, mask: torch.Tensor | None, at: torch.Tensor | None
+    ) -> torch.Tensor:
+        with autocast(precision, tokens.device):
+            found = model(input_ids=tokens, attention_mask=mask, position_ids=at, **how)
+        logits = found.logits[:, -1]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    return forward
 
 
 def _joined(parts: Sequence[Completions]) -> Completions:
@@ -147,156 +265,3 @@ def _joined(parts: Sequence[Completions]) -> Completions:
         max(p.largest_logit for p in parts),
         np.concatenate([p.ended for p in parts]),
     )
-
-
-class _Steps:
-    """The forward passes: one over the prompts, then one for each further token of completions."""
-
-    def __init__(
-        self, model: Any, precision: str, rows: Sequence[np.ndarray], group: int, more: bool
-    ) -> None:
-        """Run the model on the prompts `rows`; `more`: completions may have more than one token.
-
-        Raises:
-            ModelError: the forward pass has none of CACHE_ARGUMENTS. It would ignore an unknown
-                argument, and every token would be drawn as if it were the first of its row.
-        """
-        from transformers import DynamicCache
-
-        device, dtype = next(model.parameters()).device, COMPUTE_DTYPES[precision]
-
-        class Cache(DynamicCache):
-            """A transformers cache that stores keys and values in the type of matrix products.
-
-            Under autocast keys are fp32 (before transformers 5.24 also values). Attention rounds
-            them to bf16 at every token, so rounding them earlier changes no number. In bf16 the
-            cache takes two thirds of the memory (before 5.24 half of it).
-            """
-
-            def update(  # type: ignore[override]
-                self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
-            ) -> Any:
-                return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
-
-        taken = inspect.signature(model.forward).parameters
-        names = [name for name in CACHE_ARGUMENTS if name in taken]
-        if not names:
-            raise ModelError(
-                f"{type(model).__name__}.forward takes no cache of keys and values: none of its "
-                f"arguments is named {' or '.join(CACHE_ARGUMENTS)}, so completions cannot be "
-                "sampled. Use objective=sft, or another model."
-            )
-        self._model, self._precision, self._name = model, precision, names[0]
-        self._length = max(map(len, rows))
-        tokens = np.zeros((len(rows), self._length), dtype=np.int64)
-        mask = np.zeros_like(tokens)
-        for k, row in enumerate(rows):  # padded on the left
-            tokens[k, self._length - len(row) :] = row
-            mask[k, self._length - len(row) :] = 1
-        self._mask = None if mask.all() else torch.from_numpy(mask).to(device)
-        self._cache = Cache(config=model.config) if more else None
-        at = None if self._mask is None else (self._mask.cumsum(1) - 1).clamp(min=0)
-        self._next_at = None if at is None else at[:, -1:].repeat_interleave(group, 0) + 1
-        self.logits = self._forward(torch.from_numpy(tokens).to(device), at)
-        self.index = torch.arange(len(tokens) * group, device=device)
-        """For each row that is still computed, the number of its completion."""
-        if self._cache is not None:
-            self._cache.batch_repeat_interleave(group)
-            if self._mask is not None:
-                self._mask = self._mask.repeat_interleave(group, 0)
-
-    def _forward(self, tokens: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
-        with autocast(self._precision, tokens.device):
-            logits = self._model(
-                input_ids=tokens,
-                attention_mask=self._mask,
-                position_ids=at,
-                use_cache=self._cache is not None,
-                logits_to_keep=1,
-                **{self._name: self._cache},
-            ).logits[:, -1]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def next(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits after one more token of every completion."""
-        at = self._next_at
-        if at is None:
-            at = torch.full((len(tokens), 1), self._length, device=tokens.device)
-            self._length += 1
-        else:
-            self._mask = torch.cat([self._mask, torch.ones_like(at)], 1)
-            self._next_at = at + 1
-        return self._forward(tokens[:, None], at)
-
-    def without_ended(self, alive_R: torch.Tensor, n: int) -> torch.Tensor:
-        """Drop ended completions once half have ended in every run; keep equal rows per run."""
-        alive_NA = alive_R.view(n, -1)
-        keep = int(alive_NA.sum(1).max())
-        if not 0 < 2 * keep <= alive_NA.shape[1]:
-            return alive_R
-        first = (~alive_NA).to(torch.int8).argsort(dim=1, stable=True)[:, :keep]
-        rows = (first + torch.arange(n, device=first.device)[:, None] * alive_NA.shape[1]).flatten()
-        self._cache.batch_select_indices(rows)
-        self.index = self.index[rows]
-        if self._next_at is not None:
-            self._mask, self._next_at = self._mask[rows], self._next_at[rows]
-        return alive_R[rows]
-
-
-class _Draw:
-    """The tokens drawn so far, with their log-probabilities."""
-
-    def __init__(self, uniforms_RL: torch.Tensor, ends: Sequence[Sequence[int]]) -> None:
-        self._uniforms, device = uniforms_RL, uniforms_RL.device
-        self._ends = [torch.tensor(list(end), device=device) for end in ends]
-        self.tokens = torch.zeros_like(uniforms_RL, dtype=torch.int64)
-        self._log_p = torch.zeros_like(uniforms_RL)
-        self._entropy = torch.zeros_like(uniforms_RL)
-        self._largest = torch.zeros_like(uniforms_RL[:, 0])
-        self._length = torch.zeros_like(self.tokens[:, 0])
-        self._ended = torch.zeros_like(self._length, dtype=torch.bool)
-
-    def next(
-        self, logits: torch.Tensor, t: int, index: torch.Tensor, alive: torch.Tensor
-    ) -> torch.Tensor:
-        """Draw token t of the completions `index` that are alive; return which of them continue."""
-        rows = len(logits)  # at token 0 there is one row per prompt
-        log_p = torch.log_softmax(logits, -1)
-        p = log_p.double().exp()
-        # draw the first token at which the cumulative probability exceeds the random number
-        cumulative = p.cumsum(-1)
-        wanted = self._uniforms[index, t].view(rows, -1) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[1] - 1)
-        entropy = -(p * log_p.double().clamp(min=-1e3)).sum(-1)  # 0 times -inf counts as 0
-        largest, share = logits.abs().amax(-1).double(), len(index) // rows
-        at = index[alive]
-        self._log_p[at, t] = log_p.gather(1, token).flatten()[alive].double()
-        self._entropy[at, t] = entropy.repeat_interleave(share)[alive]
-        self._largest[at] = torch.maximum(
-            self._largest[at], largest.repeat_interleave(share)[alive]
-        )
-        drawn = token.flatten()
-        self.tokens[at, t] = drawn[alive]
-        self._length[at] = t + 1
-        ended = torch.zeros_like(alive)
-        for end in self._ends:
-            if t + 1 >= len(end):
-                last = self.tokens[index, t + 1 - len(end) : t + 1]
-                ended |= alive & (last == end).all(1)
-        self._ended[index[ended]] = True
-        return alive & ~ended
-
-    def by_run(self, n: int) -> list[Completions]:
-        """Return the completions of each of the n runs."""
-        held = self.tokens, self._log_p, self._entropy, self._length, self._ended, self._largest
-        by_run = zip(*(x.view(n, -1, *x.shape[1:]).cpu().numpy() for x in held))
-        return [
-            Completions(
-                [row[:m].astype(np.int32) for row, m in zip(tokens, length)],
-                [row[:m] for row, m in zip(log_p, length)],
-                float(entropy.sum() / length.sum()),
-                float(largest.max()),
-                ended,
-            )
-            for tokens, log_p, entropy, length, ended, largest in by_run
-        ]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorasweep.methods.stacked.modules import Factors, StackedExperts, StackedLinear, StackedRouter
-from lorasweep.methods.trainables import Experts, Router, Target
+from lorasweep.methods.trainables import Experts, Router, Target, Trainables
 from lorasweep.spec.streams import stream
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ BLOCK = 8192
 """Rows that `spectral_norm` holds in float64 at once."""
 
 
-class StackedAdapters:
+class StackedAdapters(Trainables):
     """Trainables of a LoRA pack: each target is replaced by a module that holds the adapters."""
 
     stacked = True

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -68,58 +67,68 @@ def test_order_depends_on_data_set_split_and_seed_only(tmp_path):
     assert seen(a, 0, 0, 10) != seen(a, 0, 10, 10) and seen(a, 0, 0, 10) != seen(a, 1, 0, 10)
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        (['{"prompt": "a", "completion": "b"}', '{"prompt": '], r"train\.jsonl:2: not a JSON row"),
-        ([{"prompt": "a"}], r"train\.jsonl:1: no field 'completion', only prompt"),
-        ([{"prompt": "a", "completion": 3}], r":1: field 'completion' is 3. Allowed: a text"),
-        ([{"prompt": "p" * 600, "completion": "b"}], r":1: no token counts in the loss"),
-        (["[]"], r":1: the row is \[\]. Allowed: an object"),
-        ([], "no rows"),
-    ],
-)
+BAD = [
+    (['{"prompt": "a", "completion": "b"}', '{"prompt": '], r"train\.jsonl:2: not a JSON row"),
+    ([{"prompt": "a"}], r"train\.jsonl:1: no field 'completion', only prompt"),
+    ([{"prompt": "a", "completion": 3}], r":1: field 'completion' is 3. Allowed: a text"),
+    ([{"prompt": "p" * 600, "completion": "b"}], r":1: no token counts in the loss"),
+    (["[]"], r":1: the row is \[\]. Allowed: an object"),
+    ([], "no rows"),
+]
+
+
+@pytest.mark.parametrize(("rows", "words"), BAD)
 def test_bad_rows_are_named_by_file_and_line(tmp_path, rows, words):
     with pytest.raises(DataError, match=words):
         jsonl(tmp_path, rows)
 
 
-ODD = {
-    "a key twice": (
-        '{"prompt": "a", "completion": "b", "completion": "c"}',
-        "'completion' is named",
+TWICE, WIDE = '{"prompt": "a", "completion": "b", "completion": "c"}', ",,\na,gold,rejected,,\n"
+UNREADABLE = [
+    *(
+        (f"rows.{end}", row if end == "jsonl" else f"[{row}]", f"rows.{end}(:1)?: not .*{words}")
+        for end in ("jsonl", "json")
+        for row, words in (
+            (TWICE, "'completion' is named"),
+            ('{"prompt": "a", "completion": "b", "id": %s}' % ("9" * 5000), "4300 digits"),
+            ('{"prompt": "a", "completion": "b", "id": %s}' % ("[" * 100_000), "recursion"),
+        )
     ),
-    "digits": ('{"prompt": "a", "completion": "b", "id": %s}' % ("9" * 5000), "4300 digits"),
-    "brackets": ('{"prompt": "a", "completion": "b", "id": %s}' % ("[" * 100_000), "recursion"),
-}
+    ("train.jsonl", '{"text": "a"}\n', "columns text. A text alone .* Expected messages"),
+    ("train.jsonl", "3\n", "the columns of no object"),
+    ("train.jsonl", "\n", "has no rows"),
+    ("train.jsonl", b'{"prompt": "a", "completion": "caf\xe9"}\n', "not jsonl in UTF-8"),
+    ("rows.csv", "a,b\n", "has no rows"),
+    ("rows.csv", "a,b\n1,2,3\n", "row 1: not 2 cells"),
+    ("rows.csv", f"prompt,completion,completion{WIDE}", "'completion' is named twice"),
+    ("rows.json", '{"a": [], "b": []}', "an object with one list"),
+    ("rows.json", '{"a": 1}\n{"a": 1}\n', "not json in UTF-8"),
+    ("rows.parquet", "PAR", "not parquet"),
+    ("rows.txt", "a", "in no known form. Expected a file that ends on .jsonl, .json, .csv or"),
+]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
-@pytest.mark.parametrize(("row", "words"), ODD.values(), ids=ODD)
-def test_a_row_that_python_cannot_read_is_an_error_of_its_file(tmp_path, ending, row, words):
-    path = tmp_path / f"rows.{ending}"
-    path.write_text(f"[{row}]" if ending == "json" else f"\n{row}\n")
-    with pytest.raises(DataError, match=f"rows.{ending}(:2)?: not .*{words}"):
-        own.dataset_of(str(path))
+@pytest.mark.parametrize(("name", "content", "says"), UNREADABLE, ids=str)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=says):
+        own.dataset_of(str(tmp_path / name))
 
 
-def test_a_column_that_is_named_twice_is_refused(tmp_path):
+def test_other_things_that_cannot_be_read(tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_text("prompt,completion,completion,,\na,gold,rejected,,\n")
-    with pytest.raises(DataError, match="'completion' is named twice"):
-        own.dataset_of(str(path))
     path.write_text("prompt,completion,,\na,gold,,\n")  # as spreadsheets write empty columns
     assert own.dataset_of(str(path))
     columns, names = [pa.array(["a"])] * 3, ["prompt", "completion", "completion"]
     pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match="'completion' is named twice"):
-        own.dataset_of(str(tmp_path / "rows.parquet"))
-
-
-def test_a_file_in_another_encoding_is_named(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "a", "completion": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl: not jsonl in UTF-8"):
-        own.dataset_of(str(tmp_path / "rows.jsonl"))
+    given = write_json(tmp_path / "train.jsonl", [CHAT, {"prompt": "a", "completion": "b"}])
+    for read, path, says in (
+        (own.dataset_of, tmp_path / "rows.parquet", "'completion' is named twice"),
+        (own.dataset_of, tmp_path / "gone", "is no file"),
+        (own.count, given, r"train\.jsonl:2"),
+    ):
+        with pytest.raises(DataError, match=says):
+            read(str(path))
 
 
 def test_a_file_other_than_the_pinned_one_is_refused(tmp_path):
@@ -236,32 +245,6 @@ def test_held_out_rows_are_those_beside_it(tmp_path):
     assert own.dataset_of(given).name != alone.name
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        ("train.jsonl", '{"text": "a"}\n', "columns text. A text alone .* Expected messages"),
-        ("train.jsonl", "3\n", "the columns of no object"),
-        ("train.jsonl", "no json\n", "train.jsonl:1: not a JSON row"),
-        ("train.jsonl", "\n", "has no rows"),
-        ("rows.csv", "a,b\n", "has no rows"),
-        ("rows.csv", "a,b\n1,2,3\n", "row 1: not 2 cells"),
-        ("rows.json", '{"a": [], "b": []}', "an object with one list"),
-        ("rows.json", '{"a": 1}\n{"a": 1}\n', "not json in UTF-8"),
-        ("rows.parquet", "PAR", "not parquet"),
-        ("rows.txt", "a", "in no known form. Expected a file that ends on .jsonl, .json, .csv or"),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path, name, text, says):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=says):
-        own.dataset_of(str(tmp_path / name))
-    with pytest.raises(DataError, match="is no file"):
-        own.dataset_of(str(tmp_path / "gone"))
-    given = write_json(tmp_path / "train.jsonl", [CHAT, {"prompt": "a", "completion": "b"}])
-    with pytest.raises(DataError, match=r"train\.jsonl:2"):
-        own.count(str(given))
-
-
 ANSWERED = [{"question": f"So? {k}", "answer": f"1,\n{k}", "id": str(k)} for k in range(3)]
 
 
@@ -295,16 +278,6 @@ def test_files_of_every_form_hold_the_same_rows_and_are_pinned(tmp_path, form):
     assert data.sources_of(there, [str(elsewhere), str(tmp_path)])[0].identity == source.identity
     with pytest.raises(DataError, match="the revision pins"):
         data.sources_of(there, [str(elsewhere)])
-
-
-def test_messages_are_read_from_json_and_parquet(tmp_path):
-    table = pa.Table.from_pylist([CHAT, CHAT])
-    pq.write_table(table, tmp_path / "a.parquet")
-    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "rows": [CHAT, CHAT]}))
-    for form in ("json", "parquet"):
-        spec = own.dataset_of(str(tmp_path / f"a.{form}"))
-        assert (spec.format, spec.mask) == ("messages", "completion")
-        assert own.count(str(tmp_path / f"a.{form}")).rows == 2
 
 
 def test_columns_can_be_named(tmp_path):
