@@ -84,8 +84,8 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     Args:
         hidden: model -> hidden size.
     """
-    laws, known = [], [c for c in curves if len(np.unique(c.x[c.usable])) >= 2]
-    for (name, method), members in _groups(known, known, hidden):
+    laws, usable = [], [c for c in curves if len(np.unique(c.x[c.usable])) >= 2]
+    for (name, method), members in _groups(usable, usable, hidden):
         sizes = np.array([hidden[c.key["model"]] for c in members])
         models = sorted({c.key["model"] for c in members})
         n, one_size, enough = len(members), len(set(sizes)) < 2, len(models) >= 4
@@ -107,7 +107,7 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
         ]
         known = [v for v in costs if v is not None]
         mean = float(np.mean(known)) if known else None
-        flags = ("one hidden size",) if one_size else ()
+        flags: tuple[str, ...] = ("one hidden size",) if one_size else ()
         flags += () if enough else (f"{len(models)} model(s): no interval",)
         laws.append(Law(name, method, at, power, len(models), mean, flags))
     return laws

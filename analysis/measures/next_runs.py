@@ -229,9 +229,10 @@ def plain(suggestions: Sequence[Suggestion]) -> list[dict[str, Any]]:
     """Return suggestions as plain values for JSON; names of curves say in what they differ."""
     rows = []
     for name, s in zip(full_names([s.curve for s in suggestions]), suggestions):
-        r, key = s.curve.key.get("rank"), {"curve": name, "group": s.curve.group}
-        key |= {"method": s.curve.key["method"], "rank": None if r is None or r != r else int(r)}
-        rows.append({**key, "lr": s.lr, "seeds": list(s.seeds), "why": s.why})
+        r, key = s.curve.key.get("rank"), s.curve.key
+        rank = None if r is None or r != r else int(r)
+        of = {"curve": name, "group": s.curve.group, "method": key["method"], "rank": rank}
+        rows.append({**of, "lr": s.lr, "seeds": list(s.seeds), "why": s.why})
     return rows
 
 

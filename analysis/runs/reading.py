@@ -5,7 +5,7 @@ Column `_row` counts the rows from 1.
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,8 +162,10 @@ def _near(name: str, names: Iterable[object]) -> str:
 
 def _renamed(table: pd.DataFrame, mapping: dict[str, str], higher: str | None) -> pd.DataFrame:
     """Rename columns; TableError for a name that is unknown, missing or used twice."""
-    there = list(table.columns)
-    asked = [(theirs, there, f"--map {theirs}={column}") for theirs, column in mapping.items()]
+    there: list[str] = list(table.columns)
+    asked: list[tuple[str, Sequence[str], str]] = [
+        (theirs, there, f"--map {theirs}={column}") for theirs, column in mapping.items()
+    ]
     asked += [(column, KNOWN, f"--map {theirs}={column}") for theirs, column in mapping.items()]
     asked += [(higher, there, f"--higher {higher}")] if higher is not None else []
     for name, names, option in asked:
