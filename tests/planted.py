@@ -249,12 +249,6 @@ def kept_question(sweep, claims=None):
     return asked
 
 
-def panels_of(sweep, world, specs):
-    """All panels of a kept question's figures on planted runs, by title."""
-    found = analyse(planted_table(world, specs), kept_question(sweep), answer.KEPT)
-    return {panel.title: panel for section in found.sections for panel in section.panels}
-
-
 def ask(sweep, world, specs, folder: Path | None = None, claims=None):
     """Ask a kept question of planted runs: results.json and verdicts by claim, or a whole report."""
     table, asked = planted_table(world, specs), kept_question(sweep, claims)

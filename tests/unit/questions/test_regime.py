@@ -139,31 +139,6 @@ def test_claims_about_the_regime_can_be_refuted():
 
 
 @pytest.mark.parametrize(
-    ("power", "factor", "faster", "lower"),
-    [(0.4, 1.6, "SUPPORTED", "SUPPORTED"), (-0.4, 0.6, "REFUTED", "REFUTED")],
-)
-def test_speeds_and_learning_rates_of_the_ranks_where_lists_are_new(power, factor, faster, lower):
-    """rho is .5 (rank / 4)^power; the best LR of ranks 4 and 8 is `factor` times that of rank 1."""
-
-    def best(spec, step):
-        rank = getattr(spec.method, "rank", 0)
-        return FULL if not rank else LORA if rank > 1 else LORA / factor
-
-    world = Gaps(best=best, also=lambda spec, step: 0.0)
-    world.rho = lambda spec: 0.5 * (spec.method.rank / 4) ** power
-    found = ask_regime(world, BEYOND, ranks=(1, 4, 8), steps=96)
-    assert verdicts(found, "faster") == {IN_BEYOND: faster}
-    slope = verdict(found, "faster")["estimate"]["value"]
-    assert slope == pytest.approx(power * math.log(2), abs=0.03)
-    assert verdicts(found, "rank_1_lower") == {IN_BEYOND: lower}
-    ratio = verdict(found, "rank_1_lower")["estimate"]["value"]
-    assert ratio == pytest.approx(factor, rel=0.05)
-    only_rules = ask_regime(world, LOW, ranks=(1, 4, 8), steps=24)
-    assert verdict(only_rules, "faster")["group"] == "no cell"
-    assert verdicts(only_rules, "rank_1_lower") == {IN_LOW: lower}
-
-
-@pytest.mark.parametrize(
     ("of_8", "of_16", "outcome"),
     [(0.02, 0.03, "SUPPORTED"), (0.02, -0.03, "REFUTED")],
 )

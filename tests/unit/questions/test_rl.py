@@ -10,7 +10,7 @@ from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.sweep.request import question
 from lorasweep.train.objectives.rollouts import bits_learned
-from tests.planted import Rewards, arms, ask, base, check, panels_of
+from tests.planted import Rewards, arms, ask, base, check
 from tests.world import compose_request
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
@@ -59,19 +59,6 @@ def test_planted_differences_come_back(rho, ratio, bends, outcomes, tmp_path):
     if rho < 1:  # with a report, in rewards and not in losses
         text = (tmp_path / "report.md").read_text()
         assert "| best reward |" in text and "NLL" not in text and "| 0 of 4 |" in text
-
-
-def test_rewards_and_runs_that_do_not_collapse_are_drawn_over_the_learning_rate():
-    panels = panels_of("rl", world(0.5, 4, 0.04, 0.016), rl_runs(4))
-    rewarded = panels["at the end, without the runs that collapsed"]
-    survived = panels["runs that do not collapse"]
-    assert [s.label for s in rewarded.series] == ["full fine-tuning", "lora r1", "lora r8"]
-    full, one, top = rewarded.series
-    assert full.x[np.argmax(full.y)] == pytest.approx(1e-4, rel=0.01)
-    assert top.x[np.argmax(top.y)] == pytest.approx(4e-4, rel=0.01)
-    assert max(one.y) < max(top.y) == pytest.approx(START + 0.06 * math.log2(65), abs=0.02)
-    assert all(v == 100 for s in survived.series for v in s.y)
-    assert {s.style[0] for s in rewarded.series} == {s.style[0] for s in survived.series}
 
 
 def test_two_curves_of_one_rank_are_refused():

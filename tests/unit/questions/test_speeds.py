@@ -8,16 +8,13 @@ import pytest
 from analysis.measures import speed
 from analysis.measures.at_best import AtBest
 from analysis.measures.batch_effect import prefixes_of
-from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from tests.planted import (
     FULL,
     GAIN,
     LORA,
     World,
-    arms,
     ask,
-    base,
     batches,
     check,
     planted_table,
@@ -63,15 +60,6 @@ def test_an_optimum_between_tried_lrs_is_interpolated():
     rho, best = {1: 0.2, 4: 0.8}, lambda spec, step: between[spec.method.name]
     _, found = ask("rank", World(lambda s: rho[s.method.rank], best), rank_runs((1, 4), 384))
     check(found, parity=pytest.approx(0.8, rel=0.03))
-
-
-def test_two_curves_of_one_rank_are_refused():
-    """Which of two alphas is compared would be chance."""
-    spec = base("tiny64", "dialect_smoke")
-    both = [s for alpha in (32.0, 64.0) for s in arms(spec, (1, 4), steps=16, alpha=alpha)]
-    unique = {s.id: s for s in both}.values()
-    with pytest.raises(TableError, match=r"two curves of lora r1, .* alpha 32.* alpha 64"):
-        ask("rank", World(), unique)
 
 
 def test_a_curve_whose_straightness_has_no_interval_leaves_the_claim_open():
