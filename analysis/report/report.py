@@ -301,7 +301,7 @@ def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
                 name,
                 o.curve.group,
                 with_interval(o.best_lr, rate),
-                band_text(o.band(WITHIN)),
+                " to ".join(map(rate, o.band(WITHIN) or ())) or "-",
                 number(None if o.best_nll is None else o.curve.shown.sign * o.best_nll, 5),
                 str(len(o.curve.x)),
                 str(int((~o.curve.usable).sum())),
@@ -310,11 +310,6 @@ def optima_rows(optima: Sequence[Optimum]) -> list[list[str]]:
             for o, name in zip(optima, full_names([o.curve for o in optima]))
         ),
     ]
-
-
-def band_text(band: Sequence[float] | None) -> str:
-    """Format a band of learning rates."""
-    return "-" if not band else f"{rate(band[0])} to {rate(band[1])}"
 
 
 def _held_out(table: pd.DataFrame) -> str:

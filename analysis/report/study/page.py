@@ -157,7 +157,7 @@ def pages(
             others=found[ON_PAGE:],
             tally=tally(answers),
             spans=[sizes.min(), sizes.max(), runs["steps"].max()] if len(sizes) else [],
-            withdrawn=[one for mine in by_sweep.values() for one in withdrawn_on(mine)],
+            withdrawn=[line for mine in by_sweep.values() for line in withdrawn_lines(mine)],
             law=law_figure(by_sweep.get(LAW, []), folder),
             n_forest=(min(len(data.claims), MOST), len(data.claims)),
             bases=base_rows(runs, " ".join(f.text for f in found[:ON_PAGE])),
@@ -242,21 +242,17 @@ def question_of(
     }
 
 
-def withdrawn_on(answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """Return each withdrawn answer of a question, with its bases and those whose answer stands."""
+def withdrawn_lines(answers: Sequence[Answer]) -> list[str]:
+    """Return a line for each withdrawn answer of a question: its bases, and whose answer stands."""
     on = {a.folder: listed([called(b) for b in a.bases]) for a in answers}
     stands = listed([on[a.folder] for a in answers if not a.question.get("withdrawn")])
-    return [
-        {
-            "sweep": a.sweep,
-            "asked": a.question["question"],
-            "on": on[a.folder],
-            "why": a.question["withdrawn"].partition(", ")[0],
-            "stands": stands,
-        }
-        for a in answers
-        if a.question.get("withdrawn")
-    ]
+    lines = []
+    for a in (a for a in answers if a.question.get("withdrawn")):
+        why = a.question["withdrawn"].partition(", ")[0]
+        link = f"[{a.question['question']}]({QUESTIONS}/{a.sweep}.md)"
+        rest = f" The answer on {stands} stands." if stands else ""
+        lines.append(f"**Withdrawn on {on[a.folder]}**: {link} {why[0].upper()}{why[1:]}.{rest}")
+    return lines
 
 
 def tally(answers: Sequence[Answer]) -> str:
