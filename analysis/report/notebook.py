@@ -61,15 +61,15 @@ def verdicts(found: Analysis, folder: Path | str) -> pd.DataFrame:
 
 
 def section(found: Analysis, title: str) -> pd.DataFrame:
-    """Return the table of one section of the report.
+    """Return the table of the report's first section whose title starts with `title`.
 
     Raises:
-        KeyError: there is no such section; the message lists those that exist.
+        KeyError: there is no such table; the message lists those that exist.
     """
-    sections = {s.title: s.rows for s in found.sections}
-    if title not in sections:
-        raise KeyError(f"no section {title!r}. There are: {', '.join(sections)}")
-    return _frame(sections[title])
+    tables = {s.title: s.rows for s in found.sections if s.rows}
+    if rows := next((rows for name, rows in tables.items() if name.startswith(title)), None):
+        return _frame(rows)
+    raise KeyError(f"no table {title!r}. There are: {', '.join(tables)}")
 
 
 def suggestions(found: Analysis) -> pd.DataFrame:

@@ -53,7 +53,7 @@ def test_it_runs_and_shows_something_in_every_cell_that_should(path, shell, tmp_
 
 def test_a_folder_may_be_a_text_and_a_wrong_section_is_named():
     found = notebook.answer(str(notebook.kept("lr_ratio-tiny")))
-    with pytest.raises(KeyError, match="LoRA against full fine-tuning"):
+    with pytest.raises(KeyError, match="tiny128 on dialect_shift"):
         notebook.section(found, "ratios")
 
 
