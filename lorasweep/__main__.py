@@ -1,5 +1,6 @@
 """The command line, `python -m lorasweep ...`: compose the request with Hydra, then act on it."""
 
+import argparse
 import importlib.util
 import os
 import signal
@@ -21,35 +22,26 @@ def main() -> None:
     """
     from lorasweep.config.folders import conf_dir
 
-    if len(sys.argv) == 1:
+    given = sys.argv[1:]
+    if not given:
         from lorasweep.cli.help import front_page
 
         print(front_page(conf_dir()), end="")
         return
-    if sys.argv[1] == "--follow" and len(sys.argv) == 3:  # command of a follow-up job
+    if given[0] == "--follow" and len(given) == 2:  # command of a follow-up job
         from lorasweep.cli.actions import follow_up
 
-        sys.exit(follow_up(sys.argv[2]))
-    if any(a in ("-m", "--multirun") for a in sys.argv[1:]):
-        _fail(
-            "-m (Hydra multirun) is not supported: use a sweep instead, +sweep=NAME. "
-            "See `python -m lorasweep --help`."
-        )
-
+        sys.exit(follow_up(given[1]))
+    if {"-m", "--multirun"} & {*given}:
+        _fail("-m (Hydra multirun) is not supported: use a sweep instead, +sweep=NAME.")
     if importlib.util.find_spec("hydra") is None:
         _fail(
             f"hydra is not installed for {sys.executable}. Activate the environment in which "
             "lorasweep is installed (after make run: . .venv/bin/activate), or pip install -e ."
         )
-    import hydra
     from hydra.errors import HydraException
     from yaml import YAMLError
 
-    from lorasweep.cli.help import help_template
-    from lorasweep.config import compose
-
-    compose.register(help_template)
-    main_of = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
     # signals act like Ctrl-C: workers write a checkpoint, then stop
     if "LORASWEEP_JOB" in os.environ:
         from lorasweep.launch.slurm.job import Signals
@@ -59,44 +51,65 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         if not hangups_ignored():
             signal.signal(signal.SIGHUP, signal.default_int_handler)
-    # so that errors reach the handlers below; otherwise Hydra prints them and exits
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    if Path(sys.argv[0]).name == "__main__.py":
-        sys.argv[0] = "lorasweep"
     try:
-        main_of(_act)()
+        _compose_and_act(given)
     except HydraException as error:
         cause = str(error.__cause__ or "").partition("\n")[0]
         _fail(str(error) if cause in str(error) else f"{error}\n{cause}")
-    except LorasweepError as error:  # raised while Hydra composes
+    except LorasweepError as error:
         _fail(str(error))
     except YAMLError as error:
         _fail(f"a configuration file is not valid YAML: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"lorasweep: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _act(cfg: "DictConfig") -> None:
-    from lorasweep.cli.actions import act
-    from lorasweep.config import compose
-
-    try:
-        code = act(compose.request(cfg))
-    except LorasweepError as error:
-        _fail(str(error))
     except BrokenPipeError:  # the reader (head, less) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:  # such as a full disk
         why = f"{error.filename or 'a file'} cannot be written or read ({error.strerror or error})"
         _fail(f"{why}. Name another, or correct it, and run again: finished runs are kept.")
-    if code:
-        sys.exit(code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _compose_and_act(given: list[str]) -> None:
+    """Compose the request with Hydra and do its action; --help and such are Hydra's alone."""
+    import hydra
+
+    from lorasweep.cli.actions import act, check
+    from lorasweep.cli.help import help_template
+    from lorasweep.config import compose
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("--config-dir", "-cd"), ("--cfg", "-c"), ("--package", "-p")):
+        parser.add_argument(*names)
+    named, rest = parser.parse_known_args(given)
+    flags, typed = ([t for t in rest if t.startswith("-") == is_flag] for is_flag in (True, False))
+    composer, prepared = compose.Composer(*filter(None, [named.config_dir])), None
+    compose.register(help_template)
+    if {*flags} <= {"--resolve"}:
+        with compose.opened():
+            prepared = composer.prepare(typed)
+        flags += [f"--{k}={v}" for k in ("cfg", "package") if (v := getattr(named, k))]
+        sys.argv[1:] = [*flags, *prepared.overrides]
+    if Path(sys.argv[0]).name == "__main__.py":
+        sys.argv[0] = "lorasweep"
+    # so that errors reach the handlers of `main`; otherwise Hydra prints them and exits
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+    def do(cfg: "DictConfig") -> None:
+        if prepared is None:
+            _fail(f"{' '.join(flags)} is not supported. See `python -m lorasweep --help`.")
+        request = composer.request(cfg, prepared)
+        check(request)
+        if status := act(request):
+            sys.exit(status)
+
+    folder = str(compose.conf_dir())
+    hydra.main(config_path=folder, config_name="config", version_base="1.3")(do)()
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"lorasweep: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from lorasweep.advise import measure as measuring
 from lorasweep.advise import pages
@@ -21,7 +22,7 @@ from lorasweep.cli.finished_runs import write_adapter
 from lorasweep.cli.points import all_points
 from lorasweep.cli.printed import Answer
 from lorasweep.cli.progress import Display, notifier
-from lorasweep.cli.train import STOPPED, Trained
+from lorasweep.cli.train import STOPPED, Trained, train
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
 from lorasweep.data.messages import rows_line
@@ -34,7 +35,7 @@ from lorasweep.fleet.serving import Profile
 from lorasweep.launch import local
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.planning import hardware_of
-from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.launch.trainer import TorchTrainer, Trainer
 from lorasweep.store import files, folders
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point, around
@@ -173,9 +174,12 @@ def measure(request: Request, store: RunStore) -> Answer:
 
 
 def fleet(
-    request: Request, store: RunStore, training: Callable[[Request, RunStore], Trained]
+    request: Request,
+    store: RunStore,
+    trainer: Trainer | str | None = None,
+    follow: dict[str, Any] | None = None,
 ) -> Answer:
-    """Train and export an adapter for each customer; `training` trains the missing runs.
+    """Train and export an adapter for each customer.
 
     The status is 1 if a customer could not be planned or got no adapter, unless its runs are in
     jobs.
@@ -183,7 +187,7 @@ def fleet(
     from lorasweep.models import load
 
     plan = plan_fleet(request)  # the table, the advice, and the runs of each customer
-    trained = training(plan, store) if plan.points else Trained([], 0)
+    trained = train(plan, store, trainer, follow) if plan.points else Trained([], 0)
     if trained.status == STOPPED:
         return Answer(status=STOPPED)
     outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, trained.points)]

@@ -3,7 +3,7 @@
 import textwrap
 from pathlib import Path
 
-from lorasweep.config.actions import ACTIONS
+from lorasweep.cli.actions import ACTIONS
 
 START = """\
 lorasweep: when does LoRA match full fine-tuning, and with which learning rate?
@@ -63,8 +63,8 @@ def front_page(conf: Path) -> str:
 def help_template() -> str:
     """Return the page of --help; Hydra fills in the groups and their options."""
     lines = ["Actions (action=NAME)"]
-    for action in ACTIONS.values():
-        head = f"  {f'{action.name} {action.example}'.strip():24} "
+    for name, action in ACTIONS.items():
+        head = f"  {f'{name} {action.example}'.strip():24} "
         lines += textwrap.wrap(
             head + action.help, 118, subsequent_indent=" " * len(head), drop_whitespace=True
         )

@@ -1,4 +1,18 @@
-"""Compose configuration files and the command line into a checked request, without torch."""
+"""Compose configuration files and the command line into a checked request, without torch.
+
+Hydra composes twice. First only the chosen files, such as +sweep=NAME, scale=NAME and model=NAME:
+so it is known which keys there are, and what the sweep says at the scale. Then all of the command
+line, over the sweep at that scale. A sweep can have a block for each scale:
+
+    axes: {seed: 100}               # shared by all scales
+    arms: {lora: {method: lora}}
+    scales:
+      smoke: {arms: {lora: {rank: 4, lr: 5e-3}}}
+      tiny: {arms: {lora: {rank: [1, 16], lr: "${around:1.4e-3,5,2}"}}}
+
+The block is merged over the keys above it: mappings key by key, other values replaced. A scale with
+`extends: OTHER` (in conf/scale) takes the block of OTHER first, then the scale's block.
+"""
 
 import dataclasses
 import hashlib
@@ -8,22 +22,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import hydra._internal.hydra as hydra_internal
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lorasweep.config.actions import check_action
 from lorasweep.config.folders import conf_dir, exec_of
-from lorasweep.config.loader import ScaleLoader, without_hydra
-from lorasweep.config.own import GROUPS
+from lorasweep.config.own import GROUPS, Names
 from lorasweep.config.schema import Config, writable
 from lorasweep.data.own import as_served
 from lorasweep.errors import NotAtScale, SpecError, unknown
@@ -31,37 +43,40 @@ from lorasweep.launch.slurm.planning import check as check_cluster
 from lorasweep.methods.registry import METHODS, spec_from
 from lorasweep.plan import detect
 from lorasweep.plan.budget import parse_budget
-from lorasweep.plan.hardware import from_plain
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Cluster
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec, validate
-from lorasweep.spec.values import build, misfits
+from lorasweep.spec.values import build, misfits, problems_of
 from lorasweep.sweep.grid import Point, around, expand, fields_of, geom
-from lorasweep.sweep.question import Search, Sweep, axes_of, check_directions, check_sweep
+from lorasweep.sweep.question import Search, Sweep, axes_of, check_directions, made
 from lorasweep.sweep.request import HASH_DIGITS, Request, Settings, runs_hash
 from lorasweep.sweep.search import check_search
 
 SETTINGS = [f.name for f in dataclasses.fields(Settings)]
+AT_SCALE = "at_scale"
+"""Group of Hydra's store with the sweeps of this command at their scale."""
+FREE = {"sweep", "customer", "hardware", "generator_params", "options", "shapes"}
+"""Mappings that take new keys, with a + before them."""
+PARTS = ("method", "exec", "dataset", "cluster")
+"""Groups in which a setting without its group is looked for."""
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
 """Matches the lines by which a sweep's file also sets groups other than the sweep."""
 SELECT_FILES = ("+sweep=", "scale=")
 CHANGE_NO_RUNS = (
-    *SELECT_FILES,
+    *("sweep=", "scale=", "exec.", "cluster=", "cluster.", "hardware=", "hardware."),
     *(f"{key}=" for key in (*SETTINGS, "rates")),
-    *("exec.", "+exec.", "cluster=", "cluster.", "+cluster.", "hardware=", "hardware."),
 )
-"""Prefixes of overrides that do not change the requested runs."""
+"""Beginnings of options, without + and ~, that do not change the requested runs."""
 CHANGE_CLAIMS = ("sweep.claims", "sweep.rounds")
 CHOOSE_PARTS = ("model=", "dataset=", "method=")
 
 
 def register(help_template: Callable[[], str] = str) -> None:
-    """Register the schema, methods, resolvers and the loader of sweeps with Hydra.
+    """Register schema, methods and resolvers with Hydra.
 
     `help_template` returns the page of --help, in which Hydra replaces $APP_CONFIG_GROUPS.
     """
-    hydra_internal.ConfigLoaderImpl = ScaleLoader  # type: ignore[misc]
     OmegaConf.register_new_resolver("help_template", help_template, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
@@ -86,241 +101,362 @@ def compose_request(overrides: Sequence[str]) -> Request:
 
 
 @contextmanager
-def composer() -> Iterator[Callable[[Sequence[str]], Request]]:
-    """Open Hydra to compose many command lines; models and data sets are looked up once."""
-
-    def compose(overrides: Sequence[str]) -> Request:
-        cfg = _loader().load_configuration("config", list(overrides), run_mode=RunMode.RUN)
-        HydraConfig.instance().set_config(cfg)
-        return request(without_hydra(cfg))
-
-    register()
+def opened() -> Iterator[None]:
+    """Open Hydra on the shipped configuration."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        yield compose
+        yield
+    GlobalHydra.instance().clear()
 
 
-def _loader() -> ScaleLoader:
-    return GlobalHydra.instance().config_loader()  # type: ignore[return-value]
+@contextmanager
+def composer() -> Iterator[Callable[[Sequence[str]], Request]]:
+    """Open Hydra to compose many command lines; models and data sets are looked up once."""
+    register()
+    with opened():
+        yield Composer().compose
 
 
-def request(cfg: DictConfig, settings: Any = None) -> Request:
-    """Check a composed configuration and return its Request.
+class Prepared(NamedTuple):
+    """A command line after the first composition."""
 
-    `settings`: Hydra's part of the configuration; None: that of the running command.
+    typed: list[str]
+    overrides: list[str]
+    """The command line of the second composition."""
+    files: DictConfig
+    """The first composition, with the sweep at its scale: what the files say."""
 
-    Raises:
-        SpecError: the configuration or a run of the sweep is not valid.
+
+class Composer:
+    """Composes command lines while Hydra is open; describes each model and data set once.
+
+    `folders`: the user's folders of configuration (--config-dir).
     """
-    found = _request(cfg, settings)
-    for own in _loader().names.of(found.points):
-        key = "models_dir" if isinstance(own.spec, ModelSpec) else "data_dir"
-        dirs = dict.fromkeys([*getattr(found.exec, key), *([own.folder] if own.folder else [])])
-        changes: dict[str, Any] = {key: list(dirs)}
-        found.exec = dataclasses.replace(found.exec, **changes)
-        found.described.append(own.spec.name)
-    return found
 
+    def __init__(self, *folders: str) -> None:
+        self.folders = [str(Path(folder).absolute()) for folder in folders]
+        if missing := [folder for folder in self.folders if not Path(folder).is_dir()]:
+            raise SpecError(f"--config-dir {missing[0]}: no such folder.")
+        self.names = Names()
+        self._looked_up: dict[tuple[str, ...], Any] = {}
 
-def _request(cfg: DictConfig, settings: Any) -> Request:
-    if settings is None:
-        settings = HydraConfig.get()
-    overrides = list(settings.overrides.task)
-    sources = settings.runtime.config_sources
-    _refuse_shadows([Path(s.path) for s in sources if s.provider == "command-line"])
-    config = _object(cfg)
-    if changed := next((o for o in overrides if o.lstrip("+~").startswith("serve.")), None):
-        raise SpecError(
-            f"{changed!r} changes a rule of a server. Rules are read from its file: copy one of "
-            "conf/serve to DIR/serve/NAME.yaml, change it there, and add --config-dir=DIR "
-            "serve=NAME."
-        )
-    config.serve = settings.runtime.choices["serve"]
-    values = {name: getattr(config, name) for name in SETTINGS}
-    for problem in misfits(Settings(**values)):
-        raise SpecError(problem)
-    if isinstance(config.rates, str) and config.rates != "advised":
-        raise SpecError(f"rates={config.rates!r}. Expected a number, or with a fleet: advised.")
-    hardware = {} if config.hardware == {"name": detect.NAME} else config.hardware
-    keys = (o.lstrip("+").partition("=")[0] for o in overrides)
-    typed = [key.removeprefix("exec.") for key in keys if key.startswith("exec.")]
-    exec_ = exec_of(dataclasses.asdict(config.exec), typed)
-    cluster = Cluster(**dataclasses.asdict(config.cluster))
-    check_cluster(cluster, exec_)
-    sweep_name = settings.runtime.choices.get("sweep")
-    action = check_action(config, sweep_name)
-    if hardware:
-        machine = from_plain(hardware).name
-        if "hardware" not in action.reads and config.cluster.kind != "slurm":
-            raise SpecError(
-                f"hardware={machine} with action={action.name}: only action=plan, action=advise "
-                "and cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
+    def compose(self, typed: Sequence[str]) -> Request:
+        """Return the request of a command line."""
+        found = self.prepare(typed)
+        return self.request(hydra_compose("config", found.overrides), found)
+
+    def prepare(self, typed: Sequence[str]) -> Prepared:
+        """Compose the chosen files, and check names and keys of the command line.
+
+        Raises:
+            SpecError: a file, model, data set or key does not exist, or the sweep's file is wrong.
+            NotAtScale: the sweep does not have the scale.
+        """
+        parse = OverridesParser.create().parse_override
+        path = [o for o in typed if o.startswith("hydra.searchpath=")]
+        self.folders += [
+            f.removeprefix("file://")
+            for o in path
+            for f in parse(o).value()  # type: ignore[union-attr]
+        ]
+        _refuse_shadows(self.folders)
+        overrides, chosen, problems = [], self._path(), []
+        for text in (o for o in typed if o not in path):
+            key = text.partition("=")[0]
+            group = key.lstrip("+").partition("@")[0]
+            if self.options(group) or group.startswith("hydra/"):
+                try:
+                    text = f"{key}={self.option(group, parse(text).value(), typed)}"
+                except SpecError as error:
+                    problems.append(str(error))
+                chosen.append(text)
+            else:
+                overrides.append(text)
+        if problems:
+            raise SpecError("\n".join(problems))
+        files = hydra_compose("config", chosen)
+        if files.sweep:
+            name = next(o for o in chosen if o.startswith("+sweep=")).removeprefix("+sweep=")
+            node = {"sweep": _at_scale(name, files)}
+            option = hashlib.sha256(repr([name, node]).encode()).hexdigest()[:16]
+            ConfigStore.instance().store(
+                AT_SCALE, name=option, node=node, package="_global_"
+            ) if False else ConfigStore.instance().store(
+                group=AT_SCALE, name=option, node=node, package="_global_"
             )
-    common = {
-        **values,
-        "rates": 1 if config.rates == "advised" else config.rates,
-        "scale": config.scale.name,
-        "exec": exec_,
-        "cluster": cluster,
-        "hardware": hardware,
-        "folders": [s.path for s in sources if s.schema == "file"],
-        "given": [o.lstrip("+~").partition("=")[0] for o in overrides],
-    }
-    searches = sweep_name is not None and config.sweep.search is not None
-    out = config.out and action.of_search and not config.customers
-    budget = config.budget
-    if budget and not searches and sweep_name and action.name == "plan":
-        amount = parse_budget(budget, 1)
-        if amount and amount.unit == "gpuh" and hardware and from_plain(hardware).has_speeds:
-            budget = ""
+            files.sweep = node["sweep"]
+            chosen.append(f"+{AT_SCALE}={option}")
+        known = OmegaConf.to_container(files, resolve=False)
+        for text in overrides:
+            _check_key(known, parse(text))
+        return Prepared([*typed], [*chosen, *overrides], files)
+
+    def _path(self) -> list[str]:
+        quoted = (f"'file://{folder}'" for folder in self.folders)
+        return [f"hydra.searchpath=[{','.join(quoted)}]"] if self.folders else []
+
+    def options(self, group: str) -> list[str]:
+        """List the options of a group, shipped and of the user; none: there is no such group."""
+        folders = [*map(Path, self.folders), conf_dir()]
+        names = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+        return sorted(names | METHODS.keys() if group == "method" else names)
+
+    def option(self, group: str, value: Any, typed: Sequence[str]) -> Any:
+        """Return the option of a group for a name; a model or data set without a file is described.
+
+        Raises:
+            SpecError: there is no such option, model or data set.
+        """
+        name, known = str(value).removesuffix(".yaml"), self.options(group)
+        if name in known or group.startswith("hydra/"):
+            return value
+        if group in GROUPS:
+            keys = (f"{group}.", "exec.models_dir=", "+exec.models_dir=")
+            here = [o for o in typed if o.startswith(keys)]
+            parsed = OverridesParser.create().parse_overrides(here)
+            settings = {o.key_or_group: o.value() for o in parsed}
+            return self.names.option(group, str(value), known, settings)
+        raise SpecError(
+            f"{unknown(group, name, known)} A file of your own, DIR/{group}/{name}.yaml, is found "
+            "with --config-dir DIR."
+        )
+
+    # ------------------------------------------------------------ the request
+
+    def request(self, cfg: DictConfig, found: Prepared) -> Request:
+        """Check the second composition and return its Request.
+
+        Raises:
+            SpecError: the configuration or a run of the sweep is not valid.
+        """
+        request = self._request(cfg, found)
+        for own in self.names.of(request.points):
+            key = "models_dir" if isinstance(own.spec, ModelSpec) else "data_dir"
+            dirs = dict.fromkeys([*getattr(request.exec, key), *filter(None, [own.folder])])
+            changes: dict[str, Any] = {key: list(dirs)}
+            request.exec = dataclasses.replace(request.exec, **changes)
+            request.described.append(own.spec.name)
+        return request
+
+    def _request(self, cfg: DictConfig, found: Prepared) -> Request:
+        typed, config = found.typed, _object(cfg)
+        plain = [o.lstrip("+~") for o in typed]
+        given = [o.partition("=")[0] for o in plain]
+        if changed := next((o for o in plain if o.startswith("serve.")), None):
+            raise SpecError(
+                f"{changed!r} changes a rule of a server. Copy a file of conf/serve to "
+                "DIR/serve/NAME.yaml, change it there, and add --config-dir=DIR serve=NAME."
+            )
+        named = {o.partition("=")[0]: o.partition("=")[2] for o in plain}
+        config.serve, sweep_name = named.get("serve", "peft"), named.get("sweep")
+        values = {name: getattr(config, name) for name in SETTINGS}
+        for problem in misfits(Settings(**values)):
+            raise SpecError(problem)
+        if isinstance(config.rates, str) and config.rates != "advised":
+            raise SpecError(f"rates={config.rates!r}. Expected a number, or with a fleet: advised.")
+        hardware = {} if config.hardware == {"name": detect.NAME} else config.hardware
+        folders = [key.removeprefix("exec.") for key in given if key.startswith("exec.")]
+        exec_ = exec_of(dataclasses.asdict(config.exec), folders)
+        cluster = Cluster(**dataclasses.asdict(config.cluster))
+        check_cluster(cluster, exec_)
+        common: dict[str, Any] = {
+            **values,
+            "rates": 1 if config.rates == "advised" else config.rates,
+            "scale": config.scale.name,
+            "exec": exec_,
+            "cluster": cluster,
+            "hardware": hardware,
+            "folders": [*self.folders, str(conf_dir())],
+            "given": given,
+        }
+        base = _run_spec(config)
+        if sweep_name is None:
+            if not config.customers:  # a fleet uses this run as a template
+                validate(base)
+            points = [Point(base.method.name, base)]
+            return Request(**common, sweep_name=None, sweep=None, points=points)
+        sweep = _sweep(sweep_name, config, self.options("model"))
+        request = Request(**common, sweep_name=sweep_name, sweep=sweep, points=[])
+        if sweep.parts:
+            rest = [o for o in typed if not o.startswith((f"+sweep={sweep_name}", "sweep.parts="))]
+            for name in sweep.parts:
+                with suppress(NotAtScale):
+                    request.parts.append(self.compose([*rest, f"+sweep={name}"]))
+            if any(p.changed for p in request.parts) or "sweep.parts" in given:
+                titles = "\n".join(p.title for p in request.parts)
+                request.changed = hashlib.sha256(titles.encode()).hexdigest()[:HASH_DIGITS]
+            return request
+        _refuse_overwritten(typed, sweep_name, sweep)
+        request.points = self._expand(config, sweep, typed)
+        check_directions(sweep_name, sweep, {p.spec.objective for p in request.points})
+        if sweep.search is not None:
+            self._begin_search(request, sweep.search)
+        changes = [o for o in typed if not o.lstrip("+").startswith(CHANGE_NO_RUNS)]
+        asked, stated = runs_hash(request.points, sweep), ""
+        # files contain overrides that choose models, data sets or methods
+        if changes and not any(o.startswith(CHOOSE_PARTS) for o in changes):
+            with suppress(SpecError):  # some sweeps are complete only with the command line
+                of_files = _object(found.files)
+                in_file = _sweep(sweep_name, of_files)
+                chosen = [o for o in typed if o.startswith(SELECT_FILES)]
+                stated = runs_hash(self._expand(of_files, in_file, chosen), in_file)
+        if changes and asked != stated:
+            request.changed, request.changes = asked, changes
         else:
-            raise SpecError(
-                f"budget={budget}: the claims of a sweep are planned in hours of GPUs with a data "
-                "sheet, for example hardware=h100 budget=500gpuh."
-            )
-    if not searches and (budget or out):
-        key = "budget" if budget else "out"
-        more = ", and for action=adapter, action=advise and action=fleet"
-        more = ", and for action=plan with +sweep=NAME hardware=h100" if budget else more
-        raise SpecError(
-            f"{key}= is for a sweep that searches learning rates, such as +sweep=tune{more}. "
-            f"{f'Sweep {sweep_name!r}' if sweep_name else 'This command'} searches none. Leave "
-            f"{key} out."
-        )
-    base = _run_spec(config)
-    if sweep_name is None:
-        if config.prune and not config.customers:
-            raise SpecError(
-                "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
-                "+sweep=NAME, or customers=FILE."
-            )
-        if action.needs_run and not config.customers:  # a fleet uses this run as a template
-            validate(base)
-        points = [Point(base.method.name, base)] if action.needs_run else []
-        return Request(**common, sweep_name=None, sweep=None, points=points)
-    sweep = config.sweep
-    check_sweep(sweep_name, sweep, option_names("model"))
-    if sweep.parts:
-        parts = _parts(sweep_name, sweep, overrides)
-        found = Request(**common, sweep_name=sweep_name, sweep=sweep, points=[], parts=parts)
-        if any(p.changed for p in parts) or any("sweep.parts=" in o for o in overrides):
-            titles = "\n".join(p.title for p in parts)
-            found.changed = hashlib.sha256(titles.encode()).hexdigest()[:HASH_DIGITS]
-        return found
-    sweep.arms = _chosen_arms(sweep, config.arms)
-    _refuse_overwritten(overrides, sweep_name, sweep)
-    in_files = _loader().as_in_files  # before the next composition replaces it
-    # with `@package _global_` or a defaults list, a user's sweep may also set models or data sets
-    candidates = (Path(folder, "sweep", f"{sweep_name}.yaml") for folder in common["folders"])
-    file = next((path for path in candidates if path.is_file()), None)
-    alone = file is not None and not SETS_MORE.search(file.read_text())
-    points = _expand(config, overrides, alone)
-    check_directions(sweep_name, sweep, {p.spec.objective for p in points})
-    found = Request(**common, sweep_name=sweep_name, sweep=sweep, points=points)
-    if sweep.search is not None:
-        check_search(points, sweep.search)
-        if not {"dataset.render", "dataset.template"} & {*found.given}:
-            fetched = cluster.kind == "slurm" and action.name != "fetch"
-            plans = action.name == "plan"
-            found.points = points = _with_form(points, exec_.models_dir, fetched, plans)
-        on_axes = fields_of(sweep.axes).union(*(fields_of(axes_of(a)) for a in sweep.arms.values()))
-        if "steps" not in found.given and "steps" not in on_axes:
-            found.points = points = _with_steps(points, sweep.search)
-        short = sweep.search.short_steps(points[0].spec.steps)
-        keep = exec_.world_size == 1  # else every process holds a part of the weights
-        found.exec = dataclasses.replace(exec_, short_steps=short, keep_weights=keep)
-        parse_budget(config.budget, points[0].spec.steps)
-    changes = [o for o in overrides if not o.startswith(CHANGE_NO_RUNS)]
-    asked = runs_hash(points, sweep)
-    stated = ""
-    # in_files contains overrides that choose models, data sets or methods
-    if changes and not any(o.startswith(CHOOSE_PARTS) for o in changes):
-        with suppress(SpecError):  # some sweeps are complete only with the command line
-            config = _object(in_files)
-            files = [o for o in overrides if o.startswith(SELECT_FILES)]
-            stated = runs_hash(_expand(config, files, alone), config.sweep)
-    if changes and asked != stated:
-        found.changed, found.changes = asked, changes
-    else:
-        found.changes = [o for o in overrides if o.lstrip("+~").startswith(CHANGE_CLAIMS)]
-    return found
+            request.changes = [o for o in typed if o.lstrip("+~").startswith(CHANGE_CLAIMS)]
+        return request
 
+    def _expand(self, config: Config, sweep: Sweep, typed: Sequence[str]) -> list[Point]:
+        """Expand a sweep into runs; names on the axes model and dataset are looked up."""
+        files = [o for o in typed if o.startswith(SELECT_FILES)]
+        candidates = (Path(f, "sweep", o[7:] + ".yaml") for o in files for f in self.folders)
+        file = next((path for path in candidates if path.is_file()), None)
+        # shipped sweeps set no other group; composing without the sweep is faster
+        if file is None or not SETS_MORE.search(file.read_text()):
+            files = [o for o in files if not o.startswith("+sweep=")]
 
-def _expand(config: Config, overrides: Sequence[str], alone: bool) -> list[Point]:
-    """Expand a sweep into runs; `alone`: the file of the sweep sets no other group."""
-    files = [o for o in overrides if o.startswith(SELECT_FILES)]
-    if alone:  # compose models and data sets without the sweep, which takes longest
-        files = [o for o in files if not o.startswith("+sweep=")]
+        def look_up(group: str, cls: type[ModelSpec] | type[DatasetSpec], name: str) -> Any:
+            of_group = [o for o in typed if o.lstrip("+~").startswith(f"{group}.")]
+            key = (group, name, *files, *of_group)
+            if key not in self._looked_up:
+                chosen = f"{group}={self.option(group, name, typed)}"
+                try:
+                    cfg = hydra_compose("config", [*self._path(), *files, *of_group, chosen])
+                except HydraException as error:
+                    raise SpecError(f"{group} {name!r}: {error}") from None
+                self._looked_up[key] = build(cls, dataclasses.asdict(_object(cfg[group])))
+            return self._looked_up[key]
 
-    def look_up(group: str, cls: type[ModelSpec] | type[DatasetSpec], name: str) -> Any:
-        of_group = [o for o in overrides if o.lstrip("+~").startswith(f"{group}.")]
-        known, key = _loader().looked_up, (group, name, *files, *of_group)
-        if key not in known:
-            option = _loader().option(group, str(name), overrides)
+        problems = []
+        for group, name in dict.fromkeys(_named(sweep.axes, *sweep.arms.values())):
             try:
-                chosen = [*files, *of_group, f"{group}={option}"]
-                cfg = hydra_compose("config", overrides=chosen)
-            except Exception as error:
-                raise SpecError(f"{group} {name!r}: {error}") from None
-            known[key] = build(cls, dataclasses.asdict(_object(cfg[group])))
-        return known[key]
+                self.option(group, name, typed)
+            except SpecError as error:
+                problems.append(str(error))
+        if problems:
+            raise SpecError("\n".join(problems))
+        models, datasets = (
+            partial(look_up, "model", ModelSpec),
+            partial(look_up, "dataset", DatasetSpec),
+        )
+        return expand(_run_spec(config), sweep, models, datasets)
 
-    models = partial(look_up, "model", ModelSpec)
-    problems = []
-    for group, name in dict.fromkeys(_named(config.sweep.axes, *config.sweep.arms.values())):
+    # ------------------------------------------------------------ a search on the user's own rows
+
+    def _begin_search(self, request: Request, how: Search) -> None:
+        """Set the form of rows and the updates that the command line leaves open."""
+        check_search(request.points, how)
+        sweep = request.sweep
+        assert sweep is not None
+        if not {"dataset.render", "dataset.template"} & {*request.given}:
+            self._set_form(request)
+        on_axes = fields_of(sweep.axes).union(*(fields_of(axes_of(a)) for a in sweep.arms.values()))
+        spec = request.points[0].spec
+        n_rows = next((o.n_train for o in self.names.of(request.points) if o.n_train), 0)
+        if n_rows and "steps" not in request.given and "steps" not in on_axes:
+            n_rows = min(n_rows, spec.dataset.n_train or n_rows)
+            wanted = math.ceil(how.epochs * n_rows / spec.batch_size)
+            steps = min(max(wanted, how.min_steps), how.max_steps)
+            _replace_all(request, steps=steps)
+        steps = request.points[0].spec.steps
+        keep = request.exec.world_size == 1  # else every process holds a part of the weights
+        request.exec = dataclasses.replace(
+            request.exec, short_steps=how.short_steps(steps), keep_weights=keep
+        )
+        parse_budget(request.budget, steps)
+
+    def _set_form(self, request: Request) -> None:
+        """Render the user's own rows by the base's chat template, if it has one."""
+        own, spec = self.names.of(request.points), request.points[0].spec
+        if all(isinstance(o.spec, ModelSpec) for o in own):
+            return
+        from lorasweep.models.load import tokenizer_of  # only here: it imports torch
+
+        fetched = request.cluster.kind == "slurm" and request.action != "fetch"
         try:
-            _loader().option(group, name, overrides)
-        except SpecError as error:
-            problems.append(str(error))
-    if problems:
-        raise SpecError("\n".join(problems))
-    return expand(_run_spec(config), config.sweep, models, partial(look_up, "dataset", DatasetSpec))
+            dirs = [*request.exec.models_dir, *(o.folder for o in own if o.folder)]
+            tokenizer = tokenizer_of(spec.model, dirs, fetched)
+        except (OSError, ValueError) as error:
+            if request.action == "plan":  # a base need not be here
+                return
+            raise SpecError(f"{error} Or set dataset.render=chat_template or role_eos.") from None
+        if getattr(tokenizer, "chat_template", None):
+            form = as_served(spec.dataset.format, "chat_template")
+            _replace_all(request, dataset=dataclasses.replace(spec.dataset, **form))
 
 
-def _chosen_arms(sweep: Sweep, names: Any) -> dict[str, Any]:
-    """Return the arms of a sweep that arms=NAME or arms=[NAME,...] asks for; all by default."""
-    chosen = [names] if isinstance(names, str) else list(names)
-    if wrong := next((name for name in chosen if name and name not in sweep.arms), None):
-        raise SpecError(unknown("arm", str(wrong), sweep.arms))
-    return {name: arm for name, arm in sweep.arms.items() if not any(chosen) or name in chosen}
+def _replace_all(request: Request, **changes: Any) -> None:
+    request.points = [Point(p.arm, dataclasses.replace(p.spec, **changes)) for p in request.points]
 
 
-def _with_steps(points: list[Point], how: Search) -> list[Point]:
-    """Set the updates of a search on the user's own rows: `epochs` of them, within limits."""
-    of_rows = {own.spec.name: own.n_train for own in _loader().names.of(points) if own.n_train}
-    dataset = points[0].spec.dataset
-    n_rows = of_rows.get(dataset.name)
-    if n_rows is None:
-        return points
-    n_rows = min(n_rows, dataset.n_train or n_rows)
-    wanted = math.ceil(how.epochs * n_rows / points[0].spec.batch_size)
-    steps = min(max(wanted, how.min_steps), how.max_steps)
-    return [Point(p.arm, dataclasses.replace(p.spec, steps=steps)) for p in points]
+def _at_scale(name: str, cfg: DictConfig) -> dict[str, Any]:
+    """Return what a sweep's file says at the scale of `cfg`, with all its keys."""
+    values: Any = OmegaConf.to_container(cfg.sweep, resolve=False)
+    if blocks := values.pop("scales", None):
+        scales = [scale for scale in (cfg.scale.extends, cfg.scale.name) if scale in blocks]
+        if not scales:
+            raise NotAtScale(
+                f"this sweep has no scale {cfg.scale.name!r}. Its file has: {', '.join(blocks)}."
+            )
+        for scale in scales:
+            values = _merged(values, blocks[scale] or {})
+    for problem in problems_of(Sweep, values):
+        raise SpecError(f"sweep {name!r} at scale {cfg.scale.name}: {problem} (docs/own.md)")
+    return dataclasses.asdict(Sweep(**values))
 
 
-def _with_form(
-    points: list[Point], models_dirs: list[str], fetched: bool, plans: bool
-) -> list[Point]:
-    """Set the form of a search on the user's own rows: the base's chat template, if it has one.
+def _merged(top: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+    """Merge plain mappings. OmegaConf's merge would also change the values that `${...}` names."""
+    both = {
+        k: _merged(top[k], v)
+        for k, v in block.items()
+        if isinstance(v, dict) and isinstance(top.get(k), dict)
+    }
+    return {**top, **block, **both}
 
-    `plans`: nothing is trained, so that a base need not be here.
+
+def _check_key(known: Any, override: Override) -> None:
+    """Raise SpecError if an override sets a key that does not exist.
+
+    Hydra would accept it with a + before it, and nothing would read it.
     """
-    own, spec = _loader().names.of(points), points[0].spec
-    if all(isinstance(o.spec, ModelSpec) for o in own):
-        return points
-    from lorasweep.models.load import tokenizer_of  # only here: it imports torch
+    node, path, given = known, list[str](), str(override.input_line)
+    if override.key_or_group.startswith("sweep.") and not known["sweep"]:
+        raise SpecError(f"{given!r} changes a sweep. Add one: +sweep=NAME.")
+    if override.key_or_group.startswith("sweep.scales"):
+        raise SpecError(
+            f"{given!r} has no effect: the file's scales are read before. Write sweep.axes, "
+            "sweep.arms or sweep.replicate instead, which change the chosen scale."
+        )
+    for name in override.key_or_group.split("."):
+        if not isinstance(node, dict) or "[" in name:
+            return
+        if name not in node:
+            break
+        node, path = node[name], [*path, name]
+    else:
+        return
+    free = not FREE.isdisjoint(path)
+    if free and (override.is_add() or override.is_force_add()):
+        return
+    if inside := [part for part in PARTS if not path and name in known[part]]:
+        raise SpecError(f"{given!r}: no such setting. Did you mean '{inside[0]}.{name}'?")
+    is_run_field = name in known or name in known["method"]
+    if free and not override.is_delete() and (is_run_field or path[0] != "sweep"):
+        raise SpecError(f"{given!r}: {'.'.join(path)} has no {name!r} yet. To add it: +{given}")
+    names = [".".join([*path, str(key)]) for key in node]
+    raise SpecError(f"{given!r}: {unknown('setting', '.'.join([*path, name]), names)}")
 
-    try:
-        dirs = [*models_dirs, *(o.folder for o in own if o.folder)]
-        tokenizer = tokenizer_of(spec.model, dirs, fetched)
-    except (OSError, ValueError) as error:
-        if plans:
-            return points
-        raise SpecError(f"{error} Or set dataset.render=chat_template or role_eos.") from None
-    if getattr(tokenizer, "chat_template", None):
-        data = dataclasses.replace(spec.dataset, **as_served(spec.dataset.format, "chat_template"))
-        points = [Point(p.arm, dataclasses.replace(p.spec, dataset=data)) for p in points]
-    return points
+
+def _sweep(name: str, config: Config, models: Sequence[str] = ()) -> Sweep:
+    """Make the sweep of a configuration, with the arms that arms=NAME or arms=[NAME,...] names."""
+    sweep = made(name, {k: v for k, v in config.sweep.items() if k != "scales"}, models)
+    chosen = [config.arms] if isinstance(config.arms, str) else list(config.arms)
+    if wrong := next((arm for arm in chosen if arm and arm not in sweep.arms), None):
+        raise SpecError(unknown("arm", str(wrong), sweep.arms))
+    if any(chosen):
+        sweep.arms = {arm: axes for arm, axes in sweep.arms.items() if arm in chosen}
+    return sweep
 
 
 def _named(*axes: Any) -> Iterator[tuple[str, str]]:
@@ -331,21 +467,6 @@ def _named(*axes: Any) -> Iterator[tuple[str, str]]:
                 if key in GROUPS and isinstance(one, str):
                     yield key, one
                 yield from _named(one)
-
-
-def _parts(sweep_name: str, sweep: Sweep, overrides: Sequence[str]) -> list[Request]:
-    """Compose the parts of a sweep that have this scale, each with the rest of the command line."""
-    own = (f"+sweep={sweep_name}", "sweep.parts=")
-    rest = [o for o in overrides if not o.startswith(own)]
-    names, parts = option_names("sweep"), []
-    for name in sweep.parts:
-        if name not in names:
-            raise SpecError(unknown("sweep", name, names))
-        with suppress(NotAtScale):
-            part = [*rest, f"+sweep={name}"]
-            cfg = hydra_compose("config", overrides=part, return_hydra_config=True)
-            parts.append(request(without_hydra(cfg), cfg.hydra))
-    return parts
 
 
 def _object(cfg: DictConfig) -> Any:
@@ -371,15 +492,10 @@ def _run_spec(config: Config) -> RunSpec:
     return spec_from({key: values[key] for key in keys})
 
 
-def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
+def _refuse_overwritten(typed: Sequence[str], name: str, sweep: Sweep) -> None:
     """Refuse values of the command line that the sweep's grid replaces."""
-    for text in overrides:
+    for text in typed:
         key, _, value = text.lstrip("+~").partition("=")
-        if key.startswith("sweep.scales"):
-            raise SpecError(
-                f"{text!r} has no effect: the file's scales are read before. Write sweep.axes, "
-                "sweep.arms or sweep.replicate instead, which change the chosen scale."
-            )
         of_axes = key.startswith("sweep.axes.")
         axis = key.removeprefix("sweep.axes." if of_axes else "method.")
         arms = [arm for arm, axes in sweep.arms.items() if axis in fields_of(axes_of(axes))]
@@ -400,19 +516,13 @@ def _refuse_overwritten(overrides: list[str], name: str, sweep: Sweep) -> None:
         raise SpecError(f"{text!r} has no effect: the grid of sweep {name!r} sets {axis!r}. {hint}")
 
 
-def _refuse_shadows(user_folders: list[Path]) -> None:
+def _refuse_shadows(user_folders: Sequence[str]) -> None:
     """Refuse files of --config-dir with the name of a shipped file: Hydra would ignore them."""
-    shipped = conf_dir()
-    for folder in user_folders:
-        for path in sorted(folder.rglob("*.yaml")) if folder.is_dir() else []:
-            relative = path.relative_to(folder)
-            if (shipped / relative).exists() and not path.samefile(shipped / relative):
+    for folder in map(Path, user_folders):
+        for path in sorted(folder.glob("*/*.yaml")):
+            shipped = conf_dir() / path.relative_to(folder)
+            if shipped.exists() and not path.samefile(shipped):
                 raise SpecError(
                     f"{path} has the name of a shipped file and would be ignored. Rename it, "
-                    f"for example to {relative.with_stem('my_' + relative.stem)}."
+                    f"for example to my_{path.name}."
                 )
-
-
-def option_names(group: str) -> list[str]:
-    """List the options of a group, shipped and in --config-dir."""
-    return sorted(_loader().get_group_options(group))

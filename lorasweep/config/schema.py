@@ -10,7 +10,6 @@ from typing import Any
 
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.run import RunSpec
-from lorasweep.sweep.question import Sweep
 from lorasweep.sweep.request import Settings
 
 
@@ -60,4 +59,5 @@ class Config(writable(Settings), writable(RunSpec)):  # type: ignore[misc]
     cluster: writable(Cluster) = field(default_factory=writable(Cluster))  # type: ignore[valid-type]
     exec: writable(Exec) = field(default_factory=writable(Exec))  # type: ignore[valid-type]
     hardware: dict[str, Any] = field(default_factory=dict)
-    sweep: Sweep = field(default_factory=Sweep)
+    sweep: dict[str, Any] = field(default_factory=dict)
+    """Made into a Sweep by `question.made`."""

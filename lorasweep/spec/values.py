@@ -141,8 +141,7 @@ def _converted(value: Any, kind: Any) -> Any:
     if origin in (tuple, list) and isinstance(value, list | tuple):
         return origin(_converted(v, of[0]) for v in value)
     if origin is dict and isinstance(value, dict):
-        pairs = ((str(k), _converted(v, of[1])) for k, v in value.items())
-        return value if isinstance(value, FrozenDict) else FrozenDict(pairs)
+        return {str(k): _converted(v, of[1]) for k, v in value.items()}
     if kind in (int, float):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and math.isfinite(value) and (kind is float or value % 1 == 0):
@@ -155,7 +154,8 @@ def _converted(value: Any, kind: Any) -> Any:
 def problems_of(cls: type, values: dict[str, Any], where: str = "") -> Iterator[str]:
     """Convert the values of a dataclass of settings in place; yield a sentence for each problem.
 
-    Problems: a name that is unknown or missing, a wrong type, a value outside the limits.
+    Problems: a name that is unknown or missing, a wrong type, a value that is not allowed. Mappings
+    become the dataclasses that are declared for them.
 
     Args:
         values: by the key of YAML files and tables.
@@ -169,6 +169,20 @@ def problems_of(cls: type, values: dict[str, Any], where: str = "") -> Iterator[
         if key not in values:
             if f.required:
                 yield f"{where}{key}: missing. Expected {f.expected}."
+            continue
+        kind = typing.get_args(f.kind)[-1] if typing.get_origin(f.kind) is dict else f.kind
+        if dataclasses.is_dataclass(kind) and isinstance(values[key], dict):
+            parts = {"": values[key]} if kind is f.kind else dict(values[key])
+            for name, part in parts.items():
+                if isinstance(part, dict):
+                    at = f"{where}{key}.{name}." if name else f"{where}{key}."
+                    part = dict(part)
+                    problems = list(problems_of(kind, part, at))  # type: ignore[arg-type]
+                    parts[name] = part if problems else kind(**part)  # type: ignore[operator]
+                    yield from problems
+                elif not isinstance(part, kind):  # type: ignore[arg-type]
+                    yield f"{where}{key}.{name}={part!r}: expected settings by name."
+            values[key] = parts.get("", parts)
             continue
         try:
             values[key] = f.converted(values[key])
@@ -215,7 +229,8 @@ class Value:
         values = vars(self)  # the way to set fields of a frozen dataclass
         for f in fields(type(self)):
             try:
-                values[f.name] = f.converted(values[f.name])
+                value = f.converted(values[f.name])
+                values[f.name] = FrozenDict(value) if type(value) is dict else value
             except ValueError:
                 raise SpecError(self.WHERE + f.wrong(values[f.name])) from None
 

@@ -3,19 +3,20 @@
 Fields are named as keys of these files, and of kept questions.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from lorasweep.errors import SpecError, unknown
 from lorasweep.spec.metric import METRICS
+from lorasweep.spec.values import ABOVE_0, Is, misfits, problems_of
 
-SOURCES = ("study", "popular", "ours")
-MAX_ROUNDS = 5
+FINEST = 1.15
+"""Neighbouring learning rates of a search are not closer than this factor."""
+MIN_SHORT = 8
+"""Fewest updates of a short run."""
 ADDED_AFTER = "added_after"
 """Key of an arm with runs that were added after an interim analysis. Value: {what, why}."""
-DIRECTIONS = ("", "lower", "higher")
 ALL_SCALES = "all"
 """Key of `planning` that applies to every scale."""
 
@@ -24,9 +25,9 @@ ALL_SCALES = "all"
 class Planning:
     """Inputs of a claim's power calculation at one scale, from a pilot or an earlier answer."""
 
-    sd: float | None = None
+    sd: Annotated[float | None, Is("", 0)] = None
     """Standard deviation between seeds (for a ratio: of its logarithm); 0 for exact counts."""
-    units: int | None = None
+    units: Annotated[int | None, Is("", 1)] = None
     """Number of observations, if these are not seeds but bases or runs of a fit."""
 
 
@@ -39,17 +40,17 @@ class Claim:
 
     text: str = ""
     """The claim in words, as shown in tables."""
-    source: str = "ours"
+    source: Literal["study", "popular", "ours"] = "ours"
     """`study`, `popular` (summaries of the study, defaults of libraries, other papers), `ours`."""
     measure: str = ""
     """The measured quantity and its unit, as shown in tables."""
     note: str = ""
     """Remarks shown with the verdict, such as where the claim was published."""
     estimand: str = ""
-    expected: float = math.nan
+    expected: float | None = None
     margin: list[float] = field(default_factory=list)
     """[low, high]: SUPPORTED if the 95% interval lies inside, REFUTED if it lies outside."""
-    better: str = ""
+    better: Literal["", "lower", "higher"] = ""
     """The better direction of the metric, as the claim assumes: lower, higher; empty: either."""
     except_models: list[str] = field(default_factory=list)
     """Base models whose runs are left out of the claim."""
@@ -90,33 +91,29 @@ class Replicates:
     """Arms that get fresh seeds; empty: all."""
 
 
-MIN_SHORT = 8
-"""Fewest updates of a short run."""
-
-
 @dataclass
 class Search:
     """How a sweep searches learning rates instead of trying a grid."""
 
-    prefix: int = 8
+    prefix: Annotated[int, Is("", 1)] = 8
     """A short run has the first 1/prefix of a full run's updates."""
-    n_short: int = 5
+    n_short: Annotated[int, Is("", 3)] = 5
     """Number of learning rates that are tried first."""
-    wide: float = 4.0
+    wide: Annotated[float, Is("factor", FINEST * 1.01)] = 4.0
     """Factor between the learning rates of short runs."""
-    fine: float = 2.0
+    fine: Annotated[float, Is("factor", FINEST * 1.01)] = 2.0
     """Largest factor between the best learning rate of full runs and its neighbours."""
-    n_lrs: int = 3
+    n_lrs: Annotated[int, Is("", 1)] = 3
     """Learning rates around the best that are trained in full first, and that get fresh seeds."""
-    n_full: int = 5
+    n_full: Annotated[int, Is("", 1)] = 5
     """Learning rates with finite losses that an arm tries in full; the analysis needs as many."""
     most_lrs: int = 9
     """Learning rates of an arm in full beyond which the analysis gets no more."""
-    seeds: int = 6
+    seeds: Annotated[int, Is("", 0)] = 6
     """Maximum number of fresh seeds."""
-    epochs: float = 3
+    epochs: Annotated[float, Is("", ABOVE_0)] = 3
     """Passes over the user's own training rows in a full run, if `steps` is not given."""
-    min_steps: int = 40
+    min_steps: Annotated[int, Is("", 1)] = 40
     max_steps: int = 500
     """Limits of the updates that follow from `epochs`."""
 
@@ -141,7 +138,7 @@ class Sweep:
     variants: dict[str, Any] = field(default_factory=dict)
     estimands: dict[str, Any] = field(default_factory=dict)
     """What is compared; see analysis/questions/arms.py. Empty: those of `analysis`."""
-    rounds: int = 1
+    rounds: Annotated[int, Is("interim analyses", 1, 5)] = 1
     """Planned interim analyses, 1 to 5. With more of them, each has wider intervals, so that the
     total error rate stays 5%."""
     claims: dict[str, Claim] = field(default_factory=dict)
@@ -153,22 +150,24 @@ class Sweep:
     replicate: Replicates = field(default_factory=Replicates)
     search: Search | None = None
     """Search learning rates from those of the adviser; None: the arms state them."""
-    scales: dict[str, Any] = field(default_factory=dict)
-    """Scale -> {axes, arms, replicate}, merged over the keys above (config/loader.py); empty: the
-    sweep is the same at any scale."""
     parts: list[str] = field(default_factory=list)
     """Sweeps that run one after another, instead of arms; used by +sweep=study."""
 
 
-def sweep_from_plain(values: dict[str, Any]) -> Sweep:
-    """Rebuild a sweep from the values of `dataclasses.asdict`."""
-    claims = {}
-    for name, claim in values["claims"].items():
-        planning = {scale: Planning(**inputs) for scale, inputs in claim["planning"].items()}
-        claims[name] = Claim(**{**claim, "planning": planning})
-    replicate, search = Replicates(**values["replicate"]), values["search"]
-    rest = {"claims": claims, "replicate": replicate, "search": search and Search(**search)}
-    return Sweep(**{**values, **rest})
+def made(name: str, values: dict[str, Any], models: Sequence[str] = ()) -> Sweep:
+    """Make a sweep from the content of its file at a scale, or from `dataclasses.asdict`.
+
+    `models`: names that `except_models` may have; empty: not checked.
+
+    Raises:
+        SpecError: a key or value is wrong, or the sweep is not complete.
+    """
+    values = dict(values)
+    for problem in problems_of(Sweep, values, ""):
+        raise SpecError(f"sweep {name!r}: {problem}")
+    sweep = Sweep(**values)
+    check_sweep(name, sweep, models)
+    return sweep
 
 
 def axes_of(arm: dict[str, Any]) -> dict[str, Any]:
@@ -196,6 +195,7 @@ def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
 
 def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
     """Yield problems, as texts that follow the name of the sweep in a message."""
+    yield from (f": {problem}" for problem in misfits(sweep))
     if not sweep.question:
         yield " has no question. Write `question: ...` at the top of its file."
     if sweep.parts:
@@ -204,36 +204,28 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
         return
     if not sweep.claims:
         yield " has no claims. State at least one, with estimand and margin, before any run."
-    for key, claim in sweep.claims.items():
-        for problem in _claim_problems(claim, models):
-            yield f", claim {key!r}{problem}"
-    if not 1 <= sweep.rounds <= MAX_ROUNDS:
-        yield f": rounds={sweep.rounds}. Expected 1 to {MAX_ROUNDS}."
     if not sweep.arms:
         yield " has no arms, so there is nothing to run."
+    for key, claim in sweep.claims.items():
+        yield from (f", claim {key!r}: {problem}" for problem in _claim_problems(claim, models))
     for arm, axes in sweep.arms.items():
         if not isinstance(axes, dict) or "method" not in axes:
             yield f", arm {arm!r}: has no method. Write `method: lora` below it."
             continue
-        added = axes.get(ADDED_AFTER)
-        if not added:
-            continue
+        added = axes.get(ADDED_AFTER) or {"what": "-", "why": "-"}
         if not isinstance(added, dict) or {k for k, v in added.items() if v} != {"what", "why"}:
             yield (
                 f", arm {arm!r}: {ADDED_AFTER}={added}. Expected {{what: ..., why: ...}}: which "
                 "runs were added after an interim analysis, and why."
             )
-        if sweep.rounds < 2:
+        if axes.get(ADDED_AFTER) and sweep.rounds < 2:
             yield (
                 f", arm {arm!r}: has runs that were added after an interim analysis, but rounds="
                 f"{sweep.rounds}. Write `rounds: 2`, or the number of interim analyses."
             )
     for arm in sweep.replicate.arms:
         if arm not in sweep.arms:
-            yield (
-                f": replicate.arms names {arm!r}, which is not an arm. Its arms: "
-                f"{', '.join(sweep.arms)}; sweep.replicate.arms=[] means all of them."
-            )
+            yield f": replicate.arms: {unknown('arm', arm, sweep.arms)}"
     of_arms = {f"arms.{arm}.{k}": v for arm, a in sweep.arms.items() for k, v in axes_of(a).items()}
     for axis, values in {**sweep.axes, **of_arms}.items():
         if isinstance(values, list) and not values:
@@ -241,27 +233,20 @@ def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
 
 
 def _claim_problems(claim: Claim, models: Sequence[str]) -> Iterator[str]:
-    if claim.source not in SOURCES:
-        yield f": source={claim.source!r}. Allowed: {', '.join(SOURCES)}."
+    yield from misfits(claim)
+    for scale, planning in claim.planning.items():
+        yield from misfits(planning, f"planning.{scale}.")
     if len(claim.margin) != 2 or not claim.margin[0] < claim.margin[1]:
-        yield f": margin={claim.margin}. Expected [low, high] with low < high."
-    if claim.better not in DIRECTIONS:
-        yield f": better={claim.better!r}. Allowed: lower, higher, or leave out."
+        yield f"margin={claim.margin}. Expected [low, high] with low < high."
+    if claim.expected is None:
+        yield "expected is missing. Expected the claimed value of the estimand."
     for base in claim.except_models:
         if models and base not in models:
-            yield f", except_models: {unknown('model', base, models)}"
+            yield f"except_models: {unknown('model', base, models)}"
     if not all(claim.exploratory.values()):
-        yield (
-            f": exploratory={claim.exploratory}. Say why, as {{scale: why}}, or leave the scale "
-            "out."
-        )
-    for scale, planning in claim.planning.items():
-        for name, least in (("sd", 0), ("units", 1)):
-            value = getattr(planning, name)
-            if value is not None and not value >= least:
-                yield f": planning.{scale}.{name}={value}. Expected a number of at least {least}."
+        yield f"exploratory={claim.exploratory}. Expected {{scale: why}}, or leave the scale out."
     if not isinstance(claim.underpowered, bool | list):
-        yield f": underpowered={claim.underpowered}. Expected true or [scale, ...]."
+        yield f"underpowered={claim.underpowered}. Expected true or [scale, ...]."
 
 
 def check_directions(name: str, sweep: Sweep, objectives: Iterable[str]) -> None:

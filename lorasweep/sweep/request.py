@@ -12,7 +12,7 @@ from lorasweep.methods.registry import spec_from
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.values import Is
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Sweep, added_after, sweep_from_plain
+from lorasweep.sweep.question import Sweep, added_after, made
 
 HASH_DIGITS = 6
 """Hexadecimal digits of the hash in a title. 6 suffice: a folder holds few titles."""
@@ -115,8 +115,7 @@ class Request(Settings):
 
 def from_plain(values: dict[str, Any]) -> Request:
     """Rebuild a request from the values of `Request.plain`."""
-    stored = values["sweep"]
-    sweep = sweep_from_plain(stored) if stored else None
+    sweep = made(values["sweep_name"], values["sweep"]) if values["sweep"] else None
     points = [Point(p["arm"], spec_from(p["spec"])) for p in values["points"]]
     parts = {"exec": Exec(**values["exec"]), "cluster": Cluster(**values["cluster"])}
     return Request(**{**values, **parts, "sweep": sweep, "points": points})

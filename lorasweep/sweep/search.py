@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from lorasweep.errors import SpecError
+from lorasweep.spec.values import misfits
 from lorasweep.sweep.grid import Point, around, curve_key
-from lorasweep.sweep.question import MIN_SHORT, Search
+from lorasweep.sweep.question import FINEST, MIN_SHORT, Search
 from lorasweep.sweep.replicates import lrs_around_optimum
 
 LOWEST, HIGHEST = 1e-8, 10.0
 """Learning rates beyond which a search does not go."""
-FINEST = 1.15
-"""Neighbouring learning rates are not closer than this factor."""
 
 Losses = dict[float, float]
 """Learning rate -> loss (lower is better); infinity if the run diverged."""
@@ -83,20 +82,11 @@ def check_search(points: Sequence[Point], how: Search) -> None:
     The runs have one model and data set, and differ in method and rank only. A short run is the
     beginning of the long one only at a constant learning rate.
     """
-    if min(how.prefix, how.n_lrs, how.n_full) < 1 or how.n_short < 3 or how.seeds < 0:
+    for problem in misfits(how, "sweep.search."):
+        raise SpecError(problem)
+    if how.max_steps < how.min_steps:
         raise SpecError(
-            f"sweep.search={how}: expected prefix, n_lrs and n_full of 1 or more, n_short of 3 or "
-            "more, seeds of 0 or more."
-        )
-    if not 1 <= how.min_steps <= how.max_steps or how.epochs <= 0:
-        raise SpecError(
-            f"sweep.search.min_steps={how.min_steps}, max_steps={how.max_steps}, epochs="
-            f"{how.epochs:g}: expected 1 <= min_steps <= max_steps, and epochs above 0."
-        )
-    if min(how.wide, how.fine) <= FINEST:
-        raise SpecError(
-            f"sweep.search.wide={how.wide:g}, fine={how.fine:g}: expected factors between learning "
-            f"rates above {FINEST}, such as wide=4 fine=2."
+            f"sweep.search.max_steps={how.max_steps}: expected at least min_steps={how.min_steps}."
         )
     specs = [p.spec for p in points]
     pairs = sorted({f"model={s.model.name} dataset={s.dataset.name}" for s in specs})

@@ -6,8 +6,7 @@ import re
 import pytest
 import yaml
 
-from lorasweep.cli.actions import functions
-from lorasweep.config.actions import ACTIONS
+from lorasweep.cli.actions import ACTIONS, function_of
 from tests.world import ROOT, write_splits
 
 FLEET = "action=fleet customers=customers.csv"
@@ -102,10 +101,10 @@ def test_wrong_requests_end_with_status_2_and_start_nothing(command, tmp_path, a
 
 
 def test_every_action_has_a_function_and_stands_in_the_help(command, tmp_path):
-    assert functions().keys() == ACTIONS.keys()
+    assert all(map(callable, map(function_of, ACTIONS)))
     text, short = command("--help").stdout, command().stdout
     groups = ("sweep: batch_size, capacity", "method: fullft, lora", "${geom:1e-4,1e-2,4}")
-    for words in (*groups, *(f"\n  {a.name} {a.example}".rstrip() for a in ACTIONS.values())):
+    for words in (*groups, *(f"\n  {name} {a.example}".rstrip() for name, a in ACTIONS.items())):
         assert words in text
     assert "capacity, compute" in short and all(name in short for name in ACTIONS)
     assert list(tmp_path.iterdir()) == []  # nothing is dropped into the current folder
@@ -182,9 +181,9 @@ def test_a_hub_name_without_a_commit_is_named_and_shipped_ones_have_one(command)
     [
         (
             "{armz: {}}",
-            "sweep 'mine', scales.tiny: Key 'armz' not in 'Sweep'. Allowed there: quest",
+            "sweep 'mine' at scale tiny: setting 'armz' not found. Did you mean 'arms'?",
         ),
-        ("{rounds: two}", "sweep 'mine', scales.tiny: Value 'two'"),
+        ("{rounds: two}", "sweep 'mine' at scale tiny: rounds='two': expected a whole number"),
         ("", "sweep 'mine'"),
     ],
 )

@@ -84,14 +84,14 @@ def test_a_study_with_changed_parts_has_a_title_of_its_own(compose):
 
 VALID = Sweep(
     question="?",
-    claims={"c": Claim(margin=[5, 20], estimand="lr_ratio")},
+    claims={"c": Claim(margin=[5, 20], estimand="lr_ratio", expected=10)},
     arms={"a": {"method": "lora", "lr": [1e-3, 2e-3]}},
     analysis="lr_ratio",
 )
 
 
 def claim(**values):
-    return {"claims": {"c": Claim(**{"margin": [0, 1], **values})}}
+    return {"claims": {"c": Claim(**{"margin": [0, 1], "expected": 0.5, **values})}}
 
 
 def added(stated, rounds=2):
@@ -109,14 +109,14 @@ RUNS = {"what": "learning rate 2e-3", "why": "four were left"}
         ({"arms": {}}, "no arms"),
         ({"arms": {"a": {"lr": 1e-3}}}, "arm 'a': has no method"),
         ({"axes": {"seed": []}}, "axis 'seed' is empty"),
-        ({"rounds": 6}, "rounds=6. Expected 1 to 5"),
+        ({"rounds": 6}, "rounds=6: expected"),
         ({"parts": ["rank"]}, "has parts, so it cannot have arms"),
-        ({"replicate": Replicates(arms=["b"])}, "replicate.arms names 'b'.* Its arms: a"),
+        ({"replicate": Replicates(arms=["b"])}, "replicate.arms: arm 'b' not found"),
         (claim(margin=[2, 1]), "low < high"),
         (claim(margin=[]), "margin="),
         (claim(source="x"), "source='x'. Allowed: study, popular, ours"),
         (claim(better="more"), "better='more'. Allowed: lower, higher"),
-        (claim(except_models=["tiny46"]), "'c', except_models: model 'tiny46'.* mean 'tiny64'"),
+        (claim(except_models=["tiny46"]), "'c': except_models: model 'tiny46'.* mean 'tiny64'"),
         (claim(exploratory={"tiny": ""}), "claim 'c': exploratory="),
         (claim(planning={"tiny": Planning(sd=-0.1)}), r"planning\.tiny\.sd=-0.1"),
         (claim(planning={"all": Planning(units=0)}), r"planning\.all\.units=0"),
