@@ -185,7 +185,7 @@ class Composer:
                 group=AT_SCALE, name=option, node=node, package="_global_"
             )
             files.sweep = node["sweep"]
-            chosen.append(f"+{AT_SCALE}={option}")
+            chosen = [*self._without_sweep(chosen), f"+{AT_SCALE}={option}"]
         known = OmegaConf.to_container(files, resolve=False)
         for text in overrides:
             _check_key(known, parse(text))
@@ -194,6 +194,13 @@ class Composer:
     def _path(self) -> list[str]:
         quoted = (f"'file://{folder}'" for folder in self.folders)
         return [f"hydra.searchpath=[{','.join(quoted)}]"] if self.folders else []
+
+    def _without_sweep(self, overrides: Sequence[str]) -> list[str]:
+        """Leave out +sweep=NAME, unless it is the user's and its file also sets other groups."""
+        names = [o.removeprefix("+sweep=") for o in overrides if o.startswith("+sweep=")]
+        files = [Path(f, "sweep", f"{name}.yaml") for name in names for f in self.folders]
+        more = any(f.is_file() and SETS_MORE.search(f.read_text()) for f in files)
+        return [o for o in overrides if more or not o.startswith("+sweep=")]
 
     def options(self, group: str) -> list[str]:
         """List the options of a group, shipped and of the user; none: there is no such group."""
@@ -308,12 +315,7 @@ class Composer:
 
     def _expand(self, config: Config, sweep: Sweep, typed: Sequence[str]) -> list[Point]:
         """Expand a sweep into runs; names on the axes model and dataset are looked up."""
-        files = [o for o in typed if o.startswith(SELECT_FILES)]
-        candidates = (Path(f, "sweep", o[7:] + ".yaml") for o in files for f in self.folders)
-        file = next((path for path in candidates if path.is_file()), None)
-        # shipped sweeps set no other group; composing without the sweep is faster
-        if file is None or not SETS_MORE.search(file.read_text()):
-            files = [o for o in files if not o.startswith("+sweep=")]
+        files = self._without_sweep([o for o in typed if o.startswith(SELECT_FILES)])
 
         def look_up(group: str, cls: type[ModelSpec] | type[DatasetSpec], name: str) -> Any:
             of_group = [o for o in typed if o.lstrip("+~").startswith(f"{group}.")]
