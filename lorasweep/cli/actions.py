@@ -1,12 +1,11 @@
 """The table of actions, which settings they take, and the call of the requested one."""
 
 import inspect
-import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -266,7 +265,8 @@ def act(
                 print(f"== {part.sweep_name}", flush=True)
             if on_gpus and name in OF_PLANNED_RUNS:
                 part = train.within_limit(part)
-            for k, answer in enumerate(_answers(do, part, context)):
+            done = do(part, **context)
+            for k, answer in enumerate([done] if isinstance(done, Answer) else done):
                 status = max(status, answer.status)
                 if parts and as_json:
                     values[part.title] = answer.plain()
@@ -284,21 +284,6 @@ def act(
         page = answers.study(Path(request.exec.reports_dir), titles, request.title)
         print("\n".join(page))
     return status
-
-
-def _answers(do: Callable[..., Any], request: Request, context: dict[str, Any]) -> Iterator[Answer]:
-    """Yield what an action returns. Until all are ported, one may print, and return a status."""
-    out = io.StringIO()
-    with redirect_stdout(out) if request.format == "json" else nullcontext():
-        done = do(request, **context)
-    if isinstance(done, int):
-        try:
-            value = json.loads(out.getvalue())
-        except ValueError:
-            value = {"output": out.getvalue().splitlines()}
-        yield Answer(value, status=done)
-    else:
-        yield from [done] if isinstance(done, Answer) else done
 
 
 def follow_up(path: str) -> int:
