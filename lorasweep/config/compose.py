@@ -152,7 +152,14 @@ class Composer:
             SpecError: a file, model, data set or key does not exist, or the sweep's file is wrong.
             NotAtScale: the sweep does not have the scale.
         """
-        parse = OverridesParser.create().parse_override
+        parser = OverridesParser.create()
+
+        def parse(text: str) -> Override:
+            try:
+                return parser.parse_override(text)
+            except HydraException as error:
+                raise SpecError(f"{text!r}: {error}. Expected KEY=VALUE.") from None
+
         path = [o for o in typed if o.startswith("hydra.searchpath=")]
         self.folders += [
             f.removeprefix("file://")
@@ -278,6 +285,8 @@ class Composer:
         }
         base = _run_spec(config)
         if sweep_name is None:
+            for problem in misfits(base):
+                raise SpecError(problem)
             if not config.customers:  # a fleet uses this run as a template
                 validate(base)
             points = [Point(base.method.name, base)]

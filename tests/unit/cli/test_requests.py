@@ -54,7 +54,7 @@ def refused(done, *words):
         ("action=measure +sweep=rank", "is about one model and one data set"),
         ("action=measure data=no.jsonl", "no file"),
         ("action=measure rates=0", "expected 1 to 9"),
-        ("action=measure cluster=slurm", "srun python -m lorasweep action=measure"),
+        ("action=measure cluster=slurm", "srun python -m"),
         ("data=x", "data is only for action=measure"),
         ("action=measure dataset=facts model=tiny64-facts batch_size=1000", "has 64 rows"),
         (f"{FLEET} exec.world_size=2", "in one process"),
