@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +222,7 @@ def qualify(table: "pd.DataFrame") -> tuple[dict[str, bool], list[dict[str, Any]
     from analysis.report.text import aligned
 
     checks = tasks.qualify(table)
-    return tasks.verdict(checks), [c._asdict() for c in checks], aligned(tasks.rows(checks))
+    return tasks.verdict(checks), [asdict(c) for c in checks], aligned(tasks.rows(checks))
 
 
 def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
