@@ -158,7 +158,7 @@ def test_wrong_input_is_refused(world):
     validate(run)
     few = dataclasses.replace(run.dataset, n_validation=3)
     for changes, says in (
-        ({"early_stopping": -1}, "expected 0"),
+        ({"early_stopping": -1}, "early_stopping=-1"),
         ({"early_stopping": 2, "dataset": few}, "4 are the fewest"),
         ({"early_stopping": 2, "dataset": spec.dataset}, "dataset.n_validation=0"),
         ({"early_stopping": 3, "steps": 4}, "of the 4 evaluations of 4 updates at most 3 count"),
