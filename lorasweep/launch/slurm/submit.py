@@ -119,13 +119,13 @@ def submit(
             packs = [pack for same in jobs for task in same.tasks for pack in task.packs]
             check_disk(store.root, packs, at_once)
             notify(f"jobs run {snapshot.describe(code)}")
-        same = {s.folder: s for s in queue.submissions if s.record["sweep"] == request.title}
+        asked = {s.folder for s in queue.submissions if s.record["sweep"] == request.title}
         mine = os.environ.get("SLURM_JOB_ID")
-        follows = [j.id for f, j in queue.follows.items() if f in same and j.id != mine]
+        follows = [j.id for f, j in queue.follows.items() if f in asked and j.id != mine]
         if jobs or (work.covered and cluster.follow and not follows):
             updates = updates_of(now.points, store)
             last = {"trainer": trainer, "idle": idle, "updates": updates}
-            after = [j.label for s, _, j in queue.jobs if s.folder in same]
+            after = [j.label for s, _, j in queue.jobs if s.folder in asked]
             _submit(request, jobs, code, outcome, last, after)
             if outcome.follow:  # it replaces the others
                 slurm.cancel(follows)
