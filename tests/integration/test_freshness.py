@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from analysis.measures.rows import csv_of
 from analysis.questions.registry import analyse
 from analysis.report import report
 from analysis.report.plots import INPUTS
@@ -106,6 +107,12 @@ def test_kept_answers_reports_and_figures_are_what_their_tables_say_today(folder
     assert figures.keys() == set(linked)
     inputs = report.inputs_hash(table, (folder / "results.json").read_text())
     assert {name: _inputs(p) for name, p in figures.items()} == dict.fromkeys(figures, inputs)
+
+
+def test_the_table_of_all_rows_is_of_the_kept_answers():
+    """The adviser reads it."""
+    today = csv_of(page.Data(answers.read_answers([KEPT])).rows)
+    assert not differing_text(today, (KEPT / page.TABLE).read_text())
 
 
 def _inputs(path):

@@ -592,7 +592,9 @@ def test_two_sweeps_with_one_analysis_have_a_page_and_a_line_each(tmp_path):
         asked = json.loads((at / "question.json").read_text())
         changed = {"name": name, "question": f"Of {name}?", "withdrawn": ""}
         (at / "question.json").write_text(json.dumps({**asked, **changed}))
+    (old := tmp_path / "kept/rl-small/old.png").write_bytes(b"")
     page.render_answers(tmp_path / "kept")
+    assert not old.exists()  # of a figure that the report no longer has
     found = read_answers([tmp_path / "kept"])
     assert [a.sweep for a in found] == ["rl", "rl_matrices"]
     texts = pages(found, tmp_path)
