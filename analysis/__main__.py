@@ -114,7 +114,7 @@ def _run_table_command(argv: Sequence[str]) -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n")
-    print(text if args.json else "\n".join(commands.lines(result)))
+    print(text if args.json else "\n".join(commands.lines(result, args.command, args.within)))
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.estimate import number, row_interval
+from analysis.inference.estimate import number, rate, row_interval
 from analysis.measures import lr_law
 from analysis.measures.ratio import (
     MIN_RANK,
@@ -31,11 +31,13 @@ from analysis.runs.reading import Reading
 from analysis.runs.table import TableError
 
 
-def lines(result: Any) -> list[str]:
-    """Format a result for the terminal: rows in columns, other values by name.
+def lines(result: Any, command: str = "", within: float = WITHIN) -> list[str]:
+    """Format a command's result for the terminal: rows in columns, other values by name.
 
-    The keys `low` and `high` join the key before them.
+    The keys `low` and `high` join the key before them. `within`: see fit.
     """
+    if command in ("fit", "ratio"):
+        return _fit_lines(result, within) if command == "fit" else _ratio_lines(result)
     if isinstance(result, dict):
         parts = {f"{k}:": v for k, v in result.items()}
         shown = (
@@ -43,6 +45,35 @@ def lines(result: Any) -> list[str]:
         )
         return [line for head, rows in shown for line in (head, *rows)]
     return aligned(table(result))
+
+
+def _fit_lines(rows: Sequence[dict[str, Any]], within: float) -> list[str]:
+    """Format one line per curve: its name in one cell, learning rates as 1.23e-3."""
+    head = ["model", "data", "curve", "runs", "best LR [95%]", "best", f"within {within:g}"]
+    out = [[*head, "flags"]]
+    for r in rows:
+        size = r["batch_size"] and f"batch {r['batch_size']}"
+        words = [r["method"], r["rank"] and f"r{r['rank']}", r["layers"], size]
+        best, band = row_interval(r, "best_lr", rate), " to ".join(map(rate, r["band"] or [None]))
+        cells = [r["model"], r["dataset"], " ".join(filter(None, words)), r["n"], best]
+        out.append(list(map(_cell, [*cells, r["best_nll"], band, r["flags"]])))
+    return aligned(out)
+
+
+def _ratio_lines(result: dict[str, Any]) -> list[str]:
+    out = [["model and data", "rank", "ratio [95%]", "gap", "flags"]]
+    for r in result["ratios"]:
+        numbers = [_cell(r["rank"]), row_interval(r, "ratio"), number(r["gap"])]
+        out.append([r["group"], *numbers, _cell(r["flags"])])
+    if not (p := result["pooled"]):
+        return aligned(out)
+    text = (
+        f"pooled over {p['groups']} groups (ranks of {MIN_RANK} and more, where there are such): "
+        f"{row_interval(p, 'ratio')}; standard deviation between groups: a factor "
+        f"{number(p['spread'])}; prediction interval for another group: "
+        f"[{number(p['low_next'])}, {number(p['high_next'])}]"
+    )
+    return [*aligned(out), text]
 
 
 def table(rows: Sequence[dict[str, Any]], *names: str) -> list[list[str]]:
