@@ -1,5 +1,6 @@
 """Small byte-level tokenizers, made here, that split text as Llama 3's and Qwen's do."""
 
+import copy
 from functools import cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -26,6 +27,13 @@ def llama_like():
 def qwen_like():
     """No BOS, one digit a token."""
     return _trained("1", bos=None, eos="<|endoftext|>")
+
+
+def with_chat(template, tokenizer=qwen_like):
+    """Return a tokenizer with a chat template, as instruct models have one."""
+    found = copy.deepcopy(tokenizer())
+    found.chat_template = template
+    return found
 
 
 def _trained(digits, bos, eos):

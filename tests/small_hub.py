@@ -16,6 +16,18 @@ TULU = 1100
 """Rows of the small Tulu 3; 1,024 of them are held out."""
 THOUGHTS = 1200
 """Rows of the small OpenThoughts3, a question each; 1,024 of them are held out."""
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def offline(folder, monkeypatch):
+    """Let this process read the caches in a folder, and no network."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    for module in (datasets.config, constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
 
 
 def make(folder, models, datasets, shard="2MB"):

@@ -38,15 +38,19 @@ SMALL = ModelSpec(
 )
 
 
-def family_model(family, **changes):
-    """A random model of a family of transformers, in eval mode: two layers of width 16."""
+def family_model(family, config="", **changes):
+    """A random model of a family of transformers, in eval mode: two layers of width 16.
+
+    `config`: the name of its configuration, if that is another one.
+    """
     torch.manual_seed(0)
     shape = {
         **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32},
         **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
     }
-    config = getattr(transformers, f"{family}Config")(**{**shape, **changes})
+    given = {k: v for k, v in {**shape, **changes}.items() if v is not None or "token" in k}
+    config = getattr(transformers, config or f"{family}Config")(**given)
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 

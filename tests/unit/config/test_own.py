@@ -168,15 +168,10 @@ def test_a_name_that_is_there_but_cannot_be_used_says_why(compose, here):
 
 
 def test_names_of_the_hub_are_pinned(compose, monkeypatch, tmp_path):
-    import datasets
-    from huggingface_hub import constants
-
-    commit, school = "0123456789abcdef" * 2 + "01234567", "openai/gsm8k"
+    commit, school = small_hub.COMMIT, "openai/gsm8k"
     rows = {"train": [small_hub.school(k) for k in range(60)]}
     small_hub.download(tmp_path, school, "main", commit, rows)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    for module in (datasets.config, constants):
-        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    small_hub.offline(tmp_path, monkeypatch)
     data = compose("model=smollm2-135m", f"dataset={school}:main@{commit}").points[0].spec.dataset
     assert (data.location, data.config, data.revision) == (school, "main", commit)
     assert (data.holdout, data.held_out_by, data.prompt_field) == (30, "prompt", "question")

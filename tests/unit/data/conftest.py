@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 
+from tests import small_hub
 from tests.world import compose_request
 
 MODELS = {
@@ -32,11 +33,8 @@ def shipped(name, /, **changes):
 def offline(tmp_path, monkeypatch):
     """Give `datasets` an empty cache and no network; return the cache."""
     import datasets
-    from huggingface_hub import constants
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    small_hub.offline(tmp_path, monkeypatch)
     datasets.disable_progress_bars()
     return tmp_path / "datasets"
 
@@ -44,28 +42,26 @@ def offline(tmp_path, monkeypatch):
 @pytest.fixture
 def hub(tmp_path, offline):
     """`hub(name, rows)` leaves a data set, rows: {configuration: {split: rows}}; returns its path."""
-
     import datasets
     import yaml
 
     def made(name, content, described=True):
-        folder = tmp_path / name
         configs, infos = [], []
         for config, splits in content.items():
+            features = datasets.Dataset.from_list(next(filter(None, splits.values()))).features
             files, counts = [], []
-            features = datasets.Dataset.from_list(next(r for r in splits.values() if r)).features
-            (folder / config).mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / config).mkdir(parents=True)
             for split, rows in splits.items():
                 path = f"{config}/{split}-00000-of-00001.parquet"
-                columns = {name: [row[name] for row in rows] for name in features}
-                datasets.Dataset.from_dict(columns, features).to_parquet(folder / path)
+                columns = {column: [row[column] for row in rows] for column in features}
+                datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / name / path)
                 files.append({"split": split, "path": path})
                 counts.append({"name": split, "num_examples": len(rows), "num_bytes": 1})
-            named = {"config_name": config}
-            configs.append({**named, "data_files": files})
-            infos.append({**named, "features": features._to_yaml_list(), "splits": counts})
+            configs.append({"config_name": config, "data_files": files})
+            described_as = {"features": features._to_yaml_list(), "splits": counts}
+            infos.append({"config_name": config, **described_as})
         card = {"configs": configs, **({"dataset_info": infos} if described else {})}
-        (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
-        return str(folder)
+        (tmp_path / name / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+        return str(tmp_path / name)
 
     return made

@@ -1,15 +1,26 @@
-"""Messages as text, token by token, on tokenizers that split as Llama 3's and Qwen's do."""
+"""Messages as text, token by token, on tokenizers that split as Llama 3's and Qwen's do; rows of
+hosted fine-tuning services; and the chat template in an adapter's folder, read by AutoTokenizer."""
 
 import copy
+import dataclasses
+import json
+import random
+import re
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
+from transformers import AutoTokenizer
 
 from lorasweep.data import load as data
-from lorasweep.data import own, templates
-from lorasweep.data.messages import LISTS
+from lorasweep.data import messages, own, templates, text
 from lorasweep.errors import DataError
-from tests.bpe import llama_like, qwen_like
+from lorasweep.spec.dataset import DatasetSpec
+from tests.bpe import llama_like, qwen_like, with_chat
+from tests.customers import CHAT_TEMPLATE
 from tests.unit.data.conftest import shipped
 from tests.world import write_json, write_splits
 
@@ -19,76 +30,78 @@ TURNS = [
     {"role": "user", "content": "So? 345"},
     {"role": "assistant", "content": "No!"},
 ]
+EOS = "<|endoftext|>"
 
 
-def tokens_of(tmp_path, tokenizer, messages=TURNS, **changes):
-    """Return the row's tokens as text, those in the loss in brackets."""
-    write_splits(tmp_path / "mine", [{"messages": messages}])
-    mine = {"source": "jsonl", "location": "mine", "holdout": 0, "revision": ""}
-    spec = shipped("tulu3", **mine, **changes)
-    e = data.load(spec, [str(tmp_path)], tokenizer).test[0]
-    words = tokenizer.convert_ids_to_tokens(e.tokens.tolist())
-    shown = [w.replace("Ġ", "_").replace("Ċ", "/") for w in words]
-    return " ".join(f"[{w}]" if counts else w for w, counts in zip(shown, e.loss)), e
+@pytest.fixture
+def tokens_of(tmp_path):
+    """`tokens_of(tokenizer, ...)`: a row's tokens as text, those in the loss in brackets; the row."""
+
+    def make(tokenizer, messages=TURNS, **changes):
+        write_splits(tmp_path / "mine", [{"messages": messages}])
+        mine = {"source": "jsonl", "location": "mine", "holdout": 0, "revision": ""}
+        e = data.load(shipped("tulu3", **mine, **changes), [str(tmp_path)], tokenizer).test[0]
+        words = tokenizer.convert_ids_to_tokens(e.tokens.tolist())
+        shown = [w.replace("Ġ", "_").replace("Ċ", "/") for w in words]
+        return " ".join(f"[{w}]" if counts else w for w, counts in zip(shown, e.loss)), e
+
+    return make
 
 
-def test_role_colon_is_the_studys_form_with_bos_where_there_is_one(tmp_path):
+def test_role_colon_is_the_studys_form_with_bos_where_there_is_one(tokens_of):
     """Contents keep their leading space, so that it joins the first word; the blank line of an
     answer joins its last sign, and is in the loss; so is the 'User:' behind the last answer."""
     first = "User : _Is _it _late ?// Assistant : _Yes , _it _is .// User : _So ? _ "
-    llama, row = tokens_of(tmp_path, llama_like())
+    llama, row = tokens_of(llama_like())
     assert llama == f"<|begin_of_text|> {first}345 // Assistant : [_No] [!//] [User] [:]"
-    qwen, _ = tokens_of(tmp_path, qwen_like())
+    qwen, _ = tokens_of(qwen_like())
     assert qwen == f"{first}3 4 5 // Assistant : [_No] [!//] [User] [:]"
     assert row.n_bytes == len(" No!\n\nUser:")
 
 
 @pytest.mark.parametrize("tokenizer", [llama_like, qwen_like])
-def test_role_eos_ends_answers_with_eos_and_has_no_bos(tmp_path, tokenizer):
-    eos = tokenizer().eos_token
-    text, row = tokens_of(tmp_path, tokenizer(), TURNS[:2], render="role_eos")
-    assert text == f"User : _ Is _it _late ? // Assistant : _ [Yes] [,] [_it] [_is] [.] [{eos}]"
+def test_role_eos_ends_answers_with_eos_and_has_no_bos(tokens_of, tokenizer):
+    text, row = tokens_of(found := tokenizer(), TURNS[:2], render="role_eos")
+    answer = f"[Yes] [,] [_it] [_is] [.] [{found.eos_token}]"
+    assert text == f"User : _ Is _it _late ? // Assistant : _ {answer}"
     assert row.n_bytes == len("Yes, it is.")
 
 
 @pytest.mark.parametrize("render", ["role_eos", "role_colon"])
 @pytest.mark.parametrize("tokenizer", [llama_like, qwen_like])
-def test_a_whole_prompt_has_the_tokens_that_a_server_sends(tmp_path, tokenizer, render):
+def test_a_whole_prompt_has_the_tokens_that_a_server_sends(tokens_of, tokenizer, render):
     """Of one or two questions; an earlier answer is in the prompt, too."""
-    differ = 0
+    differ, how = 0, {"add_generation_prompt": True, "tokenize": False}
     for n in (2, 4):
         served = templates.with_template(shipped("tulu3", render=render), tokenizer())
-        sent = served.apply_chat_template(
-            TURNS[: n - 1], add_generation_prompt=True, tokenize=False
-        )
+        sent = served.apply_chat_template(TURNS[: n - 1], **how)
         sent = served(sent, add_special_tokens=False).input_ids
         alone, whole = (
-            tokens_of(tmp_path, tokenizer(), TURNS[:n], render=render, whole_prompt=w)[1]
+            tokens_of(tokenizer(), TURNS[:n], render=render, whole_prompt=w)[1]
             for w in (False, True)
         )
-        asked = whole.loss.tolist().index(True)
-        assert whole.tokens[:asked].tolist() == sent
+        assert whole.tokens[: whole.loss.tolist().index(True)].tolist() == sent
         answers = [e.tokens[e.loss].tolist() for e in (alone, whole)]
         assert answers[0] == answers[1] and whole.n_bytes == alone.n_bytes
         differ += not np.array_equal(alone.tokens, whole.tokens)
     assert differ == (2 if render == "role_eos" else 0)
 
 
-def test_an_answer_that_ends_with_eos_needs_a_tokenizer_that_has_one(tmp_path):
+def test_an_answer_that_ends_with_eos_needs_a_tokenizer_that_has_one(tokens_of):
     tokenizer = copy.deepcopy(qwen_like())
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match=r"tokenizer has none.*or set dataset.render=role_colon"):
-        tokens_of(tmp_path, tokenizer, render="role_eos")
-    assert tokens_of(tmp_path, tokenizer)[0].endswith("[User] [:]")
+    with pytest.raises(DataError, match=r"tokenizer has none.*dataset.render=role_colon"):
+        tokens_of(tokenizer, render="role_eos")
+    assert tokens_of(tokenizer)[0].endswith("[User] [:]")
 
 
-def weighted(*weights, turns=TURNS):
+def weighted(*weights):
     """The turns with a weight for each message; none where it is ...."""
-    return [m if w is ... else {**m, "weight": w} for m, w in zip(turns, weights)]
+    return [m if w is ... else {**m, "weight": w} for m, w in zip(TURNS, weights)]
 
 
 YES, NO = "[_Yes] [,] [_it] [_is] [.//]", "[_No] [!//] [User] [:]"
-ASKED, EOS = "User : _So ? _ 3 4 5 // Assistant :", "<|endoftext|>"
+ASKED = "User : _So ? _ 3 4 5 // Assistant :"
 
 
 @pytest.mark.parametrize(
@@ -111,50 +124,25 @@ ASKED, EOS = "User : _So ? _ 3 4 5 // Assistant :", "<|endoftext|>"
         ),
     ],
 )
-def test_messages_of_weight_1_are_learned_and_of_weight_0_are_not(tmp_path, weights, changes, text):
-    assert tokens_of(tmp_path, qwen_like(), weighted(*weights), **changes)[0].endswith(text)
+def test_messages_of_weight_1_are_learned_and_of_weight_0_are_not(
+    tokens_of, weights, changes, text
+):
+    assert tokens_of(qwen_like(), weighted(*weights), **changes)[0].endswith(text)
+    with pytest.raises(DataError, match=r"jsonl:1: no token counts.*give one weight 1"):
+        tokens_of(qwen_like(), weighted(..., 0, ..., 0))
 
 
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+CHAT = CHAT_TEMPLATE.replace("eos_token }}", "eos_token }}\n")
 FORGETS = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' }}")
 
 
-def chatting(template):
-    """A tokenizer with a chat template, as instruct models have one."""
-    tokenizer = copy.deepcopy(qwen_like())
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def chat(tmp_path, template, mask, **changes):
-    """Return a row's text, and the text in its loss."""
-    tokenizer = chatting(template)
-    _, row = tokens_of(tmp_path, tokenizer, render="chat_template", mask=mask, **changes)
-    return tokenizer.decode(row.tokens), tokenizer.decode(row.tokens[row.loss]), row.n_bytes
-
-
-def test_chat_template_is_the_tokenizers_text_with_answers_and_their_end_in_the_loss(tmp_path):
-    whole = chatting(CHAT).apply_chat_template(TURNS, tokenize=False)
-    eos = qwen_like().eos_token
-    for mask, learned in (("last_assistant", ["No!"]), ("completion", ["Yes, it is.", "No!"])):
-        found = whole.rstrip("\n"), "".join(f"{x}{eos}" for x in learned), len("".join(learned))
-        assert chat(tmp_path, CHAT, mask) == found
-    text, trained, _ = chat(tmp_path, CHAT, "all")
-    assert text == whole and trained == text[1:]  # nothing predicts the first token
-    text, _, _ = chat(tmp_path, CHAT, "last_assistant", messages=TURNS[:3])
-    assert text.endswith(f"Yes, it is.{eos}")  # what follows the last answer is left out
-
-
 @pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
-@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (..., 0), (0, ...), (1, 1)])
-def test_weights_in_a_chat_template_are_those_of_the_texts_characters(tmp_path, mask, weights):
+@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (..., 0), (0, ...), (1, 1), (..., ...)])
+def test_the_loss_in_a_chat_template_is_that_of_the_texts_characters(tokens_of, mask, weights):
     """Against a mask by places in the whole text: answers are found in it by their words, and each
     token is looked up by the characters that it stands for."""
-    tokenizer = chatting(CHAT)
-    whole, eos = tokenizer.apply_chat_template(TURNS, tokenize=False), tokenizer.eos_token
+    tokenizer = with_chat(CHAT)
+    whole = tokenizer.apply_chat_template(TURNS, tokenize=False)
     by_default = {"completion": (1, 1), "last_assistant": (0, 1), "all": (1, 1)}[mask]
     if mask == "last_assistant" and weights[1] == 0:
         by_default = (1, 1)  # the first is then the last one that may be learned
@@ -162,51 +150,447 @@ def test_weights_in_a_chat_template_are_those_of_the_texts_characters(tmp_path, 
     inside = [mask == "all"] * len(whole)
     for answer, counts in zip(("Yes, it is.", "No!"), learned):
         start = whole.index(answer)
-        span = slice(start, start + len(answer + eos))
+        span = slice(start, start + len(answer + EOS))
         inside[span] = [bool(counts)] * len(inside[span])
     given = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     reference = [inside[start] for start, _ in given.offset_mapping]
-    reference[0] = False
+    reference[0] = False  # nothing predicts the first token
     turns = weighted(..., weights[0], ..., weights[1])
-    _, row = tokens_of(tmp_path, tokenizer, turns, mask=mask, render="chat_template")
+    _, row = tokens_of(tokenizer, turns, mask=mask, render="chat_template")
     n = len(row.tokens)  # what follows the last answer in the loss is left out
     assert row.tokens.tolist() == given.input_ids[:n] and row.loss.tolist() == reference[:n]
-    assert not any(reference[n:])
+    assert not any(reference[n:]) and (n == len(reference)) == (mask == "all")
+    answers = [a for a, counts in zip(("Yes, it is.", "No!"), learned) if counts]
+    assert mask == "all" or row.n_bytes == len("".join(answers))
 
 
-@pytest.mark.parametrize("form", ["messages", "conversations"])
-@pytest.mark.parametrize(
-    "k, weight, says",
-    [
-        (1, 0.5, r"\[1\].weight of .*'assistant' is 0.5. Allowed: 0 \(not learned\), 1"),
-        (3, True, r"\[3\].weight of .* is True"),
-        (3, "1", r"\[3\].weight of .* is '1'"),
-        (0, 1, r"\[0\].weight of a message of role 'user' is 1. Allowed: 0"),
-    ],
-)
-def test_other_weights_are_refused_with_row_and_field(tmp_path, form, k, weight, says):
-    keys = LISTS[form]
-    names = {"user": "human", "assistant": "gpt"} if form == "conversations" else {}
-    good = [dict(zip(keys, (names.get(m["role"], m["role"]), m["content"]))) for m in TURNS]
-    turns = [{**m, "weight": weight} if i == k else m for i, m in enumerate(good)]
-    path = write_json(tmp_path / "train.jsonl", [{form: good}, {form: turns}])
-    with pytest.raises(DataError, match=rf"train.jsonl:2: {form}{says}"):
-        own.count(str(path))
-    write_json(path, [{"messages": weighted(..., 1, ..., 0)}])
-    assert own.count(str(path)).answer_bytes == len("Yes, it is.")
-    with pytest.raises(DataError, match=r"jsonl:1: no token counts.*give one weight 1"):
-        tokens_of(tmp_path, qwen_like(), weighted(..., 0, ..., 0))
+def test_a_template_that_rewrites_what_came_before_trains_the_last_answer_only(tokens_of):
+    def chat(template, mask):
+        return tokens_of(with_chat(template), render="chat_template", mask=mask)[0]
 
-
-def test_a_template_that_rewrites_what_came_before_trains_the_last_answer_only(tmp_path):
-    text, trained, _ = chat(tmp_path, FORGETS, "last_assistant")
-    assert trained.startswith("No!") and "Yes, it is." not in text
+    shown = chat(FORGETS, "last_assistant")
+    assert shown.endswith(f"[No] [!] [{EOS}]") and "Yes" not in shown
     for template, words in (
         (FORGETS, r":1: .*does not take the row with mask=completion"),
         (None, "render=chat_template, but the tokenizer has none"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ):
         with pytest.raises(DataError, match=words):
-            chat(tmp_path, template, "completion")
-    # a date is the same one every day
-    assert chat(tmp_path, "{{ date_string }}" + CHAT, "all")[0].startswith("26 Jul 2024")
+            chat(template, "completion")
+
+
+# ---------------------------------------------------------------- rows of hosted services
+# They are drawn as plain messages, and written to a file in the forms that services take (parts, JSON
+# text, null contents, the role developer). The reference renders the plain messages.
+
+CHATML = (
+    "{% if tools or messages[0].role == 'system' %}<|im_start|>system{{ '\n' }}"
+    "{{ messages[0].content ~ '\n' if messages[0].role == 'system' }}"
+    "{% if tools %}# Tools{% for tool in tools %}{{ '\n' ~ (tool | tojson) }}{% endfor %}{% endif %}"
+    "{{ eos_token }}\n{% endif %}{% for m in messages %}"
+    "{% set before, after = messages[loop.index0 - 1].role, (messages[loop.index0 + 1] or m).role %}"
+    "{% if m.role == 'tool' %}{{ '<|im_start|>user' if before != 'tool' }}{{ '\n' ~ m.content }}"
+    "{{ eos_token ~ '\n' if loop.last or after != 'tool' }}"
+    "{% elif m.role != 'system' %}<|im_start|>{{ m.role }}{{ '\n' ~ m.content if m.content }}"
+    '{% for call in m.tool_calls or [] %}{{ \'\n<tool_call>\n{"name": "\' ~ call.function.name }}'
+    "{{ '\", \"arguments\": ' ~ (call.function.arguments | tojson) ~ '}' }}{% endfor %}"
+    "{{ eos_token }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+)
+"""As Qwen's: results of tools that follow each other are one message of the user."""
+DROPS_CALLS = CHAT_TEMPLATE + "{# tools, tool_calls #}"
+REASONS = CHATML.replace(
+    "'\n' ~ m.content if m.content",
+    "'\n' ~ ('<think>' ~ m.reasoning_content ~ '</think>' if m.reasoning_content and loop.last "
+    "else '') ~ m.content if m.content",
+)
+"""As in Qwen3's, the reasoning of earlier answers is left out."""
+SPEC = DatasetSpec(name="a", source="jsonl", location=".", format="messages")
+WORDS = ["yes", "no", "late", "12", "345", "it", "is,", "how", "many?", "in", "all", "so"]
+N = 200
+
+
+def said(rng):
+    return rng.choice(["Yes", "No", "So"]) + " " + " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
+
+
+def call(rng):
+    values = {"city": said(rng), "days": rng.randint(1, 9), "more": [True, None, {"é": said(rng)}]}
+    arguments = dict(rng.sample(sorted(values.items()), rng.randint(0, 3)))
+    function = {"name": rng.choice(["get_weather", "late"]), "arguments": arguments}
+    return {"id": f"call_{rng.random()}", "type": "function", "function": function}
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": n, "description": "So?", "parameters": {"a": [1]}}}
+    for n in ("get_weather", "late")
+]
+
+
+def plain_row(rng, tools=True):
+    """Draw plain messages, and tools or None; answers have the key `learned`."""
+    messages = [{"role": "system", "content": said(rng)}] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, 3)):
+        messages.append({"role": "user", "content": said(rng)})
+        for _ in range(rng.randint(0, 2) if tools else 0):
+            calls = [call(rng) for _ in range(rng.randint(1, 3))]
+            content = rng.choice([None, said(rng)])
+            messages.append({"role": "assistant", "content": content, "tool_calls": calls})
+            for c in calls:
+                answer = {"role": "tool", "content": said(rng), "tool_call_id": c["id"]}
+                messages.append({**answer, "name": c["function"]["name"]})
+        messages.append({"role": "assistant", "content": said(rng)})
+    answers = [m for m in messages if m["role"] == "assistant"]
+    for m in answers if rng.random() < 0.8 else ():
+        m["weight"] = rng.choice([0, 1, None])
+    for m in answers:
+        m["learned"] = m.get("weight") != 0
+    if not any(m["learned"] for m in answers):
+        answers[-1] |= {"weight": 1, "learned": True}
+    return messages, TOOLS if tools and rng.random() < 0.8 else None
+
+
+def as_given(rng, messages, tools):
+    """Write plain messages in the forms that services take."""
+    found = []
+    for m in copy.deepcopy(messages):
+        m.pop("learned", None)
+        if m["role"] == "system":
+            m["role"] = rng.choice(["system", "developer"])
+        if m["content"] is not None and rng.random() < 0.5:
+            cut = rng.randint(0, len(m["content"]))
+            parts = (m["content"][:cut], m["content"][cut:])
+            m["content"] = [{"type": "text", "text": t} for t in parts]
+        if m["content"] is None and rng.random() < 0.5:
+            del m["content"]
+        for c in m.get("tool_calls", ()):
+            if rng.random() < 0.8:
+                c["function"]["arguments"] = json.dumps(c["function"]["arguments"])
+        found.append(m)
+    row = {"messages": found, "parallel_tool_calls": True}
+    return row if tools is None else {**row, "tools": rng.choice([tools, json.dumps(tools)])}
+
+
+def drawn(**how):
+    """Return N plain rows, and the same rows as they are given."""
+    rng = random.Random(0)
+    plain = [plain_row(rng, **how) for _ in range(N)]
+    return plain, [as_given(rng, *row) for row in plain]
+
+
+def reference(tokenizer, messages, tools):
+    """Return token ids and loss of a row: answers stand between <|im_start|>assistant and EOS."""
+    whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    eos = re.escape(tokenizer.eos_token)
+    spans = [m.span(1) for m in re.finditer(rf"<\|im_start\|>assistant\n(.*?{eos})", whole, re.S)]
+    learned = [m["learned"] for m in messages if m["role"] == "assistant"]
+    inside = [span for span, learned in zip(spans, learned, strict=True) if learned]
+    whole = whole[: inside[-1][1]]  # what follows the last answer is left out
+    given = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    loss = [any(a <= start < b for a, b in inside) for start, _ in given.offset_mapping]
+    return given.input_ids, loss
+
+
+@pytest.fixture
+def read(tmp_path):
+    """`read(rows, ...)`: token ids and loss of each row of a file given by name."""
+
+    def make(rows, tokenizer=None, **changes):
+        path = rows
+        if isinstance(rows, list):
+            path = write_json(tmp_path / "rows.jsonl", rows)
+        changes = {"render": "chat_template", "max_length": 4096, **changes}
+        spec = dataclasses.replace(own.dataset_of(str(path)), **changes)
+        source, _ = data.sources_of(spec, ["."])
+        tokenizer = tokenizer or with_chat(CHATML)
+        found = text.examples(spec, spec.train_split, source, tokenizer, None, "")
+        return [(e.tokens.tolist(), e.loss.tolist()) for e in found]
+
+    return make
+
+
+@pytest.mark.parametrize("tokenizer", [qwen_like, llama_like])
+def test_the_loss_of_rows_is_that_of_the_formats_description(read, tokenizer):
+    tokenizer, (plain, given) = with_chat(CHATML, tokenizer), drawn()
+    assert read(given, tokenizer) == [reference(tokenizer, *row) for row in plain]
+
+
+@pytest.mark.parametrize("render", ["role_eos", "role_colon"])
+def test_parts_and_developers_are_read_without_a_template_as_plain_rows(read, render):
+    plain, given = drawn(tools=False)
+    bare = [[{k: v for k, v in m.items() if k != "learned"} for m in row] for row, _ in plain]
+    bare = [{"messages": row} for row in bare]
+    one, other = (read(rows, qwen_like(), render=render) for rows in (given, bare))
+    assert one == other and len(one) == N
+
+
+def test_kinds_of_rows_are_counted():
+    plain, given = drawn()
+    counts = Counter(kind for row in given for kind in messages.read(SPEC, row, "").kinds)
+    n = [
+        sum(bool(tools) or any("tool_calls" in m for m in said) for said, tools in plain),
+        sum(any(m.get("weight") is not None for m in said) for said, _ in plain),
+        sum(any(isinstance(m.get("content"), list) for m in row["messages"]) for row in given),
+    ]
+    assert messages.rows_line(counts + Counter(prompt_completion=12)) == (
+        f"rows: {N + 12} understood: {N} messages, 12 prompt_completion, {n[0]} with tools, "
+        f"{n[1]} with weights, {n[2]} with text parts"
+    )
+
+
+def readings(said, tools=()):
+    found = messages.read(SPEC, {"messages": said, "tools": tools}, "")
+    return found.whole, found.prompt, found.opening
+
+
+def test_rows_that_differ_in_ids_are_duplicates_and_tools_belong_to_the_prompt():
+    rng = random.Random(0)
+    for _ in range(N):
+        said, _ = plain_row(rng)
+        other = copy.deepcopy(said)
+        for c in (c for m in other for c in m.get("tool_calls", ())):
+            c["id"] = "new"
+        assert (same := readings(said, TOOLS)) == readings(other, TOOLS)
+        assert all(a != b for a, b in zip(same, readings(said, TOOLS[:1])))
+    # what is called is part of the answer
+    answers = [{"role": "assistant", "tool_calls": [call(random.Random(k))]} for k in range(9)]
+    wholes, prompts, _ = zip(*(readings([USER, answer]) for answer in answers))
+    assert len(set(wholes)) > 5 and len(set(prompts)) == 1
+
+
+# ---------------------------------------------------------------- refusals
+
+USER, ANSWER = {"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yes"}
+CALLED = [{"id": "1", "function": {"name": "late", "arguments": "{}"}}]
+GOOD = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": CALLED}]}
+TALK = [{"from": "human", "value": "So?"}, {"from": "gpt", "value": "Yes"}]
+SHARED, PAIR = {"conversations": TALK}, {"prompt": "a", "completion": "b"}
+
+
+def asked(**changes):
+    return {"messages": [{**USER, **changes}, ANSWER]}
+
+
+def answer(**changes):
+    return {"messages": [USER, {**ANSWER, **changes}]}
+
+
+def shared(**changes):
+    return {"conversations": [TALK[0], {**TALK[1], **changes}]}
+
+
+def calling(arguments="{}", name="late", **more):
+    return answer(tool_calls=[{"function": {"name": name, "arguments": arguments}, **more}])
+
+
+TEXT_PART, HALF = {"type": "text", "text": "So?"}, "\ud83d"
+COLUMNS = {"functions": [{}], "system": "Be.", "images": ["a.png"], "label": False, "weight": 0}
+UNREAD = ("train", "loss", "mask", "function_call", "refusal", "audio", "prefix", "thinking")
+ARGUMENTS = ("[" * 100_000, '{"a": 1, "a": 2}', "late=3", "", "[1]", None)
+REFUSED = [
+    *(
+        ("messages[0].content[1] is", asked(content=[TEXT_PART, {"type": kind, kind: {}}]))
+        for kind in ("image_url", "input_audio", "file", "refusal")
+    ),
+    ("messages[1].content[0] is 'Yes'", answer(content=["Yes"])),
+    ("messages[1].content is null", answer(content=None)),
+    ("messages[1].content is null", answer(content=None, tool_calls=[])),
+    ("messages[0].content is null", asked(content=None)),
+    ("messages[1].content is 3", answer(content=3)),
+    ("messages[1].content: character 5 is", answer(content=f"Yes {HALF}")),
+    ("messages[1].content: character 1 is", answer(content=[{**TEXT_PART, "text": HALF}])),
+    ("as rendered: character", calling(json.dumps({"a": HALF}))),
+    *((f"messages[1].role is {r!r}", answer(role=r)) for r in ("function", 3)),
+    *((f"the row has {key}, for which", answer(**{key: False})) for key in UNREAD[:3]),
+    *((f"the row has {key}, for which", answer(**{key: "So"})) for key in UNREAD[3:]),
+    *((f"column {name!r} is", {**answer(), name: value}) for name, value in COLUMNS.items()),
+    *(("messages[1].tool_calls[0].function.arguments is", calling(a)) for a in ARGUMENTS),
+    ("messages[1].tool_calls[0] is", calling(name="")),
+    ("messages[1].tool_calls[0] is", calling(type="custom")),
+    ("messages[1].tool_calls is", answer(tool_calls={"a": 1})),
+    ("messages[1].tool_calls of role 'user'", answer(role="user", tool_calls=CALLED)),
+    ("tools is 'late'", {**GOOD, "tools": "late"}),
+    ("tools[0] is", {**GOOD, "tools": [{"name": "late"}]}),
+    *(("messages[1].weight of", answer(weight=w)) for w in (0.5, True, "1")),
+    ("messages[0].weight of", asked(weight=1)),
+    ("conversations[1].weight of", shared(weight=0.5)),
+    ("conversations[1].from is 'tool'", shared(**{"from": "tool"})),
+    ("'content' beside from and value", shared(content="No")),
+    ("column 'tools' is", {**SHARED, "tools": "[{}]"}),
+    ("column 'system' is", {**SHARED, "system": "Be brief."}),
+    ("no field 'completion'", {"prompt": "a"}),
+    ("field 'completion' is 3", {**PAIR, "completion": 3}),
+    ("the row is", []),
+]
+
+
+@pytest.mark.parametrize("place, row", REFUSED, ids=lambda given: str(given)[:40])
+def test_what_is_not_understood_is_refused_with_file_row_and_place(read, place, row):
+    good = next((g for g in (GOOD, SHARED) if g.keys() <= set(row)), PAIR)
+    with pytest.raises(DataError, match=rf"(?s)rows.jsonl:2.*{re.escape(place)}.*Refused: 1 of 2"):
+        read([good, row])
+
+
+def test_what_is_empty_is_not_refused(read):
+    rows = [GOOD, {**GOOD, "tools": None}, answer(reasoning_content="", refusal=None)]
+    assert len(read(rows)) == 3
+    assert read([{**SHARED, "tools": "[]", "system": ""}])
+
+
+@pytest.mark.parametrize(
+    "template, changes, says",
+    [
+        (None, {"render": "role_eos"}, "has tool_calls, for which render=role_eos"),
+        (CHATML, {"render": "role_colon"}, "has tool_calls, for which render=role_colon"),
+        (CHAT_TEMPLATE, {}, "has tool_calls, for which the tokenizer's chat template"),
+        (DROPS_CALLS, {}, "leaves out a call of 'late' by message 2"),
+        (DROPS_CALLS, {"mask": "all"}, "leaves out a call of 'late' by message 2"),
+    ],
+)
+def test_rows_with_tools_are_refused_where_the_base_has_no_form(read, template, changes, says):
+    row = {"messages": [USER, {**GOOD["messages"][1], "content": "So"}, *answer()["messages"]]}
+    plain = {"messages": [USER, ANSWER]}
+    with pytest.raises(DataError, match=says) as error:
+        read([plain, row, plain, row, row, row], with_chat(template), **changes)
+    shown = re.findall(r"rows.jsonl:(\d)", str(error.value))
+    assert shown == ["2", "4", "5"] and str(error.value).endswith("Refused: 4 of 6 rows.")
+    with pytest.raises(DataError, match="has tools, for which"):
+        read([{**plain, "tools": TOOLS}], with_chat(CHAT_TEMPLATE))
+
+
+# ---------------------------------------------------------------- other keys of a message
+
+
+@pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
+def test_reasoning_that_the_chat_template_renders_is_learned(read, mask):
+    """Reasoning of an earlier answer is left out, as a server does."""
+    tokenizer = with_chat(REASONS)
+    row = answer(reasoning_content="So it is.", refusal=None, audio=None)
+    ((ids, loss),) = read([row], tokenizer, mask=mask)
+    whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    assert tokenizer.decode(ids) == (whole if mask == "all" else whole.removesuffix("\n"))
+    learned = tokenizer.decode([token for token, is_in in zip(ids, loss) if is_in])
+    assert learned.endswith("<think>So it is.</think>Yes<|endoftext|>" + "\n" * (mask == "all"))
+    found, other = (messages.read(SPEC, r, "") for r in (row, answer(reasoning_content="No.")))
+    assert found.whole != other.whole and found.kinds == ["messages", "with reasoning_content"]
+    if mask == "last_assistant":
+        said = [*row["messages"], *answer()["messages"]]
+        ((ids, _),) = read([{"messages": said}], tokenizer, mask=mask)
+        assert tokenizer.decode(ids) + "\n" == tokenizer.apply_chat_template(said, tokenize=False)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "name"])
+def test_a_key_that_changes_no_text_is_refused(read, key):
+    tokenizer, row = with_chat(CHATML + f"{{# {key} #}}"), answer(**{key: "so"})
+    for render, says in (
+        ("chat_template", f"leaves out '{key}' of message 2"),
+        ("role_eos", f"has {key}, for which render=role_eos"),
+        ("role_colon", f"has {key}, for which render=role_colon"),
+    ):
+        with pytest.raises(DataError, match=f"rows.jsonl:1: .*{says}"):
+            read([row], tokenizer, render=render)
+
+
+def test_rows_of_arrow_have_no_keys_of_other_rows(read, tmp_path):
+    """Parquet has the keys of all calls and tools in every row, as nulls."""
+    tools = [
+        {**TOOLS[0], "function": {"name": "late", "parameters": {k: {"type": k}}}} for k in "ab"
+    ]
+    called = [{"function": {"name": "late", "arguments": a}} for a in ({"a": 1}, {"b": "x"}, {})]
+    rows = [
+        {**answer(content=None, tool_calls=[called[k % 3]]), "tools": [tools[k % 2]]}
+        for k in range(6)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet") == read(rows)
+
+
+# ---------------------------------------------------------------- templates for servers
+
+ODD = 'Q "\\ {{%}} {prompt} 😀é\r\n{prompt}A: '
+DATED = "{{ bos_token }}{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+NO_HEAD = CHAT_TEMPLATE.replace("<assistant>{% endif", "{% endif")
+"""A prompt ends without the head of the answer."""
+
+
+def row_of(form, k, tools=False):
+    """A row: of one or two exchanges, with a system's turn in every second, odd texts in all."""
+    said = [("user", f" How\nmany? {k} {{prompt}}"), ("assistant", f"{k} in all 😀 ")] * (1 + k % 2)
+    if form == "prompt_completion":
+        return {"prompt": said[0][1], "completion": said[1][1]}
+    said = [("system", "Say yes.")] * (k % 4 > 1) + said
+    if form == "conversations":
+        names = {"user": "human", "assistant": "gpt", "system": "system"}
+        return {form: [{"from": names[r], "value": t} for r, t in said]}
+    messages = [{"role": r, "content": t} for r, t in said]
+    if not tools:
+        return {form: messages}
+    call = {"type": "function", "function": {"name": "late", "arguments": json.dumps({"k": k})}}
+    messages[-1] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result = {"role": "tool", "content": f"{k}"}
+    return {form: [*messages, result, {"role": "assistant", "content": "Yes"}], "tools": TOOLS}
+
+
+def spec_of(render, form="prompt_completion", template="{prompt}\n", **more):
+    given = {"name": "my", "source": "jsonl", "location": ".", "max_length": 4096}
+    return DatasetSpec(**given, render=render, format=form, template=template, **more)
+
+
+@pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
+@pytest.mark.parametrize("form", ["prompt_completion", "messages", "conversations"])
+@pytest.mark.parametrize("render", ["role_eos", "role_colon", "chat_template"])
+def test_rows_read_back_are_those_trained_on(render, form, mask, tmp_path):
+    chat = render == "chat_template"
+    chats = [with_chat(t, llama_like) for t in (CHAT_TEMPLATE, DATED + CHATML)]
+    in_forms = ("{prompt}", "{prompt}\n", ODD) if form == "prompt_completion" else (ODD,)
+    for n, tokenizer in enumerate(chats if chat else (llama_like(), qwen_like())):
+        for template in in_forms:
+            spec = spec_of(render, form, template, mask=mask)
+            templates.save(templates.with_template(spec, tokenizer), {}, tmp_path / f"{n}")
+            served = AutoTokenizer.from_pretrained(tmp_path / f"{n}")
+            for k in range(20):
+                row = row_of(form, k, form == "messages" and n == 1 and chat)
+                turns, described = templates.request_of(spec, row, "row")
+                one = SimpleNamespace(rows=lambda row=row: iter([("row", row)]))
+                (example,) = text.examples(spec, "train", one, tokenizer, None, "")
+                how = {"tools": described or None, "tokenize": False}
+                whole = served.apply_chat_template(turns, **how)
+                trained = tokenizer.decode(example.tokens, clean_up_tokenization_spaces=False)
+                if chat and mask != "all":
+                    whole = whole.removesuffix("\n")  # what follows the last answer in the loss
+                assert trained == whole
+                until = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+                prompt = served.apply_chat_template(
+                    turns[:until], add_generation_prompt=True, **how
+                )
+                assert trained.startswith(prompt)
+                if mask != "all":
+                    learned = "".join(p for p, _ in text.rendered(spec, row, "row", tokenizer)[:-1])
+                    assert learned == prompt
+                templates.check_rows(spec, [("row", row)], tokenizer)
+
+
+def test_of_several_templates_each_is_extended_and_the_date_is_that_of_training():
+    tokenizer = with_chat({"default": CHAT_TEMPLATE, "tool_use": "\n" + DATED + CHATML}, llama_like)
+    served = templates.with_template(spec_of("chat_template", template="Q: {prompt}"), tokenizer)
+    how = {"tokenize": False}
+    found = [served.apply_chat_template([USER], tools=tools, **how) for tools in (None, TOOLS)]
+    assert "<user>Q: So?" in found[0] and "user\nQ: So?" in found[1]
+    assert found[1].startswith("\n") and text.DATE in found[1]
+    assert tokenizer.chat_template["default"] == CHAT_TEMPLATE
+
+
+def test_a_form_of_one_prompt_refuses_other_conversations():
+    served = templates.with_template(spec_of("role_eos"), llama_like())
+    with pytest.raises(Exception, match="send one user message"):
+        served.apply_chat_template([{"role": "system", "content": "Yes."}, USER], tokenize=False)
+
+
+@pytest.mark.parametrize("wrong", ["{{ messages[0].content }}", "{{ 1 / 0 }}", NO_HEAD])
+@pytest.mark.parametrize("render", ["role_eos", "role_colon", "chat_template"])
+def test_another_text_is_an_error_with_the_row(render, wrong, monkeypatch):
+    monkeypatch.setattr(templates, "_plain", lambda spec, bos: wrong)
+    monkeypatch.setattr(templates, "_extended", lambda spec, given: wrong)
+    rows = [("my.jsonl:1", row_of("messages", 0))]
+    with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers"):
+        templates.check_rows(spec_of(render, "messages"), rows, with_chat(CHAT_TEMPLATE))

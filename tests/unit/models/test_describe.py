@@ -3,16 +3,26 @@ is described loads, trains and is exported."""
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+from types import SimpleNamespace as Made
+from unittest.mock import Mock
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasweep.advise.read import RowError, customer_of, shape_of
-from lorasweep.errors import ModelError
+from lorasweep.cli.actions import act
+from lorasweep.config.preflight import check_available
+from lorasweep.errors import ModelError, SpecError
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -25,8 +35,10 @@ from lorasweep.store.checkpoint import PARAM
 from lorasweep.sweep.trained import trained_by_set
 from tests import small_hub
 from tests.bpe import qwen_like
-from tests.training import EPS, Trained, noise, run
-from tests.world import compose_request, tiny_spec
+from tests.customers import make_base, model_of
+from tests.small_hub import COMMIT
+from tests.training import EPS, Trained, family_model, noise, run
+from tests.world import compose_request, tiny_spec, write_splits
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 FAMILIES = {
@@ -39,34 +51,23 @@ FAMILIES = {
 CALLED_OTHERWISE = {
     "GPTNeoX": {},  # Pythia
     "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 16},
-    "Falcon": {},
+    "Falcon": {"head_dim": None},  # which computes it
     "GPTJ": {"rotary_dim": 4, "n_inner": 24},
     "Bloom": {},
 }
 """Architectures whose forward pass passes the tokens by position, or calls an inner decoder."""
-COMMIT = "0123456789abcdef" * 2 + "01234567"
+VOCAB = len(qwen_like())
 
 
 def config_name(family):
-    return "Gemma3Text" if family == "Gemma3" else family
+    return "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
 
 
 def random_model(family, **changes):
     """A model with random weights and biases; its vocabulary is the tokenizer's."""
-    cls = getattr(transformers, f"{config_name(family)}Config")
-    torch.manual_seed(0)
-    shape = {
-        **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
-        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
-        **{"vocab_size": len(qwen_like()), "max_position_embeddings": 128},
-        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
-        **{**FAMILIES, **CALLED_OTHERWISE}.get(family, {}),
-        **changes,
-    }
-    if family == "Falcon":  # which computes it
-        del shape["head_dim"]
-    config = cls(**shape)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    shape = {**{**FAMILIES, **CALLED_OTHERWISE}.get(family, {}), **changes}
+    shape |= {"vocab_size": VOCAB, "max_position_embeddings": 128}
+    model = family_model(family, config_name(family), **shape)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):
@@ -81,51 +82,87 @@ def save(model, folder, dtype=torch.float32):
     return folder
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
+def edit(path, **changes):
+    """Change keys of a file of JSON."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture
-def saved(family, tmp_path):
-    """A model's modules, and the folder where it is saved."""
-    model = random_model(family)
-    return model, save(model, tmp_path / "mine")
+def hub(tmp_path, monkeypatch):
+    """The repository org/tiny as it was downloaded, in several files; returns its model, pinned."""
+    model = compose_request(["model=smollm2-135m"]).points[0].spec.model
+    shape = {"n_layers": 1, "hidden_size": 16, "n_heads": 2, "n_kv_heads": 1, "head_size": 8}
+    shape |= {"mlp_size": 32, "vocab_size": VOCAB, "tied": False}
+    named = {"name": "tiny", "location": "org/tiny", "revision": COMMIT}
+    model = dataclasses.replace(model, **named, **shape)
+    small_hub.make(tmp_path, [model], [], shard="10KB")
+    small_hub.offline(tmp_path, monkeypatch)
+    (tmp_path / "hub/models--org--tiny/refs").mkdir()
+    (tmp_path / "hub/models--org--tiny/refs/main").write_text(COMMIT)
+    return model
 
 
-def weights_in(model, *words):
-    """Count the weights of two or more axes whose names have one of the words, by shape."""
-    named = model.named_parameters()
-    return sum(p.numel() for n, p in named if p.dim() > 1 and any(w in n for w in words))
+@pytest.fixture
+def snapshot(hub, tmp_path):
+    """The folder of its files."""
+    return tmp_path / "hub/models--org--tiny/snapshots" / COMMIT
 
 
-def test_every_count_is_that_of_the_modules(saved, family):
-    model, folder = saved
+@pytest.fixture
+def llama(tmp_path):
+    """The folder of a small Llama."""
+    return save(random_model("Llama"), tmp_path / "mine")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def made(request, tmp_path_factory):
+    """A family, its modules, the folder where they are saved, and how that is described."""
+    model = random_model(request.param)
+    folder = save(model, tmp_path_factory.mktemp(request.param) / "mine")
     spec, models_dir = describe_model(str(folder))
-    config, moe = model.config, family == "Qwen3Moe"
     assert (spec.source, spec.location, models_dir) == ("folder", "mine", str(folder.parent))
+    return Made(family=request.param, model=model, folder=folder, spec=spec, at=[models_dir])
+
+
+def customers(folder):
+    return shape_of(customer_of({"name": "a", "model": str(folder), "task": "sft"}), {})
+
+
+def test_every_count_is_that_of_the_modules(made):
+    spec, model, family, moe = made.spec, made.model, made.family, made.family == "Qwen3Moe"
+
+    def count(*words):
+        named = model.named_parameters()
+        return sum(p.numel() for n, p in named if p.dim() > 1 and any(w in n for w in words))
+
     assert spec.n_params == sum(p.numel() for p in model.parameters())
-    by_set = {f.layer_set: f for f in trained_by_set(FullFT(), spec)}
-    assert by_set["attention"].weights == weights_in(model, "self_attn")
-    assert by_set["mlp"].weights == weights_in(model, "mlp") - weights_in(model, "mlp.gate.")
-    assert by_set["unembedding"].weights == model.lm_head.weight.numel()
-    router = weights_in(model, "mlp.gate.")
-    assert by_set[ROUTER].weights == router if moe else not router
-    n_attention, n_mlp = (2, 2) if family == "Phi3" else (4, 3)
-    counts = {s: spec.modules(s)[1] for s in LAYER_SETS}
-    assert counts == {
-        "attention": 2 * n_attention,
-        "mlp": 2 if moe else 2 * n_mlp,
-        "unembedding": 1,
-    }
-    idle = weights_in(model, "experts") // 2 if moe else 0  # two of four experts
+    by_set = {f.layer_set: f.weights for f in trained_by_set(FullFT(), spec)}
+    router, head = count("mlp.gate."), model.lm_head.weight.numel()
+    wanted = {"attention": count("self_attn"), "mlp": count("mlp") - router, "unembedding": head}
+    assert by_set.items() >= {**wanted, **({ROUTER: router} if moe else {})}.items()
+    of_attention, of_mlp = (2, 2) if family == "Phi3" else (4, 1 if moe else 3)
+    assert [spec.modules(s)[1] for s in LAYER_SETS] == [2 * of_attention, 2 * of_mlp, 1]
+    idle = count("experts") // 2 if moe else 0  # two of four experts
     assert spec.n_active_params == spec.n_matmul_params - idle
-    assert spec.n_matmul_params == weights_in(model, "layers") + model.lm_head.weight.numel()
+    assert spec.n_matmul_params == count("layers") + head
     assert (spec.n_experts, spec.n_active_experts) == ((4, 2) if moe else (0, 0))
-    assert (spec.n_heads, spec.n_kv_heads) == (2, 1)
-    assert spec.head_size == (12 if family == "Gemma3" else 8)
-    assert spec.tied == (family == "Gemma3") == config.tie_word_embeddings
-    assert (spec.mlp_size, spec.context_length) == (12 if moe else 24, 128)
+    assert (spec.n_heads, spec.n_kv_heads, spec.context_length) == (2, 1, 128)
+    assert (spec.head_size, spec.mlp_size) == (12 if family == "Gemma3" else 8, 12 if moe else 24)
+    assert spec.tied == (family == "Gemma3") == model.config.tie_word_embeddings
+
+
+def test_a_customers_folder_has_the_shape_that_its_model_has(made):
+    """Of Llamas and Qwen3 the value is as before, and so are ids of runs."""
+    spec = customers(made.folder)
+    assert (spec.name, spec.location, spec.revision) == ("mine", str(made.folder), "")
+    assert spec.n_params == made.spec.n_params
+    models.load(spec, ["models"])
+    if made.family in ("Llama", "Mistral", "Qwen3", "Qwen3Moe"):
+        alone = made.folder.parent / "alone/mine"
+        alone.mkdir(parents=True)
+        shutil.copy(made.folder / "config.json", alone)
+        by_keys = dataclasses.replace(customers(alone), location=str(made.folder))
+        assert by_keys.canonical == spec.canonical
 
 
 @pytest.mark.parametrize(
@@ -139,14 +176,11 @@ def test_every_count_is_that_of_the_modules(saved, family):
     ],
 )
 def test_published_models_have_as_many_parameters_as_their_cards_say(family, shape, published):
-    hidden, n_layers, heads, kv, width, vocab = shape
-    config = getattr(transformers, f"{config_name(family)}Config")(
-        **{"hidden_size": hidden, "num_hidden_layers": n_layers, "num_attention_heads": heads},
-        **{"num_key_value_heads": kv, "intermediate_size": width, "vocab_size": vocab},
-        **{"head_dim": 256} if family == "Gemma3" else {},
-        tie_word_embeddings=family in ("Qwen2", "Gemma3"),
-        pad_token_id=None,
-    )
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    more = {"tie_word_embeddings": family in ("Qwen2", "Gemma3"), "pad_token_id": None}
+    more |= {"head_dim": 256} if family == "Gemma3" else {}
+    given = dict(zip((*names, "intermediate_size", "vocab_size"), shape, strict=True))
+    config = getattr(transformers, config_name(family))(**given, **more)
     spec = with_shape(ModelSpec(name="any", source="folder", location="any"), config)
     assert spec.n_params == published
 
@@ -159,52 +193,48 @@ def test_files_of_shipped_models_say_what_is_described(name):
     assert dataclasses.replace(found, context_length=0) == shipped
 
 
-def test_what_is_described_trains_by_both_methods(saved, family):
+LORA = LoRA(rank=2, layers="attention+mlp")
+
+
+def test_what_is_described_trains_by_both_methods(made):
     """Two updates of a pack of LoRA and one of full fine-tuning."""
-    _, folder = saved
-    model, models_dir = describe_model(str(folder))
-    lora = LoRA(rank=2, layers="attention+mlp")
-    spec = tiny_spec(model=model, method=lora, steps=2, lr=1e-2, batch_size=2)
-    assert find.check_available(model, [models_dir])
-    base = models.load(model, [models_dir], "fp32")
+    spec = tiny_spec(model=made.spec, method=LORA, steps=2, lr=1e-2, batch_size=2)
+    assert find.check_available(made.spec, made.at)
+    base = models.load(made.spec, made.at, "fp32")
     assert base.tokenizer is not None
     rows = noise(spec.dataset, 12, train=8, test=4, validation=2)
-    pack = [spec, dataclasses.replace(spec, lr=2e-2)]
     full = dataclasses.replace(spec, method=FullFT(), steps=1, lr=1e-3)
-    for runs in (pack, [full]):
+    for runs in ([spec, dataclasses.replace(spec, lr=2e-2)], [full]):
         found = Trained(finetune(runs, base, rows))
         for one in runs:
             trained = [t for n, t in found.states[one.id]["tensors"].items() if n.startswith(PARAM)]
-            assert sum(t.numel() for t in trained) == one.method.n_trainable(model)
+            assert sum(t.numel() for t in trained) == one.method.n_trainable(made.spec)
             result = found.results[one.id]
             assert result["norm_delta"] > 0 and result["test_nll"] < result["nll_start"] + 0.1
 
 
 @pytest.mark.parametrize(
-    "family", ["Gemma3", "Phi3", "Qwen2", "Olmo2", *CALLED_OTHERWISE], indirect=True
+    "made", ["Gemma3", "Phi3", "Qwen2", "Olmo2", *CALLED_OTHERWISE], indirect=True
 )
-def test_peft_computes_what_an_exported_adapter_computed(saved, family, tmp_path):
+def test_peft_computes_what_an_exported_adapter_computed(made, tmp_path):
     """The reference is W + scaling B A, added to the weights of transformers' model."""
-    _, folder = saved
-    described, models_dir = describe_model(str(folder))
-    method = LoRA(rank=2, layers="attention+mlp")
     changes = {"steps": 2, "lr": 0.05, "batch_size": 2, "precision": "fp64", "eps": EPS}
-    spec = tiny_spec(model=described, method=method, **changes)
-    base = models.load(described, [models_dir], "fp64")
+    spec = tiny_spec(model=made.spec, method=LORA, **changes)
+    base = models.load(made.spec, made.at, "fp64")
     states, _ = run([spec], base, noise(spec.dataset, 12, train=8, test=4, validation=2))
     state = states[spec.id]["tensors"]
     weights = {n.removeprefix(PARAM): t for n, t in state.items() if n.startswith(PARAM)}
-    save_peft(tmp_path / "adapter", weights, 2, str(folder), None, method.scaling)
-    cls = transformers.AutoModelForCausalLM
-    tokens = torch.randint(len(qwen_like()), (2, 9))
-    plain = cls.from_pretrained(folder, dtype=torch.float64)
+    save_peft(tmp_path / "adapter", weights, 2, str(made.folder), None, LORA.scaling)
+    cls = AutoModelForCausalLM
+    tokens = torch.randint(VOCAB, (2, 9))
+    plain = cls.from_pretrained(made.folder, dtype=torch.float64)
     with torch.no_grad():
         before = plain(input_ids=tokens).logits
         for name in sorted({n[:-2] for n in weights}):
-            change = method.scaling * weights[f"{name}.B"] @ weights[f"{name}.A"]
+            change = LORA.scaling * weights[f"{name}.B"] @ weights[f"{name}.A"]
             plain.get_submodule(name).weight += change.double()
         want = plain(input_ids=tokens).logits
-        loaded = PeftModel.from_pretrained(cls.from_pretrained(folder), tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(cls.from_pretrained(made.folder), tmp_path / "adapter")
         got = loaded(input_ids=tokens).logits
     assert (want - before).abs().max() > 1e-2
     assert torch.allclose(got.double(), want, rtol=0, atol=1e-4)
@@ -213,20 +243,19 @@ def test_peft_computes_what_an_exported_adapter_computed(saved, family, tmp_path
 @pytest.mark.parametrize("dtype, found", [("bfloat16", "bf16"), ("float16", "fp32")])
 def test_the_type_of_weights_is_that_of_the_files(tmp_path, dtype, found):
     folder = save(random_model("Llama"), tmp_path / "a", getattr(torch, dtype))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    spec, models_dir = describe_model(str(folder))
+    edit(folder / "config.json", dtype="float32")
+    spec, at = describe_model(str(folder))
     assert spec.weights_dtype == found
-    models.load(spec, [models_dir], "bf16")
+    models.load(spec, [at], "bf16")
 
 
 def test_gemma_in_bf16_has_the_same_bits_and_its_norms_are_computed_in_float64(tmp_path):
     model, at = describe_model(str(save(random_model("Gemma3"), tmp_path / "a", torch.bfloat16)))
     assert model.weights_dtype == "bf16"
-    wide = models.load(dataclasses.replace(model, weights_dtype="fp32"), [at], "bf16").model
-    narrow = models.load(model, [at], "bf16").model
+    in_fp32 = dataclasses.replace(model, weights_dtype="fp32")
+    wide, narrow = (models.load(m, [at], "bf16").model for m in (in_fp32, model))
     assert {p.dtype for p in narrow.parameters() if p.dim() > 1} == {torch.bfloat16}
-    tokens = torch.randint(len(qwen_like()), (2, 9))
+    tokens = torch.randint(VOCAB, (2, 9))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(wide(input_ids=tokens).logits, narrow(input_ids=tokens).logits)
     exact = models.load(model, [at], "fp64").model
@@ -236,85 +265,44 @@ def test_gemma_in_bf16_has_the_same_bits_and_its_norms_are_computed_in_float64(t
     assert torch.allclose(norm(x), x / root * (1 + norm.weight), rtol=1e-12)
 
 
-def test_a_folder_is_known_by_its_content(tmp_path):
-    folder = save(random_model("Llama"), tmp_path / "a" / "mine")
-    spec, at = describe_model(str(folder))
-    shutil.copytree(folder, tmp_path / "b" / "mine")
+def test_a_folder_is_known_by_its_content(llama, tmp_path):
+    spec, at = describe_model(str(llama))
+    shutil.copytree(llama, tmp_path / "b/mine")
     assert describe_model("mine", [str(tmp_path / "b")]) == (spec, str(tmp_path / "b"))
-    (folder / "notes.txt").write_text("not a part of it")
-    assert describe_model(f"{folder}/") == (spec, at)
-    other = save(random_model("Llama", hidden_size=32), tmp_path / "c" / "mine")
-    changed, _ = describe_model(str(other))
+    (llama / "notes.txt").write_text("not a part of it")
+    assert describe_model(f"{llama}/") == (spec, at)
+    other = save(random_model("Llama", hidden_size=32), tmp_path / "c/mine")
+    changed, there = describe_model(str(other))
     assert changed.revision != spec.revision and changed.name != spec.name
     # a folder of exec.models_dir may have another model of this name
-    dirs = [str(tmp_path / "c"), at]
-    assert models.load(spec, dirs).model.config.hidden_size == 16
+    assert models.load(spec, [there, at]).model.config.hidden_size == 16
     for check in (find.check_available, models.load):
         with pytest.raises(ModelError, match=rf"{other} is sha256:.* pins {spec.revision}"):
-            check(spec, dirs[:1])
+            check(spec, [there])
 
 
-def test_the_pin_of_a_folder_is_what_sha256sum_prints(tmp_path):
-    import subprocess
-
-    folder = save(random_model("Llama"), tmp_path / "mine")
-    spec, _ = describe_model(str(folder))
-
-    def pin(*more):
-        command = " ".join(["sha256sum config.json model*.safetensors", *more, "| sha256sum"])
-        done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
-        return f"sha256:{done.stdout.split()[0]}"
-
-    assert spec.revision == pin("tokenizer.json", "tokenizer_config.json")
-    # another chat template makes other rows, so it is another model
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    changed, _ = describe_model(str(folder))
-    assert changed.revision == pin("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+def test_the_pin_of_a_folder_is_what_sha256sum_prints(llama):
+    """Another chat template makes other rows, so it is another model."""
+    files = "config.json model*.safetensors tokenizer.json tokenizer_config.json"
+    for more in ("", " chat_template.jinja"):
+        (llama / (more.strip() or "notes.txt")).write_text("{{ messages }}")
+        command = f"sha256sum {files}{more} | sha256sum"
+        found = subprocess.check_output(["bash", "-c", command], cwd=llama, text=True)
+        assert describe_model(str(llama))[0].revision == f"sha256:{found.split()[0]}"
 
 
-# ---------------------------------------------------------------- the hub, and a GGUF file
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The repository org/tiny in a cache; returns its folder there."""
-    from huggingface_hub import constants
-
-    model = compose_request(["model=smollm2-135m"]).points[0].spec.model
-    small = {"n_layers": 1, "hidden_size": 16, "n_heads": 2, "n_kv_heads": 1, "head_size": 8}
-    small |= {"mlp_size": 32, "vocab_size": len(qwen_like())}
-    named = {"name": "tiny", "location": "org/tiny", "revision": COMMIT}
-    made = dataclasses.replace(model, **small, **named)
-    monkeypatch.setattr(
-        constants, "HF_HUB_CACHE", small_hub.make(tmp_path, [made], [])["HF_HUB_CACHE"]
-    )
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refs = tmp_path / "hub/models--org--tiny/refs"
-    refs.mkdir()
-    (refs / "main").write_text(COMMIT)
-    return made
-
-
-def test_a_name_of_the_hub_is_pinned_to_its_commit(hub):
-    spec, models_dir = describe_model("org/tiny")
-    assert models_dir == ""
-    assert dataclasses.replace(spec, name="tiny", context_length=0) == hub
+def test_a_name_of_the_hub_is_pinned_and_headers_are_enough(hub, snapshot, monkeypatch):
+    spec, at = describe_model("org/tiny")
+    assert at == "" and dataclasses.replace(spec, name="tiny", context_length=0) == hub
     assert describe_model(f"org/tiny@{COMMIT}")[0] == spec
-    assert models.load(spec, []).commit == COMMIT
+    loaded = [models.load(m, []) for m in (dataclasses.replace(hub, revision=""), hub)]
+    assert {(base.commit, base.sha256) for base in loaded} == {(COMMIT, loaded[0].sha256)}
     for given in ("org/tinny", "org/tiny@v9"):
         with pytest.raises(ModelError, match=rf"no folder or file .*{given}.*hub"):
             describe_model(given)
-
-
-def test_of_a_model_that_is_not_downloaded_headers_are_enough(hub, tmp_path, monkeypatch):
-    from types import SimpleNamespace as Made
-
-    import huggingface_hub
-
-    folder = tmp_path / f"hub/models--org--tiny/snapshots/{COMMIT}"
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-    (folder / "model.safetensors").unlink()
+    edit(snapshot / "config.json", dtype="float32")
+    for path in snapshot.glob("*.safetensors"):
+        path.unlink()
 
     def headers(name, revision):
         assert (name, revision) == ("org/tiny", COMMIT)
@@ -323,8 +311,7 @@ def test_of_a_model_that_is_not_downloaded_headers_are_enough(hub, tmp_path, mon
 
     assert describe_model("org/tiny")[0].weights_dtype == "fp32"  # offline: as its config says
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", headers)
-    spec, _ = describe_model("org/tiny")
-    assert dataclasses.replace(spec, name="tiny", context_length=0) == hub
+    assert describe_model("org/tiny")[0] == spec
 
 
 # ---------------------------------------------------------------- what is refused
@@ -333,38 +320,33 @@ def test_of_a_model_that_is_not_downloaded_headers_are_enough(hub, tmp_path, mon
 def refusal(given, **more):
     with pytest.raises(ModelError) as error:
         describe_model(str(given), **more)
+    assert "\n" not in str(error.value)
     return str(error.value)
 
 
+TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+IMAGES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+IMAGES |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+
+
 @pytest.mark.parametrize(
-    ("family", "changes", "says"),
+    ("family", "shape", "says"),
     [
-        ("GPT2", {"n_embd": 16, "n_head": 2, "n_layer": 2}, ("GPT2", "Conv1D", "nn.Linear")),
-        ("Qwen2Moe", EXPERTS, ("Qwen2Moe", "beside its experts", "shared_expert_gate")),
-        ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}, ("Qwen3Moe", "2 layers differ")),
+        ("GPT2", {"n_embd": 16, "n_head": 2, "n_layer": 2, "vocab_size": 32}, "Conv1D"),
+        ("Qwen2Moe", {**TEXT, **EXPERTS}, "beside its experts:.* shared_expert_gate"),
+        ("Qwen3Moe", {**TEXT, **EXPERTS, "mlp_only_layers": [0]}, "2 layers differ"),
+        ("Gemma3", {"text_config": TEXT, "vision_config": IMAGES}, "more than a language model"),
+        ("BioGpt", {**TEXT, "vocab_size": VOCAB}, "a training step fails"),
     ],
 )
-def test_other_architectures_are_refused_by_name(tmp_path, family, changes, says):
-    cls = getattr(transformers, f"{family}Config")
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
-    if family == "GPT2":
-        shape = {"vocab_size": 32}
-    heads = {} if family == "GPT2" else {"num_attention_heads": 2, "num_key_value_heads": 1}
-    config = cls(**{**shape, **heads, **changes})
-    folder = save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "mine")
+def test_other_architectures_are_refused_by_name(tmp_path, family, shape, says):
+    config = getattr(transformers, f"{family}Config")(**shape)
+    folder = save(AutoModelForCausalLM.from_config(config), tmp_path / "mine")
     found = refusal(folder)
-    assert str(folder) in found and all(word in found for word in says)
-    with pytest.raises(RowError, match=says[1]):
-        shape_of(customer_of({"name": "a", "model": str(folder), "task": "sft"}), {})
-
-
-def test_a_model_of_images_and_text_is_refused(tmp_path):
-    text = random_model("Gemma3").config.to_dict()
-    images = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    images |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-    config = transformers.Gemma3Config(text_config=text, vision_config=images)
-    folder = save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "mine")
-    assert "Gemma3ForConditionalGeneration is more than a language model" in refusal(folder)
+    assert str(folder) in found and re.search(rf"\({family}.*{says}", found)
+    with pytest.raises(RowError, match=says):
+        customers(folder)
 
 
 @pytest.mark.parametrize(
@@ -377,40 +359,30 @@ def test_a_model_of_images_and_text_is_refused(tmp_path):
         ({"num_attention_heads": 0}, "cannot|expected at least 1"),
     ],
 )
-def test_configs_of_other_models_are_refused(tmp_path, changes, says):
-    folder = save(random_model("Llama"), tmp_path / "mine")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(ModelError, match=rf"(?s){folder}.*({says})"):
-        describe_model(str(folder))
+def test_configs_of_other_models_are_refused(llama, changes, says):
+    edit(llama / "config.json", **changes)
+    with pytest.raises(ModelError, match=rf"(?s){llama}.*({says})"):
+        describe_model(str(llama))
 
 
-def test_what_is_missing_is_named(tmp_path):
-    folder = save(random_model("Llama"), tmp_path / "my-model")
-    config = (folder / "config.json").read_text()
-    (folder / "config.json").unlink()
-    found = refusal(folder)
-    assert f"{folder} has no config.json, only " in found and "model.safetensors" in found
-    (folder / "config.json").write_text(config)
-    found = refusal(tmp_path / "my-modle")
-    assert str(tmp_path / "my-modle") in found and "Nearest there: my-model." in found
-    assert "owner/name" in found
-    found = refusal("my-modle", models_dirs=[str(tmp_path)])
-    assert "Nearest there: my-model." in found
-    (folder / "tokenizer.json").rename(folder / "t.json")
-    assert f"{folder} has no tokenizer, none of tokenizer.json" in refusal(folder)
-    (folder / "t.json").rename(folder / "tokenizer.json")
-    (folder / "model.safetensors").unlink()
-    assert "0 of 1 files of weights: no model.safetensors" in refusal(folder)
-    assert "is no .gguf file" in refusal(folder / "config.json")
+def test_what_is_missing_is_named(llama, tmp_path):
+    for given, more in ((tmp_path / "mime", {}), ("mime", {"models_dirs": [str(tmp_path)]})):
+        assert f"{tmp_path / 'mime'}. Nearest there: mine." in refusal(given, **more)
+    assert "is no .gguf file" in refusal(llama / "config.json")
+    for name, says in (
+        ("config.json", "has no config.json, only "),
+        ("tokenizer.json", "has no tokenizer, none of tokenizer.json"),
+        ("model.safetensors", "0 of 1 files of weights: no model.safetensors"),
+    ):
+        (llama / name).rename(tmp_path / name)
+        assert f"{llama} has " in (found := refusal(llama)) and says in found
+        (tmp_path / name).rename(llama / name)
 
 
 @pytest.mark.parametrize("form", ["one file", "several files", "pickled"])
 @pytest.mark.parametrize("wrong", ["missing", "no head", "unexpected", "mismatched"])
-def test_weights_that_do_not_fit_are_refused_in_the_plan_and_before_training(tmp_path, wrong, form):
-    folder = save(random_model("Llama"), tmp_path / "mine")
-    spec, models_dir = describe_model(str(folder))
-    weights = load_file(folder / "model.safetensors")
+def test_weights_that_do_not_fit_are_refused_in_the_plan_and_before_training(llama, wrong, form):
+    weights = load_file(llama / "model.safetensors")
     name = "lm_head.weight" if wrong == "no head" else "model.layers.1.mlp.down_proj.weight"
     tensor = weights.pop(name)
     if wrong == "unexpected":
@@ -418,27 +390,25 @@ def test_weights_that_do_not_fit_are_refused_in_the_plan_and_before_training(tmp
         name = "model.layers.1.mlp.more.weight"
     if wrong == "mismatched":
         weights[name] = tensor[:-1].clone()
-    (folder / "model.safetensors").unlink()
+    (llama / "model.safetensors").unlink()
     if form == "pickled":
-        torch.save(weights, folder / "pytorch_model.bin")
+        torch.save(weights, llama / "pytorch_model.bin")
     elif form == "one file":
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        save_file(weights, llama / "model.safetensors", {"format": "pt"})
     else:
-        names = sorted(weights)
-        files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-        for file, part in files.items():
-            save_file({n: weights[n] for n in part}, folder / file, {"format": "pt"})
-        index = {"metadata": {}, "weight_map": {n: f for f, part in files.items() for n in part}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = refusal(folder)
-    assert "\n" not in found and name in found
-    assert ("missing" if wrong == "no head" else wrong) in found
-    unpinned = dataclasses.replace(spec, revision="")  # as a file in conf/model describes it
-    with pytest.raises(ModelError, match=name):
-        models.load(unpinned, [models_dir])
+        files = {n: f"{k % 2}.safetensors" for k, n in enumerate(sorted(weights))}
+        for file in set(files.values()):
+            part = {n: t for n, t in weights.items() if files[n] == file}
+            save_file(part, llama / file, {"format": "pt"})
+        index = json.dumps({"metadata": {}, "weight_map": files})
+        (llama / "model.safetensors.index.json").write_text(index)
+    found = refusal(llama)
+    assert name in found and ("missing" if wrong == "no head" else wrong) in found
     with pytest.raises(RowError, match=name):
-        row = {"name": "a", "model": str(folder / "config.json"), "task": "sft"}
-        shape_of(customer_of(row), {})
+        customers(llama / "config.json")
+    by_file = ModelSpec("a", "folder", "mine")  # as a file in conf/model describes it
+    with pytest.raises(ModelError, match=name):
+        models.load(by_file, [str(llama.parent)])
 
 
 def test_a_tied_head_may_be_stored_or_not(tmp_path):
@@ -448,53 +418,126 @@ def test_a_tied_head_may_be_stored_or_not(tmp_path):
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # of old versions
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    spec, models_dir = describe_model(str(folder))
-    assert spec.tied and models.load(spec, [models_dir])
+    spec, at = describe_model(str(folder))
+    assert spec.tied and models.load(spec, [at])
 
 
-def test_a_tokenizer_with_code_of_its_own_is_refused_and_not_run(tmp_path, monkeypatch):
+def test_a_tokenizer_with_code_of_its_own_is_refused_and_not_run(llama, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "yes")  # the answer to transformers' question
-    folder = save(random_model("Llama"), tmp_path / "mine")
-    spec, models_dir = describe_model(str(folder))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    ran = tmp_path / "ran"
-    (folder / "own.py").write_text(
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    edit(llama / "tokenizer_config.json", **own)
+    ran = llama / "ran"
+    (llama / "own.py").write_text(
         f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast\n"
         "class Own(PreTrainedTokenizerFast): pass\n"
     )
-    found = refusal(folder)
-    assert "tokenizer fails" in found and "custom code" in found and "\n" not in found
-    unpinned = dataclasses.replace(spec, revision="")
+    found = refusal(llama)
+    assert "tokenizer fails" in found and "custom code" in found
     for load in (models.load, models.tokenizer_of):
         with pytest.raises(ValueError, match="custom code"):
-            load(unpinned, [models_dir])
+            load(ModelSpec("a", "folder", "mine"), [str(llama.parent)])
     assert not ran.exists()
 
 
-def test_a_model_whose_training_step_fails_is_refused(tmp_path):
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    config = transformers.BioGptConfig(**shape, num_attention_heads=2, vocab_size=len(qwen_like()))
-    folder = save(transformers.AutoModelForCausalLM.from_config(config), tmp_path / "mine")
-    found = refusal(folder)
-    assert "BioGpt" in found and "a training step fails" in found and "\n" not in found
+# ---------------------------------------------------------------- weights of the hub
 
 
-# ---------------------------------------------------------------- customers
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [(-1, r"00002-of-\d+.safetensors.* header"), (20, "20 bytes"), (0, "no model-00002-of")],
+    ids=["cut short", "cut in its header", "removed"],
+)
+@pytest.mark.parametrize("source", ["hub", "folder"])
+def test_weights_that_were_half_downloaded_are_named(hub, snapshot, source, kept, words):
+    path = sorted(snapshot.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:kept]) if kept else path.unlink()
+    model = dataclasses.replace(hub, source=source, revision="")
+    if source == "folder":
+        model = dataclasses.replace(model, location=f"models--org--tiny/snapshots/{COMMIT}")
+    remedy = {"folder": "Copy the files again", "hub": "hf download org/tiny|action=fetch"}
+    with pytest.raises(ModelError, match=rf"(?s){words}.*({remedy[source]})"):
+        find.check_available(model, [str(snapshot.parents[2])])
 
 
-def test_a_customers_folder_has_the_shape_that_its_model_has(saved, family):
-    """Of Llamas and Qwen3 the value is as before, and so are ids of runs."""
-    model, folder = saved
-    row = {"name": "a", "model": str(folder), "task": "sft"}
-    spec = shape_of(customer_of(row), {})
-    assert spec.n_params == sum(p.numel() for p in model.parameters())
-    assert (spec.name, spec.location, spec.revision) == ("mine", str(folder), "")
-    models.load(spec, ["models"])
-    if family in ("Llama", "Mistral", "Qwen3", "Qwen3Moe"):
-        alone = folder.parent / "alone" / "mine"
-        alone.mkdir(parents=True)
-        shutil.copy(folder / "config.json", alone)
-        by_keys = shape_of(customer_of({**row, "model": str(alone)}), {})
-        assert dataclasses.replace(by_keys, location=str(folder)).canonical == spec.canonical
+def test_a_node_that_downloads_needs_no_weights_yet_but_a_job_does(hub, snapshot, monkeypatch):
+    for path in snapshot.glob("*.safetensors"):
+        path.unlink()
+    for offline, needed in ((True, False), (False, True)):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ModelError, match=r"no model-00001-of.*action=fetch"):
+            find.check_available(hub, [], fetched=needed)
+    assert find.check_available(hub, [])
+
+
+INACCESSIBLE = {
+    "GatedRepoError": "accept the terms at .*co/org/tiny,.*hf auth login",
+    "RepositoryNotFoundError": "does not exist, or is private",
+    "RevisionNotFoundError": "Set revision",
+    "RemoteEntryNotFoundError": "no config.json",
+    "": "not in the cache.*action=fetch",
+}
+
+
+@pytest.mark.parametrize("kind", INACCESSIBLE)
+def test_an_inaccessible_model_is_refused_with_what_to_do(hub, monkeypatch, kind):
+    response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+    error = ConnectionError("cannot reach the hub")
+    if kind:
+        error = getattr(huggingface_hub.errors, kind)("no", response=response)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=error))
+    with pytest.raises(ModelError, match=f"model 'tiny'.*{INACCESSIBLE[kind]}"):
+        find.check_available(dataclasses.replace(hub, revision=""), [])
+
+
+def with_model(model, *overrides):
+    request = compose_request(overrides)
+    points = [dataclasses.replace(p.spec, model=model) for p in request.points]
+    points = [dataclasses.replace(p, spec=s) for p, s in zip(request.points, points)]
+    return dataclasses.replace(request, points=points)
+
+
+def test_a_base_without_a_tokenizer_is_refused_for_text_only(hub, snapshot, tmp_path):
+    write_splits(tmp_path / "gsm8k", [{"question": "So?", "answer": "Yes"}])
+    rows = ("dataset=gsm8k", "dataset.revision=''", f"exec.data_dir=[{tmp_path}]")
+    check_available(with_model(hub, *rows))
+    for path in snapshot.glob("tokenizer*"):
+        path.unlink()
+    check_available(with_model(hub, "dataset=dialect"))
+    recipe = compose_request([*rows, "model=tiny64"])
+    for name, request in (("tiny", with_model(hub, *rows)), ("tiny64", recipe)):
+        with pytest.raises(SpecError, match=f"model '{name}' has no tokenizer"):
+            check_available(request)
+
+
+def test_fetching_what_is_there_says_where_it_is(hub, snapshot, capsys):
+    for request, said in (
+        (with_model(hub, "action=fetch"), f"model tiny: 0.0 GB in {snapshot}"),
+        (compose_request(["action=fetch"]), "nothing of these runs comes from the hub"),
+    ):
+        assert act(request) == 0 and said in capsys.readouterr().out
+
+
+def test_a_single_file_beside_an_index_is_the_one_that_is_loaded_and_pinned(tmp_path):
+    """As transformers reads it; the files that a stale index names may be gone."""
+    index = {"weight_map": {"a": "one", "b": "two"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert find.weight_files(tmp_path) == ["one", "two"]
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert find.weight_files(tmp_path) == ["model.safetensors"]
+
+
+def test_the_measured_weights_become_a_folder_with_the_bases_tokenizer(tmp_path):
+    base = make_base(tmp_path / "base")
+    spec, dirs = model_of(base), [str(tmp_path)]
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    # changes far below a step of bf16, in which the base was published
+    weights = {n: p.detach() * (1 + 1e-5) for n, p in before.named_parameters()}
+    models.save_trained(spec, dirs, weights, tmp_path / "out")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert after.dtype == torch.float32
+    for name, p in after.named_parameters():
+        assert torch.equal(p, weights[name])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("Yes, 7").input_ids == AutoTokenizer.from_pretrained(base)("Yes, 7").input_ids
+    with pytest.raises(ModelError, match=r"has no parameters lm_head\.bias"):
+        models.save_trained(spec, dirs, {"lm_head.bias": torch.zeros(1)}, tmp_path / "wrong")
