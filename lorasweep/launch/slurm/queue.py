@@ -10,8 +10,9 @@
                over               none of its jobs is in the queue any more
 
 A job is named <name>-<its first task> or <name>-follow, so Slurm's queue says which runs wait. Ids
-of jobs are recorded nowhere. A job without submitit's file is of a command that died while it was
-submitting; such a job cannot start.
+of jobs are recorded nowhere. In a copy of a run folder the names are those of the original's jobs;
+the place of a job's script tells the two apart. A job without submitit's file is of a command that
+died while it was submitting; such a job fails a minute after its start.
 """
 
 import json
@@ -36,7 +37,7 @@ ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 ENDED |= {"PREEMPTED", "REVOKED", "TIMEOUT"}
 """States of a job that will not run again. In any other state a job may run again; a requeued job
 is PENDING."""
-RUNNING = {"RUNNING", "COMPLETING", "STOPPED", "SUSPENDED"}
+RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STOPPED", "SUSPENDED"}
 STUCK = ("launch failed requeued held", "JobHoldMaxRequeue")
 """Reasons in squeue if Slurm, and not a person, holds a job, because the job's start failed."""
 ALREADY_ENDED = ("Invalid job id", "already complet")
@@ -220,6 +221,8 @@ class Job:
     restarts: int
     node: str
     name: str
+    script: str = ""
+    """Path of the job's script when it was submitted; empty if Slurm does not say."""
 
     @property
     def stuck(self) -> bool:
@@ -231,14 +234,15 @@ def jobs_of(runs_dir: Path) -> list[Job]:
     """Return the live jobs of the user who owns a run folder; raise ClusterError like `run`."""
     owner = files.status(runs_dir)
     user = str(owner.st_uid if owner else os.geteuid())
-    fields = "JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,Reason:|,RestartCnt:|,NodeList:|,Name:|"
+    columns = ("JobID", "ArrayJobID", "ArrayTaskID", "State", "Reason", "RestartCnt", "NodeList")
+    fields = ",".join(f"{name}:|" for name in (*columns, "Name", "Command"))
     found = []
     for line in run("squeue", "-a", "-h", "-r", "-t", "all", "-u", user, "-O", fields).splitlines():
-        cells = (cell.strip() for cell in line.split("|")[:8])
-        jid, array, task, state, reason, restarts, node, name = cells
+        cells = (cell.strip() for cell in line.strip().removesuffix("|").split("|", 8))
+        jid, array, task, state, reason, restarts, node, name, script = cells
         if state not in ENDED:
             label, n = (f"{array}_{task}", int(task)) if task.isdigit() else (jid, 0)
-            found.append(Job(jid, label, n, state, reason, int(restarts or 0), node, name))
+            found.append(Job(jid, label, n, state, reason, int(restarts or 0), node, name, script))
     return found
 
 
@@ -276,12 +280,15 @@ class RunningJobs:
 def causes(runs_dir: Path, owners: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Return run id -> how the Slurm job that owned the run ended; `owners`: id -> owner.json.
 
-    Empty without accounting.
+    Empty without accounting. Jobs of other clusters are left out: their ids name other jobs here.
     """
-    jobs = {rid: o["slurm"]["job"] for rid, o in owners.items() if o.get("slurm")}
+    jobs: dict[str, str] = {}
     columns = "JobIDRaw,JobID,JobName,State,ExitCode,NodeList"
     ends: dict[str, list[str]] = {}
     with suppress(ClusterError):
+        owned = {rid: o["slurm"] for rid, o in owners.items() if o.get("slurm")}
+        here = setting("ClusterName") if owned else ""
+        jobs = {rid: job["job"] for rid, job in owned.items() if job["cluster"] == here}
         for batch in _batches(sorted(set(jobs.values()))):
             listed = run("sacct", "-n", "-P", "-o", columns, "-j", ",".join(batch))
             for raw, label, name, state, code, node in (x.split("|") for x in listed.splitlines()):
@@ -396,19 +403,34 @@ def look(runs_dir: Path) -> Queue:
     queue.elsewhere = {rid for s in others for task in s.tasks for rid in task}
     queue.submissions = [s for s in queue.submissions if s not in others]
     by_name = {s.folder.name: s for s in queue.submissions}
-    there = cache(lambda folder: set(files.names(folder / "jobs")))
+    there, ours = cache(_submitted), cache(_is_in)
     for job in jobs:
         name, _, part = job.name.rpartition("-")
-        if (s := by_name.get(name)) is None:
+        if (s := by_name.get(name)) is None or not ours(job.script, s.folder / "jobs"):
             continue
-        if f"{job.label}_submitted.pkl" not in there(s.folder):
-            queue.strays.append(job)
+        if job.label not in there(s.folder):
+            if job.state not in RUNNING:  # a file server may show a new file late
+                queue.strays.append(job)
         elif part == FOLLOW:
             queue.follows[s.folder] = job
         else:
             queue.jobs.append((s, int(part) + job.task, job))
     queue.jobs.sort(key=lambda found: (found[0].record["created_s"], found[1]))
     return queue
+
+
+def _submitted(folder: Path) -> set[str]:
+    """Return the labels of jobs for which submitit wrote its file, so that they can start."""
+    end = "_submitted.pkl"
+    return {n.removesuffix(end) for n in files.names(folder / "jobs") if n.endswith(end)}
+
+
+def _is_in(script: str, folder: Path) -> bool:
+    """Return whether a job's script lies in a folder; True if Slurm does not say where it lies."""
+    if "/" not in script:
+        return True
+    one, other = files.status(Path(script).parent), files.status(folder)
+    return one is not None and other is not None and os.path.samestat(one, other)
 
 
 def locked(runs_dir: Path, notify: Notify) -> AbstractContextManager[None]:
@@ -420,7 +442,7 @@ def settle(runs_dir: Path, notify: Notify) -> Queue:
     """Return the queue, put right; the lock must be held. Raises ClusterError without Slurm.
 
     Jobs that cannot start are cancelled, jobs that Slurm holds after a failed start are released,
-    and submissions without a live job are marked as over.
+    and submissions whose jobs have all ended are marked as over.
     """
     queue = look(runs_dir)
     if queue.unavailable:
@@ -434,7 +456,9 @@ def settle(runs_dir: Path, notify: Notify) -> Queue:
         notify(f"released {len(held)} job(s) that Slurm held after a failed start")
     live = {s.folder for s, _, _ in queue.jobs} | queue.follows.keys()
     for s in [s for s in queue.submissions if s.folder not in live]:
+        # without any job, perhaps a command is submitting it now, where files have no locks
         with suppress(OSError):  # if the disk is full, the next command tries again
-            (s.folder / "over").touch()
+            if _submitted(s.folder):
+                (s.folder / "over").touch()
         queue.submissions.remove(s)
     return queue

@@ -107,7 +107,8 @@ def submit(
             for s, runs in work.removed:
                 s.withdraw(runs)
             pending = [(s, k, j) for s, k, j in queue.jobs if j.state == "PENDING"]
-            empty = [j.label for s, k, j in pending if s.withdrawn >= set(s.tasks[k])]
+            runs_of = [(set(s.tasks[k]), s, j) for s, k, j in pending]  # a command has no runs
+            empty = [j.label for runs, s, j in runs_of if runs and runs <= s.withdrawn]
             if denied := slurm.cancel(empty):
                 notify(f"some jobs could not be cancelled; they will train nothing ({denied})")
         jobs: list[Jobs] = []
@@ -125,8 +126,9 @@ def submit(
         if jobs or (work.covered and cluster.follow and not follows):
             updates = updates_of(now.points, store)
             last = {"trainer": trainer, "idle": idle, "updates": updates}
-            after = [j.label for s, _, j in queue.jobs if s.folder in asked]
-            _submit(request, jobs, code, outcome, last, after)
+            covered = queue.covered()  # also by jobs of another sweep that has the same runs
+            after = {covered[p.id].label for p in now.todo if p.id in covered}
+            _submit(request, jobs, code, outcome, last, sorted(after))
             if outcome.follow:  # it replaces the others
                 slurm.cancel(follows)
         return outcome
@@ -389,6 +391,9 @@ def prepare(cluster: Cluster, root: Path) -> tuple[Partition, Snapshot]:
             f"exec.runs_dir={root} has a '{os.pathsep}' in its name, at which the jobs' PYTHONPATH "
             "splits. Choose a folder without it."
         )
+    owner = files.status(root)
+    if owner and owner.st_uid != os.geteuid():  # root: `jobs_of` would not show its jobs
+        raise ClusterError(f"exec.runs_dir={root} is of user {owner.st_uid}: submit as this user.")
     slurm.require()
     partition = slurm.partition_of(cluster, slurm.partitions())
     if not cluster.shared:

@@ -19,12 +19,12 @@ def packs(compose, tmp_path):
 
 @pytest.fixture
 def slurm(monkeypatch):
-    """`slurm(name, **outputs)`: a cluster of this name; command -> its output, or a function of its
-    arguments. Others print nothing. Returns the list of commands that are given."""
+    """`slurm(name, **outputs)`: a cluster of this name, with at most two jobs in an array; command
+    -> its output, or a function of its arguments. Returns the list of commands that are given."""
     asked = []
 
     def set_up(name, **outputs):
-        outputs["scontrol"] = f"ClusterName = {name}\n"
+        outputs["scontrol"] = f"ClusterName = {name}\nMaxArraySize = 3\n"
 
         def run(command, *arguments):
             asked.append((command, *arguments))
