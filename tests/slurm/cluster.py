@@ -110,6 +110,11 @@ class Slurm:
         """Change a job, a node or a partition."""
         self.command("scontrol", "update", *words, check=check)
 
+    def preempt(self, *where, seconds=0, check=True):
+        """Let an urgent job take a node, the one of `-w NODE` if given, for some seconds."""
+        words = ("-purgent", *where, "-c2", "-o/dev/null", "--wrap", f"sleep {seconds}")
+        self.command("sbatch", *words, check=check)
+
     def jobs(self):
         """Job (12, 12_3) -> (state, node) of everything that is not over."""
         fields = "JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,NodeList:|"
@@ -151,16 +156,17 @@ sys.exit(act(compose_request(sys.argv[2:]), sys.argv[1]))
 """
 
 
-def command(*args, trainer=None, before=""):
-    """Return Python's arguments for the command, or with another trainer, after the code `before`."""
-    given = ["-m", "lorasweep"] if trainer is None else ["-c", before + WITH_TRAINER, trainer]
+def command(*args, trainer=None):
+    """Return Python's arguments for the command, or with another trainer."""
+    given = ["-m", "lorasweep"] if trainer is None else ["-c", WITH_TRAINER, trainer]
     return [*given, *map(str, args)]
 
 
-def start(cwd, *args, trainer=None, before="", **more):
+def start(cwd, *args, trainer=None, **more):
     """Start a command in a new process, with its output in one pipe."""
-    given = command(*args, trainer=trainer, before=before)
-    return world.start(*given, cwd=cwd, env=more, stderr=subprocess.STDOUT)
+    return world.start(
+        *command(*args, trainer=trainer), cwd=cwd, env=more, stderr=subprocess.STDOUT
+    )
 
 
 def request(cwd, *args):

@@ -77,15 +77,12 @@ class Storm:
 
     def preempt(self):
         """Let an urgent job take a node; the partition decides on the grace time of its victims."""
-        words = ("-p", "urgent", "-J", "urgent", "-c", "2", "-o", "/dev/null", "--wrap", "sleep 2")
-        self.slurm.command("sbatch", *words, check=False)
+        self.slurm.preempt(seconds=2, check=False)
 
     def preempt_and_cancel(self):
         """Let an urgent job take the node of a job that Slurm then cancels (PreemptMode=CANCEL)."""
         listed = self.slurm.command("squeue", "-h", "-pspot", "-tRUNNING", "-o%N", check=False)
-        node = self.random.choice(listed.split())
-        words = ("-p", "urgent", "-w", node, "-c", "2", "-o", "/dev/null", "--wrap", "sleep 2")
-        self.slurm.command("sbatch", *words, check=False)
+        self.slurm.preempt("-w", self.random.choice(listed.split()), seconds=2, check=False)
 
     def requeue(self):
         job = self.random.choice(self.slurm.running())

@@ -56,8 +56,7 @@ def test_a_submitted_sweep_is_preempted_stopped_and_answered(queue, tmp_path, in
         preempted, stopped = jobs_of(submission)
         queue.update(f"jobid={preempted}", "partition=scavenge")
     started = wait_for(lambda: _one_with_a_checkpoint_of_each_job(there, submission))
-    node = queue.jobs()[preempted][1]
-    queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
+    queue.preempt("-w", queue.jobs()[preempted][1])
     warn = ("scancel", "--signal=USR2") if kind else ("scontrol", "requeue")
     queue.command(*warn, stopped)
     wait_for(lambda: all(_interrupted(there, rid) for rid in started))
@@ -103,8 +102,7 @@ def test_eight_interrupted_jobs_resume_with_the_same_curves(queue, tmp_path):
     queue.update(f"jobid={jobs['time limit']}", f"timelimit={limit}")
     queue.update(f"nodename={where[jobs['node failed']]}", "state=down", "reason=test")
     for harm in ("preempted with grace", "preempted at once"):
-        node = where[jobs[harm]]
-        queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
+        queue.preempt("-w", where[jobs[harm]])
     queue.command("scontrol", "requeue", jobs["requeued"])
     queue.command("scancel", jobs["cancelled"])
     os.kill(_worker(there, runs["worker killed"][0]), signal.SIGKILL)
@@ -145,8 +143,7 @@ def test_jobs_that_a_preemption_cancels_are_submitted_again_and_again(queue, tmp
         runs = submitted(there)[-1].tasks[0]
         before = _saved(there, runs[0])
         wait_for(lambda: _saved(there, runs[0]) > before)
-        node = queue.jobs()[job][1]
-        queue.command("sbatch", "-purgent", f"-w{node}", "-c2", "-o/dev/null", "--wrap", "true")
+        queue.preempt("-w", queue.jobs()[job][1])
         if n % 2:  # as on a cluster whose preemption leaves no time
             last = max(attempts(there)[runs[0]])
             os.kill(_worker(there, runs[0], last), signal.SIGKILL)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -144,9 +143,8 @@ def test_a_fleet_is_spread_over_jobs_and_collected_by_the_follow_up_job(queue, f
         # a further learning rate is in another pack, as bob has no runs
         assert all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
         facts = [json.loads((p / "facts.json").read_text()) for p in (path.parent, mine)]
-        assert facts[0]["run"] == facts[1]["run"] and len(facts[0]["tried"]) == len(
-            facts[1]["tried"]
-        )
+        assert facts[0]["run"] == facts[1]["run"]
+        assert len(facts[0]["tried"]) == len(facts[1]["tried"])
         if name == "ann":
             assert facts[0]["gain"] == pytest.approx(facts[1]["gain"], abs=1e-3)
             assert not facts[0]["edge"] and len(facts[0]["tried"]) > 3
@@ -172,56 +170,33 @@ def test_runs_that_no_row_asks_for_are_pruned_and_a_fleet_is_cancelled(queue, fo
         assert "cancelled 3 queued run(s)" in ask(folder, *options, "prune=true", trainer=None)
         assert "unfinished run(s)" in ask(folder, "action=cancel", FLEET[1], *FAST)
         queue.drain()
-    shown = json.loads(
-        ask(folder, "action=status", FLEET[1], "format=json", *FAST).splitlines()[-1]
-    )
+    asked = ("action=status", FLEET[1], "format=json", *FAST)
+    shown = json.loads(ask(folder, *asked).splitlines()[-1])
     assert shown["runs"]["missing"] == 7 and not shown["jobs"]
 
 
-TWO_JOBS = (*SMOKE, *ALONE, "cluster.runs_per_job=3")
-DIES = {
-    "before sbatch": ("kill -9 $PPID; exit 1", ""),
-    "after sbatch": ('{sbatch} "$@"; kill -9 $PPID; exit 1', ""),
-    "at the end": ('exec {sbatch} "$@"', "os.kill(os.getpid(), signal.SIGKILL)"),
-}
-"""When it is killed -> the commands of its sbatch, and what it does when a job is submitted."""
-DYING = """
-import os, signal
-from lorasweep.launch.slurm.submit import Array
-was = Array.submit
-def submit(array):
-    number = was(array)
-    {then}
-    return number
-Array.submit = submit
-"""
-
-
 @pytest.mark.full
-def test_a_command_killed_while_it_submits_is_put_right_by_the_next(queue, tmp_path):
-    folders = {when: tmp_path / when.replace(" ", "_") for when in DIES}
-    dying = {when: _start_dying(cwd, when) for when, cwd in folders.items()}
-    for when, process in dying.items():
-        text = process.communicate()[0]
-        assert process.returncode == -signal.SIGKILL, (when, text)
-    outputs = {when: ask(cwd, *TWO_JOBS) for when, cwd in folders.items()}
-    queue.drain()
-    for (when, text), cwd in zip(outputs.items(), folders.values()):
-        assert ("cancelled" in text) == (when == "after sbatch"), (when, text)
-        assert ("submitted 6 runs" in text) == when.endswith("sbatch"), (when, text)
-        assert len(results(cwd)) == 6, when
-        assert all(ends == {1: None} for ends in attempts(cwd).values()), when
-
-
-def _start_dying(cwd, when):
-    sbatch, then = DIES[when]
-    fake = cwd / "bin" / "sbatch"
-    fake.parent.mkdir(parents=True)
-    fake.write_text("#!/bin/sh\n" + sbatch.format(sbatch=shutil.which("sbatch")) + "\n")
+def test_a_command_killed_at_sbatch_is_put_right_by_the_next_and_a_copy_cancels_nothing(
+    queue, tmp_path
+):
+    """Before submitit's files; tests/unit/launch/test_queue.py has the other moments."""
+    two_jobs, fake = (*SMOKE, *ALONE, "cluster.runs_per_job=3"), tmp_path / "bin/sbatch"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"; kill -9 $PPID; exit 1\n')
     fake.chmod(0o755)
-    dying = DYING.replace("{then}", then)
-    path = f"{fake.parent}:{os.environ['PATH']}"
-    return start(cwd, *TWO_JOBS, trainer=STEPS, before=dying, PATH=path)
+    with queue.closed():
+        path = f"{fake.parent}:{os.environ['PATH']}"
+        process = start(tmp_path, *two_jobs, trainer=STEPS, PATH=path)
+        assert (process.communicate()[0], process.returncode)[1] == -signal.SIGKILL
+        text = ask(tmp_path, *two_jobs)
+        assert "cancelled" in text and "submitted 6 runs" in text
+        jobs = queue.jobs().keys()
+        shutil.copytree(tmp_path / "runs", tmp_path / "copy/runs", symlinks=True)
+        assert "cancelled 0 job(s)" in ask(tmp_path / "copy", *two_jobs, "action=cancel")
+        assert queue.jobs().keys() == jobs and len(jobs) == 2
+    queue.drain()
+    assert len(results(tmp_path)) == 6
+    assert all(ends == {1: None} for ends in attempts(tmp_path).values())
 
 
 def test_two_users_who_ask_at_once_submit_one_sweep(queue, tmp_path):
@@ -273,26 +248,14 @@ def test_queued_jobs_run_the_code_as_it_was(queue, tmp_path):
     assert len(results(tmp_path)) == 6
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ("partition=gpux", "partition 'gpux' not found. Available: main, scavenge, spot, urgent"),
-        ("gpus=3", "cluster.gpus=3"),
-        ("warn_s=4000", "would be warned at once"),
-        ("constraint=gold", "Slurm refused the jobs: "),
-    ],
-)
-def test_what_the_cluster_cannot_do_is_said_and_not_submitted(slurm, tmp_path, given, message):
-    with pytest.raises(ClusterError, match=re.escape(message)):
-        ask(tmp_path, *SMOKE, *FAST, f"cluster.{given}")
+def test_what_the_cluster_cannot_do_is_said_and_not_submitted(slurm, tmp_path):
+    known = "partition 'gpux' not found. Available: main, scavenge, spot, urgent"
+    for given, message in {
+        "partition=gpux": known,
+        "gpus=3": "cluster.gpus=3",
+        "warn_s=4000": "would be warned at once",
+        "constraint=gold": "Slurm refused the jobs: ",
+    }.items():
+        with pytest.raises(ClusterError, match=re.escape(message)):
+            ask(tmp_path, *SMOKE, *FAST, f"cluster.{given}")
     assert slurm.jobs() == {}
-
-
-def test_without_slurm_the_message_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.delenv("SLURM_CONF", raising=False)
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    with pytest.raises(ClusterError, match=r"no Slurm here.*cluster=local"):
-        ask(tmp_path, *SMOKE, "cluster=slurm")
-    monkeypatch.setenv("SLURM_CONF", "/nowhere.conf")
-    with pytest.raises(ClusterError, match=re.escape("/nowhere.conf: there is no such file")):
-        ask(tmp_path, *SMOKE, "cluster=slurm")

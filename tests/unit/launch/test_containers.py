@@ -6,7 +6,7 @@ import pytest
 
 from lorasweep.errors import ClusterError
 from lorasweep.launch import local
-from lorasweep.launch.slurm import container, guard, planning, snapshot, submit
+from lorasweep.launch.slurm import container
 from lorasweep.launch.slurm.container import Container, container_of
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.store.run_store import RunStore
@@ -38,17 +38,18 @@ def made(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize(
-    ("image", "settings", "kind"),
-    [
-        ("x.sif", {}, "apptainer"),
-        ("x.sqsh", {}, "pyxis"),
-        (NGC, {}, "pyxis"),
-        ("docker://x", {"container_kind": "apptainer"}, "apptainer"),
-    ],
-)
-def test_the_image_says_the_kind_of_container(made, image, settings, kind):
-    assert made(image, **settings).kind == kind
+def test_the_image_says_the_kind_of_container_and_must_be_there(made, tmp_path):
+    for image, kind in {"x.sif": "apptainer", "x.sqsh": "pyxis", NGC: "pyxis"}.items():
+        assert made(image).kind == kind
+    assert made("docker://x", container_kind="apptainer").kind == "apptainer"
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    assert made(NGC, "link").folders[:2] == [f"{tmp_path}/link", f"{tmp_path}/runs"]  # both paths
+    for given, match in {
+        ("gone.sif",): r"gone\.sif: there is",
+        (NGC, "runs:old"): "mounted",
+    }.items():
+        with pytest.raises(ClusterError, match=match):
+            made(*given)
 
 
 def test_folders_that_exist_are_mounted_at_their_paths(made, tmp_path, monkeypatch):
@@ -72,31 +73,6 @@ def test_folders_that_exist_are_mounted_at_their_paths(made, tmp_path, monkeypat
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ClusterError, match="no apptainer on the PATH"):
         apptainer.python(ENV)
-
-
-def test_a_run_folder_behind_a_link_is_mounted_at_both_paths(made, tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "runs")
-    assert made(NGC, "link").folders[:2] == [f"{tmp_path}/link", f"{tmp_path}/runs"]
-
-
-def test_images_and_folders_that_cannot_work_are_refused(made):
-    with pytest.raises(ClusterError, match=r"gone\.sif: there is no such file"):
-        made("gone.sif")
-    with pytest.raises(ClusterError, match="cannot be mounted"):
-        made(NGC, "runs:old")
-
-
-@pytest.mark.parametrize("image", ["x.sif", NGC, None])
-def test_the_script_runs_the_check_and_the_job_outside(tmp_path, image):
-    (tmp_path / guard.TASKS).write_text("{}")
-    cluster = Cluster(kind="slurm", container=image, setup=["module load x"])
-    needed = planning.JobResources(2, 0, 1.0, 10, 1)
-    code = snapshot.Snapshot(tmp_path / "code", "0" * 64)
-    array = submit.Array(tmp_path, "0", 0, 1, needed, cluster, code)
-    outside = ("--overlap", "--nodes=1", "--ntasks=1", "--relative=0")
-    assert array.srun() == (outside if image else ())
-    line = f"export {container.VARIABLE}={image}".replace(NGC, f"'{NGC}'")
-    assert (line in array.setup()) == (container.VARIABLE in "".join(array.setup())) == bool(image)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 
 import pytest
 
@@ -13,7 +14,7 @@ from lorasweep.launch.slurm import guard, planning, snapshot, submit
 from lorasweep.spec.execution import Cluster
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
-from tests.world import OTHER_USER, as_another_user, tiny_spec
+from tests.world import OTHER_USER, ROOT, as_another_user, tiny_spec
 
 
 @pytest.fixture
@@ -84,37 +85,40 @@ def test_a_job_whose_files_were_changed_or_could_be_is_refused(array, tmp_path, 
     assert reached == (said is None) and re.search(said or "^$", errors), errors
 
 
-def test_a_snapshot_that_was_changed_is_not_used_again(tmp_path):
+def test_a_snapshot_runs_and_one_that_was_changed_is_not_used_again(tmp_path, monkeypatch):
     taken = snapshot.take(tmp_path)
     assert snapshot.take(tmp_path) == taken and len(list(tmp_path.iterdir())) == 1
-    append(taken.folder / "lorasweep/errors.py")
-    with pytest.raises(ClusterError, match=r"was changed after .*rm -r "):
-        snapshot.take(tmp_path)
+    assert (taken.folder / "conf/sweep/lr_ratio.yaml").is_file()
+    code = "import lorasweep; from lorasweep.tracking import provenance\n"
+    code += "print(lorasweep.__file__, provenance.code()['snapshot'])"
+    env = {**os.environ, "PYTHONPATH": str(taken.folder), "PYTHONSAFEPATH": "1"}
+    printed = subprocess.check_output([sys.executable, "-c", code], env=env, cwd=ROOT, text=True)
+    assert printed.startswith(f"{taken.folder}/") and printed.split()[1] == taken.folder.name
+    assert taken.folder.name in snapshot.describe(taken)
 
-
-def test_code_that_is_edited_while_it_is_copied_is_named_by_the_copy(tmp_path, monkeypatch):
     copy = shutil.copyfile
 
-    def edited(source, target):
+    def edited(source, target):  # in the middle of copying
         copy(source, target)
         if target.name == "errors.py":
             append(target)
 
     with monkeypatch.context() as m:
         m.setattr(snapshot.shutil, "copyfile", edited)
-        first = snapshot.take(tmp_path)
-    assert first.sha256 == guard.digest(str(first.folder))
-    second = snapshot.take(tmp_path)  # of the code as it was before the edit
-    assert first.folder != second.folder and len(list(tmp_path.iterdir())) == 2
+        other = snapshot.take(tmp_path)
+    assert other.sha256 == guard.digest(str(other.folder)) and other.folder != taken.folder
+    append(taken.folder / "lorasweep/errors.py")
+    with pytest.raises(ClusterError, match=r"was changed after .*rm -r "):
+        snapshot.take(tmp_path)
 
 
-@pytest.mark.parametrize("mode", [0o775, 0o777, 0o3775])
-def test_a_run_folder_that_others_may_write_is_refused_with_the_remedy(tmp_path, mode):
+def test_a_run_folder_that_others_may_write_is_refused_with_the_remedy(tmp_path):
     store = RunStore(tmp_path / "runs")
     store.prepare()
-    store.root.chmod(mode)
-    with pytest.raises(StoreError, match=f"chmod -R go-w {store.root}"):
-        store.prepare()
+    for mode in (0o775, 0o777, 0o3775):
+        store.root.chmod(mode)
+        with pytest.raises(StoreError, match=f"chmod -R go-w {store.root}"):
+            store.prepare()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be two users")
@@ -134,3 +138,6 @@ def test_another_user_reads_a_run_folder_and_does_not_write_it(tmp_path):
             there.prepare()
 
     as_another_user(tmp_path, other)
+    os.chown(store.root, OTHER_USER, -1)
+    with pytest.raises(ClusterError, match=f"is of user {OTHER_USER}"):
+        submit.prepare(Cluster(kind="slurm"), store.root)

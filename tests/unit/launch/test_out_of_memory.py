@@ -70,11 +70,11 @@ def states(store, specs):
 
 
 def test_micro_batches_then_packs_are_halved_until_all_runs_finish(store):
-    specs, trainer = specs_of(8), Refusing(most=4)
-    events = train(store, specs, trainer, 4)
+    specs, trainer, limits = specs_of(14), Refusing(most=4), Limits()
+    events = train(store, specs[:8], trainer, 4, limits=limits)
     sizes = [(8, 4), (8, 2), (8, 1), (4, 1), (4, 1)]
     assert trainer.tried == [(runs, rows, 1, 0) for runs, rows in sizes]
-    for spec in specs:
+    for spec in specs[:8]:
         env = store.env(spec.id)
         assert store.state(spec.id) == "done" and store.last_attempt(spec.id) == 1
         assert (env["micro_batch_size"], len(env["pack"])) == (1, 4)
@@ -83,10 +83,14 @@ def test_micro_batches_then_packs_are_halved_until_all_runs_finish(store):
         assert not store.result(spec.id)["resumed_in_other_company"]
     notes = notes_of(events)
     assert len(notes) == 3 and all("2.50 GiB" in note for note in notes)
-    assert "8 run(s)" in notes[0] and "2 of each" in notes[0] and "packs of 4" in notes[2]
     log = (store.attempt(specs[0].id, 1) / "log.txt").read_text()
     assert all(note in log for note in notes) and "OutOfMemoryError" in log
     assert not any(e.get("ended") == "failed" for e in events)
+    # later packs of the worker start at the size that fitted; those of another kind do not
+    trainer.tried.clear()
+    train(store, specs[8:], trainer, 4, limits=limits)
+    train(store, specs_of(1, precision="fp64"), trainer, 4, limits=limits)
+    assert trainer.tried == [(4, 1, 1, 0), (2, 1, 1, 0), (1, 4, 1, 0)]
 
 
 @pytest.mark.parametrize(
@@ -118,45 +122,28 @@ def test_later_checkpoints_keep_a_changed_size(store, name, divisible, tried):
         assert steps_of(store, spec.id) == list(range(1, STEPS + 1))
 
 
-def test_later_packs_of_a_worker_start_at_the_size_that_fitted(store):
-    trainer, limits, specs = Refusing(most=2), Limits(), specs_of(6)
-    train(store, specs[:3], trainer, 4, limits=limits)
-    trainer.tried.clear()
-    train(store, specs[3:], trainer, 4, limits=limits)
-    train(store, specs_of(1, precision="fp64"), trainer, 4, limits=limits)  # of another kind
-    assert trainer.tried[:3] == [(2, 1, 1, 0), (1, 1, 1, 0), (1, 4, 1, 0)]
-
-
-def allocator_error():
-    with pytest.raises(RuntimeError) as caught:
+def test_errors_of_memory_are_recognised():
+    with pytest.raises(RuntimeError) as of_allocator:
         torch.empty(10**15)
-    return caught.value
-
-
-@pytest.mark.parametrize(
-    "error, asked",
-    [
-        (lambda: torch.OutOfMemoryError(GPU_ERROR), " (asked for 2.50 GiB)"),
-        (allocator_error, f" (asked for {4e15 / 2**30:.2f} GiB)"),
-        (MemoryError, ""),
-        (lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), ""),
-        (lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), ""),
-        (lambda: torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors", 2), ""),
-        (lambda: RuntimeError("CUDA error: out of memory"), ""),
-        (lambda: torch.distributed.DistBackendError(NCCL_ERROR), ""),
-        (lambda: OSError(errno.ENOMEM, "Cannot allocate memory"), ""),
-        (lambda: RuntimeError("size mismatch"), None),
-        (lambda: RuntimeError("CUDA error: an illegal memory access was encountered"), None),
-        (lambda: RuntimeError("NCCL error: Cuda failure 700 'illegal memory access'"), None),
-        (lambda: OSError(errno.ENOSPC, "full"), None),
-        (lambda: KeyError("x"), None),
-    ],
-)
-def test_errors_of_memory_are_recognised(error, asked):
-    error = error()
-    assert is_out_of_memory(error) == (asked is not None)
-    if asked is not None:
-        assert Shortage.of(error, Exec(), tiny_spec()).asked == asked
+    cuda = "CUDA kernel errors might be asynchronously reported"
+    asked = [(torch.OutOfMemoryError(GPU_ERROR), " (asked for 2.50 GiB)")]
+    asked += [(of_allocator.value, f" (asked for {4e15 / 2**30:.2f} GiB)")]
+    unsaid = [
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        torch.AcceleratorError(f"CUDA error: out of memory\n{cuda}", 2),
+        RuntimeError("CUDA error: out of memory"),
+        torch.distributed.DistBackendError(NCCL_ERROR),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ]
+    for error, text in (*asked, *((error, "") for error in unsaid)):
+        assert is_out_of_memory(error), error
+        assert Shortage.of(error, Exec(), tiny_spec()).asked == text
+    others = ["size mismatch", "CUDA error: an illegal memory access was encountered"]
+    others += ["NCCL error: Cuda failure 700 'illegal memory access'"]
+    for error in (*map(RuntimeError, others), OSError(errno.ENOSPC, "full"), KeyError("x")):
+        assert not is_out_of_memory(error), error
 
 
 def test_a_base_that_does_not_fit_is_an_error_of_the_model(monkeypatch):
@@ -190,9 +177,11 @@ def test_runs_of_several_processes_start_again_with_less_until_one_does_not_fit(
 
 
 @pytest.fixture
-def full(monkeypatch):
-    """full(module, name, rows, most): this function has memory for `most` rows of all runs, or for
-    half the rows of its first call. Returns a list with rows(*arguments) of each call."""
+def shortage(store, monkeypatch):
+    """shortage(module, name, rows, most): this function has memory for `most` rows of all runs, or
+    for half the rows of its first call. shortage.train(specs) trains for real with that: (runs,
+    learner's rows, forward_parts) of each attempt, the limit, the notes."""
+    monkeypatch.setattr(packs, "LOOK_S", 1e9)
 
     def plant(module, name, rows, most=None):
         real, asked = getattr(module, name), []
@@ -206,35 +195,33 @@ def full(monkeypatch):
         monkeypatch.setattr(module, name, call)
         return asked
 
+    def finished(specs):
+        tried, real, limits = [], TorchTrainer(), Limits()
+
+        def trainer(pack, exec_, resume):
+            tried.append((len(pack), exec_.micro_batch_size, exec_.forward_parts))
+            yield from real(pack, exec_, resume)
+
+        folders = {"runs_dir": str(store.root), "models_dir": [str(store.root)]}
+        events = train(store, specs, trainer, 8, limits=limits, threads=1, **folders)
+        assert set(states(store, specs)) == {"done"}
+        return tried, limits.of(specs[0]), notes_of(events)
+
+    plant.train = finished
     return plant
 
 
-def finished(tmp_path, specs, monkeypatch):
-    """Train for real: (runs, learner's rows, forward_parts) by attempt, the limit, the notes."""
-    monkeypatch.setattr(packs, "LOOK_S", 1e9)
-    tried, real, limits = [], TorchTrainer(), Limits()
-
-    def trainer(pack, exec_, resume):
-        tried.append((len(pack), exec_.micro_batch_size, exec_.forward_parts))
-        yield from real(pack, exec_, resume)
-
-    folders = {"runs_dir": str(tmp_path), "models_dir": [str(tmp_path)]}
-    store = RunStore(tmp_path)
-    events = train(store, specs, trainer, 8, limits=limits, threads=1, **folders)
-    assert set(states(store, specs)) == {"done"}
-    return tried, limits.of(specs[0]), notes_of(events)
-
-
-def rewarded(count):
-    """Runs of 64 completions an update, 8 to a prompt."""
+def rewarded(count, **sizes):
+    """Runs of 64 completions an update, 8 to a prompt; `sizes` of their data."""
     changes = {"steps": 2, "precision": "fp32", "batch_size": 64}
-    return [rewarded_spec("bandit", seed=k, **changes) for k in range(count)]
+    specs = [rewarded_spec("bandit", seed=k, **changes) for k in range(count)]
+    return [dataclasses.replace(s, dataset=dataclasses.replace(s.dataset, **sizes)) for s in specs]
 
 
-def test_sampling_that_runs_out_draws_fewer_and_then_halves_the_pack(tmp_path, monkeypatch, full):
+def test_sampling_that_runs_out_draws_fewer_and_then_halves_the_pack(shortage):
     """4 runs: 64, 32, 16, 8 completions of each; 8, of one prompt, are the fewest. 2 runs fit."""
-    asked = full(sampling, "_together", lambda m, p, u_NAL, *_: math.prod(u_NAL.shape[:2]), 2 * 8)
-    tried, limit, notes = finished(tmp_path, rewarded(4), monkeypatch)
+    asked = shortage(sampling, "_together", lambda m, p, u, *_: math.prod(u.shape[:2]), 2 * 8)
+    tried, limit, notes = shortage.train(rewarded(4))
     assert tried == [(4, 8, 1), (4, 8, 2), (4, 8, 4), (4, 8, 8), (2, 8, 8), (2, 8, 8)]
     assert limit == Limit(rows=None, runs=2, forward_parts=8)
     assert asked[:4] == [256, 128, 64, 32] and set(asked[4:]) == {16}
@@ -242,37 +229,34 @@ def test_sampling_that_runs_out_draws_fewer_and_then_halves_the_pack(tmp_path, m
     assert "1/2" in notes[0] and "packs of 2" in notes[3]
 
 
-def test_evaluation_that_runs_out_holds_less_at_once(tmp_path, monkeypatch, full):
+def test_evaluation_that_runs_out_holds_less_at_once(monkeypatch, shortage):
     """Half of what one run holds fits: halved for the base and for two runs, not for the learner."""
 
     def rows(model, rows_N, batches_N, precision):
         return max(sum(len(b.lengths[0]) for b in bs) for bs in zip(*batches_N))
 
-    full(rollouts, "row_nlls", rows)
+    shortage(rollouts, "row_nlls", rows)
     monkeypatch.setattr(rollouts, "EVAL_TOKENS", 1024)
-    (first, second) = rewarded(2)
-    many = dataclasses.replace(first.dataset, n_test=512, n_test_curve=512)
-    specs = [dataclasses.replace(s, dataset=many) for s in (first, second)]
-    tried, limit, notes = finished(tmp_path, specs, monkeypatch)
+    tried, limit, notes = shortage.train(rewarded(2, n_test=512, n_test_curve=512))
     assert tried == [(2, 8, 1), (2, 8, 2), (2, 8, 4)]
     assert limit.rows is None and limit.runs is None and all(EVALUATION in n for n in notes)
 
 
-def test_evaluation_and_learning_that_run_out_have_separate_limits(tmp_path, monkeypatch, full):
+def test_evaluation_and_learning_that_run_out_have_separate_limits(shortage):
     def held_out(model, batches, *_):
         return sum(max(len(b.lengths[0]) for b in own) for own in batches)
 
-    full(sft, "nll_sums", lambda m, b, p: len(b.lengths) * len(b.lengths[0]), 2 * 2)
-    full(sft, "evaluate", held_out, 2 * 4)
+    shortage(sft, "nll_sums", lambda m, b, p: len(b.lengths) * len(b.lengths[0]), 2 * 2)
+    shortage(sft, "evaluate", held_out, 2 * 4)
     short = dataclasses.replace(tiny_spec().dataset, n_test=16, max_length=64, exact_loss=False)
-    tried, limit, notes = finished(tmp_path, specs_of(2, steps=2, dataset=short), monkeypatch)
-    assert limit.rows == 2 and limit.runs is None
+    tried, limit, notes = shortage.train(specs_of(2, steps=2, dataset=short))
     parts = [t[2] for t in tried]
     assert parts == sorted(parts) and parts[-1] == limit.forward_parts > 1
     in_evaluation = sum(EVALUATION in n.split("(")[0] for n in notes)
     assert in_evaluation == limit.forward_parts.bit_length() - 1
     assert len(notes) - in_evaluation == 2  # 8, 4, 2 rows
     assert {t[1] for t in tried} == {8, 4, 2} and {t[0] for t in tried} == {2}
+    assert limit.rows == 2 and limit.runs is None
 
 
 @pytest.mark.parametrize(
@@ -291,7 +275,6 @@ def test_sizes_tried_in_each_phase_until_a_run_alone_has_failed(store, name, div
     specs, limits, trainer = specs_of(4), Limits(), Scripted(STEPS, before)
     train(store, specs, trainer, 4, limits=limits)
     assert list(dict.fromkeys(t[:3] for t in trainer.tried)) == tried
-    assert set(states(store, specs)) == {"failed"} and "exec.retry=true" in store.failure(
-        specs[0].id
-    )
+    assert set(states(store, specs)) == {"failed"}
+    assert "exec.retry=true" in store.failure(specs[0].id)
     assert limits.of(specs[0]).rows == (1 if name == LEARNING else None)

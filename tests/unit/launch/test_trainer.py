@@ -44,15 +44,11 @@ def load(tmp_path):
     return run
 
 
-def test_a_worker_finds_what_another_tokenized(load, tmp_path):
+def test_data_are_tokenized_once_and_refused_if_they_changed(load, tmp_path):
     first = load("Yes")
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/.tokens").glob("*.rows")}
     assert len(kept) == 2 and load("Yes").sha256 == first.sha256
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs/.tokens").glob("*.rows")} == kept
-
-
-def test_a_data_set_that_changed_is_refused_before_it_is_trained_on(load, tmp_path):
-    load("Yes")
     with pytest.raises(DataError, match=r"gsm8k.*exec\.runs_dir=.*/runs-2"):
         load("No")
     load("No", name="mine")
@@ -62,23 +58,22 @@ def test_a_data_set_that_changed_is_refused_before_it_is_trained_on(load, tmp_pa
     load("No")
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_data_of_a_folder_that_is_only_read_are_checked_and_not_recorded(load, tmp_path, known):
+def test_data_of_a_folder_that_is_only_read_are_checked_and_not_recorded(load, tmp_path):
     """As when another user's runs are trained again: verified, or exported."""
     runs = tmp_path / "runs"
     runs.chmod(0o755)
     for path in (tmp_path / "gsm8k", tmp_path):
         path.chmod(0o777)
-    if known:
-        load("Yes")
 
     def read():
-        assert len(load("Yes").test) == 4
-        assert known or not list(runs.iterdir())
-        if known:
+        before = sorted(runs.rglob("*"))
+        assert len(load("Yes").test) == 4 and sorted(runs.rglob("*")) == before
+        if before:  # the owner's
             with pytest.raises(DataError, match="gsm8k"):
                 load("No")
 
+    as_another_user(tmp_path, read)
+    load("Yes")
     as_another_user(tmp_path, read)
 
 
@@ -119,25 +114,25 @@ def all_text(store, spec):
     return b"\n".join(p.read_bytes() for p in files).decode(errors="replace")
 
 
-@pytest.mark.parametrize(
-    "breaks, cause",
-    [
-        (lambda path: path.write_text(f"{{{SECRET}\n"), r"train\.jsonl:1"),
-        (lambda path: path.write_text(9 * (json.dumps({"text": SECRET}) + "\n")), "prompt"),
-        (lambda path: path.unlink(), "no file"),
-        (lambda path: write_rows(path, 6, SECRET), "6 rows"),
-    ],
-)
-def test_broken_data_fail_only_their_owners_run(pack, tmp_path, breaks, cause):
-    breaks(tmp_path / "secret" / "train.jsonl")
+def test_broken_data_fail_only_their_owners_run(pack, tmp_path):
+    path, secret = tmp_path / "secret" / "train.jsonl", json.dumps({"text": SECRET}) + "\n"
+    for text, cause in {f"{{{SECRET}\n": r"train\.jsonl:1", 9 * secret: "prompt"}.items():
+        path.write_text(text)
+        with pytest.raises(DataError, match=cause):
+            train(pack, tmp_path / cause[:5], skip_broken_data=False)
     store, events, states = train(pack, tmp_path)
     assert states == ["done", "done", "failed", "done"]
     assert [e["run"] for e in events if e.get("ended") == "failed"] == [pack[2].id]
     for spec in (pack[0], pack[1], pack[3]):
         assert SECRET not in all_text(store, spec) and "secret" not in all_text(store, spec)
         assert store.result(spec.id)["pack_size"] == 3
-    with pytest.raises(DataError, match=cause):
-        train(pack, tmp_path / "again", skip_broken_data=False)
+    for breaks, cause in (
+        (lambda: write_rows(path, 6, SECRET), "6 rows"),
+        (path.unlink, "no file"),
+    ):
+        breaks()
+        with pytest.raises(DataError, match=cause):
+            train(pack, tmp_path / cause, skip_broken_data=False)
 
 
 def test_an_error_in_training_is_quoted_to_its_owner_only(pack, tmp_path, monkeypatch):

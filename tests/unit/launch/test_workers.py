@@ -63,7 +63,7 @@ def test_ctrl_c_ends_workers_that_wait(stage, monkeypatch):
 
 
 def test_workers_that_are_killed_before_they_claim_a_run_are_not_started_for_ever(stage):
-    with pytest.raises(TrainingError, match=r"a worker crashed \(signal 9\)"):
+    with pytest.raises(TrainingError, match="signal 9"):
         stage(0, None, "exec.workers=1", trainer="tests.unit.launch.trainers:killed")
 
 

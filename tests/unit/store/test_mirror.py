@@ -33,18 +33,15 @@ def world(tmp_path, monkeypatch):
 
         return SimpleNamespace(log=log, summary={}, finish=lambda: log({}, "end"))
 
-    errors = SimpleNamespace(Error=ConnectionError)
-    api = SimpleNamespace(api_key=None)
+    errors, api = SimpleNamespace(Error=ConnectionError), SimpleNamespace(api_key=None)
     fake = SimpleNamespace(init=init, Settings=lambda **_: None, errors=errors, api=api)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr("lorasweep.tracking.wandb.check_installed", lambda *_: None)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     (tmp_path / "runs").mkdir()
-    return SimpleNamespace(
-        result=lambda run: {"test_nll": 1.0},
-        folder=lambda run: tmp_path / "runs",
-        records=lambda run: [{"step": k, "loss": 1.0} for k in (1, 2)],
-    )
+    records = [{"step": k, "loss": 1.0} for k in (1, 2)]
+    given = {"result": {"test_nll": 1.0}, "folder": tmp_path / "runs", "records": records}
+    return SimpleNamespace(**{name: lambda run, v=value: v for name, value in given.items()})
 
 
 @pytest.mark.parametrize("place", ["records", "write_text", "rename"])
@@ -57,31 +54,30 @@ def test_a_kill_leaves_one_whole_copy(world, tmp_path, monkeypatch, place):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(world if place == "records" else Path, place, kill)
         mirror([POINT], world, "g")
-    mirror([POINT], world, "g")
-    assert mirror([POINT], world, "g") == 0
+    assert [mirror([POINT], world, "g") for _ in range(2)][1] == 0
     (copy,) = (tmp_path / "wandb").rglob("run")
     assert copy.parent.parent == tmp_path / "wandb"
     assert copy.read_text().split() == ["1", "2", "end"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(world, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "file"))
-    with pytest.raises(StoreError, match=r"WANDB_DIR=.*it is no folder"):
-        mirror([POINT], world, "g")
-
-
-def test_online_needs_a_key_before_training_and_a_lost_network_costs_no_answer(
-    world, monkeypatch, capsys
+def test_what_wandb_lacks_is_said_before_training_and_costs_no_answer(
+    world, monkeypatch, tmp_path, capsys
 ):
+    """A folder; a key; at last the network."""
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as m:
+        m.setenv("WANDB_DIR", str(tmp_path / "file"))
+        with pytest.raises(StoreError, match=r"WANDB_DIR=.*it is no folder"):
+            mirror([POINT], world, "g")
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(SpecError, match="wandb login"):
         check()
-    sys.modules["wandb"].api.api_key = "key"
+    wandb = sys.modules["wandb"]
+    wandb.api.api_key = "key"
     check()
 
     def lost(**_):
         raise ConnectionError("no network")
 
-    sys.modules["wandb"].init = lost
+    wandb.init = lost
     assert mirror([POINT], world, "g") == 0 and "no network" in capsys.readouterr().err

@@ -107,18 +107,17 @@ def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"{", b"null", b'{"sha256": "0", "result": {"state": "done"}}', b"\xff\xfe"]
-)
-def test_a_damaged_result_is_not_done_and_is_kept(store, change_owner, damage):
-    spec = tiny_spec()
-    work(store, spec)
-    path = store.folder(spec.id) / "result.json"
-    path.write_bytes(damage)
-    change_owner(spec.id, pid=DEAD_PID)
-    assert store.state(spec.id) == "interrupted"
-    assert work(store, spec) and store.state(spec.id) == "done"
-    assert list(path.parent.glob("result.damaged-*.json"))
+def test_a_damaged_result_is_not_done_and_is_kept(store, change_owner):
+    wrong = b'{"sha256": "0", "result": {"state": "done"}}'
+    for k, damage in enumerate((b"", b"{", b"null", wrong, b"\xff\xfe")):
+        spec = tiny_spec(seed=k)
+        work(store, spec)
+        path = store.folder(spec.id) / "result.json"
+        path.write_bytes(damage)
+        change_owner(spec.id, pid=DEAD_PID)
+        assert store.state(spec.id) == "interrupted"
+        assert work(store, spec) and store.state(spec.id) == "done"
+        assert [p.read_bytes() for p in path.parent.glob("result.damaged-*.json")] == [damage]
 
 
 def test_recent_records_are_read_from_the_end(store):
@@ -191,23 +190,19 @@ def test_a_folder_of_another_version_or_that_cannot_be_written_is_refused(store,
         RunStore(tmp_path / "file" / "runs").prepare()
 
 
-def test_checkpoints_alternate_and_a_damaged_one_is_not_used(tmp_path):
-    folder = tmp_path / "checkpoint"
-    save(folder, 1, 2, 3)
-    assert set(checkpoint.described(folder)) == {2, 3}
-    path = folder / f"{checkpoint.described(folder)[3]}.safetensors"
+def test_a_pack_resumes_from_the_latest_step_that_all_runs_have_whole(tmp_path):
+    x, y = tmp_path / "x", tmp_path / "y"
+    save(x, 1, 2, 3)
+    save(y, 1, 2)  # killed between the third writes of the two runs
+    assert set(checkpoint.described(x)) == {2, 3}
+    both = checkpoint.load_pack({"x": x, "y": y})
+    assert {s["meta"]["step"] for s in both.values()} == {2}
+    path = x / f"{checkpoint.described(x)[3]}.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    loaded = checkpoint.load_pack({"x": folder})
-    assert loaded["x"]["meta"]["step"] == 2 and float(loaded["x"]["tensors"]["param/w"][0]) == 2.0
-
-
-def test_a_pack_resumes_from_its_latest_common_step(tmp_path):
-    save(tmp_path / "x", 1, 2, 3)
-    save(tmp_path / "y", 1, 2)  # killed between the third writes of the two runs
-    loaded = checkpoint.load_pack({"x": tmp_path / "x", "y": tmp_path / "y"})
-    assert {s["meta"]["step"] for s in loaded.values()} == {2}
+    loaded = checkpoint.load_pack({"x": x})["x"]
+    assert loaded["meta"]["step"] == 2 and float(loaded["tensors"]["param/w"][0]) == 2.0
 
 
 def test_finished_runs_are_read_once_until_their_file_changes(store, monkeypatch):
@@ -233,36 +228,28 @@ def table(tmp_path):
     return load_runs(store.root)
 
 
-@pytest.mark.parametrize("ending", ["parquet", "csv"])
-def test_a_table_goes_out_and_into_another_store(tmp_path, table, ending):
-    path = tmp_path / f"table.{ending}"
-    table.to_parquet(path) if ending == "parquet" else table.to_csv(path, index=False)
-    assert import_table(tmp_path / "b", path) == 3
-    assert import_table(tmp_path / "b", path) == 0
-    again = load_runs(tmp_path / "b")
-    for column in ("run_id", "test_nll"):
-        assert list(again[column]) == list(table[column])
-    assert again["imported"].all()
-    other = RunStore(tmp_path / "b")
-    assert all(other.claim(tiny_spec(seed=k)) is None for k in range(3))
+def test_a_table_goes_out_and_into_another_store(tmp_path, table):
+    for ending, write in {"parquet": table.to_parquet, "csv": table.to_csv}.items():
+        path, there = tmp_path / f"table.{ending}", RunStore(tmp_path / ending)
+        write(path, index=False)
+        assert [import_table(there.root, path) for _ in range(2)] == [3, 0]
+        again = load_runs(there.root)
+        for column in ("run_id", "test_nll"):
+            assert list(again[column]) == list(table[column])
+        assert again["imported"].all()
+        assert all(there.claim(tiny_spec(seed=k)) is None for k in range(3))
 
 
-@pytest.mark.parametrize(
-    ("values", "problem"),
-    [
-        ({"state": "failed"}, "row 4: the state"),
-        ({"run_id": "0" * 12}, "row 4: the spec belongs to run"),
-        ({"test_nll": 9.0}, "row 4.*another result in an earlier row"),
-        ({}, None),  # the same row twice
-    ],
-)
-def test_a_table_with_a_bad_row_adds_nothing(tmp_path, table, values, problem):
-    rows = table.to_dict("records")
-    again = {**rows[0], "result": json.dumps({**json.loads(rows[0]["result"]), **values})}
-    pd.DataFrame([*rows, again]).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(StoreError, match=problem) if problem else contextlib.nullcontext():
-        assert import_table(tmp_path / "b", tmp_path / "t.csv") == 3
-    assert len(RunStore(tmp_path / "b").existing()) == (0 if problem else 3)
+def test_a_table_with_a_bad_row_adds_nothing(tmp_path, table):
+    rows, state, other = table.to_dict("records"), {"state": "failed"}, {"run_id": "0" * 12}
+    problems = {"the state": state, "belongs to run": other, "another result": {"test_nll": 9.0}}
+    for problem, values in {**problems, "": {}}.items():  # at last the same row twice
+        again = {**rows[0], "result": json.dumps({**json.loads(rows[0]["result"]), **values})}
+        pd.DataFrame([*rows, again]).to_csv(tmp_path / "t.csv", index=False)
+        fails = pytest.raises(StoreError, match=f"row 4.*{problem}")
+        with fails if problem else contextlib.nullcontext():
+            assert import_table(tmp_path / "b", tmp_path / "t.csv") == 3
+        assert len(RunStore(tmp_path / "b").existing()) == (0 if problem else 3)
 
 
 def test_rounds_added_at_the_same_time_are_all_recorded(tmp_path):
