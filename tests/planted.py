@@ -41,10 +41,10 @@ class World:
         self, rho=lambda spec: 0.5, best=None, more=lambda spec: {}, falls=lambda step: 1.0
     ):
         self.rho, self.more, self.falls = rho, more, falls
-        self.best = best or (lambda spec, step: FULL if spec.method.name == "fullft" else LORA)
+        self.best = best or (lambda spec, step: FULL if is_full(spec) else LORA)
 
     def loss(self, spec, step):
-        whole = spec.method.name == "fullft" and spec.method.scope == "all"
+        whole = is_full(spec) and spec.method.scope == "all"
         off = math.log(spec.lr / self.best(spec, step))
         progress = step * (1.0 if whole else self.rho(spec) * self.falls(step))
         noise = _noise(spec, step, NOISE)
@@ -77,7 +77,7 @@ class Valley(World):
         self.drift, self.behind = drift, dict(behind)
 
     def nll(self, spec):
-        best, rank = FULL_BEST, getattr(spec.method, "rank", 0)
+        best, rank = FULL_BEST, rank_of(spec)
         if rank:
             best *= self.ratio * 2 ** (self.drift * math.log2(rank / 4))
         if self.cliff is not None and spec.lr > self.cliff * best:
@@ -160,6 +160,10 @@ def is_full(spec):
     return spec.method.name == "fullft"
 
 
+def rank_of(spec):
+    return getattr(spec.method, "rank", 0)
+
+
 def lost(of, **world):
     """A world in which a run's loss is higher by `of(spec, step)`."""
 
@@ -223,6 +227,37 @@ def batches(ranks=(4,), lengths=LENGTHS, full=FULL, lora=LORA, n=5):
     return found
 
 
+WORDS = ("objective=policy_gradient", "batch_size=64", "group_size=8", "max_new_tokens=6")
+
+
+def rewarded(
+    top,
+    ranks=(1, 8),
+    lrs=5,
+    start=Rewards.start_reward,
+    seeds=range(4),
+    lora=None,
+    control=False,
+    sweep="",
+    ratio=4.0,
+    bends=(0.03, 0.03),
+    models=("tiny64-skilled",),
+):
+    """`lora`: LoRA's seeds; `control`: with full fine-tuning of LoRA's matrices; `ratio` of optima."""
+    found, steps = [], {"steps": 64}
+    for spec in (base(model, "words", *WORDS) for model in models):
+        found += arms(spec, (), 1e-4, n=lrs, seeds=seeds, **steps)
+        for rank in ranks:
+            found += runs(spec, LoRA(rank=rank), around(ratio * 1e-4, lrs), lora or seeds, **steps)
+        if control:
+            found += runs(spec, FullFT(scope="matrices"), around(1e-4, lrs), seeds, **steps)
+    world = Rewards(
+        top, lambda s: 1e-4 * (1 if is_full(s) else ratio), lambda s: bends[not is_full(s)]
+    )
+    world.start_reward = start
+    return sweep or ("rl_matrices" if control else "rl"), world, found
+
+
 def planted_table(world, specs):
     """The table that finished runs give, in the columns of the kept ones."""
     rows = []
@@ -263,12 +298,15 @@ def ask(sweep, world, specs, folder: Path | None = None, claims=None):
 
 
 def check(found, **expected):
-    """Compare verdicts by claim with what is expected: an outcome, a value, or both."""
+    """Compare verdicts by claim: an outcome or gate, a part of the reason, a value, or several."""
     for claim, wanted in expected.items():
         v = found[claim]
+        said = (v["outcome"], *(g["code"] for g in v["gates"]))
         for w in wanted if isinstance(wanted, tuple) else (wanted,):
-            got = v["outcome"] if isinstance(w, str) else v["estimate"]["value"]
-            assert got == w, (claim, v["why"])
+            if isinstance(w, str):
+                assert w in (said if w.isupper() else v["why"]), (claim, said, v["why"])
+            else:
+                assert v["estimate"]["value"] == w, (claim, v["why"])
 
 
 def analysed(table, question, folder, as_json):

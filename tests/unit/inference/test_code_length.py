@@ -34,21 +34,14 @@ def test_the_range_holds_what_all_rows_cost(name, n, times):
     assert held[0] >= 0.9 * cases and held[1] >= 0.95 * cases, held
 
 
-def test_what_was_measured_whole_has_no_range():
+def test_what_is_known_has_no_range_and_too_few_batches_say_nothing():
     base, code, tokens = batches(np.random.default_rng(1), SHAPES["learned at once"], 30)
-    found = extrapolate(base, code, tokens, 0)
-    for e, nats in ((found.as_is, base), (found.prequential, code)):
+    whole = extrapolate(base, code, tokens, 0)  # all was measured
+    for e, nats in ((whole.as_is, base), (whole.prequential, code)):
         assert e.value == e.low == e.high == pytest.approx(nats.sum())
-
-
-def test_without_noise_the_base_is_known_and_a_flat_code_as_well():
     tokens = np.full(40, 100.0)
-    found = extrapolate(2 * tokens, tokens, tokens, 10 * tokens.sum())
-    assert found.as_is.interval == pytest.approx((88_000, 88_000))
-    assert found.prequential.interval == pytest.approx((44_000, 44_000))
-
-
-def test_too_few_batches_say_nothing_of_further_rows():
-    few = np.ones(FEWEST - 1)
-    found = extrapolate(few, few, few, 100)
-    assert found.as_is.value is None and found.prequential.value is None
+    flat = extrapolate(2 * tokens, tokens, tokens, 10 * tokens.sum())
+    assert flat.as_is.interval == pytest.approx((88_000, 88_000))
+    assert flat.prequential.interval == pytest.approx((44_000, 44_000))
+    few = extrapolate(*[np.ones(FEWEST - 1)] * 3, 100)
+    assert few.as_is.value is None and few.prequential.value is None

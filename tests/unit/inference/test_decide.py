@@ -23,6 +23,10 @@ def draws(centre, sd, stream, n=4000):
 CLAIM = {"estimand": "lr_ratio", "expected": 10, "margin": [7.1, 14.1], "primary": True}
 
 
+def judged(estimate, log=False, seeds=3, gates=(), level=0.95, name="c", **claim):
+    return judge(name, {**CLAIM, **claim}, "g", estimate, gates, seeds, log, level)
+
+
 @pytest.mark.parametrize(
     ("low", "value", "high", "better", "outcome", "is_better"),
     [
@@ -36,20 +40,18 @@ CLAIM = {"estimand": "lr_ratio", "expected": 10, "margin": [7.1, 14.1], "primary
     ],
 )
 def test_the_interval_is_compared_with_the_margin(low, value, high, better, outcome, is_better):
-    claim = {**CLAIM, "better": better}
-    verdict = judge("ratio", claim, "g", Estimate(value, low, high), [], 3, True)
+    verdict = judged(Estimate(value, low, high), log=True, better=better)
     assert verdict.outcome == outcome and verdict.is_better == is_better
     assert bool(verdict.needed) == (outcome == "UNDECIDED")
     gate = Gate(GateCode.TASK, "nearly solved")
-    gated = judge("ratio", CLAIM, "g", Estimate(value, low, high), [gate], 3, True)
+    gated = judged(Estimate(value, low, high), log=True, gates=[gate])
     assert gated.outcome == "UNDECIDED" and gated.why == gate.sentence
 
 
 def test_looks_are_judged_at_pococks_levels():
     assert look_level(1) == pytest.approx(0.95) and look_level(3) == pytest.approx(0.9779)
-    ln = draws(math.log(10), 0.165, 0)
-    once = judge("r", CLAIM, "g", from_draws(np.exp(ln), 9), [], 5, True, look_level(1))
-    thrice = judge("r", CLAIM, "g", from_draws(np.exp(ln), 9), [], 5, True, look_level(3))
+    e = from_draws(np.exp(draws(math.log(10), 0.165, 0)), 9)
+    once, thrice = (judged(e, log=True, level=look_level(n)) for n in (1, 3))
     assert once.outcome == "SUPPORTED" and thrice.outcome == "UNDECIDED" and "97.8%" in thrice.why
     with pytest.raises(ValueError, match="at most 5"):
         look_level(6)
@@ -67,7 +69,7 @@ def test_the_p_value_is_the_level_at_which_it_is_decided():
 def test_holm_corrects_primary_claims_only():
     def verdict(name, sd, primary=True):
         estimate = from_draws(np.exp(draws(math.log(10), sd, 5)), 9)
-        return judge(name, {**CLAIM, "primary": primary}, "g", estimate, [], 5, True)
+        return judged(estimate, log=True, name=name, primary=primary)
 
     sure, close = verdict("sure", 0.05), verdict("close", 0.16)
     aside = verdict("aside", 0.16, primary=False)
@@ -80,11 +82,10 @@ def test_holm_corrects_primary_claims_only():
 
 
 def test_a_run_without_a_value_decides_nothing_and_makes_no_other_claim_easier():
-    claim = {**CLAIM, "margin": [-10, 0]}
-    unknown = judge("unknown", claim, "g", from_sample([math.nan, -5.0, -5.1]), [], 3, False)
+    unknown = judged(from_sample([math.nan, -5.0, -5.1]), margin=[-10, 0], name="unknown")
     assert unknown.outcome == "UNDECIDED" and unknown.why == "no interval" and unknown.p is None
     one_sided = stats.norm.ppf((np.arange(4000) + 0.5) / 4000) - stats.norm.ppf(1 - 0.03 / 2)
-    weak = judge("weak", claim, "g", from_draws(one_sided, 5), [], 5, False)
+    weak = judged(from_draws(one_sided, 5), margin=[-10, 0], name="weak")
     assert weak.outcome == "SUPPORTED" and weak.p == pytest.approx(0.03)
     assert [v.outcome for v in holm([unknown, weak])] == ["UNDECIDED", "UNDECIDED"]
 
@@ -94,8 +95,8 @@ def test_where_likely_rates_say_nothing_there_is_no_interval():
     assert over_seeds(AtBest(best, (best,) * 40)).has_interval()
     one_in_four = over_seeds(AtBest(best, (best,) * 30 + (far,) * 10))
     assert not one_in_four.has_interval() and "unread_at_likely_rates" in one_in_four.flags
-    judged = judge("c", {"margin": [-1, 1], "expected": 0}, "g", one_in_four, [], 3, False)
-    assert judged.outcome == "UNDECIDED" and judged.needed == REMEDIES["unread_at_likely_rates"]
+    verdict = judged(one_in_four, margin=[-1, 1])
+    assert verdict.outcome == "UNDECIDED" and verdict.needed == REMEDIES["unread_at_likely_rates"]
 
 
 CASES = 8000
@@ -190,52 +191,45 @@ def test_intervals_over_three_seeds_cover_and_are_at_least_students(spreads, sha
 def test_the_wider_interval_is_picked_at_the_level_that_judges(rounds):
     """0.45 of the pooled spread: Student's three seeds are narrower at 95% and wider from 97.8% on."""
     level, pooled = look_level(rounds), PooledVariance(1.0, 10)
-    own = 0.45 * np.array([-1.0, 0.0, 1.0])
-    claim = {"estimand": "rho", "expected": 0, "margin": [-9, 9]}
-    e = judge("c", claim, "g", from_sample(own, pooled=pooled), [], 3, False, level).estimate
+    own = from_sample(0.45 * np.array([-1.0, 0.0, 1.0]), pooled=pooled)
+    e = judged(own, margin=[-9, 9], level=level).estimate
     both = [(0.45, 2), (1.0, 10)]
     widest = max(sd / math.sqrt(3) * stats.t.ppf(0.5 + level / 2, df) for sd, df in both)
     assert e.high == pytest.approx(widest, rel=2e-3) and e.low == pytest.approx(-widest, rel=2e-3)
 
 
-SPEED_CLAIM = {"estimand": "rho", "expected": 1, "margin": [0.9, 1.11]}
-VALUE, SD, LEVEL = 0.821, 0.0766, 0.9706
-
-
 def test_three_seeds_need_nine_and_not_twenty_three():
     """Three seeds' t is 5.7: it narrows faster than 1/sqrt(n), which asked for 23."""
-    three = np.exp(math.log(VALUE) + SD * np.linspace(-1, 1, 3))
-    verdict = judge("c", SPEED_CLAIM, "g", from_sample(three, log=True), [], 3, True, LEVEL)
+    three = from_sample(np.exp(math.log(0.821) + 0.0766 * np.linspace(-1, 1, 3)), log=True)
+    verdict = judged(three, log=True, level=0.9706, expected=1, margin=[0.9, 1.11])
     assert verdict.needed == "about 9 seeds at each optimum (now 3)" and verdict.missing == 6
 
 
 def test_an_error_that_all_seeds_share_does_not_fall_with_their_number():
-    parts = (Part(0.05, 2),)
     found = {}
     for shared in (0.0, 0.03, 0.06):
-        spread = Spread(3, parts=parts, shared=shared)
+        spread = Spread(3, parts=(Part(0.05, 2),), shared=shared)
         half, _, _ = spread.at(3, 0.95)
         found[shared] = needed(spread, 0.1, (0.1 - half, 0.1 + half), (-9, 0), 0.95)
     assert found[0.0] < found[0.03] and found[0.06] is None
-    half, error, df = from_sample([1.0, 1.01, 0.99], pooled=PooledVariance(0.01, 8)).spread.at(
-        6, 0.95
-    )
+    spread = from_sample([1.0, 1.01, 0.99], pooled=PooledVariance(0.01, 8)).spread
+    half, error, df = spread.at(6, 0.95)
     assert df == 20 and half == pytest.approx(2.086 * error, rel=1e-3)  # each sample adds to it
     e = from_sample([0.08, 0.1, 0.12], shifts=np.linspace(-0.1, 0.1, 50))
-    verdict = judge("c", {**SPEED_CLAIM, "margin": [-9, 0.05]}, "g", e, [], 3, False)
-    assert "learning rates around the best ones" in verdict.needed
+    assert "learning rates around the best ones" in judged(e, margin=[-9, 0.05]).needed
 
 
 def test_what_is_counted_are_the_units_of_the_interval():
     trace = within_groups([[(0, 0.1), (1, 0.9), (2, 0.5)]] * 4, "layer sets")
-    open_ = judge("c", {**SPEED_CLAIM, "margin": [-1, 0.4]}, "g", trace, [], 3, False)
-    assert open_.outcome == "UNDECIDED" and "layer sets" in open_.needed
     bases = meta_regression(np.array([0.1, 0.4, 0.2]), np.full(3, 0.01), np.ones((3, 1))).term(0)
-    assert (
-        "bases" in judge("c", {**SPEED_CLAIM, "margin": [-9, 0.2]}, "g", bases, [], 7, False).needed
-    )
     fit = Estimate(1.0, 0.85, 1.15, 40)  # of a fit: 40 runs, 3 seeds at the optimum
-    assert f"{SEEDS} (now 3)" in judge("c", SPEED_CLAIM, "g", fit, [], 3, False).needed
+    for e, margin, unit in (
+        (trace, [-1, 0.4], "layer sets"),
+        (bases, [-9, 0.2], "bases"),
+        (fit, [0.9, 1.11], f"{SEEDS} (now 3)"),
+    ):
+        verdict = judged(e, expected=1, margin=margin)
+        assert verdict.outcome == "UNDECIDED" and unit in verdict.needed
 
 
 def test_a_partial_correlation_counts_the_means_that_were_subtracted():

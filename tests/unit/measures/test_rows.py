@@ -1,13 +1,11 @@
 """Rows of answers: one key a row, curves told apart, and what was kept before is read alike."""
 
-import csv
-import io
 import json
 
 import pandas as pd
 import pytest
 
-from analysis.measures.rows import COLUMNS, Setting, csv_of, pick, rows_of
+from analysis.measures.rows import Setting, pick, rows_of
 from analysis.questions.registry import read_question
 from tests import planted
 
@@ -73,12 +71,3 @@ def test_four_arms_of_one_rank_have_each_their_own_ratio():
         (best,) = pick(found, "best_lr", arm=r.arm)
         (lost,) = pick(found, "nats lost at 10x", arm=r.arm)
         assert best.estimate.value == r.estimate.value * 1e-3 == lost.estimate.value / 10
-
-
-def test_a_table_of_rows_is_read_back(kept):
-    table = list(csv.DictReader(io.StringIO(csv_of(kept))))
-    assert len(table) == len(kept) and tuple(table[0]) == COLUMNS
-    for cells, row in zip(table, kept):
-        value = row.estimate.value
-        assert cells["value"] == ("" if value is None else f"{value:.6g}")
-        assert cells["outcome"] == (row.verdict.outcome if row.verdict else "")

@@ -12,14 +12,12 @@ from analysis.inference.gates import GateCode
 from analysis.questions.registry import analyse
 from analysis.runs.table import read
 from lorasweep.cli.answer import KEPT
-from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from tests.planted import (
     FULL,
     FULL_BEST,
     GAIN,
     LORA,
-    Rewards,
     Valley,
     World,
     arms,
@@ -33,6 +31,7 @@ from tests.planted import (
     lost,
     planted_table,
     rank_runs,
+    rewarded,
     runs,
 )
 
@@ -87,8 +86,8 @@ def recipes(default=2e-4, forgotten=0.2, behind=lambda spec: 0.0):
     return "recipes", world, found
 
 
-def two_batches(rho):
-    return "batch_size", World(rho), batches((4,), {4: 64, 16: 32})
+def two_batches(rho, *best):
+    return "batch_size", World(rho, *best), batches((4,), {4: 64, 16: 32})
 
 
 def novel(gap=lambda rank, step: 0.0, noise=0.0, steps=256, ranks=(1, 8), new=NEW):
@@ -107,22 +106,6 @@ def novel(gap=lambda rank, step: 0.0, noise=0.0, steps=256, ranks=(1, 8), new=NE
 
     spec = base("tiny64", "dialect", **new)
     return "regime", lost(of, more=more), arms(spec, ranks, steps=steps, batch_size=4)
-
-
-def rewarded(
-    top, ranks=(1, 8), lrs=5, start=0.1, seeds=range(4), lora=None, control=False, sweep=""
-):
-    """`lora`: LoRA's seeds; `control`: with full fine-tuning of LoRA's matrices."""
-    sizes = ("objective=policy_gradient", "batch_size=64", "group_size=8", "max_new_tokens=6")
-    spec, steps = base("tiny64-skilled", "words", *sizes), {"steps": 64}
-    found = arms(spec, (), 1e-4, n=lrs, seeds=seeds, **steps)
-    for rank in ranks:
-        found += runs(spec, LoRA(rank=rank), around(4e-4, lrs), lora or seeds, **steps)
-    if control:
-        found += runs(spec, FullFT(scope="matrices"), around(1e-4, lrs), seeds, **steps)
-    world = Rewards(top, lambda s: 1e-4 * (1 if is_full(s) else 4), lambda s: 0.03)
-    world.start_reward = start
-    return sweep or ("rl_matrices" if control else "rl"), world, found
 
 
 def climbs(spec, step):
@@ -182,6 +165,11 @@ def unlucky(spec):
     return 0.5 * (is_full(spec) and spec.seed > 0)
 
 
+def edge_of_batch_16(spec, step):
+    """The LRs of one batch do not bracket its optima: what the other says is not enough."""
+    return (0.1 if spec.batch_size == 16 else 1) * (FULL if is_full(spec) else LORA)
+
+
 def case(claim, gates, make, *args, **more):
     return pytest.param(claim, gates, partial(make, *args, **more), id=f"{claim}: {gates}")
 
@@ -191,6 +179,7 @@ EDGES = "fullft: FLAGGED, lora r1: FLAGGED"
 ONE = f"fullft: FLAGGED, fullft: {BEST}, lora r4: FLAGGED, lora r4: {BEST}, FEW_SEEDS_AT_RECIPE"
 TWO = f"fullft: {BEST}, lora r8: {BEST}, all rates: FEW_SEEDS"
 BOUNDS = "batch 4, rank 4: ONLY_A_BOUND, batch 16, rank 4: ONLY_A_BOUND"
+AT_EDGE = "batch 4, MISSING, batch 16, fullft: FLAGGED, batch 16, lora r4: FLAGGED"
 RANGE = "fullft: FLAGGED, lora r8: FLAGGED, range of good rates: FLAGGED"
 CASES = [
     case("ratio", "fullft: FLAGGED", ratio, Valley(3), full=4e-5),
@@ -226,6 +215,8 @@ CASES = [
     case("original", "MISSING", recipes),
     case("retention_equal", "FEW_SEEDS_AS_GOOD", recipes, behind=unlucky),
     case("penalty", BOUNDS, two_batches, lambda s: 1e3),
+    case("penalty", AT_EDGE, two_batches, lambda s: 0.5, edge_of_batch_16),
+    case("small_best", "MISSING", two_batches, lambda s: 0.5),
     case("low", "NOISY", novel, noise=0.016, steps=32),
     case("growth", "NO_GAP", novel, lambda r, t: -0.05),
     case("unchanged", "NO_ADVANTAGE", novel, steps=32),

@@ -9,19 +9,11 @@ from analysis.measures import speed
 from analysis.measures.at_best import AtBest
 from analysis.measures.batch_effect import prefixes_of
 from lorasweep.methods.fullft import FullFT
-from tests.planted import (
-    FULL,
-    GAIN,
-    LORA,
-    World,
-    ask,
-    batches,
-    check,
-    planted_table,
-    rank_runs,
-)
+from tests import planted
+from tests.planted import FULL, GAIN, LORA, World, ask, batches, check, is_full, rank_of, rank_runs
 
 pytestmark = pytest.mark.slow  # fits dozens of curves
+RULES = {"rule_shift": 0.25, "new_exceptions": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +22,48 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(speed, "RESAMPLES", 200)
 
 
-RULES = {"rule_shift": 0.25, "new_exceptions": 0.0}
+def of_rank(rho, *best):
+    return World(lambda s: rho[s.method.rank], *best)
+
+
+def rising(slope):
+    return World(lambda s: 0.5 * s.method.rank ** (slope / math.log(2)))
+
+
+def rank_1_lower(factor):
+    def best(spec, step):
+        return FULL if is_full(spec) else LORA / (factor if rank_of(spec) == 1 else 1)
+
+    return World(lambda s: 0.5, best=best)
+
+
+def near(value, off):
+    return pytest.approx(value, abs=off)
+
+
+BETWEEN = of_rank({1: 0.2, 4: 0.8}, lambda spec, step: 2.1e-3 if is_full(spec) else 4.4e-3)
+"""Optima between tried LRs: 1.6e-3, 3.2e-3, 6.4e-3."""
+GROWS = planted.lost(lambda s, step: 0.02 * math.log2(step) * (rank_of(s) == 1))
+
+
+@pytest.mark.parametrize(
+    ("world", "of", "params", "expected"),
+    [
+        (BETWEEN, ((1, 4), 384), {}, {"parity": near(0.8, 0.024)}),
+        (rising(0.2), (), {}, {"faster": ("SUPPORTED", near(0.2, 0.03)), "alike": "NO_CELL"}),
+        (rising(0.2), (), RULES, {"alike": ("REFUTED", near(0.2, 0.03)), "faster": "NO_CELL"}),
+        # A line over ln(1 + updates) is nearly one over ln(updates); ranks of one speed stay equal.
+        (rank_1_lower(2), (), RULES, {"rank_1_lower": near(2, 0.2), "straight": near(1.1, 0.1)}),
+        (GROWS, (), {}, {"grows": ("SUPPORTED", near(0.02, 1e-3))}),
+    ],
+)
+def test_what_is_planted_of_ranks_comes_back(world, of, params, expected):
+    check(ask("rank", world, rank_runs(*of, **params))[1], **expected)
 
 
 @pytest.mark.parametrize(("top", "outcome"), [(1.0, "SUPPORTED"), (0.5, "REFUTED")])
 def test_parity_and_the_steps_from_which_ranks_are_behind(top, outcome, tmp_path):
-    rho = {1: 0.1, 4: 0.3, 8: top}
-    world, folder = World(lambda s: rho[s.method.rank]), tmp_path if top == 1 else None
+    world, folder = of_rank({1: 0.1, 4: 0.3, 8: top}), tmp_path if top == 1 else None
     out, found = ask("rank", world, rank_runs(steps=384), folder)
     check(found, parity=(outcome, pytest.approx(top, rel=0.05)))
     check(found, start_popular="REFUTED")  # rank 1 is apart at once
@@ -45,111 +72,43 @@ def test_parity_and_the_steps_from_which_ranks_are_behind(top, outcome, tmp_path
     assert all(v is None for v in left["8"]) == (top == 1.0)
 
 
-def test_a_draw_that_diverged_says_nothing_about_the_others():
-    table = planted_table(World(lambda s: 0.3), rank_runs(steps=32))
+def test_a_draw_or_seed_that_is_missing_leaves_what_the_others_say_without_an_interval():
+    table = planted.planted_table(World(lambda s: 0.3), rank_runs(steps=32))
     start = speed.start_of(table, 8)
     table.loc[table["init_seed"] == 1, "status"] = "diverged"
     fewer = speed.start_of(table, 8)
     assert fewer.steps == start.steps and fewer.first.value is None
     table.loc[table["init_seed"] > 0, "status"] = "diverged"
     assert speed.start_of(table, 8) is None
-
-
-def test_an_optimum_between_tried_lrs_is_interpolated():
-    between = {"fullft": 2.1e-3, "lora": 4.4e-3}  # tried: 1.6e-3, 3.2e-3, 6.4e-3
-    rho, best = {1: 0.2, 4: 0.8}, lambda spec, step: between[spec.method.name]
-    _, found = ask("rank", World(lambda s: rho[s.method.rank], best), rank_runs((1, 4), 384))
-    check(found, parity=pytest.approx(0.8, rel=0.03))
-
-
-def test_a_curve_whose_straightness_has_no_interval_leaves_the_claim_open():
     straight = [(float(2**k), 3.0 - 0.1 * k) for k in range(9)]
     sure = AtBest({s: [(t, v + 1e-3 * s * (t == 1)) for t, v in straight] for s in range(3)})
-    one_seed = AtBest({0: straight})
     assert speed.straightness(sure).has_interval()
-    assert not speed.least_straight(sure, one_seed).has_interval()
-
-
-@pytest.mark.parametrize(
-    ("slope", "params", "claim", "other", "outcome"),
-    [
-        (0.2, {}, "faster", "alike", "SUPPORTED"),
-        (-0.2, {}, "faster", "alike", "REFUTED"),
-        (0.0, RULES, "alike", "faster", "SUPPORTED"),
-        (0.2, RULES, "alike", "faster", "REFUTED"),
-    ],
-)
-def test_the_slope_over_ranks_is_judged_in_its_regime(slope, params, claim, other, outcome):
-    world = World(lambda s: 0.5 * s.method.rank ** (slope / math.log(2)))
-    _, found = ask("rank", world, rank_runs(**params))
-    check(found, **{claim: (outcome, pytest.approx(slope, abs=0.03))})
-    assert [g["code"] for g in found[other]["gates"]] == ["NO_CELL"]
-
-
-@pytest.mark.parametrize(("factor", "outcome"), [(2.0, "SUPPORTED"), (0.5, "REFUTED")])
-def test_whether_rank_1_has_a_lower_optimal_lr_comes_back(factor, outcome):
-    def best(spec, step):
-        rank = getattr(spec.method, "rank", 0)
-        return LORA / (factor if rank == 1 else 1) if rank else FULL
-
-    _, found = ask("rank", World(lambda s: 0.5, best=best), rank_runs(**RULES))
-    check(found, rank_1_lower=(outcome, pytest.approx(factor, rel=0.1)))
-    # A line over ln(1 + updates) is nearly one over ln(updates), and ranks of one speed stay equal.
-    check(found, straight=("SUPPORTED", pytest.approx(1.1, abs=0.1)))
-
-
-def test_the_difference_of_two_ranks_grows_at_the_planted_slope():
-    """At one LR, rank 1 lies 0.02 nats further behind at every doubling."""
-
-    class Grows(World):
-        def loss(self, spec, step):
-            behind = spec.method.name == "lora" and spec.method.rank == 1
-            return super().loss(spec, step) + (0.02 * math.log2(step) if behind else 0.0)
-
-    _, found = ask("rank", Grows(lambda s: 1.0), rank_runs())
-    check(found, grows=("SUPPORTED", pytest.approx(0.02, abs=1e-3)))
-
-
-def test_each_model_is_compared_with_full_fine_tuning_of_itself():
-    top = {"tiny64": 1.0, "tiny64-s1": 0.5}
-    world = World(lambda s: {1: 0.1, 8: top[s.model.name]}[s.method.rank])
-    out, _ = ask("rank", world, rank_runs((1, 8), 384, models=top))
-    parity = {v["group"].split()[0]: v for v in out["verdicts"] if v["claim"] == "parity"}
-    outcomes = {"tiny64": "SUPPORTED", "tiny64-s1": "REFUTED"}
-    check(parity, **{m: (outcomes[m], pytest.approx(top[m], rel=0.05)) for m in top})
-    assert {name.split()[0] for name in out["tasks"]} == set(top)
-
-
-def falls(step):
-    """LoRA's speed after `step` updates over that at the start: half of it is lost in 64."""
-    return step ** (-1 / 6)
+    assert not speed.least_straight(sure, AtBest({0: straight})).has_interval()
 
 
 def test_a_control_is_not_what_batches_are_compared_with():
     """Full fine-tuning of the adapted matrices only, at half the speed."""
-    world = World(lambda s: 0.8 if s.method.name == "lora" else 0.5)
     specs = batches((4,), {4: 32, 16: 16})
-    full = [s for s in specs if s.method.name == "fullft"]
-    controls = [dataclasses.replace(s, method=FullFT(scope="matrices")) for s in full]
-    found = prefixes_of(planted_table(world, specs + controls))
-    values = [p.rho.value for p in found]
+    specs += [dataclasses.replace(s, method=FullFT(scope="matrices")) for s in specs if is_full(s)]
+    world = World(lambda s: 0.5 if is_full(s) else 0.8)
+    found = prefixes_of(planted.planted_table(world, specs))
     assert {p.full.curve.key["scope"] for p in found} == {"all"}
-    assert values == pytest.approx([0.8] * len(values), abs=0.05)
+    assert [p.rho.value for p in found] == pytest.approx([0.8] * len(found), abs=0.05)
 
 
 @pytest.mark.parametrize(("b", "outcome"), [(-0.1, "SUPPORTED"), (0.0, "REFUTED")])
 def test_batch_penalty(b, outcome, tmp_path):
-    """rho of 0.9 at batch 4, changing by the factor exp(b) per doubling."""
-    world = World(lambda s: 0.9 * math.exp(b * math.log2(s.batch_size / 4)), falls=falls)
+    """rho of 0.9 at batch 4, changing by exp(b) per doubling; half of it is lost in 64 updates."""
+    world = World(
+        lambda s: 0.9 * math.exp(b * math.log2(s.batch_size / 4)), falls=lambda t: t ** (-1 / 6)
+    )
     out, found = ask("batch_size", world, batches((1, 4)), tmp_path if b else None)
-    check(found, penalty=(outcome, pytest.approx(b, abs=0.02)))
-    check(found, any_rank=("SUPPORTED", pytest.approx(0, abs=0.03)))
-    # half of LoRA's speed is lost in 64 updates: at equal examples, a doubling halves the updates
+    check(found, penalty=(outcome, near(b, 0.02)), any_rank=("SUPPORTED", near(0, 0.03)))
+    # at equal examples, a doubling of the batch halves the updates
     at_examples = {r: e["value"] for r, e in out["batch_effect_at_equal_examples"].items()}
-    regained = math.log(2) / 6
-    assert at_examples == {r: pytest.approx(b + regained, abs=0.04) for r in ("1", "4")}
-    check(found, below_32="REFUTED")  # 0.9 and falling: more than 5% of the gain
-    assert found["below_256"]["why"] == "no curve of batch 256"
+    assert at_examples == {r: near(b + math.log(2) / 6, 0.04) for r in ("1", "4")}
+    # 0.9 and falling: more than 5% of the gain
+    check(found, below_32="REFUTED", below_256="no curve of batch 256")
     assert "batches of 4 to 64 after 8 to 128 updates" in out["read"]["batch_effect"]
 
 
@@ -161,8 +120,8 @@ class ByBatch(World):
         self.of, self.gap = of, gap
 
     def loss(self, spec, step):
-        lora = spec.method.name == "lora"
-        return super().loss(spec, step) + self.of(spec) + lora * self.gap(step)
+        behind = 0.0 if is_full(spec) else self.gap(step)
+        return super().loss(spec, step) + self.of(spec) + behind
 
 
 @pytest.mark.parametrize(
@@ -172,17 +131,11 @@ class ByBatch(World):
 def test_the_best_batch_is_small_only_if_it_is_for_both_methods(of_full, of_lora, outcome):
     """1,024 examples: batch 4 after 256 updates is the best, batch 64 after 16 the best above 32.
     `of_full` and `of_lora` are added at batches up to 32."""
-
-    def of(spec):
-        return (of_full if spec.method.name == "fullft" else of_lora) * (spec.batch_size <= 32)
-
+    world = ByBatch(lambda s: (of_full if is_full(s) else of_lora) * (s.batch_size <= 32))
     sizes = {4: 256, 16: 64, 64: 16, 128: 8}
-    _, found = ask("batch_size", ByBatch(of), batches((1, 4), sizes))
-    by_updates = GAIN * math.log2(257 / 17)
-    expected = by_updates - max(of_full, of_lora)
-    check(found, small_best=(outcome, pytest.approx(expected, abs=5e-3)))
-    _, found = ask("batch_size", ByBatch(of), batches((1, 4), {4: 32, 16: 8}))
-    assert found["small_best"]["why"] == "no curve of batches up to 32 and above, of both methods"
+    _, found = ask("batch_size", world, batches((1, 4), sizes))
+    expected = GAIN * math.log2(257 / 17) - max(of_full, of_lora)
+    check(found, small_best=(outcome, near(expected, 5e-3)))
 
 
 @pytest.mark.parametrize(
@@ -191,12 +144,16 @@ def test_the_best_batch_is_small_only_if_it_is_for_both_methods(of_full, of_lora
 def test_whether_the_gap_at_batch_32_shrinks(doubling, outcome):
     """The gap changes by `doubling` nats at each doubling of the updates, here from 32 to 128."""
     world = ByBatch(gap=lambda step: 0.2 + doubling * math.log2(step / 32))
-    runs_at = batches((4,), {32: 128, 512: 8})
-    out, found = ask("large_batches", world, runs_at)
-    check(found, shrinks=(outcome, pytest.approx(2 * doubling, abs=3e-3)))
+    out, found = ask("large_batches", world, batches((4,), {32: 128, 512: 8}))
+    check(found, shrinks=(outcome, near(2 * doubling, 3e-3)))
     assert out["read"]["gap_change_at_32"] == "rank 4, update 32 to 128"
-    _, found = ask("large_batches", world, batches((4,), {16: 128, 512: 8}))
-    assert found["shrinks"]["why"] == "no curve of batch 32"
+
+
+def test_a_claim_about_batches_that_are_missing_names_them():
+    _, found = ask("large_batches", ByBatch(), batches((4,), {16: 128, 512: 8}))
+    check(found, shrinks="no curve of batch 32")
+    _, found = ask("batch_size", ByBatch(), batches((1, 4), {4: 32, 16: 8}))
+    check(found, small_best="no curve of batches up to 32 and above, of both methods")
 
 
 def test_runs_of_two_lengths_of_one_batch_are_judged_together():
@@ -205,14 +162,5 @@ def test_runs_of_two_lengths_of_one_batch_are_judged_together():
     long = batches(lengths={4: 64, 16: 64}, full=8e-4, lora=8e-4)
     short = batches(lengths={4: 16, 16: 16}, full=6.4e-3, lora=6.4e-3)
     out, found = ask("batch_size", world, [*long, *short])
-    check(found, penalty=pytest.approx(0, abs=0.03))
+    check(found, penalty=near(0, 0.03))
     assert "batches of 4 to 16 after 8 to 64 updates" in out["read"]["batch_effect"]
-
-
-def test_every_batch_has_to_take_part():
-    """The LRs of batch 64 do not bracket its optimum: what the others say is not enough."""
-    world = World(best=lambda s, step: 1e-2 if s.batch_size == 64 else 1.6e-3)
-    out, found = ask("batch_size", world, batches(lora=FULL))
-    check(found, penalty="UNDECIDED")
-    assert [e["value"] for e in out["batch_effect_at_equal_examples"].values()] == [None]
-    assert {g["place"].split(",")[0] for g in found["penalty"]["gates"]} == {"batch 64"}

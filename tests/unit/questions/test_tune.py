@@ -10,7 +10,7 @@ from analysis.questions.registry import question_named
 from lorasweep.cli.answer import look, open_questions
 from lorasweep.config.compose import compose_request
 from lorasweep.sweep.request import question
-from tests.planted import FULL, LORA, World, analysed, arms, base, planted_table
+from tests.planted import FULL, LORA, World, analysed, arms, base, is_full, planted_table
 
 ASKED = question(compose_request(["+sweep=tune", "scale=smoke"]))
 SHIFT = 2.0
@@ -18,24 +18,23 @@ SHIFT = 2.0
 
 
 class Shifted(World):
-    """On test rows, optimal learning rates are SHIFT times those on validation rows."""
+    """On test rows, optimal learning rates are SHIFT times those on validation rows, whose losses
+    are `harder` nats higher, before and after training."""
 
-    def __init__(self, lost=lambda spec: 0.0):
+    def __init__(self, lost=lambda spec: 0.0, harder=0.0):
         super().__init__(rho=lambda spec: 1.0, more=self.chosen_by)
-        self.lost = lost
+        self.lost, self.harder = lost, harder
 
-    def loss(self, spec, step):
-        return self.on_test(spec, step, 1.0)
-
-    def on_test(self, spec, step, shift):
-        at = dataclasses.replace(spec, lr=spec.lr * shift)
-        lost = self.lost(spec) if spec.method.name == "lora" else 0.0
-        return super().loss(at, step) + lost
+    def loss(self, spec, step, shift=1.0):
+        lost = 0.0 if is_full(spec) else self.lost(spec)
+        return super().loss(dataclasses.replace(spec, lr=spec.lr * shift), step) + lost
 
     def chosen_by(self, spec):
-        value = self.on_test(spec, spec.steps, SHIFT)
+        value = self.loss(spec, spec.steps, SHIFT) + self.harder
         at = {"step": spec.steps, "test_nll": self.nll(spec), "test_nll_curve": value}
         curve = [*self.curve(spec)[:-1], at]
+        if self.harder:
+            curve[0]["test_nll_curve"] = self.start + self.harder
         return {"curve": curve, "test_nll_curve": value, "n_test": 30, "wall_s": 3.0}
 
 
@@ -70,16 +69,7 @@ def test_validation_rows_choose_the_rate_and_test_rows_measure_the_loss_there():
 
 
 def test_harder_validation_rows_do_not_make_good_runs_count_as_untrained():
-    class Harder(Shifted):
-        """Validation losses are 5 nats higher than test losses, before and after training."""
-
-        def chosen_by(self, spec):
-            found = super().chosen_by(spec)
-            found["curve"][0]["test_nll_curve"] = self.start + 5
-            found["curve"][-1]["test_nll_curve"] += 5
-            return found
-
-    easy, harder = (by_rank(results(world, specs())) for world in (Shifted(), Harder()))
+    easy, harder = (by_rank(results(Shifted(harder=h), specs())) for h in (0, 5))
     for rank, arm in harder.items():
         best = easy[rank]["best_lr"]["value"]
         assert arm["best_lr"]["value"] == pytest.approx(best) and arm["best_tried"]
@@ -110,7 +100,7 @@ def test_a_look_decides_or_says_what_is_open_and_asks_for_rates_at_an_edge():
     world = Shifted()
     decided, lrs = look(planted_table(world, specs()), ASKED)
     assert decided and not any(lrs.values())
-    low = [s for s in specs() if s.method.name == "lora" or s.lr <= FULL / 4]
+    low = [s for s in specs() if not is_full(s) or s.lr <= FULL / 4]
     table = planted_table(world, low)
     decided, lrs = look(table, ASKED)
     full = set(table[table["method"] == "fullft"]["run_id"])
@@ -118,16 +108,13 @@ def test_a_look_decides_or_says_what_is_open_and_asks_for_rates_at_an_edge():
     found = open_questions(results(world, low))
     assert found[0].startswith("the learning rate of full fine-tuning (")
     assert found[-1].startswith("LoRA against full fine-tuning (needed: ")
-
-
-def test_one_seed_asks_for_no_rates_because_of_its_missing_variance():
-    one = [s for s in specs() if s.seed == 0]
-    decided, lrs = look(planted_table(Shifted(), one), ASKED)
+    one = [s for s in specs() if s.seed == 0]  # its missing variance asks for no rates
+    decided, lrs = look(planted_table(world, one), ASKED)
     assert not decided and not any(lrs.values())
 
 
 def test_lora_alone_is_answered_without_a_comparison():
-    found = results(Shifted(), [s for s in specs() if s.method.name == "lora"])
+    found = results(Shifted(), [s for s in specs() if not is_full(s)])
     assert by_rank(found).keys() == {2, 8} and by_rank(found)[8]["gap_percent"] is None
     assert open_questions(found) == [] and found["verdicts"][0]["outcome"] == "UNDECIDED"
     assert question_named("tune").names == ["over_allowed_top_rank"]

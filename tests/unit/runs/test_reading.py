@@ -37,37 +37,80 @@ def test_our_own_csv_export_fits_like_the_parquet(tmp_path):
     assert variants(lr_curves(read(table).table)[1:]) == [""]
 
 
+THEIRS = {"lr": "learning_rate", "test_nll": "eval_loss"}
+MIXED = planted(higher=True)
+MIXED.loc[MIXED.index % 2 == 0, "test_nll"] *= 100
+
+
+def broken(row=3, **values):
+    ((column, value),) = values.items()
+    table = planted().astype(object)
+    table.loc[row, column] = value
+    return table
+
+
 @pytest.mark.parametrize(
-    ("pairs", "words"),
+    ("table", "options", "words"),
     [
-        ([], "--map learning_rate=lr"),
-        (["learning_rate=lr"], "--map eval_loss=test_nll"),
-        (["learning_rat=lr"], "Did you mean 'learning_rate'?"),
-        (["learning_rate=lrr"], "Did you mean 'lr'?"),
-        (["learning_rate=lr", "eval_loss=test_nll"], ""),
+        (planted().drop(columns="model"), [], ["no column 'model'", "--map"]),
+        (planted().drop(columns="rank"), [], ["no column 'rank'"]),
+        (planted().iloc[:0], [], ["no rows"]),
+        *(
+            (broken(**{column: value}), [], ["row 4", f"column {column}"])
+            for column, values in {
+                "lr": ("fast", "", -1e-4, 30),
+                "test_nll": ("2.1 nats", "", "nan", "inf", -0.5),
+                **{"status": ("perhaps",), "rank": ("4.5", 0), "seed": ("",), "model": ("",)},
+            }.items()
+            for value in values
+        ),
+        (planted().assign(method="lora"), [], ["row 1", "column rank"]),
+        *(
+            (planted().rename(columns=THEIRS), [v for p in pairs for v in ("--map", p)], [words])
+            for pairs, words in (
+                ([], "--map learning_rate=lr"),
+                (["learning_rate=lr"], "--map eval_loss=test_nll"),
+                (["learning_rat=lr"], "Did you mean 'learning_rate'?"),
+                (["learning_rate=lrr"], "Did you mean 'lr'?"),
+            )
+        ),
+        (MIXED, ["--higher", "test_nll"], ["mixed units"]),
+        (None, [], ["no file"]),
+        ("not parquet", [], ["cannot be read"]),
     ],
 )
-def test_other_peoples_names_are_mapped_and_suggested(tmp_path, capsys, pairs, words):
-    theirs = {"lr": "learning_rate", "test_nll": "eval_loss"}
-    path = write(tmp_path, planted(seeds=(0,)).rename(columns=theirs))
-    code, _, err = run(capsys, "fit", path, *(v for pair in pairs for v in ("--map", pair)))
-    assert code == (2 if words else 0) and words in err
+def test_bad_tables_are_refused_with_row_and_column(tmp_path, capsys, table, options, words):
+    path = tmp_path / "x.parquet"
+    if isinstance(table, str):
+        path.write_text(table)
+    elif table is not None:
+        path = write(tmp_path, table)
+    code, out, err = run(capsys, "fit", path, *options)
+    assert code == 2 and not out and all(word in err for word in words), err
 
 
-def test_wandb_exports(tmp_path, capsys):
-    csv = planted(seeds=(0,)).rename(columns={"status": "State"})
-    csv["State"] = ["crashed" if k == 5 else "finished" for k in range(len(csv))]
-    code, _, err = run(capsys, "fit", write(tmp_path, csv))
-    assert code == 0 and "1 run(s)" in err and "row 6" in err
-    keys = ["lr", "rank", "model", "seed"]
-    rows = planted(seeds=(0,)).assign(model="m").astype(object).replace({np.nan: None})
-    objects = [
-        {"state": "finished", "config": dict(row[keys]), "summary": {"test_nll": row["test_nll"]}}
-        for _, row in rows.iterrows()
+def test_other_ways_to_write_the_same_table(tmp_path, capsys):
+    table = planted()
+    words = table.assign(method=np.where(table["rank"].isna(), "Full", "LoRA")).fillna({"rank": 0})
+    typed = table.astype({"rank": "Int64", "model": "category"})
+    typed["seed"] = typed["seed"].astype(str)
+    paths = [write(tmp_path, words, "words.csv"), write(tmp_path, typed, "typed.parquet")]
+    paths.append(write(tmp_path, table.rename(columns=THEIRS), "theirs.csv"))
+    look = {"encoding": "utf-8-sig", "lineterminator": "\r\n", "quoting": 1, "index": False}
+    for name, separator in (("tabs.csv", "\t"), ("semicolons.csv", ";")):
+        paths.append(tmp_path / name)
+        table.to_csv(paths[-1], sep=separator, **look)
+    rows = table.astype(object).replace({np.nan: None})
+    objects = [  # as W&B exports runs
+        {"State": "finished", "config": dict(row.drop("test_nll")), "summary": dict(row[-1:])}
+        for _, row in rows.drop(columns="status").iterrows()
     ]
-    (tmp_path / "export.json").write_text(json.dumps(objects))
-    code, text, _ = run(capsys, "fit", tmp_path / "export.json", "--map", "state=status", "--json")
-    assert code == 0 and len(json.loads(text)) == 3
+    paths.append(tmp_path / "export.json")
+    paths[-1].write_text(json.dumps(objects, default=float))
+    for path in paths:
+        mapped = [f"--map={v}={k}" for k, v in THEIRS.items()] if path.stem == "theirs" else []
+        code, text, _ = run(capsys, "fit", path, "--json", *mapped)
+        assert code == 0 and [r["rank"] for r in json.loads(text)] == [None, 4, 16]
 
 
 def test_repeats_without_a_seed_are_seeds_that_share_nothing(tmp_path):
@@ -77,79 +120,30 @@ def test_repeats_without_a_seed_are_seeds_that_share_nothing(tmp_path):
     assert len(set(full.block)) == 1 and len(full.x) == 14
 
 
-def broken(row=3, **values):
-    def change(table):
-        ((column, value),) = values.items()
-        table = table.astype(object)
-        table.loc[row, column] = value
-        return table
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda t: t.drop(columns="model"), ["no column 'model'", "--map"]),
-        (lambda t: t.drop(columns="rank"), ["no column 'rank'"]),
-        (lambda t: t.iloc[:0], ["no rows"]),
-        *(
-            (broken(**{column: value}), ["row 4", f"column {column}"])
-            for column, values in {
-                "lr": ("fast", "", -1e-4, 30),
-                "test_nll": ("2.1 nats", "", "nan", "inf", -0.5),
-                **{"status": ("perhaps",), "rank": ("4.5", 0), "seed": ("",), "model": ("",)},
-            }.items()
-            for value in values
-        ),
-        (lambda t: t.assign(method="lora"), ["row 1", "column rank"]),
-    ],
-)
-def test_bad_tables_are_refused_with_row_and_column(tmp_path, capsys, change, words):
-    code, out, err = run(capsys, "fit", write(tmp_path, change(planted())))
-    assert code == 2 and not out and all(word in err for word in words), err
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("column", ["weight_decay", "clip_norm", "dataset", "schedule"])
+def test_runs_that_differ_in_a_column_of_a_curve_are_no_repeats(tmp_path, column, seeded):
+    table = planted(seeds=(0,)).assign(steps=8)
+    values = ("a", "b") if column in ("dataset", "schedule") else (0.0, 0.1)
+    both = pd.concat([table.assign(**{column: v}) for v in values])
+    both["test_nll"] += np.repeat([0.0, 0.1], len(table))
+    reading = read(write(tmp_path, both if seeded else both.drop(columns="seed")))
+    assert not reading.notes and set(reading.table["seed"]) == {0}
+    assert len(reading.table) == len(both) and len(lr_curves(reading.table)) == 2 * 3
 
 
 def test_what_is_left_out_or_taken_otherwise_is_noted_with_its_rows(tmp_path, capsys):
     table = planted()
     again = pd.concat([table, table.iloc[[8]].assign(test_nll=2.5), table.iloc[[0]]])
-    code, _, err = run(capsys, "fit", write(tmp_path, again))
-    assert code == 0 and "rows 9 and 64" in err and "taken as repeats" in err
-    assert "repeat another row" in err and "row 65" in err
-    unknown = broken(2, test_nll="")(table.drop(columns="status"))
-    code, _, err = run(capsys, "fit", write(tmp_path, unknown))
-    assert code == 0 and "row 3" in err and "column test_nll" in err
-
-
-def test_other_ways_to_write_the_same_table(tmp_path, capsys):
-    table = planted()
-    words = table.assign(method=np.where(table["rank"].isna(), "Full", "LoRA")).fillna({"rank": 0})
-    typed = table.astype({"rank": "Int64", "model": "category"})
-    typed["seed"] = typed["seed"].astype(str)
-    paths = [write(tmp_path, words, "words.csv"), write(tmp_path, typed, "typed.parquet")]
-    look = {"encoding": "utf-8-sig", "lineterminator": "\r\n", "quoting": 1, "index": False}
-    for name, separator in (("tabs.csv", "\t"), ("semicolons.csv", ";")):
-        paths.append(tmp_path / name)
-        table.to_csv(paths[-1], sep=separator, **look)
-    for path in paths:
-        code, text, _ = run(capsys, "fit", path, "--json")
-        assert code == 0 and [r["rank"] for r in json.loads(text)] == [None, 4, 16]
-
-
-def test_no_file_no_table_and_mixed_units(tmp_path, capsys):
-    table = planted(higher=True)
-    table.loc[table.index % 2 == 0, "test_nll"] *= 100
-    (tmp_path / "x.parquet").write_text("not parquet")
-    (tmp_path / "x.json").write_text("[1, 2")
-    percent = str(write(tmp_path, table))
-    for name, words in (
-        ("none.csv", "no file"),
-        ("x.parquet", "cannot be read"),
-        ("x.json", "cannot be read"),
-        (percent, "mixed units"),
+    crashed = table.rename(columns={"status": "State"})  # W&B's name
+    crashed.loc[5, "State"] = "crashed"
+    for changed, words in (
+        (again, ("rows 9 and 64", "taken as repeats", "repeat another row", "row 65")),
+        (broken(2, test_nll="").drop(columns="status"), ("row 3", "column test_nll")),
+        (crashed, ("1 run(s)", "row 6")),
     ):
-        code, _, err = run(capsys, "fit", tmp_path / name, "--higher", "test_nll")
-        assert code == 2 and words in err
+        code, _, err = run(capsys, "fit", write(tmp_path, changed))
+        assert code == 0 and all(word in err for word in words), err
 
 
 A, B = "a" * 64, "b" * 64
@@ -179,27 +173,19 @@ def test_runs_of_different_or_unknown_bases_or_data_are_never_mixed(changes, wor
 
 def test_runs_of_one_base_and_one_data_set_are_and_so_is_anyones_table():
     assert len(lr_curves(two_arms())) == 2
-    lr_curves(two_arms(data_sha256=[A] * 7 + [B] * 7, model=["m"] * 7 + ["n"] * 7, base_sha256=A))
+    lr_curves(two_arms(data_sha256=[A] * 7 + [B] * 7, model=["m"] * 7 + ["n"] * 7))
     lr_curves(two_arms().drop(columns="data_sha256"))
     with pytest.raises(TableError, match="test_nll"):
         lr_curves(pd.DataFrame({"model": ["m"]}))
 
 
-POINTS = [(0, 3.0), (1, 2.5), (2, 2.0), (4, 1.5)]
-
-
-@pytest.mark.parametrize(
-    ("at_end", "wanted"),
-    [
-        ({"test_nll_curve": 1.6}, [(1, 2.5), (2, 2.0), (4, 1.6)]),
-        ({}, [(1, 2.5), (2, 2.0)]),  # the last loss is on more rows
-    ],
-)
-def test_a_curve_is_read_to_its_end_where_the_same_rows_were_evaluated_there(at_end, wanted):
-    curve = [{"step": s, "test_nll": y} for s, y in POINTS]
-    curve[-1] |= at_end
-    table = pd.DataFrame([{"result": json.dumps({"curve": curve})}])
-    assert same_rows(by_run(table)[0]) == wanted and same_rows(None) == []
+def test_a_curve_is_read_to_its_end_where_the_same_rows_were_evaluated_there():
+    curve = [{"step": s, "test_nll": 3.0 - s / 4} for s in (0, 1, 2, 4)]
+    same = [*curve[:3], {**curve[3], "test_nll_curve": 1.6}]
+    for points, end in ((same, [(4, 1.6)]), (curve, [])):  # else the last loss is on more rows
+        table = pd.DataFrame([{"result": json.dumps({"curve": points})}])
+        assert same_rows(by_run(table)[0]) == [(1, 2.75), (2, 2.5), *end]
+    assert same_rows(None) == []
 
 
 REWARD = METRICS["policy_gradient"]
