@@ -95,16 +95,24 @@ def _compose_and_act(given: list[str]) -> None:
     # so that errors reach the handlers of `main`; otherwise Hydra prints them and exits
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
+    failed: list[Exception] = []
+
     def do(cfg: "DictConfig") -> None:
         if prepared is None:
             _fail(f"{' '.join(flags)} is not supported. See `python -m lorasweep --help`.")
-        request = composer.request(cfg, prepared)
-        check(request)
-        if status := act(request):
+        try:
+            request = composer.request(cfg, prepared)
+            check(request)
+            status = act(request)
+        except Exception as error:  # Hydra would print a line of its own before it
+            failed.append(error)
+        else:
             sys.exit(status)
 
     folder = str(compose.conf_dir())
     hydra.main(config_path=folder, config_name="config", version_base="1.3")(do)()
+    if failed:
+        raise failed[0]
 
 
 def _fail(message: str) -> NoReturn:

@@ -44,7 +44,6 @@ def names(error, package, what):
     [
         ("wandb", ["mirror=wandb"], "mirror=wandb"),
         ("submitit", ["cluster=slurm"], "cluster=slurm"),
-        ("jinja2", ["action=plan", "hardware=h100"], "hardware"),
     ],
 )
 def test_a_request_is_refused_before_it_trains(without, tmp_path, package, arguments, what):
