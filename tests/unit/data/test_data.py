@@ -160,6 +160,7 @@ def test_runs_are_filled_up_and_only_tokens_in_the_loss_are_predicted(lengths, f
     "row",
     [
         CHAT,
+        {"messages": [{"role": "assistant", "content": "No", "weight": 0}, *CHAT["messages"]]},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "héllo"}]},
         {"question": "Hi", "answer": "héllo", "id": 3},
         {"instruction": "Hi", "output": "héllo"},

@@ -136,34 +136,6 @@ CHAT = CHAT_TEMPLATE.replace("eos_token }}", "eos_token }}\n")
 FORGETS = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' }}")
 
 
-@pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
-@pytest.mark.parametrize("weights", [(0, 1), (1, 0), (..., 0), (0, ...), (1, 1), (..., ...)])
-def test_the_loss_in_a_chat_template_is_that_of_the_texts_characters(tokens_of, mask, weights):
-    """Against a mask by places in the whole text: answers are found in it by their words, and each
-    token is looked up by the characters that it stands for."""
-    tokenizer = with_chat(CHAT)
-    whole = tokenizer.apply_chat_template(TURNS, tokenize=False)
-    by_default = {"completion": (1, 1), "last_assistant": (0, 1), "all": (1, 1)}[mask]
-    if mask == "last_assistant" and weights[1] == 0:
-        by_default = (1, 1)  # the first is then the last one that may be learned
-    learned = [d if w is ... else w for d, w in zip(by_default, weights)]
-    inside = [mask == "all"] * len(whole)
-    for answer, counts in zip(("Yes, it is.", "No!"), learned):
-        start = whole.index(answer)
-        span = slice(start, start + len(answer + EOS))
-        inside[span] = [bool(counts)] * len(inside[span])
-    given = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    reference = [inside[start] for start, _ in given.offset_mapping]
-    reference[0] = False  # nothing predicts the first token
-    turns = weighted(..., weights[0], ..., weights[1])
-    _, row = tokens_of(tokenizer, turns, mask=mask, render="chat_template")
-    n = len(row.tokens)  # what follows the last answer in the loss is left out
-    assert row.tokens.tolist() == given.input_ids[:n] and row.loss.tolist() == reference[:n]
-    assert not any(reference[n:]) and (n == len(reference)) == (mask == "all")
-    answers = [a for a, counts in zip(("Yes, it is.", "No!"), learned) if counts]
-    assert mask == "all" or row.n_bytes == len("".join(answers))
-
-
 def test_a_template_that_rewrites_what_came_before_trains_the_last_answer_only(tokens_of):
     def chat(template, mask):
         return tokens_of(with_chat(template), render="chat_template", mask=mask)[0]
@@ -228,7 +200,7 @@ TOOLS = [
 
 
 def plain_row(rng, tools=True):
-    """Draw plain messages, and tools or None; answers have the key `learned`."""
+    """Draw plain messages, and tools or None."""
     messages = [{"role": "system", "content": said(rng)}] if rng.random() < 0.5 else []
     for _ in range(rng.randint(1, 3)):
         messages.append({"role": "user", "content": said(rng)})
@@ -243,10 +215,8 @@ def plain_row(rng, tools=True):
     answers = [m for m in messages if m["role"] == "assistant"]
     for m in answers if rng.random() < 0.8 else ():
         m["weight"] = rng.choice([0, 1, None])
-    for m in answers:
-        m["learned"] = m.get("weight") != 0
-    if not any(m["learned"] for m in answers):
-        answers[-1] |= {"weight": 1, "learned": True}
+    if all(m.get("weight") == 0 for m in answers):
+        answers[-1]["weight"] = 1
     return messages, TOOLS if tools and rng.random() < 0.8 else None
 
 
@@ -254,7 +224,6 @@ def as_given(rng, messages, tools):
     """Write plain messages in the forms that services take."""
     found = []
     for m in copy.deepcopy(messages):
-        m.pop("learned", None)
         if m["role"] == "system":
             m["role"] = rng.choice(["system", "developer"])
         if m["content"] is not None and rng.random() < 0.5:
@@ -278,22 +247,34 @@ def drawn(**how):
     return plain, [as_given(rng, *row) for row in plain]
 
 
-def reference(tokenizer, messages, tools):
-    """Return token ids and loss of a row: answers stand between <|im_start|>assistant and EOS."""
+def reference(tokenizer, messages, tools, mask):
+    """Return token ids, loss, and bytes in the loss of a row, by the characters of the whole text.
+
+    Answers stand between <|im_start|>assistant and EOS; each token is looked up by its first character.
+    """
     whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-    eos = re.escape(tokenizer.eos_token)
-    spans = [m.span(1) for m in re.finditer(rf"<\|im_start\|>assistant\n(.*?{eos})", whole, re.S)]
-    learned = [m["learned"] for m in messages if m["role"] == "assistant"]
-    inside = [span for span, learned in zip(spans, learned, strict=True) if learned]
-    whole = whole[: inside[-1][1]]  # what follows the last answer is left out
+    eos = tokenizer.eos_token
+    found = re.finditer(rf"<\|im_start\|>assistant\n(.*?{re.escape(eos)})", whole, re.S)
+    weights = [m.get("weight") for m in messages if m["role"] == "assistant"]
+    last = max(k for k, weight in enumerate(weights) if weight != 0)
+    by_mask = [mask != "last_assistant" or k == last for k in range(len(weights))]
+    learned = [m if w is None else w == 1 for m, w in zip(by_mask, weights)]
+    spans = [m.span(1) for m, is_in in zip(found, learned, strict=True) if is_in == (mask != "all")]
+    texts = [whole[a:b] for a, b in spans]
+    n_bytes = sum(len(text.removesuffix(eos).encode()) for text in texts)
+    if mask == "all":
+        n_bytes = len(whole.encode()) - sum(len(text.encode()) for text in texts)
+    else:
+        whole = whole[: spans[-1][1]]  # what follows the last answer in the loss is left out
     given = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    loss = [any(a <= start < b for a, b in inside) for start, _ in given.offset_mapping]
-    return given.input_ids, loss
+    starts = [start for start, _ in given.offset_mapping]
+    loss = [any(a <= k < b for a, b in spans) != (mask == "all") for k in starts]
+    return given.input_ids, [False, *loss[1:]], n_bytes  # nothing predicts the first token
 
 
 @pytest.fixture
 def read(tmp_path):
-    """`read(rows, ...)`: token ids and loss of each row of a file given by name."""
+    """`read(rows, ...)`: ids, loss and its bytes, of each row of a file given by name."""
 
     def make(rows, tokenizer=None, **changes):
         path = rows
@@ -304,22 +285,23 @@ def read(tmp_path):
         source, _ = data.sources_of(spec, ["."])
         tokenizer = tokenizer or with_chat(CHATML)
         found = text.examples(spec, spec.train_split, source, tokenizer, None, "")
-        return [(e.tokens.tolist(), e.loss.tolist()) for e in found]
+        return [(e.tokens.tolist(), e.loss.tolist(), e.n_bytes) for e in found]
 
     return make
 
 
+@pytest.mark.parametrize("mask", ["completion", "last_assistant", "all"])
 @pytest.mark.parametrize("tokenizer", [qwen_like, llama_like])
-def test_the_loss_of_rows_is_that_of_the_formats_description(read, tokenizer):
+def test_the_loss_of_rows_is_that_of_the_formats_description(read, tokenizer, mask):
     tokenizer, (plain, given) = with_chat(CHATML, tokenizer), drawn()
-    assert read(given, tokenizer) == [reference(tokenizer, *row) for row in plain]
+    found = read(given, tokenizer, mask=mask)
+    assert found == [reference(tokenizer, *row, mask) for row in plain]
 
 
 @pytest.mark.parametrize("render", ["role_eos", "role_colon"])
 def test_parts_and_developers_are_read_without_a_template_as_plain_rows(read, render):
     plain, given = drawn(tools=False)
-    bare = [[{k: v for k, v in m.items() if k != "learned"} for m in row] for row, _ in plain]
-    bare = [{"messages": row} for row in bare]
+    bare = [{"messages": row} for row, _ in plain]
     one, other = (read(rows, qwen_like(), render=render) for rows in (given, bare))
     assert one == other and len(one) == N
 
@@ -466,7 +448,7 @@ def test_reasoning_that_the_chat_template_renders_is_learned(read, mask):
     """Reasoning of an earlier answer is left out, as a server does."""
     tokenizer = with_chat(REASONS)
     row = answer(reasoning_content="So it is.", refusal=None, audio=None)
-    ((ids, loss),) = read([row], tokenizer, mask=mask)
+    ((ids, loss, _),) = read([row], tokenizer, mask=mask)
     whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
     assert tokenizer.decode(ids) == (whole if mask == "all" else whole.removesuffix("\n"))
     learned = tokenizer.decode([token for token, is_in in zip(ids, loss) if is_in])
@@ -475,7 +457,7 @@ def test_reasoning_that_the_chat_template_renders_is_learned(read, mask):
     assert found.whole != other.whole and found.kinds == ["messages", "with reasoning_content"]
     if mask == "last_assistant":
         said = [*row["messages"], *answer()["messages"]]
-        ((ids, _),) = read([{"messages": said}], tokenizer, mask=mask)
+        ((ids, *_),) = read([{"messages": said}], tokenizer, mask=mask)
         assert tokenizer.decode(ids) + "\n" == tokenizer.apply_chat_template(said, tokenize=False)
 
 

@@ -151,15 +151,15 @@ def test_every_count_is_that_of_the_modules(made):
     assert spec.tied == (family == "Gemma3") == model.config.tie_word_embeddings
 
 
-def test_a_customers_folder_has_the_shape_that_its_model_has(made):
+def test_a_customers_folder_has_the_shape_that_its_model_has(made, tmp_path):
     """Of Llamas and Qwen3 the value is as before, and so are ids of runs."""
     spec = customers(made.folder)
     assert (spec.name, spec.location, spec.revision) == ("mine", str(made.folder), "")
     assert spec.n_params == made.spec.n_params
     models.load(spec, ["models"])
     if made.family in ("Llama", "Mistral", "Qwen3", "Qwen3Moe"):
-        alone = made.folder.parent / "alone/mine"
-        alone.mkdir(parents=True)
+        alone = tmp_path / "mine"
+        alone.mkdir()
         shutil.copy(made.folder / "config.json", alone)
         by_keys = dataclasses.replace(customers(alone), location=str(made.folder))
         assert by_keys.canonical == spec.canonical
@@ -391,15 +391,15 @@ def test_weights_that_do_not_fit_are_refused_in_the_plan_and_before_training(lla
     if wrong == "mismatched":
         weights[name] = tensor[:-1].clone()
     (llama / "model.safetensors").unlink()
+    files = {n: f"{k % 2}.safetensors" for k, n in enumerate(sorted(weights))}
+    if form == "one file":
+        files = dict.fromkeys(weights, "model.safetensors")
+    for file in set(files.values()) if form != "pickled" else ():
+        part = {n: t for n, t in weights.items() if files[n] == file}
+        save_file(part, llama / file, {"format": "pt"})
     if form == "pickled":
         torch.save(weights, llama / "pytorch_model.bin")
-    elif form == "one file":
-        save_file(weights, llama / "model.safetensors", {"format": "pt"})
-    else:
-        files = {n: f"{k % 2}.safetensors" for k, n in enumerate(sorted(weights))}
-        for file in set(files.values()):
-            part = {n: t for n, t in weights.items() if files[n] == file}
-            save_file(part, llama / file, {"format": "pt"})
+    elif form == "several files":
         index = json.dumps({"metadata": {}, "weight_map": files})
         (llama / "model.safetensors.index.json").write_text(index)
     found = refusal(llama)
@@ -413,11 +413,11 @@ def test_weights_that_do_not_fit_are_refused_in_the_plan_and_before_training(lla
 
 def test_a_tied_head_may_be_stored_or_not(tmp_path):
     folder = save(random_model("Llama", tie_word_embeddings=True), tmp_path / "mine")
-    weights = load_file(folder / "model.safetensors")
+    weights = load_file(path := folder / "model.safetensors")
     assert "lm_head.weight" not in weights
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # of old versions
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    save_file(weights, path, {"format": "pt"})
     spec, at = describe_model(str(folder))
     assert spec.tied and models.load(spec, [at])
 
