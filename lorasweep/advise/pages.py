@@ -49,7 +49,7 @@ def counted(counts: Mapping[str, int | None]) -> str:
 
 @cache
 def _environment() -> Any:
-    check_installed("jinja2", "a page or card of customers")
+    check_installed("jinja2", "a plan for GPUs, or a page or card of customers")
     import jinja2  # takes a moment to load
 
     found = jinja2.Environment(
