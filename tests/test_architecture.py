@@ -12,6 +12,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -279,3 +280,10 @@ def test_the_graph_sees_every_kind_of_import():
     assert set(circle(graph)) >= {"a.low", "a.plug.two", "a.top"}
     rooms = grouped(graph, lambda m: m.rpartition(".")[0])
     assert set(circle(rooms)) == {"a", "a.plug"}
+
+
+def test_the_packages_are_no_longer_than_agreed():
+    """Raising the number needs an entry in DECISIONS.md that says what the new lines replaced."""
+    agreed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["lorasweep"]["lines"]
+    packages = [ROOT / path for m, path in PATHS.items() if m.split(".")[0] in ("lorasweep", "analysis")]
+    assert sum(len(p.read_text().splitlines()) for p in packages) <= agreed
