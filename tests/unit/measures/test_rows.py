@@ -49,25 +49,19 @@ def test_a_verdict_says_where_it_was_measured(kept, sweep, claim, base, at, sett
     assert (row.base, row.at, row.setting) == (base, at, setting)
 
 
-def test_four_arms_of_one_rank_have_each_their_own_ratio():
+def test_arms_of_one_rank_have_each_their_own_ratio():
     """They were joined by group and rank once, so that all had the ratio of the last one."""
     common = {"model": "b", "dataset": "dialect", "batch_size": 4, "steps": 8, "flags": [], "n": 3}
-    common |= {"low": None, "high": None, "best_nll": 2.0, "band": None}
+    common |= {"low": None, "high": None, "best_nll": 2.0, "band": None, "method": "lora"}
     curves = [{**common, "method": "fullft", "rank": None, "best_lr": 1e-3, "layers": "all"}]
-    layers = ("attention", "mlp", "attention+mlp", "unembedding")
-    for k, layer in enumerate(layers, 1):
-        arm = {"method": "lora", "rank": 4.0, "best_lr": k * 1e-3, "layers": layer}
-        curves.append({**common, **arm, "alpha": 32.0})
-    ratios = [
-        {"group": "b on dialect, batch 4, steps 8", "rank": 4, "alpha": 32.0, "at": k}
-        | {"ratio": {"value": float(k), "flags": []}, "regrets": {"10x": k / 100}}
-        for k in (1, 2, 3, 4)
-    ]
+    ratios, places = [], {"attention": 1, "mlp": 2, "attention+mlp": 3}
+    for layers, k in places.items():
+        curves.append({**common, "rank": 4.0, "alpha": 32.0, "layers": layers, "best_lr": k * 1e-3})
+        at = {"group": "b on dialect, batch 4, steps 8", "rank": 4, "alpha": 32.0, "at": k}
+        found = {"ratio": {"value": float(k), "flags": []}, "regrets": {"10x": k / 100}}
+        ratios.append(at | found)
     results = {"sweep": "s", "scale": "tiny", "verdicts": [], "curves": curves, "ratios": ratios}
     found = rows_of(results, {"claims": {}}, pd.DataFrame())
-    by_arm = {r.arm: r.estimate.value for r in pick(found, "lr_ratio")}
-    assert by_arm == {f"lora r4, {layer}": float(k) for k, layer in enumerate(layers, 1)}
-    for r in pick(found, "lr_ratio"):
-        (best,) = pick(found, "best_lr", arm=r.arm)
-        (lost,) = pick(found, "nats lost at 10x", arm=r.arm)
-        assert best.estimate.value == r.estimate.value * 1e-3 == lost.estimate.value / 10
+    for quantity, unit in (("lr_ratio", 1), ("best_lr", 1e-3), ("nats lost at 10x", 0.01)):
+        values = {r.arm: r.estimate.value for r in pick(found, quantity) if r.arm != "fullft"}
+        assert values == {f"lora r4, {layers}": k * unit for layers, k in places.items()}

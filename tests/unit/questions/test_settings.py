@@ -235,41 +235,35 @@ def test_parameters_and_operations_are_those_of_the_methods():
         assert found == pytest.approx(lora / full)
 
 
-def ask_compute(world, folder=None):
-    return ask("compute", world, arms(base(dataset="dialect_smoke"), (1,), steps=384), folder)
+@pytest.mark.parametrize(
+    ("rho", "shift", "updates", "length", "expected"),
+    [
+        (1.0, 1.0, 1.0, 96, {"flops_to_loss": "SUPPORTED"}),
+        (0.5, 1.0, 2.0, 192, {"flops_to_loss": "REFUTED"}),  # reached just after update 128
+        (0.6, 1.0, 1 / 0.6, 128, {}),
+        (0.28, 1.0, 1 / 0.28, 256, {}),
+        (0.2, 1.0, 256 / 51, 384, {}),  # the last evaluation before the end: 256
+        # At the optimum of whole runs, LoRA would need three quarters more updates.
+        (1.0, 4.0, 1.0, 96, {}),
+    ],
+)
+def test_compute(rho, shift, updates, length, expected, tmp_path):
+    """LoRA reaches full fine-tuning's loss after 64 of 384 updates; up to 96, its optimum is shifted.
 
+    An update of full fine-tuning takes 0.1 s and one of LoRA 0.07 s, or up to 2% longer."""
 
-def updates(found):
-    to_loss, per_step = (found[k]["estimate"]["value"] for k in ("flops_to_loss", "flops_a_step"))
-    return to_loss / per_step
-
-
-@pytest.mark.parametrize(("rho", "outcome"), [(1.0, "SUPPORTED"), (0.5, "REFUTED")])
-def test_compute(rho, outcome, tmp_path):
-    """An update of full fine-tuning takes 0.1 s and one of LoRA 0.07 s, or up to 2% longer."""
+    def best(spec, step):
+        return FULL if is_full(spec) else LORA * (shift if step <= 96 else 1.0)
 
     def seconds(spec):
         noise = np.random.default_rng(int(spec.id, 16)).uniform(1.0, 1.02)
         return {"step_s": (0.1 if is_full(spec) else 0.07) * noise}
 
-    _, found = ask_compute(World(lambda s: rho, more=seconds), tmp_path if rho == 1 else None)
-    seconds_to_loss = pytest.approx(0.7 / rho, rel=0.1)
-    check(found, seconds_a_step="SUPPORTED", seconds_to_loss=seconds_to_loss, flops_to_loss=outcome)
-
-
-def test_lora_has_the_optimum_of_short_runs_as_well_where_both_count_to_one_loss():
-    """At the optimum of whole runs, LoRA would need three quarters more updates."""
-
-    def best(spec, step):
-        return FULL if is_full(spec) else LORA * (4.0 if step <= 96 else 1.0)
-
-    _, found = ask_compute(World(lambda s: 1.0, best))
-    assert updates(found) == pytest.approx(1.0, rel=0.08)
-
-
-@pytest.mark.parametrize(("rho", "length"), [(0.6, 128), (0.28, 256), (0.2, 384)])
-def test_the_length_at_which_lora_reaches_the_loss(rho, length):
-    """Full fine-tuning's loss after 64 of 384 updates; the last evaluation before the end: 256."""
-    out, found = ask_compute(World(lambda s: rho))
+    specs = arms(base(dataset="dialect_smoke"), (1,), steps=384)
+    folder = tmp_path if rho == shift else None
+    out, found = ask("compute", World(lambda s: rho, best, seconds), specs, folder)
     assert out["lengths"] == {"1": length}
-    assert updates(found) == pytest.approx(1 / rho if length < 384 else 256 / 51, rel=0.08)
+    to_loss, per_step = (found[k]["estimate"]["value"] for k in ("flops_to_loss", "flops_a_step"))
+    assert to_loss / per_step == pytest.approx(updates, rel=0.08)
+    took = pytest.approx(0.7 * updates, rel=0.1)
+    check(found, seconds_a_step="SUPPORTED", seconds_to_loss=took, **expected)
