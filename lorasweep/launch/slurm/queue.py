@@ -403,10 +403,10 @@ def look(runs_dir: Path) -> Queue:
     queue.elsewhere = {rid for s in others for task in s.tasks for rid in task}
     queue.submissions = [s for s in queue.submissions if s not in others]
     by_name = {s.folder.name: s for s in queue.submissions}
-    there, ours = cache(_submitted), cache(_is_in)
+    there, in_folder = cache(_submitted), cache(_is_in)
     for job in jobs:
         name, _, part = job.name.rpartition("-")
-        if (s := by_name.get(name)) is None or not ours(job.script, s.folder / "jobs"):
+        if (s := by_name.get(name)) is None or not in_folder(job.script, s.folder / "jobs"):
             continue
         if job.label not in there(s.folder):
             if job.state not in RUNNING:  # a file server may show a new file late
