@@ -9,7 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextmanager
 def answering(reply) -> Iterator[str]:
-    """Serve `reply(path, body, headers)` -> (status, text); yields the address. GET: body is None."""
+    """Serve `reply(path, body, headers)` -> (status, text); yields the address. GET: body is None.
+
+    With status 302 the text is the address that the client is sent to."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -21,6 +23,8 @@ def answering(reply) -> Iterator[str]:
         def answer(self, body):
             status, text = reply(self.path, body, self.headers)
             self.send_response(status)
+            if status == 302:
+                self.send_header("Location", text)
             self.end_headers()
             self.wfile.write(text.encode())
 

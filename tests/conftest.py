@@ -25,6 +25,7 @@ SUITE_MINUTES = 8
 _STARTED = time.monotonic()
 
 from lorasweep.__main__ import main  # noqa: E402
+from lorasweep.cli.actions import check  # noqa: E402
 from lorasweep.train.events import Event  # noqa: E402
 from tests.world import compose_request, planted_end  # noqa: E402
 
@@ -58,7 +59,9 @@ def compose(tmp_path):
 
     def make(*overrides):
         places = (f"exec.runs_dir={tmp_path}/runs", f"exec.reports_dir={tmp_path}/reports")
-        return compose_request([*places, *overrides])
+        request = compose_request([*places, *overrides])
+        check(request)
+        return request
 
     return make
 

@@ -1,9 +1,16 @@
-"""A small base that reads text, and customers' rows to fine-tune it on."""
+"""A small base that reads text, customers' rows to fine-tune it on, and a fleet of them."""
+
+import json
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorasweep.advise.read import Customer, shape_of
+from lorasweep.cli.actions import act
+from lorasweep.config.compose import compose_request
+from lorasweep.launch.process import Stopped
+from lorasweep.launch.trainer import TorchTrainer
+from lorasweep.store.run_store import RunStore
 from tests.bpe import llama_like
 from tests.world import write_json
 
@@ -37,3 +44,83 @@ def write_rows(path, count, answer, question="How many? {k}", start=0):
     numbers = range(start, start + count)
     rows = [{"prompt": question.format(k=k), "completion": answer.format(k=k)} for k in numbers]
     return write_json(path, rows)
+
+
+SECRET = "zanzibar 7351"
+HOSTILE = '<img src=x onerror=alert(1)>/../"x"'
+
+
+class Counting(TorchTrainer):
+    """The real trainer, which notes what it was asked for; it stops or breaks at an update."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.asked, self.stop_at = [], stop_at
+
+    def __call__(self, pack, exec_, resume):
+        self.asked += [(s.dataset.name, s.lr, bool(resume)) for s in pack]
+        for event in super().__call__(pack, exec_, resume):
+            yield event
+            if event.step == self.stop_at:
+                raise Stopped
+
+
+class World:
+    """A fleet of five customers on two bases, in a folder; `rows`: name -> base, data, epochs."""
+
+    def __init__(self, home, bases):
+        self.home, self.folder = home, home / "reports/fleet-customers"
+        write_rows(home / "ann.jsonl", 40, "357 in all {k}")
+        write_rows(home / "bob.jsonl", 25, "No! {k}", question="Is it late? {k}")
+        write_rows(home / "tiny.jsonl", 5, "Yes {k}")
+        write_rows(home / "owner/train.jsonl", 30, f"{SECRET} {{k}}")
+        write_rows(home / "owner/test.jsonl", 9, f"{SECRET} {{k}}", start=100)
+        self.rows = {
+            "ann": (bases[0], "ann.jsonl", 4),
+            "bob": (bases[0], "bob.jsonl", 3),
+            "few": (bases[0], "tiny.jsonl", 1),
+            HOSTILE: (bases[0], "owner", 2),
+            "eve": (bases[1], "ann.jsonl", 2),
+        }
+        self.write()
+
+    def write(self, **more):
+        """Write the table, with further customers or without some (None)."""
+        rows = {n: row for n, row in {**self.rows, **more}.items() if row}
+        self.table = [
+            {"name": n, "model": str(b / "config.json"), "task": "sft", "data": d, "epochs": e}
+            for n, (b, d, e) in rows.items()
+        ]
+        self.set_table(*self.table)
+
+    def set_table(self, *rows):
+        (self.home / "customers.yaml").write_text(json.dumps(rows))  # which is YAML, too
+
+    def compose(self, *settings):
+        places = (f"exec.runs_dir={self.home}/runs", f"exec.reports_dir={self.home}/reports")
+        settings = (f"customers={self.home}/customers.yaml", "exec.workers=1", *settings)
+        return compose_request([*places, *settings])
+
+    def run(self, *more, trainer=None, action="fleet"):
+        self.request = self.compose(f"action={action}", *more)
+        return act(self.request, trainer or TorchTrainer())
+
+    def trained(self, *more):
+        """Run the fleet; return the customer of each run that was trained."""
+        trainer = Counting()
+        assert self.run(*more, trainer=trainer) == 0
+        return [name for name, _, _ in trainer.asked]
+
+    @property
+    def store(self):
+        return RunStore(self.request.exec.runs_dir)
+
+    @property
+    def page(self):
+        return (self.folder / "index.html").read_text()
+
+    def facts(self, name):
+        return json.loads((self.folder / name / "facts.json").read_text())
+
+    def card(self, name):
+        return (self.folder / name / "README.md").read_text()

@@ -1,5 +1,6 @@
 """`action=fleet` from a table to folders that PEFT loads: trained once, changed, stopped, broken."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,18 +19,23 @@ from lorasweep.data import templates
 from lorasweep.errors import LorasweepError, ModelError, SpecError
 from lorasweep.fleet.runs import folder_of
 from lorasweep.launch.local import run_points
-from lorasweep.launch.process import Stopped
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops, train_flops
 from lorasweep.plan.speeds import measured_path
 from lorasweep.store import folders
 from lorasweep.store.run_store import RunStore
-from tests.customers import CHAT_TEMPLATE, make_base, write_json, write_rows
+from tests.customers import (
+    CHAT_TEMPLATE,
+    HOSTILE,
+    SECRET,
+    Counting,
+    World,
+    make_base,
+    write_json,
+    write_rows,
+)
 from tests.integration.test_interruptions import killed_at, start
-
-SECRET = "zanzibar 7351"
-HOSTILE = '<img src=x onerror=alert(1)>/../"x"'
 
 
 @pytest.fixture(scope="module")
@@ -38,89 +44,38 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture
-def world(bases, tmp_path, monkeypatch, compose):
-    """`write(**changes)` writes a table with five customers on two bases; `run(...)` acts on it."""
+def world(bases, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "ann.jsonl", 40, "357 in all {k}")
-    write_rows(tmp_path / "bob.jsonl", 25, "No! {k}", question="Is it late? {k}")
-    write_rows(tmp_path / "tiny.jsonl", 5, "Yes {k}")
-    write_rows(tmp_path / "owner/train.jsonl", 30, f"{SECRET} {{k}}")
-    write_rows(tmp_path / "owner/test.jsonl", 9, f"{SECRET} {{k}}", start=100)
-    rows = {
-        "ann": (bases[0], "ann.jsonl", 4),
-        "bob": (bases[0], "bob.jsonl", 3),
-        "few": (bases[0], "tiny.jsonl", 1),
-        HOSTILE: (bases[0], "owner", 2),
-        "eve": (bases[1], "ann.jsonl", 2),
-    }
-
-    class World:
-        folder = tmp_path / "reports/fleet-customers"
-
-        def write(self, **more):
-            self.table = [
-                {"name": n, "model": str(b / "config.json"), "task": "sft", "data": d, "epochs": e}
-                for n, (b, d, e) in {**rows, **more}.items()
-                if b is not None
-            ]
-            self.set_table(*self.table)
-
-        def set_table(self, *rows):
-            (tmp_path / "customers.yaml").write_text(json.dumps(rows))  # which is YAML, too
-
-        def run(self, *more, trainer=None):
-            fleet = ("action=fleet", "customers=customers.yaml", "exec.workers=1")
-            self.request = compose(*fleet, *more)
-            self.store = RunStore(self.request.exec.runs_dir)
-            return act(self.request, trainer or TorchTrainer())
-
-        def trained(self, *more):
-            trainer = Counting()
-            assert self.run(*more, trainer=trainer) == 0
-            return [name for name, _, _ in trainer.asked]
-
-        def facts(self, name):
-            return json.loads((self.folder / name / "facts.json").read_text())
-
-        def card(self, name):
-            return (self.folder / name / "README.md").read_text()
-
-        @property
-        def page(self):
-            return (self.folder / "index.html").read_text()
-
-        @property
-        def runs(self):
-            return {i: self.store.result(i) for i in self.store.existing()}
-
-    made = World()
-    made.write()
-    return made
+    return World(tmp_path, bases)
 
 
-class Counting(TorchTrainer):
-    """The real trainer, which notes what it was asked for; it stops or breaks at an update."""
+@pytest.fixture(scope="module")
+def advised_home(bases, tmp_path_factory):
+    home = tmp_path_factory.mktemp("advised")
+    with contextlib.chdir(home):
+        assert World(home, bases).run("rates=advised") == 0
+    return home
 
-    def __init__(self, stop_at=None):
-        super().__init__()
-        self.asked, self.stop_at = [], stop_at
 
-    def __call__(self, pack, exec_, resume):
-        self.asked += [(s.dataset.name, s.lr, bool(resume)) for s in pack]
-        for event in super().__call__(pack, exec_, resume):
-            yield event
-            if event.step == self.stop_at:
-                raise Stopped
+@pytest.fixture
+def advised(advised_home, bases, tmp_path, monkeypatch):
+    """The world where each customer was trained at the advised learning rate."""
+    shutil.copytree(advised_home, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return World(tmp_path, bases)
+
+
+def snapshot(folder):
+    return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
 
 
 def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_path, capsys):
     begun = Counter(world.trained())  # at least three trials and a test, one run for the few rows
     assert begun["few"] == 1 and all(4 <= n <= 7 for name, n in begun.items() if name != "few")
     printed, errors = capsys.readouterr()
-    assert "rows: " in errors
-    assert json.loads((world.folder / "fleet.json").read_text())["answers"] == "all"
-    assert "5 customers: 5 adapters, 0 not trained yet, 0 with errors" in printed
-    assert "too few unique rows" in printed
+    assert "rows: " in errors and "5 customers: 5 adapters, 0 not trained yet, 0 with" in printed
+    kept = json.loads((world.folder / "fleet.json").read_text())
+    assert (kept["answers"], kept["whole_prompt"]) == ("all", True)
     ann = world.facts("ann")
     losses = {t["lr"]: t["validation"] for t in ann["tried"]}
     assert ann["lr"] == min(losses, key=lambda lr: (losses[lr], lr)) and not ann["edge"]
@@ -128,12 +83,9 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     assert ann["gpu_hours_used"] == 0
     chosen = world.store.result(ann["run"])
     assert ann["gain"] == chosen["nll_start"] - chosen["test_nll"] > 0
-    low, high = ann["gain_interval"]
-    assert low < ann["gain"] < high and ann["gained"] == ("gained" if low > 0 else "not known")
-    assert f"{ann['gain']:+.3f} ± {high - ann['gain']:.3f}" in printed
     assert (ann["n_train"], ann["n_validation"], ann["n_test"]) == (32, 4, 4)
-    assert world.facts("few")["gain"] is None
-    assert "nothing is known of the gain" in world.card("few")
+    assert f"{ann['gain']:+.3f} ± {ann['gain_interval'][1] - ann['gain']:.3f}" in printed
+    assert world.facts("few")["gain"] is None and "nothing is known of" in world.card("few")
     # weights are kept of what was chosen, and of nothing else
     kept = {p.parent.name for p in world.store.root.glob("*/weights.safetensors")}
     facts = [json.loads(p.read_text()) for p in world.folder.glob("*/facts.json")]
@@ -143,26 +95,20 @@ def test_a_table_becomes_folders_and_only_changes_are_trained_again(world, tmp_p
     assert not world.trained()
     assert {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")} == before
 
-    # other facts are written again, unless the weights of the run are gone
+    # facts of an earlier version are written again, unless the weights of the run are gone
     for name in ("bob", "eve"):
-        facts = {**world.facts(name), "rank": 99}
-        rewritten(world.folder / name, "facts.json", json.dumps(facts, indent=1))
+        facts = json.dumps({**world.facts(name), "rank": 99}, indent=1)
+        with folders.replaced(world.folder / name, "facts.json", whole=False) as partial:
+            (partial / "facts.json").write_text(facts)
     (world.store.folder(world.facts("eve")["run"]) / "weights.safetensors").unlink()
     assert not world.trained() and "5 adapters, 0 not trained yet, 0 with errors" in world.page
     assert world.facts("bob")["rank"] == 4 and world.facts("eve")["rank"] == 99
 
     before = {p: p.stat().st_mtime_ns for p in world.folder.glob("*/*")}
     write_rows(tmp_path / "bob.jsonl", 25, "Yes! {k}", question="Is it late? {k}")
-    world.write(zoe=(None, None, None))
     assert set(world.trained()) == {"bob"}
     untouched = {p for p, t in before.items() if p.stat().st_mtime_ns == t}
     assert before.keys() - untouched == {p for p in before if p.parent.name == "bob"}
-
-
-def rewritten(folder, name, text):
-    """Write a file of a folder as an earlier version might have, with its digest in the marker."""
-    with folders.replaced(folder, name, whole=False) as partial:
-        (partial / name).write_text(text)
 
 
 def check_same_adapters(one, other):
@@ -173,24 +119,6 @@ def check_same_adapters(one, other):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def stopped_and_resumed(world, stop_at, *settings):
-    """Train a fleet whole, and in another folder stopped and resumed: equal adapters, bit for bit."""
-    settings = ("precision=fp64", *settings)
-    assert world.run(*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
-    settings = (*settings, "exec.checkpoint_s=0")
-    assert world.run(*settings, trainer=Counting(stop_at)) == 130
-    assert {p.name for p in world.folder.iterdir()} == {"fleet.json", ".lorasweep.jsonl"}
-    rest = Counting()
-    assert world.run(*settings, trainer=rest) == 0
-    assert any(resumed for _, _, resumed in rest.asked)
-    check_same_adapters(world.folder, Path("whole/fleet-customers"))
-
-
-def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world):
-    stopped_and_resumed(world, 4)
-    assert not any(r["resumed_in_other_company"] for r in world.runs.values() if r)
-
-
 @pytest.fixture
 def odd(world, tmp_path):
     """A customer whose held-out rows are of another kind: their loss rises while it learns."""
@@ -199,27 +127,39 @@ def odd(world, tmp_path):
     return {**world.table[0], "data": "odd", "epochs": 39}
 
 
-def test_early_stopping_is_on_the_card_and_survives_a_stop(world, odd):
-    world.set_table(odd, world.table[2])
-    stopped_and_resumed(world, 5, "early_stopping=2")
+def test_a_stopped_fleet_resumes_in_the_same_packs_to_the_same_adapters(world, odd):
+    """Bit for bit as one that was not stopped; with early stopping, whose decision survives."""
+    few, eve = world.table[2], world.table[4]
+    world.set_table(odd, few, eve)
+    settings = ("precision=fp64", "early_stopping=2")
+    assert world.run(*settings, "exec.reports_dir=whole", "exec.runs_dir=whole_runs") == 0
+    settings = (*settings, "exec.checkpoint_s=0")
+    assert world.run(*settings, trainer=Counting(5)) == 130
+    assert {p.name for p in world.folder.iterdir()} == {"fleet.json", ".lorasweep.jsonl"}
+    rest = Counting()
+    assert world.run(*settings, trainer=rest) == 0
+    assert any(resumed for _, _, resumed in rest.asked)
+    check_same_adapters(world.folder, Path("whole/fleet-customers"))
+    ends = (world.store.result(i) for i in world.store.existing())
+    assert not any(r["resumed_in_other_company"] for r in ends if r)
     ann, few = world.facts("ann"), world.facts("few")
-    assert ann["steps_done"] < ann["steps"] and ann["best_step"] < ann["steps_done"]
     done, steps = ann["steps_done"], ann["steps"]
+    assert ann["best_step"] < done < steps
     said = f"ended after update {done} of {steps}, because 2 evaluations in a row"
-    assert said in world.card("ann") and said in world.page
-    assert "1 ended early" in world.page
+    assert said in world.card("ann") and said in world.page and " ended early" in world.page
     assert few["early_stopping"].startswith("off") and "best_step" in few
     assert "4 are the fewest" in world.card("few")
 
 
-def test_no_row_of_a_customer_reaches_another(world, tmp_path):
+def test_no_row_of_a_customer_reaches_another(advised, tmp_path):
+    world = advised
     write_rows(tmp_path / "loud.jsonl", 30, "Yes")
     with (tmp_path / "loud.jsonl").open("a") as rows:
         rows.write(f'{{"prompt": "{SECRET}"\n')
     row = {"model": world.table[0]["model"], "task": "sft", "epochs": 1}
     wrong = ({"name": "loud", "data": "loud.jsonl"}, {"name": "ann", "data": "owner"})
     world.set_table(*world.table, *({**row, **columns} for columns in wrong))
-    assert world.run() == 1
+    assert world.run("rates=advised") == 1
     (owner,) = [p for p in world.folder.iterdir() if p.name.startswith("img_src")]
     for path in [p for p in tmp_path.rglob("*") if p.is_file() and "owner" not in p.parts]:
         if path.name != "loud.jsonl" and ".tokens" not in path.parts:
@@ -241,28 +181,18 @@ def test_data_that_break_between_plan_and_training_fail_their_customer_alone(wor
                 (tmp_path / "bob.jsonl").write_text("{")
             return super().data(spec, exec_, base)
 
-    assert world.run(trainer=Breaking()) == 1
+    assert world.run("rates=advised", trainer=Breaking()) == 1
     assert {p.name for p in world.folder.iterdir() if p.is_dir()} >= {"ann", "few", "eve"}
     assert not (world.folder / "bob").exists() and "but the revision" in world.page
 
 
-def test_plan_and_status_are_of_the_customers(world, capsys, compose):
-    request = compose("action=plan", "customers=customers.yaml", "format=json", "rates=advised")
-    assert act(request) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["runs"]["total"] == 5 and found["cost"]["packs"] == 2  # a pack a base
+def test_plan_and_status_are_of_the_customers_together_and_alone(world, capsys):
+    """By planted times of a step: 0.3 s alone, 0.1 s a run in packs of four."""
+    request = world.compose("action=plan", "rates=advised", "format=json")
     assert act(dataclasses.replace(request, action="status")) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {"ann", "bob", "few", "eve"} < {a["arm"] for a in shown["arms"]}
-    assert shown["customers"] == found["fleet"]["customers"]
-    assert shown["customers"] == {"customers": 5, "adapters": 0, "open": 5, "errors": 0}
-
-
-def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
-    """By planted times of a step: 0.3 s alone, 0.1 s a run in packs of four."""
-    options = ("customers=customers.yaml", "rates=advised", "exec.workers=1")
-    request = compose("action=plan", *options)
-    assert act(request) == 0
+    assert act(dataclasses.replace(request, format="text")) == 0
     untimed = capsys.readouterr().out
     assert "Alone: not known" in untimed and "action=measure_packs" in untimed
     specs, exec_ = [p.spec for p in plan_fleet(request).points], plan_fleet(request).exec
@@ -270,30 +200,32 @@ def test_a_plan_says_what_it_costs_together_and_alone(world, capsys, compose):
         path = measured_path(Path(exec_.runs_dir), spec, detect.this_machine(), exec_)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"step_s": {"1": 0.3, "4": 0.1}}))
-    assert act(dataclasses.replace(request, format="json")) == 0
-    found = json.loads(capsys.readouterr().out)["fleet"]
-    four, one = found["bases"]
+    assert act(request) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["runs"]["total"] == 5 and found["cost"]["packs"] == 2  # a pack a base
+    assert shown["customers"] == found["fleet"]["customers"]
+    assert shown["customers"] == {"customers": 5, "adapters": 0, "open": 5, "errors": 0}
+    four, one = found["fleet"]["bases"]
     assert (four["customers"], four["packs"]) == (4, 1) and four["ratio"] == pytest.approx(3)
     assert (one["customers"], one["packs"]) == (1, 1) and one["ratio"] == pytest.approx(1)
-    whole, steps = found["total"], sum(s.steps for s in specs)
+    whole, steps = found["fleet"]["total"], sum(s.steps for s in specs)
     evaluated = sum(s.steps * run_flops(s) / train_flops(s) for s in specs)
     assert whole["alone_s"] == pytest.approx(0.3 * evaluated) and evaluated > steps
     assert whole["together_s"] == four["together_s"] + one["together_s"] < whole["alone_s"]
-    assert act(compose("action=plan", "hardware=h100", "precision=bf16", *options)) == 0
+    assert world.run("hardware=h100", "precision=bf16", "rates=advised", action="plan") == 0
     on_gpus = capsys.readouterr().out
     assert "in time of one GPU" in on_gpus and "computed from step times" in on_gpus
 
 
 def test_customers_without_an_adapter_keep_their_folder_and_errors_are_printed_once(
-    world, tmp_path, capsys
+    advised, tmp_path, capsys
 ):
-    assert world.run("rates=advised") == 0
+    world = advised
     (tmp_path / "bob.jsonl").write_text("{")
     half = tmp_path / "half"
     half.mkdir()
     shutil.copy(world.table[0]["model"], half)
-    none = (None, None, None)
-    world.write(few=none, lost=(half, "ann.jsonl", 1), gone=(half, "no.jsonl", 1))
+    world.write(few=None, lost=(half, "ann.jsonl", 1), gone=(half, "no.jsonl", 1))
     capsys.readouterr()
     assert world.run("rates=advised") == 1
     printed, page = capsys.readouterr(), world.page
@@ -305,10 +237,11 @@ def test_customers_without_an_adapter_keep_their_folder_and_errors_are_printed_o
     assert (world.folder / "few/adapter_model.safetensors").is_file()
 
 
-def test_adapters_load_and_are_switched_on_one_base(world, bases, tmp_path):
+def test_adapters_load_and_are_switched_on_one_base(advised, bases, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    world = advised
     world.write(apart=(bases[0], str(tmp_path / "ann.jsonl"), 2))
     assert world.run("rates=advised") == 0
     for path in world.folder.glob("*/*"):  # none names a folder of this machine
@@ -359,9 +292,9 @@ def test_a_base_in_fp32_is_read_from_its_folder_and_trained(world, tmp_path, cap
 
 
 def test_a_mirror_has_a_run_a_customer_and_the_card_counts_shared_prompts(
-    world, tmp_path, monkeypatch
+    advised, tmp_path, monkeypatch
 ):
-    mirror = Mock()
+    world, mirror = advised, Mock()
     monkeypatch.setattr("lorasweep.tracking.wandb.mirror", mirror)
     rows = [{"prompt": f"How many? {k % 40}", "completion": f"Yes {k}"} for k in range(200)]
     write_json(tmp_path / "bob.jsonl", rows)
@@ -382,21 +315,15 @@ def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, ba
 
     instruct = shutil.copytree(bases[0], tmp_path / "instruct")
     (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    world.write(chat=(instruct, "ann.jsonl", 1), **{HOSTILE: (None, None, None)})
+    world.write(chat=(instruct, "ann.jsonl", 1), **{HOSTILE: None})
     settings = ("precision=fp32", "rates=advised")
     assert world.run(*settings, "scale=small") == 0
     chat, ann = world.facts("chat"), world.facts("ann")
     eos = "<|end_of_text|>"
     assert (chat["render"], chat["template"], chat["end"]) == ("chat_template", "{prompt}", eos)
-    assert chat["example"] == [
-        {"text": f"<user>{{prompt}}{eos}<assistant>", "in_loss": False},
-        {"text": f"{{completion}}{eos}", "in_loss": True},
-    ]
     assert (ann["render"], ann["template"], ann["mask"]) == ("role_eos", "{prompt}\n", "completion")
-    assert "the chat template of the base, with '{prompt}' as the message" in world.card("chat")
     row = f"<user>{{prompt}}{eos}<assistant>⟦{{completion}}{eos}⟧"
     assert f"```text\n{row}\n```" in world.card("chat") and "⟦{completion}" in world.page
-    assert "hf upload OWNER/chat chat --private" in world.card("chat")
     served = AutoTokenizer.from_pretrained(world.folder / "chat")
     asked = [{"role": "user", "content": "So?"}]
     said = served.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
@@ -407,13 +334,9 @@ def test_the_prompt_form_is_the_bases_or_the_command_lines_and_is_kept(world, ba
     assert not world.trained(*settings, "scale=tiny")
     assert len(world.trained(*settings, "dataset.template='Q: {prompt} A: '")) == 5
     assert not world.trained(*settings)  # named once, it is kept
-    facts = world.facts("chat")
-    assert (facts["render"], facts["template"]) == ("role_eos", "Q: {prompt} A: ")
+    assert world.facts("chat")["template"] == "Q: {prompt} A: "
     with pytest.raises(SpecError, match=r"dataset.n_test has no effect.*Allowed"):
         world.run(*settings, "dataset.n_test=9")
-    (world.folder / "fleet.json").write_text('{"split": "coin"}')
-    with pytest.raises(SpecError, match=r"is not known.*out=DIR"):
-        world.run(*settings)
 
 
 def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tmp_path, capsys):
@@ -430,12 +353,7 @@ def test_a_fleet_for_a_server_leaves_out_what_the_server_does_not_take(world, tm
     facts, kept = world.facts("few"), json.loads((world.folder / "fleet.json").read_text())
     assert facts["layers"] == "attention+mlp" and facts["run"] != plain and kept["serve"] == "vllm"
     form = "--chat-template ./{}chat_template.jinja"  # the base has none
-    for text in (
-        "```bash\nvllm serve BASE --enable-lora --max-lora-rank 8 ",
-        f"--lora-modules few=. {form.format('')}\n```",
-        "**served by:** vLLM 0.33.0; the unem",
-    ):
-        assert text in world.card("few")
+    assert f"--lora-modules few=. {form.format('')}\n```" in world.card("few")
     names = " ".join(f"{f}=./{f}" for f in ("few", folder_of("a b")))
     assert world.page.count("vllm serve BASE") == 1
     assert f"--lora-modules {names} {form.format('few/')}</pre>" in world.page
@@ -459,8 +377,7 @@ def spoiled(write, folder, given, config):
     path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
-@pytest.mark.parametrize("patience", [0, 2])
+@pytest.mark.parametrize("precision, patience", [("fp64", 2), ("fp32", 0)])
 def test_a_measured_run_is_the_run_that_is_trained_in_one_go(world, odd, precision, patience):
     """Weights, result and records are equal, bit for bit, where each run is a pack; and where the
     weights of the trial were lost, the run trains."""
@@ -491,6 +408,13 @@ def test_a_measured_run_is_the_run_that_is_trained_in_one_go(world, odd, precisi
         assert now == then
 
 
+def finished(*arguments):
+    """Run the command in a process of its own; returns the runs."""
+    command = start(*arguments, cwd=Path.cwd())
+    assert command.wait(240) == 0, command.stderr.read()
+    return RunStore("runs")
+
+
 @pytest.mark.slow
 @pytest.mark.full
 def test_a_fleet_killed_between_its_stages_goes_on(world, tmp_path):
@@ -504,16 +428,14 @@ def test_a_fleet_killed_between_its_stages_goes_on(world, tmp_path):
     for n in (13, 15):
         killed_at(lambda: ended() >= n, *arguments, cwd=tmp_path)
     before = {i: store.last_attempt(i) for i in store.existing() if store.result(i)}
-    command = start(*arguments, cwd=tmp_path)
-    assert command.wait(240) == 0, command.stderr.read()
+    finished(*arguments)
     assert all(store.last_attempt(i) == n for i, n in before.items())
     for name in ("ann", "bob", "eve"):
         facts = world.facts(name)
         assert not facts["edge"] and store.result(facts["run"])["trial"]
     shutil.move(world.folder, "killed")
     shutil.move(store.root, "killed_runs")
-    command = start(*arguments, cwd=tmp_path)
-    assert command.wait(240) == 0, command.stderr.read()
+    finished(*arguments)
     kept = [json.loads(p.read_text()) for p in sorted(Path("killed").glob("*/facts.json"))]
     whole = [json.loads(p.read_text()) for p in sorted(world.folder.glob("*/facts.json"))]
     assert [f["run"] for f in kept] == [f["run"] for f in whole]
@@ -529,11 +451,6 @@ def test_early_stopping_survives_a_kill(world, odd, tmp_path):
     fleet = ("action=fleet", "customers=customers.yaml", "early_stopping=3", "rates=advised")
     arguments = (*fleet, "exec.workers=1", "exec.threads=1", "exec.checkpoint_s=0.01")
 
-    def finished():
-        command = start(*arguments, cwd=tmp_path)
-        assert command.wait(240) == 0, command.stderr.read()
-        return RunStore(tmp_path / "runs")
-
     def best_is_behind():
         for run in (tmp_path / "runs").glob("[0-9a-f]*/checkpoint"):
             metas = [json.loads(p.read_text()) for p in run.glob("?.json")]
@@ -545,9 +462,9 @@ def test_early_stopping_survives_a_kill(world, odd, tmp_path):
     killed_at(best_is_behind, *arguments, cwd=tmp_path)
     (rid,) = RunStore(tmp_path / "runs").existing()
     assert RunStore(tmp_path / "runs").result(rid) is None
-    resumed = finished().result(rid)
+    resumed = finished(*arguments).result(rid)
     shutil.move(tmp_path / "runs", tmp_path / "killed")
-    whole = finished().result(rid)
+    whole = finished(*arguments).result(rid)
     timed = ("wall_s", "step_s", "attempt")
     a, b = ({k: v for k, v in r.items() if k not in timed} for r in (whole, resumed))
     assert a == b and a["best_step"] < a["steps_done"] and resumed["attempt"] == 2
@@ -582,15 +499,40 @@ def test_a_users_folder_and_a_full_disk_are_the_problem_of_one_customer(world, t
     assert {name for name, *_ in trainer.asked}.isdisjoint({"ann", "eve"})
     assert contract.read_text() == "the only copy" and not [*(tmp_path / "elsewhere").iterdir()]
     assert not (world.folder / "bob/facts.json").exists() and world.card("few") == "my card"
-    assert world.facts("runs")["run"] in world.runs
-    world.write(ann=(None, None, None), eve=(None, None, None))
-    assert not world.trained("rates=advised") and world.facts("bob")["run"] in world.runs
+    assert world.facts("runs")["run"] in world.store.existing()
+    world.write(ann=None, eve=None)
+    assert (
+        not world.trained("rates=advised") and world.facts("bob")["run"] in world.store.existing()
+    )
 
 
 @pytest.mark.parametrize("out", [".", "runs", "runs/x", "owner", "customers.yaml", "link"])
 def test_a_folder_that_is_in_use_is_no_fleets_folder(world, tmp_path, out):
     (tmp_path / "link").symlink_to(tmp_path / "owner")
-    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    before = snapshot(tmp_path)
     with pytest.raises(LorasweepError, match=r"^out="):
         world.run(f"out={out}")
-    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+    assert snapshot(tmp_path) == before
+
+
+def test_a_fleets_folder_of_version_0_2_is_read_and_never_written(world, tmp_path, capsys):
+    """It has no marker, and its fleet.json says less."""
+    world.set_table(*world.table[:3])
+    earlier = dict.fromkeys(("template", "render", "mask"))
+    earlier |= {"split": "prompt", "layers": "all", "answers": "all", "serve": "peft"}
+    with folders.replaced(world.folder, "fleet.json") as partial:
+        (partial / "fleet.json").write_text(json.dumps(earlier))
+    assert world.run("rates=advised") == 0
+    (world.folder / "fleet.json").write_text(json.dumps(earlier))
+    for mark in world.folder.rglob(folders.MARK):
+        mark.unlink()
+    settings = ("rates=advised", f"out={shutil.move(world.folder, tmp_path / 'old')}")
+    capsys.readouterr()
+    for action, says in (("status", "3 done"), ("plan", "3 run"), ("verify_served", "3 folder is")):
+        assert world.run(*settings, action=action) == 0
+        assert says in capsys.readouterr().out
+    write_rows(tmp_path / "bob.jsonl", 30, "Yes {k}")
+    before = snapshot(tmp_path)
+    with pytest.raises(SpecError, match=r"name a new folder with out="):
+        world.run(*settings, trainer=Counting(1))
+    assert snapshot(tmp_path) == before

@@ -9,36 +9,25 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorasweep.cli.actions import act
+from lorasweep.cli.actions import check as check_request
+from lorasweep.config.compose import compose_request
 from lorasweep.errors import SpecError
-from lorasweep.launch.trainer import TorchTrainer
 from tests.answering import answering, openai
-from tests.customers import make_base, write_rows
+from tests.customers import World, make_base, write_rows
 
 NAMES = ("ann", "bob", "cat")
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
-    """A fleet of three: the folder with the table, runs and adapters."""
-    from lorasweep.config.compose import compose_request
-
+    """A fleet of three: the folder with the base and the adapters; `check(...)` verifies it."""
     home = tmp_path_factory.mktemp("fleet")
-    base = make_base(home / "base")
-    rows = []
-    for k, name in enumerate(NAMES):
-        data = write_rows(home / f"{name}.jsonl", 30, f"{name} {k} {{k}}")
-        model = str(base / "config.json")
-        rows.append({"name": name, "model": model, "task": "sft", "data": str(data), "epochs": 4})
-    (home / "customers.yaml").write_text(json.dumps(rows))
-    settings = (f"customers={home}/customers.yaml", f"exec.runs_dir={home}/runs", f"out={home}/out")
-
-    def run(*more):
-        request = compose_request([*settings, "rates=advised", "precision=fp32", *more])
-        return act(request, TorchTrainer())
-
-    assert run("action=fleet") == 0
-    return home, run
+    world = World(home, 2 * [make_base(home / "base")])
+    rows = {n: write_rows(home / f"{n}.jsonl", 30, f"{n} {k} {{k}}") for k, n in enumerate(NAMES)}
+    world.set_table(*({**world.table[0], "name": n, "data": str(p)} for n, p in rows.items()))
+    settings = (f"out={home}/out", "rates=advised", "precision=fp32")
+    assert world.run(*settings) == 0
+    return home, lambda *more: world.run(*settings, *more, action="verify_served")
 
 
 def peft_server(base, folders, parents=True, owner="vllm"):
@@ -63,10 +52,9 @@ def peft_server(base, folders, parents=True, owner="vllm"):
 def changed(folder, to, alpha=1.0, b=1.0):
     """A copy of an adapter's folder with another alpha, or another B."""
     shutil.copytree(folder, to)
-    config = json.loads((to / "adapter_config.json").read_text())
-    (to / "adapter_config.json").write_text(
-        json.dumps({**config, "lora_alpha": alpha * config["lora_alpha"]})
-    )
+    path = to / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "lora_alpha": alpha * config["lora_alpha"]}))
     path = to / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({k: b * t if "lora_B" in k else t for k, t in tensors.items()}, path)
@@ -79,10 +67,10 @@ def verdicts(capsys):
 
 @pytest.mark.parametrize("owner", ["vllm", "other"])
 def test_a_right_fleet_is_served_and_each_fault_has_its_name(fleet, tmp_path, capsys, owner):
-    home, run = fleet
+    home, check = fleet
     right = {name: home / "out" / name for name in NAMES}
     with peft_server(home / "base", right, owner == "vllm", owner) as url:
-        assert run("action=verify_served", f"url={url}/v1/") == 0
+        assert check(f"url={url}/v1/") == 0
     printed = capsys.readouterr().out
     assert "3 served" in printed and "base: noise 0.00" in printed
     wrong = {
@@ -90,7 +78,7 @@ def test_a_right_fleet_is_served_and_each_fault_has_its_name(fleet, tmp_path, ca
         "bob": changed(right["bob"], tmp_path / "half", alpha=0.5),
     }
     with peft_server(home / "base", wrong, owner=owner) as url:
-        assert run("action=verify_served", f"url={url}", "format=json") == 1
+        assert check(f"url={url}", "format=json") == 1
     found = verdicts(capsys)
     assert [found[name]["verdict"] for name in NAMES] == ["not applied", "differs", "missing"]
     assert 0.3 < found["bob"]["found"]["factor"] < 0.8
@@ -100,7 +88,7 @@ def test_a_right_fleet_is_served_and_each_fault_has_its_name(fleet, tmp_path, ca
         peft_server(home / "base", swapped, owner=owner) as one,
         peft_server(home / "base", {"cat": right["cat"]}, owner=owner) as two,
     ):
-        assert run("action=verify_served", f"url=[{one},{two}]", "format=json") == 1
+        assert check(f"url=[{one},{two}]", "format=json") == 1
     found = verdicts(capsys)
     assert found["ann"]["notes"] == ["it is the adapter of bob"]
     swapped = "another customer's"
@@ -108,40 +96,33 @@ def test_a_right_fleet_is_served_and_each_fault_has_its_name(fleet, tmp_path, ca
 
 
 def test_a_wrong_server_is_an_error_that_says_what_to_type(fleet, tmp_path, capsys):
-    home, run = fleet
-    with pytest.raises(SpecError, match=r"no server .*url=http://localhost:8000"):
-        run("action=verify_served", "url=http://127.0.0.1:1")
+    home, check = fleet
     with (
         peft_server(home / "base", {"dan": home / "out/ann"}) as url,
         pytest.raises(SpecError, match=r"serves dan, its-base, and no customer of .*ann, bob, cat"),
     ):
-        run("action=verify_served", f"url={url}")
+        check(f"url={url}")
     torch.manual_seed(5)
-    other = AutoModelForCausalLM.from_config(
-        AutoModelForCausalLM.from_pretrained(home / "base").config
-    )
-    other.save_pretrained(tmp_path / "other")
+    config = AutoModelForCausalLM.from_pretrained(home / "base").config
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
     with (
         peft_server(tmp_path / "other", {"ann": home / "out/ann"}) as url,
         pytest.raises(SpecError, match=r"'its-base' is another base than .*Serve the base"),
     ):
-        run("action=verify_served", f"url={url}")
-    with pytest.raises(SpecError, match="url is only for action=verify_served"):
-        run("action=fleet", "url=http://localhost:8000")
-    with pytest.raises(SpecError, match="action=verify_served checks the adapters of a table"):
-        from lorasweep.config.compose import compose_request
-
-        compose_request(["action=verify_served"])
+        check(f"url={url}")
+    for wrong in (["action=verify_served"], ["action=fleet", "customers=c.csv", "url=http://a:1"]):
+        with pytest.raises(SpecError, match="action=verify_served"):
+            check_request(compose_request(wrong))
 
 
 def test_without_a_server_the_folders_are_checked(fleet, capsys):
-    home, run = fleet
-    assert run("action=verify_served", "format=json") == 0
+    home, check = fleet
+    assert check("format=json") == 0
     assert {row["verdict"] for row in verdicts(capsys).values()} == {"folder is right"}
     path = home / "out/bob/adapter_model.safetensors"
     kept = path.read_bytes()
     path.write_bytes(kept[:-4])
-    assert run("action=verify_served", "format=json") == 1
+    assert check("format=json") == 1
     path.write_bytes(kept)
     found = verdicts(capsys)
     assert found["bob"]["verdict"] == "folder refused"

@@ -1,4 +1,5 @@
-"""One planted sweep with its whole report, made once: what study pages and qualification read."""
+"""One planted sweep with its whole report, made once: what study pages and qualification read; and
+a hub that is out of reach."""
 
 import shutil
 from pathlib import Path
@@ -31,3 +32,16 @@ def reports(rank_answer, tmp_path) -> Path:
     (made,) = (rank_answer / "reports").iterdir()
     shutil.copytree(made, tmp_path / "reports" / "rank-smoke")
     return tmp_path / "reports"
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Give `datasets` an empty cache and no network; return the cache."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    return tmp_path / "datasets"

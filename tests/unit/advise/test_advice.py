@@ -112,13 +112,6 @@ def test_measured_bits_of_the_same_data_and_model_are_used(rows_file, tmp_path):
     assert (half.work.bits, half.work.bits_low, half.work.bits_high) == (4500, 4000, 5000)
 
 
-def test_every_number_has_a_formula_and_a_source():
-    reasons = advice(**SFT).reasons
-    wanted = {"lr_factor", "bits", "flops_ratio", "cost_usd_lora", "hours_full", "serving_gib_full"}
-    assert wanted | set(SURE_OF) <= reasons.keys()
-    assert all(r.formula and r.source for r in reasons.values())
-
-
 @pytest.mark.parametrize(
     "columns, says",
     [
@@ -141,7 +134,12 @@ def test_each_wrong_habit_is_flagged_with_its_cost(columns, says):
     assert any("habit: rank 64" in text for text in advice(rank=64).warnings)  # without any size
 
 
-def test_conditions_are_met_missed_or_unknown():
+def test_every_number_has_its_source_and_conditions_are_met_missed_or_unknown():
+    reasons = advice(**SFT).reasons
+    wanted = {"lr_factor", "bits", "flops_ratio", "cost_usd_lora", "hours_full", "serving_gib_full"}
+    assert wanted | set(SURE_OF) <= reasons.keys()
+    assert all(r.formula and r.source for r in reasons.values())
+
     def states(**columns):
         return [c.state for c in advice(**columns).conditions]
 
@@ -175,14 +173,8 @@ def test_a_page_holds_no_markup_of_customers_and_no_script():
     assert not [tag for tag in ("<img", "<b>x", "<i>no", "<script") if tag in text]
     assert "&lt;img src=x onerror=&#34;alert(1)&#34;&gt;" in text
     assert "default-src 'none'" in text and "src=" not in text.replace("src=x", "")
-
-
-def test_a_table_of_errors_alone_has_no_costs():
-    found = answers_to({"model": ""})
-    assert pages.summary_lines(found) == [
-        "1 customer: 0 LoRA, 0 full fine-tuning, 0 undecided, 1 with errors"
-    ]
-    shown = [pages.html(f, "t") for f in (found, answers_to({}))]
+    # of errors alone there are no costs
+    shown = [pages.html(answers_to(row), "t") for row in ({"model": ""}, {})]
     assert ["What each choice costs" in text for text in shown] == [False, True]
 
 
@@ -200,7 +192,12 @@ CUSTOMERS = ROOT / "docs/customers.csv"
 KEPT = ROOT / "tests/golden/advice.csv"
 
 
-def test_the_customers_are_many_and_varied_and_all_are_answered():
+def table_of(found):
+    return [list(pages.HEAD), *(pages.cells(a) for a in found)]
+
+
+def test_the_answers_for_many_and_varied_customers_are_those_kept():
+    """To keep others: python -m tests.unit.advise.test_advice."""
     found = answers(read_customers(CUSTOMERS), known())
     assert len(found) >= 100 and not [a.error for a in found if isinstance(a, Failed)]
     assert {a.choice.method for a in found} == {"lora", "full", "open"}
@@ -209,16 +206,8 @@ def test_the_customers_are_many_and_varied_and_all_are_answered():
     with CUSTOMERS.open() as text:
         filled = {k for row in csv.DictReader(text) for k, v in row.items() if v}
     assert COLUMNS.keys() - filled == {"data", "validation", "n_experts", "n_active_experts"}
-
-
-def test_the_answers_are_those_kept():
-    """To keep others: python -m tests.unit.advise.test_advice."""
     with KEPT.open(newline="") as text:
-        assert list(csv.reader(text)) == table_of(answers(read_customers(CUSTOMERS), known()))
-
-
-def table_of(found):
-    return [list(pages.HEAD), *(pages.cells(a) for a in found)]
+        assert list(csv.reader(text)) == table_of(found)
 
 
 if __name__ == "__main__":

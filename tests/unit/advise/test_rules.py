@@ -98,13 +98,6 @@ def test_bits_are_those_of_the_rows_that_are_trained_on():
     assert advice(examples=3200, epochs=0.5).work.bits == few.work.bits / 2
 
 
-def test_a_planned_rate_inside_the_advised_interval_is_no_habit():
-    inside, below = (advice(task="rl", examples=1000, lr=lr) for lr in (1e-5, 1e-6))
-    assert {c.name: c.state for c in inside.conditions}["LoRA's own learning rate"] == "met"
-    said = ["full fine-tuning's learning rate" in " ".join(a.warnings) for a in (inside, below)]
-    assert said == [False, True]
-
-
 def rows(*planted):
     """Kept results with these cells, and with a regret of 5 [4, 6] percent of a model of width 128."""
     columns = {"sweep", "scale", "base", "data", "task", "arm", "rank", "quantity", "claim"}
@@ -165,6 +158,9 @@ def test_the_published_law_gives_its_published_rates(family, hidden, rate):
 
 
 def test_a_rate_measured_on_a_small_model_is_never_advice_for_another():
+    short, long = (advice(examples=1000, steps=steps) for steps in (30, 300))
+    assert short.rate.high == pytest.approx(1.5 * long.rate.high)
+    assert any("fewer than 100 updates" in w for w in short.warnings)
     with_kept, without = advice(examples=50_000), advice(known(None), examples=50_000)
     assert with_kept.rate == without.rate
     assert with_kept.rate.rate == pytest.approx(2.86e-4, rel=5e-3)
@@ -176,6 +172,10 @@ def test_a_rate_measured_on_a_small_model_is_never_advice_for_another():
 
 
 def test_the_interval_is_the_sources_disagreement_and_full_fine_tuning_has_its_own():
+    inside, below = (advice(task="rl", examples=1000, lr=lr) for lr in (1e-5, 1e-6))
+    assert {c.name: c.state for c in inside.conditions}["LoRA's own learning rate"] == "met"
+    said = ["full fine-tuning's learning rate" in " ".join(a.warnings) for a in (inside, below)]
+    assert said == [False, True]
     full = advice(examples=10**8, tokens_per_example=1000)
     assert full.choice.method == "full"
     assert (full.rate.low, full.rate.high) == pytest.approx((2e-5 / 1.8, 1e-4 * 1.8))
@@ -185,19 +185,11 @@ def test_the_interval_is_the_sources_disagreement_and_full_fine_tuning_has_its_o
     assert "law of llamas" in source and "law of qwens" in source
 
 
-def test_short_runs_may_want_a_higher_rate():
-    short, long = advice(examples=1000, steps=30), advice(examples=1000, steps=300)
-    assert short.rate.high == pytest.approx(1.5 * long.rate.high)
-    assert any("fewer than 100 updates" in w for w in short.warnings)
-
-
-def test_the_cost_of_a_batch_is_a_known_line():
-    """Slower by exp(-0.1) for each of two doublings, over e^5 updates: 100 x 0.2 / 5 = 4%."""
-    assert workload.regret_of_batch(128, 128 * math.exp(5), -0.1) == pytest.approx(4.0)
-    assert workload.regret_of_batch(32, 1e6, -0.1) == workload.regret_of_batch(512, 1e6, 0.1) == 0
-
-
 def test_the_largest_batch_obeys_the_allowed_regret():
+    """Slower by exp(-0.1) for each of two doublings, over e^5 updates: 100 x 0.2 / 5 = 4%."""
+    regret_of = workload.regret_of_batch
+    assert regret_of(128, 128 * math.exp(5), -0.1) == pytest.approx(4.0)
+    assert regret_of(32, 1e6, -0.1) == regret_of(512, 1e6, 0.1) == 0
     each = {"sweep": "batch_size", "quantity": "batch_effect"}
     effects = (("tiny", "1", "-0.2"), ("tiny", "16", "-0.05"), ("other", "8", "0.02"))
     kept = rows(*({**each, "scale": s, "rank": r, "value": v} for s, r, v in effects))
@@ -205,8 +197,7 @@ def test_the_largest_batch_obeys_the_allowed_regret():
     world = dataclasses.replace(known(None), kept=kept)
     for allowed in (1, 2, 5):
         most = advice(world, examples=10**6, max_regret=allowed).batches.largest
-        assert workload.regret_of_batch(most, 1e6, -0.05) <= allowed
-        assert workload.regret_of_batch(2 * most, 1e6, -0.05) > allowed
+        assert regret_of(most, 1e6, -0.05) <= allowed < regret_of(2 * most, 1e6, -0.05)
     assert advice(world, examples=100, max_regret=0.1).batches.largest == 32
     assert advice(known(None), examples=10**6, max_regret=50).batches.largest == 32  # nothing kept
 
@@ -258,15 +249,13 @@ def test_prices_files_and_serving_by_hand():
 
 
 def test_full_fine_tuning_takes_more_gpus_and_too_few_give_a_warning():
-    a = advice(examples=10_000, tokens_per_example=500)
-    assert (a.costs.lora.gpus, a.costs.full.gpus) == (1, 4)
-    assert a.costs.full.hours * a.costs.full.gpus > 1.3 * a.costs.lora.hours * a.costs.lora.gpus
-    assert a.costs.flops_ratio == pytest.approx(0.672, abs=0.002)
-
-    one, eight = advice(examples=10_000), advice(examples=10_000, gpus=8)
+    one = advice(examples=10_000, tokens_per_example=500).costs
+    assert (one.lora.gpus, one.full.gpus) == (1, 4)
+    assert one.full.hours * one.full.gpus > 1.3 * one.lora.hours * one.lora.gpus
+    assert one.flops_ratio == pytest.approx(0.672, abs=0.002)
+    one, eight, few = (advice(examples=10_000, gpus=gpus) for gpus in ("", 8, 2))
     assert eight.costs.lora.gpus == 8 == eight.costs.full.gpus
     assert eight.costs.lora.hours < one.costs.lora.hours / 4
-    few = advice(examples=10_000, gpus=2)
     assert few.costs.lora.fits and not few.costs.full.fits
     assert any("full fine-tuning takes 4 h100 GPUs, and 2 are available" in w for w in few.warnings)
 

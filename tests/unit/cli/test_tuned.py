@@ -42,13 +42,10 @@ def tune(compose, capsys, fake_trainer):
     return run
 
 
-def rates(points, arm):
-    return {p.spec.lr for p in points if p.arm == arm and p.spec.steps == 64}
-
-
 @pytest.mark.slow
-def test_the_search_finds_planted_optima_and_says_so_in_a_line_each(tune):
-    text, _, points, _ = tune(Valley(10, noise=2e-4))
+def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(tune, compose):
+    world, request = Slow(10, noise=2e-4), compose(*TUNE)
+    text, _, points, _ = tune(world)
     lines = text.splitlines()
     heads = [line.partition(":")[0] for line in lines]
     assert [*heads[:2], *heads[3:]] == ["full fine-tuning", "LoRA rank 8", "use", "open"]
@@ -56,8 +53,23 @@ def test_the_search_finds_planted_optima_and_says_so_in_a_line_each(tune):
     assert lines[3].startswith("use: LoRA rank 8 on attention+mlp, learning rate 1.")
     assert lines[4] == "open: nothing"
     assert max(p.spec.seed for p in points) < 6  # decided before the last seed
+    store, full = RunStore(request.exec.runs_dir), judged(request, points)
+    short = [p for p in points if p not in full]
+    (judged_runs,) = store.root.parent.glob("reports/tune*/results.json")
+    assert {p.spec.steps for p in short} == {8}
+    assert json.loads(judged_runs.read_text())["runs"] == len(full)
+    kept = [p for p in full if (store.folder(p.id) / checkpoint.WEIGHTS).exists()]
     for arm, best in (("fullft", FULL_BEST), ("lora", 10 * FULL_BEST)):
-        assert min(rates(points, arm)) < best < max(rates(points, arm))
+        by_lr = {}
+        for p in (p for p in full if p.arm == arm):
+            by_lr.setdefault(p.spec.lr, []).append((world.nll(p.spec), p.id))
+        assert min(by_lr) < best < max(by_lr)
+        # the best run at each of three neighbouring rates
+        mine = {p.spec.lr: p.id for p in kept if p.arm == arm}
+        means = {lr: sum(v for v, _ in runs) / len(runs) for lr, runs in by_lr.items()}
+        assert len(mine) == 3 and min(means, key=means.get) in mine
+        assert all(rid == min(by_lr[lr])[1] for lr, rid in mine.items())
+    assert not list(store.root.glob("*/end"))
 
 
 @pytest.mark.slow
@@ -91,29 +103,6 @@ def test_lora_alone_ends_when_its_rates_are_known(tune):
     assert "not compared" in text and text.splitlines()[-1] == "open: nothing"
 
 
-@pytest.mark.slow
-def test_short_runs_are_not_judged_and_only_weights_around_the_best_are_kept(tune, compose):
-    world = Slow(10, noise=2e-4)
-    points = tune(world)[2]
-    request = compose(*TUNE)
-    store = RunStore(request.exec.runs_dir)
-    short = [p for p in points if p not in judged(request, points)]
-    assert {p.spec.steps for p in short} == {8} and json.loads(
-        next(store.root.parent.glob("reports/tune*/results.json")).read_text()
-    )["runs"] == len(points) - len(short)
-    kept = [p for p in points if (store.folder(p.id) / checkpoint.WEIGHTS).exists()]
-    full = judged(request, points)
-    for arm in ("fullft", "lora"):  # the best run at each of three neighbouring rates
-        by_lr = {}
-        for p in (p for p in full if p.arm == arm):
-            by_lr.setdefault(p.spec.lr, []).append((world.nll(p.spec), p.id))
-        mine = {p.spec.lr: p.id for p in kept if p.arm == arm and p in full}
-        means = {lr: sum(v for v, _ in runs) / len(runs) for lr, runs in by_lr.items()}
-        assert len(mine) == 3 and min(means, key=means.get) in mine
-        assert all(rid == min(by_lr[lr])[1] for lr, rid in mine.items())
-    assert not list(store.root.glob("*/end"))
-
-
 class Hurt(Valley):
     """Training raises the loss, from FakeTrainer's 3; `short`: that of a short run."""
 
@@ -143,14 +132,19 @@ def test_where_nothing_trains_the_answer_is_the_base(tune, tmp_path, world, budg
     assert not (tmp_path / "best").exists()
 
 
-def test_a_rewarded_search_is_answered_in_rewards(tune):
+REWARDED = ("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "max_new_tokens=1")
+
+
+def test_a_rewarded_search_is_answered_in_rewards_and_its_card_too(tune, compose):
     world = Rewards(lambda spec, step: 0.8, lambda spec: 1e-3, lambda spec: 0.01)
-    arguments = (
-        *("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "max_new_tokens=1"),
-        *("group_size=4", "budget=9runs", "arms=lora"),
-    )
     trainer = FakeTrainer(world.nll, curve=world.curve, more=world.more)
-    assert "; held-out reward 0." in tune(world, *arguments, trainer=trainer)[0]
+    asked = (*REWARDED, "group_size=4", "budget=9runs", "arms=lora")
+    assert "; held-out reward 0." in tune(world, *asked, trainer=trainer)[0]
+    point = compose(*TUNE, *REWARDED, "group_size=4", "batch_size=16").points[0]
+    results = {"arms": [arm(tuned._rank(point), 0.5)], "chosen_on": "test"}
+    metric = {"metric": vars(METRICS["policy_gradient"]), "test_reward": 0.5, "reward_start": 0.25}
+    card = tuned._card(point, {**metric, "n_test": 8}, results, "best")
+    assert "**held-out reward:** 0.2500 before, 0.5000 after, on 8 test rows" in card
 
 
 @pytest.mark.parametrize("outcome", ["SUPPORTED", "UNDECIDED", "REFUTED"])
@@ -167,85 +161,68 @@ def test_the_gap_is_printed_with_the_interval_that_decides(outcome):
     assert ("98.4%" in text) == (outcome == "UNDECIDED")
 
 
-def test_a_budget_below_a_run_and_wrong_settings_are_refused(compose, fake_trainer, tmp_path):
-    with pytest.raises(SpecError, match=r"budget=0\.5runs is below one run of 64 updates"):
-        act(compose(*TUNE, "budget=0.5runs"), fake_trainer(Valley(10).nll))
-    with pytest.raises(SpecError, match=r"budget= is for a sweep that searches.*\+sweep=tune"):
-        compose("+sweep=lr_ratio", "scale=smoke", "budget=2h")
-    for other in (("+sweep=study",), ("action=plan", "+sweep=lr_ratio"), ("model=tiny64",)):
-        with pytest.raises(SpecError, match=r"out= is for a sweep that searches"):
-            compose(*other, "out=best")
-        why = "planned in hours of GPUs" if "action=plan" in other else "that searches"
-        with pytest.raises(SpecError, match=f"budget=.*{why}"):
-            compose(*other, "budget=2h")
-    assert compose(*TUNE, "action=status", "out=best", "budget=2h").points
-    with pytest.raises(SpecError, match=r"arm 'lorra' not found. Did you mean 'lora'"):
-        compose(*TUNE, "arms=lorra")
-    (tmp_path / "mine.txt").touch()
-    with pytest.raises(SpecError, match=r"in use|would be mixed|has files"):
-        act(compose(*TUNE, f"out={tmp_path}"), fake_trainer(Valley(10).nll))
-    with pytest.raises(SpecError, match="a search adds runs itself"):
-        act(compose(*TUNE, "action=extend"))
+PLAN = ("action=plan", "+sweep=lr_ratio")
+
+
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        (("+sweep=lr_ratio", "scale=smoke", "budget=2h"), r"budget=2h is for .*\+sweep=tune"),
+        (("+sweep=study", "out=b"), "^out=.*that searches"),
+        *((("model=tiny64", wrong), f"^{wrong[:4]}.*that searches") for wrong in ("out=b", "budget=2h")),
+        ((*PLAN, "out=b"), "out= is for a sweep that searches"),
+        ((*PLAN, "budget=2h"), "budget=2h .*in hours of GPUs"),
+        ((*TUNE, "arms=lorra"), "arm 'lorra' not found. Did you mean 'lora'"),
+        ((*TUNE, "budget=0.5runs"), r"budget=0\.5runs is below one run of 64 updates"),
+        ((*TUNE, "out=mine"), "has files"),
+        ((*TUNE, "action=extend"), "a search adds runs itself"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused(compose, fake_trainer, tmp_path, monkeypatch, asked, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/own.txt").touch()
+    with pytest.raises(SpecError, match=says):
+        act(compose(*asked), fake_trainer(Valley(10).nll))
 
 
 def test_the_plan_says_what_a_search_takes_and_a_budget_buys(compose, capsys):
-    assert act(compose(*TUNE, "action=plan", "budget=40runs")) == 0
+    assert act(compose(*TUNE, "action=plan", "budget=40runs", "out=best")) == 0
     out = capsys.readouterr().out
     assert "search of 2 arm(s): short runs of 8 updates find the range, runs of 64 updates" in out
     assert "budget=40runs buys about 40 runs: the learning rates and 4 fresh seed(s)" in out
 
 
-def arm(rank, loss, gap=None, regret=0.5):
+def arm(rank, loss):
     rate = {"value": 1e-3, "low": 9e-4, "high": 1.1e-3}
     named = {"method": "lora" if rank else "fullft", "rank": rank, "best_tried": 1e-3, "flags": []}
-    found = {"best_lr": rate, "loss": loss, "gap_percent": gap, "regret_percent": regret}
+    found = {"best_lr": rate, "loss": loss, "gap_percent": None, "regret_percent": 0.5}
     return {**named, **found, "known": True}
 
 
-@pytest.mark.parametrize(
-    "outcome, loss, method",
-    [
-        ("SUPPORTED", 1.04, "lora"),
-        ("UNDECIDED", 1.04, "lora"),
-        ("UNDECIDED", 1.06, "fullft"),
-        ("REFUTED", 1.04, "fullft"),
-    ],
-)
-def test_full_fine_tuning_is_used_if_lora_is_known_or_measured_to_lose_more(
-    compose, outcome, loss, method
-):
-    verdicts = [{"outcome": outcome, "needed": "4 seeds", "why": ""}]
-    results = {"arms": [arm(None, 1.0), arm(8, loss)], "best_rank": 8}
-    results |= {"start": 2.0, "allowed": 0.05}
-    found = tuned.conclude(compose(*TUNE), {**results, "verdicts": verdicts})
-    assert found["method"] == method
-    said = ["LoRA against full fine-tuning (needed: 4 seeds)"]
-    assert found["open"] == (said if outcome == "UNDECIDED" else [])
+ENDED = "lower learning rates, which the budget did not allow"
+SEEDS = "LoRA against full fine-tuning (needed: 4 seeds)"
 
 
 @pytest.mark.parametrize(
-    "arms, lowest, why",
+    "losses, outcome, lowest, method, open_, why",
     [
-        ([(8, 2.1)], 1e-3, "rank 8 at .* does not lower the loss on test rows"),
-        ([], 1e-3, "tried in full, from 1.0e-03 on, lowers"),
-        ([], 1e-8, "nothing trains: no learning rate lowers the loss on"),
+        # full fine-tuning loses 1.0; LoRA is used unless it is known or measured to lose more
+        ({None: 1.0, 8: 1.04}, "SUPPORTED", 0.0, "lora", [], "smallest rank within 1%"),
+        ({None: 1.0, 8: 1.04}, "UNDECIDED", 0.0, "lora", [SEEDS], "smallest rank within 1%"),
+        ({None: 1.0, 8: 1.06}, "UNDECIDED", 0.0, "fullft", [SEEDS], "gives up 6% of the gain"),
+        ({None: 1.0, 8: 1.04}, "REFUTED", 0.0, "fullft", [], "gives up 4% of the gain"),
+        # the base stays only for a reason that was measured, and an ended budget is none
+        ({8: 2.1}, None, 1e-3, None, [], "rank 8 at .* does not lower the loss on test rows"),
+        ({}, None, 1e-3, None, [ENDED], "tried in full, from 1.0e-03 on, lowers"),
+        ({}, None, 1e-8, None, [], "nothing trains: no learning rate lowers the loss on"),
     ],
 )
-def test_the_base_stays_only_for_a_reason_that_was_measured(compose, arms, lowest, why):
-    """Weights that are worse than the base on test rows are not used, and a budget that has ended
-    is not a proof that nothing trains."""
-    results = {"arms": [arm(*a) for a in arms], "best_rank": 8 if arms else None, "start": 2.0}
-    results |= {"allowed": 0.05, "verdicts": [], "chosen_on": "validation"}
+def test_what_is_used_is_what_was_measured(compose, losses, outcome, lowest, method, open_, why):
+    verdicts = [{"outcome": outcome, "needed": "4 seeds", "why": ""}] if outcome else []
+    results = {"arms": [arm(*a) for a in losses.items()], "best_rank": 8 if losses else None}
+    results |= {"start": 2.0, "allowed": 0.05, "verdicts": verdicts, "chosen_on": "validation"}
     found = tuned.conclude(compose(*TUNE), results, lowest)
-    assert found["method"] is found["lr"] is None and re.search(why, found["why"])
-    ended = "lower learning rates, which the budget did not allow"
-    assert (ended in found["open"]) == ("from 1.0e-03" in why)
-
-
-def test_the_card_of_a_run_with_rewards_states_rewards(compose):
-    rl = ("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "max_new_tokens=1")
-    point = compose(*TUNE, *rl, "group_size=4", "batch_size=16").points[0]
-    arm = {"rank": tuned._rank(point), "method": "fullft", "gap_percent": None}
-    metric = {"metric": vars(METRICS["policy_gradient"]), "test_reward": 0.5, "reward_start": 0.25}
-    card = tuned._card(point, {**metric, "n_test": 8}, {"arms": [arm], "chosen_on": "test"}, "best")
-    assert "**held-out reward:** 0.2500 before, 0.5000 after, on 8 test rows" in card
+    assert (found["method"], found["lr"] is None) == (method, method is None)
+    assert [text for text in found["open"] if "no run of full" not in text] == open_
+    assert re.search(why, found["why"])

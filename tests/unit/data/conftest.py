@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 
-from tests import small_hub
 from tests.world import compose_request
 
 MODELS = {
@@ -27,16 +26,6 @@ def composed(name):
 def shipped(name, /, **changes):
     """Return the spec of a shipped data set with changes."""
     return dataclasses.replace(composed(name).dataset, **changes)
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """Give `datasets` an empty cache and no network; return the cache."""
-    import datasets
-
-    small_hub.offline(tmp_path, monkeypatch)
-    datasets.disable_progress_bars()
-    return tmp_path / "datasets"
 
 
 @pytest.fixture

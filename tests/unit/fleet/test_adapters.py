@@ -120,7 +120,7 @@ def test_the_head_of_a_card_names_license_and_data_sets_of_the_hub(tmp_path):
     assert facts["license"] == license and facts["seconds_used"] == 0
 
 
-def test_without_its_tokenizer_or_form_a_customer_has_an_error_and_no_folder(tmp_path, monkeypatch):
+def test_without_a_form_for_servers_a_customer_has_an_error_and_no_folder(tmp_path):
     rows = {"messages": [{"role": "user", "content": "{prompt}"}], "example": [["{prompt}", False]]}
     here = outcome(0, 0.1)
     member = dataclasses.replace(here.member, rows=dataclasses.replace(here.member.rows, **rows))
@@ -129,30 +129,40 @@ def test_without_its_tokenizer_or_form_a_customer_has_an_error_and_no_folder(tmp
     assert not (tmp_path / "c0").exists() and not list(tmp_path.glob(".c0*"))
 
 
+OWN = {"license": "other", "license_name": "own"}
+
+
 @pytest.mark.parametrize(
     "head, known",
     [
         ("license: Apache-2.0", {"license": "apache-2.0"}),
-        ("license: other\nlicense_name: own", {"license": "other", "license_name": "own"}),
+        ("license: other\nlicense_name: own", OWN),
         ("license_name: own", {}),
         ("license: [a, b]", {}),
         ("language: en", {}),
     ],
 )
-def test_the_license_is_that_on_the_bases_card(head, known, tmp_path):
+def test_the_license_is_that_on_the_bases_card(head, known, tmp_path, monkeypatch):
+    import huggingface_hub
+
     spec = ModelSpec(name="my", source="folder", location="base")
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, tmp_path / "base/model.safetensors")
     assert license_of(spec, [str(tmp_path)]) == {}
-    (tmp_path / "base/README.md").write_text(f"---\n{head}\n---\n# Base\n")
+    card = tmp_path / "base/README.md"
+    card.write_text(f"---\n{head}\n---\n# Base\n")
     assert license_of(spec, [str(tmp_path)]) == known
     assert license_of(spec, [str(tmp_path / "gone")]) == {}
+    card.write_text(f"---\n{head}\nlicense_link: LICENSE\n---\n")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *name, revision: str(card))
+    link = {"license_link": "https://huggingface.co/o/base/blob/main/LICENSE"}
+    of_hub = license_of(ModelSpec(name="my", source="hub", location="o/base"), [])
+    assert of_hub == (known and {**known, **link})
 
 
-def test_the_license_of_a_gguf_file_and_of_the_hub(tmp_path, monkeypatch):
+def test_the_license_of_a_gguf_file(tmp_path):
     import gguf
-    import huggingface_hub
 
     writer = gguf.GGUFWriter(tmp_path / "my.gguf", "llama")
     writer.add_license("MIT")
@@ -163,9 +173,3 @@ def test_the_license_of_a_gguf_file_and_of_the_hub(tmp_path, monkeypatch):
     writer.close()
     spec = ModelSpec(name="my", source="gguf", location="my.gguf")
     assert license_of(spec, [str(tmp_path)]) == {"license": "mit"}
-    card = tmp_path / "README.md"
-    card.write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *name, revision: str(card))
-    found = license_of(ModelSpec(name="my", source="hub", location="o/base"), [])
-    link = "https://huggingface.co/o/base/blob/main/LICENSE"
-    assert found == {"license": "other", "license_name": "own", "license_link": link}

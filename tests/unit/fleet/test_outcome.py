@@ -88,26 +88,17 @@ def test_rates_go_on_until_the_best_is_inside_or_six_were_tried(store, best):
     assert found.result["test_nll"] == 3.0 and stages == [3, *[1] * (n - 3), 1]
     # the seconds of the run that was measured include its trial's
     assert found.used == {"seconds_used": pytest.approx(n + 0.5), "gpu_hours_used": 0}
-    assert (
-        with_further(points, store, True) == points == with_further(around_advised(), store, True)
-    )
+    assert all(with_further(p, store, True) == points for p in (points, around_advised()))
 
 
 def test_a_diverged_rate_is_worse_than_any_and_of_equal_losses_the_lower_rate_is_better(store):
-    points, _ = played(store, lambda k: None if k > 1 else 5.0 - k)
-    found = outcome(points, store)
-    assert (
-        place(found.spec) == 1
-        and not found.facts()["edge"]
-        and found.tried[-1]["validation"] is None
-    )
-    flat = around_advised(seed=7)
-    found = outcome(played(store, lambda k: 1.0, flat)[0], store)
+    found = outcome(played(store, lambda k: None if k > 1 else 5.0 - k)[0], store)
+    assert (place(found.spec), found.facts()["edge"]) == (1, "")
+    assert found.tried[-1]["validation"] is None
+    found = outcome(played(store, lambda k: 1.0, around_advised(seed=7))[0], store)
     assert found.facts()["edge"] == "lowest" and len(found.tried) == MOST_TRIED
-
-
-def test_a_customer_whose_rates_all_diverge_has_an_error_after_six(store):
-    points, stages = played(store, lambda k: None)
+    # all diverge: an error after six
+    points, stages = played(store, lambda k: None, around_advised(seed=8))
     found = outcome(points, store)
     assert sum(stages) == MOST_TRIED == len(points) and place(points[0].spec) == -4
     assert found.spec is None and "every learning rate diverged" in found.problem and not found.open
@@ -134,9 +125,8 @@ def test_rates_that_are_given_are_tried_and_no_others(store, rates):
     points, _ = played(store, valley(4), around_advised(rates), go_on=False)
     found = outcome(points, store)
     assert len(found.tried) == rates and len(points) == rates + (rates > 1)
-    assert place(found.spec) == rates // 2 and found.facts()["edge"] == (
-        "highest" if rates > 1 else ""
-    )
+    edge = "highest" if rates > 1 else ""
+    assert (place(found.spec), found.facts()["edge"]) == (rates // 2, edge)
 
 
 def test_what_is_left_is_open_and_no_rate_is_tried_that_a_run_may_not_have(store):
@@ -156,27 +146,17 @@ def test_what_is_left_is_open_and_no_rate_is_tried_that_a_run_may_not_have(store
 def test_a_rate_that_breaks_on_test_rows_counts_as_diverged(store):
     points, _ = played(store, valley(0))
     again = RunStore(store.root.with_name("other"))
-    for p in points[:-1]:
-        end(again, p.spec, valley(0)(place(p.spec)))
-    end(again, points[-1].spec, None)
-    points, _ = played(again, valley(0))
-    found = outcome(points, again)
-    assert (
-        place(found.spec) == -1
-        and found.tried[2]["validation"] is None
-        and not found.facts()["edge"]
-    )
+    for p in points:
+        end(again, p.spec, None if p.spec.test_rows else valley(0)(place(p.spec)))
+    found = outcome(played(again, valley(0))[0], again)
+    assert (place(found.spec), found.facts()["edge"]) == (-1, "")
+    assert found.tried[2]["validation"] is None
 
 
 @pytest.mark.parametrize(
     "before, error, gained",
-    [
-        (9.5, 0.1, "gained"),
-        (9.2, 0.1, "not known"),
-        (8.5, 0.1, "got worse"),
-        (8.5, None, "not known"),
-    ],
-)
+    [(9.5, 0.1, "gained"), (9.2, 0.1, "not known"), (8.5, 0.1, "got worse"), (8.5, None, "not known")],
+)  # fmt: skip
 def test_the_verdict_of_a_gain_is_by_its_interval(store, before, error, gained):
     """4 rows: Student's t of 3 degrees of freedom is 3.18."""
     found = outcome(played(store, valley(0))[0], store)

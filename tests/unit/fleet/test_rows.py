@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import re
 
-import pandas as pd
 import pytest
 from transformers import GenerationConfig
 
@@ -12,19 +11,26 @@ from lorasweep.advise.read import RowError
 from lorasweep.data import load, messages, templates, text
 from lorasweep.errors import DataError
 from lorasweep.fleet.rows import Rules, named_rows, rows_of, with_lengths
-from lorasweep.spec.dataset import FILES, DatasetSpec
+from lorasweep.spec.dataset import DatasetSpec
 from tests import small_hub
 from tests.bpe import llama_like, qwen_like
 from tests.customers import CHAT_TEMPLATE, write_json, write_rows
 
 
-def read(path, rules=None, tokenizer=None):
-    """A customer's rows, by today's rules unless others are named."""
-    return rows_of("any", str(path), rules or Rules(), tokenizer or llama_like())
+def read(path, rules=None, tokenizer=None, validation=None):
+    """A customer's rows, by rules of version 0.2 unless others are given."""
+    return rows_of("any", str(path), rules or Rules(), tokenizer or llama_like(), validation)
 
 
-def pair(prompt, completion, **more):
-    return {"prompt": prompt, "completion": completion, **more}
+def fitted(path, rules=None, tokenizer=None, length=None):
+    tokenizer = tokenizer or llama_like()
+    return with_lengths(read(path, rules, tokenizer), tokenizer, length, ["."])
+
+
+def pairs(count, prompt, completion):
+    """Rows with two columns; both are templates of the row's number."""
+    said = ((prompt.format(k), completion.format(k)) for k in range(count))
+    return [{"prompt": p, "completion": c} for p, c in said]
 
 
 def turns(*said, weights=()):
@@ -43,10 +49,10 @@ def texts(spec):
     ]
 
 
-def prompts(spec, **changes):
+def prompts(spec, folder=".", **changes):
     """The prompts of the training, validation and test rows, as they are loaded."""
     spec = dataclasses.replace(spec, **{"max_length": 64, **changes})
-    data = load.load(spec, ["."], llama_like())
+    data = load.load(spec, [folder], llama_like())
     parts = (data.train(0, 0, data.n_train), data.validation, data.test)
     return [[llama_like().decode(e.tokens[~e.loss]) for e in part] for part in parts]
 
@@ -56,21 +62,32 @@ def counts(found):
 
 
 @pytest.mark.parametrize(
-    "rows, held_out, train", [(19, 0, 19), (20, 4, 12), (200, 20, 160), (3000, 128, 2744)]
+    "rows, held_out, named",
+    [(19, 0, 0), (20, 4, 0), (40, 4, 10), (60, 6, 15), (200, 20, 20), (3000, 128, 128)],
 )
-def test_a_tenth_is_validation_a_tenth_test_and_of_few_rows_none(tmp_path, rows, held_out, train):
-    found = read(write_rows(tmp_path / "my.jsonl", rows, "Yes {k}"))
+def test_a_tenth_is_validation_a_tenth_test_and_of_few_rows_none(tmp_path, rows, held_out, named):
+    """Of a customer's rows; of rows given by name at least 20 are held out, or they are refused."""
+    path = write_rows(tmp_path / "my.jsonl", rows, "Yes {k}")
+    found = read(path)
     spec = found.dataset
-    assert counts(found) == (train, held_out, held_out or rows)
+    assert counts(found) == (rows - 2 * held_out, held_out, held_out or rows)
     assert found.held_out == (held_out > 0) and spec.holdout == 2 * held_out
     assert (spec.train_split, spec.format, spec.mask) == ("my", "prompt_completion", "completion")
-    assert spec.problem is None
+    assert spec.problem is None and read(path).dataset == spec
+    if named:
+        spec, folder, _ = named_rows(str(path), {})
+        assert (spec.location, folder, spec.held_out_by) == (".", str(tmp_path), "prompt")
+        assert spec.problem is None and spec.revision.startswith("sha256:my=")
+        assert spec.holdout == 2 * named
+        assert [*map(len, prompts(spec, folder))] == [rows - 2 * named, named, named]
+    changed = read(write_rows(path, rows, "No")).dataset
+    assert changed.canonical != found.dataset.canonical
 
 
 def test_duplicates_stay_in_one_split(tmp_path):
     """Some rows repeat up to forty times, with different values in other columns."""
     asked = [k for k in range(40) for _ in range(40 if k == 3 else 1 + k % 3)]
-    rows = [pair(f"How many? {k}", "Yes", id=n) for n, k in enumerate(asked)]
+    rows = [pairs(40, "How many? {}", "Yes")[k] | {"id": n} for n, k in enumerate(asked)]
     path = write_json(tmp_path / "my.jsonl", rows)
     found = read(path)
     train, held = texts(found.dataset)
@@ -85,60 +102,74 @@ def test_duplicates_stay_in_one_split(tmp_path):
     assert not few.held_out and few.n_train == 54 and not few.dataset.unseen_rows
 
 
-def test_rows_of_a_test_file_are_held_out_instead_and_not_trained_on(tmp_path):
-    write_rows(tmp_path / "train.jsonl", 9, "Yes {k}")
-    test = write_rows(tmp_path / "test.jsonl", 8, "Yes {k}", start=5)
-    test.write_text(2 * test.read_text())
+MANY = [row for n in range(5) for row in pairs(40, "How many? {}", f"Yes {n}")]
+NOTES = pairs(100, "Write a note.", "Yes {}")
+ASKED = pairs(70, "How many? {}", "No")
+DIVIDED = {  # training file, test file, sizes of the parts, (same_prompt, left_out, repeated), by
+    "forty prompts": (MANY, [], (160, 20, 20), (160, 0, 0), "prompt"),
+    "one prompt": (NOTES, [], (80, 10, 10), (99, 0, 0), "row"),
+    "one prompt in both files": (NOTES, pairs(30, "Write a note.", "No {}"), (100, 15, 15), (129, 0, 0), "row"),
+    "prompts of a test file": (pairs(50, "How many? {}", "Yes"), ASKED[40:], (40, 15, 15), (10, 10, 0), "prompt"),
+    "rows of a test file": (ASKED[:9], 2 * ASKED[5:13], (5, 4, 4), (0, 4, 12), "prompt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DIVIDED)
+def test_no_prompt_is_in_two_splits_unless_there_are_too_few(tmp_path, case):
+    train, test, sizes, count, by = DIVIDED[case]
+    write_json(tmp_path / "train.jsonl", train)
+    if test:
+        write_json(tmp_path / "test.jsonl", test)
     found = read(tmp_path)
-    train, held = texts(found.dataset)
-    assert (found.repeated, len(train), len(held)) == (12, 5, 8) and counts(found) == (5, 4, 4)
-    assert found.dataset.holdout == 0 and found.dataset.revision.count("=") == 2
-    (tmp_path / "train.jsonl").write_text(test.read_text())
-    with pytest.raises(DataError, match="Add rows to train on"):
-        read(tmp_path)
-    write_rows(test, 1, "No")
-    with pytest.raises(DataError, match="Expected at least 2"):
-        read(tmp_path)
+    parts, divided_by = prompts(found.dataset), found.dataset.held_out_by
+    assert (counts(found), divided_by) == (sizes, by) and tuple(map(len, parts)) == sizes
+    assert (found.same_prompt, found.left_out, found.repeated) == count
+    assert (found.dataset.holdout == 0) == bool(test)
+    each = [parts] if by == "prompt" else []
+    if len(train) + len(test) > 40 and each:  # rows by name, too
+        spec, folder, _ = named_rows(str(tmp_path if test else tmp_path / "train.jsonl"), {})
+        each.append(prompts(spec, folder))
+        assert spec.revision.count("=") == 1 + bool(test) and len(each[1][1]) == len(each[1][2])
+    for parts in each:
+        assert len(set().union(*parts)) == sum(len(set(part)) for part in parts)
 
 
-def test_changed_rows_are_another_data_set(tmp_path):
-    path = write_rows(tmp_path / "my.jsonl", 30, "Yes")
-    before = read(path).dataset
-    assert read(path).dataset == before
-    assert read(write_rows(path, 30, "No")).dataset.canonical != before.canonical
+REFUSED = {  # rows by name or training file of a customer, test file
+    "39 unique rows. Expected at least 40": (pairs(39, "So? {}", "Yes"), None),
+    ": 1 unique rows": (pairs(50, "So?", "Yes"), None),
+    "15 of 60 rows have no answer, the first is row 46": (pairs(45, "So? {}", "Yes") + pairs(15, "No? {}", ""), None),
+    "Add rows to train on": (ASKED[:8], ASKED[:8]),
+    "Expected at least 2": (ASKED[:8], ASKED[9:10]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FILES)
-def test_a_file_of_any_form_is_divided_alike(tmp_path, form):
-    lines = read(write_rows(tmp_path / "my.jsonl", 60, "Yes {k}"))
-    frame, path = pd.read_json(tmp_path / "my.jsonl", lines=True), tmp_path / f"a/my.{form}"
-    path.parent.mkdir()
-    if form == "csv":
-        frame.to_csv(path, index=False)
-    elif form == "parquet":
-        frame.to_parquet(path)
-    else:
-        frame.to_json(path, orient="records", lines=form == "jsonl")
-    found = read(path)
-    assert counts(found) == counts(lines) and texts(found.dataset) == texts(lines.dataset)
-    assert found.dataset.source == form
+@pytest.mark.parametrize("says", REFUSED)
+def test_rows_that_are_too_few_or_have_no_answer_are_refused(tmp_path, says):
+    train, test = REFUSED[says]
+    path = write_json(tmp_path / ("my.jsonl" if test is None else "train.jsonl"), train)
+    if test:
+        write_json(tmp_path / "test.jsonl", test)
+    with pytest.raises(DataError, match=re.escape(says)):
+        named_rows(str(path), {}) if test is None else read(tmp_path)
 
 
 def test_the_longest_row_is_the_length_and_none_is_cut(tmp_path):
     path = write_rows(tmp_path / "my.jsonl", 30, "Yes " * 70)
-    rows, tokens = with_lengths(read(path), llama_like(), None, ["."])
-    longest = max(len(llama_like()(f"How many? {k}\n" + "Yes " * 70).input_ids) for k in range(30))
+    rows, tokens = fitted(path)
+    longest = len(llama_like()("How many? 29\n" + "Yes " * 70).input_ids)
     assert longest - 1 <= rows.dataset.max_length <= 4 * longest
     assert 0.4 * rows.dataset.max_length >= 0.5 * tokens
-    stated, _ = with_lengths(read(path), llama_like(), longest, ["."])
+    stated, _ = fitted(path, length=longest)
     assert stated.dataset.max_length == longest and not stated.warning
 
 
 def test_rows_that_are_left_out_or_cut_are_counted_and_most_of_them_an_error(tmp_path):
     """By a stated max_length, in a fleet as for rows given by name; the counts are those trained."""
-    rows = [pair(f"So? {k} " + "late " * 99 * (k % 5 == 0), "Yes") for k in range(200)]
+    late = " late" * 99
+    rows = [row for n in range(40) for row in pairs(5, f"So? {n} {{}}", "Yes")]
+    rows = [{**r, "prompt": r["prompt"] + late * (k % 5 == 0)} for k, r in enumerate(rows)]
     path = write_json(tmp_path / "my.jsonl", rows)
-    found, _ = with_lengths(read(path), llama_like(), 64, ["."])
+    found, _ = fitted(path, length=64)
     data = load.load(found.dataset, ["."], llama_like())
     n_read, cut, left_out, _ = data.fits["training"]
     enough = max(fit[-1] for fit in data.fits.values())
@@ -146,14 +177,14 @@ def test_rows_that_are_left_out_or_cut_are_counted_and_most_of_them_an_error(tmp
     assert left_out + data.fits["held-out"][2] == 40 == data.fits["held-out"][0]
     assert f"leaves out {left_out} and cuts 0 of 160 training rows" in found.warning
     assert f"Set the column max_length to {enough}, with which 99% are whole" in found.warning
-    whole, _ = with_lengths(read(path), llama_like(), enough, ["."])
+    whole, _ = fitted(path, length=enough)
     assert not whole.warning and whole.n_train == 160
     spec = dataclasses.replace(found.dataset, too_long="cut_or_skip", max_length=enough - 1)
     cut = load.load(spec, ["."], llama_like()).fits["training"][1]
     assert 0 < cut <= 40  # rows without their last token
-    long = write_json(path, [pair(f"So? {k} " + "late " * 99, "Yes " * 9) for k in range(40)])
+    write_json(path, pairs(40, "So? {}" + late, "Yes " * 9))
     with pytest.raises(DataError, match=r"cuts 3. of 3. training rows. Set the column max_length"):
-        with_lengths(read(long), llama_like(), enough, ["."])
+        fitted(path, length=enough)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +210,8 @@ def test_many_short_rows_of_one_part_do_not_hide_what_the_other_loses(training, 
 def test_rows_begin_with_bos_where_a_server_sends_it(tmp_path, tokenizer):
     """As a server makes tokens of a text, and as it renders messages by the folder's template."""
     tokenizer, path = tokenizer(), write_rows(tmp_path / "my.jsonl", 60, "Yes {k}")
-    for rules in (Rules(whole_prompt=True), None):
-        found = read(path, rules, tokenizer) if rules else None
-        spec, folder, _ = (found.dataset, ".", 0) if found else named_rows(str(path), {})
+    fleet = read(path, Rules(whole_prompt=True), tokenizer).dataset
+    for spec, folder in ((fleet, "."), named_rows(str(path), {})[:2]):
         row = next(iter(load.load(spec, [folder], tokenizer).test))
         prompt = tokenizer.decode(row.tokens[~row.loss], skip_special_tokens=True)
         assert row.tokens[~row.loss].tolist() == tokenizer(prompt).input_ids
@@ -190,23 +220,12 @@ def test_rows_begin_with_bos_where_a_server_sends_it(tmp_path, tokenizer):
         sent = served.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         assert served(sent, add_special_tokens=False).input_ids == row.tokens[~row.loss].tolist()
     old = read(path, Rules(), tokenizer).dataset
-    assert not old.bos and (tokenizer.bos_token or old == found.dataset if found else True)
-
-
-def test_no_prompt_is_in_two_splits(tmp_path):
-    """Forty questions with five answers each: by rows, all held-out questions were trained on."""
-    rows = [pair(f"How many? {k % 40}", f"Yes {k}") for k in range(200)]
-    path = write_json(tmp_path / "my.jsonl", rows)
-    found = read(path)
-    parts = prompts(found.dataset)
-    assert [len(part) for part in parts] == [160, 20, 20]
-    assert [len(set(part)) for part in parts] == [32, 4, 4] and len(set().union(*parts)) == 40
-    assert (found.n_train, found.same_prompt, found.dataset.held_out_by) == (160, 160, "prompt")
+    assert not old.bos and (tokenizer.bos_token or old == fleet)
 
 
 def test_a_prompt_with_many_answers_is_held_out_as_a_whole_and_counts_with_a_few(tmp_path):
     answers = [100 if k % 7 == 0 else 1 + k % 3 for k in range(60)]
-    rows = [pair(f"How many? {k}", f"Yes {n}") for k in range(60) for n in range(answers[k])]
+    rows = [row for k in range(60) for row in pairs(answers[k], f"How many? {k}", "Yes {}")]
     train, validation, test = prompts(read(write_json(tmp_path / "my.jsonl", rows)).dataset)
     held = {*validation, *test}
     assert not set(train) & held and not set(validation) & set(test)
@@ -215,90 +234,23 @@ def test_a_prompt_with_many_answers_is_held_out_as_a_whole_and_counts_with_a_few
     assert len(set(validation)) == len(set(test)) == 6
 
 
-def test_with_too_few_prompts_rows_are_divided_and_the_result_says_so(tmp_path):
-    rows = [pair("Write a note.", f"Yes {k}") for k in range(100)]
-    found = read(write_json(tmp_path / "train.jsonl", rows))
-    assert counts(found) == (80, 10, 10) and found.dataset.held_out_by == "row"
-    assert found.same_prompt == 99
-    write_rows(tmp_path / "test.jsonl", 30, "No {k}", question="Write a note.")
-    found = read(tmp_path)
-    assert (
-        counts(found) == (100, 15, 15)
-        and found.dataset.held_out_by == "row"
-        and found.left_out == 0
-    )
-
-
 def test_a_test_file_sorted_by_topic_is_divided_over_topics_and_capped(tmp_path):
     write_rows(tmp_path / "train.jsonl", 50, "Yes", question="How many? {k}")
-    rows = [pair(f"{topic} {k}", "No") for topic in ("Is it late?", "So?") for k in range(400)]
-    write_json(tmp_path / "test.jsonl", rows)
+    write_json(tmp_path / "test.jsonl", pairs(400, "Is it? {}", "No") + pairs(400, "So? {}", "No"))
     train, validation, test = prompts(read(tmp_path).dataset)
     assert (len(train), len(validation), len(test)) == (50, 128, 128)
-    for part in (validation, test):
-        assert 40 < sum(prompt.startswith("So?") for prompt in part) < 90
+    assert all(40 < sum(p.startswith("So?") for p in part) < 90 for part in (validation, test))
     assert not set(validation) & set(test)
-
-
-def test_training_rows_with_the_prompt_of_a_test_row_are_left_out(tmp_path):
-    write_rows(tmp_path / "train.jsonl", 50, "Yes")
-    write_rows(tmp_path / "test.jsonl", 30, "No", start=40)
-    found = read(tmp_path)
-    train, validation, test = prompts(found.dataset)
-    assert not set(train) & {*validation, *test} and len(train) == 40 == found.n_train
-    assert (found.left_out, found.same_prompt, found.dataset.held_out_by) == (10, 10, "prompt")
 
 
 def test_rows_that_are_too_long_move_no_prompt_to_two_splits(tmp_path):
     said = [("Yes " * (40 if k % 3 == 0 else 2) + f"{k}") for k in range(120)]
-    rows = [pair(f"How many? {k // 4}", text) for k, text in enumerate(said)]
+    rows = [pairs(1, f"How many? {k // 4}", text)[0] for k, text in enumerate(said)]
     spec = read(write_json(tmp_path / "my.jsonl", rows)).dataset
     train, *held = prompts(spec, too_long="skip", max_length=32)
     validation, test = map(set, held)
     assert not (validation & test or set(train) & (validation | test)) and validation and test
     assert sum(map(len, held)) < spec.holdout
-
-
-@pytest.mark.parametrize("rows, held_out", [(40, 10), (60, 15), (100, 20), (500, 50), (3000, 128)])
-def test_of_rows_with_a_name_a_tenth_is_validation_a_tenth_test_and_twenty_at_least(
-    tmp_path, rows, held_out
-):
-    spec, folder, _ = named_rows(str(write_rows(tmp_path / "a.jsonl", rows, "Yes {k}")), {})
-    assert (spec.location, folder, spec.held_out_by) == (".", str(tmp_path), "prompt")
-    assert (spec.n_validation, spec.n_test, spec.holdout) == (held_out, held_out, 2 * held_out)
-    assert spec.problem is None and spec.revision.startswith("sha256:a=")
-    data = load.load(dataclasses.replace(spec, max_length=64), [folder], llama_like())
-    sizes = (data.n_train, len(data.validation), len(data.test))
-    assert sizes == (rows - 2 * held_out, held_out, held_out)
-
-
-def test_rows_with_a_name_share_no_prompt_and_a_test_file_of_a_folder_is_divided(tmp_path):
-    rows = [pair(f"How many? {k // 3}", f"Yes {k}") for k in range(120)]
-    write_json(tmp_path / "train.jsonl", rows)
-    spec, folder, _ = named_rows(str(tmp_path / "train.jsonl"), {})
-    data = load.load(dataclasses.replace(spec, max_length=64), [folder], llama_like())
-    parts = [
-        {llama_like().decode(e.tokens[~e.loss]) for e in part}
-        for part in (data.train(0, 0, data.n_train), data.validation, data.test)
-    ]
-    assert sum(map(len, parts)) == len(set().union(*parts)) == 40 and len(data.test) >= 20
-    write_rows(tmp_path / "test.jsonl", 30, "No {k}", start=1000)
-    tested, _, _ = named_rows(str(tmp_path), {})
-    assert (tested.n_validation, tested.n_test, tested.holdout) == (15, 15, 0)
-    assert tested.revision.count("=") == 2 and tested.test_split == "test"
-
-
-@pytest.mark.parametrize(
-    "rows, says",
-    [
-        ([pair(f"So? {k}", "Yes") for k in range(39)], "39 unique rows. Expected at least 40"),
-        (50 * [pair("So?", "Yes")], ": 1 unique rows"),
-        ([pair(f"So? {k}", "Yes" * (k % 4 != 3)) for k in range(60)], "15 of 60 rows have no answer, the first is row 4"),
-    ],
-)  # fmt: skip
-def test_rows_with_a_name_that_are_too_few_or_have_no_answer_are_refused(tmp_path, rows, says):
-    with pytest.raises(DataError, match=re.escape(says)):
-        named_rows(str(write_json(tmp_path / "a.jsonl", rows)), {})
 
 
 def test_the_prompt_of_a_conversation_ends_before_the_first_learned_answer(tmp_path):
@@ -322,7 +274,7 @@ def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(tmp_p
     eos, bos = plain.eos_token, plain.bos_token
 
     def shown(tokenizer, rules=None, data=path):
-        found, _ = with_lengths(read(data, rules, tokenizer), tokenizer, None, ["."])
+        found, _ = fitted(data, rules, tokenizer)
         parts = (f"[{text}]" if learned else text for text, learned in found.example)
         return "".join(parts), found.end
 
@@ -341,43 +293,36 @@ def test_the_form_is_the_bases_chat_template_else_plain_unless_it_is_named(tmp_p
 
 
 def test_all_answers_of_messages_are_learned_in_new_fleets_and_of_conversations_the_last(tmp_path):
-    said = turns("So?", "Yes", "How many?", "No")
-    new, old = Rules(answers="all"), Rules()
-    path = write_json(tmp_path / "my.jsonl", [said] * 30)
-    assert read(path, new).dataset.mask == "completion"
-    assert read(path, old).dataset.mask == "last_assistant"
-    assert read(path, dataclasses.replace(new, mask="all")).dataset.mask == "all"
-    from_ = [{"from": m["role"], "value": m["content"]} for m in said["messages"]]
-    path = write_json(tmp_path / "other.jsonl", [{"conversations": from_}] * 30)
-    assert read(path, new).dataset.mask == read(path, old).dataset.mask == "last_assistant"
+    rows = [turns("So?", "Yes", "How many?", "No")] * 30
+    path = write_json(tmp_path / "my.jsonl", rows)
+    assert read(path, Rules(answers="all")).dataset.mask == "completion"
+    assert read(path, Rules(answers="all", mask="all")).dataset.mask == "all"
+    said = [{"from": m["role"], "value": m["content"]} for m in rows[0]["messages"]]
+    write_json(path, [{"conversations": said}] * 30)
+    assert read(path, Rules(answers="all")).dataset.mask == "last_assistant"
 
 
 def test_a_validation_file_beside_the_training_file_is_divided_as_a_test_file(tmp_path):
     path = write_rows(tmp_path / "a/my.jsonl", 50, "Yes {k}")
     held = write_rows(tmp_path / "a/held.jsonl", 30, "No {k}", start=40)
-    (tmp_path / "b").mkdir()
-    for name in ("train", "test"):
-        (tmp_path / f"b/{name}.jsonl").write_text((path if name == "train" else held).read_text())
-    found = rows_of("any", str(path), Rules(), llama_like(), str(held))
-    tested = read(tmp_path / "b")
-    train_and_held = texts(tested.dataset)
-    assert texts(found.dataset) == train_and_held and counts(found) == counts(tested)
+    for name, given in (("train", path), ("test", held)):
+        write_json(tmp_path / f"b/{name}.jsonl", given.read_text().splitlines())
+    found, tested = read(path, validation=str(held)), read(tmp_path / "b")
+    assert texts(found.dataset) == texts(tested.dataset) and counts(found) == counts(tested)
     assert (found.left_out, found.dataset.test_split) == (10, "held")
     assert found.kinds == tested.kinds == {"prompt_completion": 80}
     in_folder = path.rename(tmp_path / "a/train.jsonl").parent
-    beside = rows_of("any", str(in_folder), Rules(), llama_like(), str(held))
-    assert texts(beside.dataset) == train_and_held
+    assert texts(read(in_folder, validation=str(held)).dataset) == texts(tested.dataset)
     other = write_rows(tmp_path / "a/held.json", 3, "No")
-    wrong = (tmp_path / "b/test.jsonl", in_folder / "train.jsonl", in_folder / "gone.jsonl", other)
-    for given in map(str, wrong):
+    for wrong in (tmp_path / "b/test.jsonl", path, in_folder / "train.jsonl", other):
         with pytest.raises(RowError, match=r"is no other file beside train.jsonl.*NAME.jsonl"):
-            rows_of("any", str(in_folder), Rules(), llama_like(), given)
+            read(in_folder, validation=str(wrong))
 
 
 def test_all_refused_rows_are_counted_and_the_first_three_are_named(tmp_path):
-    rows = [pair(f"So? {k}", "Yes") if k % 4 else {"prompt": "So?"} for k in range(40)]
-    with pytest.raises(DataError, match=r"Refused: 9 of 40 rows\.$") as error:
-        read(write_json(tmp_path / "my.jsonl", rows[1:] + [pair("a", "b")]))
+    rows = [r if k % 4 else {"prompt": "So?"} for k, r in enumerate(pairs(41, "So? {}", "Yes"))]
+    with pytest.raises(DataError, match=r"Refused: 10 of 40 rows\.$") as error:
+        read(write_json(tmp_path / "my.jsonl", rows[1:]))
     first = re.findall(r"my.jsonl:(\d+): no field 'completion'", str(error.value))
     assert first == ["4", "8", "12"]
 
@@ -394,7 +339,7 @@ def test_the_example_has_nothing_of_the_rows_nor_of_their_tools(tmp_path):
     for row in rows:
         row["messages"][1:1] = [asked, said]
     path = write_json(tmp_path / "my.jsonl", rows)
-    found, _ = with_lengths(read(path, Rules(answers="all"), chat), chat, None, ["."])
+    found, _ = fitted(path, Rules(answers="all"), chat)
     assert found.kinds == {"messages": 30, "with tools": 30, "with note": 30}
     shown = "".join(text for text, _ in found.example) + str(found.messages)
     assert "secret" not in shown and "{user 1}" in shown and "{assistant 1}" in shown
@@ -405,64 +350,34 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 SCHOOL, TULU = "openai/gsm8k", "allenai/tulu-3-sft-mixture"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub")
-    given = {"source": "hub", "revision": COMMIT}
-    named = [
-        DatasetSpec(name="a", location=SCHOOL, config="main", **given),
-        DatasetSpec(name="b", location=TULU, **given),
-    ]
-    small_hub.make(folder, [], named)
-    return folder / "datasets"
-
-
-@pytest.fixture
-def offline(cache, monkeypatch, tmp_path):
-    import datasets
-    from huggingface_hub import constants
-
+def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps(
+    tmp_path, monkeypatch, offline
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-
-def read_hub(data):
-    return rows_of("any", data, Rules(), llama_like())
-
-
-@pytest.mark.usefixtures("offline")
-def test_rows_of_the_hub_are_pinned_divided_and_loaded_as_those_of_sweeps():
-    found, _ = with_lengths(read_hub(f"{SCHOOL}:main"), llama_like(), None, [])
+    given = {"source": "hub", "revision": COMMIT}
+    named = DatasetSpec(name="a", location=SCHOOL, config="main", **given)
+    small_hub.make(tmp_path, [], [named, DatasetSpec(name="b", location=TULU, **given)])
+    found, _ = fitted(f"{SCHOOL}:main")
     spec = found.dataset
     where = (spec.source, spec.location, spec.config, spec.revision)
     assert where == ("hub", SCHOOL, "main", COMMIT)
     assert (spec.prompt_field, spec.completion_field) == ("question", "answer")
-    assert (found.n_train, spec.n_validation, spec.n_test) == (4, 10, 10)  # 20 of 24 are in both
+    assert counts(found) == (4, 10, 10)  # 20 of 24 are in both
     data = load.load(spec, [], llama_like())
     assert (data.n_train, len(data.validation), len(data.test)) == (4, 10, 10)
     assert data.commit == COMMIT
-    found = read_hub(f"{TULU}@{COMMIT}")
+    found = read(f"{TULU}@{COMMIT}")
     spec = found.dataset
     assert (spec.format, spec.mask, spec.test_split) == ("messages", "last_assistant", "train")
     assert (found.n_train, spec.n_validation, spec.holdout) == (880, 110, 220)
-
-
-@pytest.mark.parametrize(
-    "data, says",
-    [
-        ("openai/gsm9k", "no file or folder .*openai/gsm9k, and as a data set of the hub"),
-        (f"{SCHOOL}:socratic", "cannot load 'openai/gsm8k'"),
-        (f"{TULU}@{COMMIT[::-1]}", "is pinned to .* but the hub cannot be reached"),
-    ],
-)
-@pytest.mark.usefixtures("offline")
-def test_data_missing_on_the_hub_are_named(data, says):
-    with pytest.raises(DataError, match=says):
-        read_hub(data)
-    with pytest.raises(RowError, match=r"on the hub.*Leave the column empty"):
-        rows_of("any", f"{SCHOOL}:main", Rules(), llama_like(), "held.jsonl")
+    for data, validation, says in (
+        ("openai/gsm9k", None, "no file or folder .*openai/gsm9k, and as a data set of the hub"),
+        (f"{SCHOOL}:socratic", None, "cannot load 'openai/gsm8k'"),
+        (f"{TULU}@{COMMIT[::-1]}", None, "is pinned to .* but the hub cannot be reached"),
+        (f"{SCHOOL}:main", "held.jsonl", r"on the hub.*Leave the column empty"),
+    ):
+        with pytest.raises(RowError if validation else DataError, match=says):
+            read(data, validation=validation)
 
 
 def test_a_template_that_breaks_on_a_row_and_one_that_servers_could_not_use(tmp_path, monkeypatch):
@@ -473,11 +388,14 @@ def test_a_template_that_breaks_on_a_row_and_one_that_servers_could_not_use(tmp_
     no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     breaking.chat_template, served.chat_template = no_system + CHAT_TEMPLATE, CHAT_TEMPLATE
     with pytest.raises(DataError, match=r"my.jsonl:28: the tokenizer's chat template .*no system"):
-        with_lengths(read(path, tokenizer=breaking), breaking, None, ["."])
-    with_lengths(read(path, tokenizer=served), served, None, ["."])
+        fitted(path, tokenizer=breaking)
+    fitted(path, tokenizer=served)
     monkeypatch.setattr(templates, "_extended", lambda spec, given: f"!{given}")
     with pytest.raises(DataError, match=r"my.jsonl:1: the chat template for servers gives '!<user"):
-        with_lengths(read(path, tokenizer=served), served, None, ["."])
+        fitted(path, tokenizer=served)
+
+
+ENDS = CHAT_TEMPLATE.replace("{{ eos_token }}", "<|end|>\n")
 
 
 @pytest.mark.parametrize(
@@ -486,12 +404,8 @@ def test_a_template_that_breaks_on_a_row_and_one_that_servers_could_not_use(tmp_
         (Rules(render="role_colon", template="{prompt}"), None, {"stop": ["\n\nUser:"]}),
         (Rules(render="role_eos", template="{prompt}\n"), None, {}),
         (Rules(), CHAT_TEMPLATE, {}),
-        (
-            Rules(),
-            CHAT_TEMPLATE.replace("{{ eos_token }}", "<|end|>\n"),
-            {"stop_token_ids": [len(llama_like())]},
-        ),
-        (Rules(), CHAT_TEMPLATE.replace("{{ eos_token }}", "##\n"), {"stop": ["##\n"]}),
+        (Rules(), ENDS, {"stop_token_ids": [len(llama_like())]}),
+        (Rules(), ENDS.replace("<|end|>", "##"), {"stop": ["##\n"]}),
     ],
 )
 def test_a_request_names_the_end_of_an_answer_if_the_end_token_does_not(
@@ -500,8 +414,7 @@ def test_a_request_names_the_end_of_an_answer_if_the_end_token_does_not(
     tokenizer = copy.deepcopy(llama_like())
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     tokenizer.chat_template = template
-    path = write_rows(tmp_path / "my.jsonl", 30, "Yes {k}")
-    found, _ = with_lengths(read(path, rules, tokenizer), tokenizer, None, ["."])
+    found, _ = fitted(write_rows(tmp_path / "my.jsonl", 30, "Yes {k}"), rules, tokenizer)
     assert found.stop == stop
     assert [m["content"] for m in found.messages] == ["{prompt}", "{completion}"]
     templates.save(templates.with_template(found.dataset, tokenizer), found.stop, tmp_path)

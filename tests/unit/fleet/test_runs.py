@@ -69,29 +69,29 @@ def test_a_customer_becomes_a_run_for_each_learning_rate(row, data):
     assert [len(m.points) for m in plan([good], rates=1)] == [1]
 
 
-@pytest.mark.parametrize(
-    "columns, says",
-    [
-        ({"data": "silent.jsonl", "max_length": 16}, "no rows"),
-        ({"data": "other.jsonl"}, "has the columns text"),
-        ({"data": "unlearned.jsonl"}, "no token counts in the loss"),
-        ({"data": "brackets.jsonl"}, "brackets.jsonl:41: not a JSON row"),
-        ({"data": "digits.jsonl"}, "digits.jsonl:41: not a JSON row"),
-        ({"data": "long.jsonl", "max_length": 64}, "training rows. Set the column max_length to"),
-        ({"data": "empty.jsonl"}, "has no rows"),
-        ({"data": "gone"}, "is no file"),
-        ({"task": "rl"}, "not by rl"),
-        ({"data": ""}, "data: missing"),
-        ({"data": "", "validation": "a.jsonl"}, "column validation: only with data"),
-        (
-            {"validation": "gone.jsonl"},
-            "column validation: gone.jsonl is no other file beside good",
-        ),
-    ],
-)
-def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch, columns, says):
+WRONG = {  # columns beside those of a good customer -> the problem
+    "no rows": {"data": "silent.jsonl", "max_length": 16},
+    "has the columns text": {"data": "other.jsonl"},
+    "no token counts in the loss": {"data": "unlearned.jsonl"},
+    "brackets.jsonl:41: not a JSON row": {"data": "brackets.jsonl"},
+    "digits.jsonl:41: not a JSON row": {"data": "digits.jsonl"},
+    "training rows. Set the column max_length to": {"data": "long.jsonl", "max_length": 64},
+    "has no rows": {"data": "empty.jsonl"},
+    "is no file": {"data": "gone"},
+    "not by rl": {"task": "rl"},
+    "data: missing": {"data": ""},
+    "column validation: only with data": {"data": "", "validation": "a.jsonl"},
+    "column validation: gone.jsonl is no other file beside good": {"validation": "gone.jsonl"},
+    "column model: model 'gone' not found": {"model": "gone"},
+    "the adviser says full": {"data": "big.jsonl", "bits_per_token": 20},
+}
+
+
+def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "silent.jsonl", 40, "Yes {k}", question="How many? " * 40)
+    write_rows(tmp_path / "long.jsonl", 40, "Yes " * 99)
+    write_rows(tmp_path / "big.jsonl", 300, "Yes {k}")
     write_json(tmp_path / "other.jsonl", [{"text": "a"}])
     write_json(tmp_path / "empty.jsonl", [])
     answer = {"role": "assistant", "content": "Yes", "weight": 0}
@@ -100,11 +100,14 @@ def test_a_wrong_customer_affects_no_other(row, data, tmp_path, monkeypatch, col
     for name, odd in (("brackets", "[" * 100_000), ("digits", "9" * 5000)):
         path = write_rows(tmp_path / f"{name}.jsonl", 40, "Yes {k}")
         path.write_text(path.read_text() + odd + "\n")
-    write_rows(tmp_path / "long.jsonl", 40, "Yes " * 99)
     good = {**row, **data("good", 40)}
-    first, wrong = plan([good, {**good, "name": "other", **columns}])
+    first, *found = plan([good, *({**good, "name": k, **WRONG[k]} for k in WRONG)])
     assert len(first.points) == 3 and not first.problem
-    assert says in wrong.problem and wrong.problem.startswith("row 3: ") and not wrong.points
+    for k, (says, wrong) in enumerate(zip(WRONG, found, strict=True)):
+        assert says in wrong.problem and wrong.problem.startswith(f"row {k + 3}: ")
+        assert not wrong.points
+    (asked,) = plan([{**good, **WRONG["the adviser says full"]}], instead_of_full="lora")
+    assert asked.advised["method"] == "full" and asked.points[0].spec.method.name == "lora"
 
 
 def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(row, data):
@@ -117,14 +120,6 @@ def test_early_stopping_is_left_out_where_it_could_do_nothing_and_survives_json(
     assert "4 are the fewest" in few.not_early and "3 updates" in short.not_early
     values = json.loads(json.dumps([m.plain() for m in found]))
     assert planned(values, [p for m in found for p in m.points]) == found
-
-
-def test_full_is_an_error_unless_lora_is_asked_for(row, data):
-    big = {**row, **data("big", 300), "bits_per_token": 20}
-    (refused,) = plan([big])
-    assert "the adviser says full" in refused.problem and "instead_of_full=lora" in refused.problem
-    (asked,) = plan([big], instead_of_full="lora")
-    assert asked.advised["method"] == "full" and asked.points[0].spec.method.name == "lora"
 
 
 def test_a_base_of_more_than_one_gpu_is_its_customers_error(row, data):
@@ -157,18 +152,14 @@ def customers(tmp_path, monkeypatch):
     return check_rows([Row(n, {"name": n, "data": d, **row}) for n, d in data.items()])
 
 
-def ids(customers, scale, rules):
-    options = ["action=fleet", "customers=c.csv", f"scale={scale}", "precision=fp32"]
-    found = runs_of(customers, compose_request(options), rules)
-    return {m.name: [p.id for p in m.points] for m in found}
-
-
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_runs_keep_their_ids(customers, scale, kind):
     """By the rules of new fleets, and of those whose folder says less; at every scale the same."""
     rules = Rules(answers="all", whole_prompt=True) if kind == "new" else Rules()
-    assert ids(customers, scale, rules) == GOLDEN[kind]
+    options = ["action=fleet", "customers=c.csv", f"scale={scale}", "precision=fp32"]
+    found = runs_of(customers, compose_request(options), rules)
+    assert {m.name: [p.id for p in m.points] for m in found} == GOLDEN[kind]
 
 
 def test_the_rules_are_kept_in_the_folder_and_earlier_ones_said_less(tmp_path):

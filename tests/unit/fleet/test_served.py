@@ -1,9 +1,6 @@
 """Verdicts on planted log-probabilities, and how a server is asked."""
 
-import json
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -44,46 +41,45 @@ def judged(base, trained, served, served_base, name="c0", noise=NOISE):
 @pytest.mark.parametrize("change", [0.05, 0.5, 3.0])
 def test_each_fault_has_its_verdict_and_a_right_adapter_none(seed, change):
     base, trained, error = planted(seed, change)
-    own = trained["c0"]
-    served_base = base + error()
+    own, served_base = trained["c0"], base + error()
     # as measured on a server in bf16, errors also grow with the change
     rough = error() / NOISE * OF_CHANGE / 5 * change
+    # an adapter of another base, or of nobody here
+    stranger = base + 3 * change * np.random.default_rng(seed + 99).normal(size=base.shape)
     for served, verdict, factor in (
         (own + error() + rough, SERVED, 1),
         (served_base.copy(), NOT_APPLIED, 0),
         (trained["c3"] + error() + rough, ANOTHERS, None),
         (2 * own - base + error(), DIFFERS, 2),
         ((own + base) / 2 + error(), DIFFERS, 0.5),
+        (stranger + error(), DIFFERS, None),
     ):
         found = judged(base, trained, served, served_base)
-        assert found.verdict == verdict, found
+        assert found.verdict == verdict and found.nearest in trained, found
         if factor is not None:
             assert abs(found.factor - factor) <= 4 * found.factor_se + OF_CHANGE
-    assert found.nearest in trained
-    # an adapter of another base, or of nobody here
-    stranger = base + 3 * change * np.random.default_rng(seed + 99).normal(size=base.shape)
-    assert judged(base, trained, stranger + error(), served_base).verdict == DIFFERS
 
 
-def test_what_is_smaller_than_the_noise_is_neither_right_nor_a_fault():
-    for seed in range(20):
-        base, trained, error = planted(seed, change=NOISE / 4)
-        served_base = base + error()
-        for served in (trained["c0"] + error(), served_base.copy(), trained["c1"] + error()):
-            assert judged(base, trained, served, served_base).verdict == TOO_SMALL
-        # a large change under the name is a fault nevertheless
-        big = {**trained, "c1": base + 0.5 * np.random.default_rng(seed).normal(size=base.shape)}
-        assert judged(base, big, big["c1"] + error(), served_base).verdict == ANOTHERS
-        assert judged(base, trained, big["c1"] + error(), served_base).verdict == DIFFERS
-
-
-def test_two_customers_with_the_same_rows_are_both_served():
-    for seed in range(20):
-        base, trained, error = planted(seed)
-        twins = {**trained, "c1": trained["c0"] + NOISE / 10 * error()}
-        for name in ("c0", "c1"):
-            found = judged(base, twins, twins["c0"] + error(), base + error(), name)
-            assert found.verdict == SERVED
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_smaller_than_the_noise_is_neither_right_nor_a_fault(seed):
+    base, trained, error = planted(seed, change=NOISE / 4)
+    served_base = base + error()
+    # a large change under the name is a fault nevertheless
+    big = {**trained, "c1": base + 0.5 * np.random.default_rng(seed).normal(size=base.shape)}
+    for own, served, verdict in (
+        (trained, trained["c0"] + error(), TOO_SMALL),
+        (trained, trained["c1"] + error(), TOO_SMALL),
+        (trained, served_base.copy(), TOO_SMALL),
+        (big, big["c1"] + error(), ANOTHERS),
+        (trained, big["c1"] + error(), DIFFERS),
+    ):
+        assert judged(base, own, served, served_base).verdict == verdict
+    # two customers with the same rows are both served
+    base, trained, error = planted(seed)
+    twins = {**trained, "c1": trained["c0"] + NOISE / 10 * error()}
+    for name in ("c0", "c1"):
+        found = judged(base, twins, twins["c0"] + error(), base + error(), name)
+        assert found.verdict == SERVED
 
 
 def test_an_exact_server_and_an_adapter_that_learnt_nothing_are_no_division_by_zero():
@@ -133,30 +129,35 @@ def test_the_base_of_a_server_that_does_not_say_it_is_the_other_model(serve):
         server.base_of("ann", ["ann"])
 
 
-def test_what_is_no_server_or_cannot_answer_says_what_to_type(serve, monkeypatch):
+LISTED = '{"data": [{"id": "ann"}]}'
+NO_NUMBERS = "returns no log-probabilities of given tokens"
+WRONG = [  # status and text of the list of models, text of a completion, message
+    (404, "nope", "", "/v1/models answers 404: nope"),
+    (401, "no", "", f"Set {KEY}"),
+    (302, "http://elsewhere/v1", "", "answers 302.* redirects to http://elsewhere/v1"),
+    (200, "<html>", "", "no server of the OpenAI API"),
+    (200, "[]", "", "no list of models"),
+    (200, '{"data": [{}]}', "", "no list of models"),
+    (200, LISTED, '{"choices": [{"text": "x"}]}', NO_NUMBERS),
+    (200, LISTED, '{"choices": [{"logprobs": null}]}', NO_NUMBERS),
+    (200, LISTED, '{"choices": [{"logprobs": {"token_logprobs": [null]}}]}', NO_NUMBERS),
+]
+
+
+@pytest.mark.parametrize("status, listed, completion, message", WRONG)
+def test_what_is_no_server_or_cannot_answer_says_so(serve, status, listed, completion, message):
+    url = serve(lambda path, body, headers: (status, listed) if body is None else (200, completion))
+    with pytest.raises(SpecError, match=message):
+        Server(url).log_p("ann", ROWS)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "localhost:8000"])
+def test_where_nothing_answers_the_message_says_what_to_type(url):
     with pytest.raises(SpecError, match=r"no server .* answers there .*url=http://localhost:8000"):
-        Server("http://127.0.0.1:1")
-    with pytest.raises(SpecError, match="no server"):
-        Server("localhost:8000")  # no scheme
-    for status, text, message in (
-        (404, "nope", "/v1/models answers 404: nope"),
-        (401, "no", f"Set {KEY}"),
-        (200, "<html>", "no server of the OpenAI API"),
-        (200, "[]", "no list of models"),
-        (200, '{"data": [{}]}', "no list of models"),
-    ):
-        url = serve(lambda path, body, headers, s=status, t=text: (s, t))
-        with pytest.raises(SpecError, match=message):
-            Server(url)
-    for choice in ({"text": "x"}, {"logprobs": None}, {"logprobs": {"token_logprobs": [None]}}):
+        Server(url)
 
-        def reply(path, body, headers, choice=choice):
-            if path == "/v1/models":
-                return reply_of("x")(path, body, headers)
-            return 200, json.dumps({"choices": [choice]})
 
-        with pytest.raises(SpecError, match="returns no log-probabilities of given tokens"):
-            Server(serve(reply)).log_p("ann", ROWS)
+def test_the_key_goes_to_the_given_address_and_to_no_other(serve, monkeypatch):
     seen = []
 
     def keyed(path, body, headers):
@@ -166,25 +167,7 @@ def test_what_is_no_server_or_cannot_answer_says_what_to_type(serve, monkeypatch
     monkeypatch.setenv(KEY, "secret")
     there = serve(keyed)
     Server(there)
+    other = there.replace("127.0.0.1", "localhost") + "/v1/models"
+    with pytest.raises(SpecError, match="redirects"):
+        Server(serve(lambda path, body, headers: (302, other)))
     assert seen == ["Bearer secret"]
-    # the key goes to no other address
-    with ExitStack() as started:
-        first = started.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Redirecting))
-        first.there = there.replace("127.0.0.1", "localhost") + "/v1/models"
-        Thread(target=first.serve_forever, daemon=True).start()
-        started.callback(first.shutdown)
-        with pytest.raises(SpecError, match=f"answers 302.* redirects to {first.there}"):
-            Server(f"http://127.0.0.1:{first.server_port}")
-    assert seen == ["Bearer secret"]
-
-
-class Redirecting(BaseHTTPRequestHandler):
-    """Send every request to the address `there` of the server."""
-
-    def do_GET(self):
-        self.send_response(302)
-        self.send_header("Location", self.server.there)
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
