@@ -11,15 +11,18 @@ import dataclasses
 from copy import deepcopy
 
 import numpy as np
+import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 from lorasweep.data import load as data
 from lorasweep.data.examples import Data, Example, shuffled
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
-from lorasweep.models.targets import find_targets
+from lorasweep.models.load import empty_model
+from lorasweep.models.targets import find_targets, use_grouped_experts
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.streams import stream
 from tests.world import compose_request, tiny_spec
@@ -35,6 +38,9 @@ SMALL = ModelSpec(
     **{"name": "small", "source": "hub", "location": "nobody/small", "vocab_size": 20},
     **{"n_layers": 1, "hidden_size": 16, "mlp_size": 24},
     **{"n_heads": 2, "n_kv_heads": 1, "head_size": 8},
+)
+SMALL_MOE = dataclasses.replace(
+    SMALL, name="small-experts", n_layers=2, qk_norm=True, n_experts=4, n_active_experts=2
 )
 
 
@@ -52,6 +58,19 @@ def family_model(family, config="", **changes):
     given = {k: v for k, v in {**shape, **changes}.items() if v is not None or "token" in k}
     config = getattr(transformers, config or f"{family}Config")(**given)
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def moe(implementation="ours", seed=0):
+    """A Qwen3-MoE in float64, with weights large enough for its experts to matter."""
+    torch.manual_seed(seed)
+    model = empty_model(SMALL_MOE).double()
+    for p in model.parameters():
+        p.data.normal_(0, 0.4)
+    if implementation == "ours":
+        use_grouped_experts(model, SMALL_MOE)
+    else:
+        model.set_experts_implementation(implementation)
+    return model.eval()
 
 
 def small_world(**changes):
@@ -98,17 +117,56 @@ def ragged(vocab=32, longest=60):
     return Data(rows, rows(-1, 0, 12), None)
 
 
-def noise_rows(name, count, longest, split):
-    """Rows of 5 to `longest` of the symbols 0 to 30, the last two thirds of each bearing loss."""
-    rng = stream(name, split)
-    return [row_of(rng, 31, longest, 3) for _ in range(count)]
+def customer(spec, name, longest, train, test, validation, curve=0, **changes):
+    """A run on rows of 5 to `longest` of the symbols 0 to 30, which it can only memorise; its data."""
+    rows = {}
+    for split, count in (("train", train), ("test", test), ("validation", validation)):
+        rng = stream(name, split)
+        rows[split] = [row_of(rng, 31, longest, 3) for _ in range(count)]
+    dataset = dataclasses.replace(
+        spec.dataset,
+        **{"name": name, "source": "jsonl", "location": name, "format": "prompt_completion"},
+        **{"generator_params": {}, "holdout": test + validation, "n_validation": validation},
+        **{"n_test": test, "n_test_curve": curve},
+    )
+    ordered = shuffled(dataset, rows["train"])
+    data = Data(ordered, rows["test"], train, validation=rows["validation"])
+    return dataclasses.replace(spec, dataset=dataset, **changes), data
 
 
-def noise(dataset, longest, **counts):
-    """Data of noise_rows, named by the data set: so many rows of train, test and validation."""
-    rows = {split: noise_rows(dataset.name, n, longest, split) for split, n in counts.items()}
-    train = shuffled(dataset, rows["train"])
-    return Data(train, rows["test"], counts["train"], validation=rows["validation"])
+def by_torch(spec, model, rows, names=""):
+    """Train weights with `names` in their names by torch's AdamW; each update's loss and gradient norm."""
+    trained = [p.requires_grad_(True) for n, p in model.named_parameters() if names in n]
+    settings = {"lr": spec.lr, "eps": spec.eps, "weight_decay": spec.weight_decay}
+    optimizer, found = torch.optim.AdamW(trained, betas=(0.9, 0.95), **settings), []
+    for step in range(spec.steps):
+        losses = []
+        for row in rows.train(spec.seed, step * spec.batch_size, spec.batch_size):
+            tokens, bears = torch.from_numpy(row.tokens).long(), torch.from_numpy(row.loss[1:])
+            logits = model(input_ids=tokens[None]).logits[0, :-1]
+            nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+            losses.append(nll[bears])
+        loss = torch.cat(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, spec.clip_norm or torch.inf)
+        optimizer.step()
+        found.append((float(loss.detach()), float(norm)))
+    return found
+
+
+def beside_peft(trainables, model, method):
+    """PEFT's model of one run on a copy of the model, and pairs (ours, theirs) of their tensors."""
+    linears = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+    size = {"r": method.rank, "lora_alpha": method.alpha, "target_modules": linears}
+    reference = get_peft_model(deepcopy(model), LoraConfig(**size, task_type="CAUSAL_LM")).double()
+    theirs = {n: p for n, p in reference.named_parameters() if p.requires_grad}
+    name, pairs = "base_model.model.{}.lora_{}.default.weight".format, []
+    for full, p in trainables.parameters().items():
+        part, _ = trainables.part_of(full)
+        pairs.append((p, theirs.pop(name(part[:-2], part[-1]))))
+    assert not theirs
+    return reference, pairs
 
 
 def copied(snapshot):
@@ -144,6 +202,32 @@ def results(pack, base, rows, **kwargs):
     """Train to the end; the result of each run."""
     found = Trained(finetune(pack, base, rows, **kwargs))
     return [found.results[spec.id] for spec in pack]
+
+
+def numbers(record):
+    """The numbers of a record or result that do not hang on time, or on the company of a pack."""
+    of_company = {"padding"} | ({"tokens"} if "surrogate" in record else set())  # shared prompts
+    kept = {n: v for n, v in record.items() if isinstance(v, int | float) and n not in of_company}
+    return {n: pytest.approx(v, rel=ROUNDING[10]) for n, v in kept.items() if n[-2:] != "_s"}
+
+
+def as_alone(pack, base, rows, other, some=(), micro=None, at=()):
+    """Train a pack, then `some` of its runs (all) alone on another base: the same to rounding.
+
+    So are states, and the numbers of records and results. Micro-batches are the pack's alone.
+    Returns what the pack gave.
+    """
+    base.at_start.clear()
+    found = Trained(finetune(pack, base, rows, micro), at)
+    for one in some or pack:
+        own = {one.id: rows[one.id]} if isinstance(rows, dict) else rows
+        alone = Trained(finetune([one], dataclasses.replace(other, at_start={}), own))
+        assert worst(alone.states[one.id], found.states[one.id]) < ROUNDING[10]
+        pairs = zip(alone.records[one.id], found.records[one.id], strict=True)
+        for a, b in (*pairs, (alone.results[one.id], found.results[one.id])):
+            off = [(n, a.get(n), b[n]) for n, wanted in numbers(b).items() if a.get(n) != wanted]
+            assert a.keys() == b.keys() and not off, off
+    return found
 
 
 def moved(base, seed=0):
@@ -184,11 +268,6 @@ def saved_for_backward(model, forward):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     return list(saved.values())
-
-
-def attached(method, model, shape, seed=0):
-    """One run of `method` on the model: its Trainables."""
-    return pack_of([method], model, shape, [seed])
 
 
 def pack_of(methods, model, shape=None, seeds=None, perturb=0.0):

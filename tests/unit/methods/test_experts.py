@@ -7,43 +7,35 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.func import functional_call
 
+from lorasweep.config.compose import shipped_model
 from lorasweep.errors import ModelError, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
-from lorasweep.methods.stacked.modules import Factors
 from lorasweep.methods.stacked.peft_export import in_peft_layout, save_peft
 from lorasweep.models import load as models
 from lorasweep.models.forward import autocast, hold_in_bf16
-from lorasweep.models.load import empty_model
-from lorasweep.models.targets import find_targets, use_grouped_experts
+from lorasweep.models.targets import find_targets
 from lorasweep.plan.load import layer_bytes, load_of
 from lorasweep.train.optim import AdamW
-from tests.training import EPS, ROUNDING, SMALL, apart, moved, pack_of, ragged, run, state_of, worst
+from tests.training import (
+    EPS,
+    ROUNDING,
+    apart,
+    as_alone,
+    by_torch,
+    moe,
+    pack_of,
+    ragged,
+    run,
+    state_of,
+)
+from tests.training import SMALL_MOE as SHAPE
 from tests.world import tiny_spec
 
-SHAPE = dataclasses.replace(
-    SMALL, name="small-experts", n_layers=2, qk_norm=True, n_experts=4, n_active_experts=2
-)
 EXPERTS = "model.layers.1.mlp.experts"
-
-
-def moe(implementation="ours", seed=0):
-    """A Qwen3-MoE in float64, with weights large enough for its experts to matter."""
-    torch.manual_seed(seed)
-    model = empty_model(SHAPE).double()
-    for p in model.parameters():
-        p.data.normal_(0, 0.4)
-    if implementation == "ours":
-        use_grouped_experts(model, SHAPE)
-    else:
-        model.set_experts_implementation(implementation)
-    return model.eval()
-
-
-def attached(methods, model):
-    return pack_of(methods, model, SHAPE, perturb=0.2)
 
 
 def merged(model, method, state):
@@ -70,6 +62,7 @@ def merged(model, method, state):
     return weights
 
 
+DENSE = dataclasses.replace(SHAPE, n_experts=0, n_active_experts=0)
 READINGS = [
     LoRA(rank=4, expert_rank="all"),
     LoRA(rank=4, expert_rank="all", expert_alpha=8.0),
@@ -95,10 +88,12 @@ def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer, o
     with torch.no_grad():
         start = model(input_ids=tokens).logits
         assert apart(start, reference(input_ids=tokens).logits) < ROUNDING[1]
-    trainables = attached(methods, model)
+    trainables = pack_of(methods, model, SHAPE, perturb=0.2)
     mixed = torch.randn(len(methods), 21, SHAPE.vocab_size, dtype=torch.float64)
     logits = model(input_ids=tokens).logits.view_as(mixed)
     (logits * mixed).sum().backward()
+    spectra, norms = trainables.spectra(), trainables.norms()
+    base = {n: p.detach() for n, p in moe().named_parameters()}
     for k, method in enumerate(methods):
         state = {n: t.clone().requires_grad_() for n, t in state_of(trainables, k).items()}
         assert sum(p.numel() for p in state.values()) == method.n_trainable(SHAPE)
@@ -110,35 +105,34 @@ def test_a_pack_is_a_loop_over_merged_experts(norms_in_float64, layers, outer, o
         for name, p in state.items():
             assert float(p.grad.abs().max()) > 0, name
             assert apart(ours[name], p.grad) < ROUNDING[1], name
+        # norms are of all deltas, and a stack's spectrum is that of its largest expert
+        deltas = {n: p.detach() - base[n] for n, p in merged(moe(), method, state).items()}
+        largest = torch.linalg.matrix_norm(deltas[f"{EXPERTS}.down_proj"], 2).max()
+        assert spectra[k][f"{EXPERTS}.down_proj"]["delta"] == pytest.approx(
+            float(largest), rel=1e-9
+        )
+        total = sum(float(d.square().sum()) for d in deltas.values()) ** 0.5
+        assert norms[k]["norm_delta"] == pytest.approx(total, rel=1e-9)
     trainables.detach()
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens).logits, start)
-
-
-def peft_model(method, weights):
-    from peft import LoraConfig, get_peft_model
-
-    rank = method.expert_rank_of(SHAPE.n_experts, SHAPE.n_active_experts)
-    scaling = method.expert_scaling(rank)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=scaling * rank,
-        target_modules=[],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-        rank_pattern={"mlp.experts.gate_up_proj": 2 * rank},
-        alpha_pattern={"mlp.experts.gate_up_proj": scaling * 2 * rank},
-    )
-    return get_peft_model(weights(moe("eager")), config).double()
 
 
 @pytest.mark.numerics
 def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, other_weights):
     """PEFT's one pair for gate and up may mix them; where its B is block-diagonal, and stays so, it
     is our two. Loss, gradients and one AdamW step, in float64."""
-    method = LoRA(rank=4, layers="mlp", expert_alpha=6.0)
-    model, reference = moe(), peft_model(method, other_weights)
-    trainables = attached([method], model)
-    ours = trainables.parameters()
+    method, model = LoRA(rank=4, layers="mlp", expert_alpha=6.0), moe()
+    rank = method.expert_rank_of(SHAPE.n_experts, SHAPE.n_active_experts)
+    alpha, stacks = method.expert_scaling(rank) * rank, ["mlp.experts.gate_up_proj"]
+    config = LoraConfig(
+        **{"r": rank, "lora_alpha": alpha, "target_modules": []},
+        target_parameters=[*stacks, "mlp.experts.down_proj"],
+        rank_pattern={stacks[0]: 2 * rank},
+        alpha_pattern={stacks[0]: 2 * alpha},
+    )
+    reference = get_peft_model(other_weights(moe("eager")), config).double()
+    trainables = pack_of([method], model, SHAPE, perturb=0.2)
     theirs = {
         n.removeprefix("base_model.model.").removesuffix(".default.weight"): p
         for n, p in reference.named_parameters()
@@ -146,8 +140,9 @@ def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, ot
     }
 
     def state(what):
-        tensors = {trainables.part_of(n)[0]: what(p)[0] for n, p in ours.items()}
-        return in_peft_layout(tensors, SHAPE.n_experts)[0]
+        tensors = trainables.parameters().items()
+        named = {trainables.part_of(n)[0]: what(p)[0] for n, p in tensors}
+        return in_peft_layout(named, SHAPE.n_experts)[0]
 
     with torch.no_grad():
         start = state(torch.detach)
@@ -155,18 +150,15 @@ def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, ot
         for name, p in theirs.items():
             p.copy_(start[name])
     tokens = torch.randint(SHAPE.vocab_size, (4, 9))
-    losses = []
-    for m in (model, reference):
-        losses.append(m(input_ids=tokens, labels=tokens).loss)
-        losses[-1].backward()
+    losses = [m(input_ids=tokens, labels=tokens).loss for m in (model, reference)]
+    sum(losses).backward()
     assert apart(*losses) < ROUNDING[1]
     gradients, ones = state(lambda p: p.grad), state(torch.ones_like)
     for name, p in theirs.items():
         p.grad *= ones[name]  # keep gate and up apart
         assert float(p.grad.abs().max()) > 0
         assert apart(p.grad, gradients[name]) < ROUNDING[1], name
-    spec = tiny_spec(method=method, lr=1e-2, eps=EPS)
-    optimizer = AdamW(trainables, [spec])
+    optimizer = AdamW(trainables, [tiny_spec(method=method, lr=1e-2, eps=EPS)])
     optimizer.step(0, optimizer.grad_norms())
     torch.optim.AdamW(theirs.values(), lr=1e-2, betas=(0.9, 0.95), eps=EPS, weight_decay=0).step()
     after = state(torch.detach)
@@ -174,23 +166,13 @@ def test_a_training_step_is_that_of_pefts_target_parameters(norms_in_float64, ot
         assert apart(p, after[name]) < ROUNDING[1], name
 
 
-@pytest.mark.parametrize(
-    ("method", "experts"),
-    [
-        (LoRA(rank=8, expert_rank="whole"), 51_904_512),
-        (LoRA(rank=8, expert_rank="whole", expert_outer="shared"), 14_450_688),  # Tinker's table
-    ],
-)
-def test_published_counts_of_qwen3_30b(method, experts):
-    """By other readings of the rank than the study's: tests/unit/spec/test_run.py."""
-    from lorasweep.config.compose import shipped_model
-
+@pytest.mark.parametrize(("outer", "experts"), [("own", 51_904_512), ("shared", 14_450_688)])
+def test_published_counts_of_qwen3_30b(outer, experts):
+    """Tinker's table. By the study's reading of the rank: tests/unit/spec/test_run.py."""
     model = shipped_model("qwen3-30b-a3b-base")
+    method = LoRA(rank=8, expert_rank="whole", expert_outer=outer)
     assert method.n_trainable(model) == 8 * (experts + 835_584 + 153_984)
     assert dataclasses.replace(method, layers="mlp").n_trainable(model) == 8 * experts
-
-
-DENSE = dataclasses.replace(SHAPE, n_experts=0, n_active_experts=0)
 
 
 @pytest.mark.parametrize(
@@ -200,11 +182,10 @@ DENSE = dataclasses.replace(SHAPE, n_experts=0, n_active_experts=0)
         (LoRA(rank=2, expert_rank="all"), "rank/4 by .*all", SHAPE),
         (LoRA(rank=4, expert_rank="some"), "Allowed: active, all, whole", SHAPE),
         (LoRA(rank=4, expert_outer="none"), "Allowed: own, shared", SHAPE),
-        (LoRA(rank=4, expert_alpha=0.0), "expert_alpha=0.0: expected a number above 0", SHAPE),
+        (LoRA(rank=4, expert_alpha=0.0), "expert_alpha=0.0", SHAPE),
         (LoRA(rank=4, layers="attention", expert_rank="all"), "no expert is adapted", SHAPE),
-        (LoRA(rank=64, layers="mlp"), "rank/2 by .*up to 32", SHAPE),
         (LoRA(rank=8, layers="router"), "from 1 to 4, the smallest side", SHAPE),
-        (LoRA(rank=4, layers="router"), "has no experts, so it has no layer set 'router'", DENSE),
+        (LoRA(rank=4, layers="router"), "has no layer set 'router'", DENSE),
         (FullFT(scope="matrices", layers="mlp+router"), "has no layer set 'router'", DENSE),
         (LoRA(rank=4, expert_rank="whole"), "expert_rank=whole has no effect on model", DENSE),
     ],
@@ -224,73 +205,67 @@ def test_the_router_is_a_set_of_its_own_and_dense_models_know_no_experts():
 
 
 def test_a_set_that_matches_nothing_is_refused():
-    wider = dataclasses.replace(SHAPE, mlp_size=32)
-    for shape, layers, words in (
-        (DENSE, "mlp", r"expected 6 modules named \['down_proj', .*found 0"),
-        (wider, "mlp", r"gate_up_proj \[4, 64, 16\].*model\.layers\.0\.mlp\.experts"),
+    transposed, fewer = moe(), dataclasses.replace(SHAPE, n_active_experts=1)
+    transposed.model.layers[1].mlp.experts.is_transposed = True
+    for model, shape, words in (
+        (moe(), DENSE, r"expected 6 modules named \['down_proj', .*found 0"),
+        (
+            moe(),
+            dataclasses.replace(SHAPE, mlp_size=32),
+            r"gate_up_proj \[4, 64, 16\].*mlp\.experts",
+        ),
+        (transposed, SHAPE, r"Not of that kind: .*layers\.1\.mlp\.experts"),
     ):
         with pytest.raises(ModelError, match=words):
-            find_targets(moe(), shape, (layers,))
-    model = moe()
-    model.model.layers[1].mlp.experts.is_transposed = True
-    with pytest.raises(ModelError, match=r"Not of that kind: .*layers\.1\.mlp\.experts"):
-        find_targets(model, SHAPE, ("mlp",))
+            find_targets(model, shape, ("mlp",))
     with pytest.raises(ModelError, match="active experts is 2, described as 1"):
-        models.check_shape(model, dataclasses.replace(SHAPE, n_active_experts=1))
+        models.check_shape(moe(), fewer)
+
+
+def logits_and_gradients(model, trainables, tokens):
+    logits = model(input_ids=tokens).logits
+    logits.float().square().sum().backward()
+    return [logits.detach(), *(p.grad for p in trainables.parameters().values())]
 
 
 ROWS = ragged(SHAPE.vocab_size, 30)
 
 
+@pytest.fixture
 def based():
     spec = tiny_spec(precision="fp64", lr=2e-3, steps=4, batch_size=3, eps=EPS)
     return dataclasses.replace(spec, model=SHAPE), models.Base(moe(), None, "random")
 
 
 @pytest.mark.numerics
-def test_packs_are_the_runs_alone(norms_in_float64):
+def test_packs_are_the_runs_alone(based, norms_in_float64, other_weights):
     """All readings in one pack, one of which ends early; states after the last update. Every token
     of an update, and its padding, is counted at two experts."""
-    spec, base = based()
+    spec, base = based
     pack = [
         dataclasses.replace(spec, method=m, seed=k % 2, lr=1e-3 * (1 + k), steps=2 if k == 1 else 4)
         for k, m in enumerate(READINGS)
     ]
-    together, records = run(pack, base, ROWS, micro_batch_size=2)
+    found = as_alone(pack, base, ROWS, other_weights(base), micro=2)
     for one in pack:
-        alone, own = run([one], base, ROWS)
-        other, _ = run([one], moved(base), ROWS)
-        for found in (alone, other):
-            assert worst(found[one.id], together[one.id]) < ROUNDING[10]
-        counted = np.array(alone[one.id]["meta"]["expert_tokens"])
+        counted = np.array(found.states[one.id]["meta"]["expert_tokens"])
         assert counted.shape == (2, 4) and len(set(counted.sum(1))) == 1
-        assert counted.sum(1)[0] >= 2 * own[one.id][-1]["tokens"]
-        ours, last = records[one.id][-1], own[one.id][-1]
-        for name in ("test_nll", "train_nll", "norm_delta"):
-            assert ours[name] == pytest.approx(last[name], rel=ROUNDING[10])
+        assert counted.sum(1)[0] >= 2 * found.results[one.id]["tokens"]
 
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("layers", ["all", "mlp", "router"])
-def test_full_fine_tuning_trains_the_stacks(norms_in_float64, layers, other_weights):
+def test_full_fine_tuning_trains_the_stacks(based, norms_in_float64, layers, other_weights):
     """One step is torch's AdamW on the eager model; norms and spectra are those of each expert."""
-    spec, base = based()
+    spec, base = based
     method = FullFT() if layers == "all" else FullFT(scope="matrices", layers=layers)
     spec = dataclasses.replace(spec, method=method, steps=1)
-    reference = other_weights(moe("eager"))
     wanted = {"mlp": "experts", "router": "mlp.gate.weight"}.get(layers, "")
+    reference = other_weights(moe("eager"))
     theirs = {n: p for n, p in reference.named_parameters() if wanted in n}
     assert sum(p.numel() for p in theirs.values()) == method.n_trainable(SHAPE)
-    losses = []
-    for e in ROWS.train(spec.seed, 0, spec.batch_size):
-        tokens = torch.from_numpy(e.tokens).long()
-        logits = reference(input_ids=tokens[None]).logits[0, :-1]
-        nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-        losses.append(nll[torch.from_numpy(e.loss[1:])])
-    torch.cat(losses).mean().backward()
     start = {n: p.detach().clone() for n, p in theirs.items()}
-    settings = {"lr": spec.lr, "betas": (0.9, 0.95), "eps": EPS, "weight_decay": 0}
-    torch.optim.AdamW(theirs.values(), **settings).step()
+    by_torch(spec, reference, ROWS, wanted)
     states, records = run([spec], base, ROWS)
     got = states[spec.id]["tensors"]
     assert {n.removeprefix("param/") for n in got if n.startswith("param/")} == theirs.keys()
@@ -300,20 +275,6 @@ def test_full_fine_tuning_trains_the_stacks(norms_in_float64, layers, other_weig
     assert records[spec.id][-1]["norm_delta"] == pytest.approx(delta, rel=1e-3)
 
 
-def test_spectra_are_those_of_the_largest_expert():
-    for outer in ("own", "shared"):
-        method = LoRA(rank=4, layers="mlp", expert_outer=outer)
-        trainables = attached([method], moe())
-        (spectrum,), (norm,) = trainables.spectra(), trainables.norms()
-        base = {n: p.detach() for n, p in moe().named_parameters()}
-        changed = merged(moe(), method, state_of(trainables))
-        stacks = {n: changed[n] - base[n] for n in base if "experts" in n}
-        want = max(float(torch.linalg.svdvals(m)[0]) for m in stacks[f"{EXPERTS}.down_proj"])
-        assert spectrum[f"{EXPERTS}.down_proj"]["delta"] == pytest.approx(want, rel=1e-9)
-        total = sum(float(s.square().sum()) for s in stacks.values()) ** 0.5
-        assert norm["norm_delta"] == pytest.approx(total, rel=1e-9)
-
-
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch before 2.10")
 def test_grouped_products_in_fp32_are_those_of_the_loop_in_float64(norms_in_float64, monkeypatch):
     """torch's grouped_mm, with ranks padded to its alignment, for groups of which some are empty."""
@@ -321,18 +282,13 @@ def test_grouped_products_in_fp32_are_those_of_the_loop_in_float64(norms_in_floa
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped)
     tokens, found = torch.randint(SHAPE.vocab_size, (5, 3)), []
     for model in (moe(), moe().float()):
-        trainables = attached(READINGS, model)
+        trainables = pack_of(READINGS, model, SHAPE, perturb=0.2)
         for p in trainables.parameters().values():
             p.data.copy_(p.float())  # the same numbers in both
-        logits = model(input_ids=tokens).logits
-        logits.square().sum().backward()
-        grads = {n: p.grad for n, p in trainables.parameters().items()}
-        found.append({"logits": logits.detach(), **grads})
+        found.append(logits_and_gradients(model, trainables, tokens))
         assert grouped.called == (model.dtype == torch.float32)
     assert any((call.kwargs["offs"].diff() == 0).any() for call in grouped.call_args_list)
-    for name, want in found[0].items():
-        scale = float(want.abs().max())
-        assert float((found[1][name] - want).abs().max()) < 1e-4 * scale, name
+    assert max(apart(got, want) for want, got in zip(*found)) < 1e-4
 
 
 def test_under_autocast_experts_are_computed_in_bf16_whatever_they_are_held_in():
@@ -344,41 +300,15 @@ def test_under_autocast_experts_are_computed_in_bf16_whatever_they_are_held_in()
     assert narrow.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
     tokens, found = torch.randint(SHAPE.vocab_size, (4, 8)), []
     for model in (wide, narrow):
-        trainables = attached(READINGS[:2], model)
+        trainables = pack_of(READINGS[:2], model, SHAPE, perturb=0.2)
         with autocast("bf16", torch.device("cpu")):
-            logits = model(input_ids=tokens).logits
-        logits.float().square().sum().backward()
-        found.append([logits.detach(), *(p.grad for p in trainables.parameters().values())])
+            found.append(logits_and_gradients(model, trainables, tokens))
     assert all(torch.equal(one, other) for one, other in zip(*found))
     assert all(float(g.abs().max()) > 0 for g in found[0][1:])
 
 
-@pytest.mark.parametrize("outer", ["own", "shared"])
-def test_peft_computes_what_was_trained(tmp_path, norms_in_float64, outer):
-    from peft import PeftModel
-
-    own = {"expert_alpha": 6.0, "expert_outer": outer, "scaling_by": "sqrt_rank"}
-    method = LoRA(rank=4, alpha=8.0, layers="attention+mlp+unembedding+router", **own)
-    model = moe().float()
-    state = state_of(attached([method], model))
-    scalings = (method.scaling, 4, method.scaling_of_experts(SHAPE))
-    assert scalings[2] == 6 / 2**0.5
-    save_peft(tmp_path, state, 4, "nobody/small-experts", None, *scalings)
-    loaded = PeftModel.from_pretrained(moe("eager").float(), tmp_path).double()
-    tokens = torch.randint(SHAPE.vocab_size, (3, 9))
-    model.double()
-    for factors in (m for m in model.modules() if isinstance(m, Factors)):
-        factors.scaling_N = factors.scaling_N.double()
-    with torch.no_grad():
-        want, got = model(input_ids=tokens).logits, loaded(input_ids=tokens).logits
-        start = moe()(input_ids=tokens).logits
-    assert (want - start).abs().max() > 0.1
-    assert torch.allclose(got, want, rtol=0, atol=1e-5)  # scalings in fp32
-
-
 def test_an_export_that_mixes_experts_up_writes_nothing(tmp_path, monkeypatch):
-    method, model = LoRA(rank=4, layers="mlp"), moe()
-    state = state_of(attached([method], model))
+    state = state_of(pack_of([LoRA(rank=4, layers="mlp")], moe(), SHAPE, perturb=0.2))
     fastest = torch.Tensor.permute
     monkeypatch.setattr(torch.Tensor, "permute", lambda t, *dims: fastest(t, 1, 0, 2))
     with pytest.raises(ModelError, match=r"experts\.base_layer: in PEFT's layout .* of an expert"):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -16,30 +17,43 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.methods.stacked.peft_export import save_peft
 from lorasweep.models.load import empty_model
 from lorasweep.store.run_store import RunStore
-from tests.training import SMALL, pack_of, state_of
+from tests.training import SMALL, SMALL_MOE, moe, pack_of, state_of
+
+TIED = dataclasses.replace(SMALL, tied=True)
+CASES = [
+    *itertools.product((SMALL, TIED), ("all", "attention"), ({},)),
+    *itertools.product(
+        (SMALL_MOE,), ("attention+mlp+unembedding+router",), ({}, {"expert_outer": "shared"})
+    ),
+]
 
 
-@pytest.mark.parametrize("layers", ["all", "attention"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("shape", "layers", "more"), CASES)
 @pytest.mark.parametrize("scaling_by", ["rank", "sqrt_rank", "none"])
-def test_peft_computes_the_logits_that_were_trained(tmp_path, scaling_by, tied, layers):
+def test_peft_computes_the_logits_that_were_trained(
+    tmp_path, norms_in_float64, shape, layers, more, scaling_by
+):
     torch.manual_seed(0)
-    shape = dataclasses.replace(SMALL, tied=tied)
-    base = empty_model(shape).double()
+    base = moe("eager") if shape is SMALL_MOE else empty_model(shape).double()
     tokens = torch.randint(20, (2, 9))
-    for rank in (1, 3, 4):
-        method = LoRA(rank=rank, alpha=5.0, layers=layers, scaling_by=scaling_by)
-        model = copy.deepcopy(base)
-        trainables = pack_of([method], model, shape, perturb=0.5)
-        with torch.no_grad():
-            want = model(input_ids=tokens).logits
-        folder = tmp_path / str(rank)
-        save_peft(folder, state_of(trainables), rank, "nobody/small", "abc", method.scaling)
+    if shape is SMALL_MOE:
+        more = {"expert_alpha": 6.0, **more}
+    for rank in (4,) if shape is SMALL_MOE else (1, 3, 4):
+        method = LoRA(rank=rank, alpha=5.0, layers=layers, scaling_by=scaling_by, **more)
+        model = moe() if shape is SMALL_MOE else copy.deepcopy(base)
+        trainables = pack_of([method], model, shape, perturb=0.3)
+        folder, experts = tmp_path / str(rank), (shape.n_experts, method.scaling_of_experts(shape))
+        assert not shape.n_experts or experts[1] == 6 / {"rank": 2, "sqrt_rank": 2**0.5}.get(
+            scaling_by, 1
+        )
+        save_peft(
+            folder, state_of(trainables), rank, "nobody/small", "abc", method.scaling, *experts
+        )
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).double()
         with torch.no_grad():
-            got = loaded(input_ids=tokens).logits
-            assert (got - base(input_ids=tokens).logits).abs().max() > 0.1  # it does something
-        assert torch.allclose(got, want, rtol=0, atol=1e-6)  # PEFT holds adapters in fp32
+            got, want, start = (m(input_ids=tokens).logits for m in (loaded, model, base))
+        assert (got - start).abs().max() > 0.1  # it does something
+        assert torch.allclose(got, want, rtol=0, atol=1e-5)  # PEFT holds adapters in fp32
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["lora_alpha"] == method.scaling * rank  # a float is kept exactly
         assert (config["base_model_name_or_path"], config["revision"]) == ("nobody/small", "abc")

@@ -21,7 +21,7 @@ from lorasweep.models.forward import autocast, frozen_in_bf16, hold_in_bf16
 from lorasweep.models.load import weights_sha256
 from lorasweep.spec.run import validate
 from lorasweep.train.objectives.nll import nll_sums
-from tests.training import attached, family_model, pack_of, run
+from tests.training import family_model, pack_of, run
 from tests.world import tiny_spec
 
 
@@ -94,7 +94,7 @@ def test_whole_runs_have_the_same_bits(world, method):
     assert {b.sha256 for b in (wide, narrow)} == {weights_sha256(b.model) for b in (wide, narrow)}
     assert wide.model.lm_head.weight.dtype == torch.float32
     assert narrow.model.lm_head.weight.dtype == torch.bfloat16
-    trainables = attached(method, narrow.model, spec.model)
+    trainables = pack_of([method], narrow.model, spec.model)
     types = {n: p.dtype for n, p in narrow.model.named_parameters() if "norm" not in n}
     trained = trainables.parameters().keys()
     trainables.detach()

@@ -15,17 +15,13 @@ from lorasweep.sweep.grid import Point
 from tests.world import tiny_spec
 
 
-@pytest.mark.parametrize(
-    "text, amount", [("2h", 7200), ("90min", 5400), ("1.5h", 5400), ("40runs", 40)]
-)
-def test_a_budget_is_an_amount_with_its_unit(text, amount):
-    assert parse_budget(text, 40).amount == amount and parse_budget("", 40) is None
-
-
-@pytest.mark.parametrize("text", ["2", "h", "0h", "-1h", "2 days", "1e3runs"])
-def test_a_bare_number_is_refused_with_examples(text):
-    with pytest.raises(SpecError, match=r"budget=.*for example budget=2h, budget=90min.*500gpuh"):
-        parse_budget(text, 40)
+def test_a_budget_is_an_amount_with_its_unit():
+    for text, amount in (("2h", 7200), ("90min", 5400), ("1.5h", 5400), ("40runs", 40)):
+        assert parse_budget(text, 40).amount == amount
+    assert parse_budget("", 40) is None
+    for text in ("2", "h", "0h", "-1h", "2 days", "1e3runs"):
+        with pytest.raises(SpecError, match=r"budget=.*500gpuh"):
+            parse_budget(text, 40)
 
 
 def finished(store, spec, spans, **result):
@@ -61,12 +57,8 @@ def test_time_is_the_union_of_all_attempts_and_packs_share_a_gpu(points):
     assert parse_budget("1h", 40).used(known, store) == 10 + 50 + 20
     assert parse_budget("1gpuh", 40).used(known, store) == 10 + 40 + 50
     assert parse_budget("9runs", 40).used(known, store) == 3  # a short run counts in the longer one
-
-
-def test_several_processes_of_a_run_take_a_gpu_each(tmp_path):
-    store = RunStore(tmp_path)
-    store.prepare()
-    run = finished(store, tiny_spec(lr=1e-3, steps=40), [(1000, 1040)])
+    # several processes of a run take a GPU each
+    run = finished(store, tiny_spec(lr=8e-3, steps=40), [(1000, 1040)])
     store.write_env(run.id, 1, {"processes": 4})
     for file in filter(Path.exists, store.attempt(run.id, 1).iterdir()):
         os.utime(file, (1000, 1000))
@@ -110,17 +102,14 @@ def test_claims_come_by_decided_claims_per_hour_and_a_shared_run_is_paid_once():
     assert chosen[-1][-1] == sum(HOURS.values())
 
 
-@pytest.mark.parametrize(
-    "budget, chosen, left",
-    [
+def test_what_is_over_the_budget_stays_open_with_its_extra_cost():
+    for budget, chosen, left in (
         (39.9, [], {0: 400, 1: 140, 2: 40}),
         (40, [2], {0: 400, 1: 140}),
         (180, [2, 1], {0: 300}),  # a claim that does not fit does not keep cheaper ones out
-    ],
-)
-def test_what_is_over_the_budget_stays_open_with_its_extra_cost(budget, chosen, left):
-    found, others = choose([need("ae"), need("ab"), need("c")], budget)
-    assert ([k for k, *_ in found], dict(others)) == (chosen, left)
+    ):
+        found, others = choose([need("ae"), need("ab"), need("c")], budget)
+        assert ([k for k, *_ in found], dict(others)) == (chosen, left)
 
 
 @pytest.mark.parametrize("stream", range(10))
@@ -128,9 +117,8 @@ def test_costs_of_random_claims_add_up_and_what_is_left_does_not_fit(stream):
     rng = np.random.default_rng(stream)
     hours = dict(enumerate(rng.uniform(1, 9, 8)))
     needs = [{i: hours[i] for i in hours if rng.random() < 0.4} for _ in range(7)]
-    budget = float(rng.uniform(5, 40))
+    budget, bought = float(rng.uniform(5, 40)), set()
     chosen, left = choose(needs, budget)
-    bought = set()
     for total, step in itertools.groupby(chosen, lambda c: c[-1]):
         bought |= set().union(*(needs[k] for k, *_ in step))
         assert total == pytest.approx(sum(hours[i] for i in bought)) and total <= budget

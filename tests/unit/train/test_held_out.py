@@ -13,7 +13,7 @@ from lorasweep.data import load as data
 from lorasweep.data.batches import by_length, eval_batches
 from lorasweep.launch.trainer import finetune
 from lorasweep.train.objectives import nll
-from tests.training import ROUNDING, Trained, small_world
+from tests.training import ROUNDING, Trained, ragged, small_world
 from tests.world import tiny_spec
 
 NAME = "test_nll"
@@ -36,10 +36,8 @@ def test_the_shipped_base_is_near_its_floor_and_far_from_the_dialects(base):
 
 def dataset(draw_by_seed=False, rule_shift=0.25):
     params = {"rule_shift": rule_shift, "new_exceptions": 0.0, "shift_rank": 2}
-    sizes = {"n_test": 24, "n_test_curve": 8, "draw_by_seed": draw_by_seed}
-    return dataclasses.replace(
-        tiny_spec().dataset, exact_loss=True, generator_params=params, **sizes
-    )
+    sizes = {"n_test": 24, "n_test_curve": 8, "draw_by_seed": draw_by_seed, "exact_loss": True}
+    return dataclasses.replace(tiny_spec().dataset, generator_params=params, **sizes)
 
 
 @pytest.mark.numerics
@@ -59,17 +57,13 @@ def test_the_exact_loss_is_the_sum_by_hand(base, norms_in_float64):
             assert fast[NAME + end] == pytest.approx(wanted, rel=ROUNDING[1])
 
 
-def test_a_part_without_contexts_is_nan(base):
+def test_a_part_without_contexts_is_nan_and_a_probability_below_float32_adds_nothing(base):
     test = data.load(dataset(rule_shift=1.0), []).test
     found = nll.evaluate_exact(base.model, [eval_batches(test, 256)], "fp64", NAME)[0]
     assert math.isnan(found[f"{NAME}_unchanged"]) and found[NAME] == found[f"{NAME}_changed"]
     floors = nll.floors(test, "floor")
     assert floors["changed_share"] == 1 and math.isnan(floors["floor_unchanged"])
-
-
-def test_a_probability_below_float32_adds_nothing_to_the_floor():
-    p = np.array([[0.5, 0.5, 1e-50]]).astype(np.float32)
-    truth = examples.Truth(p, np.array([True]))
+    truth = examples.Truth(np.float32([[0.5, 0.5, 1e-50]]), np.array([True]))
     row = examples.Example(np.zeros(4, np.int32), np.arange(4) == 3, truth=truth)
     assert nll.floors([row], "floor")["floor_changed"] == pytest.approx(math.log(2))
 
@@ -95,34 +89,25 @@ def test_a_run_records_parts_code_length_and_bits(base):
 
 
 def test_losses_of_rows_are_those_of_each_row_alone_and_add_up(base):
-    rng = np.random.default_rng(3)
-
-    def rows(count):
-        tokens = [rng.integers(0, 32, n).astype(np.int32) for n in rng.integers(4, 40, count)]
-        return [examples.Example(t, np.arange(len(t)) > len(t) // 2) for t in tokens]
-
-    both = [rows(9), rows(3)]
+    drawn = ragged(longest=40)
+    both = [drawn.train(0, 0, 9), drawn.train(1, 0, 3)]
     found = nll.row_nlls(base.model, both, [eval_batches(r, 64) for r in both], "fp64")
     for own, sums in zip(both, found):
-        ordered = [own[i] for i in by_length(own)]
-        for row, value in zip(ordered, sums, strict=True):
-            (alone,) = nll.evaluate(base.model, [eval_batches([row], 64)], "fp64")
-            assert value == pytest.approx(alone * row.loss.sum(), rel=ROUNDING[1])
+        for i, value in zip(by_length(own), sums, strict=True):
+            (alone,) = nll.evaluate(base.model, [eval_batches([own[i]], 64)], "fp64")
+            assert value == pytest.approx(alone * own[i].loss.sum(), rel=ROUNDING[1])
         (mean,) = nll.evaluate(base.model, [eval_batches(own, 64)], "fp64")
         assert sums.sum() / sum(r.loss.sum() for r in own) == pytest.approx(mean, rel=ROUNDING[1])
 
 
-def test_the_error_of_a_gain_is_that_of_a_mean_where_rows_are_alike():
+def test_the_error_of_a_gain_is_that_of_a_mean_and_a_prompt_is_one_draw():
+    """Where rows are alike; rows of one prompt, put together into one row, are the same draw."""
     before, after = np.array([3.0, 5.0, 4.0, 8.0]), np.array([2.0, 5.5, 1.0, 4.0])
     mean = (before - after) / 10
     found = nll.gain_se(before, after, np.full(4, 10))
     assert found == pytest.approx(mean.std(ddof=1) / 2, abs=1e-15)
     assert nll.gain_se(before, before, np.array([1, 2, 3, 4])) == 0
     assert math.isnan(nll.gain_se(before[:1], after[:1], np.array([3])))
-
-
-def test_the_error_over_prompts_is_that_of_one_row_a_prompt():
-    """Rows of one prompt, put together into one row, are the same draw."""
     rng, prompts = np.random.default_rng(0), np.array([0, 1, 0, 2, 2, 2, 3])
     rows = (rng.gamma(9, 1, 7), rng.gamma(8, 1, 7), np.array([3, 5, 1, 2, 2, 9, 4]))
     joined = [np.array([x[prompts == k].sum() for k in range(4)]) for x in rows]

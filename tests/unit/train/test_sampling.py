@@ -36,7 +36,7 @@ def one_by_one(model, prompt, uniforms):
     return tokens[len(prompt) :], log_ps
 
 
-def attached(spec, base, count):
+def attached(spec, base, count=3):
     """Runs whose adapters do something."""
     methods = [LoRA(rank=r) for r in (1, 4, 4)[:count]]
     return pack_of(methods, base.model, spec.model, perturb=0.05)
@@ -65,7 +65,7 @@ def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, equ
     monkeypatch.setattr(sampling, "ROWS", 8)  # two rounds
     spec, base = qwen3() if family == "qwen3" else rewarded_world("words")[:2]
     prompts, uniforms = inputs_of(spec, 3, [5] * 4 if equal else [3, 9, 5, 4], 4, 7)
-    trained = attached(spec, base, 3)
+    trained = attached(spec, base)
     together = sample(base.model, prompts, uniforms, ENDS, "fp64")
     for n in (2, 0):
         trained.keep([n])
@@ -75,8 +75,7 @@ def test_a_pack_with_a_cache_draws_what_each_run_draws_alone_without(family, equ
             assert np.abs(together[n].log_p[k] - log_p).max() < 1e-10
             assert together[n].ended[k] == any(tuple(tokens[-len(e) :]) == e for e in ENDS)
         trained.detach()
-        trained = attached(spec, base, 3)
-    trained.detach()
+        trained = attached(spec, base)
     assert len({len(t) for own in together for t in own.tokens}) > 3
 
 
@@ -101,26 +100,25 @@ def test_keys_are_cached_in_bf16_and_change_no_number(attention, equal, monkeypa
     attached(spec, base, 2)
     lengths = [6] * 3 if equal else [3, 9, 6]
     prompts, uniforms = inputs_of(spec, 2, lengths, 2, 5)
-    update, held = DynamicCache.update, {}
+    update, drawn, held = DynamicCache.update, [], {}
 
-    def draw(dtype):
-        def watched(cache, keys, values, layer, *args, **kwargs):
-            held[dtype, layer] = update(cache, keys, values, layer, *args, **kwargs)
-            return held[dtype, layer]
+    def watched(cache, keys, values, layer, *args, **kwargs):
+        found = update(cache, keys, values, layer, *args, **kwargs)
+        held[len(drawn), layer] = found
+        return found
 
-        monkeypatch.setattr(DynamicCache, "update", watched)
-        monkeypatch.setitem(sampling.COMPUTE_DTYPES, "bf16", dtype)
-        return sample(base.model, prompts, uniforms, (), "bf16")
-
+    monkeypatch.setattr(DynamicCache, "update", watched)
     base.model.set_attn_implementation(attention)
-    ours, theirs = draw(torch.bfloat16), draw(torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setitem(sampling.COMPUTE_DTYPES, "bf16", dtype)
+        drawn.append(sample(base.model, prompts, uniforms, (), "bf16"))
     kept = [t for pair in held.values() for t in pair if t.dtype == torch.bfloat16]
     assert len(kept) == len(held)  # half of all keys and values
     tokens = 2 * 3 * 2 * (max(lengths) + 5 - 1)  # the last one drawn is never read
     assert sum(t.nbytes for t in kept) == tokens * cache_bytes(spec.model, 2)
-    for one, other in zip(ours, theirs, strict=True):
-        assert [t.tolist() for t in one.tokens] == [t.tolist() for t in other.tokens]
-        assert [x.tolist() for x in one.log_p] == [x.tolist() for x in other.log_p]
+    for one, other in zip(*drawn, strict=True):
+        for ours, theirs in ((one.tokens, other.tokens), (one.log_p, other.log_p)):
+            assert list(map(list, ours)) == list(map(list, theirs))
         assert one.entropy == other.entropy and one.largest_logit == other.largest_logit
 
 
@@ -137,10 +135,10 @@ def test_the_cache_is_passed_under_the_name_that_the_model_takes(name, monkeypat
     keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
     renamed.__signature__ = inspect.Signature([keyword])
     monkeypatch.setitem(model.__dict__, "forward", renamed)
-    prompts, uniforms = [[loaded.test[0].tokens[:5]]], np.full((1, 1, 3), 0.5)
+    asked = (model, [[loaded.test[0].tokens[:5]]], np.full((1, 1, 3), 0.5), (), "fp64")
     if name == "another":
-        with pytest.raises(ModelError, match="forward takes no cache of keys and values"):
-            sample(model, prompts, uniforms, (), "fp64")
+        with pytest.raises(ModelError, match="cache of keys and values"):
+            sample(*asked)
     else:
-        sample(model, prompts, uniforms, (), "fp64")
-        assert len(given) == 3 and all(isinstance(c, DynamicCache) for c in given)
+        sample(*asked)
+        assert [isinstance(c, DynamicCache) for c in given] == [True] * 3
