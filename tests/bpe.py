@@ -37,22 +37,14 @@ def with_chat(template, tokenizer=qwen_like):
 
 
 def _trained(digits, bos, eos):
-    special = [t for t in (bos, eos) if t]
+    split = pre_tokenizers.Split(Regex(SPLIT % digits), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT % digits), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
+    special, alphabet = [t for t in (bos, eos) if t], level.alphabet()
+    sizes = {"vocab_size": 400, "special_tokens": special, "initial_alphabet": alphabet}
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(**sizes, show_progress=False))
     if bos:
         first = [(bos, tokenizer.token_to_id(bos))]
         tokenizer.post_processor = processors.TemplateProcessing(

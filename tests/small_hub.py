@@ -6,16 +6,14 @@ published schemas, and both lie under their real names and pinned revisions.
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
 from lorasweep.models.load import config_of
 from tests.bpe import llama_like, qwen_like
+from tests.world import write_json
 
-TULU = 1100
-"""Rows of the small Tulu 3; 1,024 of them are held out."""
-THOUGHTS = 1200
-"""Rows of the small OpenThoughts3, a question each; 1,024 of them are held out."""
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -55,19 +53,22 @@ def make(folder, models, datasets, shard="2MB"):
     }
 
 
+TULU, THOUGHTS = 1100, 1200
+"""Rows of the small Tulu 3, OpenThoughts3 and DeepMath; 1,024 of each are held out."""
+
+
 def tulu(k):
     """A row of Tulu 3."""
-    user, answer = {"role": "user", "content": f"So? {k}"}, {"role": "assistant", "content": "No"}
-    last = {"role": "assistant", "content": f"Yes {k}"}
-    return {"id": f"{k}", "messages": [user, answer, user, last], "source": "made"}
+    texts = (f"So? {k}", "No", f"So? {k}", f"Yes {k}")
+    said = [{"role": r, "content": t} for r, t in zip(("user", "assistant") * 2, texts)]
+    return {"id": f"{k}", "messages": said, "source": "made"}
 
 
 def thought(question, k=0):
     """A row of OpenThoughts3."""
     said = [("human", f"Why {question}?"), ("gpt", f"<think>So {k}</think> Yes")]
-    conversations = [{"from": who, "value": text} for who, text in said]
     row = {"difficulty": 7, "source": "made", "domain": "math"}
-    return {**row, "conversations": conversations}
+    return {**row, "conversations": [{"from": who, "value": text} for who, text in said]}
 
 
 def problem(k):
@@ -89,17 +90,18 @@ def school(k):
     return {"question": f"So {k}?", "answer": f"It is <<2*3=6>>6.\n#### {k},000"}
 
 
-def _both(row, number):
-    return {"train": [row(k) for k in range(number)], "test": [row(k) for k in range(20)]}
+def _rows(row, train=0, test=0):
+    splits = {"train": train, "test": test}
+    return lambda: {split: [row(k) for k in range(n)] for split, n in splits.items() if n}
 
 
 ROWS = {
-    "allenai/tulu-3-sft-mixture": lambda: {"train": [tulu(k) for k in range(TULU)]},
-    "open-thoughts/OpenThoughts3-1.2M": lambda: {"train": [thought(k) for k in range(THOUGHTS)]},
-    "EleutherAI/hendrycks_math": lambda: _both(problem, 24),
-    "HuggingFaceH4/MATH-500": lambda: {"test": [problem(k) for k in range(20)]},
-    "openai/gsm8k": lambda: _both(school, 24),
-    "zwhe99/DeepMath-103K": lambda: {"train": [deep(k) for k in range(THOUGHTS)]},
+    "allenai/tulu-3-sft-mixture": _rows(tulu, TULU),
+    "open-thoughts/OpenThoughts3-1.2M": _rows(thought, THOUGHTS),
+    "EleutherAI/hendrycks_math": _rows(problem, 24, 20),
+    "HuggingFaceH4/MATH-500": _rows(problem, test=20),
+    "openai/gsm8k": _rows(school, 24, 20),
+    "zwhe99/DeepMath-103K": _rows(deep, THOUGHTS),
 }
 """Of each data set, by split; those with more than one configuration have the same in each."""
 
@@ -111,13 +113,12 @@ def download(folder, location, config, revision, splits):
 
     owner, _, name = location.partition("/")
     snake = camelcase_to_snakecase(name)
-    files = {split: folder / f"{snake}-{config}-{split}.jsonl" for split in splits}
-    for split, path in files.items():
-        path.write_text("".join(json.dumps(row) + "\n" for row in splits[split]))
-    named = {split: str(path) for split, path in files.items()}
-    builder = datasets.load_dataset_builder(
-        "json", data_files=named, cache_dir=str(folder / "json")
-    )
+    files = {}
+    for split, rows in splits.items():
+        files[split] = str(folder / f"{snake}-{config}-{split}.jsonl")
+        write_json(Path(files[split]), rows)
+    cache = str(folder / "json")
+    builder = datasets.load_dataset_builder("json", data_files=files, cache_dir=cache)
     builder.download_and_prepare()
     kept = folder / f"datasets/{owner}___{snake}/{config}/0.0.0/{revision}"
     kept.parent.mkdir(parents=True)

@@ -11,13 +11,8 @@ from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from tests.world import tiny_spec
 
-GPU = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    ],
-)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
 
 
 @pytest.fixture
@@ -45,17 +40,13 @@ def test_a_pack_is_its_runs(spec, precision, device):
 
 @pytest.mark.slow
 def test_a_pack_that_mixes_up_its_runs_is_found(spec, monkeypatch):
-    def mixed(runs, *more):
+    def mixed(runs, base, data):
         rates = [run.lr for run in runs]
-        return finetune(
-            [dataclasses.replace(r, lr=rates[k - 1]) for k, r in enumerate(runs)], *more
-        )
-
-    def by_position(runs, base, data):
-        events = list(mixed(runs, base, data))
+        others = [dataclasses.replace(r, lr=rates[k - 1]) for k, r in enumerate(runs)]
+        events = list(finetune(others, base, data))
         ends = [result["test_nll"] for event in events for _, result in event.ended.values()]
         return dict(zip([r.id for r in runs], ends, strict=True))
 
-    monkeypatch.setattr(correctness, "_losses", by_position)
+    monkeypatch.setattr(correctness, "_losses", mixed)
     found = correctness.pack(dataclasses.replace(spec, precision="fp64"), 2)
     assert found["difference"] > 100 * found["bound"]

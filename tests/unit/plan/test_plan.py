@@ -1,6 +1,7 @@
 """The planner: packs by what was recorded, no packing where it does not pay, memory, hardware."""
 
 import dataclasses
+import itertools
 import json
 from collections import defaultdict
 
@@ -23,10 +24,9 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
-from tests.world import ROOT, tiny_spec
+from tests.world import ROOT, tiny_spec, write_json
 
 CPU = Hardware("cpu", processor="a processor", cores=2, memory_gib=16.0, fast_bf16=True)
-GPUS = Hardware("gpus", processor="p", cores=16, gpus=2, gpu_name="H100", gpu_memory_gib=80.0)
 SOON = {1: 0.010, 2: 0.008, 4: 0.007, 8: 0.0069}
 NEVER = {1: 0.010, 2: 0.011}
 ALWAYS = {1: 0.010, 2: 0.009, 4: 0.008, 8: 0.006, 16: 0.005}
@@ -47,17 +47,12 @@ def lora(asked):
 def measured(asked, spec, step_s, hardware=CPU):
     """Keep a measurement as if it had been made on `hardware`."""
     path = measured_path(RunStore(asked.exec.runs_dir).root, spec, hardware, asked.exec)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"step_s": step_s}))
+    write_json(path, [{"step_s": step_s}])
 
 
 def planned(asked, hardware=CPU):
     now = make_plan(asked.points, RunStore(asked.exec.runs_dir), asked.exec, hardware)
     return now, [len(p.points) for p in now.packs if p.points[0].arm == "lora"]
-
-
-def known(asked, spec, hardware=CPU):
-    return Speeds(RunStore(asked.exec.runs_dir), hardware, asked.exec).of(spec)
 
 
 @pytest.mark.parametrize(
@@ -74,19 +69,21 @@ def test_pack_sizes_are_what_was_measured_to_pay(asked, lora, step_s, sizes):
 
 
 def test_a_measurement_of_another_machine_or_shape_is_not_used(asked, lora):
-    spec = lora[0].spec
-    measured(asked, spec, NEVER)
-    assert known(asked, dataclasses.replace(spec, lr=0.5, seed=3)).step_s == NEVER
-    for change in ({"batch_size": 5}, {"method": LoRA(rank=2)}):
-        assert known(asked, dataclasses.replace(spec, **change)) is None
+    def known(hardware=CPU, **change):
+        speeds = Speeds(RunStore(asked.exec.runs_dir), hardware, asked.exec)
+        return speeds.of(dataclasses.replace(lora[0].spec, **change))
+
+    measured(asked, lora[0].spec, NEVER)
+    assert known(lr=0.5, seed=3).step_s == NEVER
+    assert known(batch_size=5) is None and known(method=LoRA(rank=2)) is None
     for change in ({"cores": 64}, {"processor": "another"}):
-        assert known(asked, spec, dataclasses.replace(CPU, **change)) is None
+        assert known(dataclasses.replace(CPU, **change)) is None
     assert planned(asked)[0].basis == "assumed"  # nothing is known of full fine-tuning
     measured(asked, next(p.spec for p in asked.points if p.arm == "fullft"), {1: 0.02})
     now, _ = planned(asked)
     assert now.basis == "calibrated" and "packing does not pay" in plan_text(asked, now)
-    measured(asked, spec, {})  # empty: none
-    assert known(asked, spec) is None
+    measured(asked, lora[0].spec, {})  # empty: none
+    assert known() is None
 
 
 def test_what_is_left_goes_at_the_speed_of_finished_runs_on_this_machine(asked, lora):
@@ -98,9 +95,7 @@ def test_what_is_left_goes_at_the_speed_of_finished_runs_on_this_machine(asked, 
     expected = 3.0 * now.flops / run_flops(lora[0].spec) / now.workers
     assert now.basis == "measured" and now.hours * 3600 == pytest.approx(expected)
     assert planned(asked, dataclasses.replace(CPU, processor=None))[0].basis == "assumed"
-
-
-def test_what_is_left_goes_at_the_speed_of_its_method():
+    # each method at its own speed
     specs = {m.name: tiny_spec(method=m) for m in (LoRA(rank=4), FullFT())}
     timed = {(name, "fp32"): [(spec, t)] for (name, spec), t in zip(specs.items(), (2.0, 8.0))}
     assert measured_seconds([specs["lora"], specs["fullft"]] * 3, timed) == pytest.approx(30)
@@ -134,9 +129,8 @@ def test_a_pack_with_checkpoints_stays_as_it_was(asked, lora):
     store, kept = RunStore(asked.exec.runs_dir), [lora[k].id for k in (2, 0, 1)]
     for p in lora[:3]:
         store.write_end(p.id, store.claim(p.spec), "stopped", "planted")
-        path = store.folder(p.id) / "checkpoint" / "a.json"
-        path.parent.mkdir()
-        path.write_text(json.dumps({"step": 5, "layout": kept, "sha256": ""}))
+        saved = store.folder(p.id) / "checkpoint" / "a.json"
+        write_json(saved, [{"step": 5, "layout": kept, "sha256": ""}])
     packs = [[p.id for p in k.points] for k in planned(asked)[0].packs]
     assert kept in packs and max(len(k) for k in packs if lora[0].id not in k) == 1
 
@@ -164,59 +158,52 @@ def test_the_same_runs_are_planned_differently_for_two_machines_of_the_catalogue
 
 
 @pytest.mark.parametrize(
-    "values, message",
+    "values, setting",
     [
-        ({"core": 2}, "Did you mean 'cores'"),
-        ({"cores": 2}, "needs memory_gib"),
-        ({"gpus": 1}, "needs gpu_memory_gib"),
-        ({"cores": 0, "memory_gib": 1.0}, "at least 1"),
-        ({"gpus": 1, "gpu_memory_gib": "80 GiB"}, "number above 0"),
-        ({"gpus": -1}, "at least 0"),
-        (
-            {"gpus": 1, "gpu_memory_gib": 80, "matmul_flops_s": {"bf16": 0}},
-            "expected numbers above 0",
-        ),
-        ({"name": None}, "expected text"),
+        ({"core": 2}, "'cores'"),
+        ({"cores": 2}, "memory_gib"),
+        ({"gpus": 1}, "gpu_memory_gib"),
+        ({"cores": 0, "memory_gib": 1.0}, "cores"),
+        ({"gpus": 1, "gpu_memory_gib": "80 GiB"}, "gpu_memory_gib"),
+        ({"gpus": -1}, "gpus"),
+        ({"gpus": 1, "gpu_memory_gib": 80, "matmul_flops_s": {"bf16": 0}}, "matmul_flops_s"),
+        ({"name": None}, "name"),
     ],
 )
-def test_hardware_that_cannot_be_planned_for_is_refused(values, message):
-    with pytest.raises(SpecError, match=message):
+def test_hardware_that_cannot_be_planned_for_is_refused(values, setting):
+    with pytest.raises(SpecError, match=setting):
         from_plain({"name": "mine", **values})
 
 
-def test_no_worker_is_left_without_a_pack(compose):
-    four = dataclasses.replace(CPU, cores=4)
+def test_no_worker_is_left_without_a_pack_and_ranks_mix_only_where_one_alone_fills_little(compose):
+    four, alone = dataclasses.replace(CPU, cores=4), (*SMOKE, "~sweep.arms.fullft")
     for workers, sizes in (("null", [4] * 4), ("1", [16])):
-        alone = compose(*SMOKE, SIXTEEN, "~sweep.arms.fullft", f"exec.workers={workers}")
-        measured(alone, alone.points[0].spec, ALWAYS, four)
-        assert planned(alone, four)[1] == sizes
-
-
-def test_ranks_are_mixed_only_where_one_alone_fills_little(compose):
+        asked = compose(*alone, SIXTEEN, f"exec.workers={workers}")
+        measured(asked, asked.points[0].spec, ALWAYS, four)
+        assert planned(asked, four)[1] == sizes
     for ranks, lrs, size, packs in (
         ("1,2,4,8", "1e-3,2e-3", 16, [[1, 1, 2, 2, 4, 4, 8, 8]]),
         ("1,8", "1e-3,2e-3,3e-3", 4, [[1, 1, 1], [8, 8, 8]]),
     ):
         grid = (f"sweep.arms.lora.rank=[{ranks}]", f"sweep.arms.lora.lr=[{lrs}]")
-        asked = compose(*SMOKE, "~sweep.arms.fullft", *grid, f"exec.pack_size={size}")
-        found = planned(asked)[0].packs
+        found = planned(compose(*alone, *grid, f"exec.pack_size={size}"))[0].packs
         assert sorted([p.spec.method.rank for p in pack.points] for pack in found) == packs
 
 
 def test_workers_are_as_many_and_packs_as_large_as_memory_holds(compose, asked, lora):
-    full = compose(*SMOKE, "~sweep.arms.lora")
+    def machine(gib, **more):
+        return dataclasses.replace(CPU, memory_gib=gib / MEMORY_SHARE, **more)
+
+    full, spec = compose(*SMOKE, "~sweep.arms.lora"), lora[0].spec
     now, _ = planned(full, dataclasses.replace(CPU, cores=3))
     assert [len(p.points) for p in now.packs] == [1, 1, 1] and (now.workers, now.threads) == (3, 1)
-    memory = 2.1 * place(full.points[0].spec, CPU, rows=4).memory_gib / MEMORY_SHARE
-    assert planned(full, dataclasses.replace(CPU, cores=4, memory_gib=memory))[0].workers == 2
-    spec = lora[0].spec
+    two = 2.1 * place(full.points[0].spec, CPU, rows=4).memory_gib
+    assert planned(full, machine(two, cores=4))[0].workers == 2
     exec_ = dataclasses.replace(asked.exec, micro_batch_size=4)
-    memory = 1.01 * place(spec, CPU, 4, rows=4).memory_gib / MEMORY_SHARE
     assert Planner(CPU, exec_).kind(spec).pack_size == 16
-    little = dataclasses.replace(CPU, memory_gib=memory)
+    little = machine(1.01 * place(spec, CPU, 4, rows=4).memory_gib)
     assert Planner(little, exec_).kind(spec).pack_size == 4
-    fits = place(spec, CPU, 2).memory_gib / MEMORY_SHARE * 1.0001
-    small = dataclasses.replace(CPU, memory_gib=fits)
+    small = machine(place(spec, CPU, 2).memory_gib * 1.0001)
     measured(asked, spec, ALWAYS, small)  # what was fastest may not fit now
     assert max(len(p.points) for p in planned(asked, small)[0].packs) <= 2
 
@@ -237,14 +224,12 @@ def test_a_plan_counts_a_base_published_in_bf16_as_it_is_held(compose, method, g
     """Llama-3.1-8B on an H100, one row a pass: two bytes a frozen weight, no copies. Published in
     fp32, it has two bytes more, and a bf16 copy of the weights of products."""
     asked = compose("scale=paper", f"method={method}", "hardware=h100", "action=plan")
-    spec, h100 = asked.points[0].spec, hardware_of(asked)
-    model = spec.model
-    one = place(spec, h100, rows=1).memory_bytes
-    assert one / 2**30 == pytest.approx(gib, abs=0.1)
+    spec, h100, model = asked.points[0].spec, hardware_of(asked), asked.points[0].spec.model
     in_fp32 = dataclasses.replace(spec, model=dataclasses.replace(model, weights_dtype="fp32"))
+    held, in_full = (place(s, h100, rows=1).memory_bytes for s in (spec, in_fp32))
+    assert held / 2**30 == pytest.approx(gib, abs=0.1)
     copies = 2 * model.n_matmul_params if method == "lora" else 0
-    saved = place(in_fp32, h100, rows=1).memory_bytes - one
-    assert saved == 2 * model.n_params + copies
+    assert in_full - held == 2 * model.n_params + copies
 
 
 SMI = """0, GPU-aaa, NVIDIA H100 80GB HBM3, 81559
@@ -260,7 +245,7 @@ MIG = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaa)
 """
 
 
-def test_gpus_are_those_that_the_environment_leaves():
+def test_gpus_are_those_that_the_environment_leaves_with_a_worker_each(asked, monkeypatch):
     wanted = {None: "ab", "1": "b", "GPU-bbb,0": "ba", "GPU-b": "b", "": "", "7": ""}
     for variable, names in wanted.items():
         found = [(gpu.uuid, gpu.memory_bytes) for gpu in detect.visible(SMI, variable)]
@@ -270,9 +255,6 @@ def test_gpus_are_those_that_the_environment_leaves():
     assert (found.uuid, found.name) == ("MIG-2222-bb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb")
     assert found.memory_bytes == pytest.approx(40e9, abs=2**20)
     assert len(detect.visible(detect.slices(MIG), "MIG-3333-cc,MIG-1111-aa")) == 2
-
-
-def test_one_worker_a_gpu(asked, monkeypatch):
     monkeypatch.setattr(detect, "gpus", lambda: detect.visible(SMI, None))
     monkeypatch.setattr(detect, "cores", lambda: 16)
     now, sizes = planned(asked, detect.this_machine())
@@ -284,12 +266,11 @@ def test_one_worker_a_gpu(asked, monkeypatch):
 def runs(count, rates=3, lengths=(64,), steps=(8,)):
     """`rates` runs of each of `count` customers."""
     found = []
-    for k in range(count):
+    for k, rate in itertools.product(range(count), range(rates)):
         rows = {"max_length": lengths[k % len(lengths)], "n_test": 4, "n_test_curve": 4}
         dataset = DatasetSpec(name=f"c{k}", source="jsonl", location=f"c{k}", **rows)
-        fixed = {"method": LoRA(rank=4), "batch_size": 4, "steps": steps[k % len(steps)]}
-        spec = tiny_spec(dataset=dataset, **fixed)
-        found += [Point(f"c{k}", dataclasses.replace(spec, lr=1e-3 * 2**j)) for j in range(rates)]
+        how = {"lr": 1e-3 * 2**rate, "batch_size": 4, "steps": steps[k % len(steps)]}
+        found.append(Point(f"c{k}", tiny_spec(dataset=dataset, method=LoRA(rank=4), **how)))
     return found
 
 
@@ -298,23 +279,18 @@ def packs_of(points, tmp_path, **settings):
     return make_plan(points, RunStore(tmp_path), exec_, CPU).packs
 
 
-def test_customers_with_few_runs_share_packs_and_those_that_fill_one_do_not(tmp_path):
+def test_customers_of_few_runs_share_packs_with_neighbours_of_like_lengths(tmp_path):
     sizes = [len(p.points) for p in packs_of(runs(10), tmp_path)]
     assert sum(sizes) == 30 and len(sizes) == 2
-    alone = packs_of(runs(3, rates=16), tmp_path)
+    alone = packs_of(runs(3, rates=16), tmp_path)  # that fill a pack
     assert all(len({p.spec.dataset.name for p in pack.points}) == 1 for pack in alone)
-
-
-def test_neighbours_are_of_one_length_of_rows_and_of_runs(tmp_path):
-    points = runs(10, lengths=(64, 48), steps=(8, 8, 8, 40))
-    packs = packs_of(points, tmp_path, pack_size=8)
+    packs = packs_of(runs(10, lengths=(64, 48), steps=(8, 8, 8, 40)), tmp_path, pack_size=8)
     shapes = [[(p.spec.dataset.max_length, p.spec.steps) for p in pack.points] for pack in packs]
     assert all(shape == sorted(shape) for shape in shapes)
     assert sum(len(set(shape)) for shape in shapes) <= len(packs) + 3
-    short, long = packs_of(runs(2, rates=2, lengths=(16, 60)), tmp_path, pack_size=8)
-    assert (
-        len(short.points) == len(long.points) == 2
-    )  # one would be padded to four times its length
+    # one would be padded to four times its length
+    apart = packs_of(runs(2, rates=2, lengths=(16, 60)), tmp_path, pack_size=8)
+    assert [len(p.points) for p in apart] == [2, 2]
     (pack,) = packs_of(runs(2, rates=2, lengths=(32, 60)), tmp_path, pack_size=8)
     longest = max((p.spec for p in pack.points), key=lambda s: s.dataset.max_length)
     assert pack.memory_bytes == place(longest, CPU, 4, pack.micro_batch_size).memory_bytes
