@@ -26,12 +26,10 @@ def nowhere(monkeypatch):
     monkeypatch.delenv("SLURM_CONF", raising=False)  # of the cluster that other tests started
 
 
-def test_the_study_is_planned_without_weights_and_without_a_look_at_this_machine(command, nowhere):
-    study = ("+sweep=study", "sweep.parts=[lr_ratio,batch_size]", "scale=paper")
-    found = json.loads(command(*study, "action=plan", "hardware=h100", "format=json").stdout)
-    ratio, batches = found["sweeps"]
+def test_the_study_is_planned_without_weights_and_without_a_look_at_this_machine(planned):
+    found = planned("+sweep=study", "sweep.parts=[lr_ratio,batch_size]", "scale=paper")
+    (ratio, batches), total = found["sweeps"], found["total"]
     assert (ratio["name"], batches["name"]) == ("lr_ratio", "batch_size")
-    total = found["total"]
     assert total["runs"] == ratio["runs"] + batches["runs"] > 500 and ratio["fits"]
     for name in ("gpu_hours", "cost_usd", "tokens", "flops"):
         assert total[name] == pytest.approx(ratio[name] + batches[name])
@@ -79,12 +77,13 @@ SHARED = ("+sweep=study", "sweep.parts=[compute,short_runs,layers,capacity]", "s
 ASKED = ("action=plan", "hardware=h100", "format=json")
 
 
-def planned(command, *args):
-    return json.loads(command(*args, *ASKED).stdout)
+@pytest.fixture
+def planned(command, nowhere):
+    return lambda *args: json.loads(command(*args, *ASKED).stdout)
 
 
-def test_a_budget_buys_claims_of_several_sweeps_and_shared_runs_once(command, nowhere):
-    found = planned(command, *SHARED, "budget=1000gpuh")
+def test_a_budget_buys_claims_of_several_sweeps_and_shared_runs_once(planned):
+    found = planned(*SHARED, "budget=1000gpuh")
     budget = found["budget"]
     chosen, used = budget["chosen"], budget["used"]
     assert sum(c["gpu_hours"] for c in chosen) == pytest.approx(used) and 500 < used <= 1000
@@ -101,53 +100,49 @@ def test_a_budget_buys_claims_of_several_sweeps_and_shared_runs_once(command, no
     assert "no number of seeds" in left["trace"]["why"] and "gpu_hours" not in left["trace"]
 
 
-def test_the_printed_commands_train_what_the_budget_pays(command, nowhere):
-    found = planned(command, *BATCHES, "budget=600gpuh")["budget"]
+def test_the_printed_commands_train_what_the_budget_pays(command, planned):
+    asked = (*BATCHES, "budget=600gpuh")
+    found = planned(*asked)["budget"]
     assert [c["claim"] for c in found["chosen"]] == ["penalty"]
     (line,) = found["commands"]
     assert "'sweep.replicate.seeds=[1,2]'" in line and "cluster=slurm hardware=h100" in line
     words = [w.strip("'") for w in line.split()[3:] if not w.startswith(("cluster=", "hardware="))]
-    again = planned(command, *words)["total"]
+    again = planned(*words)["total"]
     assert again["gpu_hours"] == pytest.approx(found["used"])
     assert again["runs"] == found["chosen"][0]["runs"]
-    text = command(*BATCHES, "action=plan", "hardware=h100", "budget=600gpuh").stdout
+    text = command(*asked, *ASKED[:2]).stdout
     assert "1 claims, 573 of 600 GPU-hours" in text and line in text
     assert re.search(r"^below_32 +batch_size +- +no number of seeds", text, re.MULTILINE)
     assert "serving engine" not in text
 
 
 @pytest.mark.parametrize(
-    "args, message",
-    [
-        ((*ASKED, "budget=2h"), "in hours of GPUs with a data sheet, for example hardware=h100"),
-        ((*ASKED, "budget=40runs"), "budget=500gpuh"),
-        (("budget=500gpuh",), "and for action=plan with +sweep=NAME hardware=h100"),
-    ],
+    "args", [(*ASKED, "budget=2h"), (*ASKED, "budget=40runs"), ("budget=500gpuh",)]
 )
-def test_a_budget_of_claims_is_in_hours_of_gpus_with_a_data_sheet(command, args, message):
+def test_a_budget_of_claims_is_in_hours_of_gpus_with_a_data_sheet(command, args):
     done = command(*BATCHES, *args)
-    assert done.returncode == 2 and message in done.stderr
+    assert done.returncode == 2 and "budget=" in done.stderr and "hardware=h100" in done.stderr
 
 
-def test_several_looks_have_an_expected_cost_and_one_look_has_none(command, nowhere):
+def test_several_looks_have_an_expected_cost_and_one_look_has_none(planned):
     assert claim_costs.N_AROUND == next_runs.N_AROUND and claim_costs.MIN_SEEDS == gates.MIN_SEEDS
     experts = ("+sweep=experts", "scale=paper")
-    found = planned(command, *experts)["sweeps"][0]
+    found = planned(*experts)["sweeps"][0]
     claim = next(c for c in found["claims"] if c["claim"] == "all_experts")
     first, last = claim["looks"]
     assert (first["seeds"], last["seeds"]) == (4, 4 + next_runs.MAX_NEW_SEEDS)
     assert first["gpu_hours"] == pytest.approx(found["gpu_hours"])
-    more = planned(command, *experts, f"sweep.replicate.seeds={[*range(101, 109)]}")["sweeps"][0]
+    more = planned(*experts, f"sweep.replicate.seeds={[*range(101, 109)]}")["sweeps"][0]
     assert last["gpu_hours"] == pytest.approx(more["gpu_hours"])
     assert 0.5 < first["decided"] < last["decided"]
     extra = (1 - first["decided"]) * (last["gpu_hours"] - first["gpu_hours"])
     assert claim["expected_gpu_hours"] == pytest.approx(first["gpu_hours"] + extra)
-    assert not any("looks" in c for c in planned(command, *BATCHES)["sweeps"][0]["claims"])
+    assert not any("looks" in c for c in planned(*BATCHES)["sweeps"][0]["claims"])
 
 
-def test_sampling_by_a_serving_engine_has_a_row_that_is_not_in_the_total(command, nowhere):
+def test_sampling_by_a_serving_engine_has_a_row_that_is_not_in_the_total(command, planned):
     study = ("+sweep=study", "sweep.parts=[rl,capacity]", "scale=paper")
-    found = planned(command, *study)
+    found = planned(*study)
     rl, total = found["sweeps"][0], found["total"]
     assert rl["runs"] == 3 * 3 * 7 + 3 * 3 * 3 * 2 and rl["gpus_a_run"] == [1, 8]
     assert total["gpu_hours"] == pytest.approx(sum(s["gpu_hours"] for s in found["sweeps"]))
