@@ -63,31 +63,23 @@ def test_verify_finds_runs_equal_and_a_falsified_one(smoke_copy, tmp_path, comma
     assert done.returncode == 1 and json.loads(done.stdout)["differing"] == [runs[0]["run"]]
 
 
-def full(*case):
-    return pytest.param(*case, marks=pytest.mark.full)
-
-
-def real(*case, also):
-    there = WEIGHTS.is_file() and Path(DATA, "gsm8k", "train.jsonl").is_file()
-    fast = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
-    missing = "no weights (make weights), or no gsm8k in data/ or LORASWEEP_TEST_DATA"
-    slow = "this processor has no bf16 products: a step takes minutes"
-    conditions = [
-        pytest.mark.skipif(not ok, reason=r) for ok, r in ((fast, slow), (there, missing))
-    ]
-    return pytest.param(*case, marks=[also, pytest.mark.real, *conditions])
+FULL, NIGHTLY = pytest.mark.full, pytest.mark.nightly
+FAST = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("amx_bf16", "avx512_bf16"))
+THERE = WEIGHTS.is_file() and Path(DATA, "gsm8k", "train.jsonl").is_file()
+WHY = "no weights (make weights), no gsm8k in data/ or LORASWEEP_TEST_DATA, or no bf16 products"
+REAL = (pytest.mark.real, pytest.mark.skipif(not (FAST and THERE), reason=WHY))
 
 
 @pytest.mark.parametrize(
     "scale, method, batch, count",
     [
-        full("tiny", "lora", 16, 1),
-        full("tiny", "lora", 16, 8),
-        full("tiny", "lora", 4, 16),
-        full("tiny", "fullft", 16, 1),
-        real("small", "lora", 8, 1, also=pytest.mark.nightly),
-        real("small", "lora", 2, 2, also=pytest.mark.full),
-        real("small", "fullft", 4, 1, also=pytest.mark.nightly),
+        pytest.param("tiny", "lora", 16, 1, marks=FULL),
+        pytest.param("tiny", "lora", 16, 8, marks=FULL),
+        pytest.param("tiny", "lora", 4, 16, marks=FULL),
+        pytest.param("tiny", "fullft", 16, 1, marks=FULL),
+        pytest.param("small", "lora", 8, 1, marks=(*REAL, NIGHTLY)),
+        pytest.param("small", "lora", 2, 2, marks=(*REAL, FULL)),
+        pytest.param("small", "fullft", 4, 1, marks=(*REAL, NIGHTLY)),
     ],
 )
 def test_the_memory_model_is_within_a_fifth_of_the_measured_peak(scale, method, batch, count):
