@@ -18,7 +18,7 @@ from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.trained import REST, trained_by_set
 from tests import small_hub
-from tests.world import ROOT, cli, compose_request
+from tests.world import ROOT, compose_request
 
 pytestmark = pytest.mark.slow
 
@@ -76,29 +76,10 @@ NARROW = {
     **{"n_layers": 2, "hidden_size": 128, "n_heads": 4, "n_kv_heads": 4, "head_size": 32},
     **{"mlp_size": 64, "vocab_size": 512},
 }
-FEW_ROWS = ("dataset.n_test=16", "dataset.n_test_curve=8")
 
 
-@pytest.mark.full
-def test_a_dense_run_and_one_with_experts_train_from_the_hubs_cache(tmp_path):
-    names = ["llama-3.1-8b", "qwen3-30b-a3b-base"]
-    shape = tuple(f"model.{name}={value}" for name, value in NARROW.items())
-    given = [compose_request([f"model={n}", *shape, "scale=paper"]).points[0].spec for n in names]
-    env = small_hub.make(tmp_path, [s.model for s in given], [given[0].dataset])
-    sweep = ("+sweep=lr_ratio", "scale=paper", f"sweep.axes.model=[{','.join(names)}]", *FEW_ROWS)
-    arm = ("sweep.arms.lora.rank=[64]", "sweep.arms.lora.lr=[3e-4]")
-    small = (*arm, "sweep.replicate.seeds=[]", *shape)
-    short = ("~sweep.arms.fullft", "steps=2", "batch_size=16", "exec.workers=1")
-    done = cli(*sweep, *small, *short, cwd=tmp_path, env=env, timeout=550)
-    assert "lora r64" in done.stdout and "UNDECIDED: ratio" in done.stdout
-    store = RunStore(tmp_path / "runs")
-    found = {store.result(i)["base_commit"]: store.result(i) for i in store.existing()}
-    (dense, experts) = (found[s.model.revision] for s in given)
-    for spec, result in zip(given, (dense, experts)):
-        assert result["base_commit"] == spec.model.revision and result["steps_done"] == 2
-        assert result["test_nll"] < result["curve"][0]["test_nll"]
-    routed = sum(map(sum, experts["expert_tokens"]))
-    assert routed >= 2 * 8 * experts["tokens"]  # 2 layers, 8 active
+def updated_twice(specs):
+    return [dataclasses.replace(s, lr=3e-4, seed=0, steps=2) for s in specs]
 
 
 def one_of_each(runs):
@@ -110,8 +91,7 @@ def one_of_each(runs):
         family = (type(config_of(spec.model)), spec.model.tied)
         rows = (spec.dataset.name, spec.batch_size, spec.precision)
         found.setdefault((sweep, arm, *family, how, *rows), spec)
-    small = [dataclasses.replace(s, lr=1e-4, seed=0, steps=2) for s in found.values()]
-    return list({s.id: s for s in small}.values())
+    return list({s.id: s for s in updated_twice(found.values())}.values())
 
 
 def shrunken(specs):
@@ -162,13 +142,26 @@ def trained(specs, tmp_path, monkeypatch, processes=1):
 
 
 @pytest.mark.full
-def test_a_rewarded_run_trains_from_the_hubs_cache(tmp_path, monkeypatch):
-    rl = compose_request(["+sweep=rl", "scale=paper"]).points
-    spec = next(p.spec for p in rl if p.arm == "lora" and p.spec.dataset.name == "math_reward")
-    (result,) = trained(shrunken([dataclasses.replace(spec, steps=2)]), tmp_path, monkeypatch)
-    assert result["metric"]["name"] == "test_reward" and result["answers"] == 2 * 3 * 32
-    assert result["test_reward_unread"] > 0.9 and result["cut_off"] > 0.9
-    assert result["n_train"] == 7 * 4  # without the held-out problems
+def test_a_dense_run_one_with_experts_and_a_rewarded_one_train_from_the_hubs_cache(
+    runs, tmp_path, monkeypatch
+):
+    def first(sweep, **fields):
+        for name, arm, spec in runs:
+            named = {"model": spec.model.name, "dataset": spec.dataset.name}
+            if (name, arm) == (sweep, "lora") and fields.items() <= named.items():
+                return spec
+
+    kinds = [first("lr_ratio", model=n) for n in ("llama-3.1-8b", "qwen3-30b-a3b-base")]
+    specs = shrunken(updated_twice([*kinds, first("rl", dataset="math_reward")]))
+    dense, experts, rewarded = trained(specs, tmp_path, monkeypatch)
+    for spec, result in zip(specs, (dense, experts)):
+        assert result["base_commit"] == spec.model.revision
+        assert result["test_nll"] < result["curve"][0]["test_nll"]
+    routed = sum(map(sum, experts["expert_tokens"]))
+    assert routed >= 2 * 8 * experts["tokens"]  # 2 layers, 8 active
+    assert rewarded["metric"]["name"] == "test_reward" and rewarded["answers"] == 2 * 3 * 32
+    assert rewarded["test_reward_unread"] > 0.9 and rewarded["cut_off"] > 0.9
+    assert rewarded["n_train"] == 7 * 4  # without the held-out problems
 
 
 @pytest.mark.nightly
