@@ -83,6 +83,8 @@ def _compose_and_act(given: list[str]) -> None:
         parser.add_argument(*names)
     named, rest = parser.parse_known_args(given)
     flags, typed = ([t for t in rest if t.startswith("-") == is_flag] for is_flag in (True, False))
+    if "--resolve" in flags and not named.cfg:
+        _fail("--resolve is only for --cfg job.")
     composer, prepared = compose.Composer(*filter(None, [named.config_dir])), None
     compose.register(help_template)
     if {*flags} <= {"--resolve"}:

@@ -247,6 +247,8 @@ def act(
         else:
             status = int(any(m["problem"] for m in request.members))
             if not request.points:
+                faults = [{"name": m["name"], "error": m["problem"]} for m in request.members]
+                Answer(faults, "").show(request.format == "json")
                 return status
     do, as_json = function_of(name), request.format == "json"
     context = {"trainer": trainer, "follow": follow, "store": store}

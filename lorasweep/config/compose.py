@@ -64,7 +64,7 @@ SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTI
 """Matches the lines by which a sweep's file also sets groups other than the sweep."""
 SELECT_FILES = ("+sweep=", "scale=")
 CHANGE_NO_RUNS = (
-    *("sweep=", "scale=", "exec.", "cluster=", "cluster.", "hardware=", "hardware."),
+    *("hydra.", "sweep=", "scale=", "exec.", "cluster=", "cluster.", "hardware=", "hardware."),
     *(f"{key}=" for key in (*SETTINGS, "rates")),
 )
 """Beginnings of options, without + and ~, that do not change the requested runs."""
@@ -161,11 +161,11 @@ class Composer:
                 raise SpecError(f"{text!r}: {error}. Expected KEY=VALUE.") from None
 
         path = [o for o in typed if o.startswith("hydra.searchpath=")]
-        self.folders += [
-            f.removeprefix("file://")
-            for o in path
-            for f in parse(o).value()  # type: ignore[union-attr]
-        ]
+        for o in path:
+            folders = parse(o).value()
+            if not isinstance(folders, list) or not all(isinstance(f, str) for f in folders):
+                raise SpecError(f"{o!r}: expected a list of folders, hydra.searchpath=[DIR].")
+            self.folders += [str(f).removeprefix("file://") for f in folders]
         _refuse_shadows(self.folders)
         overrides, chosen, problems = [], self._path(), []
         for text in (o for o in typed if o not in path):
@@ -173,7 +173,13 @@ class Composer:
             group = key.lstrip("+").partition("@")[0]
             if self.options(group) or group.startswith("hydra/"):
                 try:
-                    text = f"{key}={self.option(group, parse(text).value(), typed)}"
+                    value = parse(text).value()
+                    if not isinstance(value, str | int | float):
+                        raise SpecError(
+                            f"{text!r}: expected one name of {group}. Several, as an axis of a "
+                            f"sweep: 'sweep.axes.{group}=[A,B]'."
+                        )
+                    text = f"{key}={self.option(group, value, typed)}"
                 except SpecError as error:
                     problems.append(str(error))
                 chosen.append(text)
@@ -186,20 +192,17 @@ class Composer:
             name = next(o for o in chosen if o.startswith("+sweep=")).removeprefix("+sweep=")
             node = {"sweep": _at_scale(name, files)}
             option = hashlib.sha256(repr([name, node]).encode()).hexdigest()[:16]
-            ConfigStore.instance().store(
-                AT_SCALE, name=option, node=node, package="_global_"
-            ) if False else ConfigStore.instance().store(
-                group=AT_SCALE, name=option, node=node, package="_global_"
-            )
+            ConfigStore.instance().store(group=AT_SCALE, name=option, node=node, package="_global_")
             files.sweep = node["sweep"]
             chosen = [*self._without_sweep(chosen), f"+{AT_SCALE}={option}"]
         known = OmegaConf.to_container(files, resolve=False)
-        for text in overrides:
+        for text in (o for o in overrides if not o.lstrip("+~").startswith("hydra.")):
             _check_key(known, parse(text))
         return Prepared([*typed], [*chosen, *overrides], files)
 
     def _path(self) -> list[str]:
-        quoted = (f"'file://{folder}'" for folder in self.folders)
+        escaped = [folder.replace("\\", "\\\\").replace("'", "\\'") for folder in self.folders]
+        quoted = (f"'file://{folder}'" for folder in escaped)
         return [f"hydra.searchpath=[{','.join(quoted)}]"] if self.folders else []
 
     def _without_sweep(self, overrides: Sequence[str]) -> list[str]:
@@ -261,7 +264,7 @@ class Composer:
                 f"{changed!r} changes a rule of a server. Copy a file of conf/serve to "
                 "DIR/serve/NAME.yaml, change it there, and add --config-dir=DIR serve=NAME."
             )
-        named = {o.partition("=")[0]: o.partition("=")[2] for o in plain}
+        named = {o.partition("=")[0]: o.partition("=")[2].strip("'\"") for o in plain}
         config.serve, sweep_name = named.get("serve", "peft"), named.get("sweep")
         values = {name: getattr(config, name) for name in SETTINGS}
         for problem in misfits(Settings(**values)):
@@ -434,6 +437,8 @@ def _check_key(known: Any, override: Override) -> None:
     node, path, given = known, list[str](), str(override.input_line)
     if override.key_or_group.startswith("sweep.") and not known["sweep"]:
         raise SpecError(f"{given!r} changes a sweep. Add one: +sweep=NAME.")
+    if override.key_or_group.startswith("scale."):
+        raise SpecError(f"{given!r}: a scale is chosen whole. Write scale=NAME.")
     if override.key_or_group.startswith("sweep.scales"):
         raise SpecError(
             f"{given!r} has no effect: the file's scales are read before. Write sweep.axes, "

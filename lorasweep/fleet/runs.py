@@ -165,7 +165,7 @@ def _member(
     try:
         rows = rows_of(folder, c.data, rules, tokenizer, c.validation)
         rows, tokens = with_lengths(rows, tokenizer, c.max_length, data_dirs(request))
-    except (DataError, OSError) as error:
+    except (DataError, OSError, RuntimeError) as error:  # RuntimeError: no home for ~user
         raise RowError(f"column data: {error}") from None
     if tokens < 1:
         raise RowError(f"column data: a mean row has {tokens:.2g} loss tokens. Expected 1 or more.")

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lorasweep.cli.actions import ACTIONS, function_of
+from lorasweep.config.compose import compose_request
 from tests.world import ROOT, write_splits
 
 FLEET = "action=fleet customers=customers.csv"
@@ -31,6 +32,10 @@ def refused(done, *words):
         ("rank=4", "Did you mean 'method.rank'"),
         ("+method.layer=mlp", "Did you mean 'method.layers'"),
         ("-m lr=1", "multirun"),
+        ("--resolve", "--cfg job"),
+        ("hydra.searchpath=null", "expected a list of folders"),
+        ("model=tiny64,tiny128 lr=1e-3", "sweep.axes.model"),
+        ("+sweep=lr_ratio scale.name=small", "scale=NAME"),
         ("method=fullft method.rank=3", "rank"),
         ("steps", "steps"),
         ("action=plan hardware=h10", "h100"),
@@ -217,3 +222,14 @@ def test_reports_that_cannot_be_written_are_an_error_before_training(command, tm
             command(*f"action={action}".split(), f"exec.runs_dir={tmp_path}/a"), f"{tmp_path}/a"
         )
     assert not (tmp_path / "runs").exists()
+
+
+def test_quotes_of_a_name_and_a_folder_are_no_part_of_it(command, tmp_path):
+    folder = tmp_path / "it's" / "sweep"
+    folder.mkdir(parents=True)
+    done = command(
+        "--config-dir", str(folder.parent), "+sweep='lr_ratio'", "scale=smoke", "action=status"
+    )
+    assert done.returncode == 0 and done.stdout.startswith("lr_ratio at scale smoke")
+    given = [f"hydra.searchpath=[{tmp_path}]", "+sweep=lr_ratio", "scale=smoke"]
+    assert not compose_request(given).changes
