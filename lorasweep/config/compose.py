@@ -415,7 +415,9 @@ def _at_scale(name: str, cfg: DictConfig) -> dict[str, Any]:
         for scale in scales:
             values = _merged(values, blocks[scale] or {})
     for problem in problems_of(Sweep, values):
-        raise SpecError(f"sweep {name!r} at scale {cfg.scale.name}: {problem} (docs/own.md)")
+        if "${" not in problem:  # what such a value becomes is checked when Hydra has resolved it
+            at = f"sweep {name!r} at scale {cfg.scale.name}"
+            raise SpecError(f"{at}: {problem} (docs/sweep_files.md)")
     return dataclasses.asdict(Sweep(**values))
 
 
