@@ -37,7 +37,7 @@ from tests import small_hub
 from tests.bpe import qwen_like
 from tests.customers import make_base, model_of
 from tests.small_hub import COMMIT
-from tests.training import EPS, Trained, family_model, noise, run
+from tests.training import EPS, Trained, customer, family_model, run
 from tests.world import compose_request, tiny_spec, write_splits
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -202,7 +202,7 @@ def test_what_is_described_trains_by_both_methods(made):
     assert find.check_available(made.spec, made.at)
     base = models.load(made.spec, made.at, "fp32")
     assert base.tokenizer is not None
-    rows = noise(spec.dataset, 12, train=8, test=4, validation=2)
+    _, rows = customer(spec, spec.dataset.name, 12, 8, 4, 2)
     full = dataclasses.replace(spec, method=FullFT(), steps=1, lr=1e-3)
     for runs in ([spec, dataclasses.replace(spec, lr=2e-2)], [full]):
         found = Trained(finetune(runs, base, rows))
@@ -221,7 +221,8 @@ def test_peft_computes_what_an_exported_adapter_computed(made, tmp_path):
     changes = {"steps": 2, "lr": 0.05, "batch_size": 2, "precision": "fp64", "eps": EPS}
     spec = tiny_spec(model=made.spec, method=LORA, **changes)
     base = models.load(made.spec, made.at, "fp64")
-    states, _ = run([spec], base, noise(spec.dataset, 12, train=8, test=4, validation=2))
+    _, rows = customer(spec, spec.dataset.name, 12, 8, 4, 2)
+    states, _ = run([spec], base, rows)
     state = states[spec.id]["tensors"]
     weights = {n.removeprefix(PARAM): t for n, t in state.items() if n.startswith(PARAM)}
     save_peft(tmp_path / "adapter", weights, 2, str(made.folder), None, LORA.scaling)
