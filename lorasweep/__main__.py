@@ -79,13 +79,14 @@ def _compose_and_act(given: list[str]) -> None:
     from lorasweep.config import compose
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for names in (("--config-dir", "-cd"), ("--cfg", "-c"), ("--package", "-p")):
+    parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    for names in (("--cfg", "-c"), ("--package", "-p")):
         parser.add_argument(*names)
     named, rest = parser.parse_known_args(given)
     flags, typed = ([t for t in rest if t.startswith("-") == is_flag] for is_flag in (True, False))
     if "--resolve" in flags and not named.cfg:
         _fail("--resolve is only for --cfg job.")
-    composer, prepared = compose.Composer(*filter(None, [named.config_dir])), None
+    composer, prepared = compose.Composer(*named.config_dir), None
     compose.register(help_template)
     if {*flags} <= {"--resolve"}:
         with compose.opened():

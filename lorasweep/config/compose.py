@@ -17,6 +17,7 @@ The block is merged over the keys above it: mappings key by key, other values re
 import dataclasses
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -62,6 +63,9 @@ PARTS = ("method", "exec", "dataset", "cluster")
 """Groups in which a setting without its group is looked for."""
 SETS_MORE = re.compile(r"^(#\s*@package\s+(?!sweep\s*$)|defaults\s*:)", re.MULTILINE)
 """Matches the lines by which a sweep's file also sets groups other than the sweep."""
+PATHS = "out|table|data|model|dataset|customers|exec\\.\\w+_dir"
+HOME = re.compile(rf"(?:{PATHS})=\W*(~[^/,\]'\"]+)")
+"""Finds the home folder of a user in a setting, as in out=~ann/best."""
 SELECT_FILES = ("+sweep=", "scale=")
 CHANGE_NO_RUNS = (
     *("hydra.", "sweep=", "scale=", "exec.", "cluster=", "cluster.", "hardware=", "hardware."),
@@ -160,6 +164,9 @@ class Composer:
             except HydraException as error:
                 raise SpecError(f"{text!r}: {error}. Expected KEY=VALUE.") from None
 
+        for text in typed:
+            if (home := HOME.match(text)) and os.path.expanduser(home[1]) == home[1]:
+                raise SpecError(f"{text!r}: there is no user {home[1][1:]!r}. Name another folder.")
         path = [o for o in typed if o.startswith("hydra.searchpath=")]
         for o in path:
             folders = parse(o).value()

@@ -33,6 +33,8 @@ def refused(done, *words):
         ("+method.layer=mlp", "Did you mean 'method.layers'"),
         ("-m lr=1", "multirun"),
         ("--resolve", "--cfg job"),
+        ("+sweep=lr_ratio exec.runs_dir='~nobody9/r'", "no user 'nobody9'"),
+        ("+sweep=tune model='~nobody9/x' dataset=rows.csv", "no user 'nobody9'"),
         ("hydra.searchpath=null", "expected a list of folders"),
         ("model=tiny64,tiny128 lr=1e-3", "sweep.axes.model"),
         ("+sweep=lr_ratio scale.name=small", "scale=NAME"),
@@ -227,9 +229,10 @@ def test_reports_that_cannot_be_written_are_an_error_before_training(command, tm
 def test_quotes_of_a_name_and_a_folder_are_no_part_of_it(command, tmp_path):
     folder = tmp_path / "it's" / "sweep"
     folder.mkdir(parents=True)
-    done = command(
-        "--config-dir", str(folder.parent), "+sweep='lr_ratio'", "scale=smoke", "action=status"
-    )
+    (folder / "mine.yaml").write_text((ROOT / "sweeps/layers.yaml").read_text())
+    two = ["--config-dir", str(folder.parent), "--config-dir", str(tmp_path)]  # both are read
+    assert command(*two, "+sweep=mine", "scale=smoke", "action=plan").returncode == 0
+    done = command(*two, "+sweep='lr_ratio'", "scale=smoke", "action=status")
     assert done.returncode == 0 and done.stdout.startswith("lr_ratio at scale smoke")
     given = [f"hydra.searchpath=[{tmp_path}]", "+sweep=lr_ratio", "scale=smoke"]
     assert not compose_request(given).changes
