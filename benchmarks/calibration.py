@@ -29,8 +29,7 @@ from analysis.inference.estimate import Estimate, from_draws, number
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures.at_best import losses_at_best, over_seeds, pooled_over
 from analysis.measures.ratio import ratio_of
-from analysis.optimum.fit import fit_all
-from analysis.optimum.optimum import Optimum, seeds_at_best
+from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
 from analysis.report.text import Rows, markdown

@@ -19,7 +19,7 @@ from scipy import stats
 from analysis.inference.estimate import number, rate
 from analysis.inference.meta import random_effects
 from analysis.measures.ratio import MIN_RANK
-from analysis.optimum.likelihood import rate_means
+from analysis.optimum.valley import rate_means
 from analysis.runs import reading
 from analysis.runs.lr_curves import lr_curves
 from analysis.tables import commands

@@ -22,8 +22,7 @@ from scipy.interpolate import Akima1DInterpolator
 
 from analysis.inference.estimate import number, rate
 from analysis.measures.regret import starts_of
-from analysis.optimum.fit import fit_all
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum, fit_all
 from analysis.questions.base import Panel, Series
 from analysis.questions.registry import analyse
 from analysis.report import plots

@@ -13,9 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.estimate import BETTER, LEVEL, Estimate, Verdict, from_draws
+from analysis.inference.estimate import (
+    BETTER,
+    LEVEL,
+    MAX_NEEDED,
+    SEEDS,
+    Estimate,
+    Spread,
+    Verdict,
+    from_draws,
+    needed,
+)
 from analysis.inference.gates import MIN_SEEDS, Gate, remedy
-from analysis.inference.spread import MAX_NEEDED, SEEDS, Spread, needed
 
 NO_INTERVAL = ("unread_at_likely_rates", "one_rank_departs")
 """Flags that say why an estimate has no interval."""

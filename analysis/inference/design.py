@@ -10,9 +10,8 @@ import numpy as np
 from scipy import stats
 
 from analysis.inference.decide import look_level, scale_of
-from analysis.inference.estimate import number
+from analysis.inference.estimate import MAX_NEEDED, Part, Spread, needed, number
 from analysis.inference.gates import MIN_SEEDS
-from analysis.inference.spread import MAX_NEEDED, Part, Spread, needed
 
 FAR = 100.0
 """A margin's end beyond -FAR or FAR counts as open."""

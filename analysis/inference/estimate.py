@@ -1,15 +1,109 @@
-"""The results of an analysis (values with interval, n and flags) and their text form."""
+"""Estimates (values with interval, n and flags), intervals over seeds, and their text form."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from analysis.inference.gates import Gate, GateCode
-from analysis.inference.spread import Spread
+
+SEEDS = "seeds at each optimum"
+MAX_NEEDED = 64
+"""More units than this are reported as 'more than'."""
+POWER = 0.8
+"""Probability that the needed number of units decides a claim, if the present value is true."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A variance between units that an interval may be computed from."""
+
+    sd: float
+    """Standard deviation between units, on the scale of the estimate's errors (ln for ratios)."""
+    df: float
+    """Degrees of freedom of the variance now; infinite if it counts as known."""
+    per_unit: float = 1.0
+    """Degrees of freedom that one more unit adds."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The independent units of an interval, and how its width depends on their number."""
+
+    n: int
+    """Present number of units."""
+    of: str = SEEDS
+    """What a unit is."""
+    parts: tuple[Part, ...] = ()
+    """At each level, the part with the widest interval counts. Empty: the width of the interval is
+    proportional to 1 / sqrt(n)."""
+    shared: float = 0.0
+    """Standard deviation of an error that more units do not reduce, such as that of a best LR."""
+
+    def at(self, n: int, level: float) -> tuple[float, float, float]:
+        """Return the half-width of the interval, the standard error and its df with n units."""
+        sides = []
+        for part in self.parts:
+            df = part.df + part.per_unit * (n - self.n)
+            error = part.sd / math.sqrt(n)
+            sides.append((float(stats.t.ppf(0.5 + level / 2, df)) * error, error, df))
+        half, error, df = max(sides)
+        known = float(stats.norm.ppf(0.5 + level / 2)) * self.shared
+        return math.hypot(half, known), math.hypot(error, self.shared), df
+
+    def sharing(self, error: float) -> "Spread":
+        """Return the spread with one more error that all units share."""
+        return dataclasses.replace(self, shared=math.hypot(self.shared, error))
+
+
+def needed(
+    spread: Spread,
+    value: float,
+    interval: Sequence[float],
+    margin: Sequence[float],
+    level: float,
+    fewest: int = 1,
+    most: int = MAX_NEEDED,
+) -> int | None:
+    """Return the number of units, from `fewest` to `most`, that decides with probability POWER.
+
+    None if `most` are not enough. `interval` holds the present ends, `margin` may have infinite
+    ends. For ratios, these and `value` are logarithms.
+
+    The present value and variances are taken as true. With n units, the estimate X has standard
+    error s / sqrt(n) and the interval X +- h(n), h(n) = t(level, df(n)) s / sqrt(n). A value
+    inside the margin [a, b] is SUPPORTED with probability P(a + h <= X <= b - h). A value above b
+    is REFUTED with probability P(X > b + h). A value below the margin is REFUTED with probability
+    P(X < a - h). (X - value) / error is taken to follow Student's t, which approximates the
+    noncentral t of the exact power (Chow, Shao & Wang, Sample Size Calculations in Clinical
+    Research, 2003, chapter 3).
+    """
+    below, above = value - interval[0], interval[1] - value
+    if not (below > 0 and above > 0 and math.isfinite(below + above)):
+        return None
+    if not spread.parts:  # only the interval is known: its variance counts as known
+        units = max(spread.n, 1)
+        sd = (below + above) / 2 * math.sqrt(units) / float(stats.norm.ppf(0.5 + level / 2))
+        spread = Spread(units, spread.of, (Part(sd, math.inf),))
+    half_now, *_ = spread.at(spread.n, level)
+    # Distances to the margin's ends, converted to the scale of `Part.sd`.
+    to_low = (value - margin[0]) * half_now / (below if value >= margin[0] else above)
+    to_high = (margin[1] - value) * half_now / (above if value <= margin[1] else below)
+    for n in range(max(fewest, spread.n + 1), most + 1):
+        half, error, df = spread.at(n, level)
+
+        def chance(room: float) -> float:
+            return float(stats.t.cdf((room - half) / error, df))  # noqa: B023
+
+        inside = chance(to_low) + chance(to_high) - 1
+        if max(inside, chance(-to_low), chance(-to_high)) >= POWER:
+            return n
+    return None
+
 
 N_DRAWS = 4000
 PROBABILITIES = (np.arange(N_DRAWS) + 0.5) / N_DRAWS
@@ -194,3 +288,65 @@ def with_interval(e: Estimate, write: Callable[[float | None], str] = number) ->
     if not e.has_interval():
         return f"{write(e.value)} (no interval)"
     return f"{write(e.value)} [{write(e.low)}, {write(e.high)}]"
+
+
+@dataclass(frozen=True)
+class PooledVariance:
+    """The variance over seeds, pooled over samples of one quantity, and its degrees of freedom."""
+
+    var: float
+    df: float
+
+
+def pooled_variance(samples: Sequence[Sequence[float]]) -> PooledVariance | None:
+    """Pool the variances of samples of one quantity by their median, robust against outliers.
+
+    Each is first divided by the median of chi^2 / df. Samples with fewer than two values, or with a
+    value that is not finite, are left out. None if fewer than two samples remain.
+    """
+    known = [np.asarray(s, float) for s in samples if len(s) > 1 and np.isfinite(s).all()]
+    if len(known) < 2:
+        return None
+    each = [np.var(s, ddof=1) * (len(s) - 1) / stats.chi2.median(len(s) - 1) for s in known]
+    return PooledVariance(float(np.median(each)), float(sum(len(s) - 1 for s in known)))
+
+
+def from_sample(
+    values: Sequence[float],
+    log: bool = False,
+    flags: tuple[str, ...] = (),
+    pooled: PooledVariance | None = None,
+    shifts: Sequence[float] = (),
+) -> Estimate:
+    """Return the mean of independent values (one per seed) with Student's interval.
+
+    The interval of level 1 - a is mean +- t(1 - a/2, df) sqrt(var / n) (Student, Biometrika 6,
+    1908). It is computed twice: with the sample's variance and n - 1 degrees of freedom, and with
+    the pooled variance and its degrees of freedom. The wider one counts, at every level: each draw
+    is the outer one of the two quantiles. One value has no interval. With shifts, each draw is
+    moved by one of them, and the value is the median of the draws.
+
+    Args:
+        log: average logarithms (geometric mean); values must be positive.
+        pooled: variance of similar samples (of the logarithms, if log).
+        shifts: posterior draws of an error that all seeds share, because the best LR is uncertain.
+            Each is the change of the mean if another LR were the best.
+    """
+    x = np.log(values) if log else np.asarray(values, float)
+    back = np.exp if log else np.asarray
+    if not len(x):
+        return Estimate(None, flags=flags)
+    if len(x) < 2:
+        return Estimate(float(back(x.mean())), n=len(x), flags=flags)
+    n = len(x)
+    parts = [Part(max(float(np.std(x, ddof=1)), 1e-12), n - 1.0)]
+    if pooled is not None:
+        parts.append(Part(float(np.sqrt(pooled.var)), pooled.df, pooled.df / (n - 1)))
+    sides = [p.sd / np.sqrt(n) * np.abs(stats.t.ppf(PROBABILITIES, p.df)) for p in parts]
+    draws = x.mean() + np.sign(PROBABILITIES - 0.5) * np.max(sides, axis=0)
+    if len(shifts):
+        resized = np.resize(np.asarray(shifts, float), N_DRAWS)
+        draws = draws + np.random.default_rng(20251126).permutation(resized)
+    shared = float(np.std(shifts)) if len(shifts) else 0.0
+    spread = Spread(n, parts=tuple(parts), shared=shared)
+    return from_draws(back(draws), n, flags=flags, spread=spread)

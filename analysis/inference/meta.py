@@ -12,8 +12,7 @@ import numpy as np
 from scipy import optimize, stats
 from scipy.special import log_ndtr
 
-from analysis.inference.estimate import LEVEL, PROBABILITIES, Estimate, from_draws
-from analysis.inference.spread import Part, Spread
+from analysis.inference.estimate import LEVEL, PROBABILITIES, Estimate, Part, Spread, from_draws
 
 BASES = "bases"
 """Name of the rows of a meta-regression."""

@@ -12,10 +12,15 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import AT_LEAST, Estimate
+from analysis.inference.estimate import (
+    AT_LEAST,
+    Estimate,
+    PooledVariance,
+    from_sample,
+    pooled_variance,
+)
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
-from analysis.inference.seeds import PooledVariance, from_sample, pooled_variance
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.runs.lr_curves import runs_of
 
 T = TypeVar("T")

@@ -17,8 +17,7 @@ from analysis.inference.estimate import Estimate, exp_of
 from analysis.measures.at_best import AtBest, over_seeds
 from analysis.measures.regret import Gap, gaps_of
 from analysis.measures.speed import curves_at_best, log_rho
-from analysis.optimum.fit import fit_all
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum, fit_all
 from analysis.runs.learning_curves import at_step, by_run, on_curve_rows
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.table import CURVE_KEYS

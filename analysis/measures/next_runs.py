@@ -11,12 +11,10 @@ import numpy as np
 from scipy import stats
 
 from analysis.inference.decide import scale_of
-from analysis.inference.estimate import Verdict
+from analysis.inference.estimate import POWER, SEEDS, Verdict
 from analysis.inference.gates import MIN_SEEDS, GateCode
-from analysis.inference.spread import POWER, SEEDS
-from analysis.optimum.likelihood import gather
-from analysis.optimum.optimum import Optimum, seeds_at_best
-from analysis.optimum.posterior import expected_spread
+from analysis.optimum.fit import Optimum, seeds_at_best
+from analysis.optimum.valley import expected_spread, gather
 from analysis.runs.lr_curves import LrCurve, full_names
 
 MAX_NEW_SEEDS = 5

@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from analysis.inference.estimate import Estimate
-from analysis.inference.seeds import PooledVariance
+from analysis.inference.estimate import Estimate, PooledVariance
 from analysis.measures import at_best
 from analysis.measures.at_best import (
     AtBest,
@@ -25,7 +24,7 @@ from analysis.measures.at_best import (
     over_seeds,
     pooled_over,
 )
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.runs.lr_curves import runs_of
 
 ALLOWED = 0.05

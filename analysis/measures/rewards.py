@@ -1,6 +1,6 @@
 """Measure rewards at the best stable learning rate.
 
-A learning rate is stable if few of its runs collapse (`runs.metric`). The optimum is the top of a
+A learning rate is stable if few of its runs collapse (`runs.table`). The optimum is the top of a
 parabola in ln(lr), fitted to the mean rewards of the best stable learning rate and its stable
 neighbours. Means are over the runs that did not collapse. A point is a hundredth of reward.
 """
@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, exp_of
+from analysis.inference.estimate import Estimate, exp_of, from_sample
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.meta import pseudo_values
-from analysis.inference.seeds import from_sample
 from analysis.measures.at_best import N_LR_DRAWS, AtBest
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.runs.learning_curves import Points, by_run, same_rows
 from analysis.runs.lr_curves import LrCurve, runs_of
-from analysis.runs.metric import collapsed
+from analysis.runs.table import collapsed
 
 POINTS = 100
 GOOD = 0.02

@@ -13,12 +13,18 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import LEVEL, Estimate, exp_of, from_draws
+from analysis.inference.estimate import (
+    LEVEL,
+    Estimate,
+    PooledVariance,
+    Spread,
+    exp_of,
+    from_draws,
+    from_sample,
+)
 from analysis.inference.meta import censored_slope, pseudo_values
-from analysis.inference.seeds import PooledVariance, from_sample
-from analysis.inference.spread import Spread
 from analysis.measures.at_best import AtBest, is_finite, over_seeds, values_at_best
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.runs.learning_curves import Points, by_run, same_rows
 
 T = TypeVar("T")

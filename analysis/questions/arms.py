@@ -38,7 +38,7 @@ from analysis.measures.qualify import stalled
 from analysis.measures.ratio import lr_drift, ratio_of, rivals
 from analysis.measures.regret import BITS_PER_PARAMETER, Gap, gain_from, starts_of
 from analysis.measures.speed import curves_at_best, log_rho, read_to, rho
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import Points, learning_curves
 from analysis.runs.lr_curves import runs_of

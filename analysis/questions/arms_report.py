@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.estimate import Estimate, number, rate, signed, with_interval
+from analysis.inference.estimate import Estimate, from_sample, number, rate, signed, with_interval
 from analysis.inference.gates import MIN_SEEDS
-from analysis.inference.seeds import from_sample
 from analysis.measures import rewards
 from analysis.measures.at_best import over_seeds
 from analysis.measures.ratio import pool_ratios, ratio_of
 from analysis.measures.regret import ALLOWED
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import arms, base
 from analysis.questions.arms import Pair, Task
 from analysis.runs.lr_curves import full_names, runs_of, title
-from analysis.runs.metric import COLLAPSED_SHARE
+from analysis.runs.table import COLLAPSED_SHARE
 
 ONE, TEN = "FullFT's best LR", "10 x FullFT's best LR"
 RULES = {ONE: 1.0, TEN: 10.0}

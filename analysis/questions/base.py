@@ -21,8 +21,7 @@ from analysis.measures.at_best import AtBest
 from analysis.measures.next_runs import lines, suggest
 from analysis.measures.ratio import MIN_RANK, lr_drift
 from analysis.measures.regret import Gap
-from analysis.optimum.fit import fit_all
-from analysis.optimum.optimum import Optimum, seeds_at_best
+from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
 from analysis.runs.learning_curves import task_problems
 from analysis.runs.lr_curves import lr_curves, variants
 from analysis.runs.table import TableError

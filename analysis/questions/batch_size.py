@@ -18,7 +18,7 @@ from analysis.inference.gates import Gate, GateCode
 from analysis.measures import batch_effect
 from analysis.measures.at_best import AtBest, losses_at_best, mean_of, over_seeds
 from analysis.measures.regret import ALLOWED, Gap, gaps_of, growth
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import at_step, on_curve_rows
 

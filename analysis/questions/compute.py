@@ -18,7 +18,7 @@ from analysis.inference.estimate import Estimate, exactly, exp_of, from_draws
 from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, pooled_over, values_at_best
 from analysis.measures.speed import curves_at_best, log_rho, rho
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import (
     Points,

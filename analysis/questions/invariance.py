@@ -22,7 +22,7 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, exactly, number, signed, with_interval
 from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
 from analysis.measures.ratio import lr_drift
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import by_run
 

@@ -17,7 +17,7 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, number
 from analysis.inference.gates import Gate
 from analysis.measures.ratio import Ratio, RatioLaw, ratio_law, ratio_of, rivals
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base
 
 AGREE = 0.03

@@ -29,15 +29,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, from_draws
+from analysis.inference.estimate import Estimate, Spread, from_draws
 from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import BASES
-from analysis.inference.spread import Spread
 from analysis.measures.ratio import ratio_of
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base
-from analysis.runs.metric import as_losses
-from analysis.runs.table import read
+from analysis.runs.table import as_losses, read
 
 G, K, BETA, REFERENCE_STEPS = 1.33, 5.7, 0.45, 128
 """The law's constants."""

@@ -17,7 +17,7 @@ from analysis.inference.estimate import Estimate, number, rate, signed
 from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures import at_best
 from analysis.measures.speed import curves_at_best, rho
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.lr_curves import full_names, runs_of
 

@@ -24,7 +24,7 @@ from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.measures.speed import fall_over
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base, rank
 from analysis.runs.learning_curves import at_step, on_curve_rows
 from analysis.runs.lr_curves import title

@@ -13,8 +13,7 @@ import yaml
 from analysis.inference.gates import Gate, GateCode, remedy
 from analysis.questions import arms, arms_report
 from analysis.questions.base import Analysis, Question
-from analysis.runs.metric import as_losses
-from analysis.runs.table import TableError
+from analysis.runs.table import TableError, as_losses
 
 
 class UnknownQuestion(ValueError):

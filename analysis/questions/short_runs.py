@@ -18,7 +18,7 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, exp_of, from_draws
 from analysis.measures.at_best import AtBest, over_seeds, pooled_over, values_at_best
 from analysis.measures.ratio import MIN_RANK, ratio_of
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import at_step, steps_seen, while_unsolved
 from analysis.runs.lr_curves import title

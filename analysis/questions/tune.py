@@ -17,7 +17,7 @@ import pandas as pd
 from analysis.inference.estimate import Estimate, number, rate, with_interval
 from analysis.measures import at_best
 from analysis.measures.regret import ALLOWED, Gap, gain_from, starts_of
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.questions import base
 from analysis.runs.learning_curves import on_curve_rows
 from analysis.runs.lr_curves import runs_of

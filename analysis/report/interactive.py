@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.estimate import Estimate, Verdict
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
 from analysis.report.text import check_installed, plain, rendered
 from analysis.runs.learning_curves import learning_curves
 from analysis.runs.lr_curves import runs_of

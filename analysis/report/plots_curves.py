@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 from analysis.inference.estimate import rate, with_interval
-from analysis.optimum.likelihood import rate_means, without_shifts
-from analysis.optimum.optimum import Optimum
+from analysis.optimum.fit import Optimum
+from analysis.optimum.valley import rate_means, without_shifts
 from analysis.questions.base import by_group
 from analysis.report.plots import BELOW, COLOURS, MARKERS, arrows, drawn, grid_of
 from analysis.runs.learning_curves import by_run

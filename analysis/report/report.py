@@ -14,15 +14,14 @@ import pandas as pd
 
 from analysis.inference.decide import look_level
 from analysis.inference.estimate import Verdict, number, rate, with_interval
-from analysis.optimum.optimum import WITHIN, Optimum
+from analysis.optimum.fit import WITHIN, Optimum
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse
 from analysis.report import interactive
 from analysis.report.text import aligned, missing, plain, rendered, text_hash
 from analysis.runs.learning_curves import by_run
 from analysis.runs.lr_curves import full_names, in_words
-from analysis.runs.metric import NLL, as_losses
-from analysis.runs.table import write
+from analysis.runs.table import NLL, as_losses, write
 
 NOT_JUDGED = (
     *("text", "source", "measure", "note", "planning", "underpowered", "better"),

@@ -9,8 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.runs.metric import NLL, Shown, collapsed, shown
-from analysis.runs.table import CURVE_KEYS, CUT_FROM, GROUP_KEYS, check
+from analysis.runs.table import (
+    CURVE_KEYS,
+    CUT_FROM,
+    GROUP_KEYS,
+    NLL,
+    Shown,
+    check,
+    collapsed,
+    shown,
+)
 
 _PARAMETERS = re.compile(r"(\w+)\((\w+=[^()]+)\)")
 SHARES = {"rule_shift": "rules", "new_exceptions": "exceptions"}

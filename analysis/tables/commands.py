@@ -9,26 +9,26 @@ from typing import Any
 import numpy as np
 
 from analysis.inference.estimate import number, rate, row_interval
-from analysis.measures import lr_law
 from analysis.measures.ratio import (
     MIN_RANK,
     Ratio,
+    by_loss,
     gaps,
     lr_drift,
     pool_ratios,
+    published,
     ratio_law,
     ratio_of,
+    regret,
 )
-from analysis.optimum.fit import fit_all
-from analysis.optimum.likelihood import lowest_loss, rate_means
-from analysis.optimum.optimum import WITHIN, Optimum
+from analysis.optimum.fit import WITHIN, Optimum, fit_all
+from analysis.optimum.valley import lowest_loss, rate_means
 from analysis.questions.base import by_group, by_variant, lora_of
 from analysis.report import interactive
 from analysis.report.text import aligned, plain
 from analysis.runs.lr_curves import lr_curves
-from analysis.runs.metric import LOSS, NLL, Shown
 from analysis.runs.reading import Reading
-from analysis.runs.table import TableError
+from analysis.runs.table import LOSS, NLL, Shown, TableError
 
 
 def lines(result: Any, command: str = "", within: float = WITHIN) -> list[str]:
@@ -240,7 +240,7 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
 def law(reading: Reading, share: bool = False) -> dict[str, Any]:
     """Fit power laws of the LR and of the ratio; return them and the published formula's regret.
 
-    The law of the LR is fitted for each model family, once to the losses and once to the optima.
+    The law of the LR is fitted to the losses of each model family.
     TableError without hidden sizes.
     """
     table = reading.table
@@ -254,9 +254,9 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
     curves, costs = lr_curves(table), []
     optima = fit_all(curves, share=share)
     for c in curves:
-        lr = lr_law.published(c, hidden.get(c.key["model"], math.nan))
+        lr = published(c, hidden.get(c.key["model"], math.nan))
         if lr is not None:
-            cost = {"lr": lr, "percent": lr_law.regret(c, lr)}
+            cost = {"lr": lr, "percent": regret(c, lr)}
             costs.append({"model": c.key["model"], "curve": c.name, **cost})
     log_ratios = []
     for _, lora, full in arms_of(optima):
@@ -269,8 +269,7 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
             log_ratios.append(Ratio(model, h, float(a), float(logs.mean()), float(logs.std())))
     fitted = ratio_law(log_ratios) if len(log_ratios) >= 2 else None
     return {
-        "by_loss": [v.plain() for v in lr_law.by_loss(curves, hidden)],
-        "by_optima": [v.plain() for v in lr_law.by_optima(optima, hidden)],
+        "by_loss": [v.plain() for v in by_loss(curves, hidden)],
         "published_regret": costs,
         "ratio_law": fitted
         and {

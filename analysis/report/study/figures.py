@@ -18,9 +18,8 @@ from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import novelty_of
 from analysis.measures.rows import Row, Setting, pick
 from analysis.measures.speed import curves_at_best, rho
-from analysis.optimum.fit import fit_all
-from analysis.optimum.likelihood import rate_means
-from analysis.optimum.optimum import WITHIN
+from analysis.optimum.fit import WITHIN, fit_all
+from analysis.optimum.valley import rate_means
 from analysis.questions.base import Panel, Series, by_group, full_of, lora_of, rank_of
 from analysis.report.study.answers import WORDS, Answer, within
 from analysis.runs.learning_curves import at_step, by_run, on_curve_rows

@@ -8,11 +8,19 @@ from scipy import stats
 
 from analysis.inference.decide import holm, judge, look_level, p_value
 from analysis.inference.design import decided_by, outlook
-from analysis.inference.estimate import Estimate, from_draws
+from analysis.inference.estimate import (
+    SEEDS,
+    Estimate,
+    Part,
+    PooledVariance,
+    Spread,
+    from_draws,
+    from_sample,
+    needed,
+    pooled_variance,
+)
 from analysis.inference.gates import REMEDIES, Gate, GateCode
 from analysis.inference.meta import meta_regression, within_groups
-from analysis.inference.seeds import PooledVariance, from_sample, pooled_variance
-from analysis.inference.spread import SEEDS, Part, Spread, needed
 from analysis.measures.at_best import AtBest, over_seeds
 
 

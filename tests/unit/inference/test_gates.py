@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from analysis.inference.decide import judge
-from analysis.inference.estimate import Estimate
+from analysis.inference.estimate import Estimate, from_sample
 from analysis.inference.gates import REMEDIES, Gate, GateCode, gate_of, remedy
-from analysis.inference.seeds import from_sample
 from analysis.measures.next_runs import suggest
 from analysis.optimum.fit import fit_all
 from analysis.runs.lr_curves import lr_curves

@@ -9,8 +9,7 @@ from scipy import integrate
 
 from analysis.optimum import valley
 from analysis.optimum.fit import MIN_DF, fit_all
-from analysis.optimum.likelihood import gather, weights_of
-from analysis.optimum.valley import linex
+from analysis.optimum.valley import gather, linex, weights_of
 from analysis.runs.lr_curves import lr_curves
 from benchmarks.calibration import coverage, sharing
 from benchmarks.generators import FAMILIES, Design, plant

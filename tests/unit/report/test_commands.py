@@ -104,7 +104,7 @@ def of_widths(table, widths):
 
 def test_law_speaks_of_widths(tmp_path, capsys, asked):
     found = asked("law", of_widths(planted(ratio=10).assign(alpha=32), (1024, 2048, 4096)))
-    assert {v["method"] for v in found["by_optima"]} == {"lora", "fullft"}
+    assert {v["method"] for v in found["by_loss"]} == {"lora", "fullft"}
     assert found["ratio_law"]["p"]["low"] < 0 < found["ratio_law"]["p"]["high"]
     assert run(capsys, "fit", tmp_path / "runs.csv", "--law")[0] == 0
     table = of_widths(planted(ranks=(4,), higher=True), (1024, 2048, 4096, 8192))

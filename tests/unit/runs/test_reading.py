@@ -8,13 +8,12 @@ import pandas as pd
 import pytest
 
 from analysis.optimum.fit import fit_all
-from analysis.optimum.likelihood import pools
+from analysis.optimum.valley import pools
 from analysis.questions.registry import analyse
 from analysis.runs.learning_curves import by_run, learning_curves, same_rows
 from analysis.runs.lr_curves import lr_curves, variants
-from analysis.runs.metric import NLL, Shown, as_losses, shown
 from analysis.runs.reading import read
-from analysis.runs.table import CURVE_KEYS, TableError
+from analysis.runs.table import CURVE_KEYS, NLL, Shown, TableError, as_losses, shown
 from analysis.tables import commands
 from lorasweep.methods.registry import METHODS
 from lorasweep.spec.metric import METRICS
