@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.decide import judge
+from analysis.inference.decide import MIN_SEEDS, Gate, GateCode, judge
 from analysis.inference.estimate import Estimate, from_draws, number
-from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures.at_best import losses_at_best, over_seeds, pooled_over
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import Optimum, fit_all, seeds_at_best

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from analysis.inference.gates import Gate, GateCode
-
 SEEDS = "seeds at each optimum"
 MAX_NEEDED = 64
 """More units than this are reported as 'more than'."""
@@ -184,63 +182,6 @@ def exp_or_none(value: float | None) -> float | None:
 def exactly(value: float, n: int = 1) -> Estimate:
     """Return a number without error, such as a difference of two deterministic runs."""
     return Estimate(value, value, value, n, draws=np.full(N_DRAWS, value))
-
-
-BETTER = "it is on the better side"
-"""End of a refutation's reason if the result is better than claimed."""
-EXPLORATORY, WITHDRAWN = "exploratory", "WITHDRAWN"
-"""Marks of a verdict that confirms no claim, and of a verdict that does not count."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """SUPPORTED, REFUTED or UNDECIDED, with the reason (`why`) and the remedy (`needed`)."""
-
-    claim: str
-    group: str
-    outcome: str
-    estimate: Estimate
-    expected: float
-    margin: tuple[float, float]
-    primary: bool
-    why: str
-    needed: str = ""
-    rivals: dict[str, float] = field(default_factory=dict)
-    log: bool = True
-    """The margin is of a ratio, so distances are compared as logarithms."""
-    p: float | None = None
-    """The smallest significance level at which the claim is decided; None without draws."""
-    gates: tuple[Gate, ...] = ()
-    exploratory: str = ""
-    """Why the verdict does not confirm the claim; empty: it may."""
-    missing: int | None = None
-    """Units still needed for a decision; None: unknown, or too many. `plain` leaves it out."""
-
-    @property
-    def is_better(self) -> bool:
-        """Whether the claim is refuted by a result better than claimed."""
-        return self.why.endswith(BETTER)
-
-    @property
-    def is_withdrawn(self) -> bool:
-        """Whether the sweep's file says that the answer does not count."""
-        return any(g.code == GateCode.WITHDRAWN for g in self.gates)
-
-    @property
-    def shown(self) -> str:
-        """The outcome as shown in reports, marked if withdrawn or exploratory."""
-        if self.is_withdrawn:
-            return WITHDRAWN
-        return f"{self.outcome} ({EXPLORATORY})" if self.exploratory else self.outcome
-
-    def plain(self) -> dict[str, Any]:
-        """Return plain values for JSON, without `missing`."""
-        return {
-            **{k: v for k, v in vars(self).items() if k != "missing"},
-            "estimate": self.estimate.plain(),
-            "margin": list(self.margin),
-            "gates": [g.plain() for g in self.gates],
-        }
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import (
     AT_LEAST,
     Estimate,
@@ -19,7 +20,6 @@ from analysis.inference.estimate import (
     from_sample,
     pooled_variance,
 )
-from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.optimum.fit import Optimum
 from analysis.runs.lr_curves import runs_of
 

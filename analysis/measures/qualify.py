@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import Estimate, from_sample, number, with_interval
-from analysis.inference.gates import Gate, GateCode
 from analysis.measures.speed import curves_at_best, losses_before
 from analysis.optimum.fit import Optimum, fit_all
 from analysis.runs.learning_curves import MIN_GAIN, MIN_REST, Points, gain_in_noise

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import Estimate, exp_of, from_sample
-from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.inference.meta import pseudo_values
 from analysis.measures.at_best import N_LR_DRAWS, AtBest
 from analysis.optimum.fit import Optimum

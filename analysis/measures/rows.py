@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, Verdict
-from analysis.inference.gates import gate_of
+from analysis.inference.decide import Verdict, gate_of
+from analysis.inference.estimate import Estimate
 from analysis.measures.regret import novelty_of
 from analysis.runs.lr_curves import LrCurve, full_names
 from analysis.runs.table import CURVE_KEYS

@@ -502,11 +502,10 @@ class Pooled:
 def weigh(
     sweep: Sequence[Likelihood],
     shape_priors: Sequence[ShapePrior | None] | None = None,
-    misfit: float | None = None,
 ) -> tuple[list[Posterior], Pooled]:
     """Return a sweep's posteriors, one per curve, and its pooled noise and misfit.
 
-    `shape_priors`: one per curve. `misfit`: a known misfit, rounded to TAUS.
+    `shape_priors`: one per curve.
     """
     if not sweep:
         return [], Pooled(math.nan, math.nan, 0)
@@ -524,14 +523,14 @@ def weigh(
         high = e.x[e.best + 2] if e.best + 2 < len(e.x) else e.x[-1] + _PAD
         grids.append(np.linspace(low, min(high, e.first_diverged), _STEPS))
     logs = [_log_likelihood(e, m, sigmas, prior) for e, m, prior in zip(sweep, grids, priors)]
-    posteriors, pooled = _pool(sweep, sigmas, logs, grids, misfit)
+    posteriors, pooled = _pool(sweep, sigmas, logs, grids)
     again = [k for k, p in enumerate(posteriors) if max(p.mass[0], p.mass[-1]) > _END]
     for k in again:
         e = sweep[k]
         high = min(e.x[-1] + _PAD, e.first_diverged)
         grids[k] = np.linspace(e.x[0] - _PAD, high, 2 * _STEPS)
         logs[k] = _log_likelihood(e, grids[k], sigmas, priors[k])
-    return _pool(sweep, sigmas, logs, grids, misfit) if again else (posteriors, pooled)
+    return _pool(sweep, sigmas, logs, grids) if again else (posteriors, pooled)
 
 
 def _log_likelihood(
@@ -551,15 +550,11 @@ def _pool(
     sigmas: np.ndarray,
     logs: Sequence[np.ndarray],
     grids: Sequence[np.ndarray],
-    misfit: float | None,
 ) -> tuple[list[Posterior], Pooled]:
     """Weigh noise and misfit by the likelihood of all curves; average each curve's posterior."""
     prior = np.array(TAU_PRIOR)
     if np.median([np.median(np.diff(e.x)) for e in sweep]) > COARSE:
         prior = np.where(np.array(TAUS) < COARSE_TAU, 0.0, prior)
-    if misfit is not None:
-        nearest = np.argmin(np.abs(np.array(TAUS) - misfit))
-        prior = (np.arange(len(prior)) == nearest).astype(float)
     with np.errstate(divide="ignore"):
         total = np.log(prior)[None] + np.zeros((len(sigmas), 1))
     df = sum(e.df for e in sweep)
@@ -577,11 +572,3 @@ def _pool(
     free = sum(max(len(e.x) - 4, 0) for e in sweep)
     noise = math.exp(float(share.sum(1) @ np.log(sigmas)))
     return posteriors, Pooled(noise, float(share.sum(0) @ np.array(TAUS)), df + free)
-
-
-def expected_spread(e: Likelihood, noise: float, misfit: float) -> float:
-    """Return the minimum's posterior standard deviation, in ln(lr); `noise` in nats."""
-    known = dataclasses.replace(e, squares=100 * noise**2, df=100)
-    ((posterior,), _) = weigh([known], misfit=misfit)
-    mean = float(posterior.m @ posterior.mass)
-    return math.sqrt(max(float((posterior.m - mean) ** 2 @ posterior.mass), 0.0))

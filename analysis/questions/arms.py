@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import Estimate, exp_of
-from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import within_groups
 from analysis.measures import at_best, rewards
 from analysis.measures.qualify import stalled

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from analysis.inference.decide import MIN_SEEDS
 from analysis.inference.estimate import Estimate, from_sample, number, rate, signed, with_interval
-from analysis.inference.gates import MIN_SEEDS
 from analysis.measures import rewards
 from analysis.measures.at_best import over_seeds
 from analysis.measures.ratio import pool_ratios, ratio_of

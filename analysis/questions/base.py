@@ -14,9 +14,8 @@ from typing import Any, Generic, TypeVar
 
 import pandas as pd
 
-from analysis.inference.decide import holm, judge, look_level
-from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, number, rate, with_interval
-from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
+from analysis.inference.decide import MIN_SEEDS, Gate, GateCode, Verdict, holm, judge, look_level
+from analysis.inference.estimate import AT_LEAST, Estimate, number, rate, with_interval
 from analysis.measures.at_best import AtBest
 from analysis.measures.next_runs import lines, suggest
 from analysis.measures.ratio import MIN_RANK, lr_drift

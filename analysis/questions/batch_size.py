@@ -12,9 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.inference.decide import at_level
+from analysis.inference.decide import Gate, GateCode, at_level
 from analysis.inference.estimate import Estimate, with_interval
-from analysis.inference.gates import Gate, GateCode
 from analysis.measures import batch_effect
 from analysis.measures.at_best import AtBest, losses_at_best, mean_of, over_seeds
 from analysis.measures.regret import ALLOWED, Gap, gaps_of, growth

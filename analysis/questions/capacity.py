@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import AT_LEAST, Estimate, exactly, from_sample, rate
-from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.questions import base
 from analysis.runs.table import TableError
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import Estimate, exactly, exp_of, from_draws
-from analysis.inference.gates import Gate, GateCode
 from analysis.measures.at_best import AtBest, pooled_over, values_at_best
 from analysis.measures.speed import curves_at_best, log_rho, rho
 from analysis.optimum.fit import Optimum

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import Gate
 from analysis.inference.estimate import Estimate, number
-from analysis.inference.gates import Gate
 from analysis.measures.ratio import Ratio, RatioLaw, ratio_law, ratio_of, rivals
 from analysis.optimum.fit import Optimum
 from analysis.questions import base

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import Estimate, number, rate, signed
-from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures import speed
 from analysis.measures.at_best import AtBest, pooled_over
 from analysis.measures.qualify import stalled

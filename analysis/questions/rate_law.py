@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import Gate, GateCode
 from analysis.inference.estimate import Estimate, Spread, from_draws
-from analysis.inference.gates import Gate, GateCode
 from analysis.inference.meta import BASES
 from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import Optimum

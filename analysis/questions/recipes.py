@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.inference.decide import MIN_SEEDS, Gate, GateCode
 from analysis.inference.estimate import Estimate, number, rate, signed
-from analysis.inference.gates import MIN_SEEDS, Gate, GateCode
 from analysis.measures import at_best
 from analysis.measures.speed import curves_at_best, rho
 from analysis.optimum.fit import Optimum

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.decide import at_level
+from analysis.inference.decide import Gate, GateCode, at_level
 from analysis.inference.estimate import Estimate, number, signed, with_interval
-from analysis.inference.gates import Gate, GateCode
 from analysis.measures import regret
 from analysis.measures.at_best import AtBest, is_finite, mean_of, over_seeds
 from analysis.measures.ratio import MIN_RANK, ratio_of

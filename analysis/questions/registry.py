@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from analysis.inference.gates import Gate, GateCode, remedy
+from analysis.inference.decide import Gate, GateCode, remedy
 from analysis.questions import arms, arms_report
 from analysis.questions.base import Analysis, Question
 from analysis.runs.table import TableError, as_losses

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, Verdict
+from analysis.inference.decide import Verdict
+from analysis.inference.estimate import Estimate
 from analysis.optimum.fit import Optimum
 from analysis.report.text import check_installed, plain, rendered
 from analysis.runs.learning_curves import learning_curves

@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.inference.decide import look_level
-from analysis.inference.estimate import Verdict, number, rate, with_interval
+from analysis.inference.decide import Verdict, look_level
+from analysis.inference.estimate import number, rate, with_interval
 from analysis.optimum.fit import WITHIN, Optimum
 from analysis.questions.base import Analysis
 from analysis.questions.registry import analyse

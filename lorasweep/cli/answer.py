@@ -17,7 +17,7 @@ from lorasweep.sweep.replicates import planned_seeds
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.inference.design import Outlook
+    from analysis.inference.decide import Outlook
 
 KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
 """The kept results of the repository. A report may show them beside the judged runs."""
@@ -66,7 +66,7 @@ def outlooks(
     if sweep is None or sweep.search is not None:  # a search ends when its claim is decided
         return []
     check_claims(sweep)
-    from analysis.inference.design import outlook
+    from analysis.inference.decide import outlook
     from analysis.questions.registry import question_named
 
     ratios = question_named(sweep.analysis, sweep.estimands, sweep.variants).logs
@@ -100,11 +100,11 @@ def decided_by(
     sd = claim.planned_at(scale).sd
     if rounds == 1 or not sd or outlook.units != "seeds":
         return [], []
-    from analysis.inference import design
+    from analysis.inference import decide
     from analysis.measures.next_runs import MAX_NEW_SEEDS
 
     seeds = [outlook.planned + MAX_NEW_SEEDS * k for k in range(rounds)]
-    return seeds, design.decided_by(claim.expected, claim.margin, sd, seeds, outlook.log)
+    return seeds, decide.decided_by(claim.expected, claim.margin, sd, seeds, outlook.log)
 
 
 def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json: bool) -> str:

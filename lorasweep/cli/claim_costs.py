@@ -17,7 +17,7 @@ from lorasweep.sweep.request import Request
 SMALLER = ("small", "tiny")
 """Scales whose standard deviation between seeds is used if a larger scale states none."""
 MIN_SEEDS = 3
-"""Seeds at each optimum without which most claims get no verdict (analysis.inference.gates)."""
+"""Seeds at each optimum without which most claims get no verdict (analysis.inference.decide)."""
 N_AROUND = 3
 """Learning rates at which a look adds seeds (analysis.measures.next_runs.N_AROUND)."""
 HEAD = ("claim", "sweep", "runs", "GPU-hours", "cumulative")

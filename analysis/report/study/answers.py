@@ -14,9 +14,8 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from analysis.inference.decide import scale_of
-from analysis.inference.design import FAR
-from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, exp_of, with_interval
+from analysis.inference.decide import FAR, Verdict, scale_of
+from analysis.inference.estimate import AT_LEAST, Estimate, exp_of, with_interval
 from analysis.inference.meta import random_effects
 from analysis.measures.rows import Row, Setting, rows_of
 from analysis.questions.base import NO_CELL

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.decide import scale_of
-from analysis.inference.design import FAR
-from analysis.inference.estimate import AT_LEAST, Estimate, Verdict
+from analysis.inference.decide import FAR, Verdict, scale_of
+from analysis.inference.estimate import AT_LEAST, Estimate
 from analysis.measures.batch_effect import EARLIEST
 from analysis.measures.ratio import ratio_of
 from analysis.measures.regret import novelty_of

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from analysis.inference.estimate import EXPLORATORY, Estimate, fixed, number
+from analysis.inference.decide import EXPLORATORY
+from analysis.inference.estimate import Estimate, fixed, number
 from analysis.measures.rows import Row, pick
 from analysis.report.study.answers import listed
 from analysis.runs.table import TableError

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from analysis.inference.estimate import AT_LEAST, EXPLORATORY, WITHDRAWN, Verdict
+from analysis.inference.decide import EXPLORATORY, WITHDRAWN, Verdict
+from analysis.inference.estimate import AT_LEAST
 from analysis.measures.rows import Row, Setting, pick
 from analysis.report.study.answers import WORDS, Answer
 

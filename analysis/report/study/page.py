@@ -15,14 +15,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from analysis.inference.estimate import (
-    BETTER,
-    EXPLORATORY,
-    WITHDRAWN,
-    Verdict,
-    number,
-    with_interval,
-)
+from analysis.inference.decide import BETTER, EXPLORATORY, WITHDRAWN, Verdict
+from analysis.inference.estimate import number, with_interval
 from analysis.measures.regret import FIRST_PASS
 from analysis.measures.rows import Row, csv_of, pick
 from analysis.questions.registry import analyse, read_question

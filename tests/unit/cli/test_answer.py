@@ -15,7 +15,7 @@ SWEEPS = sorted(p.stem for p in (ROOT / "sweeps").glob("*.yaml") if p.stem != "s
 
 def test_a_single_run_does_not_load_the_analysis(compose, monkeypatch):
     """pandas and scipy take a second or two."""
-    for module in ("analysis.questions.registry", "analysis.inference.design"):
+    for module in ("analysis.questions.registry", "analysis.inference.decide"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     request = compose("scale=smoke")
     answer.check_claims(request.sweep)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from analysis.inference import gates
+from analysis.inference import decide
 from analysis.measures import next_runs
 from lorasweep.cli import claim_costs
 from lorasweep.plan import detect
@@ -125,7 +125,7 @@ def test_a_budget_of_claims_is_in_hours_of_gpus_with_a_data_sheet(command, args)
 
 
 def test_several_looks_have_an_expected_cost_and_one_look_has_none(planned):
-    assert claim_costs.N_AROUND == next_runs.N_AROUND and claim_costs.MIN_SEEDS == gates.MIN_SEEDS
+    assert claim_costs.N_AROUND == next_runs.N_AROUND and claim_costs.MIN_SEEDS == decide.MIN_SEEDS
     experts = ("+sweep=experts", "scale=paper")
     found = planned(*experts)["sweeps"][0]
     claim = next(c for c in found["claims"] if c["claim"] == "all_experts")

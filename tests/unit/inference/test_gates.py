@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from analysis.inference.decide import judge
+from analysis.inference.decide import REMEDIES, Gate, GateCode, gate_of, judge, remedy
 from analysis.inference.estimate import Estimate, from_sample
-from analysis.inference.gates import REMEDIES, Gate, GateCode, gate_of, remedy
 from analysis.measures.next_runs import suggest
 from analysis.optimum.fit import fit_all
 from analysis.runs.lr_curves import lr_curves

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.inference.gates import GateCode
+from analysis.inference.decide import GateCode
 from analysis.measures.at_best import over_seeds
 from analysis.measures.rewards import (
     at_each_lr,

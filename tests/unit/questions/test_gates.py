@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.inference.gates import GateCode
+from analysis.inference.decide import GateCode
 from analysis.questions.registry import analyse
 from analysis.runs.table import read
 from lorasweep.cli.answer import KEPT

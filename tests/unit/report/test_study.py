@@ -13,9 +13,8 @@ import pytest
 import yaml
 from scipy import stats
 
-from analysis.inference.decide import look_level
-from analysis.inference.estimate import AT_LEAST, Estimate, Verdict, fixed, number
-from analysis.inference.gates import Gate, GateCode
+from analysis.inference.decide import Gate, GateCode, Verdict, look_level
+from analysis.inference.estimate import AT_LEAST, Estimate, fixed, number
 from analysis.measures import next_runs
 from analysis.measures.regret import COUNTS
 from analysis.measures.rows import Setting, pick

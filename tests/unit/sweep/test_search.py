@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from analysis.inference import gates
+from analysis.inference import decide
 from lorasweep.errors import SpecError
 from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.grid import Point
@@ -198,4 +198,4 @@ def test_a_run_too_short_to_have_a_beginning_is_refused(steps, prefix):
 
 
 def test_the_search_looks_when_the_analysis_judges():
-    assert MIN_SEEDS == gates.MIN_SEEDS
+    assert MIN_SEEDS == decide.MIN_SEEDS
