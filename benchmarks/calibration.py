@@ -31,7 +31,7 @@ from analysis.measures.ratio import ratio_of
 from analysis.optimum.fit import Optimum, fit_all, seeds_at_best
 from analysis.questions.base import Panel, Series
 from analysis.report import plots
-from analysis.report.text import Rows, markdown
+from analysis.report.text import Rows
 from analysis.runs.lr_curves import LrCurve
 from benchmarks.generators import FAMILIES, HELD_OUT, INSIDE, MARGIN, Design, plant
 from benchmarks.harness import RESULTS, Figures, Page, render
@@ -594,11 +594,6 @@ def page(study: Figures) -> str:
     )
 
 
-def summary(study: Figures) -> list[str]:
-    """Render the table of targets."""
-    return markdown(targets(study))
-
-
 def draw(study: Figures, inputs: str) -> None:
     """Draw how often intervals hold the truth by family, and verdicts over the true ratio."""
     fine, keys = _fine(study), ["parabola_coverage", "global_coverage"]
@@ -631,10 +626,7 @@ def draw(study: Figures, inputs: str) -> None:
     plots.panels(panels, PAGE.figures.with_name("verdicts.png"), inputs)
 
 
-PAGE = Page(
-    RESULTS / "calibration" / "calibration.json",
-    *("README.md", page, draw, "answers calibration", summary),
-)
+PAGE = Page(RESULTS / "calibration" / "calibration.json", "README.md", page, draw)
 
 
 # ---------------------------------------------------------------- all conditions

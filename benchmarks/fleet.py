@@ -335,7 +335,7 @@ def _cases(content: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     return [(content[key], says) for key, says in MODELS.items() if key in content]
 
 
-PAGE = Page(BENCH / "fleet.json", "fleet.md", page, document="fleet fleet", summary=summary)
+PAGE = Page(BENCH / "fleet.json", "fleet.md", page)
 
 
 def main(arguments: Sequence[str]) -> None:

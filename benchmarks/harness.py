@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from analysis.report.text import rendered, text_hash, with_block
+from analysis.report.text import rendered, text_hash
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
@@ -35,20 +35,13 @@ class Page:
     render: Callable[[Figures], str]
     draw: Callable[[Figures, str], None] = lambda figures, inputs: None
     """Writes the plots, given the figures and the hash of their file."""
-    document: str = ""
-    """"DOCUMENT BLOCK" of the summary in docs/DOCUMENT.md; empty: none."""
-    summary: Callable[[Figures], list[str]] = lambda figures: []
 
     def write(self) -> None:
-        """Write the page, its plots, and the summary in the document."""
+        """Write the page and its plots."""
         text = self.figures.read_text()
         content = json.loads(text)
         (self.figures.parent / self.name).write_text(self.render(content))
         self.draw(content, text_hash(text))
-        if self.document:
-            name, block = self.document.split()
-            path = ROOT / "docs" / f"{name}.md"
-            path.write_text(with_block(path.read_text(), block, self.summary(content)))
 
 
 def measure(

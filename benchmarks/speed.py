@@ -281,7 +281,7 @@ def draw(bench: Figures, inputs: str) -> None:
     plots.panels(panels, BENCH / "packing.png", inputs)
 
 
-PAGE = Page(BENCH / "bench.json", "README.md", page, draw, "usage bench", summary)
+PAGE = Page(BENCH / "bench.json", "README.md", page, draw)
 
 
 def main(arguments: Sequence[str]) -> None:
