@@ -125,7 +125,7 @@ DOOR = "lorasweep.cli.answer"  # the only module of lorasweep that reaches `anal
 NOT_IN_TRAIN = r"lorasweep\.(store\.(?!checkpoint)|plan|tracking|sweep|methods\.(lora|fullft))\b"
 
 TORCH = r"lorasweep/(train|models|methods)/|lorasweep/launch/(trainer|measure_packs)\.py"
-TORCH += r"|lorasweep/check/(node|correctness|speed)\.py"
+TORCH += r"|lorasweep/check/measures\.py"
 ONLY_IN = {
     **dict.fromkeys(("hydra", "omegaconf"), r"lorasweep/(config/.*|__main__)\.py"),
     "wandb": r"lorasweep/tracking/wandb\.py",

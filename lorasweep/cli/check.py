@@ -13,7 +13,7 @@ from typing import Any
 
 import lorasweep
 from lorasweep.check import cases as all_cases
-from lorasweep.check import page, process
+from lorasweep.check import page
 from lorasweep.check.cases import NODE, Case
 from lorasweep.cli.printed import Answer
 from lorasweep.cli.progress import notifier
@@ -46,12 +46,11 @@ def check_gpu(request: Request, store: RunStore) -> Answer:
             f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}. Install a torch for CUDA, or "
             "ask for a GPU (in a Slurm job: --gpus=1)."
         )
-    models, size = catalogue.models(folders), all_cases.ON_GPU if machine.gpus else all_cases.ON_CPU
-    name, dataset = SMALL
+    models, (name, dataset) = catalogue.models(folders), SMALL
     dataset = replace(dataset, max_length=32, n_test=32, n_test_curve=0)
     small = RunSpec(models[name](), dataset, lr=1e-3, batch_size=4)
     precision = "fp32" if machine.fast_bf16 is False else "bf16"
-    cases = all_cases.cases_of(models, small, size, precision)
+    cases = all_cases.cases_of(models, small, bool(machine.gpus), precision)
     named = [m for read in catalogue.machines(folders).values() if (m := read()).gpu_name]
     mine = [m for m in named if m.gpu_name == machine.gpu_name]
     known = hardware_of(request) if request.hardware else mine[0] if mine else None
@@ -102,7 +101,7 @@ class _Folder:
         self.predicted: dict[str, Any] = files.read_json(path / "predicted.json") or {}
 
     def results(self) -> dict[str, dict[str, Any]]:
-        found = {c.name: files.read_json(process.path_of(self.path, c)) for c in self.cases}
+        found = {c.name: files.read_json(all_cases.path_of(self.path, c)) for c in self.cases}
         return {name: result for name, result in found.items() if result is not None}
 
     def measured(self) -> Hardware | None:
@@ -131,7 +130,7 @@ class _Folder:
             notify(f"{case.part:12} {case.name}: {_line(result, plans.get(case.name, {}))}")
             self.write()
 
-        process.measure(cases, self.path, threads, plans, report)
+        all_cases.measure(cases, self.path, threads, plans, report)
 
     def write(self) -> None:
         """Write the page, and the hardware file if part 1 is measured."""
@@ -140,7 +139,7 @@ class _Folder:
             self.hardware_path.parent.mkdir(parents=True, exist_ok=True)
             text = page.hardware_file(measured, results["node"], time.strftime("%Y-%m-%d"))
             files.write_atomic(self.hardware_path, text.encode())
-        text = page.page(self.cases, self.predicted, results, measured)
+        text = page.page(self.cases, self.predicted, results)
         files.write_atomic(self.page, text.encode())
 
 
