@@ -305,11 +305,6 @@ def regret_at(path: Path, updates: float) -> float:
     return next((r for spent, r in reversed(path) if spent <= updates + 1e-9), math.inf)
 
 
-def end_of(trials: Sequence[Trial], steps: int) -> float:
-    """Return the updates of the first seed, in full runs."""
-    return sum(t.updates for t in trials if t.seed == 0) / steps
-
-
 # ---------------------------------------------------------------- replays of kept tables
 
 LOOKED = 100
@@ -430,7 +425,8 @@ def replays(log: Log, n: int = 1000) -> list[Figures]:
             for method, searches in found.items():
                 for own, truth in zip(searches, data.truths):
                     paths.setdefault(method, []).append(course(own, steps, truth))
-                    ends.setdefault(method, []).append(end_of(own, steps))
+                    first = [t for t in own if t.seed == 0]
+                    ends.setdefault(method, []).append(updates_of([first], steps))
         looked = [looked_at(data, k) for k in range(min(n, LOOKED))]
         row = {
             **{"table": name, "model": spec.model.name, "dataset": spec.dataset.name},
@@ -683,7 +679,7 @@ def real(name: str, log: Log) -> Figures:
     found, methods = truths(pd.DataFrame(rows)), {}
     for method, own in trials.items():
         paths = [course(t, steps, truth) for t, truth in zip(own, found)]
-        ends = [end_of(t, steps) for t in own]
+        ends = [updates_of([[run for run in t if run.seed == 0]], steps) for t in own]
         methods[method] = {
             "needed": [_or_none(until_right(p)) for p in paths],
             "ends": ends,
