@@ -23,9 +23,15 @@ from lorasweep.config.folders import conf_dir
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.hardware import Hardware, from_plain
-from lorasweep.plan.load import Load, load_of
-from lorasweep.plan.memory import Layout, memory_parts
-from lorasweep.plan.time import TRAINING_SHARE, step_parts, step_seconds
+from lorasweep.plan.load import (
+    TRAINING_SHARE,
+    Layout,
+    Load,
+    load_of,
+    memory_parts,
+    step_parts,
+    step_seconds,
+)
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.values import build
 
@@ -181,9 +187,8 @@ def memory_of(row: Row) -> float:
         states=row.states,
         stream=STREAM,
         whole_logits=row.loss == "whole",
-        process=not row.allocator,
     )
-    return sum(parts.values()) / 2**30
+    return (sum(parts.values()) - parts["process"] * row.allocator) / 2**30
 
 
 @cache

@@ -10,7 +10,7 @@ import yaml
 
 from lorasweep.check.cases import CORRECTNESS, LOOP, PACKS, SPEED, Case
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.time import LAUNCH_S
+from lorasweep.plan.load import LAUNCH_S
 
 Results = Mapping[str, dict[str, Any]]
 WRONG = 0.25

@@ -12,8 +12,7 @@ from lorasweep.launch.measure_packs import BUDGET_S
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import run_flops, updates_with_evaluations
 from lorasweep.plan.plan import Plan
-from lorasweep.plan.planner import Planner
-from lorasweep.plan.speeds import shape_of
+from lorasweep.plan.planner import Planner, shape_of
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import aligned
@@ -75,10 +74,10 @@ def _here(points: list[Point], plan: Plan) -> Cost:
     together = plan.hours * 3600 * sum(run_flops(p.spec) for p in points) / plan.flops
     if times and len(times) == len(packs):
         together = sum(times) / plan.workers
-    known = [found for p in points if (found := plan.speeds.of(p.spec)) and 1 in found.step_s]
+    known = [found for p in points if (found := plan.speeds.of(p.spec)) and 1 in found]
     if len(known) < len(points):
         return len(packs), together, None
-    each = (found.at(1) * updates_with_evaluations(p.spec) for p, found in zip(points, known))
+    each = (found[1] * updates_with_evaluations(p.spec) for p, found in zip(points, known))
     return len(packs), together, sum(each) / plan.workers
 
 

@@ -18,6 +18,7 @@ from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware
+from lorasweep.plan.load import TRAINING_SHARE
 from lorasweep.plan.plan import Plan, make_plan, summary
 from lorasweep.plan.planner import (
     FORWARD_TOKENS,
@@ -26,10 +27,10 @@ from lorasweep.plan.planner import (
     SPEED_ERROR,
     Kind,
     Planner,
+    best_size,
     costs,
+    shape_of,
 )
-from lorasweep.plan.speeds import shape_of
-from lorasweep.plan.time import TRAINING_SHARE
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import is_unpinned
@@ -147,12 +148,12 @@ def plan_text(request: Request, plan: Plan) -> str:
         named = f"{spec.method.name}{f' rank {rank}' if rank else ''} on {spec.model.name}"
         if request.exec.pack_size is not None:
             why = "exec.pack_size"
-        elif speed is None:
+        elif not speed:
             most = FORWARD_TOKENS if plan.hardware.gpus else PACK_TOKENS
             why = f"up to {most} tokens per update; not measured here"
         else:
-            ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.step_s.items()))
-            pays = ": packing does not pay" if speed.best_size() == 1 else ""
+            ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.items()))
+            pays = ": packing does not pay" if best_size(speed) == 1 else ""
             why = f"measured per step and run: {ms}{pays}"
         packs.append(
             f"  packs of {named}: {n} run(s), {pack.micro_batch_size} rows of each per forward "

@@ -13,8 +13,7 @@ from lorasweep.launch.out_of_memory import is_out_of_memory
 from lorasweep.launch.process import keep_freed_memory, worker_environment
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.planner import GPU_SIZES, SIZES, place
-from lorasweep.plan.speeds import Speeds, measured_path, shape_of
+from lorasweep.plan.planner import GPU_SIZES, SIZES, Speeds, measured_path, place, shape_of
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
@@ -46,7 +45,7 @@ def measure_packs(
     folder, trainer = store.root / ".calibration", TorchTrainer()
     with files.locked(folder / ".lock", 30 + 2 * BUDGET_S * len(shapes), report):
         known = Speeds(store, hardware, exec_)
-        missing = [s for s in shapes if known.of(s) is None]
+        missing = [s for s in shapes if not known.of(s)]
         if not missing:
             return report("all kinds of run were measured on this machine before")
         bound = f"at most about {BUDGET_S * len(missing):.0f} s"

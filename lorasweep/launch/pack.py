@@ -19,7 +19,7 @@ from lorasweep.launch.out_of_memory import Limit, Limits, Shortage, free_memory,
 from lorasweep.launch.process import StopFlag, Stopped
 from lorasweep.launch.trainer import Report, Trainer, UnusableData
 from lorasweep.plan import detect
-from lorasweep.plan.memory import checkpoint_bytes
+from lorasweep.plan.load import checkpoint_bytes
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec

@@ -30,14 +30,24 @@ class Budget:
         """Return how much of the budget the runs have used, in seconds or runs."""
         if self.unit == "runs":
             return full_runs((p for p in points if store.result(p.id)), self.steps)
-        times = {p.id: _times(p.id, store) for p in points}
+        spans, busy = [], 0.0  # start and end of each attempt; seconds of GPUs
+        for rid in {p.id: None for p in points}:
+            result, ended = store.result(rid) or {}, store.folder(rid) / "result.json"
+            processes, attempts = store.env(rid).get("processes") or 1, store.last_attempt(rid) or 0
+            share = processes / (result.get("pack_size") or 1)  # the runs of a pack share processes
+            for n in range(1, attempts + 1):
+                found = {f.name: files.status(f) for f in store.attempt(rid, n).iterdir()}
+                changed = {name: stat.st_mtime for name, stat in found.items() if stat is not None}
+                end = max(changed.values())
+                start = changed.get("owner.json", end)
+                if n == attempts and ended.exists():
+                    end = max(start, ended.stat().st_mtime)
+                spans.append((start, end))
+                busy += (end - start) * share
         if self.unit == "gpuh":
-            return sum(
-                sum(end - start for start, end in spans) * _processes(rid, store)
-                for rid, spans in times.items()
-            )
+            return busy
         total, until = 0.0, 0.0
-        for start, end in sorted(span for spans in times.values() for span in spans):
+        for start, end in sorted(spans):
             total += max(0.0, end - max(start, until))
             until = max(until, end)
         return total
@@ -75,26 +85,6 @@ def parse_budget(text: str, steps: int) -> Budget | None:
     return Budget(text, found[2], float(found[1]) * UNITS[found[2]], steps)
 
 
-def _times(rid: str, store: RunStore) -> list[tuple[float, float]]:
-    """Return start and end of each attempt at a run, in seconds since 1970."""
-    spans = []
-    for n in range(1, (store.last_attempt(rid) or 0) + 1):
-        found = {f.name: files.status(f) for f in store.attempt(rid, n).iterdir()}
-        changed = {name: stat.st_mtime for name, stat in found.items() if stat is not None}
-        last = max(changed.values())
-        spans.append([changed.get("owner.json", last), last])
-    result = store.folder(rid) / "result.json"
-    if spans and result.exists():
-        spans[-1][1] = result.stat().st_mtime
-    return [(start, max(start, end)) for start, end in spans]
-
-
-def _processes(rid: str, store: RunStore) -> float:
-    """Return the share of processes (GPUs) that a run had: a pack's runs share one."""
-    processes = store.env(rid).get("processes") or 1
-    return processes / ((store.result(rid) or {}).get("pack_size") or 1)
-
-
 def choose(
     needs: Sequence[Mapping[str, float]], budget: float
 ) -> tuple[list[tuple[int, int, float, float]], list[tuple[int, float]]]:
@@ -113,25 +103,21 @@ def choose(
     missing = {k: set(runs) for k, runs in enumerate(needs)}
     chosen: list[tuple[int, int, float, float]] = []
     total = 0.0
-
-    def cost(k: int) -> float:
-        return math.fsum(needs[k][run] for run in missing[k])  # in any order
-
-    while missing:
-        costs = {k: cost(k) for k in missing}
+    while True:
+        costs = {k: math.fsum(needs[k][r] for r in runs) for k, runs in missing.items()}
         values = {
             k: sum(runs <= missing[k] for runs in missing.values()) / max(hours, 1e-9)
             for k, hours in costs.items()
             if total + hours <= budget
         }
         if not values:
-            break
+            return chosen, list(costs.items())
         bought = missing[max(values, key=values.__getitem__)]
         decided = [k for k, runs in missing.items() if runs <= bought]
         for k in sorted(decided, key=costs.__getitem__):
-            hours, runs = cost(k), missing.pop(k)
+            runs = missing.pop(k)
+            hours = math.fsum(needs[k][r] for r in runs)
             total += hours
             chosen.append((k, len(runs), hours, total))
             for others in missing.values():
                 others -= runs
-    return chosen, [(k, cost(k)) for k in missing]

@@ -3,7 +3,6 @@
 The command line and jobs call this module and pass the result to the planner.
 """
 
-import csv
 import os
 import re
 import shutil
@@ -32,17 +31,27 @@ def this_machine() -> Hardware:
     """Describe the machine that this process runs on. Peak speeds and prices stay unknown."""
     found = gpus()
     smallest = min(found, key=lambda gpu: gpu.memory_bytes, default=None)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    given = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20
+    given = given or int(os.environ.get("SLURM_MEM_PER_CPU") or 0) * 2**20 * cores()
+    allowed, about = Path("/sys/fs/cgroup/memory.max"), Path("/proc/cpuinfo")
+    limit = allowed.read_text().strip() if allowed.is_file() else "max"
+    text = about.read_text(encoding="ascii", errors="replace") if about.is_file() else ""
+    flags = {*" ".join(re.findall(r"(?m)^(?:flags|Features).*", text)).split()}
     return Hardware(
         name=NAME,
         processor=provenance.processor(),
         cores=cores(),
-        memory_gib=memory_bytes() / 2**30,
+        memory_gib=min(memory, given or memory, int(limit) if limit.isdigit() else memory) / 2**30,
         gpus=len(found),
         gpu_name=smallest.name if smallest else None,
         gpu_memory_gib=smallest.memory_bytes / 2**30 if smallest else None,
         # a torch with CUDA takes more even without a GPU (docs/log)
         process_gib=500 / 1024 if _torch_for_cpus() else 1.0,
-        fast_bf16=None if found else fast_bf16(),
+        # without these instructions, bf16 is about 50 times slower than fp32 (docs/log)
+        fast_bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+        if flags and not found
+        else None,
     )
 
 
@@ -56,33 +65,6 @@ def cores() -> int:
     here = len(affinity(0)) if affinity else os.cpu_count() or 1
     given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or here
     return max(1, min(here, int(given)))
-
-
-def memory_bytes() -> int:
-    """Return this machine's memory, or the part that a Slurm job or a cgroup allows."""
-    total = 8 * 2**30
-    given = int(os.environ.get("SLURM_MEM_PER_NODE") or 0) * 2**20
-    given = given or int(os.environ.get("SLURM_MEM_PER_CPU") or 0) * 2**20 * cores()
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        total = min(total, given or total)
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (ValueError, OSError):
-        return total
-
-
-def fast_bf16() -> bool | None:
-    """Return whether the processor has bf16 instructions; None if the system does not show it.
-
-    Without such instructions, products in bf16 are about 50 times slower than in fp32 (docs/log).
-    """
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    flags = {flag for line in lines for flag in line.split()}
-    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"}) if flags else None
 
 
 def devices() -> tuple[str, ...]:
@@ -99,53 +81,39 @@ def gpus() -> tuple[Gpu, ...]:
 
     In a job that trains inside a container, this environment's torch does not count.
     """
-    trains_here = "LORASWEEP_CONTAINER" not in os.environ
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    if trains_here and _torch_for_cpus():
+    here = "LORASWEEP_CONTAINER" not in os.environ
+    if shutil.which("nvidia-smi") is None or (here and _torch_for_cpus()):
         return ()
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if "MIG-" in (wanted or ""):
-        return visible(slices(_nvidia_smi("-L")), wanted)
-    fields = "--query-gpu=index,uuid,name,memory.total"
-    return visible(_nvidia_smi(fields, "--format=csv,noheader,nounits"), wanted)
-
-
-def _nvidia_smi(*arguments: str) -> str:
-    """Return the output of nvidia-smi; empty if it fails."""
-    command = ["nvidia-smi", *arguments]
+    fields = ["--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", *(["-L"] if "MIG-" in (wanted or "") else fields)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout
+        return ()
+    return visible(done.stdout, wanted)
 
 
 SLICE = re.compile(r"MIG (?P<profile>\S+\.(?P<gb>\d+)gb\S*) .*\(UUID: (?P<uuid>MIG-\S+)\)")
+"""A MIG slice in the output of nvidia-smi -L. Its profile names its memory: 1g.10gb has 10 GB."""
 
 
-def slices(listed: str) -> str:
-    """Return the table that `visible` parses of the MIG slices in the output of nvidia-smi -L.
+def visible(listed: str, wanted: str | None) -> tuple[Gpu, ...]:
+    """Parse nvidia-smi's table (index, uuid, name, MiB), or its list of slices.
 
-    The memory of a slice is the one in its profile's name: 1g.10gb has 10 GB.
+    `wanted`: the value of CUDA_VISIBLE_DEVICES, numbers or prefixes of uuids, in whose order the
+    GPUs are returned; None: all GPUs.
     """
-    rows, card = [], ""
-    for line in listed.splitlines():
-        if found := SLICE.search(line):
-            mib = int(found["gb"]) * 10**9 // 2**20
-            rows.append(f"-, {found['uuid']}, {card} MIG {found['profile']}, {mib}")
-        elif line.startswith("GPU "):
-            card = line.partition(": ")[2].partition(" (UUID")[0]
-    return "\n".join(rows)
-
-
-def visible(table: str, wanted: str | None) -> tuple[Gpu, ...]:
-    """Parse nvidia-smi's table (index, uuid, name, MiB) and select GPUs in the order of `wanted`.
-
-    `wanted`: the value of CUDA_VISIBLE_DEVICES, numbers or prefixes of uuids; None: all GPUs.
-    """
-    rows = [[cell.strip() for cell in row] for row in csv.reader(table.splitlines()) if row]
-    found = [(i, Gpu(uuid, name, int(mib) * 2**20)) for i, uuid, name, mib in rows if mib.isdigit()]
+    found = [
+        ("-", Gpu(m["uuid"], f"MIG {m['profile']}", int(m["gb"]) * 10**9))
+        for m in SLICE.finditer(listed)
+    ]
+    rows = (line.split(", ") for line in listed.splitlines())
+    found += [
+        (row[0], Gpu(row[1], row[2], int(row[3]) * 2**20))
+        for row in rows
+        if len(row) == 4 and row[3].isdigit()
+    ]
     if wanted is None:
         return tuple(gpu for _, gpu in found)
     return tuple(g for n in _names(wanted) for i, g in found if n == i or g.uuid.startswith(n))

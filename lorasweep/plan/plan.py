@@ -9,10 +9,13 @@ from itertools import groupby
 from typing import Any
 
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import mean_length, run_flops, updates_with_evaluations
-from lorasweep.plan.memory import checkpoint_bytes
-from lorasweep.plan.planner import Planner, room_bytes
-from lorasweep.plan.speeds import Speeds, measured_seconds
+from lorasweep.plan.load import (
+    checkpoint_bytes,
+    mean_length,
+    run_flops,
+    updates_with_evaluations,
+)
+from lorasweep.plan.planner import Planner, Speeds, room_bytes, step_s_at
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import checkpoint
@@ -73,11 +76,18 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
     speeds = Speeds(store, hardware, exec_, (p for p in points if states[p.id] == "done"))
     planner = Planner(hardware, exec_, speeds)
     packs = make_packs([p for p in todo if states[p.id] != "running"], states, store, planner)
-    workers, threads = _workers_and_threads(packs, exec_, hardware)
+    # One process per GPU; without GPUs one per core, as far as memory allows. Measured: two
+    # one-thread workers finish 1.5 times as many small runs as one two-thread worker.
+    cores, size = hardware.cores or 1, exec_.world_size
+    most = max(1, (hardware.gpus or min(cores, MOST_WORKERS)) // size)
+    if not hardware.gpus and packs:
+        need = size * max(pack.memory_bytes for pack in packs)
+        most = int(min(most, max(1, room_bytes(hardware) // need)))
+    workers = exec_.workers or max(1, min(most, len(packs) or 1))
+    threads = exec_.threads or max(1, cores // (size * min(workers, max(1, len(packs)))))
     times = [pack.seconds for pack in packs if pack.seconds is not None]
-    if speeds.timed and hardware.processor is not None:  # else the plan is for another machine
-        seconds = measured_seconds((p.spec for p in todo), speeds.timed) / workers
-        hours, basis = seconds / 3600, "measured"
+    if speeds.finished and hardware.processor is not None:  # else the plan is for another machine
+        hours, basis = speeds.seconds(p.spec for p in todo) / workers / 3600, "measured"
     elif packs and len(times) == len(packs):
         hours, basis = max(sum(times) / workers, *times) / 3600, "calibrated"
     else:
@@ -99,22 +109,6 @@ def make_plan(points: Sequence[Point], store: RunStore, exec_: Exec, hardware: H
         hardware=hardware,
         speeds=speeds,
     )
-
-
-def _workers_and_threads(packs: Sequence[Pack], exec_: Exec, hardware: Hardware) -> tuple[int, int]:
-    """Choose the number of workers and the threads of each.
-
-    There is one process per GPU; without GPUs one per core, as far as memory allows. Measured: two
-    one-thread workers finish 1.5 times as many small runs as one two-thread worker.
-    """
-    cores, size = hardware.cores or 1, exec_.world_size
-    most = max(1, (hardware.gpus or min(cores, MOST_WORKERS)) // size)
-    if not hardware.gpus and packs:
-        largest = size * max(pack.memory_bytes for pack in packs)
-        most = int(min(most, max(1, room_bytes(hardware) // largest)))
-    workers = exec_.workers or max(1, min(most, len(packs) or 1))
-    processes = size * min(workers, max(1, len(packs)))
-    return workers, exec_.threads or max(1, cores // processes)
 
 
 def summary(plan: Plan) -> dict[str, Any]:
@@ -215,38 +209,29 @@ def make_packs(
         # Runs of one rank must be neighbours. Equal row lengths need less padding. With equal steps
         # the pack stays full longer.
         runs.sort(key=lambda p: (_rank(p), mean_length(p.spec), p.spec.steps))
-        for alike in [runs] if hardware.gpus else _of_like_length(runs):
-            chunks += split(alike, size)
-    packs = [_pack(points, planner) for points in chunks]
+        alike: list[list[Point]] = []
+        for p in runs:
+            lengths = [mean_length(q.spec) for q in [*alike[-1], p]] if alike else []
+            if lengths and (hardware.gpus or max(lengths) <= LIKE_LENGTH * min(lengths)):
+                alike[-1].append(p)
+            else:
+                alike.append([p])
+        chunks += [chunk for some in alike for chunk in split(some, size)]
+    packs = []
+    for points in chunks:  # placed with the largest rank, the longest rows, and early stopping
+        spec, n = max(points, key=_rank).spec, len(points)
+        longest = max((p.spec for p in points), key=mean_length)
+        if mean_length(longest) != mean_length(spec):
+            spec = replace(spec, dataset=longest.dataset)
+        spec = replace(spec, early_stopping=max(p.spec.early_stopping for p in points))
+        found, seconds = planner.speeds and planner.speeds.of(spec), None
+        if found:
+            updates = sum(updates_with_evaluations(p.spec) for p in points)
+            seconds = step_s_at(found, n) * updates
+        where = planner.place(spec, n, planner.kind(spec).place if n > 1 else None)
+        flops = sum(run_flops(p.spec) for p in points)
+        packs.append(Pack(points, where.layout.rows, flops, seconds, where.memory_bytes))
     return sorted(packs, key=lambda pack: -pack.flops)
-
-
-def _pack(points: list[Point], planner: Planner) -> Pack:
-    """Place runs as one pack with the largest rank, the longest rows, and early stopping if any."""
-    spec, n = max(points, key=_rank).spec, len(points)
-    longest = max((p.spec for p in points), key=mean_length)
-    if mean_length(longest) != mean_length(spec):
-        spec = replace(spec, dataset=longest.dataset)
-    spec = replace(spec, early_stopping=max(p.spec.early_stopping for p in points))
-    found, seconds = planner.speeds and planner.speeds.of(spec), None
-    if found:
-        seconds = found.at(n) * sum(updates_with_evaluations(p.spec) for p in points)
-    where = planner.place(spec, n, planner.kind(spec).place if n > 1 else None)
-    flops = sum(run_flops(p.spec) for p in points)
-    return Pack(points, where.layout.rows, flops, seconds, where.memory_bytes)
-
-
-def _of_like_length(runs: Sequence[Point]) -> list[list[Point]]:
-    """Divide sorted runs where row lengths differ by more than a factor LIKE_LENGTH."""
-    found: list[list[Point]] = []
-    for p in runs:
-        length = mean_length(p.spec)
-        own = [mean_length(q.spec) for q in found[-1]] if found else []
-        if own and max(*own, length) <= LIKE_LENGTH * min(*own, length):
-            found[-1].append(p)
-        else:
-            found.append([p])
-    return found
 
 
 def _rank(point: Point) -> int:

@@ -1,28 +1,41 @@
 """Place runs on hardware: pack size, GPUs, rows per forward pass, memory and time.
 
-One planner for this machine and for a card of the catalogue. Measured speeds override formulas.
+One planner for this machine and for a card of the catalogue. Speeds measured on it, of
+action=measure_packs and of finished runs, override formulas.
 """
 
+import hashlib
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import lorasweep
 from lorasweep.errors import SpecError
 from lorasweep.plan.hardware import Hardware
 from lorasweep.plan.load import (
+    Layout,
     evaluated_completions,
     load_of,
     mean_length,
+    pack_memory,
     run_flops,
+    sampled_lengths,
+    sampling_s,
+    served_s,
+    step_parts,
+    step_seconds,
     updates_with_evaluations,
 )
-from lorasweep.plan.memory import Layout, pack_memory
-from lorasweep.plan.speeds import Shape, Speeds, shape_of
-from lorasweep.plan.time import sampling_s, served_sampling_s, step_parts, step_seconds
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
+from lorasweep.store import files
+from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.replicates import expected_second_stage
@@ -43,6 +56,101 @@ FORWARD_NUMBERS = 1 << 18
 many, which the processor's cache does not hold, SmolLM2 takes 1.5 times as long (docs/log)."""
 FORWARD_TOKENS = 32768
 """Maximum tokens per forward pass and GPU, and per update of a pack: more are no faster."""
+GAIN = 0.96
+"""A larger pack counts as faster if its time per step and run is below this share of the time in
+the smaller pack. Smaller differences are noise (docs/log)."""
+RATED_RUNS = 16
+"""Finished runs that are read of each method and precision, spread over the grid."""
+
+# ---------------------------------------------------------------- measured speeds
+
+Shape = tuple[Any, ...]
+
+
+StepTimes = Mapping[int, float]
+"""Pack size -> seconds per step and run, measured by action=measure_packs."""
+
+
+def best_size(step_s: StepTimes) -> int:
+    """Return the fastest pack size; of two that differ by noise, the smaller."""
+    best = min(step_s)
+    for size in sorted(step_s):
+        if step_s[size] < GAIN * step_s[best]:
+            best = size
+    return best
+
+
+def step_s_at(step_s: StepTimes, size: int) -> float:
+    """Return the seconds per step and run at a pack size, or at the next smaller known size."""
+    return step_s[max((n for n in step_s if n <= size), default=min(step_s))]
+
+
+def shape_of(spec: RunSpec) -> Shape:
+    """Return the settings that determine the time of a step; of text data only max_length."""
+    method = spec.method
+    layers, scope, rank = (getattr(method, name, None) for name in ("layers", "scope", "rank"))
+    fields = [method.name, layers, scope, rank, spec.batch_size, spec.precision]
+    if spec.objective != "sft":  # files of earlier versions name no objective
+        fields += [spec.objective, spec.group_size, spec.max_new_tokens]
+    data = spec.dataset
+    rows = data.canonical if data.source == "synthetic" else data.max_length
+    return (spec.model.canonical, rows, *fields)
+
+
+def measured_path(root: Path, spec: RunSpec, hardware: Hardware, exec_: Exec) -> Path:
+    """Return the file for measurements of this shape on this hardware and software."""
+    model, rows, *fields = shape_of(spec)
+    machine = [hardware.processor, hardware.cores, [hardware.gpu_name] * hardware.gpus]
+    software = [metadata.version("torch"), lorasweep.__version__]
+    where = [*machine, *software, exec_.micro_batch_size, exec_.compile]
+    text = json.dumps([model, rows, fields, where])
+    return root / ".calibration" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+class Speeds:
+    """What was measured on some hardware with some settings; files are read at the first use."""
+
+    def __init__(
+        self, store: RunStore, hardware: Hardware, exec_: Exec, done: Iterable[Point] = ()
+    ) -> None:
+        """Prepare the lookup; `done`: finished runs that may be read."""
+        self._store, self._hardware, self._exec = store, hardware, exec_
+        self._done, self._known = list(done), dict[Shape, StepTimes]()
+
+    def of(self, spec: RunSpec) -> StepTimes:
+        """Return the step times of runs like `spec`; empty if none were measured."""
+        if self._exec.world_size > 1:  # measured in one process
+            return {}
+        shape = shape_of(spec)
+        if shape not in self._known:
+            path = measured_path(self._store.root, spec, self._hardware, self._exec)
+            found = (files.read_json(path) or {}).get("step_s", {})
+            self._known[shape] = {int(n): float(s) for n, s in found.items()}
+        return self._known[shape]
+
+    @cached_property
+    def finished(self) -> dict[tuple[str, str] | None, float]:
+        """(Method, precision), and None for all -> operations per second of finished runs."""
+        groups: dict[tuple[str, str], list[Point]] = {}
+        for p in self._done:
+            groups.setdefault((p.spec.method.name, p.spec.precision), []).append(p)
+        flops, seconds = Counter[Any](), Counter[Any]()
+        for key, runs in groups.items():
+            for p in runs[:: -(-len(runs) // RATED_RUNS)]:
+                result = self._store.result(p.id) or {}
+                if result.get("wall_s") and not result.get("imported"):
+                    for k in (key, None):
+                        flops[k] += run_flops(p.spec)  # type: ignore[assignment]
+                        seconds[k] += result["wall_s"]
+        return {k: flops[k] / seconds[k] for k in flops}
+
+    def seconds(self, todo: Iterable[RunSpec]) -> float:
+        """Return the expected seconds of runs on one worker, at the speeds of finished runs."""
+        kinds = ((s, (s.method.name, s.precision)) for s in todo)
+        return sum(run_flops(s) / self.finished.get(k, self.finished[None]) for s, k in kinds)
+
+
+# ---------------------------------------------------------------- places
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +212,30 @@ def place(
         checkpointing: the allowed values of activation checkpointing.
         join_rows: see Exec.
     """
-    room, length = room_bytes(hardware), spec.dataset.max_length
-    powers = (2**k for k in range(MOST_GPUS.bit_length()))
-    numbers = [gpus] if gpus else [n for n in powers if spec.batch_size % n == 0]
-    for n in numbers:
+    length, mean = spec.dataset.max_length, mean_length(spec)
+    load = load_of(spec.model, spec.method)
+
+    def timed(layout: Layout, memory: dict[str, float]) -> Placement:
+        step = step_parts(load, layout, mean, hardware, spec.precision, n_runs)
+        step_s, updates, evaluated = step_seconds(step), updates_with_evaluations(spec), 0.0
+        how = (spec, hardware, n_runs, layout.gpus)
+        if spec.max_new_tokens:
+            step["sampling"] = sampling_s(*how, spec.batch_size, spec.group_size)
+            step_s += step["sampling"]
+        if draws := evaluated_completions(spec):
+            updates, evaluated = float(spec.steps), sum(sampling_s(*how, n, 1) for n in draws)
+        return Placement(
+            layout=layout,
+            memory=memory,
+            step=step,
+            step_s=step_s,
+            seconds=step_s * updates + evaluated,
+            sampling_s=step.get("sampling", 0.0) * spec.steps + evaluated,
+            tokens=float(n_runs * spec.steps * spec.batch_size * mean),
+        )
+
+    room, powers = room_bytes(hardware), (2**k for k in range(MOST_GPUS.bit_length()))
+    for n in [gpus] if gpus else [n for n in powers if spec.batch_size % n == 0]:
         share, found = max(1, spec.batch_size // n), []
         if rows is not None:
             tries = [min(rows, share)]
@@ -115,18 +243,18 @@ def place(
             most = max(1, FORWARD_TOKENS // (n_runs * length))
             tries = [k for k in range(min(share, most), 0, -1) if share % k == 0]
         else:
-            most = FORWARD_NUMBERS // spec.model.hidden_size // (n_runs * mean_length(spec))
+            most = FORWARD_NUMBERS // spec.model.hidden_size // (n_runs * mean)
             tries = [max(1, min(share, most))]
         for again in checkpointing:
             for k in tries:  # the largest that fits
                 layout = Layout(n, k, again, share / k, join_rows)
                 memory = pack_memory(n_runs, spec, hardware, layout)
                 if sum(memory.values()) <= room:
-                    found.append(_timed(spec, n_runs, layout, memory, hardware))
+                    found.append(timed(layout, memory))
                     break
         if found:
             return min(found, key=lambda p: p.step_s)
-    least = _timed(spec, n_runs, layout, memory, hardware)
+    least = timed(layout, memory)
     need = least.memory_gib * (1 + MEMORY_ERROR)
     largest = max(memory, key=lambda name: memory[name])
     why = (
@@ -141,41 +269,13 @@ def place(
         f"({spec.batch_size} given; at most {MOST_GPUS} GPU(s) a run), or a GPU with {need:.0f} GiB"
     )
     if hardware.has_speeds and (gpus or rows):
-        other = place(
-            spec, hardware, n_runs, gpus=None, checkpointing=(False, True), join_rows=join_rows
-        )
+        free: dict[str, Any] = {"checkpointing": (False, True), "join_rows": join_rows}
+        other = place(spec, hardware, n_runs, gpus=None, **free)
         if not other.why:
             again_too = " exec.activation_checkpointing=true" * other.layout.checkpointing
             rows, gpus = other.layout.rows, other.layout.gpus
             remedy = f"exec.world_size={gpus} exec.micro_batch_size={rows}{again_too}"
     return replace(least, why=why, remedy=remedy)
-
-
-def _timed(
-    spec: RunSpec, n_runs: int, layout: Layout, memory: dict[str, float], hardware: Hardware
-) -> Placement:
-    """Return the placement of a layout, with its times."""
-    load, length = load_of(spec.model, spec.method), mean_length(spec)
-    step = step_parts(load, layout, length, hardware, spec.precision, n_runs)
-    step_s, updates, evaluated = step_seconds(step), updates_with_evaluations(spec), 0.0
-
-    def drawn_s(completions: int, group: int) -> float:
-        return sampling_s(load, spec, hardware, n_runs, layout.gpus, completions, group)
-
-    if spec.max_new_tokens:
-        step["sampling"] = drawn_s(spec.batch_size, spec.group_size)
-        step_s += step["sampling"]
-    if draws := evaluated_completions(spec):
-        updates, evaluated = float(spec.steps), sum(drawn_s(n, 1) for n in draws)
-    return Placement(
-        layout=layout,
-        memory=memory,
-        step=step,
-        step_s=step_s,
-        seconds=step_s * updates + evaluated,
-        sampling_s=step.get("sampling", 0.0) * spec.steps + evaluated,
-        tokens=float(n_runs * spec.steps * spec.batch_size * length),
-    )
 
 
 # ---------------------------------------------------------------- kinds of runs
@@ -272,7 +372,7 @@ class Planner:
 
         default = next((n for n in reversed(some) if fits(n)), 1)
         found = self.speeds.of(spec) if self.speeds and e.pack_size is None else None
-        best = found.best_size() if found else default
+        best = best_size(found) if found else default
         return best if best <= default or fits(best) else default
 
     def forecast(self, points: Sequence[Point], second: Replicates) -> list[dict[str, Kind]]:
@@ -283,8 +383,6 @@ class Planner:
         fresh = expected_second_stage(points, second)
         stages = [points, *([p for p in fresh if p.spec.seed == s] for s in second.seeds)]
         return [{p.id: self.kind(p.spec) for p in stage} for stage in stages]
-
-    # ------------------------------------------------------------ before runs start
 
     def without_too_large(self, points: Sequence[Point]) -> list[Point]:
         """Return the runs that need no more GPUs than exec.max_gpus."""
@@ -302,24 +400,22 @@ class Planner:
         if not self.hardware.has_speeds:
             return [(self.exec, list(points))]
         groups: dict[tuple[Any, ...], list[Point]] = {}
+        misfits: dict[Placement, None] = {}
         for point in points:
             kind = self.kind(point.spec)
             layout = kind.place.layout
             key = (layout.gpus, kind.pack_size, layout.rows, layout.checkpointing)
             groups.setdefault(key, []).append(point)
-        misfits = dict.fromkeys(k.place for p in points if (k := self.kind(p.spec)).place.why)
+            misfits |= {kind.place: None} if kind.place.why else {}
         if misfits:
-            head = "these runs do not fit with the given settings, and nothing was started:"
-            lines = (f"  {where.why}. It fits with {where.remedy}." for where in misfits)
-            advice = (
-                "  Or choose larger GPUs (hardware=...), or leave the runs out: exec.max_gpus=N, "
+            raise SpecError(
+                "these runs do not fit with the given settings, and nothing was started:\n"
+                + "".join(f"  {w.why}. It fits with {w.remedy}.\n" for w in misfits)
+                + "  Or choose larger GPUs (hardware=...), or leave the runs out: exec.max_gpus=N, "
                 "~sweep.arms.NAME or sweep.axes.model=[...]."
             )
-            raise SpecError("\n".join([head, *lines, advice]))
         names = ("world_size", "pack_size", "micro_batch_size", "activation_checkpointing")
-        found = [
-            (replace(self.exec, **dict(zip(names, key))), some) for key, some in groups.items()
-        ]
+        found = [(replace(self.exec, **dict(zip(names, k))), some) for k, some in groups.items()]
         if problems := [problem for chosen, _ in found for problem in chosen.problems()]:
             raise SpecError("\n".join(problems))
         return found
@@ -332,34 +428,38 @@ def costs(
     counts = Counter(runs.values())
     trained = [(kind, n) for kind, n in counts.items() if kind.trains]
     placed = [kind.place for kind, _ in trained]
+    packs = [(kind, math.ceil(n / kind.pack_size)) for kind, n in trained]
+    # at most work_max_min of packs, or one longer pack
+    jobs = (math.ceil(n / max(1, int(60 * work_max_min / k.place.seconds))) for k, n in packs)
+    price = hardware.price_per_gpu_h
 
     def total(value: Callable[[Kind], float]) -> float:
         return sum(n * value(kind) for kind, n in trained)
 
-    def packs(kind: Kind, n: int) -> int:
-        return math.ceil(n / kind.pack_size)
-
-    def jobs(kind: Kind, n: int) -> int:  # at most work_max_min of packs, or one longer pack
-        return math.ceil(packs(kind, n) / max(1, int(60 * work_max_min / kind.place.seconds)))
-
-    def served(kind: Kind) -> float:  # the least, if an engine on the same GPUs sampled
-        where, seconds = kind.place, kind.place.seconds - kind.place.sampling_s
-        engine = served_sampling_s(kind.spec, hardware, where.layout.gpus)
-        return kind.hours * (seconds + kind.pack_size * engine) / where.seconds
-
-    def cost(hours: float) -> float | None:
-        return None if hardware.price_per_gpu_h is None else hours * hardware.price_per_gpu_h
+    def served(kind: Kind) -> float:
+        """Return the least GPU-hours, if a serving engine on the same GPUs sampled."""
+        spec, where = kind.spec, kind.place
+        draws = [(spec.steps, spec.batch_size, spec.group_size)] if spec.max_new_tokens else []
+        draws += [(1, completions, 1) for completions in evaluated_completions(spec)]
+        how, lengths = (spec.model, hardware, where.layout.gpus), sampled_lengths(spec)
+        engine = sum(n * served_s(*how, count, group, *lengths) for n, count, group in draws)
+        seconds = where.seconds - where.sampling_s + kind.pack_size * engine
+        return kind.hours * seconds / where.seconds
 
     def ends(values: Sequence[float]) -> list[float] | None:
         return [min(values), max(values)] if values else None
+
+    def listed(which: Callable[[Kind], Any], more: Callable[[Kind, int], dict[str, Any]]) -> Any:
+        found = ((kind, n) for kind, n in counts.items() if which(kind))
+        return [{"kind": kind.label, "runs": n, **more(kind, n)} for kind, n in found]
 
     hours = total(lambda k: k.hours)
     largest = max((p.layout.gpus for p in placed), default=1)
     return {
         "name": name,
         "runs": sum(n for _, n in trained),
-        "packs": sum(packs(*entry) for entry in trained),
-        "jobs": sum(jobs(*entry) for entry in trained),
+        "packs": sum(n for _, n in packs),
+        "jobs": sum(jobs),
         "gpus_a_run": ends([p.layout.gpus for p in placed]),
         "micro_batch": ends([p.layout.rows for p in placed]),
         "memory_gib": max((p.memory_gib for p in placed), default=None),
@@ -373,22 +473,18 @@ def costs(
         "gpu_hours_with_serving_engine": total(served),
         # on all GPUs of the hardware, or on the GPUs of the largest run if these are more
         "days": hours / 24 / max(hardware.gpus, largest),
-        "cost_usd": cost(hours),
+        "cost_usd": None if price is None else hours * price,
         "fits": not any(kind.place.why for kind in counts),
-        "left_out": [
-            {
-                "kind": kind.label,
-                "runs": n,
-                "gpus_a_run": kind.place.layout.gpus,
-                "gpu_hours": n * kind.hours,
-                "cost_usd": cost(n * kind.hours),
-            }
-            for kind, n in counts.items()
-            if kind.left_out
-        ],
-        "misfits": [
-            {"kind": kind.label, "runs": n, "why": kind.place.why, "remedy": kind.place.remedy}
-            for kind, n in counts.items()
-            if kind.place.why
-        ],
+        "left_out": listed(
+            lambda k: k.left_out,
+            lambda k, n: {
+                "gpus_a_run": k.place.layout.gpus,
+                "gpu_hours": n * k.hours,
+                "cost_usd": None if price is None else n * k.hours * price,
+            },
+        ),
+        "misfits": listed(
+            lambda k: k.place.why,
+            lambda k, n: {"why": k.place.why, "remedy": k.place.remedy},
+        ),
     }

@@ -22,7 +22,7 @@ from lorasweep.launch.local import run_points
 from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops, train_flops
-from lorasweep.plan.speeds import measured_path
+from lorasweep.plan.planner import measured_path
 from lorasweep.store import folders
 from lorasweep.store.run_store import RunStore
 from tests.customers import (

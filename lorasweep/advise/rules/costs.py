@@ -11,9 +11,8 @@ from lorasweep.errors import unknown
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import Load, load_of
+from lorasweep.plan.load import Load, load_of, served_s, step_parts, step_seconds
 from lorasweep.plan.planner import MEMORY_ERROR, MOST_GPUS, SPEED_ERROR, Placement, place
-from lorasweep.plan.time import served_s, step_parts, step_seconds
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec

@@ -12,9 +12,9 @@ from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.queue import Partition, Queue
 from lorasweep.plan import detect
 from lorasweep.plan.hardware import Hardware, from_plain
+from lorasweep.plan.load import ASSUMED_FLOPS_PER_CORE, products_flops_s
 from lorasweep.plan.plan import Pack, Plan, make_packs
 from lorasweep.plan.planner import Planner
-from lorasweep.plan.time import ASSUMED_FLOPS_PER_CORE, products_flops_s
 from lorasweep.spec.execution import Cluster, Exec
 from lorasweep.spec.values import misfits
 from lorasweep.store import files
@@ -198,7 +198,7 @@ def jobs_of(
     cluster, hardware, precision = request.cluster, now.hardware, todo[0].spec.precision
     if not cluster.gpus and request.hardware and hardware_of(request).has_speeds:
         cluster = dataclasses.replace(cluster, gpus=1)  # hardware= names GPUs
-    measured = now.speeds.flops_s
+    measured = now.speeds.finished.get(None)
     if hardware.has_speeds:
         assumed = products_flops_s(hardware, precision)
     else:

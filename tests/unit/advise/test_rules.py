@@ -11,8 +11,8 @@ from lorasweep.advise.rules import capacity, rates, workload
 from lorasweep.advise.rules.costs import NOT_FASTER
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
+from lorasweep.plan.load import served_s
 from lorasweep.plan.planner import place
-from lorasweep.plan.time import served_s
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import RunSpec

@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import calibration, fleet, outcomes, published, rewards, search, speed
 from lorasweep.advise.evidence import published as published_rules
+from lorasweep.plan.load import TRAINING_SHARE
 from lorasweep.plan.planner import MEMORY_ERROR, SPEED_ERROR
-from lorasweep.plan.time import TRAINING_SHARE
 
 
 @pytest.mark.parametrize("module", [speed, fleet, rewards, search, calibration])

@@ -21,7 +21,7 @@ def nowhere(monkeypatch):
     def refuse(*_):
         raise AssertionError("the plan asked this machine")
 
-    for name in ("this_machine", "cores", "memory_bytes", "gpus", "fast_bf16"):
+    for name in ("this_machine", "cores", "gpus"):
         monkeypatch.setattr(detect, name, refuse)
     monkeypatch.delenv("SLURM_CONF", raising=False)  # of the cluster that other tests started
 

@@ -15,8 +15,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models.forward import autocast, hold_in_bf16
 from lorasweep.models.sharding import Mesh, guard, shard
 from lorasweep.models.targets import find_targets
-from lorasweep.plan.load import load_of
-from lorasweep.plan.memory import Layout, memory_parts
+from lorasweep.plan.load import Layout, load_of, memory_parts
 from tests.unit.plan.test_saved_tensors import LLAMA, transformers_model
 
 

@@ -15,13 +15,22 @@ from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.plan import load as shapes
-from lorasweep.plan import memory, time
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import evaluated_completions, layer_bytes, load_of, run_flops, train_flops
-from lorasweep.plan.memory import Layout, memory_parts
+from lorasweep.plan.load import (
+    LAUNCH_S,
+    TRAINING_SHARE,
+    Layout,
+    evaluated_completions,
+    layer_bytes,
+    load_of,
+    memory_parts,
+    run_flops,
+    step_parts,
+    step_seconds,
+    train_flops,
+)
 from lorasweep.plan.planner import MEMORY_ERROR, Planner, costs
 from lorasweep.plan.planner import place as place_on
-from lorasweep.plan.time import LAUNCH_S, TRAINING_SHARE, step_parts, step_seconds
 from lorasweep.spec.execution import Exec
 from lorasweep.sweep.grid import Point
 from lorasweep.sweep.question import Replicates
@@ -234,11 +243,11 @@ def given(spec):
 
 def seconds(spec, answers=None, gpus=1, n_runs=1, group=16, hardware=None):
     count = (n_runs, gpus, answers or spec.batch_size, group)
-    return time.sampling_s(load_of(spec.model, spec.method), spec, hardware or card(), *count)
+    return shapes.sampling_s(spec, hardware or card(), *count)
 
 
 def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
-    assert (memory.ROWS, memory.CACHE_SHARE) == (sampling.ROWS, sampling.CACHE_SHARE)
+    assert (shapes.ROWS, shapes.CACHE_SHARE) == (sampling.ROWS, sampling.CACHE_SHARE)
     shape = {"num_hidden_layers": 32, "num_key_value_heads": 8, "hidden_size": 4096}
     config = SimpleNamespace(**shape, num_attention_heads=32)
     config.get_text_config = lambda: config
@@ -249,7 +258,7 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
     for n_runs in (1, 4):
         prompts = [[np.zeros(768 - 256, dtype=int)]] * n_runs
         at_once = sampling.completions_at_once(model, prompts, 256, "bf16")
-        rows, rounds = memory.rounds_of(gsm8k(), card(), n_runs, 1, 2048, 16)
+        rows, rounds = shapes.rounds_of(gsm8k(), card(), n_runs, 1, 2048, 16)
         assert rows == at_once // 16 * 16 > 0 and rows * rounds >= 2048
     one = [[np.zeros(2, dtype=int)]]
     assert sampling.completions_at_once(model, one, 1, "bf16") == sampling.ROWS
@@ -258,11 +267,11 @@ def test_the_plan_and_the_sampler_draw_as_many_answers_at_once(monkeypatch):
 def test_keys_and_values_of_the_answers_at_once_are_part_of_the_peak():
     spec = gsm8k()
     assert shapes.cache_bytes(spec.model, 2) == 2 * 32 * 8 * 128 * 2
-    rows, _ = memory.rounds_of(spec, card(), 1, 1, 2048, 16)
-    parts = memory.pack_memory(1, spec, card(), Layout(1, 1, True))
+    rows, _ = shapes.rounds_of(spec, card(), 1, 1, 2048, 16)
+    parts = shapes.pack_memory(1, spec, card(), Layout(1, 1, True))
     assert parts["keys and values"] == rows * 768 * 131_072 <= 0.3 * 79.6 * 2**30
     assert parts["frozen weights"] == 2 * N_PARAMS and parts["activations"] == 0
-    parts = memory.pack_memory(1, gsm8k("fullft"), card(), Layout(4, 1, True))
+    parts = shapes.pack_memory(1, gsm8k("fullft"), card(), Layout(4, 1, True))
     # put together in each: layers in bf16, embedding and unembedding as they are trained
     assert parts["copies and buffers"] == 2 * 32 * LAYER + 4 * OUTER
     assert parts["trained weights"] + parts["moments"] == 12 * N_PARAMS / 4

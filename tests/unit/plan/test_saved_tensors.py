@@ -14,8 +14,7 @@ from lorasweep.models.forward import autocast
 from lorasweep.models.load import config_of
 from lorasweep.models.sharding import compute_again
 from lorasweep.models.targets import find_targets, use_grouped_experts
-from lorasweep.plan.load import WORD_BYTES, load_of
-from lorasweep.plan.memory import Layout, memory_parts
+from lorasweep.plan.load import WORD_BYTES, Layout, load_of, memory_parts
 from lorasweep.spec.model import ROUTER, ModelSpec
 from tests.training import saved_for_backward
 

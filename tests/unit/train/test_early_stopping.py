@@ -8,7 +8,7 @@ from lorasweep.errors import SpecError
 from lorasweep.launch.trainer import finetune
 from lorasweep.methods.fullft import FullFT
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.memory import checkpoint_bytes
+from lorasweep.plan.load import checkpoint_bytes
 from lorasweep.plan.plan import pack_key
 from lorasweep.plan.planner import place
 from lorasweep.spec.evaluations import Best, eval_steps, no_better, why_not_early

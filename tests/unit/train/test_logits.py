@@ -16,7 +16,7 @@ from lorasweep.launch.trainer import TorchTrainer
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.models.forward import check_rows_stay_apart, logits_of
-from lorasweep.plan import memory
+from lorasweep.plan import load as memory
 from lorasweep.spec.execution import Exec
 from lorasweep.train.objectives import nll
 from tests.training import EPS, ROUNDING, apart, family_model, pack_of, saved_for_backward
