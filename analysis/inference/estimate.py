@@ -209,13 +209,6 @@ def rate(value: float | None) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def row_interval(
-    row: dict[str, Any], key: str = "value", write: Callable[[float | None], str] = number
-) -> str:
-    """Format row[key], row["low"] and row["high"] as value [low, high]."""
-    return with_interval(Estimate(row[key], row["low"], row["high"]), write)
-
-
 def with_interval(e: Estimate, write: Callable[[float | None], str] = number) -> str:
     """Format an estimate as value [low, high], or as a bound."""
     if AT_LEAST in e.flags:

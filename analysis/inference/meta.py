@@ -128,14 +128,12 @@ class MetaRegression:
         draws = self.beta[k] + error * stats.t.ppf(PROBABILITIES, self.df)
         return from_draws(draws, self.n, spread=spread)
 
-    def p_of(self, terms: Sequence[int], values: Sequence[float]) -> float | None:
-        """Return the p-value of 'these coefficients have these values' (F test)."""
+    def p_of(self, k: int, value: float) -> float | None:
+        """Return the p-value of 'coefficient k has this value' (t test)."""
         if self.df < 1:
             return None
-        at = list(terms)
-        off = self.beta[at] - np.asarray(values)
-        f = float(off @ np.linalg.solve(self.cov[np.ix_(at, at)], off)) / len(at)
-        return float(stats.f.sf(f, len(at), self.df))
+        off = float(self.beta[k] - value) / math.sqrt(self.cov[k, k])
+        return 2 * float(stats.t.sf(abs(off), self.df))
 
 
 def meta_regression(

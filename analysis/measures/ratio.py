@@ -8,13 +8,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from analysis.inference import meta
 from analysis.inference.estimate import Estimate, exp_of, exp_or_none, from_draws
-from analysis.measures.at_best import losses_at_best, over_seeds, pooled_over
 from analysis.optimum.fit import Optimum
 from analysis.optimum.valley import rate_means
 from analysis.runs.lr_curves import LrCurve
@@ -32,14 +32,12 @@ def ratio_of(lora: Sequence[Optimum], full: Optimum) -> Estimate:
     n = sum(e.n for e in [*a, f])
     if all(e.draws is not None for e in [*a, f]):
         return from_draws(np.exp(np.mean([e.log_draws for e in a], axis=0) - f.log_draws), n)
-
-    def over(mine: str, others: str) -> float | None:
-        """Divide the ends that are known; None if one is unknown."""
-        ends = [*(getattr(e, mine) for e in a), getattr(f, others)]
-        *logs, of_full = [math.nan if v is None else math.log(v) for v in ends]
-        return exp_or_none(float(np.mean(logs)) - of_full)
-
-    return Estimate(over("value", "value"), over("low", "high"), over("high", "low"), n=n)
+    ends = []
+    for mine, others in (("value", "value"), ("low", "high"), ("high", "low")):
+        known = [*(getattr(e, mine) for e in a), getattr(f, others)]
+        *logs, of_full = [math.nan if v is None else math.log(v) for v in known]
+        ends.append(exp_or_none(float(np.mean(logs)) - of_full))  # None if one is unknown
+    return Estimate(*ends, n=n)
 
 
 def lr_drift(lora: Sequence[Optimum]) -> meta.Drift:
@@ -69,35 +67,6 @@ def rivals(width: int, alpha: float) -> dict[str, float]:
         "hidden/(2 alpha) (withdrawn by the study's authors)": width / (2 * alpha),
         "sqrt(3) hidden/alpha (equal first step under Adam)": math.sqrt(3) * width / alpha,
     }
-
-
-def gaps(lora: Sequence[Optimum], full: Optimum) -> list[Estimate]:
-    """Return NLL of each LoRA curve minus NLL of full fine-tuning at their optimal LRs, in nats.
-
-    Values are paired by seed, over the seeds that were not used to choose the LRs. With fewer than
-    two such seeds, it is the difference of the fitted minima, without an interval.
-    """
-    of_full, *of_lora = losses_at_best([full, *lora])
-    fresh = [
-        losses.minus(of_full).without({_grid_seed(o), _grid_seed(full)})
-        for o, losses in zip(lora, of_lora)
-    ]
-    pooled = pooled_over(fresh)
-    found = []
-    for o, v in zip(lora, fresh):
-        if len(v.best) > 1:
-            found.append(over_seeds(v, pooled))
-        elif o.best_nll is None or full.best_nll is None:
-            found.append(Estimate(None))
-        else:
-            found.append(Estimate(o.best_nll - full.best_nll))
-    return found
-
-
-def _grid_seed(o: Optimum) -> int | None:
-    """Return the seed that ran at the most learning rates; None without a usable run."""
-    seeds = o.curve.seed[o.curve.usable]
-    return max(sorted(set(map(int, seeds))), key=lambda s: (seeds == s).sum(), default=None)
 
 
 # ---------------------------------------------------------------- the law of the ratio
@@ -158,35 +127,29 @@ def ratio_law(ratios: Sequence[Ratio], wider: Sequence[Ratio] = ()) -> RatioLaw:
     many = _at(alpha, [*ratios, *(r for r in wider if r not in ratios)])
     rows = _at(alpha, ratios)
     width, found_q = _regress(rows, _regress(many)), _within_bases(ratios)
-    flags = []
-    if width is None:
-        one_size = len({r.hidden for r in rows}) < 2
-        flags.append("hidden size does not vary" if one_size else "too few ratios")
-    if found_q is None:
-        flags.append("alpha does not vary")
-    p = width.term(1) if width else Estimate(None, n=len(rows))
-    q = found_q.term(0) if found_q else Estimate(None, n=len(rows))
-    start = width.term(0) if width else Estimate(None)
-    level = dataclasses.replace(exp_of(start), n=len(rows))
-    rivals: dict[str, float | None] = {}
+    flags = ["hidden size does not vary"] * (width is None)
+    flags += ["alpha does not vary"] * (found_q is None)
+    unknown, rivals = Estimate(None, n=len(rows)), dict[str, float | None]()
+    level = dataclasses.replace(exp_of(width.term(0)), n=len(rows)) if width else unknown
     for name, (of_width, of_alpha) in RIVALS.items():
         found = [
-            None if width is None else width.p_of([1], [of_width]),
-            None if found_q is None or of_alpha is None else found_q.p_of([0], [of_alpha]),
+            None if width is None else width.p_of(1, of_width),
+            None if found_q is None or of_alpha is None else found_q.p_of(0, of_alpha),
         ]
         known = [v for v in found if v is not None]  # Bonferroni over the two tests
         rivals[name] = min(1.0, len(known) * min(known)) if known else None
+    p, q = width.term(1) if width else unknown, found_q.term(0) if found_q else unknown
     tau, n_q = width.tau if width else 0.0, found_q.n if found_q else 0
     return RatioLaw(level, p, q, tau, len(rows), n_q, rivals, tuple(flags))
 
 
 def _at(alpha: float, ratios: Sequence[Ratio]) -> list[Ratio]:
     """Average the ln ratios, and their errors, of each base at one alpha: they share runs."""
-    out = []
+    out: list[Ratio] = []
     for base in dict.fromkeys(r.base for r in ratios if r.alpha == alpha):
         mine = [r for r in ratios if (r.base, r.alpha) == (base, alpha)]
-        log, error = (float(np.mean(v)) for v in zip(*((r.log, r.error) for r in mine)))
-        out.append(Ratio(base, mine[0].hidden, alpha, log, error))
+        log, error = np.mean([(r.log, r.error) for r in mine], axis=0).tolist()
+        out.append(mine[0]._replace(log=log, error=error))
     return out
 
 
@@ -196,7 +159,7 @@ def _regress(
     if len({r.hidden for r in rows}) < 2:
         return None
     design = np.stack([np.ones(len(rows)), np.log([r.hidden / 1000 for r in rows])], 1)
-    logs, errors = (np.array([getattr(r, k) for r in rows]) for k in ("log", "error"))
+    logs, errors = np.array([(r.log, r.error) for r in rows]).T
     return meta.meta_regression(logs, errors**2, design, wider)
 
 
@@ -218,13 +181,12 @@ def _within_bases(ratios: Sequence[Ratio]) -> meta.MetaRegression | None:
 PUBLISHED = {"base": 5e-5, "M": 10.0, "llama": 0.781, "qwen": 0.0775}
 """Published constants, with p by family (tinker-cookbook, docs/sl-hyperparams, 2025)."""
 REFERENCE = 2000.0
-T = TypeVar("T")
-_P = np.linspace(-1.5, 2.0, 141)
-_N_K, _BOOT = 161, 400
+"""Hidden size of the law's constant."""
 
 
-class Law(NamedTuple):
-    """Constants of one family and method: LR at hidden size 2000 (base x M), and the exponent p."""
+@dataclass(frozen=True)
+class Law:
+    """The study's law of one family and method: LR = lr_at_2000 x (2000 / hidden size)^p."""
 
     family: str
     method: str
@@ -234,11 +196,6 @@ class Law(NamedTuple):
     regret_percent: float | None
     """Mean over all curves of (loss at the law's LR - best loss tried) / best loss."""
     flags: tuple[str, ...] = ()
-
-    def plain(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        fitted = {"lr_at_2000": self.lr_at_2000.plain(), "p": self.p.plain()}
-        return {**self._asdict(), **fitted, "flags": list(self.flags)}
 
 
 def family(model: str) -> str:
@@ -268,9 +225,6 @@ def regret(curve: LrCurve, lr: float) -> float | None:
     return 100 * (float(np.interp(math.log(lr), lrs, means)) - best) / abs(best)
 
 
-# ---------------------------------------------------------------- the study's way
-
-
 def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     """Fit each family and method by minimising the summed loss; intervals resample the models.
 
@@ -281,44 +235,40 @@ def by_loss(curves: Sequence[LrCurve], hidden: dict[str, float]) -> list[Law]:
     Args:
         hidden: model -> hidden size.
     """
-    laws, usable = [], [c for c in curves if len(np.unique(c.x[c.usable])) >= 2]
-    for (name, method), members in _groups(usable, usable, hidden):
-        sizes = np.array([hidden[c.key["model"]] for c in members])
-        models = sorted({c.key["model"] for c in members})
-        n, one_size, enough = len(members), len(set(sizes)) < 2, len(models) >= 4
-        ps = np.array([0.0]) if one_size else _P
-        lrs = np.concatenate([c.x[c.usable] for c in members])
-        ks = np.linspace(lrs.min() - 1, lrs.max() + 1, _N_K)
-        logs = [ks[None, :] + ps[:, None] * math.log(REFERENCE / h) for h in sizes]
-        loss = np.array([_extrapolated(c, x).ravel() for c, x in zip(members, logs)])
-        owner = np.array([models.index(c.key["model"]) for c in members])
-        best = int(np.argmin(loss.sum(0)))
-        k, p = ks[best % _N_K], ps[best // _N_K]
-        even = np.ones(len(models)) / len(models)
-        count = np.random.default_rng(7).multinomial(len(models), even, _BOOT)
-        drawn = np.argmin(count[:, owner] @ loss, axis=1)
-        at = _around(math.exp(k), np.exp(ks[drawn % _N_K]), n, enough)
-        power = Estimate(None, n=n) if one_size else _around(p, ps[drawn // _N_K], n, enough)
-        costs = [
-            regret(c, math.exp(k + p * math.log(REFERENCE / h))) for c, h in zip(members, sizes)
-        ]
+    laws: list[Law] = []
+    groups: dict[tuple[str, str], list[LrCurve]] = {}
+    for c in curves:
+        if len(np.unique(c.x[c.usable])) >= 2 and hidden.get(c.key["model"], math.nan) > 0:
+            groups.setdefault((family(c.key["model"]), c.key["method"]), []).append(c)
+    for (name, method), members in sorted(groups.items(), key=lambda group: group[0]):
+        of = [c.key["model"] for c in members]
+        widths, models, n = np.array([hidden[m] for m in of]), sorted(set(of)), len(members)
+        one_size, enough = len(set(widths)) < 2, len(models) >= 4
+        ps = np.zeros(1) if one_size else np.linspace(-1.5, 2.0, 141)
+        tried = np.concatenate([c.x[c.usable] for c in members])
+        ks = np.linspace(tried.min() - 1, tried.max() + 1, 161)
+        at = [(ks + ps[:, None] * math.log(REFERENCE / h)).ravel() for h in widths]
+        loss = np.array([_extrapolated(c, x) for c, x in zip(members, at)])
+        even = [1 / len(models)] * len(models)
+        count = np.random.default_rng(7).multinomial(len(models), even, 400)
+        drawn = np.argmin(count[:, [models.index(m) for m in of]] @ loss, axis=1)
+        best, fits = int(np.argmin(loss.sum(0))), []
+        all_ks, all_ps = np.tile(ks, len(ps)), np.repeat(ps, len(ks))
+        for v in (np.exp(all_ks), all_ps):
+            low, high = np.quantile(v[drawn], [0.025, 0.975], method="hazen").tolist()
+            value = float(v[best])
+            ends = (min(low, value), max(high, value)) if enough else (None, None)
+            fits.append(Estimate(value, *ends, n))
+        if one_size:
+            fits[1] = Estimate(None, n=n)
+        logs = all_ks[best] + all_ps[best] * np.log(REFERENCE / widths)
+        costs = [regret(c, math.exp(x)) for c, x in zip(members, logs)]
         known = [v for v in costs if v is not None]
+        flags = ["one hidden size"] * one_size
+        flags += [] if enough else [f"{len(models)} model(s): no interval"]
         mean = float(np.mean(known)) if known else None
-        flags: tuple[str, ...] = ("one hidden size",) if one_size else ()
-        flags += () if enough else (f"{len(models)} model(s): no interval",)
-        laws.append(Law(name, method, at, power, len(models), mean, flags))
+        laws.append(Law(name, method, *fits, len(models), mean, tuple(flags)))
     return laws
-
-
-def _groups(
-    items: Sequence[T], curves: Sequence[LrCurve], hidden: dict[str, float]
-) -> list[tuple[tuple[str, str], list[T]]]:
-    """Group items by the family and method of their curves, where the hidden size is known."""
-    groups: dict[tuple[str, str], list[T]] = {}
-    for item, c in zip(items, curves):
-        if hidden.get(c.key["model"], math.nan) > 0:
-            groups.setdefault((family(c.key["model"]), c.key["method"]), []).append(item)
-    return sorted(groups.items(), key=lambda group: group[0])
 
 
 def _extrapolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
@@ -327,10 +277,3 @@ def _extrapolated(curve: LrCurve, ln_lr: np.ndarray) -> np.ndarray:
     left = max((means[0] - means[1]) / (lrs[1] - lrs[0]), 0.0) * np.maximum(lrs[0] - ln_lr, 0)
     right = max((means[-1] - means[-2]) / (lrs[-1] - lrs[-2]), 0.0) * np.maximum(ln_lr - lrs[-1], 0)
     return (inside + left + right - means.min()) / (abs(means.min()) or 1.0)
-
-
-def _around(value: float, draws: np.ndarray, n: int, enough: bool) -> Estimate:
-    if not enough:
-        return Estimate(float(value), n=n)
-    low, high = from_draws(draws, n).interval
-    return Estimate(float(value), min(low, float(value)), max(high, float(value)), n)

@@ -1,6 +1,13 @@
-"""Compute the result of each command as plain values, and format it for the terminal."""
+"""The command line: fit any table of runs, judge a sweep again, list all claims.
 
+A command on a table returns plain values; they are printed as JSON or as tables.
+"""
+
+import argparse
+import json
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from analysis.inference.estimate import number, rate, row_interval
+from analysis.inference.estimate import Estimate, number, with_interval
+from analysis.measures import next_runs
 from analysis.measures.ratio import (
     MIN_RANK,
     Ratio,
     by_loss,
-    gaps,
     lr_drift,
     pool_ratios,
     published,
@@ -23,100 +30,179 @@ from analysis.measures.ratio import (
 )
 from analysis.optimum.fit import WITHIN, Optimum, fit_all
 from analysis.optimum.valley import lowest_loss, rate_means
+from analysis.questions import base
 from analysis.questions.base import by_group, by_variant, lora_of
+from analysis.questions.registry import analyse, read_question
 from analysis.report import interactive
-from analysis.report.text import aligned, plain
+from analysis.report.report import judge_and_report
+from analysis.report.study import answers
+from analysis.report.text import aligned, check_installed, plain
+from analysis.runs import reading
 from analysis.runs.lr_curves import lr_curves
 from analysis.runs.reading import Reading
-from analysis.runs.table import LOSS, NLL, Shown, TableError
+from analysis.runs.table import LOSS, NLL, Shown, TableError, read
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = ROOT / "analysis" / "results"
+EPILOG = """commands
+  fit FILE      best learning rate of every curve, with interval or bound and low-regret band;
+                with --ratio, --drift or --law what follows from these. FILE: one run per row, as
+                .csv, .parquet, .json or .jsonl, such as a W&B export. Columns: model, lr, test_nll,
+                and method or rank; optionally status, dataset, batch_size, seed, hidden_size,
+                layers, alpha, steps. Without a method, a run with a rank is lora and one with an
+                empty rank is full fine-tuning
+  html FILE     interactive page of curves, fits and runs, in one file (--out page.html)
+  SWEEP         report of a sweep, from its kept table or from --table
+  study         all claims in one table, from kept results and your own reports
+                (--write: render all kept results again; --out FOLDER: write the page)
+  suggest SWEEP the runs most likely to decide the open claims (action=extend adds them)
+
+examples
+  python -m analysis lr_ratio --scale small
+  python -m analysis fit runs.csv --map learning_rate=lr --map lora_r=rank --out fits.json
+  python -m analysis fit runs.csv --ratio --higher accuracy --json
+"""
+OF_FITS = {
+    "ratio": "LoRA's best learning rate divided by full fine-tuning's",
+    "drift": "how the best learning rate changes with the rank",
+    "law": "the best learning rate and the ratio as power laws of the hidden size",
+}
+"""Flag of `fit` -> what it prints instead of the fits."""
 
 
-def lines(result: Any, command: str = "", within: float = WITHIN) -> list[str]:
-    """Format a command's result for the terminal: rows in columns, other values by name.
+def run(argv: Sequence[str]) -> None:
+    """Run a command and print its result.
 
-    The keys `low` and `high` join the key before them. `within`: see fit.
+    Raises:
+        TableError: a table cannot be used, or there is no such report.
     """
-    if command in ("fit", "ratio"):
-        return _fit_lines(result, within) if command == "fit" else _ratio_lines(result)
-    if isinstance(result, dict):
-        parts = {f"{k}:": v for k, v in result.items()}
-        shown = (
-            (k, lines(v)) if _is_rows(v) else (f"{k} {_cell(v)}", []) for k, v in parts.items()
+    look = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EPILOG}
+    about = "Judge a sweep again, or analyse any table of runs. Trains nothing."
+    parser = argparse.ArgumentParser("lorasweep-analysis", description=about, **look)
+    parser.add_argument("command", help="fit, html, suggest, study, or the name of a sweep")
+    parser.add_argument("name", nargs="?", help="the FILE or SWEEP of the command")
+    add, switch = parser.add_argument, {"action": "store_true"}
+    a_name = "use the file's column THEIRS as our column OURS; repeatable"
+    add("--map", metavar="THEIRS=OURS", action="append", default=[], help=a_name)
+    add("--higher", metavar="COLUMN", help="use this column as the metric; higher is better")
+    add("--broken", type=float, help="a metric at least as bad as this counts as diverged")
+    band = "extra loss allowed in the low-regret band, in units of the metric; default: 0.01"
+    add("--within", type=float, default=WITHIN, help=band)
+    add("--share", help="a model's other ranks are a prior for the shape of each curve", **switch)
+    add("--scale", help="SWEEP: end of the report folder's name; default: the newest report")
+    add("--table", type=Path, help="SWEEP: judge this .parquet or .csv instead (needs --out)")
+    reports = os.environ.get("LORASWEEP_REPORTS", "reports")
+    add("--reports-dir", type=Path, default=reports, help="default: %(default)s")
+    add("--write", help="study: render all kept answers and pages again", **switch)
+    add("--out", type=Path, help="file (fit, html) or folder (SWEEP, study) to write to")
+    add("--json", help="print JSON instead of text", **switch)
+    flags = parser.add_mutually_exclusive_group()
+    for flag, about in OF_FITS.items():
+        flags.add_argument(f"--{flag}", dest="of", action="store_const", const=flag, help=about)
+    args = parser.parse_intermixed_args(argv)
+    if args.command in ("fit", "html", "suggest") and not args.name:
+        parser.error(f"{args.command} needs a name: see --help")
+    if not args.within > 0:
+        parser.error(f"--within {args.within:g}: give a loss above 0, e.g. 0.01")
+    pairs = dict(pair.rpartition("=")[::2] for pair in args.map)
+    if not all(pairs) or not all(pairs.values()):
+        parser.error("--map: write THEIR_COLUMN=OURS, e.g. learning_rate=lr")
+    if args.command in ("fit", "html"):
+        _of_table(args, pairs)
+    elif args.command == "study":
+        _study(args)
+    elif args.table and not args.out and args.command != "suggest":
+        parser.error("--table needs --out FOLDER, so that no other report is overwritten")
+    else:
+        _sweep(args)
+
+
+def _of_table(args: argparse.Namespace, mapping: dict[str, str]) -> None:
+    """Run `fit` or `html` on a file."""
+    path = Path(args.name)
+    table = reading.read(path, mapping, args.higher, args.broken)
+    for note in table.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.command == "html":
+        out, optima = args.out or path.with_suffix(".html"), optima_of(table, args.share)
+        arms = [(g, o, full) for g, lora, full in arms_of(optima) for o in lora]
+        ratios = [(group, o.curve.name, ratio_of([o], full)) for group, o, full in arms]
+        title = f"{out.stem}: {len(table.table)} runs"
+        interactive.write(out, title, table.table, optima, ratios, (), args.within)
+        print(f"page: {out}")
+        return
+    of = args.of
+    result = COMMANDS[of](table, args.share) if of else fit(table, args.share, args.within)
+    text = json.dumps(result, indent=1)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+    print(text if args.json else "\n".join(lines(result)))
+
+
+def _study(args: argparse.Namespace) -> None:
+    """Print one table of all claims, or render all kept results again."""
+    if args.write or args.out:
+        check_installed("the page of all answers", "matplotlib", "jinja2")
+        from analysis.report.study import page
+    if args.write:
+        return page.render_all(KEPT, ROOT / "README.md")
+    found = answers.read_answers([args.reports_dir, KEPT])
+    head, *rows = answers.claims_table(found)
+    if args.out:
+        page.write(found, args.out / "study.md")
+    objects = [dict(zip(head, row)) for row in rows]
+    print(json.dumps(objects, indent=1) if args.json else "\n".join(aligned([head, *rows])))
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    """Judge a sweep again and report it, or suggest runs for it."""
+    suggests = args.command == "suggest"
+    folder = find_report(args.reports_dir, args.name if suggests else args.command, args.scale)
+    question, is_kept = read_question(folder), folder.parent == KEPT
+    table = read(args.table or folder / "table.parquet")
+    if is_kept:
+        page = f"its report is {folder / 'report.md'}"
+        print(f"kept answer, as {args.reports_dir} has none of your own; {page}", file=sys.stderr)
+    if not suggests:
+        to = args.out or (None if is_kept else folder)  # kept reports: study --write
+        print(judge_and_report(table, question, to, args.json, KEPT))
+        return
+    wanted = next_runs.suggest(analyse(table, question, KEPT))
+    nothing = "nothing to add: every claim is decided, or more runs cannot help"
+    text = "\n".join(next_runs.lines(wanted)) or nothing
+    print(json.dumps(next_runs.plain(wanted), indent=1) if args.json else text)
+
+
+def find_report(reports: Path, sweep: str, scale: str | None) -> Path:
+    """Find a sweep's report at the given scale, else the newest; else a kept one, tiny first.
+
+    Raises:
+        TableError: there is no such report.
+    """
+    found = [p.parent for root in (reports, KEPT) for p in root.glob("*/question.json")]
+    known = f"{sweep}-{scale or ''}"
+    wanted = [p for p in found if p.name == known or (not scale and p.name.startswith(known))]
+    if not wanted:
+        raise TableError(
+            f"no report {known!r} in {reports.absolute()}. There are: "
+            f"{', '.join(sorted({p.name for p in found})) or '(none)'}. Run it first: python -m "
+            f"lorasweep +sweep={sweep}. For a table of runs: python -m analysis fit FILE"
         )
-        return [line for head, rows in shown for line in (head, *rows)]
-    return aligned(table(result))
+    if own := [p for p in wanted if p.parent != KEPT]:
+        return max(own, key=lambda p: (p / "question.json").stat().st_mtime)
+    # The times of kept files are those of the checkout and say nothing.
+    return min(wanted, key=lambda p: (p.name != f"{sweep}-tiny", p.name))
 
 
-def _fit_lines(rows: Sequence[dict[str, Any]], within: float) -> list[str]:
-    """Format one line per curve: its name in one cell, learning rates as 1.23e-3."""
-    head = ["model", "data", "curve", "runs", "best LR [95%]", "best", f"within {within:g}"]
-    out = [[*head, "flags"]]
-    for r in rows:
-        size = r["batch_size"] and f"batch {r['batch_size']}"
-        words = [r["method"], r["rank"] and f"r{r['rank']}", r["layers"], size]
-        best, band = row_interval(r, "best_lr", rate), " to ".join(map(rate, r["band"] or [None]))
-        cells = [r["model"], r["dataset"], " ".join(filter(None, words)), r["n"], best]
-        out.append(list(map(_cell, [*cells, r["best_nll"], band, r["flags"]])))
-    return aligned(out)
-
-
-def _ratio_lines(result: dict[str, Any]) -> list[str]:
-    out = [["model and data", "rank", "ratio [95%]", "gap", "flags"]]
-    for r in result["ratios"]:
-        numbers = [_cell(r["rank"]), row_interval(r, "ratio"), number(r["gap"])]
-        out.append([r["group"], *numbers, _cell(r["flags"])])
-    if not (p := result["pooled"]):
-        return aligned(out)
-    text = (
-        f"pooled over {p['groups']} groups (ranks of {MIN_RANK} and more, where there are such): "
-        f"{row_interval(p, 'ratio')}; standard deviation between groups: a factor "
-        f"{number(p['spread'])}; prediction interval for another group: "
-        f"[{number(p['low_next'])}, {number(p['high_next'])}]"
-    )
-    return [*aligned(out), text]
-
-
-def table(rows: Sequence[dict[str, Any]], *names: str) -> list[list[str]]:
-    """Return the named values of rows as text (default: those that any row has), after a head."""
-    cells = list(map(_cells, rows))
-    names = names or tuple(k for k in (cells or [{}])[0] if any(row[k] != "-" for row in cells))
-    head = [name.replace("_", " ") for name in names]
-    return [head, *([row[k] for k in names] for row in cells)]
-
-
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    """Format the values of a row."""
-    valued = dict(zip(list(row)[1:], row)).get("low")
-    kept = [k for k in row if k not in ("low", "high")]
-    return {k: row_interval(row, k) if k == valued else _cell(row[k]) for k in kept}
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        cells = _cells(value)
-        named = (f"{k} {v}" for k, v in cells.items())
-        if "value" in value or len(cells) == 1:
-            return row_interval(value) if "value" in value else next(iter(cells.values()))
-        return ", ".join(named)
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value)) or "-"
-    return number(value, 4) if isinstance(value, float) or value is None else str(value)
-
-
-def _whole(value: Any) -> int | None:
-    return None if value is None or value != value else int(value)
+# ---------------------------------------------------------------- values of a table
 
 
 def optima_of(reading: Reading, share: bool = False) -> list[Optimum]:
     """Fit every curve of a table, with noise and misfit pooled over the table."""
     name = reading.metric
     shown = NLL if name == LOSS else Shown(name, reading.sign, name, "")
-    curves = [replace(c, shown=shown) for c in lr_curves(reading.table)]
-    return fit_all(curves, share=share)
+    return fit_all([replace(c, shown=shown) for c in lr_curves(reading.table)], share=share)
 
 
 def fit(reading: Reading, share: bool = False, within: float = WITHIN) -> list[dict[str, Any]]:
@@ -124,23 +210,26 @@ def fit(reading: Reading, share: bool = False, within: float = WITHIN) -> list[d
 
     `within`: extra loss allowed in the band, in units of the metric. `share`: see fit_all.
     """
-    rows = []
+    keys, rows = ("model", "method", "dataset", "rank", "batch_size", "layers", "alpha"), []
     for o in optima_of(reading, share):
-        key, e, band = o.curve.key, o.best_lr, o.band(within)
+        e, band, nll = o.best_lr, o.band(within), o.best_nll
         rows.append(
             {
-                **{k: key[k] for k in ("model", "method")},
-                "dataset": key.get("dataset"),
-                **{k: _whole(key.get(k)) for k in ("rank", "batch_size")},
-                **{k: plain(key.get(k)) for k in ("layers", "alpha")},
+                **{k: _value(o, k) for k in keys},
                 **{"n": len(o.curve.x), "n_usable": int(o.curve.usable.sum())},
                 **{"best_lr": e.value, "low": e.low, "high": e.high},
-                "best_nll": None if o.best_nll is None else o.best_nll * reading.sign,
+                "best_nll": None if nll is None else nll * reading.sign,
                 **{"metric": reading.metric, "flags": list(o.flags)},
                 "band": None if band is None else list(band),
             }
         )
     return rows
+
+
+def _value(o: Optimum, key: str) -> Any:
+    """Return a setting of a curve as a plain value; ranks and batch sizes are whole numbers."""
+    value = plain(o.curve.key.get(key))
+    return int(value) if value is not None and key in ("rank", "batch_size") else value
 
 
 def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
@@ -154,23 +243,18 @@ def ratio(reading: Reading, share: bool = False) -> dict[str, Any]:
     """
     rows, overall = [], []
     optima = optima_of(reading, share)
-    arms = {o.curve.key["method"] for o in optima}
     for arm, how in (("fullft", "rows with an empty rank"), ("lora", "rows with a rank")):
-        if arm not in arms:
-            raise TableError(
-                f"the table has no {arm} run ({how}), which a ratio needs. "
-                f"It has: {', '.join(sorted(arms))}. For one arm, use `fit`."
-            )
+        if arm not in {o.curve.key["method"] for o in optima}:
+            raise TableError(f"the table has no {arm} run ({how}), which a ratio needs. Use `fit`.")
     groups = arms_of(optima)
     for group, lora, full in groups:
-        for o, g in zip(lora, gaps(lora, full)):
-            e, key = ratio_of([o], full), o.curve.key
+        for o in lora:
+            e, ends = ratio_of([o], full), (o.best_nll, full.best_nll)
             rows.append(
                 {
-                    **{"group": group, "rank": _whole(key.get("rank"))},
-                    "alpha": plain(key.get("alpha")),
+                    **{"group": group, "rank": _value(o, "rank"), "alpha": _value(o, "alpha")},
                     **{"ratio": e.value, "low": e.low, "high": e.high},
-                    "gap": None if g.value is None else g.value * reading.sign,
+                    "gap": None if None in ends else (ends[0] - ends[1]) * reading.sign,
                     "flags": sorted({*o.flags, *full.flags}),
                 }
             )
@@ -213,9 +297,7 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
     for group, mine in by_group(lora_of(optima_of(reading, share))).items():
         groups |= by_variant(mine, group)
     if not groups:
-        raise TableError(
-            "the table has no lora run (rows with a rank), which a drift with the rank needs."
-        )
+        raise TableError("the table has no lora run (rows with a rank), which a drift needs.")
     rows = []
     for group, members in groups.items():
         members = sorted(members, key=lambda o: o.curve.key["rank"])
@@ -240,8 +322,7 @@ def drifts(reading: Reading, share: bool = False) -> list[dict[str, Any]]:
 def law(reading: Reading, share: bool = False) -> dict[str, Any]:
     """Fit power laws of the LR and of the ratio; return them and the published formula's regret.
 
-    The law of the LR is fitted to the losses of each model family.
-    TableError without hidden sizes.
+    The law of the LR is fitted to the losses of each model family. TableError without hidden sizes.
     """
     table = reading.table
     if "hidden_size" not in table.columns or not table["hidden_size"].notna().any():
@@ -252,14 +333,12 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
     widths = table.dropna(subset=["hidden_size"]).groupby("model")["hidden_size"]
     hidden = widths.first().astype(float).to_dict()
     curves, costs = lr_curves(table), []
-    optima = fit_all(curves, share=share)
     for c in curves:
-        lr = published(c, hidden.get(c.key["model"], math.nan))
-        if lr is not None:
+        if (lr := published(c, hidden.get(c.key["model"], math.nan))) is not None:
             cost = {"lr": lr, "percent": regret(c, lr)}
             costs.append({"model": c.key["model"], "curve": c.name, **cost})
     log_ratios = []
-    for _, lora, full in arms_of(optima):
+    for _, lora, full in arms_of(fit_all(curves, share=share)):
         judged = lora_of(lora, MIN_RANK) or lora
         known = [o for o in judged if o.best_lr.draws is not None]
         h, a = hidden.get(full.curve.key["model"]), lora[0].curve.key.get("alpha")
@@ -269,7 +348,7 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
             log_ratios.append(Ratio(model, h, float(a), float(logs.mean()), float(logs.std())))
     fitted = ratio_law(log_ratios) if len(log_ratios) >= 2 else None
     return {
-        "by_loss": [v.plain() for v in by_loss(curves, hidden)],
+        "by_loss": [base.plain(v) for v in by_loss(curves, hidden)],
         "published_regret": costs,
         "ratio_law": fitted
         and {
@@ -282,13 +361,49 @@ def law(reading: Reading, share: bool = False) -> dict[str, Any]:
     }
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"fit": fit, "ratio": ratio, "drift": drifts, "law": law}
+COMMANDS: dict[str, Callable[..., Any]] = {"ratio": ratio, "drift": drifts, "law": law}
 
 
-def html(reading: Reading, path: Path, within: float = WITHIN, share: bool = False) -> None:
-    """Write an interactive page about a table of runs."""
-    optima = optima_of(reading, share)
-    arms = [(g, o, full) for g, lora, full in arms_of(optima) for o in lora]
-    ratios = [(group, o.curve.name, ratio_of([o], full)) for group, o, full in arms]
-    title = f"{path.stem}: {len(reading.table)} runs"
-    interactive.write(path, title, reading.table, optima, ratios, (), within)
+# ---------------------------------------------------------------- values as text
+
+
+def lines(result: Any) -> list[str]:
+    """Format a command's result: rows in columns, other values by name."""
+    if not isinstance(result, dict):
+        return aligned(table(result))
+    out = []
+    for name, value in result.items():
+        rows = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+        out += [f"{name}:", *aligned(table(value))] if rows else [f"{name}: {_cell(value)}"]
+    return out
+
+
+def table(rows: Sequence[dict[str, Any]], *names: str) -> list[list[str]]:
+    """Return the named values of rows as text (default: those that any row has), after a head.
+
+    The keys `low` and `high` join the key before them.
+    """
+    cells = list(map(_cells, rows))
+    names = names or tuple(k for k in (cells or [{}])[0] if any(row[k] != "-" for row in cells))
+    head = [name.replace("_", " ") for name in names]
+    return [head, *([row[k] for k in names] for row in cells)]
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    """Format the values of a row."""
+    valued = dict(zip(list(row)[1:], row)).get("low")
+    cells = {k: _cell(v) for k, v in row.items() if k not in ("low", "high")}
+    if valued is not None:
+        cells[valued] = with_interval(Estimate(row[valued], row["low"], row["high"]))
+    return cells
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        cells = _cells(value)
+        if "value" in value or len(cells) == 1:
+            return cells["value" if "value" in value else next(iter(cells))]
+        return ", ".join(f"{k} {v}" for k, v in cells.items())
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value)) or "-"
+    return number(value, 4) if isinstance(value, float) or value is None else str(value)

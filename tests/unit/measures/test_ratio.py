@@ -1,4 +1,4 @@
-"""Ratios of optimal LRs, gaps between two arms, and laws over width: planted ones and published LRs."""
+"""Ratios of optimal LRs, and laws over width: planted ones and published LRs."""
 
 import math
 
@@ -9,7 +9,6 @@ import pytest
 from analysis.measures.ratio import (
     Ratio,
     by_loss,
-    gaps,
     published,
     ratio_law,
     ratio_of,
@@ -20,8 +19,6 @@ from analysis.optimum.valley import linex
 from analysis.runs.lr_curves import lr_curves
 from tests.tables import lr_curve
 
-GAP = 0.02
-
 
 def fitted(runs):
     """Full fine-tuning's optimum and LoRA's; `runs`: (rank or None, lr, seed, NLL)."""
@@ -31,34 +28,6 @@ def fitted(runs):
     ]
     common = {"model": "m", "dataset": "d", "status": "done", "nll_start": 5.0}
     return fit_all(lr_curves(pd.DataFrame(rows).assign(**common)))
-
-
-def optima(rng, fresh, noise=1e-3):
-    """Seven LRs a factor 2 apart, fresh seeds at three of them; the optima lie off the grid."""
-    runs, shared = [], 8e-3 * rng.standard_normal(fresh + 1)
-    for rank, around in ((None, 8e-4), (4, 8e-3), (16, 8e-3)):
-        best = around * math.exp(rng.uniform(-0.35, 0.35))
-        grid = [around * 2.0**k for k in range(-3, 4)]
-        near = sorted(grid, key=lambda lr: abs(math.log(lr / best)))[:3]
-        for lr, seed in [(x, s) for x in grid for s in range(1 + fresh * (x in near))]:
-            valley = 0.2 * float(linex(np.array(math.log(lr / best)), 0.5))
-            nll = 2 + valley + shared[seed] + noise * rng.standard_normal()
-            runs.append((rank, lr, seed, nll + (GAP if rank else 0.0)))
-    return fitted(runs)
-
-
-def test_a_gap_is_read_at_the_optima_and_not_at_lrs_tried():
-    """At the nearest tried LRs the error of the gap was 0.005, and 95% intervals held it in 76%."""
-    rng, found = np.random.default_rng(2), []
-    for _ in range(40):
-        full, *lora = optima(rng, fresh=3)
-        found += gaps(lora, full)
-    assert {e.n for e in found} == {3}  # the seed that chose the LRs does not count
-    assert np.mean([e.low <= GAP <= e.high for e in found]) > 0.9
-    assert np.sqrt(np.mean([(e.value - GAP) ** 2 for e in found])) < 0.003
-    full, *lora = optima(np.random.default_rng(1), fresh=1)
-    (e, _) = gaps(lora, full)  # one fresh seed shows no spread
-    assert abs(e.value - GAP) < 0.01 and not e.has_interval()
 
 
 def test_a_ratio_of_two_brackets_is_bracketed():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.__main__ import KEPT
+from analysis.tables.commands import KEPT
 from tests.tables import planted, run, write
 from tests.world import ROOT
 
@@ -49,17 +49,13 @@ def test_fit_prints_a_line_a_curve_and_writes_the_objects(tmp_path, capsys):
     width = math.log(full["band"][1] / full["band"][0])
     assert width == pytest.approx(2 * math.sqrt(0.2), rel=0.15)
     head, *shown = [re.split(" {2,}", line) for line in text.splitlines()]
-    assert (
-        " | ".join(head)
-        == "model | data | curve | runs | best LR [95%] | best | within 0.01 | flags"
-    )
-    curves = ["fullft batch 16", "lora r4 mlp batch 16", "lora r16 mlp batch 16"]
-    assert [line[:4] for line in shown] == [["m", "d", curve, "21"] for curve in curves]
-    rate = r"\d\.\d\de-[345]"
-    assert re.fullmatch(rf"{rate} \[{rate}, {rate}\]", shown[0][4])
-    assert re.fullmatch(rf"{rate} to {rate}", shown[0][6])
-    head, *shown = run(capsys, *words_of("ratio", path))[1].splitlines()
-    assert re.split(" {2,}", head) == ["model and data", "rank", "ratio [95%]", "gap", "flags"]
+    assert [*head[:4], *head[-2:]] == ["model", "method", "dataset", "rank", "metric", "band"]
+    assert [line[3] for line in shown] == ["-", "4", "16"]
+    rate = r"0\.000\d+"
+    at = head.index("best lr")
+    assert re.fullmatch(rf"{rate} \[{rate}, {rate}\]", shown[0][at])
+    title, head, *shown = run(capsys, *words_of("ratio", path))[1].splitlines()
+    assert re.split(" {2,}", head) == ["group", "rank", "ratio", "gap"] and title == "ratios:"
     assert [re.split(" {2,}", line)[1] for line in shown[:2]] == ["4", "16"]
 
 
@@ -76,7 +72,7 @@ def test_ratio_and_drift_come_back(tmp_path, capsys, asked):
     found = asked("ratio", pd.concat(models))
     assert {r["rank"] for r in found["ratios"]} == {1, 4, 16} and found["pooled"]["groups"] == 3
     assert found["pooled"]["low"] < 10 < found["pooled"]["high"] < 12
-    assert "pooled over 3 groups" in run(capsys, *words_of("ratio", tmp_path / "runs.csv"))[1]
+    assert "pooled: ratio" in run(capsys, *words_of("ratio", tmp_path / "runs.csv"))[1]
 
 
 @pytest.mark.parametrize(
