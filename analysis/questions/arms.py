@@ -24,7 +24,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,32 +75,15 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Read:
-    """Metrics of all curves of a table at their optima, by id of the optimum."""
-
-    runs: pd.DataFrame
-    optima: list[Optimum]
-    order: list[Optimum]
-    """The optima in the order that seeds the draws of their losses."""
-
-    @cached_property
-    def points(self) -> dict[int, at_best.AtBest[Points]]:
-        """Learning curves."""
-        return dict(zip(map(id, self.optima), curves_at_best(self.runs, self.optima)))
-
-    @cached_property
-    def losses(self) -> dict[int, at_best.AtBest[float]]:
-        """Last losses, in nats."""
-        return dict(zip(map(id, self.order), at_best.losses_at_best(self.order)))
-
-
-@dataclass(frozen=True)
 class Task(base.Condition):
     """All curves of one model, data set, batch size and number of updates."""
 
     variants: dict[str, Optimum]
     estimands: Mapping[str, Said]
-    read: Read
+    points: Callable[[], dict[int, at_best.AtBest[Points]]]
+    """Read the learning curves of all curves of the table at their optima, by id."""
+    losses: Callable[[], dict[int, at_best.AtBest[float]]]
+    """Read the last losses, in nats, likewise."""
 
     @cached_property
     def main(self) -> list[Optimum]:
@@ -210,13 +193,13 @@ class Task(base.Condition):
 
     def log_rho(self, p: Pair) -> at_best.AtBest[float]:
         """Return ln(rho of the first arm / rho of the second), by seed."""
-        points, full = self.read.points, self.read.points[id(self.whole)]
+        points, full = self.points(), self.points()[id(self.whole)]
         logs = log_rho(points[id(p.one)], full)
         return logs if p.over is self.whole else logs.minus(log_rho(points[id(p.over)], full))
 
     def gap(self, p: Pair) -> Gap:
         """Return the first arm's loss minus the second's; the gain is full fine-tuning's."""
-        losses, full, pooled = self.read.losses, self.whole, None
+        losses, full, pooled = self.losses(), self.whole, None
         nats = losses[id(p.one)].minus(losses[id(p.over)])
         gain = gain_from(starts_of(runs_of(self.runs, full.curve)), losses[id(full)])
         if p.over is full:
@@ -269,7 +252,7 @@ class Quantity(NamedTuple):
 
 def speed(t: Task, p: Pair, said: Said) -> Estimate:
     """Return the first arm's rho over the second's."""
-    points, full = t.read.points, t.read.points[id(t.whole)]
+    points, full = t.points(), t.points()[id(t.whole)]
     if p.over is t.whole:
         pooled = at_best.pooled_over(log_rho(points[id(o)], full) for o in t.peers(p.one))
         return rho(points[id(p.one)], full, pooled)
@@ -283,7 +266,7 @@ def _speed_gates(t: Task, p: Pair, said: Said) -> list[Gate]:
     is_whole, used = p.over is t.whole, t.used(p)
     own = used if is_whole else [t.whole]
     gates = base.gates_on_speed(used)
-    gates += stalled(own, [t.read.points[id(o)].best for o in own])
+    gates += stalled(own, [t.points()[id(o)].best for o in own])
     bounds = not gates and not is_whole and not at_best.is_finite(t.log_rho(p))
     return [*gates, Gate(GateCode.ONLY_BOUNDS)] if bounds else gates
 
@@ -424,7 +407,7 @@ class AllTasks(base.Condition):
     def rests(self) -> list[Optimum]:
         return base.distinct(o for t in self.tasks for o in t.rests)
 
-    def gates(self, *estimands: base.Estimand[Any]) -> list[Gate]:
+    def gates(self, *estimands: base.Estimand) -> list[Gate]:
         """List the gates of estimands on each task, with the task's name."""
         found = [g.at(f"{t.name}: ") for t in self.tasks for e in estimands for g in _gates(e, t)]
         return list(dict.fromkeys(found))
@@ -439,11 +422,11 @@ class AllTasks(base.Condition):
         ]
 
 
-def _gates(e: base.Estimand[Any], t: Task) -> Sequence[Gate]:
+def _gates(e: base.Estimand, t: Task) -> Sequence[Gate]:
     return e.gates(t) if e.name in t.pairs else base.missing(t.absent(e.name))
 
 
-def _everywhere(name: str, said: Said, found: Mapping[str, Any]) -> base.Estimand[Any]:
+def _everywhere(name: str, said: Said, found: Mapping[str, Any]) -> base.Estimand:
     """Declare an estimand on the task on which it is highest or lowest."""
     each, worst = found[said["every_task"]], {"max": max, "min": min}[said["worst"]]
 
@@ -458,7 +441,7 @@ def _everywhere(name: str, said: Said, found: Mapping[str, Any]) -> base.Estiman
         log=each.log,
         applies=lambda c: isinstance(c, AllTasks),
         seeds=lambda c: min((each.seeds(t) for t in c.tasks if each.name in t.pairs), default=0),
-        each=each.name,
+        each=each,
     )
 
 
@@ -474,7 +457,7 @@ def gradient_share(t: Task, o: Optimum) -> float | None:
     return total or None
 
 
-def _trace(name: str, said: Said, found: Mapping[str, Any]) -> base.Estimand[Any]:
+def _trace(name: str, said: Said, found: Mapping[str, Any]) -> base.Estimand:
     """Declare the rank correlation of ln(rho) with ln(gradient share), within tasks."""
     of_all: Sequence[str] = said["trace"]
 
@@ -533,7 +516,7 @@ def _unknown(place: str, what: str, given: str, known: Iterable[str]) -> str:
 # ---------------------------------------------------------------- conditions and question
 
 
-def on_task(name: str, said: Said) -> base.Estimand[Any]:
+def on_task(name: str, said: Said) -> base.Estimand:
     """Declare an estimand that compares two arms of a task."""
     q = QUANTITIES[said["measure"]]
     return base.Estimand(
@@ -544,7 +527,7 @@ def on_task(name: str, said: Said) -> base.Estimand[Any]:
         log=said.get("log", q.log),
         applies=lambda c: isinstance(c, Task) and c.applies(name, said),
         seeds=lambda t: base.fewest_seeds(t.used(t.pairs[name], said["measure"] != "points")),
-        margin_gates=lambda t, margin: q.margin_gates(t, t.pairs[name], said, margin[1]),
+        margin_gates=lambda t, high: q.margin_gates(t, t.pairs[name], said, high),
         rivals=laws_of if said.get("laws") else lambda t: {},
         read=lambda t: _read(t, name, said),
     )
@@ -555,7 +538,7 @@ def _read(t: Task, name: str, said: Said) -> str:
     p = t.pairs.get(name)
     if p is None or p.over is not t.whole or len(p.of) > 1 or "rank" not in said["of"]:
         return ""
-    to = f", to update {read_to([t.read.points[id(o)] for o in p.all])}"
+    to = f", to update {read_to([t.points()[id(o)] for o in p.all])}"
     return f"rank {base.rank_of(p.one)}" + (to if said["measure"] == "speed" else "")
 
 
@@ -586,14 +569,26 @@ def conditions(
             groups[other] = [*groups[other], *groups.pop(name, [])]
     named = {g: _named(g, base.lora_of(mine), variants) for g, mine in groups.items()}
     first = [o for g, mine in groups.items() for o in (base.full_of(mine), *named[g].values()) if o]
-    read = Read(table, optima, base.distinct([*(first if variants else ()), *optima]))
+    order = base.distinct([*(first if variants else ()), *optima])  # seeds the draws of losses
+
+    @cache
+    def points() -> dict[int, at_best.AtBest[Points]]:
+        return dict(zip(map(id, optima), curves_at_best(table, optima)))
+
+    @cache
+    def losses() -> dict[int, at_best.AtBest[float]]:
+        return dict(zip(map(id, order), at_best.losses_at_best(order)))
+
     tasks = []
     for g, mine in groups.items():
         # Where learning rates are asked for, LoRA's curves of one rank are separate conditions.
         lora = base.lora_of(mine)
         rest = [o for o in mine if not base.rank_of(o)]
         each = (base.by_variant(lora, g) if of_rates else {}) or {g: lora}
-        tasks += [Task(n, table, [*rest, *arms], named[g], said, read) for n, arms in each.items()]
+        tasks += [
+            Task(n, table, [*rest, *arms], named[g], said, points, losses)
+            for n, arms in each.items()
+        ]
     tasks.sort(key=lambda t: t.label_bits or 0)
     if not any(k in s for s in said.values() for k in OVER_TASKS):
         return tasks

@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -69,43 +69,27 @@ def against_full(t: Task) -> list[tuple[Optimum, str, Estimate, Regrets]]:
     ]
 
 
-def measures(tasks: Sequence[Task], asked: base.Asked) -> dict[str, Any]:
-    """Return the curves that each estimand compares, and every arm's ratio of learning rates.
+def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.Section]]:
+    """Return the arms' comparisons, and tables and figures of every task.
 
-    A curve is given as an index of the analysis' optima. A ratio over several ranks has none.
+    `compared`: the curves that each estimand compares; `ratios`: every arm's ratio of learning
+    rates. A curve is an index of the analysis' optima; a ratio over several ranks has none.
     """
     place = {id(o): k for k, o in enumerate(base.distinct(o for t in tasks for o in t.optima))}
-    ratios: list[dict[str, Any]] = []
-    for t in tasks if any("laws" in s for s in tasks[0].estimands.values()) else ():
+    ratios, independent, out, panels = [], [], [], []
+    of_rates = any("laws" in s for s in tasks[0].estimands.values())
+    for k, t in enumerate(tasks, 1):
         rows = [(place[id(o)], o, name, r, lost) for o, name, r, lost in against_full(t)]
         for name, p in t.pairs.items():
             said = t.estimands[name]
             if said["measure"] == "best_lr" and "min_rank" in said["of"]:
                 rows.append((None, p.one, name, ratio_of(p.of, p.over), {}))
-        for at, o, name, ratio, lost in rows:
+            if said.get("laws") and ";" not in t.name:  # variants share a FullFT curve
+                independent.append(ratio_of(p.of, p.over))
+        for at, o, name, ratio, lost in rows if of_rates else ():
             rank = None if at is None else base.rank_of(o)
             row = {"group": t.name, "name": name, "rank": rank, "alpha": o.curve.key.get("alpha")}
             ratios.append({**row, "ratio": ratio, "regrets": lost, "at": at})
-    compared = {
-        t.name: {e: [place[id(o)] for o in (*p.of, p.over)] for e, p in t.pairs.items()}
-        for t in tasks
-    }
-    return {"ratios": ratios, "compared": compared, "pooled": _pooled(tasks)}
-
-
-def _pooled(tasks: Sequence[Task]) -> Any:
-    """Pool ln ratio over models and data sets; None with variants, which share a FullFT curve."""
-    found = []
-    for t in tasks:
-        laws = [name for name, s in t.estimands.items() if s.get("laws") and name in t.pairs]
-        found += [ratio_of(t.pairs[n].of, t.pairs[n].over) for n in laws if ";" not in t.name]
-    return pool_ratios(found)
-
-
-def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
-    """Return tables of every task's arms, their figures, and what was recorded besides."""
-    out, panels = [], []
-    for k, t in enumerate(tasks, 1):
         if arms.is_rewarded(t.optima[0]):
             out.append(_rewarded(t, "rewards.png" if k == 1 else f"rewards_{k}.png"))
         else:
@@ -116,16 +100,20 @@ def sections(tasks: Sequence[Task], asked: base.Asked) -> list[base.Section]:
     if panels:
         caption = "arms against full fine-tuning, each at its best LR"
         out.append(base.Section("Arms", [], [], "arms.png", panels, caption))
-    if (p := _pooled(tasks)) is not None:
-        logs = (p.mean, p.low, p.high, p.tau, p.low_next, p.high_next)
+    if (pooled := pool_ratios(independent)) is not None:
+        logs = [getattr(pooled, k) for k in ("mean", "low", "high", "tau", "low_next", "high_next")]
         mean, low, high, between, low_next, high_next = (number(math.exp(v)) for v in logs)
         text = (
-            f"Ratio pooled over {p.k} groups (random effects): {mean} [{low}, {high}]. Between "
-            f"groups it varies by a factor {between}; the next group would lie in [{low_next}, "
+            f"Ratio pooled over {pooled.k} groups (random effects): {mean} [{low}, {high}]. "
+            f"Between groups it varies by a factor {between}; the next group would lie in [{low_next}, "
             f"{high_next}]."
         )
         out.append(base.Section("Ratio over all groups", text=[text]))
-    return out
+    compared = {
+        t.name: {e: [place[id(o)] for o in (*p.of, p.over)] for e, p in t.pairs.items()}
+        for t in tasks
+    }
+    return {"ratios": ratios, "compared": compared, "pooled": pooled}, out
 
 
 def _compared(t: Task) -> tuple[base.Section, list[base.Panel]]:
@@ -246,3 +234,23 @@ def _over_rates(t: Task) -> list[base.Panel]:
         base.Panel(what, lr, REWARD, rewarded, log_x=True, lines=_start(t)),
         base.Panel("runs that do not collapse", lr, "% of runs", survived, **more),
     ]
+
+
+def question_of(said: Mapping[str, arms.Said], variants: Mapping[str, arms.Said]) -> base.Question:
+    """Return the question that a sweep's `estimands` and `variants` declare.
+
+    It is about learning rates themselves if published laws of their ratio are among its estimands.
+    """
+    found = {name: arms.on_task(name, s) for name, s in said.items() if "of" in s}
+    for name, s in said.items():
+        for key in s.keys() & arms.OVER_TASKS.keys():
+            found[name] = arms.OVER_TASKS[key](name, s, found)
+    of_rates = any(s.get("laws") for s in said.values())
+    return base.Question(
+        list(found.values()),
+        lambda table: arms.conditions(table, said, variants, of_rates),
+        report,
+        ratios=lambda t: [(name, r) for _, name, r, _ in against_full(t)],
+        by_base=True,
+        of_rates=of_rates,
+    )

@@ -5,12 +5,13 @@ the claim's estimand applies. If an arm or all conditions are missing, the claim
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import pandas as pd
 
@@ -171,13 +172,6 @@ def panel_of(title: str, y: str, estimates: Mapping[str, Estimate], **look: Any)
     return Panel(title, "", y, [points], ticks=ticks, **look)
 
 
-def mapped(e: Estimate, f: Callable[[float], float]) -> Estimate:
-    """Apply a monotone f to an estimate's value and ends; the result has no draws."""
-    low, value, high = (None if v is None else f(v) for v in (e.low, e.value, e.high))
-    falls = f(1.0) > f(2.0)
-    return Estimate(value, *((high, low) if falls else (low, high)), e.n, e.flags)
-
-
 def best_lr(o: Optimum) -> str:
     """Format a curve's optimal learning rate with its interval."""
     return with_interval(o.best_lr, rate)
@@ -236,14 +230,12 @@ def rank_of(o: Optimum) -> int:
 
 def check_ranks(optima: Sequence[Optimum]) -> Sequence[Optimum]:
     """Return curves that are compared as one of each rank; TableError if two have one rank."""
-    known: dict[int, Optimum] = {}
-    for o in optima:
-        other = known.setdefault(rank_of(o), o)
-        if other is not o:
-            both = [other.curve, o.curve]
+    for a, b in itertools.combinations(optima, 2):
+        if rank_of(a) == rank_of(b):
+            both = [a.curve, b.curve]
             one, two = (f"{c.group}, {v}" for c, v in zip(both, variants(both)))
             raise TableError(
-                f"two curves of {o.curve.name}, which are compared as one: {one}; {two}. Analyse "
+                f"two curves of {b.curve.name}, which are compared as one: {one}; {two}. Analyse "
                 "one setting at a time."
             )
     return optima
@@ -263,12 +255,8 @@ def fewest_seeds(optima: Sequence[Optimum]) -> int:
 
 
 STOPS = (
-    "at_edge",
-    "bounded_by_divergence",
-    "flat",
-    "few_points",
-    "no_usable_points",
-    "no_variance",
+    *("at_edge", "bounded_by_divergence", "flat"),
+    *("few_points", "no_usable_points", "no_variance"),
 )
 """Flags of an optimum that forbid a verdict."""
 MAX_ERROR = 0.0125
@@ -339,6 +327,11 @@ class Condition:
     optima: list[Optimum]
 
     @property
+    def parts(self) -> Sequence["Condition"]:
+        """The conditions that this condition joins; empty if it joins none."""
+        return ()
+
+    @property
     def missing(self) -> str:
         """The missing arm without which nothing can be measured; empty if no arm is missing."""
         return ""
@@ -358,16 +351,10 @@ class Condition:
         """Smallest number of seeds at the optima, for estimates without a known `spread`."""
         return fewest_seeds(self.rests)
 
-    @property
-    def parts(self) -> Sequence["Condition"]:
-        """The conditions that this condition joins; empty if it joins none."""
-        return ()
-
     @cached_property
     def by_rank(self) -> dict[int, Optimum]:
         """Rank -> curve. Rank 0 is the first curve of full fine-tuning."""
-        full = full_of(self.optima)
-        lora = {rank_of(o): o for o in lora_of(self.optima)}
+        full, lora = full_of(self.optima), {rank_of(o): o for o in lora_of(self.optima)}
         return lora if full is None else {0: full, **lora}
 
     @property
@@ -375,7 +362,7 @@ class Condition:
         """The curve of full fine-tuning; KeyError if it is missing."""
         return self.by_rank[0]
 
-    @cached_property
+    @property
     def high(self) -> list[Optimum]:
         """LoRA's curves of the ranks from MIN_RANK up."""
         return lora_of(self.optima, MIN_RANK)
@@ -389,10 +376,6 @@ class Condition:
     def top(self) -> int:
         """The highest rank; 0 without any."""
         return max(self.by_rank, default=0)
-
-    def pair(self, rank: int = 0) -> list[Optimum]:
-        """Return the curves of full fine-tuning and of a rank (0: the highest)."""
-        return [self.full, self.by_rank[rank or self.top]]
 
 
 @dataclass(frozen=True)
@@ -414,40 +397,36 @@ class TwoArms(Condition):
         return list(self.by_rank.values())
 
 
-C = TypeVar("C", bound=Condition)
-
-
 @dataclass(frozen=True)
-class Estimand(Generic[C]):
+class Estimand:
     """A quantity that claims can be about; most fields are functions of a condition."""
 
     name: str
-    measure: Callable[[C], Estimate | None]
+    measure: Callable[[Any], Estimate | None]
     """Returns None if the curve that `absent` names is missing."""
-    gates: Callable[[C], Sequence[Gate]] = lambda c: ()
+    gates: Callable[[Any], Sequence[Gate]] = lambda c: ()
     """Gates that forbid a verdict on the measurement."""
-    absent: str | Callable[[C], str] = ""
+    absent: str | Callable[[Any], str] = ""
     """The curve without which nothing can be measured, in words."""
     log: bool = False
     """Whether the estimand is a ratio, so that distances to the margin are in logarithms."""
-    applies: Callable[[C], bool] = lambda c: True
+    applies: Callable[[Any], bool] = lambda c: True
     """Whether the condition can answer claims about the estimand."""
     unanswered: GateCode = GateCode.NO_CELL
     """Why there is no verdict if no condition can answer them."""
-    seeds: Callable[[C], int] | None = None
-    """Number of seeds behind the estimate; None: the condition's `seeds`."""
-    margin_gates: Callable[[C, tuple[float, float]], Sequence[Gate]] = lambda c, margin: ()
-    """Gates that depend on the claim's margin; listed last."""
-    rivals: Callable[[C], dict[str, float]] = lambda c: {}
+    seeds: Callable[[Any], int] = lambda c: c.seeds
+    """Number of seeds behind the estimate."""
+    margin_gates: Callable[[Any, float], Sequence[Gate]] = lambda c, high: ()
+    """Gates that depend on the upper end of the claim's margin; listed last."""
+    rivals: Callable[[Any], dict[str, float]] = lambda c: {}
     """Predictions of published laws, shown beside the verdict."""
-    each: str = ""
-    """Name of an estimand of the condition's `parts`. A claim is SUPPORTED only if this estimand is
-    SUPPORTED in each part, by the same margin."""
-    read: Callable[[C], str] | None = None
+    each: "Estimand | None" = None
+    """A claim is SUPPORTED only if this one is SUPPORTED in each part, by the same margin."""
+    read: Callable[[Any], str] = lambda c: ""
     """The rank and the number of updates at which it is measured, in words."""
 
 
-LR_DRIFT = Estimand[Any](
+LR_DRIFT = Estimand(
     "lr_drift_per_doubling",
     lambda c: lr_drift(c.high).slope,
     lambda c: gates_on(c.high) + ([Gate(GateCode.ONE_RANK)] if len(c.high) < 2 else []),
@@ -455,7 +434,7 @@ LR_DRIFT = Estimand[Any](
 """The slope of ln(optimal LoRA LR) per doubling of the rank, over the ranks from MIN_RANK up."""
 
 
-def over_allowed(name: str, gap: Callable[[C], Gap | None], **more: Any) -> Estimand[C]:
+def over_allowed(name: str, gap: Callable[[Any], Gap | None], **more: Any) -> Estimand:
     """Declare a gap minus the allowed regret, in nats; `gap` returns None if a curve is missing."""
     return Estimand(
         name,
@@ -465,35 +444,26 @@ def over_allowed(name: str, gap: Callable[[C], Gap | None], **more: Any) -> Esti
     )
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question as in question.json."""
+Asked = dict[str, Any]
+"""A question as in question.json."""
 
-    question: dict[str, Any]
 
-    @property
-    def level(self) -> float:
-        """Level of the intervals at the planned looks."""
-        return look_level(int(self.question.get("rounds", 1)))
-
-    def margin(self, estimand: str) -> tuple[float, float] | None:
-        """Return the margin of the first claim about an estimand; None without one."""
-        claims = self.question["claims"].values()
-        return next((tuple(c["margin"]) for c in claims if c["estimand"] == estimand), None)
+def level_of(asked: Asked) -> float:
+    """Return the level of the intervals at the planned looks."""
+    return look_level(int(asked.get("rounds", 1)))
 
 
 @dataclass(frozen=True)
-class Question(Generic[C]):
+class Question:
     """A question: estimands, conditions, and the contents of its report."""
 
-    estimands: Sequence[Estimand[C]]
-    conditions: Callable[[pd.DataFrame], Sequence[C]]
+    estimands: Sequence[Estimand]
+    conditions: Callable[[pd.DataFrame], Sequence[Any]]
     """Split a table into conditions and fit their curves."""
-    measures: Callable[[Sequence[C], Asked], dict[str, Any]]
-    """Values for results.json, from the conditions that are shown; estimates may be among them."""
-    sections: Callable[[Sequence[C], Asked], list[Section]]
-    """Sections of the report, from the conditions that are shown."""
-    ratios: Callable[[C], list[tuple[str, Estimate]]] = lambda c: []
+    report: Callable[..., tuple[dict[str, Any], list[Section]]]
+    """Make the values for results.json, with estimates, and the report's sections, from the
+    question as asked and the conditions that are shown."""
+    ratios: Callable[[Any], list[tuple[str, Estimate]]] = lambda c: []
     """(name, LoRA's optimal LR / full fine-tuning's), for the interactive page."""
     split_by: tuple[str, ...] = ()
     """Columns; runs that differ in them are analysed separately, in separate sections."""
@@ -512,27 +482,25 @@ class Question(Generic[C]):
         """Names of the estimands that are ratios."""
         return [e.name for e in self.estimands if e.log]
 
-    def analyse(
-        self, table: pd.DataFrame, question: dict[str, Any], kept: Path | None = None
-    ) -> Analysis:
+    def analyse(self, table: pd.DataFrame, asked: Asked, kept: Path | None = None) -> Analysis:
         """Fit and judge a sweep's runs; the metric is a loss.
 
         Args:
-            question: the sweep's question, as in question.json.
+            asked: the sweep's question, as in question.json.
             kept: folder of kept results.
 
         Raises:
             TableError: the runs cannot be judged together, or a claim is about an estimand that
                 this question does not measure.
         """
-        for name, claim in question["claims"].items():
-            if claim["estimand"] not in self.names:
-                known = ", ".join(self.names)
+        claims, estimands = asked["claims"], {e.name: e for e in self.estimands}
+        for name, claim in claims.items():
+            if claim["estimand"] not in estimands:
                 raise TableError(
-                    f"claim {name!r}: {question['analysis']} measures {known}, not "
+                    f"claim {name!r}: {asked['analysis']} measures {', '.join(estimands)}, not "
                     f"{claim['estimand']!r}."
                 )
-        asked, tables = Asked(question), {"": table}
+        tables = {"": table}
         if self.split_by:
             split = table.groupby(list(self.split_by), sort=False)
             tables = {" on ".join(map(str, names)): runs for names, runs in split}
@@ -541,18 +509,35 @@ class Question(Generic[C]):
         measures, sections = {}, []
         for k, (name, found) in enumerate(each.items(), 1):
             if shown := [c for c in found if c.shown]:
-                measures[name] = plain(self.measures(shown, asked))
+                measured, parts = self.report(asked, *shown)
+                measures[name] = plain(measured)
                 of_task = f": {name}" if len(each) > 1 else ""
-                for s in self.sections(shown, asked):
+                for s in parts:
                     figure = s.figure and k > 1 and f"{Path(s.figure).stem}_{k}.png"
                     title = s.title + of_task
                     sections.append(dataclasses.replace(s, title=title, figure=figure or s.figure))
         values = {"tasks": measures} if len(each) > 1 else next(iter(measures.values()), {})
+        verdicts, read = [], {}
+        for c in conditions:
+            model = c.optima[0].curve.key["model"] if c.optima else None
+            for name, claim in claims.items():
+                e = estimands[claim["estimand"]]
+                if e.applies(c) and model not in claim.get("except_models", ()):
+                    verdicts.append(_judged(c, e, name, claim, level_of(asked)))
+        for name, claim in claims.items():
+            e = estimands[claim["estimand"]]
+            mine = [c for c in conditions if e.applies(c)]
+            if not mine:
+                at, gates = (NO_CELL, UNKNOWN), [Gate(e.unanswered)]
+                verdicts.append(judge(name, claim, *at, gates, 0, e.log, level_of(asked)))
+            where = {e.read(c) for c in mine if not c.missing} - {""}
+            if len(where) == 1:
+                (read[e.name],) = where
         answer = Analysis(
             optima=distinct(o for c in conditions for o in c.optima),
-            verdicts=holm(self._verdicts(conditions, asked), 1 - asked.level),
+            verdicts=holm(verdicts, 1 - level_of(asked)),
             sections=sections,
-            measures=values | ({"read": read} if (read := self._read(conditions, asked)) else {}),
+            measures=values | ({"read": read} if read else {}),
             members={c.name: c.rests for c in conditions if not c.missing},
             of_rates=self.of_rates,
             ratios=[(c.name, *ratio) for c in conditions if c.shown for ratio in self.ratios(c)],
@@ -566,58 +551,25 @@ class Question(Generic[C]):
             sections.append(Section("Next runs", text=listed))
         return answer
 
-    def _verdicts(self, conditions: Sequence[C], asked: Asked) -> list[Verdict]:
-        """Judge every claim on each condition to which it applies, or say that there is none."""
-        claims, estimands = asked.question["claims"], {e.name: e for e in self.estimands}
-        verdicts = []
-        for c in conditions:
-            model = c.optima[0].curve.key["model"] if c.optima else None
-            for name, claim in claims.items():
-                e = estimands[claim["estimand"]]
-                if e.applies(c) and model not in claim.get("except_models", ()):
-                    parts = c.parts if e.each else ()
-                    each = [_judged(p, estimands[e.each], name, claim, asked.level) for p in parts]
-                    verdicts.append(_over_parts(_judged(c, e, name, claim, asked.level), each))
-        for name, claim in claims.items():
-            e = estimands[claim["estimand"]]
-            if not any(e.applies(c) for c in conditions):
-                gates = [Gate(e.unanswered)]
-                verdicts.append(judge(name, claim, NO_CELL, UNKNOWN, gates, 0, e.log, asked.level))
-        return verdicts
 
-    def _read(self, conditions: Sequence[C], asked: Asked) -> dict[str, str]:
-        """Return where each claimed estimand is measured, if all conditions agree."""
-        found = {}
-        for name in dict.fromkeys(c["estimand"] for c in asked.question["claims"].values()):
-            e = next(e for e in self.estimands if e.name == name)
-            read = e.read
-            said = (
-                {read(c) for c in conditions if not c.missing and e.applies(c)} if read else set()
-            )
-            if len(said - {""}) == 1:
-                found[name] = (said - {""}).pop()
-        return found
+def _judged(c: Any, e: Estimand, name: str, claim: dict[str, Any], level: float) -> Verdict:
+    """Judge a claim on a condition, and on each of its parts if the estimand says so.
 
-
-def _judged(c: Any, e: Estimand[Any], name: str, claim: dict[str, Any], level: float) -> Verdict:
-    if c.missing:
-        return judge(name, claim, c.name, UNKNOWN, missing(c.missing), 0, e.log, level)
-    if rivals := e.rivals(c):
-        claim = {**claim, "alternatives": {**(claim.get("alternatives") or {}), **rivals}}
-    if (estimate := e.measure(c)) is None:
-        absent = missing(e.absent if isinstance(e.absent, str) else e.absent(c))
-        return judge(name, claim, c.name, UNKNOWN, absent, 0, e.log, level)
-    low, high = claim["margin"]
-    gates = [*e.gates(c), *e.margin_gates(c, (float(low), float(high)))]
-    seeds = c.seeds if e.seeds is None else e.seeds(c)
-    return judge(name, claim, c.name, estimate, gates, seeds, e.log, level)
-
-
-def _over_parts(v: Verdict, each: Sequence[Verdict]) -> Verdict:
-    """List the outcomes of the parts in the reason if they differ; SUPPORTED becomes UNDECIDED."""
-    outcomes = sorted(w.outcome for w in each)
+    If the parts differ, their outcomes are in the reason, and SUPPORTED becomes UNDECIDED.
+    """
+    estimate, gates, seeds = None, missing(c.missing), 0
+    if not c.missing:
+        if rivals := e.rivals(c):
+            claim = {**claim, "alternatives": {**(claim.get("alternatives") or {}), **rivals}}
+        if (estimate := e.measure(c)) is None:
+            gates = missing(e.absent if isinstance(e.absent, str) else e.absent(c))
+        else:
+            gates = [*e.gates(c), *e.margin_gates(c, float(claim["margin"][1]))]
+            seeds = e.seeds(c)
+    v = judge(name, claim, c.name, estimate or UNKNOWN, gates, seeds, e.log, level)
+    outcomes = sorted(_judged(p, e.each, name, claim, level).outcome for p in c.parts if e.each)
     split = {"SUPPORTED", "REFUTED"} <= set(outcomes)
-    if not each or len(set(outcomes)) == 1 or (v.outcome == "UNDECIDED" and not split):
+    if len(set(outcomes)) < 2 or (v.outcome == "UNDECIDED" and not split):
         return v
     counts = ", ".join(f"{o} on {outcomes.count(o)}" for o in sorted(set(outcomes)))
     gate = Gate(GateCode.BY_TASK, counts)

@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.inference.decide import Gate, GateCode, at_level
 from analysis.inference.estimate import Estimate, with_interval
 from analysis.measures import batch_effect
-from analysis.measures.at_best import AtBest, losses_at_best, mean_of, over_seeds
+from analysis.measures.at_best import losses_at_best, mean_of, over_seeds
 from analysis.measures.regret import ALLOWED, Gap, gaps_of, growth
 from analysis.optimum.fit import Optimum
 from analysis.questions import base
@@ -65,54 +65,43 @@ class Batches(base.Condition):
         No value if a batch cannot be compared with another one.
         """
         known = self._usable(batch_effect.prefixes_of(self.runs, examples=True))
-        found = {}
-        for r in self.ranks:
-            seen = {(p.batch, p.steps * p.batch) for p in known[r]}
-            is_whole = not self._alone(seen)
-            effect = over_seeds(batch_effect.effect(known[r], examples=True))
-            found[r] = effect if is_whole else base.UNKNOWN
-        return found
+        return {
+            r: base.UNKNOWN
+            if self._alone({(p.batch, p.steps * p.batch) for p in known[r]})
+            else over_seeds(batch_effect.effect(known[r], examples=True))
+            for r in self.ranks
+        }
 
     def _alone(self, seen: Collection[tuple[int, int]]) -> list[int]:
         """List the batches that share no length, of pairs of batch and length, with another."""
-        lengths = {b: {n for batch, n in seen if batch == b} for b in self.batches}
-        return [
-            b
-            for b, mine in lengths.items()
-            if not any(mine & lengths[other] for other in self.batches if other != b)
-        ]
+        shared = {n for b, n in seen for other, m in seen if b != other and n == m}
+        return [b for b in self.batches if not any((b, n) in seen for n in shared)]
 
-    def difference(self) -> Estimate:
-        """Return the effect at the highest rank minus that at the lowest."""
-        if len(self.ranks) < 2:
-            return base.UNKNOWN
-        return batch_effect.difference(self.usable[self.top], self.usable[self.ranks[0]])
-
-    def gates_on_difference(self) -> list[Gate]:
-        if len(self.ranks) < 2:
-            return [Gate(GateCode.ONE_RANK)]
-        both = self.gates_on_effect(self.ranks[0]) + self.gates_on_effect(self.top)
-        return list(dict.fromkeys(both))
-
-    def gates_on_effect(self, rank: int) -> list[Gate]:
-        """List the gates of a rank; each batch size needs as many updates as another batch size."""
-        mine = [p for p in self.prefixes if p.rank == rank]
+    def gates_on_effect(self, *ranks: int) -> list[Gate]:
+        """List the gates of ranks; each batch size needs as many updates as another batch size."""
         found: list[Gate] = []
-        for batch in self._alone({(p.batch, p.steps) for p in self.usable[rank]}):
-            of_batch = (p for p in mine if p.batch == batch)
-            longest = max(of_batch, key=lambda p: p.steps, default=None)
-            closed = base.gates_on_speed([longest.full, longest.lora]) if longest else []
-            if longest and longest.bound:
-                closed.append(Gate(GateCode.ONLY_A_BOUND, place=f"rank {rank}: "))
-            absent = base.missing(f"rank {rank} beside another batch after equal updates")
-            found += [g.at(f"batch {batch}, ") for g in closed or absent]
-        return found
+        for rank in ranks:
+            mine = [p for p in self.prefixes if p.rank == rank]
+            for batch in self._alone({(p.batch, p.steps) for p in self.usable[rank]}):
+                of_batch = (p for p in mine if p.batch == batch)
+                longest = max(of_batch, key=lambda p: p.steps, default=None)
+                closed = base.gates_on_speed([longest.full, longest.lora]) if longest else []
+                if longest and longest.bound:
+                    closed.append(Gate(GateCode.ONLY_A_BOUND, place=f"rank {rank}: "))
+                absent = base.missing(f"rank {rank} beside another batch after equal updates")
+                found += [g.at(f"batch {batch}, ") for g in closed or absent]
+        return list(dict.fromkeys(found))
 
     def seeds_of(self, *ranks: int) -> int:
         """Return the number of seeds behind the effects at these ranks."""
         return base.fewest_seeds(
             [o for r in ranks for p in self.usable[r] for o in (p.full, p.lora)]
         )
+
+    @property
+    def ends(self) -> list[int]:
+        """The lowest and the highest rank; empty with fewer than two."""
+        return [self.ranks[0], self.top] if len(self.ranks) > 1 else []
 
     @cached_property
     def at_equal_examples(self) -> tuple[int, list[tuple[int, Gap]]]:
@@ -126,27 +115,18 @@ class Batches(base.Condition):
         return max(near, key=lambda pair: (pair[0], pair[1].rank))[1] if near else None
 
     @cached_property
-    def losses(self) -> dict[int, dict[int, tuple[Optimum, AtBest[float]]]]:
-        """Rank (0: full fine-tuning) -> batch size -> curve and losses after equal examples."""
-        gaps = self.at_equal_examples[1]
-        optima = base.distinct(o for _, g in gaps for o in (g.full, g.lora))
-        found: dict[int, dict[int, tuple[Optimum, AtBest[float]]]] = {}
-        for o, losses in zip(optima, losses_at_best(optima)):
-            batch = int(o.curve.key["batch_size"])
-            found.setdefault(base.rank_of(o), {})[batch] = (o, losses)
-        return found
-
-    @cached_property
     def small_best(self) -> tuple[list[Optimum], Estimate] | None:
         """Curves, and the lowest loss of larger batches minus that of batches up to SMALL, in nats.
 
-        Of full fine-tuning or the highest rank, whichever has the lower end of the interval; None
-        without batches on both sides.
+        After equally many examples, of full fine-tuning or the highest rank, whichever has the
+        lower end of the interval; None without batches on both sides.
         """
-        found = []
+        optima = base.distinct(o for _, g in self.at_equal_examples[1] for o in (g.full, g.lora))
+        losses, found = list(zip(optima, losses_at_best(optima))), []
         for rank in (0, self.top):
+            mine = [v for v in losses if base.rank_of(v[0]) == rank]
             sides = [
-                [v for b, v in self.losses.get(rank, {}).items() if (b <= SMALL) == small]
+                [v for v in mine if (v[0].curve.key["batch_size"] <= SMALL) == small]
                 for small in (True, False)
             ]
             if not all(sides):
@@ -158,19 +138,35 @@ class Batches(base.Condition):
         return used, lowest[1]
 
     @cached_property
-    def gap_change(self) -> tuple[Gap, Gap] | None:
+    def gap_change(self) -> Sequence[Gap]:
         """The highest rank's gap at batch SMALL after 1/SHARE of the updates, and after all.
 
-        Both on the rows of learning curves; None without runs of this batch, or if the LR changes.
+        Both on the rows of learning curves; empty without runs of this batch, or if the LR changes.
         """
         runs = self.runs[self.runs["batch_size"] == SMALL].reset_index(drop=True)
         if not len(runs) or (runs["schedule"] != "constant").any():
-            return None
+            return ()
         steps = int(runs["steps"].max())
         runs = on_curve_rows(runs[runs["steps"] == steps].reset_index(drop=True))
         early = at_step(runs, steps // SHARE)
         gaps = [gaps_of(part, base.fit(part)) if len(part) else [] for part in (early, runs)]
-        return None if not all(gaps) else (gaps[0][-1], gaps[1][-1])
+        return [g[-1] for g in gaps] if all(gaps) else ()
+
+    def read(self) -> str:
+        """Describe the prefixes behind the effect at the highest rank; list the other effects."""
+        place = "no prefix"
+        if used := self.usable[self.top]:
+            batches, steps = ({getattr(p, k) for p in used} for k in ("batch", "steps"))
+            place = f"batches of {min(batches)} to {max(batches)}"
+            place += f" after {min(steps)} to {max(steps)} updates"
+        effects = (f"rank {r}: {with_interval(self.effects[r])}" for r in self.ranks[:-1])
+        return "; ".join([f"rank {self.top}, {place}", *effects]) if self.ranks else ""
+
+    def read_change(self) -> str:
+        """Return rank and updates of `gap_change`."""
+        steps = self.runs.loc[self.runs["batch_size"] == SMALL, "steps"].max()
+        ends = f"rank {self.top}, update {steps // SHARE} to {steps}"
+        return ends if self.gap_change else ""
 
 
 def conditions(table: pd.DataFrame) -> list[Batches]:
@@ -180,100 +176,68 @@ def conditions(table: pd.DataFrame) -> list[Batches]:
     return [Batches(f"{key['model']} on {key['dataset']}", table, optima)]
 
 
-def _where(c: Batches) -> str:
-    """Describe the prefixes behind the effect at the highest rank, and list the other effects."""
-    if not c.ranks:
-        return ""
-    *others, top = c.ranks
-    place = "no prefix"
-    if used := c.usable[top]:
-        batches, steps = ({getattr(p, k) for p in used} for k in ("batch", "steps"))
-        place = (
-            f"batches of {min(batches)} to {max(batches)} after {min(steps)} to {max(steps)} "
-            "updates"
-        )
-    effects = (f"rank {r}: {with_interval(c.effects[r])}" for r in others)
-    return "; ".join([f"rank {top}, {place}", *effects])
-
-
-def _ends(c: Batches) -> str:
-    """Return rank and updates of `gap_change`."""
-    if c.gap_change is None:
-        return ""
-    steps = int(c.runs.loc[c.runs["batch_size"] == SMALL, "steps"].max())
-    return f"rank {c.top}, update {steps // SHARE} to {steps}"
-
-
-def _over_allowed(batch: int) -> base.Estimand[Batches]:
+def _over_allowed(batch: int) -> base.Estimand:
     return base.over_allowed(
         f"over_allowed_at_{batch}",
         lambda c: c.gap_at(batch),
         absent=f"batch {batch}",
-        seeds=lambda c: base.fewest_seeds([gap.lora, gap.full]) if (gap := c.gap_at(batch)) else 0,
+        seeds=lambda c: base.fewest_seeds([c.gap_at(batch).lora, c.gap_at(batch).full]),
         read=lambda c: f"rank {c.top}, after {c.at_equal_examples[0]:,} examples",
     )
 
 
 ESTIMANDS = [
-    base.Estimand[Batches](
+    base.Estimand(
         "batch_effect",
         lambda c: c.effects.get(c.top, base.UNKNOWN),
         lambda c: c.gates_on_effect(c.top),
         seeds=lambda c: c.seeds_of(c.top),
-        read=_where,
+        read=Batches.read,
     ),
-    base.Estimand[Batches](
+    base.Estimand(
         "batch_effect_difference",
-        Batches.difference,
-        Batches.gates_on_difference,
-        seeds=lambda c: c.seeds_of(c.ranks[0], c.top) if len(c.ranks) > 1 else 0,
+        lambda c: (
+            batch_effect.difference(*(c.usable[r] for r in reversed(c.ends)))
+            if c.ends
+            else base.UNKNOWN
+        ),
+        lambda c: c.gates_on_effect(*c.ends) if c.ends else [Gate(GateCode.ONE_RANK)],
+        seeds=lambda c: c.seeds_of(*c.ends),
     ),
-    *(_over_allowed(batch) for batch in AT),
-    base.Estimand[Batches](
+    *map(_over_allowed, AT),
+    base.Estimand(
         "small_batches_gain",
         lambda c: c.small_best[1] if c.small_best else None,
-        lambda c: base.gates_on(c.small_best[0]) if c.small_best else [],
+        lambda c: base.gates_on(c.small_best[0]),
         absent=f"batches up to {SMALL} and above, of both methods",
-        seeds=lambda c: base.fewest_seeds(c.small_best[0]) if c.small_best else 0,
+        seeds=lambda c: base.fewest_seeds(c.small_best[0]),
         read=lambda c: f"rank {c.top} or FullFT, after {c.at_equal_examples[0]:,} examples",
     ),
-    base.Estimand[Batches](
+    base.Estimand(
         "gap_change_at_32",
         lambda c: growth(*c.gap_change) if c.gap_change else None,
-        lambda c: [gate for g in c.gap_change or () for gate in base.gates_on_gap(g)],
+        lambda c: [gate for g in c.gap_change for gate in base.gates_on_gap(g)],
         absent=f"batch {SMALL}",
-        seeds=lambda c: base.fewest_seeds(
-            [o for g in c.gap_change or () for o in (g.full, g.lora)]
-        ),
-        read=_ends,
+        seeds=lambda c: base.fewest_seeds([o for g in c.gap_change for o in (g.full, g.lora)]),
+        read=Batches.read_change,
     ),
 ]
 
 
-def measures(found: Sequence[Batches], asked: base.Asked) -> dict[str, Any]:
-    """Return the effects by rank, and the regrets by batch and rank."""
-    (c,) = found
-    examples, each = c.at_equal_examples
-    regrets = []
-    for b, g in each:
-        place = {"batch_size": b, "updates": examples // b, "rank": g.rank}
-        regrets.append({**place, "regret_percent": at_level(g.percent(), asked.level)})
-    return {
-        "batch_effect": c.effects,
-        "batch_effect_at_equal_examples": c.effects_at_equal_examples,
-        "regrets": regrets,
-    }
-
-
-def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
+def report(asked: base.Asked, c: Batches) -> tuple[dict[str, Any], list[base.Section]]:
     """Return rho at equal updates, regret at equal examples, and their figure."""
-    (c,) = found
-    batches = sorted({p.batch for p in c.prefixes})
-    rows: list[list[Any]] = []
+    batches, rows = sorted({p.batch for p in c.prefixes}), []
+    panels: list[base.Panel] = []
     for rank in c.ranks:
-        used = {(p.steps, p.batch): p.rho for p in c.usable[rank]}
-        for steps in sorted({s for s, _ in used}):
-            rows.append([rank, steps, *(used.get((steps, b)) for b in batches)])
+        rho: dict[int, dict[float, Estimate]] = {}
+        for p in c.usable[rank]:
+            rho.setdefault(p.batch, {})[p.steps] = p.rho
+        for steps in sorted({p.steps for p in c.usable[rank]}):
+            rows.append([rank, steps, *(rho.get(b, {}).get(steps) for b in batches)])
+        lines = {f"batch {b}": rho[b] for b in sorted(rho)}
+        y, look = "rho: FullFT's updates / LoRA's", {"ticks": None, "log_y": True}
+        one = {"full fine-tuning": 1.0}
+        panels.append(base.panel_over("updates", f"rank {rank}", y, lines, lines=one, **look))
     effects = "; ".join(f"rank {r} {with_interval(e)}" for r, e in c.effects.items())
     head = " | ".join(["rank", "updates", *(f"rho at batch {b} [95%]" for b in batches)])
     text = [
@@ -282,9 +246,14 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
         "A batch is left out where its optimal learning rates, after so many updates, are not "
         "between those tried, or have fewer seeds than a verdict needs.",
     ]
-    out = [base.Section.of("At equal updates", head, rows, text)]
-    examples, each = c.at_equal_examples
-    rows = [[b, examples // b, g.rank, mean_of(g.gain), g.percent()] for b, g in each]
+    equal_updates = base.Section.of("At equal updates", head, rows, text)
+    (examples, each), rows, measured = c.at_equal_examples, [], []
+    regrets: dict[int, dict[float, Estimate]] = {}
+    for b, g in each:
+        regrets.setdefault(g.rank, {})[b] = percent = g.percent()
+        rows.append([b, examples // b, g.rank, mean_of(g.gain), percent])
+        place = {"batch_size": b, "updates": examples // b, "rank": g.rank}
+        measured.append({**place, "regret_percent": at_level(percent, base.level_of(asked))})
     text = [
         f"After {examples:,} examples at every batch. Regret: LoRA's loss minus full fine-tuning's,"
         f" in percent of what full fine-tuning gains; up to {ALLOWED:.0%} counts as none.",
@@ -294,26 +263,19 @@ def sections(found: Sequence[Batches], asked: base.Asked) -> list[base.Section]:
         + ".",
     ]
     head = "batch | updates | rank | gain of FullFT | regret, % of the gain [95%]"
-    out.append(base.Section.of("At equal examples", head, rows, text))
-    panels = []
-    for rank in c.ranks:
-        rho: dict[int, dict[float, Estimate]] = {}
-        for p in c.usable[rank]:
-            rho.setdefault(p.batch, {})[p.steps] = p.rho
-        lines = {f"batch {b}": rho[b] for b in sorted(rho)}
-        y, look = "rho: FullFT's updates / LoRA's", {"ticks": None, "log_y": True}
-        one = {"full fine-tuning": 1.0}
-        panels.append(base.panel_over("updates", f"rank {rank}", y, lines, lines=one, **look))
-    regrets: dict[int, dict[float, Estimate]] = {}
-    for batch, g in each:
-        regrets.setdefault(g.rank, {})[batch] = g.percent()
+    equal_examples = base.Section.of("At equal examples", head, rows, text)
     lines = {f"rank {r}": regrets[r] for r in sorted(regrets)}
     title, y = f"after {examples:,} examples", "regret, % of full fine-tuning's gain"
     band = (0.0, 100 * ALLOWED)
     panels.append(base.panel_over("batch size (sequences)", title, y, lines, band=band))
     caption = "step efficiency over updates by batch, and regret over the batch"
     figure = base.Section("Batch size", figure="batch.png", panels=panels, caption=caption)
-    return [*out, figure]
+    measures = {
+        "batch_effect": c.effects,
+        "batch_effect_at_equal_examples": c.effects_at_equal_examples,
+        "regrets": measured,
+    }
+    return measures, [equal_updates, equal_examples, figure]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)
+QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=base.TASK)

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -108,52 +107,38 @@ class Facts(base.Condition):
 
     loads: list[Load]
 
-    @cached_property
+    @property
     def of_lora(self) -> list[Load]:
         return [c for c in self.loads if c.method == "lora"]
 
     @property
-    def unseen(self) -> list[float]:
-        """Bits per fact known of unseen facts, over all loads and seeds."""
-        return [b for c in self.loads for b in c.unseen]
-
-    @property
     def seeds(self) -> int:
         return min((len(c.bits) for c in self.of_lora), default=0)
-
-    def gates_on_task(self) -> list[Gate]:
-        """Return a gate unless full fine-tuning is there and can store the facts."""
-        stored = [c.share for c in self.loads if c.method == "fullft"]
-        if not stored:
-            return base.missing("fullft to certify the task")
-        if max(stored) >= PLAUSIBLE:
-            return []
-        share = f"{max(stored):.0%} of the bits, {PLAUSIBLE:.0%} needed"
-        return [Gate(GateCode.TASK, f"full fine-tuning stores {share}")]
 
     @property
     def at_100(self) -> list[Load]:
         """LoRA's loads with about 100 exposures of each fact."""
         return [v for v in self.of_lora if 70 <= v.exposures <= 140]
 
-    def gates_on_runs(self, loads: Sequence[Load]) -> list[Gate]:
-        """List the gates of the load with the most bits per parameter: few seeds, or an edge."""
-        if not loads:
-            return []
+    def gates(self, loads: Sequence[Load], grown: bool = False) -> list[Gate]:
+        """List the gates of the load with the most bits per parameter, and of the task.
+
+        `grown`: also whether more exposures would store more bits.
+        """
+        stored = [c.share for c in self.loads if c.method == "fullft"]
+        gates = [] if stored else base.missing("fullft to certify the task")
+        if stored and max(stored) < PLAUSIBLE:
+            share = f"{max(stored):.0%} of the bits, {PLAUSIBLE:.0%} needed"
+            gates.append(Gate(GateCode.TASK, f"full fine-tuning stores {share}"))
         best = _fullest(loads)
-        gates, place = [], f"{best.facts} facts x {best.exposures:.0f}: "
+        place = f"{best.facts} facts x {best.exposures:.0f}: "
         if len(best.bits) < MIN_SEEDS:
             gates.append(Gate(GateCode.FEW_SEEDS, len(best.bits), place))
         if best.at_edge:
             gates.append(Gate(GateCode.FLAGGED, place=place, flags=("at_edge",)))
-        return gates
-
-    def gates_on_most(self) -> list[Gate]:
-        """List the gates on the most bits per parameter, among them whether they still grow."""
-        best, gates = _fullest(self.of_lora), self.gates_on_runs(self.of_lora)
-        same = (c for c in self.of_lora if c.facts == best.facts)
+        same = (c for c in loads if c.facts == best.facts)
         fewer = (c for c in same if c.exposures < best.exposures)
-        if before := max(fewer, key=lambda c: c.exposures, default=None):
+        if grown and (before := max(fewer, key=lambda c: c.exposures, default=None)):
             gain = 1 - np.mean(before.bits) / np.mean(best.bits)
             if gain > CONVERGED:
                 why = f"exposures still add {gain:.0%} to {before.exposures:.0f}"
@@ -187,38 +172,32 @@ def conditions(table: pd.DataFrame) -> list[Facts]:
 
 
 ESTIMANDS = [
-    base.Estimand[Facts](
+    base.Estimand(
         "bits_per_parameter",
         lambda c: most(c.of_lora),
-        lambda c: c.gates_on_task() + c.gates_on_most(),
+        lambda c: c.gates(c.of_lora, grown=True),
         absent="lora",
         log=True,
     ),
-    base.Estimand[Facts](
+    base.Estimand(
         "bits_at_100",
         lambda c: most(c.at_100),
-        lambda c: c.gates_on_task() + c.gates_on_runs(c.at_100),
+        lambda c: c.gates(c.at_100),
         absent="about 100 exposures",
         log=True,
     ),
-    base.Estimand[Facts](
+    base.Estimand(
         "unseen_bits",
-        lambda c: exactly(max(c.unseen), len(c.unseen)) if c.unseen else None,
+        lambda c: (
+            exactly(max(u), len(u)) if (u := [b for v in c.loads for b in v.unseen]) else None
+        ),
         absent="unseen facts",
     ),
 ]
 
 
-def measures(found: Sequence[Facts], asked: base.Asked) -> dict[str, Any]:
-    """Return the bits stored at every load."""
-    (c,) = found
-    fields = ("method", "facts", "exposures", "lr", "bits", "parameters")
-    return {"cells": [{k: getattr(v, k) for k in fields} for v in c.loads]}
-
-
-def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
+def report(asked: base.Asked, c: Facts) -> tuple[dict[str, Any], list[base.Section]]:
     """Return the bits stored at every load, and their figure."""
-    (c,) = found
     rows: list[list[Any]] = []
     for v in c.loads:
         lr = rate(v.lr) + (" (edge)" if v.at_edge else "")
@@ -226,20 +205,15 @@ def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
         stored = [from_sample(v.bits), f"{v.share:.0%}", per_parameter, unseen]
         rows.append([v.method, v.facts, v.load, v.exposures, lr, *stored])
 
-    def line(mine: list[Load]) -> dict[float, Estimate]:
-        found = {}
-        for v in sorted(mine, key=lambda v: v.load):
-            # At an edge of the LRs tried, an LR beyond the edge may store more bits.
-            flags = (AT_LEAST,) if v.at_edge else ()
-            found[v.load] = from_sample([b / v.parameters for b in v.bits], flags=flags)
-        return found
-
-    by_load = {}
-    for e in sorted({round(v.exposures, -1) for v in c.of_lora}):
-        mine = [v for v in c.of_lora if round(v.exposures, -1) == e]
-        by_load[f"{e:g} exposures"] = line(mine)
+    by_load: dict[str, dict[float, Estimate]] = {}
+    for v in sorted(c.of_lora, key=lambda v: (round(v.exposures, -1), v.load)):
+        # At an edge of the LRs tried, an LR beyond the edge may store more bits.
+        flags = (AT_LEAST,) if v.at_edge else ()
+        e = from_sample([b / v.parameters for b in v.bits], flags=flags)
+        by_load.setdefault(f"{round(v.exposures, -1):g} exposures", {})[v.load] = e
+    margins = {v["estimand"]: tuple(v["margin"]) for v in asked["claims"].values()}
     look: dict[str, Any] = {"lines": {"2 bits": 2.0}, "ticks": None, "y_range": (-0.3, 2.9)}
-    y, look["band"] = "bits stored / effective parameter", asked.margin("bits_per_parameter")
+    y, look["band"] = "bits stored / effective parameter", margins.get("bits_per_parameter")
     load = "bits to store / (2 bits x parameters)"
     panels = [base.panel_over(load, "by load", y, by_load, **look)]
     head = (
@@ -254,7 +228,10 @@ def sections(found: Sequence[Facts], asked: base.Asked) -> list[base.Section]:
         "exposures take few updates.",
     ]
     caption = "bits stored per parameter, over load"
-    return [base.Section.of("Loads", head, rows, text, "capacity.png", panels, caption)]
+    fields = ("method", "facts", "exposures", "lr", "bits", "parameters")
+    cells = [{k: getattr(v, k) for k in fields} for v in c.loads]
+    loads = base.Section.of("Loads", head, rows, text, "capacity.png", panels, caption)
+    return {"cells": cells}, [loads]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=("model",))
+QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",))

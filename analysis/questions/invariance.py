@@ -12,14 +12,13 @@ eps must scale with them: one eps can do so only if p = q.
 
 import itertools
 import math
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, exactly, number, signed, with_interval
+from analysis.inference.estimate import Estimate, exactly, with_interval
 from analysis.measures.at_best import AtBest, losses_at_best, over_seeds
 from analysis.measures.ratio import lr_drift
 from analysis.optimum.fit import Optimum
@@ -123,15 +122,8 @@ class Settings(base.Condition):
     @cached_property
     def start_difference(self) -> AtBest[float]:
         """The loss with B random minus that with A random, in nats, by seed."""
-        if self.starts is None:
-            return AtBest({})
         with_a, with_b = losses_at_best(self.starts)
         return with_b.minus(with_a)
-
-    @cached_property
-    def start_gap(self) -> Estimate | None:
-        """The loss with B random minus that with A random, in nats."""
-        return over_seeds(self.start_difference) if self.starts else None
 
 
 def conditions(table: pd.DataFrame) -> list[Settings]:
@@ -141,7 +133,7 @@ def conditions(table: pd.DataFrame) -> list[Settings]:
     return [Settings(f"{table['model'].iloc[0]} on {table['dataset'].iloc[0]}", table, optima)]
 
 
-def _drift(name: str, rule: str) -> base.Estimand[Settings]:
+def _drift(name: str, rule: str) -> base.Estimand:
     """Declare the drift of the optimal LR over the rank, under a scaling rule."""
     return base.Estimand(
         name,
@@ -152,12 +144,12 @@ def _drift(name: str, rule: str) -> base.Estimand[Settings]:
 
 
 ESTIMANDS = [
-    base.Estimand[Settings](
+    base.Estimand(
         "twin_difference",
         lambda c: exactly(float(np.max(held)), len(held)) if (held := c.twins.held) else None,
         absent="twins",
     ),
-    base.Estimand[Settings](
+    base.Estimand(
         "broken_difference",
         lambda c: exactly(min(by.values()), len(by)) if (by := c.twins.broken) else None,
         absent="broken twins",
@@ -165,49 +157,32 @@ ESTIMANDS = [
     _drift("drift_alpha_over_rank", "rank"),
     _drift("drift_alpha_over_root", "sqrt_rank"),
     _drift("drift_alpha", "none"),
-    base.Estimand[Settings](
+    base.Estimand(
         "start_b_gap",
-        lambda c: c.start_gap,
-        lambda c: base.gates_on(c.starts or ()) + base.gates_on_pairs(c.start_difference),
+        lambda c: over_seeds(c.start_difference) if c.starts else None,
+        lambda c: base.gates_on(c.starts) + base.gates_on_pairs(c.start_difference),
         absent="start=b",
     ),
 ]
 
 
-def measures(found: Sequence[Settings], asked: base.Asked) -> dict[str, Any]:
-    """Return the drifts of the optimal LR by scaling rule."""
-    return {"drifts": found[0].drifts}
-
-
-def sections(found: Sequence[Settings], asked: base.Asked) -> list[base.Section]:
-    """Return the sections on twins, on scaling rules, and on a start with B random."""
-    (c,) = found
+def report(asked: base.Asked, c: Settings) -> tuple[dict[str, Any], list[base.Section]]:
+    """Return the drifts of the optimal LR by scaling rule, and the sections on twins and rules."""
     text = (
         "Largest difference of the held-out NLL at any step. If p = q, a single eps scaled by 1/p "
         "keeps the symmetry."
     )
     head = "one | other | symmetry broken by | should be | largest difference (nats)"
     twins = base.Section.of("Twins", head, c.twins.rows, [text])
-    rows = [
-        [RULES[r], base.rank_of(o), base.best_lr(o), number(o.best_nll, 5)]
-        for r, of_rule in c.rules.items()
-        for o in of_rule
-    ]
     slopes = [
         f"Slope of ln(best LR) per doubling of the rank under {RULES[r]}: {with_interval(e)}."
         for r, e in c.drifts.items()
     ]
     lrs = {RULES[r]: {base.rank_of(o): o.best_lr for o in v} for r, v in c.rules.items()}
     panel = base.panel_over("rank", "optimal LR by rank", "best LoRA LR", lrs, log_y=True)
-    head = "scaling | rank | best LR [95%] | best NLL"
     figure = ("rules.png", [panel], "optimal LR by rank and scaling rule")
-    rules = base.Section.of("Scaling rules", head, rows, slopes, *figure)
-    rows = []
-    if c.starts is not None and c.start_gap is not None:
-        for name, o, gap in zip("AB", c.starts, ["-", with_interval(c.start_gap, signed)]):
-            rows.append([name, base.best_lr(o), number(o.best_nll, 5), gap])
-    head = "random | best LR [95%] | best NLL | gap [95%]"
-    return [twins, rules, base.Section.of("B random instead of A", head, rows)]
+    rules = base.Section.of("Scaling rules", "", [], slopes, *figure)
+    return {"drifts": c.drifts}, [twins, rules]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)
+QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=base.TASK)

@@ -23,12 +23,7 @@ from analysis.measures.qualify import stalled
 from analysis.measures.ratio import MIN_RANK, ratio_of
 from analysis.measures.regret import novelty_of
 from analysis.questions import base
-from analysis.runs.learning_curves import (
-    Points,
-    learning_curves,
-    starts_on_curve,
-    while_unsolved,
-)
+from analysis.runs.learning_curves import Points, learning_curves, starts_on_curve, while_unsolved
 from analysis.runs.lr_curves import runs_of
 
 
@@ -68,9 +63,9 @@ class Ranks(base.TwoArms):
 
     def gates_on(self, ranks: Sequence[int]) -> list[Gate]:
         """List the gates on these ranks' speeds."""
-        ends = [self.points[r].best for r in (0, self.top)]
-        optima = [self.by_rank[r] for r in ranks]
-        return base.gates_on_speed(optima) + stalled(self.pair(), ends)
+        ends = [0, self.top]
+        both = [self.by_rank[r] for r in ends], [self.points[r].best for r in ends]
+        return base.gates_on_speed([self.by_rank[r] for r in ranks]) + stalled(*both)
 
     @cached_property
     def in_regime(self) -> bool:
@@ -86,15 +81,10 @@ class Ranks(base.TwoArms):
         return gates
 
     @cached_property
-    def start_nll(self) -> float:
-        """Full fine-tuning's mean loss before training, on the rows of the learning curves."""
-        runs = runs_of(self.runs, self.full.curve)
-        return float(starts_on_curve(runs, learning_curves(runs)).mean())
-
-    @cached_property
     def departures(self) -> dict[int, AtBest[speed.Departure]]:
         """The step from which each rank is behind, by seed."""
-        start = self.start_nll
+        runs = runs_of(self.runs, self.full.curve)
+        start = float(starts_on_curve(runs, learning_curves(runs)).mean())  # before training
         return {
             r: self.points[r].paired(self.points[0], lambda a, b: speed.departure(a, b, start))
             for r in self.lora
@@ -115,13 +105,6 @@ class Ranks(base.TwoArms):
         """How long all ranks learn equally; None unless two ranks have several draws of A."""
         return speed.start_of(self.every, self.top)
 
-    @property
-    def common_lr(self) -> str:
-        """The learning rate at which all ranks were run with several draws of A, in words."""
-        again = (self.every["method"] == "lora") & (self.every["init_seed"].fillna(0) > 0)
-        lrs = sorted(self.every.loc[again, "lr"].unique())
-        return f"all ranks at {' and '.join(map(rate, lrs))}" if lrs else ""
-
 
 def conditions(table: pd.DataFrame) -> list[Ranks]:
     """Return the one condition of a model and data set."""
@@ -131,7 +114,7 @@ def conditions(table: pd.DataFrame) -> list[Ranks]:
     return [Ranks(optima[0].curve.group, runs, optima, note, table)]
 
 
-def _slope_where(name: str, in_regime: bool) -> base.Estimand[Ranks]:
+def _slope_where(name: str, in_regime: bool) -> base.Estimand:
     """Declare the slope in or beyond the regime; on other data it has the gate NO_CELL."""
     return base.Estimand(
         name,
@@ -141,7 +124,7 @@ def _slope_where(name: str, in_regime: bool) -> base.Estimand[Ranks]:
     )
 
 
-def _at_start(name: str, value: str) -> base.Estimand[Ranks]:
+def _at_start(name: str, value: str) -> base.Estimand:
     def gates(c: Ranks) -> list[Gate]:
         if c.start is None or c.start.first.spread is None:
             return []
@@ -156,20 +139,20 @@ def _at_start(name: str, value: str) -> base.Estimand[Ranks]:
         lambda c: getattr(c.start, value) if c.start else None,
         gates,
         absent="redraws of A at two ranks",
-        read=lambda c: c.common_lr,
+        read=lambda c: f"all ranks at {rate(c.start.lr)}" if c.start else "",
     )
 
 
 ESTIMANDS = [
     _slope_where("rho_slope_in_regime", True),
     _slope_where("rho_slope_beyond", False),
-    base.Estimand[Ranks](
+    base.Estimand(
         "departure_slope",
         lambda c: speed.slope_of(c.departures),
         lambda c: c.gates_on(list(c.by_rank)) + c.unresolved(),
         read=lambda c: f"to update {c.last}",
     ),
-    base.Estimand[Ranks](
+    base.Estimand(
         "rho_top_rank",
         lambda c: c.rho[c.top],
         lambda c: c.gates_on([0, c.top]),
@@ -180,14 +163,14 @@ ESTIMANDS = [
     _at_start("identical_steps", "first"),
     base.LR_DRIFT,
     _at_start("difference_growth", "growth"),
-    base.Estimand[Ranks](
+    base.Estimand(
         "rate_over_rank_1",
         lambda c: ratio_of(c.high, c.lora[1]) if 1 in c.lora and c.high else None,
         lambda c: base.gates_on([c.lora[1], *c.high]),
         absent=f"rank 1, or of ranks from {MIN_RANK} up",
         log=True,
     ),
-    base.Estimand[Ranks](
+    base.Estimand(
         "straightness",
         lambda c: speed.least_straight(c.points[0], c.points[c.top]),
         lambda c: c.gates_on([0, c.top]),
@@ -200,25 +183,15 @@ ESTIMANDS = [
 ]
 
 
-def measures(found: Sequence[Ranks], asked: base.Asked) -> dict[str, Any]:
-    """Return the steps from which ranks are behind, by rank and seed."""
-    left = found[0].departures
-    steps = {r: [None if v.never else v.high for v in d.best.values()] for r, d in left.items()}
-    return {"departures": steps}
+def report(asked: base.Asked, c: Ranks) -> tuple[dict[str, Any], list[base.Section]]:
+    """Return the steps from which ranks are behind, and the start of learning."""
 
+    def shown(d: speed.Departure) -> str:
+        """Format the step from which a curve is behind, or the bound on it."""
+        return f"> {number(d.low)}" if d.never else "< " * d.at_once + number(d.high)
 
-def _shown(d: speed.Departure) -> str:
-    """Format the step from which a curve is behind, or the bound on it."""
-    if d.never:
-        return f"> {number(d.low)}"
-    return f"< {number(d.high)}" if d.at_once else number(d.high)
-
-
-def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
-    """Return the sections on falling behind and on the start of learning."""
-    (c,) = found
-    rows = [
-        [rank, ", ".join(map(_shown, by_seed.best.values())), c.rho[rank]]
+    rows: list[list[Any]] = [
+        [rank, ", ".join(map(shown, by_seed.best.values())), c.rho[rank]]
         for rank, by_seed in c.departures.items()
     ]
     every = [d for by_seed in c.departures.values() for d in by_seed.best.values()]
@@ -235,30 +208,25 @@ def sections(found: Sequence[Ranks], asked: base.Asked) -> list[base.Section]:
     ]
     single = []
     for r, o in c.by_rank.items():
-        curves = [dict(p) for p in c.points[r].best.values()]
-        steps = sorted({s for curve in curves for s in curve})
-        mean = [float(np.mean([v[s] for v in curves if s in v])) for s in steps]
-        single.append(base.Series(o.curve.name, steps, mean))
+        curves = pd.DataFrame([dict(p) for p in c.points[r].best.values()])
+        mean = curves.mean().sort_index()
+        single.append(base.Series(o.curve.name, mean.index.tolist(), mean.tolist()))
     title, y = "runs at the optimal LR, mean over seeds", "held-out NLL (nats per token)"
     panels = [base.Panel(title, "updates", y, single, log_x=True)]
     head = "rank | behind from step, by seed | rho [95%]"
     figure = ("departures.png", panels, "learning curves by rank, at the optimal LR")
-    return [base.Section.of("Falling behind", head, rows, text, *figure), _start(c.start)]
-
-
-def _start(start: speed.Start | None) -> base.Section:
+    behind = base.Section.of("Falling behind", head, rows, text, *figure)
     rows = [
-        [
-            r.rank,
-            "never" if math.isinf(r.leaves) else r.leaves,
-            signed(float(r.difference[0])),
-            signed(float(r.band[0])),
-        ]
-        for r in (start.ranks if start else ())
+        [r.rank, "never" if math.isinf(r.leaves) else r.leaves]
+        + [signed(float(v[0])) for v in (r.difference, r.band)]
+        for r in (c.start.ranks if c.start else ())
     ]
     head = "rank | leaves the band at step | difference at the first step (nats) | band there"
-    text = f"Ranks against redraws of A, at one learning rate ({start.lr:g})." if start else ""
-    return base.Section.of("The start", head, rows, [text])
+    lr = f"Ranks against redraws of A, at one learning rate ({c.start.lr:g})." if c.start else ""
+    steps = {
+        r: [None if v.never else v.high for v in d.best.values()] for r, d in c.departures.items()
+    }
+    return {"departures": steps}, [behind, base.Section.of("The start", head, rows, [lr])]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=base.TASK)
+QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=base.TASK)

@@ -5,7 +5,6 @@ optimum, as a share of tuned LoRA's gain over the base model. Losses are paired 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,7 +31,6 @@ RECIPES = {
 """Estimand -> name in the figure."""
 STEPS = 200
 """Number of LRs of full fine-tuning among which equal learning with LoRA is searched for."""
-LOSSES = ("test", "after", "before")
 Losses = dict[str, float]
 """Losses in nats: `test` on the new task; `before` and `after` fine-tuning on the pretraining task;
 `lost` is the increase of the latter."""
@@ -48,9 +46,7 @@ class Recipes(base.Condition):
 
     @property
     def missing(self) -> str:
-        if self.full is None:
-            return "fullft"
-        return "lora, tuned" if self.tuned is None else ""
+        return "fullft" if self.full is None else "" if self.tuned else "lora, tuned"
 
     @property
     def rests(self) -> list[Optimum]:
@@ -98,8 +94,6 @@ class Recipes(base.Condition):
             arms, lambda _, losses: losses.paired(reference, lambda a, b: (a - b) / gain)
         )
 
-    # ---- few rows
-
     @property
     def few_ends(self) -> list[Optimum]:
         """The lowest and the highest rank on few rows; empty with fewer than two ranks."""
@@ -130,9 +124,8 @@ class Recipes(base.Condition):
         """Return the increase of the loss on the pretraining task at a curve's optimum."""
         return self.retained[id(o)].map(lambda v: v["lost"])
 
-    @cached_property
     def retention(self) -> Estimate | None:
-        """Tuned LoRA's increase of the loss on the pretraining task over full fine-tuning's."""
+        """Return tuned LoRA's loss on the pretraining task over full fine-tuning's (`lost`)."""
         if not self.is_retained:
             return None
         tuned, full = self.lost(self.tuned), self.lost(self.full)
@@ -140,24 +133,53 @@ class Recipes(base.Condition):
 
     @cached_property
     def equal(self) -> at_best.AtBest[Losses]:
-        """Losses of full fine-tuning at the LR at which it has learned as much as tuned LoRA."""
-        return at_equal_learning(self.runs, self.full, self.tuned)
+        """Losses of full fine-tuning where it has learned as much as tuned LoRA, by seed.
 
-    @cached_property
+        The LR is the lowest one, up to full fine-tuning's optimum, with tuned LoRA's loss on the
+        new task. Seeds without such an LR are left out. A draw is left out if it has other seeds
+        than the optimum: the mean would be over seeds selected by their losses.
+        """
+        (runs,) = at_best.values_at_best(self.runs, [self.tuned], losses_of)
+        full_lr = self.full.best_lr.value
+        if full_lr is None:
+            return at_best.AtBest({})
+        paths: dict[int, dict[float, Losses]] = {s: {} for s in runs.best}
+        mine = runs_of(self.runs[self.runs["status"] == "done"], self.full.curve)
+        for _, row in mine.sort_values("lr").iterrows():
+            if row["seed"] in paths and (losses := losses_of(row)):
+                paths[row["seed"]][math.log(row["lr"])] = losses
+
+        def where_equal(by_lr: dict[float, Losses], mine: Losses) -> Losses:
+            """Return the losses at that LR, interpolated in ln(lr); empty if there is none."""
+            heights = {x: v["test"] for x, v in by_lr.items()}
+            before: Losses = {}
+            for x in np.linspace(min(by_lr), math.log(full_lr), STEPS):
+                here = at_best.mixed(by_lr, at_best.weights(list(by_lr), float(x), heights))
+                if here["test"] <= mine["test"]:
+                    return {**here, "lr": math.exp(x), "lora": mine["lost"]} if before else {}
+                before = here
+            return {}
+
+        def equal(by_seed: dict[int, Losses]) -> dict[int, Losses]:
+            found = {s: where_equal(paths[s], v) for s, v in by_seed.items() if paths.get(s)}
+            return {s: v for s, v in found.items() if v}
+
+        best = equal(runs.best)
+        draws = (w if w.keys() == best.keys() else {} for w in map(equal, runs.draws))
+        return at_best.AtBest(best, tuple(draws))
+
     def retention_equal(self) -> Estimate | None:
-        """Like `retention`, with full fine-tuning at the LR of `equal`."""
+        """Return as `retention`, with full fine-tuning at the LR of `equal`."""
         if not self.is_retained:
             return None
         return at_best.over_seeds(self.equal.map(lambda v: v["lora"] / v["lost"]))
 
     def gates_on_equal(self) -> list[Gate]:
-        """Return a gate if full fine-tuning learned as much as LoRA in too few seeds."""
+        """List the gates: too few seeds in which full fine-tuning learned as much as LoRA."""
         both = self.lost(self.tuned).best.keys() & self.lost(self.full).best.keys()
         needed, n = max(len(both), MIN_SEEDS), len(self.equal.best)
-        return [] if n >= needed else [Gate(GateCode.FEW_SEEDS_AS_GOOD, f"{n} of {needed}")]
-
-
-# ---------------------------------------------------------------- forgetting
+        few = [] if n >= needed else [Gate(GateCode.FEW_SEEDS_AS_GOOD, f"{n} of {needed}")]
+        return base.gates_on(self.rests) + few
 
 
 def losses_of(row: pd.Series) -> Losses:
@@ -168,106 +190,51 @@ def losses_of(row: pd.Series) -> Losses:
     return {"test": test, "after": after, "before": before, "lost": after - before}
 
 
-def frontier(table: pd.DataFrame, o: Optimum, seed: int | None = None) -> dict[float, Losses]:
-    """Return finished runs' losses by rising LR, of one seed or as means over all seeds."""
-    found: dict[float, list[Losses]] = {}
-    for _, row in runs_of(table[table["status"] == "done"], o.curve).iterrows():
-        if seed in (None, row["seed"]) and (losses := losses_of(row)):
-            found.setdefault(float(row["lr"]), []).append(losses)
-    return {
-        lr: {k: float(np.mean([v[k] for v in found[lr]])) for k in found[lr][0]}
-        for lr in sorted(found)
-    }
-
-
-def at_equal_learning(table: pd.DataFrame, full: Optimum, tuned: Optimum) -> at_best.AtBest[Losses]:
-    """Return full fine-tuning's losses where it has learned as much as tuned LoRA, by seed.
-
-    The LR is the lowest one, up to full fine-tuning's optimum, with tuned LoRA's loss on the new
-    task. Seeds without such an LR are left out. A draw is left out if it has other seeds than the
-    optimum: the mean would be over seeds selected by their losses.
-    """
-    (runs,) = at_best.values_at_best(table, [tuned], losses_of)
-    paths = {s: frontier(table, full, s) for s in runs.best}
-    full_lr = full.best_lr.value
-    if full_lr is None:
-        return at_best.AtBest({})
-
-    def where_equal(path: dict[float, Losses], mine: Losses) -> Losses:
-        """Return the losses at that LR, interpolated in ln(lr); empty if there is none."""
-        by_lr = {math.log(lr): v for lr, v in path.items()}
-        heights = {x: v["test"] for x, v in by_lr.items()}
-        before: Losses = {}
-        for x in np.linspace(min(by_lr), math.log(full_lr), STEPS):
-            here = at_best.mixed(by_lr, at_best.weights(list(by_lr), float(x), heights))
-            if here["test"] <= mine["test"]:
-                return {**here, "lr": math.exp(x), "lora": mine["lost"]} if before else {}
-            before = here
-        return {}
-
-    def equal(by_seed: dict[int, Losses]) -> dict[int, Losses]:
-        found = {s: where_equal(paths[s], v) for s, v in by_seed.items() if paths.get(s)}
-        return {s: v for s, v in found.items() if v}
-
-    best = equal(runs.best)
-    draws = (w if w.keys() == best.keys() else {} for w in map(equal, runs.draws))
-    return at_best.AtBest(best, tuple(draws))
-
-
 def conditions(table: pd.DataFrame) -> list[Recipes]:
     """Return the one condition of a model, on the data set with the most arms."""
-    arms = table.groupby("dataset").apply(
-        lambda p: p[["method", "layers", "alpha", "schedule"]].drop_duplicates().shape[0]
-    )
-    main = str(arms.idxmax())
+    arms = table[["dataset", "method", "layers", "alpha", "schedule"]].drop_duplicates()
+    main = str(arms.groupby("dataset").size().idxmax())
     is_main = table["dataset"] == main
     optima = base.fit(table[is_main])
     few = [] if is_main.all() else base.fit(table[~is_main])
     return [Recipes(f"{table['model'].iloc[0]} on {main}", table, optima + few, optima, few)]
 
 
-def _cost(name: str) -> base.Estimand[Recipes]:
+def _cost(name: str) -> base.Estimand:
     """Declare the cost of a recipe."""
     return base.Estimand(
         name,
         lambda c: c.recipes[name].estimate,
         lambda c: base.gates_on(c.rests),
-        margin_gates=lambda c, margin: c.recipes[name].gates(margin[1]),
+        margin_gates=lambda c, high: c.recipes[name].gates(high),
     )
 
 
 PRETRAINING = "the pretraining task"
 ESTIMANDS = [
     *map(_cost, RECIPES),
-    base.Estimand[Recipes](
+    base.Estimand(
         "small_data_rank",
         Recipes.few_speed,
         lambda c: base.gates_on_speed(c.few_ends),
         absent="two ranks on few rows",
         log=True,
     ),
-    base.Estimand[Recipes](
-        "retention", lambda c: c.retention, lambda c: base.gates_on(c.rests), absent=PRETRAINING
+    base.Estimand(
+        "retention", Recipes.retention, lambda c: base.gates_on(c.rests), absent=PRETRAINING
     ),
-    base.Estimand[Recipes](
+    base.Estimand(
         "retention_equal",
-        lambda c: c.retention_equal,
-        lambda c: base.gates_on(c.rests) + c.gates_on_equal(),
+        Recipes.retention_equal,
+        Recipes.gates_on_equal,
         absent=PRETRAINING,
-        read=lambda c: f"{len(c.equal.best)} seed(s)" if c.is_retained else "0 seed(s)",
+        read=lambda c: f"{len(c.equal.best) if c.is_retained else 0} seed(s)",
     ),
 ]
 
 
-def measures(found: Sequence[Recipes], asked: base.Asked) -> dict[str, Any]:
-    """Return every estimand."""
-    (c,) = found
-    return {"shares": {e.name: e.measure(c) or base.UNKNOWN for e in ESTIMANDS}}
-
-
-def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
-    """Return the sections on the recipes' costs, on few rows, and on forgetting."""
-    (c,) = found
+def report(asked: base.Asked, c: Recipes) -> tuple[dict[str, Any], list[base.Section]]:
+    """Return every estimand, and the sections on the recipes' costs and on forgetting."""
     rows: list[list[Any]] = []
     for name, r in c.recipes.items():
         o, share, own, near = r.optimum, r.estimate, None, []
@@ -293,42 +260,29 @@ def sections(found: Sequence[Recipes], asked: base.Asked) -> list[base.Section]:
     shares = {RECIPES[k]: r.estimate for k, r in c.recipes.items()}
     title = "regret as a share of tuned LoRA's gain"
     panels = [base.panel_of(title, "share", shares, band=(-0.05, 0.05))]
-    figure = ("recipes.png", panels, "regret of recipes")
-    costs = base.Section.of("Recipes", head, rows, [text], *figure)
-    rows = [
-        [o.curve.name, base.best_lr(o), number(o.best_nll, 5), ", ".join(o.flags) or "-"]
-        for o in (c.few if c.few_ends else ())
-    ]
-    head = "curve | best LR [95%] | best NLL | flags"
-    return [costs, base.Section.of("Few rows, many epochs", head, rows), _forgotten(c)]
-
-
-def _forgotten(c: Recipes) -> base.Section:
-    title = "What is forgotten"
-    if not c.is_retained:
-        return base.Section(title)
-    rows: list[list[Any]] = []
-    pooled = at_best.pooled_over(c.lost(o) for o in c.main)
-    for o, name in zip(c.main, full_names([o.curve for o in c.main])):
-        runs = c.retained[id(o)].best.values()
-        if not runs:
-            continue
-        mean = {k: float(np.mean([v[k] for v in runs])) for k in LOSSES}
-        forgotten = at_best.over_seeds(c.lost(o), pooled)
-        losses = [number(mean[k], 4) for k in LOSSES]
-        rows.append([name, rate(o.best_lr.value), *losses, forgotten])
-    for seed, v in c.equal.best.items():
+    costs = base.Section.of(
+        "Recipes", head, rows, [text], "recipes.png", panels, "regret of recipes"
+    )
+    rows, at = [], ("test", "after", "before")
+    pooled = at_best.pooled_over(c.lost(o) for o in c.main) if c.is_retained else None
+    names = full_names([o.curve for o in c.main])
+    for o, name in zip(c.main, names) if c.is_retained else ():
+        if runs := c.retained[id(o)].best.values():
+            losses = [number(float(np.mean([v[k] for v in runs])), 4) for k in at]
+            forgotten = at_best.over_seeds(c.lost(o), pooled)
+            rows.append([name, rate(o.best_lr.value), *losses, forgotten])
+    for seed, v in c.equal.best.items() if c.is_retained else ():
         name = (
             "full fine-tuning at the lower LR at which it has learned as much as tuned LoRA: seed "
             f"{seed}, for which LoRA forgot {number(v['lora'])}"
         )
-        losses = [number(v[k], 4) for k in LOSSES]
-        rows.append([name, rate(v["lr"]), *losses, v["lost"]])
+        rows.append([name, rate(v["lr"]), *(number(v[k], 4) for k in at), v["lost"]])
     head = (
         "curve | at LR | test NLL on the new task | NLL on the pretraining task | before | "
         "forgotten (nats) [95%]"
     )
-    return base.Section.of(title, head, rows)
+    measures = {e.name: e.measure(c) or base.UNKNOWN for e in ESTIMANDS}
+    return {"shares": measures}, [costs, base.Section.of("What is forgotten", head, rows)]
 
 
-QUESTION = base.Question(ESTIMANDS, conditions, measures, sections, split_by=("model",))
+QUESTION = base.Question(ESTIMANDS, conditions, report, split_by=("model",))

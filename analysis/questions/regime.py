@@ -55,22 +55,14 @@ class Data(base.Condition):
     bits: dict[str, float]
     """Way to count (`regret.COUNTS`) -> bits of the data set; unknown counts are left out."""
 
-    @property
-    def model(self) -> str:
-        return str(self.runs["model"].iloc[0])
-
-    @property
-    def steps(self) -> int:
-        return int(self.runs["steps"].iloc[0])
-
-    @property
-    def batch_size(self) -> int:
-        return int(self.runs["batch_size"].iloc[0])
+    def of(self, column: str) -> Any:
+        """Return the value of a column that all runs share."""
+        return self.runs[column].iloc[0]
 
     @property
     def wanted(self) -> float:
         """An eighth of the hidden size."""
-        return int(self.runs["hidden_size"].iloc[0]) / EIGHTH
+        return int(self.of("hidden_size")) / EIGHTH
 
     @property
     def eighth(self) -> int:
@@ -108,14 +100,14 @@ class Data(base.Condition):
     @property
     def fitting(self) -> int | None:
         """The smallest rank with a load of at most FITTING, by the generator's bits; or None."""
-        ranks = [r for r, g in self.last.items() if g.load is not None and g.load <= FITTING]
-        return min(ranks, default=None)
+        return min(
+            (r for r, g in self.last.items() if (g.load or math.inf) <= FITTING), default=None
+        )
 
     @property
     def overfull(self) -> int | None:
         """The largest rank with a load above 1, by the generator's bits; or None."""
-        ranks = [r for r, g in self.last.items() if g.load is not None and g.load > 1]
-        return max(ranks, default=None)
+        return max((r for r, g in self.last.items() if (g.load or 0) > 1), default=None)
 
     @functools.cached_property
     def over_updates(self) -> dict[int, dict[int, Estimate]]:
@@ -124,22 +116,20 @@ class Data(base.Condition):
         All gaps are on the same held-out rows. Empty where `first` is.
         """
         found: dict[int, dict[int, Estimate]] = {r: {} for r in self.first}
-        same = on_curve_rows(self.runs)
-        doubled = [FIRST // 2 * 2**k for k in range((2 * self.steps // FIRST).bit_length())]
-        for step in sorted({*doubled, self.steps}) if found else ():
+        same, steps = on_curve_rows(self.runs), int(self.of("steps"))
+        doubled = [FIRST // 2 * 2**k for k in range((2 * steps // FIRST).bit_length())]
+        for step in sorted({*doubled, steps}) if found else ():
             part = at_step(same, step)
             for r, g in (_by_rank(part, base.fit(part)) if len(part) else {}).items():
                 if r in found and (e := g.mean()).has_interval():
                     found[r][step] = e
         return found
 
-    @functools.cached_property
+    @property
     def growing(self) -> tuple[regret.Gap, regret.Gap] | None:
         """The smallest rank's gap after FIRST and after all updates, on the same rows."""
-        smallest = min(self.last)
-        if smallest not in self.first:
-            return None
-        return self.first[smallest], self.last_on_first_rows[smallest]
+        r = min(self.last)
+        return (self.first[r], self.last_on_first_rows[r]) if r in self.first else None
 
     @functools.cached_property
     def growths(self) -> dict[int, Estimate]:
@@ -147,11 +137,6 @@ class Data(base.Condition):
         low, high = GROWING
         ranks = [r for r in self.last if r in self.first and low <= r <= high]
         return {r: regret.growth(self.first[r], self.last_on_first_rows[r]) for r in ranks}
-
-    def gates_on_growths(self) -> list[Gate]:
-        """List the gates on `growths`."""
-        gaps = [each[r] for r in self.growths for each in (self.first, self.last_on_first_rows)]
-        return list(dict.fromkeys(gate for g in gaps for gate in base.gates_on_gap(g)))
 
     @functools.cached_property
     def ranks(self) -> rank.Ranks:
@@ -170,12 +155,12 @@ class Data(base.Condition):
 
     @property
     def rests(self) -> list[Optimum]:
-        gap = self.gap
-        if not self.is_new:
-            return [gap.lora, gap.full]
-        used = [gap.lora, gap.full, *(c.lora for c in self.controls)]
-        used += [self.last[r].lora for r in (self.fitting, self.overfull) if r is not None]
-        return base.distinct([*used, *([self.growing[1].lora] if self.growing else [])])
+        used = [self.gap.lora, self.gap.full]
+        if self.is_new:
+            used += [c.lora for c in self.controls]
+            used += [self.last[r].lora for r in (self.fitting, self.overfull) if r is not None]
+            used += [self.growing[1].lora] if self.growing else []
+        return base.distinct(used)
 
     def gates_at_eighth(self) -> list[Gate]:
         gates = base.gates_on_gap(self.gap)
@@ -189,14 +174,14 @@ class Data(base.Condition):
     def rank_needed(self) -> Estimate:
         """The needed rank, over seeds. No value if it lies outside the ranks tried for any seed."""
         logs = regret.rank_needed_by_seed(_judged(self.last))
-        return base.mapped(over_seeds(logs), lambda v: 2**v) if is_finite(logs) else base.UNKNOWN
+        return _mapped(over_seeds(logs), lambda v: 2**v) if is_finite(logs) else base.UNKNOWN
 
     def load_needed(self, count: str) -> Estimate:
         """Return the load at the needed rank. The load is inversely proportional to the rank."""
         of_rank_1 = [r * loads[count] for r, loads in self.loads.items() if count in loads]
         if not of_rank_1:
             return base.UNKNOWN
-        return base.mapped(self.rank_needed, lambda v: float(np.mean(of_rank_1)) / v)
+        return _mapped(self.rank_needed, lambda v: float(np.mean(of_rank_1)) / v)
 
     @functools.cached_property
     def needed(self) -> regret.Needed:
@@ -209,6 +194,12 @@ class Data(base.Condition):
 def _judged(gaps: Gaps) -> Gaps:
     """Return the gaps without gates; gaps with gates say nothing about the needed rank."""
     return {r: g for r, g in gaps.items() if not base.gates_on_gap(g)}
+
+
+def _mapped(e: Estimate, f: Callable[[float], float]) -> Estimate:
+    """Apply a monotone f to an estimate's value and ends; the result has no draws."""
+    low, value, high = (None if v is None else f(v) for v in (e.low, e.value, e.high))
+    return Estimate(value, *((high, low) if f(1.0) > f(2.0) else (low, high)), e.n, e.flags)
 
 
 @dataclass(frozen=True)
@@ -236,7 +227,8 @@ class Base(base.Condition):
         for c in (c for c in self.data if c.first):
             gaps = (c.first, c.last_on_first_rows)
             first, last = (regret.rank_needed_by_seed(_judged(g)) for g in gaps)
-            changes.append(regret.change_of_needed(first, last, math.log2(c.steps / FIRST)))
+            doublings = math.log2(c.of("steps") / FIRST)
+            changes.append(regret.change_of_needed(first, last, doublings))
         known = [change for change in changes if change is not None]
         if not known:
             return None
@@ -247,29 +239,33 @@ class Base(base.Condition):
 def conditions(table: pd.DataFrame) -> list[Data | Base]:
     """Fit every data set of a table, sorted by base and load; then group them by base."""
     found = []
-    for _, part in table.groupby(["model", "dataset", "batch_size", "steps"], sort=False):
+    for (model, dataset, *_), part in table.groupby(
+        ["model", "dataset", "batch_size", "steps"], sort=False
+    ):
         runs = part.reset_index(drop=True)
         optima = base.fit(runs)
         last, first, again = _by_rank(runs, optima), {}, {}
-        constant = (runs["schedule"] == "constant").all()
-        longer = int(runs["steps"].iloc[0]) > FIRST
-        if longer and constant and len(early := at_step(runs, FIRST)):
+        longer = (runs["schedule"] == "constant").all() and int(runs["steps"].iloc[0]) > FIRST
+        if longer and len(early := at_step(runs, FIRST)):
             same = on_curve_rows(runs)
             first, again = _by_rank(early, base.fit(early)), _by_rank(same, base.fit(same))
         novelty = regret.novelty_of(json.loads(runs["spec"].iloc[0])["dataset"])
         bits = regret.bits_of(runs, next(iter(last.values())).full) if last else {}
-        new = novelty.name if novelty else runs["dataset"].iloc[0]
-        name = f"{runs['model'].iloc[0]}, {new}"
+        name = f"{model}, {novelty.name if novelty else dataset}"
         found.append(Data(name, runs, optima, novelty, last, first, again, bits))
     # Conditions that share a name, such as those that differ only in updates, get full titles.
     times = Counter(c.name for c in found)
     found = [c if times[c.name] == 1 else replace(c, name=title(c.optima[0].curve)) for c in found]
-    found.sort(key=lambda c: (c.model, max((g.load or 0.0 for g in c.last.values()), default=0.0)))
+
+    def place(c: Data) -> tuple[str, float]:
+        return c.of("model"), max((g.load or 0.0 for g in c.last.values()), default=0.0)
+
     bases: dict[str, list[Data]] = {}
-    for c in found:
+    for c in sorted(found, key=place):
         if c.is_new and c.last:
-            bases.setdefault(c.model, []).append(c)
-    return [*found, *(Base(f"{m}, all cells", table, [], mine) for m, mine in bases.items())]
+            bases.setdefault(c.of("model"), []).append(c)
+    joined = [Base(f"{m}, all cells", table, [], mine) for m, mine in bases.items()]
+    return [*sorted(found, key=place), *joined]
 
 
 def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
@@ -277,27 +273,23 @@ def _by_rank(runs: pd.DataFrame, optima: Sequence[Optimum]) -> Gaps:
     return {g.rank: g for g in regret.gaps_of(runs, optima)}
 
 
-def _on(
-    where: Callable[[Data], Any], name: str, measure: Any, gates: Any, **more: Any
-) -> base.Estimand[Any]:
+# ---------------------------------------------------------------- estimands
+
+
+def _on(where: Callable[[Data], Any], name: str, measure: Any, gates: Any, **more: Any) -> Any:
     """Declare an estimand on the data sets with both methods where a condition holds."""
 
     def applies(c: Data | Base) -> bool:
         return isinstance(c, Data) and not c.missing and bool(where(c))
 
-    return base.Estimand(name, measure, gates, applies=applies, **more)
+    return base.Estimand(name, measure, gates, **{"applies": applies, **more})
 
 
 def _regret(
-    where: Callable[[Data], Any], name: str, gap: Callable[[Data], regret.Gap], **more: Any
-) -> base.Estimand[Any]:
-    return _on(
-        where,
-        name,
-        lambda c: gap(c).over_allowed(),
-        lambda c: base.gates_on_gap(gap(c)),
-        **more,
-    )
+    where: Callable[[Data], Any], name: str, gap: Callable[[Data], Any], **more: Any
+) -> Any:
+    gates = more.pop("gates", lambda c: base.gates_on_gap(gap(c)))
+    return _on(where, name, lambda c: gap(c).over_allowed(), gates, **more)
 
 
 def _gates_apart(c: Data) -> list[Gate]:
@@ -313,19 +305,25 @@ def _gates_on_growth(c: Data) -> list[Gate]:
     return [*(gate for g in c.growing for gate in base.gates_on_gap(g)), *none]
 
 
+def _gates_on_growths(c: Data) -> list[Gate]:
+    gaps = [each[r] for r in c.growths for each in (c.first, c.last_on_first_rows)]
+    return list(dict.fromkeys(gate for g in gaps for gate in base.gates_on_gap(g)))
+
+
 ESTIMANDS = [
-    base.Estimand(
+    _regret(
+        lambda c: c.is_low,
         "over_allowed_low",
-        lambda c: c.gap.over_allowed(),
-        Data.gates_at_eighth,
+        lambda c: c.gap,
         applies=lambda c: isinstance(c, Data) and (bool(c.missing) or c.is_low),
+        gates=Data.gates_at_eighth,
         read=lambda c: f"rank of {1 / EIGHTH:g} of the width",
     ),
-    _on(
+    _regret(
         lambda c: c.is_new and not c.is_low,
         "over_allowed_beyond",
-        lambda c: c.gap.over_allowed(),
-        Data.gates_at_eighth,
+        lambda c: c.gap,
+        gates=Data.gates_at_eighth,
     ),
     _regret(lambda c: c.is_new and c.fitting, "over_allowed_fitting", lambda c: c.last[c.fitting]),
     _regret(
@@ -344,7 +342,7 @@ ESTIMANDS = [
         # All ranks must grow, so the one with the lowest end of its interval decides, or one
         # without an interval.
         lambda c: min(c.growths.values(), key=lambda e: -math.inf if e.low is None else e.low),
-        Data.gates_on_growths,
+        _gates_on_growths,
         read=lambda c: f"ranks {min(c.growths)} to {max(c.growths)}, update {FIRST} to the last",
     ),
     _on(
@@ -416,13 +414,20 @@ ESTIMANDS = [
 ]
 
 
-def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
-    """Return loads, gaps and regrets by condition and rank, at the level of the verdicts."""
+# ---------------------------------------------------------------- report
+
+LINEAR, LINEAR_NATS = 1.0, 0.01
+"""Below this percentage of the gain, or this gap in nats, an axis is linear, so that 0 and less can
+be drawn."""
+
+
+def report(asked: base.Asked, *found: Data) -> tuple[dict[str, Any], list[base.Section]]:
+    """Return regret, load, gap and its parts by condition and rank; the gap over updates."""
     cells = [
         {
             "cell": c.name,
-            "batch_size": c.batch_size,
-            "updates": c.steps,
+            "batch_size": int(c.of("batch_size")),
+            "updates": int(c.of("steps")),
             "bits": c.bits,
             "rank_interpolated": c.rank_needed,
             "loads_needed": {k: c.load_needed(k) for k in regret.COUNTS},
@@ -435,7 +440,7 @@ def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
                     "gain_nats": mean_of(g.gain) if g.gain.best else None,
                     "gap_nats": g.mean(),
                     "parts_nats": {k: mean_of(v) for k, v in c.parts_of_gap[r].items()},
-                    "regret_percent": at_level(g.percent(), asked.level),
+                    "regret_percent": at_level(g.percent(), base.level_of(asked)),
                     "gap_nats_first": c.first[r].mean() if r in c.first else None,
                 }
                 for r, g in c.last.items()
@@ -443,16 +448,6 @@ def measures(found: Sequence[Data], asked: base.Asked) -> dict[str, Any]:
         }
         for c in found
     ]
-    return {"cells": cells}
-
-
-LINEAR, LINEAR_NATS = 1.0, 0.01
-"""Below this percentage of the gain, or this gap in nats, an axis is linear, so that 0 and less can
-be drawn."""
-
-
-def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
-    """Return regret, load and the parts of the gap by rank; the gap over updates; controls."""
     out = [_over_rank(found), _over_updates(found)]
     rows = [
         [c.name, g.lora.curve.key["layers"], with_interval(g.mean(), signed)]
@@ -464,7 +459,8 @@ def sections(found: Sequence[Data], asked: base.Asked) -> list[base.Section]:
         "A control trains fully the matrices that LoRA adapts, and no other weights. Its regret is "
         "due to which matrices are trained, not to the rank."
     )
-    return [*out, base.Section.of("Controls", head, rows, [text])] if rows else out
+    out += [base.Section.of("Controls", head, rows, [text])] if rows else []
+    return {"cells": cells}, out
 
 
 def _over_rank(found: Sequence[Data]) -> base.Section:
@@ -486,7 +482,7 @@ def _over_rank(found: Sequence[Data]) -> base.Section:
             loads = [c.loads[r].get(count) for count in regret.COUNTS]
             row = [
                 c.name,
-                c.steps,
+                c.of("steps"),
                 r,
                 mean_of(g.gain),
                 regrets[r],
@@ -502,7 +498,7 @@ def _over_rank(found: Sequence[Data]) -> base.Section:
         # Where nothing is new there is hardly a gain to compare with.
         known = {r: e for r, e in regrets.items() if e.value is not None}
         if known and (c.novelty is None or not c.novelty.nothing):
-            lines[f"{c.name}, {c.steps} updates"] = known
+            lines[f"{c.name}, {c.of('steps')} updates"] = known
     lows = [e.low for line in lines.values() for e in line.values() if e.low is not None]
     panel = base.panel_over(
         "rank",
@@ -552,4 +548,4 @@ def _over_updates(found: Sequence[Data]) -> base.Section:
     return base.Section.of("Speed or capacity", head, rows, text, *figure)
 
 
-QUESTION = base.Question[Any](ESTIMANDS, conditions, measures, sections)
+QUESTION = base.Question(ESTIMANDS, conditions, report)

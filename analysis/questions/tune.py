@@ -6,7 +6,6 @@ reported or judged is on test rows. Without them, test rows do both.
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.inference.estimate import Estimate, number, rate, with_interval
+from analysis.inference.estimate import number, rate
 from analysis.measures import at_best
 from analysis.measures.regret import ALLOWED, Gap, gain_from, starts_of
 from analysis.optimum.fit import Optimum
@@ -24,8 +23,6 @@ from analysis.runs.lr_curves import runs_of
 
 KNOWN_PERCENT = 1.0
 """A learning rate is known if the regret of choosing it is below this share of the gain."""
-FULL = 0
-"""Key of full fine-tuning in `by_rank`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Arms(base.Condition):
 
     @property
     def missing(self) -> str:
-        return "fullft" if FULL not in self.by_rank else "" if self.lora else "lora"
+        return "fullft" if 0 not in self.by_rank else "" if self.lora else "lora"
 
     @property
     def shown(self) -> bool:
@@ -63,10 +60,10 @@ class Arms(base.Condition):
     @cached_property
     def gaps(self) -> dict[int, Gap]:
         """Rank -> LoRA compared with full fine-tuning on test rows."""
-        nats = {r: self.losses[r].minus(self.losses[FULL]) for r in self.lora}
+        nats = {r: self.losses[r].minus(self.losses[0]) for r in self.lora}
         pooled = at_best.pooled_over(nats.values())
         return {
-            r: Gap(r, o, self.full, nats[r], self.gains[FULL], None, pooled)
+            r: Gap(r, o, self.full, nats[r], self.gains[0], None, pooled)
             for r, o in self.lora.items()
         }
 
@@ -78,33 +75,31 @@ class Arms(base.Condition):
         at_lr = runs[np.isclose(runs["lr"], lr or math.nan) & (runs["status"] == "done")]
         return _known(float(at_lr["test_nll"].mean()))
 
-    def lr_regret(self, rank: int, level: float) -> float | None:
-        """Return the regret of the chosen learning rate in percent of the gain, at most."""
-        gain = at_best.mean_of(self.gains[rank])
-        nats = self.by_rank[rank].regret_of_best(level) if gain > 0 else None
-        return None if nats is None else 100 * nats / gain
+    @property
+    def best_rank(self) -> int | None:
+        """The smallest rank within KNOWN_PERCENT of the gain of the best one."""
+        known = {r: loss for r in self.lora if (loss := self.loss(r)) is not None}
+        best = min(known.values(), default=math.nan)
+        gain = float(np.mean(list(starts_of(self.runs).values()))) - best
+        allowed = best + (KNOWN_PERCENT / 100 * gain if gain > 0 else 0.0)  # NaN: not known
+        return min((r for r, loss in known.items() if loss <= allowed), default=None)
 
 
 def conditions(table: pd.DataFrame) -> list[Arms]:
     """Fit the learning rates of every model and data set."""
-    validated = [json.loads(spec)["dataset"].get("n_validation", 0) > 0 for spec in table["spec"]]
-    choosing = table
-    if all(validated):
-        choosing = on_curve_rows(table)
-    rows = "validation" if all(validated) else "test"
-    groups = base.by_group(base.fit(choosing))
+    validated = all(json.loads(s)["dataset"].get("n_validation", 0) > 0 for s in table["spec"])
+    rows = "validation" if validated else "test"
+    groups = base.by_group(base.fit(on_curve_rows(table) if validated else table))
     return [Arms(name, table, optima, rows) for name, optima in groups.items()]
 
 
-def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
+def report(asked: base.Asked, c: Arms) -> tuple[dict[str, Any], list[base.Section]]:
     """Return for each arm the learning rate and its range, the loss, and the cost of a run.
 
-    `gap_percent`: LoRA's gap in percent of full fine-tuning's gain. `best_rank`: the smallest rank
-    within KNOWN_PERCENT of the gain of the best one. `start`: the test loss before training.
-    `allowed`: the share of the gain up to which LoRA has no regret.
+    `gap_percent`: LoRA's gap in percent of full fine-tuning's gain. `start`: the test loss before
+    training. `allowed`: the share of the gain up to which LoRA has no regret.
     """
-    (c,) = found
-    arms = []
+    arms, rows = [], []
     for rank, o in c.by_rank.items():
         gain = at_best.mean_of(c.gains[rank])
         runs = runs_of(c.runs, o.curve)
@@ -112,33 +107,42 @@ def measures(found: Sequence[Arms], asked: base.Asked) -> dict[str, Any]:
         times = [r["wall_s"] for r in done if r.get("wall_s")]
         band = o.band(KNOWN_PERCENT / 100 * gain) if gain > 0 else None
         gap = c.gaps[rank].percent() if c.missing == "" and rank else None
-        regret = c.lr_regret(rank, asked.level)
-        arms.append(
-            {
-                "method": "lora" if rank else "fullft",
-                "rank": rank or None,
-                "best_lr": o.best_lr,
-                "best_tried": _best_tried(o),
-                "good": band,
-                "loss": c.loss(rank),
-                "gain": _known(gain),
-                "regret_percent": regret,
-                "known": regret is not None and regret <= KNOWN_PERCENT,
-                "gap_percent": gap,
-                "seconds": float(np.median(times)) if times else None,
-                "seeds": len(c.losses[rank].best),
-                "flags": list(o.flags),
-            }
-        )
-    start = float(np.mean(list(starts_of(c.runs).values())))
-    return {
+        # the regret of choosing this learning rate, in percent of the gain, at most
+        nats = o.regret_of_best(base.level_of(asked)) if gain > 0 else None
+        regret = None if nats is None else 100 * nats / gain
+        arm = {
+            "method": "lora" if rank else "fullft",
+            "rank": rank or None,
+            "best_lr": o.best_lr,
+            "best_tried": _best_tried(o),
+            "good": band,
+            "loss": c.loss(rank),
+            "gain": _known(gain),
+            "regret_percent": regret,
+            "known": regret is not None and regret <= KNOWN_PERCENT,
+            "gap_percent": gap,
+            "seconds": float(np.median(times)) if times else None,
+            "seeds": len(c.losses[rank].best),
+            "flags": list(o.flags),
+        }
+        arms.append(arm)
+        of_band = "-" if not band else " to ".join(map(rate, band))
+        numbers = [number(c.loss(rank), 5), regret, gap, arm["seconds"]]
+        rows.append([o.curve.name, base.best_lr(o), of_band, *numbers])
+    head = (
+        "arm | best LR [95%] | within 1% of the gain | test NLL | regret of the LR, at most, % | "
+        "gap, % of FullFT's gain [95%] | seconds a run"
+    )
+    notes = [f"Learning rates are chosen on {c.chosen_on} rows, losses are on test rows."]
+    measures = {
         "arms": arms,
         "chosen_on": c.chosen_on,
-        "best_rank": _best_rank(c),
-        "start": _known(start),
+        "best_rank": c.best_rank,
+        "start": _known(float(np.mean(list(starts_of(c.runs).values())))),
         "allowed": ALLOWED,
         "n_test": json.loads(c.runs["result"].iloc[0]).get("n_test"),
     }
+    return measures, [base.Section.of("The arms", head, rows, notes)]
 
 
 def _known(value: float) -> float | None:
@@ -152,48 +156,15 @@ def _best_tried(o: Optimum) -> float | None:
     return float(np.exp(min(means, key=means.__getitem__))) if means else None
 
 
-def _best_rank(c: Arms) -> int | None:
-    known = {r: loss for r in c.lora if (loss := c.loss(r)) is not None}
-    if not known:
-        return None
-    best = min(known, key=known.__getitem__)
-    start = float(np.mean(list(starts_of(c.runs).values())))
-    gain = start - known[best]
-    allowed = known[best] + (KNOWN_PERCENT / 100 * gain if gain > 0 else 0.0)  # NaN: not known
-    return min(r for r, loss in known.items() if loss <= allowed)
-
-
-def sections(found: Sequence[Arms], asked: base.Asked) -> list[base.Section]:
-    """Return a table of the arms."""
-    (c,) = found
-    rows: list[list[Any]] = []
-    for arm, o in zip(measures(found, asked)["arms"], c.by_rank.values()):
-        gap: Estimate | None = arm["gap_percent"]
-        rows.append(
-            [
-                o.curve.name,
-                with_interval(o.best_lr, rate),
-                "-" if not arm["good"] else " to ".join(map(rate, arm["good"])),
-                number(arm["loss"], 5),
-                number(arm["regret_percent"]),
-                "-" if gap is None else with_interval(gap),
-                number(arm["seconds"]),
-            ]
+QUESTION = base.Question(
+    [
+        base.over_allowed(
+            "over_allowed_top_rank",
+            lambda c: c.gaps[c.top],
+            seeds=lambda c: base.fewest_seeds([c.full, c.by_rank[c.top]]),
+            read=lambda c: f"rank {c.top}",
         )
-    head = (
-        "arm | best LR [95%] | within 1% of the gain | test NLL | regret of the LR, at most, % | "
-        "gap, % of FullFT's gain [95%] | seconds a run"
-    )
-    notes = [f"Learning rates are chosen on {c.chosen_on} rows, losses are on test rows."]
-    return [base.Section.of("The arms", head, rows, notes)]
-
-
-ESTIMANDS: list[base.Estimand[Arms]] = [
-    base.over_allowed(
-        "over_allowed_top_rank",
-        lambda c: c.gaps[c.top],
-        seeds=lambda c: base.fewest_seeds(c.pair()),
-        read=lambda c: f"rank {c.top}",
-    ),
-]
-QUESTION = base.Question(ESTIMANDS, conditions, measures, sections)
+    ],
+    conditions,
+    report,
+)

@@ -27,12 +27,10 @@ def check_claims(sweep: Sweep | None) -> None:
     """Raise SpecError if the analysis of a sweep cannot judge one of the claims."""
     if sweep is None:
         return
-    from analysis.questions.registry import UnknownQuestion, question_named
+    from analysis.questions.registry import question_named
 
     try:
         asked = question_named(sweep.analysis or "", sweep.estimands, sweep.variants)
-    except UnknownQuestion as error:
-        raise SpecError(unknown("analysis", sweep.analysis, error.known)) from None
     except ValueError as error:
         raise SpecError(f"sweep.{error}") from None
     estimands = asked.names

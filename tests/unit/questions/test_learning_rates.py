@@ -10,7 +10,7 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.optimum.valley import linex
-from analysis.questions import lr_scale
+from analysis.questions import laws
 from analysis.questions.registry import analyse, question_named
 from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
@@ -172,7 +172,7 @@ def test_a_control_is_not_what_a_bases_ratio_is_measured_against():
     specs = arms(base(**SMOKE), (4,), steps=16)
     control = FullFT(scope="matrices", layers="attention+mlp")
     specs += [dataclasses.replace(s, method=control) for s in specs if is_full(s)]
-    (found,) = lr_scale.conditions(planted.planted_table(world, specs))
+    (found,) = laws.scale_conditions(planted.planted_table(world, specs))
     assert [b.ratio.value for b in found.bases] == [pytest.approx(LORA / FULL, rel=0.1)]
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from analysis.inference.decide import judge, look_level
 from analysis.inference.estimate import N_DRAWS
-from analysis.questions import rate_law
-from analysis.questions.rate_law import RATE_LAW, Cell
+from analysis.questions import laws
+from analysis.questions.laws import RATE_LAW, Cell
 from analysis.report import report
 from lorasweep.sweep.request import question
 from tests.planted import World, planted_table
@@ -36,10 +36,10 @@ def law(hidden, alpha, steps, full, name=RATE_LAW):
 
 def test_the_law_and_its_limits():
     """R (1 + q R) = L; R falls as 1 / alpha or 1 / sqrt(alpha); SmolLM2 as predicted."""
-    assert (rate_law.G, rate_law.K, rate_law.BETA) == (1.33, 5.7, 0.45)  # frozen
+    assert (laws.G, laws.K, laws.BETA) == (1.33, 5.7, 0.45)  # frozen
     ratio = law(128, 8, 512, 4.5e-4)
-    moved = rate_law.K * 128 * 4.5e-4 * 4**rate_law.BETA
-    assert ratio * (1 + moved * ratio) == pytest.approx(rate_law.G * math.sqrt(3) * 128 / 8)
+    moved = laws.K * 128 * 4.5e-4 * 4**laws.BETA
+    assert ratio * (1 + moved * ratio) == pytest.approx(laws.G * math.sqrt(3) * 128 / 8)
     for alpha, power in ((1e-8, -0.5), (1e8, -1)):
         low, high = (law(128, a, 512, 4.5e-4) for a in (alpha, 2 * alpha))
         assert math.log2(high / low) == pytest.approx(power, abs=1e-3)
@@ -68,7 +68,7 @@ def planted_cells(rng, truth=RATE_LAW, noise=0.078, base_sd=0.04, cell_sd=0.05, 
 
 
 def verdict(cells):
-    condition = rate_law.Cells("all", pd.DataFrame(), [], cells, cells, [])
+    condition = laws.Cells("all", pd.DataFrame(), [], cells, cells, [])
     return judge("law", CLAIM, "all", condition.worst, condition.gates(), 0, False, look_level(2))
 
 
@@ -76,7 +76,7 @@ def verdict(cells):
     ("truth", "outcome", "share"),
     [
         ({}, "SUPPORTED", 0.7),
-        *(({"truth": rival}, "REFUTED", 0.9) for rival in rate_law.RIVALS),
+        *(({"truth": rival}, "REFUTED", 0.9) for rival in laws.RIVALS),
         ({"cell_sd": 0.2}, "SUPPORTED", -0.1),
         ({"off": math.log(1.25)}, "SUPPORTED", -0.1),
     ],
@@ -108,7 +108,7 @@ def test_the_error_is_the_rms_without_the_variance_of_the_measurement():
     assert squares == pytest.approx([0.08, 0, 0.03])
     # four equally likely resamples of two bases: a a, a b, b a, b b
     wanted = np.sqrt([0.04, 0.11 / 3, 0.11 / 3, 0.03])
-    assert sorted(rate_law.resampled(cells, squares)) == pytest.approx(sorted(wanted))
+    assert sorted(laws.resampled(cells, squares)) == pytest.approx(sorted(wanted))
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_the_error_is_the_rms_without_the_variance_of_the_measurement():
 )
 def test_the_worst_criterion_is_all_criteria_or_one_of_them(own, rival, sign):
     errors = {k: np.resize(np.array(v, float), 256) for k, v in ((RATE_LAW, own), ("r", rival))}
-    worst = rate_law.worst_of(errors)
-    criteria = [errors[RATE_LAW] - rate_law.WITHIN, errors[RATE_LAW] - errors["r"]]
+    worst = laws.worst_of(errors)
+    criteria = [errors[RATE_LAW] - laws.WITHIN, errors[RATE_LAW] - errors["r"]]
     assert worst.low == pytest.approx(max(np.quantile(c, 0.025) for c in criteria), abs=0.01)
     assert worst.high == pytest.approx(max(np.quantile(c, 0.975) for c in criteria), abs=0.01)
     assert (worst.high < 0, worst.low > 0) == (sign < 0, sign > 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from analysis.inference.decide import judge
-from analysis.questions import capacity, compute, invariance
+from analysis.questions import capacity, invariance, lengths
 from analysis.runs.table import TableError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
@@ -230,7 +230,7 @@ def test_parameters_and_operations_are_those_of_the_methods():
     assert capacity.bits(0.0, 10) == pytest.approx(160) and capacity.bits(math.log(16), 10) == 0
     spec = base("smollm2-135m-instruct")
     for method in (LoRA(rank=1), LoRA(rank=16)):
-        found = compute.flops_ratio(spec.plain(), method.n_trainable(spec.model))
+        found = lengths.flops_ratio(spec.plain(), method.n_trainable(spec.model))
         lora, full = (m.step_flops(spec.model, 100) for m in (method, FullFT()))
         assert found == pytest.approx(lora / full)
 

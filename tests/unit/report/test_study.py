@@ -18,7 +18,7 @@ from analysis.inference.estimate import AT_LEAST, Estimate, fixed, number
 from analysis.measures import next_runs
 from analysis.measures.regret import COUNTS
 from analysis.measures.rows import Setting, pick
-from analysis.questions.registry import OLDER_KEYS, analyse, read_question
+from analysis.questions.registry import analyse
 from analysis.report import plots_study, report
 from analysis.report.report import question_hash
 from analysis.report.study import answers, figures, findings, ledger, page
@@ -647,16 +647,3 @@ def test_what_a_sweeps_file_says_of_its_answer_is_in_the_verdicts(reports):
     again = {v.claim: v.shown for v in analyse(table, asked).verdicts}
     assert again.pop(first) == f"{outcome} (exploratory)" and set(again.values()) == {"WITHDRAWN"}
     assert question_hash(asked) == as_asked
-
-
-def test_a_report_of_version_0_2_has_the_hash_that_it_states(tmp_path):
-    """Its claims have older keys, among them the spread that power was planned with."""
-    older = {new: old for old, new in OLDER_KEYS.items()}
-    for path in (KEPT / "rank-tiny", KEPT / "lr_scale-tiny"):
-        asked = json.loads((path / "question.json").read_text())
-        for name, claim in asked["claims"].items():
-            then = {older.get(k, k): v for k, v in claim.items() if k != "planning"}
-            asked["claims"][name] = {**then, "sd": {"tiny": 0.1}, "units": None}
-        (tmp_path / "question.json").write_text(json.dumps(asked))
-        stated = json.loads((path / "results.json").read_text())["claims_hash"]
-        assert question_hash(read_question(tmp_path)) == stated
