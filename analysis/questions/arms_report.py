@@ -105,8 +105,8 @@ def report(asked: base.Asked, *tasks: Task) -> tuple[dict[str, Any], list[base.S
         mean, low, high, between, low_next, high_next = (number(math.exp(v)) for v in logs)
         text = (
             f"Ratio pooled over {pooled.k} groups (random effects): {mean} [{low}, {high}]. "
-            f"Between groups it varies by a factor {between}; the next group would lie in [{low_next}, "
-            f"{high_next}]."
+            f"Between groups it varies by a factor {between}; the next group would lie in "
+            f"[{low_next}, {high_next}]."
         )
         out.append(base.Section("Ratio over all groups", text=[text]))
     compared = {
