@@ -33,7 +33,7 @@ from benchmarks import harness
 from benchmarks.generators import FAMILIES
 from benchmarks.harness import RESULTS, Figures, Log, Page, packages_of, render
 from lorasweep.cli import answer
-from lorasweep.cli.points import start_of
+from lorasweep.cli.answer import start_of
 from lorasweep.config.compose import compose_request
 from lorasweep.data.load import load as load_data
 from lorasweep.launch.trainer import finetune

@@ -22,7 +22,7 @@ from analysis.report.text import Rows, markdown
 from benchmarks import harness, steps
 from benchmarks.harness import BENCH, Figures, Log, Page, command, render
 from benchmarks.steps import at
-from lorasweep.cli.points import all_points
+from lorasweep.cli.answer import all_points
 from lorasweep.config.compose import compose_request
 from lorasweep.plan import detect
 from lorasweep.plan.load import run_flops

@@ -20,18 +20,17 @@ def main() -> None:
 
     Exit status: 0 done, 1 some runs failed, 2 the request was wrong, 130 interrupted.
     """
-    from lorasweep.config.folders import conf_dir
-
     given = sys.argv[1:]
     if not given:
-        from lorasweep.cli.help import front_page
+        from lorasweep.cli import actions
+        from lorasweep.config.folders import conf_dir
 
-        print(front_page(conf_dir()), end="")
+        print(actions.front_page(conf_dir()), end="")
         return
     if given[0] == "--follow" and len(given) == 2:  # command of a follow-up job
-        from lorasweep.cli.actions import follow_up
+        from lorasweep.cli import actions
 
-        sys.exit(follow_up(given[1]))
+        sys.exit(actions.follow_up(given[1]))
     if {"-m", "--multirun"} & {*given}:
         _fail("-m (Hydra multirun) is not supported: use a sweep instead, +sweep=NAME.")
     if importlib.util.find_spec("hydra") is None:
@@ -53,11 +52,10 @@ def main() -> None:
             signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         _compose_and_act(given)
-    except HydraException as error:
+    except (HydraException, LorasweepError) as error:
         cause = str(error.__cause__ or "").partition("\n")[0]
-        _fail(str(error) if cause in str(error) else f"{error}\n{cause}")
-    except LorasweepError as error:
-        _fail(str(error))
+        named = isinstance(error, LorasweepError) or cause in str(error)
+        _fail(str(error) if named else f"{error}\n{cause}")
     except YAMLError as error:
         _fail(f"a configuration file is not valid YAML: {error}")
     except BrokenPipeError:  # the reader (head, less) closed the pipe
@@ -74,30 +72,27 @@ def _compose_and_act(given: list[str]) -> None:
     """Compose the request with Hydra and do its action; --help and such are Hydra's alone."""
     import hydra
 
-    from lorasweep.cli.actions import act, check
-    from lorasweep.cli.help import help_template
+    from lorasweep.cli import actions
     from lorasweep.config import compose
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", action="append", default=[])
-    for names in (("--cfg", "-c"), ("--package", "-p")):
-        parser.add_argument(*names)
+    parser.add_argument("--cfg", "-c")
     named, rest = parser.parse_known_args(given)
     flags, typed = ([t for t in rest if t.startswith("-") == is_flag] for is_flag in (True, False))
     if "--resolve" in flags and not named.cfg:
         _fail("--resolve is only for --cfg job.")
     composer, prepared = compose.Composer(*named.config_dir), None
-    compose.register(help_template)
+    compose.register(actions.help_template)
     if {*flags} <= {"--resolve"}:
         with compose.opened():
             prepared = composer.prepare(typed)
-        flags += [f"--{k}={v}" for k in ("cfg", "package") if (v := getattr(named, k))]
+        flags += [f"--cfg={named.cfg}"] if named.cfg else []
         sys.argv[1:] = [*flags, *prepared.overrides]
     if Path(sys.argv[0]).name == "__main__.py":
         sys.argv[0] = "lorasweep"
     # so that errors reach the handlers of `main`; otherwise Hydra prints them and exits
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-
     failed: list[Exception] = []
 
     def do(cfg: "DictConfig") -> None:
@@ -105,8 +100,8 @@ def _compose_and_act(given: list[str]) -> None:
             _fail(f"{' '.join(flags)} is not supported. See `python -m lorasweep --help`.")
         try:
             request = composer.request(cfg, prepared)
-            check(request)
-            status = act(request)
+            actions.check(request)
+            status = actions.act(request)
         except Exception as error:  # Hydra would print a line of its own before it
             failed.append(error)
         else:

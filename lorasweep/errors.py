@@ -69,28 +69,14 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> str:
     return f"{kind} {given!r} not found.{hint} Available: {', '.join(names) or '(none)'}."
 
 
-LOGIN = "log in with `hf auth login` (or set HF_TOKEN)"
-HUB_REMEDIES = {
-    "GatedRepoError": f"It is gated: accept the terms at https://huggingface.co/{{0}}, and {LOGIN}",
-    "RepositoryNotFoundError": f"It does not exist, or is private. Correct the name, or {LOGIN}",
-    "DatasetNotFoundError": "It does not exist, or is gated or private. Correct location and "
-    f"revision, or accept the terms at https://huggingface.co/datasets/{{0}}, and {LOGIN}",
-    "RevisionNotFoundError": "Set revision to a commit or tag that it has",
-    "LocalEntryNotFoundError": "",
-    "EntryNotFoundError": "It has no config.json, so transformers cannot load it. Correct the name",
-    "ValueError": "Set location, config and revision to existing ones",
-}
-"""Class of an error -> remedy; a class without one means that there is no network."""
-OFFLINE = (
-    "It is not in the cache (HF_HOME), and the hub cannot be reached (or HF_HUB_OFFLINE is set). "
-    "Give the same command with action=fetch on a machine that reaches the hub, or use local files"
-)
-
-
 def from_hub(what: str, place: str, error: Exception) -> str:
-    """Return the message for something that the hub does not give."""
-    names = (cls.__name__ for cls in type(error).__mro__)
-    remedy = HUB_REMEDIES.get(next((n for n in names if n in HUB_REMEDIES), ""), "") or OFFLINE
+    """Return the message for something that the hub does not give; `what` begins with its kind."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    remedy = remedy.format(place.partition("@")[0])
-    return f"{what}: cannot load {place!r} from the hub ({said}). {remedy}."
+    page = "datasets/" * what.startswith("dataset") + place.partition("@")[0]
+    return (
+        f"{what}: cannot load {place!r} from the hub ({said}). Correct name and revision, and a "
+        "model needs a config.json. If it is gated or private, accept the terms at "
+        f"https://huggingface.co/{page} and log in with `hf auth login` (or set HF_TOKEN). Without "
+        "a network (or with HF_HUB_OFFLINE), give the same command with action=fetch on a machine "
+        "that reaches the hub, or use local files."
+    )

@@ -1,9 +1,10 @@
-"""The table of actions, which settings they take, and the call of the requested one."""
+"""The table of actions, the settings they take, the call of the requested one, and the help."""
 
 import inspect
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -21,143 +22,135 @@ from lorasweep.plan.budget import parse_budget
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.request import Request, Settings, from_plain
 
-FLEET_SETTINGS = ("customers", "rates", "instead_of_full", "serve", "out")
+FLEET_SETTINGS = "customers rates instead_of_full serve out"
 OF_SEARCH = ("run", "plan", "status", "cancel")
 """Actions that take all settings of a search's command, such as out=DIR."""
 OF_FLEET = ("plan", "status", "cancel", "measure_packs", "fetch")
 """Actions that with customers=FILE are about the runs of a fleet."""
 WHOLE_STUDY = ("export", "adapter", "fetch")
 """Actions that are called once for a sweep of sweeps; all others are called once per part."""
-OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "layers")
-"""Actions that, like training, leave out the runs that need more than exec.max_gpus GPUs."""
+OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "layers", "run")
+OF_PLANNED_RUNS += ("fleet", "qualify")
+"""Actions that leave out the runs that need more than exec.max_gpus GPUs."""
+SEARCHES = "a search of learning rates (+sweep=tune)"
+ALSO_READ = {
+    "out": [SEARCHES],
+    "budget": [SEARCHES, "action=plan +sweep=NAME hardware=h100 budget=500gpuh"],
+    "prune": ["the runs of a sweep or a fleet"],
+}
+"""Settings that are read, beside some actions, by these."""
 
 
 class Action(NamedTuple):
     """One action of the command line: action=NAME."""
 
     does: str
-    """The function: (request), and any of store, trainer and follow; it returns an Answer."""
+    """The function of this package: (request), and any of store, trainer and follow -> Answer."""
     help: str
     example: str = ""
     """Settings that --help shows after the name."""
-    reads: tuple[str, ...] = ()
-    """Settings that only some actions read, this one among them."""
+    more: str = ""
+    """Further settings that only some actions read, this one among them."""
     about: str = ""
     """What it is about, if not the runs of a sweep."""
+
+    @property
+    def reads(self) -> list[str]:
+        """Return the settings that only some actions read, this one among them."""
+        return [*(word.partition("=")[0] for word in self.example.split()), *self.more.split()]
 
 
 ACTIONS = {
     "run": Action(
-        "lorasweep.cli.train:run",
+        "train:run",
         "train what is missing and print the answer (the default). With +sweep=tune: budget=2h, "
         "90min, 40runs or 500gpuh; out=DIR writes the best adapter or weights",
-        reads=("out",),
     ),
     "plan": Action(
-        "lorasweep.cli.plans:show",
+        "plans:show",
         "show what would run and what it costs, here or on other machines (conf/hardware). "
         "budget=500gpuh: which claims to ask first, and what stays open",
         "hardware=h100",
-        ("hardware", "out"),
     ),
     "status": Action(
-        "lorasweep.cli.status:show",
-        "show what is done, running, diverged and failed",
-        "watch=true",
-        ("watch", "out"),
+        "plans:show_status", "show what is done, running, diverged and failed", "watch=true"
     ),
-    "cancel": Action(
-        "lorasweep.cli.train:cancel_jobs", "cancel the sweep's jobs on the cluster", reads=("out",)
-    ),
+    "cancel": Action("train:cancel_jobs", "cancel the sweep's jobs on the cluster"),
     "export": Action(
-        "lorasweep.cli.finished_runs:export",
-        "write finished runs as .parquet or .csv",
-        "table=FILE",
-        ("table",),
+        "finished_runs:export", "write finished runs as .parquet or .csv", "table=FILE"
     ),
     "import": Action(
-        "lorasweep.cli.finished_runs:import_",
-        "read the runs of a table into the run folder",
-        "table=FILE",
-        ("table",),
+        "finished_runs:import_", "read the runs of a table into the run folder", "table=FILE"
     ),
     "adapter": Action(
-        "lorasweep.cli.finished_runs:adapter",
+        "finished_runs:adapter",
         "retrain a finished run and save its adapter for PEFT (full fine-tuning: its weights), "
         "unless the final loss differs; max_difference=0.02 accepts a difference of up to 0.02",
         "run=ID out=DIR",
-        ("run", "out", "max_difference"),
+        "max_difference",
     ),
     "verify": Action(
-        "lorasweep.cli.finished_runs:verify",
+        "finished_runs:verify",
         "retrain finished runs alone, to check that packing changes no result",
         "sample=3",
-        ("sample",),
     ),
     "extend": Action(
-        "lorasweep.cli.finished_runs:extend",
+        "finished_runs:extend",
         "add the runs that help most to undecided claims; start none",
     ),
     "qualify": Action(
-        "lorasweep.cli.train:qualify",
+        "train:qualify",
         "train full fine-tuning and the largest LoRA, to check that the tasks are suitable",
     ),
     "measure_packs": Action(
-        "lorasweep.cli.plans:measure",
-        "time updates alone and in packs on this machine, for later plans",
+        "plans:measure", "time updates alone and in packs on this machine, for later plans"
     ),
     "layers": Action(
-        "lorasweep.cli.plans:layers",
-        "show what is trained of each layer set, with counts; needs no weights",
+        "plans:layers", "show what is trained of each layer set, with counts; needs no weights"
     ),
     "fetch": Action(
-        "lorasweep.cli.plans:fetch",
+        "plans:fetch",
         "download the weights and data of the runs from the hub, for nodes without network",
     ),
     "check_gpu": Action(
-        "lorasweep.cli.check:check_gpu",
-        "measure this machine's GPU in five parts, compare it with the plan, and write a page and "
-        "a hardware file; the same command goes on where it was. With cluster=slurm: as a job. "
-        "Without a GPU: the same with small shapes",
-        reads=("hardware",),
+        "check:check_gpu",
+        "compare this machine's GPU with the plan, and write a page and a hardware file; the same "
+        "command goes on where it was. With cluster=slurm: as a job. Without a GPU: small shapes",
+        more="hardware",
         about="one machine",
     ),
     "advise": Action(
-        "lorasweep.cli.customers:advise",
+        "customers:advise",
         "LoRA or full fine-tuning, with which rank, learning rate and batch size, at what cost: "
-        "for each row of a CSV or YAML table, or for one customer (+customer.model=llama-3.1-8b "
-        "+customer.task=sft ...). out=FILE.html: the page; why=NAME: all reasons, and the command "
-        "that tests the advice",
+        "for each row of a table, or for one customer (+customer.model=llama-3.1-8b "
+        "+customer.task=sft ...). out=FILE.html: the page; why=NAME: all reasons",
         "customers=FILE",
-        ("customers", "customer", "why", "out", "hardware"),
+        "customer why out hardware",
         about="customers",
     ),
     "measure": Action(
-        "lorasweep.cli.customers:measure",
-        "measure the information in steps x batch_size rows of FILE (or of dataset=NAME), in "
-        "bits, under the base model and online during training; action=advise uses the result for "
-        "a customer with these data",
+        "customers:measure",
+        "measure the information in rows of FILE (or of dataset=NAME), in bits, for action=advise",
         "data=FILE",
-        ("data", "rates"),
+        "rates",
         about="one model and one data set",
     ),
     "fleet": Action(
-        "lorasweep.cli.customers:fleet",
-        "train an adapter for each customer of a table (column data: a .jsonl, .json, .csv or "
-        ".parquet file, or a folder with train and test). rates=N: exactly N learning rates "
-        "around the advised one, or rates=advised; instead_of_full=lora; serve=vllm: adapters for "
-        f"vLLM; out=DIR. action={', '.join(OF_FLEET)} take customers=FILE, too",
+        "customers:fleet",
+        "train an adapter for each customer of a table (column data: a file of rows, or a folder "
+        "with train and test). rates=N learning rates around the advised one, or rates=advised; "
+        "instead_of_full=lora; serve=vllm: adapters for vLLM; out=DIR. "
+        f"action={', '.join(OF_FLEET)} take customers=FILE, too",
         "customers=FILE",
         FLEET_SETTINGS,
         about="customers",
     ),
     "verify_served": Action(
-        "lorasweep.cli.served:verify",
-        "check the folders of a fleet's adapters, and with url=http://host:port ask a running "
-        "server of the OpenAI API whether each adapter does there what it did in training. "
-        "Several servers: url=[URL,URL]",
+        "customers:verify_served",
+        "check the folders of a fleet's adapters, and with url=http://host:port (or a list) ask "
+        "a server of the OpenAI API whether each adapter does there what it did in training",
         "customers=FILE url=URL",
-        (*FLEET_SETTINGS, "url"),
+        FLEET_SETTINGS,
         about="customers",
     ),
 }
@@ -169,60 +162,39 @@ def check(request: Request) -> None:
     if name not in ACTIONS:
         raise SpecError(unknown("action", name, ACTIONS))
     action, hardware = ACTIONS[name], hardware_of(request) if request.hardware else None
-    about = "customers" if fleet else action.about
-    searches = request.sweep is not None and request.sweep.search is not None
-    budget = parse_budget(request.budget, 1)
-    on_gpus = hardware is not None and hardware.has_speeds
-    of_claims = sweep and name == "plan" and on_gpus and budget and budget.unit == "gpuh"
-    defaults = {**vars(Settings()), "rates": 3}
-    taken = {*action.reads, "hardware", *(FLEET_SETTINGS if fleet and name in OF_FLEET else ())}
-    all_read = dict.fromkeys(key for other in ACTIONS.values() for key in other.reads)
-    given = [k for k in all_read if k not in taken and getattr(request, k) != defaults[k]]
-    readers = [f"action={n}" for n, a in ACTIONS.items() if given and given[0] in a.reads]
-    hint = " (of a customer: +customer.data)" if given[:1] == ["data"] else ""
-    for wrong, why in (
-        (sweep and about, f"action={name} is about {about}. Leave +sweep={sweep} out."),
-        (
-            name in ("fleet", "verify_served") and not fleet,
+    if sweep and (about := "customers" if fleet else action.about):
+        raise SpecError(f"action={name} is about {about}. Leave +sweep={sweep} out.")
+    if name in ("fleet", "verify_served") and not fleet:
+        raise SpecError(
             f"action={name} is about the rows of a table. Add customers=FILE (CSV or YAML, with "
-            "the columns name, model, task and data).",
-        ),
-        (
-            given,
-            f"{given and given[0]} is only for {' and '.join(readers)}. Use that action, or leave "
-            f"it out{hint}.",
-        ),
-        (
-            hardware and "hardware" not in action.reads and request.cluster.kind != "slurm",
-            f"hardware={hardware and hardware.name} with action={name}: only action=plan, "
-            "action=advise and cluster=slurm are for other hardware. Add action=plan, or leave "
-            "hardware out.",
-        ),
-        (
-            budget and not searches and not of_claims,
-            f"budget={request.budget} is for a sweep that searches learning rates, such as "
-            "+sweep=tune, or in hours of GPUs with a data sheet for the claims of a sweep: "
-            "action=plan +sweep=NAME hardware=h100 budget=500gpuh.",
-        ),
-        (
-            request.out and name in OF_SEARCH and not searches and not fleet,
-            "out= is for a sweep that searches learning rates, such as +sweep=tune, and for "
-            "action=adapter, action=advise and action=fleet. Leave it out.",
-        ),
-        (
-            request.prune and not sweep and not fleet,
-            "prune=true cancels queued runs that are no longer part of a sweep, so it needs "
-            "+sweep=NAME, or customers=FILE.",
-        ),
-    ):
-        if wrong:
-            raise SpecError(why)
+            "the columns name, model, task and data)."
+        )
+    if hardware and "hardware" not in action.reads and request.cluster.kind != "slurm":
+        raise SpecError(
+            f"hardware={hardware.name} with action={name}: only action=plan, action=advise and "
+            "cluster=slurm are for other hardware. Add action=plan, or leave hardware out."
+        )
+    taken, budget = {*action.reads, "hardware"}, parse_budget(request.budget, 1)
+    if fleet and name in OF_FLEET:
+        taken |= {*FLEET_SETTINGS.split()}
+    if sweep or fleet:
+        taken.add("prune")
+    if request.sweep is not None and request.sweep.search is not None:
+        taken |= {"budget", *(["out"] if name in OF_SEARCH else [])}
+    if sweep and name == "plan" and hardware and hardware.has_speeds:
+        taken |= {"budget"} if budget and budget.unit == "gpuh" else set()
+    defaults = {**vars(Settings()), "rates": 3}
+    for key in dict.fromkeys([*ALSO_READ, *(key for a in ACTIONS.values() for key in a.reads)]):
+        if key not in taken and getattr(request, key) != defaults[key]:
+            readers = [f"action={n}" for n, a in ACTIONS.items() if key in a.reads]
+            readers = " and ".join([*readers, *ALSO_READ.get(key, [])])
+            raise SpecError(f"{key} is only for {readers}. Use that, or leave {key} out.")
 
 
-def function_of(name: str) -> Callable[..., Any]:
+def function_of(name: str) -> Callable[..., Answer]:
     """Import the function of an action."""
     module, _, function = ACTIONS[name].does.partition(":")
-    return getattr(import_module(module), function)
+    return getattr(import_module(f"lorasweep.cli.{module}"), function)
 
 
 def act(
@@ -239,52 +211,43 @@ def act(
     store = RunStore(request.exec.runs_dir, jobs=RunningJobs(request.exec.runs_dir))
     with suppress(FileNotFoundError, PermissionError):  # the action reports them
         os.scandir(store.root).close()
-    name, status = request.action, 0
+    name, as_json = request.action, request.format == "json"
     if request.customers and name != "advise":
         request = customers.plan_fleet(request)
-        if request.action == "run":
-            name = "fleet"
-        else:
-            status = int(any(m["problem"] for m in request.members))
-            if not request.points:
-                faults = [{"name": m["name"], "error": m["problem"]} for m in request.members]
-                Answer(faults, "").show(request.format == "json")
-                return status
-    do, as_json = function_of(name), request.format == "json"
+        name = "fleet" if request.action == "run" else name
+        if name != "fleet" and not request.points:
+            faults = [{"name": m["name"], "error": m["problem"]} for m in request.members]
+            Answer(faults).show(as_json)
+            return int(bool(faults))
+    status = int(name != "fleet" and any(m["problem"] for m in request.members))
+    do = function_of(name)
     context = {"trainer": trainer, "follow": follow, "store": store}
     context = {k: v for k, v in context.items() if k in inspect.signature(do).parameters}
     on_gpus = bool(request.hardware) and hardware_of(request).has_speeds
     whole = name in WHOLE_STUDY or (on_gpus and name == "plan")
-    parts = [] if whole else request.parts
-    if parts and as_json and request.watch:
-        raise SpecError("watch=true prints one JSON object after another. Name one sweep instead.")
-    for part in parts if name == "run" else ():  # find problems before the first part starts
-        train.check(part, store, train.runs_of(part, store))
+    studied = request.parts if not whole else []
+    parts = studied or [request]
+    if on_gpus and name in OF_PLANNED_RUNS:
+        parts = [train.within_limit(part) for part in parts]
+    for part in parts if studied and name == "run" else ():  # before the first part starts
+        train.check(part)
     values = {}
-    try:
-        for part in parts or [request]:
-            if parts and not as_json:
-                print(f"== {part.sweep_name}", flush=True)
-            if on_gpus and name in OF_PLANNED_RUNS:
-                part = train.within_limit(part)
-            done = do(part, **context)
-            for k, answer in enumerate([done] if isinstance(done, Answer) else done):
-                status = max(status, answer.status)
-                if parts and as_json:
-                    values[part.title] = answer.plain()
-                    continue
-                if k and not as_json and sys.stdout.isatty():
-                    print("\033[2J\033[H", end="")  # a watched table is shown in place
-                answer.show(as_json)
-            if parts and status >= train.STOPPED:
-                return status
-    finally:
-        if parts and as_json:
-            print(json.dumps(values))
-    if parts and name == "run" and request.cluster.kind == "local" and not as_json:
+    for part in parts:
+        if studied and not as_json:
+            print(f"== {part.sweep_name}", flush=True)
+        answer = do(part, **context)
+        status = max(status, answer.status)
+        if studied and as_json:
+            values[part.title] = answer.plain()
+        else:
+            answer.show(as_json)
+        if status >= train.STOPPED:
+            break
+    if studied and as_json:
+        print(json.dumps(values))
+    elif studied and name == "run" and status < train.STOPPED and request.cluster.kind == "local":
         titles = [part.title for part in parts]
-        page = answers.study(Path(request.exec.reports_dir), titles, request.title)
-        print("\n".join(page))
+        print("\n".join(answers.study(Path(request.exec.reports_dir), titles, request.title)))
     return status
 
 
@@ -307,3 +270,64 @@ def follow_up(path: str) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+# ---------------------------------------------------------------- help
+
+START = """\
+lorasweep: when does LoRA match full fine-tuning, and with which learning rate?
+
+Ask a question (a sweep), or train one run:
+  python -m lorasweep +sweep=lr_ratio action=plan     show what would run and what it costs
+  python -m lorasweep +sweep=lr_ratio                 run what is missing, print the answer
+  python -m lorasweep +sweep=lr_ratio action=status   show what is done, running, failed
+  python -m lorasweep model=tiny128 dataset=dialect method=lora method.rank=16 lr=2e-3
+  python -m lorasweep model=./my-model dataset=rows.csv method.rank=16 lr=2e-4 steps=100
+Choose the size of a sweep with scale=smoke, tiny (the default), small, ...
+Running a command again is safe: finished runs are not repeated, interrupted runs resume.
+"""
+MORE = """\
+More commands
+  python -m lorasweep +sweep=study                   all questions, one after another
+  python -m analysis --help                          judge runs of your own, or all kept answers
+On a Slurm cluster (docs/clusters.md) a command submits what is missing and returns; the same
+command prints the answer later:
+  python -m lorasweep +sweep=lr_ratio cluster=slurm cluster.partition=gpu cluster.gpus=1
+"""
+SETTINGS = """\
+Settings
+  format=json                               one JSON object on stdout
+  exec.runs_dir=DIR (or LORASWEEP_RUNS)     exec.models_dir=[DIR] (LORASWEEP_MODELS)
+  exec.data_dir=[DIR] (LORASWEEP_DATA)      exec.reports_dir=DIR (LORASWEEP_REPORTS)
+  exec.workers=N exec.threads=N exec.pack_size=N exec.micro_batch_size=N
+  exec.checkpoint_s=60 exec.retry=true exec.compile=true     mirror=wandb
+  exec.world_size=4 exec.activation_checkpointing=true       a run on four GPUs
+Changing a sweep's grid
+  sweep.arms.lora.rank=[1,16]   +sweep.axes.batch_size=[4,8]   ~sweep.arms.fullft
+  'sweep.arms.lora.lr=${geom:1e-4,1e-2,4}'  4 learning rates per decade
+  'sweep.arms.lora.lr=${around:1e-3,7,2}'   7 learning rates around 1e-3, a factor of 2 apart
+Your own model and rows
+  model=FOLDER, FILE.gguf or owner/name@revision
+  dataset=FILE (.jsonl, .json, .csv, .parquet), FOLDER or owner/name:configuration@revision
+  Sweeps, and what is not read from these: files in DIR/sweep, DIR/model, DIR/dataset with
+  python -m lorasweep --config-dir DIR +sweep=mine model=mine
+"""
+
+
+def front_page(conf: Path) -> str:
+    """Return the page shown without arguments; `conf`: the configuration folder."""
+    names = sorted(p.stem for p in (conf / "sweep").glob("*.yaml"))
+    lists = [f"Sweeps: {', '.join(names)}.", f"Actions: {', '.join(ACTIONS)}."]
+    filled = [textwrap.fill(text, 90, subsequent_indent="  ") for text in lists]
+    return "\n".join([START, *filled, MORE, "All settings: python -m lorasweep --help\n"])
+
+
+def help_template() -> str:
+    """Return the page of --help; Hydra fills in the groups and their options."""
+    lines = ["Actions (action=NAME)"]
+    for name, action in ACTIONS.items():
+        head = f"  {f'{name} {action.example}'.strip():24} "
+        lines += textwrap.wrap(head + action.help, 118, subsequent_indent=" " * len(head))
+    text = "\n".join([START, MORE, *lines, SETTINGS]).replace("$", "$$")
+    groups = "Groups (group=option)\n$APP_CONFIG_GROUPS"
+    return f"{text}\n{groups}\nShow the composed configuration: add --cfg job\n"

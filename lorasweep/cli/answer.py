@@ -1,18 +1,30 @@
-"""Call `analysis` with tables, plain values and paths; no other module does.
+"""Collect the runs that a request asks for, and call `analysis` with them; no other module does.
 
 `analysis` is imported inside functions, because pandas and scipy take a second to load.
 """
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasweep.advise.evidence import published
+from lorasweep.advise.rules.rates import family_of, law_rate
 from lorasweep.errors import SpecError, StoreError, unknown
-from lorasweep.sweep.grid import Point
-from lorasweep.sweep.question import Claim, Sweep
-from lorasweep.sweep.replicates import planned_seeds
+from lorasweep.fleet.outcome import with_further
+from lorasweep.plan.budget import parse_budget
+from lorasweep.spec.metric import metric_of
+from lorasweep.store import looks
+from lorasweep.store.run_store import RunStore
+from lorasweep.store.table import load_runs
+from lorasweep.sweep.grid import Point, curve_key, fields_of
+from lorasweep.sweep.question import Sweep, axes_of
+from lorasweep.sweep.replicates import added_points, planned_seeds, second_stage
+from lorasweep.sweep.request import Request, question
+from lorasweep.sweep.search import Look, is_short, search
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +33,121 @@ if TYPE_CHECKING:
 
 KEPT = Path(__file__).resolve().parents[2] / "analysis" / "results"
 """The kept results of the repository. A report may show them beside the judged runs."""
+
+
+# ---------------------------------------------------------------- the runs of a request
+
+
+def all_points(request: Request, store: RunStore) -> list[Point]:
+    """Return the runs of the grid, of the second stage of finished curves, and of added rounds.
+
+    For a fleet: the trials so far, and the runs that are measured on test rows.
+    """
+    if request.parts:
+        return list({p.id: p for part in request.parts for p in all_points(part, store)}.values())
+    points = list(request.points)
+    if request.members:
+        return with_further(points, store, go_on="rates" not in request.given)
+    if request.sweep is None:
+        return points
+    if request.sweep.search is not None:
+        return _searched(request, store)
+    if request.sweep.replicate.seeds:
+        results = {p.id: store.result(p.id) or {} for p in points}
+        unfinished = {curve_key(p) for p in points if not results[p.id]}
+        over = [p for p in points if curve_key(p) not in unfinished]
+
+        points += second_stage(over, request.sweep.replicate, lambda rid: final_loss(results[rid]))
+    rounds = looks.read(looks.path_of(store.root, request.title))
+    return points + added_points(rounds, points)
+
+
+def final_loss(result: Mapping[str, Any], on_validation: bool = False) -> float | None:
+    """Return a run's final metric as a loss, lower is better; None if the run diverged."""
+    metric = metric_of(result)
+    value = result.get(metric.on_part) if on_validation else metric.value(result)
+    return metric.loss(value) if value is not None and result.get("state") == "done" else None
+
+
+def judged(request: Request, points: Sequence[Point]) -> list[Point]:
+    """Return the runs that the analysis judges: all but the short runs of a search."""
+    return [p for p in points if not (is_search(request) and is_short(p, request.points))]
+
+
+def is_search(request: Request) -> bool:
+    """Return whether the sweep searches learning rates."""
+    return request.sweep is not None and request.sweep.search is not None
+
+
+def _searched(request: Request, store: RunStore) -> list[Point]:
+    """Return the runs of a search so far, within its budget."""
+    assert request.sweep is not None and request.sweep.search is not None
+    results = cache(store.result)
+    budget = parse_budget(request.budget, request.points[0].spec.steps)
+
+    def loss(rid: str) -> float | None:
+        result = results(rid)
+        if result is None:
+            return None
+        found = final_loss(result, on_validation=request.points[0].spec.dataset.n_validation > 0)
+        return math.inf if found is None else found
+
+    def may_begin(known: Sequence[Point], new: Sequence[Point]) -> bool:
+        return budget is None or budget.allows(new, known, store)
+
+    def look_at(points: Sequence[Point]) -> Look:
+        ids = tuple(p.id for p in judged(request, points))
+        key = (request.title, *ids)
+        if key not in _LOOKS:
+            _LOOKS[key] = Look(*look(load_runs(store.root, ids), question(request)))
+        return _LOOKS[key]
+
+    arms = request.sweep.arms
+    starts = [
+        p
+        if "lr" in request.given or "lr" in fields_of(axes_of(arms.get(p.arm, {})))
+        else start_of(p)
+        for p in request.points
+    ]
+    return search(starts, request.sweep.search, loss, may_begin, look_at)
+
+
+_LOOKS: dict[tuple[str, ...], Look] = {}
+"""(title, run ids) -> the analysis of these finished runs, for the time of a command."""
+
+
+def start_of(point: Point) -> Point:
+    """Return the run at the published learning rate for its method and width."""
+    spec = point.spec
+    kind = "lora" if spec.method.name == "lora" else "full"
+    families = [family_of(spec.model)] if family_of(spec.model) else ["llama", "qwen"]
+    laws = [law_rate(published(), str(f), spec.model.hidden_size, kind) for f in families]
+    lr = math.prod(law for law in laws if law) ** (1 / len(laws))
+    return Point(point.arm, dataclasses.replace(spec, lr=lr))
+
+
+def qualifying(points: list[Point]) -> list[Point]:
+    """Choose the runs that show whether a task is suitable.
+
+    For each model, data set, batch size and number of updates, these are the runs of full
+    fine-tuning of all weights, and of the LoRA with most parameters.
+    """
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for p in points:
+        s = p.spec
+        whole = getattr(s.method, "scope", "all") == "all"
+        if s.schedule == "constant" and s.precision != "fp64" and whole:
+            key = (s.model.name, s.dataset.name, s.batch_size, s.steps)
+            groups.setdefault(key, []).append(p)
+    chosen = []
+    for group in groups.values():
+        loras = [p.spec for p in group if p.spec.method.name == "lora"]
+        best = max(loras, key=lambda s: s.method.n_trainable(s.model)).method if loras else None
+        chosen += [p for p in group if p.spec.method.name == "fullft" or p.spec.method == best]
+    return chosen
+
+
+# ---------------------------------------------------------------- what the analysis says
 
 
 def check_claims(sweep: Sweep | None) -> None:
@@ -33,10 +160,9 @@ def check_claims(sweep: Sweep | None) -> None:
         asked = question_named(sweep.analysis or "", sweep.estimands, sweep.variants)
     except ValueError as error:
         raise SpecError(f"sweep.{error}") from None
-    estimands = asked.names
     for name, claim in sweep.claims.items():
-        if claim.estimand not in estimands:
-            raise SpecError(f"claim {name!r}: {unknown('estimand', claim.estimand, estimands)}")
+        if claim.estimand not in asked.names:
+            raise SpecError(f"claim {name!r}: {unknown('estimand', claim.estimand, asked.names)}")
         if claim.estimand in asked.logs and not claim.margin[0] > 0:
             raise SpecError(
                 f"claim {name!r}: margin={claim.margin}, but {claim.estimand} is a ratio. "
@@ -45,8 +171,7 @@ def check_claims(sweep: Sweep | None) -> None:
         if claim.except_models and not asked.by_base:
             raise SpecError(
                 f"claim {name!r}: except_models={claim.except_models}, but analysis "
-                f"{sweep.analysis!r} cannot leave out bases. Remove it, or leave the bases out of "
-                "the sweep."
+                f"{sweep.analysis!r} cannot leave out bases. Remove it."
             )
 
 
@@ -57,9 +182,6 @@ def outlooks(
 
     Each entry names a scale: the first of `scales` for which the claim states a standard deviation
     between seeds. `points`: the runs of the first stage.
-
-    Raises:
-        SpecError: the analysis of the sweep cannot judge one of the claims.
     """
     if sweep is None or sweep.search is not None:  # a search ends when its claim is decided
         return []
@@ -87,58 +209,48 @@ def outlooks(
     return found
 
 
-def decided_by(
-    claim: Claim, scale: str, outlook: "Outlook", rounds: int
-) -> tuple[list[int], list[float]]:
-    """Return the seeds at each planned look, and the probability of a decision by each.
+@contextmanager
+def _table_errors() -> Iterator[None]:
+    """Make a table that cannot be judged a StoreError."""
+    from analysis.runs.table import TableError
 
-    The first look has the planned seeds; action=extend adds up to MAX_NEW_SEEDS for each further
-    one. Both are empty with one look, without a standard deviation, or with other units than seeds.
-    """
-    sd = claim.planned_at(scale).sd
-    if rounds == 1 or not sd or outlook.units != "seeds":
-        return [], []
-    from analysis.inference import decide
-    from analysis.measures.next_runs import MAX_NEW_SEEDS
-
-    seeds = [outlook.planned + MAX_NEW_SEEDS * k for k in range(rounds)]
-    return seeds, decide.decided_by(claim.expected, claim.margin, sd, seeds, outlook.log)
+    try:
+        yield
+    except TableError as error:
+        raise StoreError(
+            f"the runs are finished and kept, but cannot be judged together: {error}"
+        ) from None
 
 
+@_table_errors()
 def judge(table: "pd.DataFrame", question: dict[str, Any], folder: Path, as_json: bool) -> str:
-    """Judge a sweep's finished runs, write the report into `folder`, and return it as text or JSON.
+    """Judge finished runs, write the report into `folder`, and return it as text or JSON.
 
-    Raises:
-        StoreError: the runs cannot be judged together.
+    Raises StoreError: the runs cannot be judged together.
     """
     from analysis.report.report import judge_and_report
 
-    with _table_errors():
-        return judge_and_report(table, question, folder, as_json, KEPT)
+    return judge_and_report(table, question, folder, as_json, KEPT)
 
 
+@_table_errors()
 def look(table: "pd.DataFrame", question: dict[str, Any]) -> tuple[bool, dict[str, list[float]]]:
-    """Judge the runs of a search so far.
+    """Judge the runs of a search so far; StoreError: they cannot be judged together.
 
     Returns whether they decide it, and the learning rates that a curve still needs, by the id of
     one of its runs. With one seed, no curve has a variance, which asks for no learning rate.
-
-    Raises:
-        StoreError: the runs cannot be judged together.
     """
     from analysis.measures.next_runs import missing_lrs
     from analysis.questions.registry import analyse
     from analysis.report.report import results_of
     from analysis.runs.lr_curves import runs_of
 
-    with _table_errors():
-        found = analyse(table, question)
-        lrs = {}
-        for o in found.optima:
-            if table["seed"].nunique() > 1 or "no_variance" not in o.flags:
-                run = str(runs_of(table, o.curve)["run_id"].iloc[0])
-                lrs[run] = [float(f"{lr:.2e}") for lr in missing_lrs(o)[0]]
-        return not open_questions(results_of(found, question, table)), lrs
+    found, lrs = analyse(table, question), {}
+    for o in found.optima:
+        if table["seed"].nunique() > 1 or "no_variance" not in o.flags:
+            run = str(runs_of(table, o.curve)["run_id"].iloc[0])
+            lrs[run] = [float(f"{lr:.2e}") for lr in missing_lrs(o)[0]]
+    return not open_questions(results_of(found, question, table)), lrs
 
 
 def open_questions(results: dict[str, Any]) -> list[str]:
@@ -146,7 +258,7 @@ def open_questions(results: dict[str, Any]) -> list[str]:
     found = []
     arms = [arm for arm in results["arms"] if trains(arm)]
     for arm in arms:
-        name, regret = arm_name(arm), arm["regret_percent"]
+        name, regret = arm_name(arm["rank"]), arm["regret_percent"]
         if regret is None:
             found.append(f"the learning rate of {name} ({', '.join(arm['flags']) or 'no seeds'})")
         elif not arm["known"]:
@@ -162,9 +274,9 @@ def trains(arm: dict[str, Any]) -> bool:
     return arm["best_lr"]["value"] is not None or arm["best_tried"] is not None
 
 
-def arm_name(arm: Mapping[str, Any]) -> str:
-    """Name an arm of a search in words."""
-    return f"LoRA rank {arm['rank']}" if arm["rank"] else "full fine-tuning"
+def arm_name(rank: int | None) -> str:
+    """Name an arm of a search in words; None: full fine-tuning."""
+    return f"LoRA rank {rank}" if rank else "full fine-tuning"
 
 
 def claims_hash(question: dict[str, Any]) -> str:
@@ -174,41 +286,26 @@ def claims_hash(question: dict[str, Any]) -> str:
     return question_hash(question)
 
 
+@_table_errors()
 def next_round(
     table: "pd.DataFrame", question: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return runs to add to a finished sweep, and lines with the reasons.
+    """Return runs to add to a finished sweep, none if every claim is decided, and the reasons.
 
-    There are none if every claim is decided. A run is {like, lr, seed}: a copy of the finished run
-    with id `like`, with another learning rate and seed.
-
-    Raises:
-        StoreError: the runs cannot be judged together.
+    A run is {like, lr, seed}: a copy of the finished run with id `like`, with another learning rate
+    and seed. Raises StoreError: the runs cannot be judged together.
     """
     from analysis.measures.next_runs import lines, suggest
     from analysis.questions.registry import analyse
     from analysis.runs.lr_curves import runs_of
 
-    with _table_errors():
-        wanted = suggest(analyse(table, question))
-        runs = [
-            {"like": str(runs_of(table, s.curve)["run_id"].iloc[0]), "lr": s.lr, "seed": seed}
-            for s in wanted
-            for seed in s.seeds
-        ]
+    wanted = suggest(analyse(table, question))
+    runs = [
+        {"like": str(runs_of(table, s.curve)["run_id"].iloc[0]), "lr": s.lr, "seed": seed}
+        for s in wanted
+        for seed in s.seeds
+    ]
     return runs, lines(wanted)
-
-
-@contextmanager
-def _table_errors() -> Iterator[None]:
-    from analysis.runs.table import TableError
-
-    try:
-        yield
-    except TableError as error:
-        raise StoreError(
-            f"the runs are finished and kept, but cannot be judged together: {error}"
-        ) from None
 
 
 def qualify(table: "pd.DataFrame") -> tuple[dict[str, bool], list[dict[str, Any]], list[str]]:
@@ -220,7 +317,11 @@ def qualify(table: "pd.DataFrame") -> tuple[dict[str, bool], list[dict[str, Any]
     from analysis.report.text import aligned
 
     checks = tasks.qualify(table)
-    return tasks.verdict(checks), [asdict(c) for c in checks], aligned(tasks.rows(checks))
+    return (
+        tasks.verdict(checks),
+        [dataclasses.asdict(c) for c in checks],
+        aligned(tasks.rows(checks)),
+    )
 
 
 def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
@@ -241,16 +342,14 @@ def study(reports: Path, titles: Sequence[str], title: str) -> list[str]:
 def code_length(
     base: Sequence[float], code: Sequence[float], tokens: Sequence[int], left: int | None
 ) -> list[dict[str, float | None]]:
-    """Extrapolate the nats of the measured batches to all rows of the data set.
+    """Extrapolate nats of measured batches to all rows: under the base, and online in training.
 
-    Returns value, low and high twice: under the base model, and online in training.
+    Returns value, low and high of both; all None if the rows are endless.
 
     Args:
-        base: nats of each measured batch under the base model.
-        code: nats of each batch before it was trained on.
+        base, code: nats of each batch under the base model, and before it was trained on.
         tokens: loss tokens of each batch.
-        left: loss tokens of the rows that were not measured. None: the rows are endless, and all
-            values are None.
+        left: loss tokens of the rows that were not measured. None: the rows are endless.
     """
     import numpy as np
 
@@ -259,6 +358,5 @@ def code_length(
     if left is None:
         return [dict.fromkeys(("value", "low", "high")) for _ in range(2)]
     found = extrapolate(np.array(base), np.array(code), np.array(tokens, dtype=float), left)
-    return [
-        {"value": e.value, "low": e.low, "high": e.high} for e in (found.as_is, found.prequential)
-    ]
+    both = (found.as_is, found.prequential)
+    return [{key: getattr(e, key) for key in ("value", "low", "high")} for e in both]

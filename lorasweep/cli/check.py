@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -15,8 +14,7 @@ import lorasweep
 from lorasweep.check import cases as all_cases
 from lorasweep.check import page
 from lorasweep.check.cases import NODE, Case
-from lorasweep.cli.printed import Answer
-from lorasweep.cli.progress import notifier
+from lorasweep.cli.printed import Answer, notifier
 from lorasweep.config import catalogue
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.launch.slurm.planning import hardware_of
@@ -53,24 +51,56 @@ def check_gpu(request: Request, store: RunStore) -> Answer:
     cases = all_cases.cases_of(models, small, bool(machine.gpus), precision)
     named = [m for read in catalogue.machines(folders).values() if (m := read()).gpu_name]
     mine = [m for m in named if m.gpu_name == machine.gpu_name]
-    known = hardware_of(request) if request.hardware else mine[0] if mine else None
+    known = hardware_of(request) if request.hardware else next(iter(mine), None)
     card = (machine.gpu_name or machine.processor or "cpu").lower()
     slug = re.sub(r"[^a-z0-9]+", "_", card).strip("_")
     versions = [metadata.version(p) for p in ("torch", "transformers", "peft")]
     folder = "-".join([slug, lorasweep.__version__, *versions])
-    here = _Folder(Path(request.exec.reports_dir) / "check_gpu" / folder, slug, cases, known)
-    threads = request.exec.threads or machine.cores or 1
+    path = Path(request.exec.reports_dir) / "check_gpu" / folder
+    file = path / "conf" / "hardware" / f"{slug}_measured.yaml"
+    predicted: dict[str, Any] = files.read_json(path / "predicted.json") or {}
+    threads, notify = request.exec.threads or machine.cores or 1, notifier(request)
+
+    def results() -> dict[str, dict[str, Any]]:
+        found = {c.name: files.read_json(all_cases.path_of(path, c)) for c in cases}
+        return {name: result for name, result in found.items() if result is not None}
+
+    def measured() -> Hardware | None:  # with the constants of part 1
+        node = results().get("node", {"failed": ""})
+        return None if "failed" in node else page.measured_hardware(node, known, file.stem)
+
+    def report(case: Case, result: dict[str, Any]) -> None:
+        """Write the page, and the hardware file if part 1 is measured."""
+        facts = {k: v for k, v in result.items() if isinstance(v, float | str)}
+        numbers = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
+        notify(f"{case.part:12} {case.name}: {', '.join(numbers)}")
+        if hardware := measured():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            text = page.hardware_file(hardware, results()["node"], time.strftime("%Y-%m-%d"))
+            files.write_atomic(file, text.encode())
+        text = page.page(cases, predicted, results())
+        files.write_atomic(path / "page.md", text.encode())
+
     for some in (cases[:1], cases[1:]):  # part 1 gives the constants of an unknown card
-        here.measure(some, threads, notifier(request))
-    results, file = here.results(), here.hardware_path
-    chosen = f"--config-dir {here.path / 'conf'} hardware={file.stem}"
+        hardware = known or measured()
+        if not predicted and hardware is not None:  # before anything of speed is measured
+            predicted |= all_cases.predictions(cases, hardware)
+            path.mkdir(parents=True, exist_ok=True)
+            files.write_atomic(path / "predicted.json", json.dumps(predicted, indent=1).encode())
+        if hardware is None and some[0].part != NODE:
+            raise TrainingError(
+                f"part 1 failed, so there are no constants to plan with: {path / 'log.txt'} has "
+                "the reason. With hardware=NAME (a file of conf/hardware) the others go on."
+            )
+        all_cases.measure(some, path, threads, predicted.get("cases", {}), report)
+    found, chosen = results(), f"--config-dir {path / 'conf'} hardware={file.stem}"
     return Answer(
-        {"page": str(here.page), "predicted": here.predicted, "cases": results},
+        {"page": str(path / "page.md"), "predicted": predicted, "cases": found},
         [
-            f"page: {here.page}\nhardware file: {file}",
+            f"page: {path / 'page.md'}\nhardware file: {file}",
             f"plan with it: python -m lorasweep {chosen} +sweep=study scale=paper action=plan",
         ],
-        int(bool(page.failures(cases, results) or any("failed" in r for r in results.values()))),
+        int(bool(page.failures(cases, found) or any("failed" in r for r in found.values()))),
     )
 
 
@@ -89,71 +119,3 @@ def _submit(request: Request) -> Answer:
     if not cluster.gpus:
         lines.append("the job has no GPU, so it measures small shapes: cluster.gpus=1 asks for one")
     return Answer(text=lines)
-
-
-class _Folder:
-    """The cases of a machine, and the folder of their results."""
-
-    def __init__(self, path: Path, slug: str, cases: list[Case], known: Hardware | None) -> None:
-        self.path, self.cases, self.known = path, cases, known
-        self.page = path / "page.md"
-        self.hardware_path = path / "conf" / "hardware" / f"{slug}_measured.yaml"
-        self.predicted: dict[str, Any] = files.read_json(path / "predicted.json") or {}
-
-    def results(self) -> dict[str, dict[str, Any]]:
-        found = {c.name: files.read_json(all_cases.path_of(self.path, c)) for c in self.cases}
-        return {name: result for name, result in found.items() if result is not None}
-
-    def measured(self) -> Hardware | None:
-        """Return the machine with the constants of part 1; None before it."""
-        node = self.results().get("node", {"failed": ""})
-        if "failed" in node:
-            return None
-        return page.measured_hardware(node, self.known, self.hardware_path.stem)
-
-    def measure(self, cases: list[Case], threads: int, notify: Any) -> None:
-        """Measure cases, and write page and hardware file after each one."""
-        hardware = self.known or self.measured()
-        if not self.predicted and hardware is not None:  # before anything of speed is measured
-            self.predicted = all_cases.predictions(self.cases, hardware)
-            self.path.mkdir(parents=True, exist_ok=True)
-            content = json.dumps(self.predicted, indent=1).encode()
-            files.write_atomic(self.path / "predicted.json", content)
-        if hardware is None and cases[0].part != NODE:
-            raise TrainingError(
-                f"part 1 failed, so there are no constants to plan with: {self.path / 'log.txt'} "
-                "has the reason. With hardware=NAME (a file of conf/hardware) the others go on."
-            )
-        plans = self.predicted.get("cases", {})
-
-        def report(case: Case, result: dict[str, Any]) -> None:
-            notify(f"{case.part:12} {case.name}: {_line(result, plans.get(case.name, {}))}")
-            self.write()
-
-        all_cases.measure(cases, self.path, threads, plans, report)
-
-    def write(self) -> None:
-        """Write the page, and the hardware file if part 1 is measured."""
-        results, measured = self.results(), self.measured()
-        if measured is not None:
-            self.hardware_path.parent.mkdir(parents=True, exist_ok=True)
-            text = page.hardware_file(measured, results["node"], time.strftime("%Y-%m-%d"))
-            files.write_atomic(self.hardware_path, text.encode())
-        text = page.page(self.cases, self.predicted, results)
-        files.write_atomic(self.page, text.encode())
-
-
-def _line(result: Mapping[str, Any], predicted: Mapping[str, Any]) -> str:
-    """Say in a line what was measured."""
-    if "failed" in result or "misfit" in result:
-        return " ".join(f"{key}: {result[key]}" for key in ("failed", "misfit") if key in result)
-    if "difference" in result:
-        return f"difference {result['difference']:.2g}, allowed {result['bound']:.2g}"
-    if "step_s" in result:
-        return (
-            f"{result['step_s']:.4g} s an update (planned {predicted['step_s']:.4g}), "
-            f"{result['memory_gib']:.1f} GiB (planned {predicted['memory_gib']:.1f})"
-        )
-    speeds = {p: s for p, s in result["matmul_flops_s"].items() if s}
-    products = ", ".join(f"{s / 1e12:.3g} TFLOP/s in {p}" for p, s in speeds.items())
-    return f"{result['name']}, {products}, {result['bandwidth_bytes_s'] / 1e12:.3g} TB/s"

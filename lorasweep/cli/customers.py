@@ -1,4 +1,4 @@
-"""The actions on customers: advise, measure, fleet."""
+"""The actions on customers: advise, measure, fleet, verify_served."""
 
 import dataclasses
 import json
@@ -6,10 +6,12 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lorasweep.advise import measure as measuring
 from lorasweep.advise import pages
@@ -17,26 +19,29 @@ from lorasweep.advise.advice import Advice, answers, plain_of
 from lorasweep.advise.evidence import INFORMATION, Known, read_information, read_kept
 from lorasweep.advise.read import Customer, Failed, Row, check_rows, expected, read_customers
 from lorasweep.advise.rules.rates import APART
-from lorasweep.cli import answer, understood
+from lorasweep.cli import answer
+from lorasweep.cli.answer import all_points
 from lorasweep.cli.finished_runs import write_adapter
-from lorasweep.cli.points import all_points
-from lorasweep.cli.printed import Answer
-from lorasweep.cli.progress import Display, notifier
-from lorasweep.cli.train import STOPPED, Trained, train
+from lorasweep.cli.plans import understood
+from lorasweep.cli.printed import Answer, Display, notifier, table
+from lorasweep.cli.train import STOPPED, train
 from lorasweep.config import catalogue
 from lorasweep.config.preflight import check_available
+from lorasweep.data.examples import Data, Example
 from lorasweep.data.messages import rows_line
 from lorasweep.errors import LorasweepError, SpecError, check_installed, unknown
-from lorasweep.fleet import adapters, runs
-from lorasweep.fleet.outcome import outcome_of, with_further
+from lorasweep.fleet import adapters, runs, served
+from lorasweep.fleet.outcome import Outcome, outcome_of, with_further
 from lorasweep.fleet.rows import FEWEST_NAMED
 from lorasweep.fleet.runs import Member
-from lorasweep.fleet.serving import Profile
+from lorasweep.fleet.served import Server
+from lorasweep.fleet.serving import problems
 from lorasweep.launch import local
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.trainer import TorchTrainer, Trainer
-from lorasweep.store import files, folders
+from lorasweep.spec.execution import Exec
+from lorasweep.store import checkpoint, files, folders
 from lorasweep.store.run_store import FINAL, RunStore
 from lorasweep.sweep.grid import Point, around
 from lorasweep.sweep.names import aligned
@@ -44,6 +49,11 @@ from lorasweep.sweep.request import Request
 
 WIDTH = 34
 """Characters of a cell in a table for the terminal; the last column is not cut."""
+COMMON_ROWS, OWN_ROWS, TOKENS = 8, 2, 5
+"""Rows that all adapters of a base are asked, further rows of each customer, and answer tokens of a
+row: 50 tokens an adapter, and as many requests to a vLLM server."""
+FITS, REFUSED, MISSING, NONE = "folder is right", "folder refused", "missing", "no adapter"
+SERVED_COLUMNS = ("name", "verdict", "change", "distance", "bound", "factor", "notes")
 
 
 def known(request: Request) -> Known:
@@ -75,16 +85,12 @@ def advise(request: Request, store: RunStore) -> Answer:
             + ("Give one of the two." if request.customers else expected())
         )
     if request.customers:
-        table = read_customers(Path(request.customers))
+        rows = read_customers(Path(request.customers))
     else:
-        table = check_rows([Row("customer", {"name": "customer", **request.customer})])
-    found = answers(table, known(request))
+        rows = check_rows([Row("customer", {"name": "customer", **request.customer})])
+    found = answers(rows, known(request))
     if request.why:
-        mine = _named(request.why, found)
-        reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
-        return Answer(
-            reasons, lambda: pages.render("reasons.txt", a=mine, search=_search_of(mine)).rstrip()
-        )
+        return _reasons(request.why, found)
     title = Path(request.customers).stem if request.customers else "customer"
     out = request.out
     if not out and request.format != "json":
@@ -99,38 +105,38 @@ def advise(request: Request, store: RunStore) -> Answer:
 
     def text() -> list[str]:
         lines = _table(pages.HEAD, [pages.cells(a) for a in found], pages.NUMBERS)
-        lines += ["", *errors, *([""] if errors else []), *pages.summary_lines(found), pages.BASIS]
+        lines += ["", *errors, *pages.summary_lines(found), pages.BASIS]
         return [*lines, f"page: {out}. Reasons, and the command that tests the advice: why=NAME"]
 
     return Answer([plain_of(a) for a in found], text, int(bool(errors)))
 
 
-def _named(name: str, found: Sequence[Advice | Failed]) -> Advice:
-    """Return the advice for the customer of a name, as it is written or in plain letters."""
+def _reasons(name: str, found: Sequence[Advice | Failed]) -> Answer:
+    """Return the reasons for the advice to the customer of a name, as written or in plain letters.
+
+    With the command that tests the advice on the customer's rows, if a search can.
+    """
     plain = runs.plain_name
     fitting = [a for a in found if a.name == name] or [a for a in found if plain(a.name) == name]
     if len(fitting) != 1:
         names = unknown("customer", name, (a.name for a in fitting or found))
         raise SpecError(f"{names} Write big_co, or in quotes 'why=\"Big Co\"', for Big Co.")
-    if isinstance(fitting[0], Failed):
-        raise SpecError(fitting[0].error)
-    return fitting[0]
-
-
-def _search_of(advice: Advice) -> str:
-    """Return the command that tests the advice on the customer's rows; '' if a search cannot."""
-    c, model = advice.customer, advice.customer.model.removesuffix("/config.json")
-    few = advice.work.rows is not None and advice.work.rows < FEWEST_NAMED
-    there = model.lower() in advice.known.models or Path(model).is_dir() or model.count("/") == 1
-    if c.task != "sft" or few or not there:
-        return ""
-    named = []
-    for key, value in (("model", model), ("dataset", c.data or "ROWS")):
-        if not re.fullmatch(r"[\w./:@-]+", value):  # Hydra needs quotes
-            value = '"{}"'.format(value.replace('"', '\\"'))
-        named.append(f"{key}={value}")
-    rank = f"sweep.arms.lora.rank={advice.choice.rank}"
-    return shlex.join(["python", "-m", "lorasweep", "+sweep=tune", *named, rank])
+    (mine,) = fitting
+    if isinstance(mine, Failed):
+        raise SpecError(mine.error)
+    c, model, search = mine.customer, mine.customer.model.removesuffix("/config.json"), ""
+    few = mine.work.rows is not None and mine.work.rows < FEWEST_NAMED
+    there = model.lower() in mine.known.models or Path(model).is_dir() or model.count("/") == 1
+    if c.task == "sft" and there and not few:
+        given = {"model": model, "dataset": c.data or "ROWS"}
+        for key, value in given.items():
+            if not re.fullmatch(r"[\w./:@-]+", value):  # Hydra needs quotes
+                given[key] = json.dumps(value, ensure_ascii=False)
+        quoted = [f"{key}={value}" for key, value in given.items()]
+        rank = f"sweep.arms.lora.rank={mine.choice.rank}"
+        search = shlex.join(["python", "-m", "lorasweep", "+sweep=tune", *quoted, rank])
+    reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
+    return Answer(reasons, lambda: pages.render("reasons.txt", a=mine, search=search).rstrip())
 
 
 # ---------------------------------------------------------------- action=measure
@@ -143,7 +149,7 @@ def measure(request: Request, store: RunStore) -> Answer:
     spec = measuring.run_of(request)
     one = dataclasses.replace(request, points=[Point(spec.method.name, spec)])
     check_available(one)
-    for line in understood.lines(one):  # also refuses rows
+    for line in understood(one):  # also refuses rows
         notify(line)
     store.prepare()
     trainer = TorchTrainer()
@@ -187,10 +193,12 @@ def fleet(
     from lorasweep.models import load
 
     plan = plan_fleet(request)  # the table, the advice, and the runs of each customer
-    trained = train(plan, store, trainer, follow) if plan.points else Trained([], 0)
-    if trained.status == STOPPED:
+    points, status, sent = [], 0, None
+    if plan.points:
+        points, status, sent = train(plan, store, trainer, follow)
+    if status == STOPPED:
         return Answer(status=STOPPED)
-    outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, trained.points)]
+    outcomes = [outcome_of(m, store) for m in runs.planned(plan.members, points)]
     waiting = 0  # customers whose unfinished runs are all in jobs of a cluster
     if plan.cluster.kind == "slurm":
         queue = slurm.look(store.root)
@@ -200,7 +208,7 @@ def fleet(
         waiting = sum(there.issuperset(ids) for ids in unfinished)
     folder, title = Path(plan.out), Path(plan.customers).stem
     tokenizer_of = cache(lambda model: load.tokenizer_of(model, plan.exec.models_dir))
-    profile = _profiles(plan)[plan.serve]()
+    profile = catalogue.profiles([Path(f) for f in plan.folders])[plan.serve]()
     outcomes = adapters.export(outcomes, store, folder, title, write_adapter, tokenizer_of, profile)
     chosen = [Point(o.member.folder, o.spec) for o in outcomes if o.spec]
     if plan.mirror == "wandb":
@@ -214,31 +222,32 @@ def fleet(
         for row, o in zip(rows, outcomes, strict=True):
             if o.member.problem:
                 row[-1] = f"{o.member.where}: see above"
-        lines = [trained.sent.as_text()] if trained.sent else []
+        lines = [sent.as_text()] if sent else []
         lines += _table(adapters.HEAD, rows, adapters.NUMBERS)
         lines += ["", *adapters.summary_lines(outcomes)]
         return [*lines, f"adapters, cards and the page: {folder / adapters.PAGE}"]
 
-    value = trained.sent.plain() if trained.sent else facts
+    value = sent.plain() if sent else facts
     return Answer(value, text, int(len(chosen) + waiting < len(outcomes)))
-
-
-def _profiles(request: Request) -> dict[str, Callable[[], Profile]]:
-    return catalogue.profiles([Path(folder) for folder in request.folders])
 
 
 def plan_fleet(request: Request) -> Request:
     """Return the request for the runs of a table's customers; print the problems of rows.
 
+    With action=fleet, folders that will be written are checked first. One that cannot be written is
+    the problem of its customer alone.
+
     Raises:
         SpecError: a fleet cannot use the settings, or the table cannot be read.
+        LorasweepError: the fleet's own folder cannot be written.
     """
     check_installed("jinja2", f"action={request.action} with a table of customers")
     if request.members:  # planned before; a follow-up job does not read the table again
         return request
     if request.exec.world_size > 1:
         raise SpecError("a fleet trains each pack in one process. Leave exec.world_size out.")
-    customers, profiles = read_customers(Path(request.customers)), _profiles(request)
+    customers = read_customers(Path(request.customers))
+    profiles = catalogue.profiles([Path(folder) for folder in request.folders])
     rules, basis = runs.rules_of(request), known(request)
     if rules.serve not in profiles:
         raise SpecError(unknown("serve", rules.serve, profiles))
@@ -249,17 +258,14 @@ def plan_fleet(request: Request) -> Request:
         request.exec, data_dir=runs.data_dirs(request), keep_weights=True, skip_broken_data=True
     )
     if training:
-        members = _for_training(
-            members, customers, dataclasses.replace(request, exec=exec_), folder
-        )
+        members = _for_training(members, customers, request, exec_)
     notify = notifier(request, always=True)
     for m in members:
         if m.problem:
             notify(f"error in {pages.printable(m.problem)}")
         elif m.rows.warning:
             notify(f"{pages.printable(m.name)}: {m.rows.warning}")
-    kinds = sum((Counter(m.rows.kinds) for m in members if not m.problem), Counter())
-    if kinds:
+    if kinds := sum((Counter(m.rows.kinds) for m in members if not m.problem), Counter()):
         notifier(request)(rows_line(kinds))
     left_out = Counter(why for m in members if (why := m.served.get("left_out")))
     for why, count in left_out.items():
@@ -289,23 +295,16 @@ def _for_training(
     members: Sequence[Member],
     customers: Sequence[Customer | Failed],
     request: Request,
-    folder: Path,
+    exec_: Exec,
 ) -> list[Member]:
-    """Check the folders that will be written, and add the licenses of the bases.
-
-    A folder that cannot be written is the problem of its customer alone.
-
-    Raises:
-        LorasweepError: the fleet's own folder cannot be written.
-    """
+    """Check the folders that will be written, and add the licenses of the bases."""
     from lorasweep.models import find
 
-    exec_, points = request.exec, [p for m in members for p in m.points]
+    folder, points = runs.fleet_folder(request), [p for m in members for p in m.points]
     data = {c.data for c in customers if isinstance(c, Customer) and c.data}
     inputs = {request.customers, *filter(os.path.exists, data)}
     models = {p.spec.model for p in points}
-    check = partial(folders.check, exec_=exec_, models=models, inputs=inputs)
-    check(folder, runs.RULES)
+    folders.check(folder, runs.RULES, exec_, models, inputs)
     store, license_of = RunStore(exec_.runs_dir), cache(find.license_of)
     every = with_further(points, store, go_on="rates" not in request.given)
     unfinished = {p.arm for p in every if not store.result(p.id)}
@@ -313,9 +312,131 @@ def _for_training(
     for m in members:
         try:
             if m.folder in unfinished:  # else it is checked only if it is written
-                check(folder / m.folder, adapters.FACTS)
+                folders.check(folder / m.folder, adapters.FACTS, exec_, models, inputs)
             of = license_of(m.points[0].spec.model, tuple(exec_.models_dir)) if m.points else {}
             found.append(dataclasses.replace(m, license=of))
         except LorasweepError as error:
             found.append(Member(m.where, m.name, m.folder, f"{m.where}: {error}"))
     return found
+
+
+# ---------------------------------------------------------------- action=verify_served
+
+
+def verify_served(request: Request, store: RunStore) -> Answer:
+    """Check a fleet's folders, and with url= the servers; the status is 1 unless all is right.
+
+    Raises:
+        SpecError: there is no server at a url, it serves none of the customers or another base, or
+            it returns no log-probabilities.
+    """
+    outcomes = [outcome_of(m, store) for m in runs.planned(request.members, request.points)]
+    profile = catalogue.profiles([Path(folder) for folder in request.folders])[request.serve]()
+    rows: dict[str, dict[str, Any]] = {}  # by folder, the adapter's name on a server
+    groups: dict[Any, list[Outcome]] = {}
+    for o in outcomes:
+        member, spec, verdict, notes = o.member, o.spec, NONE, [o.problem]
+        if spec is not None:  # what would the server refuse or ignore in the folder?
+            rank = profile.largest_rank(member.advised["rank"])
+            folder, class_of = Path(request.out) / member.folder, member.served.get("architecture")
+            notes = problems(folder, profile, spec.model, rank, class_of or "")
+            verdict = REFUSED if notes else FITS
+            groups.setdefault((spec.model, spec.precision), []).append(o)
+        row = {"name": member.name, "folder": member.folder, "verdict": verdict, "notes": notes}
+        rows[member.folder] = {**row, "found": None}
+    urls = [request.url] if isinstance(request.url, str) else request.url
+    servers = [Server(str(url)) for url in urls if url]
+    at = {name: s for s in servers for name in s.models if name in rows}
+    if servers and not at:
+        names = ", ".join(sorted({name for s in servers for name in s.models}))
+        raise SpecError(
+            f"url={','.join(urls)}: serves {names}, and no customer of {request.customers} "
+            f"(expected {', '.join([*rows][:5])}). The page {request.out}/index.html has the "
+            "command to start it."
+        )
+    trainer, lines = TorchTrainer(), list[str]()
+    for group in groups.values() if servers else ():
+        lines.append(_compare(group, at, rows, trainer, store, request.exec))
+
+    def text() -> list[str]:
+        cells = [{**(r["found"] or {}), **r, "notes": "; ".join(r["notes"])} for r in rows.values()]
+        counts = Counter(row["verdict"] for row in rows.values())
+        total = ", ".join(f"{n} {v}" for v, n in counts.items())
+        return [*table(cells, *SERVED_COLUMNS), "", *lines, total]
+
+    right = {row["verdict"] for row in rows.values()} <= {served.SERVED, FITS}
+    return Answer([*rows.values()], text, int(not right))
+
+
+def _compare(
+    group: Sequence[Outcome],
+    at: Mapping[str, Server],
+    rows: Mapping[str, dict[str, Any]],
+    trainer: TorchTrainer,
+    store: RunStore,
+    exec_: Exec,
+) -> str:
+    """Compare the adapters of one base with the trainer, in `rows`; return a line on the noise.
+
+    The reference is computed from the weights in the run's folder, never from the exported folder.
+    """
+    spec = group[0].spec
+    assert spec is not None
+    specs = {o.member.folder: o.spec for o in group}
+    there = {name: at[name] for name in specs if name in at}
+    for name in specs.keys() - there.keys():
+        rows[name]["verdict"] = MISSING
+    if not there:
+        return f"{spec.model.name}: no adapter is served"
+    own = {name: _rows(trainer.data(s, exec_), spec.seed) for name, s in specs.items()}
+    each = -(-COMMON_ROWS // len(own))
+    common = [row for mine in own.values() for row in mine[:each]][:COMMON_ROWS]
+    own = {name: mine[each : each + OWN_ROWS] for name, mine in own.items()}
+    of_common = trainer.log_p(spec, exec_, common)
+    here = {n: np.append(of_common, trainer.log_p(spec, exec_, mine)) for n, mine in own.items()}
+    # before the adapters: a server may load these at their first request, and mix them up
+    first = {s.url: (s, s.base_of(name, at)) for name, s in there.items()}
+    by_url = {url: s.log_p(of, common) for url, (s, of) in first.items()}
+    base = {
+        name: np.append(by_url[s.url], s.log_p(s.base_of(name, at), own[name]))
+        for name, s in there.items()
+    }
+    noise = served.rms(np.concatenate([base[name] - here[name] for name in there]))
+    spread = float(np.std(np.concatenate([*here.values()])))
+    if noise > served.OTHER_BASE * spread:
+        name, server = next(iter(there.items()))
+        raise SpecError(
+            f"url={server.url}: {server.base_of(name, at)!r} is another base than the trainer's "
+            f"{spec.model.name!r}. Their log-probabilities of the same tokens differ by "
+            f"{noise:.2g} nats; between tokens they vary by {spread:.2g}. Serve the base that the "
+            "adapters were trained on. On a CPU, vLLM gives its base the adapter in its last slot: "
+            "set --max-loras above the number of adapters."
+        )
+    trained = {}
+    for name, one in specs.items():
+        weights = checkpoint.load_weights(store.folder(one.id))
+        if weights is None:
+            rows[name]["verdict"] = NONE
+            rows[name]["notes"].append(f"the weights of run {one.id} were not kept")
+        else:
+            trained[name] = trainer.log_p(one, exec_, [*common, *own[name]], weights)
+    shared = {name: values[: len(of_common)] for name, values in trained.items()}
+    for name in (n for n in there if n in trained):
+        answers = there[name].log_p(name, [*common, *own[name]])
+        probe = served.Probe(here[name], trained[name], base[name], answers)
+        row, found = rows[name], served.judge(name, probe, shared, noise)
+        row["found"] = vars(found)
+        if row["verdict"] == FITS:
+            row["verdict"] = found.verdict
+        if found.verdict == served.ANOTHERS:
+            row["notes"].append(f"it is the adapter of {rows[found.nearest]['name']}")
+    return f"{spec.model.name}: noise {noise:.2g} nats (the server's base against the trainer's)"
+
+
+def _rows(data: Data, seed: int) -> list[Example]:
+    """Return the first test rows (or validation or training rows), cut after their first TOKENS."""
+    found, count = data.test or data.validation, COMMON_ROWS + OWN_ROWS
+    if not found:
+        found = data.train(seed, 0, min(count, data.n_train or count))
+    ends = [int(np.flatnonzero(row.loss)[:TOKENS][-1]) + 1 for row in found[:count]]
+    return [Example(row.tokens[:end], row.loss[:end]) for row, end in zip(found, ends)]

@@ -8,20 +8,17 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
-from lorasweep.cli.points import all_points, is_search, judged
-from lorasweep.cli.printed import Answer
-from lorasweep.cli.progress import notifier
+from lorasweep.cli.answer import all_points, is_search, judged
+from lorasweep.cli.printed import Answer, notifier
 from lorasweep.errors import SpecError, TrainingError
 from lorasweep.fleet.serving import ADAPTER
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
-from lorasweep.plan import detect
 from lorasweep.spec.execution import Exec
 from lorasweep.spec.metric import metric_of
 from lorasweep.spec.run import RunSpec
@@ -69,31 +66,6 @@ def import_(request: Request, store: RunStore) -> Answer:
 # ---------------------------------------------------------------- training again
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One run: its recorded result, and its result when trained again alone."""
-
-    run: str
-    pack_size: int | None
-    recorded: float | None
-    alone: float | None
-    difference: float | None
-    """Final metric, alone minus recorded; None for a diverged run."""
-    same_state: bool
-    curve_difference: float | None
-    """Largest difference of the metric over all evaluations; None for a diverged run."""
-
-    def within(self, bound: float) -> bool:
-        """Return whether both trainings ended in one state, with metrics at most `bound` apart."""
-        return self.same_state and (self.difference is None or abs(self.difference) <= bound)
-
-
-def _folders(rid: str, store: RunStore, exec_: Exec) -> dict[str, Any]:
-    """Return the folders of models and data: those of the command, then those of the run."""
-    env = store.env(rid)
-    return {k: [*getattr(exec_, k), *env.get(k, [])] for k in ("models_dir", "data_dir")}
-
-
 def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
     """Return the standard deviation between seeds of the final metric, pooled over conditions.
 
@@ -107,80 +79,62 @@ def noise_floor(points: Sequence[Point], store: RunStore) -> float | None:
             conditions.setdefault((*curve_key(p), p.spec.lr), []).append(value)
     repeated = [values for values in conditions.values() if len(values) > 1]
     degrees = sum(len(values) - 1 for values in repeated)
-    if not degrees:
-        return None
     squares = sum(statistics.variance(v) * (len(v) - 1) for v in repeated)
-    return math.sqrt(squares / degrees)
+    return math.sqrt(squares / degrees) if degrees else None
 
 
 def train_again(
     spec: RunSpec, store: RunStore, exec_: Exec, trainer: Trainer
-) -> tuple[Comparison, State, dict[str, Any]]:
+) -> tuple[dict[str, Any], State, dict[str, Any]]:
     """Train a finished run again, alone, with the same threads and micro-batch.
 
-    Returns the comparison, the state at the end, and the result.
+    Returns the comparison as JSON values (differences: alone minus recorded, None for a diverged
+    run), the state at the end, and the result with the folders that were used, `models_dir`.
 
     Raises:
         TrainingError: the data or the base have changed.
     """
-    before = store.result(spec.id) or {}
-    state = ""
-    final: dict[str, Any] = {}
-    at_end: State = {"tensors": {}, "meta": {}}
-    env = store.env(spec.id)  # empty for imported runs
+    before, env = store.result(spec.id) or {}, store.env(spec.id)  # no env: imported
     layout = {k: env[k] for k in ("threads", "micro_batch_size") if env}
-    exec_ = dataclasses.replace(exec_, **layout, **_folders(spec.id, store, exec_))
-    for event in trainer([spec], exec_, None):
-        if spec.id not in event.ended:
-            continue
-        state, final = event.ended[spec.id]
-        for key, what in (("data_sha256", "other data"), ("base_sha256", "another base")):
-            then, here = before.get(key), final.get(key)
-            if then and here and then != here:
-                raise TrainingError(
-                    f"run {spec.id} was trained on {what} (fingerprint {then}) than is there now "
-                    f"({here}), so it cannot be trained again. Restore the original."
-                )
-        at_end = event.snapshot()[spec.id]
-    name = metric_of(before).name
+    # the folders of the command, then those of the run
+    dirs = {k: [*getattr(exec_, k), *env.get(k, [])] for k in ("models_dir", "data_dir")}
+    events = trainer([spec], dataclasses.replace(exec_, **layout, **dirs), None)
+    last = next(event for event in events if spec.id in event.ended)
+    state, final = last.ended[spec.id]
+    for key, what in (("data_sha256", "other data"), ("base_sha256", "another base")):
+        then, here = before.get(key), final.get(key)
+        if then and here and then != here:
+            raise TrainingError(
+                f"run {spec.id} was trained on {what} (fingerprint {then}) than is there now "
+                f"({here}), so it cannot be trained again. Restore the original."
+            )
+    name, done = metric_of(before).name, state == before["state"] == "done"
     pairs = [(a[name], b[name]) for a, b in zip(before["curve"], final["curve"])]
     gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
-    done = state == before["state"] == "done"
-    comparison = Comparison(
-        run=spec.id,
-        pack_size=before.get("pack_size"),
-        recorded=before[name] if done else None,
-        alone=final[name] if done else None,
-        difference=final[name] - before[name] if done else None,
-        same_state=state == before["state"],
-        curve_difference=max(gaps, default=None) if done else None,
-    )
-    return comparison, at_end, final
-
-
-def changed_circumstances(rid: str, store: RunStore, backend: str) -> list[str]:
-    """List changes since a run's recorded attempt, such as 'torch 2.9.0 then, 2.13.0 now'."""
-    env, result = store.env(rid), store.result(rid) or {}
-    if not env:
-        return ["not known, as the run was imported"]
-    here = provenance.environment()
-    pairs = {
-        "processor": (env["processor"], here["processor"]),
-        "GPU": (env.get("gpu"), next((gpu.name for gpu in detect.gpus()), None)),
-        "backend": (env.get("backend", backend), backend),
-        "lorasweep": (env["lorasweep"], here["lorasweep"]),
-        **{n: (env["packages"].get(n), here["packages"][n]) for n in ("torch", "transformers")},
+    comparison = {
+        "run": spec.id,
+        "pack_size": before.get("pack_size"),
+        "recorded": before[name] if done else None,
+        "alone": final[name] if done else None,
+        "difference": final[name] - before[name] if done else None,
+        "same_state": state == before["state"],
+        "curve_difference": max(gaps, default=None) if done else None,
     }
-    found = [
-        f"{name} {then or 'none'} then, {now or 'none'} now"
-        for name, (then, now) in pairs.items()
-        if then != now
-    ]
-    if result.get("pack_size", 1) > 1:
-        found.append(f"a pack of {result['pack_size']} runs then, alone now")
-    if env.get("resumed_from_step"):
-        found.append("the run was interrupted and resumed")
-    return found
+    return comparison, last.snapshot()[spec.id], {**final, **dirs}
+
+
+def _is_within(c: dict[str, Any], bound: float | None) -> bool:
+    """Return whether both trainings ended in one state, with metrics at most `bound` apart."""
+    bound = NO_FLOOR_NATS if bound is None else bound
+    return c["same_state"] and abs(c["difference"] or 0.0) <= bound
+
+
+def _outcome(c: dict[str, Any]) -> str:
+    if c["difference"] is None:
+        return "diverged both times" if c["same_state"] else "ENDED DIFFERENTLY"
+    return "recorded {recorded:.6f}, alone {alone:.6f}, difference {difference:+.1e} nats".format(
+        **c
+    )
 
 
 # ---------------------------------------------------------------- adapter, verify, extend
@@ -203,43 +157,34 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
             f"run {request.run!r} is not a finished run in {store.root}. List the ids with "
             "action=export."
         )
-    spec = spec_from(store.spec(request.run))
-    out = Path(request.out).expanduser()
+    spec, out = spec_from(store.spec(request.run)), Path(request.out).expanduser()
     folders.check(out, ADAPTER, request.exec, [spec.model])
     if trainer is None or isinstance(trainer, str):
         trainer = trainer_named(trainer)
     comparison, state, final = train_again(spec, store, request.exec, trainer)
     bound = request.max_difference
-    if bound is None:
-        points = all_points(request, store) if request.sweep and not request.parts else []
-        bound = noise_floor(points, store)
-    if bound is None:
-        bound = NO_FLOOR_NATS
-    causes = changed_circumstances(spec.id, store, final["backend"])
-    why = "; ".join(causes) or "no recorded difference: threads, code edits and drivers remain"
-    outcome = f"trained again: {_outcome(comparison)}"
-    if not comparison.within(bound):
-        needed = math.ceil(100 * abs(comparison.difference or 0.0)) / 100
-        accept = f"To accept it, add max_difference={needed:g}. " if comparison.same_state else ""
+    if bound is None and request.sweep and not request.parts:
+        bound = noise_floor(all_points(request, store), store)
+    then, here = store.env(spec.id), provenance.environment()
+    differs = [k for k in here.keys() & then.keys() if here[k] != then[k]]
+    why = f"{_outcome(comparison)}; recorded and now differ in: "
+    why += ", ".join(sorted(differs)) or "nothing that is recorded"
+    if not _is_within(comparison, bound):
+        needed = math.ceil(100 * abs(comparison["difference"] or 0.0)) / 100
         raise TrainingError(
-            f"run {spec.id} {outcome}. At most {bound:.1e} is accepted, so nothing was written. "
-            f"What differs: {why}. {accept}Or use the machine of the recorded run."
+            f"run {spec.id} trained again: {why}. The difference is too large, so nothing was "
+            f"written. To accept it, add max_difference={needed:g}. Or use the machine of the "
+            "recorded run."
         )
-    lines = [outcome + (f"; what differs: {why}" if comparison.difference else "")]
     with folders.replaced(out, ADAPTER) as partial:
-        if not isinstance(spec.method, LoRA):
-            from lorasweep.models.load import save_trained
-
-            dirs = _folders(spec.id, store, request.exec)["models_dir"]
-            save_trained(spec.model, dirs, weights_of(state), partial)
-        else:
-            write_adapter(partial, spec, weights_of(state), final.get("base_commit"))
-    if not isinstance(spec.method, LoRA):
-        return Answer(text=[*lines, f"weights of run {request.run} saved to {request.out}"])
-    where = f"adapter of run {request.run} saved to {request.out}"
-    lines.append(f"{where}: load it with peft.PeftModel.from_pretrained")
-    if spec.model.tied and "unembedding" in spec.method.target_layers():
-        lines.append("do not merge this adapter: it changes the unembedding, which is tied")
+        commit = final.get("base_commit")
+        write_adapter(partial, spec, weights_of(state), commit, final["models_dir"])
+    lines = [f"trained again: {why}", f"weights of run {request.run} saved to {request.out}"]
+    if isinstance(spec.method, LoRA):
+        lines[1] = f"adapter of run {request.run} saved to {request.out}: load it with "
+        lines[1] += "peft.PeftModel.from_pretrained"
+        if spec.model.tied and "unembedding" in spec.method.target_layers():
+            lines.append("do not merge this adapter: it changes the unembedding, which is tied")
     return Answer(text=lines)
 
 
@@ -248,14 +193,20 @@ def write_adapter(
     spec: RunSpec,
     weights: "dict[str, Tensor]",
     commit: str | None,
+    models_dir: Sequence[str] = (),
 ) -> None:
-    """Write the adapter of a LoRA run as a folder that PEFT loads; it names no local path.
+    """Write a run's adapter as a folder that PEFT loads, without local paths; or its weights.
 
-    `commit`: the base's commit on the hub.
+    Args:
+        commit: the base's commit on the hub.
+        models_dir: where the base lies; needed for full fine-tuning only.
     """
     from lorasweep.methods.stacked.peft_export import save_peft
+    from lorasweep.models.load import save_trained
 
-    assert isinstance(spec.method, LoRA)
+    if not isinstance(spec.method, LoRA):
+        save_trained(spec.model, models_dir, weights, folder)
+        return
     base = spec.model.location if spec.model.source == "hub" else spec.model.name
     experts = spec.model.n_experts, spec.method.scaling_of_experts(spec.model)
     save_peft(folder, weights, spec.method.rank, base, commit, spec.method.scaling, *experts)
@@ -267,40 +218,27 @@ def verify(request: Request, store: RunStore) -> Answer:
     Runs that shared a pack come first.
     """
     points = all_points(request, store)
-    finished = [(result, p) for p in points if (result := store.result(p.id)) is not None]
-    trained_here = [
-        (result.get("pack_size", 1) == 1, stream("verify", p.id).random(), p.spec)
-        for result, p in finished
+    found = ((store.result(p.id) or {"imported": True}, p.spec) for p in points)
+    sample = sorted(
+        (result.get("pack_size", 1) == 1, stream("verify", spec.id).random(), spec.id, spec)
+        for result, spec in found
         if not result.get("imported")
-    ]
-    if not trained_here:
+    )
+    if not sample:
         raise SpecError(f"no run of this sweep was finished in {store.root}. Run the sweep first.")
-    sample = [spec for _, _, spec in sorted(trained_here, key=lambda row: row[:2])]
     names, trainer, compared = run_names(points), trainer_named(None), []
-    for spec in sample[: request.sample]:
+    for *_, spec in sample[: request.sample]:
         notifier(request)(f"training again, alone: {names[spec.id]}")
         compared.append(train_again(spec, store, request.exec, trainer)[0])
     floor = noise_floor(points, store)
-    differing = [c.run for c in compared if not c.within(NO_FLOOR_NATS if floor is None else floor)]
+    differing = [c["run"] for c in compared if not _is_within(c, floor)]
     noise = "no condition has two seeds"
     if floor is not None:
         noise = f"standard deviation between seeds {floor:.1e} nats"
-    gaps = [abs(c.difference) for c in compared if c.difference is not None]
     form = "{:32} {}  pack of {}  {}".format
-    rows = [form(names[c.run], c.run, c.pack_size, _outcome(c)) for c in compared]
-    return Answer(
-        {"runs": [*map(asdict, compared)], "noise_floor": floor, "differing": differing},
-        [*rows, f"largest difference {max(gaps, default=0.0):.1e} nats; {noise}"],
-        status=int(bool(differing)),
-    )
-
-
-def _outcome(c: Comparison) -> str:
-    if c.difference is None:
-        return "diverged both times" if c.same_state else "ENDED DIFFERENTLY"
-    if c.difference == 0:
-        return f"recorded {c.recorded:.6f}, alone exactly the same"
-    return f"recorded {c.recorded:.6f}, alone {c.alone:.6f}, difference {c.difference:+.1e} nats"
+    rows = [form(names[c["run"]], c["run"], c["pack_size"], _outcome(c)) for c in compared]
+    value = {"runs": compared, "noise_floor": floor, "differing": differing}
+    return Answer(value, [*rows, noise], status=int(bool(differing)))
 
 
 def extend(request: Request, store: RunStore) -> Answer:

@@ -1,29 +1,43 @@
-"""The actions plan, layers, measure_packs and fetch: none starts a run."""
+"""What a command would train and cost, how far it is, and what was understood of the user's files.
+
+The actions plan, layers, measure_packs, fetch and status: none starts a run.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from itertools import accumulate, chain
+from operator import or_
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from lorasweep.advise.pages import render
-from lorasweep.cli import answer, claim_costs, fleet_costs, tuned, understood
-from lorasweep.cli.points import all_points, is_search
-from lorasweep.cli.printed import Answer
-from lorasweep.cli.progress import duration, notifier
+from lorasweep.cli import answer
+from lorasweep.cli.answer import all_points, is_search
+from lorasweep.cli.printed import Answer, duration, notifier, table
 from lorasweep.config import preflight
-from lorasweep.errors import SpecError
-from lorasweep.launch.measure_packs import measure_packs
+from lorasweep.data import load, messages, sources, text
+from lorasweep.errors import LorasweepError, SpecError
+from lorasweep.fleet.outcome import counts, counts_line, outcome_of
+from lorasweep.fleet.runs import planned
+from lorasweep.launch.measure_packs import BUDGET_S, measure_packs
 from lorasweep.launch.slurm import planning
+from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.planning import hardware_of
+from lorasweep.launch.trainer import TOKENS
+from lorasweep.models.describe import config_at
 from lorasweep.plan import detect
+from lorasweep.plan.budget import choose, parse_budget
 from lorasweep.plan.hardware import Hardware
-from lorasweep.plan.load import TRAINING_SHARE
+from lorasweep.plan.load import TRAINING_SHARE, run_flops, updates_with_evaluations
 from lorasweep.plan.plan import Plan, make_plan, summary
 from lorasweep.plan.planner import (
-    FORWARD_TOKENS,
     MEMORY_ERROR,
-    PACK_TOKENS,
     SPEED_ERROR,
     Kind,
     Planner,
@@ -32,28 +46,44 @@ from lorasweep.plan.planner import (
     shape_of,
 )
 from lorasweep.spec.dataset import DatasetSpec
+from lorasweep.spec.execution import Exec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import is_unpinned
+from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, STATES, RunStore
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.names import aligned
+from lorasweep.sweep.names import run_names
 from lorasweep.sweep.question import Replicates
+from lorasweep.sweep.replicates import planned_seeds
 from lorasweep.sweep.request import Request
+from lorasweep.sweep.search import MIN_SEEDS as SEARCH_SEEDS
 from lorasweep.sweep.trained import trained_plain, trained_text
 
-OUTLOOK_RUNS = 2000
-"""With more runs, action=plan does not say which claims can be decided, because loading the
-analysis takes longer than planning. The command that starts the runs does say it."""
 BASIS = {
     "measured": "from finished runs",
     "calibrated": "from measured step times",
     "assumed": "from an assumed speed",
 }
 """Basis of the expected time."""
-HEAD = (
-    *("sweep", "runs", "packs", "jobs", "GPUs per run", "rows per pass", "GiB per GPU", "tokens"),
-    *("FLOPs", "tokens/s per GPU", "GPU-hours", "days", "dollars"),
-)
+COSTS = ("name", "runs", "packs", "jobs", "gpus_a_run", "micro_batch", "memory_gib", "tokens")
+COSTS += ("flops", "tokens_s", "gpu_hours", "days", "cost_usd")
+"""Columns of the costs of sweeps on GPUs, by their keys in format=json."""
+SMALLER = ("small", "tiny")
+"""Scales whose standard deviation between seeds is used if a larger scale states none."""
+MIN_SEEDS = 3
+"""Seeds at each optimum without which most claims get no verdict (analysis.inference.decide)."""
+EXAMPLE = 300
+"""Characters of an example."""
+OPEN_STATES = ("missing", "queued", "running", "interrupted")
+"""States of unfinished runs; queued: missing or interrupted, and in a live job."""
+COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
+SHOWN = 20
+"""Maximum lines for running runs, for jobs and for problems; format=json has all of them."""
+TAIL = 5
+"""Last lines of a run's log that format=json shows for a problem."""
+WATCH_S = 5.0
+WINDOW_S = 1800.0
+"""The speed counts runs that finished within this time before the latest one."""
 
 
 def show(request: Request, store: RunStore) -> Answer:
@@ -61,28 +91,26 @@ def show(request: Request, store: RunStore) -> Answer:
     hardware = hardware_of(request)
     about: dict[str, Any] = {"scale": request.scale}
     if request.described:
-        about["understood"] = understood.lines(request)
+        about["understood"] = understood(request)
     if request.hardware and hardware.has_speeds:
         return _on_gpus(request, store, hardware, about)
     plan = make_plan(all_points(request, store), store, request.exec, hardware)
-    queue, outlooks = planning.difference(request, store, plan), []
-    if len(plan.points) <= OUTLOOK_RUNS:
-        outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
+    queue = planning.difference(request, store, plan)
+    outlooks = [o for _, o in answer.outlooks(request.points, request.sweep, request.scale)]
     found = {"sweep": request.sweep_name, **about, **summary(plan), **queue}
     if outlooks:
         found["claims"] = [o.plain() for o in outlooks]
     if request.members:
-        found["fleet"] = fleet_costs.fleet_costs(request, store, hardware, plan)
+        found["fleet"] = fleet_costs(request, store, plan)
 
-    def text() -> list[str]:
-        lines = [*understood.lines(request), plan_text(request, plan), *queue_lines(queue)]
-        if is_search(request):
-            lines += tuned.outlook_here(request, store)
+    def lines() -> list[str]:
+        lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
+        lines += search_outlook_here(request, store) if is_search(request) else []
         if request.members:
-            lines += fleet_costs.lines(found["fleet"], f"on {plan.workers} worker(s)")
+            lines += fleet_lines(found["fleet"], f"on {plan.workers} worker(s)")
         return [*lines, *(o.line() for o in outlooks)]
 
-    return Answer(found, text)
+    return Answer(found, lines)
 
 
 def layers(request: Request, store: RunStore) -> Answer:
@@ -116,8 +144,11 @@ def fetch(request: Request, store: RunStore) -> Answer:
     return Answer(text=lines)
 
 
-def plan_text(request: Request, plan: Plan) -> str:
-    """Return the plan as text: a summary, arms, packs, and remarks."""
+# ---------------------------------------------------------------- here, or on given hardware
+
+
+def plan_lines(request: Request, plan: Plan) -> list[str]:
+    """Return the plan as lines: a summary, arms, packs, and remarks."""
     values = summary(plan)
     runs, cost = values["runs"], values["cost"]
     name = request.sweep_name or "single run"
@@ -133,34 +164,21 @@ def plan_text(request: Request, plan: Plan) -> str:
         f"memory up to {cost['memory_gib']:.1f} GiB, checkpoints up to "
         f"{cost['checkpoint_gib']:.1f} GiB"
     ]
-    for a in values["arms"]:
-        rank = f" rank {a['rank']}" if a["rank"] else ""
-        lines.append(
-            f"  {a['arm']}{rank} on {a['model']}: {a['runs']} runs, "
-            f"{a['n_trainable']:,} trained parameters"
+    arms = table(values["arms"], "arm", "rank", "model", "runs", "n_trainable")
+    lines += [f"  {line}" for line in arms]
+    for pack in plan.packs:
+        spec, speed = pack.points[-1].spec, plan.speeds.of(pack.points[-1].spec)
+        line = (
+            f"  packs of {len(pack.points)} run(s), {pack.micro_batch_size} rows of each per pass"
         )
-    packs = []
-    for pack in {shape_of(pack.points[-1].spec): pack for pack in plan.packs}.values():
-        spec, n = pack.points[-1].spec, len(pack.points)
-        if spec.method.MAX_PACK is not None:
-            continue
-        rank, speed = getattr(spec.method, "rank", None), plan.speeds.of(spec)
-        named = f"{spec.method.name}{f' rank {rank}' if rank else ''} on {spec.model.name}"
-        if request.exec.pack_size is not None:
-            why = "exec.pack_size"
-        elif not speed:
-            most = FORWARD_TOKENS if plan.hardware.gpus else PACK_TOKENS
-            why = f"up to {most} tokens per update; not measured here"
-        else:
+        if speed:
             ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.items()))
             pays = ": packing does not pay" if best_size(speed) == 1 else ""
-            why = f"measured per step and run: {ms}{pays}"
-        packs.append(
-            f"  packs of {named}: {n} run(s), {pack.micro_batch_size} rows of each per forward "
-            f"pass ({why})"
-        )
-    # kinds that differ only in their data have the same line
-    lines += [*dict.fromkeys(packs), *unpinned_lines(plan.points)]
+            line += f" (measured per step and run: {ms}{pays})"
+        line += f": {spec.method.name} {getattr(spec.method, 'rank', '')} on {spec.model.name}"
+        if spec.method.MAX_PACK is None and line not in lines:
+            lines.append(line)
+    lines += unpinned_lines(plan.points)
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
     if plan.todo and slow_bf16 and plan.points[0].spec.precision == "bf16":
         lines.append(
@@ -170,12 +188,11 @@ def plan_text(request: Request, plan: Plan) -> str:
         )
     if request.sweep and request.sweep.replicate.seeds:
         second = request.sweep.replicate
-        arms = f" of {', '.join(second.arms)}" if second.arms else ""
         lines.append(
-            f"  second stage{arms}, when the first stage of a curve has finished: seeds "
-            f"{second.seeds} at the {second.n_lrs} best learning rates"
+            f"  second stage of {', '.join(second.arms) or 'all arms'}, when the first stage of a "
+            f"curve has finished: seeds {second.seeds} at the {second.n_lrs} best learning rates"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def unpinned_lines(points: Sequence[Point]) -> list[str]:
@@ -193,27 +210,124 @@ def unpinned_lines(points: Sequence[Point]) -> list[str]:
 
 def queue_lines(difference: dict[str, Any]) -> list[str]:
     """Return lines with the queue's changes by a submission; empty without a cluster."""
-    if not difference:
-        return []
-    queue = difference["queue"]
-    lines = [f"  to submit: {queue['to_submit']} runs"] if "jobs" in queue else []
-    for job in queue.get("jobs", ()):
-        nodes = f"{job['nodes']} nodes, on each " if job["nodes"] > 1 else ""
-        gpus = f", {job['gpus']} GPU(s)" if job["gpus"] else ""
-        lines.append(
-            f"    {job['jobs']} job(s), each with {nodes}{job['cpus']} CPU core(s){gpus}, "
-            f"{job['mem_gib']:g} GiB and at most {job['time_min']} min"
+    queue = difference.get("queue", {})
+    keys = ("jobs", "nodes", "gpus", "cpus", "mem_gib", "time_min")
+    jobs = table(queue.get("jobs", ()), *keys)
+    lines = [f"  to submit: {queue['to_submit']} runs, in jobs with, per node:"] if jobs else []
+    lines += [f"    {line}" for line in jobs]
+    said = {
+        "queued": "{} runs are already queued",
+        "removed": "{} queued run(s) of this sweep are no longer part of this command line: "
+        "prune=true cancels them",
+        "unknown": "queued runs are unknown: {}",
+    }
+    return [*lines, *(f"  {text.format(queue[k])}" for k, text in said.items() if queue.get(k))]
+
+
+def search_outlook(request: Request, busy_s: float | None, workers: int) -> list[str]:
+    """Say what the search takes, and what its budget buys.
+
+    Args:
+        busy_s: seconds of one worker (one GPU) for a run of full length; None: not known.
+        workers: workers that train at the same time.
+
+    Raises:
+        SpecError: the budget is below one run.
+    """
+    how, n, steps = request.sweep.search, len(request.points), request.points[0].spec.steps
+    first = n * (how.n_full + (how.n_short - how.n_lrs) / how.prefix)  # n_lrs short runs go on
+    each, wall_s = n * how.n_lrs, None if busy_s is None else busy_s / workers
+    said = (
+        f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
+        f"runs of {steps} updates judge. In all about {first:.0f} runs of full length for the "
+        f"learning rates, and {each} with each of up to {how.seeds} fresh seeds"
+    )
+    if wall_s is not None:
+        said += f", each about {duration(wall_s)} on {workers} worker(s)"
+    budget = parse_budget(request.budget, steps)
+    size = {"runs": 1.0, "gpuh": busy_s}.get(budget.unit, wall_s) if budget else None
+    if budget is None or size is None:
+        return [said]
+    runs = budget.amount / size
+    if runs < 1:
+        raise SpecError(
+            f"budget={budget.text} is below one run of {steps} updates. Give a larger budget, or "
+            "fewer updates: steps=N."
         )
-    if queue["queued"]:
-        lines.append(f"  {queue['queued']} runs are already queued")
-    if queue["removed"]:
-        lines.append(
-            f"  {queue['removed']} queued run(s) of this sweep are no longer part of this command "
-            "line: prune=true cancels them"
-        )
-    if "unknown" in queue:
-        lines.append(f"  queued runs are unknown: {queue['unknown']}")
-    return lines
+    seeds = max(0, min(how.seeds, math.floor((runs - first) / each)))
+    buys = f"buys about {runs:.0f} runs: the learning rates and {seeds} fresh seed(s)"
+    return [said, f"budget={budget.text} {buys}; an answer needs {SEARCH_SEEDS - 1}"]
+
+
+def search_outlook_here(request: Request, store: RunStore) -> list[str]:
+    """Return `search_outlook` for this machine; a cluster's speed is not known."""
+    if request.cluster.kind == "slurm":
+        return search_outlook(request, None, 1)
+    plan = make_plan(request.points, store, request.exec, detect.this_machine())
+    runs = sum(p.spec.steps for p in plan.todo) / request.points[0].spec.steps
+    return search_outlook(
+        request, 3600 * plan.hours * plan.workers / runs if runs else None, plan.workers
+    )
+
+
+def fleet_costs(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
+    """Compare the cost of a fleet's unfinished runs in packs and one by one, for each base.
+
+    Returns JSON values. Times are those of all workers; on GPUs with a data sheet, of one GPU.
+    `alone_s` is None if no step of such runs was timed outside of a pack.
+    """
+    hardware, bases, rows = plan.hardware, dict[str, list[Point]](), list[dict[str, Any]]()
+    single = Planner(hardware, dataclasses.replace(request.exec, pack_size=1))
+    for p in plan.todo:
+        bases.setdefault(p.spec.model.canonical, []).append(p)
+    for points in bases.values():
+        ids, alone = {p.id for p in points}, None
+        times = [pack.seconds for pack in plan.packs if pack.points[0].id in ids]
+        together = plan.hours * 3600 * sum(run_flops(p.spec) for p in points) / plan.flops
+        timed = [(p.spec, t) for p in points if (t := plan.speeds.of(p.spec)) and 1 in t]
+        if hardware.has_speeds:
+            together *= hardware.gpus
+            alone = 3600 * sum(single.kind(p.spec).hours for p in points)
+        elif len(timed) == len(points):
+            alone = sum(t[1] * updates_with_evaluations(spec) for spec, t in timed)
+            alone, together = alone / plan.workers, sum(times) / plan.workers
+        counted = {"customers": len({p.arm for p in points}), "runs": len(points)}
+        costs = {"packs": len(times), "together_s": together, "alone_s": alone}
+        rows.append({"base": points[0].spec.model.name, **counted, **costs})
+    total: dict[str, Any] = {"base": "total"}
+    for key in ("customers", "runs", "packs", "together_s", "alone_s"):
+        column = [row[key] for row in rows]
+        total[key] = None if None in column else sum(column)
+    for row in (*rows, total):
+        known = row["alone_s"] is not None and row["together_s"]
+        row["ratio"] = row["alone_s"] / row["together_s"] if known else None
+    found = {"customers": customer_counts(request, store), "bases": rows, "total": total}
+    found |= {"timed": total["alone_s"] is not None, "workers": plan.workers}
+    return {**found, "kinds": len({shape_of(p.spec) for p in plan.todo})}
+
+
+def customer_counts(request: Request, store: RunStore) -> dict[str, int]:
+    """Count a fleet's customers by outcome."""
+    return counts([outcome_of(m, store) for m in planned(request.members, request.points)])
+
+
+def fleet_lines(values: dict[str, Any], per: str) -> list[str]:
+    """Return the costs of a fleet in lines; `per`: unit of the times."""
+    lines = ["", counts_line(values["customers"])]
+    rows = [*values["bases"], *([values["total"]] if len(values["bases"]) > 1 else [])]
+    if not rows:
+        return [*lines, "nothing is left to train"]
+    keys = ("base", "customers", "runs", "packs", "together_s", "alone_s", "ratio")
+    lines += [f"unfinished runs, {per}:", "", *table(rows, *keys), ""]
+    if values["timed"]:
+        said = "computed from step times; alone, each run also starts a process and loads the base"
+        return [*lines, said]
+    seconds = BUDGET_S * values["kinds"]
+    return [
+        *lines,
+        "together: from an assumed speed. Alone: not known, as no step of such runs was timed "
+        f"here: action=measure_packs does it in at most {seconds:.0f} s",
+    ]
 
 
 # ---------------------------------------------------------------- on GPUs with a data sheet
@@ -232,7 +346,7 @@ def _on_gpus(
         second = part.sweep.replicate if part.sweep else Replicates()
         runs = {i: k for s in planner.forecast(missing, second) for i, k in s.items()}
         total |= runs
-        claims = claim_costs.claim_costs(part, missing, planner)
+        claims = _claim_costs(part, missing, planner)
         every += claims
         row = costs(part.sweep_name or "run", runs, hardware, request.cluster.work_max)
         sweeps.append({**row, "claims": [c.plain for c in claims]})
@@ -245,72 +359,367 @@ def _on_gpus(
         "total": costs("total", total, hardware, request.cluster.work_max),
     }
     if request.budget and not is_search(request):
-        found["budget"] = claim_costs.within_budget(request, every)
+        found["budget"] = _within_budget(request, every)
     queue: dict[str, Any] = {}
-    if request.cluster.kind == "slurm" and not request.parts:
-        points = planner.without_too_large(request.points)
-        # the table says which runs fit nowhere, and why
-        with suppress(SpecError):
-            if points:
-                plan = make_plan(points, store, request.exec, hardware)
+    points = planner.without_too_large(request.points)
+    if points and (request.members or (request.cluster.kind == "slurm" and not request.parts)):
+        with suppress(SpecError):  # the table says which runs fit nowhere, and why
+            plan = make_plan(points, store, request.exec, hardware)
+            if request.members:
+                found["fleet"] = fleet_costs(request, store, plan)
+            if request.cluster.kind == "slurm":
                 asked = dataclasses.replace(request, points=points)
                 queue = planning.difference(asked, store, plan)
-    if request.members:
-        found["fleet"] = fleet_costs.fleet_costs(request, store, hardware)
 
-    def text() -> list[str]:
+    def lines() -> list[str]:
         shown = [*sweeps, found["total"]] if len(sweeps) > 1 else sweeps  # one has no total
-        rows = [row for values in shown for row in _rows(values)]
-        table = render(
+        text = render(
             "forecast.txt",
             name=request.sweep_name or "run",
             scale=request.scale,
             hardware=hardware,
             usd=hardware.price_per_gpu_h,
-            table="\n".join(aligned([HEAD, *rows], range(1, len(HEAD)))),
+            table="\n".join(table(shown, *COSTS)),
             total=found["total"],
             unpinned=unpinned_lines([p for part in parts for p in part.points]),
             memory_error=f"{MEMORY_ERROR:.0%}",
             speed_error=f"{SPEED_ERROR:.0%}",
             training_share=TRAINING_SHARE,
-            verdicts=[(c.request.sweep_name, c.plain) for c in every],
-            stays_open=claim_costs.stays_open,
+            verdicts=[(c.request.sweep_name, c.plain, c.stays_open) for c in every],
         )
-        lines = [*understood.lines(request), table.rstrip(), *queue_lines(queue)]
-        lines += claim_costs.budget_lines(found["budget"]) if "budget" in found else []
+        lines = [*about.get("understood", ()), text.rstrip(), *queue_lines(queue)]
+        lines += _budget_lines(found["budget"]) if "budget" in found else []
         if is_search(request):
             busy_s = 3600 * found["total"]["gpu_hours"] / len(total) if total else None
             lines += ["", "one run of each arm, above; the search goes on from there:"]
-            lines += tuned.outlook(request, busy_s, max(1, hardware.gpus))
+            lines += search_outlook(request, busy_s, max(1, hardware.gpus))
         return lines + (
-            fleet_costs.lines(found["fleet"], "in time of one GPU") if request.members else []
+            fleet_lines(found["fleet"], "in time of one GPU") if "fleet" in found else []
         )
 
-    return Answer(found | queue, text)
+    return Answer(found | queue, lines)
 
 
-def _rows(v: dict[str, Any]) -> list[list[str]]:
-    """Return the row of a sweep's costs, and if it samples one with a serving engine."""
+# ---------------------------------------------------------------- claims, and within a budget
 
-    def ends(key: str) -> str:
-        low, high = ("-", "-") if v[key] is None else (f"{value:,.0f}" for value in v[key])
-        return low if low == high else f"{low} to {high}"
 
-    def spent(share: float) -> list[str]:
-        dollars = "-" if v["cost_usd"] is None else f"{share * v['cost_usd']:,.0f}"
-        return [f"{share * v['gpu_hours']:,.0f}", f"{share * v['days']:.1f}", dollars]
+class ClaimCost(NamedTuple):
+    """A claim of a planned sweep, and the runs that are expected to decide it."""
 
-    row = [
-        v["name"],
-        *(f"{v[key]:,}" for key in ("runs", "packs", "jobs")),
-        *(ends(key) for key in ("gpus_a_run", "micro_batch")),
-        "-" if v["memory_gib"] is None else f"{v['memory_gib']:.0f}",
-        *(f"{v[key]:.2g}" for key in ("tokens", "flops")),
-        ends("tokens_s"),
-        *spent(1),
+    request: Request
+    plain: dict[str, Any]
+    """JSON values: claim, outlook, and if it can be decided runs and gpu_hours."""
+    fresh: list[int]
+    """Fresh seeds that the claim needs."""
+    hours: dict[str, float]
+    """Missing run with these seeds -> GPU-hours."""
+    stays_open: str
+    """Why no number of seeds is known to decide the claim; empty: one is."""
+
+
+def _claim_costs(request: Request, missing: Sequence[Point], planner: Planner) -> list[ClaimCost]:
+    """Return the cost of each claim of a sweep; empty if nothing is missing.
+
+    Uses the standard deviation between seeds of this scale, else of the first scale in SMALLER that
+    states one. A claim over other units than seeds is given all planned seeds.
+    """
+    sweep = request.sweep
+    if sweep is None or not missing:
+        return []
+    outlooks = answer.outlooks(request.points, sweep, request.scale, *SMALLER)
+    planned = len(sweep.replicate.seeds)
+    grid = max(1, planned_seeds(request.points, sweep.replicate) - planned)
+    most = max([MIN_SEEDS, *(o.needed or 0 for _, o in outlooks if o.units == "seeds")])
+    used = {*sweep.replicate.seeds, *(p.spec.seed for p in request.points)}
+    more = [max(used) + 1 + k for k in range(max(most - grid - planned, 0))]
+    seeds = [*sweep.replicate.seeds, *more]
+    stages = planner.forecast(missing, dataclasses.replace(sweep.replicate, seeds=seeds))
+    hours = [{i: k.hours for i, k in stage.items() if k.trains} for stage in stages]
+    by_seeds = list(accumulate(hours, or_))  # run -> GPU-hours, by the number of fresh seeds
+    found = []
+    for scale, o in outlooks:
+        names = ("claim", "half_width", "planned", "needed", "units", "can_decide")
+        plain = {name: getattr(o, name) for name in names} | {"spread_from": scale}
+        n, why = None, f"{o.needed} {o.units} (planned {o.planned}), which fresh seeds do not add"
+        if o.can_decide is None:
+            why = "no standard deviation between seeds stated"
+        elif o.needed is None:
+            why = "no number of seeds was found with which it can be decided"
+        elif o.units == "seeds":
+            n = max(o.needed - grid, 0)
+        elif o.needed <= o.planned:
+            n = planned
+        if n is None:
+            found.append(ClaimCost(request, plain, [], {}, why))
+        else:
+            plain |= {"runs": len(by_seeds[n]), "gpu_hours": sum(by_seeds[n].values())}
+            found.append(ClaimCost(request, plain, seeds[:n], by_seeds[n], ""))
+    return found
+
+
+def _within_budget(request: Request, costs: Sequence[ClaimCost]) -> dict[str, Any]:
+    """Return as JSON values which claims a budget decides, in which order, and which stay open.
+
+    `commands` are those that train the chosen claims; `open` has the reason for each other claim,
+    and the GPU-hours that it takes in addition to the chosen ones.
+    """
+    asked = parse_budget(request.budget, 1)
+    assert asked is not None
+    names = [{"claim": c.plain["claim"], "sweep": c.request.sweep_name} for c in costs]
+    known = [k for k, c in enumerate(costs) if not c.stays_open]
+    chosen, others = choose([costs[k].hours for k in known], asked.amount / 3600)
+    keys, commands = ("runs", "gpu_hours", "cumulative_gpu_hours"), {}
+    # of each sweep, the chosen claim with the most seeds
+    for cost in sorted((costs[known[k]] for k, *_ in chosen), key=lambda c: len(c.fresh)):
+        words = [f"+sweep={cost.request.sweep_name}", f"scale={cost.request.scale}"]
+        changes = cost.request.changes
+        words += [f"'{c}'" for c in changes if not c.startswith("sweep.replicate.seeds=")]
+        if cost.fresh != cost.request.sweep.replicate.seeds:
+            words.append(f"'sweep.replicate.seeds=[{','.join(map(str, cost.fresh))}]'")
+        cluster = f"cluster=slurm hardware={request.hardware['name']}"
+        commands[cost.request.sweep_name] = " ".join(["python -m lorasweep", *words, cluster])
+    over = [
+        names[known[k]] | {"gpu_hours": hours, "why": "over budget"}
+        for k, hours in sorted(others, key=lambda other: other[1])
     ]
-    if v["name"] == "total" or not v["gpu_hours_of_sampling"]:
-        return [row]
-    served = spent(v["gpu_hours_with_serving_engine"] / v["gpu_hours"])
-    name = f"{v['name']} with a serving engine*"  # not in the total
-    return [row, [name, *[""] * (len(HEAD) - 1 - len(served)), *served]]
+    unknown = [name | {"why": c.stays_open} for name, c in zip(names, costs) if c.stays_open]
+    return {
+        "gpu_hours": asked.amount / 3600,
+        "used": chosen[-1][-1] if chosen else 0.0,
+        "chosen": [names[known[k]] | dict(zip(keys, values)) for k, *values in chosen],
+        "commands": [*commands.values()],
+        "open": [*over, *unknown],
+    }
+
+
+def _budget_lines(found: dict[str, Any]) -> list[str]:
+    """Return a budget's claims as lines of text."""
+    keys = ("claim", "sweep", "runs", "gpu_hours", "cumulative_gpu_hours")
+    left = table(found["open"], "claim", "sweep", "gpu_hours", "why")
+    total = f"{found['used']:,.0f} of {found['gpu_hours']:,.0f} GPU-hours"
+    bought = table(found["chosen"], *keys)
+    return [
+        "",
+        f"within the budget, by claims per GPU-hour: {len(found['chosen'])} claims, {total}",
+        *(bought and [*bought, "", "to train them:"]),
+        *(f"  {command}" for command in found["commands"]),
+        *(left and ["", "what stays open:", *left]),
+    ]
+
+
+# ---------------------------------------------------------------- action=status
+
+
+def show_status(request: Request, store: RunStore) -> Answer:
+    """Return the status; with watch=true show it repeatedly, until nothing is left to do."""
+    while True:
+        values = status(request, store, all_points(request, store))
+        answer = Answer(values, partial(status_text, request, values))
+        if not (request.watch and any(values["runs"].get(s) for s in OPEN_STATES)):
+            return answer
+        if request.format != "json" and sys.stdout.isatty():
+            print("\033[2J\033[H", end="")  # shown in place
+        answer.show(request.format == "json")
+        time.sleep(WATCH_S)
+
+
+def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, Any]:
+    """Return the status of a sweep as JSON values."""
+    queue = slurm.look(store.root)
+    plan = make_plan(points, store, request.exec, detect.this_machine())
+    covered, names = queue.covered(), run_names(plan.points)
+    states = {
+        i: "queued" if s in ("missing", "interrupted") and i in covered else s
+        for i, s in plan.states.items()
+    }
+    entries = store.finished(states)
+    arms: dict[str, dict[str, Any]] = {}
+    ranked = []  # (metric, lower is better; arm; run)
+    for p in plan.points:
+        arm = arms.setdefault(p.arm, {"arm": p.arm, "runs": 0, "best": None})
+        arm["runs"] += 1
+        arm[states[p.id]] = arm.get(states[p.id], 0) + 1
+        e = entries.get(p.id)
+        if e is not None and e.state == "done" and e.value is not None:
+            ranked.append((-e.value if e.higher_is_better else e.value, p.arm, p.id))
+    best = None
+    for _, arm_name, i in sorted(ranked, reverse=True):  # the best one comes last
+        e = entries[i]
+        best = {"run": i, "name": names[i], "metric": e.metric, e.metric: e.value}
+        arms[arm_name]["best"] = best
+    running = [p for p in plan.points if states[p.id] == "running"]
+    steps = {p.id: (store.recent_records(p.id) or [{"step": 0}])[-1]["step"] for p in running}
+    flops_left = plan.flops - sum(run_flops(p.spec) * steps[p.id] / p.spec.steps for p in running)
+    flops_done = sum(run_flops(p.spec) for p in plan.points if p.id in entries)
+    ends = sorted((e.mtime_ns / 1e9 for e in entries.values()), reverse=True)
+    recent, rate = [t for t in ends if ends[0] - t < WINDOW_S], None  # runs per hour
+    if len(recent) >= 3 and recent[0] > recent[-1]:
+        rate = 3600 * (len(recent) - 1) / (recent[0] - recent[-1])
+    left_s = plan.hours * 3600 * (flops_left / plan.flops if plan.flops else 0.0)
+    if rate and plan.todo and queue.jobs:  # the recent speed of the jobs
+        left_s = flops_left / (flops_done / len(entries)) / rate * 3600
+    on_gpus = request.cluster.gpus > 0
+    spent = ((e.wall_s or 0.0) * (1 if on_gpus else e.threads or 1) for e in entries.values())
+    used = sum(spent) / 3600
+    left = used * flops_left / flops_done if flops_done else None
+    mine = {s.folder for s in queue.submissions if s.record["sweep"] == request.title}
+    jobs = [(s, s.tasks[k], j) for s, k, j in queue.jobs if states.keys() & set(s.tasks[k])]
+    bad = {i: s for i, s in states.items() if s in ("failed", "diverged", "interrupted")}
+    lost = [i for i, s in bad.items() if s == "interrupted" and not store.failure(i)]
+    owners = {i: store.owner(i, store.last_attempt(i) or 0) for i in lost}
+    causes = {**dict.fromkeys(owners, "killed, cause unknown"), **slurm.causes(store.root, owners)}
+    logs = {i: store.folder(i) / f"attempts/{store.last_attempt(i)}/log.txt" for i in bad}
+    return {
+        "sweep": request.sweep_name,
+        "scale": request.scale,
+        "customers": customer_counts(request, store) if request.members else None,
+        "runs": {"total": len(plan.points), "todo": len(plan.todo), **Counter(states.values())},
+        "arms": [*arms.values()],
+        "best": best,
+        "left_s": left_s,
+        "rate_per_h": rate,
+        "hours": {"of": "GPU" if on_gpus else "core", "used": used, "left": left},
+        "running": [
+            {"run": p.id, "name": names[p.id], "step": steps[p.id], "steps": p.spec.steps}
+            for p in running
+        ],
+        "problems": [
+            {
+                **{"run": i, "name": names[i], "state": state, "log": str(logs[i])},
+                "cause": store.failure(i) or causes.get(i, ""),
+                "tail": (files.read(logs[i]) or b"").decode(errors="replace").splitlines()[-TAIL:],
+            }
+            for i, state in bad.items()
+        ],
+        "jobs": [
+            {
+                **{"job": j.label, "state": j.state, "reason": j.reason, "node": j.node},
+                **{
+                    "restarts": j.restarts,
+                    "runs": len(task),
+                    "over": sum(r in entries for r in task),
+                },
+                "log": str(slurm.log_of(s.folder, j.label)),
+            }
+            for s, task, j in jobs
+        ],
+        "follows": [j.label for folder, j in queue.follows.items() if folder in mine],
+        "slurm": queue.unavailable,
+        "unrecorded": len(queue.strays),
+    }
+
+
+def status_text(request: Request, status: dict[str, Any]) -> list[str]:
+    """Return a status in lines for the terminal."""
+    runs, hours, jobs = status["runs"], status["hours"], status["jobs"]
+    columns = [s for s in COLUMNS if runs.get(s)]
+    counts = ", ".join(f"{runs[s]} {s}" for s in columns)
+    speed = "" if status["rate_per_h"] is None else f"; {status['rate_per_h']:.0f} runs/h recently"
+    lines = [
+        f"{request.sweep_name or 'single run'} at scale {request.scale}: {counts}; about "
+        f"{duration(status['left_s'])} left{speed}; {hours['used']:.3g} {hours['of']}-hours used"
+    ]
+    lines += [counts_line(status["customers"])] if status["customers"] else []
+    arms = [{**dict.fromkeys(columns, 0), **a, "best": ""} for a in status["arms"]]
+    for shown, best in ((a, b) for a, b in zip(arms, (a["best"] for a in status["arms"])) if b):
+        shown["best"] = f"{best[best['metric']]:.4f} ({best['name']})"
+    waiting = Counter(j["reason"] for j in jobs if j["state"] == "PENDING")
+    started = [j for j in jobs if j["state"] != "PENDING"]
+    tables = (
+        table(arms, "arm", "runs", *columns, "best"),
+        table(status["running"], "name", "run", "step", "steps"),
+        [f"{n} jobs waiting: {reason}" for reason, n in waiting.items()],
+        table(started, "job", "state", "node", "over", "runs", "restarts", "log"),
+        table(status["problems"], "state", "name", "run", "cause", "log"),
+    )
+    for rows in tables:
+        lines += [f"  {line}" for line in rows[: SHOWN + 1]]
+        if len(rows) > SHOWN + 1:
+            lines.append(f"    ... and {len(rows) - SHOWN - 1} more (format=json lists all)")
+    if status["follows"]:
+        lines.append(
+            f"  follow-up job {', '.join(status['follows'])}: it submits missing runs when the "
+            "other jobs end, and finally writes the answer"
+        )
+    if status["slurm"]:
+        lines.append(f"  queued runs are not shown: {status['slurm']}")
+    if status["unrecorded"]:
+        lines.append(
+            f"  {status['unrecorded']} job(s) are from a command that died while submitting: run "
+            "the command again to cancel them"
+        )
+    return [*lines, "  try failed runs again: exec.retry=true"] if runs.get("failed") else lines
+
+
+# ---------------------------------------------------------------- what was understood
+
+
+def understood(request: Request) -> list[str]:
+    """Describe the models and data sets that no configuration file describes.
+
+    A line for each such model; for each data set and base a line, and a rendered example.
+
+    Raises DataError if max_length leaves out or cuts more than half of the training rows.
+    """
+    from lorasweep.models import find
+
+    specs = [p.spec for p in request.points]
+    bases = {s.model.name: s.model for s in specs}
+    on_nodes = request.action == "plan" or request.cluster.kind == "slurm"
+    exec_, found = request.exec, list[str]()
+    for name in request.described:
+        if name in bases:
+            m, on_hub = bases[name], bases[name].source == "hub"
+            path = find.cached_config(m) if on_hub else find.pinned_path(m, exec_.models_dir)
+            found.append(
+                f"model {m.name}: {config_at(m, path).model_type}, {m.n_params / 1e6:,.2f}M "
+                f"parameters, {m.n_layers} layers, {m.weights_dtype}, context {m.context_length}"
+            )
+        for dataset, model in dict.fromkeys((s.dataset, s.model) for s in specs):
+            if dataset.name == name:
+                from lorasweep.models.load import tokenizer_of  # only here: it imports torch
+
+                tokenizer = None
+                with suppress(LorasweepError, OSError, ValueError):
+                    tokenizer = tokenizer_of(model, exec_.models_dir, fetched=on_nodes)
+                found += _data_lines(dataset, model.name, tokenizer, exec_)
+    return list(dict.fromkeys(found))
+
+
+def _data_lines(spec: DatasetSpec, base: str, tokenizer: Any, exec_: Exec) -> Iterator[str]:
+    train, _ = load.sources_of(spec, exec_.data_dir)
+    where, row = next(train.rows())
+    columns = messages.columns(spec)
+    read = (*columns, messages.TOOLS) if spec.format == "messages" else columns
+    others = ", ".join(str(name) for name in row if name not in read)
+    pair = (spec.prompt_field, spec.completion_field)
+    used = columns if spec.format in messages.LISTS else pair
+    # all rows of the files, also those that are left out of training and held-out rows
+    whole = dataclasses.replace(spec, holdout=0, held_out_by="")
+    of_files = load.sources_of(whole, exec_.data_dir)
+    given = chain(*(s.rows() for s in of_files[: 1 + (spec.test_split != spec.train_split)]))
+    kinds = sources.each(given, lambda row, where: messages.read(spec, row, where).kinds)
+    understood = messages.rows_line(Counter(chain.from_iterable(kinds)))
+    about = (
+        f"data {spec.name}: {spec.source}, {spec.format}, columns {' -> '.join(used)}"
+        f"{f' (not read: {others})' if others else ''}"
+    )
+    if tokenizer is None:
+        yield f"{about}; {understood}; tokens are not counted: no tokenizer of {base} is here"
+        return
+    kept = Path(exec_.runs_dir, TOKENS)
+    data = load.load(spec, exec_.data_dir, tokenizer, str(kept) if kept.is_dir() else "")
+    n_train = data.n_train or 0
+    tokens = sum(len(e.tokens) for e in data.train(0, 0, n_train)) / n_train
+    yield (
+        f"{about}, {n_train:,} training, {len(data.validation):,} validation and "
+        f"{len(data.test):,} test rows, {tokens:.0f} tokens a row; {understood}"
+    )
+    if warning := text.check_fit(spec, data.fits, "dataset.max_length="):
+        yield f"warning ({base}): {warning}"
+    pieces = text.rendered(spec, row, where, tokenizer)
+    shown = "".join(f"[[{piece}]]" if in_loss else piece for piece, in_loss in pieces)
+    shown = shown.replace("\n", "\\n")
+    if len(shown) > EXAMPLE:
+        shown = f"{shown[: EXAMPLE // 2]} ... {shown[-EXAMPLE // 2 :]}"
+    yield f"example, [[in the loss]]: {shown}"

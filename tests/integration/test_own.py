@@ -45,7 +45,7 @@ def test_a_run_on_ones_own_files_is_trained_once_wherever_they_lie(home, elsewhe
     first = cli(*ONE, cwd=home)
     assert "done, test NLL" in first.stdout
     model, data, example = first.stderr.splitlines()[:3]
-    assert re.match("model base-.*llama, 0.03M parameters, 2 layers, bf16, context 2,048", model)
+    assert re.match("model base-.*llama, 0.03M parameters, 2 layers, bf16, context 2048", model)
     for words in (
         "csv, prompt_completion, columns question -> answer (not read: topic)",
         "30 training, 15 validation and 15 test rows",

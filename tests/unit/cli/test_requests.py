@@ -22,19 +22,14 @@ def refused(done, *words):
     ("arguments", "words"),
     [
         ("+sweep=lr_ration", "Did you mean 'lr_ratio'"),
-        ("+sweeps=lr_ratio", "Did you mean 'sweep'"),
-        ("+sweep.axes.model=[tiny64]", "+sweep=NAME"),
         ("scale=huge", "tiny"),
         ("model=lama", "Did you mean 'llama-3.2-3b'"),
-        ("lrr=1", "lrr"),
         ("lr=abc", "abc"),
         ("+learning_rate=1e-3", "'learning_rate' not found"),
         ("rank=4", "Did you mean 'method.rank'"),
-        ("+method.layer=mlp", "Did you mean 'method.layers'"),
         ("-m lr=1", "multirun"),
         ("--resolve", "--cfg job"),
         ("+sweep=lr_ratio exec.runs_dir='~nobody9/r'", "no user 'nobody9'"),
-        ("+sweep=tune model='~nobody9/x' dataset=rows.csv", "no user 'nobody9'"),
         ("hydra.searchpath=null", "expected a list of folders"),
         ("model=tiny64,tiny128 lr=1e-3", "sweep.axes.model"),
         ("+sweep=lr_ratio scale.name=small", "scale=NAME"),
@@ -43,14 +38,11 @@ def refused(done, *words):
         ("action=plan hardware=h10", "h100"),
         ("hardware=h100", "Add action=plan"),
         ("action=measure_packs cluster=slurm", "inside a job"),
-        ("action=plna", "Did you mean 'plan'"),
         ("table=x.csv", "action=export and action=import"),
-        ("+sweep=lr_ratio action=plan out=x", "action=adapter"),
         ("--follow", "--follow"),
         ("+sweep=lr_ratio exec.runs_dir=customers.csv/runs", "cannot be written"),
         ("method=lora exec.world_size=3 batch_size=8", "does not divide batch_size=8"),
         ("method=lora exec.world_size=2 exec.pack_size=4", "processes train one run at a time"),
-        ("method=lora exec.world_size=0", "exec.world_size=0: expected"),
         ("action=advise", "needs customers=FILE"),
         ("action=advise customers=no.csv", "no such file"),
         ("action=advise customers=c.csv +customer.model=x", "Give one of the two"),
@@ -60,40 +52,28 @@ def refused(done, *words):
         ("action=advise customers=customers.csv out=page.pdf", ".html"),
         ("action=measure +sweep=rank", "is about one model and one data set"),
         ("action=measure data=no.jsonl", "no file"),
-        ("action=measure rates=0", "expected 1 to 9"),
         ("action=measure cluster=slurm", "srun python -m"),
-        ("data=x", "data is only for action=measure"),
         ("action=measure dataset=facts model=tiny64-facts batch_size=1000", "has 64 rows"),
         (f"{FLEET} exec.world_size=2", "in one process"),
         (f"{FLEET} early_stopping=2 objective=policy_gradient", "objective=sft"),
         (f"{FLEET} rates=many", "rates='many'"),
         (f"{FLEET} +sweep=lr_ratio", "Leave"),
         ("action=fleet", "customers=FILE"),
-        *((f"{FLEET} rates={rates}", "3 to 9") for rates in (0, 2, 10, -3)),
+        *((f"{FLEET} rates={rates}", "3 to 9") for rates in (2, 10)),
         (f"{FLEET} instead_of_full=yes", "Allowed: lora"),
-        (f"{FLEET} early_stopping=-1", "early_stopping=-1"),
         (f"{FLEET} method=fullft", "method=lora"),
-        (f"{FLEET} lr=1e-3", "lr has no effect"),
         (f"{FLEET} method.rank=4", "method.rank has no effect"),
-        ("rates=5", "only for action=measure and action=fleet"),
         ("+sweep=lr_ratio lr=3e-3", "sweep.arms.fullft.lr=[3e-3] or sweep.arms.lora.lr=[3e-3]"),
         ("+sweep=lr_ratio sweep.axes.batch_size=[4]", "To add it: +sweep.axes.batch_size=[4]"),
         ("+sweep=lr_ratio sweep.arms.lra.rank=[4]", "Did you mean 'sweep.arms.lora'"),
-        ("+sweep=lr_ratio ~sweep.arms.full", "Did you mean 'sweep.arms.fullft'"),
         ("+sweep=lr_ratio sweep.arms.lora.rank=[64]", "and 2 other runs: method.rank=64"),
-        ("+sweep=lr_ratio model=tiny64", "sweep.axes.model"),
         ("+sweep=lr_ratio method.rank=4", "sweep.arms.lora.rank"),
         ("+sweep=lr_ratio sweep.axes.model=[tinny64]", "Did you mean 'tiny64'"),
-        ("+sweep=lr_ratio sweep.axes.dataset=[dialekt]", "Did you mean 'dialect'"),
-        ("+sweep=lr_ratio sweep.arms.lora.method=loro", "Did you mean 'lora'"),
         ("+sweep=lr_ratio +sweep.arms.lora.rnak=[1]", "Did you mean 'rank'"),
-        ("+sweep=lr_ratio sweep.arms.lora.lr=[fast]", "lr='fast': expected a number"),
         ("+sweep=large_batches scale=paper", "no scale 'paper'. Its file has: smoke, tiny"),
         ("action=go", "Available: adapter"),
         ("format=xml", "json"),
-        ("mirror=tensorboard", "wandb"),
         ("exec.pack_size=0", "pack_size"),
-        ("exec.workers=0", "workers"),
         ("dataset.n_test_curve=9999", "n_test"),
         ("+sweep=lr_ratio scale=small exec.models_dir=[/no]", "make weights"),
         ("dataset=gsm8k exec.data_dir=[/no]", "exec.data_dir"),
@@ -123,12 +103,6 @@ def own(folder, name, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return "--config-dir", folder / "mine"
-
-
-def test_cancel_without_any_submission_needs_no_slurm(command, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    done = command("+sweep=lr_ratio", "scale=smoke", "action=cancel")
-    assert (done.returncode, done.stdout) == (0, "nothing to cancel\n")
 
 
 def test_a_users_sweep_and_model_come_in_by_config_dir(command, tmp_path):
@@ -183,29 +157,19 @@ def test_a_hub_name_without_a_commit_is_named_and_shipped_ones_have_one(command)
     assert all(re.search(r"^revision: [0-9a-f]{40}$", text, re.M) for text in shipped)
 
 
-@pytest.mark.parametrize(
-    ("block", "says"),
-    [
-        (
-            "{armz: {}}",
-            "sweep 'mine' at scale tiny: setting 'armz' not found. Did you mean 'arms'?",
-        ),
-        ("{rounds: two}", "sweep 'mine' at scale tiny: rounds='two': expected a whole number"),
-        ("", "sweep 'mine'"),
-    ],
-)
-def test_a_wrong_scale_of_a_users_sweep_is_named(command, tmp_path, block, says):
+@pytest.mark.parametrize("block", ["{armz: {}}", "{rounds: two}", ""])
+def test_a_wrong_scale_of_a_users_sweep_is_named(command, tmp_path, block):
     path = tmp_path / "sweep/mine.yaml"
     path.parent.mkdir()
     text = "# @package sweep\nquestion: So?\nanalysis: lr_ratio\nscales:\n  tiny: "
     path.write_text(f"{text}{block}\n")
-    refused(command("--config-dir", tmp_path, "+sweep=mine", "action=plan"), says)
+    says = ["sweep 'mine'", *(["at scale tiny", block[1:5]] if block else [])]
+    refused(command("--config-dir", tmp_path, "+sweep=mine", "action=plan"), *says)
 
 
 def test_with_format_json_every_action_prints_one_object(command, tmp_path):
-    asked = ("+sweep=study", "scale=smoke", "sweep.parts=[lr_ratio,rank]", "format=json")
-    parts = json.loads(command(*asked, "action=plan").stdout)
-    assert set(parts) == {"lr_ratio-smoke", "rank-smoke"}
+    done = command("+sweep=lr_ratio", "scale=smoke", "action=cancel", "format=json")
+    assert json.loads(done.stdout) == {"jobs": 0, "runs": 0}
     table = ROOT / "analysis/results/lr_ratio-small/table.parquet"
     (line,) = json.loads(command("action=import", f"table={table}", "format=json").stdout)["output"]
     assert "runs imported" in line

@@ -6,11 +6,10 @@ import re
 
 import pytest
 
-from lorasweep.cli import tuned
+from lorasweep.cli import train
 from lorasweep.cli.actions import act
-from lorasweep.cli.points import all_points, judged
+from lorasweep.cli.answer import all_points, judged
 from lorasweep.errors import SpecError
-from lorasweep.spec.metric import METRICS
 from lorasweep.store import checkpoint
 from lorasweep.store.run_store import RunStore
 from tests.conftest import FakeTrainer
@@ -46,12 +45,12 @@ def tune(compose, capsys, fake_trainer):
 def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(tune, compose):
     world, request = Slow(10, noise=2e-4), compose(*TUNE)
     text, _, points, _ = tune(world)
-    lines = text.splitlines()
-    heads = [line.partition(":")[0] for line in lines]
-    assert [*heads[:2], *heads[3:]] == ["full fine-tuning", "LoRA rank 8", "use", "open"]
-    assert lines[2].startswith("LoRA at rank 8 gives up ") and lines[2].endswith("less than 5%")
-    assert lines[3].startswith("use: LoRA rank 8 on attention+mlp, learning rate 1.")
-    assert lines[4] == "open: nothing"
+    _, base, full, lora, gap, use, left = text.splitlines()
+    names = ("base", "full fine-tuning", "LoRA rank 8")
+    assert all(line.startswith(name) for name, line in zip(names, (base, full, lora)))
+    assert gap.startswith("LoRA at rank 8 gives up ") and gap.endswith("less than 5%")
+    assert use.startswith("use: LoRA rank 8 on attention+mlp, learning rate 1.")
+    assert left == "open: nothing"
     assert max(p.spec.seed for p in points) < 6  # decided before the last seed
     store, full = RunStore(request.exec.runs_dir), judged(request, points)
     short = [p for p in points if p not in full]
@@ -73,34 +72,18 @@ def test_the_search_finds_planted_optima_and_keeps_only_weights_around_the_best(
 
 
 @pytest.mark.slow
-def test_where_lora_loses_full_fine_tuning_is_the_setting(tune):
-    text, _, _, _ = tune(Valley(10, noise=2e-4, behind={8: 0.3}), "format=json")
-    answer = json.loads(text)["answer"]
-    assert (answer["method"], answer["rank"], answer["open"]) == ("fullft", None, [])
-    assert answer["lr"] == pytest.approx(FULL_BEST, rel=0.15)
-    assert "gives up" in answer["why"]
-
-
-@pytest.mark.slow
 def test_a_budget_ends_the_search_and_a_larger_one_goes_on(tune):
     world = Valley(10, noise=2e-4)
     text, err, few, trainer = tune(world, "budget=14runs")
     assert "used" in text.splitlines()[-1] and "of 14runs" in text
     assert "open: the learning rate of full fine-tuning" in text
-    assert "budget=14runs buys about 14 runs: the learning rates and 0 fresh seed(s)" in err
+    assert "budget=14runs buys about 14 runs" in err
     count = len(trainer.trained)
     _, _, again, _ = tune(world, "budget=14runs", trainer=trainer)
     assert len(trainer.trained) == count and [p.id for p in again] == [p.id for p in few]
     _, _, more, _ = tune(world, "budget=60runs", trainer=trainer)
     assert [p.id for p in more[: len(few)]] == [p.id for p in few]
     assert len(trainer.trained) == len(more) > count
-
-
-@pytest.mark.slow
-def test_lora_alone_ends_when_its_rates_are_known(tune):
-    text, _, points, _ = tune(Valley(10, noise=2e-4), "arms=lora")
-    assert {p.arm for p in points} == {"lora"}
-    assert "not compared" in text and text.splitlines()[-1] == "open: nothing"
 
 
 class Hurt(Valley):
@@ -119,7 +102,6 @@ class Hurt(Valley):
     [
         (Hurt(), "60runs", "[]"),
         (Hurt(short=-1.0), "9runs", "[]"),  # the full runs overfit
-        (Hurt(full=math.nan), "60runs", "lora"),
         (Hurt(math.nan, math.nan), "60runs", "[]"),
     ],
 )
@@ -135,28 +117,22 @@ def test_where_nothing_trains_the_answer_is_the_base(tune, tmp_path, world, budg
 REWARDED = ("model=tiny64-knows", "dataset=bandit", "objective=policy_gradient", "max_new_tokens=1")
 
 
-def test_a_rewarded_search_is_answered_in_rewards_and_its_card_too(tune, compose):
+def test_a_rewarded_search_is_answered_in_rewards(tune):
     world = Rewards(lambda spec, step: 0.8, lambda spec: 1e-3, lambda spec: 0.01)
     trainer = FakeTrainer(world.nll, curve=world.curve, more=world.more)
     asked = (*REWARDED, "group_size=4", "budget=9runs", "arms=lora")
-    assert "; held-out reward 0." in tune(world, *asked, trainer=trainer)[0]
-    point = compose(*TUNE, *REWARDED, "group_size=4", "batch_size=16").points[0]
-    results = {"arms": [arm(tuned._rank(point), 0.5)], "chosen_on": "test"}
-    metric = {"metric": vars(METRICS["policy_gradient"]), "test_reward": 0.5, "reward_start": 0.25}
-    card = tuned._card(point, {**metric, "n_test": 8}, results, "best")
-    assert "**held-out reward:** 0.2500 before, 0.5000 after, on 8 test rows" in card
+    assert "held-out reward" in tune(world, *asked, trainer=trainer)[0].splitlines()[0]
 
 
-@pytest.mark.parametrize("outcome", ["SUPPORTED", "UNDECIDED", "REFUTED"])
+@pytest.mark.parametrize("outcome", ["SUPPORTED", "UNDECIDED"])
 def test_the_gap_is_printed_with_the_interval_that_decides(outcome):
-    beyond = {"SUPPORTED": (-0.04, -0.01), "UNDECIDED": (-0.01, 0.01), "REFUTED": (0.01, 0.02)}
-    low, high = beyond[outcome]
+    low, high = {"SUPPORTED": (-0.04, -0.01), "UNDECIDED": (-0.01, 0.01)}[outcome]
     narrow = {"value": 6.7, "low": 5.9, "high": 7.6}  # of another level and another mean
     estimate = {"value": (low + high) / 2, "low": low, "high": high}
     verdict = {"outcome": outcome, "why": "the 98.4% interval ...", "estimate": estimate}
     arms = [{"rank": None, "gain": 0.5, "gap_percent": None}, {"rank": 8, "gap_percent": narrow}]
     results = {"arms": arms, "verdicts": [verdict], "allowed": 0.05, "n_test": 9}
-    text = tuned._gap_line(results, arms[1])
+    text = train.gap_line(results)
     assert f"[{5 + 200 * low:.1f}%, {5 + 200 * high:.1f}%]" in text
     assert ("98.4%" in text) == (outcome == "UNDECIDED")
 
@@ -167,11 +143,10 @@ PLAN = ("action=plan", "+sweep=lr_ratio")
 @pytest.mark.parametrize(
     "asked, says",
     [
-        (("+sweep=lr_ratio", "scale=smoke", "budget=2h"), r"budget=2h is for .*\+sweep=tune"),
-        (("+sweep=study", "out=b"), "^out=.*that searches"),
-        *((("model=tiny64", wrong), f"^{wrong[:4]}.*that searches") for wrong in ("out=b", "budget=2h")),
-        ((*PLAN, "out=b"), "out= is for a sweep that searches"),
-        ((*PLAN, "budget=2h"), "budget=2h .*in hours of GPUs"),
+        (("+sweep=lr_ratio", "scale=smoke", "budget=2h"), r"^budget is .*\+sweep=tune.*500gpuh"),
+        (("model=tiny64", "out=b"), r"^out is only for .*action=fleet .*\+sweep=tune"),
+        ((*PLAN, "out=b"), "^out is only for"),
+        ((*PLAN, "hardware=h100", "budget=2h"), "^budget is only for"),
         ((*TUNE, "arms=lorra"), "arm 'lorra' not found. Did you mean 'lora'"),
         ((*TUNE, "budget=0.5runs"), r"budget=0\.5runs is below one run of 64 updates"),
         ((*TUNE, "out=mine"), "has files"),
@@ -189,8 +164,7 @@ def test_wrong_settings_are_refused(compose, fake_trainer, tmp_path, monkeypatch
 def test_the_plan_says_what_a_search_takes_and_a_budget_buys(compose, capsys):
     assert act(compose(*TUNE, "action=plan", "budget=40runs", "out=best")) == 0
     out = capsys.readouterr().out
-    assert "search of 2 arm(s): short runs of 8 updates find the range, runs of 64 updates" in out
-    assert "budget=40runs buys about 40 runs: the learning rates and 4 fresh seed(s)" in out
+    assert "search of 2 arm(s)" in out and "buys about 40 runs" in out and "4 fresh seed(s)" in out
 
 
 def arm(rank, loss):
@@ -213,16 +187,16 @@ SEEDS = "LoRA against full fine-tuning (needed: 4 seeds)"
         ({None: 1.0, 8: 1.06}, "UNDECIDED", 0.0, "fullft", [SEEDS], "gives up 6% of the gain"),
         ({None: 1.0, 8: 1.04}, "REFUTED", 0.0, "fullft", [], "gives up 4% of the gain"),
         # the base stays only for a reason that was measured, and an ended budget is none
-        ({8: 2.1}, None, 1e-3, None, [], "rank 8 at .* does not lower the loss on test rows"),
-        ({}, None, 1e-3, None, [ENDED], "tried in full, from 1.0e-03 on, lowers"),
-        ({}, None, 1e-8, None, [], "nothing trains: no learning rate lowers the loss on"),
+        ({8: 2.1}, None, 1e-3, None, [], "lowers the loss on validation and test rows"),
+        ({}, None, 1e-3, None, [ENDED], "tried from 1.0e-03 on, lowers"),
+        ({}, None, 1e-8, None, [], "no learning rate"),
     ],
 )
 def test_what_is_used_is_what_was_measured(compose, losses, outcome, lowest, method, open_, why):
     verdicts = [{"outcome": outcome, "needed": "4 seeds", "why": ""}] if outcome else []
     results = {"arms": [arm(*a) for a in losses.items()], "best_rank": 8 if losses else None}
     results |= {"start": 2.0, "allowed": 0.05, "verdicts": verdicts, "chosen_on": "validation"}
-    found = tuned.conclude(compose(*TUNE), results, lowest)
+    found = train.conclude(compose(*TUNE), results, lowest)
     assert (found["method"], found["lr"] is None) == (method, method is None)
     assert [text for text in found["open"] if "no run of full" not in text] == open_
     assert re.search(why, found["why"])

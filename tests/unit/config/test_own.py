@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from lorasweep.cli import understood
-from lorasweep.cli.points import all_points
+from lorasweep.cli.answer import all_points
+from lorasweep.cli.plans import understood
 from lorasweep.config import own
 from lorasweep.data import load
 from lorasweep.errors import DataError, ModelError, SpecError
@@ -109,7 +109,7 @@ def test_the_counts_are_those_of_training(compose, here):
     given = ("model=./support-model", "dataset=long.jsonl", *RUN)
     for sweep in ((), ("+sweep=tune",)):
         asked = compose(*given[:2], *sweep, "dataset.max_length=48")
-        (line, warning) = understood.lines(asked)[1:3]
+        (line, warning) = understood(asked)[1:3]
         data = asked.points[0].spec.dataset
         loaded = load.load(data, asked.exec.data_dir, llama_like())
         assert f"{loaded.n_train} training, {len(loaded.validation)} validation and " in line
@@ -119,7 +119,7 @@ def test_the_counts_are_those_of_training(compose, here):
         rows = [{"prompt": "So?", "completion": "Y", key: f"{k}" + " late" * 90} for k in range(80)]
         write_json(here / "long.jsonl", [{"prompt": "So?", "completion": "Y"}, *rows])
         with pytest.raises(DataError, match=says):
-            understood.lines(compose(*given, "dataset.max_length=64"))
+            understood(compose(*given, "dataset.max_length=64"))
 
 
 def test_columns_can_be_named_and_other_fields_set(compose, here):

@@ -470,23 +470,14 @@ def test_a_node_that_downloads_needs_no_weights_yet_but_a_job_does(hub, snapshot
     assert find.check_available(hub, [])
 
 
-INACCESSIBLE = {
-    "GatedRepoError": "accept the terms at .*co/org/tiny,.*hf auth login",
-    "RepositoryNotFoundError": "does not exist, or is private",
-    "RevisionNotFoundError": "Set revision",
-    "RemoteEntryNotFoundError": "no config.json",
-    "": "not in the cache.*action=fetch",
-}
-
-
-@pytest.mark.parametrize("kind", INACCESSIBLE)
+@pytest.mark.parametrize("kind", ["GatedRepoError", "RevisionNotFoundError", ""])
 def test_an_inaccessible_model_is_refused_with_what_to_do(hub, monkeypatch, kind):
     response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
     error = ConnectionError("cannot reach the hub")
     if kind:
         error = getattr(huggingface_hub.errors, kind)("no", response=response)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=error))
-    with pytest.raises(ModelError, match=f"model 'tiny'.*{INACCESSIBLE[kind]}"):
+    with pytest.raises(ModelError, match=f"model 'tiny'.*{kind}.*co/org/tiny .*action=fetch"):
         find.check_available(dataclasses.replace(hub, revision=""), [])
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from lorasweep.cli.plans import plan_text
+from lorasweep.cli.plans import plan_lines
 from lorasweep.errors import SpecError
 from lorasweep.launch.local import devices_of
 from lorasweep.launch.slurm.planning import hardware_of
@@ -81,7 +81,7 @@ def test_a_measurement_of_another_machine_or_shape_is_not_used(asked, lora):
     assert planned(asked)[0].basis == "assumed"  # nothing is known of full fine-tuning
     measured(asked, next(p.spec for p in asked.points if p.arm == "fullft"), {1: 0.02})
     now, _ = planned(asked)
-    assert now.basis == "calibrated" and "packing does not pay" in plan_text(asked, now)
+    assert now.basis == "calibrated" and "packing does not pay" in "".join(plan_lines(asked, now))
 
 
 def speeds_of(runs):
@@ -141,7 +141,7 @@ def test_a_pack_with_checkpoints_stays_as_it_was(asked, lora):
 def test_bf16_on_a_processor_without_it_is_warned_of(compose, precision, fast, warned, rate):
     asked = compose(*SMOKE, f"precision={precision}")
     now, _ = planned(asked, dataclasses.replace(CPU, fast_bf16=fast))
-    assert ("no bf16 instructions" in plan_text(asked, now)) == warned
+    assert ("no bf16 instructions" in "".join(plan_lines(asked, now))) == warned
     assert now.hours * 3600 * CPU.cores * rate == pytest.approx(now.flops)
 
 
@@ -151,7 +151,7 @@ def test_the_same_runs_are_planned_differently_for_two_machines_of_the_catalogue
     request = compose(*large, "action=plan", "hardware=h200")
     cards = [hardware_of(compose("action=plan", f"hardware={name}")) for name in ("h200", "a100")]
     (h200, n), (a100, m) = (planned(request, dataclasses.replace(c, gpus=1)) for c in cards)
-    assert max(n) > max(m) and h200.hours < a100.hours and "on h200" in plan_text(request, h200)
+    assert max(n) > max(m) and h200.hours < a100.hours and "on h200" in plan_lines(request, h200)[0]
     assert a100.workers == 1 and planned(request, cards[1])[0].workers == 8
     assert hardware_of(compose("action=plan")).name == detect.NAME
 
