@@ -130,7 +130,6 @@ ONLY_IN = {
     **dict.fromkeys(("hydra", "omegaconf"), r"lorasweep/(config/.*|__main__)\.py"),
     "wandb": r"lorasweep/tracking/wandb\.py",
     "submitit": r"lorasweep/launch/slurm/",
-    "rich": r"lorasweep/cli/",
     **dict.fromkeys(("torch", "transformers"), TORCH),
     **dict.fromkeys(("peft", "trl", "tokenizers"), "$"),
     "datasets": r"lorasweep/data/",

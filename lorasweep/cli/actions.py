@@ -29,8 +29,9 @@ OF_FLEET = ("plan", "status", "cancel", "measure_packs", "fetch")
 """Actions that with customers=FILE are about the runs of a fleet."""
 WHOLE_STUDY = ("export", "adapter", "fetch")
 """Actions that are called once for a sweep of sweeps; all others are called once per part."""
-OF_PLANNED_RUNS = ("status", "cancel", "verify", "extend", "measure_packs", "layers", "run")
-OF_PLANNED_RUNS += ("fleet", "qualify")
+OF_PLANNED_RUNS = (
+    *("status", "cancel", "verify", "extend", "measure_packs", "layers", "run", "fleet", "qualify"),
+)
 """Actions that leave out the runs that need more than exec.max_gpus GPUs."""
 SEARCHES = "a search of learning rates (+sweep=tune)"
 ALSO_READ = {
@@ -187,8 +188,8 @@ def check(request: Request) -> None:
     for key in dict.fromkeys([*ALSO_READ, *(key for a in ACTIONS.values() for key in a.reads)]):
         if key not in taken and getattr(request, key) != defaults[key]:
             readers = [f"action={n}" for n, a in ACTIONS.items() if key in a.reads]
-            readers = " and ".join([*readers, *ALSO_READ.get(key, [])])
-            raise SpecError(f"{key} is only for {readers}. Use that, or leave {key} out.")
+            readers += ALSO_READ.get(key, [])
+            raise SpecError(f"{key} is only for {' and '.join(readers)}, so leave it out here.")
 
 
 def function_of(name: str) -> Callable[..., Answer]:
@@ -215,10 +216,6 @@ def act(
     if request.customers and name != "advise":
         request = customers.plan_fleet(request)
         name = "fleet" if request.action == "run" else name
-        if name != "fleet" and not request.points:
-            faults = [{"name": m["name"], "error": m["problem"]} for m in request.members]
-            Answer(faults).show(as_json)
-            return int(bool(faults))
     status = int(name != "fleet" and any(m["problem"] for m in request.members))
     do = function_of(name)
     context = {"trainer": trainer, "follow": follow, "store": store}
@@ -302,15 +299,13 @@ Settings
   exec.workers=N exec.threads=N exec.pack_size=N exec.micro_batch_size=N
   exec.checkpoint_s=60 exec.retry=true exec.compile=true     mirror=wandb
   exec.world_size=4 exec.activation_checkpointing=true       a run on four GPUs
-Changing a sweep's grid
-  sweep.arms.lora.rank=[1,16]   +sweep.axes.batch_size=[4,8]   ~sweep.arms.fullft
+Changing a sweep's grid: sweep.arms.lora.rank=[1,16] +sweep.axes.batch_size=[4,8] ~sweep.arms.fullft
   'sweep.arms.lora.lr=${geom:1e-4,1e-2,4}'  4 learning rates per decade
   'sweep.arms.lora.lr=${around:1e-3,7,2}'   7 learning rates around 1e-3, a factor of 2 apart
 Your own model and rows
   model=FOLDER, FILE.gguf or owner/name@revision
   dataset=FILE (.jsonl, .json, .csv, .parquet), FOLDER or owner/name:configuration@revision
-  Sweeps, and what is not read from these: files in DIR/sweep, DIR/model, DIR/dataset with
-  python -m lorasweep --config-dir DIR +sweep=mine model=mine
+  files in DIR/sweep, DIR/model, DIR/dataset: --config-dir DIR +sweep=mine model=mine
 """
 
 

@@ -166,8 +166,7 @@ def measure(request: Request, store: RunStore) -> Answer:
         spec = dataclasses.replace(spec, steps=steps)
     rates = around(spec.lr, request.rates, APART)
     points = [Point(spec.method.name, dataclasses.replace(spec, lr=lr)) for lr in rates]
-    with Display(points, request) as display:
-        local.run_points(points, store, request.exec, display.event, trainer)
+    local.run_points(points, store, request.exec, Display(points, request).event, trainer)
     base, specs = trainer.first_pass(spec, request.exec), [p.spec for p in points]
     found = measuring.information(specs, data, base, request, store, answer.code_length)
     path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
@@ -193,8 +192,8 @@ def fleet(
     from lorasweep.models import load
 
     plan = plan_fleet(request)  # the table, the advice, and the runs of each customer
-    points, status, sent = [], 0, None
-    if plan.points:
+    points, status, sent = plan.points, 0, None
+    if points:
         points, status, sent = train(plan, store, trainer, follow)
     if status == STOPPED:
         return Answer(status=STOPPED)

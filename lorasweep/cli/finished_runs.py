@@ -1,40 +1,53 @@
-"""The actions on finished runs: export, import, adapter, verify, extend.
+"""The actions on finished runs: export, import, adapter, verify, extend; the answer of a search.
 
 Verify and adapter train runs again, alone. They compare the difference of the results with the
 standard deviation between seeds.
 """
 
 import dataclasses
+import json
 import math
+import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorasweep.cli import answer
-from lorasweep.cli.answer import all_points, is_search, judged
-from lorasweep.cli.printed import Answer, notifier
-from lorasweep.errors import SpecError, TrainingError
+from lorasweep.cli.answer import all_points, final_loss, is_search, judged
+from lorasweep.cli.printed import Answer, duration, notifier, table
+from lorasweep.data import templates
+from lorasweep.errors import LorasweepError, SpecError, StoreError, TrainingError
+from lorasweep.fleet.rows import shown
 from lorasweep.fleet.serving import ADAPTER
+from lorasweep.launch.pack import END
+from lorasweep.launch.slurm.planning import hardware_of
 from lorasweep.launch.trainer import Trainer, trainer_named
 from lorasweep.methods.lora import LoRA
 from lorasweep.methods.registry import spec_from
+from lorasweep.plan import detect
+from lorasweep.plan.budget import parse_budget
+from lorasweep.plan.planner import place
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.metric import metric_of
+from lorasweep.spec.metric import METRICS, metric_of
 from lorasweep.spec.run import RunSpec
 from lorasweep.spec.streams import stream
-from lorasweep.store import folders, looks
+from lorasweep.store import checkpoint, folders, looks
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs
 from lorasweep.sweep.grid import Point, curve_key
 from lorasweep.sweep.names import run_names
+from lorasweep.sweep.replicates import lrs_around_optimum
 from lorasweep.sweep.request import Request, question
+from lorasweep.sweep.search import LOWEST, is_short
 from lorasweep.tracking import provenance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ANSWER = "lorasweep.json"
+"""File with the results and the answer in the folder of the best run of a search."""
 NO_FLOOR_NATS = 0.01
 """Accepted difference of the final NLL if no condition has two seeds. In the tiny sweep, seeds
 differ by about as much (docs/log)."""
@@ -46,15 +59,15 @@ def export(request: Request, store: RunStore) -> Answer:
     if path.suffix not in (".parquet", ".csv"):
         raise SpecError(f"table={request.table!r}: expected a file name in .parquet or .csv.")
     ids = [p.id for p in judged(request, all_points(request, store))] if request.sweep else None
-    table = load_runs(store.root, ids)
-    if table.empty:
+    found = load_runs(store.root, ids)
+    if found.empty:
         raise SpecError(f"no finished runs in {store.root}. Run a sweep, or set exec.runs_dir.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        table.to_parquet(path, index=False, compression="zstd", compression_level=12)
+        found.to_parquet(path, index=False, compression="zstd", compression_level=12)
     else:
-        table.to_csv(path, index=False)
-    return Answer(text=f"{len(table)} runs written to {path}")
+        found.to_csv(path, index=False)
+    return Answer(text=f"{len(found)} runs written to {path}")
 
 
 def import_(request: Request, store: RunStore) -> Answer:
@@ -95,9 +108,11 @@ def train_again(
         TrainingError: the data or the base have changed.
     """
     before, env = store.result(spec.id) or {}, store.env(spec.id)  # no env: imported
-    layout = {k: env[k] for k in ("threads", "micro_batch_size") if env}
+    layout: dict[str, Any] = {k: env[k] for k in ("threads", "micro_batch_size") if env}
     # the folders of the command, then those of the run
-    dirs = {k: [*getattr(exec_, k), *env.get(k, [])] for k in ("models_dir", "data_dir")}
+    dirs: dict[str, Any] = {
+        k: [*getattr(exec_, k), *env.get(k, [])] for k in ("models_dir", "data_dir")
+    }
     events = trainer([spec], dataclasses.replace(exec_, **layout, **dirs), None)
     last = next(event for event in events if spec.id in event.ended)
     state, final = last.ended[spec.id]
@@ -165,10 +180,11 @@ def adapter(request: Request, store: RunStore, trainer: Trainer | str | None = N
     bound = request.max_difference
     if bound is None and request.sweep and not request.parts:
         bound = noise_floor(all_points(request, store), store)
-    then, here = store.env(spec.id), provenance.environment()
-    differs = [k for k in here.keys() & then.keys() if here[k] != then[k]]
-    why = f"{_outcome(comparison)}; recorded and now differ in: "
-    why += ", ".join(sorted(differs)) or "nothing that is recorded"
+    envs = (store.env(spec.id), provenance.environment())
+    then, here = ({**env, **env.get("packages", {})} for env in envs)
+    shared = sorted(k for k in here.keys() & then.keys() if isinstance(here[k], str))
+    differs = [f"{k} {then[k]} then, {here[k]} now" for k in shared if here[k] != then[k]]
+    why = f"{_outcome(comparison)}; what differs: {'; '.join(differs) or 'nothing recorded'}"
     if not _is_within(comparison, bound):
         needed = math.ceil(100 * abs(comparison["difference"] or 0.0)) / 100
         raise TrainingError(
@@ -264,3 +280,238 @@ def extend(request: Request, store: RunStore) -> Answer:
         f"round {number}: {len(runs)} runs added; run the command without action=extend to train"
     )
     return Answer(text=[*lines, added])
+
+
+# ---------------------------------------------------------------- a search of learning rates
+
+
+def _used(request: Request, points: Sequence[Point], store: RunStore) -> dict[str, str]:
+    """Return the budget that was given and the used amount, in words; empty without a budget."""
+    budget = parse_budget(request.budget, request.points[0].spec.steps)
+    if budget is None:
+        return {}
+    used = budget.used(points, store)
+    words = f"{used:.3g} runs" if budget.unit == "runs" else duration(used)
+    return {"given": budget.text, "used": words + " of GPUs" * (budget.unit == "gpuh")}
+
+
+def prune(request: Request, store: RunStore, points: Sequence[Point]) -> None:
+    """Delete states and weights that no later run and no export needs.
+
+    Kept: the weights of the best run at each of the learning rates around the best one, of each arm
+    and rank, for the best one may still change; and the final states of short runs until
+    full runs have begun from them.
+    """
+    fresh = any(p.spec.seed != request.points[0].spec.seed for p in points)
+    full = {p.id for p in judged(request, points) if store.result(p.id)}
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for p in points:
+        if is_short(p, request.points):
+            steps = request.points[0].spec.steps
+            if fresh or dataclasses.replace(p.spec, steps=steps).id in full:
+                shutil.rmtree(store.folder(p.id) / END, ignore_errors=True)
+        elif p.id in full:
+            curves.setdefault(curve_key(p), []).append(p)
+    for mine in curves.values():
+        by_lr = _by_lr(mine, store)
+        means = {lr: sum(losses.values()) / len(losses) for lr, losses in by_lr.items()}
+        near = lrs_around_optimum(means, request.sweep.search.n_lrs)
+        kept = {min(by_lr[lr], key=by_lr[lr].__getitem__) for lr in near}
+        for p in mine:
+            if p not in kept:
+                (store.folder(p.id) / checkpoint.WEIGHTS).unlink(missing_ok=True)
+
+
+def _by_lr(points: Sequence[Point], store: RunStore) -> dict[float, dict[Point, float]]:
+    """Return the runs of an arm by learning rate, each with its loss on the rows that choose."""
+    found: dict[float, dict[Point, float]] = {}
+    for p in points:
+        loss = final_loss(store.result(p.id) or {}, p.spec.dataset.n_validation > 0)
+        found.setdefault(p.spec.lr, {})[p] = math.inf if loss is None else loss
+    return found
+
+
+def check_search(request: Request) -> None:
+    """Raise an error if an arm does not fit, or request.out cannot be written or served."""
+    machine = hardware_of(request) if request.hardware else detect.this_machine()
+    room, rows = machine.worker_gib or math.inf, request.exec.micro_batch_size
+    for p in request.points if request.cluster.kind == "local" else ():
+        if (need := place(p.spec, machine, rows=rows).memory_gib) > room:
+            raise SpecError(
+                f"{p.arm} takes {need:.0f} GiB, and the memory has {room:.0f}. Leave it out with "
+                "arms=[NAME] of the others, or choose a smaller model or dataset.max_length."
+            )
+    if request.out:
+        models = {p.spec.model for p in request.points}
+        folders.check(Path(request.out).expanduser(), ANSWER, request.exec, models)
+        _served(request)
+
+
+def _served(request: Request) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenizer with the rows' chat template, and `shown`; nothing without text."""
+    from lorasweep.models import load
+
+    spec, fetched = request.points[0].spec, request.cluster.kind == "slurm"
+    if spec.dataset.source == "synthetic":
+        return None, {}
+    tokenizer = load.tokenizer_of(spec.model, request.exec.models_dir, fetched)
+    served = templates.with_template(spec.dataset, tokenizer)
+    form = shown(spec.dataset, [], tokenizer)
+    templates.check(spec.dataset, served, form["messages"], [], form["example"], "example")
+    return served, form
+
+
+def finish(request: Request, store: RunStore, points: Sequence[Point], results: str) -> str:
+    """Return the answer in lines, or as JSON, and write the best run into request.out.
+
+    `results`: the results of the analysis as JSON.
+    """
+    found = json.loads(results)
+    prune(request, store, points)
+    rates: dict[int | None, list[float]] = {}
+    for p in judged(request, points):
+        rates.setdefault(_rank(p), []).append(p.spec.lr)
+    conclusion = conclude(request, found, max(map(min, rates.values()), default=math.inf))
+    if used := _used(request, points, store):
+        conclusion["budget"] = used
+    if request.out and conclusion["method"] is None:
+        conclusion["out"] = f"nothing is written to {request.out}"
+    elif request.out:
+        conclusion["out"] = _export(request, store, points, found, conclusion)
+    if request.format == "json":
+        return json.dumps({**found, "answer": conclusion})
+    return "\n".join(_lines(request, found, conclusion))
+
+
+def conclude(request: Request, results: Mapping[str, Any], lowest: float = 0.0) -> dict[str, Any]:
+    """Return the setting to use and why, and what the runs have not decided.
+
+    `lowest`: the learning rate down to which all arms had full runs.
+    """
+    arms = {arm["rank"]: arm for arm in results["arms"]}
+    rank, spec, start = results["best_rank"], request.points[0].spec, results["start"]
+    outcome = next((v["outcome"] for v in results["verdicts"]), "")
+    methods = {_rank(p): p.spec.method.plain() for p in request.points}
+    absent = [answer.arm_name(r) for r in methods if r not in arms]
+    full, lora = (arms[r]["loss"] if r in arms else None for r in (None, rank))
+    lost = 0.0  # share of full fine-tuning's gain that LoRA gives up, as measured
+    if None not in (full, lora, start) and start > full:
+        lost = (lora - full) / (start - full)
+    chosen, why = arms.get(rank), "the smallest rank within 1% of the gain of the best one"
+    if rank is None:
+        why = "the only method that trains"
+    elif None in arms and (
+        outcome == "REFUTED" or (outcome != "SUPPORTED" and lost > results["allowed"])
+    ):
+        chosen, why = arms[None], f"LoRA gives up {100 * lost:.0f}% of the gain"
+    lr = chosen and (chosen["best_lr"]["value"] or chosen["best_tried"])
+    end, more, loss = LOWEST * request.sweep.search.wide, [], chosen and chosen["loss"]
+    trains = lr and lr >= end
+    if not trains or (None not in (start, loss) and loss >= start):
+        why = f"no learning rate, tried from {lowest:.1e} on, lowers the loss on "
+        why += f"{results['chosen_on']} and test rows"
+        if not trains and lowest >= end:
+            more = ["lower learning rates, which the budget did not allow"]
+        chosen, lr = {"method": None, "rank": None}, None
+    more += [f"{name}, of which no run of full length has finished" for name in absent]
+    return {
+        "method": chosen["method"],
+        "rank": chosen["rank"],
+        "layers": methods[chosen["rank"]]["layers"] if lr else None,
+        "lr": lr,
+        "steps": spec.steps,
+        "batch_size": spec.batch_size,
+        "why": why,
+        "open": [*more, *answer.open_questions(dict(results))],
+    }
+
+
+def _lines(request: Request, results: Mapping[str, Any], c: Mapping[str, Any]) -> list[str]:
+    """Return the answer: a table of the arms, the gap, the setting, and what is open."""
+    metric = METRICS[request.points[0].spec.objective]
+    losses = {"base": results["start"]} | {a["rank"]: a["loss"] for a in results["arms"]}
+    shown = {k: None if v is None else f"{metric.loss(v):.4f}" for k, v in losses.items()}
+    arms: list[dict[str, Any]] = [{"arm": "base", metric.label: shown["base"]}]
+    for a in results["arms"]:
+        best, notes = a["best_lr"], ", ".join(a["flags"])
+        arms.append(
+            {
+                "arm": answer.arm_name(a["rank"]),
+                "best learning rate": best["value"] or a["best_tried"],
+                "interval": [best["low"], best["high"]],
+                "good": a["good"],
+                metric.label: shown[a["rank"]],
+                "seconds": a["seconds"],
+                "notes": notes if answer.trains(a) else "no learning rate trains",
+            }
+        )
+    use = "the base as it is"
+    if c["method"] is not None:
+        use = answer.arm_name(c["rank"]) + (f" on {c['layers']}" if c["rank"] else "")
+        use += f", learning rate {c['lr']:.1e}, {c['steps']} updates of {c['batch_size']} rows"
+    use = "; ".join([f"use: {use} ({c['why']})", *filter(None, [c.get("out")])])
+    used = ["used {used} of {given}".format(**c["budget"])] if "budget" in c else []
+    last = "; ".join([f"open: {'; '.join(c['open']) or 'nothing'}", *used])
+    return [*table(arms, *arms[-1]), gap_line(results), use, last]
+
+
+def gap_line(results: Mapping[str, Any]) -> str:
+    """Say what LoRA gives up at the highest rank, with the interval that decides the claim.
+
+    It is wider than 95%, as the claim is judged several times.
+    """
+    arms, verdicts = {arm["rank"]: arm for arm in results["arms"]}, results["verdicts"]
+    top = max((rank for rank in arms if rank), default=None)
+    if top is None or not arms[top]["gap_percent"] or not verdicts:
+        return "LoRA against full fine-tuning: not compared"
+    gain, verdict = arms[None]["gain"], verdicts[0]
+    nats = [verdict["estimate"][k] for k in ("value", "low", "high")]
+    if not gain or None in nats:
+        return f"LoRA at rank {top} gives up: no interval ({verdict['why']})"
+    gap, low, high = (100 * (results["allowed"] + value / gain) for value in nats)
+    said = {"SUPPORTED": ": less than 5%", "REFUTED": ": more than 5%"}
+    return (
+        f"LoRA at rank {top} gives up {gap:.1f}% [{low:.1f}%, {high:.1f}%] of full fine-tuning's "
+        f"gain on {results['n_test']} test rows"
+        + said.get(verdict["outcome"], f": not decided at 5% ({verdict['why']})")
+    )
+
+
+def _export(
+    request: Request,
+    store: RunStore,
+    points: Sequence[Point],
+    results: Mapping[str, Any],
+    conclusion: Mapping[str, Any],
+) -> str:
+    """Write the weights of the best run; return a sentence that says where they are, or why not."""
+    out, (served, form) = Path(request.out).expanduser(), _served(request)
+    arm = next(a for a in results["arms"] if a["rank"] == conclusion["rank"])
+    by_lr = _by_lr([p for p in judged(request, points) if _rank(p) == arm["rank"]], store)
+    tried = arm["best_tried"] or conclusion["lr"]
+    # of the seeds at the learning rate that the answer chose
+    lr = min(by_lr, key=lambda lr: abs(math.log(lr / tried)))
+    best = min(by_lr[lr], key=by_lr[lr].__getitem__)
+    try:
+        weights = checkpoint.load_weights(store.folder(best.id))
+        if weights is None:
+            raise StoreError(
+                f"the weights of run {best.id} were not kept (another command trained it, several "
+                "processes did, or the disk was nearly full): python -m lorasweep action=adapter "
+                f"run={best.id} out=FOLDER"
+            )
+        with folders.replaced(out, ANSWER) as partial:
+            commit = (store.result(best.id) or {}).get("base_commit")
+            write_adapter(partial, best.spec, weights, commit, request.exec.models_dir)
+            if served:
+                templates.save(served, form["stop"], partial)
+            content = json.dumps({**results, "answer": conclusion, "prompt_form": form}, indent=1)
+            (partial / ANSWER).write_text(content)
+    except LorasweepError as error:
+        return f"not written to {request.out}: {error}"
+    return f"written to {request.out} (learning rate {lr:g})"
+
+
+def _rank(point: Point) -> int | None:
+    """Return the rank of a LoRA run, None for full fine-tuning."""
+    return getattr(point.spec.method, "rank", None)

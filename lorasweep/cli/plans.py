@@ -56,7 +56,7 @@ from lorasweep.sweep.names import run_names
 from lorasweep.sweep.question import Replicates
 from lorasweep.sweep.replicates import planned_seeds
 from lorasweep.sweep.request import Request
-from lorasweep.sweep.search import MIN_SEEDS as SEARCH_SEEDS
+from lorasweep.sweep.search import MIN_SEEDS
 from lorasweep.sweep.trained import trained_plain, trained_text
 
 BASIS = {
@@ -65,13 +65,13 @@ BASIS = {
     "assumed": "from an assumed speed",
 }
 """Basis of the expected time."""
-COSTS = ("name", "runs", "packs", "jobs", "gpus_a_run", "micro_batch", "memory_gib", "tokens")
-COSTS += ("flops", "tokens_s", "gpu_hours", "days", "cost_usd")
+COSTS = (
+    *("name", "runs", "packs", "jobs", "gpus_a_run", "micro_batch", "memory_gib", "tokens"),
+    *("flops", "tokens_s", "gpu_hours", "days", "cost_usd"),
+)
 """Columns of the costs of sweeps on GPUs, by their keys in format=json."""
 SMALLER = ("small", "tiny")
 """Scales whose standard deviation between seeds is used if a larger scale states none."""
-MIN_SEEDS = 3
-"""Seeds at each optimum without which most claims get no verdict (analysis.inference.decide)."""
 EXAMPLE = 300
 """Characters of an example."""
 OPEN_STATES = ("missing", "queued", "running", "interrupted")
@@ -79,8 +79,6 @@ OPEN_STATES = ("missing", "queued", "running", "interrupted")
 COLUMNS = ("done", "diverged", "running", "queued", "interrupted", "failed", "missing")
 SHOWN = 20
 """Maximum lines for running runs, for jobs and for problems; format=json has all of them."""
-TAIL = 5
-"""Last lines of a run's log that format=json shows for a problem."""
 WATCH_S = 5.0
 WINDOW_S = 1800.0
 """The speed counts runs that finished within this time before the latest one."""
@@ -188,10 +186,8 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
         )
     if request.sweep and request.sweep.replicate.seeds:
         second = request.sweep.replicate
-        lines.append(
-            f"  second stage of {', '.join(second.arms) or 'all arms'}, when the first stage of a "
-            f"curve has finished: seeds {second.seeds} at the {second.n_lrs} best learning rates"
-        )
+        best = f"at the {second.n_lrs} best learning rates of each curve"
+        lines.append(f"  then a second stage: seeds {second.seeds} {best}")
     return lines
 
 
@@ -225,49 +221,40 @@ def queue_lines(difference: dict[str, Any]) -> list[str]:
 
 
 def search_outlook(request: Request, busy_s: float | None, workers: int) -> list[str]:
-    """Say what the search takes, and what its budget buys.
+    """Say what a search takes, and what its budget buys; SpecError: it is below one run.
 
     Args:
         busy_s: seconds of one worker (one GPU) for a run of full length; None: not known.
         workers: workers that train at the same time.
-
-    Raises:
-        SpecError: the budget is below one run.
     """
     how, n, steps = request.sweep.search, len(request.points), request.points[0].spec.steps
-    first = n * (how.n_full + (how.n_short - how.n_lrs) / how.prefix)  # n_lrs short runs go on
-    each, wall_s = n * how.n_lrs, None if busy_s is None else busy_s / workers
-    said = (
+    first, each = n * (how.n_full + (how.n_short - how.n_lrs) / how.prefix), n * how.n_lrs
+    budget, wall_s = parse_budget(request.budget, steps), busy_s and busy_s / workers
+    lines = [
         f"search of {n} arm(s): short runs of {how.short_steps(steps)} updates find the range, "
-        f"runs of {steps} updates judge. In all about {first:.0f} runs of full length for the "
-        f"learning rates, and {each} with each of up to {how.seeds} fresh seeds"
-    )
-    if wall_s is not None:
-        said += f", each about {duration(wall_s)} on {workers} worker(s)"
-    budget = parse_budget(request.budget, steps)
-    size = {"runs": 1.0, "gpuh": busy_s}.get(budget.unit, wall_s) if budget else None
-    if budget is None or size is None:
-        return [said]
-    runs = budget.amount / size
-    if runs < 1:
-        raise SpecError(
-            f"budget={budget.text} is below one run of {steps} updates. Give a larger budget, or "
-            "fewer updates: steps=N."
-        )
-    seeds = max(0, min(how.seeds, math.floor((runs - first) / each)))
-    buys = f"buys about {runs:.0f} runs: the learning rates and {seeds} fresh seed(s)"
-    return [said, f"budget={budget.text} {buys}; an answer needs {SEARCH_SEEDS - 1}"]
+        f"runs of {steps} updates judge: about {first:.0f} of full length, and {each} with each of "
+        f"up to {how.seeds} fresh seeds" + (f"; each about {duration(wall_s)}" if wall_s else "")
+    ]
+    if budget and (size := {"runs": 1.0, "gpuh": busy_s}.get(budget.unit, wall_s)):
+        runs = budget.amount / size
+        if runs < 1:
+            raise SpecError(
+                f"budget={budget.text} is below one run of {steps} updates. Give a larger budget, "
+                "or fewer updates: steps=N."
+            )
+        seeds = max(0, min(how.seeds, math.floor((runs - first) / each)))
+        buys = f"the learning rates and {seeds} fresh seed(s); an answer needs {MIN_SEEDS - 1}"
+        lines.append(f"budget={budget.text} buys about {runs:.0f} runs: {buys}")
+    return lines
 
 
 def search_outlook_here(request: Request, store: RunStore) -> list[str]:
     """Return `search_outlook` for this machine; a cluster's speed is not known."""
-    if request.cluster.kind == "slurm":
-        return search_outlook(request, None, 1)
     plan = make_plan(request.points, store, request.exec, detect.this_machine())
     runs = sum(p.spec.steps for p in plan.todo) / request.points[0].spec.steps
-    return search_outlook(
-        request, 3600 * plan.hours * plan.workers / runs if runs else None, plan.workers
-    )
+    known = runs and request.cluster.kind == "local"
+    busy_s = 3600 * plan.hours * plan.workers / runs if known else None
+    return search_outlook(request, busy_s, plan.workers)
 
 
 def fleet_costs(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]:
@@ -301,9 +288,11 @@ def fleet_costs(request: Request, store: RunStore, plan: Plan) -> dict[str, Any]
     for row in (*rows, total):
         known = row["alone_s"] is not None and row["together_s"]
         row["ratio"] = row["alone_s"] / row["together_s"] if known else None
-    found = {"customers": customer_counts(request, store), "bases": rows, "total": total}
-    found |= {"timed": total["alone_s"] is not None, "workers": plan.workers}
-    return {**found, "kinds": len({shape_of(p.spec) for p in plan.todo})}
+    return {
+        **{"customers": customer_counts(request, store), "bases": rows, "total": total},
+        **{"timed": total["alone_s"] is not None, "workers": plan.workers},
+        "kinds": len({shape_of(p.spec) for p in plan.todo}),
+    }
 
 
 def customer_counts(request: Request, store: RunStore) -> dict[str, int]:
@@ -429,7 +418,7 @@ def _claim_costs(request: Request, missing: Sequence[Point], planner: Planner) -
     outlooks = answer.outlooks(request.points, sweep, request.scale, *SMALLER)
     planned = len(sweep.replicate.seeds)
     grid = max(1, planned_seeds(request.points, sweep.replicate) - planned)
-    most = max([MIN_SEEDS, *(o.needed or 0 for _, o in outlooks if o.units == "seeds")])
+    most = max((o.needed or 0 for _, o in outlooks if o.units == "seeds"), default=0)
     used = {*sweep.replicate.seeds, *(p.spec.seed for p in request.points)}
     more = [max(used) + 1 + k for k in range(max(most - grid - planned, 0))]
     seeds = [*sweep.replicate.seeds, *more]
@@ -567,8 +556,8 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
     bad = {i: s for i, s in states.items() if s in ("failed", "diverged", "interrupted")}
     lost = [i for i, s in bad.items() if s == "interrupted" and not store.failure(i)]
     owners = {i: store.owner(i, store.last_attempt(i) or 0) for i in lost}
-    causes = {**dict.fromkeys(owners, "killed, cause unknown"), **slurm.causes(store.root, owners)}
     logs = {i: store.folder(i) / f"attempts/{store.last_attempt(i)}/log.txt" for i in bad}
+    causes = {**dict.fromkeys(owners, "killed, cause unknown"), **slurm.causes(store.root, owners)}
     return {
         "sweep": request.sweep_name,
         "scale": request.scale,
@@ -587,7 +576,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
             {
                 **{"run": i, "name": names[i], "state": state, "log": str(logs[i])},
                 "cause": store.failure(i) or causes.get(i, ""),
-                "tail": (files.read(logs[i]) or b"").decode(errors="replace").splitlines()[-TAIL:],
+                "tail": (files.read(logs[i]) or b"").decode(errors="replace").splitlines()[-5:],
             }
             for i, state in bad.items()
         ],

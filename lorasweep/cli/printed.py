@@ -4,10 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 from lorasweep.advise.pages import printable
@@ -18,6 +15,8 @@ from lorasweep.sweep.names import aligned, run_names
 from lorasweep.sweep.request import Request
 
 Text = str | Iterable[str]
+SAID_S = 30.0
+"""Seconds after which progress is printed, if no run ends."""
 
 
 @dataclass(frozen=True)
@@ -87,32 +86,15 @@ def notifier(request: Request, always: bool = False) -> Notify:
 
 
 class Display:
-    """A line for each ended run; in a terminal also a progress bar in floating-point operations."""
+    """Prints a line for each ended run, and every SAID_S how much is done, with the time left."""
 
     def __init__(self, todo: list[Point], request: Request) -> None:
         self._points, self._names = {p.id: p for p in todo}, run_names(todo)
         self._work = {p.id: run_flops(p.spec) for p in todo}
         self._share = dict.fromkeys(self._work, 0.0)
         self._first: dict[str, float] = {}  # steps before this session do not count for the speed
-        self._ended, self._started = 0, time.monotonic()
-        self._print: Callable[[str], Any] = notifier(request)
-        self._bar: AbstractContextManager[Any] = nullcontext()
-        if request.format != "json" and sys.stderr.isatty() and find_spec("rich"):
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            console = Console(stderr=True, highlight=False, soft_wrap=True)
-            self._print = partial(console.print, markup=False)  # above the bar
-            text = (TextColumn("{task.description}"), TextColumn("{task.percentage:>3.0f}%"))
-            self._bar = Progress(text[0], BarColumn(), text[1], console=console, transient=True)
-            self._bar.add_task(f"0/{len(todo)} runs", total=1.0)
-
-    def __enter__(self) -> "Display":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
+        self._ended, self._print = 0, notifier(request)
+        self._started = self._said = time.monotonic()
 
     def event(self, event: dict[str, Any]) -> None:
         """Show an event of a worker."""
@@ -121,22 +103,21 @@ class Display:
         for rid in self._points.keys() & event.get("runs", []):
             self._share[rid] = event["step"] / self._points[rid].spec.steps
             self._first.setdefault(rid, self._share[rid])
-        rid, of = event.get("run", ""), f"/{len(self._points)}"
-        if ended := "ended" in event and rid in self._points:
+        rid, now = event.get("run", ""), time.monotonic()
+        ended = event.get("ended", "") if rid in self._points else ""
+        if ended:
             self._first.setdefault(rid, 0.0)
             self._share[rid], self._ended = 1.0, self._ended + 1
-        total = sum(self._work.values()) or 1.0
+        elif now - self._said < SAID_S:
+            return
+        self._said, total = now, sum(self._work.values()) or 1.0
         done = sum(self._work[i] * share for i, share in self._share.items()) / total
         here = done - sum(self._work[i] * share for i, share in self._first.items()) / total
-        elapsed = time.monotonic() - self._started
-        left = f"{duration(elapsed * (1 - done) / here)} left" if here > 0 else "time left: ?"
+        left = duration((now - self._started) * (1 - done) / here) if here > 0 else "?"
+        text = f"{done:.0%} done"
         if ended:
-            head = f"[{self._ended:>3}{of}] {self._names[rid]:32} {rid}  "
-            value, spent = event.get("value"), duration(event["wall_s"])
-            measure = "" if value is None else f"  {event['measure']} {value:.4f}"
-            text = f"{event['ended']:8}{measure}  {spent}  ({left})"
-            failed = event["ended"] == "failed"
-            self._print(head + (f"FAILED: {event['cause']}" if failed else text))
-        if not isinstance(self._bar, nullcontext):
-            runs = f"{self._ended}{of} runs, {left}"
-            self._bar.update(self._bar.task_ids[0], completed=done, description=runs)  # type: ignore
+            text = f"{self._names[rid]:32} {rid}  {ended:8}"
+            if event.get("value") is not None:
+                text += f"  {event['measure']} {event['value']:.4f}"
+            text += f"  {event['cause']}" if ended == "failed" else f"  {duration(event['wall_s'])}"
+        self._print(f"[{self._ended:>3}/{len(self._points)}] {text}  ({left} left)")

@@ -11,11 +11,8 @@ FIRST = ("model", "dataset", "rank", "alpha", "layers", "scope", "batch_size", "
 """Fields that come first in a name, in this order."""
 
 
-def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> dict[str, str]:
-    """Return the name of each run id: arm, the fields in which the runs differ, learning rate.
-
-    `only`: ids to name; None: all.
-    """
+def run_names(points: Sequence[Point]) -> dict[str, str]:
+    """Return the name of each run id: arm, the fields in which the runs differ, learning rate."""
     # fast for ten thousand runs: read each distinct model, data set and method only once
     found: dict[str, set[Any]] = {}
     specs = [p.spec for p in points]
@@ -32,16 +29,13 @@ def run_names(points: Sequence[Point], only: Collection[str] | None = None) -> d
     shows_seed = "seed" in varied or len(points) == 1
     named = {}
     for p in points:
-        if only is None or p.id in only:
-            parts = {"model": p.spec.model.name, "dataset": p.spec.dataset.name}
-            f = {**dict(p.spec.values()), **_of_method(p.spec.method), **parts}
-            shown = [
-                f"r{f[k]}" if k == "rank" else f"{k}={f[k]}"
-                for k in varied
-                if k in f and k != "seed"
-            ]
-            seed = [f"seed={p.spec.seed}"] if shows_seed else []
-            named[p.id] = " ".join([p.arm, *shown, f"lr={p.spec.lr:g}", *seed])
+        parts = {"model": p.spec.model.name, "dataset": p.spec.dataset.name}
+        f = {**dict(p.spec.values()), **_of_method(p.spec.method), **parts}
+        shown = [
+            f"r{f[k]}" if k == "rank" else f"{k}={f[k]}" for k in varied if k in f and k != "seed"
+        ]
+        seed = [f"seed={p.spec.seed}"] if shows_seed else []
+        named[p.id] = " ".join([p.arm, *shown, f"lr={p.spec.lr:g}", *seed])
     return named
 
 

@@ -112,12 +112,3 @@ def test_finished_runs_are_mirrored_once_and_read_back(tmp_path):
         assert [row["_step"] for row in rows] == [r["step"] for r in own]
     cli(*arguments, cwd=tmp_path, env=env)
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2  # not replayed twice
-
-
-@pytest.mark.full
-def test_a_single_run_can_be_saved_as_a_peft_adapter(tmp_path, command):
-    run = ("scale=smoke", "method=lora", "method.rank=4", "lr=5e-3", "format=json")
-    result = json.loads(command(*run).stdout)
-    command("action=adapter", f"run={result['run_id']}", f"out={tmp_path}/adapter")
-    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    assert config["r"] == 4 and (tmp_path / "adapter/adapter_model.safetensors").is_file()

@@ -38,9 +38,3 @@ def test_facts_come_out_at_16_bits_each(folder, found):
     for run in found["runs"]:
         result = RunStore(folder / "runs").result(run["run"])
         assert run["nats"] == pytest.approx(result["code_nats"], rel=1e-9)
-
-
-@pytest.mark.full
-def test_more_rows_than_there_are_end_the_pass(folder):
-    done = cli(*FACTS[:-2], "steps=1000", "exec.threads=1", cwd=folder)
-    assert "steps=32" in done.stderr and "128 of 128 rows" in done.stdout

@@ -9,7 +9,7 @@ from tests.world import ROOT, cli
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("smoke")]
 
-BLOCKED = ("wandb", "plotly", "matplotlib", "datasets", "gguf", "submitit", "jinja2", "rich")
+BLOCKED = ("wandb", "plotly", "matplotlib", "datasets", "gguf", "submitit", "jinja2")
 
 
 def test_a_sweep_trains_and_answers_without_packages_that_a_node_may_lack(tmp_path):

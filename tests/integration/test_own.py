@@ -13,11 +13,6 @@ from tests.world import cli
 pytestmark = pytest.mark.slow
 SMALL = ("batch_size=4", "dataset.max_length=64", "exec.workers=1", "exec.threads=1")
 ONE = ("model=./base", "dataset=rows.csv", "method.rank=2", "steps=3", "lr=1e-3", *SMALL)
-SWEEP = (
-    *("+sweep=lr_ratio", "scale=smoke", "sweep.axes.model=[./base]", "steps=3", *SMALL),
-    *("sweep.axes.dataset=[rows.csv]", "sweep.arms.lora.rank=2"),
-    *("sweep.arms.lora.lr=[1e-3]", "sweep.arms.fullft.lr=[1e-4]"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +56,3 @@ def test_a_run_on_ones_own_files_is_trained_once_wherever_they_lie(home, elsewhe
     wrong = elsewhere("model=./bass", "dataset=row.csv", check=False)
     assert wrong.returncode == 2 and wrong.stderr.count("Did you mean ") == 2
     assert "Traceback" not in wrong.stderr
-
-
-@pytest.mark.full
-def test_a_sweep_on_ones_own_files_shares_the_run_and_all_rows_are_measured(home, elsewhere):
-    first, answered = cli(*ONE, cwd=home), cli(*SWEEP, cwd=home)
-    assert "report:" in answered.stdout and "2 runs" in answered.stderr
-    runs = results(home)
-    assert len(runs) == 2 and any(run in first.stdout for run in runs)  # one is of both
-    for command, answer in ((ONE, first), (SWEEP, answered)):
-        again = elsewhere(*command)
-        assert again.stdout.splitlines()[0] == answer.stdout.splitlines()[0]
-        assert "to do" not in again.stderr
-    assert results(home) == runs
-    # all rows are measured, none of them held out
-    measured = json.loads(elsewhere(*ONE, "action=measure", "rates=1", "format=json").stdout)
-    assert measured["rows"]["all"] == 60 and measured["rows_sha256"]

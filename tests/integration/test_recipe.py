@@ -50,18 +50,14 @@ REACHED = {
     [n if n in ("tiny64", "tiny128") else pytest.param(n, marks=pytest.mark.full) for n in REACHED],
 )
 def test_shipped_bases_belong_to_the_recipe_in_conf(name):
+    """No base is shipped without this test."""
     spec = shipped_model(name)
-    assert (find.SHIPPED / find.recipe_file_name(spec)).is_file()
+    files = {find.recipe_file_name(shipped_model(n)) for n in REACHED}
+    assert set(bases.NAMES) == REACHED.keys()
+    assert {p.name for p in find.SHIPPED.glob("*.safetensors")} == files
     data = pretrain.pretraining_data(spec.recipe)
     nll = pretrain.held_out_nll(models.load(spec, []).model, data)
     assert nll == pytest.approx(REACHED[name], abs=1e-3)
-
-
-def test_no_base_is_shipped_without_this_test():
-    assert set(bases.NAMES) == REACHED.keys()
-    assert {p.name for p in find.SHIPPED.glob("*.safetensors")} == {
-        find.recipe_file_name(shipped_model(n)) for n in REACHED
-    }
 
 
 PREFIX = json.loads((ROOT / "tests" / "golden" / "pretraining.json").read_text())
@@ -85,15 +81,9 @@ def test_a_recipe_begins_as_the_shipped_base_was_made(name):
 
 def test_the_command_of_make_bases_tells_a_base_that_its_recipe_does_not_make(monkeypatch, capsys):
     spec = shipped_model("tiny64")
-    calls = []
-
-    def pretend(given, progress):
-        calls.append(given.name)
-        return models.load(spec, []).model, REACHED["tiny64"] + pretend.off
-
-    monkeypatch.setattr(pretrain, "pretrain", pretend)
-    pretend.off = 0.01
-    assert bases.main(["--check", "tiny64"]) == 0 and calls == ["tiny64"]
-    pretend.off = 0.03
-    assert bases.main(["--check", "tiny64"]) == 1
+    shipped = models.load(spec, []).model
+    for off, status in ((0.01, 0), (0.03, 1)):
+        made = shipped, REACHED["tiny64"] + off
+        monkeypatch.setattr(pretrain, "pretrain", lambda given, progress, made=made: made)
+        assert bases.main(["--check", "tiny64"]) == status
     assert "retraining gave another loss for: tiny64" in capsys.readouterr().out

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from lorasweep.cli import answer
-from lorasweep.cli.actions import act
 from lorasweep.errors import NotAtScale
 from tests.world import ROOT
 
@@ -61,15 +60,3 @@ def test_the_plan_holds_each_claims_expected_interval_against_its_margin(command
     ratio, *_, parity = json.loads(command(*plan, enough, "format=json").stdout)["claims"]
     assert (ratio["planned"], ratio["can_decide"], parity["can_decide"]) == (6, True, None)
     assert ratio["half_width"] < ratio["room"]
-
-
-@pytest.mark.parametrize("known", [False, True])
-def test_a_run_warns_of_a_claim_that_it_cannot_decide(compose, fake_trainer, capsys, known):
-    request = compose(
-        "+sweep=lr_ratio",
-        "scale=smoke",
-        "++sweep.claims.order.planning={smoke: {sd: 0.9}}",
-        f"++sweep.claims.order.underpowered={known}",
-    )
-    act(request, fake_trainer(lambda spec: 2.0 + spec.lr))
-    assert ("warning, claim order: expected 10 without an" in capsys.readouterr().err) != known

@@ -10,7 +10,6 @@ from analysis.__main__ import main as analysis
 from analysis.report.report import judge_and_report
 from lorasweep.__main__ import main as lorasweep
 from lorasweep.cli.actions import act
-from lorasweep.cli.printed import Display
 from lorasweep.config.compose import compose_request
 from lorasweep.data import hub
 from lorasweep.errors import SpecError
@@ -101,25 +100,3 @@ def test_a_report_without_a_package_is_the_same_answer_less_what_needs_it(
     assert (tmp_path / "own.png").read_text() == "old"
     for page in there & {"report.md", "report.html"}:
         assert str(tmp_path / page) in text and len((tmp_path / page).read_text()) > 1000
-
-
-def test_pages_that_need_a_package_are_refused(without, tmp_path, capsys):
-    without("plotly", "matplotlib")
-    (tmp_path / "runs.csv").write_text("model,method,rank,lr,test_nll\nm,lora,4,1e-3,2.0\n")
-    page = ["--out", str(tmp_path / "page.html")]
-    assert analysis(["html", str(tmp_path / "runs.csv"), *page]) == 2
-    assert "pip install plotly " in capsys.readouterr().err
-    assert analysis(["study", "--out", str(tmp_path)]) == 2
-    assert "pip install matplotlib " in capsys.readouterr().err
-
-
-def test_progress_without_rich_is_one_line_for_each_run(without, monkeypatch, capsys):
-    without("rich")
-    request = compose_request(["scale=smoke"])
-    (point,) = request.points
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with Display([point], request) as display:
-        display.event({"runs": [point.id], "step": 1})
-        display.event({"run": point.id, "ended": "failed", "cause": "a reason", "wall_s": 1.0})
-    shown = capsys.readouterr().err
-    assert "FAILED: a reason" in shown

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lorasweep.cli import train
+from lorasweep.cli import finished_runs
 from lorasweep.cli.actions import act
 from lorasweep.cli.answer import all_points, judged
 from lorasweep.errors import SpecError
@@ -132,7 +132,7 @@ def test_the_gap_is_printed_with_the_interval_that_decides(outcome):
     verdict = {"outcome": outcome, "why": "the 98.4% interval ...", "estimate": estimate}
     arms = [{"rank": None, "gain": 0.5, "gap_percent": None}, {"rank": 8, "gap_percent": narrow}]
     results = {"arms": arms, "verdicts": [verdict], "allowed": 0.05, "n_test": 9}
-    text = train.gap_line(results)
+    text = finished_runs.gap_line(results)
     assert f"[{5 + 200 * low:.1f}%, {5 + 200 * high:.1f}%]" in text
     assert ("98.4%" in text) == (outcome == "UNDECIDED")
 
@@ -196,7 +196,7 @@ def test_what_is_used_is_what_was_measured(compose, losses, outcome, lowest, met
     verdicts = [{"outcome": outcome, "needed": "4 seeds", "why": ""}] if outcome else []
     results = {"arms": [arm(*a) for a in losses.items()], "best_rank": 8 if losses else None}
     results |= {"start": 2.0, "allowed": 0.05, "verdicts": verdicts, "chosen_on": "validation"}
-    found = train.conclude(compose(*TUNE), results, lowest)
+    found = finished_runs.conclude(compose(*TUNE), results, lowest)
     assert (found["method"], found["lr"] is None) == (method, method is None)
     assert [text for text in found["open"] if "no run of full" not in text] == open_
     assert re.search(why, found["why"])
