@@ -308,7 +308,6 @@ def summary(content: dict[str, Any]) -> list[str]:
 
 def page(content: dict[str, Any]) -> str:
     """Render the page."""
-    here = content["machine"]
     parts = [["customers", "baseline", "timed", "start", "updates", "evaluations", "in all"]]
     memory = [["customers", "pack size", "sum of the workers' peaks", "planned"]]
     for c, says in _cases(content):
@@ -322,7 +321,7 @@ def page(content: dict[str, Any]) -> str:
         )
     return render(
         "fleet",
-        machine=here,
+        machine=content["machine"],
         packages=packages_of(content),
         notes=NOTES,
         summary="\n".join(summary(content)),
