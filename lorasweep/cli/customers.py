@@ -102,13 +102,10 @@ def advise(request: Request, store: RunStore) -> Answer:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(pages.html(found, title))
     errors = [f"error in {a.error}" for a in found if isinstance(a, Failed)]
-
-    def text() -> list[str]:
-        lines = _table(pages.HEAD, [pages.cells(a) for a in found], pages.NUMBERS)
-        lines += ["", *errors, *pages.summary_lines(found), pages.BASIS]
-        return [*lines, f"page: {out}. Reasons, and the command that tests the advice: why=NAME"]
-
-    return Answer([plain_of(a) for a in found], text, int(bool(errors)))
+    lines = _table(pages.HEAD, [pages.cells(a) for a in found], pages.NUMBERS)
+    lines += ["", *errors, *pages.summary_lines(found), pages.BASIS]
+    lines += [f"page: {out}. Reasons, and the command that tests the advice: why=NAME"]
+    return Answer([plain_of(a) for a in found], lines, int(bool(errors)))
 
 
 def _reasons(name: str, found: Sequence[Advice | Failed]) -> Answer:
@@ -136,7 +133,7 @@ def _reasons(name: str, found: Sequence[Advice | Failed]) -> Answer:
         rank = f"sweep.arms.lora.rank={mine.choice.rank}"
         search = shlex.join(["python", "-m", "lorasweep", "+sweep=tune", *quoted, rank])
     reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
-    return Answer(reasons, lambda: pages.render("reasons.txt", a=mine, search=search).rstrip())
+    return Answer(reasons, pages.render("reasons.txt", a=mine, search=search).rstrip())
 
 
 # ---------------------------------------------------------------- action=measure
@@ -154,16 +151,13 @@ def measure(request: Request, store: RunStore) -> Answer:
     store.prepare()
     trainer = TorchTrainer()
     data = trainer.data(spec, request.exec)
-    if data.n_train is not None and spec.steps * spec.batch_size > data.n_train:
-        steps = data.n_train // spec.batch_size  # one pass over the rows
-        if not steps:
+    if data.n_train is not None:
+        if data.n_train < spec.batch_size:
             raise SpecError(
-                f"batch_size={spec.batch_size}: {spec.dataset.name} has {data.n_train} rows. Set a "
-                f"batch_size of at most {data.n_train}."
+                f"batch_size={spec.batch_size}: {spec.dataset.name} has {data.n_train} rows."
             )
-        rows = f"{data.n_train:,} rows are enough for {steps} updates of {spec.batch_size}"
-        notify(f"{rows}: steps={steps}")
-        spec = dataclasses.replace(spec, steps=steps)
+        most = data.n_train // spec.batch_size  # one pass over the rows
+        spec = dataclasses.replace(spec, steps=min(spec.steps, most))
     rates = around(spec.lr, request.rates, APART)
     points = [Point(spec.method.name, dataclasses.replace(spec, lr=lr)) for lr in rates]
     local.run_points(points, store, request.exec, Display(points, request).event, trainer)
@@ -172,7 +166,7 @@ def measure(request: Request, store: RunStore) -> Answer:
     path = folder / f"{spec.dataset.name}-{spec.model.name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(found, indent=1).encode())
-    return Answer(found, lambda: measuring.text_of(found, path).rstrip())
+    return Answer(found, measuring.text_of(found, path).rstrip())
 
 
 # ---------------------------------------------------------------- action=fleet
@@ -215,19 +209,16 @@ def fleet(
 
         mirror(chosen, store, plan.sweep_name or "")
     facts = [o.facts() for o in outcomes]
-
-    def text() -> list[str]:
-        rows = [adapters.cells(p) for p in facts]
-        for row, o in zip(rows, outcomes, strict=True):
-            if o.member.problem:
-                row[-1] = f"{o.member.where}: see above"
-        lines = [sent.as_text()] if sent else []
-        lines += _table(adapters.HEAD, rows, adapters.NUMBERS)
-        lines += ["", *adapters.summary_lines(outcomes)]
-        return [*lines, f"adapters, cards and the page: {folder / adapters.PAGE}"]
-
+    rows = [adapters.cells(p) for p in facts]
+    for row, o in zip(rows, outcomes, strict=True):
+        if o.member.problem:
+            row[-1] = f"{o.member.where}: see above"
+    lines = [sent.as_text()] if sent else []
+    lines += _table(adapters.HEAD, rows, adapters.NUMBERS)
+    lines += ["", *adapters.summary_lines(outcomes)]
+    lines += [f"adapters, cards and the page: {folder / adapters.PAGE}"]
     value = sent.plain() if sent else facts
-    return Answer(value, text, int(len(chosen) + waiting < len(outcomes)))
+    return Answer(value, lines, int(len(chosen) + waiting < len(outcomes)))
 
 
 def plan_fleet(request: Request) -> Request:
@@ -356,15 +347,11 @@ def verify_served(request: Request, store: RunStore) -> Answer:
     trainer, lines = TorchTrainer(), list[str]()
     for group in groups.values() if servers else ():
         lines.append(_compare(group, at, rows, trainer, store, request.exec))
-
-    def text() -> list[str]:
-        cells = [{**(r["found"] or {}), **r, "notes": "; ".join(r["notes"])} for r in rows.values()]
-        counts = Counter(row["verdict"] for row in rows.values())
-        total = ", ".join(f"{n} {v}" for v, n in counts.items())
-        return [*table(cells, *SERVED_COLUMNS), "", *lines, total]
-
-    right = {row["verdict"] for row in rows.values()} <= {served.SERVED, FITS}
-    return Answer([*rows.values()], text, int(not right))
+    cells = [{**(r["found"] or {}), **r, "notes": "; ".join(r["notes"])} for r in rows.values()]
+    counts = Counter(row["verdict"] for row in rows.values())
+    total = ", ".join(f"{n} {v}" for v, n in counts.items())
+    lines = [*table(cells, *SERVED_COLUMNS), "", *lines, total]
+    return Answer([*rows.values()], lines, int(not {*counts} <= {served.SERVED, FITS}))
 
 
 def _compare(

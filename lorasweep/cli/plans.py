@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import accumulate, chain
 from operator import or_
 from pathlib import Path
@@ -100,21 +99,16 @@ def show(request: Request, store: RunStore) -> Answer:
         found["claims"] = [o.plain() for o in outlooks]
     if request.members:
         found["fleet"] = fleet_costs(request, store, plan)
-
-    def lines() -> list[str]:
-        lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
-        lines += search_outlook_here(request, store) if is_search(request) else []
-        if request.members:
-            lines += fleet_lines(found["fleet"], f"on {plan.workers} worker(s)")
-        return [*lines, *(o.line() for o in outlooks)]
-
-    return Answer(found, lines)
+    lines = [*about.get("understood", ()), *plan_lines(request, plan), *queue_lines(queue)]
+    lines += search_outlook_here(request, store) if is_search(request) else []
+    lines += fleet_lines(found["fleet"], f"on {plan.workers} worker(s)") if request.members else []
+    return Answer(found, [*lines, *(o.line() for o in outlooks)])
 
 
 def layers(request: Request, store: RunStore) -> Answer:
     """Show the matrices that each kind of run trains, by layer set."""
     plain = {"sweep": request.sweep_name, "kinds": trained_plain(request.points)}
-    return Answer(plain, partial(trained_text, request.points))
+    return Answer(plain, trained_text(request.points))
 
 
 def measure(request: Request, store: RunStore) -> Answer:
@@ -164,25 +158,18 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
     ]
     arms = table(values["arms"], "arm", "rank", "model", "runs", "n_trainable")
     lines += [f"  {line}" for line in arms]
-    for pack in plan.packs:
-        spec, speed = pack.points[-1].spec, plan.speeds.of(pack.points[-1].spec)
-        line = (
-            f"  packs of {len(pack.points)} run(s), {pack.micro_batch_size} rows of each per pass"
-        )
-        if speed:
+    for spec in {shape_of(p.spec): p.spec for p in plan.todo}.values():
+        if speed := plan.speeds.of(spec):
             ms = ", ".join(f"{s * 1e3:.3g} ms in {k}" for k, s in sorted(speed.items()))
             pays = ": packing does not pay" if best_size(speed) == 1 else ""
-            line += f" (measured per step and run: {ms}{pays})"
-        line += f": {spec.method.name} {getattr(spec.method, 'rank', '')} on {spec.model.name}"
-        if spec.method.MAX_PACK is None and line not in lines:
-            lines.append(line)
+            kind = f"{spec.method.name} {getattr(spec.method, 'rank', '')} on {spec.model.name}"
+            lines.append(f"  packs of {kind}, measured per step and run: {ms}{pays}")
     lines += unpinned_lines(plan.points)
     slow_bf16 = plan.hardware.fast_bf16 is False and request.cluster.name == "local"
-    if plan.todo and slow_bf16 and plan.points[0].spec.precision == "bf16":
+    if slow_bf16 and any(p.spec.precision == "bf16" for p in plan.todo):
         lines.append(
-            "  this processor has no bf16 instructions: an update takes about 50 times as long as "
-            "in fp32. Add precision=fp32 (which changes the run ids), or use a processor or a GPU "
-            "with bf16"
+            "  this processor has no bf16 instructions: precision=fp32 (with other run ids) is "
+            "about 50 times as fast"
         )
     if request.sweep and request.sweep.replicate.seeds:
         second = request.sweep.replicate
@@ -359,33 +346,28 @@ def _on_gpus(
             if request.cluster.kind == "slurm":
                 asked = dataclasses.replace(request, points=points)
                 queue = planning.difference(asked, store, plan)
-
-    def lines() -> list[str]:
-        shown = [*sweeps, found["total"]] if len(sweeps) > 1 else sweeps  # one has no total
-        text = render(
-            "forecast.txt",
-            name=request.sweep_name or "run",
-            scale=request.scale,
-            hardware=hardware,
-            usd=hardware.price_per_gpu_h,
-            table="\n".join(table(shown, *COSTS)),
-            total=found["total"],
-            unpinned=unpinned_lines([p for part in parts for p in part.points]),
-            memory_error=f"{MEMORY_ERROR:.0%}",
-            speed_error=f"{SPEED_ERROR:.0%}",
-            training_share=TRAINING_SHARE,
-            verdicts=[(c.request.sweep_name, c.plain, c.stays_open) for c in every],
-        )
-        lines = [*about.get("understood", ()), text.rstrip(), *queue_lines(queue)]
-        lines += _budget_lines(found["budget"]) if "budget" in found else []
-        if is_search(request):
-            busy_s = 3600 * found["total"]["gpu_hours"] / len(total) if total else None
-            lines += ["", "one run of each arm, above; the search goes on from there:"]
-            lines += search_outlook(request, busy_s, max(1, hardware.gpus))
-        return lines + (
-            fleet_lines(found["fleet"], "in time of one GPU") if "fleet" in found else []
-        )
-
+    shown = [*sweeps, found["total"]] if len(sweeps) > 1 else sweeps  # one has no total
+    text = render(
+        "forecast.txt",
+        name=request.sweep_name or "run",
+        scale=request.scale,
+        hardware=hardware,
+        usd=hardware.price_per_gpu_h,
+        table="\n".join(table(shown, *COSTS)),
+        total=found["total"],
+        unpinned=unpinned_lines([p for part in parts for p in part.points]),
+        memory_error=f"{MEMORY_ERROR:.0%}",
+        speed_error=f"{SPEED_ERROR:.0%}",
+        training_share=TRAINING_SHARE,
+        verdicts=[(c.request.sweep_name, c.plain, c.stays_open) for c in every],
+    )
+    lines = [*about.get("understood", ()), text.rstrip(), *queue_lines(queue)]
+    lines += _budget_lines(found["budget"]) if "budget" in found else []
+    if is_search(request):
+        busy_s = 3600 * found["total"]["gpu_hours"] / len(total) if total else None
+        lines += ["", "one run of each arm, above; the search goes on from there:"]
+        lines += search_outlook(request, busy_s, max(1, hardware.gpus))
+    lines += fleet_lines(found["fleet"], "in time of one GPU") if "fleet" in found else []
     return Answer(found | queue, lines)
 
 
@@ -503,7 +485,7 @@ def show_status(request: Request, store: RunStore) -> Answer:
     """Return the status; with watch=true show it repeatedly, until nothing is left to do."""
     while True:
         values = status(request, store, all_points(request, store))
-        answer = Answer(values, partial(status_text, request, values))
+        answer = Answer(values, status_text(request, values))
         if not (request.watch and any(values["runs"].get(s) for s in OPEN_STATES)):
             return answer
         if request.format != "json" and sys.stdout.isatty():

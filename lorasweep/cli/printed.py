@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from lorasweep.sweep.grid import Point
 from lorasweep.sweep.names import aligned, run_names
 from lorasweep.sweep.request import Request
 
-Text = str | Iterable[str]
 SAID_S = 30.0
 """Seconds after which progress is printed, if no run ends."""
 
@@ -29,15 +28,14 @@ class Answer:
 
     value: Any = None
     """What format=json prints, made of JSON values. None: the text, as {"output": LINES}."""
-    text: Text | Callable[[], Text] = ""
-    """Text or lines, or a function that makes them: it is called for format=text only."""
+    text: str | Sequence[str] = ""
+    """Text or lines."""
     status: int = 0
     """Exit status: 0 done, 1 something failed, 130 stopped."""
 
     def as_text(self) -> str:
         """Return the text that people read."""
-        text = self.text() if callable(self.text) else self.text
-        return text if isinstance(text, str) else "\n".join(text)
+        return self.text if isinstance(self.text, str) else "\n".join(self.text)
 
     def plain(self) -> Any:
         """Return the value that programs read."""

@@ -1,10 +1,11 @@
-"""`+sweep=tune` on a model and a file of one's own: killed, asked again, and its adapter in PEFT;
-and every `python -m lorasweep` that a message recommends, run where it is recommended."""
+"""One's own model and file: a run that is trained once wherever they lie; `+sweep=tune`, killed, asked
+again, and its adapter in PEFT; and a `python -m lorasweep` that a message recommends."""
 
 import json
 import os
 import random
 import re
+import shutil
 import signal
 
 import pytest
@@ -29,6 +30,28 @@ def home(tmp_path):
     lines = [f"Case {k}: {a} + {b}?,It is {a + b}" for k, (a, b) in enumerate(sums)]
     (tmp_path / "rows.csv").write_text("\n".join(["instruction,output", *lines]))
     return tmp_path
+
+
+def test_a_run_on_ones_own_files_is_trained_once_wherever_they_lie(home):
+    one = ("model=./base", "dataset=rows.csv", "method.rank=2", "steps=3", "lr=1e-3", *SMALL)
+    first = cli(*one, cwd=home)
+    assert "done, test NLL" in first.stdout
+    model, data, example = first.stderr.splitlines()[:3]
+    assert re.match("model base-.*llama, 0.03M parameters, 2 layers, bf16, context 2048", model)
+    for words in ("csv, prompt_completion, columns instruction -> output", "80 prompt_completion"):
+        assert words in data
+    assert re.search(r"\d+ training, \d+ validation and \d+ test rows, \d+ tokens a row", data)
+    assert example.startswith("example, [[in the loss]]: <|begin_of_text|>Case ")
+    elsewhere = home / "elsewhere"
+    shutil.copytree(home / "base", elsewhere / "base")
+    shutil.copy(home / "rows.csv", elsewhere)
+    runs = f"exec.runs_dir={home}/runs"
+    plan = cli(*one, "action=plan", "format=json", runs, cwd=elsewhere).stdout
+    assert json.loads(plan)["runs"]["todo"] == 0
+    assert json.loads(plan)["understood"] == [model, data, example]
+    wrong = cli("model=./bass", "dataset=row.csv", cwd=elsewhere, check=False)
+    assert wrong.returncode == 2 and wrong.stderr.count("Did you mean ") == 2
+    assert "Traceback" not in wrong.stderr
 
 
 def test_a_killed_search_goes_on_and_its_best_adapter_loads_in_peft(home, command):
