@@ -81,7 +81,7 @@ class Design:
     """Number of curves; the first is of full fine-tuning."""
     fresh_rates: int = 3
     """Number of LRs that get the fresh seeds: the best LR and its neighbours. An even number has
-    one more neighbour above than below, as in `lorasweep.sweep.replicates`."""
+    one more neighbour above than below, as in `lorasweep.sweep.grid`."""
 
     @property
     def runs(self) -> int:

@@ -5,14 +5,10 @@ import importlib.util
 import os
 import signal
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from lorasweep.errors import LorasweepError
 from lorasweep.launch.process import hangups_ignored
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 
 def main() -> None:
@@ -31,8 +27,6 @@ def main() -> None:
         from lorasweep.cli import actions
 
         sys.exit(actions.follow_up(given[1]))
-    if {"-m", "--multirun"} & {*given}:
-        _fail("-m (Hydra multirun) is not supported: use a sweep instead, +sweep=NAME.")
     if importlib.util.find_spec("hydra") is None:
         _fail(
             f"hydra is not installed for {sys.executable}. Activate the environment in which "
@@ -69,48 +63,35 @@ def main() -> None:
 
 
 def _compose_and_act(given: list[str]) -> None:
-    """Compose the request with Hydra and do its action; --help and such are Hydra's alone."""
-    import hydra
+    """Compose the request, and do its action or show the configuration."""
+    from omegaconf import OmegaConf
 
     from lorasweep.cli import actions
-    from lorasweep.config import compose
+    from lorasweep.config.compose import composer
+    from lorasweep.config.folders import conf_dir
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", action="append", default=[])
     parser.add_argument("--cfg", "-c")
+    for names in (("--resolve",), ("--help", "-h")):
+        parser.add_argument(*names, action="store_true")
     named, rest = parser.parse_known_args(given)
-    flags, typed = ([t for t in rest if t.startswith("-") == is_flag] for is_flag in (True, False))
-    if "--resolve" in flags and not named.cfg:
+    if (flags := [t for t in rest if t.startswith("-")]) or named.cfg not in (None, "job"):
+        shown = " ".join(flags) or f"--cfg {named.cfg}"
+        _fail(f"{shown} is not supported (several values: +sweep=NAME). See --help, and --cfg job.")
+    if named.resolve and not named.cfg:
         _fail("--resolve is only for --cfg job.")
-    composer, prepared = compose.Composer(*named.config_dir), None
-    compose.register(actions.help_template)
-    if {*flags} <= {"--resolve"}:
-        with compose.opened():
-            prepared = composer.prepare(typed)
-        flags += [f"--cfg={named.cfg}"] if named.cfg else []
-        sys.argv[1:] = [*flags, *prepared.overrides]
-    if Path(sys.argv[0]).name == "__main__.py":
-        sys.argv[0] = "lorasweep"
-    # so that errors reach the handlers of `main`; otherwise Hydra prints them and exits
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    failed: list[Exception] = []
-
-    def do(cfg: "DictConfig") -> None:
-        if prepared is None:
-            _fail(f"{' '.join(flags)} is not supported. See `python -m lorasweep --help`.")
-        try:
-            request = composer.request(cfg, prepared)
-            actions.check(request)
-            status = actions.act(request)
-        except Exception as error:  # Hydra would print a line of its own before it
-            failed.append(error)
-        else:
-            sys.exit(status)
-
-    folder = str(compose.conf_dir())
-    hydra.main(config_path=folder, config_name="config", version_base="1.3")(do)()
-    if failed:
-        raise failed[0]
+    with composer(*named.config_dir) as compose:
+        if named.help:
+            groups = sorted({"method", *(p.name for p in conf_dir().iterdir() if p.is_dir())})
+            print(actions.help_page({group: compose.options(group) for group in groups}))
+            return
+        if named.cfg:
+            print(OmegaConf.to_yaml(compose.composed(rest), resolve=named.resolve), end="")
+            return
+        request = compose(rest)
+    actions.check(request)
+    sys.exit(actions.act(request))
 
 
 def _fail(message: str) -> NoReturn:

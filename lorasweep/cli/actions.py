@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -317,12 +317,12 @@ def front_page(conf: Path) -> str:
     return "\n".join([START, *filled, MORE, "All settings: python -m lorasweep --help\n"])
 
 
-def help_template() -> str:
-    """Return the page of --help; Hydra fills in the groups and their options."""
+def help_page(groups: Mapping[str, Sequence[str]]) -> str:
+    """Return the page of --help; `groups`: the options of each group of configuration files."""
     lines = ["Actions (action=NAME)"]
     for name, action in ACTIONS.items():
         head = f"  {f'{name} {action.example}'.strip():24} "
         lines += textwrap.wrap(head + action.help, 118, subsequent_indent=" " * len(head))
-    text = "\n".join([START, MORE, *lines, SETTINGS]).replace("$", "$$")
-    groups = "Groups (group=option)\n$APP_CONFIG_GROUPS"
-    return f"{text}\n{groups}\nShow the composed configuration: add --cfg job\n"
+    options = [f"{group}: {', '.join(names)}" for group, names in groups.items()]
+    end = ["Groups (group=option)", *options, "Show the composed configuration: add --cfg job"]
+    return "\n".join([START, MORE, *lines, SETTINGS, *end])

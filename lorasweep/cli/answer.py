@@ -20,9 +20,15 @@ from lorasweep.spec.metric import metric_of
 from lorasweep.store import looks
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import load_runs
-from lorasweep.sweep.grid import Point, curve_key, fields_of
+from lorasweep.sweep.grid import (
+    Point,
+    added_points,
+    curve_key,
+    fields_of,
+    planned_seeds,
+    second_stage,
+)
 from lorasweep.sweep.question import Sweep, axes_of
-from lorasweep.sweep.replicates import added_points, planned_seeds, second_stage
 from lorasweep.sweep.request import Request, question
 from lorasweep.sweep.search import Look, is_short, search
 

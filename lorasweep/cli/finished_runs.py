@@ -36,9 +36,8 @@ from lorasweep.store import checkpoint, folders, looks
 from lorasweep.store.checkpoint import State, weights_of
 from lorasweep.store.run_store import RunStore
 from lorasweep.store.table import import_table, load_runs
-from lorasweep.sweep.grid import Point, curve_key
+from lorasweep.sweep.grid import Point, curve_key, lrs_around_optimum
 from lorasweep.sweep.names import run_names
-from lorasweep.sweep.replicates import lrs_around_optimum
 from lorasweep.sweep.request import Request, question
 from lorasweep.sweep.search import LOWEST, is_short
 from lorasweep.tracking import provenance

@@ -50,13 +50,11 @@ from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import is_unpinned
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, STATES, RunStore
-from lorasweep.sweep.grid import Point
-from lorasweep.sweep.names import run_names
+from lorasweep.sweep.grid import Point, planned_seeds
+from lorasweep.sweep.names import run_names, trained_plain, trained_text
 from lorasweep.sweep.question import Replicates
-from lorasweep.sweep.replicates import planned_seeds
 from lorasweep.sweep.request import Request
 from lorasweep.sweep.search import MIN_SEEDS
-from lorasweep.sweep.trained import trained_plain, trained_text
 
 BASIS = {
     "measured": "from finished runs",
@@ -107,8 +105,8 @@ def show(request: Request, store: RunStore) -> Answer:
 
 def layers(request: Request, store: RunStore) -> Answer:
     """Show the matrices that each kind of run trains, by layer set."""
-    plain = {"sweep": request.sweep_name, "kinds": trained_plain(request.points)}
-    return Answer(plain, trained_text(request.points))
+    kinds = trained_plain(request.points)
+    return Answer({"sweep": request.sweep_name, "kinds": kinds}, trained_text(kinds))
 
 
 def measure(request: Request, store: RunStore) -> Answer:
@@ -519,7 +517,7 @@ def status(request: Request, store: RunStore, points: list[Point]) -> dict[str, 
         best = {"run": i, "name": names[i], "metric": e.metric, e.metric: e.value}
         arms[arm_name]["best"] = best
     running = [p for p in plan.points if states[p.id] == "running"]
-    steps = {p.id: (store.recent_records(p.id) or [{"step": 0}])[-1]["step"] for p in running}
+    steps = {p.id: (store.records(p.id) or [{"step": 0}])[-1]["step"] for p in running}
     flops_left = plan.flops - sum(run_flops(p.spec) * steps[p.id] / p.spec.steps for p in running)
     flops_done = sum(run_flops(p.spec) for p in plan.points if p.id in entries)
     ends = sorted((e.mtime_ns / 1e9 for e in entries.values()), reverse=True)

@@ -1,11 +1,10 @@
-"""Models, machines and serving profiles by name, from files that are read when first needed."""
+"""Models, machines and serving profiles by name; they are checked when they are first needed."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 
 from lorasweep.fleet.serving import Profile
@@ -16,49 +15,39 @@ from lorasweep.spec.values import build
 
 
 def models(folders: Sequence[Path]) -> dict[str, Callable[[], ModelSpec]]:
-    """Return functions that read models, by file name and by name on the hub, in lower case."""
+    """Return functions that make models, by file name and by name on the hub, in lower case."""
     found: dict[str, Callable[[], ModelSpec]] = {}
-    for path in _files(folders, "model"):
-        read = cache(lambda path=path: build(ModelSpec, _plain(path)))
-        found.setdefault(path.stem.lower(), read)
-        location = str(_head(path).get("location", "")).lower()
-        if "/" in location:
-            found.setdefault(location, read)
+    for name, values in _read(folders, "model").items():
+        location = str(values.get("location", "")).lower()
+        for key in (name.lower(), *([location] if "/" in location else [])):
+            found.setdefault(key, cache(partial(build, ModelSpec, values)))
     return found
 
 
 def widths(folders: Sequence[Path]) -> dict[str, int]:
     """Return the hidden size of each model, by name."""
-    return {p.stem: int(_head(p).get("hidden_size", 0)) for p in _files(folders, "model")}
+    return {name: v.get("hidden_size", 0) for name, v in _read(folders, "model").items()}
 
 
 def machines(folders: Sequence[Path]) -> dict[str, Callable[[], Hardware]]:
-    """Return functions that read the files of machines, except this_machine, by lower-case name."""
-    return {
-        path.stem.lower(): cache(lambda path=path: hardware.from_plain(_plain(path)))
-        for path in _files(folders, "hardware")
-        if path.stem != "this_machine"
-    }
+    """Return functions that make the machines of files, by name in lower case."""
+    found = _read(folders, "hardware")
+    found.pop("this_machine", None)
+    return {name.lower(): cache(partial(hardware.from_plain, v)) for name, v in found.items()}
 
 
 def profiles(folders: Sequence[Path]) -> dict[str, Callable[[], Profile]]:
-    """Return functions that read serving profiles, by file name."""
-    return {
-        path.stem: cache(lambda path=path: build(Profile, _plain(path)))
-        for path in reversed(_files(folders, "serve"))
-    }
+    """Return functions that make serving profiles, by file name."""
+    found = _read(folders, "serve").items()
+    return {name: cache(partial(build, Profile, values)) for name, values in found}
 
 
-def _files(folders: Sequence[Path], group: str) -> list[Path]:
-    return [p for folder in folders for p in sorted((folder / group).glob("*.yaml"))]
+def _read(folders: Sequence[Path], group: str) -> dict[str, dict[str, Any]]:
+    """Return the values of the files of a group, by file name."""
+    paths = [p for folder in folders for p in sorted((folder / group).glob("*.yaml"))]
+    return {p.stem: _plain(p) for p in reversed(paths)}
 
 
-def _plain(path: Path) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    assert isinstance(values, dict)
-    return {str(k): v for k, v in values.items()}
-
-
-def _head(path: Path) -> dict[str, Any]:
-    """Read a file as plain YAML, ten times as fast as OmegaConf."""
-    return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+@cache
+def _plain(path: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=True)

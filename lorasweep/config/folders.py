@@ -8,14 +8,10 @@ from typing import Any
 
 from lorasweep.errors import SpecError
 from lorasweep.spec.execution import Exec
+from lorasweep.spec.values import problems_of
 
-ENVIRONMENT = {
-    "runs_dir": "LORASWEEP_RUNS",
-    "reports_dir": "LORASWEEP_REPORTS",
-    "models_dir": "LORASWEEP_MODELS",
-    "data_dir": "LORASWEEP_DATA",
-}
-"""Environment variables of folders; the command line has precedence."""
+FOLDERS = ("runs", "reports", "models", "data")
+"""Settings of folders are exec.runs_dir, ...; environment variables are LORASWEEP_RUNS, ..."""
 
 
 def conf_dir() -> Path:
@@ -31,20 +27,19 @@ def conf_dir() -> Path:
 def exec_of(values: dict[str, Any], given: Collection[str] = ()) -> Exec:
     """Return a checked Exec with absolute folders; SpecError: a setting is not valid.
 
-    `given`: names of the folders that the command line sets.
+    `given`: keys that the command line sets, which have precedence over environment variables.
     """
-    exec_ = Exec(**values)
-    for problem in exec_.problems():
+    values = dict(values)
+    for problem in problems_of(Exec, values, "exec."):
+        raise SpecError(problem)
+    for problem in (exec_ := Exec(**values)).problems():
         raise SpecError(problem)
     folders: dict[str, Any] = {}
-    for name, variable in ENVIRONMENT.items():
-        value, default = getattr(exec_, name), getattr(Exec(), name)
-        set_to = os.environ.get(variable)
-        if value == default and set_to and name not in given:
-            value = set_to.split(os.pathsep) if isinstance(default, list) else set_to
-        folders[name] = _absolute(value) if isinstance(value, str) else [*map(_absolute, value)]
+    for name in FOLDERS:
+        value, default = getattr(exec_, f"{name}_dir"), getattr(Exec(), f"{name}_dir")
+        set_to, many = os.environ.get(f"LORASWEEP_{name.upper()}"), isinstance(value, list)
+        if value == default and set_to and f"exec.{name}_dir" not in given:
+            value = set_to.split(os.pathsep) if many else set_to
+        paths = [str(Path(p).expanduser().absolute()) for p in (value if many else [value])]
+        folders[f"{name}_dir"] = paths if many else paths[0]
     return dataclasses.replace(exec_, **folders)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 from hydra.core.config_store import ConfigStore
 
 from lorasweep.config.folders import exec_of
-from lorasweep.data.own import EXPECTED
-from lorasweep.errors import DataError, ModelError, SpecError
+from lorasweep.errors import DataError, ModelError, SpecError, unknown
 from lorasweep.models.describe import describe_model
-from lorasweep.spec.dataset import FILES, DatasetSpec
+from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.values import fields
 from lorasweep.sweep.grid import Point
@@ -26,10 +25,6 @@ from lorasweep.sweep.grid import Point
 GROUPS = ("model", "dataset")
 FORM = ("format", "prompt_field", "completion_field", "mask", "render")
 """Fields of a data set that say how a row is read."""
-KINDS = {
-    "model": "a folder of transformers, a .gguf file, or a name on the hub (owner/name@revision)",
-    "dataset": EXPECTED,
-}
 
 
 class Own(NamedTuple):
@@ -50,7 +45,6 @@ class Names:
 
     def __init__(self) -> None:
         self._known: dict[str, Own] = {}
-        self._refused: dict[str, SpecError] = {}
 
     def option(
         self, group: str, given: str, options: Sequence[str], settings: Mapping[str, Any]
@@ -66,16 +60,9 @@ class Names:
         """
         named = {f: str(settings[f"{group}.{f}"]) for f in FORM if f"{group}.{f}" in settings}
         key = json.dumps([group, given, named])
-        if key in self._refused:  # Hydra composes a wrong request twice
-            raise self._refused[key]
         if key not in self._known:
-            options = sorted({*options} - {own.option for own in self._known.values()})
             models_dir = settings.get("exec.models_dir")
-            try:
-                spec, folder, n_train = _described(group, given, options, named, models_dir)
-            except SpecError as error:
-                self._refused[key] = error
-                raise
+            spec, folder, n_train = _described(group, given, options, named, models_dir)
             same = [o for o in self._known.values() if _key(o.spec) == _key(spec)]
             other = [o.given for o in same if o.spec != spec]
             if other or spec.name in options:
@@ -113,23 +100,8 @@ def _described(
 
         return named_rows(given, named)
     except (ModelError, DataError, OSError) as error:
-        tried = [Path(given).expanduser().absolute(), *(Path(d, given) for d in dirs)]
-        if any(path.exists() for path in tried):
+        path = Path(given).expanduser()
+        if any(p.exists() for p in (path, *(Path(d, given) for d in dirs))):
             raise SpecError(f"{group}={given}: {error}") from None
-        local = given.startswith(("/", ".", "~")) or Path(given).suffix[1:] in (*FILES, "gguf")
-        ends = {f".{form}" for form in FILES} if group == "dataset" else {".gguf"}
-        names = {name: name for name in options}
-        for folder in dict.fromkeys((Path(given).parent, Path())):  # files beside it or here
-            for path in sorted(folder.expanduser().glob("[!.]*")):
-                if path.is_dir() or path.suffix in ends:
-                    names.setdefault(path.name, str(folder / path.name))
-        close = difflib.get_close_matches(Path(given).name, names, n=3, cutoff=0.5)
-        near = " or ".join(repr(names[name]) for name in close)
-        hint = f" Did you mean {near}?" if near else ""
-        missing = str(error)  # a name of the hub: what was tried
-        if local or "/" not in given:
-            missing = f"no file or folder {' or '.join(map(str, tried))}."
-        raise SpecError(
-            f"{group}={given}: no {given}.yaml in conf/{group} or --config-dir; {missing}{hint} "
-            f"Expected a name of conf/{group}, {KINDS[group]}."
-        ) from None
+        beside = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")])
+        raise SpecError(f"{unknown(group, given, [*options, *beside])} {error}") from None

@@ -23,35 +23,28 @@ def check_available(request: Request) -> None:
     from lorasweep.data import rewards
     from lorasweep.models import find
 
-    specs = [p.spec for p in request.points]
-    fetched = request.cluster.kind == "slurm"
-    reads_text = {}
+    specs, exec_ = [p.spec for p in request.points], request.exec
+    fetched, reads_text = request.cluster.kind == "slurm", {}
     for model in {s.model.name: s.model for s in specs}.values():
-        reads_text[model.name] = find.check_available(model, request.exec.models_dir, fetched)
+        reads_text[model.name] = find.check_available(model, exec_.models_dir, fetched)
     for spec in {(s.dataset.name, s.objective): s for s in specs}.values():
         if METRICS[spec.objective].higher_is_better:
             rewards.check_available(spec.dataset)
-    if request.exec.world_size > 1 and any(s.kl_weight for s in specs):
+        if not exec_.skip_broken_data:  # else bad data fails only its own runs
+            data.check_available(spec.dataset, exec_.data_dir)
+    if exec_.world_size > 1 and any(s.kl_weight for s in specs):
         raise SpecError(
-            f"exec.world_size={request.exec.world_size} with kl_weight, which needs a copy of the "
-            "base in one process. Set exec.world_size=1, or kl_weight=0."
+            f"exec.world_size={exec_.world_size} with kl_weight, which needs a copy of the base in "
+            "one process. Set exec.world_size=1, or kl_weight=0."
         )
-    if not request.exec.skip_broken_data:  # else bad data fails only its own runs
-        for dataset in {s.dataset.name: s.dataset for s in specs}.values():
-            data.check_available(dataset, request.exec.data_dir)
-    pairs = {(s.model.name, s.dataset.name): (s.model, s.dataset) for s in specs}
-    for model, dataset in pairs.values():
-        vocab = data.generator_vocab(dataset)
-        if vocab is None and not reads_text[model.name]:
+    for spec in {(s.model.name, s.dataset.name): s for s in specs}.values():
+        vocab, model = data.generator_vocab(spec.dataset), spec.model
+        if (vocab or 0) > model.vocab_size or (vocab is None and not reads_text[model.name]):
+            few = f"only {model.vocab_size} of {vocab} symbols"
             raise SpecError(
-                f"dataset {dataset.name!r} is text, and model {model.name!r} has no tokenizer. "
-                "Put its tokenizer's files beside the weights, or choose another model, or a "
-                "synthetic data set (dialect, skills)."
-            )
-        if vocab is not None and vocab > model.vocab_size:
-            raise SpecError(
-                f"dataset {dataset.name!r} has {vocab} symbols, model {model.name!r} only "
-                f"{model.vocab_size}. Choose a model made for it (conf/model)."
+                f"model {model.name!r} has {few if vocab else 'no tokenizer'} for dataset "
+                f"{spec.dataset.name!r}. Choose a model made for it (conf/model), or put the "
+                "tokenizer's files beside the weights."
             )
 
 

@@ -7,7 +7,7 @@ from lorasweep.data.messages import columns
 from lorasweep.data.sources import Row, Source, check_count, without_nulls
 from lorasweep.errors import DataError, check_installed, from_hub
 from lorasweep.spec.dataset import DatasetSpec
-from lorasweep.spec.run import is_commit
+from lorasweep.spec.run import COMMIT
 
 
 def source_of(spec: DatasetSpec, held_out: bool) -> Source:
@@ -47,7 +47,7 @@ def contents(spec: DatasetSpec) -> tuple[list[str], dict[str, int], str]:
     place = _place(spec, False)
     (builder,) = _builders(spec, place, check=False)
     rows = _prepare(spec, place, builder, check=False)
-    return list(builder.info.features), rows, builder.hash if is_commit(builder.hash) else ""
+    return list(builder.info.features), rows, builder.hash if COMMIT.fullmatch(builder.hash) else ""
 
 
 def fetch(spec: DatasetSpec) -> int:
@@ -92,7 +92,7 @@ def _builders(spec: DatasetSpec, place: Place, check: bool = True) -> list[Any]:
             raise DataError(from_hub(f"dataset {spec.name!r}", location, error)) from error
         # Without a network, `datasets` takes the newest folder of its cache, whatever the revision.
         # These folders are named by commits.
-        if is_commit(revision) and builder.hash != revision:
+        if COMMIT.fullmatch(revision) and builder.hash != revision:
             raise DataError(
                 f"dataset {spec.name!r}: {location} is pinned to {revision}, but the hub cannot be "
                 f"reached and the cache holds {builder.hash}. Connect once to get the pinned rows."

@@ -36,9 +36,8 @@ from lorasweep.spec.execution import Exec
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
 from lorasweep.store.run_store import RunStore
-from lorasweep.sweep.grid import Point
+from lorasweep.sweep.grid import Point, expected_second_stage
 from lorasweep.sweep.question import Replicates
-from lorasweep.sweep.replicates import expected_second_stage
 
 MEMORY_ERROR, SPEED_ERROR = 0.17, 0.25
 """Nine in ten of the covered published figures have a smaller relative error

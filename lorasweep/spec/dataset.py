@@ -16,6 +16,11 @@ OF_TEXT = (
     *("answer_field", "verifier", "held_out_by"),
 )
 """Fields that apply to text only; generators draw tokens."""
+OF_COMPLETION = (
+    "answer_field to be completion_field, out of which the gold answer is read, or empty"
+)
+IMPLIED = ("unseen_rows", "unseen_prompts")
+"""What `held_out_by` implies."""
 
 
 @dataclass(frozen=True)
@@ -111,62 +116,36 @@ class DatasetSpec(Value):
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with single fields, then with fields together."""
-        where = f"dataset {self.name!r}: "
-        yield from misfits(self, where)
         synthetic, n, by = self.source == "synthetic", self.n_validation, self.held_out_by
-        unused = [f for f in fields(type(self)) if f.name in OF_TEXT] if synthetic else []
-        stated = [f"{f.key}={v!r}" for f in unused if (v := getattr(self, f.name)) != f.past]
-        implied = [f"{name}=true" for name in ("unseen_rows", "unseen_prompts") if by]
-        implied = [text for text in implied if getattr(self, text.partition("=")[0])]
+        past = {f.name: f.past for f in fields(type(self))}
+        unused = [k for k in OF_TEXT if synthetic and getattr(self, k) != past[k]]
         known = {"exact_loss": ["dialect"], "draw_by_seed": ["dialect", "bandit"]}
-        refused = [k for k, v in known.items() if getattr(self, k) and self.location not in v]
-        for wrong, why in (
-            *((v, f"{v} has no effect with source=synthetic. Leave it out.") for v in stated),
+        few = self.holdout < n + self.n_test
+        with_hub = self.source == "hub" and not self.holdout
+        answers = ("", self.completion_field)
+        together = (
+            *((k, True, "to be left out with source=synthetic") for k in unused),
+            ("verifier", self.verifier and self.answer_field not in answers, OF_COMPLETION),
+            ("test_location", self.test_location and not with_hub, "source=hub without a holdout"),
+            ("test_revision", self.test_revision and not self.test_location, "a test_location"),
             (
-                self.verifier and self.answer_field not in ("", self.completion_field),
-                f"verifier={self.verifier} reads the gold answer out of the completion. Set "
-                f"completion_field={self.answer_field}, which is answer_field, or leave that out.",
-            ),
-            (
-                self.test_location and (self.source != "hub" or self.holdout),
-                f"test_location={self.test_location!r}: only for source=hub without a holdout. "
-                "Leave it out.",
-            ),
-            (
-                self.test_revision and not self.test_location,
-                f"test_revision={self.test_revision!r}: there is no test_location, so revision "
-                "pins both splits. Leave it out.",
-            ),
-            (
+                "location",
                 not self.location,
-                "location is missing. Set it to a hub name, a generator, or a folder under "
-                "exec.data_dir.",
+                "a hub name, a generator, or a folder in exec.data_dir",
             ),
-            *((v, f"{v}: held_out_by={by} implies it. Leave it out.") for v in implied),
+            *((k, by and getattr(self, k), "false with held_out_by") for k in IMPLIED),
+            ("held_out_by", by == "prompt" and self.mask == "all", "row with mask=all"),
+            ("n_test_curve", self.n_test_curve > self.n_test, f"at most n_test={self.n_test} rows"),
+            ("n_validation", synthetic and n, "0 with source=synthetic"),
             (
-                by == "prompt" and self.mask == "all",
-                "held_out_by=prompt: with mask=all every token is learned, so rows have no prompt. "
-                "Set held_out_by=row, or another mask.",
+                "holdout",
+                self.holdout and (synthetic or few),
+                f"0, or for text at least n_validation + n_test = {n + self.n_test} rows",
             ),
-            (
-                self.n_test_curve > self.n_test,
-                f"n_test_curve={self.n_test_curve}: expected at most n_test={self.n_test} rows.",
-            ),
-            (synthetic and n, f"n_validation={n}: expected 0 with source=synthetic."),
-            (
-                self.holdout and (synthetic or self.holdout < n + self.n_test),
-                f"holdout={self.holdout}: expected 0, or for the hub and local files at least "
-                f"n_validation + n_test = {n + self.n_test} rows.",
-            ),
-            (
-                self.n_retain and not synthetic,
-                f"n_retain={self.n_retain}: only synthetic data sets have pretraining rows of the "
-                "base. Leave it at 0.",
-            ),
+            ("n_retain", self.n_retain and not synthetic, "0 without source=synthetic"),
             *(
-                (k, f"{k}=true: only the generator {' and '.join(known[k])} supports it.")
-                for k in refused
+                (k, getattr(self, k) and self.location not in v, f"one of the generators {v}")
+                for k, v in known.items()
             ),
-        ):
-            if wrong:
-                yield where + why
+        )
+        yield from misfits(self, f"dataset {self.name!r}: ", together)

@@ -33,14 +33,9 @@ def why_not_early(patience: int, steps: int, rows: int) -> str:
     """
     if rows < FEWEST_ROWS:
         return f"{rows} validation rows, and {FEWEST_ROWS} are the fewest"
-    measured = eval_steps(steps)
-    counted = no_better(measured[0], measured, steps)
+    counted = no_better(1, eval_steps(steps), steps)
     if counted <= patience:
-        return (
-            f"of the {len(measured)} evaluations of {steps} updates at most {counted} count "
-            f"against a run (not the first, and none before {steps}/{HEAD} updates), and at the "
-            "last of them the run ends anyway"
-        )
+        return f"only {counted} evaluations of {steps} updates count (none before {steps}/{HEAD})"
     return ""
 
 

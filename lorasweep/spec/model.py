@@ -40,11 +40,6 @@ class Matrix:
         """The smaller side of a matrix, which bounds the rank of an adapter."""
         return min(self.d_in, self.d_out)
 
-    @property
-    def active_size(self) -> int:
-        """Weights that one token passes through."""
-        return self.size * self.n_active // self.n_experts
-
 
 @dataclass(frozen=True)
 class Recipe(Value):
@@ -182,16 +177,16 @@ class ModelSpec(Value):
     @cached_property
     def n_matmul_params(self) -> int:
         """Number of weights in matrix products, the unembedding and the routers included."""
-        return sum(m.size for m in self.matrices(LAYER_SETS)) + self._n_router_params
+        routers = self.n_layers * self.n_experts * self.hidden_size
+        return sum(m.size for m in self.matrices(LAYER_SETS)) + routers
 
     @cached_property
     def n_active_params(self) -> int:
         """Number of weights in the matrix products of one token; of experts, only active ones."""
-        return sum(m.active_size for m in self.matrices(LAYER_SETS)) + self._n_router_params
-
-    @property
-    def _n_router_params(self) -> int:
-        return self.n_layers * self.n_experts * self.hidden_size
+        idle = (
+            m.size * (m.n_experts - m.n_active) // m.n_experts for m in self.matrices(LAYER_SETS)
+        )
+        return self.n_matmul_params - sum(idle)
 
     @cached_property
     def n_params(self) -> int:
@@ -205,35 +200,15 @@ class ModelSpec(Value):
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with single fields, then with fields together."""
-        where = f"model {self.name!r}: "
-        yield from misfits(self, where)
         n, active, from_recipe = self.n_experts, self.n_active_experts, self.source == "recipe"
-        odd = [f"{k}={v!r}" for k, v in self.shapes.items() if not SHAPE.fullmatch(v)]
-        for wrong, why in (
-            (
-                self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads,
-                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}.",
-            ),
-            (
-                not min(n, 1) <= active <= n,
-                f"n_active_experts={active} of n_experts={n}: expected 1 to n_experts, or 0 of 0 "
-                "for a dense MLP.",
-            ),
-            (odd, f"shapes.{', '.join(odd)}: expected inputs x outputs, such as 3072x9216."),
-            (
-                n and self.mlp != EXPERT_MATRICES,
-                f"mlp={list(self.mlp)}: experts have {list(EXPERT_MATRICES)}.",
-            ),
-            (from_recipe and not self.recipe, "source=recipe needs a `recipe:` block."),
-            (
-                self.recipe and not from_recipe,
-                f"has a `recipe:` block, so it needs source=recipe, not {self.source!r}.",
-            ),
-            (
-                not from_recipe and not self.location,
-                "location is missing. Set it to a hub name, or to a file or folder under "
-                "exec.models_dir.",
-            ),
-        ):
-            if wrong:
-                yield where + why
+        odd = not all(SHAPE.fullmatch(v) for v in self.shapes.values())
+        uneven = self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads
+        together = (
+            ("n_heads", uneven, f"a multiple of n_kv_heads={self.n_kv_heads}"),
+            ("n_active_experts", not min(n, 1) <= active <= n, f"1 to n_experts={n}, or 0 of 0"),
+            ("shapes", odd, "inputs x outputs by name, such as 3072x9216"),
+            ("mlp", n and self.mlp != EXPERT_MATRICES, f"{EXPERT_MATRICES}, which experts have"),
+            ("recipe", from_recipe != bool(self.recipe), "a block with source=recipe, else none"),
+            ("location", not (from_recipe or self.location), "a hub name, or a file or folder"),
+        )
+        yield from misfits(self, f"model {self.name!r}: ", together)

@@ -13,17 +13,7 @@ from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.evaluations import why_not_early
 from lorasweep.spec.method import Method
 from lorasweep.spec.model import ModelSpec
-from lorasweep.spec.values import (
-    ABOVE_0,
-    BELOW_1,
-    Is,
-    Value,
-    build,
-    canonical_text,
-    fields,
-    later,
-    misfits,
-)
+from lorasweep.spec.values import ABOVE_0, BELOW_1, Is, Value, build, encode, fields, later, misfits
 
 TRAIN_VERSION = 1
 """Increase it when the training maths changes: old results then no longer count as done."""
@@ -93,7 +83,7 @@ class RunSpec(Value):
     @cached_property
     def id(self) -> str:
         """First 12 hex digits of the SHA-256 of the canonical form."""
-        return hashlib.sha256(canonical_text(self).encode()).hexdigest()[:12]
+        return hashlib.sha256(encode(self.tree()).encode()).hexdigest()[:12]
 
     @property
     def draw(self) -> int | None:
@@ -112,63 +102,34 @@ class RunSpec(Value):
 
     def problems(self) -> Iterator[str]:
         """Yield why this run cannot be trained: single fields, fields together, model and data."""
-        yield from misfits(self)
         patience, rows, n = self.early_stopping, self.dataset.n_validation, self.group_size
-        supervised, how = self.objective == "sft", f"with objective={self.objective}"
-        sampling = [f for f in fields(RunSpec) if f.name in OF_SAMPLING] if supervised else []
-        unused = [f"{f.name}={v}" for f in sampling if (v := getattr(self, f.name)) != f.past]
+        supervised, longest = self.objective == "sft", self.dataset.max_length
+        past = {f.name: f.past for f in fields(RunSpec)}
+        unused = [k for k in OF_SAMPLING if supervised and getattr(self, k) != past[k]]
         never = why_not_early(patience, self.steps, rows) if patience and supervised else ""
-        for wrong, why in (
+        fits = supervised or 1 <= self.max_new_tokens < longest
+        together = (
+            ("warmup_steps", 0 < self.steps <= self.warmup_steps, f"fewer than steps={self.steps}"),
+            *((k, True, "to be left out with objective=sft") for k in unused),
             (
-                0 < self.steps <= self.warmup_steps,
-                f"warmup_steps={self.warmup_steps}: expected fewer than steps={self.steps}.",
-            ),
-            *(
-                (v, f"{v} has no effect {how}. Leave it out, or set objective=policy_gradient.")
-                for v in unused
-            ),
-            (
+                "group_size",
                 not supervised and n < 2,
-                f"group_size={n} {how}: the baseline of a completion is the mean reward of its "
-                "group. Expected at least 2; typical: 8 or 16.",
+                "at least 2, for a baseline; typical: 8 or 16",
             ),
             (
+                "batch_size",
                 not supervised and n > 1 and self.batch_size % n,
-                f"batch_size={self.batch_size}: expected a multiple of group_size={n}, because an "
-                "update has batch_size / group_size prompts.",
+                f"a multiple of group_size={n}: an update has batch_size / group_size prompts",
             ),
-            (
-                not (supervised or 1 <= self.max_new_tokens < self.dataset.max_length),
-                f"max_new_tokens={self.max_new_tokens} {how}: expected 1 or more, and less than "
-                f"dataset.max_length={self.dataset.max_length}, for prompt and completion.",
-            ),
-            (
-                self.train_version != TRAIN_VERSION,
-                f"train_version={self.train_version}: this lorasweep has version {TRAIN_VERSION}. "
-                "Leave train_version out, or install the lorasweep that trained the run.",
-            ),
-            (
-                patience and not supervised,
-                f"early_stopping={patience} {how}: it has no validation prompts, and rewards of "
-                "few completions are noisy. Set it to 0.",
-            ),
-            (
-                never,
-                f"early_stopping={patience} with dataset.n_validation={rows} and steps="
-                f"{self.steps}: {never}. Set early_stopping to 0, or raise n_validation or steps.",
-            ),
-            (
-                rows and not supervised,
-                f"dataset.n_validation={rows} has no effect {how}. Set it to 0.",
-            ),
-            (
-                not self.test_rows and not rows,
-                "test_rows=false with dataset.n_validation=0: no rows would be measured. Leave "
-                "test_rows out, or raise n_validation.",
-            ),
-        ):
-            if wrong:
-                yield why
+            ("max_new_tokens", not fits, f"1 or more, and less than dataset.max_length={longest}"),
+            ("train_version", self.train_version != TRAIN_VERSION, f"{TRAIN_VERSION}, or no value"),
+            ("early_stopping", patience and not supervised, "0 without objective=sft"),
+            ("early_stopping", never, f"0, or other dataset.n_validation and steps: {never}"),
+            ("test_rows", not (self.test_rows or rows), "true with dataset.n_validation=0"),
+        )
+        yield from misfits(self, "", together)
+        if rows and not supervised:
+            yield f"dataset.n_validation={rows}: expected 0 without objective=sft."
         yield from filter(None, (self.model.problem, self.dataset.problem))
 
 
@@ -177,18 +138,12 @@ def snap_lr(lr: float) -> float:
     return float(f"{lr:.2e}")
 
 
-def is_commit(revision: str) -> bool:
-    """Return whether a revision is a commit; branches and tags can move."""
-    return bool(COMMIT.fullmatch(revision))
-
-
 def is_unpinned(part: ModelSpec | DatasetSpec) -> bool:
-    """Return whether the content behind a name on the hub can change."""
-    if part.source != "hub":
-        return False
-    if isinstance(part, DatasetSpec) and part.test_location and not is_commit(part.test_revision):
-        return True
-    return not is_commit(part.revision)
+    """Return whether the content behind a name on the hub can change: it names no commit."""
+    names = [part.revision]
+    if isinstance(part, DatasetSpec) and part.test_location:
+        names.append(part.test_revision)
+    return part.source == "hub" and not all(map(COMMIT.fullmatch, names))
 
 
 def validate(spec: RunSpec) -> None:
@@ -212,15 +167,16 @@ def from_plain(values: dict[str, Any], methods: Mapping[str, type[Method]]) -> R
 
 def with_axes(spec: RunSpec, values: dict[str, Any]) -> RunSpec:
     """Return a copy with `values` set; keys are fields of the method, or else of RunSpec."""
-    kind: type = type(spec.method)
-    in_method, in_spec = _axes(kind), _axes(RunSpec)
-    for key in values:
-        if key not in in_method and key not in in_spec:
-            raise SpecError(
-                unknown(f"axis of method {spec.method.name!r}", key, {**in_method, **in_spec})
-            )
-    of_method = {in_method[k]: v for k, v in values.items() if k in in_method}
-    of_spec = {in_spec[k]: v for k, v in values.items() if k not in in_method}
+    of_method, of_spec = dict[str, Any](), dict[str, Any]()
+    in_method, in_spec = _axes(type(spec.method)), _axes(RunSpec)
+    for key, value in values.items():
+        if key in in_method:
+            of_method[in_method[key]] = value
+        elif key in in_spec:
+            of_spec[in_spec[key]] = value
+        else:
+            what = f"axis of method {spec.method.name!r}"
+            raise SpecError(unknown(what, key, {**in_method, **in_spec}))
     method = dataclasses.replace(spec.method, **of_method) if of_method else spec.method
     return dataclasses.replace(spec, method=method, **of_spec)
 

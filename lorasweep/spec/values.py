@@ -1,12 +1,7 @@
 """Settings as frozen values: types, limits and meaning stand at the field, ids come from them.
 
-A field is declared once, with standard types:
-
-    rank: Annotated[int, Is("columns of A", 1)] = 32
-    precision: Literal["fp32", "bf16"] = "fp32"
-    clip_norm: Annotated[float | None, Is("global norm", ABOVE_0)] = None
-
-From that come conversion, error messages, and the canonical JSON text, which is hashed.
+A field is declared once, as rank: Annotated[int, Is("columns of A", 1)] = 32. From that come
+conversion, error messages, and the canonical JSON text, which is hashed.
 """
 
 import dataclasses
@@ -14,7 +9,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -60,18 +55,14 @@ class Field(NamedTuple):
     def expected(self) -> str:
         """The values that are allowed, in words."""
         text, low, high = self.means
-        what = WORDS.get(
-            self.kind, str(self.kind) if typing.get_origin(self.kind) else self.kind.__name__
-        )
-        if self.allowed:
-            what = ", ".join(filter(None, self.allowed))
-        if low > -math.inf:
-            what += " above 0" if low == ABOVE_0 else f" of at least {low:.10g}"
-        if high < math.inf:
-            what += f"{' and' if low > -math.inf else ''} "
-            what += "below 1" if high == BELOW_1 else f"at most {high:.10g}"
+        what = WORDS.get(self.kind, getattr(self.kind, "__name__", str(self.kind)))
+        if typing.get_origin(self.kind):
+            what = str(self.kind)
+        limits = [f"of at least {low:.10g}" if low != ABOVE_0 else "above 0"] * (low > -math.inf)
+        limits += [f"at most {high:.10g}" if high != BELOW_1 else "below 1"] * (high < math.inf)
+        what = " ".join([", ".join(filter(None, self.allowed)) or what, " and ".join(limits)])
         without = ", or null" * self.optional + ", or leave it out" * ("" in self.allowed)
-        return f"{what}{f' ({text})' if text else ''}{without}"
+        return f"{what.strip()}{f' ({text})' if text else ''}{without}"
 
     def converted(self, value: Any) -> Any:
         """Return the value with the declared type; raise ValueError if that is impossible."""
@@ -97,19 +88,9 @@ def later(value: Any) -> Any:
     return dataclasses.field(default=value, metadata={"added": value})
 
 
-def fields(cls: type) -> tuple[Field, ...]:
-    """List the fields of a dataclass, in order.
-
-    Metadata of a field: `key` and `stored` if they differ from the Python name; `added`: see
-    `later`.
-    """
-    return _fields(cls)  # `cache` is on a second function, because of mypy
-
-
 @cache
 def _fields(cls: type) -> tuple[Field, ...]:
-    hints = typing.get_type_hints(cls, include_extras=True)
-    found = []
+    hints, found = typing.get_type_hints(cls, include_extras=True), []
     for f in dataclasses.fields(cls):
         kind, means, allowed = hints[f.name], Is(), ()
         if typing.get_origin(kind) is Annotated:
@@ -122,14 +103,13 @@ def _fields(cls: type) -> tuple[Field, ...]:
         key = f.metadata.get("key", f.name)
         stored, past = f.metadata.get("stored", key), f.metadata.get("added", dataclasses.MISSING)
         required = f.default is f.default_factory is dataclasses.MISSING
-        one = Field(f.name, key, stored, kind, optional, required, allowed, means, past)
-        found.append(one)
+        found.append(Field(f.name, key, stored, kind, optional, required, allowed, means, past))
     return tuple(found)
 
 
-@cache
-def _by_stored(cls: type) -> tuple[Field, ...]:
-    return tuple(sorted(fields(cls), key=lambda f: f.stored))
+fields: Callable[[type], tuple[Field, ...]] = _fields
+"""List the fields of a dataclass, in order. Metadata of a field: `key` and `stored` if they differ
+from the Python name; `added`: see `later`. (The type is stated because `cache` hides it.)"""
 
 
 def _converted(value: Any, kind: Any) -> Any:
@@ -193,11 +173,20 @@ def problems_of(cls: type, values: dict[str, Any], where: str = "") -> Iterator[
                 yield where + f.wrong(values[key])
 
 
-def misfits(value: Any, where: str = "") -> Iterator[str]:
-    """Yield a sentence for each field of settings whose value is not one that is allowed."""
+def misfits(
+    value: Any, where: str = "", together: Iterable[tuple[str, Any, str]] = ()
+) -> Iterator[str]:
+    """Yield a sentence for each field of settings whose value is not one that is allowed.
+
+    `together`: what holds for several fields: the one to correct, whether it is wrong, and what is
+    expected of it.
+    """
     for f in fields(type(value)):
         if not f.fits(getattr(value, f.name)):
             yield where + f.wrong(getattr(value, f.name))
+    for name, wrong, expected in together:
+        if wrong:
+            yield f"{where}{name}={getattr(value, name)!r}: expected {expected}."
 
 
 class FrozenDict(dict[str, Any]):
@@ -240,12 +229,22 @@ class Value:
 
     def plain(self) -> dict[str, Any]:
         """Return the canonical form as a dict of JSON values."""
-        return json.loads(self.canonical)
+        return json.loads(encode(self.tree()))
+
+    def tree(self) -> dict[str, Any]:
+        """Return the values that are hashed, by stored key, without those of the past."""
+        return {
+            f.stored: one._tree if isinstance(one, Value) else one
+            for f in fields(type(self))
+            if (one := getattr(self, f.name)) != f.past
+        }
+
+    _tree = cached_property(tree)  # of a part: the specs of a grid share their parts
 
     @cached_property
     def canonical(self) -> str:
         """JSON text that is hashed: sorted keys, declared types, resolved values."""
-        return canonical_text(self)
+        return encode(self.tree())
 
     @cached_property
     def problem(self) -> str | None:
@@ -260,38 +259,16 @@ class Value:
 V = TypeVar("V", bound=Value)
 
 
-def canonical_text(value: Value) -> str:
-    """Write a value's canonical JSON. Nested values are cached: the specs of a grid share them."""
-    pieces: list[str] = []
-    group: dict[str, Any] = {}
-    kind: type = type(value)
-    for f in _by_stored(kind):
-        one = getattr(value, f.name)
-        if isinstance(one, Value):
-            if group:
-                pieces.append(encode(group)[1:-1])
-            pieces.append(f'"{f.stored}":{one.canonical}')
-            group = {}
-        elif f.past is dataclasses.MISSING or one != f.past:
-            group[f.stored] = one
-    if group:
-        pieces.append(encode(group)[1:-1])
-    return "{" + ",".join(pieces) + "}"
-
-
 def build(cls: type[V], values: dict[str, Any]) -> V:
     """Make a value from a dict with the keys of YAML files or of the stored JSON.
 
     Raises:
         SpecError: a key is unknown, or a value has the wrong type.
     """
-    known = {k: f for f in fields(cls) for k in (f.key, f.stored)}
-    given = {}
+    known, given = {k: f for f in fields(cls) for k in (f.key, f.stored)}, {}
     for key, value in values.items():
-        if key not in known:
+        if (f := known.get(key)) is None:
             raise SpecError(unknown(f"{cls.WHERE.rstrip('.')} field".lstrip(), key, known))
-        kind = known[key].kind
-        if isinstance(kind, type) and issubclass(kind, Value) and isinstance(value, dict):
-            value = build(kind, value)
-        given[known[key].name] = value
+        is_part = isinstance(value, dict) and isinstance(f.kind, type) and issubclass(f.kind, Value)
+        given[f.name] = build(f.kind, value) if is_part else value
     return cls(**given)

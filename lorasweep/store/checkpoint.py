@@ -5,7 +5,6 @@ kill during a write leaves the other slot intact. Nothing is unpickled; checksum
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -44,7 +43,7 @@ class State(TypedDict):
 def save(folder: Path, state: State) -> None:
     """Write a state into the older slot."""
     folder.mkdir(exist_ok=True)
-    steps = {slot: meta["step"] for slot, meta in _metas(folder).items()}
+    steps = {slot: step for step, (slot, _) in described(folder).items()}
     slot = min(SLOTS, key=lambda s: steps.get(s, -1))
     (folder / f"{slot}.json").unlink(missing_ok=True)  # without it the slot is invalid
     path, parts = folder / f"{slot}.safetensors", folder / f"{slot}.parts"
@@ -55,7 +54,7 @@ def save(folder: Path, state: State) -> None:
         meta = {**state["meta"], FILES: state["write"](parts)}
     else:
         _save_file(state["tensors"], path)
-        meta = {**state["meta"], "sha256": _sha256(path)}
+        meta = {**state["meta"], "sha256": files.sha256(path)}
     files.write_atomic(folder / f"{slot}.json", json.dumps(meta).encode())
 
 
@@ -95,23 +94,27 @@ def load_weights(run: Path) -> dict[str, "Tensor"] | None:
     return files.patiently(path, lambda: load_file(path) if path.exists() else None)
 
 
+def described(folder: Path) -> dict[int, tuple[str, dict[str, Any]]]:
+    """Map step to slot and description, where that is valid. Reads no tensors."""
+    found = {}
+    for slot in SLOTS:
+        meta = files.read_json(folder / f"{slot}.json")
+        if isinstance(meta, dict) and isinstance(meta.get("step"), int):
+            found[meta["step"]] = (slot, meta)
+    return found
+
+
 def keep_only(folder: Path, step: int | None) -> None:
     """Invalidate all checkpoints except the one at `step`. Later ones belong to deleted records."""
-    kept = None if step is None else described(folder).get(step)
-    for slot in SLOTS:
-        if slot != kept:
-            (folder / f"{slot}.json").unlink(missing_ok=True)
-
-
-def described(folder: Path) -> dict[int, str]:
-    """Map step to slot for the checkpoints with a valid description. Reads no tensors."""
-    return {meta["step"]: slot for slot, meta in _metas(folder).items()}
+    for at, (slot, _) in described(folder).items():
+        if at != step:
+            (folder / f"{slot}.json").unlink()
 
 
 def layout(folder: Path) -> tuple[str, ...]:
     """Return the ids of the runs in the pack at the latest checkpoint; empty without one."""
-    latest = max(_metas(folder).values(), key=lambda meta: meta["step"], default=None)
-    return tuple(latest["layout"]) if latest else ()
+    _, (_, meta) = max(described(folder).items(), default=(0, ("", {"layout": ()})))
+    return tuple(meta["layout"])
 
 
 def load(folder: Path, step: int) -> State | None:
@@ -119,18 +122,19 @@ def load(folder: Path, step: int) -> State | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    by_step = {meta["step"]: (slot, meta) for slot, meta in _metas(folder).items()}
-    if step not in by_step:
+    if (found := described(folder).get(step)) is None:
         return None
-    slot, meta = by_step[step]
+    slot, meta = found
     if FILES in meta:
         parts, sums = folder / f"{slot}.parts", meta[FILES].items()
-        valid = files.patiently(parts, lambda: all(_sha256(parts / n) == sha for n, sha in sums))
+        valid = files.patiently(
+            parts, lambda: all(files.sha256(parts / n) == sha for n, sha in sums)
+        )
         return {"tensors": {}, "meta": meta, "path": parts} if valid else None
     path = folder / f"{slot}.safetensors"
 
     def read_verified() -> "dict[str, Tensor] | None":
-        if _sha256(path) != meta["sha256"]:
+        if files.sha256(path) != meta["sha256"]:
             return None
         try:
             return load_file(path)
@@ -148,28 +152,13 @@ def load_pack(folders: dict[str, Path]) -> dict[str, State] | None:
     The runs of a pack write the same steps, so two slots hold a common step even if the pack was
     killed between the writes of two runs. Raises StoreError if a checkpoint cannot be read now.
     """
-    common = set.intersection(*(set(described(f)) for f in folders.values()))
+    common = set.intersection(*({*described(f)} for f in folders.values()))
     for step in sorted(common, reverse=True):
         loaded = {rid: load(f, step) for rid, f in folders.items()}
         states = {rid: state for rid, state in loaded.items() if state is not None}
         if len(states) == len(folders):
             return states
     return None
-
-
-def _metas(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the valid descriptions by slot."""
-    found = {}
-    for slot in SLOTS:
-        meta = files.read_json(folder / f"{slot}.json")
-        if isinstance(meta, dict) and isinstance(meta.get("step"), int):
-            found[slot] = meta
-    return found
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_bytes(path: Path) -> int:

@@ -93,10 +93,11 @@ def read_owner(attempt: Path) -> dict[str, Any]:
 def restarted(owner: dict[str, Any]) -> bool:
     """Return whether this process is in a later execution of the owner's Slurm job."""
     mine, before = this_process().get("slurm"), owner.get("slurm")
-    if not mine or not before:
+    if not (mine and before):
         return False
-    same = (mine["cluster"], mine["job"]) == (before["cluster"], before["job"])
-    return same and mine["restart"] > before["restart"]
+    return {**mine, "restart": 0} == {**before, "restart": 0} and mine["restart"] > before[
+        "restart"
+    ]
 
 
 class Liveness:
@@ -112,8 +113,7 @@ class Liveness:
 
     def prepare(self, attempts: Iterable[Path]) -> None:
         """Note which attempts have begun, before the scheduler is asked about them."""
-        for attempt in attempts:
-            self._known.setdefault(attempt, time.monotonic())
+        self._known = {**dict.fromkeys(attempts, time.monotonic()), **self._known}
 
     def verdict(self, attempt: Path) -> bool | None:
         """Return whether the owner is alive; None if neither machine nor scheduler can tell."""
@@ -123,8 +123,7 @@ class Liveness:
             return None
         if not owner:
             return False  # damaged: attempt and owner.json are created in one step
-        here = {"host": host(), **machine()}
-        if all(owner.get(k, v) == v for k, v in here.items()):
+        if all(owner.get(k, v) == v for k, v in {"host": host(), **machine()}.items()):
             started = start_time(owner["pid"])
             if not started or UNKNOWN not in (started, owner["started"]):
                 return started == owner["started"] != ""
@@ -140,22 +139,21 @@ class Liveness:
 
         Recent: the heartbeat has changed, or was first seen, in the last SILENCE_S.
         """
-        verdict = self.verdict(attempt)
-        if verdict is not None:
+        if (verdict := self.verdict(attempt)) is not None:
             return verdict
-        now = time.monotonic()
+        now, silent = time.monotonic(), False
+        before, since, moved = self._seen.get(attempt, (None, now, False))
         try:
             beat = (attempt / "heartbeat").read_bytes()
+            silent = beat == before
+            moved = moved or (before is not None and not silent)
         except files.NOT_THERE:
-            beat = b""
+            beat, silent = b"", before == b""
         except OSError:  # a failed read does not mean that the owner is silent
-            if attempt in self._seen:
-                before, _, moved = self._seen[attempt]
-                self._seen[attempt] = (before, now, moved)
-            return True
-        before, since, moved = self._seen.get(attempt, (beat, now, False))
-        if beat != before:
-            since, moved = now, True
+            if before is None:
+                return True
+            beat = before
+        since = since if silent else now
         self._seen[attempt] = (beat, since, moved)
         return now - since < SILENCE_S
 

@@ -7,8 +7,11 @@ checkpoint lost. Tests replace `os` in this module to make each operation fail i
 
 import errno
 import fcntl
+import hashlib
+import itertools
 import json
 import os
+import shutil
 import stat
 import struct
 import time
@@ -35,19 +38,19 @@ def patiently(path: str | Path, read: Callable[[], T]) -> T | None:
 
     Raises StoreError if every try fails for another reason. So do the functions below that read.
     """
-    for pause in (*PAUSES_S, None):
+    pauses = list(PAUSES_S)
+    while True:
         try:
             return read()
         except NOT_THERE:
             return None
         except OSError as error:
-            if pause is None:
+            if not pauses:
                 raise StoreError(
                     f"{path} cannot be read ({error.strerror or error}). Run the command again "
                     "when the file system answers and you have permission to read it."
                 ) from error
-            time.sleep(pause)
-    raise AssertionError("unreachable")
+            time.sleep(pauses.pop(0))
 
 
 def read(path: Path) -> bytes | None:
@@ -86,11 +89,6 @@ def names(folder: Path) -> list[str]:
     return patiently(folder, lambda: os.listdir(folder)) or []
 
 
-def highest_number(folder: Path) -> int | None:
-    """Return the highest number among the names in a folder; None without numbers."""
-    return max((int(name) for name in names(folder) if name.isdigit()), default=None)
-
-
 def status(path: str | Path) -> os.stat_result | None:
     """Return a file's status; None if it is not there."""
     return patiently(path, lambda: os.stat(path))
@@ -105,6 +103,12 @@ def check_writable(folder: Path, setting: str) -> None:
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         why = "you may not write there" if there.is_dir() else "it is no folder"
         raise StoreError(f"{setting}={folder}: {there}: {why}. Choose another folder.")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -145,9 +149,7 @@ def create_folder_once(path: Path, files: dict[str, bytes]) -> bool:
     except OSError:
         if not path.is_dir():
             raise
-        for name in files:
-            os.unlink(partial / name)
-        os.rmdir(partial)
+        shutil.rmtree(partial)
         return False
     sync(path.parent)
     return True
@@ -161,16 +163,13 @@ def make_own(folder: Path) -> None:
     os.umask(os.umask(0o077) | 0o022)
     folder.mkdir(parents=True, exist_ok=True)
     found = os.stat(folder)
-    if os.geteuid() not in (found.st_uid, 0):
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if others or os.geteuid() not in (found.st_uid, 0):
+        why = "others may write it" if others else "it belongs to another user"
         raise StoreError(
-            f"exec.runs_dir={folder} belongs to another user (number {found.st_uid}), and only its "
-            "owner writes a run folder. Choose a folder of your own; action=status, plan and "
-            "export read this one."
-        )
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise StoreError(
-            f"exec.runs_dir={folder}: others may write it, and could change what your jobs run. "
-            f"Only its owner writes a run folder: chmod -R go-w {folder}"
+            f"exec.runs_dir={folder}: {why}. "
+            "Only its owner writes a run folder, because jobs run what it says. Name a folder of "
+            f"your own, or type: chmod -R go-w {folder}. Anyone may read it, as action=status does."
         )
 
 
@@ -200,19 +199,17 @@ def locked(path: Path, wait_s: float, notify: Notify = lambda text: None) -> Ite
     file system without locks nobody waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    end, announced = time.monotonic() + wait_s, False
     with path.open("ab") as file:
-        while True:
+        for turn in itertools.count():
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not announced:
+                if not turn:
                     notify(f"waiting for another command, which holds {path}")
-                announced = True
             except OSError:
                 break
-            if time.monotonic() > end:
+            if turn * LOCK_POLL_S > wait_s:
                 raise StoreError(
                     f"another command holds {path}. Run this one again when that one has ended."
                 )

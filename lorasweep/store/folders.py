@@ -4,7 +4,6 @@ A marker in each folder lists the names and SHA-256 of our files. Lines are only
 files are moved in, so neither a kill nor a second command makes our files look like the user's.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -85,7 +84,7 @@ def _move(folder: Path, partial: Path, last: str, whole: bool) -> None:
     new = {}
     for path in filter(Path.is_file, partial.rglob("*")):
         files.sync(path)
-        new[path.relative_to(partial).as_posix()] = _sha256(path)
+        new[path.relative_to(partial).as_posix()] = files.sha256(path)
     there = _unchanged(folder, last, new, whole)
     gone = there.keys() - new.keys() if whole else set()
     if gone or not there.items() >= new.items():
@@ -129,15 +128,12 @@ def _unchanged(
         path = folder / name
         if os.path.lexists(path) or path.parent.is_symlink():
             real = os.path.join(os.path.realpath(folder), name)  # "": a link or a folder
-            there[name] = _sha256(path) if os.path.realpath(path) == real and path.is_file() else ""
+            there[name] = (
+                files.sha256(path) if os.path.realpath(path) == real and path.is_file() else ""
+            )
             if there[name] not in {*listed.get(name, ()), new.get(name)}:
                 raise SpecError(
                     f"{path} is not as lorasweep wrote it, so it is not replaced. Move it away, or "
                     "name another folder with out=."
                 )
     return there
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

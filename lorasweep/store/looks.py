@@ -10,8 +10,7 @@ from typing import Any
 
 from lorasweep.errors import SpecError, StoreError
 from lorasweep.store import files
-from lorasweep.sweep.grid import Point
-from lorasweep.sweep.replicates import added_points
+from lorasweep.sweep.grid import Point, added_points
 
 LOCK_S = 60.0
 """Seconds to wait for another command that adds runs."""
@@ -61,19 +60,18 @@ def append(
             first look, or no run is new.
         StoreError: the file is damaged, or another process keeps the lock.
     """
-    if files.status(path) is None:
+    if first_claims(path) is None:
         raise SpecError("the sweep has no answer yet. Run it first, without action=extend.")
     with files.locked(path.parent / ".lock", LOCK_S):
-        so_far = len(read(path)) + 1
-        record = json.loads(path.read_text())
-        record["rounds"].append({"round": so_far + 1, "runs": list(runs)})
+        number, record = len(read(path)) + 2, json.loads(path.read_text())
+        record["rounds"].append({"round": number, "runs": list(runs)})
         if record["claims_hash"] != claims_hash:
             raise SpecError(
                 "the sweep's claims, margins or rounds were changed since its first answer. They "
                 "must not change after a look (interim analysis): restore them, or use another "
                 "sweep name."
             )
-        if so_far >= record["planned"]:
+        if number > record["planned"]:
             raise SpecError(
                 f"all {record['planned']} planned look(s) (interim analyses) are used. Adding runs "
                 "until the answer is clear would be optional stopping. Plan more looks before the "
@@ -82,4 +80,4 @@ def append(
         if not added_points(record["rounds"][-1:], known):
             raise SpecError("every run to add is already part of the sweep: nothing to add.")
         files.write_atomic(path, json.dumps(record, indent=1).encode())
-        return so_far + 1
+        return number

@@ -36,15 +36,13 @@ Result = dict[str, Any]
 """End and measurements of a run: JSON values, at least `run_id` and `state`."""
 TRIAL = "trial"
 """Key in a result: the run (RunSpec.trial) whose weights were measured on test rows."""
-RECENT_BYTES = 2**14
-"""Bytes that `recent_records` reads; a record has about 250."""
 
 
 class Entry(NamedTuple):
     """Part of a result that is kept in memory."""
 
-    size: int
-    mtime_ns: int
+    file: tuple[int, int]
+    """Size and modification time in ns."""
     state: str
     metric: str
     higher_is_better: bool
@@ -74,9 +72,7 @@ class RunStore:
         mark, version = self.root / "store.json", None
         try:
             files.make_own(self.root)
-            probe = self.root / f".probe.{os.getpid()}-{os.urandom(3).hex()}"
-            files.create_once(probe, b"")  # which needs hard links, as the results do
-            probe.unlink()
+            # by a hard link, also if there is one: results need them, too
             files.create_once(mark, json.dumps({"train_version": TRAIN_VERSION}).encode())
             with suppress(ValueError, KeyError, TypeError):
                 version = json.loads(mark.read_bytes())["train_version"]
@@ -102,10 +98,8 @@ class RunStore:
 
     def existing(self) -> set[str]:
         """Return the run ids that have a folder, from one directory scan."""
-        folders = files.patiently(
-            self.root, lambda: {e.name for e in os.scandir(self.root) if e.is_dir()}
-        )
-        return {name for name in folders or () if not name.startswith(".")}
+        found = files.patiently(self.root, lambda: [e for e in os.scandir(self.root) if e.is_dir()])
+        return {entry.name for entry in found or () if not entry.name.startswith(".")}
 
     # ------------------------------------------------------------ reading
 
@@ -114,18 +108,20 @@ class RunStore:
 
         This and the methods below raise StoreError if a file cannot be read now.
         """
-        return _checked(files.read(self.folder(rid) / "result.json"))
+        with suppress(ValueError, KeyError, TypeError):
+            wrapped = json.loads(files.read(self.folder(rid) / "result.json") or b"")
+            body = wrapped["result"]
+            return body if wrapped["sha256"] == checksum(body) else None
+        return None
 
     def state(self, rid: str) -> str:
         """Return the state of a run, from its folder alone."""
         result = self.result(rid)
         if result is not None:
             return result["state"]
-        last = self.last_attempt(rid)
-        if last is None:
+        if (last := self.last_attempt(rid)) is None:
             return "missing"
-        end = self.end(rid, last)
-        if end is not None:
+        if end := self.end(rid, last):
             return "failed" if end["state"] == "failed" else "interrupted"
         return "running" if self._alive(rid, last) else "interrupted"
 
@@ -149,18 +145,16 @@ class RunStore:
         found: dict[str, Entry] = {}
         for rid in ids:
             stat = files.status(f"{self.root}/{rid}/result.json")  # a Path would be slow here
+            entry = self._known.get(rid)
             if stat is None:
                 continue
-            entry = self._known.get(rid)
-            if entry is None or (entry.size, entry.mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-                if (body := self.result(rid)) is None:
-                    continue  # damaged: not finished
-                metric = metric_of(body)
+            file = (stat.st_size, stat.st_mtime_ns)
+            if (entry is None or entry.file != file) and (body := self.result(rid)):
+                metric, spent = metric_of(body), (body.get("wall_s"), body.get("threads"))
                 judged = (metric.name, metric.higher_is_better, metric.value(body))
-                spent = (body.get("wall_s"), body.get("threads"))
-                entry = Entry(stat.st_size, stat.st_mtime_ns, body["state"], *judged, *spent)
-                self._known[rid] = entry
-            found[rid] = entry
+                entry = self._known[rid] = Entry(file, body["state"], *judged, *spent)
+            if entry and entry.file == file:  # else damaged: not finished
+                found[rid] = entry
         return found
 
     def unsure(self, ids: Iterable[str]) -> list[str]:
@@ -170,7 +164,8 @@ class RunStore:
 
     def last_attempt(self, rid: str) -> int | None:
         """Return the highest attempt number, or None. That attempt's owner owns the run."""
-        return files.highest_number(self.folder(rid) / "attempts")
+        names = files.names(self.folder(rid) / "attempts")
+        return max((int(name) for name in names if name.isdigit()), default=None)
 
     def env(self, rid: str) -> dict[str, Any]:
         """Return env.json of the last attempt; empty for imported runs."""
@@ -184,12 +179,11 @@ class RunStore:
         """
         saved, count = self.saved_step(rid), 0
         for n in range(1, (self.last_attempt(rid) or 0) + 1):
-            end = self.end(rid, n)
-            if end is None:
+            if end := self.end(rid, n):
+                count += end["state"] == "failed"
+            else:
                 env = files.read_json(self.attempt(rid, n) / "env.json")
                 count += env is None or (env.get("resumed_from_step") or 0) >= saved
-            else:
-                count += end["state"] == "failed"
         return count
 
     def saved_step(self, rid: str) -> int:
@@ -202,33 +196,18 @@ class RunStore:
 
     def failure(self, rid: str) -> str:
         """Return the recorded cause of the last attempt's end; empty if there is none."""
-        end = self.end(rid, self.last_attempt(rid) or 0)
-        return end["cause"] if end else ""
+        return (self.end(rid, self.last_attempt(rid) or 0) or {"cause": ""})["cause"]
 
     def owner(self, rid: str, attempt: int) -> dict[str, Any]:
         """Return the owner of an attempt; empty if it is missing or cannot be read."""
-        try:
+        with suppress(OSError):
             return claims.read_owner(self.attempt(rid, attempt))
-        except OSError:
-            return {}
+        return {}
 
-    def recent_records(self, rid: str) -> list[Record]:
-        """Return about the last 60 records of a run."""
-        return self.records(rid, max(0, self.records_size(rid) - RECENT_BYTES))
-
-    def records(self, rid: str, start: int = 0) -> list[Record]:
-        """Return the records of a run from byte `start` on, without incomplete lines."""
-        path = self.folder(rid) / "metrics.jsonl"
-
-        def lines() -> list[bytes]:
-            with open(path, "rb") as file:
-                file.seek(start)
-                if start:
-                    file.readline()  # skip the rest of a line
-                return file.read().split(b"\n")
-
-        found = []
-        for line in (files.patiently(path, lines) or [])[:-1]:
+    def records(self, rid: str) -> list[Record]:
+        """Return the records of a run, without incomplete lines."""
+        lines, found = files.read(self.folder(rid) / "metrics.jsonl") or b"", []
+        for line in lines.split(b"\n")[:-1]:
             try:
                 found.append(json.loads(line))
             except ValueError:
@@ -296,8 +275,8 @@ class RunStore:
 
     def record(self, rid: str, *new: Record) -> None:
         """Append records in one write. Values that are not finite become null."""
-        if new:
-            text = "".join(json.dumps(_finite(r), allow_nan=False) + "\n" for r in new)
+        text = "".join(json.dumps(_finite(r), allow_nan=False) + "\n" for r in new)
+        if text:
             files.append(self.folder(rid) / "metrics.jsonl", text.encode())
 
     def records_size(self, rid: str) -> int:
@@ -345,16 +324,6 @@ class RunStore:
 def checksum(body: Result) -> str:
     """Return the SHA-256 of a result's canonical JSON."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _checked(content: bytes | None) -> Result | None:
-    """Return the result in a file's content; None if there is none or its checksum is wrong."""
-    try:
-        wrapped = json.loads(content or b"")
-        body = wrapped["result"]
-        return body if wrapped["sha256"] == checksum(body) else None
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _finite(value: Any) -> Any:

@@ -79,31 +79,29 @@ def import_table(runs_dir: str | Path, path: str | Path) -> int:
     import pandas as pd
 
     path = Path(path)
-    again = "Write it again with `action=export`."
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
         texts = list(zip(table["spec"], table["result"], strict=True))
-    except (OSError, ValueError) as error:  # errors of pandas and pyarrow are ValueErrors
-        raise StoreError(f"table={path} cannot be read as a table ({error}). {again}") from None
-    except KeyError as error:
-        raise StoreError(f"table={path} has no column {error}. {again}") from None
+    except (OSError, ValueError, KeyError) as error:  # errors of pandas and pyarrow are ValueErrors
+        raise StoreError(
+            f"table={path} is no table with columns spec and result ({error}). Write it again with "
+            "`action=export`."
+        ) from None
     rows: dict[str, tuple[RunSpec, dict[str, Any]]] = {}
     for number, (spec_text, result_text) in enumerate(texts, start=1):
-        row = f"{path}, row {number}:"
         try:
             spec, result = spec_from(json.loads(spec_text)), json.loads(result_text)
             validate(spec)
-            rid, named, state = spec.id, result["run_id"], result.get("state")
+            if (rid := spec.id) != result["run_id"]:
+                raise ValueError(f"the spec belongs to run {rid}, not to {result['run_id']}")
+            if result["state"] not in FINAL:
+                raise ValueError(f"the state is {result['state']!r}, not {' or '.join(FINAL)}")
+            if rows.setdefault(rid, (spec, result))[1] != result:
+                raise ValueError(f"run {rid} has another result in an earlier row")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StoreError(f"{row} not a run ({error}). Correct or remove the row.") from None
-        if rid != named:
-            raise StoreError(f"{row} the spec belongs to run {rid}, the result to run {named}.")
-        if state not in FINAL:
             raise StoreError(
-                f"{row} the state of run {rid} is {state!r}, not {' or '.join(FINAL)}."
-            )
-        if rows.setdefault(rid, (spec, result))[1] != result:
-            raise StoreError(f"{row} run {rid} has another result in an earlier row. Keep one row.")
+                f"{path}, row {number}: not a finished run ({error}). Correct or remove the row."
+            ) from None
     store = RunStore(runs_dir)
     store.prepare()
     return sum(store.put(spec, result) for spec, result in rows.values())

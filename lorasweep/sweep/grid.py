@@ -1,18 +1,21 @@
-"""Expand the arms and axes of a sweep into runs."""
+"""Expand the arms and axes of a sweep into runs, and make the runs that follow from results.
+
+These are fresh seeds around each optimum, and runs that the analysis adds after an interim
+analysis, which `store.looks` records.
+"""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorasweep.errors import RankTooLarge, SpecError
 from lorasweep.methods.registry import method_class
 from lorasweep.spec.dataset import DatasetSpec
-from lorasweep.spec.model import ModelSpec
-from lorasweep.spec.run import RunSpec, validate, with_axes
-from lorasweep.sweep.question import Sweep, axes_of
+from lorasweep.spec.run import RunSpec, snap_lr, validate, with_axes
+from lorasweep.sweep.question import Replicates, Sweep, axes_of
 
 MAX_RUNS = 100_000
 MAX_PROBLEMS = 5
@@ -38,33 +41,22 @@ class Point:
 def geom(low: float, high: float, per_decade: float) -> list[float]:
     """List learning rates from `low` to `high`, `per_decade` per factor of 10, to 3 digits."""
     if not (0 < low <= high and per_decade > 0 and math.isfinite(high / low)):
-        raise SpecError(
-            f"geom:{low},{high},{per_decade}: expected 0 < low <= high and a positive count per "
-            "decade, for example geom:1e-4,1e-2,4."
-        )
+        raise SpecError("geom:LOW,HIGH,PER_DECADE: expected numbers above 0, as geom:1e-4,1e-2,4.")
     n = math.floor(math.log10(high / low) * per_decade + 1e-6)
-    return [float(f"{low * 10 ** (i / per_decade):.2e}") for i in range(n + 1)]
+    return [snap_lr(low * 10 ** (i / per_decade)) for i in range(n + 1)]
 
 
 def around(centre: float, n: int, factor: float) -> list[float]:
     """List `n` learning rates a `factor` apart, with `centre` in the middle, to 3 digits."""
     if not (centre > 0 and n >= 1 and factor > 1):
-        raise SpecError(
-            f"around:{centre},{n},{factor}: expected centre > 0, n >= 1 and factor > 1, for "
-            "example around:1e-3,7,2."
-        )
-    return [float(f"{centre * factor ** (i - (n - 1) / 2):.2e}") for i in range(int(n))]
+        raise SpecError("around:CENTRE,N,FACTOR: expected a factor above 1, as around:1e-3,7,2.")
+    return [snap_lr(centre * factor ** (i - (n - 1) / 2)) for i in range(int(n))]
 
 
-def expand(
-    base: RunSpec,
-    sweep: Sweep,
-    model: Callable[[str], ModelSpec],
-    dataset: Callable[[str], DatasetSpec],
-) -> list[Point]:
+def expand(base: RunSpec, sweep: Sweep, look_up: Callable[[str, str], Any]) -> list[Point]:
     """Return the distinct runs of a sweep over `base`, in the order of arms and axes.
 
-    `model` and `dataset` turn names on the axes model and dataset into specs.
+    `look_up(group, name)` returns the spec of a name on the axes model and dataset.
 
     Raises:
         SpecError: runs are not valid; the message has up to MAX_PROBLEMS problems, each with its
@@ -72,58 +64,44 @@ def expand(
     """
     points: dict[str, Point] = {}
     problems: dict[str, list[str]] = {}
-    look_up: dict[str, Callable[[str], Any]] = {"model": model, "dataset": dataset}
     # one spec per name, so that it is checked and encoded once for thousands of runs
     with_params: dict[str, DatasetSpec] = {}
-
-    def named(start: RunSpec, values: Axes) -> Axes:
-        """Replace names and generator parameters by specs."""
-        values = {k: look_up[k](v) if k in look_up else v for k, v in values.items()}
-        params = values.pop(GENERATOR_PARAMS, None)
-        if params:
-            data = values.get("dataset", start.dataset)
-            name = f"{data.name}({', '.join(f'{k}={v:g}' for k, v in sorted(params.items()))})"
-            if name not in with_params:
-                merged = {**data.generator_params, **params}
-                with_params[name] = dataclasses.replace(data, name=name, generator_params=merged)
-            values["dataset"] = with_params[name]
-        return values
-
     for arm, axes in sweep.arms.items():
         cls = method_class(axes["method"])
-        same = type(base.method) is cls
-        start = base if same else dataclasses.replace(base, method=cls())
-        found = assignments({**sweep.axes, **axes_of(axes)})
-        if len(found) > MAX_RUNS:
-            raise SpecError(
-                f"arm {arm!r} has {len(found)} runs; the limit is {MAX_RUNS}. Give an axis fewer "
-                "values."
-            )
-        for values in found:
+        start = base if type(base.method) is cls else dataclasses.replace(base, method=cls())
+        begun = False
+        for given in assignments({**sweep.axes, **axes_of(axes)}):
+            of_names = {k: look_up(k, given[k]) for k in ("model", "dataset") if k in given}
+            values = {**given, **of_names}
+            if params := values.pop(GENERATOR_PARAMS, None):
+                data = values.get("dataset", start.dataset)
+                name = f"{data.name}({', '.join(f'{k}={v:g}' for k, v in sorted(params.items()))})"
+                if name not in with_params:
+                    merged = {**data.generator_params, **params}
+                    with_params[name] = dataclasses.replace(
+                        data, name=name, generator_params=merged
+                    )
+                values["dataset"] = with_params[name]
             try:
-                spec = with_axes(start, named(start, values))
+                spec = with_axes(start, values)
                 validate(spec)
             except SpecError as error:
-                begun = any(p.arm == arm for p in points.values())
-                if sweep.search and begun and isinstance(error, RankTooLarge):
-                    continue  # a search compares the ranks that the model can have
-                shown = ", ".join(f"{k}={v}" for k, v in values.items())
-                problems.setdefault(str(error), []).append(f"arm {arm!r}, point {shown}")
-                if len(problems) >= MAX_PROBLEMS:
-                    raise SpecError("\n".join([*_listed(problems), "..."])) from None
-                continue
+                if not (sweep.search and begun and isinstance(error, RankTooLarge)):
+                    shown = ", ".join(f"{k}={v}" for k, v in given.items())
+                    problems.setdefault(str(error), []).append(f"arm {arm!r}, point {shown}")
+                continue  # a search compares the ranks that the model can have
             points.setdefault(spec.id, Point(arm, spec))
+            begun = True
     if problems:
-        raise SpecError("\n".join(_listed(problems)))
+        lines = [
+            f"{runs[0]}{f' and {len(runs) - 1} other runs' * (len(runs) > 1)}: {problem}"
+            for problem, runs in problems.items()
+        ]
+        more = ["..."] * (len(lines) > MAX_PROBLEMS)
+        raise SpecError("\n".join([*lines[:MAX_PROBLEMS], *more]))
     if not points:
         raise SpecError("the grid is empty: no arm has any run. Give each axis at least one value.")
     return list(points.values())
-
-
-def _listed(problems: dict[str, list[str]]) -> list[str]:
-    """Return a line for each problem, with the first run that has it and the number of others."""
-    others = [f" and {len(runs) - 1} other runs" * (len(runs) > 1) for runs in problems.values()]
-    return [f"{runs[0]}{more}: {p}" for (p, runs), more in zip(problems.items(), others)]
 
 
 def assignments(axes: Axes) -> list[dict[str, Any]]:
@@ -133,11 +111,6 @@ def assignments(axes: Axes) -> list[dict[str, Any]]:
     `cell: [{steps: 800, lr: [1e-3, 2e-3]}, {steps: 200, lr: [2e-3]}]` has three values. The
     exception is the axis `generator_params`.
     """
-    size = math.prod(len(v) if isinstance(v, list) else 1 for v in axes.values())
-    if size > MAX_RUNS:
-        raise SpecError(
-            f"an arm has {size} runs or more; the limit is {MAX_RUNS}. Give an axis fewer values."
-        )
     parts = []
     for name, values in axes.items():
         part: list[dict[str, Any]] = []
@@ -145,6 +118,10 @@ def assignments(axes: Axes) -> list[dict[str, Any]]:
             is_product = isinstance(value, dict) and name != GENERATOR_PARAMS
             part += assignments(value) if is_product else [{name: value}]
         parts.append(part)
+    if (size := math.prod(map(len, parts))) > MAX_RUNS:
+        raise SpecError(
+            f"an arm has {size} runs or more; the limit is {MAX_RUNS}. Give an axis fewer values."
+        )
     return [
         {k: v for part in chosen for k, v in part.items()} for chosen in itertools.product(*parts)
     ]
@@ -163,3 +140,86 @@ def fields_of(axes: Axes) -> set[str]:
 def curve_key(point: Point) -> tuple[str, str]:
     """Return the key of a run's LR curve: its arm, and its spec without learning rate and seed."""
     return point.arm, dataclasses.replace(point.spec, lr=1.0, seed=0).canonical
+
+
+# ---------------------------------------------------------------- later runs
+
+
+def second_stage(
+    points: Sequence[Point], replicate: Replicates, loss: Callable[[str], float | None]
+) -> list[Point]:
+    """Return runs with fresh seeds at the `n_lrs` learning rates around each curve's optimum.
+
+    `loss`: run id -> loss (lower is better), None if the run diverged. Only first-stage runs select
+    learning rates, so the selection does not change while the second stage runs.
+    """
+    curves: dict[tuple[str, str], dict[float, list[Point]]] = {}
+    for p in points:
+        curves.setdefault(curve_key(p), {}).setdefault(p.spec.lr, []).append(p)
+    extra: dict[str, Point] = {}
+    for (arm, _), by_lr in curves.items():
+        if replicate.arms and arm not in replicate.arms:
+            continue
+        means = {  # LR -> mean loss, infinity if any run diverged
+            lr: sum(math.inf if (v := loss(p.id)) is None else v for p in own) / len(own)
+            for lr, own in by_lr.items()
+        }
+        for lr in lrs_around_optimum(means, replicate.n_lrs):
+            for seed in replicate.seeds:
+                spec = dataclasses.replace(by_lr[lr][0].spec, seed=seed)
+                extra.setdefault(spec.id, Point(arm, spec))
+    known = {p.id for p in points}
+    return [p for p in extra.values() if p.id not in known]
+
+
+def expected_second_stage(points: Sequence[Point], replicate: Replicates) -> list[Point]:
+    """Return the second stage if each optimum is in the middle of its curve's learning rates.
+
+    Used for plans: which learning rates get fresh seeds is not known before the first stage ends.
+    """
+    tried: dict[tuple[str, str], set[float]] = {}
+    for p in points:
+        tried.setdefault(curve_key(p), set()).add(p.spec.lr)
+    ranks = {key: {lr: k for k, lr in enumerate(sorted(lrs))} for key, lrs in tried.items()}
+    of_run = {p.id: (ranks[curve_key(p)], p.spec.lr) for p in points}
+    from_middle = {i: abs(of[lr] - (len(of) - 1) / 2) for i, (of, lr) in of_run.items()}
+    return second_stage(points, replicate, from_middle.get)
+
+
+def lrs_around_optimum(losses: dict[float, float], n: int) -> list[float]:
+    """Return `n` neighbouring learning rates around the best one; empty if no loss is finite.
+
+    If `n` is even, one more lies above the best than below.
+    """
+    lrs = sorted(losses)
+    if not any(map(math.isfinite, losses.values())):
+        return []
+    best = lrs.index(min(lrs, key=losses.__getitem__))
+    first = min(max(0, best - (n - 1) // 2), max(0, len(lrs) - n))
+    return lrs[first : first + n]
+
+
+def planned_seeds(points: Sequence[Point], replicate: Replicates) -> int:
+    """Return the number of seeds at the optimum after both stages, the largest of all arms."""
+    seeds: dict[str, set[int]] = {}
+    for p in points:
+        fresh = replicate.seeds if not replicate.arms or p.arm in replicate.arms else []
+        seeds.setdefault(p.arm, set(fresh)).add(p.spec.seed)
+    return max(map(len, seeds.values()))
+
+
+def added_points(rounds: Sequence[dict[str, Any]], known: Sequence[Point]) -> list[Point]:
+    """Return the runs that recorded rounds (looks) added.
+
+    Each is a run in `known` with another learning rate and seed. If that run is not in `known`, the
+    sweep was edited or only a part of it was requested: then the added run is left out.
+    """
+    by_id = {p.id: p for p in known}
+    extra: dict[str, Point] = {}
+    for entry in (e for r in rounds for e in r["runs"]):
+        like = by_id.get(entry["like"])
+        if like is not None:
+            spec = dataclasses.replace(like.spec, lr=entry["lr"], seed=entry["seed"])
+            validate(spec)
+            extra.setdefault(spec.id, Point(like.arm, spec))
+    return [p for p in extra.values() if p.id not in by_id]

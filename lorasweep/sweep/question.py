@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from lorasweep.errors import SpecError, unknown
 from lorasweep.spec.metric import METRICS
-from lorasweep.spec.values import ABOVE_0, Is, misfits, problems_of
+from lorasweep.spec.values import ABOVE_0, Is, problems_of
 
 FINEST = 1.15
 """Neighbouring learning rates of a search are not closer than this factor."""
@@ -70,10 +70,8 @@ class Claim:
 
     def planned_at(self, scale: str) -> Planning:
         """Return the inputs of the power calculation at a scale."""
-        of_scale, of_all = (self.planning.get(k, Planning()) for k in (scale, ALL_SCALES))
-        sd = of_all.sd if of_scale.sd is None else of_scale.sd
-        units = of_all.units if of_scale.units is None else of_scale.units
-        return Planning(sd, units)
+        stated = [vars(self.planning[k]) for k in (ALL_SCALES, scale) if k in self.planning]
+        return Planning(**{k: v for p in stated for k, v in p.items() if v is not None})
 
     def is_underpowered_at(self, scale: str) -> bool:
         """Return whether the sweep is known to have too few seeds for the claim at a scale."""
@@ -163,10 +161,11 @@ def made(name: str, values: dict[str, Any], models: Sequence[str] = ()) -> Sweep
         SpecError: a key or value is wrong, or the sweep is not complete.
     """
     values = dict(values)
-    for problem in problems_of(Sweep, values, ""):
+    for problem in problems_of(Sweep, values):
         raise SpecError(f"sweep {name!r}: {problem}")
     sweep = Sweep(**values)
-    check_sweep(name, sweep, models)
+    for problem in _problems(sweep, models):
+        raise SpecError(f"sweep {name!r}, {problem}")
     return sweep
 
 
@@ -181,72 +180,57 @@ def added_after(sweep: Sweep) -> list[dict[str, str]]:
     return [{"arm": arm, **added} for arm, added in stated if added]
 
 
-def check_sweep(name: str, sweep: Sweep, models: Sequence[str] = ()) -> None:
-    """Check that a sweep is complete: a question, claims with margins, arms, no empty axis.
-
-    `models`: names that `except_models` may have; empty: not checked.
-
-    Raises:
-        SpecError: the sweep is not complete.
-    """
-    if problem := next(_problems(sweep, models), None):
-        raise SpecError(f"sweep {name!r}{problem}")
-
-
 def _problems(sweep: Sweep, models: Sequence[str]) -> Iterator[str]:
-    """Yield problems, as texts that follow the name of the sweep in a message."""
-    yield from (f": {problem}" for problem in misfits(sweep))
+    """Yield what is missing, or wrong together: a question, claims with margins, arms, values."""
     if not sweep.question:
-        yield " has no question. Write `question: ...` at the top of its file."
+        yield "question: missing. Write `question: ...` at the top of its file."
     if sweep.parts:
         if sweep.arms or sweep.axes or sweep.claims:
-            yield " has parts, so it cannot have arms, axes or claims. Remove either."
+            yield "parts: a sweep of sweeps cannot have arms, axes or claims. Remove either."
         return
     if not sweep.claims:
-        yield " has no claims. State at least one, with estimand and margin, before any run."
+        yield "claims: missing. State at least one, with estimand and margin, before any run."
     if not sweep.arms:
-        yield " has no arms, so there is nothing to run."
+        yield "arms: missing, so there is nothing to run."
     for key, claim in sweep.claims.items():
-        yield from (f", claim {key!r}: {problem}" for problem in _claim_problems(claim, models))
+        yield from (
+            f"claim {key!r}: {unknown('model', base, models)}"
+            for base in claim.except_models
+            if models and base not in models
+        )
+        low_high = len(claim.margin) == 2 and claim.margin[0] < claim.margin[1]
+        for wrong, expected in (
+            (not low_high, f"margin={claim.margin}. Expected [low, high] with low < high"),
+            (claim.expected is None, "expected: missing. State the claimed value of the estimand"),
+            (not all(claim.exploratory.values()), "exploratory. Expected {scale: why}"),
+            (
+                not isinstance(claim.underpowered, bool | list),
+                f"underpowered={claim.underpowered}. Expected true or [scale, ...]",
+            ),
+        ):
+            if wrong:
+                yield f"claim {key!r}: {expected}."
+    how = sweep.search
+    if how and how.max_steps < how.min_steps:
+        yield f"search.max_steps={how.max_steps}: expected at least min_steps={how.min_steps}."
     for arm, axes in sweep.arms.items():
         if not isinstance(axes, dict) or "method" not in axes:
-            yield f", arm {arm!r}: has no method. Write `method: lora` below it."
+            yield f"arm {arm!r}: has no method. Write `method: lora` below it."
             continue
-        added = axes.get(ADDED_AFTER) or {"what": "-", "why": "-"}
-        if not isinstance(added, dict) or {k for k, v in added.items() if v} != {"what", "why"}:
-            yield (
-                f", arm {arm!r}: {ADDED_AFTER}={added}. Expected {{what: ..., why: ...}}: which "
-                "runs were added after an interim analysis, and why."
-            )
-        if axes.get(ADDED_AFTER) and sweep.rounds < 2:
-            yield (
-                f", arm {arm!r}: has runs that were added after an interim analysis, but rounds="
-                f"{sweep.rounds}. Write `rounds: 2`, or the number of interim analyses."
-            )
+        if added := axes.get(ADDED_AFTER):
+            stated = {k for k, v in added.items() if v} if isinstance(added, dict) else set()
+            if stated != {"what", "why"} or sweep.rounds < 2:
+                yield (
+                    f"arm {arm!r}: {ADDED_AFTER}={added}, rounds={sweep.rounds}. Expected {{what: "
+                    "..., why: ...}: which runs were added after an interim analysis, and why; "
+                    "and rounds of 2 or more."
+                )
+        for axis, values in {**sweep.axes, **axes_of(axes)}.items():
+            if isinstance(values, list) and not values:
+                yield f"arm {arm!r}: axis {axis!r} is empty. Give at least one value."
     for arm in sweep.replicate.arms:
         if arm not in sweep.arms:
-            yield f": replicate.arms: {unknown('arm', arm, sweep.arms)}"
-    of_arms = {f"arms.{arm}.{k}": v for arm, a in sweep.arms.items() for k, v in axes_of(a).items()}
-    for axis, values in {**sweep.axes, **of_arms}.items():
-        if isinstance(values, list) and not values:
-            yield f": axis {axis!r} is empty, so the grid is empty. Give at least one value."
-
-
-def _claim_problems(claim: Claim, models: Sequence[str]) -> Iterator[str]:
-    yield from misfits(claim)
-    for scale, planning in claim.planning.items():
-        yield from misfits(planning, f"planning.{scale}.")
-    if len(claim.margin) != 2 or not claim.margin[0] < claim.margin[1]:
-        yield f"margin={claim.margin}. Expected [low, high] with low < high."
-    if claim.expected is None:
-        yield "expected is missing. Expected the claimed value of the estimand."
-    for base in claim.except_models:
-        if models and base not in models:
-            yield f"except_models: {unknown('model', base, models)}"
-    if not all(claim.exploratory.values()):
-        yield f"exploratory={claim.exploratory}. Expected {{scale: why}}, or leave the scale out."
-    if not isinstance(claim.underpowered, bool | list):
-        yield f"underpowered={claim.underpowered}. Expected true or [scale, ...]."
+            yield f"replicate.arms: {unknown('arm', arm, sweep.arms)}"
 
 
 def check_directions(name: str, sweep: Sweep, objectives: Iterable[str]) -> None:

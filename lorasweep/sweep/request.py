@@ -98,19 +98,15 @@ class Request(Settings):
 
     def is_in_family(self, title: str) -> bool:
         """Return whether a title belongs to this sweep at this scale, with or without changes."""
-        rest = title.removeprefix(self.family)
-        return title.startswith(self.family) and (
-            not rest or bool(re.fullmatch(rf"-[0-9a-f]{{{HASH_DIGITS}}}", rest))
-        )
+        pattern = rf"{re.escape(self.family)}(-[0-9a-f]{{{HASH_DIGITS}}})?"
+        return re.fullmatch(pattern, title) is not None
 
     def plain(self) -> dict[str, Any]:
         """Return the request as JSON values."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        parts = {name: dataclasses.asdict(values[name]) for name in ("exec", "cluster")}
-        sweep = dataclasses.asdict(self.sweep) if self.sweep else None
-        points = [{"arm": p.arm, "spec": p.spec.plain()} for p in self.points]
-        del values["parts"]  # a job handles one sweep
-        return {**values, **parts, "sweep": sweep, "points": points}
+        values = {k: v for k, v in vars(self).items() if k != "parts"}  # a job handles one sweep
+        parts = ("exec", "cluster", "sweep")
+        values |= {name: values[name] and dataclasses.asdict(values[name]) for name in parts}
+        return values | {"points": [{"arm": p.arm, "spec": p.spec.plain()} for p in self.points]}
 
 
 def from_plain(values: dict[str, Any]) -> Request:
@@ -134,13 +130,12 @@ def runs_hash(points: Sequence[Point], sweep: Sweep) -> str:
 def question(request: Request) -> dict[str, Any]:
     """Return the parts of a sweep that its report keeps, as JSON values."""
     assert request.sweep is not None, "a single run asks no question"
+    kept = ("question", "source", "how", "withdrawn", "claims", "rounds", "analysis", "variants")
     sweep = dataclasses.asdict(request.sweep)
-    kept = ("question", "source", "how", "withdrawn", "claims", "rounds")
     return {
         "name": request.sweep_name,
         "scale": request.scale,
         "changes": request.changes,
-        **{key: sweep[key] for key in kept},
         "added_after": added_after(request.sweep),
-        **{key: sweep[key] for key in ("analysis", "variants", "estimands")},
+        **{key: sweep[key] for key in (*kept, "estimands")},
     }

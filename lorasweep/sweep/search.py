@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from lorasweep.errors import SpecError
-from lorasweep.spec.values import misfits
-from lorasweep.sweep.grid import Point, around, curve_key
+from lorasweep.spec.run import snap_lr
+from lorasweep.sweep.grid import Point, around, curve_key, lrs_around_optimum
 from lorasweep.sweep.question import FINEST, MIN_SHORT, Search
-from lorasweep.sweep.replicates import lrs_around_optimum
 
 LOWEST, HIGHEST = 1e-8, 10.0
 """Learning rates beyond which a search does not go."""
@@ -54,16 +53,53 @@ def search(
                 f"steps={p.spec.steps}, sweep.search.prefix={how.prefix}: a search begins with "
                 f"shorter runs. Set steps={MIN_SHORT + 1} or more, and a prefix of 2 or more."
             )
+
+    def at(start: Point, lr: float, steps: int, seed: int) -> Point:
+        return Point(start.arm, dataclasses.replace(start.spec, lr=lr, steps=steps, seed=seed))
+
+    def losses(runs: Iterable[Point], full: bool = True) -> Losses:
+        """Return mean losses of runs of an arm, in full or short, by learning rate."""
+        by_lr: dict[float, list[float]] = {}
+        for p in runs:
+            if full != is_short(p, starts):
+                found = loss(p.id)
+                assert found is not None, "a search goes on when all its runs have finished"
+                by_lr.setdefault(p.spec.lr, []).append(found)
+        return {lr: sum(found) / len(found) for lr, found in by_lr.items()}
+
     while True:
-        new = [p for start in starts for p in _next_of(start, points, how, loss)]
+        arms = [(start, [p for p in points if _is_of(p, start)]) for start in starts]
+        seeds, new = {p.spec.seed for p in points}, list[Point]()
+        for start, own in arms:  # the range of each arm, with its first seed
+            steps, seed = start.spec.steps, start.spec.seed
+            first = [p for p in own if p.spec.seed == seed]
+            lrs, in_full = next_lrs(start.spec.lr, losses(first, False), losses(first), how)
+            new += [at(start, lr, steps if in_full else how.short_steps(steps), seed) for lr in lrs]
         if not new:
-            seeds, live = len({p.spec.seed for p in points}), _trained(starts, points, how, loss)
-            if live and (seeds == 1 or seeds >= MIN_SEEDS):
+            # arms of which the losses are not lowest at the lowest end
+            trained = [(start, own, losses(own)) for start, own in arms]
+            live = [one for one in trained if (_beyond(one[2], how.wide) or LOWEST) >= LOWEST]
+            if live and (len(seeds) == 1 or len(seeds) >= MIN_SEEDS):
                 found = look(points)
-                new = _more_lrs(live, points, how, found.lrs)
-                if not new and found.decided and seeds >= MIN_SEEDS:
+                for start, own, tried in live:  # what the analysis asks for, with all seeds so far
+                    wanted = {lr for p in own for lr in found.lrs.get(p.id, ())}
+                    far = [
+                        lr
+                        for lr in sorted(wanted)
+                        if LOWEST < lr < HIGHEST
+                        and all(abs(math.log(lr / t)) > math.log(FINEST) for t in tried)
+                    ]
+                    for lr in far[: max(0, how.most_lrs - len(tried))]:
+                        so_far = sorted({p.spec.seed for p in own})
+                        new += [at(start, lr, start.spec.steps, seed) for seed in so_far]
+                if not new and found.decided and len(seeds) >= MIN_SEEDS:
                     return points
-            new = new or _fresh_seed(live, points, how, loss)
+            if not new:  # a fresh seed around the best learning rate of each arm
+                seed = max(seeds, default=0) + 1
+                for start, _, tried in live:
+                    if seed <= start.spec.seed + how.seeds:
+                        lrs = lrs_around_optimum(tried, how.n_lrs)
+                        new += [at(start, lr, start.spec.steps, seed) for lr in lrs]
         new = [p for p in new if p not in points]
         if not new or not may_begin(points, new):
             return points
@@ -76,31 +112,21 @@ MIN_SEEDS = 3
 """Seeds without which no claim is judged."""
 
 
-def check_search(points: Sequence[Point], how: Search) -> None:
-    """Raise SpecError unless a search can start from these runs, with these settings.
+def check_search(points: Sequence[Point]) -> None:
+    """Raise SpecError unless a search can start from these runs.
 
     The runs have one model and data set, and differ in method and rank only. A short run is the
     beginning of the long one only at a constant learning rate.
     """
-    for problem in misfits(how, "sweep.search."):
-        raise SpecError(problem)
-    if how.max_steps < how.min_steps:
-        raise SpecError(
-            f"sweep.search.max_steps={how.max_steps}: expected at least min_steps={how.min_steps}."
-        )
     specs = [p.spec for p in points]
     pairs = sorted({f"model={s.model.name} dataset={s.dataset.name}" for s in specs})
-    if len(pairs) > 1:
-        raise SpecError(
-            f"a search is about one model and one data set, not {len(pairs)}: "
-            f"{', '.join(pairs)}. Give one of each."
-        )
     arms = [(s.method.name, getattr(s.method, "rank", None)) for s in specs]
-    if twice := next((arm for arm in arms if arms.count(arm) > 1), None):
+    twice = {" with rank ".join(map(str, arm)) for arm in arms if arms.count(arm) > 1}
+    if len(pairs) > 1 or twice:
         raise SpecError(
-            f"a search compares full fine-tuning with ranks of LoRA, but {arms.count(twice)} arms "
-            f"have method {twice[0]}{'' if twice[1] is None else f' and rank {twice[1]}'}. Give "
-            "every other setting, such as layers, alpha, batch_size or seed, one value."
+            "a search is about one model and one data set, and compares full fine-tuning with "
+            f"ranks of LoRA: not {', '.join(pairs[1:] and pairs) or f'arms of {min(twice)}'} "
+            "together. Give every setting, such as layers, alpha, batch_size or seed, one value."
         )
     for s in specs:
         if s.schedule != "constant" or s.warmup_steps:
@@ -173,7 +199,7 @@ def _between(losses: Losses, how: Search) -> list[float]:
     wide = [gap for gap in gaps if gap[1] / gap[0] > how.fine * 1.1]
     if not wide and missing > 0:
         wide = [gap for gap in gaps if gap[1] / gap[0] > FINEST**2][:missing]
-    return [float(f"{math.sqrt(low * high):.2e}") for low, high in wide]
+    return [snap_lr(math.sqrt(low * high)) for low, high in wide]
 
 
 def _beyond(losses: Losses, factor: float) -> float | None:
@@ -184,90 +210,10 @@ def _beyond(losses: Losses, factor: float) -> float | None:
         return None
     low = best == lrs[0] or math.isinf(losses[best])
     found = lrs[0] / factor if low else lrs[-1] * factor
-    return float(f"{found:.2e}") if found <= HIGHEST else None
-
-
-def _next_of(
-    start: Point, points: Sequence[Point], how: Search, loss: Callable[[str], float | None]
-) -> list[Point]:
-    """Return the next runs of an arm with its first seed; empty if its range is known."""
-    mine = [p for p in points if _is_of(p, start) and p.spec.seed == start.spec.seed]
-    full = {p.spec.lr: _loss(p, loss) for p in mine if p.spec.steps == start.spec.steps}
-    short = {p.spec.lr: _loss(p, loss) for p in mine if p.spec.steps < start.spec.steps}
-    lrs, in_full = next_lrs(start.spec.lr, short, full, how)
-    steps = start.spec.steps if in_full else how.short_steps(start.spec.steps)
-    return [_at(start, lr, steps, start.spec.seed) for lr in lrs]
-
-
-def _trained(
-    starts: Sequence[Point],
-    points: Sequence[Point],
-    how: Search,
-    loss: Callable[[str], float | None],
-) -> list[Point]:
-    """Return the arms, by their starts, of which the losses are not lowest at the lowest end."""
-    found = []
-    for start in starts:
-        full = _means(start, points, loss)
-        if full and not (_beyond(full, how.wide) or LOWEST) < LOWEST:
-            found.append(start)
-    return found
-
-
-def _means(start: Point, points: Sequence[Point], loss: Callable[[str], float | None]) -> Losses:
-    """Return the mean losses of an arm's full runs, by learning rate."""
-    by_lr: dict[float, list[float]] = {}
-    for p in points:
-        if _is_of(p, start) and p.spec.steps == start.spec.steps:
-            by_lr.setdefault(p.spec.lr, []).append(_loss(p, loss))
-    return {lr: sum(losses) / len(losses) for lr, losses in by_lr.items()}
-
-
-def _more_lrs(
-    starts: Sequence[Point],
-    points: Sequence[Point],
-    how: Search,
-    wanted: Mapping[str, Sequence[float]],
-) -> list[Point]:
-    """Return full runs at more learning rates of some arms, with all seeds so far."""
-    found = []
-    for start in starts:
-        mine = [p for p in points if _is_of(p, start) and p.spec.steps == start.spec.steps]
-        tried = {p.spec.lr for p in mine}
-        seeds = sorted({p.spec.seed for p in mine})
-        new = {lr for p in mine for lr in wanted.get(p.id, ()) if LOWEST < lr < HIGHEST}
-        far = [lr for lr in new if all(abs(math.log(lr / t)) > math.log(FINEST) for t in tried)]
-        for lr in sorted(far)[: max(0, how.most_lrs - len(tried))]:
-            found += [_at(start, lr, start.spec.steps, seed) for seed in seeds]
-    return found
-
-
-def _fresh_seed(
-    starts: Sequence[Point],
-    points: Sequence[Point],
-    how: Search,
-    loss: Callable[[str], float | None],
-) -> list[Point]:
-    """Return full runs with the next seed around the best learning rate of each arm."""
-    seed = max((p.spec.seed for p in points), default=0) + 1
-    found: list[Point] = []
-    for start in (s for s in starts if seed <= s.spec.seed + how.seeds):
-        lrs = lrs_around_optimum(_means(start, points, loss), how.n_lrs)
-        found += [_at(start, lr, start.spec.steps, seed) for lr in lrs]
-    return found
+    return snap_lr(found) if found <= HIGHEST else None
 
 
 def _is_of(point: Point, start: Point) -> bool:
     """Return whether a run is one of an arm and rank, at any length."""
     same = dataclasses.replace(point.spec, steps=start.spec.steps)
     return point.arm == start.arm and curve_key(Point(point.arm, same)) == curve_key(start)
-
-
-def _loss(point: Point, loss: Callable[[str], float | None]) -> float:
-    found = loss(point.id)
-    assert found is not None, "a search goes on when all its runs have finished"
-    return found
-
-
-def _at(start: Point, lr: float, steps: int, seed: int) -> Point:
-    return Point(start.arm, dataclasses.replace(start.spec, lr=lr, steps=steps, seed=seed))

@@ -63,12 +63,11 @@ def code() -> dict[str, Any]:
 
 def processor() -> str:
     """Return the model name of this machine's processor; empty if the system hides it."""
-    try:
+    with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "")
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(names, "")
+    return platform.processor()
 
 
 def _git(*args: str) -> str | None:
@@ -77,9 +76,8 @@ def _git(*args: str) -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        command = ["git", "-C", str(root), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None

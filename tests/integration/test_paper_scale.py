@@ -16,7 +16,7 @@ from lorasweep.models.load import config_of, without_weights
 from lorasweep.models.targets import find_targets
 from lorasweep.store.run_store import RunStore
 from lorasweep.sweep.grid import Point
-from lorasweep.sweep.trained import REST, trained_by_set
+from lorasweep.sweep.names import REST, trained_by_set
 from tests import small_hub
 from tests.world import ROOT, compose_request
 

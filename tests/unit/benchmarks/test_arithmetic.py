@@ -38,7 +38,7 @@ from lorasweep.methods.lora import LoRA
 from lorasweep.models import load as models
 from lorasweep.spec.run import RunSpec
 from lorasweep.store import files
-from lorasweep.sweep.replicates import lrs_around_optimum
+from lorasweep.sweep.grid import lrs_around_optimum
 from tests.customers import make_base, model_of, write_rows
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from lorasweep.advise.advice import KEYS
 from lorasweep.cli.actions import ACTIONS, function_of
-from lorasweep.config.compose import compose_request
 from tests.customers import make_base
 from tests.world import ROOT, write_splits
 
@@ -25,14 +24,14 @@ def refused(done, *words):
     [
         ("+sweep=lr_ration", "Did you mean 'lr_ratio'"),
         ("scale=huge", "tiny"),
-        ("model=lama", "Did you mean 'llama-3.2-3b'"),
+        ("model=lama", "llama-3.2-3b"),
         ("lr=abc", "abc"),
         ("+learning_rate=1e-3", "'learning_rate' not found"),
-        ("rank=4", "Did you mean 'method.rank'"),
-        ("-m lr=1", "multirun"),
+        ("rank=4", "Available: method.rank"),
+        ("-m lr=1", "-m is not supported"),
         ("--resolve", "--cfg job"),
         ("+sweep=lr_ratio exec.runs_dir='~nobody9/r'", "no user 'nobody9'"),
-        ("hydra.searchpath=null", "expected a list of folders"),
+        ("hydra.run.dir=x", "'hydra' not found"),
         ("model=tiny64,tiny128 lr=1e-3", "sweep.axes.model"),
         ("+sweep=lr_ratio scale.name=small", "scale=NAME"),
         ("method=fullft method.rank=3", "rank"),
@@ -65,7 +64,7 @@ def refused(done, *words):
         (f"{FLEET} instead_of_full=yes", "Allowed: lora"),
         (f"{FLEET} method=fullft", "method=lora"),
         (f"{FLEET} method.rank=4", "method.rank has no effect"),
-        ("+sweep=lr_ratio lr=3e-3", "sweep.arms.fullft.lr=[3e-3] or sweep.arms.lora.lr=[3e-3]"),
+        ("+sweep=lr_ratio lr=3e-3", "sweep.arms.fullft.lr=3e-3 or sweep.arms.lora.lr=3e-3"),
         ("+sweep=lr_ratio sweep.axes.batch_size=[4]", "To add it: +sweep.axes.batch_size=[4]"),
         ("+sweep=lr_ratio sweep.arms.lra.rank=[4]", "Did you mean 'sweep.arms.lora'"),
         ("+sweep=lr_ratio sweep.arms.lora.rank=[64]", "and 2 other runs: method.rank=64"),
@@ -186,8 +185,6 @@ def test_quotes_of_a_name_and_a_folder_are_no_part_of_it(command, tmp_path):
     assert command(*two, "+sweep=mine", "scale=smoke", "action=plan").returncode == 0
     done = command(*two, "+sweep='lr_ratio'", "scale=smoke", "action=status")
     assert done.returncode == 0 and done.stdout.startswith("lr_ratio at scale smoke")
-    given = [f"hydra.searchpath=[{tmp_path}]", "+sweep=lr_ratio", "scale=smoke"]
-    assert not compose_request(given).changes
 
 
 # ---------------------------------------------------------------- advice

@@ -32,7 +32,7 @@ from lorasweep.models import load as models
 from lorasweep.models.describe import describe_model, with_shape
 from lorasweep.spec.model import LAYER_SETS, ROUTER, ModelSpec
 from lorasweep.store.checkpoint import PARAM
-from lorasweep.sweep.trained import trained_by_set
+from lorasweep.sweep.names import trained_by_set
 from tests import small_hub
 from tests.bpe import qwen_like
 from tests.customers import make_base, model_of

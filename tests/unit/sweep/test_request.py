@@ -1,6 +1,5 @@
 """What the command line means, what a sweep must state, and what requests are called."""
 
-import dataclasses
 import json
 import re
 
@@ -9,9 +8,8 @@ import pytest
 from lorasweep.cli.answer import check_claims
 from lorasweep.errors import SpecError
 from lorasweep.store import looks
-from lorasweep.sweep import question as stated
 from lorasweep.sweep.names import run_names
-from lorasweep.sweep.question import Claim, Planning, Replicates, Sweep
+from lorasweep.sweep.question import Claim, Planning, check_directions, made
 from lorasweep.sweep.request import from_plain, question
 from tests.world import ROOT
 
@@ -64,7 +62,7 @@ def test_options_that_change_no_run_keep_the_title(compose):
     ("given", "hint"),
     [
         ("+sweep.axes.lr=[1e-3,2e-3]", "Write sweep.arms.fullft.lr=[1e-3,2e-3] or sweep.arms.lora"),
-        ("+sweep.scales.smoke.axes.seed=5", "has no effect: the file's scales are read before"),
+        ("+sweep.scales.smoke.axes.seed=5", "has no effect: a scale is chosen whole"),
     ],
 )
 def test_what_the_grid_or_its_scale_replaces_is_refused(compose, given, hint):
@@ -82,16 +80,16 @@ def test_a_study_with_changed_parts_has_a_title_of_its_own(compose):
     assert changed.parts[0].title == compose(*ASKED, "steps=40").title
 
 
-VALID = Sweep(
-    question="?",
-    claims={"c": Claim(margin=[5, 20], estimand="lr_ratio", expected=10)},
-    arms={"a": {"method": "lora", "lr": [1e-3, 2e-3]}},
-    analysis="lr_ratio",
-)
+VALID = {
+    "question": "?",
+    "claims": {"c": {"margin": [5, 20], "estimand": "lr_ratio", "expected": 10}},
+    "arms": {"a": {"method": "lora", "lr": [1e-3, 2e-3]}},
+    "analysis": "lr_ratio",
+}
 
 
 def claim(**values):
-    return {"claims": {"c": Claim(**{"margin": [0, 1], "expected": 0.5, **values})}}
+    return {"claims": {"c": {"margin": [0, 1], "expected": 0.5, **values}}}
 
 
 def added(stated, rounds=2):
@@ -104,43 +102,46 @@ RUNS = {"what": "learning rate 2e-3", "why": "four were left"}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"question": ""}, "no question"),
-        ({"claims": {}}, "no claims"),
-        ({"arms": {}}, "no arms"),
+        ({"question": ""}, "question: missing"),
+        ({"claims": {}}, "claims: missing"),
+        ({"arms": {}}, "arms: missing"),
         ({"arms": {"a": {"lr": 1e-3}}}, "arm 'a': has no method"),
         ({"axes": {"seed": []}}, "axis 'seed' is empty"),
         ({"rounds": 6}, "rounds=6: expected"),
-        ({"parts": ["rank"]}, "has parts, so it cannot have arms"),
-        ({"replicate": Replicates(arms=["b"])}, "replicate.arms: arm 'b' not found"),
+        ({"parts": ["rank"]}, "cannot have arms"),
+        ({"replicate": {"arms": ["b"]}}, "replicate.arms: arm 'b' not found"),
         (claim(margin=[2, 1]), "low < high"),
         (claim(margin=[]), "margin="),
         (claim(source="x"), "source='x'. Allowed: study, popular, ours"),
-        (claim(better="more"), "better='more'. Allowed: lower, higher"),
-        (claim(except_models=["tiny46"]), "'c': except_models: model 'tiny46'.* mean 'tiny64'"),
-        (claim(exploratory={"tiny": ""}), "claim 'c': exploratory="),
-        (claim(planning={"tiny": Planning(sd=-0.1)}), r"planning\.tiny\.sd=-0.1"),
-        (claim(planning={"all": Planning(units=0)}), r"planning\.all\.units=0"),
+        (claim(except_models=["tiny46"]), "'c': model 'tiny46'.* mean 'tiny64'"),
+        (claim(exploratory={"tiny": ""}), "claim 'c': exploratory"),
+        (claim(planning={"tiny": {"sd": -0.1}}), r"planning\.tiny\.sd=-0.1"),
         (claim(underpowered="tiny"), "underpowered=tiny. Expected true or"),
-        (added(RUNS, rounds=1), "arm 'a': .* but rounds=1. Write `rounds: 2`"),
-        (added("2e-3"), "Expected {what: ..., why: ...}"),
-        (added({**RUNS, "why": ""}), "Expected {what: ..., why: ...}"),
+        (added(RUNS, rounds=1), "arm 'a': .* rounds=1"),
+        *((added(x), "Expected {what: ..., why: ...}") for x in ("2e-3", {**RUNS, "why": ""})),
+        *(
+            ({"search": search}, f"search.*{next(iter(search))}=.*expected")
+            for search in (
+                *({"prefix": 0}, {"n_short": 2}, {"seeds": -1}, {"fine": 1.0}, {"epochs": -1}),
+                *({"min_steps": 0}, {"max_steps": 8, "min_steps": 9}),
+            )
+        ),
     ],
 )
 def test_a_sweep_that_is_not_complete_is_refused(change, words):
-    stated.check_sweep("x", VALID, ["tiny64"])
-    stated.check_sweep("x", dataclasses.replace(VALID, **added(RUNS)))
+    made("x", {**VALID, **added(RUNS)}, ["tiny64"])
     with pytest.raises(SpecError, match=f"sweep 'x'.*{words}"):
-        stated.check_sweep("x", dataclasses.replace(VALID, **change), ["tiny64"])
+        made("x", {**VALID, **change}, ["tiny64"])
 
 
 def test_a_claim_that_contradicts_the_metrics_direction_is_refused():
     for better, objective in (("lower", "sft"), ("higher", "policy_gradient"), ("", "sft")):
-        stated.check_directions("x", Sweep(**claim(better=better)), [objective])
+        check_directions("x", made("x", {**VALID, **claim(better=better)}), [objective])
     with pytest.raises(SpecError, match=r"claim 'c': better=higher.*lower is better"):
-        stated.check_directions("x", Sweep(**claim(better="higher")), ["sft"])
+        check_directions("x", made("x", {**VALID, **claim(better="higher")}), ["sft"])
     left_out = claim(estimand="rho_top_rank", margin=[5, 20], except_models=["tiny64"])
     with pytest.raises(SpecError, match=r"analysis 'rank' cannot leave out bases"):
-        check_claims(dataclasses.replace(VALID, analysis="rank", **left_out))
+        check_claims(made("x", {**VALID, "analysis": "rank", **left_out}))
 
 
 def test_power_is_stated_for_a_scale_or_for_all():

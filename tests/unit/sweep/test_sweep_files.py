@@ -14,8 +14,8 @@ from lorasweep.errors import NotAtScale, SpecError
 from lorasweep.methods.fullft import FullFT
 from lorasweep.methods.lora import LoRA
 from lorasweep.sweep.grid import assignments, fields_of
+from lorasweep.sweep.names import REST, trained_by_set
 from lorasweep.sweep.request import question
-from lorasweep.sweep.trained import REST, trained_by_set
 from tests.world import ROOT, compose_request
 
 SCALES = sorted(p.stem for p in (ROOT / "conf" / "scale").glob("*.yaml"))
