@@ -3,7 +3,7 @@
 Usage: python -m lorasweep.cli.bases [--check] [NAME ...]
 """
 
-import argparse
+import sys
 from collections.abc import Sequence
 
 from lorasweep.config.compose import shipped_model
@@ -18,21 +18,19 @@ TOLERANCE_NATS = 0.02
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Retrain bases; return 1 if --check finds a base whose retrained loss differs."""
-    parser = argparse.ArgumentParser(prog="python -m lorasweep.cli.bases", description=__doc__)
-    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="default: all")
-    parser.add_argument("--check", action="store_true", help="compare with the shipped weights")
-    given = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    check, names = "--check" in given, [name for name in given if name != "--check"]
 
     from lorasweep.models.find import SHIPPED, recipe_file_name
     from lorasweep.models.load import load
     from lorasweep.train import pretrain
 
     wrong = []
-    for name in given.names:
+    for name in names or NAMES:
         spec = shipped_model(name)
         model, nll = pretrain.pretrain(spec, lambda step, nll: None)
         print(f"{name}: NLL {nll:.4f}", flush=True)
-        if not given.check:
+        if not check:
             pretrain.save(model, SHIPPED / recipe_file_name(spec))
             continue
         shipped = load(spec, []).model.cpu()

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import re
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +13,7 @@ import numpy as np
 
 from lorasweep.advise import measure as measuring
 from lorasweep.advise import pages
-from lorasweep.advise.advice import Advice, answers, plain_of
+from lorasweep.advise.advice import answers, plain_of
 from lorasweep.advise.evidence import INFORMATION, Known, read_information, read_kept
 from lorasweep.advise.read import Customer, Failed, Row, check_rows, expected, read_customers
 from lorasweep.advise.rules.rates import APART
@@ -32,7 +30,6 @@ from lorasweep.data.messages import rows_line
 from lorasweep.errors import LorasweepError, SpecError, check_installed, unknown
 from lorasweep.fleet import adapters, runs, served
 from lorasweep.fleet.outcome import Outcome, outcome_of, with_further
-from lorasweep.fleet.rows import FEWEST_NAMED
 from lorasweep.fleet.runs import Member
 from lorasweep.fleet.served import Server
 from lorasweep.fleet.serving import problems
@@ -90,7 +87,14 @@ def advise(request: Request, store: RunStore) -> Answer:
         rows = check_rows([Row("customer", {"name": "customer", **request.customer})])
     found = answers(rows, known(request))
     if request.why:
-        return _reasons(request.why, found)
+        mine = next((a for a in found if a.name == request.why), None)
+        if mine is None:
+            names = unknown("customer", request.why, (a.name for a in found))
+            raise SpecError(f"{names} Write a name with blanks as 'why=\"Big Co\"'.")
+        if isinstance(mine, Failed):
+            raise SpecError(mine.error)
+        reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
+        return Answer(reasons, pages.render("reasons.txt", a=mine).rstrip())
     title = Path(request.customers).stem if request.customers else "customer"
     out = request.out
     if not out and request.format != "json":
@@ -106,34 +110,6 @@ def advise(request: Request, store: RunStore) -> Answer:
     lines += ["", *errors, *pages.summary_lines(found), pages.BASIS]
     lines += [f"page: {out}. Reasons, and the command that tests the advice: why=NAME"]
     return Answer([plain_of(a) for a in found], lines, int(bool(errors)))
-
-
-def _reasons(name: str, found: Sequence[Advice | Failed]) -> Answer:
-    """Return the reasons for the advice to the customer of a name, as written or in plain letters.
-
-    With the command that tests the advice on the customer's rows, if a search can.
-    """
-    plain = runs.plain_name
-    fitting = [a for a in found if a.name == name] or [a for a in found if plain(a.name) == name]
-    if len(fitting) != 1:
-        names = unknown("customer", name, (a.name for a in fitting or found))
-        raise SpecError(f"{names} Write big_co, or in quotes 'why=\"Big Co\"', for Big Co.")
-    (mine,) = fitting
-    if isinstance(mine, Failed):
-        raise SpecError(mine.error)
-    c, model, search = mine.customer, mine.customer.model.removesuffix("/config.json"), ""
-    few = mine.work.rows is not None and mine.work.rows < FEWEST_NAMED
-    there = model.lower() in mine.known.models or Path(model).is_dir() or model.count("/") == 1
-    if c.task == "sft" and there and not few:
-        given = {"model": model, "dataset": c.data or "ROWS"}
-        for key, value in given.items():
-            if not re.fullmatch(r"[\w./:@-]+", value):  # Hydra needs quotes
-                given[key] = json.dumps(value, ensure_ascii=False)
-        quoted = [f"{key}={value}" for key, value in given.items()]
-        rank = f"sweep.arms.lora.rank={mine.choice.rank}"
-        search = shlex.join(["python", "-m", "lorasweep", "+sweep=tune", *quoted, rank])
-    reasons = [{**vars(r), "sure": r.sure.name.lower()} for r in mine.reasons.values()]
-    return Answer(reasons, pages.render("reasons.txt", a=mine, search=search).rstrip())
 
 
 # ---------------------------------------------------------------- action=measure
@@ -317,8 +293,8 @@ def verify_served(request: Request, store: RunStore) -> Answer:
     """Check a fleet's folders, and with url= the servers; the status is 1 unless all is right.
 
     Raises:
-        SpecError: there is no server at a url, it serves none of the customers or another base, or
-            it returns no log-probabilities.
+        SpecError: there is no server at a url, it serves another base, or it returns no
+            log-probabilities.
     """
     outcomes = [outcome_of(m, store) for m in runs.planned(request.members, request.points)]
     profile = catalogue.profiles([Path(folder) for folder in request.folders])[request.serve]()
@@ -337,13 +313,6 @@ def verify_served(request: Request, store: RunStore) -> Answer:
     urls = [request.url] if isinstance(request.url, str) else request.url
     servers = [Server(str(url)) for url in urls if url]
     at = {name: s for s in servers for name in s.models if name in rows}
-    if servers and not at:
-        names = ", ".join(sorted({name for s in servers for name in s.models}))
-        raise SpecError(
-            f"url={','.join(urls)}: serves {names}, and no customer of {request.customers} "
-            f"(expected {', '.join([*rows][:5])}). The page {request.out}/index.html has the "
-            "command to start it."
-        )
     trainer, lines = TorchTrainer(), list[str]()
     for group in groups.values() if servers else ():
         lines.append(_compare(group, at, rows, trainer, store, request.exec))

@@ -24,7 +24,7 @@ from lorasweep.data import load, messages, sources, text
 from lorasweep.errors import LorasweepError, SpecError
 from lorasweep.fleet.outcome import counts, counts_line, outcome_of
 from lorasweep.fleet.runs import planned
-from lorasweep.launch.measure_packs import BUDGET_S, measure_packs
+from lorasweep.launch.measure_packs import measure_packs
 from lorasweep.launch.slurm import planning
 from lorasweep.launch.slurm import queue as slurm
 from lorasweep.launch.slurm.planning import hardware_of
@@ -46,7 +46,6 @@ from lorasweep.plan.planner import (
 )
 from lorasweep.spec.dataset import DatasetSpec
 from lorasweep.spec.execution import Exec
-from lorasweep.spec.model import ModelSpec
 from lorasweep.spec.run import is_unpinned
 from lorasweep.store import files
 from lorasweep.store.run_store import FINAL, STATES, RunStore
@@ -178,13 +177,11 @@ def plan_lines(request: Request, plan: Plan) -> list[str]:
 
 def unpinned_lines(points: Sequence[Point]) -> list[str]:
     """Return a line for each model and data set whose content on the hub can change."""
-    models = {p.spec.model.name: p.spec.model for p in points}
-    datasets = {p.spec.dataset.name: p.spec.dataset for p in points}
-    parts: list[ModelSpec | DatasetSpec] = [*models.values(), *datasets.values()]
+    parts = {part.name: part for p in points for part in (p.spec.model, p.spec.dataset)}
     return [
         f"  {part.WHERE[:-1]} {part.name} ({part.location}) names no commit of the hub: the newest "
         f"one is taken and recorded with the results; pin it with {part.WHERE}revision=COMMIT"
-        for part in parts
+        for part in parts.values()
         if is_unpinned(part)
     ]
 
@@ -293,15 +290,10 @@ def fleet_lines(values: dict[str, Any], per: str) -> list[str]:
         return [*lines, "nothing is left to train"]
     keys = ("base", "customers", "runs", "packs", "together_s", "alone_s", "ratio")
     lines += [f"unfinished runs, {per}:", "", *table(rows, *keys), ""]
-    if values["timed"]:
-        said = "computed from step times; alone, each run also starts a process and loads the base"
-        return [*lines, said]
-    seconds = BUDGET_S * values["kinds"]
-    return [
-        *lines,
-        "together: from an assumed speed. Alone: not known, as no step of such runs was timed "
-        f"here: action=measure_packs does it in at most {seconds:.0f} s",
-    ]
+    said = "computed from step times; alone, each run also starts a process and loads the base"
+    if not values["timed"]:
+        said = "Alone: not known, as no step of such runs was timed here: action=measure_packs"
+    return [*lines, said]
 
 
 # ---------------------------------------------------------------- on GPUs with a data sheet

@@ -8,7 +8,7 @@ from typing import Any
 from lorasweep.cli import answer
 from lorasweep.cli.answer import all_points, is_search, judged, qualifying
 from lorasweep.cli.finished_runs import check_search, finish, prune
-from lorasweep.cli.plans import plan_lines, search_outlook_here, understood, unpinned_lines
+from lorasweep.cli.plans import plan_lines, search_outlook_here, understood
 from lorasweep.cli.printed import Answer, Display, notifier
 from lorasweep.config.preflight import check_available
 from lorasweep.errors import GaveUp, SpecError, check_installed
@@ -90,14 +90,12 @@ def run(
 
 
 def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = None) -> Answer:
-    """Train the runs that judge a sweep's tasks; return and save whether the tasks qualify."""
+    """Train the runs that judge a sweep's tasks; return whether the tasks qualify."""
     if request.sweep is None or request.cluster.kind == "slurm":
         raise SpecError(
             "action=qualify judges the tasks of a sweep on this machine. Add +sweep=NAME and "
             "cluster=local."
         )
-    path = Path(request.exec.reports_dir) / f"qualify-{request.title}.json"
-    files.check_writable(path.parent, "exec.reports_dir")
     points, status, _ = train(request, store, trainer)
     if status == STOPPED:
         return Answer(status=STOPPED)
@@ -105,10 +103,8 @@ def qualify(request: Request, store: RunStore, trainer: Trainer | str | None = N
     qualified, checks, lines = answer.qualify(load_runs(store.root, finished))
     content: dict[str, Any] = {"sweep": request.sweep_name, "scale": request.scale}
     content |= {"qualified": qualified, "checks": checks}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
     lines += [f"{g}: {'qualifies' if ok else 'DOES NOT QUALIFY'}" for g, ok in qualified.items()]
-    return Answer(content, [*lines, f"saved: {path}"], int(not all(qualified.values())))
+    return Answer(content, lines, int(not all(qualified.values())))
 
 
 # ---------------------------------------------------------------- before training
@@ -226,8 +222,6 @@ def _train_on_cluster(
     Raises GaveUp if the last rounds of jobs saved no update of any run.
     """
     notify, idle = notifier(request), 0
-    for line in unpinned_lines(request.points):
-        notify(line)
     if follow is not None:
         updates = updates_of(runs_of(request, store), store)
         idle = follow["idle"] + 1 if updates <= follow["updates"] else 0
@@ -255,11 +249,7 @@ def _submitted(request: Request, store: RunStore, done: Outcome) -> Answer:
     gone = f"{work.n_removed} queued run(s) that are no longer part of this command line"
     lines = (
         (jobs, f"submitted {done.n_submitted} runs: {jobs}; records and logs in {done.folder}"),
-        (
-            done.refused,
-            f"Slurm did not accept all jobs: {done.refused}\n"
-            "The rest is submitted when jobs have ended, or when you run the command again",
-        ),
+        (done.refused, f"Slurm did not accept all jobs; the rest waits: {done.refused}"),
         (
             work.unknown,
             f"{work.unknown} runs may be in jobs of another cluster: run the command there. If "
@@ -290,8 +280,5 @@ def _submitted(request: Request, store: RunStore, done: Outcome) -> Answer:
 def cancel_jobs(request: Request, store: RunStore) -> Answer:
     """Cancel the sweep's jobs on the cluster (Ctrl-C stops local runs)."""
     n_jobs, n_runs = cancel(request, store, notifier(request))
-    text = (
-        f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s); finished runs are kept, "
-        "unfinished runs resume from their checkpoints when you run the sweep's command again"
-    )
+    text = f"cancelled {n_jobs} job(s) with {n_runs} unfinished run(s), which may be resumed"
     return Answer({"jobs": n_jobs, "runs": n_runs}, text if n_jobs else "nothing to cancel")

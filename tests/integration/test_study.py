@@ -43,6 +43,5 @@ def test_tasks_are_judged_first_from_a_few_runs(place):
     assert judged["qualified"].keys() == {"tiny64 on dialect_smoke, batch 4, steps 12"}
     checks = {c["name"] for c in judged["checks"]}
     assert checks >= {"to be learned", "not solved", "still learning, fullft"}
-    assert json.loads((place / "reports/qualify-rank-smoke.json").read_text()) == judged
     refused = cli("action=qualify", cwd=place, check=False)
     assert refused.returncode == 2 and "+sweep=NAME" in refused.stderr

@@ -2,13 +2,11 @@
 
 import json
 import re
-import shlex
 
 import pytest
 
 from lorasweep.advise.advice import KEYS
 from lorasweep.cli.actions import ACTIONS, function_of
-from tests.customers import make_base
 from tests.world import ROOT, write_splits
 
 FLEET = "action=fleet customers=customers.csv"
@@ -167,7 +165,7 @@ def test_reports_that_cannot_be_written_are_an_error_before_training(command, tm
     (tmp_path / "a").write_text("")
     asked = ("+sweep=lr_ratio", "scale=smoke", f"exec.reports_dir={tmp_path}/a/b")
     refused(command(*asked), f"{tmp_path}/a: it is no folder. Choose another folder")
-    for asked in ("check_gpu", "measure model=tiny64 dataset=dialect", "qualify +sweep=lr_ratio"):
+    for asked in ("check_gpu", "measure model=tiny64 dataset=dialect"):
         done = command(*f"action={asked} exec.reports_dir={tmp_path}/a".split())
         refused(done, f"{tmp_path}/a: it is no folder. Choose another folder")
     for action in ("status", "plan", "adapter run=x out=y"):
@@ -226,33 +224,3 @@ def test_json_is_one_list_and_a_wrong_row_makes_the_status_1(command, table):
     why = command("action=advise", f"customers={table}", "why=acme")
     assert why.returncode == 0 and "source: " in why.stdout and "lr_factor = 10" in why.stdout
     assert "+sweep=tune model=llama-3.1-8b dataset=ROWS sweep.arms.lora.rank=" in why.stdout
-
-
-def test_the_name_as_written_wins_and_names_that_look_alike_are_told_apart(command, tmp_path):
-    path = tmp_path / "c.csv"
-    rows = ["Acme,llama-3.1-8b,sft,500", "acme,llama-3.2-1b,sft,90000"]
-    rows += ["M\u00fcller,llama-3.1-8b,sft,500", "M\u00f6ller,llama-3.2-1b,sft,90000"]
-    path.write_text("\n".join(["name,model,task,examples", *rows]))
-    asked = ("action=advise", f"customers={path}")
-    assert "acme: llama-3.2-1b" in command(*asked, "why=acme").stdout
-    unclear = command(*asked, "why=m_ller")
-    assert unclear.returncode == 2 and "Available: Möller, Müller. Write big_co" in unclear.stderr
-
-
-def test_the_recommended_search_runs_for_every_row_that_it_is_recommended_for(command, tmp_path):
-    """Names with blanks, a config.json in a folder of weights; and none for too few rows."""
-    make_base(tmp_path / "base")
-    (tmp_path / "my data").mkdir()
-    rows = [{"prompt": f"How many? {k}", "completion": f"It is {k}."} for k in range(60)]
-    for name, part in (("my data/a 'b.jsonl", rows), ("few.jsonl", rows[:25])):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    path = tmp_path / "c.csv"
-    named = ["one,./base/config.json,sft,my data/a 'b.jsonl", "two,./base,sft,few.jsonl"]
-    path.write_text("\n".join(["name,model,task,data", *named]))
-    asked = ("action=advise", f"customers={path}")
-    said = command(*asked, "why=one").stdout.strip().splitlines()[-1]
-    words = shlex.split(said)
-    assert words[:3] == ["python", "-m", "lorasweep"]
-    done = command(*words[3:], "scale=smoke", "action=plan")
-    assert done.returncode == 0 and "60 understood" in done.stdout, done.stderr
-    assert "+sweep=tune" not in command(*asked, "why=two").stdout
